@@ -1,0 +1,76 @@
+"""What a person sees while a job runs: lines, and bars with rate and ETA."""
+
+import contextlib
+import sys
+import time
+from typing import Callable, Iterator
+
+_STATE = {"process": 0}  # set once by main, before the first stage
+_BAR_AFTER_S = 2.0  # a stage shorter than this draws no bar
+_LINE_EVERY_S = 15.0  # off a terminal: a plain line, this often
+
+
+def set_process(index: int) -> None:
+  """Only process 0 speaks; main calls this after jax.distributed started."""
+  _STATE["process"] = index
+
+
+def say(text: str) -> None:
+  """Prints one line, from process 0 only, at once."""
+  if _STATE["process"] == 0:
+    print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+  """Seconds as a person writes them: 0.4s, 12s, 3m05s, 2h10m."""
+  if seconds < 10:
+    return f"{seconds:.1f}s"
+  if seconds < 60:
+    return f"{seconds:.0f}s"
+  if seconds < 3600:
+    return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
+  return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02d}m"
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int, unit: str = "rows",
+        done: int = 0) -> Iterator[Callable[..., None]]:
+  """Yields `tick(n=1, note="")`; draws once the work has taken two seconds.
+
+  Args:
+    label: the stage's name.
+    total: units of work in all.
+    unit: what is counted.
+    done: units that an earlier run had finished (they count in the share, not
+      in the rate).
+  """
+  start = time.monotonic()
+  terminal = sys.stdout.isatty()
+  state = {"done": done, "drawn": start}
+
+  def tick(n: int = 1, note: str = "") -> None:
+    state["done"] += n
+    now = time.monotonic()
+    every = 0.2 if terminal else _LINE_EVERY_S
+    if now - start < _BAR_AFTER_S or now - state["drawn"] < every:
+      return
+    state["drawn"] = now
+    rate = (state["done"] - done) / (now - start)
+    left = (total - state["done"]) / rate if rate > 0 else float("inf")
+    text = (f"  {label} {state['done']:,}/{total:,} {unit}, {rate:,.1f}/s, "
+            f"{duration(left) if left < 1e7 else '?'} left"
+            f"{', ' + note if note else ''}")
+    if _STATE["process"] == 0:
+      if terminal:
+        share = min(1.0, state["done"] / max(total, 1))
+        width = int(20 * share)
+        print(f"\r\x1b[2K[{'#' * width}{'.' * (20 - width)}]{text}", end="",
+              flush=True)
+      else:
+        print(text, flush=True)
+
+  try:
+    yield tick
+  finally:
+    if terminal and state["drawn"] > start and _STATE["process"] == 0:
+      print("\r\x1b[2K", end="", flush=True)

@@ -1,0 +1,78 @@
+"""The mesh and the axis rules; the only file that names a mesh axis.
+
+Training spreads a layer's width over `fsdp` and its heads, feed-forward and
+vocabulary over `tensor`. Inference (embedding, log-probabilities, generation)
+is row-parallel instead: each device runs whole rows and gathers the weights of
+one layer at a time, so that a row's numbers are the same bits on any mesh.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.errors import ConfigError
+
+AXES = ("fsdp", "tensor")
+RULES = {"batch": "fsdp", "pool": AXES, "width": "fsdp", "heads": "tensor",
+         "ff": "tensor", "vocab": "tensor"}
+
+
+def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
+  """Builds the explicit ("fsdp", "tensor") mesh.
+
+  Args:
+    sizes: mapping with `fsdp` and `tensor`; one may be -1, for what is left.
+    devices: the devices to use; all of them by default.
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  count = jax.device_count() if devices is None else len(devices)
+  sizes = {axis: int(sizes[axis]) for axis in AXES}
+  wanted = " x ".join(f"{a}={n}" for a, n in sizes.items())
+  bad = [n for n in sizes.values() if n < 1 and n != -1]
+  free = [axis for axis, n in sizes.items() if n == -1]
+  known = int(np.prod([n for n in sizes.values() if n > 0]))
+  if bad or len(free) > 1 or (free and count % known):
+    raise ConfigError(f"mesh {wanted} does not divide {count} devices (one "
+                      "size may be -1, the rest positive); set config.mesh")
+  if free:
+    sizes[free[0]] = count // known
+  needed = int(np.prod(list(sizes.values())))
+  if needed != count:
+    raise ConfigError(f"mesh {wanted} needs {needed} devices, found {count}; "
+                      "set config.mesh")
+  return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices)
+
+
+def spec(*axes: str | None) -> jax.P:
+  """PartitionSpec of logical axes; a misspelt axis is a KeyError."""
+  return jax.P(*(RULES[a] if a else None for a in axes))
+
+
+def named(mesh: jax.sharding.Mesh, *axes: str | None):
+  """NamedSharding of logical axes on a mesh."""
+  return jax.sharding.NamedSharding(mesh, spec(*axes))
+
+
+def put(mesh: jax.sharding.Mesh, x: np.ndarray, *axes: str | None):
+  """Host array -> global array; each process copies only its own shards."""
+  x = np.asarray(x)
+  return jax.make_array_from_callback(
+      x.shape, named(mesh, *axes), lambda index: x[index])
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """Global array -> the whole of it on every host, wherever its shards lie."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def barrier(name: str) -> None:
+  """All processes wait here; nothing with one process."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices(name)

@@ -1,0 +1,38 @@
+"""Every test runs on eight CPU devices, offline, strict about ranks."""
+
+import os
+import pathlib
+
+# Before jax is imported anywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
+                           " --xla_force_host_platform_device_count=8")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
+                  TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def shared():
+  """The folder of real data beside the checkout; skips where it is absent."""
+  if not (SHARED / "README.md").exists():
+    pytest.skip("needs the real data in ../shared, which is not here")
+  return SHARED
+
+
+@pytest.fixture(params=[(1, 1), (4, 2)], ids=["1x1", "4x2"])
+def mesh(request):
+  """The current mesh: one device, then eight; a test must agree on both."""
+  from jaxalign import sharding
+  fsdp, tensor = request.param
+  devices = jax.devices()[:fsdp * tensor]
+  m = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor), devices)
+  with jax.set_mesh(m):
+    yield m
