@@ -1,0 +1,1 @@
+"""Which rows of the pool to train on: the mixture, the samplers, the card."""

@@ -1,0 +1,213 @@
+"""What a selection looks like, and how far its mixture can be trusted.
+
+A card says how the chosen rows differ from the rest, whether another seed
+would have chosen others, whether the mixture has memorised its rows, and
+whether its components have anything to do with the labels.
+"""
+
+from typing import Any, Callable
+
+import jax
+import numpy as np
+
+from jaxalign.errors import ConfigError
+from jaxalign.select import mixture as mixtures
+from jaxalign.select.pool import Pool, Selection
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+  """Rows in both over rows in either; 1 where both are empty."""
+  either = np.union1d(a, b).size
+  return np.intersect1d(a, b).size / either if either else 1.0
+
+
+def auc(high: np.ndarray, low: np.ndarray) -> float:
+  """Chance that a draw of `high` is above a draw of `low`; ties count half."""
+  both = np.concatenate([high, low])
+  _, inverse, counts = np.unique(both, return_inverse=True, return_counts=True)
+  ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # from 1, averaged
+  n = len(high)
+  return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * len(low)))
+
+
+def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+  """Mutual information of two labelings over the mean of their entropies."""
+  _, a = np.unique(a, return_inverse=True)
+  _, b = np.unique(b, return_inverse=True)
+  table = np.zeros((a.max() + 1, b.max() + 1))
+  np.add.at(table, (a, b), 1)
+  joint = table / table.sum()
+  pa, pb = joint.sum(1), joint.sum(0)
+  outer = np.outer(pa, pb)
+  seen = joint > 0
+  information = (joint[seen] * np.log(joint[seen] / outer[seen])).sum()
+  entropies = -(pa * np.log(pa)).sum() - (pb * np.log(pb)).sum()
+  return float(max(0.0, 2 * information / entropies)) if entropies > 0 else 1.0
+
+
+def lengths(pool: Pool, rows: np.ndarray) -> dict[str, Any]:
+  """Quantiles of the response tokens, chosen rows beside the rest.
+
+  A pair counts with the mean of its two sides.
+  """
+  length = np.asarray(pool.length, np.float64).reshape(len(pool.ids), -1)
+  length = length.mean(axis=1)
+  mask = np.zeros(len(length), bool)
+  mask[rows] = True
+  out = {"quantiles": list(QUANTILES)}
+  for name, part in (("chosen", length[mask]), ("rest", length[~mask])):
+    out[name] = ([float(q) for q in np.quantile(part, QUANTILES)]
+                 if part.size else None)
+  return out
+
+
+def topics(pool: Pool, rows: np.ndarray) -> dict[str, Any]:
+  """How many topics the chosen rows cover, and how unevenly."""
+  names, inverse = np.unique(np.asarray(pool.topic), return_inverse=True)
+  everywhere = np.bincount(inverse, minlength=len(names)) / len(inverse)
+  chosen = np.bincount(inverse[rows], minlength=len(names)) / max(1, len(rows))
+  return {"topics": len(names), "covered": int((chosen > 0).sum()),
+          "largest_share": float(chosen.max()),
+          "largest_share_in_pool": float(everywhere.max()),
+          "moved": float(np.abs(chosen - everywhere).sum() / 2)}
+
+
+def label_share(pool: Pool, rows: np.ndarray) -> dict[str, float]:
+  """Share of desirable rows among the chosen and in the pool (thumbs)."""
+  label = np.asarray(pool.label, bool)
+  return {"chosen": float(label[rows].mean()) if len(rows) else None,
+          "pool": float(label.mean())}
+
+
+def stability(mesh: jax.sharding.Mesh, x: np.ndarray,
+              make_selection: Callable[[mixtures.Mixture], np.ndarray],
+              seeds: Any, **fit_options: Any) -> dict[str, Any]:
+  """Jaccard overlap of the selections of mixtures fitted with other seeds.
+
+  Args:
+    mesh: as for `mixture.fit`.
+    x: [n, E] rows.
+    make_selection: Mixture -> the row numbers chosen with it.
+    seeds: two or more ints; each is one fit.
+    **fit_options: of `mixture.fit`, all but `seed`.
+
+  Returns:
+    The seeds, and the least and the mean Jaccard over all pairs of them.
+  """
+  seeds = [int(seed) for seed in seeds]
+  if len(seeds) < 2:
+    raise ConfigError(f"stability compares two or more seeds, found {seeds}")
+  if fit_options.get("space") is None:  # the same for every seed
+    options = {k: fit_options[k] for k in ("pca", "covariance", "components")
+               if k in fit_options}
+    fit_options["space"] = mixtures.prepare(mesh, x, **options)
+  chosen = [np.asarray(make_selection(mixtures.fit(mesh, x, seed=seed,
+                                                   **fit_options)))
+            for seed in seeds]
+  overlap = [jaccard(a, b) for i, a in enumerate(chosen)
+             for b in chosen[i + 1:]]
+  return {"seeds": seeds, "jaccard_mean": float(np.mean(overlap)),
+          "jaccard_min": float(min(overlap))}
+
+
+def held_out(mesh: jax.sharding.Mesh, x: np.ndarray, *, seed: int = 0,
+             responses: int = 1, **fit_options: Any) -> dict[str, float]:
+  """Fits on a random half of the records and compares the two halves.
+
+  An AUC of 0.5 says that a fitted row looks like any other; towards 1 the
+  mixture has memorised its rows and its likelihood says little about them.
+
+  Args:
+    mesh: as for `mixture.fit`.
+    x: [n, E] rows, the `responses` of one record next to each other.
+    seed: of the halves and of the fit.
+    responses: R; all rows of a record go to the same half.
+    **fit_options: of `mixture.fit`.
+  """
+  records = len(x) // responses
+  rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
+  order = rng.permutation(records)
+  inside = np.zeros(records, bool)
+  inside[order[:records // 2]] = True
+  inside = np.repeat(inside, responses)
+  fit_options.pop("space", None)  # it has seen both halves
+  fitted = mixtures.fit(mesh, x[inside], seed=seed, **fit_options)
+  seen = mixtures.log_likelihood(fitted, x[inside])
+  unseen = mixtures.log_likelihood(fitted, x[~inside])
+  return {"auc": auc(seen, unseen), "mean_fitted": float(seen.mean()),
+          "mean_held_out": float(unseen.mean())}
+
+
+def component_labels(mixture: mixtures.Mixture, x: np.ndarray,
+                     labels: np.ndarray) -> dict[str, float]:
+  """What the components say about labels, such as chosen and rejected.
+
+  Args:
+    mixture: of `mixture.fit`.
+    x: [n, E] rows.
+    labels: [n] any labels.
+
+  Returns:
+    `accuracy` of the best one-to-one match of components with labels (a
+    component or label left over is wrong), `majority`, the share of the
+    commonest label, which needs no mixture; and `nmi`.
+  """
+  from scipy.optimize import linear_sum_assignment
+  component = mixtures.assign(mixture, x)
+  _, label = np.unique(labels, return_inverse=True)
+  table = np.zeros((len(mixture.log_weights), label.max() + 1), np.int64)
+  np.add.at(table, (component, label), 1)
+  matched = table[linear_sum_assignment(-table)].sum()
+  return {"accuracy": float(matched / len(label)),
+          "majority": float(table.sum(0).max() / len(label)),
+          "nmi": normalised_mutual_information(component, label)}
+
+
+def mixture_summary(mixture: mixtures.Mixture) -> dict[str, Any]:
+  """The fit in numbers: bounds of all starts, the trace of the one kept."""
+  return {
+      "components": len(mixture.log_weights),
+      "directions": len(mixture.variances),
+      "variance_explained": float(mixture.explained),
+      "weights": [float(w) for w in np.exp(mixture.log_weights)],
+      "trace": [float(b) for b in mixture.trace],
+      "bounds": [float(b) if np.isfinite(b) else None for b in mixture.bounds],
+      "warnings": list(mixture.warnings),
+  }
+
+
+def selection_card(pool: Pool, selection: Selection,
+                   mixture: mixtures.Mixture | None = None,
+                   diagnostics: dict[str, Any] | None = None,
+                   sampler: str = "") -> dict[str, Any]:
+  """All that is known of a selection, as JSON holds it.
+
+  Args:
+    pool: what was chosen from; lengths, topics and labels are described where
+      it has them.
+    selection: the rows and the score of all.
+    mixture: described where one was fitted.
+    diagnostics: results of `stability`, `held_out`, `component_labels` by
+      name; stored as they are.
+    sampler: its name.
+  """
+  n, rows = len(pool.ids), np.asarray(selection.rows)
+  mask = np.zeros(n, bool)
+  mask[rows] = True
+  card = {"sampler": sampler, "selected": len(rows), "pool": n,
+          "share": len(rows) / n if n else 0.0}
+  score = np.asarray(selection.score, np.float64)
+  for name, part in (("chosen", score[mask]), ("rest", score[~mask])):
+    finite = part[np.isfinite(part)]
+    card[f"mean_score_{name}"] = float(finite.mean()) if finite.size else None
+  for name, column, describe in (("length", "length", lengths),
+                                 ("topic", "topic", topics),
+                                 ("label_share", "label", label_share)):
+    if column in pool.columns:
+      card[name] = describe(pool, rows)
+  if mixture is not None:
+    card["mixture"] = mixture_summary(mixture)
+  card["diagnostics"] = dict(diagnostics or {})
+  return card

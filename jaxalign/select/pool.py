@@ -1,0 +1,81 @@
+"""The pool as the samplers see it, and what a sampler hands back."""
+
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+
+from jaxalign.errors import ConfigError, DataError
+
+# What a column looks like; R is 2 for pairs (chosen, rejected), 1 for thumbs.
+SHAPES = {
+    "embedding": "[N, R, E] float32",
+    "log_likelihood": "[N, R] float64, nats",
+    "length": "[N, R] int32, response tokens",
+    "label": "[N] bool, thumbs only",
+    "topic": "[N], where it is known",
+}
+
+
+class Pool(NamedTuple):
+  """N rows in id order and the columns that were computed for them.
+
+  `pool.log_likelihood` reads `pool.columns["log_likelihood"]`; a column that
+  was not computed is a ConfigError that names it. The order by id is what
+  makes a selection independent of the order in which the rows arrived.
+  """
+
+  ids: np.ndarray  # [N] str, sorted, unique
+  columns: dict[str, np.ndarray]
+
+  def __getattr__(self, name: str) -> np.ndarray:
+    if name.startswith("_"):
+      raise AttributeError(name)
+    if name not in self.columns:
+      wanted = f" ({SHAPES[name]})" if name in SHAPES else ""
+      raise ConfigError(
+          f"the pool has no column {name!r}{wanted}, it has "
+          f"{', '.join(sorted(self.columns)) or 'none'}; a sampler declares "
+          f"what it reads with @needs({name!r}); set config.select.sampler")
+    return self.columns[name]
+
+
+class Selection(NamedTuple):
+  """M rows of the pool, best first, and the score all N were ranked by."""
+
+  rows: np.ndarray  # [M] int64, row numbers in id order
+  score: np.ndarray  # [N] float64, higher is better
+
+
+def make_pool(ids: Any, columns: dict[str, Any]) -> Pool:
+  """Sorts rows and columns by id.
+
+  Args:
+    ids: [N] record ids, unique, in any order.
+    columns: arrays whose first axis is N, in the same order.
+
+  Raises:
+    DataError: an id occurs twice, or a column has another number of rows.
+  """
+  ids = np.asarray(ids, dtype=np.str_)
+  order = np.argsort(ids, kind="stable")
+  ids = ids[order]
+  twice = ids[1:][ids[1:] == ids[:-1]]
+  if twice.size:
+    raise DataError(f"record id {str(twice[0])!r} occurs more than once "
+                    f"({twice.size} such rows); ids must be unique")
+  table = {}
+  for name, column in columns.items():
+    column = np.asarray(column)
+    if column.ndim == 0 or column.shape[0] != ids.size:
+      raise DataError(f"column {name!r} has shape {column.shape}, wanted "
+                      f"{ids.size} rows, one per id")
+    table[name] = column[order]
+  return Pool(ids, table)
+
+
+def needs(*columns: str) -> Callable[[Callable], Callable]:
+  """Declares the pool columns a sampler reads; only those are computed."""
+  def mark(sampler: Callable) -> Callable:
+    sampler.needs = columns
+    return sampler
+  return mark

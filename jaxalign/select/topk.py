@@ -1,0 +1,104 @@
+"""The best M rows by a score, the same on any mesh and in any input order."""
+
+import hashlib
+import numbers
+from typing import Any
+
+import numpy as np
+
+from jaxalign.errors import ConfigError, NumericError
+
+
+def id_hash(ids: np.ndarray, salt: str = "") -> np.ndarray:
+  """[n] ids -> [n] uint64, blake2b of the id; the salt makes another stream."""
+  key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
+  seeded = hashlib.blake2b(digest_size=8, key=key)
+  out = np.empty(len(ids), np.uint64)
+  for i, record in enumerate(np.asarray(ids, dtype=np.str_).tolist()):
+    one = seeded.copy()
+    one.update(record.encode())
+    out[i] = int.from_bytes(one.digest(), "big")
+  return out
+
+
+def uniform(seed: int, ids: np.ndarray, purpose: str) -> np.ndarray:
+  """[n] float64 in (0, 1), one per id, whatever the order, mesh or subset.
+
+  Args:
+    seed: any int; another seed gives independent numbers.
+    ids: [n] record ids.
+    purpose: names the stream, so that two uses share no numbers.
+  """
+  bits = id_hash(ids, f"{purpose}:{int(seed)}") >> np.uint64(11)
+  return (bits.astype(np.float64) + 0.5) / 2.0**53
+
+
+def top(score: np.ndarray, ids: np.ndarray, m: int) -> np.ndarray:
+  """Row numbers [m] int64 of the m highest scores, best first.
+
+  Equal scores are ordered by a hash of the record id, so no order in the
+  input, and no habit of whoever made the ids, decides between them.
+
+  Args:
+    score: [n] float64, no NaN; infinities are ranked.
+    ids: [n] record ids, sorted (the last resort where two hashes agree).
+    m: how many, 0 to n.
+
+  Raises:
+    NumericError: a score is NaN; the message names the ids.
+  """
+  score = np.asarray(score, np.float64)
+  bad = np.flatnonzero(np.isnan(score))
+  if bad.size:
+    named = ", ".join(str(ids[i]) for i in bad[:5])
+    more = ", ..." if bad.size > 5 else ""
+    raise NumericError(f"{bad.size} of {score.size} rows have a NaN score "
+                       f"(ids {named}{more}); wanted finite numbers, look at "
+                       "the embedding of those records")
+  if not 0 <= m <= score.size:
+    raise ConfigError(f"cannot take the best {m} of {score.size} rows; set "
+                      "config.select.budget")
+  if m == 0:
+    return np.empty(0, np.int64)
+  least = np.partition(score, score.size - m)[score.size - m]
+  rows = np.flatnonzero(score >= least)
+  rows = rows[np.argsort(-score[rows], kind="stable")]
+  same = score[rows][1:] == score[rows][:-1]
+  tied = np.append(same, False) | np.append(False, same)
+  tie = np.zeros(rows.size, np.uint64)
+  tie[tied] = id_hash(ids[rows[tied]])  # hash only where it can matter
+  return rows[np.lexsort((rows, tie, -score[rows]))][:m].astype(np.int64)
+
+
+def budget_rows(budget: Any, n: int, batch: int = 1) -> int:
+  """How many rows a budget buys.
+
+  Args:
+    budget: a float in (0, 1] is a share of the rows, rounded to the nearest
+      whole row (1.0 is all of them); an int is a number of rows (1 is one).
+    n: rows of the pool.
+    batch: rows of one training batch; fewer cannot fill a single step.
+
+  Raises:
+    ConfigError: not a number, zero, negative, above n, or below one batch.
+  """
+  knob = "; set config.select.budget"
+  if isinstance(budget, (bool, np.bool_)) or not isinstance(
+      budget, numbers.Real):
+    raise ConfigError(f"budget is {budget!r}, wanted a share in (0, 1] or a "
+                      f"whole number of rows{knob}")
+  if isinstance(budget, numbers.Integral):
+    m = int(budget)
+    if not 1 <= m <= n:
+      raise ConfigError(f"budget is {m} rows, wanted 1 to {n}, the rows of the "
+                        f"pool{knob}")
+  else:
+    if not 0.0 < budget <= 1.0:  # also catches NaN
+      raise ConfigError(f"budget is the share {budget}, wanted above 0 and at "
+                        f"most 1 (a number of rows is written as an int)"
+                        f"{knob}")
+    m = int(np.floor(float(budget) * n + 0.5))
+  if m < batch:
+    raise ConfigError(f"budget {budget} of {n} rows is {m} rows, below one "
+                      f"batch of {batch}{knob} or config.train.batch_size")
+  return m
