@@ -1,0 +1,1 @@
+"""Reports: one HTML file per job, no script, nothing loaded from elsewhere."""

@@ -1,0 +1,369 @@
+"""The page of one arm, and the blocks it shares with the page of a study."""
+
+from typing import Any, NamedTuple, Sequence
+
+from jaxalign.report import charts, page
+from jaxalign.report.page import Html, tag
+
+
+class Metric(NamedTuple):
+  """How a metric is named, and whether it is a share (shown in percent)."""
+
+  name: str
+  share: bool = True
+  unit: str = ""
+  chance: float | None = None  # what no preference at all would give
+
+
+METRICS = {
+    "win_vs_target": Metric("Wins against the target text", chance=0.5),
+    "win_vs_sft": Metric("Wins against the SFT model", chance=0.5),
+    "win_vs_target_macro": Metric("Wins against the target, mean over groups",
+                                  chance=0.5),
+    "win_rate": Metric("Win rate", chance=0.5),
+    "accuracy": Metric("Preference accuracy, held out", chance=0.5),
+    "malformed": Metric("Malformed answers"),
+    "kl": Metric("KL from the SFT model", share=False, unit="nats"),
+    "length": Metric("Answer length", share=False, unit="tokens"),
+}
+
+CURVES = {
+    "train/loss": ("Training loss", "loss", False, None),
+    "rewards/margins": ("Reward margin, chosen minus rejected", "nats", False,
+                        0.0),
+    "rewards/accuracies": ("Pairs ranked as labelled", "% of pairs", True,
+                           0.5),
+    "logps/chosen": ("Log-probability of the chosen response", "nats", False,
+                     None),
+}
+
+EXAMPLES = 3  # rows shown of each end of a ranking
+
+
+# Whatever a stage left out or wrote askew, the page still renders.
+
+
+def fields(value: Any) -> dict:
+  """`value` if it is a dict, else an empty one."""
+  return value if isinstance(value, dict) else {}
+
+
+def items(value: Any) -> list:
+  """`value` if it is a list or tuple, else an empty one."""
+  return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def records(value: Any) -> list[dict]:
+  """The dicts of a list."""
+  return [v for v in items(value) if isinstance(v, dict)]
+
+
+def words(value: Any) -> list:
+  """A list of sentences; one sentence alone is a list of one."""
+  return [value] if isinstance(value, str) else items(value)
+
+
+def metric(name: Any) -> Metric:
+  """What is known of a metric; an unknown one keeps its own name."""
+  return METRICS.get(str(name), Metric(page.plain(name), share=False))
+
+
+def headed(name: str) -> str:
+  """A metric's name with its unit, for the head of a column or an axis."""
+  m = metric(name)
+  unit = "%" if m.share else m.unit
+  return f"{m.name}, {unit}" if unit else m.name
+
+
+def shown(m: Metric, value: Any, sign: bool = False, unit: bool = True) -> str:
+  """One value of a metric in words."""
+  if m.share:
+    return page.percent(value, sign, "%" if unit else "")
+  return page.number(value, sign=sign)
+
+
+def bounds(m: Metric, found: dict, sign: bool = False) -> str:
+  """The 95 % interval in brackets, or nothing where there is none."""
+  low, high = found.get("low"), found.get("high")
+  if low is None or high is None:
+    return ""
+  return (f"[{shown(m, low, sign, unit=False)}, "
+          f"{shown(m, high, sign, unit=False)}]")
+
+
+def measured(m: Metric, found: dict, sign: bool = False) -> str:
+  """Value and interval in one line."""
+  value = shown(m, found.get("value"), sign, unit=False)
+  return f"{value} {bounds(m, found, sign)}".strip()
+
+
+def cell(m: Metric, found: Any) -> Html | str:
+  """Value over interval, for a table; metrics may add a share of ties."""
+  found = fields(found)
+  if not found:
+    return page.MISSING
+  small = [bounds(m, found)]
+  if page.finite(found.get("ties")):
+    small.append(f"ties {page.percent(found['ties'])}")
+  return page.join([shown(m, found.get("value"), unit=False),
+                    *(tag("small", s) for s in small if s)])
+
+
+def metrics_of(arm: Any) -> dict:
+  """An arm's metrics; a baseline may keep them beside its name."""
+  arm = fields(arm)
+  inner = {k: v for k, v in arm.items() if k in METRICS and
+           isinstance(v, dict)}
+  return {**inner, **fields(arm.get("metrics"))}
+
+
+def known(arms: Sequence[dict]) -> list[str]:
+  """The metrics that any arm has, in the order of METRICS, then the rest."""
+  names = {str(n) for arm in arms for n in metrics_of(arm)}
+  return [n for n in METRICS if n in names] + sorted(names - set(METRICS))
+
+
+def budget(value: Any) -> str:
+  """A fraction as a percentage, a number of records as a count."""
+  x = page.finite(value)
+  if x is not None and not isinstance(value, int) and x <= 1:
+    return page.percent(x)
+  return page.number(value)
+
+
+def quantiles(value: Any) -> list[str]:
+  """The 5th, 50th and 95th percentile in words."""
+  found = items(value)[:3]
+  return [page.number(v) for v in found] + [page.MISSING] * (3 - len(found))
+
+
+# Curves.
+
+
+def curves(arms: Sequence[dict], styles: Sequence[tuple[str, int]]) -> Html:
+  """Every curve of the arms, one chart each; `styles` is (name, colour)."""
+  names = {str(n) for a in arms for n in fields(a.get("curves"))}
+  order = [n for n in CURVES if n in names] + sorted(names - set(CURVES))
+  if not order:
+    return page.absent("The training curves were")
+  ends = []
+  for arm in arms:
+    found = [charts.pairs(items(points))[0]
+             for points in fields(arm.get("curves")).values()]
+    ends.append(max((p[-1][0] for p in found if p), default=0.0))
+  drawn = [e for e in ends if e > 0]
+  # Arms of very different length share an axis of progress, not of steps.
+  relative = bool(drawn) and max(drawn) > 3 * min(drawn)
+  x_label = "updates done, % of the arm's own" if relative else "update"
+  blocks, merged = [], 1
+  for name in order:
+    title, unit, share, reference = CURVES.get(name, (name, "", False, None))
+    series = []
+    for arm, (label, colour), end in zip(arms, styles, ends):
+      points, _ = charts.pairs(items(fields(arm.get("curves")).get(name)))
+      merged = max(merged, charts.thin(points)[1])
+      raw = items(fields(arm.get("curves")).get(name))
+      if relative and end > 0:
+        # The points that are not finite go along, to be counted and said.
+        raw = ([(100 * x / end, y) for x, y in points] +
+               [(None, None)] * (len(raw) - len(points)))
+      series.append(charts.Series(label, raw, colour))
+    caption = f"{page.plain(title)}."
+    if reference is not None:
+      caption += (" Dashed: no preference." if share else
+                  " Dashed: no difference from the reference.")
+    if merged > 1:
+      caption += f" Each point is the mean of up to {merged} logged values."
+    blocks.append(page.figure(charts.lines(
+        series, page.plain(title), x_label, unit, scale=100 if share else 1,
+        reference=reference), caption))
+  unique = list(dict.fromkeys(styles))
+  return page.join([charts.legend(unique) if len(unique) > 1 else "",
+                    page.grid(*blocks)])
+
+
+# Selection.
+
+
+def _differs(found: dict) -> list[Html]:
+  """How the selected rows differ from the rest: scores, length, topics."""
+  blocks = []
+  scores = fields(found.get("score_histogram"))
+  if scores:
+    chart = charts.histogram(
+        items(scores.get("edges")), items(scores.get("selected")),
+        items(scores.get("rest")), "Scores of the selected rows and the rest",
+        "score the rows were ranked by")
+    blocks.append(page.figure(
+        page.join([charts.overlay_legend(), chart]),
+        "Scores of the selected rows over those of the rest, each as a share "
+        "of its own rows."))
+  length = fields(found.get("length"))
+  if length:
+    rows = []
+    for key, label, colour in (("selected", "selected", 0),
+                               ("rest", "the rest", charts.MUTED)):
+      at = (items(length.get(key)) + [None] * 3)[:3]
+      rows.append(charts.Row(label, at[1], at[0], at[2],
+                             f"{page.number(at[1])} [{page.number(at[0])}, "
+                             f"{page.number(at[2])}]", colour))
+    blocks.append(page.figure(charts.intervals(
+        rows, "Response length", "response length, tokens"),
+        "Response length: median, and the range from the 5th to the 95th "
+        "percentile."))
+  return blocks
+
+
+def _stability(found: dict) -> Html:
+  overlaps = items(found.get("jaccard"))
+  if not found or (not overlaps and found.get("mean") is None):
+    return page.absent("How stable the selection is was")
+  text = (f"Selecting again from a changed start gave the same rows with a "
+          f"mean overlap (Jaccard) of {page.number(found.get('mean'))}")
+  if overlaps:
+    text += (f" over {len(overlaps)} repeats: "
+             f"{', '.join(page.number(v) for v in overlaps[:12])}")
+  return page.paragraph(text + ".")
+
+
+def _mixture(found: dict) -> Html:
+  if not found:
+    return page.absent("The mixture was not fitted or")
+  names = (("components", "Components", ""), ("covariance", "Covariance", ""),
+           ("pca", "Principal directions", ""),
+           ("in_fit", "Log-likelihood, rows of the fit", "nats per row"),
+           ("held_out", "Log-likelihood, held-out rows", "nats per row"),
+           ("auc", "AUC, pool against shuffled", ""),
+           ("label_accuracy", "Component against label, accuracy", ""),
+           ("nmi", "Component against topic, NMI", ""))
+  rows = []
+  for key, name, unit in names:
+    value = found.get(key)
+    text = page.number(value)
+    rows.append((name, f"{text} {unit}".strip() if value is not None
+                 else "not measured"))
+  warned = words(found.get("warnings"))
+  return page.join([
+      page.facts(rows),
+      *([page.callout("warning", "The mixture may not describe this pool",
+                      warned)] if warned else [])])
+
+
+def _examples(title: str, rows: list[dict]) -> Html:
+  blocks = [tag("h3", title)]
+  for row in rows[:EXAMPLES]:
+    blocks.append(tag(
+        "div", page.paragraph(tag("code", row.get("id")), " · score ",
+                              page.number(row.get("score"), digits=4)),
+        page.text_box("Prompt", row.get("prompt"), limit=600),
+        page.text_box("Chosen", row.get("chosen"), "yes", limit=600),
+        page.text_box("Rejected", row.get("rejected"), "no", limit=600),
+        class_="example"))
+  return tag("div", *blocks)
+
+
+def selection(found: Any) -> Html:
+  """The card of a selection: what was taken, how stable, by which model."""
+  found = fields(found)
+  if not found:
+    return page.absent("What was selected, and how it differs, was")
+  card = fields(found.get("how differs") or found.get("how_differs") or found)
+  blocks = _differs(card)
+  topics = fields(card.get("topics"))
+  parts = []
+  if blocks:
+    parts.append(page.grid(*blocks))
+  else:
+    parts.append(page.absent("How the selected rows differ was"))
+  if topics:
+    parts.append(page.paragraph(
+        f"The selected rows cover {page.number(topics.get('selected'))} of the "
+        f"pool's {page.number(topics.get('pool'))} topics."))
+  parts += [_stability(fields(found.get("stability"))),
+            _mixture(fields(found.get("mixture")))]
+  first = records(found.get("examples_top"))
+  last = records(found.get("examples_bottom"))
+  if first or last:
+    parts.append(page.grid(
+        *([_examples("Ranked first", first)] if first else []),
+        *([_examples("Ranked last", last)] if last else [])))
+  return page.join(parts)
+
+
+# Savings.
+
+
+def saving(value: Any) -> Html | str:
+  """A saved share; one below zero stands out."""
+  x = page.finite(value)
+  text = page.percent(value)
+  return tag("span", text, class_="minus") if x is not None and x < 0 else text
+
+
+def overspent(rows: Sequence[dict]) -> list[str]:
+  """A sentence for every saving that is negative."""
+  found = []
+  for row in rows:
+    against = row.get("against")
+    against = f" against {page.plain(against)}" if against else ""
+    for key, how in (("with_sft", "counting the SFT model"),
+                     ("without_sft", "leaving the SFT model out")):
+      x = page.finite(row.get(key))
+      if x is not None and x < 0:
+        found.append(
+            f"{page.plain(row.get('arm'))}{against}, {how}: "
+            f"{page.percent(x)} saved, so it used "
+            f"{page.percent(-x)} more operations.")
+  return found
+
+
+def overspent_callout(rows: Sequence[dict]) -> Html | str:
+  """The warning over `overspent`, or nothing."""
+  found = overspent(rows)
+  return page.callout("warning", "Selecting cost more than it saved",
+                      found) if found else ""
+
+
+def render(arm: dict) -> str:
+  """The page of one arm.
+
+  Args:
+    arm: an entry of `summary["arms"]`; any key may be absent.
+
+  Returns:
+    A whole HTML document.
+  """
+  arm = fields(arm)
+  name = page.plain(arm.get("name") or "An arm without a name")
+  metrics = metrics_of(arm)
+  saved = fields(arm.get("saved"))
+  rows = [(metric(n).name, metrics[n]) for n in known([arm])]
+  body = [page.absent("How well the policy does was")]
+  if rows:
+    body = [page.table(
+        ("Metric", "Unit", "Value", "95 % interval", "n"),
+        [(m.name, "%" if m.share else m.unit,
+          shown(m, fields(f).get("value"), unit=False),
+          bounds(m, fields(f)) or page.MISSING,
+          page.number(fields(f).get("n")))
+         for m, f in ((metric(n), metrics[n]) for n in known([arm]))],
+        "What was measured on the held-out rows.", text=(1,))]
+  cost = [overspent_callout([{"arm": name, **saved}])]
+  cost.append(page.facts([
+      ("Operations saved, counting the SFT model",
+       saving(saved.get("with_sft"))),
+      ("Operations saved, leaving it out", saving(saved.get("without_sft")))])
+              if saved else page.absent("What this arm saved was"))
+  top = page.figures([
+      (page.number(arm.get("rows")), "rows trained on",
+       "the whole pool" if arm.get("is_all") else None),
+      (page.number(arm.get("updates")), "updates", None),
+      (page.plain(arm.get("sampler")), "sampler",
+       f"budget {budget(arm.get('budget'))}"),
+      (page.number(arm.get("seed")), "seed", None)])
+  return str(page.document(
+      f"jaxalign: {name}", [
+          ("measured", "What was measured", page.join(body)),
+          ("curves", "Training", curves([arm], [(name, 0)])),
+          ("selection", "Selection", selection(arm.get("selection"))),
+          ("cost", "Cost", page.join(cost))], top=top))
