@@ -1,0 +1,1 @@
+"""Human judgments in; checked records, token ids and batches out."""

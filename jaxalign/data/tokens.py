@@ -1,0 +1,205 @@
+"""Text to token rows and response masks: the one place where it happens.
+
+A row is [BOS] + prompt + response + [EOS]. Prompt and response are tokenised
+apart, so the mask's boundary is the text's boundary. A row over the context
+loses prompt tokens on the left; if its response still does not fit it is cut
+on the right and carries no EOS: a cut answer must not be taught to stop there.
+"""
+
+import io
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
+from etils import epath
+
+from jaxalign.data.records import write_bytes
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import ConfigError, CorruptError
+
+KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out
+_FIELDS = dict(ids=np.int32, offsets=np.int64, start=np.int32, cut=np.int32)
+
+
+class TokenRows(NamedTuple):
+  """n rows of tokens, end to end."""
+  ids: np.ndarray  # int32 [total]
+  offsets: np.ndarray  # int64 [n + 1]: row i is ids[offsets[i]:offsets[i + 1]]
+  start: np.ndarray  # int32 [n]: where in the row the response begins
+  cut: np.ndarray  # int32 [n]: tokens of the row that did not fit
+
+
+def encode_rows(tok: Tokenizer, prompts: Sequence[str],
+                responses: Sequence[str], context: int
+                ) -> tuple[TokenRows, dict[str, Any]]:
+  """n rows of one prompt and one response each.
+
+  Args:
+    tok: the tokenizer; its BOS and EOS are written here and nowhere else.
+    prompts, responses: n texts each; a row's text is prompt + response.
+    context: the most tokens a row may have, BOS and EOS included.
+
+  Returns:
+    TokenRows of n rows, and a report of what was cut.
+
+  Raises:
+    ConfigError: the context has no room for a prompt and a response.
+  """
+  rows, cuts, _ = _encode(tok, prompts, [responses], context, "response")
+  return rows, _report(rows, cuts, ["response"])
+
+
+def encode_pairs(tok: Tokenizer, prompts: Sequence[str],
+                 chosen: Sequence[str], rejected: Sequence[str], context: int
+                 ) -> tuple[TokenRows, dict[str, Any], dict[int, str]]:
+  """Two rows per pair, with one and the same cut prompt.
+
+  Args:
+    tok, prompts, context: as in `encode_rows`.
+    chosen, rejected: n texts each.
+
+  Returns:
+    TokenRows of the m pairs kept, 2m rows in the order [chosen 0, rejected 0,
+    chosen 1, ...]; the report; and for each of the n - m pairs left out its
+    number and why.
+  """
+  rows, cuts, refused = _encode(tok, prompts, [chosen, rejected], context,
+                                "chosen", "rejected")
+  report = _report(rows, cuts, ["chosen", "rejected"])
+  report["pairs_refused"] = len(refused)
+  return rows, report, refused
+
+
+def _encode(tok, prompts, sides, context, *names):
+  bos = [tok.bos] if tok.bos >= 0 else []
+  least = KEEP_PROMPT + 2  # BOS, and one response token
+  if context < least:
+    raise ConfigError(f"a context of {context} tokens holds no prompt and "
+                      f"response, wanted {least} or more; set model.context")
+  if any(len(side) != len(prompts) for side in sides):
+    raise ValueError(f"{len(prompts)} prompts, but "
+                     f"{[len(side) for side in sides]} responses of {names}")
+  heads = tok.encode_many(prompts)
+  tails = [tok.encode_responses(side) for side in sides]
+  ids, start, cut, cuts, refused = [], [], [], [], {}
+  for i, head in enumerate(heads):
+    answers = [tail[i] + [tok.eos] for tail in tails]
+    longest = max(map(len, answers))
+    keep = min(len(head), max(context - len(bos) - longest,
+                              min(KEEP_PROMPT, len(head))))
+    room = context - len(bos) - keep
+    if len(answers) == 2 and answers[0][:room] == answers[1][:room]:
+      refused[i] = ("identical after truncation" if longest > room
+                    else "identical tokens")
+      continue
+    prompt = bos + head[len(head) - keep:]
+    for answer in answers:
+      lost = max(0, len(answer) - room)
+      ids.append(np.array(prompt + answer[:room], np.int32))
+      start.append(len(prompt))
+      cut.append(len(head) - keep + lost)
+      cuts.append((len(head) - keep, lost))
+  offsets = np.cumsum([0] + [len(row) for row in ids], dtype=np.int64)
+  rows = TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
+                   offsets, np.array(start, np.int32), np.array(cut, np.int32))
+  return rows, np.array(cuts, np.int64).reshape(-1, 2), refused
+
+
+def _report(rows: TokenRows, cuts: np.ndarray, sides: list[str]
+            ) -> dict[str, Any]:
+  """Rows and tokens cut; the prompt that two sides share counts once."""
+  n, r = len(rows.start), len(sides)
+  tokens_cut = dict(prompt=int(cuts[::r, 0].sum()))
+  rows_cut = dict(prompt=int((cuts[::r, 0] > 0).sum()))
+  for k, side in enumerate(sides):
+    tokens_cut[side] = int(cuts[k::r, 1].sum())
+    rows_cut[side] = int((cuts[k::r, 1] > 0).sum())
+  any_cut = int((rows.cut > 0).sum())
+  return dict(rows=n, rows_cut=any_cut, share=any_cut / n if n else 0.0,
+              tokens=len(rows.ids), rows_cut_by_side=rows_cut,
+              tokens_cut_by_side=tokens_cut)
+
+
+def lengths(rows: TokenRows) -> np.ndarray:
+  """Tokens in each row, int64 [n]."""
+  return np.diff(rows.offsets)
+
+
+def pad(rows: TokenRows, index: np.ndarray, length: int, pad_id: int = 0
+        ) -> tuple[np.ndarray, np.ndarray]:
+  """Rows `index` side by side, padded on the right.
+
+  Args:
+    rows: the token rows.
+    index: int [m], row numbers.
+    length: columns; at least the longest of these rows.
+    pad_id: what fills the rest; the mask does not depend on it.
+
+  Returns:
+    tokens int32 [m, length]; mask bool [m, length], true exactly on the
+    response's tokens and its EOS.
+  """
+  index = np.asarray(index, np.int64)
+  first = rows.offsets[index][:, None]
+  size = (rows.offsets[index + 1] - rows.offsets[index])[:, None]
+  if index.size and size.max() > length:
+    raise ValueError(f"a row of {size.max()} tokens does not fit {length}")
+  column = np.arange(length)[None, :]
+  valid = column < size
+  tokens = np.full((len(index), length), pad_id, np.int32)
+  tokens[valid] = rows.ids[(first + column)[valid]]
+  return tokens, valid & (column >= rows.start[index][:, None])
+
+
+def bucket(length: int, context: int) -> int:
+  """The padded length: 16, 24, 32, 48, 64, 96, ... but never over `context`.
+
+  Two sizes per doubling: at most half a row is padding, and few shapes are
+  compiled.
+  """
+  if length > context:
+    raise ValueError(f"{length} tokens in a context of {context}")
+  size = 16
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return min(size, context)
+
+
+def save(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
+  """Writes `rows` as four .npy files, `<name>.ids.npy` and so on."""
+  for field, kind in _FIELDS.items():
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(getattr(rows, field), kind),
+            allow_pickle=False)
+    write_bytes(epath.Path(folder) / f"{name}.{field}.npy", buffer.getbuffer())
+
+
+def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
+  """What `save` wrote; memory-mapped where the folder is local.
+
+  Raises:
+    CorruptError: a file is missing, damaged, or does not fit the others.
+  """
+  arrays = {}
+  for field, kind in _FIELDS.items():
+    path = epath.Path(folder) / f"{name}.{field}.npy"
+    try:
+      if "://" in str(path):
+        array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+      else:
+        array = np.load(str(path), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+      raise CorruptError(f"token file {path} cannot be read: {error}; delete "
+                         "it and run the data stage again") from error
+    if array.ndim != 1 or array.dtype != kind:
+      raise CorruptError(f"token file {path} is {array.dtype}"
+                         f"{list(array.shape)}, wanted {kind.__name__} [n]; "
+                         "delete it and run the data stage again")
+    arrays[field] = array
+  rows = TokenRows(**arrays)
+  n = len(rows.start)
+  if (len(rows.offsets) != n + 1 or len(rows.cut) != n or rows.offsets[0] or
+      rows.offsets[-1] != len(rows.ids)):
+    raise CorruptError(f"token files {folder}/{name}.*.npy do not fit each "
+                       f"other ({n} rows, {len(rows.ids)} tokens); delete "
+                       "them and run the data stage again")
+  return rows
