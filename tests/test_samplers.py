@@ -1,0 +1,183 @@
+"""Every sampler keeps its contract; ISA equals the loop it replaces."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxalign.errors import ConfigError, NumericError
+from jaxalign.select import pool as pools
+from jaxalign.select.samplers import SAMPLERS, basic
+
+N = 500
+
+
+def make_pool(responses=2, n=N, seed=0):
+  rng = np.random.default_rng(seed)
+  value = -90 - rng.gamma(2.0, 8.0, size=(n, responses))  # skewed left
+  columns = {
+      "embedding": rng.normal(size=(n, responses, 8)).astype(np.float32),
+      "log_likelihood": value,
+      "length": rng.integers(1, 99, size=(n, responses)).astype(np.int32),
+      "topic": rng.integers(0, 9, size=n),
+  }
+  if responses == 1:
+    columns["label"] = rng.random(n) < 0.3
+  return pools.make_pool([f"id{i:05d}" for i in rng.permutation(n)], columns)
+
+
+def naive(values, order):
+  """Algorithm 1 of the paper: leave each row out, sum again. Pure floats."""
+  low, high = min(values), max(values)
+  p = [math.exp((v - low) / (high - low)) for v in values]
+  def entropy(q):
+    if order == "renormalised":
+      total = math.fsum(q)
+      q = [one / total for one in q]
+    return -math.fsum(one * math.log(one) for one in q)
+  whole = entropy(p)
+  change = [whole - entropy(p[:i] + p[i + 1:]) for i in range(len(p))]
+  if order == "magnitude":
+    change = [abs(one) for one in change]
+  return np.array(change)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+  values = make_pool(1).log_likelihood[:, 0].tolist()
+  return {order: naive(values, order) for order in basic.ORDERS}
+
+
+@pytest.mark.parametrize("order", basic.ORDERS)
+def test_isa_equals_the_loop(order, oracle):
+  pool = make_pool(1)
+  got = SAMPLERS["isa"](0, pool, 50, order=order)
+  # The loop subtracts two sums of 500 terms; the formula does not.
+  np.testing.assert_allclose(got.score, oracle[order], rtol=0, atol=1e-12)
+  assert list(got.rows) == list(np.argsort(-oracle[order])[:50])
+  # A flipped sign, or one reading for another, fails here.
+  for other in basic.ORDERS:
+    if other != order:
+      assert set(got.rows) != set(np.argsort(-oracle[other])[:50])
+  assert set(got.rows) != set(np.argsort(oracle[order])[:50])
+
+
+def test_isa_orders_pick_rare_dense_and_middle(oracle):
+  del oracle
+  pool = make_pool(1)
+  rank = pool.log_likelihood[:, 0].argsort().argsort() / (N - 1)
+  pick = {order: rank[SAMPLERS["isa"](0, pool, 50, order=order).rows]
+          for order in basic.ORDERS}
+  assert pick["literal"].max() < 0.11
+  assert pick["magnitude"].min() > 0.89
+  assert 0.1 < pick["renormalised"].mean() < 0.9
+
+
+def test_renormalised_keeps_its_digits_where_subtraction_loses_them():
+  value = np.random.default_rng(3).normal(size=200_000)
+  change = basic.entropy_change(value, "renormalised")
+  u = (value - value.min()) / np.ptp(value)
+  p = np.exp(u)
+  m = (p * u).sum() / p.sum()
+  # The leading term of a series in p/Z, which is about 1e-5 here.
+  np.testing.assert_allclose(change, p / p.sum() * (1 + m - u), rtol=3e-5)
+  assert np.unique(change).size > 199_990
+
+
+@pytest.mark.parametrize("order", basic.ORDERS)
+@pytest.mark.parametrize("pair_score", basic.PAIR_SCORES)
+def test_pair_scores_by_hand(order, pair_score):
+  pool = make_pool(2)
+  flat = naive(pool.log_likelihood.reshape(-1).tolist(), order)
+  chosen, rejected = flat[0::2], flat[1::2]
+  wanted = {"sum": chosen + rejected, "chosen": chosen,
+            "min": np.where(chosen < rejected, chosen, rejected),
+            "max": np.where(chosen < rejected, rejected, chosen),
+            "difference": chosen - rejected}[pair_score]
+  got = SAMPLERS["isa"](0, pool, 60, order=order, pair_score=pair_score)
+  np.testing.assert_allclose(got.score, wanted, rtol=0, atol=1e-12)
+  assert list(got.rows) == list(np.argsort(-wanted)[:60])
+
+
+def test_thumbs_difference_and_pairs_quota_are_refused():
+  with pytest.raises(ConfigError, match="1 responses"):
+    SAMPLERS["isa"](0, make_pool(1), 5, pair_score="difference")
+  with pytest.raises(ConfigError, match="label_quota"):
+    SAMPLERS["isa"](0, make_pool(2), 5, label_quota=0.5)
+  for knob in ("order", "pair_score"):
+    with pytest.raises(ConfigError, match=f"kwargs.{knob}"):
+      SAMPLERS["isa"](0, make_pool(2), 5, **{knob: "nonsense"})
+
+
+@pytest.mark.parametrize("quota,wanted", [
+    (0.5, 40), (0.0, 0), (1.0, 80), ("as_pool", None)])
+def test_label_quota(quota, wanted):
+  pool = make_pool(1)
+  wanted = round(pool.label.mean() * 80) if wanted is None else wanted
+  got = SAMPLERS["isa"](0, pool, 80, label_quota=quota)
+  assert pool.label[got.rows].sum() == wanted and len(set(got.rows)) == 80
+  assert (np.diff(got.score[got.rows]) <= 0).all()
+  best = [i for i in np.argsort(-got.score) if pool.label[i]][:wanted]
+  assert set(best) == set(got.rows[pool.label[got.rows]])
+
+
+@pytest.mark.parametrize("quota", [1.5, -0.1, "pool", True])
+def test_label_quota_refused(quota):
+  with pytest.raises(ConfigError, match="label_quota"):
+    SAMPLERS["isa"](0, make_pool(1), 5, label_quota=quota)
+  with pytest.raises(ConfigError, match="asks for 450 desirable"):
+    SAMPLERS["isa"](0, make_pool(1), 450, label_quota=1.0)
+
+
+def test_constant_or_broken_likelihood_is_refused():
+  pool = make_pool(1)
+  for value, found in ((np.zeros((N, 1)), "equal"),
+                       (np.where(np.arange(N) == 3, np.nan, 1.0)[:, None]
+                        * np.arange(N)[:, None], "not finite")):
+    broken = pools.Pool(pool.ids, pool.columns | {"log_likelihood": value})
+    with pytest.raises(NumericError, match=found):
+      SAMPLERS["isa"](0, broken, 5)
+
+
+def test_a_shift_and_scale_of_the_likelihood_change_no_row():
+  pool = make_pool(2)
+  moved = pools.Pool(pool.ids, pool.columns | {
+      "log_likelihood": 2.0 * pool.log_likelihood + 64.0})
+  for order in basic.ORDERS:
+    a = SAMPLERS["isa"](0, pool, 70, order=order)
+    b = SAMPLERS["isa"](0, moved, 70, order=order)
+    assert set(a.rows) == set(b.rows)
+
+
+def test_random_is_fair_nested_and_the_same_in_a_part_of_the_pool():
+  pool = make_pool(2, n=4000)
+  a = SAMPLERS["random"](1, pool, 1000)
+  b = SAMPLERS["random"](2, pool, 1000)
+  assert 200 < np.intersect1d(a.rows, b.rows).size < 300  # 250 by chance
+  assert list(SAMPLERS["random"](1, pool, 100).rows) == list(a.rows[:100])
+  part = pools.Pool(pool.ids[::2], {})
+  inside = set(part.ids)
+  wanted = [i for i in pool.ids[a.rows] if i in inside]
+  c = SAMPLERS["random"](1, part, len(wanted))
+  assert list(part.ids[c.rows]) == wanted
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("responses", [1, 2])
+def test_contract(name, responses):
+  """Of every entry of the table: what it needs, shapes, order, ties."""
+  sampler = SAMPLERS[name]
+  pool = make_pool(responses)
+  assert isinstance(sampler.needs, tuple)
+  only = pools.Pool(pool.ids, {k: pool.columns[k] for k in sampler.needs})
+  got = sampler(5, only, 40)
+  assert got.rows.dtype == np.int64 and got.rows.shape == (40,)
+  assert got.score.dtype == np.float64 and got.score.shape == (N,)
+  assert len(set(got.rows.tolist())) == 40
+  assert (np.diff(got.score[got.rows]) <= 0).all()
+  # Rows that arrive in another order, sorted by id again, give the same ids.
+  order = np.random.default_rng(9).permutation(N)
+  again = sampler(5, pools.make_pool(
+      pool.ids[order], {k: v[order] for k, v in pool.columns.items()}), 40)
+  assert list(only.ids[got.rows]) == list(pool.ids[again.rows])
+  assert len(sampler(5, pool, N).rows) == N

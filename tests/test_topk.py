@@ -1,0 +1,97 @@
+"""The best M rows: ties by a hash of the id, NaN refused, budgets checked."""
+
+import numpy as np
+import pytest
+
+from jaxalign.errors import ConfigError, DataError, NumericError
+from jaxalign.select import pool as pools
+from jaxalign.select import topk
+
+
+def ids_of(n):
+  return np.array([f"row-{i:06d}" for i in range(n)])
+
+
+def test_order_is_descending_and_matches_a_sort():
+  score = np.random.default_rng(0).normal(size=1000)
+  rows = topk.top(score, ids_of(1000), 137)
+  assert rows.dtype == np.int64
+  np.testing.assert_array_equal(rows, np.argsort(-score)[:137])
+
+
+def test_ties_follow_the_id_not_the_position():
+  ids = ids_of(400)
+  score = np.repeat([3.0, 1.0, 1.0, 0.0], 100)
+  chosen = ids[topk.top(score, ids, 180)]
+  assert set(chosen[:100]) == set(ids[:100])
+  order = np.random.default_rng(1).permutation(400)
+  assert list(ids[order][topk.top(score[order], ids[order], 180)]) == (
+      list(chosen))
+  # A hash, not the alphabet: the 80 are spread over both tied hundreds.
+  assert 20 < np.isin(chosen[100:], ids[200:]).sum() < 60
+  # And a larger budget extends a smaller one.
+  assert list(ids[topk.top(score, ids, 150)]) == list(chosen[:150])
+
+
+def test_infinities_are_ranked_and_nan_is_refused_by_id():
+  score = np.array([0.0, np.inf, -np.inf, 1.0])
+  assert list(topk.top(score, ids_of(4), 4)) == [1, 3, 0, 2]
+  score[2] = np.nan
+  with pytest.raises(NumericError, match="row-000002"):
+    topk.top(score, ids_of(4), 2)
+
+
+@pytest.mark.parametrize("m", [-1, 5])
+def test_more_rows_than_there_are(m):
+  with pytest.raises(ConfigError, match="select.budget"):
+    topk.top(np.zeros(4), ids_of(4), m)
+
+
+def test_none_and_all():
+  assert topk.top(np.zeros(4), ids_of(4), 0).shape == (0,)
+  assert sorted(topk.top(np.zeros(4), ids_of(4), 4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("budget,n,wanted", [
+    (0.1, 1000, 100), (0.035, 1000, 35), (0.15, 10, 2), (1.0, 10, 10),
+    (1, 10, 1), (10, 10, 10), (np.int64(3), 10, 3), (np.float32(0.5), 10, 5)])
+def test_budget(budget, n, wanted):
+  assert topk.budget_rows(budget, n) == wanted
+
+
+@pytest.mark.parametrize("budget", [
+    0, 0.0, -1, -0.1, 11, 1.5, 11.0, float("nan"), True, "0.1", None])
+def test_budget_refused(budget):
+  with pytest.raises(ConfigError, match="config.select.budget"):
+    topk.budget_rows(budget, 10)
+
+
+def test_budget_below_one_batch():
+  with pytest.raises(ConfigError, match="below one batch of 4"):
+    topk.budget_rows(0.3, 10, batch=4)
+  assert topk.budget_rows(0.4, 10, batch=4) == 4
+
+
+def test_uniform_belongs_to_the_id():
+  ids = ids_of(5000)
+  u = topk.uniform(7, ids, "a")
+  assert 0 < u.min() and u.max() < 1
+  assert abs(u.mean() - 0.5) < 0.02 and abs(u.var() - 1 / 12) < 0.005
+  np.testing.assert_array_equal(topk.uniform(7, ids[::-3], "a"), u[::-3])
+  for other in (topk.uniform(8, ids, "a"), topk.uniform(7, ids, "b")):
+    assert abs(np.corrcoef(u, other)[0, 1]) < 0.05
+  # The stream is part of the format: a change would redraw every subset.
+  np.testing.assert_allclose(
+      topk.uniform(0, np.array(["a", "b"]), "random"),
+      np.array([0.7242655226048975, 0.376340514393295]), rtol=0, atol=1e-15)
+
+
+def test_pool_sorts_and_names_what_is_missing():
+  pool = pools.make_pool(["b", "a"], {"length": np.array([[2], [1]])})
+  assert list(pool.ids) == ["a", "b"] and pool.length[0, 0] == 1
+  with pytest.raises(ConfigError, match="no column 'log_likelihood'.*length"):
+    pool.log_likelihood
+  with pytest.raises(DataError, match="'a' occurs more than once"):
+    pools.make_pool(["a", "a"], {})
+  with pytest.raises(DataError, match="wanted 2 rows"):
+    pools.make_pool(["a", "b"], {"length": np.zeros(3)})
