@@ -6,6 +6,7 @@ the row itself, and the split of a row is a hash of its group.
 
 import collections
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -72,7 +73,7 @@ def load(source: str, *, schema: str = "auto", limit: int = 0,
       if isinstance(row, BadRow):
         raise Refused(*row)
       own = _own_id(row)
-      fresh = _converted(found, row)
+      fresh = _converted(found, row, where)
       its_kind = "pairs" if "chosen" in fresh else "thumbs"
       kind = kind or its_kind
       if its_kind != kind:
@@ -129,21 +130,25 @@ def _own_id(row: Mapping) -> str | None:
   return str(value)
 
 
-def _converted(schema: Schema, row: dict) -> dict[str, Any]:
+def _converted(schema: Schema, row: dict, where: Where) -> dict[str, Any]:
   """The row in its canonical fields; a fork's own convert is checked too."""
-  fresh = schema.convert(row)
   if schema.name in SCHEMAS:
-    return fresh
+    return schema.convert(row)
+  fresh = None
   try:
+    fresh = schema.convert(row)
     if "chosen" in fresh:
       return make_pair(fresh["prompt"], fresh["chosen"], fresh["rejected"],
                        fresh.get("group", ""))
     return make_thumb(fresh["prompt"], fresh["completion"],
                       bool(fresh["label"]), fresh.get("group", ""))
-  except (KeyError, TypeError, AttributeError) as error:
-    raise DataError(f"schema {schema.name} returned {str(fresh)[:80]}, wanted "
-                    "a dict of prompt and chosen, rejected or completion, "
-                    f"label ({error!r}); set config.data.schema") from error
+  except Refused:
+    raise
+  except Exception as error:  # it is the user's code
+    made = f"returned {fresh!s:.80}" if fresh is not None else "failed"
+    raise DataError(f"{_at(where)}: schema {schema.name} {made} ({error!r}), "
+                    "wanted a dict of texts: prompt and chosen, rejected or "
+                    "completion, label; set config.data.schema") from error
 
 
 def _name(rows: list[dict], taken: Mapping) -> int:
@@ -192,7 +197,7 @@ def split(rows: Iterable[dict], fractions: Mapping[str, float],
     ConfigError: shares that are negative or do not sum to 1.
   """
   shares = np.array(list(fractions.values()), np.float64)
-  if not len(shares) or (shares < 0).any() or abs(shares.sum() - 1) > 1e-9:
+  if not (shares >= 0).all() or not abs(shares.sum() - 1) <= 1e-9:  # nor NaN
     raise ConfigError(f"split shares {dict(fractions)} sum to "
                       f"{shares.sum():g}, wanted shares of 0 or more that sum "
                       "to 1; set config.data.split")
@@ -223,7 +228,6 @@ def write_rows(path: epath.PathLike, rows: list[dict]) -> None:
   """
   import pyarrow as pa
   import pyarrow.parquet as pq
-  import io
   table = (pa.Table.from_pylist(rows) if rows else pa.table(
       {name: pa.array([], pa.string()) for name in ("id", "prompt", "group")}))
   buffer = io.BytesIO()

@@ -22,6 +22,7 @@ EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz",
               ".csv.gz")
 MAX_ROW_BYTES = 1 << 26  # one line; a longer one is a bomb, not a record
 _KNOB = "set config.data.source"
+_SPLIT = r"[\w-]+(?:\[[^\]]*\])?"  # train, or train[:10%]
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -322,11 +323,9 @@ _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv,
 
 
 def _name_and_split(rest: str) -> tuple[str, str]:
-  """"name:split" apart; the colon of gs:// is part of the name."""
-  name, colon, split = rest.rpartition(":")
-  if colon and "/" not in split:
-    return name, split or "train"
-  return rest, "train"
+  """"name:split" apart; gs:// and a TFDS version belong to the name."""
+  found = re.fullmatch(rf"(.+?):({_SPLIT}(?:\+{_SPLIT})*)?", rest)
+  return (found[1], found[2] or "train") if found else (rest, "train")
 
 
 def _hf(source: str, rest: str) -> Rows:
@@ -352,7 +351,7 @@ def _tfds(source: str, rest: str) -> Rows:
       table = tfds.builder_from_directory(name).as_data_source(split)
     else:
       table = tfds.data_source(name, split=split)
-  except Exception as error:  # as above, and pytype errors of old builders
+  except Exception as error:  # as above
     raise DataError(f"data source {source}: {type(error).__name__}: "
                     f"{str(error)[:300]}; {_KNOB}") from error
   for number, row in enumerate(table, 1):

@@ -1,0 +1,274 @@
+"""Every row is kept under a stable id or counted with its reason."""
+
+import collections
+import gzip
+import json
+import random
+
+import pytest
+from etils import epath
+from hypothesis import given, settings, strategies as st
+
+from jaxalign.data import records
+from jaxalign.data.schemas.pairs import Refused
+from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
+
+
+def pair(i, **other):
+  return dict(prompt=f"p{i}", chosen=f"c{i}", rejected=f"r{i}", **other)
+
+
+def put(path, rows):
+  path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) +
+                          "\n" for row in rows), encoding="utf-8")
+  return str(path)
+
+
+def own_schema(row):
+  """A fork's convert, named in a config as "module:function"."""
+  if row["q"] == "skip":
+    raise Refused("not wanted", "by the fork")
+  return dict(prompt=row["q"], chosen=row["a"], rejected=row["b"])
+
+
+def wrong_schema(row):
+  return dict(prompt=row["q"])
+
+
+def test_the_order_of_the_input_does_not_matter(tmp_path):
+  rows = ([pair(i) for i in range(20)] + [pair(3), pair(3)] +
+          [pair(i, id=f"own{i}") for i in range(20, 25)] + [pair(9, id=77)])
+  first = records.load(put(tmp_path / "a.jsonl", rows))
+  random.Random(0).shuffle(rows)
+  again = records.load(put(tmp_path / "b.jsonl", rows))
+  assert again.rows == first.rows
+  ids = [row["id"] for row in first.rows]
+  assert ids == sorted(set(ids)) and len(ids) == 28
+  assert "own22" in ids and "77" in ids
+  assert first.duplicates == 3  # pair 3 twice more, pair 9 once more
+  assert sum(name.endswith("-2") for name in ids) == 1
+  splits = records.split(first.rows, dict(a=0.5, b=0.5), 0)
+  assert records.split(again.rows, dict(a=0.5, b=0.5), 0) == splits
+
+
+def test_ids_follow_the_content_not_other_fields(tmp_path):
+  one = records.load(put(tmp_path / "a.jsonl", [pair(1, note="x")])).rows
+  two = records.load(put(tmp_path / "b.jsonl", [pair(1)])).rows
+  three = records.load(put(tmp_path / "c.jsonl", [dict(pair(1), chosen="C")]))
+  assert one == two and set(one[0]) == {"id", "prompt", "chosen", "rejected",
+                                        "group"}
+  assert three.rows[0]["id"] != one[0]["id"]
+  assert len(one[0]["id"]) == 18 and one[0]["id"].endswith("-0")
+
+
+def test_nothing_is_dropped_uncounted(tmp_path):
+  rows = [pair(0, id="a"), "{broken", pair(1, id="a"), pair(2, id=["x"]),
+          dict(pair(3), chosen=None), dict(pair(4), chosen="r4"),
+          "[1]", pair(5),
+          pair(6, id=True), pair(7), pair(8), pair(9)]
+  source = put(tmp_path / "a.jsonl", rows)
+  loaded = records.load(source, max_bad_fraction=0.6)
+  assert loaded.seen == 12 == len(loaded.rows) + len(loaded.refused)
+  assert loaded.counts == {"bad id": 2, "chosen equals rejected": 1,
+                           "duplicate id": 1, "malformed JSON": 1,
+                           "not an object": 1, "null": 1}
+  assert sum(loaded.counts.values()) == len(loaded.refused)
+  twin = next(r for r in loaded.refused if r["reason"] == "duplicate id")
+  assert (twin["line"], twin["id"], twin["file"]) == (3, "a", source)
+  assert f"{source}:1" in twin["detail"]
+  records.write_refused(tmp_path / "refused.jsonl", loaded.refused)
+  lines = (tmp_path / "refused.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == loaded.refused
+
+
+def test_error_mode_names_the_row(tmp_path):
+  source = put(tmp_path / "a.jsonl", [pair(0), dict(pair(1, id="x"), chosen="")])
+  with pytest.raises(DataError) as error:
+    records.load(source, on_bad_rows="error")
+  for word in (f"{source}:2", "id x", "empty response"):
+    assert word in str(error.value)
+  source = put(tmp_path / "b.jsonl", [pair(0, id="x"), pair(1), pair(2, id="x")])
+  with pytest.raises(DataError) as error:
+    records.load(source, on_bad_rows="error")
+  assert f"{source}:1" in str(error.value) and f"{source}:3" in str(error.value)
+  with pytest.raises(ConfigError, match="on_bad_rows"):
+    records.load(source, on_bad_rows="ignore")
+
+
+def test_too_many_bad_rows_stop_the_run(tmp_path):
+  rows = [pair(i) for i in range(6)] + [dict(pair(i), chosen="")
+                                        for i in range(6)]
+  source = put(tmp_path / "a.jsonl", rows)
+  assert len(records.load(source, max_bad_fraction=0.5).rows) == 6
+  with pytest.raises(DataError, match="empty response 6"):
+    records.load(source, max_bad_fraction=0.49)
+  source = put(tmp_path / "b.jsonl", rows[6:])
+  with pytest.raises(DataError):  # none left, whatever is allowed
+    records.load(source, schema="explicit_pairs", max_bad_fraction=1.0)
+  with pytest.raises(DataError, match="none of the first 3"):
+    records.load(put(tmp_path / "c.jsonl", ["{", "{", "{"]))
+
+
+def test_schema_by_name_by_shape_and_of_a_fork(tmp_path):
+  late = put(tmp_path / "a.jsonl", ["{", dict(prompt=None), pair(1), pair(2)])
+  loaded = records.load(late)
+  assert (loaded.schema, loaded.kind, loaded.seen) == ("explicit_pairs",
+                                                       "pairs", 4)
+  with pytest.raises(DataError, match="question"):
+    records.load(put(tmp_path / "b.jsonl", [dict(question="?")]))
+  with pytest.raises(ConfigError, match="explicit_pairs"):
+    records.load(late, schema="explicit_pear")
+  own = put(tmp_path / "c.jsonl", [dict(q="a", a="b", b="c"),
+                                   dict(q="skip", a="b", b="c"),
+                                   dict(q="a", a="b", b="b"),
+                                   dict(q="b", a="b", b="c", id="z")])
+  loaded = records.load(own, schema=f"{__name__}:own_schema")
+  assert loaded.kind == "pairs" and loaded.rows[1] == dict(
+      id="z", prompt="b", chosen="b", rejected="c", group="b")
+  assert loaded.counts == {"not wanted": 1, "chosen equals rejected": 1}
+  for row in (dict(q="a"), dict(other=1)):  # it fails on the result; itself
+    with pytest.raises(DataError, match="config.data.schema") as error:
+      records.load(put(tmp_path / "d.jsonl", [row]),
+                   schema=f"{__name__}:wrong_schema")
+    assert "d.jsonl:1" in str(error.value)
+
+
+def test_limit(tmp_path):
+  source = put(tmp_path / "a.jsonl", [pair(i) for i in range(9)])
+  assert records.load(source, limit=4).seen == 4
+  with pytest.raises(ConfigError, match="limit"):
+    records.load(source, limit=-1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=4), max_size=40), st.integers(0, 2**63),
+       st.randoms())
+def test_a_group_is_never_in_two_splits(groups, seed, rng):
+  rows = [dict(id=str(i), group=group) for i, group in enumerate(groups)]
+  shares = dict(pool=0.7, sft=0.1, none=0.0, eval=0.2)
+  parts = records.split(rows, shares, seed)
+  assert list(parts) == list(shares) and not parts["none"]
+  home = {row["id"]: name for name, part in parts.items() for row in part}
+  assert len(home) == len(rows)  # every row, once
+  by_group = collections.defaultdict(set)
+  for row in rows:
+    by_group[row["group"]].add(home[row["id"]])
+  assert all(len(names) == 1 for names in by_group.values())
+  rng.shuffle(rows)
+  moved = records.split(rows, shares, seed)
+  assert {row["id"]: name for name, part in moved.items()
+          for row in part} == home
+  few = records.split(rows[:3], shares, seed)  # fewer rows move none
+  assert all(home[row["id"]] == name for name, part in few.items()
+             for row in part)
+
+
+def test_splits_have_their_shares_and_seeds_differ():
+  rows = [dict(id=str(i), group=f"g{i}") for i in range(20_000)]
+  parts = records.split(rows, dict(a=0.8, b=0.15, c=0.05), 1)
+  for name, want in dict(a=16_000, b=3_000, c=1_000).items():
+    assert abs(len(parts[name]) - want) < 5 * want ** 0.5
+  other = records.split(rows, dict(a=0.8, b=0.15, c=0.05), 2)
+  assert other["c"] != parts["c"]
+  for shares in (dict(a=0.5), dict(a=1.5, b=-0.5), dict(a=float("nan")), {}):
+    with pytest.raises(ConfigError, match="config.data.split"):
+      records.split(rows, shares, 0)
+
+
+def test_thumbs_of_pairs(tmp_path):
+  loaded = records.load(put(tmp_path / "a.jsonl", [pair(1, id="b"),
+                                                   pair(2, id="a")]))
+  assert records.pairs_to_thumbs(loaded.rows) == [
+      dict(id="a/chosen", prompt="p2", completion="c2", label=True, group="p2"),
+      dict(id="a/rejected", prompt="p2", completion="r2", label=False,
+           group="p2"),
+      dict(id="b/chosen", prompt="p1", completion="c1", label=True, group="p1"),
+      dict(id="b/rejected", prompt="p1", completion="r1", label=False,
+           group="p1")]
+
+
+def test_tables_read_back_equal_and_are_whole_or_absent(tmp_path, monkeypatch):
+  rows = [pair(i, id=f"\u05d0{i}\0\U0001f600", group="g") for i in range(5000)]
+  path = tmp_path / "deep" / "rows.parquet"
+  records.write_rows(path, rows)
+  assert records.read_table(path) == rows
+  before = path.read_bytes()
+  records.write_rows(path, rows)
+  assert path.read_bytes() == before
+  assert [p.name for p in path.parent.iterdir()] == ["rows.parquet"]
+  thumbs = records.pairs_to_thumbs(rows[:3])
+  records.write_rows(str(path), thumbs)
+  assert records.read_table(str(path)) == thumbs
+  records.write_rows(path, [])
+  assert records.read_table(path) == []
+  path.write_bytes(before[:-30])
+  with pytest.raises(CorruptError, match="rows.parquet"):
+    records.read_table(path)
+  with pytest.raises(CorruptError, match="absent"):
+    records.read_table(tmp_path / "absent.parquet")
+  path.write_bytes(before)
+  def full(self, target):
+    raise OSError(28, "No space left on device")
+  monkeypatch.setattr(type(epath.Path(path)), "replace", full)
+  with pytest.raises(WriteError, match="No space left"):
+    records.write_rows(path, rows[:1])
+  assert path.read_bytes() == before
+  assert [p.name for p in path.parent.iterdir()] == ["rows.parquet"]
+
+
+def test_the_card_counts(tmp_path):
+  rows = [dict(prompt="p" * n, chosen="c" * n, rejected="r", id=str(n))
+          for n in range(1, 102)] + [dict(pair(0), chosen="")]
+  loaded = records.load(put(tmp_path / "a.jsonl", rows))
+  parts = records.split(loaded.rows, dict(pool=0.9, eval=0.1), 0)
+  card = records.data_card(loaded, parts)
+  assert json.loads(json.dumps(card)) == card
+  assert card["characters"]["prompt"] == dict(p5=6.0, p50=51.0, p95=96.0)
+  assert card["rows_by_split"] == {k: len(v) for k, v in parts.items()}
+  assert sum(card["rows_by_split"].values()) == 101 == card["kept"]
+  assert card["refused_by_reason"] == {"empty response": 1}
+  assert (card["schema"], card["duplicates"]) == ("explicit_pairs", 0)
+
+
+@pytest.mark.parametrize("name, schema, kept, counts", [
+    # Counted apart, in loops over the raw files.
+    ("hh-harmless/pairs.jsonl.gz", "implicit_pairs", 1794,
+     {"empty response": 4, "prompts differ": 2}),
+    ("ultrafeedback/pairs.jsonl.gz", "explicit_pairs", 994,
+     {"chosen equals rejected": 4, "empty response": 2}),
+    ("llamafactory/dpo_en_demo.json", "chat_pairs", 300, {}),
+    ("llamafactory/kto_en_demo.json", "chat_thumbs", 300, {})])
+def test_real_data(shared, name, schema, kept, counts):
+  loaded = records.load(str(shared / "data" / name))
+  assert (loaded.schema, len(loaded.rows), loaded.counts) == (schema, kept,
+                                                              counts)
+  assert loaded.seen == kept + sum(counts.values())
+
+
+def test_real_refusals_are_the_known_rows(shared):
+  loaded = records.load(str(shared / "data/hh-harmless/pairs.jsonl.gz"))
+  assert [row["line"] - 1 for row in loaded.refused
+          if row["reason"] == "prompts differ"] == [1254, 1688]
+  path = shared / "data/ultrafeedback/pairs.jsonl.gz"
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    raw = [json.loads(line) for line in file]
+  bad = {i + 1 for i, row in enumerate(raw)
+         if row["chosen"] == row["rejected"] or "" in (row["chosen"],
+                                                       row["rejected"])}
+  assert {row["line"] for row in records.load(str(path)).refused} == bad
+
+
+def test_real_messages_keep_their_text(shared):
+  path = shared / "data/llamafactory/dpo_en_demo.json"
+  with open(path, encoding="utf-8") as file:
+    raw = json.load(file)
+  loaded = records.load(str(path))
+  got = collections.Counter((row["chosen"], row["rejected"])
+                            for row in loaded.rows)
+  assert got == collections.Counter(
+      (" " + row["chosen"]["value"], " " + row["rejected"]["value"])
+      for row in raw)
+  assert sum(not row["prompt"].startswith("\n\nHuman:")
+             for row in loaded.rows) == sum(
+                 row["conversations"][0]["from"] == "system" and
+                 row["conversations"][0]["value"] != "" for row in raw)

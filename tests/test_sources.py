@@ -1,0 +1,294 @@
+"""Rows come with file and line; bad ones are handed on, bad files named."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxalign.data import sources
+from jaxalign.data.sources import BadRow, read_rows
+from jaxalign.errors import ConfigError, DataError
+
+ROWS = [dict(prompt=f"p{i}", chosen=f"good {i} \u00e9\U0001f600", rejected=f"r{i}")
+        for i in range(5)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def put(path, data):
+  path.write_bytes(data)
+  return str(path)
+
+
+def rows_of(source, **kwargs):
+  return [row for _, row in read_rows(source, **kwargs)]
+
+
+def csv_bytes(rows):
+  quote = lambda text: '"' + text.replace('"', '""') + '"'
+  lines = [list(rows[0])] + [list(row.values()) for row in rows]
+  return "\r\n".join(",".join(map(quote, line)) for line in lines).encode()
+
+
+def parquet(path, rows):
+  pq.write_table(pa.Table.from_pylist(rows), path)
+  return str(path)
+
+
+def test_every_format_reads_the_same_rows(tmp_path):
+  texts = {"a.jsonl": LINES, "a.json": json.dumps(ROWS).encode(),
+           "b.json": json.dumps({"version": 1, "data": ROWS}).encode(),
+           "a.csv": csv_bytes(ROWS)}
+  made = [put(tmp_path / name, data) for name, data in texts.items()]
+  made += [put(tmp_path / f"{name}.gz", gzip.compress(data))
+           for name, data in texts.items()]
+  made.append(parquet(tmp_path / "a.parquet", ROWS))
+  for source in made:
+    assert rows_of(source) == ROWS, source
+    assert {where.file for where, _ in read_rows(source)} == {source}
+    assert rows_of(source, limit=2) == ROWS[:2]
+    assert sources.source_files(source) == [source]
+
+
+def test_lines_are_one_based_and_count_blank_lines(tmp_path):
+  source = put(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
+  assert [(w.line, row["a"]) for w, row in read_rows(source)] == [
+      (1, 1), (4, 2)]
+  source = put(tmp_path / "a.csv", b'\xef\xbb\xbfa,b\n"x\ny",1\n\nz,2\n')
+  assert [(w.line, row) for w, row in read_rows(source)] == [
+      (2, dict(a="x\ny", b="1")), (5, dict(a="z", b="2"))]
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b'{"a": 1', "malformed JSON"),
+    (b'{"a": 1} trailing', "malformed JSON"),
+    (b"[" * 100_000, "malformed JSON"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "malformed JSON"),
+    (b"[1, 2]", "not an object"),
+    (b"null", "not an object"),
+    (b'{"a": "\xff\xfe"}', "bad UTF-8"),
+    (b'{"a": "\\ud800"}', "lone surrogate"),
+    (b'{"a": [{"b\\udc00": 1}]}', "lone surrogate"),
+    (b'{"a": "\xed\xa0\x80"}', "bad UTF-8"),
+])
+def test_a_bad_line_is_named_and_reading_goes_on(tmp_path, line, reason):
+  source = put(tmp_path / "a.jsonl", LINES[:LINES.index(b"\n") + 1] + line +
+               b"\n" + LINES)
+  found = list(read_rows(source))
+  assert len(found) == 7
+  bad = [(where.line, row) for where, row in found if isinstance(row, BadRow)]
+  assert [(at, row.reason) for at, row in bad] == [(2, reason)]
+  assert bad[0][1].detail
+  assert found[2][1] == ROWS[0]
+
+
+def test_odd_but_legal_text_survives(tmp_path):
+  row = {"a": "NUL \0 bidi \u202e rtl \u05d0 emoji \U0001f469\u200d\U0001f4bb"}
+  assert rows_of(put(tmp_path / "a.jsonl", json.dumps(row).encode())) == [row]
+  assert rows_of(put(tmp_path / "b.jsonl", json.dumps(
+      row, ensure_ascii=False).encode())) == [row]
+
+
+def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000)
+  data = b'{"a": "' + b"x" * 12_345 + b'"}\n{"a": 2}\n'
+  found = list(read_rows(put(tmp_path / "a.jsonl.gz", gzip.compress(data))))
+  assert found[0][1].reason == "row too long"
+  assert found[1] == ((str(tmp_path / "a.jsonl.gz"), 2), {"a": 2})
+
+
+def test_bad_csv_rows(tmp_path):
+  source = put(tmp_path / "a.csv", b'a,b\n1,2\n1,2,3\n\xff,2\n4,5\n"x"y,1\n6,7\n')
+  assert [(w.line, row.reason if isinstance(row, BadRow) else row["a"])
+          for w, row in read_rows(source)] == [
+              (2, "1"), (3, "wrong number of columns"), (4, "bad UTF-8"),
+              (5, "4"), (6, "malformed CSV"), (7, "6")]
+  with pytest.raises(DataError, match="twice"):
+    rows_of(put(tmp_path / "b.csv", b"a,a\n1,2\n"))
+
+
+def test_a_parquet_row_of_bad_text_is_named(tmp_path):
+  bad = pa.Array.from_buffers(pa.string(), 3, [
+      None, pa.py_buffer(bytes.fromhex("00000000 01000000 02000000 03000000")),
+      pa.py_buffer(b"a\xffc")])
+  pq.write_table(pa.table(dict(a=bad)), tmp_path / "a.parquet")
+  found = list(read_rows(str(tmp_path / "a.parquet")))
+  assert [w.line for w, _ in found] == [1, 2, 3]
+  assert found[1][1].reason == "bad UTF-8"
+  assert [found[0][1], found[2][1]] == [dict(a="a"), dict(a="c")]
+
+
+def test_a_missing_or_empty_file_is_an_error(tmp_path):
+  for name in ("no.jsonl", "no*.jsonl", "no/[ab]*.parquet"):
+    with pytest.raises(DataError, match="config.data.source"):
+      read_rows(str(tmp_path / name))  # at once, before the first row
+  (tmp_path / "folder.jsonl").mkdir()
+  with pytest.raises(DataError, match="folder"):
+    read_rows(str(tmp_path / "folder.jsonl"))
+  for name, data in {"a.jsonl": b"", "b.jsonl": b"\n\n", "c.json": b"[]",
+                     "d.csv": b"a,b\n", "e.jsonl.gz": gzip.compress(b""),
+                     "f.jsonl.gz": b"", "g.parquet": b""}.items():
+    with pytest.raises(DataError, match="empty|no rows"):
+      rows_of(put(tmp_path / name, data))
+  pq.write_table(pa.table(dict(a=pa.array([], pa.string()))),
+                 tmp_path / "h.parquet")
+  with pytest.raises(DataError, match="no rows"):
+    rows_of(str(tmp_path / "h.parquet"))
+
+
+@pytest.mark.parametrize("source", ["a.txt", "a", "a.parquet.gz", "foo:bar",
+                                    "http://x/a.jsonl", "hf:", "tfds:", "", 3])
+def test_an_unknown_source_names_the_knob(source):
+  with pytest.raises(ConfigError, match="config.data.source"):
+    read_rows(source)
+
+
+def test_a_truncated_gzip_says_how_far_it_was_good(tmp_path):
+  lines = [json.dumps(dict(a=hashlib.sha256(b"%d" % i).hexdigest())) + "\n"
+           for i in range(5000)]
+  whole = gzip.compress("".join(lines).encode())
+  source = put(tmp_path / "a.jsonl.gz", whole[:len(whole) // 2])
+  seen = []
+  with pytest.raises(DataError, match="truncated") as error:
+    for _, row in read_rows(source):
+      seen.append(row)
+  assert 1000 < len(seen) < 4000
+  assert seen == [json.loads(line) for line in lines[:len(seen)]]
+  assert f"{len(seen)} good rows" in str(error.value)
+  assert source in str(error.value)
+  flipped = bytearray(whole)
+  flipped[-6] ^= 1  # in the checksum
+  with pytest.raises(DataError, match="damaged"):
+    rows_of(put(tmp_path / "b.jsonl.gz", bytes(flipped)))
+  with pytest.raises(DataError, match="damaged"):
+    rows_of(put(tmp_path / "c.jsonl.gz", LINES))
+  for extension, data in (("csv", csv_bytes(ROWS * 9)),
+                          ("json", json.dumps(ROWS * 9).encode())):
+    with pytest.raises(DataError, match="truncated"):
+      rows_of(put(tmp_path / f"d.{extension}.gz", gzip.compress(data)[:-9]))
+
+
+def test_broken_whole_files_are_errors(tmp_path):
+  for name, data, why in (
+      ("a.json", b"{", "not JSON"), ("b.json", b'{"a": 1}\n{"a": 2}', "jsonl"),
+      ("c.json", b'{"a": [], "b": []}', "2 lists"), ("d.json", b"3", "int"),
+      ("e.json", b'["\xff"]', "UTF-8"), ("f.parquet", b"PAR1junk", "parquet")):
+    with pytest.raises(DataError, match=why):
+      rows_of(put(tmp_path / name, data))
+  whole = (tmp_path / "g.parquet")
+  parquet(whole, ROWS)
+  with pytest.raises(DataError, match="parquet"):
+    rows_of(put(tmp_path / "h.parquet", whole.read_bytes()[:-20]))
+
+
+def test_a_glob_reads_in_name_order_and_has_one_digest(tmp_path):
+  b = put(tmp_path / "b.jsonl", LINES)
+  a = put(tmp_path / "a.jsonl", b'{"a": 1}\n')
+  glob = str(tmp_path / "*.jsonl")
+  assert sources.source_files(glob) == [a, b]
+  assert rows_of(glob) == [{"a": 1}] + ROWS
+  assert sources.source_digest(glob) == hashlib.sha256(
+      b'{"a": 1}\n' + LINES).hexdigest()
+  assert sources.source_digest(b) == hashlib.sha256(LINES).hexdigest()
+  (tmp_path / "x").mkdir()
+  deep = put(tmp_path / "x" / "c[1].jsonl", LINES)
+  assert sources.source_files(str(tmp_path / "*" / "c*.jsonl")) == [deep]
+  assert sources.source_files(deep) == [deep]  # a bracket in a real name
+
+
+def test_reading_streams(tmp_path):
+  """The first row is there though the file's end is broken."""
+  data = gzip.compress(LINES * 20_000)
+  source = put(tmp_path / "a.jsonl.gz", data[:-4])
+  with contextlib.closing(read_rows(source)) as rows:
+    assert next(rows)[1] == ROWS[0]
+  assert rows_of(source, limit=7) == ROWS + ROWS[:2]
+
+
+def test_a_hugging_face_folder(tmp_path, monkeypatch):
+  datasets = pytest.importorskip("datasets")
+  datasets.disable_progress_bars()
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+  (tmp_path / "data").mkdir()
+  put(tmp_path / "data" / "train.jsonl", LINES)
+  put(tmp_path / "data" / "test.jsonl", LINES[:LINES.index(b"\n")])
+  source = f"hf:{tmp_path}/data"
+  assert rows_of(source) == ROWS
+  assert rows_of(f"{source}:test") == ROWS[:1]
+  assert list(read_rows(source))[1][0] == (source, 2)
+  assert sources.source_files(source) == []
+  digest = sources.source_digest(source)
+  assert digest == sources.source_digest(source)
+  assert digest != sources.source_digest(f"{source}:test")
+  put(tmp_path / "data" / "train.jsonl", LINES.replace(b"good 3", b"good 4"))
+  assert digest != sources.source_digest(source)
+  with pytest.raises(DataError, match="nowhere"):
+    rows_of("hf:nowhere/at-all")
+  with pytest.raises(DataError, match="valid"):
+    rows_of(f"{source}:valid")
+
+
+def test_a_tfds_dataset_of_array_records(tmp_path):
+  before = "tensorflow" in sys.modules
+  tfds = pytest.importorskip("tensorflow_datasets")
+  tfds.disable_progress_bar()
+  text = tfds.features.Text()
+  turns = tfds.features.Sequence(dict(role=text, content=text))
+  features = tfds.features.FeaturesDict(dict(
+      prompt=text, label=tfds.features.Scalar(np.bool_),
+      score=tfds.features.Scalar(np.int32), messages=turns))
+  want = [dict(prompt=f"p \u00e9 {i}", label=i % 2 == 0, score=i, messages=[
+      dict(role="user", content=f"q{i}"), dict(role="assistant", content="a")])
+          for i in range(4)]
+
+  class Toy(tfds.core.GeneratorBasedBuilder):
+    """Four rows."""
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = tmp_path
+
+    def _info(self):
+      return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      yield from enumerate(want)
+
+  builder = Toy(data_dir=tmp_path, file_format="array_record")
+  builder.download_and_prepare()
+  source = f"tfds:{builder.data_dir}"
+  for name in (source, f"{source}:train"):
+    assert sorted(rows_of(name), key=lambda row: row["score"]) == want
+  assert len(rows_of(f"{source}:train[:2]")) == 2
+  assert sources.source_digest(source) == sources.source_digest(source)
+  assert ("tensorflow" in sys.modules) == before
+  with pytest.raises(DataError, match="no_such_set"):
+    rows_of("tfds:no_such_set_at_all")
+
+
+def test_google_storage_goes_through_epath(tmp_path):
+  from etils import epath
+  put(tmp_path / "a.jsonl", LINES)
+  real = lambda path: str(path).replace("gs://bucket", str(tmp_path))
+  with epath.testing.mock_epath(
+      open=lambda original, path, mode="r", **kw: original(real(path), mode, **kw),
+      exists=lambda original, path: original(real(path)),
+      isdir=lambda original, path: original(real(path)),
+      glob=lambda original, path: original(real(path))):
+    assert rows_of("gs://bucket/a.jsonl") == ROWS
+
+
+@pytest.mark.parametrize("rest, want", [
+    ("a/b", ("a/b", "train")), ("a/b:", ("a/b", "train")),
+    ("a/b:test", ("a/b", "test")), ("a:train[5:10%]", ("a", "train[5:10%]")),
+    ("a:b+c[:3]", ("a", "b+c[:3]")), ("gs://x/y", ("gs://x/y", "train")),
+    ("gs://x/y:test", ("gs://x/y", "test")), ("a:1.0.0", ("a:1.0.0", "train")),
+    ("a:1.0.0:test", ("a:1.0.0", "test"))])
+def test_names_and_splits(rest, want):
+  assert sources._name_and_split(rest) == want

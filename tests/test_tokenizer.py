@@ -1,0 +1,156 @@
+"""Tokenizers lose nothing, obey no text, and mean the same to transformers."""
+
+import gzip
+import json
+import random
+
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+from jaxalign.data import tokenizer
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import ConfigError
+
+RNG = random.Random(0)
+WORDS = sorted({"".join(RNG.choice("bdgkmnprtz") + RNG.choice("aeiou")
+                        for _ in range(RNG.choice((2, 3))))
+                for _ in range(60)})
+TEXTS = ["\n\nHuman: " + " ".join(RNG.choices(WORDS, k=9)) +
+         "?\n\nAssistant: " + " ".join(RNG.choices(WORDS, k=6))
+         for _ in range(300)]
+HARD = ["", " ", "  a  ", "\n\n", "a\r\nb\t", "\0", "a\0b", "\u2581", " \u2581 ",
+        "\u2581\u2581a", "<s>", "</s><unk>", "<0x0A>", "\ufeff", "\ufffd",
+        "\u2585", "\u2047", "\u202e\u05d0\u05d1", "e\u0301 \u00e9 \ufb01",
+        "\U0001f469\u200d\U0001f4bb", "\x7f\x1b[0m", "\U0010ffff", "12345"]
+
+text = st.text(st.characters(codec="utf-8"), max_size=30) | st.lists(
+    st.sampled_from(WORDS + HARD + [" ", "\n\nAssistant:"])).map("".join)
+
+
+@pytest.fixture(scope="module")
+def small():
+  return Tokenizer(tokenizer.train(TEXTS, 1000))
+
+
+@pytest.fixture
+def real_texts(shared):
+  path = shared / "data" / "hh-harmless" / "pairs.jsonl.gz"
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    return [json.loads(line)["chosen"] for line in file]
+
+
+STORIES, MISTRAL, T5 = ("models/stories260K", "tokenizers/mistral-v1",
+                        "tokenizers/t5/sentencepiece.model")
+
+
+def test_each_word_of_a_closed_vocabulary_is_one_piece(small):
+  for word in WORDS:
+    assert len(small.encode(f" {word}")) == 1, word
+  assert small.decode(small.encode("\n\nHuman: hi\n\n")) == "\n\nHuman: hi\n\n"
+  assert small.vocab_size < 1000  # a closed vocabulary has no more pieces
+
+
+def test_training_is_deterministic(small):
+  assert tokenizer.train(TEXTS, 1000, seed=3) == small.proto
+  assert Tokenizer.from_bytes(small.proto).digest == small.digest
+  other = Tokenizer(tokenizer.train(TEXTS[:200], 1000))
+  assert other.digest != small.digest
+
+
+def test_controls(small):
+  assert (small.unk, small.bos, small.eos, small.pad) == (0, 1, 2, 0)
+  assert small.encode("ba", begins=True) == [1] + small.encode("ba")
+  assert small.decode([1] + small.encode("ba ti") + [2]) == "ba ti"
+
+
+@settings(max_examples=400, deadline=None)
+@given(text)
+@example("".join(HARD))
+def test_nothing_is_lost_and_no_text_is_a_control(small, value):
+  for ids in (small.encode(value), small.encode_response(value)):
+    assert small.decode(ids) == value
+    assert not {small.bos, small.eos, small.unk} & set(ids)
+    assert all(0 <= i < small.vocab_size for i in ids)
+
+
+@pytest.mark.parametrize("name", [STORIES, MISTRAL])
+def test_models_that_put_a_space_first(shared, name):
+  tok = Tokenizer.load(shared / name)
+  assert tok.adds_prefix
+
+  @settings(max_examples=150, deadline=None)
+  @given(text, text)
+  @example("\n\nHuman: Hi\n\nAssistant:", " Hello")
+  def check(prompt, response):
+    head, tail = tok.encode(prompt), tok.encode_response(response)
+    assert not {tok.bos, tok.eos, tok.unk} & set(head + tail)
+    assert tok.decode(head) == prompt
+    assert tok.decode_response(tail) == response
+    if prompt:
+      assert tok.decode(head + tail) == prompt + response
+
+  check()
+  # One space, not two: "▁Hello", as the whole text would be tokenised.
+  whole = tok.encode("Hi: Hello")
+  assert tok.encode("Hi:") + tok.encode_response(" Hello") == whole
+  assert tok.encode("Hello") == tok.encode_response(" Hello")
+
+
+def test_a_unigram_model_loads_but_is_not_exported(tmp_path, shared):
+  tok = Tokenizer.load(shared / T5)
+  assert tok.decode(tok.encode_response(" Hello there")) == "Hello there"
+  assert tok.eos == 1 and tok.pad == 0
+  with pytest.raises(ConfigError, match="BPE"):
+    tok.export(tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_batches_are_the_texts_one_by_one(small, shared):
+  assert small.encode_many(HARD) == [small.encode(text) for text in HARD]
+  assert small.encode_many([]) == []
+  tok = Tokenizer.load(shared / STORIES)
+  assert tok.encode_responses(HARD) == [tok.encode_response(text)
+                                        for text in HARD]
+
+
+def test_what_cannot_be_a_tokenizer(tmp_path, small):
+  for data in (b"", b"junk" * 50, small.proto[:500], b"\x80\x04K*."):
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(ConfigError, match="config.model.tokenizer"):
+      Tokenizer.load(tmp_path)
+  with pytest.raises(ConfigError, match="nowhere"):
+    Tokenizer.load(tmp_path / "nowhere")
+  for size, texts in ((100, TEXTS), (1000, []), (1000, ["", "\0"])):
+    with pytest.raises(ConfigError, match="vocab_size"):
+      tokenizer.train(texts, size)
+
+
+def test_rare_characters_are_bytes_when_the_vocabulary_is_small():
+  texts = ["common words here " * 50 + chr(0x4e00 + i) for i in range(500)]
+  tok = Tokenizer(tokenizer.train(texts, 400))
+  assert tok.vocab_size <= 400
+  assert tok.decode(tok.encode(texts[7])) == texts[7]
+  assert len(tok.encode(" common")) == 1
+
+
+@pytest.mark.parametrize("name", ["trained", STORIES])
+def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
+  transformers = pytest.importorskip("transformers")
+  tok = (Tokenizer(tokenizer.train(real_texts[:400], 2000))
+         if name == "trained" else Tokenizer.load(shared / name))
+  tok.export(tmp_path)
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+      "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+      "tokenizer_config.json"]
+  assert Tokenizer.load(tmp_path).digest == tok.digest
+  (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama")))
+  peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert (peer.bos_token_id, peer.eos_token_id, peer.unk_token_id,
+          peer.pad_token_id) == (tok.bos, tok.eos, tok.unk, tok.pad)
+  assert len(peer) == tok.vocab_size
+  plain = [text for text in HARD if text and "\u2581" not in text and
+           not text.startswith("<")]
+  texts = real_texts[400:800] + plain
+  for text, ids in zip(texts, peer(texts).input_ids):
+    assert ids == tok.encode(text, begins=True), text
+    assert peer.decode(ids, skip_special_tokens=True) == text
