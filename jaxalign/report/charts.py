@@ -64,7 +64,9 @@ def ticks(low: float, high: float, count: int = 5) -> tuple[list[float], int]:
     return [], 0
   raw = span / max(count, 1)
   power = 10.0 ** math.floor(math.log10(raw))
-  step = next(m * power for m in (1, 2, 5, 10) if raw <= m * power * 1.0001)
+  # The round step nearest in ratio: 1, 2 and 5 meet at their means.
+  step = power * (1 if raw < 1.4142 * power else 2 if raw < 3.1623 * power
+                  else 5 if raw < 7.0711 * power else 10)
   first = math.ceil(low / step - 1e-9)
   last = math.floor(high / step + 1e-9)
   decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -120,7 +122,7 @@ def empty(title: str, why: str = "no data") -> Html:
 
 def _across(low: float, high: float, height: float, label: str) -> Html:
   """The horizontal axis: rules, tick labels, and what is measured."""
-  marks, decimals = ticks(low, high, 4)
+  marks, decimals = ticks(low, high, 5)
   parts = []
   for mark in marks:
     x = _at((mark - low) / (high - low))
@@ -139,6 +141,7 @@ def _side(share: float) -> str:
 def _words(label: str, text: str, y: float) -> Html:
   """A row's name and its numbers, which the style sheet puts in place."""
   return page.join([
+      tag("rect", x=0, y=y - 24, width="100%", height=17, class_="veil"),
       _text("0%", y, shorten(label, 24), "who halo"),
       _text("100%", y, text, "what halo")])
 
@@ -164,7 +167,7 @@ def intervals(rows: Sequence[Row], title: str, label: str, *,
     return empty(title)
   mark = drawable(reference, scale)
   low, high = _range(seen + ([] if mark is None else [mark]))
-  pitch = 42
+  pitch = 36
   height = pitch * len(rows)
 
   def at(value):
@@ -190,7 +193,7 @@ def intervals(rows: Sequence[Row], title: str, label: str, *,
 
 
 def thin(points: Sequence[tuple[float, float]],
-         limit: int = 150) -> tuple[list[tuple[float, float]], int]:
+         limit: int = 75) -> tuple[list[tuple[float, float]], int]:
   """Means of k neighbours, so that about `limit` points stay, and k."""
   k = max(1, math.ceil(len(points) / limit))
   groups = [points[i:i + k] for i in range(0, len(points), k)]

@@ -112,6 +112,7 @@ def number(value: Any, digits: int = 3, sign: bool = False) -> str:
     return plus + _minus(f"{mantissa}e{int(power)}")
   if x == 0:
     return "0"
+  x = float(f"{x:.{digits - 1}e}")  # 0.9999 has become 1: one place fewer
   places = max(0, digits - 1 - math.floor(math.log10(abs(x))))
   return plus + _minus(f"{x:.{places}f}")
 
@@ -216,7 +217,7 @@ def text_box(label: Any, text: Any, kind: str = "", limit: int = 1500) -> Html:
   if text is None:
     body = tag("p", "not recorded", class_="absent")
   else:
-    words = str(text)
+    words = plain(text).strip("\n")
     cut = len(words) - limit
     shown = words if cut <= 0 else words[:limit]
     body = tag("pre", shown, tabindex="0", dir="auto",
@@ -228,10 +229,12 @@ def text_box(label: Any, text: Any, kind: str = "", limit: int = 1500) -> Html:
              class_=f"box {kind}".strip())
 
 
-def figure(chart: Html, caption: Any, wide: bool = False) -> Html:
+def figure(chart: Html, caption: Any) -> Html:
   """A chart and its caption."""
-  return tag("figure", chart, tag("figcaption", caption),
-             class_="wide" if wide else None)
+  # The container is the chart's own: one around the caption as well would
+  # keep the figure counter inside it.
+  return tag("figure", tag("div", chart, class_="fit"),
+             tag("figcaption", caption))
 
 
 def grid(*children: Any) -> Html:
@@ -293,12 +296,12 @@ def document(title: Any, sections: Sequence[tuple[str, str, Html]],
 STYLE = """
 :root{--bg:#fcfcfa;--ink:#1a1d21;--muted:#575e68;--rule:#d8dbdf;
 --panel:#f3f4f3;--accent:#0a5a9c;--warn:#9a4a00;--warn-bg:#fff3e0;
---c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#b5588f;--c4:#a67c00;
---c5:#3a94cc;--c6:#4b4f55;--cm:#6b727c;--rest:#9aa1aa}
+--c0:#00619c;--c1:#b23c00;--c2:#009e73;--c3:#b5588f;--c4:#b38a00;
+--c5:#4499d8;--c6:#4b4f55;--cm:#6b727c;--rest:#9aa1aa}
 @media screen and (prefers-color-scheme:dark){:root{--bg:#14171a;
 --ink:#e8eaec;--muted:#a7aeb7;--rule:#363c43;--panel:#1d2125;
 --accent:#79bdf7;--warn:#f2b05e;--warn-bg:#2f2413;
---c0:#4aa8e8;--c1:#ff8a4c;--c2:#2cc79b;--c3:#e59ac6;--c4:#f0c14b;
+--c0:#4aa8e8;--c1:#ff7f3f;--c2:#2cc79b;--c3:#e59ac6;--c4:#f5d565;
 --c5:#9ad6ff;--c6:#d3d7dc;--cm:#98a0aa;--rest:#6c747e}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
@@ -337,10 +340,9 @@ padding:.8rem 1.1rem;margin:1.1rem 0;border-radius:0 6px 6px 0}
 .callout.warning{border-color:var(--warn);background:var(--warn-bg)}
 .callout.warning .callout-title{color:var(--warn)}
 .verdict{font-size:1.08rem}
-.figures{display:grid;gap:1px;margin:1.4rem 0;background:var(--rule);
-border-block:1px solid var(--rule);
+.figures{display:grid;gap:0 1.5rem;margin:1.6rem 0 0;padding:.35rem 0;
 grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr))}
-.figures div{background:var(--bg);padding:.8rem .9rem .7rem 0;display:flex;
+.figures div{padding:.45rem 0;display:flex;
 flex-direction:column}
 .figures dt{order:2;font-size:.84rem;color:var(--muted);line-height:1.35}
 .figures dd{margin:0;font-size:1.55rem;font-weight:600;line-height:1.25;
@@ -350,7 +352,7 @@ letter-spacing:-.01em}
 .facts div{display:flex;justify-content:space-between;gap:1rem;
 padding:.32rem 0;border-bottom:1px solid var(--rule);break-inside:avoid}
 .facts dt{color:var(--muted)}
-.facts dd{margin:0;text-align:right;min-width:0;overflow-wrap:anywhere}
+.facts dd{margin:0;text-align:right;max-width:66%;overflow-wrap:break-word}
 .scroll{overflow-x:auto;margin:1.2rem 0}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 caption{text-align:left;color:var(--muted);font-size:.88rem;
@@ -365,17 +367,22 @@ border-bottom:1px solid var(--rule)}
 tbody th{font-weight:500;min-width:6.5rem}
 .n{text-align:right;padding:.42rem 0 .42rem .9rem;white-space:nowrap}
 thead .n{white-space:normal}
+.n+:not(.n){padding-left:1.6rem}
 td small{display:block;color:var(--muted);font-size:.82em}
 .minus{color:var(--warn);font-weight:650}
 .grid{display:grid;gap:1.4rem 2.4rem;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr))}
 .grid>*{min-width:0}
-figure{margin:1.2rem 0;container-type:inline-size;break-inside:avoid}
+figure{margin:1.2rem 0;break-inside:avoid}
+.fit{container-type:inline-size}
 .grid figure{margin:0}
 figcaption{font-size:.86rem;line-height:1.45;margin-top:.35rem;
 max-width:46rem}
 figcaption::before{counter-increment:f;content:"Figure " counter(f) ". ";
 color:var(--ink);font-weight:600}
+details{margin:1rem 0}
+summary{cursor:pointer;color:var(--accent)}
+details h3{margin-top:1rem}
 .example{border-top:1px solid var(--rule);padding:1rem 0 .4rem}
 .example>p{margin:0 0 .5rem}
 .box{min-width:0;margin:.2rem 0 .6rem}
@@ -416,10 +423,12 @@ stroke-linejoin:round}
 .c4{--s:var(--c4)}.c5{--s:var(--c5)}.c6{--s:var(--c6)}.cm{--s:var(--cm)}
 /* Rows carry their words beside the marks where there is room, above them
 where there is not: the words keep their size on a phone. */
-svg.rows{padding:22px 158px 46px 172px}
+svg .veil{display:none;fill:var(--bg)}
+svg.rows{padding:22px 172px 46px 172px}
 svg.rows .who{text-anchor:end;transform:translate(-14px,4px)}
 svg.rows .what{text-anchor:start;transform:translate(14px,4px)}
 @container (max-width:36rem){
+svg .veil{display:inline}
 svg.rows{padding:26px 12px 46px 12px}
 svg.rows .who{text-anchor:start;transform:translate(-10px,-11px)}
 svg.rows .what{text-anchor:end;transform:translate(10px,-11px)}}
@@ -431,7 +440,8 @@ svg.plot .direct{display:none}}
 .facts{columns:1}h2{font-size:1.35rem}section{margin-top:2.4rem}
 .figures{grid-template-columns:repeat(2,1fr)}
 .figures dd{font-size:1.3rem}.figures .remark{font-size:.78rem}}
-@media print{body{max-width:none;padding:0;font-size:10.5pt}
+@media print{details::details-content{content-visibility:visible;
+display:block}body{max-width:none;padding:0;font-size:10.5pt}
 nav{display:none}.scroll{overflow:visible}.box pre{max-height:none}
 section{margin-top:1.6rem}h2,h3{break-after:avoid}
 tr,.callout,.example{break-inside:avoid}

@@ -140,40 +140,65 @@ def quantiles(value: Any) -> list[str]:
 # Curves.
 
 
+def _over_seeds(group: list[list[tuple[float, float]]], name: str,
+                colour: int, lost: int) -> list[charts.Series]:
+  """The mean of an arm's seeds in a band of their range, where x agrees."""
+  # A point that is not finite goes along, to be counted and said.
+  gaps = [(None, None)] * lost
+  grids = {tuple(x for x, _ in points) for points in group if points}
+  full = [points for points in group if points]
+  if len(full) < 2 or len(grids) > 1:
+    return [charts.Series(name, points + (gaps if i == 0 else []), colour)
+            for i, points in enumerate(group)]
+  mean, band = [], []
+  for at in zip(*full):
+    ys = [y for _, y in at]
+    mean.append((at[0][0], sum(ys) / len(ys)))
+    band.append((at[0][0], min(ys), max(ys)))
+  return [charts.Series(name, mean + gaps, colour, band)]
+
+
 def curves(arms: Sequence[dict], styles: Sequence[tuple[str, int]]) -> Html:
-  """Every curve of the arms, one chart each; `styles` is (name, colour)."""
+  """Every curve of the arms, one chart each; `styles` is (name, colour).
+
+  Arms of one style are seeds of one another and share a line.
+  """
   names = {str(n) for a in arms for n in fields(a.get("curves"))}
   order = [n for n in CURVES if n in names] + sorted(names - set(CURVES))
   if not order:
     return page.absent("The training curves were")
-  ends = []
-  for arm in arms:
-    found = [charts.pairs(items(points))[0]
-             for points in fields(arm.get("curves")).values()]
-    ends.append(max((p[-1][0] for p in found if p), default=0.0))
+  read = [{str(n): charts.pairs(items(points))
+           for n, points in fields(arm.get("curves")).items()} for arm in arms]
+  ends = [max((p[-1][0] for p, _ in r.values() if p), default=0.0)
+          for r in read]
   drawn = [e for e in ends if e > 0]
   # Arms of very different length share an axis of progress, not of steps.
   relative = bool(drawn) and max(drawn) > 3 * min(drawn)
   x_label = "updates done, % of the arm's own" if relative else "update"
-  blocks, merged = [], 1
+  seeds = len(set(styles)) < len(styles)
+  blocks = []
   for name in order:
     title, unit, share, reference = CURVES.get(name, (name, "", False, None))
-    series = []
-    for arm, (label, colour), end in zip(arms, styles, ends):
-      points, _ = charts.pairs(items(fields(arm.get("curves")).get(name)))
-      merged = max(merged, charts.thin(points)[1])
-      raw = items(fields(arm.get("curves")).get(name))
+    groups, merged = {}, 1
+    for found, style, end in zip(read, styles, ends):
+      points, lost = found.get(name, ([], 0))
+      points, k = charts.thin(points)
+      merged = max(merged, k)
       if relative and end > 0:
-        # The points that are not finite go along, to be counted and said.
-        raw = ([(100 * x / end, y) for x, y in points] +
-               [(None, None)] * (len(raw) - len(points)))
-      series.append(charts.Series(label, raw, colour))
+        points = [(100 * x / end, y) for x, y in points]
+      group = groups.setdefault(style, [[], 0])
+      group[0].append(points)
+      group[1] += lost
+    series = [s for style, (group, lost) in groups.items()
+              for s in _over_seeds(group, *style, lost)]
     caption = f"{page.plain(title)}."
+    if seeds:
+      caption += " Lines: mean over seeds; bands: all seeds."
     if reference is not None:
       caption += (" Dashed: no preference." if share else
-                  " Dashed: no difference from the reference.")
+                  " Dashed: no margin at all.")
     if merged > 1:
-      caption += f" Each point is the mean of up to {merged} logged values."
+      caption += f" A point is the mean of up to {merged} logged values."
     blocks.append(page.figure(charts.lines(
         series, page.plain(title), x_label, unit, scale=100 if share else 1,
         reference=reference), caption))
@@ -183,6 +208,35 @@ def curves(arms: Sequence[dict], styles: Sequence[tuple[str, int]]) -> Html:
 
 
 # Selection.
+
+
+def _card(found: dict) -> dict:
+  """A card as `select.card` writes it, under the names the page uses."""
+  if not found or "diagnostics" not in found:
+    return found
+  seen = fields(found["diagnostics"])
+  steady, halves, labels = (fields(seen.get(k)) for k in (
+      "stability", "held_out", "component_labels"))
+  fitted = fields(found.get("mixture"))
+  length = {}
+  for name, key in (("selected", "chosen"), ("rest", "rest")):
+    at = items(fields(found.get("length")).get(key))
+    if at:  # five quantiles: the outer two and the middle one
+      length[name] = [at[0], at[len(at) // 2], at[-1]]
+  topic = fields(found.get("topic"))
+  card = {"length": length, "topics": topic and {
+      "selected": topic.get("covered"), "pool": topic.get("topics")}}
+  return {"stability": steady and {"mean": steady.get("jaccard_mean")},
+          "mixture": fitted and {
+              "pca": fitted.get("directions"), **fitted,
+              "in_fit": halves.get("mean_fitted"),
+              "held_out": halves.get("mean_held_out"),
+              "auc": halves.get("auc"),
+              "label_accuracy": labels.get("accuracy"),
+              "nmi": labels.get("nmi")},
+          "how differs": card, **{
+              k: v for k, v in found.items()
+              if k not in ("mixture", "length", "topic", "diagnostics")}}
 
 
 def _differs(found: dict) -> list[Html]:
@@ -218,10 +272,10 @@ def _stability(found: dict) -> Html:
   overlaps = items(found.get("jaccard"))
   if not found or (not overlaps and found.get("mean") is None):
     return page.absent("How stable the selection is was")
-  text = (f"Selecting again from a changed start gave the same rows with a "
-          f"mean overlap (Jaccard) of {page.number(found.get('mean'))}")
+  text = (f"Repeated with other seeds, selections share rows with a mean "
+          f"overlap (Jaccard) of {page.number(found.get('mean'))}")
   if overlaps:
-    text += (f" over {len(overlaps)} repeats: "
+    text += (f", from {len(overlaps)} comparisons: "
              f"{', '.join(page.number(v) for v in overlaps[:12])}")
   return page.paragraph(text + ".")
 
@@ -233,13 +287,14 @@ def _mixture(found: dict) -> Html:
            ("pca", "Principal directions", ""),
            ("in_fit", "Log-likelihood, rows of the fit", "nats per row"),
            ("held_out", "Log-likelihood, held-out rows", "nats per row"),
-           ("auc", "AUC, pool against shuffled", ""),
-           ("label_accuracy", "Component against label, accuracy", ""),
-           ("nmi", "Component against topic, NMI", ""))
+           ("auc", "AUC of fitted over held-out rows (0.5: none memorised)",
+            ""),
+           ("label_accuracy", "Components matched with labels, accuracy", ""),
+           ("nmi", "Components and labels, shared information (NMI)", ""))
   rows = []
   for key, name, unit in names:
     value = found.get(key)
-    text = page.number(value)
+    text = page.number(value, digits=4 if unit else 3)
     rows.append((name, f"{text} {unit}".strip() if value is not None
                  else "not measured"))
   warned = words(found.get("warnings"))
@@ -264,7 +319,7 @@ def _examples(title: str, rows: list[dict]) -> Html:
 
 def selection(found: Any) -> Html:
   """The card of a selection: what was taken, how stable, by which model."""
-  found = fields(found)
+  found = _card(fields(found))
   if not found:
     return page.absent("What was selected, and how it differs, was")
   card = fields(found.get("how differs") or found.get("how_differs") or found)
@@ -284,9 +339,10 @@ def selection(found: Any) -> Html:
   first = records(found.get("examples_top"))
   last = records(found.get("examples_bottom"))
   if first or last:
-    parts.append(page.grid(
-        *([_examples("Ranked first", first)] if first else []),
-        *([_examples("Ranked last", last)] if last else [])))
+    parts.append(tag(
+        "details", tag("summary", "Rows ranked first and last"), page.grid(
+            *([_examples("Ranked first", first)] if first else []),
+            *([_examples("Ranked last", last)] if last else []))))
   return page.join(parts)
 
 
@@ -337,9 +393,8 @@ def render(arm: dict) -> str:
   name = page.plain(arm.get("name") or "An arm without a name")
   metrics = metrics_of(arm)
   saved = fields(arm.get("saved"))
-  rows = [(metric(n).name, metrics[n]) for n in known([arm])]
   body = [page.absent("How well the policy does was")]
-  if rows:
+  if metrics:
     body = [page.table(
         ("Metric", "Unit", "Value", "95 % interval", "n"),
         [(m.name, "%" if m.share else m.unit,

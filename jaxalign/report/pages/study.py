@@ -112,19 +112,20 @@ def _forest(rows: Sequence[tuple[str, int, dict]], name: str) -> Html:
       reference_label="even" if m.chance is not None else ""), caption + ".")
 
 
-def _differences(found: list[dict]) -> list[Html]:
+def _differences(found: list[dict], colours: dict) -> list[Html]:
   """Pairs of arms: an interval plot per metric, and one table."""
   blocks, rows = [], []
   for name in dict.fromkeys(str(c.get("metric")) for c in found):
     m = run.metric(name)
     unit = "percentage points" if m.share else m.unit
     drawn = []
-    for i, c in enumerate(c for c in found if str(c.get("metric")) == name):
+    for c in (c for c in found if str(c.get("metric")) == name):
       gap = fields(c.get("difference"))
       label = f"{page.plain(c.get('a'))} − {page.plain(c.get('b'))}"
       text = run.measured(m, gap, sign=True)
       drawn.append(charts.Row(label, gap.get("value"), gap.get("low"),
-                              gap.get("high"), text, i))
+                              gap.get("high"), text,
+                              colours.get(page.plain(c.get("a")), 6)))
       rows.append((label, m.name, page.join([
           run.shown(m, gap.get("value"), sign=True, unit=False), " ",
           tag("small", run.bounds(m, gap, sign=True) or page.MISSING)]),
@@ -152,7 +153,7 @@ def _comparison(summary: dict, arms: list[dict]) -> Html:
   names = run.known(every)
   parts = []
   if names:
-    main = [n for n in ("win_vs_target", "win_vs_sft", "accuracy", "kl")
+    main = [n for n in ("win_vs_target", "win_vs_sft", "accuracy")
             if n in names] or names[:1]
     drawn = []
     for name in main:
@@ -170,7 +171,8 @@ def _comparison(summary: dict, arms: list[dict]) -> Html:
     parts.append(page.absent("How well the arms do was"))
   found = records(summary.get("comparisons"))
   parts.append(tag("h3", "Differences"))
-  parts += _differences(found) if found else [
+  colours = {name: c for name, c in [*styles, *looks]}
+  parts += _differences(found, colours) if found else [
       page.absent("Differences between arms were")]
   return page.join(parts)
 
@@ -419,7 +421,7 @@ def terminal(summary: dict) -> str:
                  charts.shorten(page.number(arm.get("rows")), 9),
                  *(charts.shorten(short(n, run.metrics_of(arm).get(n)), 20)
                    for n in names)])
-  room = 12
+  room = 14
   left = len(grid) - 1 - room
   grid = grid[:room + 1]
   wide = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
@@ -429,7 +431,7 @@ def terminal(summary: dict) -> str:
       cells += [c.rjust(w) for c, w in zip(row[1:], wide[1:])]
       text.append("  ".join(cells)[:COLUMNS].rstrip())
     if left > 0:
-      text.append(f"... and {left} more arms in the report")
+      text.append(f"... and more arms ({left}) in the report")
   else:
     text.append("no arm was measured")
   said = [*(("", page.plain(v)) for v in run.words(summary.get("verdicts"))),
@@ -442,7 +444,7 @@ def terminal(summary: dict) -> str:
                           subsequent_indent="  ", max_lines=3,
                           placeholder=" ...")
     if len(text) + len(lines) > LINES - 1:
-      text.append(f"... and {len(said) - i} more remarks in the report")
+      text.append(f"... and more remarks ({len(said) - i}) in the report")
       break
     text += lines
   return "\n".join(text[:LINES]).replace(page.NO_BREAK, " ")
