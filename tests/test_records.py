@@ -82,12 +82,14 @@ def test_nothing_is_dropped_uncounted(tmp_path):
 
 
 def test_error_mode_names_the_row(tmp_path):
-  source = put(tmp_path / "a.jsonl", [pair(0), dict(pair(1, id="x"), chosen="")])
+  source = put(tmp_path / "a.jsonl", [pair(0),
+                                       dict(pair(1, id="x"), chosen="")])
   with pytest.raises(DataError) as error:
     records.load(source, on_bad_rows="error")
   for word in (f"{source}:2", "id x", "empty response"):
     assert word in str(error.value)
-  source = put(tmp_path / "b.jsonl", [pair(0, id="x"), pair(1), pair(2, id="x")])
+  source = put(tmp_path / "b.jsonl", [pair(0, id="x"), pair(1),
+                                       pair(2, id="x")])
   with pytest.raises(DataError) as error:
     records.load(source, on_bad_rows="error")
   assert f"{source}:1" in str(error.value) and f"{source}:3" in str(error.value)
@@ -202,6 +204,11 @@ def test_tables_read_back_equal_and_are_whole_or_absent(tmp_path, monkeypatch):
   records.write_rows(path, [])
   assert records.read_table(path) == []
   path.write_bytes(before[:-30])
+  with pytest.raises(CorruptError, match="rows.parquet"):
+    records.read_table(path)
+  flipped = bytearray(before)
+  flipped[len(before) // 2] ^= 1  # in a page: parquet's own checksum
+  path.write_bytes(flipped)
   with pytest.raises(CorruptError, match="rows.parquet"):
     records.read_table(path)
   with pytest.raises(CorruptError, match="absent"):

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import random
 import sys
 
 import numpy as np
@@ -15,8 +16,8 @@ from jaxalign.data import sources
 from jaxalign.data.sources import BadRow, read_rows
 from jaxalign.errors import ConfigError, DataError
 
-ROWS = [dict(prompt=f"p{i}", chosen=f"good {i} \u00e9\U0001f600", rejected=f"r{i}")
-        for i in range(5)]
+ROWS = [dict(prompt=f"p{i}", chosen=f"good {i} \u00e9\U0001f600",
+             rejected=f"r{i}") for i in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
@@ -102,8 +103,39 @@ def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
   assert found[1] == ((str(tmp_path / "a.jsonl.gz"), 2), {"a": 2})
 
 
+def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "MAX_JSON_BYTES", 1000)
+  source = put(tmp_path / "a.json.gz", gzip.compress(b"[" + b" " * 9999 + b"]"))
+  with pytest.raises(DataError, match="jsonl"):
+    rows_of(source)
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "json", "csv", "jsonl.gz",
+                                       "csv.gz", "parquet"])
+def test_flipped_and_cut_bytes_only_raise_data_errors(tmp_path, extension):
+  whole = {"jsonl": LINES, "json": json.dumps(ROWS).encode(),
+           "csv": csv_bytes(ROWS)}.get(extension.removesuffix(".gz"))
+  if extension == "parquet":
+    parquet(tmp_path / "whole.parquet", ROWS)
+    whole = (tmp_path / "whole.parquet").read_bytes()
+  if extension.endswith(".gz"):
+    whole = gzip.compress(whole)
+  rng = random.Random(extension)
+  for _ in range(150):
+    data = bytearray(whole)
+    for _ in range(rng.choice((1, 2, 9))):
+      at = rng.randrange(len(data))
+      data[at:at + rng.randrange(3)] = rng.randbytes(rng.randrange(4))
+    if rng.random() < 0.2:
+      del data[rng.randrange(len(data)):]
+    with contextlib.suppress(DataError):
+      for where, row in read_rows(put(tmp_path / f"a.{extension}", data)):
+        assert where.line >= 1 and isinstance(row, (dict, BadRow))
+
+
 def test_bad_csv_rows(tmp_path):
-  source = put(tmp_path / "a.csv", b'a,b\n1,2\n1,2,3\n\xff,2\n4,5\n"x"y,1\n6,7\n')
+  source = put(tmp_path / "a.csv", (
+      b'a,b\n1,2\n1,2,3\n\xff,2\n4,5\n"x"y,1\n6,7\n'))
   assert [(w.line, row.reason if isinstance(row, BadRow) else row["a"])
           for w, row in read_rows(source)] == [
               (2, "1"), (3, "wrong number of columns"), (4, "bad UTF-8"),
@@ -277,7 +309,7 @@ def test_google_storage_goes_through_epath(tmp_path):
   put(tmp_path / "a.jsonl", LINES)
   real = lambda path: str(path).replace("gs://bucket", str(tmp_path))
   with epath.testing.mock_epath(
-      open=lambda original, path, mode="r", **kw: original(real(path), mode, **kw),
+      open=lambda original, path, *a, **kw: original(real(path), *a, **kw),
       exists=lambda original, path: original(real(path)),
       isdir=lambda original, path: original(real(path)),
       glob=lambda original, path: original(real(path))):

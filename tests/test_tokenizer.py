@@ -18,10 +18,11 @@ WORDS = sorted({"".join(RNG.choice("bdgkmnprtz") + RNG.choice("aeiou")
 TEXTS = ["\n\nHuman: " + " ".join(RNG.choices(WORDS, k=9)) +
          "?\n\nAssistant: " + " ".join(RNG.choices(WORDS, k=6))
          for _ in range(300)]
-HARD = ["", " ", "  a  ", "\n\n", "a\r\nb\t", "\0", "a\0b", "\u2581", " \u2581 ",
-        "\u2581\u2581a", "<s>", "</s><unk>", "<0x0A>", "\ufeff", "\ufffd",
-        "\u2585", "\u2047", "\u202e\u05d0\u05d1", "e\u0301 \u00e9 \ufb01",
-        "\U0001f469\u200d\U0001f4bb", "\x7f\x1b[0m", "\U0010ffff", "12345"]
+HARD = ["", " ", "  a  ", "\n\n", "a\r\nb\t", "\0", "a\0b", "\u2581",
+        " \u2581 ", "\u2581\u2581a", "<s>", "</s><unk>", "<0x0A>", "\ufeff",
+        "\ufffd", "\u2585", "\u2047", "\u202e\u05d0\u05d1",
+        "e\u0301 \u00e9 \ufb01", "\U0001f469\u200d\U0001f4bb", "\x7f\x1b[0m",
+        "\U0010ffff", "12345"]
 
 text = st.text(st.characters(codec="utf-8"), max_size=30) | st.lists(
     st.sampled_from(WORDS + HARD + [" ", "\n\nAssistant:"])).map("".join)

@@ -125,6 +125,19 @@ def test_pairs_alike_after_the_cut_are_refused_and_counted():
       for side in (" a", " b", " b", " ruda")]
 
 
+def test_many_rows_keep_their_numbers():
+  n = 2500  # more than two chunks
+  prompts = [f"ti {i}" for i in range(n)]
+  same = {7, 1500, 2499}
+  chosen = [" a" for _ in range(n)]
+  rejected = [" a" if i in same else f" {i}" for i in range(n)]
+  rows, _, refused = tokens.encode_pairs(SMALL, prompts, chosen, rejected, 64)
+  assert refused == {i: "identical tokens" for i in sorted(same)}
+  kept = [i for i in range(n) if i not in same]
+  assert [SMALL.decode(row(rows, 2 * k + 1)) for k in range(len(kept))] == [
+      f"ti {i} {i}" for i in kept]
+
+
 def test_both_sides_share_the_prompt_that_the_longer_one_leaves():
   prompt = " bako" * 20
   n = len(SMALL.encode(prompt))

@@ -231,7 +231,8 @@ def write_rows(path: epath.PathLike, rows: list[dict]) -> None:
   table = (pa.Table.from_pylist(rows) if rows else pa.table(
       {name: pa.array([], pa.string()) for name in ("id", "prompt", "group")}))
   buffer = io.BytesIO()
-  pq.write_table(table, buffer, compression="zstd", row_group_size=4096)
+  pq.write_table(table, buffer, compression="zstd", row_group_size=4096,
+                 write_page_checksum=True)
   write_bytes(path, buffer.getbuffer())
 
 
@@ -245,7 +246,8 @@ def read_table(path: epath.PathLike) -> list[dict]:
   import pyarrow.parquet as pq
   try:
     with epath.Path(path).open("rb") as file:
-      return pq.ParquetFile(file).read().to_pylist()
+      return pq.ParquetFile(
+          file, page_checksum_verification=True).read().to_pylist()
   except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise CorruptError(f"table {path} cannot be read: {str(error)[:200]}; "
                        "delete it and run the data stage again") from error

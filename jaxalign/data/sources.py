@@ -21,6 +21,7 @@ from jaxalign.errors import ConfigError, DataError
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz",
               ".csv.gz")
 MAX_ROW_BYTES = 1 << 26  # one line; a longer one is a bomb, not a record
+MAX_JSON_BYTES = 1 << 31  # a .json file, which is held whole
 _KNOB = "set config.data.source"
 _SPLIT = r"[\w-]+(?:\[[^\]]*\])?"  # train, or train[:10%]
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -185,27 +186,27 @@ def _open(name: str) -> BinaryIO:
     raise DataError(f"data file {name} cannot be opened: {error}") from error
 
 
-def _checked(text: str | bytes) -> "dict | BadRow":
+def _checked(text: str) -> "dict | BadRow":
   """One JSON object, or why it is none."""
   try:
     row = json.loads(text)
-  except UnicodeDecodeError as error:
-    return BadRow("bad UTF-8", str(error))
   except (ValueError, RecursionError) as error:
     return BadRow("malformed JSON", str(error)[:200])
-  return _object(row)
+  return _object(row, "\\u" in text)
 
 
-def _object(row: Any) -> "dict | BadRow":
+def _object(row: Any, escaped: bool = False) -> "dict | BadRow":
+  """`row` if it is a dict; of `escaped` text also if it is Unicode at all."""
   if not isinstance(row, dict):
     return BadRow("not an object", f"found a {type(row).__name__}")
-  try:
-    json.dumps(row, ensure_ascii=False, default=str).encode()
-  except UnicodeEncodeError as error:
-    return BadRow("lone surrogate", f"{error.object[error.start]!a} is no "
-                  "Unicode text")
-  except (ValueError, RecursionError) as error:
-    return BadRow("malformed JSON", str(error)[:200])
+  if escaped:
+    try:
+      json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+      return BadRow("lone surrogate", f"{error.object[error.start]!a} is no "
+                    "Unicode text")
+    except (ValueError, RecursionError) as error:
+      return BadRow("malformed JSON", str(error)[:200])
   return row
 
 
@@ -233,8 +234,13 @@ def _jsonl(name: str, file: BinaryIO) -> Rows:
 
 
 def _json(name: str, file: BinaryIO) -> Rows:
+  data = file.read(MAX_JSON_BYTES + 1)
+  if len(data) > MAX_JSON_BYTES:
+    raise DataError(f"data file {name} holds over {MAX_JSON_BYTES:,} bytes of "
+                    "JSON in one piece; write one object per line, as .jsonl")
   try:
-    value = json.loads(file.read().decode("utf-8-sig"))
+    text = data.decode("utf-8-sig")
+    value = json.loads(text)
   except UnicodeDecodeError as error:
     raise DataError(f"data file {name} is not UTF-8: {error}") from error
   except (ValueError, RecursionError) as error:
@@ -252,13 +258,14 @@ def _json(name: str, file: BinaryIO) -> Rows:
   if not isinstance(value, list):
     raise DataError(f"data file {name} is a {type(value).__name__}, wanted a "
                     "list of rows")
+  escaped = "\\u" in text
   for number, row in enumerate(value, 1):
-    yield Where(name, number), _object(row)
+    yield Where(name, number), _object(row, escaped)
 
 
 def _csv(name: str, file: BinaryIO) -> Rows:
   csv.field_size_limit(MAX_ROW_BYTES)
-  # Undecodable bytes become lone surrogates, which `_object` then refuses.
+  # Undecodable bytes become lone surrogates, which no encoding then accepts.
   with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape",
                         newline="") as text:
     reader = csv.reader(text, strict=True)
@@ -284,10 +291,13 @@ def _csv(name: str, file: BinaryIO) -> Rows:
         yield where, BadRow("wrong number of columns", f"{len(cells)}, wanted "
                             f"{len(header)}")
       else:
-        row = _object(dict(zip(header, cells)))
-        if isinstance(row, BadRow):
-          row = BadRow("bad UTF-8", row.detail)
-        yield where, row
+        try:
+          "".join(cells).encode()
+        except UnicodeEncodeError as error:
+          yield where, BadRow("bad UTF-8",
+                              f"byte {error.object[error.start]!a}")
+        else:
+          yield where, dict(zip(header, cells))
 
 
 def _parquet(name: str, file: BinaryIO) -> Rows:
@@ -295,12 +305,12 @@ def _parquet(name: str, file: BinaryIO) -> Rows:
   import pyarrow.parquet as pq
   number = 0
   try:
-    with pq.ParquetFile(file) as table:
+    with pq.ParquetFile(file, page_checksum_verification=True) as table:
       for batch in table.iter_batches(batch_size=256):
         for row in _arrow_rows(batch):
           number += 1
           yield Where(name, number), row
-  except (pa.ArrowException, OSError) as error:
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise DataError(f"data file {name} is truncated or no parquet file, after "
                     f"{number} good rows: {str(error)[:200]}") from error
 

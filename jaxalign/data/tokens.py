@@ -12,11 +12,13 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 from etils import epath
 
+from jaxalign import progress
 from jaxalign.data.records import write_bytes
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import ConfigError, CorruptError
 
 KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out
+_CHUNK = 1024  # texts tokenised between two ticks of the bar
 _FIELDS = dict(ids=np.int32, offsets=np.int64, start=np.int32, cut=np.int32)
 
 
@@ -78,26 +80,30 @@ def _encode(tok, prompts, sides, context, *names):
   if any(len(side) != len(prompts) for side in sides):
     raise ValueError(f"{len(prompts)} prompts, but "
                      f"{[len(side) for side in sides]} responses of {names}")
-  heads = tok.encode_many(prompts)
-  tails = [tok.encode_responses(side) for side in sides]
   ids, start, cut, cuts, refused = [], [], [], [], {}
-  for i, head in enumerate(heads):
-    answers = [tail[i] + [tok.eos] for tail in tails]
-    longest = max(map(len, answers))
-    keep = min(len(head), max(context - len(bos) - longest,
-                              min(KEEP_PROMPT, len(head))))
-    room = context - len(bos) - keep
-    if len(answers) == 2 and answers[0][:room] == answers[1][:room]:
-      refused[i] = ("identical after truncation" if longest > room
-                    else "identical tokens")
-      continue
-    prompt = bos + head[len(head) - keep:]
-    for answer in answers:
-      lost = max(0, len(answer) - room)
-      ids.append(np.array(prompt + answer[:room], np.int32))
-      start.append(len(prompt))
-      cut.append(len(head) - keep + lost)
-      cuts.append((len(head) - keep, lost))
+  with progress.bar("tokenize", len(prompts)) as tick:
+    for first in range(0, len(prompts), _CHUNK):
+      part = slice(first, first + _CHUNK)
+      heads = tok.encode_many(prompts[part])
+      tails = [tok.encode_responses(side[part]) for side in sides]
+      for i, head in enumerate(heads):
+        answers = [tail[i] + [tok.eos] for tail in tails]
+        longest = max(map(len, answers))
+        keep = min(len(head), max(context - len(bos) - longest,
+                                  min(KEEP_PROMPT, len(head))))
+        room = context - len(bos) - keep
+        if len(answers) == 2 and answers[0][:room] == answers[1][:room]:
+          refused[first + i] = ("identical after truncation" if longest > room
+                                else "identical tokens")
+          continue
+        prompt = bos + head[len(head) - keep:]
+        for answer in answers:
+          lost = max(0, len(answer) - room)
+          ids.append(np.array(prompt + answer[:room], np.int32))
+          start.append(len(prompt))
+          cut.append(len(head) - keep + lost)
+          cuts.append((len(head) - keep, lost))
+      tick(len(heads))
   offsets = np.cumsum([0] + [len(row) for row in ids], dtype=np.int64)
   rows = TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
                    offsets, np.array(start, np.int32), np.array(cut, np.int32))
@@ -162,6 +168,11 @@ def bucket(length: int, context: int) -> int:
   while size < length:
     size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
   return min(size, context)
+
+
+def longest(lengths: np.ndarray, context: int) -> int:
+  """The cap for `bucket`: the longest row there is, rounded up to 4 tokens."""
+  return min(context, -(-int(lengths.max(initial=1)) // 4) * 4)
 
 
 def save(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
