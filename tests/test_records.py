@@ -157,7 +157,7 @@ def test_a_group_is_never_in_two_splits(groups, seed, rng):
     by_group[row["group"]].add(home[row["id"]])
   assert all(len(names) == 1 for names in by_group.values())
   rng.shuffle(rows)
-  moved = records.split(rows, shares, seed)
+  moved = records.split(rows, dict(reversed(shares.items())), seed)
   assert {row["id"]: name for name, part in moved.items()
           for row in part} == home
   few = records.split(rows[:3], shares, seed)  # fewer rows move none

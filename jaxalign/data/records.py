@@ -9,17 +9,16 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import random
 from typing import Any, Iterable, Mapping, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from jaxalign import artifacts
 from jaxalign.data.schemas import SCHEMAS, Refused, Schema, detect
 from jaxalign.data.schemas.pairs import make_pair, make_thumb
 from jaxalign.data.sources import BadRow, Where, read_rows
-from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
+from jaxalign.errors import ConfigError, CorruptError, DataError
 from jaxalign.lookup import lookup
 
 _PEEK = 1000  # rows looked at before "no schema fits" is believed
@@ -190,18 +189,19 @@ def split(rows: Iterable[dict], fractions: Mapping[str, float],
 
   Args:
     rows: each has a "group".
-    fractions: name -> share, summing to 1, in a fixed order.
+    fractions: name -> share, summing to 1.
     seed: another seed, another split.
 
   Raises:
     ConfigError: shares that are negative or do not sum to 1.
   """
-  shares = np.array(list(fractions.values()), np.float64)
+  order = sorted(fractions)  # a config may list them in any order
+  shares = np.array([fractions[name] for name in order], np.float64)
   if not (shares >= 0).all() or not abs(shares.sum() - 1) <= 1e-9:  # nor NaN
     raise ConfigError(f"split shares {dict(fractions)} sum to "
                       f"{shares.sum():g}, wanted shares of 0 or more that sum "
                       "to 1; set config.data.split")
-  names = [name for name, share in fractions.items() if share > 0]
+  names = [name for name in order if fractions[name] > 0]
   ends = np.cumsum(shares[shares > 0])[:-1]
   parts = {name: [] for name in fractions}
   for row in rows:
@@ -233,7 +233,7 @@ def write_rows(path: epath.PathLike, rows: list[dict]) -> None:
   buffer = io.BytesIO()
   pq.write_table(table, buffer, compression="zstd", row_group_size=4096,
                  write_page_checksum=True)
-  write_bytes(path, buffer.getbuffer())
+  artifacts.write_bytes(path, buffer.getvalue())
 
 
 def read_table(path: epath.PathLike) -> list[dict]:
@@ -256,25 +256,7 @@ def read_table(path: epath.PathLike) -> list[dict]:
 def write_refused(path: epath.PathLike, refused: Iterable[dict]) -> None:
   """Writes the refused rows' file, line, id, reason, detail as .jsonl."""
   text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in refused)
-  write_bytes(path, text.encode())
-
-
-def write_bytes(path: epath.PathLike, data: bytes | memoryview) -> None:
-  """Writes `data` under a temp name in the same folder, then renames it."""
-  path = epath.Path(path)
-  temp = path.parent / f".{path.name}.{os.getpid()}-{random.randbytes(4).hex()}"
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temp.open("wb") as file:
-      file.write(data)
-    temp.replace(path)
-  except OSError as error:
-    try:
-      temp.unlink(missing_ok=True)
-    except OSError:
-      pass  # the first error is the one to report
-    raise WriteError(f"{path} cannot be written: {error}; free some space or "
-                     "set config.workdir") from error
+  artifacts.write_bytes(path, text.encode())
 
 
 def data_card(loaded: Loaded, splits: Mapping[str, list[dict]]

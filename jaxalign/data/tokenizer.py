@@ -15,7 +15,7 @@ import sentencepiece as spm
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
-from jaxalign.data.records import write_bytes
+from jaxalign import artifacts
 from jaxalign.errors import ConfigError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -156,12 +156,12 @@ class Tokenizer:
         add_eos_token=False, clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"])
     folder = epath.Path(folder)
-    write_bytes(folder / "tokenizer.model", self.proto)
+    artifacts.write_bytes(folder / "tokenizer.model", self.proto)
     for name, value in (("tokenizer", self._hugging_face()),
                         ("tokenizer_config", settings),
                         ("special_tokens_map", names)):
       text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-      write_bytes(folder / f"{name}.json", text.encode())
+      artifacts.write_bytes(folder / f"{name}.json", text.encode())
 
   def _hugging_face(self) -> dict[str, Any]:
     """The model as the `tokenizers` library writes it.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 from etils import epath
 
+from jaxalign import artifacts
 from jaxalign import progress
-from jaxalign.data.records import write_bytes
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import ConfigError, CorruptError
 
@@ -181,7 +181,8 @@ def save(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(getattr(rows, field), kind),
             allow_pickle=False)
-    write_bytes(epath.Path(folder) / f"{name}.{field}.npy", buffer.getbuffer())
+    artifacts.write_bytes(epath.Path(folder) / f"{name}.{field}.npy",
+                          buffer.getvalue())
 
 
 def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
