@@ -39,7 +39,7 @@ PAYLOADS = [
 
 ELEMENTS = set(
     "html head meta title style body header main nav section h1 h2 h3 p a ul "
-    "li dl dt dd div span small code pre table caption thead tbody tr th td "
+    "li dl dt dd div span small code pre table thead tbody tr th td "
     "figure figcaption details summary svg g line rect circle text polyline "
     "polygon desc".split())
 ATTRIBUTES = set(
@@ -338,6 +338,13 @@ def test_a_negative_saving_is_a_warning(summary, where):
   assert "Costs more than it saves" in study.terminal(summary)
 
 
+def test_an_unknown_cost_is_said(summary):
+  summary["ledger"]["stages"][0]["operations"] = math.nan
+  text = "".join(read(study.render(summary)).text).replace("\u00a0", " ")
+  assert "Operations of 1 stage were not measured" in text
+  assert "≥ 1.80 PFLOP" in text
+
+
 def test_seeds_of_a_sampler_share_a_colour(summary):
   arms = [make_arm(f"{s}-{i}", s, 0.6, i) for s in ("isa", "random")
           for i in range(3)]
@@ -460,7 +467,7 @@ def test_lines_keep_a_gap_honest():
   chart = charts.lines(
       [charts.Series("a", points, 0, [(0, 0, 1), (5, 4, 6)]),
        charts.Series("b", points, 1)], "t", "x", "y", reference=2)
-  assert "2 values were not finite" in "".join(read(chart).text)
+  assert "2 non-finite values left out" in "".join(read(chart).text)
   assert len(attributes(chart, "polygon")) == 1
 
 

@@ -216,6 +216,10 @@ def pairs(points: Any) -> tuple[list[tuple[float, float]], int]:
   return sorted(found), lost
 
 
+def _lost(count: int) -> str:
+  return f"{count:,} non-finite value{'s' if count != 1 else ''}"
+
+
 def _spread(places: list[float], gap: float, top: float) -> list[float]:
   """The places, in order, moved apart to `gap` and kept above `top`."""
   order = sorted(range(len(places)), key=lambda i: places[i])
@@ -257,7 +261,7 @@ def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, *,
       cleaned.append((s, [(x, y * scale) for x, y in points],
                       [(x, a * scale, b * scale) for x, a, b in band]))
   if not cleaned:
-    return empty(title, f"no data: {lost:,} values were not finite" if lost
+    return empty(title, f"no data: {_lost(lost)}" if lost
                  else "no data")
   xs = [x for _, ps, _ in cleaned for x, _ in ps]
   ys = [y for _, ps, _ in cleaned for _, y in ps]
@@ -321,13 +325,13 @@ def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, *,
           tag("svg", _text(25, 4, shorten(name, 14)), x="100%",
               y=f"{y:.1f}", overflow="visible"), class_="direct"))
   if lost:
-    parts.append(_text("100%", 12, f"{lost:,} values were not finite",
+    parts.append(_text("100%", 12, f"{_lost(lost)} left out",
                        "dim halo", "end"))
   desc = desc or "; ".join(
       f"{page.plain(s.name)} from {page.number(ps[0][1])} to "
       f"{page.number(ps[-1][1])}" for s, ps, _ in cleaned)
   if lost:
-    desc += f"; {lost:,} values were not finite and are left out"
+    desc += f"; {_lost(lost)} left out"
   return _svg("plot named" if named else "plot", height, 72, title, desc,
               *parts)
 

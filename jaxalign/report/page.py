@@ -194,16 +194,18 @@ def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str,
   def side(i):
     return None if i in left else "n"
 
-  return tag("div", tag(
-      "table", tag("caption", caption),
+  # The caption stands outside: it must not scroll away with the columns.
+  return join([paragraph(caption, kind="caption"), tag("div", tag(
+      "table",
       tag("thead", tag("tr", *(tag("th", h, scope="col", class_=side(i))
                                for i, h in enumerate(head)))),
       tag("tbody", *(
           tag("tr", *(tag("th", cell, scope="row") if i == 0 else
                       tag("td", cell, class_=side(i))
                       for i, cell in enumerate(row)))
-          for row in rows))),
-      class_="scroll", tabindex="0", role="region", aria_label=caption)
+          for row in rows)),
+      aria_label=caption),
+      class_="scroll", tabindex="0", role="region", aria_label=caption)])
 
 
 def facts(items: Sequence[tuple[Any, Any]]) -> Html:
@@ -353,11 +355,11 @@ letter-spacing:-.01em}
 padding:.32rem 0;border-bottom:1px solid var(--rule);break-inside:avoid}
 .facts dt{color:var(--muted)}
 .facts dd{margin:0;text-align:right;max-width:66%;overflow-wrap:break-word}
-.scroll{overflow-x:auto;margin:1.2rem 0}
+.scroll{overflow-x:auto;margin:.5rem 0 1.4rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
-caption{text-align:left;color:var(--muted);font-size:.88rem;
-padding-bottom:.5rem}
-caption::before{counter-increment:t;content:"Table " counter(t) ". ";
+.caption{color:var(--muted);font-size:.88rem;margin:1.4rem 0 0;
+break-after:avoid}
+.caption::before{counter-increment:t;content:"Table " counter(t) ". ";
 color:var(--ink);font-weight:600}
 thead th{border-block:1.5px solid var(--ink);vertical-align:bottom;
 font-weight:600;line-height:1.25}
@@ -365,6 +367,7 @@ tbody tr:last-child>*{border-bottom:1.5px solid var(--ink)}
 th,td{padding:.42rem .7rem .42rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--rule)}
 tbody th{font-weight:500;min-width:6.5rem}
+tr>:first-child{position:sticky;left:0;background:var(--bg)}
 .n{text-align:right;padding:.42rem 0 .42rem .9rem;white-space:nowrap}
 thead .n{white-space:normal}
 .n+:not(.n){padding-left:1.6rem}
@@ -385,6 +388,7 @@ summary{cursor:pointer;color:var(--accent)}
 details h3{margin-top:1rem}
 .example{border-top:1px solid var(--rule);padding:1rem 0 .4rem}
 .example>p{margin:0 0 .5rem}
+.example .grid{row-gap:.2rem}
 .box{min-width:0;margin:.2rem 0 .6rem}
 .box-label{font-size:.82rem;color:var(--muted);margin:0 0 .2rem}
 .box pre,pre.command{margin:0;padding:.6rem .75rem;background:var(--panel);

@@ -79,7 +79,8 @@ def _top(summary: dict, arms: list[dict]) -> Html:
            if x is not None]
   if spent:
     share = page.finite(ledger.get("selection_share"))
-    tiles.append((page.engineering(sum(spent)), "spent in all",
+    least = "≥ " if len(spent) < len(records(ledger.get("stages"))) else ""
+    tiles.append((least + page.engineering(sum(spent)), "spent in all",
                   None if share is None else
                   f"{page.percent(share)} of it on selecting"))
   parts = []
@@ -294,11 +295,14 @@ def _costs(stages: list[dict]) -> list[Html]:
       [(arm, [v / divisor for v in values], page.engineering(sum(values)))
        for arm, values in totals.items()], names,
       "Operations per arm and stage", f"operations, {letter}FLOP")
+  unknown = sum(page.finite(s.get("operations")) is None for s in stages)
+  gap = (f" Operations of {unknown} stage{'s' if unknown != 1 else ''} were "
+         "not measured and are missing here." if unknown else "")
   figure = page.figure(
       page.join([charts.legend([(n, i) for i, n in enumerate(names)],
                                "block"), chart]),
       "Operations by arm and stage. What several arms share is paid once and "
-      "has a bar of its own.")
+      "has a bar of its own." + gap)
   return [figure, page.table(
       ("Stage", "Arm", "Operations", "Tokens", "Time", "Bytes written"),
       [(page.plain(s.get("stage")), page.plain(s.get("arm") or "shared"),
@@ -338,7 +342,8 @@ def _again(summary: dict) -> Html:
   command = summary.get("command")
   parts = [tag("pre", tag("code", command), class_="command", tabindex="0",
                aria_label="Command") if command
-           else page.absent("The command was")]
+           else page.paragraph("The command was not recorded.",
+                               kind="absent")]
   machine = fields(summary.get("machine"))
   facts = [("jaxalign", summary.get("version")),
            ("jax", machine.get("jax")), ("Platform", machine.get("platform")),
