@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import jax
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from jaxalign.errors import ConfigError
 from jaxalign.select import mixture as mixtures
@@ -154,7 +155,6 @@ def component_labels(mixture: mixtures.Mixture, x: np.ndarray,
     component or label left over is wrong), `majority`, the share of the
     commonest label, which needs no mixture; and `nmi`.
   """
-  from scipy.optimize import linear_sum_assignment
   component = mixtures.assign(mixture, x)
   _, label = np.unique(labels, return_inverse=True)
   table = np.zeros((len(mixture.log_weights), label.max() + 1), np.int64)

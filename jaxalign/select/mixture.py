@@ -19,6 +19,7 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, CorruptError, NumericError
@@ -320,7 +321,10 @@ def _factors(covariances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                        "definite; raise config.select.mixture.ridge or lower "
                        "config.select.mixture.pca") from error
   log_det = 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)
-  return np.linalg.inv(lower).swapaxes(1, 2), log_det
+  unit = np.eye(lower.shape[1])
+  inverse = [scipy.linalg.solve_triangular(one, unit, lower=True)
+             for one in lower]
+  return np.stack(inverse).swapaxes(1, 2), log_det
 
 
 def _constants(state: _State, factors: np.ndarray, log_det: np.ndarray,
@@ -477,7 +481,8 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *, components: int = 2,
     tol: stops when an iteration gains less than this, nats per row.
     max_iterations: EM steps of one start.
     seed: any int.
-    labels: [n] ints below K: one start, from this partition of the rows.
+    labels: [n] ints below K: one start, from this partition of the rows; with
+      max_iterations=1 that is one Gaussian per label, in closed form.
     space: what `prepare` returned for these rows, to fit them again.
     progress: called as tick(1, note) after each start.
 
@@ -551,7 +556,7 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *, components: int = 2,
     warnings.append(f"{n} rows for {width} directions, below 40 per direction:"
                     " the mixture may memorise rows; lower "
                     "config.select.mixture.pca")
-  if not converged:
+  if not converged and max_iterations > 1:
     warnings.append(f"EM stopped after {len(trace)} iterations, still gaining "
                     f"more than {tol} per row; raise "
                     "config.select.mixture.max_iterations")
