@@ -6,7 +6,7 @@ is row-parallel instead: each device runs whole rows and gathers the weights of
 one layer at a time, so that a row's numbers are the same bits on any mesh.
 """
 
-from typing import Any
+from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
@@ -76,3 +76,62 @@ def barrier(name: str) -> None:
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
     multihost_utils.sync_global_devices(name)
+
+
+def parts(mesh: jax.sharding.Mesh, axis: str | None) -> int:
+  """Into how many parts a logical axis is cut."""
+  rule = RULES[axis] if axis else ()
+  names = rule if isinstance(rule, tuple) else (rule,)
+  return int(np.prod([mesh.shape[n] for n in names]))
+
+
+class Place(NamedTuple):
+  """How a forward pass meets the mesh; `SPREAD` and `PER_ROW` are the two."""
+
+  weight: Callable[..., jax.Array]  # (w, logical axes) -> w ready to multiply
+  lookup: Callable[..., jax.Array]  # (table [V, D], ids [B, L]) -> [B, L, D]
+  spec: Callable[..., Any]  # logical axes of a sum -> out_sharding, or None
+
+
+def _gather_width(w, axes):
+  return jax.reshard(w, spec(*(None if a == "width" else a for a in axes)))
+
+
+def _gather_all(w, axes):
+  for dim, axis in enumerate(axes):
+    if axis:
+      w = jax.lax.all_gather(w, RULES[axis], axis=dim, tiled=True)
+  return w
+
+
+# Training: rows over fsdp, heads and features over tensor.
+SPREAD = Place(
+    _gather_width,
+    lambda table, ids: table.at[ids].get(
+        out_sharding=spec("batch", None, None)),
+    spec)
+# Inference, inside `per_row`: whole rows, whole weights, one layer at a time.
+PER_ROW = Place(_gather_all, lambda table, ids: table[ids], lambda *axes: None)
+
+
+def per_row(mesh: jax.sharding.Mesh, fn: Callable[..., Any], params_axes: Any):
+  """Maps `fn(params, rows, shared) -> rows` over devices, whole rows each.
+
+  Every leaf of `rows` and of the result has the rows in front, divided over
+  all devices of the mesh; each device runs the same program on the same
+  number of rows, so a row's bits do not depend on the mesh.
+
+  Args:
+    mesh: the mesh.
+    fn: takes sharded params (gather with `PER_ROW`), its rows, and whatever
+      is the same for all rows.
+    params_axes: logical axes of every parameter, by name.
+  """
+  def run(params, rows, shared):
+    return jax.shard_map(
+        fn, mesh=mesh,
+        in_specs=({n: spec(*a) for n, a in params_axes.items()},
+                  jax.tree.map(lambda _: jax.P(AXES), rows),
+                  jax.tree.map(lambda _: jax.P(), shared)),
+        out_specs=jax.P(AXES), check_vma=False)(params, rows, shared)
+  return run

@@ -1,0 +1,1 @@
+"""Experiments: plain Python files that override configs/common.py."""

@@ -1,0 +1,143 @@
+"""Every knob of a job, with its default; an experiment sets what differs.
+
+`base(variant)` returns the whole config; the part after a colon in
+`--config=configs/dpo_sub.py:hh` is the variant. Read a knob as `c.train.lr`:
+its default stands here or nowhere.
+"""
+
+import ml_collections
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def base(variant: str = "") -> ConfigDict:
+  """The defaults: the built-in world, a small model, ISA at a tenth, DPO.
+
+  Args:
+    variant: "" for the built-in world; "smoke", the same in two minutes;
+      "hh", real pairs (Anthropic/hh-rlhf). Variants may be joined by commas.
+
+  Raises:
+    ValueError: an unknown variant.
+  """
+  c = ConfigDict()
+  c.seed = 0  # of one arm: selection, batch order, sampling
+  c.mesh = ConfigDict(dict(fsdp=-1, tensor=1))  # -1: all devices left
+  c.compare = ("random", "all")  # arms trained beside the chosen sampler
+  c.compile_cache = "~/.cache/jaxalign/xla"  # "" turns it off
+
+  c.data = ConfigDict()
+  c.data.source = "world"  # or a path, a glob, hf:<name>, tfds:<name>
+  c.data.schema = "auto"  # a key of SCHEMAS, or "module:function"
+  c.data.seed = 0  # of the world and of the split
+  c.data.limit = 0  # rows read at most; 0: all
+  c.data.on_bad_rows = "skip"  # or "error"
+  c.data.max_bad_fraction = 0.5  # more refused rows than this is an error
+  c.data.split = ConfigDict(dict(sft=0.25, pool=0.6, held_out=0.15))
+
+  w = c.data.world = ConfigDict()  # see jaxalign/data/world.py
+  w.topics, w.clusters = 64, 8
+  w.arguments, w.argument_words = 4, 16
+  w.openers, w.closers, w.fillers, w.forms = 8, 6, 4, 12
+  w.corrupt = 0.25  # chance that a candidate gets an argument wrong
+  w.temperature = 0.5  # of the Bradley-Terry labels
+  w.redundancy = 0.0  # share of pairs from 20 head prompts
+  w.flips = 0.0  # share of labels turned around
+  w.junk = 0.0  # share of pairs of random words
+  w.sft_rows, w.pool_rows, w.held_out_rows = 20000, 8000, 1000
+
+  c.model = ConfigDict()
+  c.model.checkpoint = ""  # a Hugging Face folder; "": train one (sft)
+  c.model.tokenizer = ""  # SentencePiece; "": the checkpoint's, or trained
+  c.model.layers, c.model.width = 3, 128
+  c.model.heads, c.model.kv_heads, c.model.head_size = 4, 4, 32
+  c.model.ff = 384
+  c.model.vocab_size = 1024  # pieces of a tokenizer trained here
+  c.model.context = 64  # longest row, in tokens; longer ones are cut
+  c.model.rope_theta, c.model.norm_eps, c.model.tied = 10000.0, 1e-5, True
+  c.model.dtype = "float32"  # of the matrix products
+  c.model.remat = "none"  # or "dots", "full"
+  c.model.head_chunk = 64  # positions of the head at once
+
+  c.sft = ConfigDict()
+  c.sft.seed = 0
+  c.sft.updates, c.sft.batch_size, c.sft.lr = 900, 64, 2e-3
+  c.sft.accumulation, c.sft.warmup_ratio, c.sft.schedule = 1, 0.05, "cosine"
+  c.sft.clip, c.sft.weight_decay, c.sft.b2 = 1.0, 0.01, 0.98
+  c.sft.save_every = 300
+
+  c.embed = ConfigDict()
+  c.embed.pooling = "mean"  # or "last"
+  c.embed.tile = 64  # rows a device runs at once
+
+  s = c.select = ConfigDict()
+  s.sampler = "isa"  # a key of SAMPLERS, or "module:function"
+  s.budget = 0.1  # a share of the pool (float) or a number of rows (int)
+  s.order = "literal"  # isa: "literal", "magnitude" or "renormalised"
+  s.pair_score = "sum"  # isa: "sum", "min", "max", "chosen", "difference"
+  s.label_quota = 0.0  # thumbs: share of desirable rows; 0: no quota
+  s.kwargs = ConfigDict()  # more keywords of the sampler
+  s.mixture = ConfigDict(dict(
+      components=2, covariance="full", pca="auto", ridge=1e-4, starts=10,
+      tol=1e-4, max_iterations=100, seed=0))
+  s.stability_seeds = 3  # refits that the card compares; 0: none
+
+  c.loss = ConfigDict()
+  c.loss.name = "dpo"  # a key of LOSSES, or "module:function"
+  c.loss.kwargs = ConfigDict(dict(beta=0.5))
+  c.loss.sft_weight = 0.2  # of the chosen answer's negative log-likelihood
+
+  t = c.train = ConfigDict()
+  t.epochs = 3.0
+  t.max_updates = 250  # 0: as many as the epochs take
+  t.batch_size, t.accumulation = 32, 1
+  t.lr, t.warmup_ratio, t.schedule = 3e-4, 0.1, "linear"
+  t.clip, t.weight_decay, t.b2 = 1.0, 0.0, 0.98
+  t.save_every = 100
+
+  c.eval = ConfigDict()
+  c.eval.prompts = 512  # generations at most
+  c.eval.temperature = 1.0
+  c.eval.new_tokens = 16  # of one answer, at most
+  c.eval.seed = 0
+  c.eval.tile = 64
+
+  c.profile = ConfigDict()
+  c.profile.steps = (0, 0)  # (first, last) steps of alignment to trace
+
+  for name in filter(None, variant.split(",")):
+    if name not in VARIANTS:
+      raise ValueError(f"unknown variant {name!r}; known: "
+                       f"{', '.join(VARIANTS)}")
+    VARIANTS[name](c)
+  return c
+
+
+def _smoke(c: ConfigDict) -> None:
+  """A smaller world and model: the whole idea in two minutes."""
+  w = c.data.world
+  w.topics, w.argument_words, w.arguments = 32, 10, 3
+  w.sft_rows, w.pool_rows, w.held_out_rows = 12000, 4000, 500
+  c.model.layers, c.model.width, c.model.ff = 2, 96, 288
+  c.model.heads, c.model.kv_heads, c.model.head_size = 4, 4, 24
+  c.sft.updates, c.train.max_updates, c.eval.prompts = 500, 125, 256
+  c.select.mixture.starts, c.select.stability_seeds = 5, 2
+
+
+def _hh(c: ConfigDict) -> None:
+  """Anthropic/hh-rlhf: real dialogues, a small model trained on the spot.
+
+  At this size it shows that the machinery runs on real pairs; it cannot rank
+  samplers (see BENCHMARKS.md).
+  """
+  c.data.source = "hf:Anthropic/hh-rlhf"
+  c.model.vocab_size, c.model.context = 2048, 256
+  c.model.layers, c.model.width, c.model.ff = 4, 128, 384
+  c.sft.updates, c.sft.batch_size, c.sft.save_every = 200, 16, 50
+  c.embed.tile = 16
+  c.train.batch_size, c.train.max_updates, c.train.save_every = 16, 60, 20
+  c.loss.kwargs.beta = 0.1
+  c.eval.prompts, c.eval.new_tokens, c.eval.tile = 64, 48, 16
+
+
+VARIANTS = {"smoke": _smoke, "hh": _hh}

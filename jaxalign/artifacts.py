@@ -1,0 +1,291 @@
+"""What a stage leaves on disk, the card beside it, and when it is skipped.
+
+A stage is described by the config fields it depends on and by the keys of the
+stages it reads; the hash of that description is its own key. Its card also
+holds a digest of every byte it wrote. A later run with the same description
+and unharmed bytes skips the stage; harmed bytes make that stage run again;
+another description is an error that names the field, unless `redo` is given.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from typing import Any, Callable
+
+from etils import epath
+import jax
+import numpy as np
+
+from jaxalign import progress
+from jaxalign import sharding
+from jaxalign.errors import ConfigError, WriteError
+
+VERSION = 1  # raise when a stage's files change their meaning
+
+
+@dataclasses.dataclass
+class Cost:
+  """What a stage really cost."""
+
+  operations: int = 0  # floating-point, counted from the shapes that ran
+  tokens: int = 0  # through the model, padding not counted
+  seconds: float = 0.0
+  bytes: int = 0  # written
+
+
+@dataclasses.dataclass
+class Card:
+  """The record of one finished stage; `key` names what made it."""
+
+  stage: str
+  key: str
+  fields: dict[str, Any]
+  inputs: dict[str, str]
+  outputs: dict[str, dict[str, Any]]  # relative path -> {sha256, bytes}
+  cost: Cost
+  result: dict[str, Any]  # small facts that later stages or pages read
+  skipped: bool = False  # true where this run found it finished
+
+
+def write_bytes(path: Any, data: bytes) -> None:
+  """Writes a file whole or not at all: a temporary name, then a rename.
+
+  Raises:
+    WriteError: the folder is read-only, the disk is full, and the like.
+  """
+  path = epath.Path(path)
+  temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  except OSError as error:
+    try:
+      temporary.unlink(missing_ok=True)
+    except OSError:
+      pass
+    raise WriteError(f"cannot write {path}: {error.strerror or error}; free "
+                     "space or permissions, or another --workdir") from error
+
+
+def write_json(path: Any, value: Any) -> None:
+  """JSON, indented, atomic; NaN is refused rather than written as bad JSON."""
+  write_bytes(path, (json.dumps(value, indent=1, sort_keys=True,
+                                allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Any) -> Any:
+  """Reads JSON."""
+  return json.loads(epath.Path(path).read_text())
+
+
+def write_array(path: Any, x: np.ndarray) -> None:
+  """Writes .npy, atomic."""
+  import io
+  buffer = io.BytesIO()
+  np.save(buffer, np.asarray(x), allow_pickle=False)
+  write_bytes(path, buffer.getvalue())
+
+
+def read_array(path: Any) -> np.ndarray:
+  """Reads .npy, mapped into memory where the file is local."""
+  path = epath.Path(path)
+  if "://" not in str(path):
+    return np.load(os.fspath(path), allow_pickle=False, mmap_mode="r")
+  import io
+  return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+
+
+def digest(path: Any) -> dict[str, Any]:
+  """{sha256, bytes} of one file, read in blocks."""
+  total, size = hashlib.sha256(), 0
+  with epath.Path(path).open("rb") as f:
+    while block := f.read(1 << 20):
+      total.update(block)
+      size += len(block)
+  return dict(sha256=total.hexdigest(), bytes=size)
+
+
+def digest_tree(folder: Any, only: list[str] | None = None
+                ) -> dict[str, dict[str, Any]]:
+  """Relative path -> {sha256, bytes} of files under a folder.
+
+  Args:
+    folder: where to look.
+    only: relative files or folders; everything by default.
+  """
+  folder = epath.Path(folder)
+  found = {}
+
+  def walk(path, name):
+    if path.is_dir():
+      for child in sorted(path.iterdir(), key=lambda p: p.name):
+        walk(child, f"{name}/{child.name}" if name else child.name)
+    elif ".tmp-" not in path.name:
+      found[name] = digest(path)
+
+  for name in (only if only is not None else [""]):
+    walk(folder / name if name else folder, name)
+  return found
+
+
+def harmed(folder: Any, outputs: dict[str, dict[str, Any]]) -> list[str]:
+  """The files that are missing or whose bytes are not those written."""
+  bad = []
+  for name, wanted in outputs.items():
+    path = epath.Path(folder) / name
+    if not path.exists():
+      bad.append(f"{name} is missing")
+    elif digest(path) != wanted:
+      bad.append(f"{name} has other bytes than were written")
+  return bad
+
+
+def key_of(stage: str, fields: dict[str, Any], inputs: dict[str, str]) -> str:
+  """The hash of everything a stage depends on."""
+  text = json.dumps([stage, VERSION, fields, inputs], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(value: Any, prefix: str) -> dict[str, Any]:
+  """A nested config -> {"dotted.name": plain value}, tuples as lists."""
+  if hasattr(value, "items"):
+    out = {}
+    for name, child in value.items():
+      out |= flatten(child, f"{prefix}.{name}" if prefix else str(name))
+    return out
+  if isinstance(value, (tuple, list)):
+    return {prefix: [v for v in value]}
+  return {prefix: value}
+
+
+def pick(c: Any, *names: str) -> dict[str, Any]:
+  """The named parts of a config, flat: what a stage's card records."""
+  out = {}
+  for name in names:
+    value = c
+    for part in name.split("."):
+      value = value[part]
+    out |= flatten(value, name)
+  return out
+
+
+def _card_path(folder: Any, stage: str) -> epath.Path:
+  return epath.Path(folder) / "cards" / f"{stage}.json"
+
+
+def read_card(folder: Any, stage: str) -> Card | None:
+  """The card of a finished stage, None where there is none (or half of one)."""
+  path = _card_path(folder, stage)
+  if not path.exists():
+    return None
+  try:
+    raw = read_json(path)
+    return Card(**{**raw, "cost": Cost(**raw["cost"])})
+  except (ValueError, KeyError, TypeError):
+    return None
+
+
+def changed(old: Card, fields: dict[str, Any], inputs: dict[str, str]
+            ) -> list[str]:
+  """What differs between a card and what is wanted now, in words."""
+  out = [f"{n} was {old.fields.get(n)!r}, now {fields.get(n)!r}"
+         for n in sorted(old.fields.keys() | fields.keys())
+         if old.fields.get(n) != fields.get(n)]
+  return out + [f"its input {n} is another one"
+                for n in sorted(old.inputs.keys() | inputs.keys())
+                if old.inputs.get(n) != inputs.get(n)]
+
+
+def run(folder: Any, stage: str, *, fields: dict[str, Any],
+        inputs: dict[str, str], make: Callable[[epath.Path], tuple],
+        redo: bool = False) -> Card:
+  """Runs a stage, or finds it finished.
+
+  Args:
+    folder: where its files and its card live.
+    stage: the stage's name.
+    fields: the config values it depends on, flat.
+    inputs: stage name -> key of every artifact it reads.
+    make: `make(folder) -> (files, Cost, result)`; `files` are relative names
+      of files or folders. Every process calls it; only process 0 may write
+      shared files.
+    redo: run again, instead of refusing, where the description changed.
+
+  Raises:
+    ConfigError: the folder holds this stage made from another description.
+  """
+  folder = epath.Path(folder)
+  fields = json.loads(json.dumps(fields))  # as it will be read back
+  key = key_of(stage, fields, inputs)
+  found = read_card(folder, stage)
+  status = "new"
+  if found is not None:
+    if found.key != key:
+      status = "changed"
+    else:
+      bad = harmed(folder, found.outputs) if jax.process_index() == 0 else []
+      status = "harmed" if bad else "done"
+  status = agree(status)
+  if status == "changed":
+    words = "; ".join(changed(found, fields, inputs)[:4]) or "another version"
+    if not redo:
+      raise ConfigError(
+          f"{folder} holds {stage} made from another config: {words}. Use "
+          "another --workdir, or --redo to replace it")
+    progress.say(f"{stage}: {words}; running again")
+  if status == "harmed" and jax.process_index() == 0:
+    progress.say(f"{stage}: {'; '.join(bad)}; doing this stage again")
+  if status == "done":
+    found.skipped = True
+    progress.say(f"{stage}: finished before "
+                 f"({progress.duration(found.cost.seconds)}), skipped")
+    return found
+  if jax.process_index() == 0 and found is not None:
+    _card_path(folder, stage).unlink(missing_ok=True)
+    _forget(folder, found.outputs)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise WriteError(f"cannot make {folder}: {error.strerror or error}; set "
+                     "--workdir") from error
+  sharding.barrier(f"before {stage}")
+  progress.say(f"{stage}: ...")
+  start = time.monotonic()
+  files, cost, result = make(folder)
+  sharding.barrier(f"after {stage}")
+  cost.seconds = time.monotonic() - start
+  outputs: dict[str, Any] = {}
+  if jax.process_index() == 0:
+    outputs = digest_tree(folder, files)
+    cost.bytes = sum(o["bytes"] for o in outputs.values())
+  card = Card(stage, key, fields, inputs, outputs, cost, result)
+  if jax.process_index() == 0:
+    raw = dataclasses.asdict(card)
+    raw.pop("skipped")
+    write_json(_card_path(folder, stage), raw)
+  sharding.barrier(f"card of {stage}")
+  note = f", {result['say']}" if result.get("say") else ""
+  progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
+  return card
+
+
+def _forget(folder: epath.Path, outputs: dict[str, Any]) -> None:
+  """Removes files that this stage wrote and that are no longer true."""
+  for name in outputs:
+    (folder / name).unlink(missing_ok=True)
+  for name in sorted({n.split("/")[0] for n in outputs if "/" in n}):
+    if (folder / name).is_dir():
+      (folder / name).rmtree()
+
+
+def agree(status: str) -> str:
+  """Process 0's word, on every process."""
+  if jax.process_count() == 1:
+    return status
+  from jax.experimental import multihost_utils
+  names = ("new", "changed", "harmed", "done")
+  return names[int(multihost_utils.broadcast_one_to_all(
+      np.int32(names.index(status))))]

@@ -1,0 +1,109 @@
+"""All orbax calls: training states with digests, verified before use.
+
+Orbax makes a step visible only when it is whole, but it does not checksum
+array bytes: one flipped bit restores wrong numbers without an error. So a
+manifest of sha256 digests is written beside every step and checked first.
+"""
+
+import logging
+from typing import Any
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from jaxalign import artifacts
+from jaxalign import progress
+from jaxalign import sharding
+from jaxalign.errors import WriteError
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+  """The checkpoints of one training run, newest two kept.
+
+  A class because orbax's manager holds open resources; use it as a context.
+  """
+
+  def __init__(self, folder: Any, keep: int = 2):
+    self.folder = epath.Path(folder)
+    policy = ocp.checkpoint_managers.LatestN(keep)
+    self.manager = ocp.CheckpointManager(
+        self.folder, options=ocp.CheckpointManagerOptions(
+            preservation_policy=policy, create=True,
+            enable_async_checkpointing=False))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.manager.close()
+
+  def _manifest(self, step: int) -> epath.Path:
+    return self.folder / f"{step}.digests.json"
+
+  def save(self, step: int, items: dict[str, Any]) -> None:
+    """Saves named trees and a manifest of their bytes; durable on return.
+
+    Args:
+      step: updates done.
+      items: name -> tree; each can be restored without the others.
+    """
+    try:
+      self.manager.save(step, args=ocp.args.Composite(
+          **{n: ocp.args.StandardSave(x) for n, x in items.items()}),
+          force=True)
+      self.manager.wait_until_finished()
+    except (OSError, ValueError) as error:
+      if "space" in str(error) or isinstance(error, OSError):
+        raise WriteError(f"cannot save step {step} to {self.folder}: {error}; "
+                         "the step before is still there") from error
+      raise
+    if jax.process_index() == 0:
+      artifacts.write_json(self._manifest(step), artifacts.digest_tree(
+          self.folder / str(step)))
+      for old in self.folder.glob("*.digests.json"):
+        if not (self.folder / old.name.split(".")[0]).exists():
+          old.unlink(missing_ok=True)
+    sharding.barrier(f"saved {step}")
+
+  def verified(self, step: int) -> bool:
+    """Whether a step's bytes are those that were written."""
+    good = False
+    if jax.process_index() == 0:
+      path = self._manifest(step)
+      try:
+        good = path.exists() and not artifacts.harmed(
+            self.folder / str(step), artifacts.read_json(path))
+      except ValueError:
+        good = False
+    return artifacts.agree("done" if good else "harmed") == "done"
+
+  def latest(self) -> int | None:
+    """The newest step that is whole; harmed ones are named and removed."""
+    for step in sorted(self.manager.all_steps(), reverse=True):
+      if self.verified(step):
+        return step
+      progress.say(f"  checkpoint {step} in {self.folder} is damaged or was "
+                   "never finished; going back to the one before")
+      self.manager.delete(step)
+      if jax.process_index() == 0:
+        self._manifest(step).unlink(missing_ok=True)
+    return None
+
+  def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The named trees of a step, on the shardings of `abstract`."""
+    found = self.manager.restore(step, args=ocp.args.Composite(
+        **{n: ocp.args.StandardRestore(x) for n, x in abstract.items()}))
+    return {n: found[n] for n in abstract}
+
+
+def restore_params(folder: Any, abstract: Any) -> Any:
+  """The parameters of the newest step under a folder.
+
+  Their bytes were verified by the card of the stage that wrote them.
+  """
+  with Checkpoints(folder) as checkpoints:
+    step = max(checkpoints.manager.all_steps())
+    return checkpoints.restore(step, dict(params=abstract))["params"]

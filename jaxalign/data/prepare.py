@@ -1,0 +1,206 @@
+"""The data stage: a source becomes splits, a tokenizer, tokens and a card."""
+
+import json
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from jaxalign import artifacts
+from jaxalign import progress
+from jaxalign.data import records
+from jaxalign.data import sources
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import world as world_lib
+from jaxalign.data.tokenizer import Tokenizer, train
+from jaxalign.errors import ConfigError, DataError
+
+SPLITS = ("sft", "pool", "held_out")
+
+
+def fingerprint(c: Any) -> str:
+  """A digest of what the source holds, so that changed data is noticed."""
+  return "" if c.data.source == "world" else sources.source_digest(
+      c.data.source)
+
+
+def world_of(c: Any) -> world_lib.World | None:
+  """The built-in world of a config, None for other sources."""
+  if c.data.source != "world":
+    return None
+  return world_lib.build(c.data.world.to_dict(), c.data.seed)
+
+
+def _from_world(c: Any, folder: epath.Path) -> tuple[dict, dict, str]:
+  """The world's rows, written as text and read back like any other source."""
+  world = world_of(c)
+  made = world_lib.generate(world, c.data.seed)
+  targets = {(r["prompt"], r["chosen"], r["rejected"]): r["target"]
+             for r in made["held_out"]}
+  loaded = {}
+  for name in ("pool", "held_out"):
+    path = folder / f"world_{name}.jsonl"
+    artifacts.write_bytes(path, "".join(
+        json.dumps({k: r[k] for k in ("prompt", "chosen", "rejected")}) + "\n"
+        for r in made[name]).encode())
+    loaded[name] = records.load(str(path))
+  splits = {name: one.rows for name, one in loaded.items()}
+  for row in splits["held_out"]:
+    row["target"] = targets[row["prompt"], row["chosen"], row["rejected"]]
+  splits["sft"] = [dict(r, id=f"sft-{i:06d}", group=r["prompt"])
+                   for i, r in enumerate(made["sft"])]
+  seen = {r["prompt"] for r in splits["pool"]}
+  splits["held_out"] = [r for r in splits["held_out"]
+                        if r["prompt"] not in seen]
+  seen |= {r["prompt"] for r in splits["held_out"]}
+  splits["sft"] = [r for r in splits["sft"] if r["prompt"] not in seen]
+  return splits, records.data_card(loaded["pool"], splits), "pairs"
+
+
+def _from_source(c: Any, folder: epath.Path) -> tuple[dict, dict, str]:
+  """Rows of files or of a hub, checked, refused with reasons, and split."""
+  loaded = records.load(
+      c.data.source, schema=c.data.schema, limit=c.data.limit,
+      on_bad_rows=c.data.on_bad_rows, max_bad_fraction=c.data.max_bad_fraction)
+  progress.say(f"  {c.data.source}: {loaded.seen:,} rows, schema "
+               f"{loaded.schema} ({loaded.kind}), {len(loaded.refused):,} "
+               "refused" + (f" ({_counts(loaded.counts)})"
+                            if loaded.refused else ""))
+  splits = records.split(loaded.rows, c.data.split.to_dict(), c.data.seed)
+  records.write_refused(folder / "rejected.jsonl", loaded.refused)
+  sft = []
+  for row in splits["sft"]:
+    if loaded.kind == "thumbs" and not row["label"]:
+      continue  # a disliked answer is nothing to imitate
+    answer = row["chosen" if loaded.kind == "pairs" else "completion"]
+    sft.append(dict(id=row["id"], prompt=row["prompt"], response=answer,
+                    group=row["group"]))
+  for row in splits["held_out"]:
+    row["target"] = row.get("chosen") or row["completion"]
+  card = records.data_card(loaded, splits)
+  return splits | dict(sft=sft), card, loaded.kind
+
+
+def _counts(counts: dict[str, int]) -> str:
+  return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+
+
+def _tokenizer(c: Any, splits: dict) -> Tokenizer:
+  """The checkpoint's, the given one, or one trained on sft and pool text."""
+  given = c.model.tokenizer
+  if not given and c.model.checkpoint:
+    given = epath.Path(c.model.checkpoint) / "tokenizer.model"
+  if given:
+    return Tokenizer.load(given)
+  texts = [r["prompt"] + r["response"] for r in splits["sft"]]
+  texts += [r["prompt"] + r[side] for r in splits["pool"]
+            for side in ("chosen", "completion") if side in r]
+  return Tokenizer.from_bytes(train(texts, c.model.vocab_size))
+
+
+def _as_thumbs(splits: dict) -> dict:
+  """Pool pairs become two thumbs each; held-out pairs stay pairs."""
+  return splits | dict(pool=records.pairs_to_thumbs(splits["pool"]))
+
+
+def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
+         ) -> tuple[list[str], artifacts.Cost, dict[str, Any]]:
+  """Builds the data artifact.
+
+  Args:
+    c: the config.
+    folder: gets sft, pool and held_out as parquet and as tokens, the
+      tokenizer, `rejected.jsonl` and `data_card.json`.
+    context: longest row, in tokens.
+    wanted: "pairs" or "thumbs", what the loss eats.
+    writes: false on all processes but the first.
+
+  Raises:
+    DataError: an empty split, or thumbs where a loss eats pairs.
+  """
+  if not writes:
+    return [], artifacts.Cost(), {}
+  world = c.data.source == "world"
+  splits, card, kind = (_from_world if world else _from_source)(c, folder)
+  if kind == "thumbs" and wanted == "pairs":
+    raise DataError(f"{c.data.source} holds single answers with thumbs, but "
+                    f"the loss {c.loss.name!r} compares two answers; set "
+                    "config.loss.name, to 'kto' for instance")
+  if kind == "pairs" and wanted == "thumbs":
+    splits = _as_thumbs(splits)
+    progress.say(f"  pairs split into {len(splits['pool']):,} thumbs for "
+                 f"{c.loss.name}")
+  needed = ("pool", "held_out") if c.model.checkpoint else SPLITS
+  for name in needed:
+    if not splits[name]:
+      raise DataError(f"the {name} split of {c.data.source} is empty "
+                      f"({card['kept']} rows kept of {card['seen']}); more "
+                      "rows are needed, or set config.data.split")
+  tok = _tokenizer(c, splits)
+  artifacts.write_bytes(folder / "tokenizer.model", tok.proto)
+  rows, report = tokens_lib.encode_rows(
+      tok, [r["prompt"] for r in splits["sft"]],
+      [r["response"] for r in splits["sft"]], context)
+  tokens_lib.save(folder, "sft", rows)
+  truncation = {"sft": report}
+  late: list[dict] = []
+  for name in ("pool", "held_out"):
+    splits[name], rows, truncation[name], refused = _encode(
+        tok, splits[name], context)
+    late += [dict(file=c.data.source, line=None, split=name, **r)
+             for r in refused]
+    tokens_lib.save(folder, name, rows)
+    if not splits[name]:
+      raise DataError(f"no row of the {name} split is left after truncation "
+                      f"to {context} tokens; raise config.model.context")
+    if name == "pool":
+      card["tokens"] = _token_card(rows)
+  if late:
+    path = folder / "rejected.jsonl"
+    before = path.read_text() if path.exists() else ""
+    artifacts.write_bytes(path, (before + "".join(
+        json.dumps(r) + "\n" for r in late)).encode())
+    for r in late:
+      card["refused_by_reason"][r["reason"]] = (
+          card["refused_by_reason"].get(r["reason"], 0) + 1)
+    card["refused"] += len(late)
+  for name in SPLITS:
+    records.write_rows(folder / f"{name}.parquet", splits[name])
+  card |= dict(kind=wanted, source_kind=kind, truncation=truncation,
+               rows_by_split={n: len(splits[n]) for n in SPLITS},
+               vocab=tok.vocab_size, source=c.data.source)
+  artifacts.write_json(folder / "data_card.json", card)
+  names = [p.name for p in folder.iterdir()
+           if p.name != "cards" and ".tmp-" not in p.name]
+  counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
+  return names, artifacts.Cost(), dict(kind=wanted, say=counts)
+
+
+def _encode(tok: Tokenizer, rows: list[dict], context: int):
+  """Tokens of pairs (two rows each) or thumbs, and the rows left out."""
+  prompts = [r["prompt"] for r in rows]
+  if rows and "chosen" in rows[0]:
+    encoded, report, refused = tokens_lib.encode_pairs(
+        tok, prompts, [r["chosen"] for r in rows],
+        [r["rejected"] for r in rows], context)
+    out = [dict(id=rows[i]["id"], reason=why, detail="")
+           for i, why in refused.items()]
+    kept = [r for i, r in enumerate(rows) if i not in refused]
+    return kept, encoded, report, out
+  encoded, report = tokens_lib.encode_rows(
+      tok, prompts, [r["completion"] for r in rows], context)
+  return rows, encoded, report, []
+
+
+def _token_card(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:
+  answer = tokens_lib.lengths(rows) - rows.start
+  return {name: [float(q) for q in np.quantile(x, (0.05, 0.5, 0.95))]
+          for name, x in (("prompt", rows.start), ("response", answer))}
+
+
+def checked_context(c: Any, model_context: int) -> int:
+  """The row length to use, at most what the model was made for."""
+  if c.model.checkpoint and c.model.context > model_context:
+    raise ConfigError(f"model.context={c.model.context} is more than the "
+                      f"checkpoint's {model_context}; set config.model.context")
+  return c.model.context

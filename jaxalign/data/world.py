@@ -1,0 +1,201 @@
+r"""SkillWorld: text preference data whose true reward is known.
+
+A prompt names a topic and gives four arguments; a good answer opens in the
+way that suits the topic, carries out the operation of the topic's cluster on
+the arguments, adds no filler and closes well:
+
+  reward = Q[topic, opener] + G[closer] + 2 * (share of correct arguments)
+           - 0.25 * fillers;  -5 where the answer is malformed.
+
+Q is the sum of a global, a cluster and a topic normal draw (1.0, 0.7, 0.7),
+G is 0.7 times a normal. Pairs are two candidates labelled by Bradley-Terry at
+a temperature, so about 14 % of labels disagree with the truth. A job needs no
+judge here: the win rate is measured by this reward.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MALFORMED = -5.0
+OPERATIONS = ("copy", "reverse", "sort", "shift")
+
+
+class World(NamedTuple):
+  """The words, the truth and the frequencies of one world."""
+
+  knobs: dict[str, Any]
+  words: dict[str, list]  # role -> words; "synonyms" [topics][3]
+  topic_p: np.ndarray  # [topics] Zipf frequencies
+  opener_value: np.ndarray  # [topics, openers]
+  closer_value: np.ndarray  # [closers]
+  topic_of: dict[str, int]  # synonym -> topic
+  cluster_of: np.ndarray  # [topics]
+  shift_of: np.ndarray  # [clusters] how far a "shift" cluster shifts
+
+
+def _words(count: int) -> list[str]:
+  """`count` distinct pronounceable words of three letters, in a fixed order."""
+  consonants, vowels = "bdfgklmnprstvz", "aeiou"
+  pool = [a + v + b for a in consonants for v in vowels for b in consonants]
+  order = np.random.Generator(np.random.Philox(key=97)).permutation(len(pool))
+  if count > len(pool):
+    raise ValueError(f"{count} words wanted, {len(pool)} exist")
+  return [pool[i] for i in order[:count]]
+
+
+def build(knobs: dict[str, Any], seed: int) -> World:
+  """Draws the truth of the world; the same knobs and seed, the same world.
+
+  Args:
+    knobs: `config.data.world`: topics, clusters, arguments, argument_words,
+      openers, closers, fillers, forms, corrupt, temperature, redundancy,
+      flips, junk, and the row counts sft_rows, pool_rows, held_out_rows.
+    seed: any integer.
+  """
+  k = dict(knobs)
+  rng = np.random.Generator(np.random.Philox(key=[seed, 1]))
+  sizes = dict(synonyms=3 * k["topics"], forms=k["forms"],
+               arguments=k["argument_words"], openers=k["openers"],
+               fillers=k["fillers"], closers=k["closers"])
+  flat = _words(sum(sizes.values()))
+  words, at = {}, 0
+  for role, n in sizes.items():
+    words[role] = flat[at:at + n]
+    at += n
+  words["synonyms"] = [words["synonyms"][3 * t:3 * t + 3]
+                       for t in range(k["topics"])]
+  p = 1.0 / np.arange(1, k["topics"] + 1)
+  cluster_of = rng.permutation(np.arange(k["topics"]) % k["clusters"])
+  value = (1.0 * rng.normal(size=(1, k["openers"]))
+           + 0.7 * rng.normal(size=(k["clusters"], k["openers"]))[cluster_of]
+           + 0.7 * rng.normal(size=(k["topics"], k["openers"])))
+  return World(
+      k, words, p / p.sum(), value, 0.7 * rng.normal(size=k["closers"]),
+      {w: t for t, ws in enumerate(words["synonyms"]) for w in ws},
+      cluster_of, rng.integers(1, k["argument_words"], size=k["clusters"]))
+
+
+def answer(world: World, topic: int, arguments: list[str]) -> list[str]:
+  """The correct arguments of an answer: the cluster's operation applied."""
+  names = world.words["arguments"]
+  index = [names.index(a) for a in arguments]
+  cluster = int(world.cluster_of[topic])
+  operation = OPERATIONS[cluster % len(OPERATIONS)]
+  if operation == "reverse":
+    index = index[::-1]
+  elif operation == "sort":
+    index = sorted(index)
+  elif operation == "shift":
+    index = [(i + int(world.shift_of[cluster])) % len(names) for i in index]
+  return [names[i] for i in index]
+
+
+def topic(world: World, prompt: str) -> int:
+  """The topic a prompt is about, -1 where it names none."""
+  words = prompt.split()
+  return world.topic_of.get(words[1], -1) if len(words) > 1 else -1
+
+
+def reward(world: World, prompt: str, response: str) -> float:
+  """The true reward of a response, `MALFORMED` where it cannot be parsed."""
+  asked, said, n = prompt.split(), response.split(), world.knobs["arguments"]
+  which = topic(world, prompt)
+  w = world.words
+  if which < 0 or len(said) < n + 2 or said[0] not in w["openers"]:
+    return MALFORMED
+  given, filler, closer = said[1:n + 1], said[n + 1:-1], said[-1]
+  if (any(a not in w["arguments"] for a in given) or len(filler) > 3
+      or any(f not in w["fillers"] for f in filler)
+      or closer not in w["closers"]):
+    return MALFORMED
+  right = answer(world, which, asked[4:4 + n])
+  share = sum(a == b for a, b in zip(given, right)) / n
+  return float(world.opener_value[which, w["openers"].index(said[0])]
+               + world.closer_value[w["closers"].index(closer)]
+               + 2 * share - 0.25 * len(filler))
+
+
+def _prompt(world: World, rng: np.random.Generator) -> str:
+  w, t = world.words, rng.choice(len(world.topic_p), p=world.topic_p)
+  words = [*rng.choice(w["synonyms"][t], 2), rng.choice(w["forms"]),
+           *rng.choice(w["arguments"], world.knobs["arguments"])]
+  return " ".join(["ask", *map(str, words), "then"])
+
+
+def _candidate(world: World, rng: np.random.Generator, prompt: str) -> str:
+  w, n = world.words, world.knobs["arguments"]
+  said = answer(world, topic(world, prompt), prompt.split()[4:4 + n])
+  wrong = rng.random(n) < world.knobs["corrupt"]
+  said = [str(rng.choice(w["arguments"])) if bad else a
+          for a, bad in zip(said, wrong)]
+  filler = list(rng.choice(w["fillers"], rng.integers(0, 4)))
+  return " " + " ".join(map(str, [rng.choice(w["openers"]), *said, *filler,
+                                  rng.choice(w["closers"])]))
+
+
+def _junk(world: World, rng: np.random.Generator) -> str:
+  flat = [x for role in ("arguments", "openers", "fillers", "closers", "forms")
+          for x in world.words[role]]
+  return " " + " ".join(map(str, rng.choice(flat, world.knobs["arguments"] + 3)))
+
+
+def _distinct(world, rng, prompt, make):
+  first, second = make(world, rng, prompt), make(world, rng, prompt)
+  while first == second:  # a pair of equal texts teaches nothing
+    second = make(world, rng, prompt)
+  return first, second
+
+
+def generate(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
+  """Rows of the three splits: `sft`, `pool` and `held_out`.
+
+  Returns:
+    sft: {prompt, response}: single candidates. pool: {prompt, chosen,
+    rejected}, with the share of repeated prompts, flipped labels and junk
+    rows that the knobs ask for. held_out: clean pairs, each with a `target`,
+    the truth-preferred of two fresh candidates.
+  """
+  k = world.knobs
+
+  def stream(which):
+    return np.random.Generator(np.random.Philox(key=[seed, 10 + which]))
+
+  rng = stream(0)
+  sft = []
+  for _ in range(k["sft_rows"]):
+    prompt = _prompt(world, rng)
+    sft.append(dict(prompt=prompt, response=_candidate(world, rng, prompt)))
+
+  def label(rng, prompt, a, b, flips):
+    gap = reward(world, prompt, a) - reward(world, prompt, b)
+    first = rng.random() < 1 / (1 + np.exp(-gap / k["temperature"]))
+    if rng.random() < flips:
+      first = not first
+    return (a, b) if first else (b, a)
+
+  rng = stream(1)
+  head = [_prompt(world, rng) for _ in range(20)]
+  pool = []
+  for _ in range(k["pool_rows"]):
+    repeat, junk = rng.random(2) < (k["redundancy"], k["junk"])
+    prompt = str(rng.choice(head)) if repeat else _prompt(world, rng)
+    if junk:
+      chosen, rejected = _distinct(world, rng, prompt,
+                                   lambda w, r, p: _junk(w, r))
+    else:
+      a, b = _distinct(world, rng, prompt, _candidate)
+      chosen, rejected = label(rng, prompt, a, b, k["flips"])
+    pool.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+
+  rng = stream(2)
+  held_out = []
+  for _ in range(k["held_out_rows"]):
+    prompt = _prompt(world, rng)
+    chosen, rejected = label(
+        rng, prompt, *_distinct(world, rng, prompt, _candidate), 0.0)
+    two = [_candidate(world, rng, prompt) for _ in range(2)]
+    target = max(two, key=lambda said: reward(world, prompt, said))
+    held_out.append(dict(prompt=prompt, chosen=chosen, rejected=rejected,
+                         target=target))
+  return dict(sft=sft, pool=pool, held_out=held_out)

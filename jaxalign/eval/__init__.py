@@ -1,0 +1,1 @@
+"""Evidence: held-out measures, win rates and their intervals."""

@@ -1,0 +1,158 @@
+"""One policy on the held-out split: generation, win rate, accuracy, KL."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import world as world_lib
+from jaxalign.eval import held_out
+from jaxalign.eval import winrate
+from jaxalign.model import decode
+from jaxalign.select import embed
+
+
+class Examined(NamedTuple):
+  """What is measured on: the held-out split, tokenized."""
+
+  rows: list[dict[str, Any]]  # n records, with "prompt" and "target"
+  tokens: tokens_lib.TokenRows  # n * R rows
+  asked: np.ndarray  # [p] row numbers whose prompts are generated from
+  tokenizer: Any
+  world: world_lib.World | None
+
+
+class Outcome(NamedTuple):
+  """Raw numbers of one policy; metrics are made from these."""
+
+  logp: np.ndarray  # [n, R] float32 nats of the held-out responses
+  said: list[np.ndarray]  # p answers, as ids
+  texts: list[str]  # p answers, as text
+  own_logp: np.ndarray  # [p] nats of the answers under this policy
+  reward: np.ndarray | None  # [p] true reward, where the world is known
+  operations: int
+  tokens: int
+
+
+def choose_prompts(rows: list[dict[str, Any]], most: int) -> np.ndarray:
+  """The first `most` rows with different prompts, in id order."""
+  seen, asked = set(), []
+  for i, row in enumerate(rows):
+    if row["prompt"] not in seen and len(asked) < most:
+      seen.add(row["prompt"])
+      asked.append(i)
+  return np.array(asked, np.int64)
+
+
+def prompts_of(what: Examined) -> list[np.ndarray]:
+  """Token ids of the prompts asked, each with its BOS."""
+  responses = len(what.tokens.start) // len(what.rows)
+  index = what.asked * responses
+  first = what.tokens.offsets[index]
+  return [np.asarray(what.tokens.ids[a:a + s])
+          for a, s in zip(first, what.tokens.start[index])]
+
+
+def answer_rows(prompts: list[np.ndarray], said: list[np.ndarray]
+                ) -> tokens_lib.TokenRows:
+  """Prompts with generated answers, as rows to be scored."""
+  ids = [np.concatenate([p, s]).astype(np.int32)
+         for p, s in zip(prompts, said)]
+  return tokens_lib.TokenRows(
+      np.concatenate(ids), np.cumsum([0] + [len(x) for x in ids]),
+      np.array([len(p) for p in prompts], np.int32),
+      np.zeros(len(ids), np.int32))
+
+
+def score_answers(mesh: Any, params: Any, m: Any, what: Examined,
+                  said: list[np.ndarray], *, tile: int, chunk: int
+                  ) -> np.ndarray:
+  """[p] nats of given answers to the prompts asked, under `params`."""
+  rows = answer_rows(_fitting(what, m, said), said)
+  return embed.score_rows(mesh, params, m, rows, tile=tile, chunk=chunk,
+                          label="score answers").logp
+
+
+def _fitting(what: Examined, m: Any, said: list[np.ndarray]
+             ) -> list[np.ndarray]:
+  """The prompts, cut on the left as generation cut them."""
+  return [p if len(p) + len(s) <= m.context
+          else np.concatenate([p[:1], p[len(p) + len(s) - m.context + 1:]])
+          for p, s in zip(prompts_of(what), said)]
+
+
+def examine(mesh: Any, params: Any, m: Any, what: Examined, *, new: int,
+            temperature: float, seed: int, tile: int, chunk: int) -> Outcome:
+  """Runs one policy over the held-out split.
+
+  Args:
+    mesh: the mesh.
+    params: the policy, on the mesh.
+    m: its sizes.
+    what: the held-out split.
+    new: most tokens of a generated answer.
+    temperature: of the sampling; 0 is greedy.
+    seed: of the sampling: the same for every policy, so that prompts and
+      noise are paired.
+    tile: rows a device runs at once.
+    chunk: positions of the head at once.
+  """
+  tok = what.tokenizer
+  scored = embed.score_rows(mesh, params, m, what.tokens, tile=tile,
+                            chunk=chunk, label="score held-out")
+  prompts = prompts_of(what)
+  said = decode.generate(mesh, params, m, prompts, new=new, eos=tok.eos,
+                         known=tok.vocab_size, temperature=temperature,
+                         seed=seed, tile=tile)
+  own = score_answers(mesh, params, m, what, said, tile=tile, chunk=chunk)
+  texts = [tok.decode_response(s[:-1] if len(s) and s[-1] == tok.eos else s)
+           for s in said]
+  reward = None
+  if what.world is not None:
+    reward = np.array([world_lib.reward(what.world, what.rows[i]["prompt"], t)
+                       for i, t in zip(what.asked, texts)])
+  rows = answer_rows(prompts, said)
+  return Outcome(
+      scored.logp.reshape(len(what.rows), -1), said, texts, own, reward,
+      embed.operations(m, what.tokens) + 2 * embed.operations(m, rows),
+      len(what.tokens.ids) + 2 * len(rows.ids))
+
+
+def measure(what: Examined, policy: Outcome, reference: Outcome,
+            answers_under_reference: np.ndarray) -> dict[str, Any]:
+  """The metrics of one policy, as `eval.json` holds them.
+
+  Args:
+    what: the held-out split.
+    policy: its outcome.
+    reference: the frozen reference's outcome on the same prompts.
+    answers_under_reference: [p] nats of the policy's answers under it.
+  """
+  malformed, out = None, {}
+  if what.world is not None:
+    malformed = policy.reward == world_lib.MALFORMED
+    prompts = [what.rows[i]["prompt"] for i in what.asked]
+    topics = np.array([world_lib.topic(what.world, p) for p in prompts])
+    target = np.array([world_lib.reward(what.world, p, what.rows[i]["target"])
+                       for p, i in zip(prompts, what.asked)])
+    against = winrate.rates(policy.reward, target, topics)
+    out["win_vs_target"] = against["micro"]
+    out["win_vs_target_macro"] = against["macro"]
+    out["win_vs_sft"] = winrate.rates(policy.reward, reference.reward,
+                                      None)["micro"]
+  out |= winrate.generation_health(policy.said, what.tokenizer.eos, malformed)
+  out["accuracy"] = held_out.accuracy(*as_pairs(
+      what, policy.logp, reference.logp))
+  out["kl"] = held_out.sampled_kl(policy.own_logp, answers_under_reference)
+  return out
+
+
+def as_pairs(what: Examined, policy: np.ndarray, ref: np.ndarray):
+  """Pairs as they are; thumbs as the i-th liked beside the i-th disliked."""
+  if policy.shape[1] == 2:
+    return policy, ref
+  label = np.array([r["label"] for r in what.rows])
+  up, down = np.flatnonzero(label), np.flatnonzero(~label)
+  n = min(len(up), len(down))
+  rows = np.stack([up[:n], down[:n]], axis=1)
+  return policy[rows, 0], ref[rows, 0]

@@ -1,0 +1,67 @@
+"""What each stage cost, and what selecting saved once it is counted in.
+
+Operations are floating-point multiply-adds times two, counted from the rows
+that ran; padding and recomputation are not counted. An arm's cost is what it
+would cost alone: selection (embedding every row and fitting) only where its
+sampler needs it, the reference's forward pass over its rows where no
+embedding pass has already given it, and the training.
+"""
+
+from typing import Any
+
+from jaxalign.artifacts import Card, Cost
+
+SELECTION = ("embed", "mixture", "select")
+
+
+def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
+  """One line a stage: what ran, for which arm, and what it took."""
+  return [dict(stage=stage, arm=arm, operations=card.cost.operations,
+               tokens=card.cost.tokens, seconds=card.cost.seconds,
+               bytes=card.cost.bytes, skipped=card.skipped)
+          for (arm, stage), card in cards.items()]
+
+
+def arm_operations(*, needs_embedding: bool, needs_mixture: bool,
+                   embed: int, mixture: int, reference: int, ref_logps: int,
+                   align: int) -> dict[str, int]:
+  """Operations of one arm on its own.
+
+  Args:
+    needs_embedding: the sampler reads embeddings or the mixture.
+    needs_mixture: the sampler reads the mixture.
+    embed: of the pass over the whole pool.
+    mixture: of the fits.
+    reference: of a reference pass over the arm's own rows; nothing where the
+      embedding pass (same weights, same rows) has given these numbers.
+    ref_logps: of the mismatched rows (KTO).
+    align: of the training.
+
+  Returns:
+    {"select", "reference", "align", "total"}.
+  """
+  select = (embed if needs_embedding or needs_mixture else 0) + (
+      mixture if needs_mixture else 0)
+  reference = ref_logps + (0 if select else reference)
+  return dict(select=select, reference=reference, align=align,
+              total=select + reference + align)
+
+
+def saved(arm: int, everything: int, sft: int) -> dict[str, float]:
+  """Share of operations saved against aligning on everything.
+
+  Negative where selecting costs more than it saves.
+
+  Args:
+    arm: the arm's total, selection counted.
+    everything: the total of aligning on the whole pool.
+    sft: the supervised training that both share; 0 with a checkpoint.
+  """
+  return dict(without_sft=1 - arm / everything,
+              with_sft=1 - (arm + sft) / (everything + sft))
+
+
+def total(lines: list[dict[str, Any]]) -> Cost:
+  """The sum of `stages` lines."""
+  return Cost(*(sum(line[name] for line in lines)
+                for name in ("operations", "tokens", "seconds", "bytes")))

@@ -1,0 +1,171 @@
+r"""Flags in, one job out.
+
+  python -m jaxalign.main --config=configs/dpo_sub.py --workdir=runs/dpo_sub
+
+Any knob of the config can be set: --config.select.budget=0.05. Exit codes: 0
+done, 64 usage or config, 65 data, 73 cannot write, 74 corrupt, 75 start me
+again, 76 not finite, 130 interrupted.
+"""
+
+import errno
+import os
+import pathlib
+import signal
+import sys
+import traceback
+
+
+def _parse(argv: list[str]):
+  """The flags; a wrong one raises ConfigError."""
+  from absl import flags
+  from ml_collections import config_flags
+  from jaxalign.errors import ConfigError
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+      "config", None, "Path of a config file, with :variant.",
+      flag_values=values, lock_config=True)
+  flags.DEFINE_string("workdir", None, "Where everything is written.",
+                      flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "Print the plan and stop.",
+                    flag_values=values)
+  flags.DEFINE_bool("redo", False, "Replace stages that another config made, "
+                    "instead of refusing.", flag_values=values)
+  flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
+                    "Whether to join other processes.", flag_values=values)
+  flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
+  for argument in argv[1:]:  # `from configs import common` from any folder
+    if argument.startswith("--config="):
+      path = argument.split("=", 1)[1].split(":")[0]
+      sys.path.insert(0, str(pathlib.Path(path).resolve().parent.parent))
+  try:
+    rest = values(argv)
+    if values.help:
+      print(__doc__ + values.main_module_help())
+      sys.exit(0)
+    config = values.config
+  except FileNotFoundError as error:
+    raise ConfigError(f"{error.filename or error} does not exist; set "
+                      "--config") from error
+  except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as e:
+    raise ConfigError(f"{str(e).strip() or repr(e)}; see configs/common.py for "
+                      "all knobs") from e
+  if len(rest) > 1:
+    raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+  if config is None:
+    raise ConfigError("no config; say --config=configs/dpo_sub.py")
+  if not values.workdir and not values.dry_run:
+    raise ConfigError("no workdir; say --workdir=runs/dpo_sub")
+  return values
+
+
+def announced(environment) -> str:
+  """Which launcher announces several processes: "", or its name."""
+  count = lambda name: int(environment.get(name, "1") or 1)
+  if count("JAXALIGN_NUM_PROCESSES") > 1:
+    return "jaxalign"
+  if count("SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
+    return "slurm"
+  if count("OMPI_COMM_WORLD_SIZE") > 1:
+    return "openmpi"
+  if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+    return "tpu"
+  return ""
+
+
+def _join(mode: str) -> None:
+  """Starts jax.distributed where several processes are announced."""
+  import jax
+  from jaxalign import progress
+  from jaxalign.errors import ConfigError
+  launcher = announced(os.environ)
+  if mode == "on" or (mode == "auto" and launcher):
+    kwargs = {}
+    if launcher == "jaxalign":
+      kwargs = dict(
+          coordinator_address=os.environ.get(
+              "JAXALIGN_COORDINATOR",
+              os.environ.get("JAX_COORDINATOR_ADDRESS")),
+          num_processes=int(os.environ["JAXALIGN_NUM_PROCESSES"]),
+          process_id=int(os.environ.get("JAXALIGN_PROCESS_ID", "0")))
+    try:
+      jax.distributed.initialize(heartbeat_timeout_seconds=30, **kwargs)
+    except (RuntimeError, ValueError) as error:
+      raise ConfigError(f"cannot join the other processes ({error}); set "
+                        "--distributed=off for one process") from error
+  progress.set_process(jax.process_index())
+
+
+def _run(values) -> None:
+  """Everything after the flags."""
+  c = values.config
+  import jax
+  from jaxalign import interrupt
+  from jaxalign import pipeline
+  from jaxalign import plan
+  from jaxalign import progress
+  from jaxalign import sharding
+  from jaxalign import study
+  from jaxalign.report.pages import study as study_page
+  _join(values.distributed)
+  if c.compile_cache:
+    jax.config.update("jax_compilation_cache_dir",
+                      os.path.expanduser(c.compile_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  interrupt.install()
+  mesh = sharding.make_mesh(c.mesh)
+  with jax.set_mesh(mesh):
+    job = pipeline.Job(c, mesh, values.workdir or "runs/plan", values.redo)
+    pipeline.validate(job)
+    if values.dry_run:
+      plan.show(job, study.arms_of(c))
+      return
+    summary = study.run(job, study.command_line())
+    ran = [name for (_, name), card in job.cards.items()
+           if not card.skipped]
+    progress.say("")
+    progress.say(study_page.terminal(summary))
+    if not ran:
+      progress.say("everything was finished before; nothing was computed")
+    progress.say(f"report: {values.workdir}/report.html")
+
+
+def main(argv: list[str]) -> int:
+  """Returns the exit code; one line on stderr says what went wrong."""
+  print("jaxalign: reading the config", flush=True)
+  from jaxalign.errors import JaxalignError
+  try:
+    _run(_parse(argv))
+    return 0
+  except JaxalignError as error:
+    return _fail(str(error), error.exit_code)
+  except KeyboardInterrupt:
+    return _fail("interrupted; what was finished is kept, run the same "
+                 "command to go on", 128 + signal.SIGINT)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+      return _fail(f"cannot write {error.filename or ''}: {error.strerror}; "
+                   "free space or set --workdir", 73)
+    raise
+
+
+def _fail(message: str, code: int) -> int:
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  return code
+
+
+def _leave(code: int) -> None:
+  """Exits; with several processes at once, without waiting for the others."""
+  jax = sys.modules.get("jax")
+  if code and jax is not None and jax.distributed.is_initialized():
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
+
+
+if __name__ == "__main__":
+  try:
+    status = main(sys.argv)
+  except Exception:  # a bug: the traceback is what helps
+    traceback.print_exc()
+    status = 1
+  _leave(status)

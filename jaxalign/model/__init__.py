@@ -1,0 +1,1 @@
+"""Models: one parameter table, one forward pass, weights in and out."""

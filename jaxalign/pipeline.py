@@ -1,0 +1,669 @@
+"""One job's stages in order; the only file that knows the order.
+
+data -> sft -> embed -> mixture -> (baseline), shared by all arms, then for
+each arm select -> ref_logps -> align -> evaluate -> export. Rooms meet here,
+through files: `select` and `train` never import each other.
+"""
+
+import functools
+import inspect
+import json
+from typing import Any, Callable, NamedTuple
+
+from etils import epath
+import jax
+import numpy as np
+
+from jaxalign import artifacts
+from jaxalign import progress
+from jaxalign import sharding
+from jaxalign.artifacts import Cost, pick
+from jaxalign.checkpoints import restore_params
+from jaxalign.data import batches
+from jaxalign.data import prepare
+from jaxalign.data import records
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import ConfigError, DataError
+from jaxalign.eval import evaluate
+from jaxalign.lookup import lookup
+from jaxalign.model import decoder
+from jaxalign.model import weights
+from jaxalign.select import card as cards
+from jaxalign.select import embed
+from jaxalign.select import mixture as mixtures
+from jaxalign.select.pool import Pool
+from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.topk import budget_rows
+from jaxalign.train import feed
+from jaxalign.train import loop
+from jaxalign.train import optim
+from jaxalign.train import step as steps
+from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import LOSSES
+
+
+class Arm(NamedTuple):
+  """One sampler at one budget and seed, and where it lives."""
+
+  sampler: str
+  budget: float | int
+  seed: int
+
+  @property
+  def name(self) -> str:
+    """"isa-0.1-seed0"; the whole pool is called "all"."""
+    name = "all" if self.is_all else self.sampler.replace(":", ".")
+    return f"{name}-{self.budget:g}-seed{self.seed}"
+
+  @property
+  def is_all(self) -> bool:
+    """Whether nothing was left out."""
+    return self.budget == 1.0 and isinstance(self.budget, float)
+
+
+class Job:
+  """What every stage of a run shares: config, mesh, folders, finished cards.
+
+  A class because it caches what is costly to load (tokens, the reference).
+  """
+
+  def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
+    self.c, self.mesh, self.redo = c, mesh, redo
+    self.workdir = epath.Path(workdir)
+    self.shared = self.workdir / "shared"
+    self.cards: dict[tuple[str, str], artifacts.Card] = {}
+
+  def run(self, folder: Any, stage: str, arm: str = "", **kwargs
+          ) -> artifacts.Card:
+    """`artifacts.run`, remembered by (arm, stage) for the ledger."""
+    if arm:
+      progress.say(f"[{arm}]") if stage == "select" else None
+    card = artifacts.run(folder, stage, redo=self.redo, **kwargs)
+    self.cards[arm, stage] = card
+    return card
+
+  @functools.cached_property
+  def loss(self) -> Callable:
+    """The loss with its keywords bound."""
+    fn = lookup(LOSSES, self.c.loss.name, "loss", "loss.name")
+    kwargs = self.c.loss.kwargs.to_dict()
+    known = [p.name for p in inspect.signature(fn).parameters.values()
+             if p.kind == p.KEYWORD_ONLY]
+    for name in kwargs:
+      if name not in known:
+        raise ConfigError(f"loss {self.c.loss.name!r} takes no {name!r}; it "
+                          f"takes {', '.join(known) or 'no keywords'}; set "
+                          "config.loss.kwargs")
+    bound = functools.partial(fn, **kwargs)
+    bound.kind, bound.stats = fn.kind, fn.stats
+    return bound
+
+  @property
+  def kind(self) -> str:
+    """"pairs" or "thumbs": what the loss eats."""
+    return "thumbs" if self.loss.kind == "thumbs" else "pairs"
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """The data stage's tokenizer."""
+    return Tokenizer.load(self.shared / "data" / "tokenizer.model")
+
+  @functools.cached_property
+  def model(self) -> decoder.ModelConfig:
+    """The sizes of the reference and policy."""
+    c = self.c.model
+    if c.checkpoint:
+      m = weights.read_config(c.checkpoint, c.dtype, c.remat)
+      m = m._replace(context=prepare.checked_context(self.c, m.context))
+      if self.tokenizer.vocab_size > m.vocab:
+        raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} "
+                          f"pieces, the checkpoint {m.vocab} embeddings; set "
+                          "config.model.tokenizer")
+    else:
+      m = sizes(self.c, self.tokenizer.vocab_size)
+    decoder.check(m, self.mesh)
+    return m
+
+  @functools.lru_cache(maxsize=None)
+  def rows(self, split: str) -> list[dict]:
+    """The records of a split, in id order."""
+    return records.read_table(self.shared / "data" / f"{split}.parquet")
+
+  @functools.lru_cache(maxsize=None)
+  def tokens(self, split: str) -> tokens_lib.TokenRows:
+    """The tokenized rows of a split; two a pair."""
+    return tokens_lib.load_rows(self.shared / "data", split)
+
+  @functools.cached_property
+  def reference(self) -> decoder.Params:
+    """The frozen reference's parameters, on the mesh."""
+    if self.c.model.checkpoint:
+      return weights.load_folder(self.c.model.checkpoint, self.model, self.mesh)
+    return restore_params(self.shared / "sft" / "checkpoints",
+                          decoder.abstract(self.model, self.mesh))
+
+  @functools.cached_property
+  def examined(self) -> evaluate.Examined:
+    """The held-out split, ready to be measured on."""
+    rows = self.rows("held_out")
+    return evaluate.Examined(
+        rows, self.tokens("held_out"),
+        evaluate.choose_prompts(rows, self.c.eval.prompts), self.tokenizer,
+        prepare.world_of(self.c))
+
+  def key(self, stage: str, arm: str = "") -> str:
+    """The key of a finished stage."""
+    return self.cards[arm, stage].key
+
+
+def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
+  """The model that `sft` trains; its table is rounded up to 64 rows."""
+  m = c.model
+  return decoder.ModelConfig(
+      layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
+      head_size=m.head_size, ff=m.ff, vocab=-(-vocab // 64) * 64,
+      context=m.context, rope_theta=m.rope_theta, norm_eps=m.norm_eps,
+      tied=m.tied, dtype=m.dtype, remat=m.remat)
+
+
+def validate(job: Job) -> None:
+  """Every mistake that can be seen before data is read or code compiled."""
+  c = job.c
+  sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
+  _sampler_kwargs(c, sampler)
+  loss = job.loss
+  if loss.kind == "rows":
+    raise ConfigError(f"loss {c.loss.name!r} prefers nothing: it cannot align; "
+                      "set config.loss.name")
+  if "z0" in loss.stats and c.train.batch_size < 2:
+    raise ConfigError(f"loss {c.loss.name!r} mismatches the answers of a "
+                      f"batch; train.batch_size={c.train.batch_size}, wanted "
+                      "2 or more")
+  for name in c.compare:
+    if name != "all":
+      lookup(SAMPLERS, name, "sampler", "compare")
+  if c.embed.pooling not in embed.POOLINGS:
+    raise ConfigError(f"embed.pooling={c.embed.pooling!r}; known: "
+                      f"{', '.join(embed.POOLINGS)}")
+  for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
+    feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
+    optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,
+                        warmup_ratio=part.warmup_ratio)
+  if c.train.epochs <= 0:
+    raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
+  if not c.model.checkpoint:
+    decoder.check(sizes(c, c.model.vocab_size), job.mesh)
+
+
+def _sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
+  """The keywords of config.select that this sampler takes, checked."""
+  known = {p.name for p in inspect.signature(sampler).parameters.values()
+           if p.kind == p.KEYWORD_ONLY}
+  named = dict(order=c.select.order, pair_score=c.select.pair_score,
+               label_quota=c.select.label_quota or None)
+  kwargs = {n: v for n, v in named.items() if n in known}
+  for name, value in c.select.kwargs.to_dict().items():
+    if name not in known:
+      raise ConfigError(f"sampler {c.select.sampler!r} takes no {name!r}; it "
+                        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
+                        "set config.select.kwargs")
+    kwargs[name] = value
+  return kwargs
+
+
+# Shared stages.
+
+
+def run_data(job: Job) -> None:
+  """Reads, checks, splits and tokenizes the source."""
+  c = job.c
+  fields = pick(c, "data", "model.checkpoint", "model.tokenizer",
+                "model.vocab_size", "model.context")
+  fields |= dict(kind=job.kind, source_digest=prepare.fingerprint(c))
+  job.run(job.shared / "data", "data", fields=fields, inputs={},
+          make=lambda folder: prepare.make(
+              c, folder, context=c.model.context, wanted=job.kind,
+              writes=jax.process_index() == 0))
+  progress.say(f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x "
+               f"{job.mesh.devices.flat[0].device_kind}; model of "
+               f"{decoder.parameter_count(job.model):,} parameters")
+
+
+def run_sft(job: Job) -> None:
+  """Trains the reference, where no checkpoint is given."""
+  c, m, mesh = job.c, job.model, job.mesh
+  if c.model.checkpoint:
+    files = artifacts.digest_tree(c.model.checkpoint,
+                                  ["config.json", "model.safetensors"])
+    job.cards["", "sft"] = artifacts.Card(
+        "sft", artifacts.key_of("checkpoint", files, {}), {}, {}, {}, Cost(),
+        {}, True)
+    return
+
+  def make(folder):
+    tokens = job.tokens("sft")
+    n = len(tokens.start)
+    rows = feed.Rows([str(i) for i in range(n)], tokens, np.arange(n)[:, None],
+                     np.zeros((n, 1), np.float32), np.ones((n, 1), np.float32))
+    params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
+    cost = _train(job, folder, "sft", params, rows, LOSSES["sft"], c.sft,
+                  updates=c.sft.updates, seed=c.sft.seed, sft_weight=0.0)
+    return ["checkpoints", "metrics.jsonl"], cost, {}
+
+  job.run(job.shared / "sft", "sft", make=make,
+          fields=pick(c, "sft", "model"), inputs=dict(data=job.key("data")))
+
+
+def _train(job: Job, folder: Any, label: str, params: Any, rows: feed.Rows,
+           loss: Callable, knobs: Any, *, updates: int, seed: int,
+           sft_weight: float, mismatched: feed.Mismatched | None = None,
+           trace: tuple[int, int] = (0, 0)) -> Cost:
+  """Trains `params` in `folder`; shared by sft and align."""
+  c, m, mesh = job.c, job.model, job.mesh
+  tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
+                            weight_decay=knobs.weight_decay)
+  rate = optim.make_schedule(lr=knobs.lr, updates=updates,
+                             warmup_ratio=knobs.warmup_ratio,
+                             schedule=knobs.schedule)
+  batch_at, ids_at, tokens_at = feed.make_feed(
+      mesh, rows, batch=knobs.batch_size, accumulation=knobs.accumulation,
+      seed=seed, context=m.context, rate=rate, mismatched=mismatched)
+  train_step = steps.make_train_step(
+      PRODUCERS["chunked"](m, c.model.head_chunk), loss, tx,
+      sft_weight=sft_weight)
+  loop.fit(steps.init_state(params, tx), train_step, batch_at, ids_at,
+           folder=folder, label=label, updates=updates,
+           save_every=knobs.save_every, tokens_at=tokens_at, trace=trace)
+  operations, tokens = feed.training_cost(
+      m, rows, updates=updates, batch=knobs.batch_size, seed=seed,
+      mismatched=mismatched.tokens if mismatched else None)
+  return Cost(operations, tokens)
+
+
+def run_embed(job: Job) -> None:
+  """Embeds every pool row; the same pass yields the reference's log-probs."""
+  c, m = job.c, job.model
+
+  def make(folder):
+    rows = job.tokens("pool")
+    n = len(job.rows("pool"))
+    scores = embed.score_rows(
+        job.mesh, job.reference, m, rows, pooling=c.embed.pooling,
+        tile=c.embed.tile, chunk=c.model.head_chunk)
+    if jax.process_index() == 0:
+      artifacts.write_array(folder / "embedding.npy",
+                            scores.embedding.reshape(n, -1, m.width))
+      artifacts.write_array(folder / "logp.npy", scores.logp.reshape(n, -1))
+      artifacts.write_array(folder / "count.npy", scores.count.reshape(n, -1))
+    return (["embedding.npy", "logp.npy", "count.npy"],
+            Cost(embed.operations(m, rows), len(rows.ids)),
+            dict(say=f"{len(rows.start):,} rows"))
+
+  job.run(job.shared / "embed", "embed", make=make,
+          fields=pick(c, "embed", "model"),
+          inputs=dict(data=job.key("data"), sft=job.key("sft")))
+
+
+def run_mixture(job: Job) -> None:
+  """Fits the mixture, and what the card needs to know of it."""
+  c = job.c
+  knobs = c.select.mixture.to_dict()
+  seed = knobs.pop("seed")
+  if str(knobs["pca"]).isdigit():  # a flag gives text, as the default is text
+    knobs["pca"] = int(knobs["pca"])
+
+  def make(folder):
+    stored = artifacts.read_array(job.shared / "embed" / "embedding.npy")
+    n, r = stored.shape[:2]
+    x = np.ascontiguousarray(stored.reshape(n * r, -1))
+    space = mixtures.prepare(job.mesh, x, pca=knobs["pca"],
+                             covariance=knobs["covariance"],
+                             components=knobs["components"])
+    extra = list(range(seed + 1, seed + 1 + c.select.stability_seeds))
+    with progress.bar("mixture", knobs["starts"] * (2 + len(extra)),
+                      "starts") as tick:
+      fitted = [mixtures.fit(job.mesh, x, seed=s, space=space, progress=tick,
+                             **knobs) for s in [seed, *extra]]
+      halves = cards.held_out(job.mesh, x, seed=seed, responses=r,
+                              progress=tick, **knobs)
+    values = np.stack([mixtures.log_likelihood(f, x).reshape(n, r)
+                       for f in fitted])
+    diagnostics = dict(held_out=halves)
+    if r == 2:
+      diagnostics["labels"] = cards.component_labels(
+          fitted[0], x, np.tile([1, 0], n))
+    else:
+      label = np.array([row["label"] for row in job.rows("pool")])
+      diagnostics["labels"] = cards.component_labels(fitted[0], x, label)
+    if jax.process_index() == 0:
+      mixtures.save(fitted[0], folder / "mixture.npz")
+      artifacts.write_array(folder / "log_likelihood.npy", values)
+      artifacts.write_json(folder / "diagnostics.json", diagnostics)
+    width = fitted[0].means.shape[1]
+    sweeps = len(fitted[0].trace) * knobs["starts"]
+    operations = (2 * n * r * stored.shape[2] ** 2  # the covariance
+                  + sweeps * 4 * n * r * knobs["components"] * width ** 2)
+    return (["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
+            Cost(operations), dict(warnings=fitted[0].warnings))
+
+  card = job.run(job.shared / "mixture", "mixture", make=make,
+                 fields=pick(c, "select.mixture", "select.stability_seeds"),
+                 inputs=dict(embed=job.key("embed")))
+  for warning in card.result["warnings"]:
+    progress.say(f"  warning: {warning}")
+
+
+def _save_outcome(folder: epath.Path, what: evaluate.Examined,
+                  outcome: evaluate.Outcome) -> list[str]:
+  """The raw numbers of a policy, so that arms can be compared later."""
+  if jax.process_index() == 0:
+    artifacts.write_array(folder / "held_out_logp.npy", outcome.logp)
+    lines = []
+    for k, i in enumerate(what.asked):
+      row = what.rows[i]
+      lines.append(json.dumps(dict(
+          id=row["id"], prompt=row["prompt"], target=row["target"],
+          said=outcome.texts[k], ids=outcome.said[k].tolist(),
+          logp=float(outcome.own_logp[k]),
+          reward=(None if outcome.reward is None
+                  else float(outcome.reward[k])))) + "\n")
+    artifacts.write_bytes(folder / "samples.jsonl", "".join(lines).encode())
+  return ["held_out_logp.npy", "samples.jsonl"]
+
+
+def read_samples(folder: Any) -> list[dict[str, Any]]:
+  """What `evaluate` generated in a folder, one dict a prompt."""
+  text = (epath.Path(folder) / "samples.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _load_outcome(folder: Any) -> evaluate.Outcome:
+  samples = read_samples(folder)
+  reward = np.array([s["reward"] for s in samples], object)
+  return evaluate.Outcome(
+      artifacts.read_array(epath.Path(folder) / "held_out_logp.npy"),
+      [np.array(s["ids"], np.int32) for s in samples],
+      [s["said"] for s in samples], np.array([s["logp"] for s in samples]),
+      None if None in reward else reward.astype(float), 0, 0)
+
+
+def _examine(job: Job, params: Any) -> evaluate.Outcome:
+  c = job.c.eval
+  return evaluate.examine(
+      job.mesh, params, job.model, job.examined, new=c.new_tokens,
+      temperature=c.temperature, seed=c.seed, tile=c.tile,
+      chunk=job.c.model.head_chunk)
+
+
+def run_baseline(job: Job) -> None:
+  """Measures the reference itself, once for all arms."""
+  def make(folder):
+    outcome = _examine(job, job.reference)
+    files = _save_outcome(folder, job.examined, outcome)
+    metrics = evaluate.measure(job.examined, outcome, outcome,
+                               outcome.own_logp)
+    if jax.process_index() == 0:
+      artifacts.write_json(folder / "eval.json", metrics)
+    return [*files, "eval.json"], Cost(outcome.operations, outcome.tokens), {}
+
+  job.run(job.shared / "baseline", "baseline", make=make,
+          fields=pick(job.c, "eval"),
+          inputs=dict(data=job.key("data"), sft=job.key("sft")))
+
+
+# Stages of one arm.
+
+
+def run_select(job: Job, arm: Arm) -> None:
+  """Scores the pool, keeps the budget, says how the kept rows differ."""
+  c, folder = job.c, arm_folder(job, arm)
+  sampler = lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
+  kwargs = _sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
+  uses_mixture = "log_likelihood" in sampler.needs
+
+  def make(folder):
+    rows, tokens = job.rows("pool"), job.tokens("pool")
+    n = len(rows)
+    lengths = tokens_lib.lengths(tokens) - tokens.start
+    columns = dict(length=lengths.reshape(n, -1).astype(np.int32))
+    if job.kind == "thumbs":
+      columns["label"] = np.array([r["label"] for r in rows])
+    world = prepare.world_of(c)
+    if world is not None:
+      from jaxalign.data import world as world_lib
+      columns["topic"] = np.array([world_lib.topic(world, r["prompt"])
+                                   for r in rows])
+    if "embedding" in sampler.needs:
+      columns["embedding"] = artifacts.read_array(
+          job.shared / "embed" / "embedding.npy")
+    ids = np.array([r["id"] for r in rows])
+    budget = budget_rows(arm.budget, n, c.train.batch_size)
+    fits = [None]
+    if uses_mixture:
+      fits = artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")
+    chosen = []
+    for values in fits:
+      extra = {} if values is None else dict(log_likelihood=values)
+      chosen.append(sampler(arm.seed, Pool(ids, columns | extra), budget,
+                            **kwargs))
+    selection, diagnostics, mixture = chosen[0], {}, None
+    if uses_mixture:
+      mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
+      diagnostics = artifacts.read_json(
+          job.shared / "mixture" / "diagnostics.json")
+      overlaps = [cards.jaccard(selection.rows, other.rows)
+                  for other in chosen[1:]]
+      diagnostics["stability"] = dict(
+          jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
+    card = cards.selection_card(Pool(ids, columns), selection, mixture,
+                                diagnostics, arm.sampler)
+    if jax.process_index() == 0:
+      _write_selection(folder, rows, selection, card, fits[0])
+      artifacts.write_json(folder / "config.json", json.loads(
+          c.to_json_best_effort()) | dict(arm=arm._asdict()))
+    return (["scores.parquet", "subset.parquet", "selection.json",
+             "config.json"], Cost(), dict(say=f"{budget:,} of {n:,} rows"))
+
+  fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
+                batch_size=c.train.batch_size, **kwargs)
+  inputs = dict(data=job.key("data"))
+  if uses_mixture:
+    inputs["mixture"] = job.key("mixture")
+  if "embedding" in sampler.needs:
+    inputs["embed"] = job.key("embed")
+  job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
+
+
+def _write_selection(folder, rows, selection, card, likelihood) -> None:
+  """scores.parquet of all rows, subset.parquet of the kept ones, the card."""
+  rank = np.empty(len(rows), np.int64)
+  order = np.argsort(-selection.score, kind="stable")
+  rank[order] = np.arange(len(rows))
+  rank[selection.rows] = np.arange(len(selection.rows))
+  kept = np.zeros(len(rows), bool)
+  kept[selection.rows] = True
+  scores = []
+  for i, row in enumerate(rows):
+    line = dict(id=row["id"], row=i, score=float(selection.score[i]),
+                rank=int(rank[i]), selected=bool(kept[i]))
+    if likelihood is not None:
+      for side, value in enumerate(likelihood[i]):
+        line[f"log_likelihood_{side}"] = float(value)
+    scores.append(line)
+  records.write_rows(folder / "scores.parquet", scores)
+  subset = []
+  for place, i in enumerate(selection.rows):
+    row = {k: v for k, v in rows[i].items() if k != "group"}
+    subset.append(row | dict(score=float(selection.score[i]), rank=place))
+  records.write_rows(folder / "subset.parquet", subset)
+  artifacts.write_json(folder / "selection.json", card)
+
+
+def selected_rows(job: Job, arm: Arm) -> np.ndarray:
+  """Row numbers of the pool that an arm kept, best first."""
+  where = {r["id"]: i for i, r in enumerate(job.rows("pool"))}
+  subset = records.read_table(arm_folder(job, arm) / "subset.parquet")
+  return np.array([where[r["id"]] for r in subset])
+
+
+def _updates(job: Job, n: int) -> int:
+  c = job.c.train
+  return batches.updates(n, c.batch_size, c.epochs, c.max_updates)
+
+
+def run_ref_logps(job: Job, arm: Arm) -> None:
+  """The reference's (sum, count) of the kept rows, by id.
+
+  The embedding pass ran the same weights over the same rows, so its numbers
+  are looked up; only KTO's mismatched rows need a pass of their own.
+  """
+  c, m = job.c, job.model
+
+  def make(folder):
+    index = selected_rows(job, arm)
+    base = job.shared / "embed"
+    total = artifacts.read_array(base / "logp.npy")[index]
+    count = artifacts.read_array(base / "count.npy")[index]
+    files, cost = ["ref_sum.npy", "ref_count.npy", "ref_ids.json"], Cost()
+    mismatch = None
+    if "z0" in job.loss.stats:
+      rows = _rows(job, arm, total, count)
+      tokens = feed.make_mismatched(
+          rows, updates=_updates(job, len(index)), batch=c.train.batch_size,
+          seed=arm.seed, context=m.context)
+      mismatch = embed.score_rows(
+          job.mesh, job.reference, m, tokens, tile=c.embed.tile,
+          chunk=c.model.head_chunk, label="ref_logps").logp
+      files.append("mismatched_sum.npy")
+      cost = Cost(embed.operations(m, tokens), len(tokens.ids))
+    if jax.process_index() == 0:
+      artifacts.write_array(folder / "ref_sum.npy", total)
+      artifacts.write_array(folder / "ref_count.npy", count)
+      artifacts.write_json(folder / "ref_ids.json",
+                           [job.rows("pool")[i]["id"] for i in index])
+      if mismatch is not None:
+        artifacts.write_array(folder / "mismatched_sum.npy", mismatch)
+    return files, cost, {}
+
+  fields = dict(loss=c.loss.name)
+  if "z0" in job.loss.stats:
+    fields |= pick(c, "train.batch_size", "train.epochs", "train.max_updates")
+  job.run(arm_folder(job, arm), "ref_logps", arm.name, fields=fields,
+          make=make, inputs=dict(select=job.key("select", arm.name),
+                                 embed=job.key("embed")))
+
+
+def _rows(job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
+          ) -> feed.Rows:
+  index = selected_rows(job, arm)
+  pool, tokens = job.rows("pool"), job.tokens("pool")
+  responses = len(tokens.start) // len(pool)
+  label = None
+  if job.kind == "thumbs":
+    label = np.array([pool[i]["label"] for i in index])
+  return feed.Rows(
+      [pool[i]["id"] for i in index], tokens,
+      index[:, None] * responses + np.arange(responses)[None, :],
+      np.asarray(total), np.asarray(count), label)
+
+
+def run_align(job: Job, arm: Arm) -> None:
+  """Trains the policy on the kept rows, from the reference."""
+  c, m = job.c, job.model
+
+  def make(folder):
+    total = artifacts.read_array(folder / "ref_sum.npy")
+    count = artifacts.read_array(folder / "ref_count.npy")
+    rows = _rows(job, arm, total, count)
+    if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
+      raise DataError(f"{folder}/ref_ids.json names other rows than "
+                      "subset.parquet; run with --redo")
+    if rows.label is not None and len(set(rows.label.tolist())) == 1:
+      progress.say("  warning: all kept rows have the same label; KTO will "
+                   "only push one way")
+    updates, mismatched = _updates(job, len(rows.ids)), None
+    if "z0" in job.loss.stats:
+      mismatched = feed.Mismatched(
+          feed.make_mismatched(rows, updates=updates, seed=arm.seed,
+                               batch=c.train.batch_size, context=m.context),
+          artifacts.read_array(folder / "mismatched_sum.npy"))
+    # The step donates its state: the policy is a copy of the reference.
+    params = jax.tree.map(lambda x: x.copy(), job.reference)
+    cost = _train(job, folder, f"align {arm.name}", params, rows, job.loss,
+                  c.train, updates=updates, seed=arm.seed,
+                  sft_weight=c.loss.sft_weight, mismatched=mismatched,
+                  trace=tuple(c.profile.steps))
+    return (["checkpoints", "metrics.jsonl"], cost,
+            dict(updates=updates, rows=len(rows.ids),
+                 say=f"{updates} updates"))
+
+  job.run(arm_folder(job, arm), "align", arm.name, make=make,
+          fields=pick(c, "loss", "train", "model.head_chunk", "model.dtype"),
+          inputs=dict(ref_logps=job.key("ref_logps", arm.name)))
+
+
+def run_evaluate(job: Job, arm: Arm) -> None:
+  """Measures the policy on the held-out split, and exports it."""
+  folder = arm_folder(job, arm)
+
+  @functools.lru_cache(maxsize=1)
+  def policy():
+    return restore_params(folder / "checkpoints",
+                          decoder.abstract(job.model, job.mesh))
+
+  def measure(folder):
+    outcome = _examine(job, policy())
+    under = evaluate.score_answers(
+        job.mesh, job.reference, job.model, job.examined, outcome.said,
+        tile=job.c.eval.tile, chunk=job.c.model.head_chunk)
+    metrics = evaluate.measure(job.examined, outcome,
+                               _load_outcome(job.shared / "baseline"), under)
+    files = _save_outcome(folder, job.examined, outcome)
+    if jax.process_index() == 0:
+      artifacts.write_json(folder / "eval.json", metrics)
+    win = metrics.get("win_vs_target")
+    say = f"wins {100 * win['value']:.1f} % against the target" if win else ""
+    return ([*files, "eval.json"], Cost(outcome.operations, outcome.tokens),
+            dict(say=say))
+
+  job.run(folder, "evaluate", arm.name, make=measure,
+          fields=pick(job.c, "eval"),
+          inputs=dict(align=job.key("align", arm.name),
+                      baseline=job.key("baseline")))
+  job.run(folder, "export", arm.name, fields={},
+          inputs=dict(align=job.key("align", arm.name)),
+          make=lambda folder: (weights.export_folder(
+              folder / "export", policy(), job.model, job.tokenizer),
+                               Cost(), {}))
+
+
+def arm_folder(job: Job, arm: Arm) -> epath.Path:
+  """runs/<sampler>-<budget>-seed<k> under the workdir."""
+  return job.workdir / "runs" / arm.name
+
+
+def run_shared(job: Job, arms: list[Arm]) -> None:
+  """The stages that all arms read."""
+  run_data(job)
+  for arm in arms:
+    budget_rows(arm.budget, len(job.rows("pool")), job.c.train.batch_size)
+  run_sft(job)
+  run_embed(job)
+  if any("log_likelihood" in lookup(SAMPLERS, a.sampler, "sampler",
+                                    "select.sampler").needs for a in arms):
+    run_mixture(job)
+  run_baseline(job)
+
+
+def run_arm(job: Job, arm: Arm) -> None:
+  """The stages of one arm."""
+  for stage in (run_select, run_ref_logps, run_align, run_evaluate):
+    stage(job, arm)
+
+
+def release(job: Job) -> None:
+  """Drops what is cached on the mesh (a study may hold many arms)."""
+  job.__dict__.pop("reference", None)
+
+

@@ -1,0 +1,158 @@
+"""The dry run: stages, sizes, memory and time, before anything is computed.
+
+Operations follow from the shapes; token counts of files are estimated from
+their characters; times are operations over an assumed sustained rate, and are
+called estimates. The ledger of the finished job is what to trust.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign import pipeline
+from jaxalign import progress
+from jaxalign import sharding
+from jaxalign.data import batches
+from jaxalign.data import records
+from jaxalign.lookup import lookup
+from jaxalign.model import decoder
+from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.topk import budget_rows
+
+# Sustained operations per second of one device, by the start of its kind:
+# 40 % of the published bfloat16 peak; for a CPU core pair, as measured here.
+RATES = {"TPU v4": 110e12, "TPU v5 lite": 79e12, "TPU v5e": 79e12,
+         "TPU v5": 184e12, "TPU v6": 367e12, "NVIDIA H": 396e12,
+         "NVIDIA A100": 125e12, "cpu": 15e9}
+CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
+
+
+def rate_of(device: Any) -> float:
+  """Assumed sustained operations per second of a device."""
+  for start, rate in RATES.items():
+    if device.device_kind.lower().startswith(start.lower()):
+      return rate
+  return RATES["cpu"]
+
+
+def memory(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
+           chunk: int) -> dict[str, int]:
+  """Bytes a device of one train step, by what they hold.
+
+  Args:
+    m: the model's sizes.
+    mesh: the mesh.
+    rows: responses of one micro-batch.
+    length: their padded length.
+    chunk: positions of the head at once.
+
+  Returns:
+    "parameters", "gradients", "optimizer" (two float32 moments), and the
+    estimates "activations" (what the backward pass keeps) and "logits".
+  """
+  held = 0
+  for p in decoder.table(m).values():
+    parts = np.prod([sharding.parts(mesh, a) for a in p.axes if a] or [1])
+    held += 4 * int(np.prod(p.shape)) // int(parts)
+  local = -(-rows // sharding.parts(mesh, "batch"))
+  tensor = sharding.parts(mesh, "heads")
+  size = 2 if m.dtype == "bfloat16" else 4
+  per_token = {"none": 6 * m.width + (4 * m.heads * m.head_size + 3 * m.ff)
+               // tensor, "dots": 4 * m.width + (2 * m.heads * m.head_size
+                                                 + 2 * m.ff) // tensor,
+               "full": m.width}[m.remat]
+  square = (2 * m.heads // tensor * length * 4 if m.remat == "none" else 0)
+  activations = m.layers * local * length * (per_token * size + square)
+  logits = 2 * 4 * local * min(chunk, length) * m.vocab // tensor
+  return dict(parameters=held, gradients=held, optimizer=2 * held,
+              activations=activations, logits=logits)
+
+
+def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
+  """Rows by split, mean tokens by split, and the padded length."""
+  r = 2 if kind == "pairs" else 1
+  if c.data.source == "world":
+    w = c.data.world
+    rows = dict(sft=w.sft_rows, held_out=w.held_out_rows,
+                pool=w.pool_rows * (2 // r))
+    tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
+    return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4
+  loaded = records.load(
+      c.data.source, schema=c.data.schema, limit=c.data.limit,
+      on_bad_rows=c.data.on_bad_rows, max_bad_fraction=c.data.max_bad_fraction)
+  splits = records.split(loaded.rows, c.data.split.to_dict(), c.data.seed)
+  rows = {n: len(x) for n, x in splits.items()}
+  if loaded.kind == "pairs" and kind == "thumbs":
+    rows["pool"] *= 2
+  sides = ("chosen", "rejected") if loaded.kind == "pairs" else ("completion",)
+  length = [len(x["prompt"]) + len(x[s]) for x in loaded.rows for s in sides]
+  mean = np.minimum(np.array(length) / CHARACTERS_PER_TOKEN,
+                    c.model.context).mean()
+  return rows, dict.fromkeys(rows, float(mean)), c.model.context
+
+
+def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
+  """Prints the plan; reads the source, computes nothing on the mesh."""
+  c = job.c
+  rows, tokens, length = _sizes(c, job.kind)
+  if c.model.checkpoint:
+    m = pipeline.weights.read_config(c.model.checkpoint, c.model.dtype,
+                                     c.model.remat)
+  else:
+    m = pipeline.sizes(c, c.model.vocab_size)
+  decoder.check(m, job.mesh)
+  r = 2 if job.kind == "pairs" else 1
+  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
+  one = lambda split: decoder.operations(m, int(tokens[split]))
+  lines = []
+
+  def add(stage, count, unit, operations):
+    lines.append((stage, count, unit, operations))
+
+  if not c.model.checkpoint:
+    add("sft", c.sft.updates, "updates",
+        3 * c.sft.updates * c.sft.batch_size * one("sft"))
+  add("embed", rows["pool"] * r, "rows", rows["pool"] * r * one("pool"))
+  n, k = rows["pool"] * r, c.select.mixture.components
+  needs = [lookup(SAMPLERS, a.sampler, "sampler", "select.sampler").needs
+           for a in arms]
+  if any("log_likelihood" in x for x in needs):
+    width = max(1, min(64, n // 40, m.width))
+    fits = c.select.mixture.starts * (2 + c.select.stability_seeds)
+    add("mixture", fits, "fits",
+        2 * n * m.width ** 2 + fits * 20 * 4 * n * k * width ** 2)
+  asked = min(c.eval.prompts, rows["held_out"])
+  measured = rows["held_out"] * 2 * one("held_out") + 3 * asked * one("held_out")
+  add("baseline", asked, "prompts", measured)
+  for arm in arms:
+    kept = budget_rows(arm.budget, rows["pool"], c.train.batch_size)
+    updates = batches.updates(kept, c.train.batch_size, c.train.epochs,
+                              c.train.max_updates)
+    forward = updates * c.train.batch_size * r * one("pool")
+    if "z0" in job.loss.stats:
+      add(f"ref_logps {arm.name}", updates * c.train.batch_size, "rows",
+          forward)
+    extra = forward if "z0" in job.loss.stats else 0
+    add(f"align {arm.name}", updates, "updates", 3 * forward + extra)
+    add(f"evaluate {arm.name}", asked, "prompts", measured)
+  progress.say(f"plan (nothing computed): {c.data.source}, "
+               + ", ".join(f"{v:,} {k}" for k, v in rows.items())
+               + f" rows of about {tokens['pool']:.0f} tokens")
+  for stage, count, unit, operations in lines:
+    progress.say(f"  {stage:<28}{count:>9,} {unit:<8}"
+                 f"{operations:>10.2e} operations  about "
+                 f"{progress.duration(operations / rate)}")
+  total = sum(x[3] for x in lines)
+  progress.say(f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
+               f"{progress.duration(total / rate)} at an assumed "
+               f"{rate / 1e9:,.0f} GFLOP/s, compiling not counted")
+  held = memory(m, job.mesh, length=length, chunk=c.model.head_chunk,
+                rows=c.train.batch_size * r // c.train.accumulation)
+  progress.say(f"  memory a device, training: "
+               + ", ".join(f"{k} {v / 2**20:,.1f} MiB"
+                           for k, v in held.items())
+               + f"; together {sum(held.values()) / 2**20:,.1f} MiB")
+  progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
+               f"{dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
+               f", jax {jax.__version__}")

@@ -1,0 +1,123 @@
+"""The one forward pass over rows: embedding and log-probability together.
+
+Row-parallel and in fixed tiles, so a row's numbers are the same bits on any
+mesh and under any order of the input (the pool is sorted by record id).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import progress
+from jaxalign import sharding
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.errors import NumericError
+from jaxalign.model import decoder
+from jaxalign.model import logprob
+
+POOLINGS = ("mean", "last")
+
+
+class RowScores(NamedTuple):
+  """What one pass over n rows yields."""
+
+  embedding: np.ndarray  # [n, D] float32
+  logp: np.ndarray  # [n] float32 nats, summed over response tokens
+  count: np.ndarray  # [n] float32 response tokens
+
+
+@functools.lru_cache(maxsize=8)
+def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
+  """Jitted `(params, {tokens, mask, length}, {}) -> arrays by row`."""
+  place = sharding.PER_ROW
+
+  def one_tile(params, rows, shared):
+    del shared
+    x = decoder.forward(params, rows["tokens"], m, place)
+    each = logprob.token_logps(x, decoder.head(params, m, place),
+                               rows["tokens"], place, chunk)
+    total, count = logprob.sums(each, rows["mask"])
+    position = jnp.arange(rows["tokens"].shape[1])[None, :]
+    length = rows["length"][:, None]
+    if pooling == "mean":
+      weight = (position < length).astype(jnp.float32)
+    else:
+      weight = (position == length - 1).astype(jnp.float32)
+    pooled = jnp.einsum("bl,bld->bd", weight, x.astype(jnp.float32),
+                        precision=jax.lax.Precision.HIGHEST)
+    pooled = pooled / jnp.sum(weight, axis=1, keepdims=True)
+    return dict(embedding=pooled, logp=total, count=count)
+
+  axes = {n: p.axes for n, p in decoder.table(m).items()}
+  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+
+
+def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
+               rows: tokens_lib.TokenRows, *, pooling: str = "mean",
+               tile: int = 32, chunk: int = 64, label: str = "embed"
+               ) -> RowScores:
+  """Embeds every row and sums its response's log-probability, in one pass.
+
+  Args:
+    mesh: the mesh; each of its devices takes `tile` rows a call.
+    params: on the mesh.
+    m: the model's sizes.
+    rows: n tokenized rows.
+    pooling: "mean" of the hidden states after the final norm over all tokens
+      of the row, or the "last" token's (a small model's last state is poor:
+      its output was never trained).
+    tile: rows a device runs at once; part of the numbers' definition.
+    chunk: positions of the head at once.
+    label: what the progress bar says.
+
+  Raises:
+    NumericError: an embedding or log-probability that is not finite; names
+      the row numbers.
+  """
+  lengths = tokens_lib.lengths(rows)
+  n, step = len(lengths), tile * mesh.size
+  longest = tokens_lib.longest(lengths, m.context)
+  buckets = np.array([tokens_lib.bucket(int(x), longest) for x in lengths])
+  fn = _row_fn(mesh, m, pooling, chunk)
+  out = RowScores(np.zeros((n, m.width), np.float32), np.zeros(n, np.float32),
+                  np.zeros(n, np.float32))
+  with progress.bar(label, n) as tick:
+    for size in np.unique(buckets):
+      index = np.flatnonzero(buckets == size)
+      waiting = []
+      for at in range(0, len(index), step):
+        part = index[at:at + step]
+        # A short last call repeats its first row: shapes stay the same.
+        full = np.concatenate([part, np.repeat(part[:1], step - len(part))])
+        tokens, mask = tokens_lib.pad(rows, full, int(size))
+        batch = dict(tokens=tokens, mask=mask,
+                     length=lengths[full].astype(np.int32))
+        batch = {k: sharding.put(mesh, v, "pool") for k, v in batch.items()}
+        waiting.append((part, fn(params, batch, {})))
+        if len(waiting) > 2:  # keep the device busy, the memory bounded
+          _collect(out, *waiting.pop(0), tick)
+      for part, result in waiting:
+        _collect(out, part, result, tick)
+  bad = np.flatnonzero(~(np.isfinite(out.embedding).all(1)
+                         & np.isfinite(out.logp)))
+  if len(bad):
+    raise NumericError(f"{label}: {len(bad)} of {n} rows have an embedding or "
+                       f"log-probability that is not finite; row numbers "
+                       f"{bad[:8].tolist()}; the model's weights are suspect")
+  return out
+
+
+def _collect(out: RowScores, part: np.ndarray, result, tick) -> None:
+  for name, into in out._asdict().items():
+    into[part] = sharding.fetch(result[name])[:len(part)]
+  tick(len(part))
+
+
+def operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows) -> int:
+  """Floating-point operations of one pass, padding not counted."""
+  sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
+  return int(sum(decoder.operations(m, int(s)) * int(c)
+                 for s, c in zip(sizes, counts)))

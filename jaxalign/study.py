@@ -1,0 +1,334 @@
+"""Arms side by side: the chosen sampler, random, everything; then a page."""
+
+import datetime
+import json
+import shlex
+import sys
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+import jaxalign
+from jaxalign import artifacts
+from jaxalign import ledger
+from jaxalign import pipeline
+from jaxalign import progress
+from jaxalign.data import batches
+from jaxalign.data import records
+from jaxalign.eval import intervals
+from jaxalign.eval import winrate
+from jaxalign.lookup import lookup
+from jaxalign.model import decoder
+from jaxalign.report.pages import run as run_page
+from jaxalign.report.pages import study as study_page
+from jaxalign.select.samplers import SAMPLERS
+from jaxalign.train import feed
+
+CURVES = ("train/loss", "train/preference_loss", "rewards/margins",
+          "rewards/accuracies", "logps/chosen", "train/grad_norm")
+
+
+def arms_of(c: Any) -> list[pipeline.Arm]:
+  """The chosen sampler first, then what it is compared with."""
+  budget = _budget(c.select.budget)
+  arms = [pipeline.Arm(c.select.sampler, budget, c.seed)]
+  for name in c.compare:
+    arms.append(pipeline.Arm("random", 1.0, c.seed) if name == "all"
+                else pipeline.Arm(name, budget, c.seed))
+  return list(dict.fromkeys(arms))
+
+
+def _budget(value: Any) -> float | int:
+  """400.0 is 400 rows: a flag cannot say whether it means a float."""
+  if isinstance(value, float) and value > 1 and value == int(value):
+    return int(value)
+  return value
+
+
+def run(job: pipeline.Job, command: str) -> dict[str, Any]:
+  """Runs or finds every stage of every arm, then writes the summary.
+
+  Returns:
+    The summary, as in `summary.json`.
+  """
+  arms = arms_of(job.c)
+  pipeline.run_shared(job, arms)
+  for arm in arms:
+    pipeline.run_arm(job, arm)
+  summary = summarise(job, arms, command)
+  if jax.process_index() == 0:
+    _write_pages(job, arms, summary)
+  return summary
+
+
+def _write_pages(job: pipeline.Job, arms: list[pipeline.Arm],
+                 summary: dict[str, Any]) -> None:
+  artifacts.write_json(job.workdir / "summary.json", summary)
+  artifacts.write_json(job.workdir / "config.json",
+                       json.loads(job.c.to_json_best_effort()))
+  artifacts.write_bytes(job.workdir / "report.html",
+                        study_page.render(summary).encode())
+  for arm, described in zip(arms, summary["arms"]):
+    page = described | {k: summary[k] for k in ("command", "version", "data",
+                                                "baseline", "created")}
+    artifacts.write_bytes(pipeline.arm_folder(job, arm) / "report.html",
+                          run_page.render(page).encode())
+
+
+def _needs(arm: pipeline.Arm) -> tuple[str, ...]:
+  return lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler").needs
+
+
+def _costs(job: pipeline.Job, arms: list[pipeline.Arm]) -> dict[str, Any]:
+  """The ledger: lines, totals by arm, and shares saved."""
+  cards = job.cards
+  cost = lambda stage, arm="": (cards[arm, stage].cost.operations
+                                if (arm, stage) in cards else 0)
+  pool = cost("embed")
+  whole = _whole_pool(job, pool)
+  by_arm, shares = {}, []
+  for arm in arms:
+    rows = _subset_tokens(job, arm)
+    by_arm[arm.name] = ledger.arm_operations(
+        needs_embedding="embedding" in _needs(arm),
+        needs_mixture="log_likelihood" in _needs(arm), embed=pool,
+        mixture=cost("mixture"), reference=rows,
+        ref_logps=cost("ref_logps", arm.name), align=cost("align", arm.name))
+    if not arm.is_all:
+      shares.append(dict(arm=arm.name, against="all") | ledger.saved(
+          by_arm[arm.name]["total"], whole, cost("sft")))
+  lines = ledger.stages(cards)
+  first = by_arm[arms[0].name]
+  return dict(stages=lines, arms=by_arm, saved=shares, everything=whole,
+              total=vars(ledger.total(lines)),
+              selection_share=first["select"] / max(first["total"], 1),
+              parameters=decoder.parameter_count(job.model))
+
+
+def _subset_tokens(job: pipeline.Job, arm: pipeline.Arm) -> int:
+  """Operations of one reference pass over an arm's rows."""
+  tokens, m = job.tokens("pool"), job.model
+  responses = len(tokens.start) // len(job.rows("pool"))
+  index = pipeline.selected_rows(job, arm)
+  rows = (index[:, None] * responses + np.arange(responses)).reshape(-1)
+  sizes = np.diff(tokens.offsets)[rows]
+  return int(sum(decoder.operations(m, int(s)) * int(n)
+                 for s, n in zip(*np.unique(sizes, return_counts=True))))
+
+
+def _whole_pool(job: pipeline.Job, reference: int) -> int:
+  """Operations of aligning on everything with the same recipe.
+
+  Counted from the rows, whether or not that arm was run; KTO's mismatched
+  rows are about as long as the matched ones and cost two forwards each.
+  """
+  c, tokens, n = job.c.train, job.tokens("pool"), len(job.rows("pool"))
+  responses = len(tokens.start) // n
+  rows = feed.Rows([""] * n, tokens, np.arange(n)[:, None] * responses
+                   + np.arange(responses), None, None)
+  updates = batches.updates(n, c.batch_size, c.epochs, c.max_updates)
+  align, _ = feed.training_cost(job.model, rows, updates=updates,
+                                batch=c.batch_size, seed=job.c.seed)
+  if "z0" in job.loss.stats:
+    align += 2 * align // 3
+  return reference + align
+
+
+def _curves(folder: Any) -> dict[str, list]:
+  lines = [json.loads(x) for x in
+           (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+  keep = lines[::max(1, len(lines) // 200)]
+  return {name: [[x["step"], x[name]] for x in keep if name in x]
+          for name in CURVES if any(name in x for x in lines)}
+
+
+def _selection(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
+  """The selection card in the words of the report."""
+  folder = pipeline.arm_folder(job, arm)
+  card = artifacts.read_json(folder / "selection.json")
+  scores = records.read_table(folder / "scores.parquet")
+  value = np.array([s["score"] for s in scores])
+  kept = np.array([s["selected"] for s in scores])
+  edges = np.histogram_bin_edges(value, 30)
+  out = dict(score_histogram=dict(
+      edges=edges.tolist(),
+      selected=np.histogram(value[kept], edges)[0].tolist(),
+      rest=np.histogram(value[~kept], edges)[0].tolist()))
+  quantile = lambda part: part and [part[0], part[2], part[4]]
+  out["length"] = dict(selected=quantile(card["length"]["chosen"]),
+                       rest=quantile(card["length"]["rest"]))
+  if "topic" in card:
+    out["topics"] = dict(selected=card["topic"]["covered"],
+                         pool=card["topic"]["topics"])
+  if "label_share" in card:
+    out["label_share"] = card["label_share"]
+  diagnostics = card.get("diagnostics", {})
+  if "stability" in diagnostics:
+    out["stability"] = diagnostics["stability"]
+  if "mixture" in card:
+    m, knobs = card["mixture"], job.c.select.mixture
+    halves, labels = diagnostics["held_out"], diagnostics["labels"]
+    out["mixture"] = dict(
+        components=m["components"], covariance=knobs.covariance,
+        pca=m["directions"], in_fit=halves["mean_fitted"],
+        held_out=halves["mean_held_out"], auc=halves["auc"],
+        label_accuracy=labels["accuracy"], nmi=labels["nmi"],
+        warnings=m["warnings"])
+  rows = job.rows("pool")
+  order = np.argsort(-value, kind="stable")
+  show = lambda picks: [
+      {k: v for k, v in rows[i].items() if k not in ("group", "label")}
+      | dict(score=float(value[i])) for i in picks]
+  out["examples_top"] = show(order[:3])
+  out["examples_bottom"] = show(order[-3:])
+  return out
+
+
+def _comparisons(job: pipeline.Job, arms: list[pipeline.Arm]
+                 ) -> list[dict[str, Any]]:
+  """The chosen sampler against every other arm, and every arm against SFT.
+
+  Paired over prompts. Without a true reward there is no win rate: the pairs
+  of held-out accuracy are compared instead.
+  """
+  folders = {a.name: pipeline.arm_folder(job, a) for a in arms}
+  base = job.shared / "baseline"
+  told = {n: pipeline.read_samples(f) for n, f in
+          {**folders, "SFT model": base}.items()}
+  out = []
+
+  def add(a, b, x, y, metric, unit):
+    diff = intervals.difference(x, y)
+    out.append(dict(a=a, b=b, metric=metric, difference=diff,
+                    words=intervals.in_words(a, b, diff, unit)))
+
+  if told["SFT model"][0]["reward"] is not None:
+    world = job.examined.world
+    from jaxalign.data import world as world_lib
+    target = np.array([world_lib.reward(world, s["prompt"], s["target"])
+                       for s in told["SFT model"]])
+    won = {n: winrate.wins(np.array([s["reward"] for s in samples]), target)
+           for n, samples in told.items()}
+    metric, unit = "win_vs_target", "win rate against the SFT target"
+  else:
+    won = {n: _right(job, f) for n, f in folders.items()}
+    metric, unit = "accuracy", "held-out preference accuracy"
+  names = [a.name for a in arms]
+  for other in names[1:]:
+    add(names[0], other, won[names[0]], won[other], metric, unit)
+  if "SFT model" in won:
+    for name in names:
+      add(name, "SFT model", won[name], won["SFT model"], metric, unit)
+  return out
+
+
+def _right(job: pipeline.Job, folder: Any) -> np.ndarray:
+  """[n] 1, 0.5 or 0: whether the implicit reward prefers the chosen side."""
+  from jaxalign.eval import evaluate
+  policy, ref = evaluate.as_pairs(
+      job.examined, artifacts.read_array(folder / "held_out_logp.npy"),
+      artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"))
+  margin = np.asarray(policy, np.float64) - ref
+  return winrate.wins(margin[:, 0], margin[:, 1])
+
+
+def _samples(job: pipeline.Job, arms: list[pipeline.Arm]) -> list[dict]:
+  """A few prompts with every policy's answer."""
+  told = {a.name: pipeline.read_samples(pipeline.arm_folder(job, a))
+          for a in arms}
+  out = []
+  for k, sft in enumerate(pipeline.read_samples(job.shared / "baseline")[:6]):
+    rewards = {"SFT model": sft["reward"]} | {
+        n: s[k]["reward"] for n, s in told.items()}
+    out.append(dict(prompt=sft["prompt"], target=sft["target"],
+                    sft=sft["said"],
+                    arms={n: s[k]["said"] for n, s in told.items()},
+                    rewards={n: r for n, r in rewards.items()
+                             if r is not None}))
+  return out
+
+
+def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
+              ) -> dict[str, Any]:
+  """Everything the report shows, from the artifacts alone."""
+  c = job.c
+  data = artifacts.read_json(job.shared / "data" / "data_card.json")
+  costs = _costs(job, arms)
+  shares = {s["arm"]: s for s in costs["saved"]}
+  comparisons = _comparisons(job, arms)
+  described = []
+  for arm in arms:
+    folder = pipeline.arm_folder(job, arm)
+    align = job.cards[arm.name, "align"]
+    described.append(dict(
+        name=arm.name, sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
+        rows=align.result["rows"], updates=align.result["updates"],
+        is_all=arm.is_all, saved=shares.get(arm.name),
+        metrics=artifacts.read_json(folder / "eval.json"),
+        curves=_curves(folder), selection=_selection(job, arm)))
+  verdicts = [x["words"] for x in comparisons[:len(arms) - 1]]
+  warnings = list(job.cards["", "mixture"].result["warnings"]
+                  if ("", "mixture") in job.cards else [])
+  for arm, one in zip(arms, described):
+    share = one["metrics"]["malformed"]["value"]
+    before = artifacts.read_json(
+        job.shared / "baseline" / "eval.json")["malformed"]["value"]
+    if share > before + 0.1:
+      warnings.append(f"{arm.name}: {100 * share:.0f} % of its answers are "
+                      f"malformed, {100 * before:.0f} % before alignment")
+  for share in costs["saved"][:1]:
+    value = 100 * share["without_sft"]
+    verdicts.append(
+        f"With the selection counted, {share['arm']} "
+        + (f"saves {value:.0f} %" if value >= 0 else f"costs {-value:.0f} % MORE")
+        + " of the operations of aligning on everything with the same recipe.")
+  pool = data["rows_by_split"]["pool"]
+  unit = "pairs" if job.kind == "pairs" else "answers"
+  budget = described[0]["rows"]
+  return dict(
+      title=f"{c.select.sampler} at {budget:,} of {pool:,} {unit}, "
+            f"{c.loss.name}",
+      command=command, version=jaxalign.__version__,
+      created=datetime.datetime.now(datetime.timezone.utc).strftime(
+          "%Y-%m-%d %H:%M UTC"),
+      asked=f"Do the {budget:,} of {pool:,} {unit} that {c.select.sampler} "
+            f"ranks first align a policy with {c.loss.name.upper()} as well "
+            "as as many random ones, and as well as all?",
+      verdicts=verdicts, warnings=warnings, machine=dict(
+          platform=jax.default_backend(), devices=job.mesh.size,
+          mesh=dict(job.mesh.shape), jax=jax.__version__),
+      recipe=dict(epochs=c.train.epochs, max_updates=c.train.max_updates,
+                  batch_size=c.train.batch_size, lr=c.train.lr,
+                  loss=c.loss.name, kwargs=c.loss.kwargs.to_dict(),
+                  sft_weight=c.loss.sft_weight),
+      data=_data(job, data), arms=described, comparisons=comparisons,
+      baseline=dict(name="SFT model") | artifacts.read_json(
+          job.shared / "baseline" / "eval.json"),
+      ledger=costs, samples=_samples(job, arms), files=dict(
+          {"summary": "summary.json", "config": "config.json",
+           "data card": "shared/data/data_card.json"},
+          **{f"{a.name}": f"runs/{a.name}/" for a in arms}))
+
+
+def _data(job: pipeline.Job, card: dict[str, Any]) -> dict[str, Any]:
+  """The data card in the words of the report."""
+  quantiles = lambda q: [q["p5"], q["p50"], q["p95"]] if q else None
+  cut = card["truncation"]["pool"]
+  return dict(
+      source=card["source"], schema=card["schema"], kind=card["kind"],
+      seen=card["seen"], rows=card["rows_by_split"],
+      refused=card["refused_by_reason"], duplicates=card["duplicates"],
+      chars={k: quantiles(v) for k, v in card["characters"].items()},
+      tokens=card.get("tokens"), truncation=dict(
+          rows_cut=cut["rows_cut"], share=cut["share"],
+          tokens_cut=sum(cut["tokens_cut_by_side"].values())),
+      examples=[{k: v for k, v in row.items() if k != "group"}
+                for row in job.rows("pool")[:2]])
+
+
+def command_line() -> str:
+  """The command of this run, as a person can paste it."""
+  return "python -m jaxalign.main " + " ".join(
+      shlex.quote(a) for a in sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Alignment: losses, log-probabilities, the step and the loop."""
