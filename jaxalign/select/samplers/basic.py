@@ -57,7 +57,7 @@ def entropy_change(log_likelihood: np.ndarray, order: str) -> np.ndarray:
   """
   if order not in ORDERS:
     raise ConfigError(f"order {order!r} is unknown, wanted one of "
-                      f"{', '.join(ORDERS)}; set config.select.kwargs.order")
+                      f"{', '.join(ORDERS)}; set config.select.order")
   value = np.asarray(log_likelihood, np.float64)
   bad = value.size - int(np.isfinite(value).sum())
   if bad:
@@ -84,14 +84,14 @@ def _combine(change: np.ndarray, pair_score: str) -> np.ndarray:
   if pair_score not in PAIR_SCORES:
     raise ConfigError(f"pair_score {pair_score!r} is unknown, wanted one of "
                       f"{', '.join(PAIR_SCORES)}; set "
-                      "config.select.kwargs.pair_score")
+                      "config.select.pair_score")
   sides = change.shape[1]
   if sides == 1 and pair_score != "difference":
     return change[:, 0]
   if sides != 2:
     raise ConfigError(f"pair_score {pair_score!r} reads pairs, the pool has "
                       f"{sides} responses per row; set "
-                      "config.select.kwargs.pair_score")
+                      "config.select.pair_score")
   chosen, rejected = change[:, 0], change[:, 1]
   if pair_score == "difference":
     return chosen - rejected
@@ -117,7 +117,7 @@ def top_with_quota(score: np.ndarray, pool: Pool, budget: int,
   """
   if quota is None:
     return top(score, pool.ids, budget)
-  knob = "; set config.select.kwargs.label_quota"
+  knob = "; set config.select.label_quota"
   if "label" not in pool.columns:
     raise ConfigError("label_quota needs rows with a label (thumbs), the pool "
                       f"has none{knob}")
