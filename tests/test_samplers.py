@@ -105,7 +105,7 @@ def test_thumbs_difference_and_pairs_quota_are_refused():
   with pytest.raises(ConfigError, match="label_quota"):
     SAMPLERS["isa"](0, make_pool(2), 5, label_quota=0.5)
   for knob in ("order", "pair_score"):
-    with pytest.raises(ConfigError, match=f"kwargs.{knob}"):
+    with pytest.raises(ConfigError, match=f"select.{knob}"):
       SAMPLERS["isa"](0, make_pool(2), 5, **{knob: "nonsense"})
 
 
