@@ -1,0 +1,203 @@
+r"""The figures of BENCHMARKS.md, as lines of Markdown.
+
+  python tools/bench.py times            # default and :smoke, from empty, again
+  python tools/bench.py seeds            # full-data DPO beside SFT, three seeds
+  python tools/bench.py identical        # chosen ids on 1 and 8 devices, 2 x 4
+  python tools/bench.py step0            # the step-0 contract, DPO and KTO
+
+Each subcommand runs the program as a person would, in fresh processes, and
+prints what it saw; nothing is asserted away.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run_main(*flags: str, env: dict | None = None) -> tuple[float, float, str]:
+  """Seconds in all, seconds to the first line, and the output of one job."""
+  start = time.monotonic()
+  process = subprocess.Popen(
+      [sys.executable, "-u", "-m", "jaxalign.main", *flags], cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      env=os.environ | (env or {}))
+  first, lines = None, []
+  for line in process.stdout:
+    first = first or time.monotonic() - start
+    lines.append(line)
+  if process.wait():
+    raise SystemExit("".join(lines[-20:]))
+  return time.monotonic() - start, first, "".join(lines)
+
+
+def times(_) -> None:
+  """Wall time of the two commands from an empty workdir and cache, and again."""
+  print("| command | from empty | again | first line | load at start |")
+  print("|---|---|---|---|---|")
+  for variant in ("", ":smoke"):
+    with tempfile.TemporaryDirectory() as folder:
+      flags = (f"--config=configs/dpo_sub.py{variant}",
+               f"--workdir={folder}/work",
+               f"--config.compile_cache={folder}/cache")
+      load = os.getloadavg()[0]
+      whole, first, _ = run_main(*flags)
+      again, _, _ = run_main(*flags)
+      print(f"| `configs/dpo_sub.py{variant}` | {whole:.0f} s | {again:.1f} s "
+            f"| {first:.2f} s | {load:.1f} |", flush=True)
+
+
+def seeds(args) -> None:
+  """Win rates of everything and of the SFT model, new world and SFT a seed."""
+  print("| seed | SFT | all data | interval | lower bound - SFT |")
+  print("|---|---|---|---|---|")
+  for seed in range(args.count):
+    with tempfile.TemporaryDirectory() as folder:
+      run_main(f"--config=configs/dpo_sub.py{args.variant}",
+               f"--workdir={folder}", f"--config.seed={seed}",
+               f"--config.data.seed={seed}", f"--config.sft.seed={seed}")
+      summary = json.loads((pathlib.Path(folder) / "summary.json").read_text())
+    sft = summary["baseline"]["win_vs_target"]["value"]
+    everything = next(a for a in summary["arms"] if a["is_all"])
+    win = everything["metrics"]["win_vs_target"]
+    print(f"| {seed} | {100 * sft:.1f} | {100 * win['value']:.1f} | "
+          f"{100 * win['low']:.1f} to {100 * win['high']:.1f} | "
+          f"{100 * (win['low'] - sft):+.1f} |", flush=True)
+    for other in summary["comparisons"]:
+      print(f"  - {other['words']}", flush=True)
+
+
+def _write_pool(path: pathlib.Path, rows: int, order: int) -> None:
+  """Pairs with planted near-ties (one word doubled) and exact copies."""
+  sys.path.insert(0, str(ROOT))
+  from configs import common
+  from jaxalign.data import world
+  knobs = common.base("smoke").data.world.to_dict()
+  knobs |= dict(pool_rows=rows * 8 // 10, sft_rows=10, held_out_rows=10)
+  built = world.build(knobs, 5)
+  pairs = world.generate(built, 5)["pool"]
+  near = [dict(p, chosen=p["chosen"] + p["chosen"][-4:])
+          for p in pairs[:rows // 10]]
+  pairs = pairs + near + pairs[:rows - len(pairs) - len(near)]
+  random.Random(order).shuffle(pairs)
+  path.write_text("".join(json.dumps(p) + "\n" for p in pairs))
+
+
+def select_only(args) -> None:
+  """Child process: runs the stages up to the selection, prints the digest."""
+  sys.path.insert(0, str(ROOT))
+  import jax
+  from configs import common
+  from jaxalign import main as main_lib
+  from jaxalign import pipeline
+  from jaxalign import sharding
+  from jaxalign.data import records
+  main_lib._join("auto")
+  c = common.base("smoke")
+  c.data.source, c.model.checkpoint = args.source, args.checkpoint
+  c.data.split = dict(sft=0.0, pool=0.99, held_out=0.01)
+  c.mesh = dict(fsdp=-1, tensor=args.tensor)
+  mesh = sharding.make_mesh(c.mesh)
+  with jax.set_mesh(mesh):
+    job = pipeline.Job(c, mesh, args.workdir)
+    arm = pipeline.Arm("isa", 0.1, 0)
+    pipeline.run_data(job)
+    pipeline.run_sft(job)
+    pipeline.run_embed(job)
+    pipeline.run_mixture(job)
+    pipeline.run_select(job, arm)
+    if jax.process_index() == 0:
+      subset = records.read_table(
+          pipeline.arm_folder(job, arm) / "subset.parquet")
+      ids = "\n".join(r["id"] for r in subset)
+      print("digest", len(subset), hashlib.sha256(ids.encode()).hexdigest()[:16],
+            flush=True)
+
+
+def identical(args) -> None:
+  """The chosen ids on other meshes, in two processes, in another order."""
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    checkpoint = args.checkpoint
+    if not checkpoint:
+      run_main("--config=configs/dpo_sub.py:smoke", f"--workdir={folder}/first",
+               "--config.compare=()")
+      checkpoint = str(folder / "first/runs/isa-0.1-seed0/export")
+    for order in (0, 1):
+      _write_pool(folder / f"pool{order}.jsonl", args.rows, order)
+    print(f"| {args.rows} rows on | rows chosen | digest of the ids in rank "
+          "order |\n|---|---|---|")
+    cases = [("1 device", 1, 1, 1, 0), ("8 devices, 8x1", 8, 1, 1, 0),
+             ("8 devices, 4x2", 8, 2, 1, 0), ("2 processes x 4", 4, 1, 2, 0),
+             ("1 device, rows shuffled", 1, 1, 1, 1)]
+    for name, devices, tensor, processes, order in cases:
+      work = folder / "work"
+      shutil.rmtree(work, ignore_errors=True)
+      with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+      children = []
+      for process in range(processes):
+        env = os.environ | dict(
+            JAX_PLATFORMS="cpu",
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+        if processes > 1:
+          env |= dict(JAXALIGN_NUM_PROCESSES=str(processes),
+                      JAXALIGN_PROCESS_ID=str(process),
+                      JAXALIGN_COORDINATOR=f"127.0.0.1:{port}")
+        children.append(subprocess.Popen(
+            [sys.executable, __file__, "select_only",
+             f"--source={folder}/pool{order}.jsonl", f"--workdir={work}",
+             f"--checkpoint={checkpoint}", f"--tensor={tensor}"],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True))
+      outputs = [child.communicate()[0] for child in children]
+      found = [x for x in "".join(outputs).splitlines()
+               if x.startswith("digest")]
+      if not found:
+        raise SystemExit("\n".join(outputs))
+      _, count, digest = found[0].split()
+      print(f"| {name} | {count} | `{digest}` |", flush=True)
+
+
+def step0(_) -> None:
+  """The first logged step of a DPO and of a KTO job."""
+  for config in ("dpo_sub", "kto_sub"):
+    with tempfile.TemporaryDirectory() as folder:
+      run_main(f"--config=configs/{config}.py:smoke", f"--workdir={folder}",
+               "--config.sft.updates=100", "--config.train.max_updates=2",
+               "--config.compare=()")
+      log = next(pathlib.Path(folder).glob("runs/*/metrics.jsonl"))
+      first = json.loads(log.read_text().splitlines()[0])
+    print(f"- {config}: preference loss {first['train/preference_loss']:.9f}, "
+          + ", ".join(f"{k} {v:.2e}" for k, v in first.items()
+                      if k.startswith("rewards/")), flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("what", choices=["times", "seeds", "identical", "step0",
+                                       "select_only"])
+  parser.add_argument("--count", type=int, default=3)
+  parser.add_argument("--variant", default="")
+  parser.add_argument("--rows", type=int, default=20000)
+  parser.add_argument("--tensor", type=int, default=1)
+  for name in ("source", "checkpoint", "workdir"):
+    parser.add_argument(f"--{name}", default="")
+  args = parser.parse_args()
+  dict(times=times, seeds=seeds, identical=identical, step0=step0,
+       select_only=select_only)[args.what](args)
+
+
+if __name__ == "__main__":
+  main()
