@@ -15,7 +15,8 @@ def base(variant: str = "") -> ConfigDict:
 
   Args:
     variant: "" for the built-in world; "smoke", the same in two minutes;
-      "hh", real pairs (Anthropic/hh-rlhf). Variants may be joined by commas.
+      "tiny", in seconds; "hh", real pairs (Anthropic/hh-rlhf). Variants may
+      be joined by commas.
 
   Raises:
     ValueError: an unknown variant.
@@ -124,6 +125,22 @@ def _smoke(c: ConfigDict) -> None:
   c.select.mixture.starts, c.select.stability_seeds = 5, 2
 
 
+def _tiny(c: ConfigDict) -> None:
+  """A whole job in seconds: every stage runs, nothing is learnt (tests)."""
+  _smoke(c)
+  w = c.data.world
+  w.sft_rows, w.pool_rows, w.held_out_rows = 200, 160, 40
+  c.model.layers, c.model.width, c.model.ff = 1, 32, 64
+  c.model.heads, c.model.kv_heads, c.model.head_size = 2, 2, 16
+  c.model.vocab_size, c.model.context = 512, 32
+  c.sft.updates, c.sft.batch_size, c.sft.save_every = 6, 8, 2
+  c.train.batch_size, c.train.max_updates, c.train.save_every = 8, 4, 2
+  c.embed.tile = c.eval.tile = 8
+  c.eval.prompts, c.eval.new_tokens = 16, 8
+  c.select.mixture.starts, c.select.stability_seeds = 2, 1
+  c.compare = ("random",)
+
+
 def _hh(c: ConfigDict) -> None:
   """Anthropic/hh-rlhf: real dialogues, a small model trained on the spot.
 
@@ -140,4 +157,4 @@ def _hh(c: ConfigDict) -> None:
   c.eval.prompts, c.eval.new_tokens, c.eval.tile = 64, 48, 16
 
 
-VARIANTS = {"smoke": _smoke, "hh": _hh}
+VARIANTS = {"smoke": _smoke, "tiny": _tiny, "hh": _hh}

@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign import progress
-from jaxalign import sharding
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import restore_params
 from jaxalign.data import batches
@@ -660,10 +659,3 @@ def run_arm(job: Job, arm: Arm) -> None:
   """The stages of one arm."""
   for stage in (run_select, run_ref_logps, run_align, run_evaluate):
     stage(job, arm)
-
-
-def release(job: Job) -> None:
-  """Drops what is cached on the mesh (a study may hold many arms)."""
-  job.__dict__.pop("reference", None)
-
-

@@ -41,7 +41,7 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int, eos: int, known: int,
       return decoder.rms_norm(x, params["norm"], m.norm_eps), cache
 
     def choose(x, t):
-      scores = decoder.logits(x[:, -1:], head, place)[:, 0]
+      scores = decoder.logits(x[:, -1:], head)[:, 0]
       # Ids past the tokenizer's pieces only round the table up.
       scores = jnp.where(jnp.arange(m.vocab)[None, :] < known, scores, -1e30)
       if greedy:

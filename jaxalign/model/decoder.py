@@ -5,7 +5,7 @@ on a leading axis and scanned; the weights of one layer are gathered inside
 the scan, so at most one whole layer is on a device at a time.
 """
 
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attention(q, k, v, mask, place) -> jax.Array:
+def attention(q, k, v, mask) -> jax.Array:
   """Grouped-query attention with a float32 softmax.
 
   Args:
@@ -163,7 +163,6 @@ def attention(q, k, v, mask, place) -> jax.Array:
     k: [B, S, G, C].
     v: [B, S, G, C].
     mask: [B, L, S] bool, true where a query may look.
-    place: a `sharding.Place`.
 
   Returns:
     [B, L, G, Q, C].
@@ -209,7 +208,7 @@ def block(x, layer: Mapping[str, jax.Array], cos, sin, mask, m: ModelConfig,
   if cache is not None:
     k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, at, axis=1)
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, at, axis=1)
-  y = attention(q, k, v, mask, place)
+  y = attention(q, k, v, mask)
   x = x + jnp.einsum("blgqc,gqcd->bld", y, weight("wo"),
                      out_sharding=place.spec("batch", None, None))
   y = rms_norm(x, layer["layers/ff_norm"], m.norm_eps)
@@ -267,9 +266,8 @@ def head(params: Params, m: ModelConfig, place=sharding.SPREAD) -> jax.Array:
   return place.weight(params[name], ("vocab", "width")).astype(m.dtype)
 
 
-def logits(x: jax.Array, weight: jax.Array, place=sharding.SPREAD) -> jax.Array:
+def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
   """[B, L, D] x [V, D] -> float32 [B, L, V], accumulated in float32."""
-  del place
   return jnp.einsum("bld,vd->blv", x, weight,
                     preferred_element_type=jnp.float32)
 
@@ -286,6 +284,3 @@ def operations(m: ModelConfig, length: int, logit_rows: int | None = None
   square = 2 * 2 * h * c * length * length
   rows = length if logit_rows is None else logit_rows
   return m.layers * (per_token * length + square) + 2 * d * m.vocab * rows
-
-
-Forward = Callable[..., Any]

@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
 from jaxalign.model import decoder
 
 
 def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
-                place=sharding.SPREAD, chunk: int = 64) -> jax.Array:
+                chunk: int = 64) -> jax.Array:
   """log p(tokens[:, t+1] | tokens[:, :t+1]) for every t, in float32.
 
   The head runs over `chunk` positions at a time and is recomputed in the
@@ -19,7 +18,6 @@ def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
     x: [B, L, D] hidden states after the final norm.
     weight: [V, D] output matrix, as from `decoder.head`.
     tokens: [B, L] ids.
-    place: `sharding.SPREAD` or `sharding.PER_ROW`.
     chunk: positions a step.
 
   Returns:
@@ -38,7 +36,7 @@ def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
 
   @jax.checkpoint
   def one(x, target):
-    scores = decoder.logits(x, weight, place)
+    scores = decoder.logits(x, weight)
     # A comparison and a sum, not a gather: it works on a sharded vocabulary.
     hit = jnp.sum(jnp.where(vocab == target[..., None], scores, 0.0), axis=-1)
     return hit - jax.nn.logsumexp(scores, axis=-1)

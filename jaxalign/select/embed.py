@@ -38,7 +38,7 @@ def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
     del shared
     x = decoder.forward(params, rows["tokens"], m, place)
     each = logprob.token_logps(x, decoder.head(params, m, place),
-                               rows["tokens"], place, chunk)
+                               rows["tokens"], chunk)
     total, count = logprob.sums(each, rows["mask"])
     position = jnp.arange(rows["tokens"].shape[1])[None, :]
     length = rows["length"][:, None]

@@ -1,0 +1,226 @@
+"""The decoder against transformers' Llama: logits, gradients, remat, sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.errors import ConfigError
+from jaxalign.model import decoder
+from jaxalign.model import logprob
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+# Grouped queries of 1, 2 and 4 heads a group, tied and not, odd widths.
+SIZES = {
+    "mha-tied": decoder.ModelConfig(
+        layers=2, width=20, heads=4, kv_heads=4, head_size=6, ff=26, vocab=38,
+        context=64, rope_theta=500.0, norm_eps=1e-3),
+    "gqa2-untied": decoder.ModelConfig(
+        layers=1, width=28, heads=4, kv_heads=2, head_size=10, ff=18, vocab=46,
+        context=64, tied=False),
+    "mqa4-odd": decoder.ModelConfig(
+        layers=3, width=20, heads=4, kv_heads=1, head_size=4, ff=33, vocab=37,
+        context=64, tied=False),
+    "mqa3-tied": decoder.ModelConfig(
+        layers=1, width=21, heads=3, kv_heads=1, head_size=2, ff=5, vocab=31,
+        context=64),
+}
+
+
+def random_params(m, seed=0):
+  """float32 parameters, large enough for attention not to be uniform."""
+  rng = np.random.default_rng(seed)
+  return {n: np.float32(rng.normal(1.0, 0.2, p.shape) if p.scale == 0 else
+                        rng.normal(0.0, 0.3, p.shape))
+          for n, p in decoder.table(m).items()}
+
+
+def torch_names(m, params):
+  """What transformers calls each weight, and its [out, in] matrix."""
+  d = m.width
+  out = {"model.embed_tokens.weight": params["embed"],
+         "model.norm.weight": params["norm"]}
+  if not m.tied:
+    out["lm_head.weight"] = params["head"]
+  for i in range(m.layers):
+    w = {n.split("/")[1]: x[i] for n, x in params.items() if "/" in n}
+    out |= {f"model.layers.{i}.{n}.weight": x for n, x in {
+        "input_layernorm": w["attention_norm"],
+        # Query head h = g * Q + q reads key head g.
+        "self_attn.q_proj": np.moveaxis(w["wq"], 0, -1).reshape(-1, d),
+        "self_attn.k_proj": np.moveaxis(w["wk"], 0, -1).reshape(-1, d),
+        "self_attn.v_proj": np.moveaxis(w["wv"], 0, -1).reshape(-1, d),
+        "self_attn.o_proj": np.moveaxis(w["wo"], -1, 0).reshape(d, -1),
+        "post_attention_layernorm": w["ff_norm"],
+        "mlp.gate_proj": w["w_gate"].T, "mlp.up_proj": w["w_up"].T,
+        "mlp.down_proj": w["w_down"].T}.items()}
+  return out
+
+
+@functools.lru_cache
+def peer(name):
+  """Logits, response log-prob and its gradients, by transformers."""
+  m = SIZES[name]
+  config = transformers.LlamaConfig(
+      hidden_size=m.width, intermediate_size=m.ff, vocab_size=m.vocab,
+      num_hidden_layers=m.layers, num_attention_heads=m.heads,
+      num_key_value_heads=m.kv_heads, head_dim=m.head_size,
+      rms_norm_eps=m.norm_eps, rope_theta=m.rope_theta,
+      max_position_embeddings=m.context, tie_word_embeddings=m.tied,
+      attn_implementation="eager")
+  assert config.rope_parameters["rope_theta"] == m.rope_theta
+  model = transformers.LlamaForCausalLM(config)
+  state = {n: torch.tensor(np.ascontiguousarray(w))
+           for n, w in torch_names(m, random_params(m)).items()}
+  missing, surplus = model.load_state_dict(state, strict=False)
+  assert not surplus and set(missing) <= {"lm_head.weight"}
+  tokens, mask = batch_of(m)
+  logits = model(torch.tensor(tokens, dtype=torch.long)).logits
+  logps = torch.log_softmax(logits[:, :-1].double(), -1).gather(
+      -1, torch.tensor(tokens[:, 1:, None], dtype=torch.long))[..., 0]
+  (logps * torch.tensor(mask[:, 1:])).sum().backward()
+  grads = {n: p.grad.numpy() for n, p in model.named_parameters()}
+  return logits.detach().numpy(), grads
+
+
+def batch_of(m):
+  rng = np.random.default_rng(3)
+  tokens = rng.integers(0, m.vocab, (4, 24)).astype(np.int32)
+  return tokens, (np.arange(24) >= 9)[None, :] & (tokens >= 0)
+
+
+def fits(m, mesh):
+  try:
+    decoder.check(m, mesh)
+  except ConfigError:
+    return False
+  return True
+
+
+@functools.lru_cache
+def grad_fn(m):
+  """(params, tokens, mask) -> (sum of response log-probs, logits), gradient."""
+  def total(params, tokens, mask):
+    x = decoder.forward(params, tokens, m)
+    head = decoder.head(params, m)
+    logps = logprob.token_logps(x, head, tokens, chunk=7)
+    return jnp.sum(logps * mask), decoder.logits(x, head)
+  return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def put_params(mesh, m, params):
+  return {n: sharding.put(mesh, params[n], *p.axes)
+          for n, p in decoder.table(m).items()}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_transformers_agrees_on_logits_and_gradients(name, mesh):
+  m = SIZES[name]
+  if not fits(m, mesh):
+    pytest.skip("this size does not divide over this mesh")
+  tokens, mask = batch_of(m)
+  (_, logits), grads = grad_fn(m)(
+      put_params(mesh, m, random_params(m)), sharding.put(mesh, tokens, "batch"),
+      sharding.put(mesh, mask, "batch"))
+  wanted, wanted_grads = peer(name)
+  np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
+  grads = torch_names(m, {n: np.asarray(g) for n, g in grads.items()})
+  assert set(grads) == set(wanted_grads)
+  for n, g in grads.items():
+    scale = np.abs(wanted_grads[n]).max()
+    np.testing.assert_allclose(g, wanted_grads[n], rtol=0,
+                               atol=1e-3 * min(scale, 1.0), err_msg=n)
+
+
+def test_sizes_of_two_meshes_are_tested(mesh):
+  assert sum(fits(m, mesh) for m in SIZES.values()) == (
+      4 if mesh.size == 1 else 2)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputation_changes_no_gradient(remat, mesh):
+  m = SIZES["gqa2-untied"]
+  tokens, mask = (sharding.put(mesh, x, "batch") for x in batch_of(m))
+  params = put_params(mesh, m, random_params(m))
+  (value, _), plain = grad_fn(m)(params, tokens, mask)
+  (again, _), grads = grad_fn(m._replace(remat=remat))(params, tokens, mask)
+  np.testing.assert_allclose(value, again, rtol=1e-6)
+  for n in plain:
+    np.testing.assert_allclose(grads[n], plain[n], rtol=1e-5, atol=1e-5,
+                               err_msg=n)
+
+
+def test_remat_really_recomputes():
+  """What the backward pass keeps shrinks: none > dots > full."""
+  m = SIZES["mha-tied"]._replace(layers=4)
+  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  def kept(remat):
+    def total(params, tokens):
+      return jnp.sum(decoder.forward(params, tokens, m._replace(remat=remat)))
+    _, pullback = jax.vjp(total, put_params(mesh, m, random_params(m)),
+                          sharding.put(mesh, batch_of(m)[0], "batch"))
+    return sum(x.size for x in jax.tree.leaves(pullback))
+  with jax.set_mesh(mesh):
+    none, dots, full = map(kept, ("none", "dots", "full"))
+  assert full < dots < none, (full, dots, none)
+
+
+def test_init_is_the_table_and_is_the_same_on_any_mesh(mesh):
+  m = SIZES["gqa2-untied"]
+  params = decoder.init(jax.random.key(4), m, mesh)
+  table = decoder.table(m)
+  assert set(params) == set(table)
+  for n, p in table.items():
+    x = np.asarray(params[n])
+    assert x.shape == p.shape and x.dtype == np.float32, n
+    assert params[n].sharding == sharding.named(mesh, *p.axes), n
+    if p.scale == 0:
+      assert (x == 1).all(), n
+    else:  # four standard errors of a standard deviation
+      assert abs(x.std() / p.scale - 1) < 4 / np.sqrt(2 * x.size), n
+      assert abs(x.mean()) < 4 * p.scale / np.sqrt(x.size), n
+  alone = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  with jax.set_mesh(alone):
+    first = decoder.init(jax.random.key(4), m, alone)
+  for n in table:
+    np.testing.assert_array_equal(params[n], first[n], err_msg=n)
+  assert decoder.parameter_count(m) == sum(x.size for x in params.values())
+  for n, s in decoder.abstract(m, mesh).items():
+    assert (s.shape, s.dtype, s.sharding) == (
+        params[n].shape, params[n].dtype, params[n].sharding)
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(kv_heads=3), "model.heads=4 is no multiple of model.kv_heads=3"),
+    (dict(head_size=5), "model.head_size=5 is odd"),
+    (dict(remat="some"), "model.remat='some' is unknown; known: none"),
+    (dict(vocab=47), "embed: its axis 'vocab' of 47 does not divide into 2"),
+    (dict(width=30), "its axis 'width' of 30 does not divide into 4 parts")])
+def test_sizes_that_cannot_work_are_refused(change, words):
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  with pytest.raises(ConfigError, match=words):
+    decoder.check(SIZES["gqa2-untied"]._replace(**change), mesh)
+
+
+def test_operations_agree_with_the_compiler():
+  """Counted multiply-adds within 3 % of XLA's (norms and softmax are not)."""
+  m = decoder.ModelConfig(layers=1, width=128, heads=4, kv_heads=2,
+                          head_size=32, ff=384, vocab=1024, context=64)
+  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    def fn(params, tokens):
+      return decoder.logits(decoder.forward(params, tokens, m),
+                            decoder.head(params, m))
+    cost = jax.jit(fn).lower(
+        decoder.abstract(m, mesh), jax.ShapeDtypeStruct(
+            (1, 64), jnp.int32, sharding=sharding.named(mesh, "batch"))
+    ).compile().cost_analysis()
+  assert decoder.operations(m, 64) == pytest.approx(cost["flops"], rel=0.03)
+  # The head on fewer positions costs exactly that much less.
+  assert (decoder.operations(m, 64) - decoder.operations(m, 64, 10)
+          == 54 * 2 * 128 * 1024)
