@@ -62,7 +62,7 @@ def base(variant: str = "") -> ConfigDict:
 
   c.sft = ConfigDict()
   c.sft.seed = 0
-  c.sft.updates, c.sft.batch_size, c.sft.lr = 900, 64, 2e-3
+  c.sft.updates, c.sft.batch_size, c.sft.lr = 700, 64, 2e-3
   c.sft.accumulation, c.sft.warmup_ratio, c.sft.schedule = 1, 0.05, "cosine"
   c.sft.clip, c.sft.weight_decay, c.sft.b2 = 1.0, 0.01, 0.98
   c.sft.save_every = 300
@@ -92,7 +92,7 @@ def base(variant: str = "") -> ConfigDict:
   t.epochs = 3.0
   t.max_updates = 250  # 0: as many as the epochs take
   t.batch_size, t.accumulation = 32, 1
-  t.lr, t.warmup_ratio, t.schedule = 3e-4, 0.1, "linear"
+  t.lr, t.warmup_ratio, t.schedule = 4e-4, 0.1, "linear"
   t.clip, t.weight_decay, t.b2 = 1.0, 0.0, 0.98
   t.save_every = 100
 
@@ -122,6 +122,7 @@ def _smoke(c: ConfigDict) -> None:
   c.model.layers, c.model.width, c.model.ff = 2, 96, 288
   c.model.heads, c.model.kv_heads, c.model.head_size = 4, 4, 24
   c.sft.updates, c.train.max_updates, c.eval.prompts = 500, 125, 256
+  c.train.lr = 1e-3
   c.select.mixture.starts, c.select.stability_seeds = 5, 2
 
 

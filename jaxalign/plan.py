@@ -149,7 +149,7 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
                f"{rate / 1e9:,.0f} GFLOP/s, compiling not counted")
   held = memory(m, job.mesh, length=length, chunk=c.model.head_chunk,
                 rows=c.train.batch_size * r // c.train.accumulation)
-  progress.say(f"  memory a device, training: "
+  progress.say("  memory a device, training: "
                + ", ".join(f"{k} {v / 2**20:,.1f} MiB"
                            for k, v in held.items())
                + f"; together {sum(held.values()) / 2**20:,.1f} MiB")

@@ -14,7 +14,6 @@ import jaxalign
 from jaxalign import artifacts
 from jaxalign import ledger
 from jaxalign import pipeline
-from jaxalign import progress
 from jaxalign.data import batches
 from jaxalign.data import records
 from jaxalign.eval import intervals

@@ -11,7 +11,6 @@ host processor rounds in its own way.)
 import functools
 import io
 import json
-import os
 import zipfile
 from typing import Any, Callable, NamedTuple
 
@@ -21,26 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from jaxalign import artifacts
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, CorruptError, NumericError
+from jaxalign.select.chunks import BLOCK, chunk_rows, over_chunks
+from jaxalign.select.chunks import ordered_sum, padded_chunks, tiles
+from jaxalign.select.space import Space, prepare, project
 
 COVARIANCES = ("full", "tied", "diag")
-CHUNKS = 64  # of rows; fixed, so that no sum depends on the device count
-BLOCK = 32  # rows whose log-likelihoods are added in float32
-TILE = 4096  # rows of one host product
 START_ROWS = 16384  # k-means reads at most so many rows
 LLOYD_STEPS = 5
 HIGHEST = jax.lax.Precision.HIGHEST  # a TPU would multiply in bfloat16
-
-
-class Space(NamedTuple):
-  """The whitened coordinates z = (x - mean) @ projection of all rows."""
-
-  mean: np.ndarray  # [E] float64
-  projection: np.ndarray  # [E, P] float64
-  variances: np.ndarray  # [P] float64, of the rows before whitening
-  explained: float  # share of the variance that the P directions hold
-  z: np.ndarray  # [n, P] float64, unit variance
 
 
 class Mixture(NamedTuple):
@@ -72,56 +62,6 @@ class _Sums(NamedTuple):
   count: np.ndarray  # [K], sum of r
   first: np.ndarray  # [K, P], sum of r y, y = z - mean
   second: np.ndarray  # [K, P, P] or [K, P], sum of r y y^T
-
-
-# Chunks on the mesh.
-
-
-def _chunk_rows(n: int) -> int:
-  """Rows of one chunk, a multiple of BLOCK, so that CHUNKS of them hold n."""
-  return -(-n // (CHUNKS * BLOCK)) * BLOCK
-
-
-def _tiles(x: np.ndarray, chunks: int, rows: int) -> np.ndarray:
-  """[n, ...] -> [chunks, rows, ...] float32, zeros after the n-th row."""
-  out = np.zeros((chunks * rows,) + x.shape[1:], np.float32)
-  out[:len(x)] = x
-  return out.reshape((chunks, rows) + x.shape[1:])
-
-
-def _padded_chunks(mesh: jax.sharding.Mesh) -> int:
-  """CHUNKS, and empty ones, for at least two on every device.
-
-  XLA unrolls a loop of one step and may then fuse it otherwise, so a device
-  never has just one chunk.
-  """
-  devices = mesh.size
-  return max(2, -(-CHUNKS // devices)) * devices
-
-
-def _over_chunks(mesh: jax.sharding.Mesh, chunk_fn: Callable, replicated: int):
-  """Jits chunk_fn(*params, *tiles) over the chunks, one after the other.
-
-  The first `replicated` arguments are the same on every device, the others
-  have a leading axis of chunks. `lax.map`, not `vmap`: a batched product may
-  add in an order that depends on how many chunks a device holds.
-  """
-  def local(*args):
-    params, tiles = args[:replicated], args[replicated:]
-    return jax.lax.map(lambda tile: chunk_fn(*params, *tile), tiles)
-
-  @jax.jit
-  def run(params, tiles):
-    return jax.shard_map(
-        local, mesh=mesh,
-        in_specs=((jax.P(),) * replicated
-                  + (sharding.spec("pool"),) * len(tiles)),
-        out_specs=sharding.spec("pool"))(*params, *tiles)
-  return run
-
-
-def _gram_chunk(x):
-  return jnp.einsum("te,tf->ef", x, x, precision=HIGHEST)
 
 
 def _posterior(joint, weight):
@@ -158,129 +98,7 @@ def _diag_chunk(constants, means, factors, z, weight):
 @functools.lru_cache(maxsize=32)
 def _program(mesh: jax.sharding.Mesh, kind: str):
   """The jitted program of a kind on a mesh; compiled once per shape."""
-  if kind == "gram":
-    return _over_chunks(mesh, _gram_chunk, 0)
-  return _over_chunks(mesh, _diag_chunk if kind == "diag" else _full_chunk, 3)
-
-
-def _ordered_sum(parts: np.ndarray) -> np.ndarray:
-  """Sums [chunks, ...] over the first axis in float64, in order."""
-  total = np.zeros(parts.shape[1:], np.float64)
-  for part in parts[:CHUNKS]:  # the rest are empty
-    total += part
-  return total
-
-
-# The space.
-
-
-def _project(mean: np.ndarray, projection: np.ndarray,
-             x: np.ndarray) -> np.ndarray:
-  """(x - mean) @ projection [n, P] in float64, in tiles of TILE rows.
-
-  The last tile is padded: a row's bits depend on nothing but the row.
-  """
-  out = np.empty((x.shape[0], projection.shape[1]))
-  tile = np.zeros((TILE, x.shape[1]))
-  for start in range(0, x.shape[0], TILE):
-    part = x[start:start + TILE]
-    tile[:len(part)] = part - mean
-    tile[len(part):] = 0
-    out[start:start + TILE] = (tile @ projection)[:len(part)]
-  return out
-
-
-def _check_rows(x: np.ndarray, components: int) -> None:
-  """Refuses rows that no mixture can be fitted to."""
-  if x.ndim != 2:
-    raise ConfigError(f"the mixture wants rows [n, E], found shape {x.shape}")
-  if x.shape[0] < components or components < 1:
-    raise ConfigError(f"{components} components need as many rows, found "
-                      f"{x.shape[0]}; set config.select.mixture.components")
-  bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-  if bad.size:
-    named = ", ".join(str(i) for i in bad[:5])
-    more = ", ..." if bad.size > 5 else ""
-    raise NumericError(f"{bad.size} of {x.shape[0]} embeddings are not finite "
-                       f"(rows {named}{more}); look at the embedding of those "
-                       "records")
-  if (x == x[:1]).all():
-    raise NumericError(f"all {x.shape[0]} embeddings are the same vector; "
-                       "look at config.embed")
-
-
-def _gram(mesh: jax.sharding.Mesh, x: np.ndarray,
-          mean: np.ndarray) -> np.ndarray:
-  """Sum of centred outer products [E, E]: float32 per chunk, float64 over all.
-
-  Chunks pass in waves of two per device, so the devices never hold more than
-  a wave of E x E sums.
-  """
-  rows = _chunk_rows(len(x))
-  wave = 2 * mesh.size
-  total = np.zeros((x.shape[1],) * 2)
-  for start in range(0, CHUNKS * rows, wave * rows):
-    part = x[start:start + wave * rows]
-    if not len(part):
-      break
-    tiles = _tiles(part - mean, wave, rows)
-    sums = _program(mesh, "gram")(
-        (), (sharding.put(mesh, tiles, "pool", None, None),))
-    for one in sharding.fetch(sums):
-      total += one
-  return total
-
-
-def prepare(mesh: jax.sharding.Mesh, x: np.ndarray, *,
-            pca: int | str = "auto", covariance: str = "full",
-            components: int = 2) -> Space:
-  """Centres, keeps the leading directions and whitens them.
-
-  Args:
-    mesh: where the covariance is computed.
-    x: [n, E] float32, finite, in id order.
-    pca: directions kept: "auto" is min(64, n // 40), 0 keeps all (for
-      "diag" the axes of x themselves, which a rotation would change).
-      Directions with less than 1e-10 of the largest variance are dropped.
-    covariance: of the mixture; see `pca`.
-    components: of the mixture; only checked against n.
-
-  Raises:
-    NumericError: rows that are not finite (named), or all equal.
-    ConfigError: fewer rows than components, or a bad `pca`.
-  """
-  x = np.asarray(x)
-  _check_rows(x, components)
-  n, width = x.shape
-  if pca == "auto":
-    keep = max(1, min(64, n // 40, width))
-  elif isinstance(pca, (int, np.integer)) and not isinstance(pca, bool) and (
-      0 <= pca <= width):
-    keep = int(pca) or width
-  else:
-    raise ConfigError(f"pca is {pca!r}, wanted 'auto' or 0 to {width}, the "
-                      "width of the embedding; set config.select.mixture.pca")
-  mean = x.mean(axis=0, dtype=np.float64)
-  if pca == 0 and covariance == "diag":
-    directions, total = np.eye(width), None
-  else:
-    gram = _gram(mesh, x, mean)
-    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
-    directions = vectors[:, np.argsort(-values, kind="stable")[:keep]]
-    largest = np.abs(directions).argmax(axis=0)
-    directions = directions * np.sign(
-        directions[largest, np.arange(directions.shape[1])])
-    total = np.trace(gram) / n
-  z = _project(mean, directions, x)
-  # The variances are measured in float64, not read off the float32 Gram: its
-  # rounding would be the variance of a direction in which nothing varies.
-  variances = (z**2).mean(axis=0)
-  kept = variances > 1e-10 * variances.max()
-  scale = 1 / np.sqrt(variances[kept])
-  return Space(mean, directions[:, kept] * scale, variances[kept],
-               1.0 if total is None else
-               float(min(1.0, variances[kept].sum() / total)),
-               z[:, kept] * scale)
+  return over_chunks(mesh, _diag_chunk if kind == "diag" else _full_chunk, 3)
 
 
 # One EM iteration, on the host.
@@ -343,7 +161,7 @@ def _e_step(program: Callable, mesh: jax.sharding.Mesh, tiles: tuple, n: int,
   params = tuple(sharding.put(mesh, np.asarray(a, np.float32),
                               *([None] * a.ndim))
                  for a in (constants, state.means, factors))
-  sums = _ordered_sum(sharding.fetch(program(params, tiles)))
+  sums = ordered_sum(sharding.fetch(program(params, tiles)))
   shapes = constants.shape, state.means.shape, state.covariances.shape
   ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
   *moments, bound = np.split(sums, ends)
@@ -511,11 +329,11 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *, components: int = 2,
       raise ConfigError(f"labels have shape {labels.shape}, wanted [{n}] ints "
                         f"from 0 to {components - 1}")
   diagonal = ridge * space.variances.mean() / space.variances
-  layout = (_padded_chunks(mesh), _chunk_rows(n))
-  tiles = (sharding.put(mesh, _tiles(space.z, *layout), "pool", None, None),
-           sharding.put(mesh, _tiles(np.ones(n), *layout), "pool", None))
+  layout = (padded_chunks(mesh), chunk_rows(n))
+  laid = (sharding.put(mesh, tiles(space.z, *layout), "pool", None, None),
+          sharding.put(mesh, tiles(np.ones(n), *layout), "pool", None))
   program = _program(mesh, "diag" if covariance == "diag" else "full")
-  e_step = lambda state: _e_step(program, mesh, tiles, n, state, diagonal)
+  e_step = lambda state: _e_step(program, mesh, laid, n, state, diagonal)
 
   best, bounds, reasons = None, [], []
   for number in range(1 if labels is not None else starts):
@@ -588,13 +406,13 @@ def log_joint(mixture: Mixture, x: np.ndarray) -> np.ndarray:
   constants = _constants(state, factors, log_det,
                          np.zeros(mixture.variances.size))
   constants = constants - 0.5 * np.log(mixture.variances).sum()
-  z = _project(mixture.mean, mixture.projection, x)
+  z = project(mixture.mean, mixture.projection, x)
   out = np.empty((len(x), len(constants)))
   for k, (mean, factor) in enumerate(zip(mixture.means, factors)):
     if factor.ndim == 1:
       white = (z - mean) * factor
     else:
-      white = _project(mean, factor, z)
+      white = project(mean, factor, z)
     out[:, k] = constants[k] - 0.5 * (white**2).sum(1)
   return out
 
@@ -613,13 +431,10 @@ def assign(mixture: Mixture, x: np.ndarray) -> np.ndarray:
 
 def save(mixture: Mixture, path: Any) -> None:
   """Writes one .npz, no pickle, in place of what was there in one step."""
-  path = epath.Path(path)
   arrays = mixture._asdict() | {"warnings": json.dumps(mixture.warnings)}
   buffer = io.BytesIO()
   np.savez(buffer, **arrays)
-  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-  temporary.write_bytes(buffer.getvalue())
-  temporary.replace(path)
+  artifacts.write_bytes(path, buffer.getvalue())
 
 
 def load(path: Any) -> Mixture:

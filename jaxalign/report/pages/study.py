@@ -7,7 +7,7 @@ from jaxalign import progress
 from jaxalign.report import charts, page
 from jaxalign.report.page import Html, tag
 from jaxalign.report.pages import run
-from jaxalign.report.pages.run import fields, items, records
+from jaxalign.report.pages.run import fields, records
 
 SAMPLES = 6  # prompts whose answers are shown
 COLUMNS, LINES = 80, 25  # of the terminal's summary

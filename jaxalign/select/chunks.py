@@ -1,0 +1,67 @@
+"""Sums over rows whose bits do not depend on the mesh.
+
+The rows lie in 64 chunks in id order; each chunk's sums are one float32
+program, whichever device runs it, and the chunks are added in order, in
+float64, on the host.
+"""
+
+from typing import Callable
+
+import jax
+import numpy as np
+
+from jaxalign import sharding
+
+CHUNKS = 64  # of rows; fixed, so that no sum depends on the device count
+BLOCK = 32  # rows whose log-likelihoods are added in float32
+
+
+def chunk_rows(n: int) -> int:
+  """Rows of one chunk, a multiple of BLOCK, so that CHUNKS of them hold n."""
+  return -(-n // (CHUNKS * BLOCK)) * BLOCK
+
+
+def tiles(x: np.ndarray, chunks: int, rows: int) -> np.ndarray:
+  """[n, ...] -> [chunks, rows, ...] float32, zeros after the n-th row."""
+  out = np.zeros((chunks * rows,) + x.shape[1:], np.float32)
+  out[:len(x)] = x
+  return out.reshape((chunks, rows) + x.shape[1:])
+
+
+def padded_chunks(mesh: jax.sharding.Mesh) -> int:
+  """CHUNKS, and empty ones, for at least two on every device.
+
+  XLA unrolls a loop of one step and may then fuse it otherwise, so a device
+  never has just one chunk.
+  """
+  devices = mesh.size
+  return max(2, -(-CHUNKS // devices)) * devices
+
+
+def over_chunks(mesh: jax.sharding.Mesh, chunk_fn: Callable, replicated: int):
+  """Jits chunk_fn(*params, *tiles) over the chunks, one after the other.
+
+  The first `replicated` arguments are the same on every device, the others
+  have a leading axis of chunks. `lax.map`, not `vmap`: a batched product may
+  add in an order that depends on how many chunks a device holds.
+  """
+  def local(*args):
+    params, tiles = args[:replicated], args[replicated:]
+    return jax.lax.map(lambda tile: chunk_fn(*params, *tile), tiles)
+
+  @jax.jit
+  def run(params, tiles):
+    return jax.shard_map(
+        local, mesh=mesh,
+        in_specs=((jax.P(),) * replicated
+                  + (sharding.spec("pool"),) * len(tiles)),
+        out_specs=sharding.spec("pool"))(*params, *tiles)
+  return run
+
+
+def ordered_sum(parts: np.ndarray) -> np.ndarray:
+  """Sums [chunks, ...] over the first axis in float64, in order."""
+  total = np.zeros(parts.shape[1:], np.float64)
+  for part in parts[:CHUNKS]:  # the rest are empty
+    total += part
+  return total
