@@ -2,27 +2,34 @@
 
 A stage is described by the config fields it depends on and by the keys of the
 stages it reads; the hash of that description is its own key. Its card also
-holds a digest of every byte it wrote. A later run with the same description
-and unharmed bytes skips the stage; harmed bytes make that stage run again;
-another description is an error that names the field, unless `redo` is given.
+holds a digest of every byte it wrote, and of itself. A later run with the same
+description and unharmed bytes skips the stage; harmed bytes make that stage
+run again; another description is an error that names the field, unless `redo`
+is given. The card is written before the stage starts, too: what a killed run
+left is gone on from only by a run with the same description.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from etils import epath
 import jax
 import numpy as np
 
+from jaxalign import interrupt
 from jaxalign import progress
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, WriteError
 
 VERSION = 1  # raise when a stage's files change their meaning
+DAMAGED = "damaged"  # the key of a card whose own bytes are not those written
 
 
 @dataclasses.dataclass
@@ -46,6 +53,7 @@ class Card:
   outputs: dict[str, dict[str, Any]]  # relative path -> {sha256, bytes}
   cost: Cost
   result: dict[str, Any]  # small facts that later stages or pages read
+  finished: bool = True  # false from a stage's start to its end
   skipped: bool = False  # true where this run found it finished
 
 
@@ -143,6 +151,55 @@ def harmed(folder: Any, outputs: dict[str, dict[str, Any]]) -> list[str]:
   return bad
 
 
+@contextlib.contextmanager
+def lock(workdir: Any) -> Iterator[None]:
+  """Holds a workdir for this job; process 0 does it for all.
+
+  The kernel's lock on `.lock` ends with the process, however it ends, so no
+  lock is ever stale; the text inside only says whose it is. Object stores
+  have no such locks: nothing is held there.
+
+  Raises:
+    WriteError: another job holds it, or the workdir cannot be made.
+  """
+  workdir, mine, owner = epath.Path(workdir), None, None
+  if jax.process_index() == 0 and "://" not in str(workdir):
+    mine, owner = _take(workdir)
+  try:
+    if agree("harmed" if owner is not None else "done") == "harmed":
+      raise WriteError(f"{workdir} is in use by another job ({owner or '?'}); "
+                       "wait for it, stop it, or set another --workdir")
+    yield
+  finally:
+    if mine is not None:
+      mine.close()
+
+
+def _take(workdir: epath.Path) -> tuple[Any, str | None]:
+  """The locked file (None where there are no locks), and who else has it."""
+  path = workdir / ".lock"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(os.fspath(path), "a+", encoding="utf-8")
+  except OSError as error:
+    raise WriteError(f"cannot make {path}: {error.strerror or error}; set "
+                     "--workdir") from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read(200).strip() or "it has not said which"
+    file.close()
+    return None, owner
+  except OSError as error:
+    progress.say(f"{path} cannot be locked ({error.strerror or error}); see "
+                 "to it that no other job uses this workdir")
+  return file, None
+
+
 def key_of(stage: str, fields: dict[str, Any], inputs: dict[str, str]) -> str:
   """The hash of everything a stage depends on."""
   text = json.dumps([stage, VERSION, fields, inputs], sort_keys=True)
@@ -176,16 +233,31 @@ def _card_path(folder: Any, stage: str) -> epath.Path:
   return epath.Path(folder) / "cards" / f"{stage}.json"
 
 
+def _write_card(folder: Any, card: Card) -> None:
+  raw = dataclasses.asdict(card)
+  raw.pop("skipped")
+  write_json(_card_path(folder, card.stage), raw | {"digest": _digest_of(raw)})
+
+
+def _digest_of(raw: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
 def read_card(folder: Any, stage: str) -> Card | None:
-  """The card of a finished stage, None where there is none (or half of one)."""
+  """The card of a stage, None where there is none.
+
+  A card whose bytes are not those written has the key `DAMAGED`.
+  """
   path = _card_path(folder, stage)
   if not path.exists():
     return None
   try:
     raw = read_json(path)
+    if raw.pop("digest") != _digest_of(raw):
+      raise ValueError("its digest is another one")
     return Card(**{**raw, "cost": Cost(**raw["cost"])})
-  except (ValueError, KeyError, TypeError):
-    return None
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return Card(stage, DAMAGED, {}, {}, {}, Cost(), {})
 
 
 def changed(old: Card, fields: dict[str, Any], inputs: dict[str, str]
@@ -201,7 +273,7 @@ def changed(old: Card, fields: dict[str, Any], inputs: dict[str, str]
 
 def run(folder: Any, stage: str, *, fields: dict[str, Any],
         inputs: dict[str, str], make: Callable[[epath.Path], tuple],
-        redo: bool = False) -> Card:
+        redo: bool = False, resumes: tuple[str, ...] = ()) -> Card:
   """Runs a stage, or finds it finished.
 
   Args:
@@ -213,72 +285,96 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
       of files or folders. Every process calls it; only process 0 may write
       shared files.
     redo: run again, instead of refusing, where the description changed.
+    resumes: files or folders that an unfinished run leaves and `make` goes on
+      from; removed unless the same description made them.
 
   Raises:
     ConfigError: the folder holds this stage made from another description.
+    RestartError: SIGTERM came while several processes were between stages.
   """
   folder = epath.Path(folder)
   fields = json.loads(json.dumps(fields))  # as it will be read back
   key = key_of(stage, fields, inputs)
+  card = Card(stage, key, fields, inputs, {}, Cost(), {}, finished=False)
   found = read_card(folder, stage)
-  status = "new"
+  status, bad = "new", []
   if found is not None:
-    if found.key != key:
+    if found.key == DAMAGED:
+      bad = ["its card has other bytes than were written"]
+    elif found.key == key and found.finished and jax.process_index() == 0:
+      bad = harmed(folder, found.outputs)
+    if bad:
+      status = "harmed"
+    elif found.key != key:
       status = "changed"
+    elif found.finished:
+      status = "done"
     else:
-      bad = harmed(folder, found.outputs) if jax.process_index() == 0 else []
-      status = "harmed" if bad else "done"
+      status = "unfinished"
   status = agree(status)
   if status == "changed":
+    found = found or card  # a shared disk may show it to process 0 first
     words = "; ".join(changed(found, fields, inputs)[:4]) or "another version"
     if not redo:
+      part = "" if found.finished else "an unfinished "
       raise ConfigError(
-          f"{folder} holds {stage} made from another config: {words}. Use "
-          "another --workdir, or --redo to replace it")
+          f"{folder} holds {part}{stage} made from another config: {words}. "
+          "Use another --workdir, or --redo to replace it")
     progress.say(f"{stage}: {words}; running again")
-  if status == "harmed" and jax.process_index() == 0:
+  if status == "harmed":
     progress.say(f"{stage}: {'; '.join(bad)}; doing this stage again")
   if status == "done":
     found.skipped = True
     progress.say(f"{stage}: finished before "
                  f"({progress.duration(found.cost.seconds)}), skipped")
     return found
-  if jax.process_index() == 0 and found is not None:
-    _card_path(folder, stage).unlink(missing_ok=True)
-    _forget(folder, found.outputs)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise WriteError(f"cannot make {folder}: {error.strerror or error}; set "
-                     "--workdir") from error
+  interrupt.check()
+  if jax.process_index() == 0:
+    _make_room(folder, found.outputs if found else {},
+               resumes if status != "unfinished" else ())
+    _write_card(folder, card)
   sharding.barrier(f"before {stage}")
   progress.say(f"{stage}: ...")
   start = time.monotonic()
   files, cost, result = make(folder)
   sharding.barrier(f"after {stage}")
   cost.seconds = time.monotonic() - start
-  outputs: dict[str, Any] = {}
   if jax.process_index() == 0:
-    outputs = digest_tree(folder, files)
-    cost.bytes = sum(o["bytes"] for o in outputs.values())
-  card = Card(stage, key, fields, inputs, outputs, cost, result)
+    card.outputs = digest_tree(folder, files)
+    cost.bytes = sum(o["bytes"] for o in card.outputs.values())
+  card.cost, card.result, card.finished = cost, result, True
   if jax.process_index() == 0:
-    raw = dataclasses.asdict(card)
-    raw.pop("skipped")
-    write_json(_card_path(folder, stage), raw)
+    _write_card(folder, card)
   sharding.barrier(f"card of {stage}")
   note = f", {result['say']}" if result.get("say") else ""
   progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
   return card
 
 
-def _forget(folder: epath.Path, outputs: dict[str, Any]) -> None:
-  """Removes files that this stage wrote and that are no longer true."""
-  for name in outputs:
-    (folder / name).unlink(missing_ok=True)
-  for name in sorted({n.split("/")[0] for n in outputs if "/" in n}):
-    if (folder / name).is_dir():
-      (folder / name).rmtree()
+def _make_room(folder: epath.Path, outputs: dict[str, Any],
+               resumes: tuple[str, ...]) -> None:
+  """Makes the folder, and removes from it what is no longer true.
+
+  Args:
+    folder: of the stage.
+    outputs: files that this stage wrote, from its card.
+    resumes: files and folders that it would go on from.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in outputs:
+      (folder / name).unlink(missing_ok=True)
+    for name in {n.split("/")[0] for n in outputs if "/" in n} | {*resumes}:
+      if (folder / name).is_dir():
+        (folder / name).rmtree()
+      else:
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+      if ".tmp-" in path.name:  # a killed run's half-written file
+        path.unlink(missing_ok=True)
+  except OSError as error:
+    raise WriteError(f"cannot make {folder}: {error.strerror or error}; set "
+                     "--workdir") from error
 
 
 def agree(status: str) -> str:
@@ -286,6 +382,6 @@ def agree(status: str) -> str:
   if jax.process_count() == 1:
     return status
   from jax.experimental import multihost_utils
-  names = ("new", "changed", "harmed", "done")
+  names = ("new", "unfinished", "changed", "harmed", "done")
   return names[int(multihost_utils.broadcast_one_to_all(
       np.int32(names.index(status))))]

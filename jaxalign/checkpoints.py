@@ -29,10 +29,14 @@ class Checkpoints:
   def __init__(self, folder: Any, keep: int = 2):
     self.folder = epath.Path(folder)
     policy = ocp.checkpoint_managers.LatestN(keep)
-    self.manager = ocp.CheckpointManager(
-        self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, create=True,
-            enable_async_checkpointing=False))
+    try:
+      self.manager = ocp.CheckpointManager(
+          self.folder, options=ocp.CheckpointManagerOptions(
+              preservation_policy=policy, create=True,
+              cleanup_tmp_directories=True, enable_async_checkpointing=False))
+    except OSError as error:
+      raise WriteError(f"cannot make {self.folder}: {error.strerror or error}; "
+                       "set --workdir") from error
 
   def __enter__(self):
     return self

@@ -42,6 +42,9 @@ from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 
 
+TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
+
+
 class Arm(NamedTuple):
   """One sampler at one budget and seed, and where it lives."""
 
@@ -243,14 +246,15 @@ def run_sft(job: Job) -> None:
   def make(folder):
     tokens = job.tokens("sft")
     n = len(tokens.start)
-    rows = feed.Rows([str(i) for i in range(n)], tokens, np.arange(n)[:, None],
-                     np.zeros((n, 1), np.float32), np.ones((n, 1), np.float32))
+    rows = feed.Rows([r["id"] for r in job.rows("sft")], tokens,
+                     np.arange(n)[:, None], np.zeros((n, 1), np.float32),
+                     np.ones((n, 1), np.float32))
     params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
     cost = _train(job, folder, "sft", params, rows, LOSSES["sft"], c.sft,
                   updates=c.sft.updates, seed=c.sft.seed, sft_weight=0.0)
-    return ["checkpoints", "metrics.jsonl"], cost, {}
+    return list(TRAINED), cost, {}
 
-  job.run(job.shared / "sft", "sft", make=make,
+  job.run(job.shared / "sft", "sft", make=make, resumes=TRAINED,
           fields=pick(c, "sft", "model"), inputs=dict(data=job.key("data")))
 
 
@@ -593,11 +597,11 @@ def run_align(job: Job, arm: Arm) -> None:
                   c.train, updates=updates, seed=arm.seed,
                   sft_weight=c.loss.sft_weight, mismatched=mismatched,
                   trace=tuple(c.profile.steps))
-    return (["checkpoints", "metrics.jsonl"], cost,
+    return (list(TRAINED), cost,
             dict(updates=updates, rows=len(rows.ids),
                  say=f"{updates} updates"))
 
-  job.run(arm_folder(job, arm), "align", arm.name, make=make,
+  job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=TRAINED,
           fields=pick(c, "loss", "train", "model.head_chunk", "model.dtype"),
           inputs=dict(ref_logps=job.key("ref_logps", arm.name)))
 

@@ -57,7 +57,8 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
   Raises:
     NumericError: a loss or gradient norm that is not finite; names the ids
       of the batch, and nothing from that step on is saved.
-    RestartError: SIGTERM came; the state is saved.
+    RestartError: SIGTERM came (KeyboardInterrupt: SIGINT); the state is
+      saved.
   """
   folder = epath.Path(folder)
   log_path = folder / "metrics.jsonl"
@@ -101,9 +102,9 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
     def save(step):
       if flying:
         read()  # a state is saved only after its metrics were seen finite
-      checkpoints.save(step, _items(state))
-      if jax.process_index() == 0:
+      if jax.process_index() == 0:  # first: a resumed run drops lines too many
         artifacts.write_bytes(log_path, ("\n".join(lines) + "\n").encode())
+      checkpoints.save(step, _items(state))
 
     with interrupt.deferred() as requested, progress.bar(
         label, updates, "steps", start) as tick:
@@ -117,9 +118,9 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
           jax.block_until_ready(totals)
           jax.profiler.stop_trace()
         tick(1, f"loss {loss:.3f}" if loss is not None else "")
-        stop = requested(step)
+        stop = requested()
         if (step + 1) % save_every == 0 or step + 1 == updates or stop:
           save(step + 1)
-        if stop and step + 1 < updates:
-          interrupt.stop_now()
+        if stop:
+          break  # leaving `deferred` raises
   return state
