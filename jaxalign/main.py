@@ -14,6 +14,12 @@ import signal
 import sys
 import traceback
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM,
+                 errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG)
+# How a collective or the coordination service says that a peer is gone.
+_PEER_MARKS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "NCCL",
+               "coordination service", "Connection reset")
+
 
 def _parse(argv: list[str]):
   """The flags; a wrong one raises ConfigError."""
@@ -60,7 +66,14 @@ def _parse(argv: list[str]):
 
 def announced(environment) -> str:
   """Which launcher announces several processes: "", or its name."""
-  count = lambda name: int(environment.get(name, "1") or 1)
+  from jaxalign.errors import ConfigError
+
+  def count(name):
+    value = environment.get(name) or "1"
+    if not value.isdigit():
+      raise ConfigError(f"{name}={value!r}, wanted a whole number")
+    return int(value)
+
   if count("JAXALIGN_NUM_PROCESSES") > 1:
     return "jaxalign"
   if count("SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
@@ -79,18 +92,19 @@ def _join(mode: str) -> None:
   from jaxalign.errors import ConfigError
   launcher = announced(os.environ)
   if mode == "on" or (mode == "auto" and launcher):
-    kwargs = {}
-    if launcher == "jaxalign":
-      kwargs = dict(
-          coordinator_address=os.environ.get(
-              "JAXALIGN_COORDINATOR",
-              os.environ.get("JAX_COORDINATOR_ADDRESS")),
-          num_processes=int(os.environ["JAXALIGN_NUM_PROCESSES"]),
-          process_id=int(os.environ.get("JAXALIGN_PROCESS_ID", "0")))
     try:
+      kwargs = {}
+      if launcher == "jaxalign":
+        kwargs = dict(
+            coordinator_address=os.environ.get(
+                "JAXALIGN_COORDINATOR",
+                os.environ.get("JAX_COORDINATOR_ADDRESS")),
+            num_processes=int(os.environ["JAXALIGN_NUM_PROCESSES"]),
+            process_id=int(os.environ.get("JAXALIGN_PROCESS_ID", "0")))
       jax.distributed.initialize(heartbeat_timeout_seconds=30, **kwargs)
     except (RuntimeError, ValueError) as error:
       raise ConfigError(f"cannot join the other processes ({error}); set "
+                        "JAXALIGN_PROCESS_ID and JAXALIGN_COORDINATOR, or "
                         "--distributed=off for one process") from error
   progress.set_process(jax.process_index())
 
@@ -99,6 +113,7 @@ def _run(values) -> None:
   """Everything after the flags."""
   c = values.config
   import jax
+  from jaxalign import artifacts
   from jaxalign import interrupt
   from jaxalign import pipeline
   from jaxalign import plan
@@ -119,7 +134,8 @@ def _run(values) -> None:
     if values.dry_run:
       plan.show(job, study.arms_of(c))
       return
-    summary = study.run(job, study.command_line())
+    with artifacts.lock(values.workdir):
+      summary = study.run(job, study.command_line())
     ran = [name for (_, name), card in job.cards.items()
            if not card.skipped]
     progress.say("")
@@ -141,11 +157,28 @@ def main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     return _fail("interrupted; what was finished is kept, run the same "
                  "command to go on", 128 + signal.SIGINT)
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
-      return _fail(f"cannot write {error.filename or ''}: {error.strerror}; "
-                   "free space or set --workdir", 73)
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+      return _fail(f"cannot write {error.filename or 'a file'}: "
+                   f"{error.strerror}; free space or set --workdir", 73)
+    if _lost_peer(error):
+      return _fail("another process of this job ended ("
+                   f"{str(error).splitlines()[0][:160]}); its own message says "
+                   "why, run the same command to go on", 75)
     raise
+
+
+def _lost_peer(error: BaseException | None) -> bool:
+  """Whether a collective failed because another process is gone."""
+  jax = sys.modules.get("jax")
+  if jax is None or not jax.distributed.is_initialized():
+    return False
+  while error is not None:
+    if (isinstance(error, jax.errors.JaxRuntimeError)
+        and any(mark in str(error) for mark in _PEER_MARKS)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _fail(message: str, code: int) -> int:
