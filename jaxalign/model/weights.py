@@ -1,6 +1,8 @@
 """Weights to and from a Hugging Face folder (Llama layout, safetensors)."""
 
 import json
+import math
+import operator
 import struct
 from typing import Any
 
@@ -96,25 +98,39 @@ def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
   if not path.exists():
     raise ConfigError(f"{folder} has no config.json; set config.model."
                       "checkpoint to a Hugging Face folder")
-  raw = json.loads(path.read_text())
-  wanted = dict(model_type="llama", hidden_act="silu", attention_bias=False,
-                mlp_bias=False, rope_scaling=None)
-  for name, value in wanted.items():
-    if raw.get(name, value) != value:
-      raise ConfigError(f"{path}: {name}={raw[name]!r}; only plain Llama "
+  try:
+    raw = json.loads(path.read_bytes())
+    return _config(raw, path, dtype, remat)
+  except (ValueError, TypeError, AttributeError, KeyError) as error:
+    raise ConfigError(f"{path} is no config of a Llama ({type(error).__name__}:"
+                      f" {error}); set config.model.checkpoint") from error
+
+
+def _config(raw: dict[str, Any], path: Any, dtype: str, remat: str
+            ) -> decoder.ModelConfig:
+  wanted = dict(hidden_act="silu", attention_bias=False, mlp_bias=False,
+                rope_scaling=None)
+  for name, value in dict(model_type="llama", **wanted).items():
+    if raw.get(name, wanted.get(name)) != value:
+      raise ConfigError(f"{path}: {name}={raw.get(name)!r}; only plain Llama "
                         f"checkpoints ({name}={value!r}) are read so far")
-  heads = raw["num_attention_heads"]
+  rope = raw.get("rope_parameters") or {}  # as transformers 5 writes it
+  if rope.get("rope_type", "default") != "default":
+    raise ConfigError(f"{path}: rope_parameters={rope!r}; only plain Llama "
+                      "checkpoints (rope_type='default') are read so far")
+  heads = int(raw["num_attention_heads"])
+  width = int(raw["hidden_size"])
   return decoder.ModelConfig(
-      layers=raw["num_hidden_layers"], width=raw["hidden_size"], heads=heads,
-      kv_heads=raw.get("num_key_value_heads", heads),
-      head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
-      ff=raw["intermediate_size"], vocab=raw["vocab_size"],
-      context=raw["max_position_embeddings"],
-      rope_theta=float(raw.get("rope_theta")
-                       or raw.get("rope_parameters", {}).get("rope_theta")
+      layers=int(raw["num_hidden_layers"]), width=width, heads=heads,
+      kv_heads=int(raw.get("num_key_value_heads") or heads),
+      head_size=int(raw.get("head_dim") or width // heads),
+      ff=int(raw["intermediate_size"]), vocab=int(raw["vocab_size"]),
+      context=int(raw["max_position_embeddings"]),
+      rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta")
                        or 10000.0),
-      norm_eps=raw["rms_norm_eps"], tied=raw.get("tie_word_embeddings", False),
-      dtype=dtype, remat=remat)
+      norm_eps=float(raw["rms_norm_eps"]),
+      tied=bool(raw.get("tie_word_embeddings", False)), dtype=dtype,
+      remat=remat)
 
 
 def _read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
@@ -132,21 +148,29 @@ def _read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
   if size > len(data) - 8:
     raise DataError(f"{path} is cut short: its header wants {size:,} bytes, "
                     f"the file has {len(data):,}")
-  header = json.loads(data[8:8 + size])
+  try:
+    header = json.loads(data[8:8 + size])
+    header.pop("__metadata__", None)
+    rows = []
+    for name, info in header.items():
+      begin, end = map(operator.index, info["data_offsets"])
+      rows.append((name, str(info["dtype"]), begin, end,
+                   [operator.index(x) for x in info["shape"]]))
+  except (ValueError, TypeError, AttributeError, KeyError) as error:
+    raise DataError(f"{path} is damaged: its header cannot be read "
+                    f"({type(error).__name__}: {error})") from error
   tensors = {}
-  for name, info in header.items():
-    if name == "__metadata__":
-      continue
-    begin, end = (8 + size + x for x in info["data_offsets"])
-    if info["dtype"] not in _DTYPES:
-      raise DataError(f"{path}: {name} is {info['dtype']}, wanted one of "
+  for name, kind, begin, end, shape in rows:
+    if kind not in _DTYPES:
+      raise DataError(f"{path}: {name} is {kind}, wanted one of "
                       f"{', '.join(_DTYPES)}")
-    dtype = np.dtype(_DTYPES[info["dtype"]])
-    count = int(np.prod(info["shape"], dtype=object))
-    if end > len(data) or count * dtype.itemsize != end - begin:
+    dtype = np.dtype(_DTYPES[kind])
+    count = math.prod(shape)
+    if (not 0 <= begin <= end <= len(data) - 8 - size or
+        min(shape, default=0) < 0 or count * dtype.itemsize != end - begin):
       raise DataError(f"{path} is cut short or damaged at {name}")
-    tensors[name] = np.frombuffer(data, dtype, count, begin).reshape(
-        info["shape"])
+    tensors[name] = np.frombuffer(data, dtype, count, 8 + size + begin
+                                  ).reshape(shape)
   return tensors
 
 
@@ -163,28 +187,27 @@ def load_folder(folder: Any, m: decoder.ModelConfig, mesh: Any
 
   def take(name, shape):
     if name not in tensors:
-      wrong.append(f"{name} is missing")
-      return np.zeros(shape, np.float32)
+      return wrong.append(f"{name} is missing")
     w = np.asarray(tensors.pop(name), np.float32)
     if w.shape != shape:
-      wrong.append(f"{name} is {w.shape}, wanted {shape}")
-      return np.zeros(shape, np.float32)
+      return wrong.append(f"{name} is {w.shape}, wanted {shape}")
     if not np.isfinite(w).all():
-      wrong.append(f"{name} holds NaN or infinity")
+      return wrong.append(f"{name} holds NaN or infinity")
     return w
 
   for ours, theirs in _top_names(m).items():
     params[ours] = take(theirs, rows[ours].shape)
   for ours, (suffix, to_hf, from_hf) in _layer_names(m).items():
     shape = to_hf(np.broadcast_to(0.0, rows[ours].shape[1:])).shape
-    params[ours] = np.stack([
-        from_hf(take(f"model.layers.{i}.{suffix}.weight", shape))
-        for i in range(m.layers)])
+    each = [take(f"model.layers.{i}.{suffix}.weight", shape)
+            for i in range(m.layers)]
+    if not wrong:
+      params[ours] = np.stack([from_hf(w) for w in each])
   ignored = {"lm_head.weight"} if m.tied else set()
   wrong += [f"{n} is surplus" for n in sorted(set(tensors) - ignored)
             if not n.endswith("rotary_emb.inv_freq")]
   if wrong:
+    more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
     raise DataError(f"{folder} does not match its config.json: "
-                    f"{'; '.join(wrong[:20])}"
-                    f"{f'; and {len(wrong) - 20} more' if len(wrong) > 20 else ''}")
+                    f"{'; '.join(wrong[:20])}{more}")
   return {n: sharding.put(mesh, w, *rows[n].axes) for n, w in params.items()}
