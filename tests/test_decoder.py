@@ -22,13 +22,10 @@ SIZES = {
         context=64, rope_theta=500.0, norm_eps=1e-3),
     "gqa2-untied": decoder.ModelConfig(
         layers=1, width=28, heads=4, kv_heads=2, head_size=10, ff=18, vocab=46,
-        context=64, tied=False),
+        context=64, tied=False, remat="dots"),
     "mqa4-odd": decoder.ModelConfig(
-        layers=3, width=20, heads=4, kv_heads=1, head_size=4, ff=33, vocab=37,
-        context=64, tied=False),
-    "mqa3-tied": decoder.ModelConfig(
-        layers=1, width=21, heads=3, kv_heads=1, head_size=2, ff=5, vocab=31,
-        context=64),
+        layers=2, width=20, heads=4, kv_heads=1, head_size=4, ff=33, vocab=37,
+        context=64, remat="full"),
 }
 
 
@@ -94,14 +91,6 @@ def batch_of(m):
   return tokens, (np.arange(24) >= 9)[None, :] & (tokens >= 0)
 
 
-def fits(m, mesh):
-  try:
-    decoder.check(m, mesh)
-  except ConfigError:
-    return False
-  return True
-
-
 @functools.lru_cache
 def grad_fn(m):
   """(params, tokens, mask) -> (sum of response log-probs, logits), gradient."""
@@ -110,7 +99,9 @@ def grad_fn(m):
     head = decoder.head(params, m)
     logps = logprob.token_logps(x, head, tokens, chunk=7)
     return jnp.sum(logps * mask), decoder.logits(x, head)
-  return jax.jit(jax.value_and_grad(total, has_aux=True))
+  # Unoptimised machine code compiles in half the time.
+  return jax.jit(jax.value_and_grad(total, has_aux=True),
+                 compiler_options={"xla_backend_optimization_level": 0})
 
 
 def put_params(mesh, m, params):
@@ -121,12 +112,12 @@ def put_params(mesh, m, params):
 @pytest.mark.parametrize("name", SIZES)
 def test_transformers_agrees_on_logits_and_gradients(name, mesh):
   m = SIZES[name]
-  if not fits(m, mesh):
-    pytest.skip("this size does not divide over this mesh")
+  if mesh.size > 1 and m.kv_heads == 1:
+    pytest.skip("one key head does not divide over tensor=2")
   tokens, mask = batch_of(m)
   (_, logits), grads = grad_fn(m)(
-      put_params(mesh, m, random_params(m)), sharding.put(mesh, tokens, "batch"),
-      sharding.put(mesh, mask, "batch"))
+      put_params(mesh, m, random_params(m)),
+      sharding.put(mesh, tokens, "batch"), sharding.put(mesh, mask, "batch"))
   wanted, wanted_grads = peer(name)
   np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
   grads = torch_names(m, {n: np.asarray(g) for n, g in grads.items()})
@@ -137,70 +128,81 @@ def test_transformers_agrees_on_logits_and_gradients(name, mesh):
                                atol=1e-3 * min(scale, 1.0), err_msg=n)
 
 
-def test_sizes_of_two_meshes_are_tested(mesh):
-  assert sum(fits(m, mesh) for m in SIZES.values()) == (
-      4 if mesh.size == 1 else 2)
-
-
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_recomputation_changes_no_gradient(remat, mesh):
+def test_recomputation_changes_no_gradient():
   m = SIZES["gqa2-untied"]
-  tokens, mask = (sharding.put(mesh, x, "batch") for x in batch_of(m))
-  params = put_params(mesh, m, random_params(m))
-  (value, _), plain = grad_fn(m)(params, tokens, mask)
-  (again, _), grads = grad_fn(m._replace(remat=remat))(params, tokens, mask)
-  np.testing.assert_allclose(value, again, rtol=1e-6)
-  for n in plain:
-    np.testing.assert_allclose(grads[n], plain[n], rtol=1e-5, atol=1e-5,
-                               err_msg=n)
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  with jax.set_mesh(mesh):
+    tokens, mask = (sharding.put(mesh, x, "batch") for x in batch_of(m))
+    params = put_params(mesh, m, random_params(m))
+    (value, _), plain = grad_fn(m._replace(remat="none"))(params, tokens, mask)
+    for remat in ("dots", "full"):
+      (again, _), grads = grad_fn(m._replace(remat=remat))(params, tokens, mask)
+      np.testing.assert_allclose(value, again, rtol=1e-6)
+      for n in plain:
+        np.testing.assert_allclose(grads[n], plain[n], rtol=1e-5, atol=1e-5,
+                                   err_msg=f"{remat} {n}")
 
 
 def test_remat_really_recomputes():
   """What the backward pass keeps shrinks: none > dots > full."""
-  m = SIZES["mha-tied"]._replace(layers=4)
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+
   def kept(remat):
-    def total(params, tokens):
-      return jnp.sum(decoder.forward(params, tokens, m._replace(remat=remat)))
-    _, pullback = jax.vjp(total, put_params(mesh, m, random_params(m)),
-                          sharding.put(mesh, batch_of(m)[0], "batch"))
-    return sum(x.size for x in jax.tree.leaves(pullback))
+    m = SIZES["mha-tied"]._replace(layers=4, remat=remat)
+    def pullback(params, tokens):
+      return jax.vjp(lambda p: jnp.sum(decoder.forward(p, tokens, m)), params
+                     )[1]
+    shapes = jax.eval_shape(pullback, decoder.abstract(m, mesh),
+                            jax.ShapeDtypeStruct((4, 24), jnp.int32))
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
   with jax.set_mesh(mesh):
     none, dots, full = map(kept, ("none", "dots", "full"))
   assert full < dots < none, (full, dots, none)
 
 
-def test_init_is_the_table_and_is_the_same_on_any_mesh(mesh):
+def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
   m = SIZES["gqa2-untied"]
-  params = decoder.init(jax.random.key(4), m, mesh)
-  table = decoder.table(m)
-  assert set(params) == set(table)
+  table = {n: p for n, p in decoder.table(m).items()  # each draw compiles 1 s
+           if n in ("embed", "layers/wk", "layers/wo", "norm")}
+  monkeypatch.setattr(decoder, "table", lambda m: table)
+  drawn = []
+  for fsdp, tensor in ((1, 1), (4, 2)):
+    mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
+                              jax.devices()[:fsdp * tensor])
+    with jax.set_mesh(mesh):
+      params = decoder.init(jax.random.key(4), m, mesh)
+    assert set(params) == set(table)
+    for n, s in decoder.abstract(m, mesh).items():
+      assert (s.shape, s.dtype, s.sharding) == (
+          params[n].shape, params[n].dtype, params[n].sharding)
+      assert s.sharding == sharding.named(mesh, *table[n].axes), n
+    drawn.append({n: np.asarray(x) for n, x in params.items()})
   for n, p in table.items():
-    x = np.asarray(params[n])
+    x = drawn[0][n]
+    np.testing.assert_array_equal(drawn[1][n], x, err_msg=n)
     assert x.shape == p.shape and x.dtype == np.float32, n
-    assert params[n].sharding == sharding.named(mesh, *p.axes), n
     if p.scale == 0:
       assert (x == 1).all(), n
     else:  # four standard errors of a standard deviation
       assert abs(x.std() / p.scale - 1) < 4 / np.sqrt(2 * x.size), n
       assert abs(x.mean()) < 4 * p.scale / np.sqrt(x.size), n
-  alone = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  with jax.set_mesh(alone):
-    first = decoder.init(jax.random.key(4), m, alone)
-  for n in table:
-    np.testing.assert_array_equal(params[n], first[n], err_msg=n)
-  assert decoder.parameter_count(m) == sum(x.size for x in params.values())
-  for n, s in decoder.abstract(m, mesh).items():
-    assert (s.shape, s.dtype, s.sharding) == (
-        params[n].shape, params[n].dtype, params[n].sharding)
+  assert len({x.flat[0] for x in drawn[0].values() if x.flat[0] != 1}) == (
+      sum(p.scale != 0 for p in table.values()))  # each has its own key
+  assert decoder.parameter_count(m) == sum(x.size for x in drawn[0].values())
 
 
 @pytest.mark.parametrize("change,words", [
     (dict(kv_heads=3), "model.heads=4 is no multiple of model.kv_heads=3"),
+    (dict(kv_heads=0), "model.kv_heads=0, wanted 1 or more"),
+    (dict(layers=-1), "model.layers=-1, wanted 1 or more"),
+    (dict(dtype="float99"), "model.dtype='float99' is unknown; known: float32"),
     (dict(head_size=5), "model.head_size=5 is odd"),
     (dict(remat="some"), "model.remat='some' is unknown; known: none"),
     (dict(vocab=47), "embed: its axis 'vocab' of 47 does not divide into 2"),
-    (dict(width=30), "its axis 'width' of 30 does not divide into 4 parts")])
+    (dict(width=30), "model.width=30 is no multiple of model.heads=4"),
+    (dict(width=30, heads=2),
+     "its axis 'width' of 30 does not divide into 4 parts")])
 def test_sizes_that_cannot_work_are_refused(change, words):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   with pytest.raises(ConfigError, match=words):

@@ -43,6 +43,7 @@ class Param(NamedTuple):
   scale: float  # standard deviation of the initial normal draw; 0: ones
 
 
+DTYPES = ("float32", "bfloat16")
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -82,9 +83,19 @@ def parameter_count(m: ModelConfig) -> int:
 
 def check(m: ModelConfig, mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError where a size does not fit the model or the mesh."""
+  for name in ("layers", "width", "heads", "kv_heads", "head_size", "ff",
+               "vocab", "context"):
+    if getattr(m, name) < 1:
+      raise ConfigError(f"model.{name}={getattr(m, name)}, wanted 1 or more")
+  if m.dtype not in DTYPES:
+    raise ConfigError(f"model.dtype={m.dtype!r} is unknown; known: "
+                      f"{', '.join(DTYPES)}")
   if m.heads % m.kv_heads:
     raise ConfigError(f"model.heads={m.heads} is no multiple of "
                       f"model.kv_heads={m.kv_heads}")
+  if m.width % m.heads:  # transformers refuses such an export
+    raise ConfigError(f"model.width={m.width} is no multiple of "
+                      f"model.heads={m.heads}")
   if m.head_size % 2:
     raise ConfigError(f"model.head_size={m.head_size} is odd, wanted even "
                       "(rotary pairs)")
