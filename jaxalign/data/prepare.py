@@ -1,5 +1,6 @@
 """The data stage: a source becomes splits, a tokenizer, tokens and a card."""
 
+import collections
 import json
 from typing import Any
 
@@ -31,7 +32,8 @@ def world_of(c: Any) -> world_lib.World | None:
   return world_lib.build(c.data.world.to_dict(), c.data.seed)
 
 
-def _from_world(c: Any, folder: epath.Path) -> tuple[dict, dict, str]:
+def _from_world(c: Any, folder: epath.Path
+                ) -> tuple[dict, dict, str, list[dict]]:
   """The world's rows, written as text and read back like any other source."""
   world = world_of(c)
   made = world_lib.generate(world, c.data.seed)
@@ -49,15 +51,21 @@ def _from_world(c: Any, folder: epath.Path) -> tuple[dict, dict, str]:
     row["target"] = targets[row["prompt"], row["chosen"], row["rejected"]]
   splits["sft"] = [dict(r, id=f"sft-{i:06d}", group=r["prompt"])
                    for i, r in enumerate(made["sft"])]
+  refused = [*loaded["pool"].refused, *loaded["held_out"].refused]
   seen = {r["prompt"] for r in splits["pool"]}
-  splits["held_out"] = [r for r in splits["held_out"]
-                        if r["prompt"] not in seen]
-  seen |= {r["prompt"] for r in splits["held_out"]}
-  splits["sft"] = [r for r in splits["sft"] if r["prompt"] not in seen]
-  return splits, records.data_card(loaded["pool"], splits), "pairs"
+  for name in ("held_out", "sft"):  # no prompt is in two splits
+    refused += [dict(file="world", line=None, id=r["id"], split=name,
+                     reason="prompt of another split", detail="")
+                for r in splits[name] if r["prompt"] in seen]
+    splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
+    seen |= {r["prompt"] for r in splits[name]}
+  card = records.data_card(loaded["pool"], splits)
+  card["seen"] = sum(len(rows) for rows in made.values())
+  return splits, card, "pairs", refused
 
 
-def _from_source(c: Any, folder: epath.Path) -> tuple[dict, dict, str]:
+def _from_source(c: Any, folder: epath.Path
+                 ) -> tuple[dict, dict, str, list[dict]]:
   """Rows of files or of a hub, checked, refused with reasons, and split."""
   loaded = records.load(
       c.data.source, schema=c.data.schema, limit=c.data.limit,
@@ -67,7 +75,6 @@ def _from_source(c: Any, folder: epath.Path) -> tuple[dict, dict, str]:
                "refused" + (f" ({_counts(loaded.counts)})"
                             if loaded.refused else ""))
   splits = records.split(loaded.rows, c.data.split.to_dict(), c.data.seed)
-  records.write_refused(folder / "rejected.jsonl", loaded.refused)
   sft = []
   for row in splits["sft"]:
     if loaded.kind == "thumbs" and not row["label"]:
@@ -78,7 +85,7 @@ def _from_source(c: Any, folder: epath.Path) -> tuple[dict, dict, str]:
   for row in splits["held_out"]:
     row["target"] = row.get("chosen") or row["completion"]
   card = records.data_card(loaded, splits)
-  return splits | dict(sft=sft), card, loaded.kind
+  return splits | dict(sft=sft), card, loaded.kind, loaded.refused
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -121,7 +128,8 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
   if not writes:
     return [], artifacts.Cost(), {}
   world = c.data.source == "world"
-  splits, card, kind = (_from_world if world else _from_source)(c, folder)
+  splits, card, kind, refused = (
+      _from_world if world else _from_source)(c, folder)
   if kind == "thumbs" and wanted == "pairs":
     raise DataError(f"{c.data.source} holds single answers with thumbs, but "
                     f"the loss {c.loss.name!r} compares two answers; set "
@@ -143,27 +151,21 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
       [r["response"] for r in splits["sft"]], context)
   tokens_lib.save(folder, "sft", rows)
   truncation = {"sft": report}
-  late: list[dict] = []
   for name in ("pool", "held_out"):
-    splits[name], rows, truncation[name], refused = _encode(
+    splits[name], rows, truncation[name], late = _encode(
         tok, splits[name], context)
-    late += [dict(file=c.data.source, line=None, split=name, **r)
-             for r in refused]
+    refused = refused + [dict(file=c.data.source, line=None, split=name, **r)
+                         for r in late]
     tokens_lib.save(folder, name, rows)
     if not splits[name]:
       raise DataError(f"no row of the {name} split is left after truncation "
                       f"to {context} tokens; raise config.model.context")
     if name == "pool":
       card["tokens"] = _token_card(rows)
-  if late:
-    path = folder / "rejected.jsonl"
-    before = path.read_text() if path.exists() else ""
-    artifacts.write_bytes(path, (before + "".join(
-        json.dumps(r) + "\n" for r in late)).encode())
-    for r in late:
-      card["refused_by_reason"][r["reason"]] = (
-          card["refused_by_reason"].get(r["reason"], 0) + 1)
-    card["refused"] += len(late)
+  records.write_refused(folder / "rejected.jsonl", refused)
+  card |= dict(refused=len(refused), kept=card["seen"] - len(refused),
+               refused_by_reason=dict(sorted(collections.Counter(
+                   r["reason"] for r in refused).items())))
   for name in SPLITS:
     records.write_rows(folder / f"{name}.parquet", splits[name])
   card |= dict(kind=wanted, source_kind=kind, truncation=truncation,
