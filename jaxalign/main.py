@@ -10,6 +10,7 @@ again, 76 not finite, 130 interrupted.
 import errno
 import os
 import pathlib
+import re
 import signal
 import sys
 import traceback
@@ -29,7 +30,7 @@ def _parse(argv: list[str]):
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
       "config", None, "Path of a config file, with :variant.",
-      flag_values=values, lock_config=True)
+      flag_values=values, lock_config=True, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "Where everything is written.",
                       flag_values=values)
   flags.DEFINE_bool("dry_run", False, "Print the plan and stop.",
@@ -42,6 +43,8 @@ def _parse(argv: list[str]):
   for argument in argv[1:]:  # `from configs import common` from any folder
     if argument.startswith("--config="):
       path = argument.split("=", 1)[1].split(":")[0]
+      if not os.path.exists(path):
+        raise ConfigError(f"config file {path!r} does not exist; set --config")
       sys.path.insert(0, str(pathlib.Path(path).resolve().parent.parent))
   try:
     rest = values(argv)
@@ -49,12 +52,10 @@ def _parse(argv: list[str]):
       print(__doc__ + values.main_module_help())
       sys.exit(0)
     config = values.config
-  except FileNotFoundError as error:
-    raise ConfigError(f"{error.filename or error} does not exist; set "
-                      "--config") from error
-  except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as e:
-    raise ConfigError(f"{str(e).strip() or repr(e)}; see configs/common.py for "
-                      "all knobs") from e
+  except (flags.Error, LookupError, AttributeError, TypeError, ValueError,
+          OSError) as e:
+    raise ConfigError(f"{_short(e)}; see configs/common.py for all knobs"
+                      ) from e
   if len(rest) > 1:
     raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
   if config is None:
@@ -62,6 +63,22 @@ def _parse(argv: list[str]):
   if not values.workdir and not values.dry_run:
     raise ConfigError("no workdir; say --workdir=runs/dpo_sub")
   return values
+
+
+def _short(error: Exception) -> str:
+  """What is wrong with the flags, in one line."""
+  text = str(error).replace("\\n", "\n").strip()
+  if isinstance(error, (KeyError, AttributeError)):
+    name = re.match(r"""[\\'"]*(\w+)[\\'"]*(\n|$)""", text)
+    near = re.search(r'mean "(\w+)"', text)
+    if name:
+      return f"unknown knob {name[1]!r}" + (
+          f", did you mean {near[1]!r}?" if near else "")
+  if "Traceback (most recent call last):" in text:  # of the config file
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    where = [line for line in lines if line.startswith("File ")]
+    text = f"{lines[-1]} ({where[-1]})"
+  return " ".join(text.split()) or repr(error)
 
 
 def announced(environment) -> str:
@@ -109,7 +126,7 @@ def _join(mode: str) -> None:
   progress.set_process(jax.process_index())
 
 
-def _run(values) -> None:
+def _run(values, argv: list[str]) -> None:
   """Everything after the flags."""
   c = values.config
   import jax
@@ -135,7 +152,7 @@ def _run(values) -> None:
       plan.show(job, study.arms_of(c))
       return
     with artifacts.lock(values.workdir):
-      summary = study.run(job, study.command_line())
+      summary = study.run(job, study.command_line(argv))
     ran = [name for (_, name), card in job.cards.items()
            if not card.skipped]
     progress.say("")
@@ -150,7 +167,7 @@ def main(argv: list[str]) -> int:
   print("jaxalign: reading the config", flush=True)
   from jaxalign.errors import JaxalignError
   try:
-    _run(_parse(argv))
+    _run(_parse(argv), argv)
     return 0
   except JaxalignError as error:
     return _fail(str(error), error.exit_code)

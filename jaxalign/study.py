@@ -3,7 +3,6 @@
 import datetime
 import json
 import shlex
-import sys
 from typing import Any
 
 from etils import epath
@@ -327,7 +326,7 @@ def _data(job: pipeline.Job, card: dict[str, Any]) -> dict[str, Any]:
                 for row in job.rows("pool")[:2]])
 
 
-def command_line() -> str:
-  """The command of this run, as a person can paste it."""
+def command_line(argv: list[str]) -> str:
+  """The command of a run, as a person can paste it."""
   return "python -m jaxalign.main " + " ".join(
-      shlex.quote(a) for a in sys.argv[1:])
+      shlex.quote(a) for a in argv[1:])

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxalign.errors import ConfigError
+
 MALFORMED = -5.0
+_LEAST = dict(topics=1, clusters=1, arguments=1, argument_words=2, openers=1,
+              closers=1, fillers=1, forms=1, sft_rows=0, pool_rows=1,
+              held_out_rows=1, temperature=1e-6)
 OPERATIONS = ("copy", "reverse", "sort", "shift")
 
 
@@ -40,7 +45,9 @@ def _words(count: int) -> list[str]:
   pool = [a + v + b for a in consonants for v in vowels for b in consonants]
   order = np.random.Generator(np.random.Philox(key=97)).permutation(len(pool))
   if count > len(pool):
-    raise ValueError(f"{count} words wanted, {len(pool)} exist")
+    raise ConfigError(f"the world's topics (three words each), forms, "
+                      f"arguments, openers, fillers and closers need {count} "
+                      f"words, {len(pool)} exist; set config.data.world")
   return [pool[i] for i in order[:count]]
 
 
@@ -54,6 +61,10 @@ def build(knobs: dict[str, Any], seed: int) -> World:
     seed: any integer.
   """
   k = dict(knobs)
+  for name, least in _LEAST.items():
+    if k[name] < least:
+      raise ConfigError(f"data.world.{name}={k[name]}, wanted {least} or more; "
+                        "set config.data.world")
   rng = np.random.Generator(np.random.Philox(key=[seed, 1]))
   sizes = dict(synonyms=3 * k["topics"], forms=k["forms"],
                arguments=k["argument_words"], openers=k["openers"],

@@ -57,8 +57,8 @@ def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
 
 def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
                rows: tokens_lib.TokenRows, *, pooling: str = "mean",
-               tile: int = 32, chunk: int = 64, label: str = "embed"
-               ) -> RowScores:
+               tile: int = 32, chunk: int = 64, label: str = "embed",
+               ids: Any = None) -> RowScores:
   """Embeds every row and sums its response's log-probability, in one pass.
 
   Args:
@@ -72,10 +72,11 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
     tile: rows a device runs at once; part of the numbers' definition.
     chunk: positions of the head at once.
     label: what the progress bar says.
+    ids: [N] record ids, n/N rows of each side by side, to name in an error.
 
   Raises:
     NumericError: an embedding or log-probability that is not finite; names
-      the row numbers.
+      the rows.
   """
   lengths = tokens_lib.lengths(rows)
   n, step = len(lengths), tile * mesh.size
@@ -104,9 +105,12 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   bad = np.flatnonzero(~(np.isfinite(out.embedding).all(1)
                          & np.isfinite(out.logp)))
   if len(bad):
+    named = "" if ids is None else " (ids " + ", ".join(
+        str(ids[i * len(ids) // n]) for i in bad[:8]) + ")"
     raise NumericError(f"{label}: {len(bad)} of {n} rows have an embedding or "
-                       f"log-probability that is not finite; row numbers "
-                       f"{bad[:8].tolist()}; the model's weights are suspect")
+                       f"log-probability that is not finite, rows "
+                       f"{bad[:8].tolist()}{named}; look at these records and "
+                       "at the model's weights")
   return out
 
 
