@@ -94,7 +94,11 @@ class Place(NamedTuple):
 
 
 def _gather_width(w, axes):
-  return jax.reshard(w, spec(*(None if a == "width" else a for a in axes)))
+  whole = spec(*(None if a == "width" else a for a in axes))
+  # `reduced`: the cotangent of the gathered w is a sum still to be taken over
+  # these devices. It is taken once, here, in w's own float32; otherwise each
+  # product of the backward pass sums its own, in bfloat16.
+  return jax.reshard(w, jax.P(*whole, reduced={RULES["width"]}))
 
 
 def _gather_all(w, axes):

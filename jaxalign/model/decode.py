@@ -21,7 +21,7 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int, eos: int, known: int,
     tokens, pad = rows["tokens"], rows["pad"]  # [b, P] left-padded, [b]
     b, prompt = tokens.shape
     total = prompt + new
-    head = decoder.head(params, m, place)
+    head = decoder.head(params, m, place).astype(m.dtype)
     layers = decoder.layers_of(params)
     slot = jnp.arange(total)
 

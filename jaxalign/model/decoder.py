@@ -272,14 +272,18 @@ def forward(params: Params, tokens: jax.Array, m: ModelConfig,
 
 
 def head(params: Params, m: ModelConfig, place=sharding.SPREAD) -> jax.Array:
-  """The output matrix [V, D], gathered over the width."""
+  """The output matrix [V, D], gathered over the width, still float32."""
   name = "embed" if m.tied else "head"
-  return place.weight(params[name], ("vocab", "width")).astype(m.dtype)
+  return place.weight(params[name], ("vocab", "width"))
 
 
 def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """[B, L, D] x [V, D] -> float32 [B, L, V], accumulated in float32."""
-  return jnp.einsum("bld,vd->blv", x, weight,
+  """[B, L, D] x [V, D] -> float32 [B, L, V], accumulated in float32.
+
+  The cast of `weight` stands here, inside a loop over chunks, so that the
+  loop sums the chunks' gradients in float32.
+  """
+  return jnp.einsum("bld,vd->blv", x, weight.astype(x.dtype),
                     preferred_element_type=jnp.float32)
 
 

@@ -37,8 +37,8 @@ def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
   def one_tile(params, rows, shared):
     del shared
     x = decoder.forward(params, rows["tokens"], m, place)
-    each = logprob.token_logps(x, decoder.head(params, m, place),
-                               rows["tokens"], chunk)
+    head = decoder.head(params, m, place).astype(m.dtype)
+    each = logprob.token_logps(x, head, rows["tokens"], chunk)
     total, count = logprob.sums(each, rows["mask"])
     position = jnp.arange(rows["tokens"].shape[1])[None, :]
     length = rows["length"][:, None]
