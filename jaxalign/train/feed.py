@@ -65,6 +65,10 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   """
   lengths = tokens_lib.lengths(rows.tokens)
   longest = tokens_lib.longest(lengths, context)
+  if mismatched is not None:
+    # One row's prompt and another's answer may be longer than any row.
+    kl_lengths = tokens_lib.lengths(mismatched.tokens)
+    kl_longest = tokens_lib.longest(kl_lengths, context)
 
   def rows_of(step):
     return batches.rows_at(step, len(rows.ids), batch, seed)
@@ -73,8 +77,8 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
     x = x.reshape(accumulation, batch // accumulation, *x.shape[1:])
     return sharding.put(mesh, x, None, "batch")
 
-  def padded(token_rows, index, sizes):
-    size = tokens_lib.bucket(int(sizes.max()), longest)
+  def padded(token_rows, index, lengths, longest):
+    size = tokens_lib.bucket(int(lengths[index].max()), longest)
     tokens, mask = tokens_lib.pad(token_rows, index.reshape(-1), size)
     shape = (*index.shape, size)
     return spread(tokens.reshape(shape)), spread(mask.reshape(shape))
@@ -82,7 +86,7 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   def batch_at(step):
     own = rows_of(step)
     index = rows.row_of[own]
-    tokens, mask = padded(rows.tokens, index, lengths[index])
+    tokens, mask = padded(rows.tokens, index, lengths, longest)
     out = dict(tokens=tokens, mask=mask, ref_sum=spread(rows.ref_sum[own]),
                ref_count=spread(rows.ref_count[own]),
                lr=np.float32(rate(step)))
@@ -90,8 +94,8 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
       out["label"] = spread(rows.label[own])
     if mismatched is not None:
       where = np.arange(step * batch, (step + 1) * batch)[:, None]
-      sizes = np.diff(mismatched.tokens.offsets)[where]
-      out["kl_tokens"], out["kl_mask"] = padded(mismatched.tokens, where, sizes)
+      out["kl_tokens"], out["kl_mask"] = padded(
+          mismatched.tokens, where, kl_lengths, kl_longest)
       out["kl_ref_sum"] = spread(mismatched.ref_sum[where])
     return out
 
