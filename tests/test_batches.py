@@ -1,0 +1,244 @@
+"""Which rows a step sees, KTO's mismatched rows, and the arrays of a batch."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from jaxalign import sharding
+from jaxalign.data import batches
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.errors import ConfigError
+from jaxalign.model import decoder
+from jaxalign.train import feed
+
+sizes = st.integers(1, 40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=sizes, batch=sizes, seed=st.integers(0, 2**63),
+       epochs=st.integers(1, 4))
+def test_every_row_once_an_epoch_across_the_cuts(n, batch, seed, epochs):
+  steps = batches.updates(n, batch, epochs)
+  assert (steps - 1) * batch < epochs * n <= steps * batch
+  seen = np.concatenate([batches.rows_at(s, n, batch, seed)
+                         for s in range(steps)])
+  assert len(seen) == steps * batch
+  for e in range(epochs):
+    assert sorted(seen[e * n:(e + 1) * n]) == list(range(n))
+  # The rest opens the next epoch: no row twice.
+  rest = seen[epochs * n:]
+  assert len(set(rest[:n])) == min(len(rest), n)
+
+
+def test_a_step_is_a_pure_function():
+  first = [batches.rows_at(s, 23, 5, 7) for s in range(40)]
+  batches._order.cache_clear()
+  for s in np.random.default_rng(0).permutation(40):
+    np.testing.assert_array_equal(batches.rows_at(int(s), 23, 5, 7), first[s])
+  assert any((batches.rows_at(s, 23, 5, 8) != first[s]).any()
+             for s in range(4))
+  # Epochs are shuffled anew.
+  order = np.concatenate(first)[:46].reshape(2, 23)
+  assert (order[0] != order[1]).any()
+
+
+def test_the_order_is_fair():
+  """Over seeds, every row is equally often first: chi-square, 19 degrees."""
+  count = np.bincount([batches.rows_at(0, 20, 1, s)[0] for s in range(4000)],
+                      minlength=20)
+  assert ((count - 200) ** 2 / 200).sum() < 43.8  # p = 0.001
+
+
+@pytest.mark.parametrize("n,batch,epochs,most,wanted", [
+    (10, 5, 1, 0, 2), (11, 5, 1, 0, 3), (10, 4, 0.1, 0, 1), (3, 8, 1, 0, 1),
+    (100, 10, 2.5, 0, 25), (100, 10, 2.5, 7, 7), (100, 10, 0.5, 7, 5)])
+def test_updates(n, batch, epochs, most, wanted):
+  assert batches.updates(n, batch, epochs, most) == wanted
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=50, unique=True))
+def test_a_rotation_leaves_no_fixed_point(rows):
+  rows = np.array(rows)
+  other = batches.rotation(rows)
+  assert (other != rows).all()
+  assert sorted(other) == sorted(rows)  # the set y' is the set y
+
+
+def test_a_batch_of_three():
+  assert list(batches.rotation(np.array([4, 5, 6]))) == [5, 6, 4]
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(2, 12), extra=st.integers(0, 12), seed=sizes)
+def test_a_batch_that_spans_two_epochs(n, extra, seed):
+  """Rows that come twice never meet themselves where that can be avoided."""
+  rows = batches.rows_at(0, n, n + extra, seed)
+  other = batches.rotation(rows)
+  assert sorted(other) == sorted(rows)
+  shifts = [np.roll(rows, -k) for k in range(1, len(rows))]
+  if any((s != rows).all() for s in shifts):
+    assert (other != rows).all()
+
+
+# Mismatched rows.
+
+
+def token_rows(rows):
+  ids = [np.array(p + r, np.int32) for p, r in rows]
+  return tokens_lib.TokenRows(
+      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]),
+      np.array([len(p) for p, _ in rows], np.int32),
+      np.zeros(len(rows), np.int32))
+
+
+def row(rows, i):
+  return rows.ids[rows.offsets[i]:rows.offsets[i + 1]].tolist()
+
+
+# Long prompts have short answers here: joined, they are the longest rows.
+EXAMPLE = [([1] + [10 * i + k for k in range(p)], [100 + i] * r + [2])
+           for i, (p, r) in enumerate([(2, 9), (10, 1), (4, 4), (1, 11),
+                                       (7, 2), (3, 3), (9, 2)])]
+
+
+def test_mismatched_rows_are_prompt_and_other_answer_token_for_token():
+  rows, n = token_rows(EXAMPLE), len(EXAMPLE)
+  prompts, answers = np.arange(n), np.roll(np.arange(n), -1)
+  out = batches.mismatched(rows, prompts, answers, context=64)
+  for i in range(n):
+    prompt, answer = EXAMPLE[i][0], EXAMPLE[(i + 1) % n][1]
+    assert row(out, i) == prompt + answer
+    assert out.start[i] == len(prompt) and out.cut[i] == 0
+  assert out.ids.dtype == np.int32 and out.offsets.dtype == np.int64
+
+
+def test_mismatched_rows_that_do_not_fit_lose_the_answer_s_end():
+  rows = token_rows(EXAMPLE)
+  out = batches.mismatched(rows, np.array([1, 6]), np.array([3, 0]), context=13)
+  assert row(out, 0) == EXAMPLE[1][0] + EXAMPLE[3][1][:2]
+  assert row(out, 1) == EXAMPLE[6][0] + EXAMPLE[0][1][:3]
+  assert out.cut.tolist() == [10, 7]
+  assert out.start.tolist() == [11, 10]
+  # Even a prompt as long as the context leaves room for one token.
+  tight = batches.mismatched(rows, np.array([1]), np.array([3]), context=11)
+  assert row(tight, 0) == EXAMPLE[1][0][1:] + EXAMPLE[3][1][:1]
+  assert len(row(tight, 0)) == 11 and tight.start[0] == 10
+
+
+def rows_of(label=None):
+  n = len(EXAMPLE)
+  return feed.Rows([f"r{i}" for i in range(n)], token_rows(EXAMPLE),
+                   np.arange(n)[:, None], np.float32(-np.arange(n))[:, None],
+                   np.float32([[len(r)] for _, r in EXAMPLE]), label)
+
+
+def test_the_mismatched_rows_of_every_step():
+  """Prompt i with an answer j != i of the very same step (pitfalls 1, 4)."""
+  rows = rows_of()
+  out = feed.make_mismatched(rows, updates=4, batch=3, seed=5, context=64)
+  assert len(out.start) == 12
+  for step in range(4):
+    own = batches.rows_at(step, 7, 3, 5)
+    answers = []
+    for k, i in enumerate(own):
+      got = row(out, step * 3 + k)
+      start = out.start[step * 3 + k]
+      assert got[:start] == EXAMPLE[i][0]
+      j = got[start] - 100
+      assert j != i and got[start:] == EXAMPLE[j][1]
+      answers.append(j)
+    assert sorted(answers) == sorted(own)
+
+
+# The arrays of a batch.
+
+
+def make_feed(mesh, rows, **changes):
+  return feed.make_feed(mesh, rows, **(dict(
+      batch=8, accumulation=1, seed=5, context=64,
+      rate=lambda step: 0.5 + step) | changes))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_holds_the_rows_of_its_step(mesh, accumulation):
+  label = np.arange(7) % 3 == 0
+  rows = rows_of(label)
+  mismatched = feed.Mismatched(
+      feed.make_mismatched(rows, updates=3, batch=8, seed=5, context=64),
+      np.float32(np.arange(24)))
+  batch_at, ids_at, tokens_at = make_feed(mesh, rows, mismatched=mismatched,
+                                          accumulation=accumulation)
+  for step in (2, 0):
+    own = batches.rows_at(step, 7, 8, 5)
+    b = batch_at(step)
+    shape = (accumulation, 8 // accumulation)
+    assert b["lr"] == 0.5 + step
+    assert ids_at(step) == [f"r{i}" for i in own]
+    assert tokens_at(step) == sum(len(EXAMPLE[i][0] + EXAMPLE[i][1])
+                                  for i in own)
+    for n, x in b.items():
+      if n != "lr":
+        assert x.shape[:2] == shape, n
+        assert x.sharding.spec[:2] == (None, "fsdp"), n
+    tokens, mask = (np.asarray(b[n]).reshape(8, -1) for n in ("tokens", "mask"))
+    for k, i in enumerate(own):
+      prompt, answer = EXAMPLE[i]
+      whole = prompt + answer
+      assert tokens[k, :len(whole)].tolist() == whole
+      assert np.flatnonzero(mask[k]).tolist() == list(
+          range(len(prompt), len(whole)))
+    np.testing.assert_array_equal(np.ravel(b["ref_sum"]), -np.float32(own))
+    np.testing.assert_array_equal(np.ravel(b["label"]), label[own])
+    np.testing.assert_array_equal(np.ravel(b["kl_ref_sum"]),
+                                  np.arange(8) + 8 * step)
+    kl = np.asarray(b["kl_tokens"]).reshape(8, -1)
+    for k in range(8):
+      wanted = row(mismatched.tokens, 8 * step + k)
+      assert kl[k, :len(wanted)].tolist() == wanted
+      assert np.asarray(b["kl_mask"]).reshape(8, -1)[k].sum() == (
+          len(wanted) - mismatched.tokens.start[8 * step + k])
+
+
+def test_mismatched_rows_longer_than_any_row_are_fed():
+  """Prompt 1 (11 tokens) before answer 3 (12): no row has 23."""
+  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  rows = rows_of()
+  tokens = batches.mismatched(rows.tokens, np.array([1, 3]), np.array([3, 1]),
+                              context=64)
+  assert np.diff(tokens.offsets).max() > tokens_lib.lengths(rows.tokens).max()
+  batch_at, _, _ = make_feed(mesh, rows, batch=2, mismatched=feed.Mismatched(
+      tokens, np.zeros(2, np.float32)))
+  assert np.asarray(batch_at(0)["kl_tokens"])[0, 0, 0, :23].tolist() == (
+      EXAMPLE[1][0] + EXAMPLE[3][1])
+
+
+@pytest.mark.parametrize("batch,accumulation,words", [
+    (8, 3, "batch_size=8 does not divide into c.train.accumulation=3"),
+    (0, 1, "c.train.batch_size=0"), (8, 0, "c.train.accumulation=0"),
+    (8, 4, "a micro-batch of 2 rows .* does not divide over fsdp=4")])
+def test_batches_that_cannot_be_cut(batch, accumulation, words):
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  with pytest.raises(ConfigError, match=words):
+    feed.check_batch(batch, accumulation, mesh, "c.train")
+  feed.check_batch(16, 4, mesh, "c.train")
+
+
+def test_the_cost_counts_what_was_seen():
+  rows = rows_of()
+  m = decoder.ModelConfig(layers=1, width=4, heads=1, kv_heads=1, head_size=4,
+                          ff=4, vocab=8, context=64)
+  kl = feed.make_mismatched(rows, updates=5, batch=3, seed=5, context=64)
+  seen = collections.Counter(np.concatenate(
+      [batches.rows_at(s, 7, 3, 5) for s in range(5)]).tolist())
+  size = [len(p + r) for p, r in EXAMPLE]
+  total, tokens = feed.training_cost(m, rows, updates=5, batch=3, seed=5,
+                                     mismatched=kl)
+  other = np.diff(kl.offsets)
+  assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
+  assert total == (sum(3 * k * decoder.operations(m, size[i])
+                       for i, k in seen.items())
+                   + sum(decoder.operations(m, int(x)) for x in other))
