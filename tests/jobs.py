@@ -1,0 +1,176 @@
+"""Whole jobs of the tests: run here or in a process of their own, compared."""
+
+import atexit
+import contextlib
+import functools
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import warnings
+from typing import Any, NamedTuple
+
+from jaxalign import interrupt
+from jaxalign import main
+from jaxalign import pipeline
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools.kill_test import differences, outcome  # noqa: E402, F401
+
+
+@functools.cache
+def folder() -> pathlib.Path:
+  """A folder of this test session; its `xla` holds compiled programs."""
+  path = tempfile.mkdtemp(prefix="jaxalign_jobs_")
+  atexit.register(shutil.rmtree, path, ignore_errors=True)
+  return pathlib.Path(path)
+
+
+class Ended(NamedTuple):
+  """How a job ended."""
+
+  code: int | None  # None where a test stopped it
+  out: str
+  err: str
+
+
+class Stop(BaseException):
+  """Ends a job where a test has seen enough; no part of jaxalign catches it."""
+
+
+def flags(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny"
+          ) -> list[str]:
+  """The flags of a tiny job; `more` without their "--config."."""
+  return [f"--config={ROOT}/configs/{config}", f"--workdir={workdir}",
+          f"--config.compile_cache={folder()}/xla",
+          *(f if f.startswith("--") or "=" not in f else f"--config.{f}"
+            for f in more)]
+
+
+def run(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny") -> Ended:
+  """Runs a job in this process."""
+  out, err, code = io.StringIO(), io.StringIO(), None
+  handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+  path = list(sys.path)
+  with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        warnings.catch_warnings()):
+    warnings.filterwarnings("ignore", "the load_module")  # in ml_collections
+    try:
+      code = main.main(["main", *flags(workdir, *more, config=config)])
+    except Stop:
+      pass
+    finally:
+      interrupt._STATE.update(deferred=False, signal=0)
+      sys.path[:] = path
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+  return Ended(code, out.getvalue(), err.getvalue())
+
+
+@functools.cache
+def finished() -> pathlib.Path:
+  """The workdir of a finished tiny job, not to be touched."""
+  ended = run(folder() / "finished")
+  assert ended.code == 0, ended
+  return folder() / "finished"
+
+
+def copy(workdir: Any) -> pathlib.Path:
+  """A copy of the finished job that a test may harm."""
+  shutil.copytree(finished(), workdir)
+  return pathlib.Path(workdir)
+
+
+def only_data(monkeypatch: Any) -> None:
+  """Makes every job end after its data stage."""
+  def stop(job):
+    raise Stop
+  monkeypatch.setattr(pipeline, "run_sft", stop)
+
+
+def start(workdir: Any, *more: str, hook: str = "", env: dict | None = None,
+          config: str = "dpo_sub.py:tiny") -> subprocess.Popen:
+  """Starts a job in a process of its own.
+
+  Args:
+    workdir: of the job.
+    *more: further flags.
+    hook: Python that runs before main, to make something happen at a point.
+    env: further environment variables.
+    config: the config file and variant.
+  """
+  code = (f"import os, signal, sys\n{hook}\nfrom jaxalign import main\n"
+          "try: code = main.main(sys.argv)\n"
+          "except Exception:\n"
+          "  import traceback; traceback.print_exc(); code = 1\n"
+          "main._leave(code)\n")
+  return subprocess.Popen(
+      [sys.executable, "-u", "-c", code, *flags(workdir, *more, config=config)],
+      cwd=ROOT, env=os.environ | (env or {}), text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait(process: subprocess.Popen, timeout: float = 300) -> Ended:
+  """Waits for a started job."""
+  try:
+    out, err = process.communicate(timeout=timeout)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    out, err = process.communicate()
+    raise AssertionError(f"no end within {timeout} s:\n{out}\n{err}") from None
+  return Ended(process.returncode, out, err)
+
+
+def kill_when(point: str, at: int = 1, number: str = "SIGKILL") -> str:
+  """A hook that sends this process a signal just after the n-th call of a
+  function, given as "module.function" or "module.Class.method"."""
+  module, *names = point.split(".")
+  holder = ".".join(["module", *names[:-1]])
+  return (f"from jaxalign import {module} as module\n"
+          f"calls, holder, name = [], {holder}, {names[-1]!r}\n"
+          "real = getattr(holder, name)\n"
+          "def hooked(*args, **kwargs):\n"
+          "  result = real(*args, **kwargs)\n"
+          "  calls.append(1)\n"
+          f"  if len(calls) == {at}: os.kill(os.getpid(), signal.{number})\n"
+          "  return result\n"
+          "setattr(holder, name, hooked)\n")
+
+
+def together(workdir: Any, *more: str, count: int = 2, devices: int = 4,
+             hooks: dict[int, str] | None = None, timeout: float = 240,
+             config: str = "dpo_sub.py:tiny") -> list[Ended]:
+  """One job in `count` processes of `devices` devices each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  started = [start(
+      workdir, *more, config=config, hook=(hooks or {}).get(k, ""),
+      env=dict(JAXALIGN_NUM_PROCESSES=str(count), JAXALIGN_PROCESS_ID=str(k),
+               JAXALIGN_COORDINATOR=f"localhost:{port}",
+               XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"))
+             for k in range(count)]
+  try:
+    return [wait(process, timeout) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+
+
+def lines(path: Any) -> list[dict[str, Any]]:
+  """The objects of a .jsonl file."""
+  return [json.loads(x) for x in pathlib.Path(path).read_text().splitlines()]
+
+
+def did(ended: Ended) -> list[str]:
+  """The stages that a job computed, in order."""
+  return [line.partition(":")[0] for line in ended.out.splitlines()
+          if line.endswith(": ...")]

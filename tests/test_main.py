@@ -1,0 +1,261 @@
+"""The command line: flags, exit codes, one line of error, launchers."""
+
+import errno
+import os
+import signal
+import sys
+
+import jax
+import pytest
+
+import jobs
+from jaxalign import main
+from jaxalign import pipeline
+from jaxalign import study
+from jaxalign.errors import ConfigError
+
+
+def refused(tmp_path, *flags, config="dpo_sub.py:tiny"):
+  """The error line of a job that must end with 64 before any stage."""
+  ended = jobs.run(tmp_path / "work", *flags, config=config)
+  assert ended.code == 64, ended
+  assert not jobs.did(ended)
+  assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+  return ended.err
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("trian.lr=1", ("'trian'", "'train'", "configs/common.py")),
+    ("train.lrr=1", ("'lrr'", "'lr'")),
+    ("train.lr=fast", ("config.train.lr", "'fast'")),
+    ("--workdri=x", ("workdri",)),
+    ("--distributed=maybe", ("distributed", "maybe")),
+    ("bare", ("bare", "--")),
+])
+def test_unknown_knobs_and_flags(tmp_path, flag, said):
+  message = refused(tmp_path, flag)
+  for word in said:
+    assert word in message
+
+
+@pytest.mark.parametrize("config, said", [
+    ("nothing_here.py", "does not exist"),
+    ("dpo_sub.py:huge", "unknown variant 'huge'; known: smoke"),
+])
+def test_config_files_that_cannot_be_read(tmp_path, config, said):
+  assert said in refused(tmp_path, config=config)
+
+
+def test_missing_flags(capsys):
+  assert main.main(["main"]) == 64
+  assert "--config" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_missing_workdir(capsys):
+  assert main.main(["main", f"--config={jobs.ROOT}/configs/dpo_sub.py"]) == 64
+  assert "--workdir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("select.sampler=isaa", ("unknown sampler 'isaa'", "did you mean 'isa'",
+                             "config.select.sampler")),
+    ("select.sampler=os:nothing", ("cannot be imported", "select.sampler")),
+    ("compare=('foo',)", ("unknown sampler 'foo'", "config.compare")),
+    ("loss.name=dpoo", ("unknown loss 'dpoo'", "'dpo'", "config.loss.name")),
+    ("select.order=up", ("'up'", "literal", "config.select.order")),
+    ("select.pair_score=x", ("'x'", "sum", "config.select.pair_score")),
+    ("select.mixture.covariance=x", ("'x'", "full, tied, diag")),
+    ("select.mixture.components=0", ("=0", "wanted 1 or more")),
+    ("embed.pooling=x", ("'x'", "mean, last", "config.embed.pooling")),
+    ("model.remat=x", ("'x'", "none, full, dots")),
+    ("model.dtype=int8", ("'int8'", "float32")),
+    ("model.context=4", ("=4", "wanted 10 or more", "model.context")),
+    ("eval.new_tokens=64", ("=64", "wanted 23 or less", "model.context=32")),
+    ("train.schedule=x", ("'x'", "linear", "config.train.schedule")),
+    ("train.lr=0", ("lr=0.0", "more than 0")),
+    ("train.lr=nan", ("lr=nan", "more than 0")),
+    ("train.epochs=0", ("epochs=0", "more than 0")),
+    ("train.max_updates=-1", ("=-1", "0 or more")),
+    ("sft.save_every=0", ("sft.save_every=0", "wanted 1 or more")),
+    ("train.batch_size=12", ("12 rows", "fsdp=8", "config.mesh")),
+    ("train.accumulation=3", ("accumulation=3", "batch_size=8")),
+    ("data.world.topics=400", ("words", "980", "config.data.world")),
+    ("data.world.argument_words=1", ("argument_words=1", "wanted 2 or more")),
+    ("data.on_bad_rows=x", ("'x'", "skip, error")),
+    ("data.limit=-1", ("=-1", "0 or more")),
+])
+def test_values_that_can_never_work(tmp_path, flag, said):
+  message = refused(tmp_path, flag)
+  for word in said:
+    assert word in message, message
+
+
+@pytest.mark.parametrize("budget", ["0", "-3", "1.5", "nan", "inf"])
+def test_budgets_that_are_no_share_and_no_count(tmp_path, budget):
+  message = refused(tmp_path, f"select.budget={budget}")
+  assert f"the share {float(budget)}, wanted above 0 and at most 1" in message
+  assert "config.select.budget" in message
+
+
+@pytest.mark.parametrize("budget, said", [
+    ("161", ("161 rows", "1 to 160")),
+    ("7", ("7 rows", "below one batch of 8", "config.train.batch_size")),
+    ("0.01", ("2 rows", "below one batch of 8")),
+])
+def test_budgets_that_do_not_fit_the_pool(tmp_path, budget, said):
+  ended = jobs.run(tmp_path, f"select.budget={budget}")
+  assert ended.code == 64 and jobs.did(ended) == ["data"]
+  for word in (*said, "config.select.budget"):
+    assert word in ended.err
+
+
+@pytest.mark.parametrize("sizes, said", [
+    (("mesh.fsdp=3",), "needs 3 devices, found 8"),
+    (("mesh.fsdp=0",), "does not divide 8 devices"),
+    (("mesh.fsdp=4", "mesh.tensor=4"), "needs 16 devices, found 8"),
+    (("mesh.tensor=3",), "does not divide 8 devices"),
+    (("mesh.tensor=-1",), "one size may be -1"),
+    (("mesh.fsdp=2", "mesh.tensor=4"), "'heads' of 2 does not divide into 4"),
+])
+def test_a_mesh_that_does_not_fit(tmp_path, sizes, said):
+  message = refused(tmp_path, *sizes)
+  assert said in message and "config.mesh" in message
+
+
+def test_kto_needs_a_batch_to_mismatch(tmp_path):
+  message = refused(tmp_path, "train.batch_size=1", "sft.batch_size=8",
+                    config="kto_sub.py:tiny")
+  assert "train.batch_size" in message
+
+
+def test_an_unknown_keyword_of_a_loss_or_sampler(tmp_path):
+  assert "'gamma'" in refused(tmp_path, "loss.kwargs.gamma=1")
+  assert "'tau'" in refused(tmp_path, "select.kwargs.tau=1")
+  # A loss that cannot take the default keywords says which it takes.
+  assert "beta" in refused(tmp_path, "loss.name=sft")
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (OSError(errno.ENOSPC, "No space left", "/full/file"), 73, "/full/file"),
+    (OSError(errno.EROFS, "Read-only", "/ro/file"), 73, "/ro/file"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/f/x"), 73, "/f/x"),
+    (KeyboardInterrupt(), 130, "run the same command"),
+    (ConfigError("found, wanted, knob"), 64, "found, wanted, knob"),
+])
+def test_exit_codes(tmp_path, monkeypatch, error, code, said):
+  def fail(*_):
+    raise error
+  monkeypatch.setattr(study, "run", fail)
+  ended = jobs.run(tmp_path)
+  assert ended.code == code
+  assert said in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+  def fail(*_):
+    raise ZeroDivisionError("a bug")
+  monkeypatch.setattr(study, "run", fail)
+  with pytest.raises(ZeroDivisionError):
+    jobs.run(tmp_path)
+
+
+def test_a_lost_peer_is_75_only_with_several_processes(monkeypatch):
+  gone = jax.errors.JaxRuntimeError(
+      "UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+  assert not main._lost_peer(gone)
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  assert main._lost_peer(gone)
+  wrapped = ValueError("orbax says so")
+  wrapped.__cause__ = gone
+  assert main._lost_peer(wrapped)
+  assert not main._lost_peer(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+  assert not main._lost_peer(ValueError("Gloo"))
+
+
+@pytest.mark.parametrize("environment, launcher", [
+    ({}, ""),
+    (dict(JAXALIGN_NUM_PROCESSES="1"), ""),
+    (dict(JAXALIGN_NUM_PROCESSES=""), ""),
+    (dict(JAXALIGN_NUM_PROCESSES="2"), "jaxalign"),
+    (dict(SLURM_NTASKS="4"), ""),  # inside sbatch, outside srun
+    (dict(SLURM_NTASKS="4", SLURM_STEP_NODELIST="n[1-2]"), "slurm"),
+    (dict(OMPI_COMM_WORLD_SIZE="2"), "openmpi"),
+    (dict(TPU_WORKER_HOSTNAMES="a"), ""),
+    (dict(TPU_WORKER_HOSTNAMES="a,b"), "tpu"),
+])
+def test_launchers(environment, launcher):
+  assert main.announced(environment) == launcher
+
+
+def test_a_launcher_that_announces_nonsense():
+  with pytest.raises(ConfigError, match="JAXALIGN_NUM_PROCESSES='two'"):
+    main.announced(dict(JAXALIGN_NUM_PROCESSES="two"))
+
+
+def test_dry_run_writes_nothing(tmp_path):
+  ended = jobs.run(tmp_path / "work", "--dry_run")
+  assert ended.code == 0 and "plan (nothing computed)" in ended.out
+  for stage in ("sft", "embed", "mixture", "align isa-0.1-seed0"):
+    assert stage in ended.out
+  assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_refuses_what_the_job_would(tmp_path):
+  ended = jobs.run(tmp_path / "work", "--dry_run", "select.budget=161")
+  assert ended.code == 64 and "1 to 160" in ended.err
+
+
+def test_a_process_of_its_own_says_it_in_one_line(tmp_path):
+  ended = jobs.wait(jobs.start(tmp_path / "work", "select.sampler=isaa"))
+  assert ended.code == 64
+  assert ended.err.splitlines() == [
+      "error: unknown sampler 'isaa' (did you mean 'isa'?); known: "
+      + ended.err.split("known: ")[1].strip()]
+  assert not (tmp_path / "work").exists()
+
+
+def test_sigterm_between_stages_is_75_and_sigint_130(tmp_path, monkeypatch):
+  for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+    def stop(job, number=number):
+      os.kill(os.getpid(), number)
+      for _ in range(1000):  # the handler runs between two bytecodes
+        pass
+      raise AssertionError("the signal was lost")
+    monkeypatch.setattr(pipeline, "run_sft", stop)
+    ended = jobs.run(tmp_path)
+    assert ended.code == code
+    assert "run the same command" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_swallowed_signal_stops_the_next_stage(tmp_path, monkeypatch):
+  real = pipeline.run_data
+
+  def swallow(job):
+    real(job)
+    try:
+      os.kill(os.getpid(), signal.SIGTERM)
+      for _ in range(1000):
+        pass
+    except Exception:  # as a library's callback may
+      pass
+  monkeypatch.setattr(pipeline, "run_data", swallow)
+  ended = jobs.run(tmp_path)
+  assert ended.code == 75 and jobs.did(ended) == ["data"]
+
+
+def test_the_report_holds_the_command_given():
+  argv = ["main.py", "--config=configs/a b.py", "--workdir=w"]
+  assert study.command_line(argv) == (
+      "python -m jaxalign.main '--config=configs/a b.py' --workdir=w")
+
+
+def test_leave_does_not_wait_for_other_processes(monkeypatch):
+  left = []
+  monkeypatch.setattr(os, "_exit", left.append)
+  monkeypatch.setattr(sys, "exit", lambda code: left.append(("soft", code)))
+  main._leave(65)
+  assert left == [("soft", 65)]
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  main._leave(65)
+  assert left[1] == 65
