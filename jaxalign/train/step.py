@@ -100,7 +100,7 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
     updates, opt_state = tx.update(grads, state.opt_state, params)
     updates = jax.tree.map(lambda u: batch["lr"] * u, updates)
     totals = totals | {
-        "grad_norm": jnp.stack([optax.global_norm(grads), jnp.ones(())]),
+        "grad_norm": jnp.stack([optax.tree.norm(grads), jnp.ones(())]),
         "lr": jnp.stack([batch["lr"], jnp.ones(())])}
     return TrainState(optax.apply_updates(params, updates), opt_state,
                       state.step + 1), totals
