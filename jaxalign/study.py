@@ -269,6 +269,10 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
   verdicts = [x["words"] for x in comparisons[:len(arms) - 1]]
   warnings = list(job.cards["", "mixture"].result["warnings"]
                   if ("", "mixture") in job.cards else [])
+  if job.examined.world is None:
+    warnings.append("No win rate: this source has no true reward and no judge "
+                    "was asked, so arms are compared by held-out accuracy, "
+                    "which can rise while generation gets worse")
   for arm, one in zip(arms, described):
     share = one["metrics"]["malformed"]["value"]
     before = artifacts.read_json(

@@ -143,6 +143,10 @@ def measure(what: Examined, policy: Outcome, reference: Outcome,
   out |= winrate.generation_health(policy.said, what.tokenizer.eos, malformed)
   out["accuracy"] = held_out.accuracy(*as_pairs(
       what, policy.logp, reference.logp))
+  count = (tokens_lib.lengths(what.tokens) - what.tokens.start).reshape(
+      policy.logp.shape)
+  out["likelihood_accuracy"] = held_out.likelihood_accuracy(*as_pairs(
+      what, policy.logp, count))
   out["kl"] = held_out.sampled_kl(policy.own_logp, answers_under_reference)
   return out
 

@@ -27,51 +27,71 @@ def share(values: np.ndarray) -> dict[str, Any]:
   center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
   half = (_Z / (1 + _Z**2 / n)) * np.sqrt(p * (1 - p) / n
                                           + _Z**2 / (4 * n * n))
-  return dict(value=p, low=float(max(0.0, center - half)),
-              high=float(min(1.0, center + half)), n=n)
+  return dict(value=p, low=float(max(0.0, center - half)) if p else 0.0,
+              high=float(min(1.0, center + half)) if p < 1 else 1.0, n=n)
 
 
 def mean(values: np.ndarray) -> dict[str, Any]:
   """A mean with its normal interval (standard error from the sample).
 
   Args:
-    values: [n] numbers.
+    values: [n] numbers; one alone has no interval (None).
   """
   values = np.asarray(values, np.float64)
   n = len(values)
   if n == 0:
     return dict(value=None, low=None, high=None, n=0)
-  half = _Z * float(values.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
   m = float(values.mean())
-  return dict(value=m, low=m - half, high=m + half, n=n)
+  if n == 1:
+    return dict(value=m, low=None, high=None, n=1)
+  half = _Z * float(values.std(ddof=1)) / np.sqrt(n)
+  return dict(value=m, low=float(m - half), high=float(m + half), n=n)
 
 
 def macro(values: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-  """A mean in which every group counts the same.
+  """A mean of numbers in [0, 1] in which every group counts the same.
 
-  The interval is normal, from the variance within groups of two or more.
+  The interval is normal. One variance is pooled within the groups, with one
+  more observation of the largest there is: a group of one has none of its
+  own, and a variance of zero would claim too much.
 
   Args:
-    values: [n] numbers.
+    values: [n] in [0, 1].
     groups: [n] labels.
   """
-  means, variances = [], []
-  for g in np.unique(groups):
-    v = np.asarray(values, np.float64)[groups == g]
-    means.append(v.mean())
-    if len(v) > 1:
-      variances.append(v.var(ddof=1) / len(v))
-  if not means:
+  values = np.asarray(values, np.float64)
+  if not len(values):
     return dict(value=None, low=None, high=None, n=0)
-  spread = np.mean(variances) if variances else 0.25
-  half = _Z * float(np.sqrt(spread / len(means)))
-  m = float(np.mean(means))
-  return dict(value=m, low=m - half, high=m + half, n=len(values))
+  _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+  means = np.bincount(group, values) / sizes
+  squares = float(((values - means[group]) ** 2).sum())
+  variance = (squares + 0.25) / (len(values) - len(sizes) + 1)
+  half = _Z * float(np.sqrt(variance * (1 / sizes).sum())) / len(sizes)
+  m = float(means.mean())
+  return dict(value=m, low=max(0.0, m - half), high=min(1.0, m + half),
+              n=len(values))
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-  """Mean of a - b over the same prompts, with its normal interval."""
-  return mean(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+  """Mean of a - b over the same prompts, with a paired interval.
+
+  The interval of Bonett and Price 2012: normal, after one difference of +1 and
+  one of -1 are added. So a few prompts that all agree do not pass for
+  certainty.
+
+  Args:
+    a: [n] in [0, 1].
+    b: [n] in [0, 1].
+  """
+  d = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+  n = len(d)
+  if n == 0:
+    return dict(value=None, low=None, high=None, n=0)
+  center = d.sum() / (n + 2)
+  variance = ((d * d).sum() + 2) / (n + 2) - center**2
+  half = _Z * np.sqrt(variance / (n + 2))
+  return dict(value=float(d.mean()), low=float(max(-1.0, center - half)),
+              high=float(min(1.0, center + half)), n=n)
 
 
 def in_words(name_a: str, name_b: str, diff: dict[str, Any], unit: str) -> str:

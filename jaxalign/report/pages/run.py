@@ -22,7 +22,11 @@ METRICS = {
                                   chance=0.5),
     "win_rate": Metric("Win rate", chance=0.5),
     "accuracy": Metric("Preference accuracy, held out", chance=0.5),
+    "likelihood_accuracy": Metric("Chosen likelier per token, no reference",
+                                  chance=0.5),
     "malformed": Metric("Malformed answers"),
+    "ended": Metric("Answers that ended"),
+    "empty": Metric("Empty answers"),
     "kl": Metric("KL from the SFT model", share=False, unit="nats"),
     "length": Metric("Answer length", share=False, unit="tokens"),
 }
