@@ -1,0 +1,200 @@
+"""Intervals cover what they claim, and no sentence claims more than they do."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jaxalign.eval import held_out
+from jaxalign.eval import intervals
+
+Z = 1.959963984540054
+
+
+def covered(make, truth, n=4000, seed=0):
+  """Share of `n` simulated intervals that hold the truth."""
+  rng = np.random.default_rng(seed)
+  found = [make(rng) for _ in range(n)]
+  return np.mean([f["low"] <= truth <= f["high"] for f in found])
+
+
+@pytest.mark.parametrize("p,n", [(0.5, 40), (0.14, 100), (0.9, 64),
+                                 (0.5, 512)])
+def test_a_share_s_interval_covers_95_percent(p, n):
+  rate = covered(lambda rng: intervals.share(rng.random(n) < p), p)
+  assert 0.93 < rate < 0.97, rate
+
+
+@pytest.mark.parametrize("n", [40, 60, 400])
+def test_a_difference_s_interval_covers_95_percent(n):
+  def paired(rng):  # the prompt moves both, as in an evaluation
+    easy = rng.random(n)
+    a, b = (rng.random((2, n)) < np.stack([easy * 0.9, easy * 0.6]))
+    return intervals.difference(a, b)
+  rate = covered(paired, 0.45 - 0.30)
+  assert 0.93 < rate < 0.97, rate
+
+
+@pytest.mark.parametrize("least,most", [(0.0, 1.0), (0.3, 0.7), (0.8, 1.0)])
+def test_a_macro_s_interval_covers_95_percent(least, most):
+  """Zipf topics, as in the world: the rare ones were asked once or twice."""
+  rng = np.random.default_rng(2)
+  zipf = 1 / np.arange(1, 65)
+  groups = rng.choice(64, 400, p=zipf / zipf.sum())
+  p = rng.uniform(least, most, 64)
+  rate = covered(lambda rng: intervals.macro(
+      (rng.random(400) < p[groups]).astype(float), groups),
+      p[np.unique(groups)].mean(), n=2000)
+  assert 0.90 < rate < 0.98, rate
+
+
+def test_ties_count_one_half_and_never_narrow_the_interval():
+  def with_ties(rng):
+    return intervals.share(rng.choice([0.0, 0.5, 1.0], 80, p=[0.3, 0.4, 0.3]))
+  rate = covered(with_ties, 0.5)
+  assert rate > 0.95  # wide, never narrow
+  assert intervals.share(np.full(10, 0.5))["value"] == 0.5
+
+
+def test_wilson_by_hand():
+  """8 of 10: (0.8 + z^2/20 +- z sqrt(0.016 + z^2/400)) / (1 + z^2/10)."""
+  found = intervals.share(np.repeat([1, 0], [8, 2]))
+  center, half = 0.8 + Z**2 / 20, Z * np.sqrt(0.016 + Z**2 / 400)
+  assert found["n"] == 10 and found["value"] == 0.8
+  np.testing.assert_allclose(
+      [found["low"], found["high"]],
+      np.array([center - half, center + half]) / (1 + Z**2 / 10), rtol=1e-12)
+  # None of 10 and all of 10 still have a width, and stay in [0, 1].
+  none, all_ = intervals.share(np.zeros(10)), intervals.share(np.ones(10))
+  assert none["low"] == 0 and 0.2 < none["high"] < 0.4
+  assert all_["high"] == 1 and 0.6 < all_["low"] < 0.8
+
+
+def test_mean_by_hand():
+  found = intervals.mean(np.array([1.0, 2.0, 6.0]))  # sd sqrt(7), n 3
+  half = Z * np.sqrt(7 / 3)
+  assert found["value"] == 3.0 and found["n"] == 3
+  np.testing.assert_allclose([found["low"], found["high"]],
+                             [3 - half, 3 + half], rtol=1e-12)
+
+
+def test_difference_keeps_the_sign():
+  found = intervals.difference([1, 1, 0.5, 1], [0, 1, 0, 0])
+  assert found["value"] == 0.625
+  assert intervals.difference([0, 0], [1, 0.5])["value"] == -0.75
+
+
+def test_macro_by_hand():
+  """Means 1/2 and 1; squares 1/2 + 0 and the 1/4 put on, over 3 + 1."""
+  values = np.array([0.0, 1.0, 1.0, 1.0, 1.0])
+  groups = np.array(["a", "a", "b", "b", "b"])
+  found = intervals.macro(values, groups)
+  assert found["value"] == 0.75 and found["n"] == 5
+  half = Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3)) / 2
+  np.testing.assert_allclose([found["low"], found["high"]],
+                             [0.75 - half, 1.0], rtol=1e-12)
+  # A group of one counts like any other.
+  found = intervals.macro(np.append(values, 0.0), np.append(groups, "c"))
+  assert found["value"] == pytest.approx(0.5)
+  half = Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3 + 1)) / 3
+  np.testing.assert_allclose(found["high"], 0.5 + half, rtol=1e-12)
+  # Nothing but groups of one: the largest variance, 1/4.
+  found = intervals.macro(np.array([0.0, 1.0]), np.array([1, 2]))
+  np.testing.assert_allclose([found["low"], found["high"]], [0, 1])
+
+
+def test_difference_by_hand():
+  """Differences 1, 1, 0 with +1 and -1: mean 2/5, variance 4/5 - 4/25."""
+  found = intervals.difference([1, 1, 1], [0, 0, 1])
+  half = Z * np.sqrt((4 / 5 - 4 / 25) / 5)
+  assert found["value"] == pytest.approx(2 / 3) and found["n"] == 3
+  np.testing.assert_allclose(found["low"], 2 / 5 - half, rtol=1e-12)
+  assert found["high"] == 1.0
+  other = intervals.difference([0, 0, 1], [1, 1, 1])
+  np.testing.assert_allclose([-other["high"], -other["low"], -other["value"]],
+                             [found["low"], found["high"], found["value"]])
+
+
+def test_one_number_has_no_interval():
+  assert intervals.mean([4.0]) == dict(value=4.0, low=None, high=None, n=1)
+
+
+@pytest.mark.parametrize("make", [
+    intervals.share, intervals.mean, lambda x: intervals.difference(x, x),
+    lambda x: intervals.macro(x, x)])
+def test_nothing_measured_is_none_and_is_json(make):
+  found = make(np.zeros(0))
+  assert found == dict(value=None, low=None, high=None, n=0)
+  json.dumps(found, allow_nan=False)
+
+
+# Sentences.
+
+
+def claims(text):
+  return bool(re.search(r"\b(better|worse)\b", text))
+
+
+def test_a_sentence_says_what_the_interval_says():
+  rng = np.random.default_rng(0)
+  seen = set()
+  for _ in range(300):
+    shift, n = rng.normal(0, 0.15), int(rng.integers(2, 200))
+    a = np.clip(np.round(rng.random(n) + shift), 0, 1)
+    diff = intervals.difference(a, rng.random(n) < 0.5)
+    text = intervals.in_words("isa", "random", diff, "win rate")
+    holds = diff["low"] <= 0 <= diff["high"]
+    assert claims(text) != holds, text
+    assert ("No difference shown" in text) == holds
+    if claims(text):
+      assert ("better" in text) == (diff["value"] > 0)
+      assert f"by {abs(100 * diff['value']):.1f} points" in text
+    assert f"n = {n}" in text and "one training seed" in text
+    assert "isa" in text and "random" in text and "95 % interval" in text
+    seen.add("No" if holds else "better" if diff["value"] > 0 else "worse")
+  assert seen == {"No", "better", "worse"}
+
+
+@pytest.mark.parametrize("low,high,words", [
+    (0.0, 0.1, "No difference"), (-0.1, 0.0, "No difference"),
+    (0.001, 0.1, "isa is better than all by 5.0 points of win rate"),
+    (-0.2, -0.001, "isa is worse than all by 10.0 points of win rate")])
+def test_the_ends_of_an_interval_belong_to_it(low, high, words):
+  diff = dict(value=0.05 if high > 0 else -0.1, low=low, high=high, n=9)
+  assert intervals.in_words("isa", "all", diff, "win rate").startswith(words)
+
+
+def test_too_little_to_claim_anything():
+  """One prompt, or prompts that all agree, have no measured spread."""
+  assert "not measured" in intervals.in_words(
+      "isa", "all", intervals.difference([], []), "win rate")
+  for n in (1, 2, 3):
+    diff = intervals.difference(np.ones(n), np.zeros(n))
+    assert not claims(intervals.in_words("isa", "all", diff, "win rate")), n
+    json.dumps(diff, allow_nan=False)
+
+
+def test_many_that_all_agree_may_be_claimed():
+  diff = intervals.difference(np.ones(200), np.zeros(200))
+  assert diff["low"] < diff["value"] or diff["high"] > diff["value"]
+  assert claims(intervals.in_words("isa", "all", diff, "win rate"))
+
+
+# Held-out measures.
+
+
+def test_accuracy_leaves_ties_out_and_counts_them():
+  policy = np.array([[-1.0, -4.0], [-2.0, -2.0], [-5.0, -3.0], [-1.0, -1.0]])
+  ref = np.array([[-2.0, -2.0], [-2.0, -2.0], [-4.0, -4.0], [-1.0, -1.0]])
+  found = held_out.accuracy(policy, ref)
+  assert (found["value"], found["n"], found["ties"]) == (0.5, 2, 0.5)
+  start = held_out.accuracy(ref, ref)
+  assert (start["value"], start["n"], start["ties"]) == (None, 0, 1.0)
+  flipped = held_out.accuracy(policy[[0, 0, 0]], ref[[0, 0, 0]])
+  assert flipped["value"] == 1.0 and flipped["ties"] == 0.0
+
+
+def test_sampled_kl_is_policy_minus_reference():
+  found = held_out.sampled_kl(np.array([-1.0, -2.0]), np.array([-4.0, -3.0]))
+  assert found["value"] == 2.0 and found["n"] == 2
