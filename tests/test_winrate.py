@@ -1,0 +1,135 @@
+"""Wins, ties and topics by hand; the health of what was generated."""
+
+import numpy as np
+import pytest
+
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import world as worlds
+from jaxalign.eval import evaluate
+from jaxalign.eval import winrate
+
+EOS = 2
+
+
+def test_wins_by_hand():
+  np.testing.assert_array_equal(
+      winrate.wins([3, 1, 2, -5, -5], [1, 3, 2, -5, 0]), [1, 0, 0.5, 0.5, 0])
+
+
+def test_rates_by_hand():
+  """Topic a: won, tied; topic b: lost. Micro 1/2, macro (3/4 + 0) / 2."""
+  out = winrate.rates([2.0, 1.0, 0.0], [1.0, 1.0, 1.0], ["a", "a", "b"])
+  assert out["micro"]["value"] == 0.5 and out["micro"]["n"] == 3
+  assert out["micro"]["ties"] == pytest.approx(1 / 3)
+  assert out["macro"]["value"] == 0.375
+  assert set(winrate.rates([1.0], [0.0], None)) == {"micro"}
+
+
+def test_a_policy_against_itself_wins_half():
+  score = np.random.default_rng(0).normal(size=50)
+  out = winrate.rates(score, score, None)["micro"]
+  assert out["value"] == 0.5 and out["ties"] == 1.0
+  assert out["low"] < 0.5 < out["high"]
+
+
+def test_the_two_sides_add_up():
+  a, b = np.random.default_rng(1).integers(0, 4, (2, 200))
+  ours, theirs = (winrate.rates(x, y, x % 3)["micro"] for x, y in
+                  ((a, b), (b, a)))
+  assert ours["value"] + theirs["value"] == pytest.approx(1.0)
+  assert ours["ties"] == theirs["ties"] == np.mean(a == b)
+
+
+def test_generation_health_by_hand():
+  said = [np.array([5, 6, EOS]), np.array([EOS]), np.array([5, 5, 5]),
+          np.array([], np.int32)]
+  out = winrate.generation_health(said, EOS, None)
+  assert out["ended"]["value"] == 0.5
+  assert out["empty"]["value"] == 0.5
+  assert out["malformed"]["value"] == 0.75  # empty, or without an end
+  assert out["length"]["value"] == 7 / 4
+  out = winrate.generation_health(said, EOS, np.array([1, 0, 0, 0], bool))
+  assert out["malformed"]["value"] == 0.25  # the grammar knows better
+
+
+# The metrics of one policy, put together.
+
+KNOBS = dict(topics=4, clusters=2, arguments=2, argument_words=5, openers=3,
+             closers=2, fillers=2, forms=2, corrupt=0.5, temperature=0.5,
+             redundancy=0.0, flips=0.0, junk=0.0, sft_rows=1, pool_rows=1,
+             held_out_rows=12)
+
+
+class Ids:
+  eos = EOS
+
+
+def outcome(logp, reward, own):
+  return evaluate.Outcome(
+      np.asarray(logp), [np.array([7, EOS])] * len(reward), [""] * len(reward),
+      np.asarray(own), np.asarray(reward), 0, 0)
+
+
+def test_measure_by_hand():
+  world = worlds.build(KNOBS, 3)
+  rows = worlds.generate(world, 3)["held_out"]
+  asked = evaluate.choose_prompts(rows, 4)
+  assert len({rows[i]["prompt"] for i in asked}) == len(asked) == 4
+  n = len(rows)
+  what = evaluate.Examined(
+      rows, tokens_lib.TokenRows(
+          np.zeros(8 * n, np.int32), np.arange(0, 8 * n + 1, 4),
+          np.full(2 * n, 2, np.int32), np.zeros(2 * n, np.int32)),
+      asked, Ids(), world)
+  target = [worlds.reward(world, rows[i]["prompt"], rows[i]["target"])
+            for i in asked]
+  logp, ref = np.zeros((n, 2)), np.zeros((n, 2))
+  logp[:3, 0], logp[3, 1] = 1.0, 1.0  # prefers 3 chosen, 1 rejected; rest tie
+  policy = outcome(logp, [target[0] + 1, target[1], target[2] - 1,
+                          worlds.MALFORMED], [-3.0, -3.0, -3.0, -3.0])
+  base = outcome(ref, [target[0], target[1], target[2], -6.0], [0.0] * 4)
+  out = evaluate.measure(what, policy, base, np.array([-4.0] * 4))
+  assert out["win_vs_target"]["value"] == 1.5 / 4
+  assert out["win_vs_sft"]["value"] == 2.5 / 4
+  assert out["accuracy"]["value"] == 0.75 and out["accuracy"]["n"] == 4
+  assert out["accuracy"]["ties"] == (n - 4) / n
+  assert out["kl"]["value"] == 1.0
+  assert out["malformed"]["value"] == 0.25 and out["ended"]["value"] == 1.0
+  topics = [worlds.topic(world, rows[i]["prompt"]) for i in asked]
+  won = np.array([1.0, 0.5, 0.0, 0.0])
+  macro = np.mean([won[np.array(topics) == t].mean() for t in set(topics)])
+  assert out["win_vs_target_macro"]["value"] == pytest.approx(macro)
+
+
+def test_prompts_are_asked_once_and_in_order():
+  rows = [dict(prompt=p) for p in "abacbd"]
+  assert evaluate.choose_prompts(rows, 10).tolist() == [0, 1, 3, 5]
+  assert evaluate.choose_prompts(rows, 2).tolist() == [0, 1]
+
+
+def test_thumbs_are_paired_by_rank():
+  what = evaluate.Examined(
+      [dict(label=x) for x in (True, False, False, True, True)], None,
+      np.zeros(0), None, None)
+  policy = np.array([[10.0], [20.0], [30.0], [40.0], [50.0]])
+  a, b = evaluate.as_pairs(what, policy, policy + 1)
+  np.testing.assert_array_equal(a, [[10, 20], [40, 30]])
+  np.testing.assert_array_equal(b, [[11, 21], [41, 31]])
+
+
+def test_answers_are_scored_after_the_prompts_that_were_asked():
+  prompts = [np.array([1, 5, 6]), np.array([1, 7])]
+  said = [np.array([8, EOS]), np.array([9, 9, EOS])]
+  rows = evaluate.answer_rows(prompts, said)
+  assert rows.ids.tolist() == [1, 5, 6, 8, EOS, 1, 7, 9, 9, EOS]
+  assert rows.offsets.tolist() == [0, 5, 10]
+  assert rows.start.tolist() == [3, 2]
+  tokens, mask = tokens_lib.pad(rows, np.arange(2), 6)
+  assert [t[m].tolist() for t, m in zip(tokens, mask)] == [
+      [8, EOS], [9, 9, EOS]]
+  what = evaluate.Examined([{}, {}, {}], tokens_lib.TokenRows(
+      np.arange(18, dtype=np.int32), np.arange(0, 19, 3),
+      np.array([1, 2, 1, 2, 1, 2], np.int32), np.zeros(6, np.int32)),
+      np.array([0, 2]), None, None)
+  # Two rows a record: the prompt is that of the first.
+  assert [p.tolist() for p in evaluate.prompts_of(what)] == [[0], [12]]
