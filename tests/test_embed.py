@@ -1,0 +1,111 @@
+"""One pass over rows: right numbers, and the same bits on any mesh."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import oracle
+from jaxalign import sharding
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.errors import NumericError
+from jaxalign.model import decoder
+from jaxalign.select import embed
+
+MODEL = decoder.ModelConfig(layers=2, width=16, heads=4, kv_heads=2,
+                            head_size=4, ff=24, vocab=32, context=24,
+                            tied=False)
+SIZES = dict(kv_heads=2, rope_theta=10000.0, norm_eps=1e-5)
+MESHES = ((1, 1), (8, 1), (4, 2))
+
+
+@functools.lru_cache
+def params():
+  rng = np.random.default_rng(5)
+  return {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
+          for n, p in decoder.table(MODEL).items()}
+
+
+def token_rows(rows):
+  ids = [np.array(p + r, np.int32) for p, r in rows]
+  return tokens_lib.TokenRows(
+      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]),
+      np.array([len(p) for p, _ in rows], np.int32),
+      np.zeros(len(rows), np.int32))
+
+
+@functools.lru_cache
+def rows():
+  """21 rows: no multiple of a tile; lengths 2 to 16."""
+  rng = np.random.default_rng(1)
+  out = [([1] + rng.integers(3, 32, rng.integers(0, 8)).tolist(),
+          rng.integers(3, 32, rng.integers(0, 7)).tolist() + [2])
+         for _ in range(20)]
+  return out + [([1] + [5] * 7, [6] * 7 + [2])]
+
+
+@functools.lru_cache(maxsize=None)
+def score(shape, pooling="mean", order=None, spoilt=False):
+  fsdp, tensor = shape
+  mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
+                            jax.devices()[:fsdp * tensor])
+  with jax.set_mesh(mesh):
+    where = {n: sharding.put(mesh, w, *decoder.table(MODEL)[n].axes)
+             for n, w in params().items()}
+    if spoilt:
+      bad = params()["embed"].copy()
+      bad[9] = np.nan
+      where["embed"] = sharding.put(mesh, bad, "vocab", "width")
+    picked = rows() if order is None else [rows()[i] for i in order]
+    return embed.score_rows(mesh, where, MODEL, token_rows(picked),
+                            pooling=pooling, tile=2, chunk=7)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_numbers_are_those_of_a_numpy_llama(pooling):
+  got = score((1, 1), pooling)
+  for i, (prompt, answer) in enumerate(rows()):
+    ids = prompt + answer
+    hidden = oracle.hidden_states(params(), ids, **SIZES)
+    wanted = hidden.mean(0) if pooling == "mean" else hidden[-1]
+    np.testing.assert_allclose(got.embedding[i], wanted, rtol=0, atol=2e-5)
+    logp = oracle.token_logps(params(), ids, **SIZES)[len(prompt):].sum()
+    np.testing.assert_allclose(got.logp[i], logp, rtol=1e-5, atol=2e-5)
+    assert got.count[i] == len(answer)
+  assert all(x.dtype == np.float32 for x in got)
+
+
+@pytest.mark.parametrize("shape", MESHES[1:])
+def test_the_same_bits_on_any_mesh(shape):
+  for a, b in zip(score(shape), score((1, 1))):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_same_bits_in_any_order(shape):
+  """Another tile, another device, other neighbours: the very same row."""
+  order = tuple(np.random.default_rng(3).permutation(21).tolist())
+  for a, b in zip(score(shape, order=order), score(shape)):
+    np.testing.assert_array_equal(a, b[list(order)])
+
+
+def test_a_part_alone_has_the_same_bits():
+  """Reference log-probs of a subset join those of the pool exactly."""
+  few = (20, 3, 7)  # with the longest row, so that the padding is the same
+  for a, b in zip(score((8, 1), order=few), score((8, 1))):
+    np.testing.assert_array_equal(a, b[list(few)])
+
+
+def test_rows_that_are_not_finite_are_named():
+  bad = [i for i, (p, r) in enumerate(rows()) if 9 in p + r]
+  assert 0 < len(bad) < 8
+  with pytest.raises(NumericError) as caught:
+    score((1, 1), spoilt=True)
+  assert f"{len(bad)} of 21 rows" in str(caught.value)
+  assert str(bad) in str(caught.value)
+
+
+def test_operations_count_every_row():
+  wanted = sum(decoder.operations(MODEL, len(p) + len(r)) for p, r in rows())
+  assert embed.operations(MODEL, token_rows(rows())) == wanted
