@@ -6,6 +6,7 @@ manifest of sha256 digests is written beside every step and checked first.
 """
 
 import logging
+import shutil
 from typing import Any
 
 from etils import epath
@@ -17,7 +18,9 @@ from jaxalign import progress
 from jaxalign import sharding
 from jaxalign.errors import WriteError
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+for _name in ("absl", "asyncio"):  # they log the traceback of what orbax raises
+  logging.getLogger(_name).setLevel(logging.CRITICAL)
+_SPARE = 1 << 18  # bytes of a checkpoint beside its arrays
 
 
 class Checkpoints:
@@ -53,16 +56,23 @@ class Checkpoints:
     Args:
       step: updates done.
       items: name -> tree; each can be restored without the others.
+
+    Raises:
+      WriteError: the disk is full, or nearly, or the folder is read-only.
     """
+    self._check_space(step, items)
     try:
       self.manager.save(step, args=ocp.args.Composite(
           **{n: ocp.args.StandardSave(x) for n, x in items.items()}),
           force=True)
       self.manager.wait_until_finished()
     except (OSError, ValueError) as error:
-      if "space" in str(error) or isinstance(error, OSError):
-        raise WriteError(f"cannot save step {step} to {self.folder}: {error}; "
-                         "the step before is still there") from error
+      full = "No space left" in str(error)
+      if full or isinstance(error, OSError):
+        raise WriteError(
+            f"cannot save step {step} to {self.folder}: "
+            f"{'No space left on device' if full else error}; the step before "
+            "is still there, free space and run the same command") from error
       raise
     if jax.process_index() == 0:
       artifacts.write_json(self._manifest(step), artifacts.digest_tree(
@@ -71,6 +81,19 @@ class Checkpoints:
         if not (self.folder / old.name.split(".")[0]).exists():
           old.unlink(missing_ok=True)
     sharding.barrier(f"saved {step}")
+
+  def _check_space(self, step: int, items: dict[str, Any]) -> None:
+    """Refuses a save that the disk cannot hold, before orbax begins it."""
+    if "://" in str(self.folder):
+      return
+    wanted = _SPARE + sum(
+        shard.data.nbytes for x in jax.tree.leaves(items)
+        for shard in x.addressable_shards if shard.replica_id == 0)
+    free = shutil.disk_usage(self.folder).free
+    if free < wanted:
+      raise WriteError(f"cannot save step {step} to {self.folder}: it takes "
+                       f"{wanted:,} bytes, {free:,} are free; the step before "
+                       "is still there, free space and run the same command")
 
   def verified(self, step: int) -> bool:
     """Whether a step's bytes are those that were written."""

@@ -199,7 +199,7 @@ def _lost_peer(error: BaseException | None) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-  print(f"error: {message}", file=sys.stderr, flush=True)
+  print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
   return code
 
 

@@ -1,0 +1,421 @@
+"""Stages, their cards, their bytes; locks; files written whole."""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import jobs
+from jaxalign import artifacts
+from jaxalign import errors
+from jaxalign import pipeline
+from jaxalign.checkpoints import Checkpoints
+
+
+def stage(folder, fields=None, *, inputs=None, content=b"first", redo=False,
+          resumes=(), fail=None):
+  """Runs a stage of two files; returns its card, and how often it ran."""
+  ran = []
+
+  def make(folder):
+    ran.append(1)
+    artifacts.write_bytes(folder / "part" / "file", b"begun")
+    if fail:
+      raise fail
+    artifacts.write_bytes(folder / "part" / "file", content)
+    artifacts.write_bytes(folder / "other", content * 2)
+    return ["part", "other"], artifacts.Cost(7), dict(rows=3)
+
+  card = artifacts.run(folder, "one", fields=fields or dict(a=1),
+                       inputs=inputs or {}, make=make, redo=redo,
+                       resumes=resumes)
+  return card, len(ran)
+
+
+def test_a_stage_runs_once(tmp_path, capsys):
+  card, ran = stage(tmp_path)
+  assert ran == 1 and not card.skipped and card.finished
+  assert card.cost.operations == 7 and card.cost.bytes == 15
+  again, ran = stage(tmp_path)
+  assert ran == 0 and again.skipped and again.result == dict(rows=3)
+  assert again.key == card.key and again.outputs == card.outputs
+  assert "finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(fields=dict(a=2)), "a was 1, now 2"),
+    (dict(fields=dict(a=1, b=0)), "b was None, now 0"),
+    (dict(inputs=dict(data="k")), "its input data is another one"),
+])
+def test_another_config_is_refused_until_redo(tmp_path, change, words):
+  stage(tmp_path)
+  with pytest.raises(errors.ConfigError) as caught:
+    stage(tmp_path, **change)
+  for word in (words, "--redo", "--workdir", str(tmp_path)):
+    assert word in str(caught.value)
+  assert (tmp_path / "other").read_bytes() == b"firstfirst"  # nothing touched
+  card, ran = stage(tmp_path, **change, redo=True, content=b"second")
+  assert ran == 1 and (tmp_path / "other").read_bytes() == b"secondsecond"
+  assert stage(tmp_path, **change)[1] == 0
+
+
+@pytest.mark.parametrize("harm, said", [
+    (lambda f: (f / "other").unlink(), "other is missing"),
+    (lambda f: (f / "other").write_bytes(b"firstfirsT"), "other has other"),
+    (lambda f: (f / "part" / "file").write_bytes(b""), "part/file has other"),
+])
+def test_harmed_files_are_made_again(tmp_path, capsys, harm, said):
+  stage(tmp_path)
+  harm(tmp_path)
+  assert stage(tmp_path)[1] == 1
+  assert said in capsys.readouterr().out
+  assert (tmp_path / "other").read_bytes() == b"firstfirst"
+  assert stage(tmp_path)[1] == 0
+
+
+def test_every_bit_of_a_card_counts(tmp_path, capsys):
+  """A card is not believed unless its own digest agrees."""
+  stage(tmp_path)
+  path = tmp_path / "cards" / "one.json"
+  whole = path.read_bytes()
+  rng = np.random.default_rng(0)
+  for at in rng.choice(len(whole), 40, replace=False):
+    data = bytearray(whole)
+    data[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(bytes(data))
+    found = artifacts.read_card(tmp_path, "one")
+    raw = None
+    try:
+      raw = json.loads(bytes(data))
+    except ValueError:
+      pass
+    if raw == json.loads(whole):  # a bit in white space
+      assert found.key != artifacts.DAMAGED
+    else:
+      assert found.key == artifacts.DAMAGED, (at, bytes(data))
+  assert stage(tmp_path)[1] == int(raw != json.loads(whole))
+  path.write_bytes(whole[:40])
+  assert stage(tmp_path)[1] == 1
+  assert "its card has other bytes" in capsys.readouterr().out
+
+
+def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
+    tmp_path, capsys):
+  """A killed sft must not hand its checkpoint to another learning rate."""
+  with pytest.raises(KeyboardInterrupt):
+    stage(tmp_path, fail=KeyboardInterrupt())
+  assert not artifacts.read_card(tmp_path, "one").finished
+  seen = []
+
+  def look(folder):
+    seen.append((folder / "part" / "file").exists())
+    artifacts.write_bytes(folder / "part" / "file", b"x")
+    return ["part"], artifacts.Cost(), {}
+
+  def run(fields, **kwargs):
+    return artifacts.run(tmp_path, "one", fields=fields, inputs={}, make=look,
+                         resumes=("part",), **kwargs)
+  with pytest.raises(errors.ConfigError, match="an unfinished one made from "
+                     "another config: a was 1, now 2"):
+    run(dict(a=2))
+  with pytest.raises(KeyboardInterrupt):
+    stage(tmp_path, fail=KeyboardInterrupt(), resumes=("part",))
+  run(dict(a=1))
+  assert seen == [True]
+  with pytest.raises(KeyboardInterrupt):
+    stage(tmp_path, dict(a=3), redo=True, fail=KeyboardInterrupt())
+  run(dict(a=2), redo=True)
+  assert seen == [True, False]
+
+
+def test_leftovers_without_a_card_are_not_gone_on_from(tmp_path):
+  stage(tmp_path, resumes=("part",))
+  (tmp_path / "cards" / "one.json").unlink()
+
+  def look(folder):
+    assert not (folder / "part").exists()
+    return [], artifacts.Cost(), {}
+  artifacts.run(tmp_path, "one", fields=dict(a=1), inputs={}, make=look,
+                resumes=("part",))
+
+
+def test_half_written_files_are_swept(tmp_path):
+  (tmp_path / ".other.tmp-4242").write_bytes(b"half")
+  card, _ = stage(tmp_path)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["cards", "other", "part"]
+  assert sorted(card.outputs) == ["other", "part/file"]
+
+
+def test_a_key_depends_on_everything():
+  key = artifacts.key_of("one", dict(a=1), dict(b="x"))
+  assert key == artifacts.key_of("one", dict(a=1), dict(b="x"))
+  others = [artifacts.key_of("two", dict(a=1), dict(b="x")),
+            artifacts.key_of("one", dict(a=2), dict(b="x")),
+            artifacts.key_of("one", dict(a=1), dict(b="y")),
+            artifacts.key_of("one", dict(a=1, c=None), dict(b="x"))]
+  assert len({key, *others}) == 5
+
+
+def test_fields_are_compared_as_json_holds_them(tmp_path):
+  stage(tmp_path, dict(steps=(0, 0), lr=1e-3))
+  assert stage(tmp_path, dict(steps=[0, 0], lr=0.001))[1] == 0
+
+
+def test_nan_is_no_json(tmp_path):
+  with pytest.raises(ValueError):
+    artifacts.write_json(tmp_path / "x.json", dict(a=float("nan")))
+  assert not list(tmp_path.iterdir())
+
+
+# Files that cannot be written. Root may write anywhere, so a folder that is a
+# file stands for one without permission.
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "x"
+  artifacts.write_bytes(path, b"old")
+  real = pathlib.Path.write_bytes
+
+  def full(self, data):
+    real(self, data[:1])
+    raise OSError(28, "No space left on device")
+  monkeypatch.setattr(type(artifacts.epath.Path(path)), "write_bytes", full)
+  with pytest.raises(errors.WriteError, match=f"{path}: No space left"):
+    artifacts.write_bytes(path, b"new")
+  assert [p.name for p in tmp_path.iterdir()] == ["x"]
+  assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("blocked", ["", "shared", "shared/data", "shared/sft",
+                                     "runs"])
+def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
+  work = tmp_path / "work"
+  path = work / blocked
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("no folder")
+  if blocked == "runs":
+    for name in ("sft", "embed", "mixture", "baseline"):
+      monkeypatch.setattr(pipeline, f"run_{name}", lambda job: None)
+    monkeypatch.setattr(
+        pipeline, "run_arm", lambda job, arm: artifacts.run(
+            pipeline.arm_folder(job, arm), "select", fields={}, inputs={},
+            make=None))
+  ended = jobs.run(work)
+  assert ended.code == 73, ended
+  assert str(path) in ended.err and "--workdir" in ended.err
+  assert ended.err.count("\n") == 1
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+  """A file system of a megabyte; skips where none can be mounted."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  if os.system(f"mount -t tmpfs -o size=1m tmpfs {folder} 2>/dev/null"):
+    pytest.skip("no tmpfs can be mounted here")
+  try:
+    yield folder
+  finally:
+    os.system(f"umount -l {folder}")
+
+
+@pytest.mark.parametrize("hook, said", [
+    ("", "bytes, "),  # seen before the save
+    ("from jaxalign import checkpoints\n"  # seen by orbax in the midst of it
+     "checkpoints.Checkpoints._check_space = lambda *_: None\n",
+     "No space left on device")], ids=["before", "during"])
+def test_a_full_disk_is_73_and_can_be_gone_on_from(full_disk, hook, said):
+  """The data and a checkpoint fit, the one after the next does not."""
+  jobs.finished()  # compiles
+  work = full_disk / "work"
+  ended = jobs.wait(jobs.start(work, hook=hook))
+  assert ended.code == 73, ended
+  line = [x for x in ended.err.splitlines() if x.startswith("error: ")][0]
+  assert f"to {work}/shared/sft/checkpoints: " in line and said in line
+  assert hook or ended.err.count("\n") == 1
+  assert os.system(f"mount -o remount,size=9m {full_disk}") == 0
+  ended = jobs.run(work)
+  assert ended.code == 0 and "going on from step" in ended.out
+  assert not jobs.differences(jobs.outcome(jobs.finished()),
+                              jobs.outcome(work))
+
+
+# The lock of a workdir.
+
+
+def _hold(workdir, ready, done):
+  with artifacts.lock(workdir):
+    ready.set()
+    done.wait(60)
+
+
+@pytest.fixture
+def holder(tmp_path):
+  """Another process that holds tmp_path."""
+  context = multiprocessing.get_context("spawn")
+  ready, done = context.Event(), context.Event()
+  process = context.Process(target=_hold, args=(tmp_path, ready, done))
+  process.start()
+  assert ready.wait(60)
+  yield process, done
+  process.kill()
+  process.join()
+
+
+def test_a_second_job_is_refused_and_told_whose_it_is(tmp_path, holder):
+  process, done = holder
+  ended = jobs.run(tmp_path)
+  assert ended.code == 73 and not jobs.did(ended)
+  assert f"pid {process.pid} on {os.uname().nodename}" in ended.err
+  assert "--workdir" in ended.err
+  done.set()
+  process.join(30)
+  with artifacts.lock(tmp_path):  # let go of: free
+    pass
+
+
+def test_the_lock_of_a_killed_job_is_taken_over(tmp_path, holder):
+  process, _ = holder
+  os.kill(process.pid, signal.SIGKILL)
+  process.join(30)
+  assert f"pid {process.pid}" in (tmp_path / ".lock").read_text()
+  with artifacts.lock(tmp_path):
+    assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
+
+
+def test_a_lock_is_let_go_of_after_an_error(tmp_path):
+  for _ in range(2):
+    with pytest.raises(ZeroDivisionError):
+      with artifacts.lock(tmp_path):
+        raise ZeroDivisionError
+  with artifacts.lock(tmp_path):
+    with pytest.raises(errors.WriteError, match="in use by another job"):
+      with artifacts.lock(tmp_path):
+        pass
+
+
+# A flipped bit in a finished job.
+
+STAGES = {  # stage -> a file of it
+    "data": "shared/data/pool.ids.npy",
+    "sft": "shared/sft/metrics.jsonl",
+    "embed": "shared/embed/embedding.npy",
+    "mixture": "shared/mixture/mixture.npz",
+    "baseline": "shared/baseline/samples.jsonl",
+    "select": "runs/isa-0.1-seed0/subset.parquet",
+    "ref_logps": "runs/isa-0.1-seed0/ref_sum.npy",
+    "align": "runs/isa-0.1-seed0/metrics.jsonl",
+    "evaluate": "runs/isa-0.1-seed0/eval.json",
+    "export": "runs/isa-0.1-seed0/export/model.safetensors",
+}
+
+
+def flip(path, seed=0):
+  """Flips one bit of a file, somewhere."""
+  path = pathlib.Path(path)
+  data = bytearray(path.read_bytes())
+  rng = np.random.default_rng(seed)
+  data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+  path.write_bytes(bytes(data))
+
+
+def only(work, stages, file):
+  """A run on a harmed copy does just these stages and mends everything."""
+  ended = jobs.run(work)
+  assert ended.code == 0, ended
+  assert jobs.did(ended) == stages, ended.out
+  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
+  assert file in ended.out and "doing this stage again" in ended.out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_flipped_bit_redoes_its_stage_alone(tmp_path, stage):
+  work = jobs.copy(tmp_path / "work")
+  flip(work / STAGES[stage])
+  only(work, [stage], pathlib.Path(STAGES[stage]).name)
+
+
+def checkpoint_file(work, step="6"):
+  """The largest file of a checkpoint: its arrays."""
+  files = [p for p in (work / "shared/sft/checkpoints" / step).rglob("*")
+           if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def test_a_flipped_bit_in_the_arrays_of_a_finished_stage(tmp_path):
+  work = jobs.copy(tmp_path / "work")
+  path = checkpoint_file(work)
+  flip(path)
+  only(work, ["sft"], path.name)
+
+
+def test_a_flipped_bit_in_a_card(tmp_path):
+  work = jobs.copy(tmp_path / "work")
+  path = work / "shared/embed/cards/embed.json"
+  path.write_text(path.read_text().replace('"embed.tile": 8', '"embed.tile": 9'))
+  only(work, ["embed"], "its card")
+
+
+def test_a_flipped_bit_in_a_checkpoint_that_is_gone_on_from(tmp_path):
+  """Orbax restores such bytes without a word; the digests beside them do not."""
+  work = jobs.copy(tmp_path / "work")
+  card = work / "shared/sft/cards/sft.json"
+  found = artifacts.read_card(work / "shared/sft", "sft")
+  found.finished, found.outputs = False, {}
+  artifacts._write_card(work / "shared/sft", found)
+  flip(checkpoint_file(work))
+  ended = jobs.run(work)
+  assert ended.code == 0 and jobs.did(ended) == ["sft"]
+  assert "checkpoint 6" in ended.out and "going on from step 4" in ended.out
+  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
+  assert card.exists()
+
+
+def test_all_checkpoints_damaged_starts_over(tmp_path):
+  work = jobs.copy(tmp_path / "work")
+  found = artifacts.read_card(work / "shared/sft", "sft")
+  found.finished, found.outputs = False, {}
+  artifacts._write_card(work / "shared/sft", found)
+  for step in ("4", "6"):
+    flip(checkpoint_file(work, step))
+  ended = jobs.run(work)
+  assert ended.code == 0 and "going on from" not in ended.out
+  for step in (4, 6):
+    assert f"checkpoint {step}" in ended.out
+  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
+
+
+def test_a_checkpoint_without_its_digests_is_not_believed(tmp_path):
+  work = jobs.copy(tmp_path / "work")
+  folder = work / "shared/sft/checkpoints"
+  (folder / "6.digests.json").write_text("{")
+  with Checkpoints(folder) as found:
+    assert found.latest() == 4
+    assert not (folder / "6").exists() and not (folder / "6.digests.json").exists()
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file(tmp_path):
+  """Every file of the shared stages and of one arm, checkpoints by kind."""
+  work = jobs.copy(tmp_path / "work")
+  wanted = jobs.outcome(jobs.finished())
+  began, seen = time.monotonic(), 0
+  for path in sorted(jobs.finished().rglob("*")):
+    name = path.relative_to(jobs.finished()).as_posix()
+    if (path.is_dir() or "/checkpoints/" in name or name.startswith("runs/random")
+        or not name.startswith(("shared/", "runs/"))
+        or path.name == "report.html" or not path.stat().st_size):
+      continue
+    flip(work / name, seen)
+    ended = jobs.run(work)
+    assert ended.code == 0 and len(jobs.did(ended)) == 1, (name, ended)
+    assert not jobs.differences(wanted, jobs.outcome(work)), name
+    seen += 1
+    if time.monotonic() - began > 240:
+      break
+  assert seen > 30
