@@ -660,7 +660,8 @@ def run_evaluate(job: Job, arm: Arm) -> None:
     outcome = _examine(job, policy())
     under = evaluate.score_answers(
         job.mesh, job.reference, job.model, job.examined, outcome.said,
-        tile=job.c.eval.tile, chunk=job.c.model.head_chunk)
+        new=job.c.eval.new_tokens, tile=job.c.eval.tile,
+        chunk=job.c.model.head_chunk)
     metrics = evaluate.measure(job.examined, outcome,
                                _load_outcome(job.shared / "baseline"), under)
     files = _save_outcome(folder, job.examined, outcome)

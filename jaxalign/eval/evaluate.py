@@ -65,20 +65,15 @@ def answer_rows(prompts: list[np.ndarray], said: list[np.ndarray]
 
 
 def score_answers(mesh: Any, params: Any, m: Any, what: Examined,
-                  said: list[np.ndarray], *, tile: int, chunk: int
+                  said: list[np.ndarray], *, new: int, tile: int, chunk: int
                   ) -> np.ndarray:
-  """[p] nats of given answers to the prompts asked, under `params`."""
-  rows = answer_rows(_fitting(what, m, said), said)
-  return embed.score_rows(mesh, params, m, rows, tile=tile, chunk=chunk,
-                          label="score answers").logp
+  """[p] nats of given answers to the prompts asked, under `params`.
 
-
-def _fitting(what: Examined, m: Any, said: list[np.ndarray]
-             ) -> list[np.ndarray]:
-  """The prompts, cut on the left as generation cut them."""
-  return [p if len(p) + len(s) <= m.context
-          else np.concatenate([p[:1], p[len(p) + len(s) - m.context + 1:]])
-          for p, s in zip(prompts_of(what), said)]
+  The prompts are cut as generation cut them to make room for `new` tokens.
+  """
+  prompts = [decode.fitting(p, m, new) for p in prompts_of(what)]
+  return embed.score_rows(mesh, params, m, answer_rows(prompts, said),
+                          tile=tile, chunk=chunk, label="score answers").logp
 
 
 def examine(mesh: Any, params: Any, m: Any, what: Examined, *, new: int,
@@ -104,7 +99,8 @@ def examine(mesh: Any, params: Any, m: Any, what: Examined, *, new: int,
   said = decode.generate(mesh, params, m, prompts, new=new, eos=tok.eos,
                          known=tok.vocab_size, temperature=temperature,
                          seed=seed, tile=tile)
-  own = score_answers(mesh, params, m, what, said, tile=tile, chunk=chunk)
+  own = score_answers(mesh, params, m, what, said, new=new, tile=tile,
+                      chunk=chunk)
   texts = [tok.decode_response(s[:-1] if len(s) and s[-1] == tok.eos else s)
            for s in said]
   reward = None

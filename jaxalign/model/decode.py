@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxalign import progress
 from jaxalign import sharding
+from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 
 
@@ -74,6 +75,15 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int, eos: int, known: int,
   return jax.jit(sharding.per_row(mesh, one_tile, axes))
 
 
+def fitting(prompt: np.ndarray, m: decoder.ModelConfig, new: int
+            ) -> np.ndarray:
+  """The prompt that `new` tokens are generated after: BOS and its end."""
+  room = m.context - new
+  if len(prompt) <= room:
+    return prompt
+  return np.concatenate([prompt[:1], prompt[len(prompt) - room + 1:]])
+
+
 def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
              prompts: list[np.ndarray], *, new: int, eos: int, known: int,
              temperature: float = 1.0, seed: int = 0, tile: int = 32,
@@ -99,12 +109,14 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
     n arrays of new ids; the last one is `eos` unless the answer was cut.
   """
   from jaxalign.data import tokens as tokens_lib
-  room = max(1, m.context - new)
-  prompts = [p if len(p) <= room else np.concatenate([p[:1], p[-(room - 1):]])
-             for p in prompts]
+  if not 0 < new < m.context:
+    raise ConfigError(f"{new} new tokens in a context of {m.context}, wanted "
+                      "at least 1 and room for a prompt; set "
+                      "config.eval.new_tokens")
+  prompts = [fitting(p, m, new) for p in prompts]
   lengths = np.array([len(p) for p in prompts])
   # Only the compiled shape is bucketed; padding is hidden by the mask.
-  longest = tokens_lib.longest(lengths, room)
+  longest = tokens_lib.longest(lengths, m.context - new)
   sizes = np.array([tokens_lib.bucket(int(x), longest) for x in lengths])
   fn = _generate_fn(mesh, m, new, eos, known, temperature == 0)
   shared = dict(key=jax.random.key(seed),
