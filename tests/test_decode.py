@@ -1,0 +1,249 @@
+"""Generation: the published text, the softmax's frequencies, any mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.errors import ConfigError
+from jaxalign.eval import evaluate
+from jaxalign.model import decode
+from jaxalign.model import decoder
+from jaxalign.model import weights
+from jaxalign.select import embed
+
+BOS, EOS = 1, 2
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 1), pytest.param((4, 2), marks=pytest.mark.slow)], ids=["1x1", "4x2"])
+def test_a_real_model_says_the_published_tokens(shape, shared):
+  """256 tokens after BOS; the 257th would be a quotation mark."""
+  fsdp, tensor = shape
+  mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
+                            jax.devices()[:fsdp * tensor])
+  folder = shared / "models/stories260K"
+  m = weights.read_config(folder, "float32", "none")
+  tok = tokenizers.Tokenizer.load(folder)
+  wanted = (folder / "greedy_257_tokens.txt").read_text()
+  with jax.set_mesh(mesh):
+    said, = decode.generate(
+        mesh, weights.load_folder(folder, m, mesh), m, [np.array([tok.bos])],
+        new=256, eos=tok.eos, known=tok.vocab_size, temperature=0, tile=1)
+  assert len(said) == 256
+  assert tok.decode(said) == wanted
+  assert said.tolist() == tok.encode(wanted)
+
+
+# A model whose layers add nothing: a chain, its odds known in closed form.
+
+CHAIN = decoder.ModelConfig(layers=1, width=4, heads=2, kv_heads=2,
+                            head_size=2, ff=2, vocab=10, context=40,
+                            norm_eps=1e-5, tied=False)
+KNOWN = 8  # ids 8 and 9 only round the table up, and would win
+
+
+def chain_params():
+  rng = np.random.default_rng(0)
+  out = {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.5, p.shape))
+         for n, p in decoder.table(CHAIN).items()}
+  out["layers/wo"], out["layers/w_down"] = (
+      0 * out[n] for n in ("layers/wo", "layers/w_down"))
+  out["head"] = out["head"] * 2
+  out["head"][8:] = 50.0
+  return out
+
+
+def chain_odds(temperature):
+  """[token, next token] probabilities over the known ids, float64."""
+  p = {n: np.float64(w) for n, w in chain_params().items()}
+  x = p["embed"] / np.sqrt((p["embed"] ** 2).mean(1, keepdims=True) + 1e-5)
+  scores = ((x * p["norm"]) @ p["head"].T)[:, :KNOWN] / temperature
+  e = np.exp(scores - scores.max(1, keepdims=True))
+  return e / e.sum(1, keepdims=True)
+
+
+def on_mesh(mesh, m, params):
+  return {n: sharding.put(mesh, params[n], *p.axes)
+          for n, p in decoder.table(m).items()}
+
+
+@pytest.fixture
+def alone():
+  m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  with jax.set_mesh(m):
+    yield m
+
+
+def run_chain(mesh, count, **changes):
+  kwargs = dict(new=6, eos=EOS, known=KNOWN, temperature=2.0, tile=512)
+  return decode.generate(mesh, on_mesh(mesh, CHAIN, chain_params()), CHAIN,
+                         [np.array([BOS])] * count, **kwargs | changes)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_frequencies_are_the_softmax_s(alone, temperature):
+  """Chi-square of both tokens: the second given the first."""
+  said = run_chain(alone, 8192, temperature=temperature)
+  odds = chain_odds(temperature)
+  first = np.array([s[0] for s in said])
+  count = np.bincount(first, minlength=10)
+  assert count[KNOWN:].sum() == 0
+  wanted = 8192 * odds[BOS]
+  total, freedom = ((count[:KNOWN] - wanted) ** 2 / wanted).sum(), KNOWN - 1
+  for token in np.flatnonzero(count > 400):
+    if token != EOS:
+      after = np.bincount([s[1] for s in said if s[0] == token],
+                          minlength=10)
+      wanted = count[token] * odds[token]
+      kept = wanted > 3
+      total += ((after[:KNOWN] - wanted) ** 2 / wanted)[kept].sum()
+      freedom += kept.sum() - 1
+  assert freedom > 12
+  # Mean and deviation of chi-square; four deviations.
+  assert total < freedom + 4 * np.sqrt(2 * freedom), (total, freedom)
+  assert all(len(s) == 1 for s in said if s[0] == EOS)
+
+
+def test_nothing_is_said_after_the_end(alone):
+  """Every answer ends at its first EOS, or has the full length."""
+  said = run_chain(alone, 512)
+  lengths = np.bincount([len(s) for s in said], minlength=7)
+  assert (lengths[1:] > 0).all()
+  for s in said:
+    assert EOS not in s[:-1]
+    assert s[-1] == EOS or len(s) == 6
+  # Which tokens: the length's odds are the chain's. P(EOS first) = odds[BOS].
+  assert lengths[1] / 512 == pytest.approx(chain_odds(2.0)[BOS, EOS], abs=0.07)
+
+
+def test_the_machine_repeats_eos_after_the_end(alone):
+  """What leaves the compiled function: only EOS after an EOS."""
+  fn = decode._generate_fn(alone, CHAIN, 6, EOS, KNOWN, False)
+  rows = dict(tokens=np.full((512, 4), BOS, np.int32),
+              index=np.arange(512, dtype=np.int32),
+              pad=np.full(512, 3, np.int32))
+  said = np.asarray(fn(on_mesh(alone, CHAIN, chain_params()),
+                       {k: sharding.put(alone, v, "pool")
+                        for k, v in rows.items()},
+                       dict(key=jax.random.key(0),
+                            temperature=jnp.float32(2.0))))
+  ended = np.cumsum(said == EOS, axis=1) > 0
+  assert 100 < ended[:, -1].sum() < 512
+  assert (said[ended] == EOS).all()
+
+
+def test_noise_belongs_to_seed_row_and_position(alone):
+  base = run_chain(alone, 40)
+  fewer = run_chain(alone, 24)
+  assert [s.tolist() for s in fewer] == [s.tolist() for s in base[:24]]
+  other = run_chain(alone, 40, seed=1)
+  assert [s.tolist() for s in other] != [s.tolist() for s in base]
+  assert len({tuple(s) for s in base}) > 10  # rows differ
+
+
+# A model that attends.
+
+MODEL = decoder.ModelConfig(layers=2, width=16, heads=4, kv_heads=2,
+                            head_size=4, ff=24, vocab=32, context=24)
+
+
+@functools.lru_cache
+def params():
+  rng = np.random.default_rng(5)
+  return {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.4, p.shape))
+          for n, p in decoder.table(MODEL).items()}
+
+
+@functools.lru_cache
+def prompts():
+  rng = np.random.default_rng(1)
+  return [np.append(BOS, rng.integers(3, 32, n)) for n in
+          (2, 11, 5, 0, 7, 15, 3, 11, 9, 1, 14, 8, 22, 40)]
+
+
+@functools.lru_cache
+def say(shape, temperature):
+  fsdp, tensor = shape
+  mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
+                            jax.devices()[:fsdp * tensor])
+  with jax.set_mesh(mesh):
+    return decode.generate(mesh, on_mesh(mesh, MODEL, params()), MODEL,
+                           prompts(), new=8, eos=EOS, known=30, tile=4,
+                           temperature=temperature, seed=3)
+
+
+@pytest.mark.parametrize("shape,temperature", [
+    ((8, 1), 0.8), ((4, 2), 0.8), ((4, 2), 0)])
+def test_the_same_tokens_on_any_mesh(shape, temperature):
+  for a, b in zip(say(shape, temperature), say((1, 1), temperature)):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_padding_on_the_left_moves_no_greedy_token(alone):
+  """Each answer is the argmax of a plain forward pass over its own row."""
+  where = on_mesh(alone, MODEL, params())
+
+  @jax.jit
+  def best(tokens):
+    scores = decoder.logits(decoder.forward(where, tokens, MODEL),
+                            decoder.head(where, MODEL))
+    return jnp.argmax(scores[..., :30], -1)
+
+  said = say((1, 1), 0)
+  rows = np.zeros((len(said), 24), np.int32)
+  cut = [decode.fitting(p, MODEL, 8) for p in prompts()]
+  for i, (p, s) in enumerate(zip(cut, said)):
+    rows[i, :len(p) + len(s)] = np.concatenate([p, s])
+  found = np.asarray(best(rows))
+  for i, (p, s) in enumerate(zip(cut, said)):
+    np.testing.assert_array_equal(found[i, len(p) - 1:len(p) + len(s) - 1], s,
+                                  err_msg=f"row {i}")
+  assert len({tuple(s) for s in said}) > 8
+
+
+def test_long_prompts_keep_bos_and_their_end():
+  p = np.arange(100, 140)
+  assert decode.fitting(p, MODEL, 8).tolist() == [100, *range(125, 140)]
+  assert decode.fitting(p[:16], MODEL, 8).tolist() == list(range(100, 116))
+  assert decode.fitting(p[:17], MODEL, 8).tolist() == [100, *range(102, 117)]
+  assert decode.fitting(p, MODEL, 22).tolist() == [100, 139]
+  assert decode.fitting(p, MODEL, 23).tolist() == [100]
+
+
+@pytest.mark.parametrize("new", [0, 24, 30])
+def test_new_tokens_that_leave_no_room(alone, new):
+  with pytest.raises(ConfigError, match="set config.eval.new_tokens"):
+    decode.generate(alone, {}, MODEL, prompts(), new=new, eos=EOS, known=30)
+
+
+def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
+  """The sampled answers' log-probs are those of the sampling policy."""
+  longs = [p for p in prompts() if len(p) > 16]
+  ids = np.concatenate([np.append(p[:23], EOS) for p in longs])
+  sizes = [min(len(p), 23) + 1 for p in longs]
+  what = evaluate.Examined(
+      [{}] * len(longs), tokens_lib.TokenRows(
+          ids.astype(np.int32), np.cumsum([0] + sizes),
+          np.array(sizes, np.int32) - 1, np.zeros(len(longs), np.int32)),
+      np.arange(len(longs)), None, None)
+  where = on_mesh(alone, MODEL, params())
+  said = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
+  got = evaluate.score_answers(alone, where, MODEL, what, said, new=8, tile=4,
+                               chunk=64)
+  rows = evaluate.answer_rows(
+      [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said)
+  wanted = embed.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
+  np.testing.assert_array_equal(got, wanted)
+
+
+def test_operations_count_each_token_once():
+  said = [np.arange(3), np.arange(5)]
+  asked = [np.arange(4), np.arange(2)]
+  assert decode.operations(MODEL, asked, said) == (
+      decoder.operations(MODEL, 7, 3) + decoder.operations(MODEL, 7, 5))
