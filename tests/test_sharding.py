@@ -1,0 +1,211 @@
+"""The mesh, the axis rules, whole rows on any mesh, and sums of gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.errors import ConfigError
+from jaxalign.model import decoder
+from jaxalign.model import logprob
+
+MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
+M = decoder.ModelConfig(layers=3, width=32, heads=8, kv_heads=4, head_size=6,
+                        ff=40, vocab=48, context=16, tied=False)
+
+
+def mesh_of(fsdp, tensor):
+  return sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
+                            jax.devices()[:fsdp * tensor])
+
+
+@pytest.mark.parametrize("sizes, shape", [
+    (dict(fsdp=-1, tensor=1), (8, 1)), (dict(fsdp=-1, tensor=4), (2, 4)),
+    (dict(fsdp=4, tensor=-1), (4, 2)), (dict(fsdp="4", tensor="2"), (4, 2))])
+def test_a_mesh_takes_what_is_left(sizes, shape):
+  mesh = sharding.make_mesh(sizes)
+  assert tuple(mesh.shape.items()) == (("fsdp", shape[0]),
+                                       ("tensor", shape[1]))
+  assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+
+
+@pytest.mark.parametrize("fsdp, tensor, count, words", [
+    (4, 4, 8, "mesh fsdp=4 x tensor=4 needs 16 devices, found 8"),
+    (2, 2, 8, "mesh fsdp=2 x tensor=2 needs 4 devices, found 8"),
+    (1, 2, 1, "mesh fsdp=1 x tensor=2 needs 2 devices, found 1"),
+    (-1, 3, 8, "mesh fsdp=-1 x tensor=3 does not divide 8 devices"),
+    (-1, -1, 8, "mesh fsdp=-1 x tensor=-1 does not divide 8 devices"),
+    (0, 8, 8, "mesh fsdp=0 x tensor=8 does not divide 8 devices"),
+    (-2, 4, 8, "mesh fsdp=-2 x tensor=4 does not divide 8 devices"),
+])
+def test_sizes_that_do_not_fit_are_named(fsdp, tensor, count, words):
+  with pytest.raises(ConfigError) as error:
+    sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor), jax.devices()[:count])
+  assert str(error.value).startswith(words)
+  assert str(error.value).endswith("set config.mesh")
+
+
+def test_axes_are_translated_and_a_misspelt_one_is_a_key_error():
+  assert sharding.spec("batch", None, "heads") == jax.P("fsdp", None, "tensor")
+  assert sharding.spec("pool") == jax.P(("fsdp", "tensor"))
+  assert sharding.spec() == jax.P()
+  for misspelt in ("bacth", "head", "fsdp"):
+    with pytest.raises(KeyError, match=misspelt):
+      sharding.spec(None, misspelt)
+    with pytest.raises(KeyError, match=misspelt):
+      sharding.parts(mesh_of(4, 2), misspelt)
+
+
+def test_parts_of_an_axis():
+  mesh = mesh_of(4, 2)
+  parts = {a: sharding.parts(mesh, a) for a in sharding.RULES}
+  assert parts == dict(batch=4, pool=8, width=4, heads=2, ff=2, vocab=2)
+  assert sharding.parts(mesh, None) == 1
+  assert set(sharding.parts(mesh_of(1, 1), a) for a in sharding.RULES) == {1}
+
+
+@pytest.mark.parametrize("axes, piece", [
+    (("batch", "heads"), (2, 2)), ((None, "batch"), (8, 1)),
+    (("pool",), (1, 4)), ((), (8, 4)), (("heads", "width"), (4, 1))])
+@pytest.mark.parametrize("kind", [np.float32, np.int32, bool])
+def test_an_array_comes_back_from_its_shards(axes, piece, kind):
+  mesh = mesh_of(4, 2)
+  x = np.random.default_rng(0).normal(size=(8, 4)).astype(kind)
+  y = sharding.put(mesh, x, *axes)
+  assert y.sharding.is_equivalent_to(sharding.named(mesh, *axes), 2)
+  for shard in y.addressable_shards:
+    assert shard.data.shape == piece
+    np.testing.assert_array_equal(np.asarray(shard.data), x[shard.index])
+  back = sharding.fetch(y)
+  assert back.dtype == x.dtype
+  np.testing.assert_array_equal(back, x)
+
+
+def test_a_barrier_of_one_process_does_not_wait():
+  sharding.barrier("alone")
+
+
+# Whole rows.
+
+
+def by_rows(mesh, m, params, tokens, each):
+  """The decoder over `tokens`, `each` rows a device at a time, on the host."""
+  def one_tile(params, rows, shared):
+    x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
+    head = decoder.head(params, m, sharding.PER_ROW)
+    return dict(x=x.astype(jnp.float32) * shared["scale"],
+                logits=decoder.logits(x, head))
+
+  axes = {n: p.axes for n, p in decoder.table(m).items()}
+  run = jax.jit(sharding.per_row(mesh, one_tile, axes))
+  with jax.set_mesh(mesh):
+    placed = {n: sharding.put(mesh, x, *axes[n]) for n, x in params.items()}
+    step, out = each * mesh.size, []
+    for start in range(0, len(tokens), step):
+      rows = dict(tokens=sharding.put(mesh, tokens[start:start + step],
+                                      "pool"))
+      out.append(jax.tree.map(sharding.fetch,
+                              run(placed, rows, dict(scale=jnp.ones(())))))
+  return {n: np.concatenate([o[n] for o in out]) for n in out[0]}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+  """Parameters larger than at a start, and 16 rows of tokens."""
+  rng = np.random.default_rng(1)
+  params = {n: np.float32(rng.normal(1, 0.2, p.shape) if p.scale == 0 else
+                          rng.normal(0, 0.3, p.shape))
+            for n, p in decoder.table(M).items()}
+  return params, rng.integers(0, M.vocab, (16, 7)).astype(np.int32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_on_any_mesh(drawn, dtype):
+  m = M._replace(dtype=dtype)
+  first = None
+  for sizes in MESHES:
+    out = by_rows(mesh_of(*sizes), m, *drawn, each=2)
+    first = first or out
+    for name in ("x", "logits"):
+      assert out[name].dtype == np.float32
+      assert out[name].tobytes() == first[name].tobytes(), (sizes, name)
+  # They are the numbers of the rows, in the rows' order, and no two alike.
+  assert len({row.tobytes() for row in first["logits"]}) == 16
+
+
+def test_whole_rows_and_spread_rows_are_the_same_numbers(drawn, mesh):
+  params, tokens = drawn
+  placed = {n: sharding.put(mesh, params[n], *p.axes)
+            for n, p in decoder.table(M).items()}
+  spread = jax.jit(lambda p, t: decoder.logits(
+      decoder.forward(p, t, M), decoder.head(p, M)))(
+          placed, sharding.put(mesh, tokens, "batch"))
+  rows = by_rows(mesh_of(1, 1), M, params, tokens, each=16)
+  np.testing.assert_allclose(sharding.fetch(spread), rows["logits"], rtol=2e-4,
+                             atol=2e-5)
+
+
+@pytest.mark.parametrize("change, name, axis, size, parts", [
+    (dict(width=30, heads=6, kv_heads=6), "embed", "width", 30, 4),
+    (dict(width=36, heads=3, kv_heads=3), "layers/wq", "heads", 3, 2),
+    (dict(heads=8, kv_heads=1), "layers/wq", "heads", 1, 2),
+    (dict(ff=41), "layers/w_gate", "ff", 41, 2),
+    (dict(vocab=47), "embed", "vocab", 47, 2)])
+def test_a_size_that_does_not_divide_is_refused(change, name, axis, size,
+                                                parts):
+  m = M._replace(**change)
+  decoder.check(m, mesh_of(1, 1))
+  with pytest.raises(ConfigError) as error:
+    decoder.check(m, mesh_of(4, 2))
+  assert str(error.value) == (
+      f"{name}: its axis {axis!r} of {size} does not divide into {parts} "
+      "parts; change the model's size or config.mesh")
+
+
+# Sums of gradients.
+
+
+def test_a_gathered_weights_gradient_is_summed_in_float32():
+  # One device adds 256, seven add 1: 263 in float32, 264 in bfloat16.
+  mesh = mesh_of(8, 1)
+  with jax.set_mesh(mesh):
+    w = sharding.put(mesh, np.ones((8, 4), np.float32), "width", "ff")
+    x = sharding.put(mesh, np.repeat(np.float32([256] + [1] * 7)[:, None], 8,
+                                     axis=1), "batch")
+
+    def total(w):
+      whole = sharding.SPREAD.weight(w, ("width", "ff")).astype(jnp.bfloat16)
+      return jnp.sum(jnp.einsum("bd,df->bf", x.astype(jnp.bfloat16), whole
+                                ).astype(jnp.float32))
+
+    grad = jax.jit(jax.grad(total))(w)
+  assert grad.dtype == np.float32
+  assert grad.sharding.spec == sharding.spec("width", "ff")
+  np.testing.assert_array_equal(sharding.fetch(grad), np.full((8, 4), 263.))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (4, 2)])
+def test_the_heads_gradient_is_summed_over_chunks_in_float32(sizes):
+  rng = np.random.default_rng(2)
+  x, w = rng.normal(size=(8, 256, 32)), rng.normal(0, 0.02, (48, 32))
+  tokens = rng.integers(0, 24, (8, 256)).astype(np.int32)
+  mesh = mesh_of(*sizes)
+
+  def grad(dtype, chunk):
+    with jax.set_mesh(mesh):
+      hidden = sharding.put(mesh, x.astype(np.float32), "batch").astype(dtype)
+      ids = sharding.put(mesh, tokens, "batch")
+      table = sharding.put(mesh, w.astype(np.float32), "vocab", "width")
+
+      def total(table):
+        head = decoder.head(dict(head=table), M._replace(dtype=dtype))
+        return jnp.sum(logprob.token_logps(hidden, head, ids, chunk))
+
+      return sharding.fetch(jax.jit(jax.grad(total))(table))
+
+  exact = grad("float32", 256)
+  off = lambda g: np.linalg.norm(g - exact) / np.linalg.norm(exact)
+  # 128 chunks; a bfloat16 sum over them is 1.3 % off.
+  assert off(grad("bfloat16", 2)) < 0.004
+  assert off(grad("float32", 2)) < 1e-5
