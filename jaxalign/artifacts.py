@@ -305,6 +305,9 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
       bad = harmed(folder, found.outputs)
     if bad:
       status = "harmed"
+    elif found.key != key and not found.finished and not any(
+        _holds(folder / name) for name in resumes):
+      status = "new"  # a run that failed early has left nothing to lose
     elif found.key != key:
       status = "changed"
     elif found.finished:
@@ -349,6 +352,11 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
   note = f", {result['say']}" if result.get("say") else ""
   progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
   return card
+
+
+def _holds(path: epath.Path) -> bool:
+  """Whether a file is there, or a folder with something in it."""
+  return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _make_room(folder: epath.Path, outputs: dict[str, Any],

@@ -214,7 +214,7 @@ def validate(job: Job) -> None:
   """Every mistake that can be seen before data is read or code compiled."""
   c = job.c
   _check_values(c)
-  prepare.world_of(c)
+  prepare.check_source(c)
   sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
   _sampler_kwargs(c, sampler)
   loss = job.loss

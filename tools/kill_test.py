@@ -107,8 +107,8 @@ def kill_once(folder: pathlib.Path, flags: list[str], moment: float
 
 def main() -> int:
   """Prints the table; 1 where a killed job ended elsewhere."""
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawTextHelpFormatter)
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--config", default="configs/dpo_sub.py:tiny")

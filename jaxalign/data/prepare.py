@@ -19,6 +19,14 @@ from jaxalign.errors import ConfigError, DataError
 SPLITS = ("sft", "pool", "held_out")
 
 
+def check_source(c: Any) -> None:
+  """Raises where the source is of no known kind, or no file is there."""
+  if c.data.source == "world":
+    world_of(c)
+  else:
+    sources.source_files(c.data.source)
+
+
 def fingerprint(c: Any) -> str:
   """A digest of what the source holds, so that changed data is noticed."""
   return "" if c.data.source == "world" else sources.source_digest(
@@ -141,9 +149,18 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
   needed = ("pool", "held_out") if c.model.checkpoint else SPLITS
   for name in needed:
     if not splits[name]:
+      hint = (", and disliked answers are not imitated; more rows are needed, "
+              "or set config.model.checkpoint"
+              if name == "sft" and kind == "thumbs" else
+              "; more rows are needed, or set config.data.split")
       raise DataError(f"the {name} split of {c.data.source} is empty "
-                      f"({card['kept']} rows kept of {card['seen']}); more "
-                      "rows are needed, or set config.data.split")
+                      f"({card['kept']} rows kept of {card['seen']}){hint}")
+  if wanted == "thumbs":
+    labels = {r["label"] for r in splits["pool"]}
+    if len(labels) == 1:
+      progress.say(f"  warning: all {len(splits['pool']):,} rows of the pool "
+                   f"are {'liked' if labels.pop() else 'disliked'}; "
+                   f"{c.loss.name} will only push one way")
   tok = _tokenizer(c, splits)
   artifacts.write_bytes(folder / "tokenizer.model", tok.proto)
   rows, report = tokens_lib.encode_rows(
@@ -173,7 +190,8 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
                vocab=tok.vocab_size, source=c.data.source)
   artifacts.write_json(folder / "data_card.json", card)
   names = [p.name for p in folder.iterdir()
-           if p.name != "cards" and ".tmp-" not in p.name]
+           if p.name != "cards" and ".tmp-" not in p.name
+           and (world or not p.name.startswith("world_"))]  # of a failed try
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
   return names, artifacts.Cost(), dict(kind=wanted, say=counts)
 
