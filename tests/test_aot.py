@@ -1,0 +1,271 @@
+"""The train step compiled for TPUs that are not there: memory, collectives."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from jaxalign import sharding
+from jaxalign.errors import ConfigError
+from jaxalign.data.tokens import TokenRows
+from jaxalign.model import decoder
+from jaxalign.train import feed
+from jaxalign.train import optim
+from jaxalign.train import step as steps
+
+sys.path.insert(0, str(ROOT))
+from tools import aot  # noqa: E402
+
+M = decoder.ModelConfig(layers=6, width=2048, heads=16, kv_heads=8,
+                        head_size=128, ff=5632, vocab=32000, context=1024,
+                        tied=False, dtype="bfloat16", remat="full")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu (pip install jaxalign[aot]), which is not installed")
+
+
+def line(result, operation, name="x", more=""):
+  """A program of one line, as the compiler writes them."""
+  return aot.instructions(
+      "HloModule jit_train_step\n\nENTRY %main (a: f32[]) -> f32[] {\n"
+      f"  ROOT %{name} = {result} {operation}(%a), channel_id=1{more}, "
+      'metadata={op_name="jit(f)/while/body/x"}\n}\n')
+
+
+@pytest.mark.parametrize("result, flagged", [
+    # A whole stack, however it is laid out, split or cast.
+    ("bf16[6,2048,5632]{2,1,0:T(8,128)(2,1)}", True),
+    ("f32[6,2048,8,128]{3,1,2,0:T(8,128)}", True),
+    ("bf16[2048,6,8,128]{3,2,1,0}", True),
+    ("(bf16[6,128,5632]{2,1,0}, bf16[6,2048,5632]{2,1,0:T(8,128)S(1)})", True),
+    # One layer; the head; a slice of the stack's rows.
+    ("bf16[1,2048,5632]{2,1,0:T(8,128)(2,1)S(1)}", False),
+    ("bf16[2048,5632]{1,0}", False), ("bf16[32000,2048]{1,0}", False),
+    ("f32[6,2048]{1,0}", False)])
+@pytest.mark.parametrize("operation", ["all-gather", "all-gather-start"])
+def test_a_stack_that_is_gathered_whole_is_flagged(operation, result, flagged):
+  found = aot.whole_gathers(line(result, operation, "all-gather.7"), M, 1)
+  assert bool(found) == flagged
+  assert all("all-gather.7" in words for words in found)
+  assert not aot.whole_gathers(line(result, "all-reduce"), M, 1)
+
+
+@pytest.mark.parametrize("result, flagged", [
+    ("f32[4,1024,32000]{2,1,0:T(8,128)}", True),
+    ("bf16[2,2,1023,32000]{3,2,1,0}", True),
+    ("f32[4096,32000]{1,0}", True), ("f32[131072000]{0}", True),
+    ("f32[4,32768000]{1,0}", True),
+    ("(s32[], f32[16,4,64,32000]{3,2,1,0})", True),
+    ("f32[4,64,32000]{2,1,0}", False), ("f32[32000,2048]{1,0}", False),
+    # As large, but no multiple of the vocabulary.
+    ("f32[4,32,1024,1024]{3,2,1,0}", False)])
+def test_logits_of_all_positions_are_flagged(result, flagged):
+  found = aot.logit_buffers(line(result, "fusion"), M, responses=4,
+                            length=1024, tensor=1)
+  assert bool(found) == flagged
+
+
+def test_a_check_that_could_not_tell_is_refused():
+  with pytest.raises(ConfigError, match="choose other --rows"):
+    aot.logit_buffers([], M, responses=2, length=1024, tensor=1)
+  with pytest.raises(ConfigError, match="layers=2 or more"):
+    aot.whole_gathers([], M._replace(layers=1), 1)
+
+
+def test_collectives_are_counted_by_channel_and_place():
+  program = aot.instructions("""HloModule m
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+%all-reduce-scatter.1 (i: f32[8]) -> f32[2] {
+  %all-reduce.1 = f32[8]{0} all-reduce(%i), channel_id=1, to_apply=%add
+  ROOT %d = f32[2]{0} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={2}
+}
+%start.1 (i: f32[2]) -> (f32[2], f32[8]) {
+  %all-gather.1 = f32[8]{0} all-gather(%i), channel_id=2, dimensions={0}
+}
+%body.1 (t: (f32[8])) -> (f32[8]) {
+  %fusion.1 = (f32[2]{0}, f32[8]{0}) fusion(%t), calls=%start.1
+  %all-gather.2 = f32[8]{0} all-gather(%t), channel_id=2, dimensions={0}
+  %fusion.2 = f32[2]{0} fusion(%t), kind=kCustom, calls=%all-reduce-scatter.1
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (f32[8]{0}) while(%p), condition=%add, body=%body.1
+  %all-gather-start.3 = (f32[2], f32[8]) all-gather-start(%p), channel_id=3
+  %all-gather-done.3 = f32[8] all-gather-done(%all-gather-start.3)
+  ROOT %all-reduce.4 = f32[8] all-reduce(%p), channel_id=4, to_apply=%add
+}
+""")
+  assert aot.collectives(program) == {
+      "all-gather in loops": 1, "all-gather outside": 1,
+      "all-reduce outside": 1, "reduce-scatter in loops": 1}
+
+
+def same_arrays(real, assumed):
+  """Abstract arrays agree with real ones in all but the values."""
+  assert jax.tree.structure(real) == jax.tree.structure(assumed)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(real),
+                          jax.tree.leaves(assumed)):
+    name = jax.tree_util.keystr(path)
+    assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+    if x.shape:
+      assert x.sharding.is_equivalent_to(y.sharding, x.ndim), name
+  # By the shardings alone, as many bytes as the arrays have on one device.
+  assert aot.held_bytes(assumed) == sum(
+      x.addressable_shards[0].data.nbytes if isinstance(x, jax.Array)
+      else x.nbytes for x in jax.tree.leaves(real))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("loss, responses", [("dpo", 2), ("kto", 1)])
+def test_the_compiled_batch_is_what_a_run_feeds(loss, responses, accumulation):
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  n = 8 * responses
+  tokens = TokenRows(np.zeros(12 * n, np.int32), 12 * np.arange(n + 1),
+                     np.full(n, 4, np.int32), np.zeros(n, np.int32))
+  zeros, thumbs = np.zeros((8, responses), np.float32), loss == "kto"
+  rows = feed.Rows([str(i) for i in range(8)], tokens,
+                   np.arange(n).reshape(8, responses), zeros, zeros,
+                   np.zeros(8, bool) if thumbs else None)
+  batch_at, _, _ = feed.make_feed(
+      mesh, rows, batch=8, accumulation=accumulation, seed=0, context=32,
+      rate=lambda step: 1e-3,
+      mismatched=feed.Mismatched(tokens, zeros[:, 0]) if thumbs else None)
+  real = batch_at(0)
+  same_arrays(real, aot.abstract_batch(
+      mesh, loss, 8, real["tokens"].shape[-1], accumulation))
+
+
+def test_the_compiled_state_is_what_a_run_starts_from():
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  m = M._replace(layers=2, width=16, heads=4, kv_heads=2, head_size=4, ff=24,
+                 vocab=34)
+  tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
+  with jax.set_mesh(mesh):
+    params = {n: sharding.put(mesh, np.zeros(p.shape, np.float32), *p.axes)
+              for n, p in decoder.table(m).items()}
+    same_arrays(steps.init_state(params, tx), aot.abstract_state(m, mesh, tx))
+
+
+# Compiled, each in a process of its own: libtpu is locked and its flags are
+# read once.
+
+
+def report(topology, fsdp, tensor, rows):
+  done = subprocess.run(
+      [sys.executable, "tools/aot.py", f"--topology={topology}",
+       f"--fsdp={fsdp}", f"--tensor={tensor}", f"--rows={rows}", "--json",
+       f"--layers={M.layers}"], cwd=ROOT, capture_output=True, text=True,
+      timeout=600)
+  assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+  return aot.Report(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def sound(r):
+  """What every compiled step must hold to."""
+  assert r.whole_gathers == [] and r.logit_buffers == []
+  assert abs(r.argument_bytes / r.expected_bytes - 1) < 0.05
+  # Four float32 numbers a parameter are held; the fourth is the gradient.
+  assert r.planned["parameters"] + r.planned["optimizer"] <= r.expected_bytes
+  # No array of any shape is as large as the logits would be.
+  sizes = [int(np.prod([int(n) for n in shape[:-1].split("[")[1].split(",")]))
+           for _, shape, _ in r.largest]
+  assert max(sizes) < r.logit_elements
+  # Seven weights a layer: gathered forward and again backward; outside of the
+  # loops only the embedding and the head.
+  assert r.collectives["all-gather in loops"] == 14
+  assert r.collectives["all-gather outside"] == 2
+  # The estimate of the plan, against the compiler.
+  planned = sum(r.planned[k] for k in ("gradients", "activations",
+                                       "workspace"))
+  assert 0.8 < planned / r.temp_bytes < 1.5
+  print(aot.table(r))
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_twice_the_chips_hold_half_each():
+  # As many rows a chip on both, so that only the state is divided further.
+  many, few = report("v5e:4x4", 16, 1, 32), report("v5e:2x4", 8, 1, 16)
+  assert many.chips == 16 and few.chips == 8
+  for r in (many, few):
+    sound(r)
+    assert 400e6 < r.parameters < 420e6
+  assert abs(few.argument_bytes / many.argument_bytes / 2 - 1) < 0.05
+  # A table's worth of weights and moments in float32, a sixteenth of it.
+  assert abs(many.argument_bytes / (12 * many.parameters / 16) - 1) < 0.05
+  assert many.temp_bytes < 1.1 * few.temp_bytes
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_tensor_parallel_on_another_generation():
+  r = report("v5p:2x2x2", 4, 2, 16)
+  sound(r)
+  # The sums over heads and features that tensor parallelism adds.
+  assert r.collectives["all-reduce in loops"] >= 4
+  assert abs(r.argument_bytes / (12 * r.parameters / 8) - 1) < 0.05
+
+
+CONTROL = """
+import jax, jax.numpy as jnp
+from tools import aot
+from jax.experimental import topologies
+from jaxalign import sharding
+from jaxalign.model import decoder
+m = decoder.ModelConfig(layers=6, width=512, heads=8, kv_heads=4, head_size=64,
+                        ff=1024, vocab=4000, context=256)
+mesh = sharding.make_mesh(dict(fsdp=8, tensor=1), topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x4").devices)
+
+def abstract(shape, *axes):
+  return jax.ShapeDtypeStruct(shape, jnp.bfloat16,
+                              sharding=sharding.named(mesh, *axes))
+
+def stacked(w, x):  # gathers before the scan
+  whole = jax.reshard(w, jax.P())
+  return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, whole)[0]
+
+def scanned(w, x):  # gathers inside, as the decoder does
+  def body(x, w):
+    return jnp.tanh(x @ sharding.SPREAD.weight(w, ("width", None))), None
+  return jax.lax.scan(body, x, w)[0]
+
+def head(w, x):  # logits of all positions
+  y = jnp.einsum("bld,vd->blv", x, jax.reshard(w, jax.P()))
+  return jnp.sum(jax.nn.log_softmax(jax.lax.optimization_barrier(y)))
+
+with jax.set_mesh(mesh):
+  w = abstract((6, 512, 512), None, "width", None)
+  x = abstract((32, 256, 512), "batch", None, None)
+  table = abstract((4000, 512), "vocab", "width")
+  for name, fn, args in (("stacked", stacked, (w, x)),
+                         ("scanned", scanned, (w, x)),
+                         ("head", head, (table, x))):
+    compiled = aot.compile_lowered(jax.jit(fn).lower(*args))
+    program = aot.instructions(compiled.text)
+    print("SAW", name, len(aot.whole_gathers(program, m, 1)),
+          len(aot.logit_buffers(program, m, responses=4, length=256, tensor=1)),
+          any("4000" in shape for _, shape, _ in aot.held(compiled.assignment)))
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_programs_that_do_it_wrong_are_flagged():
+  done = subprocess.run([sys.executable, "-c", CONTROL], cwd=ROOT, text=True,
+                        capture_output=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+  saw = {words[1]: words[2:] for words in map(str.split,
+                                              done.stdout.splitlines())
+         if words[:1] == ["SAW"]}
+  assert set(saw) == {"stacked", "scanned", "head"}
+  assert int(saw["stacked"][0]) > 0 and saw["stacked"][1] == "0"
+  assert saw["scanned"] == ["0", "0", "False"]
+  assert saw["head"][0] == "0" and int(saw["head"][1]) > 0
+  assert saw["head"][2] == "True"

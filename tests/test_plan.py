@@ -1,0 +1,175 @@
+"""The dry run: bytes against real arrays, and what it prints without a trace."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from jaxalign import plan
+from jaxalign import sharding
+from jaxalign.model import decoder
+from jaxalign.train import optim
+from jaxalign.train import step as steps
+
+M = decoder.ModelConfig(layers=3, width=32, heads=4, kv_heads=2, head_size=8,
+                        ff=40, vocab=48, context=16, tied=False)
+
+
+def on_one_device(tree):
+  return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_memory_of_the_state_is_what_a_device_holds():
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  held = plan.memory(M, mesh, rows=16, length=16, chunk=8)
+  tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
+  with jax.set_mesh(mesh):
+    params = decoder.init(jax.random.key(0), M, mesh)
+    state = steps.init_state(params, tx).opt_state
+  assert held["parameters"] == on_one_device(params)
+  assert held["gradients"] == held["parameters"]
+  moments = [x for x in jax.tree.leaves(state) if x.ndim]
+  assert held["optimizer"] == on_one_device(moments)
+
+
+def test_memory_of_a_step_by_hand():
+  m = decoder.ModelConfig(layers=2, width=4, heads=2, kv_heads=1, head_size=2,
+                          ff=3, vocab=10, context=16, remat="full")
+  one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  held = plan.memory(m, one, rows=6, length=5, chunk=2)
+  # A layer: q, o 4x4, k, v 4x2, three of 4x3, two norms of 4: 92. The table is
+  # 10x4 and tied, the last norm 4.
+  assert held["parameters"] == 4 * (2 * 92 + 44)
+  # One vector of 4 a token and layer.
+  assert held["activations"] == 2 * 30 * 4 * 4
+  # A layer again: 6x4 + 4x4 + 3x3 numbers a token, scores of 2 heads with
+  # 5 positions twice, weights with their gradients.
+  layer = 8 * 92 + 30 * (49 * 4 + 10 * 8)
+  # The head: two arrays of logits for 2 positions of 6 rows, weights with
+  # their gradients.
+  head = 2 * 4 * 6 * 2 * 10 + 8 * 40
+  assert (layer, head) == (9016, 1280)
+  assert held["workspace"] == 9016
+  wide = plan.memory(m._replace(vocab=200), one, rows=6, length=5, chunk=2)
+  assert wide["workspace"] == 2 * 4 * 6 * 2 * 200 + 8 * 800 == 25600
+  # Rematerialisation keeps less and needs more at once.
+  kept = {r: plan.memory(m._replace(remat=r), one, rows=6, length=5, chunk=2)
+          for r in decoder.REMAT}
+  assert (kept["none"]["activations"] > kept["dots"]["activations"]
+          > kept["full"]["activations"])
+  assert kept["none"]["workspace"] < kept["full"]["workspace"]
+  half = plan.memory(m._replace(dtype="bfloat16"), one, rows=6, length=5,
+                     chunk=2)
+  assert half["activations"] == held["activations"] // 2
+  assert half["parameters"] == held["parameters"]
+
+
+def test_the_mesh_divides_memory():
+  sizes = dict(rows=16, length=16, chunk=8)
+  held = {shape: plan.memory(M, sharding.make_mesh(
+      dict(fsdp=shape[0], tensor=shape[1]),
+      jax.devices()[:shape[0] * shape[1]]), **sizes)
+          for shape in ((1, 1), (4, 1), (4, 2))}
+  whole = 4 * decoder.parameter_count(M)
+  norms = 4 * M.width * (2 * M.layers + 1)  # on every device
+  assert held[1, 1]["parameters"] == whole
+  assert held[4, 1]["parameters"] == (whole - norms) // 4 + norms
+  assert held[4, 2]["parameters"] == (whole - norms) // 8 + norms
+  assert held[4, 1]["activations"] == held[1, 1]["activations"] // 4
+
+
+@pytest.mark.parametrize("kind, rate", [
+    ("TPU v5 lite", 79e12), ("TPU v5", 184e12), ("TPU v6 lite", 367e12),
+    ("TPU v4", 110e12), ("NVIDIA H200", 396e12),
+    ("NVIDIA A100-SXM4-80GB", 125e12), ("cpu", plan.RATES["cpu"]),
+    ("a kind that is not known", plan.RATES["cpu"])])
+def test_the_rate_of_a_device(kind, rate):
+  assert plan.rate_of(types.SimpleNamespace(device_kind=kind)) == rate
+
+
+def dry_run(folder, *flags):
+  """What a dry run says, what it leaves in its folder."""
+  folder.mkdir()
+  workdir = folder / "work"
+  workdir.mkdir()
+  return subprocess.Popen(
+      [sys.executable, "-m", "jaxalign.main",
+       "--config=configs/dpo_sub.py:smoke", f"--workdir={workdir}",
+       "--config.compile_cache=", "--dry_run", *flags], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=os.environ | dict(HOME=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+  """The output of two dry runs: the built-in world, and a file of pairs."""
+  folder = tmp_path_factory.mktemp("plan")
+  source = folder / "pairs.jsonl"
+  source.write_text("".join(json.dumps(dict(
+      prompt=f"question {i} " + "word " * (i % 7), chosen=f" yes, answer {i}",
+      rejected=f" no, never {i}")) + "\n" for i in range(400)))
+  runs = dict(world=dry_run(folder / "world"), file=dry_run(
+      folder / "file", f"--config.data.source={source}",
+      "--config.select.budget=0.5",
+      "--config.compare=('random',)"))
+  out = {}
+  for name, process in runs.items():
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, text
+    out[name] = text
+    # Nothing computed, so nothing written: neither there nor at home.
+    assert [p for p in (folder / name).rglob("*") if p.is_file()] == []
+    assert list((folder / name / "work").iterdir()) == []
+  return out
+
+
+def stages_of(text):
+  """Stage -> (count, unit, operations), as printed."""
+  return {name.strip(): (int(count.replace(",", "")), unit, float(operations))
+          for name, count, unit, operations in re.findall(
+              r"^  (\S.{27}) *([\d,]+) (\w+) +(\S+) operations  about",
+              text, re.MULTILINE)}
+
+
+def test_a_dry_run_prints_the_whole_job(said):
+  text = said["world"]
+  stages = stages_of(text)
+  assert list(stages)[:4] == ["sft", "embed", "mixture", "baseline"]
+  for arm in ("isa-0.1-seed0", "random-0.1-seed0", "all-1-seed0"):
+    assert {f"align {arm}", f"evaluate {arm}"} <= set(stages)
+  assert stages["sft"][:2] == (500, "updates")
+  assert stages["embed"][:2] == (8000, "rows")  # 4000 pairs
+  # A tenth is 400 pairs: 12.5 batches of 32 an epoch, three epochs.
+  assert stages["align isa-0.1-seed0"][:2] == (38, "updates")
+  assert stages["align all-1-seed0"][:2] == (125, "updates")
+  total = float(re.search(r"in all +(\S+) operations", text)[1])
+  np.testing.assert_allclose(total, sum(s[2] for s in stages.values()),
+                             rtol=0.02)
+  # Training on all: three forward passes over 125 batches of 64 answers, each
+  # of which cost the embedding pass one.
+  np.testing.assert_allclose(
+      stages["align all-1-seed0"][2] / stages["embed"][2],
+      3 * 125 * 64 / 8000, rtol=0.02)
+  for words in ("nothing computed", "memory a device", "parameters",
+                "optimizer", "activations", "GFLOP/s", "'fsdp': 8"):
+    assert words in text
+
+
+def test_a_dry_run_of_a_file_counts_its_rows(said):
+  stages = stages_of(said["file"])
+  assert not any(name.startswith("align all") for name in stages)
+  # 400 pairs: a quarter for the reference, three fifths to choose from.
+  split = dict(re.findall(r"([\d,]+) (sft|pool|held_out)", said["file"]))
+  split = {name: int(n.replace(",", "")) for n, name in split.items()}
+  assert sum(split.values()) == 400
+  assert abs(split["pool"] - 240) < 30
+  assert stages["embed"][:2] == (2 * split["pool"], "rows")
+  kept = int(0.5 * split["pool"])
+  assert stages["align isa-0.5-seed0"][:2] == (-(-3 * kept // 32), "updates")
