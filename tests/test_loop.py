@@ -1,0 +1,350 @@
+"""A killed run goes on bit for bit; NaN and damage are named, never kept."""
+
+import functools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import artifacts
+from jaxalign import checkpoints
+from jaxalign import interrupt
+from jaxalign import sharding
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.errors import NumericError, RestartError
+from jaxalign.model import decoder
+from jaxalign.train import feed
+from jaxalign.train import loop
+from jaxalign.train import optim
+from jaxalign.train import step as steps
+from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import LOSSES
+
+MODEL = decoder.ModelConfig(layers=1, width=8, heads=2, kv_heads=2,
+                            head_size=4, ff=8, vocab=16, context=12)
+UPDATES, SAVE_EVERY = 6, 2
+TIMES = ("time", "perf/tokens_per_s")
+
+
+class Killed(Exception):
+  """Stands for a power cut."""
+
+
+@functools.lru_cache
+def rows():
+  rng = np.random.default_rng(0)
+  ids = [rng.integers(3, 16, rng.integers(5, 12)) for _ in range(22)]
+  tokens = tokens_lib.TokenRows(
+      np.concatenate(ids).astype(np.int32),
+      np.cumsum([0] + [len(i) for i in ids]),
+      np.array([len(i) - 2 for i in ids], np.int32), np.zeros(22, np.int32))
+  return feed.Rows([f"row-{i:02d}" for i in range(11)], tokens,
+                   np.arange(22).reshape(11, 2),
+                   np.float32(rng.normal(-6, 1, (11, 2))),
+                   np.full((11, 2), 2, np.float32))
+
+
+@functools.lru_cache
+def train_step():
+  tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
+  return steps.make_train_step(PRODUCERS["chunked"](MODEL, 5), LOSSES["dpo"],
+                               tx, sft_weight=0.2), tx
+
+
+def fresh(mesh):
+  rng = np.random.default_rng(5)
+  return steps.init_state(
+      {n: sharding.put(mesh, np.float32(rng.normal(
+          1.0 if p.scale == 0 else 0.0, 0.3, p.shape)), *p.axes)
+       for n, p in decoder.table(MODEL).items()}, train_step()[1])
+
+
+def run(mesh, folder, at=None, asked=None, **changes):
+  """`loop.fit`; `at(step)` is called before a batch is made."""
+  batch_at, ids_at, tokens_at = feed.make_feed(
+      mesh, rows(), batch=4, accumulation=1, seed=3, context=12,
+      rate=lambda step: 0.01 * (step + 1))
+
+  def watched(step):
+    if asked is not None:
+      asked.append(step)
+    return (at and at(step, batch_at)) or batch_at(step)
+
+  return loop.fit(fresh(mesh), train_step()[0], watched, ids_at,
+                  **(dict(folder=folder, label="align", updates=UPDATES,
+                          save_every=SAVE_EVERY, tokens_at=tokens_at)
+                     | changes))
+
+
+def log_of(folder):
+  """The log's lines without their times, and that the times are there."""
+  lines = [json.loads(x) for x in
+           (folder / "metrics.jsonl").read_text().splitlines()]
+  for line in lines:
+    assert all(line.pop(t) >= 0 for t in TIMES)
+  return lines
+
+
+def saved(folder):
+  return sorted(int(p.name) for p in (folder / "checkpoints").iterdir()
+                if p.name.isdigit())
+
+
+_WHOLE = {}
+
+
+@pytest.fixture
+def whole(mesh, tmp_path_factory):
+  """An uninterrupted run on this mesh: (state, log)."""
+  key = tuple(mesh.shape.values())
+  if key not in _WHOLE:
+    folder = tmp_path_factory.mktemp("whole")
+    state = jax.device_get(run(mesh, folder))
+    assert saved(folder) == [4, 6]  # the newest two
+    _WHOLE[key] = state, log_of(folder), folder
+  return _WHOLE[key]
+
+
+def same(state, folder, whole):
+  for a, b in zip(jax.tree.leaves(jax.device_get(state)),
+                  jax.tree.leaves(whole[0]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert log_of(folder) == whole[1]
+
+
+@pytest.fixture
+def alone():
+  m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  with jax.set_mesh(m):
+    yield m
+
+
+@pytest.fixture
+def golden(alone, tmp_path_factory):
+  return whole.__wrapped__(alone, tmp_path_factory)
+
+
+def test_the_log_of_a_whole_run(whole):
+  _, log, _ = whole
+  assert [x["step"] for x in log] == list(range(UPDATES))
+  assert [x["train/lr"] for x in log] == pytest.approx(
+      [0.01 * (s + 1) for s in range(UPDATES)])
+  for name in ("train/loss", "train/grad_norm", "train/nll",
+               "train/preference_loss", "rewards/margins", "logps/chosen"):
+    assert all(np.isfinite(x[name]) for x in log), name
+  assert log[-1]["train/loss"] < log[0]["train/loss"]
+
+
+def test_a_finished_run_does_nothing(golden, alone):
+  asked = []
+  same(run(alone, golden[2], asked=asked), golden[2], golden)
+  assert asked == []
+
+
+# Killed.
+
+
+@pytest.mark.parametrize("k,goes_on_at", [(0, 0), (3, 2), (4, 4)],
+                         ids=["first", "middle", "after-a-save"])
+def test_a_killed_run_goes_on_bit_for_bit(mesh, whole, tmp_path, k, goes_on_at):
+  def at(step, _):
+    if step == k:
+      raise Killed
+  with pytest.raises(Killed):
+    run(mesh, tmp_path, at)
+  asked = []
+  same(run(mesh, tmp_path, asked=asked), tmp_path, whole)
+  assert asked == list(range(goes_on_at, UPDATES))
+
+
+@pytest.mark.parametrize("where", ["log", "arrays", "manifest"])
+def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
+  """Before the log, before the arrays, before the digests of step 4."""
+  count = dict(log=0, arrays=0, manifest=0)
+
+  def dying(name, real):
+    def call(*args, **kwargs):
+      count[name] += 1
+      if name == where and count[name] == 2:
+        raise Killed
+      return real(*args, **kwargs)
+    return call
+
+  with monkeypatch.context() as patch:
+    real = artifacts.write_bytes
+    def write(path, data):
+      kind = "log" if str(path).endswith("metrics.jsonl") else "manifest"
+      return dying(kind, real)(path, data)
+    patch.setattr(artifacts, "write_bytes", write)
+    patch.setattr(checkpoints.Checkpoints, "save",
+                  dying("arrays", checkpoints.Checkpoints.save))
+    with pytest.raises(Killed):
+      run(alone, tmp_path)
+  asked = []
+  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
+  assert asked == [2, 3, 4, 5]
+
+
+def test_killed_again_and_again(golden, alone, tmp_path):
+  for k in (1, 3, 5):
+    def at(step, _, k=k):
+      if step == k:
+        raise Killed
+    with pytest.raises(Killed):
+      run(alone, tmp_path, at)
+  same(run(alone, tmp_path), tmp_path, golden)
+
+
+@pytest.mark.parametrize("number,error", [(signal.SIGTERM, RestartError),
+                                          (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_first(golden, alone, tmp_path, number, error):
+  before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+  interrupt.install()
+  def at(step, _):
+    if step == 2:
+      os.kill(os.getpid(), number)
+  try:
+    with pytest.raises(error):
+      run(alone, tmp_path, at)
+  finally:
+    interrupt.install()  # forgets the signal
+    for s, handler in before.items():
+      signal.signal(s, handler)
+  assert saved(tmp_path) == [2, 3]  # the step in flight was finished
+  assert [x["step"] for x in log_of(tmp_path)] == [0, 1, 2]
+  asked = []
+  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
+  assert asked == [3, 4, 5]
+
+
+def test_how_often_it_saves_changes_nothing(golden, alone, tmp_path):
+  same(run(alone, tmp_path, save_every=100), tmp_path, golden)
+  assert saved(tmp_path) == [6]
+
+
+# Not a number.
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 5])
+def test_nan_is_named_and_nothing_after_it_is_kept(golden, alone, tmp_path, k):
+  def at(step, batch_at):
+    if step == k:
+      batch = batch_at(step)
+      bad = np.asarray(batch["ref_sum"]).copy()
+      bad[0, 1, 0] = np.nan
+      return batch | dict(ref_sum=sharding.put(alone, bad, None, "batch"))
+  with pytest.raises(NumericError) as caught:
+    run(alone, tmp_path, at)
+  text, kept = str(caught.value), SAVE_EVERY * (k // SAVE_EVERY)
+  assert f"align: loss nan, gradient norm nan at step {k}; " in text
+  assert f"nothing after step {kept} is saved" in text
+  batch_at, ids_at, _ = feed.make_feed(
+      alone, rows(), batch=4, accumulation=1, seed=3, context=12,
+      rate=lambda step: 0.0)
+  assert ", ".join(ids_at(k)) in text and caught.value.exit_code == 76
+  assert max(saved(tmp_path), default=0) == kept
+  if kept:
+    assert [x["step"] for x in log_of(tmp_path)] == list(range(kept))
+  else:
+    assert not (tmp_path / "metrics.jsonl").exists()
+  # With the row repaired the run ends as if nothing had been.
+  same(run(alone, tmp_path), tmp_path, golden)
+
+
+def test_an_infinite_gradient_stops_a_finite_loss(alone, tmp_path):
+  real = train_step()[0]
+  def broken(state, batch):
+    state, totals = real(state, batch)
+    return state, totals | {"grad_norm": np.array([np.inf, 1.0])}
+  batch_at, ids_at, tokens_at = feed.make_feed(
+      alone, rows(), batch=4, accumulation=1, seed=3, context=12,
+      rate=lambda step: 0.01)
+  with pytest.raises(NumericError, match="gradient norm inf at step 0"):
+    loop.fit(fresh(alone), broken, batch_at, ids_at, folder=tmp_path,
+             label="align", updates=2, save_every=1, tokens_at=tokens_at)
+  assert saved(tmp_path) == []
+
+
+# Damage.
+
+
+def stop_at_5(alone, folder):
+  def at(step, _):
+    if step == 5:
+      raise Killed
+  with pytest.raises(Killed):
+    run(alone, folder, at)
+  assert saved(folder) == [2, 4]
+
+
+def files_of(folder, step):
+  return sorted(p for p in (folder / "checkpoints" / str(step)).rglob("*")
+                if p.is_file() and p.stat().st_size)
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(bytes(data))
+
+
+def test_one_flipped_bit_falls_back_a_save(golden, alone, tmp_path, capsys):
+  stop_at_5(alone, tmp_path)
+  flip(max(files_of(tmp_path, 4), key=lambda p: p.stat().st_size))
+  capsys.readouterr()
+  asked = []
+  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
+  said = capsys.readouterr().out
+  assert "checkpoint 4 in" in said and "damaged" in said
+  assert "align: going on from step 2" in said
+  assert asked == [2, 3, 4, 5]
+
+
+def test_a_flip_anywhere_is_seen(alone, tmp_path):
+  stop_at_5(alone, tmp_path)
+  files = files_of(tmp_path, 4)
+  assert len(files) > 3
+  with checkpoints.Checkpoints(tmp_path / "checkpoints") as found:
+    assert found.verified(4)
+    for path in files:
+      data = path.read_bytes()
+      flip(path)
+      assert not found.verified(4), path
+      path.write_bytes(data)
+    path.unlink()
+    assert not found.verified(4)
+    path.write_bytes(data)
+    assert found.verified(4)
+    manifest = tmp_path / "checkpoints" / "4.digests.json"
+    manifest.write_text(manifest.read_text()[:-20])
+    assert not found.verified(4)
+
+
+def test_nothing_whole_starts_anew(golden, alone, tmp_path):
+  stop_at_5(alone, tmp_path)
+  for step in (2, 4):
+    flip(files_of(tmp_path, step)[0])
+  asked = []
+  same(run(alone, tmp_path, asked=asked), tmp_path, golden)
+  assert asked == list(range(UPDATES))
+
+
+def test_a_torn_log_line_is_dropped(golden, alone, tmp_path):
+  stop_at_5(alone, tmp_path)
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text() + '{"step": 4, "tr')
+  same(run(alone, tmp_path), tmp_path, golden)
+
+
+def test_parameters_alone_are_restored_on_another_mesh(golden):
+  state, _, folder = golden
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  with jax.set_mesh(mesh):
+    found = checkpoints.restore_params(folder / "checkpoints",
+                                       decoder.abstract(MODEL, mesh))
+  for n, p in decoder.table(MODEL).items():
+    np.testing.assert_array_equal(found[n], state.params[n])
+    assert found[n].sharding == sharding.named(mesh, *p.axes)
