@@ -385,7 +385,10 @@ def run_mixture(job: Job) -> None:
       artifacts.write_array(folder / "log_likelihood.npy", values)
       artifacts.write_json(folder / "diagnostics.json", diagnostics)
     width = fitted[0].means.shape[1]
-    sweeps = len(fitted[0].trace) * knobs["starts"]
+    # All fits that ran, the one on half the rows too; a start is taken to need
+    # as many sweeps as the one that was kept.
+    sweeps = knobs["starts"] * (sum(len(f.trace) for f in fitted)
+                                + len(fitted[0].trace) // 2)
     operations = (2 * n * r * stored.shape[2] ** 2  # the covariance
                   + sweeps * 4 * n * r * knobs["components"] * width ** 2)
     return (["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
