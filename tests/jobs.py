@@ -16,13 +16,22 @@ import tempfile
 import warnings
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
+from jaxalign import artifacts
 from jaxalign import interrupt
 from jaxalign import main
 from jaxalign import pipeline
+from jaxalign import sharding
+from jaxalign.checkpoints import Checkpoints
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.model import decoder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configs import common  # noqa: E402
 from tools.kill_test import differences, outcome  # noqa: E402, F401
 
 
@@ -87,6 +96,28 @@ def copy(workdir: Any) -> pathlib.Path:
   """A copy of the finished job that a test may harm."""
   shutil.copytree(finished(), workdir)
   return pathlib.Path(workdir)
+
+
+def unfinish(workdir: Any, arm: str, *stages: str) -> None:
+  """Removes what stages of an arm ("": shared) wrote, and their cards."""
+  for stage in stages:
+    at = pathlib.Path(workdir) / (f"runs/{arm}" if arm else f"shared/{stage}")
+    card = artifacts.read_card(at, stage)
+    artifacts._make_room(artifacts.epath.Path(at), card.outputs, ())
+    (at / "cards" / f"{stage}.json").unlink()
+
+
+def parameters(stage_folder: Any, step: int = 0) -> dict[str, np.ndarray]:
+  """The parameters of a checkpoint of a tiny job, the newest by default."""
+  c = common.base("tiny")
+  mesh = sharding.make_mesh(c.mesh)
+  tokenizer = Tokenizer.load(finished() / "shared/data/tokenizer.model")
+  model = pipeline.sizes(c, tokenizer.vocab_size)
+  with jax.set_mesh(mesh), Checkpoints(
+      pathlib.Path(stage_folder) / "checkpoints") as found:
+    found = found.restore(step or max(found.manager.all_steps()),
+                          dict(params=decoder.abstract(model, mesh)))
+  return {name: np.asarray(x) for name, x in found["params"].items()}
 
 
 def only_data(monkeypatch: Any) -> None:
