@@ -24,7 +24,7 @@ from jaxalign.select.topk import budget_rows
 # 40 % of the published bfloat16 peak; for a CPU core pair, as measured here.
 RATES = {"TPU v4": 110e12, "TPU v5 lite": 79e12, "TPU v5e": 79e12,
          "TPU v5": 184e12, "TPU v6": 367e12, "NVIDIA H": 396e12,
-         "NVIDIA A100": 125e12, "cpu": 15e9}
+         "NVIDIA A100": 125e12, "cpu": 30e9}
 CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
 
 

@@ -23,8 +23,8 @@ import scipy.linalg
 from jaxalign import artifacts
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, CorruptError, NumericError
-from jaxalign.select.chunks import BLOCK, chunk_rows, over_chunks
-from jaxalign.select.chunks import ordered_sum, padded_chunks, tiles
+from jaxalign.select.chunks import BLOCK, chunk_rows, ordered_sum
+from jaxalign.select.chunks import over_chunks, over_rows, padded_chunks, tiles
 from jaxalign.select.space import Space, prepare, project
 
 COVARIANCES = ("full", "tied", "diag")
@@ -82,7 +82,8 @@ def _full_chunk(constants, means, factors, z, weight):
   white = jnp.einsum("ktp,kpq->ktq", y, factors, precision=HIGHEST)
   r, bound = _posterior(constants[:, None] - 0.5 * (white**2).sum(-1), weight)
   weighted = r[..., None] * y
-  second = jnp.einsum("ktp,ktq->kpq", weighted, y, precision=HIGHEST)
+  second = over_rows(functools.partial(jnp.einsum, "ktp,ktq->kpq",
+                                       precision=HIGHEST), weighted, y)
   return _packed(r.sum(1), weighted.sum(1), second, bound)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.select.chunks import CHUNKS, chunk_rows, over_chunks, tiles
+from jaxalign.select.chunks import CHUNKS, chunk_rows, over_chunks, over_rows
+from jaxalign.select.chunks import tiles
 
 TILE = 4096  # rows of one host product
 
@@ -27,8 +28,9 @@ class Space(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _gram_program(mesh: jax.sharding.Mesh):
   """Jitted: tiles [chunks, rows, E] -> sums of outer products."""
-  return over_chunks(mesh, lambda x: jnp.einsum(
-      "te,tf->ef", x, x, precision=jax.lax.Precision.HIGHEST), 0)
+  product = functools.partial(jnp.einsum, "te,tf->ef",
+                              precision=jax.lax.Precision.HIGHEST)
+  return over_chunks(mesh, lambda x: over_rows(product, x, x), 0)
 
 
 def project(mean: np.ndarray, projection: np.ndarray,
