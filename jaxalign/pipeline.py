@@ -280,7 +280,7 @@ def run_sft(job: Job) -> None:
                                   ["config.json", "model.safetensors"])
     job.cards["", "sft"] = artifacts.Card(
         "sft", artifacts.key_of("checkpoint", files, {}), {}, {}, {}, Cost(),
-        {}, True)
+        {}, skipped=True)
     return
 
   def make(folder):
