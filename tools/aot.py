@@ -37,6 +37,7 @@ from configs import common
 from jaxalign import plan
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
+from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.train import feed
 from jaxalign.train import optim
@@ -321,7 +322,8 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
                       "installed (pip install jaxalign[aot])?") from error
   mesh = sharding.make_mesh(sizes, devices)
   decoder.check(m, mesh)
-  feed.check_batch(rows, accumulation, mesh, "rows")
+  feed.check_batch(rows, accumulation, mesh, "step")
+  lookup(LOSSES, loss, "loss", "loss.name")
   knobs = common.base().train
   tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
                             weight_decay=knobs.weight_decay)
