@@ -1,4 +1,4 @@
-"""The dry run: bytes against real arrays, and what it prints without a trace."""
+"""The dry run: bytes against real arrays; what it prints and leaves behind."""
 
 import json
 import os
