@@ -98,7 +98,8 @@ def test_equals_em_in_numpy(mesh, kind, components):
                     ridge=1e-3, labels=labels, tol=-1.0, max_iterations=25)
   np.testing.assert_allclose(got.trace, bounds, rtol=0, atol=1e-5)
   found = mixture.log_likelihood(got, x)
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+  # Float32 sums, 25 iterations, values of about 30: 1e-6 of the value.
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-5)
   tenth = len(x) // 10
   assert set(np.argsort(found)[:tenth]) == set(np.argsort(wanted)[:tenth])
   assert set(np.argsort(found)[-tenth:]) == set(np.argsort(wanted)[-tenth:])
