@@ -15,6 +15,8 @@ from jaxalign import ledger
 from jaxalign import pipeline
 from jaxalign.data import batches
 from jaxalign.data import records
+from jaxalign.data import world as world_lib
+from jaxalign.eval import evaluate
 from jaxalign.eval import intervals
 from jaxalign.eval import winrate
 from jaxalign.lookup import lookup
@@ -204,7 +206,6 @@ def _comparisons(job: pipeline.Job, arms: list[pipeline.Arm]
 
   if told["SFT model"][0]["reward"] is not None:
     world = job.examined.world
-    from jaxalign.data import world as world_lib
     target = np.array([world_lib.reward(world, s["prompt"], s["target"])
                        for s in told["SFT model"]])
     won = {n: winrate.wins(np.array([s["reward"] for s in samples]), target)
@@ -224,7 +225,6 @@ def _comparisons(job: pipeline.Job, arms: list[pipeline.Arm]
 
 def _right(job: pipeline.Job, folder: Any) -> np.ndarray:
   """[n] 1, 0.5 or 0: whether the implicit reward prefers the chosen side."""
-  from jaxalign.eval import evaluate
   policy, ref = evaluate.as_pairs(
       job.examined, artifacts.read_array(folder / "held_out_logp.npy"),
       artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"))
@@ -238,8 +238,11 @@ def _samples(job: pipeline.Job, arms: list[pipeline.Arm]) -> list[dict]:
           for a in arms}
   out = []
   for k, sft in enumerate(pipeline.read_samples(job.shared / "baseline")[:6]):
-    rewards = {"SFT model": sft["reward"]} | {
+    rewards = dict(sft=sft["reward"]) | {
         n: s[k]["reward"] for n, s in told.items()}
+    if job.examined.world is not None:
+      rewards["target"] = world_lib.reward(job.examined.world, sft["prompt"],
+                                           sft["target"])
     out.append(dict(prompt=sft["prompt"], target=sft["target"],
                     sft=sft["said"],
                     arms={n: s[k]["said"] for n, s in told.items()},
@@ -281,11 +284,11 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
       warnings.append(f"{arm.name}: {100 * share:.0f} % of its answers are "
                       f"malformed, {100 * before:.0f} % before alignment")
   for share in costs["saved"][:1]:
-    value = 100 * share["without_sft"]
-    verdicts.append(
-        f"With the selection counted, {share['arm']} "
-        + (f"saves {value:.0f} %" if value >= 0 else f"costs {-value:.0f} % MORE")
-        + " of the operations of aligning on everything with the same recipe.")
+    if share["without_sft"] >= 0:  # a loss is told by the pages themselves
+      verdicts.append(
+          f"With the selection counted, {share['arm']} saves "
+          f"{100 * share['without_sft']:.0f} % of the operations of aligning "
+          "on everything with the same recipe.")
   pool = data["rows_by_split"]["pool"]
   unit = "pairs" if job.kind == "pairs" else "answers"
   budget = described[0]["rows"]
