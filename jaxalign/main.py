@@ -131,6 +131,7 @@ def _run(values, argv: list[str]) -> None:
   c = values.config
   import jax
   from jaxalign import artifacts
+  from jaxalign import checks
   from jaxalign import interrupt
   from jaxalign import pipeline
   from jaxalign import plan
@@ -147,7 +148,7 @@ def _run(values, argv: list[str]) -> None:
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
     job = pipeline.Job(c, mesh, values.workdir or "runs/plan", values.redo)
-    pipeline.validate(job)
+    checks.validate(job)
     if values.dry_run:
       plan.show(job, study.arms_of(c))
       return

@@ -6,9 +6,8 @@ through files: `select` and `train` never import each other.
 """
 
 import functools
-import inspect
 import json
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 from etils import epath
 import jax
@@ -22,9 +21,9 @@ from jaxalign.data import batches
 from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.errors import DataError
 from jaxalign.eval import evaluate
+from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -33,7 +32,6 @@ from jaxalign.select import embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import SAMPLERS
-from jaxalign.select.samplers import basic
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import feed
 from jaxalign.train import loop
@@ -44,214 +42,6 @@ from jaxalign.train.losses import LOSSES
 
 
 TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
-
-
-class Arm(NamedTuple):
-  """One sampler at one budget and seed, and where it lives."""
-
-  sampler: str
-  budget: float | int
-  seed: int
-
-  @property
-  def name(self) -> str:
-    """"isa-0.1-seed0"; the whole pool is called "all"."""
-    name = "all" if self.is_all else self.sampler.replace(":", ".")
-    return f"{name}-{self.budget:g}-seed{self.seed}"
-
-  @property
-  def is_all(self) -> bool:
-    """Whether nothing was left out."""
-    return self.budget == 1.0 and isinstance(self.budget, float)
-
-
-class Job:
-  """What every stage of a run shares: config, mesh, folders, finished cards.
-
-  A class because it caches what is costly to load (tokens, the reference).
-  """
-
-  def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
-    self.c, self.mesh, self.redo = c, mesh, redo
-    self.workdir = epath.Path(workdir)
-    self.shared = self.workdir / "shared"
-    self.cards: dict[tuple[str, str], artifacts.Card] = {}
-
-  def run(self, folder: Any, stage: str, arm: str = "", **kwargs
-          ) -> artifacts.Card:
-    """`artifacts.run`, remembered by (arm, stage) for the ledger."""
-    if arm:
-      progress.say(f"[{arm}]") if stage == "select" else None
-    card = artifacts.run(folder, stage, redo=self.redo, **kwargs)
-    self.cards[arm, stage] = card
-    return card
-
-  @functools.cached_property
-  def loss(self) -> Callable:
-    """The loss with its keywords bound."""
-    fn = lookup(LOSSES, self.c.loss.name, "loss", "loss.name")
-    kwargs = self.c.loss.kwargs.to_dict()
-    known = [p.name for p in inspect.signature(fn).parameters.values()
-             if p.kind == p.KEYWORD_ONLY]
-    for name in kwargs:
-      if name not in known:
-        raise ConfigError(f"loss {self.c.loss.name!r} takes no {name!r}; it "
-                          f"takes {', '.join(known) or 'no keywords'}; set "
-                          "config.loss.kwargs")
-    bound = functools.partial(fn, **kwargs)
-    bound.kind, bound.stats = fn.kind, fn.stats
-    return bound
-
-  @property
-  def kind(self) -> str:
-    """"pairs" or "thumbs": what the loss eats."""
-    return "thumbs" if self.loss.kind == "thumbs" else "pairs"
-
-  @functools.cached_property
-  def tokenizer(self) -> Tokenizer:
-    """The data stage's tokenizer."""
-    return Tokenizer.load(self.shared / "data" / "tokenizer.model")
-
-  @functools.cached_property
-  def model(self) -> decoder.ModelConfig:
-    """The sizes of the reference and policy."""
-    c = self.c.model
-    if c.checkpoint:
-      m = weights.read_config(c.checkpoint, c.dtype, c.remat)
-      m = m._replace(context=prepare.checked_context(self.c, m.context))
-      if self.tokenizer.vocab_size > m.vocab:
-        raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} "
-                          f"pieces, the checkpoint {m.vocab} embeddings; set "
-                          "config.model.tokenizer")
-    else:
-      m = sizes(self.c, self.tokenizer.vocab_size)
-    decoder.check(m, self.mesh)
-    return m
-
-  @functools.lru_cache(maxsize=None)
-  def rows(self, split: str) -> list[dict]:
-    """The records of a split, in id order."""
-    return records.read_table(self.shared / "data" / f"{split}.parquet")
-
-  @functools.lru_cache(maxsize=None)
-  def tokens(self, split: str) -> tokens_lib.TokenRows:
-    """The tokenized rows of a split; two a pair."""
-    return tokens_lib.load_rows(self.shared / "data", split)
-
-  @functools.cached_property
-  def reference(self) -> decoder.Params:
-    """The frozen reference's parameters, on the mesh."""
-    if self.c.model.checkpoint:
-      return weights.load_folder(self.c.model.checkpoint, self.model, self.mesh)
-    return restore_params(self.shared / "sft" / "checkpoints",
-                          decoder.abstract(self.model, self.mesh))
-
-  @functools.cached_property
-  def examined(self) -> evaluate.Examined:
-    """The held-out split, ready to be measured on."""
-    rows = self.rows("held_out")
-    return evaluate.Examined(
-        rows, self.tokens("held_out"),
-        evaluate.choose_prompts(rows, self.c.eval.prompts), self.tokenizer,
-        prepare.world_of(self.c))
-
-  def key(self, stage: str, arm: str = "") -> str:
-    """The key of a finished stage."""
-    return self.cards[arm, stage].key
-
-
-def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
-  """The model that `sft` trains; its table is rounded up to 64 rows."""
-  m = c.model
-  return decoder.ModelConfig(
-      layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
-      head_size=m.head_size, ff=m.ff, vocab=-(-vocab // 64) * 64,
-      context=m.context, rope_theta=m.rope_theta, norm_eps=m.norm_eps,
-      tied=m.tied, dtype=m.dtype, remat=m.remat)
-
-
-# Knobs that count something there must be at least one of, or may be none.
-COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
-          "model.layers", "model.width", "model.heads", "model.kv_heads",
-          "model.head_size", "model.ff", "model.head_chunk", "eval.prompts",
-          "eval.new_tokens", "eval.tile", "select.mixture.starts",
-          "select.mixture.max_iterations", "select.mixture.components")
-NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
-                "eval.temperature", "loss.sft_weight", "train.clip",
-                "sft.clip", "select.mixture.ridge")
-CHOICES = {"embed.pooling": embed.POOLINGS, "select.order": basic.ORDERS,
-           "select.pair_score": basic.PAIR_SCORES,
-           "select.mixture.covariance": mixtures.COVARIANCES,
-           "data.on_bad_rows": ("skip", "error")}
-
-
-def _check_values(c: Any) -> None:
-  """Raises ConfigError for a knob whose value can never work."""
-  for least, names in ((1, COUNTS), (0, NOT_NEGATIVE)):
-    for name, value in pick(c, *names).items():
-      if not value >= least:
-        raise ConfigError(f"{name}={value}, wanted {least} or more; set "
-                          f"config.{name}")
-  for name, known in CHOICES.items():
-    value = pick(c, name)[name]
-    if value not in known:
-      raise ConfigError(f"{name}={value!r} is unknown, wanted one of "
-                        f"{', '.join(known)}; set config.{name}")
-  if not c.select.budget > 1 or c.select.budget % 1:
-    budget_rows(float(c.select.budget), 1 << 40)  # rows: once the pool is read
-  room = c.model.context - tokens_lib.KEEP_PROMPT - 1
-  if room < 1:
-    raise ConfigError(f"model.context={c.model.context} holds no prompt and "
-                      f"response, wanted {tokens_lib.KEEP_PROMPT + 2} or more;"
-                      " set config.model.context")
-  if c.eval.new_tokens > room:
-    raise ConfigError(f"eval.new_tokens={c.eval.new_tokens} leaves no room for "
-                      f"a prompt in model.context={c.model.context}, wanted "
-                      f"{room} or less; set one of them")
-
-
-def validate(job: Job) -> None:
-  """Every mistake that can be seen before data is read or code compiled."""
-  c = job.c
-  _check_values(c)
-  prepare.check_source(c)
-  sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
-  _sampler_kwargs(c, sampler)
-  loss = job.loss
-  if loss.kind == "rows":
-    raise ConfigError(f"loss {c.loss.name!r} prefers nothing: it cannot align; "
-                      "set config.loss.name")
-  if "z0" in loss.stats and c.train.batch_size < 2:
-    raise ConfigError(f"loss {c.loss.name!r} mismatches the answers of a "
-                      f"batch; train.batch_size={c.train.batch_size}, wanted "
-                      "2 or more")
-  for name in c.compare:
-    if name != "all":
-      lookup(SAMPLERS, name, "sampler", "compare")
-  for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
-    feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
-    optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,
-                        warmup_ratio=part.warmup_ratio)
-  if c.train.epochs <= 0:
-    raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
-  if not c.model.checkpoint:
-    decoder.check(sizes(c, c.model.vocab_size), job.mesh)
-
-
-def _sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
-  """The keywords of config.select that this sampler takes, checked."""
-  known = {p.name for p in inspect.signature(sampler).parameters.values()
-           if p.kind == p.KEYWORD_ONLY}
-  named = dict(order=c.select.order, pair_score=c.select.pair_score,
-               label_quota=c.select.label_quota or None)
-  kwargs = {n: v for n, v in named.items() if n in known}
-  for name, value in c.select.kwargs.to_dict().items():
-    if name not in known:
-      raise ConfigError(f"sampler {c.select.sampler!r} takes no {name!r}; it "
-                        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
-                        "set config.select.kwargs")
-    kwargs[name] = value
-  return kwargs
 
 
 # Shared stages.
@@ -466,7 +256,7 @@ def run_select(job: Job, arm: Arm) -> None:
   """Scores the pool, keeps the budget, says how the kept rows differ."""
   c, folder = job.c, arm_folder(job, arm)
   sampler = lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
-  kwargs = _sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
+  kwargs = sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
   uses_mixture = "log_likelihood" in sampler.needs
 
   def make(folder):
@@ -684,11 +474,6 @@ def run_evaluate(job: Job, arm: Arm) -> None:
           make=lambda folder: (weights.export_folder(
               folder / "export", policy(), job.model, job.tokenizer),
                                Cost(), {}))
-
-
-def arm_folder(job: Job, arm: Arm) -> epath.Path:
-  """runs/<sampler>-<budget>-seed<k> under the workdir."""
-  return job.workdir / "runs" / arm.name
 
 
 def run_shared(job: Job, arms: list[Arm]) -> None:

@@ -15,8 +15,10 @@ from jaxalign import progress
 from jaxalign import sharding
 from jaxalign.data import batches
 from jaxalign.data import records
+from jaxalign.job import sizes
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
+from jaxalign.model import weights
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.topk import budget_rows
 
@@ -109,10 +111,10 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
   c = job.c
   rows, tokens, length = _sizes(c, job.kind)
   if c.model.checkpoint:
-    m = pipeline.weights.read_config(c.model.checkpoint, c.model.dtype,
+    m = weights.read_config(c.model.checkpoint, c.model.dtype,
                                      c.model.remat)
   else:
-    m = pipeline.sizes(c, c.model.vocab_size)
+    m = sizes(c, c.model.vocab_size)
   decoder.check(m, job.mesh)
   r = 2 if job.kind == "pairs" else 1
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size

@@ -22,6 +22,7 @@ import numpy as np
 from jaxalign import artifacts
 from jaxalign import interrupt
 from jaxalign import main
+from jaxalign import job as job_lib
 from jaxalign import pipeline
 from jaxalign import sharding
 from jaxalign.checkpoints import Checkpoints
@@ -112,7 +113,7 @@ def parameters(stage_folder: Any, step: int = 0) -> dict[str, np.ndarray]:
   c = common.base("tiny")
   mesh = sharding.make_mesh(c.mesh)
   tokenizer = Tokenizer.load(finished() / "shared/data/tokenizer.model")
-  model = pipeline.sizes(c, tokenizer.vocab_size)
+  model = job_lib.sizes(c, tokenizer.vocab_size)
   with jax.set_mesh(mesh), Checkpoints(
       pathlib.Path(stage_folder) / "checkpoints") as found:
     found = found.restore(step or max(found.manager.all_steps()),

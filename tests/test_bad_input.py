@@ -10,6 +10,7 @@ import safetensors.numpy
 
 import jobs
 from jaxalign import pipeline
+from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.data import records
 from jaxalign.select import embed
 from jaxalign.train import feed
@@ -247,7 +248,7 @@ def test_long_prompts_lose_their_beginning_and_are_counted(tmp_path):
   job.shared = tmp_path / "w/shared"
   tokens, rows = job.tokens("pool"), job.rows("pool")
   assert np.diff(tokens.offsets).max() <= 32
-  tok = pipeline.Tokenizer.load(folder / "tokenizer.model")
+  tok = Tokenizer.load(folder / "tokenizer.model")
   long = [i for i, r in enumerate(rows) if r["prompt"].startswith("word")]
   assert long
   for i in long:  # the end of the prompt is there, and the whole answer

@@ -1,0 +1,166 @@
+"""What every stage of a run shares, and one arm of it."""
+
+import functools
+import inspect
+from typing import Any, Callable, NamedTuple
+
+from etils import epath
+
+from jaxalign import artifacts
+from jaxalign import progress
+from jaxalign.checkpoints import restore_params
+from jaxalign.data import prepare
+from jaxalign.data import records
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import ConfigError
+from jaxalign.eval import evaluate
+from jaxalign.lookup import lookup
+from jaxalign.model import decoder
+from jaxalign.model import weights
+from jaxalign.train.losses import LOSSES
+
+
+class Arm(NamedTuple):
+  """One sampler at one budget and seed, and where it lives."""
+
+  sampler: str
+  budget: float | int
+  seed: int
+
+  @property
+  def name(self) -> str:
+    """"isa-0.1-seed0"; the whole pool is called "all"."""
+    name = "all" if self.is_all else self.sampler.replace(":", ".")
+    return f"{name}-{self.budget:g}-seed{self.seed}"
+
+  @property
+  def is_all(self) -> bool:
+    """Whether nothing was left out."""
+    return self.budget == 1.0 and isinstance(self.budget, float)
+
+
+class Job:
+  """What every stage of a run shares: config, mesh, folders, finished cards.
+
+  A class because it caches what is costly to load (tokens, the reference).
+  """
+
+  def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
+    self.c, self.mesh, self.redo = c, mesh, redo
+    self.workdir = epath.Path(workdir)
+    self.shared = self.workdir / "shared"
+    self.cards: dict[tuple[str, str], artifacts.Card] = {}
+
+  def run(self, folder: Any, stage: str, arm: str = "", **kwargs
+          ) -> artifacts.Card:
+    """`artifacts.run`, remembered by (arm, stage) for the ledger."""
+    if arm:
+      progress.say(f"[{arm}]") if stage == "select" else None
+    card = artifacts.run(folder, stage, redo=self.redo, **kwargs)
+    self.cards[arm, stage] = card
+    return card
+
+  @functools.cached_property
+  def loss(self) -> Callable:
+    """The loss with its keywords bound."""
+    fn = lookup(LOSSES, self.c.loss.name, "loss", "loss.name")
+    kwargs = self.c.loss.kwargs.to_dict()
+    known = [p.name for p in inspect.signature(fn).parameters.values()
+             if p.kind == p.KEYWORD_ONLY]
+    for name in kwargs:
+      if name not in known:
+        raise ConfigError(f"loss {self.c.loss.name!r} takes no {name!r}; it "
+                          f"takes {', '.join(known) or 'no keywords'}; set "
+                          "config.loss.kwargs")
+    bound = functools.partial(fn, **kwargs)
+    bound.kind, bound.stats = fn.kind, fn.stats
+    return bound
+
+  @property
+  def kind(self) -> str:
+    """"pairs" or "thumbs": what the loss eats."""
+    return "thumbs" if self.loss.kind == "thumbs" else "pairs"
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """The data stage's tokenizer."""
+    return Tokenizer.load(self.shared / "data" / "tokenizer.model")
+
+  @functools.cached_property
+  def model(self) -> decoder.ModelConfig:
+    """The sizes of the reference and policy."""
+    c = self.c.model
+    if c.checkpoint:
+      m = weights.read_config(c.checkpoint, c.dtype, c.remat)
+      m = m._replace(context=prepare.checked_context(self.c, m.context))
+      if self.tokenizer.vocab_size > m.vocab:
+        raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} "
+                          f"pieces, the checkpoint {m.vocab} embeddings; set "
+                          "config.model.tokenizer")
+    else:
+      m = sizes(self.c, self.tokenizer.vocab_size)
+    decoder.check(m, self.mesh)
+    return m
+
+  @functools.lru_cache(maxsize=None)
+  def rows(self, split: str) -> list[dict]:
+    """The records of a split, in id order."""
+    return records.read_table(self.shared / "data" / f"{split}.parquet")
+
+  @functools.lru_cache(maxsize=None)
+  def tokens(self, split: str) -> tokens_lib.TokenRows:
+    """The tokenized rows of a split; two a pair."""
+    return tokens_lib.load_rows(self.shared / "data", split)
+
+  @functools.cached_property
+  def reference(self) -> decoder.Params:
+    """The frozen reference's parameters, on the mesh."""
+    if self.c.model.checkpoint:
+      return weights.load_folder(self.c.model.checkpoint, self.model, self.mesh)
+    return restore_params(self.shared / "sft" / "checkpoints",
+                          decoder.abstract(self.model, self.mesh))
+
+  @functools.cached_property
+  def examined(self) -> evaluate.Examined:
+    """The held-out split, ready to be measured on."""
+    rows = self.rows("held_out")
+    return evaluate.Examined(
+        rows, self.tokens("held_out"),
+        evaluate.choose_prompts(rows, self.c.eval.prompts), self.tokenizer,
+        prepare.world_of(self.c))
+
+  def key(self, stage: str, arm: str = "") -> str:
+    """The key of a finished stage."""
+    return self.cards[arm, stage].key
+
+
+def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
+  """The model that `sft` trains; its table is rounded up to 64 rows."""
+  m = c.model
+  return decoder.ModelConfig(
+      layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
+      head_size=m.head_size, ff=m.ff, vocab=-(-vocab // 64) * 64,
+      context=m.context, rope_theta=m.rope_theta, norm_eps=m.norm_eps,
+      tied=m.tied, dtype=m.dtype, remat=m.remat)
+
+
+def arm_folder(job: Job, arm: Arm) -> epath.Path:
+  """runs/<sampler>-<budget>-seed<k> under the workdir."""
+  return job.workdir / "runs" / arm.name
+
+
+def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
+  """The keywords of config.select that this sampler takes, checked."""
+  known = {p.name for p in inspect.signature(sampler).parameters.values()
+           if p.kind == p.KEYWORD_ONLY}
+  named = dict(order=c.select.order, pair_score=c.select.pair_score,
+               label_quota=c.select.label_quota or None)
+  kwargs = {n: v for n, v in named.items() if n in known}
+  for name, value in c.select.kwargs.to_dict().items():
+    if name not in known:
+      raise ConfigError(f"sampler {c.select.sampler!r} takes no {name!r}; it "
+                        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
+                        "set config.select.kwargs")
+    kwargs[name] = value
+  return kwargs
