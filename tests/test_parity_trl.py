@@ -30,6 +30,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BETA, BATCH, STEPS = 0.5, 4, 5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def trl():
   pytest.importorskip("torch")

@@ -22,6 +22,14 @@ from jaxalign.train.metrics import divide
 LENGTH = 12
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def bound(name, **kwargs):
   fn = functools.partial(LOSSES[name], **kwargs)
   fn.kind, fn.stats = LOSSES[name].kind, LOSSES[name].stats
