@@ -428,6 +428,6 @@ def test_a_flipped_bit_in_any_file(tmp_path):
     assert ended.code == 0 and len(jobs.did(ended)) == 1, (name, ended)
     assert not jobs.differences(wanted, jobs.outcome(work)), name
     seen += 1
-    if time.monotonic() - began > 240:
+    if time.monotonic() - began > 100:
       break
-  assert seen > 30
+  assert seen > 20

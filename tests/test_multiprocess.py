@@ -1,0 +1,248 @@
+"""One device, eight, and two processes of four: the same job."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jobs
+from jaxalign import artifacts
+from jaxalign.data import records
+
+ARMS = ("isa-0.1-seed0", "random-0.1-seed0")
+pytestmark = pytest.mark.slow  # each job of two processes compiles anew
+
+
+@pytest.fixture(scope="module")
+def given():
+  """A checkpoint: the export of a finished job."""
+  return jobs.finished() / "runs" / ARMS[0] / "export"
+
+
+@pytest.fixture(scope="module")
+def together(given, tmp_path_factory):
+  """The workdir of a job of two processes with four devices each."""
+  work = tmp_path_factory.mktemp("together") / "work"
+  ended = jobs.together(work, f"model.checkpoint={given}")
+  assert [e.code for e in ended] == [0, 0], ended
+  return work, ended
+
+
+@pytest.fixture(scope="module")
+def alone(given, tmp_path_factory):
+  """The same on one device, and on eight."""
+  works = {}
+  for devices in (1, 8):
+    works[devices] = tmp_path_factory.mktemp(f"alone{devices}") / "work"
+    ended = jobs.wait(jobs.start(
+        works[devices], f"model.checkpoint={given}", env=dict(
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")))
+    assert ended.code == 0, ended
+  return works
+
+
+def subset(work, arm):
+  return [r["id"] for r in records.read_table(
+      work / "runs" / arm / "subset.parquet")]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_same_rows_are_chosen_everywhere(together, alone, arm):
+  wanted = subset(together[0], arm)
+  assert len(wanted) == 16
+  for work in alone.values():
+    assert subset(work, arm) == wanted
+
+
+@pytest.mark.parametrize("file", [
+    "embed/embedding.npy", "embed/logp.npy", "mixture/log_likelihood.npy",
+    "baseline/samples.jsonl", "baseline/held_out_logp.npy"])
+def test_what_comes_before_training_is_the_same_bits(together, alone, file):
+  """From one checkpoint: rows are whole on a device, sums have an order."""
+  wanted = (together[0] / "shared" / file).read_bytes()
+  for work in alone.values():
+    assert (work / "shared" / file).read_bytes() == wanted
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_training_and_evaluation_are_close(together, alone, arm):
+  """Gradients are summed over other shards: float32 rounding, no more.
+
+  Four updates from the same weights: losses and gradient norms to 2e-5, the
+  final parameters to 2e-5 absolute (learning rate 1e-3), shares to a row.
+  """
+  read = lambda work: (
+      jobs.lines(work / "runs" / arm / "metrics.jsonl"),
+      safetensors.numpy.load_file(
+          work / "runs" / arm / "export/model.safetensors"),
+      json.loads((work / "runs" / arm / "eval.json").read_text()))
+  lines, params, measured = read(together[0])
+  for work in alone.values():
+    other_lines, other_params, other = read(work)
+    assert len(lines) == len(other_lines) == 4
+    for a, b in zip(lines, other_lines):
+      for name in ("train/loss", "train/grad_norm", "rewards/margins"):
+        assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-5), name
+    for name in params:
+      np.testing.assert_allclose(params[name], other_params[name], atol=2e-5,
+                                 rtol=0, err_msg=name)
+    for name in ("accuracy", "win_vs_target"):
+      n = measured[name]["n"]
+      assert abs(measured[name]["value"] - other[name]["value"]) <= 1.01 / n
+
+
+def test_only_process_0_speaks_and_writes(together):
+  work, (first, second) = together
+  assert "report:" in first.out and "report:" not in second.out
+  spoken = [x for x in second.out.splitlines() if "Gloo" not in x]
+  assert spoken == ["jaxalign: reading the config"]
+  # As many files as one process writes, none of them half, none twice.
+  names = {p.relative_to(work).as_posix() for p in work.rglob("*")
+           if p.is_file() and "/checkpoints/" not in p.as_posix()}
+  wanted = {p.relative_to(jobs.finished()).as_posix()
+            for p in jobs.finished().rglob("*")
+            if p.is_file() and "/checkpoints/" not in p.as_posix()
+            and "shared/sft" not in p.as_posix()}
+  assert names == wanted
+  assert not [n for n in names if ".tmp-" in n]
+
+
+def test_a_finished_job_of_two_does_nothing_again(together, given):
+  work, _ = together
+  before = {p: p.stat().st_mtime_ns for p in (work / "shared").rglob("*")}
+  ended = jobs.together(work, f"model.checkpoint={given}")
+  assert [e.code for e in ended] == [0, 0] and not jobs.did(ended[0])
+  assert "everything was finished before" in ended[0].out
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+  # And one process of eight devices takes it as it is.
+  ended = jobs.run(work, f"model.checkpoint={given}")
+  assert ended.code == 0 and not jobs.did(ended)
+
+
+# Trouble. Each ends both processes soon; the one it happened to says why.
+
+
+def trouble(work, *flags, hooks=None, within=90):
+  began = time.monotonic()
+  ended = jobs.together(work, *flags, hooks=hooks, timeout=within)
+  assert time.monotonic() - began < within
+  return ended
+
+
+def test_bad_data_ends_both(tmp_path):
+  path = tmp_path / "x.jsonl"
+  path.write_text("no json\n")
+  first, second = trouble(tmp_path / "work", f"data.source={path}")
+  assert first.code == 65 and "malformed JSON" in first.err
+  assert second.code in (65, 75, -signal.SIGABRT), second
+
+
+def test_a_wrong_knob_ends_both_alike(tmp_path):
+  for ended in trouble(tmp_path / "work", "select.sampler=isaa"):
+    assert ended.code == 64 and "unknown sampler" in ended.err
+
+
+def test_a_loss_that_is_not_finite_ends_both_alike(tmp_path):
+  for ended in trouble(tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0"):
+    assert ended.code == 76 and "Rows of the batch: sft-" in ended.err
+
+
+def test_a_second_job_of_two_is_refused_in_both(tmp_path):
+  with artifacts.lock(tmp_path):
+    first, second = trouble(tmp_path)
+  assert first.code == 73 and f"pid {os.getpid()} on" in first.err
+  assert second.code == 73 and "in use by another job" in second.err
+
+
+def broken(act):
+  """A hook for trouble while the pool is embedded."""
+  return ("from jaxalign.select import embed\n"
+          f"def broken(*_): {act}\n"
+          "embed._collect = broken\n")
+
+
+HEARTBEAT = ("import jax\n"  # 30 s in earnest
+             "join = jax.distributed.initialize\n"
+             "jax.distributed.initialize = lambda **kwargs: join(\n"
+             "    **kwargs | dict(heartbeat_timeout_seconds=10))\n")
+
+
+@pytest.mark.parametrize("act, own", [
+    ("raise ZeroDivisionError('a bug')", 1),
+    ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)],
+    ids=["bug", "killed"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_trouble_in_one_process_ends_the_other(
+    tmp_path, given, act, own, which):
+  """With 75 where a collective notices; else the heartbeat aborts it.
+
+  A launcher starts both again: the abort is a signal.
+  """
+  ended = trouble(tmp_path, f"model.checkpoint={given}", within=60, hooks={
+      which: HEARTBEAT + broken(act), 1 - which: HEARTBEAT})
+  assert ended[which].code == own
+  other = ended[1 - which]
+  assert other.code in (75, -signal.SIGABRT), other
+  if other.code == 75:
+    assert "another process of this job ended" in other.err
+
+
+def term(stage):
+  """A hook that sends a process SIGTERM as a stage begins."""
+  return ("from jaxalign import progress\n"
+          "say = progress.say\n"
+          "def saying(text):\n"
+          f"  if text == '{stage}: ...': os.kill(os.getpid(), signal.SIGTERM)\n"
+          "  say(text)\n"
+          "progress.say = saying\n")
+
+
+ONLY_SFT = ("from jaxalign import pipeline\n"
+            "pipeline.run_embed = lambda job: sys.exit(0)\n")
+
+
+def test_sigterm_to_one_process_saves_in_both(tmp_path):
+  """Within sft: one step is agreed on, saved, and gone on from."""
+  flags = ("sft.updates=40", "sft.save_every=30")
+  first, second = trouble(tmp_path, *flags, hooks={1: term("sft")})
+  assert (first.code, second.code) == (75, 75), (first, second)
+  saved = [int(p.name) for p in (tmp_path / "shared/sft/checkpoints").iterdir()
+           if p.name.isdigit()]
+  assert len(saved) == 1 and 0 < saved[0] < 30
+  first, second = trouble(tmp_path, *flags, hooks={0: ONLY_SFT, 1: ONLY_SFT})
+  assert (first.code, second.code) == (0, 0), (first, second)
+  assert f"going on from step {saved[0]}" in first.out
+  assert len(jobs.lines(tmp_path / "shared/sft/metrics.jsonl")) == 40
+
+
+def test_sigterm_between_stages_stops_both(tmp_path):
+  """A stage without steps of its own ends; the next one does not begin."""
+  first, second = trouble(tmp_path, hooks={1: term("data")})
+  assert (first.code, second.code) == (75, 75), (first, second)
+  assert "stopped by SIGTERM" in first.err
+  did = jobs.did(first)
+  assert did in (["data"], ["data", "sft"])  # the notice takes a moment
+
+
+def test_a_job_killed_in_both_is_gone_on_from(tmp_path, together, given):
+  """In the first arm's training; it ends as the one that nobody killed."""
+  flag, hook = f"model.checkpoint={given}", jobs.kill_when(
+      "checkpoints.Checkpoints.save", 1)
+  ended = trouble(tmp_path / "work", flag, hooks={0: hook, 1: hook})
+  assert {e.code for e in ended} <= {-signal.SIGKILL, 75, -signal.SIGABRT}
+  first, second = jobs.together(tmp_path / "work", flag)
+  assert (first.code, second.code) == (0, 0), (first, second)
+  assert "align isa-0.1-seed0: going on from step 2" in first.out
+  assert not jobs.differences(jobs.outcome(together[0]),
+                              jobs.outcome(tmp_path / "work"))
+
+
+def test_a_coordinator_that_is_not_there(tmp_path):
+  process = jobs.start(tmp_path, env=dict(
+      JAXALIGN_NUM_PROCESSES="2", JAXALIGN_PROCESS_ID="1"))
+  ended = jobs.wait(process, 60)
+  assert ended.code == 64 and "JAXALIGN_COORDINATOR" in ended.err
