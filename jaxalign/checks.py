@@ -9,6 +9,7 @@ from jaxalign.errors import ConfigError
 from jaxalign.job import Job, sampler_kwargs, sizes
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
+from jaxalign.model import weights
 from jaxalign.select import embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import SAMPLERS
@@ -82,5 +83,22 @@ def validate(job: Job) -> None:
                         warmup_ratio=part.warmup_ratio)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
-  if not c.model.checkpoint:
-    decoder.check(sizes(c, c.model.vocab_size), job.mesh)
+  _check_model(c, job.mesh)
+
+
+def _check_model(c: Any, mesh: Any) -> None:
+  """Raises where the model cannot be read, cut over the mesh or exported."""
+  m = None
+  if c.model.checkpoint:
+    m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    prepare.checked_context(c, m.context)
+    weights.weights_file(c.model.checkpoint)
+  tokenizer = prepare.given_tokenizer(c)
+  if tokenizer is not None:
+    tokenizer.check_export()
+    if m is not None and tokenizer.vocab_size > m.vocab:
+      raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} pieces, the "
+                        f"checkpoint {m.vocab} embeddings; set "
+                        "config.model.tokenizer")
+  pieces = tokenizer.vocab_size if tokenizer else c.model.vocab_size
+  decoder.check(m or sizes(c, pieces), mesh)

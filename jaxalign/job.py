@@ -94,10 +94,6 @@ class Job:
     if c.checkpoint:
       m = weights.read_config(c.checkpoint, c.dtype, c.remat)
       m = m._replace(context=prepare.checked_context(self.c, m.context))
-      if self.tokenizer.vocab_size > m.vocab:
-        raise ConfigError(f"the tokenizer has {self.tokenizer.vocab_size} "
-                          f"pieces, the checkpoint {m.vocab} embeddings; set "
-                          "config.model.tokenizer")
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
     decoder.check(m, self.mesh)

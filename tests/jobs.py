@@ -25,6 +25,7 @@ from jaxalign import main
 from jaxalign import job as job_lib
 from jaxalign import pipeline
 from jaxalign import sharding
+from jaxalign import study  # noqa: F401
 from jaxalign.checkpoints import Checkpoints
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.model import decoder

@@ -100,13 +100,18 @@ def _counts(counts: dict[str, int]) -> str:
   return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
 
 
-def _tokenizer(c: Any, splits: dict) -> Tokenizer:
-  """The checkpoint's, the given one, or one trained on sft and pool text."""
+def given_tokenizer(c: Any) -> Tokenizer | None:
+  """The given one or the checkpoint's; None where one is to be trained."""
   given = c.model.tokenizer
   if not given and c.model.checkpoint:
     given = epath.Path(c.model.checkpoint) / "tokenizer.model"
-  if given:
-    return Tokenizer.load(given)
+  return Tokenizer.load(given) if given else None
+
+
+def _tokenizer(c: Any, splits: dict) -> Tokenizer:
+  """The given one, or one trained on sft and pool text."""
+  if (given := given_tokenizer(c)) is not None:
+    return given
   texts = [r["prompt"] + r["response"] for r in splits["sft"]]
   texts += [r["prompt"] + r[side] for r in splits["pool"]
             for side in ("chosen", "completion") if side in r]

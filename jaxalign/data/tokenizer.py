@@ -133,6 +133,14 @@ class Tokenizer:
     """The V pieces by id, as SentencePiece writes them."""
     return [piece.piece for piece in self._model.pieces]
 
+  def check_export(self) -> None:
+    """Raises ConfigError where `export` has no way to write this model."""
+    spec = self._model.trainer_spec
+    if (spec.model_type != _BPE or not self._space_ids or self.bos < 0 or
+        self._model.normalizer_spec.name != "identity"):
+      raise ConfigError("only BPE tokenizers with byte fallback, a BOS and no "
+                        f"normalisation can be exported; {_KNOB}")
+
   def export(self, folder: epath.PathLike) -> None:
     """Writes tokenizer.model and what `transformers` reads beside it.
 
@@ -143,11 +151,7 @@ class Tokenizer:
       ConfigError: no byte-fallback BPE model; nothing was written.
       WriteError: the folder cannot be written.
     """
-    spec = self._model.trainer_spec
-    if (spec.model_type != _BPE or not self._space_ids or self.bos < 0 or
-        self._model.normalizer_spec.name != "identity"):
-      raise ConfigError("only BPE tokenizers with byte fallback, a BOS and no "
-                        f"normalisation can be exported; {_KNOB}")
+    self.check_export()
     pieces = self.pieces()
     names = dict(bos_token=pieces[self.bos], eos_token=pieces[self.eos],
                  unk_token=pieces[self.unk], pad_token=pieces[self.pad])

@@ -133,8 +133,13 @@ def _config(raw: dict[str, Any], path: Any, dtype: str, remat: str
       remat=remat)
 
 
-def _read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
-  """All tensors of `model.safetensors`, viewed in the file's own bytes."""
+def weights_file(folder: Any) -> epath.Path:
+  """`model.safetensors` of a folder.
+
+  Raises:
+    ConfigError: it is not there.
+  """
+  folder = epath.Path(folder)
   path = folder / "model.safetensors"
   if not path.exists():
     found = [p.name for p in folder.iterdir()] if folder.exists() else []
@@ -143,6 +148,12 @@ def _read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
             "transformers' save_pretrained(safe_serialization=True)"
             if pickles else "")
     raise ConfigError(f"{folder} has no model.safetensors{hint}")
+  return path
+
+
+def _read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
+  """All tensors of `model.safetensors`, viewed in the file's own bytes."""
+  path = weights_file(folder)
   data = path.read_bytes()
   size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else len(data)
   if size > len(data) - 8:

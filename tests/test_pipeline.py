@@ -1,0 +1,363 @@
+"""A whole tiny job: its order, its artifacts, and what depends on what."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jobs
+from jaxalign import artifacts
+from jaxalign.data import records
+from jaxalign.model import weights
+
+ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
+SHARED = ["data", "sft", "embed", "mixture", "baseline"]
+ARM = ["select", "ref_logps", "align", "evaluate", "export"]
+
+
+@pytest.fixture(scope="module")
+def job():
+  """The folder of a finished job, only read."""
+  return jobs.finished()
+
+
+def table(job, name):
+  return records.read_table(job / name)
+
+
+def load(job, name):
+  return json.loads((job / name).read_text())
+
+
+# What depends on what.
+
+EVERY = [*SHARED, *ARM]
+TRAINING = ["align", "evaluate", "export"]
+CHANGED = {  # a knob -> the stages of the isa arm that it changes
+    "data.seed=1": EVERY,
+    "data.world.flips=0.1": EVERY,
+    "model.vocab_size=500": EVERY,
+    "model.context=31": EVERY,
+    "sft.lr=0.1": EVERY[1:],
+    "sft.seed=1": EVERY[1:],
+    "model.ff=32": EVERY[1:],
+    "embed.pooling=last": ["embed", "mixture", *ARM],
+    "select.mixture.components=3": ["mixture", *ARM],
+    "select.stability_seeds=0": ["mixture", *ARM],
+    "select.order=magnitude": ARM,
+    "select.pair_score=max": ARM,
+    "seed=1": [],  # another arm, in a folder of its own
+    "select.budget=0.2": [],
+    "loss.kwargs.beta=0.9": TRAINING,
+    "loss.sft_weight=0.5": TRAINING,
+    "train.lr=0.1": TRAINING,
+    "train.max_updates=3": TRAINING,
+    "train.save_every=1": TRAINING,
+    "train.batch_size=16": ARM,
+    "eval.prompts=8": ["baseline", "evaluate"],
+    "eval.temperature=0.5": ["baseline", "evaluate"],
+    "compare=('all',)": [],
+    "mesh.tensor=2": [],  # the same job on another machine
+    "compile_cache=''": [],
+    "profile.steps=(1,2)": [],
+}
+
+
+@pytest.mark.parametrize("knob", CHANGED)
+def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
+  """By their keys: nothing is computed here."""
+  changed = []
+
+  def look(folder, stage, *, fields, inputs, **_):
+    found = artifacts.read_card(folder, stage)
+    card = artifacts.Card(
+        stage, artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs),
+        fields, inputs, {}, artifacts.Cost(), dict(warnings=[]))
+    if found is not None and found.key != card.key:
+      changed.append((stage, folder.name))
+    return card
+
+  monkeypatch.setattr(artifacts, "run", look)
+  monkeypatch.setattr(jobs.study, "summarise", stop)
+  assert jobs.run(job, knob).code is None
+  folders = {*SHARED, ISA}
+  assert [s for s, folder in changed if folder in folders] == CHANGED[knob]
+
+
+def stop(*_):
+  raise jobs.Stop
+
+
+def test_the_stages_run_in_order(job):
+  ran = [json.loads(p.read_text())["stage"] for p in sorted(
+      job.rglob("cards/*.json"), key=lambda p: p.stat().st_mtime_ns)]
+  assert ran == [*SHARED, *ARM, *ARM]
+  keys = {}
+  for path in job.rglob("cards/*.json"):
+    card = json.loads(path.read_text())
+    keys[path.parent.parent.name, card["stage"]] = card
+  for (folder, stage), card in keys.items():
+    for name, key in card["inputs"].items():  # each names what it read
+      owner = folder if name in ARM else name
+      assert keys[owner, name]["key"] == key, (folder, stage, name)
+
+
+def test_a_changed_knob_is_refused_then_redone(tmp_path):
+  work = jobs.copy(tmp_path / "work")
+  before = jobs.outcome(work)
+  ended = jobs.run(work, "eval.temperature=0.5")
+  assert ended.code == 64 and not jobs.did(ended)
+  assert "eval.temperature was 1.0, now 0.5" in ended.err
+  assert "baseline" in ended.err and "--redo" in ended.err
+  assert jobs.outcome(work) == before
+  ended = jobs.run(work, "eval.temperature=0.5", "--redo")
+  assert ended.code == 0
+  assert jobs.did(ended) == ["baseline", "evaluate", "evaluate"]
+  # And back again, to the bytes there were.
+  ended = jobs.run(work, "--redo")
+  assert ended.code == 0 and not jobs.differences(before, jobs.outcome(work))
+
+
+def test_arms_come_and_go_without_a_stage_twice(tmp_path):
+  work = jobs.copy(tmp_path / "work")
+  ended = jobs.run(work, "compare=()")
+  assert ended.code == 0 and not jobs.did(ended)
+  ended = jobs.run(work, "select.sampler=random", "compare=()")
+  assert ended.code == 0 and not jobs.did(ended)
+  assert "mixture:" not in ended.out  # a random arm needs none
+  ended = jobs.run(work, "select.budget=24", "compare=()")
+  assert ended.code == 0 and jobs.did(ended) == ARM
+  kept = [r["id"] for r in table(work, "runs/isa-24-seed0/subset.parquet")]
+  small = [r["id"] for r in table(work, f"runs/{ISA}/subset.parquet")]
+  assert len(kept) == 24 and kept[:16] == small  # best first
+
+
+# The artifacts.
+
+
+def test_the_isa_arm_kept_what_the_equation_ranks_first(job):
+  """Khera et al. eq. 2-3 in NumPy: -u exp(u) a side, the sides added."""
+  value = np.load(job / "shared/mixture/log_likelihood.npy")[0]
+  u = (value - value.min()) / (value.max() - value.min())
+  score = (-u * np.exp(u)).sum(axis=1)
+  pool = table(job, "shared/data/pool.parquet")
+  assert [r["id"] for r in pool] == sorted(r["id"] for r in pool)
+  scores = table(job, f"runs/{ISA}/scores.parquet")
+  np.testing.assert_allclose([s["score"] for s in scores], score, rtol=1e-12)
+  best = np.argsort(-score, kind="stable")[:16]
+  subset = table(job, f"runs/{ISA}/subset.parquet")
+  assert [r["id"] for r in subset] == [pool[i]["id"] for i in best]
+  assert [r["rank"] for r in subset] == list(range(16))
+  assert [s["id"] for s in scores if s["selected"]] == sorted(
+      r["id"] for r in subset)
+  assert sorted(s["rank"] for s in scores) == list(range(160))
+  for row in subset:
+    own = next(r for r in pool if r["id"] == row["id"])
+    assert (row["prompt"], row["chosen"]) == (own["prompt"], own["chosen"])
+
+
+def test_the_reference_numbers_are_those_of_the_embedding_pass(job):
+  pool = [r["id"] for r in table(job, "shared/data/pool.parquet")]
+  logp = np.load(job / "shared/embed/logp.npy")
+  count = np.load(job / "shared/embed/count.npy")
+  for arm in (ISA, RANDOM):
+    ids = load(job, f"runs/{arm}/ref_ids.json")
+    assert ids == [r["id"] for r in table(job, f"runs/{arm}/subset.parquet")]
+    rows = [pool.index(i) for i in ids]
+    np.testing.assert_array_equal(np.load(job / f"runs/{arm}/ref_sum.npy"),
+                                  logp[rows])
+    np.testing.assert_array_equal(np.load(job / f"runs/{arm}/ref_count.npy"),
+                                  count[rows])
+
+
+def test_training_starts_at_the_reference(job):
+  """At step 0 every margin is 0 and DPO's loss is log 2."""
+  for arm in (ISA, RANDOM):
+    first, *rest = jobs.lines(job / f"runs/{arm}/metrics.jsonl")
+    assert first["train/preference_loss"] == pytest.approx(
+        math.log(2), abs=2e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=2e-4)
+    assert [x["step"] for x in (first, *rest)] == [0, 1, 2, 3]
+    assert any(abs(x["rewards/margins"]) > 1e-4 for x in rest)
+
+
+def test_the_export_holds_the_trained_parameters(job):
+  for arm in (ISA, RANDOM):
+    tensors = safetensors.numpy.load_file(
+        job / f"runs/{arm}/export/model.safetensors")
+    params = jobs.parameters(job / f"runs/{arm}")
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"],
+                                  params["embed"])
+    np.testing.assert_array_equal(
+        tensors["model.layers.0.mlp.gate_proj.weight"],
+        params["layers/w_gate"][0].T)
+    start = jobs.parameters(job / "shared/sft")
+    assert (start["embed"] != params["embed"]).any()  # it did train
+    assert weights.read_config(job / f"runs/{arm}/export", "float32",
+                               "none").width == 32
+
+
+def test_the_pages_and_the_summary(job):
+  summary = load(job, "summary.json")
+  assert [a["name"] for a in summary["arms"]] == [ISA, RANDOM]
+  assert summary["command"].startswith("python -m jaxalign.main --config=")
+  lines = summary["ledger"]["stages"]
+  assert [(x["stage"], x["arm"]) for x in lines] == (
+      [(s, "") for s in SHARED] + [(s, a) for a in (ISA, RANDOM) for s in ARM])
+  for name in ("operations", "tokens", "bytes"):
+    assert summary["ledger"]["total"][name] == sum(x[name] for x in lines)
+  assert all(x["seconds"] >= 0 for x in lines)
+  for path in (job / "report.html", *job.glob("runs/*/report.html")):
+    text = path.read_text()
+    assert ISA in text or RANDOM in text
+    assert "NaN" not in text and "<script" not in text
+  for arm in (ISA, RANDOM):
+    measured = load(job, f"runs/{arm}/eval.json")
+    assert 0 <= measured["win_vs_target"]["value"] <= 1
+    assert measured["win_vs_target"]["n"] == 16
+    assert measured["accuracy"]["n"] <= 40
+    config = load(job, f"runs/{arm}/config.json")
+    assert config["arm"]["sampler"] == arm.split("-")[0]
+
+
+def test_no_prompt_is_in_two_splits(job):
+  prompts = [{r["prompt"] for r in table(job, f"shared/data/{n}.parquet")}
+             for n in ("sft", "pool", "held_out")]
+  assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2]
+              or prompts[1] & prompts[2])
+
+
+# What is refused late, since only an artifact shows it.
+
+
+def test_reference_numbers_of_other_rows_are_refused(tmp_path):
+  """The one check between selection and training that reads ids."""
+  work = jobs.copy(tmp_path / "work")
+  folder = work / "runs" / ISA
+  ids = load(folder, "ref_ids.json")
+  artifacts.write_json(folder / "ref_ids.json", ids[::-1])
+  card = artifacts.read_card(folder, "ref_logps")
+  card.outputs["ref_ids.json"] = artifacts.digest(folder / "ref_ids.json")
+  artifacts._write_card(folder, card)
+  jobs.unfinish(work, ISA, "align")
+  ended = jobs.run(work)
+  assert ended.code == 65 and "names other rows" in ended.err
+  assert "--redo" in ended.err
+
+
+@pytest.mark.parametrize("harm, code, said", [
+    (lambda f: (f / "config.json").unlink(), 64, "has no config.json"),
+    (lambda f: (f / "model.safetensors").unlink(), 64, "model.safetensors"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), 65, "cut"),
+    (lambda f: (f / "tokenizer.model").write_bytes(b"x"), 64, "SentencePiece"),
+])
+def test_a_checkpoint_that_cannot_be_read(job, tmp_path, harm, code, said):
+  folder = tmp_path / "model"
+  jobs.shutil.copytree(job / f"runs/{ISA}/export", folder)
+  harm(folder)
+  ended = jobs.run(tmp_path / "work", f"model.checkpoint={folder}")
+  assert ended.code == code and said in ended.err, ended
+  # The bytes of the weights are looked at when they are loaded.
+  assert jobs.did(ended) == (["data", "embed"] if code == 65 else [])
+  assert str(folder) in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_tokenizer_that_no_export_can_hold_is_refused_first(
+    tmp_path, shared):
+  """Not after hours of training: the export is the last stage."""
+  ended = jobs.run(tmp_path, "model.tokenizer="
+                   f"{shared}/tokenizers/t5/sentencepiece.model")
+  assert ended.code == 64 and "exported" in ended.err and not jobs.did(ended)
+  assert "config.model.tokenizer" in ended.err
+
+
+def test_a_tokenizer_with_more_pieces_than_embeddings(job, tmp_path, shared):
+  ended = jobs.run(tmp_path, f"model.checkpoint={job}/runs/{ISA}/export",
+                   "model.tokenizer="
+                   f"{shared}/tokenizers/mistral-v1/tokenizer.model")
+  assert ended.code == 64 and "32000 pieces" in ended.err
+  assert not jobs.did(ended)
+
+
+def test_a_checkpoint_of_other_sizes(job, tmp_path):
+  folder = job / f"runs/{ISA}/export"
+  ended = jobs.run(tmp_path / "a", f"model.checkpoint={folder}",
+                   "model.context=64", "eval.new_tokens=8")
+  assert ended.code == 64 and "model.context=64" in ended.err
+  assert "the checkpoint's 32" in ended.err
+  ended = jobs.run(tmp_path / "b", f"model.checkpoint={folder}",
+                   "mesh.fsdp=2", "mesh.tensor=4")
+  assert ended.code == 64 and "config.mesh" in ended.err
+
+
+# Whole jobs of other kinds.
+
+
+@pytest.mark.slow
+def test_a_kto_job(tmp_path):
+  """Pairs become thumbs; mismatched rows get their reference numbers."""
+  ended = jobs.run(tmp_path, "train.batch_size=16", "compare=()",
+                   config="kto_sub.py:tiny")
+  assert ended.code == 0, ended
+  assert "pairs split into 320 thumbs for kto" in ended.out
+  folder = tmp_path / "runs" / ISA
+  assert len(table(folder, "subset.parquet")) == 32
+  assert np.load(folder / "mismatched_sum.npy").shape == (4 * 16,)
+  first = jobs.lines(folder / "metrics.jsonl")[0]
+  assert first["train/preference_loss"] == pytest.approx(0.5, abs=1e-5)
+  again = jobs.run(tmp_path, "train.batch_size=16", "compare=()",
+                   config="kto_sub.py:tiny")
+  assert again.code == 0 and not jobs.did(again)
+
+
+@pytest.mark.slow
+def test_thumbs_of_one_label_end_in_a_whole_report(tmp_path):
+  """Nothing can be ranked: accuracy has no pairs, and no JSON holds NaN."""
+  rows = [dict(prompt=f"tell me of {i} ", completion=f"it is {i} and {i % 7}",
+               label=True) for i in range(120)]
+  path = tmp_path / "x.jsonl"
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  ended = jobs.run(tmp_path / "work", f"data.source={path}", "compare=()",
+                   "select.budget=1.0", "train.batch_size=8", "data.seed=1",
+                   config="kto_sub.py:tiny")
+  assert ended.code == 0, ended
+  assert "are liked; kto will only push one way" in ended.out
+  assert "all kept rows have the same label" in ended.out
+  arm = next((tmp_path / "work/runs").iterdir())
+  assert load(arm, "eval.json")["accuracy"]["n"] == 0
+  assert (tmp_path / "work/report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_file_of_pairs_without_a_known_truth(tmp_path):
+  """No world: no win rate; accuracy, KL and samples are there."""
+  rng = np.random.default_rng(0)
+  rows = [dict(prompt=f"tell me of {i} ", chosen=f"it is {i} and good",
+               rejected=f"no {rng.integers(99)} at all") for i in range(200)]
+  path = tmp_path / "x.jsonl"
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  ended = jobs.run(tmp_path / "work", f"data.source={path}",
+                   "select.budget=0.2")
+  assert ended.code == 0, ended
+  measured = load(tmp_path, "work/runs/isa-0.2-seed0/eval.json")
+  assert "win_vs_target" not in measured and measured["accuracy"]["n"] > 10
+  assert "held-out preference accuracy" in ended.out
+
+
+@pytest.mark.slow
+def test_a_mesh_with_two_axes_chooses_the_same_rows(job, tmp_path):
+  """From one checkpoint, weights cut over heads too: the same bits."""
+  flag = f"model.checkpoint={job}/runs/{ISA}/export"
+  wanted = jobs.run(tmp_path / "8x1", flag, "compare=()")
+  found = jobs.run(tmp_path / "4x2", flag, "compare=()", "mesh.tensor=2")
+  assert wanted.code == found.code == 0
+  read = lambda work, name: (tmp_path / work / name).read_bytes()
+  for name in ("shared/embed/embedding.npy", f"runs/{ISA}/subset.parquet",
+               "shared/baseline/samples.jsonl"):
+    assert read("8x1", name) == read("4x2", name), name
+  one, two = (jobs.lines(tmp_path / w / f"runs/{ISA}/metrics.jsonl")
+              for w in ("8x1", "4x2"))
+  for a, b in zip(one, two, strict=True):
+    assert a["train/loss"] == pytest.approx(b["train/loss"], abs=2e-5)
