@@ -191,8 +191,17 @@ def test_accuracy_leaves_ties_out_and_counts_them():
   assert (found["value"], found["n"], found["ties"]) == (0.5, 2, 0.5)
   start = held_out.accuracy(ref, ref)
   assert (start["value"], start["n"], start["ties"]) == (None, 0, 1.0)
-  flipped = held_out.accuracy(policy[[0, 0, 0]], ref[[0, 0, 0]])
-  assert flipped["value"] == 1.0 and flipped["ties"] == 0.0
+  # The reference likes the chosen answer still better: the reward does not.
+  found = held_out.accuracy([[-1.0, -4.0]] * 3, [[-2.0, -9.0]] * 3)
+  assert (found["value"], found["n"], found["ties"]) == (0.0, 3, 0.0)
+
+
+def test_likelihood_accuracy_is_per_token_and_without_reference():
+  """-6 over 3 tokens beats -5 over 1; a tie is left out."""
+  found = held_out.likelihood_accuracy(
+      [[-6.0, -5.0], [-5.0, -6.0], [-2.0, -4.0]],
+      [[3.0, 1.0], [1.0, 3.0], [1.0, 2.0]])
+  assert (found["value"], found["n"]) == (0.5, 2)
 
 
 def test_sampled_kl_is_policy_minus_reference():
