@@ -177,6 +177,7 @@ def test_a_step_is_its_equation(mesh, responses):
   params = {n: np.float64(w) for n, w in toy_params().items()}
   wanted, z0 = toy_objective(params, batch, sft_weight=weight)
   means = divide(totals)
+  assert totals["loss"][1] == totals["preference_loss"][1] == 16
   assert means["loss"] == pytest.approx(wanted, rel=1e-5)
   assert means["preference_loss"] == pytest.approx(
       toy_objective(params, batch)[0], rel=1e-5)

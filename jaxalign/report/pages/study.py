@@ -130,8 +130,7 @@ def _differences(found: list[dict], colours: dict) -> list[Html]:
       rows.append((label, m.name, page.join([
           run.shown(m, gap.get("value"), sign=True, unit=False), " ",
           tag("small", run.bounds(m, gap, sign=True) or page.MISSING)]),
-                   page.number(gap.get("n")),
-                   page.plain(c.get("words") or page.MISSING)))
+                   page.number(gap.get("n"))))
     blocks.append(page.figure(charts.intervals(
         drawn, f"Difference, {m.name}",
         f"difference, {unit}" if unit else "difference",
@@ -140,9 +139,12 @@ def _differences(found: list[dict], colours: dict) -> list[Html]:
         f"{m.name}: difference between arms with its 95 % interval"
         f"{', in percentage points' if m.share else ''}. An interval that "
         "crosses the dashed line leaves the sign open."))
+  # The sentences stand below: a column of them is a thread on a phone.
+  told = [tag("li", page.plain(c["words"])) for c in found if c.get("words")]
   return [*blocks, page.table(
-      ("Difference", "Metric", "Value, points or units", "n", "In words"),
-      rows, "Differences between arms.", text=(1, 4))]
+      ("Difference", "Metric", "Value, points or units", "n"),
+      rows, "Differences between arms.", text=(1,)),
+          tag("ul", *told) if told else page.absent("A verdict in words was")]
 
 
 def _comparison(summary: dict, arms: list[dict]) -> Html:
