@@ -15,6 +15,15 @@ from jaxalign.model import logprob
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 # Grouped queries of 1, 2 and 4 heads a group, tied and not, odd widths.
 SIZES = {
     "mha-tied": decoder.ModelConfig(
@@ -99,9 +108,7 @@ def grad_fn(m):
     head = decoder.head(params, m)
     logps = logprob.token_logps(x, head, tokens, chunk=7)
     return jnp.sum(logps * mask), decoder.logits(x, head)
-  # Unoptimised machine code compiles in half the time.
-  return jax.jit(jax.value_and_grad(total, has_aux=True),
-                 compiler_options={"xla_backend_optimization_level": 0})
+  return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
 def put_params(mesh, m, params):

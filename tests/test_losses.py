@@ -12,6 +12,14 @@ from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide, sums_and_counts
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def log_sigmoid(x):
   """float64, without overflow: -log(1 + e^-x)."""
   return -np.logaddexp(0.0, -np.float64(x))
