@@ -203,3 +203,23 @@ def test_killed_after_each_card(tmp_path, at):
   assert ended.code == -signal.SIGKILL
   assert jobs.run(tmp_path).code == 0
   same(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_damaged_compile_cache_costs_time_alone(tmp_path):
+  """Its entries are flipped, cut and emptied: compiled anew, the same job."""
+  jobs.finished()
+  cache = tmp_path / "xla"
+  jobs.shutil.copytree(jobs.folder() / "xla", cache)
+  entries = sorted(p for p in cache.iterdir() if p.name.endswith("-cache"))
+  assert len(entries) > 3
+  for k, path in enumerate(entries):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1 << (k % 8)
+    path.write_bytes([bytes(data), bytes(data[:len(data) // 3]), b""][k % 3])
+  ended = jobs.wait(jobs.start(tmp_path / "work",
+                               f"compile_cache={cache}"))
+  assert ended.code == 0, ended
+  assert {name.split("/")[-1] for name in jobs.differences(
+      jobs.outcome(jobs.finished()), jobs.outcome(tmp_path / "work"))} == {
+          "config.json"}  # which names the cache
