@@ -272,6 +272,10 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
   verdicts = [x["words"] for x in comparisons[:len(arms) - 1]]
   warnings = list(job.cards["", "mixture"].result["warnings"]
                   if ("", "mixture") in job.cards else [])
+  cut = data["truncation"]["pool"]["share"]
+  if cut > 0.2:
+    warnings.append(f"{100 * cut:.0f} % of the pool's rows were cut to "
+                    f"{job.model.context} tokens; raise config.model.context")
   if job.examined.world is None:
     warnings.append("No win rate: this source has no true reward and no judge "
                     "was asked, so arms are compared by held-out accuracy, "
