@@ -6,6 +6,7 @@ manifest of sha256 digests is written beside every step and checked first.
 """
 
 import logging
+import os
 import shutil
 from typing import Any
 
@@ -31,6 +32,8 @@ class Checkpoints:
 
   def __init__(self, folder: Any, keep: int = 2):
     self.folder = epath.Path(folder)
+    if "://" not in str(folder):  # orbax refuses a relative path
+      self.folder = epath.Path(os.path.abspath(folder))
     policy = ocp.checkpoint_managers.LatestN(keep)
     try:
       self.manager = ocp.CheckpointManager(

@@ -223,3 +223,13 @@ def test_a_damaged_compile_cache_costs_time_alone(tmp_path):
   assert {name.split("/")[-1] for name in jobs.differences(
       jobs.outcome(jobs.finished()), jobs.outcome(tmp_path / "work"))} == {
           "config.json"}  # which names the cache
+
+
+def test_a_relative_workdir_is_one_too(tmp_path, monkeypatch):
+  """The README's command has one; orbax alone wants absolute paths."""
+  wanted = jobs.outcome(jobs.finished())
+  monkeypatch.chdir(tmp_path)
+  ended = jobs.run("runs/here")
+  assert ended.code == 0, ended
+  assert not jobs.differences(wanted, jobs.outcome(tmp_path / "runs/here"))
+  assert "nothing was computed" in jobs.run("runs/here").out
