@@ -200,7 +200,9 @@ def _lost_peer(error: BaseException | None) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-  print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+  # One write: a library's thread may be printing a traceback of its own.
+  sys.stderr.write(f"error: {' '.join(message.split())}\n")
+  sys.stderr.flush()
   return code
 
 
