@@ -156,17 +156,15 @@ def test_a_wrong_knob_ends_both_alike(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_both_alike(tmp_path):
-  ends = list(trouble(tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0"))
-  told = [e for e in ends if e.code == 76
-          and "Rows of the batch: sft-" in e.err]
-  assert told and {e.code for e in ends} <= {76, 75, -signal.SIGABRT}
+  for ended in trouble(tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0"):
+    assert ended.code == 76 and "Rows of the batch: sft-" in ended.err
 
 
 def test_a_second_job_of_two_is_refused_in_both(tmp_path):
   with artifacts.lock(tmp_path):
     first, second = trouble(tmp_path)
   assert first.code == 73 and f"pid {os.getpid()} on" in first.err
-  assert second.code in (73, 75, -signal.SIGABRT), second
+  assert second.code == 73 and "in use by another job" in second.err
 
 
 def broken(act):
