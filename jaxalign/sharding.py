@@ -78,6 +78,12 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def platform() -> str:
+  """"cpu", "gpu" or "tpu": of the current mesh, which need not be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
 def parts(mesh: jax.sharding.Mesh, axis: str | None) -> int:
   """Into how many parts a logical axis is cut."""
   rule = RULES[axis] if axis else ()
@@ -91,6 +97,8 @@ class Place(NamedTuple):
   weight: Callable[..., jax.Array]  # (w, logical axes) -> w ready to multiply
   lookup: Callable[..., jax.Array]  # (table [V, D], ids [B, L]) -> [B, L, D]
   spec: Callable[..., Any]  # logical axes of a sum -> out_sharding, or None
+  # (fn, logical axes of each argument, of the result) -> fn on local shards
+  local: Callable[..., Callable[..., jax.Array]]
 
 
 def _gather_width(w, axes):
@@ -108,14 +116,21 @@ def _gather_all(w, axes):
   return w
 
 
+def _on_shards(fn, in_axes, out_axes):
+  # check_vma: a Pallas kernel does not say over which axes its results vary.
+  return jax.shard_map(fn, in_specs=tuple(spec(*a) for a in in_axes),
+                       out_specs=spec(*out_axes), check_vma=False)
+
+
 # Training: rows over fsdp, heads and features over tensor.
 SPREAD = Place(
     _gather_width,
     lambda table, ids: table.at[ids].get(
         out_sharding=spec("batch", None, None)),
-    spec)
+    spec, _on_shards)
 # Inference, inside `per_row`: whole rows, whole weights, one layer at a time.
-PER_ROW = Place(_gather_all, lambda table, ids: table[ids], lambda *axes: None)
+PER_ROW = Place(_gather_all, lambda table, ids: table[ids], lambda *axes: None,
+                lambda fn, in_axes, out_axes: fn)
 
 
 def per_row(mesh: jax.sharding.Mesh, fn: Callable[..., Any], params_axes: Any):
