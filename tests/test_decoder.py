@@ -204,7 +204,7 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
     (dict(kv_heads=0), "model.kv_heads=0, wanted 1 or more"),
     (dict(layers=-1), "model.layers=-1, wanted 1 or more"),
     (dict(dtype="float99"), "model.dtype='float99' is unknown; known: float32"),
-    (dict(head_size=5), "model.head_size=5 is odd"),
+    (dict(head_size=5), "model.head_size=5 has 5 rotated dimensions"),
     (dict(remat="some"), "model.remat='some' is unknown; known: none"),
     (dict(vocab=47), "embed: its axis 'vocab' of 47 does not divide into 2"),
     (dict(width=30), "model.width=30 is no multiple of model.heads=4"),

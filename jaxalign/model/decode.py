@@ -10,6 +10,7 @@ import numpy as np
 from jaxalign import progress
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
+from jaxalign.model import attention
 from jaxalign.model import decoder
 
 
@@ -29,20 +30,22 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int, eos: int, known: int,
     def run(x, at, length, cache):
       """`length` positions from slot `at`, through all layers."""
       here = at + jnp.arange(length)
-      cos, sin = decoder.rope(jnp.maximum(here[None, :] - pad[:, None], 0), m)
-      mask = ((here[None, :, None] >= slot[None, None, :])
-              & (slot[None, None, :] >= pad[:, None, None]))
+      # A slot of padding, or one not yet written, lies after every query.
+      empty = (slot[None, :] < pad[:, None]) | (slot >= at + length)[None, :]
+      rows_seen = decoder.rows_of(m, attention.Seen(
+          jnp.maximum(here[None, :] - pad[:, None], 0),
+          jnp.where(empty, attention.FAR, slot[None, :] - pad[:, None])))
 
       def body(x, layer_cache):
-        layer, keys, values = layer_cache
-        return decoder.block(x, layer, cos, sin, mask, m, place,
+        layer, kind, keys, values = layer_cache
+        return decoder.block(x, layer, kind, rows_seen, m, place,
                              (keys, values), at)
 
-      x, cache = jax.lax.scan(body, x, (layers, *cache))
-      return decoder.rms_norm(x, params["norm"], m.norm_eps), cache
+      x, cache = jax.lax.scan(body, x, (layers, decoder.kinds_of(m), *cache))
+      return decoder.normed(x, params, "norm", m), cache
 
     def choose(x, t):
-      scores = decoder.logits(x[:, -1:], head)[:, 0]
+      scores = decoder.logits(x[:, -1:], head, m.final_softcap)[:, 0]
       # Ids past the tokenizer's pieces only round the table up.
       scores = jnp.where(jnp.arange(m.vocab)[None, :] < known, scores, -1e30)
       if greedy:

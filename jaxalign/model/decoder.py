@@ -1,8 +1,9 @@
-"""A Llama decoder as plain functions over one table of parameters.
+"""A decoder as plain functions over one table of parameters.
 
-Init, shardings, restore and export all map over `table`. Layers are stacked
-on a leading axis and scanned; the weights of one layer are gathered inside
-the scan, so at most one whole layer is on a device at a time.
+One forward pass serves every family: `ModelConfig` says which norms, biases,
+windows and caps a family has, `families.py` reads them from config.json.
+Layers are stacked on a leading axis and scanned; the weights of one layer are
+gathered inside the scan, so at most one whole layer is on a device at a time.
 """
 
 from typing import Mapping, NamedTuple
@@ -13,12 +14,15 @@ import numpy as np
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-
-Params = dict[str, jax.Array]
+from jaxalign.model import attention
+from jaxalign.model import rope as ropes_lib
+from jaxalign.model import table as table_lib
+from jaxalign.model.rope import Rope
+from jaxalign.model.table import Param, Params
 
 
 class ModelConfig(NamedTuple):
-  """Sizes and constants of one decoder."""
+  """Sizes and constants of one decoder; the defaults are a Llama's."""
 
   layers: int  # T
   width: int  # D
@@ -33,14 +37,26 @@ class ModelConfig(NamedTuple):
   tied: bool = True  # the head is the embedding, transposed
   dtype: str = "float32"  # of the matrix products; sums are float32
   remat: str = "none"  # a key of REMAT
-
-
-class Param(NamedTuple):
-  """One row of the parameter table."""
-
-  shape: tuple[int, ...]
-  axes: tuple[str | None, ...]  # logical axes, see sharding.RULES
-  scale: float  # standard deviation of the initial normal draw; 0: ones
+  attention: str = "plain"  # a key of attention.KERNELS
+  positions: int = 0  # that the model was made for; 0: context
+  family: str = "llama"  # a key of families.FAMILIES
+  norm: str = "rms"  # a key of NORMS
+  act: str = "silu"  # a key of ACTS
+  gated: bool = True  # act(gate) * up, else act(up)
+  qkv_bias: bool = False
+  out_bias: bool = False  # of attention's output
+  ff_bias: bool = False
+  qk_norm: bool = False  # queries and keys are normed, head by head
+  post_norms: bool = False  # attention and feed-forward are normed after, too
+  parallel: bool = False  # both read the layer's input
+  rotary: float = 1.0  # share of a head's dimensions that are rotated
+  kinds: tuple[int, ...] = ()  # of each layer: which window and rope; (): 0
+  windows: tuple[int, ...] = (0,)  # keys a query sees, by kind; 0: all before
+  ropes: tuple[Rope, ...] = ()  # by kind; (): one default with rope_theta
+  query_scale: float = 0.0  # of q.k; 0: head_size ** -0.5
+  softcap: float = 0.0  # cap * tanh(q.k / cap); 0: none
+  final_softcap: float = 0.0  # the same, of the logits
+  embed_scale: float = 1.0  # of the embedding, rounded to `dtype`
 
 
 DTYPES = ("float32", "bfloat16")
@@ -49,6 +65,13 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+ACTS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+NORMS = ("rms", "rms_offset", "layer")  # scale w; scale 1 + w; LayerNorm
 
 
 def table(m: ModelConfig) -> dict[str, Param]:
@@ -56,21 +79,51 @@ def table(m: ModelConfig) -> dict[str, Param]:
   t, d, g, q = m.layers, m.width, m.kv_heads, m.heads // m.kv_heads
   c, f, v = m.head_size, m.ff, m.vocab
   inner = 0.02 / np.sqrt(2 * t)  # residual outputs, as in GPT-2
-  rows = {
-      "embed": Param((v, d), ("vocab", "width"), 0.02),
-      "layers/attention_norm": Param((t, d), (None, None), 0),
+  rows = {}
+
+  def norm(name, *shape):
+    axes = (None,) * len(shape)
+    rows[name] = Param(shape, axes, 0, float(m.norm != "rms_offset"))
+    if m.norm == "layer":
+      rows[f"{name}_bias"] = Param(shape, axes, 0, 0.0)
+
+  def bias(name, *sizes_and_axes):
+    shape, axes = zip(*sizes_and_axes)
+    rows[f"layers/{name}"] = Param((t, *shape), (None, *axes), 0, 0.0)
+
+  rows["embed"] = Param((v, d), ("vocab", "width"), 0.02)
+  norm("layers/attention_norm", t, d)
+  rows |= {
       "layers/wq": Param((t, d, g, q, c), (None, "width", "heads", None, None),
                          0.02),
       "layers/wk": Param((t, d, g, c), (None, "width", "heads", None), 0.02),
       "layers/wv": Param((t, d, g, c), (None, "width", "heads", None), 0.02),
       "layers/wo": Param((t, g, q, c, d), (None, "heads", None, None, "width"),
                          inner),
-      "layers/ff_norm": Param((t, d), (None, None), 0),
-      "layers/w_gate": Param((t, d, f), (None, "width", "ff"), 0.02),
-      "layers/w_up": Param((t, d, f), (None, "width", "ff"), 0.02),
-      "layers/w_down": Param((t, f, d), (None, "ff", "width"), inner),
-      "norm": Param((d,), (None,), 0),
   }
+  norm("layers/ff_norm", t, d)
+  if m.gated:
+    rows["layers/w_gate"] = Param((t, d, f), (None, "width", "ff"), 0.02)
+  rows["layers/w_up"] = Param((t, d, f), (None, "width", "ff"), 0.02)
+  rows["layers/w_down"] = Param((t, f, d), (None, "ff", "width"), inner)
+  if m.qkv_bias:
+    bias("bq", (g, "heads"), (q, None), (c, None))
+    bias("bk", (g, "heads"), (c, None))
+    bias("bv", (g, "heads"), (c, None))
+  if m.out_bias:
+    bias("bo", (d, None))
+  if m.ff_bias:
+    if m.gated:
+      bias("b_gate", (f, "ff"))
+    bias("b_up", (f, "ff"))
+    bias("b_down", (d, None))
+  if m.qk_norm:
+    norm("layers/q_norm", t, c)
+    norm("layers/k_norm", t, c)
+  if m.post_norms:
+    norm("layers/attention_post_norm", t, d)
+    norm("layers/ff_post_norm", t, d)
+  norm("norm", d)
   if not m.tied:
     rows["head"] = Param((v, d), ("vocab", "width"), 0.02)
   return rows
@@ -78,7 +131,7 @@ def table(m: ModelConfig) -> dict[str, Param]:
 
 def parameter_count(m: ModelConfig) -> int:
   """Number of parameters."""
-  return sum(int(np.prod(p.shape)) for p in table(m).values())
+  return table_lib.count(table(m))
 
 
 def check(m: ModelConfig, mesh: jax.sharding.Mesh) -> None:
@@ -87,116 +140,94 @@ def check(m: ModelConfig, mesh: jax.sharding.Mesh) -> None:
                "vocab", "context"):
     if getattr(m, name) < 1:
       raise ConfigError(f"model.{name}={getattr(m, name)}, wanted 1 or more")
-  if m.dtype not in DTYPES:
-    raise ConfigError(f"model.dtype={m.dtype!r} is unknown; known: "
-                      f"{', '.join(DTYPES)}")
+  for name, known in (("dtype", DTYPES), ("remat", REMAT), ("act", ACTS),
+                      ("norm", NORMS), ("attention", attention.KERNELS)):
+    if getattr(m, name) not in known:
+      raise ConfigError(f"model.{name}={getattr(m, name)!r} is unknown; known: "
+                        f"{', '.join(known)}")
   if m.heads % m.kv_heads:
     raise ConfigError(f"model.heads={m.heads} is no multiple of "
                       f"model.kv_heads={m.kv_heads}")
-  if m.width % m.heads:  # transformers refuses such an export
-    raise ConfigError(f"model.width={m.width} is no multiple of "
-                      f"model.heads={m.heads}")
-  if m.head_size % 2:
-    raise ConfigError(f"model.head_size={m.head_size} is odd, wanted even "
-                      "(rotary pairs)")
-  if m.remat not in REMAT:
-    raise ConfigError(f"model.remat={m.remat!r} is unknown; known: "
-                      f"{', '.join(REMAT)}")
-  for name, p in table(m).items():
-    for size, axis in zip(p.shape, p.axes):
-      parts = sharding.parts(mesh, axis)
-      if size % parts:
-        raise ConfigError(
-            f"{name}: its axis {axis!r} of {size} does not divide into "
-            f"{parts} parts; change the model's size or config.mesh")
+  if m.width % m.heads and m.family in ("llama", "gemma2", "gemma3_text",
+                                        "gpt_neox"):
+    raise ConfigError(f"model.width={m.width} is no multiple of "  # so says
+                      f"model.heads={m.heads}")  # transformers of an export
+  if rotated(m) % 2 or not rotated(m):
+    raise ConfigError(f"model.head_size={m.head_size} has {rotated(m)} rotated "
+                      "dimensions, wanted an even number (rotary pairs)")
+  for rope in ropes(m):
+    ropes_lib.check(rope)
+  if m.kinds and (len(m.kinds) != m.layers
+                  or not set(m.kinds) <= set(range(len(m.windows)))):
+    raise ConfigError(f"model.kinds={m.kinds} wants one of {len(m.windows)} "
+                      f"kinds for each of {m.layers} layers")
+  table_lib.check(table(m), mesh)
 
 
 def init(key: jax.Array, m: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
   """Draws the parameters in float32, each straight onto its shards."""
-  rows = table(m)
-  out = {name: sharding.named(mesh, *p.axes) for name, p in rows.items()}
-
-  def draw(key):
-    keys = jax.random.split(key, len(rows))
-    return {
-        name: (jnp.ones(p.shape) if p.scale == 0 else
-               p.scale * jax.random.normal(k, p.shape))
-        for k, (name, p) in zip(keys, sorted(rows.items()))}
-
-  # auto_axes: the draw has no operand whose sharding could be propagated.
-  return jax.jit(jax.sharding.auto_axes(
-      draw, out_sharding={n: s.spec for n, s in out.items()}))(key)
+  return table_lib.init(key, table(m), mesh)
 
 
 def abstract(m: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
   """Shapes and shardings of the parameters, for restore and compile."""
-  return {name: jax.ShapeDtypeStruct(p.shape, jnp.float32,
-                                     sharding=sharding.named(mesh, *p.axes))
-          for name, p in table(m).items()}
+  return table_lib.abstract(table(m), mesh)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """x / rms(x) * scale over the last axis, computed in float32."""
+def rotated(m: ModelConfig) -> int:
+  """How many dimensions of a head are rotated."""
+  return int(m.head_size * m.rotary)
+
+
+def ropes(m: ModelConfig) -> tuple[Rope, ...]:
+  """The rotary embedding of every kind of layer, or one for all."""
+  return m.ropes or (Rope(m.rope_theta),)
+
+
+def normed(x: jax.Array, params: Mapping[str, jax.Array], name: str,
+           m: ModelConfig) -> jax.Array:
+  """x over its root mean square (or standardised), scaled, in float32."""
   y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  shape = (1,) * (x.ndim - 1) + scale.shape
-  return (y * scale.reshape(shape).astype(jnp.float32)).astype(x.dtype)
+  shape = (1,) * (x.ndim - 1) + params[name].shape
+  scale = params[name].reshape(shape).astype(jnp.float32)
+  if m.norm == "layer":
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + m.norm_eps)
+  y = y * (1.0 + scale if m.norm == "rms_offset" else scale)
+  if m.norm == "layer":
+    y = y + params[f"{name}_bias"].reshape(shape).astype(jnp.float32)
+  return y.astype(x.dtype)
 
 
-def rope(positions: jax.Array, m: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine [B, L, C/2] of the rotary angles, float32."""
-  exponent = np.arange(0, m.head_size, 2, dtype=np.float32) / m.head_size
-  frequency = jnp.asarray(1.0 / m.rope_theta ** exponent, jnp.float32)
-  angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
+class Rows(NamedTuple):
+  """What every layer needs to know of the rows."""
+
+  cos: jax.Array  # [kinds or 1, B or 1, L, rotated / 2] float32
+  sin: jax.Array
+  seen: attention.Seen
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the two halves of the last axis (Hugging Face's convention).
-
-  Args:
-    x: [B, L, ..., C].
-    cos: [B, L, C/2], as from `rope`.
-    sin: the same shape.
-  """
-  extra = (None,) * (x.ndim - 3)
-  cos = cos[(slice(None), slice(None)) + extra].astype(x.dtype)
-  sin = sin[(slice(None), slice(None)) + extra].astype(x.dtype)
-  a, b = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+def rows_of(m: ModelConfig, seen: attention.Seen) -> Rows:
+  """The rotary tables at the queries' positions, beside who sees whom."""
+  tables = [ropes_lib.angles(r, rotated(m), seen.q_position) for r in ropes(m)]
+  cos, sin = (jnp.stack(each) for each in zip(*tables))
+  return Rows(cos, sin, seen)
 
 
-def attention(q, k, v, mask) -> jax.Array:
-  """Grouped-query attention with a float32 softmax.
-
-  Args:
-    q: [B, L, G, Q, C].
-    k: [B, S, G, C].
-    v: [B, S, G, C].
-    mask: [B, L, S] bool, true where a query may look.
-
-  Returns:
-    [B, L, G, Q, C].
-  """
-  scores = jnp.einsum("blgqc,bsgc->bgqls", q, k,
-                      preferred_element_type=jnp.float32)
-  scores = scores * (q.shape[-1] ** -0.5)
-  # A finite floor: a padding query that may look nowhere stays finite.
-  scores = jnp.where(mask[:, None, None], scores, -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("bgqls,bsgc->blgqc", weights, v)
+def precision(m: ModelConfig) -> jax.lax.Precision | None:
+  """float32 is meant: a TPU would multiply it in bfloat16 unless told."""
+  return jax.lax.Precision.HIGHEST if m.dtype == "float32" else None
 
 
-def block(x, layer: Mapping[str, jax.Array], cos, sin, mask, m: ModelConfig,
-          place, cache=None, at=None):
-  """One layer: attention and feed-forward, each pre-normed and residual.
+def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
+          m: ModelConfig, place, cache=None, at=None):
+  """One layer: attention and feed-forward, each normed and residual.
 
   Args:
     x: [B, L, D] activations.
     layer: the layer's weights, still sharded by the axis rules.
-    cos: rotary table, with `sin`.
-    sin: rotary table.
-    mask: [B, L, S] bool.
+    kind: None, or int32 scalar: which window and rope the layer has.
+    rows: positions and masks, as from `rows_of`.
     m: the model's sizes.
     place: a `sharding.Place`: how weights are gathered, where sums land.
     cache: None, or (keys, values) each [B, S, G, C], to write at `at`.
@@ -207,34 +238,64 @@ def block(x, layer: Mapping[str, jax.Array], cos, sin, mask, m: ModelConfig,
   """
   axes = table(m)
   dtype = jnp.dtype(m.dtype)
+  summed = place.spec("batch", None, None)
 
   def weight(name):
     full = f"layers/{name}"
     return place.weight(layer[full], axes[full].axes[1:]).astype(dtype)
 
-  y = rms_norm(x, layer["layers/attention_norm"], m.norm_eps)
-  q = rotate(jnp.einsum("bld,dgqc->blgqc", y, weight("wq")), cos, sin)
-  k = rotate(jnp.einsum("bld,dgc->blgc", y, weight("wk")), cos, sin)
-  v = jnp.einsum("bld,dgc->blgc", y, weight("wv"))
+  def project(y, name, equation, bias=None, out=None):
+    """y x the weight, and its bias where the family has one."""
+    y = jnp.einsum(equation, y, weight(name), out_sharding=out,
+                   precision=precision(m))
+    if bias is not None and f"layers/{bias}" in layer:
+      full = f"layers/{bias}"
+      b = place.bias(layer[full], axes[full].axes[1:])
+      y = y + b.astype(dtype)[None, None]
+    return y
+
+  turn = 0 if kind is None or len(rows.cos) == 1 else kind
+  cos, sin = rows.cos[turn], rows.sin[turn]
+  y = normed(x, layer, "layers/attention_norm", m)
+  q = project(y, "wq", "bld,dgqc->blgqc", "bq")
+  k = project(y, "wk", "bld,dgc->blgc", "bk")
+  v = project(y, "wv", "bld,dgc->blgc", "bv")
+  if m.qk_norm:
+    q = normed(q, layer, "layers/q_norm", m)
+    k = normed(k, layer, "layers/k_norm", m)
+  q = ropes_lib.rotate(q, cos, sin)
+  k = ropes_lib.rotate(k, cos, sin)
   if cache is not None:
     k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, at, axis=1)
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, at, axis=1)
-  y = attention(q, k, v, mask)
-  x = x + jnp.einsum("blgqc,gqcd->bld", y, weight("wo"),
-                     out_sharding=place.spec("batch", None, None))
-  y = rms_norm(x, layer["layers/ff_norm"], m.norm_eps)
-  gate = jax.nn.silu(jnp.einsum("bld,df->blf", y, weight("w_gate")))
-  y = gate * jnp.einsum("bld,df->blf", y, weight("w_up"))
-  x = x + jnp.einsum("blf,fd->bld", y, weight("w_down"),
-                     out_sharding=place.spec("batch", None, None))
-  return x, (k, v)
+  y = attention.attend(
+      q, k, v, rows.seen, kernel="plain" if cache is not None else m.attention,
+      scale=m.query_scale or m.head_size ** -0.5, softcap=m.softcap,
+      windows=m.windows, which=kind, place=place)
+  y = project(y, "wo", "blgqc,gqcd->bld", "bo", out=summed)
+  if m.post_norms:
+    y = normed(y, layer, "layers/attention_post_norm", m)
+  before, x = x, x + y
+  y = normed(before if m.parallel else x, layer, "layers/ff_norm", m)
+  up = project(y, "w_up", "bld,df->blf", "b_up")
+  if m.gated:
+    up = ACTS[m.act](project(y, "w_gate", "bld,df->blf", "b_gate")) * up
+  else:
+    up = ACTS[m.act](up)
+  y = project(up, "w_down", "blf,fd->bld", "b_down", out=summed)
+  if m.post_norms:
+    y = normed(y, layer, "layers/ff_post_norm", m)
+  return x + y, (k, v)
 
 
 def embed_tokens(params: Params, tokens: jax.Array, m: ModelConfig,
                  place) -> jax.Array:
   """Token ids [B, L] -> activations [B, L, D]."""
   weight = place.weight(params["embed"], ("vocab", "width"))
-  return place.lookup(weight, tokens).astype(m.dtype)
+  x = place.lookup(weight, tokens).astype(m.dtype)
+  if m.embed_scale != 1.0:  # Gemma rounds the factor, too
+    x = x * jnp.asarray(m.embed_scale, x.dtype)
+  return x
 
 
 def layers_of(params: Params) -> Params:
@@ -242,33 +303,43 @@ def layers_of(params: Params) -> Params:
   return {n: w for n, w in params.items() if n.startswith("layers/")}
 
 
+def kinds_of(m: ModelConfig) -> jax.Array | None:
+  """[T] int32, the kind of every layer, where there are several."""
+  if len(m.windows) == 1:
+    return None
+  return jnp.asarray(m.kinds or (0,) * m.layers, jnp.int32)
+
+
 def forward(params: Params, tokens: jax.Array, m: ModelConfig,
-            place=sharding.SPREAD) -> jax.Array:
+            place=sharding.SPREAD, seen: attention.Seen | None = None
+            ) -> jax.Array:
   """Hidden states after the final norm.
 
   Args:
     params: as in `table`.
-    tokens: [B, L] ids, padded on the right (causality hides the padding).
+    tokens: [B, L] ids, padded on the right (causality hides the padding)
+      unless `seen` says otherwise.
     m: the model's sizes.
     place: `sharding.SPREAD` under jit on the mesh, `sharding.PER_ROW` inside
       `sharding.per_row`.
+    seen: positions and segments; None: one row's tokens count up from 0.
 
   Returns:
     [B, L, D] in `m.dtype`.
   """
-  length = tokens.shape[1]
-  position = jnp.arange(length)
-  cos, sin = rope(position[None, :], m)
-  mask = (position[:, None] >= position[None, :])[None]
+  if seen is None:
+    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    seen = attention.Seen(position, position)
+  rows = rows_of(m, seen)
 
   def body(x, layer):
-    return block(x, layer, cos, sin, mask, m, place)[0], None
+    return block(x, layer[0], layer[1], rows, m, place)[0], None
 
   if m.remat != "none":
     body = jax.checkpoint(body, policy=REMAT[m.remat], prevent_cse=False)
   x = embed_tokens(params, tokens, m, place)
-  x, _ = jax.lax.scan(body, x, layers_of(params))
-  return rms_norm(x, params["norm"], m.norm_eps)
+  x, _ = jax.lax.scan(body, x, (layers_of(params), kinds_of(m)))
+  return normed(x, params, "norm", m)
 
 
 def head(params: Params, m: ModelConfig, place=sharding.SPREAD) -> jax.Array:
@@ -277,14 +348,21 @@ def head(params: Params, m: ModelConfig, place=sharding.SPREAD) -> jax.Array:
   return place.weight(params[name], ("vocab", "width"))
 
 
-def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
+def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
   """[B, L, D] x [V, D] -> float32 [B, L, V], accumulated in float32.
 
   The cast of `weight` stands here, inside a loop over chunks, so that the
   loop sums the chunks' gradients in float32.
+
+  Args:
+    x: hidden states after the final norm.
+    weight: as from `head`.
+    softcap: `ModelConfig.final_softcap`.
   """
-  return jnp.einsum("bld,vd->blv", x, weight.astype(x.dtype),
-                    preferred_element_type=jnp.float32)
+  exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  y = jnp.einsum("bld,vd->blv", x, weight.astype(x.dtype),
+                 preferred_element_type=jnp.float32, precision=exact)
+  return softcap * jnp.tanh(y / softcap) if softcap else y
 
 
 def operations(m: ModelConfig, length: int, logit_rows: int | None = None
@@ -295,7 +373,7 @@ def operations(m: ModelConfig, length: int, logit_rows: int | None = None
   full square); the head only on `logit_rows` positions (all by default).
   """
   d, h, g, c, f = m.width, m.heads, m.kv_heads, m.head_size, m.ff
-  per_token = 2 * (d * h * c * 2 + d * g * c * 2 + 3 * d * f)
+  per_token = 2 * (d * h * c * 2 + d * g * c * 2 + (2 + m.gated) * d * f)
   square = 2 * 2 * h * c * length * length
   rows = length if logit_rows is None else logit_rows
   return m.layers * (per_token * length + square) + 2 * d * m.vocab * rows

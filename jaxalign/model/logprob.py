@@ -7,7 +7,7 @@ from jaxalign.model import decoder
 
 
 def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
-                chunk: int = 64) -> jax.Array:
+                chunk: int = 64, softcap: float = 0.0) -> jax.Array:
   """log p(tokens[:, t+1] | tokens[:, :t+1]) for every t, in float32.
 
   The head runs over `chunk` positions at a time and is recomputed in the
@@ -19,6 +19,7 @@ def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
     weight: [V, D] output matrix, as from `decoder.head`.
     tokens: [B, L] ids.
     chunk: positions a step.
+    softcap: `ModelConfig.final_softcap`.
 
   Returns:
     [B, L] float32 nats; the entry at t is of token t, entry 0 is 0.
@@ -36,7 +37,7 @@ def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
 
   @jax.checkpoint
   def one(x, target):
-    scores = decoder.logits(x, weight)
+    scores = decoder.logits(x, weight, softcap)
     # A comparison and a sum, not a gather: it works on a sharded vocabulary.
     hit = jnp.sum(jnp.where(vocab == target[..., None], scores, 0.0), axis=-1)
     return hit - jax.nn.logsumexp(scores, axis=-1)

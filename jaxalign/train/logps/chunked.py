@@ -21,7 +21,7 @@ def chunked(m: decoder.ModelConfig, chunk: int):
     flat = tokens.reshape(b * r, length)
     x = decoder.forward(params, flat, m, sharding.SPREAD)
     weight = decoder.head(params, m, sharding.SPREAD)
-    each = logprob.token_logps(x, weight, flat, chunk)
+    each = logprob.token_logps(x, weight, flat, chunk, m.final_softcap)
     total, count = logprob.sums(each, mask.reshape(b * r, length))
     return logps.Logps(total.reshape(b, r), count.reshape(b, r))
 

@@ -1,0 +1,222 @@
+"""Every family against transformers: config, logits, gradients."""
+
+import functools
+import json
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.errors import ConfigError
+from jaxalign.model import decoder
+from jaxalign.model import families
+from jaxalign.model import logprob
+from jaxalign.model import rope
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTH = 14  # longer than every window drawn
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+# One config of each family, with every switch the family has in a rare place.
+
+ROPES = {
+    "default": {},
+    "linear": dict(factor=4.0),
+    "dynamic": dict(factor=2.0),
+    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=16),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=16),
+}
+
+
+def sizes(group=2, kv_heads=3, head_size=6, layers=3, ff=11, tied=False,
+          multiple=True, act="silu"):
+  heads = group * kv_heads
+  width = heads * 4 if multiple else heads * 4 + 2
+  return dict(
+      hidden_size=width, num_hidden_layers=layers, intermediate_size=ff,
+      num_attention_heads=heads, num_key_value_heads=kv_heads,
+      head_dim=head_size, vocab_size=43, max_position_embeddings=64,
+      tie_word_embeddings=tied, hidden_act=act, rms_norm_eps=1e-3)
+
+
+def roped(kind, theta=300.0, **more):
+  return dict(rope_parameters=dict(rope_type=kind, rope_theta=theta,
+                                   **ROPES[kind], **more))
+
+
+def pattern(layers):
+  return [("sliding_attention", "full_attention")[i % 2]
+          for i in range(layers)]
+
+
+def gemma(s, **more):
+  return dict(s, hidden_activation="gelu_pytorch_tanh",
+              query_pre_attn_scalar=7, sliding_window=5,
+              layer_types=pattern(s["num_hidden_layers"]), **more)
+
+
+def neox(s, kind, parallel):
+  s = dict(s, layer_norm_eps=s["rms_norm_eps"], hidden_act="gelu",
+           hidden_size=s["num_attention_heads"] * 8,
+           use_parallel_residual=parallel)
+  for name in ("head_dim", "num_key_value_heads", "rms_norm_eps"):
+    del s[name]
+  return s | roped(kind, partial_rotary_factor=0.5)
+
+
+def case(family, s, kind, switch):
+  """The keywords of transformers' config class for one drawn example."""
+  make = {
+      "llama": lambda: dict(s, attention_bias=switch, mlp_bias=switch,
+                            **roped(kind)),
+      "mistral": lambda: dict(s, sliding_window=5 if switch else None,
+                              **roped(kind)),
+      "qwen2": lambda: dict(s, use_sliding_window=switch, sliding_window=5,
+                            max_window_layers=1, **roped(kind)),
+      "qwen3": lambda: dict(s, use_sliding_window=switch, sliding_window=5,
+                            attention_bias=switch,
+                            layer_types=pattern(s["num_hidden_layers"])
+                            if switch else None, **roped(kind)),
+      "gemma2": lambda: gemma(
+          s, attn_logit_softcapping=3.0 if switch else None,
+          final_logit_softcapping=2.0 if switch else None, **roped(kind)),
+      "gemma3_text": lambda: gemma(s, rope_parameters={
+          "sliding_attention": dict(rope_type="default", rope_theta=70.0),
+          **dict(full_attention=roped(kind)["rope_parameters"])}),
+      "gpt_neox": lambda: neox(s, kind, switch),
+  }
+  assert set(make) == set(families.FAMILIES), "a family without a parity case"
+  return make[family]()
+
+
+def torch_model(family, keywords):
+  config = transformers.AutoConfig.for_model(family, **keywords)
+  config._attn_implementation = "eager"  # the one with soft caps
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(config)
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+      if family.startswith("gemma"):
+        centre = 0.0
+      p.copy_(centre + 0.3 * torch.randn(p.shape))
+  return model.eval()
+
+
+def ours_from(stored, tensors, layers):
+  """Our parameters from a dict of arrays, as `Stored` says."""
+  out = {}
+  for name, s in stored.items():
+    each = []
+    for i in range(layers if "{}" in s.name else 1):
+      w = np.asarray(tensors[s.name.format(i)])
+      assert w.shape == s.shape, s
+      w = w.reshape(s.view)
+      if s.pick:
+        w = np.take(w, s.pick[1], axis=s.pick[0])
+      each.append(w.transpose(s.order))
+    out[name] = np.stack(each) if "{}" in s.name else each[0]
+  return out
+
+
+@functools.lru_cache(maxsize=2)
+def grad_fn(m):
+  def total(params, tokens, mask):
+    x = decoder.forward(params, tokens, m)
+    head = decoder.head(params, m)
+    logps = logprob.token_logps(x, head, tokens, 5, m.final_softcap)
+    return jnp.sum(logps * mask), decoder.logits(x, head, m.final_softcap)
+  return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def compare(family, keywords, mesh):
+  """Logits within 1e-4, every gradient of a log-prob within 1e-3."""
+  model = torch_model(family, keywords)
+  raw = json.loads(model.config.to_json_string())
+  m = families.config_of(raw)
+  again = families.config_of(json.loads(json.dumps(families.hf_config(
+      m, 1, 2))))
+  assert again == m
+  assert transformers.AutoConfig.for_model(**families.hf_config(
+      m, 1, 2)).to_dict()["rope_parameters"] == raw["rope_parameters"]
+  state = {families.canonical(m, n): p
+           for n, p in model.named_parameters()}
+  params = ours_from(families.stored(m), {
+      n: p.detach().numpy() for n, p in state.items()}, m.layers)
+  rows = decoder.table(m)
+  assert {n: p.shape for n, p in params.items()} == {
+      n: p.shape for n, p in rows.items()}
+  rng = np.random.default_rng(3)
+  tokens = rng.integers(0, m.vocab, (4, LENGTH)).astype(np.int32)
+  mask = np.broadcast_to(np.arange(LENGTH) >= 4, tokens.shape)
+  wanted = model(torch.tensor(tokens, dtype=torch.long)).logits
+  logps = torch.log_softmax(wanted[:, :-1].double(), -1).gather(
+      -1, torch.tensor(tokens[:, 1:, None], dtype=torch.long))[..., 0]
+  (logps * torch.tensor(mask[:, 1:])).sum().backward()
+  slopes = ours_from(families.stored(m), {
+      n: p.grad.numpy() for n, p in state.items()}, m.layers)
+  with jax.set_mesh(mesh):
+    (total, logits), grads = grad_fn(m)(
+        {n: sharding.put(mesh, w, *rows[n].axes) for n, w in params.items()},
+        sharding.put(mesh, tokens, "batch"),
+        sharding.put(mesh, np.float32(mask), "batch"))
+  wanted = wanted.detach().numpy()
+  np.testing.assert_allclose(
+      logits, wanted, rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
+  for name, g in grads.items():
+    np.testing.assert_allclose(
+        g, slopes[name], rtol=0, atol=1e-3 * max(1, np.abs(slopes[name]).max()),
+        err_msg=name)
+
+
+def one_device():
+  return sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_one_config_of_every_family(family):
+  compare(family, case(family, sizes(), "linear", True), one_device())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_random_configs_of_every_family(family):
+  @hypothesis.settings(max_examples=8, derandomize=True, deadline=None,
+                       suppress_health_check=list(hypothesis.HealthCheck))
+  @hypothesis.given(
+      st.sampled_from([1, 2, 4]), st.integers(1, 5), st.sampled_from([4, 6, 8]),
+      st.integers(1, 3), st.booleans(), st.booleans(),
+      st.sampled_from(list(ROPES)))
+  def run(group, kv_heads, head_size, layers, tied, switch, kind):
+    if family == "gpt_neox":
+      group = 1
+    s = sizes(group, kv_heads, head_size, layers, tied=tied,
+              multiple=family in ("llama", "gemma2", "gemma3_text"))
+    compare(family, case(family, s, kind, switch), one_device())
+
+  run()
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox"])
+def test_a_mesh_changes_nothing(family):
+  s = sizes(group=1 if family == "gpt_neox" else 2, kv_heads=2, layers=2,
+            ff=16)
+  s |= dict(hidden_size=16, vocab_size=64)
+  keywords = case(family, s, "default", True)
+  keywords |= dict(hidden_size=16)
+  compare(family, keywords, sharding.make_mesh(dict(fsdp=4, tensor=2)))
