@@ -1,12 +1,17 @@
-"""Every mistake that can be seen before data is read or code compiled."""
+"""Every mistake that can be seen before data is read or code compiled.
+
+`validate` needs no device: it runs before several processes join, so that
+all of them end with the same line. `validate_on` needs the mesh.
+"""
 
 from typing import Any
 
+from jaxalign import sharding
 from jaxalign.artifacts import pick
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import Job, sampler_kwargs, sizes
+from jaxalign.job import Job, loss_of, sampler_kwargs, sizes
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -59,14 +64,16 @@ def _check_values(c: Any) -> None:
                       f"{room} or less; set one of them")
 
 
-def validate(job: Job) -> None:
-  """Every mistake that can be seen before data is read or code compiled."""
-  c = job.c
+def validate(c: Any) -> None:
+  """Every mistake that the config and the files it names show by themselves.
+
+  It touches no device: `jax.distributed.initialize` may come after it.
+  """
   _check_values(c)
   prepare.check_source(c)
   sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
   sampler_kwargs(c, sampler)
-  loss = job.loss
+  loss = loss_of(c)
   if loss.kind == "rows":
     raise ConfigError(f"loss {c.loss.name!r} prefers nothing: it cannot align; "
                       "set config.loss.name")
@@ -78,16 +85,24 @@ def validate(job: Job) -> None:
     if name != "all":
       lookup(SAMPLERS, name, "sampler", "compare")
   for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
-    feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
+    feed.check_divides(part.batch_size, part.accumulation, name)
     optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,
                         warmup_ratio=part.warmup_ratio)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
-  _check_model(c, job.mesh)
+  decoder.check(_model(c), sharding.nowhere())
 
 
-def _check_model(c: Any, mesh: Any) -> None:
-  """Raises where the model cannot be read, cut over the mesh or exported."""
+def validate_on(job: Job) -> None:
+  """Every mistake that shows once the mesh is known."""
+  c = job.c
+  for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
+    feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
+  decoder.check(_model(c), job.mesh)
+
+
+def _model(c: Any) -> decoder.ModelConfig:
+  """The model's sizes; raises where it cannot be read or exported."""
   m = None
   if c.model.checkpoint:
     m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
@@ -101,4 +116,4 @@ def _check_model(c: Any, mesh: Any) -> None:
                         f"checkpoint {m.vocab} embeddings; set "
                         "config.model.tokenizer")
   pieces = tokenizer.vocab_size if tokenizer else c.model.vocab_size
-  decoder.check(m or sizes(c, pieces), mesh)
+  return m or sizes(c, pieces)

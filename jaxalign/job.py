@@ -57,25 +57,14 @@ class Job:
     """`artifacts.run`, remembered by (arm, stage) for the ledger."""
     if arm:
       progress.say(f"[{arm}]") if stage == "select" else None
-    card = artifacts.run(folder, stage, redo=self.redo, **kwargs)
+    card = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
     self.cards[arm, stage] = card
     return card
 
   @functools.cached_property
   def loss(self) -> Callable:
     """The loss with its keywords bound."""
-    fn = lookup(LOSSES, self.c.loss.name, "loss", "loss.name")
-    kwargs = self.c.loss.kwargs.to_dict()
-    known = [p.name for p in inspect.signature(fn).parameters.values()
-             if p.kind == p.KEYWORD_ONLY]
-    for name in kwargs:
-      if name not in known:
-        raise ConfigError(f"loss {self.c.loss.name!r} takes no {name!r}; it "
-                          f"takes {', '.join(known) or 'no keywords'}; set "
-                          "config.loss.kwargs")
-    bound = functools.partial(fn, **kwargs)
-    bound.kind, bound.stats = fn.kind, fn.stats
-    return bound
+    return loss_of(self.c)
 
   @property
   def kind(self) -> str:
@@ -129,6 +118,22 @@ class Job:
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
     return self.cards[arm, stage].key
+
+
+def loss_of(c: Any) -> Callable:
+  """The loss of a config with its keywords bound; they are checked."""
+  fn = lookup(LOSSES, c.loss.name, "loss", "loss.name")
+  kwargs = c.loss.kwargs.to_dict()
+  known = [p.name for p in inspect.signature(fn).parameters.values()
+           if p.kind == p.KEYWORD_ONLY]
+  for name in kwargs:
+    if name not in known:
+      raise ConfigError(f"loss {c.loss.name!r} takes no {name!r}; it takes "
+                        f"{', '.join(known) or 'no keywords'}; set "
+                        "config.loss.kwargs")
+  bound = functools.partial(fn, **kwargs)
+  bound.kind, bound.stats = fn.kind, fn.stats
+  return bound
 
 
 def sizes(c: Any, vocab: int) -> decoder.ModelConfig:

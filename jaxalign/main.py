@@ -139,6 +139,7 @@ def _run(values, argv: list[str]) -> None:
   from jaxalign import sharding
   from jaxalign import study
   from jaxalign.report.pages import study as study_page
+  checks.validate(c)  # before joining: all processes end with the same line
   _join(values.distributed)
   if c.compile_cache:
     jax.config.update("jax_compilation_cache_dir",
@@ -148,7 +149,7 @@ def _run(values, argv: list[str]) -> None:
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
     job = pipeline.Job(c, mesh, values.workdir or "runs/plan", values.redo)
-    checks.validate(job)
+    checks.validate_on(job)
     if values.dry_run:
       plan.show(job, study.arms_of(c))
       return

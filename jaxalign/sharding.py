@@ -46,6 +46,11 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
   return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices)
 
 
+def nowhere() -> jax.sharding.AbstractMesh:
+  """A mesh of one part and no device, for checks before there are any."""
+  return jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
+
+
 def spec(*axes: str | None) -> jax.P:
   """PartitionSpec of logical axes; a misspelt axis is a KeyError."""
   return jax.P(*(RULES[a] if a else None for a in axes))
@@ -61,6 +66,32 @@ def put(mesh: jax.sharding.Mesh, x: np.ndarray, *axes: str | None):
   x = np.asarray(x)
   return jax.make_array_from_callback(
       x.shape, named(mesh, *axes), lambda index: x[index])
+
+
+def put_rows(mesh: jax.sharding.Mesh, shape: tuple[int, ...],
+             make: Callable[[np.ndarray], Any], *axes: str | None) -> Any:
+  """Global arrays of rows, of which a process makes only its own.
+
+  Args:
+    mesh: the mesh.
+    shape: of the axes in front, n rows in all: (n,), or (micro-batches, rows).
+    make: `make(places)` -> a tree of host arrays, one row for each of the
+      places asked for: int [k], ascending, numbers into `shape` laid flat. It
+      is called once, with the places whose shards lie on this process.
+    *axes: logical axes of `shape`; what `make` adds behind is not cut.
+  """
+  where = named(mesh, *axes)
+  place = np.arange(np.prod(shape)).reshape(shape)
+  own = np.unique(np.concatenate(
+      [place[index].reshape(-1) for index
+       in where.addressable_devices_indices_map(shape).values()]))
+
+  def spread(x):
+    def shard(index):  # a shard's places are all among `own`
+      return x[np.searchsorted(own, place[index[:len(shape)]])]
+    return jax.make_array_from_callback((*shape, *x.shape[1:]), where, shard)
+
+  return jax.tree.map(spread, make(own))
 
 
 def fetch(x: jax.Array) -> np.ndarray:
@@ -95,6 +126,7 @@ class Place(NamedTuple):
   """How a forward pass meets the mesh; `SPREAD` and `PER_ROW` are the two."""
 
   weight: Callable[..., jax.Array]  # (w, logical axes) -> w ready to multiply
+  bias: Callable[..., jax.Array]  # (b, logical axes) -> b ready to add
   lookup: Callable[..., jax.Array]  # (table [V, D], ids [B, L]) -> [B, L, D]
   spec: Callable[..., Any]  # logical axes of a sum -> out_sharding, or None
   # (fn, logical axes of each argument, of the result) -> fn on local shards
@@ -125,12 +157,13 @@ def _on_shards(fn, in_axes, out_axes):
 # Training: rows over fsdp, heads and features over tensor.
 SPREAD = Place(
     _gather_width,
+    lambda b, axes: b,  # cut as the sum that it is added to
     lambda table, ids: table.at[ids].get(
         out_sharding=spec("batch", None, None)),
     spec, _on_shards)
 # Inference, inside `per_row`: whole rows, whole weights, one layer at a time.
-PER_ROW = Place(_gather_all, lambda table, ids: table[ids], lambda *axes: None,
-                lambda fn, in_axes, out_axes: fn)
+PER_ROW = Place(_gather_all, _gather_all, lambda table, ids: table[ids],
+                lambda *axes: None, lambda fn, in_axes, out_axes: fn)
 
 
 def per_row(mesh: jax.sharding.Mesh, fn: Callable[..., Any], params_axes: Any):

@@ -13,6 +13,7 @@ import jaxalign
 from jaxalign import artifacts
 from jaxalign import ledger
 from jaxalign import pipeline
+from jaxalign.artifacts import Cost
 from jaxalign.data import batches
 from jaxalign.data import records
 from jaxalign.data import world as world_lib
@@ -26,6 +27,7 @@ from jaxalign.report.pages import study as study_page
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.train import feed
 
+REPORT = "report"  # the stage that writes a page
 CURVES = ("train/loss", "train/preference_loss", "rewards/margins",
           "rewards/accuracies", "logps/chosen", "train/grad_norm")
 
@@ -57,24 +59,49 @@ def run(job: pipeline.Job, command: str) -> dict[str, Any]:
   pipeline.run_shared(job, arms)
   for arm in arms:
     pipeline.run_arm(job, arm)
-  summary = summarise(job, arms, command)
-  if jax.process_index() == 0:
-    _write_pages(job, arms, summary)
-  return summary
+    run_page_of(job, arm)
+  run_report(job, arms, command)
+  if jax.process_index() != 0:
+    return {}
+  return artifacts.read_json(job.workdir / "summary.json")
 
 
-def _write_pages(job: pipeline.Job, arms: list[pipeline.Arm],
-                 summary: dict[str, Any]) -> None:
-  artifacts.write_json(job.workdir / "summary.json", summary)
-  artifacts.write_json(job.workdir / "config.json",
-                       json.loads(job.c.to_json_best_effort()))
-  artifacts.write_bytes(job.workdir / "report.html",
-                        study_page.render(summary).encode())
-  for arm, described in zip(arms, summary["arms"]):
-    page = described | {k: summary[k] for k in ("command", "version", "data",
-                                                "baseline", "created")}
-    artifacts.write_bytes(pipeline.arm_folder(job, arm) / "report.html",
-                          run_page.render(page).encode())
+# Pages are stages too, one a page: made once, and again where what they show
+# is another. That needs no --redo, since a page is all that is lost. Neither
+# the command nor the machine is part of what they are made from: a page says
+# which command made it, and when.
+
+
+def run_page_of(job: pipeline.Job, arm: pipeline.Arm) -> None:
+  """The page of one arm, beside its artifacts."""
+  def make(folder):
+    if jax.process_index() == 0:
+      artifacts.write_bytes(folder / "report.html",
+                            run_page.render(describe(job, arm)).encode())
+    return ["report.html"], Cost(), {}
+
+  job.run(pipeline.arm_folder(job, arm), REPORT, arm.name, make=make,
+          redo=True, fields=dict(version=jaxalign.__version__),
+          inputs=dict(evaluate=job.key("evaluate", arm.name)))
+
+
+def run_report(job: pipeline.Job, arms: list[pipeline.Arm], command: str
+               ) -> None:
+  """The page over all arms, and the summary that it is made from."""
+  def make(folder):
+    if jax.process_index() == 0:
+      summary = summarise(job, arms, command)
+      artifacts.write_json(folder / "summary.json", summary)
+      artifacts.write_json(folder / "config.json",
+                           json.loads(job.c.to_json_best_effort()))
+      artifacts.write_bytes(folder / "report.html",
+                            study_page.render(summary).encode())
+    return ["summary.json", "config.json", "report.html"], Cost(), {}
+
+  job.run(job.workdir, REPORT, make=make, redo=True,
+          fields=dict(version=jaxalign.__version__,
+                      arms=[a.name for a in arms]),
+          inputs={a.name: job.key(REPORT, a.name) for a in arms})
 
 
 def _needs(arm: pipeline.Arm) -> tuple[str, ...]:
@@ -83,28 +110,42 @@ def _needs(arm: pipeline.Arm) -> tuple[str, ...]:
 
 def _costs(job: pipeline.Job, arms: list[pipeline.Arm]) -> dict[str, Any]:
   """The ledger: lines, totals by arm, and shares saved."""
-  cards = job.cards
-  cost = lambda stage, arm="": (cards[arm, stage].cost.operations
-                                if (arm, stage) in cards else 0)
-  pool = cost("embed")
+  pool = _spent(job, "embed")
   whole = _whole_pool(job, pool)
-  by_arm, shares = {}, []
-  for arm in arms:
-    rows = _subset_tokens(job, arm)
-    by_arm[arm.name] = ledger.arm_operations(
-        needs_embedding="embedding" in _needs(arm),
-        needs_mixture="log_likelihood" in _needs(arm), embed=pool,
-        mixture=cost("mixture"), reference=rows,
-        ref_logps=cost("ref_logps", arm.name), align=cost("align", arm.name))
-    if not arm.is_all:
-      shares.append(dict(arm=arm.name, against="all") | ledger.saved(
-          by_arm[arm.name]["total"], whole, cost("sft")))
-  lines = ledger.stages(cards)
+  by_arm = {arm.name: _arm_costs(job, arm) for arm in arms}
+  shares = [s for s in (_saved(job, arm, whole) for arm in arms) if s]
+  lines = ledger.stages({k: card for k, card in job.cards.items()
+                         if k[1] != REPORT})
   first = by_arm[arms[0].name]
   return dict(stages=lines, arms=by_arm, saved=shares, everything=whole,
               total=vars(ledger.total(lines)),
               selection_share=first["select"] / max(first["total"], 1),
               parameters=decoder.parameter_count(job.model))
+
+
+def _spent(job: pipeline.Job, stage: str, arm: str = "") -> int:
+  card = job.cards.get((arm, stage))
+  return card.cost.operations if card else 0
+
+
+def _arm_costs(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, int]:
+  """Operations of one arm on its own."""
+  return ledger.arm_operations(
+      needs_embedding="embedding" in _needs(arm),
+      needs_mixture="log_likelihood" in _needs(arm),
+      embed=_spent(job, "embed"), mixture=_spent(job, "mixture"),
+      reference=_subset_tokens(job, arm),
+      ref_logps=_spent(job, "ref_logps", arm.name),
+      align=_spent(job, "align", arm.name))
+
+
+def _saved(job: pipeline.Job, arm: pipeline.Arm, whole: int
+           ) -> dict[str, Any] | None:
+  """What an arm saves against aligning on everything; None for that one."""
+  if arm.is_all:
+    return None
+  return dict(arm=arm.name, against="all") | ledger.saved(
+      _arm_costs(job, arm)["total"], whole, _spent(job, "sft"))
 
 
 def _subset_tokens(job: pipeline.Job, arm: pipeline.Arm) -> int:
@@ -188,15 +229,16 @@ def _selection(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
 
 def _comparisons(job: pipeline.Job, arms: list[pipeline.Arm]
                  ) -> list[dict[str, Any]]:
-  """The chosen sampler against every other arm, and every arm against SFT.
+  """The chosen sampler against every other arm; every arm and its start.
 
   Paired over prompts. Without a true reward there is no win rate: the pairs
   of held-out accuracy are compared instead.
   """
   folders = {a.name: pipeline.arm_folder(job, a) for a in arms}
   base = job.shared / "baseline"
+  start = _start(job)
   told = {n: pipeline.read_samples(f) for n, f in
-          {**folders, "SFT model": base}.items()}
+          {**folders, start: base}.items()}
   out = []
 
   def add(a, b, x, y, metric, unit):
@@ -204,10 +246,10 @@ def _comparisons(job: pipeline.Job, arms: list[pipeline.Arm]
     out.append(dict(a=a, b=b, metric=metric, difference=diff,
                     words=intervals.in_words(a, b, diff, unit)))
 
-  if told["SFT model"][0]["reward"] is not None:
+  if told[start][0]["reward"] is not None:
     world = job.examined.world
     target = np.array([world_lib.reward(world, s["prompt"], s["target"])
-                       for s in told["SFT model"]])
+                       for s in told[start]])
     won = {n: winrate.wins(np.array([s["reward"] for s in samples]), target)
            for n, samples in told.items()}
     metric, unit = "win_vs_target", "win rate against the SFT target"
@@ -217,9 +259,9 @@ def _comparisons(job: pipeline.Job, arms: list[pipeline.Arm]
   names = [a.name for a in arms]
   for other in names[1:]:
     add(names[0], other, won[names[0]], won[other], metric, unit)
-  if "SFT model" in won:
+  if start in won:
     for name in names:
-      add(name, "SFT model", won[name], won["SFT model"], metric, unit)
+      add(name, start, won[name], won[start], metric, unit)
   return out
 
 
@@ -251,24 +293,32 @@ def _samples(job: pipeline.Job, arms: list[pipeline.Arm]) -> list[dict]:
   return out
 
 
+def describe(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
+  """What the report shows of one arm, from the artifacts alone."""
+  folder = pipeline.arm_folder(job, arm)
+  align = job.cards[arm.name, "align"]
+  return dict(
+      name=arm.name, sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
+      rows=align.result["rows"], updates=align.result["updates"],
+      is_all=arm.is_all,
+      saved=_saved(job, arm, _whole_pool(job, _spent(job, "embed"))),
+      metrics=artifacts.read_json(folder / "eval.json"),
+      curves=_curves(folder), selection=_selection(job, arm))
+
+
+def _start(job: pipeline.Job) -> str:
+  """What the policy starts from, in words."""
+  return "given checkpoint" if job.c.model.checkpoint else "SFT model"
+
+
 def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
               ) -> dict[str, Any]:
   """Everything the report shows, from the artifacts alone."""
   c = job.c
   data = artifacts.read_json(job.shared / "data" / "data_card.json")
   costs = _costs(job, arms)
-  shares = {s["arm"]: s for s in costs["saved"]}
   comparisons = _comparisons(job, arms)
-  described = []
-  for arm in arms:
-    folder = pipeline.arm_folder(job, arm)
-    align = job.cards[arm.name, "align"]
-    described.append(dict(
-        name=arm.name, sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
-        rows=align.result["rows"], updates=align.result["updates"],
-        is_all=arm.is_all, saved=shares.get(arm.name),
-        metrics=artifacts.read_json(folder / "eval.json"),
-        curves=_curves(folder), selection=_selection(job, arm)))
+  described = [describe(job, arm) for arm in arms]
   verdicts = [x["words"] for x in comparisons[:len(arms) - 1]]
   warnings = list(job.cards["", "mixture"].result["warnings"]
                   if ("", "mixture") in job.cards else [])
@@ -313,9 +363,8 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
                   loss=c.loss.name, kwargs=c.loss.kwargs.to_dict(),
                   sft_weight=c.loss.sft_weight),
       data=_data(job, data), arms=described, comparisons=comparisons,
-      baseline=dict(name="SFT model") | artifacts.read_json(
-          job.shared / "baseline" / "eval.json"),
-      ledger=costs, samples=_samples(job, arms), files=dict(
+      baseline=dict(name=_start(job)) | artifacts.read_json(
+          job.shared / "baseline" / "eval.json"), ledger=costs, samples=_samples(job, arms), files=dict(
           {"summary": "summary.json", "config": "config.json",
            "data card": "shared/data/data_card.json"},
           **{f"{a.name}": f"runs/{a.name}/" for a in arms}))

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 
 import jax
@@ -89,6 +90,18 @@ def test_values_that_can_never_work(tmp_path, flag, said):
   message = refused(tmp_path, flag)
   for word in said:
     assert word in message, message
+
+
+def test_the_first_checks_start_no_backend():
+  """Once one is started, a process can no longer join others."""
+  code = ("from configs import common\n"
+          "from jaxalign import checks\n"
+          "from jax._src import xla_bridge\n"
+          "checks.validate(common.base('tiny'))\n"
+          "assert not xla_bridge.backends_are_initialized()\n"
+          "import jax; jax.devices()\n"
+          "assert xla_bridge.backends_are_initialized()\n")
+  subprocess.run([sys.executable, "-c", code], cwd=jobs.ROOT, check=True)
 
 
 @pytest.mark.parametrize("budget", ["0", "-3", "1.5", "nan", "inf"])

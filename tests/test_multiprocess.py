@@ -147,12 +147,18 @@ def test_bad_data_ends_both(tmp_path):
   assert second.code in (65, 75, -signal.SIGABRT), second
 
 
-def test_a_wrong_knob_ends_both_alike(tmp_path):
-  """Both see the knob; one may be gone before the other has joined it, which
-  then ends as a process that lost its peer."""
-  ends = list(trouble(tmp_path / "work", "select.sampler=isaa"))
-  told = [e for e in ends if e.code == 64 and "unknown sampler" in e.err]
-  assert told and {e.code for e in ends} <= {64, 75, -signal.SIGABRT}
+@pytest.mark.parametrize("knob, said", [
+    ("select.sampler=isaa", "unknown sampler"),
+    ("model.dtype=int8", "'int8'"),
+    ("model.checkpoint=/nowhere", "has no config.json")])
+def test_a_wrong_knob_ends_both_alike(tmp_path, knob, said):
+  """Before they join: neither waits for the other, and both say it."""
+  never = ("import jax\n"
+           "def never(**_): raise AssertionError('joined')\n"
+           "jax.distributed.initialize = never\n")
+  for ended in trouble(tmp_path / "work", knob, hooks={0: never, 1: never}):
+    assert ended.code == 64 and said in ended.err, ended
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_ends_both_alike(tmp_path):

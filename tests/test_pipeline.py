@@ -15,6 +15,7 @@ from jaxalign.model import weights
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]
 ARM = ["select", "ref_logps", "align", "evaluate", "export"]
+PAGE = ["report"]  # of an arm; one over all arms follows
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +69,28 @@ CHANGED = {  # a knob -> the stages of the isa arm that it changes
 @pytest.mark.parametrize("knob", CHANGED)
 def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
   """By their keys: nothing is computed here."""
-  changed = []
+  changed, said = [], {}
 
   def look(folder, stage, *, fields, inputs, **_):
     found = artifacts.read_card(folder, stage)
     card = artifacts.Card(
         stage, artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs),
         fields, inputs, {}, artifacts.Cost(), dict(warnings=[]))
-    if found is not None and found.key != card.key:
-      changed.append((stage, folder.name))
+    said[stage, folder.name] = found is not None and found.key != card.key
     return card
 
   monkeypatch.setattr(artifacts, "run", look)
-  monkeypatch.setattr(jobs.study, "summarise", stop)
+  monkeypatch.setattr(jobs.study.study_page, "terminal", stop)
   assert jobs.run(job, knob).code is None
   folders = {*SHARED, ISA}
-  assert [s for s, folder in changed if folder in folders] == CHANGED[knob]
+  changed = [s for (s, folder), other in said.items()
+             if other and folder in folders and s not in PAGE]
+  assert changed == CHANGED[knob]
+  # A page is made from what is evaluated, and no knob of its own.
+  if ("report", ISA) in said:
+    assert said["report", ISA] == said["evaluate", ISA]
+  arms = "seed=1", "select.budget=0.2", "compare=('all',)"
+  assert said["report", job.name] == bool(knob in arms or "evaluate" in changed)
 
 
 def stop(*_):
@@ -93,7 +100,7 @@ def stop(*_):
 def test_the_stages_run_in_order(job):
   ran = [json.loads(p.read_text())["stage"] for p in sorted(
       job.rglob("cards/*.json"), key=lambda p: p.stat().st_mtime_ns)]
-  assert ran == [*SHARED, *ARM, *ARM]
+  assert ran == [*SHARED, *ARM, *PAGE, *ARM, *PAGE, *PAGE]
   keys = {}
   for path in job.rglob("cards/*.json"):
     card = json.loads(path.read_text())
@@ -101,6 +108,7 @@ def test_the_stages_run_in_order(job):
   for (folder, stage), card in keys.items():
     for name, key in card["inputs"].items():  # each names what it read
       owner = folder if name in ARM else name
+      name = "report" if name in (ISA, RANDOM) else name
       assert keys[owner, name]["key"] == key, (folder, stage, name)
 
 
@@ -114,7 +122,7 @@ def test_a_changed_knob_is_refused_then_redone(tmp_path):
   assert jobs.outcome(work) == before
   ended = jobs.run(work, "eval.temperature=0.5", "--redo")
   assert ended.code == 0
-  assert jobs.did(ended) == ["baseline", "evaluate", "evaluate"]
+  assert jobs.did(ended) == ["baseline", *["evaluate", "report"] * 2, "report"]
   # And back again, to the bytes there were.
   ended = jobs.run(work, "--redo")
   assert ended.code == 0 and not jobs.differences(before, jobs.outcome(work))
@@ -122,13 +130,17 @@ def test_a_changed_knob_is_refused_then_redone(tmp_path):
 
 def test_arms_come_and_go_without_a_stage_twice(tmp_path):
   work = jobs.copy(tmp_path / "work")
-  ended = jobs.run(work, "compare=()")
-  assert ended.code == 0 and not jobs.did(ended)
+  pages = {p: p.read_bytes() for p in work.glob("runs/*/report.html")}
+  assert len(pages) == 2
+  ended = jobs.run(work, "compare=()")  # only the page over all is another
+  assert ended.code == 0 and jobs.did(ended) == PAGE
+  assert RANDOM not in (work / "report.html").read_text()
   ended = jobs.run(work, "select.sampler=random", "compare=()")
-  assert ended.code == 0 and not jobs.did(ended)
+  assert ended.code == 0 and jobs.did(ended) == PAGE
   assert "mixture:" not in ended.out  # a random arm needs none
   ended = jobs.run(work, "select.budget=24", "compare=()")
-  assert ended.code == 0 and jobs.did(ended) == ARM
+  assert ended.code == 0 and jobs.did(ended) == [*ARM, *PAGE, *PAGE]
+  assert pages == {p: p.read_bytes() for p in pages}
   kept = [r["id"] for r in table(work, "runs/isa-24-seed0/subset.parquet")]
   small = [r["id"] for r in table(work, f"runs/{ISA}/subset.parquet")]
   assert len(kept) == 24 and kept[:16] == small  # best first

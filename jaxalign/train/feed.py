@@ -29,11 +29,16 @@ class Mismatched(NamedTuple):
   ref_sum: np.ndarray  # [updates * B] float32 nats
 
 
-def check_batch(batch: int, accumulation: int, mesh: Any, knob: str) -> None:
-  """Raises ConfigError where a batch does not divide over mesh and steps."""
+def check_divides(batch: int, accumulation: int, knob: str) -> None:
+  """Raises ConfigError where a batch does not divide into micro-batches."""
   if batch < 1 or accumulation < 1 or batch % accumulation:
     raise ConfigError(f"{knob}.batch_size={batch} does not divide into "
                       f"{knob}.accumulation={accumulation} micro-batches")
+
+
+def check_batch(batch: int, accumulation: int, mesh: Any, knob: str) -> None:
+  """Raises ConfigError where a batch does not divide over mesh and steps."""
+  check_divides(batch, accumulation, knob)
   parts = sharding.parts(mesh, "batch")
   if (batch // accumulation) % parts:
     raise ConfigError(
