@@ -132,15 +132,15 @@ def test_nothing_is_said_after_the_end(alone):
 
 def test_the_machine_repeats_eos_after_the_end(alone):
   """What leaves the compiled function: only EOS after an EOS."""
-  fn = decode._generate_fn(alone, CHAIN, 6, EOS, KNOWN, False)
+  fn = decode._generate_fn(alone, CHAIN, 6, (EOS,), KNOWN,
+                           decode.Sampling(2.0))
   rows = dict(tokens=np.full((512, 4), BOS, np.int32),
               index=np.arange(512, dtype=np.int32),
               pad=np.full(512, 3, np.int32))
   said = np.asarray(fn(on_mesh(alone, CHAIN, chain_params()),
                        {k: sharding.put(alone, v, "pool")
                         for k, v in rows.items()},
-                       dict(key=jax.random.key(0),
-                            temperature=jnp.float32(2.0))))
+                       dict(key=jax.random.key(0))))
   ended = np.cumsum(said == EOS, axis=1) > 0
   assert 100 < ended[:, -1].sum() < 512
   assert (said[ended] == EOS).all()
@@ -255,3 +255,51 @@ def test_operations_count_each_token_once():
   asked = [np.arange(4), np.arange(2)]
   assert decode.operations(MODEL, asked, said) == (
       decoder.operations(MODEL, 7, 3) + decoder.operations(MODEL, 7, 5))
+
+
+@pytest.mark.parametrize("top_k,top_p", [(3, 1.0), (0, 0.6), (4, 0.8),
+                                         (1, 1.0), (0, 1e-6), (12, 1.0)])
+def test_top_k_and_top_p_keep_what_transformers_keeps(top_k, top_p):
+  torch = pytest.importorskip("torch")
+  from transformers.generation import logits_process
+  scores = np.float32(np.random.default_rng(0).normal(0, 2, (7, 12)))
+  scores[0, :6] = 1.5  # ties
+  wanted = torch.tensor(scores)
+  if top_k:
+    wanted = logits_process.TopKLogitsWarper(top_k)(None, wanted)
+  if top_p < 1:
+    wanted = logits_process.TopPLogitsWarper(top_p)(None, wanted)
+  mine = np.asarray(decode.kept(jnp.asarray(scores), decode.Sampling(
+      1.0, top_k, top_p)))
+  # Among ties transformers sorts the other way, so only their number counts.
+  for got, want, row in zip(mine > -1e29, np.isfinite(wanted.numpy()), scores):
+    assert sorted(row[got]) == sorted(row[want])
+  np.testing.assert_array_equal(mine[mine > -1e29], scores[mine > -1e29])
+
+
+def test_only_the_kept_tokens_are_drawn(alone):
+  said = run_chain(alone, 4096, temperature=0.9, top_k=3, new=1)
+  odds = chain_odds(0.9)[BOS]
+  best = np.argsort(-odds)[:3]
+  count = np.bincount([s[0] for s in said], minlength=10)
+  assert count[best].sum() == 4096
+  wanted = 4096 * odds[best] / odds[best].sum()
+  assert ((count[best] - wanted) ** 2 / wanted).sum() < 2 + 4 * 2
+
+
+def test_any_of_several_stops_ends_an_answer(alone):
+  both = run_chain(alone, 512, eos=(EOS, 5))
+  for s in both:
+    assert not np.isin(s[:-1], (EOS, 5)).any()
+    assert s[-1] in (EOS, 5) or len(s) == 6
+  assert {int(s[-1]) for s in both} >= {EOS, 5}
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(temperature=-1.0), "temperature=-1.0, wanted 0 or more"),
+    (dict(temperature=float("nan")), "temperature=nan"),
+    (dict(top_k=11), r"top_k=11, wanted 0 \(all\) to 10"),
+    (dict(top_p=0.0), "top_p=0.0, wanted above 0")])
+def test_sampling_with_no_sense_is_refused(alone, change, words):
+  with pytest.raises(ConfigError, match=words):
+    run_chain(alone, 1, **change)

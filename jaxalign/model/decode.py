@@ -1,7 +1,7 @@
 """Generation with a key-value cache, row-parallel on the mesh."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,46 @@ from jaxalign.model import attention
 from jaxalign.model import decoder
 
 
+class Sampling(NamedTuple):
+  """How a token is drawn: temperature first, then top-k, then top-p."""
+
+  temperature: float = 1.0  # 0: the most likely token
+  top_k: int = 0  # only the k most likely; 0: all
+  top_p: float = 1.0  # only the likeliest that together reach p
+
+
+def check(s: Sampling, vocab: int) -> None:
+  """Raises ConfigError for values with no sense."""
+  if not s.temperature >= 0 or s.temperature == float("inf"):
+    raise ConfigError(f"temperature={s.temperature}, wanted 0 or more")
+  if not 0 <= s.top_k <= vocab:
+    raise ConfigError(f"top_k={s.top_k}, wanted 0 (all) to {vocab}")
+  if not 0 < s.top_p <= 1:
+    raise ConfigError(f"top_p={s.top_p}, wanted above 0, at most 1 (all)")
+
+
+def kept(scores: jax.Array, s: Sampling) -> jax.Array:
+  """Scores [b, V] with what top-k and top-p leave out at -1e30.
+
+  As in transformers: ties with the k-th stay, and the token that reaches
+  `top_p` stays, so at least one always does.
+  """
+  if s.top_k:
+    least = jax.lax.top_k(scores, s.top_k)[0][:, -1:]
+    scores = jnp.where(scores < least, -1e30, scores)
+  if s.top_p < 1:
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    odds = jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1)
+    before = jnp.cumsum(odds, axis=-1) - odds  # of all that are likelier
+    out = jnp.zeros(scores.shape, bool).at[
+        jnp.arange(len(scores))[:, None], order].set(before >= s.top_p)
+    scores = jnp.where(out, -1e30, scores)
+  return scores
+
+
 @functools.lru_cache(maxsize=8)
-def _generate_fn(mesh, m: decoder.ModelConfig, new: int, eos: int, known: int,
-                 greedy: bool):
+def _generate_fn(mesh, m: decoder.ModelConfig, new: int,
+                 stops: tuple[int, ...], known: int, sampling: Sampling):
   place = sharding.PER_ROW
 
   def one_tile(params, rows, shared):
@@ -48,31 +85,40 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int, eos: int, known: int,
       scores = decoder.logits(x[:, -1:], head, m.final_softcap)[:, 0]
       # Ids past the tokenizer's pieces only round the table up.
       scores = jnp.where(jnp.arange(m.vocab)[None, :] < known, scores, -1e30)
-      if greedy:
+      if sampling.temperature == 0:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+      scores = kept(scores / sampling.temperature, sampling)
       # The noise depends on the row's own number, not on where it runs.
       noise = jax.vmap(lambda i: jax.random.gumbel(
           jax.random.fold_in(jax.random.fold_in(shared["key"], i), t),
           (m.vocab,)))(rows["index"])
-      return jnp.argmax(scores / shared["temperature"] + noise,
-                        axis=-1).astype(jnp.int32)
+      return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
 
     empty = jnp.zeros((m.layers, b, total, m.kv_heads, m.head_size), m.dtype)
     x, cache = run(decoder.embed_tokens(params, tokens, m, place), 0, prompt,
                    (empty, empty))
-    first = choose(x, 0)
+    said = jnp.full((b, new), stops[0], jnp.int32).at[:, 0].set(choose(x, 0))
 
-    def step(carry, t):
-      token, ended, cache = carry
-      ended = ended | (token == eos)
-      x, cache = run(decoder.embed_tokens(params, token[:, None], m, place),
-                     prompt + t, 1, cache)
-      following = jnp.where(ended, eos, choose(x, t + 1))
-      return (following, ended, cache), token
+    def ends(token):
+      return jnp.any(token[:, None] == jnp.array(stops)[None, :], axis=1)
 
-    (last, _, _), said = jax.lax.scan(
-        step, (first, jnp.zeros(b, bool), cache), jnp.arange(new - 1))
-    return jnp.concatenate([said.T, last[:, None]], axis=1)
+    def going(state):
+      t, _, ended, _ = state
+      # All devices must agree: the next step gathers weights from each.
+      alive = jax.lax.psum(jnp.sum(~ended), sharding.AXES)
+      return (t < new) & (alive > 0)
+
+    def step(state):
+      t, said, ended, cache = state
+      token = jax.lax.dynamic_slice_in_dim(said, t - 1, 1, axis=1)
+      x, cache = run(decoder.embed_tokens(params, token, m, place),
+                     prompt + t - 1, 1, cache)
+      token = jnp.where(ended, stops[0], choose(x, t))
+      said = jax.lax.dynamic_update_slice_in_dim(said, token[:, None], t, 1)
+      return t + 1, said, ended | ends(token), cache
+
+    return jax.lax.while_loop(
+        going, step, (jnp.int32(1), said, ends(said[:, 0]), cache))[1]
 
   axes = {n: p.axes for n, p in decoder.table(m).items()}
   return jax.jit(sharding.per_row(mesh, one_tile, axes))
@@ -88,8 +134,9 @@ def fitting(prompt: np.ndarray, m: decoder.ModelConfig, new: int
 
 
 def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-             prompts: list[np.ndarray], *, new: int, eos: int, known: int,
-             temperature: float = 1.0, seed: int = 0, tile: int = 32,
+             prompts: list[np.ndarray], *, new: int, eos: int | Sequence[int],
+             known: int, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, seed: int = 0, tile: int = 32,
              label: str = "generate") -> list[np.ndarray]:
   """Continues every prompt until EOS or `new` tokens.
 
@@ -100,16 +147,21 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
       beginning.
     prompts: n arrays of token ids, each with its BOS.
     new: most tokens to add.
-    eos: the id that ends an answer.
+    eos: the id that ends an answer, or several.
     known: ids below this may be drawn (the tokenizer's pieces).
     temperature: 0 is greedy; else softmax(logits / temperature) is sampled.
+    top_k: only the k likeliest tokens; 0: all.
+    top_p: only the likeliest tokens that together reach p; 1: all.
     seed: of the noise, which depends only on it, the row's number and the
       position: the same tokens on any mesh.
     tile: rows a device runs at once.
     label: what the progress bar says.
 
   Returns:
-    n arrays of new ids; the last one is `eos` unless the answer was cut.
+    n arrays of new ids; the last one is of `eos` unless the answer was cut.
+
+  Raises:
+    ConfigError: no room for a prompt, or sampling with no sense.
   """
   from jaxalign.data import tokens as tokens_lib
   if not 0 < new < m.context:
@@ -121,9 +173,11 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   # Only the compiled shape is bucketed; padding is hidden by the mask.
   longest = tokens_lib.longest(lengths, m.context - new)
   sizes = np.array([tokens_lib.bucket(int(x), longest) for x in lengths])
-  fn = _generate_fn(mesh, m, new, eos, known, temperature == 0)
-  shared = dict(key=jax.random.key(seed),
-                temperature=jnp.float32(max(temperature, 1e-6)))
+  stops = tuple(int(i) for i in np.atleast_1d(eos))
+  sampling = Sampling(float(temperature), int(top_k), float(top_p))
+  check(sampling, m.vocab)
+  fn = _generate_fn(mesh, m, new, stops, known, sampling)
+  shared = dict(key=jax.random.key(seed))
   step, out = tile * mesh.size, [None] * len(prompts)
   with progress.bar(label, len(prompts)) as tick:
     for size in np.unique(sizes):
@@ -131,7 +185,7 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
       for at in range(0, len(index), step):
         part = index[at:at + step]
         full = np.concatenate([part, np.repeat(part[:1], step - len(part))])
-        tokens = np.full((step, size), eos, np.int32)
+        tokens = np.full((step, size), stops[0], np.int32)
         for row, i in enumerate(full):
           tokens[row, size - lengths[i]:] = prompts[i]
         rows = dict(tokens=tokens, index=full.astype(np.int32),
@@ -139,7 +193,7 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
         rows = {k: sharding.put(mesh, v, "pool") for k, v in rows.items()}
         said = sharding.fetch(fn(params, rows, shared))
         for i, ids in zip(part, said):
-          end = np.flatnonzero(ids == eos)
+          end = np.flatnonzero(np.isin(ids, stops))
           out[i] = ids[:end[0] + 1] if len(end) else ids
         tick(len(part))
   return out

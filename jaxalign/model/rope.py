@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies of every published variant, and the turn."""
+"""Rotary positions: the frequencies of the published variants, and the turn."""
 
 import math
 from typing import NamedTuple
