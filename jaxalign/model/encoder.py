@@ -1,0 +1,417 @@
+"""A BERT encoder as plain functions over one table of parameters.
+
+Covers BERT, MiniLM, BGE and E5 (`bert`) and multilingual E5 (`xlm-roberta`):
+post-norm layers, learned positions, attention both ways. An encoder only
+embeds here and is small, so it lies whole on every device: each device runs
+its own rows and nothing is gathered.
+"""
+
+import json
+from typing import Any, Mapping, NamedTuple
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+
+from jaxalign import sharding
+from jaxalign.errors import ConfigError, DataError
+from jaxalign.model.table import Param, Params, Stored
+
+
+class EncoderConfig(NamedTuple):
+  """Sizes and constants of one encoder, and how its rows become vectors."""
+
+  layers: int  # T
+  width: int  # D, also of an embedding
+  heads: int  # H, a divisor of D
+  ff: int  # F
+  vocab: int  # V
+  positions: int  # rows of the position table
+  context: int  # longest row, in tokens; longer texts are cut
+  types: int = 2  # rows of the token type table
+  offset: int = 0  # the first token's position
+  norm_eps: float = 1e-12
+  act: str = "gelu"  # a key of ACTS
+  pooling: str = "mean"  # a key of POOLINGS
+  normalize: bool = False  # embeddings of length one
+  lower: bool = False  # texts are put in lower case before the tokenizer
+  prompt: str = ""  # stands before every text
+  dtype: str = "float32"  # of the matrix products; norms are float32
+
+
+FAMILIES = ("bert", "roberta", "xlm-roberta")
+DTYPES = ("float32", "bfloat16")
+ACTS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+def _mean(x, mask):
+  return (jnp.einsum("bl,bld->bd", mask.astype(x.dtype), x,
+                     precision=jax.lax.Precision.HIGHEST)
+          / jnp.sum(mask, axis=1, keepdims=True))
+
+
+def _last(x, mask):
+  # One row has one last token; rows are padded on the right.
+  end = jnp.sum(mask, axis=1) - 1
+  return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+
+
+# (hidden states [B, L, D] float32, mask [B, L] bool) -> [B, D]
+POOLINGS = {
+    "mean": _mean,
+    "cls": lambda x, mask: x[:, 0],
+    "last": _last,
+    "max": lambda x, mask: jnp.max(
+        jnp.where(mask[:, :, None], x, -jnp.inf), axis=1),
+}
+# What sentence-transformers calls them, in its new files and in its old ones.
+_POOLING_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last",
+                  "max": "max"}
+_OLD_POOLING_NAMES = {
+    "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "lasttoken", "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean"}
+
+
+def table(m: EncoderConfig) -> dict[str, Param]:
+  """Name -> shape, logical axes and initial scale of every parameter."""
+  t, d, h, c, f = m.layers, m.width, m.heads, m.width // m.heads, m.ff
+  shapes = {
+      "embed": (m.vocab, d), "positions": (m.positions, d),
+      "types": (m.types, d), "norm": (d,), "norm_bias": (d,),
+      "layers/wq": (t, d, h, c), "layers/bq": (t, h, c),
+      "layers/wk": (t, d, h, c), "layers/bk": (t, h, c),
+      "layers/wv": (t, d, h, c), "layers/bv": (t, h, c),
+      "layers/wo": (t, h, c, d), "layers/bo": (t, d),
+      "layers/attention_norm": (t, d), "layers/attention_norm_bias": (t, d),
+      "layers/w_up": (t, d, f), "layers/b_up": (t, f),
+      "layers/w_down": (t, f, d), "layers/b_down": (t, d),
+      "layers/ff_norm": (t, d), "layers/ff_norm_bias": (t, d),
+  }
+
+  def row(name, shape):
+    last = name.rpartition("/")[2]
+    axes = (None,) * len(shape)
+    if last.endswith("_bias") or last.startswith("b"):
+      return Param(shape, axes, 0, 0.0)
+    return Param(shape, axes, 0 if last.endswith("norm") else 0.02)
+
+  return {name: row(name, shape) for name, shape in shapes.items()}
+
+
+def stored(m: EncoderConfig) -> dict[str, Stored]:
+  """Where each parameter lies in a Hugging Face checkpoint."""
+  d, h, c, f = m.width, m.heads, m.width // m.heads, m.ff
+  rows = {}
+
+  def plain(name, theirs, *shape):
+    rows[name] = Stored(theirs, shape, shape, tuple(range(len(shape))))
+
+  def linear(weight, bias, theirs, view, order, out):
+    shape = {"w": (d, d), "up": (f, d), "down": (d, f)}[out[0]]
+    rows[weight] = Stored(f"{theirs}.weight", shape, view, order)
+    rows[bias] = Stored(f"{theirs}.bias", shape[:1], out[1],
+                        tuple(range(len(out[1]))))
+
+  plain("embed", "embeddings.word_embeddings.weight", m.vocab, d)
+  plain("positions", "embeddings.position_embeddings.weight", m.positions, d)
+  plain("types", "embeddings.token_type_embeddings.weight", m.types, d)
+  plain("norm", "embeddings.LayerNorm.weight", d)
+  plain("norm_bias", "embeddings.LayerNorm.bias", d)
+  at = "encoder.layer.{}."
+  for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value")):
+    linear(f"layers/w{ours}", f"layers/b{ours}",
+           f"{at}attention.self.{theirs}", (h, c, d), (2, 0, 1),
+           ("w", (h, c)))
+  linear("layers/wo", "layers/bo", f"{at}attention.output.dense", (d, h, c),
+         (1, 2, 0), ("w", (d,)))
+  linear("layers/w_up", "layers/b_up", f"{at}intermediate.dense", (f, d),
+         (1, 0), ("up", (f,)))
+  linear("layers/w_down", "layers/b_down", f"{at}output.dense", (d, f),
+         (1, 0), ("down", (d,)))
+  for ours, theirs in (("attention_norm", "attention.output.LayerNorm"),
+                       ("ff_norm", "output.LayerNorm")):
+    plain(f"layers/{ours}", f"{at}{theirs}.weight", d)
+    plain(f"layers/{ours}_bias", f"{at}{theirs}.bias", d)
+  return rows
+
+
+def canonical(name: str) -> str | None:
+  """A stored tensor's name without its model's prefix; None: not needed.
+
+  Checkpoints of a model with a head say `bert.embeddings...`; the pooler, the
+  heads and the table of position numbers have no part in an embedding.
+  """
+  for prefix in ("bert.", "roberta."):
+    name = name.removeprefix(prefix)
+  unused = ("pooler.", "cls.", "lm_head.", "classifier.",
+            "embeddings.position_ids")
+  return None if name.startswith(unused) else name
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+               ) -> jax.Array:
+  """(x - mean) / deviation * scale + bias over the last axis, in float32."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  shape = (1,) * (x.ndim - 1) + scale.shape
+  return y * scale.reshape(shape) + bias.reshape(shape)
+
+
+def attention(q, k, v, mask) -> jax.Array:
+  """Attention both ways, softmax in float32.
+
+  Args:
+    q: [B, H, L, C].
+    k: [B, H, L, C].
+    v: [B, H, L, C].
+    mask: [B, L] bool, true where there is a token.
+
+  Returns:
+    [B, H, L, C].
+  """
+  scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+  scores = jnp.einsum("bhlc,bhsc->bhls", q * scale, k,
+                      precision=_precision(q.dtype),
+                      preferred_element_type=jnp.float32)
+  scores = scores + jnp.where(mask, 0.0, -1e30)[:, None, None]
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  # Divided after the product: C numbers a query instead of L.
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  out = jnp.einsum("bhls,bhsc->bhlc", weights.astype(v.dtype), v,
+                   precision=_precision(v.dtype),
+                   preferred_element_type=jnp.float32)
+  return (out / total).astype(v.dtype)
+
+
+def _precision(dtype):
+  # A TPU multiplies float32 in bfloat16 unless told not to.
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def block(x: jax.Array, layer: Mapping[str, jax.Array], mask: jax.Array,
+          m: EncoderConfig, place: sharding.Place) -> jax.Array:
+  """One layer: attention and feed-forward, each residual, then normed.
+
+  Args:
+    x: [B, L, D] float32.
+    layer: the layer's parameters.
+    mask: [B, L] bool, true where there is a token.
+    m: the model's sizes.
+    place: a `sharding.Place`.
+  """
+  axes, dtype = table(m), jnp.dtype(m.dtype)
+  batch, length, d = x.shape
+  heads, c = m.heads, m.width // m.heads
+
+  def weight(name):
+    full = f"layers/{name}"
+    return place.weight(layer[full], axes[full].axes[1:])
+
+  def linear(x, name, inner, outer):
+    # Flat matrices: one large product instead of many small ones.
+    w = weight(f"w{name}").reshape(inner, outer).astype(dtype)
+    y = jnp.einsum("nd,df->nf", x.astype(dtype), w,
+                   precision=_precision(dtype),
+                   preferred_element_type=jnp.float32)
+    return y + weight(f"b{name}").reshape(1, outer)
+
+  def split(y):
+    y = y.astype(dtype).reshape(batch, length, heads, c)
+    return y.transpose(0, 2, 1, 3)
+
+  x = x.reshape(batch * length, d)
+  q, k, v = (split(linear(x, name, d, d)) for name in "qkv")
+  y = attention(q, k, v, mask).transpose(0, 2, 1, 3)
+  x = x + linear(y.reshape(batch * length, d), "o", d, d)
+  x = layer_norm(x, weight("attention_norm"), weight("attention_norm_bias"),
+                 m.norm_eps)
+  y = ACTS[m.act](linear(x, "_up", d, m.ff))
+  x = x + linear(y, "_down", m.ff, d)
+  x = layer_norm(x, weight("ff_norm"), weight("ff_norm_bias"), m.norm_eps)
+  return x.reshape(batch, length, d)
+
+
+def forward(params: Params, tokens: jax.Array, mask: jax.Array,
+            m: EncoderConfig, place: sharding.Place = sharding.PER_ROW,
+            types: jax.Array | None = None) -> jax.Array:
+  """Hidden states of the last layer.
+
+  Args:
+    params: as in `table`.
+    tokens: [B, L] ids, padded on the right, L + offset at most `m.positions`.
+    mask: [B, L] bool, true where there is a token.
+    m: the model's sizes.
+    place: `sharding.PER_ROW` inside `sharding.per_row`.
+    types: [B, L] token types; None: all 0.
+
+  Returns:
+    [B, L, D] float32; what stands at padding means nothing.
+  """
+  length = tokens.shape[1]
+  x = place.lookup(params["embed"], tokens).astype(jnp.float32)
+  x = x + params["positions"][m.offset:m.offset + length][None]
+  x = x + (params["types"][0][None, None] if types is None
+           else place.lookup(params["types"], types))
+  x = layer_norm(x, params["norm"], params["norm_bias"], m.norm_eps)
+  layers = {n: w for n, w in params.items() if n.startswith("layers/")}
+  return jax.lax.scan(
+      lambda x, layer: (block(x, layer, mask, m, place), None), x, layers)[0]
+
+
+def pool(x: jax.Array, mask: jax.Array, m: EncoderConfig) -> jax.Array:
+  """Hidden states [B, L, D] -> embeddings [B, D], as `m` says."""
+  y = POOLINGS[m.pooling](x, mask)
+  if m.normalize:
+    length = jnp.sqrt(jnp.sum(y * y, axis=-1, keepdims=True))
+    y = y / jnp.maximum(length, 1e-12)
+  return y
+
+
+def operations(m: EncoderConfig, length: int) -> int:
+  """Multiply-adds x 2 of one row of `length` tokens, lookups not counted."""
+  per_token = 2 * (4 * m.width * m.width + 2 * m.width * m.ff)
+  return m.layers * (per_token * length + 4 * m.width * length * length)
+
+
+def read_config(folder: Any, *, pooling: str = "", normalize: bool | None = None,
+                context: int = 0, dtype: str = "float32") -> EncoderConfig:
+  """Reads a Hugging Face or sentence-transformers folder's sizes.
+
+  How rows become vectors is read from sentence-transformers' files. Where
+  they are absent it is the mean, not normalised, over all the positions.
+
+  Args:
+    folder: holds `config.json`; perhaps `modules.json` and what it names.
+    pooling: a key of POOLINGS, to override the folder's.
+    normalize: overrides the folder's; None: the folder's.
+    context: most tokens of a row, at most what there are positions for; 0:
+      the folder's.
+    dtype: of the matrix products.
+
+  Raises:
+    ConfigError: a model, module or knob that is not known here.
+    DataError: a file that cannot be read.
+  """
+  folder = epath.Path(folder)
+  raw = _json(folder, "config.json")
+  if raw is None:
+    raise ConfigError(f"{folder} has no config.json; wanted the folder of an "
+                      "encoder as transformers saves it")
+  kind = raw.get("model_type")
+  if kind not in FAMILIES:
+    raise ConfigError(f"{folder}/config.json: model_type {kind!r} is no "
+                      f"encoder known here; known: {', '.join(FAMILIES)}")
+  if raw.get("position_embedding_type") not in (None, "absolute"):
+    raise ConfigError(f"{folder}/config.json: position_embedding_type "
+                      f"{raw['position_embedding_type']!r}, wanted 'absolute'")
+  if raw.get("is_decoder") or raw.get("add_cross_attention"):
+    raise ConfigError(f"{folder}/config.json: is_decoder, wanted an encoder")
+  try:
+    offset = 0 if kind == "bert" else int(raw.get("pad_token_id", 1)) + 1
+    positions = int(raw["max_position_embeddings"])
+    m = EncoderConfig(
+        layers=int(raw["num_hidden_layers"]), width=int(raw["hidden_size"]),
+        heads=int(raw["num_attention_heads"]),
+        ff=int(raw["intermediate_size"]), vocab=int(raw["vocab_size"]),
+        positions=positions, context=positions - offset,
+        types=int(raw.get("type_vocab_size", 2)), offset=offset,
+        norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
+        act=str(raw.get("hidden_act", "gelu")), dtype=dtype)
+  except (KeyError, TypeError, ValueError) as error:
+    raise DataError(f"{folder}/config.json cannot be used: "
+                    f"{type(error).__name__}: {error}") from error
+  m = _with_modules(folder, m)
+  m = m._replace(
+      pooling=pooling or m.pooling, context=context or m.context,
+      normalize=m.normalize if normalize is None else bool(normalize))
+  check(m)
+  return m
+
+
+def check(m: EncoderConfig) -> None:
+  """Raises ConfigError where a size or a name does not fit."""
+  for name in ("layers", "width", "heads", "ff", "vocab", "positions",
+               "context", "types"):
+    if getattr(m, name) < 1:
+      raise ConfigError(f"encoder: {name}={getattr(m, name)}, wanted 1 or more")
+  if m.width % m.heads:
+    raise ConfigError(f"encoder: width={m.width} is no multiple of "
+                      f"heads={m.heads}")
+  if m.context + m.offset > m.positions:
+    raise ConfigError(f"encoder: a context of {m.context} tokens, but there "
+                      f"are positions for {m.positions - m.offset}; set "
+                      "embed.context")
+  for name, known in (("act", ACTS), ("pooling", POOLINGS), ("dtype", DTYPES)):
+    if getattr(m, name) not in known:
+      raise ConfigError(f"encoder: {name} {getattr(m, name)!r} is unknown; "
+                        f"known: {', '.join(known)}")
+
+
+def _json(folder: epath.Path, name: str) -> Any:
+  """The content of a JSON file, or None where it is absent."""
+  path = folder / name
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _with_modules(folder: epath.Path, m: EncoderConfig) -> EncoderConfig:
+  """Adds what sentence-transformers' files say, where there are any."""
+  limits = [m.context]
+  text = _json(folder, "sentence_bert_config.json") or {}
+  if text.get("max_seq_length"):
+    limits.append(int(text["max_seq_length"]))
+  else:
+    named = (_json(folder, "tokenizer_config.json") or {}).get(
+        "model_max_length")
+    if named:  # 1e30 where its author set none
+      limits.append(int(min(named, m.context)))
+  m = m._replace(context=min(limits), lower=bool(text.get("do_lower_case")))
+  modules = _json(folder, "modules.json")
+  if modules is None:
+    return m
+  for module in modules:
+    kind = str(module.get("type")).rpartition(".")[2]
+    path = str(module.get("path", ""))
+    if kind == "Normalize":
+      m = m._replace(normalize=True)
+    elif kind == "Pooling":
+      if path.startswith("/") or ".." in path.split("/"):
+        raise ConfigError(f"{folder}/modules.json: the path {path!r} leads "
+                          "out of the folder")
+      m = m._replace(pooling=_pooling(folder, path))
+    elif kind != "Transformer":
+      # A projection left out would give other vectors and no error.
+      raise ConfigError(f"{folder}/modules.json: module {kind!r} is not known "
+                        "here; known: Transformer, Pooling, Normalize")
+  named = _json(folder, "config_sentence_transformers.json") or {}
+  name = named.get("default_prompt_name")
+  return m._replace(prompt=(named.get("prompts") or {}).get(name) or "")
+
+
+def _pooling(folder: epath.Path, path: str) -> str:
+  """The one pooling of a `1_Pooling/config.json`, by our name."""
+  raw = _json(folder, f"{path}/config.json") or {}
+  modes = raw.get("pooling_mode") or [
+      mode for key, mode in _OLD_POOLING_NAMES.items() if raw.get(key)]
+  modes = [modes] if isinstance(modes, str) else list(modes) or ["mean"]
+  if len(modes) != 1 or modes[0] not in _POOLING_NAMES:
+    raise ConfigError(f"{folder}/{path}/config.json: pooling "
+                      f"{' + '.join(modes)} is not known here; known: one of "
+                      f"{', '.join(_POOLING_NAMES)}; set embed.pooling")
+  if not raw.get("include_prompt", True):
+    raise ConfigError(f"{folder}/{path}/config.json: include_prompt=false is "
+                      "not known here")
+  return _POOLING_NAMES[modes[0]]
