@@ -30,6 +30,10 @@ def base(variant: str = "") -> ConfigDict:
   c.data = ConfigDict()
   c.data.source = "world"  # or a path, a glob, hf:<name>, tfds:<name>
   c.data.schema = "auto"  # a key of SCHEMAS, or "module:function"
+  c.data.fields = ConfigDict()  # prompt="instruction": rows of other names
+  c.data.template = "auto"  # of chats: a built-in's name, or a .jinja file
+  c.data.tree_pairs = "all"  # or "adjacent": of a tree's ranked replies
+  c.data.on_tied_scores = "keep"  # or "skip"
   c.data.seed = 0  # of the world and of the split
   c.data.limit = 0  # rows read at most; 0: all
   c.data.on_bad_rows = "skip"  # or "error"

@@ -244,7 +244,8 @@ def test_the_card_counts(tmp_path):
     ("ultrafeedback/pairs.jsonl.gz", "explicit_pairs", 994,
      {"chosen equals rejected": 4, "empty response": 2}),
     ("llamafactory/dpo_en_demo.json", "chat_pairs", 300, {}),
-    ("llamafactory/kto_en_demo.json", "chat_thumbs", 300, {})])
+    ("llamafactory/kto_en_demo.json", "chat_thumbs", 300, {}),
+    ("oasst/en_100_tree.jsonl", "trees", 754, {})])
 def test_real_data(shared, name, schema, kept, counts):
   loaded = records.load(str(shared / "data" / name))
   assert (loaded.schema, len(loaded.rows), loaded.counts) == (schema, kept,
@@ -279,3 +280,59 @@ def test_real_messages_keep_their_text(shared):
              for row in loaded.rows) == sum(
                  row["conversations"][0]["from"] == "system" and
                  row["conversations"][0]["value"] != "" for row in raw)
+
+
+def test_real_trees_by_neighbours(shared):
+  path = str(shared / "data/oasst/en_100_tree.jsonl")
+  every = records.load(path)
+  near = records.load(path, tree_pairs="adjacent")
+  assert (len(every.rows), len(near.rows)) == (754, 429)
+  ids = {row["id"] for row in every.rows}
+  assert len(ids) == 754 and {row["id"] for row in near.rows} <= ids
+  assert every.counts == near.counts
+  for row in every.rows:
+    assert row["turns"][-1]["role"] == "user"
+    better, worse = row["id"].split(">")
+    assert better != worse
+  with pytest.raises(ConfigError, match="config.data.tree_pairs"):
+    records.load(path, tree_pairs="some")
+
+
+def test_real_scores(shared):
+  path = str(shared / "data/ultrafeedback/pairs.jsonl.gz")
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    raw = [json.loads(line) for line in file]
+  good = [row for row in raw if row["chosen"].strip() and
+          row["rejected"].strip() and
+          row["chosen"].strip() != row["rejected"].strip()]
+  want = [row["metadata"]["score_chosen"] - row["metadata"]["score_rejected"]
+          for row in good]
+  loaded = records.load(path)
+  assert sorted(row["margin"] for row in loaded.rows) == sorted(want)
+  assert loaded.tied == want.count(0) == 110
+  skipped = records.load(path, on_tied_scores="skip")
+  assert len(skipped.rows) == 994 - 110
+  assert skipped.counts["tied scores"] == 110
+  assert records.data_card(loaded, {})["tied_scores"] == 110
+
+
+@pytest.mark.parametrize("name, fields, schema, kept, counts", [
+    ("llmbar-natural/dataset.json",
+     dict(prompt="input", first="output_1", second="output_2", choice="label"),
+     "choices", 100, {}),
+    ("pandalm/testset-v1.json",
+     dict(prompt="instruction", first="response1", second="response2",
+          choice="annotator1"), "choices", 843,
+     {"empty prompt": 1, "empty response": 54, "not a string": 6, "tie": 95}),
+    ("ultrafeedback/pairs.jsonl.gz",
+     dict(prompt="prompt", chosen="chosen", rejected="rejected",
+          chosen_score="metadata.score_chosen",
+          rejected_score="metadata.score_rejected"), "explicit_pairs", 994,
+     {"chosen equals rejected": 4, "empty response": 2})])
+def test_real_data_of_other_names(shared, name, fields, schema, kept, counts):
+  path = str(shared / "data" / name)
+  loaded = records.load(path, fields=fields)
+  assert (loaded.schema, len(loaded.rows), loaded.counts) == (schema, kept,
+                                                              counts)
+  with pytest.raises(DataError, match="config.data.fields"):
+    records.load(path, fields=dict(prompt="nowhere"))

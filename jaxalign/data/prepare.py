@@ -77,7 +77,9 @@ def _from_source(c: Any, folder: epath.Path
   """Rows of files or of a hub, checked, refused with reasons, and split."""
   loaded = records.load(
       c.data.source, schema=c.data.schema, limit=c.data.limit,
-      on_bad_rows=c.data.on_bad_rows, max_bad_fraction=c.data.max_bad_fraction)
+      on_bad_rows=c.data.on_bad_rows, max_bad_fraction=c.data.max_bad_fraction,
+      fields=c.data.fields.to_dict(), tree_pairs=c.data.tree_pairs,
+      on_tied_scores=c.data.on_tied_scores)
   progress.say(f"  {c.data.source}: {loaded.seen:,} rows, schema "
                f"{loaded.schema} ({loaded.kind}), {len(loaded.refused):,} "
                "refused" + (f" ({_counts(loaded.counts)})"
@@ -89,7 +91,8 @@ def _from_source(c: Any, folder: epath.Path
       continue  # a disliked answer is nothing to imitate
     answer = row["chosen" if loaded.kind == "pairs" else "completion"]
     sft.append(dict(id=row["id"], prompt=row["prompt"], response=answer,
-                    group=row["group"]))
+                    group=row["group"]) |
+               {k: row[k] for k in ("turns",) if k in row})
   for row in splits["held_out"]:
     row["target"] = row.get("chosen") or row["completion"]
   card = records.data_card(loaded, splits)

@@ -9,35 +9,44 @@ import hashlib
 import io
 import itertools
 import json
-from typing import Any, Iterable, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from jaxalign import artifacts
 from jaxalign.data.schemas import SCHEMAS, Refused, Schema, detect
+from jaxalign.data.schemas import trees
+from jaxalign.data.schemas.fields import check_fields, remap
 from jaxalign.data.schemas.pairs import make_pair, make_thumb
 from jaxalign.data.sources import BadRow, Where, read_rows
 from jaxalign.errors import ConfigError, CorruptError, DataError
 from jaxalign.lookup import lookup
 
 _PEEK = 1000  # rows looked at before "no schema fits" is believed
+# An id is a digest of these: what else is kept of a row may grow.
+_CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "group")
+_EXTRA = ("turns", "margin")  # columns that some rows of a source may lack
 
 
 class Loaded(NamedTuple):
   """What a source held; `seen == len(rows) + len(refused)`, always."""
   kind: str  # "pairs" or "thumbs"
   schema: str
-  rows: list[dict]  # by id: id, prompt, chosen, rejected | completion, label
+  rows: list[dict]  # by id: id, prompt, chosen, rejected | completion, label;
+  #   group; turns (of the prompt) and margin (of scores) where there are any
   refused: list[dict]  # file, line, id, reason, detail, as they came
   counts: dict[str, int]  # refused, by reason
   seen: int
   duplicates: int  # rows kept whose whole content an earlier one had
   source: str
+  tied: int = 0  # rows whose two scores are equal, kept or not
 
 
 def load(source: str, *, schema: str = "auto", limit: int = 0,
-         on_bad_rows: str = "skip", max_bad_fraction: float = 0.5) -> Loaded:
+         on_bad_rows: str = "skip", max_bad_fraction: float = 0.5,
+         fields: Mapping[str, str] | None = None, tree_pairs: str = "all",
+         on_tied_scores: str = "keep") -> Loaded:
   """Reads, converts and checks every row of `source`.
 
   Args:
@@ -47,32 +56,47 @@ def load(source: str, *, schema: str = "auto", limit: int = 0,
     limit: rows to read, good or bad; 0 for all.
     on_bad_rows: "skip" counts and keeps the reason; "error" stops at the first.
     max_bad_fraction: more refused rows than this share is an error.
+    fields: what a schema reads -> where the row has it, see `fields.remap`;
+      None or empty: rows are read as they are.
+    tree_pairs: "all" or "adjacent" ranks of a tree's replies.
+    on_tied_scores: "keep" pairs whose scores are equal, or "skip" them.
 
   Raises:
-    ConfigError: an unknown schema or on_bad_rows.
+    ConfigError: an unknown schema, field or choice.
     DataError: no schema fits; a bad row under "error"; too many bad rows.
   """
-  if on_bad_rows not in ("skip", "error"):
-    raise ConfigError(f"on_bad_rows is {on_bad_rows!r}, wanted 'skip' or "
-                      "'error'; set config.data.on_bad_rows")
+  for knob, value, known in (
+      ("on_bad_rows", on_bad_rows, ("skip", "error")),
+      ("tree_pairs", tree_pairs, trees.TREE_PAIRS),
+      ("on_tied_scores", on_tied_scores, ("keep", "skip"))):
+    if value not in known:
+      raise ConfigError(f"{knob} is {value!r}, wanted {known[0]!r} or "
+                        f"{known[1]!r}; set config.data.{knob}")
+  check_fields(fields or {})
   pairs = iter(read_rows(source, limit))
+  if fields:
+    pairs = ((where, row if isinstance(row, BadRow) else remap(row, fields))
+             for where, row in pairs)
   if schema == "auto":
     found, pairs = _detected(pairs)
   else:
     found = lookup(SCHEMAS, schema, "schema", "data.schema")
     if not isinstance(found, Schema):
       found = Schema(schema, lambda row: True, found, "")
+  if found is trees.TREES and tree_pairs == "adjacent":
+    found = trees.ADJACENT
   kind = found.kind
   rows, refused, lines = [], [], {}
-  seen = 0
-  for where, row in pairs:
+  seen = tied = 0
+  for where, own, fresh in _converted_rows(found, pairs):
     seen += 1
-    own = None
     try:
-      if isinstance(row, BadRow):
-        raise Refused(*row)
-      own = _own_id(row)
-      fresh = _converted(found, row, where)
+      if isinstance(fresh, Refused):
+        raise fresh
+      if fresh.get("margin") == 0:
+        tied += 1
+        if on_tied_scores == "skip":
+          raise Refused("tied scores", "")
       its_kind = "pairs" if "chosen" in fresh else "thumbs"
       kind = kind or its_kind
       if its_kind != kind:
@@ -100,8 +124,33 @@ def load(source: str, *, schema: str = "auto", limit: int = 0,
                     f"(now {found.name})")
   duplicates = _name(rows, lines)
   rows.sort(key=lambda row: row["id"])
+  for name in _EXTRA:  # all rows of a table have the same columns
+    if any(name in row for row in rows):
+      rows = [dict(row, **{name: row.get(name)}) for row in rows]
   return Loaded(kind, found.name, rows, refused, counts, seen, duplicates,
-                source)
+                source, tied)
+
+
+def _converted_rows(schema: Schema, pairs: Iterable) -> Iterator[tuple]:
+  """(Where, own id or None, converted row or Refused), many of a tree."""
+  for where, row in pairs:
+    own = None
+    try:
+      if isinstance(row, BadRow):
+        raise Refused(*row)
+      own = _own_id(row)
+      fresh = _converted(schema, row, where)
+    except Refused as error:
+      yield where, own, error
+      continue
+    if not schema.many:
+      yield where, own, fresh
+      continue
+    for one in fresh:
+      if isinstance(one, Refused):
+        yield where, own, one
+      else:
+        yield where, one["id"], {k: v for k, v in one.items() if k != "id"}
 
 
 def _detected(pairs: Any) -> tuple[Schema, Any]:
@@ -138,9 +187,11 @@ def _converted(schema: Schema, row: dict, where: Where) -> dict[str, Any]:
     fresh = schema.convert(row)
     if "chosen" in fresh:
       return make_pair(fresh["prompt"], fresh["chosen"], fresh["rejected"],
-                       fresh.get("group", ""))
+                       fresh.get("group", ""), fresh.get("turns"),
+                       fresh.get("margin"))
     return make_thumb(fresh["prompt"], fresh["completion"],
-                      bool(fresh["label"]), fresh.get("group", ""))
+                      bool(fresh["label"]), fresh.get("group", ""),
+                      fresh.get("turns"))
   except Refused:
     raise
   except Exception as error:  # it is the user's code
@@ -154,7 +205,7 @@ def _name(rows: list[dict], taken: Mapping) -> int:
   """Gives every row without an id one; returns how many contents repeat."""
   times = collections.Counter()
   for row in rows:
-    content = json.dumps({k: v for k, v in row.items() if k != "id"},
+    content = json.dumps({k: row[k] for k in _CONTENT if k in row},
                          sort_keys=True, ensure_ascii=False)
     digest = hashlib.sha256(content.encode()).hexdigest()
     if row["id"] is None:
@@ -215,7 +266,8 @@ def pairs_to_thumbs(rows: Iterable[dict]) -> list[dict]:
   """Each pair as two thumbs rows: chosen liked, rejected disliked."""
   return sorted((dict(id=f"{row['id']}/{side}", prompt=row["prompt"],
                       completion=row[side], label=side == "chosen",
-                      group=row["group"])
+                      group=row["group"]) | (
+                          dict(turns=row["turns"]) if "turns" in row else {})
                  for row in rows for side in ("chosen", "rejected")),
                 key=lambda row: row["id"])
 
@@ -253,6 +305,24 @@ def read_table(path: epath.PathLike) -> list[dict]:
                        "delete it and run the data stage again") from error
 
 
+def read_column(path: epath.PathLike, name: str) -> list:
+  """One column of what `write_rows` wrote; the others are not read.
+
+  Raises:
+    CorruptError: missing, truncated, or no parquet file.
+  """
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+  try:
+    with epath.Path(path).open("rb") as file:
+      return pq.ParquetFile(file, page_checksum_verification=True).read(
+          [name]).column(name).to_pylist()
+  except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+    raise CorruptError(f"column {name} of {path} cannot be read: "
+                       f"{str(error)[:200]}; delete it and run the stage that "
+                       "wrote it again") from error
+
+
 def write_refused(path: epath.PathLike, refused: Iterable[dict]) -> None:
   """Writes the refused rows' file, line, id, reason, detail as .jsonl."""
   text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in refused)
@@ -275,6 +345,8 @@ def data_card(loaded: Loaded, splits: Mapping[str, list[dict]]
       rows_by_split={name: len(rows) for name, rows in splits.items()},
       characters={name: _quantiles(values)
                   for name, values in lengths.items()})
+  if any(row.get("margin") is not None for row in loaded.rows):
+    card["tied_scores"] = loaded.tied
   if loaded.kind == "thumbs":
     card["liked"] = sum(row["label"] for row in loaded.rows)
   return card

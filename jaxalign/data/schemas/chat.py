@@ -2,13 +2,15 @@
 
 Messages are `{"role", "content"}` (or ShareGPT's `{"from", "value"}`); what
 comes out is "\n\nHuman: ...\n\nAssistant:" with a system text in front and
-the response as " ...". A chat template of a model is applied later, if at all.
+the response as " ...". The turns of the prompt are kept beside that text: a
+model's chat template is applied to them later, if at all.
 """
 
 from typing import Any
 
 from jaxalign.data.schemas.pairs import (ASSISTANT, HUMAN, Refused, Schema,
-                                         label_of, make_pair, make_thumb)
+                                         label_of, make_pair, make_thumb,
+                                         margin_of)
 
 _ROLES = {"user": "user", "human": "user", "prompter": "user",
           "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -40,8 +42,13 @@ def messages_of(value: Any, field: str) -> list[tuple[str, str]]:
   return messages
 
 
-def render(messages: list[tuple[str, str]]) -> tuple[str, str, str]:
-  """(prompt, response, group) of a dialogue that ends in an assistant turn."""
+def render(messages: list[tuple[str, str]]
+           ) -> tuple[str, str, str, list[dict[str, str]]]:
+  """(prompt, response, group, the prompt's turns) of a whole dialogue.
+
+  Raises:
+    Refused: it does not end in an assistant turn, or has an empty one.
+  """
   if not messages or messages[-1][0] != "assistant":
     raise Refused("no Assistant turn", "the last message is "
                   f"{messages[-1][0] if messages else 'missing'}")
@@ -61,7 +68,9 @@ def render(messages: list[tuple[str, str]]) -> tuple[str, str, str]:
   response = messages[-1][1]
   if not response.strip():
     raise Refused("empty response", f"content is {response[:20]!r}")
-  return text + ASSISTANT, f" {response}", users[0].strip()
+  turns = [dict(role=role, content=content) for role, content in messages[:-1]
+           if content or role != "system"]
+  return text + ASSISTANT, f" {response}", users[0].strip(), turns
 
 
 def convert_pairs(row: dict) -> dict[str, Any]:
@@ -84,9 +93,9 @@ def convert_pairs(row: dict) -> dict[str, Any]:
     sides.append(before + turns)
   if sides[0][:-1] != sides[1][:-1]:
     raise Refused("prompts differ", "the turns before the last are not equal")
-  prompt, chosen, group = render(sides[0])
-  _, rejected, _ = render(sides[1])
-  return make_pair(prompt, chosen, rejected, group)
+  prompt, chosen, group, turns = render(sides[0])
+  rejected = render(sides[1])[1]
+  return make_pair(prompt, chosen, rejected, group, turns, margin_of(row))
 
 
 def convert_thumbs(row: dict) -> dict[str, Any]:
@@ -101,8 +110,8 @@ def convert_thumbs(row: dict) -> dict[str, Any]:
     turns = messages_of(row["messages"], "messages")
   else:
     raise Refused("missing field", "messages")
-  prompt, completion, group = render(turns)
-  return make_thumb(prompt, completion, label, group)
+  prompt, completion, group, before = render(turns)
+  return make_thumb(prompt, completion, label, group, before)
 
 
 def _before(row: dict) -> list[tuple[str, str]]:

@@ -2,10 +2,14 @@
 
 A converted row holds `text = prompt + response` exactly: nothing is stripped
 or joined, so a dialogue's prompt ends in "\n\nAssistant:" and its response
-starts with the space that follows it.
+starts with the space that follows it. Where the prompt is a dialogue its turns
+are kept beside it, for a chat template to write in its own way; where the row
+has scores, `margin` is how much better the chosen side was said to be.
 """
 
-from typing import Any, Callable, NamedTuple
+import math
+import re
+from typing import Any, Callable, Mapping, NamedTuple
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _LABELS = {"true": True, "false": False, "1": True, "0": False}  # from CSV
@@ -23,8 +27,9 @@ class Schema(NamedTuple):
   """One shape of row: `matches(row)` knows it, `convert(row)` checks it."""
   name: str
   matches: Callable[[dict], bool]
-  convert: Callable[[dict], dict]
+  convert: Callable[[dict], Any]  # a dict; if `many`, a list, see trees.py
   kind: str  # "pairs" or "thumbs"
+  many: bool = False
 
 
 def text_of(row: dict, field: str, empty: str = "empty response") -> str:
@@ -62,8 +67,43 @@ def group_of(prompt: str) -> str:
   return first or prompt
 
 
-def make_pair(prompt: str, chosen: str, rejected: str,
-              group: str = "") -> dict[str, Any]:
+def turns_of(prompt: str) -> list[dict[str, str]] | None:
+  """The messages of a dialogue's text; None where it is no dialogue.
+
+  One space after a marker belongs to the marker; what stands before the first
+  marker is the system's turn.
+  """
+  if HUMAN not in prompt or not prompt.endswith(ASSISTANT):
+    return None
+  system, *parts = re.split(f"({HUMAN}|{ASSISTANT})", prompt)
+  turns = [dict(role="system", content=system)] if system.strip() else []
+  for marker, text in zip(parts[:-2:2], parts[1:-2:2]):
+    turns.append(dict(role="user" if marker == HUMAN else "assistant",
+                      content=text.removeprefix(" ")))
+  return turns
+
+
+def margin_of(row: Mapping[str, Any]) -> float | None:
+  """chosen_score - rejected_score, or None where the row has not both.
+
+  They may be called score_chosen and score_rejected, or stand in `metadata`.
+  """
+  inner = row.get("metadata")
+  for where in (row, inner if isinstance(inner, Mapping) else {}):
+    for name in ("{}_score", "score_{}"):
+      pair = [where.get(name.format(side)) for side in ("chosen", "rejected")]
+      if any(value is None for value in pair):
+        continue
+      if any(isinstance(value, bool) or not isinstance(value, (int, float)) or
+             not math.isfinite(value) for value in pair):
+        raise Refused("bad score", f"{pair!r:.60}, wanted two numbers")
+      return float(pair[0] - pair[1])
+  return None
+
+
+def make_pair(prompt: str, chosen: str, rejected: str, group: str = "",
+              turns: list[dict[str, str]] | None = None,
+              margin: float | None = None) -> dict[str, Any]:
   """The converted pair, once its two sides are known to differ."""
   if not prompt.strip():
     raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
@@ -73,18 +113,23 @@ def make_pair(prompt: str, chosen: str, rejected: str,
   if chosen.strip() == rejected.strip():
     raise Refused("chosen equals rejected", f"{chosen[:40]!r}")
   return dict(prompt=prompt, chosen=chosen, rejected=rejected,
-              group=group or group_of(prompt))
+              group=group or group_of(prompt)) | _known(turns=turns,
+                                                        margin=margin)
 
 
-def make_thumb(prompt: str, completion: str, label: bool,
-               group: str = "") -> dict[str, Any]:
+def _known(**values: Any) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def make_thumb(prompt: str, completion: str, label: bool, group: str = "",
+               turns: list[dict[str, str]] | None = None) -> dict[str, Any]:
   """The converted thumbs row."""
   if not prompt.strip():
     raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
   if not completion.strip():
     raise Refused("empty response", f"completion is {completion[:20]!r}")
   return dict(prompt=prompt, completion=completion, label=label,
-              group=group or group_of(prompt))
+              group=group or group_of(prompt)) | _known(turns=turns)
 
 
 def split_dialogue(text: str, side: str) -> tuple[str, str]:
@@ -104,8 +149,9 @@ def split_dialogue(text: str, side: str) -> tuple[str, str]:
 
 def convert_explicit(row: dict) -> dict[str, Any]:
   """prompt, chosen, rejected: three texts."""
-  return make_pair(text_of(row, "prompt", "empty prompt"),
-                   text_of(row, "chosen"), text_of(row, "rejected"))
+  prompt = text_of(row, "prompt", "empty prompt")
+  return make_pair(prompt, text_of(row, "chosen"), text_of(row, "rejected"),
+                   turns=turns_of(prompt), margin=margin_of(row))
 
 
 def convert_implicit(row: dict) -> dict[str, Any]:
@@ -120,13 +166,15 @@ def convert_implicit(row: dict) -> dict[str, Any]:
                   f"{prompt[at:at + 30]!r} and {other[at:at + 30]!r}")
   if not prompt[:-len(ASSISTANT)].strip():
     raise Refused("empty prompt", "nothing before the Assistant turn")
-  return make_pair(prompt, chosen, rejected)
+  return make_pair(prompt, chosen, rejected, turns=turns_of(prompt),
+                   margin=margin_of(row))
 
 
 def convert_thumbs(row: dict) -> dict[str, Any]:
   """prompt, completion and a label: one text liked or disliked."""
-  return make_thumb(text_of(row, "prompt", "empty prompt"),
-                    text_of(row, "completion"), label_of(row))
+  prompt = text_of(row, "prompt", "empty prompt")
+  return make_thumb(prompt, text_of(row, "completion"), label_of(row),
+                    turns=turns_of(prompt))
 
 
 def _texts(row: dict, *fields: str) -> bool:
