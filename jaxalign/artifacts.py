@@ -385,6 +385,19 @@ def _make_room(folder: epath.Path, outputs: dict[str, Any],
                      "--workdir") from error
 
 
+def told(make: Callable[[], str]) -> str:
+  """The text that `make` gives process 0, which alone calls it, on all."""
+  if jax.process_count() == 1:
+    return make()
+  from jax.experimental import multihost_utils
+  text = np.zeros(256, np.uint8)
+  if jax.process_index() == 0:
+    data = make().encode()
+    text[:len(data)] = np.frombuffer(data, np.uint8)
+  text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+  return text.tobytes().rstrip(b"\0").decode()
+
+
 def agree(status: str) -> str:
   """Process 0's word, on every process."""
   if jax.process_count() == 1:

@@ -89,8 +89,17 @@ class Job:
     return m
 
   @functools.lru_cache(maxsize=None)
+  def column(self, split: str, name: str) -> list:
+    """One column of a split's records, "id" for instance; no text is read."""
+    return records.read_column(
+        self.shared / "data" / f"{split}.parquet", name)
+
+  @functools.lru_cache(maxsize=None)
   def rows(self, split: str) -> list[dict]:
-    """The records of a split, in id order."""
+    """The records of a split with their texts, in id order.
+
+    Only where text is written or shown; of the pool, by process 0 alone.
+    """
     return records.read_table(self.shared / "data" / f"{split}.parquet")
 
   @functools.lru_cache(maxsize=None)

@@ -52,7 +52,8 @@ def run_data(job: Job) -> None:
   c = job.c
   fields = pick(c, "data", "model.checkpoint", "model.tokenizer",
                 "model.vocab_size", "model.context")
-  fields |= dict(kind=job.kind, source_digest=prepare.fingerprint(c))
+  fields |= dict(kind=job.kind, source_digest=artifacts.told(
+      lambda: prepare.fingerprint(c)))
   job.run(job.shared / "data", "data", fields=fields, inputs={},
           make=lambda folder: prepare.make(
               c, folder, context=c.model.context, wanted=job.kind,
@@ -66,17 +67,17 @@ def run_sft(job: Job) -> None:
   """Trains the reference, where no checkpoint is given."""
   c, m, mesh = job.c, job.model, job.mesh
   if c.model.checkpoint:
-    files = artifacts.digest_tree(c.model.checkpoint,
-                                  ["config.json", "model.safetensors"])
-    job.cards["", "sft"] = artifacts.Card(
-        "sft", artifacts.key_of("checkpoint", files, {}), {}, {}, {}, Cost(),
-        {}, skipped=True)
+    key = artifacts.told(lambda: artifacts.key_of(
+        "checkpoint", artifacts.digest_tree(
+            c.model.checkpoint, ["config.json", "model.safetensors"]), {}))
+    job.cards["", "sft"] = artifacts.Card("sft", key, {}, {}, {}, Cost(), {},
+                                          skipped=True)
     return
 
   def make(folder):
     tokens = job.tokens("sft")
     n = len(tokens.start)
-    rows = feed.Rows([r["id"] for r in job.rows("sft")], tokens,
+    rows = feed.Rows(job.column("sft", "id"), tokens,
                      np.arange(n)[:, None], np.zeros((n, 1), np.float32),
                      np.ones((n, 1), np.float32))
     params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
@@ -120,11 +121,11 @@ def run_embed(job: Job) -> None:
 
   def make(folder):
     rows = job.tokens("pool")
-    n = len(job.rows("pool"))
+    ids = job.column("pool", "id")
+    n = len(ids)
     scores = embed.score_rows(
         job.mesh, job.reference, m, rows, pooling=c.embed.pooling,
-        tile=c.embed.tile, chunk=c.model.head_chunk,
-        ids=[r["id"] for r in job.rows("pool")])
+        tile=c.embed.tile, chunk=c.model.head_chunk, ids=ids)
     if jax.process_index() == 0:
       artifacts.write_array(folder / "embedding.npy",
                             scores.embedding.reshape(n, -1, m.width))
@@ -168,7 +169,7 @@ def run_mixture(job: Job) -> None:
       diagnostics["labels"] = cards.component_labels(
           fitted[0], x, np.tile([1, 0], n))
     else:
-      label = np.array([row["label"] for row in job.rows("pool")])
+      label = np.array(job.column("pool", "label"))
       diagnostics["labels"] = cards.component_labels(fitted[0], x, label)
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
@@ -259,7 +260,13 @@ def run_select(job: Job, arm: Arm) -> None:
   kwargs = sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
   uses_mixture = "log_likelihood" in sampler.needs
 
+  budget = budget_rows(arm.budget, len(job.column("pool", "id")),
+                       c.train.batch_size)
+  files = ["scores.parquet", "subset.parquet", "selection.json", "config.json"]
+
   def make(folder):
+    if jax.process_index() != 0:  # what follows reads the texts of the pool
+      return files, Cost(), {}
     rows, tokens = job.rows("pool"), job.tokens("pool")
     n = len(rows)
     lengths = tokens_lib.lengths(tokens) - tokens.start
@@ -275,7 +282,6 @@ def run_select(job: Job, arm: Arm) -> None:
       columns["embedding"] = artifacts.read_array(
           job.shared / "embed" / "embedding.npy")
     ids = np.array([r["id"] for r in rows])
-    budget = budget_rows(arm.budget, n, c.train.batch_size)
     fits = [None]
     if uses_mixture:
       fits = artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")
@@ -295,12 +301,10 @@ def run_select(job: Job, arm: Arm) -> None:
           jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
     card = cards.selection_card(Pool(ids, columns), selection, mixture,
                                 diagnostics, arm.sampler)
-    if jax.process_index() == 0:
-      _write_selection(folder, rows, selection, card, fits[0])
-      artifacts.write_json(folder / "config.json", json.loads(
-          c.to_json_best_effort()) | dict(arm=arm._asdict()))
-    return (["scores.parquet", "subset.parquet", "selection.json",
-             "config.json"], Cost(), dict(say=f"{budget:,} of {n:,} rows"))
+    _write_selection(folder, rows, selection, card, fits[0])
+    artifacts.write_json(folder / "config.json", json.loads(
+        c.to_json_best_effort()) | dict(arm=arm._asdict()))
+    return files, Cost(), dict(say=f"{budget:,} of {n:,} rows")
 
   fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
                 batch_size=c.train.batch_size, **kwargs)
@@ -339,9 +343,9 @@ def _write_selection(folder, rows, selection, card, likelihood) -> None:
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   """Row numbers of the pool that an arm kept, best first."""
-  where = {r["id"]: i for i, r in enumerate(job.rows("pool"))}
-  subset = records.read_table(arm_folder(job, arm) / "subset.parquet")
-  return np.array([where[r["id"]] for r in subset])
+  where = {name: i for i, name in enumerate(job.column("pool", "id"))}
+  kept = records.read_column(arm_folder(job, arm) / "subset.parquet", "id")
+  return np.array([where[name] for name in kept])
 
 
 def _updates(job: Job, n: int) -> int:
@@ -378,7 +382,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       artifacts.write_array(folder / "ref_sum.npy", total)
       artifacts.write_array(folder / "ref_count.npy", count)
       artifacts.write_json(folder / "ref_ids.json",
-                           [job.rows("pool")[i]["id"] for i in index])
+                           [job.column("pool", "id")[i] for i in index])
       if mismatch is not None:
         artifacts.write_array(folder / "mismatched_sum.npy", mismatch)
     return files, cost, {}
@@ -394,13 +398,13 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
 def _rows(job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
           ) -> feed.Rows:
   index = selected_rows(job, arm)
-  pool, tokens = job.rows("pool"), job.tokens("pool")
-  responses = len(tokens.start) // len(pool)
+  ids, tokens = job.column("pool", "id"), job.tokens("pool")
+  responses = len(tokens.start) // len(ids)
   label = None
   if job.kind == "thumbs":
-    label = np.array([pool[i]["label"] for i in index])
+    label = np.array(job.column("pool", "label"))[index]
   return feed.Rows(
-      [pool[i]["id"] for i in index], tokens,
+      [ids[i] for i in index], tokens,
       index[:, None] * responses + np.arange(responses)[None, :],
       np.asarray(total), np.asarray(count), label)
 
@@ -480,7 +484,8 @@ def run_shared(job: Job, arms: list[Arm]) -> None:
   """The stages that all arms read."""
   run_data(job)
   for arm in arms:
-    budget_rows(arm.budget, len(job.rows("pool")), job.c.train.batch_size)
+    budget_rows(arm.budget, len(job.column("pool", "id")),
+                job.c.train.batch_size)
   run_sft(job)
   run_embed(job)
   if any("log_likelihood" in lookup(SAMPLERS, a.sampler, "sampler",

@@ -151,7 +151,7 @@ def _saved(job: pipeline.Job, arm: pipeline.Arm, whole: int
 def _subset_tokens(job: pipeline.Job, arm: pipeline.Arm) -> int:
   """Operations of one reference pass over an arm's rows."""
   tokens, m = job.tokens("pool"), job.model
-  responses = len(tokens.start) // len(job.rows("pool"))
+  responses = len(tokens.start) // len(job.column("pool", "id"))
   index = pipeline.selected_rows(job, arm)
   rows = (index[:, None] * responses + np.arange(responses)).reshape(-1)
   sizes = np.diff(tokens.offsets)[rows]
@@ -165,7 +165,8 @@ def _whole_pool(job: pipeline.Job, reference: int) -> int:
   Counted from the rows, whether or not that arm was run; KTO's mismatched
   rows are about as long as the matched ones and cost two forwards each.
   """
-  c, tokens, n = job.c.train, job.tokens("pool"), len(job.rows("pool"))
+  c, tokens = job.c.train, job.tokens("pool")
+  n = len(job.column("pool", "id"))
   responses = len(tokens.start) // n
   rows = feed.Rows([""] * n, tokens, np.arange(n)[:, None] * responses
                    + np.arange(responses), None, None)

@@ -129,6 +129,31 @@ def test_mismatched_rows_that_do_not_fit_lose_the_answer_s_end():
   assert len(row(tight, 0)) == 11 and tight.start[0] == 10
 
 
+class Recorder(np.ndarray):
+  """An array that notes what is read of it."""
+
+  def __getitem__(self, where):
+    self.read.append(np.arange(len(self))[where])
+    return np.asarray(self)[where]
+
+
+def test_mismatched_rows_read_no_token_before_they_are_padded():
+  rows, n = token_rows(EXAMPLE), len(EXAMPLE)
+  ids = rows.ids.view(Recorder)
+  ids.read = []
+  out = batches.mismatched(rows._replace(ids=ids), np.arange(n),
+                           np.roll(np.arange(n), -1), context=64)
+  assert len(out.ids) == out.offsets[-1] == len(rows.ids) and not ids.read
+  tokens, _ = tokens_lib.pad(out, np.array([4, 2]), 24)
+  # Row 4: the prompt of 4 and the answer of 5; row 2: of 2 and 3.
+  wanted = [np.arange(rows.offsets[i] + a, rows.offsets[i] + b)
+            for i, a, b in ((4, 0, 8), (5, 4, 8), (2, 0, 5), (3, 2, 14))]
+  np.testing.assert_array_equal(np.concatenate(ids.read),
+                                np.concatenate(wanted))
+  assert tokens[0].tolist() == EXAMPLE[4][0] + EXAMPLE[5][1] + [0] * 12
+  assert tokens[1].tolist() == EXAMPLE[2][0] + EXAMPLE[3][1] + [0] * 7
+
+
 def rows_of(label=None):
   n = len(EXAMPLE)
   return feed.Rows([f"r{i}" for i in range(n)], token_rows(EXAMPLE),

@@ -28,11 +28,46 @@ NO_WRITES = ("from jaxalign import artifacts\n"
              "artifacts.write_bytes = refuse\n")  # every writer's last call
 
 
+# Notes which rows of the pool's tokens are read at which stage, and which
+# tables are read whole. `say` runs in every process, though one speaks.
+NOTES = """
+import atexit, json
+import numpy as np
+from jaxalign import progress
+from jaxalign.data import records, tokens
+stage, read, tables = [""], [], []
+def saying(text, say=progress.say):
+  if text.endswith(": ..."): stage[0] = text[:-5]
+  say(text)
+progress.say = saying
+class Noted(np.ndarray):
+  def __getitem__(self, where):
+    rows = np.searchsorted(self.ends, np.arange(len(self))[where], "right")
+    read.append([stage[0], np.unique(rows).tolist()])
+    return np.asarray(self)[where]
+def loading(folder, name, load=tokens.load_rows):
+  rows = load(folder, name)
+  if name != "pool": return rows
+  ids = rows.ids.view(Noted)
+  ids.ends = rows.offsets[1:]
+  return rows._replace(ids=ids)
+tokens.load_rows = loading
+def reading(path, table=records.read_table):
+  tables.append([stage[0], str(path)])
+  return table(path)
+records.read_table = reading
+atexit.register(lambda: open({path!r}, "w").write(json.dumps([read, tables])))
+"""
+
+
 @pytest.fixture(scope="module")
 def together(given, tmp_path_factory):
   """The workdir of a job of two processes with four devices each."""
   work = tmp_path_factory.mktemp("together") / "work"
-  ended = jobs.together(work, f"model.checkpoint={given}", hooks={1: NO_WRITES})
+  notes = [NOTES.replace("{path!r}", repr(str(work.parent / f"read{k}")))
+           for k in range(2)]
+  ended = jobs.together(work, f"model.checkpoint={given}",
+                        hooks={0: notes[0], 1: notes[1] + NO_WRITES})
   assert [e.code for e in ended] == [0, 0], ended
   return work, ended
 
@@ -98,6 +133,34 @@ def test_training_and_evaluation_are_close(together, alone, arm):
     for name in ("accuracy", "win_vs_target"):
       n = measured[name]["n"]
       assert abs(measured[name]["value"] - other[name]["value"]) <= 1.01 / n
+
+
+def test_a_process_reads_its_own_rows_alone(together):
+  """Of the pool's tokens: half each, of every batch too; texts once."""
+  work, _ = together
+  (first, tables), (second, others) = (
+      json.loads((work.parent / f"read{k}").read_text()) for k in range(2))
+
+  def rows(notes, stage):
+    return [i for at, part in notes if at == stage for i in part]
+
+  a, b = rows(first, "embed"), rows(second, "embed")
+  assert set(a) | set(b) == set(range(320))
+  # Of calls of 64 rows each reads 32; a short last one repeats a row.
+  assert max(len(a), len(b)) <= 160 + 32 and len(set(a) & set(b)) <= 2
+  # Two arms of four updates on eight pairs: 64 rows an arm, a half each.
+  a, b = rows(first, "align"), rows(second, "align")
+  assert len(a) == len(b) == 2 * 4 * 8
+  wanted = [2 * list(ids).index(i) + side for arm in ARMS
+            for ids in [[r["id"] for r in records.read_table(
+                work / "shared/data/pool.parquet")]]
+            for i in subset(work, arm) for side in (0, 1)]
+  # 32 draws from 16 pairs are two epochs: every row twice, by someone.
+  assert sorted(a + b) == sorted(2 * wanted)
+  assert {at for at, _ in first + second} == {"embed", "align"}
+  pool = [at for at, path in tables if path.endswith("pool.parquet")]
+  assert pool == ["select"]
+  assert [p for _, p in others if not p.endswith("held_out.parquet")] == []
 
 
 def test_only_process_0_speaks_and_writes(together):

@@ -65,6 +65,31 @@ def test_parts_of_an_axis():
   assert set(sharding.parts(mesh_of(1, 1), a) for a in sharding.RULES) == {1}
 
 
+@pytest.mark.parametrize("shape, axes", [
+    ((8,), ("pool",)), ((2, 4), (None, "batch")), ((8,), ("batch",)),
+    ((3, 8), (None, None))])
+@pytest.mark.parametrize("fsdp, tensor", MESHES)
+def test_rows_made_where_they_lie_are_the_rows_put(fsdp, tensor, shape, axes):
+  """Each asked for once, whatever number of devices holds a copy."""
+  if axes[-1] == "batch" and shape[-1] % fsdp:
+    pytest.skip("four rows do not divide over eight devices")
+  mesh, asked = mesh_of(fsdp, tensor), []
+  n = int(np.prod(shape))
+  wide = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
+  flat = np.arange(100, 100 + n, dtype=np.int32)
+
+  def make(places):
+    asked.extend(places.tolist())
+    return dict(wide=wide[places], flat=flat[places])
+
+  found = sharding.put_rows(mesh, shape, make, *axes)
+  assert asked == list(range(n))
+  for name, x in dict(wide=wide, flat=flat).items():
+    wanted = sharding.put(mesh, x.reshape(*shape, *x.shape[1:]), *axes)
+    assert found[name].sharding.is_equivalent_to(wanted.sharding, wanted.ndim)
+    np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(wanted))
+
+
 @pytest.mark.parametrize("axes, piece", [
     (("batch", "heads"), (2, 2)), ((None, "batch"), (8, 1)),
     (("pool",), (1, 4)), ((), (8, 4)), (("heads", "width"), (4, 1))])

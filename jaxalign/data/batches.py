@@ -1,6 +1,7 @@
 """Which rows a step sees: pure functions of the step, so a run can resume."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -50,9 +51,40 @@ def rotation(rows: np.ndarray) -> np.ndarray:
   return np.roll(rows, -1)
 
 
+class Spliced:
+  """The tokens of spliced rows, end to end: read where they are asked for.
+
+  A class because it stands where an array of token ids does: nothing is
+  copied, and a process reads no rows but those it puts on its devices.
+  """
+
+  def __init__(self, ids: np.ndarray, offsets: np.ndarray, kept: np.ndarray,
+               prompt: np.ndarray, answer: np.ndarray):
+    """Row i is kept[i] tokens of `ids` from prompt[i], then from answer[i]."""
+    self.ids, self.offsets, self.kept = ids, offsets, kept
+    self.first, self.dtype = (prompt, answer), ids.dtype
+
+  def __len__(self) -> int:
+    return int(self.offsets[-1])
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    return np.asarray(self[:], dtype)
+
+  def __getitem__(self, where: Any) -> np.ndarray:
+    """Tokens at places, an int array [k] or a slice."""
+    place = np.arange(len(self))[where] if isinstance(where, slice) else where
+    row = np.searchsorted(self.offsets, place, side="right") - 1
+    column = place - self.offsets[row]
+    kept, (prompt, answer) = self.kept[row], self.first
+    return self.ids[np.where(column < kept, prompt[row] + column,
+                             answer[row] + column - kept)]
+
+
 def mismatched(rows: "tokens_lib.TokenRows", prompts: np.ndarray,
                answers: np.ndarray, context: int) -> "tokens_lib.TokenRows":
   """Rows made of one row's prompt tokens and another's answer tokens.
+
+  Their places follow from the lengths; no token is read here.
 
   Args:
     rows: tokenized rows.
@@ -60,16 +92,15 @@ def mismatched(rows: "tokens_lib.TokenRows", prompts: np.ndarray,
     answers: [n] rows to take the answer of (with its EOS).
     context: longest row; an answer that does not fit loses its end.
   """
-  ids, starts, cuts, offsets = [], [], [], [0]
-  for i, j in zip(prompts, answers):
-    a, b = rows.offsets[i], rows.offsets[j]
-    prompt = rows.ids[a:a + rows.start[i]]
-    answer = rows.ids[b + rows.start[j]:rows.offsets[j + 1]]
-    room = max(1, context - len(prompt))
-    ids += [prompt[-(context - 1):], answer[:room]]
-    starts.append(min(len(prompt), context - 1))
-    cuts.append(max(0, len(answer) - room))
-    offsets.append(offsets[-1] + starts[-1] + min(len(answer), room))
+  offsets, start = np.asarray(rows.offsets), np.asarray(rows.start, np.int64)
+  size = np.diff(offsets)[answers] - start[answers]  # of the answer
+  room = np.maximum(1, context - start[prompts])
+  kept = np.minimum(start[prompts], context - 1)  # of the prompt, its end
+  ends = np.cumsum(kept + np.minimum(size, room))
+  places = np.concatenate([[0], ends]).astype(np.int64)
   return tokens_lib.TokenRows(
-      np.concatenate(ids).astype(np.int32), np.asarray(offsets, np.int64),
-      np.asarray(starts, np.int32), np.asarray(cuts, np.int32))
+      Spliced(rows.ids, places, kept,
+              offsets[prompts] + start[prompts] - kept,
+              offsets[answers] + start[answers]),
+      places, kept.astype(np.int32),
+      np.maximum(0, size - room).astype(np.int32))

@@ -38,7 +38,8 @@ def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
     del shared
     x = decoder.forward(params, rows["tokens"], m, place)
     head = decoder.head(params, m, place).astype(m.dtype)
-    each = logprob.token_logps(x, head, rows["tokens"], chunk)
+    each = logprob.token_logps(x, head, rows["tokens"], chunk,
+                               m.final_softcap)
     total, count = logprob.sums(each, rows["mask"])
     position = jnp.arange(rows["tokens"].shape[1])[None, :]
     length = rows["length"][:, None]
@@ -93,10 +94,14 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
         part = index[at:at + step]
         # A short last call repeats its first row: shapes stay the same.
         full = np.concatenate([part, np.repeat(part[:1], step - len(part))])
-        tokens, mask = tokens_lib.pad(rows, full, int(size))
-        batch = dict(tokens=tokens, mask=mask,
-                     length=lengths[full].astype(np.int32))
-        batch = {k: sharding.put(mesh, v, "pool") for k, v in batch.items()}
+
+        def make(places, full=full, size=int(size)):
+          index = full[places]  # only this process's rows are read
+          tokens, mask = tokens_lib.pad(rows, index, size)
+          return dict(tokens=tokens, mask=mask,
+                      length=lengths[index].astype(np.int32))
+
+        batch = sharding.put_rows(mesh, (step,), make, "pool")
         waiting.append((part, fn(params, batch, {})))
         if len(waiting) > 2:  # keep the device busy, the memory bounded
           _collect(out, *waiting.pop(0), tick)

@@ -65,7 +65,7 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   """Returns `batch_at(step)`, `ids_at(step)` and `tokens_at(step)`.
 
   Rows are padded to the bucket of the batch's longest row, so few shapes are
-  compiled. See `train.step.make_train_step` for the arrays of a batch; `rate`
+  compiled. A process reads the tokens of its own devices' rows alone. See `train.step.make_train_step` for the arrays of a batch; `rate`
   gives the learning rate of a step.
   """
   lengths = tokens_lib.lengths(rows.tokens)
@@ -78,31 +78,33 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   def rows_of(step):
     return batches.rows_at(step, len(rows.ids), batch, seed)
 
-  def spread(x):
-    x = x.reshape(accumulation, batch // accumulation, *x.shape[1:])
-    return sharding.put(mesh, x, None, "batch")
-
-  def padded(token_rows, index, lengths, longest):
-    size = tokens_lib.bucket(int(lengths[index].max()), longest)
+  def pad(token_rows, index, size):
     tokens, mask = tokens_lib.pad(token_rows, index.reshape(-1), size)
-    shape = (*index.shape, size)
-    return spread(tokens.reshape(shape)), spread(mask.reshape(shape))
+    return tokens.reshape(*index.shape, size), mask.reshape(*index.shape, size)
 
   def batch_at(step):
     own = rows_of(step)
-    index = rows.row_of[own]
-    tokens, mask = padded(rows.tokens, index, lengths, longest)
-    out = dict(tokens=tokens, mask=mask, ref_sum=spread(rows.ref_sum[own]),
-               ref_count=spread(rows.ref_count[own]),
-               lr=np.float32(rate(step)))
-    if rows.label is not None:
-      out["label"] = spread(rows.label[own])
+    # Every process pads to the same bucket, from the lengths of all rows.
+    size = tokens_lib.bucket(int(lengths[rows.row_of[own]].max()), longest)
     if mismatched is not None:
       where = np.arange(step * batch, (step + 1) * batch)[:, None]
-      out["kl_tokens"], out["kl_mask"] = padded(
-          mismatched.tokens, where, kl_lengths, kl_longest)
-      out["kl_ref_sum"] = spread(mismatched.ref_sum[where])
-    return out
+      kl_size = tokens_lib.bucket(int(kl_lengths[where].max()), kl_longest)
+
+    def make(places):
+      mine = own[places]
+      out = dict(ref_sum=rows.ref_sum[mine], ref_count=rows.ref_count[mine])
+      out["tokens"], out["mask"] = pad(rows.tokens, rows.row_of[mine], size)
+      if rows.label is not None:
+        out["label"] = rows.label[mine]
+      if mismatched is not None:
+        out["kl_tokens"], out["kl_mask"] = pad(
+            mismatched.tokens, where[places], kl_size)
+        out["kl_ref_sum"] = mismatched.ref_sum[where[places]]
+      return out
+
+    shape = (accumulation, batch // accumulation)
+    return sharding.put_rows(mesh, shape, make, None, "batch") | dict(
+        lr=np.float32(rate(step)))
 
   def ids_at(step):
     return [rows.ids[i] for i in rows_of(step)]
