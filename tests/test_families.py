@@ -152,8 +152,12 @@ def compare(family, keywords, mesh):
   again = families.config_of(json.loads(json.dumps(families.hf_config(
       m, 1, 2))))
   assert again == m
-  assert transformers.AutoConfig.for_model(**families.hf_config(
-      m, 1, 2)).to_dict()["rope_parameters"] == raw["rope_parameters"]
+  back = transformers.AutoConfig.for_model(**families.hf_config(m, 1, 2))
+  back, known = back.to_dict()["rope_parameters"], raw["rope_parameters"]
+  nested = isinstance(next(iter(known.values())), dict)
+  for one in set(raw["layer_types"]) if nested else [None]:
+    here, there = (d[one] if one else d for d in (known, back))
+    assert here.items() <= there.items()  # defaults are written, too
   state = {families.canonical(m, n): p
            for n, p in model.named_parameters()}
   params = ours_from(families.stored(m), {
@@ -220,3 +224,76 @@ def test_a_mesh_changes_nothing(family):
   keywords = case(family, s, "default", True)
   keywords |= dict(hidden_size=16)
   compare(family, keywords, sharding.make_mesh(dict(fsdp=4, tensor=2)))
+
+
+def released(**changes):
+  """config.json as the first Llama 3.1 files had it."""
+  return dict(
+      model_type="llama", hidden_size=64, intermediate_size=96,
+      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+      vocab_size=128, max_position_embeddings=131072, rms_norm_eps=1e-5,
+      rope_theta=500000.0, hidden_act="silu", rope_scaling=dict(
+          factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+          original_max_position_embeddings=8192, rope_type="llama3")) | changes
+
+
+def test_older_files_are_read_as_transformers_reads_them():
+  m = families.config_of(released())
+  assert m.rope_theta == 500000.0 and m.ropes[0].kind == "llama3"
+  theirs = transformers.LlamaConfig(**released()).to_dict()["rope_parameters"]
+  assert theirs.items() <= families.write_rope(m.ropes[0]).items()
+  # Gemma 3 4B's own file: a text tower with most fields left out.
+  raw = dict(model_type="gemma3", text_config=dict(
+      hidden_size=2560, intermediate_size=10240, model_type="gemma3_text",
+      num_hidden_layers=34, rope_scaling=dict(factor=8.0, rope_type="linear"),
+      sliding_window=1024), vision_config=dict(model_type="siglip"))
+  m = families.config_of(raw)
+  theirs = transformers.Gemma3TextConfig(**raw["text_config"])
+  assert (m.heads, m.kv_heads, m.head_size, m.vocab) == (
+      theirs.num_attention_heads, theirs.num_key_value_heads, theirs.head_dim,
+      theirs.vocab_size)
+  assert [("sliding_attention", "full_attention")[k] for k in m.kinds] == (
+      theirs.layer_types)
+  assert m.windows == (1024, 0) and m.tied
+  assert m.ropes == (rope.Rope(1e4), rope.Rope(1e6, "linear", 8.0))
+  assert m.context == theirs.max_position_embeddings
+  name = "language_model.model.layers.3.mlp.up_proj.weight"
+  assert families.canonical(m, name) == "model.layers.3.mlp.up_proj.weight"
+  assert families.canonical(m, "vision_tower.vision_model.x.weight") is None
+  assert families.canonical(m, "lm_head.weight") is None
+  pythia = families.config_of(dict(
+      model_type="gpt_neox", hidden_size=64, intermediate_size=256,
+      num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
+      max_position_embeddings=64, rotary_pct=0.25, rotary_emb_base=10000,
+      hidden_act="gelu", layer_norm_eps=1e-5, use_parallel_residual=True))
+  assert pythia.rotary == 0.25 and pythia.parallel and not pythia.gated
+
+
+@pytest.mark.parametrize("raw,words", [
+    (dict(model_type="mamba"), "'mamba' is unknown; known: llama, mistral"),
+    (dict(model_type="qwen3_moe"), "mixtures of experts are out of scope"),
+    ({}, "model_type=None is unknown"),
+    (dict(model_type=7), "model_type=7 is unknown"),
+    (released(rope_scaling=dict(rope_type="spiral")),
+     "rope_type='spiral' is unknown; known: default, linear"),
+    (released(rope_scaling=dict(rope_type="llama3", factor=8.0)),
+     "low_freq_factor"),
+    (released(hidden_act="swoosh"), "hidden_act='swoosh' is unknown"),
+    (released(num_hidden_layers="two"), "no config of a llama"),
+    (released(num_attention_heads=0), "no config of a llama"),
+    (dict(released(), model_type="gemma2", use_bidirectional_attention=True),
+     "use_bidirectional_attention=True is not read"),
+    (dict(released(), model_type="qwen2", layer_types=["linear_attention"] * 2),
+     "layer_types holds"),
+])
+def test_what_is_not_known_is_named(raw, words):
+  with pytest.raises(ConfigError, match=words):
+    families.config_of(raw)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match="has no config.json"):
+    families.read_config(tmp_path, "float32", "none")
+  (tmp_path / "config.json").write_text("[1]")
+  with pytest.raises(ConfigError, match="a list, wanted an object"):
+    families.read_config(tmp_path, "float32", "none")
