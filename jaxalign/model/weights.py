@@ -1,224 +1,384 @@
-"""Weights to and from a Hugging Face folder (Llama layout, safetensors)."""
+"""Weights to and from a Hugging Face folder: straight onto the mesh, and back.
 
-import json
-import math
-import operator
-import struct
-from typing import Any
+A table of `Stored` says where each parameter lies. Reading walks the stored
+tensors in small parts of their files and copies each part into the buffers of
+the shards of this host that want it, so what is held besides the shards is a
+few parts. Writing fetches and writes one stored tensor at a time.
+"""
+
+import contextlib
+import re
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from etils import epath
 import jax
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from jaxalign import artifacts
 from jaxalign import sharding
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.errors import DataError
 from jaxalign.model import decoder
+from jaxalign.model import families
+from jaxalign.model import safetensors_io
+from jaxalign.model.hub import resolve, resolve_settings
+from jaxalign.model.safetensors_io import FILE, INDEX, Box, Checkpoint, shown
+from jaxalign.model.table import Param, Params, Stored
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-
-def _layer_names(m: decoder.ModelConfig) -> dict[str, tuple]:
-  """Our name -> (Hugging Face suffix, to_hf(w), from_hf(w)) for one layer."""
-  d, g, q, c = m.width, m.kv_heads, m.heads // m.kv_heads, m.head_size
-  same = (lambda w: w, lambda w: w)
-  flip = (lambda w: w.T, lambda w: w.T)
-  return {
-      "layers/attention_norm": ("input_layernorm", *same),
-      "layers/wq": ("self_attn.q_proj", lambda w: w.reshape(d, -1).T,
-                    lambda w: w.T.reshape(d, g, q, c)),
-      "layers/wk": ("self_attn.k_proj", lambda w: w.reshape(d, -1).T,
-                    lambda w: w.T.reshape(d, g, c)),
-      "layers/wv": ("self_attn.v_proj", lambda w: w.reshape(d, -1).T,
-                    lambda w: w.T.reshape(d, g, c)),
-      "layers/wo": ("self_attn.o_proj", lambda w: w.reshape(-1, d).T,
-                    lambda w: w.T.reshape(g, q, c, d)),
-      "layers/ff_norm": ("post_attention_layernorm", *same),
-      "layers/w_gate": ("mlp.gate_proj", *flip),
-      "layers/w_up": ("mlp.up_proj", *flip),
-      "layers/w_down": ("mlp.down_proj", *flip),
-  }
+SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers has it
+_OLD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + re.escape(FILE))
 
 
-def _top_names(m: decoder.ModelConfig) -> dict[str, str]:
-  names = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight"}
-  return names if m.tied else names | {"head": "lm_head.weight"}
+# A decoder.
 
 
-def hf_config(m: decoder.ModelConfig, bos: int, eos: int) -> dict[str, Any]:
-  """`config.json` of a LlamaForCausalLM with these sizes."""
-  return dict(
-      architectures=["LlamaForCausalLM"], model_type="llama",
-      hidden_size=m.width, intermediate_size=m.ff, num_hidden_layers=m.layers,
-      num_attention_heads=m.heads, num_key_value_heads=m.kv_heads,
-      head_dim=m.head_size, vocab_size=m.vocab,
-      max_position_embeddings=m.context, rms_norm_eps=m.norm_eps,
-      rope_theta=m.rope_theta, tie_word_embeddings=m.tied, hidden_act="silu",
-      attention_bias=False, mlp_bias=False, bos_token_id=bos, eos_token_id=eos,
-      dtype="float32")
+def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
+  """The sizes of a Hugging Face folder, or of `hf:<repo>`.
+
+  Raises:
+    ConfigError: no config.json, or not one of a known family.
+  """
+  return families.read_config(resolve_settings(folder), dtype, remat)
 
 
-def export_folder(folder: Any, params: decoder.Params, m: decoder.ModelConfig,
-                  tokenizer: Any) -> list[str]:
-  """Writes config, weights and tokenizer as transformers loads them.
+def load_folder(folder: Any, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
+                dtype: Any = np.float32) -> Params:
+  """`load` of a decoder."""
+  return load(folder, decoder.table(m), families.stored(m), mesh, dtype=dtype,
+              canonical=lambda name: families.canonical(m, name))
+
+
+def export_folder(folder: Any, params: Params, m: decoder.ModelConfig,
+                  tokenizer: Any, *, dtype: str = "float32",
+                  shard_bytes: int = SHARD_BYTES) -> list[str]:
+  """`save` of a decoder.
 
   Returns:
     The names of the files written (by process 0).
   """
-  tensors = {}
-  for ours, theirs in _top_names(m).items():
-    tensors[theirs] = sharding.fetch(params[ours])
-  for ours, (suffix, to_hf, _) in _layer_names(m).items():
-    stacked = sharding.fetch(params[ours])
-    for i in range(m.layers):
-      tensors[f"model.layers.{i}.{suffix}.weight"] = np.ascontiguousarray(
-          to_hf(stacked[i]))
-  if jax.process_index() == 0:
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    artifacts.write_bytes(folder / "model.safetensors", safetensors.numpy.save(
-        tensors, metadata={"format": "pt"}))
-    artifacts.write_json(folder / "config.json", hf_config(
-        m, tokenizer.bos, tokenizer.eos))
-    artifacts.write_json(folder / "generation_config.json", dict(
-        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos))
-    tokenizer.export(folder)
+  save(folder, params, decoder.table(m), families.stored(m), dtype=dtype,
+       config=families.hf_config(m, tokenizer.bos, tokenizer.eos),
+       tokenizer=tokenizer, shard_bytes=shard_bytes)
   return ["export"]
 
 
-def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
-  """The sizes of a Llama folder.
-
-  Raises:
-    ConfigError: no config.json, or an architecture that is not a plain Llama.
-  """
-  path = epath.Path(folder) / "config.json"
-  if not path.exists():
-    raise ConfigError(f"{folder} has no config.json; set config.model."
-                      "checkpoint to a Hugging Face folder")
-  try:
-    raw = json.loads(path.read_bytes())
-    return _config(raw, path, dtype, remat)
-  except (ValueError, TypeError, AttributeError, KeyError) as error:
-    raise ConfigError(f"{path} is no config of a Llama ({type(error).__name__}:"
-                      f" {error}); set config.model.checkpoint") from error
-
-
-def _config(raw: dict[str, Any], path: Any, dtype: str, remat: str
-            ) -> decoder.ModelConfig:
-  wanted = dict(hidden_act="silu", attention_bias=False, mlp_bias=False,
-                rope_scaling=None)
-  for name, value in dict(model_type="llama", **wanted).items():
-    if raw.get(name, wanted.get(name)) != value:
-      raise ConfigError(f"{path}: {name}={raw.get(name)!r}; only plain Llama "
-                        f"checkpoints ({name}={value!r}) are read so far")
-  rope = raw.get("rope_parameters") or {}  # as transformers 5 writes it
-  if rope.get("rope_type", "default") != "default":
-    raise ConfigError(f"{path}: rope_parameters={rope!r}; only plain Llama "
-                      "checkpoints (rope_type='default') are read so far")
-  heads = int(raw["num_attention_heads"])
-  width = int(raw["hidden_size"])
-  return decoder.ModelConfig(
-      layers=int(raw["num_hidden_layers"]), width=width, heads=heads,
-      kv_heads=int(raw.get("num_key_value_heads") or heads),
-      head_size=int(raw.get("head_dim") or width // heads),
-      ff=int(raw["intermediate_size"]), vocab=int(raw["vocab_size"]),
-      context=int(raw["max_position_embeddings"]),
-      rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta")
-                       or 10000.0),
-      norm_eps=float(raw["rms_norm_eps"]),
-      tied=bool(raw.get("tie_word_embeddings", False)), dtype=dtype,
-      remat=remat)
-
-
 def weights_file(folder: Any) -> epath.Path:
-  """`model.safetensors` of a folder.
+  """`model.safetensors` of a folder, or its index.
 
   Raises:
-    ConfigError: it is not there.
+    ConfigError: neither is there.
+  """
+  folder = resolve(folder)
+  return folder / safetensors_io.weights_files(folder)[0]
+
+
+def digest_names(folder: Any) -> list[str]:
+  """The files, by name, that a model is read from: config, index, weights."""
+  return ["config.json", *safetensors_io.weights_files(resolve(folder))]
+
+
+# In.
+
+
+class _Part(NamedTuple):
+  """A shard, or one layer of it, that waits for its numbers."""
+
+  box: Box  # of our parameter, or of its layer
+  buffer: np.ndarray | None  # None: the numbers are only looked at
+
+
+def load(folder: Any, rows: Mapping[str, Param], stored: Mapping[str, Stored],
+         mesh: jax.sharding.Mesh, *,
+         canonical: Callable[[str], str | None] = lambda name: name,
+         dtype: Any = np.float32) -> Params:
+  """Reads a checkpoint onto the mesh; each host reads what its shards need.
+
+  Host memory besides the host's own shards: a few parts of a file, 1 MiB each
+  (8 MiB from an object store, whose parts are whole rows of the file: where a
+  mesh cuts the file's last axis, it reads the columns between too). On a CPU
+  the shards are the buffers that were read into.
+
+  Args:
+    folder: local, `gs://`, or `hf:<repo>[@revision]`.
+    rows: our parameters.
+    stored: where each of them lies.
+    mesh: to lay them on, by their axes.
+    canonical: a file's name of a tensor -> the name in `stored`; None: a
+      tensor that is knowingly left alone.
+    dtype: of the parameters.
+
+  Raises:
+    ConfigError: no safetensors there.
+    DataError: damaged files; or missing, surplus, misshapen and NaN tensors,
+      all listed at once.
+  """
+  folder = resolve(folder)
+  try:
+    return _load(folder, rows, stored, mesh, canonical, dtype)
+  except OSError as error:
+    raise DataError(f"{folder} cannot be read ({error.strerror or error}); set "
+                    "config.model.checkpoint") from error
+
+
+def _load(folder, rows, stored, mesh, canonical, dtype) -> Params:
+  checkpoint = Checkpoint(folder)
+  found, wrong = _match(checkpoint, rows, stored, canonical)
+  spoiled: set[str] = set()
+  params = {}
+  for name, p in rows.items():
+    target = sharding.named(mesh, *p.axes)
+    boxes = {device: _bounds(index, p.shape) for device, index in
+             target.addressable_devices_indices_map(p.shape).items()}
+    shards = {box: None if wrong else _aligned(box, dtype)
+              for box in boxes.values()}  # a copy on many devices: one buffer
+    for layer, theirs in found[name]:
+      parts = [_Part(box, buffer) if layer is None else
+               _Part(box[1:], None if wrong else buffer[layer - box[0][0]])
+               for box, buffer in shards.items()
+               if layer is None or box[0][0] <= layer < box[0][1]]
+      if parts and not _fill(checkpoint, theirs, stored[name], parts):
+        spoiled.add(theirs)
+    if not wrong:
+      params[name] = jax.make_array_from_callback(
+          p.shape, target,
+          lambda index, p=p, shards=shards: shards[_bounds(index, p.shape)])
+      params[name].block_until_ready()  # then the buffers may go
+  wrong += [f"{shown(n)} holds NaN or infinity"
+            for n in _anywhere(spoiled, sorted(checkpoint.tensors))]
+  if wrong:
+    raise DataError(f"{folder} does not match its config.json: "
+                    f"{safetensors_io.listed(wrong)}")
+  return params
+
+
+def _match(checkpoint: Checkpoint, rows: Mapping[str, Param],
+           stored: Mapping[str, Stored],
+           canonical: Callable[[str], str | None]
+           ) -> tuple[dict[str, list[tuple[int | None, str]]], list[str]]:
+  """Our name -> (layer, tensor) of it that can be read; and what is wrong."""
+  theirs, wrong = {}, []
+  for name in checkpoint.tensors:
+    plain = canonical(name)
+    if plain in theirs:
+      wrong.append(f"{shown(name)} and {shown(theirs[plain])} are the same")
+    elif plain is not None:
+      theirs[plain] = name
+  found, used = {}, {}  # used: name -> whether it is as wanted
+  for ours, p in rows.items():
+    s, found[ours] = stored[ours], []
+    stacked = "{}" in s.name
+    if stacked and p.shape[0] > len(checkpoint.tensors):  # no list of 10^9
+      wrong.append(f"{s.name} is missing, wanted {p.shape[0]} layers")
+      continue
+    for layer in range(p.shape[0]) if stacked else [None]:
+      name = _name(s, layer)
+      if name not in used:
+        problem = _problem(checkpoint, theirs.get(name), name, s)
+        wrong += [problem] if problem else []
+        used[name] = not problem
+      if used[name]:
+        found[ours].append((layer, theirs[name]))
+  wrong += [f"{shown(name)} is surplus" for plain, name in
+            sorted(theirs.items()) if plain not in used]
+  return found, wrong
+
+
+def _problem(checkpoint: Checkpoint, found: str | None, wanted: str,
+             s: Stored) -> str:
+  """What is wrong with a tensor's place, type and shape, if anything."""
+  if found is None:
+    return f"{wanted} is missing"
+  t = checkpoint.tensors[found]
+  if t.shape != s.shape:
+    return f"{shown(found)} is {shown(t.shape)}, wanted {s.shape}"
+  if t.dtype not in safetensors_io.FLOATS:
+    return (f"{shown(found)} is {t.dtype}, wanted one of "
+            f"{', '.join(safetensors_io.FLOATS)}")
+  return ""
+
+
+def _name(s: Stored, layer: int | None) -> str:
+  return s.name if layer is None else s.name.replace("{}", str(layer))
+
+
+def _fill(checkpoint: Checkpoint, name: str, s: Stored,
+          parts: Sequence[_Part]) -> bool:
+  """Copies a stored tensor into the parts; False where it is not finite."""
+  hull = [(min(b for b, _ in axis), max(e for _, e in axis))
+          for axis in zip(*(part.box for part in parts))]
+  finite = True
+  for piece in checkpoint.pieces(name, s.view, _theirs(hull, s)):
+    here = _ours(piece, s)
+    common = [[(max(b, c), min(e, f)) for (b, e), (c, f) in zip(here, p.box)]
+              for p in parts]
+    wanted = [(p, box) for p, box in zip(parts, common)
+              if all(b < e for b, e in box)]
+    if not wanted:
+      continue
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+      x = np.asarray(checkpoint.read(name, s.view, piece), np.float32)
+    finite = finite and bool(np.isfinite(x).all())
+    if s.pick:
+      x = x[(slice(None),) * s.pick[0] + (0,)]
+    x = x.transpose(s.order)
+    for part, box in wanted:
+      if part.buffer is not None:
+        part.buffer[_slices(box, part.box)] = x[_slices(box, here)]
+  return finite
+
+
+def _theirs(box: Sequence[tuple[int, int]], s: Stored) -> Box:
+  """Our box as one of the stored tensor's view."""
+  left = [box[s.order.index(i)] for i in range(len(s.order))]
+  if s.pick:
+    left.insert(s.pick[0], (s.pick[1], s.pick[1] + 1))
+  return tuple(left)
+
+
+def _ours(box: Box, s: Stored) -> Box:
+  """The inverse of `_theirs`."""
+  left = list(box)
+  if s.pick:
+    del left[s.pick[0]]
+  return tuple(left[i] for i in s.order)
+
+
+def _slices(box: Sequence[tuple[int, int]], base: Box) -> tuple[slice, ...]:
+  """A box as an index of what begins where `base` does."""
+  return tuple(slice(b - c, e - c) for (b, e), (c, _) in zip(box, base))
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+  """A sharding's index as a box."""
+  return tuple(i.indices(n)[:2] for i, n in zip(index, shape))
+
+
+def _aligned(box: Box, dtype: Any) -> np.ndarray:
+  """An empty array that a CPU device takes as it is, without a copy.
+
+  XLA holds such memory to be read-only, also where its array is donated, so
+  that devices may share it.
+  """
+  shape = [e - b for b, e in box]
+  size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  begin = -raw.ctypes.data % 64
+  return raw[begin:begin + size].view(dtype).reshape(shape)
+
+
+def _anywhere(some: set[str], names: list[str]) -> list[str]:
+  """The names, of all, that some process has."""
+  flags = np.array([n in some for n in names])
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+    flags = np.asarray(multihost_utils.process_allgather(flags)).any(0)
+  return [n for n, flag in zip(names, flags) if flag]
+
+
+# Out.
+
+
+def save(folder: Any, params: Params, rows: Mapping[str, Param],
+         stored: Mapping[str, Stored], *, config: Mapping[str, Any],
+         tokenizer: Any = None, dtype: str = "float32",
+         shard_bytes: int = SHARD_BYTES) -> None:
+  """Writes weights, config and tokenizer as transformers loads them.
+
+  All processes call it, process 0 writes. The weights have temporary names
+  until the last byte; config.json, without which nothing reads the folder,
+  comes last.
+
+  Args:
+    folder: made where it is not there; older weights in it are replaced.
+    params: the parameters.
+    rows: their table.
+    stored: where each goes.
+    config: of config.json; its `dtype` is set here.
+    tokenizer: what has an `export(folder)`, or None.
+    dtype: "float32" or "bfloat16", of the file.
+    shard_bytes: of tensors in a file, beyond which there are several.
+
+  Raises:
+    WriteError: the folder cannot be written.
   """
   folder = epath.Path(folder)
-  path = folder / "model.safetensors"
-  if not path.exists():
-    found = [p.name for p in folder.iterdir()] if folder.exists() else []
-    pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth"))]
-    hint = (f"; {pickles[0]} is a pickle, which can run code: convert it with "
-            "transformers' save_pretrained(safe_serialization=True)"
-            if pickles else "")
-    raise ConfigError(f"{folder} has no model.safetensors{hint}")
-  return path
+  kind = np.dtype(dtype)
+  sources = _sources(rows, stored)
+  shapes = {n: source[0][0].shape for n, source in sources.items()}
+  sizes = {n: int(np.prod(x)) * kind.itemsize for n, x in shapes.items()}
+  files = safetensors_io.split(sizes, shard_bytes)
+  writes = jax.process_index() == 0
+  paths = [folder / name for name in files] if writes else []
+  with safetensors_io.atomic(paths) as temporary:
+    for i, names in enumerate(files.values()):
+      with (temporary[i].open("wb") if writes else
+            contextlib.nullcontext()) as f:
+        if writes:
+          f.write(safetensors_io.header({n: shapes[n] for n in names}, kind))
+        for name in names:
+          x = _gather(params, sources[name], kind)  # on all processes
+          if writes:
+            f.write(memoryview(x.reshape(-1).view(np.uint8)))
+  if not writes:
+    return
+  for path in folder.iterdir():
+    if path.name == INDEX or (_OLD.fullmatch(path.name) and
+                              path.name not in files):
+      path.unlink()  # of an export that was here before
+  if len(files) > 1:
+    artifacts.write_json(folder / INDEX, dict(
+        metadata=dict(total_size=sum(sizes.values())),
+        weight_map={n: file for file, names in files.items() for n in names}))
+  if tokenizer is not None:
+    tokenizer.export(folder)
+  artifacts.write_json(folder / "generation_config.json", {
+      n: config[n] for n in ("bos_token_id", "eos_token_id")
+      if config.get(n) is not None})
+  artifacts.write_json(folder / "config.json", dict(config, dtype=dtype))
 
 
-def _read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
-  """All tensors of `model.safetensors`, viewed in the file's own bytes."""
-  path = weights_file(folder)
-  data = path.read_bytes()
-  size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else len(data)
-  if size > len(data) - 8:
-    raise DataError(f"{path} is cut short: its header wants {size:,} bytes, "
-                    f"the file has {len(data):,}")
-  try:
-    header = json.loads(data[8:8 + size])
-    header.pop("__metadata__", None)
-    rows = []
-    for name, info in header.items():
-      begin, end = map(operator.index, info["data_offsets"])
-      rows.append((name, str(info["dtype"]), begin, end,
-                   [operator.index(x) for x in info["shape"]]))
-  except (ValueError, TypeError, AttributeError, KeyError) as error:
-    raise DataError(f"{path} is damaged: its header cannot be read "
-                    f"({type(error).__name__}: {error})") from error
-  tensors = {}
-  for name, kind, begin, end, shape in rows:
-    if kind not in _DTYPES:
-      raise DataError(f"{path}: {name} is {kind}, wanted one of "
-                      f"{', '.join(_DTYPES)}")
-    dtype = np.dtype(_DTYPES[kind])
-    count = math.prod(shape)
-    if (not 0 <= begin <= end <= len(data) - 8 - size or
-        min(shape, default=0) < 0 or count * dtype.itemsize != end - begin):
-      raise DataError(f"{path} is cut short or damaged at {name}")
-    tensors[name] = np.frombuffer(data, dtype, count, 8 + size + begin
-                                  ).reshape(shape)
-  return tensors
+_Source = list[tuple[Stored, str, int | None]]  # ours by name, and its layer
 
 
-def load_folder(folder: Any, m: decoder.ModelConfig, mesh: Any
-                ) -> decoder.Params:
-  """Reads a Hugging Face Llama folder straight onto the mesh, as float32.
+def _sources(rows: Mapping[str, Param], stored: Mapping[str, Stored]
+             ) -> dict[str, _Source]:
+  """Stored name -> the parameters that it is made of; layer by layer."""
+  out: dict[str, _Source] = {}
 
-  Raises:
-    DataError: missing, surplus, misshapen or NaN tensors, all listed at once.
-  """
-  tensors = _read_tensors(epath.Path(folder))
-  wrong, params = [], {}
-  rows = decoder.table(m)
+  def add(ours, layer):
+    out.setdefault(_name(stored[ours], layer), []).append(
+        (stored[ours], ours, layer))
 
-  def take(name, shape):
-    if name not in tensors:
-      return wrong.append(f"{name} is missing")
-    w = np.asarray(tensors.pop(name), np.float32)
-    if w.shape != shape:
-      return wrong.append(f"{name} is {w.shape}, wanted {shape}")
-    if not np.isfinite(w).all():
-      return wrong.append(f"{name} holds NaN or infinity")
-    return w
+  stacked = [n for n in rows if "{}" in stored[n].name]
+  for ours in rows:
+    if ours not in stacked:
+      add(ours, None)
+  for layer in range(max((rows[n].shape[0] for n in stacked), default=0)):
+    for ours in stacked:
+      if layer < rows[ours].shape[0]:
+        add(ours, layer)
+  for name, source in out.items():
+    picks = {s.pick for s, _, _ in source}
+    whole = source[0][0].view[source[0][0].pick[0]] if None not in picks else 1
+    if len(source) != whole or len(picks) != whole:
+      raise ValueError(f"{name} is made of {len(source)} parameters, wanted "
+                       f"{whole}")
+  return out
 
-  for ours, theirs in _top_names(m).items():
-    params[ours] = take(theirs, rows[ours].shape)
-  for ours, (suffix, to_hf, from_hf) in _layer_names(m).items():
-    shape = to_hf(np.broadcast_to(0.0, rows[ours].shape[1:])).shape
-    each = [take(f"model.layers.{i}.{suffix}.weight", shape)
-            for i in range(m.layers)]
-    if not wrong:
-      params[ours] = np.stack([from_hf(w) for w in each])
-  ignored = {"lm_head.weight"} if m.tied else set()
-  wrong += [f"{n} is surplus" for n in sorted(set(tensors) - ignored)
-            if not n.endswith("rotary_emb.inv_freq")]
-  if wrong:
-    more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-    raise DataError(f"{folder} does not match its config.json: "
-                    f"{'; '.join(wrong[:20])}{more}")
-  return {n: sharding.put(mesh, w, *rows[n].axes) for n, w in params.items()}
+
+@jax.jit
+def _layer(x: jax.Array, i: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _gather(params: Params, source: _Source, dtype: np.dtype) -> np.ndarray:
+  """One stored tensor on the host, of its parameters."""
+  out = None
+  for s, ours, layer in source:
+    x = params[ours] if layer is None else _layer(params[ours], layer)
+    x = sharding.fetch(x).transpose(np.argsort(s.order))
+    if not s.pick:
+      return np.ascontiguousarray(x, dtype).reshape(s.shape)
+    if out is None:
+      out = np.empty(s.view, dtype)
+    out[(slice(None),) * s.pick[0] + (s.pick[1],)] = x
+  return out.reshape(s.shape)

@@ -1,0 +1,365 @@
+"""Checkpoints of safetensors files: what they hold, parts of it, and writing.
+
+Files come from strangers. A header is believed only where it agrees with the
+file's size, tensors neither overlap nor leave holes (as the format demands),
+and no name in an index leads out of the folder. Nothing is unpickled.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import operator
+import os
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+
+from etils import epath
+import ml_dtypes
+import numpy as np
+
+from jaxalign.errors import ConfigError, DataError, WriteError
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}
+_BITS = dict(
+    F4=4, F6_E2M3=6, F6_E3M2=6, BOOL=8, U8=8, I8=8, F8_E4M3=8, F8_E5M2=8,
+    F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, U16=16, I16=16, F16=16, BF16=16,
+    U32=32, I32=32, F32=32, U64=64, I64=64, F64=64, C64=64)
+_MOST_HEADER = 100_000_000  # bytes, as in the format's own reader
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_LOCAL, _REMOTE = 1 << 20, 1 << 23  # bytes looked at in one go
+_GAP = 1 << 20  # bytes that are rather skipped than read
+
+Box = tuple[tuple[int, int], ...]  # [begin, end) on each axis
+
+
+class Tensor(NamedTuple):
+  """Where a tensor lies: bytes [begin, end) of a file."""
+
+  file: epath.Path
+  dtype: str  # as the format spells it
+  shape: tuple[int, ...]
+  begin: int
+  end: int
+
+
+def shown(name: Any) -> str:
+  """A stranger's name as it may stand in a line of error."""
+  name = str(name)
+  name = name if name.isprintable() else ascii(name)
+  return name if len(name) <= 200 else f"{name[:200]}..."
+
+
+def listed(problems: Sequence[str]) -> str:
+  """The first 20 problems and how many more there are."""
+  more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+  return "; ".join(problems[:20]) + more
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object, each of whose names stands in it once."""
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    names = [n for n, _ in pairs]
+    twice = next(n for n in names if names.count(n) > 1)
+    raise ValueError(f"{shown(twice)} is named twice")
+  return out
+
+
+def read_header(path: epath.Path) -> dict[str, Tensor]:
+  """Name -> place of the tensors of one file; reads its header alone.
+
+  Raises:
+    DataError: cut short, or a header that is not true of the file.
+  """
+  size = path.stat().length
+  with path.open("rb") as f:
+    first = f.read(8)
+    wants = int.from_bytes(first, "little")
+    if len(first) < 8 or wants > size - 8:
+      raise DataError(f"{path} is cut short: its header wants {wants:,} bytes, "
+                      f"the file has {size:,}")
+    if wants > _MOST_HEADER:
+      raise DataError(f"{path} is damaged: its header has {wants:,} bytes, "
+                      f"wanted {_MOST_HEADER:,} or fewer")
+    text = f.read(wants)
+  start, room, tensors = 8 + wants, size - 8 - wants, {}
+  try:
+    header = json.loads(text.decode(), object_pairs_hook=_once)
+    header.pop("__metadata__", None)
+    for name, info in header.items():
+      begin, end = map(operator.index, info["data_offsets"])
+      shape = tuple(operator.index(n) for n in info["shape"])
+      tensors[name] = Tensor(path, str(info["dtype"]), shape, begin, end)
+  except (ValueError, TypeError, AttributeError, KeyError,
+          RecursionError) as error:
+    raise DataError(f"{path} is damaged: its header cannot be read "
+                    f"({type(error).__name__}: {shown(error)})") from error
+  for name, t in tensors.items():
+    if t.dtype not in _BITS:
+      raise DataError(f"{path}: {shown(name)} is {shown(t.dtype)}, wanted one "
+                      f"of {', '.join(FLOATS)}")
+    if (not 0 <= t.begin <= t.end <= room or len(t.shape) > 32 or
+        min(t.shape, default=0) < 0 or
+        math.prod(t.shape) * _BITS[t.dtype] != 8 * (t.end - t.begin)):
+      raise DataError(f"{path} is cut short or damaged at {shown(name)}: "
+                      f"{t.dtype} of shape {shown(t.shape)} in bytes "
+                      f"{t.begin:,} to {t.end:,} of {room:,}")
+  at, before = 0, "the header"
+  for name, t in sorted(tensors.items(), key=lambda x: (x[1].begin, x[1].end)):
+    if t.begin != at:
+      what = ("overlap" if t.begin < at else
+              f"leave {t.begin - at:,} bytes unnamed between them")
+      raise DataError(f"{path} is damaged: {shown(before)} and {shown(name)} "
+                      f"{what}")
+    at, before = t.end, name
+  if at != room:
+    raise DataError(f"{path} is damaged: {room - at:,} bytes after its last "
+                    "tensor belong to none")
+  return {name: t._replace(begin=start + t.begin, end=start + t.end)
+          for name, t in tensors.items()}
+
+
+def weights_files(folder: epath.Path) -> list[str]:
+  """Names of the files of weights in a folder, the index first if it has one.
+
+  Raises:
+    ConfigError: no safetensors in Hugging Face's layout; pickles, perhaps.
+    DataError: an index that is damaged, or names what is not in the folder.
+  """
+  if (folder / FILE).is_file():
+    return [_inside(folder, FILE).name]
+  if not (folder / INDEX).is_file():
+    found = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    pickles = [n for n in found if n.endswith(_PICKLES)]
+    hint = (f"; {shown(pickles[0])} is a pickle, which can run code: convert "
+            "it with transformers' save_pretrained, which writes safetensors, "
+            "where you trust it" if pickles else "")
+    raise ConfigError(f"{folder} has no {FILE} and no {INDEX}{hint}")
+  return [INDEX, *sorted(set(_read_index(folder).values()))]
+
+
+def _read_index(folder: epath.Path) -> dict[str, str]:
+  """Tensor name -> file name, each a plain file of the folder."""
+  path = _inside(folder, INDEX)
+  try:
+    raw = json.loads(path.read_bytes().decode(), object_pairs_hook=_once)
+    where = {str(n): operator.add("", f) for n, f in raw["weight_map"].items()}
+  except (ValueError, TypeError, AttributeError, KeyError,
+          RecursionError) as error:
+    raise DataError(f"{path} is damaged: it is no index of tensors "
+                    f"({type(error).__name__}: {shown(error)})") from error
+  missing = []
+  for name in sorted(set(where.values())):
+    if name.endswith(_PICKLES):
+      raise DataError(f"{path} names {shown(name)}, a pickle, which can run "
+                      "code: convert it with transformers' save_pretrained, "
+                      "where you trust it")
+    if not _inside(folder, name).is_file():
+      missing.append(shown(name))
+  if missing:
+    raise DataError(f"{path} names files that are missing: {listed(missing)}")
+  return where
+
+
+def _inside(folder: epath.Path, name: str) -> epath.Path:
+  """The file of that name in the folder, which no link leads out of.
+
+  The Hub's cache keeps a snapshot's files as links into its own `blobs`.
+  """
+  path = folder / name
+  plain = name.endswith((".safetensors", ".json")) and not (
+      set(name) & set("/\\\0:")) and not name.startswith(".")
+  if not plain:
+    raise DataError(f"{folder / INDEX} names {shown(name)!r}, wanted the plain "
+                    "name of a .safetensors file in its folder")
+  if "://" in str(folder):
+    return path  # an object store has no links
+  root = os.path.realpath(folder)
+  real = os.path.realpath(path)
+  roots = [root]
+  if os.path.basename(os.path.dirname(root)) == "snapshots":
+    roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+  if not any(real.startswith(os.path.join(r, "")) for r in roots):
+    raise DataError(f"{path} is a link out of its folder, to {shown(real)}; "
+                    "put the file itself there")
+  return path
+
+
+class Checkpoint:
+  """The tensors of a folder, of which any part can be read.
+
+  Attributes:
+    tensors: name -> Tensor.
+  """
+
+  def __init__(self, folder: epath.Path):
+    """Reads the header of each file once.
+
+    Raises:
+      ConfigError: no safetensors in the folder.
+      DataError: a damaged file or index, a tensor that is there twice.
+    """
+    self.tensors: dict[str, Tensor] = {}
+    self._maps: dict[epath.Path, mmap.mmap] = {}  # of local files
+    self._open: tuple[Any, Any] = (None, None)  # the remote file read last
+    files, wrong = weights_files(folder), []
+    for file in files:
+      if file == INDEX:
+        continue
+      for name, t in read_header(folder / file).items():
+        if name in self.tensors:
+          wrong.append(f"{shown(name)} is in {self.tensors[name].file.name} "
+                       f"and in {file}")
+        self.tensors[name] = t
+    if files[0] == INDEX:
+      for name, file in _read_index(folder).items():
+        if name not in self.tensors:
+          wrong.append(f"{shown(name)} is not in {file}")
+        elif self.tensors[name].file.name != file:
+          wrong.append(f"{shown(name)} is in {self.tensors[name].file.name}, "
+                       f"not in {file}")
+    if wrong:
+      raise DataError(f"{folder / INDEX} is not true of its files: "
+                      f"{listed(wrong)}")
+
+  def pieces(self, name: str, view: tuple[int, ...], box: Box
+             ) -> Iterator[Box]:
+    """Cuts a part of a tensor, seen as `view`, into parts to `read`.
+
+    What lies between them in the file, where it is much, is not read.
+    """
+    t = self.tensors[name]
+    size = FLOATS[t.dtype].itemsize
+    most = (_REMOTE if _remote(t.file) else _LOCAL) // size
+    return _cut(_strides(view), box, most, _GAP // size, 0)
+
+  def read(self, name: str, view: tuple[int, ...], box: Box) -> np.ndarray:
+    """One part, in the file's own type, read-only: a map of a local file.
+
+    Raises:
+      DataError: the file is shorter than its header was.
+    """
+    t = self.tensors[name]
+    dtype, strides = FLOATS[t.dtype], _strides(view)
+    low = sum(b * n for (b, _), n in zip(box, strides))
+    high = 1 + sum((e - 1) * n for (_, e), n in zip(box, strides))
+    begin = t.begin + low * dtype.itemsize
+    count = (high - low) * dtype.itemsize
+    if _remote(t.file):
+      if self._open[0] != t.file:
+        self._open = (t.file, t.file.open("rb"))  # what it was before is freed
+      self._open[1].seek(begin)
+      data, begin = self._open[1].read(count), 0
+    else:
+      if t.file not in self._maps:
+        with open(os.fspath(t.file), "rb") as f:
+          self._maps[t.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+      data = self._maps[t.file]
+    if len(data) < begin + count:
+      raise DataError(f"{t.file} was cut short while it was read")
+    flat = np.frombuffer(data, dtype, high - low, begin)
+    return np.lib.stride_tricks.as_strided(
+        flat, [e - b for b, e in box],
+        [n * dtype.itemsize for n in strides], writeable=False)
+
+
+def _remote(path: epath.Path) -> bool:
+  return "://" in str(path)
+
+
+def _strides(view: tuple[int, ...]) -> list[int]:
+  """Elements from one index of an axis to the next."""
+  return [math.prod(view[i + 1:]) for i in range(len(view))]
+
+
+def _cut(strides: list[int], box: Box, most: int, gap: int, axis: int
+         ) -> Iterator[Box]:
+  """Parts of a box that each reach over `most` elements or fewer.
+
+  Gaps only shrink from one axis to the next, so where the indices of an axis
+  lie close, those of the axes after it do too.
+  """
+  if any(e <= b for b, e in box):
+    return
+  while axis < len(box) and box[axis][1] - box[axis][0] == 1:
+    axis += 1
+  if axis == len(box):
+    yield box
+    return
+  inner = 1 + sum((e - 1 - b) * n for (b, e), n in zip(
+      box[axis + 1:], strides[axis + 1:]))
+  begin, end = box[axis]
+  step = 1
+  if inner <= most and strides[axis] - inner < gap:
+    step = 1 + (most - inner) // strides[axis]
+  for at in range(begin, end, step):
+    part = (*box[:axis], (at, min(at + step, end)), *box[axis + 1:])
+    if step > 1 or inner <= most:
+      yield part
+    else:
+      yield from _cut(strides, part, most, gap, axis + 1)
+
+
+# Writing.
+
+
+def split(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+  """File name -> tensors in it, in order, at most `most` bytes where it can.
+
+  Args:
+    sizes: tensor name -> bytes.
+    most: bytes of tensors in a file; a larger tensor has a file of its own.
+  """
+  groups: list[list[str]] = [[]]
+  room = most
+  for name, size in sizes.items():
+    if size > room and groups[-1]:
+      groups.append([])
+      room = most
+    groups[-1].append(name)
+    room -= size
+  if len(groups) == 1:
+    return {FILE: groups[0]}
+  return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
+          for i, names in enumerate(groups, 1)}
+
+
+def header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+  """What stands before the tensors, which follow in this order."""
+  kind = {kind: name for name, kind in FLOATS.items()}[np.dtype(dtype)]
+  at, rows = 0, {"__metadata__": {"format": "pt"}}
+  for name, shape in shapes.items():
+    end = at + math.prod(shape) * np.dtype(dtype).itemsize
+    rows[name] = dict(dtype=kind, shape=list(shape), data_offsets=[at, end])
+    at = end
+  text = json.dumps(rows, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def atomic(paths: Sequence[epath.Path]) -> Iterator[list[epath.Path]]:
+  """Temporary names, which become `paths` at the end, or are removed.
+
+  Raises:
+    WriteError: a full disk, a folder that is read-only, and the like.
+  """
+  temporary = [p.parent / f".{p.name}.tmp-{os.getpid()}" for p in paths]
+  try:
+    for folder in {p.parent for p in paths}:
+      folder.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    for source, path in zip(temporary, paths):
+      source.replace(path)
+  except BaseException as error:
+    for source in temporary:
+      with contextlib.suppress(OSError):
+        source.unlink(missing_ok=True)
+    if isinstance(error, OSError):
+      raise WriteError(
+          f"cannot write {paths[0].parent if paths else ''}: "
+          f"{error.strerror or error}; free space or permissions, or another "
+          "--workdir") from error
+    raise
