@@ -273,9 +273,10 @@ HOW = dict(head_size=128, dtype="bfloat16", softcap=0.0, length=2048)
     ("tpu", dict(dtype="float32", length=None), "splash"),
     ("tpu", dict(length=128), "plain"), ("cpu", {}, "plain"),
     ("gpu", {}, "cudnn"), ("cuda", dict(head_size=64), "cudnn"),
-    ("gpu", dict(softcap=50.0), "plain"), ("gpu", dict(dtype="float32"), "plain"),
-    ("gpu", dict(head_size=256), "plain"), ("gpu", dict(head_size=100), "plain"),
-    ("rocm", {}, "plain")])
+    ("gpu", dict(softcap=50.0), "plain"), ("rocm", {}, "plain"),
+    ("gpu", dict(dtype="float32"), "plain"),
+    ("gpu", dict(head_size=256), "plain"),
+    ("gpu", dict(head_size=100), "plain")])
 def test_auto_is_the_fastest_that_runs(platform, more, wanted):
   how = {**HOW, **more}
   assert attention.resolve("auto", platform, **how) == wanted
@@ -426,6 +427,6 @@ def test_compiled_for_tpus_no_scores_are_held():
   # 2 rows x 16 heads x 4096 x 4096 float32 scores a chip.
   scores = 2 * 16 * 4096 * 4096 * 4
   assert plain["squares"] and plain["temp"] > scores
-  assert llama["temp"] < scores / 16
-  # 1 row x 2 heads; the eight layers' inputs and the residuals of one.
+  assert llama["temp"] < scores / 8  # transposed q, k, v, ...; linear in L
+  # 1 row x 2 heads a chip.
   assert gemma["temp"] < 2 * 8192 * 8192 * 4

@@ -8,8 +8,8 @@ and positions rise by one per slot, and that a slot that holds nothing has a
 segment of its own (padding on the right needs none: causality hides it).
 
 Within 2e-5 of each other in float32, within 2e-2 in bfloat16 (of values of
-size one): the sums run in another order, and the fused kernels round `scale q`
-(splash) or the weights (all) to bfloat16 at other places.
+size one): the sums run in another order, and round to bfloat16 at other places,
+splash among them `scale q`.
 """
 
 import functools
@@ -85,8 +85,8 @@ def _splash(q, k, v, segments, *, scale, softcap, window):
   rows, length, groups, per_group, size = q.shape
   padded, block = blocks(length)
   shape = (padded, padded)
-  # A padded query comes after all others and sees itself, so nothing of it is
-  # seen and it is finite; with segments the padding is one of its own.
+  # What is padded comes after all else, so no query sees it; a padded query
+  # sees itself, so it is finite.
   extra = padded - length
   causal = (splash.LocalMask(shape, (window - 1, 0), 0) if window else
             splash.CausalMask(shape))
@@ -104,8 +104,7 @@ def _splash(q, k, v, segments, *, scale, softcap, window):
 
   if segments is not None:
     segments = splash.SegmentIds(*(
-        jnp.pad(s, ((0, 0), (0, extra)), constant_values=-FAR)
-        for s in segments))
+        jnp.pad(s, ((0, 0), (0, extra))) for s in segments))
   q = (scale * q.astype(jnp.float32)).astype(q.dtype)
   y = jax.vmap(kernel)(by_head(q), by_head(k), by_head(v), segments)
   y = jnp.swapaxes(y[:, :, :length], 1, 2)
