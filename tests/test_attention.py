@@ -166,11 +166,11 @@ def test_on_any_mesh_all_at_once(kernel, mesh, monkeypatch):
 @pytest.mark.parametrize("kernel", ["plain", "splash"])
 def test_in_bfloat16_within_a_hundredth(kernel):
   with one_by_one() as mesh:
-    arrays = draw(2, 256, 128, jnp.bfloat16)
-    found = on_mesh(mesh, *arrays, segments_of(256), kernel=kernel,
-                    scale=128 ** -0.5, windows=(100,))
+    arrays = draw(2, 128, 128, jnp.bfloat16)
+    found = on_mesh(mesh, *arrays, segments_of(128), kernel=kernel,
+                    scale=128 ** -0.5, windows=(50,))
   assert all(x.dtype == jnp.bfloat16 for x in found)
-  close(found, oracle(*arrays, looks(256, 100, segments_of(256)), 128 ** -0.5),
+  close(found, oracle(*arrays, looks(128, 50, segments_of(128)), 128 ** -0.5),
         2e-2)
 
 
@@ -197,7 +197,7 @@ def test_whole_rows_on_each_device(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_layers_of_several_kinds_in_one_scan(kernel):
   # A window of the row's length and more is none: kinds 0 and 2 agree.
-  windows, order = (0, 24, 128), np.array([1, 2, 0], np.int32)
+  windows, order = (0, 24, 128), np.array([1, 2], np.int32)
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
 
   def stack(q, k, v):
