@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign import memory
+from jaxalign import memory
 from jaxalign import pipeline
 from jaxalign import progress
-from jaxalign import sharding
 from jaxalign.data import batches
 from jaxalign.data import records
 from jaxalign.job import sizes
@@ -36,51 +37,6 @@ def rate_of(device: Any) -> float:
     if device.device_kind.lower().startswith(start.lower()):
       return rate
   return RATES["cpu"]
-
-
-def memory(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
-           chunk: int) -> dict[str, int]:
-  """Bytes a device of one train step, by what they hold.
-
-  Args:
-    m: the model's sizes.
-    mesh: the mesh.
-    rows: responses of one micro-batch.
-    length: their padded length.
-    chunk: positions of the head at once.
-
-  Returns:
-    "parameters", "gradients", "optimizer" (two float32 moments), and the
-    estimates "activations" (what the backward pass keeps of every layer) and
-    "workspace" (what one layer, or the head, needs while it runs backward).
-    Compiled for TPU (tools/aot.py), gradients and estimates together were
-    between 1 % below and 27 % above what the compiler set aside.
-  """
-  held = 0
-  for p in decoder.table(m).values():
-    parts = np.prod([sharding.parts(mesh, a) for a in p.axes if a] or [1])
-    held += 4 * int(np.prod(p.shape)) // int(parts)
-  local = -(-rows // sharding.parts(mesh, "batch"))
-  tensor = sharding.parts(mesh, "heads")
-  size, tokens = 2 if m.dtype == "bfloat16" else 4, local * length
-  per_token = {"none": 6 * m.width + (4 * m.heads * m.head_size + 3 * m.ff)
-               // tensor, "dots": 4 * m.width + (2 * m.heads * m.head_size
-                                                 + 2 * m.ff) // tensor,
-               "full": m.width}
-  scores = m.heads // tensor * length  # of attention, a token
-  activations = m.layers * tokens * per_token[m.remat] * size
-  # Whole weights of one layer, and their gradients in float32.
-  layer = (size + 4) * sum(
-      int(np.prod(p.shape[1:]))
-      for p in decoder.layers_of(decoder.table(m)).values()) // tensor
-  if m.remat == "none":
-    activations += m.layers * tokens * 2 * 4 * scores
-  else:
-    layer += tokens * (per_token["none"] * size + scores * (4 + size))
-  logits = 2 * 4 * local * min(chunk, length) * m.vocab // tensor
-  head = (size + 4) * m.vocab * m.width // tensor + logits
-  return dict(parameters=held, gradients=held, optimizer=2 * held,
-              activations=activations, workspace=max(layer, head))
 
 
 def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
@@ -161,12 +117,10 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
   progress.say(f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
                f"{progress.duration(total / rate)} at an assumed "
                f"{rate / 1e9:,.0f} GFLOP/s, compiling not counted")
-  held = memory(m, job.mesh, length=length, chunk=c.model.head_chunk,
-                rows=c.train.batch_size * r // c.train.accumulation)
-  progress.say("  memory a device, training: "
-               + ", ".join(f"{k} {v / 2**20:,.1f} MiB"
-                           for k, v in held.items())
-               + f"; together {sum(held.values()) / 2**20:,.1f} MiB")
+  held = memory.train_step(
+      m, job.mesh, length=length, chunk=c.model.head_chunk,
+      rows=c.train.batch_size * r // c.train.accumulation)
+  progress.say(f"  memory a device, training: {memory.words(held)}")
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
                f"{dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
                f", jax {jax.__version__}")

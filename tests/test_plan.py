@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from jaxalign import memory
 from jaxalign import plan
 from jaxalign import sharding
+from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.train import optim
 from jaxalign.train import step as steps
@@ -28,7 +30,7 @@ def on_one_device(tree):
 
 def test_memory_of_the_state_is_what_a_device_holds():
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
-  held = plan.memory(M, mesh, rows=16, length=16, chunk=8)
+  held = memory.train_step(M, mesh, rows=16, length=16, chunk=8)
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), M, mesh)
@@ -43,7 +45,7 @@ def test_memory_of_a_step_by_hand():
   m = decoder.ModelConfig(layers=2, width=4, heads=2, kv_heads=1, head_size=2,
                           ff=3, vocab=10, context=16, remat="full")
   one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  held = plan.memory(m, one, rows=6, length=5, chunk=2)
+  held = memory.train_step(m, one, rows=6, length=5, chunk=2)
   # A layer: q, o 4x4, k, v 4x2, three of 4x3, two norms of 4: 92. The table is
   # 10x4 and tied, the last norm 4.
   assert held["parameters"] == 4 * (2 * 92 + 44)
@@ -56,24 +58,27 @@ def test_memory_of_a_step_by_hand():
   # their gradients.
   head = 2 * 4 * 6 * 2 * 10 + 8 * 40
   assert (layer, head) == (9016, 1280)
-  assert held["workspace"] == 9016
-  wide = plan.memory(m._replace(vocab=200), one, rows=6, length=5, chunk=2)
-  assert wide["workspace"] == 2 * 4 * 6 * 2 * 200 + 8 * 800 == 25600
+  assert held["logits"] == 2 * 4 * 6 * 2 * 10
+  assert held["workspace"] + held["logits"] == 9016
+  wide = memory.train_step(m._replace(vocab=200), one, rows=6, length=5,
+                           chunk=2)
+  assert wide["workspace"] + wide["logits"] == (
+      2 * 4 * 6 * 2 * 200 + 8 * 800) == 25600
   # Rematerialisation keeps less and needs more at once.
-  kept = {r: plan.memory(m._replace(remat=r), one, rows=6, length=5, chunk=2)
-          for r in decoder.REMAT}
+  kept = {r: memory.train_step(m._replace(remat=r), one, rows=6, length=5,
+                               chunk=2) for r in decoder.REMAT}
   assert (kept["none"]["activations"] > kept["dots"]["activations"]
           > kept["full"]["activations"])
   assert kept["none"]["workspace"] < kept["full"]["workspace"]
-  half = plan.memory(m._replace(dtype="bfloat16"), one, rows=6, length=5,
-                     chunk=2)
+  half = memory.train_step(m._replace(dtype="bfloat16"), one, rows=6, length=5,
+                           chunk=2)
   assert half["activations"] == held["activations"] // 2
   assert half["parameters"] == held["parameters"]
 
 
 def test_the_mesh_divides_memory():
   sizes = dict(rows=16, length=16, chunk=8)
-  held = {shape: plan.memory(M, sharding.make_mesh(
+  held = {shape: memory.train_step(M, sharding.make_mesh(
       dict(fsdp=shape[0], tensor=shape[1]),
       jax.devices()[:shape[0] * shape[1]]), **sizes)
           for shape in ((1, 1), (4, 1), (4, 2))}
@@ -83,6 +88,31 @@ def test_the_mesh_divides_memory():
   assert held[4, 1]["parameters"] == (whole - norms) // 4 + norms
   assert held[4, 2]["parameters"] == (whole - norms) // 8 + norms
   assert held[4, 1]["activations"] == held[1, 1]["activations"] // 4
+
+
+@pytest.mark.parametrize("kind, size", [
+    ("TPU v5 lite", 16), ("TPU v5", 95), ("TPU v6 lite", 32), ("cpu", None)])
+def test_the_memory_of_a_device(kind, size):
+  device = types.SimpleNamespace(device_kind=kind)
+  assert memory.size_of(device) == (size and size * 2**30)
+  device.memory_stats = lambda: dict(bytes_limit=7)
+  assert memory.size_of(device) == 7
+
+
+def test_what_cannot_fit_is_refused_with_its_parts():
+  gib = 2**30
+  held = dict(parameters=4 * gib, gradients=4 * gib, optimizer=8 * gib,
+              activations=2 * gib, logits=gib, workspace=gib)
+  small = types.SimpleNamespace(device_kind="TPU v5 lite")  # 16 GiB
+  with pytest.raises(ConfigError, match=(
+      r"about 20.0 GiB a device \(parameters 4.0, .* a TPU v5 lite has 16.0 "
+      "GiB; raise config.mesh.fsdp")):
+    memory.check_fits(held, small)
+  memory.check_fits(held, small, force=True)
+  memory.check_fits(held | dict(optimizer=6 * gib), small)  # half the estimate
+  with pytest.raises(ConfigError):
+    memory.check_fits(held | dict(optimizer=6 * gib + 1), small)
+  memory.check_fits(held, types.SimpleNamespace(device_kind="cpu"))
 
 
 @pytest.mark.parametrize("kind, rate", [

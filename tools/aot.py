@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from jaxalign import plan
+from jaxalign import memory
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
 from jaxalign.lookup import lookup
@@ -58,7 +58,7 @@ class Report(NamedTuple):
   parameters: int  # of the model
   argument_bytes: int  # as the compiler laid them out
   expected_bytes: int  # parameters, two moments, scalars, batch, by the table
-  planned: dict[str, int]  # plan.memory
+  planned: dict[str, int]  # memory.train_step
   temp_bytes: int
   collectives: dict[str, int]  # "all-gather in loops" -> how many
   whole_gathers: list[str]  # stacked weights gathered at once; wanted: none
@@ -348,7 +348,7 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
       parameters=decoder.parameter_count(m),
       argument_bytes=compiled.memory.argument_size_in_bytes,
       expected_bytes=held_bytes((state, batch)),
-      planned=plan.memory(
+      planned=memory.train_step(
           m, mesh, rows=int(np.prod(batch["ref_sum"].shape[1:])),
           length=length, chunk=chunk),
       temp_bytes=compiled.memory.temp_size_in_bytes,
@@ -372,7 +372,7 @@ def table(report: Report) -> str:
       ("arguments a chip", f"{mib(report.argument_bytes)}, expected "
        f"{mib(report.expected_bytes)} "
        f"({report.argument_bytes / report.expected_bytes - 1:+.2%})"),
-      ("temporaries a chip", f"{mib(report.temp_bytes)}; plan.memory says "
+      ("temporaries a chip", f"{mib(report.temp_bytes)}; memory.py says "
        + ", ".join(f"{k} {mib(v)}" for k, v in report.planned.items()
                    if k not in ("parameters", "optimizer"))),
       *report.collectives.items(),
