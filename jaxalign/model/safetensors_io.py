@@ -100,7 +100,7 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
     if t.dtype not in _BITS:
       raise DataError(f"{path}: {shown(name)} is {shown(t.dtype)}, wanted one "
                       f"of {', '.join(FLOATS)}")
-    if (not 0 <= t.begin <= t.end <= room or len(t.shape) > 32 or
+    if (not 0 <= t.begin <= t.end <= room or len(t.shape) > 64 or
         min(t.shape, default=0) < 0 or
         math.prod(t.shape) * _BITS[t.dtype] != 8 * (t.end - t.begin)):
       raise DataError(f"{path} is cut short or damaged at {shown(name)}: "
@@ -128,9 +128,9 @@ def weights_files(folder: epath.Path) -> list[str]:
     ConfigError: no safetensors in Hugging Face's layout; pickles, perhaps.
     DataError: an index that is damaged, or names what is not in the folder.
   """
-  if (folder / FILE).is_file():
+  if _is_file(folder / FILE):
     return [_inside(folder, FILE).name]
-  if not (folder / INDEX).is_file():
+  if not _is_file(folder / INDEX):
     found = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
     pickles = [n for n in found if n.endswith(_PICKLES)]
     hint = (f"; {shown(pickles[0])} is a pickle, which can run code: convert "
@@ -156,7 +156,7 @@ def _read_index(folder: epath.Path) -> dict[str, str]:
       raise DataError(f"{path} names {shown(name)}, a pickle, which can run "
                       "code: convert it with transformers' save_pretrained, "
                       "where you trust it")
-    if not _inside(folder, name).is_file():
+    if not _is_file(_inside(folder, name)):
       missing.append(shown(name))
   if missing:
     raise DataError(f"{path} names files that are missing: {listed(missing)}")
@@ -269,6 +269,11 @@ def _remote(path: epath.Path) -> bool:
   return "://" in str(path)
 
 
+def _is_file(path: epath.Path) -> bool:
+  """Whether it is a plain file; epath takes a pipe for one."""
+  return path.is_file() if _remote(path) else os.path.isfile(path)
+
+
 def _strides(view: tuple[int, ...]) -> list[int]:
   """Elements from one index of an axis to the next."""
   return [math.prod(view[i + 1:]) for i in range(len(view))]
@@ -291,12 +296,11 @@ def _cut(strides: list[int], box: Box, most: int, gap: int, axis: int
   inner = 1 + sum((e - 1 - b) * n for (b, e), n in zip(
       box[axis + 1:], strides[axis + 1:]))
   begin, end = box[axis]
-  step = 1
-  if inner <= most and strides[axis] - inner < gap:
-    step = 1 + (most - inner) // strides[axis]
+  close = inner <= most and strides[axis] - inner < gap
+  step = 1 + (most - inner) // strides[axis] if close else 1
   for at in range(begin, end, step):
     part = (*box[:axis], (at, min(at + step, end)), *box[axis + 1:])
-    if step > 1 or inner <= most:
+    if close:
       yield part
     else:
       yield from _cut(strides, part, most, gap, axis + 1)
