@@ -219,8 +219,8 @@ def test_an_index_that_is_none(two, text):
 
 
 def test_pickles_are_refused(tmp_path):
-  with pytest.raises(ConfigError, match=f"has no model.safetensors and no {INDEX}"
-                     "$"):
+  with pytest.raises(ConfigError,
+                     match=f"has no model.safetensors and no {INDEX}$"):
     opened(tmp_path / "nowhere")
   (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
   with pytest.raises(ConfigError, match="00002.bin is a pickle, which can run "

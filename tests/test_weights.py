@@ -4,6 +4,7 @@ import functools
 import json
 import pickle
 import struct
+import sys
 import time
 
 import jax
@@ -16,7 +17,9 @@ from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.model import decoder
+from jaxalign.model import safetensors_io
 from jaxalign.model import weights
+from jaxalign.model.table import Param, Stored
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -49,7 +52,7 @@ def ours(mesh, params, m, tokens):
 
 def theirs(folder, tokens):
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, local_files_only=True)
+      folder, local_files_only=True, dtype=torch.float32)
   with torch.no_grad():
     return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
@@ -94,14 +97,234 @@ def test_a_real_checkpoint_in_and_out(mesh, shared, tmp_path):
                              theirs(str(folder), tokens), rtol=0, atol=1e-5)
 
 
-# What cannot be read.
-
-
 @pytest.fixture
 def alone():
   m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(m):
     yield m
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_in_many_files(mesh, tmp_path, dtype):
+  params = random_params(SMALL, mesh)
+  if dtype == "bfloat16":  # numbers that it can hold: then nothing is lost
+    params = {n: sharding.put(mesh, np.asarray(w).astype(
+        ml_dtypes.bfloat16).astype(np.float32), *decoder.table(SMALL)[n].axes)
+              for n, w in params.items()}
+  weights.export_folder(tmp_path, params, SMALL, TOK)  # replaced by the next
+  weights.export_folder(tmp_path, params, SMALL, TOK, dtype=dtype,
+                        shard_bytes=6_000)
+  files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+  assert len(files) > 3 and files[0] == (
+      f"model-00001-of-{len(files):05d}.safetensors")
+  assert weights.digest_names(tmp_path) == [
+      "config.json", "model.safetensors.index.json", *files]
+  assert weights.weights_file(tmp_path).name == "model.safetensors.index.json"
+  index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+  kept = {n: w for f in files
+          for n, w in safetensors.numpy.load_file(tmp_path / f).items()}
+  assert {n: f for f in files for n in safetensors.numpy.load_file(
+      tmp_path / f)} == index["weight_map"]
+  assert index["metadata"]["total_size"] == sum(w.nbytes for w in kept.values())
+  assert {str(w.dtype) for w in kept.values()} == {dtype}
+  assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+  tokens = np.random.default_rng(1).integers(0, SMALL.vocab, (4, 16))
+  np.testing.assert_allclose(ours(mesh, params, SMALL, tokens),
+                             theirs(str(tmp_path), tokens), rtol=0, atol=1e-4)
+  back = weights.load_folder(tmp_path, SMALL, mesh)
+  for n, w in params.items():
+    np.testing.assert_array_equal(back[n], w, err_msg=n)
+  half = weights.load_folder(tmp_path, SMALL, mesh, dtype=ml_dtypes.bfloat16)
+  for n, w in params.items():
+    np.testing.assert_array_equal(
+        half[n], np.asarray(w).astype(ml_dtypes.bfloat16), err_msg=n)
+  # And back to one file, of which nothing else is left.
+  weights.export_folder(tmp_path, params, SMALL, TOK)
+  assert [p.name for p in tmp_path.glob("*safetensors*")] == [
+      "model.safetensors"]
+
+
+def test_files_that_transformers_has_spread(mesh, tmp_path):
+  weights.export_folder(tmp_path / "one", random_params(SMALL, mesh), SMALL,
+                        TOK)
+  peer = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path / "one", local_files_only=True)
+  peer.save_pretrained(tmp_path / "many", max_shard_size="15KB")
+  assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
+  m = weights.read_config(tmp_path / "many", "float32", "none")
+  params = weights.load_folder(tmp_path / "many", m, mesh)
+  for n, w in weights.load_folder(tmp_path / "one", SMALL, mesh).items():
+    np.testing.assert_array_equal(params[n], w, err_msg=n)
+
+
+# Any table: fused, transposed, stacked, and cut over the mesh.
+
+T, D, G, C = 3, 8, 2, 5
+ROWS = {
+    "top": Param((8, D), ("vocab", "width"), 1.0),
+    "layers/q": Param((T, D, G, C), (None, "width", "heads", None), 1.0),
+    "layers/k": Param((T, D, G, C), (None, "width", "heads", None), 1.0),
+    "layers/v": Param((T, G, C, D), (None, "heads", None, "width"), 1.0),
+    "layers/b": Param((T, D), (None, None), 1.0),
+}
+FUSED = "h.{}.qkv"
+STORED = {
+    "top": Stored("top", (D, 8), (D, 8), (1, 0)),
+    "layers/q": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (2, 0, 1), (1, 0)),
+    "layers/k": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (2, 0, 1), (1, 1)),
+    "layers/v": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (0, 1, 2), (1, 2)),
+    "layers/b": Stored("h.{}.b", (D,), (D,), (0,)),
+}
+
+
+def fused_files():
+  """A checkpoint, and by the equation what it says."""
+  rng = np.random.default_rng(3)
+  tensors = {"top": rng.normal(size=(D, 8)).astype(np.float32)}
+  want = {n: np.zeros(p.shape) for n, p in ROWS.items()}
+  want["top"] = tensors["top"].T
+  for t in range(T):
+    w = rng.normal(size=(G * 3 * C, D)).astype(np.float32)
+    tensors[f"h.{t}.qkv"] = w
+    tensors[f"h.{t}.b"] = rng.normal(size=D).astype(np.float32)
+    want["layers/b"][t] = tensors[f"h.{t}.b"]
+    for g in range(G):
+      for c in range(C):
+        row = g * 3 * C + c
+        want["layers/q"][t, :, g, c] = w[row]
+        want["layers/k"][t, :, g, c] = w[row + C]
+        want["layers/v"][t, g, c, :] = w[row + 2 * C]
+  return tensors, want
+
+
+def test_fused_tensors_in_and_out(mesh, tmp_path):
+  tensors, want = fused_files()
+  safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+  params = weights.load(tmp_path, ROWS, STORED, mesh)
+  for n, w in want.items():
+    np.testing.assert_array_equal(params[n], w, err_msg=n)
+    assert params[n].sharding == sharding.named(mesh, *ROWS[n].axes)
+  weights.save(tmp_path / "out", params, ROWS, STORED, config={})
+  back = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
+  assert sorted(back) == sorted(tensors)
+  for n, w in tensors.items():
+    np.testing.assert_array_equal(back[n], w, err_msg=n)
+  some = {n: s for n, s in STORED.items() if n != "layers/k"}
+  with pytest.raises(ValueError, match="qkv is made of 2 parameters, wanted 3"):
+    weights.save(tmp_path / "x", params, {n: ROWS[n] for n in some}, some,
+                 config={})
+
+
+def test_names_by_another_rule(tmp_path, alone):
+  tensors, want = fused_files()
+  other = {f"model.{n}": w for n, w in tensors.items()}
+  other["eyes"] = np.zeros(3, np.int64)
+  safetensors.numpy.save_file(other, tmp_path / "model.safetensors")
+  rule = lambda name: None if name == "eyes" else name.removeprefix("model.")
+  params = weights.load(tmp_path, ROWS, STORED, alone, canonical=rule)
+  np.testing.assert_array_equal(params["layers/k"], want["layers/k"])
+  safetensors.numpy.save_file(other | {"top": tensors["top"]},
+                              tmp_path / "model.safetensors")
+  with pytest.raises(DataError, match="top and model.top are the same|"
+                     "model.top and top are the same"):
+    weights.load(tmp_path, ROWS, STORED, alone, canonical=rule)
+
+
+def test_what_was_read_is_not_written_to(tmp_path):
+  """Devices share a buffer; a donated array must not be changed in it."""
+  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  rows = {"w": Param((64, 64), (None, None), 1.0)}
+  stored = {"w": Stored("w", (64, 64), (64, 64), (0, 1))}
+  safetensors.numpy.save_file({"w": np.ones((64, 64), np.float32)},
+                              tmp_path / "model.safetensors")
+  with jax.set_mesh(mesh):
+    w = weights.load(tmp_path, rows, stored, mesh)["w"]
+    where = {s.data.unsafe_buffer_pointer() for s in w.addressable_shards}
+    assert len(where) == 1  # one buffer, read once
+    twice = jax.jit(lambda x: x + x, donate_argnums=0)
+    w = twice(twice(w))
+    for shard in w.addressable_shards:
+      np.testing.assert_array_equal(shard.data, np.full((64, 64), 4.0))
+
+
+# Object stores.
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """A store in memory behind gs://, through the path that real ones take.
+
+  Yields the (offset, bytes) of every read of it.
+  """
+  from etils.epath import backend
+  from fsspec.implementations.memory import MemoryFileSystem
+  reads = []
+
+  class Store(MemoryFileSystem):
+    protocol = ("gs", "gcs")
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    def __init__(self, *args, **kwargs):
+      super().__init__()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return "/" + path.removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+    def _open(self, path, mode="rb", **kwargs):
+      f = super()._open(path, mode, **kwargs)
+      if mode == "rb":
+        f.read = lambda n=-1: (
+            reads.append((f.tell(), n)) or type(f).read(f, n))
+      return f
+
+  monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Store)
+  backend.fsspec_backend._get_filesystem.cache_clear()
+  yield reads
+  backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_google_storage_in_and_out(mesh, bucket):
+  _, want = fused_files()
+  params = {n: sharding.put(mesh, np.float32(w), *ROWS[n].axes)
+            for n, w in want.items()}
+  weights.save("gs://b/x", params, ROWS, STORED, config=dict(a=1),
+               shard_bytes=600)
+  names = weights.digest_names("gs://b/x")
+  assert len(names) > 4
+  back = weights.load("gs://b/x", ROWS, STORED, mesh)
+  for n, w in want.items():
+    np.testing.assert_array_equal(back[n], w, err_msg=n)
+
+
+def test_only_the_bytes_of_a_shard_are_read(bucket, monkeypatch):
+  """A host with the rows 2 to 5 of a vocabulary of 8."""
+  from etils import epath
+  wide = 1000
+  x = np.arange(8 * wide, dtype=np.float32).reshape(8, wide)
+  epath.Path("gs://b/y").mkdir(parents=True)
+  epath.Path("gs://b/y/model.safetensors").write_bytes(
+      safetensors.numpy.save({"w": x}))
+  found = safetensors_io.Checkpoint(epath.Path("gs://b/y"))
+  begin = found.tensors["w"].begin
+  buffers = [np.zeros((2, wide), np.float32) for _ in range(2)]
+  parts = [weights._Part(((2 * i, 2 * i + 2), (0, wide)), b)
+           for i, b in zip((1, 2), buffers)]
+  stored = Stored("w", x.shape, x.shape, (0, 1))
+  bucket.clear()
+  assert weights._fill(found, "w", stored, parts)
+  assert bucket == [(begin + 2 * wide * 4, 4 * wide * 4)]
+  np.testing.assert_array_equal(np.concatenate(buffers), x[2:6])
+  bucket.clear()
+  monkeypatch.setattr(safetensors_io, "_REMOTE", 2 * wide * 4)
+  assert weights._fill(found, "w", stored, [
+      weights._Part(((0, 2), (0, 1000)), buffers[0]),
+      weights._Part(((6, 8), (0, 1000)), buffers[1])])
+  assert bucket == [(begin, 2 * wide * 4), (begin + 6 * wide * 4, 2 * wide * 4)]
+  np.testing.assert_array_equal(buffers[1], x[6:])
+
+
+# What cannot be read.
 
 
 @pytest.fixture
