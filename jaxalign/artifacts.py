@@ -377,7 +377,8 @@ def _make_room(folder: epath.Path, outputs: dict[str, Any],
         (folder / name).rmtree()
       else:
         (folder / name).unlink(missing_ok=True)
-    for path in folder.iterdir():
+    # An object store has no folder before it has a file.
+    for path in folder.iterdir() if folder.exists() else ():
       if ".tmp-" in path.name:  # a killed run's half-written file
         path.unlink(missing_ok=True)
   except OSError as error:

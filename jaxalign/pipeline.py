@@ -26,6 +26,7 @@ from jaxalign.eval import evaluate
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
+from jaxalign.model import hub
 from jaxalign.model import weights
 from jaxalign.select import card as cards
 from jaxalign.select import embed
@@ -67,9 +68,10 @@ def run_sft(job: Job) -> None:
   """Trains the reference, where no checkpoint is given."""
   c, m, mesh = job.c, job.model, job.mesh
   if c.model.checkpoint:
+    given = c.model.checkpoint
     key = artifacts.told(lambda: artifacts.key_of(
         "checkpoint", artifacts.digest_tree(
-            c.model.checkpoint, ["config.json", "model.safetensors"]), {}))
+            hub.resolve(given), weights.digest_names(given)), {}))
     job.cards["", "sft"] = artifacts.Card("sft", key, {}, {}, {}, Cost(), {},
                                           skipped=True)
     return

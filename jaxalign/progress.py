@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 _STATE = {"process": 0}  # set once by main, before the first stage
 _BAR_AFTER_S = 2.0  # a stage shorter than this draws no bar
@@ -30,6 +30,29 @@ def duration(seconds: float) -> str:
   if seconds < 3600:
     return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
   return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02d}m"
+
+
+def counted(items: Iterable, label: str, unit: str = "rows") -> Iterator:
+  """The items as they come; says their number and rate, as `bar` would.
+
+  For work whose amount is not known before it is done.
+  """
+  start = drawn = time.monotonic()
+  terminal = sys.stdout.isatty()
+  every = 0.2 if terminal else _LINE_EVERY_S
+  try:
+    for n, item in enumerate(items, 1):
+      yield item
+      now = time.monotonic()
+      if now - start >= _BAR_AFTER_S and now - drawn >= every:
+        drawn = now
+        text = f"  {label} {n:,} {unit}, {n / max(now - start, 1e-9):,.1f}/s"
+        if _STATE["process"] == 0:
+          print(f"\r\x1b[2K{text}" if terminal else text,
+                end="" if terminal else "\n", flush=True)
+  finally:
+    if terminal and drawn > start and _STATE["process"] == 0:
+      print("\r\x1b[2K", end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -167,12 +167,20 @@ def test_duplicate_ids_and_contents(tmp_path):
 
 
 def test_too_many_bad_rows(tmp_path):
-  path = write(tmp_path / "x.jsonl", [pair(i) for i in range(20)]
-               + [pair(i, chosen="") for i in range(21)])
+  path = write(tmp_path / "x.jsonl", [pair(i) for i in range(40)]
+               + [pair(i, chosen="") for i in range(41)])
   ended, _, _ = read_data(tmp_path / "w", path)
-  assert ended.code == 65 and "21 of 41 rows refused" in ended.err
-  assert "empty response 21" in ended.err and f"{path}:21" in ended.err
+  assert ended.code == 65 and "41 of 81 rows refused" in ended.err
+  assert "empty response 41" in ended.err and f"{path}:41" in ended.err
   assert "config.data.max_bad_fraction" in ended.err
+  listed = tmp_path / "w/shared/data/rejected.jsonl"  # to repair them by
+  assert f"{listed} names them all" in ended.err
+  assert [r["line"] for r in jobs.lines(listed)] == list(range(41, 82))
+  assert {r["reason"] for r in jobs.lines(listed)} == {"empty response"}
+  # With more of them allowed the same command goes on, and counts once.
+  ended, card, rejected = read_data(tmp_path / "w", path,
+                                    "data.max_bad_fraction=0.9")
+  assert ended.code is None and card["refused"] == len(rejected) == 41
 
 
 def test_every_bad_row_at_once_adds_up(tmp_path):

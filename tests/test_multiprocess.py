@@ -135,6 +135,13 @@ def test_training_and_evaluation_are_close(together, alone, arm):
       assert abs(measured[name]["value"] - other[name]["value"]) <= 1.01 / n
 
 
+def test_a_given_checkpoint_is_called_one(together):
+  work, (first, _) = together
+  text = (work / "report.html").read_text()
+  assert "given checkpoint" in first.out and "given checkpoint" in text
+  assert "SFT model" not in first.out.replace("counting the SFT model", "")
+
+
 def test_a_process_reads_its_own_rows_alone(together):
   """Of the pool's tokens: half each, of every batch too; texts once."""
   work, _ = together

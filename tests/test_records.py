@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 from hypothesis import given, settings, strategies as st
 
+from jaxalign import progress
 from jaxalign.data import records
 from jaxalign.data.schemas.pairs import Refused
 from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
@@ -135,9 +136,17 @@ def test_schema_by_name_by_shape_and_of_a_fork(tmp_path):
     assert "d.jsonl:1" in str(error.value)
 
 
-def test_limit(tmp_path):
+def test_limit(tmp_path, monkeypatch, capsys):
   source = put(tmp_path / "a.jsonl", [pair(i) for i in range(9)])
   assert records.load(source, limit=4).seen == 4
+  monkeypatch.setattr(progress, "_BAR_AFTER_S", 0)
+  monkeypatch.setattr(progress, "_LINE_EVERY_S", 0)
+  capsys.readouterr()
+  assert records.load(source, limit=3).seen == 3  # and it says how far it is
+  said = capsys.readouterr().out.splitlines()
+  assert [line.split(" rows, ")[0] for line in said] == [
+      f"  read {source} {n}" for n in (1, 2, 3)]
+  assert all(line.endswith("/s") for line in said)
   with pytest.raises(ConfigError, match="limit"):
     records.load(source, limit=-1)
 

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from jaxalign import artifacts
+from jaxalign import progress
 from jaxalign.data.schemas import SCHEMAS, Refused, Schema, detect
 from jaxalign.data.schemas import trees
 from jaxalign.data.schemas.fields import check_fields, remap
@@ -27,6 +28,14 @@ _PEEK = 1000  # rows looked at before "no schema fits" is believed
 # An id is a digest of these: what else is kept of a row may grow.
 _CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "group")
 _EXTRA = ("turns", "margin")  # columns that some rows of a source may lack
+
+
+class TooManyRefused(DataError):
+  """More rows refused than allowed; `refused` are they, as in `Loaded`."""
+
+  def __init__(self, message: str, refused: list[dict]):
+    super().__init__(message)
+    self.refused = refused
 
 
 class Loaded(NamedTuple):
@@ -88,7 +97,8 @@ def load(source: str, *, schema: str = "auto", limit: int = 0,
   kind = found.kind
   rows, refused, lines = [], [], {}
   seen = tied = 0
-  for where, own, fresh in _converted_rows(found, pairs):
+  for where, own, fresh in progress.counted(_converted_rows(found, pairs),
+                                            f"read {source}"):
     seen += 1
     try:
       if isinstance(fresh, Refused):
@@ -117,11 +127,11 @@ def load(source: str, *, schema: str = "auto", limit: int = 0,
   counts = dict(sorted(collections.Counter(
       row["reason"] for row in refused).items()))
   if refused and len(refused) > max_bad_fraction * seen or not rows:
-    raise DataError(f"{source}: {len(refused)} of {seen} rows refused, more "
-                    f"than the share {max_bad_fraction} allowed or all: "
-                    f"{_listed(counts)}; first at {_first(refused)}; set "
-                    "config.data.max_bad_fraction, or config.data.schema "
-                    f"(now {found.name})")
+    raise TooManyRefused(
+        f"{source}: {len(refused)} of {seen} rows refused, more than the share "
+        f"{max_bad_fraction} allowed or all: {_listed(counts)}; first at "
+        f"{_first(refused)}; set config.data.max_bad_fraction, or config.data."
+        f"schema (now {found.name})", refused)
   duplicates = _name(rows, lines)
   rows.sort(key=lambda row: row["id"])
   for name in _EXTRA:  # all rows of a table have the same columns

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 import time
 from typing import Any, Callable
 
@@ -33,6 +34,29 @@ def _read_log(path: epath.Path, until: int) -> list[str]:
 def _items(state: Any) -> dict[str, Any]:
   """Parameters apart: evaluation restores them alone."""
   return dict(params=state.params, rest=[state.opt_state, state.step])
+
+
+def _trace(folder: epath.Path) -> Callable[[], None]:
+  """Starts a profile; the function returned ends it, and it is in `folder`.
+
+  The profiler writes local files alone: for gs:// it writes into a temporary
+  folder, which is then copied.
+  """
+  if "://" not in str(folder):
+    jax.profiler.start_trace(str(folder))
+    return jax.profiler.stop_trace
+  local = epath.Path(tempfile.mkdtemp(prefix="jaxalign_profile_"))
+  jax.profiler.start_trace(str(local))
+
+  def stop():
+    jax.profiler.stop_trace()
+    for root, _, names in local.walk():
+      for name in names:
+        at = epath.Path(root) / name
+        artifacts.write_bytes(folder / at.relative_to(local), at.read_bytes())
+    local.rmtree()
+
+  return stop
 
 
 def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
@@ -110,13 +134,13 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
         label, updates, "steps", start) as tick:
       for step in range(start, updates):
         if trace[1] > trace[0] and step == trace[0]:
-          jax.profiler.start_trace(str(folder / "profile"))
+          tracing = _trace(folder / "profile")
         state, totals = train_step(state, batch_at(step))
         loss = read() if flying else None
         flying = (step, totals)
         if trace[1] > trace[0] and step == trace[1] - 1:
           jax.block_until_ready(totals)
-          jax.profiler.stop_trace()
+          tracing()
         tick(1, f"loss {loss:.3f}" if loss is not None else "")
         stop = requested()
         if (step + 1) % save_every == 0 or step + 1 == updates or stop:

@@ -17,7 +17,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     "win_vs_target": Metric("Wins against the target text", chance=0.5),
-    "win_vs_sft": Metric("Wins against the SFT model", chance=0.5),
+    "win_vs_sft": Metric("Wins against the reference", chance=0.5),
     "win_vs_target_macro": Metric("Wins against the target, mean over groups",
                                   chance=0.5),
     "win_rate": Metric("Win rate", chance=0.5),
@@ -27,7 +27,7 @@ METRICS = {
     "malformed": Metric("Malformed answers"),
     "ended": Metric("Answers that ended"),
     "empty": Metric("Empty answers"),
-    "kl": Metric("KL from the SFT model", share=False, unit="nats"),
+    "kl": Metric("KL from the reference", share=False, unit="nats"),
     "length": Metric("Answer length", share=False, unit="tokens"),
 }
 

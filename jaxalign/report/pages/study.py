@@ -313,14 +313,14 @@ def _costs(stages: list[dict]) -> list[Html]:
        for s in stages], "The ledger, stage by stage.", text=(1,))]
 
 
-def _samples(found: list[dict]) -> Html:
+def _samples(found: list[dict], start: str) -> Html:
   if not found:
     return page.absent("Answers of the policies were not kept or")
   parts = []
   for sample in found[:SAMPLES]:
     rewards = fields(sample.get("rewards"))
     texts = [("target", "Target", sample.get("target")),
-             ("sft", "SFT model", sample.get("sft"))]
+             ("sft", start, sample.get("sft"))]
     texts += [(name, page.plain(name), text)
               for name, text in fields(sample.get("arms")).items()]
     boxes = []
@@ -392,7 +392,9 @@ def render(summary: dict) -> str:
           ("selection", "Selection", _selections(arms)),
           ("training", "Training", run.curves(arms, styles)),
           ("cost", "Cost", _ledger(summary, arms)),
-          ("samples", "Samples", _samples(records(summary.get("samples")))),
+          ("samples", "Samples", _samples(
+              records(summary.get("samples")),
+              page.plain(_baseline(summary).get("name") or "SFT model"))),
           ("again", "Run it again", _again(summary))],
       lede=summary.get("asked"), byline=byline, top=_top(summary, arms)))
 
@@ -409,7 +411,7 @@ def terminal(summary: dict) -> str:
   every = [*arms, *([base] if base else [])]
   names = [n for n in ("win_vs_target", "win_vs_sft", "accuracy", "kl")
            if n in run.known(every)]
-  heads = {"win_vs_target": "wins/target, %", "win_vs_sft": "wins/sft, %",
+  heads = {"win_vs_target": "wins/target, %", "win_vs_sft": "wins/ref, %",
            "accuracy": "accuracy, %", "kl": "KL, nats"}
 
   def short(name, found):
