@@ -43,7 +43,15 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
   if needed != count:
     raise ConfigError(f"mesh {wanted} needs {needed} devices, found {count}; "
                       "set config.mesh")
-  return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices)
+  shape = tuple(sizes.values())
+  try:
+    return jax.make_mesh(shape, AXES, devices=devices)
+  except NotImplementedError:  # the shape splits an axis of the chips' torus
+    from jax.experimental import mesh_utils
+    grid = mesh_utils.create_device_mesh(shape, devices,
+                                         allow_split_physical_axes=True)
+    return jax.sharding.Mesh(
+        grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 
 def nowhere() -> jax.sharding.AbstractMesh:
