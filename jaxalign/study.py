@@ -365,7 +365,8 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
                   sft_weight=c.loss.sft_weight),
       data=_data(job, data), arms=described, comparisons=comparisons,
       baseline=dict(name=_start(job)) | artifacts.read_json(
-          job.shared / "baseline" / "eval.json"), ledger=costs, samples=_samples(job, arms), files=dict(
+          job.shared / "baseline" / "eval.json"), ledger=costs,
+      samples=_samples(job, arms), files=dict(
           {"summary": "summary.json", "config": "config.json",
            "data card": "shared/data/data_card.json"},
           **{f"{a.name}": f"runs/{a.name}/" for a in arms}))

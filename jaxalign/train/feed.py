@@ -61,12 +61,14 @@ def make_mismatched(rows: Rows, *, updates: int, batch: int, seed: int,
 
 def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
               seed: int, context: int, rate: Callable[[int], float],
-              mismatched: Mismatched | None = None) -> tuple[Callable, Callable, Callable]:
+              mismatched: Mismatched | None = None
+              ) -> tuple[Callable, Callable, Callable]:
   """Returns `batch_at(step)`, `ids_at(step)` and `tokens_at(step)`.
 
   Rows are padded to the bucket of the batch's longest row, so few shapes are
-  compiled. A process reads the tokens of its own devices' rows alone. See `train.step.make_train_step` for the arrays of a batch; `rate`
-  gives the learning rate of a step.
+  compiled. A process reads the tokens of its own devices' rows alone. See
+  `train.step.make_train_step` for the arrays of a batch; `rate` gives the
+  learning rate of a step.
   """
   lengths = tokens_lib.lengths(rows.tokens)
   longest = tokens_lib.longest(lengths, context)
