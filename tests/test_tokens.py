@@ -61,7 +61,7 @@ def test_pairs_follow_the_rule(triples, context):
   assert rows.cut.tolist() == [w[2] + w[3] for w in want]
   assert len(rows.offsets) == len(want) + 1
   assert [a.dtype for a in rows] == [np.int32, np.int64, np.int32, np.int32]
-  assert report["pairs_refused"] == len(left_out)
+  assert report["prompts_refused"] == len(left_out)
   assert report["rows"] == len(want)
   assert report["rows_cut"] == sum(w[2] + w[3] > 0 for w in want)
   assert report["tokens"] == sum(len(w[0]) for w in want)
@@ -117,7 +117,7 @@ def test_pairs_alike_after_the_cut_are_refused_and_counted():
       SMALL, ["ti", "ti", "ti"], [" a", long + " mo", " b"],
       [" b", long + " ti", " ruda"], 24)
   assert refused == {1: "identical after truncation"}
-  assert report["pairs_refused"] == 1 and report["rows"] == 4
+  assert report["prompts_refused"] == 1 and report["rows"] == 4
   eos = SMALL.eos
   head = [SMALL.bos] + SMALL.encode("ti")
   assert [row(rows, i) for i in range(4)] == [

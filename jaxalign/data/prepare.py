@@ -1,6 +1,8 @@
 """The data stage: a source becomes splits, a tokenizer, tokens and a card."""
 
 import collections
+import contextlib
+import hashlib
 import json
 from typing import Any
 
@@ -9,11 +11,13 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign import progress
+from jaxalign.data import chat as chats
 from jaxalign.data import records
 from jaxalign.data import sources
+from jaxalign.data import special
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
-from jaxalign.data.tokenizer import Tokenizer, train
+from jaxalign.data.tokenizer import Tokenizer, load_tokenizer, train
 from jaxalign.errors import ConfigError, DataError
 
 SPLITS = ("sft", "pool", "held_out")
@@ -21,6 +25,7 @@ SPLITS = ("sft", "pool", "held_out")
 
 def check_source(c: Any) -> None:
   """Raises where the source is of no known kind, or no file is there."""
+  chats.check(c.data.template)
   if c.data.source == "world":
     world_of(c)
   else:
@@ -28,9 +33,16 @@ def check_source(c: Any) -> None:
 
 
 def fingerprint(c: Any) -> str:
-  """A digest of what the source holds, so that changed data is noticed."""
-  return "" if c.data.source == "world" else sources.source_digest(
-      c.data.source)
+  """A digest of what the data stage reads, so that a change is noticed."""
+  digest = hashlib.sha256()
+  if c.data.source != "world":
+    digest.update(sources.source_digest(c.data.source).encode())
+  if (tok := given_tokenizer(c)) is not None:
+    for name, data in sorted(tok.files.items()):
+      digest.update(f"{name} {len(data)}\n".encode() + data)
+  if c.data.template.endswith(".jinja"):
+    digest.update(chats.read_file(c.data.template))
+  return digest.hexdigest()
 
 
 def world_of(c: Any) -> world_lib.World | None:
@@ -75,11 +87,17 @@ def _from_world(c: Any, folder: epath.Path
 def _from_source(c: Any, folder: epath.Path
                  ) -> tuple[dict, dict, str, list[dict]]:
   """Rows of files or of a hub, checked, refused with reasons, and split."""
-  loaded = records.load(
-      c.data.source, schema=c.data.schema, limit=c.data.limit,
-      on_bad_rows=c.data.on_bad_rows, max_bad_fraction=c.data.max_bad_fraction,
-      fields=c.data.fields.to_dict(), tree_pairs=c.data.tree_pairs,
-      on_tied_scores=c.data.on_tied_scores)
+  try:
+    loaded = records.load(
+        c.data.source, schema=c.data.schema, limit=c.data.limit,
+        on_bad_rows=c.data.on_bad_rows,
+        max_bad_fraction=c.data.max_bad_fraction,
+        fields=c.data.fields.to_dict(), tree_pairs=c.data.tree_pairs,
+        on_tied_scores=c.data.on_tied_scores)
+  except records.TooManyRefused as error:
+    path = folder / "rejected.jsonl"
+    records.write_refused(path, error.refused)
+    raise DataError(f"{error}; {path} names them all") from error
   progress.say(f"  {c.data.source}: {loaded.seen:,} rows, schema "
                f"{loaded.schema} ({loaded.kind}), {len(loaded.refused):,} "
                "refused" + (f" ({_counts(loaded.counts)})"
@@ -105,10 +123,8 @@ def _counts(counts: dict[str, int]) -> str:
 
 def given_tokenizer(c: Any) -> Tokenizer | None:
   """The given one or the checkpoint's; None where one is to be trained."""
-  given = c.model.tokenizer
-  if not given and c.model.checkpoint:
-    given = epath.Path(c.model.checkpoint) / "tokenizer.model"
-  return Tokenizer.load(given) if given else None
+  given = c.model.tokenizer or c.model.checkpoint
+  return load_tokenizer(given) if given else None
 
 
 def _tokenizer(c: Any, splits: dict) -> Tokenizer:
@@ -170,23 +186,27 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
                    f"are {'liked' if labels.pop() else 'disliked'}; "
                    f"{c.loss.name} will only push one way")
   tok = _tokenizer(c, splits)
-  artifacts.write_bytes(folder / "tokenizer.model", tok.proto)
-  rows, report = tokens_lib.encode_rows(
-      tok, [r["prompt"] for r in splits["sft"]],
-      [r["response"] for r in splits["sft"]], context)
-  tokens_lib.save(folder, "sft", rows)
-  truncation = {"sft": report}
-  for name in ("pool", "held_out"):
-    splits[name], rows, truncation[name], late = _encode(
-        tok, splits[name], context)
-    refused = refused + [dict(file=c.data.source, line=None, split=name, **r)
-                         for r in late]
-    tokens_lib.save(folder, name, rows)
-    if not splits[name]:
-      raise DataError(f"no row of the {name} split is left after truncation "
-                      f"to {context} tokens; raise config.model.context")
-    if name == "pool":
-      card["tokens"] = _token_card(rows)
+  source = chats.choose(c.data.template, tok,
+                        any(r.get("turns") for r in splits["pool"]))
+  truncation = {}
+  with contextlib.ExitStack() as stack:
+    chat = source and stack.enter_context(chats.Chat(tok, source))
+    _write_tokenizer(folder, tok, chat)
+    for name in SPLITS:
+      splits[name], rows, truncation[name], late = _encode(
+          tok, splits[name], context, chat)
+      refused = refused + [dict(file=c.data.source, line=None, split=name, **r)
+                           for r in late]
+      tokens_lib.save(folder, name, rows)
+      if not splits[name] and name in needed:
+        why = collections.Counter(r["reason"] for r in late).most_common(1)
+        raise DataError(f"no row of the {name} split is left after truncation "
+                        f"to {context} tokens (most were refused: "
+                        f"{why[0][0] if why else 'none'}); raise "
+                        "config.model.context, or set config.data.template")
+      progress.say(f"  {tokens_lib.summary(name, truncation[name])}")
+      if name == "pool":
+        card["tokens"] = _token_card(rows)
   records.write_refused(folder / "rejected.jsonl", refused)
   card |= dict(refused=len(refused), kept=card["seen"] - len(refused),
                refused_by_reason=dict(sorted(collections.Counter(
@@ -204,20 +224,49 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
   return names, artifacts.Cost(), dict(kind=wanted, say=counts)
 
 
-def _encode(tok: Tokenizer, rows: list[dict], context: int):
-  """Tokens of pairs (two rows each) or thumbs, and the rows left out."""
-  prompts = [r["prompt"] for r in rows]
-  if rows and "chosen" in rows[0]:
-    encoded, report, refused = tokens_lib.encode_pairs(
-        tok, prompts, [r["chosen"] for r in rows],
-        [r["rejected"] for r in rows], context)
-    out = [dict(id=rows[i]["id"], reason=why, detail="")
-           for i, why in refused.items()]
-    kept = [r for i, r in enumerate(rows) if i not in refused]
-    return kept, encoded, report, out
-  encoded, report = tokens_lib.encode_rows(
-      tok, prompts, [r["completion"] for r in rows], context)
-  return rows, encoded, report, []
+def _write_tokenizer(folder: epath.Path, tok: Tokenizer,
+                     chat: chats.Chat | None) -> None:
+  """The tokenizer's own files, and what was decided about its rows."""
+  tok.save(folder)
+  decided = dict(bos=tok.bos, eos=tok.eos, stops=list(tok.stops))
+  if chat:
+    decided |= dict(reserved=sorted(tok.specials), now=chat.renderer.now)
+    if chat.source != tok.template:  # the export is to be asked in this way
+      artifacts.write_bytes(folder / "chat_template.jinja",
+                            chat.source.encode())
+  artifacts.write_json(folder / special.ROW_FORMAT, decided)
+
+
+def _encode(tok: Tokenizer, rows: list[dict], context: int,
+            chat: chats.Chat | None):
+  """Tokens of pairs (two rows each) or single answers; the rows left out."""
+  names = next((names for names in (("chosen", "rejected"), ("completion",),
+                                    ("response",))
+                if rows and names[0] in rows[0]), ("response",))
+  if chat:
+    pairs = [_dialogue(r, names) for r in rows]
+    encoded, report, refused = tokens_lib.encode_dialogues(
+        chat, [turns for turns, _ in pairs], [said for _, said in pairs],
+        names, context)
+  else:
+    encoded, report, refused = tokens_lib.encode_texts(
+        tok, [r["prompt"] for r in rows],
+        {name: [r[name] for r in rows] for name in names}, context)
+  out = [dict(id=rows[i]["id"], reason=why, detail="")
+         for i, why in refused.items()]
+  return [r for i, r in enumerate(rows) if i not in refused], encoded, report, out
+
+
+def _dialogue(row: dict, names: tuple[str, ...]
+              ) -> tuple[list[dict[str, str]], list[str]]:
+  """(turns, answers) for a template; a plain prompt is the user's turn.
+
+  The space in front of a dialogue's answer belongs to its text marker.
+  """
+  turns = row.get("turns")
+  if not turns:
+    return [dict(role="user", content=row["prompt"])], [row[n] for n in names]
+  return turns, [row[name].removeprefix(" ") for name in names]
 
 
 def _token_card(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:

@@ -1,7 +1,20 @@
-"""SentencePiece tokenizers: trained or loaded, lossless, exported for peers.
+"""Tokenizers behind one interface: SentencePiece models and tokenizer.json.
 
-What is in the text never becomes a control token: "<s>" in a record is three
-characters. BOS and EOS are ids, and `tokens.py` places them.
+What is in the text never becomes a special token: "<s>" in a record is three
+characters. BOS and EOS are ids, and `tokens.py` places them. The ids are those
+of `sentencepiece`, or of `transformers` under the same config, except for:
+
+1. Special strings in a text ("<s>", "<|im_end|>"): split as ordinary text,
+   where transformers makes the special token of them.
+2. A response is tokenised as a continuation: no space is put before it, and
+   no token spans the seam between prompt and response.
+3. U+2581 in a text: a tokenizer trained here spells it in bytes, so that it
+   comes back; sentencepiece and transformers turn it into a space.
+4. A model read from tokenizer.model alone: a leading space, runs of spaces
+   and NUL, and in unigram models (T5) what is outside the vocabulary, are as
+   sentencepiece has them; transformers converts the model and differs there.
+5. A template that writes no BOS, for a tokenizer that begins texts with one:
+   rows get it, transformers leaves it out.
 """
 
 import collections
@@ -9,6 +22,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from typing import Any, Iterable, Sequence
 
 import sentencepiece as spm
@@ -16,26 +30,38 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign import artifacts
+from jaxalign.data import special
+from jaxalign.data.fast_tokenizer import FastTokenizer
 from jaxalign.errors import ConfigError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-_NORMAL, _USER, _BYTE = 1, 4, 6  # piece types
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # piece types
+_OURS = "jaxalign"  # in trainer_spec.model_prefix of a model trained here
 _BPE = 2
 _FIXED = 3 + 256  # controls and bytes, in a tokenizer trained here
 _KNOB = "set config.model.tokenizer"
 
 
-class Tokenizer:
+class SentencePieceTokenizer:
   """A SentencePiece model: `encode`, `decode`, and the ids of its controls.
 
   Attributes:
-    eos: id. bos: id, or -1 if the model has none (then rows carry none).
+    eos: id that ends a row. bos: id, or -1 if there is none (then rows carry
+      none). stops: all ids that end a generation.
     pad: the model's own, else `unk`; no mask depends on it.
+    specials: text -> id of every token that only a template may write.
+    template: the chat template, or None.
     vocab_size: V. digest: sha256 of the model's bytes.
+    files: name -> bytes of what it was read from.
   """
 
-  def __init__(self, proto: bytes, name: str = "tokenizer"):
+  def __init__(self, proto: bytes, name: str = "tokenizer",
+               settings: special.Settings = special.EMPTY):
     self.proto = bytes(proto)
+    self._settings = settings
+    self.files = dict(settings.files)
+    if self.proto not in self.files.values():
+      self.files["tokenizer.model"] = self.proto
     self._model = spm_pb2.ModelProto()
     try:
       self._model.ParseFromString(self.proto)
@@ -44,7 +70,8 @@ class Tokenizer:
       self._main = spm.SentencePieceProcessor(model_proto=self.proto)
     except Exception as error:  # protobuf's and the C++ library's own kinds
       raise ConfigError(f"{name} is not a SentencePiece model "
-                        f"({error!s:.100}); {_KNOB}") from error
+                        f"({error!s:.100}); a tokenizer.json beside it would "
+                        f"do; {_KNOB}") from error
     normal = self._model.normalizer_spec
     self.adds_prefix = bool(normal.add_dummy_prefix)
     # The same pieces without the space that some models put before a text: a
@@ -58,20 +85,54 @@ class Tokenizer:
           model_proto=twin.SerializeToString())
     byte_ids = {piece.piece: i for i, piece in enumerate(self._model.pieces)
                 if piece.type == _BYTE}
+    self._spelt = bool(byte_ids)
+    # Only in a model of ours: others must mean what their makers meant.
+    ours = byte_ids and self._model.trainer_spec.model_prefix == _OURS
     self._space_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _SPACE.encode()
-                       ] if byte_ids else []
-    self.vocab_size = self._main.vocab_size()
-    self.bos, self.eos = self._main.bos_id(), self._main.eos_id()
-    self.unk = self._main.unk_id()
-    if self.eos < 0:
-      raise ConfigError(f"{name} has no EOS token, and every whole response "
-                        f"ends in one; {_KNOB}")
-    own_pad = self._main.pad_id()
-    self.pad = own_pad if own_pad >= 0 else self.unk
+                       ] if ours else []
+    self._controls(name)
     self.digest = hashlib.sha256(self.proto).hexdigest()
 
+  def _controls(self, name: str) -> None:
+    """Sets the ids of the special tokens, from the model and its config."""
+    settings, size = self._settings, self._main.vocab_size()
+    self.specials = {p.piece: i for i, p in enumerate(self._model.pieces)
+                     if p.type in (_UNKNOWN, _CONTROL) or
+                     p.type == _USER and p.piece in settings.special}
+    self.specials |= {text: i for text, (i, is_special) in
+                      settings.added.items() if i is not None and
+                      (i >= size or is_special) and 0 <= i < size + 4096}
+    self.added = self.specials
+    self.vocab_size = max([size, *(i + 1 for i in self.specials.values())])
+    named = {kind: self.specials.get(text) for kind, text in
+             settings.named.items()}
+    self.unk = self._main.unk_id()
+    self.bos, self.pad = (
+        own if named[kind] is None else named[kind] for kind, own in
+        (("bos", self._main.bos_id()), ("pad", self._main.pad_id())))
+    self.pad = self.unk if self.pad < 0 else self.pad
+    own_bos = self.bos
+    self.bos = -1 if settings.adds_bos is False else self.bos
+    known = [i for i in (settings.row_format.get("eos"), named["eos"],
+                         self._main.eos_id(), *settings.stops)
+             if i is not None and 0 <= i < self.vocab_size]
+    if not known:
+      raise ConfigError(f"{name} has no EOS token, and every whole response "
+                        f"ends in one; {_KNOB}")
+    self.eos = known[0]
+    self.stops = tuple(dict.fromkeys(known))
+    self.own_bos = own_bos
+    self.bos = settings.row_format.get("bos", self.bos)
+    self.template = settings.template
+    text = {i: piece for piece, i in self.specials.items()}
+    self.names = {f"{kind}_token": text[i] for kind, i in (
+        ("bos", self.own_bos), ("unk", self.unk), ("pad", self.pad),
+        ("eos", self._main.eos_id() if named["eos"] is None else
+         named["eos"])) if i in text}
+    self.strips, self.prefixes_each = {}, False
+
   @classmethod
-  def load(cls, path: epath.PathLike) -> "Tokenizer":
+  def load(cls, path: epath.PathLike) -> "SentencePieceTokenizer":
     """Reads a tokenizer.model file, or the one in a folder.
 
     Raises:
@@ -85,12 +146,20 @@ class Tokenizer:
     except OSError as error:
       raise ConfigError(f"tokenizer {path} cannot be read ({error}); {_KNOB}"
                         ) from error
-    return cls(proto, f"tokenizer {path}")
+    return cls(proto, f"tokenizer {path}", special.read(path.parent))
 
   @classmethod
-  def from_bytes(cls, proto: bytes) -> "Tokenizer":
+  def from_bytes(cls, proto: bytes) -> "SentencePieceTokenizer":
     """From the bytes of a tokenizer.model file."""
     return cls(proto)
+
+  def ends_with(self, eos: int) -> None:
+    """From now on rows end with `eos`; what ended them still stops."""
+    self.eos = eos
+    self.stops = tuple(dict.fromkeys([eos, *self.stops]))
+
+  def reserve(self, texts: Sequence[str]) -> None:
+    """Nothing: all tokens that are not of the model itself are special."""
 
   def encode(self, text: str, begins: bool = False) -> list[int]:
     """Ids of `text`, with BOS in front if it `begins` a row; never an EOS."""
@@ -109,6 +178,18 @@ class Tokenizer:
     """`encode_response` of each text, on all cores."""
     return self._ids(texts, self._bare)
 
+  def encode_rendered(self, text: str) -> list[int]:
+    """Ids of a template's own text: here specials are what they look like."""
+    names = sorted(self.specials, key=len, reverse=True)
+    ids, model = [], self._main
+    for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+      if part in self.specials:
+        ids.append(self.specials[part])
+      elif part:
+        ids += self._ids([part], model)[0]
+      model = self._bare if ids else model
+    return ids
+
   def _ids(self, texts: Sequence[str], model: Any) -> list[list[int]]:
     texts = list(texts)
     ids = model.encode(texts) if texts else []
@@ -119,24 +200,43 @@ class Tokenizer:
           ids[i] = model.encode(first)
           for part in rest:
             ids[i] += self._space_ids + self._bare.encode(part)
+    forged = set(self.specials.values()) - {self.unk}
+    for i, row in enumerate(ids):
+      if not forged.isdisjoint(row):  # a user-defined piece that is special
+        first, *rest = re.split("|".join(
+            f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})"
+            for text in self.specials if len(text) > 1), texts[i])
+        ids[i] = model.encode(first)
+        for part in rest:
+          ids[i] += self._bare.encode(part)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of a row, or of its beginning; control tokens have no text."""
-    return self._main.decode([int(i) for i in ids])
+    return self._main.decode(self._written(ids))
 
   def decode_response(self, ids: Iterable[int]) -> str:
     """Text of a response alone, its leading space kept."""
-    return self._bare.decode([int(i) for i in ids])
+    return self._bare.decode(self._written(ids))
+
+  def _written(self, ids: Iterable[int]) -> list[int]:
+    skipped = set(self.specials.values()) - {self.unk}
+    return [int(i) for i in ids if int(i) not in skipped]
 
   def pieces(self) -> list[str]:
     """The V pieces by id, as SentencePiece writes them."""
-    return [piece.piece for piece in self._model.pieces]
+    pieces = [piece.piece for piece in self._model.pieces]
+    pieces += [""] * (self.vocab_size - len(pieces))
+    for text, i in self.specials.items():
+      pieces[i] = text
+    return pieces
 
   def check_export(self) -> None:
     """Raises ConfigError where `export` has no way to write this model."""
+    if "tokenizer_config.json" in self._settings.files:
+      return  # transformers reads its own files
     spec = self._model.trainer_spec
-    if (spec.model_type != _BPE or not self._space_ids or self.bos < 0 or
+    if (spec.model_type != _BPE or not self._spelt or self.bos < 0 or
         self._model.normalizer_spec.name != "identity"):
       raise ConfigError("only BPE tokenizers with byte fallback, a BOS and no "
                         f"normalisation can be exported; {_KNOB}")
@@ -144,6 +244,7 @@ class Tokenizer:
   def export(self, folder: epath.PathLike) -> None:
     """Writes tokenizer.model and what `transformers` reads beside it.
 
+    A folder that came with a tokenizer_config.json is copied byte for byte.
     Hugging Face tokenizers look for "<s>" in the text itself and know no way
     to write U+2581; there, and only there, their ids differ from ours.
 
@@ -152,6 +253,8 @@ class Tokenizer:
       WriteError: the folder cannot be written.
     """
     self.check_export()
+    if "tokenizer_config.json" in self._settings.files:
+      return self.save(folder)
     pieces = self.pieces()
     names = dict(bos_token=pieces[self.bos], eos_token=pieces[self.eos],
                  unk_token=pieces[self.unk], pad_token=pieces[self.pad])
@@ -166,6 +269,14 @@ class Tokenizer:
                         ("special_tokens_map", names)):
       text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
       artifacts.write_bytes(folder / f"{name}.json", text.encode())
+    if self.template:
+      artifacts.write_bytes(folder / "chat_template.jinja",
+                            self.template.encode())
+
+  def save(self, folder: epath.PathLike) -> None:
+    """Writes the files it was read from, byte for byte."""
+    for name, data in self.files.items():
+      artifacts.write_bytes(epath.Path(folder) / name, data)
 
   def _hugging_face(self) -> dict[str, Any]:
     """The model as the `tokenizers` library writes it.
@@ -215,6 +326,52 @@ class Tokenizer:
                    merges=merges))
 
 
+Tokenizer = SentencePieceTokenizer  # what is trained here
+
+
+def load_tokenizer(path: epath.PathLike
+                   ) -> SentencePieceTokenizer | FastTokenizer:
+  """The tokenizer of a file or folder.
+
+  A tokenizer.json goes first: it is what transformers reads wherever there is
+  one, and only it has the tokens added since (the turn markers of a chat
+  model). A tokenizer.model alone is SentencePiece; the one of Llama 3 is not,
+  and says so.
+
+  Args:
+    path: a folder, or one of its files; the configs beside it are read too.
+
+  Raises:
+    ConfigError: there is none, or it cannot be read.
+  """
+  path = epath.Path(path)
+  folder, names = path.parent, [path.name]
+  try:
+    if path.is_dir():
+      folder = path
+      names = [name for name in special.FILES[:4] if (path / name).exists()]
+    elif not path.exists():
+      raise ConfigError(f"tokenizer {path} cannot be read (it is missing); "
+                        f"{_KNOB}")
+    if not names:
+      there = ", ".join(sorted(p.name for p in folder.iterdir())[:12])
+      raise ConfigError(f"{folder} has no tokenizer, wanted tokenizer.json or "
+                        f"tokenizer.model; it has {there or 'no files'}; "
+                        f"{_KNOB}")
+    settings = special.read(folder)
+    if names[0].endswith(".json"):
+      if names[0] != "tokenizer.json":
+        raise ConfigError(f"{path} is no tokenizer, wanted tokenizer.json or "
+                          f"a SentencePiece model; {_KNOB}")
+      return FastTokenizer(settings, f"tokenizer {folder / names[0]}")
+    proto = (folder / names[0]).read_bytes()
+  except OSError as error:
+    raise ConfigError(f"tokenizer {path} cannot be read ({error}); {_KNOB}"
+                      ) from error
+  return SentencePieceTokenizer(proto, f"tokenizer {folder / names[0]}",
+                                settings)
+
+
 def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
   """A byte-fallback BPE model of `texts`, as the bytes of tokenizer.model.
 
@@ -260,4 +417,6 @@ def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
     raise ConfigError(f"no tokenizer of {vocab_size} pieces could be trained "
                       f"({error!s:.200}); set config.model.vocab_size"
                       ) from error
-  return out.getvalue()
+  proto = spm_pb2.ModelProto.FromString(out.getvalue())
+  proto.trainer_spec.model_prefix = _OURS
+  return proto.SerializeToString(deterministic=True)

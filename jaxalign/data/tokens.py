@@ -1,21 +1,24 @@
 """Text to token rows and response masks: the one place where it happens.
 
 A row is [BOS] + prompt + response + [EOS]. Prompt and response are tokenised
-apart, so the mask's boundary is the text's boundary. A row over the context
-loses prompt tokens on the left; if its response still does not fit it is cut
-on the right and carries no EOS: a cut answer must not be taught to stop there.
+apart, so the mask's boundary is the text's boundary and a token's. A row over
+the context loses prompt tokens on the left, never its BOS; if its response
+still does not fit it is cut on the right and carries no EOS: a cut answer must
+not be taught to stop there. `audit` checks every row that is made.
 """
 
 import io
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from etils import epath
 
 from jaxalign import artifacts
 from jaxalign import progress
+from jaxalign.data.chat import Chat
+from jaxalign.data.schemas.pairs import Refused
 from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.errors import ConfigError, CorruptError
+from jaxalign.errors import ConfigError, CorruptError, DataError
 
 KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
@@ -46,8 +49,13 @@ def encode_rows(tok: Tokenizer, prompts: Sequence[str],
   Raises:
     ConfigError: the context has no room for a prompt and a response.
   """
-  rows, cuts, _ = _encode(tok, prompts, [responses], context, "response")
-  return rows, _report(rows, cuts, ["response"])
+  rows, report, refused = encode_texts(tok, prompts, dict(response=responses),
+                                       context)
+  if refused:
+    raise DataError(f"row {min(refused)} has an {refused[min(refused)]} and "
+                    "the tokenizer no BOS: nothing to predict its first token "
+                    "from; remove the row")
+  return rows, report
 
 
 def encode_pairs(tok: Tokenizer, prompts: Sequence[str],
@@ -64,50 +72,159 @@ def encode_pairs(tok: Tokenizer, prompts: Sequence[str],
     chosen 1, ...]; the report; and for each of the n - m pairs left out its
     number and why.
   """
-  rows, cuts, refused = _encode(tok, prompts, [chosen, rejected], context,
-                                "chosen", "rejected")
-  report = _report(rows, cuts, ["chosen", "rejected"])
-  report["pairs_refused"] = len(refused)
+  return encode_texts(tok, prompts, dict(chosen=chosen, rejected=rejected),
+                      context)
+
+
+def encode_texts(tok: Tokenizer, prompts: Sequence[str],
+                 sides: Mapping[str, Sequence[str]], context: int
+                 ) -> tuple[TokenRows, dict[str, Any], dict[int, str]]:
+  """R rows per prompt, one of each side; see `encode_pairs`."""
+  rows, cuts, refused = _place(tok, _texts(tok, prompts, list(sides.values())),
+                               context)
+  audit(tok, rows, cuts, context)
+  report = _report(rows, cuts, list(sides))
+  report["prompts_refused"] = len(refused)
   return rows, report, refused
 
 
-def _encode(tok, prompts, sides, context, *names):
-  bos = [tok.bos] if tok.bos >= 0 else []
-  least = KEEP_PROMPT + 2  # BOS, and one response token
-  if context < least:
-    raise ConfigError(f"a context of {context} tokens holds no prompt and "
-                      f"response, wanted {least} or more; set model.context")
+def encode_dialogues(chat: Chat, turns: Sequence[list[dict[str, str]]],
+                     answers: Sequence[Sequence[str]], names: Sequence[str],
+                     context: int
+                     ) -> tuple[TokenRows, dict[str, Any], dict[int, str]]:
+  """R rows per dialogue, in the words of a chat template.
+
+  Args:
+    chat: the tokenizer and its template.
+    turns: of n prompts, {"role", "content"} each.
+    answers: R answers to each prompt; of two, alike ones are left out.
+    names: what the R answers are called in the report.
+    context: as in `encode_rows`.
+
+  Returns:
+    TokenRows of the m dialogues kept, R rows each; the report; and for each
+    dialogue left out its number and why.
+  """
+  def parts():
+    with progress.bar("tokenize", len(turns)) as tick:
+      for i, (asked, said) in enumerate(zip(turns, answers, strict=True)):
+        try:
+          yield chat.encode(asked, said)
+        except Refused as error:
+          yield error
+        if i % _CHUNK == _CHUNK - 1:
+          tick(_CHUNK)
+
+  rows, cuts, refused = _place(chat.tok, parts(), context)
+  audit(chat.tok, rows, cuts, context, history=True)
+  report = _report(rows, cuts, list(names))
+  report["prompts_refused"] = len(refused)
+  return rows, report, refused
+
+
+def _texts(tok: Tokenizer, prompts: Sequence[str],
+           sides: Sequence[Sequence[str]]) -> Iterator[tuple]:
+  """(prompt ids, ids of each side) of every row of texts."""
   if any(len(side) != len(prompts) for side in sides):
     raise ValueError(f"{len(prompts)} prompts, but "
-                     f"{[len(side) for side in sides]} responses of {names}")
-  ids, start, cut, cuts, refused = [], [], [], [], {}
+                     f"{[len(side) for side in sides]} responses")
   with progress.bar("tokenize", len(prompts)) as tick:
     for first in range(0, len(prompts), _CHUNK):
       part = slice(first, first + _CHUNK)
       heads = tok.encode_many(prompts[part])
       tails = [tok.encode_responses(side[part]) for side in sides]
-      for i, head in enumerate(heads):
-        answers = [tail[i] + [tok.eos] for tail in tails]
-        longest = max(map(len, answers))
-        keep = min(len(head), max(context - len(bos) - longest,
-                                  min(KEEP_PROMPT, len(head))))
-        room = context - len(bos) - keep
-        if len(answers) == 2 and answers[0][:room] == answers[1][:room]:
-          refused[first + i] = ("identical after truncation" if longest > room
-                                else "identical tokens")
-          continue
-        prompt = bos + head[len(head) - keep:]
-        for answer in answers:
-          lost = max(0, len(answer) - room)
-          ids.append(np.array(prompt + answer[:room], np.int32))
-          start.append(len(prompt))
-          cut.append(len(head) - keep + lost)
-          cuts.append((len(head) - keep, lost))
+      yield from zip(heads, zip(*tails))
       tick(len(heads))
+
+
+def _place(tok: Tokenizer, parts: Iterable, context: int
+           ) -> tuple[TokenRows, np.ndarray, dict[int, str]]:
+  """Rows of ids: the BOS, what fits of the prompt and answers, the EOS.
+
+  Args:
+    tok: for its BOS and EOS.
+    parts: (prompt ids, [answer ids]) without either, or a Refused.
+    context: most tokens of a row.
+
+  Returns:
+    The rows; int64 [rows, 2] tokens cut of prompt and answer; the reasons of
+    those left out.
+  """
+  bos = [tok.bos] if tok.bos >= 0 else []
+  least = KEEP_PROMPT + 2  # BOS, and one response token
+  if context < least:
+    raise ConfigError(f"a context of {context} tokens holds no prompt and "
+                      f"response, wanted {least} or more; set model.context")
+  ids, start, cut, cuts, refused = [], [], [], [], {}
+  for i, part in enumerate(parts):
+    if isinstance(part, Refused):
+      refused[i] = part.reason
+      continue
+    head, answers = part[0], [[*answer, tok.eos] for answer in part[1]]
+    longest = max(map(len, answers))
+    keep = min(len(head), max(context - len(bos) - longest,
+                              min(KEEP_PROMPT, len(head))))
+    room = context - len(bos) - keep
+    if len(answers) == 2 and answers[0][:room] == answers[1][:room]:
+      refused[i] = ("identical after truncation" if longest > room
+                    else "identical tokens")
+      continue
+    if not bos and not keep:
+      refused[i] = "empty prompt"  # nothing to predict the first token from
+      continue
+    prompt = bos + head[len(head) - keep:]
+    for answer in answers:
+      lost = max(0, len(answer) - room)
+      ids.append(np.array(prompt + answer[:room], np.int32))
+      start.append(len(prompt))
+      cut.append(len(head) - keep + lost)
+      cuts.append((len(head) - keep, lost))
   offsets = np.cumsum([0] + [len(row) for row in ids], dtype=np.int64)
   rows = TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
                    offsets, np.array(start, np.int32), np.array(cut, np.int32))
   return rows, np.array(cuts, np.int64).reshape(-1, 2), refused
+
+
+def audit(tok: Tokenizer, rows: TokenRows, cuts: np.ndarray, context: int,
+          history: bool = False) -> None:
+  """Raises DataError unless every row is what this module promises.
+
+  One BOS, in front; one EOS, at the end, unless the response was cut: then
+  none; a token to predict from and one to predict; no more than the context.
+
+  Args:
+    tok, rows, context: as above.
+    cuts: [n, 2] tokens cut of prompt and response.
+    history: the prompts may hold the ends of earlier turns, and a BOS of each.
+  """
+  n, size = len(rows.start), lengths(rows)
+  if not n:
+    return
+  row = np.repeat(np.arange(n), size)
+  place = np.arange(len(rows.ids)) - rows.offsets[row]
+  answer = place >= rows.start[row]
+  ended = rows.ids[rows.offsets[1:] - 1] == tok.eos
+  is_eos = rows.ids == tok.eos
+  count = lambda what: np.bincount(row[what], minlength=n)
+  wrong = {
+      "empty": (rows.start < 1) | (rows.start >= size),
+      "over the context": size > context,
+      "ended though cut, or not though whole": ended == (cuts[:, 1] > 0),
+      "an EOS inside": count(is_eos & answer) != ended}
+  if tok.bos >= 0:
+    is_bos = rows.ids == tok.bos
+    wrong["without a BOS"] = ~is_bos[rows.offsets[:-1]]
+    if tok.bos != tok.eos:
+      wrong["a BOS inside"] = count(is_bos & (
+          answer | (place == 1) if history else place > 0)) > 0
+  if not history and tok.bos != tok.eos:
+    wrong["an EOS in the prompt"] = count(is_eos & ~answer) > 0
+  for what, where in wrong.items():
+    if where.any():
+      i = int(np.flatnonzero(where)[0])
+      raise DataError(f"token row {i}: {what} ({int(where.sum())} rows; "
+                      f"{rows.ids[rows.offsets[i]:][:8].tolist()}...); set "
+                      "config.data.template or config.model.tokenizer")
 
 
 def _report(rows: TokenRows, cuts: np.ndarray, sides: list[str]
@@ -123,6 +240,15 @@ def _report(rows: TokenRows, cuts: np.ndarray, sides: list[str]
   return dict(rows=n, rows_cut=any_cut, share=any_cut / n if n else 0.0,
               tokens=len(rows.ids), rows_cut_by_side=rows_cut,
               tokens_cut_by_side=tokens_cut)
+
+
+def summary(name: str, report: dict[str, Any]) -> str:
+  """One line of a report: what of a split was cut, by side."""
+  sides = ", ".join(
+      f"{side} {report['rows_cut_by_side'][side]:,} ({lost:,} tokens)"
+      for side, lost in report["tokens_cut_by_side"].items() if lost)
+  return (f"{name}: {report['rows']:,} rows of {report['tokens']:,} tokens, "
+          f"{report['rows_cut']:,} cut" + (f": {sides}" if sides else ""))
 
 
 def lengths(rows: TokenRows) -> np.ndarray:

@@ -1,0 +1,134 @@
+"""The process that renders chat templates; it is killed when one runs away.
+
+Run as a script, never imported: it reads one JSON request a line and answers
+each with one JSON line. It holds no secret, may take a fixed amount of memory,
+and can write no file and (unless it is root) start nothing.
+"""
+
+import datetime
+import json
+import resource
+import signal
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+
+class Generation(jinja2.ext.Extension):
+  """{% generation %} ... {% endgeneration %}: the text between, as it is."""
+
+  tags = {"generation"}
+
+  def parse(self, parser):
+    """The block's own statements, as a call that returns their text."""
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+    return jinja2.nodes.CallBlock(
+        self.call_method("_same"), [], [], body).set_lineno(line)
+
+  def _same(self, caller):
+    return caller()
+
+
+class Namespace(jinja2.utils.Namespace):
+  """namespace() that stores no name with an underscore in front."""
+
+  def __init__(*args, **kwargs):  # so that namespace(self=...) works
+    self, args = args[0], args[1:]
+    values = dict(*args, **kwargs)
+    for name in values:
+      _plain_name(name)
+    jinja2.utils.Namespace.__init__(self, values)
+
+  def __setitem__(self, name, value):
+    _plain_name(name)
+    jinja2.utils.Namespace.__setitem__(self, name, value)
+
+
+def _plain_name(name):
+  if isinstance(name, str) and name.startswith("_"):
+    raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r}")
+
+
+class Raised(jinja2.exceptions.TemplateError):
+  """What a template's own raise_exception raises."""
+
+
+def _raise(message=""):
+  raise Raised(str(message)[:300])
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None,
+            sort_keys=False):
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent,
+                    separators=separators, sort_keys=sort_keys)
+
+
+def environment(now):
+  """Jinja as transformers sets it up, with `now` for its clock."""
+  env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True,
+      extensions=[Generation, jinja2.ext.loopcontrols])
+  env.filters["tojson"] = _tojson
+  env.globals.update(
+      raise_exception=_raise, strftime_now=lambda form: now.strftime(form),
+      dict=lambda *args, **kwargs: dict(*args, **kwargs), namespace=Namespace)
+  return env
+
+
+def render(compiled, request):
+  """The text, at most `cap` characters of it; LookupError where there is more.
+  """
+  parts, size = [], 0
+  for part in compiled.generate(**request["values"]):
+    size += len(part)
+    if size > request["cap"]:
+      raise LookupError
+    parts.append(part)
+  return "".join(parts)
+
+
+def main():
+  """Answers requests until standard input ends."""
+  memory, seconds = int(sys.argv[1]), int(sys.argv[3])
+  now = datetime.datetime.fromisoformat(sys.argv[2])
+  env, compiled = environment(now), {}
+  for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0),
+                     (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0)):
+    resource.setrlimit(what, (most, most))
+  print('{"ready": true}', flush=True)
+  for line in sys.stdin:
+    request = json.loads(line)
+    source = request["source"]
+    signal.alarm(seconds)  # should nobody be left to kill it
+    try:
+      if source not in compiled:
+        compiled = {source: env.from_string(source)}
+      answer = dict(text=render(compiled[source], request))
+    except MemoryError:
+      answer = dict(kind="memory", detail="it wants more memory")
+    except LookupError as error:
+      big = type(error) is LookupError
+      answer = dict(kind="length" if big else "failed",
+                    detail="" if big else f"{type(error).__name__}: {error}")
+    except Raised as error:
+      answer = dict(kind="raised", detail=str(error))
+    except jinja2.exceptions.SecurityError as error:
+      answer = dict(kind="unsafe", detail=str(error))
+    except jinja2.exceptions.TemplateSyntaxError as error:
+      answer = dict(kind="syntax", detail=f"line {error.lineno}: {error}")
+    except RecursionError:
+      answer = dict(kind="memory", detail="it calls itself without end")
+    except Exception as error:  # a template can raise anything
+      answer = dict(kind="failed", detail=f"{type(error).__name__}: {error}")
+    if "detail" in answer:
+      answer["detail"] = answer["detail"][:300]
+    signal.alarm(0)
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,144 @@
+"""Chat templates of strangers, rendered where they can do no harm.
+
+Jinja's immutable sandbox keeps a template from Python's internals, not from
+time or memory: "x" * 10**9 is one operation, and so is 9**9**9. So templates
+run in a process of their own, with a bound on its memory, a deadline for each
+record, and a cap on what comes out. It stays alive over many records and is
+killed when a deadline passes.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import select
+import subprocess
+import sys
+import time
+from typing import Any
+
+from jaxalign.data.schemas.pairs import Refused
+from jaxalign.errors import ConfigError
+
+SECONDS = 10.0  # one record; a real template takes a thousandth of that
+MEMORY = 1 << 29  # bytes of address space
+CHARACTERS = 1 << 20  # of output, beside four times the messages'
+_KNOB = "set config.data.template"
+_WORKER = pathlib.Path(__file__).with_name("chat_worker.py")
+
+
+class Renderer:
+  """A template process; started at its first use, ended by `close`."""
+
+  def __init__(self, now: str = "", *, seconds: float = SECONDS,
+               memory: int = MEMORY, characters: int = CHARACTERS):
+    """Args:
+      now: what strftime_now reads, ISO format; "" is this moment. Fixed at
+        the start, so that all rows of one job see one date.
+      seconds, memory, characters: the limits, see above.
+    """
+    self.now = now or datetime.datetime.now().isoformat(timespec="seconds")
+    self._seconds, self._memory = seconds, memory
+    self._characters = characters
+    self._process = None
+
+  def __enter__(self) -> "Renderer":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends the process, if there is one."""
+    if self._process is not None:
+      self._process.kill()
+      self._process.wait()
+      self._process.stdin.close()
+      self._process.stdout.close()
+      self._process = None
+
+  def render(self, source: str, messages: list[dict[str, str]],
+             **values: Any) -> str:
+    """The text a template makes of messages.
+
+    Args:
+      source: the template.
+      messages: {"role", "content"} each.
+      **values: what else it reads: add_generation_prompt, bos_token, ...
+
+    Raises:
+      Refused: the template will not have these messages (raise_exception), or
+        fails on them.
+      ConfigError: it is no template, reaches for Python's internals, or wants
+        more time, memory or output than it gets.
+    """
+    size = sum(len(m["role"]) + len(m["content"]) for m in messages)
+    cap = self._characters + 4 * size
+    answer = self._ask(dict(source=source, cap=cap,
+                            values=dict(values, messages=messages)))
+    if "text" in answer:
+      return answer["text"]
+    kind, detail = answer["kind"], answer["detail"]
+    if kind == "raised":
+      raise Refused("template refused it", detail)
+    if kind == "failed":
+      raise Refused("template failed", detail)
+    raise ConfigError({
+        "memory": f"the chat template wants over {self._memory >> 20} MiB of "
+                  f"memory ({detail})",
+        "length": f"the chat template writes over {cap:,} characters",
+        "unsafe": f"the chat template reaches for Python's internals ({detail})",
+        "syntax": f"the chat template is no Jinja template ({detail})",
+        "time": f"the chat template ran over {self._seconds:g} s",
+        "ended": "the chat template ended its process",
+    }[kind] + f"; {_KNOB}")
+
+  def _ask(self, request: dict) -> dict:
+    deadline = time.monotonic() + self._seconds
+    if self._process is None:
+      self._start()
+      deadline = time.monotonic() + self._seconds
+    data = (json.dumps(request) + "\n").encode()
+    try:
+      self._process.stdin.write(data)
+      self._process.stdin.flush()
+      line = self._line(deadline)
+    except TimeoutError:
+      self.close()
+      return dict(kind="time", detail="")
+    except (OSError, EOFError):
+      self.close()
+      return dict(kind="ended", detail="")
+    return json.loads(line)
+
+  def _line(self, deadline: float) -> bytes:
+    """One line of the process's output."""
+    data, file = b"", self._process.stdout.fileno()
+    while not data.endswith(b"\n"):
+      left = deadline - time.monotonic()
+      if left <= 0 or not select.select([file], [], [], left)[0]:
+        raise TimeoutError
+      more = os.read(file, 1 << 16)
+      if not more:
+        raise EOFError
+      data += more
+    return data
+
+  def _start(self) -> None:
+    # -P: the folder of the script holds modules with common names.
+    env = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
+               PYTHONUTF8="1", PYTHONDONTWRITEBYTECODE="1")
+    env |= {k: os.environ[k] for k in ("LD_LIBRARY_PATH", "TZ")
+            if k in os.environ}
+    self._process = subprocess.Popen(
+        [sys.executable, "-P", str(_WORKER), str(self._memory), self.now,
+         str(int(self._seconds) + 2)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, env=env, start_new_session=True)
+    try:
+      self._line(time.monotonic() + 60)
+    except (EOFError, TimeoutError) as error:
+      self.close()
+      raise ConfigError("the process that renders chat templates cannot be "
+                        "started (is jinja2 installed?); pip install jinja2"
+                        ) from error

@@ -1,0 +1,140 @@
+"""What a Hugging Face folder says about its tokenizer's special tokens.
+
+The names of BOS, EOS and PAD, the ids that end a generation and the chat
+template stand in up to six files beside the tokenizer; this reads them all.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from jaxalign.errors import ConfigError
+
+_KNOB = "set config.model.tokenizer"
+ROW_FORMAT = "row_format.json"  # written by the data stage: what it decided
+# Copied byte for byte with the tokenizer, where they are there.
+FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.model",
+         "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+         "added_tokens.json", "chat_template.jinja", "chat_template.json",
+         "vocab.json", "merges.txt")
+_NAMES = ("bos", "eos", "pad", "unk")
+_MOST = 1 << 28  # bytes of one file
+
+
+class Settings(NamedTuple):
+  """What the files say; None or empty where they say nothing."""
+  files: dict[str, bytes]  # those of FILES that are there
+  named: dict[str, str | None]  # bos, eos, pad, unk -> the token's text
+  special: set[str]  # all texts that are named as special
+  added: dict[str, tuple[int | None, bool]]  # text -> id, whether special
+  adds_bos: bool | None  # add_bos_token of the config
+  stops: tuple[int, ...]  # eos_token_id of generation and model config
+  template: str | None  # of chats
+  row_format: dict[str, Any]  # the data stage's decisions
+
+
+EMPTY = Settings({}, dict.fromkeys(_NAMES), set(), {}, None, (), None, {})
+
+
+def read(folder: epath.PathLike) -> Settings:
+  """The settings of a folder.
+
+  Raises:
+    ConfigError: a file cannot be read or is no JSON object.
+  """
+  folder = epath.Path(folder)
+  files = {}
+  for name in FILES:
+    data = _bytes(folder / name)
+    if data is not None:
+      files[name] = data
+  main = _object(folder / "tokenizer_config.json",
+                   files.get("tokenizer_config.json"))
+  special_map = _object(folder / "special_tokens_map.json",
+                        files.get("special_tokens_map.json"))
+  named, special = {}, set()
+  for name in _NAMES:
+    named[name] = (_text(main.get(f"{name}_token")) or
+                   _text(special_map.get(f"{name}_token")))
+  for source in (special_map, main):
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+      value = source.get(key)
+      several = value.values() if isinstance(value, dict) else value
+      special |= {_text(v) for v in several or () if _text(v)}
+  special |= {text for text in named.values() if text}
+  added = _added(main, _object(folder / "added_tokens.json",
+                                 files.get("added_tokens.json")))
+  special |= {text for text, (_, is_special) in added.items() if is_special}
+  row_format = _object(folder / ROW_FORMAT, _bytes(folder / ROW_FORMAT))
+  special |= set(row_format.get("reserved", ()))
+  stops = list(row_format.get("stops", ()))
+  for name in ("generation_config.json", "config.json"):
+    value = _object(folder / name, _bytes(folder / name)).get("eos_token_id")
+    stops += [i for i in (value if isinstance(value, list) else [value])
+              if isinstance(i, int) and not isinstance(i, bool)]
+  adds = main.get("add_bos_token")
+  return Settings(
+      files, named, special, added, adds if isinstance(adds, bool) else None,
+      tuple(dict.fromkeys(stops)), _template(folder, files, main), row_format)
+
+
+def _bytes(path: epath.Path) -> bytes | None:
+  try:
+    if not path.exists() or path.is_dir():
+      return None
+    if path.stat().length > _MOST:
+      raise ConfigError(f"{path} is over {_MOST >> 20} MiB; {_KNOB}")
+    return path.read_bytes()
+  except OSError as error:
+    raise ConfigError(f"{path} cannot be read ({error}); {_KNOB}") from error
+
+
+def _object(path: epath.Path, data: bytes | None) -> dict[str, Any]:
+  if data is None:
+    return {}
+  try:
+    value = json.loads(data)
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{path} is no JSON ({error!s:.100}); {_KNOB}"
+                      ) from error
+  if not isinstance(value, dict):
+    raise ConfigError(f"{path} holds a {type(value).__name__}, wanted a JSON "
+                      f"object; {_KNOB}")
+  return value
+
+
+def _text(value: Any) -> str | None:
+  """A token as its text, or as {"content": text}."""
+  if isinstance(value, dict):
+    value = value.get("content")
+  return value if isinstance(value, str) and value else None
+
+
+def _added(main: dict, more: dict) -> dict[str, tuple[int | None, bool]]:
+  added = {text: (i, False) for text, i in more.items() if isinstance(i, int)}
+  decoder = main.get("added_tokens_decoder")
+  for i, token in (decoder.items() if isinstance(decoder, dict) else ()):
+    if (text := _text(token)) and str(i).isdecimal():
+      added[text] = (int(i), isinstance(token, dict) and
+                     token.get("special") is True)
+  return added
+
+
+def _template(folder: epath.Path, files: dict[str, bytes], main: dict
+              ) -> str | None:
+  """The chat template; of several named ones, the default."""
+  if "chat_template.jinja" in files:
+    try:
+      return files["chat_template.jinja"].decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise ConfigError(f"{folder}/chat_template.jinja is no UTF-8; {_KNOB}"
+                        ) from error
+  value = _object(folder / "chat_template.json",
+                  files.get("chat_template.json")).get("chat_template")
+  value = value or main.get("chat_template")
+  if isinstance(value, list):
+    named = {item.get("name"): item.get("template") for item in value
+             if isinstance(item, dict)}
+    value = named.get("default")
+  return value if isinstance(value, str) and value else None
