@@ -12,7 +12,7 @@ from jaxalign.checkpoints import restore_params
 from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.data.tokenizer import Tokenizer, load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
 from jaxalign.lookup import lookup
@@ -74,7 +74,7 @@ class Job:
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
     """The data stage's tokenizer."""
-    return Tokenizer.load(self.shared / "data" / "tokenizer.model")
+    return load_tokenizer(self.shared / "data")
 
   @functools.cached_property
   def model(self) -> decoder.ModelConfig:
