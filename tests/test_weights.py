@@ -2,8 +2,13 @@
 
 import functools
 import json
+import os
+import pathlib
 import pickle
+import re
+import socket
 import struct
+import subprocess
 import sys
 import time
 
@@ -322,6 +327,125 @@ def test_only_the_bytes_of_a_shard_are_read(bucket, monkeypatch):
       weights._Part(((6, 8), (0, 1000)), buffers[1])])
   assert bucket == [(begin, 2 * wide * 4), (begin + 6 * wide * 4, 2 * wide * 4)]
   np.testing.assert_array_equal(buffers[1], x[6:])
+
+
+# Memory, and several processes.
+
+MEASURE = r"""
+import sys, threading, time
+import jax
+import ml_dtypes
+import numpy as np
+from jaxalign import sharding
+from jaxalign.errors import DataError
+from jaxalign.model import weights
+from jaxalign.model.table import Param, Stored
+
+folder, port, process, count = sys.argv[1], *map(int, sys.argv[2:])
+if count > 1:
+  jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
+T, D, F, V = 8, 1024, 4096, 32000
+rows = {
+    "embed": Param((V, D), ("vocab", "width"), 1.0),
+    "layers/up": Param((T, D, F), (None, "width", "ff"), 1.0),
+    "layers/gate": Param((T, D, F), (None, "width", "ff"), 1.0),
+    "layers/down": Param((T, F, D), (None, "ff", "width"), 1.0),
+    "layers/norm": Param((T, D), (None, None), 1.0),
+    "head": Param((V, D), ("vocab", "width"), 1.0)}
+stored = {
+    "embed": Stored("embed", (V, D), (V, D), (0, 1)),
+    "head": Stored("head", (V, D), (V, D), (0, 1)),
+    "layers/up": Stored("h.{}.up", (F, D), (F, D), (1, 0)),
+    "layers/gate": Stored("h.{}.gate", (F, D), (F, D), (1, 0)),
+    "layers/norm": Stored("h.{}.norm", (D,), (D,), (0,)),
+    "layers/down": Stored("h.{}.down", (D, F), (D, F), (1, 0))}
+
+def anonymous():
+  for line in open("/proc/self/status"):
+    if line.startswith("RssAnon:"):
+      return int(line.split()[1]) * 1024
+
+peak, done = [0], threading.Event()
+def watch():
+  while not done.is_set():
+    peak[0] = max(peak[0], anonymous())
+    time.sleep(0.001)
+
+mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+with jax.set_mesh(mesh):
+  sharding.put(mesh, np.ones((8, 8), np.float32), "width").block_until_ready()
+  sharding.barrier("before")
+  before = anonymous()
+  threading.Thread(target=watch, daemon=True).start()
+  params = weights.load(folder, rows, stored, mesh)
+  done.set()
+  own = sum(s.data.nbytes for w in params.values()
+            for s in w.addressable_shards)
+  print("measured", peak[0] - before, own, flush=True)
+  weights.save(folder + "-out", params, rows, stored, config={},
+               dtype="bfloat16", shard_bytes=120_000_000)
+  sharding.barrier("after")
+  try:
+    weights.load(folder + "-nan", rows, stored, mesh)
+  except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_host_memory_stays_below_shards_and_a_tensor(tmp_path, processes):
+  """Own shards + 1.3 x the file's largest tensor + 16 MiB of the process."""
+  rng = np.random.default_rng(0)
+  random = lambda *shape: rng.standard_normal(shape, np.float32).astype(
+      ml_dtypes.bfloat16)
+  tensors = {"embed": random(32000, 1024), "head": random(32000, 1024)}
+  for i in range(8):
+    tensors |= {f"h.{i}.up": random(4096, 1024), f"h.{i}.norm": random(1024),
+                f"h.{i}.gate": random(4096, 1024),
+                f"h.{i}.down": random(1024, 4096)}
+  good, bad = tmp_path / "good", tmp_path / "good-nan"
+  for folder in (good, bad):
+    folder.mkdir()
+    if folder == bad:  # two numbers, of which the second process has one
+      tensors["embed"][5, -1] = tensors["h.3.norm"][0] = np.nan
+    names = list(tensors)
+    files = dict(zip(names, ["a", "b", *"ccc" * 8]))
+    for letter in "abc":
+      safetensors.numpy.save_file(
+          {n: tensors[n] for n in names if files.get(n, "c") == letter},
+          folder / f"model-{letter}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(
+        weight_map={n: f"model-{files.get(n, 'c')}.safetensors"
+                    for n in names})))
+  largest = tensors["embed"].nbytes
+  del tensors
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count="
+             f"{8 // processes}")
+  running = [subprocess.Popen(
+      [sys.executable, "-c", MEASURE, good, str(port), str(i), str(processes)],
+      env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      cwd=pathlib.Path(__file__).parent.parent) for i in range(processes)]
+  ended = [p.communicate(timeout=500) for p in running]
+  for out, err in ended:
+    found = re.search(r"measured (\d+) (\d+)", out)
+    assert found, err
+    peak, own = map(int, found.groups())
+    # The shards themselves are anonymous memory on a CPU: less is impossible.
+    assert 0.95 * own < peak < own + 1.3 * largest + 16 * 2**20, (peak, own)
+    # One process found each, and both say both.
+    assert ("does not match its config.json: embed holds NaN or infinity; "
+            "h.3.norm holds NaN or infinity") in out
+  before, after = ({n: w for f in at.glob("*.safetensors")
+                    for n, w in safetensors.numpy.load_file(f).items()}
+                   for at in (good, tmp_path / "good-out"))
+  assert len(list((tmp_path / "good-out").glob("model-*"))) > 2
+  assert sorted(before) == sorted(after)
+  for n, w in before.items():
+    np.testing.assert_array_equal(after[n].view(np.uint16), w.view(np.uint16))
 
 
 # What cannot be read.
