@@ -1,0 +1,241 @@
+"""Agreement figures that others published, and oracles for each measure."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from jaxalign.errors import ConfigError, DataError
+from jaxalign.eval import agreement
+from jaxalign.eval.agreement import Verdict
+
+
+def pandalm(shared):
+  """The human raters and the judge, models as the file orders them."""
+  folder = shared / "data/pandalm"
+  humans = json.loads((folder / "testset-v1.json").read_text())
+  judge = json.loads((folder / "gpt-3.5-turbo-testset-v1.json").read_text())
+  said = {0: "tie", 1: "first", 2: "second"}
+  words = {"1": "first", "2": "second", "Tie": "tie"}
+  rows = []
+  for human, other in zip(humans, judge, strict=True):
+    first, second = human["cmp_key"].split("_")
+    assert human["idx"] == other["idx"]
+    rows += [Verdict(human["idx"], first, second, f"annotator{i}",
+                     said[human[f"annotator{i}"]]) for i in (1, 2, 3)]
+    rows.append(Verdict(human["idx"], first, second, "gpt-3.5-turbo",
+                        words.get(other["gpt_result"])))
+  return rows
+
+
+def llmbar(shared):
+  """The objective label, and four judges in both orders."""
+  folder = shared / "data/llmbar-natural"
+  rows = []
+  for name in ("GPT-4", "ChatGPT", "LLaMA2", "PaLM2"):
+    for i, row in enumerate(json.loads(
+        (folder / f"judge-{name}.json").read_text())):
+      if name == "GPT-4":
+        rows.append(Verdict(i, "one", "two", "label",
+                            "first" if row["label"] == 1 else "second"))
+      for said in row["results"]:
+        for key, shown in (("swap = False", ("one", "two")),
+                           ("swap = True", ("two", "one"))):
+          winner = said[key]["winner"]  # "1" is "one" in either order
+          winner = winner and {"1": "one", "2": "two"}[winner]
+          word = winner and ("first" if winner == shown[0] else "second")
+          rows.append(Verdict(i, *shown, name, word))
+  return rows
+
+
+def swapped(rows, seed=0):
+  """The same verdicts with half of the rows written the other way round."""
+  turn = np.random.default_rng(seed).random(len(rows)) < 0.5
+  other = {"first": "second", "second": "first", "tie": "tie", None: None}
+  return [Verdict(r.item, r.second, r.first, r.rater, other[r.said]) if t
+          else r for r, t in zip(rows, turn)]
+
+
+HUMANS = ["annotator1", "annotator2", "annotator3"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_pandalm_to_the_last_digit_printed(shared, turned):
+  rows = pandalm(shared)
+  rows = swapped(rows) if turned else rows
+  out = agreement.judged(rows, ["gpt-3.5-turbo"], HUMANS)
+  between = out["humans"]["between"]
+  assert [f"{v['kappa']['value']:.3f}" for v in between.values()] == [
+      "0.852", "0.879", "0.862"]
+  judge = out["judges"]["gpt-3.5-turbo"]
+  assert {rule: (f"{v['agreement']['value']:.4f}", f"{v['kappa']['value']:.4f}")
+          for rule, v in judge["against"].items()} == {
+              "tie": ("0.7107", "0.4958"), "drop": ("0.7156", "0.4929"),
+              "own": ("0.6977", "0.4755")}
+  assert judge["unparsable"] == 25
+  assert [judge["against"][r]["agreement"]["n"] for r in
+          ("tie", "drop", "own")] == [999, 974, 999]
+  assert judge["orders"]["consistent"]["n"] == 0  # one order only
+  json.dumps(out, allow_nan=False)
+
+
+def test_llmbar_to_the_last_digit_printed(shared):
+  rows = llmbar(shared)
+  out = agreement.judged(rows, ["GPT-4", "PaLM2"], ["label"])
+  gpt4 = out["judges"]["GPT-4"]
+  assert f"{gpt4['orders']['kappa']['value']:.3f}" == "0.939"
+  assert gpt4["orders"]["consistent"]["value"] == 0.97
+  assert out["judges"]["PaLM2"]["unparsable"] == 6
+  assert out["judges"]["PaLM2"]["orders"]["unparsable"]["value"] == 0.03
+  # A pair whose two orders disagree is a tie, which the label never is.
+  winners = agreement.settled(rows, "GPT-4")
+  assert sum(w == "" for w in winners.values()) == 3
+
+
+def random_rows(seed, n=200, raters=("a", "b", "c")):
+  rng = np.random.default_rng(seed)
+  words = np.array(["first", "second", "tie", None], object)
+  rows = []
+  for i in range(n):
+    p = rng.dirichlet([2, 1, 1, 0.2])
+    rows += [Verdict(i, "m", "k", r, rng.choice(words, p=p)) for r in raters]
+  return rows
+
+
+@pytest.mark.parametrize("rule", agreement.UNPARSABLE)
+@pytest.mark.parametrize("seed", range(3))
+def test_kappa_is_scikit_learn_s(rule, seed):
+  rows = random_rows(seed)
+  a, b = (agreement.settled(rows, r) for r in "ab")
+  found = agreement.cohen_kappa(*agreement.matched(a, b, rule))
+  xs, ys = [], []
+  for i in range(200):
+    said = [next(r.said for r in rows if r.item == i and r.rater == w)
+            for w in "ab"]
+    if rule == "drop" and None in said:
+      continue
+    said = ["tie" if s is None and rule == "tie" else str(s) for s in said]
+    xs.append(said[0])
+    ys.append(said[1])
+  assert found["n"] == len(xs)
+  assert found["value"] == pytest.approx(metrics.cohen_kappa_score(xs, ys),
+                                         abs=1e-12)
+  assert found["low"] < found["value"] < found["high"]
+
+
+def coincidence_alpha(units):
+  """Krippendorff's own steps: coincidences o_ck, then disagreements."""
+  labels = sorted({w for u in units for w in u if w is not None})
+  o = np.zeros((len(labels), len(labels)))
+  for unit in units:
+    said = [w for w in unit if w is not None]
+    if len(said) < 2:
+      continue
+    for x, y in itertools.permutations(range(len(said)), 2):
+      o[labels.index(said[x]), labels.index(said[y])] += 1 / (len(said) - 1)
+  n_c, n = o.sum(1), o.sum()
+  observed = o.sum() - np.trace(o)
+  expected = (np.outer(n_c, n_c).sum() - (n_c**2).sum()) / (n - 1)
+  return 1 - observed / expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_alpha_is_that_of_the_coincidence_matrix(seed):
+  rng = np.random.default_rng(seed)
+  units = rng.choice(np.array(["x", "y", "z", None], object), (80, 4),
+                     p=[0.4, 0.2, 0.1, 0.3])
+  units[:40] = units[:40, :1]  # some agreement
+  found = agreement.krippendorff_alpha(units.tolist())
+  assert found["value"] == pytest.approx(coincidence_alpha(units.tolist()),
+                                         abs=1e-12)
+
+
+def test_alpha_of_krippendorff_s_own_example():
+  """Krippendorff 2011, section C: four observers, twelve units: 0.743."""
+  table = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3",
+           ". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
+  units = list(zip(*[[None if w == "." else w for w in line.split()]
+                     for line in table]))
+  found = agreement.krippendorff_alpha(units)
+  assert f"{found['value']:.3f}" == "0.743"
+  assert (found["units"], found["labels"]) == (11, 40)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_the_models_changes_nothing(seed):
+  rows = random_rows(seed)
+  one = agreement.judged(rows, ["a"], ["b", "c"])
+  two = agreement.judged(swapped(rows, seed), ["a"], ["b", "c"])
+  # How often the first place won is about the order, all else is not.
+  for out in (one, two):
+    out["judges"]["a"]["orders"].pop("first")
+  assert one == two
+
+
+def test_orders_by_hand():
+  said = [("first", "first"), ("first", "second"), ("tie", "tie"),
+          (None, "first")]
+  rows = [Verdict(i, *names, "j", word) for i, words in enumerate(said)
+          for names, word in zip((("m", "k"), ("k", "m")), words)]
+  out = agreement.orders(rows, "j")
+  assert out["consistent"]["value"] == pytest.approx(2 / 3)
+  assert out["first"]["value"] == pytest.approx(4 / 5)  # of 5 with a winner
+  assert out["unparsable"]["value"] == 1 / 8
+  assert agreement.settled(rows, "j") == {
+      (0, "k", "m"): "", (1, "k", "m"): "m", (2, "k", "m"): "",
+      (3, "k", "m"): "k"}
+
+
+def test_a_judge_that_always_names_the_first():
+  rows = [Verdict(i, *names, "j", "first") for i in range(40)
+          for names in (("m", "k"), ("k", "m"))]
+  out = agreement.orders(rows, "j")
+  assert out["first"]["value"] == 1.0 and out["consistent"]["value"] == 0.0
+  assert set(agreement.settled(rows, "j").values()) == {""}
+
+
+def test_a_judge_that_cannot_be_read():
+  rows = [Verdict(i, "m", "k", r, s) for i in range(4)
+          for r, s in (("j", None), ("h", "first"))]
+  out = agreement.judged(rows, ["j"], ["h"])["judges"]["j"]
+  assert out["unparsable"] == 4
+  assert out["against"]["drop"]["agreement"]["n"] == 0
+  assert out["against"]["drop"]["kappa"]["value"] is None
+  assert out["against"]["tie"]["agreement"]["value"] == 0.0
+  json.dumps(out, allow_nan=False)
+
+
+def test_a_majority_is_more_than_half():
+  pair = (0, "k", "m")
+  def voted(*words):
+    return agreement.majority([{pair: w} for w in words])[pair]
+  assert voted("k", "k", "m") == "k" and voted("k", "m", "") == ""
+  assert voted("k", "m") == "" and voted("m", None, None) == "m"
+  assert voted(None) is None
+
+
+def test_one_label_only_has_no_kappa():
+  found = agreement.cohen_kappa([1, 1, 1], [1, 1, 1])
+  assert found == dict(value=None, low=None, high=None, n=3)
+  assert agreement.krippendorff_alpha([[1, 1], [1, 1]])["value"] is None
+  assert agreement.krippendorff_alpha([])["value"] is None
+
+
+@pytest.mark.parametrize("rows,words", [
+    ([Verdict(7, "m", "m", "j", "tie")], "item 7 .*different names"),
+    ([Verdict(7, "m", "k", "j", "A")], "is 'A', wanted"),
+    ([Verdict(7, "m", "k", "j", "tie")] * 2, "twice"),
+    ([Verdict(7, "m", "k", "h", "tie"), Verdict(8, "m", "k", "j", "tie")],
+     "judged no pair"),
+    ([Verdict(7, "m", "k", "x", "tie")], "no verdict of rater 'j'")])
+def test_tables_that_cannot_be_right(rows, words):
+  with pytest.raises(DataError, match=words):
+    agreement.judged(rows, ["j"], ["h"] if any(
+        r.rater == "h" for r in rows) else ["j"])
+
+
+def test_an_unknown_rule():
+  with pytest.raises(ConfigError, match="tie, drop, own"):
+    agreement.matched({}, {}, "guess")
