@@ -167,9 +167,14 @@ def _run(values, argv: list[str]) -> None:
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
   print("jaxalign: reading the config", flush=True)
+  return guarded(lambda: _run(_parse(argv), argv))
+
+
+def guarded(run) -> int:
+  """The exit code of `run()`, for every command of the package."""
   from jaxalign.errors import JaxalignError
   try:
-    _run(_parse(argv), argv)
+    run()
     return 0
   except JaxalignError as error:
     return _fail(str(error), error.exit_code)
@@ -216,10 +221,15 @@ def _leave(code: int) -> None:
   sys.exit(code)
 
 
-if __name__ == "__main__":
+def start(run) -> None:
+  """Runs `run(argv) -> exit code` as a command, and exits."""
   try:
-    status = main(sys.argv)
+    status = run(sys.argv)
   except Exception:  # a bug: the traceback is what helps
     traceback.print_exc()
     status = 1
   _leave(status)
+
+
+if __name__ == "__main__":
+  start(main)

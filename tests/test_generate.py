@@ -1,0 +1,83 @@
+"""The command line over generation: real model, files, refusals."""
+
+import json
+
+import pytest
+
+from jaxalign import generate
+
+
+def run(*flags):
+  return generate.main(["generate", *flags])
+
+
+@pytest.fixture
+def stories(shared):
+  return f"--checkpoint={shared / 'models/stories260K'}"
+
+
+def test_the_published_story_is_told(stories, shared, tmp_path):
+  out = tmp_path / "out.jsonl"
+  assert run(stories, "--prompt=", "--temperature=0", "--new_tokens=256",
+             "--fsdp=2", "--tensor=4", "--tile=1", f"--output={out}") == 0
+  row = json.loads(out.read_text())
+  wanted = shared / "models/stories260K/greedy_257_tokens.txt"
+  assert row["answer"] == wanted.read_text()
+  assert (row["tokens"], row["ended"]) == (256, False)
+
+
+def test_a_file_of_prompts_and_one_answer_a_prompt(stories, tmp_path, capsys):
+  rows = tmp_path / "in.jsonl"
+  rows.write_text('{"prompt": "One day"}\n\n{"messages": [{"role": "user", '
+                  '"content": "Lily"}]}\n')
+  lines = tmp_path / "in.txt"
+  lines.write_text("One day\n\nLily\n")
+  said = []
+  for source, mesh in ((rows, ("--fsdp=8",)), (lines, ("--fsdp=2",
+                                                       "--tensor=4"))):
+    out = tmp_path / f"{source.name}.out"
+    assert run(stories, f"--input={source}", f"--output={out}", "--tile=1",
+               "--new_tokens=12", "--top_k=40", "--top_p=0.9", *mesh) == 0
+    said.append([json.loads(line)["answer"]
+                 for line in out.read_text().splitlines()])
+  assert said[0] == said[1] and len(said[0]) == 2
+  assert said[0][0] != said[0][1]
+  assert "2 answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags,code,words", [
+    ([], 64, "no model; say --checkpoint"),
+    (["--checkpoint=x"], 64, "say either --prompt"),
+    (["--checkpoint=x", "--prompt=a", "--input=b"], 64, "say either --prompt"),
+    (["--checkpoint=nowhere", "--prompt=a"], 64, "has no config.json"),
+    (["--checkpoint=x", "--prompt=a", "--tile=0"], 64, "--tile=0, wanted 1"),
+    (["--chekpoint=x"], 64, "Unknown command line flag 'chekpoint'"),
+    (["--checkpoint=x", "--prompt=a", "b"], 64, "unexpected argument 'b'"),
+    (["--checkpoint=x", "--input=nowhere.jsonl"], 65, "cannot be read")])
+def test_a_wrong_flag_is_one_line(flags, code, words, capsys):
+  assert run(*flags) == code
+  said = capsys.readouterr().err
+  assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--prompt=a", "--new_tokens=512"], "leaves no room"),
+    (["--prompt=a", "--top_p=0"], "top_p=0.0, wanted above 0"),
+    (["--prompt=a", "--template=llama3"], "the tokenizer has no"),
+    (["--prompt=a", "--fsdp=3"], "mesh fsdp=3"),
+    (["--prompt=a", "--tensor=3"], "mesh")])
+def test_what_cannot_be_generated_is_refused(stories, flags, words, capsys):
+  assert run(stories, *flags) == 64
+  assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line,words", [
+    ("{", "line 2: no JSON object"), ("[]", "line 2: no JSON object"),
+    ('{"text": "a"}', "line 2: wanted `prompt`"),
+    ('{"messages": [{"role": "user"}]}', "line 2: wanted `prompt`")])
+def test_a_bad_line_is_named(stories, tmp_path, line, words, capsys):
+  source = tmp_path / "in.jsonl"
+  source.write_text('{"prompt": "a"}\n' + line + "\n")
+  assert run(stories, f"--input={source}") == 65
+  said = capsys.readouterr().err
+  assert words in said and "in.jsonl" in said
