@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
+from jaxalign.model import adapters
 from jaxalign.model import attention
 from jaxalign.model import rope as ropes_lib
 from jaxalign.model import table as table_lib
@@ -57,6 +58,7 @@ class ModelConfig(NamedTuple):
   softcap: float = 0.0  # cap * tanh(q.k / cap); 0: none
   final_softcap: float = 0.0  # the same, of the logits
   embed_scale: float = 1.0  # of the embedding, rounded to `dtype`
+  lora: adapters.Lora | None = None  # low-rank adapters beside the weights
 
 
 DTYPES = ("float32", "bfloat16")
@@ -126,6 +128,8 @@ def table(m: ModelConfig) -> dict[str, Param]:
   norm("norm", d)
   if not m.tied:
     rows["head"] = Param((v, d), ("vocab", "width"), 0.02)
+  if m.lora:
+    rows |= adapters.rows(m.lora, rows)
   return rows
 
 
@@ -157,6 +161,8 @@ def check(m: ModelConfig, mesh: jax.sharding.Mesh) -> None:
                       "dimensions, wanted an even number (rotary pairs)")
   for rope in ropes(m):
     ropes_lib.check(rope)
+  if m.lora:
+    adapters.check(m.lora, table(m._replace(lora=None)))
   if m.kinds and (len(m.kinds) != m.layers
                   or not set(m.kinds) <= set(range(len(m.windows)))):
     raise ConfigError(f"model.kinds={m.kinds} wants one of {len(m.windows)} "
@@ -245,9 +251,15 @@ def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
     return place.weight(layer[full], axes[full].axes[1:]).astype(dtype)
 
   def project(y, name, equation, bias=None, out=None):
-    """y x the weight, and its bias where the family has one."""
-    y = jnp.einsum(equation, y, weight(name), out_sharding=out,
+    """y x the weight, its adapter and its bias where it has them."""
+    x = y
+    y = jnp.einsum(equation, x, weight(name), out_sharding=out,
                    precision=precision(m))
+    if f"layers/{name}:a" in layer:
+      a, b = weight(f"{name}:a"), weight(f"{name}:b")
+      r = weight(f"{name}:r") if f"layers/{name}:r" in layer else None
+      y = y + adapters.apply(x, equation, adapters.scale(m.lora), a, r, b,
+                             out_sharding=out, precision=precision(m))
     if bias is not None and f"layers/{bias}" in layer:
       full = f"layers/{bias}"
       b = place.bias(layer[full], axes[full].axes[1:])

@@ -422,7 +422,7 @@ def of(m: decoder.ModelConfig) -> Family:
 
 def stored(m: decoder.ModelConfig) -> dict[str, Stored]:
   """Where each parameter of `decoder.table(m)` lies in a checkpoint."""
-  return of(m).stored(m)
+  return of(m).stored(m._replace(lora=None))  # adapters have a folder apart
 
 
 def canonical(m: decoder.ModelConfig, name: str) -> str | None:

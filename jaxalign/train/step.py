@@ -29,18 +29,19 @@ def init_state(params: dict[str, jax.Array],
 
 
 @functools.lru_cache(maxsize=8)
-def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
-                    tx: optax.GradientTransformation, *,
-                    sft_weight: float = 0.0) -> Callable:
-  """Returns `train_step(state, batch) -> (state, metrics)`.
+def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
+                   sft_weight: float = 0.0) -> Callable:
+  """Returns `gradients(trained, batch, frozen) -> (gradients, metrics)`.
 
   Args:
     logps_fn: `(params, tokens [b, R, L], mask [b, R, L]) -> Logps [b, R]`.
     loss_fn: `(policy, ref, stats) -> ([b], metrics)`, from LOSSES with its
       keywords bound; `loss_fn.stats` lists the statistics it needs.
-    tx: the optimizer.
     sft_weight: weight of the chosen answer's negative log-likelihood, a mean
       over its tokens, added to the loss.
+
+  The parameters are `trained | frozen`, two dicts with no name in common;
+  gradients are those of `trained`, no other is formed.
 
   A batch is a dict of arrays, A micro-batches of b rows each: "tokens" and
   "mask" [A, b, R, L], "ref_sum" and "ref_count" [A, b, R];
@@ -62,8 +63,8 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
     return jax.lax.stop_gradient(
         jnp.maximum(0.0, total / batch["kl_ref_sum"].size))
 
-  def objective(params, micro, z0):
-    policy = logps_fn(params, micro["tokens"], micro["mask"])
+  def objective(trained, frozen, micro, z0):
+    policy = logps_fn(trained | frozen, micro["tokens"], micro["mask"])
     ref = Logps(micro["ref_sum"], micro["ref_count"])
     stats = dict(label=micro.get("label"), z0=z0)
     loss, metrics = loss_fn(policy, ref, stats)
@@ -74,10 +75,8 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
     metrics["loss"] = loss
     return jnp.sum(loss), sums_and_counts(metrics)
 
-  @jax.jit(donate_argnames=("state",))
-  def train_step(state: TrainState, batch):
-    params = state.params
-    z0 = (global_z0(params, batch) if "z0" in stats_needed
+  def gradients(trained, batch, frozen):
+    z0 = (global_z0(trained | frozen, batch) if "z0" in stats_needed
           else jnp.zeros(()))
     micro = {n: x for n, x in batch.items()
              if n != "lr" and not n.startswith("kl_")}
@@ -85,7 +84,7 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
     grad_fn = jax.value_and_grad(objective, has_aux=True)
 
     def one(m):
-      (_, totals), grads = grad_fn(params, m, z0)
+      (_, totals), grads = grad_fn(trained, frozen, m, z0)
       return grads, totals
 
     first = jax.tree.map(lambda x: x[0], micro)
@@ -96,7 +95,28 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
       grads, totals = jax.lax.scan(
           lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None),
           start, micro)[0]
-    grads = jax.tree.map(lambda g: g / rows, grads)
+    return jax.tree.map(lambda g: g / rows, grads), totals
+
+  return gradients
+
+
+@functools.lru_cache(maxsize=8)
+def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
+                    tx: optax.GradientTransformation, *,
+                    sft_weight: float = 0.0) -> Callable:
+  """Returns `train_step(state, batch, frozen={}) -> (state, metrics)`.
+
+  `state` is donated. `frozen` are parameters beside `state.params` that the
+  step only reads, the base of adapters for instance; they are not donated, so
+  that the reference may be these very arrays. `tx` is the optimizer; for the
+  rest see `make_gradients`.
+  """
+  gradients = make_gradients(logps_fn, loss_fn, sft_weight=sft_weight)
+
+  @jax.jit(donate_argnames=("state",))
+  def train_step(state: TrainState, batch, frozen={}):  # read, never written
+    params = state.params
+    grads, totals = gradients(params, batch, frozen)
     updates, opt_state = tx.update(grads, state.opt_state, params)
     updates = jax.tree.map(lambda u: batch["lr"] * u, updates)
     totals = totals | {

@@ -1,0 +1,266 @@
+"""Low-rank adapters: LoRA beside frozen weights, and three names for it.
+
+A weight W [in, out] that a target names is used as W + scale * A B, with A
+[in, r] and B [r, out]; `decoder.table` lists them as "layers/wq:a" and
+"layers/wq:b" wherever `ModelConfig.lora` is set, so that whatever maps over
+the table knows them. The product A B is only ever formed by `merge`.
+"""
+
+import fnmatch
+import functools
+import math
+from typing import Iterable, Iterator, Mapping, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.errors import ConfigError, NumericError
+from jaxalign.model import table as table_lib
+from jaxalign.model.table import Param, Params
+
+# "lora": Hu et al. 2021, without its dropout (with it the policy would not
+#   start as the reference).
+# "allora": Huang and Balestriero 2024; no scale, see `train.optim.allora`.
+# "lora_sb": Ponkshe et al. 2024; W + scale * A R B where only R [r, r]
+#   ("layers/wq:r") is trained, see `train.subspace`.
+VARIANTS = ("lora", "allora", "lora_sb")
+EVERY = "all-linear"
+# A weight of a layer -> how many axes are its input's, and what Hugging Face
+# calls it.
+LINEAR = {
+    "wq": (1, ("q_proj", "query_key_value")),
+    "wk": (1, ("k_proj", "query_key_value")),
+    "wv": (1, ("v_proj", "query_key_value")),
+    "wo": (3, ("o_proj", "dense")),
+    "w_gate": (1, ("gate_proj",)),
+    "w_up": (1, ("up_proj", "dense_h_to_4h")),
+    "w_down": (1, ("down_proj", "dense_4h_to_h")),
+}
+
+
+class Lora(NamedTuple):
+  """Which weights have adapters, and of what kind."""
+
+  rank: int  # r
+  alpha: float = 16.0
+  targets: tuple[str, ...] = (EVERY,)  # patterns over LINEAR's names
+  rs: bool = False  # rsLoRA (Kalajdzievski 2023): alpha / sqrt(r)
+  variant: str = "lora"  # one of VARIANTS
+
+
+def scale(lora: Lora) -> float:
+  """The factor of A B: alpha / r, alpha / sqrt(r), or ALLoRA's 1."""
+  if lora.variant == "allora":
+    return 1.0
+  return lora.alpha / (math.sqrt(lora.rank) if lora.rs else lora.rank)
+
+
+def targets(lora: Lora, names: Iterable[str]) -> list[str]:
+  """The parameters, of all names in a table, that get adapters.
+
+  A pattern ("w[qv]", "*_proj") is held against our name of a weight and
+  against Hugging Face's; "all-linear" is every one.
+
+  Raises:
+    ConfigError: a pattern that matches nothing; lists what there is.
+  """
+  there = [n for n in names if n.startswith("layers/")
+           and n.removeprefix("layers/") in LINEAR]
+  called = {n: (n.removeprefix("layers/"),
+                *LINEAR[n.removeprefix("layers/")][1]) for n in there}
+  found = set()
+  for pattern in lora.targets:
+    hit = {n for n in there if pattern == EVERY or any(
+        fnmatch.fnmatchcase(name, pattern) for name in called[n])}
+    if not hit:
+      listed = ", ".join(f"{ours} ({' or '.join(theirs)})"
+                         for ours, *theirs in called.values())
+      raise ConfigError(f"LoRA target {pattern!r} matches no weight; there are "
+                        f"{listed}, or {EVERY!r}; set config.lora.targets")
+    found |= hit
+  if not found:
+    raise ConfigError("no LoRA targets; set config.lora.targets to "
+                      f"({EVERY!r},)")
+  return [n for n in there if n in found]
+
+
+def _sizes(name: str, shape: tuple[int, ...]
+           ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The input's and the output's axes of a stacked weight's shape."""
+  cut = 1 + LINEAR[name.removeprefix("layers/")][0]
+  return shape[1:cut], shape[cut:]
+
+
+def check(lora: Lora, rows: Mapping[str, Param]) -> None:
+  """Raises ConfigError for values that cannot work on a table."""
+  if lora.variant not in VARIANTS:
+    raise ConfigError(f"lora.variant={lora.variant!r} is unknown; known: "
+                      f"{', '.join(VARIANTS)}; set config.lora.variant")
+  if lora.rank < 1:
+    raise ConfigError(f"lora.rank={lora.rank}, wanted 1 or more (0: full "
+                      "training); set config.lora.rank")
+  if not 0 < lora.alpha < math.inf:
+    raise ConfigError(f"lora.alpha={lora.alpha}, wanted more than 0; set "
+                      "config.lora.alpha")
+  for name in targets(lora, rows):
+    widest = min(map(math.prod, _sizes(name, rows[name].shape)))
+    if lora.rank > widest:
+      raise ConfigError(f"lora.rank={lora.rank} is more than {name} can have, "
+                        f"wanted {widest} or less; set config.lora.rank")
+
+
+def rows(lora: Lora, base: Mapping[str, Param]) -> dict[str, Param]:
+  """The adapters' rows of a table: a [T, in, r], b [T, r, out], and of
+  LoRA-SB r [T, r, r]; their axes are the weight's, the rank is whole."""
+  out = {}
+  for name in targets(lora, base):
+    p = base[name]
+    into, outof = _sizes(name, p.shape)
+    t, cut = p.shape[0], 1 + len(into)
+    out[f"{name}:a"] = Param((t, *into, lora.rank), (*p.axes[:cut], None),
+                             1 / math.sqrt(3 * math.prod(into)))
+    out[f"{name}:b"] = Param((t, lora.rank, *outof),
+                             (None, None, *p.axes[cut:]), 0, 0.0)
+    if lora.variant == "lora_sb":
+      out[f"{name}:r"] = Param((t, lora.rank, lora.rank), (None,) * 3, 0, 0.0)
+  return out
+
+
+def is_adapter(name: str) -> bool:
+  """Whether a parameter belongs to an adapter."""
+  return ":" in name
+
+
+def is_trained(name: str, lora: Lora | None) -> bool:
+  """Whether a parameter is trained; without adapters all are."""
+  if lora is None:
+    return True
+  return name.endswith((":r",) if lora.variant == "lora_sb" else (":a", ":b"))
+
+
+def split(params: Mapping, lora: Lora | None) -> tuple[dict, dict]:
+  """(trained, frozen) parameters, or rows, or anything else by name."""
+  trained = {n: x for n, x in params.items() if is_trained(n, lora)}
+  return trained, {n: x for n, x in params.items() if n not in trained}
+
+
+def init(key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
+         ) -> Params:
+  """Fresh adapters in float32 on their shards: A uniform on +-1/sqrt(in), as
+  PEFT draws it, B (and R) zero.
+
+  Args:
+    key: of the draw; the numbers do not depend on the mesh.
+    rows: the model's whole table.
+    mesh: to lay them on.
+  """
+  own = {n: p for n, p in rows.items() if is_adapter(n)}
+  specs = {n: s.sharding.spec
+           for n, s in table_lib.abstract(own, mesh).items()}
+
+  def draw(key):
+    out = {}
+    for k, (name, p) in zip(jax.random.split(key, len(own)),
+                            sorted(own.items())):
+      bound = math.sqrt(3) * p.scale
+      out[name] = (jax.random.uniform(k, p.shape, jnp.float32, -bound, bound)
+                   if p.scale else jnp.zeros(p.shape, jnp.float32))
+    return out
+
+  return jax.jit(jax.sharding.auto_axes(draw, out_sharding=specs))(key)
+
+
+def assert_zero(params: Mapping[str, jax.Array]) -> None:
+  """Raises NumericError where adapters do not start as no change at all."""
+  last = (":r",) if any(n.endswith(":r") for n in params) else (":b",)
+  moved = [n for n, x in params.items() if n.endswith(last)
+           and float(jnp.max(jnp.abs(x))) != 0.0]
+  if moved:
+    raise NumericError(f"adapters {', '.join(moved)} are not 0 at the start: "
+                       "the policy would not begin as the reference")
+
+
+def apply(x: jax.Array, equation: str, factor: float, a: jax.Array,
+          r: jax.Array | None, b: jax.Array, *, out_sharding=None,
+          precision=None) -> jax.Array:
+  """scale * ((x A) R) B beside the product that `equation` names.
+
+  Args:
+    x: [B, L, in] activations.
+    equation: of the weight, "bld,dgqc->blgqc".
+    factor: from `scale`; on the narrowest product.
+    a: [in, r], ready to multiply.
+    r: [r, r], or None.
+    b: [r, out].
+    out_sharding: where a sum over `tensor` lands; None: none is taken.
+    precision: of the products.
+  """
+  into, rest = equation.split(",")
+  weight, out = rest.split("->")
+  inner = "".join(i for i in weight if i in into)
+  outer = "".join(i for i in weight if i in out)
+  multiply = functools.partial(jnp.einsum, precision=precision)
+  h = multiply(f"{into},{inner}r->blr", x, a, out_sharding=out_sharding)
+  if r is not None:
+    h = multiply("blr,rs->bls", h, r)
+  return multiply(f"blr,r{outer}->{out}", factor * h, b,
+                  out_sharding=out_sharding)
+
+
+# A model without adapters, of one with them.
+
+
+@functools.partial(jax.jit, static_argnames=("factor",))
+def _merged(w, a, r, b, factor):
+  n = a.ndim - 2
+  inner, outer = "defg"[:n], "opq"[:b.ndim - 2]
+  exact = jax.lax.Precision.HIGHEST
+  if r is not None:
+    b = jnp.einsum(f"trs,ts{outer}->tr{outer}", r, b, precision=exact)
+  delta = jnp.einsum(f"t{inner}r,tr{outer}->t{inner}{outer}", a, b,
+                     precision=exact)
+  return (w.astype(jnp.float32) + factor * delta).astype(w.dtype)
+
+
+class Merged(Mapping):
+  """The base's parameters with scale * A R B added, each made when asked for.
+
+  A mapping, so that an export holds one merged weight more than there is, and
+  not all of them.
+  """
+
+  def __init__(self, params: Mapping[str, jax.Array], lora: Lora):
+    self.params, self.lora = params, lora
+
+  def __getitem__(self, name: str) -> jax.Array:
+    p = self.params
+    if is_adapter(name):
+      raise KeyError(name)
+    if f"{name}:a" not in p:
+      return p[name]
+    return _merged(p[name], p[f"{name}:a"], p.get(f"{name}:r"),
+                   p[f"{name}:b"], scale(self.lora))
+
+  def __iter__(self) -> Iterator[str]:
+    return (n for n in self.params if not is_adapter(n))
+
+  def __len__(self) -> int:
+    return sum(1 for _ in self)
+
+
+def merge(params: Mapping[str, jax.Array], lora: Lora) -> Params:
+  """Every parameter of the base, merged: W + scale * A R B in float32,
+  rounded to W's type."""
+  return dict(Merged(params, lora))
+
+
+def folded(params: Mapping[str, np.ndarray], name: str) -> tuple:
+  """(A [T, in, r], B [T, r, out]) of a weight on the host, each side flat, R
+  in B."""
+  a, b = (np.asarray(params[f"{name}:{side}"], np.float32) for side in "ab")
+  into, r = math.prod(a.shape[1:-1]), a.shape[-1]
+  a, b = a.reshape(len(a), into, r), b.reshape(len(b), r, -1)
+  if f"{name}:r" in params:
+    b = np.matmul(np.asarray(params[f"{name}:r"], np.float32), b)
+  return a, b
