@@ -1,0 +1,180 @@
+"""hf:<repo>: a small Hub on this machine, its cache, and its refusals."""
+
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from jaxalign.errors import ConfigError
+from jaxalign.model import hub
+
+pytest.importorskip("huggingface_hub")
+SHA = "0123456789abcdef0123456789abcdef01234567"
+FILES = {  # of owner/model
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"\x02\0\0\0\0\0\0\0{}",
+    "tokenizer.model": b"pieces", "chat_template.jinja": b"{{ messages }}",
+    "pytorch_model.bin": b"\x80\x04.", "modeling_evil.py": b"import os",
+    "training_args.bin": b"\x80\x04.", "onnx/config.json": b"{}",
+}
+SECRET = "hf_SecretOfThisTest"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """The few answers of the Hub that a download asks for."""
+
+  def do_HEAD(self):
+    self.do_GET()
+
+  def do_GET(self):
+    self.server.asked.append((self.path, self.headers.get("authorization")))
+    path = self.path.split("?")[0]
+    gated = "/owner/gated" in path and (
+        self.headers.get("authorization") != f"Bearer {SECRET}")
+    name = "owner/gated" if "/owner/gated" in path else "owner/model"
+    if gated:
+      return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+    if name not in path:
+      return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+    if path.startswith(f"/api/models/{name}/tree/"):
+      return self.answer(200, json.dumps([dict(
+          type="file", path=n, size=len(data), oid=f"{i:040x}")
+          for i, (n, data) in enumerate(FILES.items())]).encode())
+    if path.startswith(f"/api/models/{name}"):
+      if path.endswith("/revision/gone"):
+        return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+      return self.answer(200, json.dumps(dict(
+          id=name, sha=SHA, siblings=[dict(rfilename=n) for n in FILES]
+          )).encode())
+    file = path.split(f"/resolve/{SHA}/")[-1]
+    if file in FILES:
+      i = list(FILES).index(file)
+      return self.answer(200, FILES[file], {
+          "ETag": f'"{i:040x}"', "X-Repo-Commit": SHA})
+    return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+  def answer(self, code, body, headers=()):
+    self.send_response(code)
+    for name, value in dict(headers).items():
+      self.send_header(name, value)
+    self.send_header("Content-Type", "application/json")
+    self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    if self.command == "GET":
+      self.wfile.write(body)
+
+  def log_message(self, *args):
+    pass
+
+
+@pytest.fixture
+def server():
+  found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+  found.asked = []
+  threading.Thread(target=found.serve_forever, daemon=True).start()
+  yield found
+  found.shutdown()
+  found.server_close()
+
+
+ASK = """
+import sys
+from jaxalign.errors import ConfigError
+from jaxalign.model import hub
+try:
+  for name in sys.argv[2:]:
+    print(getattr(hub, sys.argv[1])(name))
+except ConfigError as error:
+  print("ConfigError:", error)
+"""
+
+
+def ask(cache, server, function, *names, **env):
+  """What the function says in a process of its own, where the Hub is ours."""
+  port = server.server_address[1] if server else 9  # nobody listens there
+  env = dict(
+      {n: v for n, v in os.environ.items()
+       if not n.startswith(("HF_", "TRANSFORMERS_"))},
+      HF_HOME=str(cache), HF_ENDPOINT=f"http://127.0.0.1:{port}",
+      HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", **env)
+  for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY",
+               "all_proxy", "ALL_PROXY"):
+    env.pop(name, None)
+  ended = subprocess.run(
+      [sys.executable, "-c", ASK, function, *names], env=env, text=True,
+      capture_output=True, timeout=120,
+      cwd=pathlib.Path(__file__).parent.parent)
+  assert ended.returncode == 0, ended.stderr
+  return ended.stdout.strip()
+
+
+def test_a_repository_is_fetched_once_without_its_pickles(tmp_path, server):
+  folder = pathlib.Path(ask(tmp_path, server, "resolve", "hf:owner/model"))
+  wanted = {n for n in FILES if n in (
+      "config.json", "model.safetensors", "tokenizer.model",
+      "chat_template.jinja")}
+  assert {p.name for p in folder.rglob("*") if p.is_file()} == wanted
+  for name in wanted:
+    assert (folder / name).read_bytes() == FILES[name]
+  assert folder.name == SHA
+  fetched = [path for path, _ in server.asked if "/resolve/" in path]
+  assert not any("bin" in path or ".py" in path for path in fetched)
+  # Now without the Hub; and the same by its revision.
+  assert ask(tmp_path, None, "resolve", "hf:owner/model",
+             f"hf:owner/model@{SHA}", HF_HUB_OFFLINE="1").split() == [
+                 str(folder)] * 2
+  # What was fetched passes the check of links.
+  from etils import epath
+  from jaxalign.model import safetensors_io
+  assert safetensors_io.Checkpoint(epath.Path(folder)).tensors == {}
+
+
+def test_settings_come_without_weights(tmp_path, server):
+  folder = pathlib.Path(ask(tmp_path, server, "resolve_settings",
+                            "hf:owner/model@main"))
+  assert {p.name for p in folder.iterdir()} == {
+      "config.json", "tokenizer.model", "chat_template.jinja"}
+  assert "is not whole in the local cache, and HF_HUB_OFFLINE is set" in ask(
+      tmp_path, None, "resolve", "hf:owner/model", HF_HUB_OFFLINE="1")
+
+
+def test_a_token_is_sent_and_never_stored(tmp_path, server):
+  said = ask(tmp_path, server, "resolve", "hf:owner/gated")
+  assert said.startswith("ConfigError: hf:owner/gated is gated: accept")
+  assert "HF_TOKEN" in said
+  assert {token for _, token in server.asked} == {None}
+  said = ask(tmp_path, server, "resolve", "hf:owner/gated", HF_TOKEN=SECRET)
+  assert (pathlib.Path(said) / "config.json").exists()
+  assert (f"Bearer {SECRET}") in {token for _, token in server.asked}
+  for path in tmp_path.rglob("*"):
+    if path.is_file():
+      assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_what_cannot_be_had(tmp_path, server):
+  said = ask(tmp_path, server, "resolve", "hf:owner/nothing")
+  assert "hf:owner/nothing is not on the Hub, or is private" in said
+  said = ask(tmp_path, server, "resolve", "hf:owner/model@gone")
+  assert "the repository has no revision 'gone'" in said
+  said = ask(tmp_path, None, "resolve", "hf:owner/model")
+  assert "not whole in the local cache, and the Hub cannot be reached" in said
+  said = ask(tmp_path, None, "resolve", "hf:owner/model", HF_HUB_OFFLINE="1")
+  assert "cache, and HF_HUB_OFFLINE is set; set config.model.checkpoint" in said
+
+
+@pytest.mark.parametrize("name", [
+    "hf:", "hf:a/b/c", "hf:/etc", "hf:../x", "hf:a/b@", "hf:a/b@../x",
+    "hf:a/b@/x", "hf:a b", "hf:a/b\n"])
+def test_names_that_are_none(name):
+  with pytest.raises(ConfigError, match="names no repository, wanted hf:<own"):
+    hub.resolve(name)
+
+
+def test_a_folder_is_itself(tmp_path):
+  assert str(hub.resolve(tmp_path)) == str(tmp_path)
+  assert str(hub.resolve_settings("gs://a/b")) == "gs://a/b"
