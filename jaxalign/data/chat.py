@@ -161,8 +161,8 @@ class Chat:
     if found and tok.specials[found[0][0]] == tok.own_bos and (
         found[0].start() == 0):
       tok.bos = tok.own_bos
-    prompt = self._render(asked, True)
-    after = [m for m in found if m.start() >= len(prompt)]
+    asks = os.path.commonprefix([self._render(asked, True), history])
+    after = [m for m in found if m.start() >= len(asks)]
     if after:
       tok.ends_with(tok.specials[after[-1][0]])
     self._end = next(text for text, i in tok.specials.items() if i == tok.eos)

@@ -7,6 +7,7 @@ record, and a cap on what comes out. It stays alive over many records and is
 killed when a deadline passes.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -50,12 +51,13 @@ class Renderer:
 
   def close(self) -> None:
     """Ends the process, if there is one."""
-    if self._process is not None:
-      self._process.kill()
-      self._process.wait()
-      self._process.stdin.close()
-      self._process.stdout.close()
-      self._process = None
+    process, self._process = self._process, None
+    if process is not None:
+      process.kill()
+      process.wait()
+      process.stdout.close()
+      with contextlib.suppress(OSError):  # it did not read all of it
+        process.stdin.close()
 
   def render(self, source: str, messages: list[dict[str, str]],
              **values: Any) -> str:
