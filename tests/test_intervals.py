@@ -207,3 +207,97 @@ def test_likelihood_accuracy_is_per_token_and_without_reference():
 def test_sampled_kl_is_policy_minus_reference():
   found = held_out.sampled_kl(np.array([-1.0, -2.0]), np.array([-4.0, -3.0]))
   assert found["value"] == 2.0 and found["n"] == 2
+
+
+# Over seeds.
+
+
+def test_student_by_hand():
+  """1, 2, 6: mean 3, sd sqrt(7); t of 2 degrees is (2q - 1) / sqrt(2q(1-q))."""
+  found = intervals.student([1.0, 2.0, 6.0])
+  half = 0.95 / np.sqrt(2 * 0.975 * 0.025) * np.sqrt(7 / 3)
+  np.testing.assert_allclose([found["low"], found["high"]],
+                             [3 - half, 3 + half], rtol=1e-12)
+  assert intervals.student([4.0]) == dict(value=4.0, low=None, high=None, n=1)
+  assert intervals.student([])["n"] == 0
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_student_covers_95_percent_where_a_bootstrap_does_not(seeds):
+  rate = covered(lambda rng: intervals.student(rng.normal(0, 1, seeds)), 0.0)
+  assert 0.94 < rate < 0.96, rate
+  def percentile(rng):
+    v = rng.normal(0, 1, seeds)
+    drawn = rng.choice(v, (400, seeds)).mean(1)
+    return dict(zip(("low", "high"), np.quantile(drawn, [0.025, 0.975])))
+  if seeds == 3:
+    assert 0.72 < covered(percentile, 0.0, n=1000) < 0.80
+
+
+def two_way(rng, s, p, seed_sd, prompt_sd):
+  """Won or not: luck of the seed, hardness of the prompt, chance."""
+  chance = (0.5 + rng.normal(0, seed_sd, (s, 1))
+            + rng.normal(0, prompt_sd, (1, p)))
+  return (rng.random((s, p)) < chance).astype(float)
+
+
+@pytest.mark.parametrize("s,p", [(5, 100), (10, 100), (5, 512), (10, 512)])
+@pytest.mark.parametrize("seed_sd,prompt_sd", [(0.024, 0.1), (0.034, 0.2),
+                                               (0.05, 0.1)])
+def test_crossed_covers_93_to_97_of_1000_draws(s, p, seed_sd, prompt_sd):
+  """The built-in world's spreads; seeds alone would claim far too much."""
+  rate = covered(lambda rng: intervals.crossed(
+      two_way(rng, s, p, seed_sd, prompt_sd)), 0.5, n=1000)
+  assert 0.93 <= rate <= 0.97, rate
+
+
+def test_crossed_covers_where_seeds_alone_do_not():
+  def draw(rng):
+    return two_way(rng, 10, 200, 0.024, 0.25)
+  rate = covered(lambda rng: intervals.crossed(draw(rng)), 0.5, n=1000)
+  assert 0.93 <= rate <= 0.97, rate
+  alone = covered(lambda rng: intervals.student(draw(rng).mean(1)), 0.5,
+                  n=1000)
+  assert alone < 0.85, alone
+
+
+def test_crossed_never_claims_less_than_there_is():
+  """No luck of seeds at all: the interval is wide, never narrow."""
+  rate = covered(lambda rng: intervals.crossed(
+      two_way(rng, 5, 100, 0.0, 0.0)), 0.5, n=1000)
+  assert rate > 0.95, rate
+
+
+def test_spread_by_hand():
+  """Two seeds, three prompts, worked as a two-way table of variance."""
+  v = np.array([[1.0, 0.0, 1.0], [0.5, 0.0, 0.0]])
+  found = intervals.spread(v)
+  rows, columns, m = [2 / 3, 1 / 6], [0.75, 0, 0.5], 2.5 / 6
+  ms_s = 3 * sum((r - m) ** 2 for r in rows) / 1
+  ms_p = 2 * sum((c - m) ** 2 for c in columns) / 2
+  ms_e = sum((v[i, j] - rows[i] - columns[j] + m) ** 2
+             for i in range(2) for j in range(3)) / 2
+  assert ms_s > ms_e and ms_p > ms_e
+  assert found.value == pytest.approx(m)
+  assert found.noise == pytest.approx(ms_e)
+  assert found.seeds == pytest.approx((ms_s - ms_e) / 3)
+  assert found.prompts == pytest.approx((ms_p - ms_e) / 2)
+  assert found.error == pytest.approx(np.sqrt((ms_s + ms_p - ms_e) / 6))
+  assert found.freedom == pytest.approx((ms_s + ms_p - ms_e)**2 / (
+      ms_s**2 + ms_p**2 / 2 + ms_e**2 / 2))
+
+
+def test_the_prompts_part_is_that_of_a_bootstrap():
+  """Prompts drawn again, the seeds kept: (MS_p - noise + noise) / (S P)."""
+  rng = np.random.default_rng(0)
+  v = two_way(rng, 6, 300, 0.05, 0.2)
+  drawn = [v[:, rng.integers(0, 300, 300)].mean() for _ in range(4000)]
+  found = intervals.spread(v)
+  assert np.var(drawn) == pytest.approx(
+      (found.prompts + found.noise / 6) / 300, rel=0.1)
+
+
+def test_crossed_of_one_seed_has_no_interval():
+  found = intervals.crossed(np.array([[1.0, 0.0]]))
+  assert found == dict(value=0.5, low=None, high=None, n=1, prompts=2)
+  json.dumps(intervals.crossed(np.ones((3, 4))), allow_nan=False)

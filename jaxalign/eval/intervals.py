@@ -1,8 +1,9 @@
 """Estimates with 95 % intervals, as the report prints them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 _Z = 1.959963984540054  # two-sided 95 % of the normal
 
@@ -116,3 +117,84 @@ def in_words(name_a: str, name_b: str, diff: dict[str, Any], unit: str) -> str:
   return (f"No difference shown between {name_a} and {name_b} at "
           f"n = {diff['n']} in {unit} ({value:+.1f} points; {interval}; one "
           "training seed).")
+
+
+def student(values: np.ndarray) -> dict[str, Any]:
+  """A mean over a few independent runs (seeds) with Student's t interval.
+
+  Three seeds are too few to bootstrap: a percentile bootstrap over them
+  covers 76 %, not 95.
+
+  Args:
+    values: [S] one number a seed; one alone has no interval (None).
+  """
+  values = np.asarray(values, np.float64)
+  n = len(values)
+  if n < 2:
+    return mean(values)
+  m, t = float(values.mean()), float(stats.t.ppf(0.975, n - 1))
+  half = t * float(values.std(ddof=1)) / np.sqrt(n)
+  return dict(value=m, low=m - half, high=m + half, n=n)
+
+
+class Spread(NamedTuple):
+  """A mean over seeds and prompts, and how sure it is."""
+
+  value: float
+  error: float  # standard error, as if seeds and prompts were drawn anew
+  freedom: float  # of the t distribution
+  seeds: float  # variance between seeds, of one seed's mean over all prompts
+  prompts: float  # variance between prompts, of a prompt's mean over all seeds
+  noise: float  # variance of one cell about its seed and its prompt
+
+
+def spread(values: np.ndarray) -> Spread:
+  """Two-way spread of S seeds that met the same P prompts.
+
+  Seeds and prompts are both drawn from more, so both count: with the mean
+  squares of a two-way table, var(mean) = (MS_s + MS_p - MS_sp) / (S P), its
+  freedom Satterthwaite's. A bootstrap of prompts within seeds estimates the
+  prompts' part, (MS_p - MS_sp) / (S P) plus noise; for a mean it has this
+  closed form and needs no draws.
+
+  Args:
+    values: [S, P], S at least 2 and P at least 2.
+  """
+  v = np.asarray(values, np.float64)
+  s, p = v.shape
+  m, rows, columns = v.mean(), v.mean(1), v.mean(0)
+  by_seed = p * float(((rows - m) ** 2).sum()) / (s - 1)
+  by_prompt = s * float(((columns - m) ** 2).sum()) / (p - 1)
+  rest = v - rows[:, None] - columns[None] + m
+  noise = float((rest**2).sum()) / ((s - 1) * (p - 1))
+  # Neither part is below none: a mean square under the noise's is chance.
+  a, b = max(by_seed, noise), max(by_prompt, noise)
+  total = a + b - noise
+  weights = ((by_seed, a, s - 1), (by_prompt, b, p - 1))
+  squares = sum(x * x / f for x, y, f in weights if x >= noise)
+  squares += noise**2 / ((s - 1) * (p - 1))
+  freedom = total**2 / squares if squares > 0 else s - 1.0
+  return Spread(float(m), float(np.sqrt(total / (s * p))),
+                float(max(freedom, s - 1)), (a - noise) / p, (b - noise) / s,
+                noise)
+
+
+def crossed(values: np.ndarray) -> dict[str, Any]:
+  """A mean over seeds and prompts, with a t interval for new ones of both.
+
+  Args:
+    values: [S, P] of S seeds on the same P prompts.
+
+  Returns:
+    {"value", "low", "high", "n" (seeds), "prompts"}; no interval (None)
+    below two seeds or two prompts.
+  """
+  values = np.asarray(values, np.float64)
+  s, p = values.shape
+  if s < 2 or p < 2:
+    value = float(values.mean()) if values.size else None
+    return dict(value=value, low=None, high=None, n=s, prompts=p)
+  found = spread(values)
+  half = float(stats.t.ppf(0.975, found.freedom)) * found.error
+  return dict(value=found.value, low=found.value - half,
+              high=found.value + half, n=s, prompts=p)
