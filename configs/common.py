@@ -61,6 +61,7 @@ def base(variant: str = "") -> ConfigDict:
   c.model.context = 64  # longest row, in tokens; longer ones are cut
   c.model.rope_theta, c.model.norm_eps, c.model.tied = 10000.0, 1e-5, True
   c.model.dtype = "float32"  # of the matrix products
+  c.model.param_dtype = "float32"  # of the frozen reference; or "bfloat16"
   c.model.remat = "none"  # or "dots", "full"
   c.model.head_chunk = 64  # positions of the head at once
 
@@ -99,6 +100,19 @@ def base(variant: str = "") -> ConfigDict:
   t.lr, t.warmup_ratio, t.schedule = 4e-4, 0.1, "linear"
   t.clip, t.weight_decay, t.b2 = 1.0, 0.0, 0.98
   t.save_every = 100
+
+  # Adapters in place of full training. The rate is one of its own: B starts
+  # at 0 and Adam's first step is about the rate whatever the gradient is, so
+  # at a full run's 5e-7 an adapter of a large model stays where it is.
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # 0: all weights are trained
+  c.lora.alpha = 16.0  # A B is scaled by alpha / rank
+  c.lora.targets = ("all-linear",)  # patterns: "w[qv]", "q_proj", "*_proj"
+  c.lora.rs = False  # rsLoRA: alpha / sqrt(rank)
+  c.lora.variant = "lora"  # or "allora", "lora_sb"
+  c.lora.lr = 2e-4
+  c.lora.eta = 4.0  # allora: an update's factor where B is 0
+  c.lora.batches = 4  # lora_sb: of the first gradient
 
   c.eval = ConfigDict()
   c.eval.prompts = 512  # generations at most

@@ -11,7 +11,7 @@ from jaxalign.artifacts import pick
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import Job, loss_of, sampler_kwargs, sizes
+from jaxalign.job import Job, lora_of, loss_of, sampler_kwargs, sizes
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -29,14 +29,16 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "model.layers", "model.width", "model.heads", "model.kv_heads",
           "model.head_size", "model.ff", "model.head_chunk", "eval.prompts",
           "eval.new_tokens", "eval.tile", "select.mixture.starts",
-          "select.mixture.max_iterations", "select.mixture.components")
+          "select.mixture.max_iterations", "select.mixture.components",
+          "lora.batches")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "loss.sft_weight", "train.clip",
-                "sft.clip", "select.mixture.ridge")
+                "sft.clip", "select.mixture.ridge", "lora.rank")
 CHOICES = {"embed.pooling": embed.POOLINGS, "select.order": basic.ORDERS,
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
-           "data.on_bad_rows": ("skip", "error")}
+           "data.on_bad_rows": ("skip", "error"),
+           "model.param_dtype": decoder.DTYPES}
 
 
 def _check_values(c: Any) -> None:
@@ -88,6 +90,12 @@ def validate(c: Any) -> None:
     feed.check_divides(part.batch_size, part.accumulation, name)
     optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,
                         warmup_ratio=part.warmup_ratio)
+  if c.lora.rank:
+    optim.make_schedule(lr=c.lora.lr, updates=10, schedule=c.train.schedule,
+                        warmup_ratio=c.train.warmup_ratio)
+    if not c.lora.eta > 0:
+      raise ConfigError(f"lora.eta={c.lora.eta}, wanted more than 0; set "
+                        "config.lora.eta")
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
   decoder.check(_model(c), sharding.nowhere())
@@ -116,4 +124,4 @@ def _model(c: Any) -> decoder.ModelConfig:
                         f"checkpoint {m.vocab} embeddings; set "
                         "config.model.tokenizer")
   pieces = tokenizer.vocab_size if tokenizer else c.model.vocab_size
-  return m or sizes(c, pieces)
+  return (m or sizes(c, pieces))._replace(lora=lora_of(c))

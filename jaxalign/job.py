@@ -5,6 +5,7 @@ import inspect
 from typing import Any, Callable, NamedTuple
 
 from etils import epath
+import numpy as np
 
 from jaxalign import artifacts
 from jaxalign import progress
@@ -16,6 +17,7 @@ from jaxalign.data.tokenizer import Tokenizer, load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
 from jaxalign.lookup import lookup
+from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.model import weights
 from jaxalign.train.losses import LOSSES
@@ -78,13 +80,20 @@ class Job:
 
   @functools.cached_property
   def model(self) -> decoder.ModelConfig:
-    """The sizes of the reference and policy."""
+    """The sizes of the reference."""
     c = self.c.model
     if c.checkpoint:
       m = weights.read_config(c.checkpoint, c.dtype, c.remat)
       m = m._replace(context=prepare.checked_context(self.c, m.context))
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
+    decoder.check(m, self.mesh)
+    return m
+
+  @functools.cached_property
+  def policy(self) -> decoder.ModelConfig:
+    """The sizes of the policy: the reference's, with adapters or without."""
+    m = self.model._replace(lora=lora_of(self.c))
     decoder.check(m, self.mesh)
     return m
 
@@ -110,10 +119,13 @@ class Job:
   @functools.cached_property
   def reference(self) -> decoder.Params:
     """The frozen reference's parameters, on the mesh."""
+    dtype = np.dtype(self.c.model.param_dtype)
     if self.c.model.checkpoint:
-      return weights.load_folder(self.c.model.checkpoint, self.model, self.mesh)
-    return restore_params(self.shared / "sft" / "checkpoints",
-                          decoder.abstract(self.model, self.mesh))
+      return weights.load_folder(self.c.model.checkpoint, self.model,
+                                 self.mesh, dtype)
+    params = restore_params(self.shared / "sft" / "checkpoints",
+                            decoder.abstract(self.model, self.mesh))
+    return {n: x.astype(dtype) for n, x in params.items()}
 
   @functools.cached_property
   def examined(self) -> evaluate.Examined:
@@ -143,6 +155,15 @@ def loss_of(c: Any) -> Callable:
   bound = functools.partial(fn, **kwargs)
   bound.kind, bound.stats = fn.kind, fn.stats
   return bound
+
+
+def lora_of(c: Any) -> adapters.Lora | None:
+  """The adapters of a config; None: all weights are trained."""
+  k = c.lora
+  if not k.rank:
+    return None
+  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), k.rs,
+                       k.variant)
 
 
 def sizes(c: Any, vocab: int) -> decoder.ModelConfig:

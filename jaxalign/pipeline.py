@@ -11,22 +11,25 @@ from typing import Any, Callable
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import artifacts
 from jaxalign import progress
 from jaxalign.artifacts import Cost, pick
-from jaxalign.checkpoints import restore_params
+from jaxalign.checkpoints import Checkpoints, restore_params
 from jaxalign.data import batches
 from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
 from jaxalign.eval import evaluate
-from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
+from jaxalign.job import Arm, Job, arm_folder, lora_of, sampler_kwargs
 from jaxalign.lookup import lookup
+from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.model import hub
+from jaxalign.model import peft_folder
 from jaxalign.model import weights
 from jaxalign.select import card as cards
 from jaxalign.select import embed
@@ -38,11 +41,13 @@ from jaxalign.train import feed
 from jaxalign.train import loop
 from jaxalign.train import optim
 from jaxalign.train import step as steps
+from jaxalign.train import subspace
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 
 
 TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
+BASES = "bases"  # and LoRA-SB's fixed matrices
 
 
 # Shared stages.
@@ -83,23 +88,28 @@ def run_sft(job: Job) -> None:
                      np.arange(n)[:, None], np.zeros((n, 1), np.float32),
                      np.ones((n, 1), np.float32))
     params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
-    cost = _train(job, folder, "sft", params, rows, LOSSES["sft"], c.sft,
-                  updates=c.sft.updates, seed=c.sft.seed, sft_weight=0.0)
+    cost = _train(job, folder, "sft", m, lambda _: (params, {}), rows,
+                  LOSSES["sft"], c.sft, lr=c.sft.lr, updates=c.sft.updates,
+                  seed=c.sft.seed, sft_weight=0.0)
     return list(TRAINED), cost, {}
 
   job.run(job.shared / "sft", "sft", make=make, resumes=TRAINED,
           fields=pick(c, "sft", "model"), inputs=dict(data=job.key("data")))
 
 
-def _train(job: Job, folder: Any, label: str, params: Any, rows: feed.Rows,
-           loss: Callable, knobs: Any, *, updates: int, seed: int,
-           sft_weight: float, mismatched: feed.Mismatched | None = None,
+def _train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
+           begin: Callable, rows: feed.Rows, loss: Callable, knobs: Any, *,
+           lr: float, updates: int, seed: int, sft_weight: float,
+           mismatched: feed.Mismatched | None = None,
            trace: tuple[int, int] = (0, 0)) -> Cost:
-  """Trains `params` in `folder`; shared by sft and align."""
-  c, m, mesh = job.c, job.model, job.mesh
+  """Trains in `folder`; `begin(batch_at)` returns the parameters to train and
+  those beside them that stay. Shared by sft and align."""
+  c, mesh = job.c, job.mesh
   tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
                             weight_decay=knobs.weight_decay)
-  rate = optim.make_schedule(lr=knobs.lr, updates=updates,
+  if m.lora and m.lora.variant == "allora":
+    tx = optim.allora(tx, c.lora.eta)
+  rate = optim.make_schedule(lr=lr, updates=updates,
                              warmup_ratio=knobs.warmup_ratio,
                              schedule=knobs.schedule)
   batch_at, ids_at, tokens_at = feed.make_feed(
@@ -108,8 +118,10 @@ def _train(job: Job, folder: Any, label: str, params: Any, rows: feed.Rows,
   train_step = steps.make_train_step(
       PRODUCERS["chunked"](m, c.model.head_chunk), loss, tx,
       sft_weight=sft_weight)
-  loop.fit(steps.init_state(params, tx), train_step, batch_at, ids_at,
-           folder=folder, label=label, updates=updates,
+  params, frozen = begin(batch_at)
+  loop.fit(steps.init_state(params, tx),
+           lambda state, batch: train_step(state, batch, frozen), batch_at,
+           ids_at, folder=folder, label=label, updates=updates,
            save_every=knobs.save_every, tokens_at=tokens_at, trace=trace)
   operations, tokens = feed.training_cost(
       m, rows, updates=updates, batch=knobs.batch_size, seed=seed,
@@ -228,10 +240,11 @@ def _load_outcome(folder: Any) -> evaluate.Outcome:
       None if None in reward else reward.astype(float), 0, 0)
 
 
-def _examine(job: Job, params: Any) -> evaluate.Outcome:
+def _examine(job: Job, params: Any, m: decoder.ModelConfig
+             ) -> evaluate.Outcome:
   c = job.c.eval
   return evaluate.examine(
-      job.mesh, params, job.model, job.examined, new=c.new_tokens,
+      job.mesh, params, m, job.examined, new=c.new_tokens,
       temperature=c.temperature, seed=c.seed, tile=c.tile,
       chunk=job.c.model.head_chunk)
 
@@ -239,7 +252,7 @@ def _examine(job: Job, params: Any) -> evaluate.Outcome:
 def run_baseline(job: Job) -> None:
   """Measures the reference itself, once for all arms."""
   def make(folder):
-    outcome = _examine(job, job.reference)
+    outcome = _examine(job, job.reference, job.model)
     files = _save_outcome(folder, job.examined, outcome)
     metrics = evaluate.measure(job.examined, outcome, outcome,
                                outcome.own_logp)
@@ -411,9 +424,42 @@ def _rows(job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
       np.asarray(total), np.asarray(count), label)
 
 
+def _policy_start(job: Job, arm: Arm, folder: Any, batch_at: Callable
+                  ) -> tuple[decoder.Params, decoder.Params]:
+  """(trained, frozen) parameters that compute what the reference does."""
+  c, m = job.c, job.policy
+  if m.lora is None:  # the step donates its state, so it has a copy
+    return {n: jnp.array(x, jnp.float32)
+            for n, x in job.reference.items()}, {}
+  fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m), job.mesh)
+  if m.lora.variant == "lora_sb":
+    with Checkpoints(folder / BASES) as saved:
+      if saved.latest() is None:
+        found = subspace.bases(
+            jax.random.key(arm.seed), m, job.mesh, job.reference,
+            lambda sizes: steps.make_gradients(
+                PRODUCERS["chunked"](sizes, c.model.head_chunk), job.loss,
+                sft_weight=c.loss.sft_weight),
+            [batch_at(step) for step in range(c.lora.batches)])
+        saved.save(0, dict(params=found))
+    fresh |= _bases(job, folder)
+  adapters.assert_zero(fresh)
+  trained, fixed = adapters.split(fresh, m.lora)
+  return trained, job.reference | fixed
+
+
+def _bases(job: Job, folder: Any) -> decoder.Params:
+  """LoRA-SB's fixed matrices, as `align` saved them."""
+  return restore_params(folder / BASES, {
+      n: x for n, x in decoder.abstract(job.policy, job.mesh).items()
+      if n.endswith((":a", ":b"))})
+
+
 def run_align(job: Job, arm: Arm) -> None:
   """Trains the policy on the kept rows, from the reference."""
   c, m = job.c, job.model
+  lora = lora_of(c)
+  leaves = TRAINED + ((BASES,) if lora and lora.variant == "lora_sb" else ())
 
   def make(folder):
     total = artifacts.read_array(folder / "ref_sum.npy")
@@ -431,18 +477,18 @@ def run_align(job: Job, arm: Arm) -> None:
           feed.make_mismatched(rows, updates=updates, seed=arm.seed,
                                batch=c.train.batch_size, context=m.context),
           artifacts.read_array(folder / "mismatched_sum.npy"))
-    # The step donates its state: the policy is a copy of the reference.
-    params = jax.tree.map(lambda x: x.copy(), job.reference)
-    cost = _train(job, folder, f"align {arm.name}", params, rows, job.loss,
-                  c.train, updates=updates, seed=arm.seed,
-                  sft_weight=c.loss.sft_weight, mismatched=mismatched,
-                  trace=tuple(c.profile.steps))
-    return (list(TRAINED), cost,
+    cost = _train(job, folder, f"align {arm.name}", job.policy,
+                  functools.partial(_policy_start, job, arm, folder), rows,
+                  job.loss, c.train, lr=c.lora.lr if lora else c.train.lr,
+                  updates=updates, seed=arm.seed, mismatched=mismatched,
+                  sft_weight=c.loss.sft_weight, trace=tuple(c.profile.steps))
+    return (list(leaves), cost,
             dict(updates=updates, rows=len(rows.ids),
                  say=f"{updates} updates"))
 
-  job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=TRAINED,
-          fields=pick(c, "loss", "train", "model.head_chunk", "model.dtype"),
+  job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
+          fields=pick(c, "loss", "train", "model.head_chunk", "model.dtype",
+                      *(["lora"] if lora else [])),
           inputs=dict(ref_logps=job.key("ref_logps", arm.name)))
 
 
@@ -452,11 +498,29 @@ def run_evaluate(job: Job, arm: Arm) -> None:
 
   @functools.lru_cache(maxsize=1)
   def policy():
-    return restore_params(folder / "checkpoints",
-                          decoder.abstract(job.model, job.mesh))
+    m = job.policy
+    trained = restore_params(
+        folder / "checkpoints",
+        adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])
+    if m.lora is None:
+      return trained
+    if m.lora.variant == "lora_sb":
+      trained |= _bases(job, folder)
+    return job.reference | trained
+
+  def export(folder):
+    params, m = policy(), job.policy
+    merged = adapters.Merged(params, m.lora) if m.lora else params
+    files = weights.export_folder(folder / "export", merged, job.model,
+                                  job.tokenizer)
+    if m.lora:
+      peft_folder.save(folder / "adapter", params, m,
+                       base=job.c.model.checkpoint)
+      files = [*files, "adapter"]
+    return files, Cost(), {}
 
   def measure(folder):
-    outcome = _examine(job, policy())
+    outcome = _examine(job, policy(), job.policy)
     under = evaluate.score_answers(
         job.mesh, job.reference, job.model, job.examined, outcome.said,
         new=job.c.eval.new_tokens, tile=job.c.eval.tile,
@@ -476,10 +540,7 @@ def run_evaluate(job: Job, arm: Arm) -> None:
           inputs=dict(align=job.key("align", arm.name),
                       baseline=job.key("baseline")))
   job.run(folder, "export", arm.name, fields={},
-          inputs=dict(align=job.key("align", arm.name)),
-          make=lambda folder: (weights.export_folder(
-              folder / "export", policy(), job.model, job.tokenizer),
-                               Cost(), {}))
+          inputs=dict(align=job.key("align", arm.name)), make=export)
 
 
 def run_shared(job: Job, arms: list[Arm]) -> None:

@@ -16,7 +16,7 @@ from jaxalign import pipeline
 from jaxalign import progress
 from jaxalign.data import batches
 from jaxalign.data import records
-from jaxalign.job import sizes
+from jaxalign.job import lora_of, sizes
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -118,7 +118,8 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
                f"{progress.duration(total / rate)} at an assumed "
                f"{rate / 1e9:,.0f} GFLOP/s, compiling not counted")
   held = memory.train_step(
-      m, job.mesh, length=length, chunk=c.model.head_chunk,
+      m._replace(lora=lora_of(c)), job.mesh, length=length,
+      chunk=c.model.head_chunk,
       rows=c.train.batch_size * r // c.train.accumulation)
   progress.say(f"  memory a device, training: {memory.words(held)}")
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "

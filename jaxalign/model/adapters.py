@@ -85,7 +85,7 @@ def targets(lora: Lora, names: Iterable[str]) -> list[str]:
   return [n for n in there if n in found]
 
 
-def _sizes(name: str, shape: tuple[int, ...]
+def sizes(name: str, shape: tuple[int, ...]
            ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The input's and the output's axes of a stacked weight's shape."""
   cut = 1 + LINEAR[name.removeprefix("layers/")][0]
@@ -104,7 +104,7 @@ def check(lora: Lora, rows: Mapping[str, Param]) -> None:
     raise ConfigError(f"lora.alpha={lora.alpha}, wanted more than 0; set "
                       "config.lora.alpha")
   for name in targets(lora, rows):
-    widest = min(map(math.prod, _sizes(name, rows[name].shape)))
+    widest = min(map(math.prod, sizes(name, rows[name].shape)))
     if lora.rank > widest:
       raise ConfigError(f"lora.rank={lora.rank} is more than {name} can have, "
                         f"wanted {widest} or less; set config.lora.rank")
@@ -116,7 +116,7 @@ def rows(lora: Lora, base: Mapping[str, Param]) -> dict[str, Param]:
   out = {}
   for name in targets(lora, base):
     p = base[name]
-    into, outof = _sizes(name, p.shape)
+    into, outof = sizes(name, p.shape)
     t, cut = p.shape[0], 1 + len(into)
     out[f"{name}:a"] = Param((t, *into, lora.rank), (*p.axes[:cut], None),
                              1 / math.sqrt(3 * math.prod(into)))
