@@ -16,11 +16,11 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import Tokenizer, load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
-from jaxalign.lookup import lookup
 from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.model import weights
-from jaxalign.train.losses import LOSSES
+from jaxalign.train import losses
+from jaxalign.train.losses import combine
 
 
 class Arm(NamedTuple):
@@ -143,27 +143,8 @@ class Job:
 
 def loss_of(c: Any) -> Callable:
   """The loss of a config with its keywords bound; they are checked."""
-  fn = lookup(LOSSES, c.loss.name, "loss", "loss.name")
-  kwargs = c.loss.kwargs.to_dict()
-  known = [p.name for p in inspect.signature(fn).parameters.values()
-           if p.kind == p.KEYWORD_ONLY]
-  for name in kwargs:
-    if name not in known:
-      raise ConfigError(f"loss {c.loss.name!r} takes no {name!r}; it takes "
-                        f"{', '.join(known) or 'no keywords'}; set "
-                        "config.loss.kwargs")
-  bound = functools.partial(fn, **kwargs)
-  bound.kind, bound.stats = fn.kind, fn.stats
-  return bound
-
-
-def lora_of(c: Any) -> adapters.Lora | None:
-  """The adapters of a config; None: all weights are trained."""
-  k = c.lora
-  if not k.rank:
-    return None
-  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), k.rs,
-                       k.variant)
+  return losses.bind(combine.find(c.loss.name), c.loss.name,
+                     c.loss.kwargs.to_dict())
 
 
 def sizes(c: Any, vocab: int) -> decoder.ModelConfig:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Logps(NamedTuple):
@@ -10,6 +11,24 @@ class Logps(NamedTuple):
 
   sum: jax.Array  # [B, R] nats, over response tokens with their EOS
   count: jax.Array  # [B, R] response tokens, at least 1
+  public: jax.Array | None = None  # [B, R] nats, see `public_sums` (LD-DPO)
+
+
+def public_sums(each: jax.Array, mask: jax.Array) -> jax.Array:
+  """Sums over the first min(counts) response tokens of every response.
+
+  Args:
+    each: [B, R, L] nats a token.
+    mask: [B, R, L], 1 on response tokens.
+
+  Returns:
+    [B, R] nats: `Logps.public`. The shortest response's is its whole sum.
+  """
+  mask = mask.astype(each.dtype)
+  place = jnp.cumsum(mask, axis=-1)  # 1 on the first response token
+  shared = jnp.min(place[..., -1], axis=-1)
+  keep = mask * (place <= shared[:, None, None])
+  return jnp.sum(each * keep, axis=-1)
 
 
 from jaxalign.train.logps.chunked import chunked  # noqa: E402

@@ -1,9 +1,21 @@
-"""Losses on pairs, against a frozen reference."""
+"""Losses on pairs, against a frozen reference.
+
+Every one takes Logps [B, 2], chosen then rejected, of policy and reference,
+and returns [B] values and [B] metrics. `beta` > 0 is the strength of the pull
+to the reference; "rewards/..." are always beta r over sums, whatever the loss
+makes of r. "At the start" is where policy equals reference: r = 0 exactly.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign.train.losses import needs
+from jaxalign.train.losses.common import bounded_exp
+from jaxalign.train.losses.common import margin
+from jaxalign.train.losses.common import mean
+from jaxalign.train.losses.common import pair_metrics
+from jaxalign.train.losses.common import ratios
+from jaxalign.train.losses.common import smoothed
 
 
 @needs("pairs")
@@ -25,13 +37,219 @@ def dpo(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
     [B] loss in nats (ln 2 where policy equals reference), and [B] metrics.
   """
   del stats
-  reward = beta * (policy.sum - ref.sum)
-  margin = reward[:, 0] - reward[:, 1]
-  loss = (-(1 - label_smoothing) * jax.nn.log_sigmoid(margin)
-          - label_smoothing * jax.nn.log_sigmoid(-margin))
-  return loss, {
-      "rewards/chosen": reward[:, 0], "rewards/rejected": reward[:, 1],
-      "rewards/margins": margin,
-      "rewards/accuracies": (margin > 0).astype(jnp.float32),
-      "rewards/ties": (margin == 0).astype(jnp.float32),
-      "logps/chosen": policy.sum[:, 0], "logps/rejected": policy.sum[:, 1]}
+  reward = beta * ratios(policy, ref)
+  return (smoothed(margin(reward), label_smoothing),
+          pair_metrics(policy, reward))
+
+
+@needs("pairs")
+def robust(policy, ref, stats, *, beta=0.1, label_smoothing=0.1):
+  """Provably robust DPO, Chowdhury et al. 2024: unbiased under flips.
+
+  [-(1 - eps) log sigmoid(beta D) + eps log sigmoid(-beta D)] / (1 - 2 eps),
+  sums. eps in [0, 0.5) is the rate of flipped labels; 0.1 as the paper, TRL's
+  default 0 is plain DPO. Unlike cDPO the second sign is a plus, so the value
+  falls below 0 without bound as D grows. At the start ln 2.
+  """
+  del stats
+  reward = beta * ratios(policy, ref)
+  z, eps = margin(reward), label_smoothing
+  loss = (-(1 - eps) * jax.nn.log_sigmoid(z)
+          + eps * jax.nn.log_sigmoid(-z)) / (1 - 2 * eps)
+  return loss, pair_metrics(policy, reward)
+
+
+@needs("pairs")
+def hinge(policy, ref, stats, *, beta=0.1):
+  """max(0, 1 - beta D) over sums, Zhao et al. 2023 with Rafailov's reward.
+
+  TRL's "hinge". `slic` is the one without a reference. At the start 1; the
+  gradient is 0 from the kink on.
+  """
+  del stats
+  reward = beta * ratios(policy, ref)
+  return jax.nn.relu(1 - margin(reward)), pair_metrics(policy, reward)
+
+
+@needs("pairs")
+def ipo(policy, ref, stats, *, beta=0.1):
+  """Identity preference optimisation, Azar et al. 2023, eq. 17, per token.
+
+  (mean(r_w) - mean(r_l) - 1 / (2 beta))^2 with each r over its own token
+  count; beta is the paper's tau. The MEAN is what the paper's authors say
+  they ran, and TRL, HALOs, EasyDeL and LLaMA-Factory do; the original DPO code
+  and OpenRLHF take sums: `ipo_sum`. At the start 1 / (4 beta^2).
+  """
+  del stats
+  r = ratios(policy, ref)
+  gap = margin(mean(r, policy))
+  return (gap - 1 / (2 * beta)) ** 2, pair_metrics(policy, beta * r)
+
+
+@needs("pairs")
+def ipo_sum(policy, ref, stats, *, beta=0.1):
+  """IPO over sums: (D - 1 / (2 beta))^2, Azar et al. 2023, eq. 17 as printed.
+
+  The original DPO code and OpenRLHF; the value grows with the squared length.
+  At the start 1 / (4 beta^2).
+  """
+  del stats
+  r = ratios(policy, ref)
+  return (margin(r) - 1 / (2 * beta)) ** 2, pair_metrics(policy, beta * r)
+
+
+@needs("pairs")
+def dpo_norm(policy, ref, stats, *, beta=5.0):
+  """Length-normalised DPO: -log sigmoid(beta (mean(r_w) - mean(r_l))).
+
+  The MEAN over each answer's own tokens. Gaps a token are small: open-instruct
+  uses beta near 5, the default here; TRL's "sigmoid_norm" keeps 0.1, which is
+  wrong for it. At the start ln 2.
+  """
+  del stats
+  r = ratios(policy, ref)
+  z = beta * margin(mean(r, policy))
+  return -jax.nn.log_sigmoid(z), pair_metrics(policy, beta * r)
+
+
+@needs("pairs")
+def exo(policy, ref, stats, *, beta=0.1, epsilon=1e-3):
+  """Efficient exact optimisation on pairs, Ji et al. 2024, eq. 16: reverse KL.
+
+  With q = sigmoid(beta D) over sums:
+  q [ln q - ln(1 - eps)] + (1 - q) [ln(1 - q) - ln eps], the KL from q to the
+  labels softened by eps in (0, 0.5). The paper's 1e-3; at 0 it is infinite
+  (TRL, where eps is its label_smoothing, refuses 0 and rounds eps to float32).
+  At the start -ln 2 - (ln eps + ln(1 - eps)) / 2.
+  """
+  del stats
+  reward = beta * ratios(policy, ref)
+  z = margin(reward)
+  loss = (jax.nn.sigmoid(z)
+          * (jax.nn.log_sigmoid(z) - jnp.log1p(-epsilon))
+          + jax.nn.sigmoid(-z)
+          * (jax.nn.log_sigmoid(-z) - jnp.log(epsilon)))
+  return loss, pair_metrics(policy, reward)
+
+
+@needs("pairs")
+def nca(policy, ref, stats, *, beta=0.1):
+  """Noise contrastive alignment on pairs, Chen et al. 2024.
+
+  -log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w)
+  - 1/2 log sigmoid(-beta r_l), sums: the chosen answer's likelihood is held up
+  by itself, not by the gap. TRL's "nca_pair". At the start 2 ln 2.
+  """
+  del stats
+  reward = beta * ratios(policy, ref)
+  w, l = reward[:, 0], reward[:, 1]
+  loss = (-jax.nn.log_sigmoid(w) - 0.5 * jax.nn.log_sigmoid(-w)
+          - 0.5 * jax.nn.log_sigmoid(-l))
+  return loss, pair_metrics(policy, reward)
+
+
+@needs("pairs", "delta")
+def bco_pair(policy, ref, stats, *, beta=0.1):
+  """Binary classifier optimisation on pairs, Jung et al. 2024.
+
+  -log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)), sums.
+  stats["delta"] is the running mean of all rewards (`unpaired.update_delta`),
+  without gradient. TRL's "bco_pair" has delta = 0 always; EasyDeL takes the
+  batch's mean and lets the gradient through; LLaMA-Factory a running mean. At
+  the start (delta 0) 2 ln 2.
+  """
+  delta = jax.lax.stop_gradient(stats["delta"])
+  reward = beta * ratios(policy, ref)
+  loss = (-jax.nn.log_sigmoid(reward[:, 0] - delta)
+          - jax.nn.log_sigmoid(-(reward[:, 1] - delta)))
+  return loss, pair_metrics(policy, reward) | {
+      "delta": jnp.ones_like(loss) * delta}
+
+
+@needs("pairs")
+def sppo(policy, ref, stats, *, beta=0.1):
+  """Self-play preference optimisation with hard labels, Wu et al. 2024.
+
+  (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, sums: the paper's win
+  probabilities (eq. 4.7) set to 1 and 0, eta = 1 / beta. TRL's "sppo_hard". At
+  the start 1 / (2 beta^2).
+  """
+  del stats
+  r = ratios(policy, ref)
+  loss = (r[:, 0] - 1 / (2 * beta)) ** 2 + (r[:, 1] + 1 / (2 * beta)) ** 2
+  return loss, pair_metrics(policy, beta * r)
+
+
+@needs("pairs")
+def apo_zero(policy, ref, stats, *, beta=0.1):
+  """Anchored preference optimisation, zero: D'Oosterlinck et al. 2024, eq. 7.
+
+  [1 - sigmoid(beta r_w)] + sigmoid(beta r_l), sums: chosen up, rejected down;
+  for answers better than the model's own. At the start 1.
+  """
+  del stats
+  reward = beta * ratios(policy, ref)
+  loss = jax.nn.sigmoid(-reward[:, 0]) + jax.nn.sigmoid(reward[:, 1])
+  return loss, pair_metrics(policy, reward)
+
+
+@needs("pairs")
+def apo_down(policy, ref, stats, *, beta=0.1):
+  """Anchored preference optimisation, down: D'Oosterlinck et al. 2024, eq. 8.
+
+  sigmoid(beta r_w) + [1 - sigmoid(beta D)], sums: both down, the rejected one
+  further; for answers worse than the model's own. At the start 1.
+  """
+  del stats
+  reward = beta * ratios(policy, ref)
+  loss = jax.nn.sigmoid(reward[:, 0]) + jax.nn.sigmoid(-margin(reward))
+  return loss, pair_metrics(policy, reward)
+
+
+@needs("pairs")
+def discopop(policy, ref, stats, *, beta=0.1, tau=0.05):
+  """Discovered preference optimisation, Lu et al. 2024, eq. 5 (LRML).
+
+  (1 - m) (-log sigmoid(z)) + m e^-z with z = beta D over sums and
+  m = sigmoid(z / tau). TRL multiplies m by e^-z, which is 0 * inf = NaN from
+  z = -710 on (-88 in float32); one exponent, bounded at 80, is not. At the
+  start (1 + ln 2) / 2.
+  """
+  del stats
+  reward = beta * ratios(policy, ref)
+  z = margin(reward)
+  loss = (-jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z)
+          + bounded_exp(jax.nn.log_sigmoid(z / tau) - z))
+  return loss, pair_metrics(policy, reward)
+
+
+@needs("pairs")
+def dpop(policy, ref, stats, *, beta=0.1, penalty=50.0):
+  """DPO-Positive, Pal et al. 2024 (Smaug).
+
+  -log sigmoid(beta [D - lambda max(0, ref_w - policy_w)]), sums: a chosen
+  answer less likely than under the reference is punished lambda = `penalty`
+  times; 50 as the paper (5 to 500 are used). The slope at the kink is 0, so
+  the first update is DPO's. At the start ln 2.
+  """
+  del stats
+  r = ratios(policy, ref)
+  z = beta * (margin(r) - penalty * jax.nn.relu(-r[:, 0]))
+  return -jax.nn.log_sigmoid(z), pair_metrics(policy, beta * r)
+
+
+@needs("pairs", extras=("public",))
+def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
+  """Length-desensitised DPO, Liu et al. 2024.
+
+  DPO on sums whose tokens past L = min(n_w, n_l) weigh alpha = `tail_weight`
+  in [0, 1]: public + alpha (sum - public), of policy AND reference, so that
+  the start is ln 2; LLaMA-Factory weighs the policy only. 1 is DPO, 0 drops
+  the tail. alpha is applied here, never to stored log-probabilities.
+  `Logps.public` [B, 2] holds the sums over the first L tokens.
+  """
+  del stats
+  def weighed(x):
+    return x.public + tail_weight * (x.sum - x.public)
+  reward = beta * (weighed(policy) - weighed(ref))
+  return -jax.nn.log_sigmoid(margin(reward)), pair_metrics(policy, reward)

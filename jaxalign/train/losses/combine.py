@@ -1,0 +1,94 @@
+"""Weighted sums of losses, by name: "dpo+0.2*sft" is RPO."""
+
+import inspect
+import math
+from typing import Callable
+
+from jaxalign.errors import ConfigError
+from jaxalign.lookup import lookup
+from jaxalign.train.losses import LOSSES
+
+
+def find(name: str) -> Callable:
+  """The loss a config names: a key of LOSSES, "module:function", or a sum.
+
+  "0.8*dpo+0.2*bco_pair+sft" is that weighted sum (MPO); a weight of 1 need not
+  be written. See `weighted_sum` for the keywords.
+
+  Raises:
+    ConfigError: an unknown loss, a weight that is none, or losses on rows of
+      different kinds.
+  """
+  terms = []
+  for term in name.split("+"):
+    number, star, rest = term.rpartition("*")
+    terms.append((_weight(number.strip(), name) if star else 1.0,
+                  rest.strip()))
+  found = [lookup(LOSSES, key, "loss", "loss.name") for _, key in terms]
+  if len(found) == 1 and terms[0][0] == 1.0:
+    return found[0]
+  return weighted_sum([(w, key, fn) for (w, key), fn in zip(terms, found)])
+
+
+def _weight(text, name):
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not 0 < value < math.inf:
+    raise ConfigError(f"loss {name!r} has the weight {text!r}, wanted a number "
+                      "above 0, as in 'dpo+0.2*sft'; set config.loss.name")
+  return value
+
+
+def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
+  """One loss of several: sum of weight * loss, row by row.
+
+  Each term is given the keywords that it takes: `beta` reaches every term
+  that has one (as in TRL, whose losses share theirs), and a keyword that is
+  not given keeps each term's own default. Metrics of one name are those of
+  the first term that has it; "loss/<name>" is each term's own value.
+
+  Args:
+    terms: (weight, name, loss) in order.
+
+  Returns:
+    A loss whose kind, stats, extras and keywords are those of its terms.
+
+  Raises:
+    ConfigError: pairs, thumbs and imitation do not mix; "rows" mix with pairs
+      only: of thumbs an undesirable answer would be imitated too.
+  """
+  kinds = {fn.kind for _, _, fn in terms}
+  names = [key for _, key, _ in terms]
+  if len(kinds) > 1 and kinds != {"pairs", "rows"}:
+    each = ", ".join(f"{key} {fn.kind}" for _, key, fn in terms)
+    raise ConfigError(f"losses of different rows cannot be summed ({each}); "
+                      "set config.loss.name")
+  if len(set(names)) < len(names):
+    raise ConfigError(f"a loss is summed twice ({', '.join(names)}); set "
+                      "config.loss.name")
+  takes = [[p for p in inspect.signature(fn).parameters.values()
+            if p.kind == p.KEYWORD_ONLY] for _, _, fn in terms]
+
+  def loss_fn(policy, ref, stats, **kwargs):
+    total, metrics, own = 0.0, {}, {}
+    for (weight, name, fn), known in zip(terms, takes):
+      loss, extra = fn(policy, ref, stats, **{
+          p.name: kwargs[p.name] for p in known if p.name in kwargs})
+      total = total + weight * loss
+      metrics = extra | metrics
+      own[f"loss/{name}"] = loss
+    return total, metrics | own
+
+  keywords = {p.name: p for known in reversed(takes) for p in known}
+  positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+                for n in ("policy", "ref", "stats")]
+  loss_fn.__signature__ = inspect.Signature(
+      positional + list(keywords.values()))
+  loss_fn.kind = "pairs" if "pairs" in kinds else kinds.pop()
+  for field in ("stats", "extras"):
+    setattr(loss_fn, field, tuple(dict.fromkeys(
+        item for _, _, fn in terms for item in getattr(fn, field, ()))))
+  loss_fn.reference = any(getattr(fn, "reference", True) for _, _, fn in terms)
+  return loss_fn

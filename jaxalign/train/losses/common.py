@@ -1,0 +1,65 @@
+"""What losses share: ratios, per-token means, the metrics they log."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.train.logps import Logps
+
+# exp of more than this leaves float32 once it is multiplied by anything.
+MAX_EXPONENT = 80.0
+
+
+def ratios(policy: Logps, ref: Logps) -> jax.Array:
+  """r [B, R] = policy - ref over sums, nats; exactly 0 where they agree."""
+  return policy.sum - ref.sum
+
+
+def margin(x: jax.Array) -> jax.Array:
+  """[B, 2] -> [B]: chosen minus rejected."""
+  return x[:, 0] - x[:, 1]
+
+
+def mean(sums: jax.Array, logps: Logps) -> jax.Array:
+  """Sums [B, R] a response token; an empty response counts as one token."""
+  return sums / jnp.maximum(logps.count, 1)
+
+
+def smoothed(z: jax.Array, eps: float) -> jax.Array:
+  """-(1 - eps) log sigmoid(z) - eps log sigmoid(-z): a logistic loss whose
+  labels are wrong with chance eps."""
+  return (-(1 - eps) * jax.nn.log_sigmoid(z)
+          - eps * jax.nn.log_sigmoid(-z))
+
+
+def bounded_exp(x: jax.Array) -> jax.Array:
+  """exp(min(x, 80)): finite in float32; past 80 constant, gradient 0."""
+  return jnp.exp(jnp.minimum(x, MAX_EXPONENT))
+
+
+def pair_metrics(policy: Logps, reward: jax.Array) -> dict[str, Any]:
+  """Metrics [B] of pairs: rewards [B, 2], wins with ties apart, log-probs.
+
+  A tie is no win: where policy equals reference the accuracy is 0, not 1/2.
+  """
+  gap = margin(reward)
+  return {
+      "rewards/chosen": reward[:, 0], "rewards/rejected": reward[:, 1],
+      "rewards/margins": gap,
+      "rewards/accuracies": (gap > 0).astype(jnp.float32),
+      "rewards/ties": (gap == 0).astype(jnp.float32),
+      "logps/chosen": policy.sum[:, 0], "logps/rejected": policy.sum[:, 1]}
+
+
+def thumb_metrics(policy: Logps, reward: jax.Array,
+                  label: jax.Array) -> dict[str, Any]:
+  """Metrics of single answers, as (values, weights): those of one class are 0
+  on the other's rows and are averaged over their own class only."""
+  up = label.astype(jnp.float32)
+  logps = policy.sum[:, 0]
+  return {
+      "rewards/chosen": (reward * up, up),
+      "rewards/rejected": (reward * (1 - up), 1 - up),
+      "logps/chosen": (logps * up, up),
+      "logps/rejected": (logps * (1 - up), 1 - up)}

@@ -1,0 +1,357 @@
+"""What losses take from the whole batch, and sums of losses by name."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.errors import ConfigError, DataError
+from jaxalign.train import losses
+from jaxalign.train.logps import Logps, public_sums
+from jaxalign.train.losses import GLOBAL, LOSSES, combine, matching, unpaired
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pairs(rows=24, spread=8.0):
+  rng = np.random.default_rng(5)
+  p = rng.normal(-60, 15, (rows, 2))
+  return p, p + rng.normal(0, spread, (rows, 2))
+
+
+def as_logps(x):
+  return Logps(jnp.asarray(x), jnp.full(np.shape(x), 5.0))
+
+
+def log_sigmoid(x):
+  return -np.logaddexp(0.0, -np.float64(x))
+
+
+# Optimal transport: Melnyk et al. 2024.
+
+
+def sorted_aot(p, q, beta=0.1, eps=0.0):
+  """The mean over ranks of the margins, policy and reference sorted apart."""
+  z = beta * (np.sort(p[:, 0] - p[:, 1]) - np.sort(q[:, 0] - q[:, 1]))
+  return np.mean(-(1 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z))
+
+
+def sorted_aot_unpaired(p, q, beta=0.1, eps=0.0):
+  """The mean over ranks of r, chosen and rejected sorted apart."""
+  r = p - q
+  z = beta * (np.sort(r[:, 0]) - np.sort(r[:, 1]))
+  return np.mean(-(1 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z))
+
+
+AOT = {"aot": (sorted_aot, "matched_margins"),
+       "aot_unpaired": (sorted_aot_unpaired, "matched_ratios")}
+
+
+@pytest.mark.parametrize("name", AOT)
+@pytest.mark.parametrize("kwargs", [
+    {}, dict(beta=0.4, label_smoothing=0.2)], ids=["defaults", "given"])
+def test_aot_is_the_sorted_loss_over_any_cut(name, kwargs):
+  """Its mean, and the mean's slope by every policy sum; rows as micro-batches
+  of 10 and 14 add up to the same."""
+  (oracle, stat), (p, q) = AOT[name], pairs()
+  n, eps = len(p), kwargs.get("label_smoothing", 0.0)
+  of = lambda p: oracle(p, q, kwargs.get("beta", 0.1), eps)
+  wanted = np.zeros_like(p)
+  for at in np.ndindex(*p.shape):
+    step = np.zeros_like(p)
+    step[at] = 1e-5
+    wanted[at] = (of(p + step) - of(p - step)) / 2e-5
+  with jax.enable_x64(True):
+    matched = GLOBAL[stat](jnp.asarray(p), jnp.asarray(q))
+    def part(sums, rows):
+      loss, _ = LOSSES[name](as_logps(sums[rows]), as_logps(q[rows]),
+                             {stat: matched[rows]}, **kwargs)
+      return jnp.sum(loss) / n
+    for cut in ((slice(0, n),), (slice(0, 10), slice(10, n))):
+      values, grads = zip(*(jax.value_and_grad(part)(jnp.asarray(p), rows)
+                            for rows in cut))
+      np.testing.assert_allclose(sum(values), of(p), rtol=1e-12)
+      np.testing.assert_allclose(sum(grads), wanted, rtol=1e-6, atol=1e-10)
+
+
+def test_aot_of_a_row_is_the_one_at_its_rank():
+  """Margins 5, 1, 3 and the reference's 2, 9, 4: by rank 9, 2, 4."""
+  p = np.array([[-1.0, -6.0], [-1.0, -2.0], [-1.0, -4.0]])
+  q = np.array([[-1.0, -3.0], [-1.0, -10.0], [-1.0, -5.0]])
+  matched = GLOBAL["matched_margins"](jnp.asarray(p), jnp.asarray(q))
+  np.testing.assert_array_equal(matched, [9.0, 2.0, 4.0])
+  loss, _ = LOSSES["aot"](as_logps(p), as_logps(q),
+                          dict(matched_margins=matched), beta=1.0)
+  np.testing.assert_allclose(loss, -log_sigmoid([-4.0, -1.0, -1.0]), rtol=1e-6)
+  # r: chosen 0, 0, 0; rejected -3, 8, 1. Each side's value of the same rank.
+  matched = GLOBAL["matched_ratios"](jnp.asarray(p), jnp.asarray(q))
+  np.testing.assert_array_equal(matched, [[-3, 0], [1, 0], [8, 0]])
+
+
+def test_ranks_give_ties_to_the_row_that_comes_first():
+  ranks = losses.aot.ranks(jnp.float32([2.0, 1.0, 2.0, 0.0]))
+  np.testing.assert_array_equal(ranks, [2, 1, 3, 0])
+
+
+def test_micro_batches_sorted_alone_would_differ():
+  """TRL's way: the reason that the statistics are over the global batch."""
+  p, q = pairs()
+  for oracle in (sorted_aot, sorted_aot_unpaired):
+    halves = (oracle(p[:12], q[:12]) + oracle(p[12:], q[12:])) / 2
+    assert abs(halves - oracle(p, q)) > 1e-3
+
+
+def test_no_gradient_runs_through_what_is_matched():
+  p, q = (jnp.float32(x) for x in pairs())
+  for name, (_, stat) in AOT.items():
+    def total(sums, matched):
+      return jnp.sum(LOSSES[name](as_logps(sums), as_logps(q),
+                                  {stat: matched})[0])
+    assert (jax.grad(total, 1)(p, GLOBAL[stat](p, q)) == 0).all()
+    assert (jax.grad(lambda x: jnp.sum(GLOBAL[stat](x, q)))(p) == 0).all()
+
+
+# BCO's delta.
+
+
+def test_delta_is_the_mean_of_every_reward_so_far():
+  rng = np.random.default_rng(0)
+  rewards = rng.normal(3, 2, 70)
+  with jax.enable_x64(True):
+    for cuts in ((70,), (1, 30, 70), (64, 66, 70)):
+      delta, start = unpaired.init_delta(), 0
+      assert delta.mean == 0
+      for end in cuts:
+        delta = unpaired.update_delta(delta, jnp.asarray(rewards[start:end]))
+        np.testing.assert_allclose(delta.mean, rewards[:end].mean(),
+                                   rtol=1e-12)
+        start = end
+      assert delta.count == 70
+  pairs_too = unpaired.update_delta(unpaired.init_delta(),
+                                    jnp.float32([[1.0, 2.0], [4.0, 5.0]]))
+  assert pairs_too == (3.0, 4.0)
+
+
+def test_no_gradient_runs_through_delta():
+  fn = lambda r: unpaired.update_delta(unpaired.init_delta(), r).mean
+  assert (jax.grad(fn)(jnp.float32([1.0, 2.0])) == 0).all()
+
+
+# BCO's underlying distribution matching.
+
+
+def prompts(rows=300, width=6, shift=0.7):
+  rng = np.random.default_rng(3)
+  label = rng.random(rows) < 0.3
+  return rng.normal(0, 1, (rows, width)) + shift * label[:, None], label
+
+
+def test_density_ratios_are_scikit_learn_s():
+  linear = pytest.importorskip("sklearn.linear_model")
+  x, label = prompts()
+  ours = matching.density_ratios(x, label)
+  theirs = linear.LogisticRegression(
+      class_weight="balanced", tol=1e-10, max_iter=5000).fit(x, label)
+  p = theirs.predict_proba(x)[:, 1]
+  wanted = np.where(label, 1.0, np.clip(p / (1 - p + 1e-8), 0.5, 10.0))
+  assert ours.dtype == np.float32
+  np.testing.assert_allclose(ours, wanted, rtol=1e-4)
+  rest = ours[~label]
+  assert (rest == 0.5).any() and (rest == 10.0).any()  # both ends are met
+  assert ((rest > 0.5) & (rest < 10.0)).sum() > 50
+
+
+def test_density_ratios_take_a_sample_of_each_class():
+  x, label = prompts(2000)
+  whole = matching.density_ratios(x, label, sample=10000)
+  some = matching.density_ratios(x, label, sample=400, seed=1)
+  again = matching.density_ratios(x, label, sample=400, seed=1)
+  other = matching.density_ratios(x, label, sample=400, seed=2)
+  np.testing.assert_array_equal(some, again)
+  assert (some != other).any() and (some != whole).any()
+  inner = (whole > 0.5) & (whole < 10) & (some > 0.5) & (some < 10) & ~label
+  assert np.abs(np.log(some / whole)[inner]).mean() < 0.4
+
+
+def test_prompts_of_one_distribution_weigh_one():
+  x, label = prompts(4000, shift=0.0)
+  rest = matching.density_ratios(x, label, sample=4000)[~label]
+  assert abs(rest.mean() - 1) < 0.05
+
+
+@pytest.mark.parametrize("x,label,said", [
+    (np.ones((4, 2)), np.ones(4, bool), "all 4 rows"),
+    (np.ones((4, 2)), np.zeros(4, bool), "all 4 rows"),
+    (np.full((4, 2), np.nan), np.arange(4) < 2, "NaN")])
+def test_density_ratios_refuse(x, label, said):
+  with pytest.raises(DataError, match=said):
+    matching.density_ratios(x, label)
+
+
+# LD-DPO's public sums.
+
+
+def test_public_sums_are_over_the_shorter_answer_s_length():
+  """Responses of 3 and 2 tokens, then of 1 and 4, after prompts."""
+  each = np.float32([[[9, 9, 1, 2, 4, 9], [9, 8, 16, 9, 9, 9]],
+                     [[9, 32, 9, 9, 9, 9], [9, 1, 2, 4, 8, 9]]])
+  mask = np.int32([[[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]],
+                   [[0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0]]])
+  np.testing.assert_array_equal(public_sums(jnp.asarray(each),
+                                            jnp.asarray(mask)),
+                                [[3, 24], [32, 1]])
+
+
+def test_ld_dpo_between_its_ends_is_dpo_and_its_public_part():
+  p, q = pairs()
+  policy, ref = as_logps(p), as_logps(q)
+  policy, ref = (x._replace(public=0.6 * x.sum) for x in (policy, ref))
+  got = lambda a: LOSSES["ld_dpo"](policy, ref, {}, tail_weight=a)[0]
+  np.testing.assert_allclose(got(1.0), LOSSES["dpo"](policy, ref, {})[0],
+                             rtol=2e-5)
+  only = LOSSES["dpo"](*(x._replace(sum=x.public) for x in (policy, ref)), {})
+  np.testing.assert_allclose(got(0.0), only[0], rtol=2e-5)
+
+
+# Weighted sums by name.
+
+
+def test_rpo_is_dpo_and_a_share_of_sft():
+  p, q = pairs()
+  fn = combine.find("dpo + 0.2*sft")
+  loss, metrics = fn(as_logps(p), as_logps(q), {}, beta=0.3)
+  one, of_dpo = LOSSES["dpo"](as_logps(p), as_logps(q), {}, beta=0.3)
+  two, of_sft = LOSSES["sft"](as_logps(p), None, {})
+  np.testing.assert_allclose(loss, one + 0.2 * two, rtol=1e-6)
+  for name, value in (of_dpo | of_sft | {"loss/dpo": one,
+                                         "loss/sft": two}).items():
+    np.testing.assert_array_equal(metrics[name], value)
+  assert set(metrics) == set(of_dpo) | set(of_sft) | {"loss/dpo", "loss/sft"}
+  assert (fn.kind, fn.stats, fn.extras, fn.reference) == ("pairs", (), (), True)
+
+
+def test_a_sum_declares_all_that_its_terms_need():
+  """MPO; the rewards logged are the first term's."""
+  fn = combine.find("0.8*ld_dpo+0.2*bco_pair+1e-2*sft_tokens")
+  assert fn.stats == ("delta", "mean_count") and fn.extras == ("public",)
+  assert fn.kind == "pairs" and fn.reference
+  assert not combine.find("cpo+sft").reference
+  assert combine.find("2*sft+sft_tokens").kind == "rows"
+  assert combine.find("2*kto").kind == "thumbs"
+  keywords = {n: p.default for n, p in
+              inspect.signature(fn).parameters.items()
+              if p.kind == p.KEYWORD_ONLY}
+  assert keywords == dict(beta=0.1, tail_weight=0.5)
+  p, q = pairs()
+  policy, ref = (as_logps(x)._replace(public=jnp.asarray(x) * 0.5)
+                 for x in (p, q))
+  stats = dict(delta=jnp.float32(0.2), mean_count=jnp.float32(4.0))
+  loss, metrics = fn(policy, ref, stats, beta=0.3, tail_weight=0.1)
+  wanted = (0.8 * LOSSES["ld_dpo"](policy, ref, {}, beta=0.3,
+                                   tail_weight=0.1)[0]
+            + 0.2 * LOSSES["bco_pair"](policy, ref, stats, beta=0.3)[0]
+            + 0.01 * LOSSES["sft_tokens"](policy, None, stats)[0])
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  np.testing.assert_allclose(metrics["rewards/chosen"],
+                             0.3 * (0.9 * 0.5 + 0.1) * (p - q)[:, 0],
+                             rtol=1e-4, atol=1e-5)
+
+
+def test_a_keyword_not_given_keeps_each_term_s_default():
+  p, q = pairs()
+  policy, ref = as_logps(p), as_logps(q)
+  loss, _ = combine.find("simpo+dpo")(policy, ref, {})
+  wanted = (LOSSES["simpo"](policy, None, {}, beta=2.0)[0]
+            + LOSSES["dpo"](policy, ref, {}, beta=0.1)[0])
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+
+
+def test_a_name_alone_is_the_table_s_function():
+  assert combine.find("exo") is LOSSES["exo"]
+  assert combine.find("1*exo") is LOSSES["exo"]
+  path = "jaxalign.train.losses.pair:nca"
+  assert combine.find(path) is LOSSES["nca"]
+  assert combine.find(f"0.5*{path}+sft").kind == "pairs"
+
+
+@pytest.mark.parametrize("name,said", [
+    ("dpo+kto", "dpo pairs, kto thumbs"), ("kto+sft", "kto thumbs, sft rows"),
+    ("dpo+x*sft", "weight 'x'"), ("-1*dpo", "weight '-1'"),
+    ("0*dpo", "weight '0'"), ("nan*dpo", "weight 'nan'"),
+    ("inf*dpo", "weight 'inf'"), ("dpo+dpo", "summed twice"),
+    ("dpo+", "unknown loss ''"), ("dpo-sft", "unknown loss 'dpo-sft'")])
+def test_sums_that_cannot_be(name, said):
+  with pytest.raises(ConfigError, match=said) as raised:
+    combine.find(name)
+  assert "config.loss.name" in str(raised.value)
+
+
+# Keywords of a config.
+
+
+@pytest.mark.parametrize("name,kwargs,said", [
+    ("dpo", dict(gamma=1), "takes no 'gamma'; it takes beta, label_smoothing"),
+    ("sft", dict(beta=1), "takes no 'beta'; it takes no keywords"),
+    ("dpo", dict(beta=0), "beta=0, wanted more than 0"),
+    ("dpo", dict(beta="x"), "beta='x'"),
+    ("dpo", dict(beta=float("nan")), "beta=nan"),
+    ("dpo", dict(beta=float("inf")), "beta=inf"),
+    ("robust", dict(label_smoothing=0.5), "0 or more, less than 0.5"),
+    ("robust", dict(label_smoothing=-0.1), "0 or more, less than 0.5"),
+    ("exo", dict(epsilon=0.0), "more than 0, less than 0.5"),
+    ("exo", dict(epsilon=0.5), "more than 0, less than 0.5"),
+    ("discopop", dict(tau=0), "tau=0"),
+    ("ld_dpo", dict(tail_weight=1.1), "from 0 to 1"),
+    ("ld_dpo", dict(tail_weight=-0.1), "from 0 to 1"),
+    ("dpop", dict(penalty=-1), "penalty=-1, wanted 0 or more"),
+    ("cpo", dict(nll_weight=-1), "0 or more"), ("slic", dict(room=-1), "room"),
+    ("kto", dict(desirable=-1), "desirable=-1"),
+    ("dpo_alpha", dict(alpha=float("inf")), "a finite number"),
+    ("simpo", dict(gamma=float("nan")), "a finite number"),
+    ("dpo+sft", dict(tau=1), "takes no 'tau'")])
+def test_keywords_that_cannot_be(name, kwargs, said):
+  with pytest.raises(ConfigError, match=said) as raised:
+    losses.bind(combine.find(name), name, kwargs)
+  assert "config.loss.kwargs" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_keyword_has_limits_that_its_default_meets(name):
+  fn = LOSSES[name]
+  kwargs = {n: p.default for n, p in inspect.signature(fn).parameters.items()
+            if p.kind == p.KEYWORD_ONLY}
+  assert set(kwargs) <= set(losses.LIMITS)
+  bound = losses.bind(fn, name, kwargs)
+  assert all(getattr(bound, f) == getattr(fn, f)
+             for f in ("kind", "stats", "extras", "reference"))
+
+
+def test_bound_keywords_reach_the_loss():
+  p, q = pairs()
+  for kwargs in (dict(beta=0.7), dict(label_smoothing=0)):
+    bound = losses.bind(LOSSES["dpo"], "dpo", kwargs)
+    np.testing.assert_array_equal(
+        bound(as_logps(p), as_logps(q), {})[0],
+        LOSSES["dpo"](as_logps(p), as_logps(q), {}, **kwargs)[0])
+
+
+def test_a_loss_from_elsewhere_may_declare_less():
+  """A fork's function with `kind` and `stats` alone."""
+  def mine(policy, ref, stats, *, strength=2.0):
+    del ref, stats
+    return strength * policy.sum[:, 0], {}
+  mine.kind, mine.stats = "pairs", ()
+  bound = losses.bind(mine, "mine", dict(strength="any"))
+  assert bound.extras == () and bound.reference
+  both = combine.weighted_sum([(1.0, "mine", mine), (2.0, "sft",
+                                                     LOSSES["sft"])])
+  loss, _ = both(as_logps([[-3.0, -1.0]]), None, {})
+  np.testing.assert_allclose(loss, [-6.0 + 2 * 0.6], rtol=1e-6)
