@@ -1,5 +1,7 @@
 """Every sampler keeps its contract; ISA equals the loop it replaces."""
 
+import functools
+import inspect
 import math
 
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import pool as pools
+from jaxalign.select import topk
 from jaxalign.select.samplers import SAMPLERS, basic
+import pools as tests_pools
 
 N = 500
 
@@ -73,6 +77,22 @@ def test_isa_orders_pick_rare_dense_and_middle(oracle):
   assert 0.1 < pick["renormalised"].mean() < 0.9
 
 
+def test_a_soft_isa_draws_by_the_weights():
+  """Of many seeds, a row's share is its weight's; one seed, by hand."""
+  pool = make_pool(1, n=6)
+  change = naive(pool.log_likelihood[:, 0].tolist(), "magnitude")
+  logits = change / (0.7 * change.std())
+  u = topk.uniform(3, pool.ids, "isa")
+  got = SAMPLERS["isa"](3, pool, 2, order="magnitude", soft=0.7)
+  np.testing.assert_allclose(got.score, logits - np.log(-np.log(u)), rtol=1e-9)
+  first = [SAMPLERS["isa"](s, pool, 1, order="magnitude", soft=0.7).rows[0]
+           for s in range(3000)]
+  share = np.exp(logits) / np.exp(logits).sum()
+  assert abs(np.bincount(first, minlength=6) / 3000 - share).max() < 0.03
+  with pytest.raises(ConfigError, match="soft is -1"):
+    SAMPLERS["isa"](0, pool, 2, soft=-1)
+
+
 def test_renormalised_keeps_its_digits_where_subtraction_loses_them():
   value = np.random.default_rng(3).normal(size=200_000)
   change = basic.entropy_change(value, "renormalised")
@@ -91,6 +111,7 @@ def test_pair_scores_by_hand(order, pair_score):
   flat = naive(pool.log_likelihood.reshape(-1).tolist(), order)
   chosen, rejected = flat[0::2], flat[1::2]
   wanted = {"sum": chosen + rejected, "chosen": chosen,
+            "mean": (chosen + rejected) / 2, "rejected": rejected,
             "min": np.where(chosen < rejected, chosen, rejected),
             "max": np.where(chosen < rejected, rejected, chosen),
             "difference": chosen - rejected}[pair_score]
@@ -162,22 +183,91 @@ def test_random_is_fair_nested_and_the_same_in_a_part_of_the_pool():
   assert list(part.ids[c.rows]) == wanted
 
 
+# Of every entry of the table.
+
+
+def refuses(sampler, responses):
+  """Whether this sampler must refuse a pool of single responses."""
+  return sampler.pairs and responses == 1
+
+
+@functools.lru_cache(maxsize=None)
+def small_pool(responses):
+  return tests_pools.make(responses, n=120)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("responses", [1, 2])
 def test_contract(name, responses):
-  """Of every entry of the table: what it needs, shapes, order, ties."""
-  sampler = SAMPLERS[name]
-  pool = make_pool(responses)
+  """What it needs, shapes, finite scores, order of the input, budgets."""
+  sampler, pool = SAMPLERS[name], small_pool(responses)
+  n = len(pool.ids)
   assert isinstance(sampler.needs, tuple)
-  only = pools.Pool(pool.ids, {k: pool.columns[k] for k in sampler.needs})
-  got = sampler(5, only, 40)
+  assert set(sampler.needs + sampler.optional) <= set(pools.SHAPES)
+  parameters = list(inspect.signature(sampler).parameters.values())
+  assert [p.name for p in parameters[:3]] == ["seed", "pool", "budget"]
+  assert all(p.kind == p.KEYWORD_ONLY and p.default is not p.empty
+             for p in parameters[3:])
+  reads = {k: v for k, v in pool.columns.items()
+           if k in sampler.needs + sampler.optional}
+  if refuses(sampler, responses):
+    with pytest.raises(ConfigError, match="pair"):
+      sampler(5, pools.Pool(pool.ids, reads), 40)
+    return
+  got = sampler(5, pools.Pool(pool.ids, reads), 40)
   assert got.rows.dtype == np.int64 and got.rows.shape == (40,)
-  assert got.score.dtype == np.float64 and got.score.shape == (N,)
+  assert got.score.dtype == np.float64 and got.score.shape == (n,)
+  assert np.isfinite(got.score).all()
   assert len(set(got.rows.tolist())) == 40
   assert (np.diff(got.score[got.rows]) <= 0).all()
+  assert np.delete(got.score, got.rows).max() <= got.score[got.rows].min()
   # Rows that arrive in another order, sorted by id again, give the same ids.
-  order = np.random.default_rng(9).permutation(N)
+  order = np.random.default_rng(9).permutation(n)
   again = sampler(5, pools.make_pool(
-      pool.ids[order], {k: v[order] for k, v in pool.columns.items()}), 40)
-  assert list(only.ids[got.rows]) == list(pool.ids[again.rows])
-  assert len(sampler(5, pool, N).rows) == N
+      pool.ids[order], {k: v[order] for k, v in reads.items()}), 40)
+  assert list(got.rows) == list(again.rows)
+  np.testing.assert_array_equal(got.score, again.score)
+  assert sorted(sampler(5, pool, n).rows) == list(range(n))
+  assert sampler(5, pool, 1).rows.shape == (1,)
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if SAMPLERS[n].needs])
+def test_broken_numbers_are_refused_by_id(name):
+  """A NaN in a column that is read stops it; the row's id is in the error."""
+  sampler, pool = SAMPLERS[name], small_pool(2)
+  if name == "isa":
+    pytest.skip("reads one likelihood over all rows; its own test above")
+  for column in sampler.needs:
+    value = np.float64(pool.columns[column])
+    value[7] = np.nan
+    with pytest.raises(NumericError, match=str(pool.ids[7])):
+      sampler(0, tests_pools.with_columns(pool, **{column: value}), 40)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_that_are_all_alike_are_drawn_by_the_hash_or_refused(name):
+  sampler, pool = SAMPLERS[name], small_pool(2)
+  same = {k: np.broadcast_to(v[:1], v.shape) for k, v in pool.columns.items()}
+  try:
+    got = sampler(0, pools.Pool(pool.ids, same), 30)
+  except NumericError as error:
+    assert "set config.select" in str(error) or "look at" in str(error)
+    return
+  assert len(set(got.rows.tolist())) == 30 and np.isfinite(got.score).all()
+  assert got.rows.max() > 60 and not (np.diff(got.rows) > 0).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_class_only_and_pools_of_one_and_two_rows(name):
+  sampler = SAMPLERS[name]
+  responses = 2 if sampler.pairs else 1
+  pool = tests_pools.make(responses, n=60)
+  if responses == 1:
+    pool = tests_pools.with_columns(pool, label=np.ones(60, bool))
+  assert len(set(sampler(0, pool, 20).rows)) == 20
+  for n in (1, 2):
+    part = pools.Pool(pool.ids[:n], {k: v[:n] for k, v in pool.columns.items()})
+    try:
+      assert sorted(sampler(0, part, n).rows) == list(range(n))
+    except NumericError as error:  # nothing can be said of one row
+      assert "set config.select" in str(error) or "look at" in str(error)

@@ -13,6 +13,15 @@ SHAPES = {
     "length": "[N, R] int32, response tokens",
     "label": "[N] bool, thumbs only",
     "topic": "[N], where it is known",
+    "source": "[N] str, where the record came from",
+    "logp": "[N, R] nats, summed over the response, of the reference",
+    "logp_count": "[N, R] response tokens that logp sums",
+    "logp_alone": "[N, R] as logp, without the prompt",
+    "p_yes": "[N, R] from 0 to 1, a judge's answer about each response",
+    "reward": "[N, R] a reward model's or judge's score of each response",
+    "proxy_logp": "[N, R] nats, summed, of a small model tuned on a few pairs",
+    "proxy_ref_logp": "[N, R] as proxy_logp, before that tuning",
+    "held_out_loss": "[N, S] nats, of S models; NaN where one saw the row",
 }
 
 
@@ -73,9 +82,18 @@ def make_pool(ids: Any, columns: dict[str, Any]) -> Pool:
   return Pool(ids, table)
 
 
-def needs(*columns: str) -> Callable[[Callable], Callable]:
-  """Declares the pool columns a sampler reads; only those are computed."""
+def needs(*columns: str, optional: tuple[str, ...] = (),
+          pairs: bool = False) -> Callable[[Callable], Callable]:
+  """Declares the pool columns a sampler reads; only those are computed.
+
+  Args:
+    *columns: read whatever its keywords are.
+    optional: read where the pool has them, or where a keyword names them.
+    pairs: it compares two responses, and refuses rows of one.
+  """
   def mark(sampler: Callable) -> Callable:
     sampler.needs = columns
+    sampler.optional = optional
+    sampler.pairs = pairs
     return sampler
   return mark

@@ -33,6 +33,37 @@ def uniform(seed: int, ids: np.ndarray, purpose: str) -> np.ndarray:
   return (bits.astype(np.float64) + 0.5) / 2.0**53
 
 
+def gumbel(seed: int, ids: np.ndarray, purpose: str) -> np.ndarray:
+  """[n] float64 standard Gumbel numbers, one per id as in `uniform`.
+
+  The m highest of log(w) + gumbel are m draws without replacement with
+  probability proportional to w (Efraimidis and Spirakis 2006).
+  """
+  return -np.log(-np.log(uniform(seed, ids, purpose)))
+
+
+def pick(value: np.ndarray, rows: np.ndarray, ids: np.ndarray,
+         tolerance: float = 0.0) -> int:
+  """Where `value` is highest; the hash of the id decides between equals.
+
+  Args:
+    value: [n] float64, no NaN.
+    rows: [n] row numbers of the values, into `ids`.
+    ids: [N] record ids.
+    tolerance: values this close to the highest count as equal to it: what
+      rounding may have put between two copies of a row.
+
+  Returns:
+    A place in `value`.
+  """
+  best = value.max()
+  tied = np.flatnonzero(value >= best - tolerance)
+  if tied.size == 1:
+    return int(tied[0])
+  order = np.lexsort((rows[tied], id_hash(ids[rows[tied]])))
+  return int(tied[order[0]])
+
+
 def top(score: np.ndarray, ids: np.ndarray, m: int) -> np.ndarray:
   """Row numbers [m] int64 of the m highest scores, best first.
 

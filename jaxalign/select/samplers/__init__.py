@@ -6,8 +6,19 @@ record draws the same number in any order, on any mesh, in any part of a pool.
 """
 
 from jaxalign.select.samplers import basic
+from jaxalign.select.samplers import likelihood
+from jaxalign.select.samplers import margin
 
 SAMPLERS = {
     "random": basic.random,
+    "stratified": basic.stratified,
     "isa": basic.isa,
+    "length": likelihood.length,
+    "perplexity": likelihood.perplexity,
+    "ifd": likelihood.ifd,
+    "ask_llm": likelihood.ask_llm,
+    "selective_dpo": likelihood.selective_dpo,
+    "external_margin": margin.external_margin,
+    "implicit_margin": margin.implicit_margin,
+    "bees": margin.bees,
 }

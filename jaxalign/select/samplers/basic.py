@@ -1,13 +1,16 @@
-"""Random rows, and ISA: the rows that change the data set's entropy most."""
+"""Random and stratified rows, and ISA: those that change the entropy most."""
 
 import numpy as np
 
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select.pool import Pool, Selection, needs
-from jaxalign.select.topk import top, uniform
+from jaxalign.select.samplers.values import SIDES, column, one_side
+from jaxalign.select.samplers.values import quantiles
+from jaxalign.select.topk import gumbel, id_hash, top, uniform
 
+STRATA = ("source", "label", "length")
 ORDERS = ("literal", "magnitude", "renormalised")
-PAIR_SCORES = ("sum", "min", "max", "chosen", "difference")
+PAIR_SCORES = SIDES
 
 
 @needs()
@@ -26,6 +29,111 @@ def random(seed: int, pool: Pool, budget: int) -> Selection:
     Selection; the score is the [N] uniform number.
   """
   score = uniform(seed, pool.ids, "random")
+  return Selection(top(score, pool.ids, budget), score)
+
+
+def groups_of(pool: Pool, by: tuple[str, ...], bins: int = 4) -> np.ndarray:
+  """[N] int64, which combination of the named columns' values a row has.
+
+  Args:
+    pool: has the columns; a length is the mean over a row's responses.
+    by: column names; "length" is cut into `bins` parts of equal number, where
+      equal lengths stay together.
+    bins: of the length.
+  """
+  group = np.zeros(len(pool.ids), np.int64)
+  for name in by:
+    if name == "length":
+      mean = column(pool, "length").mean(axis=1)
+      part = np.minimum((quantiles(mean) * bins).astype(np.int64), bins - 1)
+    else:
+      part = np.asarray(getattr(pool, name))
+    _, part = np.unique(part, return_inverse=True)
+    group = group * (part.max() + 1) + part
+  return np.unique(group, return_inverse=True)[1]
+
+
+def apportion(shares: np.ndarray, room: np.ndarray, budget: int) -> np.ndarray:
+  """Whole numbers that add up to `budget`, as near to the shares as can be.
+
+  The method of largest remainders (a tie goes to the earlier); what does not
+  fit into a full part is first divided among the others.
+
+  Args:
+    shares: [G] >= 0, any scale.
+    room: [G] int64, the most each part can take.
+    budget: at most the sum of `room`.
+  """
+  given = np.zeros(len(shares), np.int64)
+  open_ = room > 0
+  while True:
+    left = budget - int(given[~open_].sum())
+    weight = np.where(open_, shares, 0.0)
+    if weight.sum() == 0:  # only parts without a share have room
+      weight = np.where(open_, 1.0, 0.0)
+    exact = weight * (left / max(weight.sum(), 1e-300))
+    full = open_ & (exact >= room)
+    if not full.any():
+      break
+    given[full] = room[full]
+    open_ = open_ & ~full
+  given[open_] = np.floor(exact[open_])
+  last = budget - int(given.sum())
+  order = np.argsort(-np.where(open_ & (weight > 0), exact - given, -1.0),
+                     kind="stable")
+  given[order[:last]] += 1
+  return given
+
+
+@needs("length", optional=("source", "label"))
+def stratified(seed: int, pool: Pool, budget: int, *,
+               by: tuple[str, ...] = STRATA, bins: int = 4,
+               shares: str = "pool") -> Selection:
+  """Random rows, a fixed number from each source x label x length; O(N).
+
+  Args:
+    seed: another seed draws others within the strata.
+    pool: `pool.length` [N, R]; `source` and `label` [N] where it has them (a
+      pool without a column has one value of it).
+    budget: M, at most N.
+    by: the columns that make the strata.
+    bins: parts of equal number into which lengths are cut.
+    shares: "pool", as many of a stratum as it has of the pool; or "equal", as
+      many of each as there are to take.
+
+  Returns:
+    Selection; best first by the draw. The score is the uniform number that
+    `random` uses too, less 1 for the rows that their stratum had no place for.
+  """
+  if shares not in ("pool", "equal"):
+    raise ConfigError(f"shares is {shares!r}, wanted 'pool' or 'equal'; set "
+                      "config.select.kwargs.shares")
+  if isinstance(bins, bool) or int(bins) != bins or bins < 1:
+    raise ConfigError(f"bins is {bins!r}, wanted 1 or more; set "
+                      "config.select.kwargs.bins")
+  unknown = [name for name in by if name not in STRATA
+             and name not in pool.columns]
+  if unknown:
+    raise ConfigError(f"by names {', '.join(unknown)}, the pool has "
+                      f"{', '.join(sorted(pool.columns))}; set "
+                      "config.select.kwargs.by")
+  group = groups_of(pool, tuple(n for n in by if n in pool.columns), int(bins))
+  room = np.bincount(group)
+  # Which stratum a lone row goes to where remainders tie must not follow the
+  # order of values: the least hash of an id in it decides.
+  hashes = id_hash(pool.ids, f"stratified:{int(seed)}")
+  first = np.full(len(room), np.iinfo(np.uint64).max, np.uint64)
+  np.minimum.at(first, group, hashes)
+  order = np.argsort(first, kind="stable")
+  weight = room if shares == "pool" else np.ones(len(room))
+  count = np.empty(len(room), np.int64)
+  count[order] = apportion(np.float64(weight[order]), room[order], budget)
+  score = uniform(seed, pool.ids, "random")
+  ranked = np.lexsort((-score, group))
+  place = np.empty(len(score), np.int64)  # of a row within its stratum
+  place[ranked] = np.arange(len(score)) - np.repeat(
+      np.cumsum(room) - room, room)
+  score = np.where(place < count[group], score, score - 1)
   return Selection(top(score, pool.ids, budget), score)
 
 
@@ -79,28 +187,6 @@ def entropy_change(log_likelihood: np.ndarray, order: str) -> np.ndarray:
   return -np.log1p(-p / z) + p * (s / z - u) / (z - p)
 
 
-def _combine(change: np.ndarray, pair_score: str) -> np.ndarray:
-  """[N, R] changes of the two sides -> [N]; one side stands for itself."""
-  if pair_score not in PAIR_SCORES:
-    raise ConfigError(f"pair_score {pair_score!r} is unknown, wanted one of "
-                      f"{', '.join(PAIR_SCORES)}; set "
-                      "config.select.pair_score")
-  sides = change.shape[1]
-  if sides == 1 and pair_score != "difference":
-    return change[:, 0]
-  if sides != 2:
-    raise ConfigError(f"pair_score {pair_score!r} reads pairs, the pool has "
-                      f"{sides} responses per row; set "
-                      "config.select.pair_score")
-  chosen, rejected = change[:, 0], change[:, 1]
-  if pair_score == "difference":
-    return chosen - rejected
-  if pair_score == "chosen":
-    return chosen
-  return {"sum": np.add, "min": np.minimum,
-          "max": np.maximum}[pair_score](chosen, rejected)
-
-
 def top_with_quota(score: np.ndarray, pool: Pool, budget: int,
                    quota: float | str | None) -> np.ndarray:
   """The best rows, with a fixed share of desirable ones where asked for.
@@ -142,27 +228,39 @@ def top_with_quota(score: np.ndarray, pool: Pool, budget: int,
 
 @needs("log_likelihood")
 def isa(seed: int, pool: Pool, budget: int, *, order: str = "literal",
-        pair_score: str = "sum",
+        pair_score: str = "sum", soft: float = 0.0,
         label_quota: float | str | None = None) -> Selection:
   """Rows whose removal changes the data set's entropy most, Khera et al. 2024.
 
   Args:
-    seed: unused; every sampler takes one.
+    seed: of the draw where `soft` is above 0, else unused.
     pool: `pool.log_likelihood` [N, R] nats, finite; with a label quota also
       `pool.label` [N].
     budget: M, at most N.
     order: "literal" (signed change, descending: rare rows first), "magnitude"
       (by size: dense rows first) or "renormalised"; see `entropy_change`.
     pair_score: how the changes of a pair's two sides become one: "sum",
-      "min", "max", "chosen", or "difference" (chosen minus rejected). The
-      paper ranks unpaired rows and does not say.
+      "min", "max", "chosen", "difference" (chosen minus rejected) and the
+      other `values.SIDES`. The paper ranks unpaired rows and does not say.
+    soft: 0 keeps the highest changes. Above 0, rows are drawn without
+      replacement with weights exp(change / (soft x standard deviation of the
+      changes)): small is nearly hard, large nearly random.
     label_quota: for thumbs, the share of desirable rows among those chosen,
       or "as_pool"; None lets the score decide.
 
   Returns:
-    Selection; the [N] score is the (combined) change of entropy, nats.
+    Selection; the [N] score is the (combined) change of entropy, nats; of a
+    draw, the logarithm of the weight plus the row's Gumbel number.
   """
-  del seed
   value = np.asarray(pool.log_likelihood, np.float64)
-  score = _combine(entropy_change(value, order), pair_score)
+  score = one_side(entropy_change(value, order), pair_score, "pair_score")
+  if not 0 <= soft < np.inf:
+    raise ConfigError(f"soft is {soft!r}, wanted 0 or more; set "
+                      "config.select.kwargs.soft")
+  if soft:
+    spread = score.std()
+    if not spread > 0:
+      raise NumericError("all changes of entropy are equal: there is nothing "
+                         "to weigh; set config.select.pair_score")
+    score = score / (soft * spread) + gumbel(seed, pool.ids, "isa")
   return Selection(top_with_quota(score, pool, budget, label_quota), score)

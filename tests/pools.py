@@ -1,0 +1,37 @@
+"""A pool with every column a sampler may read, for the tests of samplers."""
+
+import numpy as np
+
+from jaxalign.select import pool as pools
+
+
+def make(responses=2, n=200, seed=0, width=8):
+  """N rows whose ids arrive in another order than the rows are made in."""
+  rng = np.random.default_rng(seed)
+  shape = (n, responses)
+  loss = rng.gamma(2.0, 0.3, size=(n, 6))
+  # Each of six models has seen half of the rows, no row was seen by all.
+  loss[(np.arange(n)[:, None] + np.arange(6)) % 2 == 0] = np.nan
+  columns = {
+      "embedding": rng.normal(size=(*shape, width)).astype(np.float32),
+      "log_likelihood": -90 - rng.gamma(2.0, 8.0, size=shape),
+      "length": rng.integers(1, 99, size=shape).astype(np.int32),
+      "topic": rng.integers(0, 9, size=n),
+      "source": rng.choice(["web", "chat", "code"], size=n, p=[.6, .3, .1]),
+      "logp": -rng.gamma(4.0, 9.0, size=shape),
+      "logp_alone": -rng.gamma(4.0, 12.0, size=shape),
+      "logp_count": rng.integers(5, 40, size=shape),
+      "p_yes": rng.random(shape),
+      "reward": rng.normal(size=shape),
+      "proxy_logp": -rng.gamma(4.0, 9.0, size=shape),
+      "proxy_ref_logp": -rng.gamma(4.0, 9.0, size=shape),
+      "held_out_loss": loss,
+  }
+  if responses == 1:
+    columns["label"] = rng.random(n) < 0.3
+  return pools.make_pool([f"id{i:05d}" for i in rng.permutation(n)], columns)
+
+
+def with_columns(pool, **columns):
+  """The pool with some columns replaced."""
+  return pools.Pool(pool.ids, pool.columns | columns)
