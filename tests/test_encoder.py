@@ -1,4 +1,4 @@
-"""Encoders: the numbers of transformers, any pooling, the same bits anywhere."""
+"""Encoders: transformers' numbers, any pooling, the same bits anywhere."""
 
 import functools
 import gzip

@@ -283,8 +283,9 @@ def operations(m: EncoderConfig, length: int) -> int:
   return m.layers * (per_token * length + 4 * m.width * length * length)
 
 
-def read_config(folder: Any, *, pooling: str = "", normalize: bool | None = None,
-                context: int = 0, dtype: str = "float32") -> EncoderConfig:
+def read_config(folder: Any, *, pooling: str = "",
+                normalize: bool | None = None, context: int = 0,
+                dtype: str = "float32") -> EncoderConfig:
   """Reads a Hugging Face or sentence-transformers folder's sizes.
 
   How rows become vectors is read from sentence-transformers' files. Where
