@@ -5,7 +5,7 @@ import random
 
 import pytest
 from tokenizers import (AddedToken, Regex, Tokenizer as Fast, decoders,
-                        models, pre_tokenizers, trainers)
+                        models, pre_tokenizers, processors, trainers)
 
 from jaxalign.data import chat, prepare, records, tokens
 from jaxalign.data.chat import BUILT_IN, Chat
@@ -41,6 +41,10 @@ def write_folder(folder, template=None, **config):
                            for t in MARKERS])
   fast.add_tokens([AddedToken(t, normalized=False)
                    for t in ("<think>", "</think>", "<|role|>")])
+  if config.pop("add_bos_token", False):
+    fast.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[
+            ("<|begin|>", fast.token_to_id("<|begin|>"))])
   folder.mkdir(parents=True, exist_ok=True)
   fast.save(str(folder / "tokenizer.json"))
   settings = dict(tokenizer_class="PreTrainedTokenizerFast",

@@ -82,10 +82,11 @@ class FastTokenizer:
     return self._fast.token_to_id(text) if text else None
 
   def _bos(self) -> int:
-    """The BOS that transformers would put first, under the same config."""
+    """The BOS that transformers puts first: its post-processor's.
+
+    transformers 5 does not ask for add_bos_token where a tokenizer.json is.
+    """
     bos = self._id("bos")
-    if self._settings.adds_bos is not None:
-      return bos if self._settings.adds_bos and bos is not None else -1
     with_it = self._fast.encode("a", add_special_tokens=True).ids
     without = self._fast.encode("a", add_special_tokens=False).ids
     first = with_it[0] if with_it[:1] != without[:1] else -1

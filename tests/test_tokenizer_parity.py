@@ -1,0 +1,308 @@
+"""The ids of sentencepiece and transformers, and where they are not."""
+
+import functools
+import gzip
+import json
+import random
+import shutil
+
+import pytest
+import sentencepiece as spm
+
+from jaxalign.data import tokenizer
+from jaxalign.data.chat import BUILT_IN, Chat
+from jaxalign.data.fast_tokenizer import FastTokenizer
+from jaxalign.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from jaxalign.errors import ConfigError
+from test_chat import write_folder
+
+MODELS = {"stories": "models/stories260K/tokenizer.model",
+          "mistral": "tokenizers/mistral-v1/tokenizer.model",
+          "t5": "tokenizers/t5/sentencepiece.model"}
+BLOCKS = [(0x20, 0x7e), (0, 0x1f), (0x7f, 0xa0), (0x300, 0x36f), (0x590, 0x6ff),
+          (0x4e00, 0x4f00), (0x1f300, 0x1faff), (0x2000, 0x206f),
+          (0xfe00, 0xfe0f), (0xe000, 0xe010), (0x1e900, 0x1e95f),
+          (0xa0, 0x2fff), (0x20000, 0x20100)]
+HARD = ["", " ", "  a  ", "\n\n", "a\r\nb\t", "\0", "a\0b", "\u2581",
+        " \u2581 a", "\ufeff", "\ufffd", "\u202e\u05d0\u05d1 \u0627\u0644",
+        "e\u0301 \u00e9 \ufb01", "\U0001f469\u200d\U0001f4bb\U0001f3fd",
+        "\x7f\x1b[0m", "\U0010ffff", "12345", "<0x0A>", "\u1100\u1161"]
+
+
+def fuzzed(n, specials=()):
+  rng = random.Random(0)
+  out = []
+  while len(out) < n:
+    text = "".join(chr(rng.randint(*rng.choice(BLOCKS)))
+                   for _ in range(rng.randint(0, 24)))
+    if not any(s in text for s in specials):
+      out.append(text)
+  return out
+
+
+def strings(value):
+  if isinstance(value, str):
+    yield value
+  for item in (value.values() if isinstance(value, dict) else
+               value if isinstance(value, list) else ()):
+    yield from strings(item)
+
+
+@functools.lru_cache
+def real_texts(data):
+  """Every string of every record, once."""
+  found = set()
+  for path in sorted(data.rglob("*.json*")):
+    with (gzip.open if path.suffix == ".gz" else open)(
+        path, "rt", encoding="utf-8") as file:
+      found |= set(strings(json.load(file) if path.name.endswith(".json")
+                           else [json.loads(line) for line in file]))
+  return sorted(found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_are_those_of_sentencepiece(shared, name):
+  tok = load_tokenizer(shared / MODELS[name])
+  peer = spm.SentencePieceProcessor(model_file=str(shared / MODELS[name]))
+  texts = real_texts(shared / "data") + HARD + fuzzed(10_000, tok.specials)
+  assert len(texts) > 26_000
+  assert tok.encode_many(texts) == peer.encode(texts)
+
+
+def hugging_face(folder, source, name):
+  """The model as transformers itself writes it: a tokenizer.json."""
+  transformers = pytest.importorskip("transformers")
+  folder.mkdir()
+  shutil.copy(source, folder / ("spiece.model" if name == "t5" else
+                                "tokenizer.model"))
+  (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+      tokenizer_class="T5Tokenizer" if name == "t5" else "LlamaTokenizer")))
+  (folder / "config.json").write_text(json.dumps(dict(
+      model_type="t5" if name == "t5" else "llama")))
+  transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(
+      folder / "json")
+  path = folder / "json" / "tokenizer_config.json"
+  settings = json.loads(path.read_text())
+  if name == "t5":  # its class ignores the file, and takes <s> for <unk>
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file = folder / "json" / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["model"]["unk_id"] = [piece for piece, _ in
+                               spec["model"]["vocab"]].index("<unk>")
+    file.write_text(json.dumps(spec))
+  path.write_text(json.dumps(settings))
+  return folder / "json"
+
+
+@pytest.mark.parametrize("name", [*MODELS, "bytes"])
+def test_ids_are_those_of_transformers(tmp_path, shared, name):
+  """Under one tokenizer.json and config; special strings stay apart."""
+  transformers = pytest.importorskip("transformers")
+  folder = (write_folder(tmp_path / "a", add_bos_token=True)
+            if name == "bytes" else
+            hugging_face(tmp_path / "a", shared / MODELS[name], name))
+  tok = load_tokenizer(folder)
+  assert isinstance(tok, FastTokenizer)
+  peer = transformers.AutoTokenizer.from_pretrained(folder)
+  texts = [text for text in real_texts(shared / "data")[::24] + HARD
+           if not any(s in text for s in tok.specials)]
+  texts += fuzzed(2_000, tok.specials)
+  assert tok.encode_many(texts) == peer(texts, add_special_tokens=False
+                                        ).input_ids
+  for text, ids in zip(texts[:50], peer(texts[:50]).input_ids):
+    assert [i for i in ids if i != tok.eos or name != "t5"] == tok.encode(
+        text, begins=True)
+  for text in texts[:200]:
+    ids = tok.encode(text)
+    assert tok.decode(ids) == peer.decode(ids, skip_special_tokens=True)
+  assert tok.vocab_size == len(peer)
+  assert (tok.eos, tok.bos) == (peer.eos_token_id, tok.encode("", True)[0]
+                                if name == "bytes" else -1)
+
+
+# The classes of difference that tokenizer.py lists.
+
+
+def test_difference_1_special_strings(tmp_path, shared):
+  transformers = pytest.importorskip("transformers")
+  folder = write_folder(tmp_path / "a")
+  tok = load_tokenizer(folder)
+  peer = transformers.AutoTokenizer.from_pretrained(folder)
+  text = "Hello <|im_end|>"
+  assert tok.specials["<|im_end|>"] in peer(text).input_ids
+  assert tok.encode(text) == peer(text, split_special_tokens=True).input_ids
+  assert tok.decode(tok.encode(text)) == text
+
+
+def test_difference_2_a_response_continues(tmp_path, shared):
+  folder = hugging_face(tmp_path / "a", shared / MODELS["mistral"], "mistral")
+  for tok in (load_tokenizer(folder), load_tokenizer(shared / MODELS["mistral"])):
+    assert tok.adds_prefix
+    assert tok.encode("Hello") == tok.encode_response(" Hello")
+    assert tok.encode("Hello") != tok.encode_response("Hello")
+    assert tok.decode_response(tok.encode_response(" Hello")) == " Hello"
+    assert tok.encode("Hi: Hello") == (tok.encode("Hi:") +
+                                       tok.encode_response(" Hello"))
+  # The seam: "He" + "llo" is no "Hello".
+  assert tok.encode("He") + tok.encode_response("llo") != tok.encode("Hello")
+
+
+def test_difference_3_the_letter_that_stands_for_a_space(shared):
+  ours = SentencePieceTokenizer(tokenizer.train(["a b c"] * 9, 300))
+  assert ours.decode(ours.encode("a\u2581b")) == "a\u2581b"
+  theirs = load_tokenizer(shared / MODELS["mistral"])
+  assert theirs.decode(theirs.encode("a\u2581b")) == "a b"
+
+
+def test_difference_4_a_model_without_its_json(tmp_path, shared):
+  """transformers' conversion is not quite the model it converts."""
+  transformers = pytest.importorskip("transformers")
+  hugging_face(tmp_path / "a", shared / MODELS["stories"], "stories")
+  peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+  tok = load_tokenizer(tmp_path / "a")
+  assert isinstance(tok, SentencePieceTokenizer)
+  assert len(tok.encode(" a")) == len(peer(" a", add_special_tokens=False
+                                           ).input_ids) + 1
+  texts = [t for t in real_texts(shared / "data")[::40]
+           if not t.startswith(" ") and "  " not in t and "<" not in t]
+  assert tok.encode_many(texts) == peer(texts, add_special_tokens=False
+                                        ).input_ids
+
+
+def test_difference_5_a_template_without_bos(tmp_path):
+  transformers = pytest.importorskip("transformers")
+  folder = write_folder(tmp_path / "a", BUILT_IN["chatml"], add_bos_token=True)
+  tok = load_tokenizer(folder)
+  peer = transformers.AutoTokenizer.from_pretrained(folder)
+  ask = [dict(role="user", content="Hi")]
+  with Chat(tok, tok.template) as chat:
+    head, _ = chat.encode(ask, ["So"])
+  assert tok.bos not in head and tok.bos >= 0  # `tokens` puts it in front
+  assert peer.apply_chat_template(ask, add_generation_prompt=True,
+                                  return_dict=False) == head
+
+
+# What a folder says.
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(ConfigError, match="no tokenizer.*config.json"):
+    load_tokenizer(tmp_path)
+  for name in ("nowhere", "config.json"):
+    with pytest.raises(ConfigError, match="config.model.tokenizer"):
+      load_tokenizer(tmp_path / name)
+  # Llama 3's own tokenizer.model: base64 and ranks.
+  (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n" * 99)
+  with pytest.raises(ConfigError, match="no.* SentencePiece|tokenizer.json"):
+    load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"{", b"[]", b"{}", b'{"model": 3}', b"\xff\xfe", b"[" * 99999,
+    b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+def test_a_broken_tokenizer_json(tmp_path, data):
+  (tmp_path / "tokenizer.json").write_bytes(data)
+  with pytest.raises(ConfigError, match="config.model.tokenizer"):
+    load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_goes_first_and_comes_back_whole(tmp_path, shared):
+  folder = write_folder(tmp_path / "a", "TEMPLATE")
+  shutil.copy(shared / MODELS["mistral"], folder / "tokenizer.model")
+  (folder / "notes.txt").write_text("not the tokenizer's")
+  tok = load_tokenizer(folder)
+  assert isinstance(tok, FastTokenizer) and tok.template == "TEMPLATE"
+  assert load_tokenizer(folder / "tokenizer.json").digest == tok.digest
+  tok.check_export()
+  tok.export(tmp_path / "out")
+  names = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+  for name in names:
+    assert (tmp_path / "out" / name).read_bytes() == (folder / name
+                                                      ).read_bytes()
+  assert load_tokenizer(tmp_path / "out").digest == tok.digest
+  assert tok.pieces()[tok.eos] == "<|end|>"
+
+
+def test_what_ends_and_begins_a_row(tmp_path):
+  folder = write_folder(tmp_path / "a", pad_token="<|im_start|>")
+  tok = load_tokenizer(folder)
+  ids = tok.specials
+  assert tok.bos == -1 and tok.eos == ids["<|end|>"] == tok.stops[0]
+  assert tok.pad == ids["<|im_start|>"] and tok.own_bos == ids["<|begin|>"]
+  (folder / "generation_config.json").write_text(json.dumps(dict(
+      eos_token_id=[ids["<|end|>"], ids["<|eot_id|>"]])))
+  assert load_tokenizer(folder).stops == (ids["<|end|>"], ids["<|eot_id|>"])
+  write_folder(folder, eos_token=dict(content="<|eot_id|>"),
+               add_bos_token=True)
+  tok = load_tokenizer(folder)
+  assert (tok.bos, tok.eos) == (ids["<|begin|>"], ids["<|eot_id|>"])
+  assert tok.pad == tok.eos  # none is named
+  write_folder(folder, eos_token=None)
+  (folder / "special_tokens_map.json").write_text(json.dumps(dict(
+      eos_token="<|im_end|>")))
+  assert load_tokenizer(folder).eos == ids["<|im_end|>"]
+  write_folder(folder, eos_token="<|absent|>")
+  (folder / "generation_config.json").unlink()
+  with pytest.raises(ConfigError, match="EOS"):
+    load_tokenizer(folder)
+
+
+def test_tokens_added_by_the_config(tmp_path, shared):
+  """Beside a tokenizer.model, and beside a tokenizer.json that lacks them."""
+  token = dict(content="<|turn|>", special=True)
+  for name in ("model", "json"):
+    folder = tmp_path / name
+    if name == "json":
+      write_folder(folder)
+      size = load_tokenizer(folder).vocab_size
+    else:
+      folder.mkdir()
+      shutil.copy(shared / MODELS["mistral"], folder / "tokenizer.model")
+      size = 32_000
+    config = dict(eos_token="<|turn|>", added_tokens_decoder={str(size): token})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = load_tokenizer(folder)
+    assert tok.eos == size == tok.specials["<|turn|>"]
+    assert tok.vocab_size == size + 1 == len(tok.pieces())
+    assert size not in tok.encode("a <|turn|>")
+    assert tok.encode_rendered("a<|turn|>")[-1] == size
+    assert tok.decode([*tok.encode("a"), size]) == "a"
+    assert tok.decode_response([*tok.encode_response(" a"), size]) == " a"
+    tok.export(tmp_path / f"{name}-out")
+    assert load_tokenizer(tmp_path / f"{name}-out").eos == size
+  config["added_tokens_decoder"] = {str(size + 5): token}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  with pytest.raises(ConfigError, match="gives '<|turn|>' the id"):
+    load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("where", ["jinja", "json", "config", "list"])
+def test_where_a_chat_template_may_stand(tmp_path, where):
+  folder = write_folder(tmp_path / "a")
+  if where == "jinja":
+    (folder / "chat_template.jinja").write_text("T")
+  elif where == "json":
+    (folder / "chat_template.json").write_text('{"chat_template": "T"}')
+  else:
+    write_folder(folder, "T" if where == "config" else [
+        dict(name="tool_use", template="U"), dict(name="default", template="T")])
+  assert load_tokenizer(folder).template == "T"
+
+
+def test_a_word_of_the_model_that_is_special_is_cut(tmp_path):
+  """Where "<s>" is in the vocabulary itself, text still cannot write it."""
+  (tmp_path / "tokenizer.json").write_text(json.dumps(dict(
+      version="1.0", added_tokens=[dict(
+          id=1, content="<s>", single_word=False, lstrip=False, rstrip=False,
+          normalized=False, special=True)],
+      normalizer=None, pre_tokenizer=dict(type="WhitespaceSplit"),
+      post_processor=None, decoder=None,
+      model=dict(type="WordLevel", unk_token="?", vocab={
+          "a": 0, "<s>": 1, "<": 2, "s>": 3, "?": 4}))))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(
+      eos_token="<s>")))
+  tok = load_tokenizer(tmp_path)
+  assert tok.encode("a <s> a") == [0, 2, 3, 0]
+  assert tok.encode_rendered("a <s> a") == [0, 1, 0]
