@@ -133,3 +133,42 @@ def test_answers_are_scored_after_the_prompts_that_were_asked():
       np.array([0, 2]), None, None)
   # Two rows a record: the prompt is that of the first.
   assert [p.tolist() for p in evaluate.prompts_of(what)] == [[0], [12]]
+
+
+# A judge's outcomes.
+
+
+def test_outcomes_by_hand():
+  out = winrate.outcomes([1, 1, 0.5, 0])
+  assert [out[k]["value"] for k in ("won", "tied", "lost")] == [
+      0.5, 0.25, 0.25]
+  assert out["decided"]["value"] == pytest.approx(2 / 3)
+  assert winrate.outcomes([0.5])["decided"]["n"] == 0
+
+
+def test_groups_stand_largest_first():
+  out = winrate.by_group([1, 0, 0.5, 1, 0.5], ["a", "b", "b", "b", "c"])
+  assert list(out) == ["b", "a", "c"]
+  assert out["b"]["value"] == 0.5 and out["b"]["n"] == 3
+  assert out["b"]["ties"] == pytest.approx(1 / 3) and out["c"]["ties"] == 1.0
+
+
+def test_both_orders_by_hand():
+  nan = np.nan
+  out = winrate.both_orders([1, 1, 0.5, nan, 1], [1, 0, 0.5, 1, 0.5])
+  np.testing.assert_array_equal(out["won"], [1, 0.5, 0.5, nan, 0.75])
+  assert out["rate"]["value"] == 2.75 / 4 and out["rate"]["n"] == 4
+  assert out["rate"]["ties"] == 0.5 and out["consistent"]["value"] == 0.5
+  assert out["bias"]["value"] == (0 + 0.5 + 0 + 0.25) / 4
+  assert out["unparsable"]["value"] == 0.1
+
+
+def test_a_judge_that_always_names_one_place():
+  first = winrate.both_orders(np.ones(20), np.zeros(20))
+  assert first["bias"]["value"] == 0.5 and first["rate"]["value"] == 0.5
+  assert first["consistent"]["value"] == 0.0
+  last = winrate.both_orders(np.zeros(20), np.ones(20))
+  assert last["bias"]["value"] == -0.5
+  silent = winrate.both_orders(np.full(3, np.nan), np.full(3, np.nan))
+  assert silent["unparsable"]["value"] == 1.0
+  assert silent["rate"]["value"] is None and silent["rate"]["n"] == 0

@@ -29,6 +29,64 @@ def rates(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray | None
   return out
 
 
+def outcomes(won: np.ndarray) -> dict[str, Any]:
+  """Won, tied and lost apart, and the win rate among what was decided.
+
+  Args:
+    won: [n] 1 won, 0.5 tied, 0 lost.
+  """
+  won = np.asarray(won, np.float64)
+  return dict(won=intervals.share(won == 1), tied=intervals.share(won == 0.5),
+              lost=intervals.share(won == 0),
+              decided=intervals.share(won[won != 0.5]))
+
+
+def by_group(won: np.ndarray, groups: np.ndarray) -> dict[str, dict]:
+  """Win rate and share of ties of every topic or source, largest first.
+
+  Args:
+    won: [n] 1 won, 0.5 tied, 0 lost.
+    groups: [n] labels.
+  """
+  won, groups = np.asarray(won, np.float64), np.asarray(groups)
+  names, group, sizes = np.unique(groups, return_inverse=True,
+                                  return_counts=True)
+  return {str(names[i]): intervals.share(won[group == i])
+          | {"ties": float((won[group == i] == 0.5).mean())}
+          for i in np.argsort(-sizes, kind="stable")}
+
+
+def both_orders(shown_first: np.ndarray, shown_second: np.ndarray
+                ) -> dict[str, Any]:
+  """A judge's outcomes when each pair was shown in both orders.
+
+  Args:
+    shown_first: [n] our outcome where our answer was shown first: 1 won, 0.5
+      tied, 0 lost; NaN where the verdict could not be read.
+    shown_second: [n] our outcome where it was shown second.
+
+  Returns:
+    "won" [n]: one outcome a pair, the mean of its two orders; NaN where
+    either could not be read: one order alone would carry the bias of its
+    place;
+    "rate": win rate over the pairs that have one, and its ties;
+    "bias": mean of (first - second) / 2, what the first place adds to an
+    outcome: 0 without position bias, 0.5 where the first always wins;
+    "consistent": share of pairs with the same outcome in both orders;
+    "unparsable": share of verdicts.
+  """
+  a = np.asarray(shown_first, np.float64)
+  b = np.asarray(shown_second, np.float64)
+  won = (a + b) / 2
+  read = ~np.isnan(won)
+  bias = intervals.mean((a[read] - b[read]) / 2)
+  return dict(
+      won=won, rate=intervals.share(won[read]) | {
+          "ties": float((won[read] == 0.5).mean()) if read.any() else None},
+      bias=bias, consistent=intervals.share(a[read] == b[read]),
+      unparsable=intervals.share(np.isnan(np.concatenate([a, b]))))
+
+
 def generation_health(said: list[np.ndarray], eos: int,
                       malformed: np.ndarray | None) -> dict[str, Any]:
   """Malformed, unended and empty answers, and their length.
