@@ -149,10 +149,11 @@ def test_halves_of_a_token_in_neighbouring_contents_do_not_join(folder):
   with Chat(tok, source) as one:
     for cut in range(1, len("<|im_start|>")):
       halves = "<|im_start|>"[:cut], "<|im_start|>"[cut:]
-      head, [ids] = one.encode([dict(role="user", content=half)
-                                for half in halves], ["<|end|>"])
-      assert not set(head + ids) & set(tok.specials.values())
-      assert tok.decode(head) == "<|im_start|>"
+      for pair in (halves, (f"x {halves[0]}", f"{halves[1]} y")):
+        head, [ids] = one.encode([dict(role="user", content=half)
+                                  for half in pair], ["<|end|>"])
+        assert not set(head + ids) & set(tok.specials.values())
+        assert tok.decode(head) == "".join(pair)
       assert tok.decode_response(ids) == "<|end|>"
 
 
