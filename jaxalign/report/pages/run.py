@@ -366,8 +366,8 @@ def overspent(rows: Sequence[dict]) -> list[str]:
   for row in rows:
     against = row.get("against")
     against = f" against {page.plain(against)}" if against else ""
-    for key, how in (("with_sft", "counting the SFT model"),
-                     ("without_sft", "leaving the SFT model out")):
+    for key, how in (("with_sft", "counting the SFT stage"),
+                     ("without_sft", "leaving the SFT stage out")):
       x = page.finite(row.get(key))
       if x is not None and x < 0:
         found.append(
@@ -409,7 +409,7 @@ def render(arm: dict) -> str:
         "What was measured on the held-out rows.", text=(1,))]
   cost = [overspent_callout([{"arm": name, **saved}])]
   cost.append(page.facts([
-      ("Operations saved, counting the SFT model",
+      ("Operations saved, counting the SFT stage",
        saving(saved.get("with_sft"))),
       ("Operations saved, leaving it out", saving(saved.get("without_sft")))])
               if saved else page.absent("What this arm saved was"))

@@ -271,7 +271,7 @@ def _ledger(summary: dict, arms: list[dict]) -> Html:
         f"Selecting took {page.percent(share)} of all operations."))
   if saved:
     parts.append(page.table(
-        ("Arm", "Against", "Saved, counting the SFT model",
+        ("Arm", "Against", "Saved, counting the SFT stage",
          "Saved, leaving it out"),
         [(page.plain(s.get("arm")), page.plain(s.get("against")),
           run.saving(s.get("with_sft")), run.saving(s.get("without_sft")))
