@@ -36,6 +36,8 @@ def base(variant: str = "") -> ConfigDict:
   c.data.on_tied_scores = "keep"  # or "skip"
   c.data.seed = 0  # of the world and of the split
   c.data.limit = 0  # rows read at most; 0: all
+  c.data.assume_rows = 0  # --dry_run: plan with so many, read nothing
+  c.data.assume_tokens = 0  # of a row, on average; 0: the context
   c.data.on_bad_rows = "skip"  # or "error"
   c.data.max_bad_fraction = 0.5  # more refused rows than this is an error
   c.data.split = ConfigDict(dict(sft=0.25, pool=0.6, held_out=0.15))
@@ -53,7 +55,7 @@ def base(variant: str = "") -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.checkpoint = ""  # a Hugging Face folder; "": train one (sft)
-  c.model.tokenizer = ""  # SentencePiece; "": the checkpoint's, or trained
+  c.model.tokenizer = ""  # a file or folder; "": the checkpoint's, or trained
   c.model.layers, c.model.width = 3, 128
   c.model.heads, c.model.kv_heads, c.model.head_size = 4, 4, 32
   c.model.ff = 384
@@ -64,6 +66,7 @@ def base(variant: str = "") -> ConfigDict:
   c.model.param_dtype = "float32"  # of the frozen reference; or "bfloat16"
   c.model.remat = "none"  # or "dots", "full"
   c.model.head_chunk = 64  # positions of the head at once
+  c.model.attention = "auto"  # or "plain", "splash" (TPU), "cudnn" (GPU)
 
   c.sft = ConfigDict()
   c.sft.seed = 0
@@ -73,7 +76,9 @@ def base(variant: str = "") -> ConfigDict:
   c.sft.save_every = 300
 
   c.embed = ConfigDict()
-  c.embed.pooling = "mean"  # or "last"
+  c.embed.checkpoint = ""  # a model that only embeds; "": the reference
+  c.embed.layers = 0  # a decoder's first n layers; 0: all
+  c.embed.pooling = "mean"  # or "last"; of an encoder also "cls", "auto"
   c.embed.tile = 64  # rows a device runs at once
 
   s = c.select = ConfigDict()

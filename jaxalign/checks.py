@@ -6,16 +6,20 @@ all of them end with the same line. `validate_on` needs the mesh.
 
 from typing import Any
 
+import jax.numpy as jnp
+
+from jaxalign import embedder
+from jaxalign import memory
 from jaxalign import sharding
 from jaxalign.artifacts import pick
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import Job, lora_of, loss_of, sampler_kwargs, sizes
+from jaxalign.job import (Job, kernel_of, lora_of, loss_of, sampler_kwargs,
+                          sizes)
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
-from jaxalign.select import embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
@@ -34,7 +38,7 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "loss.sft_weight", "train.clip",
                 "sft.clip", "select.mixture.ridge", "lora.rank")
-CHOICES = {"embed.pooling": embed.POOLINGS, "select.order": basic.ORDERS,
+CHOICES = {"select.order": basic.ORDERS,
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
            "data.on_bad_rows": ("skip", "error"),
@@ -66,13 +70,19 @@ def _check_values(c: Any) -> None:
                       f"{room} or less; set one of them")
 
 
-def validate(c: Any) -> None:
+def validate(c: Any, planned: bool = False) -> None:
   """Every mistake that the config and the files it names show by themselves.
 
   It touches no device: `jax.distributed.initialize` may come after it.
+
+  Args:
+    c: the config.
+    planned: nothing will run: a source of assumed size and a tokenizer that
+      cannot be had are no mistakes.
   """
   _check_values(c)
-  prepare.check_source(c)
+  if not (planned and c.data.assume_rows):
+    prepare.check_source(c)
   sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
   sampler_kwargs(c, sampler)
   loss = loss_of(c)
@@ -98,25 +108,54 @@ def validate(c: Any) -> None:
                         "config.lora.eta")
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
-  decoder.check(_model(c), sharding.nowhere())
+  m = _model(c, planned)
+  decoder.check(m, sharding.nowhere())
+  embedder.choose(c, m._replace(lora=None))
 
 
-def validate_on(job: Job) -> None:
-  """Every mistake that shows once the mesh is known."""
+def validate_on(job: Job, *, planned: bool = False, force: bool = False
+                ) -> None:
+  """Every mistake that shows once the mesh is known.
+
+  Args:
+    job: the run.
+    planned: as of `validate`.
+    force: a step that cannot fit the devices is no mistake.
+  """
   c = job.c
   for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
     feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
-  decoder.check(_model(c), job.mesh)
+  m = _model(c, planned)
+  m = m._replace(attention=kernel_of(c, m, job.mesh))
+  decoder.check(m, job.mesh)
+  memory.check_fits(
+      step_memory(c, m, job.mesh, c.model.context, job.kind),
+      job.mesh.devices.flat[0], force)
 
 
-def _model(c: Any) -> decoder.ModelConfig:
+def step_memory(c: Any, m: decoder.ModelConfig, mesh: Any, length: int,
+                kind: str) -> dict[str, int]:
+  """`memory.train_step` of the alignment that a config asks for."""
+  responses = 2 if kind == "pairs" else 1
+  return memory.train_step(
+      m, mesh, length=length, chunk=c.model.head_chunk,
+      frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
+      rows=c.train.batch_size * responses // c.train.accumulation)
+
+
+def _model(c: Any, planned: bool) -> decoder.ModelConfig:
   """The model's sizes; raises where it cannot be read or exported."""
-  m = None
+  m, tokenizer = None, None
   if c.model.checkpoint:
     m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
     prepare.checked_context(c, m.context)
-    weights.weights_file(c.model.checkpoint)
-  tokenizer = prepare.given_tokenizer(c)
+    if not planned:
+      weights.weights_file(c.model.checkpoint)
+  try:
+    tokenizer = prepare.given_tokenizer(c)
+  except ConfigError:
+    if not planned or m is None:
+      raise
   if tokenizer is not None:
     tokenizer.check_export()
     if m is not None and tokenizer.vocab_size > m.vocab:

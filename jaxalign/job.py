@@ -17,6 +17,7 @@ from jaxalign.data.tokenizer import Tokenizer, load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
 from jaxalign.model import adapters
+from jaxalign.model import attention
 from jaxalign.model import decoder
 from jaxalign.model import weights
 from jaxalign.train import losses
@@ -87,6 +88,7 @@ class Job:
       m = m._replace(context=prepare.checked_context(self.c, m.context))
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
+    m = m._replace(attention=kernel_of(self.c, m, self.mesh))
     decoder.check(m, self.mesh)
     return m
 
@@ -145,6 +147,22 @@ def loss_of(c: Any) -> Callable:
   """The loss of a config with its keywords bound; they are checked."""
   return losses.bind(combine.find(c.loss.name), c.loss.name,
                      c.loss.kwargs.to_dict())
+
+
+def lora_of(c: Any) -> adapters.Lora | None:
+  """The adapters of a config; None: all weights are trained."""
+  k = c.lora
+  if not k.rank:
+    return None
+  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), k.rs,
+                       k.variant)
+
+
+def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
+  """The attention kernel that config.model.attention means on a mesh."""
+  return attention.resolve(
+      c.model.attention, mesh.devices.flat[0].platform, head_size=m.head_size,
+      dtype=m.dtype, softcap=m.softcap, length=m.context)
 
 
 def sizes(c: Any, vocab: int) -> decoder.ModelConfig:

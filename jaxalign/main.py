@@ -37,6 +37,8 @@ def _parse(argv: list[str]):
                     flag_values=values)
   flags.DEFINE_bool("redo", False, "Replace stages that another config made, "
                     "instead of refusing.", flag_values=values)
+  flags.DEFINE_bool("force", False, "Try a model that should not fit the "
+                    "devices.", flag_values=values)
   flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
                     "Whether to join other processes.", flag_values=values)
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
@@ -139,7 +141,8 @@ def _run(values, argv: list[str]) -> None:
   from jaxalign import sharding
   from jaxalign import study
   from jaxalign.report.pages import study as study_page
-  checks.validate(c)  # before joining: all processes end with the same line
+  # Before joining, so that all processes end with the same line.
+  checks.validate(c, values.dry_run)
   _join(values.distributed)
   if c.compile_cache:
     jax.config.update("jax_compilation_cache_dir",
@@ -149,7 +152,7 @@ def _run(values, argv: list[str]) -> None:
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
     job = pipeline.Job(c, mesh, values.workdir or "runs/plan", values.redo)
-    checks.validate_on(job)
+    checks.validate_on(job, planned=values.dry_run, force=values.force)
     if values.dry_run:
       plan.show(job, study.arms_of(c))
       return

@@ -32,7 +32,7 @@ def size_of(device: Any) -> int | None:
 
 
 def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
-               chunk: int) -> dict[str, int]:
+               chunk: int, frozen_size: int = 4) -> dict[str, int]:
   """Bytes a device of one train step, by what they hold.
 
   Args:
@@ -41,6 +41,7 @@ def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
     rows: responses of one micro-batch.
     length: their padded length.
     chunk: positions of the head at once.
+    frozen_size: bytes of a number that adapters leave as it is.
 
   Returns:
     "parameters", "gradients" and "optimizer" (two float32 moments) of what is
@@ -53,9 +54,10 @@ def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
   held = trained = 0
   for name, p in decoder.table(m).items():
     parts = np.prod([sharding.parts(mesh, a) for a in p.axes if a] or [1])
-    size = 4 * int(np.prod(p.shape)) // int(parts)
-    held += size
-    trained += size if m.lora is None or name[-2:] in (":a", ":b", ":r") else 0
+    numbers = int(np.prod(p.shape)) // int(parts)
+    moves = m.lora is None or name[-2:] in (":a", ":b", ":r")
+    held += (4 if moves else frozen_size) * numbers
+    trained += 4 * numbers if moves else 0
   local = -(-rows // sharding.parts(mesh, "batch"))
   tensor = sharding.parts(mesh, "heads")
   size, tokens = jnp.dtype(m.dtype).itemsize, local * length

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import artifacts
+from jaxalign import embedder
 from jaxalign import progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import Checkpoints, restore_params
@@ -130,8 +131,22 @@ def _train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
 
 
 def run_embed(job: Job) -> None:
-  """Embeds every pool row; the same pass yields the reference's log-probs."""
+  """Embeds every pool row; by the reference, its log-probs come with it."""
   c, m = job.c, job.model
+  chosen = embedder.choose(c, m)
+  inputs = dict(data=job.key("data"), sft=job.key("sft"))
+  if chosen.folder:
+    inputs = dict(data=job.key("data"), model=artifacts.told(
+        lambda: artifacts.key_of("embedder", artifacts.digest_tree(
+            hub.resolve(chosen.folder), embedder.digest_names(chosen)), {})))
+
+  def make_alone(folder):
+    x, operations, tokens = embedder.run(job, chosen, folder)
+    if jax.process_index() == 0:
+      artifacts.write_array(folder / "embedding.npy", x.reshape(
+          len(job.column("pool", "id")), -1, x.shape[1]))
+    return (["embedding.npy", *embedder.files(chosen)],
+            Cost(operations, tokens), dict(say=f"{len(x):,} rows"))
 
   def make(folder):
     rows = job.tokens("pool")
@@ -149,9 +164,9 @@ def run_embed(job: Job) -> None:
             Cost(embed.operations(m, rows), len(rows.ids)),
             dict(say=f"{len(rows.start):,} rows"))
 
-  job.run(job.shared / "embed", "embed", make=make,
-          fields=pick(c, "embed", "model"),
-          inputs=dict(data=job.key("data"), sft=job.key("sft")))
+  job.run(job.shared / "embed", "embed", inputs=inputs,
+          make=make_alone if chosen.alone else make,
+          fields=pick(c, "embed", "model"))
 
 
 def run_mixture(job: Job) -> None:
@@ -371,17 +386,33 @@ def _updates(job: Job, n: int) -> int:
 def run_ref_logps(job: Job, arm: Arm) -> None:
   """The reference's (sum, count) of the kept rows, by id.
 
-  The embedding pass ran the same weights over the same rows, so its numbers
-  are looked up; only KTO's mismatched rows need a pass of their own.
+  Where the embedding pass ran the same weights over the same rows its numbers
+  are looked up; KTO's mismatched rows always need a pass of their own.
   """
   c, m = job.c, job.model
 
+  def kept(index):
+    """(sum, count) [M, R] of the kept rows, and what they cost."""
+    base = job.shared / "embed"
+    if not embedder.alone(c):
+      return (artifacts.read_array(base / "logp.npy")[index],
+              artifacts.read_array(base / "count.npy")[index], Cost())
+    tokens = job.tokens("pool")
+    responses = len(tokens.start) // len(job.column("pool", "id"))
+    rows = tokens_lib.take(tokens, (
+        index[:, None] * responses + np.arange(responses)).reshape(-1))
+    scores = embed.score_rows(
+        job.mesh, job.reference, m, rows, tile=c.embed.tile,
+        chunk=c.model.head_chunk, label="ref_logps",
+        ids=[job.column("pool", "id")[i] for i in index])
+    return (scores.logp.reshape(len(index), -1),
+            scores.count.reshape(len(index), -1),
+            Cost(embed.operations(m, rows), len(rows.ids)))
+
   def make(folder):
     index = selected_rows(job, arm)
-    base = job.shared / "embed"
-    total = artifacts.read_array(base / "logp.npy")[index]
-    count = artifacts.read_array(base / "count.npy")[index]
-    files, cost = ["ref_sum.npy", "ref_count.npy", "ref_ids.json"], Cost()
+    total, count, cost = kept(index)
+    files = ["ref_sum.npy", "ref_count.npy", "ref_ids.json"]
     mismatch = None
     if "z0" in job.loss.stats:
       rows = _rows(job, arm, total, count)
@@ -392,7 +423,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
           job.mesh, job.reference, m, tokens, tile=c.embed.tile,
           chunk=c.model.head_chunk, label="ref_logps").logp
       files.append("mismatched_sum.npy")
-      cost = Cost(embed.operations(m, tokens), len(tokens.ids))
+      cost = Cost(cost.operations + embed.operations(m, tokens),
+                  cost.tokens + len(tokens.ids))
     if jax.process_index() == 0:
       artifacts.write_array(folder / "ref_sum.npy", total)
       artifacts.write_array(folder / "ref_count.npy", count)

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign import checks
+from jaxalign import embedder
 from jaxalign import memory
 from jaxalign import memory
 from jaxalign import pipeline
 from jaxalign import progress
 from jaxalign.data import batches
 from jaxalign.data import records
-from jaxalign.job import lora_of, sizes
+from jaxalign.job import kernel_of, lora_of, sizes
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -42,6 +44,13 @@ def rate_of(device: Any) -> float:
 def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
   """Rows by split, mean tokens by split, and the padded length."""
   r = 2 if kind == "pairs" else 1
+  if c.data.assume_rows:
+    mean = min(c.data.assume_tokens or c.model.context, c.model.context)
+    rows = {n: int(c.data.assume_rows * share)
+            for n, share in c.data.split.to_dict().items()}
+    if r == 1:
+      rows["pool"] *= 2  # thumbs of pairs
+    return rows, dict.fromkeys(rows, float(mean)), c.model.context
   if c.data.source == "world":
     w = c.data.world
     rows = dict(sft=w.sft_rows, held_out=w.held_out_rows,
@@ -83,15 +92,22 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
   if not c.model.checkpoint:
     add("sft", c.sft.updates, "updates",
         3 * c.sft.updates * c.sft.batch_size * one("sft"))
-  add("embed", rows["pool"] * r, "rows", rows["pool"] * r * one("pool"))
+  chosen = embedder.choose(c, m)
+  embedding = rows["pool"] * r * embedder.operations(
+      chosen, int(tokens["pool"]))
+  add("embed", rows["pool"] * r, "rows", embedding)
   n, k = rows["pool"] * r, c.select.mixture.components
   needs = [lookup(SAMPLERS, a.sampler, "sampler", "select.sampler").needs
            for a in arms]
+  fitting = 0
   if any("log_likelihood" in x for x in needs):
-    width = max(1, min(64, n // 40, m.width))
+    wide = chosen.model.width
+    width = (max(1, min(64, n // 40, wide))
+             if c.select.mixture.pca == "auto" else
+             min(int(c.select.mixture.pca) or wide, wide))
     fits = c.select.mixture.starts * (2 + c.select.stability_seeds)
-    add("mixture", fits, "fits",
-        2 * n * m.width ** 2 + fits * 20 * 4 * n * k * width ** 2)
+    fitting = 2 * n * wide ** 2 + fits * 20 * 4 * n * k * width ** 2
+    add("mixture", fits, "fits", fitting)
   asked = min(c.eval.prompts, rows["held_out"])
   measured = rows["held_out"] * 2 * one("held_out") + 3 * asked * one("held_out")
   add("baseline", asked, "prompts", measured)
@@ -100,10 +116,12 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
     updates = batches.updates(kept, c.train.batch_size, c.train.epochs,
                               c.train.max_updates)
     forward = updates * c.train.batch_size * r * one("pool")
-    if "z0" in job.loss.stats:
-      add(f"ref_logps {arm.name}", updates * c.train.batch_size, "rows",
-          forward)
     extra = forward if "z0" in job.loss.stats else 0
+    passed = kept * r * one("pool") if chosen.alone else 0
+    if extra or passed:
+      add(f"ref_logps {arm.name}",
+          updates * c.train.batch_size * bool(extra) + kept * r * bool(passed),
+          "rows", extra + passed)
     add(f"align {arm.name}", updates, "updates", 3 * forward + extra)
     add(f"evaluate {arm.name}", asked, "prompts", measured)
   progress.say(f"plan (nothing computed): {c.data.source}, "
@@ -117,10 +135,17 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
   progress.say(f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
                f"{progress.duration(total / rate)} at an assumed "
                f"{rate / 1e9:,.0f} GFLOP/s, compiling not counted")
-  held = memory.train_step(
-      m._replace(lora=lora_of(c)), job.mesh, length=length,
-      chunk=c.model.head_chunk,
-      rows=c.train.batch_size * r // c.train.accumulation)
+  selecting = embedding + fitting
+  everything = (epochs := c.train.epochs) * rows["pool"] * r * one("pool") * (
+      4 if "z0" in job.loss.stats else 3) + (
+          rows["pool"] * r * one("pool") * (
+              1 + (epochs if "z0" in job.loss.stats else 0)))
+  progress.say(f"  selecting costs {selecting / everything:.1%} of aligning on "
+               f"the whole pool for {epochs:g} epochs, its reference pass "
+               "counted")
+  held = checks.step_memory(c, m._replace(
+      lora=lora_of(c), attention=kernel_of(c, m, job.mesh)), job.mesh, length,
+                            job.kind)
   progress.say(f"  memory a device, training: {memory.words(held)}")
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
                f"{dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"

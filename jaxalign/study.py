@@ -11,6 +11,7 @@ import numpy as np
 
 import jaxalign
 from jaxalign import artifacts
+from jaxalign import embedder
 from jaxalign import ledger
 from jaxalign import pipeline
 from jaxalign.artifacts import Cost
@@ -24,6 +25,7 @@ from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.report.pages import run as run_page
 from jaxalign.report.pages import study as study_page
+from jaxalign.select import embed
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.train import feed
 
@@ -110,8 +112,7 @@ def _needs(arm: pipeline.Arm) -> tuple[str, ...]:
 
 def _costs(job: pipeline.Job, arms: list[pipeline.Arm]) -> dict[str, Any]:
   """The ledger: lines, totals by arm, and shares saved."""
-  pool = _spent(job, "embed")
-  whole = _whole_pool(job, pool)
+  whole = _whole_pool(job, _reference_pass(job))
   by_arm = {arm.name: _arm_costs(job, arm) for arm in arms}
   shares = [s for s in (_saved(job, arm, whole) for arm in arms) if s]
   lines = ledger.stages({k: card for k, card in job.cards.items()
@@ -134,9 +135,17 @@ def _arm_costs(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, int]:
       needs_embedding="embedding" in _needs(arm),
       needs_mixture="log_likelihood" in _needs(arm),
       embed=_spent(job, "embed"), mixture=_spent(job, "mixture"),
-      reference=_subset_tokens(job, arm),
+      # An embedder of its own: the pass over the kept rows is in ref_logps.
+      reference=0 if embedder.alone(job.c) else _subset_tokens(job, arm),
       ref_logps=_spent(job, "ref_logps", arm.name),
       align=_spent(job, "align", arm.name))
+
+
+def _reference_pass(job: pipeline.Job) -> int:
+  """Operations of the reference over the whole pool."""
+  if embedder.alone(job.c):
+    return embed.operations(job.model, job.tokens("pool"))
+  return _spent(job, "embed")
 
 
 def _saved(job: pipeline.Job, arm: pipeline.Arm, whole: int
@@ -302,7 +311,7 @@ def describe(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
       name=arm.name, sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
       rows=align.result["rows"], updates=align.result["updates"],
       is_all=arm.is_all,
-      saved=_saved(job, arm, _whole_pool(job, _spent(job, "embed"))),
+      saved=_saved(job, arm, _whole_pool(job, _reference_pass(job))),
       metrics=artifacts.read_json(folder / "eval.json"),
       curves=_curves(folder), selection=_selection(job, arm))
 

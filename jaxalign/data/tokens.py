@@ -282,6 +282,16 @@ def pad(rows: TokenRows, index: np.ndarray, length: int, pad_id: int = 0
   return tokens, valid & (column >= rows.start[index][:, None])
 
 
+def take(rows: TokenRows, index: np.ndarray) -> TokenRows:
+  """Rows `index` [m] alone, in that order."""
+  index = np.asarray(index, np.int64)
+  sizes = lengths(rows)[index]
+  offsets = np.concatenate([[0], np.cumsum(sizes)])
+  ids = [rows.ids[rows.offsets[i]:rows.offsets[i + 1]] for i in index]
+  return TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
+                   offsets, rows.start[index], rows.cut[index])
+
+
 def bucket(length: int, context: int) -> int:
   """The padded length: 16, 24, 32, 48, 64, 96, ... but never over `context`.
 

@@ -481,11 +481,11 @@ def config_of(raw: Raw, dtype: str = "float32", remat: str = "none",
                       "config.model.checkpoint") from error
 
 
-def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
-  """The ModelConfig of a Hugging Face folder.
+def read_raw(folder: Any) -> dict[str, Any]:
+  """The parsed config.json of a Hugging Face folder.
 
   Raises:
-    ConfigError: no config.json, or not one of a known family.
+    ConfigError: there is none, or it is no JSON object.
   """
   path = epath.Path(folder) / "config.json"
   if not path.exists():
@@ -498,4 +498,10 @@ def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
   except ValueError as error:
     raise ConfigError(f"{path} is no JSON object ({error}); set "
                       "config.model.checkpoint") from error
-  return config_of(raw, dtype, remat, str(path))
+  return raw
+
+
+def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
+  """The ModelConfig of a Hugging Face folder; ConfigError as `config_of`."""
+  return config_of(read_raw(folder), dtype, remat,
+                   str(epath.Path(folder) / "config.json"))

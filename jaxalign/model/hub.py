@@ -48,9 +48,15 @@ def _download(name: str, patterns: tuple[str, ...]) -> epath.Path:
   from huggingface_hub import errors
   repo, revision = found.groups()
   try:
-    return epath.Path(huggingface_hub.snapshot_download(
+    token = os.environ.get("HF_TOKEN") or False
+    folder = epath.Path(huggingface_hub.snapshot_download(
         repo, revision=revision, allow_patterns=list(patterns),
-        ignore_patterns=["*/*"], token=os.environ.get("HF_TOKEN") or False))
+        ignore_patterns=["*/*"], token=token))
+    if (folder / "modules.json").exists():  # sentence-transformers' pooling
+      huggingface_hub.snapshot_download(
+          repo, revision=folder.name, token=token,
+          allow_patterns=["*_Pooling/config.json"])
+    return folder
   except errors.GatedRepoError as error:
     why = ("is gated: accept its terms on the Hub, and set the environment "
            "variable HF_TOKEN to a token that may read it")

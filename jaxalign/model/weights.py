@@ -7,6 +7,7 @@ few parts. Writing fetches and writes one stored tensor at a time.
 """
 
 import contextlib
+import functools
 import re
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -15,10 +16,12 @@ import jax
 import numpy as np
 
 from jaxalign import artifacts
+from jaxalign import progress
 from jaxalign import sharding
-from jaxalign.errors import DataError
+from jaxalign.errors import ConfigError, DataError
 from jaxalign.model import decoder
 from jaxalign.model import families
+from jaxalign.model import published
 from jaxalign.model import safetensors_io
 from jaxalign.model.hub import resolve, resolve_settings
 from jaxalign.model.safetensors_io import FILE, INDEX, Box, Checkpoint, shown
@@ -31,13 +34,42 @@ _OLD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + re.escape(FILE))
 # A decoder.
 
 
+def raw_config(folder: Any) -> dict[str, Any]:
+  """The parsed config.json of a folder, or of `hf:<repo>`.
+
+  A repository that cannot be had is planned with as it was published, where
+  this code knows it; its weights are asked for later, and then it matters.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  try:
+    return families.read_raw(resolve_settings(folder))
+  except ConfigError as error:
+    if str(folder) not in published.CONFIGS:
+      raise
+    return _published(str(folder), str(error).partition(";")[0])
+
+
+@functools.lru_cache
+def _published(name: str, why: str) -> dict[str, Any]:
+  progress.say(f"  {why}; its sizes are taken as they were published")
+  return published.CONFIGS[name]
+
+
+def model_type(folder: Any) -> str:
+  """"llama", "bert", ...: of a folder, or of `hf:<repo>`."""
+  return str(raw_config(folder).get("model_type"))
+
+
 def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
   """The sizes of a Hugging Face folder, or of `hf:<repo>`.
 
   Raises:
     ConfigError: no config.json, or not one of a known family.
   """
-  return families.read_config(resolve_settings(folder), dtype, remat)
+  return families.config_of(raw_config(folder), dtype, remat,
+                            f"{folder}/config.json")
 
 
 def load_folder(folder: Any, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,

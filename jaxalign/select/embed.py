@@ -41,19 +41,37 @@ def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
     each = logprob.token_logps(x, head, rows["tokens"], chunk,
                                m.final_softcap)
     total, count = logprob.sums(each, rows["mask"])
-    position = jnp.arange(rows["tokens"].shape[1])[None, :]
-    length = rows["length"][:, None]
-    if pooling == "mean":
-      weight = (position < length).astype(jnp.float32)
-    else:
-      weight = (position == length - 1).astype(jnp.float32)
-    pooled = jnp.einsum("bl,bld->bd", weight, x.astype(jnp.float32),
-                        precision=jax.lax.Precision.HIGHEST)
-    pooled = pooled / jnp.sum(weight, axis=1, keepdims=True)
-    return dict(embedding=pooled, logp=total, count=count)
+    return dict(embedding=_pooled(x, rows["length"], pooling), logp=total,
+                count=count)
 
   axes = {n: p.axes for n, p in decoder.table(m).items()}
   return jax.jit(sharding.per_row(mesh, one_tile, axes))
+
+
+@functools.lru_cache(maxsize=8)
+def _pool_fn(mesh, m: decoder.ModelConfig, pooling: str):
+  """`_row_fn` without the head."""
+  def one_tile(params, rows, shared):
+    del shared
+    x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
+    return dict(embedding=_pooled(x, rows["length"], pooling))
+
+  axes = {n: p.axes for n, p in decoder.table(m).items()}
+  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+
+
+def _pooled(x: jax.Array, length: jax.Array, pooling: str) -> jax.Array:
+  """[b, L, D] states of rows of `length` [b] tokens -> [b, D] float32."""
+  position = jnp.arange(x.shape[1])[None, :]
+  length = length[:, None]
+  if pooling == "mean":
+    weight = (position < length).astype(jnp.float32)
+  else:
+    weight = (position == length - 1).astype(jnp.float32)
+  # A weighted sum, not a gather: padding of any length leaves the same bits.
+  total = jnp.einsum("bl,bld->bd", weight, x.astype(jnp.float32),
+                     precision=jax.lax.Precision.HIGHEST)
+  return total / jnp.sum(weight, axis=1, keepdims=True)
 
 
 def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
@@ -79,13 +97,30 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
     NumericError: an embedding or log-probability that is not finite; names
       the rows.
   """
+  n = len(rows.start)
+  out = RowScores(np.zeros((n, m.width), np.float32), np.zeros(n, np.float32),
+                  np.zeros(n, np.float32))
+  _over_tiles(mesh, _row_fn(mesh, m, pooling, chunk), params, m, rows, tile,
+              out._asdict(), label, ids)
+  return out
+
+
+def pool_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
+              rows: tokens_lib.TokenRows, *, pooling: str, tile: int,
+              label: str = "embed", ids: Any = None) -> np.ndarray:
+  """The embedding alone, [n, D] float32; arguments as of `score_rows`."""
+  out = dict(embedding=np.zeros((len(rows.start), m.width), np.float32))
+  _over_tiles(mesh, _pool_fn(mesh, m, pooling), params, m, rows, tile, out,
+              label, ids)
+  return out["embedding"]
+
+
+def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids) -> None:
+  """Runs `fn` over all rows in length buckets; fills the arrays of `out`."""
   lengths = tokens_lib.lengths(rows)
   n, step = len(lengths), tile * mesh.size
   longest = tokens_lib.longest(lengths, m.context)
   buckets = np.array([tokens_lib.bucket(int(x), longest) for x in lengths])
-  fn = _row_fn(mesh, m, pooling, chunk)
-  out = RowScores(np.zeros((n, m.width), np.float32), np.zeros(n, np.float32),
-                  np.zeros(n, np.float32))
   with progress.bar(label, n) as tick:
     for size in np.unique(buckets):
       index = np.flatnonzero(buckets == size)
@@ -107,8 +142,8 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
           _collect(out, *waiting.pop(0), tick)
       for part, result in waiting:
         _collect(out, part, result, tick)
-  bad = np.flatnonzero(~(np.isfinite(out.embedding).all(1)
-                         & np.isfinite(out.logp)))
+  bad = np.flatnonzero(~np.all([
+      np.isfinite(x).reshape(n, -1).all(1) for x in out.values()], axis=0))
   if len(bad):
     named = "" if ids is None else " (ids " + ", ".join(
         str(ids[i * len(ids) // n]) for i in bad[:8]) + ")"
@@ -116,17 +151,21 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
                        f"log-probability that is not finite, rows "
                        f"{bad[:8].tolist()}{named}; look at these records and "
                        "at the model's weights")
-  return out
 
 
-def _collect(out: RowScores, part: np.ndarray, result, tick) -> None:
-  for name, into in out._asdict().items():
+def _collect(out: dict[str, np.ndarray], part: np.ndarray, result, tick
+             ) -> None:
+  for name, into in out.items():
     into[part] = sharding.fetch(result[name])[:len(part)]
   tick(len(part))
 
 
-def operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows) -> int:
-  """Floating-point operations of one pass, padding not counted."""
+def operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
+               logit_rows: int | None = None) -> int:
+  """Floating-point operations of one pass, padding not counted.
+
+  `logit_rows` as in `decoder.operations`: 0 where the head does not run.
+  """
   sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-  return int(sum(decoder.operations(m, int(s)) * int(c)
+  return int(sum(decoder.operations(m, int(s), logit_rows) * int(c)
                  for s, c in zip(sizes, counts)))

@@ -1,0 +1,46 @@
+r"""The paper's recipe: KTO of Mistral 7B on the tenth that ISA keeps.
+
+  python -m jaxalign.main --config=configs/mistral_7b_kto_isa.py --workdir=...
+
+Rows are embedded by the last hidden state of Llama-3-8B-Instruct; a mixture of
+two full covariances, no PCA, no quota of labels; KTO with HALOs' settings and
+a warm-up that is a ratio. Two gated models: set HF_TOKEN, or give folders
+with --config.model.checkpoint and --config.embed.checkpoint.
+
+  configs/mistral_7b_kto_isa.py:early    embeds with the policy's first 4 layers
+  configs/mistral_7b_kto_isa.py:encoder  embeds with all-MiniLM-L6-v2
+
+The batch of 32 fills at most fsdp=32: on more chips raise config.mesh.tensor.
+Either brings the cost of selecting under 3 % of a full run (--dry_run).
+"""
+
+from configs import common
+
+
+def get_config(variant=""):
+  """The production job on a mesh of accelerators; see the module."""
+  c = common.base()
+  c.data.source = "hf:HuggingFaceH4/ultrafeedback_binarized"
+  c.model.checkpoint = "hf:mistralai/Mistral-7B-v0.1"
+  c.model.context, c.model.dtype, c.model.remat = 2048, "bfloat16", "full"
+  c.model.head_chunk = 512
+  c.embed.checkpoint = "hf:meta-llama/Meta-Llama-3-8B-Instruct"
+  c.embed.pooling, c.embed.tile = "last", 8
+  c.select.sampler, c.select.budget, c.select.label_quota = "isa", 0.1, 0.0
+  c.select.mixture.pca = "0"  # none
+  c.loss.name = "kto"
+  c.loss.kwargs = dict(beta=0.1)
+  c.loss.sft_weight = 0.0
+  t = c.train
+  t.epochs, t.max_updates, t.batch_size, t.accumulation = 1.0, 0, 32, 1
+  t.lr, t.warmup_ratio, t.schedule = 5e-6, 0.1, "linear"
+  t.clip, t.weight_decay, t.b2 = 1.0, 0.01, 0.999
+  c.eval.new_tokens, c.eval.tile = 512, 8
+  if variant == "early":
+    c.embed.checkpoint, c.embed.layers = c.model.checkpoint, 4
+  elif variant == "encoder":
+    c.embed.checkpoint = "hf:sentence-transformers/all-MiniLM-L6-v2"
+    c.embed.pooling, c.embed.tile = "auto", 64
+  elif variant:
+    raise ValueError(f"unknown variant {variant!r}; known: early, encoder")
+  return c

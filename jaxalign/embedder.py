@@ -1,0 +1,185 @@
+"""What embeds the pool: the reference itself, or a model that costs less.
+
+With the reference whole, one pass yields the embedding and the reference's
+log-probabilities. Its first layers, another decoder or an encoder yield the
+embedding alone; the reference then runs over the kept rows only.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import progress
+from jaxalign import sharding
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.errors import ConfigError
+from jaxalign.model import decoder
+from jaxalign.model import encoder
+from jaxalign.model import families
+from jaxalign.model import hub
+from jaxalign.model import published
+from jaxalign.model import weights
+from jaxalign.select import embed
+
+
+class Embedder(NamedTuple):
+  """Which model embeds, sized but not loaded."""
+
+  model: decoder.ModelConfig | encoder.EncoderConfig
+  folder: str  # "": the reference, or its first layers
+  pooling: str
+  alone: bool  # it yields no log-probabilities of the reference
+
+
+def alone(c: Any) -> bool:
+  """Whether the embedding pass is not the reference's own."""
+  return bool(c.embed.checkpoint or c.embed.layers)
+
+
+def first_layers(m: decoder.ModelConfig, layers: int) -> decoder.ModelConfig:
+  """The same decoder cut after `layers`; without a head of its own."""
+  if not 0 < layers <= m.layers:
+    raise ConfigError(f"embed.layers={layers}, the model has {m.layers}; set "
+                      "config.embed.layers")
+  return m._replace(layers=layers, kinds=m.kinds[:layers], tied=True, lora=None)
+
+
+def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
+  """The embedder that a config asks for; reads its config.json.
+
+  Raises:
+    ConfigError: an unknown model, too many layers, or a pooling that this
+      kind of model has not.
+  """
+  given, layers, pooling = c.embed.checkpoint, c.embed.layers, c.embed.pooling
+  kind = weights.model_type(given) if given else ""
+  if kind in encoder.FAMILIES:
+    if layers:
+      raise ConfigError(f"embed.layers={layers} is of decoders, but "
+                        f"{given} is a {kind}; set config.embed.layers=0")
+    m = _encoder(given, "" if pooling == "auto" else pooling)
+    return Embedder(m, given, m.pooling, True)
+  if pooling not in embed.POOLINGS:
+    raise ConfigError(f"embed.pooling={pooling!r} is not of a decoder, wanted "
+                      f"{' or '.join(embed.POOLINGS)}; set "
+                      "config.embed.pooling")
+  if not given or given == c.model.checkpoint:
+    m = first_layers(reference, layers) if layers else reference
+    return Embedder(m, "", pooling, alone(c))
+  m = weights.read_config(given, c.model.dtype, "none")
+  m = m._replace(context=min(m.context, c.model.context),
+                 attention=reference.attention)
+  return Embedder(first_layers(m, layers or m.layers), given, pooling, True)
+
+
+def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
+  try:
+    return encoder.read_config(given, pooling=pooling)
+  except ConfigError:
+    if (raw := published.CONFIGS.get(given)) is None:
+      raise
+    return encoder.EncoderConfig(  # to plan with
+        layers=raw["num_hidden_layers"], width=raw["hidden_size"],
+        heads=raw["num_attention_heads"], ff=raw["intermediate_size"],
+        vocab=raw["vocab_size"], positions=raw["max_position_embeddings"],
+        context=raw["max_position_embeddings"], pooling=pooling or "mean")
+
+
+def digest_names(e: Embedder) -> list[str]:
+  """The files that an embedding depends on, of a model of its own."""
+  return sorted(p.name for p in hub.resolve(e.folder).iterdir()
+                if p.name.endswith((".json", ".model", ".safetensors")))
+
+
+def files(e: Embedder) -> list[str]:
+  """What `run` leaves beside the embedding."""
+  own = e.folder and isinstance(e.model, decoder.ModelConfig)
+  return [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields
+          ] if own else []
+
+
+def load(e: Embedder, reference: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A decoder's parameters; of a longer model only the layers that run."""
+  if not e.folder:  # sharded alike; only the leading axis is cut
+    rows = decoder.table(e.model)
+    return {n: reference[n][:rows[n].shape[0]] if n.startswith("layers/")
+            else reference[n] for n in rows}
+  m, layer = e.model, re.compile(r"\.layers\.(\d+)\.")
+
+  def canonical(name):
+    name = families.canonical(m, name)
+    found = name and layer.search(name)
+    return None if found and int(found[1]) >= m.layers else name
+
+  return weights.load(
+      e.folder, decoder.table(m), families.stored(m), mesh, canonical=canonical,
+      dtype=jnp.dtype(m.dtype))
+
+
+def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
+  """Prompt and answer as one text, in the embedder's own tokens.
+
+  As in the paper: BOS, the text, no template; a long row loses its beginning.
+  """
+  tok = load_tokenizer(hub.resolve(e.folder))
+  ids, bos = [], [tok.bos] if tok.bos >= 0 else []
+  room = e.model.context - len(bos)
+  texts = texts_of(rows)
+  with progress.bar("tokenize", len(texts)) as tick:
+    for at in range(0, len(texts), 1024):
+      part = tok.encode_many(texts[at:at + 1024])
+      ids += [np.array(bos + one[-room:], np.int32) for one in part]
+      tick(len(part))
+  zeros = np.zeros(len(ids), np.int32)
+  return tokens_lib.TokenRows(
+      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]), zeros, zeros)
+
+
+def texts_of(rows: list[dict]) -> list[str]:
+  """The texts to embed: two of a pair, chosen first."""
+  return [row["prompt"] + row[side] for row in rows
+          for side in ("chosen", "rejected", "completion") if side in row]
+
+
+def run(job: Any, e: Embedder, folder: Any) -> tuple[np.ndarray, int, int]:
+  """Embeds every row of the pool without the reference's log-probabilities.
+
+  Args:
+    job: the run.
+    e: what embeds.
+    folder: of the embed stage; gets the tokens of a foreign decoder.
+
+  Returns:
+    [n * R, E] float32; operations; tokens.
+  """
+  c, ids = job.c, job.column("pool", "id")
+  if isinstance(e.model, encoder.EncoderConfig):
+    from jaxalign.select import texts  # needs the `tokenizers` package
+    params, m, tok = texts.read_encoder(e.folder, job.mesh, pooling=e.pooling)
+    asked = texts_of(job.rows("pool"))
+    sizes = [len(x.ids) for x in tok.encode_batch_fast(asked)]
+    x = texts.embed_texts(job.mesh, params, m, tok, asked,
+                          tile=16 * c.embed.tile)
+    return x, sum(encoder.operations(m, s) for s in sizes), sum(sizes)
+  rows = job.tokens("pool")
+  if e.folder:
+    if jax.process_index() == 0:
+      tokens_lib.save(folder, "tokens", encode(e, job.rows("pool")))
+    sharding.barrier("embedder's tokens")
+    rows = tokens_lib.load_rows(folder, "tokens")
+  params = load(e, job.reference if not e.folder else None, job.mesh)
+  x = embed.pool_rows(job.mesh, params, e.model, rows, pooling=e.pooling,
+                      tile=c.embed.tile, ids=ids)
+  return x, embed.operations(e.model, rows, 0), len(rows.ids)
+
+
+def operations(e: Embedder, tokens: int) -> int:
+  """Floating-point operations of one row of `tokens` tokens, by the shapes."""
+  if isinstance(e.model, encoder.EncoderConfig):
+    return encoder.operations(e.model, min(tokens, e.model.context))
+  return decoder.operations(e.model, min(tokens, e.model.context),
+                            None if not e.alone else 0)
