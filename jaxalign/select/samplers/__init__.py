@@ -6,6 +6,8 @@ record draws the same number in any order, on any mesh, in any part of a pool.
 """
 
 from jaxalign.select.samplers import basic
+from jaxalign.select.samplers import density
+from jaxalign.select.samplers import geometric
 from jaxalign.select.samplers import likelihood
 from jaxalign.select.samplers import margin
 
@@ -21,4 +23,8 @@ SAMPLERS = {
     "external_margin": margin.external_margin,
     "implicit_margin": margin.implicit_margin,
     "bees": margin.bees,
+    "density": density.density,
+    "k_center": geometric.k_center,
+    "herding": geometric.herding,
+    "real": geometric.real,
 }

@@ -1,0 +1,282 @@
+"""Density, k-center, herding and REAL equal their equations in float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.errors import ConfigError, NumericError
+from jaxalign.select import topk
+from jaxalign.select.samplers import SAMPLERS, density, geometric, rows
+import pools as make_pools
+
+N, W = 300, 12
+GEOMETRIC = [n for n in SAMPLERS if "embedding" in SAMPLERS[n].needs]
+
+
+def clusters(n=N, width=W, seed=0, responses=2):
+  """A pool with a dense cluster, a wide one, and a few rows far off."""
+  rng = np.random.default_rng(seed)
+  pool = make_pools.make(responses, n, seed, width)
+  spread = np.where(np.arange(n) % 10 == 0, 3.0,
+                    np.where(np.arange(n) % 3 == 0, 1.0, 0.2))
+  x = 1 + rng.normal(size=(n, responses, width)) * spread[:, None, None]
+  return make_pools.with_columns(pool, embedding=x.astype(np.float32))
+
+
+def by_hand(pool, pair="mean", metric="cosine"):
+  """[N, W] float64 of the vectors that a row is compared by."""
+  x = np.float64(pool.embedding)
+  x = {"mean": x.mean(1), "chosen": x[:, 0], "rejected": x[:, 1],
+       "difference": x[:, 0] - x[:, 1],
+       "concat": x.reshape(len(x), -1)}[pair]
+  if metric == "centred":
+    x = x - x.mean(0)
+  if metric != "euclidean":
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+  return x
+
+
+@pytest.mark.parametrize("pair", rows.PAIRS)
+@pytest.mark.parametrize("metric", rows.METRICS)
+def test_vectors(pair, metric):
+  pool = clusters()
+  got = rows.vectors(pool, pair, metric)
+  assert got.dtype == np.float32
+  np.testing.assert_allclose(got, by_hand(pool, pair, metric), rtol=1e-4,
+                             atol=1e-6)
+
+
+def test_vectors_refused():
+  pool = clusters()
+  for knob in ("pair", "metric"):
+    with pytest.raises(ConfigError, match=f"kwargs.{knob}"):
+      SAMPLERS["k_center"](0, pool, 5, **{knob: "nonsense"})
+  with pytest.raises(ConfigError, match="'difference' reads pairs"):
+    SAMPLERS["k_center"](0, clusters(responses=1), 5, pair="difference")
+  x = pool.embedding.copy()
+  x[3] = 0
+  with pytest.raises(NumericError, match=f"length 0.*{pool.ids[3]}"):
+    SAMPLERS["k_center"](0, make_pools.with_columns(pool, embedding=x), 5)
+
+
+# Density.
+
+
+def naive_density(x, h):
+  out = np.zeros(len(x))
+  for i, a in enumerate(x):
+    for b in x:
+      out[i] += np.exp(-((a - b)**2).sum() / (2 * h * h))
+  return out / len(x)
+
+
+def test_density_equals_the_double_loop_and_keeps_thin_rows():
+  pool = clusters(n=150)
+  x = by_hand(pool)
+  f = naive_density(x, 0.5)
+  u = topk.uniform(4, pool.ids, "density")
+  wanted = np.log(1 / f) - np.log(-np.log(u))
+  got = SAMPLERS["density"](4, pool, 30, bandwidth=0.5, features=0)
+  np.testing.assert_allclose(got.score, wanted, rtol=1e-4, atol=1e-5)
+  assert list(got.rows) == list(np.argsort(-wanted)[:30])
+  # The published pseudo-code, S in place of 1 / S, would keep others.
+  wrong = np.log(f) - np.log(-np.log(u))
+  assert len(set(got.rows) & set(np.argsort(-wrong)[:30])) < 25
+  rank = f.argsort().argsort() / 150
+  mean = np.mean([rank[SAMPLERS["density"](s, pool, 30, bandwidth=0.5,
+                                           features=0).rows].mean()
+                  for s in range(10)])
+  assert mean < 0.45  # below the half that a fair draw has
+
+
+def test_random_features_approach_the_exact_density():
+  x = np.float32(by_hand(clusters()))
+  exact = density.kernel_density(x, 0.5, 0, 0)
+  for features in (256, 4096):
+    error = [density.kernel_density(x, 0.5, features, s) - exact
+             for s in range(4)]
+    worst = np.sqrt(np.mean(np.square(error)))
+    assert worst < 1 / np.sqrt(2 * features)  # the standard error's bound
+  assert np.corrcoef(np.mean(error, 0) + exact, exact)[0, 1] > 0.999
+
+
+def test_density_draws_by_one_over_the_density():
+  """Over many seeds, a row comes first as often as its weight says."""
+  pool = make_pools.make(1, 5)
+  x = np.array([[1, 0], [1, .1], [1, .2], [0, 1], [-1, 0]], np.float32)
+  pool = make_pools.with_columns(pool, embedding=x[:, None])
+  unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+  weight = 1 / naive_density(np.float64(unit), 0.7)
+  first = [SAMPLERS["density"](s, pool, 1, bandwidth=0.7, features=0).rows[0]
+           for s in range(2000)]
+  share = np.bincount(first, minlength=5) / 2000
+  assert abs(share - weight / weight.sum()).max() < 0.035
+
+
+def test_bandwidth():
+  pool = clusters()
+  x = by_hand(pool)
+  distance = np.linalg.norm(x[:, None] - x[None], axis=2)
+  median = np.median(distance[np.triu_indices(N, 1)])
+  assert density.bandwidth_of(np.float32(x), pool.ids) == pytest.approx(median)
+  for bad in (0.0, -1.0, "wide", float("nan")):
+    with pytest.raises(ConfigError, match="kwargs.bandwidth"):
+      SAMPLERS["density"](0, pool, 5, bandwidth=bad)
+  for bad in (-1, 0.5, True):
+    with pytest.raises(ConfigError, match="kwargs.features"):
+      SAMPLERS["density"](0, pool, 5, features=bad)
+
+
+def test_exact_density_says_that_it_cannot_scale(monkeypatch):
+  monkeypatch.setattr(density, "EXACT_ROWS", 100)
+  with pytest.raises(ConfigError, match="300, is above the 100.*features"):
+    SAMPLERS["density"](0, clusters(), 5, features=0)
+
+
+# k-center.
+
+
+def naive_k_center(x, first, m):
+  chosen, near = [first], ((x - x[first])**2).sum(1)
+  while len(chosen) < m:
+    near[chosen] = -1
+    chosen.append(int(near.argmax()))
+    near = np.minimum(near, ((x - x[chosen[-1]])**2).sum(1))
+  return chosen
+
+
+@pytest.mark.parametrize("active", [4, 32, 1024])
+@pytest.mark.parametrize("pair", rows.PAIRS)
+def test_k_center_equals_the_loop(active, pair, monkeypatch):
+  monkeypatch.setattr(geometric, "ACTIVE", active)
+  pool = clusters()
+  x = by_hand(pool, pair)
+  first = int(topk.uniform(3, pool.ids, "k_center").argmax())
+  got = SAMPLERS["k_center"](3, pool, 120, pair=pair)
+  wanted = naive_k_center(x, first, 120)
+  assert list(got.rows) == wanted
+  left = np.setdiff1d(np.arange(N), wanted)
+  near = np.linalg.norm(x[left][:, None] - x[wanted][None], axis=2).min(1)
+  np.testing.assert_allclose(got.score[left], near, atol=2e-3)
+  radius = [np.linalg.norm(x[wanted[:i]] - x[wanted[i]], axis=1).min()
+            for i in range(1, 120)]
+  np.testing.assert_allclose(got.score[wanted[1:]], radius, rtol=1e-5)
+
+
+@pytest.mark.parametrize("active", [8, 1024])
+def test_k_center_takes_copies_last_and_by_their_hash(active, monkeypatch):
+  monkeypatch.setattr(geometric, "ACTIVE", active)
+  pool = clusters(n=60)
+  x = np.repeat(pool.embedding[:20], 3, axis=0)
+  pool = make_pools.with_columns(pool, embedding=x)
+  got = SAMPLERS["k_center"](0, pool, 40)
+  assert len(set(got.rows[:20] // 3)) == 20
+  hashes = topk.id_hash(pool.ids)
+  rest = [i for i in np.argsort(hashes) if i not in set(got.rows[:20])]
+  assert list(got.rows[20:]) == rest[:20]
+  for i in got.rows[1:20]:  # of three copies, the one with the least hash
+    assert hashes[i] == hashes[i // 3 * 3:i // 3 * 3 + 3].min()
+
+
+# Herding.
+
+
+def naive_herding(x, m):
+  mean = x.mean(0)
+  w, chosen = mean.copy(), []
+  for _ in range(m):
+    value = x @ w
+    value[chosen] = -np.inf
+    chosen.append(int(value.argmax()))
+    w += mean - x[chosen[-1]]
+  return chosen
+
+
+@pytest.mark.parametrize("active", [4, 32, 1024])
+@pytest.mark.parametrize("metric", rows.METRICS)
+def test_herding_equals_the_loop(active, metric, monkeypatch):
+  monkeypatch.setattr(geometric, "ACTIVE", active)
+  pool = clusters()
+  x = by_hand(pool, "mean", metric)
+  got = SAMPLERS["herding"](0, pool, 150, metric=metric)
+  assert list(got.rows) == naive_herding(x, 150)
+  # What it is for: the mean of the chosen follows the mean of the pool.
+  mean = x.mean(0)
+  gap = np.linalg.norm(x[got.rows[:30]].mean(0) - mean)
+  fair = [np.linalg.norm(x[SAMPLERS["random"](s, pool, 30).rows].mean(0) - mean)
+          for s in range(20)]
+  assert gap < np.mean(fair) / 2
+
+
+def test_herding_in_a_gaussian_kernel():
+  pool = clusters()
+  x = np.float32(by_hand(pool))
+  h = density.bandwidth_of(x, pool.ids)
+  angle = np.float64(x) @ density.frequencies(1, W, 64, h).T
+  phi = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) / 8
+  got = SAMPLERS["herding"](1, pool, 60, features=64)
+  assert list(got.rows) == naive_herding(np.float64(np.float32(phi)), 60)
+
+
+def test_herding_of_copies_follows_the_hash():
+  pool = clusters(n=40)
+  x = np.repeat(pool.embedding[:20], 2, axis=0)
+  pool = make_pools.with_columns(pool, embedding=x)
+  got = SAMPLERS["herding"](0, pool, 12)
+  hashes = topk.id_hash(pool.ids)
+  seen = set()
+  for i in got.rows:
+    twin = i ^ 1
+    assert hashes[i] < hashes[twin] or twin in seen
+    seen.add(i)
+
+
+# REAL.
+
+
+def test_real_keeps_the_pairs_that_are_least_alike():
+  pool = clusters()
+  a, b = np.float64(pool.embedding).transpose(1, 0, 2)
+  cosine = np.array([(p @ q) / np.sqrt((p @ p) * (q @ q))
+                     for p, q in zip(a, b)])
+  got = SAMPLERS["real"](0, pool, 60)
+  np.testing.assert_allclose(got.score, 1 - cosine, rtol=1e-4, atol=1e-6)
+  assert set(got.rows) == set(np.argsort(cosine)[:60])
+  low = SAMPLERS["real"](0, pool, 60, direction="low")
+  assert set(low.rows) == set(np.argsort(-cosine)[:60])
+  far = SAMPLERS["real"](0, pool, 60, metric="euclidean")
+  np.testing.assert_allclose(far.score, np.linalg.norm(a - b, axis=1),
+                             rtol=1e-5)
+
+
+# Of all samplers that read an embedding.
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_any_mesh_gives_the_same_rows_and_the_same_bits(name):
+  pool = clusters(n=700, width=32)
+  found = []
+  for shape in ((1, 1), (2, 1), (4, 2)):
+    mesh = sharding.make_mesh(dict(fsdp=shape[0], tensor=shape[1]),
+                              jax.devices()[:shape[0] * shape[1]])
+    with jax.set_mesh(mesh):
+      found.append(SAMPLERS[name](0, pool, 90))
+  for other in found[1:]:
+    np.testing.assert_array_equal(other.rows, found[0].rows)
+    np.testing.assert_array_equal(other.score, found[0].score)
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_copies_of_rows_are_told_apart_by_the_hash_not_the_place(name):
+  """The same embeddings under other ids: the picks move with the hashes."""
+  pool = clusters(n=80)
+  x = np.repeat(pool.embedding[:10], 8, axis=0)
+  got = SAMPLERS[name](0, make_pools.with_columns(pool, embedding=x), 40)
+  kept = np.zeros(80, bool)
+  kept[got.rows] = True
+  # Were copies taken in their order, no later copy would be kept alone.
+  groups = kept.reshape(10, 8)
+  partly = groups[groups.any(1) & ~groups.all(1)]
+  if len(partly):
+    assert any((np.diff(one.astype(int)) > 0).any() for one in partly)
