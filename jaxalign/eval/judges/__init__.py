@@ -1,0 +1,1 @@
+"""Judges that are not the built-in world: a model behind an endpoint."""
