@@ -371,6 +371,16 @@ def test_extremes_are_finite(name, size):
         break
 
 
+@pytest.mark.parametrize("name", ["dpo_forward_kl", "dpo_alpha"])
+def test_float32_keeps_a_small_gap(name):
+  """1e-4 nats: e^r would round it to three digits."""
+  x = example(2)
+  x.p = np.float64(np.float32(x.p / 1e6))
+  x.q = np.float64(np.float32(x.q / 1e6))
+  loss, _ = LOSSES[name](*inputs(x, jnp.float32), beta=1e5)
+  np.testing.assert_allclose(loss, ORACLES[name](x, beta=1e5), rtol=1e-5)
+
+
 REWARDS = {"sums": ("slic",), "beta sums": ("cpo",),
            "beta means": ("simpo", "orpo"), "shaped": ("alphapo",)}
 

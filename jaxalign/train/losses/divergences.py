@@ -1,14 +1,12 @@
 """DPO under other divergences than the reverse KL: Wang et al. 2024 (f-DPO).
 
 -log sigmoid(beta (s(r_w) - s(r_l))) with s = f' of the divergence at
-exp(r), over sums; s(r) = r is plain DPO. Each s below is shifted by a constant
-so that s(0) = 0, which no difference sees and which keeps float32 exact near
-the start (TRL shifts alike). At the start ln 2. TRL lets an f-divergence into
-hinge, IPO, EXO, robust and DiscoPOP too; the paper derives the logistic form
-only, and so do these.
+exp(r), over sums, up to a constant that no difference sees; s(r) = r is plain
+DPO. Those with an exponential are shifted to s(0) = 0, which keeps float32
+exact near the start. At the start ln 2. TRL lets an f-divergence into hinge,
+IPO, EXO, robust and DiscoPOP too; the paper derives the logistic form only,
+and so do these.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -46,23 +44,23 @@ def dpo_forward_kl(policy, ref, stats, *, beta=0.1):
 
 @needs("pairs")
 def dpo_js(policy, ref, stats, *, beta=0.1):
-  """f-DPO with the Jensen-Shannon divergence: s(r) = ln 2 + log sigmoid(r).
+  """f-DPO with the Jensen-Shannon divergence: s(r) = log sigmoid(r).
 
-  Bounded above by ln 2: nothing is gained by ever more likely answers.
+  Bounded above: nothing is gained by ever more likely answers.
   """
   del stats
   r = ratios(policy, ref)
-  return _logistic(policy, r, math.log(2) + jax.nn.log_sigmoid(r), beta)
+  return _logistic(policy, r, jax.nn.log_sigmoid(r), beta)
 
 
 @needs("pairs")
 def dpo_alpha(policy, ref, stats, *, beta=0.1, alpha=0.5):
   """f-DPO with the alpha divergence: s(r) = (e^((a - 1) r) - 1) / (a - 1).
 
-  a = `alpha`, 0.5 as TRL: 1 is the reverse KL (plain DPO, the limit is taken
-  within 1e-6 of it), 0 the forward KL. The exponent is held at 80.
+  a = `alpha`, 0.5 as TRL: 1 is the reverse KL, the limit, where this is
+  plain DPO; 0 is the forward KL. The exponent is held at 80.
   """
   del stats
   r, power = ratios(policy, ref), alpha - 1
-  scores = r if abs(power) < 1e-6 else _expm1(power * r) / power
+  scores = r if power == 0 else _expm1(power * r) / power
   return _logistic(policy, r, scores, beta)
