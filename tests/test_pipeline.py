@@ -263,7 +263,10 @@ def test_reference_numbers_of_other_rows_are_refused(tmp_path):
     (lambda f: (f / "config.json").unlink(), 64, "has no config.json"),
     (lambda f: (f / "model.safetensors").unlink(), 64, "model.safetensors"),
     (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), 65, "cut"),
-    (lambda f: (f / "tokenizer.model").write_bytes(b"x"), 64, "SentencePiece"),
+    (lambda f: (f / "tokenizer.json").write_bytes(b"x"), 64, "tokenizer.json"),
+    (lambda f: ((f / "tokenizer.json").unlink(),
+                (f / "tokenizer.model").write_bytes(b"x")), 64,
+     "SentencePiece"),
 ])
 def test_a_checkpoint_that_cannot_be_read(job, tmp_path, harm, code, said):
   folder = tmp_path / "model"

@@ -61,7 +61,7 @@ KNOBS = dict(topics=4, clusters=2, arguments=2, argument_words=5, openers=3,
 
 
 class Ids:
-  eos = EOS
+  stops = (EOS,)
 
 
 def outcome(logp, reward, own):

@@ -96,13 +96,13 @@ def examine(mesh: Any, params: Any, m: Any, what: Examined, *, new: int,
   scored = embed.score_rows(mesh, params, m, what.tokens, tile=tile,
                             chunk=chunk, label="score held-out")
   prompts = prompts_of(what)
-  said = decode.generate(mesh, params, m, prompts, new=new, eos=tok.eos,
-                         known=tok.vocab_size, temperature=temperature,
-                         seed=seed, tile=tile)
+  said = decode.generate(mesh, params, m, prompts, new=new, eos=tok.stops,
+                         known=min(tok.vocab_size, m.vocab),
+                         temperature=temperature, seed=seed, tile=tile)
   own = score_answers(mesh, params, m, what, said, new=new, tile=tile,
                       chunk=chunk)
-  texts = [tok.decode_response(s[:-1] if len(s) and s[-1] == tok.eos else s)
-           for s in said]
+  texts = [tok.decode_response(
+      s[:-1] if len(s) and s[-1] in tok.stops else s) for s in said]
   reward = None
   if what.world is not None:
     reward = np.array([world_lib.reward(what.world, what.rows[i]["prompt"], t)
@@ -136,7 +136,8 @@ def measure(what: Examined, policy: Outcome, reference: Outcome,
     out["win_vs_target_macro"] = against["macro"]
     out["win_vs_sft"] = winrate.rates(policy.reward, reference.reward,
                                       None)["micro"]
-  out |= winrate.generation_health(policy.said, what.tokenizer.eos, malformed)
+  out |= winrate.generation_health(policy.said, what.tokenizer.stops,
+                                   malformed)
   out["accuracy"] = held_out.accuracy(*as_pairs(
       what, policy.logp, reference.logp))
   count = (tokens_lib.lengths(what.tokens) - what.tokens.start).reshape(

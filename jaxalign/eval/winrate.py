@@ -1,6 +1,6 @@
 """Win rates from a score of each answer, and what was generated."""
 
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def both_orders(shown_first: np.ndarray, shown_second: np.ndarray
       unparsable=intervals.share(np.isnan(np.concatenate([a, b]))))
 
 
-def generation_health(said: list[np.ndarray], eos: int,
+def generation_health(said: list[np.ndarray], eos: int | Sequence[int],
                       malformed: np.ndarray | None) -> dict[str, Any]:
   """Malformed, unended and empty answers, and their length.
 
@@ -96,12 +96,13 @@ def generation_health(said: list[np.ndarray], eos: int,
 
   Args:
     said: n arrays of generated ids.
-    eos: the id that ends an answer.
+    eos: the id that ends an answer, or several.
     malformed: [n] bool where the data's own grammar can tell, else None: then
       an answer counts as malformed when it is empty or has no end.
   """
-  ended = np.array([len(s) > 0 and s[-1] == eos for s in said])
-  empty = np.array([len(s) == 0 or s[0] == eos for s in said])
+  stops = set(np.atleast_1d(eos).tolist())
+  ended = np.array([len(s) > 0 and s[-1] in stops for s in said])
+  empty = np.array([len(s) == 0 or s[0] in stops for s in said])
   bad = (empty | ~ended) if malformed is None else malformed
   return dict(malformed=intervals.share(bad.astype(float)),
               ended=intervals.share(ended.astype(float)),

@@ -87,8 +87,10 @@ def export_folder(folder: Any, params: Params, m: decoder.ModelConfig,
   Returns:
     The names of the files written (by process 0).
   """
+  stops = list(tokenizer.stops)
   save(folder, params, decoder.table(m), families.stored(m), dtype=dtype,
-       config=families.hf_config(m, tokenizer.bos, tokenizer.eos),
+       config=families.hf_config(
+           m, tokenizer.bos, stops if len(stops) > 1 else stops[0], dtype),
        tokenizer=tokenizer, shard_bytes=shard_bytes)
   return ["export"]
 
