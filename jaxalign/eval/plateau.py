@@ -174,6 +174,7 @@ def fit(x: Sequence[float], y: Sequence[float],
     "curves": {name: {"formula", "numbers", "r2", "held_out"}}, the error of
       predicting each x but the smallest from the others, in the unit of y.
     "best": the curve with the least held-out error.
+    "x", "y", "se", "bounds": as given.
     "words": what may be said, a list of sentences.
 
   Raises:
@@ -238,7 +239,7 @@ def fit(x: Sequence[float], y: Sequence[float],
       and all(out["r"][k] is not None for k in ("low", "high"))
       # Without a gain there is nothing for b to be the rate of.
       and out["r"]["low"] > out["a"]["value"])
-  out["x"], out["y"] = x.tolist(), y.tolist()
+  out["x"], out["y"], out["bounds"] = x.tolist(), y.tolist(), list(bounds)
   out["se"] = None if se is None else spread.tolist()
   out["words"] = words(out)
   return out

@@ -1,0 +1,118 @@
+"""The sections on the plateau and on the judges, whole or askew."""
+
+import copy
+import json
+
+import pytest
+from test_report import PAYLOADS, paths, poisoned, read
+
+from jaxalign.eval import agreement
+from jaxalign.eval import plateau as fits
+from jaxalign.eval.agreement import Verdict
+from jaxalign.report import page
+from jaxalign.report.pages import judges, plateau
+
+HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
+OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]
+X = [0, 10, 25, 50, 75, 100]
+
+
+def fit(y=HH, **kwargs):
+  return json.loads(json.dumps(fits.fit(X, y, **kwargs)))
+
+
+def judged():
+  words = ["first", "second", "tie", None]
+  rows = [Verdict(i, *names, rater, words[(i * k + (names[0] == "m")) % 4])
+          for i in range(30) for k, rater in enumerate(("ann", "ben", "gpt"))
+          for names in (("m", "k"), ("k", "m"))]
+  return json.loads(json.dumps(
+      agreement.judged(rows, ["gpt"], ["ann", "ben"])))
+
+
+def control(passed=True):
+  share = dict(value=0.0, low=0.0, high=0.1, n=20, passed=passed)
+  return {"gpt": dict(null=share, injected=share | dict(passed=True),
+                      words=["gpt: it holds."])}
+
+
+def text(found):
+  return " ".join(" ".join(read(found).text).split())
+
+
+def test_the_plateau_is_told_with_its_numbers_and_its_doubt():
+  said = text(plateau.section(fit()))
+  assert "A plateau is identified" in said and "82.2" in said
+  assert "0.290" in said and "power law" in said
+  assert fits.RECIPE in said  # b is the recipe's as much as the data's
+  assert "no bound" not in said
+
+
+def test_no_plateau_is_said_so():
+  said = text(plateau.section(fit(OASST)))
+  assert "Plateau not identified" in said and "no bound" in said
+  assert "A plateau is identified" not in said
+
+
+def test_shares_are_shown_in_percent():
+  found = fit([v / 100 for v in HH], bounds=(0, 1), se=[0.02] * 6)
+  said = text(plateau.section(found))
+  assert "82.2" in said and "Band: 95 % of each point" in said
+
+
+def test_seeds_share_a_line():
+  found = fits.fit(X * 2, HH + [v - 1 for v in HH])
+  shown = plateau.section(found)
+  assert "band: all seeds" in text(shown)
+  assert str(read(shown).seen).count("'polyline'") == 2  # measured, and fitted
+
+
+def test_judges_are_told_under_every_rule():
+  found = judged()
+  said = text(judges.section(found, control()))
+  for rule in agreement.UNPARSABLE.values():
+    assert rule in said
+  value = found["judges"]["gpt"]["against"]["drop"]["kappa"]["value"]
+  assert page.number(value) in said
+  assert "ann / ben" in said and "it holds" in said
+
+
+@pytest.mark.parametrize("passed", [True, False, None])
+def test_a_failed_control_is_a_warning(passed):
+  found = judges.section(judged(), control(passed))
+  kinds = [a.get("class") for _, a in read(found).seen]
+  assert ("callout warning" in kinds) == (passed is not True)
+
+
+@pytest.mark.parametrize("section", [plateau.section, judges.section])
+@pytest.mark.parametrize("odd", [None, {}, [], "x", 5, {"judges": {"a": 1}},
+                                 {"r": 1, "x": [1, "a"], "y": None},
+                                 {"bounds": [None], "words": 3}])
+def test_what_is_not_there_is_said_not_to_be(section, odd):
+  assert text(section(odd))
+
+
+def set_at(value, path, leaf):
+  for key in path[:-1]:
+    value = value[key]
+  value[path[-1]] = leaf
+
+
+@pytest.mark.parametrize("make,section", [(fit, plateau.section),
+                                          (judged, judges.section)])
+def test_any_leaf_may_be_missing_or_odd(make, section):
+  whole = make()
+  for path in paths(whole):
+    for leaf in (None, "x", float("nan"), 1e308, [], {}):
+      found = copy.deepcopy(whole)
+      set_at(found, path, leaf)
+      section(found)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS[::4])
+def test_nothing_from_data_becomes_markup(payload):
+  read(plateau.section(poisoned(fit(), payload)))
+  found = judged()
+  found["judges"][payload] = found["judges"].pop("gpt")
+  read(judges.section(poisoned(found, payload),
+                      {payload: poisoned(control()["gpt"], payload)}))
