@@ -92,11 +92,11 @@ def _module(own: dict[str, np.ndarray], parts: list[tuple[str, Stored]]
   if parts[0][1].pick is None:
     (_, b), = pairs
     return a, b.swapaxes(1, 2)
-  axis, _ = parts[0][1].pick
-  view, rank = parts[0][1].view[:-1], pairs[0][1].shape[1]
-  whole = np.zeros((len(a), *view, a.shape[1]), np.float32)
+  rank = pairs[0][1].shape[1]
+  whole = np.zeros((len(a), parts[0][1].shape[0], a.shape[1]), np.float32)
   for i, ((_, b), (_, s)) in enumerate(zip(pairs, parts)):
-    at = [slice(None)] * whole.ndim
-    at[1 + axis], at[-1] = s.pick[1], slice(i * rank, (i + 1) * rank)
-    whole[tuple(at)] = b.swapaxes(1, 2).reshape(whole[tuple(at)].shape)
-  return a, whole.reshape(len(a), -1, a.shape[1])
+    view = whole.reshape(len(a), *s.view[:-1], a.shape[1])  # no copy
+    at = [slice(None)] * view.ndim
+    at[1 + s.pick[0]], at[-1] = s.pick[1], slice(i * rank, (i + 1) * rank)
+    view[tuple(at)] = b.swapaxes(1, 2).reshape(view[tuple(at)].shape)
+  return a, whole

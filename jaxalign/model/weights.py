@@ -413,6 +413,7 @@ def _gather(params: Params, source: _Source, dtype: np.dtype) -> np.ndarray:
     if not s.pick:
       return np.ascontiguousarray(x, dtype).reshape(s.shape)
     if out is None:
-      out = np.empty(s.view, dtype)
-    out[(slice(None),) * s.pick[0] + (s.pick[1],)] = x
-  return out.reshape(s.shape)
+      out = np.empty(s.shape, dtype)
+    # Each of the fused has a view of its own (a query's has an axis more).
+    out.reshape(s.view)[(slice(None),) * s.pick[0] + (s.pick[1],)] = x
+  return out

@@ -1,0 +1,102 @@
+"""Adapters in Hugging Face's hands: `peft` computes what we do."""
+
+import functools
+import json
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.model import adapters
+from jaxalign.model import decoder
+from jaxalign.model import families
+from jaxalign.model import peft_folder
+from jaxalign.model import weights
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+CONFIGS = {
+    "llama": dict(num_key_value_heads=2, head_dim=6),
+    "qwen3": dict(num_key_value_heads=2, head_dim=6),
+    "gpt_neox": dict(rotary_pct=0.5, use_parallel_residual=True),
+}
+
+
+@functools.lru_cache
+def sizes(family):
+  return families.config_of(dict(
+      model_type=family, hidden_size=32, intermediate_size=20,
+      num_hidden_layers=2, num_attention_heads=4, vocab_size=40,
+      max_position_embeddings=32, tie_word_embeddings=False,
+      hidden_act="gelu" if family == "gpt_neox" else "silu",
+      **CONFIGS[family]))
+
+
+def make_mesh():
+  return sharding.make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4])
+
+
+def numbers(m):
+  rng = np.random.default_rng(1)
+  return {n: np.float32(rng.normal(1.0 if p.constant and not p.scale else 0.0,
+                                   0.2, p.shape))
+          for n, p in decoder.table(m).items()}
+
+
+TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9))
+
+
+def ours(m, params):
+  with jax.set_mesh(sharding.make_mesh(dict(fsdp=1, tensor=1),
+                                       jax.devices()[:1])):
+    x = decoder.forward(params, TOKENS, m)
+    return np.asarray(decoder.logits(x, decoder.head(params, m)))
+
+
+def theirs(model):
+  with torch.no_grad():
+    return model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+CASES = [(family, dict(rs=rs)) for family in CONFIGS for rs in (False, True)]
+CASES += [("llama", dict(variant="allora", rs=True)),
+          ("qwen3", dict(variant="lora_sb")),
+          ("llama", dict(targets=("q_proj", "down_proj"))),
+          ("gpt_neox", dict(targets=("wk", "dense"))),
+          ("gpt_neox", dict(targets=("wq", "wv"), rs=True))]
+
+
+@pytest.mark.parametrize("family,kind", CASES, ids=str)
+def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
+  lora = adapters.Lora(3, 5.0, **kind)
+  m = sizes(family)._replace(lora=lora)
+  host, mesh = numbers(m), make_mesh()
+  with jax.set_mesh(mesh):
+    params = {n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
+              for n, w in host.items()}
+    def save(name, params):
+      weights.save(tmp_path / name, params, decoder.table(sizes(family)),
+                   families.stored(m), config=families.hf_config(m, 1, 2))
+    save("base", {n: x for n, x in params.items() if ":" not in n})
+    save("merged", adapters.Merged(params, lora))
+    peft_folder.save(tmp_path / "adapter", params, m, base="some/base")
+  wanted = ours(m, host)
+  load = transformers.AutoModelForCausalLM.from_pretrained
+  merged = theirs(load(tmp_path / "merged", dtype=torch.float32))
+  base = load(tmp_path / "base", dtype=torch.float32)
+  plain = theirs(base)
+  assert np.abs(wanted - plain).max() > 0.1  # the adapters matter
+  np.testing.assert_allclose(merged, wanted, rtol=0, atol=1e-4)
+  with warnings.catch_warnings():  # peft asks transformers in an old way
+    warnings.simplefilter("ignore", FutureWarning)
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+  np.testing.assert_allclose(theirs(found), wanted, rtol=0, atol=1e-4)
+  config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+  assert config["base_model_name_or_path"] == "some/base"
+  assert config["target_modules"] == sorted(
+      {n.split(".lora_")[0].split(".")[-1]
+       for n in found.state_dict() if ".lora_A." in n})
