@@ -137,6 +137,27 @@ def base(variant: str = "") -> ConfigDict:
   return c
 
 
+def production() -> ConfigDict:
+  """What the jobs on a mesh of accelerators share; no loss, no model yet."""
+  c = base()
+  c.data.source = "hf:HuggingFaceH4/ultrafeedback_binarized"
+  c.model.context, c.model.dtype, c.model.remat = 2048, "bfloat16", "full"
+  c.model.head_chunk = 512
+  c.embed.tile = 8
+  c.loss.kwargs.beta, c.loss.sft_weight = 0.1, 0.0
+  t = c.train
+  t.epochs, t.max_updates, t.warmup_ratio, t.b2 = 1.0, 0, 0.1, 0.999
+  c.eval.new_tokens, c.eval.tile = 512, 8
+  return c
+
+
+def only(variant: str, *known: str) -> None:
+  """Raises ValueError for a variant that a config has not."""
+  if variant and variant not in known:
+    raise ValueError(f"unknown variant {variant!r}; known: "
+                     f"{', '.join(known) or 'none'}")
+
+
 def _smoke(c: ConfigDict) -> None:
   """A smaller world and model: the whole idea in two minutes."""
   w = c.data.world

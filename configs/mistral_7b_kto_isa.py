@@ -19,28 +19,19 @@ from configs import common
 
 def get_config(variant=""):
   """The production job on a mesh of accelerators; see the module."""
-  c = common.base()
-  c.data.source = "hf:HuggingFaceH4/ultrafeedback_binarized"
+  common.only(variant, "early", "encoder")
+  c = common.production()
   c.model.checkpoint = "hf:mistralai/Mistral-7B-v0.1"
-  c.model.context, c.model.dtype, c.model.remat = 2048, "bfloat16", "full"
-  c.model.head_chunk = 512
   c.embed.checkpoint = "hf:meta-llama/Meta-Llama-3-8B-Instruct"
-  c.embed.pooling, c.embed.tile = "last", 8
+  c.embed.pooling = "last"
   c.select.sampler, c.select.budget, c.select.label_quota = "isa", 0.1, 0.0
   c.select.mixture.pca = "0"  # none
   c.loss.name = "kto"
-  c.loss.kwargs = dict(beta=0.1)
-  c.loss.sft_weight = 0.0
-  t = c.train
-  t.epochs, t.max_updates, t.batch_size, t.accumulation = 1.0, 0, 32, 1
-  t.lr, t.warmup_ratio, t.schedule = 5e-6, 0.1, "linear"
-  t.clip, t.weight_decay, t.b2 = 1.0, 0.01, 0.999
-  c.eval.new_tokens, c.eval.tile = 512, 8
+  c.train.batch_size, c.train.lr = 32, 5e-6
+  c.train.clip, c.train.weight_decay = 1.0, 0.01
   if variant == "early":
     c.embed.checkpoint, c.embed.layers = c.model.checkpoint, 4
-  elif variant == "encoder":
+  if variant == "encoder":
     c.embed.checkpoint = "hf:sentence-transformers/all-MiniLM-L6-v2"
     c.embed.pooling, c.embed.tile = "auto", 64
-  elif variant:
-    raise ValueError(f"unknown variant {variant!r}; known: early, encoder")
   return c

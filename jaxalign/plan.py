@@ -13,7 +13,6 @@ import numpy as np
 from jaxalign import checks
 from jaxalign import embedder
 from jaxalign import memory
-from jaxalign import memory
 from jaxalign import pipeline
 from jaxalign import progress
 from jaxalign.data import batches

@@ -15,7 +15,7 @@ from jaxalign.errors import ConfigError
 _KNOB = "set config.model.tokenizer"
 
 
-class FastTokenizer:
+class FastTokenizer(special.Encoding):
   """A tokenizer.json with the methods of `tokenizer.SentencePieceTokenizer`.
 
   Attributes:
@@ -36,15 +36,15 @@ class FastTokenizer:
       for token in spec.get("added_tokens") or []:
         if token["content"] in settings.special:
           token["special"] = True
-      self._fast = _built(spec, settings, name)
+      self._main = _built(spec, settings, name)
       twin, self.adds_prefix = _without_prefix(spec)
       self._bare = (_built(twin, settings, name) if self.adds_prefix
-                    else self._fast)
+                    else self._main)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError
             ) as error:
       raise ConfigError(f"{name} is not a tokenizer.json "
                         f"({error!s:.100}); {_KNOB}") from error
-    known = self._fast.get_added_tokens_decoder()
+    known = self._main.get_added_tokens_decoder()
     self.specials = {token.content: i for i, token in sorted(known.items())
                      if token.special and token.content}
     self.strips = {token.content: (token.lstrip, token.rstrip)
@@ -54,7 +54,7 @@ class FastTokenizer:
                              step.get("prepend_scheme") == "always"
                              for step in first)
     self.added = {token.content: i for i, token in sorted(known.items())}
-    self.vocab_size = 1 + max(self._fast.get_vocab(True).values(), default=-1)
+    self.vocab_size = 1 + max(self._main.get_vocab(True).values(), default=-1)
     decided = settings.row_format
     eos = self._id("eos")
     self.eos = decided.get("eos", settings.stops[0] if eos is None and
@@ -79,7 +79,7 @@ class FastTokenizer:
 
   def _id(self, name: str) -> int | None:
     text = self._settings.named[name]
-    return self._fast.token_to_id(text) if text else None
+    return self._main.token_to_id(text) if text else None
 
   def _bos(self) -> int:
     """The BOS that transformers puts first: its post-processor's.
@@ -87,15 +87,10 @@ class FastTokenizer:
     transformers 5 does not ask for add_bos_token where a tokenizer.json is.
     """
     bos = self._id("bos")
-    with_it = self._fast.encode("a", add_special_tokens=True).ids
-    without = self._fast.encode("a", add_special_tokens=False).ids
+    with_it = self._main.encode("a", add_special_tokens=True).ids
+    without = self._main.encode("a", add_special_tokens=False).ids
     first = with_it[0] if with_it[:1] != without[:1] else -1
     return first if first in (bos, *self.specials.values()) else -1
-
-  def ends_with(self, eos: int) -> None:
-    """From now on rows end with `eos`; what ended them still stops."""
-    self.eos = eos
-    self.stops = tuple(dict.fromkeys([eos, *self.stops]))
 
   def reserve(self, texts: Sequence[str]) -> None:
     """Makes these added tokens special: no text can write them any more."""
@@ -107,30 +102,13 @@ class FastTokenizer:
       self.ends_with(eos)
       self.bos = bos
 
-  def encode(self, text: str, begins: bool = False) -> list[int]:
-    """Ids of `text`, with BOS in front if it `begins` a row; never an EOS."""
-    head = [self.bos] if begins and self.bos >= 0 else []
-    return head + self.encode_many([text])[0]
-
-  def encode_response(self, text: str) -> list[int]:
-    """Ids of a text that continues another: no space is put before it."""
-    return self.encode_responses([text])[0]
-
-  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text."""
-    return self._ids(texts, self._fast)
-
-  def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_response` of each text."""
-    return self._ids(texts, self._bare)
-
   def encode_rendered(self, text: str) -> list[int]:
     """Ids of a template's own text: here specials are what they look like."""
-    self._fast.encode_special_tokens = False
+    self._main.encode_special_tokens = False
     try:
-      return self._fast.encode(text, add_special_tokens=False).ids
+      return self._main.encode(text, add_special_tokens=False).ids
     finally:
-      self._fast.encode_special_tokens = True
+      self._main.encode_special_tokens = True
 
   def _ids(self, texts: Sequence[str], model: Any) -> list[list[int]]:
     texts = list(texts)
@@ -157,7 +135,7 @@ class FastTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of a row, or of its beginning; special tokens have no text."""
-    return self._fast.decode([int(i) for i in ids])
+    return self._main.decode([int(i) for i in ids])
 
   def decode_response(self, ids: Iterable[int]) -> str:
     """Text of a response alone, its leading space kept."""
@@ -165,7 +143,7 @@ class FastTokenizer:
 
   def pieces(self) -> list[str]:
     """The V pieces by id, as tokenizer.json writes them."""
-    return [self._fast.id_to_token(i) or "" for i in range(self.vocab_size)]
+    return [self._main.id_to_token(i) or "" for i in range(self.vocab_size)]
 
   def check_export(self) -> None:
     """Nothing: its own files are copied."""

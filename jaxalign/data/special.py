@@ -5,7 +5,7 @@ template stand in up to six files beside the tokenizer; this reads them all.
 """
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 from etils import epath
 
@@ -32,6 +32,40 @@ class Settings(NamedTuple):
   stops: tuple[int, ...]  # eos_token_id of generation and model config
   template: str | None  # of chats
   row_format: dict[str, Any]  # the data stage's decisions
+
+
+class Encoding:
+  """What the two kinds of tokenizer share.
+
+  Each has `bos`, `eos`, `stops`, and two models for `_ids(texts, model)`:
+  `_main` of texts that begin a row, `_bare` of texts that continue another.
+  """
+
+  bos: int
+  eos: int
+  stops: tuple[int, ...]
+
+  def ends_with(self, eos: int) -> None:
+    """From now on rows end with `eos`; what ended them still stops."""
+    self.eos = eos
+    self.stops = tuple(dict.fromkeys([eos, *self.stops]))
+
+  def encode(self, text: str, begins: bool = False) -> list[int]:
+    """Ids of `text`, with BOS in front if it `begins` a row; never an EOS."""
+    head = [self.bos] if begins and self.bos >= 0 else []
+    return head + self.encode_many([text])[0]
+
+  def encode_response(self, text: str) -> list[int]:
+    """Ids of a text that continues another: no space is put before it."""
+    return self.encode_responses([text])[0]
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each text."""
+    return self._ids(texts, self._main)
+
+  def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_response` of each text."""
+    return self._ids(texts, self._bare)
 
 
 EMPTY = Settings({}, dict.fromkeys(_NAMES), set(), {}, None, (), None, {})

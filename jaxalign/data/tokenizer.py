@@ -42,7 +42,7 @@ _FIXED = 3 + 256  # controls and bytes, in a tokenizer trained here
 _KNOB = "set config.model.tokenizer"
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(special.Encoding):
   """A SentencePiece model: `encode`, `decode`, and the ids of its controls.
 
   Attributes:
@@ -153,30 +153,8 @@ class SentencePieceTokenizer:
     """From the bytes of a tokenizer.model file."""
     return cls(proto)
 
-  def ends_with(self, eos: int) -> None:
-    """From now on rows end with `eos`; what ended them still stops."""
-    self.eos = eos
-    self.stops = tuple(dict.fromkeys([eos, *self.stops]))
-
   def reserve(self, texts: Sequence[str]) -> None:
     """Nothing: all tokens that are not of the model itself are special."""
-
-  def encode(self, text: str, begins: bool = False) -> list[int]:
-    """Ids of `text`, with BOS in front if it `begins` a row; never an EOS."""
-    head = [self.bos] if begins and self.bos >= 0 else []
-    return head + self.encode_many([text])[0]
-
-  def encode_response(self, text: str) -> list[int]:
-    """Ids of a text that continues another: no space is put before it."""
-    return self.encode_responses([text])[0]
-
-  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text, on all cores."""
-    return self._ids(texts, self._main)
-
-  def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_response` of each text, on all cores."""
-    return self._ids(texts, self._bare)
 
   def encode_rendered(self, text: str) -> list[int]:
     """Ids of a template's own text: here specials are what they look like."""
