@@ -35,7 +35,7 @@ def dpo_forward_kl(policy, ref, stats, *, beta=0.1):
 
   An answer far less likely than under the reference dominates. The exponent
   is held at 80 nats, past which the slope is 0; TRL's is not held and ends in
-  inf - inf.
+  infinity.
   """
   del stats
   r = ratios(policy, ref)
