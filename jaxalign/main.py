@@ -7,6 +7,7 @@ done, 64 usage or config, 65 data, 73 cannot write, 74 corrupt, 75 start me
 again, 76 not finite, 130 interrupted.
 """
 
+import ast
 import errno
 import os
 import pathlib
@@ -27,6 +28,7 @@ def _parse(argv: list[str]):
   from absl import flags
   from ml_collections import config_flags
   from jaxalign.errors import ConfigError
+  argv, keywords = _keywords(argv)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
       "config", None, "Path of a config file, with :variant.",
@@ -62,9 +64,34 @@ def _parse(argv: list[str]):
     raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
   if config is None:
     raise ConfigError("no config; say --config=configs/dpo_sub.py")
+  for (section, name), value in keywords.items():
+    with (kwargs := config[section].kwargs).unlocked():
+      kwargs[name] = value
   if not values.workdir and not values.dry_run:
     raise ConfigError("no workdir; say --workdir=runs/dpo_sub")
   return values
+
+
+def _keywords(argv: list[str]) -> tuple[list[str], dict[tuple, object]]:
+  """The flags without those of select.kwargs and loss.kwargs, and these.
+
+  What a sampler or a loss takes beside the common knobs is its own affair, so
+  no config can list it; whether it takes it is checked with the config.
+  """
+  rest, found = [], {}
+  for argument in argv:
+    match = re.fullmatch(r"--config\.(select|loss)\.kwargs\.(\w+)=(.*)",
+                         argument, re.DOTALL)
+    if not match:
+      rest.append(argument)
+      continue
+    section, name, text = match.groups()
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      value = text  # a word
+    found[section, name] = value
+  return rest, found
 
 
 def _short(error: Exception) -> str:

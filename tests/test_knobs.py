@@ -1,11 +1,14 @@
 """Every knob that a message or a page names exists, and configs load."""
 
+import inspect
 import pathlib
 import re
 
 import pytest
 
 from configs import common, dpo_sub, kto_sub
+from jaxalign.select.samplers import SAMPLERS
+from jaxalign.train.losses import LOSSES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -21,7 +24,13 @@ def _named():
 @pytest.mark.parametrize("knob,where", sorted(set(_named())))
 def test_a_named_knob_exists(knob, where):
   c = common.base()
-  if knob in ("json",):  # the file config.json
+  if knob in ("json", "get"):  # the file config.json; a variable's method
+    return
+  section, _, name = knob.partition(".kwargs.")
+  if name:
+    table = dict(select=SAMPLERS, loss=LOSSES)[section]
+    assert any(name in inspect.signature(f).parameters
+               for f in table.values()), f"{where}: nothing takes {name}"
     return
   for part in knob.split("."):
     assert part in c, f"{where} names config.{knob}, which does not exist"

@@ -68,7 +68,7 @@ def test_missing_workdir(capsys):
     ("select.pair_score=x", ("'x'", "sum", "config.select.pair_score")),
     ("select.mixture.covariance=x", ("'x'", "full, tied, diag")),
     ("select.mixture.components=0", ("=0", "wanted 1 or more")),
-    ("embed.pooling=x", ("'x'", "mean, last", "config.embed.pooling")),
+    ("embed.pooling=x", ("'x'", "mean or last", "config.embed.pooling")),
     ("model.remat=x", ("'x'", "none, full, dots")),
     ("model.dtype=int8", ("'int8'", "float32")),
     ("model.context=4", ("=4", "wanted 10 or more", "model.context")),
@@ -140,6 +140,18 @@ def test_kto_needs_a_batch_to_mismatch(tmp_path):
   message = refused(tmp_path, "train.batch_size=1", "sft.batch_size=8",
                     config="kto_sub.py:tiny")
   assert "train.batch_size" in message
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_keywords_of_a_sampler_and_a_loss_are_flags():
+  values = main._parse(["main", f"--config={jobs.ROOT}/configs/dpo_sub.py",
+                        "--workdir=x", "--config.select.kwargs.direction=low",
+                        "--config.select.kwargs.shares=(0.5, 1)",
+                        "--config.loss.kwargs.label_smoothing=0.1"])
+  assert values.config.select.kwargs.to_dict() == dict(direction="low",
+                                                       shares=(0.5, 1))
+  assert values.config.loss.kwargs.to_dict() == dict(beta=0.5,
+                                                     label_smoothing=0.1)
 
 
 def test_an_unknown_keyword_of_a_loss_or_sampler(tmp_path):
