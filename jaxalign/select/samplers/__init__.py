@@ -6,10 +6,12 @@ record draws the same number in any order, on any mesh, in any part of a pool.
 """
 
 from jaxalign.select.samplers import basic
+from jaxalign.select.samplers import dedup
 from jaxalign.select.samplers import density
 from jaxalign.select.samplers import geometric
 from jaxalign.select.samplers import likelihood
 from jaxalign.select.samplers import margin
+from jaxalign.select.samplers import submodular
 
 SAMPLERS = {
     "random": basic.random,
@@ -27,4 +29,8 @@ SAMPLERS = {
     "k_center": geometric.k_center,
     "herding": geometric.herding,
     "real": geometric.real,
+    "facility_location": submodular.facility_location,
+    "dpp": submodular.dpp,
+    "semdedup": dedup.semdedup,
+    "deita": dedup.deita,
 }

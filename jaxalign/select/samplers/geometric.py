@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.samplers import clusters
 from jaxalign.select.samplers import density
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.samplers.values import directed, ranked
@@ -268,14 +269,7 @@ def herding(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
                             for i in range(0, len(x), 4096)])
     x = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     x = np.float32(x / np.sqrt(features))
-  return in_order(herd(x, pool.ids, budget), len(x))
-
-
-def in_order(rows: np.ndarray, n: int) -> Selection:
-  """Picks without a score of their own: 1 down to 1/M, 0 for the others."""
-  score = np.zeros(n)
-  score[rows] = 1 - np.arange(len(rows)) / len(rows)
-  return Selection(np.asarray(rows, np.int64), score)
+  return clusters.in_order(herd(x, pool.ids, budget), len(x))
 
 
 @needs("embedding", pairs=True)

@@ -77,6 +77,14 @@ def vectors(pool: Pool, pair: str = "mean",
   return np.ascontiguousarray(x)
 
 
+def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:
+  """`vectors` of length 1, for what is made of cosines."""
+  if metric == "euclidean":
+    raise ConfigError("this sampler compares cosines; wanted 'cosine' or "
+                      "'centred', set config.select.kwargs.metric")
+  return vectors(pool, pair, metric)
+
+
 def require_pairs(embedding: np.ndarray) -> None:
   """Refuses single responses where the two of a pair are compared."""
   if embedding.shape[1] != 2:

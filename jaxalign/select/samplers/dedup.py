@@ -1,0 +1,166 @@
+"""Near-copies: SemDeDup, and DEITA's good rows unlike those kept before."""
+
+import math
+
+import numpy as np
+
+from jaxalign.errors import ConfigError
+from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.samplers import clusters
+from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers.values import column, one_side, ranked
+from jaxalign.select.topk import id_hash, top
+
+_TILE = 512  # rows compared at once
+_DIGITS = 6  # of a cosine; two copies are equally alike to a third
+
+
+def most_alike(x: np.ndarray, ids: np.ndarray, count: int,
+               seed: int) -> np.ndarray:
+  """Each row's largest cosine with an earlier one of its k-means cluster.
+
+  Earlier is less like the centre (of equals, the one with the lower hash), so
+  that what stands for a group of near-copies is its least typical member. 2 N
+  K W operations for the clusters and N^2 W / K inside; 512 x 512 numbers.
+
+  Args:
+    x: [N, W] float32 of length 1.
+    ids: [N].
+    count: K clusters.
+    seed: of the k-means.
+
+  Returns:
+    [N] float64 from -1 (the first of a cluster) to 1, to six digits.
+  """
+  labels, centres = clusters.k_means(x, ids, count, seed)
+  length = np.sqrt((centres**2).sum(1))
+  centres = centres / np.where(length, length, 1)[:, None]
+  typical = np.round(np.einsum("nw,nw->n", x, np.float32(centres)[labels],
+                               dtype=np.float64), _DIGITS)
+  order = np.lexsort((id_hash(ids), typical, labels))
+  out = np.full(len(x), -1.0)
+  ends = np.append(np.cumsum(np.bincount(labels, minlength=count)), 0)
+  for k in range(count):
+    rows = order[ends[k - 1]:ends[k]]
+    for start in range(0, len(rows), _TILE):
+      mine = rows[start:start + _TILE]
+      part, best = x[mine], np.full(len(mine), -1.0)
+      for before in range(0, start, _TILE):
+        cosine = part @ x[rows[before:before + _TILE]].T
+        np.maximum(best, cosine.max(axis=1), out=best)
+      if len(mine) > 1:
+        inside = part @ part.T
+        inside[np.triu_indices(len(mine))] = -1
+        np.maximum(best, inside.max(axis=1), out=best)
+      out[mine] = best
+  return np.clip(np.round(out, _DIGITS), -1, 1)
+
+
+def cluster_count(clusters_: int | str, n: int) -> int:
+  """K: a number, or "auto", one for every 1,024 rows."""
+  if clusters_ == "auto":
+    return math.ceil(n / 1024)
+  if isinstance(clusters_, (str, bool)) or not 1 <= clusters_ <= n:
+    raise ConfigError(f"clusters is {clusters_!r}, wanted 'auto' or 1 to {n}; "
+                      "set config.select.kwargs.clusters")
+  return int(clusters_)
+
+
+@needs("embedding")
+def semdedup(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
+             metric: str = "cosine", clusters: int | str = "auto"
+             ) -> Selection:
+  """The rows that are least a copy of another, Abbas et al. 2023.
+
+  SemDeDup drops a row whose cosine with an earlier one of its cluster is
+  above 1 - epsilon; here the budget sets that threshold. A step before
+  another sampler rather than one by itself: see `combine.dedup`, where the
+  threshold is set.
+
+  Args:
+    seed: of the k-means.
+    pool: `pool.embedding` [N, R, E].
+    budget: M, at most N.
+    pair: which vector stands for a pair; see `rows.vectors`.
+    metric: "cosine" or "centred".
+    clusters: K, or "auto", one for every 1,024 rows.
+
+  Returns:
+    Selection; the [N] score is minus the cosine of `most_alike`.
+  """
+  x = rows_lib.directions(pool, pair, metric)
+  alike = most_alike(x, pool.ids, cluster_count(clusters, len(x)), seed)
+  return ranked(-alike, pool, budget)
+
+
+def diverse(score: np.ndarray, x: np.ndarray, ids: np.ndarray, budget: int,
+            threshold: float) -> Selection:
+  """Rows by score, each unlike all kept before, Liu et al. 2024 (DEITA).
+
+  Going down the scores, a row is kept where its largest cosine with the rows
+  kept so far is below the threshold, until there are M. Where the pool ends
+  first, the best of the rows passed over make up the number. 2 N M W
+  operations at most, M x 512 numbers.
+
+  Args:
+    score: [N] float64, finite.
+    x: [N, W] float32 of length 1.
+    ids: [N].
+    budget: M.
+    threshold: of the cosine.
+
+  Returns:
+    Selection; the score of a row that was passed over is lowered by the range
+    of the scores, so that it ranks after all others.
+  """
+  if not -1 < threshold <= 1:
+    raise ConfigError(f"threshold is {threshold}, wanted a cosine above -1 and "
+                      "at most 1; set config.select.kwargs.threshold")
+  order = top(score, ids, len(score))
+  kept, passed = [], np.zeros(len(score), bool)
+  vectors = np.empty((budget, x.shape[1]), np.float32)
+  for start in range(0, len(order), _TILE):
+    if len(kept) == budget:
+      break
+    mine = order[start:start + _TILE]
+    part = x[mine]
+    inside = np.round(part @ part.T, _DIGITS)
+    near = np.full(len(mine), -1.0)
+    for before in range(0, len(kept), _TILE):
+      cosine = part @ vectors[before:min(before + _TILE, len(kept))].T
+      np.maximum(near, np.round(cosine, _DIGITS).max(axis=1), out=near)
+    for at, row in enumerate(mine):
+      if len(kept) == budget:
+        break
+      if near[at] < threshold:
+        vectors[len(kept)] = part[at]
+        kept.append(int(row))
+        np.maximum(near, inside[at], out=near)
+      else:
+        passed[row] = True
+  lowered = np.where(passed, score - (np.ptp(score) + 1), score)
+  return Selection(top(lowered, ids, budget), lowered)
+
+
+@needs("reward", "embedding")
+def deita(seed: int, pool: Pool, budget: int, *, side: str = "chosen",
+          pair: str = "mean", metric: str = "cosine",
+          threshold: float = 0.9) -> Selection:
+  """The best rows by reward that are unlike one another; see `diverse`.
+
+  DEITA's own score is complexity x quality, of models made for instruction
+  tuning; `combine.diverse` does the same over any other score.
+
+  Args:
+    seed: unused.
+    pool: `pool.reward` [N, R], `pool.embedding` [N, R, E].
+    budget: M, at most N.
+    side: of a pair's reward; see `values.one_side`.
+    pair: which vector stands for a pair; see `rows.vectors`.
+    metric: "cosine" or "centred".
+    threshold: rows at least this alike (cosine) to a kept one are passed over.
+  """
+  del seed
+  score = one_side(column(pool, "reward"), side)
+  return diverse(score, rows_lib.directions(pool, pair, metric), pool.ids,
+                 budget, threshold)

@@ -1,0 +1,352 @@
+"""Sets that cover the pool: facility location, and diverse sets: a DPP."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.errors import ConfigError
+from jaxalign.select.chunks import ordered_sum
+from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.samplers import clusters
+from jaxalign.select.samplers import density
+from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers.values import column, one_side
+from jaxalign.select.topk import id_hash, pick
+
+EXACT_ROWS = 20_000  # above, facility location draws its candidates
+OPERATIONS = 1e18  # of one facility location; an hour of 256 TPU chips
+DPP_NUMBERS = 1e9  # N x M float64, 8 GB
+_CACHE = 2**26  # float32 numbers of columns that are kept, 256 MiB
+_BLOCK = 256  # candidates of one product
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+# Facility location.
+
+
+class _Coverage:
+  """How well the chosen rows cover every row, and what one more would add."""
+
+  def __init__(self, x: np.ndarray):
+    self.x = x
+    self.covered = np.zeros(len(x), np.float32)
+    self.room = max(_BLOCK, _CACHE // len(x))
+    self.slot = np.full(len(x), -1)
+    self.owner = np.full(self.room, -1)
+    self.columns = np.empty((min(self.room, len(x)), len(x)), np.float32)
+    self.next = 0
+
+  def similar(self, rows: np.ndarray) -> np.ndarray:
+    """[rows, N] (1 + cosine) / 2 with all rows."""
+    out = self.x[rows] @ self.x.T
+    out += 1
+    out *= 0.5
+    return out
+
+  def _keep(self, rows: np.ndarray, columns: np.ndarray) -> None:
+    for row, one in zip(rows, columns):
+      at = self.next = (self.next + 1) % len(self.columns)
+      if self.owner[at] >= 0:
+        self.slot[self.owner[at]] = -1
+      self.owner[at], self.slot[row] = row, at
+      self.columns[at] = one
+
+  def gains(self, rows: np.ndarray) -> np.ndarray:
+    """[rows] float64 sums over i of max(0, s_ij - covered_i)."""
+    out = np.empty(len(rows))
+    known = self.slot[rows] >= 0
+    for at in np.flatnonzero(known):
+      out[at] = self._added(self.columns[self.slot[rows[at]]][None])[0]
+    missing = np.flatnonzero(~known)
+    for start in range(0, len(missing), _BLOCK):
+      part = missing[start:start + _BLOCK]
+      # Never of another shape: how a product is cut may change its last bit.
+      asked = np.resize(rows[part], _BLOCK if len(missing) > 32 else 32)
+      found = self.similar(asked)[:len(part)]
+      out[part] = self._added(found)
+      if len(missing) <= len(self.columns) // 4:
+        self._keep(rows[part], found)
+    return out
+
+  def _added(self, columns: np.ndarray) -> np.ndarray:
+    out = np.empty(len(columns))
+    for start in range(0, len(columns), 16):  # stays in the cache
+      more = columns[start:start + 16] - self.covered
+      np.maximum(more, 0, out=more)
+      out[start:start + 16] = more.sum(axis=1, dtype=np.float64)
+    return out
+
+  def take(self, row: int) -> None:
+    column = (self.columns[self.slot[row]] if self.slot[row] >= 0
+              else self.similar(np.resize(row, 32))[0])
+    np.maximum(self.covered, column, out=self.covered)
+
+
+def lazy_greedy(x: np.ndarray, ids: np.ndarray,
+                budget: int) -> tuple[np.ndarray, np.ndarray]:
+  """Exact greedy facility location, Minoux 1978, many candidates at a time.
+
+  A gain only falls as rows are chosen, so an old one is a bound. The first
+  bounds need no product of rows with rows: sum_i s_ij is linear in x_j.
+
+  Args:
+    x: [N, W] float32 of length 1.
+    ids: [N]; a hash of them decides between gains equal to 1e-6.
+    budget: M.
+
+  Returns:
+    rows [M] in the order of the picks, and their gains [M].
+  """
+  n = len(x)
+  state = _Coverage(x)
+  bound = (n + np.float64(x) @ x.sum(axis=0, dtype=np.float64)) / 2
+  # Two rows that cover but each other tie exactly; float32 must not decide.
+  tie = 1e-6 + 1e-9 * n
+  chosen, gained = [], []
+  open_ = np.ones(n, bool)
+  while len(chosen) < budget:
+    fresh = np.zeros(n, bool)
+    some = 16
+    while True:
+      stale = np.flatnonzero(open_ & ~fresh)
+      best = bound[fresh].max() if fresh.any() else -np.inf
+      stale = stale[bound[stale] >= best - 2 * tie]
+      if not stale.size:
+        break
+      if stale.size > some:
+        order = np.argpartition(bound[stale], stale.size - some)
+        stale = np.sort(stale[order[-some:]])
+      bound[stale] = np.minimum(bound[stale], state.gains(stale))
+      fresh[stale] = True
+      some = min(4 * some, 4096)
+    rows = np.flatnonzero(fresh)
+    row = int(rows[pick(bound[rows], rows, ids, tie)])
+    chosen.append(row)
+    gained.append(float(bound[row]))
+    open_[row] = False
+    state.take(row)
+  return np.array(chosen, np.int64), np.minimum.accumulate(gained)
+
+
+def _similar(rows, x):
+  """[r, P] (1 + cosine) / 2."""
+  return 0.5 + 0.5 * jnp.einsum("rw,pw->rp", x, rows, precision=_HIGHEST)
+
+
+def _gains(rows, x, covered, real):
+  """[P] sums over the chunk's rows of max(0, similarity - covered)."""
+  more = jnp.maximum(_similar(rows, x) - covered[:, None], 0.0)
+  return jnp.sum(more * real[:, None], axis=0)
+
+
+def _covers(rows, x):
+  """[r] similarity to one row, given eight times."""
+  return _similar(rows, x)[:, 0]
+
+
+def stochastic_greedy(x: np.ndarray, ids: np.ndarray, budget: int, seed: int,
+                      epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+  """Mirzasoleiman et al. 2015: each pick is the best of a random few.
+
+  Of ceil(N / M ln(1 / epsilon)) candidates; the expected value is at least (1
+  - 1/e - epsilon) of the best. They are the next in an order by a hash of
+  (seed, round, id). In all 2 N^2 W ln(1 / epsilon) operations, on the
+  devices, and N x 256 numbers at once.
+
+  Returns:
+    As `lazy_greedy`; gains need not fall.
+  """
+  n = len(x)
+  few = min(n, max(1, math.ceil(n / budget * math.log(1 / epsilon))))
+  covered, ones = np.zeros(n, np.float32), np.ones(n, np.float32)
+  alone = rows_lib.place(x)
+  real = rows_lib.place(ones).tiles[0]
+  chosen, gained, turn, order = [], [], 0, np.empty(0, np.int64)
+  open_ = np.ones(n, bool)
+  while len(chosen) < budget:
+    order = order[open_[order]]
+    if len(order) < min(few, n - len(chosen)):
+      again = np.argsort(id_hash(ids, f"facility:{int(seed)}:{turn}"),
+                         kind="stable")
+      again = again[open_[again]]
+      order = np.append(order, again[~np.isin(again, order)])
+      turn += 1
+    asked, order = order[:few], order[few:]
+    state = alone._replace(
+        tiles=(alone.tiles[0], rows_lib.place(covered).tiles[0], real))
+    gain = np.empty(len(asked))
+    for start in range(0, len(asked), _BLOCK):
+      part = asked[start:start + _BLOCK]
+      size = max(8, 1 << (len(part) - 1).bit_length())
+      found = rows_lib.by_chunk(_gains, state, x[np.resize(part, size)])
+      gain[start:start + _BLOCK] = ordered_sum(found)[:len(part)]
+    best = pick(gain, asked, ids, 1e-6 + 1e-7 * gain.max())
+    row = int(asked[best])
+    chosen.append(row)
+    gained.append(float(gain[best]))
+    open_[row] = False
+    np.maximum(covered, rows_lib.by_row(_covers, alone, x[np.resize(row, 8)]),
+               out=covered)
+  return np.array(chosen, np.int64), np.array(gained)
+
+
+@needs("embedding")
+def facility_location(seed: int, pool: Pool, budget: int, *,
+                      pair: str = "mean", metric: str = "cosine",
+                      exact: bool | str = "auto", epsilon: float = 0.05,
+                      blocks: int = 0) -> Selection:
+  """Rows such that every row of the pool has one like it among them.
+
+  Greedy maximum of sum_i max_{j chosen} s_ij with s = (1 + cosine) / 2, at
+  least 1 - 1/e of the best set. Exact for up to 20,000 rows: at most a few
+  times 2 N^2 W operations, no N x N numbers (256 MiB of columns are kept).
+  Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W ln(1 / epsilon)
+  operations whatever the budget.
+
+  Args:
+    seed: of the candidates and blocks; unused where exact.
+    pool: `pool.embedding` [N, R, E].
+    budget: M, at most N.
+    pair: which vector stands for a pair; see `rows.vectors`.
+    metric: "cosine" or "centred".
+    exact: True, False, or "auto", up to 20,000 rows (of a block).
+    epsilon: of the drawn candidates, above 0 and below 1.
+    blocks: above 0, the method runs inside as many k-means clusters.
+
+  Returns:
+    Selection in the order of the picks; the [N] score is 1 for the first down
+    to 1/M for the last, and 0 for the others, whose gains are never computed.
+
+  Raises:
+    ConfigError: more operations than 10^18; the message has the number.
+  """
+  if not 0 < epsilon < 1:
+    raise ConfigError(f"epsilon is {epsilon}, wanted above 0 and below 1; set "
+                      "config.select.kwargs.epsilon")
+  if exact not in (True, False, "auto"):
+    raise ConfigError(f"exact is {exact!r}, wanted True, False or 'auto'; set "
+                      "config.select.kwargs.exact")
+  x = rows_lib.directions(pool, pair, metric)
+  rows_lib.refuse_above(
+      2 * len(x)**2 * x.shape[1] * math.log(1 / epsilon) / max(blocks, 1),
+      OPERATIONS, "facility_location: the number of operations",
+      "set config.select.kwargs.blocks to run it inside clusters")
+
+  def greedy(part, ids, m, rows):
+    del rows
+    if exact is True or (exact == "auto" and len(part) <= EXACT_ROWS):
+      return lazy_greedy(part, ids, m)[0]
+    return stochastic_greedy(part, ids, m, seed, epsilon)[0]
+
+  if blocks:
+    return clusters.in_blocks(greedy, x, pool.ids, budget, blocks, seed)
+  rows = greedy(x, pool.ids, budget, None)
+  return clusters.in_order(rows, len(x))
+
+
+# Determinantal point process.
+
+
+def greedy_map(x: np.ndarray, quality: np.ndarray, ids: np.ndarray,
+               budget: int, bandwidth: float) -> tuple[np.ndarray, np.ndarray]:
+  """Greedy maximum of log det L, Chen, Zhang and Zhou 2018.
+
+  L_ij = q_i exp(-|x_i - x_j|^2 / (2 h^2)) q_j. d_i^2, how much of row i the
+  chosen leave unexplained, starts as L_ii; the pick j is its argmax; then e_i
+  = (L_ji - <c_j, c_i>) / d_j, c_i grows by e_i and d_i^2 falls by e_i^2: the
+  next row of a Cholesky factor. N M^2 + 2 N M W operations, N M numbers. Rows
+  that the chosen explain to one part in 10^10 follow by quality.
+
+  Args:
+    x: [N, W] float32.
+    quality: [N] float64, above 0.
+    ids: [N].
+    budget: M.
+    bandwidth: h.
+
+  Returns:
+    rows [M] in the order of the picks, and [N] d^2: of a pick, when it was
+    picked; of the others, what is left.
+  """
+  n = len(x)
+  near = np.float64(x) - x.mean(axis=0, dtype=np.float64)
+  square = (near**2).sum(1)
+  left = quality**2
+  least = 1e-10 * left.max()
+  factor = np.empty((budget, n))
+  chosen, value = [], []
+  open_ = np.ones(n, bool)
+  while len(chosen) < budget:
+    rows = np.flatnonzero(open_)
+    row = int(rows[pick(left[rows], rows, ids, 1e-3 * least)])
+    if left[row] <= least:
+      break
+    t, d = len(chosen), math.sqrt(left[row])
+    distance = np.maximum(square + square[row] - 2 * near @ near[row], 0)
+    kernel = quality * quality[row] * np.exp(-distance / (2 * bandwidth**2))
+    factor[t] = (kernel - factor[:t, row] @ factor[:t]) / d
+    chosen.append(row)
+    value.append(left[row])
+    open_[row] = False
+    left = np.maximum(left - factor[t]**2, 0)
+  score = np.minimum(left, value[-1])
+  score[chosen] = np.minimum.accumulate(value)
+  if len(chosen) < budget:
+    rows = np.flatnonzero(open_)
+    order = np.lexsort((rows, id_hash(ids[rows]), -quality[rows]))
+    more = rows[order[:budget - len(chosen)]]
+    score[open_] = 0
+    chosen += more.tolist()
+  return np.array(chosen, np.int64), score
+
+
+@needs("embedding", optional=("reward",))
+def dpp(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
+        metric: str = "cosine", quality: str = "", weight: float = 1.0,
+        side: str = "chosen", bandwidth: float | str = "median",
+        blocks: int = 0) -> Selection:
+  """A good and diverse set: greedy MAP of a determinantal point process.
+
+  L = q_i S_ij q_j with a Gaussian kernel S (of full rank, so that a budget
+  above the width of the embedding still has something to rank) and q =
+  exp(weight z), z the standardised quality; see `greedy_map`.
+
+  Args:
+    seed: of the blocks, else unused.
+    pool: `pool.embedding` [N, R, E]; the column that `quality` names.
+    budget: M; N x M is at most 10^9 (in blocks: of one block).
+    pair: which vector stands for a pair; see `rows.vectors`.
+    metric: "cosine", "centred" or "euclidean".
+    quality: "" for none, or a column [N, R], "reward" for instance.
+    weight: of the quality against diversity.
+    side: of a pair's quality; see `values.one_side`.
+    bandwidth: h, or "median", the median distance between 512 rows.
+    blocks: above 0, the method runs inside as many k-means clusters.
+
+  Returns:
+    Selection in the order of the picks; the [N] score is what the rows before
+    it left unexplained (in blocks: 1 down to 1/M, 0 for the others).
+  """
+  x = rows_lib.vectors(pool, pair, metric)
+  rows_lib.refuse_above(
+      len(x) * budget / max(blocks, 1)**2, DPP_NUMBERS,
+      "dpp keeps N x M numbers, and N x M",
+      "set config.select.kwargs.blocks to run it inside clusters")
+  q = np.ones(len(x))
+  if quality:
+    value = one_side(column(pool, quality), side)
+    spread = value.std()
+    q = np.exp(weight * (value - value.mean()) / (spread or 1.0))
+  if bandwidth == "median":
+    bandwidth = density.bandwidth_of(x, pool.ids)
+  if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:
+    raise ConfigError(f"bandwidth is {bandwidth!r}, wanted 'median' or a "
+                      "number above 0; set config.select.kwargs.bandwidth")
+  if blocks:
+    return clusters.in_blocks(
+        lambda part, ids, m, rows: greedy_map(part, q[rows], ids, m,
+                                              bandwidth)[0],
+        x, pool.ids, budget, blocks, seed)
+  return Selection(*greedy_map(x, q, pool.ids, budget, bandwidth))

@@ -1,0 +1,263 @@
+"""Facility location, DPP, SemDeDup and DEITA equal their loops in float64."""
+
+import numpy as np
+import pytest
+
+from jaxalign.errors import ConfigError
+from jaxalign.select import topk
+from jaxalign.select.samplers import SAMPLERS, clusters, dedup, submodular
+import pools as make_pools
+from test_samplers_geometric import by_hand, clusters as make_clusters
+
+N = 240
+
+
+# k-means.
+
+
+def test_assign_is_the_nearest_centre_over_blocks_of_centres():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(500, 6)).astype(np.float32)
+  centres = rng.normal(size=(300, 6))  # more than one block
+  wanted = ((np.float64(x)[:, None] - centres[None])**2).sum(2).argmin(1)
+  got = clusters.assign(clusters.rows_lib.place(x), centres)
+  np.testing.assert_array_equal(got, wanted)
+
+
+def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
+  rng = np.random.default_rng(1)
+  middle = 10 * rng.normal(size=(4, 5))
+  truth = rng.integers(0, 4, size=400)
+  x = (middle[truth] + rng.normal(size=(400, 5))).astype(np.float32)
+  ids = np.array([f"r{i:04d}" for i in range(400)])
+  cost = []
+  for seed in range(6):
+    labels, centres = clusters.k_means(x, ids, 4, seed)
+    for k in range(4):
+      np.testing.assert_allclose(centres[k], np.float64(x[labels == k]).mean(0),
+                                 atol=1e-5)
+    cost.append(((x - centres[labels])**2).sum())
+  assert min(cost) == pytest.approx(
+      sum(((x[truth == k] - x[truth == k].mean(0))**2).sum()
+          for k in range(4)), rel=1e-4)
+  with pytest.raises(ConfigError, match="401 clusters of 400"):
+    clusters.k_means(x, ids, 401, 0)
+
+
+# Facility location.
+
+
+def least_hash(rows, ids):
+  """Of rows that tie, the one whose id has the lowest hash."""
+  return int(rows[topk.id_hash(ids[rows]).argmin()])
+
+
+def naive_facility(x, m, ids):
+  """Plain greedy over the whole matrix -> picks and their gains.
+
+  Two rows that only cover each other add the same, as s is symmetric: gains
+  within 1e-6 of the best are equal.
+  """
+  s = (1 + x @ x.T) / 2
+  covered, chosen, gains = np.zeros(len(x)), [], []
+  for _ in range(m):
+    gain = np.maximum(s - covered, 0).sum(1)
+    gain[chosen] = -np.inf
+    ties = np.flatnonzero(gain >= gain.max() - 1e-6)
+    chosen.append(least_hash(ties, ids))
+    gains.append(gain.max())
+    covered = np.maximum(covered, s[chosen[-1]])
+  return chosen, gains
+
+
+@pytest.mark.parametrize("cache", [2**26, 3000])
+@pytest.mark.parametrize("metric", ["cosine", "centred"])
+def test_facility_location_equals_plain_greedy(cache, metric, monkeypatch):
+  monkeypatch.setattr(submodular, "_CACHE", cache)
+  monkeypatch.setattr(submodular, "_BLOCK", 16 if cache < 4000 else 256)
+  pool = make_clusters(N)
+  x = by_hand(pool, "mean", metric)
+  wanted, gains = naive_facility(x, 60, pool.ids)
+  got = SAMPLERS["facility_location"](0, pool, 60, metric=metric)
+  assert list(got.rows) == wanted
+  rows, found = submodular.lazy_greedy(np.float32(x), pool.ids, 60)
+  np.testing.assert_allclose(found, gains, rtol=1e-4, atol=1e-4)
+
+
+def test_stochastic_greedy_takes_the_best_of_its_candidates():
+  pool = make_clusters(N)
+  x = by_hand(pool)
+  s = (1 + x @ x.T) / 2
+  m, epsilon = 30, 0.1
+  rows, gains = submodular.stochastic_greedy(np.float32(x), pool.ids, m, 5,
+                                             epsilon)
+  few = int(np.ceil(N / m * np.log(1 / epsilon)))
+  # The oracle walks the same order of hashes, with the matrix.
+  covered, chosen, turn, queue = np.zeros(N), [], 0, []
+  for _ in range(m):
+    queue = [i for i in queue if i not in chosen]
+    if len(queue) < min(few, N - len(chosen)):
+      again = np.argsort(topk.id_hash(pool.ids, f"facility:5:{turn}"))
+      queue += [i for i in again if i not in chosen and i not in queue]
+      turn += 1
+    asked, queue = queue[:few], queue[few:]
+    gain = [np.maximum(s[j] - covered, 0).sum() for j in asked]
+    chosen.append(int(asked[int(np.argmax(gain))]))
+    covered = np.maximum(covered, s[chosen[-1]])
+  assert list(rows) == chosen
+  exact = sum(naive_facility(x, m, pool.ids)[1])
+  assert 0.97 * exact < gains.sum() <= exact + 1e-6
+  got = SAMPLERS["facility_location"](5, pool, m, exact=False, epsilon=epsilon)
+  assert list(got.rows) == chosen
+
+
+@pytest.mark.parametrize("name", ["facility_location", "dpp"])
+def test_blocks_run_inside_clusters_with_their_share(name):
+  pool = make_clusters(N)
+  x = np.float32(by_hand(pool))
+  got = SAMPLERS[name](0, pool, 50, blocks=4)
+  labels, _ = clusters.k_means(x, pool.ids, 4, 0)
+  kept = np.bincount(labels[got.rows], minlength=4)
+  assert (abs(kept - np.bincount(labels) * 50 / N) < 1).all()
+  if name == "facility_location":
+    for k in range(4):
+      rows = np.flatnonzero(labels == k)
+      wanted, _ = naive_facility(np.float64(x[rows]), kept[k],
+                                 pool.ids[rows])
+      assert [i for i in got.rows if labels[i] == k] == list(rows[wanted])
+
+
+def test_what_cannot_scale_says_so_before_it_starts(monkeypatch):
+  pool = make_clusters(N)
+  monkeypatch.setattr(submodular, "OPERATIONS", 1e6)
+  with pytest.raises(ConfigError, match="operations, 4.14e.06, .*blocks"):
+    SAMPLERS["facility_location"](0, pool, 5)
+  SAMPLERS["facility_location"](0, pool, 5, blocks=5)
+  monkeypatch.setattr(submodular, "DPP_NUMBERS", 1000)
+  with pytest.raises(ConfigError, match="N x M, 1.2e.03, .*blocks"):
+    SAMPLERS["dpp"](0, pool, 5)
+  SAMPLERS["dpp"](0, pool, 5, blocks=3)
+  for bad in (dict(metric="euclidean"), dict(epsilon=0.0), dict(exact="no")):
+    with pytest.raises(ConfigError, match=f"kwargs.{next(iter(bad))}"):
+      SAMPLERS["facility_location"](0, pool, 5, **bad)
+
+
+# DPP.
+
+
+def naive_dpp(kernel, m, ids):
+  """Greedy over determinants, from the definition."""
+  chosen, gained = [], []
+  for _ in range(m):
+    before = np.linalg.slogdet(kernel[np.ix_(chosen, chosen)])[1] if (
+        chosen) else 0.0
+    value = np.full(len(kernel), -np.inf)
+    for i in range(len(kernel)):
+      if i not in chosen:
+        value[i] = np.linalg.slogdet(
+            kernel[np.ix_(chosen + [i], chosen + [i])])[1]
+    gained.append(np.exp(value.max() - before))
+    chosen.append(least_hash(np.flatnonzero(value >= value.max() - 1e-9), ids))
+  return chosen, gained
+
+
+@pytest.mark.parametrize("quality", ["", "reward"])
+def test_dpp_equals_greedy_over_determinants(quality):
+  pool = make_clusters(60)
+  x = by_hand(pool)
+  z = pool.reward[:, 0]
+  q = np.exp(0.8 * (z - z.mean()) / z.std()) if quality else np.ones(60)
+  distance = ((x[:, None] - x[None])**2).sum(2)
+  kernel = q[:, None] * q[None] * np.exp(-distance / (2 * 1.5**2))
+  wanted, gained = naive_dpp(kernel, 15, pool.ids)
+  got = SAMPLERS["dpp"](0, pool, 15, quality=quality, weight=0.8,
+                        bandwidth=1.5)
+  assert list(got.rows) == wanted
+  np.testing.assert_allclose(got.score[wanted], gained, rtol=1e-4)
+  if quality:
+    plain = SAMPLERS["dpp"](0, pool, 15, bandwidth=1.5)
+    assert z[got.rows].mean() > z[plain.rows].mean() + 0.3
+
+
+def test_dpp_goes_on_by_quality_where_nothing_is_left_to_explain():
+  pool = make_clusters(40)
+  x = np.repeat(pool.embedding[:8], 5, axis=0)
+  pool = make_pools.with_columns(pool, embedding=x)
+  got = SAMPLERS["dpp"](0, pool, 20, quality="reward", bandwidth=0.3)
+  assert len(set(got.rows[:8] // 5)) == 8
+  reward = pool.reward[:, 0]
+  for i in got.rows[:8]:  # of five copies the best
+    assert reward[i] == reward[i // 5 * 5:i // 5 * 5 + 5].max()
+  rest = [i for i in np.argsort(-reward) if i not in set(got.rows[:8])]
+  assert list(got.rows[8:]) == rest[:12]
+
+
+# SemDeDup and DEITA.
+
+
+def planted(n=N):
+  """A pool in which every third row is a near-copy of the one before it."""
+  pool = make_pools.make(2, n, width=16)
+  x = pool.embedding.copy()
+  x[2::3] = x[1::3] + 0.02 * x[2::3]
+  return make_pools.with_columns(pool, embedding=x)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("tile", [7, 512])
+def test_semdedup_equals_the_loop(count, tile, monkeypatch):
+  monkeypatch.setattr(dedup, "_TILE", tile)
+  pool = planted()
+  x = by_hand(pool)
+  labels, centres = clusters.k_means(np.float32(x), pool.ids, count, 3)
+  wanted = np.empty(N)
+  for i in range(N):
+    centre = centres[labels[i]] / np.linalg.norm(centres[labels[i]])
+    earlier = [j for j in range(N) if labels[j] == labels[i]
+               and x[j] @ centre < x[i] @ centre]
+    wanted[i] = max([x[i] @ x[j] for j in earlier], default=-1)
+  got = SAMPLERS["semdedup"](3, pool, 150, clusters=count)
+  np.testing.assert_allclose(got.score, -wanted, atol=2e-6)
+  if count == 1:  # one of each planted two is dropped first
+    lost = np.setdiff1d(np.arange(N), SAMPLERS["semdedup"](
+        3, pool, 160, clusters=1).rows)
+    assert len(lost) == 80 and len(set(lost // 3)) == 80
+    assert (lost % 3 != 0).all()
+
+
+def test_semdedup_keeps_the_lowest_hash_of_exact_copies():
+  pool = make_pools.make(2, 60)
+  x = np.repeat(pool.embedding[:20], 3, axis=0)
+  got = SAMPLERS["semdedup"](0, make_pools.with_columns(pool, embedding=x), 20,
+                             clusters=1)
+  hashes = topk.id_hash(pool.ids).reshape(20, 3)
+  assert set(got.rows) == set(np.arange(20) * 3 + hashes.argmin(1))
+  for bad in ("many", 0, 61):
+    with pytest.raises(ConfigError, match="kwargs.clusters"):
+      SAMPLERS["semdedup"](0, pool, 5, clusters=bad)
+
+
+def naive_diverse(score, x, m, threshold):
+  kept, passed = [], []
+  for i in np.argsort(-score):
+    if len(kept) == m:
+      break
+    if max([x[i] @ x[j] for j in kept], default=-1) < threshold:
+      kept.append(int(i))
+    else:
+      passed.append(int(i))
+  return kept + passed[:m - len(kept)], len(kept)
+
+
+@pytest.mark.parametrize("tile", [7, 512])
+@pytest.mark.parametrize("threshold,m", [(0.9, 100), (0.4, 20), (0.4, 90)])
+def test_deita_equals_the_loop(tile, threshold, m, monkeypatch):
+  monkeypatch.setattr(dedup, "_TILE", tile)
+  pool = planted()
+  x = by_hand(pool)
+  wanted, alone = naive_diverse(pool.reward[:, 0], x, m, threshold)
+  got = SAMPLERS["deita"](0, pool, m, threshold=threshold)
+  assert list(got.rows) == wanted
+  assert (alone < m) == (m == 90)  # the last case makes up the number
+  with pytest.raises(ConfigError, match="kwargs.threshold"):
+    SAMPLERS["deita"](0, pool, m, threshold=2.0)
