@@ -180,10 +180,10 @@ def _whole_pool(job: pipeline.Job, reference: int) -> int:
   rows = feed.Rows([""] * n, tokens, np.arange(n)[:, None] * responses
                    + np.arange(responses), None, None)
   updates = batches.updates(n, c.batch_size, c.epochs, c.max_updates)
-  align, _ = feed.training_cost(job.model, rows, updates=updates,
+  align, _ = feed.training_cost(job.policy, rows, updates=updates,
                                 batch=c.batch_size, seed=job.c.seed)
   if "z0" in job.loss.stats:
-    align += 2 * align // 3
+    align += 2 * align // feed.passes(job.policy)
   return reference + align
 
 

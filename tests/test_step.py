@@ -11,6 +11,7 @@ import oracle
 from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
+from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.select import embed
 from jaxalign.train import optim
@@ -293,6 +294,25 @@ def test_the_update_is_adamw_at_the_batch_s_rate(mesh, clip, decay):
   for n, w in wanted.items():
     np.testing.assert_allclose(state.params[n], w, rtol=0, atol=2e-4)
     assert np.abs(w - toy_params()[n]).max() > 0.02
+
+
+def test_weight_decay_is_for_matrices_alone():
+  """Every parameter of the families that have biases, and adapters."""
+  m = MODEL._replace(norm="layer", qkv_bias=True, out_bias=True, ff_bias=True,
+                     qk_norm=True, tied=False, lora=adapters.Lora(2))
+  params = {n: np.ones(p.shape, np.float32)
+            for n, p in decoder.table(m).items()}
+  tx = optim.make_optimizer(clip=0.0, weight_decay=0.25, b2=B2)
+  updates, _ = tx.update({n: 0 * w for n, w in params.items()},
+                         tx.init(params), params)
+  moved = {n for n, u in updates.items() if np.any(u)}
+  matrices = {f"layers/{n}" for n in ("wq", "wk", "wv", "wo", "w_gate", "w_up",
+                                      "w_down")}
+  assert moved == {"embed", "head", *matrices, *(
+      f"{n}:{side}" for n in matrices for side in "ab")}
+  assert all(np.all(updates[n] == -0.25) for n in moved)
+  assert {"layers/bq", "layers/b_up", "norm_bias", "layers/q_norm"} <= set(
+      params)
 
 
 # Rates.

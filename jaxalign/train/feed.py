@@ -117,11 +117,21 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   return batch_at, ids_at, tokens_at
 
 
+def passes(m: decoder.ModelConfig) -> int:
+  """What a trained row costs, in forward passes.
+
+  Its own, one for the gradients of the activations and one for those of the
+  weights; frozen weights have none, and the adapters' own products, about
+  r / D of a pass, are not counted.
+  """
+  return 2 if m.lora else 3
+
+
 def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
                   batch: int, seed: int,
                   mismatched: tokens_lib.TokenRows | None = None
                   ) -> tuple[int, int]:
-  """(operations, tokens) of a training run: forward and twice that backward.
+  """(operations, tokens) of a training run: `passes` a row.
 
   A mismatched row costs one forward; padding and recomputation are not
   counted.
@@ -131,7 +141,7 @@ def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
   lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
-    total += 3 * decoder.operations(m, int(size)) * int(count)
+    total += passes(m) * decoder.operations(m, int(size)) * int(count)
   if mismatched is not None:
     extra = tokens_lib.lengths(mismatched)
     tokens += int(extra.sum())
