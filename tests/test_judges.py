@@ -162,9 +162,9 @@ def error(status, message="no", code=None, **headers):
     error(408), (200, {}, '{"choices": [{"mess'), (200, {}, "{}"),
     (200, {}, '{"choices": null}'), (200, {}, '{"choices": [{}]}x'),
     (200, {"content-type": "text/html"}, "<html>busy</html>"),
-    (200, {}, '{"choices": [{"message": {"content": 5}}]}'), 0.6],
+    (200, {}, '{"choices": [{"message": {"content": 5}}]}'), 0.6, 0.0],
     ids=["429 with a pause", "429", "500", "503", "408", "cut json",
-         "empty", "null choices", "bad json", "html", "no text", "hang"])
+         "empty", "null choices", "bad json", "html", "no text", "hang", "hung up"])
 def test_trouble_that_passes(server, tmp_path, trouble):
   server.script = [trouble, trouble]
   e = settings(server, timeout_s=0.3 if trouble == 0.6 else 5.0, workers=1)

@@ -165,6 +165,18 @@ def test_the_verdict_and_the_words_agree():
   assert seen >= {"better", "equal", "cannot tell"}
 
 
+@pytest.mark.parametrize("gain", [0.008, 0.0])
+def test_a_difference_too_small_to_count_is_still_told(gain):
+  """Always 0.8 points: surely there, and surely under 2."""
+  rng = np.random.default_rng(11)
+  base = rng.random((6, 200)) * 0.9
+  a = Arm("a", range(6), range(200),
+          base + gain + rng.normal(0, 0.01, base.shape) * 0.1)
+  out = one(a, a._replace(name="b", outcome=base))
+  assert out["verdict"] == "equal"
+  assert ("A difference is there, +0.8 points" in out["words"]) == (gain > 0)
+
+
 def test_a_study_of_the_size_needed_tells():
   """Power as promised: at the size asked for, both answers are found."""
   rng = np.random.default_rng(10)
