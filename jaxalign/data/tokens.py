@@ -7,8 +7,11 @@ still does not fit it is cut on the right and carries no EOS: a cut answer must
 not be taught to stop there. `audit` checks every row that is made.
 """
 
+from __future__ import annotations  # a tokenizer is only named here
+
 import io
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple
+from typing import Sequence
 
 import numpy as np
 from etils import epath
@@ -17,8 +20,10 @@ from jaxalign import artifacts
 from jaxalign import progress
 from jaxalign.data.chat import Chat
 from jaxalign.data.schemas.pairs import Refused
-from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import ConfigError, CorruptError, DataError
+
+if TYPE_CHECKING:  # rows of tokens are read where no tokenizer is installed
+  from jaxalign.data.tokenizer import Tokenizer
 
 KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
