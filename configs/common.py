@@ -94,7 +94,8 @@ def base(variant: str = "") -> ConfigDict:
   s.stability_seeds = 3  # refits that the card compares; 0: none
 
   c.loss = ConfigDict()
-  c.loss.name = "dpo"  # a key of LOSSES, or "module:function"
+  # A key of LOSSES, "module:function", or a sum, "dpo+0.2*sft_tokens" (RPO).
+  c.loss.name = "dpo"
   c.loss.kwargs = ConfigDict(dict(beta=0.5))
   c.loss.sft_weight = 0.2  # of the chosen answer's negative log-likelihood
 
