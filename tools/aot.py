@@ -4,6 +4,8 @@ r"""Compiles the train step for TPUs that are not there, and says what it holds.
   python tools/aot.py --topology=v5p:2x2x2 --fsdp=4 --tensor=2
   python tools/aot.py --topology=v5e:16x16 --fsdp=256 --layers=32 --width=4096 \
     --heads=32 --kv_heads=32 --ff=11008 --length=2048 --rows=256
+  python tools/aot.py --config=configs/qwen3_8b_dpo.py --topology=v5e:16x16 \
+    --fsdp=128 --tensor=2
 
 Needs libtpu (the aot extra) and no TPU. Exit codes: 0 sound, 1 the program
 gathers stacked weights whole or holds logits of all positions, 64 usage.
@@ -11,6 +13,7 @@ gathers stacked weights whole or holds logits of all positions, 64 usage.
 
 import argparse
 import collections
+import importlib.util
 import json
 import os
 import pathlib
@@ -37,8 +40,12 @@ from configs import common
 from jaxalign import memory
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
+from jaxalign.job import lora_of
 from jaxalign.lookup import lookup
+from jaxalign.model import adapters
+from jaxalign.model import attention
 from jaxalign.model import decoder
+from jaxalign.model import weights
 from jaxalign.train import feed
 from jaxalign.train import optim
 from jaxalign.train import step as steps
@@ -273,7 +280,7 @@ def abstract_batch(mesh: jax.sharding.Mesh, loss: str, rows: int, length: int,
 def abstract_state(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
                    tx: Any) -> steps.TrainState:
   """A `TrainState` without its values; moments lie as the parameters do."""
-  params = decoder.abstract(m, mesh)
+  params = adapters.split(decoder.abstract(m, mesh), m.lora)[0]
   whole = sharding.named(mesh)
 
   def placed(x):
@@ -287,6 +294,31 @@ def abstract_state(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
       jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))
 
 
+def abstract_frozen(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
+                    dtype: str) -> dict[str, Any]:
+  """What adapters leave as it is, in the dtype of the reference."""
+  fixed = adapters.split(decoder.abstract(m, mesh), m.lora)[1]
+  return {n: jax.ShapeDtypeStruct(
+      x.shape, x.dtype if adapters.is_adapter(n) else jnp.dtype(dtype),
+      sharding=x.sharding) for n, x in fixed.items()}
+
+
+def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
+  """The model and the step (keywords of `compile_step`) of a config file."""
+  path, _, variant = path.partition(":")
+  spec = importlib.util.spec_from_file_location("config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  c = module.get_config(variant)
+  m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+  m = m._replace(context=c.model.context, lora=lora_of(c),
+                 attention=c.model.attention)
+  return m, dict(loss=c.loss.name, rows=c.train.batch_size,
+                 length=c.model.context, chunk=c.model.head_chunk,
+                 accumulation=c.train.accumulation,
+                 sft_weight=c.loss.sft_weight, frozen=c.model.param_dtype)
+
+
 def held_bytes(tree: Any) -> int:
   """Bytes of one chip's shards, by the shardings alone."""
   return sum(
@@ -296,7 +328,8 @@ def held_bytes(tree: Any) -> int:
 
 def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
                  *, loss: str = "dpo", rows: int, length: int, chunk: int,
-                 accumulation: int = 1, dump: str = "") -> Report:
+                 accumulation: int = 1, sft_weight: float | None = None,
+                 frozen: str = "float32", dump: str = "") -> Report:
   """Compiles one train step for a TPU topology.
 
   Args:
@@ -308,6 +341,8 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
     length: padded length of a response.
     chunk: positions of the head at once.
     accumulation: micro-batches.
+    sft_weight: of the chosen answer's likelihood; None: the default config's.
+    frozen: dtype of what adapters leave as it is.
     dump: a file for the compiled program's text.
 
   Raises:
@@ -321,6 +356,9 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
     raise ConfigError(f"no topology {topology!r} ({error}); is libtpu "
                       "installed (pip install jaxalign[aot])?") from error
   mesh = sharding.make_mesh(sizes, devices)
+  m = m._replace(attention=attention.resolve(
+      m.attention, "tpu", head_size=m.head_size, dtype=m.dtype,
+      softcap=m.softcap, length=length))
   decoder.check(m, mesh)
   feed.check_batch(rows, accumulation, mesh, "step")
   lookup(LOSSES, loss, "loss", "loss.name")
@@ -333,11 +371,14 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
                // sharding.parts(mesh, "batch"))
   with jax.set_mesh(mesh):
     state = abstract_state(m, mesh, tx)
+    fixed = abstract_frozen(m, mesh, frozen)
+    if sft_weight is None:
+      sft_weight = common.base().loss.sft_weight if loss == "dpo" else 0.0
     train_step = steps.make_train_step(
         PRODUCERS["chunked"](m, chunk), LOSSES[loss], tx,
-        sft_weight=common.base().loss.sft_weight if loss == "dpo" else 0.0)
+        sft_weight=sft_weight)
     start = time.monotonic()
-    lowered = train_step.lower(state, batch)
+    lowered = train_step.lower(state, batch, fixed)
     lower_seconds = time.monotonic() - start
     compiled = compile_lowered(lowered)
   if dump:
@@ -347,10 +388,11 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
       topology=topology, chips=mesh.size, mesh=dict(mesh.shape),
       parameters=decoder.parameter_count(m),
       argument_bytes=compiled.memory.argument_size_in_bytes,
-      expected_bytes=held_bytes((state, batch)),
+      expected_bytes=held_bytes((state, batch, fixed)),
       planned=memory.train_step(
           m, mesh, rows=int(np.prod(batch["ref_sum"].shape[1:])),
-          length=length, chunk=chunk),
+          length=length, chunk=chunk,
+          frozen_size=jnp.dtype(frozen).itemsize),
       temp_bytes=compiled.memory.temp_size_in_bytes,
       collectives=collectives(program),
       whole_gathers=whole_gathers(program, m, tensor),
@@ -392,7 +434,7 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   text = dict(topology="v5e:4x4", loss="dpo", dtype="bfloat16", remat="full",
-              dump="")
+              dump="", config="", attention="plain")
   number = dict(fsdp=-1, tensor=1, layers=8, width=2048, heads=16, kv_heads=8,
                 head_size=128, ff=5632, vocab=32000, length=1024, rows=32,
                 accumulation=1, chunk=64)
@@ -409,12 +451,15 @@ def main(argv: list[str]) -> int:
   m = decoder.ModelConfig(
       **{n: getattr(args, n) for n in (
           "layers", "width", "heads", "kv_heads", "head_size", "ff", "vocab",
-          "tied", "dtype", "remat")}, context=args.length)
+          "tied", "dtype", "remat", "attention")}, context=args.length)
+  step = {n: getattr(args, n) for n in (
+      "loss", "rows", "length", "chunk", "accumulation")}
   try:
+    if args.config:
+      m, step = of_config(args.config)
     report = compile_step(
         args.topology, dict(fsdp=args.fsdp, tensor=args.tensor), m,
-        loss=args.loss, rows=args.rows, length=args.length, chunk=args.chunk,
-        accumulation=args.accumulation, dump=args.dump)
+        dump=args.dump, **step)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
