@@ -173,6 +173,13 @@ def test_trouble_that_passes(server, tmp_path, trouble):
   assert cost["requests"] == len(server.seen) == 5
 
 
+def test_a_pause_asked_for_is_kept(server, tmp_path):
+  server.script = [error(429, **{"retry-after": "0.4"})]
+  endpoint.judge(settings(server), pairs(1), tmp_path / "v.jsonl")
+  (before, *_), (after, *_) = server.seen
+  assert after - before >= 0.4  # never sooner, whatever the machine
+
+
 def test_trouble_that_stays_keeps_what_there_is(server, tmp_path):
   path = tmp_path / "v.jsonl"
   endpoint.judge(settings(server), pairs(2), path)
@@ -380,6 +387,7 @@ def test_a_line_that_is_no_verdict_is_passed_over(tmp_path, line):
 @pytest.mark.parametrize("changes,words", [
     (dict(url="ftp://x"), "no http"), (dict(url="api.openai.com"), "no http"),
     (dict(url="https://me:secret@x/v1"), "holds a user"),
+    (dict(url="https://secret@x/v1"), "holds a user"),
     (dict(url="https://x/v1?key=secret"), "holds a user"),
     (dict(url="http://example.com/v1"), "in the clear"),
     (dict(key_env="NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE, found none"),
