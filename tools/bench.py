@@ -5,6 +5,7 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py identical        # chosen ids on 1 and 8 devices, 2 x 4
   python tools/bench.py step0            # the step-0 contract, DPO and KTO
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
+  python tools/bench.py samplers         # greedy samplers beside NumPy, coreax
 
 Each subcommand runs the program as a person would, in fresh processes, and
 prints what it saw; nothing is asserted away. `encoder` runs both libraries in
@@ -276,20 +277,131 @@ def encoder(args) -> None:
         "CPU")
 
 
+def _numpy_k_center(x, m, first):
+  """Greedy k-center with cached norms, a product with one row a pick."""
+  import numpy as np
+  square = np.einsum("nw,nw->n", x, x)
+  chosen, near = [first], np.full(len(x), np.inf, np.float32)
+  while len(chosen) < m:
+    last = chosen[-1]
+    np.minimum(near, square + square[last] - 2 * (x @ x[last]), out=near)
+    chosen.append(int(near.argmax()))
+  return chosen
+
+
+def _numpy_herding(x, m):
+  """Herding with a linear kernel, a product with one vector a pick."""
+  import numpy as np
+  mean = x.mean(0)
+  w, chosen, taken = mean.copy(), [], np.zeros(len(x), np.float32)
+  for _ in range(m):
+    chosen.append(int((x @ w + taken).argmax()))
+    taken[chosen[-1]] = -np.inf
+    w += mean - x[chosen[-1]]
+  return chosen
+
+
+def _coreax_herding(x, m):
+  """The same by coreax, which wants the N x N kernel's row means first."""
+  import equinox
+  import jax.numpy as jnp
+  import numpy as np
+  from coreax import Data
+  from coreax.kernels import LinearKernel
+  from coreax.solvers import KernelHerding
+  solver = KernelHerding(coreset_size=m, kernel=LinearKernel(), unique=True)
+  found, _ = equinox.filter_jit(solver.reduce)(Data(jnp.asarray(x)))
+  return np.asarray(found.unweighted_indices).ravel().tolist()
+
+
+def _numpy_facility(x, m):
+  """Lazy greedy (Minoux) over the whole N x N matrix, one row at a time."""
+  import heapq
+  import numpy as np
+  similar = (1 + x @ x.T) / 2
+  covered, chosen = np.zeros(len(x), np.float32), []
+  heap = [(-float(g), i, 0) for i, g in enumerate(similar.sum(1))]
+  heapq.heapify(heap)
+  while len(chosen) < m:
+    gain, i, at = heapq.heappop(heap)
+    if at == len(chosen):
+      chosen.append(i)
+      np.maximum(covered, similar[i], out=covered)
+    else:
+      gain = -float(np.maximum(similar[i] - covered, 0).sum())
+      heapq.heappush(heap, (gain, i, len(chosen)))
+  return chosen
+
+
+def samplers(args) -> None:
+  """Seconds of the greedy samplers and of peers, in turn, and their picks."""
+  sys.path.insert(0, str(ROOT))
+  import jax
+  import numpy as np
+  from jaxalign.select.samplers import geometric, submodular
+  rng = np.random.default_rng(0)
+
+  def rows(n):  # 200 clusters on the unit sphere
+    x = 0.7 * rng.normal(size=(200, 384))[rng.integers(200, size=n)]
+    x = x + rng.normal(size=(n, 384))
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return np.float32(x), np.array([f"id{i:08d}" for i in range(n)])
+
+  print(f"{jax.default_backend()}, {jax.device_count()} device(s), "
+        f"{os.cpu_count()} cores, jax {jax.__version__}\n\n"
+        "| sampler | rows x 384, picks | jaxalign | peer | times as fast, "
+        "median (range) | same picks | load |\n|---|---|---|---|---|---|---|")
+  cases = []
+  for n in (args.rows // 4, args.rows):
+    m = n // 50
+    cases += [
+        ("k_center", n, m, "NumPy",
+         lambda x, ids, m: geometric.farthest_first(x, ids, m, 7)[0],
+         lambda x, m: _numpy_k_center(x, m, 7)),
+        ("herding", n, m, "NumPy", geometric.herd, _numpy_herding)]
+  n = args.rows // 5
+  cases.append(("facility_location", n, n // 20, "NumPy",
+                lambda x, ids, m: submodular.lazy_greedy(x, ids, m)[0],
+                _numpy_facility))
+  if importlib.util.find_spec("coreax"):
+    cases.append(("herding", n, n // 50, "coreax", geometric.herd,
+                  _coreax_herding))
+  for name, n, m, peer, ours, theirs in cases:
+    x, ids = rows(n)
+    ours(x, ids, m)  # compiles
+    seen = []
+    for _ in range(args.count):
+      start = time.monotonic()
+      a = ours(x, ids, m)
+      middle = time.monotonic()
+      b = theirs(x, m)
+      seen.append((middle - start, time.monotonic() - middle))
+    ratio = [t / o for o, t in seen]
+    same = ("all, in order" if list(a) == list(b) else
+            f"{len(set(a.tolist()) & set(b))} of {m}")
+    print(f"| {name} | {n:,}, {m:,} | "
+          f"{statistics.median(o for o, _ in seen):.2f} s | {peer} "
+          f"{statistics.median(t for _, t in seen):.2f} s | "
+          f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to "
+          f"{max(ratio):.2f}) | {same} | {os.getloadavg()[0]:.1f} |",
+          flush=True)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("what", choices=["times", "seeds", "identical", "step0",
-                                       "encoder", "select_only"])
+                                       "encoder", "samplers", "select_only"])
   parser.add_argument("--count", type=int, default=3)
   parser.add_argument("--texts", type=int, default=1000)
   parser.add_argument("--variant", default="")
-  parser.add_argument("--rows", type=int, default=20000)
+  parser.add_argument("--rows", type=int, default=0)
   parser.add_argument("--tensor", type=int, default=1)
   for name in ("source", "checkpoint", "workdir"):
     parser.add_argument(f"--{name}", default="")
   args = parser.parse_args()
+  args.rows = args.rows or (50000 if args.what == "samplers" else 20000)
   dict(times=times, seeds=seeds, identical=identical, step0=step0,
-       encoder=encoder, select_only=select_only)[args.what](args)
+       encoder=encoder, samplers=samplers, select_only=select_only)[args.what](args)
 
 
 if __name__ == "__main__":

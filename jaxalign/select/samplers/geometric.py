@@ -32,54 +32,68 @@ def _products(w, x):
   return jnp.einsum("rw,pw->rp", x, w, precision=_HIGHEST)
 
 
+def _all_products(x: np.ndarray, placed: rows_lib.Placed | None,
+                  w: np.ndarray) -> np.ndarray:
+  """[N, P] float32 products of all rows with each w [P, W].
+
+  On a CPU by NumPy, whose BLAS is several times faster at so few columns.
+  """
+  if jax.default_backend() == "cpu":
+    return x @ np.float32(w).T
+  return rows_lib.by_row(_products, placed, _padded(w))
+
+
 def _padded(x: np.ndarray) -> np.ndarray:
   """Repeats the last row up to a power of two, so that few shapes compile."""
   size = max(8, 1 << (len(x) - 1).bit_length())
   return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
 
 
-def _in_parts(rows: list[int], size: int = 256) -> list[list[int]]:
-  return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
 class _Distances:
-  """Smallest squared distance to the chosen rows: bounds, exact on demand."""
+  """Smallest squared distance to the chosen rows: near, and exact on demand."""
 
-  def __init__(self, x: np.ndarray):
-    self.mean = x.mean(axis=0, dtype=np.float64)
-    self.x = x
-    near = (x - self.mean).astype(np.float32)
-    self.square = np.einsum("nw,nw->n", near, near, dtype=np.float64)
-    self.placed = rows_lib.place(near, self.square)
-    # Of float32: the product, the two squares, the centring, each a few ulp.
-    self.slack = (4 * (x.shape[1] + 8) * rows_lib.ROUNDING
-                  * (self.square + self.square.max()))
-    self.bound = np.full(len(x), np.inf)  # never below the true value
+  def __init__(self, x: np.ndarray, budget: int):
+    self.x, self.mean = x, x.mean(axis=0, dtype=np.float64)
+    self.near = (x - self.mean).astype(np.float32)
+    self.square = np.einsum("nw,nw->n", self.near, self.near)
+    self.placed = rows_lib.place(self.near, self.square)
+    # Of float32: the product of two rows, their squares, the centring.
+    self.slack = float(2 * (x.shape[1] + 16) * rows_lib.ROUNDING
+                       * self.square.max())
+    self.guess = np.full(len(x), np.inf, np.float32)  # within slack of true
     self.value = np.full(len(x), np.inf)  # exact for the first `seen` chosen
     self.seen = np.zeros(len(x), np.int64)
+    self.rows = np.empty(budget, np.int64)  # the chosen, `count` of them
+    self.centres = np.empty((budget, x.shape[1]), np.float32)
+    self.count = self.known = 0
 
-  def vectors(self, rows) -> np.ndarray:
-    return np.float64(self.x[rows]) - self.mean
+  def choose(self, row: int) -> None:
+    self.rows[self.count], self.centres[self.count] = row, self.near[row]
+    self.count += 1
 
-  def lower_bounds(self, chosen: list[int]) -> None:
-    """Takes newly chosen rows into the bounds of all rows."""
-    for part in _in_parts(chosen):
-      centres = self.vectors(part)
-      found = rows_lib.by_row(_nearest, self.placed, _padded(centres),
-                              _padded((centres**2).sum(1)))
-      np.minimum(self.bound, found + self.slack, out=self.bound)
+  def guess_all(self) -> None:
+    """Takes the newly chosen rows into the guesses of all rows."""
+    for start in range(self.known, self.count, 256):
+      part = slice(start, min(start + 256, self.count))
+      found = rows_lib.by_row(_nearest, self.placed,
+                              _padded(self.centres[part]),
+                              _padded(self.square[self.rows[part]]))
+      np.minimum(self.guess, found, out=self.guess)
+    self.known = self.count
 
-  def refresh(self, rows: np.ndarray, chosen: list[int]) -> np.ndarray:
-    """Exact values of some rows, [rows] float64."""
-    for seen in np.unique(self.seen[rows]):
-      old = rows[self.seen[rows] == seen]
-      a = self.vectors(old)
-      for part in _in_parts(chosen[seen:]):
-        b = self.vectors(part)
-        square = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-        self.value[old] = np.minimum(self.value[old],
-                                     np.maximum(square, 0).min(axis=1))
-    self.seen[rows] = len(chosen)
+  def exact(self, rows: np.ndarray) -> np.ndarray:
+    """[rows] float64 from the rows themselves, where float32 cannot tell."""
+    since = int(self.seen[rows].min())
+    chosen = self.rows[since:self.count]
+    about = (self.square[rows][:, None] + self.square[chosen][None]
+             - 2 * self.near[rows] @ self.centres[since:self.count].T)
+    at, of = np.nonzero(about <= np.minimum(
+        about.min(axis=1), self.value[rows])[:, None] + 2 * self.slack)
+    for start in range(0, len(at), 4096):
+      i, j = at[start:start + 4096], of[start:start + 4096]
+      apart = np.float64(self.x[rows[i]]) - self.x[chosen[j]]
+      np.minimum.at(self.value, rows[i], np.einsum("nw,nw->n", apart, apart))
+    self.seen[rows] = self.count
     return self.value[rows]
 
 
@@ -88,10 +102,12 @@ def farthest_first(x: np.ndarray, ids: np.ndarray, budget: int,
   """Gonzalez 1985: again and again the row farthest from those chosen.
 
   A distance to the chosen rows only falls as more are chosen, so an old one
-  bounds the new. The rows with the highest bounds are kept up to date, in
-  float64; while the farthest of them beats every other bound, it is the pick.
-  When none does, one product of all rows with the picks since then renews the
-  bounds: a product of matrices in place of one with a vector for every pick.
+  bounds the new. The rows with the largest are kept up to date; while the
+  farthest of them beats the old distance of every other row, it is the pick.
+  When none does, one product of all rows with the picks since then renews
+  all: a product of matrices in place of one with a vector for every pick.
+  Where float32 leaves more than one row that may be the farthest, float64
+  decides.
 
   Args:
     x: [N, W] float32.
@@ -104,49 +120,49 @@ def farthest_first(x: np.ndarray, ids: np.ndarray, budget: int,
     before it (the first has the second's), of the others, to the nearest.
   """
   n = len(x)
-  state = _Distances(x)
-  tie = _TIE * max(state.square.max(), 1e-300)
-  chosen, radius, taken = [first], [np.inf], 0
-  size = min(n, ACTIVE)
+  state = _Distances(x, budget)
+  tie = _TIE * max(float(state.square.max()), 1e-300)
+  state.choose(first)
+  radius, size = [np.inf], min(n, ACTIVE)
   open_ = np.ones(n, bool)
   open_[first] = False
-  while len(chosen) < budget:
-    state.lower_bounds(chosen[taken:])
-    taken = len(chosen)
+  while state.count < budget:
+    state.guess_all()
     left = np.flatnonzero(open_)
     active, rest = left, -np.inf
     if len(left) > size:
-      order = np.argpartition(state.bound[left], len(left) - size)
+      order = np.argpartition(state.guess[left], len(left) - size)
       active = np.sort(left[order[-size:]])
-      rest = state.bound[left[order[:-size]]].max()
-    value = state.refresh(active, chosen)
-    near = state.vectors(active)
-    square = (near**2).sum(1)
-    while len(chosen) < budget and value.max() - tie > rest:
+      rest = state.guess[left[order[:-size]]].max()
+    guess, near = state.guess[active], state.near[active]
+    square = state.square[active]
+    while (state.count < budget
+           and guess.max() - state.slack > rest + state.slack):
+      maybe = np.flatnonzero(guess >= guess.max() - 2 * state.slack)
+      value = np.float64(guess[maybe])
+      if maybe.size > 1 or value[0] <= 2 * state.slack:
+        value = state.exact(active[maybe])
       if value.max() <= tie:  # only copies of chosen rows are left
         more = left[open_[left]]
         more = more[np.lexsort((more, id_hash(ids[more])))]
-        more = more[:budget - len(chosen)].tolist()
-        open_[more] = False
-        chosen += more
-        radius += [0.0] * len(more)
+        for row in more[:budget - state.count]:
+          state.choose(row)
+          radius.append(0.0)
         break
-      at = pick(value, active, ids, tie)
-      chosen.append(int(active[at]))
-      radius.append(float(value[at]))
+      best = pick(value, active[maybe], ids, tie)
+      at = maybe[best]
+      state.choose(int(active[at]))
+      radius.append(float(value[best]))
       open_[active[at]] = False
-      far = square + square[at] - 2 * near @ near[at]
-      value = np.minimum(value, np.maximum(far, 0))
-      value[at] = -np.inf
-    state.value[active], state.seen[active] = value, len(chosen)
-    if len(chosen) == taken:  # bounds too close to one another to tell apart
+      np.minimum(guess, square + square[at] - 2 * (near @ near[at]), out=guess)
+      guess[at] = -np.inf
+    if state.count == state.known:  # too close to one another to tell apart
       size = min(n, 4 * size)
-  state.lower_bounds(chosen[taken:])
+  state.guess_all()
   radius[0] = radius[1] if len(radius) > 1 else 0.0
-  last = min(radius)
-  score = np.clip(state.bound - state.slack, 0.0, last)
-  score[chosen] = np.minimum.accumulate(radius)
-  return np.array(chosen, np.int64), np.sqrt(score)
+  score = np.clip(np.float64(state.guess), 0.0, min(radius))
+  score[state.rows] = np.minimum.accumulate(radius)
+  return state.rows, np.sqrt(score)
 
 
 @needs("embedding")
@@ -191,12 +207,12 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
     [M] int64 row numbers in the order of the picks.
   """
   n, width = x.shape
-  placed = rows_lib.place(x)
+  placed = None if jax.default_backend() == "cpu" else rows_lib.place(x)
   mean = x.mean(axis=0, dtype=np.float64)
   longest = rows_lib.lengths(x).max()
   open_ = np.ones(n, bool)
   chosen, w, guesses = [], mean.copy(), 8
-  standing = rows_lib.by_row(_products, placed, _padded(w[None]))[:, 0]
+  standing = _all_products(x, placed, w[None])[:, 0]
   while len(chosen) < budget:
     left = np.flatnonzero(open_)
     active = left
@@ -213,7 +229,7 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
       free[at] = False
       path.append(path[-1] + (mean - near[at]))
       value = near @ path[-1]
-    found = rows_lib.by_row(_products, placed, _padded(np.stack(path)))
+    found = _all_products(x, placed, np.stack(path))
     outside = open_.copy()
     outside[active] = False
     step = 0

@@ -18,7 +18,7 @@ from jaxalign.select.topk import id_hash, pick
 EXACT_ROWS = 20_000  # above, facility location draws its candidates
 OPERATIONS = 1e18  # of one facility location; an hour of 256 TPU chips
 DPP_NUMBERS = 1e9  # N x M float64, 8 GB
-_CACHE = 2**26  # float32 numbers of columns that are kept, 256 MiB
+_CACHE = 2**27  # float32 numbers of columns that are kept, 512 MiB
 _BLOCK = 256  # candidates of one product
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -32,55 +32,51 @@ class _Coverage:
   def __init__(self, x: np.ndarray):
     self.x = x
     self.covered = np.zeros(len(x), np.float32)
-    self.room = max(_BLOCK, _CACHE // len(x))
-    self.slot = np.full(len(x), -1)
-    self.owner = np.full(self.room, -1)
-    self.columns = np.empty((min(self.room, len(x)), len(x)), np.float32)
+    spare = max(32, _BLOCK)  # a product's width, of which less may be kept
+    room = spare + min(_CACHE // len(x), len(x))
+    self.slot = np.full(len(x), -1)  # where a row's column is kept
+    self.owner = np.full(room, -1)  # whose column is kept there
+    self.columns = np.empty((room, len(x)), np.float32)
     self.next = 0
 
   def similar(self, rows: np.ndarray) -> np.ndarray:
-    """[rows, N] (1 + cosine) / 2 with all rows."""
-    out = self.x[rows] @ self.x.T
+    """[rows, N] (1 + cosine) / 2 with all rows; kept until others need room."""
+    # Never of another shape: how a product is cut may change its last bit.
+    wide = _BLOCK if len(rows) > 32 else 32
+    at = self.next if self.next + wide <= len(self.columns) else 0
+    gone = self.owner[at:at + wide]
+    self.slot[gone[gone >= 0]] = -1
+    gone[:] = -1
+    out = self.columns[at:at + wide]
+    np.matmul(self.x[np.resize(rows, wide)], self.x.T, out=out)
     out += 1
     out *= 0.5
-    return out
-
-  def _keep(self, rows: np.ndarray, columns: np.ndarray) -> None:
-    for row, one in zip(rows, columns):
-      at = self.next = (self.next + 1) % len(self.columns)
-      if self.owner[at] >= 0:
-        self.slot[self.owner[at]] = -1
-      self.owner[at], self.slot[row] = row, at
-      self.columns[at] = one
+    self.next = at + len(rows)
+    self.owner[at:self.next], self.slot[rows] = rows, np.arange(at, self.next)
+    return out[:len(rows)]
 
   def gains(self, rows: np.ndarray) -> np.ndarray:
     """[rows] float64 sums over i of max(0, s_ij - covered_i)."""
     out = np.empty(len(rows))
-    known = self.slot[rows] >= 0
-    for at in np.flatnonzero(known):
-      out[at] = self._added(self.columns[self.slot[rows[at]]][None])[0]
-    missing = np.flatnonzero(~known)
+    slot = self.slot[rows]
+    known, missing = np.flatnonzero(slot >= 0), np.flatnonzero(slot < 0)
+    for start in range(0, len(known), 16):  # so many stay in the cache
+      part = known[start:start + 16]
+      out[part] = self._added(self.columns[slot[part]])
     for start in range(0, len(missing), _BLOCK):
       part = missing[start:start + _BLOCK]
-      # Never of another shape: how a product is cut may change its last bit.
-      asked = np.resize(rows[part], _BLOCK if len(missing) > 32 else 32)
-      found = self.similar(asked)[:len(part)]
-      out[part] = self._added(found)
-      if len(missing) <= len(self.columns) // 4:
-        self._keep(rows[part], found)
+      found = self.similar(rows[part])
+      for first in range(0, len(part), 16):
+        out[part[first:first + 16]] = self._added(found[first:first + 16])
     return out
 
   def _added(self, columns: np.ndarray) -> np.ndarray:
-    out = np.empty(len(columns))
-    for start in range(0, len(columns), 16):  # stays in the cache
-      more = columns[start:start + 16] - self.covered
-      np.maximum(more, 0, out=more)
-      out[start:start + 16] = more.sum(axis=1, dtype=np.float64)
-    return out
+    more = columns - self.covered
+    return np.maximum(more, 0, out=more).sum(axis=1, dtype=np.float64)
 
   def take(self, row: int) -> None:
     column = (self.columns[self.slot[row]] if self.slot[row] >= 0
-              else self.similar(np.resize(row, 32))[0])
+              else self.similar(np.array([row]))[0])
     np.maximum(self.covered, column, out=self.covered)
 
 
@@ -201,7 +197,7 @@ def facility_location(seed: int, pool: Pool, budget: int, *,
 
   Greedy maximum of sum_i max_{j chosen} s_ij with s = (1 + cosine) / 2, at
   least 1 - 1/e of the best set. Exact for up to 20,000 rows: at most a few
-  times 2 N^2 W operations, no N x N numbers (256 MiB of columns are kept).
+  times 2 N^2 W operations, no N x N numbers (at most 512 MiB of columns are kept).
   Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W ln(1 / epsilon)
   operations whatever the budget.
 
