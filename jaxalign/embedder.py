@@ -20,7 +20,7 @@ from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model import encoder
 from jaxalign.model import families
-from jaxalign.model import hub
+from jaxalign import hub
 from jaxalign.model import published
 from jaxalign.model import weights
 from jaxalign.select import embed

@@ -124,7 +124,7 @@ def run(argv: list[str]) -> None:
   from jaxalign.model import decode
   from jaxalign.model import decoder
   from jaxalign.model import weights
-  from jaxalign.model.hub import resolve
+  from jaxalign.hub import resolve
   prompts = list(values.prompt) or read_prompts(values.input)
   if not prompts:
     raise DataError(f"{values.input} holds no prompt")

@@ -29,7 +29,7 @@ from jaxalign.job import Arm, Job, arm_folder, lora_of, sampler_kwargs
 from jaxalign.lookup import lookup
 from jaxalign.model import adapters
 from jaxalign.model import decoder
-from jaxalign.model import hub
+from jaxalign import hub
 from jaxalign.model import peft_folder
 from jaxalign.model import weights
 from jaxalign.select import card as cards

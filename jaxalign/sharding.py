@@ -26,8 +26,14 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
     devices: the devices to use; all of them by default.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or the
+      devices are of several TPU slices.
   """
+  slices = {getattr(d, "slice_index", 0)
+            for d in (jax.devices() if devices is None else devices)}
+  if len(slices) > 1:
+    raise ConfigError(f"found {len(slices)} TPU slices; a mesh over several is "
+                      "out of scope: run on one, set config.mesh")
   count = jax.device_count() if devices is None else len(devices)
   sizes = {axis: int(sizes[axis]) for axis in AXES}
   wanted = " x ".join(f"{a}={n}" for a, n in sizes.items())

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
+from jaxalign import hub
 from jaxalign.errors import ConfigError
-from jaxalign.model import hub
 
 pytest.importorskip("huggingface_hub")
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -44,17 +44,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
     if path.startswith(f"/api/models/{name}/tree/"):
       return self.answer(200, json.dumps([dict(
           type="file", path=n, size=len(data), oid=f"{i:040x}")
-          for i, (n, data) in enumerate(FILES.items())]).encode())
+          for i, (n, data) in enumerate(self.server.files.items())]).encode())
     if path.startswith(f"/api/models/{name}"):
       if path.endswith("/revision/gone"):
         return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
       return self.answer(200, json.dumps(dict(
-          id=name, sha=SHA, siblings=[dict(rfilename=n) for n in FILES]
+          id=name, sha=SHA, siblings=[dict(rfilename=n) for n in self.server.files]
           )).encode())
     file = path.split(f"/resolve/{SHA}/")[-1]
-    if file in FILES:
-      i = list(FILES).index(file)
-      return self.answer(200, FILES[file], {
+    if file in self.server.files:
+      i = list(self.server.files).index(file)
+      return self.answer(200, self.server.files[file], {
           "ETag": f'"{i:040x}"', "X-Repo-Commit": SHA})
     return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
@@ -75,7 +75,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
   found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-  found.asked = []
+  found.asked, found.files = [], FILES
   threading.Thread(target=found.serve_forever, daemon=True).start()
   yield found
   found.shutdown()
@@ -85,7 +85,7 @@ def server():
 ASK = """
 import sys
 from jaxalign.errors import ConfigError
-from jaxalign.model import hub
+from jaxalign import hub
 try:
   for name in sys.argv[2:]:
     print(getattr(hub, sys.argv[1])(name))
@@ -96,6 +96,13 @@ except ConfigError as error:
 
 def ask(cache, server, function, *names, **env):
   """What the function says in a process of its own, where the Hub is ours."""
+  ended = python(cache, server, "-c", ASK, function, *names, **env)
+  assert ended.returncode == 0, ended.stderr
+  return ended.stdout.strip()
+
+
+def python(cache, server, *arguments, **env):
+  """A Python process for which the Hub is ours."""
   port = server.server_address[1] if server else 9  # nobody listens there
   env = dict(
       {n: v for n, v in os.environ.items()
@@ -105,12 +112,9 @@ def ask(cache, server, function, *names, **env):
   for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY",
                "all_proxy", "ALL_PROXY"):
     env.pop(name, None)
-  ended = subprocess.run(
-      [sys.executable, "-c", ASK, function, *names], env=env, text=True,
-      capture_output=True, timeout=120,
-      cwd=pathlib.Path(__file__).parent.parent)
-  assert ended.returncode == 0, ended.stderr
-  return ended.stdout.strip()
+  return subprocess.run(
+      [sys.executable, *arguments], env=env, text=True, capture_output=True,
+      timeout=300, cwd=pathlib.Path(__file__).parent.parent)
 
 
 def test_a_repository_is_fetched_once_without_its_pickles(tmp_path, server):
@@ -178,3 +182,29 @@ def test_names_that_are_none(name):
 def test_a_folder_is_itself(tmp_path):
   assert str(hub.resolve(tmp_path)) == str(tmp_path)
   assert str(hub.resolve_settings("gs://a/b")) == "gs://a/b"
+
+
+def test_an_encoder_comes_with_its_pooling(tmp_path, server):
+  server.files = FILES | {
+      "modules.json": b"[]", "1_Pooling/config.json": b"{}",
+      "2_Normalize/config.json": b"{}"}
+  folder = pathlib.Path(ask(tmp_path, server, "resolve_settings",
+                            "hf:owner/model"))
+  assert (folder / "1_Pooling/config.json").exists()
+  assert not (folder / "2_Normalize").exists()
+
+
+@pytest.mark.slow
+def test_a_whole_job_from_a_repository(tmp_path, server):
+  """The tokenizer, the config and the weights of `hf:owner/model`."""
+  import jobs
+  export = jobs.finished() / "runs/isa-0.1-seed0/export"
+  server.files = {p.name: p.read_bytes() for p in export.iterdir()}
+  flags = ["-m", "jaxalign.main", *jobs.flags(
+      tmp_path / "work", "model.checkpoint=hf:owner/model")]
+  ended = python(tmp_path / "cache", server, *flags)
+  assert ended.returncode == 0, ended.stderr
+  assert "sft: ..." not in ended.stdout
+  again = python(tmp_path / "cache", None, *flags, HF_HUB_OFFLINE="1")
+  assert again.returncode == 0, again.stderr
+  assert "nothing was computed" in again.stdout

@@ -1,5 +1,6 @@
 """The mesh, the axis rules, whole rows on any mesh, and sums of gradients."""
 
+import types
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,3 +235,9 @@ def test_the_heads_gradient_is_summed_over_chunks_in_float32(sizes):
   # 128 chunks; a bfloat16 sum over them is 1.3 % off.
   assert off(grad("bfloat16", 2)) < 0.004
   assert off(grad("float32", 2)) < 1e-5
+
+
+def test_several_slices_are_out_of_scope():
+  chips = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
+  with pytest.raises(ConfigError, match="found 2 TPU slices"):
+    sharding.make_mesh(dict(fsdp=-1, tensor=1), chips)

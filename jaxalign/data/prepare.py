@@ -10,6 +10,7 @@ from etils import epath
 import numpy as np
 
 from jaxalign import artifacts
+from jaxalign import hub
 from jaxalign import progress
 from jaxalign.data import chat as chats
 from jaxalign.data import records
@@ -124,7 +125,7 @@ def _counts(counts: dict[str, int]) -> str:
 def given_tokenizer(c: Any) -> Tokenizer | None:
   """The given one or the checkpoint's; None where one is to be trained."""
   given = c.model.tokenizer or c.model.checkpoint
-  return load_tokenizer(given) if given else None
+  return load_tokenizer(hub.resolve_settings(given)) if given else None
 
 
 def _tokenizer(c: Any, splits: dict) -> Tokenizer:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.model.hub import resolve_settings
+from jaxalign.hub import resolve_settings
 from jaxalign.model.table import Param, Params, Stored
 
 

@@ -23,7 +23,7 @@ from jaxalign.model import decoder
 from jaxalign.model import families
 from jaxalign.model import published
 from jaxalign.model import safetensors_io
-from jaxalign.model.hub import resolve, resolve_settings
+from jaxalign.hub import resolve, resolve_settings
 from jaxalign.model.safetensors_io import FILE, INDEX, Box, Checkpoint, shown
 from jaxalign.model.table import Param, Params, Stored
 

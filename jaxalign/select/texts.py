@@ -17,7 +17,7 @@ from jaxalign import sharding
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.model import encoder
 from jaxalign.model import weights
-from jaxalign.model.hub import resolve_settings
+from jaxalign.hub import resolve_settings
 from jaxalign.model.table import Params
 
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
