@@ -5,7 +5,7 @@ r"""Compiles the train step for TPUs that are not there, and says what it holds.
   python tools/aot.py --topology=v5e:16x16 --fsdp=256 --layers=32 --width=4096 \
     --heads=32 --kv_heads=32 --ff=11008 --length=2048 --rows=256
   python tools/aot.py --config=configs/qwen3_8b_dpo.py --topology=v5e:16x16 \
-    --fsdp=128 --tensor=2
+    --fsdp=64 --tensor=4
 
 Needs libtpu (the aot extra) and no TPU. Exit codes: 0 sound, 1 the program
 gathers stacked weights whole or holds logits of all positions, 64 usage.
