@@ -307,12 +307,14 @@ def describe(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
   """What the report shows of one arm, from the artifacts alone."""
   folder = pipeline.arm_folder(job, arm)
   align = job.cards[arm.name, "align"]
+  metrics = artifacts.read_json(folder / "eval.json")
   return dict(
+      details=metrics.pop("details", None),
       name=arm.name, sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
       rows=align.result["rows"], updates=align.result["updates"],
       is_all=arm.is_all,
       saved=_saved(job, arm, _whole_pool(job, _reference_pass(job))),
-      metrics=artifacts.read_json(folder / "eval.json"),
+      metrics=metrics,
       curves=_curves(folder), selection=_selection(job, arm))
 
 
@@ -329,6 +331,8 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
   costs = _costs(job, arms)
   comparisons = _comparisons(job, arms)
   described = [describe(job, arm) for arm in arms]
+  for one in described:  # of an arm's own page
+    one.pop("details")
   verdicts = [x["words"] for x in comparisons[:len(arms) - 1]]
   warnings = list(job.cards["", "mixture"].result["warnings"]
                   if ("", "mixture") in job.cards else [])

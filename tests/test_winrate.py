@@ -99,6 +99,17 @@ def test_measure_by_hand():
   won = np.array([1.0, 0.5, 0.0, 0.0])
   macro = np.mean([won[np.array(topics) == t].mean() for t in set(topics)])
   assert out["win_vs_target_macro"]["value"] == pytest.approx(macro)
+  told = out["details"]
+  assert [told["outcomes"][k]["value"] for k in (
+      "won", "tied", "lost", "decided")] == [0.25, 0.25, 0.5, 1 / 3]
+  assert sum(x["n"] for x in told["by_topic"].values()) == 4
+  assert told["by_topic"][str(topics[0])]["value"] == won[
+      np.array(topics) == topics[0]].mean()
+  # The answers here are empty: shorter than every target, by all of it.
+  fair = told["equal_length"]
+  assert fair["raw"]["value"] == 1.5 / 4
+  assert fair["longer"] == -np.mean([len(rows[i]["target"]) for i in asked])
+  assert out["win_vs_target_equal_length"]["value"] == fair["value"]
 
 
 def test_prompts_are_asked_once_and_in_order():

@@ -7,6 +7,7 @@ import numpy as np
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.eval import held_out
+from jaxalign.eval import lengths
 from jaxalign.eval import winrate
 from jaxalign.model import decode
 from jaxalign.select import embed
@@ -123,6 +124,10 @@ def measure(what: Examined, policy: Outcome, reference: Outcome,
     policy: its outcome.
     reference: the frozen reference's outcome on the same prompts.
     answers_under_reference: [p] nats of the policy's answers under it.
+
+  Returns:
+    {name: {"value", "low", "high", "n"}}; where the truth is known also
+    "details": the win rate's outcomes apart, by topic, and at equal length.
   """
   malformed, out = None, {}
   if what.world is not None:
@@ -136,6 +141,8 @@ def measure(what: Examined, policy: Outcome, reference: Outcome,
     out["win_vs_target_macro"] = against["macro"]
     out["win_vs_sft"] = winrate.rates(policy.reward, reference.reward,
                                       None)["micro"]
+    out["win_vs_target_equal_length"], out["details"] = _in_detail(
+        what, policy, winrate.wins(policy.reward, target), topics)
   out |= winrate.generation_health(policy.said, what.tokenizer.stops,
                                    malformed)
   out["accuracy"] = held_out.accuracy(*as_pairs(
@@ -146,6 +153,26 @@ def measure(what: Examined, policy: Outcome, reference: Outcome,
       what, policy.logp, count))
   out["kl"] = held_out.sampled_kl(policy.own_logp, answers_under_reference)
   return out
+
+
+def _in_detail(what: Examined, policy: Outcome, won: np.ndarray,
+               topics: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(the win rate at equal length, what stands behind the win rate).
+
+  Lengths are in characters, which no tokenizer shifts.
+
+  Args:
+    what: the held-out split.
+    policy: its outcome.
+    won: [p] 1 won, 0.5 tied, 0 lost against the target.
+    topics: [p].
+  """
+  size = lambda texts: np.array([len(t) for t in texts], np.float64)
+  fair = lengths.controlled(won, size(policy.texts), size(
+      [what.rows[i]["target"] for i in what.asked]))
+  return ({k: fair[k] for k in ("value", "low", "high", "n")},
+          dict(outcomes=winrate.outcomes(won), equal_length=fair,
+               by_topic=winrate.by_group(won, topics)))
 
 
 def as_pairs(what: Examined, policy: np.ndarray, ref: np.ndarray):

@@ -20,6 +20,8 @@ METRICS = {
     "win_vs_sft": Metric("Wins against the reference", chance=0.5),
     "win_vs_target_macro": Metric("Wins against the target, mean over groups",
                                   chance=0.5),
+    "win_vs_target_equal_length": Metric("Wins against the target at equal "
+                                         "length", chance=0.5),
     "win_rate": Metric("Win rate", chance=0.5),
     "accuracy": Metric("Preference accuracy, held out", chance=0.5),
     "likelihood_accuracy": Metric("Chosen likelier per token, no reference",
@@ -384,6 +386,36 @@ def overspent_callout(rows: Sequence[dict]) -> Html | str:
                       found) if found else ""
 
 
+def details(found: Any) -> Html | str:
+  """The win rate's outcomes apart, at equal length, and by topic."""
+  found = fields(found)
+  if not found:
+    return ""
+  share = Metric("", share=True)
+  row = lambda name, f: (name, shown(share, f.get("value"), unit=False),
+                         bounds(share, f) or page.MISSING,
+                         page.percent(f.get("ties"), unit=""),
+                         page.number(f.get("n")))
+  parts = [page.table(
+      ("Outcome", "%", "95 % interval", "n"),
+      [(name, *(row("", fields(f))[i] for i in (1, 2, 4)))
+       for name, f in fields(found.get("outcomes")).items()],
+      "Against the target: won, tied and lost apart, and the share won of what "
+      "was decided.", text=(2,))]
+  fair = fields(found.get("equal_length"))
+  if fair.get("why"):
+    parts.append(page.paragraph(
+        f"No win rate at equal length: {page.plain(fair['why'])}.",
+        kind="absent"))
+  topics = fields(found.get("by_topic"))
+  if topics:
+    parts.append(tag("details", tag("summary", "Win rate by topic"), page.table(
+        ("Topic", "Win rate, %", "95 % interval", "Ties, %", "n"),
+        [row(name, fields(f)) for name, f in topics.items()],
+        "Win rate against the target by topic, largest first.", text=(2,))))
+  return page.join(parts)
+
+
 def render(arm: dict) -> str:
   """The page of one arm.
 
@@ -406,7 +438,8 @@ def render(arm: dict) -> str:
           bounds(m, fields(f)) or page.MISSING,
           page.number(fields(f).get("n")))
          for m, f in ((metric(n), metrics[n]) for n in known([arm]))],
-        "What was measured on the held-out rows.", text=(1,))]
+        "What was measured on the held-out rows.", text=(1,)),
+            details(arm.get("details"))]
   cost = [overspent_callout([{"arm": name, **saved}])]
   cost.append(page.facts([
       ("Operations saved, counting the SFT stage",
