@@ -1,0 +1,258 @@
+"""Clocks, peaks, operations and tables of tools/gpu.py.
+
+A figure is the median of several repeats with their range; each repeat runs a
+few calls and waits for the last. Compiling and a first call lie outside the
+clock. "Useful" operations are those the mathematics needs: causal attention is
+counted as the half that is not masked, the head is counted on every position,
+the embedding lookup is not, and nothing that is recomputed counts.
+"""
+
+import glob
+import json
+import pathlib
+import queue
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.model import decoder
+
+# Published dense peaks, operations a second: (bfloat16 on the matrix units,
+# float32 without them), by the start of the card's name, longest first.
+PEAKS = {
+    "NVIDIA H100 PCIe": (756e12, 51e12), "NVIDIA H100 NVL": (835e12, 60e12),
+    "NVIDIA H200 NVL": (835e12, 60e12), "NVIDIA GH200": (989e12, 67e12),
+    "NVIDIA H100": (989e12, 67e12), "NVIDIA H200": (989e12, 67e12),
+    "NVIDIA A100": (312e12, 19.5e12)}
+
+
+def published(kind: str) -> tuple[float | None, float | None]:
+  """(bfloat16, float32) published peak of a card; None where not listed."""
+  for start, peaks in PEAKS.items():
+    if kind.startswith(start):
+      return peaks
+  return None, None
+
+
+def useful(m: decoder.ModelConfig, length: int,
+           logit_rows: int | None = None) -> int:
+  """Useful operations of one forward pass over one row, see the docstring.
+
+  `decoder.operations` counts the full square of attention, 4 H C L^2 a layer;
+  causal needs L (L + 1) / 2 of the L^2 products of a query and a key.
+  """
+  masked = 2 * m.heads * m.head_size * length * (length - 1)
+  return decoder.operations(m, length, logit_rows) - m.layers * masked
+
+
+# Time.
+
+
+def seconds_a_call(run: Callable[[], Any], calls: int) -> float:
+  """Wall seconds of one of `calls` calls; the last result is waited for."""
+  start = time.perf_counter()
+  for _ in range(calls):
+    out = run()
+  jax.block_until_ready(out)
+  return (time.perf_counter() - start) / calls
+
+
+def clock(run: Callable[[], Any], calls: int) -> Callable[[], float]:
+  """A side of `alternate`; runs once first, outside the clock."""
+  jax.block_until_ready(run())
+  return lambda: seconds_a_call(run, calls)
+
+
+def alternate(sides: dict[str, Callable[[], float]], repeats: int
+              ) -> dict[str, list[float]]:
+  """Seconds of every side, in turn, every other time in reverse."""
+  out = {name: [] for name in sides}
+  for number in range(repeats):
+    for name in list(sides)[::1 if number % 2 == 0 else -1]:
+      out[name].append(sides[name]())
+  return out
+
+
+def product_peak(dtype: str, size: int, calls: int, repeats: int) -> float:
+  """Operations a second of a square matrix product, the best of the repeats.
+
+  Random data (zeros run faster), a chain of dependent products whose values
+  keep their size; float32 is asked for at its full precision.
+  """
+  a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
+       ).astype(dtype)
+  exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+  steps = 4
+
+  @jax.jit
+  def chain(a, x):
+    return jax.lax.fori_loop(
+        0, steps, lambda _, x: jnp.dot(a, x, precision=exact), x)
+
+  side = clock(lambda: chain(a, a), calls)
+  return 2 * size**3 * steps / min(side() for _ in range(repeats))
+
+
+# Where the time goes, by the profiler.
+
+GROUPS = (  # the first that matches a kernel's name
+    ("attention", r"cudnn|fmha|flash|sdpa|mha"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot"),
+    ("copies", r"memcpy|memset|copy|transpose"),
+    ("other kernels", r""))
+
+
+def group_of(kernel: str) -> str:
+  """Which of GROUPS a kernel belongs to, by its name."""
+  return next(g for g, p in GROUPS if re.search(p, kernel, re.IGNORECASE))
+
+
+def kernels(run: Callable[[], Any], folder: pathlib.Path, calls: int
+            ) -> dict[str, float]:
+  """Seconds a call of every kernel, as jax.profiler saw them."""
+  with jax.profiler.trace(str(folder)):
+    for _ in range(calls):
+      out = run()
+    jax.block_until_ready(out)
+  found = {}
+  for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
+    for plane in jax.profiler.ProfileData.from_file(path).planes:
+      device = plane.name.startswith("/device:GPU")
+      host = plane.name == "/host:CPU" and jax.default_backend() == "cpu"
+      for line in plane.lines:
+        if (device and line.name.startswith("Stream")) or (
+            host and "XLA" in line.name):
+          for event in line.events:
+            found[event.name] = (found.get(event.name, 0.0)
+                                 + event.duration_ns * 1e-9 / calls)
+  return found
+
+
+# The other side: a process of its own that holds torch.
+
+
+class Peer:
+  """tools/gpu_torch.py as a child that answers one JSON line with another."""
+
+  def __init__(self, log: pathlib.Path, toy: bool):
+    self.log = open(log, "a")
+    self.child = subprocess.Popen(
+        [sys.executable, str(pathlib.Path(__file__).with_name("gpu_torch.py")),
+         *(["--toy"] if toy else [])], stdin=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=self.log)
+    self.answers = queue.Queue()
+    threading.Thread(target=self._read, daemon=True).start()
+
+  def _read(self):
+    for line in self.child.stdout:
+      self.answers.put(line)
+    self.answers.put(None)
+
+  def ask(self, timeout: float, **request) -> dict[str, Any]:
+    """The answer; RuntimeError where the child failed, or took too long."""
+    try:
+      self.child.stdin.write(json.dumps(request) + "\n")
+      self.child.stdin.flush()
+      line = self.answers.get(timeout=max(timeout, 1.0))
+    except (queue.Empty, OSError):
+      self.close()
+      raise RuntimeError(f"the peer gave no answer within {timeout:.0f} s, or "
+                         f"is gone; see {self.log.name}") from None
+    if line is None:
+      raise RuntimeError(f"the peer's process ended; see {self.log.name}")
+    answer = json.loads(line)
+    if "error" in answer:
+      raise RuntimeError(answer["error"])
+    return answer
+
+  def close(self) -> None:
+    self.child.kill()
+    self.child.wait()
+    self.log.close()
+
+
+# What is printed and kept.
+
+
+class Section:
+  """Rows, notes and failures of one section; written to a file as they come.
+
+  Attributes:
+    name: of the section. peaks: "published" and "measured" operations a
+    second that the rows' fractions are of.
+  """
+
+  def __init__(self, name: str, out: pathlib.Path, limit: float,
+               settings: dict[str, Any]):
+    self.name, self.path = name, out / f"{name}.json"
+    self.end = time.monotonic() + limit
+    self.settings, self.peaks = settings, {}
+    self.rows, self.notes, self.failures = [], [], []
+
+  def left(self) -> float:
+    """Seconds until the section should be done."""
+    return self.end - time.monotonic()
+
+  def add(self, what: str, who: str, seconds: list[float], *,
+          operations: float = 0, tokens: int = 0, **more: Any) -> dict:
+    """One row; `operations` and `tokens` are of the one call timed."""
+    middle = statistics.median(seconds)
+    row = dict(what=what, who=who, seconds=middle, low=min(seconds),
+               high=max(seconds), repeats=len(seconds), operations=operations,
+               tokens=tokens, **more)
+    for name, peak in self.peaks.items():
+      row[f"of_{name}"] = operations / middle / peak if peak else None
+    self.rows.append(row)
+    self.save()
+    if len(self.rows) == 1:
+      print(HEADER, flush=True)
+    print(as_line(row), flush=True)
+    return row
+
+  def note(self, text: str) -> None:
+    self.notes.append(text)
+    print(f"- {text}", flush=True)
+    self.save()
+
+  def attempt(self, what: str, run: Callable[[], Any]) -> Any:
+    """run(), or None and a line that says how it failed."""
+    try:
+      return run()
+    except Exception as error:  # whatever it is, the rest goes on
+      first = (str(error).strip() or "no message").splitlines()[0][:300]
+      self.failures.append(f"{what}: {type(error).__name__}: {first}")
+      print(f"- FAILED {self.failures[-1]}", flush=True)
+      traceback.print_exc(file=sys.stderr)
+      self.save()
+
+  def save(self) -> None:
+    self.path.write_text(json.dumps(dict(
+        section=self.name, settings=self.settings, peaks=self.peaks,
+        rows=self.rows, notes=self.notes, failures=self.failures), indent=1))
+
+
+HEADER = ("| what | who | ms a call, median (range; repeats) | TFLOP/s | of "
+          "published peak | of measured peak | tokens/s |\n"
+          "|---|---|---|---|---|---|---|")
+
+
+def as_line(row: dict[str, Any]) -> str:
+  """A row as a line of Markdown under HEADER."""
+  def share(name):
+    value = row.get(f"of_{name}")
+    return f"{100 * value:.1f} %" if value and row["operations"] else "-"
+  ms = [1e3 * row[n] for n in ("seconds", "low", "high")]
+  rate = row["operations"] / row["seconds"] / 1e12
+  return (f"| {row['what']} | {row['who']} | {ms[0]:.3f} ({ms[1]:.3f} to "
+          f"{ms[2]:.3f}; {row['repeats']}) | {f'{rate:.2f}' if rate else '-'} "
+          f"| {share('published')} | {share('measured')} | "
+          + (f"{row['tokens'] / row['seconds']:,.0f}" if row["tokens"]
+             else "-") + " |")
