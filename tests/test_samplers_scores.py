@@ -118,6 +118,12 @@ def test_what_cannot_be_is_refused():
   with pytest.raises(DataError, match="no tokens"):
     SAMPLERS["perplexity"](0, make_pools.with_columns(
         POOL, logp_count=POOL.columns["logp_count"] * 0), 4)
+  one = SAMPLERS["perplexity"](0, make_pools.with_columns(
+      POOL, logp_count=POOL.logp_count * 0 + 1), 4, direction="top")
+  np.testing.assert_allclose(one.score, -POOL.logp[:, 0])  # of one token each
+  with pytest.raises(ConfigError, match="below the second"):
+    margin.clip_bounds(np.zeros(4), 1.0, 1.0)
+  assert margin.clip_bounds(np.zeros(100), -2.0, "tail") == (-2.0, 0.0)
   with pytest.raises(ConfigError, match="beta"):
     SAMPLERS["implicit_margin"](0, POOL, 4, beta=0.0)
   seen = POOL.held_out_loss.copy()

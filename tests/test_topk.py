@@ -86,6 +86,33 @@ def test_uniform_belongs_to_the_id():
       np.array([0.7242655226048975, 0.376340514393295]), rtol=0, atol=1e-15)
 
 
+def test_gumbel_keys_draw_by_weight_without_replacement():
+  """Two of four: the chances of Plackett and Luce, by hand."""
+  ids, w = ids_of(4), np.array([0.1, 0.2, 0.3, 0.4])
+  u = topk.uniform(5, ids, "x")
+  np.testing.assert_allclose(topk.gumbel(5, ids, "x"), -np.log(-np.log(u)))
+  seen = np.zeros((4, 4))
+  for seed in range(4000):
+    rows = topk.top(np.log(w) + topk.gumbel(seed, ids, "x"), ids, 2)
+    seen[tuple(rows)] += 1 / 4000
+  wanted = w[:, None] * w[None] / (1 - w[:, None])
+  np.fill_diagonal(wanted, 0)
+  assert abs(seen - wanted).max() < 0.03
+
+
+def test_pick_is_the_highest_and_the_hash_decides_within_the_tolerance():
+  ids = ids_of(50)
+  rows = np.arange(10, 40)
+  value = np.random.default_rng(2).normal(size=30)
+  assert topk.pick(value, rows, ids) == value.argmax()
+  value[[3, 8, 21]] = 5.0 + np.array([0.0, 2e-9, 1e-9])
+  assert topk.pick(value, rows, ids) == 8
+  hashes = topk.id_hash(ids[rows[[3, 8, 21]]])
+  assert topk.pick(value, rows, ids, 1e-8) == [3, 8, 21][hashes.argmin()]
+  turned = topk.pick(value[::-1], rows[::-1], ids, 1e-8)
+  assert rows[::-1][turned] == rows[[3, 8, 21][hashes.argmin()]]
+
+
 def test_pool_sorts_and_names_what_is_missing():
   pool = pools.make_pool(["b", "a"], {"length": np.array([[2], [1]])})
   assert list(pool.ids) == ["a", "b"] and pool.length[0, 0] == 1
