@@ -26,6 +26,7 @@ from jaxalign.select.samplers import basic
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import feed
 from jaxalign.train import optim
+from jaxalign.train import stats
 
 
 # Knobs that count something there must be at least one of, or may be none.
@@ -89,6 +90,14 @@ def validate(c: Any, planned: bool = False) -> None:
   if loss.kind == "rows":
     raise ConfigError(f"loss {c.loss.name!r} prefers nothing: it cannot align; "
                       "set config.loss.name")
+  unknown = [x for known, asked in ((stats.STATS, loss.stats),
+                                    (stats.EXTRAS, loss.extras))
+             for x in asked if x not in known]
+  if unknown:
+    raise ConfigError(f"loss {c.loss.name!r} asks for {', '.join(unknown)}, "
+                      "which no step computes (known: "
+                      f"{', '.join(stats.STATS + stats.EXTRAS)}); set "
+                      "config.loss.name")
   if "z0" in loss.stats and c.train.batch_size < 2:
     raise ConfigError(f"loss {c.loss.name!r} mismatches the answers of a "
                       f"batch; train.batch_size={c.train.batch_size}, wanted "
