@@ -109,9 +109,9 @@ def test_density_draws_by_one_over_the_density():
   unit = x / np.linalg.norm(x, axis=1, keepdims=True)
   weight = 1 / naive_density(np.float64(unit), 0.7)
   first = [SAMPLERS["density"](s, pool, 1, bandwidth=0.7, features=0).rows[0]
-           for s in range(2000)]
-  share = np.bincount(first, minlength=5) / 2000
-  assert abs(share - weight / weight.sum()).max() < 0.035
+           for s in range(400)]
+  share = np.bincount(first, minlength=5) / 400
+  assert abs(share - weight / weight.sum()).max() < 0.08
 
 
 def test_bandwidth():
@@ -193,10 +193,12 @@ def naive_herding(x, m):
   return chosen
 
 
-@pytest.mark.parametrize("active", [4, 32, 1024])
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("active", [4, 1024])
 @pytest.mark.parametrize("metric", rows.METRICS)
-def test_herding_equals_the_loop(active, metric, monkeypatch):
+def test_herding_equals_the_loop(active, metric, on_host, monkeypatch):
   monkeypatch.setattr(geometric, "ACTIVE", active)
+  monkeypatch.setattr(geometric, "_on_host", lambda: on_host)
   pool = clusters()
   x = by_hand(pool, "mean", metric)
   got = SAMPLERS["herding"](0, pool, 150, metric=metric)
@@ -253,15 +255,19 @@ def test_real_keeps_the_pairs_that_are_least_alike():
 # Of all samplers that read an embedding.
 
 
-@pytest.mark.parametrize("name", GEOMETRIC)
-def test_any_mesh_gives_the_same_rows_and_the_same_bits(name):
-  pool = clusters(n=700, width=32)
+@pytest.mark.parametrize("name,kwargs", [
+    *((name, {}) for name in GEOMETRIC), ("density", {"features": 0}),
+    ("facility_location", {"exact": False}), ("dpp", {"blocks": 3})])
+def test_any_mesh_gives_the_same_rows_and_the_same_bits(name, kwargs,
+                                                        monkeypatch):
+  monkeypatch.setattr(geometric, "_on_host", lambda: False)
+  pool = clusters(n=400, width=32)
   found = []
   for shape in ((1, 1), (2, 1), (4, 2)):
     mesh = sharding.make_mesh(dict(fsdp=shape[0], tensor=shape[1]),
                               jax.devices()[:shape[0] * shape[1]])
     with jax.set_mesh(mesh):
-      found.append(SAMPLERS[name](0, pool, 90))
+      found.append(SAMPLERS[name](0, pool, 60, **kwargs))
   for other in found[1:]:
     np.testing.assert_array_equal(other.rows, found[0].rows)
     np.testing.assert_array_equal(other.score, found[0].score)

@@ -32,13 +32,18 @@ def _products(w, x):
   return jnp.einsum("rw,pw->rp", x, w, precision=_HIGHEST)
 
 
+def _on_host() -> bool:
+  """Whether NumPy multiplies all rows with a few vectors.
+
+  On a CPU its BLAS is several times faster than XLA at so few columns.
+  """
+  return jax.default_backend() == "cpu"
+
+
 def _all_products(x: np.ndarray, placed: rows_lib.Placed | None,
                   w: np.ndarray) -> np.ndarray:
-  """[N, P] float32 products of all rows with each w [P, W].
-
-  On a CPU by NumPy, whose BLAS is several times faster at so few columns.
-  """
-  if jax.default_backend() == "cpu":
+  """[N, P] float32 products of all rows with each w [P, W]."""
+  if placed is None:
     return x @ np.float32(w).T
   return rows_lib.by_row(_products, placed, _padded(w))
 
@@ -207,7 +212,7 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
     [M] int64 row numbers in the order of the picks.
   """
   n, width = x.shape
-  placed = None if jax.default_backend() == "cpu" else rows_lib.place(x)
+  placed = None if _on_host() else rows_lib.place(x)
   mean = x.mean(axis=0, dtype=np.float64)
   longest = rows_lib.lengths(x).max()
   open_ = np.ones(n, bool)
