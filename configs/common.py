@@ -23,8 +23,12 @@ def base(variant: str = "") -> ConfigDict:
   """
   c = ConfigDict()
   c.seed = 0  # of one arm: selection, batch order, sampling
+  c.seeds = 1  # runs of every arm, with the seeds c.seed, c.seed + 1, ...
   c.mesh = ConfigDict(dict(fsdp=-1, tensor=1))  # -1: all devices left
-  c.compare = ("random", "all")  # arms trained beside the chosen sampler
+  # Arms trained beside the chosen sampler: samplers; "all", the whole pool;
+  # "all_short", the whole pool for as many updates as the budget takes.
+  c.compare = ("random", "all")
+  c.budgets = ()  # of every sampler; (): select.budget alone
   c.compile_cache = "~/.cache/jaxalign/xla"  # "" turns it off
 
   c.data = ConfigDict()
@@ -102,6 +106,7 @@ def base(variant: str = "") -> ConfigDict:
   t = c.train = ConfigDict()
   t.epochs = 3.0
   t.max_updates = 250  # 0: as many as the epochs take
+  t.min_updates = 1  # few rows are passed over more often than t.epochs
   t.batch_size, t.accumulation = 32, 1
   t.lr, t.warmup_ratio, t.schedule = 4e-4, 0.1, "linear"
   t.clip, t.weight_decay, t.b2 = 1.0, 0.0, 0.98

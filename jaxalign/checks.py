@@ -15,8 +15,8 @@ from jaxalign.artifacts import pick
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import (Job, kernel_of, lora_of, loss_of, sampler_kwargs,
-                          sizes)
+from jaxalign.job import (WHOLE, Job, kernel_of, lora_of, loss_of,
+                          sampler_kwargs, sizes)
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -35,7 +35,7 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "model.head_size", "model.ff", "model.head_chunk", "eval.prompts",
           "eval.new_tokens", "eval.tile", "select.mixture.starts",
           "select.mixture.max_iterations", "select.mixture.components",
-          "lora.batches")
+          "lora.batches", "seeds", "train.min_updates")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "loss.sft_weight", "train.clip",
                 "sft.clip", "select.mixture.ridge", "lora.rank")
@@ -58,8 +58,13 @@ def _check_values(c: Any) -> None:
     if value not in known:
       raise ConfigError(f"{name}={value!r} is unknown, wanted one of "
                         f"{', '.join(known)}; set config.{name}")
-  if not c.select.budget > 1 or c.select.budget % 1:
-    budget_rows(float(c.select.budget), 1 << 40)  # rows: once the pool is read
+  for budget in (c.select.budget, *c.budgets):
+    if not budget > 1 or budget % 1:
+      budget_rows(float(budget), 1 << 40)  # rows: once the pool is read
+  if 0 < c.train.max_updates < c.train.min_updates:
+    raise ConfigError(f"train.min_updates={c.train.min_updates} is above "
+                      f"train.max_updates={c.train.max_updates}; set one of "
+                      "them")
   room = c.model.context - tokens_lib.KEEP_PROMPT - 1
   if room < 1:
     raise ConfigError(f"model.context={c.model.context} holds no prompt and "
@@ -86,6 +91,10 @@ def validate(c: Any, planned: bool = False) -> None:
     prepare.check_source(c)
   sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
   sampler_kwargs(c, sampler)
+  if "subset" in sampler.needs:
+    raise ConfigError(f"sampler {c.select.sampler!r} copies another arm, the "
+                      "chosen sampler's; name it in config.compare and another "
+                      "in config.select.sampler")
   loss = loss_of(c)
   if loss.kind == "rows":
     raise ConfigError(f"loss {c.loss.name!r} prefers nothing: it cannot align; "
@@ -103,7 +112,7 @@ def validate(c: Any, planned: bool = False) -> None:
                       f"batch; train.batch_size={c.train.batch_size}, wanted "
                       "2 or more")
   for name in c.compare:
-    if name != "all":
+    if name not in WHOLE:
       lookup(SAMPLERS, name, "sampler", "compare")
   for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
     feed.check_divides(part.batch_size, part.accumulation, name)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxalign import artifacts
 from jaxalign import progress
 from jaxalign.checkpoints import restore_params
+from jaxalign.data import batches
 from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
@@ -20,8 +21,12 @@ from jaxalign.model import adapters
 from jaxalign.model import attention
 from jaxalign.model import decoder
 from jaxalign.model import weights
+from jaxalign.select.topk import budget_rows
 from jaxalign.train import losses
 from jaxalign.train.losses import combine
+
+
+WHOLE = ("all", "all_short")  # names in c.compare that leave nothing out
 
 
 class Arm(NamedTuple):
@@ -30,12 +35,19 @@ class Arm(NamedTuple):
   sampler: str
   budget: float | int
   seed: int
+  like: float | int = 0  # trained as long as this budget is; 0: as its own
+
+  @property
+  def label(self) -> str:
+    """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
+    name = "all" if self.is_all else self.sampler.replace(":", ".")
+    return f"{name}-{self.budget:g}" + (
+        f"-as-{self.like:g}" if self.like else "")
 
   @property
   def name(self) -> str:
-    """"isa-0.1-seed0"; the whole pool is called "all"."""
-    name = "all" if self.is_all else self.sampler.replace(":", ".")
-    return f"{name}-{self.budget:g}-seed{self.seed}"
+    """"isa-0.1-seed0", its folder."""
+    return f"{self.label}-seed{self.seed}"
 
   @property
   def is_all(self) -> bool:
@@ -173,6 +185,14 @@ def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
       head_size=m.head_size, ff=m.ff, vocab=-(-vocab // 64) * 64,
       context=m.context, rope_theta=m.rope_theta, norm_eps=m.norm_eps,
       tied=m.tied, dtype=m.dtype, remat=m.remat)
+
+
+def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
+  """Updates of an arm that kept `rows` of a pool of so many rows."""
+  if arm.like:
+    rows = budget_rows(arm.like, pool, c.train.batch_size)
+  return batches.updates(rows, c.train.batch_size, c.train.epochs,
+                         c.train.max_updates, c.train.min_updates)
 
 
 def arm_folder(job: Job, arm: Arm) -> epath.Path:

@@ -19,13 +19,13 @@ from jaxalign import embedder
 from jaxalign import progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import Checkpoints, restore_params
-from jaxalign.data import batches
 from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
 from jaxalign.eval import evaluate
-from jaxalign.job import Arm, Job, arm_folder, lora_of, sampler_kwargs
+from jaxalign.job import (Arm, Job, arm_folder, lora_of, sampler_kwargs,
+                          updates_of)
 from jaxalign.lookup import lookup
 from jaxalign.model import adapters
 from jaxalign.model import decoder
@@ -255,12 +255,12 @@ def _load_outcome(folder: Any) -> evaluate.Outcome:
       None if None in reward else reward.astype(float), 0, 0)
 
 
-def _examine(job: Job, params: Any, m: decoder.ModelConfig
+def _examine(job: Job, params: Any, m: decoder.ModelConfig, seed: int = 0
              ) -> evaluate.Outcome:
   c = job.c.eval
   return evaluate.examine(
       job.mesh, params, m, job.examined, new=c.new_tokens,
-      temperature=c.temperature, seed=c.seed, tile=c.tile,
+      temperature=c.temperature, seed=c.seed + seed, tile=c.tile,
       chunk=job.c.model.head_chunk)
 
 
@@ -289,6 +289,7 @@ def run_select(job: Job, arm: Arm) -> None:
   sampler = lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
   kwargs = sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
   uses_mixture = "log_likelihood" in sampler.needs
+  chosen_arm = arm._replace(sampler=c.select.sampler)  # it ran before this one
 
   budget = budget_rows(arm.budget, len(job.column("pool", "id")),
                        c.train.batch_size)
@@ -311,6 +312,8 @@ def run_select(job: Job, arm: Arm) -> None:
     if "embedding" in sampler.needs:
       columns["embedding"] = artifacts.read_array(
           job.shared / "embed" / "embedding.npy")
+    if "subset" in sampler.needs:
+      columns["subset"] = np.isin(np.arange(n), selected_rows(job, chosen_arm))
     ids = np.array([r["id"] for r in rows])
     fits = [None]
     if uses_mixture:
@@ -343,6 +346,8 @@ def run_select(job: Job, arm: Arm) -> None:
     inputs["mixture"] = job.key("mixture")
   if "embedding" in sampler.needs:
     inputs["embed"] = job.key("embed")
+  if "subset" in sampler.needs:
+    inputs["subset"] = job.key("select", chosen_arm.name)
   job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
 
 
@@ -378,9 +383,13 @@ def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   return np.array([where[name] for name in kept])
 
 
-def _updates(job: Job, n: int) -> int:
-  c = job.c.train
-  return batches.updates(n, c.batch_size, c.epochs, c.max_updates)
+def _updates(job: Job, arm: Arm, n: int) -> int:
+  return updates_of(job.c, arm, n, len(job.column("pool", "id")))
+
+
+def _like(arm: Arm) -> dict[str, Any]:
+  """What a card says of an arm trained as long as another budget."""
+  return dict(like=arm.like) if arm.like else {}
 
 
 def run_ref_logps(job: Job, arm: Arm) -> None:
@@ -417,7 +426,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     if "z0" in job.loss.stats:
       rows = _rows(job, arm, total, count)
       tokens = feed.make_mismatched(
-          rows, updates=_updates(job, len(index)), batch=c.train.batch_size,
+          rows, updates=_updates(job, arm, len(index)), batch=c.train.batch_size,
           seed=arm.seed, context=m.context)
       mismatch = embed.score_rows(
           job.mesh, job.reference, m, tokens, tile=c.embed.tile,
@@ -436,7 +445,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
 
   fields = dict(loss=c.loss.name)
   if "z0" in job.loss.stats:
-    fields |= pick(c, "train.batch_size", "train.epochs", "train.max_updates")
+    fields |= pick(c, "train.batch_size", "train.epochs", "train.max_updates",
+                   "train.min_updates") | _like(arm)
   job.run(arm_folder(job, arm), "ref_logps", arm.name, fields=fields,
           make=make, inputs=dict(select=job.key("select", arm.name),
                                  embed=job.key("embed")))
@@ -503,7 +513,7 @@ def run_align(job: Job, arm: Arm) -> None:
     if rows.label is not None and len(set(rows.label.tolist())) == 1:
       progress.say("  warning: all kept rows have the same label; KTO will "
                    "only push one way")
-    updates, mismatched = _updates(job, len(rows.ids)), None
+    updates, mismatched = _updates(job, arm, len(rows.ids)), None
     if "z0" in job.loss.stats:
       mismatched = feed.Mismatched(
           feed.make_mismatched(rows, updates=updates, seed=arm.seed,
@@ -520,7 +530,7 @@ def run_align(job: Job, arm: Arm) -> None:
 
   job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
           fields=pick(c, "loss", "train", "model.head_chunk", "model.dtype",
-                      *(["lora"] if lora else [])),
+                      *(["lora"] if lora else [])) | _like(arm),
           inputs=dict(ref_logps=job.key("ref_logps", arm.name)))
 
 
@@ -552,7 +562,8 @@ def run_evaluate(job: Job, arm: Arm) -> None:
     return files, Cost(), {}
 
   def measure(folder):
-    outcome = _examine(job, policy(), job.policy)
+    # Arms of one seed meet the same noise; another seed meets another.
+    outcome = _examine(job, policy(), job.policy, arm.seed)
     under = evaluate.score_answers(
         job.mesh, job.reference, job.model, job.examined, outcome.said,
         new=job.c.eval.new_tokens, tile=job.c.eval.tile,

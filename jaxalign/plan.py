@@ -15,9 +15,8 @@ from jaxalign import embedder
 from jaxalign import memory
 from jaxalign import pipeline
 from jaxalign import progress
-from jaxalign.data import batches
 from jaxalign.data import records
-from jaxalign.job import kernel_of, lora_of, sizes
+from jaxalign.job import kernel_of, lora_of, sizes, updates_of
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -113,8 +112,7 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
   add("baseline", asked, "prompts", measured)
   for arm in arms:
     kept = budget_rows(arm.budget, rows["pool"], c.train.batch_size)
-    updates = batches.updates(kept, c.train.batch_size, c.train.epochs,
-                              c.train.max_updates)
+    updates = updates_of(c, arm, kept, rows["pool"])
     forward = updates * c.train.batch_size * r * one("pool")
     extra = forward if "z0" in job.loss.stats else 0
     passed = kept * r * one("pool") if chosen.alone else 0

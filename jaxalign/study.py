@@ -12,15 +12,14 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts
 from jaxalign import embedder
+from jaxalign import evidence
 from jaxalign import ledger
 from jaxalign import pipeline
 from jaxalign.artifacts import Cost
 from jaxalign.data import batches
 from jaxalign.data import records
 from jaxalign.data import world as world_lib
-from jaxalign.eval import evaluate
-from jaxalign.eval import intervals
-from jaxalign.eval import winrate
+from jaxalign.job import WHOLE
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.report.pages import run as run_page
@@ -35,13 +34,22 @@ CURVES = ("train/loss", "train/preference_loss", "rewards/margins",
 
 
 def arms_of(c: Any) -> list[pipeline.Arm]:
-  """The chosen sampler first, then what it is compared with."""
-  budget = _budget(c.select.budget)
-  arms = [pipeline.Arm(c.select.sampler, budget, c.seed)]
-  for name in c.compare:
-    arms.append(pipeline.Arm("random", 1.0, c.seed) if name == "all"
-                else pipeline.Arm(name, budget, c.seed))
-  return list(dict.fromkeys(arms))
+  """The chosen sampler first, then what it is compared with.
+
+  Every sampler at every budget with every seed; seed by seed, so that a job
+  cut short has whole comparisons.
+  """
+  budgets = [_budget(b) for b in c.budgets or (c.select.budget,)]
+  arms = {}
+  for seed in range(c.seed, c.seed + c.seeds):
+    for budget in budgets:
+      for name in (c.select.sampler, *c.compare):
+        arm = pipeline.Arm(name, budget, seed)
+        if name in WHOLE:
+          arm = pipeline.Arm("random", 1.0, seed,
+                             0 if name == "all" else budget)
+        arms.setdefault(arm.name, arm)
+  return list(arms.values())
 
 
 def _budget(value: Any) -> float | int:
@@ -90,6 +98,8 @@ def run_page_of(job: pipeline.Job, arm: pipeline.Arm) -> None:
 def run_report(job: pipeline.Job, arms: list[pipeline.Arm], command: str
                ) -> None:
   """The page over all arms, and the summary that it is made from."""
+  curve = bool(evidence.curve_arms(job, arms))
+
   def make(folder):
     if jax.process_index() == 0:
       summary = summarise(job, arms, command)
@@ -98,7 +108,10 @@ def run_report(job: pipeline.Job, arms: list[pipeline.Arm], command: str
                            json.loads(job.c.to_json_best_effort()))
       artifacts.write_bytes(folder / "report.html",
                             study_page.render(summary).encode())
-    return ["summary.json", "config.json", "report.html"], Cost(), {}
+      if curve:
+        artifacts.write_json(folder / "fit.json", summary["fit"])
+    return ["summary.json", "config.json", "report.html",
+            *(["fit.json"] if curve else [])], Cost(), {}
 
   job.run(job.workdir, REPORT, make=make, redo=True,
           fields=dict(version=jaxalign.__version__,
@@ -179,7 +192,8 @@ def _whole_pool(job: pipeline.Job, reference: int) -> int:
   responses = len(tokens.start) // n
   rows = feed.Rows([""] * n, tokens, np.arange(n)[:, None] * responses
                    + np.arange(responses), None, None)
-  updates = batches.updates(n, c.batch_size, c.epochs, c.max_updates)
+  updates = batches.updates(n, c.batch_size, c.epochs, c.max_updates,
+                            c.min_updates)
   align, _ = feed.training_cost(job.policy, rows, updates=updates,
                                 batch=c.batch_size, seed=job.c.seed)
   if "z0" in job.loss.stats:
@@ -237,53 +251,6 @@ def _selection(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
   return out
 
 
-def _comparisons(job: pipeline.Job, arms: list[pipeline.Arm]
-                 ) -> list[dict[str, Any]]:
-  """The chosen sampler against every other arm; every arm and its start.
-
-  Paired over prompts. Without a true reward there is no win rate: the pairs
-  of held-out accuracy are compared instead.
-  """
-  folders = {a.name: pipeline.arm_folder(job, a) for a in arms}
-  base = job.shared / "baseline"
-  start = _start(job)
-  told = {n: pipeline.read_samples(f) for n, f in
-          {**folders, start: base}.items()}
-  out = []
-
-  def add(a, b, x, y, metric, unit):
-    diff = intervals.difference(x, y)
-    out.append(dict(a=a, b=b, metric=metric, difference=diff,
-                    words=intervals.in_words(a, b, diff, unit)))
-
-  if told[start][0]["reward"] is not None:
-    world = job.examined.world
-    target = np.array([world_lib.reward(world, s["prompt"], s["target"])
-                       for s in told[start]])
-    won = {n: winrate.wins(np.array([s["reward"] for s in samples]), target)
-           for n, samples in told.items()}
-    metric, unit = "win_vs_target", "win rate against the SFT target"
-  else:
-    won = {n: _right(job, f) for n, f in folders.items()}
-    metric, unit = "accuracy", "held-out preference accuracy"
-  names = [a.name for a in arms]
-  for other in names[1:]:
-    add(names[0], other, won[names[0]], won[other], metric, unit)
-  if start in won:
-    for name in names:
-      add(name, start, won[name], won[start], metric, unit)
-  return out
-
-
-def _right(job: pipeline.Job, folder: Any) -> np.ndarray:
-  """[n] 1, 0.5 or 0: whether the implicit reward prefers the chosen side."""
-  policy, ref = evaluate.as_pairs(
-      job.examined, artifacts.read_array(folder / "held_out_logp.npy"),
-      artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"))
-  margin = np.asarray(policy, np.float64) - ref
-  return winrate.wins(margin[:, 0], margin[:, 1])
-
-
 def _samples(job: pipeline.Job, arms: list[pipeline.Arm]) -> list[dict]:
   """A few prompts with every policy's answer."""
   told = {a.name: pipeline.read_samples(pipeline.arm_folder(job, a))
@@ -311,16 +278,12 @@ def describe(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
   return dict(
       details=metrics.pop("details", None),
       name=arm.name, sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
-      rows=align.result["rows"], updates=align.result["updates"],
+      like=arm.like, rows=align.result["rows"],
+      updates=align.result["updates"],
       is_all=arm.is_all,
       saved=_saved(job, arm, _whole_pool(job, _reference_pass(job))),
       metrics=metrics,
       curves=_curves(folder), selection=_selection(job, arm))
-
-
-def _start(job: pipeline.Job) -> str:
-  """What the policy starts from, in words."""
-  return "given checkpoint" if job.c.model.checkpoint else "SFT model"
 
 
 def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
@@ -329,13 +292,14 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
   c = job.c
   data = artifacts.read_json(job.shared / "data" / "data_card.json")
   costs = _costs(job, arms)
-  comparisons = _comparisons(job, arms)
   described = [describe(job, arm) for arm in arms]
   for one in described:  # of an arm's own page
     one.pop("details")
-  verdicts = [x["words"] for x in comparisons[:len(arms) - 1]]
-  warnings = list(job.cards["", "mixture"].result["warnings"]
-                  if ("", "mixture") in job.cards else [])
+  found = evidence.weigh(job, arms, described, costs["arms"])
+  verdicts = found["verdicts"]
+  warnings = found["warnings"]
+  if ("", "mixture") in job.cards:
+    warnings += job.cards["", "mixture"].result["warnings"]
   cut = data["truncation"]["pool"]["share"]
   if cut > 0.2:
     warnings.append(f"{100 * cut:.0f} % of the pool's rows were cut to "
@@ -359,16 +323,12 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
           "on everything with the same recipe.")
   pool = data["rows_by_split"]["pool"]
   unit = "pairs" if job.kind == "pairs" else "answers"
-  budget = described[0]["rows"]
-  return dict(
-      title=f"{c.select.sampler} at {budget:,} of {pool:,} {unit}, "
-            f"{c.loss.name}",
+  title, asked = _question(c, described, f"{pool:,} {unit}")
+  return found | dict(
+      title=title, asked=asked,
       command=command, version=jaxalign.__version__,
       created=datetime.datetime.now(datetime.timezone.utc).strftime(
           "%Y-%m-%d %H:%M UTC"),
-      asked=f"Do the {budget:,} of {pool:,} {unit} that {c.select.sampler} "
-            f"ranks first align a policy with {c.loss.name.upper()} as well "
-            "as as many random ones, and as well as all?",
       verdicts=verdicts, warnings=warnings, machine=dict(
           platform=jax.default_backend(), devices=job.mesh.size,
           mesh=dict(job.mesh.shape), jax=jax.__version__),
@@ -376,13 +336,34 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
                   batch_size=c.train.batch_size, lr=c.train.lr,
                   loss=c.loss.name, kwargs=c.loss.kwargs.to_dict(),
                   sft_weight=c.loss.sft_weight),
-      data=_data(job, data), arms=described, comparisons=comparisons,
-      baseline=dict(name=_start(job)) | artifacts.read_json(
-          job.shared / "baseline" / "eval.json"), ledger=costs,
-      samples=_samples(job, arms), files=dict(
+      data=_data(job, data), arms=described,
+      baseline=_baseline(job), ledger=costs,
+      samples=_samples(job, [a for a in arms if a.seed == c.seed]), files=dict(
           {"summary": "summary.json", "config": "config.json",
            "data card": "shared/data/data_card.json"},
           **{f"{a.name}": f"runs/{a.name}/" for a in arms}))
+
+
+def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
+  """The title of the report, and what was asked; `of` is "8,000 pairs"."""
+  name, loss = c.select.sampler, c.loss.name
+  seeds = f", {c.seeds} seeds" if c.seeds > 1 else ""
+  if len(c.budgets) > 1:
+    rows = sorted({d["rows"] for d in described if d["sampler"] == name})
+    return (f"{name} at {len(rows)} budgets of {of}, {loss}{seeds}",
+            f"How does a policy aligned with {loss.upper()} improve from "
+            f"{rows[0]:,} to {rows[-1]:,} of {of}?")
+  rows = f"{described[0]['rows']:,} of {of}"
+  return (f"{name} at {rows}, {loss}{seeds}",
+          f"Do the {rows} that {name} ranks first align a policy with "
+          f"{loss.upper()} as well as as many random ones, and as well as all?")
+
+
+def _baseline(job: pipeline.Job) -> dict[str, Any]:
+  """The start and its metrics."""
+  metrics = artifacts.read_json(job.shared / "baseline" / "eval.json")
+  metrics.pop("details", None)
+  return dict(name=evidence.start_of(job)) | metrics
 
 
 def _data(job: pipeline.Job, card: dict[str, Any]) -> dict[str, Any]:

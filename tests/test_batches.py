@@ -57,6 +57,9 @@ def test_the_order_is_fair():
     (100, 10, 2.5, 0, 25), (100, 10, 2.5, 7, 7), (100, 10, 0.5, 7, 5)])
 def test_updates(n, batch, epochs, most, wanted):
   assert batches.updates(n, batch, epochs, most) == wanted
+  # Few rows are passed over more often; a bound above is a bound.
+  assert batches.updates(n, batch, epochs, most, least=6) == (
+      max(wanted, 6) if most != 5 else 5)
 
 
 @settings(max_examples=200, deadline=None)

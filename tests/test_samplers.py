@@ -231,6 +231,22 @@ def test_contract(name, responses):
   assert sampler(5, pool, 1).rows.shape == (1,)
 
 
+def test_length_matched_takes_as_many_of_each_length():
+  """By hand: 3 short rows and 2 long ones, whichever the draw likes."""
+  length = np.array([[1, 3]] * 10 + [[9, 11]] * 10 + [[30, 50]] * 10)
+  subset = np.isin(np.arange(30), [1, 4, 6, 25, 28])
+  pool = pools.Pool(np.array([f"{i:02d}" for i in range(30)]),
+                    dict(length=length, subset=subset))
+  draws = [SAMPLERS["length_matched"](s, pool, 5) for s in range(40)]
+  for got in draws:
+    assert (got.rows < 10).sum() == 3 and (got.rows >= 20).sum() == 2
+  # Every row of those lengths has its turn, not only the other arm's.
+  assert len(np.unique([got.rows for got in draws])) == 20
+  plain = SAMPLERS["random"](7, pool, 30).rows
+  short, long = plain[plain < 10][:3], plain[plain >= 20][:2]
+  assert set(draws[7].rows) == {*short, *long}
+
+
 @pytest.mark.parametrize("name", [n for n in SAMPLERS if SAMPLERS[n].needs])
 def test_broken_numbers_are_refused_by_id(name):
   """A NaN in a column that is read stops it; the row's id is in the error."""

@@ -26,9 +26,18 @@ def rows_at(step: int, n: int, batch: int, seed: int) -> np.ndarray:
       for epoch in np.unique(position // n)])
 
 
-def updates(n: int, batch: int, epochs: float, most: int = 0) -> int:
-  """Updates of a run: `epochs` passes over n rows, at most `most` (0: any)."""
-  wanted = max(1, int(np.ceil(epochs * n / batch)))
+def updates(n: int, batch: int, epochs: float, most: int = 0, least: int = 1
+            ) -> int:
+  """Updates of a run: `epochs` passes over n rows, within bounds.
+
+  Args:
+    n: rows.
+    batch: rows of an update.
+    epochs: passes over the rows.
+    most: updates at most; 0: any number.
+    least: updates at least: few rows are passed over more often.
+  """
+  wanted = max(1, least, int(np.ceil(epochs * n / batch)))
   return min(wanted, most) if most else wanted
 
 

@@ -12,6 +12,7 @@ SHAPES = {
     "log_likelihood": "[N, R] float64, nats",
     "length": "[N, R] int32, response tokens",
     "label": "[N] bool, thumbs only",
+    "subset": "[N] bool, the rows that the chosen sampler kept",
     "topic": "[N], where it is known",
     "source": "[N] str, where the record came from",
     "logp": "[N, R] nats, summed over the response, of the reference",

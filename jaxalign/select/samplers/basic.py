@@ -137,6 +137,41 @@ def stratified(seed: int, pool: Pool, budget: int, *,
   return Selection(top(score, pool.ids, budget), score)
 
 
+@needs("length", "subset")
+def length_matched(seed: int, pool: Pool, budget: int, *, bins: int = 20
+                   ) -> Selection:
+  """Random rows, as long as those of another arm: a control for length.
+
+  What a sampler wins by taking longer answers, these rows win too.
+
+  Args:
+    seed: of the draw, which is that of `random` within a bin.
+    pool: `pool.length` [N, R], the mean over responses is matched;
+      `pool.subset` [N] bool, the rows of the other arm.
+    budget: M, at most N; where it is the number of the other arm's rows, each
+      bin gives just as many as that arm has in it.
+    bins: parts of equal number into which the other arm's lengths are cut;
+      equal lengths stay together.
+
+  Returns:
+    Selection; best first by the draw. The score is the uniform number of
+    `random`, less 1 for the rows that their bin had no place for.
+  """
+  subset = column(pool, "subset")[:, 0] > 0
+  mean = column(pool, "length").mean(axis=1)
+  edges = np.unique(np.quantile(mean[subset], np.arange(1, bins) / bins)
+                    if subset.any() else mean[:0])
+  part = np.searchsorted(edges, mean, side="left")
+  count = apportion(np.bincount(part[subset], minlength=bins).astype(float),
+                    np.bincount(part, minlength=bins), budget)
+  score = uniform(seed, pool.ids, "random")
+  for i in np.unique(part):
+    rows = np.flatnonzero(part == i)
+    spare = np.argsort(-score[rows], kind="stable")[count[i]:]
+    score[rows[spare]] -= 1
+  return Selection(top(score, pool.ids, budget), score)
+
+
 def entropy_change(log_likelihood: np.ndarray, order: str) -> np.ndarray:
   """How much the entropy of the data changes when one row is left out.
 
