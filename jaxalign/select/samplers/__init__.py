@@ -16,6 +16,7 @@ from jaxalign.select.samplers import submodular
 SAMPLERS = {
     "random": basic.random,
     "stratified": basic.stratified,
+    "length_matched": basic.length_matched,
     "isa": basic.isa,
     "length": likelihood.length,
     "perplexity": likelihood.perplexity,
