@@ -32,8 +32,10 @@ def _read_log(path: epath.Path, until: int) -> list[str]:
 
 
 def _items(state: Any) -> dict[str, Any]:
-  """Parameters apart: evaluation restores them alone."""
-  return dict(params=state.params, rest=[state.opt_state, state.step])
+  """Parameters apart: evaluation restores them alone. What is empty is left
+  out, as in the checkpoints of before there was a delta."""
+  return dict(params=state.params, rest=[
+      state.opt_state, state.step, *([state.delta] if state.delta else [])])
 
 
 def _trace(folder: epath.Path) -> Callable[[], None]:

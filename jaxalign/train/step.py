@@ -9,7 +9,12 @@ import optax
 
 from jaxalign.train.logps import Logps
 from jaxalign.train.losses.reference_free import sft
+from jaxalign.train.losses.unpaired import init_delta
 from jaxalign.train.metrics import sums_and_counts
+from jaxalign.train.stats import make_statistics
+
+# What of a batch a micro-batch reads beside its statistics.
+MICRO = ("tokens", "mask", "ref_sum", "ref_count", "ref_public")
 
 
 class TrainState(NamedTuple):
@@ -18,20 +23,26 @@ class TrainState(NamedTuple):
   params: dict[str, jax.Array]
   opt_state: Any
   step: jax.Array  # int32 scalar: updates done
+  delta: Any = ()  # BCO's `Delta`; of other losses nothing
 
 
-def init_state(params: dict[str, jax.Array],
-               tx: optax.GradientTransformation) -> TrainState:
+def init_state(params: dict[str, jax.Array], tx: optax.GradientTransformation,
+               loss_fn: Callable | None = None) -> TrainState:
   """A fresh state around parameters; the optimizer's moments are sharded as
-  the parameters are."""
+  the parameters are. A loss that reads a running mean has one in the state."""
   return TrainState(params, jax.jit(tx.init)(params),
-                    jnp.zeros((), jnp.int32))
+                    jnp.zeros((), jnp.int32), fresh_delta(loss_fn))
+
+
+def fresh_delta(loss_fn: Callable | None) -> Any:
+  """The `Delta` that a loss begins with; () for one that reads none."""
+  return init_delta() if "delta" in getattr(loss_fn, "stats", ()) else ()
 
 
 @functools.lru_cache(maxsize=8)
 def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
                    sft_weight: float = 0.0) -> Callable:
-  """Returns `gradients(trained, batch, frozen) -> (gradients, metrics)`.
+  """Returns `gradients(trained, batch, frozen, found) -> (gradients, metrics)`.
 
   Args:
     logps_fn: `(params, tokens [b, R, L], mask [b, R, L]) -> Logps [b, R]`.
@@ -46,27 +57,18 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
   A batch is a dict of arrays, A micro-batches of b rows each: "tokens" and
   "mask" [A, b, R, L], "ref_sum" and "ref_count" [A, b, R];
   "lr", the scalar learning rate of this update; for a loss that
-  needs them "label" [A, b], and for z0 "kl_tokens", "kl_mask" [A, b, 1, L],
-  "kl_ref_sum" [A, b, 1]. Gradients are sums over rows, accumulated in float32
-  by a scan and divided once by A * b: equal to the large batch.
+  needs them "label" and "weights" [A, b], "ref_public" [A, b, R], and for z0
+  "kl_tokens", "kl_mask" [A, b, 1, L], "kl_ref_sum" [A, b, 1]. Gradients are
+  sums over rows, accumulated in float32 by a scan and divided once by A * b:
+  equal to the large batch. `found` is the (scalars, rows) of `make_statistics`
+  on this batch; None: as at the start of a run.
   """
-  stats_needed = getattr(loss_fn, "stats", ())
+  statistics = make_statistics(logps_fn, loss_fn)
 
-  def global_z0(params, batch):
-    """max(0, mean of policy - ref over all mismatched rows of the step)."""
-    def add(total, micro):
-      tokens, mask, ref = micro
-      return total + jnp.sum(logps_fn(params, tokens, mask).sum - ref), None
-    total, _ = jax.lax.scan(
-        add, jnp.zeros(()), (batch["kl_tokens"], batch["kl_mask"],
-                             batch["kl_ref_sum"]))
-    return jax.lax.stop_gradient(
-        jnp.maximum(0.0, total / batch["kl_ref_sum"].size))
-
-  def objective(trained, frozen, micro, z0):
+  def objective(trained, frozen, micro, rows, scalars):
     policy = logps_fn(trained | frozen, micro["tokens"], micro["mask"])
-    ref = Logps(micro["ref_sum"], micro["ref_count"])
-    stats = dict(label=micro.get("label"), z0=z0)
+    ref = Logps(micro["ref_sum"], micro["ref_count"], micro.get("ref_public"))
+    stats = scalars | rows
     loss, metrics = loss_fn(policy, ref, stats)
     metrics = dict(metrics, preference_loss=loss)
     if sft_weight:
@@ -75,20 +77,21 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
     metrics["loss"] = loss
     return jnp.sum(loss), sums_and_counts(metrics)
 
-  def gradients(trained, batch, frozen):
-    z0 = (global_z0(trained | frozen, batch) if "z0" in stats_needed
-          else jnp.zeros(()))
-    micro = {n: x for n, x in batch.items()
-             if n != "lr" and not n.startswith("kl_")}
-    rows = micro["ref_sum"].shape[0] * micro["ref_sum"].shape[1]
+  def gradients(trained, batch, frozen, found=None):
+    if found is None:
+      found = statistics(trained | frozen, batch, fresh_delta(loss_fn))[:2]
+    scalars, by_row = found
+    micro = {n: x for n, x in batch.items() if n in MICRO}, by_row
+    count = batch["ref_sum"].shape[0]
+    rows = count * batch["ref_sum"].shape[1]
     grad_fn = jax.value_and_grad(objective, has_aux=True)
 
     def one(m):
-      (_, totals), grads = grad_fn(trained, frozen, m, z0)
+      (_, totals), grads = grad_fn(trained, frozen, *m, scalars)
       return grads, totals
 
     first = jax.tree.map(lambda x: x[0], micro)
-    if rows == micro["ref_sum"].shape[1]:
+    if count == 1:
       grads, totals = one(first)
     else:
       start = jax.tree.map(lambda s: jnp.zeros_like(s), one(first))
@@ -111,18 +114,20 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
   that the reference may be these very arrays. `tx` is the optimizer; for the
   rest see `make_gradients`.
   """
+  statistics = make_statistics(logps_fn, loss_fn)
   gradients = make_gradients(logps_fn, loss_fn, sft_weight=sft_weight)
 
   @jax.jit(donate_argnames=("state",))
   def train_step(state: TrainState, batch, frozen={}):  # read, never written
     params = state.params
-    grads, totals = gradients(params, batch, frozen)
+    *found, delta = statistics(params | frozen, batch, state.delta)
+    grads, totals = gradients(params, batch, frozen, found)
     updates, opt_state = tx.update(grads, state.opt_state, params)
     updates = jax.tree.map(lambda u: batch["lr"] * u, updates)
     totals = totals | {
         "grad_norm": jnp.stack([optax.tree.norm(grads), jnp.ones(())]),
         "lr": jnp.stack([batch["lr"], jnp.ones(())])}
     return TrainState(optax.apply_updates(params, updates), opt_state,
-                      state.step + 1), totals
+                      state.step + 1, delta), totals
 
   return train_step

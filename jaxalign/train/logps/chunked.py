@@ -23,6 +23,8 @@ def chunked(m: decoder.ModelConfig, chunk: int):
     weight = decoder.head(params, m, sharding.SPREAD)
     each = logprob.token_logps(x, weight, flat, chunk, m.final_softcap)
     total, count = logprob.sums(each, mask.reshape(b * r, length))
-    return logps.Logps(total.reshape(b, r), count.reshape(b, r))
+    # Compiled away where the loss does not read it.
+    public = logps.public_sums(each.reshape(b, r, length), mask)
+    return logps.Logps(total.reshape(b, r), count.reshape(b, r), public)
 
   return jax.named_call(logps_fn, name="logps")

@@ -86,6 +86,7 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
                 for n in ("policy", "ref", "stats")]
   loss_fn.__signature__ = inspect.Signature(
       positional + list(keywords.values()))
+  loss_fn.terms = tuple(fn for _, _, fn in terms)
   loss_fn.kind = "pairs" if "pairs" in kinds else kinds.pop()
   for field in ("stats", "extras"):
     setattr(loss_fn, field, tuple(dict.fromkeys(
