@@ -1,0 +1,27 @@
+"""A real pretrained model, aligned towards a preference over its own stories."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+
+@pytest.mark.slow
+def test_dogs_end_happy(shared, tmp_path):
+  """20 points more, an interval above 0, four fifths of the trigrams."""
+  ended = subprocess.run(
+      [sys.executable, "tools/stories.py", "--stories=3", "--updates=60",
+       f"--checkpoint={shared / 'models/stories260K'}",
+       f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True,
+      timeout=1500)
+  assert ended.returncode == 0, ended.stderr
+  line = ended.stdout.splitlines()[-1]
+  found = re.search(
+      r"gain ([\d.-]+) \[([\d.-]+), .*win rate ([\d.]+) \[([\d.]+), .*"
+      r"KL ([\d.]+) nats.*kept ([\d.]+) %", line)
+  gain, low, wins, least, kl, kept = map(float, found.groups())
+  assert gain >= 20 and low > 0 and least > 50 and wins > 60, line
+  assert 0 < kl and kept >= 80, line
