@@ -97,7 +97,8 @@ class Job:
     c = self.c.model
     if c.checkpoint:
       m = weights.read_config(c.checkpoint, c.dtype, c.remat)
-      m = m._replace(context=prepare.checked_context(self.c, m.context))
+      m = m._replace(context=prepare.checked_context(self.c, m.context),
+                     positions=m.context)
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
     m = m._replace(attention=kernel_of(self.c, m, self.mesh))
