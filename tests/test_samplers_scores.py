@@ -124,6 +124,8 @@ def test_what_cannot_be_is_refused():
   with pytest.raises(ConfigError, match="below the second"):
     margin.clip_bounds(np.zeros(4), 1.0, 1.0)
   assert margin.clip_bounds(np.zeros(100), -2.0, "tail") == (-2.0, 0.0)
+  with pytest.raises(NumericError, match="99th percentile of a margin is -2"):
+    margin.clip_bounds(np.full(100, -2.0), -2.0, "tail")
   with pytest.raises(ConfigError, match="beta"):
     SAMPLERS["implicit_margin"](0, POOL, 4, beta=0.0)
   seen = POOL.held_out_loss.copy()

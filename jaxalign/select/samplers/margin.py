@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.errors import ConfigError
+from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select.pool import Pool, Selection, needs
 from jaxalign.select.samplers.values import column, directed, ranked
 
@@ -71,8 +71,10 @@ def clip_bounds(margin: np.ndarray, low: float, high: Any) -> tuple[float,
   if high == "tail":
     high = float(np.quantile(margin, 0.99))
     if not high > low:
-      high = float(margin.max())
-  if isinstance(high, str) or not high > low:
+      raise NumericError(f"the 99th percentile of a margin is {high:.3g}, not "
+                         f"above {low}: hardly a pair would count as right; "
+                         "set config.select.kwargs.low")
+  if isinstance(high, (str, bool)) or not high > low:
     raise ConfigError(f"margins are clipped to [{low}, {high}], wanted the "
                       "first below the second ('tail': the 99th percentile); "
                       "set config.select.kwargs.low and high")
