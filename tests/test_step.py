@@ -542,3 +542,32 @@ def test_the_start_is_ln_2_and_one_half(name, mesh):
   # Scored by the same pass, the rewards are exactly 0, and every pair ties.
   again = score(batch["tokens"], batch["mask"])
   np.testing.assert_array_equal(again - batch["ref_sum"], 0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_batch_of_one_pair_on_one_device(accumulation):
+  """Its gradient is the sum's: R is not taken for the batch."""
+  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  m = decoder.ModelConfig(layers=1, width=8, heads=2, kv_heads=2, head_size=4,
+                          ff=8, vocab=16, context=16)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 16, (accumulation, 1, 2, 8)).astype(np.int32)
+  with jax.set_mesh(mesh):
+    params = decoder.init(jax.random.key(0), m, mesh)
+    logps_fn = PRODUCERS["chunked"](m, 4)
+    put = lambda x: sharding.put(mesh, x, None, "batch")
+    batch = dict(tokens=put(tokens), mask=put(np.arange(8) >= 3 + 0 * tokens),
+                 ref_sum=put(np.zeros(tokens.shape[:3], np.float32)),
+                 ref_count=put(np.ones(tokens.shape[:3], np.float32)))
+    grads, _ = jax.jit(steps.make_gradients(logps_fn, LOSSES["dpo"]))(
+        params, batch, {})
+    one = jax.jit(jax.grad(lambda p, t, k: jnp.sum(LOSSES["dpo"](
+        logps_fn(p, t, k), Logps(jnp.zeros(k.shape[:2]), jnp.ones(k.shape[:2])),
+        {})[0])))
+    # Two copies of a pair have twice its gradient; a mean halves it again.
+    for name, g in grads.items():
+      wanted = sum(np.asarray(one(
+          params, *(sharding.put(mesh, np.repeat(np.asarray(batch[n])[i], 2, 0),
+                                 "batch") for n in ("tokens", "mask")))[name])
+                   for i in range(accumulation)) / (2 * accumulation)
+      np.testing.assert_allclose(g, wanted, rtol=0, atol=1e-6, err_msg=name)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign.model import decoder, logprob
@@ -23,8 +24,12 @@ def chunked(m: decoder.ModelConfig, chunk: int):
     weight = decoder.head(params, m, sharding.SPREAD)
     each = logprob.token_logps(x, weight, flat, chunk, m.final_softcap)
     total, count = logprob.sums(each, mask.reshape(b * r, length))
+    # Said outright: of one row alone, jax takes the R for the batch.
+    rows = jax.typeof(tokens).sharding.spec[0]
+    shaped = lambda x, *more: jnp.reshape(
+        x, (b, r, *more), out_sharding=jax.P(rows, *[None] * (1 + len(more))))
     # Compiled away where the loss does not read it.
-    public = logps.public_sums(each.reshape(b, r, length), mask)
-    return logps.Logps(total.reshape(b, r), count.reshape(b, r), public)
+    public = logps.public_sums(shaped(each, length), mask)
+    return logps.Logps(shaped(total), shaped(count), public)
 
   return jax.named_call(logps_fn, name="logps")
