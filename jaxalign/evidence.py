@@ -22,6 +22,7 @@ from jaxalign.job import Arm, Job, arm_folder
 from jaxalign.select.topk import budget_rows
 
 MIN_UPDATES = 50  # fewer compare recipes that have not begun, not rows
+NOT_SHARES = ("kl", "length")  # metrics that may leave [0, 1]
 MIN_SHARES = 4  # budgets of one sampler that a curve is drawn through
 
 
@@ -114,11 +115,14 @@ def compared(groups: dict[str, list[Arm]], chosen: str
     if base.sampler == "random":
       out += [(a, b, f"Against {b}", a) for a, arm in part.items()
               if arm.budget == base.budget and a != b]
-  for a, arm in part.items():
-    if arm.sampler == chosen:
-      out += [(a, b, f"{a} against others", b) for b, other in first.items()
-              if (other.like in (0, arm.budget) if other.is_all else
-                  other.budget == arm.budget and a != b)]
+  ours = [a for a, arm in part.items() if arm.sampler == chosen]
+  for a in ours:
+    for b, other in first.items():
+      if (other.like in (0, part[a].budget) if other.is_all else
+          other.budget == part[a].budget and a != b):
+        out.append((a, b, f"{a} against others", b)
+                   if len(ours) == 1 or not other.is_all else
+                   (a, b, f"Against {b}", a))
   once: dict[frozenset, tuple] = {}
   for pair in out:
     once.setdefault(frozenset(pair[:2]), pair)
@@ -152,6 +156,29 @@ def verdicts(told: Told, groups: dict[str, list[Arm]], chosen: str, start: str
       if start in arms else [])
 
 
+def _over_cells(outcome: np.ndarray) -> dict[str, Any]:
+  """A mean of [S, P] shares with its interval over seeds and prompts.
+
+  Cells that are all alike show no spread; then the prompts alone bound it.
+  """
+  found = intervals.crossed(outcome)
+  if found["low"] is None or np.ptp(outcome) == 0:
+    bounds = intervals.share(outcome.mean(axis=0))
+    return found | dict(low=bounds["low"], high=bounds["high"])
+  return found | dict(low=max(0.0, found["low"]), high=min(1.0, found["high"]))
+
+
+def _over_seeds(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+  """A metric of several runs: its mean, with an interval over the seeds."""
+  values = [one["value"] for one in runs]
+  if len(set(values)) == 1:  # no spread to see: one run's own interval
+    return {k: runs[0].get(k) for k in ("value", "low", "high", "n")}
+  found = intervals.student(values)
+  if name in NOT_SHARES:
+    return found
+  return found | dict(low=max(0.0, found["low"]), high=min(1.0, found["high"]))
+
+
 def ranking(told: Told, groups: dict[str, list[Arm]]) -> list[dict[str, Any]]:
   """The samplers of each budget by their mean, and the ranks left open.
 
@@ -180,7 +207,7 @@ def ranking(told: Told, groups: dict[str, list[Arm]]) -> list[dict[str, Any]]:
   for budget, names in budgets.items():
     order = sorted(names, key=lambda n: -float(arms[n].outcome.mean()))
     out.append(dict(budget=budget, rows=[
-        dict(intervals.crossed(arms[n].outcome), name=n, rank=i + 1, **{
+        dict(_over_cells(arms[n].outcome), name=n, rank=i + 1, **{
             "from": 1 + sum((m, n) in better for m in names),
             "to": len(names) - sum((n, m) in better for m in names)})
         for i, n in enumerate(order)]))
@@ -232,11 +259,11 @@ def summed_up(told: Told, groups: dict[str, list[Arm]],
     seen = [described[a.name] for a in runs]
     metrics = {}
     for name in seen[0]["metrics"]:
-      values = [one["metrics"][name]["value"] for one in seen]
-      if None not in values:
-        metrics[name] = intervals.student(values)
+      found = [one["metrics"][name] for one in seen]
+      if all(one["value"] is not None for one in found):
+        metrics[name] = _over_seeds(name, found)
     if told.metric in metrics:
-      metrics[told.metric] = intervals.crossed(arms[label].outcome)
+      metrics[told.metric] = _over_cells(arms[label].outcome)
     out.append({k: seen[0][k] for k in (
         "sampler", "budget", "rows", "updates", "is_all", "like")} | dict(
             name=label, seeds=[a.seed for a in runs], metrics=metrics,

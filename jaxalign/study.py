@@ -127,7 +127,8 @@ def _costs(job: pipeline.Job, arms: list[pipeline.Arm]) -> dict[str, Any]:
   """The ledger: lines, totals by arm, and shares saved."""
   whole = _whole_pool(job, _reference_pass(job))
   by_arm = {arm.name: _arm_costs(job, arm) for arm in arms}
-  shares = [s for s in (_saved(job, arm, whole) for arm in arms) if s]
+  shares = [s for s in (_saved(job, arm, whole) for arm in arms
+                        if arm.seed == job.c.seed) if s]
   lines = ledger.stages({k: card for k, card in job.cards.items()
                          if k[1] != REPORT})
   first = by_arm[arms[0].name]
@@ -348,8 +349,16 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
   """The title of the report, and what was asked; `of` is "8,000 pairs"."""
   name, loss = c.select.sampler, c.loss.name
   seeds = f", {c.seeds} seeds" if c.seeds > 1 else ""
+  rows = sorted({d["rows"] for d in described if not d["is_all"]})
+  samplers = [n for n in (name, *c.compare) if n not in WHOLE]
+  if len(set(samplers) - {"random", "length_matched"}) > 1:
+    at = " and ".join(f"{m:,}" for m in rows)
+    return (f"{len(samplers)} samplers at {at} of {of}, {loss}{seeds}",
+            f"Which of {', '.join(samplers)} picks the {at} of {of} that align "
+            f"a policy with {loss.upper()} best?")
   if len(c.budgets) > 1:
-    rows = sorted({d["rows"] for d in described if d["sampler"] == name})
+    rows = sorted({d["rows"] for d in described
+                   if d["sampler"] == name or d["is_all"]})
     return (f"{name} at {len(rows)} budgets of {of}, {loss}{seeds}",
             f"How does a policy aligned with {loss.upper()} improve from "
             f"{rows[0]:,} to {rows[-1]:,} of {of}?")

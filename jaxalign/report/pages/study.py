@@ -6,7 +6,7 @@ from typing import Any, Sequence
 from jaxalign import progress
 from jaxalign.report import charts, page
 from jaxalign.report.page import Html, tag
-from jaxalign.report.pages import run
+from jaxalign.report.pages import evidence, plateau, run
 from jaxalign.report.pages.run import fields, records
 
 SAMPLES = 6  # prompts whose answers are shown
@@ -19,7 +19,7 @@ def _styles(arms: Sequence[dict]) -> list[tuple[str, int]]:
   keys = []
   for arm in arms:
     # repr, since a key from a broken file need not be hashable.
-    key = repr([arm.get(k) for k in ("sampler", "budget", "is_all")])
+    key = repr([arm.get(k) for k in ("sampler", "budget", "is_all", "like")])
     if arm.get("sampler") is None:
       key = repr(arm.get("name"))
     keys.append(key)
@@ -30,6 +30,8 @@ def _styles(arms: Sequence[dict]) -> list[tuple[str, int]]:
     arm = arms[keys.index(key)]
     if len(set(names)) == 1:
       named[key] = names[0]
+    elif arm.get("is_all") and arm.get("like"):
+      named[key] = f"all, as long as {run.budget(arm.get('like'))}"
     elif arm.get("is_all"):
       named[key] = "all"
     else:
@@ -114,29 +116,35 @@ def _forest(rows: Sequence[tuple[str, int, dict]], name: str) -> Html:
 
 
 def _differences(found: list[dict], colours: dict) -> list[Html]:
-  """Pairs of arms: an interval plot per metric, and one table."""
+  """Pairs of arms: an interval plot per metric and heading, and one table."""
   blocks, rows = [], []
-  for name in dict.fromkeys(str(c.get("metric")) for c in found):
+  kinds: dict[tuple[str, str], list[dict]] = {}
+  for c in found:
+    title = page.plain(c.get("title")) if c.get("title") else ""
+    kinds.setdefault((str(c.get("metric")), title), []).append(c)
+  for (name, title), members in kinds.items():
     m = run.metric(name)
     unit = "percentage points" if m.share else m.unit
     drawn = []
-    for c in (c for c in found if str(c.get("metric")) == name):
+    for c in members:
       gap = fields(c.get("difference"))
       label = f"{page.plain(c.get('a'))} − {page.plain(c.get('b'))}"
       text = run.measured(m, gap, sign=True)
-      drawn.append(charts.Row(label, gap.get("value"), gap.get("low"),
-                              gap.get("high"), text,
-                              colours.get(page.plain(c.get("a")), 6)))
+      drawn.append(charts.Row(
+          page.plain(c.get("label")) if title else label, gap.get("value"),
+          gap.get("low"), gap.get("high"), text,
+          colours.get(page.plain(c.get("label" if title else "a")), 6)))
       rows.append((label, m.name, page.join([
           run.shown(m, gap.get("value"), sign=True, unit=False), " ",
           tag("small", run.bounds(m, gap, sign=True) or page.MISSING)]),
                    page.number(gap.get("n"))))
     blocks.append(page.figure(charts.intervals(
-        drawn, f"Difference, {m.name}",
+        drawn, f"{title or 'Difference'}, {m.name}",
         f"difference, {unit}" if unit else "difference",
         scale=100.0 if m.share else 1.0, reference=0.0,
         reference_label="no difference"),
-        f"{m.name}: difference between arms with its 95 % interval"
+        f"{title + '. ' if title else ''}{m.name}: difference between arms "
+        "with its 95 % interval"
         f"{', in percentage points' if m.share else ''}. An interval that "
         "crosses the dashed line leaves the sign open."))
   # The sentences stand below: a column of them is a thread on a phone.
@@ -177,7 +185,7 @@ def _comparison(summary: dict, arms: list[dict]) -> Html:
   colours = {name: c for name, c in [*styles, *looks]}
   parts += _differences(found, colours) if found else [
       page.absent("Differences between arms were")]
-  return page.join(parts)
+  return page.join([*parts, evidence.ranking(summary.get("ranking"))])
 
 
 def _data(found: dict) -> Html:
@@ -280,7 +288,7 @@ def _ledger(summary: dict, arms: list[dict]) -> Html:
         text=(1,)))
   else:
     parts.append(page.absent("What selecting saves was"))
-  return page.join(parts)
+  return page.join([*parts, evidence.efficiency(summary.get("efficiency"))])
 
 
 def _costs(stages: list[dict]) -> list[Html]:
@@ -379,7 +387,10 @@ def render(summary: dict) -> str:
   """
   summary = fields(summary)
   arms = records(summary.get("arms"))
+  # Of several seeds an arm is one line, of its mean.
+  groups = records(summary.get("groups")) or arms
   styles = _styles(arms)
+  fit = fields(summary.get("fit"))
   byline = [b for b in (
       summary.get("created"),
       f"jaxalign {page.plain(summary['version'])}"
@@ -387,7 +398,9 @@ def render(summary: dict) -> str:
       fields(summary.get("machine")).get("platform")) if b is not None]
   return str(page.document(
       summary.get("title") or "jaxalign report", [
-          ("comparison", "Comparison", _comparison(summary, arms)),
+          ("comparison", "Comparison", _comparison(summary, groups)),
+          *([("plateau", "How it grows with data", plateau.section(
+              fit, run.metric(fit.get("metric")).name))] if fit else []),
           ("data", "Data", _data(fields(summary.get("data")))),
           ("selection", "Selection", _selections(arms)),
           ("training", "Training", run.curves(arms, styles)),
@@ -406,7 +419,8 @@ def terminal(summary: dict) -> str:
     summary: as `render` takes it.
   """
   summary = fields(summary)
-  arms = records(summary.get("arms"))
+  runs = records(summary.get("arms"))
+  arms = records(summary.get("groups")) or runs
   base = _baseline(summary)
   every = [*arms, *([base] if base else [])]
   names = [n for n in ("win_vs_target", "win_vs_sft", "accuracy", "kl")
@@ -445,7 +459,7 @@ def terminal(summary: dict) -> str:
     text.append("no arm was measured")
   said = [*(("", page.plain(v)) for v in run.words(summary.get("verdicts"))),
           *(("Costs more than it saves: ", v)
-            for v in run.overspent(_savings(summary, arms))),
+            for v in run.overspent(_savings(summary, runs))),
           *(("Warning: ", page.plain(w))
             for w in run.words(summary.get("warnings")))]
   for i, (lead, words) in enumerate(said):
