@@ -34,6 +34,7 @@ from jaxalign.model import peft_folder
 from jaxalign.model import weights
 from jaxalign.select import card as cards
 from jaxalign.select import embed
+from jaxalign.select import grams
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import SAMPLERS
@@ -312,6 +313,14 @@ def run_select(job: Job, arm: Arm) -> None:
     if "embedding" in sampler.needs:
       columns["embedding"] = artifacts.read_array(
           job.shared / "embed" / "embedding.npy")
+      if "logp" in sampler.optional and not embedder.alone(c):
+        for name, file in (("logp", "logp"), ("logp_count", "count")):
+          columns[name] = artifacts.read_array(
+              job.shared / "embed" / f"{file}.npy")
+    if "grams" in sampler.needs:
+      columns |= grams.columns(tokens, len(tokens.start) // n)
+    if "group" in sampler.optional:
+      columns["group"] = np.array([r["group"] for r in rows])
     if "subset" in sampler.needs:
       columns["subset"] = np.isin(np.arange(n), selected_rows(job, chosen_arm))
     ids = np.array([r["id"] for r in rows])
@@ -332,6 +341,8 @@ def run_select(job: Job, arm: Arm) -> None:
                   for other in chosen[1:]]
       diagnostics["stability"] = dict(
           jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
+    if selection.notes:
+      diagnostics["notes"] = list(selection.notes)
     card = cards.selection_card(Pool(ids, columns), selection, mixture,
                                 diagnostics, arm.sampler)
     _write_selection(folder, rows, selection, card, fits[0])

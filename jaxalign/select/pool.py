@@ -22,6 +22,9 @@ SHAPES = {
     "reward": "[N, R] a reward model's or judge's score of each response",
     "proxy_logp": "[N, R] nats, summed, of a small model tuned on a few pairs",
     "proxy_ref_logp": "[N, R] as proxy_logp, before that tuning",
+    "grams": "[N, R, W] counts of hashed tokens, then of pairs of them",
+    "overlap": "[N, R, 2] tokens and pairs of them that the prompt has too",
+    "group": "[N] str, alike for rows of one prompt",
     "held_out_loss": "[N, S] nats, of S models; NaN where one saw the row",
 }
 
@@ -54,6 +57,7 @@ class Selection(NamedTuple):
 
   rows: np.ndarray  # [M] int64, row numbers in id order
   score: np.ndarray  # [N] float64, higher is better
+  notes: tuple[str, ...] = ()  # what a person should know; on the card
 
 
 def make_pool(ids: Any, columns: dict[str, Any]) -> Pool:

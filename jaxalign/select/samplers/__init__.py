@@ -14,6 +14,7 @@ of samplers.
 """
 
 from jaxalign.select.samplers import basic
+from jaxalign.select.samplers import crossfit
 from jaxalign.select.samplers import dedup
 from jaxalign.select.samplers import density
 from jaxalign.select.samplers import geometric
@@ -47,4 +48,6 @@ SAMPLERS = {
     "dpp": submodular.dpp,
     "semdedup": dedup.semdedup,
     "deita": dedup.deita,
+    "crossfit": crossfit.crossfit,
+    "crossfit_lite": crossfit.crossfit_lite,
 }

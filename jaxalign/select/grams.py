@@ -1,0 +1,84 @@
+"""Counts of hashed tokens and pairs of tokens: features without a model."""
+
+import numpy as np
+
+from jaxalign.data import tokens as tokens_lib
+
+WIDTH = 1024  # columns; the first half counts tokens, the second pairs
+_BLOCK = 4096  # rows of tokens counted at once
+
+
+def bucket(ids: np.ndarray, buckets: int) -> np.ndarray:
+  """[n] integers -> [n] from 0 to buckets - 1, by splitmix64's last step.
+
+  A fixed function of the number: no table, and the same on every machine.
+  """
+  z = np.asarray(ids).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+  z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return ((z ^ (z >> np.uint64(31))) % np.uint64(buckets)).astype(np.int64)
+
+
+def counts(rows: tokens_lib.TokenRows, width: int = WIDTH) -> np.ndarray:
+  """How often each hashed token and pair of neighbours is in each response.
+
+  Args:
+    rows: n rows; only the tokens from `start` on are read.
+    width: even; each half has that many buckets.
+
+  Returns:
+    uint8 [n, width]; a count above 255 is 255.
+  """
+  n, half = len(rows.start), width // 2
+  out = np.zeros((n, width), np.uint8)
+  size = tokens_lib.lengths(rows)
+  for first in range(0, n, _BLOCK):
+    last = min(first + _BLOCK, n)
+    low, high = rows.offsets[first], rows.offsets[last]
+    ids = np.asarray(rows.ids[low:high], np.int64)
+    row = np.repeat(np.arange(last - first), size[first:last])
+    place = np.arange(low, high) - rows.offsets[first:last][row]
+    said = place >= rows.start[first:last][row]
+    pair = said[1:] & said[:-1] & (row[1:] == row[:-1])
+    cell = np.concatenate([
+        row[said] * width + bucket(ids[said], half),
+        row[1:][pair] * width + half + bucket(
+            (1 << 62) + ids[:-1][pair] * (1 << 31) + ids[1:][pair],
+            half)])
+    found = np.bincount(cell, minlength=(last - first) * width)
+    out[first:last] = np.minimum(found, 255).reshape(-1, width)
+  return out
+
+
+def overlap(rows: tokens_lib.TokenRows) -> np.ndarray:
+  """[n, 2] float32: how many of a response's tokens, and of its pairs of
+  neighbours in either order, its prompt has too."""
+  out = np.zeros((len(rows.start), 2), np.float32)
+  for i, start in enumerate(rows.start):
+    ids = np.asarray(rows.ids[rows.offsets[i]:rows.offsets[i + 1]]).tolist()
+    asked, said = ids[:start], ids[start:]
+    tokens = set(asked)
+    pairs = set(zip(asked, asked[1:])) | set(zip(asked[1:], asked))
+    out[i] = (sum(t in tokens for t in said),
+              sum(p in pairs for p in zip(said, said[1:])))
+  return out
+
+
+def surprise(grams: np.ndarray) -> np.ndarray:
+  """[n, W] counts -> [n, 2] mean log share in the pool of a row's tokens, and
+  of its pairs: low where a row is made of what the others do not say."""
+  out = np.zeros((len(grams), 2))
+  half = grams.shape[1] // 2
+  for k in range(2):
+    part = grams[:, k * half:(k + 1) * half]
+    total = part.sum(axis=0, dtype=np.float64)
+    share = np.log((total + 1) / (total.sum() + half))
+    out[:, k] = (part @ share) / np.maximum(part.sum(1, dtype=np.float64), 1)
+  return out
+
+
+def columns(rows: tokens_lib.TokenRows, responses: int
+            ) -> dict[str, np.ndarray]:
+  """The pool's `grams` [N, R, W] and `overlap` [N, R, 2]."""
+  return dict(grams=counts(rows).reshape(-1, responses, WIDTH),
+              overlap=overlap(rows).reshape(-1, responses, 2))

@@ -1,0 +1,328 @@
+"""Rows whose label simple heads predict that never saw it: our own sampler.
+
+A margin says how surely a Bradley-Terry head, fitted to the rows of other
+prompts, gives the row its label; a gate, fitted to how often heads and labels
+agree and blind to the row's own label, says how far that margin can be
+trusted. Wrong labels get a negative score, random words one near 0.
+
+It reads every label: it saves training, not annotation. It also follows the
+majority: what most annotators like, their habits too (length, style), scores
+high.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign import progress
+from jaxalign.errors import ConfigError, NumericError
+from jaxalign.select import grams as grams_lib
+from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.samplers import heads
+from jaxalign.select.samplers.basic import top_with_quota
+from jaxalign.select.samplers.values import column, finite, ranked
+from jaxalign.select.topk import uniform
+
+SENTENCE = "reads every label: saves training, not annotation"
+RIDGES = (.001, .004, .015, .06, .25, 1.0, 4.0)  # for one row
+FOLDS, RIDGE_FOLDS, RIDGE_ROWS = 5, 3, 4000
+LEAST_GAIN = 0.003  # nats below chance that a head must predict labels by
+UNLEARNABLE = ("random", "error")
+
+
+class Sides(NamedTuple):
+  """What is known of each response; R is 2 for pairs, 1 for thumbs."""
+
+  blocks: list[list[np.ndarray]]  # of each head: parts [N, R, W]
+  signs: dict[str, np.ndarray]  # [N, R] numbers that the gate reads
+
+
+class Margins(NamedTuple):
+  """What the heads say, none of which saw the row."""
+
+  mean: np.ndarray  # [N], of the heads, each of median size 1, by their gain
+  spread: np.ndarray  # [N], how far they differ, of the mean's size
+  loss: np.ndarray  # [N] nats, of the best head
+  chance: float  # nats, of who knows only how common each label is
+  accuracy: float  # share of labels that the mean agrees with
+  ridges: list[float]
+
+
+def lessons(blocks: list[np.ndarray], group: np.ndarray,
+            label: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+  """What a head is fitted to: [N, P] rows, and [N] 1 or -1.
+
+  Pairs become differences, chosen minus rejected, not centred: a pair turned
+  around is its negative. Single responses are taken from the mean of their
+  prompt's, or, where the prompt has one, from the mean of all such.
+
+  Args:
+    blocks: parts [N, R, W] side by side; one wider than `heads.COLUMNS` is
+      rotated and cut to them.
+    group: [N] names of prompts.
+    label: [N] bool of thumbs; None for pairs.
+  """
+  parts = []
+  for block in blocks:
+    if label is None:
+      part = np.float32(block[:, 0]) - np.float32(block[:, 1])
+    else:
+      part = _within_prompt(np.float32(block[:, 0]), group)
+    part = heads.scaled(part)
+    parts.append(heads.principal(part)[0] if part.shape[1] > heads.COLUMNS
+                 else np.float64(part))
+  y = np.ones(len(group)) if label is None else np.where(label, 1.0, -1.0)
+  return heads.shortened(np.concatenate(parts, axis=1)), y
+
+
+def _within_prompt(x: np.ndarray, group: np.ndarray) -> np.ndarray:
+  _, inverse, size = np.unique(group, return_inverse=True, return_counts=True)
+  inverse = np.where(size[inverse] > 1, inverse + 1, 0)  # 0: alone
+  total = np.zeros((inverse.max(initial=0) + 1, x.shape[1]))
+  np.add.at(total, inverse, x)
+  count = np.maximum(np.bincount(inverse, minlength=len(total)), 1)
+  return x - np.float32(total / count[:, None])[inverse]
+
+
+def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
+            label: np.ndarray | None = None) -> Margins:
+  """Out-of-fold margins of every head, at its best ridge and the next larger.
+
+  The best ridge has the least out-of-fold loss on the observed labels of some
+  4,000 rows; folds hold whole prompts. A head counts by how far its loss is
+  below chance: one that predicts nothing has no vote.
+  """
+  fold = heads.folds(seed, group, FOLDS, "crossfit")
+  tuning = heads.folds(seed, group, RIDGE_FOLDS, "crossfit ridge")
+  few = np.flatnonzero(heads.folds(seed, group, 1_000_000, "crossfit rows")
+                       < 1e6 * RIDGE_ROWS / max(len(group), RIDGE_ROWS))
+  chance = float(np.log(2))
+  if label is not None:
+    share = np.clip(label.mean(), 1e-9, 1 - 1e-9)
+    chance = float(-share * np.log(share) - (1 - share) * np.log(1 - share))
+  found, best, gains, ridges = [], None, [], []
+  for block in blocks:
+    x, y = lessons(block, group, label)
+    i, _ = heads.choose_ridge(x[few], y[few], tuning[few], RIDGES)
+    for ridge in RIDGES[i:i + 2]:
+      margin, loss, _ = heads.out_of_fold(x, y, fold, ridge)
+      size = np.median(np.abs(margin))
+      found.append(margin / size if size > 0 else margin)
+      ridges.append(ridge)
+      gains.append(max(0.0, chance - loss.mean()))
+      if best is None or loss.mean() < best.mean():
+        best = loss
+  weight = np.array(gains) if any(gains) else np.ones(len(gains))
+  weight /= weight.sum()
+  mean = weight @ np.stack(found)
+  spread = np.sqrt(weight @ (np.stack(found) - mean)**2)
+  return Margins(mean, spread / (np.abs(mean) + 0.3), best, chance,
+                 float((mean > 0).mean()), ridges)
+
+
+def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
+            group: np.ndarray) -> np.ndarray:
+  """[N] from 0 to 1: how often heads agree with labels on rows such as this.
+
+  Gradient-boosted trees on what does not change when the two sides are
+  exchanged, fitted to the rows of other prompts: they cannot read the label.
+
+  Args:
+    seed: of the folds.
+    found: the margins.
+    signs: [N, R] numbers; the least and the largest of a row are read.
+    group: [N] names of prompts.
+  """
+  try:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+  except ImportError as error:
+    raise ConfigError("crossfit's gate needs scikit-learn, which is not "
+                      "installed; pip install scikit-learn, or set "
+                      "config.select.sampler") from error
+  z = [np.abs(found.mean), found.spread]
+  for value in signs.values():
+    z.append(value.min(axis=1))
+    if value.shape[1] > 1:
+      z.append(value.max(axis=1))
+  z = np.stack(z, axis=1)
+  agrees = found.mean > 0
+  fold = heads.folds(seed, group, FOLDS, "crossfit gate")
+  out = np.full(len(z), 0.5)
+  for k in range(FOLDS):
+    own, others = fold == k, fold != k
+    if not own.any() or not others.any():
+      continue
+    if agrees[others].all() or not agrees[others].any():
+      out[own] = agrees[others].mean()
+      continue
+    gate = HistGradientBoostingClassifier(
+        max_iter=80, learning_rate=.08, max_leaf_nodes=8, min_samples_leaf=60,
+        l2_regularization=5, early_stopping=False, random_state=0,
+        monotonic_cst=[1] + [0] * (z.shape[1] - 1))
+    out[own] = gate.fit(z[others], agrees[others]).predict_proba(z[own])[:, 1]
+  return out
+
+
+def predictable(found: Margins) -> tuple[bool, str]:
+  """Whether any head predicts labels better than chance, and the numbers.
+
+  Of shuffled labels none does: a mean loss that is not below chance by
+  LEAST_GAIN and two standard errors says nothing about any label.
+  """
+  gain = found.chance - found.loss.mean()
+  error = found.loss.std() / np.sqrt(len(found.loss))
+  said = (f"out-of-fold loss {found.loss.mean():.4f} nats, chance "
+          f"{found.chance:.4f}, standard error {error:.4f}")
+  return bool(gain > LEAST_GAIN + 2 * error), said
+
+
+def filled(score: np.ndarray, q: np.ndarray) -> np.ndarray:
+  """Scores [N] where too few are above 0: what comes after those.
+
+  First the rows that the gate takes for no junk, q above 0.55, the least
+  contradicted first, then the others. Not random ones of the former: where a
+  trusted head contradicts a label it is right more often than not.
+  """
+  last = (score <= 0) & (q <= 0.55)
+  return np.where(last, score + min(0.0, score.min()) - 1, score)
+
+
+def _by_quota(score: np.ndarray, pool: Pool, budget: int, quota: Any
+              ) -> Selection:
+  """Each label's best rows; the others are moved below the lowest kept."""
+  rows = top_with_quota(score, pool, budget,
+                        "as_pool" if quota is None else quota)
+  kept = np.zeros(len(score), bool)
+  kept[rows] = True
+  if not kept.all():
+    above = score[~kept].max() - score[kept].min()
+    score = np.where(kept, score, score - max(0.0, above))
+  return Selection(rows, score)
+
+
+def _select(seed: int, pool: Pool, budget: int, sides: Sides,
+            label_quota: Any, unlearnable: str) -> Selection:
+  if unlearnable not in UNLEARNABLE:
+    raise ConfigError(f"unlearnable is {unlearnable!r}, wanted one of "
+                      f"{', '.join(UNLEARNABLE)}; set "
+                      "config.select.kwargs.unlearnable")
+  pairs = sides.blocks[0][0].shape[1] == 2
+  if not pairs and "label" not in pool.columns:
+    raise ConfigError("crossfit reads the label of single responses, the pool "
+                      "has none; set config.select.sampler")
+  group = pool.columns.get("group", pool.ids)
+  label = None if pairs else np.asarray(pool.label, bool)
+  found = margins(seed, sides.blocks, group, label)
+  learnt, said = predictable(found)
+  if not learnt:
+    text = (f"crossfit refuses these labels: no head predicts them ({said}); "
+            "they look shuffled, or the features say nothing of them")
+    if unlearnable == "error":
+      raise NumericError(f"{text}; set config.select.sampler, or "
+                         "config.select.kwargs.unlearnable to 'random'")
+    drawn = ranked(uniform(seed, pool.ids, "random"), pool, budget)
+    return _told(drawn, f"warning: {text}. These rows are random ones")
+  q = trusted(seed, found, sides.signs, group)
+  score = found.mean * np.maximum(0, 2 * q - 1)
+  positive = int((score > 0).sum())
+  notes = [f"crossfit {SENTENCE}",
+           f"heads agree with {100 * found.accuracy:.1f} % of labels ({said}),"
+           f" the gate trusts them by {q.mean():.2f}; {positive:,} of "
+           f"{len(score):,} rows score above 0"]
+  if positive < budget:
+    score = filled(score, q)
+    notes.append(f"warning: the budget of {budget:,} is more than the "
+                 f"{positive:,} rows that score above 0; of the rest more "
+                 "labels are wrong than of random rows; set "
+                 "config.select.budget")
+  if pairs:
+    return _told(ranked(score, pool, budget), *notes)
+  return _told(_by_quota(score, pool, budget, label_quota), *notes)
+
+
+def _told(selection: Selection, *notes: str) -> Selection:
+  for note in notes:
+    progress.say(f"  {note}")
+  return selection._replace(notes=notes)
+
+
+def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+  """The tokens of each response, its few numbers, and what the gate reads."""
+  grams = finite(pool.grams, pool.ids, "grams")
+  half = grams.shape[2] // 2
+  said = np.float32(grams[..., :half])
+  length = column(pool, "length")
+  few = np.concatenate([finite(pool.overlap, pool.ids, "overlap"),
+                        length[..., None]], axis=2)
+  n, r = said.shape[:2]
+  common = grams_lib.surprise(grams.reshape(n * r, -1)).reshape(n, r, 2)
+  signs = dict(length=length, tokens=common[..., 0], pairs=common[..., 1],
+               grams=_typical(said), size=np.sqrt((said**2).sum(axis=2)))
+  return said, few, signs
+
+
+def _typical(x: np.ndarray) -> np.ndarray:
+  """[N, R, W] -> [N, R]."""
+  flat = np.float32(x.reshape(-1, x.shape[2]))
+  return heads.typical(heads.scaled(flat, flat.mean(axis=0, dtype=np.float64))
+                       ).reshape(x.shape[:2])
+
+
+@needs("grams", "overlap", "length", optional=("label", "group"))
+def crossfit_lite(seed: int, pool: Pool, budget: int, *,
+                  label_quota: float | str | None = None,
+                  unlearnable: str = "random") -> Selection:
+  """`crossfit` without a model: one head on counts of tokens, no forward pass.
+
+  Args:
+    seed: of the folds, and of the rows where it falls back to random ones.
+    pool: `grams` [N, R, W], `overlap` [N, R, 2], `length` [N, R]; `group` [N]
+      where it has it (rows of one prompt share it), `label` [N] of thumbs.
+    budget, label_quota, unlearnable: as of `crossfit`.
+  """
+  said, few, signs = _read(pool)
+  return _select(seed, pool, budget, Sides([[said, few]], signs), label_quota,
+                 unlearnable)
+
+
+@needs("embedding", "grams", "overlap", "length",
+       optional=("logp", "logp_count", "log_likelihood", "label", "group"))
+def crossfit(seed: int, pool: Pool, budget: int, *,
+             label_quota: float | str | None = None,
+             unlearnable: str = "random") -> Selection:
+  """Rows by out-of-fold margin times a label-blind gate; reads every label.
+
+  score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
+  tokens; embeddings; both) from the rows of other prompts, q how often heads
+  and labels agree on rows such as this. Wrong labels score below 0 and random
+  words near 0; the highest scores are kept. The heads cost O(N P^2) on the
+  host, P at most 256 a part of the features, wider ones O(N E^2) on the mesh.
+
+  Args:
+    seed: of the folds, and of the rows where it falls back to random ones.
+    pool: as of `crossfit_lite`, and `embedding` [N, R, E]; `logp` and
+      `logp_count` [N, R], `log_likelihood` [N, R] where it has them.
+    budget: M, at most N. Where fewer rows score above 0 a warning says so,
+      and the others come as `filled` has them.
+    label_quota: for thumbs, the share of desirable rows among those chosen;
+      None: what it is in the pool.
+    unlearnable: where no head predicts the labels better than chance (they
+      may be shuffled): "random" rows, with a warning, or an "error".
+
+  Returns:
+    Selection; the [N] score is as above, or as `filled` has it, or the random
+    number of rows that are drawn.
+  """
+  said, few, signs = _read(pool)
+  embedding = finite(pool.embedding, pool.ids, "embedding")
+  signs["embedding"] = _typical(embedding)
+  if "logp" in pool.columns:
+    total, count = column(pool, "logp"), column(pool, "logp_count")
+    signs["logp"] = total / np.maximum(count, 1)
+    few = np.concatenate([few, total[..., None], signs["logp"][..., None]],
+                         axis=2)
+  if "log_likelihood" in pool.columns:
+    signs["log_likelihood"] = column(pool, "log_likelihood")
+  return _select(seed, pool, budget, Sides(
+      [[said, few], [embedding, few], [said, embedding, few]], signs),
+      label_quota, unlearnable)
