@@ -17,6 +17,7 @@ import numpy as np
 from jaxalign import artifacts
 from jaxalign import embedder
 from jaxalign import progress
+from jaxalign import references
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import Checkpoints, restore_params
 from jaxalign.data import prepare
@@ -42,6 +43,7 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.train import feed
 from jaxalign.train import loop
 from jaxalign.train import optim
+from jaxalign.train import stats
 from jaxalign.train import step as steps
 from jaxalign.train import subspace
 from jaxalign.train.logps import PRODUCERS
@@ -121,13 +123,14 @@ def _train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
       PRODUCERS["chunked"](m, c.model.head_chunk), loss, tx,
       sft_weight=sft_weight)
   params, frozen = begin(batch_at)
-  loop.fit(steps.init_state(params, tx),
+  loop.fit(steps.init_state(params, tx, loss),
            lambda state, batch: train_step(state, batch, frozen), batch_at,
            ids_at, folder=folder, label=label, updates=updates,
            save_every=knobs.save_every, tokens_at=tokens_at, trace=trace)
   operations, tokens = feed.training_cost(
       m, rows, updates=updates, batch=knobs.batch_size, seed=seed,
-      mismatched=mismatched.tokens if mismatched else None)
+      mismatched=mismatched.tokens if mismatched else None,
+      ahead=stats.looks_ahead(loss))
   return Cost(operations, tokens)
 
 
@@ -407,7 +410,9 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   """The reference's (sum, count) of the kept rows, by id.
 
   Where the embedding pass ran the same weights over the same rows its numbers
-  are looked up; KTO's mismatched rows always need a pass of their own.
+  are looked up; KTO's mismatched rows always need a pass of their own, and so
+  does what `references` adds. A loss that reads no reference is given zeros
+  where numbers would cost a pass.
   """
   c, m = job.c, job.model
 
@@ -421,6 +426,10 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     responses = len(tokens.start) // len(job.column("pool", "id"))
     rows = tokens_lib.take(tokens, (
         index[:, None] * responses + np.arange(responses)).reshape(-1))
+    if not job.loss.reference:
+      counts = tokens_lib.lengths(rows) - rows.start
+      counts = np.float32(counts.reshape(len(index), -1))
+      return np.zeros_like(counts), counts, Cost()
     scores = embed.score_rows(
         job.mesh, job.reference, m, rows, tile=c.embed.tile,
         chunk=c.model.head_chunk, label="ref_logps",
@@ -432,27 +441,33 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   def make(folder):
     index = selected_rows(job, arm)
     total, count, cost = kept(index)
-    files = ["ref_sum.npy", "ref_count.npy", "ref_ids.json"]
-    mismatch = None
+    arrays = dict(ref_sum=total, ref_count=count)
+    rows = _rows(job, arm, total, count)
+
+    def spent(more):
+      nonlocal cost
+      cost = Cost(cost.operations + more.operations, cost.tokens + more.tokens)
+
+    if "public" in job.loss.extras:
+      arrays["ref_public"], more = references.public_sums(job, rows)
+      spent(more)
+    if "weights" in job.loss.stats:
+      arrays["weights"], more = references.prompt_weights(job, rows, arm.seed)
+      spent(more)
     if "z0" in job.loss.stats:
-      rows = _rows(job, arm, total, count)
       tokens = feed.make_mismatched(
           rows, updates=_updates(job, arm, len(index)), batch=c.train.batch_size,
           seed=arm.seed, context=m.context)
-      mismatch = embed.score_rows(
+      arrays["mismatched_sum"] = embed.score_rows(
           job.mesh, job.reference, m, tokens, tile=c.embed.tile,
           chunk=c.model.head_chunk, label="ref_logps").logp
-      files.append("mismatched_sum.npy")
-      cost = Cost(cost.operations + embed.operations(m, tokens),
-                  cost.tokens + len(tokens.ids))
+      spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
     if jax.process_index() == 0:
-      artifacts.write_array(folder / "ref_sum.npy", total)
-      artifacts.write_array(folder / "ref_count.npy", count)
+      for name, x in arrays.items():
+        artifacts.write_array(folder / f"{name}.npy", x)
       artifacts.write_json(folder / "ref_ids.json",
                            [job.column("pool", "id")[i] for i in index])
-      if mismatch is not None:
-        artifacts.write_array(folder / "mismatched_sum.npy", mismatch)
-    return files, cost, {}
+    return [*(f"{n}.npy" for n in arrays), "ref_ids.json"], cost, {}
 
   fields = dict(loss=c.loss.name)
   if "z0" in job.loss.stats:
@@ -518,12 +533,17 @@ def run_align(job: Job, arm: Arm) -> None:
     total = artifacts.read_array(folder / "ref_sum.npy")
     count = artifacts.read_array(folder / "ref_count.npy")
     rows = _rows(job, arm, total, count)
+    if "public" in job.loss.extras:
+      rows = rows._replace(
+          ref_public=artifacts.read_array(folder / "ref_public.npy"))
+    if "weights" in job.loss.stats:
+      rows = rows._replace(weights=artifacts.read_array(folder / "weights.npy"))
     if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
       raise DataError(f"{folder}/ref_ids.json names other rows than "
                       "subset.parquet; run with --redo")
     if rows.label is not None and len(set(rows.label.tolist())) == 1:
-      progress.say("  warning: all kept rows have the same label; KTO will "
-                   "only push one way")
+      progress.say("  warning: all kept rows have the same label; the "
+                   "loss will only push one way")
     updates, mismatched = _updates(job, arm, len(rows.ids)), None
     if "z0" in job.loss.stats:
       mismatched = feed.Mismatched(

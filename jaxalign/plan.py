@@ -23,6 +23,7 @@ from jaxalign.model import weights
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import feed
+from jaxalign.train import stats
 
 # Sustained operations per second of one device, by the start of its kind:
 # 40 % of the published bfloat16 peak; for a CPU core pair, as measured here.
@@ -121,6 +122,7 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
           updates * c.train.batch_size * bool(extra) + kept * r * bool(passed),
           "rows", extra + passed)
     passes = feed.passes(m._replace(lora=lora_of(c)))
+    passes += stats.looks_ahead(job.loss)
     add(f"align {arm.name}", updates, "updates", passes * forward + extra)
     add(f"evaluate {arm.name}", asked, "prompts", measured)
   progress.say(f"plan (nothing computed): {c.data.source}, "

@@ -297,6 +297,16 @@ def take(rows: TokenRows, index: np.ndarray) -> TokenRows:
                    offsets, rows.start[index], rows.cut[index])
 
 
+def shorten(rows: TokenRows, sizes: np.ndarray) -> TokenRows:
+  """The first `sizes` [n] tokens of every row, at most all of them."""
+  kept = np.minimum(sizes, lengths(rows))
+  row = np.repeat(np.arange(len(kept)), lengths(rows))
+  place = np.arange(len(rows.ids)) - rows.offsets[row]
+  return TokenRows(
+      rows.ids[place < kept[row]], np.concatenate([[0], np.cumsum(kept)]),
+      rows.start, rows.cut + lengths(rows) - kept)
+
+
 def bucket(length: int, context: int) -> int:
   """The padded length: 16, 24, 32, 48, 64, 96, ... but never over `context`.
 

@@ -20,6 +20,9 @@ class Rows(NamedTuple):
   ref_sum: np.ndarray  # [M, R] float32 nats of the reference
   ref_count: np.ndarray  # [M, R] float32
   label: np.ndarray | None = None  # [M] bool, thumbs
+  # For the losses that read them, see `jaxalign.references`:
+  ref_public: np.ndarray | None = None  # [M, R] float32 nats
+  weights: np.ndarray | None = None  # [M] float32
 
 
 class Mismatched(NamedTuple):
@@ -96,8 +99,9 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
       mine = own[places]
       out = dict(ref_sum=rows.ref_sum[mine], ref_count=rows.ref_count[mine])
       out["tokens"], out["mask"] = pad(rows.tokens, rows.row_of[mine], size)
-      if rows.label is not None:
-        out["label"] = rows.label[mine]
+      out |= {n: x[mine] for n, x in (
+          ("label", rows.label), ("weights", rows.weights),
+          ("ref_public", rows.ref_public)) if x is not None}
       if mismatched is not None:
         out["kl_tokens"], out["kl_mask"] = pad(
             mismatched.tokens, where[places], kl_size)
@@ -129,19 +133,19 @@ def passes(m: decoder.ModelConfig) -> int:
 
 def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
                   batch: int, seed: int,
-                  mismatched: tokens_lib.TokenRows | None = None
-                  ) -> tuple[int, int]:
+                  mismatched: tokens_lib.TokenRows | None = None,
+                  ahead: bool = False) -> tuple[int, int]:
   """(operations, tokens) of a training run: `passes` a row.
 
-  A mismatched row costs one forward; padding and recomputation are not
-  counted.
+  A mismatched row costs one forward, and `ahead` one more of every row (see
+  `stats.looks_ahead`); padding and recomputation are not counted.
   """
   seen = np.concatenate([batches.rows_at(s, len(rows.ids), batch, seed)
                          for s in range(updates)])
   lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
-    total += passes(m) * decoder.operations(m, int(size)) * int(count)
+    total += (passes(m) + ahead) * decoder.operations(m, int(size)) * int(count)
   if mismatched is not None:
     extra = tokens_lib.lengths(mismatched)
     tokens += int(extra.sum())

@@ -1,0 +1,209 @@
+"""Every loss of the table in real train steps, on every mesh and cut.
+
+The first step's mean is the equation's, in NumPy float64, with every statistic
+taken over the whole batch; the second step, its gradient and the running mean
+are the same however the batch was cut. Each runs on a table of token
+log-probabilities, which compiles in a fraction of a second, and on the decoder
+(slow, but for one loss of each statistic).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import oracle
+from test_losses import ORACLES, START, Example
+from test_losses_batch import AOT
+from test_step import (MODEL, SIZES, cut, make_mesh, on_mesh, real_params,
+                       rows_of)
+from jaxalign import sharding
+from jaxalign.train import losses
+from jaxalign.train import stats
+from jaxalign.train import step as steps
+from jaxalign.train.logps import PRODUCERS, Logps, public_sums
+from jaxalign.train.losses import LOSSES
+from jaxalign.train.losses import combine
+from jaxalign.train.metrics import divide
+
+ROWS, RATE, VOCAB = 16, 1e-4, 32
+MODELS = ("table", "decoder")
+# One loss of each statistic, and of each extra.
+DECODED = ("aot", "bco", "ld_dpo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def table(params, tokens, mask):
+  """In place of a model: a token's log-probability is -softplus(w[token])."""
+  hit = tokens[..., None] == jnp.arange(VOCAB)[None, None, None, :]
+  w = jnp.sum(jnp.where(hit, params["w"][None, None, None, :], 0.0), -1)
+  each = -jax.nn.softplus(w)
+  return Logps(jnp.sum(each * mask, -1), jnp.sum(mask, -1, dtype=jnp.float32),
+               public_sums(each, mask))
+
+
+def parameters(model, mesh):
+  if model == "decoder":
+    return on_mesh(mesh)
+  return dict(w=sharding.put(mesh, table_params(), None))
+
+
+def table_params():
+  return np.float32(np.random.default_rng(3).normal(size=VOCAB))
+
+
+def sums_of(model, tokens, mask):
+  """float64 sums and public sums [rows, R] of the policy at the start."""
+  total, public = np.zeros((2, *tokens.shape[:2]))
+  shortest = mask.sum(-1).min(1)
+  for i in np.ndindex(total.shape):
+    if model == "decoder":
+      each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
+    else:
+      each = -np.logaddexp(0, np.float64(table_params())[tokens[i]])[mask[i]]
+    total[i], public[i] = each.sum(), each[:shortest[i[0]]].sum()
+  return total, public
+
+
+@functools.lru_cache
+def data(model, columns, noise):
+  """(batch, Example) of 16 rows whose reference is so noisy a policy."""
+  rng = np.random.default_rng(columns)
+  tokens, mask = rows_of(ROWS, columns, 8)
+  policy, public = sums_of(model, tokens, mask)
+  ref = np.float32(policy + rng.normal(0, noise, policy.shape))
+  ref_public = np.float32(public + rng.normal(0, noise, policy.shape))
+  label = rng.random(ROWS) < 0.4
+  weights = np.float32(rng.uniform(0.5, 10.0, ROWS))
+  kl_tokens, kl_mask = rows_of(ROWS, 1, 9)
+  kl, _ = sums_of(model, kl_tokens, kl_mask)
+  kl_ref = np.float32(kl - noise * rng.normal(0.5, 1.0, kl.shape))
+  batch = dict(tokens=tokens, mask=mask, ref_sum=ref, ref_public=ref_public,
+               ref_count=np.float32(mask.sum(-1)), label=label,
+               weights=weights, kl_tokens=kl_tokens, kl_mask=kl_mask,
+               kl_ref_sum=kl_ref)
+  x = Example(policy, np.float64(ref), np.float64(mask.sum(-1)), public,
+              np.float64(ref_public), label, np.float64(weights),
+              z0=max(0.0, (kl - kl_ref).mean()), delta=None,
+              mean_count=mask[:, 0].sum() / ROWS)
+  return batch, x
+
+
+def own(fn, batch):
+  """What of a batch the feed would carry for this loss."""
+  left = {"weights", "label"} - set(fn.stats)
+  left |= set() if "public" in fn.extras else {"ref_public"}
+  return {n: v for n, v in batch.items() if n not in left
+          and ("z0" in fn.stats or not n.startswith("kl_"))}
+
+
+@functools.lru_cache
+def step_of(model, name):
+  tx = optax.sgd(1.0, momentum=0.9)  # its state is the gradient
+  fn = losses.bind(combine.find(name), name, {})
+  logps_fn = PRODUCERS["chunked"](MODEL, 6) if model == "decoder" else table
+  return fn, steps.make_train_step(logps_fn, fn, tx), tx
+
+
+def columns_of(fn):
+  return 1 if fn.kind == "thumbs" else 2
+
+
+@functools.lru_cache
+def run(model, name, shape, accumulation, noise, count):
+  """[metrics of each step], (g2 + 0.9 g1, parameters, delta); on the host."""
+  fn, train_step, tx = step_of(model, name)
+  mesh = make_mesh(*shape)
+  with jax.set_mesh(mesh):
+    batch = cut(mesh, own(fn, data(model, columns_of(fn), noise)[0]),
+                accumulation)
+    state, seen = steps.init_state(parameters(model, mesh), tx, fn), []
+    for _ in range(count):
+      state, totals = train_step(state, batch | dict(lr=np.float32(RATE)))
+      seen.append(jax.device_get(totals))
+    return seen, jax.device_get((optax.tree.get(state.opt_state, "trace"),
+                                 state.params, state.delta))
+
+
+def equation(name, x):
+  """The mean loss of the batch in float64, by test_losses' oracles."""
+  if name in AOT:
+    return AOT[name][0](x.p, x.q)
+  beta = 0.1  # the default of every loss that reads delta
+  return ORACLES[name](x.replace(delta=(beta * x.r).mean())).mean()
+
+
+def test_no_loss_asks_for_more_than_a_step_computes():
+  for name, fn in LOSSES.items():
+    assert set(fn.stats) <= set(stats.STATS), name
+    assert set(fn.extras) <= set(stats.EXTRAS), name
+    bound = losses.bind(fn, name, {})
+    if "delta" in fn.stats:
+      assert stats.beta_of(bound) == stats.beta_of(fn) == 0.1
+
+
+EACH = [pytest.param(model, name, marks=[pytest.mark.slow] if (
+    model == "decoder" and name not in DECODED) else [])
+        for model in MODELS for name in LOSSES]
+
+
+@pytest.mark.parametrize("model,name", EACH)
+def test_the_start_is_the_analytic_value(model, name):
+  """Policy and reference alike, but for float32's last digits."""
+  (totals,), _ = run(model, name, (1, 1), 1, 0.0, 1)
+  _, x = data(model, columns_of(LOSSES[name]), 0.0)
+  weight = 1.0
+  if name == "bco_udm":
+    weight = np.where(x.label, 1.0, x.weights).mean()
+  wanted = START[name] * weight if name in START else equation(name, x)
+  # Squares at beta 0.1 double and tenfold what the sums are off.
+  assert divide(totals)["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+CUTS = [((4, 2), 2), *(pytest.param(*at, marks=pytest.mark.slow)
+                       for at in (((1, 1), 2), ((4, 2), 1), ((2, 4), 8)))]
+
+
+@pytest.mark.parametrize("shape,accumulation", CUTS, ids=str)
+@pytest.mark.parametrize("model,name", EACH)
+def test_two_steps_are_the_same_on_every_mesh_and_cut(
+    model, name, shape, accumulation):
+  """1e-4 of the largest gradient: float32 sums in another order."""
+  seen, (trace, params, delta) = run(model, name, (1, 1), 1, 2.0, 2)
+  again, (trace2, params2, delta2) = run(model, name, shape, accumulation,
+                                         2.0, 2)
+  _, x = data(model, columns_of(LOSSES[name]), 2.0)
+  for totals in (seen[0], again[0]):
+    means = divide(totals)
+    assert means["loss"] == pytest.approx(equation(name, x), rel=2e-5)
+    assert totals["loss"][1] == ROWS
+  for a, b in zip(seen, again, strict=True):
+    assert set(a) == set(b)
+    for n in a:
+      assert np.isfinite(a[n]).all(), n
+      np.testing.assert_allclose(a[n], b[n], rtol=1e-4, atol=1e-4, err_msg=n)
+  largest = max(np.abs(g).max() for g in trace.values())
+  assert largest > 1e-4
+  for n, g in trace.items():
+    np.testing.assert_allclose(trace2[n], g, rtol=0, atol=1e-4 * largest)
+    np.testing.assert_allclose(params2[n], params[n], rtol=0, atol=1e-6)
+  if "delta" in LOSSES[name].stats:
+    assert delta.count == delta2.count == 2 * x.r.size
+    first = 0.1 * x.r.mean()  # the second step moved by 1e-4 of a gradient
+    assert delta.mean == pytest.approx(first, rel=0.2)
+    assert delta2.mean == pytest.approx(float(delta.mean), rel=1e-4)
+    assert divide(seen[0])["delta"] == pytest.approx(first, rel=1e-5)
+    assert divide(seen[1])["delta"] == pytest.approx(
+        float(delta.mean), rel=1e-6)
+  else:
+    assert delta == ()
