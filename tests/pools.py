@@ -26,12 +26,14 @@ def make(responses=2, n=200, seed=0, width=8):
       "proxy_logp": -rng.gamma(4.0, 9.0, size=shape),
       "proxy_ref_logp": -rng.gamma(4.0, 9.0, size=shape),
       "held_out_loss": loss,
+  }
+  if responses == 1:
+    columns["label"] = rng.random(n) < 0.3
+  columns |= {
       "grams": rng.poisson(0.2, size=(*shape, 2 * width)).astype(np.uint8),
       "overlap": rng.integers(0, 9, size=(*shape, 2)).astype(np.float32),
       "group": np.array([f"g{i % 7}" for i in range(n)]),
   }
-  if responses == 1:
-    columns["label"] = rng.random(n) < 0.3
   columns["subset"] = np.arange(n) % 5 == 0
   return pools.make_pool([f"id{i:05d}" for i in rng.permutation(n)], columns)
 

@@ -195,8 +195,9 @@ def _by_quota(score: np.ndarray, pool: Pool, budget: int, quota: Any
   kept = np.zeros(len(score), bool)
   kept[rows] = True
   if not kept.all():
-    above = score[~kept].max() - score[kept].min()
-    score = np.where(kept, score, score - max(0.0, above))
+    least = score[kept].min(initial=np.inf)
+    above = max(0.0, score[~kept].max() - least)
+    score = np.where(kept, score, np.minimum(score - above, least))
   return Selection(rows, score)
 
 
