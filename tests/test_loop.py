@@ -356,3 +356,54 @@ def test_parameters_alone_are_restored_on_another_mesh(golden):
   for n, p in decoder.table(MODEL).items():
     np.testing.assert_array_equal(found[n], state.params[n])
     assert found[n].sharding == sharding.named(mesh, *p.axes)
+
+
+# A loss with a running mean.
+
+
+@functools.lru_cache
+def bco_step():
+  tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
+  return steps.make_train_step(PRODUCERS["chunked"](MODEL, 5), LOSSES["bco"],
+                               tx), tx
+
+
+def bco_run(mesh, folder, killed_at=None):
+  """`run` on the same tokens as thumbs."""
+  one = rows()
+  thumbs = feed.Rows([f"row-{i:02d}" for i in range(22)], one.tokens,
+                     np.arange(22)[:, None], one.ref_sum.reshape(22, 1),
+                     one.ref_count.reshape(22, 1), np.arange(22) % 3 == 0)
+  batch_at, ids_at, tokens_at = feed.make_feed(
+      mesh, thumbs, batch=4, accumulation=2, seed=3, context=12,
+      rate=lambda step: 0.01 * (step + 1))
+
+  def at(step):
+    if step == killed_at:
+      raise Killed
+    return batch_at(step)
+
+  train_step, tx = bco_step()
+  state = steps.init_state(fresh(mesh).params, tx, LOSSES["bco"])
+  return loop.fit(state, train_step, at, ids_at, folder=folder, label="align",
+                  updates=UPDATES, save_every=SAVE_EVERY, tokens_at=tokens_at)
+
+
+def test_a_killed_run_keeps_its_running_mean(alone, tmp_path):
+  state = jax.device_get(bco_run(alone, tmp_path / "whole"))
+  log = log_of(tmp_path / "whole")
+  assert state.delta.count == 4 * UPDATES
+  assert log[-1]["train/delta"] == float(state.delta.mean)
+  assert len({x["train/delta"] for x in log}) == UPDATES
+  with pytest.raises(Killed):
+    bco_run(alone, tmp_path / "killed", 5)
+  again = bco_run(alone, tmp_path / "killed")
+  same(again, tmp_path / "killed", (state, log))
+
+
+def test_checkpoints_of_other_losses_are_as_they_were(alone):
+  """A run begun before there was a running mean goes on."""
+  state = fresh(alone)
+  assert state.delta == ()
+  assert list(map(type, loop._items(state)["rest"])) == [
+      type(state.opt_state), type(state.step)]

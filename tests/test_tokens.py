@@ -219,6 +219,16 @@ def test_pad_takes_any_rows_in_any_order():
     tokens.pad(rows, index, 3)
 
 
+def test_shortened_rows_are_the_heads_of_rows():
+  rows = tokens.TokenRows(np.arange(9, dtype=np.int32), np.array([0, 4, 6, 9]),
+                          np.array([1, 1, 2], np.int32),
+                          np.array([0, 5, 0], np.int32))
+  short = tokens.shorten(rows, np.array([2, 9, 3]))
+  assert [row(short, i) for i in range(3)] == [[0, 1], [4, 5], [6, 7, 8]]
+  assert short.cut.tolist() == [2, 5, 0]
+  assert short.start.tolist() == [1, 1, 2]
+
+
 def test_no_rows_at_all():
   rows, report, refused = tokens.encode_pairs(SMALL, [], [], [], 64)
   assert (len(rows.ids), rows.offsets.tolist(), refused) == (0, [0], {})

@@ -1,0 +1,101 @@
+"""What losses read of the kept rows, against a NumPy Llama and by hand."""
+
+import types
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+import oracle
+from test_step import (LENGTH, MODEL, SIZES, on_mesh, real_params, rows_of,
+                       token_rows)
+from jaxalign import references
+from jaxalign.errors import DataError
+from jaxalign.select import embed
+from jaxalign.train import feed
+from jaxalign.train.losses import matching
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make(mesh, responses):
+  """(what of a job is read, rows in another order than their tokens, tokens
+  and mask of those rows)."""
+  tokens, mask = rows_of(8, responses, 7)
+  order = np.array([5, 0, 7, 2, 3])
+  c = ml_collections.ConfigDict(dict(embed=dict(tile=2),
+                                     model=dict(head_chunk=5)))
+  job = types.SimpleNamespace(c=c, mesh=mesh, model=MODEL,
+                              reference=on_mesh(mesh))
+  tokens[:, :, 0] = 1
+  all_rows = token_rows(tokens, mask)
+  tokens, mask = tokens[order], mask[order]
+  ref = np.zeros(mask.shape[:2])
+  for i in np.ndindex(ref.shape):
+    ref[i] = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]].sum()
+  rows = feed.Rows([f"row-{i}" for i in order], all_rows,
+                   order[:, None] * responses + np.arange(responses),
+                   np.float32(ref), np.float32(mask.sum(-1)),
+                   np.array([True, False, True, False, False]))
+  return job, rows, tokens, mask
+
+
+def test_public_sums_end_where_the_shorter_answer_does(mesh):
+  job, rows, tokens, mask = make(mesh, 2)
+  public, cost = references.public_sums(job, rows)
+  counts = mask.sum(-1)
+  assert (counts[:, 0] < counts[:, 1]).any() > 0 < (
+      counts[:, 0] > counts[:, 1]).any()
+  seen = 0
+  for i in np.ndindex(public.shape):
+    each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
+    shortest = counts[i[0]].min()
+    assert public[i] == pytest.approx(each[:shortest].sum(), abs=1e-5)
+    if counts[i] == shortest:
+      assert public[i] == rows.ref_sum[i]
+    else:
+      assert abs(public[i] - rows.ref_sum[i]) > 0.1
+      seen += mask[i].argmax() + shortest  # prompt and shared tokens
+  assert cost.tokens == seen > 0 < cost.operations
+
+
+def test_public_sums_of_equal_lengths_cost_nothing(mesh):
+  job, rows, _, _ = make(mesh, 1)
+  public, cost = references.public_sums(job, rows)
+  np.testing.assert_array_equal(public, rows.ref_sum)
+  assert cost.operations == 0
+
+
+def test_prompt_weights_see_no_answer(mesh):
+  """Other answers to the same prompts leave the same weights."""
+  job, rows, tokens, mask = make(mesh, 1)
+  weights, cost = references.prompt_weights(job, rows, 4)
+  other = rows.tokens.ids.copy()
+  for i, start in enumerate(rows.tokens.start):
+    at = slice(rows.tokens.offsets[i] + start, rows.tokens.offsets[i + 1])
+    other[at] = (other[at] + 7) % 32
+  again, _ = references.prompt_weights(
+      job, rows._replace(tokens=rows.tokens._replace(ids=other)), 4)
+  np.testing.assert_array_equal(weights, again)
+  prompts = [tokens[i, 0, :mask[i, 0].argmax()] for i in range(5)]
+  assert cost.tokens == sum(map(len, prompts))
+  # The same prompts as rows of their own.
+  flat = np.zeros((5, 1, LENGTH), np.int32)
+  on = np.zeros((5, 1, LENGTH), bool)
+  for i, p in enumerate(prompts):
+    flat[i, 0, :len(p)], on[i, 0, len(p) - 1] = p, True
+  x = embed.pool_rows(mesh, job.reference, MODEL, token_rows(flat, on),
+                      pooling="mean", tile=2)
+  np.testing.assert_allclose(weights, matching.density_ratios(x, rows.label),
+                             rtol=1e-4)
+  assert (weights[rows.label] == 1).all()
+  assert (weights[~rows.label] != 1).all()
+  with pytest.raises(DataError, match="config.loss.name to 'bco'"):
+    references.prompt_weights(job, rows._replace(label=np.full(5, True)), 4)
