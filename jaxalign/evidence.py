@@ -174,6 +174,7 @@ def _over_seeds(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
   if len(set(values)) == 1:  # no spread to see: one run's own interval
     return {k: runs[0].get(k) for k in ("value", "low", "high", "n")}
   found = intervals.student(values)
+  found["seeds"] = found["n"]
   if name in NOT_SHARES:
     return found
   return found | dict(low=max(0.0, found["low"]), high=min(1.0, found["high"]))

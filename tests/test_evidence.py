@@ -189,6 +189,7 @@ def test_a_fair_test_end_to_end(tmp_path):
   assert "isa-0.1 against random-0.1" in ended.out
   said = page.terminal(summary).splitlines()
   assert len(said) <= 25 and any("all-1-as-0.1" in x for x in said)
+  assert said[2].split()[-1] == "FLOP"  # selecting counted
   html = (tmp_path / "report.html").read_text()
   assert "Quality for its cost" in html and "Against random-0.1" in html
   # The lengths of the control are those of the chosen rows, bin by bin.
@@ -211,7 +212,6 @@ def test_a_fair_test_end_to_end(tmp_path):
                             "export", "report"] * 2 + ["report"]
 
 
-@pytest.mark.slow
 def test_a_plateau_end_to_end(tmp_path):
   ended = jobs.run(tmp_path, config="plateau.py:tiny")
   assert ended.code == 0, ended

@@ -10,6 +10,7 @@ from jaxalign.report.pages import evidence, plateau, run
 from jaxalign.report.pages.run import fields, records
 
 SAMPLES = 6  # prompts whose answers are shown
+OPEN = 40  # lines of the ledger that stand open
 COLUMNS, LINES = 80, 25  # of the terminal's summary
 
 
@@ -97,6 +98,14 @@ def _top(summary: dict, arms: list[dict]) -> Html:
   return page.join(parts)
 
 
+def _count(found: dict) -> str:
+  """What an interval is over: prompts, seeds, or both."""
+  n, prompts = page.number(found.get("n")), found.get("prompts")
+  if prompts is not None:
+    return f"{n} seeds × {page.number(prompts)} prompts"
+  return f"{n} seeds" if found.get("seeds") is not None else n
+
+
 def _forest(rows: Sequence[tuple[str, int, dict]], name: str) -> Html:
   """Every arm's value of one metric, against chance where there is one."""
   m = run.metric(name)
@@ -104,7 +113,7 @@ def _forest(rows: Sequence[tuple[str, int, dict]], name: str) -> Html:
   placed = [charts.Row(label, f.get("value"), f.get("low"), f.get("high"),
                        run.measured(m, f), colour)
             for label, colour, f in rows]
-  many = {page.number(f.get("n")) for _, _, f in rows if f.get("n") is not None}
+  many = {_count(f) for _, _, f in rows if f.get("n") is not None}
   caption = f"{m.name}: value and 95 % interval per arm"
   if many:
     caption += f", n = {' / '.join(sorted(many))}"
@@ -313,12 +322,15 @@ def _costs(stages: list[dict]) -> list[Html]:
                                "block"), chart]),
       "Operations by arm and stage. What several arms share is paid once and "
       "has a bar of its own." + gap)
-  return [figure, page.table(
+  table = page.table(
       ("Stage", "Arm", "Operations", "Tokens", "Time", "Bytes written"),
       [(page.plain(s.get("stage")), page.plain(s.get("arm") or "shared"),
         page.engineering(s.get("operations")), page.number(s.get("tokens")),
         _seconds(s.get("seconds")), page.engineering(s.get("bytes"), "B"))
-       for s in stages], "The ledger, stage by stage.", text=(1,))]
+       for s in stages], "The ledger, stage by stage.", text=(1,))
+  if len(stages) > OPEN:
+    table = tag("details", tag("summary", "The ledger, stage by stage"), table)
+  return [figure, table]
 
 
 def _samples(found: list[dict], start: str) -> Html:
@@ -436,14 +448,20 @@ def terminal(summary: dict) -> str:
       return value if found else page.MISSING
     return f"{value} {run.bounds(run.metric(name), found)}"
 
+  cost = [g for g in records(summary.get("groups")) if "operations" in g]
+  if cost:  # of several seeds: what it is for, in place of how far it went
+    names = [n for n in names if n != "kl"]
   title = charts.shorten(summary.get("title") or "jaxalign report", COLUMNS)
   text = [title, "=" * len(title)]
-  grid = [["arm", "rows", *(heads[n] for n in names)]]
+  grid = [["arm", "rows", *(heads[n] for n in names),
+           *(["FLOP"] if cost else [])]]
   for arm in every:
     grid.append([charts.shorten(arm.get("name"), 20),
                  charts.shorten(page.number(arm.get("rows")), 9),
                  *(charts.shorten(short(n, run.metrics_of(arm).get(n)), 20)
-                   for n in names)])
+                   for n in names),
+                 *([page.engineering(arm.get("operations"), "")] if cost
+                   else [])])
   room = 14
   left = len(grid) - 1 - room
   grid = grid[:room + 1]
@@ -464,7 +482,7 @@ def terminal(summary: dict) -> str:
             for w in run.words(summary.get("warnings")))]
   for i, (lead, words) in enumerate(said):
     lines = textwrap.wrap(f"- {lead}{' '.join(words.split())}", COLUMNS,
-                          subsequent_indent="  ", max_lines=3,
+                          subsequent_indent="  ", max_lines=4,
                           placeholder=" ...")
     if len(text) + len(lines) > LINES - 1:
       text.append(f"... and more remarks ({len(said) - i}) in the report")
