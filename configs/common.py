@@ -109,6 +109,7 @@ def base(variant: str = "") -> ConfigDict:
   t.min_updates = 1  # few rows are passed over more often than t.epochs
   t.batch_size, t.accumulation = 32, 1
   t.lr, t.warmup_ratio, t.schedule = 4e-4, 0.1, "linear"
+  t.optimizer = "adamw"  # or "lion", "rmsprop", "adafactor", "sgd"
   t.clip, t.weight_decay, t.b2 = 1.0, 0.0, 0.98
   t.save_every = 100
 

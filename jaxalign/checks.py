@@ -43,7 +43,8 @@ CHOICES = {"select.order": basic.ORDERS,
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
            "data.on_bad_rows": ("skip", "error"),
-           "model.param_dtype": decoder.DTYPES}
+           "model.param_dtype": decoder.DTYPES,
+           "train.optimizer": tuple(optim.OPTIMIZERS)}
 
 
 def _check_values(c: Any) -> None:
@@ -158,7 +159,8 @@ def step_memory(c: Any, m: decoder.ModelConfig, mesh: Any, length: int,
   return memory.train_step(
       m, mesh, length=length, chunk=c.model.head_chunk,
       frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
-      rows=c.train.batch_size * responses // c.train.accumulation)
+      rows=c.train.batch_size * responses // c.train.accumulation,
+      moments=optim.MOMENTS[c.train.optimizer])
 
 
 def _model(c: Any, planned: bool) -> decoder.ModelConfig:

@@ -32,7 +32,8 @@ def size_of(device: Any) -> int | None:
 
 
 def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
-               chunk: int, frozen_size: int = 4) -> dict[str, int]:
+               chunk: int, frozen_size: int = 4, moments: int = 2
+               ) -> dict[str, int]:
   """Bytes a device of one train step, by what they hold.
 
   Args:
@@ -42,9 +43,10 @@ def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
     length: their padded length.
     chunk: positions of the head at once.
     frozen_size: bytes of a number that adapters leave as it is.
+    moments: what the optimizer keeps, see `optim.MOMENTS`.
 
   Returns:
-    "parameters", "gradients" and "optimizer" (two float32 moments) of what is
+    "parameters", "gradients" and "optimizer" (float32 moments) of what is
     trained, and the estimates "activations" (what the backward pass keeps of
     every layer), "logits" (of one chunk, with their gradient) and "workspace"
     (what else one layer, or the head, needs while it runs backward).
@@ -80,7 +82,7 @@ def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
     layer += tokens * (per_token["none"] * size + scores * (4 + size))
   logits = 2 * 4 * local * min(chunk, length) * m.vocab // tensor
   head = (size + 4) * m.vocab * m.width // tensor
-  return dict(parameters=held, gradients=trained, optimizer=2 * trained,
+  return dict(parameters=held, gradients=trained, optimizer=moments * trained,
               activations=activations, logits=logits,
               workspace=max(layer - logits, head))
 

@@ -104,13 +104,14 @@ def run_sft(job: Job) -> None:
 def _train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
            begin: Callable, rows: feed.Rows, loss: Callable, knobs: Any, *,
            lr: float, updates: int, seed: int, sft_weight: float,
+           optimizer: str = "adamw",
            mismatched: feed.Mismatched | None = None,
            trace: tuple[int, int] = (0, 0)) -> Cost:
   """Trains in `folder`; `begin(batch_at)` returns the parameters to train and
   those beside them that stay. Shared by sft and align."""
   c, mesh = job.c, job.mesh
   tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
-                            weight_decay=knobs.weight_decay)
+                            weight_decay=knobs.weight_decay, name=optimizer)
   if m.lora and m.lora.variant == "allora":
     tx = optim.allora(tx, c.lora.eta)
   rate = optim.make_schedule(lr=lr, updates=updates,
@@ -554,7 +555,8 @@ def run_align(job: Job, arm: Arm) -> None:
                   functools.partial(_policy_start, job, arm, folder), rows,
                   job.loss, c.train, lr=c.lora.lr if lora else c.train.lr,
                   updates=updates, seed=arm.seed, mismatched=mismatched,
-                  sft_weight=c.loss.sft_weight, trace=tuple(c.profile.steps))
+                  sft_weight=c.loss.sft_weight, optimizer=c.train.optimizer,
+                  trace=tuple(c.profile.steps))
     return (list(leaves), cost,
             dict(updates=updates, rows=len(rows.ids),
                  say=f"{updates} updates"))

@@ -20,7 +20,10 @@ from test_losses import ORACLES, START, Example
 from test_losses_batch import AOT
 from test_step import (MODEL, SIZES, cut, make_mesh, on_mesh, real_params,
                        rows_of)
+from configs import common
+from jaxalign import checks
 from jaxalign import sharding
+from jaxalign.errors import ConfigError
 from jaxalign.train import losses
 from jaxalign.train import stats
 from jaxalign.train import step as steps
@@ -150,6 +153,34 @@ def test_no_loss_asks_for_more_than_a_step_computes():
     bound = losses.bind(fn, name, {})
     if "delta" in fn.stats:
       assert stats.beta_of(bound) == stats.beta_of(fn) == 0.1
+
+
+def asks_for_more(policy, ref, stats):
+  """A fork's loss."""
+  return policy.sum[:, 0] * stats["temperature"], {}
+
+
+asks_for_more.kind, asks_for_more.stats = "pairs", ("temperature",)
+
+
+def test_a_loss_that_asks_for_more_is_refused_before_anything_runs():
+  c = common.base("tiny")
+  c.loss.kwargs = {}
+  checks.validate(c)
+  c.loss.name = "dpo+test_losses_step:asks_for_more"
+  with pytest.raises(ConfigError, match="asks for temperature, which no step "
+                     "computes .known: label.*config.loss.name"):
+    checks.validate(c)
+
+
+def test_the_running_mean_has_the_beta_of_its_own_term():
+  """Of a sum each term keeps its default; one that is given reaches all."""
+  for name in ("dpo_norm+bco_pair", "bco_pair+dpo_norm"):
+    fn = combine.find(name)
+    assert stats.beta_of(losses.bind(fn, name, {})) == 0.1
+    assert stats.beta_of(losses.bind(fn, name, dict(beta=0.3))) == 0.3
+  assert not stats.looks_ahead(combine.find("dpo+sft_tokens"))
+  assert stats.looks_ahead(combine.find("aot+sft"))
 
 
 EACH = [pytest.param(model, name, marks=[pytest.mark.slow] if (

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import oracle
@@ -142,8 +143,9 @@ def slopes(fn, params, h=1e-5):
 
 
 @functools.lru_cache
-def toy_step(loss, sft_weight=0.3, clip=0.0, weight_decay=0.0):
-  tx = optim.make_optimizer(clip=clip, weight_decay=weight_decay, b2=B2)
+def toy_step(loss, sft_weight=0.3, clip=0.0, weight_decay=0.0, name="adamw"):
+  tx = optim.make_optimizer(clip=clip, weight_decay=weight_decay, b2=B2,
+                            name=name)
   return steps.make_train_step(toy, loss, tx, sft_weight=sft_weight), tx
 
 
@@ -259,8 +261,43 @@ def test_a_class_spread_unevenly_is_averaged_over_its_rows(mesh):
   assert means["rewards/rejected"] == pytest.approx(r[:13].mean(), rel=1e-4)
 
 
-def adamw(gradients, params, lrs, clip, decay):
-  """Loshchilov and Hutter 2019, alg. 2, behind a clip by the global norm."""
+def adamw(g, m, v, t, p):
+  """Loshchilov and Hutter 2019, alg. 2."""
+  m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
+  return m / (1 - B1 ** t) / (np.sqrt(v / (1 - B2 ** t)) + EPS), m, v
+
+
+def lion(g, m, v, t, p):
+  """Chen et al. 2023, alg. 2."""
+  return np.sign(B1 * m + (1 - B1) * g), B2 * m + (1 - B2) * g, v
+
+
+def rmsprop(g, m, v, t, p):
+  """torch.optim.RMSprop, alpha = B2."""
+  v = B2 * v + (1 - B2) * g * g
+  return g / (np.sqrt(v) + EPS), m, v
+
+
+def adafactor(g, m, v, t, p):
+  """Shazeer and Stern 2018, alg. 4 and 5, where nothing is factored."""
+  share = 1 - t ** -0.8
+  v = share * v + (1 - share) * (g * g + 1e-30)
+  u = g / np.sqrt(v)
+  size = lambda x: np.sqrt(np.mean(x ** 2))
+  return u / max(1.0, size(u)) * max(1e-3, size(p)), m, v
+
+
+def sgd(g, m, v, t, p):
+  return g, m, v
+
+
+RULES = dict(adamw=adamw, lion=lion, rmsprop=rmsprop, adafactor=adafactor,
+             sgd=sgd)
+
+
+def descend(rule, gradients, params, lrs, clip, decay):
+  """float64 parameters after an update at each rate, behind a clip by the
+  global norm, with decoupled decay of matrices."""
   p = {n: np.float64(w) for n, w in params.items()}
   m, v = ({n: 0.0 for n in p} for _ in range(2))
   for t, lr in enumerate(lrs, 1):
@@ -268,19 +305,17 @@ def adamw(gradients, params, lrs, clip, decay):
     norm = np.sqrt(sum((x ** 2).sum() for x in g.values()))
     scale = min(1.0, clip / norm) if clip else 1.0
     for n in p:
-      x = g[n] * scale
-      m[n] = B1 * m[n] + (1 - B1) * x
-      v[n] = B2 * v[n] + (1 - B2) * x * x
-      hat = m[n] / (1 - B1 ** t) / (np.sqrt(v[n] / (1 - B2 ** t)) + EPS)
-      p[n] = p[n] - lr * (hat + (0.0 if n == "norm" else decay) * p[n])
+      u, m[n], v[n] = rule(g[n] * scale, m[n], v[n], t, p[n])
+      p[n] = p[n] - lr * (u + (0.0 if n == "norm" else decay) * p[n])
   return p
 
 
-@pytest.mark.parametrize("clip,decay", [(0.0, 0.0), (0.05, 0.2)])
-def test_the_update_is_adamw_at_the_batch_s_rate(mesh, clip, decay):
+@pytest.mark.parametrize("name,clip,decay", [
+    ("adamw", 0.0, 0.0), *((name, 0.05, 0.2) for name in optim.OPTIMIZERS)])
+def test_the_update_is_the_rule_s_at_the_batch_s_rate(mesh, name, clip, decay):
   batch = toy_batch(2)
   train_step, tx = toy_step(DPO, sft_weight=0.0, clip=clip,
-                            weight_decay=decay)
+                            weight_decay=decay, name=name)
   state = steps.init_state(
       {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}, tx)
   lrs = [0.1, 0.03, 0.2]
@@ -289,11 +324,45 @@ def test_the_update_is_adamw_at_the_batch_s_rate(mesh, clip, decay):
                                | {"lr": np.float32(lr)})
     assert totals["lr"][0] == np.float32(lr)
   assert int(state.step) == 3
-  wanted = adamw(lambda p: slopes(lambda q: toy_objective(q, batch)[0], p),
-                 toy_params(), lrs, clip, decay)
+  wanted = descend(
+      RULES[name], lambda p: slopes(lambda q: toy_objective(q, batch)[0], p),
+      toy_params(), lrs, clip, decay)
   for n, w in wanted.items():
     np.testing.assert_allclose(state.params[n], w, rtol=0, atol=2e-4)
-    assert np.abs(w - toy_params()[n]).max() > 0.02
+    moved = np.abs(w - toy_params()[n]).max()
+    assert moved > (0.002 if name == "sgd" else 0.02)  # a clipped gradient
+
+
+def test_factors_are_optax_s_on_every_mesh(mesh):
+  """A matrix large enough to be factored, cut over the mesh, and a stack."""
+  rng = np.random.default_rng(2)
+  shapes = {"w": (128, 136), "layers/w": (2, 136, 128)}
+  host = {n: np.float32(rng.normal(size=s)) for n, s in shapes.items()}
+  tx = optim.make_optimizer(clip=0.0, weight_decay=0.25, b2=B2,
+                            name="adafactor")
+  peer = optax.adafactor(1.0, weight_decay_rate=0.25)
+  axes = {"w": ("width", "vocab"), "layers/w": (None, "width", "ff")}
+  params = {n: sharding.put(mesh, w, *axes[n]) for n, w in host.items()}
+  state, theirs = jax.jit(tx.init)(params), peer.init(host)
+  kept = sum(x.size for x in jax.tree.leaves(state))
+  assert kept < 0.05 * sum(w.size for w in host.values())
+  for _ in range(3):
+    grads = {n: np.float32(rng.normal(size=s)) for n, s in shapes.items()}
+    got, state = jax.jit(tx.update)(
+        {n: sharding.put(mesh, g, *axes[n]) for n, g in grads.items()}, state,
+        params)
+    wanted, theirs = peer.update(grads, theirs, host)
+    for n in shapes:
+      assert got[n].sharding == params[n].sharding
+      np.testing.assert_allclose(got[n], wanted[n], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_moments_are_counted(name):
+  tx = optim.make_optimizer(clip=1.0, weight_decay=0.1, b2=B2, name=name)
+  state = tx.init({"w": np.zeros((256, 256), np.float32)})
+  kept = sum(x.size for x in jax.tree.leaves(state)) / 256 ** 2
+  assert round(kept) == optim.MOMENTS[name]
 
 
 def test_weight_decay_is_for_matrices_alone():

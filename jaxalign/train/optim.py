@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind a clip, with a warm-up that is a RATIO.
+"""The optimizers behind a clip, and rates with a warm-up that is a RATIO.
 
 A warm-up in steps never ends on a small subset: 150 steps are more than the
 93 updates of a 3.5 % subset (selection is what this code is for).
@@ -68,23 +68,74 @@ def decays(name: str) -> bool:
   return "norm" not in name and not last.startswith("b")
 
 
+def adamw(b2: float) -> optax.GradientTransformation:
+  """Loshchilov and Hutter 2019; b1 is 0.9, `b2` decays the second moment."""
+  return optax.scale_by_adam(b1=0.9, b2=b2, eps=1e-8)
+
+
+def lion(b2: float) -> optax.GradientTransformation:
+  """Chen et al. 2023: the sign of 0.9 m + 0.1 g, and `b2` decays m.
+
+  Every number moves by the whole rate: the authors take one 3 to 10 times
+  smaller than AdamW's, a decay as much larger, and b2 = 0.99.
+  """
+  return optax.scale_by_lion(b1=0.9, b2=b2)
+
+
+def rmsprop(b2: float) -> optax.GradientTransformation:
+  """The original DPO code's, g / (sqrt(v) + 1e-8), torch's defaults at
+  b2 = 0.99. v starts at 0 and is not corrected: the first update is
+  1 / sqrt(1 - b2) rates long, so warm up."""
+  return optax.scale_by_rms(decay=b2, eps=1e-8, eps_in_sqrt=False)
+
+
+def adafactor(b2: float) -> optax.GradientTransformation:
+  """Shazeer and Stern 2018: row and column sums in place of second moments.
+
+  As `optax.adafactor`: the rate is a share of each parameter's own size, the
+  second moment decays by 1 - t^-0.8 (`b2` is not read), nothing is averaged,
+  and a parameter's update is held at a root mean square of 1; a stack of
+  layers is one parameter, of which dimensions under 128 are not factored.
+  """
+  del b2
+  return optax.chain(
+      optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
+      optax.scale_by_param_block_rms())
+
+
+def sgd(b2: float) -> optax.GradientTransformation:
+  """The gradient itself: no state; `b2` is not read."""
+  del b2
+  return optax.identity()
+
+
+OPTIMIZERS = {"adamw": adamw, "lion": lion, "rmsprop": rmsprop,
+              "adafactor": adafactor, "sgd": sgd}
+# Numbers that each keeps for one that is trained, at least: factors are few.
+MOMENTS = {"adamw": 2, "lion": 1, "rmsprop": 1, "adafactor": 0, "sgd": 0}
+
+
 @functools.lru_cache(maxsize=None)
-def make_optimizer(*, clip: float, weight_decay: float, b2: float
-                   ) -> optax.GradientTransformation:
-  """AdamW at a learning rate of 1, with clipping by the global norm.
+def make_optimizer(*, clip: float, weight_decay: float, b2: float,
+                   name: str = "adamw") -> optax.GradientTransformation:
+  """An optimizer at a learning rate of 1, with clipping by the global norm.
 
   The step multiplies its updates by the rate of the batch, so arms with other
   numbers of updates share one compiled step.
 
   Args:
     clip: largest global gradient norm; 0 for none.
-    weight_decay: of AdamW, on matrices (no norm's scale or bias, no bias).
-    b2: decay of the second moment.
+    weight_decay: decoupled, times the rate, on matrices (no norm's scale or
+      bias, no bias).
+    b2: decay of the moment that the optimizer keeps longest.
+    name: a key of OPTIMIZERS.
   """
-  adamw = optax.adamw(
-      1.0, b1=0.9, b2=b2, eps=1e-8, weight_decay=weight_decay,
-      mask=lambda params: {n: decays(n) for n in params})
-  return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw
+  tx = optax.chain(
+      OPTIMIZERS[name](b2),
+      optax.add_decayed_weights(
+          weight_decay, lambda params: {n: decays(n) for n in params}),
+      optax.scale(-1.0))
+  return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
 
 
 @functools.lru_cache(maxsize=None)
