@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxalign.artifacts import Card, Cost
 
-SELECTION = ("embed", "mixture", "select")
+SELECTION = ("embed", "residual", "mixture", "select")
 
 
 def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:

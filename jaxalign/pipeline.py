@@ -174,6 +174,28 @@ def run_embed(job: Job) -> None:
           fields=pick(c, "embed", "model"))
 
 
+def run_residual(job: Job) -> None:
+  """What the pool's responses say beyond what the reference expected."""
+  c, m = job.c, job.model
+
+  def make(folder):
+    rows, ids = job.tokens("pool"), job.column("pool", "id")
+    found = embed.residual_rows(job.mesh, job.reference, m, rows,
+                                tile=c.embed.tile, chunk=c.model.head_chunk,
+                                ids=ids)
+    for name, x in found.items():
+      if jax.process_index() == 0:
+        artifacts.write_array(folder / f"{name}.npy",
+                              x.reshape(len(ids), -1, *x.shape[1:]))
+    return ([f"{name}.npy" for name in found],
+            Cost(embed.operations(m, rows)  # the head again, and its slope
+                 + 4 * m.vocab * m.width * len(rows.ids), len(rows.ids)), {})
+
+  job.run(job.shared / "residual", "residual", make=make,
+          fields=pick(c, "embed.tile", "model"),
+          inputs=dict(data=job.key("data"), sft=job.key("sft")))
+
+
 def run_mixture(job: Job) -> None:
   """Fits the mixture, and what the card needs to know of it."""
   c = job.c
@@ -321,6 +343,10 @@ def run_select(job: Job, arm: Arm) -> None:
         for name, file in (("logp", "logp"), ("logp_count", "count")):
           columns[name] = artifacts.read_array(
               job.shared / "embed" / f"{file}.npy")
+    if "residual" in sampler.needs:
+      for name in ("residual", "least"):
+        columns[name] = artifacts.read_array(
+            job.shared / "residual" / f"{name}.npy")
     if "grams" in sampler.needs:
       columns |= grams.columns(tokens, len(tokens.start) // n)
     if "group" in sampler.optional:
@@ -363,6 +389,8 @@ def run_select(job: Job, arm: Arm) -> None:
     inputs["embed"] = job.key("embed")
   if "subset" in sampler.needs:
     inputs["subset"] = job.key("select", chosen_arm.name)
+  if "residual" in sampler.needs:
+    inputs["residual"] = job.key("residual")
   job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
 
 
@@ -561,9 +589,12 @@ def run_align(job: Job, arm: Arm) -> None:
             dict(updates=updates, rows=len(rows.ids),
                  say=f"{updates} updates"))
 
+  fields = pick(c, "loss", "train", "model.head_chunk", "model.dtype",
+                *(["lora"] if lora else [])) | _like(arm)
+  if c.train.optimizer == "adamw":  # runs of before there was a choice go on
+    del fields["train.optimizer"]
   job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
-          fields=pick(c, "loss", "train", "model.head_chunk", "model.dtype",
-                      *(["lora"] if lora else [])) | _like(arm),
+          fields=fields,
           inputs=dict(ref_logps=job.key("ref_logps", arm.name)))
 
 
@@ -627,6 +658,9 @@ def run_shared(job: Job, arms: list[Arm]) -> None:
                 job.c.train.batch_size)
   run_sft(job)
   run_embed(job)
+  if any("residual" in lookup(SAMPLERS, a.sampler, "sampler",
+                              "select.sampler").needs for a in arms):
+    run_residual(job)
   if any("log_likelihood" in lookup(SAMPLERS, a.sampler, "sampler",
                                     "select.sampler").needs for a in arms):
     run_mixture(job)

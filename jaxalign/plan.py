@@ -99,6 +99,9 @@ def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
   n, k = rows["pool"] * r, c.select.mixture.components
   needs = [lookup(SAMPLERS, a.sampler, "sampler", "select.sampler").needs
            for a in arms]
+  if any("residual" in x for x in needs):  # the head's slope beside it
+    add("residual", rows["pool"] * r, "rows", rows["pool"] * r * (
+        one("pool") + 4 * m.vocab * m.width * int(tokens["pool"])))
   fitting = 0
   if any("log_likelihood" in x for x in needs):
     wide = chosen.model.width

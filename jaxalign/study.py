@@ -148,7 +148,9 @@ def _arm_costs(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, int]:
   return ledger.arm_operations(
       needs_embedding="embedding" in _needs(arm),
       needs_mixture="log_likelihood" in _needs(arm),
-      embed=_spent(job, "embed"), mixture=_spent(job, "mixture"),
+      embed=_spent(job, "embed") + (
+          _spent(job, "residual") if "residual" in _needs(arm) else 0),
+      mixture=_spent(job, "mixture"),
       # An embedder of its own: the pass over the kept rows is in ref_logps.
       reference=0 if embedder.alone(job.c) else _subset_tokens(job, arm),
       ref_logps=_spent(job, "ref_logps", arm.name),
@@ -309,6 +311,12 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
     warnings.append("No win rate: this source has no true reward and no judge "
                     "was asked, so arms are compared by held-out accuracy, "
                     "which can rise while generation gets worse")
+  for arm in arms:
+    card = artifacts.read_json(
+        pipeline.arm_folder(job, arm) / "selection.json")
+    for note in card["diagnostics"].get("notes", ()):
+      (warnings if note.startswith("warning") else verdicts).append(
+          f"{arm.name}: {note.removeprefix('warning: ')}.")
   for arm, one in zip(arms, described):
     share = one["metrics"]["malformed"]["value"]
     before = artifacts.read_json(

@@ -31,6 +31,8 @@ def make(responses=2, n=200, seed=0, width=8):
     columns["label"] = rng.random(n) < 0.3
   columns |= {
       "grams": rng.poisson(0.2, size=(*shape, 2 * width)).astype(np.uint8),
+      "residual": rng.normal(size=(*shape, width)).astype(np.float32),
+      "least": -rng.gamma(2.0, 1.0, size=shape),
       "overlap": rng.integers(0, 9, size=(*shape, 2)).astype(np.float32),
       "group": np.array([f"g{i % 7}" for i in range(n)]),
   }

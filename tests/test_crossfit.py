@@ -16,6 +16,8 @@ from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.errors import ConfigError, NumericError
+from jaxalign.model import decoder
+from jaxalign.select import embed
 from jaxalign.select import grams
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import SAMPLERS, crossfit, heads
@@ -58,6 +60,8 @@ def world(seed=3, n=N, thumbs=False, **knobs):
   # Embeddings of an untrained model are no more than a mix of the tokens.
   mix = np.random.default_rng(0).normal(size=(features["grams"].shape[2], 32))
   columns["embedding"] = np.float32(features["grams"] @ mix)
+  columns["residual"] = np.float32(features["grams"] @ mix[:, ::-1])
+  columns["least"] = np.float32(-features["grams"].max(axis=2))
   pool = pools.make_pool(names, columns | dict(reward=reward))
   return pools.Pool(pool.ids, {k: v for k, v in pool.columns.items()
                                if k != "reward"}), pool.reward
@@ -241,6 +245,39 @@ def test_grams_overlap_and_surprise_by_hand():
   counts = np.array([[2, 0, 1, 0], [1, 1, 0, 3]], np.uint8)
   a, b = np.log([(3 + 1) / 6, (1 + 1) / 6])
   np.testing.assert_allclose(grams.surprise(counts)[:, 0], [a, (a + b) / 2])
+
+
+def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
+  """Against softmax sums in float64 on the states of the same model."""
+  m = decoder.ModelConfig(vocab=40, width=16, layers=1, heads=2, kv_heads=2,
+                          head_size=8, ff=32, context=16, rope_theta=1e4,
+                          norm_eps=1e-5, tied=True)
+  params = decoder.init(jax.random.key(0), m, mesh)
+  params = {k: 3 * v for k, v in params.items()}
+  rng = np.random.default_rng(0)
+  sizes = np.array([9, 16, 6])
+  rows = tokens_lib.TokenRows(
+      rng.integers(0, 40, sizes.sum()).astype(np.int32),
+      np.concatenate([[0], np.cumsum(sizes)]),
+      np.array([3, 1, 5], np.int32), np.zeros(3, np.int32))
+  got = embed.residual_rows(mesh, params, m, rows, tile=2, chunk=4)
+  head = np.float64(sharding.fetch(params["embed"]))
+  for i, size in enumerate(sizes):
+    ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]]
+    short = tokens_lib.TokenRows(  # what comes before each token
+        np.concatenate([ids[:t] for t in range(1, size)]),
+        np.concatenate([[0], np.cumsum(np.arange(1, size))]),
+        np.zeros(size - 1, np.int32), np.zeros(size - 1, np.int32))
+    x = np.float64(embed.pool_rows(mesh, params, m, short, pooling="last",
+                                   tile=4))
+    wanted, least = np.zeros(16), 0.0
+    for t in range(rows.start[i], size):
+      scores = x[t - 1] @ head.T
+      p = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+      wanted += head[ids[t]] - p @ head
+      least = min(least, math.log(p[ids[t]]))
+    np.testing.assert_allclose(got["residual"][i], wanted, atol=2e-4)
+    np.testing.assert_allclose(got["least"][i], least, atol=1e-4)
 
 
 # The sampler.

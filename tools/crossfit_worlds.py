@@ -65,6 +65,8 @@ def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
     if "embedding" in SAMPLERS[args.sampler].needs:
       pipeline.run_sft(job)
       pipeline.run_embed(job)
+    if "residual" in SAMPLERS[args.sampler].needs:
+      pipeline.run_residual(job)
     world, rows = prepare.world_of(c), job.rows("pool")
     found = {"pool": (*shares(world, rows), 0.0)}
     for name in ("random", args.sampler):

@@ -60,6 +60,27 @@ def _pool_fn(mesh, m: decoder.ModelConfig, pooling: str):
   return jax.jit(sharding.per_row(mesh, one_tile, axes))
 
 
+@functools.lru_cache(maxsize=8)
+def _residual_fn(mesh, m: decoder.ModelConfig, chunk: int):
+  """`_row_fn` for `residual_rows`."""
+  def one_tile(params, rows, shared):
+    del shared
+    x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
+    head = decoder.head(params, m, sharding.PER_ROW).astype(m.dtype)
+
+    def total(x):
+      each = logprob.token_logps(x, head, rows["tokens"], chunk,
+                                 m.final_softcap)
+      return jnp.sum(logprob.sums(each, rows["mask"])[0]), each
+
+    slope, each = jax.grad(total, has_aux=True)(x)
+    return dict(residual=jnp.sum(slope.astype(jnp.float32), axis=1),
+                least=jnp.min(jnp.where(rows["mask"], each, 0.0), axis=1))
+
+  axes = {n: p.axes for n, p in decoder.table(m).items()}
+  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+
+
 def _pooled(x: jax.Array, length: jax.Array, pooling: str) -> jax.Array:
   """[b, L, D] states of rows of `length` [b] tokens -> [b, D] float32."""
   position = jnp.arange(x.shape[1])[None, :]
@@ -113,6 +134,27 @@ def pool_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   _over_tiles(mesh, _pool_fn(mesh, m, pooling), params, m, rows, tile, out,
               label, ids)
   return out["embedding"]
+
+
+def residual_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
+                  rows: tokens_lib.TokenRows, *, tile: int, chunk: int = 64,
+                  ids: Any = None) -> dict[str, np.ndarray]:
+  """What each response says beyond what the model expected, in one pass.
+
+  Arguments as of `score_rows`.
+
+  Returns:
+    residual [n, D] float32, the slope of the summed log-probability in the
+    final hidden states, summed: of each response token its row of the output
+    matrix less the mean row under the model's prediction; least [n] float32
+    nats, the log-probability of the least likely token.
+  """
+  n = len(rows.start)
+  out = dict(residual=np.zeros((n, m.width), np.float32),
+             least=np.zeros(n, np.float32))
+  _over_tiles(mesh, _residual_fn(mesh, m, chunk), params, m, rows, tile, out,
+              "residual", ids)
+  return out
 
 
 def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids) -> None:

@@ -286,7 +286,7 @@ def crossfit_lite(seed: int, pool: Pool, budget: int, *,
                  unlearnable)
 
 
-@needs("embedding", "grams", "overlap", "length",
+@needs("embedding", "residual", "least", "grams", "overlap", "length",
        optional=("logp", "logp_count", "log_likelihood", "label", "group"))
 def crossfit(seed: int, pool: Pool, budget: int, *,
              label_quota: float | str | None = None,
@@ -294,14 +294,15 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   """Rows by out-of-fold margin times a label-blind gate; reads every label.
 
   score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
-  tokens; embeddings; both) from the rows of other prompts, q how often heads
+  tokens; residuals; both and embeddings) from the rows of other prompts, q how often heads
   and labels agree on rows such as this. Wrong labels score below 0 and random
   words near 0; the highest scores are kept. The heads cost O(N P^2) on the
   host, P at most 256 a part of the features, wider ones O(N E^2) on the mesh.
 
   Args:
     seed: of the folds, and of the rows where it falls back to random ones.
-    pool: as of `crossfit_lite`, and `embedding` [N, R, E]; `logp` and
+    pool: as of `crossfit_lite`, and `embedding` [N, R, E], `residual`
+      [N, R, D] and `least` [N, R], see `embed.residual_rows`; `logp` and
       `logp_count` [N, R], `log_likelihood` [N, R] where it has them.
     budget: M, at most N. Where fewer rows score above 0 a warning says so,
       and the others come as `filled` has them.
@@ -316,7 +317,10 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   """
   said, few, signs = _read(pool)
   embedding = finite(pool.embedding, pool.ids, "embedding")
-  signs["embedding"] = _typical(embedding)
+  residual = finite(pool.residual, pool.ids, "residual")
+  least = column(pool, "least")
+  signs |= dict(embedding=_typical(embedding), least=least)
+  few = np.concatenate([few, least[..., None]], axis=2)
   if "logp" in pool.columns:
     total, count = column(pool, "logp"), column(pool, "logp_count")
     signs["logp"] = total / np.maximum(count, 1)
@@ -325,5 +329,5 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   if "log_likelihood" in pool.columns:
     signs["log_likelihood"] = column(pool, "log_likelihood")
   return _select(seed, pool, budget, Sides(
-      [[said, few], [embedding, few], [said, embedding, few]], signs),
+      [[said, few], [residual, few], [said, residual, embedding, few]], signs),
       label_quota, unlearnable)
