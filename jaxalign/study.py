@@ -131,10 +131,12 @@ def _costs(job: pipeline.Job, arms: list[pipeline.Arm]) -> dict[str, Any]:
                         if arm.seed == job.c.seed) if s]
   lines = ledger.stages({k: card for k, card in job.cards.items()
                          if k[1] != REPORT})
-  first = by_arm[arms[0].name]
+  total = ledger.total(lines)
+  selecting = sum(x["operations"] for x in lines
+                  if x["stage"] in ledger.SELECTION)
   return dict(stages=lines, arms=by_arm, saved=shares, everything=whole,
-              total=vars(ledger.total(lines)),
-              selection_share=first["select"] / max(first["total"], 1),
+              total=vars(total),
+              selection_share=selecting / max(total.operations, 1),
               parameters=decoder.parameter_count(job.model))
 
 

@@ -218,6 +218,13 @@ def test_a_plateau_end_to_end(tmp_path):
   fit = load(tmp_path / "fit.json")
   assert sorted(set(fit["x"])) == [0, 5, 10, 25, 100]
   assert fit["rows"] == [8, 16, 40, 160] * 2
+  costs = load(tmp_path / "summary.json")["ledger"]
+  embedding, = [x["operations"] for x in costs["stages"]
+                if x["stage"] == "embed"]  # all that random rows leave
+  assert costs["selection_share"] == pytest.approx(
+      embedding / sum(x["operations"] for x in costs["stages"]))
+  assert {x["arm"] for x in costs["saved"]} == {
+      f"random-{b}-seed0" for b in ("0.05", "0.1", "0.25")}
   html = (tmp_path / "report.html").read_text()
   assert "How it grows with data" in html and "b is set by" in html
   kept = [[r["id"] for r in records.read_table(
