@@ -10,7 +10,7 @@ from jaxalign.eval import agreement
 from jaxalign.eval import plateau as fits
 from jaxalign.eval.agreement import Verdict
 from jaxalign.report import page
-from jaxalign.report.pages import judges, plateau
+from jaxalign.report.pages import evidence, judges, plateau
 
 HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
 OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]
@@ -34,6 +34,19 @@ def control(passed=True):
   share = dict(value=0.0, low=0.0, high=0.1, n=20, passed=passed)
   return {"gpt": dict(null=share, injected=share | dict(passed=True),
                       words=["gpt: it holds."])}
+
+
+def ranked():
+  return [dict(budget=0.1, rows=[
+      dict(name="isa-0.1", value=0.6, low=0.5, high=0.7, n=5, rank=1,
+           **{"from": 1, "to": 2}),
+      dict(name="random-0.1", value=0.5, low=0.4, high=0.6, n=5, rank=2,
+           **{"from": 2, "to": 2})])]
+
+
+def gained():
+  return [dict(name="isa-0.1", gain=dict(value=0.1, low=0.05, high=0.15, n=5),
+               operations=2e12, per_tera=5.0)]
 
 
 def text(found):
@@ -84,6 +97,17 @@ def test_a_failed_control_is_a_warning(passed):
   assert ("callout warning" in kinds) == (passed is not True)
 
 
+def test_ranks_and_quality_for_cost_are_told_as_numbers():
+  said = text(evidence.ranking(ranked()))
+  assert "1 to 2" in said and "60.0 [50.0, 70.0]" in said and "Holm" in said
+  assert "2 to 2" not in said  # one rank is one number
+  said = text(evidence.efficiency(gained()))
+  assert "+10.0 [+5.0, +15.0]" in said and "2.00 TFLOP" in said.replace(
+      page.NO_BREAK, " ") and "+5.00" in said
+  for odd in (None, [], {}, "x", [3]):
+    assert evidence.ranking(odd) == evidence.efficiency(odd) == ""
+
+
 @pytest.mark.parametrize("section", [plateau.section, judges.section])
 @pytest.mark.parametrize("odd", [None, {}, [], "x", 5, {"judges": {"a": 1}},
                                  {"r": 1, "x": [1, "a"], "y": None},
@@ -98,8 +122,9 @@ def set_at(value, path, leaf):
   value[path[-1]] = leaf
 
 
-@pytest.mark.parametrize("make,section", [(fit, plateau.section),
-                                          (judged, judges.section)])
+@pytest.mark.parametrize("make,section", [
+    (fit, plateau.section), (judged, judges.section),
+    (ranked, evidence.ranking), (gained, evidence.efficiency)])
 def test_any_leaf_may_be_missing_or_odd(make, section):
   whole = make()
   for path in paths(whole):
@@ -112,6 +137,8 @@ def test_any_leaf_may_be_missing_or_odd(make, section):
 @pytest.mark.parametrize("payload", PAYLOADS[::4])
 def test_nothing_from_data_becomes_markup(payload):
   read(plateau.section(poisoned(fit(), payload)))
+  read(evidence.ranking(poisoned(ranked(), payload)))
+  read(evidence.efficiency(poisoned(gained(), payload)))
   found = judged()
   found["judges"][payload] = found["judges"].pop("gpt")
   read(judges.section(poisoned(found, payload),
