@@ -1,4 +1,4 @@
-"""The sections that only a job of several seeds has: ranks, quality for cost."""
+"""Sections that only a job of several seeds has: ranks, quality for cost."""
 
 from typing import Any
 
