@@ -2,6 +2,7 @@
 refuses what it cannot learn."""
 
 import functools
+import json
 import math
 import subprocess
 import sys
@@ -397,3 +398,22 @@ def test_knobs_and_a_missing_library_are_told():
   code = ("import sys; sys.modules['sklearn'] = None; "
           "import jaxalign.select.samplers")
   assert not subprocess.run([sys.executable, "-c", code]).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config,name", [("dpo_sub.py:tiny", "crossfit"),
+                                         ("kto_sub.py:tiny", "crossfit_lite")])
+def test_a_job_says_what_it_read_beside_its_verdicts(tmp_path, config, name):
+  done = subprocess.run(
+      [sys.executable, "-m", "jaxalign.main", f"--config=configs/{config}",
+       f"--workdir={tmp_path}", f"--config.select.sampler={name}",
+       "--config.select.budget=0.3"],
+      capture_output=True, text=True, check=True)
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  notes = json.loads(next(tmp_path.glob(f"**/{name}-*/selection.json"))
+                     .read_text())["diagnostics"]["notes"]
+  refused = any("refuses these labels" in note for note in notes)
+  told = summary["warnings"] if refused else summary["verdicts"]
+  assert refused or any(crossfit.SENTENCE in line for line in told)
+  assert any(notes[-1].removeprefix("warning: ") in line for line in
+             summary["warnings"] + summary["verdicts"]), done.stdout
