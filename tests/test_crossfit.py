@@ -203,7 +203,8 @@ def test_wide_rows_are_rotated_and_cut_on_any_mesh(width, mesh):
   np.testing.assert_allclose((np.float64(x)**2).mean(axis=0), 1, rtol=1e-5)
   got, value = heads.principal(x)
   assert got.shape == (150, 20)
-  np.testing.assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=width * 1e-5)
+  np.testing.assert_allclose(got @ got.T, np.float64(x) @ x.T,
+                             atol=width * 1e-5)
   u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
   np.testing.assert_allclose(value, s[:20]**2 / 150, rtol=1e-4)
   np.testing.assert_allclose(np.abs(got[:, 0]), np.abs(u[:, 0] * s[0]),

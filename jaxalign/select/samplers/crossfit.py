@@ -329,5 +329,5 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   if "log_likelihood" in pool.columns:
     signs["log_likelihood"] = column(pool, "log_likelihood")
   return _select(seed, pool, budget, Sides(
-      [[said, few], [residual, few], [said, residual, embedding, few]], signs),
-      label_quota, unlearnable)
+      [[said, few], [residual, few], [said, residual, embedding, few]],
+      signs), label_quota, unlearnable)
