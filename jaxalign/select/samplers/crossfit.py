@@ -294,8 +294,8 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   """Rows by out-of-fold margin times a label-blind gate; reads every label.
 
   score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
-  tokens; residuals; both and embeddings) from the rows of other prompts, q how often heads
-  and labels agree on rows such as this. Wrong labels score below 0 and random
+  tokens; residuals; both and embeddings) from the rows of other prompts, q
+  how often heads and labels agree on rows such as this. Wrong labels score below 0 and random
   words near 0; the highest scores are kept. The heads cost O(N P^2) on the
   host, P at most 256 a part of the features, wider ones O(N E^2) on the mesh.
 
