@@ -161,6 +161,8 @@ def test_a_training_run_is_three_forward_passes():
   seen = dict(updates=2, batch=3, seed=0)
   forward = 2 * (1536 + 2880 + 4480)  # 17,792
   assert feed.training_cost(m, rows, **seen) == (3 * forward, 30)
+  # The policy runs over its whole batch first.
+  assert feed.training_cost(m, rows, **seen, ahead=True) == (4 * forward, 30)
   assert 3 * forward == 53376
   # Selection's one pass over the same rows, and KTO's mismatched rows: each
   # is a forward pass alone.
