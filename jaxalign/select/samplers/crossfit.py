@@ -295,9 +295,9 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
 
   score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
   tokens; residuals; both and embeddings) from the rows of other prompts, q
-  how often heads and labels agree on rows such as this. Wrong labels score below 0 and random
-  words near 0; the highest scores are kept. The heads cost O(N P^2) on the
-  host, P at most 256 a part of the features, wider ones O(N E^2) on the mesh.
+  how often heads and labels agree on rows such as this. Wrong labels score
+  below 0, random words near 0. The heads cost O(N P^2) on the host, P at most
+  256 a part of the features, wider ones O(N E^2) on the mesh.
 
   Args:
     seed: of the folds, and of the rows where it falls back to random ones.
