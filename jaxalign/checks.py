@@ -77,6 +77,35 @@ def _check_values(c: Any) -> None:
                       f"{room} or less; set one of them")
 
 
+# Columns of the pool that the pipeline makes; a sampler on arrays of one's own
+# may read any.
+COLUMNS = ("embedding", "log_likelihood", "length", "topic", "group", "grams",
+           "overlap", "residual", "least", "subset")
+
+
+def _check_columns(c: Any, name: str, kind: str) -> None:
+  """Raises ConfigError for a sampler that reads what no stage makes."""
+  sampler = lookup(SAMPLERS, name, "sampler", "select.sampler")
+  made = set(COLUMNS)
+  if kind == "thumbs":
+    made.add("label")
+  if not embedder.alone(c):
+    made |= {"logp", "logp_count"}
+  lacking = [n for n in sampler.needs if n not in made]
+  if lacking:
+    why = ("; the reference must embed: set config.embed.checkpoint='' and "
+           "config.embed.layers=0" if lacking[0].startswith("logp") and
+           "alone" not in lacking[0] else "")
+    raise ConfigError(
+        f"sampler {name!r} reads {', '.join(lacking)}, which no stage of this "
+        f"job makes{why}; it works on arrays of your own (jaxalign.select."
+        "samplers), or set config.select.sampler")
+  if sampler.pairs and kind == "thumbs":
+    raise ConfigError(f"sampler {name!r} compares the two answers of a pair, "
+                      f"and {c.loss.name!r} eats single answers; set "
+                      "config.select.sampler or config.loss.name")
+
+
 def validate(c: Any, planned: bool = False) -> None:
   """Every mistake that the config and the files it names show by themselves.
 
@@ -92,6 +121,7 @@ def validate(c: Any, planned: bool = False) -> None:
     prepare.check_source(c)
   sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
   sampler_kwargs(c, sampler)
+  _check_columns(c, c.select.sampler, loss_of(c).kind)
   if "subset" in sampler.needs:
     raise ConfigError(f"sampler {c.select.sampler!r} copies another arm, the "
                       "chosen sampler's; name it in config.compare and another "
@@ -114,7 +144,7 @@ def validate(c: Any, planned: bool = False) -> None:
                       "2 or more")
   for name in c.compare:
     if name not in WHOLE:
-      lookup(SAMPLERS, name, "sampler", "compare")
+      _check_columns(c, name, loss.kind)
   for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
     feed.check_divides(part.batch_size, part.accumulation, name)
     optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,

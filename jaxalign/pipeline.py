@@ -339,10 +339,10 @@ def run_select(job: Job, arm: Arm) -> None:
     if "embedding" in sampler.needs:
       columns["embedding"] = artifacts.read_array(
           job.shared / "embed" / "embedding.npy")
-      if "logp" in sampler.optional and not embedder.alone(c):
-        for name, file in (("logp", "logp"), ("logp_count", "count")):
-          columns[name] = artifacts.read_array(
-              job.shared / "embed" / f"{file}.npy")
+    if "logp" in sampler.needs + sampler.optional and not embedder.alone(c):
+      for name, file in (("logp", "logp"), ("logp_count", "count")):
+        columns[name] = artifacts.read_array(
+            job.shared / "embed" / f"{file}.npy")
     if "residual" in sampler.needs:
       for name in ("residual", "least"):
         columns[name] = artifacts.read_array(
@@ -385,7 +385,7 @@ def run_select(job: Job, arm: Arm) -> None:
   inputs = dict(data=job.key("data"))
   if uses_mixture:
     inputs["mixture"] = job.key("mixture")
-  if "embedding" in sampler.needs:
+  if {"embedding", "logp"} & {*sampler.needs, *sampler.optional}:
     inputs["embed"] = job.key("embed")
   if "subset" in sampler.needs:
     inputs["subset"] = job.key("select", chosen_arm.name)

@@ -284,3 +284,23 @@ def test_leave_does_not_wait_for_other_processes(monkeypatch):
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
   main._leave(65)
   assert left[1] == 65
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["select.sampler=ask_llm"], "reads p_yes, which no stage"),
+    (["select.sampler=ifd"], "reads logp_alone"),
+    (["select.sampler=perplexity", "embed.layers=1"], "the reference must"),
+    (["compare=('deita',)"], "'deita' reads reward"),
+])
+def test_a_sampler_that_reads_what_no_stage_makes(tmp_path, flags, said):
+  assert said in refused(tmp_path, *flags)
+
+
+def test_a_sampler_of_pairs_refuses_thumbs(tmp_path):
+  assert "compares the two answers" in refused(
+      tmp_path, "select.sampler=real", config="kto_sub.py:tiny")
+
+
+def test_perplexity_reads_the_embedding_pass(tmp_path):
+  ended = jobs.run(tmp_path, "select.sampler=perplexity", "compare=()")
+  assert ended.code == 0, ended.err
