@@ -39,7 +39,8 @@ def make(mesh, responses):
   tokens, mask = tokens[order], mask[order]
   ref = np.zeros(mask.shape[:2])
   for i in np.ndindex(ref.shape):
-    ref[i] = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]].sum()
+    each = oracle.token_logps(real_params(), tokens[i], **SIZES)
+    ref[i] = each[mask[i]].sum()
   rows = feed.Rows([f"row-{i}" for i in order], all_rows,
                    order[:, None] * responses + np.arange(responses),
                    np.float32(ref), np.float32(mask.sum(-1)),
