@@ -6,7 +6,7 @@ on every mesh and at every accumulation. None carries a gradient.
 
 import functools
 import inspect
-from typing import Any, Callable
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
