@@ -83,9 +83,9 @@ COLUMNS = ("embedding", "log_likelihood", "length", "topic", "group", "grams",
            "overlap", "residual", "least", "subset")
 
 
-def _check_columns(c: Any, name: str, kind: str) -> None:
+def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   """Raises ConfigError for a sampler that reads what no stage makes."""
-  sampler = lookup(SAMPLERS, name, "sampler", "select.sampler")
+  sampler = lookup(SAMPLERS, name, "sampler", knob)
   made = set(COLUMNS)
   if kind == "thumbs":
     made.add("label")
@@ -99,11 +99,11 @@ def _check_columns(c: Any, name: str, kind: str) -> None:
     raise ConfigError(
         f"sampler {name!r} reads {', '.join(lacking)}, which no stage of this "
         f"job makes{why}; it works on arrays of your own (jaxalign.select."
-        "samplers), or set config.select.sampler")
+        f"samplers), or set config.{knob}")
   if sampler.pairs and kind == "thumbs":
     raise ConfigError(f"sampler {name!r} compares the two answers of a pair, "
                       f"and {c.loss.name!r} eats single answers; set "
-                      "config.select.sampler or config.loss.name")
+                      f"config.{knob} or config.loss.name")
 
 
 def validate(c: Any, planned: bool = False) -> None:
@@ -121,7 +121,7 @@ def validate(c: Any, planned: bool = False) -> None:
     prepare.check_source(c)
   sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
   sampler_kwargs(c, sampler)
-  _check_columns(c, c.select.sampler, loss_of(c).kind)
+  _check_columns(c, c.select.sampler, loss_of(c).kind, "select.sampler")
   if "subset" in sampler.needs:
     raise ConfigError(f"sampler {c.select.sampler!r} copies another arm, the "
                       "chosen sampler's; name it in config.compare and another "
@@ -144,7 +144,7 @@ def validate(c: Any, planned: bool = False) -> None:
                       "2 or more")
   for name in c.compare:
     if name not in WHOLE:
-      _check_columns(c, name, loss.kind)
+      _check_columns(c, name, loss.kind, "compare")
   for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
     feed.check_divides(part.batch_size, part.accumulation, name)
     optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,

@@ -333,8 +333,8 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
 
   def poison(out, part, result, tick):
     real(out, part, result, tick)
-    if out.embedding.shape[0] == 320:
-      out.embedding[7, 3] = np.nan  # the rejected side of the fourth record
+    if out["embedding"].shape[0] == 320:
+      out["embedding"][7, 3] = np.nan  # the rejected side of the fourth record
   monkeypatch.setattr(embed, "_collect", poison)
   ended = jobs.run(work)
   pool = records.read_table(work / "shared/data/pool.parquet")

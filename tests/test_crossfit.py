@@ -299,6 +299,7 @@ def test_flipped_labels_and_junk_stay_out(name):
   assert any(crossfit.SENTENCE in note for note in got.notes)
 
 
+@pytest.mark.slow
 def test_a_label_turned_around_changes_only_the_sign_of_its_score():
   """But for what one label of 1,500 does to ridge and gate."""
   pool, _ = world()
@@ -345,6 +346,7 @@ def test_too_few_positive_scores_are_said_and_filled():
       0, 1, 3, 2, 4]
 
 
+@pytest.mark.slow
 def test_thumbs_keep_their_ratio_and_wrong_labels_stay_out():
   pool, reward = world(thumbs=True)
   turn = np.random.default_rng(0).random(2 * N) < 0.2
@@ -362,6 +364,7 @@ def test_thumbs_keep_their_ratio_and_wrong_labels_stay_out():
     SAMPLERS["crossfit_lite"](0, bare, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thumbs", [False, True])
 def test_the_order_of_the_rows_and_the_devices_change_nothing(thumbs):
   pool, _ = world(n=400, thumbs=thumbs)

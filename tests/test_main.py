@@ -301,6 +301,7 @@ def test_a_sampler_of_pairs_refuses_thumbs(tmp_path):
       tmp_path, "select.sampler=real", config="kto_sub.py:tiny")
 
 
+@pytest.mark.slow
 def test_perplexity_reads_the_embedding_pass(tmp_path):
   ended = jobs.run(tmp_path, "select.sampler=perplexity", "compare=()")
   assert ended.code == 0, ended.err
