@@ -19,6 +19,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+  """Thousands of compiled programs in one process exhaust its memory maps."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def shared():
   """The folder of real data beside the checkout; skips where it is absent."""

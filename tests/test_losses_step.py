@@ -201,12 +201,24 @@ def test_the_start_is_the_analytic_value(model, name):
   assert divide(totals)["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
-CUTS = [((4, 2), 2), *(pytest.param(*at, marks=pytest.mark.slow)
-                       for at in (((1, 1), 2), ((4, 2), 1), ((2, 4), 8)))]
+MORE_CUTS = [((1, 1), 2), ((4, 2), 1), ((2, 4), 8)]
+CUTS = [pytest.param(*each.values, (4, 2), 2, marks=each.marks)
+        for each in EACH] + [
+            pytest.param("table", name, *at, marks=pytest.mark.slow)
+            for name in LOSSES for at in MORE_CUTS] + [
+                pytest.param("decoder", name, *at, marks=pytest.mark.slow)
+                for name in sorted(DECODED) for at in MORE_CUTS]
 
 
-@pytest.mark.parametrize("shape,accumulation", CUTS, ids=str)
-@pytest.mark.parametrize("model,name", EACH)
+@pytest.fixture(autouse=True)
+def forget(request):
+  """A decoder's programs are large: hundreds exhaust the memory maps."""
+  yield
+  if "decoder" in request.node.name:
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("model,name,shape,accumulation", CUTS)
 def test_two_steps_are_the_same_on_every_mesh_and_cut(
     model, name, shape, accumulation):
   """1e-4 of the largest gradient: float32 sums in another order."""

@@ -183,6 +183,9 @@ def test_only_process_0_speaks_and_writes(together):
             for p in jobs.finished().rglob("*")
             if p.is_file() and "/checkpoints/" not in p.as_posix()
             and "shared/sft" not in p.as_posix()}
+  # A given checkpoint's tokenizer brings its files.
+  wanted |= {f"shared/data/{n}.json" for n in (
+      "tokenizer", "tokenizer_config", "special_tokens_map")}
   assert names == wanted
   assert not [n for n in names if ".tmp-" in n]
 
