@@ -26,6 +26,14 @@ def forget_programs():
   jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+  """Machine code that no LLVM pass has polished compiles in two thirds."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def shared():
   """The folder of real data beside the checkout; skips where it is absent."""
@@ -43,3 +51,19 @@ def mesh(request):
   m = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor), devices)
   with jax.set_mesh(m):
     yield m
+
+
+def token_rows(tokens, mask):
+  """[rows, R, L] arrays -> token rows, as the scoring pass takes them.
+
+  A row ends with its response; what lies behind the mask is padding.
+  """
+  import numpy as np
+  from jaxalign.data import tokens as tokens_lib
+  length = tokens.shape[-1]
+  flat, on = tokens.reshape(-1, length), mask.reshape(-1, length)
+  sizes = length - on[:, ::-1].argmax(-1)
+  return tokens_lib.TokenRows(
+      np.concatenate([t[:s] for t, s in zip(flat, sizes)]),
+      np.cumsum([0, *sizes]), on.argmax(-1).astype(np.int32),
+      np.zeros(len(flat), np.int32))

@@ -10,8 +10,8 @@ import pytest
 
 import oracle
 from configs import common
+from conftest import token_rows
 from jaxalign import sharding
-from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.model import adapters
 from jaxalign.model import decoder
@@ -33,12 +33,7 @@ ONE, EIGHT = (1, 1), (4, 2)
 LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def placed(*cases):
@@ -210,18 +205,8 @@ def rows():
   return np.where(at < size, tokens, 0), (at >= start) & (at < size)
 
 
-def token_rows():
-  tokens, mask = rows()
-  flat, on = tokens.reshape(-1, LENGTH), mask.reshape(-1, LENGTH)
-  sizes = LENGTH - on[:, ::-1].argmax(-1)
-  return tokens_lib.TokenRows(
-      np.concatenate([t[:s] for t, s in zip(flat, sizes)]),
-      np.cumsum([0, *sizes]), on.argmax(-1).astype(np.int32),
-      np.zeros(len(flat), np.int32))
-
-
 def score(mesh, m, params):
-  return embed.score_rows(mesh, params, m, token_rows(), tile=4,
+  return embed.score_rows(mesh, params, m, token_rows(*rows()), tile=4,
                           chunk=5).logp.reshape(16, 2)
 
 

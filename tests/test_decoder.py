@@ -16,12 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 # Grouped queries of 1, 2 and 4 heads a group, tied and not, odd widths.

@@ -23,12 +23,7 @@ transformers = pytest.importorskip("transformers")
 LENGTH = 14  # longer than every window drawn
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 # One config of each family, with every switch the family has in a rare place.

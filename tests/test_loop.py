@@ -29,12 +29,7 @@ UPDATES, SAVE_EVERY = 6, 2
 TIMES = ("time", "perf/tokens_per_s")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class Killed(Exception):

@@ -16,12 +16,7 @@ from jaxalign.train.losses import GLOBAL, LOSSES
 from jaxalign.train.metrics import divide, sums_and_counts
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @dataclasses.dataclass

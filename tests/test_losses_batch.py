@@ -13,12 +13,7 @@ from jaxalign.train.logps import Logps, public_sums
 from jaxalign.train.losses import GLOBAL, LOSSES, combine, matching, unpaired
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def pairs(rows=24, spread=8.0):

@@ -38,12 +38,7 @@ MODELS = ("table", "decoder")
 DECODED = ("aot", "bco", "ld_dpo")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def table(params, tokens, mask):

@@ -25,17 +25,10 @@ from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide, sums_and_counts
 
 # torch, transformers and trl warn of their own futures.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"),
+              pytest.mark.usefixtures("quick_compiles")]
 
 BETA, BATCH, STEPS = 0.5, 4, 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -23,18 +23,11 @@ from jaxalign.train.logps import Logps, public_sums
 from jaxalign.train.losses import GLOBAL, LOSSES, combine, unpaired
 
 # torch, transformers and trl warn of their own futures.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"),
+              pytest.mark.usefixtures("quick_compiles")]
 
 PROMPT, LENGTH, PAIRS = 2, 9, 6
 EXACT, SINGLE = 1e-10, 2e-6  # where TRL computes in float64, and where not
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

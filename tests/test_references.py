@@ -2,7 +2,6 @@
 
 import types
 
-import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -17,12 +16,7 @@ from jaxalign.train import feed
 from jaxalign.train.losses import matching
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def make(mesh, responses):

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import oracle
+from conftest import token_rows
 from jaxalign import sharding
-from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.model import adapters
 from jaxalign.model import decoder
@@ -24,12 +24,7 @@ from jaxalign.train.metrics import divide
 LENGTH = 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  """Machine code that no LLVM pass has polished compiles in two thirds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def bound(name, **kwargs):
@@ -574,16 +569,6 @@ def test_a_step_is_a_numpy_llama_s(name, shape, accumulation):
 
 
 # The step-0 contract.
-
-
-def token_rows(tokens, mask):
-  """[rows, responses, L] -> token rows, as the scoring pass takes them."""
-  flat, on = tokens.reshape(-1, LENGTH), mask.reshape(-1, LENGTH)
-  sizes = LENGTH - on[:, ::-1].argmax(-1)
-  return tokens_lib.TokenRows(
-      np.concatenate([t[:s] for t, s in zip(flat, sizes)]),
-      np.cumsum([0, *sizes]), on.argmax(-1).astype(np.int32),
-      np.zeros(len(flat), np.int32))
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])

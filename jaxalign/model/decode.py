@@ -120,8 +120,7 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int,
     return jax.lax.while_loop(
         going, step, (jnp.int32(1), said, ends(said[:, 0]), cache))[1]
 
-  axes = {n: p.axes for n, p in decoder.table(m).items()}
-  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+  return decoder.by_row(mesh, m, one_tile)
 
 
 def fitting(prompt: np.ndarray, m: decoder.ModelConfig, new: int

@@ -180,6 +180,12 @@ def abstract(m: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
   return table_lib.abstract(table(m), mesh)
 
 
+def by_row(mesh: jax.sharding.Mesh, m: ModelConfig, fn):
+  """Jits `fn(params, rows, shared) -> rows`, whole rows to each device."""
+  axes = {n: p.axes for n, p in table(m).items()}
+  return jax.jit(sharding.per_row(mesh, fn, axes))
+
+
 def rotated(m: ModelConfig) -> int:
   """How many dimensions of a head are rotated."""
   return int(m.head_size * m.rotary)

@@ -44,8 +44,7 @@ def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
     return dict(embedding=_pooled(x, rows["length"], pooling), logp=total,
                 count=count)
 
-  axes = {n: p.axes for n, p in decoder.table(m).items()}
-  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+  return decoder.by_row(mesh, m, one_tile)
 
 
 @functools.lru_cache(maxsize=8)
@@ -56,8 +55,7 @@ def _pool_fn(mesh, m: decoder.ModelConfig, pooling: str):
     x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
     return dict(embedding=_pooled(x, rows["length"], pooling))
 
-  axes = {n: p.axes for n, p in decoder.table(m).items()}
-  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+  return decoder.by_row(mesh, m, one_tile)
 
 
 @functools.lru_cache(maxsize=8)
@@ -77,8 +75,7 @@ def _residual_fn(mesh, m: decoder.ModelConfig, chunk: int):
     return dict(residual=jnp.sum(slope.astype(jnp.float32), axis=1),
                 least=jnp.min(jnp.where(rows["mask"], each, 0.0), axis=1))
 
-  axes = {n: p.axes for n, p in decoder.table(m).items()}
-  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+  return decoder.by_row(mesh, m, one_tile)
 
 
 def _pooled(x: jax.Array, length: jax.Array, pooling: str) -> jax.Array:

@@ -152,3 +152,23 @@ def write_one_rope(m: decoder.ModelConfig) -> dict[str, Any]:
   if rope.kind != "default":  # where transformers before 5 looks
     out["rope_scaling"] = out["rope_parameters"]
   return out
+
+
+# Names of tensors.
+
+
+def stored_under(prefix: str, m: decoder.ModelConfig,
+                 top: Mapping[str, tuple], flat: Mapping[str, tuple]
+                 ) -> dict[str, Stored]:
+  """Where the parameters lie, of those that `decoder.table(m)` has.
+
+  Args:
+    prefix: of the tensors of a layer, `<prefix>.layers.<i>.`.
+    m: the model's sizes.
+    top: ours -> the fields of `Stored`.
+    flat: the same of one layer, ours without "layers/", theirs without prefix.
+  """
+  known = {n: Stored(*row) for n, row in top.items()}
+  known |= {f"layers/{n}": Stored(f"{prefix}.layers.{{}}.{row[0]}", *row[1:])
+            for n, row in flat.items()}
+  return {name: known[name] for name in decoder.table(m)}

@@ -4,8 +4,8 @@ from typing import Any
 
 from jaxalign.model import decoder
 from jaxalign.model.families.fields import (
-    FULL, SLIDING, Family, Raw, layer_types_of, one_rope, sizes_of, windows_of,
-    write_one_rope, write_sizes)
+    FULL, SLIDING, Family, Raw, layer_types_of, one_rope, sizes_of,
+    stored_under, windows_of, write_one_rope, write_sizes)
 from jaxalign.model.table import Stored
 
 
@@ -41,10 +41,7 @@ def llama_stored(m: decoder.ModelConfig) -> dict[str, Stored]:
   top = {"embed": ("model.embed_tokens.weight", (v, d), (v, d), (0, 1)),
          "norm": ("model.norm.weight", (d,), (d,), (0,)),
          "head": ("lm_head.weight", (v, d), (v, d), (0, 1))}
-  known = {n: Stored(*row) for n, row in top.items()}
-  known |= {f"layers/{n}": Stored(f"model.layers.{{}}.{row[0]}", *row[1:])
-            for n, row in flat.items()}
-  return {name: known[name] for name in decoder.table(m)}
+  return stored_under("model", m, top, flat)
 
 
 def _read_llama(raw: Raw) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from typing import Any
 
 from jaxalign.model import decoder
 from jaxalign.model.families.fields import (
-    Family, Raw, read_rope, rope_fields, sizes_of, write_rope, write_sizes)
+    Family, Raw, read_rope, rope_fields, sizes_of, stored_under, write_rope,
+    write_sizes)
 from jaxalign.model.table import Stored
 
 
@@ -59,10 +60,7 @@ def neox_stored(m: decoder.ModelConfig) -> dict[str, Stored]:
          "norm": ("gpt_neox.final_layer_norm.weight", (d,), (d,), (0,)),
          "norm_bias": ("gpt_neox.final_layer_norm.bias", (d,), (d,), (0,)),
          "head": ("lm_head.weight", (v, d), (v, d), (0, 1))}
-  known = {n: Stored(*row) for n, row in top.items()}
-  known |= {f"layers/{n}": Stored(f"gpt_neox.layers.{{}}.{row[0]}", *row[1:])
-            for n, row in flat.items()}
-  return {name: known[name] for name in decoder.table(m)}
+  return stored_under("gpt_neox", m, top, flat)
 
 
 FAMILIES = {
