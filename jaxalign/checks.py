@@ -24,6 +24,7 @@ from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
 from jaxalign.select.topk import budget_rows
+from jaxalign.stages import columns
 from jaxalign.train import feed
 from jaxalign.train import optim
 from jaxalign.train import stats
@@ -77,29 +78,15 @@ def _check_values(c: Any) -> None:
                       f"{room} or less; set one of them")
 
 
-# Columns of the pool that the pipeline makes; a sampler on arrays of one's own
-# may read any.
-COLUMNS = ("embedding", "log_likelihood", "length", "topic", "group", "grams",
-           "overlap", "residual", "least", "subset")
-
-
 def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   """Raises ConfigError for a sampler that reads what no stage makes."""
   sampler = lookup(SAMPLERS, name, "sampler", knob)
-  made = set(COLUMNS)
-  if kind == "thumbs":
-    made.add("label")
-  if not embedder.alone(c):
-    made |= {"logp", "logp_count"}
-  lacking = [n for n in sampler.needs if n not in made]
-  if lacking:
-    why = ("; the reference must embed: set config.embed.checkpoint='' and "
-           "config.embed.layers=0" if lacking[0].startswith("logp") and
-           "alone" not in lacking[0] else "")
+  if lacking := columns.lacking(c, kind, sampler):
+    why = "; ".join(f"{n}: {w}" for n, w in lacking.items() if w)
     raise ConfigError(
         f"sampler {name!r} reads {', '.join(lacking)}, which no stage of this "
-        f"job makes{why}; it works on arrays of your own (jaxalign.select."
-        f"samplers), or set config.{knob}")
+        f"job makes{why and f' ({why})'}; it works on arrays of your own "
+        f"(jaxalign.select.samplers), or set config.{knob}")
   if sampler.pairs and kind == "thumbs":
     raise ConfigError(f"sampler {name!r} compares the two answers of a pair, "
                       f"and {c.loss.name!r} eats single answers; set "

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign import artifacts
-from jaxalign import pipeline
 from jaxalign.data import world as world_lib
 from jaxalign.eval import evaluate
 from jaxalign.eval import intervals
@@ -20,6 +19,7 @@ from jaxalign.eval import verdict
 from jaxalign.eval import winrate
 from jaxalign.job import Arm, Job, arm_folder
 from jaxalign.select.topk import budget_rows
+from jaxalign.stages.evaluate import read_samples
 
 MIN_UPDATES = 50  # fewer compare recipes that have not begun, not rows
 NOT_SHARES = ("kl", "length")  # metrics that may leave [0, 1]
@@ -47,13 +47,13 @@ def outcomes(job: Job, arms: list[Arm]) -> Told:
   accuracy are told, which the start has none of.
   """
   folders = {a.name: arm_folder(job, a) for a in arms}
-  start = pipeline.read_samples(job.shared / "baseline")
+  start = read_samples(job.shared / "baseline")
   if start[0]["reward"] is None:
     won = {n: _right(job, f) for n, f in folders.items()}
     n = len(next(iter(won.values())))
     return Told("accuracy", "held-out preference accuracy",
                 [str(i) for i in range(n)], won)
-  told = {n: pipeline.read_samples(f) for n, f in folders.items()}
+  told = {n: read_samples(f) for n, f in folders.items()}
   world = job.examined.world
   target = np.array([world_lib.reward(world, s["prompt"], s["target"])
                      for s in start])

@@ -162,11 +162,11 @@ def _run(values, argv: list[str]) -> None:
   from jaxalign import artifacts
   from jaxalign import checks
   from jaxalign import interrupt
-  from jaxalign import pipeline
   from jaxalign import plan
   from jaxalign import progress
   from jaxalign import sharding
   from jaxalign import study
+  from jaxalign.job import Job
   from jaxalign.report.pages import study as study_page
   # Before joining, so that all processes end with the same line.
   checks.validate(c, values.dry_run)
@@ -178,7 +178,7 @@ def _run(values, argv: list[str]) -> None:
   interrupt.install()
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
-    job = pipeline.Job(c, mesh, values.workdir or "runs/plan", values.redo)
+    job = Job(c, mesh, values.workdir or "runs/plan", values.redo)
     checks.validate_on(job, planned=values.dry_run, force=values.force)
     if values.dry_run:
       plan.show(job, study.arms_of(c))

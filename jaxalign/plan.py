@@ -13,10 +13,9 @@ import numpy as np
 from jaxalign import checks
 from jaxalign import embedder
 from jaxalign import memory
-from jaxalign import pipeline
 from jaxalign import progress
 from jaxalign.data import records
-from jaxalign.job import kernel_of, lora_of, sizes, updates_of
+from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
@@ -71,7 +70,7 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
   return rows, dict.fromkeys(rows, float(mean)), c.model.context
 
 
-def show(job: pipeline.Job, arms: list[pipeline.Arm]) -> None:
+def show(job: Job, arms: list[Arm]) -> None:
   """Prints the plan; reads the source, computes nothing on the mesh."""
   c = job.c
   rows, tokens, length = _sizes(c, job.kind)

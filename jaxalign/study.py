@@ -19,13 +19,15 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import batches
 from jaxalign.data import records
 from jaxalign.data import world as world_lib
-from jaxalign.job import WHOLE
+from jaxalign.job import WHOLE, Arm, Job, arm_folder
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.report.pages import run as run_page
 from jaxalign.report.pages import study as study_page
 from jaxalign.select import embed
 from jaxalign.select.samplers import SAMPLERS
+from jaxalign.stages.evaluate import read_samples
+from jaxalign.stages.select import selected_rows
 from jaxalign.train import feed
 
 REPORT = "report"  # the stage that writes a page
@@ -33,7 +35,7 @@ CURVES = ("train/loss", "train/preference_loss", "rewards/margins",
           "rewards/accuracies", "logps/chosen", "train/grad_norm")
 
 
-def arms_of(c: Any) -> list[pipeline.Arm]:
+def arms_of(c: Any) -> list[Arm]:
   """The chosen sampler first, then what it is compared with.
 
   Every sampler at every budget with every seed; seed by seed, so that a job
@@ -44,9 +46,9 @@ def arms_of(c: Any) -> list[pipeline.Arm]:
   for seed in range(c.seed, c.seed + c.seeds):
     for budget in budgets:
       for name in (c.select.sampler, *c.compare):
-        arm = pipeline.Arm(name, budget, seed)
+        arm = Arm(name, budget, seed)
         if name in WHOLE:
-          arm = pipeline.Arm("random", 1.0, seed,
+          arm = Arm("random", 1.0, seed,
                              0 if name == "all" else budget)
         arms.setdefault(arm.name, arm)
   return list(arms.values())
@@ -59,7 +61,7 @@ def _budget(value: Any) -> float | int:
   return value
 
 
-def run(job: pipeline.Job, command: str) -> dict[str, Any]:
+def run(job: Job, command: str) -> dict[str, Any]:
   """Runs or finds every stage of every arm, then writes the summary.
 
   Returns:
@@ -82,7 +84,7 @@ def run(job: pipeline.Job, command: str) -> dict[str, Any]:
 # which command made it, and when.
 
 
-def run_page_of(job: pipeline.Job, arm: pipeline.Arm) -> None:
+def run_page_of(job: Job, arm: Arm) -> None:
   """The page of one arm, beside its artifacts."""
   def make(folder):
     if jax.process_index() == 0:
@@ -90,12 +92,12 @@ def run_page_of(job: pipeline.Job, arm: pipeline.Arm) -> None:
                             run_page.render(describe(job, arm)).encode())
     return ["report.html"], Cost(), {}
 
-  job.run(pipeline.arm_folder(job, arm), REPORT, arm.name, make=make,
+  job.run(arm_folder(job, arm), REPORT, arm.name, make=make,
           redo=True, fields=dict(version=jaxalign.__version__),
           inputs=dict(evaluate=job.key("evaluate", arm.name)))
 
 
-def run_report(job: pipeline.Job, arms: list[pipeline.Arm], command: str
+def run_report(job: Job, arms: list[Arm], command: str
                ) -> None:
   """The page over all arms, and the summary that it is made from."""
   curve = bool(evidence.curve_arms(job, arms))
@@ -119,11 +121,11 @@ def run_report(job: pipeline.Job, arms: list[pipeline.Arm], command: str
           inputs={a.name: job.key(REPORT, a.name) for a in arms})
 
 
-def _needs(arm: pipeline.Arm) -> tuple[str, ...]:
+def _needs(arm: Arm) -> tuple[str, ...]:
   return lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler").needs
 
 
-def _costs(job: pipeline.Job, arms: list[pipeline.Arm]) -> dict[str, Any]:
+def _costs(job: Job, arms: list[Arm]) -> dict[str, Any]:
   """The ledger: lines, totals by arm, and shares saved."""
   whole = _whole_pool(job, _reference_pass(job))
   by_arm = {arm.name: _arm_costs(job, arm) for arm in arms}
@@ -140,12 +142,12 @@ def _costs(job: pipeline.Job, arms: list[pipeline.Arm]) -> dict[str, Any]:
               parameters=decoder.parameter_count(job.model))
 
 
-def _spent(job: pipeline.Job, stage: str, arm: str = "") -> int:
+def _spent(job: Job, stage: str, arm: str = "") -> int:
   card = job.cards.get((arm, stage))
   return card.cost.operations if card else 0
 
 
-def _arm_costs(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, int]:
+def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
   return ledger.arm_operations(
       needs_embedding="embedding" in _needs(arm),
@@ -159,14 +161,14 @@ def _arm_costs(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, int]:
       align=_spent(job, "align", arm.name))
 
 
-def _reference_pass(job: pipeline.Job) -> int:
+def _reference_pass(job: Job) -> int:
   """Operations of the reference over the whole pool."""
   if embedder.alone(job.c):
     return embed.operations(job.model, job.tokens("pool"))
   return _spent(job, "embed")
 
 
-def _saved(job: pipeline.Job, arm: pipeline.Arm, whole: int
+def _saved(job: Job, arm: Arm, whole: int
            ) -> dict[str, Any] | None:
   """What an arm saves against aligning on everything; None for that one."""
   if arm.is_all:
@@ -175,18 +177,18 @@ def _saved(job: pipeline.Job, arm: pipeline.Arm, whole: int
       _arm_costs(job, arm)["total"], whole, _spent(job, "sft"))
 
 
-def _subset_tokens(job: pipeline.Job, arm: pipeline.Arm) -> int:
+def _subset_tokens(job: Job, arm: Arm) -> int:
   """Operations of one reference pass over an arm's rows."""
   tokens, m = job.tokens("pool"), job.model
   responses = len(tokens.start) // len(job.column("pool", "id"))
-  index = pipeline.selected_rows(job, arm)
+  index = selected_rows(job, arm)
   rows = (index[:, None] * responses + np.arange(responses)).reshape(-1)
   sizes = np.diff(tokens.offsets)[rows]
   return int(sum(decoder.operations(m, int(s)) * int(n)
                  for s, n in zip(*np.unique(sizes, return_counts=True))))
 
 
-def _whole_pool(job: pipeline.Job, reference: int) -> int:
+def _whole_pool(job: Job, reference: int) -> int:
   """Operations of aligning on everything with the same recipe.
 
   Counted from the rows, whether or not that arm was run; KTO's mismatched
@@ -214,9 +216,9 @@ def _curves(folder: Any) -> dict[str, list]:
           for name in CURVES if any(name in x for x in lines)}
 
 
-def _selection(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
+def _selection(job: Job, arm: Arm) -> dict[str, Any]:
   """The selection card in the words of the report."""
-  folder = pipeline.arm_folder(job, arm)
+  folder = arm_folder(job, arm)
   card = artifacts.read_json(folder / "selection.json")
   scores = records.read_table(folder / "scores.parquet")
   value = np.array([s["score"] for s in scores])
@@ -256,12 +258,12 @@ def _selection(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
   return out
 
 
-def _samples(job: pipeline.Job, arms: list[pipeline.Arm]) -> list[dict]:
+def _samples(job: Job, arms: list[Arm]) -> list[dict]:
   """A few prompts with every policy's answer."""
-  told = {a.name: pipeline.read_samples(pipeline.arm_folder(job, a))
+  told = {a.name: read_samples(arm_folder(job, a))
           for a in arms}
   out = []
-  for k, sft in enumerate(pipeline.read_samples(job.shared / "baseline")[:6]):
+  for k, sft in enumerate(read_samples(job.shared / "baseline")[:6]):
     rewards = dict(sft=sft["reward"]) | {
         n: s[k]["reward"] for n, s in told.items()}
     if job.examined.world is not None:
@@ -275,9 +277,9 @@ def _samples(job: pipeline.Job, arms: list[pipeline.Arm]) -> list[dict]:
   return out
 
 
-def describe(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
+def describe(job: Job, arm: Arm) -> dict[str, Any]:
   """What the report shows of one arm, from the artifacts alone."""
-  folder = pipeline.arm_folder(job, arm)
+  folder = arm_folder(job, arm)
   align = job.cards[arm.name, "align"]
   metrics = artifacts.read_json(folder / "eval.json")
   return dict(
@@ -291,7 +293,7 @@ def describe(job: pipeline.Job, arm: pipeline.Arm) -> dict[str, Any]:
       curves=_curves(folder), selection=_selection(job, arm))
 
 
-def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
+def summarise(job: Job, arms: list[Arm], command: str
               ) -> dict[str, Any]:
   """Everything the report shows, from the artifacts alone."""
   c = job.c
@@ -315,7 +317,7 @@ def summarise(job: pipeline.Job, arms: list[pipeline.Arm], command: str
                     "which can rise while generation gets worse")
   for arm in arms:
     card = artifacts.read_json(
-        pipeline.arm_folder(job, arm) / "selection.json")
+        arm_folder(job, arm) / "selection.json")
     for note in card["diagnostics"].get("notes", ()):
       (warnings if note.startswith("warning") else verdicts).append(
           f"{arm.name}: {note.removeprefix('warning: ')}.")
@@ -378,14 +380,14 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
           f"{loss.upper()} as well as as many random ones, and as well as all?")
 
 
-def _baseline(job: pipeline.Job) -> dict[str, Any]:
+def _baseline(job: Job) -> dict[str, Any]:
   """The start and its metrics."""
   metrics = artifacts.read_json(job.shared / "baseline" / "eval.json")
   metrics.pop("details", None)
   return dict(name=evidence.start_of(job)) | metrics
 
 
-def _data(job: pipeline.Job, card: dict[str, Any]) -> dict[str, Any]:
+def _data(job: Job, card: dict[str, Any]) -> dict[str, Any]:
   """The data card in the words of the report."""
   quantiles = lambda q: [q["p5"], q["p50"], q["p95"]] if q else None
   cut = card["truncation"]["pool"]

@@ -14,6 +14,7 @@ import jobs
 from jaxalign import artifacts
 from jaxalign import errors
 from jaxalign import pipeline
+from jaxalign.job import arm_folder
 from jaxalign.checkpoints import Checkpoints
 
 
@@ -213,7 +214,7 @@ def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
       monkeypatch.setattr(pipeline, f"run_{name}", lambda job: None)
     monkeypatch.setattr(
         pipeline, "run_arm", lambda job, arm: artifacts.run(
-            pipeline.arm_folder(job, arm), "select", fields={}, inputs={},
+            arm_folder(job, arm), "select", fields={}, inputs={},
             make=None))
   ended = jobs.run(work)
   assert ended.code == 73, ended

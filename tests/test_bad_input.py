@@ -9,9 +9,9 @@ import pytest
 import safetensors.numpy
 
 import jobs
-from jaxalign import pipeline
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.data import records
+from jaxalign.job import Job
 from jaxalign.select import embed
 from jaxalign.train import feed
 
@@ -252,7 +252,7 @@ def test_long_prompts_lose_their_beginning_and_are_counted(tmp_path):
   assert sum(c["rows_cut_by_side"]["prompt"] for c in cut) == 10
   assert all(c["rows_cut_by_side"].get("chosen", 0) == 0 for c in cut)
   folder = tmp_path / "w/shared/data"
-  job = pipeline.Job.__new__(pipeline.Job)
+  job = Job.__new__(Job)
   job.shared = tmp_path / "w/shared"
   tokens, rows = job.tokens("pool"), job.rows("pool")
   assert np.diff(tokens.offsets).max() <= 32

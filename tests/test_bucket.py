@@ -14,8 +14,8 @@ import pytest
 import bucket
 import jobs
 from jaxalign import artifacts
-from jaxalign import pipeline
 from jaxalign.data import sources
+from jaxalign.job import Job
 
 ARM = "isa-0.1-seed0"
 
@@ -118,9 +118,9 @@ def test_a_source_that_is_not_in_the_bucket(store, source, said):
 
 def test_token_rows_of_a_bucket_are_bytes_not_maps(store):
   jobs.shutil.copytree(jobs.finished() / "shared", store / "work/shared")
-  job = pipeline.Job.__new__(pipeline.Job)
+  job = Job.__new__(Job)
   job.shared = artifacts.epath.Path("gs://b/work/shared")
-  local = pipeline.Job.__new__(pipeline.Job)
+  local = Job.__new__(Job)
   local.shared = jobs.finished() / "shared"
   for found, wanted in zip(job.tokens("pool"), local.tokens("pool")):
     assert found.tolist() == wanted.tolist()

@@ -11,6 +11,7 @@ import tokenizers
 import jobs
 from jaxalign import embedder
 from jaxalign import sharding
+from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
@@ -122,7 +123,7 @@ def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
                          "embed.pooling=last", "embed.layers=1")
   tokens = tokens_lib.load_rows(folder / "shared/embed", "tokens")
   tok = load_tokenizer(other)
-  texts = embedder.texts_of(jobs.pipeline.records.read_table(
+  texts = embedder.texts_of(records.read_table(
       folder / "shared/data/pool.parquet"))
   for i in (0, 1, 77):
     ids = tokens.ids[tokens.offsets[i]:tokens.offsets[i + 1]]
@@ -155,7 +156,7 @@ def test_an_encoder_embeds(whole, tmp_path):
   # Chosen first, then rejected, of every row in order: by transformers.
   model = transformers.AutoModel.from_pretrained(encoder).eval()
   tok = tokenizers.Tokenizer.from_file(str(encoder / "tokenizer.json"))
-  rows = jobs.pipeline.records.read_table(folder / "shared/data/pool.parquet")
+  rows = records.read_table(folder / "shared/data/pool.parquet")
   for i, side in ((0, 0), (5, 1), (159, 1)):
     text = rows[i]["prompt"] + rows[i][("chosen", "rejected")[side]]
     with torch.no_grad():

@@ -290,10 +290,14 @@ def test_leave_does_not_wait_for_other_processes(monkeypatch):
     (["select.sampler=ask_llm"], "reads p_yes, which no stage"),
     (["select.sampler=ifd"], "reads logp_alone"),
     (["select.sampler=perplexity", "embed.layers=1"], "the reference must"),
-    (["compare=('deita',)"], "'deita' reads reward"),
+    (["compare=('bees',)"], "'bees' reads "),
+    (["compare=('deita',)", "data.source=rows.jsonl"], "only the built-in"),
 ])
-def test_a_sampler_that_reads_what_no_stage_makes(tmp_path, flags, said):
-  assert said in refused(tmp_path, *flags)
+def test_a_sampler_that_reads_what_no_stage_makes(
+    tmp_path, monkeypatch, flags, said):
+  (tmp_path / "rows.jsonl").write_text("{}\n")
+  monkeypatch.chdir(tmp_path)
+  assert said in refused(tmp_path / "w", *flags)
 
 
 def test_a_sampler_of_pairs_refuses_thumbs(tmp_path):

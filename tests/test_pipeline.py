@@ -8,8 +8,11 @@ import pytest
 import safetensors.numpy
 
 import jobs
+from configs import common
 from jaxalign import artifacts
+from jaxalign.data import prepare
 from jaxalign.data import records
+from jaxalign.data import world as world_lib
 from jaxalign.model import weights
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
@@ -376,3 +379,20 @@ def test_a_mesh_with_two_axes_chooses_the_same_rows(job, tmp_path):
               for w in ("8x1", "4x2"))
   for a, b in zip(one, two, strict=True):
     assert a["train/loss"] == pytest.approx(b["train/loss"], abs=2e-5)
+
+
+@pytest.mark.slow
+def test_the_true_margin_is_an_oracle_and_says_so(tmp_path):
+  ended = jobs.run(tmp_path, "select.sampler=external_margin", "compare=()")
+  assert ended.code == 0, ended
+  assert "it reads the world's true reward" in ended.out
+  world = prepare.world_of(common.base("tiny"))
+  rows = records.read_table(tmp_path / "shared/data/pool.parquet")
+  margin = np.array([
+      world_lib.reward(world, row["prompt"], row["chosen"])
+      - world_lib.reward(world, row["prompt"], row["rejected"])
+      for row in rows])
+  folder, = (tmp_path / "runs").iterdir()
+  kept = set(records.read_column(folder / "subset.parquet", "id"))
+  inside = np.array([row["id"] in kept for row in rows])
+  assert margin[inside].min() >= margin[~inside].max() > margin.min()

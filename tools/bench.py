@@ -108,6 +108,7 @@ def select_only(args) -> None:
   from configs import common
   from jaxalign import main as main_lib
   from jaxalign import pipeline
+  from jaxalign.job import Arm, Job, arm_folder
   from jaxalign import sharding
   from jaxalign.data import records
   main_lib._join("auto")
@@ -117,8 +118,8 @@ def select_only(args) -> None:
   c.mesh = dict(fsdp=-1, tensor=args.tensor)
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
-    job = pipeline.Job(c, mesh, args.workdir)
-    arm = pipeline.Arm("isa", 0.1, 0)
+    job = Job(c, mesh, args.workdir)
+    arm = Arm("isa", 0.1, 0)
     pipeline.run_data(job)
     pipeline.run_sft(job)
     pipeline.run_embed(job)
@@ -126,7 +127,7 @@ def select_only(args) -> None:
     pipeline.run_select(job, arm)
     if jax.process_index() == 0:
       subset = records.read_table(
-          pipeline.arm_folder(job, arm) / "subset.parquet")
+          arm_folder(job, arm) / "subset.parquet")
       ids = "\n".join(r["id"] for r in subset)
       print("digest", len(subset), hashlib.sha256(ids.encode()).hexdigest()[:16],
             flush=True)

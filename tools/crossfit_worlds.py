@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from configs import common  # noqa: E402
 from jaxalign import job as job_lib  # noqa: E402
 from jaxalign import pipeline  # noqa: E402
+from jaxalign.stages.select import selected_rows  # noqa: E402
 from jaxalign import progress  # noqa: E402
 from jaxalign import sharding  # noqa: E402
 from jaxalign.data import prepare  # noqa: E402
@@ -73,7 +74,7 @@ def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
       arm = job_lib.Arm(name, 0.1, seed)
       start = time.monotonic()
       pipeline.run_select(job, arm)
-      kept = [rows[i] for i in pipeline.selected_rows(job, arm)]
+      kept = [rows[i] for i in selected_rows(job, arm)]
       found[name] = (*shares(world, kept), time.monotonic() - start)
   return found
 

@@ -1,0 +1,101 @@
+"""The align stage: trains the policy of an arm."""
+
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import artifacts
+from jaxalign import progress
+from jaxalign.artifacts import pick
+from jaxalign.checkpoints import Checkpoints, restore_params
+from jaxalign.errors import DataError
+from jaxalign.job import Arm, Job, arm_folder, lora_of
+from jaxalign.model import adapters
+from jaxalign.model import decoder
+from jaxalign.stages.ref_logps import like, rows_of, updates_for
+from jaxalign.stages.sft import TRAINED, train
+from jaxalign.train import feed
+from jaxalign.train import step as steps
+from jaxalign.train import subspace
+from jaxalign.train.logps import PRODUCERS
+
+BASES = "bases"  # LoRA-SB's fixed matrices
+
+
+def _policy_start(job: Job, arm: Arm, folder: Any, batch_at: Callable
+                  ) -> tuple[decoder.Params, decoder.Params]:
+  """(trained, frozen) parameters that compute what the reference does."""
+  c, m = job.c, job.policy
+  if m.lora is None:  # the step donates its state, so it has a copy
+    return {n: jnp.array(x, jnp.float32)
+            for n, x in job.reference.items()}, {}
+  fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m), job.mesh)
+  if m.lora.variant == "lora_sb":
+    with Checkpoints(folder / BASES) as saved:
+      if saved.latest() is None:
+        found = subspace.bases(
+            jax.random.key(arm.seed), m, job.mesh, job.reference,
+            lambda sizes: steps.make_gradients(
+                PRODUCERS["chunked"](sizes, c.model.head_chunk), job.loss,
+                sft_weight=c.loss.sft_weight),
+            [batch_at(step) for step in range(c.lora.batches)])
+        saved.save(0, dict(params=found))
+    fresh |= bases(job, folder)
+  adapters.assert_zero(fresh)
+  trained, fixed = adapters.split(fresh, m.lora)
+  return trained, job.reference | fixed
+
+
+def bases(job: Job, folder: Any) -> decoder.Params:
+  """LoRA-SB's fixed matrices, as `align` saved them."""
+  return restore_params(folder / BASES, {
+      n: x for n, x in decoder.abstract(job.policy, job.mesh).items()
+      if n.endswith((":a", ":b"))})
+
+
+def run_align(job: Job, arm: Arm) -> None:
+  """Trains the policy on the kept rows, from the reference."""
+  c, m = job.c, job.model
+  lora = lora_of(c)
+  leaves = TRAINED + ((BASES,) if lora and lora.variant == "lora_sb" else ())
+
+  def make(folder):
+    total = artifacts.read_array(folder / "ref_sum.npy")
+    count = artifacts.read_array(folder / "ref_count.npy")
+    rows = rows_of(job, arm, total, count)
+    if "public" in job.loss.extras:
+      rows = rows._replace(
+          ref_public=artifacts.read_array(folder / "ref_public.npy"))
+    if "weights" in job.loss.stats:
+      rows = rows._replace(weights=artifacts.read_array(folder / "weights.npy"))
+    if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
+      raise DataError(f"{folder}/ref_ids.json names other rows than "
+                      "subset.parquet; run with --redo")
+    if rows.label is not None and len(set(rows.label.tolist())) == 1:
+      progress.say("  warning: all kept rows have the same label; the "
+                   "loss will only push one way")
+    updates, mismatched = updates_for(job, arm, len(rows.ids)), None
+    if "z0" in job.loss.stats:
+      mismatched = feed.Mismatched(
+          feed.make_mismatched(rows, updates=updates, seed=arm.seed,
+                               batch=c.train.batch_size, context=m.context),
+          artifacts.read_array(folder / "mismatched_sum.npy"))
+    cost = train(job, folder, f"align {arm.name}", job.policy,
+                  functools.partial(_policy_start, job, arm, folder), rows,
+                  job.loss, c.train, lr=c.lora.lr if lora else c.train.lr,
+                  updates=updates, seed=arm.seed, mismatched=mismatched,
+                  sft_weight=c.loss.sft_weight, optimizer=c.train.optimizer,
+                  trace=tuple(c.profile.steps))
+    return (list(leaves), cost,
+            dict(updates=updates, rows=len(rows.ids),
+                 say=f"{updates} updates"))
+
+  fields = pick(c, "loss", "train", "model.head_chunk", "model.dtype",
+                *(["lora"] if lora else [])) | like(arm)
+  if c.train.optimizer == "adamw":  # runs of before there was a choice go on
+    del fields["train.optimizer"]
+  job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
+          fields=fields,
+          inputs=dict(ref_logps=job.key("ref_logps", arm.name)))

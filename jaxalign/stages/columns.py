@@ -1,0 +1,130 @@
+"""The columns of the pool that a job can make, and what each is read from.
+
+A sampler declares what it reads; `gather` makes that and no more. A new
+column is a function and a line in COLUMNS.
+"""
+
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+
+from jaxalign import artifacts
+from jaxalign import embedder
+from jaxalign.data import prepare
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import world as world_lib
+from jaxalign.job import Job
+from jaxalign.select import grams
+
+
+class Column(NamedTuple):
+  """How a column is made."""
+
+  make: Callable[[Job], np.ndarray]
+  stage: str = ""  # whose files it is read from; "": of the data alone
+  lacks: Callable[[Any, str], str] = lambda c, kind: ""  # why not, in words
+  oracle: str = ""  # what it knows that no real data tells; never optional
+
+
+def _length(job: Job) -> np.ndarray:
+  tokens = job.tokens("pool")
+  lengths = tokens_lib.lengths(tokens) - tokens.start
+  return lengths.reshape(len(job.column("pool", "id")), -1).astype(np.int32)
+
+
+def _of_rows(name: str) -> Callable[[Job], np.ndarray]:
+  return lambda job: np.array(job.column("pool", name))
+
+
+def _stored(stage: str, file: str) -> Callable[[Job], np.ndarray]:
+  return lambda job: artifacts.read_array(job.shared / stage / f"{file}.npy")
+
+
+def _topic(job: Job) -> np.ndarray:
+  world = prepare.world_of(job.c)
+  return np.array([world_lib.topic(world, prompt)
+                   for prompt in job.column("pool", "prompt")])
+
+
+def _true_reward(job: Job) -> np.ndarray:
+  """[N, R] of the built-in world: an oracle, which no real data has."""
+  world, rows = prepare.world_of(job.c), job.rows("pool")
+  sides = ("chosen", "rejected") if job.kind == "pairs" else ("completion",)
+  return np.array([[world_lib.reward(world, row["prompt"], row[side])
+                    for side in sides] for row in rows])
+
+
+def _grams(name: str) -> Callable[[Job], np.ndarray]:
+  def make(job):
+    tokens = job.tokens("pool")
+    responses = len(tokens.start) // len(job.column("pool", "id"))
+    return grams.columns(tokens, responses)[name]
+  return make
+
+
+def _by_reference(c: Any, kind: str) -> str:
+  del kind
+  return ("the reference must embed: set config.embed.checkpoint='' and "
+          "config.embed.layers=0" if embedder.alone(c) else "")
+
+
+def _of_world(c: Any, kind: str) -> str:
+  del kind
+  return "" if c.data.source == "world" else "only the built-in world has it"
+
+
+def _of_thumbs(c: Any, kind: str) -> str:
+  del c
+  return "" if kind == "thumbs" else "a pair has no label"
+
+
+COLUMNS = {
+    "length": Column(_length),
+    "label": Column(_of_rows("label"), lacks=_of_thumbs),
+    "group": Column(_of_rows("group")),
+    "topic": Column(_topic, lacks=_of_world),
+    "grams": Column(_grams("grams")),
+    "overlap": Column(_grams("overlap")),
+    "embedding": Column(_stored("embed", "embedding"), "embed"),
+    "logp": Column(_stored("embed", "logp"), "embed", _by_reference),
+    "logp_count": Column(_stored("embed", "count"), "embed", _by_reference),
+    "residual": Column(_stored("residual", "residual"), "residual"),
+    "least": Column(_stored("residual", "least"), "residual"),
+    "reward": Column(_true_reward, lacks=_of_world,
+                     oracle="the world's true reward"),
+}
+ALWAYS = ("length", "label", "topic")  # the card describes them
+# Made by the select stage itself, from the mixture and from another arm.
+MADE = ("log_likelihood", "subset")
+
+
+def wanted(c: Any, kind: str, sampler: Callable) -> list[str]:
+  """The columns to make for a sampler, in the order of COLUMNS."""
+  asked = {*sampler.optional, *ALWAYS}
+  return [n for n, column in COLUMNS.items() if n in sampler.needs
+          or n in asked and not column.lacks(c, kind) and not column.oracle]
+
+
+def lacking(c: Any, kind: str, sampler: Callable) -> dict[str, str]:
+  """The columns that a sampler needs and no stage makes: name -> why."""
+  return {n: COLUMNS[n].lacks(c, kind) if n in COLUMNS else ""
+          for n in sampler.needs if n not in MADE
+          and (n not in COLUMNS or COLUMNS[n].lacks(c, kind))}
+
+
+def gather(job: Job, sampler: Callable) -> dict[str, np.ndarray]:
+  """Name -> array of N rows in id order, of what `wanted` lists."""
+  return {n: COLUMNS[n].make(job) for n in wanted(job.c, job.kind, sampler)}
+
+
+def stages(c: Any, kind: str, sampler: Callable) -> list[str]:
+  """The stages whose files a sampler's columns are read from."""
+  found = [COLUMNS[n].stage for n in wanted(c, kind, sampler)]
+  return sorted({s for s in found if s})
+
+
+def notes(sampler: Callable) -> tuple[str, ...]:
+  """What stands beside a selection that read what no real data tells."""
+  return tuple(
+      f"it reads {COLUMNS[n].oracle}: a mark to measure against, no method"
+      for n in sampler.needs if n in COLUMNS and COLUMNS[n].oracle)

@@ -1,0 +1,26 @@
+"""The data stage: reads, checks, splits and tokenizes the source."""
+
+import jax
+
+from jaxalign import artifacts
+from jaxalign import progress
+from jaxalign.artifacts import pick
+from jaxalign.data import prepare
+from jaxalign.job import Job
+from jaxalign.model import decoder
+
+
+def run_data(job: Job) -> None:
+  """Reads, checks, splits and tokenizes the source."""
+  c = job.c
+  fields = pick(c, "data", "model.checkpoint", "model.tokenizer",
+                "model.vocab_size", "model.context")
+  fields |= dict(kind=job.kind, source_digest=artifacts.told(
+      lambda: prepare.fingerprint(c)))
+  job.run(job.shared / "data", "data", fields=fields, inputs={},
+          make=lambda folder: prepare.make(
+              c, folder, context=c.model.context, wanted=job.kind,
+              writes=jax.process_index() == 0))
+  progress.say(f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x "
+               f"{job.mesh.devices.flat[0].device_kind}; model of "
+               f"{decoder.parameter_count(job.model):,} parameters")

@@ -1,0 +1,113 @@
+"""What the reference says of the rows that an arm kept."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign import artifacts
+from jaxalign import embedder
+from jaxalign import references
+from jaxalign.artifacts import Cost, pick
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.job import Arm, Job, arm_folder, updates_of
+from jaxalign.select import embed
+from jaxalign.stages.select import selected_rows
+from jaxalign.train import feed
+
+
+def updates_for(job: Job, arm: Arm, n: int) -> int:
+  """How long an arm of n rows trains."""
+  return updates_of(job.c, arm, n, len(job.column("pool", "id")))
+
+
+def like(arm: Arm) -> dict[str, Any]:
+  """What a card says of an arm trained as long as another budget."""
+  return dict(like=arm.like) if arm.like else {}
+
+
+def rows_of(job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
+            ) -> feed.Rows:
+  """The rows that an arm kept, with the reference's sums [M, R]."""
+  index = selected_rows(job, arm)
+  ids, tokens = job.column("pool", "id"), job.tokens("pool")
+  responses = len(tokens.start) // len(ids)
+  label = None
+  if job.kind == "thumbs":
+    label = np.array(job.column("pool", "label"))[index]
+  return feed.Rows(
+      [ids[i] for i in index], tokens,
+      index[:, None] * responses + np.arange(responses)[None, :],
+      np.asarray(total), np.asarray(count), label)
+
+
+def run_ref_logps(job: Job, arm: Arm) -> None:
+  """The reference's (sum, count) of the kept rows, by id.
+
+  Where the embedding pass ran the same weights over the same rows its numbers
+  are looked up; KTO's mismatched rows always need a pass of their own, and so
+  does what `references` adds. A loss that reads no reference is given zeros
+  where numbers would cost a pass.
+  """
+  c, m = job.c, job.model
+
+  def kept(index):
+    """(sum, count) [M, R] of the kept rows, and what they cost."""
+    base = job.shared / "embed"
+    if not embedder.alone(c):
+      return (artifacts.read_array(base / "logp.npy")[index],
+              artifacts.read_array(base / "count.npy")[index], Cost())
+    tokens = job.tokens("pool")
+    responses = len(tokens.start) // len(job.column("pool", "id"))
+    rows = tokens_lib.take(tokens, (
+        index[:, None] * responses + np.arange(responses)).reshape(-1))
+    if not job.loss.reference:
+      counts = tokens_lib.lengths(rows) - rows.start
+      counts = np.float32(counts.reshape(len(index), -1))
+      return np.zeros_like(counts), counts, Cost()
+    scores = embed.score_rows(
+        job.mesh, job.reference, m, rows, tile=c.embed.tile,
+        chunk=c.model.head_chunk, label="ref_logps",
+        ids=[job.column("pool", "id")[i] for i in index])
+    return (scores.logp.reshape(len(index), -1),
+            scores.count.reshape(len(index), -1),
+            Cost(embed.operations(m, rows), len(rows.ids)))
+
+  def make(folder):
+    index = selected_rows(job, arm)
+    total, count, cost = kept(index)
+    arrays = dict(ref_sum=total, ref_count=count)
+    rows = rows_of(job, arm, total, count)
+
+    def spent(more):
+      nonlocal cost
+      cost = Cost(cost.operations + more.operations, cost.tokens + more.tokens)
+
+    if "public" in job.loss.extras:
+      arrays["ref_public"], more = references.public_sums(job, rows)
+      spent(more)
+    if "weights" in job.loss.stats:
+      arrays["weights"], more = references.prompt_weights(job, rows, arm.seed)
+      spent(more)
+    if "z0" in job.loss.stats:
+      tokens = feed.make_mismatched(
+          rows, updates=updates_for(job, arm, len(index)), seed=arm.seed,
+          batch=c.train.batch_size, context=m.context)
+      arrays["mismatched_sum"] = embed.score_rows(
+          job.mesh, job.reference, m, tokens, tile=c.embed.tile,
+          chunk=c.model.head_chunk, label="ref_logps").logp
+      spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
+    if jax.process_index() == 0:
+      for name, x in arrays.items():
+        artifacts.write_array(folder / f"{name}.npy", x)
+      artifacts.write_json(folder / "ref_ids.json",
+                           [job.column("pool", "id")[i] for i in index])
+    return [*(f"{n}.npy" for n in arrays), "ref_ids.json"], cost, {}
+
+  fields = dict(loss=c.loss.name)
+  if "z0" in job.loss.stats:
+    fields |= pick(c, "train.batch_size", "train.epochs", "train.max_updates",
+                   "train.min_updates") | like(arm)
+  job.run(arm_folder(job, arm), "ref_logps", arm.name, fields=fields,
+          make=make, inputs=dict(select=job.key("select", arm.name),
+                                 embed=job.key("embed")))

@@ -1,0 +1,108 @@
+"""The select stage of an arm: scores, the kept rows and their card."""
+
+import json
+
+import jax
+import numpy as np
+
+from jaxalign import artifacts
+from jaxalign.artifacts import Cost
+from jaxalign.data import records
+from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
+from jaxalign.lookup import lookup
+from jaxalign.select import card as cards
+from jaxalign.select import mixture as mixtures
+from jaxalign.select.pool import Pool
+from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.topk import budget_rows
+from jaxalign.stages import columns as columns_lib
+
+
+def run_select(job: Job, arm: Arm) -> None:
+  """Scores the pool, keeps the budget, says how the kept rows differ."""
+  c, folder = job.c, arm_folder(job, arm)
+  sampler = lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
+  kwargs = sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
+  uses_mixture = "log_likelihood" in sampler.needs
+  chosen_arm = arm._replace(sampler=c.select.sampler)  # it ran before this one
+
+  budget = budget_rows(arm.budget, len(job.column("pool", "id")),
+                       c.train.batch_size)
+  files = ["scores.parquet", "subset.parquet", "selection.json", "config.json"]
+
+  def make(folder):
+    if jax.process_index() != 0:  # what follows reads the texts of the pool
+      return files, Cost(), {}
+    rows, columns = job.rows("pool"), columns_lib.gather(job, sampler)
+    n = len(rows)
+    if "subset" in sampler.needs:
+      columns["subset"] = np.isin(np.arange(n), selected_rows(job, chosen_arm))
+    ids = np.array([r["id"] for r in rows])
+    fits = [None]
+    if uses_mixture:
+      fits = artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")
+    chosen = []
+    for values in fits:
+      extra = {} if values is None else dict(log_likelihood=values)
+      chosen.append(sampler(arm.seed, Pool(ids, columns | extra), budget,
+                            **kwargs))
+    selection, diagnostics, mixture = chosen[0], {}, None
+    if uses_mixture:
+      mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
+      diagnostics = artifacts.read_json(
+          job.shared / "mixture" / "diagnostics.json")
+      overlaps = [cards.jaccard(selection.rows, other.rows)
+                  for other in chosen[1:]]
+      diagnostics["stability"] = dict(
+          jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
+    if notes := [*selection.notes, *columns_lib.notes(sampler)]:
+      diagnostics["notes"] = notes
+    card = cards.selection_card(Pool(ids, columns), selection, mixture,
+                                diagnostics, arm.sampler)
+    _write_selection(folder, rows, selection, card, fits[0])
+    artifacts.write_json(folder / "config.json", json.loads(
+        c.to_json_best_effort()) | dict(arm=arm._asdict()))
+    return files, Cost(), dict(say=f"{budget:,} of {n:,} rows")
+
+  fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
+                batch_size=c.train.batch_size, **kwargs)
+  inputs = dict(data=job.key("data"))
+  if uses_mixture:
+    inputs["mixture"] = job.key("mixture")
+  if "subset" in sampler.needs:
+    inputs["subset"] = job.key("select", chosen_arm.name)
+  for stage in columns_lib.stages(c, job.kind, sampler):
+    inputs[stage] = job.key(stage)
+  job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
+
+
+def _write_selection(folder, rows, selection, card, likelihood) -> None:
+  """scores.parquet of all rows, subset.parquet of the kept ones, the card."""
+  rank = np.empty(len(rows), np.int64)
+  order = np.argsort(-selection.score, kind="stable")
+  rank[order] = np.arange(len(rows))
+  rank[selection.rows] = np.arange(len(selection.rows))
+  kept = np.zeros(len(rows), bool)
+  kept[selection.rows] = True
+  scores = []
+  for i, row in enumerate(rows):
+    line = dict(id=row["id"], row=i, score=float(selection.score[i]),
+                rank=int(rank[i]), selected=bool(kept[i]))
+    if likelihood is not None:
+      for side, value in enumerate(likelihood[i]):
+        line[f"log_likelihood_{side}"] = float(value)
+    scores.append(line)
+  records.write_rows(folder / "scores.parquet", scores)
+  subset = []
+  for place, i in enumerate(selection.rows):
+    row = {k: v for k, v in rows[i].items() if k != "group"}
+    subset.append(row | dict(score=float(selection.score[i]), rank=place))
+  records.write_rows(folder / "subset.parquet", subset)
+  artifacts.write_json(folder / "selection.json", card)
+
+
+def selected_rows(job: Job, arm: Arm) -> np.ndarray:
+  """Row numbers of the pool that an arm kept, best first."""
+  where = {name: i for i, name in enumerate(job.column("pool", "id"))}
+  kept = records.read_column(arm_folder(job, arm) / "subset.parquet", "id")
+  return np.array([where[name] for name in kept])

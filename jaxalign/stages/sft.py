@@ -1,0 +1,84 @@
+"""The reference: given, or trained; and how a stage trains."""
+
+from typing import Any, Callable
+
+import jax
+import numpy as np
+
+from jaxalign import artifacts
+from jaxalign import hub
+from jaxalign.artifacts import Cost, pick
+from jaxalign.job import Job
+from jaxalign.model import decoder
+from jaxalign.model import weights
+from jaxalign.train import feed
+from jaxalign.train import loop
+from jaxalign.train import optim
+from jaxalign.train import stats
+from jaxalign.train import step as steps
+from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import LOSSES
+
+TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
+
+
+def run_sft(job: Job) -> None:
+  """Trains the reference, where no checkpoint is given."""
+  c, m, mesh = job.c, job.model, job.mesh
+  if c.model.checkpoint:
+    given = c.model.checkpoint
+    key = artifacts.told(lambda: artifacts.key_of(
+        "checkpoint", artifacts.digest_tree(
+            hub.resolve(given), weights.digest_names(given)), {}))
+    job.cards["", "sft"] = artifacts.Card("sft", key, {}, {}, {}, Cost(), {},
+                                          skipped=True)
+    return
+
+  def make(folder):
+    tokens = job.tokens("sft")
+    n = len(tokens.start)
+    rows = feed.Rows(job.column("sft", "id"), tokens,
+                     np.arange(n)[:, None], np.zeros((n, 1), np.float32),
+                     np.ones((n, 1), np.float32))
+    params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
+    cost = train(job, folder, "sft", m, lambda _: (params, {}), rows,
+                  LOSSES["sft"], c.sft, lr=c.sft.lr, updates=c.sft.updates,
+                  seed=c.sft.seed, sft_weight=0.0)
+    return list(TRAINED), cost, {}
+
+  job.run(job.shared / "sft", "sft", make=make, resumes=TRAINED,
+          fields=pick(c, "sft", "model"), inputs=dict(data=job.key("data")))
+
+
+def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
+          begin: Callable, rows: feed.Rows, loss: Callable, knobs: Any, *,
+          lr: float, updates: int, seed: int, sft_weight: float,
+          optimizer: str = "adamw",
+          mismatched: feed.Mismatched | None = None,
+          trace: tuple[int, int] = (0, 0)) -> Cost:
+  """Trains in `folder`; `begin(batch_at)` returns the parameters to train and
+  those beside them that stay. Shared by sft and align."""
+  c, mesh = job.c, job.mesh
+  tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
+                            weight_decay=knobs.weight_decay, name=optimizer)
+  if m.lora and m.lora.variant == "allora":
+    tx = optim.allora(tx, c.lora.eta)
+  rate = optim.make_schedule(lr=lr, updates=updates,
+                             warmup_ratio=knobs.warmup_ratio,
+                             schedule=knobs.schedule)
+  batch_at, ids_at, tokens_at = feed.make_feed(
+      mesh, rows, batch=knobs.batch_size, accumulation=knobs.accumulation,
+      seed=seed, context=m.context, rate=rate, mismatched=mismatched)
+  train_step = steps.make_train_step(
+      PRODUCERS["chunked"](m, c.model.head_chunk), loss, tx,
+      sft_weight=sft_weight)
+  params, frozen = begin(batch_at)
+  loop.fit(steps.init_state(params, tx, loss),
+           lambda state, batch: train_step(state, batch, frozen), batch_at,
+           ids_at, folder=folder, label=label, updates=updates,
+           save_every=knobs.save_every, tokens_at=tokens_at, trace=trace)
+  operations, tokens = feed.training_cost(
+      m, rows, updates=updates, batch=knobs.batch_size, seed=seed,
+      mismatched=mismatched.tokens if mismatched else None,
+      ahead=stats.looks_ahead(loss))
+  return Cost(operations, tokens)
