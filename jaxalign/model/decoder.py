@@ -18,6 +18,7 @@ from jaxalign.model import adapters
 from jaxalign.model import attention
 from jaxalign.model import rope as ropes_lib
 from jaxalign.model import table as table_lib
+from jaxalign.model import unshared
 from jaxalign.model.rope import Rope
 from jaxalign.model.table import Param, Params
 
@@ -217,6 +218,7 @@ class Rows(NamedTuple):
   cos: jax.Array  # [kinds or 1, B or 1, L, rotated / 2] float32
   sin: jax.Array
   seen: attention.Seen
+  copies: unshared.Copies | None = None  # of packed tokens
 
 
 def rows_of(m: ModelConfig, seen: attention.Seen) -> Rows:
@@ -286,10 +288,13 @@ def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
   if cache is not None:
     k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, at, axis=1)
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, at, axis=1)
-  y = attention.attend(
-      q, k, v, rows.seen, kernel="plain" if cache is not None else m.attention,
-      scale=m.query_scale or m.head_size ** -0.5, softcap=m.softcap,
-      windows=m.windows, which=kind, place=place)
+  how = dict(scale=m.query_scale or m.head_size ** -0.5, softcap=m.softcap,
+             windows=m.windows, which=kind, place=place,
+             kernel="plain" if cache is not None else m.attention)
+  if rows.copies is None:
+    y = attention.attend(q, k, v, rows.seen, **how)
+  else:
+    y = unshared.attend(q, k, v, rows.copies, **how)
   y = project(y, "wo", "blgqc,gqcd->bld", "bo", out=summed)
   if m.post_norms:
     y = normed(y, layer, "layers/attention_post_norm", m)
@@ -329,8 +334,8 @@ def kinds_of(m: ModelConfig) -> jax.Array | None:
 
 
 def forward(params: Params, tokens: jax.Array, m: ModelConfig,
-            place=sharding.SPREAD, seen: attention.Seen | None = None
-            ) -> jax.Array:
+            place=sharding.SPREAD, seen: attention.Seen | None = None,
+            copies: unshared.Unshared | None = None) -> jax.Array:
   """Hidden states after the final norm.
 
   Args:
@@ -341,6 +346,8 @@ def forward(params: Params, tokens: jax.Array, m: ModelConfig,
     place: `sharding.SPREAD` under jit on the mesh, `sharding.PER_ROW` inside
       `sharding.per_row`.
     seen: positions and segments; None: one row's tokens count up from 0.
+    copies: None, or where attention finds the rows of packed tokens; then of
+      `seen` the positions alone are read.
 
   Returns:
     [B, L, D] in `m.dtype`.
@@ -349,6 +356,8 @@ def forward(params: Params, tokens: jax.Array, m: ModelConfig,
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     seen = attention.Seen(position, position)
   rows = rows_of(m, seen)
+  if copies is not None:
+    rows = rows._replace(copies=unshared.lay(copies, seen.q_position, place))
 
   def body(x, layer):
     return block(x, layer[0], layer[1], rows, m, place)[0], None
@@ -374,11 +383,12 @@ def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
 
   Args:
     x: hidden states after the final norm.
-    weight: as from `head`.
+    weight: as from `head`; or [parts, V / parts, D], then [B, L, parts,
+      V / parts] comes back.
     softcap: `ModelConfig.final_softcap`.
   """
   exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  y = jnp.einsum("bld,vd->blv", x, weight.astype(x.dtype),
+  y = jnp.einsum("bld,...d->bl...", x, weight.astype(x.dtype),
                  preferred_element_type=jnp.float32, precision=exact)
   return softcap * jnp.tanh(y / softcap) if softcap else y
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Callable, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxalign import sharding
@@ -9,6 +10,10 @@ from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
+from jaxalign.train import layout as packing
+
+SHAPES = 4  # packed shapes that a run compiles, where its data lets it
+LOOKED = 256  # steps at most that they are chosen from
 
 
 class Rows(NamedTuple):
@@ -62,55 +67,138 @@ def make_mismatched(rows: Rows, *, updates: int, batch: int, seed: int,
                             np.concatenate(answers), context)
 
 
+class Layout(NamedTuple):
+  """How the tokens of a batch lie; rows are given as index [B, R]."""
+
+  order: Callable[[np.ndarray], np.ndarray]  # index -> [B], as they stand
+  put: Callable[..., tuple[Any, Any]]  # (ordered index, names) -> tokens, mask
+
+
+def padded(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
+           context: int, known: list[np.ndarray]) -> Layout:
+  """Padded on the right, to the bucket of the batch's longest row."""
+  del known
+  lengths = tokens_lib.lengths(rows)
+  longest = tokens_lib.longest(lengths, context)
+
+  def put(index, names=None):
+    del names
+    # Every process pads to the same bucket, from the lengths of all rows.
+    size = tokens_lib.bucket(int(lengths[index].max()), longest)
+
+    def make(places):
+      tokens, mask = tokens_lib.pad(rows, index[places].reshape(-1), size)
+      cut = lambda x: x.reshape(len(places), -1, size)
+      return cut(tokens), cut(mask)
+
+    return sharding.put_rows(mesh, (accumulation, len(index) // accumulation),
+                             make, None, "batch")
+
+  return Layout(lambda index: np.arange(len(index)), put)
+
+
+def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
+           context: int, known: list[np.ndarray]) -> Layout:
+  """Packed, see `train.layout`: a `Packed` for tokens and counts for a mask.
+
+  Rows are dealt to micro-batches and devices by length, so they stand in
+  another order. Shapes are chosen from the `known` steps; a later one that no
+  shape holds has a larger one of its own.
+  """
+  lengths, start = tokens_lib.lengths(rows), np.asarray(rows.start, np.int64)
+  devices = sharding.parts(mesh, "batch")
+  bins = accumulation * devices
+  length = packing.up(tokens_lib.longest(lengths, context))
+
+  def sizes(index):
+    """[B] tokens of every row, its prompt once."""
+    return start[index[:, 0]] + (lengths - start)[index].sum(1)
+
+  def order(index):
+    return packing.deal(sizes(index), bins).reshape(-1)
+
+  def needed(index):  # of all devices and micro-batches
+    return packing.largest([packing.need(
+        start[part[:, 0]], (lengths - start)[part], length)
+                            for part in np.split(index, bins)])
+
+  shapes = packing.choose([needed(i[order(i)]) for i in known], SHAPES)
+
+  def shape_of(index):
+    need = needed(index)
+    found = [s for s in shapes if packing.holds(s, need)]
+    return found[0] if found else packing.larger(need)
+
+  def put(index, names=None):
+    shape, m = shape_of(index), len(index) // bins
+
+    def make(places):
+      parts = [packing.pack(shape, rows, index[k * m:(k + 1) * m],
+                            names and names[k * m:(k + 1) * m])
+               for k in places]
+      return jax.tree.map(lambda *x: np.stack(x), *parts)
+
+    counts = (lengths - start)[index][..., None].astype(np.int32)
+    return (sharding.put_rows(mesh, (accumulation, devices), make, None,
+                              "batch"),
+            sharding.put_rows(mesh, (accumulation, len(index) // accumulation),
+                              lambda places: counts[places], None, "batch"))
+
+  return Layout(order, put)
+
+
+LAYOUTS = {"packed": packed, "padded": padded}
+
+
 def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
               seed: int, context: int, rate: Callable[[int], float],
-              mismatched: Mismatched | None = None
+              mismatched: Mismatched | None = None, layout: str = "padded"
               ) -> tuple[Callable, Callable, Callable]:
   """Returns `batch_at(step)`, `ids_at(step)` and `tokens_at(step)`.
 
-  Rows are padded to the bucket of the batch's longest row, so few shapes are
-  compiled. A process reads the tokens of its own devices' rows alone. See
-  `train.step.make_train_step` for the arrays of a batch; `rate` gives the
+  Few shapes are compiled, whatever the layout, a key of LAYOUTS. A process
+  reads the tokens of its own devices' rows alone. See
+  `train.step.make_gradients` for the arrays of a batch; `rate` gives the
   learning rate of a step.
   """
   lengths = tokens_lib.lengths(rows.tokens)
-  longest = tokens_lib.longest(lengths, context)
-  if mismatched is not None:
-    # One row's prompt and another's answer may be longer than any row.
-    kl_lengths = tokens_lib.lengths(mismatched.tokens)
-    kl_longest = tokens_lib.longest(kl_lengths, context)
+  lay = LAYOUTS[layout]
 
   def rows_of(step):
     return batches.rows_at(step, len(rows.ids), batch, seed)
 
-  def pad(token_rows, index, size):
-    tokens, mask = tokens_lib.pad(token_rows, index.reshape(-1), size)
-    return tokens.reshape(*index.shape, size), mask.reshape(*index.shape, size)
+  def mismatched_of(step):
+    return np.arange(step * batch, (step + 1) * batch)[:, None]
+
+  steps = range(min(LOOKED, -(-2 * len(rows.ids) // batch)))
+  main = lay(mesh, rows.tokens, accumulation, context,
+             [rows.row_of[rows_of(s)] for s in steps])
+  if mismatched is not None:
+    # One row's prompt and another's answer may be longer than any row.
+    steps = range(min(LOOKED, len(mismatched.ref_sum) // batch))
+    other = lay(mesh, mismatched.tokens, accumulation, context,
+                [mismatched_of(s) for s in steps])
 
   def batch_at(step):
     own = rows_of(step)
-    # Every process pads to the same bucket, from the lengths of all rows.
-    size = tokens_lib.bucket(int(lengths[rows.row_of[own]].max()), longest)
+    own = own[main.order(rows.row_of[own])]
+
+    def put(make):
+      return sharding.put_rows(mesh, (accumulation, batch // accumulation),
+                               make, None, "batch")
+
+    out = put(lambda places: {n: x[own[places]] for n, x in (
+        ("ref_sum", rows.ref_sum), ("ref_count", rows.ref_count),
+        ("label", rows.label), ("weights", rows.weights),
+        ("ref_public", rows.ref_public)) if x is not None})
+    out["tokens"], out["mask"] = main.put(rows.row_of[own],
+                                          [rows.ids[i] for i in own])
     if mismatched is not None:
-      where = np.arange(step * batch, (step + 1) * batch)[:, None]
-      kl_size = tokens_lib.bucket(int(kl_lengths[where].max()), kl_longest)
-
-    def make(places):
-      mine = own[places]
-      out = dict(ref_sum=rows.ref_sum[mine], ref_count=rows.ref_count[mine])
-      out["tokens"], out["mask"] = pad(rows.tokens, rows.row_of[mine], size)
-      out |= {n: x[mine] for n, x in (
-          ("label", rows.label), ("weights", rows.weights),
-          ("ref_public", rows.ref_public)) if x is not None}
-      if mismatched is not None:
-        out["kl_tokens"], out["kl_mask"] = pad(
-            mismatched.tokens, where[places], kl_size)
-        out["kl_ref_sum"] = mismatched.ref_sum[where[places]]
-      return out
-
-    shape = (accumulation, batch // accumulation)
-    return sharding.put_rows(mesh, shape, make, None, "batch") | dict(
-        lr=np.float32(rate(step)))
+      where = mismatched_of(step)
+      where = where[other.order(where)]
+      out["kl_tokens"], out["kl_mask"] = other.put(where)
+      out["kl_ref_sum"] = put(lambda places: mismatched.ref_sum[where[places]])
+    return out | dict(lr=np.float32(rate(step)))
 
   def ids_at(step):
     return [rows.ids[i] for i in rows_of(step)]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.train.layout import Packed, shares
 from jaxalign.train.logps import Logps
 from jaxalign.train.losses.reference_free import sft
 from jaxalign.train.losses.unpaired import init_delta
@@ -45,7 +46,8 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
   """Returns `gradients(trained, batch, frozen, found) -> (gradients, metrics)`.
 
   Args:
-    logps_fn: `(params, tokens [b, R, L], mask [b, R, L]) -> Logps [b, R]`.
+    logps_fn: `(params, tokens [b, R, L], mask [b, R, L]) -> Logps [b, R]`; of
+      packed rows see `layout.Packed`.
     loss_fn: `(policy, ref, stats) -> ([b], metrics)`, from LOSSES with its
       keywords bound; `loss_fn.stats` lists the statistics it needs.
     sft_weight: weight of the chosen answer's negative log-likelihood, a mean
@@ -127,6 +129,8 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
     totals = totals | {
         "grad_norm": jnp.stack([optax.tree.norm(grads), jnp.ones(())]),
         "lr": jnp.stack([batch["lr"], jnp.ones(())])}
+    if isinstance(batch["tokens"], Packed):
+      totals |= shares(batch["tokens"])
     return TrainState(optax.apply_updates(params, updates), opt_state,
                       state.step + 1, delta), totals
 

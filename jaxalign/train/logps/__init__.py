@@ -31,6 +31,8 @@ def public_sums(each: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.sum(each * keep, axis=-1)
 
 
-from jaxalign.train.logps.chunked import chunked  # noqa: E402
+from jaxalign.train.logps import of_rows  # noqa: E402
 
-PRODUCERS = {"chunked": chunked}
+# Each reads padded and packed rows alike, see `of_rows.make`.
+PRODUCERS = {"chunked": of_rows.chunked, "vocab": of_rows.vocab,
+             "plain": of_rows.plain}

@@ -1,0 +1,252 @@
+"""Batches packed tightly: the prompt of a pair once, hardly any padding.
+
+The pairs of a micro-batch are dealt to the devices, the same number to each;
+a device's tokens lie end to end in one dense row, [prompt | chosen |
+rejected] and so on. A rejected answer's positions go on from the prompt's end,
+and the prompt's last token predicts the first token of both answers. For
+attention the sequences prompt + answer are packed by first-fit into rows as
+long as the longest (`model.unshared`). All of it is NumPy, on lengths.
+
+Shapes are static: a few are chosen from the data, and a step takes the first
+that holds it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.errors import DataError
+from jaxalign.model import unshared
+
+class Packed(NamedTuple):
+  """S dense rows, one a device; in a batch behind an axis of micro-batches.
+
+  It stands where a padded batch has its token ids, and the "mask" beside it is
+  [.., b, R, 1]: the counts of response tokens.
+  """
+
+  tokens: jax.Array  # [S, T] int32 ids
+  position: jax.Array  # [S, T] int32, in the sequence
+  copies: unshared.Unshared
+  source: jax.Array  # [S, U] int32: the token that predicts a response token
+  target: jax.Array  # [S, U] int32: the id to predict
+  owner: jax.Array  # [S, U] int32: which of the row's responses; -1: none
+  public: jax.Array  # [S, U] bool: among the first min(counts) of its response
+  first: jax.Array  # [S, T] int32: which prediction a token makes; -1: none
+  second: jax.Array  # [S, T] int32: its other one (a prompt's last token)
+
+
+class Shape(NamedTuple):
+  """The static sizes of a dense row."""
+
+  tokens: int  # T
+  targets: int  # U
+  rows: int  # a, of attention
+  length: int  # l of each
+
+
+def shares(rows: Packed) -> dict[str, jax.Array]:
+  """(sum, count) metrics: the share of slots that is padding, and of the
+  responses' tokens the share that is not computed, as it was already."""
+  own, again = (jnp.sum(x >= 0, dtype=jnp.float32)
+                for x in (rows.copies.first, rows.copies.second))
+  size = jnp.float32(rows.tokens.size)
+  return {"perf/padding": jnp.stack([size - own, size]),
+          "perf/shared": jnp.stack([again, own + again])}
+
+
+def holds(shape: Shape, need: Shape) -> bool:
+  """Whether a row of this shape has room for what is needed."""
+  return all(a >= b for a, b in zip(shape, need))
+
+
+def deal(sizes: np.ndarray, bins: int) -> np.ndarray:
+  """Deals n rows to bins, as many to each, of sums as alike as can be.
+
+  The longest first, each to the emptiest bin that has room; ties by number.
+
+  Args:
+    sizes: [n] tokens of each; n is a multiple of `bins`.
+    bins: of n / bins rows each.
+
+  Returns:
+    [bins, n / bins] row numbers.
+  """
+  room = len(sizes) // bins
+  total, taken = np.zeros(bins), [[] for _ in range(bins)]
+  for i in np.argsort(-sizes, kind="stable"):
+    k = min((k for k in range(bins) if len(taken[k]) < room),
+            key=lambda k: total[k])
+    taken[k].append(i)
+    total[k] += sizes[i]
+  return np.array(taken, np.int64).reshape(bins, room)
+
+
+def first_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
+  """Packs sequences into rows of one length: of every row its sequences.
+
+  The longest first, each into the first row that has room.
+
+  Args:
+    sizes: [n] slots of each sequence.
+    length: of a row, at least the longest sequence.
+  """
+  rows, left = [], []
+  for i in np.argsort(-sizes, kind="stable").tolist():
+    size = int(sizes[i])
+    k = next((k for k, free in enumerate(left) if free >= size), len(rows))
+    if k == len(rows):
+      rows.append([])
+      left.append(length)
+    rows[k].append(i)
+    left[k] -= size
+  return rows
+
+
+def up(x: int) -> int:
+  """Rounded up: to 16, and from 1,024 on to 128, what a TPU multiplies at."""
+  step = 16 if x <= 1024 else 128
+  return max(step, -(-x // step) * step)
+
+
+def need(prompt: np.ndarray, answers: np.ndarray, length: int) -> Shape:
+  """The least shape that holds one device's rows.
+
+  Args:
+    prompt: [m] tokens of each prompt.
+    answers: [m, R] tokens of each response.
+    length: of an attention row.
+  """
+  rows = first_fit((prompt[:, None] + answers).reshape(-1), length)
+  return Shape(up(int(prompt.sum() + answers.sum())), up(int(answers.sum())),
+               len(rows), length)
+
+
+def largest(needs: list[Shape]) -> Shape:
+  """The least shape that holds them all."""
+  return Shape(*(max(sizes) for sizes in zip(*needs)))
+
+
+def larger(need: Shape) -> Shape:
+  """A shape for what none holds: by steps of a quarter, so there are few."""
+  def grown(x):
+    size = 16
+    while size < x:
+      size = up(size * 5 // 4)
+    return size
+
+  return Shape(grown(need.tokens), grown(need.targets),
+               -(-need.rows // 4) * 4, need.length)
+
+
+def cost(shape: Shape) -> float:
+  """A measure to choose shapes by: slots, and attention by the square.
+
+  A pair of attention slots counts as 1 / 2,048 of a dense token: about what it
+  is of a Llama of width 512 (a layer multiplies 12 D^2 a token, 2 D a pair).
+  """
+  return (shape.tokens + 0.5 * shape.targets
+          + shape.rows * shape.length * (0.05 + shape.length / 2048))
+
+
+def choose(needs: list[Shape], most: int) -> list[Shape]:
+  """At most `most` shapes, cheapest first, that hold every need.
+
+  Needs in the order of their cost are cut into runs, a shape each, so that
+  the sum of the costs is least (dynamic programming).
+  """
+  needs = sorted(set(needs), key=cost)
+  n, most = len(needs), min(most, len(set(needs)))
+  best = {(0, 0): (0.0, [])}
+  for end in range(1, n + 1):
+    run = None
+    for start in range(end - 1, -1, -1):
+      run = needs[start] if run is None else largest([run, needs[start]])
+      price = cost(run) * (end - start)
+      for k in range(most):
+        if (start, k) in best:
+          total = best[start, k][0] + price
+          if total < best.get((end, k + 1), (np.inf,))[0]:
+            best[end, k + 1] = (total, best[start, k][1] + [run])
+  return sorted(min((best[n, k] for k in range(1, most + 1)
+                     if (n, k) in best), key=lambda x: x[0])[1], key=cost)
+
+
+def pack(shape: Shape, rows: tokens_lib.TokenRows, index: np.ndarray,
+         ids: list[str] | None = None) -> Packed:
+  """One device's rows, packed; arrays without the axis S.
+
+  Args:
+    shape: holds them.
+    rows: the tokenized rows.
+    index: [m, R] which row each response is; R is 1 or 2.
+    ids: names of the m rows, for an error.
+
+  Raises:
+    DataError: two responses of one row have different prompts.
+  """
+  m, r = index.shape
+  prompt = np.asarray(rows.start)[index[:, 0]].astype(np.int64)
+  begin = np.asarray(rows.offsets)[index]
+  answers = (np.asarray(rows.offsets)[index + 1] - begin - prompt[:, None])
+  tokens = np.zeros(shape.tokens, np.int32)
+  position = np.zeros(shape.tokens, np.int32)
+  source = np.zeros(shape.targets, np.int32)
+  target = np.zeros(shape.targets, np.int32)
+  owner = np.full(shape.targets, -1, np.int32)
+  public = np.zeros(shape.targets, bool)
+  uses = np.full((2, shape.tokens), -1, np.int32)
+  places = []  # of every sequence: where its tokens lie
+  at = out = 0
+  for k in range(m):
+    p = int(prompt[k])
+    head = np.asarray(rows.ids[begin[k, 0]:begin[k, 0] + p])
+    for side in range(1, r):
+      if not np.array_equal(
+          rows.ids[begin[k, side]:begin[k, side] + p], head) or (
+              rows.start[index[k, side]] != p):
+        raise DataError(
+            f"row {ids[k] if ids else k}: its responses have different "
+            "prompts, which cannot be computed once; set "
+            "config.train.layout='padded'")
+    tokens[at:at + p], position[at:at + p] = head, np.arange(p)
+    own = np.arange(at, at + p)
+    last, at = at + p - 1, at + p
+    shared = int(answers[k].min())
+    for side in range(r):
+      n = int(answers[k, side])
+      first = int(begin[k, side]) + p
+      tokens[at:at + n] = rows.ids[first:first + n]
+      position[at:at + n] = p + np.arange(n)
+      mine = np.arange(at, at + n)
+      before = np.concatenate([[last], mine[:-1]])[:n]
+      now = slice(out, out + n)
+      source[now], target[now] = before, tokens[at:at + n]
+      owner[now], public[now] = k * r + side, np.arange(n) < shared
+      uses[np.where(uses[0, before] < 0, 0, 1), before] = np.arange(
+          out, out + n)
+      places.append(np.concatenate([own, mine]))
+      at, out = at + n, out + n
+  return Packed(tokens, position, _copies(shape, places), source, target,
+                owner, public, *uses)
+
+
+def _copies(shape, places):
+  """The attention rows of sequences whose tokens lie at `places`."""
+  token = np.zeros((shape.rows, shape.length), np.int32)
+  segment = np.zeros_like(token)
+  where = np.full((2, shape.tokens), -1, np.int32)
+  packed = first_fit(np.array([len(x) for x in places]), shape.length)
+  for k, row in enumerate(packed):
+    at = 0
+    for number, i in enumerate(row):
+      own = places[i]
+      now = slice(at, at + len(own))
+      token[k, now], segment[k, now] = own, number + 1
+      where[np.where(where[0, own] < 0, 0, 1), own] = (
+          k * shape.length + np.arange(now.start, now.stop))
+      at = now.stop
+  return unshared.Unshared(token, segment, *where)
