@@ -1,13 +1,16 @@
 """Markup that escapes by default, numbers as text, and the page's skeleton."""
 
+import base64
+import hashlib
 import html
+import json
 import math
 import urllib.parse
 from typing import Any, Iterable, Sequence
 
 MISSING = "–"  # a value that was never measured
 NO_BREAK = "\u00a0"
-_VOID = {"meta", "br"}
+_VOID = {"meta", "br", "input"}
 
 
 class Html(str):
@@ -256,6 +259,19 @@ def link(label: Any, path: Any) -> Html:
   return join([label, Html(" "), shown])
 
 
+def data_block(anchor: str, value: Any) -> Html:
+  """JSON in an element that never runs; `anchor` is its id, from code.
+
+  Whatever could end the element or begin another is written as an escape.
+  """
+  text = json.dumps(value, ensure_ascii=False, allow_nan=False,
+                    separators=(",", ":"))
+  for raw in "<>&\u2028\u2029":
+    text = text.replace(raw, f"\\u{ord(raw):04x}")
+  return Html(f'<script type="application/json" id="{anchor}">{text}'
+              "</script>")
+
+
 def section(anchor: str, title: str, *children: Any) -> Html:
   """A numbered section; `anchor` comes from code."""
   return tag("section", tag("h2", title), *children, id=anchor)
@@ -263,7 +279,8 @@ def section(anchor: str, title: str, *children: Any) -> Html:
 
 def document(title: Any, sections: Sequence[tuple[str, str, Html]],
              lede: Any = None, byline: Sequence[Any] = (),
-             top: Any = Html("")) -> Html:
+             top: Any = Html(""), style: str = "", script: str = "",
+             data: Any = None) -> Html:
   """The whole page.
 
   Args:
@@ -272,17 +289,25 @@ def document(title: Any, sections: Sequence[tuple[str, str, Html]],
     lede: one sentence under the title.
     byline: small facts under the lede.
     top: what stands before the first section.
+    style: CSS after the page's own, from code.
+    script: JavaScript from code; the policy of the page lets this text run
+      and no other. It stands at the end of the body.
+    data: what the script reads, see `data_block`.
   """
+  policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+  scripts = []
+  if script:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest())
+    policy += f"; script-src 'sha256-{digest.decode()}'"
+    scripts = [data_block("data", data), Html(f"<script>{script}</script>")]
   head = tag(
       "head", tag("meta", charset="utf-8"),
-      tag("meta", http_equiv="Content-Security-Policy",
-          content="default-src 'none'; style-src 'unsafe-inline'; "
-                  "img-src data:"),
+      tag("meta", http_equiv="Content-Security-Policy", content=policy),
       tag("meta", name="viewport",
           content="width=device-width, initial-scale=1"),
       tag("meta", name="color-scheme", content="light dark"),
       tag("meta", name="referrer", content="no-referrer"),
-      tag("title", title), tag("style", Html(STYLE)))
+      tag("title", title), tag("style", Html(STYLE + style)))
   nav = tag("nav", *(tag("a", name, href=f"#{anchor}")
                      for anchor, name, _ in sections), aria_label="Sections")
   header = tag(
@@ -291,7 +316,8 @@ def document(title: Any, sections: Sequence[tuple[str, str, Html]],
       *([paragraph(join(byline, Html(" · ")), kind="byline")]
         if byline else []))
   body = tag("body", header, top, nav if len(sections) > 1 else "",
-             tag("main", *(section(a, t, c) for a, t, c in sections)))
+             tag("main", *(section(a, t, c) for a, t, c in sections)),
+             *scripts)
   return Html("<!doctype html>\n" + tag("html", head, body, lang="en") + "\n")
 
 

@@ -216,13 +216,14 @@ def curves(arms: Sequence[dict], styles: Sequence[tuple[str, int]]) -> Html:
 # Selection.
 
 
-def _card(found: dict) -> dict:
+def card_words(found: dict) -> dict:
   """A card as `select.card` writes it, under the names the page uses."""
   if not found or "diagnostics" not in found:
     return found
   seen = fields(found["diagnostics"])
   steady, halves, labels = (fields(seen.get(k)) for k in (
       "stability", "held_out", "component_labels"))
+  labels = labels or fields(seen.get("labels"))
   fitted = fields(found.get("mixture"))
   length = {}
   for name, key in (("selected", "chosen"), ("rest", "rest")):
@@ -232,7 +233,9 @@ def _card(found: dict) -> dict:
   topic = fields(found.get("topic"))
   card = {"length": length, "topics": topic and {
       "selected": topic.get("covered"), "pool": topic.get("topics")}}
-  return {"stability": steady and {"mean": steady.get("jaccard_mean")},
+  return {"stability": steady and {
+              "mean": steady.get("jaccard_mean", steady.get("mean")),
+              "jaccard": steady.get("jaccard")},
           "mixture": fitted and {
               "pca": fitted.get("directions"), **fitted,
               "in_fit": halves.get("mean_fitted"),
@@ -274,7 +277,8 @@ def _differs(found: dict) -> list[Html]:
   return blocks
 
 
-def _stability(found: dict) -> Html:
+def stability(found: dict) -> Html:
+  """How much other seeds would have chosen the same rows."""
   overlaps = items(found.get("jaccard"))
   if not found or (not overlaps and found.get("mean") is None):
     return page.absent("How stable the selection is was")
@@ -286,7 +290,8 @@ def _stability(found: dict) -> Html:
   return page.paragraph(text + ".")
 
 
-def _mixture(found: dict) -> Html:
+def mixture(found: dict) -> Html:
+  """The mixture in a list of facts, with what it warns of."""
   if not found:
     return page.absent("The mixture was not fitted or")
   names = (("components", "Components", ""), ("covariance", "Covariance", ""),
@@ -325,7 +330,7 @@ def _examples(title: str, rows: list[dict]) -> Html:
 
 def selection(found: Any) -> Html:
   """The card of a selection: what was taken, how stable, by which model."""
-  found = _card(fields(found))
+  found = card_words(fields(found))
   if not found:
     return page.absent("What was selected, and how it differs, was")
   card = fields(found.get("how differs") or found.get("how_differs") or found)
@@ -340,8 +345,8 @@ def selection(found: Any) -> Html:
     parts.append(page.paragraph(
         f"The selected rows cover {page.number(topics.get('selected'))} of the "
         f"pool's {page.number(topics.get('pool'))} topics."))
-  parts += [_stability(fields(found.get("stability"))),
-            _mixture(fields(found.get("mixture")))]
+  parts += [stability(fields(found.get("stability"))),
+            mixture(fields(found.get("mixture")))]
   first = records(found.get("examples_top"))
   last = records(found.get("examples_bottom"))
   if first or last:
