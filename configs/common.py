@@ -15,8 +15,9 @@ def base(variant: str = "") -> ConfigDict:
 
   Args:
     variant: "" for the built-in world; "smoke", the same in two minutes;
-      "tiny", in seconds; "hh", real pairs (Anthropic/hh-rlhf). Variants may
-      be joined by commas.
+      "tiny", in seconds; "hh", real pairs (Anthropic/hh-rlhf); "redundant",
+      "flips", "junk" and "mixed", worlds with trouble in them. Variants may be
+      joined by commas: "smoke,flips".
 
   Raises:
     ValueError: an unknown variant.
@@ -210,4 +211,29 @@ def _hh(c: ConfigDict) -> None:
   c.eval.prompts, c.eval.new_tokens, c.eval.tile = 64, 48, 16
 
 
-VARIANTS = {"smoke": _smoke, "tiny": _tiny, "hh": _hh}
+# Worlds with trouble in them, the shares as in the docs of data/world.py.
+
+
+def _redundant(c: ConfigDict) -> None:
+  """Three fifths of the pairs are about 20 prompts."""
+  c.data.world.redundancy = 0.6
+
+
+def _flips(c: ConfigDict) -> None:
+  """A quarter of the labels are turned around."""
+  c.data.world.flips = 0.25
+
+
+def _junk(c: ConfigDict) -> None:
+  """15 % of the pairs are random words."""
+  c.data.world.junk = 0.15
+
+
+def _mixed(c: ConfigDict) -> None:
+  """Some of each."""
+  w = c.data.world
+  w.redundancy, w.flips, w.junk = 0.4, 0.1, 0.1
+
+
+VARIANTS = {"smoke": _smoke, "tiny": _tiny, "hh": _hh, "redundant": _redundant,
+            "flips": _flips, "junk": _junk, "mixed": _mixed}

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from typing import Any, Callable, NamedTuple
 
 from etils import epath
@@ -40,7 +41,8 @@ class Arm(NamedTuple):
   @property
   def label(self) -> str:
     """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
-    name = "all" if self.is_all else self.sampler.replace(":", ".")
+    name = "all" if self.is_all else re.sub(
+        r"\s", "", self.sampler.replace(":", "."))
     return f"{name}-{self.budget:g}" + (
         f"-as-{self.like:g}" if self.like else "")
 
@@ -205,6 +207,7 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
   """The keywords of config.select that this sampler takes, checked."""
   known = {p.name for p in inspect.signature(sampler).parameters.values()
            if p.kind == p.KEYWORD_ONLY}
+  known -= set(getattr(sampler, "keywords", ()))  # of "isa(order=...)"
   named = dict(order=c.select.order, pair_score=c.select.pair_score,
                label_quota=c.select.label_quota or None)
   kwargs = {n: v for n, v in named.items() if n in known}

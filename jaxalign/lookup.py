@@ -1,7 +1,15 @@
-"""A name in a config becomes a function: a key of a table, or module:name."""
+"""A name in a config becomes a function: a key of a table, or module:name.
 
+Keywords may follow in brackets, "isa(order=magnitude)", so that one list can
+name a function twice.
+"""
+
+import ast
 import difflib
+import functools
 import importlib
+import inspect
+import re
 from typing import Any, Callable, Mapping
 
 from jaxalign.errors import ConfigError
@@ -13,13 +21,19 @@ def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str,
 
   Args:
     table: the known functions by name.
-    name: a key of `table`, or "package.module:function" for a fork's own.
+    name: a key of `table`, or "package.module:function" for a fork's own;
+      "name(keyword=value,...)" binds keywords: numbers, True, False, None, or
+      words without quotes.
     what: what is looked up, for the error message ("sampler").
     knob: the config field that holds the name ("select.sampler").
 
   Raises:
-    ConfigError: the name is unknown; the message lists the known ones.
+    ConfigError: the name is unknown; the message lists the known ones. Or a
+      keyword is.
   """
+  if (parts := re.fullmatch(r"([\w.:]+)\((.*)\)", name)) is not None:
+    found = lookup(table, parts[1], what, knob)
+    return _bound(found, parts[2], f"{what} {name!r}", knob)
   if name in table:
     return table[name]
   if ":" in name:
@@ -38,3 +52,24 @@ def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str,
   raise ConfigError(f"unknown {what} {name!r}{hint}; known: "
                     f"{', '.join(sorted(table))}, or 'module:function'; "
                     f"set config.{knob}")
+
+
+def _bound(found: Callable[..., Any], text: str, what: str, knob: str
+           ) -> Callable[..., Any]:
+  """`found` with the keywords of "order=magnitude,beta=0.5" and its marks."""
+  known = {p.name for p in inspect.signature(found).parameters.values()
+           if p.kind == p.KEYWORD_ONLY}
+  kwargs = {}
+  for part in filter(None, re.split(r"\s*,\s*", text.strip())):
+    key, equals, value = part.partition("=")
+    key, value = key.strip(), value.strip()
+    if not equals or key not in known or not re.fullmatch(r"[\w.+-]+", value):
+      raise ConfigError(f"{what}: {part!r} is no keyword=value of it; it takes "
+                        f"{', '.join(sorted(known)) or 'no keywords'}; set "
+                        f"config.{knob}")
+    try:
+      kwargs[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      kwargs[key] = value
+  return functools.update_wrapper(functools.partial(found, **kwargs), found,
+                                  updated=("__dict__",))
