@@ -118,7 +118,7 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   n = len(rows.start)
   out = RowScores(np.zeros((n, m.width), np.float32), np.zeros(n, np.float32),
                   np.zeros(n, np.float32))
-  _over_tiles(mesh, _row_fn(mesh, m, pooling, chunk), params, m, rows, tile,
+  over_tiles(mesh, _row_fn(mesh, m, pooling, chunk), params, m, rows, tile,
               out._asdict(), label, ids)
   return out
 
@@ -128,7 +128,7 @@ def pool_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
               label: str = "embed", ids: Any = None) -> np.ndarray:
   """The embedding alone, [n, D] float32; arguments as of `score_rows`."""
   out = dict(embedding=np.zeros((len(rows.start), m.width), np.float32))
-  _over_tiles(mesh, _pool_fn(mesh, m, pooling), params, m, rows, tile, out,
+  over_tiles(mesh, _pool_fn(mesh, m, pooling), params, m, rows, tile, out,
               label, ids)
   return out["embedding"]
 
@@ -149,13 +149,24 @@ def residual_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   n = len(rows.start)
   out = dict(residual=np.zeros((n, m.width), np.float32),
              least=np.zeros(n, np.float32))
-  _over_tiles(mesh, _residual_fn(mesh, m, chunk), params, m, rows, tile, out,
+  over_tiles(mesh, _residual_fn(mesh, m, chunk), params, m, rows, tile, out,
               "residual", ids)
   return out
 
 
-def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids) -> None:
-  """Runs `fn` over all rows in length buckets; fills the arrays of `out`."""
+def over_tiles(mesh: Any, fn: Any, params: Any, m: Any,
+               rows: tokens_lib.TokenRows, tile: int,
+               out: dict[str, np.ndarray], label: str, ids: Any) -> None:
+  """Runs `fn` over all rows in length buckets; fills the arrays of `out`.
+
+  Args:
+    mesh, rows, tile, label, ids: as of `score_rows`.
+    fn: jitted `(params, {tokens [b, L], mask [b, L], length [b]}, {})` ->
+      arrays by row, as `sharding.per_row` makes them.
+    params: what it takes.
+    m: has the `context`, the longest row.
+    out: name -> array of n rows.
+  """
   lengths = tokens_lib.lengths(rows)
   n, step = len(lengths), tile * mesh.size
   longest = tokens_lib.longest(lengths, m.context)
