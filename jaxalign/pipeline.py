@@ -1,8 +1,8 @@
 """One job's stages in order; the only file that knows the order.
 
 data -> sft -> embed -> mixture -> (baseline), shared by all arms, then for
-each arm select -> ref_logps -> align -> evaluate -> export. Rooms meet here,
-through files: `select` and `train` never import each other.
+each arm select -> card -> ref_logps -> align -> evaluate -> export. Rooms meet
+here, through files: `select` and `train` never import each other.
 """
 
 from jaxalign.job import Arm, Job
@@ -11,35 +11,89 @@ from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
 from jaxalign.stages.align import run_align
+from jaxalign.stages.card import run_card
 from jaxalign.stages.data import run_data
 from jaxalign.stages.embed import run_embed, run_residual
-from jaxalign.stages.evaluate import run_baseline, run_evaluate
+from jaxalign.stages.evaluate import (
+    policy_of, run_baseline, run_evaluate, run_export)
 from jaxalign.stages.mixture import run_mixture
 from jaxalign.stages.ref_logps import run_ref_logps
 from jaxalign.stages.select import run_select
 from jaxalign.stages.sft import run_sft
 
 
-def run_shared(job: Job, arms: list[Arm]) -> None:
-  """The stages that all arms read."""
-  run_data(job)
+# What columns of the pool are read from, in the order of running.
+SCORES = {"embed": run_embed, "residual": run_residual}
+
+
+def _samplers(arms: list[Arm]) -> list:
+  return [lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
+          for arm in arms]
+
+
+def _check_budgets(job: Job, arms: list[Arm]) -> None:
+  """Refuses a budget that the pool cannot give."""
   for arm in arms:
     budget_rows(arm.budget, len(job.column("pool", "id")),
                 job.c.train.batch_size)
-  run_sft(job)
-  run_embed(job)
-  samplers = [lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
-              for arm in arms]
-  asked = {stage for sampler in samplers
-           for stage in columns.stages(job.c, job.kind, sampler)}
-  if "residual" in asked:
-    run_residual(job)
-  if any("log_likelihood" in sampler.needs for sampler in samplers):
+
+
+def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
+  """The stages that the samplers of the arms read, and `also`; no other."""
+  samplers = _samplers(arms)
+  asked = {*also, *(stage for sampler in samplers
+                    for stage in columns.stages(job.c, job.kind, sampler))}
+  mixture = any("log_likelihood" in sampler.needs for sampler in samplers)
+  if mixture:
+    asked.add("embed")
+  if asked - ({"embed"} if job.c.embed.checkpoint else set()):
+    run_sft(job)
+  for name, run in SCORES.items():
+    if name in asked:
+      run(job)
+  if mixture:
     run_mixture(job)
+
+
+def run_shared(job: Job, arms: list[Arm]) -> None:
+  """The stages that all arms read."""
+  run_data(job)
+  _check_budgets(job, arms)
+  run_sft(job)
+  run_scores(job, arms, also=("embed",))
   run_baseline(job)
 
 
 def run_arm(job: Job, arm: Arm) -> None:
   """The stages of one arm."""
-  for stage in (run_select, run_ref_logps, run_align, run_evaluate):
+  for stage in (run_select, run_card, run_ref_logps, run_align):
     stage(job, arm)
+  policy = policy_of(job, arm)
+  run_evaluate(job, arm, policy)
+  run_export(job, arm, policy)
+
+
+def run_selection(job: Job, arm: Arm) -> None:
+  """Chooses rows, and computes no more than that takes."""
+  run_data(job)
+  _check_budgets(job, [arm])
+  run_scores(job, [arm])
+  run_select(job, arm)
+  run_card(job, arm)
+
+
+def run_training(job: Job, arm: Arm) -> None:
+  """Aligns on the rows of an arm; measures where rows are held out."""
+  run_data(job)
+  _check_budgets(job, [arm])
+  run_sft(job)
+  run_scores(job, [arm], also=("embed",))
+  measured = len(job.column("held_out", "id")) > 0
+  if measured:
+    run_baseline(job)
+  for stage in (run_select, run_ref_logps, run_align):
+    stage(job, arm)
+  policy = policy_of(job, arm)
+  if measured:
+    run_evaluate(job, arm, policy)
+  run_export(job, arm, policy)

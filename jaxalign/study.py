@@ -19,7 +19,7 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import batches
 from jaxalign.data import records
 from jaxalign.data import world as world_lib
-from jaxalign.job import WHOLE, Arm, Job, arm_folder
+from jaxalign.job import WHOLE, Arm, Job, arm_folder, budget_of
 from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.report.pages import run as run_page
@@ -41,7 +41,7 @@ def arms_of(c: Any) -> list[Arm]:
   Every sampler at every budget with every seed; seed by seed, so that a job
   cut short has whole comparisons.
   """
-  budgets = [_budget(b) for b in c.budgets or (c.select.budget,)]
+  budgets = [budget_of(b) for b in c.budgets or (c.select.budget,)]
   arms = {}
   for seed in range(c.seed, c.seed + c.seeds):
     for budget in budgets:
@@ -52,13 +52,6 @@ def arms_of(c: Any) -> list[Arm]:
                              0 if name == "all" else budget)
         arms.setdefault(arm.name, arm)
   return list(arms.values())
-
-
-def _budget(value: Any) -> float | int:
-  """400.0 is 400 rows: a flag cannot say whether it means a float."""
-  if isinstance(value, float) and value > 1 and value == int(value):
-    return int(value)
-  return value
 
 
 def run(job: Job, command: str) -> dict[str, Any]:
@@ -253,6 +246,7 @@ def _selection(job: Job, arm: Arm) -> dict[str, Any]:
   show = lambda picks: [
       {k: v for k, v in rows[i].items() if k not in ("group", "label")}
       | dict(score=float(value[i])) for i in picks]
+  out["page"] = "selection.html"
   out["examples_top"] = show(order[:3])
   out["examples_bottom"] = show(order[-3:])
   return out

@@ -127,9 +127,9 @@ def nearest(read: Reader, queries: np.ndarray, targets: np.ndarray) -> Nearest:
       _own_out(near, queries[part], block)
       low, room = near.min(axis=1).astype(np.float64), slack[part]
       limit = np.minimum(low + room, best[part] - square[part]) + room
-      for i in np.flatnonzero(low <= limit):
-        _decide(x[i], y, block, np.flatnonzero(near[i] <= limit[i]),
-                at + i, best, row)
+      open_ = np.flatnonzero((low <= limit) & np.isfinite(low))
+      i, j = np.nonzero(near[open_] <= limit[open_, None])
+      _decide(x, y, block, open_[i], j, best[part], row[part])
   return Nearest(row, best)
 
 
@@ -142,18 +142,19 @@ def _own_out(near: np.ndarray, queries: np.ndarray, block: np.ndarray) -> None:
   near[same, place[same]] = np.inf
 
 
-def _decide(x: np.ndarray, y: np.ndarray, block: np.ndarray,
-            places: np.ndarray, i: int, best: np.ndarray, row: np.ndarray
-            ) -> None:
-  """Exact distances of one query to what float32 left open; keeps the best."""
-  for start in range(0, len(places), _PAIRS):
-    some = places[start:start + _PAIRS]
-    apart = np.float64(y[some]) - x
-    exact = np.einsum("nw,nw->n", apart, apart)
-    low = exact.min()
-    found = block[some[exact == low]].min()
-    if low < best[i] or (low == best[i] and found < row[i]):
-      best[i], row[i] = low, found
+def _decide(x: np.ndarray, y: np.ndarray, block: np.ndarray, i: np.ndarray,
+            j: np.ndarray, best: np.ndarray, row: np.ndarray) -> None:
+  """Exact distances of the pairs x[i], y[j] left open; keeps the best."""
+  for start in range(0, len(i), _PAIRS):
+    a, b = i[start:start + _PAIRS], j[start:start + _PAIRS]
+    apart = np.float64(x[a]) - y[b]
+    exact, found = np.einsum("nw,nw->n", apart, apart), block[b]
+    order = np.lexsort((found, exact, a))
+    a, exact, found = a[order], exact[order], found[order]
+    new = np.append(True, a[1:] != a[:-1])  # the nearest of each query
+    a, exact, found = a[new], exact[new], found[new]
+    wins = (exact < best[a]) | ((exact == best[a]) & (found < row[a]))
+    best[a[wins]], row[a[wins]] = exact[wins], found[wins]
 
 
 def work(queries: int, targets: int, width: int) -> float:
@@ -183,5 +184,5 @@ def wilson(count: int, of: int) -> dict[str, Any]:
   p, scale = count / of, 1 + z * z / of
   middle = (p + z * z / (2 * of)) / scale
   half = z / scale * np.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-  return {"value": p, "low": float(max(0.0, middle - half)),
-          "high": float(min(1.0, middle + half)), "n": int(of)}
+  return {"value": p, "low": float(middle - half) if count else 0.0,
+          "high": float(middle + half) if count < of else 1.0, "n": int(of)}

@@ -1,4 +1,4 @@
-"""The select stage of an arm: scores, the kept rows and their card."""
+"""The select stage of an arm: scores and the kept rows."""
 
 import json
 
@@ -11,7 +11,6 @@ from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import lookup
 from jaxalign.select import card as cards
-from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.topk import budget_rows
@@ -19,7 +18,7 @@ from jaxalign.stages import columns as columns_lib
 
 
 def run_select(job: Job, arm: Arm) -> None:
-  """Scores the pool, keeps the budget, says how the kept rows differ."""
+  """Scores the pool and keeps the budget."""
   c, folder = job.c, arm_folder(job, arm)
   sampler = lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
   kwargs = sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
@@ -28,7 +27,8 @@ def run_select(job: Job, arm: Arm) -> None:
 
   budget = budget_rows(arm.budget, len(job.column("pool", "id")),
                        c.train.batch_size)
-  files = ["scores.parquet", "subset.parquet", "selection.json", "config.json"]
+  files = ["scores.parquet", "subset.parquet", "diagnostics.json",
+           "config.json"]
 
   def make(folder):
     if jax.process_index() != 0:  # what follows reads the texts of the pool
@@ -46,9 +46,8 @@ def run_select(job: Job, arm: Arm) -> None:
       extra = {} if values is None else dict(log_likelihood=values)
       chosen.append(sampler(arm.seed, Pool(ids, columns | extra), budget,
                             **kwargs))
-    selection, diagnostics, mixture = chosen[0], {}, None
+    selection, diagnostics = chosen[0], {}
     if uses_mixture:
-      mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
       diagnostics = artifacts.read_json(
           job.shared / "mixture" / "diagnostics.json")
       overlaps = [cards.jaccard(selection.rows, other.rows)
@@ -57,9 +56,8 @@ def run_select(job: Job, arm: Arm) -> None:
           jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
     if notes := [*selection.notes, *columns_lib.notes(sampler)]:
       diagnostics["notes"] = notes
-    card = cards.selection_card(Pool(ids, columns), selection, mixture,
-                                diagnostics, arm.sampler)
-    _write_selection(folder, rows, selection, card, fits[0])
+    _write_selection(folder, rows, selection, fits[0])
+    artifacts.write_json(folder / "diagnostics.json", diagnostics)
     artifacts.write_json(folder / "config.json", json.loads(
         c.to_json_best_effort()) | dict(arm=arm._asdict()))
     return files, Cost(), dict(say=f"{budget:,} of {n:,} rows")
@@ -76,12 +74,10 @@ def run_select(job: Job, arm: Arm) -> None:
   job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
 
 
-def _write_selection(folder, rows, selection, card, likelihood) -> None:
-  """scores.parquet of all rows, subset.parquet of the kept ones, the card."""
-  rank = np.empty(len(rows), np.int64)
-  order = np.argsort(-selection.score, kind="stable")
-  rank[order] = np.arange(len(rows))
-  rank[selection.rows] = np.arange(len(selection.rows))
+def _write_selection(folder, rows, selection, likelihood) -> None:
+  """scores.parquet of all rows, subset.parquet of the kept ones."""
+  ids = np.array([row["id"] for row in rows])
+  rank = cards.ranks(Pool(ids, {}), selection) - 1
   kept = np.zeros(len(rows), bool)
   kept[selection.rows] = True
   scores = []
@@ -98,7 +94,6 @@ def _write_selection(folder, rows, selection, card, likelihood) -> None:
     row = {k: v for k, v in rows[i].items() if k != "group"}
     subset.append(row | dict(score=float(selection.score[i]), rank=place))
   records.write_rows(folder / "subset.parquet", subset)
-  artifacts.write_json(folder / "selection.json", card)
 
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:

@@ -434,6 +434,7 @@ def render(arm: dict) -> str:
   name = page.plain(arm.get("name") or "An arm without a name")
   metrics = metrics_of(arm)
   saved = fields(arm.get("saved"))
+  card = fields(arm.get("selection"))
   body = [page.absent("How well the policy does was")]
   if metrics:
     body = [page.table(
@@ -462,5 +463,9 @@ def render(arm: dict) -> str:
       f"jaxalign: {name}", [
           ("measured", "What was measured", page.join(body)),
           ("curves", "Training", curves([arm], [(name, 0)])),
-          ("selection", "Selection", selection(arm.get("selection"))),
+          ("selection", "Selection", page.join([
+              page.paragraph(page.link(
+                  "Every row with its reason, searchable, and a map:",
+                  card["page"])) if card.get("page") else "",
+              selection(card)])),
           ("cost", "Cost", page.join(cost))], top=top))

@@ -12,6 +12,8 @@ const text = (key, i) => {  // a coded column, or "" where there is none
 const kept = (i) => data.rank[i] <= data.selected;
 const show = (x, digits) => x === null ? "–" : digits === undefined
   ? String(x).replace("-", "−") : x.toFixed(digits).replace("-", "−");
+const said = (x) => x === null ? "none"  // as card/rows.py `shown`
+  : x !== 0 && Math.abs(x) < 1e-4 ? x.toExponential() : String(x);
 const count = (x) => x.toLocaleString("en-US");
 const nearId = (i) => {
   const at = data.near ? data.near[i] : -1;
@@ -21,9 +23,8 @@ const copy = (i) => data.copy.includes(data.near_code[i]);
 
 function reason(i) {
   const words = {rank: count(data.rank[i]), near: nearId(i),
-    score: data.score[i] === null ? "none" : String(data.score[i]),
-    cosine: data.cosine && data.cosine[i] !== null
-      ? String(data.cosine[i]) : "none", ...data.common};
+    score: said(data.score[i]),
+    cosine: said(data.cosine ? data.cosine[i] : null), ...data.common};
   const whole = data.words.why[data.why[i]] +
     data.words.near[data.near_code[i]] + data.words.length[data.tail[i]];
   return whole.replace(/\{(\w+)\}/g, (_, name) => words[name]);
@@ -37,7 +38,8 @@ const columns = [
   {key: "rank", head: "Rank", width: "3.6rem", right: true,
    value: (i) => data.rank[i], text: (i) => count(data.rank[i])},
   {key: "score", head: "Score", width: "5rem", right: true,
-   value: (i) => data.score[i], text: (i) => show(data.score[i])},
+   value: (i) => data.score[i],
+   text: (i) => data.score[i] === null ? "–" : said(data.score[i])},
   {key: "id", head: "Id", width: "minmax(6rem,9rem)", code: true,
    value: (i) => data.id[i], text: (i) => data.id[i]}];
 if (data.length) columns.push(

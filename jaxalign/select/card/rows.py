@@ -85,15 +85,21 @@ def figure(value: float) -> float | None:
   return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def shown(value: Any) -> str:
-  """`figure` as text."""
-  return "none" if value is None else f"{value:.4g}"
+def shown(value: float | None) -> str:
+  """`figure` as text, in just the way that JavaScript writes it."""
+  if value is None:
+    return "none"
+  if value and abs(value) < 1e-4:
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+  return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def fixed(card: dict[str, Any]) -> dict[str, str]:
   """What the reasons of all rows of a card share."""
+  cut = None if card["cut"] is None else figure(card["cut"])
   return dict(kept=f"{card['selected']:,}", pool=f"{card['pool']:,}",
-              cut=shown(card["cut"]), tail=f"{100 * TAIL:.0f} %")
+              cut=shown(cut), tail=f"{100 * TAIL:.0f} %")
 
 
 def reason(parts: tuple[int, int, int], common: dict[str, str], rank: int,
@@ -118,10 +124,5 @@ def reasons(card: dict[str, Any], table: dict[str, Any]) -> list[str]:
   common = fixed(card)
   lists = [np.asarray(table[k]).tolist() for k in (
       "why", "near_code", "tail", "rank", "score", "near", "cosine")]
-  return [reason((w, c, t), common, rank, _number(score), near,
-                 _number(cosine))
+  return [reason((w, c, t), common, rank, figure(score), near, figure(cosine))
           for w, c, t, rank, score, near, cosine in zip(*lists)]
-
-
-def _number(value: float) -> float | None:
-  return figure(value) if value is not None else None

@@ -70,7 +70,7 @@ def _summary(x: np.ndarray) -> dict[str, Any]:
               participation=participation(gram @ gram.T), decay=decay(values),
               first=float(share[0]) if share.size else None,
               first_ten=float(share[min(9, len(share) - 1)]),
-              curve=[float(s) for s in share[:CURVE]])
+              curve=[round(float(s), 4) for s in share[:CURVE]])
 
 
 def compare(x: np.ndarray, groups: np.ndarray, draw: np.ndarray,

@@ -1,0 +1,73 @@
+"""The card stage of an arm: what its selection looks like, and its page."""
+
+import jax
+import numpy as np
+
+import jaxalign
+from jaxalign import artifacts
+from jaxalign.artifacts import Cost
+from jaxalign.data import records
+from jaxalign.job import Arm, Job, arm_folder
+from jaxalign.report.pages import select as page
+from jaxalign.select import card as cards
+from jaxalign.select import mixture as mixtures
+from jaxalign.select.pool import Pool, Selection
+from jaxalign.stages import columns as columns_lib
+from jaxalign.stages.select import selected_rows
+
+# Read where they are at hand: what the card describes, and what the samplers
+# that cost nothing read.
+COLUMNS = ("length", "label", "topic", "embedding", "logp", "logp_count")
+TEXTS = ("prompt", "chosen", "rejected", "completion")
+
+
+def run_card(job: Job, arm: Arm) -> None:
+  """Describes a finished selection; nothing that is trained depends on it.
+
+  A page, so it is made again where what it shows is another (no --redo).
+  """
+  made = {stage for name, stage in job.cards if not name}
+  fitted = "mixture" in made
+  files = ["selection.json", "selection.html", "reasons.parquet"]
+
+  def make(folder):
+    if jax.process_index() != 0:  # it reads the texts of the pool
+      return files, Cost(), {}
+    rows = job.rows("pool")
+    columns = {
+        name: columns_lib.COLUMNS[name].make(job) for name in COLUMNS
+        if columns_lib.COLUMNS[name].stage in {"", *made}
+        and not columns_lib.COLUMNS[name].lacks(job.c, job.kind)}
+    diagnostics = artifacts.read_json(folder / "diagnostics.json")
+    mixture = None
+    if fitted:
+      columns["log_likelihood"] = artifacts.read_array(
+          job.shared / "mixture" / "log_likelihood.npy")[0]
+      if "stability" in diagnostics:  # this arm reads it
+        mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
+    pool = Pool(np.array([r["id"] for r in rows]), columns)
+    kept = selected_rows(job, arm)
+    score = np.array(records.read_column(folder / "scores.parquet", "score"))
+    texts = {name: [r[name] for r in rows] for name in TEXTS
+             if name in rows[0]}
+    card, table = cards.examine(
+        pool, Selection(kept, score), mixture, diagnostics, arm.sampler,
+        texts=texts, others=cards.alternatives(
+            pool, len(kept), arm.sampler, arm.seed))
+    reasons = cards.reasons(card, table)
+    card["reasons"] = "reasons.parquet"
+    records.write_rows(folder / "reasons.parquet", [
+        dict(id=str(table["id"][i]), rank=int(table["rank"][i]),
+             score=float(table["score"][i]), selected=bool(table["kept"][i]),
+             nearest_kept=str(table["near"][i]) or None,
+             cosine=(float(table["cosine"][i]) if table["near"][i] else None),
+             reason=reasons[i]) for i in range(len(reasons))])
+    artifacts.write_json(folder / "selection.json", card)
+    html = page.render(card, table).encode()
+    artifacts.write_bytes(folder / "selection.html", html)
+    return files, Cost(), dict(say=f"a page of {len(html) / 1e6:.1f} MB")
+
+  inputs = dict(select=job.key("select", arm.name)) | {
+      stage: job.key(stage) for stage in ("embed", "mixture") if stage in made}
+  job.run(arm_folder(job, arm), "card", arm.name, make=make, redo=True,
+          fields=dict(version=jaxalign.__version__), inputs=inputs)
