@@ -116,6 +116,25 @@ def fetch(x: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def own_rows(x: jax.Array) -> np.ndarray:
+  """The rows of a global array that lie on this process, by their place.
+
+  The places are those that `put_rows` asks this process for.
+  """
+  parts = {shard.index[0].start or 0: shard.data
+           for shard in x.addressable_shards}
+  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def total(x: int) -> int:
+  """The sum of a number of each process, on all of them."""
+  if jax.process_count() == 1:
+    return int(x)
+  from jax.experimental import multihost_utils
+  return int(np.asarray(multihost_utils.process_allgather(
+      np.int32(x))).sum())
+
+
 def barrier(name: str) -> None:
   """All processes wait here; nothing with one process."""
   if jax.process_count() > 1:

@@ -4,8 +4,9 @@ Row-parallel and in fixed tiles, so a row's numbers are the same bits on any
 mesh and under any order of the input (the pool is sorted by record id).
 """
 
+import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxalign.model import decoder
 from jaxalign.model import logprob
 
 POOLINGS = ("mean", "last")
+Parts = Sequence[np.ndarray] | None  # row numbers, for each process
 
 
 class RowScores(NamedTuple):
@@ -95,7 +97,8 @@ def _pooled(x: jax.Array, length: jax.Array, pooling: str) -> jax.Array:
 def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
                rows: tokens_lib.TokenRows, *, pooling: str = "mean",
                tile: int = 32, chunk: int = 64, label: str = "embed",
-               ids: Any = None) -> RowScores:
+               ids: Any = None, parts: Parts = None,
+               tick: Any = None) -> RowScores:
   """Embeds every row and sums its response's log-probability, in one pass.
 
   Args:
@@ -110,32 +113,38 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
     chunk: positions of the head at once.
     label: what the progress bar says.
     ids: [N] record ids, n/N rows of each side by side, to name in an error.
+    parts: row numbers for each process; a process then gets the numbers of
+      its own rows alone, in that order, and reads no other's tokens. None:
+      every process gets all rows.
+    tick: of a progress bar that is already drawn; None: one is drawn.
 
   Raises:
     NumericError: an embedding or log-probability that is not finite; names
       the rows.
   """
-  n = len(rows.start)
+  n = _count(rows, parts)
   out = RowScores(np.zeros((n, m.width), np.float32), np.zeros(n, np.float32),
                   np.zeros(n, np.float32))
-  over_tiles(mesh, _row_fn(mesh, m, pooling, chunk), params, m, rows, tile,
-              out._asdict(), label, ids)
+  _over_tiles(mesh, _row_fn(mesh, m, pooling, chunk), params, m, rows, tile,
+              out._asdict(), label, ids, parts, tick)
   return out
 
 
 def pool_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
               rows: tokens_lib.TokenRows, *, pooling: str, tile: int,
-              label: str = "embed", ids: Any = None) -> np.ndarray:
+              label: str = "embed", ids: Any = None, parts: Parts = None,
+              tick: Any = None) -> np.ndarray:
   """The embedding alone, [n, D] float32; arguments as of `score_rows`."""
-  out = dict(embedding=np.zeros((len(rows.start), m.width), np.float32))
-  over_tiles(mesh, _pool_fn(mesh, m, pooling), params, m, rows, tile, out,
-              label, ids)
+  out = dict(embedding=np.zeros((_count(rows, parts), m.width), np.float32))
+  _over_tiles(mesh, _pool_fn(mesh, m, pooling), params, m, rows, tile, out,
+              label, ids, parts, tick)
   return out["embedding"]
 
 
 def residual_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
                   rows: tokens_lib.TokenRows, *, tile: int, chunk: int = 64,
-                  ids: Any = None) -> dict[str, np.ndarray]:
+                  ids: Any = None, parts: Parts = None, tick: Any = None
+                  ) -> dict[str, np.ndarray]:
   """What each response says beyond what the model expected, in one pass.
 
   Arguments as of `score_rows`.
@@ -146,67 +155,108 @@ def residual_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
     matrix less the mean row under the model's prediction; least [n] float32
     nats, the log-probability of the least likely token.
   """
-  n = len(rows.start)
+  n = _count(rows, parts)
   out = dict(residual=np.zeros((n, m.width), np.float32),
              least=np.zeros(n, np.float32))
-  over_tiles(mesh, _residual_fn(mesh, m, chunk), params, m, rows, tile, out,
-              "residual", ids)
+  _over_tiles(mesh, _residual_fn(mesh, m, chunk), params, m, rows, tile, out,
+              "residual", ids, parts, tick)
   return out
 
 
-def over_tiles(mesh: Any, fn: Any, params: Any, m: Any,
-               rows: tokens_lib.TokenRows, tile: int,
-               out: dict[str, np.ndarray], label: str, ids: Any) -> None:
-  """Runs `fn` over all rows in length buckets; fills the arrays of `out`.
+def _count(rows: tokens_lib.TokenRows, parts: Parts) -> int:
+  """Rows whose numbers this process gets."""
+  return (len(rows.start) if parts is None else
+          len(parts[jax.process_index()]))
 
-  Args:
-    mesh, rows, tile, label, ids: as of `score_rows`.
-    fn: jitted `(params, {tokens [b, L], mask [b, L], length [b]}, {})` ->
-      arrays by row, as `sharding.per_row` makes them.
-    params: what it takes.
-    m: has the `context`, the longest row.
-    out: name -> array of n rows.
-  """
+
+class _Ways(NamedTuple):
+  """How calls of `step` rows meet the processes."""
+
+  shares: list[np.ndarray]  # row numbers, one entry or one for each process
+  own: int  # rows of a share in one call
+  mine: int  # which share this process makes and keeps
+
+  def calls(self, size_of: list[np.ndarray], size: int
+            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """([k] places in this share, [own] row numbers) of every call of a size.
+
+    `size_of` holds the padded length of every row of every share. All
+    processes yield equally often: a call is theirs together.
+    """
+    at_size = [np.flatnonzero(one == size) for one in size_of]
+    place, share = at_size[self.mine], self.shares[self.mine]
+    spare = next(one[at[0]] for one, at in zip(self.shares, at_size)
+                 if len(at))
+    for at in range(0, max(map(len, at_size)), self.own):
+      part = place[at:at + self.own]
+      # A short last call repeats its first row: shapes stay the same.
+      first = share[part[0]] if len(part) else spare
+      full = np.full(self.own, first, np.int64)
+      full[:len(part)] = share[part]
+      yield part, full
+
+
+def _buckets(lengths: np.ndarray, longest: int) -> np.ndarray:
+  """[n] lengths -> [n] padded lengths."""
+  known, which = np.unique(lengths, return_inverse=True)
+  return np.array([tokens_lib.bucket(int(x), longest) for x in known],
+                  np.int64)[which]
+
+
+def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts,
+                tick) -> None:
+  """Runs `fn` over the rows in length buckets; fills the arrays of `out`."""
   lengths = tokens_lib.lengths(rows)
-  n, step = len(lengths), tile * mesh.size
   longest = tokens_lib.longest(lengths, m.context)
-  buckets = np.array([tokens_lib.bucket(int(x), longest) for x in lengths])
-  with progress.bar(label, n) as tick:
-    for size in np.unique(buckets):
-      index = np.flatnonzero(buckets == size)
+  step = tile * mesh.size
+  ways = _Ways([np.arange(len(lengths))], step, 0)
+  if parts is not None:
+    ways = _Ways([np.asarray(part, np.int64) for part in parts],
+                 step // len(parts), jax.process_index())
+  index = ways.shares[ways.mine]
+  size_of = [_buckets(lengths[share], longest) for share in ways.shares]
+  with contextlib.ExitStack() as stack:
+    if tick is None:
+      tick = stack.enter_context(progress.bar(label, len(index)))
+    for size in np.unique(np.concatenate(size_of)):
       waiting = []
-      for at in range(0, len(index), step):
-        part = index[at:at + step]
-        # A short last call repeats its first row: shapes stay the same.
-        full = np.concatenate([part, np.repeat(part[:1], step - len(part))])
-
+      for part, full in ways.calls(size_of, size):
         def make(places, full=full, size=int(size)):
-          index = full[places]  # only this process's rows are read
-          tokens, mask = tokens_lib.pad(rows, index, size)
+          # Only this process's rows are read. Of its own share, the k-th row
+          # is for the k-th place that lies on its devices.
+          mine = full if parts is not None else full[places]
+          tokens, mask = tokens_lib.pad(rows, mine, size)
           return dict(tokens=tokens, mask=mask,
-                      length=lengths[index].astype(np.int32))
+                      length=lengths[mine].astype(np.int32))
 
         batch = sharding.put_rows(mesh, (step,), make, "pool")
         waiting.append((part, fn(params, batch, {})))
         if len(waiting) > 2:  # keep the device busy, the memory bounded
-          _collect(out, *waiting.pop(0), tick)
+          _collect(out, *waiting.pop(0), tick, parts is not None)
       for part, result in waiting:
-        _collect(out, part, result, tick)
+        _collect(out, part, result, tick, parts is not None)
+  n = len(index)
   bad = np.flatnonzero(~np.all([
       np.isfinite(x).reshape(n, -1).all(1) for x in out.values()], axis=0))
-  if len(bad):
-    named = "" if ids is None else " (ids " + ", ".join(
-        str(ids[i * len(ids) // n]) for i in bad[:8]) + ")"
-    raise NumericError(f"{label}: {len(bad)} of {n} rows have an embedding or "
-                       f"log-probability that is not finite, rows "
+  everywhere = len(bad)
+  if parts is not None:
+    everywhere = sharding.total(len(bad))
+  if everywhere:
+    bad = index[bad]
+    responses = len(lengths) // len(ids) if ids is not None else 1
+    named = "" if ids is None or not len(bad) else " (ids " + ", ".join(
+        str(ids[i // responses]) for i in bad[:8]) + ")"
+    raise NumericError(f"{label}: {everywhere} of {len(lengths)} rows have an "
+                       "embedding or log-probability that is not finite, rows "
                        f"{bad[:8].tolist()}{named}; look at these records and "
                        "at the model's weights")
 
 
-def _collect(out: dict[str, np.ndarray], part: np.ndarray, result, tick
-             ) -> None:
+def _collect(out: dict[str, np.ndarray], part: np.ndarray, result, tick,
+             own: bool = False) -> None:
+  fetch = sharding.own_rows if own else sharding.fetch
   for name, into in out.items():
-    into[part] = sharding.fetch(result[name])[:len(part)]
+    into[part] = fetch(result[name])[:len(part)]
   tick(len(part))
 
 
