@@ -273,7 +273,8 @@ def changed(old: Card, fields: dict[str, Any], inputs: dict[str, str]
 
 def run(folder: Any, stage: str, *, fields: dict[str, Any],
         inputs: dict[str, str], make: Callable[[epath.Path], tuple],
-        redo: bool = False, resumes: tuple[str, ...] = ()) -> Card:
+        redo: bool = False, resumes: tuple[str, ...] = (),
+        mends: bool = False) -> Card:
   """Runs a stage, or finds it finished.
 
   Args:
@@ -287,6 +288,8 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
     redo: run again, instead of refusing, where the description changed.
     resumes: files or folders that an unfinished run leaves and `make` goes on
       from; removed unless the same description made them.
+    mends: `make` checks every byte of what it goes on from: where only that
+      is harmed it is left to `make`, which does the harmed part alone.
 
   Raises:
     ConfigError: the folder holds this stage made from another description.
@@ -314,6 +317,11 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
       status = "done"
     else:
       status = "unfinished"
+  if status == "harmed" and found.key == key and mends and all(
+      what.split("/")[0] in resumes for what in bad):
+    progress.say(f"{stage}: {'; '.join(bad[:4])}; doing this stage again where "
+                 "it is harmed")
+    status = "unfinished"
   status = agree(status)
   if status == "changed":
     found = found or card  # a shared disk may show it to process 0 first

@@ -21,10 +21,14 @@ from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
 from jaxalign.select import mixture as mixtures
+from jaxalign.select import store as stores
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
+from jaxalign.stages import proxies
+from jaxalign.stages import questions
+from jaxalign.stages import scores
 from jaxalign.train import feed
 from jaxalign.train import optim
 from jaxalign.train import stats
@@ -32,19 +36,23 @@ from jaxalign.train import stats
 
 # Knobs that count something there must be at least one of, or may be none.
 COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
+          "embed.shard",
           "model.layers", "model.width", "model.heads", "model.kv_heads",
           "model.head_size", "model.ff", "model.head_chunk", "eval.prompts",
           "eval.new_tokens", "eval.tile", "select.mixture.starts",
           "select.mixture.max_iterations", "select.mixture.components",
-          "lora.batches", "seeds", "train.min_updates")
+          "lora.batches", "seeds", "train.min_updates", "proxy.updates",
+          "proxy.models", "proxy.save_every")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "loss.sft_weight", "train.clip",
-                "sft.clip", "select.mixture.ridge", "lora.rank")
+                "sft.clip", "select.mixture.ridge", "lora.rank", "ask.context",
+                "rewards.context", "proxy.half_updates", "proxy.clip")
 CHOICES = {"select.order": basic.ORDERS,
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
            "data.on_bad_rows": ("skip", "error"),
            "model.param_dtype": decoder.DTYPES,
+           "embed.store_dtype": stores.DTYPES,
            "train.optimizer": tuple(optim.OPTIMIZERS)}
 
 
@@ -91,6 +99,23 @@ def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
     raise ConfigError(f"sampler {name!r} compares the two answers of a pair, "
                       f"and {c.loss.name!r} eats single answers; set "
                       f"config.{knob} or config.loss.name")
+
+
+def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
+  """Raises ConfigError for knobs of the stages that samplers read."""
+  asked = {stage for name in (c.select.sampler, *c.compare)
+           if name not in WHOLE for stage in columns.stages(
+               c, kind, lookup(SAMPLERS, name, "sampler", "compare"))}
+  if "ask" in asked:
+    questions.check(c.ask.question, c.ask.answers)
+    scores.judge_config(c, m)
+  if "rewards" in asked:
+    scores.reward_config(c)
+  if asked & {"proxy", "held_out"}:
+    if not c.proxy.pairs > 0:
+      raise ConfigError(f"proxy.pairs={c.proxy.pairs}, wanted more than 0; set "
+                        "config.proxy.pairs")
+    proxies.check(c)
 
 
 def validate(c: Any, planned: bool = False) -> None:
@@ -147,6 +172,7 @@ def validate(c: Any, planned: bool = False) -> None:
   m = _model(c, planned)
   decoder.check(m, sharding.nowhere())
   embedder.choose(c, m._replace(lora=None))
+  _check_stages(c, loss.kind, m._replace(lora=None))
 
 
 def validate_on(job: Job, *, planned: bool = False, force: bool = False
@@ -161,6 +187,12 @@ def validate_on(job: Job, *, planned: bool = False, force: bool = False
   c = job.c
   for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
     feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
+  asked = {stage for name in (c.select.sampler, *c.compare)
+           if name not in WHOLE for stage in columns.stages(
+               c, job.kind, lookup(SAMPLERS, name, "sampler", "compare"))}
+  if asked & {"proxy", "held_out"}:
+    feed.check_batch(c.proxy.batch_size, c.proxy.accumulation, job.mesh,
+                     "config.proxy")
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
   decoder.check(m, job.mesh)

@@ -6,7 +6,7 @@ embedding alone; the reference then runs over the kept rows only.
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,8 +145,9 @@ def texts_of(rows: list[dict]) -> list[str]:
           for side in ("chosen", "rejected", "completion") if side in row]
 
 
-def run(job: Any, e: Embedder, folder: Any) -> tuple[np.ndarray, int, int]:
-  """Embeds every row of the pool without the reference's log-probabilities.
+def prepare(job: Any, e: Embedder, folder: Any
+            ) -> tuple[Callable, int, int]:
+  """What embeds rows of the pool without the reference's log-probabilities.
 
   Args:
     job: the run.
@@ -154,7 +155,8 @@ def run(job: Any, e: Embedder, folder: Any) -> tuple[np.ndarray, int, int]:
     folder: of the embed stage; gets the tokens of a foreign decoder.
 
   Returns:
-    [n * R, E] float32; operations; tokens.
+    `run(parts, tick) -> [n, E]` float32, this process's part of the rows; and
+    the operations and tokens of all rows.
   """
   c, ids = job.c, job.column("pool", "id")
   if isinstance(e.model, encoder.EncoderConfig):
@@ -162,9 +164,16 @@ def run(job: Any, e: Embedder, folder: Any) -> tuple[np.ndarray, int, int]:
     params, m, tok = texts.read_encoder(e.folder, job.mesh, pooling=e.pooling)
     asked = texts_of(job.rows("pool"))
     sizes = [len(x.ids) for x in tok.encode_batch_fast(asked)]
-    x = texts.embed_texts(job.mesh, params, m, tok, asked,
-                          tile=16 * c.embed.tile)
-    return x, sum(encoder.operations(m, s) for s in sizes), sum(sizes)
+
+    def encoded(parts, tick):
+      index = np.concatenate(parts)
+      x = texts.embed_texts(job.mesh, params, m, tok,
+                            [asked[i] for i in index], tile=16 * c.embed.tile)
+      ends = np.cumsum([len(part) for part in parts])
+      tick(len(index))
+      return np.split(x, ends[:-1])[jax.process_index()]
+
+    return (encoded, sum(encoder.operations(m, s) for s in sizes), sum(sizes))
   rows = job.tokens("pool")
   if e.folder:
     if jax.process_index() == 0:
@@ -172,9 +181,12 @@ def run(job: Any, e: Embedder, folder: Any) -> tuple[np.ndarray, int, int]:
     sharding.barrier("embedder's tokens")
     rows = tokens_lib.load_rows(folder, "tokens")
   params = load(e, job.reference if not e.folder else None, job.mesh)
-  x = embed.pool_rows(job.mesh, params, e.model, rows, pooling=e.pooling,
-                      tile=c.embed.tile, ids=ids)
-  return x, embed.operations(e.model, rows, 0), len(rows.ids)
+
+  def pooled(parts, tick):
+    return embed.pool_rows(job.mesh, params, e.model, rows, pooling=e.pooling,
+                           tile=c.embed.tile, ids=ids, parts=parts, tick=tick)
+
+  return pooled, embed.operations(e.model, rows, 0), len(rows.ids)
 
 
 def operations(e: Embedder, tokens: int) -> int:

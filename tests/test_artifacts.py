@@ -317,7 +317,7 @@ def test_a_lock_is_let_go_of_after_an_error(tmp_path):
 STAGES = {  # stage -> a file of it
     "data": "shared/data/pool.ids.npy",
     "sft": "shared/sft/metrics.jsonl",
-    "embed": "shared/embed/embedding.npy",
+    "embed": "shared/embed/store/embedding/00000.npy",
     "mixture": "shared/mixture/mixture.npz",
     "baseline": "shared/baseline/samples.jsonl",
     "select": "runs/isa-0.1-seed0/subset.parquet",

@@ -328,11 +328,11 @@ def test_thumbs_of_one_label_are_warned_of(tmp_path, label):
 def test_an_embedding_that_is_not_finite_names_its_rows(
     tmp_path, monkeypatch, whole):
   work = jobs.copy(tmp_path / "work")
-  (work / "shared/embed/embedding.npy").unlink()
+  (work / "shared/embed/store/embedding/00000.npy").unlink()
   real = embed._collect
 
-  def poison(out, part, result, tick):
-    real(out, part, result, tick)
+  def poison(out, part, result, tick, own):
+    real(out, part, result, tick, own)
     if out["embedding"].shape[0] == 320:
       out["embedding"][7, 3] = np.nan  # the rejected side of the fourth record
   monkeypatch.setattr(embed, "_collect", poison)
@@ -340,7 +340,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
   pool = records.read_table(work / "shared/data/pool.parquet")
   assert ended.code == 76 and "1 of 320 rows" in ended.err
   assert f"rows [7] (ids {pool[3]['id']})" in ended.err
-  assert not (work / "shared/embed/embedding.npy").exists()
+  assert not (work / "shared/embed/store/embedding/00000.npy").exists()
   monkeypatch.setattr(embed, "_collect", real)
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended) == ["embed"]

@@ -48,7 +48,7 @@ def test_a_job_on_a_bucket_ends_as_one_on_a_disk(store):
   assert before == {p: p.stat().st_mtime_ns for p in before}
   # Harm is noticed and mended there, in a stage of files and in one of
   # checkpoints.
-  for stage, name in (("embed", "shared/embed/logp.npy"),
+  for stage, name in (("embed", "shared/embed/store/logp/00000.npy"),
                       ("sft", "shared/sft/metrics.jsonl")):
     data = bytearray((store / "work" / name).read_bytes())
     data[-3] ^= 1

@@ -17,6 +17,7 @@ from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model import weights
+from jaxalign.select import store
 from configs import common
 
 TWO = "model.layers=2"
@@ -66,10 +67,10 @@ def test_take_is_the_rows_asked_for():
 def test_first_layers_embed_and_the_reference_scores_what_is_kept(
     whole, tmp_path):
   folder, _ = branch(whole, tmp_path, "embed.layers=1")
-  found = sorted(p.name for p in (folder / "shared/embed").glob("*.npy"))
-  assert found == ["embedding.npy"]  # no log-probabilities
-  short = array(folder, "shared/embed/embedding.npy")
-  full = array(whole, "shared/embed/embedding.npy")
+  found = sorted(store.open_store(folder / "shared/embed/store").columns)
+  assert found == ["embedding", "id"]  # no log-probabilities
+  short = array(folder, "shared/embed/store/embedding/00000.npy")
+  full = array(whole, "shared/embed/store/embedding/00000.npy")
   assert short.shape == full.shape and not np.allclose(short, full, atol=1e-3)
   # The cut decoder by hand: the same weights, one layer of two.
   c = common.base("tiny")
@@ -91,12 +92,12 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   # The reference's numbers of the kept rows are those of its own full pass.
   ids = json.loads((arm_of(folder) / "ref_ids.json").read_text())
   where = [job.column("pool", "id").index(i) for i in ids]
+  logp = store.read(whole / "shared/embed/store", "logp")
   np.testing.assert_allclose(array(arm_of(folder), "ref_sum.npy"),
-                             array(whole, "shared/embed/logp.npy")[where],
-                             rtol=0, atol=1e-4)
+                             logp[where], rtol=0, atol=1e-4)
   np.testing.assert_array_equal(
       array(arm_of(folder), "ref_count.npy"),
-      array(whole, "shared/embed/count.npy")[where])
+      array(whole, "shared/embed/store/count/00000.npy")[where])
   first = jobs.lines(arm_of(folder) / "metrics.jsonl")[0]
   assert first["train/preference_loss"] == pytest.approx(np.log(2), abs=1e-5)
   # The ledger: half the layers, no head; then the kept rows by the whole.
@@ -129,7 +130,8 @@ def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
     ids = tokens.ids[tokens.offsets[i]:tokens.offsets[i + 1]]
     assert ids.tolist() == [tok.bos, *tok.encode(texts[i])][:1] + tok.encode(
         texts[i])[-31:]
-  assert array(folder, "shared/embed/embedding.npy").shape == (160, 2, 32)
+  x = array(folder, "shared/embed/store/embedding/00000.npy")
+  assert x.shape == (160, 2, 32)
   again = jobs.run(folder, TWO, f"embed.checkpoint={other}",
                    "embed.pooling=last", "embed.layers=1")
   assert again.code == 0 and jobs.did(again) == []
@@ -151,7 +153,7 @@ def test_an_encoder_embeds(whole, tmp_path):
   test_encoder.save(encoder)
   folder, _ = branch(whole, tmp_path, f"embed.checkpoint={encoder}",
                      "embed.pooling=auto")
-  x = array(folder, "shared/embed/embedding.npy")
+  x = array(folder, "shared/embed/store/embedding/00000.npy")
   assert x.shape[:2] == (160, 2) and np.isfinite(x).all()
   # Chosen first, then rejected, of every row in order: by transformers.
   model = transformers.AutoModel.from_pretrained(encoder).eval()

@@ -99,7 +99,8 @@ def test_the_same_rows_are_chosen_everywhere(together, alone, arm):
 
 
 @pytest.mark.parametrize("file", [
-    "embed/embedding.npy", "embed/logp.npy", "mixture/log_likelihood.npy",
+    "embed/store/embedding/00000.npy", "embed/store/logp/00000.npy",
+    "mixture/log_likelihood.npy",
     "baseline/samples.jsonl", "baseline/held_out_logp.npy"])
 def test_what_comes_before_training_is_the_same_bits(together, alone, file):
   """From one checkpoint: rows are whole on a device, sums have an order."""

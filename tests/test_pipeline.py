@@ -14,6 +14,7 @@ from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.data import world as world_lib
 from jaxalign.model import weights
+from jaxalign.select import store
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]
@@ -175,8 +176,8 @@ def test_the_isa_arm_kept_what_the_equation_ranks_first(job):
 
 def test_the_reference_numbers_are_those_of_the_embedding_pass(job):
   pool = [r["id"] for r in table(job, "shared/data/pool.parquet")]
-  logp = np.load(job / "shared/embed/logp.npy")
-  count = np.load(job / "shared/embed/count.npy")
+  logp = store.read(job / "shared/embed/store", "logp")
+  count = store.read(job / "shared/embed/store", "count")
   for arm in (ISA, RANDOM):
     ids = load(job, f"runs/{arm}/ref_ids.json")
     assert ids == [r["id"] for r in table(job, f"runs/{arm}/subset.parquet")]
@@ -372,8 +373,8 @@ def test_a_mesh_with_two_axes_chooses_the_same_rows(job, tmp_path):
   found = jobs.run(tmp_path / "4x2", flag, "compare=()", "mesh.tensor=2")
   assert wanted.code == found.code == 0
   read = lambda work, name: (tmp_path / work / name).read_bytes()
-  for name in ("shared/embed/embedding.npy", f"runs/{ISA}/subset.parquet",
-               "shared/baseline/samples.jsonl"):
+  for name in ("shared/embed/store/embedding/00000.npy",
+               f"runs/{ISA}/subset.parquet", "shared/baseline/samples.jsonl"):
     assert read("8x1", name) == read("4x2", name), name
   one, two = (jobs.lines(tmp_path / w / f"runs/{ISA}/metrics.jsonl")
               for w in ("8x1", "4x2"))

@@ -1,26 +1,29 @@
 """The columns of the pool that a job can make, and what each is read from.
 
 A sampler declares what it reads; `gather` makes that and no more. A new
-column is a function and a line in COLUMNS.
+column is a function and a line in COLUMNS; one that costs a pass or a training
+has a stage of its own, which runs where a sampler of the job reads it.
 """
 
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
-from jaxalign import artifacts
 from jaxalign import embedder
 from jaxalign.data import prepare
+from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
+from jaxalign.errors import DataError
 from jaxalign.job import Job
 from jaxalign.select import grams
+from jaxalign.select import store as stores
 
 
 class Column(NamedTuple):
   """How a column is made."""
 
-  make: Callable[[Job], np.ndarray]
+  make: Callable[[Job], np.ndarray | None]  # None: the records have it not
   stage: str = ""  # whose files it is read from; "": of the data alone
   lacks: Callable[[Any, str], str] = lambda c, kind: ""  # why not, in words
   oracle: str = ""  # what it knows that no real data tells; never optional
@@ -37,7 +40,15 @@ def _of_rows(name: str) -> Callable[[Job], np.ndarray]:
 
 
 def _stored(stage: str, file: str) -> Callable[[Job], np.ndarray]:
-  return lambda job: artifacts.read_array(job.shared / stage / f"{file}.npy")
+  return lambda job: stores.read(job.shared / stage / "store", file)
+
+
+def _source(job: Job) -> np.ndarray | None:
+  """[N] str, where each record says it came from; "" of those that do not."""
+  path = job.shared / "data" / "pool.parquet"
+  if "source" not in records.column_names(path):
+    return None
+  return np.array([name or "" for name in job.column("pool", "source")])
 
 
 def _topic(job: Job) -> np.ndarray:
@@ -73,6 +84,16 @@ def _of_world(c: Any, kind: str) -> str:
   return "" if c.data.source == "world" else "only the built-in world has it"
 
 
+def _of_records(c: Any, kind: str) -> str:
+  del kind
+  return "the built-in world is one source" if c.data.source == "world" else ""
+
+
+def _of_pairs(c: Any, kind: str) -> str:
+  del c
+  return "DPO compares two answers" if kind == "thumbs" else ""
+
+
 def _of_thumbs(c: Any, kind: str) -> str:
   del c
   return "" if kind == "thumbs" else "a pair has no label"
@@ -92,39 +113,75 @@ COLUMNS = {
     "least": Column(_stored("residual", "least"), "residual"),
     "reward": Column(_true_reward, lacks=_of_world,
                      oracle="the world's true reward"),
+    "source": Column(_source, lacks=_of_records),
+    "logp_alone": Column(_stored("alone", "logp_alone"), "alone"),
+    "p_yes": Column(_stored("ask", "p_yes"), "ask"),
+    "proxy_logp": Column(_stored("proxy", "proxy_logp"), "proxy", _of_pairs),
+    "proxy_ref_logp": Column(_stored("proxy", "proxy_ref_logp"), "proxy",
+                             _of_pairs),
+    "held_out_loss": Column(_stored("held_out", "held_out_loss"), "held_out",
+                            _of_pairs),
 }
+# Given a reward model, `reward` is what it says, and no oracle.
+_JUDGED = {"reward": Column(_stored("rewards", "reward"), "rewards")}
 ALWAYS = ("length", "label", "topic")  # the card describes them
 # Made by the select stage itself, from the mixture and from another arm.
 MADE = ("log_likelihood", "subset")
 
 
+def known(c: Any) -> dict[str, Column]:
+  """COLUMNS as a config has them."""
+  return COLUMNS | (_JUDGED if c.rewards.checkpoint else {})
+
+
 def wanted(c: Any, kind: str, sampler: Callable) -> list[str]:
   """The columns to make for a sampler, in the order of COLUMNS."""
   asked = {*sampler.optional, *ALWAYS}
-  return [n for n, column in COLUMNS.items() if n in sampler.needs
+  return [n for n, column in known(c).items() if n in sampler.needs
           or n in asked and not column.lacks(c, kind) and not column.oracle]
 
 
 def lacking(c: Any, kind: str, sampler: Callable) -> dict[str, str]:
   """The columns that a sampler needs and no stage makes: name -> why."""
-  return {n: COLUMNS[n].lacks(c, kind) if n in COLUMNS else ""
+  table = known(c)
+  return {n: table[n].lacks(c, kind) if n in table else ""
           for n in sampler.needs if n not in MADE
-          and (n not in COLUMNS or COLUMNS[n].lacks(c, kind))}
+          and (n not in table or table[n].lacks(c, kind))}
 
 
 def gather(job: Job, sampler: Callable) -> dict[str, np.ndarray]:
-  """Name -> array of N rows in id order, of what `wanted` lists."""
-  return {n: COLUMNS[n].make(job) for n in wanted(job.c, job.kind, sampler)}
+  """Name -> array of N rows in id order, of what `wanted` lists.
+
+  Raises:
+    DataError: a column that the sampler needs, which no record has.
+  """
+  found = {n: known(job.c)[n].make(job)
+           for n in wanted(job.c, job.kind, sampler)}
+  absent = [n for n, x in found.items() if x is None and n in sampler.needs]
+  if absent:
+    raise DataError(f"the records have no {', '.join(absent)}, which the "
+                    "sampler reads; set config.data.fields or "
+                    "config.select.sampler")
+  return {n: x for n, x in found.items() if x is not None}
 
 
 def stages(c: Any, kind: str, sampler: Callable) -> list[str]:
   """The stages whose files a sampler's columns are read from."""
-  found = [COLUMNS[n].stage for n in wanted(c, kind, sampler)]
+  found = [known(c)[n].stage for n in wanted(c, kind, sampler)]
   return sorted({s for s in found if s})
 
 
-def notes(sampler: Callable) -> tuple[str, ...]:
+def before(c: Any, names: list[str]) -> list[str]:
+  """These stages and those that they read themselves."""
+  tuned = not (c.proxy.checkpoint or embedder.alone(c))
+  reads = {"mixture": True, "proxy": tuned, "held_out": tuned}
+  return sorted({*names, *(["embed"] if any(reads.get(n) for n in names)
+                           else [])})
+
+
+def notes(c: Any, sampler: Callable) -> tuple[str, ...]:
   """What stands beside a selection that read what no real data tells."""
+  table = known(c)
   return tuple(
-      f"it reads {COLUMNS[n].oracle}: a mark to measure against, no method"
-      for n in sampler.needs if n in COLUMNS and COLUMNS[n].oracle)
+      f"it reads {table[n].oracle}: a mark to measure against, no method"
+      for n in sampler.needs if n in table and table[n].oracle)

@@ -9,6 +9,7 @@ from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
 from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
+from jaxalign.select import store as stores
 
 
 def run_mixture(job: Job) -> None:
@@ -20,7 +21,7 @@ def run_mixture(job: Job) -> None:
     knobs["pca"] = int(knobs["pca"])
 
   def make(folder):
-    stored = artifacts.read_array(job.shared / "embed" / "embedding.npy")
+    stored = stores.read(job.shared / "embed" / "store", "embedding")
     n, r = stored.shape[:2]
     x = np.ascontiguousarray(stored.reshape(n * r, -1))
     space = mixtures.prepare(job.mesh, x, pca=knobs["pca"],

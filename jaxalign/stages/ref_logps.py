@@ -12,6 +12,7 @@ from jaxalign.artifacts import Cost, pick
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.job import Arm, Job, arm_folder, updates_of
 from jaxalign.select import embed
+from jaxalign.select import store as stores
 from jaxalign.stages.select import selected_rows
 from jaxalign.train import feed
 
@@ -55,8 +56,9 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     """(sum, count) [M, R] of the kept rows, and what they cost."""
     base = job.shared / "embed"
     if not embedder.alone(c):
-      return (artifacts.read_array(base / "logp.npy")[index],
-              artifacts.read_array(base / "count.npy")[index], Cost())
+      store = stores.open_store(base / "store")
+      return (stores.take(store, "logp", index),
+              stores.take(store, "count", index), Cost())
     tokens = job.tokens("pool")
     responses = len(tokens.start) // len(job.column("pool", "id"))
     rows = tokens_lib.take(tokens, (
