@@ -190,6 +190,13 @@ def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
       tied=m.tied, dtype=m.dtype, remat=m.remat)
 
 
+def budget_of(value: Any) -> float | int:
+  """400.0 is 400 rows: a flag cannot say whether it means a float."""
+  if isinstance(value, float) and value > 1 and value == int(value):
+    return int(value)
+  return value
+
+
 def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
   """Updates of an arm that kept `rows` of a pool of so many rows."""
   if arm.like:

@@ -23,7 +23,7 @@ _PEER_MARKS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "NCCL",
                "coordination service", "Connection reset")
 
 
-def _parse(argv: list[str]):
+def _parse(argv: list[str], doc: str, define=None):
   """The flags; a wrong one raises ConfigError."""
   from absl import flags
   from ml_collections import config_flags
@@ -44,6 +44,8 @@ def _parse(argv: list[str]):
   flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
                     "Whether to join other processes.", flag_values=values)
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
+  if define:
+    define(values)
   for argument in argv[1:]:  # `from configs import common` from any folder
     if argument.startswith("--config="):
       path = argument.split("=", 1)[1].split(":")[0]
@@ -53,7 +55,7 @@ def _parse(argv: list[str]):
   try:
     rest = values(argv)
     if values.help:
-      print(__doc__ + values.main_module_help())
+      print(doc + values.main_module_help())
       sys.exit(0)
     config = values.config
   except (flags.Error, LookupError, AttributeError, TypeError, ValueError,
@@ -67,8 +69,6 @@ def _parse(argv: list[str]):
   for (section, name), value in keywords.items():
     with (kwargs := config[section].kwargs).unlocked():
       kwargs[name] = value
-  if not values.workdir and not values.dry_run:
-    raise ConfigError("no workdir; say --workdir=runs/dpo_sub")
   return values
 
 
@@ -155,7 +155,7 @@ def _join(mode: str) -> None:
   progress.set_process(jax.process_index())
 
 
-def _run(values, argv: list[str]) -> None:
+def _run(values, argv: list[str], check, work, arms) -> None:
   """Everything after the flags."""
   c = values.config
   import jax
@@ -163,12 +163,13 @@ def _run(values, argv: list[str]) -> None:
   from jaxalign import checks
   from jaxalign import interrupt
   from jaxalign import plan
-  from jaxalign import progress
   from jaxalign import sharding
-  from jaxalign import study
+  from jaxalign.errors import ConfigError
   from jaxalign.job import Job
-  from jaxalign.report.pages import study as study_page
   # Before joining, so that all processes end with the same line.
+  check(values)
+  if not values.workdir and not values.dry_run:
+    raise ConfigError("no workdir; say --workdir=runs/dpo_sub")
   checks.validate(c, values.dry_run)
   _join(values.distributed)
   if c.compile_cache:
@@ -181,23 +182,64 @@ def _run(values, argv: list[str]) -> None:
     job = Job(c, mesh, values.workdir or "runs/plan", values.redo)
     checks.validate_on(job, planned=values.dry_run, force=values.force)
     if values.dry_run:
-      plan.show(job, study.arms_of(c))
+      plan.show(job, arms(c))
       return
     with artifacts.lock(values.workdir):
-      summary = study.run(job, study.command_line(argv))
-    ran = [name for (_, name), card in job.cards.items()
-           if not card.skipped]
-    progress.say("")
-    progress.say(study_page.terminal(summary))
-    if not ran:
-      progress.say("everything was finished before; nothing was computed")
-    progress.say(f"report: {values.workdir}/report.html")
+      work(job, values, argv)
+
+
+def ran(job) -> bool:
+  """Whether a stage of this run was not found finished."""
+  return any(not card.skipped for card in job.cards.values())
+
+
+def command(argv: list[str], doc: str, *, check, work, arms, define=None
+            ) -> int:
+  """One command of the package that reads a config; returns its exit code.
+
+  Args:
+    argv: the flags.
+    doc: what --help says first.
+    check: `check(values)` raises ConfigError for flags it cannot work with.
+    work: `work(job, values, argv)`, inside the mesh and the workdir's lock.
+    arms: `arms(c)`, what a dry run plans.
+    define: `define(values)` adds flags.
+  """
+  print("jaxalign: reading the config", flush=True)
+  return guarded(lambda: _run(_parse(argv, doc, define), argv, check, work,
+                              arms))
+
+
+def _check(values) -> None:
+  from jaxalign.errors import ConfigError
+  c = values.config
+  if c.data.source != "world" and not c.data.split.held_out > 0:
+    raise ConfigError("data.split.held_out=0: a study measures on rows it "
+                      "holds out; set config.data.split, or run "
+                      "jaxalign.select or jaxalign.train alone")
+
+
+def _arms(c):
+  from jaxalign import study
+  return study.arms_of(c)
+
+
+def _study(job, values, argv: list[str]) -> None:
+  """All arms, the summary and its page."""
+  from jaxalign import progress
+  from jaxalign import study
+  from jaxalign.report.pages import study as study_page
+  summary = study.run(job, study.command_line(argv))
+  progress.say("")
+  progress.say(study_page.terminal(summary))
+  if not ran(job):
+    progress.say("everything was finished before; nothing was computed")
+  progress.say(f"report: {values.workdir}/report.html")
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
-  print("jaxalign: reading the config", flush=True)
-  return guarded(lambda: _run(_parse(argv), argv))
+  return command(argv, __doc__, check=_check, work=_study, arms=_arms)
 
 
 def guarded(run) -> int:

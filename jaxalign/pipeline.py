@@ -17,13 +17,17 @@ from jaxalign.stages.embed import run_embed, run_residual
 from jaxalign.stages.evaluate import (
     policy_of, run_baseline, run_evaluate, run_export)
 from jaxalign.stages.mixture import run_mixture
+from jaxalign.stages.proxies import run_held_out, run_proxy
 from jaxalign.stages.ref_logps import run_ref_logps
+from jaxalign.stages.scores import run_alone, run_ask, run_rewards
 from jaxalign.stages.select import run_select
 from jaxalign.stages.sft import run_sft
 
 
 # What columns of the pool are read from, in the order of running.
-SCORES = {"embed": run_embed, "residual": run_residual}
+SCORES = {"embed": run_embed, "residual": run_residual, "alone": run_alone,
+          "ask": run_ask, "rewards": run_rewards, "proxy": run_proxy,
+          "held_out": run_held_out}
 
 
 def _samplers(arms: list[Arm]) -> list:
@@ -44,8 +48,8 @@ def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
   asked = {*also, *(stage for sampler in samplers
                     for stage in columns.stages(job.c, job.kind, sampler))}
   mixture = any("log_likelihood" in sampler.needs for sampler in samplers)
-  if mixture:
-    asked.add("embed")
+  asked = {*columns.before(job.c, [*asked, *["mixture"] * mixture])}
+  asked -= {"mixture"}
   if asked - ({"embed"} if job.c.embed.checkpoint else set()):
     run_sft(job)
   for name, run in SCORES.items():

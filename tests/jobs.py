@@ -60,14 +60,16 @@ class Stop(BaseException):
 def flags(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny"
           ) -> list[str]:
   """The flags of a tiny job; `more` without their "--config."."""
-  return [f"--config={ROOT}/configs/{config}", f"--workdir={workdir}",
+  return [f"--config={ROOT}/configs/{config}",
+          *([f"--workdir={workdir}"] if workdir else []),
           f"--config.compile_cache={folder()}/xla",
           *(f if f.startswith("--") or "=" not in f else f"--config.{f}"
             for f in more)]
 
 
-def run(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny") -> Ended:
-  """Runs a job in this process."""
+def run(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny",
+        command: Any = main.main) -> Ended:
+  """Runs a job, or another command, in this process."""
   out, err, code = io.StringIO(), io.StringIO(), None
   handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
   path = list(sys.path)
@@ -75,7 +77,7 @@ def run(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny") -> Ended:
         warnings.catch_warnings()):
     warnings.filterwarnings("ignore", "the load_module")  # in ml_collections
     try:
-      code = main.main(["main", *flags(workdir, *more, config=config)])
+      code = command(["main", *flags(workdir, *more, config=config)])
     except Stop:
       pass
     finally:

@@ -171,7 +171,9 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
     splits = _as_thumbs(splits)
     progress.say(f"  pairs split into {len(splits['pool']):,} thumbs for "
                  f"{c.loss.name}")
-  needed = ("pool", "held_out") if c.model.checkpoint else SPLITS
+  needed = [name for name in SPLITS if world or c.data.split[name] > 0]
+  if c.model.checkpoint and "sft" in needed:
+    needed.remove("sft")
   for name in needed:
     if not splits[name]:
       hint = (", and disliked answers are not imitated; more rows are needed, "

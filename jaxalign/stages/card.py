@@ -54,6 +54,8 @@ def run_card(job: Job, arm: Arm) -> None:
         pool, Selection(kept, score), mixture, diagnostics, arm.sampler,
         texts=texts, others=cards.alternatives(
             pool, len(kept), arm.sampler, arm.seed))
+    if mixture is not None:
+      card["mixture"]["covariance"] = job.c.select.mixture.covariance
     reasons = cards.reasons(card, table)
     card["reasons"] = "reasons.parquet"
     records.write_rows(folder / "reasons.parquet", [

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from typing import Any
+from typing import Any, Callable
 
 from etils import epath
 import jax
@@ -79,13 +79,11 @@ def run_baseline(job: Job) -> None:
           inputs=dict(data=job.key("data"), sft=job.key("sft")))
 
 
-def run_evaluate(job: Job, arm: Arm) -> None:
-  """Measures the policy on the held-out split, and exports it."""
-  folder = arm_folder(job, arm)
-
+def policy_of(job: Job, arm: Arm) -> Callable[[], decoder.Params]:
+  """A function that reads an aligned policy onto the mesh, once."""
   @functools.lru_cache(maxsize=1)
   def policy():
-    m = job.policy
+    folder, m = arm_folder(job, arm), job.policy
     trained = restore_params(
         folder / "checkpoints",
         adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])
@@ -94,19 +92,13 @@ def run_evaluate(job: Job, arm: Arm) -> None:
     if m.lora.variant == "lora_sb":
       trained |= bases(job, folder)
     return job.reference | trained
+  return policy
 
-  def export(folder):
-    params, m = policy(), job.policy
-    merged = adapters.Merged(params, m.lora) if m.lora else params
-    files = weights.export_folder(folder / "export", merged, job.model,
-                                  job.tokenizer)
-    if m.lora:
-      peft_folder.save(folder / "adapter", params, m,
-                       base=job.c.model.checkpoint)
-      files = [*files, "adapter"]
-    return files, Cost(), {}
 
-  def measure(folder):
+def run_evaluate(job: Job, arm: Arm, policy: Callable[[], decoder.Params]
+                 ) -> None:
+  """Measures the policy on the held-out split."""
+  def make(folder):
     # Arms of one seed meet the same noise; another seed meets another.
     outcome = _examine(job, policy(), job.policy, arm.seed)
     under = evaluate.score_answers(
@@ -123,9 +115,25 @@ def run_evaluate(job: Job, arm: Arm) -> None:
     return ([*files, "eval.json"], Cost(outcome.operations, outcome.tokens),
             dict(say=say))
 
-  job.run(folder, "evaluate", arm.name, make=measure,
+  job.run(arm_folder(job, arm), "evaluate", arm.name, make=make,
           fields=pick(job.c, "eval"),
           inputs=dict(align=job.key("align", arm.name),
                       baseline=job.key("baseline")))
-  job.run(folder, "export", arm.name, fields={},
-          inputs=dict(align=job.key("align", arm.name)), make=export)
+
+
+def run_export(job: Job, arm: Arm, policy: Callable[[], decoder.Params]
+               ) -> None:
+  """Writes the policy as a Hugging Face folder, and adapters for peft."""
+  def make(folder):
+    params, m = policy(), job.policy
+    merged = adapters.Merged(params, m.lora) if m.lora else params
+    files = weights.export_folder(folder / "export", merged, job.model,
+                                  job.tokenizer)
+    if m.lora:
+      peft_folder.save(folder / "adapter", params, m,
+                       base=job.c.model.checkpoint)
+      files = [*files, "adapter"]
+    return files, Cost(), {}
+
+  job.run(arm_folder(job, arm), "export", arm.name, fields={},
+          inputs=dict(align=job.key("align", arm.name)), make=make)

@@ -54,7 +54,7 @@ def run_select(job: Job, arm: Arm) -> None:
                   for other in chosen[1:]]
       diagnostics["stability"] = dict(
           jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
-    if notes := [*selection.notes, *columns_lib.notes(sampler)]:
+    if notes := [*selection.notes, *columns_lib.notes(c, sampler)]:
       diagnostics["notes"] = notes
     _write_selection(folder, rows, selection, fits[0])
     artifacts.write_json(folder / "diagnostics.json", diagnostics)

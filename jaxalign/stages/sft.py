@@ -35,15 +35,24 @@ def run_sft(job: Job) -> None:
     return
 
   def make(folder):
-    tokens = job.tokens("sft")
-    n = len(tokens.start)
-    rows = feed.Rows(job.column("sft", "id"), tokens,
-                     np.arange(n)[:, None], np.zeros((n, 1), np.float32),
+    split, tokens = "sft", job.tokens("sft")
+    rows = np.arange(len(tokens.start))
+    if not len(rows):  # data.split.sft is 0: the pool's better answers
+      split, tokens = "pool", job.tokens("pool")
+      rows = np.arange(len(tokens.start))
+      if job.kind == "pairs":
+        rows = rows[::2]
+      else:
+        rows = rows[np.array(job.column("pool", "label"), bool)]
+    ids = job.column(split, "id")
+    n, each = len(rows), len(tokens.start) // len(ids)
+    rows = feed.Rows([ids[i // each] for i in rows], tokens, rows[:, None],
+                     np.zeros((n, 1), np.float32),
                      np.ones((n, 1), np.float32))
     params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
     cost = train(job, folder, "sft", m, lambda _: (params, {}), rows,
-                  LOSSES["sft"], c.sft, lr=c.sft.lr, updates=c.sft.updates,
-                  seed=c.sft.seed, sft_weight=0.0)
+                 LOSSES["sft"], c.sft, lr=c.sft.lr, updates=c.sft.updates,
+                 seed=c.sft.seed, sft_weight=0.0)
     return list(TRAINED), cost, {}
 
   job.run(job.shared / "sft", "sft", make=make, resumes=TRAINED,
