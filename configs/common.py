@@ -71,7 +71,7 @@ def base(variant: str = "") -> ConfigDict:
   c.model.param_dtype = "float32"  # of the frozen reference; or "bfloat16"
   c.model.remat = "none"  # or "dots", "full"
   c.model.head_chunk = 64  # positions of the head at once
-  c.model.attention = "auto"  # or "plain", "splash" (TPU), "cudnn" (GPU)
+  c.model.attention = "auto"  # "plain", "tiles", "splash" (TPU), "cudnn" (GPU)
 
   c.sft = ConfigDict()
   c.sft.seed = 0
@@ -224,7 +224,7 @@ def _tiny(c: ConfigDict) -> None:
   c.embed.tile = c.eval.tile = 8
   c.proxy.batch_size, c.proxy.updates, c.proxy.half_updates = 8, 4, 2
   c.proxy.models, c.proxy.save_every = 2, 2
-  c.ask.context = 256
+  c.ask.context = 384
   c.eval.prompts, c.eval.new_tokens = 16, 8
   c.select.mixture.starts, c.select.stability_seeds = 1, 1
   c.compare = ("random",)

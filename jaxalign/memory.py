@@ -70,7 +70,8 @@ def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
                                       + (1 + m.gated) * m.ff) // tensor,
                "full": m.width}
   # Of attention, a token; a flash kernel never holds them.
-  scores = m.heads // tensor * length if m.attention == "plain" else 0
+  scores = m.heads // tensor * length if m.attention in (
+      "plain", "tiles") else 0
   activations = m.layers * tokens * per_token[m.remat] * size
   # Whole weights of one layer, and their gradients in float32.
   layer = (size + 4) * sum(

@@ -271,7 +271,7 @@ HOW = dict(head_size=128, dtype="bfloat16", softcap=0.0, length=2048)
 @pytest.mark.parametrize("platform, more, wanted", [
     ("tpu", {}, "splash"), ("tpu", dict(softcap=50.0, head_size=256), "splash"),
     ("tpu", dict(dtype="float32", length=None), "splash"),
-    ("tpu", dict(length=128), "plain"), ("cpu", {}, "plain"),
+    ("tpu", dict(length=128), "plain"), ("cpu", {}, "tiles"),
     ("gpu", {}, "cudnn"), ("cuda", dict(head_size=64), "cudnn"),
     ("gpu", dict(softcap=50.0), "plain"), ("rocm", {}, "plain"),
     ("gpu", dict(dtype="float32"), "plain"),

@@ -15,7 +15,6 @@ import oracle
 from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
-from jaxalign.model import attention
 from jaxalign.model import decoder
 from jaxalign.train import feed
 from jaxalign.train import layout
@@ -90,9 +89,10 @@ def test_every_token_is_where_it_should_be(r):
   starts = np.array([len(p) for p, *_ in pairs])
   answers = np.array([[len(a) for a in more] for _, *more in pairs])
   need = layout.need(starts, answers, 32)
-  shape = need._replace(tokens=need.tokens + 16, targets=need.targets + 16,
-                        rows=need.rows + 1)
-  x = layout.pack(shape, rows, index)
+  shape = need._replace(tokens=need.tokens + 64, targets=need.targets + 16,
+                        rows=need.rows + 1, tiles=need.tiles + 3)
+  least = np.repeat(answers.min(1)[:, None], r, 1)
+  x = layout.pack(shape, rows, index, least)
   flat = [t for p, *more in pairs for part in (p, *more) for t in part]
   assert x.tokens[:len(flat)].tolist() == flat
   positions = [i for p, *more in pairs for i in (
@@ -144,15 +144,17 @@ def test_prompts_that_differ_are_refused():
   rows = rows_of([([5, 6], [7]), ([5, 9], [8, 8])])
   with pytest.raises(DataError, match="row b: its responses have different "
                      "prompts.*config.train.layout='padded'"):
-    layout.pack(layout.Shape(32, 16, 1, 16), rows, np.array([[0, 1]]), ["b"])
+    layout.pack(layout.Shape(64, 16, 1, 16, 1), rows, np.array([[0, 1]]),
+                np.ones((1, 2)), ["b"])
   rows = rows_of([([5, 6], [7]), ([5], [6, 8])])
   with pytest.raises(DataError, match="row 0: its responses"):
-    layout.pack(layout.Shape(32, 16, 1, 16), rows, np.array([[0, 1]]))
+    layout.pack(layout.Shape(64, 16, 1, 16, 1), rows, np.array([[0, 1]]),
+                np.ones((1, 2)))
 
 
 def test_shapes_are_few_and_hold_everything():
   rng = np.random.default_rng(0)
-  needs = [layout.Shape(*(16 * rng.integers(1, 9, 3)), 64) for _ in range(40)]
+  needs = [layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)]
   price = {}
   for most in (1, 2, 4, 40):
     shapes = layout.choose(needs, most)
@@ -163,7 +165,7 @@ def test_shapes_are_few_and_hold_everything():
   assert price[1] > price[2] > price[4] > price[40]
   assert layout.choose(needs, 1) == [layout.largest(needs)]
   assert price[40] == pytest.approx(sum(map(layout.cost, needs)))
-  small = layout.Shape(16, 16, 1, 64)
+  small = layout.Shape(16, 16, 1, 64, 9)
   assert not layout.holds(small, small._replace(rows=2))
   for n in needs:
     assert layout.holds(layout.larger(n), n)
@@ -253,26 +255,31 @@ def test_the_padded_rows_are_a_numpy_llama_s(r):
                              atol=1e-5)
 
 
-CASES = [("chunked", 2, (1, 1), 1), ("chunked", 2, (4, 2), 2),
-         ("vocab", 1, (4, 2), 1), ("plain", 2, (1, 1), 2), *(
+CASES = [("chunked", 2, (1, 1), 1, "tiles"), ("chunked", 2, (4, 2), 2, "plain"),
+         ("vocab", 1, (4, 2), 1, "tiles"), ("plain", 2, (1, 1), 2, "plain"), *(
              pytest.param(*case, marks=pytest.mark.slow) for case in (
-                 ("vocab", 2, (8, 1), 1), ("vocab", 2, (2, 4), 4),
-                 ("chunked", 1, (8, 1), 2), ("plain", 2, (2, 4), 1),
-                 ("chunked", 2, (8, 1), 1), ("chunked", 2, (2, 4), 2)))]
+                 ("vocab", 2, (8, 1), 1, "plain"),
+                 ("vocab", 2, (2, 4), 4, "tiles"),
+                 ("chunked", 1, (8, 1), 2, "plain"),
+                 ("plain", 2, (2, 4), 1, "plain"),
+                 ("chunked", 2, (8, 1), 1, "tiles"),
+                 ("chunked", 2, (2, 4), 2, "tiles")))]
 
 
-@pytest.mark.parametrize("head,r,shape,accumulation", CASES)
+@pytest.mark.parametrize("head,r,shape,accumulation,kernel", CASES)
 def test_packed_rows_have_the_padded_rows_values_and_slopes(
-    head, r, shape, accumulation):
-  m = MODEL if shape[1] < 4 else MODEL
+    head, r, shape, accumulation, kernel):
+  m, base = MODEL._replace(attention=kernel), truth(r)
   if shape[1] > m.kv_heads:
     m = m._replace(kv_heads=4)
     base = run(make_mesh(1, 1), "padded", m=m, head="plain",
                pairs=examples(r=r))
-  else:
-    base = truth(r)
   close(run(make_mesh(*shape), "packed", m=m, head=head, pairs=examples(r=r),
             accumulation=accumulation), base)
+
+
+def test_packed_rows_with_a_prompt_each_have_them_too():
+  close(run(make_mesh(4, 2), "packed_apart", accumulation=2), truth(2))
 
 
 @pytest.mark.parametrize("head", ["vocab", "chunked"])

@@ -161,6 +161,7 @@ def _on_shards(kernel, q, k, v, seen, *, scale, softcap, windows, which, place):
 
 KERNELS = {
     "plain": _plain,
+    "tiles": _plain,  # of packed tokens `tiles.attend`
     "splash": functools.partial(_on_shards, _splash),
     "cudnn": functools.partial(_on_shards, _cudnn),
 }
@@ -204,8 +205,8 @@ def resolve(kernel: str, platform: str, *, head_size: int, dtype: Any,
 
   "auto" is splash on a TPU for rows of 256 slots and more (shorter ones fit
   less than a block); on a GPU it is cuDNN's flash attention where that can
-  run on any card: 16-bit, no soft cap, heads of at most 128. All else is
-  plain. A named kernel is taken at its word if the platform has it.
+  run on any card: 16-bit, no soft cap, heads of at most 128. On a CPU it is
+  tiles, which is plain but for packed tokens. All else is plain. A named kernel is taken at its word if the platform has it.
 
   Args:
     kernel: "auto" or a key of KERNELS.
@@ -225,7 +226,7 @@ def resolve(kernel: str, platform: str, *, head_size: int, dtype: Any,
     if (platform in GPU and bits == 16 and not softcap and head_size <= 128 and
         head_size % 8 == 0):
       return "cudnn"
-    return "plain"
+    return "tiles" if platform == "cpu" else "plain"
   problem = ""
   if kernel not in KERNELS:
     problem = f"is unknown; known: auto, {', '.join(KERNELS)}"

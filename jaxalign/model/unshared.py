@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign.model import attention
+from jaxalign.model import tiles as tiles_lib
 
 
 class Unshared(NamedTuple):
@@ -28,6 +29,7 @@ class Unshared(NamedTuple):
   segment: jax.Array  # [S, a, l] int32: which sequence of the row; 0: none
   first: jax.Array  # [S, T] int32: a token's slot; of padding -1
   second: jax.Array  # [S, T] int32: a prompt token's other slot, else -1
+  tiles: tiles_lib.Tiles  # for the kernel that needs no copies
 
 
 class Copies(NamedTuple):
@@ -37,6 +39,8 @@ class Copies(NamedTuple):
   first: jax.Array  # [S, T]
   second: jax.Array  # [S, T]
   seen: attention.Seen  # [S * a, l]
+  tiles: tiles_lib.Tiles
+  position: jax.Array  # [S, T]
 
 
 @jax.custom_vjp
@@ -131,11 +135,12 @@ def lay(where: Unshared, position: jax.Array, place: sharding.Place) -> Copies:
   at = _shaped(at, (s * a, l))
   segment = _shaped(where.segment, (s * a, l))
   return Copies(token, where.first, where.second,
-                attention.Seen(at, at, segment, segment))
+                attention.Seen(at, at, segment, segment), where.tiles,
+                position)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, where: Copies, *,
-           place: sharding.Place, **how) -> jax.Array:
+           kernel: str, place: sharding.Place, **how) -> jax.Array:
   """`attention.attend` of packed tokens.
 
   Args:
@@ -143,6 +148,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, where: Copies, *,
     k: [S, T, G, C].
     v: [S, T, G, C].
     where: as from `lay`.
+    kernel: a key of attention.KERNELS; "tiles" makes no copies.
     place: `sharding.SPREAD`, under jit on the mesh.
     **how: the other arguments of `attention.attend`.
 
@@ -150,7 +156,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, where: Copies, *,
     [S, T, G, Q, C]; of a prompt token what its first copy saw (the second saw
     the same), of padding 0.
   """
-  token, first, second, seen = where
+  if kernel == "tiles":
+    return tiles_lib.attend(q, k, v, where.tiles, where.position, place=place,
+                            **how)
+  token, first, second, seen = where[:4]
   flat, (rows, l) = ("batch", None), seen.q_position.shape
 
   def spread(x):
@@ -160,7 +169,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, where: Copies, *,
     return _shaped(y, (rows, l, *x.shape[2:]))
 
   y = attention.attend(spread(q), spread(k), spread(v), seen, place=place,
-                       **how)
+                       kernel=kernel, **how)
   y = _shaped(y, (len(token), -1, *y.shape[2:]))
   return place.local(lambda *args: by_row(originals, *args),
                      [_axes(y), flat, flat], _axes(y))(y, first, token)

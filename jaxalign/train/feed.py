@@ -1,5 +1,6 @@
 """Batches on the mesh: a pure function of the step over tokenized rows."""
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -98,12 +99,14 @@ def padded(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
 
 
 def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
-           context: int, known: list[np.ndarray]) -> Layout:
+           context: int, known: list[np.ndarray],
+           share: bool = True) -> Layout:
   """Packed, see `train.layout`: a `Packed` for tokens and counts for a mask.
 
   Rows are dealt to micro-batches and devices by length, so they stand in
   another order. Shapes are chosen from the `known` steps; a later one that no
-  shape holds has a larger one of its own.
+  shape holds has a larger one of its own. Unless they `share` it, every
+  response has a prompt of its own.
   """
   lengths, start = tokens_lib.lengths(rows), np.asarray(rows.start, np.int64)
   devices = sharding.parts(mesh, "batch")
@@ -111,16 +114,21 @@ def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
   length = packing.up(tokens_lib.longest(lengths, context))
 
   def sizes(index):
-    """[B] tokens of every row, its prompt once."""
+    """[B] tokens of every row."""
+    if not share:
+      return lengths[index].sum(1)
     return start[index[:, 0]] + (lengths - start)[index].sum(1)
 
   def order(index):
     return packing.deal(sizes(index), bins).reshape(-1)
 
-  def needed(index):  # of all devices and micro-batches
+  def parts_of(index):  # of every device and micro-batch
+    return np.split(index if share else index.reshape(-1, 1), bins)
+
+  def needed(index):
     return packing.largest([packing.need(
         start[part[:, 0]], (lengths - start)[part], length)
-                            for part in np.split(index, bins)])
+                            for part in parts_of(index)])
 
   shapes = packing.choose([needed(i[order(i)]) for i in known], SHAPES)
 
@@ -131,23 +139,25 @@ def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
 
   def put(index, names=None):
     shape, m = shape_of(index), len(index) // bins
+    counts = (lengths - start)[index].astype(np.int32)
+    least = np.broadcast_to(counts.min(1, keepdims=True), counts.shape)
 
     def make(places):
-      parts = [packing.pack(shape, rows, index[k * m:(k + 1) * m],
-                            names and names[k * m:(k + 1) * m])
-               for k in places]
-      return jax.tree.map(lambda *x: np.stack(x), *parts)
+      own, kept = parts_of(index), parts_of(least)
+      return jax.tree.map(lambda *x: np.stack(x), *(
+          packing.pack(shape, rows, own[k], kept[k],
+                       names and names[k * m:(k + 1) * m]) for k in places))
 
-    counts = (lengths - start)[index][..., None].astype(np.int32)
     return (sharding.put_rows(mesh, (accumulation, devices), make, None,
                               "batch"),
             sharding.put_rows(mesh, (accumulation, len(index) // accumulation),
-                              lambda places: counts[places], None, "batch"))
+                              lambda places: counts[places, :, None], None, "batch"))
 
   return Layout(order, put)
 
 
-LAYOUTS = {"packed": packed, "padded": padded}
+LAYOUTS = {"packed": packed, "padded": padded,
+           "packed_apart": functools.partial(packed, share=False)}
 
 
 def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,

@@ -5,7 +5,8 @@ a device's tokens lie end to end in one dense row, [prompt | chosen |
 rejected] and so on. A rejected answer's positions go on from the prompt's end,
 and the prompt's last token predicts the first token of both answers. For
 attention the sequences prompt + answer are packed by first-fit into rows as
-long as the longest (`model.unshared`). All of it is NumPy, on lengths.
+long as the longest (`model.unshared`), and the tiles of the dense row that
+hold anything are listed (`model.tiles`). All of it is NumPy, on lengths.
 
 Shapes are static: a few are chosen from the data, and a step takes the first
 that holds it.
@@ -20,6 +21,7 @@ import numpy as np
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
 from jaxalign.model import unshared
+from jaxalign.model.tiles import TILE, Tiles
 
 class Packed(NamedTuple):
   """S dense rows, one a device; in a batch behind an axis of micro-batches.
@@ -46,6 +48,7 @@ class Shape(NamedTuple):
   targets: int  # U
   rows: int  # a, of attention
   length: int  # l of each
+  tiles: int  # n, of attention without copies; the array's room, no work
 
 
 def shares(rows: Packed) -> dict[str, jax.Array]:
@@ -106,10 +109,33 @@ def first_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
   return rows
 
 
-def up(x: int) -> int:
-  """Rounded up: to 16, and from 1,024 on to 128, what a TPU multiplies at."""
-  step = 16 if x <= 1024 else 128
+def up(x: int, least: int = 16) -> int:
+  """Rounded up: to `least`, from 1,024 on to 128, what a TPU multiplies at."""
+  step = least if x <= 1024 else 128
   return max(step, -(-x // step) * step)
+
+
+def spans(prompt: np.ndarray, answers: np.ndarray) -> np.ndarray:
+  """[m, 1 + R, 2] first token and end of every prompt and answer."""
+  sizes = np.concatenate([prompt[:, None], answers], 1)
+  ends = np.cumsum(sizes.reshape(-1)).reshape(sizes.shape)
+  return np.stack([ends - sizes, ends], -1)
+
+
+def tiles_of(where: np.ndarray) -> np.ndarray:
+  """[n, 2] query and key blocks that see each other, in order, each once.
+
+  Args:
+    where: as from `spans`.
+  """
+  found = set()
+  for parts in where:
+    blocks = [range(a // TILE, -(-b // TILE)) if b > a else () for a, b in parts]
+    for own in blocks:
+      for i in own:
+        found.update((i, j) for keys in (blocks[0], own) for j in keys
+                     if j <= i)
+  return np.array(sorted(found), np.int32).reshape(-1, 2)
 
 
 def need(prompt: np.ndarray, answers: np.ndarray, length: int) -> Shape:
@@ -121,8 +147,9 @@ def need(prompt: np.ndarray, answers: np.ndarray, length: int) -> Shape:
     length: of an attention row.
   """
   rows = first_fit((prompt[:, None] + answers).reshape(-1), length)
-  return Shape(up(int(prompt.sum() + answers.sum())), up(int(answers.sum())),
-               len(rows), length)
+  tiles = len(tiles_of(spans(prompt, answers)))
+  return Shape(up(int(prompt.sum() + answers.sum()), TILE),
+               up(int(answers.sum())), len(rows), length, -(-tiles // 16) * 16)
 
 
 def largest(needs: list[Shape]) -> Shape:
@@ -138,18 +165,19 @@ def larger(need: Shape) -> Shape:
       size = up(size * 5 // 4)
     return size
 
-  return Shape(grown(need.tokens), grown(need.targets),
-               -(-need.rows // 4) * 4, need.length)
+  return Shape(up(grown(need.tokens), TILE), grown(need.targets),
+               -(-need.rows // 4) * 4, need.length, 2 * grown(need.tiles))
 
 
 def cost(shape: Shape) -> float:
   """A measure to choose shapes by: slots, and attention by the square.
 
-  A pair of attention slots counts as 1 / 2,048 of a dense token: about what it
-  is of a Llama of width 512 (a layer multiplies 12 D^2 a token, 2 D a pair).
+  A pair of attention slots counts as 1 / 4,096 of a dense token: about what it
+  is of a Llama of width 512 (a layer multiplies 12 D^2 a token, 2 D a pair, of
+  which half is not seen).
   """
   return (shape.tokens + 0.5 * shape.targets
-          + shape.rows * shape.length * (0.05 + shape.length / 2048))
+          + shape.rows * shape.length * (0.05 + shape.length / 4096))
 
 
 def choose(needs: list[Shape], most: int) -> list[Shape]:
@@ -176,13 +204,14 @@ def choose(needs: list[Shape], most: int) -> list[Shape]:
 
 
 def pack(shape: Shape, rows: tokens_lib.TokenRows, index: np.ndarray,
-         ids: list[str] | None = None) -> Packed:
+         least: np.ndarray, ids: list[str] | None = None) -> Packed:
   """One device's rows, packed; arrays without the axis S.
 
   Args:
     shape: holds them.
     rows: the tokenized rows.
     index: [m, R] which row each response is; R is 1 or 2.
+    least: [m, R] how many tokens of a response are `public`.
     ids: names of the m rows, for an error.
 
   Raises:
@@ -196,6 +225,7 @@ def pack(shape: Shape, rows: tokens_lib.TokenRows, index: np.ndarray,
   position = np.zeros(shape.tokens, np.int32)
   source = np.zeros(shape.targets, np.int32)
   target = np.zeros(shape.targets, np.int32)
+  row, branch = np.zeros((2, shape.tokens), np.int32)
   owner = np.full(shape.targets, -1, np.int32)
   public = np.zeros(shape.targets, bool)
   uses = np.full((2, shape.tokens), -1, np.int32)
@@ -213,28 +243,33 @@ def pack(shape: Shape, rows: tokens_lib.TokenRows, index: np.ndarray,
             "prompts, which cannot be computed once; set "
             "config.train.layout='padded'")
     tokens[at:at + p], position[at:at + p] = head, np.arange(p)
+    row[at:at + p + int(answers[k].sum())] = k + 1
     own = np.arange(at, at + p)
     last, at = at + p - 1, at + p
-    shared = int(answers[k].min())
     for side in range(r):
       n = int(answers[k, side])
       first = int(begin[k, side]) + p
       tokens[at:at + n] = rows.ids[first:first + n]
-      position[at:at + n] = p + np.arange(n)
+      position[at:at + n], branch[at:at + n] = p + np.arange(n), side + 1
       mine = np.arange(at, at + n)
       before = np.concatenate([[last], mine[:-1]])[:n]
       now = slice(out, out + n)
       source[now], target[now] = before, tokens[at:at + n]
-      owner[now], public[now] = k * r + side, np.arange(n) < shared
+      owner[now] = k * r + side
+      public[now] = np.arange(n) < least[k, side]
       uses[np.where(uses[0, before] < 0, 0, 1), before] = np.arange(
           out, out + n)
       places.append(np.concatenate([own, mine]))
       at, out = at + n, out + n
-  return Packed(tokens, position, _copies(shape, places), source, target,
-                owner, public, *uses)
+  listed = tiles_of(spans(prompt, answers))
+  query, key = np.zeros((2, shape.tiles), np.int32)
+  query[:len(listed)], key[:len(listed)] = listed.T
+  tiles = Tiles(row, branch, query, key, np.array([len(listed)], np.int32))
+  return Packed(tokens, position, _copies(shape, places, tiles), source,
+                target, owner, public, *uses)
 
 
-def _copies(shape, places):
+def _copies(shape, places, tiles):
   """The attention rows of sequences whose tokens lie at `places`."""
   token = np.zeros((shape.rows, shape.length), np.int32)
   segment = np.zeros_like(token)
@@ -249,4 +284,4 @@ def _copies(shape, places):
       where[np.where(where[0, own] < 0, 0, 1), own] = (
           k * shape.length + np.arange(now.start, now.stop))
       at = now.stop
-  return unshared.Unshared(token, segment, *where)
+  return unshared.Unshared(token, segment, *where, tiles)
