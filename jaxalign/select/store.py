@@ -62,15 +62,35 @@ class Store(NamedTuple):
 
 def encoded(ids: Any) -> np.ndarray:
   """[N] record ids -> [N] UTF-8 bytes of one width; bytes stay as they are."""
-  if isinstance(ids, np.ndarray) and ids.dtype.kind == "S":
+  if getattr(ids, "dtype", None) is not None and ids.dtype.kind == "S":
     return ids
   out = [str(i).encode() for i in ids]
   return np.array(out, f"S{max(map(len, out), default=1) or 1}")
 
 
-def _digest_ids(ids: np.ndarray, start: int, stop: int) -> str:
-  return hashlib.sha256(np.ascontiguousarray(ids[start:stop]).tobytes()
-                        ).hexdigest()
+class StoredIds:
+  """The ids of a store, [N] bytes, read when they are sliced.
+
+  A class because it stands where an array of N would.
+  """
+
+  def __init__(self, store: Store):
+    self.store, self.dtype = store, np.dtype(store.columns[ID].dtype)
+
+  def __len__(self) -> int:
+    return self.store.rows
+
+  def __getitem__(self, where: slice) -> np.ndarray:
+    start, stop, _ = where.indices(self.store.rows)
+    return read_rows(self.store, ID, start, stop)
+
+
+def _digest_ids(ids: Any, start: int, stop: int) -> str:
+  """Of any range in steps, so that no copy of all of them is made."""
+  total = hashlib.sha256()
+  for at in range(start, stop, 65536):
+    total.update(np.ascontiguousarray(ids[at:min(stop, at + 65536)]).tobytes())
+  return total.hexdigest()
 
 
 def _described(rows: int, shard: int, columns: dict[str, Column],
@@ -144,12 +164,9 @@ def create(folder: Any, ids: np.ndarray, columns: dict[str, Column], *,
       raise ConfigError(f"column {name} of {column.dtype!r}, wanted one of "
                         f"{', '.join(DTYPES)}; set config.embed.store_dtype")
   folder, ids = epath.Path(folder), encoded(ids)
-  total = hashlib.sha256()
-  for start in range(0, len(ids), 65536):  # not by shard: any size, one digest
-    total.update(np.ascontiguousarray(ids[start:start + 65536]).tobytes())
   said = _described(len(ids), shard,
                     columns | {ID: Column((), ids.dtype.str)}, fields,
-                    total.hexdigest())
+                    _digest_ids(ids, 0, len(ids)))
   found, wanted = _read_description(folder), _store(folder, said)
   if found is not None:
     _refuse(folder, found, said)
@@ -183,8 +200,8 @@ def open_store(folder: Any, *, fields: dict[str, Any] | None = None,
     _refuse(folder, said, said | dict(fields=json.loads(json.dumps(fields))))
   if ids is not None:
     ids = encoded(ids)
-    _refuse(folder, said, said | dict(rows=len(ids), ids=hashlib.sha256(
-        np.ascontiguousarray(ids).tobytes()).hexdigest()))
+    _refuse(folder, said, said | dict(rows=len(ids),
+                                      ids=_digest_ids(ids, 0, len(ids))))
   missing = [s for s in range(found.shards) if not _side(found, s).exists()]
   if missing:
     raise CorruptError(f"{folder} lacks {len(missing)} of {found.shards} "

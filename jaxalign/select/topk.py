@@ -10,15 +10,24 @@ from jaxalign.errors import ConfigError, NumericError
 
 
 def id_hash(ids: np.ndarray, salt: str = "") -> np.ndarray:
-  """[n] ids -> [n] uint64, blake2b of the id; the salt makes another stream."""
+  """[n] ids -> [n] uint64, blake2b of the id; the salt makes another stream.
+
+  An id is text, or its UTF-8 bytes as a store keeps it: the same number.
+  """
   key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
-  seeded = hashlib.blake2b(digest_size=8, key=key)
-  out = np.empty(len(ids), np.uint64)
-  for i, record in enumerate(np.asarray(ids, dtype=np.str_).tolist()):
-    one = seeded.copy()
-    one.update(record.encode())
-    out[i] = int.from_bytes(one.digest(), "big")
-  return out
+  fresh = hashlib.blake2b(digest_size=8, key=key).copy
+  ids = np.asarray(ids)
+  if ids.dtype.kind != "S":
+    ids = [i.encode() for i in np.asarray(ids, dtype=np.str_).tolist()]
+  else:
+    ids = ids.tolist()
+
+  def digest(record: bytes) -> bytes:
+    one = fresh()
+    one.update(record)
+    return one.digest()
+
+  return np.frombuffer(b"".join(map(digest, ids)), ">u8").astype(np.uint64)
 
 
 def uniform(seed: int, ids: np.ndarray, purpose: str) -> np.ndarray:

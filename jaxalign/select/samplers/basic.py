@@ -1,5 +1,7 @@
 """Random and stratified rows, and ISA: those that change the entropy most."""
 
+from typing import Callable, Iterable, NamedTuple
+
 import numpy as np
 
 from jaxalign.errors import ConfigError, NumericError
@@ -11,6 +13,7 @@ from jaxalign.select.topk import gumbel, id_hash, top, uniform
 STRATA = ("source", "label", "length")
 ORDERS = ("literal", "magnitude", "renormalised")
 PAIR_SCORES = SIDES
+TILE = 65536  # rows whose numbers are added at once
 
 
 @needs()
@@ -198,27 +201,62 @@ def entropy_change(log_likelihood: np.ndarray, order: str) -> np.ndarray:
   Raises:
     NumericError: a value is not finite, or all are equal (no order exists).
   """
+  value = np.asarray(log_likelihood, np.float64)
+  tiles = [value[at:at + TILE] for at in range(0, len(value), TILE)]
+  return change_of(value, entropy_of(lambda: tiles, order), order)
+
+
+class Entropy(NamedTuple):
+  """What the change of one row's entropy needs to know of all rows."""
+
+  low: float  # of the log-likelihoods, nats
+  high: float
+  z: float = 1.0  # sum of p
+  s: float = 0.0  # sum of p log p
+
+
+def entropy_of(tiles: Callable[[], Iterable[np.ndarray]],
+               order: str) -> Entropy:
+  """The scalars of `entropy_change`, in one pass over the rows or two.
+
+  Args:
+    tiles: gives the log-likelihoods from the start, [TILE, ...] float64 and a
+      last one that may be shorter: sums are added by tile, in order.
+    order: "renormalised" takes the second pass.
+  """
   if order not in ORDERS:
     raise ConfigError(f"order {order!r} is unknown, wanted one of "
                       f"{', '.join(ORDERS)}; set config.select.order")
-  value = np.asarray(log_likelihood, np.float64)
-  bad = value.size - int(np.isfinite(value).sum())
+  low, high, size, bad = np.inf, -np.inf, 0, 0
+  for value in tiles():
+    size, bad = size + value.size, bad + int((~np.isfinite(value)).sum())
+    low, high = min(low, value.min()), max(high, value.max())
   if bad:
-    raise NumericError(f"{bad} of {value.size} log-likelihoods are not finite; "
+    raise NumericError(f"{bad} of {size} log-likelihoods are not finite; "
                        "look at the embedding")
-  low, high = value.min(), value.max()
   if not high > low:
-    raise NumericError(f"all {value.size} log-likelihoods equal {low}; isa "
+    raise NumericError(f"all {size} log-likelihoods equal {low}; isa "
                        "cannot rank them, look at the embedding or set "
                        "config.select.sampler")
-  u = (value - low) / (high - low)
+  z = s = 0.0
+  if order == "renormalised":
+    for value in tiles():
+      u = (value - low) / (high - low)
+      p = np.exp(u)
+      z, s = z + p.sum(), s + (p * u).sum()
+  return Entropy(float(low), float(high), float(z) or 1.0, float(s))
+
+
+def change_of(value: np.ndarray, entropy: Entropy, order: str) -> np.ndarray:
+  """[...] log-likelihoods -> [...] changes; see `entropy_change`."""
+  u = (value - entropy.low) / (entropy.high - entropy.low)
   p = np.exp(u)
   t = p * u
   if order == "literal":
     return -t
   if order == "magnitude":
     return t
-  z, s = p.sum(), t.sum()
+  z, s = entropy.z, entropy.s
   return -np.log1p(-p / z) + p * (s / z - u) / (z - p)
 
 
