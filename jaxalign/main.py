@@ -23,7 +23,7 @@ _PEER_MARKS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "NCCL",
                "coordination service", "Connection reset")
 
 
-def _parse(argv: list[str], doc: str, define=None):
+def _parse(argv: list[str], doc: str = __doc__, define=None):
   """The flags; a wrong one raises ConfigError."""
   from absl import flags
   from ml_collections import config_flags

@@ -52,7 +52,7 @@ def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
   asked -= {"mixture"}
   if asked - ({"embed"} if job.c.embed.checkpoint else set()):
     run_sft(job)
-  for name, run in SCORES.items():
+  for name, run in (("embed", run_embed), ("residual", run_residual)):
     if name in asked:
       run(job)
   if mixture:
