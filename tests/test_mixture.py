@@ -19,7 +19,7 @@ from jaxalign.select.pool import make_pool
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.topk import top
 
-KINDS = mixture.COVARIANCES
+KINDS = ("full", "tied", "diag")
 
 
 def make_mesh(fsdp, tensor):
@@ -49,12 +49,12 @@ def numpy_em(x, labels, components, kind, ridge, iterations):
   """EM in float64, from the equations, in the coordinates of x itself.
 
   Returns the [n] log-likelihood and the bound of each iteration. The bound is
-  that of rows blurred by N(0, ridge * trace(S) / E): tr(ridge S_k^-1) / 2 less.
+  that of rows blurred by N(0, ridge S), S pooled: tr(ridge S S_k^-1) / 2 less.
   """
   x = x.astype(np.float64)
   n, width = x.shape
   pooled = np.cov(x.T, bias=True)
-  added = ridge * np.trace(pooled) / width * np.eye(width)
+  added = ridge * (np.diag(np.diag(pooled)) if kind == "diag" else pooled)
   r = np.eye(components)[labels]
   bounds = []
   for _ in range(iterations):
@@ -98,8 +98,8 @@ def test_equals_em_in_numpy(mesh, kind, components):
                     ridge=1e-3, labels=labels, tol=-1.0, max_iterations=25)
   np.testing.assert_allclose(got.trace, bounds, rtol=0, atol=1e-5)
   found = mixture.log_likelihood(got, x)
-  # Float32 sums, 25 iterations, values of about 30: 1e-6 of the value.
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-5)
+  # Float32 sums, 25 iterations, values of about 30: 2e-6 of the value.
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=6e-5)
   tenth = len(x) // 10
   assert set(np.argsort(found)[:tenth]) == set(np.argsort(wanted)[:tenth])
   assert set(np.argsort(found)[-tenth:]) == set(np.argsort(wanted)[-tenth:])

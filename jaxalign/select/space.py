@@ -1,18 +1,16 @@
 """Rows in centred, reduced, whitened coordinates; the Gram is on the mesh."""
 
-import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.select.chunks import CHUNKS, chunk_rows, over_chunks, over_rows
-from jaxalign.select.chunks import tiles
+from jaxalign.select import em
+from jaxalign.select import exact
 
 TILE = 4096  # rows of one host product
+WAVE = 1 << 18  # rows that lie on the devices at once
 
 
 class Space(NamedTuple):
@@ -22,15 +20,7 @@ class Space(NamedTuple):
   projection: np.ndarray  # [E, P] float64
   variances: np.ndarray  # [P] float64, of the rows before whitening
   explained: float  # share of the variance that the P directions hold
-  z: np.ndarray  # [n, P] float64, unit variance
-
-
-@functools.lru_cache(maxsize=8)
-def _gram_program(mesh: jax.sharding.Mesh):
-  """Jitted: tiles [chunks, rows, E] -> sums of outer products."""
-  product = functools.partial(jnp.einsum, "te,tf->ef",
-                              precision=jax.lax.Precision.HIGHEST)
-  return over_chunks(mesh, lambda x: over_rows(product, x, x), 0)
+  z: np.ndarray  # [n, P] float32, unit variance
 
 
 def project(mean: np.ndarray, projection: np.ndarray,
@@ -70,23 +60,14 @@ def _check_rows(x: np.ndarray, components: int) -> None:
 
 def _gram(mesh: jax.sharding.Mesh, x: np.ndarray,
           mean: np.ndarray) -> np.ndarray:
-  """Sum of centred outer products [E, E]: float32 per chunk, float64 over all.
+  """Sum of centred outer products [E, E]: float32 chunks, exactly added.
 
-  Chunks pass in waves of two per device, so the devices never hold more than
-  a wave of E x E sums.
+  Rows pass in waves, so the devices never hold more than a wave of them.
   """
-  rows = chunk_rows(len(x))
-  wave = 2 * mesh.size
   total = np.zeros((x.shape[1],) * 2)
-  for start in range(0, CHUNKS * rows, wave * rows):
-    part = x[start:start + wave * rows]
-    if not len(part):
-      break
-    wave_tiles = tiles(part - mean, wave, rows)
-    sums = _gram_program(mesh)(
-        (), (sharding.put(mesh, wave_tiles, "pool", None, None),))
-    for one in sharding.fetch(sums):
-      total += one
+  for start in range(0, len(x), WAVE):
+    part = np.float32(x[start:start + WAVE] - mean)
+    total += em.total_of(mesh, exact.place(mesh, part))
   return total
 
 
@@ -99,7 +80,8 @@ def prepare(mesh: jax.sharding.Mesh, x: np.ndarray, *,
     mesh: where the covariance is computed.
     x: [n, E] float32, finite, in id order.
     pca: directions kept: "auto" is min(64, n // 40), 0 keeps all (for
-      "diag" the axes of x themselves, which a rotation would change).
+      "diag" and "low_rank" the axes of x themselves, which a rotation would
+      change).
       Directions with less than 1e-10 of the largest variance are dropped.
     covariance: of the mixture; see `pca`.
     components: of the mixture; only checked against n.
@@ -120,7 +102,7 @@ def prepare(mesh: jax.sharding.Mesh, x: np.ndarray, *,
     raise ConfigError(f"pca is {pca!r}, wanted 'auto' or 0 to {width}, the "
                       "width of the embedding; set config.select.mixture.pca")
   mean = x.mean(axis=0, dtype=np.float64)
-  if pca == 0 and covariance == "diag":
+  if pca == 0 and covariance in ("diag", "low_rank"):
     directions, total = np.eye(width), None
   else:
     gram = _gram(mesh, x, mean)
@@ -130,13 +112,20 @@ def prepare(mesh: jax.sharding.Mesh, x: np.ndarray, *,
     directions = directions * np.sign(
         directions[largest, np.arange(directions.shape[1])])
     total = np.trace(gram) / n
-  z = project(mean, directions, x)
   # The variances are measured in float64, not read off the float32 Gram: its
   # rounding would be the variance of a direction in which nothing varies.
-  variances = (z**2).mean(axis=0)
+  z = np.empty((n, directions.shape[1]), np.float32)
+  square = np.zeros(directions.shape[1])
+  for start in range(0, n, TILE):
+    part = project(mean, directions, x[start:start + TILE])
+    square += (part**2).sum(axis=0)
+    z[start:start + TILE] = part
+  variances = square / n
   kept = variances > 1e-10 * variances.max()
   scale = 1 / np.sqrt(variances[kept])
+  if not kept.all():
+    z = z[:, kept]
+  z *= np.float32(scale)
   return Space(mean, directions[:, kept] * scale, variances[kept],
                1.0 if total is None else
-               float(min(1.0, variances[kept].sum() / total)),
-               z[:, kept] * scale)
+               float(min(1.0, variances[kept].sum() / total)), z)
