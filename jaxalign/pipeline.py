@@ -24,12 +24,6 @@ from jaxalign.stages.select import run_select
 from jaxalign.stages.sft import run_sft
 
 
-# What columns of the pool are read from, in the order of running.
-SCORES = {"embed": run_embed, "residual": run_residual, "alone": run_alone,
-          "ask": run_ask, "rewards": run_rewards, "proxy": run_proxy,
-          "held_out": run_held_out}
-
-
 def _samplers(arms: list[Arm]) -> list:
   return [lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
           for arm in arms]
@@ -52,7 +46,10 @@ def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
   asked -= {"mixture"}
   if asked - ({"embed"} if job.c.embed.checkpoint else set()):
     run_sft(job)
-  for name, run in (("embed", run_embed), ("residual", run_residual)):
+  for name, run in (("embed", run_embed), ("residual", run_residual),
+                    ("alone", run_alone), ("ask", run_ask),
+                    ("rewards", run_rewards), ("proxy", run_proxy),
+                    ("held_out", run_held_out)):
     if name in asked:
       run(job)
   if mixture:

@@ -27,7 +27,7 @@ from jaxalign.lookup import lookup
 _PEEK = 1000  # rows looked at before "no schema fits" is believed
 # An id is a digest of these: what else is kept of a row may grow.
 _CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "group")
-_EXTRA = ("turns", "margin")  # columns that some rows of a source may lack
+_EXTRA = ("turns", "margin", "source")  # that some rows of a source may lack
 
 
 class TooManyRefused(DataError):
@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
   kind: str  # "pairs" or "thumbs"
   schema: str
   rows: list[dict]  # by id: id, prompt, chosen, rejected | completion, label;
-  #   group; turns (of the prompt) and margin (of scores) where there are any
+  #   group; where there are any turns (of the prompt), margin, source
   refused: list[dict]  # file, line, id, reason, detail, as they came
   counts: dict[str, int]  # refused, by reason
   seen: int
@@ -150,6 +150,8 @@ def _converted_rows(schema: Schema, pairs: Iterable) -> Iterator[tuple]:
         raise Refused(*row)
       own = _own_id(row)
       fresh = _converted(schema, row, where)
+      if not schema.many and isinstance(row.get("source"), str):
+        fresh = dict(fresh, source=row["source"])
     except Refused as error:
       yield where, own, error
       continue
@@ -276,8 +278,8 @@ def pairs_to_thumbs(rows: Iterable[dict]) -> list[dict]:
   """Each pair as two thumbs rows: chosen liked, rejected disliked."""
   return sorted((dict(id=f"{row['id']}/{side}", prompt=row["prompt"],
                       completion=row[side], label=side == "chosen",
-                      group=row["group"]) | (
-                          dict(turns=row["turns"]) if "turns" in row else {})
+                      group=row["group"]) | {
+                          n: row[n] for n in ("turns", "source") if n in row}
                  for row in rows for side in ("chosen", "rejected")),
                 key=lambda row: row["id"])
 
@@ -331,6 +333,13 @@ def read_column(path: epath.PathLike, name: str) -> list:
     raise CorruptError(f"column {name} of {path} cannot be read: "
                        f"{str(error)[:200]}; delete it and run the stage that "
                        "wrote it again") from error
+
+
+def column_names(path: epath.PathLike) -> list[str]:
+  """The names of the columns that `write_rows` wrote."""
+  import pyarrow.parquet as pq
+  with epath.Path(path).open("rb") as file:
+    return pq.ParquetFile(file).schema_arrow.names
 
 
 def write_refused(path: epath.PathLike, refused: Iterable[dict]) -> None:

@@ -260,6 +260,24 @@ def _collect(out: dict[str, np.ndarray], part: np.ndarray, result, tick,
   tick(len(part))
 
 
+def number_rows(mesh: Any, fn: Any, params: Any, m: Any,
+                rows: tokens_lib.TokenRows, *, tile: int, label: str,
+                ids: Any = None, parts: Parts = None, tick: Any = None
+                ) -> np.ndarray:
+  """One float32 number a row, [n], of a pass of any model.
+
+  Args:
+    mesh, rows, tile, label, ids, parts, tick: as of `score_rows`.
+    fn: jitted `(params, {tokens [b, L], mask [b, L], length [b]}, {}) ->
+      {"number": [b]}`, as `sharding.per_row` makes them.
+    params: what it takes.
+    m: has the `context`, the longest row.
+  """
+  out = dict(number=np.zeros(_count(rows, parts), np.float32))
+  _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts, tick)
+  return out["number"]
+
+
 def operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
                logit_rows: int | None = None) -> int:
   """Floating-point operations of one pass, padding not counted.

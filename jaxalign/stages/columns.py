@@ -9,6 +9,7 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
+from jaxalign import artifacts
 from jaxalign import embedder
 from jaxalign.data import prepare
 from jaxalign.data import records
@@ -41,6 +42,10 @@ def _of_rows(name: str) -> Callable[[Job], np.ndarray]:
 
 def _stored(stage: str, file: str) -> Callable[[Job], np.ndarray]:
   return lambda job: stores.read(job.shared / stage / "store", file)
+
+
+def _file(stage: str, file: str) -> Callable[[Job], np.ndarray]:
+  return lambda job: artifacts.read_array(job.shared / stage / f"{file}.npy")
 
 
 def _source(job: Job) -> np.ndarray | None:
@@ -119,7 +124,7 @@ COLUMNS = {
     "proxy_logp": Column(_stored("proxy", "proxy_logp"), "proxy", _of_pairs),
     "proxy_ref_logp": Column(_stored("proxy", "proxy_ref_logp"), "proxy",
                              _of_pairs),
-    "held_out_loss": Column(_stored("held_out", "held_out_loss"), "held_out",
+    "held_out_loss": Column(_file("held_out", "held_out_loss"), "held_out",
                             _of_pairs),
 }
 # Given a reward model, `reward` is what it says, and no oracle.
