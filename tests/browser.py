@@ -11,10 +11,19 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# Puts the two pipes where the browser looks for them, then becomes it.
+LAUNCH = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+for fd, wanted in zip(high, (3, 4)):
+  os.dup2(fd, wanted)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find():
@@ -127,7 +136,7 @@ def page(path=None):
   to_read, to_write = os.pipe()
   from_read, from_write = os.pipe()
   process = subprocess.Popen(
-      ["sh", "-c", f'exec "$0" "$@" 3<&{to_read} 4>&{from_write}', path,
+      [sys.executable, "-c", LAUNCH, str(to_read), str(from_write), path,
        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
        "--disable-dev-shm-usage", "--hide-scrollbars",
        f"--user-data-dir={profile}", "--remote-debugging-pipe"],

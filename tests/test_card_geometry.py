@@ -117,7 +117,7 @@ def test_what_is_said_of_a_shift():
   values = rng.normal(size=100_000)
   order = np.argsort(values + 8 * rng.normal(size=100_000))
   got = shifts.number(values, order[-20_000:])  # certain, and small
-  assert got["p"] < 1e-12 and got["said"] == "small"
+  assert got["p"] < 1e-12 and got["said"] == "slight"
   assert shifts.number(values, rng.permutation(100_000)[:99])["p"] > 1e-3
   assert shifts.number(values, np.argsort(values)[-9000:])["said"] == "large"
   for kept in (np.arange(100_000), np.empty(0, np.int64)):
@@ -334,8 +334,8 @@ def test_the_reasons():
   np.testing.assert_array_equal(
       rows_lib.ranks(pool, Selection(np.array([2, 0]), score))[
           [2, 0, 4, 1, 3, 6, 5]], np.arange(1, 8))
-  for value, words in ((1e-5, "1e-5"), (1.23456e-7, "1.235e-7"), (3.0, "3"),
-                       (-0.25, "-0.25"), (123456, "123500"), (0.0, "0")):
+  for value, words in ((1e-5, "1e-5"), (1.2345678e-7, "1.23457e-7"), (3.0, "3"),
+                       (-0.25, "-0.25"), (1234567, "1234570"), (-1.34087125, "-1.34087"), (0.0, "0")):
     assert rows_lib.shown(rows_lib.figure(value)) == words
   assert rows_lib.shown(rows_lib.figure(np.nan)) == "none"
 

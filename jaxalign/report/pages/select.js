@@ -37,7 +37,7 @@ const columns = [
    text: (i) => kept(i) ? "●" : "○", name: "kept"},
   {key: "rank", head: "Rank", width: "3.6rem", right: true,
    value: (i) => data.rank[i], text: (i) => count(data.rank[i])},
-  {key: "score", head: "Score", width: "5rem", right: true,
+  {key: "score", head: "Score", width: "5.4rem", right: true,
    value: (i) => data.score[i],
    text: (i) => data.score[i] === null ? "–" : said(data.score[i])},
   {key: "id", head: "Id", width: "minmax(6rem,9rem)", code: true,

@@ -18,6 +18,7 @@ PLANE = 1000  # places on the map, from side to side
 EDGE = 0.001  # share of the rows that may lie outside the map, at its border
 SIDES = {"prompt": ("Prompt", ""), "chosen": ("Chosen", "yes"),
          "rejected": ("Rejected", "no"), "completion": ("Response", "")}
+CHANCE = f"Random subsets, 95{page.NO_BREAK}%"
 NAMES = {"False": "undesirable", "True": "desirable"}
 
 
@@ -56,27 +57,29 @@ def _cut(value: Any, limit: int) -> str:
   """A text of at most `limit` characters; what hides or reorders is shown."""
   if value is None:
     return ""
-  text = str(value)
-  return page.plain(text if len(text) <= limit else text[:limit - 1] + "…")
+  text = str(value).strip()
+  shown = page.plain(text[:limit])
+  whole = len(text) <= limit and len(shown) <= limit
+  return shown if whole else shown[:limit - 1] + "…"
 
 
 def payload(card: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
   """The columns of `card.examine` as the script of the page reads them."""
   n = len(table["id"])
-  rounded = lambda values: [rows_lib.figure(v) for v in np.asarray(
-      values, np.float64).tolist()]
   place = {name: i for i, name in enumerate(np.asarray(table["id"]).tolist())}
   out = dict(
       selected=card["selected"], common=rows_lib.fixed(card),
       words=dict(why=rows_lib.WHY, near=rows_lib.NEAR, length=rows_lib.LENGTH),
       copy=[2, 4], id=[page.plain(i) for i in table["id"]],
-      score=rounded(table["score"]),
+      score=[rows_lib.figure(v) for v in np.asarray(
+          table["score"], np.float64).tolist()],
       **{k: np.asarray(table[k]).tolist()
          for k in ("rank", "why", "near_code", "tail")})
   if any(table["near"]):
     out["near"] = [place.get(k, page.plain(k)) if k else -1
                    for k in np.asarray(table["near"]).tolist()]
-    out["cosine"] = rounded(table["cosine"])
+    out["cosine"] = [rows_lib.places(v) for v in np.asarray(
+        table["cosine"], np.float64).tolist()]
   if "x" in table:
     out["x"], out["y"] = _places(table["x"]), _places(table["y"])
   if "length" in table:
@@ -183,7 +186,7 @@ def _rows(card: dict[str, Any], data: dict[str, Any]) -> Html:
 
 
 def _said(words: Any) -> Html:
-  kind = {"large": "said-large", "moderate": "said-moderate"}.get(
+  kind = {"large": "said-large", "medium": "said-large"}.get(
       str(words), "said-none" if words == "within chance" else None)
   return tag("span", words if words is not None else page.MISSING,
              class_=kind)
@@ -209,14 +212,14 @@ def shifts(card: dict[str, Any]) -> Html:
   parts = [page.paragraph(
       "Beside each shift stands where 95 % of uniformly random subsets of the "
       "same size would lie. A shift outside is no accident; whether it is "
-      "small, moderate or large is its effect size (Cohen), whatever the "
-      "number of rows.")]
+      "slight (below 0.2), small, medium (from 0.5) or large (from 0.8) is "
+      "its effect size (Cohen), which does not grow with the number of "
+      "rows.")]
   numbers = [one for one in found if one.get("kind") == "number"]
   if numbers:
     signed = lambda v: page.number(v, sign=True)
     parts.append(page.table(
-        ("What", "Pool", "Kept", "Shift", "Random subsets, 95 %", "Effect, "
-         "sd", "p", "Said"),
+        ("What", "Pool", "Kept", "Shift", CHANCE, "Effect, sd", "p", "Said"),
         [(f"{one['name'].capitalize()}, {one.get('unit')}",
           page.number(one.get("pool")), page.number(one.get("kept")),
           signed(one.get("shift")), _span(one, signed),
@@ -267,7 +270,7 @@ def shifts(card: dict[str, Any]) -> Html:
           "chance, all values corrected together (Holm)."))
     parts.append(tag("details", tag("summary", "The shares in a table"),
                      page.table(
-        (what.capitalize(), "Pool, %", "Kept, %", "Random subsets, 95 %",
+        (what.capitalize(), "Pool, %", "Kept, %", CHANCE,
          "Effect, h", "p", "Said"), rows,
         f"Shares of the commonest values of {what}.", text=(6,))))
   return page.join(parts)

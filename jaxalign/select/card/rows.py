@@ -81,8 +81,16 @@ def tails(length: np.ndarray) -> np.ndarray:
 
 
 def figure(value: float) -> float | None:
-  """A number to four digits, as the reasons and the page give it."""
-  return float(f"{value:.4g}") if np.isfinite(value) else None
+  """A number to six digits, as the reasons and the page give it.
+
+  With four, the last kept score and the first left out often look alike.
+  """
+  return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def places(cosine: float) -> float | None:
+  """A cosine to four places; None of -inf."""
+  return round(cosine, 4) if np.isfinite(cosine) else None
 
 
 def shown(value: float | None) -> str:
@@ -90,7 +98,7 @@ def shown(value: float | None) -> str:
   if value is None:
     return "none"
   if value and abs(value) < 1e-4:
-    digits, _, power = f"{value:.3e}".partition("e")
+    digits, _, power = f"{value:.5e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
   return str(int(value)) if value == int(value) else repr(float(value))
 
@@ -110,9 +118,9 @@ def reason(parts: tuple[int, int, int], common: dict[str, str], rank: int,
     parts: places in WHY, NEAR and LENGTH.
     common: of `fixed`.
     rank: from 1.
-    score: to four digits.
+    score: of `figure`.
     near: the id of the nearest kept row.
-    cosine: of the two.
+    cosine: of the two, to four places.
   """
   template = WHY[parts[0]] + NEAR[parts[1]] + LENGTH[parts[2]]
   return template.format(rank=f"{rank:,}", score=shown(score), near=near,
@@ -124,5 +132,5 @@ def reasons(card: dict[str, Any], table: dict[str, Any]) -> list[str]:
   common = fixed(card)
   lists = [np.asarray(table[k]).tolist() for k in (
       "why", "near_code", "tail", "rank", "score", "near", "cosine")]
-  return [reason((w, c, t), common, rank, figure(score), near, figure(cosine))
+  return [reason((w, c, t), common, rank, figure(score), near, places(cosine))
           for w, c, t, rank, score, near, cosine in zip(*lists)]

@@ -1,8 +1,8 @@
 """How kept rows differ from the pool, beside what chance alone would do.
 
 Each figure stands beside the range that 95 % of uniformly random subsets of
-the same size would show, and is called small, moderate or large by its effect
-size: with many rows a difference can be certain and still not matter.
+the same size would show, and is called slight to large by its effect size:
+with many rows a difference can be certain and still not matter.
 """
 
 import math
@@ -13,7 +13,8 @@ from scipy import stats
 
 DRAWS = 1000  # of random subsets, where no formula is at hand
 LISTED = 12  # values of a column that get a line of their own
-SIZES = ((0.2, "small"), (0.5, "moderate"), (math.inf, "large"))
+SIZES = ((0.2, "slight"), (0.5, "small"), (0.8, "medium"),
+         (math.inf, "large"))  # Cohen 1988: from 0.2, 0.5 and 0.8
 
 
 def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
 
 
 def _said(p: float, effect: float) -> str:
-  """A shift in words; thresholds of the effect by Cohen 1988."""
+  """A shift in words."""
   if p >= 0.05:
     return "within chance"
   return next(word for limit, word in SIZES if abs(effect) < limit)
