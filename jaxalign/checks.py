@@ -17,13 +17,12 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.job import (WHOLE, Job, kernel_of, lora_of, loss_of,
                           sampler_kwargs, sizes)
-from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
-from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
+from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
 from jaxalign.stages import proxies
@@ -88,7 +87,7 @@ def _check_values(c: Any) -> None:
 
 def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   """Raises ConfigError for a sampler that reads what no stage makes."""
-  sampler = lookup(SAMPLERS, name, "sampler", knob)
+  sampler = combine.named(name, knob)
   if lacking := columns.lacking(c, kind, sampler):
     why = "; ".join(f"{n}: {w}" for n, w in lacking.items() if w)
     raise ConfigError(
@@ -105,7 +104,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
   """Raises ConfigError for knobs of the stages that samplers read."""
   asked = {stage for name in (c.select.sampler, *c.compare)
            if name not in WHOLE for stage in columns.stages(
-               c, kind, lookup(SAMPLERS, name, "sampler", "compare"))}
+               c, kind, combine.named(name))}
   if "ask" in asked:
     questions.check(c.ask.question, c.ask.answers)
     scores.judge_config(c, m)
@@ -131,7 +130,7 @@ def validate(c: Any, planned: bool = False) -> None:
   _check_values(c)
   if not (planned and c.data.assume_rows):
     prepare.check_source(c)
-  sampler = lookup(SAMPLERS, c.select.sampler, "sampler", "select.sampler")
+  sampler = combine.named(c.select.sampler)
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss_of(c).kind, "select.sampler")
   if "subset" in sampler.needs:
@@ -189,7 +188,7 @@ def validate_on(job: Job, *, planned: bool = False, force: bool = False
     feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
   asked = {stage for name in (c.select.sampler, *c.compare)
            if name not in WHOLE for stage in columns.stages(
-               c, job.kind, lookup(SAMPLERS, name, "sampler", "compare"))}
+               c, job.kind, combine.named(name))}
   if asked & {"proxy", "held_out"}:
     feed.check_batch(c.proxy.batch_size, c.proxy.accumulation, job.mesh,
                      "config.proxy")

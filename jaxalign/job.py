@@ -41,8 +41,9 @@ class Arm(NamedTuple):
   @property
   def label(self) -> str:
     """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
+    name = self.sampler.replace(":", ".").replace("|", "-then-")
     name = "all" if self.is_all else re.sub(
-        r"\s", "", self.sampler.replace(":", "."))
+        r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
     return f"{name}-{self.budget:g}" + (
         f"-as-{self.like:g}" if self.like else "")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from jaxalign.artifacts import Card, Cost
 
-SELECTION = ("embed", "residual", "mixture", "select")
+SELECTION = ("embed", "residual", "alone", "ask", "rewards", "proxy",
+             "held_out", "mixture", "select")
 
 
 def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
@@ -22,16 +23,13 @@ def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
           for (arm, stage), card in cards.items()]
 
 
-def arm_operations(*, needs_embedding: bool, needs_mixture: bool,
-                   embed: int, mixture: int, reference: int, ref_logps: int,
+def arm_operations(*, stages: dict[str, int], reference: int, ref_logps: int,
                    align: int) -> dict[str, int]:
   """Operations of one arm on its own.
 
   Args:
-    needs_embedding: the sampler reads embeddings or the mixture.
-    needs_mixture: the sampler reads the mixture.
-    embed: of the pass over the whole pool.
-    mixture: of the fits.
+    stages: of every stage over the whole pool that the sampler's columns
+      come from, and that those stages read.
     reference: of a reference pass over the arm's own rows; nothing where the
       embedding pass (same weights, same rows) has given these numbers.
     ref_logps: of the mismatched rows (KTO).
@@ -40,9 +38,8 @@ def arm_operations(*, needs_embedding: bool, needs_mixture: bool,
   Returns:
     {"select", "reference", "align", "total"}.
   """
-  select = (embed if needs_embedding or needs_mixture else 0) + (
-      mixture if needs_mixture else 0)
-  reference = ref_logps + (0 if select else reference)
+  select = sum(stages.values())
+  reference = ref_logps + (0 if "embed" in stages else reference)
   return dict(select=select, reference=reference, align=align,
               total=select + reference + align)
 

@@ -6,8 +6,7 @@ here, through files: `select` and `train` never import each other.
 """
 
 from jaxalign.job import Arm, Job
-from jaxalign.lookup import lookup
-from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
 from jaxalign.stages.align import run_align
@@ -25,8 +24,7 @@ from jaxalign.stages.sft import run_sft
 
 
 def _samplers(arms: list[Arm]) -> list:
-  return [lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
-          for arm in arms]
+  return [combine.named(arm.sampler) for arm in arms]
 
 
 def _check_budgets(job: Job, arms: list[Arm]) -> None:

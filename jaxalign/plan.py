@@ -16,10 +16,9 @@ from jaxalign import memory
 from jaxalign import progress
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
-from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.model import weights
-from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import feed
 from jaxalign.train import stats
@@ -96,7 +95,7 @@ def show(job: Job, arms: list[Arm]) -> None:
       chosen, int(tokens["pool"]))
   add("embed", rows["pool"] * r, "rows", embedding)
   n, k = rows["pool"] * r, c.select.mixture.components
-  needs = [lookup(SAMPLERS, a.sampler, "sampler", "select.sampler").needs
+  needs = [combine.named(a.sampler).needs
            for a in arms]
   if any("residual" in x for x in needs):  # the head's slope beside it
     add("residual", rows["pool"] * r, "rows", rows["pool"] * r * (

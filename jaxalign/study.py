@@ -20,12 +20,12 @@ from jaxalign.data import batches
 from jaxalign.data import records
 from jaxalign.data import world as world_lib
 from jaxalign.job import WHOLE, Arm, Job, arm_folder, budget_of
-from jaxalign.lookup import lookup
 from jaxalign.model import decoder
 from jaxalign.report.pages import run as run_page
 from jaxalign.report.pages import study as study_page
 from jaxalign.select import embed
-from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers import combine
+from jaxalign.stages import columns
 from jaxalign.stages.evaluate import read_samples
 from jaxalign.stages.select import selected_rows
 from jaxalign.train import feed
@@ -114,10 +114,6 @@ def run_report(job: Job, arms: list[Arm], command: str
           inputs={a.name: job.key(REPORT, a.name) for a in arms})
 
 
-def _needs(arm: Arm) -> tuple[str, ...]:
-  return lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler").needs
-
-
 def _costs(job: Job, arms: list[Arm]) -> dict[str, Any]:
   """The ledger: lines, totals by arm, and shares saved."""
   whole = _whole_pool(job, _reference_pass(job))
@@ -142,12 +138,12 @@ def _spent(job: Job, stage: str, arm: str = "") -> int:
 
 def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
+  sampler = combine.named(arm.sampler)
+  read = columns.before(job.c, [
+      *columns.stages(job.c, job.kind, sampler),
+      *["mixture"] * ("log_likelihood" in sampler.needs)])
   return ledger.arm_operations(
-      needs_embedding="embedding" in _needs(arm),
-      needs_mixture="log_likelihood" in _needs(arm),
-      embed=_spent(job, "embed") + (
-          _spent(job, "residual") if "residual" in _needs(arm) else 0),
-      mixture=_spent(job, "mixture"),
+      stages={stage: _spent(job, stage) for stage in read},
       # An embedder of its own: the pass over the kept rows is in ref_logps.
       reference=0 if embedder.alone(job.c) else _subset_tokens(job, arm),
       ref_logps=_spent(job, "ref_logps", arm.name),

@@ -32,28 +32,29 @@ def test_two_stages_by_hand():
   assert ledger.total([]) == Cost(0, 0, 0, 0)
 
 
-COSTS = dict(embed=600, mixture=50, reference=60, ref_logps=0, align=180)
+COSTS = dict(reference=60, ref_logps=0, align=180)
 
 
-@pytest.mark.parametrize("needs, select, reference, total", [
+@pytest.mark.parametrize("stages, select, reference, total", [
     # ISA: the embedding pass has given the reference's numbers.
-    (dict(needs_embedding=False, needs_mixture=True), 650, 0, 830),
-    (dict(needs_embedding=True, needs_mixture=False), 600, 0, 780),
-    (dict(needs_embedding=True, needs_mixture=True), 650, 0, 830),
-    # Random: nothing is embedded, so the kept rows need a pass of their own.
-    (dict(needs_embedding=False, needs_mixture=False), 0, 60, 240)])
-def test_an_arm_alone(needs, select, reference, total):
-  assert ledger.arm_operations(**needs, **COSTS) == dict(
+    (dict(embed=600, mixture=50), 650, 0, 830),
+    (dict(embed=600), 600, 0, 780),
+    # Tuned proxies: they read the embedding pass, too.
+    (dict(embed=600, proxy=900), 1500, 0, 1680),
+    # Random: nothing is embedded, so the kept rows need a pass of their own;
+    # so they do where a judge alone has read the pool.
+    (dict(), 0, 60, 240), (dict(ask=700), 700, 60, 940)])
+def test_an_arm_alone(stages, select, reference, total):
+  assert ledger.arm_operations(stages=stages, **COSTS) == dict(
       select=select, reference=reference, align=180, total=total)
 
 
-@pytest.mark.parametrize("mixture, reference, total", [(True, 40, 870),
-                                                       (False, 100, 280)])
-def test_mismatched_rows_are_always_counted(mixture, reference, total):
+@pytest.mark.parametrize("stages, reference, total", [
+    (dict(embed=600, mixture=50), 40, 870), (dict(), 100, 280)])
+def test_mismatched_rows_are_always_counted(stages, reference, total):
   assert ledger.arm_operations(
-      needs_embedding=False, needs_mixture=mixture,
-      **COSTS | dict(ref_logps=40)) == dict(
-          select=650 if mixture else 0, reference=reference, align=180,
+      stages=stages, **COSTS | dict(ref_logps=40)) == dict(
+          select=sum(stages.values()), reference=reference, align=180,
           total=total)
 
 
@@ -69,8 +70,8 @@ def test_savings_with_and_without_sft():
 def test_selecting_can_cost_more_than_it_saves():
   # Half the rows, but the fit alone is twice the training.
   arm = ledger.arm_operations(
-      needs_embedding=True, needs_mixture=True, embed=600, mixture=4000,
-      reference=300, ref_logps=0, align=900)
+      stages=dict(embed=600, mixture=4000), reference=300, ref_logps=0,
+      align=900)
   share = ledger.saved(arm["total"], 2400, 2400)
   assert arm["total"] == 5500
   np.testing.assert_allclose(share["without_sft"], -3100 / 2400)

@@ -9,10 +9,9 @@ from jaxalign import artifacts
 from jaxalign.artifacts import Cost
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
-from jaxalign.lookup import lookup
 from jaxalign.select import card as cards
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns as columns_lib
 
@@ -20,7 +19,7 @@ from jaxalign.stages import columns as columns_lib
 def run_select(job: Job, arm: Arm) -> None:
   """Scores the pool and keeps the budget."""
   c, folder = job.c, arm_folder(job, arm)
-  sampler = lookup(SAMPLERS, arm.sampler, "sampler", "select.sampler")
+  sampler = combine.named(arm.sampler)
   kwargs = sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
   uses_mixture = "log_likelihood" in sampler.needs
   chosen_arm = arm._replace(sampler=c.select.sampler)  # it ran before this one

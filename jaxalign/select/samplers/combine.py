@@ -1,13 +1,14 @@
 """Samplers made of samplers: gate, dedup, quota, diverse, product.
 
 Each takes a sampler and returns one, with the same signature and keywords; it
-needs what the inner one needs and what it reads itself. A config writes
+needs what the inner one needs and what it reads itself. A config names a chain
+wherever it names a sampler, the first step first, scores multiplied by "*":
 
-  def junk_free(): return combine.gate(SAMPLERS["isa"], "log_likelihood", 0.1)
-
-in a module of its own and names it, or gives `compose` a list of steps.
+  c.select.sampler = "dedup(threshold=0.9) | gate(column=reward, low=0.2) | isa"
+  c.compare = ("quota(by=source, shares=equal) | ask_llm * external_margin",)
 """
 
+import ast
 import functools
 import inspect
 from typing import Any, Callable, Mapping, Sequence
@@ -15,7 +16,9 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np
 
 from jaxalign.errors import ConfigError
+from jaxalign.lookup import lookup
 from jaxalign.select.pool import Pool, Selection
+from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
 from jaxalign.select.samplers import dedup as dedup_lib
 from jaxalign.select.samplers import rows as rows_lib
@@ -36,6 +39,7 @@ def _wrap(inner: Sampler, fn: Callable, *columns: str) -> Sampler:
   def sampler(seed: int, pool: Pool, budget: int, **kwargs) -> Selection:
     return fn(functools.partial(inner, **kwargs), seed, pool, budget)
   sampler.__doc__ = fn.__doc__
+  sampler.keywords = getattr(inner, "keywords", {})  # bound, "isa(order=...)"
   sampler.needs = tuple(dict.fromkeys((*inner.needs, *columns)))
   sampler.optional = tuple(inner.optional)
   sampler.pairs = inner.pairs
@@ -229,3 +233,64 @@ def compose(sampler: Sampler, steps: Sequence[Mapping[str, Any]]) -> Sampler:
                         f"takes {', '.join(known)}")
     sampler = COMBINATORS[name](sampler, **rest)
   return sampler
+
+
+def named(name: str, knob: str = "select.sampler") -> Sampler:
+  """The sampler that a config's name or chain means.
+
+  Args:
+    name: what `lookup` takes; "a * b", the `product` of some; with steps in
+      front, "step(keyword=value) | sampler", keys of COMBINATORS, the first
+      of which sees the whole pool. A value is a Python literal or a word.
+    knob: the config field that holds the name.
+
+  Raises:
+    ConfigError: an unknown name, step or keyword.
+  """
+  *steps, last = _parts(name, "|")
+  found = [lookup(SAMPLERS, part, "sampler", knob)
+           for part in _parts(last, "*")]
+  sampler = found[0] if len(found) == 1 else product(*found)
+  try:
+    return compose(sampler, [_step(text) for text in steps])
+  except (ConfigError, TypeError) as error:
+    raise ConfigError(f"sampler {name!r}: {error}; set config.{knob}"
+                      ) from error
+
+
+def _parts(text: str, mark: str) -> list[str]:
+  """The text cut at a mark, but not inside brackets."""
+  out, depth = [""], 0
+  for letter in text:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == mark and not depth:
+      out.append("")
+    else:
+      out[-1] += letter
+  return [part.strip() for part in out]
+
+
+def _step(text: str) -> dict[str, Any]:
+  """"gate(column=reward, low=0.2)" -> what `compose` takes."""
+  wrong = ConfigError(f"step {text!r} is not of the form name(keyword=value)")
+  try:
+    call = ast.parse(text, mode="eval").body
+    if isinstance(call, ast.Name):
+      return dict(name=call.id)
+    if call.args or any(k.arg is None for k in call.keywords):
+      raise wrong
+    return dict(name=call.func.id) | {
+        k.arg: _value(k.value) for k in call.keywords}
+  except (SyntaxError, ValueError, AttributeError) as error:
+    raise wrong from error
+
+
+def _value(node: ast.expr) -> Any:
+  """A literal in which words need no quotes."""
+  if isinstance(node, ast.Name):
+    return node.id
+  if isinstance(node, (ast.Tuple, ast.List)):
+    return tuple(_value(part) for part in node.elts)
+  if isinstance(node, ast.Dict):
+    return {_value(k): _value(v) for k, v in zip(node.keys, node.values)}
+  return ast.literal_eval(node)
