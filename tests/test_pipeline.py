@@ -19,7 +19,7 @@ from jaxalign.select import store
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]
 ARM = ["select", "card", "ref_logps", "align", "evaluate", "export"]
-PAGE = ["card", "report"]  # of an arm; one over all arms follows
+PAGE = ["report"]  # of an arm; one over all arms follows
 
 
 @pytest.fixture(scope="module")

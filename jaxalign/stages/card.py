@@ -8,10 +8,12 @@ from jaxalign import artifacts
 from jaxalign.artifacts import Cost
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder
+from jaxalign.lookup import lookup
 from jaxalign.report.pages import select as page
 from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool, Selection
+from jaxalign.select.samplers import SAMPLERS
 from jaxalign.stages import columns as columns_lib
 from jaxalign.stages.select import selected_rows
 
@@ -27,7 +29,10 @@ def run_card(job: Job, arm: Arm) -> None:
   A page, so it is made again where what it shows is another (no --redo).
   """
   made = {stage for name, stage in job.cards if not name}
-  fitted = "mixture" in made
+  # Not where another arm fitted one: what comes and goes beside this arm must
+  # not change its page.
+  fitted = "log_likelihood" in lookup(SAMPLERS, arm.sampler, "sampler",
+                                      "select.sampler").needs
   files = ["selection.json", "selection.html", "reasons.parquet"]
 
   def make(folder):
@@ -43,8 +48,7 @@ def run_card(job: Job, arm: Arm) -> None:
     if fitted:
       columns["log_likelihood"] = artifacts.read_array(
           job.shared / "mixture" / "log_likelihood.npy")[0]
-      if "stability" in diagnostics:  # this arm reads it
-        mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
+      mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
     pool = Pool(np.array([r["id"] for r in rows]), columns)
     kept = selected_rows(job, arm)
     score = np.array(records.read_column(folder / "scores.parquet", "score"))
@@ -70,6 +74,7 @@ def run_card(job: Job, arm: Arm) -> None:
     return files, Cost(), dict(say=f"a page of {len(html) / 1e6:.1f} MB")
 
   inputs = dict(select=job.key("select", arm.name)) | {
-      stage: job.key(stage) for stage in ("embed", "mixture") if stage in made}
+      stage: job.key(stage) for stage, read in (
+          ("embed", "embed" in made), ("mixture", fitted)) if read}
   job.run(arm_folder(job, arm), "card", arm.name, make=make, redo=True,
           fields=dict(version=jaxalign.__version__), inputs=inputs)
