@@ -95,6 +95,14 @@ def words(held: dict[str, int]) -> str:
           + f"; together {sum(held.values()) / unit:,.1f} {name}")
 
 
+def size(count: int) -> str:
+  """"1.5 GiB", "20.0 MiB" or "3.1 KiB"."""
+  for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+    if count >= unit:
+      return f"{count / unit:,.1f} {name}"
+  return f"{count / 2**10:,.1f} KiB"
+
+
 def check_fits(held: dict[str, int], device: Any, force: bool = False) -> None:
   """Raises ConfigError where a step cannot fit a device, unless forced.
 

@@ -5,7 +5,7 @@ their characters; times are operations over an assumed sustained rate, and are
 called estimates. The ledger of the finished job is what to trust.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +17,14 @@ from jaxalign import progress
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.model import decoder
+from jaxalign.model import reward
 from jaxalign.model import weights
+from jaxalign.select import costs
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
+from jaxalign.stages import columns
+from jaxalign.stages import proxies
+from jaxalign.stages import scores
 from jaxalign.train import feed
 from jaxalign.train import stats
 
@@ -28,6 +33,8 @@ from jaxalign.train import stats
 RATES = {"TPU v4": 110e12, "TPU v5 lite": 79e12, "TPU v5e": 79e12,
          "TPU v5": 184e12, "TPU v6": 367e12, "NVIDIA H": 396e12,
          "NVIDIA A100": 125e12, "cpu": 30e9}
+READING = 1e9  # bytes a second from a disk
+SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
 CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
 
 
@@ -69,86 +76,202 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
   return rows, dict.fromkeys(rows, float(mean)), c.model.context
 
 
-def show(job: Job, arms: list[Arm]) -> None:
-  """Prints the plan; reads the source, computes nothing on the mesh."""
-  c = job.c
-  rows, tokens, length = _sizes(c, job.kind)
+class Line(NamedTuple):
+  """What a stage is expected to take."""
+
+  stage: str
+  arm: str  # "" where all arms share it
+  count: int
+  unit: str  # of the count
+  operations: float
+  seconds: float
+
+
+def _model(c: Any) -> decoder.ModelConfig:
   if c.model.checkpoint:
-    m = weights.read_config(c.model.checkpoint, c.model.dtype,
-                                     c.model.remat)
-  else:
-    m = sizes(c, c.model.vocab_size)
-  decoder.check(m, job.mesh)
+    return weights.read_config(c.model.checkpoint, c.model.dtype,
+                               c.model.remat)
+  return sizes(c, c.model.vocab_size)
+
+
+def lines(job: Job, arms: list[Arm], rows: dict[str, int],
+          tokens: dict[str, float]) -> list[Line]:
+  """The stages of a job in their order, with what each is expected to take.
+
+  Args:
+    job: the run.
+    arms: its arms.
+    rows: records by split.
+    tokens: mean tokens of a row, by split.
+  """
+  c, m = job.c, _model(job.c)
   r = 2 if job.kind == "pairs" else 1
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
   one = lambda split: decoder.operations(m, int(tokens[split]))
-  lines = []
+  out = []
 
-  def add(stage, count, unit, operations):
-    lines.append((stage, count, unit, operations))
+  def add(stage, count, unit, operations, arm="", seconds=None):
+    out.append(Line(stage, arm, count, unit, operations,
+                    operations / rate if seconds is None else seconds))
 
   if not c.model.checkpoint:
     add("sft", c.sft.updates, "updates",
         3 * c.sft.updates * c.sft.batch_size * one("sft"))
   chosen = embedder.choose(c, m)
-  embedding = rows["pool"] * r * embedder.operations(
-      chosen, int(tokens["pool"]))
-  add("embed", rows["pool"] * r, "rows", embedding)
-  n, k = rows["pool"] * r, c.select.mixture.components
-  needs = [combine.named(a.sampler).needs
-           for a in arms]
-  if any("residual" in x for x in needs):  # the head's slope beside it
-    add("residual", rows["pool"] * r, "rows", rows["pool"] * r * (
-        one("pool") + 4 * m.vocab * m.width * int(tokens["pool"])))
-  fitting = 0
-  if any("log_likelihood" in x for x in needs):
-    wide = chosen.model.width
-    width = (max(1, min(64, n // 40, wide))
+  answers, t = rows["pool"] * r, int(tokens["pool"])
+  add("embed", answers, "rows", answers * embedder.operations(chosen, t))
+  samplers = {a.sampler: combine.named(a.sampler) for a in arms}
+  asked = {stage for sampler in samplers.values()
+           for stage in columns.stages(c, job.kind, sampler)}
+  scoring = {  # what a column of the pool takes, beside the embedding
+      "residual": lambda: answers * (one("pool") + 4 * m.vocab * m.width * t),
+      "alone": lambda: answers * decoder.operations(m, t // 2 + 1),
+      "ask": lambda: _ask(c, m, answers, t),
+      "rewards": lambda: answers * reward.operations(
+          scores.reward_config(c), t),
+      "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
+      "held_out": lambda: _tuning(
+          c, m, rows["pool"], t, c.proxy.models, c.proxy.half_updates or
+          -(-rows["pool"] // 2 // c.proxy.batch_size))}
+  for stage, operations in scoring.items():
+    if stage in asked:
+      add(stage, answers, "rows", operations())
+  if any("log_likelihood" in x.needs for x in samplers.values()):
+    k, wide = c.select.mixture.components, chosen.model.width
+    width = (max(1, min(64, answers // 40, wide))
              if c.select.mixture.pca == "auto" else
              min(int(c.select.mixture.pca) or wide, wide))
     fits = c.select.mixture.starts * (2 + c.select.stability_seeds)
-    fitting = 2 * n * wide ** 2 + fits * 20 * 4 * n * k * width ** 2
-    add("mixture", fits, "fits", fitting)
+    add("mixture", fits, "fits", 2 * answers * wide ** 2
+        + fits * 20 * 4 * answers * k * width ** 2)
   asked = min(c.eval.prompts, rows["held_out"])
-  measured = rows["held_out"] * 2 * one("held_out") + 3 * asked * one("held_out")
+  measured = (2 * rows["held_out"] + 3 * asked) * one("held_out")
   add("baseline", asked, "prompts", measured)
   for arm in arms:
     kept = budget_rows(arm.budget, rows["pool"], c.train.batch_size)
+    if (cost := sampling(job, arm, rows["pool"], chosen, m)) is not None:
+      add("select", rows["pool"], "rows", cost.operations, arm.name,
+          cost.operations / (rate if cost.device else RATES["cpu"])
+          + cost.read / READING + rows["pool"] * SECONDS_A_ROW)
     updates = updates_of(c, arm, kept, rows["pool"])
     forward = updates * c.train.batch_size * r * one("pool")
     extra = forward if "z0" in job.loss.stats else 0
     passed = kept * r * one("pool") if chosen.alone else 0
     if extra or passed:
-      add(f"ref_logps {arm.name}",
-          updates * c.train.batch_size * bool(extra) + kept * r * bool(passed),
-          "rows", extra + passed)
+      add("ref_logps", updates * c.train.batch_size * bool(extra)
+          + kept * r * bool(passed), "rows", extra + passed, arm.name)
     passes = feed.passes(m._replace(lora=lora_of(c)))
     passes += stats.looks_ahead(job.loss)
-    add(f"align {arm.name}", updates, "updates", passes * forward + extra)
-    add(f"evaluate {arm.name}", asked, "prompts", measured)
+    add("align", updates, "updates", passes * forward + extra, arm.name)
+    add("evaluate", asked, "prompts", measured, arm.name)
+  return out
+
+
+def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
+  """Of P(yes): the question, two pairs of fences and the row, one logit."""
+  judge = scores.judge_config(c, m)
+  asked = t + (len(c.ask.question) + 4 * 16) / CHARACTERS_PER_TOKEN
+  return answers * decoder.operations(judge, min(int(asked), judge.context), 1)
+
+
+def _tuning(c: Any, m: decoder.ModelConfig, pairs: int, t: int, models: int,
+            updates: int) -> float:
+  """Of tuned proxies: three passes of every update, one over the pool each."""
+  proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
+  row = decoder.operations(proxy, t)
+  before = 2 * pairs * row * bool(c.proxy.checkpoint or embedder.alone(c))
+  return before + models * 2 * row * (
+      pairs + feed.passes(proxy) * updates * c.proxy.batch_size)
+
+
+def sampling(job: Job, arm: Arm, pool: int, chosen: embedder.Embedder,
+             m: decoder.ModelConfig) -> costs.Estimate | None:
+  """What an arm's sampler takes; None for one that says nothing."""
+  return costs.of(arm.sampler, costs.Pool(
+      pool, chosen.model.width,
+      budget_rows(arm.budget, pool, job.c.train.batch_size),
+      2 if job.kind == "pairs" else 1, m.width))
+
+
+def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
+           ) -> list[dict[str, Any]]:
+  """The ledger's lines with what was predicted for them, where it was.
+
+  Predicted from the sizes that the data turned out to have, at the assumed
+  rate of the devices: `predicted_operations` and `predicted_seconds`.
+  """
+  splits = {n: job.tokens(n) for n in ("sft", "pool", "held_out")}
+  rows = {n: len(job.column(n, "id")) for n in splits}
+  tokens = {n: len(x.ids) / max(1, len(x.start)) for n, x in splits.items()}
+  found = {(x.stage, x.arm): x for x in lines(job, arms, rows, tokens)}
+  out = []
+  for line in ledger:
+    was = found.get((line["stage"], line["arm"]))
+    out.append(line | (dict(
+        predicted_operations=int(was.operations),
+        predicted_seconds=was.seconds) if was else {}))
+  return out
+
+
+def show(job: Job, arms: list[Arm]) -> None:
+  """Prints the plan; reads the source, computes nothing on the mesh."""
+  c = job.c
+  rows, tokens, length = _sizes(c, job.kind)
+  m, r = _model(c), 2 if job.kind == "pairs" else 1
+  decoder.check(m, job.mesh)
+  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
+  one = lambda split: decoder.operations(m, int(tokens[split]))
+  found = lines(job, arms, rows, tokens)
   progress.say(f"plan (nothing computed): {c.data.source}, "
                + ", ".join(f"{v:,} {k}" for k, v in rows.items())
                + f" rows of about {tokens['pool']:.0f} tokens")
-  for stage, count, unit, operations in lines:
-    progress.say(f"  {stage:<28}{count:>9,} {unit:<8}"
-                 f"{operations:>10.2e} operations  about "
-                 f"{progress.duration(operations / rate)}")
-  total = sum(x[3] for x in lines)
+  for x in found:
+    progress.say(f"  {f'{x.stage} {x.arm}'.strip():<28}{x.count:>9,} "
+                 f"{x.unit:<8}{x.operations:>10.2e} operations  about "
+                 f"{progress.duration(x.seconds)}")
+  total = sum(x.operations for x in found)
   progress.say(f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
-               f"{progress.duration(total / rate)} at an assumed "
-               f"{rate / 1e9:,.0f} GFLOP/s, compiling not counted")
-  selecting = embedding + fitting
+               f"{progress.duration(sum(x.seconds for x in found))} at an "
+               f"assumed {rate / 1e9:,.0f} GFLOP/s, compiling not counted")
+  _show_samplers(job, arms, rows["pool"], m, found)
+  selecting = sum(x.operations for x in _choosing(job, arms[0], found))
   everything = (epochs := c.train.epochs) * rows["pool"] * r * one("pool") * (
       4 if "z0" in job.loss.stats else 3) + (
           rows["pool"] * r * one("pool") * (
               1 + (epochs if "z0" in job.loss.stats else 0)))
-  progress.say(f"  selecting costs {selecting / everything:.1%} of aligning on "
-               f"the whole pool for {epochs:g} epochs, its reference pass "
-               "counted")
+  progress.say(f"  selecting by {arms[0].sampler} costs "
+               f"{selecting / everything:.1%} of aligning on the whole pool "
+               f"for {epochs:g} epochs, its reference pass counted")
   held = checks.step_memory(c, m._replace(
       lora=lora_of(c), attention=kernel_of(c, m, job.mesh)), job.mesh, length,
                             job.kind)
   progress.say(f"  memory a device, training: {memory.words(held)}")
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
-               f"{dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
-               f", jax {jax.__version__}")
+               f"{dict(job.mesh.shape)} of "
+               f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}")
+
+
+def _choosing(job: Job, arm: Arm, found: list[Line]) -> list[Line]:
+  """The lines of all that an arm's choice takes."""
+  sampler = combine.named(arm.sampler)
+  read = columns.before(job.c, [
+      *columns.stages(job.c, job.kind, sampler),
+      *["mixture"] * ("log_likelihood" in sampler.needs)])
+  return [x for x in found if not x.arm and x.stage in read
+          or x.stage == "select" and x.arm == arm.name]
+
+
+def _show_samplers(job: Job, arms: list[Arm], pool: int,
+                   m: decoder.ModelConfig, found: list[Line]) -> None:
+  """One line for each sampler and budget: all that choosing takes."""
+  chosen = embedder.choose(job.c, m)
+  for arm in {a.label: a for a in arms}.values():
+    parts = _choosing(job, arm, found)
+    cost = sampling(job, arm, pool, chosen, m)
+    says = ("what it takes itself is not known" if cost is None else
+            f"reads {memory.size(cost.read)}, holds {memory.size(cost.held)}, "
+            f"{memory.size(cost.device)} on the devices")
+    progress.say(
+        f"  choosing by {arm.label}: {sum(x.operations for x in parts):.2e} "
+        f"operations ({', '.join(x.stage for x in parts)}), about "
+        f"{progress.duration(sum(x.seconds for x in parts))}; {says}")

@@ -15,6 +15,7 @@ from jaxalign import embedder
 from jaxalign import evidence
 from jaxalign import ledger
 from jaxalign import pipeline
+from jaxalign import plan
 from jaxalign.artifacts import Cost
 from jaxalign.data import batches
 from jaxalign.data import records
@@ -122,6 +123,7 @@ def _costs(job: Job, arms: list[Arm]) -> dict[str, Any]:
                         if arm.seed == job.c.seed) if s]
   lines = ledger.stages({k: card for k, card in job.cards.items()
                          if k[1] != REPORT})
+  lines = plan.beside(job, arms, lines)
   total = ledger.total(lines)
   selecting = sum(x["operations"] for x in lines
                   if x["stage"] in ledger.SELECTION)

@@ -1,7 +1,7 @@
 """The page over a job that compares several arms, and its plain-text form."""
 
 import textwrap
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from jaxalign import progress
 from jaxalign.report import charts, page
@@ -323,14 +323,24 @@ def _costs(stages: list[dict]) -> list[Html]:
       "Operations by arm and stage. What several arms share is paid once and "
       "has a bar of its own." + gap)
   table = page.table(
-      ("Stage", "Arm", "Operations", "Tokens", "Time", "Bytes written"),
+      ("Stage", "Arm", "Operations", "Predicted", "Tokens", "Time",
+       "Predicted time", "Bytes written"),
       [(page.plain(s.get("stage")), page.plain(s.get("arm") or "shared"),
-        page.engineering(s.get("operations")), page.number(s.get("tokens")),
-        _seconds(s.get("seconds")), page.engineering(s.get("bytes"), "B"))
-       for s in stages], "The ledger, stage by stage.", text=(1,))
+        page.engineering(s.get("operations")),
+        _predicted(page.engineering, s.get("predicted_operations")),
+        page.number(s.get("tokens")), _seconds(s.get("seconds")),
+        _predicted(_seconds, s.get("predicted_seconds")),
+        page.engineering(s.get("bytes"), "B"))
+       for s in stages], "The ledger, stage by stage. Predicted as --dry_run "
+      "does: by the shapes, at an assumed rate, compiling not counted.",
+      text=(1,))
   if len(stages) > OPEN:
     table = tag("details", tag("summary", "The ledger, stage by stage"), table)
   return [figure, table]
+
+
+def _predicted(words: Callable[[Any], str], value: Any) -> str:
+  return words(value) if value is not None else "–"
 
 
 def _samples(found: list[dict], start: str) -> Html:

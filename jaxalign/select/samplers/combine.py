@@ -258,6 +258,13 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
                       ) from error
 
 
+def links(name: str) -> tuple[list[str], list[str]]:
+  """The steps of a chain and its samplers, by their bare names."""
+  *steps, last = _parts(name, "|")
+  bare = lambda text: text.partition("(")[0].strip()
+  return [bare(s) for s in steps], [bare(s) for s in _parts(last, "*")]
+
+
 def _parts(text: str, mark: str) -> list[str]:
   """The text cut at a mark, but not inside brackets."""
   out, depth = [""], 0
