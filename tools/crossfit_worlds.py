@@ -41,18 +41,6 @@ CONDITIONS = {"clean": {}, "25 % flips": dict(flips=0.25),
               "15 % junk": dict(junk=0.15)}
 
 
-def shares(world: world_lib.World, rows: list[dict]) -> tuple[float, float]:
-  """Shares of wrong labels and of junk among pairs."""
-  wrong = junk = 0
-  for row in rows:
-    good, bad = (world_lib.reward(world, row["prompt"], row[side])
-                 for side in ("chosen", "rejected"))
-    malformed = good == bad == world_lib.MALFORMED
-    junk += malformed
-    wrong += good < bad and not malformed
-  return wrong / len(rows), junk / len(rows)
-
-
 def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
   """Shares of the whole pool and of what each sampler keeps, by its name."""
   c = common.base()
@@ -69,13 +57,14 @@ def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
     if "residual" in SAMPLERS[args.sampler].needs:
       pipeline.run_residual(job)
     world, rows = prepare.world_of(c), job.rows("pool")
-    found = {"pool": (*shares(world, rows), 0.0)}
+    shares = lambda part: world_lib.faults(world, part).values()
+    found = {"pool": (*shares(rows), 0.0)}
     for name in ("random", args.sampler):
       arm = job_lib.Arm(name, 0.1, seed)
       start = time.monotonic()
       pipeline.run_select(job, arm)
       kept = [rows[i] for i in selected_rows(job, arm)]
-      found[name] = (*shares(world, kept), time.monotonic() - start)
+      found[name] = (*shares(kept), time.monotonic() - start)
   return found
 
 

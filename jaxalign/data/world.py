@@ -127,6 +127,22 @@ def reward(world: World, prompt: str, response: str) -> float:
                + 2 * share - 0.25 * len(filler))
 
 
+def faults(world: World, rows: list[dict]) -> dict[str, float]:
+  """Shares of pairs whose label is "wrong", and of "junk" pairs.
+
+  Wrong: the rejected answer has the higher true reward. Junk: neither answer
+  can be parsed, so that no label is right.
+  """
+  wrong = junk = 0
+  for row in rows:
+    good, bad = (reward(world, row["prompt"], row[side])
+                 for side in ("chosen", "rejected"))
+    nothing = good == bad == MALFORMED
+    junk += nothing
+    wrong += good < bad and not nothing
+  return dict(wrong=wrong / len(rows), junk=junk / len(rows))
+
+
 def _prompt(world: World, rng: np.random.Generator) -> str:
   w, t = world.words, rng.choice(len(world.topic_p), p=world.topic_p)
   words = [*rng.choice(w["synonyms"][t], 2), rng.choice(w["forms"]),

@@ -179,6 +179,21 @@ def spread(values: np.ndarray) -> Spread:
                 noise)
 
 
+def nested(values: np.ndarray) -> Spread:
+  """Spread of S seeds that each met prompts, and a model, of their own.
+
+  Prompts lie inside seeds, so their chance is part of what sets the seeds'
+  means apart, and no other estimate is needed: Student's t over the means.
+
+  Args:
+    values: [S] means of the seeds, S at least 2.
+  """
+  v = np.asarray(values, np.float64)
+  variance = float(v.var(ddof=1))
+  return Spread(float(v.mean()), float(np.sqrt(variance / len(v))),
+                len(v) - 1.0, variance, 0.0, 0.0)
+
+
 def crossed(values: np.ndarray) -> dict[str, Any]:
   """A mean over seeds and prompts, with a t interval for new ones of both.
 

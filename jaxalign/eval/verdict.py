@@ -8,7 +8,7 @@ other's failure, so there is a third word, "cannot tell", which says how much
 more would.
 """
 
-from typing import Any, Hashable, NamedTuple, Sequence
+from typing import Any, Callable, Hashable, NamedTuple, Sequence
 
 import numpy as np
 from scipy import special
@@ -140,18 +140,36 @@ def _tests(d: np.ndarray, margin: float) -> dict[str, Any]:
                              p_equal=None, spread=None)
   if min(d.shape) < 2:
     return out
-  found = intervals.spread(d)
+  return out | _of_spread(out["difference"], intervals.spread(d), d.size,
+                          margin)
+
+
+def _of_spread(difference: dict[str, Any], found: intervals.Spread, cells: int,
+               margin: float) -> dict[str, Any]:
+  """`difference` with its interval, both p values, and the spread."""
   # Arms that never differ have no spread; they still may differ elsewhere.
-  # One cell of +1 and one of -1 beside S P others, as in `difference`.
-  least = np.sqrt(2.0) / (d.size + 2)
+  # One cell of +1 and one of -1 beside the others, as in `difference`.
+  least = np.sqrt(2.0) / (cells + 2)
   found = found._replace(error=max(found.error, least))
   t = stats.t(found.freedom)
   half = t.ppf(0.975) * found.error
-  out["difference"] |= dict(low=found.value - half, high=found.value + half)
-  out["p_differ"] = float(2 * t.sf(abs(found.value) / found.error))
-  out["p_equal"] = float(t.sf((margin - abs(found.value)) / found.error))
-  out["spread"] = found
-  return out
+  return dict(
+      difference=difference | dict(low=found.value - half,
+                                   high=found.value + half),
+      p_differ=float(2 * t.sf(abs(found.value) / found.error)),
+      p_equal=float(t.sf((margin - abs(found.value)) / found.error)),
+      spread=found)
+
+
+def _tests_nested(d: np.ndarray, margin: float) -> dict[str, Any]:
+  """As `_tests`, of seeds that each had prompts of their own."""
+  seeds, prompts = d.shape
+  difference = dict(value=float(d.mean()), low=None, high=None, n=seeds,
+                    prompts=prompts)
+  if seeds < 2:
+    return dict(difference=difference, p_differ=None, p_equal=None,
+                spread=None)
+  return _of_spread(difference, intervals.nested(d.mean(1)), d.size, margin)
 
 
 def compare(pairs: Sequence[tuple[Arm, Arm]], *, margin: float = 0.02,
@@ -177,13 +195,31 @@ def compare(pairs: Sequence[tuple[Arm, Arm]], *, margin: float = 0.02,
     DataError: arms on different prompts or seeds, outcomes outside [0, 1].
     ConfigError: a margin or level that cannot work.
   """
+  return _judged(pairs, _tests, margin, level, unit)
+
+
+def compare_nested(pairs: Sequence[tuple[Arm, Arm]], *, margin: float = 0.02,
+                   level: float = LEVEL, unit: str = "win rate"
+                   ) -> list[dict[str, Any]]:
+  """`compare` for seeds that each had a model and prompts of their own.
+
+  The two arms of a pair met the same ones within a seed; `prompts` only counts
+  them. What one seed can tell is its mean, so the tests are Student's over
+  the seeds.
+  """
+  return _judged(pairs, _tests_nested, margin, level, unit)
+
+
+def _judged(pairs: Sequence[tuple[Arm, Arm]], test: Callable, margin: float,
+            level: float, unit: str) -> list[dict[str, Any]]:
+  """Verdicts by a test of [S, P] differences, corrected for their number."""
   if not 0 < margin < 1:
     raise ConfigError(f"margin {margin}, wanted a share between 0 and 1 "
                       "(0.02 is 2 points)")
   if not 0 < level < 0.5:
     raise ConfigError(f"level {level}, wanted between 0 and 0.5")
   sets = [paired(a, b) for a, b in pairs]
-  tests = [_tests(d, margin) for d in sets]
+  tests = [test(d, margin) for d in sets]
   # Withheld pairs make no claim and so are not counted.
   counted = [i for i, d in enumerate(sets)
              if d.shape[0] >= MIN_SEEDS and d.shape[1] >= MIN_PROMPTS]
