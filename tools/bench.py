@@ -6,6 +6,7 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py step0            # the step-0 contract, DPO and KTO
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
   python tools/bench.py samplers         # greedy samplers beside NumPy, coreax
+  python tools/bench.py mixture          # EM beside scikit-learn, share of peak
 
 Each subcommand runs the program as a person would, in fresh processes, and
 prints what it saw; nothing is asserted away. `encoder` runs both libraries in
@@ -388,21 +389,33 @@ def samplers(args) -> None:
           flush=True)
 
 
+def mixture(args) -> None:
+  """EM of two Gaussians beside scikit-learn; see tools/bench_mixture.py."""
+  sys.path.insert(0, str(ROOT))
+  import bench_mixture
+  bench_mixture.mixture(args)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("what", choices=["times", "seeds", "identical", "step0",
-                                       "encoder", "samplers", "select_only"])
+                                       "encoder", "samplers", "mixture",
+                                       "select_only"])
   parser.add_argument("--count", type=int, default=3)
   parser.add_argument("--texts", type=int, default=1000)
   parser.add_argument("--variant", default="")
   parser.add_argument("--rows", type=int, default=0)
   parser.add_argument("--tensor", type=int, default=1)
+  parser.add_argument("--width", type=int, default=384)
+  parser.add_argument("--sweeps", type=int, default=0)  # theirs; 0: as ours
   for name in ("source", "checkpoint", "workdir"):
     parser.add_argument(f"--{name}", default="")
   args = parser.parse_args()
-  args.rows = args.rows or (50000 if args.what == "samplers" else 20000)
+  args.rows = args.rows or dict(samplers=50000, mixture=122270).get(
+      args.what, 20000)
   dict(times=times, seeds=seeds, identical=identical, step0=step0,
-       encoder=encoder, samplers=samplers, select_only=select_only)[args.what](args)
+       encoder=encoder, samplers=samplers, mixture=mixture,
+       select_only=select_only)[args.what](args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from jaxalign import sharding
 from jaxalign.select import exact
 from jaxalign.select.exact import HIGHEST
 from jaxalign.select.gaussians import State, constants_of, factors_of
-from jaxalign.select.gaussians import is_low_rank, joint_of, spread_of
+from jaxalign.select.gaussians import few_threads, is_low_rank, joint_of
+from jaxalign.select.gaussians import spread_of
 
 # A component's second moment is the difference of two float32 sums in the
 # forms that share a product. Its error, 1e-7 of all rows' moment, may be so
@@ -404,5 +405,6 @@ def sweep_of(mesh: jax.sharding.Mesh, z: np.ndarray, ridge: float,
         covariance == "full" and len(state.means) == 2))
     if shared and total is None:
       total = total_of(mesh, rows)
-    return sweep(mesh, rows, state, ridge, covariance, total)
+    with few_threads(z.shape[1]):
+      return sweep(mesh, rows, state, ridge, covariance, total)
   return run

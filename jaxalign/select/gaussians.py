@@ -1,9 +1,12 @@
 """K Gaussians in whitened coordinates: their densities, float64 on the host."""
 
+import contextlib
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import threadpoolctl
 
 from jaxalign.errors import NumericError
 
@@ -42,6 +45,23 @@ class Joint(NamedTuple):
   log_det: np.ndarray  # [2]
   trace: np.ndarray  # [2], of the precisions
   spread: np.ndarray  # [2], the largest eigenvalue of the precisions, nearly
+
+
+@functools.cache
+def _libraries() -> threadpoolctl.ThreadpoolController:
+  return threadpoolctl.ThreadpoolController()
+
+
+def few_threads(width: int) -> contextlib.AbstractContextManager:
+  """One thread for the host's algebra of up to 1,024 directions.
+
+  It takes milliseconds; OpenBLAS's threads that wait for a core which others
+  hold were seen to take a hundred times as long. No number of cores can then
+  change a bit either.
+  """
+  if width > 1024:
+    return contextlib.nullcontext()
+  return _libraries().limit(limits=1, user_api="blas")
 
 
 def is_low_rank(state: State) -> bool:
