@@ -180,7 +180,8 @@ def encode_two(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
                ) -> tokens_lib.TokenRows:
   """Rows for an encoder that gives rewards: prompt and answer as two texts.
 
-  `start` is where the second text begins. A long prompt loses its beginning;
+  `start` is where the tokens have type 1, as of the second text; the end where
+  none has. A long prompt loses its beginning;
   an answer that does not fit beside half a context of it, its end.
   """
   from jaxalign.select import texts as texts_lib  # needs `tokenizers`
@@ -201,7 +202,6 @@ def encode_two(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
       b.truncate(room - keep)
       both = tok.post_process(a, b)
       ids.append(np.array(both.ids, np.int32))
-      second = np.flatnonzero(np.array(both.sequence_ids) == 1)
-      start.append(int(second[0]) if second.size else len(both.ids) - 1)
+      start.append((both.type_ids + [1]).index(1))
       cut.append(lost - len(a.ids) - len(b.ids))
   return _rows(ids, start, cut)
