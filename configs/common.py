@@ -99,7 +99,8 @@ def base(variant: str = "") -> ConfigDict:
   s.kwargs = ConfigDict()  # more keywords of the sampler
   s.mixture = ConfigDict(dict(
       components=2, covariance="full", pca="auto", ridge=1e-4, starts=10,
-      tol=1e-4, max_iterations=100, seed=0))
+      tol=1e-4, max_iterations=100, seed=0,
+      reservoir=1_000_000))  # rows: of more, so many fit and all are scored
   s.stability_seeds = 3  # refits that the card compares; 0: none
 
   # What some samplers read and the reference's pass does not give; each of

@@ -40,6 +40,7 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "model.head_size", "model.ff", "model.head_chunk", "eval.prompts",
           "eval.new_tokens", "eval.tile", "select.mixture.starts",
           "select.mixture.max_iterations", "select.mixture.components",
+          "select.mixture.reservoir",
           "lora.batches", "seeds", "train.min_updates", "proxy.updates",
           "proxy.models", "proxy.save_every")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",

@@ -15,6 +15,7 @@ from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.stages import columns as columns_lib
+from jaxalign.stages import mixture as mixture_stage
 from jaxalign.stages.select import selected_rows
 
 # Read where they are at hand: what the card describes, and what the samplers
@@ -46,8 +47,7 @@ def run_card(job: Job, arm: Arm) -> None:
     diagnostics = artifacts.read_json(folder / "diagnostics.json")
     mixture = None
     if fitted:
-      columns["log_likelihood"] = artifacts.read_array(
-          job.shared / "mixture" / "log_likelihood.npy")[0]
+      columns["log_likelihood"] = mixture_stage.likelihoods(job)[0]
       mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
     pool = Pool(np.array([r["id"] for r in rows]), columns)
     kept = selected_rows(job, arm)

@@ -14,6 +14,7 @@ from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns as columns_lib
+from jaxalign.stages import mixture as mixture_stage
 
 
 def run_select(job: Job, arm: Arm) -> None:
@@ -39,7 +40,7 @@ def run_select(job: Job, arm: Arm) -> None:
     ids = np.array([r["id"] for r in rows])
     fits = [None]
     if uses_mixture:
-      fits = artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")
+      fits = mixture_stage.likelihoods(job)
     chosen = []
     for values in fits:
       extra = {} if values is None else dict(log_likelihood=values)

@@ -1,0 +1,252 @@
+"""The store: shards with digests, gone on with, mended, refused, read."""
+
+import json
+import pathlib
+import signal
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jobs
+from jaxalign import artifacts
+from jaxalign.errors import ConfigError, CorruptError
+from jaxalign.select import store as stores
+from jaxalign.select.store import Column
+
+N, SHARD = 23, 5
+IDS = np.array([f"é{i:03d}" for i in range(N)])
+COLUMNS = dict(embedding=Column((2, 3), "bfloat16"), logp=Column((2,)))
+FIELDS = dict(model="a", layers=2)
+
+
+def arrays():
+  rng = np.random.default_rng(0)
+  return dict(embedding=np.float32(rng.normal(size=(N, 2, 3))),
+              logp=np.float32(rng.normal(size=(N, 2))))
+
+
+def fill(store, shards):
+  for shard in shards:
+    start, stop = store.bounds(shard)
+    stores.write_shard(store, shard, IDS, {
+        name: x[start:stop] for name, x in arrays().items()})
+
+
+def create(folder, **changes):
+  kwargs = dict(fields=FIELDS, shard=SHARD) | changes
+  ids, columns = kwargs.pop("ids", IDS), kwargs.pop("columns", COLUMNS)
+  return stores.create(folder, ids, columns, **kwargs)
+
+
+@pytest.fixture
+def store(tmp_path):
+  made = create(tmp_path / "s")
+  fill(made, stores.pending(made, IDS))
+  return made
+
+
+def rounded(x):
+  """float32 -> the nearest bfloat16, ties to even, by the bits."""
+  bits = x.view(np.uint32)
+  bits = bits + np.uint32(0x7fff) + ((bits >> 16) & np.uint32(1))
+  return (bits & np.uint32(0xffff0000)).view(np.float32)
+
+
+def test_columns_come_back(store):
+  x = arrays()
+  assert store.shards == 5 and store.bounds(4) == (20, 23)
+  np.testing.assert_array_equal(stores.read(store.folder, "logp"), x["logp"])
+  got = stores.read(store.folder, "embedding")
+  assert got.dtype == np.float32
+  np.testing.assert_array_equal(got, rounded(x["embedding"]))
+  ids = stores.read(store, "id")
+  assert [i.decode() for i in ids.tolist()] == IDS.tolist()
+  assert stores.read_rows(store, "embedding", 3, 4).dtype == jnp.bfloat16
+  with pytest.raises(ConfigError, match="no column 'colour', it has"):
+    stores.read(store, "colour")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 7, 23, 99])
+def test_tiles_do_not_see_the_shards(store, rows):
+  seen = list(stores.tiles(store, "logp", rows))
+  assert [start for start, _ in seen] == list(range(0, N, rows))
+  np.testing.assert_array_equal(np.concatenate([x for _, x in seen]),
+                                arrays()["logp"])
+
+
+def test_rows_in_any_order(store):
+  index = np.array([22, 0, 7, 7, 4, 5])
+  np.testing.assert_array_equal(stores.take(store, "logp", index),
+                                arrays()["logp"][index])
+  np.testing.assert_array_equal(stores.take(store, "embedding", index),
+                                rounded(arrays()["embedding"])[index])
+  assert stores.take(store, "logp", np.arange(0)).shape == (0, 2)
+
+
+def test_a_tile_is_a_map_of_the_file(store):
+  x = stores.read_rows(store, "embedding", 6, 9)
+  while not isinstance(x, np.memmap):
+    assert x.base is not None
+    x = x.base
+
+
+def test_what_is_whole_is_not_made_again(tmp_path):
+  store = create(tmp_path)
+  assert stores.pending(store, IDS) == [0, 1, 2, 3, 4]
+  fill(store, [0, 3])
+  with pytest.raises(CorruptError, match="lacks 3 of 5 shards, 00001"):
+    stores.open_store(tmp_path)
+  again = create(tmp_path)
+  assert again == store and stores.pending(again, IDS) == [1, 2, 4]
+
+
+def files(store):
+  folder = pathlib.Path(store.folder)
+  return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
+                if p.is_file() and p.name != "store.json")
+
+
+@pytest.mark.parametrize("harm", ["bit", "short", "gone"])
+def test_a_harmed_shard_is_the_only_one_made_again(store, harm, capsys):
+  before = {name: (store.folder / name).read_bytes() for name in files(store)}
+  assert len(before) == 5 * 4  # three columns, the ids, and their digests
+  rng = np.random.default_rng(4)
+  for name, data in before.items():
+    path, data = store.folder / name, bytearray(data)
+    if harm == "bit":
+      data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data[:len(data) // 2] if harm == "short" else data)
+    if harm == "gone":
+      path.unlink()
+    shard = int(name.split("/")[1][:5])
+    assert stores.pending(store, IDS) == [shard], name
+    said = capsys.readouterr().out
+    if not (harm == "gone" and name.startswith("shards/")):
+      assert f"shard {shard:05d}: " in said and "doing it again" in said
+    fill(store, [shard])
+    assert path.read_bytes() == before[name]
+    assert stores.pending(store, IDS) == []
+
+
+def test_a_harmed_description_is_written_again(store):
+  path = store.folder / "store.json"
+  data = path.read_bytes()
+  path.write_bytes(data.replace(b'"layers": 2', b'"layers": 3'))
+  with pytest.raises(CorruptError, match="store.json is harmed"):
+    stores.open_store(store.folder)
+  again = create(store.folder)
+  assert stores.pending(again, IDS) == [] and path.read_bytes() == data
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(fields=dict(model="b", layers=2)), "model was 'a', now 'b'"),
+    (dict(fields=dict(model="a")), "layers was 2, now None"),
+    (dict(ids=IDS[:-1]), "other records|rows was 23, now 22"),
+    (dict(ids=np.append(IDS[:-1], "z")), "other records"),
+    (dict(shard=6), "shard was 5, now 6"),
+    (dict(columns=COLUMNS | dict(logp=Column((3,)))), r"columns was .*\[2\]")])
+def test_another_description_is_refused_by_its_field(store, changes, words):
+  before = {name: (store.folder / name).read_bytes() for name in files(store)}
+  with pytest.raises(ConfigError, match=words):
+    create(store.folder, **changes)
+  assert before == {name: (store.folder / name).read_bytes()
+                    for name in files(store)}
+
+
+def test_a_reader_refuses_other_models_and_other_records(store):
+  assert stores.open_store(store.folder, fields=FIELDS, ids=IDS) == store
+  with pytest.raises(ConfigError, match="model was 'a', now 'b'"):
+    stores.open_store(store.folder, fields=FIELDS | dict(model="b"))
+  with pytest.raises(ConfigError, match="other records"):
+    stores.open_store(store.folder, ids=IDS[::-1])
+
+
+def test_bad_knobs():
+  with pytest.raises(ConfigError, match="config.embed.shard"):
+    create("nowhere", shard=0)
+  with pytest.raises(ConfigError, match="config.embed.store_dtype"):
+    create("nowhere", columns=dict(x=Column((), "int7")))
+
+
+def test_shards_of_another_store_do_not_count(store, tmp_path):
+  """A side file copied from a store of another model is no proof."""
+  other = create(tmp_path / "other", fields=dict(model="b"))
+  for path in pathlib.Path(store.folder).rglob("*"):
+    if path.is_file() and path.name != "store.json":
+      to = other.folder / path.relative_to(store.folder)
+      to.parent.mkdir(parents=True, exist_ok=True)
+      to.write_bytes(path.read_bytes())
+  assert stores.pending(other, IDS) == [0, 1, 2, 3, 4]
+
+
+# The embed stage.
+
+SMALL = ("embed.shard=16", "compare=()")  # ten shards of the 160 records
+
+
+def shards(work):
+  return sorted(p.name for p in (
+      work / "shared/embed/store/shards").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_an_embed_stage_killed_goes_on_at_the_next_shard(tmp_path):
+  """SIGKILL after the fourth shard; then the others alone, the same bytes."""
+  wanted = jobs.run(tmp_path / "wanted", *SMALL)
+  assert wanted.code == 0, wanted
+  hook = ("import os, signal\n"
+          "from jaxalign.select import store\n"
+          "from jaxalign.stages import embed\n"
+          "embed.CALLS = 0\n"  # one shard at a time
+          "real = store.write_shard\n"
+          "def dying(s, shard, *a):\n"
+          "  if shard == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+          "  real(s, shard, *a)\n"
+          "store.write_shard = dying\n")
+  work = tmp_path / "work"
+  ended = jobs.wait(jobs.start(work, *SMALL, hook=hook))
+  assert ended.code == -signal.SIGKILL
+  assert shards(work) == [f"{s:05d}.json" for s in range(4)]
+  times = {p: p.stat().st_mtime_ns for p in work.glob(
+      "shared/embed/store/*/0000[0-3].*")}
+  time.sleep(0.01)
+  ended = jobs.run(work, *SMALL)
+  assert ended.code == 0, ended
+  assert len(shards(work)) == 10 and len(times) == 4 * 5
+  assert times == {p: p.stat().st_mtime_ns for p in times}
+  assert not jobs.differences(jobs.outcome(tmp_path / "wanted"),
+                              jobs.outcome(work))
+
+
+@pytest.mark.slow
+def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
+  """In shards of 16 the numbers are those of one; in bfloat16 rounded."""
+  work = jobs.copy(tmp_path / "work")
+  whole = work / "shared/embed/store"
+  wanted = {name: np.array(stores.read(whole, name))
+            for name in ("embedding", "logp", "count")}
+  ended = jobs.run(work, *SMALL, "--redo")
+  assert ended.code == 0 and jobs.did(ended)[0] == "embed"
+  assert len(shards(work)) == 10
+  for name, x in wanted.items():
+    np.testing.assert_array_equal(stores.read(whole, name), x)
+  card = json.loads((work / "shared/embed/cards/embed.json").read_text())
+  assert "store/embedding/00009.npy" in card["outputs"]
+  flipped = whole / "logp/00007.npy"
+  data = bytearray(flipped.read_bytes())
+  data[-2] ^= 4
+  flipped.write_bytes(data)
+  others = {p: p.stat().st_mtime_ns for p in whole.rglob("*.npy")
+            if "00007" not in p.name}
+  ended = jobs.run(work, *SMALL)
+  assert ended.code == 0 and jobs.did(ended) == ["embed"]
+  assert "store/logp/00007.npy has other bytes" in ended.out
+  assert others == {p: p.stat().st_mtime_ns for p in others}
+  np.testing.assert_array_equal(stores.read(whole, "logp"), wanted["logp"])
+  ended = jobs.run(work, *SMALL, "embed.store_dtype=bfloat16", "--redo")
+  assert ended.code == 0, ended
+  np.testing.assert_array_equal(stores.read(whole, "embedding"),
+                                rounded(wanted["embedding"]))
+  assert artifacts.read_card(work / "shared/embed", "embed").finished

@@ -1,0 +1,286 @@
+r"""Selection from disk: time and memory at millions of rows, and growth laws.
+
+  python tools/bench.py stream                    # 10^6 and 10^7 rows x 384
+  python tools/bench_stream.py laws               # every sampler, four sizes
+  python tools/bench_stream.py kills --kills=20   # killed and gone on from
+
+`run` makes a bfloat16 store in --folder outside of the clock, fits a mixture
+on a reservoir, scores every row, keeps a tenth by ISA, and removes the store.
+Each size is a process of its own, whose anonymous and file-backed memory is
+sampled from /proc/self/status every 20 ms. `laws` times every sampler on rows
+that are held, with a tenth of them to keep.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+WIDTH, SHARD = 384, 8192
+
+
+class Ids:
+  """[N] ids, made where they are sliced."""
+
+  def __init__(self, n: int):
+    import numpy as np
+    self.n, self.dtype = n, np.dtype("S13")
+
+  def __len__(self) -> int:
+    return self.n
+
+  def __getitem__(self, where: slice):
+    import numpy as np
+    start, stop, _ = where.indices(self.n)
+    return np.char.mod(b"row-%09d", np.arange(start, stop)).astype("S13")
+
+
+def make_store(folder, n: int):
+  """Rows of 16 clusters with a falling spectrum, in a bfloat16 store."""
+  import numpy as np
+  from jaxalign.select import store as stores
+  ids = Ids(n)
+  store = stores.create(folder, ids, dict(embedding=stores.Column(
+      (1, WIDTH), "bfloat16")), fields=dict(model="made"), shard=SHARD)
+  rng = np.random.default_rng(0)
+  scale = np.float32(1 / np.sqrt(1 + np.arange(WIDTH)))
+  centre = np.float32(rng.normal(size=(16, WIDTH))) * scale
+  for shard in stores.pending(store, ids):
+    start, stop = store.bounds(shard)
+    rng = np.random.default_rng([1, shard])
+    x = rng.standard_normal((stop - start, WIDTH), np.float32)
+    x *= scale
+    x += centre[rng.integers(16, size=len(x))]
+    stores.write_shard(store, shard, ids, dict(embedding=x[:, None]))
+  return store
+
+
+class Memory:
+  """The peaks of this process's memory since `mark`, MiB."""
+
+  def __init__(self):
+    self.peak: dict[str, float] = {}
+    threading.Thread(target=self._watch, daemon=True).start()
+
+  @staticmethod
+  def now() -> dict[str, float]:
+    """Anonymous, file-backed and shared memory of this process, MiB."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+      return {name: int(value.split()[0]) / 1024 for name, value in (
+          line.split(":") for line in lines) if name in ("RssAnon", "RssFile")}
+
+  def _watch(self) -> None:
+    while True:
+      for name, value in self.now().items():
+        self.peak[name] = max(value, self.peak.get(name, 0))
+      time.sleep(0.02)
+
+  def mark(self) -> None:
+    """Forgets the peaks so far."""
+    self.peak = self.now()
+
+
+def child(args) -> None:
+  """One size: fit on a reservoir, score, select; a line of JSON."""
+  import jax
+  import numpy as np
+  from jaxalign import sharding
+  from jaxalign.select import mixture
+  from jaxalign.select import reservoir
+  from jaxalign.select import sources
+  from jaxalign.select import store as stores
+  from jaxalign.select import stream
+  folder = pathlib.Path(args.folder)
+  store = stores.open_store(folder / "store")
+  mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
+  memory, phases = Memory(), []
+
+  def phase(name, make):
+    memory.mark()
+    start, cpu = time.monotonic(), time.process_time()
+    out = make()
+    time.sleep(0.05)
+    phases.append(dict(name=name, seconds=time.monotonic() - start,
+                       cpu=time.process_time() - cpu, **memory.peak))
+    print(f"  {name}: {phases[-1]}", file=sys.stderr, flush=True)
+    return out
+
+  phase("start", lambda: None)
+  with jax.set_mesh(mesh):
+    rows = phase("reservoir", lambda: reservoir.choose(
+        store, args.reservoir, folder))
+    x = phase("gather", lambda: reservoir.gather(store, rows,
+                                                 folder / "x.npy"))
+    space = phase("whiten", lambda: mixture.prepare(mesh, x))
+    fit = phase("fit", lambda: mixture.fit(
+        mesh, x, space=space, starts=args.starts,
+        max_iterations=args.iterations))
+    del space
+    del x
+    (folder / "x.npy").unlink()
+    scores = phase("score", lambda: reservoir.score(
+        mesh, [fit], store, folder / "scores", fields=dict(fit="bench")))
+    source = sources.of_stores(store, scores)
+    found = phase(args.sampler, lambda: stream.select(
+        args.sampler, source, store.rows // 10, scratch=folder))
+  print(json.dumps(dict(
+      rows=store.rows, phases=phases, iterations=len(fit.trace),
+      warnings=fit.warnings, load=os.getloadavg()[0],
+      digest=hashlib.sha256(b"\n".join(found.ids.tolist())).hexdigest()[:16],
+      kept=len(np.unique(found.rows)))))
+
+
+def _child(folder, args, devices: int = 0) -> dict:
+  env = os.environ | dict(JAX_PLATFORMS="cpu")
+  if devices:
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+  out = subprocess.run(
+      [sys.executable, __file__, "child", f"--folder={folder}",
+       f"--reservoir={args.reservoir}", f"--starts={args.starts}",
+       f"--iterations={args.iterations}", f"--sampler={args.sampler}"],
+      env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+  return json.loads(out.splitlines()[-1])
+
+
+def run(args) -> None:
+  """The table of both sizes."""
+  print(f"reservoir {args.reservoir:,}, {args.starts} starts, at most "
+        f"{args.iterations} iterations, width {WIDTH}, bfloat16 on disk, "
+        f"{os.cpu_count()} cores\n\n| rows | phase | seconds | of CPU | "
+        "anonymous MiB, peak | file-backed MiB, peak |\n"
+        "|---|---|---|---|---|---|")
+  for n in args.rows:
+    folder = pathlib.Path(tempfile.mkdtemp(dir=args.folder or None,
+                                           prefix="bench_stream_"))
+    try:
+      start = time.monotonic()
+      make_store(folder / "store", n)
+      made = time.monotonic() - start
+      found = _child(folder, args)
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
+    for one in found["phases"]:
+      print(f"| {n:,} | {one['name']} | {one['seconds']:.1f} | "
+            f"{one['cpu']:.1f} | {one['RssAnon']:.0f} | {one['RssFile']:.0f} |",
+            flush=True)
+    total = lambda key: sum(one[key] for one in found["phases"])
+    peak = lambda key: max(one[key] for one in found["phases"])
+    print(f"| {n:,} | all | {total('seconds'):.0f} | {total('cpu'):.0f} | "
+          f"{peak('RssAnon'):.0f} | {peak('RssFile'):.0f} |\n"
+          f"\n{found['kept']:,} rows kept, digest of the ids "
+          f"`{found['digest']}`; {found['iterations']} iterations of the best "
+          f"start; load {found['load']:.1f}; made in {made:.0f} s outside of "
+          "the clock\n", flush=True)
+
+
+def laws(args) -> None:
+  """Seconds of every sampler at four sizes, and the exponent."""
+  import importlib
+  import numpy as np
+  from jaxalign.select.samplers import SAMPLERS
+  sys.path.insert(0, str(ROOT / "tests"))
+  pools = importlib.import_module("pools")
+  sizes = [args.least * 2**k for k in range(4)]
+  print(f"width {WIDTH}, two responses a row, a tenth kept, the best of "
+        f"{args.count}; load {os.getloadavg()[0]:.1f}\n\n| sampler | "
+        + " | ".join(f"{n:,}" for n in sizes) + " | grows as N to the |\n|"
+        + "---|" * (len(sizes) + 2))
+  for name, sampler in SAMPLERS.items():
+    if args.only and name not in args.only:
+      continue
+    seconds, spent = [], 0.0
+    for n in sizes:
+      pool = pools.make(2, n, width=WIDTH)
+      times = []
+      for _ in range(args.count):
+        start = time.monotonic()
+        try:
+          sampler(0, pool, n // 10)
+        except Exception as error:  # a refusal is a figure too
+          seconds.append(str(error).split(";")[0][:60])
+          break
+        times.append(time.monotonic() - start)
+        spent += times[-1]
+      else:
+        seconds.append(min(times))
+      if spent > args.limit:
+        break
+    known = [(n, s) for n, s in zip(sizes, seconds) if not isinstance(s, str)]
+    slope = "-"
+    if len(known) > 1:
+      slope = f"{np.polyfit(*np.log(np.array(known).T), 1)[0]:.2f}"
+    cells = [s if isinstance(s, str) else f"{s:.3g} s" for s in seconds]
+    cells += ["not run"] * (len(sizes) - len(cells))
+    print(f"| {name} | " + " | ".join(cells) + f" | {slope} |", flush=True)
+
+
+def kills(args) -> None:
+  """Kills a streamed selection at random moments; the same ids each time."""
+  folder = pathlib.Path(tempfile.mkdtemp(dir=args.folder or None,
+                                         prefix="bench_stream_"))
+  try:
+    make_store(folder / "store", args.rows[0])
+    start = time.monotonic()
+    wanted = _child(folder, args, 2)
+    whole = time.monotonic() - start
+    rng, ends = random.Random(args.seed), []
+    for number in range(args.kills):
+      shutil.rmtree(folder / "scores", ignore_errors=True)
+      process = subprocess.Popen(
+          [sys.executable, __file__, "child", f"--folder={folder}",
+           f"--reservoir={args.reservoir}", f"--starts={args.starts}",
+           f"--iterations={args.iterations}", f"--sampler={args.sampler}"],
+          env=os.environ | dict(JAX_PLATFORMS="cpu"), start_new_session=True,
+          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+      # Late moments too: that is where shards are written.
+      moment = rng.uniform(0.2, 1.0) * whole
+      try:
+        process.wait(moment)
+      except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+      shards = len(list((folder / "scores/shards").glob("*.json")))
+      found = _child(folder, args, rng.choice([1, 2, 8]))
+      ends.append(found["digest"] == wanted["digest"])
+      print(f"kill {number}: after {moment:.1f} of {whole:.1f} s, {shards} "
+            f"shards whole: {'the same ids' if ends[-1] else 'OTHER IDS'}",
+            flush=True)
+    print(f"{sum(ends)} of {len(ends)} ended with the ids of the undisturbed "
+          "run")
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+  raise SystemExit(0 if all(ends) else 1)
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("what", choices=["run", "child", "laws", "kills"])
+  parser.add_argument("--rows", type=int, nargs="+", default=[10**6, 10**7])
+  parser.add_argument("--reservoir", type=int, default=10**6)
+  parser.add_argument("--starts", type=int, default=10)
+  parser.add_argument("--iterations", type=int, default=100)
+  parser.add_argument("--sampler", default="isa")
+  parser.add_argument("--least", type=int, default=1000)
+  parser.add_argument("--count", type=int, default=1)
+  parser.add_argument("--limit", type=float, default=60.0)
+  parser.add_argument("--only", nargs="*", default=[])
+  parser.add_argument("--kills", type=int, default=20)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--folder", default="")
+  args = parser.parse_args(argv)
+  dict(run=run, child=child, laws=laws, kills=kills)[args.what](args)
+
+
+if __name__ == "__main__":
+  main()
