@@ -3,10 +3,12 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from jaxalign import errors
+from jaxalign import sharding
 from jaxalign.select import card
 from jaxalign.select import neighbours
 from jaxalign.select.card import geometry, shifts, spectra
@@ -324,6 +326,16 @@ def test_the_card_of_rows_in_another_order_is_the_same():
   np.testing.assert_array_equal(one[1]["x"], two[1]["x"])
 
 
+def test_the_card_is_the_same_on_any_mesh(mesh):
+  pool, score = make(), np.random.default_rng(1).normal(size=160)
+  del mesh  # it is the current one; the other card is made on all devices
+  picked = Selection(np.argsort(-score)[:40], score)
+  here = card.examine(pool, picked)
+  with jax.set_mesh(sharding.make_mesh(dict(fsdp=8, tensor=1))):
+    there = card.examine(pool, picked)
+  assert json.dumps(here[0]) == json.dumps(there[0])
+
+
 def test_the_reasons():
   pool = Pool(np.array(list("abcdefg")), {})
   score = np.array([5.0, 4, 3, 3, 6, -np.inf, 1e-5])
@@ -335,7 +347,8 @@ def test_the_reasons():
       rows_lib.ranks(pool, Selection(np.array([2, 0]), score))[
           [2, 0, 4, 1, 3, 6, 5]], np.arange(1, 8))
   for value, words in ((1e-5, "1e-5"), (1.2345678e-7, "1.23457e-7"), (3.0, "3"),
-                       (-0.25, "-0.25"), (1234567, "1234570"), (-1.34087125, "-1.34087"), (0.0, "0")):
+                       (-0.25, "-0.25"), (1234567, "1234570"), (0.0, "0"),
+                       (-1.34087125, "-1.34087")):
     assert rows_lib.shown(rows_lib.figure(value)) == words
   assert rows_lib.shown(rows_lib.figure(np.nan)) == "none"
 

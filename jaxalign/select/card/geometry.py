@@ -14,6 +14,7 @@ from jaxalign.select.samplers import clusters as clusters_lib
 ALIKE = 0.95  # a cosine from which two rows are near-duplicates
 ASKED = 2000  # rows whose neighbours stand for the pool's or a random subset's
 WORK = 2e12  # operations that neighbours may take; then rows are sampled
+SPREAD = 4096  # rows that spectra and the map are of
 CLUSTERS = 12  # that stand for topics where rows have none
 _COMMON = 3  # words that name a cluster
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -115,7 +116,7 @@ def _copies(read, n, draw, alike, m, width):
 
 def _map(read, shown, draw, n):
   """The plane of the first two principal directions, and the shown rows."""
-  some = neighbours.sample(draw, np.arange(n), 4096)
+  some = neighbours.sample(draw, np.arange(n), SPREAD)
   x = read(some)
   plane = spectra.map_plane(x, draw[some])
   place = np.concatenate([
@@ -189,7 +190,7 @@ def spectra_of(pool: Pool, kept: np.ndarray, draw: np.ndarray,
     mixture_assign: [n, E] rows -> [n] components, where one was fitted.
   """
   n = len(pool.ids)
-  some = neighbours.sample(draw, np.arange(n), spectra.ROWS)
+  some = neighbours.sample(draw, np.arange(n), SPREAD)
   x = np.asarray(pool.embedding[some], np.float32)
   x = x.reshape(len(some), -1, x.shape[-1])
   flat, mean = x.reshape(-1, x.shape[-1]), x.mean(axis=1)

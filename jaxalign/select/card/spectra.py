@@ -10,7 +10,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-ROWS = 4096  # of all groups together; more are sampled
+ROWS = 2048  # of all groups together; more are sampled
 LEAST = 32  # rows that a group needs
 GROUPS = 8  # the largest are described
 SHUFFLES = 39  # so that a gap above all of them has p = 0.025
