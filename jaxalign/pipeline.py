@@ -42,7 +42,7 @@ def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
   mixture = any("log_likelihood" in sampler.needs for sampler in samplers)
   asked = {*columns.before(job.c, [*asked, *["mixture"] * mixture])}
   asked -= {"mixture"}
-  if asked - ({"embed"} if job.c.embed.checkpoint else set()):
+  if asked - columns.without_reference(job.c):
     run_sft(job)
   for name, run in (("embed", run_embed), ("residual", run_residual),
                     ("alone", run_alone), ("ask", run_ask),

@@ -8,12 +8,11 @@ from jaxalign import artifacts
 from jaxalign.artifacts import Cost
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder
-from jaxalign.lookup import lookup
 from jaxalign.report.pages import select as page
 from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers import combine
 from jaxalign.stages import columns as columns_lib
 from jaxalign.stages import mixture as mixture_stage
 from jaxalign.stages.select import selected_rows
@@ -32,8 +31,7 @@ def run_card(job: Job, arm: Arm) -> None:
   made = {stage for name, stage in job.cards if not name}
   # Not where another arm fitted one: what comes and goes beside this arm must
   # not change its page.
-  fitted = "log_likelihood" in lookup(SAMPLERS, arm.sampler, "sampler",
-                                      "select.sampler").needs
+  fitted = "log_likelihood" in combine.named(arm.sampler).needs
   files = ["selection.json", "selection.html", "reasons.parquet"]
 
   def make(folder):

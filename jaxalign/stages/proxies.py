@@ -13,11 +13,11 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign import embedder
+from jaxalign import hub
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import restore_params
-from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign import hub
 from jaxalign.data import prepare
+from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.job import Job, kernel_of, lora_of
 from jaxalign.model import adapters
@@ -26,6 +26,7 @@ from jaxalign.model import weights
 from jaxalign.select import embed
 from jaxalign.select.store import Column
 from jaxalign.select.topk import uniform
+from jaxalign.stages import columns
 from jaxalign.stages.embed import over_shards
 from jaxalign.stages.scores import digest_of
 from jaxalign.stages.sft import TRAINED, train
@@ -85,14 +86,15 @@ def _start(job: Job) -> Start:
   """Loads what is tuned, and its own log-probabilities of the pool."""
   c = job.c
   m = config_of(c, job.model)
-  params = job.reference
   if c.proxy.checkpoint:
     m = m._replace(attention=kernel_of(c, m, job.mesh))
     decoder.check(m, job.mesh)
     params = weights.load_folder(c.proxy.checkpoint, m, job.mesh,
                                  np.dtype(c.model.param_dtype))
-  elif not embedder.alone(c):  # the embedding pass ran these very weights
-    from jaxalign.stages import columns  # which names this module's stages
+  else:
+    params = job.reference
+  if not (c.proxy.checkpoint or embedder.alone(c)):
+    # The embedding pass ran these very weights.
     read = lambda name: np.asarray(columns.COLUMNS[name].make(job), np.float32)
     return Start(params, m, read("logp"), read("logp_count"), Cost())
   found, cost = _score(job, params, m, "proxy_ref")
