@@ -287,7 +287,7 @@ def sgd(g, m, v, t, p):
 
 
 RULES = dict(adamw=adamw, lion=lion, rmsprop=rmsprop, adafactor=adafactor,
-             sgd=sgd)
+             muon=adamw, sgd=sgd)  # no vector is a matrix; test_optim has some
 
 
 def descend(rule, gradients, params, lrs, clip, decay):

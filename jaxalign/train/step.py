@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
   opt_state: Any
   step: jax.Array  # int32 scalar: updates done
   delta: Any = ()  # BCO's `Delta`; of other losses nothing
+  ema: Any = ()  # running mean of the parameters, see `train.ema`
+  ref: Any = ()  # a reference that is refreshed, see `train.online`
 
 
 def init_state(params: dict[str, jax.Array], tx: optax.GradientTransformation,

@@ -1,0 +1,97 @@
+"""The reference computed at every update, and refreshed as TR-DPO does.
+
+Stored numbers cost nothing and are the default; a reference that moves cannot
+be stored.
+"""
+
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def begin(state: Any) -> Any:
+  """A fresh state whose reference is a copy of its own parameters."""
+  return state._replace(ref=jax.tree.map(jnp.copy, state.params))
+
+
+@functools.lru_cache(maxsize=8)
+def make_fill(logps_fn: Callable) -> Callable:
+  """Returns `fill(params, batch) -> batch` with the reference's numbers.
+
+  Every micro-batch is a forward pass of its own, without a gradient, through
+  the very producer that the policy runs: where the weights are equal, so are
+  the numbers, bit for bit.
+
+  Args:
+    logps_fn: of the reference, see `step.make_gradients`; batches are those.
+  """
+  def over(params, tokens, mask):
+    return jax.lax.scan(
+        lambda _, micro: (None, logps_fn(params, *micro)), None,
+        (tokens, mask))[1]
+
+  @jax.jit
+  def sums(params, rows, others):
+    found = over(params, *rows)
+    out = dict(ref_sum=found.sum, ref_count=found.count)
+    if found.public is not None:
+      out["ref_public"] = found.public
+    if others is not None:
+      out["kl_ref_sum"] = over(params, *others).sum
+    return out
+
+  def fill(params, batch):
+    others = None
+    if "kl_tokens" in batch:
+      others = batch["kl_tokens"], batch["kl_mask"]
+    found = sums(params, (batch["tokens"], batch["mask"]), others)
+    return batch | {n: x for n, x in found.items() if n in batch}
+
+  return fill
+
+
+@functools.lru_cache(maxsize=8)
+def make_refresh(every: int, mix: float) -> Callable:
+  """Returns `refresh(ref, params, step) -> ref`, which donates `ref`.
+
+  TR-DPO, Gorbatovski et al. 2024, eq. 4 and 5: after every `every`-th update
+  ref = mix params + (1 - mix) ref; a mix of 1 is its hard update. Between
+  them `ref` comes back as it was, bit for bit.
+  """
+  def blend(ref, params):
+    return jax.tree.map(lambda r, p: mix * p + (1 - mix) * r, ref, params)
+
+  return jax.jit(
+      lambda ref, params, step: jax.lax.cond(
+          step % every == 0, blend, lambda ref, params: ref, ref, params),
+      donate_argnums=0)
+
+
+def with_reference(train_step: Callable, logps_fn: Callable,
+                   reference: Any) -> Callable:
+  """`train_step` on numbers of a frozen `reference`, found at every update."""
+  fill = make_fill(logps_fn)
+  return lambda state, batch: train_step(state, fill(reference, batch))
+
+
+def with_refresh(train_step: Callable, logps_fn: Callable, *, every: int,
+                 mix: float) -> Callable:
+  """`train_step` against `state.ref`, which moves to the policy.
+
+  Args:
+    train_step: `(state, batch) -> (state, metrics)`.
+    logps_fn: of policy and reference alike.
+    every: updates between refreshes, at least 1 (the paper's tau; TRL's 512).
+    mix: share of the policy, in (0, 1] (the paper's alpha; TRL's 0.6).
+  """
+  fill, refresh = make_fill(logps_fn), make_refresh(every, mix)
+
+  def step(state, batch):
+    after, totals = train_step(state._replace(ref=()),
+                               fill(state.ref, batch))
+    ref = refresh(state.ref, after.params, after.step)
+    return after._replace(ref=ref), totals
+
+  return step

@@ -1,0 +1,96 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases.
+
+Each is imported where it is asked for, by process 0 alone. A tracker that
+fails is said once and left out: no run ends because a plot could not be drawn.
+"""
+
+from typing import Any, Callable, Mapping, NamedTuple
+
+from etils import epath
+import jax
+
+from jaxalign import progress
+from jaxalign.errors import ConfigError
+
+
+class Tracker(NamedTuple):
+  """An open tracker."""
+
+  log: Callable[[int, Mapping[str, float]], None]  # (step, values)
+  close: Callable[[], None]
+
+
+def tensorboard(folder: epath.Path, label: str, start: int) -> Tracker:
+  """Event files in `folder`/tensorboard; what a lost run wrote from `start`
+  on is purged."""
+  import tensorboardX
+  writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"),
+                                      purge_step=start if start else None)
+
+  def log(step, values):
+    for name, value in values.items():
+      writer.add_scalar(name, value, step)
+
+  writer.add_text("run", label)
+  return Tracker(log, writer.close)
+
+
+def wandb(folder: epath.Path, label: str, start: int) -> Tracker:
+  """A run of Weights & Biases; its own WANDB_* variables say where and how."""
+  del start
+  import wandb as client
+  local = None if "://" in str(folder) else str(folder)
+  run = client.init(name=label, dir=local, resume="allow",
+                    project=None, group=folder.name)
+  return Tracker(lambda step, values: run.log(dict(values), step=step),
+                 run.finish)
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
+
+
+def check(names: tuple[str, ...]) -> None:
+  """Raises ConfigError for a tracker that nothing here knows."""
+  for name in names:
+    if name not in TRACKERS:
+      raise ConfigError(f"unknown tracker {name!r}; known: "
+                        f"{', '.join(TRACKERS)} (metrics.jsonl is always "
+                        "written); set config.train.trackers")
+
+
+def open_all(names: tuple[str, ...], folder: Any, label: str, start: int
+             ) -> Tracker:
+  """All trackers asked for, as one that never raises.
+
+  Args:
+    names: keys of TRACKERS.
+    folder: of the stage.
+    label: what the run is called.
+    start: the step it goes on from; what is later was never kept.
+  """
+  check(names)
+  live = {}
+
+  def guarded(name, act, *args):
+    try:
+      return act(*args)
+    except Exception as error:  # whatever a plotting library may raise
+      progress.say(f"  tracker {name} is left out: "
+                   f"{type(error).__name__}: {error}")
+      live.pop(name, None)
+
+  if jax.process_index() == 0:
+    for name in names:
+      if one := guarded(name, TRACKERS[name], epath.Path(folder), label,
+                        start):
+        live[name] = one
+
+  def log(step, values):
+    for name, one in list(live.items()):
+      guarded(name, one.log, step, values)
+
+  def close():
+    for name, one in list(live.items()):
+      guarded(name, one.close)
+
+  return Tracker(log, close)
