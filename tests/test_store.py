@@ -250,3 +250,44 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
   np.testing.assert_array_equal(stores.read(whole, "embedding"),
                                 rounded(wanted["embedding"]))
   assert artifacts.read_card(work / "shared/embed", "embed").finished
+
+
+OWN = ("import json\n"
+       "from jaxalign import pipeline\n"
+       "from jaxalign.select import store\n"
+       "real, wrote = store.write_shard, []\n"
+       "def noted(s, shard, *a):\n"
+       "  wrote.append([s.folder.name, shard])\n"
+       "  real(s, shard, *a)\n"
+       "store.write_shard = noted\n"
+       "class Enough(SystemExit): pass\n"
+       "def stop(job):\n"
+       "  json.dump(wrote, open({path!r}, 'w'))\n"
+       "  raise Enough(0)\n"
+       "pipeline.run_baseline = stop\n")
+
+
+@pytest.mark.slow
+def test_two_processes_write_their_own_shards(tmp_path):
+  """Of what their devices computed, and of the scores; the same bits."""
+  export = jobs.finished() / "runs/isa-0.1-seed0/export"
+  flags = (f"model.checkpoint={export}", "select.mixture.reservoir=100",
+           "select.stability_seeds=0", *SMALL)
+  notes = [str(tmp_path / f"wrote{k}") for k in range(3)]
+  hook = lambda k: OWN.replace("{path!r}", repr(notes[k]))
+  jobs.together(tmp_path / "two", *flags, hooks={0: hook(0), 1: hook(1)})
+  jobs.wait(jobs.start(tmp_path / "one", *flags, hook=hook(2)))
+  first, second, all_ = (json.loads(pathlib.Path(n).read_text())
+                         for n in notes)
+  for name in ("store", "scores"):
+    mine, other, whole = ([s for which, s in one if which == name]
+                          for one in (first, second, all_))
+    assert mine == list(range(0, 10, 2)) and other == list(range(1, 10, 2))
+    assert whole == list(range(10))
+  for name in ("embed/store", "mixture/scores"):
+    one, two = (tmp_path / work / "shared" / name for work in ("one", "two"))
+    files = sorted(p.relative_to(one) for p in one.rglob("*.*"))
+    assert len(files) == 10 * (5 if name == "embed/store" else 3) + 1
+    for path in files:
+      if path.name != "store.json":
+        assert (one / path).read_bytes() == (two / path).read_bytes(), path
