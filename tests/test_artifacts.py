@@ -321,6 +321,7 @@ STAGES = {  # stage -> a file of it
     "mixture": "shared/mixture/mixture.npz",
     "baseline": "shared/baseline/samples.jsonl",
     "select": "runs/isa-0.1-seed0/subset.parquet",
+    "card": "runs/isa-0.1-seed0/selection.html",
     "ref_logps": "runs/isa-0.1-seed0/ref_sum.npy",
     "align": "runs/isa-0.1-seed0/metrics.jsonl",
     "evaluate": "runs/isa-0.1-seed0/eval.json",

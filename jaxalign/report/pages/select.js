@@ -39,7 +39,8 @@ const columns = [
    value: (i) => data.rank[i], text: (i) => count(data.rank[i])},
   {key: "score", head: "Score", width: "5.4rem", right: true,
    value: (i) => data.score[i],
-   text: (i) => data.score[i] === null ? "–" : said(data.score[i])},
+   text: (i) => data.score[i] === null ? "–"
+     : said(data.score[i]).replace("-", "−")},
   {key: "id", head: "Id", width: "minmax(6rem,9rem)", code: true,
    value: (i) => data.id[i], text: (i) => data.id[i]}];
 if (data.length) columns.push(

@@ -348,7 +348,8 @@ def agreement(card: dict[str, Any]) -> Html:
          for one in found],
         "Rows in both over rows in either, of selections of the same size; "
         "those of the other samplers are what each would keep of this pool at "
-        "its defaults. By chance: two independent random subsets."))
+        "its defaults (random and stratified read one draw). By chance: two "
+        "independent random subsets."))
   else:
     parts.append(page.absent("What other samplers would have kept was"))
   words = run.card_words(card | {"diagnostics": fields(
