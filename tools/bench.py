@@ -7,6 +7,7 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
   python tools/bench.py samplers         # greedy samplers beside NumPy, coreax
   python tools/bench.py mixture          # EM beside scikit-learn, share of peak
+  python tools/bench.py stream           # 10^6 and 10^7 rows from disk
 
 Each subcommand runs the program as a person would, in fresh processes, and
 prints what it saw; nothing is asserted away. `encoder` runs both libraries in
@@ -396,11 +397,17 @@ def mixture(args) -> None:
   bench_mixture.mixture(args)
 
 
+def stream(_) -> None:
+  """Selection from disk, its memory and time; see tools/bench_stream.py."""
+  import bench_stream
+  bench_stream.main(["run"])
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("what", choices=["times", "seeds", "identical", "step0",
                                        "encoder", "samplers", "mixture",
-                                       "select_only"])
+                                       "stream", "select_only"])
   parser.add_argument("--count", type=int, default=3)
   parser.add_argument("--texts", type=int, default=1000)
   parser.add_argument("--variant", default="")
@@ -415,7 +422,7 @@ def main() -> None:
       args.what, 20000)
   dict(times=times, seeds=seeds, identical=identical, step0=step0,
        encoder=encoder, samplers=samplers, mixture=mixture,
-       select_only=select_only)[args.what](args)
+       stream=stream, select_only=select_only)[args.what](args)
 
 
 if __name__ == "__main__":
