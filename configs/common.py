@@ -146,6 +146,9 @@ def base(variant: str = "") -> ConfigDict:
   t.optimizer = "adamw"  # or "lion", "rmsprop", "adafactor", "sgd"
   t.clip, t.weight_decay, t.b2 = 1.0, 0.0, 0.98
   t.save_every = 100
+  t.layout = "packed"  # a prompt computed once, no padding; or "padded"
+  t.logps = "chunked"  # the head: or "vocab" (in pieces), "plain" (whole)
+  t.peak = 0.0  # FLOP/s of one device, for perf/mfu; 0: by its name
 
   # Adapters in place of full training. The rate is one of its own: B starts
   # at 0 and Adam's first step is about the rate whatever the gradient is, so

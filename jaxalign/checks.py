@@ -31,6 +31,7 @@ from jaxalign.stages import scores
 from jaxalign.train import feed
 from jaxalign.train import optim
 from jaxalign.train import stats
+from jaxalign.train.logps import PRODUCERS
 
 
 # Knobs that count something there must be at least one of, or may be none.
@@ -45,7 +46,8 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "proxy.models", "proxy.save_every")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "loss.sft_weight", "train.clip",
-                "sft.clip", "select.mixture.ridge", "lora.rank", "ask.context",
+                "sft.clip", "select.mixture.ridge", "lora.rank",
+                "train.peak", "ask.context",
                 "rewards.context", "proxy.half_updates", "proxy.clip")
 CHOICES = {"select.order": basic.ORDERS,
            "select.pair_score": basic.PAIR_SCORES,
@@ -53,7 +55,9 @@ CHOICES = {"select.order": basic.ORDERS,
            "data.on_bad_rows": ("skip", "error"),
            "model.param_dtype": decoder.DTYPES,
            "embed.store_dtype": stores.DTYPES,
-           "train.optimizer": tuple(optim.OPTIMIZERS)}
+           "train.optimizer": tuple(optim.OPTIMIZERS),
+           "train.layout": tuple(feed.LAYOUTS),
+           "train.logps": tuple(PRODUCERS)}
 
 
 def _check_values(c: Any) -> None:

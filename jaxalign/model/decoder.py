@@ -393,6 +393,12 @@ def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
   return softcap * jnp.tanh(y / softcap) if softcap else y
 
 
+def per_token(m: ModelConfig) -> int:
+  """Multiply-adds x 2 of one token in one layer, attention apart."""
+  d, h, g, c, f = m.width, m.heads, m.kv_heads, m.head_size, m.ff
+  return 2 * (d * h * c * 2 + d * g * c * 2 + (2 + m.gated) * d * f)
+
+
 def operations(m: ModelConfig, length: int, logit_rows: int | None = None
                ) -> int:
   """Multiply-adds x 2 of one forward pass over one row of `length` tokens.
@@ -400,8 +406,28 @@ def operations(m: ModelConfig, length: int, logit_rows: int | None = None
   The embedding lookup costs nothing; attention is counted as computed (the
   full square); the head only on `logit_rows` positions (all by default).
   """
-  d, h, g, c, f = m.width, m.heads, m.kv_heads, m.head_size, m.ff
-  per_token = 2 * (d * h * c * 2 + d * g * c * 2 + (2 + m.gated) * d * f)
-  square = 2 * 2 * h * c * length * length
+  square = 2 * 2 * m.heads * m.head_size * length * length
   rows = length if logit_rows is None else logit_rows
-  return m.layers * (per_token * length + square) + 2 * d * m.vocab * rows
+  return (m.layers * (per_token(m) * length + square)
+          + 2 * m.width * m.vocab * rows)
+
+
+def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray) -> int:
+  """Multiply-adds x 2 that a forward pass over rows cannot do without.
+
+  Every prompt token once, a query and key only where one sees the other, the
+  head on what predicts a response token; no padding, no embedding lookup.
+  Windows are not counted off.
+
+  Args:
+    m: the model's sizes.
+    prompt: [n] int, tokens of each prompt.
+    answers: [n, R] int, tokens of each response to it.
+  """
+  p, a = np.int64(prompt), np.int64(answers)
+  tokens, said = int(p.sum() + a.sum()), int(a.sum())
+  pairs = int((p * (p + 1) // 2).sum()
+              + (p[:, None] * a + a * (a + 1) // 2).sum())
+  return (m.layers * (per_token(m) * tokens
+                      + 2 * 2 * m.heads * m.head_size * pairs)
+          + 2 * m.width * m.vocab * said)

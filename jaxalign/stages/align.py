@@ -38,7 +38,7 @@ def _policy_start(job: Job, arm: Arm, folder: Any, batch_at: Callable
         found = subspace.bases(
             jax.random.key(arm.seed), m, job.mesh, job.reference,
             lambda sizes: steps.make_gradients(
-                PRODUCERS["chunked"](sizes, c.model.head_chunk), job.loss,
+                PRODUCERS[c.train.logps](sizes, c.model.head_chunk), job.loss,
                 sft_weight=c.loss.sft_weight),
             [batch_at(step) for step in range(c.lora.batches)])
         saved.save(0, dict(params=found))
@@ -87,6 +87,7 @@ def run_align(job: Job, arm: Arm) -> None:
                   job.loss, c.train, lr=c.lora.lr if lora else c.train.lr,
                   updates=updates, seed=arm.seed, mismatched=mismatched,
                   sft_weight=c.loss.sft_weight, optimizer=c.train.optimizer,
+                  layout=c.train.layout, producer=c.train.logps,
                   trace=tuple(c.profile.steps))
     return (list(leaves), cost,
             dict(updates=updates, rows=len(rows.ids),
@@ -94,8 +95,11 @@ def run_align(job: Job, arm: Arm) -> None:
 
   fields = pick(c, "loss", "train", "model.head_chunk", "model.dtype",
                 *(["lora"] if lora else [])) | like(arm)
-  if c.train.optimizer == "adamw":  # runs of before there was a choice go on
-    del fields["train.optimizer"]
+  # Runs of before there was a choice go on.
+  for name, only in (("optimizer", "adamw"), ("layout", "padded"),
+                     ("logps", "chunked")):
+    if c.train[name] == only:
+      del fields[f"train.{name}"]
   job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
           fields=fields,
           inputs=dict(ref_logps=job.key("ref_logps", arm.name)))

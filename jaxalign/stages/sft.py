@@ -14,6 +14,7 @@ from jaxalign.model import weights
 from jaxalign.train import feed
 from jaxalign.train import loop
 from jaxalign.train import optim
+from jaxalign.train import peaks
 from jaxalign.train import stats
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -62,7 +63,8 @@ def run_sft(job: Job) -> None:
 def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
           begin: Callable, rows: feed.Rows, loss: Callable, knobs: Any, *,
           lr: float, updates: int, seed: int, sft_weight: float,
-          optimizer: str = "adamw",
+          optimizer: str = "adamw", layout: str = "padded",
+          producer: str = "chunked",
           mismatched: feed.Mismatched | None = None,
           trace: tuple[int, int] = (0, 0)) -> Cost:
   """Trains in `folder`; `begin(batch_at)` returns the parameters to train and
@@ -77,15 +79,20 @@ def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
                              schedule=knobs.schedule)
   batch_at, ids_at, tokens_at = feed.make_feed(
       mesh, rows, batch=knobs.batch_size, accumulation=knobs.accumulation,
-      seed=seed, context=m.context, rate=rate, mismatched=mismatched)
+      seed=seed, context=m.context, rate=rate, mismatched=mismatched,
+      layout=layout)
   train_step = steps.make_train_step(
-      PRODUCERS["chunked"](m, c.model.head_chunk), loss, tx,
+      PRODUCERS[producer](m, c.model.head_chunk), loss, tx,
       sft_weight=sft_weight)
   params, frozen = begin(batch_at)
   loop.fit(steps.init_state(params, tx, loss),
            lambda state, batch: train_step(state, batch, frozen), batch_at,
            ids_at, folder=folder, label=label, updates=updates,
-           save_every=knobs.save_every, tokens_at=tokens_at, trace=trace)
+           save_every=knobs.save_every, tokens_at=tokens_at, trace=trace,
+           peak=mesh.size * peaks.peak_of(mesh.devices.flat[0], c.train.peak),
+           useful_at=feed.make_useful(
+               m, rows, batch=knobs.batch_size, seed=seed,
+               mismatched=mismatched, ahead=stats.looks_ahead(loss)))
   operations, tokens = feed.training_cost(
       m, rows, updates=updates, batch=knobs.batch_size, seed=seed,
       mismatched=mismatched.tokens if mismatched else None,

@@ -229,6 +229,30 @@ def passes(m: decoder.ModelConfig) -> int:
   return 2 if m.lora else 3
 
 
+def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
+                mismatched: Mismatched | None = None, ahead: bool = False
+                ) -> Callable[[int], int]:
+  """Returns `useful_at(step)`: operations that an update cannot do without.
+
+  `decoder.useful` of its rows, `passes` times, and of the passes beside them
+  as in `training_cost`; recomputation is not counted.
+  """
+  def forward(token_rows, index):
+    start = np.asarray(token_rows.start, np.int64)
+    answers = tokens_lib.lengths(token_rows) - start
+    return decoder.useful(m, start[index[:, 0]], answers[index])
+
+  def useful_at(step):
+    own = batches.rows_at(step, len(rows.ids), batch, seed)
+    total = (passes(m) + ahead) * forward(rows.tokens, rows.row_of[own])
+    if mismatched is not None:
+      total += forward(mismatched.tokens, np.arange(
+          step * batch, (step + 1) * batch)[:, None])
+    return total
+
+  return useful_at
+
+
 def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
                   batch: int, seed: int,
                   mismatched: tokens_lib.TokenRows | None = None,

@@ -64,7 +64,9 @@ def _trace(folder: epath.Path) -> Callable[[], None]:
 def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
         ids_at: Callable[[int], list[str]], *, folder: Any, label: str,
         updates: int, save_every: int, tokens_at: Callable[[int], int],
-        trace: tuple[int, int] = (0, 0)) -> Any:
+        trace: tuple[int, int] = (0, 0),
+        useful_at: Callable[[int], int] | None = None,
+        peak: float = 0.0) -> Any:
   """Runs `updates` updates, or the rest of them, and returns the last state.
 
   Args:
@@ -79,6 +81,8 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
     save_every: updates between checkpoints.
     tokens_at: non-padding tokens of a step's batch.
     trace: (first, last) steps to profile; (0, 0) for none.
+    useful_at: operations of a step, for "perf/mfu".
+    peak: FLOP/s of all devices together; 0: not known, no "perf/mfu".
 
   Raises:
     NumericError: a loss or gradient norm that is not finite; names the ids
@@ -116,8 +120,11 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
             f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}; lower "
             "the learning rate or look at these rows")
       now = time.monotonic()
-      perf = {"perf/tokens_per_s": tokens_at(step) / max(now - last, 1e-9),
+      seconds = max(now - last, 1e-9)
+      perf = {"perf/tokens_per_s": tokens_at(step) / seconds,
               "time": now - began}
+      if useful_at and peak:
+        perf["perf/mfu"] = useful_at(step) / (seconds * peak)
       last = now
       named = {f"train/{n}" if "/" not in n else n: v
                for n, v in values.items()}
