@@ -26,7 +26,7 @@ from jaxalign.train.losses import LOSSES
 MODEL = decoder.ModelConfig(layers=1, width=8, heads=2, kv_heads=2,
                             head_size=4, ff=8, vocab=16, context=12)
 UPDATES, SAVE_EVERY = 6, 2
-TIMES = ("time", "perf/tokens_per_s")
+TIMES = ("time", "perf/tokens_per_s", "perf/rows_per_s")
 
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

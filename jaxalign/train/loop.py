@@ -1,10 +1,11 @@
 """The training loop: one step in flight, metrics of the one before."""
 
+import contextlib
 import json
 import math
 import tempfile
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 from etils import epath
 import jax
@@ -13,18 +14,21 @@ from jaxalign import artifacts
 from jaxalign import interrupt
 from jaxalign import progress
 from jaxalign.checkpoints import Checkpoints
-from jaxalign.errors import NumericError
+from jaxalign.errors import ConfigError, NumericError
+from jaxalign.train import trackers as trackers_lib
+from jaxalign.train import watch
 from jaxalign.train.metrics import divide
 
 
-def _read_log(path: epath.Path, until: int) -> list[str]:
+def _read_log(path: epath.Path, until: int) -> list[dict[str, Any]]:
   """The lines of steps before `until`: later ones belong to lost steps."""
   if not path.exists():
     return []
   kept = []
-  for line in path.read_text().splitlines():
+  for text in path.read_text().splitlines():
     try:
-      if json.loads(line)["step"] < until:
+      line = json.loads(text)
+      if line["step"] < until:
         kept.append(line)
     except (ValueError, KeyError):
       break  # a torn last line of a killed run
@@ -32,10 +36,42 @@ def _read_log(path: epath.Path, until: int) -> list[str]:
 
 
 def _items(state: Any) -> dict[str, Any]:
-  """Parameters apart: evaluation restores them alone. What is empty is left
-  out, as in the checkpoints of before there was a delta."""
+  """Parameters, their mean and the reference apart: evaluation restores one
+  alone. What is empty is left out, as in checkpoints of before it was there."""
   return dict(params=state.params, rest=[
-      state.opt_state, state.step, *([state.delta] if state.delta else [])])
+      state.opt_state, state.step, *([state.delta] if state.delta else [])],
+      **{n: getattr(state, n) for n in ("ema", "ref") if getattr(state, n)})
+
+
+def _restore(checkpoints: Checkpoints, state: Any, step: int) -> Any:
+  """The state of a step, laid as `state` is."""
+  shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _items(state))
+  found = checkpoints.restore(step, shapes)
+  fresh = type(state)(found.pop("params"), *found.pop("rest"))
+  return fresh._replace(**found)
+
+
+def _known_best(bests: Checkpoints, checkpoints: Checkpoints, state: Any,
+                lines: list[dict[str, Any]], start: int, name: str
+                ) -> watch.Best:
+  """The best evaluation that the log knows and whose weights are there."""
+  for step in sorted(bests.manager.all_steps()):
+    if step > start:  # of steps that were lost with a damaged checkpoint
+      bests.delete(step)
+  best, there = watch.best_of(lines, name), bests.latest()
+  if best.step and best.step == start and there != start:
+    bests.save(start, dict(params=state.ema or state.params))
+    bests.finish()
+    there = start
+  if best.step and best.step != there:
+    progress.say(f"  the weights of the best {name}, of step {best.step}, are "
+                 "gone; counting from here on")
+    lines[:] = [{n: x for n, x in line.items() if n != f"eval/{name}"}
+                for line in lines]
+    best = watch.Best(0, 0.0, 0)
+  return best
 
 
 def _trace(folder: epath.Path) -> Callable[[], None]:
@@ -66,7 +102,11 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
         updates: int, save_every: int, tokens_at: Callable[[int], int],
         trace: tuple[int, int] = (0, 0),
         useful_at: Callable[[int], int] | None = None,
-        peak: float = 0.0) -> Any:
+        peak: float = 0.0, keep: int = 2, background: bool = False,
+        explode: float = 0.0,
+        evaluations: Mapping[str, Callable[[Any], Mapping[str, float]]] = {},
+        eval_every: int = 0, best: str = "", stop_after: int = 0,
+        trackers: tuple[str, ...] = ()) -> Any:
   """Runs `updates` updates, or the rest of them, and returns the last state.
 
   Args:
@@ -75,7 +115,7 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
     batch_at: a pure function of the step, so that a resumed run sees the very
       batches of an uninterrupted one.
     ids_at: record ids of a step's batch, to name them in an error.
-    folder: gets `checkpoints/` and `metrics.jsonl`.
+    folder: gets `checkpoints/` and `metrics.jsonl`, and `best/`.
     label: what the progress bar says.
     updates: updates in all.
     save_every: updates between checkpoints.
@@ -83,38 +123,74 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
     trace: (first, last) steps to profile; (0, 0) for none.
     useful_at: operations of a step, for "perf/mfu".
     peak: FLOP/s of all devices together; 0: not known, no "perf/mfu".
+    keep: checkpoints that are left, see `Checkpoints`.
+    background: whether they are written while training goes on.
+    explode: a loss over so many times what it was ends the run, see
+      `watch.exploded`; 0: only one that is not finite does.
+    evaluations: name of a set -> `measure(params)` -> {name: value}, the same
+      on every process; params are the running mean where there is one. Logged
+      as "eval/<set>/<name>" in the line of the last update before.
+    eval_every: updates between evaluations, and one at the end; 0: none.
+    best: "<set>/<name>": the weights of its best evaluation are kept in
+      `best/`; of the names in `watch.LOWER` less is better.
+    stop_after: evaluations without a better `best` after which the run ends;
+      0: it runs to its end.
+    trackers: keys of `trackers.TRACKERS`.
 
   Raises:
-    NumericError: a loss or gradient norm that is not finite; names the ids
-      of the batch, and nothing from that step on is saved.
+    NumericError: a loss or gradient norm that is not finite, or a loss that
+      exploded; names the ids of the batch, and nothing from that step on is
+      saved.
     RestartError: SIGTERM came (KeyboardInterrupt: SIGINT); the state is
       saved.
   """
   folder = epath.Path(folder)
   log_path = folder / "metrics.jsonl"
-  with Checkpoints(folder / "checkpoints") as checkpoints:
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+        Checkpoints(folder / "checkpoints", keep, background))
     start = checkpoints.latest() or 0
     if start:
-      shapes = jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-          _items(state))
-      found = checkpoints.restore(start, shapes)
-      state = type(state)(found["params"], *found["rest"])
+      state = _restore(checkpoints, state, start)
       progress.say(f"  {label}: going on from step {start}")
     lines = _read_log(log_path, start)
+    record = watch.Best(0, 0.0, 0)
+    if best:
+      # Two: the older one is there while the newer one is written.
+      bests = stack.enter_context(Checkpoints(folder / "best", 2, background))
+      record = _known_best(bests, checkpoints, state, lines, start, best)
+    if stop_after and record.stale >= stop_after:
+      return state
+    tracker = trackers_lib.open_all(trackers, folder, label, start)
+    stack.callback(tracker.close)
     began = last = time.monotonic()
     flying = None  # (step, totals) whose metrics are not read yet
+    warned = set()
+
+    def alarm(kind, text):
+      if text and kind not in warned:
+        progress.say(f"  {label}, step {lines[-1]['step']}: {text}")
+      if text:
+        lines[-1][f"alarm/{kind}"] = 1.0
+        warned.add(kind)
 
     def read():
       nonlocal flying, last
       step, totals = flying
       values = divide(jax.device_get(totals))
-      if not (math.isfinite(values["loss"])
-              and math.isfinite(values["grad_norm"])):
+      loss, norm = values["loss"], values["grad_norm"]
+      wrong = ""
+      if not (math.isfinite(loss) and math.isfinite(norm)):
+        wrong = f"loss {loss}, gradient norm {norm} at step {step}"
+      elif bound := watch.exploded(lines, loss, explode):
+        wrong = (f"loss {loss:.4g} at step {step} is over {bound:.4g}, "
+                 f"train.explode={explode:g} times what it was (gradient norm "
+                 f"{norm:.4g})")
+      if wrong:
         ids = ids_at(step)
+        checkpoints.finish()
         raise NumericError(
-            f"{label}: loss {values['loss']}, gradient norm "
-            f"{values['grad_norm']} at step {step}; nothing after step "
+            f"{label}: {wrong}; nothing after step "
             f"{checkpoints.manager.latest_step() or 0} is saved. Rows of the "
             f"batch: {', '.join(ids[:8])}"
             f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}; lower "
@@ -122,22 +198,46 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
       now = time.monotonic()
       seconds = max(now - last, 1e-9)
       perf = {"perf/tokens_per_s": tokens_at(step) / seconds,
+              "perf/rows_per_s": len(ids_at(step)) / seconds,
               "time": now - began}
       if useful_at and peak:
         perf["perf/mfu"] = useful_at(step) / (seconds * peak)
       last = now
       named = {f"train/{n}" if "/" not in n else n: v
                for n, v in values.items()}
-      lines.append(json.dumps({"step": step} | named | perf, sort_keys=True))
+      lines.append({"step": step} | named | perf)
+      alarm("displacement", watch.displaced(lines))
+      tracker.log(step, lines[-1])
       flying = None
-      return values["loss"]
+      return loss
 
     def save(step):
       if flying:
         read()  # a state is saved only after its metrics were seen finite
       if jax.process_index() == 0:  # first: a resumed run drops lines too many
-        artifacts.write_bytes(log_path, ("\n".join(lines) + "\n").encode())
+        artifacts.write_bytes(log_path, "".join(
+            json.dumps(x, sort_keys=True) + "\n" for x in lines).encode())
       checkpoints.save(step, _items(state))
+
+    def evaluate(step):
+      """Measures on every set; the record afterwards."""
+      nonlocal last
+      if flying:
+        read()
+      weights = state.ema or state.params
+      found = {f"eval/{name}/{n}": float(v)
+               for name, measure in evaluations.items()
+               for n, v in measure(weights).items()}
+      lines[-1] |= found
+      alarm("collapse", watch.collapsed(lines))
+      tracker.log(step - 1, found)
+      if best and f"eval/{best}" not in found:
+        raise ConfigError(
+            f"nothing measures {best!r}, known: "
+            f"{', '.join(n.removeprefix('eval/') for n in found)}; set "
+            "config.train.best")
+      last = time.monotonic()
+      return watch.best_of(lines, best) if best else record
 
     with interrupt.deferred() as requested, progress.bar(
         label, updates, "steps", start) as tick:
@@ -151,9 +251,21 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
           jax.block_until_ready(totals)
           tracing()
         tick(1, f"loss {loss:.3f}" if loss is not None else "")
+        done, better = step + 1, False
+        if eval_every and (done % eval_every == 0 or done == updates):
+          record = evaluate(done)
+          better = record.step == done
+        enough = stop_after and record.stale >= stop_after
         stop = requested()
-        if (step + 1) % save_every == 0 or step + 1 == updates or stop:
-          save(step + 1)
-        if stop:
+        if (done % save_every == 0 or done == updates or stop or better
+            or enough):
+          save(done)
+        if better:  # behind the state: it is never ahead of what is resumed
+          bests.save(done, dict(params=state.ema or state.params))
+        if enough:
+          progress.say(f"  {label}: {best} was best at step {record.step} "
+                       f"({record.value:.4g}) and not in {record.stale} "
+                       f"evaluations since; ended at step {done}")
+        if stop or enough:
           break  # leaving `deferred` raises
   return state

@@ -26,6 +26,36 @@ def sums_and_counts(metrics: dict[str, Any]) -> dict[str, jax.Array]:
   return out
 
 
+def beside(policy: Any, ref: Any, label: jax.Array | None, reference: bool
+           ) -> dict[str, Any]:
+  """Metrics [B] that every loss has: lengths, and the drift from a reference.
+
+  "drift/chosen" and "drift/rejected" are policy - ref, summed nats of an
+  answer: on these very answers a one-sample estimate of how much likelier the
+  policy finds them, where rewards hide it behind beta and margins behind a
+  difference. "lengths/..." are response tokens.
+
+  Args:
+    policy: Logps [B, 2], chosen then rejected, or [B, 1].
+    ref: Logps of the reference.
+    label: [B] bool of single answers; None: of pairs, or of chosen answers.
+    reference: whether `ref` is one; without there is no drift.
+  """
+  found = dict(lengths=policy.count)
+  if reference:
+    found["drift"] = policy.sum - ref.sum
+  out = {}
+  for name, value in found.items():
+    if label is not None:
+      up = label.astype(jnp.float32)
+      out[f"{name}/chosen"] = value[:, 0] * up, up
+      out[f"{name}/rejected"] = value[:, 0] * (1 - up), 1 - up
+      continue
+    for side, column in zip(("chosen", "rejected"), range(value.shape[1])):
+      out[f"{name}/{side}"] = value[:, column]
+  return out
+
+
 def divide(totals: dict[str, Any]) -> dict[str, float]:
   """(sum, count) -> mean; a metric that no row counted for is left out."""
   out = {}

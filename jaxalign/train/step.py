@@ -11,7 +11,7 @@ from jaxalign.train.layout import Packed, shares
 from jaxalign.train.logps import Logps
 from jaxalign.train.losses.reference_free import sft
 from jaxalign.train.losses.unpaired import init_delta
-from jaxalign.train.metrics import sums_and_counts
+from jaxalign.train.metrics import beside, sums_and_counts
 from jaxalign.train.stats import make_statistics
 
 # What of a batch a micro-batch reads beside its statistics.
@@ -74,7 +74,8 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
     ref = Logps(micro["ref_sum"], micro["ref_count"], micro.get("ref_public"))
     stats = scalars | rows
     loss, metrics = loss_fn(policy, ref, stats)
-    metrics = dict(metrics, preference_loss=loss)
+    metrics = dict(beside(policy, ref, stats.get("label"), getattr(
+        loss_fn, "reference", True)) | metrics, preference_loss=loss)
     if sft_weight:
       nll, extra = sft(policy, ref, stats)
       loss, metrics = loss + sft_weight * nll, metrics | extra

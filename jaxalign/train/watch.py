@@ -1,0 +1,103 @@
+"""What a run is watched for: explosion, displacement, no more improvement.
+
+All of it is read from the lines of metrics.jsonl, so a resumed run decides as
+an uninterrupted one.
+"""
+
+import statistics
+from typing import Any, NamedTuple, Sequence
+
+Lines = Sequence[dict[str, Any]]
+
+RECENT = 50  # updates that an exploding loss is compared with
+FIRST = 10  # updates before it is compared at all
+DRIFT_OVER = 20  # updates that a drift is averaged over
+DRIFT = -0.1  # nats a chosen token: it has become a tenth less likely
+WORSE = 0.1  # more answers without an end, or empty, than at first
+# Measures, by their last name, of which less is better.
+LOWER = ("loss", "malformed", "empty", "kl")
+
+
+def exploded(lines: Lines, loss: float, factor: float) -> float | None:
+  """The bound that a loss is over, or None.
+
+  The bound is `factor` times the larger of the first update's |loss| and the
+  median |loss| of the last 50 updates: a policy that fits its rows to 0.001
+  and meets a hard one has not exploded.
+
+  Args:
+    lines: of the updates before.
+    loss: of this update, finite.
+    factor: more than 1; 0 turns it off.
+  """
+  seen = [abs(x["train/loss"]) for x in lines]
+  if not factor or len(seen) < FIRST:
+    return None
+  bound = factor * max(seen[0], statistics.median(seen[-RECENT:]))
+  return bound if loss > bound else None
+
+
+def displaced(lines: Lines) -> str:
+  """Words for likelihood displacement in the newest updates; "" for none.
+
+  The chosen answers lose probability against the reference while their margin
+  over the rejected ones grows: what they lose goes to answers that are
+  neither (Razin et al. 2024).
+  """
+  lines = [x for x in lines[-DRIFT_OVER:] if "drift/chosen" in x]
+  if len(lines) < DRIFT_OVER or "drift/rejected" not in lines[-1]:
+    return ""
+  mean = lambda name: statistics.fmean(x[name] for x in lines if name in x)
+  chosen, rejected = mean("drift/chosen"), mean("drift/rejected")
+  each = chosen / max(mean("lengths/chosen"), 1.0)
+  if each > DRIFT or chosen <= rejected:
+    return ""
+  return (f"the chosen answers are {-chosen:.1f} nats less likely than under "
+          f"the reference ({-each:.2f} a token) while the margin grows to "
+          f"{chosen - rejected:.1f}: likelihood displacement, their "
+          "probability goes to answers that are neither. Look at generations "
+          "(config.train.eval_sets), raise config.loss.sft_weight or beta")
+
+
+def collapsed(lines: Lines) -> str:
+  """Words for answers that stop ending while pairs look better; "" for none."""
+  seen = [x for x in lines if "eval/generations/ended" in x]
+  if len(seen) < 2:
+    return ""
+  first, last = seen[0], seen[-1]
+  bad = lambda x: (1 - x["eval/generations/ended"]
+                   + x["eval/generations/empty"])
+  if bad(last) - bad(first) <= WORSE:
+    return ""
+  return (f"{bad(last):.0%} of the generated answers are empty or have no end "
+          f"({bad(first):.0%} at the first evaluation); pair accuracy does not "
+          "show this. Raise config.loss.sft_weight or beta, or stop earlier")
+
+
+class Best(NamedTuple):
+  """The best evaluation so far."""
+
+  step: int  # updates done; 0: none
+  value: float
+  stale: int  # evaluations since
+
+
+def best_of(lines: Lines, name: str, since: int = 0) -> Best:
+  """The first of the best values of a measure.
+
+  Args:
+    lines: as they stand in metrics.jsonl.
+    name: "held_out/accuracy"; of the last names in LOWER less is better.
+    since: updates done before which nothing counts.
+  """
+  sign = -1.0 if name.split("/")[-1] in LOWER else 1.0
+  best = Best(0, 0.0, 0)
+  for line in lines:
+    value = line.get(f"eval/{name}")
+    if value is None or line["step"] + 1 < since:
+      continue
+    if not best.step or sign * value > sign * best.value:
+      best = Best(line["step"] + 1, value, 0)
+    else:
+      best = best._replace(stale=best.stale + 1)
+  return best
