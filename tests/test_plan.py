@@ -11,10 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from configs import common
 from conftest import ROOT
+from jaxalign import job as job_lib
 from jaxalign import memory
 from jaxalign import plan
 from jaxalign import sharding
+from jaxalign import study
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.train import optim
@@ -187,6 +190,15 @@ def test_a_dry_run_prints_the_whole_job(said):
   np.testing.assert_allclose(
       stages["align all-1-seed0"][2] / stages["embed"][2],
       3 * 125 * 64 / 8000, rtol=0.02)
+  # Before anything runs, what choosing takes, of every sampler.
+  chosen = dict(re.findall(r"choosing by (\S+): (\S+) operations", text))
+  assert list(chosen) == ["isa-0.1", "random-0.1", "all-1"]
+  np.testing.assert_allclose(
+      float(chosen["isa-0.1"]), stages["embed"][2] + stages["mixture"][2]
+      + stages["select isa-0.1-seed0"][2], rtol=0.02)
+  assert re.search(r"choosing by isa-0.1: .*\(embed, mixture, select\), about "
+                   r"\S+; reads 62.5 KiB, holds \S+ KiB, 0.0 KiB on the", text)
+  assert "choosing by random-0.1: " in text and "(select), about" in text
   for words in ("nothing computed", "memory a device", "parameters",
                 "optimizer", "activations", "GFLOP/s", "'fsdp': 8"):
     assert words in text
@@ -203,3 +215,56 @@ def test_a_dry_run_of_a_file_counts_its_rows(said):
   assert stages["embed"][:2] == (2 * split["pool"], "rows")
   kept = int(0.5 * split["pool"])
   assert stages["align isa-0.5-seed0"][:2] == (-(-3 * kept // 32), "updates")
+
+
+def a_job(sampler, compare=(), **knobs):
+  """A job of the tiny world that is only planned."""
+  c = common.base("tiny")
+  c.select.sampler, c.compare = sampler, compare
+  for name, value in knobs.items():
+    section, _, knob = name.partition("__")
+    c[section][knob] = value
+  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  job = job_lib.Job(c, mesh, "nowhere")
+  return job, study.arms_of(c)
+
+
+ROWS, TOKENS = dict(sft=200, pool=160, held_out=40), dict.fromkeys(
+    ("sft", "pool", "held_out"), 14.0)
+
+
+def test_stages_that_samplers_read_are_planned_by_hand():
+  job, arms = a_job("ifd", ("ask_llm", "implicit_margin", "selective_dpo"),
+                    proxy__models=6, proxy__half_updates=0, ask__context=384)
+  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  # Width 32, one layer, 2 heads of 16, 64 between; 512 pieces.
+  layer = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+  row = lambda t, logits: (layer * t + 4 * 32 * t * t + 2 * 32 * 512 * logits)
+  assert found["embed", ""].operations == 320 * row(14, 14)
+  assert found["alone", ""].operations == 320 * row(8, 8)
+  question = int(14 + (len(job.c.ask.question) + 64) / 3)
+  assert found["ask", ""].operations == 320 * row(question, 1)
+  # Four updates of eight pairs, forward and backward; the pool once.
+  assert found["proxy", ""].operations == (3 * 4 * 16 + 320) * row(14, 14)
+  # Six models, each once over its half, 80 pairs, and once over the pool.
+  assert found["held_out", ""].operations == 6 * (
+      3 * 10 * 16 + 320) * row(14, 14)
+  assert ("mixture", "") not in found and ("rewards", "") not in found
+  for arm in arms:
+    assert found["select", arm.name].seconds > 0
+  rate = plan.rate_of(job.mesh.devices.flat[0])
+  np.testing.assert_allclose(found["proxy", ""].seconds * rate,
+                             found["proxy", ""].operations)
+
+
+def test_a_reward_model_and_small_proxies_are_planned(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(dict(
+      architectures=["BertForSequenceClassification"], model_type="bert",
+      hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+      intermediate_size=12, vocab_size=9, max_position_embeddings=40,
+      id2label={"0": "reward"})))
+  job, arms = a_job("external_margin", rewards__checkpoint=str(tmp_path))
+  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  layer = 2 * (4 * 8 * 8 + 2 * 8 * 12) * 14 + 4 * 8 * 14 * 14
+  assert found["rewards", ""].operations == 320 * (
+      2 * layer + 2 * 8 * 8 + 2 * 8)

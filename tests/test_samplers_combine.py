@@ -1,11 +1,14 @@
 """Samplers made of samplers: gate, dedup, quota, diverse, product, compose."""
 
+import functools
 import inspect
 
 import numpy as np
 import pytest
 import scipy.stats
 
+from configs import common
+from jaxalign import job
 from jaxalign.errors import ConfigError
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import SAMPLERS, combine, dedup
@@ -144,3 +147,66 @@ def test_the_first_step_sees_the_whole_pool():
     combine.compose(ISA, [dict(name="sieve")])
   with pytest.raises(ConfigError, match="takes no 'lower'"):
     combine.compose(ISA, [dict(name="gate", column="reward", lower=0.1)])
+
+
+# By name, as a config has them.
+
+
+@pytest.mark.parametrize("name,made", [
+    ("isa", lambda: ISA),
+    ("isa(order=magnitude)", lambda: functools.partial(
+        ISA, order="magnitude")),
+    ("gate(column=reward, low=0.2) | isa", lambda: MADE["gate"]),
+    ("dedup(threshold=0.8)|random", lambda: MADE["dedup"]),
+    ("quota(by=source) | length", lambda: MADE["quota"]),
+    ("diverse(threshold=0.8)|ask_llm", lambda: MADE["diverse"]),
+    ("ask_llm * external_margin", lambda: MADE["product"]),
+    ("gate(column='reward', low=0.2) | dedup(threshold=0.9) | "
+     "quota(by=source, shares=equal) | isa", lambda: MADE["all"]),
+    ("quota(by=(source,), shares={web: 3, 'chat': 1}) | random",
+     lambda: combine.quota(SAMPLERS["random"], "source",
+                           {"web": 3, "chat": 1})),
+    ("gate(column=p_yes,low=.5) | isa(order=magnitude) * length",
+     lambda: combine.gate(combine.product(functools.update_wrapper(
+         functools.partial(ISA, order="magnitude"), ISA),
+         SAMPLERS["length"]), "p_yes", 0.5))])
+def test_a_name_means_what_the_functions_make(name, made):
+  got, wanted = combine.named(name), made()
+  a, b = got(1, POOL, 40), wanted(1, POOL, 40)
+  assert list(a.rows) == list(b.rows)
+  np.testing.assert_array_equal(a.score, b.score)
+  if hasattr(wanted, "needs"):
+    assert got.needs == wanted.needs
+
+
+def test_knobs_reach_the_sampler_behind_the_steps():
+  c = common.base()
+  c.select.order = "magnitude"
+  chain = combine.named("gate(column=reward) | isa")
+  assert job.sampler_kwargs(c, chain)["order"] == "magnitude"
+  # What the name itself binds stands.
+  bound = combine.named("gate(column=reward) | isa(order=renormalised)")
+  assert "order" not in job.sampler_kwargs(c, bound)
+
+
+@pytest.mark.parametrize("name,words", [
+    ("sieve(a=1) | isa", "unknown step 'sieve'"),
+    ("gate(reward) | isa", "name.keyword=value."),
+    ("gate(column=reward, lower=1) | isa", "takes no 'lower'"),
+    ("gate(low=0.1) | isa", "column"),
+    ("gate(column=__import__('os')) | isa", "name.keyword=value."),
+    ("1 + 1 | isa", "name.keyword=value."),
+    ("gate(column=reward) | is", "did you mean 'isa'"),
+    ("dedup | ", "unknown sampler ''"),
+    ("ask_llm * nothing", "unknown sampler 'nothing'"),
+    ("gate(column=reward, low=2) | isa", "two quantiles")])
+def test_a_wrong_chain_says_where(name, words):
+  with pytest.raises(ConfigError, match=words) as error:
+    combine.named(name, "compare")
+  assert "config.compare" in str(error.value)
+
+
+def test_a_chain_has_a_folder_of_its_own():
+  arm = job.Arm("dedup(threshold=0.9) | quota(by='source') | a:b * isa", 0.1, 0)
+  assert arm.name == (
+      "dedup(threshold=0.9)-then-quota(by=source)-then-a.b-x-isa-0.1-seed0")

@@ -74,7 +74,7 @@ def _real(p: Pool) -> tuple[float, int, int]:
 
 def _facility_location(p: Pool) -> tuple[float, int, int]:
   drawn = p.n > submodular.EXACT_ROWS
-  columns = min(2**27, (p.n + 256) * p.n)  # float32 numbers that are kept
+  columns = p.n * (256 + min(2**27 // p.n, p.n))  # float32, that are kept
   return (2 * p.n**2 * p.e * (math.log(20) if drawn else 1),
           _vectors(p) + 4 * columns, 0)
 
