@@ -29,8 +29,8 @@ SHARE_LIMIT = 1000.0
 # host's eigenvectors in each iteration; wider, two products cost less.
 JOINT_WIDTH = 1024
 # A low-rank component's own noise is at least this share of the pooled
-# variance: |F y|^2 - |V^T y|^2 is a float32 difference. The M-step under this
-# bound is the unbounded one cut off there, so the likelihood still never falls.
+# variance. The M-step under this bound is the unbounded one cut off there, so
+# the likelihood still never falls.
 NOISE = 1e-3
 
 
@@ -40,7 +40,7 @@ class Sums(NamedTuple):
   count: np.ndarray  # [K], sum of r
   first: np.ndarray  # [K, P], sum of r y, y = z - mean
   second: np.ndarray  # [K, P, P] or [K, P], sum of r y y^T; [P, P] where tied
-  cross: np.ndarray  # [K, P, q], sum of r y (V^T y)^T, of low rank
+  cross: np.ndarray  # [K, P, q], sum of r y f^T, of low rank
 
 
 # On the device: a tile's log joint [K, rows], then its sums.
@@ -108,32 +108,30 @@ def _full_tile(params, z, weight):
 
 
 def _diagonal_tile(params, z, weight):
-  """Diagonal covariances, and V [K, P, q] where the rank is above 0."""
-  constants, means, scale, low = params
-
-  def project(part):
-    mean, v = part
-    return jnp.matmul(z - mean[None], v, precision=HIGHEST)
+  """Diagonal covariances, with loadings [K, P, q] where q is above 0."""
+  constants, means, scale, low, loadings = params
+  dot = functools.partial(jnp.matmul, precision=HIGHEST)
 
   def distance(part):
-    mean, one = part
-    return ((((z - mean[None]) * one[None])**2).sum(1),)
+    mean, one, *rank = part
+    y = z - mean[None]
+    if not rank:
+      return ((y * one[None])**2).sum(1), None
+    f = dot(y, rank[0])
+    rest = y - dot(f, rank[1].T)
+    return ((rest * one[None])**2).sum(1) + (f**2).sum(1), f
 
-  squared, = jax.lax.map(distance, (means, scale))
-  if low.shape[-1]:
-    g = jax.lax.map(project, (means, low))
-    squared = squared - (g**2).sum(-1)
+  parts = (means, scale) + ((low, loadings) if low.shape[-1] else ())
+  squared, factors = jax.lax.map(distance, parts)
   r, bound = _posterior(constants[:, None] - 0.5 * squared, weight)
 
   def moments(part):
-    one, mean, *g = part
+    one, mean, *f = part
     y = z - mean[None]
-    weighted = one[:, None] * y
-    return (jnp.matmul(one, y, precision=HIGHEST),
-            jnp.matmul(one, y * y, precision=HIGHEST),
-            *(exact.product(weighted, one_g) for one_g in g))
+    return (dot(one, y), dot(one, y * y),
+            *(exact.product(one[:, None] * y, f[0]) for _ in f))
 
-  parts = (r, means) + ((g,) if low.shape[-1] else ())
+  parts = (r, means) + ((factors,) if low.shape[-1] else ())
   names = ("first", "second", "cross")
   return dict(zip(names, jax.lax.map(moments, parts)), count=r.sum(1)), bound
 
@@ -310,11 +308,11 @@ def _diagonal_sweep(mesh, rows, state, ridge):
   constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
   bounds = _bounds(rows, state.means)
   if is_low_rank(state):
-    # |V^T y|^2 <= y^T D^-1 y, and V^T y is no longer than V times y.
+    # |f|^2 <= y^T D^-1 y, and f is no longer than its matrix times y.
     least = min(float((f.low**2).sum(1).max()), float((f.scale**2).max()))
     bounds["cross"] = bounds["second"] * max(width * least, 1e-12)**0.5
   sums, bound = _summed(mesh, "diagonal", rows, (
-      constants, state.means, f.scale, f.low), bounds)
+      constants, state.means, f.scale, f.low, state.loadings), bounds)
   return Sums(sums["count"], sums["first"], sums["second"],
               sums.get("cross", np.zeros(state.loadings.shape))), bound
 
@@ -345,7 +343,7 @@ def _m_step_low_rank(sums: Sums, state: State, ridge: float) -> State:
   """The M-step of a mixture of factor analysers.
 
   Ghahramani and Hinton 1996, with the mean as the loading of a constant
-  factor: y = W f + m + noise, E[f | y] = B y with B = W^T Sigma^-1 = L^-T V^T.
+  factor: y = W f + m + noise, E[f | y] = B y with B = W^T Sigma^-1.
   Rows blurred by the ridge add count * ridge to the moments of y.
   """
   count, width, rank = sums.cross.shape
@@ -354,9 +352,8 @@ def _m_step_low_rank(sums: Sums, state: State, ridge: float) -> State:
     d, w, n = state.covariances[k], state.loadings[k], sums.count[k]
     scaled = w / d[:, None]
     inner = np.eye(rank) + w.T @ scaled
-    back = np.linalg.inv(np.linalg.cholesky(inner))  # L^-1
-    b = back.T @ back @ scaled.T  # [q, P]
-    cross = sums.cross[k] @ back + n * ridge * b.T  # sum of r y f^T
+    b = np.linalg.solve(inner, scaled.T)  # [q, P]
+    cross = sums.cross[k] + n * ridge * b.T
     second = sums.second[k] + n * ridge  # of the diagonal
     f = b @ sums.first[k]
     moment = n * (np.eye(rank) - b @ w) + b @ cross
@@ -379,7 +376,7 @@ def operations(n: int, width: int, components: int, covariance: str,
   if covariance == "diag":
     return 8 * components * n * width
   if covariance == "low_rank":
-    return components * n * width * (8 + 4 * rank)
+    return components * n * width * (8 + 6 * rank)
   if covariance == "tied":
     return square
   if components == 2:

@@ -163,7 +163,7 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
   accelerator takes all rows at once.
   """
   dot = lambda x, y: jnp.einsum("tp,tq->pq", x, y, precision=HIGHEST)
-  if jax.default_backend() != "cpu":
+  if sharding.platform() != "cpu":
     return dot(a, b)
   rows = a.shape[0]
   if min(a.shape[1], b.shape[1]) >= PANEL:

@@ -28,7 +28,9 @@ class Factors(NamedTuple):
 
   # [K, P, P], F with F F^T the precision; [K, P] standard deviations' inverse
   scale: np.ndarray
-  low: np.ndarray  # [K, P, q], V; y^T Sigma^-1 y = |F y|^2 - |V^T y|^2
+  # [K, P, q]: y low = f, the factors' mean given y. The distance of a row is
+  # |F (y - f W^T)|^2 + |f|^2, a sum without differences.
+  low: np.ndarray
   log_det: np.ndarray  # [K], of the covariances
   trace: np.ndarray  # [K], of the precisions
 
@@ -89,14 +91,13 @@ def factors_of(state: State) -> Factors:
     trace = (1 / covariances).sum(1)
     low = np.zeros(w.shape)
     if w.shape[-1]:
-      # Woodbury, with M = I + W^T D^-1 W = L L^T: V = D^-1 W L^-T.
+      # Woodbury, with M = I + W^T D^-1 W: low = D^-1 W M^-1.
       scaled = w / covariances[..., None]
       inner = np.eye(w.shape[-1]) + w.swapaxes(1, 2) @ scaled
       for k, lower in enumerate(_cholesky(inner)):
-        low[k] = scipy.linalg.solve_triangular(lower, scaled[k].T,
-                                               lower=True).T
+        low[k] = scipy.linalg.cho_solve((lower, True), scaled[k].T).T
         log_det[k] += 2 * np.log(np.diagonal(lower)).sum()
-      trace = trace - (low**2).sum((1, 2))
+      trace = trace - (low * scaled).sum((1, 2))
     return Factors(scale, low, log_det, trace)
   lower = _cholesky(covariances)
   log_det = 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)
@@ -154,9 +155,9 @@ def log_joint(state: State, z: np.ndarray, project) -> np.ndarray:
   out = np.empty((len(z), len(constants)))
   for k, mean in enumerate(state.means):
     if f.scale.ndim == 2:
-      squared = (((z - mean) * f.scale[k])**2).sum(1)
-      if is_low_rank(state):
-        squared = squared - (project(mean, f.low[k], z)**2).sum(1)
+      factor = project(mean, f.low[k], z)
+      rest = z - mean - factor @ state.loadings[k].T
+      squared = ((rest * f.scale[k])**2).sum(1) + (factor**2).sum(1)
     else:
       squared = (project(mean, f.scale[k], z)**2).sum(1)
     out[:, k] = constants[k] - 0.5 * squared

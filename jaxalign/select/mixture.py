@@ -48,6 +48,24 @@ class Mixture(NamedTuple):
 # The fit.
 
 
+def components_of(value: Any) -> int | str:
+  """A knob's text or number -> K, or "labels".
+
+  Raises:
+    ConfigError: neither.
+  """
+  if value == LABELS:
+    return LABELS
+  try:
+    count = int(str(value))
+  except ValueError:
+    count = 0
+  if count < 1 or isinstance(value, bool):
+    raise ConfigError(f"select.mixture.components={value}, wanted 1 or more, "
+                      f"or '{LABELS}'; set {KNOB}.components")
+  return count
+
+
 class _Failed(Exception):
   """A start that lost a component twice; another start may do better."""
 

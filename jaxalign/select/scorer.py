@@ -31,9 +31,9 @@ def _is_scaling(matrix: np.ndarray) -> bool:
 def params_of(mixture: Any) -> dict[str, np.ndarray]:
   """A mixture as float32 arrays that read rows before any projection.
 
-  joint_k = constant_k - (|(u - centre_k) scale_k|^2 - |u' - low_centre_k|^2)/2
-  with u = (x - mean) basis, one basis for all components or one for each, and
-  u' = (u - ...) low_k. Products of matrices are taken in float64, here.
+  joint_k = constant_k - sum((u - centre_k)^2 precision_k) / 2, u = (x - mean)
+  basis, with one basis for all components or one for each; of low rank as
+  `gaussians.Factors` has it. Products of matrices are taken in float64, here.
   """
   state = State(mixture.log_weights, mixture.means, mixture.covariances,
                 mixture.loadings)
@@ -71,7 +71,7 @@ def params_of(mixture: Any) -> dict[str, np.ndarray]:
             np.diagonal(mixture.projection) if flat else mixture.projection}
     out |= dict(centres=means, precisions=f.scale**2)
     if f.low.shape[-1]:
-      out |= dict(low=f.low)
+      out |= dict(low=f.low, loadings=state.loadings)
   constants = gaussians.constants_of(
       state.log_weights, log_det, np.zeros(1), width, 0.0) - volume
   out["constants"] = np.broadcast_to(constants, (len(means),))
@@ -91,11 +91,16 @@ def log_likelihood_tile(params: dict[str, jax.Array], x: jax.Array
   else:
     u = (x * params["axes"][None] if "axes" in params
          else dot(x, params["basis"]))
-    squared = jnp.stack([dot((u - m[None])**2, d)
-                         for m, d in zip(centres, params["precisions"])])
-    if "low" in params:
-      squared -= jnp.stack([(dot(u - m[None], v)**2).sum(1)
-                            for m, v in zip(centres, params["low"])])
+    squared = []
+    for k in range(len(centres)):
+      y, factor = u - centres[k][None], None
+      if "low" in params:
+        factor = dot(y, params["low"][k])
+        y = y - dot(factor, params["loadings"][k].T)
+      squared.append(dot(y**2, params["precisions"][k]))
+      if factor is not None:
+        squared[k] += (factor**2).sum(1)
+    squared = jnp.stack(squared)
   return jax.nn.logsumexp(params["constants"][:, None] - 0.5 * squared, axis=0)
 
 

@@ -12,6 +12,7 @@ from jaxalign.select.topk import gumbel, id_hash, top, uniform
 
 STRATA = ("source", "label", "length")
 ORDERS = ("literal", "magnitude", "renormalised")
+SOFT = "soft"  # the fourth of isa: drawn by the magnitude
 PAIR_SCORES = SIDES
 TILE = 65536  # rows whose numbers are added at once
 
@@ -193,7 +194,7 @@ def entropy_change(log_likelihood: np.ndarray, order: str) -> np.ndarray:
 
   Args:
     log_likelihood: [...] nats, finite; all its entries are scaled together.
-    order: "literal", "magnitude" or "renormalised".
+    order: one of `ORDERS`.
 
   Returns:
     [...] float64, higher is selected first.
@@ -306,18 +307,21 @@ def isa(seed: int, pool: Pool, budget: int, *, order: str = "literal",
   """Rows whose removal changes the data set's entropy most, Khera et al. 2024.
 
   Args:
-    seed: of the draw where `soft` is above 0, else unused.
+    seed: of the draw, of order "soft" or where `soft` is above 0.
     pool: `pool.log_likelihood` [N, R] nats, finite; with a label quota also
       `pool.label` [N].
     budget: M, at most N.
     order: "literal" (signed change, descending: rare rows first), "magnitude"
-      (by size: dense rows first) or "renormalised"; see `entropy_change`.
+      (by size: dense rows first) or "renormalised", see `entropy_change`; or
+      "soft": rows drawn without replacement with weights |Delta|, the size of
+      the change, so that dense rows are likelier and no row is certain.
     pair_score: how the changes of a pair's two sides become one: "sum",
       "min", "max", "chosen", "difference" (chosen minus rejected) and the
       other `values.SIDES`. The paper ranks unpaired rows and does not say.
     soft: 0 keeps the highest changes. Above 0, rows are drawn without
       replacement with weights exp(change / (soft x standard deviation of the
-      changes)): small is nearly hard, large nearly random.
+      changes)): small is nearly hard, large nearly random. Not with order
+      "soft", whose weights have no scale.
     label_quota: for thumbs, the share of desirable rows among those chosen,
       or "as_pool"; None lets the score decide.
 
@@ -326,10 +330,23 @@ def isa(seed: int, pool: Pool, budget: int, *, order: str = "literal",
     draw, the logarithm of the weight plus the row's Gumbel number.
   """
   value = np.asarray(pool.log_likelihood, np.float64)
-  score = one_side(entropy_change(value, order), pair_score, "pair_score")
+  change = entropy_change(value, "magnitude" if order == SOFT else order)
+  score = one_side(change, pair_score, "pair_score")
   if not 0 <= soft < np.inf:
     raise ConfigError(f"soft is {soft!r}, wanted 0 or more; set "
                       "config.select.kwargs.soft")
+  if order == SOFT:
+    if soft:
+      raise ConfigError(f"order 'soft' draws by the change itself, and soft is "
+                        f"{soft!r}; set config.select.order or "
+                        "config.select.kwargs.soft to 0")
+    if (score < 0).any():
+      raise ConfigError(f"pair_score {pair_score!r} makes weights below 0, "
+                        "which order 'soft' cannot draw by; set "
+                        "config.select.pair_score to sum, mean, min or max")
+    # The least likely row of all has weight 0: it comes last.
+    weight = np.maximum(score, np.finfo(np.float64).tiny)
+    score = np.log(weight) + gumbel(seed, pool.ids, "isa")
   if soft:
     spread = score.std()
     if not spread > 0:
