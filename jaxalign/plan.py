@@ -20,6 +20,7 @@ from jaxalign.model import decoder
 from jaxalign.model import reward
 from jaxalign.model import weights
 from jaxalign.select import costs
+from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
@@ -137,7 +138,8 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     if stage in asked:
       add(stage, answers, "rows", operations())
   if any("log_likelihood" in x.needs for x in samplers.values()):
-    k, wide = c.select.mixture.components, chosen.model.width
+    k = mixtures.components_of(c.select.mixture.components)
+    k, wide = 2 if k == mixtures.LABELS else k, chosen.model.width
     width = (max(1, min(64, answers // 40, wide))
              if c.select.mixture.pca == "auto" else
              min(int(c.select.mixture.pca) or wide, wide))

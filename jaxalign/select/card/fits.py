@@ -91,6 +91,8 @@ def held_out(mesh: jax.sharding.Mesh, x: np.ndarray, *, seed: int = 0,
   inside[order[:records // 2]] = True
   inside = np.repeat(inside, responses)
   fit_options.pop("space", None)  # it has seen both halves
+  if fit_options.get("labels") is not None:
+    fit_options["labels"] = fit_options["labels"][inside]
   fitted = mixtures.fit(mesh, x[inside], seed=seed, **fit_options)
   seen = mixtures.log_likelihood(fitted, x[inside])
   unseen = mixtures.log_likelihood(fitted, x[~inside])
