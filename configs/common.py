@@ -93,12 +93,14 @@ def base(variant: str = "") -> ConfigDict:
   s = c.select = ConfigDict()
   s.sampler = "isa"  # a key of SAMPLERS, or "module:function"
   s.budget = 0.1  # a share of the pool (float) or a number of rows (int)
-  s.order = "literal"  # isa: "literal", "magnitude" or "renormalised"
+  s.order = "literal"  # isa: "literal", "magnitude", "renormalised", "soft"
   s.pair_score = "sum"  # isa: "sum", "min", "max", "chosen", "difference"
   s.label_quota = 0.0  # thumbs: share of desirable rows; 0: no quota
   s.kwargs = ConfigDict()  # more keywords of the sampler
   s.mixture = ConfigDict(dict(
-      components=2, covariance="full", pca="auto", ridge=1e-4, starts=10,
+      # A number, or "labels": one Gaussian per label in closed form.
+      components="2", covariance="full", pca="auto", ridge=1e-4, rank=8,
+      starts=10,  # rank: of covariance="low_rank"
       tol=1e-4, max_iterations=100, seed=0,
       reservoir=1_000_000))  # rows: of more, so many fit and all are scored
   s.stability_seeds = 3  # refits that the card compares; 0: none

@@ -40,7 +40,7 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "model.layers", "model.width", "model.heads", "model.kv_heads",
           "model.head_size", "model.ff", "model.head_chunk", "eval.prompts",
           "eval.new_tokens", "eval.tile", "select.mixture.starts",
-          "select.mixture.max_iterations", "select.mixture.components",
+          "select.mixture.max_iterations", "select.mixture.rank",
           "select.mixture.reservoir",
           "lora.batches", "seeds", "train.min_updates", "proxy.updates",
           "proxy.models", "proxy.save_every")
@@ -49,7 +49,7 @@ NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "sft.clip", "select.mixture.ridge", "lora.rank",
                 "train.peak", "ask.context",
                 "rewards.context", "proxy.half_updates", "proxy.clip")
-CHOICES = {"select.order": basic.ORDERS,
+CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
            "data.on_bad_rows": ("skip", "error"),
@@ -67,6 +67,11 @@ def _check_values(c: Any) -> None:
       if not value >= least:
         raise ConfigError(f"{name}={value}, wanted {least} or more; set "
                           f"config.{name}")
+  if mixtures.components_of(c.select.mixture.components) == mixtures.LABELS:
+    if c.select.mixture.covariance == "low_rank":
+      raise ConfigError("select.mixture.components='labels' is a closed form, "
+                        "which low_rank covariances have not; set "
+                        "config.select.mixture.covariance")
   for name, known in CHOICES.items():
     value = pick(c, name)[name]
     if value not in known:
