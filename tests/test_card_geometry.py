@@ -14,6 +14,7 @@ from jaxalign.select import neighbours
 from jaxalign.select.card import geometry, shifts, spectra
 from jaxalign.select.card import rows as rows_lib
 from jaxalign.select.pool import Pool, Selection, make_pool
+from jaxalign.select.topk import id_hash
 
 
 def brute(x, queries, targets):
@@ -166,6 +167,11 @@ def test_shares_beside_every_subset():
   np.testing.assert_allclose(np.sin(h / 2 + np.arcsin(np.sqrt(0.4)))**2, 0.75)
 
 
+def test_the_least_p_of_what_moved():
+  got = shifts.shares(np.arange(200) < 100, np.arange(100))
+  assert got["moved"] == 0.5 and got["moved_p"] == 1 / (1 + shifts.DRAWS)
+
+
 def test_many_values_are_gathered():
   values = np.repeat(np.arange(40), np.arange(40, 0, -1))
   got = shifts.shares(values, np.arange(0, len(values), 7))
@@ -281,6 +287,10 @@ def test_a_card_beside_float64():
   np.testing.assert_allclose(near["quantiles"], np.quantile(
       inside.max(1)[~mask], (0.05, 0.25, 0.5, 0.75, 0.95)), atol=1e-6)
   assert near["near_copy"]["value"] == (inside.max(1)[~mask] >= 0.95).mean()
+  drawn = np.argsort(id_hash(pool.ids, "card"), kind="stable")
+  np.testing.assert_allclose(near["random"], np.quantile(
+      cosine[np.ix_(drawn[40:], drawn[:40])].max(1),
+      (0.05, 0.25, 0.5, 0.75, 0.95)), atol=1e-6)
   copies = got["geometry"]["near_duplicates"]
   assert copies["kept"]["value"] == (inside.max(1)[mask] >= 0.95).mean()
   assert copies["pool"]["value"] == (cosine.max(1) >= 0.95).mean() >= 0.25
@@ -409,6 +419,14 @@ def test_overlaps_and_alternatives():
   a, b = np.arange(10), np.arange(5, 15)
   (got,) = card.overlaps({"a": a, "b": b}, 100)
   assert (got["a"], got["b"], got["jaccard"]) == ("a", "b", 5 / 15)
+  # Of 10 and 10 in 100, no shared row has a chance of 0.33, at most 3 of 0.99
+  # and at most 2 of 0.94.
+  assert (got["low"], got["high"]) == (0.0, 3 / 17)
+  wide = card.overlaps({"a": np.arange(60), "b": np.arange(30, 90)}, 100)[0]
+  shared = np.array([wide["low"], wide["high"]])
+  shared = 120 * shared / (1 + shared)  # of 120 - k, k are shared
+  np.testing.assert_allclose(shared, np.round(shared))
+  assert 0 < wide["low"] < 36 / 84 < wide["high"] < 1
   rng = np.random.default_rng(0)
   drawn = [card.jaccard(rng.choice(100, 10, False), rng.choice(100, 10, False))
            for _ in range(4000)]
