@@ -172,6 +172,29 @@ def base(variant: str = "") -> ConfigDict:
   c.eval.seed = 0
   c.eval.tile = 64
 
+  # Who says which of two answers is better: "world" (the true reward),
+  # "reward_model", "endpoint" (a model behind an OpenAI-compatible server),
+  # "none"; "auto": the world where there is one, else none.
+  j = c.judge = ConfigDict()
+  j.kind = "auto"
+  j.baseline = "target"  # beaten or not; or "reference", "chosen"
+  j.prompts = 128  # judged at most, of eval.prompts; the world judges all
+  j.labels = 32  # held-out pairs it judges too, beside their labels
+  j.controls = 20  # prompts of each control; see eval/judges/controls.py
+  j.checkpoint = ""  # a reward model, ...ForSequenceClassification
+  j.context = 0  # tokens it reads; 0: as model.context
+  j.endpoint = "https://api.openai.com/v1"
+  j.model = ""  # as the endpoint calls it
+  j.key_env = "OPENAI_API_KEY"  # the variable that holds the key; "": none
+  j.temperature = 0.0
+  j.max_tokens = 512  # of one reply
+  j.workers = 4  # requests at a time
+  j.per_minute = 120.0  # requests
+  j.timeout_s, j.retries, j.backoff_s = 60.0, 6, 1.0
+  j.max_requests = 2000  # in all, restarts counted; two a prompt and arm
+  j.max_total_tokens = 2_000_000  # in all, prompts and replies
+  j.cache = ""  # a file of verdicts; "": in the workdir
+
   c.profile = ConfigDict()
   c.profile.steps = (0, 0)  # (first, last) steps of alignment to trace
 
@@ -232,6 +255,7 @@ def _tiny(c: ConfigDict) -> None:
   c.proxy.models, c.proxy.save_every = 2, 2
   c.ask.context = 384
   c.eval.prompts, c.eval.new_tokens = 16, 8
+  c.judge.labels, c.judge.controls = 8, 4
   c.select.mixture.starts, c.select.stability_seeds = 1, 1
   c.compare = ("random",)
 

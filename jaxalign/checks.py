@@ -25,6 +25,7 @@ from jaxalign.select.samplers import basic
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
+from jaxalign.stages import judges
 from jaxalign.stages import proxies
 from jaxalign.stages import questions
 from jaxalign.stages import scores
@@ -48,7 +49,9 @@ NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "loss.sft_weight", "train.clip",
                 "sft.clip", "select.mixture.ridge", "lora.rank",
                 "train.peak", "ask.context",
-                "rewards.context", "proxy.half_updates", "proxy.clip")
+                "judge.prompts", "judge.labels", "judge.controls",
+                "judge.context", "judge.temperature", "rewards.context",
+                "proxy.half_updates", "proxy.clip")
 CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
@@ -140,6 +143,7 @@ def validate(c: Any, planned: bool = False) -> None:
   _check_values(c)
   if not (planned and c.data.assume_rows):
     prepare.check_source(c)
+  judges.check(c)
   sampler = combine.named(c.select.sampler)
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss_of(c).kind, "select.sampler")

@@ -12,14 +12,18 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign.data import world as world_lib
+from jaxalign.errors import DataError
 from jaxalign.eval import evaluate
 from jaxalign.eval import intervals
 from jaxalign.eval import plateau
 from jaxalign.eval import verdict
 from jaxalign.eval import winrate
+from jaxalign.eval.judges import verdicts as judging
 from jaxalign.job import Arm, Job, arm_folder
 from jaxalign.select.topk import budget_rows
+from jaxalign.stages import judges
 from jaxalign.stages.evaluate import read_samples
+from jaxalign.stages.judge import read_verdicts
 
 MIN_UPDATES = 50  # fewer compare recipes that have not begun, not rows
 NOT_SHARES = ("kl", "length")  # metrics that may leave [0, 1]
@@ -32,7 +36,8 @@ class Told(NamedTuple):
   metric: str  # a metric of eval.json
   unit: str  # the same in words
   prompts: list[str]  # P
-  won: dict[str, np.ndarray]  # of an arm or the start: [P] in [0, 1]
+  # Of an arm or the start: [P] in [0, 1], NaN where no verdict was read.
+  won: dict[str, np.ndarray]
 
 
 def start_of(job: Job) -> str:
@@ -43,24 +48,68 @@ def start_of(job: Job) -> str:
 def outcomes(job: Job, arms: list[Arm]) -> Told:
   """Win or loss of every arm by prompt, and of what they started from.
 
-  Without a true reward there is no win rate: then the pairs of held-out
-  accuracy are told, which the start has none of.
+  Without a judge, or with one that could not be read, there is no win rate:
+  then the pairs of held-out accuracy are told, which the start has none of.
+
+  Raises:
+    DataError: arms that were judged on different prompts.
   """
-  folders = {a.name: arm_folder(job, a) for a in arms}
+  kind = judges.kind_of(job.c)
+  if kind in judges.ASKED:
+    told = _judged(job, arms)
+    if legible(told):
+      return told
+  if kind == "world":
+    return _in_world(job, arms)
+  won = {a.name: _right(job, arm_folder(job, a)) for a in arms}
+  n = len(next(iter(won.values())))
+  return Told("accuracy", "held-out preference accuracy",
+              [str(i) for i in range(n)], won)
+
+
+def _in_world(job: Job, arms: list[Arm]) -> Told:
+  """By the true reward, against the target or the start."""
   start = read_samples(job.shared / "baseline")
-  if start[0]["reward"] is None:
-    won = {n: _right(job, f) for n, f in folders.items()}
-    n = len(next(iter(won.values())))
-    return Told("accuracy", "held-out preference accuracy",
-                [str(i) for i in range(n)], won)
-  told = {n: read_samples(f) for n, f in folders.items()}
-  world = job.examined.world
-  target = np.array([world_lib.reward(world, s["prompt"], s["target"])
-                     for s in start])
-  return Told("win_vs_target", "win rate against the SFT target",
-              [s["id"] for s in start],
-              {n: winrate.wins(np.array([s["reward"] for s in samples]), target)
-               for n, samples in {**told, start_of(job): start}.items()})
+  told = {a.name: read_samples(arm_folder(job, a)) for a in arms}
+  told[start_of(job)] = start
+  rewards = {n: np.array([s["reward"] for s in samples])
+             for n, samples in told.items()}
+  against = "SFT target"
+  if job.c.judge.baseline == "target":
+    theirs = np.array([world_lib.reward(
+        job.examined.world, s["prompt"], s["target"]) for s in start])
+  else:
+    against, theirs = "reference", rewards[start_of(job)]
+  return Told(judging.BASELINES[job.c.judge.baseline][0],
+              f"win rate against the {against}", [s["id"] for s in start],
+              {n: winrate.wins(x, theirs) for n, x in rewards.items()})
+
+
+def _judged(job: Job, arms: list[Arm]) -> Told:
+  """By the judge that was asked."""
+  rows = {a.name: read_verdicts(arm_folder(job, a)) for a in arms}
+  rows[start_of(job)] = read_verdicts(job.shared / "judge")
+  prompts = [row["id"] for row in rows[start_of(job)]]
+  for name, found in rows.items():
+    if [row["id"] for row in found] != prompts:
+      raise DataError(f"{name} was judged on other prompts than the "
+                      f"{start_of(job)}; --redo, or use another --workdir")
+  metric, against = judging.BASELINES[job.c.judge.baseline]
+  return Told(metric, f"win rate against {against}, by {judges.name_of(job.c)}",
+              prompts, {name: np.array([
+                  np.nan if row["won"] is None else row["won"]
+                  for row in found], np.float64)
+                        for name, found in rows.items()})
+
+
+def legible(told: Told) -> bool:
+  """Whether there is a prompt of which every verdict could be read."""
+  return bool(_read(*told.won.values()).any())
+
+
+def _read(*won: np.ndarray) -> np.ndarray:
+  """[P] whether every one of [..., P] outcomes was read."""
+  return ~np.isnan(np.concatenate([np.atleast_2d(w) for w in won])).any(axis=0)
 
 
 def _right(job: Job, folder: Any) -> np.ndarray:
@@ -79,9 +128,16 @@ def paired(told: Told, names: list[str], start: str) -> list[dict[str, Any]]:
     pairs += [(name, start) for name in names]
   out = []
   for a, b in pairs:
-    diff = intervals.difference(told.won[a], told.won[b])
+    read = _read(told.won[a], told.won[b])
+    diff = intervals.difference(told.won[a][read], told.won[b][read])
+    words = intervals.in_words(a, b, diff, told.unit)
+    if 0 < diff["n"] < verdict.MIN_PROMPTS:
+      words = (f"{a} against {b}: {100 * diff['value']:+.1f} points of "
+               f"{told.unit} (95 % interval {100 * diff['low']:+.1f} to "
+               f"{100 * diff['high']:+.1f}, n = {diff['n']}). No verdict: it "
+               f"needs at least {verdict.MIN_PROMPTS} prompts.")
     out.append(dict(a=a, b=b, metric=told.metric, difference=diff,
-                    words=intervals.in_words(a, b, diff, told.unit)))
+                    words=words))
   return out
 
 
@@ -142,12 +198,23 @@ def _arms(told: Told, groups: dict[str, list[Arm]], start: str
   return out
 
 
+def _both(a: verdict.Arm, b: verdict.Arm) -> tuple[verdict.Arm, verdict.Arm]:
+  """Two arms on the prompts that were read of both, whatever the seed."""
+  read = _read(a.outcome, b.outcome)
+  if read.all():
+    return a, b
+  cut = lambda x: x._replace(
+      prompts=[p for p, kept in zip(x.prompts, read) if kept],
+      outcome=x.outcome[:, read])
+  return cut(a), cut(b)
+
+
 def verdicts(told: Told, groups: dict[str, list[Arm]], chosen: str, start: str
              ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   """Several seeds: (verdicts between arms, each arm against its start)."""
   arms = _arms(told, groups, start)
   def judged(pairs):
-    found = verdict.compare([(arms[a], arms[b]) for a, b, *_ in pairs],
+    found = verdict.compare([_both(arms[a], arms[b]) for a, b, *_ in pairs],
                             unit=told.unit)
     return [dict(one, a=a, b=b, title=title, label=label, metric=told.metric)
             for (a, b, title, label), one in zip(pairs, found)]
@@ -159,8 +226,11 @@ def verdicts(told: Told, groups: dict[str, list[Arm]], chosen: str, start: str
 def _over_cells(outcome: np.ndarray) -> dict[str, Any]:
   """A mean of [S, P] shares with its interval over seeds and prompts.
 
+  A prompt counts where it was read of every seed.
+
   Cells that are all alike show no spread; then the prompts alone bound it.
   """
+  outcome = outcome[:, _read(outcome)]
   found = intervals.crossed(outcome)
   if found["low"] is None or np.ptp(outcome) == 0:
     bounds = intervals.share(outcome.mean(axis=0))
@@ -200,15 +270,16 @@ def ranking(told: Told, groups: dict[str, list[Arm]]) -> list[dict[str, Any]]:
            for b in names[i + 1:]]
   better = set()
   for (a, b), one in zip(pairs, verdict.compare(
-      [(arms[a], arms[b]) for a, b in pairs], unit=told.unit)):
+      [_both(arms[a], arms[b]) for a, b in pairs], unit=told.unit)):
     if one["p_differ"] is not None and one["verdict"] != "withheld" and (
         one["p_differ"] < one["level"]):
       better.add((a, b) if one["difference"]["value"] > 0 else (b, a))
   out = []
   for budget, names in budgets.items():
-    order = sorted(names, key=lambda n: -float(arms[n].outcome.mean()))
+    cells = {n: _over_cells(arms[n].outcome) for n in names}
+    order = sorted(names, key=lambda n: -cells[n]["value"])
     out.append(dict(budget=budget, rows=[
-        dict(_over_cells(arms[n].outcome), name=n, rank=i + 1, **{
+        dict(cells[n], name=n, rank=i + 1, **{
             "from": 1 + sum((m, n) in better for m in names),
             "to": len(names) - sum((n, m) in better for m in names)})
         for i, n in enumerate(order)]))
@@ -235,9 +306,9 @@ def curve(job: Job, told: Told, arms: list[Arm], start: str
     return None
   n = len(job.column("pool", "id"))
   x = [100 * m / n for m, _ in points]
-  y = [100 * float(told.won[a.name].mean()) for _, a in points]
+  y = [100 * float(np.nanmean(told.won[a.name])) for _, a in points]
   if start in told.won:
-    x, y = [0.0, *x], [100 * float(told.won[start].mean()), *y]
+    x, y = [0.0, *x], [100 * float(np.nanmean(told.won[start])), *y]
   found = plateau.fit(x, y)
   return found | dict(
       sampler=job.c.select.sampler, metric=told.metric,

@@ -1,8 +1,9 @@
 """One job's stages in order; the only file that knows the order.
 
-data -> sft -> embed -> mixture -> (baseline), shared by all arms, then for
-each arm select -> card -> ref_logps -> align -> evaluate -> export. Rooms meet
-here, through files: `select` and `train` never import each other.
+data -> sft -> embed -> mixture -> baseline -> (judge), shared by all arms,
+then for each arm select -> card -> ref_logps -> align -> evaluate -> (judge)
+-> export. Rooms meet here, through files: `select` and `train` never import
+each other.
 """
 
 from jaxalign.job import Arm, Job
@@ -15,6 +16,8 @@ from jaxalign.stages.data import run_data
 from jaxalign.stages.embed import run_embed, run_residual
 from jaxalign.stages.evaluate import (
     policy_of, run_baseline, run_evaluate, run_export)
+from jaxalign.stages.judge import run_judge, run_judge_start
+from jaxalign.stages.judges import check_enough, check_ready
 from jaxalign.stages.mixture import run_mixture
 from jaxalign.stages.proxies import run_held_out, run_proxy
 from jaxalign.stages.ref_logps import run_ref_logps
@@ -56,11 +59,14 @@ def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
 
 def run_shared(job: Job, arms: list[Arm]) -> None:
   """The stages that all arms read."""
+  check_ready(job, arms)
   run_data(job)
   _check_budgets(job, arms)
+  check_enough(job, arms)
   run_sft(job)
   run_scores(job, arms, also=("embed",))
   run_baseline(job)
+  run_judge_start(job)
 
 
 def run_arm(job: Job, arm: Arm) -> None:
@@ -69,6 +75,7 @@ def run_arm(job: Job, arm: Arm) -> None:
     stage(job, arm)
   policy = policy_of(job, arm)
   run_evaluate(job, arm, policy)
+  run_judge(job, arm)
   run_export(job, arm, policy)
 
 
@@ -83,16 +90,21 @@ def run_selection(job: Job, arm: Arm) -> None:
 
 def run_training(job: Job, arm: Arm) -> None:
   """Aligns on the rows of an arm; measures where rows are held out."""
+  check_ready(job, [arm])
   run_data(job)
   _check_budgets(job, [arm])
-  run_sft(job)
-  run_scores(job, [arm], also=("embed",))
   measured = len(job.column("held_out", "id")) > 0
   if measured:
+    check_enough(job, [arm])
+  run_sft(job)
+  run_scores(job, [arm], also=("embed",))
+  if measured:
     run_baseline(job)
+    run_judge_start(job)
   for stage in (run_select, run_ref_logps, run_align):
     stage(job, arm)
   policy = policy_of(job, arm)
   if measured:
     run_evaluate(job, arm, policy)
+    run_judge(job, arm)
   run_export(job, arm, policy)

@@ -27,6 +27,8 @@ from jaxalign.report.pages import study as study_page
 from jaxalign.select import embed
 from jaxalign.select.samplers import combine
 from jaxalign.stages import columns
+from jaxalign.stages import judge
+from jaxalign.stages import judges
 from jaxalign.stages.evaluate import read_samples
 from jaxalign.stages.select import selected_rows
 from jaxalign.train import feed
@@ -87,8 +89,10 @@ def run_page_of(job: Job, arm: Arm) -> None:
     return ["report.html"], Cost(), {}
 
   job.run(arm_folder(job, arm), REPORT, arm.name, make=make,
-          redo=True, fields=dict(version=jaxalign.__version__),
-          inputs=dict(evaluate=job.key("evaluate", arm.name)))
+          redo=True,
+          fields=dict(version=jaxalign.__version__) | judges.told(job.c),
+          inputs={name: job.key(name, arm.name) for name in (
+              "evaluate", "judge") if (arm.name, name) in job.cards})
 
 
 def run_report(job: Job, arms: list[Arm], command: str
@@ -111,8 +115,10 @@ def run_report(job: Job, arms: list[Arm], command: str
 
   job.run(job.workdir, REPORT, make=make, redo=True,
           fields=dict(version=jaxalign.__version__,
-                      arms=[a.name for a in arms]),
-          inputs={a.name: job.key(REPORT, a.name) for a in arms})
+                      arms=[a.name for a in arms]) | judges.told(job.c),
+          inputs={a.name: job.key(REPORT, a.name) for a in arms} | {
+              name: job.key(name) for name in ("judge",)
+              if ("", name) in job.cards})
 
 
 def _costs(job: Job, arms: list[Arm]) -> dict[str, Any]:
@@ -254,6 +260,10 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
   """A few prompts with every policy's answer."""
   told = {a.name: read_samples(arm_folder(job, a))
           for a in arms}
+  said = {n: judge.read_verdicts(folder) for n, folder in (
+      ("sft", job.shared / "judge"),
+      *((a.name, arm_folder(job, a)) for a in arms))
+          } if judges.kind_of(job.c) in judges.ASKED else {}
   out = []
   for k, sft in enumerate(read_samples(job.shared / "baseline")[:6]):
     rewards = dict(sft=sft["reward"]) | {
@@ -264,6 +274,10 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
     out.append(dict(prompt=sft["prompt"], target=sft["target"],
                     sft=sft["said"],
                     arms={n: s[k]["said"] for n, s in told.items()},
+                    against=job.c.judge.baseline,
+                    verdicts={n: {x: s[k][x] for x in (
+                        "won", "said", "replies", "theirs")}
+                              for n, s in said.items() if k < len(s)},
                     rewards={n: r for n, r in rewards.items()
                              if r is not None}))
   return out
@@ -273,7 +287,7 @@ def describe(job: Job, arm: Arm) -> dict[str, Any]:
   """What the report shows of one arm, from the artifacts alone."""
   folder = arm_folder(job, arm)
   align = job.cards[arm.name, "align"]
-  metrics = artifacts.read_json(folder / "eval.json")
+  metrics = judge.metrics_in(job.c, folder, folder)
   return dict(
       details=metrics.pop("details", None),
       name=arm.name, sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
@@ -303,10 +317,8 @@ def summarise(job: Job, arms: list[Arm], command: str
   if cut > 0.2:
     warnings.append(f"{100 * cut:.0f} % of the pool's rows were cut to "
                     f"{job.model.context} tokens; raise config.model.context")
-  if job.examined.world is None:
-    warnings.append("No win rate: this source has no true reward and no judge "
-                    "was asked, so arms are compared by held-out accuracy, "
-                    "which can rise while generation gets worse")
+  asked = judge.described(job, arms)
+  warnings += judge.warnings(asked)
   for arm in arms:
     card = artifacts.read_json(
         arm_folder(job, arm) / "selection.json")
@@ -328,9 +340,9 @@ def summarise(job: Job, arms: list[Arm], command: str
           "on everything with the same recipe.")
   pool = data["rows_by_split"]["pool"]
   unit = "pairs" if job.kind == "pairs" else "answers"
-  title, asked = _question(c, described, f"{pool:,} {unit}")
+  title, question = _question(c, described, f"{pool:,} {unit}")
   return found | dict(
-      title=title, asked=asked,
+      title=title, asked=question, judge=asked,
       command=command, version=jaxalign.__version__,
       created=datetime.datetime.now(datetime.timezone.utc).strftime(
           "%Y-%m-%d %H:%M UTC"),
@@ -374,7 +386,8 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
 
 def _baseline(job: Job) -> dict[str, Any]:
   """The start and its metrics."""
-  metrics = artifacts.read_json(job.shared / "baseline" / "eval.json")
+  metrics = judge.metrics_in(job.c, job.shared / "baseline",
+                             job.shared / "judge")
   metrics.pop("details", None)
   return dict(name=evidence.start_of(job)) | metrics
 

@@ -7,8 +7,8 @@ import numpy as np
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.eval import held_out
-from jaxalign.eval import lengths
 from jaxalign.eval import winrate
+from jaxalign.eval.judges import verdicts
 from jaxalign.model import decode
 from jaxalign.select import embed
 
@@ -136,13 +136,11 @@ def measure(what: Examined, policy: Outcome, reference: Outcome,
     topics = np.array([world_lib.topic(what.world, p) for p in prompts])
     target = np.array([world_lib.reward(what.world, p, what.rows[i]["target"])
                        for p, i in zip(prompts, what.asked)])
-    against = winrate.rates(policy.reward, target, topics)
-    out["win_vs_target"] = against["micro"]
-    out["win_vs_target_macro"] = against["macro"]
+    out, out["details"] = verdicts.measured(
+        "target", winrate.wins(policy.reward, target), policy.texts,
+        [what.rows[i]["target"] for i in what.asked], topics)
     out["win_vs_sft"] = winrate.rates(policy.reward, reference.reward,
                                       None)["micro"]
-    out["win_vs_target_equal_length"], out["details"] = _in_detail(
-        what, policy, winrate.wins(policy.reward, target), topics)
   out |= winrate.generation_health(policy.said, what.tokenizer.stops,
                                    malformed)
   out["accuracy"] = held_out.accuracy(*as_pairs(
@@ -153,26 +151,6 @@ def measure(what: Examined, policy: Outcome, reference: Outcome,
       what, policy.logp, count))
   out["kl"] = held_out.sampled_kl(policy.own_logp, answers_under_reference)
   return out
-
-
-def _in_detail(what: Examined, policy: Outcome, won: np.ndarray,
-               topics: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(the win rate at equal length, what stands behind the win rate).
-
-  Lengths are in characters, which no tokenizer shifts.
-
-  Args:
-    what: the held-out split.
-    policy: its outcome.
-    won: [p] 1 won, 0.5 tied, 0 lost against the target.
-    topics: [p].
-  """
-  size = lambda texts: np.array([len(t) for t in texts], np.float64)
-  fair = lengths.controlled(won, size(policy.texts), size(
-      [what.rows[i]["target"] for i in what.asked]))
-  return ({k: fair[k] for k in ("value", "low", "high", "n")},
-          dict(outcomes=winrate.outcomes(won), equal_length=fair,
-               by_topic=winrate.by_group(won, topics)))
 
 
 def as_pairs(what: Examined, policy: np.ndarray, ref: np.ndarray):

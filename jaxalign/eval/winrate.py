@@ -33,11 +33,12 @@ def outcomes(won: np.ndarray) -> dict[str, Any]:
   """Won, tied and lost apart, and the win rate among what was decided.
 
   Args:
-    won: [n] 1 won, 0.5 tied, 0 lost.
+    won: [n] 1 won, 0.5 tied, 0 lost; of two orders between: 0.75, won in one
+      and tied in the other, is won.
   """
   won = np.asarray(won, np.float64)
-  return dict(won=intervals.share(won == 1), tied=intervals.share(won == 0.5),
-              lost=intervals.share(won == 0),
+  return dict(won=intervals.share(won > 0.5), tied=intervals.share(won == 0.5),
+              lost=intervals.share(won < 0.5),
               decided=intervals.share(won[won != 0.5]))
 
 

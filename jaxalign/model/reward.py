@@ -20,7 +20,6 @@ from jaxalign.model import weights
 from jaxalign.model.table import Param, Params, Stored
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_KNOB = "set config.rewards.checkpoint"
 
 
 class RewardConfig(NamedTuple):
@@ -35,12 +34,14 @@ class RewardConfig(NamedTuple):
     return isinstance(self.model, encoder.EncoderConfig)
 
 
-def read_config(folder: Any, dtype: str = "float32") -> RewardConfig:
+def read_config(folder: Any, dtype: str = "float32",
+                knob: str = "config.rewards.checkpoint") -> RewardConfig:
   """The sizes of a sequence classifier of one label.
 
   Args:
     folder: a Hugging Face folder, or `hf:<repo>`.
     dtype: of the matrix products.
+    knob: that named it, for messages.
 
   Raises:
     ConfigError: no classifier, or one of another number of labels.
@@ -50,11 +51,11 @@ def read_config(folder: Any, dtype: str = "float32") -> RewardConfig:
   if not any(n.endswith("ForSequenceClassification") for n in named):
     raise ConfigError(
         f"{folder}/config.json: architectures {named or 'none'}, wanted a "
-        f"reward model, <Family>ForSequenceClassification; {_KNOB}")
+        f"reward model, <Family>ForSequenceClassification; set {knob}")
   labels = len(raw.get("id2label") or {0: "", 1: ""})  # two, unless it says
   if labels != 1:
     raise ConfigError(f"{folder}/config.json: {labels} labels (id2label), "
-                      f"wanted one, the reward; {_KNOB}")
+                      f"wanted one, the reward; set {knob}")
   kind = weights.model_type(folder)
   if kind in encoder.FAMILIES:
     return RewardConfig(encoder.read_config(folder, dtype=dtype), kind)

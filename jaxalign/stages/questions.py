@@ -142,6 +142,23 @@ def _rows(ids: list[np.ndarray], start: list[int], cut: Any = None
 
 def encode_chats(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
                  ) -> tokens_lib.TokenRows:
+  """Rows for a decoder that gives rewards, as `readable` has them.
+
+  Raises:
+    ConfigError: a record that the template will not have.
+  """
+  rows, refused = readable(folder, m, texts)
+  if refused:
+    i = min(refused)
+    name = f"{texts[i][0]['id']} ({texts[i][1]})"
+    raise ConfigError(f"the reward model cannot read {len(refused)} of "
+                      f"{len(texts)} answers, {name} for one "
+                      f"({refused[i]}); set config.rewards.checkpoint")
+  return rows
+
+
+def readable(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
+             ) -> tuple[tokens_lib.TokenRows, dict[int, str]]:
   """Rows for a decoder that gives rewards, each ended by its EOS.
 
   Its tokenizer's template where it has one, else prompt and answer as text.
@@ -151,11 +168,10 @@ def encode_chats(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
     m: its sizes; `m.context` is the longest row.
     texts: n (record, which of its answers).
 
-  Raises:
-    ConfigError: a record that the template will not have.
+  Returns:
+    The rows that can be read, and why each of the others cannot.
   """
   tok = load_tokenizer(folder)
-  names = [f"{row['id']} ({side})" for row, side in texts]
   if tok.template:
     turns = [row.get("turns") or [dict(role="user", content=row["prompt"])]
              for row, _ in texts]
@@ -168,12 +184,7 @@ def encode_chats(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
     rows, _, refused = tokens_lib.encode_texts(
         tok, [row["prompt"] for row, _ in texts],
         dict(response=[row[side] for row, side in texts]), m.context)
-  if refused:
-    i = min(refused)
-    raise ConfigError(f"the reward model cannot read {len(refused)} of "
-                      f"{len(texts)} answers, {names[i]} for one "
-                      f"({refused[i]}); set config.rewards.checkpoint")
-  return rows
+  return rows, refused
 
 
 def encode_two(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]

@@ -8,6 +8,7 @@ from typing import Any
 from jaxalign.errors import WriteError
 
 _SAID = ("first", "second", "tie", None)
+SHOWN = 600  # characters of a reply that are kept in memory, to be shown
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
@@ -21,7 +22,8 @@ def _line(text: bytes) -> dict[str, Any] | None:
       for k in ("requests", "tokens")):
     return None
   if "key" in found and (not isinstance(found["key"], str)
-                         or found.get("said", 0) not in _SAID):
+                         or found.get("said", 0) not in _SAID
+                         or not isinstance(found.get("reply", ""), str)):
     return None
   return found
 
@@ -36,6 +38,7 @@ class Verdicts:
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
     self.said: dict[str, str | None] = {}
+    self.replies: dict[str, str] = {}  # the start of each, by key
     self.requests = self.tokens = self.broken = 0
     self._lock = threading.Lock()
     data = self.path.read_bytes() if self.path.exists() else b""
@@ -47,9 +50,13 @@ class Verdicts:
       self.requests += found["requests"]
       self.tokens += found["tokens"]
       if "key" in found:
-        self.said[found["key"]] = found["said"]
+        self._keep(found)
     # A torn last line must not swallow the next one.
     self._start = b"\n" if data and not data.endswith(b"\n") else b""
+
+  def _keep(self, line: dict[str, Any]) -> None:
+    self.said[line["key"]] = line["said"]
+    self.replies[line["key"]] = line.get("reply", "")[:SHOWN]
 
   def add(self, **line: Any) -> None:
     """Appends one attempt: requests, tokens, and key and said if it has one.
@@ -70,4 +77,4 @@ class Verdicts:
       self.requests += line["requests"]
       self.tokens += line["tokens"]
       if "key" in line:
-        self.said[line["key"]] = line["said"]
+        self._keep(line)

@@ -8,8 +8,10 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import socket
 import threading
 import urllib.parse
+import urllib.request
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
@@ -51,12 +53,15 @@ def _key(e: Endpoint) -> str:
   return os.environ.get(e.key_env, "") if e.key_env else ""
 
 
-def check(e: Endpoint) -> None:
-  """Refuses settings that cannot work, before anything is sent.
+def check_settings(e: Endpoint) -> None:
+  """Refuses settings that can never work, whatever the environment holds.
 
   Raises:
-    ConfigError: no client library, no key, or a url or limit that cannot be.
+    ConfigError: no client library, no model, a url or limit that cannot be.
   """
+  if not e.model:
+    raise ConfigError("no model is named that is to judge; set "
+                      "config.judge.model")
   try:
     import openai  # noqa: F401, the extra
   except ImportError as error:
@@ -74,9 +79,6 @@ def check(e: Endpoint) -> None:
     raise ConfigError(f"the judge's url {e.url} would carry the key in the "
                       'clear; use https, or key_env="" for a server that '
                       "wants none")
-  if e.key_env and not _key(e):
-    raise ConfigError(f"the judge needs a key in the environment variable "
-                      f"{e.key_env}, found none; set it, or key_env")
   for name in ("max_tokens", "timeout_s", "per_minute", "workers",
                "max_requests", "max_total_tokens"):
     if not getattr(e, name) > 0:
@@ -84,6 +86,39 @@ def check(e: Endpoint) -> None:
   if e.retries < 0 or e.backoff_s < 0:
     raise ConfigError(f"judge.retries {e.retries} and judge.backoff_s "
                       f"{e.backoff_s}, wanted at least 0")
+
+
+def check(e: Endpoint) -> None:
+  """Refuses settings that cannot work now, before anything is sent.
+
+  Raises:
+    ConfigError: as `check_settings`, or no key in the environment.
+  """
+  check_settings(e)
+  if e.key_env and not _key(e):
+    raise ConfigError(f"the judge needs a key in the environment variable "
+                      f"{e.key_env}, found none; set it, or key_env")
+
+
+def check_reachable(e: Endpoint, timeout_s: float = 5.0) -> None:
+  """Opens a connection and closes it: nothing is asked, nothing is paid.
+
+  Behind a proxy, which alone knows what it reaches, nothing is tried.
+
+  Raises:
+    ConfigError: nobody listens there.
+  """
+  parts = urllib.parse.urlsplit(e.url)
+  if parts.scheme in urllib.request.getproxies() and not (
+      urllib.request.proxy_bypass(parts.hostname)):
+    return
+  port = parts.port or (443 if parts.scheme == "https" else 80)
+  try:
+    socket.create_connection((parts.hostname, port), timeout_s).close()
+  except OSError as error:
+    raise ConfigError(f"the judge's url {e.url} cannot be reached ({error}); "
+                      "start its server, or set config.judge.endpoint"
+                      ) from error
 
 
 def digest(e: Endpoint, pair: Pair) -> str:
@@ -191,11 +226,13 @@ def judge(e: Endpoint, pairs: Sequence[Pair], path: Any
     ConfigError, RestartError: as `check` and the endpoint have it; every
       verdict got before is kept.
   """
-  check(e)
+  check_settings(e)
   import openai
   kept = Verdicts(path)
   keys = [digest(e, pair) for pair in pairs]
   new = {k: p for k, p in zip(keys, pairs) if k not in kept.said}
+  if new:
+    check(e)
   budget = limits.Budget(
       max_requests=e.max_requests, max_total_tokens=e.max_total_tokens,
       per_minute=e.per_minute, requests=kept.requests, tokens=kept.tokens)
@@ -235,16 +272,20 @@ def both_orders(e: Endpoint, pairs: Sequence[Pair], path: Any
   Returns:
     As `winrate.both_orders` ("won" [n] for the answer given first, "rate",
     "bias", "consistent", "unparsable"), with "said", the verdicts in the two
-    orders, and "cost" as from `judge`.
+    orders, "replies", the start of what was written in each, and "cost" as
+    from `judge`.
   """
   turned = [Pair(p.question, p.second, p.first) for p in pairs]
   said, cost = judge(e, [*pairs, *turned], path)
+  kept = Verdicts(path)
   won = {"first": 1.0, "tie": 0.5, "second": 0.0, None: np.nan}
   n = len(pairs)
   as_is = np.array([won[s] for s in said[:n]])
   after = 1 - np.array([won[s] for s in said[n:]])
   return winrate.both_orders(as_is, after) | dict(
-      said=list(zip(said[:n], said[n:])), cost=cost)
+      said=list(zip(said[:n], said[n:])), cost=cost, replies=[
+          (kept.replies[digest(e, a)], kept.replies[digest(e, b)])
+          for a, b in zip(pairs, turned)])
 
 
 def as_verdicts(out: dict[str, Any], items: Sequence[Any], ours: str,

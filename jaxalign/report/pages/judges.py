@@ -1,11 +1,11 @@
-"""The section on the judges: whom they agree with, and their controls."""
+"""The section on the judge: its verdicts, controls, and whom it agrees with."""
 
 from typing import Any
 
 from jaxalign.report import page
 from jaxalign.report.page import Html, tag
 from jaxalign.report.pages import run
-from jaxalign.report.pages.run import Metric, fields
+from jaxalign.report.pages.run import Metric, fields, records
 
 _SHARE = Metric("share")
 _PLAIN = Metric("kappa", share=False)
@@ -95,3 +95,66 @@ def section(found: Any, controls: Any = None) -> Html:
       tag("h3", "Against themselves"), _orders(judges),
       tag("h3", "Humans against each other"),
       _humans(fields(found.get("humans")))])
+
+
+def asked(found: Any) -> bool:
+  """Whether a job had a judge of its own, whose section is due."""
+  return fields(found).get("kind") in ("reward_model", "endpoint")
+
+
+def of_job(found: Any) -> Html:
+  """The section of a job's report.
+
+  Args:
+    found: as `stages.judge.described` returns it, perhaps from a file.
+  """
+  found = fields(found)
+  name = page.plain(found.get("name") or "A judge without a name")
+  what = {"endpoint": "A model behind an endpoint", "reward_model":
+          "A reward model, which scores every answer by itself"}.get(
+              str(found.get("kind")), "A judge")
+  parts = [page.paragraph(
+      f"{what}, {name}, compared answers with "
+      f"{page.plain(found.get('against') or 'a baseline')}. A verdict that "
+      "could not be read is counted, and never guessed."),
+           _verdicts(found)]
+  cost = fields(found.get("cost"))
+  if cost:
+    parts.append(page.paragraph(
+        f"Asked {page.number(cost.get('requests'))} times, failures included: "
+        f"{page.number(cost.get('tokens'))} tokens."))
+  doubts = run.words(found.get("doubts"))
+  if doubts:
+    parts.append(page.callout("warning", "Doubts", doubts))
+  controls = fields(found.get("controls"))
+  if not fields(found.get("agreement")):
+    return page.join([*parts, _controls(controls), page.absent(
+        "Agreement with labels was")])
+  return page.join([*parts, section(found["agreement"], controls)])
+
+
+def _verdicts(found: dict) -> Html:
+  """One line an arm: outcomes apart, at equal length, and by place."""
+  rows = []
+  for one in records(found.get("arms")):
+    apart = fields(one.get("outcomes"))
+    share = lambda name: page.percent(fields(apart.get(name)).get("value"),
+                                      unit="")
+    fair = fields(one.get("equal_length"))
+    rows.append((
+        page.plain(one.get("name")), run.cell(_SHARE, one.get("rate")),
+        share("won"), share("tied"), share("lost"), run.cell(_SHARE, fair),
+        page.number(one.get("read")), page.number(one.get("prompts")),
+        run.cell(_SHARE, one.get("unparsable")),
+        run.cell(Metric("", share=False), one.get("bias")),
+        run.cell(_SHARE, one.get("consistent"))))
+  if not rows:
+    return page.absent("The verdicts were")
+  return page.table(
+      ("Arm", "Win rate, %", "Won, %", "Tied, %", "Lost, %",
+       "Win rate at equal length, %", "Prompts with a verdict",
+       "Prompts judged", "Verdicts not read, %",
+       "What the first place adds to an outcome",
+       "Same verdict in both orders, %"), rows,
+      "The verdicts, arm by arm. Every pair is shown in both orders where "
+      "order can matter; an outcome is the mean of the two.")

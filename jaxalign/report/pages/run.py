@@ -22,6 +22,17 @@ METRICS = {
                                   chance=0.5),
     "win_vs_target_equal_length": Metric("Wins against the target at equal "
                                          "length", chance=0.5),
+    "win_vs_target_true": Metric("Wins against the target by the true reward",
+                                 chance=0.5),
+    "win_vs_chosen": Metric("Wins against the chosen answer", chance=0.5),
+    "win_vs_chosen_macro": Metric("Wins against the chosen answer, mean over "
+                                  "groups", chance=0.5),
+    "win_vs_chosen_equal_length": Metric("Wins against the chosen answer at "
+                                         "equal length", chance=0.5),
+    "win_vs_sft_macro": Metric("Wins against the reference, mean over groups",
+                               chance=0.5),
+    "win_vs_sft_equal_length": Metric("Wins against the reference at equal "
+                                      "length", chance=0.5),
     "win_rate": Metric("Win rate", chance=0.5),
     "accuracy": Metric("Preference accuracy, held out", chance=0.5),
     "likelihood_accuracy": Metric("Chosen likelier per token, no reference",
@@ -401,11 +412,12 @@ def details(found: Any) -> Html | str:
                          bounds(share, f) or page.MISSING,
                          page.percent(f.get("ties"), unit=""),
                          page.number(f.get("n")))
+  against = page.plain(found.get("against") or "the target")
   parts = [page.table(
       ("Outcome", "%", "95 % interval", "n"),
       [(name, *(row("", fields(f))[i] for i in (1, 2, 4)))
        for name, f in fields(found.get("outcomes")).items()],
-      "Against the target: won, tied and lost apart, and the share won of what "
+      f"Against {against}: won, tied and lost apart, and the share won of what "
       "was decided.", text=(2,))]
   fair = fields(found.get("equal_length"))
   if fair.get("why"):
@@ -417,7 +429,8 @@ def details(found: Any) -> Html | str:
     parts.append(tag("details", tag("summary", "Win rate by topic"), page.table(
         ("Topic", "Win rate, %", "95 % interval", "Ties, %", "n"),
         [row(name, fields(f)) for name, f in topics.items()],
-        "Win rate against the target by topic, largest first.", text=(2,))))
+        f"Win rate against {against} by topic or source, largest first.",
+        text=(2,))))
   return page.join(parts)
 
 

@@ -6,10 +6,9 @@ from typing import Any, Callable, Sequence
 from jaxalign import progress
 from jaxalign.report import charts, page
 from jaxalign.report.page import Html, tag
-from jaxalign.report.pages import evidence, plateau, run
+from jaxalign.report.pages import evidence, judges, plateau, run, samples
 from jaxalign.report.pages.run import fields, records
 
-SAMPLES = 6  # prompts whose answers are shown
 OPEN = 40  # lines of the ledger that stand open
 COLUMNS, LINES = 80, 25  # of the terminal's summary
 
@@ -173,7 +172,8 @@ def _comparison(summary: dict, arms: list[dict]) -> Html:
   names = run.known(every)
   parts = []
   if names:
-    main = [n for n in ("win_vs_target", "win_vs_sft", "accuracy")
+    main = [n for n in ("win_vs_target", "win_vs_chosen", "win_vs_sft",
+                        "accuracy")
             if n in names] or names[:1]
     drawn = []
     for name in main:
@@ -343,32 +343,6 @@ def _predicted(words: Callable[[Any], str], value: Any) -> str:
   return words(value) if value is not None else "–"
 
 
-def _samples(found: list[dict], start: str) -> Html:
-  if not found:
-    return page.absent("Answers of the policies were not kept or")
-  parts = []
-  for sample in found[:SAMPLES]:
-    rewards = fields(sample.get("rewards"))
-    texts = [("target", "Target", sample.get("target")),
-             ("sft", start, sample.get("sft"))]
-    texts += [(name, page.plain(name), text)
-              for name, text in fields(sample.get("arms")).items()]
-    boxes = []
-    for key, label, text in texts:
-      reward = rewards.get(key)
-      if reward is not None:
-        label = f"{label} · reward {page.number(reward)}"
-      boxes.append(page.text_box(label, text, limit=800))
-    parts.append(tag("div", page.text_box("Prompt", sample.get("prompt"),
-                                          limit=800),
-                     page.grid(*boxes), class_="example"))
-  if len(found) > SAMPLES:
-    parts.append(page.paragraph(
-        f"{len(found) - SAMPLES:,} more prompts are in the job's files.",
-        kind="cut"))
-  return page.join(parts)
-
-
 def _again(summary: dict) -> Html:
   """How to run it again: command, machine, files."""
   command = summary.get("command")
@@ -427,8 +401,10 @@ def render(summary: dict) -> str:
           ("selection", "Selection", _selections(arms)),
           ("training", "Training", run.curves(arms, styles)),
           ("cost", "Cost", _ledger(summary, arms)),
-          ("samples", "Samples", _samples(
-              records(summary.get("samples")),
+          *([("judge", "Judge", judges.of_job(summary["judge"]))]
+            if judges.asked(summary.get("judge")) else []),
+          ("samples", "Samples", samples.section(
+              summary.get("samples"),
               page.plain(_baseline(summary).get("name") or "SFT model"))),
           ("again", "Run it again", _again(summary))],
       lede=summary.get("asked"), byline=byline, top=_top(summary, arms)))
@@ -445,9 +421,11 @@ def terminal(summary: dict) -> str:
   arms = records(summary.get("groups")) or runs
   base = _baseline(summary)
   every = [*arms, *([base] if base else [])]
-  names = [n for n in ("win_vs_target", "win_vs_sft", "accuracy", "kl")
+  names = [n for n in ("win_vs_target", "win_vs_chosen", "win_vs_sft",
+                       "accuracy", "kl")
            if n in run.known(every)]
   heads = {"win_vs_target": "wins/target, %", "win_vs_sft": "wins/ref, %",
+           "win_vs_chosen": "wins/chosen, %",
            "accuracy": "accuracy, %", "kl": "KL, nats"}
 
   def short(name, found):
