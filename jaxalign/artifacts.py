@@ -341,8 +341,9 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
     return found
   interrupt.check()
   if jax.process_index() == 0:
-    _make_room(folder, found.outputs if found else {},
-               resumes if status != "unfinished" else ())
+    gone_on = status == "unfinished"
+    _make_room(folder, found.outputs if found and not gone_on else {},
+               () if gone_on else resumes)
     _write_card(folder, card)
   sharding.barrier(f"before {stage}")
   progress.say(f"{stage}: ...")
