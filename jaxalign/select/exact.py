@@ -131,6 +131,8 @@ def over_tiles(fn: Callable, *arrays: jax.Array) -> tuple[Any, jax.Array]:
     fn: tiles -> (tree of sums, [rows / ROUND] values).
     *arrays: [rows, ...], rows a multiple of ROUND.
   """
+  if sharding.platform() != "cpu":  # nothing to keep in a cache
+    return fn(*arrays)
   rows = arrays[0].shape[0]
   whole = rows // TILE
   parts = []
