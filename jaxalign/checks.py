@@ -29,6 +29,7 @@ from jaxalign.stages import judges
 from jaxalign.stages import proxies
 from jaxalign.stages import questions
 from jaxalign.stages import scores
+from jaxalign.stages import watched
 from jaxalign.train import feed
 from jaxalign.train import optim
 from jaxalign.train import stats
@@ -43,12 +44,14 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "eval.new_tokens", "eval.tile", "select.mixture.starts",
           "select.mixture.max_iterations", "select.mixture.rank",
           "select.mixture.reservoir",
-          "lora.batches", "seeds", "train.min_updates", "proxy.updates",
+          "train.eval_rows", "train.eval_prompts", "lora.batches", "seeds",
+          "train.min_updates", "proxy.updates",
           "proxy.models", "proxy.save_every")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "loss.sft_weight", "train.clip",
                 "sft.clip", "select.mixture.ridge", "lora.rank",
-                "train.peak", "ask.context",
+                "train.peak", "train.ref_sync", "train.eval_every",
+                "train.stop_after", "train.explode", "ask.context",
                 "judge.prompts", "judge.labels", "judge.controls",
                 "judge.context", "judge.temperature", "rewards.context",
                 "proxy.half_updates", "proxy.clip")
@@ -59,6 +62,7 @@ CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
            "model.param_dtype": decoder.DTYPES,
            "embed.store_dtype": stores.DTYPES,
            "train.optimizer": tuple(optim.OPTIMIZERS),
+           "train.reference": ("stored", "online"),
            "train.layout": tuple(feed.LAYOUTS),
            "train.logps": tuple(PRODUCERS)}
 
@@ -180,6 +184,7 @@ def validate(c: Any, planned: bool = False) -> None:
     if not c.lora.eta > 0:
       raise ConfigError(f"lora.eta={c.lora.eta}, wanted more than 0; set "
                         "config.lora.eta")
+  watched.check(c)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
   m = _model(c, planned)
@@ -222,7 +227,8 @@ def step_memory(c: Any, m: decoder.ModelConfig, mesh: Any, length: int,
       m, mesh, length=length, chunk=c.model.head_chunk,
       frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
       rows=c.train.batch_size * responses // c.train.accumulation,
-      moments=optim.MOMENTS[c.train.optimizer])
+      moments=(optim.MOMENTS[c.train.optimizer] + bool(c.train.ema)
+               + bool(c.train.ref_sync)))
 
 
 def _model(c: Any, planned: bool) -> decoder.ModelConfig:

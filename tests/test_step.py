@@ -499,7 +499,8 @@ def compare(one, other):
     for n in a:
       # Sums and counts at the first step to 1e-6, before Adam amplifies.
       tol = 1e-6 if t == 0 else 2e-4
-      scale = np.abs(a[n][0]) + (0 if t else 1)
+      near = a.get(n.replace("drift/", "logps/"), a[n])  # their difference
+      scale = np.abs(near[0]) + (0 if t else 1)
       assert abs(a[n][0] - b[n][0]) <= tol * max(scale, 1.0), (t, n, a[n], b[n])
       assert a[n][1] == b[n][1], (t, n)
   for n, w in one[1].items():

@@ -14,6 +14,7 @@ from jaxalign.errors import DataError
 from jaxalign.job import Arm, Job, arm_folder, lora_of
 from jaxalign.model import adapters
 from jaxalign.model import decoder
+from jaxalign.stages import watched
 from jaxalign.stages.ref_logps import like, rows_of, updates_for
 from jaxalign.stages.sft import TRAINED, train
 from jaxalign.train import feed
@@ -22,6 +23,7 @@ from jaxalign.train import subspace
 from jaxalign.train.logps import PRODUCERS
 
 BASES = "bases"  # LoRA-SB's fixed matrices
+BEST = "best"  # the weights of the best evaluation
 
 
 def _policy_start(job: Job, arm: Arm, folder: Any, batch_at: Callable
@@ -55,11 +57,27 @@ def bases(job: Job, folder: Any) -> decoder.Params:
       if n.endswith((":a", ":b"))})
 
 
+def aligned(job: Job, folder: Any, abstract: Any) -> decoder.Params:
+  """What `align` trained and is judged by: the best, the mean, or the last."""
+  if job.c.train.best:
+    return restore_params(folder / BEST, abstract)
+  return restore_params(folder / TRAINED[0], abstract,
+                        "ema" if job.c.train.ema else "params")
+
+
+def watching(t: Any) -> dict[str, Any]:
+  """What `loop.fit` is told of config.train."""
+  return dict(keep=t.keep, background=t.async_save, explode=t.explode,
+              eval_every=t.eval_every, best=t.best, stop_after=t.stop_after,
+              trackers=tuple(t.trackers))
+
+
 def run_align(job: Job, arm: Arm) -> None:
   """Trains the policy on the kept rows, from the reference."""
   c, m = job.c, job.model
   lora = lora_of(c)
   leaves = TRAINED + ((BASES,) if lora and lora.variant == "lora_sb" else ())
+  leaves += (BEST,) if c.train.best else ()
 
   def make(folder):
     total = artifacts.read_array(folder / "ref_sum.npy")
@@ -88,18 +106,16 @@ def run_align(job: Job, arm: Arm) -> None:
                   updates=updates, seed=arm.seed, mismatched=mismatched,
                   sft_weight=c.loss.sft_weight, optimizer=c.train.optimizer,
                   layout=c.train.layout, producer=c.train.logps,
-                  trace=tuple(c.profile.steps))
+                  trace=tuple(c.profile.steps), extend=watched.extend(job),
+                  measures=watched.measures(job, arm), **watching(c.train))
+    updates = len((folder / TRAINED[1]).read_text().splitlines())
     return (list(leaves), cost,
             dict(updates=updates, rows=len(rows.ids),
                  say=f"{updates} updates"))
 
   fields = pick(c, "loss", "train", "model.head_chunk", "model.dtype",
                 *(["lora"] if lora else [])) | like(arm)
-  # Runs of before there was a choice go on.
-  for name, only in (("optimizer", "adamw"), ("layout", "padded"),
-                     ("logps", "chunked")):
-    if c.train[name] == only:
-      del fields[f"train.{name}"]
+  fields = watched.card_fields(c.train, fields)
   job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
           fields=fields,
           inputs=dict(ref_logps=job.key("ref_logps", arm.name)))

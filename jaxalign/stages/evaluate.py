@@ -10,14 +10,13 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost, pick
-from jaxalign.checkpoints import restore_params
 from jaxalign.eval import evaluate
 from jaxalign.job import Arm, Job, arm_folder
 from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.model import peft_folder
 from jaxalign.model import weights
-from jaxalign.stages.align import bases
+from jaxalign.stages.align import aligned, bases
 
 
 def _save_outcome(folder: epath.Path, what: evaluate.Examined,
@@ -84,14 +83,13 @@ def policy_of(job: Job, arm: Arm) -> Callable[[], decoder.Params]:
   @functools.lru_cache(maxsize=1)
   def policy():
     folder, m = arm_folder(job, arm), job.policy
-    trained = restore_params(
-        folder / "checkpoints",
-        adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])
+    found = aligned(
+        job, folder, adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])
     if m.lora is None:
-      return trained
+      return found
     if m.lora.variant == "lora_sb":
-      trained |= bases(job, folder)
-    return job.reference | trained
+      found |= bases(job, folder)
+    return job.reference | found
   return policy
 
 

@@ -51,6 +51,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   where numbers would cost a pass.
   """
   c, m = job.c, job.model
+  online = c.train.reference == "online"  # train computes what costs a pass
 
   def kept(index):
     """(sum, count) [M, R] of the kept rows, and what they cost."""
@@ -63,7 +64,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     responses = len(tokens.start) // len(job.column("pool", "id"))
     rows = tokens_lib.take(tokens, (
         index[:, None] * responses + np.arange(responses)).reshape(-1))
-    if not job.loss.reference:
+    if not job.loss.reference or online:
       counts = tokens_lib.lengths(rows) - rows.start
       counts = np.float32(counts.reshape(len(index), -1))
       return np.zeros_like(counts), counts, Cost()
@@ -85,7 +86,9 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       nonlocal cost
       cost = Cost(cost.operations + more.operations, cost.tokens + more.tokens)
 
-    if "public" in job.loss.extras:
+    if "public" in job.loss.extras and online:
+      arrays["ref_public"] = np.zeros_like(total)
+    elif "public" in job.loss.extras:
       arrays["ref_public"], more = references.public_sums(job, rows)
       spent(more)
     if "weights" in job.loss.stats:
@@ -95,10 +98,12 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       tokens = feed.make_mismatched(
           rows, updates=updates_for(job, arm, len(index)), seed=arm.seed,
           batch=c.train.batch_size, context=m.context)
-      arrays["mismatched_sum"] = embed.score_rows(
-          job.mesh, job.reference, m, tokens, tile=c.embed.tile,
-          chunk=c.model.head_chunk, label="ref_logps").logp
-      spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
+      arrays["mismatched_sum"] = np.zeros(len(tokens.start), np.float32)
+      if not online:
+        arrays["mismatched_sum"] = embed.score_rows(
+            job.mesh, job.reference, m, tokens, tile=c.embed.tile,
+            chunk=c.model.head_chunk, label="ref_logps").logp
+        spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
     if jax.process_index() == 0:
       for name, x in arrays.items():
         artifacts.write_array(folder / f"{name}.npy", x)
@@ -107,6 +112,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     return [*(f"{n}.npy" for n in arrays), "ref_ids.json"], cost, {}
 
   fields = dict(loss=c.loss.name)
+  if online:
+    fields["reference"] = "online"
   if "z0" in job.loss.stats:
     fields |= pick(c, "train.batch_size", "train.epochs", "train.max_updates",
                    "train.min_updates") | like(arm)

@@ -1,5 +1,6 @@
 """The reference: given, or trained; and how a stage trains."""
 
+import functools
 from typing import Any, Callable
 
 import jax
@@ -66,9 +67,14 @@ def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
           optimizer: str = "adamw", layout: str = "padded",
           producer: str = "chunked",
           mismatched: feed.Mismatched | None = None,
-          trace: tuple[int, int] = (0, 0)) -> Cost:
-  """Trains in `folder`; `begin(batch_at)` returns the parameters to train and
-  those beside them that stay. Shared by sft and align."""
+          extend: Callable = lambda state, step: (state, step),
+          measures: dict[str, Callable] = {}, **fit: Any) -> Cost:
+  """Trains in `folder`. Shared by sft, align and proxies.
+
+  `begin(batch_at)` returns the parameters to train and those beside them that
+  stay; `extend` and `measures` are those of `stages.watched`, and `fit` is
+  what else `loop.fit` is told.
+  """
   c, mesh = job.c, job.mesh
   tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
                             weight_decay=knobs.weight_decay, name=optimizer)
@@ -85,16 +91,20 @@ def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
       PRODUCERS[producer](m, c.model.head_chunk), loss, tx,
       sft_weight=sft_weight)
   params, frozen = begin(batch_at)
-  loop.fit(steps.init_state(params, tx, loss),
-           lambda state, batch: train_step(state, batch, frozen), batch_at,
-           ids_at, folder=folder, label=label, updates=updates,
-           save_every=knobs.save_every, tokens_at=tokens_at, trace=trace,
-           peak=mesh.size * peaks.peak_of(mesh.devices.flat[0], c.train.peak),
-           useful_at=feed.make_useful(
-               m, rows, batch=knobs.batch_size, seed=seed,
-               mismatched=mismatched, ahead=stats.looks_ahead(loss)))
-  operations, tokens = feed.training_cost(
-      m, rows, updates=updates, batch=knobs.batch_size, seed=seed,
+  state, step = extend(
+      steps.init_state(params, tx, loss),
+      lambda state, batch: train_step(state, batch, frozen))
+  last = loop.fit(
+      state, step, batch_at, ids_at, folder=folder, label=label,
+      updates=updates, save_every=knobs.save_every, tokens_at=tokens_at,
+      evaluations={n: functools.partial(lambda f, p: f(p | frozen), f)
+                   for n, f in measures.items()}, **fit,
+      peak=mesh.size * peaks.peak_of(mesh.devices.flat[0], c.train.peak),
+      useful_at=feed.make_useful(
+          m, rows, batch=knobs.batch_size, seed=seed, mismatched=mismatched,
+          ahead=stats.looks_ahead(loss)))
+  operations, tokens = feed.training_cost(  # of what was not stopped early
+      m, rows, updates=int(last.step), batch=knobs.batch_size, seed=seed,
       mismatched=mismatched.tokens if mismatched else None,
       ahead=stats.looks_ahead(loss))
   return Cost(operations, tokens)
