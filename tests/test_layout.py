@@ -154,7 +154,8 @@ def test_prompts_that_differ_are_refused():
 
 def test_shapes_are_few_and_hold_everything():
   rng = np.random.default_rng(0)
-  needs = [layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)]
+  needs = [layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16)
+           for _ in range(40)]
   price = {}
   for most in (1, 2, 4, 40):
     shapes = layout.choose(needs, most)

@@ -4,6 +4,7 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py seeds            # full-data DPO beside SFT, three seeds
   python tools/bench.py identical        # chosen ids on 1 and 8 devices, 2 x 4
   python tools/bench.py step0            # the step-0 contract, DPO and KTO
+  python tools/bench.py train --data=<pairs>  # alignment beside TRL
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
   python tools/bench.py samplers         # greedy samplers beside NumPy, coreax
   python tools/bench.py mixture          # EM beside scikit-learn, share of peak
@@ -403,7 +404,16 @@ def stream(_) -> None:
   bench_stream.main(["run"])
 
 
+def train() -> None:
+  """Alignment beside TRL; its flags are those of tools/bench_train.py."""
+  sys.path.insert(0, str(ROOT))
+  import bench_train
+  bench_train.train(bench_train.parser().parse_args(sys.argv[2:]))
+
+
 def main() -> None:
+  if sys.argv[1:2] == ["train"]:
+    return train()
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("what", choices=["times", "seeds", "identical", "step0",
                                        "encoder", "samplers", "mixture",

@@ -148,10 +148,11 @@ def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
           packing.pack(shape, rows, own[k], kept[k],
                        names and names[k * m:(k + 1) * m]) for k in places))
 
-    return (sharding.put_rows(mesh, (accumulation, devices), make, None,
-                              "batch"),
-            sharding.put_rows(mesh, (accumulation, len(index) // accumulation),
-                              lambda places: counts[places, :, None], None, "batch"))
+    put_rows = lambda rows, make: sharding.put_rows(
+        mesh, (accumulation, rows), make, None, "batch")
+    return (put_rows(devices, make),
+            put_rows(len(index) // accumulation,
+                     lambda places: counts[places, :, None]))
 
   return Layout(order, put)
 

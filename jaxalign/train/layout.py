@@ -130,7 +130,7 @@ def tiles_of(where: np.ndarray) -> np.ndarray:
   """
   found = set()
   for parts in where:
-    blocks = [range(a // TILE, -(-b // TILE)) if b > a else () for a, b in parts]
+    blocks = [range(a // TILE, -(-b // TILE)) for a, b in parts if b > a]
     for own in blocks:
       for i in own:
         found.update((i, j) for keys in (blocks[0], own) for j in keys

@@ -1,0 +1,273 @@
+"""Every producer and layout in the losses: the same values and gradients.
+
+The padded layout with the plain head is what the others are held to (against
+the float64 Llama in test_layout); nothing but the plain head holds [B, L, V].
+"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from test_layout import (MODEL, examples, make_mesh, on_mesh, rows_of)
+from test_ledger import multiplied
+from jaxalign.data import batches
+from jaxalign.model import adapters
+from jaxalign.model import decoder
+from jaxalign.select import embed
+from jaxalign.train import feed
+from jaxalign.train import losses
+from jaxalign.train import peaks
+from jaxalign.train import step as steps
+from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import LOSSES
+from jaxalign.train.metrics import divide
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+BATCH, SEED = 16, 3
+
+
+@functools.lru_cache
+def scored(r):
+  """A reference near the policy: its sums and public sums, [n, R]."""
+  rng = np.random.default_rng(r)
+  n = len(examples(r=r))
+  total = rng.normal(-20, 4, (n, r))
+  return np.float32(total), np.float32(0.6 * total)
+
+
+def feed_of(mesh, fn, layout, accumulation):
+  """(batch_at, ids_at) of 16 rows with all that a loss may read."""
+  r = 1 if fn.kind == "thumbs" else 2
+  pairs, (total, public) = examples(r=r), scored(r)
+  n, rng = len(pairs), np.random.default_rng(4)
+  tokens = rows_of(pairs)
+  rows = feed.Rows(
+      [f"r{i}" for i in range(n)], tokens, np.arange(n * r).reshape(n, r),
+      total, np.float32([[len(a) for a in more] for _, *more in pairs]),
+      rng.random(n) < 0.5 if r == 1 else None,
+      public if "public" in fn.extras else None,
+      np.float32(rng.uniform(0.5, 3, n)) if "weights" in fn.stats else None)
+  other = None
+  if "z0" in fn.stats:
+    spliced = feed.make_mismatched(rows, updates=2, batch=BATCH, seed=SEED,
+                                   context=64)
+    other = feed.Mismatched(spliced, np.float32(rng.normal(-30, 1, 2 * BATCH)))
+  return feed.make_feed(mesh, rows, batch=BATCH, accumulation=accumulation,
+                        seed=SEED, context=64, rate=lambda step: 1e-3,
+                        mismatched=other, layout=layout)
+
+
+@functools.lru_cache
+def gradients_of(name, head, m=MODEL):
+  fn = losses.bind(LOSSES[name], name, {})
+  return fn, jax.jit(steps.make_gradients(PRODUCERS[head](m, 5), fn))
+
+
+def run(name, head, layout, shape, accumulation, m=MODEL):
+  fn, gradients = gradients_of(name, head, m)
+  mesh = make_mesh(*shape)
+  with jax.set_mesh(mesh):
+    batch_at = feed_of(mesh, fn, layout, accumulation)[0]
+    grads, totals = gradients(on_mesh(mesh, m), batch_at(0), {})
+    return jax.device_get(grads), divide(jax.device_get(totals))
+
+
+@functools.lru_cache
+def wanted(name):
+  return run(name, "plain", "padded", (1, 1), 1)
+
+
+def close(found, base):
+  """1e-4 of the largest slope and 2e-5 of a metric: float32 sums of 30 nats
+  in another order, squared by some losses."""
+  (grads, totals), (base_grads, base_totals) = found, base
+  assert set(totals) == set(base_totals)
+  for n, x in base_totals.items():
+    assert totals[n] == pytest.approx(x, rel=2e-5, abs=2e-5), n
+  largest = max(np.abs(g).max() for g in base_grads.values())
+  assert largest > 1e-3
+  for n, g in base_grads.items():
+    np.testing.assert_allclose(grads[n], g, rtol=0, atol=1e-4 * largest,
+                               err_msg=n)
+
+
+QUICK = ("ld_dpo", "kto")  # with all that Logps holds; a second pass
+PACKED = [pytest.param(name, head, layout, shape, cut, marks=(
+    [] if name in QUICK and (layout, shape) == ("packed", (1, 1)) else
+    [pytest.mark.slow])) for name in LOSSES for head, layout, shape, cut in (
+        ("chunked", "packed", (4, 2), 2), ("vocab", "packed", (1, 1), 1),
+        ("vocab", "padded", (4, 2), 1), ("plain", "packed", (8, 1), 1),
+        ("chunked", "padded", (1, 1), 2))]
+
+
+@pytest.mark.parametrize("name,head,layout,shape,accumulation", PACKED)
+def test_every_loss_has_the_plain_padded_value_and_gradient(
+    name, head, layout, shape, accumulation):
+  close(run(name, head, layout, shape, accumulation), wanted(name))
+
+
+@pytest.mark.parametrize("change", [
+    dict(windows=(3, 0), kinds=(0, 1)),
+    pytest.param(dict(windows=(4,), softcap=2.0, qk_norm=True),
+                 marks=pytest.mark.slow),
+    pytest.param(dict(windows=(5,), lora=adapters.Lora(3)),
+                 marks=pytest.mark.slow)], ids=["windows", "softcap", "lora"])
+@pytest.mark.parametrize("kernel", [
+    "tiles", pytest.param("plain", marks=pytest.mark.slow)])
+def test_windows_and_caps_are_by_position(kernel, change):
+  m = MODEL._replace(**change)
+  base = run("dpo", "plain", "padded", (1, 1), 1, m)
+  close(run("dpo", "chunked", "packed", (1, 1), 1,
+            m._replace(attention=kernel)), base)
+  whole = wanted("dpo")[1]["logps/chosen"]
+  assert abs(base[1]["logps/chosen"] - whole) > 1e-3  # it matters
+
+
+def test_a_batch_is_a_function_of_its_step():
+  mesh = make_mesh(4, 2)
+  for name in ("dpo", "kto"):
+    batch_at, ids_at, tokens_at = feed_of(mesh, LOSSES[name], "packed", 2)
+    again, _, _ = feed_of(mesh, LOSSES[name], "packed", 2)
+    again(1)  # whatever came before
+    for step in (0, 1):
+      a, b = batch_at(step), again(step)
+      assert jax.tree.structure(a) == jax.tree.structure(b)
+      jax.tree.map(np.testing.assert_array_equal, a, b)
+      own = batches.rows_at(step, 16, BATCH, SEED)
+      assert ids_at(step) == [f"r{i}" for i in own]
+      total, _ = scored(1 if name == "kto" else 2)
+      assert sorted(np.ravel(a["ref_sum"])) == sorted(np.ravel(total))
+
+
+def test_the_start_is_ln_2_in_packed_rows(mesh):
+  """1e-6 nat: the reference is another program, whose sums of up to 40 nats
+  are rounded at 1e-5; that is divided by 2 and averaged over 16 pairs."""
+  pairs = examples()
+  tokens = rows_of(pairs)
+  found = embed.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
+  n = len(pairs)
+  rows = feed.Rows([str(i) for i in range(n)], tokens,
+                   np.arange(2 * n).reshape(n, 2), found.logp.reshape(n, 2),
+                   found.count.reshape(n, 2))
+  batch_at, _, _ = feed.make_feed(
+      mesh, rows, batch=BATCH, accumulation=1, seed=0, context=64,
+      rate=lambda step: 1e-3, layout="packed")
+  _, gradients = gradients_of("dpo", "chunked")
+  _, totals = gradients(on_mesh(mesh), batch_at(0), {})
+  means = divide(jax.device_get(totals))
+  assert abs(means["preference_loss"] - np.log(2)) < 1e-6
+  assert abs(means["rewards/margins"]) < 2e-6
+
+
+def test_what_is_shared_and_padded_is_told():
+  pairs, mesh = examples(), make_mesh(1, 1)
+  fn, _ = gradients_of("dpo", "chunked")
+  tx = optax.sgd(0.0)
+  train_step = steps.make_train_step(PRODUCERS["chunked"](MODEL, 5), fn, tx)
+  batch = feed_of(mesh, fn, "packed", 1)[0](0)
+  with jax.set_mesh(mesh):
+    _, totals = train_step(steps.init_state(on_mesh(mesh), tx), batch)
+  means = divide(jax.device_get(totals))
+  prompts = sum(len(p) for p, *_ in pairs)
+  answers = sum(len(a) for _, *more in pairs for a in more)
+  assert means["perf/shared"] == pytest.approx(
+      prompts / (2 * prompts + answers))
+  slots = batch["tokens"].tokens.size
+  assert means["perf/padding"] == pytest.approx(
+      1 - (prompts + answers) / slots)
+
+
+# Memory, by the compiled text.
+
+
+@pytest.mark.parametrize("head,layout", [
+    ("chunked", "packed"), ("vocab", "packed"), ("plain", "packed"), *(
+        pytest.param(head, "padded", marks=pytest.mark.slow)
+        for head in PRODUCERS)])
+def test_only_the_plain_head_holds_all_logits(head, layout):
+  """No array, of any shape, is as large as [positions, V] of what is scored."""
+  mesh = make_mesh(1, 1)
+  m = MODEL._replace(layers=1, vocab=1021)  # no size but the vocabulary's
+  pairs = [(p, a * 6, b * 6) for p, a, b in examples(n=BATCH)]
+  rows = feed.Rows([str(i) for i in range(BATCH)], rows_of(pairs),
+                   np.arange(2 * BATCH).reshape(-1, 2),
+                   np.zeros((BATCH, 2), np.float32),
+                   np.ones((BATCH, 2), np.float32))
+  with jax.set_mesh(mesh):
+    batch_at, _, _ = feed.make_feed(
+        mesh, rows, batch=BATCH, accumulation=1, seed=0, context=64,
+        rate=lambda step: 1e-3, layout=layout)
+    batch = batch_at(0)
+    scored = (batch["tokens"].target if layout == "packed"
+              else batch["tokens"]).size
+    gradients = jax.jit(steps.make_gradients(
+        PRODUCERS[head](m, 4), losses.bind(LOSSES["dpo"], "dpo", {})))
+    text = gradients.lower(decoder.abstract(m, mesh), batch, {}
+                           ).compile().as_text()
+  sizes = [int(np.prod([int(x) for x in dims.split(",")]))
+           for dims in re.findall(r"(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)]
+  assert (max(sizes) >= scored * 1021) == (head == "plain"), max(sizes)
+
+
+# Operations.
+
+
+def brute(m, prompt, answers):
+  """By hand: every product of every token, every pair that sees each other."""
+  layer = 2 * m.width * m.head_size * (2 * m.heads + 2 * m.kv_heads)
+  layer += 2 * m.width * m.ff * (3 if m.gated else 2)
+  total = 0
+  for p, more in zip(prompt, answers):
+    total += m.layers * layer * (p + sum(more))
+    for i in range(p):
+      total += m.layers * 4 * m.heads * m.head_size * (i + 1)
+    for a in more:
+      for i in range(a):
+        total += m.layers * 4 * m.heads * m.head_size * (p + i + 1)
+      total += a * 2 * m.width * m.vocab
+  return total
+
+
+def test_useful_operations_by_hand():
+  prompt, answers = np.array([3, 5]), np.array([[2, 4], [1, 6]])
+  for m in (MODEL, MODEL._replace(gated=False, layers=3)):
+    assert decoder.useful(m, prompt, answers) == brute(
+        m, prompt.tolist(), answers.tolist())
+  rows = feed.Rows(["a", "b"], rows_of([([7] * 3, [8] * 2, [9] * 4),
+                                        ([7] * 5, [8], [9] * 6)]),
+                   np.arange(4).reshape(2, 2), np.zeros((2, 2), np.float32),
+                   np.ones((2, 2), np.float32))
+  useful_at = feed.make_useful(MODEL, rows, batch=2, seed=0)
+  assert useful_at(0) == 3 * brute(MODEL, [3, 5], [[2, 4], [1, 6]])
+
+
+def test_packed_operations_are_the_dot_generals():
+  """Dense layers on T tokens, attention on its rows, the head on U states."""
+  mesh, m = make_mesh(1, 1), MODEL._replace(attention="plain")
+  with jax.set_mesh(mesh):
+    batch = feed_of(mesh, LOSSES["dpo"], "packed", 1)[0](0)
+    rows, mask = jax.tree.map(lambda x: x[0], (batch["tokens"], batch["mask"]))
+    jaxpr = jax.make_jaxpr(PRODUCERS["plain"](m, 0))(
+        decoder.abstract(m, mesh), rows, mask)
+  _, a, l = rows.copies.token.shape
+  dense, said = rows.tokens.size, rows.target.size
+  square = a * (decoder.operations(m, l, 0)
+                - m.layers * decoder.per_token(m) * l)
+  assert multiplied(jaxpr.jaxpr) == (
+      m.layers * decoder.per_token(m) * dense + square
+      + 2 * m.width * m.vocab * said)
+
+
+def test_a_peak_is_told_or_known_or_none():
+  class Device:
+    device_kind = "TPU v5 lite"
+  assert peaks.peak_of(Device()) == 197e12
+  Device.device_kind = "TPU v5p"
+  assert peaks.peak_of(Device()) == 459e12
+  assert peaks.peak_of(Device(), 1e9) == 1e9
+  assert peaks.peak_of(jax.devices()[0]) == 0.0
