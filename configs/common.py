@@ -91,7 +91,9 @@ def base(variant: str = "") -> ConfigDict:
   c.embed.store_dtype = "float32"
 
   s = c.select = ConfigDict()
-  s.sampler = "isa"  # a key of SAMPLERS, or "module:function"
+  # A key of SAMPLERS, "module:function", or a chain of steps and samplers:
+  # "dedup(threshold=0.9) | quota(by=source) | ask_llm * external_margin".
+  s.sampler = "isa"
   s.budget = 0.1  # a share of the pool (float) or a number of rows (int)
   s.order = "literal"  # isa: "literal", "magnitude", "renormalised", "soft"
   s.pair_score = "sum"  # isa: "sum", "min", "max", "chosen", "difference"

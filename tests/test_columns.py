@@ -105,6 +105,50 @@ def test_perplexity_ifd_and_p_yes_in_float64(shape):
                                / math.exp(-bare.sum() / n), rtol=2e-4)
 
 
+@pytest.mark.slow
+def test_a_real_model_says_what_transformers_says(shared):
+  """Sums with and without the prompt, and P(yes), of stories260K."""
+  transformers = pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch")
+  folder = shared / "models/stories260K"
+  theirs = transformers.LlamaForCausalLM.from_pretrained(
+      folder, dtype=torch.float64).eval()
+  tok = tokenizer_lib.load_tokenizer(folder)
+  prompts = ["Once upon a time, there was a", "Lily and Tom went to the park."]
+  answers = [" little girl who had a red ball.", " They saw a big dog"]
+  rows, _, _ = tokens_lib.encode_texts(
+      tok, prompts, dict(response=answers), 128)
+  asked = questions.build(
+      tok, [(str(i), p, a) for i, (p, a) in enumerate(zip(prompts, answers))],
+      common.base().ask.question, ("yes", "no"), 512)
+  m = weights.read_config(folder, "float32", "none")._replace(context=512)
+  mesh = a_mesh(1, 1)
+  with jax.set_mesh(mesh):
+    params = weights.load_folder(folder, m, mesh)
+    run = lambda r: embed.score_rows(mesh, params, m, r, tile=2, chunk=16)
+    whole, alone = run(rows), run(scores.answers_alone(rows, tok.bos))
+    yes = scores.p_yes(mesh, params, m, asked.rows, asked.yes, asked.no,
+                       tile=2)
+
+  def logps(ids):
+    with torch.no_grad():
+      said = theirs(torch.tensor(ids).long()[None]).logits[0]
+    return torch.log_softmax(said, -1).numpy(), said[-1].numpy()
+
+  for i in range(2):
+    ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]].tolist()
+    start = rows.start[i]
+    for own, begin, got in ((ids, start, whole), (
+        [tok.bos, *ids[start:]], 1, alone)):
+      each = logps(own)[0]
+      wanted = sum(each[t - 1, own[t]] for t in range(begin, len(own)))
+      np.testing.assert_allclose(got.logp[i], wanted, rtol=2e-5)
+    part = asked.rows.ids[asked.rows.offsets[i]:asked.rows.offsets[i + 1]]
+    last = logps(part.tolist())[1]
+    e = np.exp(last[[asked.yes, asked.no]] - last.max())
+    np.testing.assert_allclose(yes[i], e[0] / e.sum(), rtol=1e-4)
+
+
 def columns_pool(logp, alone, count):
   from jaxalign.select.pool import make_pool
   return make_pool(["a"], dict(
@@ -393,7 +437,8 @@ def test_a_killed_half_goes_on_and_matches(tmp_path):
   flags = ("select.sampler=selective_dpo", "compare=()", "proxy.models=4")
   whole = jobs.run(tmp_path / "whole", *flags)
   assert whole.code == 0, whole
-  hook = jobs.kill_when("stages.proxies._score", at=2)
+  hook = "import jaxalign.stages.proxies\n" + jobs.kill_when(
+      "stages.proxies._score", at=2)
   killed = jobs.wait(jobs.start(tmp_path / "killed", *flags, hook=hook))
   assert killed.code == -9
   left = tmp_path / "killed/shared/held_out"
@@ -406,3 +451,25 @@ def test_a_killed_half_goes_on_and_matches(tmp_path):
   card = lambda at: json.loads((tmp_path / at / (
       "shared/held_out/cards/held_out.json")).read_text())["cost"]
   assert card("whole")["operations"] == card("killed")["operations"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(tmp_path):
+  model = a_reward_model(tmp_path / "reward")
+  flags = ("select.sampler=bees", "compare=('ifd','ask_llm','selective_dpo')",
+           f"rewards.checkpoint={model}")
+  one = jobs.run(tmp_path / "one", *flags)
+  two = jobs.together(tmp_path / "two", *flags, timeout=400)
+  assert one.code == 0 and [e.code for e in two] == [0, 0], (one, two)
+  shared = lambda at: tmp_path / at / "shared"
+  for stage, name in (("alone", "logp_alone"), ("ask", "p_yes"),
+                      ("rewards", "reward"), ("proxy", "proxy_ref_logp")):
+    np.testing.assert_array_equal(
+        *(stores.read(shared(at) / stage / "store", name)
+          for at in ("one", "two")), err_msg=name)
+  # Trained numbers: sums over devices, which need not come in one order.
+  for at in ("proxy/store", "held_out"):
+    a, b = (stores.read(shared(w) / at, "proxy_logp") if "store" in at else
+            np.load(shared(w) / at / "held_out_loss.npy")
+            for w in ("one", "two"))
+    np.testing.assert_allclose(a, b, rtol=1e-4)

@@ -287,7 +287,7 @@ def test_leave_does_not_wait_for_other_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("flags,said", [
-    (["select.sampler=ask_llm"], "reads p_yes, which no stage"),
+    (["select.sampler=quota(by=source)|isa"], "reads source, which no stage"),
     (["select.sampler=ifd"], "reads logp_alone"),
     (["select.sampler=perplexity", "embed.layers=1"], "the reference must"),
     (["compare=('bees',)"], "'bees' reads "),

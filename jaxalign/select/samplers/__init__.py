@@ -10,7 +10,8 @@ that is greedy runs over the rows in id order, with ties by a hash of the id.
 What is held does not grow as N x N (facility location keeps at most 512 MiB
 of columns), and a method that would be out of all proportion refuses, with
 the number, before it starts (`rows.refuse_above`). `combine` makes samplers
-of samplers.
+of samplers. What one takes, which the dry run prints, is a line in
+`select/costs.py`.
 """
 
 from jaxalign.select.samplers import basic
