@@ -28,7 +28,7 @@ from jaxalign import progress
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, WriteError
 
-VERSION = 1  # raise when a stage's files change their meaning
+VERSION = 2  # raise when a stage's files change their meaning
 DAMAGED = "damaged"  # the key of a card whose own bytes are not those written
 
 
