@@ -55,7 +55,8 @@ class Checkpoints:
       self.manager = ocp.CheckpointManager(
           self.folder, options=ocp.CheckpointManagerOptions(
               preservation_policy=policy, create=True,
-              cleanup_tmp_directories=True, enable_async_checkpointing=background))
+              cleanup_tmp_directories=True,
+              enable_async_checkpointing=background))
     except OSError as error:
       raise WriteError(f"cannot make {self.folder}: {error.strerror or error}; "
                        "set --workdir") from error

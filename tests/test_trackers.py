@@ -1,0 +1,110 @@
+"""TensorBoard's files hold the log; a tracker that fails ends nothing."""
+
+import sys
+import types
+
+import jax
+import pytest
+
+from jaxalign.errors import ConfigError
+from jaxalign.train import trackers
+
+
+def scalars(folder):
+  """(step, name, value) of TensorBoard event files, and the purged steps."""
+  proto = pytest.importorskip("tensorboardX.proto.event_pb2")
+  found, purged = [], []
+  for path in sorted(folder.glob("events.*")):
+    data = path.read_bytes()
+    while data:  # length, its checksum, the event, its checksum
+      size = int.from_bytes(data[:8], "little")
+      event = proto.Event.FromString(data[12:12 + size])
+      data = data[16 + size:]
+      if event.session_log.status:
+        purged.append(event.step)
+      found += [(event.step, v.tag, v.simple_value)
+                for v in event.summary.value if v.HasField("simple_value")]
+  return found, purged
+
+
+def test_tensorboard_holds_every_number(tmp_path):
+  pytest.importorskip("tensorboardX")
+  one = trackers.open_all(("tensorboard",), tmp_path, "align isa", 0)
+  for step in range(3):
+    one.log(step, {"train/loss": 0.5 * step, "rewards/margins": -1.0})
+  one.close()
+  found, purged = scalars(tmp_path / "tensorboard")
+  assert found == [(s, n, v) for s in range(3) for n, v in (
+      ("train/loss", 0.5 * s), ("rewards/margins", -1.0))]
+  assert purged == []
+  again = trackers.open_all(("tensorboard",), tmp_path, "align isa", 2)
+  again.log(2, {"train/loss": 9.0})
+  again.close()
+  assert scalars(tmp_path / "tensorboard")[1] == [2]
+
+
+def test_nothing_is_imported_unless_it_is_asked_for(tmp_path, monkeypatch):
+  for name in ("tensorboardX", "wandb"):
+    monkeypatch.setitem(sys.modules, name, None)  # an import would raise
+  none = trackers.open_all((), tmp_path, "align", 0)
+  none.log(0, {"train/loss": 1.0})
+  none.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_installed_is_said_and_left_out(tmp_path, monkeypatch,
+                                                    capsys):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  one = trackers.open_all(("wandb",), tmp_path, "align", 0)
+  one.log(0, {"train/loss": 1.0})
+  one.close()
+  out = capsys.readouterr().out
+  assert out.count("tracker wandb is left out: ") == 1
+  assert "ImportError" in out or "ModuleNotFoundError" in out
+
+
+def test_one_that_fails_midway_is_left_out_and_the_others_go_on(
+    tmp_path, monkeypatch, capsys):
+  seen = []
+  good = trackers.Tracker(lambda step, values: seen.append(step), lambda: None)
+
+  def failing(step, values):
+    if step:
+      raise RuntimeError("no network")
+
+  bad = trackers.Tracker(failing, lambda: pytest.fail("closed after it broke"))
+  monkeypatch.setattr(trackers, "TRACKERS", dict(
+      bad=lambda *_: bad, good=lambda *_: good))
+  one = trackers.open_all(("bad", "good"), tmp_path, "align", 0)
+  for step in range(3):
+    one.log(step, {})
+  one.close()
+  assert seen == [0, 1, 2]
+  assert capsys.readouterr().out.count(
+      "tracker bad is left out: RuntimeError: no network") == 1
+
+
+def test_only_process_0_tracks(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(trackers, "TRACKERS", dict(
+      one=lambda *_: pytest.fail("opened on process 1")))
+  trackers.open_all(("one",), tmp_path, "align", 0).close()
+
+
+def test_wandb_is_told_the_run_and_its_numbers(tmp_path, monkeypatch):
+  """Against the shape of its client: a run that logs and finishes."""
+  calls = []
+  run = types.SimpleNamespace(
+      log=lambda values, step: calls.append((step, values)),
+      finish=lambda: calls.append("finish"))
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+      init=lambda **kw: calls.append(kw["name"]) or run))
+  one = trackers.open_all(("wandb",), tmp_path, "align isa", 0)
+  one.log(3, {"train/loss": 1.0})
+  one.close()
+  assert calls == ["align isa", (3, {"train/loss": 1.0}), "finish"]
+
+
+def test_an_unknown_tracker_names_the_knob():
+  with pytest.raises(ConfigError, match="'mlflow'.*config.train.trackers"):
+    trackers.check(("mlflow",))
