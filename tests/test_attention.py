@@ -285,7 +285,7 @@ def test_auto_is_the_fastest_that_runs(platform, more, wanted):
 
 
 @pytest.mark.parametrize("kernel, platform, more, words", [
-    ("flash", "tpu", {}, "is unknown; known: auto, plain, splash, cudnn"),
+    ("flash", "tpu", {}, "is unknown; known: auto, plain, tiles, splash, cudnn"),
     ("splash", "cpu", {}, "runs on a TPU, found cpu"),
     ("cudnn", "tpu", {}, "runs on an NVIDIA GPU, found tpu"),
     ("cudnn", "gpu", dict(softcap=50.0), "has no soft cap, the model's is 50"),

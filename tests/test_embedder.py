@@ -195,6 +195,6 @@ def test_a_production_config_plans_without_the_net(tmp_path, config, most):
                    *("data.assume_rows=101892", "data.assume_tokens=500"))
   assert ended.code == 0, ended.err
   assert "122,270" in ended.out or "61,135" in ended.out
-  share = float(ended.out.split("selecting costs ")[1].split("%")[0])
+  share = float(ended.out.split("selecting by isa costs ")[1].split("%")[0])
   assert share < most if most else share > 1.0
   assert "memory a device" in ended.out

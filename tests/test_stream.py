@@ -102,7 +102,8 @@ def test_density_in_float64_by_hand():
 def test_middle_where_ties_reach_further_than_the_budget():
   for count in (np.repeat([1, 5, 9], [3000, 4000, 3000]),
                 np.repeat([1, 5, 9], [4990, 5000, 10]),
-                np.append(np.arange(1, 6001), np.repeat(6001, 4000))):
+                np.append(np.arange(1, 6001), np.repeat(6001, 4000)),
+                np.append(np.arange(1, 4996), np.repeat(4996, 5005))):
     n = len(count)
     rng = np.random.default_rng(1)
     pool = make_pool([f"x{i}" for i in range(n)],
@@ -154,8 +155,9 @@ def test_blocks_take_their_share_whatever_the_order(pool):
   own = np.flatnonzero(block == 3)  # one block is the sampler over its rows
   wanted = SAMPLERS["k_center"](2, Pool(small.ids[own], dict(
       embedding=small.embedding[own])), int(shares[3]))
-  assert found.rows[block[found.rows] == 3].tolist() == (
-      own[wanted.rows].tolist())
+  here = block[found.rows] == 3
+  assert found.rows[here].tolist() == own[wanted.rows].tolist()
+  np.testing.assert_array_equal(found.score[here], wanted.score[wanted.rows])
   order = np.random.default_rng(0).permutation(3000)
   again = make_pool(small.ids[order], {"embedding": small.embedding[order]})
   assert blocks.select(SAMPLERS["k_center"], sources.of_pool(again), 300,

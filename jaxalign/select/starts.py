@@ -53,9 +53,10 @@ def partition(z: np.ndarray, labels: np.ndarray, components: int,
   loadings = np.stack([_leading(z[labels == k][:ROWS], state.means[k], rank)
                        for k in range(components)])
   noise = state.covariances - (loadings**2).sum(2)
-  return state._replace(
-      loadings=loadings,
-      covariances=np.maximum(noise, 0.05 * state.covariances))
+  # Below `NOISE` the first M-step would cut it off and the bound would fall.
+  least = np.maximum(0.05 * state.covariances, em.NOISE)
+  return state._replace(loadings=loadings,
+                        covariances=np.maximum(noise, least))
 
 
 def _leading(x: np.ndarray, mean: np.ndarray, rank: int) -> np.ndarray:

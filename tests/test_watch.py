@@ -1,0 +1,481 @@
+"""What a run carries and is watched for: mean, reference, best, alarms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import checkpoints
+from jaxalign import sharding
+from jaxalign.errors import ConfigError, NumericError
+from jaxalign.model import decoder
+from jaxalign.stages import watched
+from jaxalign.train import ema
+from jaxalign.train import feed
+from jaxalign.train import loop
+from jaxalign.train import online
+from jaxalign.train import step as steps
+from jaxalign.train import watch
+from jaxalign.train.logps import PRODUCERS, Logps
+from jaxalign.train.losses import LOSSES, bind
+from jaxalign.train.metrics import beside, divide, sums_and_counts
+import test_loop
+from test_loop import MODEL, UPDATES, Killed
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+DECAY, EVERY, MIX = 0.7, 2, 0.6
+
+
+@pytest.fixture
+def alone():
+  m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  with jax.set_mesh(m):
+    yield m
+
+
+def producer():
+  return PRODUCERS["chunked"](MODEL, 5)
+
+
+def feed_of(mesh):
+  return feed.make_feed(
+      mesh, test_loop.rows(), batch=4, accumulation=1, seed=3, context=12,
+      rate=lambda step: 0.01 * (step + 1))
+
+
+def extended(mesh):
+  """A state and a step with a mean, and a reference that is refreshed."""
+  state = ema.begin(online.begin(test_loop.fresh(mesh)))
+  step = online.with_refresh(test_loop.train_step()[0], producer(),
+                             every=EVERY, mix=MIX)
+  return state, ema.keep(step, DECAY)
+
+
+def host(x):
+  return jax.device_get(x)
+
+
+# The mean and the reference beside their equations.
+
+
+def test_the_mean_and_the_reference_follow_their_equations(mesh):
+  state, step = extended(mesh)
+  batch_at, _, _ = feed_of(mesh)
+  start = {n: np.float64(x) for n, x in host(state.params).items()}
+  mean, ref = dict(start), dict(start)
+  for k in range(4):
+    state, totals = step(state, batch_at(k))
+    now = {n: np.float64(x) for n, x in host(state.params).items()}
+    mean = {n: DECAY * mean[n] + (1 - DECAY) * now[n] for n in now}
+    if (k + 1) % EVERY == 0:
+      ref = {n: MIX * now[n] + (1 - MIX) * ref[n] for n in now}
+    for got, wanted in ((state.ema, mean), (state.ref, ref)):
+      for n in now:
+        assert got[n].sharding == state.params[n].sharding
+        np.testing.assert_allclose(got[n], wanted[n], rtol=0, atol=1e-6)
+    if not k:  # against itself
+      assert divide(host(totals))["rewards/margins"] == 0
+      assert divide(host(totals))["preference_loss"] == pytest.approx(
+          np.log(2), abs=1e-6)
+  assert all(np.abs(mean[n] - now[n]).max() > 1e-4 for n in ("embed", "norm"))
+
+
+def test_a_whole_refresh_starts_the_loss_anew(alone):
+  state = online.begin(test_loop.fresh(alone))
+  step = online.with_refresh(test_loop.train_step()[0], producer(), every=2,
+                             mix=1.0)
+  batch_at, _, _ = feed_of(alone)
+  seen = []
+  for k in range(5):
+    state, totals = step(state, batch_at(k))
+    seen.append(divide(host(totals))["rewards/margins"])
+  assert [x == 0 for x in seen] == [True, False, True, False, True]
+
+
+def shared_rows():
+  """Eleven pairs that share their prompts, as those that are packed do."""
+  rng = np.random.default_rng(1)
+  ids, start = [], []
+  for _ in range(11):
+    prompt = rng.integers(3, 16, rng.integers(2, 6))
+    for _ in range(2):
+      ids.append(np.concatenate([prompt, rng.integers(3, 16, rng.integers(
+          1, 6))]))
+      start.append(len(prompt))
+  tokens = test_loop.tokens_lib.TokenRows(
+      np.concatenate(ids).astype(np.int32),
+      np.cumsum([0] + [len(i) for i in ids]), np.int32(start),
+      np.zeros(22, np.int32))
+  counts = np.float32([len(i) - s for i, s in zip(ids, start)]).reshape(11, 2)
+  return feed.Rows([f"row-{i:02d}" for i in range(11)], tokens,
+                   np.arange(22).reshape(11, 2), 0 * counts, counts)
+
+
+@pytest.mark.parametrize("name,layout", [("dpo", "packed"),
+                                         ("ld_dpo", "packed"),
+                                         ("ld_dpo", "padded")])
+def test_an_online_reference_is_the_stored_one(mesh, layout, name):
+  """Within 1e-5 nat a step: one was computed alone, one in the batch."""
+  rows = shared_rows()
+  rng = np.random.default_rng(8)
+  reference = {n: sharding.put(mesh, np.float32(rng.normal(
+      1.0 if p.scale == 0 else 0.0, 0.3, p.shape)), *p.axes)
+               for n, p in decoder.table(MODEL).items()}
+  ones = feed.make_feed(mesh, rows, batch=8, accumulation=1, seed=0,
+                        context=12, rate=lambda step: 0.0)
+  total, public = np.zeros((11, 2), np.float32), np.zeros((11, 2), np.float32)
+  for step in range(4):
+    batch = ones[0](step)
+    found = jax.jit(producer())(reference, *(jax.tree.map(
+        lambda x: x[0], batch[n]) for n in ("tokens", "mask")))
+    for k, i in enumerate(ones[1](step)):
+      i = int(i[4:])
+      total[i], public[i] = host(found.sum)[k], host(found.public)[k]
+  assert (total < 0).all()
+  stored = rows._replace(ref_sum=total, ref_public=public)
+  blank = rows._replace(ref_sum=0 * total, ref_public=0 * public)
+  loss = bind(LOSSES[name], name, {})
+  logs = []
+  for given, reads in ((stored, None), (blank, reference)):
+    train_step = steps.make_train_step(producer(), loss,
+                                       test_loop.train_step()[1])
+    if reads is not None:
+      train_step = online.with_reference(train_step, producer(), reads)
+    batch_at, _, _ = feed.make_feed(
+        mesh, given, batch=4, accumulation=1, seed=3, context=12,
+        rate=lambda step: 0.01, layout=layout)
+    state = test_loop.fresh(mesh)
+    logs.append([])
+    for k in range(3):
+      state, totals = train_step(state, batch_at(k))
+      logs[-1].append(divide(host(totals)))
+  for a, b in zip(*logs):
+    for n in ("loss", "rewards/chosen", "rewards/margins", "drift/chosen"):
+      assert a[n] == pytest.approx(b[n], abs=1e-5), n
+  assert abs(logs[0][0]["rewards/margins"]) > 0.01
+
+
+def test_kto_s_mismatched_rows_are_filled_too(alone):
+  logps_fn = lambda params, tokens, mask: Logps(
+      params * jnp.sum(tokens * mask, -1, dtype=jnp.float32),
+      jnp.sum(mask, -1, dtype=jnp.float32))
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 9, (3, 2, 1, 5))
+  batch = dict(tokens=tokens, mask=tokens > 2, kl_tokens=tokens + 1,
+               kl_mask=tokens > 4, ref_sum=None, ref_count=None,
+               kl_ref_sum=None, lr=0.5)
+  got = online.make_fill(logps_fn)(jnp.float32(0.5), batch)
+  for name, x, mask in (("ref_sum", tokens, tokens > 2),
+                        ("kl_ref_sum", tokens + 1, tokens > 4)):
+    np.testing.assert_array_equal(got[name], 0.5 * (x * mask).sum(-1))
+  np.testing.assert_array_equal(got["ref_count"], (tokens > 2).sum(-1))
+  assert "ref_public" not in got and got["lr"] == 0.5
+
+
+# Killed with all of it on.
+
+
+def measure_of(asked=None):
+  """A pure function of the weights, with a best one midway."""
+  def measure(params):
+    x = float(np.float64(host(params["norm"])).sum())
+    if asked is not None:
+      asked.append(x)
+    return dict(accuracy=-abs(x - 8.2), loss=x)
+  return measure
+
+
+def everything(mesh, folder, killed_at=None, **changes):
+  batch_at, ids_at, tokens_at = feed_of(mesh)
+  asked = []
+
+  def at(step):
+    if step == killed_at:
+      raise Killed
+    asked.append(step)
+    return batch_at(step)
+
+  state, step = extended(mesh)
+  out = loop.fit(state, step, at, ids_at, **dict(
+      folder=folder, label="align", updates=UPDATES, save_every=2,
+      tokens_at=tokens_at, background=True, keep=3, explode=50.0,
+      evaluations=dict(held_out=measure_of()), eval_every=1,
+      best="held_out/loss") | changes)
+  return host(out), asked
+
+
+def files(folder):
+  """The log, and the weights that are kept as best."""
+  best = checkpoints.restore_params(
+      folder / "best", {n: jax.ShapeDtypeStruct(
+          p.shape, np.float32, sharding=jax.sharding.SingleDeviceSharding(
+              jax.devices()[0])) for n, p in decoder.table(MODEL).items()})
+  return test_loop.log_of(folder), host(best)
+
+
+def equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+_WHOLE = {}
+
+
+@pytest.fixture
+def whole(mesh, tmp_path_factory):
+  key = tuple(mesh.shape.values())
+  if key not in _WHOLE:
+    folder = tmp_path_factory.mktemp("whole")
+    _WHOLE[key] = everything(mesh, folder)[0], files(folder)
+  return _WHOLE[key]
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(
+    mesh, whole, tmp_path, k):
+  with pytest.raises(Killed):
+    everything(mesh, tmp_path, k)
+  state, asked = everything(mesh, tmp_path)
+  assert asked == list(range(asked[0], UPDATES)) and asked[0] >= k // 2 * 2
+  equal(state, whole[0])
+  log, best = files(tmp_path)
+  assert log == whole[1][0]
+  equal(best, whole[1][1])
+
+
+def test_the_best_weights_are_the_mean_of_their_step(alone, tmp_path):
+  seen = {}
+
+  def measure(params):
+    x = host(params)
+    seen[len(seen) + 1] = x
+    return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.1, 0.3][len(seen) - 1])
+
+  state, _ = everything(alone, tmp_path, evaluations=dict(held_out=measure),
+                        best="held_out/accuracy")
+  log, best = files(tmp_path)
+  equal(best, seen[2])  # the first of equals
+  equal(state.ema, seen[UPDATES])
+  assert [x["eval/held_out/accuracy"] for x in log] == [
+      0.2, 0.6, 0.6, 0.5, 0.1, 0.3]
+
+
+def test_a_run_ends_where_nothing_gets_better(alone, tmp_path, capsys):
+  def measure(params):
+    x = host(params)
+    norms.append(x)
+    return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.9, 0.9][len(norms) - 1])
+
+  norms = []
+  more = dict(evaluations=dict(held_out=measure), best="held_out/accuracy",
+              stop_after=2)
+  state, asked = everything(alone, tmp_path, **more)
+  assert asked == [0, 1, 2, 3] and state.step == 4
+  assert ("align: held_out/accuracy was best at step 2 (0.6) and not in 2 "
+          "evaluations since; ended at step 4") in capsys.readouterr().out
+  again, asked = everything(alone, tmp_path, **more)  # it stays ended
+  assert asked == []
+  equal(again, state)
+
+
+def test_a_best_whose_weights_are_gone_counts_no_more(alone, tmp_path, capsys):
+  more = dict(best="held_out/accuracy")
+  falls = lambda values: dict(
+      held_out=lambda _: dict(accuracy=values.pop(0)))
+  with pytest.raises(Killed):
+    everything(alone, tmp_path, 5, evaluations=falls([0.9, 0.3, 0.2, 0.2, 0.1]),
+               **more)
+  for path in (tmp_path / "best").rglob("*"):
+    if path.is_file() and path.stat().st_size > 200:
+      test_loop.flip(path)
+  state, asked = everything(alone, tmp_path, evaluations=falls([0.4, 0.5]),
+                            **more)
+  out = capsys.readouterr().out
+  assert ("the weights of the best held_out/accuracy, of step 1, are gone"
+          in out)
+  assert asked == [4, 5]
+  equal(files(tmp_path)[1], state.ema)  # of 0.5, the last
+
+
+def test_a_measure_that_nothing_has_is_named(alone, tmp_path):
+  with pytest.raises(ConfigError, match="'held_out/win'.*held_out/accuracy"):
+    everything(alone, tmp_path, best="held_out/win")
+
+
+# An exploding loss.
+
+
+def test_an_exploding_loss_stops_with_its_rows(alone, tmp_path):
+  batch_at, ids_at, tokens_at = feed_of(alone)
+
+  def at(step):
+    batch = batch_at(step)
+    if step == 13:
+      bad = np.asarray(batch["ref_sum"]).copy()
+      bad[0, 0] += [500, -500]
+      return batch | dict(ref_sum=sharding.put(alone, bad, None, "batch"))
+    return batch
+
+  def run(folder, **more):
+    return loop.fit(test_loop.fresh(alone), test_loop.train_step()[0], at,
+                    ids_at, folder=folder, label="align", updates=16,
+                    save_every=1, tokens_at=tokens_at, **more)
+
+  with pytest.raises(NumericError) as caught:
+    run(tmp_path / "a", explode=4.0, background=True)
+  text = str(caught.value)
+  assert "at step 13 is over " in text and "train.explode=4 times" in text
+  assert "nothing after step 13 is saved" in text
+  assert ", ".join(ids_at(13)) in text
+  assert max(test_loop.saved(tmp_path / "a")) == 13
+  assert len(test_loop.log_of(tmp_path / "a")) == 13
+  with pytest.raises(NumericError, match="at step 13 is over"):
+    run(tmp_path / "a", explode=4.0)  # resumed, it knows what was before
+  assert run(tmp_path / "b").step == 16  # off
+
+
+def lines_of(name, values, **more):
+  return [{"step": k, name: v} | {n: x[k] for n, x in more.items()}
+          for k, v in enumerate(values)]
+
+
+def test_explosion_is_against_the_start_and_the_recent_median():
+  of = functools.partial(lines_of, "train/loss")
+  assert watch.exploded(of([0.7] * 9), 1e9, 3.0) is None  # too few
+  assert watch.exploded(of([0.7] * 10), 2.2, 3.0) == pytest.approx(2.1)
+  assert watch.exploded(of([0.7] * 10), 2.0, 3.0) is None
+  assert watch.exploded(of([0.7] * 10), 2.2, 0.0) is None
+  fitted = of([0.7] + [0.001] * 60)
+  assert watch.exploded(fitted, 2.0, 3.0) is None
+  assert watch.exploded(fitted, 2.2, 3.0) == pytest.approx(2.1)
+  risen = of([0.7] * 5 + [4.0] * 60)  # only the newest fifty
+  assert watch.exploded(risen, 11.9, 3.0) is None
+  assert watch.exploded(risen, 12.1, 3.0) == pytest.approx(12.0)
+
+
+# Alarms.
+
+
+def drifting(chosen, rejected, length=10.0, n=20):
+  return lines_of("drift/chosen", [chosen] * n,
+                  **{"drift/rejected": [rejected] * n,
+                     "lengths/chosen": [length] * n})
+
+
+def test_likelihood_displacement_is_said_in_words():
+  text = watch.displaced(drifting(-12.0, -30.0))
+  assert "12.0 nats less likely than under the reference (1.20 a token)" in text
+  assert "margin grows to 18.0" in text and "displacement" in text
+  for quiet in (drifting(-0.9, -30.0), drifting(12.0, -3.0),
+                drifting(-12.0, -3.0), drifting(-12.0, -30.0, n=19),
+                drifting(-12.0, -30.0, length=200.0), []):
+    assert watch.displaced(quiet) == ""
+  assert watch.displaced(drifting(5.0, -30.0, n=9)
+                         + drifting(-12.0, -30.0)) != ""
+
+
+def test_a_collapse_is_said_in_words():
+  of = lambda *ended: [
+      {"step": k, "eval/generations/ended": x, "eval/generations/empty": 0.0}
+      for k, x in enumerate(ended)]
+  assert watch.collapsed(of(0.9, 0.85)) == "" == watch.collapsed(of(0.1))
+  text = watch.collapsed(of(0.9, 0.9, 0.5))
+  assert text.startswith("50% of the generated answers") and "(10% at" in text
+
+
+def test_the_best_is_the_first_of_equals_and_knows_its_direction():
+  log = [dict(step=k, **({} if v is None else {
+      "eval/rest/accuracy": v, "eval/rest/loss": v}))
+         for k, v in enumerate([None, 0.5, None, 0.7, 0.7, 0.6])]
+  assert watch.best_of(log, "rest/accuracy") == watch.Best(4, 0.7, 2)
+  assert watch.best_of(log, "rest/loss") == watch.Best(2, 0.5, 3)
+  assert watch.best_of(log, "kept/loss") == watch.Best(0, 0.0, 0)
+
+
+def test_an_alarm_is_said_once_and_marked_at_every_step(alone, tmp_path,
+                                                        capsys):
+  real = test_loop.train_step()[0]
+
+  def falling(state, batch):
+    state, totals = real(state, batch)
+    return state, totals | {
+        "drift/chosen": np.array([-20.0, 2.0]),
+        "drift/rejected": np.array([-40.0, 2.0]),
+        "lengths/chosen": np.array([8.0, 2.0])}
+
+  batch_at, ids_at, tokens_at = feed_of(alone)
+  loop.fit(test_loop.fresh(alone), falling, batch_at, ids_at, folder=tmp_path,
+           label="align", updates=23, save_every=100, tokens_at=tokens_at)
+  out = capsys.readouterr().out
+  assert out.count("likelihood displacement") == 1
+  assert "align, step 19: the chosen answers are 10.0 nats" in out
+  assert [x["step"] for x in test_loop.log_of(tmp_path)
+          if x.get("alarm/displacement")] == [19, 20, 21, 22]
+
+
+# Metrics.
+
+
+def test_drift_and_lengths_are_sums_and_counts():
+  policy = Logps(jnp.array([[-3.0, -9.0], [-5.0, -4.0]]),
+                 jnp.array([[2.0, 3.0], [4.0, 1.0]]))
+  ref = Logps(jnp.array([[-4.0, -7.0], [-4.5, -4.0]]), policy.count)
+  pairs = {n: x.tolist() for n, x in sums_and_counts(
+      beside(policy, ref, None, True)).items()}
+  assert pairs == {"drift/chosen": [0.5, 2], "drift/rejected": [-2, 2],
+                   "lengths/chosen": [6, 2], "lengths/rejected": [4, 2]}
+  first = lambda x: Logps(x.sum[:, 1:], x.count[:, 1:])
+  thumbs = {n: x.tolist() for n, x in sums_and_counts(beside(
+      first(policy), first(ref), jnp.array([False, True]), True)).items()}
+  assert thumbs == {"drift/chosen": [0, 1], "drift/rejected": [-2, 1],
+                    "lengths/chosen": [1, 1], "lengths/rejected": [3, 1]}
+  assert "drift/chosen" not in beside(policy, ref, None, False)
+
+
+# Knobs.
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(ref_sync=8), "config.train.reference=online"),
+    (dict(ref_sync=8, reference="online", rank=4), "config.train.ref_sync=0"),
+    (dict(ref_mix=0.0), "config.train.ref_mix"),
+    (dict(ema=1.0), "config.train.ema"),
+    (dict(keep=1), "config.train.keep"),
+    (dict(explode=0.5), "config.train.explode"),
+    (dict(eval_sets=("held",)), "config.train.eval_sets"),
+    (dict(best="held_out/accuracy"), "config.train.eval_every"),
+    (dict(best="rest/accuracy", eval_every=2), "train.eval_sets"),
+    (dict(stop_after=2), "config.train.best"),
+    (dict(trackers=("tb",)), "config.train.trackers")])
+def test_knobs_that_cannot_work_are_named(changes, words):
+  from configs import common
+  c = common.base()
+  watched.check(c)
+  c.lora.rank = changes.pop("rank", 0)
+  c.train.update(changes)
+  with pytest.raises(ConfigError) as caught:
+    watched.check(c)
+  assert words in str(caught.value)
+
+
+def test_what_is_off_is_on_no_card():
+  from configs import common
+  from jaxalign.artifacts import pick
+  c = common.base()
+  c.train.layout = "padded"
+  old = {"train.accumulation", "train.b2", "train.batch_size", "train.clip",
+         "train.epochs", "train.lr", "train.max_updates", "train.min_updates",
+         "train.save_every", "train.schedule", "train.warmup_ratio",
+         "train.weight_decay"}
+  assert set(watched.card_fields(c.train, pick(c, "train"))) == old
+  c.train.update(keep=5, async_save=True, trackers=("wandb",), explode=9.0)
+  assert set(watched.card_fields(c.train, pick(c, "train"))) == old
+  c.train.update(ema=0.9, reference="online", ref_sync=4, eval_every=2,
+                 best="rest/loss")
+  more = set(watched.card_fields(c.train, pick(c, "train"))) - old
+  assert {x.split(".")[1] for x in more} == {
+      "ema", "reference", "ref_sync", "ref_mix", "eval_every", "eval_sets",
+      "eval_rows", "eval_prompts", "best"}
