@@ -1,5 +1,6 @@
 """The train step compiled for TPUs that are not there: memory, collectives."""
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -17,6 +18,8 @@ from jaxalign.model import decoder
 from jaxalign.train import feed
 from jaxalign.train import optim
 from jaxalign.train import step as steps
+from jaxalign.train.layout import Packed
+from jaxalign.train.losses import LOSSES
 
 sys.path.insert(0, str(ROOT))
 from tools import aot  # noqa: E402
@@ -65,14 +68,14 @@ def test_a_stack_that_is_gathered_whole_is_flagged(operation, result, flagged):
     # As large, but no multiple of the vocabulary.
     ("f32[4,32,1024,1024]{3,2,1,0}", False)])
 def test_logits_of_all_positions_are_flagged(result, flagged):
-  found = aot.logit_buffers(line(result, "fusion"), M, responses=4,
-                            length=1024, tensor=1)
+  found = aot.logit_buffers(line(result, "fusion"), M, tensor=1,
+                            positions=range(4 * 1023, 4 * 1024 + 1))
   assert bool(found) == flagged
 
 
 def test_a_check_that_could_not_tell_is_refused():
   with pytest.raises(ConfigError, match="choose other --rows"):
-    aot.logit_buffers([], M, responses=2, length=1024, tensor=1)
+    aot.logit_buffers([], M, positions=range(2 * 1023, 2 * 1024 + 1), tensor=1)
   with pytest.raises(ConfigError, match="layers=2 or more"):
     aot.whole_gathers([], M._replace(layers=1), 1)
 
@@ -121,24 +124,60 @@ def same_arrays(real, assumed):
       else x.nbytes for x in jax.tree.leaves(real))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("loss, responses", [("dpo", 2), ("kto", 1)])
-def test_the_compiled_batch_is_what_a_run_feeds(loss, responses, accumulation):
+@pytest.mark.parametrize("layout", ["packed", "packed_apart", "padded"])
+@pytest.mark.parametrize("loss, responses, accumulation", [
+    ("dpo", 2, 1), ("dpo", 2, 2), ("kto", 1, 1), ("kto", 1, 2)])
+def test_the_compiled_batch_is_what_a_run_feeds(loss, responses, accumulation,
+                                                layout):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  loss, context, prompt = LOSSES[loss], 128, 32
   n = 8 * responses
-  tokens = TokenRows(np.zeros(12 * n, np.int32), 12 * np.arange(n + 1),
-                     np.full(n, 4, np.int32), np.zeros(n, np.int32))
-  zeros, thumbs = np.zeros((8, responses), np.float32), loss == "kto"
+  tokens = TokenRows(np.zeros(context * n, np.int32),
+                     context * np.arange(n + 1), np.full(n, prompt, np.int32),
+                     np.zeros(n, np.int32))
+  zeros, thumbs = np.zeros((8, responses), np.float32), loss.kind == "thumbs"
   rows = feed.Rows([str(i) for i in range(8)], tokens,
                    np.arange(n).reshape(8, responses), zeros, zeros,
                    np.zeros(8, bool) if thumbs else None)
   batch_at, _, _ = feed.make_feed(
-      mesh, rows, batch=8, accumulation=accumulation, seed=0, context=32,
-      rate=lambda step: 1e-3,
+      mesh, rows, batch=8, accumulation=accumulation, seed=0, context=context,
+      rate=lambda step: 1e-3, layout=layout,
       mismatched=feed.Mismatched(tokens, zeros[:, 0]) if thumbs else None)
-  real = batch_at(0)
-  same_arrays(real, aot.abstract_batch(
-      mesh, loss, 8, real["tokens"].shape[-1], accumulation))
+  assumed = aot.abstract_batch(mesh, loss, 8, context, accumulation,
+                               layout=layout)
+  same_arrays(batch_at(0), assumed)
+  assert isinstance(assumed["tokens"], Packed) == (layout != "padded")
+  each = 8 * responses // accumulation // 4  # responses of a device
+  assert aot.positions_of(assumed, mesh)[0] == each * (
+      127 if layout == "padded" else 96)
+
+
+def test_the_packed_row_of_a_pair_by_hand():
+  # Two pairs of 32 + 96 + 96 tokens; four sequences of 128 for attention.
+  one = aot.dense_row(2, 2, 128, 32, share=True)
+  assert one.tokens.shape == (448,) and one.target.shape == (384,)
+  assert one.copies.token.shape == (4, 128)
+  apart = aot.dense_row(2, 2, 128, 32, share=False)
+  assert apart.tokens.shape == (512,) and apart.target.shape == (384,)
+  with pytest.raises(ConfigError, match="choose other --prompt"):
+    aot.dense_row(1, 2, 128, 128, share=True)
+
+
+@pytest.mark.parametrize("name", [
+    "mistral_7b_kto_isa", "qwen3_8b_dpo", "gemma3_4b_lora"])
+def test_the_step_of_a_config_is_the_one_that_a_job_runs(name):
+  m, step = aot.of_config(str(ROOT / f"configs/{name}.py"))
+  c = importlib.import_module(f"configs.{name}").get_config()
+  assert (step["layout"], step["producer"]) == (c.train.layout, c.train.logps)
+  assert step["layout"] == "packed"
+  assert step["loss"].keywords == c.loss.kwargs.to_dict()
+  assert step["loss"].kind == ("thumbs" if c.loss.name == "kto" else "pairs")
+  # The very function, by the keys of its cache.
+  assert step["tx"] is optim.make_optimizer(
+      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay,
+      name=c.train.optimizer)
+  assert (m.lora is not None) == bool(c.lora.rank)
+  assert (step["rows"], step["length"]) == (c.train.batch_size, 2048)
 
 
 def test_the_compiled_state_is_what_a_run_starts_from():
@@ -149,7 +188,9 @@ def test_the_compiled_state_is_what_a_run_starts_from():
   with jax.set_mesh(mesh):
     params = {n: sharding.put(mesh, np.zeros(p.shape, np.float32), *p.axes)
               for n, p in decoder.table(m).items()}
-    same_arrays(steps.init_state(params, tx), aot.abstract_state(m, mesh, tx))
+    for loss in (LOSSES["dpo"], LOSSES["bco"]):  # which keeps a mean
+      same_arrays(steps.init_state(params, tx, loss),
+                  aot.abstract_state(m, mesh, tx, loss))
 
 
 # Compiled, each in a process of its own: libtpu is locked and its flags are
@@ -250,7 +291,8 @@ with jax.set_mesh(mesh):
     compiled = aot.compile_lowered(jax.jit(fn).lower(*args))
     program = aot.instructions(compiled.text)
     print("SAW", name, len(aot.whole_gathers(program, m, 1)),
-          len(aot.logit_buffers(program, m, responses=4, length=256, tensor=1)),
+          len(aot.logit_buffers(program, m, positions=range(1020, 1025),
+                                tensor=1)),
           any("4000" in shape for _, shape, _ in aot.held(compiled.assignment)))
 """
 

@@ -7,19 +7,21 @@ r"""Compiles the train step for TPUs that are not there, and says what it holds.
   python tools/aot.py --config=configs/qwen3_8b_dpo.py --topology=v5e:16x16 \
     --fsdp=64 --tensor=4
 
+The step is the one that a job runs: the layout, head, loss and optimizer of
+the config, or the flags'. Packed shapes come from a job's data; here every
+response fills --length tokens, of which --prompt are its prompt's (0: a
+quarter), so that hardly a real batch of as many rows is larger.
+
 Needs libtpu (the aot extra) and no TPU. Exit codes: 0 sound, 1 the program
 gathers stacked weights whole or holds logits of all positions, 64 usage.
 """
 
 import argparse
-import collections
 import importlib.util
 import json
 import os
 import pathlib
-import re
 import sys
-import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -39,22 +41,22 @@ import numpy as np
 from configs import common
 from jaxalign import memory
 from jaxalign import sharding
+from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import lora_of
+from jaxalign.job import lora_of, loss_of
 from jaxalign.lookup import lookup
 from jaxalign.model import adapters
 from jaxalign.model import attention
 from jaxalign.model import decoder
 from jaxalign.model import weights
 from jaxalign.train import feed
+from jaxalign.train import layout as packing
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import LOSSES
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all",
-               "collective-permute")
-
+from jaxalign.train.losses import LOSSES, bind
+from tools.aot_text import (collectives, compile_lowered, held, instructions,
+                            logit_buffers, logit_elements, whole_gathers)
 
 class Report(NamedTuple):
   """What one compiled step holds; bytes are of one chip."""
@@ -76,209 +78,99 @@ class Report(NamedTuple):
   compile_seconds: float
 
 
-class Instruction(NamedTuple):
-  """One line of a compiled program."""
-
-  computation: str
-  name: str
-  op: str
-  shapes: list[tuple[str, tuple[int, ...]]]  # of the result's arrays
-  text: str
-
-
-def instructions(text: str) -> list[Instruction]:
-  """The lines of a compiled program, from its text."""
-  out, computation = [], ""
-  for line in text.splitlines():
-    if line and not line[0].isspace():
-      head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)
-      computation = head.group(1) if head else ""
-      continue
-    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
-    if not found:
-      continue
-    # Layouts and comments out of the way: what is left is "type op(...".
-    bare = re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", found.group(2))
-    parts = re.match(r"(\(.*?\)|\S+) ([\w\-]+)\(", bare)
-    if parts:
-      shapes = [(kind, tuple(int(n) for n in dims.split(",") if n))
-                for kind, dims in re.findall(
-                    r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\]", parts.group(1))]
-      out.append(Instruction(computation, found.group(1), parts.group(2),
-                             shapes, line))
-  return out
-
-
-def _called(program: list[Instruction], start: str) -> set[str]:
-  """Computations that run inside those named by `start` (a pattern)."""
-  calls = collections.defaultdict(set)
-  seen, todo = set(), []
-  for i in program:
-    calls[i.computation].update(re.findall(
-        r"(?:calls|body|condition|to_apply|called_computation)=%?([\w.\-]+)",
-        i.text))
-    todo += re.findall(start, i.text)
-  while todo:
-    name = todo.pop()
-    if name not in seen:
-      seen.add(name)
-      todo += calls[name]
-  return seen
-
-
-def _words(shape: tuple[str, tuple[int, ...]]) -> str:
-  return f"{shape[0]}[{','.join(map(str, shape[1]))}]"
-
-
-def collectives(program: list[Instruction]) -> dict[str, int]:
-  """How many collectives of each kind stand in loops and outside of them.
-
-  The TPU compiler writes a reduce-scatter as an all-reduce that is sliced in
-  one fusion, and an asynchronous collective as several lines of one channel.
-  """
-  loops = _called(program, r"body=%?([\w.\-]+)")
-  seen = set()
-  for i in program:
-    op = i.op.removesuffix("-start")
-    if op not in COLLECTIVES:
-      continue
-    if op == "all-reduce" and "all-reduce-scatter" in i.computation:
-      op = "reduce-scatter"
-    channel = re.search(r"channel_id=(\d+)", i.text)
-    where = "in loops" if i.computation in loops else "outside"
-    seen.add((f"{op} {where}", channel[1] if channel else i.name))
-  return dict(sorted(collections.Counter(kind for kind, _ in seen).items()))
-
-
-def whole_gathers(program: list[Instruction], m: decoder.ModelConfig,
-                  tensor: int) -> list[str]:
-  """All-gathers of weights of more than one layer at once.
-
-  Weights are gathered layer by layer inside the scan; a compiler that lifts
-  the gather out of it makes every chip hold the whole model. A result counts
-  where it has an axis of T and T times the smallest matrix of a layer.
-  """
-  if m.layers < 2:
-    raise ConfigError("one layer is the whole stack; say --layers=2 or more")
-  smallest = min(
-      int(np.prod(p.shape[1:])) // tensor for n, p in decoder.table(m).items()
-      if n.startswith("layers/") and len(p.shape) > 2)
-  return [f"{_words(s)} {i.name}" for i in program
-          if i.op in ("all-gather", "all-gather-start") for s in i.shapes
-          if m.layers in s[1] and np.prod(s[1]) >= m.layers * smallest]
-
-
-def logit_elements(m: decoder.ModelConfig, *, responses: int, length: int,
-                   tensor: int) -> int:
-  """Logits of a chip's responses; the last position predicts nothing."""
-  return responses * (length - 1) * m.vocab // tensor
-
-
-def logit_buffers(program: list[Instruction], m: decoder.ModelConfig, *,
-                  responses: int, length: int, tensor: int) -> list[str]:
-  """Arrays that hold logits of all positions of a chip's responses.
-
-  They have as many elements as `logit_elements`, or more, and a multiple of
-  V / tensor of them, whatever their axes are merged to. The embedding and the
-  head may be as large: [V, D] is told apart by its shape.
+def assumed_rows(rows: int, responses: int, length: int, prompt: int
+                 ) -> tokens_lib.TokenRows:
+  """Rows of responses as long as can be; a row's responses end to end.
 
   Args:
-    program: from `instructions`.
-    m: the model's sizes.
-    responses: rows of one chip, b_local * R.
-    length: their padded length.
-    tensor: chips that share the vocabulary.
-
-  Raises:
-    ConfigError: logits of all positions would have the shape of the head.
+    rows: how many.
+    responses: of each.
+    length: tokens of a response, its prompt's counted.
+    prompt: tokens of the prompt, fewer than `length`.
   """
-  if m.width in (responses * length, responses * (length - 1)):
-    raise ConfigError(f"{responses} responses of {length} tokens have as many "
-                      f"logits as the head has weights; choose other --rows")
-  part = m.vocab // tensor
-  least = logit_elements(m, responses=responses, length=length, tensor=tensor)
-  weights = [sorted((v, m.width)) for v in (part, m.vocab)]
-  found = []
-  for i in program:
-    for s in i.shapes:
-      count = int(np.prod(s[1], dtype=np.int64))
-      if (count >= least and count % part == 0 and
-          sorted(n for n in s[1] if n > 1) not in weights):
-        found.append(f"{_words(s)} {i.op} {i.name}")
-  return found
+  if not 0 < prompt < length:
+    raise ConfigError(f"a prompt of {prompt} tokens in responses of {length}, "
+                      "wanted 1 or more and fewer; choose other --prompt")
+  n = rows * responses
+  return tokens_lib.TokenRows(
+      np.zeros(n * length, np.int32), length * np.arange(n + 1),
+      np.full(n, prompt, np.int32), np.zeros(n, np.int32))
 
 
-def held(assignment: str) -> list[tuple[int, str, str]]:
-  """The arrays for which the compiler set memory aside: (bytes, shape, name).
+def dense_row(rows: int, responses: int, length: int, prompt: int,
+              share: bool) -> packing.Packed:
+  """One device's `assumed_rows`, packed by the code that packs a job's."""
+  tokens = assumed_rows(rows, responses, length, prompt)
+  index = np.arange(rows * responses).reshape(-1, responses if share else 1)
+  answers = np.full(index.shape, length - prompt)
+  longest = packing.up(tokens_lib.longest(tokens_lib.lengths(tokens), length))
+  shape = packing.need(answers[:, 0] * 0 + prompt, answers, longest)
+  return packing.pack(shape, tokens, index, answers)
 
-  Largest first, arguments left out; arrays that take turns in one place are
-  all listed.
+
+def abstract_batch(mesh: jax.sharding.Mesh, loss: Any, rows: int, length: int,
+                   accumulation: int = 1, *, layout: str = "packed",
+                   prompt: int = 0) -> dict[str, Any]:
+  """The arrays that `feed.make_feed` hands to a step, without their values.
 
   Args:
-    assignment: the text of the compiler's buffer assignment.
+    mesh: the mesh.
+    loss: from LOSSES, its keywords bound or not.
+    rows: rows (pairs) of a step.
+    length: of every response, in tokens.
+    accumulation: micro-batches.
+    layout: a key of feed.LAYOUTS.
+    prompt: tokens of a prompt; 0: a quarter of `length`.
   """
-  out = {}
-  for part in re.split(r"^allocation ", assignment, flags=re.MULTILINE)[1:]:
-    if re.match(r".*\bparameter \d+", part) or "thread-local" in part[:200]:
-      continue
-    for name, size, kind, dims in re.findall(
-        r"value: <\d+ (\S+) @\d+> \(size=(\d+),offset=\d+\): "
-        r"(\w+)\[([\d,]*)\]", part):
-      out.setdefault((int(size), f"{kind}[{dims}]"), name.split("{")[0])
-  return [(*key, out[key]) for key in sorted(out, reverse=True)]
-
-
-class Compiled(NamedTuple):
-  """A program for TPUs, with what the compiler says of it."""
-
-  text: str
-  assignment: str  # of buffers
-  memory: Any  # argument_size_in_bytes, temp_size_in_bytes, ...
-  seconds: float
-
-
-def compile_lowered(lowered: Any) -> Compiled:
-  """Compiles; the text is read from a dump, `as_text` fails on some v5p."""
-  with tempfile.TemporaryDirectory() as folder:
-    start = time.monotonic()
-    compiled = lowered.compile(compiler_options=dict(
-        xla_dump_to=folder, xla_dump_hlo_as_text=True))
-    seconds = time.monotonic() - start
-
-    def dumped(kind):
-      found = pathlib.Path(folder).glob(f"*.after_optimizations{kind}.txt")
-      return max((path.read_text() for path in found), key=len)
-
-    return Compiled(dumped("_after_buffer_assignment"),
-                    dumped("-buffer-assignment"),
-                    compiled.memory_analysis(), seconds)
-
-
-def abstract_batch(mesh: jax.sharding.Mesh, loss: str, rows: int, length: int,
-                   accumulation: int = 1) -> dict[str, Any]:
-  """The arrays that `feed.make_feed` hands to a step, without their values."""
-  fn = LOSSES[loss]
-  shape = (accumulation, rows // accumulation, 2 if fn.kind == "pairs" else 1)
+  responses = 2 if loss.kind == "pairs" else 1
+  micro = rows // accumulation
+  shape = (accumulation, micro, responses)
 
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype,
                                 sharding=sharding.named(mesh, None, "batch"))
 
-  batch = dict(tokens=array(jnp.int32, *shape, length),
-               mask=array(jnp.bool_, *shape, length),
-               ref_sum=array(jnp.float32, *shape),
+  def tokens_and_mask():
+    if layout == "padded":
+      return (array(jnp.int32, *shape, length),
+              array(jnp.bool_, *shape, length))
+    devices = sharding.parts(mesh, "batch")
+    one = dense_row(micro // devices, responses, length, prompt or length // 4,
+                    layout == "packed")
+    return jax.tree.map(
+        lambda x: array(x.dtype, accumulation, devices, *x.shape),
+        one), array(jnp.int32, *shape, 1)
+
+  batch = dict(ref_sum=array(jnp.float32, *shape),
                ref_count=array(jnp.float32, *shape),
                lr=jax.ShapeDtypeStruct((), jnp.float32))
-  if "label" in fn.stats:
+  batch["tokens"], batch["mask"] = tokens_and_mask()
+  if loss.kind == "thumbs":
     batch["label"] = array(jnp.bool_, *shape[:2])
-  if "z0" in fn.stats:
-    batch["kl_tokens"], batch["kl_mask"] = batch["tokens"], batch["mask"]
+  if "weights" in loss.stats:
+    batch["weights"] = array(jnp.float32, *shape[:2])
+  if "public" in getattr(loss, "extras", ()):
+    batch["ref_public"] = batch["ref_sum"]
+  if "z0" in loss.stats:
+    batch["kl_tokens"], batch["kl_mask"] = tokens_and_mask()
     batch["kl_ref_sum"] = batch["ref_sum"]
   return batch
 
 
+def positions_of(batch: dict[str, Any], mesh: jax.sharding.Mesh) -> range:
+  """Positions of a chip that predict a token, to those the head fills up to."""
+  if isinstance(batch["tokens"], packing.Packed):
+    a, s, targets = batch["tokens"].target.shape
+    least = s // sharding.parts(mesh, "batch") * targets
+    return range(least, least + targets // 16 + 1)
+  rows = (int(np.prod(batch["tokens"].shape[1:3]))
+          // sharding.parts(mesh, "batch"))
+  length = batch["tokens"].shape[-1]
+  return range(rows * (length - 1), rows * length + 1)
+
+
 def abstract_state(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
-                   tx: Any) -> steps.TrainState:
+                   tx: Any, loss: Any = None) -> steps.TrainState:
   """A `TrainState` without its values; moments lie as the parameters do."""
   params = adapters.split(decoder.abstract(m, mesh), m.lora)[0]
   whole = sharding.named(mesh)
@@ -291,7 +183,8 @@ def abstract_state(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
 
   return steps.TrainState(
       params, jax.tree.map(placed, jax.eval_shape(tx.init, params)),
-      jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))
+      jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+      jax.tree.map(placed, jax.eval_shape(lambda: steps.fresh_delta(loss))))
 
 
 def abstract_frozen(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
@@ -313,10 +206,26 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
   m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
   m = m._replace(context=c.model.context, lora=lora_of(c),
                  attention=c.model.attention)
-  return m, dict(loss=c.loss.name, rows=c.train.batch_size,
+  tx = optim.make_optimizer(clip=c.train.clip, b2=c.train.b2,
+                            weight_decay=c.train.weight_decay,
+                            name=c.train.optimizer)
+  if m.lora and m.lora.variant == "allora":
+    tx = optim.allora(tx, c.lora.eta)
+  return m, dict(loss=loss_of(c), tx=tx, rows=c.train.batch_size,
                  length=c.model.context, chunk=c.model.head_chunk,
-                 accumulation=c.train.accumulation,
+                 accumulation=c.train.accumulation, layout=c.train.layout,
+                 producer=c.train.logps, moments=optim.MOMENTS[
+                     c.train.optimizer],
                  sft_weight=c.loss.sft_weight, frozen=c.model.param_dtype)
+
+
+def of_flags(loss: str) -> dict[str, Any]:
+  """A loss by its name and the default config's optimizer, as `of_config`."""
+  c = common.base()
+  fn = bind(lookup(LOSSES, loss, "loss", "loss.name"), loss, {})
+  return dict(loss=fn, tx=optim.make_optimizer(
+      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay),
+              sft_weight=c.loss.sft_weight if loss == "dpo" else 0.0)
 
 
 def held_bytes(tree: Any) -> int:
@@ -327,22 +236,29 @@ def held_bytes(tree: Any) -> int:
 
 
 def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
-                 *, loss: str = "dpo", rows: int, length: int, chunk: int,
-                 accumulation: int = 1, sft_weight: float | None = None,
-                 frozen: str = "float32", dump: str = "") -> Report:
+                 *, loss: Any, tx: Any, rows: int, length: int, chunk: int,
+                 accumulation: int = 1, layout: str = "packed",
+                 prompt: int = 0, producer: str = "chunked",
+                 sft_weight: float = 0.0, frozen: str = "float32",
+                 moments: int = 2, dump: str = "") -> Report:
   """Compiles one train step for a TPU topology.
 
   Args:
     topology: as libtpu calls it, "v5e:4x4".
     sizes: of the mesh, fsdp and tensor.
     m: the model's sizes.
-    loss: a key of LOSSES; its keywords have their defaults.
+    loss: from `losses.bind`.
+    tx: from `optim.make_optimizer`.
     rows: rows (pairs) of a step, on all chips together.
-    length: padded length of a response.
+    length: of a response, in tokens.
     chunk: positions of the head at once.
     accumulation: micro-batches.
-    sft_weight: of the chosen answer's likelihood; None: the default config's.
+    layout: a key of feed.LAYOUTS.
+    prompt: as of `abstract_batch`.
+    producer: a key of PRODUCERS.
+    sft_weight: of the chosen answer's likelihood.
     frozen: dtype of what adapters leave as it is.
+    moments: that `tx` keeps, see `optim.MOMENTS`.
     dump: a file for the compiled program's text.
 
   Raises:
@@ -361,22 +277,14 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
       softcap=m.softcap, length=length))
   decoder.check(m, mesh)
   feed.check_batch(rows, accumulation, mesh, "step")
-  lookup(LOSSES, loss, "loss", "loss.name")
-  knobs = common.base().train
-  tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
-                            weight_decay=knobs.weight_decay)
-  batch = abstract_batch(mesh, loss, rows, length, accumulation)
-  tensor = sharding.parts(mesh, "vocab")
-  responses = (int(np.prod(batch["ref_sum"].shape[1:]))
-               // sharding.parts(mesh, "batch"))
+  batch = abstract_batch(mesh, loss, rows, length, accumulation,
+                         layout=layout, prompt=prompt)
+  tensor, positions = sharding.parts(mesh, "vocab"), positions_of(batch, mesh)
   with jax.set_mesh(mesh):
-    state = abstract_state(m, mesh, tx)
+    state = abstract_state(m, mesh, tx, loss)
     fixed = abstract_frozen(m, mesh, frozen)
-    if sft_weight is None:
-      sft_weight = common.base().loss.sft_weight if loss == "dpo" else 0.0
     train_step = steps.make_train_step(
-        PRODUCERS["chunked"](m, chunk), LOSSES[loss], tx,
-        sft_weight=sft_weight)
+        PRODUCERS[producer](m, chunk), loss, tx, sft_weight=sft_weight)
     start = time.monotonic()
     lowered = train_step.lower(state, batch, fixed)
     lower_seconds = time.monotonic() - start
@@ -391,15 +299,14 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
       expected_bytes=held_bytes((state, batch, fixed)),
       planned=memory.train_step(
           m, mesh, rows=int(np.prod(batch["ref_sum"].shape[1:])),
-          length=length, chunk=chunk,
+          length=length, chunk=chunk, moments=moments,
           frozen_size=jnp.dtype(frozen).itemsize),
       temp_bytes=compiled.memory.temp_size_in_bytes,
       collectives=collectives(program),
       whole_gathers=whole_gathers(program, m, tensor),
-      logit_buffers=logit_buffers(program, m, responses=responses,
-                                  length=length, tensor=tensor),
-      logit_elements=logit_elements(m, responses=responses, length=length,
-                                    tensor=tensor),
+      logit_buffers=logit_buffers(program, m, positions=positions,
+                                  tensor=tensor),
+      logit_elements=logit_elements(m, positions=positions, tensor=tensor),
       largest=held(compiled.assignment)[:8], lower_seconds=lower_seconds,
       compile_seconds=compiled.seconds)
 
@@ -434,10 +341,10 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   text = dict(topology="v5e:4x4", loss="dpo", dtype="bfloat16", remat="full",
-              dump="", config="", attention="plain")
+              dump="", config="", attention="plain", layout="packed")
   number = dict(fsdp=-1, tensor=1, layers=8, width=2048, heads=16, kv_heads=8,
                 head_size=128, ff=5632, vocab=32000, length=1024, rows=32,
-                accumulation=1, chunk=64)
+                accumulation=1, chunk=64, prompt=0)
   for name, default in text.items():
     parser.add_argument(f"--{name}", default=default, help=f"{default!r}")
   for name, default in number.items():
@@ -453,13 +360,15 @@ def main(argv: list[str]) -> int:
           "layers", "width", "heads", "kv_heads", "head_size", "ff", "vocab",
           "tied", "dtype", "remat", "attention")}, context=args.length)
   step = {n: getattr(args, n) for n in (
-      "loss", "rows", "length", "chunk", "accumulation")}
+      "rows", "length", "chunk", "accumulation", "layout")}
   try:
     if args.config:
       m, step = of_config(args.config)
+    else:
+      step |= of_flags(args.loss)
     report = compile_step(
         args.topology, dict(fsdp=args.fsdp, tensor=args.tensor), m,
-        dump=args.dump, **step)
+        dump=args.dump, prompt=args.prompt, **step)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
