@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from jaxalign import memory
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
 from jaxalign.data.tokens import TokenRows
+from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.train import feed
 from jaxalign.train import optim
@@ -191,6 +193,53 @@ def test_the_compiled_state_is_what_a_run_starts_from():
     for loss in (LOSSES["dpo"], LOSSES["bco"]):  # which keeps a mean
       same_arrays(steps.init_state(params, tx, loss),
                   aot.abstract_state(m, mesh, tx, loss))
+
+
+def test_the_head_of_a_plan_by_hand():
+  # So wide a vocabulary that the head decides: 1,000 pieces of 4 numbers, 12
+  # tokens in one chunk of logits.
+  m = decoder.ModelConfig(layers=1, width=4, heads=2, kv_heads=1, head_size=2,
+                          ff=3, vocab=1000, context=16, tied=False)
+  one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  hidden = 2 * 4 * 12 * 4
+  lora = adapters.Lora(1, 1.0)
+  for config, frozen, each in (
+      (m, 4, 4 + 4),  # float32 weights and gradient
+      (m._replace(dtype="bfloat16"), 4, 4 + 4 + 2 + 2),  # in both precisions
+      (m._replace(dtype="bfloat16", lora=lora), 2, 2 + 2),  # no gradient
+      (m._replace(dtype="bfloat16", lora=lora), 4, 4 + 2)):
+    held = memory.train_step(config, one, rows=2, length=6, chunk=6,
+                             frozen_size=frozen)
+    assert held["workspace"] == each * 4000 + hidden
+    assert held["logits"] == 2 * 4 * 12 * 1000
+
+
+SEVEN = M._replace(layers=32, width=4096, heads=32, kv_heads=32, ff=11008,
+                   context=2048)
+
+
+# What libtpu 0.0.51 set aside beside the arguments, MiB a chip, padded rows;
+# the table of BENCHMARKS.md.
+@pytest.mark.parametrize("model, fsdp, tensor, rows, measured", [
+    (M, 16, 1, 64, 1145), (M, 8, 1, 32, 1222), (M, 8, 2, 64, 942),
+    (M, 4, 2, 32, 1172), (SEVEN, 256, 1, 1024, 7352),
+    ("mistral_7b_kto_isa", 32, 8, 32, 796.5),
+    ("qwen3_8b_dpo", 64, 4, 256, 5035.8),
+    ("gemma3_4b_lora", 64, 4, 128, 1344.6)])
+def test_the_plan_is_near_what_a_compiler_set_aside(model, fsdp, tensor, rows,
+                                                    measured):
+  sizes = dict(chunk=64)
+  if isinstance(model, str):
+    model, step = aot.of_config(str(ROOT / f"configs/{model}.py"))
+    model = model._replace(attention="splash")
+    sizes = dict(chunk=step["chunk"], frozen_size=dict(
+        float32=4, bfloat16=2)[step["frozen"]])
+  mesh = jax.sharding.AbstractMesh((fsdp, tensor), sharding.AXES)
+  held = memory.train_step(model, mesh, rows=rows, length=model.context,
+                           **sizes)
+  planned = sum(held[k] for k in ("gradients", "activations", "logits",
+                                  "workspace")) / 2**20
+  assert 0.99 < planned / measured < 1.28
 
 
 # Compiled, each in a process of its own: libtpu is locked and its flags are

@@ -58,15 +58,15 @@ def test_memory_of_a_step_by_hand():
   # 5 positions twice, weights with their gradients.
   layer = 8 * 92 + 30 * (49 * 4 + 10 * 8)
   # The head: two arrays of logits for 2 positions of 6 rows, weights with
-  # their gradients.
-  head = 2 * 4 * 6 * 2 * 10 + 8 * 40
-  assert (layer, head) == (9016, 1280)
+  # their gradients, hidden states with theirs.
+  head = 2 * 4 * 6 * 2 * 10 + 8 * 40 + 8 * 30 * 4
+  assert (layer, head) == (9016, 2240)
   assert held["logits"] == 2 * 4 * 6 * 2 * 10
   assert held["workspace"] + held["logits"] == 9016
   wide = memory.train_step(m._replace(vocab=200), one, rows=6, length=5,
                            chunk=2)
   assert wide["workspace"] + wide["logits"] == (
-      2 * 4 * 6 * 2 * 200 + 8 * 800) == 25600
+      2 * 4 * 6 * 2 * 200 + 8 * 800 + 960) == 26560
   # Rematerialisation keeps less and needs more at once.
   kept = {r: memory.train_step(m._replace(remat=r), one, rows=6, length=5,
                                chunk=2) for r in decoder.REMAT}
