@@ -246,12 +246,17 @@ def test_the_plan_is_near_what_a_compiler_set_aside(model, fsdp, tensor, rows,
 # read once.
 
 
-def report(topology, fsdp, tensor, rows):
+PADDED = ("--layout=padded", f"--layers={M.layers}")
+SMALL = ("--layout=packed", "--layers=3", "--width=256", "--heads=4",
+         "--kv_heads=2", "--ff=512", "--vocab=4032", "--length=256",
+         "--chunk=32")
+
+
+def report(topology, fsdp, tensor, rows, more=PADDED):
   done = subprocess.run(
       [sys.executable, "tools/aot.py", f"--topology={topology}",
        f"--fsdp={fsdp}", f"--tensor={tensor}", f"--rows={rows}", "--json",
-       f"--layers={M.layers}"], cwd=ROOT, capture_output=True, text=True,
-      timeout=600)
+       *more], cwd=ROOT, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
   return aot.Report(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -270,11 +275,14 @@ def sound(r):
   # loops only the embedding and the head.
   assert r.collectives["all-gather in loops"] == 14
   assert r.collectives["all-gather outside"] == 2
-  # The estimate of the plan, against the compiler.
+  print(aot.table(r))
+
+
+def near_the_plan(r):
+  """The estimate of the plan, against the compiler."""
   planned = sum(r.planned[k] for k in ("gradients", "activations",
                                        "logits", "workspace"))
   assert 0.8 < planned / r.temp_bytes < 1.5
-  print(aot.table(r))
 
 
 @pytest.mark.slow
@@ -285,6 +293,7 @@ def test_twice_the_chips_hold_half_each():
   assert many.chips == 16 and few.chips == 8
   for r in (many, few):
     sound(r)
+    near_the_plan(r)
     assert 400e6 < r.parameters < 420e6
   assert abs(few.argument_bytes / many.argument_bytes / 2 - 1) < 0.05
   # A table's worth of weights and moments in float32, a sixteenth of it.
@@ -297,9 +306,20 @@ def test_twice_the_chips_hold_half_each():
 def test_tensor_parallel_on_another_generation():
   r = report("v5p:2x2x2", 4, 2, 16)
   sound(r)
+  near_the_plan(r)
   # The sums over heads and features that tensor parallelism adds.
   assert r.collectives["all-reduce in loops"] >= 4
   assert abs(r.argument_bytes / (12 * r.parameters / 8) - 1) < 0.05
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_packed_step_compiles_for_a_tpu():
+  r = report("v5e:2x2", 2, 2, 4, SMALL)
+  sound(r)
+  # Two pairs a chip of 2 x 192 answer tokens, half the vocabulary.
+  assert r.logit_elements == 768 * 2016
+  assert r.collectives["all-reduce in loops"] >= 4
 
 
 CONTROL = """
