@@ -21,7 +21,7 @@ from jaxalign.model import decoder
 from jaxalign.select import embed
 from jaxalign.select import grams
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import SAMPLERS, crossfit, heads
+from jaxalign.select.samplers import SAMPLERS, alike, crossfit, habits, heads
 import pools as tests_pools
 
 N = 1500
@@ -336,7 +336,8 @@ def test_too_few_positive_scores_are_said_and_filled():
   positive = int((small.score > 0).sum())
   assert 300 < positive < 1300
   got = SAMPLERS["crossfit_lite"](0, pool, positive + 100)
-  assert "more than the" in got.notes[-1] and "warning" in got.notes[-1]
+  assert any(n.startswith("warning: the budget of") and "more than the" in n
+             for n in got.notes)
   assert set(got.rows[:positive]) == set(np.flatnonzero(small.score > 0))
   np.testing.assert_array_equal(got.score[got.rows[:positive]],
                                 small.score[got.rows[:positive]])
@@ -421,3 +422,235 @@ def test_a_job_says_what_it_read_beside_its_verdicts(tmp_path, config, name):
   assert refused or any(crossfit.SENTENCE in line for line in told)
   assert any(notes[-1].removeprefix("warning: ") in line for line in
              summary["warnings"] + summary["verdicts"]), done.stdout
+
+
+# What breaks it, and what is done about that.
+
+
+def with_columns(pool, **columns):
+  return pools.Pool(pool.ids, pool.columns | columns)
+
+
+def truth_of(pool, reward, rows):
+  return wrong_share(pool, reward, rows)[0]
+
+
+def relabelled(pool, reward, added, seed=0):
+  """Labels drawn anew from the reward and what a habit adds [N, 2]; truth."""
+  seen = reward + added
+  first = np.random.default_rng(seed).random(len(seen)) < 1 / (
+      1 + np.exp(-(seen[:, 0] - seen[:, 1]) / 0.5))
+  columns = {k: np.where((~first).reshape(-1, *[1] * (v.ndim - 1)), v[:, ::-1],
+                         v) if v.ndim > 1 else v
+             for k, v in pool.columns.items()}
+  return (pools.Pool(pool.ids, columns),
+          np.where(first[:, None], reward, reward[:, ::-1]))
+
+
+def minority(n=N, seed=0):
+  """A fifth of rows, of a source of their own, are labelled the other way."""
+  pool, reward = world(n=n)
+  few = np.random.default_rng(seed).random(n) < 0.25
+  turned_pool = turned(pool, few)
+  reward = np.where(few[:, None], -reward[:, ::-1], reward)
+  return with_columns(turned_pool, source=np.where(few, "few", "many")), reward
+
+
+def test_without_leaves_nothing_that_follows_a_habit():
+  rng = np.random.default_rng(0)
+  h, x = rng.normal(size=(200, 2)), rng.normal(size=(200, 5))
+  x[:, 0] += 3 * h[:, 1]
+  got = habits.without(x, h)
+  # By the normal equations: (I - h (h'h)^-1 h') x.
+  wanted = x - h @ np.linalg.inv(h.T @ h) @ h.T @ x
+  np.testing.assert_allclose(got, wanted, atol=1e-12)
+  np.testing.assert_allclose(h.T @ got, 0, atol=1e-10)
+  turn = np.where(rng.random(200) < 0.5, -1.0, 1.0)[:, None]
+  np.testing.assert_allclose(habits.without(turn * x, turn * h), turn * got,
+                             atol=1e-12)
+
+
+def test_unread_columns_are_fitted_and_do_not_count():
+  x, y = signed_rows(5, width=5)
+  fold = np.arange(len(x)) % 3
+  got, loss, _ = heads.out_of_fold(x, y, fold, 0.02, unread=2)
+  for k in range(3):
+    others = fold != k
+    share = (y[others] > 0).mean()
+    offset = math.log(share / (1 - share))
+    b = solve(x[others], y[others], 0.02 * others.sum(), offset)
+    wanted = y[fold == k] * (x[fold == k, :3] @ b[:3])
+    np.testing.assert_allclose(got[fold == k], wanted, atol=1e-6)
+    np.testing.assert_allclose(
+        loss[fold == k], np.log1p(np.exp(-wanted - y[fold == k] * offset)),
+        atol=1e-6)
+
+
+def test_heads_orthogonal_to_length_do_not_follow_it():
+  pool, reward = world()
+  short, truth = relabelled(pool, reward, 0.75 * pool.length)
+  plain = SAMPLERS["crossfit_lite"](0, short, 150)
+  cut = SAMPLERS["crossfit_lite"](0, short, 150, orthogonal="length")
+  gap = lambda rows: np.subtract(*short.length[rows].T).mean()
+  assert gap(plain.rows) > gap(np.arange(N)) + 0.8
+  assert gap(cut.rows) < gap(np.arange(N)) + 0.3
+  assert truth_of(short, truth, cut.rows) < (
+      truth_of(short, truth, plain.rows) / 1.5)
+  said = next(n for n in plain.notes if "longer than rejected" in n)
+  assert f"by {gap(plain.rows):+.2f} tokens among the kept" in said
+  assert f"{gap(np.arange(N)):+.2f} in the pool" in said
+  warned = lambda got: any(n.startswith("warning: length alone predicts")
+                           for n in got.notes)
+  assert warned(plain) and not warned(cut)
+  assert not warned(SAMPLERS["crossfit_lite"](0, pool, 150))
+
+
+def test_orthogonal_takes_any_column_of_the_responses():
+  pool, reward = world()
+  says = pool.grams[..., :512] > 0  # a word that one side of many pairs has
+  word = (says[:, 0] != says[:, 1]).mean(axis=0).argmax()
+  style = np.float64(says[..., word])
+  odd, truth = relabelled(with_columns(pool, style=style), reward, 3 * style)
+  plain = SAMPLERS["crossfit_lite"](0, odd, 150)
+  cut = SAMPLERS["crossfit_lite"](0, odd, 150, orthogonal=("style", "length"))
+  gap = lambda got: abs(np.subtract(*odd.style[got.rows].T).mean())
+  assert gap(plain) > 0.6 and gap(cut) < gap(plain) / 2
+  for columns, names, said in ((odd, "opener", "names 'opener', the pool"),
+                               (with_columns(odd, topic=np.zeros(N)), "topic",
+                                "1 numbers a row, wanted one for each of 2")):
+    with pytest.raises(ConfigError, match=said):
+      SAMPLERS["crossfit_lite"](0, columns, 150, orthogonal=names)
+
+
+def test_a_minority_is_told_and_keeps_its_share_by_slices():
+  pool, reward = minority()
+  share = (pool.source == "few").mean()
+  plain = SAMPLERS["crossfit_lite"](0, pool, 150)
+  kept = (pool.source[plain.rows] == "few").mean()
+  assert kept < share / 2
+  said = next(n for n in plain.notes if "'few'" in n)
+  assert said.startswith("warning: source 'few'")
+  assert f"it is {100 * kept:.1f} % of what is kept" in said
+  assert said.endswith("set config.select.kwargs.slices to 'source'")
+  even = SAMPLERS["crossfit_lite"](0, pool, 150, slices="source")
+  assert (pool.source[even.rows] == "few").sum() == round(150 * share)
+  assert truth_of(pool, reward, even.rows) <= truth_of(pool, reward, plain.rows)
+  assert any("heads of its own judge it" in n and "'few'" in n
+             for n in even.notes)
+  assert np.delete(even.score, even.rows).max() <= even.score[even.rows].min()
+  whole, _ = world()
+  same = with_columns(whole, source=pool.source)  # no taste of its own
+  assert not any("'few'" in n for n in
+                 SAMPLERS["crossfit_lite"](0, same, 150).notes)
+  with pytest.raises(ConfigError, match="slices names 'mood'"):
+    SAMPLERS["crossfit_lite"](0, pool, 150, slices="mood")
+
+
+@pytest.mark.slow
+def test_slices_keep_both_labels_of_thumbs():
+  pool, _ = world(thumbs=True)
+  few = np.random.default_rng(0).random(2 * N) < 0.3
+  pool = with_columns(turned(pool, few), source=np.where(few, "few", "many"))
+  got = SAMPLERS["crossfit_lite"](0, pool, 300, slices="source")
+  for name in ("few", "many"):
+    for label in (True, False):
+      of = (pool.source == name) & (pool.label == label)
+      assert abs(of[got.rows].sum() - 300 * of.mean()) < 1
+  with pytest.raises(ConfigError, match="label_quota is 0.5"):
+    SAMPLERS["crossfit_lite"](0, pool, 300, slices="source", label_quota=0.5)
+
+
+def sets_of(grams):
+  return [set(np.flatnonzero(row)) for row in
+          grams.reshape(len(grams), -1, grams.shape[-1]).any(axis=1)]
+
+
+def test_copies_are_the_rows_that_share_half_their_words():
+  rng = np.random.default_rng(0)
+  base = rng.random((40, 2, 256)) < 0.08
+  grams = np.concatenate([base, base[:10], base[:10], base[10:15]])
+  for i in range(40, 65):  # one word less, or two
+    grams[i, 0, rng.choice(np.flatnonzero(grams[i, 0]), 2)] = False
+  grams = np.uint8(grams)
+  code = alike.copies(grams)
+  sets = sets_of(grams)
+  near = np.array([[len(a & b) >= 0.5 * len(a | b) for b in sets]
+                   for a in sets])
+  for _ in range(6):
+    near = near @ near  # chains
+  np.testing.assert_array_equal(code[:, None] == code[None], near)
+  np.testing.assert_array_equal(  # whichever answer is chosen
+      alike.copies(grams[:, ::-1]), code)
+  assert alike.in_copies(code) == 40 / 65
+  group = np.array([f"p{i}" for i in range(65)])
+  group[20] = group[0]
+  both = alike.joined(group, code)
+  assert both[0] == both[20] == both[40] == both[50]
+  assert len(set(both)) == 65 - 25 - 1
+  place = alike.place_in(np.array([0, 1, 0, 0]), np.array([1., 5, 3, 1]),
+                         np.array([7, 7, 7, 2]))
+  np.testing.assert_array_equal(place, [2, 0, 0, 1])
+
+
+def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
+  pool, reward = world()
+  bad = np.random.default_rng(1).random(N) < 0.15
+  columns = {k: pool.columns[k].copy() for k in ("grams", "length", "overlap")}
+  pattern = np.zeros((2, 1024), np.uint8)
+  pattern[0, 500:506] = pattern[1, 506:512] = 1  # the same words, always
+  pattern[0, 900:905] = pattern[1, 905:910] = 1
+  columns["grams"][bad] = pattern
+  for row in np.flatnonzero(bad):  # but for one
+    columns["grams"][row, row % 2, row % 500] += 1
+  for name in ("length", "overlap"):
+    columns[name][bad] = columns[name][np.flatnonzero(bad)[0]]
+  fixed = with_columns(pool, **columns)
+  plain = SAMPLERS["crossfit_lite"](0, fixed, 150)
+  assert bad[plain.rows].mean() > 0.5
+  share = alike.in_copies(alike.copies(fixed.grams[np.sort(plain.rows)]))
+  assert any(f"warning: {100 * share:.1f} % of the kept rows have a near-copy"
+             in n for n in plain.notes)
+  few = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=2)
+  assert bad[few.rows].sum() <= 2
+  assert not any("near-copy" in n for n in few.notes)
+  assert any(f"{bad.sum() - 2:,} rows have 2 near-copies" in n
+             for n in few.notes)
+  assert SAMPLERS["crossfit_lite"](0, fixed, N, copies=2).rows.size == N
+  for wrong in (0, 1.5, True):
+    with pytest.raises(ConfigError, match="copies is"):
+      SAMPLERS["crossfit_lite"](0, fixed, 150, copies=wrong)
+
+
+def test_a_head_never_saw_a_near_copy():
+  """Labels of a set of copies are turned: their margins' size stays."""
+  pool, _ = world(n=400)
+  grams_ = pool.grams.copy()
+  grams_[:40] = grams_[0]
+  group = alike.joined(pool.group, alike.copies(grams_))
+  assert len(set(heads.folds(0, group, 5, "crossfit")[:40])) == 1
+
+
+@pytest.mark.slow
+def test_shuffled_labels_are_refused_in_slices_too():
+  pool, _ = world()
+  rng = np.random.default_rng(0)
+  shuffled = with_columns(turned(pool, rng.random(N) < 0.5),
+                          source=rng.choice(["a", "b", "c"], N))
+  for kwargs in (dict(slices="source"), dict(orthogonal="length"),
+                 dict(copies=1)):
+    with pytest.raises(NumericError, match="refuses these labels.*shuffled"):
+      SAMPLERS["crossfit_lite"](0, shuffled, 100, unlearnable="error",
+                                **kwargs)
+
+
+def test_fewer_rows_than_columns_lose_nothing(mesh):
+  """By way of the products of rows, against a singular value decomposition."""
+  rng = np.random.default_rng(0)
+  x = heads.scaled(rng.normal(size=(300, 30)) @ rng.normal(size=(30, 700)))
+  got, value = heads.principal(x)
+  assert got.shape == (300, 30)
+  np.testing.assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=1e-2)
+  u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
+  np.testing.assert_allclose(value, s[:30]**2 / 300, rtol=1e-5)
+  np.testing.assert_allclose(np.abs(got), np.abs(u[:, :30] * s[:30]),
+                             atol=1e-3 * s[0])

@@ -10,7 +10,7 @@ majority: what most annotators like, their habits too (length, style), scores
 high.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from jaxalign import progress
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import grams as grams_lib
 from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.samplers import alike
+from jaxalign.select.samplers import habits
 from jaxalign.select.samplers import heads
 from jaxalign.select.samplers.basic import top_with_quota
 from jaxalign.select.samplers.values import column, finite, ranked
-from jaxalign.select.topk import uniform
+from jaxalign.select.topk import id_hash, uniform
 
 SENTENCE = "reads every label: saves training, not annotation"
 RIDGES = (.001, .004, .015, .06, .25, 1.0, 4.0)  # for one row
@@ -48,13 +50,29 @@ class Margins(NamedTuple):
   ridges: list[float]
 
 
+class Ways(NamedTuple):
+  """Keywords of both samplers, see `crossfit`."""
+
+  label_quota: float | str | None = None
+  unlearnable: str = "random"
+  orthogonal: str | tuple[str, ...] | None = None
+  slices: str | tuple[str, ...] | None = None
+  copies: int | None = None
+
+
+def _part(block: np.ndarray, group: np.ndarray) -> np.ndarray:
+  """[N, R, W] -> [N, P] float64, see `lessons`."""
+  part = heads.scaled(habits.differences(block, group))
+  return (heads.principal(part)[0] if part.shape[1] > heads.COLUMNS
+          else np.float64(part))
+
+
 def lessons(blocks: list[np.ndarray], group: np.ndarray,
             label: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
   """What a head is fitted to: [N, P] rows, and [N] 1 or -1.
 
-  Pairs become differences, chosen minus rejected, not centred: a pair turned
-  around is its negative. Single responses are taken from the mean of their
-  prompt's, or, where the prompt has one, from the mean of all such.
+  Pairs become differences, single responses what they differ by from others,
+  see `habits.differences`.
 
   Args:
     blocks: parts [N, R, W] side by side; one wider than `heads.COLUMNS` is
@@ -62,35 +80,32 @@ def lessons(blocks: list[np.ndarray], group: np.ndarray,
     group: [N] names of prompts.
     label: [N] bool of thumbs; None for pairs.
   """
-  parts = []
-  for block in blocks:
-    if label is None:
-      part = np.float32(block[:, 0]) - np.float32(block[:, 1])
-    else:
-      part = _within_prompt(np.float32(block[:, 0]), group)
-    part = heads.scaled(part)
-    parts.append(heads.principal(part)[0] if part.shape[1] > heads.COLUMNS
-                 else np.float64(part))
-  y = np.ones(len(group)) if label is None else np.where(label, 1.0, -1.0)
-  return heads.shortened(np.concatenate(parts, axis=1)), y
+  return _side_by_side([_part(block, group) for block in blocks], label)
 
 
-def _within_prompt(x: np.ndarray, group: np.ndarray) -> np.ndarray:
-  _, inverse, size = np.unique(group, return_inverse=True, return_counts=True)
-  inverse = np.where(size[inverse] > 1, inverse + 1, 0)  # 0: alone
-  total = np.zeros((inverse.max(initial=0) + 1, x.shape[1]))
-  np.add.at(total, inverse, x)
-  count = np.maximum(np.bincount(inverse, minlength=len(total)), 1)
-  return x - np.float32(total / count[:, None])[inverse]
+def _side_by_side(parts: list[np.ndarray], label: np.ndarray | None
+                  ) -> tuple[np.ndarray, np.ndarray]:
+  x = heads.shortened(np.concatenate(parts, axis=1))
+  y = np.ones(len(x)) if label is None else np.where(label, 1.0, -1.0)
+  return x, y
 
 
 def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
-            label: np.ndarray | None = None) -> Margins:
+            label: np.ndarray | None = None, habit: np.ndarray | None = None
+            ) -> Margins:
   """Out-of-fold margins of every head, at its best ridge and the next larger.
 
   The best ridge has the least out-of-fold loss on the observed labels of some
   4,000 rows; folds hold whole prompts. A head counts by how far its loss is
   below chance: one that predicts nothing has no vote.
+
+  Args:
+    seed: of the folds.
+    blocks: of each head, parts [N, R, W].
+    group: [N] names of prompts.
+    label: [N] bool of thumbs; None for pairs.
+    habit: [N, H] what no head may use: features are taken without what it
+      explains of them, and it explains what it can of the labels.
   """
   fold = heads.folds(seed, group, FOLDS, "crossfit")
   tuning = heads.folds(seed, group, RIDGE_FOLDS, "crossfit ridge")
@@ -100,12 +115,19 @@ def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
   if label is not None:
     share = np.clip(label.mean(), 1e-9, 1 - 1e-9)
     chance = float(-share * np.log(share) - (1 - share) * np.log(1 - share))
+  parts = {}  # a part of two heads is rotated once
+  for part in (part for block in blocks for part in block):
+    if id(part) not in parts:
+      parts[id(part)] = _part(part, group)
   found, best, gains, ridges = [], None, [], []
+  unread = 0 if habit is None else habit.shape[1]
   for block in blocks:
-    x, y = lessons(block, group, label)
-    i, _ = heads.choose_ridge(x[few], y[few], tuning[few], RIDGES)
+    x, y = _side_by_side([parts[id(part)] for part in block], label)
+    if habit is not None:  # tenfold, so that the ridge leaves it alone
+      x = np.concatenate([habits.without(x, habit), 10 * habit], axis=1)
+    i, _ = heads.choose_ridge(x[few], y[few], tuning[few], RIDGES, unread)
     for ridge in RIDGES[i:i + 2]:
-      margin, loss, _ = heads.out_of_fold(x, y, fold, ridge)
+      margin, loss, _ = heads.out_of_fold(x, y, fold, ridge, unread=unread)
       size = np.median(np.abs(margin))
       found.append(margin / size if size > 0 else margin)
       ridges.append(ridge)
@@ -118,6 +140,40 @@ def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
   spread = np.sqrt(weight @ (np.stack(found) - mean)**2)
   return Margins(mean, spread / (np.abs(mean) + 0.3), best, chance,
                  float((mean > 0).mean()), ridges)
+
+
+def with_own_heads(seed: int, found: Margins, blocks: list[list[np.ndarray]],
+                   group: np.ndarray, label: np.ndarray | None,
+                   habit: np.ndarray | None, code: np.ndarray
+                   ) -> tuple[Margins, set[int]]:
+  """Margins by heads of a slice's own where those predict its labels better.
+
+  Better: by LEAST_GAIN and two standard errors of the rows' differences in
+  out-of-fold loss, in a slice of `habits.SLICE_ROWS` rows or more.
+
+  Args:
+    seed, blocks, group, label, habit: as of `margins`, which made `found`.
+    code: [N] from 0, the slice.
+
+  Returns:
+    The margins, and the codes of the slices that have their own.
+  """
+  mean, spread, loss = found.mean.copy(), found.spread.copy(), found.loss.copy()
+  own, kept = set(), {}
+  for k in np.flatnonzero(np.bincount(code) >= habits.SLICE_ROWS):
+    rows = np.flatnonzero(code == k)
+    for part in (part for block in blocks for part in block):
+      kept[id(part)] = part[rows]
+    some = [[kept[id(part)] for part in block] for block in blocks]
+    fit = margins(seed, some, group[rows],
+                  None if label is None else label[rows],
+                  None if habit is None else habit[rows])
+    gain = found.loss[rows] - fit.loss
+    if gain.mean() > LEAST_GAIN + 2 * gain.std() / np.sqrt(len(rows)):
+      own.add(int(k))
+      mean[rows], spread[rows], loss[rows] = fit.mean, fit.spread, fit.loss
+  return found._replace(mean=mean, spread=spread, loss=loss,
+                        accuracy=float((mean > 0).mean())), own
 
 
 def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
@@ -187,38 +243,72 @@ def filled(score: np.ndarray, q: np.ndarray) -> np.ndarray:
   return np.where(last, score + min(0.0, score.min()) - 1, score)
 
 
-def _by_quota(score: np.ndarray, pool: Pool, budget: int, quota: Any
-              ) -> Selection:
-  """Each label's best rows; the others are moved below the lowest kept."""
-  rows = top_with_quota(score, pool, budget,
-                        "as_pool" if quota is None else quota)
+def _lowered(score: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """Scores of rows that are not among `rows` moved to the lowest kept."""
   kept = np.zeros(len(score), bool)
   kept[rows] = True
-  if not kept.all():
-    least = score[kept].min(initial=np.inf)
-    above = max(0.0, score[~kept].max() - least)
-    score = np.where(kept, score, np.minimum(score - above, least))
-  return Selection(rows, score)
+  if kept.all():
+    return score
+  least = score[kept].min(initial=np.inf)
+  above = max(0.0, score[~kept].max() - least)
+  return np.where(kept, score, np.minimum(score - above, least))
 
 
-def _select(seed: int, pool: Pool, budget: int, sides: Sides,
-            label_quota: Any, unlearnable: str) -> Selection:
-  if unlearnable not in UNLEARNABLE:
-    raise ConfigError(f"unlearnable is {unlearnable!r}, wanted one of "
+def _chosen(score: np.ndarray, pool: Pool, budget: int, ways: Ways,
+            pairs: bool, code: np.ndarray | None) -> Selection:
+  """The best rows, of thumbs each label's, of slices each slice's."""
+  if code is None and pairs:
+    return ranked(score, pool, budget)
+  if code is None:
+    quota = "as_pool" if ways.label_quota is None else ways.label_quota
+    rows = top_with_quota(score, pool, budget, quota)
+  elif ways.label_quota is not None:
+    raise ConfigError(
+        f"slices keeps labels of each slice as they are, and label_quota is "
+        f"{ways.label_quota!r}; set one of config.select.kwargs.slices and "
+        "config.select.kwargs.label_quota")
+  else:
+    label = 0 if pairs else np.asarray(pool.label, np.int64)
+    rows = habits.by_share(score, pool, budget, 2 * code + label)
+  return Selection(rows, _lowered(score, rows))
+
+
+def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
+            ) -> Selection:
+  if ways.unlearnable not in UNLEARNABLE:
+    raise ConfigError(f"unlearnable is {ways.unlearnable!r}, wanted one of "
                       f"{', '.join(UNLEARNABLE)}; set "
                       "config.select.kwargs.unlearnable")
+  if ways.copies is not None and (isinstance(ways.copies, bool)
+                                  or ways.copies != int(ways.copies)
+                                  or ways.copies < 1):
+    raise ConfigError(f"copies is {ways.copies!r}, wanted None or 1 or more; "
+                      "set config.select.kwargs.copies")
   pairs = sides.blocks[0][0].shape[1] == 2
   if not pairs and "label" not in pool.columns:
     raise ConfigError("crossfit reads the label of single responses, the pool "
                       "has none; set config.select.sampler")
   group = pool.columns.get("group", pool.ids)
   label = None if pairs else np.asarray(pool.label, bool)
-  found = margins(seed, sides.blocks, group, label)
+  without = habits.named(ways.orthogonal)
+  habit = habits.columns(pool, without, group)
+  by = habits.named(ways.slices)
+  code = names = like = None
+  if by or "source" in pool.columns:
+    code, names = habits.slice_codes(pool, by or ("source",))
+  if ways.copies is not None:
+    like = alike.copies(pool.grams)
+    group = alike.joined(group, like)
+  found = shared = margins(seed, sides.blocks, group, label, habit)
+  own = set()
+  if by:
+    found, own = with_own_heads(seed, shared, sides.blocks, group, label,
+                                habit, code)
   learnt, said = predictable(found)
   if not learnt:
     text = (f"crossfit refuses these labels: no head predicts them ({said}); "
             "they look shuffled, or the features say nothing of them")
-    if unlearnable == "error":
+    if ways.unlearnable == "error":
       raise NumericError(f"{text}; set config.select.sampler, or "
                          "config.select.kwargs.unlearnable to 'random'")
     drawn = ranked(uniform(seed, pool.ids, "random"), pool, budget)
@@ -236,9 +326,33 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides,
                  f"{positive:,} rows that score above 0; of the rest more "
                  "labels are wrong than of random rows; set "
                  "config.select.budget")
-  if pairs:
-    return _told(ranked(score, pool, budget), *notes)
-  return _told(_by_quota(score, pool, budget, label_quota), *notes)
+  if like is not None:
+    place = alike.place_in(like, score, id_hash(pool.ids))
+    spare = place >= ways.copies
+    score = np.where(spare, score - np.ptp(score) - 1, score)
+    notes.append(f"{int(spare.sum()):,} rows have {ways.copies} near-copies "
+                 "or more that score higher, and come last")
+  selection = _chosen(score, pool, budget, ways, pairs, code if by else None)
+  kept = selection.rows
+  length = column(pool, "length")
+  fold = heads.folds(seed, group, FOLDS, "crossfit")
+  y = np.ones(len(pool.ids)) if pairs else np.where(label, 1.0, -1.0)
+  lost = habits.alone(habits.columns(pool, ("length",), group), y, fold)
+  whole = np.arange(len(pool.ids))
+  notes.append(
+      ("chosen answers are longer than rejected ones by " if pairs else
+       "liked answers are longer than disliked ones by ")
+      + f"{habits.gap(length, label, kept):+.2f} tokens among the kept, "
+      f"{habits.gap(length, label, whole):+.2f} in the pool; length alone "
+      f"predicts {100 * lost[1]:.1f} % of labels")
+  notes += habits.length_note(lost, found.loss.mean(), found.accuracy,
+                              found.chance, "length" in without)
+  if code is not None and len(names) > 1:
+    notes += habits.slice_notes(code, names, ", ".join(by or ("source",)),
+                                shared.mean > 0, kept, own, bool(by))
+  notes += alike.notes(pool, kept, ranked(uniform(seed, pool.ids, "random"),
+                                          pool, len(kept)).rows)
+  return _told(selection, *notes)
 
 
 def _told(selection: Selection, *notes: str) -> Selection:
@@ -269,28 +383,35 @@ def _typical(x: np.ndarray) -> np.ndarray:
                        ).reshape(x.shape[:2])
 
 
-@needs("grams", "overlap", "length", optional=("label", "group"))
+@needs("grams", "overlap", "length", optional=("label", "group", "source"))
 def crossfit_lite(seed: int, pool: Pool, budget: int, *,
                   label_quota: float | str | None = None,
-                  unlearnable: str = "random") -> Selection:
+                  unlearnable: str = "random",
+                  orthogonal: str | tuple[str, ...] | None = None,
+                  slices: str | tuple[str, ...] | None = None,
+                  copies: int | None = None) -> Selection:
   """`crossfit` without a model: one head on counts of tokens, no forward pass.
 
   Args:
     seed: of the folds, and of the rows where it falls back to random ones.
     pool: `grams` [N, R, W], `overlap` [N, R, 2], `length` [N, R]; `group` [N]
       where it has it (rows of one prompt share it), `label` [N] of thumbs.
-    budget, label_quota, unlearnable: as of `crossfit`.
+    budget, and the keywords: as of `crossfit`.
   """
   said, few, signs = _read(pool)
-  return _select(seed, pool, budget, Sides([[said, few]], signs), label_quota,
-                 unlearnable)
+  return _select(seed, pool, budget, Sides([[said, few]], signs),
+                 Ways(label_quota, unlearnable, orthogonal, slices, copies))
 
 
 @needs("embedding", "residual", "least", "grams", "overlap", "length",
-       optional=("logp", "logp_count", "log_likelihood", "label", "group"))
+       optional=("logp", "logp_count", "log_likelihood", "label", "group",
+                 "source"))
 def crossfit(seed: int, pool: Pool, budget: int, *,
              label_quota: float | str | None = None,
-             unlearnable: str = "random") -> Selection:
+             unlearnable: str = "random",
+             orthogonal: str | tuple[str, ...] | None = None,
+             slices: str | tuple[str, ...] | None = None,
+             copies: int | None = None) -> Selection:
   """Rows by out-of-fold margin times a label-blind gate; reads every label.
 
   score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
@@ -310,6 +431,16 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
       None: what it is in the pool.
     unlearnable: where no head predicts the labels better than chance (they
       may be shuffled): "random" rows, with a warning, or an "error".
+    orthogonal: columns [N, R] that are no merit, "length" for instance: heads
+      are fitted beside them and judge without them and without what they
+      explain of the features.
+    slices: columns [N], "source" for instance, whose rows may be labelled by
+      another taste: each combination of values keeps its share of the pool,
+      of thumbs of both labels, and is judged by heads of its own where those
+      predict its labels better; see `with_own_heads`.
+    copies: at most so many rows of a set of near-copies, see `alike.copies`,
+      come before all others; and heads never saw a copy of what they judge.
+      Texts of a few words are all alike: leave it None there.
 
   Returns:
     Selection; the [N] score is as above, or as `filled` has it, or the random
@@ -330,4 +461,4 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
     signs["log_likelihood"] = column(pool, "log_likelihood")
   return _select(seed, pool, budget, Sides(
       [[said, few], [residual, few], [said, residual, embedding, few]],
-      signs), label_quota, unlearnable)
+      signs), Ways(label_quota, unlearnable, orthogonal, slices, copies))

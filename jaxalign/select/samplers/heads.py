@@ -54,19 +54,32 @@ def principal(x: np.ndarray, columns: int = COLUMNS
     columns: P is at most this; directions that no row has are left out.
 
   Returns:
-    [n, P] float64, most length first; [P] float64 mean squares.
+    [n, P] float64, most length first; [P] float64 mean squares. Where there
+    are fewer rows than columns, by way of the products of rows: O(n^2 W).
   """
   n, width = x.shape
-  if width <= columns:
+  few = columns < n < width
+  if few:
+    x = x.astype(np.float64)
+    gram = x @ x.T / n
+  elif width <= columns:
     gram = x.T.astype(np.float64) @ x / n
   else:
     gram = ordered_sum(rows_lib.by_chunk(_gram_chunk, rows_lib.place(x))) / n
-  value, vector = scipy.linalg.eigh((gram + gram.T) / 2)
+  last = len(gram) - 1
+  value, vector = scipy.linalg.eigh(
+      (gram + gram.T) / 2, subset_by_index=(max(0, last + 1 - columns), last)
+      ) if last >= 0 else (np.zeros(0), gram)
   keep = min(columns, int((value > 1e-6 * value.max(initial=0)).sum()))
   value = value[::-1][:keep]
   vector = vector[:, ::-1][:, :keep]
   if not keep:  # rows of zeros
     return np.zeros((n, 0)), value
+  if few:  # a direction's largest entry is above 0, however rows are turned
+    along = x.T @ vector
+    largest = np.abs(along).argmax(axis=0)
+    sign = np.sign(along[largest, np.arange(keep)])
+    return vector * (sign * np.sqrt(n * value)), value
   if width <= columns:
     return x.astype(np.float64) @ vector, value
   return np.float64(rows_lib.by_row(_rotate_chunk, rows_lib.place(x),
@@ -148,7 +161,7 @@ def folds(seed: int, group: np.ndarray, count: int, purpose: str
 
 
 def out_of_fold(x: np.ndarray, y: np.ndarray, fold: np.ndarray, ridge: float,
-                start: np.ndarray | None = None
+                start: np.ndarray | None = None, unread: int = 0
                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
   """Margins y (x.b) [n], b fitted to the rows of the other folds.
 
@@ -157,6 +170,8 @@ def out_of_fold(x: np.ndarray, y: np.ndarray, fold: np.ndarray, ridge: float,
     fold: [n] from `folds`.
     ridge: for one row: `fit` has it times the rows that it sees.
     start: of the first fold's fit; the others begin at the one before.
+    unread: so many of the last columns are fitted, to explain what labels owe
+      to them, and count for nothing in margin and loss.
 
   Returns:
     margin [n]; loss [n], nats, with the log-odds of the other folds' labels
@@ -174,16 +189,18 @@ def out_of_fold(x: np.ndarray, y: np.ndarray, fold: np.ndarray, ridge: float,
       share = np.clip((y[others] > 0).mean(), 1e-3, 1 - 1e-3)
       offset = float(np.log(share / (1 - share)))
     b = fit(x[others], y[others], ridge * others.sum(), offset, b)
-    margin[own] = y[own] * (x[own] @ b)
+    read = len(b) - unread
+    margin[own] = y[own] * (x[own, :read] @ b[:read])
     loss[own] = np.logaddexp(0, -margin[own] - y[own] * offset)
   return margin, loss, b
 
 
 def choose_ridge(x: np.ndarray, y: np.ndarray, fold: np.ndarray,
-                 ridges: Sequence[float]) -> tuple[int, list[float]]:
+                 ridges: Sequence[float], unread: int = 0
+                 ) -> tuple[int, list[float]]:
   """Which ridge has the least out-of-fold loss, and the losses of all."""
   losses, start = [0.0] * len(ridges), None
   for i in reversed(range(len(ridges))):  # the smooth one first
-    _, loss, start = out_of_fold(x, y, fold, ridges[i], start)
+    _, loss, start = out_of_fold(x, y, fold, ridges[i], start, unread)
     losses[i] = float(loss.mean())
   return int(np.argmin(losses)), losses

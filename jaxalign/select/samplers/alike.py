@@ -1,0 +1,105 @@
+"""Which rows are near-copies of each other, by the words both answers use."""
+
+import numpy as np
+import scipy.sparse
+from scipy.sparse.csgraph import connected_components
+
+from jaxalign.select.pool import Pool
+
+BANDS, HASHES = 16, 4  # two rows half alike meet in 64 % of cases
+
+
+def _first_of(places: np.ndarray, starts: np.ndarray, order: np.ndarray
+              ) -> np.ndarray:
+  """[n] of each row, the least of `order` [W] over the columns that it has."""
+  return np.minimum.reduceat(order[places], starts)
+
+
+def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
+  """[N] int64, alike for rows that are near-copies, or copies of copies.
+
+  A row is the set of hashed tokens and pairs of them that its answers have,
+  whichever is chosen; two rows are near-copies where they share at least
+  `alike` of all that either has (Jaccard). Rows that agree in 4 min-wise
+  hashes of a band, of 16, are compared with the first of them in id order:
+  O(N W), and no pair of rows that do not meet (Broder 1997).
+
+  Args:
+    grams: [N, R, W] counts, see `select.grams`.
+    alike: from 0 to 1.
+  """
+  has = grams.reshape(len(grams), -1, grams.shape[-1]).any(axis=1)
+  has = np.concatenate([has, ~has.any(axis=1)[:, None]], axis=1)  # no word
+  n, width = has.shape
+  if not n:
+    return np.zeros(0, np.int64)
+  places = np.nonzero(has)[1]
+  size = has.sum(axis=1)
+  starts = np.cumsum(size) - size
+  rng = np.random.Generator(np.random.Philox(key=41))
+  left, right = [], []
+  for _ in range(BANDS):
+    key = np.zeros(n, np.int64)
+    for _ in range(HASHES):
+      order = rng.permutation(width).astype(np.int64)
+      key = key * width + _first_of(places, starts, order)
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    leader = first[inverse]
+    rows = np.flatnonzero(leader != np.arange(n))
+    for at in range(0, len(rows), 8192):
+      some = rows[at:at + 8192]
+      both = (has[some] & has[leader[some]]).sum(axis=1)
+      near = both >= alike * (size[some] + size[leader[some]] - both)
+      left.append(some[near])
+      right.append(leader[some][near])
+  a, b = np.concatenate(left), np.concatenate(right)
+  graph = scipy.sparse.coo_matrix((np.ones(len(a), bool), (a, b)), (n, n))
+  return np.int64(connected_components(graph, directed=False)[1])
+
+
+def joined(*codes: np.ndarray) -> np.ndarray:
+  """[N] names -> [N] str: alike where any of them is, or a chain of them."""
+  n = len(codes[0])
+  links = []
+  for code in codes:
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    links.append(first[inverse])
+  a, b = np.tile(np.arange(n), len(links)), np.concatenate(links)
+  graph = scipy.sparse.coo_matrix((np.ones(len(a), bool), (a, b)), (n, n))
+  found = connected_components(graph, directed=False)[1]
+  # Named by the least of its first code's names: no row number in it.
+  names = np.sort(np.unique(np.asarray(codes[0], np.str_)))
+  place = np.searchsorted(names, np.asarray(codes[0], np.str_))
+  least = np.full(found.max(initial=0) + 1, len(names))
+  np.minimum.at(least, found, place)
+  return names[least[found]]
+
+
+def in_copies(code: np.ndarray) -> float:
+  """Share of rows that have a near-copy."""
+  return float((np.bincount(code)[code] > 1).mean()) if len(code) else 0.0
+
+
+def notes(pool: Pool, kept: np.ndarray, drawn: np.ndarray) -> list[str]:
+  """A warning where the kept rows have near-copies among them.
+
+  More than a fifth have, and more than twice as many as of drawn rows [M].
+  """
+  found, usual = (in_copies(copies(pool.grams[np.sort(rows)]))
+                  for rows in (kept, drawn))
+  if found <= max(0.2, 2 * usual):
+    return []
+  return [f"warning: {100 * found:.1f} % of the kept rows have a near-copy "
+          f"among them, of random rows {100 * usual:.1f} %: one pattern is "
+          "labelled alike, and no head can tell whether rightly; set "
+          "config.select.kwargs.copies to keep a few of each"]
+
+
+def place_in(code: np.ndarray, score: np.ndarray, hashes: np.ndarray
+             ) -> np.ndarray:
+  """[N] how many rows of the same code score higher; ties by the hash."""
+  order = np.lexsort((hashes, -score, code))
+  size = np.bincount(code, minlength=code.max(initial=0) + 1)
+  out = np.empty(len(code), np.int64)
+  out[order] = np.arange(len(code)) - np.repeat(np.cumsum(size) - size, size)
+  return out
