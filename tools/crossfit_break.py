@@ -70,7 +70,7 @@ from jaxalign.select import grams  # noqa: E402
 from jaxalign.select import pool as pools  # noqa: E402
 from jaxalign.select.samplers import combine  # noqa: E402
 
-ROWS, SMALL = 4000, 500
+SMALL = 500
 FLIPS = ("flips", "small", "other", "thumbs")
 ARMS = "random;external_margin;crossfit_lite;crossfit"
 MENDS = dict(clean=("orthogonal=length", "copies=2"),  # what they cost
@@ -103,15 +103,15 @@ def parts(world: world_lib.World, prompt: str, said: str
           world_lib.reward(world, prompt, said))
 
 
-def make(name: str, world: world_lib.World, seed: int) -> Case:
+def make(name: str, world: world_lib.World, seed: int, count: int) -> Case:
   """The rows of a case, labelled by Bradley-Terry at the world's temperature.
 
   The two answers of a row, and what draws its label, are alike in all cases.
   """
-  n = SMALL if name == "small" else ROWS
+  n = SMALL if name == "small" else count
   rows = world_lib.generate(world, seed)["pool"][:n]
   rng = np.random.default_rng([seed, 7])
-  draw, flip, odd, junk = rng.random((4, ROWS))[:, :n]
+  draw, flip, odd, junk = rng.random((4, count))[:, :n]
   said = [(r["chosen"], r["rejected"]) for r in rows]
   prompt = [r["prompt"] for r in rows]
   p = np.array([[parts(world, q, a) for a in both]
@@ -254,7 +254,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
   """A line for each case and arm."""
   c = common.base()
   c.data.seed = c.sft.seed = seed
-  c.data.world.pool_rows = ROWS
+  c.data.world.pool_rows = args.rows
   c.sft.updates = c.sft.save_every = args.updates
   arms = args.arms.split(";")
   wanted = {name for arm in arms for name in combine.named(arm).needs}
@@ -266,7 +266,8 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
     if "embedding" in wanted:
       pipeline.run_sft(job)
     world = world_lib.build(c.data.world.to_dict(), seed)
-    cases = {name: make(name, world, seed) for name in args.cases.split(",")}
+    cases = {name: make(name, world, seed, args.rows)
+             for name in args.cases.split(",")}
     texts = {}
     for case in cases.values():
       for q, both in zip(case.prompt, case.said):
@@ -302,6 +303,7 @@ def main() -> None:
                       "small,other,thumbs")
   parser.add_argument("--arms", default=ARMS,
                       help="samplers, with ; between them")
+  parser.add_argument("--rows", type=int, default=4000)
   parser.add_argument("--updates", type=int, default=150)
   parser.add_argument("--out", default="", help="lines of JSON, appended")
   args = parser.parse_args()
