@@ -178,6 +178,13 @@ def base(variant: str = "") -> ConfigDict:
   c.lora.eta = 4.0  # allora: an update's factor where B is 0
   c.lora.batches = 4  # lora_sb: of the first gradient
 
+  # Small studies before the large one (jaxalign/pilot.py): the least budget
+  # near the plateau where select.budget="auto", the best direction where the
+  # sampler's name says direction=auto.
+  c.pilot = ConfigDict(dict(
+      budgets=(0.01, 0.02, 0.04, 0.08), seeds=2, margin=0.02, at=0.05,
+      most=0.5))  # of the updates of aligning on everything, the pilots'
+
   c.eval = ConfigDict()
   c.eval.prompts = 512  # generations at most
   c.eval.temperature = 1.0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign import embedder
 from jaxalign import memory
+from jaxalign import pilot
 from jaxalign import sharding
 from jaxalign.artifacts import pick
 from jaxalign.data import prepare
@@ -84,7 +85,11 @@ def _check_values(c: Any) -> None:
     if value not in known:
       raise ConfigError(f"{name}={value!r} is unknown, wanted one of "
                         f"{', '.join(known)}; set config.{name}")
-  for budget in (c.select.budget, *c.budgets):
+  budgets = (*c.pilot.budgets, c.pilot.at, *c.budgets)
+  if c.select.budget != pilot.AUTO:
+    budgets += (c.select.budget,)
+  pilot.check(c)
+  for budget in budgets:
     if not budget > 1 or budget % 1:
       budget_rows(float(budget), 1 << 40)  # rows: once the pool is read
   if 0 < c.train.max_updates < c.train.min_updates:

@@ -29,6 +29,8 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
   from ml_collections import config_flags
   from jaxalign.errors import ConfigError
   argv, keywords = _keywords(argv)
+  auto = "--config.select.budget=auto" in argv  # a word where a number is
+  argv = [a for a in argv if a != "--config.select.budget=auto"]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
       "config", None, "Path of a config file, with :variant.",
@@ -66,6 +68,9 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
     raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
   if config is None:
     raise ConfigError("no config; say --config=configs/dpo_sub.py")
+  if auto:
+    with config.unlocked(), config.ignore_type():
+      config.select.budget = "auto"
   for (section, name), value in keywords.items():
     with (kwargs := config[section].kwargs).unlocked():
       kwargs[name] = value
@@ -220,16 +225,23 @@ def _check(values) -> None:
 
 
 def _arms(c):
+  from jaxalign import pilot
   from jaxalign import study
+  if pilot.is_open(c):  # what it settles is not known
+    return [arm for small in pilot.configs(c).values()
+            for arm in study.arms_of(small)]
   return study.arms_of(c)
 
 
 def _study(job, values, argv: list[str]) -> None:
   """All arms, the summary and its page."""
+  from jaxalign import pilot
   from jaxalign import progress
   from jaxalign import study
   from jaxalign.report.pages import study as study_page
-  summary = study.run(job, study.command_line(argv))
+  command_line = study.command_line(argv)
+  notes = pilot.settle(job, lambda small: study.run(small, command_line))
+  summary = study.run(job, command_line, notes)
   progress.say("")
   progress.say(study_page.terminal(summary))
   if not ran(job):

@@ -3,7 +3,7 @@
 import datetime
 import json
 import shlex
-from typing import Any
+from typing import Any, Sequence
 
 from etils import epath
 import jax
@@ -57,8 +57,13 @@ def arms_of(c: Any) -> list[Arm]:
   return list(arms.values())
 
 
-def run(job: Job, command: str) -> dict[str, Any]:
+def run(job: Job, command: str, notes: Sequence[str] = ()) -> dict[str, Any]:
   """Runs or finds every stage of every arm, then writes the summary.
+
+  Args:
+    job: the run.
+    command: what a person types for it.
+    notes: sentences that stand before the verdicts.
 
   Returns:
     The summary, as in `summary.json`.
@@ -68,7 +73,7 @@ def run(job: Job, command: str) -> dict[str, Any]:
   for arm in arms:
     pipeline.run_arm(job, arm)
     run_page_of(job, arm)
-  run_report(job, arms, command)
+  run_report(job, arms, command, notes)
   if jax.process_index() != 0:
     return {}
   return artifacts.read_json(job.workdir / "summary.json")
@@ -95,14 +100,15 @@ def run_page_of(job: Job, arm: Arm) -> None:
               "evaluate", "judge") if (arm.name, name) in job.cards})
 
 
-def run_report(job: Job, arms: list[Arm], command: str
-               ) -> None:
+def run_report(job: Job, arms: list[Arm], command: str,
+               notes: Sequence[str] = ()) -> None:
   """The page over all arms, and the summary that it is made from."""
   curve = bool(evidence.curve_arms(job, arms))
 
   def make(folder):
     if jax.process_index() == 0:
       summary = summarise(job, arms, command)
+      summary["verdicts"] = [*notes, *summary["verdicts"]]
       artifacts.write_json(folder / "summary.json", summary)
       artifacts.write_json(folder / "config.json",
                            json.loads(job.c.to_json_best_effort()))
@@ -115,7 +121,8 @@ def run_report(job: Job, arms: list[Arm], command: str
 
   job.run(job.workdir, REPORT, make=make, redo=True,
           fields=dict(version=jaxalign.__version__,
-                      arms=[a.name for a in arms]) | judges.told(job.c),
+                      arms=[a.name for a in arms]) | judges.told(job.c) | (
+                          dict(notes=list(notes)) if notes else {}),
           inputs={a.name: job.key(REPORT, a.name) for a in arms} | {
               name: job.key(name) for name in ("judge",)
               if ("", name) in job.cards})

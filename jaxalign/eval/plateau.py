@@ -154,6 +154,19 @@ def _held_out(name: str, x: np.ndarray, y: np.ndarray, w: np.ndarray,
   return float(np.sqrt(missed / weight))
 
 
+def _significant(least: float, y: np.ndarray, w: np.ndarray, known: bool
+                 ) -> float:
+  """The sum of squares above which a value is outside its 95 % interval."""
+  freedom = len(y) - 3
+  scale = least / freedom
+  if not known:
+    # The unknown variance is paid for by F in place of chi-squared. An exact
+    # fit still rounds: below that there is nothing to compare.
+    floor = 1e-12 * float((w * y * y).sum())
+    return least + max(scale, floor) * stats.f.ppf(0.95, 1, freedom)
+  return least + max(1.0, scale) * stats.chi2.ppf(0.95, 1)
+
+
 def fit(x: Sequence[float], y: Sequence[float],
         se: Sequence[float] | None = None, *,
         bounds: tuple[float, float] = (0.0, 100.0)) -> dict[str, Any]:
@@ -202,15 +215,7 @@ def fit(x: Sequence[float], y: Sequence[float],
                     "least 4: the curve alone has three numbers; add budgets")
   w = 1 / spread**2
   least, b, (a, r) = _best("plateau", x, y, w, bounds)
-  freedom = len(x) - 3
-  scale = least / freedom
-  if se is None:
-    # The unknown variance is paid for by F in place of chi-squared. An exact
-    # fit still rounds: below that there is nothing to compare.
-    floor = 1e-12 * float((w * y * y).sum())
-    most = least + max(scale, floor) * stats.f.ppf(0.95, 1, freedom)
-  else:
-    most = least + max(1.0, scale) * stats.chi2.ppf(0.95, 1)
+  most = _significant(least, y, w, se is not None)
 
   ends = np.log(_shapes("plateau", x)[[0, -1]])
   def along_b(log_b: float) -> float:
@@ -257,6 +262,63 @@ def data_for(found: dict[str, Any], share: float) -> dict[str, Any]:
     return None if b is None else float(-np.log1p(-share) / b)
   b = found["b"]
   return dict(value=at(b["value"]), low=at(b["high"]), high=at(b["low"]))
+
+
+def enough(found: dict[str, Any], margin: float) -> dict[str, Any]:
+  """The least percent of data whose win rate is within `margin` of r.
+
+  r - R(x) = margin at x = log((r - a) / margin) / b. The interval is by
+  profile in x itself: given x and the gain r - a, b follows and the curve is
+  linear in r, so the gain alone is searched.
+
+  Args:
+    found: of `fit`.
+    margin: in the unit of its win rates, above 0.
+
+  Returns:
+    {"value", "low", "high", "margin"}, percent; 0 where the whole gain is
+    within the margin; "low" 0 where no data at all is not excluded, "high"
+    None where all the data is not.
+  """
+  if not margin > 0:
+    raise ConfigError(f"margin {margin} of win rate, wanted above 0")
+  x, y = np.asarray(found["x"]), np.asarray(found["y"])
+  w = (np.ones_like(y) if found["se"] is None
+       else 1 / np.asarray(found["se"])**2)
+  low, high = found["bounds"]
+  at, b, (a, r) = _best("plateau", x, y, w, (low, high))
+  most = _significant(at, y, w, found["se"] is not None)
+  value = float(np.log((r - a) / margin) / b) if r - a > margin else 0.0
+
+  def missed(log_gain: Any, log_x: float) -> np.ndarray:
+    gain = np.exp(np.atleast_1d(log_gain))[:, None]
+    lost = gain * np.exp(-np.log(gain / margin) / np.exp(log_x) * x)
+    top = np.average(y + lost, axis=1, weights=w)[:, None]
+    top = np.minimum(np.maximum(top, low + gain), high)
+    return (w * (y - top + lost)**2).sum(1)
+
+  gains = np.linspace(np.log(margin) + 1e-6, np.log(high - low), 81)
+
+  def along(log_x: float) -> float:
+    costs = missed(gains, log_x)
+    i = int(np.argmin(costs))
+    inner = optimize.minimize_scalar(
+        lambda gain: missed(gain, log_x)[0], method="bounded", bounds=(
+            gains[max(i - 1, 0)], gains[min(i + 1, len(gains) - 1)]),
+        options=dict(xatol=1e-7))
+    return min(float(costs[i]), float(inner.fun))
+
+  least = np.log(x[x > 0].min()) - 5
+  # The side of no data has no x of its own: the profile begins at the fit.
+  start = np.log(value) if value > 0 else least
+  most = max(most, along(start))  # an exact fit still rounds
+  below = (_crossing(along, max(start, least), least, most)
+           if value > 0 else None)
+  above = _crossing(along, start, np.log(100.0), most) if (
+      start < np.log(100.0)) else None
+  return dict(value=value, margin=margin,
+              low=0.0 if below is None else float(np.exp(below)),
+              high=None if above is None else float(np.exp(above)))
 
 
 def words(found: dict[str, Any]) -> list[str]:

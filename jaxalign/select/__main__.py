@@ -27,6 +27,8 @@ def _arm(c: Any) -> Any:
 
 
 def _check(values: Any) -> None:
+  from jaxalign import pilot
+  pilot.refuse(values.config, "jaxalign.select")
   if not (values.output or values.dry_run):
     raise ConfigError("no output; say --output=subset.parquet")
   if values.output and not values.output.endswith(".parquet"):
