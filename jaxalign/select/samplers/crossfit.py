@@ -13,6 +13,7 @@ high.
 from typing import NamedTuple
 
 import numpy as np
+import threadpoolctl
 
 from jaxalign import progress
 from jaxalign.errors import ConfigError, NumericError
@@ -215,7 +216,11 @@ def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
         max_iter=80, learning_rate=.08, max_leaf_nodes=8, min_samples_leaf=60,
         l2_regularization=5, early_stopping=False, random_state=0,
         monotonic_cst=[1] + [0] * (z.shape[1] - 1))
-    out[own] = gate.fit(z[others], agrees[others]).predict_proba(z[own])[:, 1]
+    # A fit is a second or less; on a busy machine OpenMP's threads that spin
+    # for a core were seen to take minutes. Nor can a core change a bit so.
+    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
+      out[own] = gate.fit(z[others], agrees[others]).predict_proba(
+          z[own])[:, 1]
   return out
 
 
