@@ -84,6 +84,29 @@ def test_facility_location_equals_plain_greedy(cache, metric, monkeypatch):
   np.testing.assert_allclose(found, gains, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache", [2**26, 3000])
+def test_what_gains_lose_is_folded_over_the_rows_covered_better(cache,
+                                                                monkeypatch):
+  monkeypatch.setattr(submodular, "_CACHE", cache)
+  pool = make_clusters(N)
+  x = by_hand(pool)
+  state = submodular._Coverage(np.float32(x))
+  cosine = x @ x.T
+  gain = lambda covered: np.maximum(cosine - covered, 0).sum(1)
+  before = gain(np.full(N, -1.0))
+  np.testing.assert_allclose(state.gains(np.arange(N)), before, rtol=1e-5)
+  for chosen in ([3], [3, 8, 120]):
+    for row in chosen:
+      state.take(row)
+    after = gain(cosine[chosen].max(0))
+    folded = state.fold()
+    np.testing.assert_allclose(folded, before - after, rtol=2e-5, atol=1e-4)
+    assert not state.changed().size and not state.fold().any()
+    np.testing.assert_allclose(state.gains(np.arange(N)), after, rtol=1e-5,
+                               atol=1e-4)
+    before = after
+
+
 def test_stochastic_greedy_takes_the_best_of_its_candidates():
   pool = make_clusters(N)
   x = by_hand(pool)

@@ -6,7 +6,7 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py step0            # the step-0 contract, DPO and KTO
   python tools/bench.py train --data=<pairs>  # alignment beside TRL
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
-  python tools/bench.py samplers         # greedy samplers beside NumPy, coreax
+  python tools/bench.py samplers         # greedy ones beside NumPy and peers
   python tools/bench.py mixture          # EM beside scikit-learn, share of peak
   python tools/bench.py stream           # 10^6 and 10^7 rows from disk
 
@@ -337,6 +337,13 @@ def _numpy_facility(x, m):
   return chosen
 
 
+def _apricot_facility(x, m):
+  """Lazy greedy of apricot-select, given the same similarities."""
+  from apricot import FacilityLocationSelection
+  found = FacilityLocationSelection(m, metric="precomputed", optimizer="lazy")
+  return found.fit((1 + x @ x.T) / 2).ranking.tolist()
+
+
 def samplers(args) -> None:
   """Seconds of the greedy samplers and of peers, in turn, and their picks."""
   sys.path.insert(0, str(ROOT))
@@ -367,6 +374,10 @@ def samplers(args) -> None:
   cases.append(("facility_location", n, n // 20, "NumPy",
                 lambda x, ids, m: submodular.lazy_greedy(x, ids, m)[0],
                 _numpy_facility))
+  if importlib.util.find_spec("apricot"):
+    cases.append(cases[-1][:3] + ("apricot",) + cases[-1][4:5]
+                 + (_apricot_facility,))
+    _apricot_facility(rows(200)[0], 5)  # compiles
   if importlib.util.find_spec("coreax"):
     cases.append(("herding", n, n // 50, "coreax", geometric.herd,
                   _coreax_herding))

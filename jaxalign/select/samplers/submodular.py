@@ -1,6 +1,7 @@
 """Sets that cover the pool: facility location, and diverse sets: a DPP."""
 
 import math
+from typing import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ OPERATIONS = 1e18  # of one facility location; an hour of 256 TPU chips
 DPP_NUMBERS = 1e9  # N x M float64, 8 GB
 _CACHE = 2**27  # float32 numbers of columns that are kept, 512 MiB
 _BLOCK = 256  # candidates of one product
+_STRIP = 32  # of them, whose numbers stay in the cache
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -27,65 +29,98 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class _Coverage:
-  """How well the chosen rows cover every row, and what one more would add."""
+  """How well the chosen rows cover every row, and what one more would add.
+
+  In cosines, from -1 before the first pick: with s = (1 + cosine) / 2, gains
+  are twice as large here.
+  """
 
   def __init__(self, x: np.ndarray):
     self.x = x
-    self.covered = np.zeros(len(x), np.float32)
-    spare = max(32, _BLOCK)  # a product's width, of which less may be kept
-    room = spare + min(_CACHE // len(x), len(x))
-    self.slot = np.full(len(x), -1)  # where a row's column is kept
-    self.owner = np.full(room, -1)  # whose column is kept there
+    self.covered = np.full(len(x), -1, np.float32)
+    self.folded = self.covered.copy()  # what the last `fold` went up to
+    self.spare = max(32, _BLOCK)  # rows that are computed and not kept
+    room = self.spare + min(_CACHE // len(x), len(x))
+    self.slot = np.full(len(x), -1)  # where a row's cosines are kept
     self.columns = np.empty((room, len(x)), np.float32)
-    self.next = 0
+    self.kept = 0
+    self.buffer = np.empty((_STRIP, len(x)), np.float32)
 
   def similar(self, rows: np.ndarray) -> np.ndarray:
-    """[rows, N] (1 + cosine) / 2 with all rows; kept until others need room."""
+    """[rows, N] cosines with all rows; kept while there is room."""
     # Never of another shape: how a product is cut may change its last bit.
     wide = _BLOCK if len(rows) > 32 else 32
-    at = self.next if self.next + wide <= len(self.columns) else 0
-    gone = self.owner[at:at + wide]
-    self.slot[gone[gone >= 0]] = -1
-    gone[:] = -1
+    end = self.kept + len(rows)
+    keep = end <= len(self.columns) - self.spare
+    at = self.kept if keep else len(self.columns) - self.spare
     out = self.columns[at:at + wide]
     np.matmul(self.x[np.resize(rows, wide)], self.x.T, out=out)
-    out += 1
-    out *= 0.5
-    self.next = at + len(rows)
-    self.owner[at:self.next], self.slot[rows] = rows, np.arange(at, self.next)
+    if keep:
+      self.slot[rows], self.kept = np.arange(at, end), end
     return out[:len(rows)]
 
-  def gains(self, rows: np.ndarray) -> np.ndarray:
-    """[rows] float64 sums over i of max(0, s_ij - covered_i)."""
-    out = np.empty(len(rows))
+  def strips(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places in `rows`, and their cosines, as many as stay in the cache."""
     slot = self.slot[rows]
     known, missing = np.flatnonzero(slot >= 0), np.flatnonzero(slot < 0)
-    for start in range(0, len(known), 16):  # so many stay in the cache
-      part = known[start:start + 16]
-      out[part] = self._added(self.columns[slot[part]])
+    for start in range(0, len(known), _STRIP):
+      part = known[start:start + _STRIP]
+      yield part, self.columns[slot[part]]
     for start in range(0, len(missing), _BLOCK):
       part = missing[start:start + _BLOCK]
       found = self.similar(rows[part])
-      for first in range(0, len(part), 16):
-        out[part[first:first + 16]] = self._added(found[first:first + 16])
+      for first in range(0, len(part), _STRIP):
+        some = slice(first, first + _STRIP)
+        yield part[some], found[some]
+
+  def gains(self, rows: np.ndarray) -> np.ndarray:
+    """[rows] float64 sums over i of max(0, cosine_ij - covered_i)."""
+    out = np.empty(len(rows))
+    for part, cosine in self.strips(rows):
+      more = np.maximum(cosine, self.covered, out=self.buffer[:len(part)])
+      more -= self.covered
+      out[part] = more.sum(axis=1, dtype=np.float64)
     return out
 
-  def _added(self, columns: np.ndarray) -> np.ndarray:
-    more = columns - self.covered
-    return np.maximum(more, 0, out=more).sum(axis=1, dtype=np.float64)
+  def changed(self) -> np.ndarray:
+    """Rows that are covered better than at the last `fold`."""
+    return np.flatnonzero(self.covered > self.folded)
+
+  def fold(self) -> np.ndarray:
+    """[N] what every row's gain has lost at least since the last `fold`.
+
+    The sum, over the rows i now covered better, of the part of cosine_ij
+    between the old and the new coverage: N numbers for each i, where a gain
+    from the start takes N for each j.
+    """
+    lost = np.zeros(len(self.x))
+    rows = self.changed()
+    for part, cosine in self.strips(rows):
+      low = self.folded[rows[part]][:, None]
+      less = self.buffer[:len(part)]
+      np.clip(cosine, low, self.covered[rows[part]][:, None], out=less)
+      less -= low
+      lost += np.ones(len(part), np.float32) @ less
+    self.folded = self.covered.copy()
+    # No term is negative, so float32 is off by a share: it stays a bound.
+    return lost * (1 - 2 * _STRIP * rows_lib.ROUNDING)
 
   def take(self, row: int) -> None:
-    column = (self.columns[self.slot[row]] if self.slot[row] >= 0
+    slot = self.slot[row]
+    cosine = (self.columns[slot] if slot >= 0
               else self.similar(np.array([row]))[0])
-    np.maximum(self.covered, column, out=self.covered)
+    np.maximum(self.covered, cosine, out=self.covered)
 
 
 def lazy_greedy(x: np.ndarray, ids: np.ndarray,
                 budget: int) -> tuple[np.ndarray, np.ndarray]:
   """Exact greedy facility location, Minoux 1978, many candidates at a time.
 
-  A gain only falls as rows are chosen, so an old one is a bound. The first
-  bounds need no product of rows with rows: sum_i s_ij is linear in x_j.
+  A gain only falls as rows are chosen, so an old one is a bound, and rows are
+  asked anew while their bound beats the best. Where that has cost more than a
+  quarter of it, what all gains have lost since is summed instead, over the
+  rows that have come to be covered better: few, once the pool is covered. The
+  first bounds need no product of rows with rows: sum_i s_ij is linear in x_j.
 
   Args:
     x: [N, W] float32 of length 1.
@@ -97,31 +132,41 @@ def lazy_greedy(x: np.ndarray, ids: np.ndarray,
   """
   n = len(x)
   state = _Coverage(x)
-  bound = (n + np.float64(x) @ x.sum(axis=0, dtype=np.float64)) / 2
+  bound = n + np.float64(x) @ x.sum(axis=0, dtype=np.float64)
+  whole = bound.copy()  # bounds by what is folded
   # Two rows that cover but each other tie exactly; float32 must not decide.
-  tie = 1e-6 + 1e-9 * n
-  chosen, gained = [], []
+  tie = 2 * (1e-6 + 1e-9 * n)
+  chosen, gained, spent = [], [], 0
   open_ = np.ones(n, bool)
   while len(chosen) < budget:
     fresh = np.zeros(n, bool)
-    some = 16
+    best, some, waiting = -np.inf, 4, len(state.changed())
     while True:
-      stale = np.flatnonzero(open_ & ~fresh)
-      best = bound[fresh].max() if fresh.any() else -np.inf
-      stale = stale[bound[stale] >= best - 2 * tie]
+      stale = np.flatnonzero(open_ & ~fresh & (bound >= best - 2 * tie))
       if not stale.size:
         break
+      if 0 < waiting < min(4 * spent, 3 * n // 4):
+        whole -= state.fold()
+        old = open_ & ~fresh
+        bound[old] = np.minimum(bound[old], whole[old])
+        spent = waiting = 0
+        continue
       if stale.size > some:
         order = np.argpartition(bound[stale], stale.size - some)
         stale = np.sort(stale[order[-some:]])
-      bound[stale] = np.minimum(bound[stale], state.gains(stale))
+      bound[stale] = state.gains(stale)
       fresh[stale] = True
-      some = min(4 * some, 4096)
+      best = max(best, bound[stale].max())
+      spent += len(stale)
+      some = min(2 * some, _BLOCK)
     rows = np.flatnonzero(fresh)
     row = int(rows[pick(bound[rows], rows, ids, tie)])
     chosen.append(row)
-    gained.append(float(bound[row]))
+    gained.append(float(bound[row]) / 2)
     open_[row] = False
+    if not (open_ & ~fresh).any():  # all are known: as good as a fold
+      whole, state.folded = bound.copy(), state.covered.copy()
+      spent = 0
     state.take(row)
   return np.array(chosen, np.int64), np.minimum.accumulate(gained)
 
