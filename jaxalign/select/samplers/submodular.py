@@ -242,7 +242,7 @@ def facility_location(seed: int, pool: Pool, budget: int, *,
 
   Greedy maximum of sum_i max_{j chosen} s_ij with s = (1 + cosine) / 2, at
   least 1 - 1/e of the best set. Exact for up to 20,000 rows: at most a few
-  times 2 N^2 W operations, no N x N numbers (at most 512 MiB of columns are kept).
+  times 2 N^2 W operations, and at most 512 MiB of similarities are kept.
   Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W ln(1 / epsilon)
   operations whatever the budget.
 
