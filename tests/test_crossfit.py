@@ -582,6 +582,8 @@ def test_copies_are_the_rows_that_share_half_their_words():
   np.testing.assert_array_equal(  # whichever answer is chosen
       alike.copies(grams[:, ::-1]), code)
   assert alike.in_copies(code) == 40 / 65
+  lone = np.eye(7, dtype=np.int32)[:, None]  # none meets another
+  assert alike.copies(lone).tolist() == list(range(7))
   group = np.array([f"p{i}" for i in range(65)])
   group[20] = group[0]
   both = alike.joined(group, code)

@@ -37,7 +37,7 @@ def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
   size = has.sum(axis=1)
   starts = np.cumsum(size) - size
   rng = np.random.Generator(np.random.Philox(key=41))
-  left, right = [], []
+  left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
   for _ in range(BANDS):
     key = np.zeros(n, np.int64)
     for _ in range(HASHES):
