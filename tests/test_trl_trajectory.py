@@ -226,8 +226,9 @@ def test_a_hundred_steps_on_real_pairs(trl, alone, shared, tmp_path, run,
   must fit.
 
   Pairs: 1,260 of at most 512 tokens; over the 100 steps 1.1e-5 of a loss,
-  2.3e-5 of a reward, 2.4e-4 nat of a mean sum of log-probabilities (of 200 to 900,
-  in float32 on both sides), 7.5e-4 of a gradient's norm.
+  2.3e-5 of a reward, 2.4e-4 nat of a mean sum of log-probabilities (200 to
+  900, in float32 on both sides), 7.5e-4 of a gradient's norm. Thumbs: 615 of
+  at most 256 tokens; 2.3e-6, 1.9e-5 and 1.9e-4, and 1.4e-4 of z0.
   """
   folder = shared / "models" / "stories260K"
   m = weights.read_config(folder, "float32", "none")._replace(
@@ -272,11 +273,14 @@ def some_rows():
 
 
 def start(mesh, m):
-  """(trained, frozen); no adapter begins at 0, so that each has a slope."""
+  """(trained, frozen), as a job begins: B of an adapter is 0."""
   rng = np.random.default_rng(5)
+  table = decoder.table(m)
   params = {n: sharding.put(mesh, np.float32(rng.normal(
-      1.0 if p.scale == 0 and not n.endswith(":b") else 0.0, 0.3, p.shape)),
-      *p.axes) for n, p in decoder.table(m).items()}
+      1.0 if p.scale == 0 else 0.0, 0.3, p.shape)), *p.axes)
+          for n, p in table.items() if not adapters.is_adapter(n)}
+  if m.lora:
+    params |= adapters.init(jax.random.key(1), table, mesh)
   return adapters.split(params, m.lora)
 
 
@@ -306,17 +310,20 @@ def twenty(rank, shape, accumulation):
     ((1, 1), 8), ((8, 1), 1), ((2, 4), 8), ((4, 2), 1)], ids=str)
 def test_twenty_steps_are_the_same_on_every_mesh_and_cut(
     quick_compiles, rank, shape, accumulation):
-  """Float32 sums in another order, which Adam amplifies: 1e-4 of a metric,
-  5e-4 of a parameter after about 0.01 of travel."""
+  """Float32 sums in another order: 1e-6 of a metric at the first step; later,
+  as Adam amplifies, 2e-5 (measured 2e-6), and 5e-6 (2e-7) of a parameter after
+  some 0.01 of travel."""
   a, b = twenty(rank, (1, 1), 1), twenty(rank, shape, accumulation)
-  worst = 0.0
-  for step, (one, other) in enumerate(zip(a[0], b[0], strict=True)):
+  worst = []
+  for one, other in zip(a[0], b[0], strict=True):
+    found = {}
     for n in set(one) - {"perf/padding"}:  # bins of another number
       near = one[n.replace("drift/", "logps/")]  # a drift is a difference
-      gap = abs(one[n] - other[n]) / max(1.0, abs(near))
-      worst = max(worst, gap)
-      assert gap <= (1e-6 if step == 0 else 1e-4), (step, n, one[n], other[n])
+      found[abs(one[n] - other[n]) / max(1.0, abs(near))] = n
+    worst.append((max(found), found[max(found)]))
   moved = max(np.abs(a[1][n] - b[1][n]).max() for n in a[1])
-  print(f"metrics {worst:.1e}, parameters {moved:.1e}")
-  assert moved <= 5e-4
+  print(f"first {worst[0]}, later {max(worst)}, parameters {moved:.1e}")
+  assert worst[0][0] <= 1e-6
+  assert max(worst)[0] <= 2e-5
+  assert moved <= 5e-6
   assert a[0][-1]["loss"] < a[0][0]["loss"] - 0.05
