@@ -21,7 +21,8 @@ from jaxalign.model import decoder
 from jaxalign.select import embed
 from jaxalign.select import grams
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import SAMPLERS, alike, crossfit, habits, heads
+from jaxalign.select.samplers import SAMPLERS, alike, bradley_terry
+from jaxalign.select.samplers import crossfit, habits, heads
 import pools as tests_pools
 
 N = 1500
@@ -166,11 +167,11 @@ def test_no_label_of_a_fold_reaches_its_own_margins(as_pairs):
 def test_what_is_done_to_the_features_cannot_see_a_label():
   pool, _ = world(n=300)
   blocks = [pool.grams, pool.length[..., None]]
-  x, _ = crossfit.lessons(blocks, pool.group, None)
+  x, _ = bradley_terry.lessons(blocks, pool.group, None)
   which = np.arange(300) % 3 == 0
   other = turned(pool, which)
-  z, _ = crossfit.lessons([other.grams, other.length[..., None]], other.group,
-                          None)
+  z, _ = bradley_terry.lessons([other.grams, other.length[..., None]],
+                               other.group, None)
   np.testing.assert_allclose(z, np.where(which[:, None], -x, x), atol=1e-9)
 
 
@@ -188,8 +189,9 @@ def test_folds_hold_whole_prompts_whatever_rows_come():
 def test_the_ridge_with_the_least_loss_is_chosen():
   x, y = signed_rows(4, n=120, width=30)
   fold = np.arange(120) % 3
-  i, losses = heads.choose_ridge(x, y, fold, crossfit.RIDGES)
-  each = [heads.out_of_fold(x, y, fold, r)[1].mean() for r in crossfit.RIDGES]
+  i, losses = heads.choose_ridge(x, y, fold, bradley_terry.RIDGES)
+  each = [heads.out_of_fold(x, y, fold, r)[1].mean()
+          for r in bradley_terry.RIDGES]
   np.testing.assert_allclose(losses, each, atol=1e-6)
   assert i == int(np.argmin(each)) and 0 < i < len(each) - 1
 

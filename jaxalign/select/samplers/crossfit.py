@@ -13,13 +13,13 @@ high.
 from typing import NamedTuple
 
 import numpy as np
-import threadpoolctl
 
 from jaxalign import progress
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import grams as grams_lib
 from jaxalign.select.pool import Pool, Selection, needs
 from jaxalign.select.samplers import alike
+from jaxalign.select.samplers import bradley_terry as bt
 from jaxalign.select.samplers import habits
 from jaxalign.select.samplers import heads
 from jaxalign.select.samplers.basic import top_with_quota
@@ -27,9 +27,6 @@ from jaxalign.select.samplers.values import column, finite, ranked
 from jaxalign.select.topk import id_hash, uniform
 
 SENTENCE = "reads every label: saves training, not annotation"
-RIDGES = (.001, .004, .015, .06, .25, 1.0, 4.0)  # for one row
-FOLDS, RIDGE_FOLDS, RIDGE_ROWS = 5, 3, 4000
-LEAST_GAIN = 0.003  # nats below chance that a head must predict labels by
 UNLEARNABLE = ("random", "error")
 
 
@@ -40,17 +37,6 @@ class Sides(NamedTuple):
   signs: dict[str, np.ndarray]  # [N, R] numbers that the gate reads
 
 
-class Margins(NamedTuple):
-  """What the heads say, none of which saw the row."""
-
-  mean: np.ndarray  # [N], of the heads, each of median size 1, by their gain
-  spread: np.ndarray  # [N], how far they differ, of the mean's size
-  loss: np.ndarray  # [N] nats, of the best head
-  chance: float  # nats, of who knows only how common each label is
-  accuracy: float  # share of labels that the mean agrees with
-  ridges: list[float]
-
-
 class Ways(NamedTuple):
   """Keywords of both samplers, see `crossfit`."""
 
@@ -59,182 +45,6 @@ class Ways(NamedTuple):
   orthogonal: str | tuple[str, ...] | None = None
   slices: str | tuple[str, ...] | None = None
   copies: int | None = None
-
-
-def _part(block: np.ndarray, group: np.ndarray) -> np.ndarray:
-  """[N, R, W] -> [N, P] float64, see `lessons`."""
-  part = heads.scaled(habits.differences(block, group))
-  return (heads.principal(part)[0] if part.shape[1] > heads.COLUMNS
-          else np.float64(part))
-
-
-def lessons(blocks: list[np.ndarray], group: np.ndarray,
-            label: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-  """What a head is fitted to: [N, P] rows, and [N] 1 or -1.
-
-  Pairs become differences, single responses what they differ by from others,
-  see `habits.differences`.
-
-  Args:
-    blocks: parts [N, R, W] side by side; one wider than `heads.COLUMNS` is
-      rotated and cut to them.
-    group: [N] names of prompts.
-    label: [N] bool of thumbs; None for pairs.
-  """
-  return _side_by_side([_part(block, group) for block in blocks], label)
-
-
-def _side_by_side(parts: list[np.ndarray], label: np.ndarray | None
-                  ) -> tuple[np.ndarray, np.ndarray]:
-  x = heads.shortened(np.concatenate(parts, axis=1))
-  y = np.ones(len(x)) if label is None else np.where(label, 1.0, -1.0)
-  return x, y
-
-
-def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
-            label: np.ndarray | None = None, habit: np.ndarray | None = None
-            ) -> Margins:
-  """Out-of-fold margins of every head, at its best ridge and the next larger.
-
-  The best ridge has the least out-of-fold loss on the observed labels of some
-  4,000 rows; folds hold whole prompts. A head counts by how far its loss is
-  below chance: one that predicts nothing has no vote.
-
-  Args:
-    seed: of the folds.
-    blocks: of each head, parts [N, R, W].
-    group: [N] names of prompts.
-    label: [N] bool of thumbs; None for pairs.
-    habit: [N, H] what no head may use: features are taken without what it
-      explains of them, and it explains what it can of the labels.
-  """
-  fold = heads.folds(seed, group, FOLDS, "crossfit")
-  tuning = heads.folds(seed, group, RIDGE_FOLDS, "crossfit ridge")
-  few = np.flatnonzero(heads.folds(seed, group, 1_000_000, "crossfit rows")
-                       < 1e6 * RIDGE_ROWS / max(len(group), RIDGE_ROWS))
-  chance = float(np.log(2))
-  if label is not None:
-    share = np.clip(label.mean(), 1e-9, 1 - 1e-9)
-    chance = float(-share * np.log(share) - (1 - share) * np.log(1 - share))
-  parts = {}  # a part of two heads is rotated once
-  for part in (part for block in blocks for part in block):
-    if id(part) not in parts:
-      parts[id(part)] = _part(part, group)
-  found, best, gains, ridges = [], None, [], []
-  unread = 0 if habit is None else habit.shape[1]
-  for block in blocks:
-    x, y = _side_by_side([parts[id(part)] for part in block], label)
-    if habit is not None:  # tenfold, so that the ridge leaves it alone
-      x = np.concatenate([habits.without(x, habit), 10 * habit], axis=1)
-    i, _ = heads.choose_ridge(x[few], y[few], tuning[few], RIDGES, unread)
-    for ridge in RIDGES[i:i + 2]:
-      margin, loss, _ = heads.out_of_fold(x, y, fold, ridge, unread=unread)
-      size = np.median(np.abs(margin))
-      found.append(margin / size if size > 0 else margin)
-      ridges.append(ridge)
-      gains.append(max(0.0, chance - loss.mean()))
-      if best is None or loss.mean() < best.mean():
-        best = loss
-  weight = np.array(gains) if any(gains) else np.ones(len(gains))
-  weight /= weight.sum()
-  mean = weight @ np.stack(found)
-  spread = np.sqrt(weight @ (np.stack(found) - mean)**2)
-  return Margins(mean, spread / (np.abs(mean) + 0.3), best, chance,
-                 float((mean > 0).mean()), ridges)
-
-
-def with_own_heads(seed: int, found: Margins, blocks: list[list[np.ndarray]],
-                   group: np.ndarray, label: np.ndarray | None,
-                   habit: np.ndarray | None, code: np.ndarray
-                   ) -> tuple[Margins, set[int]]:
-  """Margins by heads of a slice's own where those predict its labels better.
-
-  Better: by LEAST_GAIN and two standard errors of the rows' differences in
-  out-of-fold loss, in a slice of `habits.SLICE_ROWS` rows or more.
-
-  Args:
-    seed, blocks, group, label, habit: as of `margins`, which made `found`.
-    code: [N] from 0, the slice.
-
-  Returns:
-    The margins, and the codes of the slices that have their own.
-  """
-  mean, spread, loss = found.mean.copy(), found.spread.copy(), found.loss.copy()
-  own, kept = set(), {}
-  for k in np.flatnonzero(np.bincount(code) >= habits.SLICE_ROWS):
-    rows = np.flatnonzero(code == k)
-    for part in (part for block in blocks for part in block):
-      kept[id(part)] = part[rows]
-    some = [[kept[id(part)] for part in block] for block in blocks]
-    fit = margins(seed, some, group[rows],
-                  None if label is None else label[rows],
-                  None if habit is None else habit[rows])
-    gain = found.loss[rows] - fit.loss
-    if gain.mean() > LEAST_GAIN + 2 * gain.std() / np.sqrt(len(rows)):
-      own.add(int(k))
-      mean[rows], spread[rows], loss[rows] = fit.mean, fit.spread, fit.loss
-  return found._replace(mean=mean, spread=spread, loss=loss,
-                        accuracy=float((mean > 0).mean())), own
-
-
-def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
-            group: np.ndarray) -> np.ndarray:
-  """[N] from 0 to 1: how often heads agree with labels on rows such as this.
-
-  Gradient-boosted trees on what does not change when the two sides are
-  exchanged, fitted to the rows of other prompts: they cannot read the label.
-
-  Args:
-    seed: of the folds.
-    found: the margins.
-    signs: [N, R] numbers; the least and the largest of a row are read.
-    group: [N] names of prompts.
-  """
-  try:
-    from sklearn.ensemble import HistGradientBoostingClassifier
-  except ImportError as error:
-    raise ConfigError("crossfit's gate needs scikit-learn, which is not "
-                      "installed; pip install scikit-learn, or set "
-                      "config.select.sampler") from error
-  z = [np.abs(found.mean), found.spread]
-  for value in signs.values():
-    z.append(value.min(axis=1))
-    if value.shape[1] > 1:
-      z.append(value.max(axis=1))
-  z = np.stack(z, axis=1)
-  agrees = found.mean > 0
-  fold = heads.folds(seed, group, FOLDS, "crossfit gate")
-  out = np.full(len(z), 0.5)
-  for k in range(FOLDS):
-    own, others = fold == k, fold != k
-    if not own.any() or not others.any():
-      continue
-    if agrees[others].all() or not agrees[others].any():
-      out[own] = agrees[others].mean()
-      continue
-    gate = HistGradientBoostingClassifier(
-        max_iter=80, learning_rate=.08, max_leaf_nodes=8, min_samples_leaf=60,
-        l2_regularization=5, early_stopping=False, random_state=0,
-        monotonic_cst=[1] + [0] * (z.shape[1] - 1))
-    # A fit is a second or less; on a busy machine OpenMP's threads that spin
-    # for a core were seen to take minutes. Nor can a core change a bit so.
-    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
-      out[own] = gate.fit(z[others], agrees[others]).predict_proba(
-          z[own])[:, 1]
-  return out
-
-
-def predictable(found: Margins) -> tuple[bool, str]:
-  """Whether any head predicts labels better than chance, and the numbers.
-
-  Of shuffled labels none does: a mean loss that is not below chance by
-  LEAST_GAIN and two standard errors says nothing about any label.
-  """
-  gain = found.chance - found.loss.mean()
-  error = found.loss.std() / np.sqrt(len(found.loss))
-  said = (f"out-of-fold loss {found.loss.mean():.4f} nats, chance "
-          f"{found.chance:.4f}, standard error {error:.4f}")
-  return bool(gain > LEAST_GAIN + 2 * error), said
 
 
 def filled(score: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -304,12 +114,12 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   if ways.copies is not None:
     like = alike.copies(pool.grams)
     group = alike.joined(group, like)
-  found = shared = margins(seed, sides.blocks, group, label, habit)
+  found = shared = bt.margins(seed, sides.blocks, group, label, habit)
   own = set()
   if by:
-    found, own = with_own_heads(seed, shared, sides.blocks, group, label,
-                                habit, code)
-  learnt, said = predictable(found)
+    found, own = bt.with_own_heads(seed, shared, sides.blocks, group, label,
+                                  habit, code)
+  learnt, said = bt.predictable(found)
   if not learnt:
     text = (f"crossfit refuses these labels: no head predicts them ({said}); "
             "they look shuffled, or the features say nothing of them")
@@ -318,7 +128,7 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
                          "config.select.kwargs.unlearnable to 'random'")
     drawn = ranked(uniform(seed, pool.ids, "random"), pool, budget)
     return _told(drawn, f"warning: {text}. These rows are random ones")
-  q = trusted(seed, found, sides.signs, group)
+  q = bt.trusted(seed, found, sides.signs, group)
   score = found.mean * np.maximum(0, 2 * q - 1)
   positive = int((score > 0).sum())
   notes = [f"crossfit {SENTENCE}",
@@ -340,7 +150,7 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   selection = _chosen(score, pool, budget, ways, pairs, code if by else None)
   kept = selection.rows
   length = column(pool, "length")
-  fold = heads.folds(seed, group, FOLDS, "crossfit")
+  fold = heads.folds(seed, group, bt.FOLDS, "crossfit")
   y = np.ones(len(pool.ids)) if pairs else np.where(label, 1.0, -1.0)
   lost = habits.alone(habits.columns(pool, ("length",), group), y, fold)
   whole = np.arange(len(pool.ids))
