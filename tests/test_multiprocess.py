@@ -23,9 +23,13 @@ def given():
   return jobs.finished() / "runs" / ARMS[0] / "export"
 
 
+# Every writer's last call; of a store each process writes its own shards.
 NO_WRITES = ("from jaxalign import artifacts\n"
-             "def refuse(path, data): raise AssertionError(f'wrote {path}')\n"
-             "artifacts.write_bytes = refuse\n")  # every writer's last call
+             "write = artifacts.write_bytes\n"
+             "def refuse(path, data):\n"
+             "  assert '/store/' in str(path), f'wrote {path}'\n"
+             "  write(path, data)\n"
+             "artifacts.write_bytes = refuse\n")
 
 
 # Notes which rows of the pool's tokens are read at which stage, and which
@@ -156,15 +160,16 @@ def test_a_process_reads_its_own_rows_alone(together):
   assert set(a) | set(b) == set(range(320))
   # Of calls of 64 rows each reads 32; a short last one repeats a row.
   assert max(len(a), len(b)) <= 160 + 32 and len(set(a) & set(b)) <= 2
-  # Two arms of four updates on eight pairs: 64 rows an arm, a half each.
+  # Two arms of four updates on eight pairs: 64 rows an arm, a half each; to
+  # pack a row its prompt is read, then its answer.
   a, b = rows(first, "align"), rows(second, "align")
-  assert len(a) == len(b) == 2 * 4 * 8
+  assert len(a) == len(b) == 2 * (2 * 4 * 8)
   wanted = [2 * list(ids).index(i) + side for arm in ARMS
             for ids in [[r["id"] for r in records.read_table(
                 work / "shared/data/pool.parquet")]]
             for i in subset(work, arm) for side in (0, 1)]
   # 32 draws from 16 pairs are two epochs: every row twice, by someone.
-  assert sorted(a + b) == sorted(2 * wanted)
+  assert sorted(a + b) == sorted(4 * wanted)
   assert {at for at, _ in first + second} == {"embed", "align"}
   pool = [at for at, path in tables if path.endswith("pool.parquet")]
   assert pool == ["select"]

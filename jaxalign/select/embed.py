@@ -235,9 +235,10 @@ def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts,
           _collect(out, *waiting.pop(0), tick, parts is not None)
       for part, result in waiting:
         _collect(out, part, result, tick, parts is not None)
-  n = len(index)
   bad = np.flatnonzero(~np.all([
-      np.isfinite(x).reshape(n, -1).all(1) for x in out.values()], axis=0))
+      # Not by reshape: a process may have no rows of its own.
+      np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+      for x in out.values()], axis=0))
   everywhere = len(bad)
   if parts is not None:
     everywhere = sharding.total(len(bad))
