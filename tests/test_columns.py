@@ -456,8 +456,10 @@ def test_a_killed_half_goes_on_and_matches(tmp_path):
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(tmp_path):
   model = a_reward_model(tmp_path / "reward")
+  # A reference of its own would be trained, with sums in another order.
+  given = jobs.finished() / "runs/isa-0.1-seed0/export"
   flags = ("select.sampler=bees", "compare=('ifd','ask_llm','selective_dpo')",
-           f"rewards.checkpoint={model}")
+           f"rewards.checkpoint={model}", f"model.checkpoint={given}")
   one = jobs.run(tmp_path / "one", *flags)
   two = jobs.together(tmp_path / "two", *flags, timeout=400)
   assert one.code == 0 and [e.code for e in two] == [0, 0], (one, two)

@@ -16,7 +16,6 @@ from jaxalign.select import store as stores
 from jaxalign.select.store import Column
 
 CALLS = 32  # of the model at least, between two moments of writing
-SHARDS = 16  # at least, of 16 records or more: every process gets some
 
 
 def over_shards(job: Job, folder: Any, stage: str, fields: dict[str, Any],
@@ -40,8 +39,7 @@ def over_shards(job: Job, folder: Any, stage: str, fields: dict[str, Any],
   """
   ids, responses = stores.encoded(job.column("pool", "id")), _responses(job)
   store = stores.create(folder / "store", ids, columns, fields=fields,
-                        shard=min(job.c.embed.shard,
-                                  max(16, -(-len(ids) // SHARDS))))
+                        shard=job.c.embed.shard)
   missing = stores.pending(store, ids)
   # Between two writings all devices run many calls, so that few are not full.
   group = jax.process_count() * max(1, -(
