@@ -208,7 +208,7 @@ def test_a_fair_test_end_to_end(tmp_path):
   more = jobs.run(tmp_path, "seeds=3", "compare=('random',)",
                   config="prove.py:tiny")
   assert more.code == 0
-  assert jobs.did(more) == ["select", "ref_logps", "align", "evaluate",
+  assert jobs.did(more) == ["select", "card", "ref_logps", "align", "evaluate",
                             "export", "report"] * 2 + ["report"]
 
 
