@@ -122,9 +122,12 @@ def run(values: Any, passed: list[str], cells: list[Cell]) -> dict[Cell, int]:
         mine = cores[place * share:(place + 1) * share]
         process = subprocess.Popen(
             command_of(values, passed, cell), stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=(lambda mine=mine: os.sched_setaffinity(0, mine))
-            if many > 1 and mine else None)
+            stderr=subprocess.STDOUT)
+        if many > 1 and mine and hasattr(os, "sched_setaffinity"):
+          try:  # before it has threads: those inherit
+            os.sched_setaffinity(process.pid, mine)
+          except ProcessLookupError:  # ended at once; its code says why
+            pass
       running[place] = cell, process, time.monotonic()
     time.sleep(0.2)
     for place, (cell, process, start) in list(running.items()):

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -287,6 +288,8 @@ def near_the_plan(r):
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.skipif(not os.environ.get("JAXALIGN_LONG"),
+                    reason="two compilations of minutes; JAXALIGN_LONG=1 runs")
 def test_twice_the_chips_hold_half_each():
   # As many rows a chip on both, so that only the state is divided further.
   many, few = report("v5e:4x4", 16, 1, 32), report("v5e:2x4", 8, 1, 16)

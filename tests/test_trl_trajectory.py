@@ -7,6 +7,7 @@ float32 on both sides each step's loss and reported metrics stay within 1e-3.
 
 import functools
 import json
+import os
 
 import jax
 import numpy as np
@@ -200,7 +201,9 @@ def test_twenty_steps(trl, alone, tmp_path, run):
 
 # A real model and real pairs.
 
-HUNDRED = dict(batch=2, updates=100, lr=1e-4, beta=0.1)
+# Ten minutes of the hundred steps are for a person who asks for them.
+STEPS = int(os.environ.get("JAXALIGN_TRL_STEPS", "25"))
+MANY = dict(batch=2, updates=STEPS, lr=1e-4, beta=0.1)
 
 
 def real_pairs(shared, tok, most):
@@ -220,10 +223,9 @@ def real_pairs(shared, tok, most):
 
 @pytest.mark.parametrize("run,most", [(dpo, 512), (kto, 256)],
                          ids=["dpo", "kto"])
-def test_a_hundred_steps_on_real_pairs(trl, alone, shared, tmp_path, run,
-                                       most):
+def test_steps_on_real_pairs(trl, alone, shared, tmp_path, run, most):
   """stories260K on hh-harmless, 1,794 pairs; of KTO any prompt and any answer
-  must fit.
+  must fit. JAXALIGN_TRL_STEPS=100 runs the hundred steps of these figures.
 
   Pairs: 1,260 of at most 512 tokens; over the 100 steps 1.1e-5 of a loss,
   2.3e-5 of a reward, 2.4e-4 nat of a mean sum of log-probabilities (200 to
@@ -239,9 +241,9 @@ def test_a_hundred_steps_on_real_pairs(trl, alone, shared, tmp_path, run,
   pairs, counts = real_pairs(shared, tok, most)
   print(len(pairs), counts)
   found, log = run(trl, alone, tmp_path, m, load(), tok, pairs[:150],
-                   **HUNDRED)
+                   **MANY)
   within(found, dict(learning_rate=1e-8), 1e-3)
-  assert abs(log[-1]["train/loss"] - log[0]["train/loss"]) > 0.005
+  assert abs(log[-1]["train/loss"] - log[0]["train/loss"]) > 0.005 * STEPS / 100
 
 
 # Ours beside ours: meshes, accumulation, adapters.
