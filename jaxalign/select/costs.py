@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 
 from jaxalign.select import grams
 from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import crossfit
+from jaxalign.select.samplers import bradley_terry
 from jaxalign.select.samplers import heads
 from jaxalign.select.samplers import submodular
 
@@ -102,7 +102,7 @@ def _heads(p: Pool, *widths: int) -> tuple[float, int, int]:
   """
   columns = heads.COLUMNS
   total = sum((2 * p.n * w**2 + 2 * p.n * w * columns if w > columns else 0)
-              + 2 * crossfit.FOLDS * 10 * 2 * p.n * min(w, columns)**2
+              + 2 * bradley_terry.FOLDS * 10 * 2 * p.n * min(w, columns)**2
               for w in widths)
   return total, 4 * p.r * p.n * sum(widths) + 8 * p.n * columns, 0
 
