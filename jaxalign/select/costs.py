@@ -10,8 +10,8 @@ import math
 from typing import Callable, NamedTuple
 
 from jaxalign.select import grams
-from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import bradley_terry
+from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import heads
 from jaxalign.select.samplers import submodular
 
