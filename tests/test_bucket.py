@@ -77,6 +77,7 @@ def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
   assert not jobs.differences(wanted, jobs.outcome(store / "work"))
 
 
+@pytest.mark.slow
 def test_data_and_checkpoint_on_a_bucket(store, monkeypatch):
   """The same files on a disk give the same rows, log-probs and policy."""
   given = jobs.finished() / "runs" / ARM / "export"

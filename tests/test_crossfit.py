@@ -596,6 +596,7 @@ def test_copies_are_the_rows_that_share_half_their_words():
   np.testing.assert_array_equal(place, [2, 0, 0, 1])
 
 
+@pytest.mark.slow
 def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
   pool, reward = world()
   bad = np.random.default_rng(1).random(N) < 0.15

@@ -52,7 +52,8 @@ def test_densities_and_responsibilities_equal_scipy(wide, kind, components):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("components", [1, 2, 3])
+@pytest.mark.parametrize("components", [
+    1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_tile_scorer_equals_scipy_on_any_mesh(kind, components):
   x, _ = clusters(n=1504, components=components)
   found = []

@@ -114,9 +114,10 @@ def shared_rows():
                    np.arange(22).reshape(11, 2), 0 * counts, counts)
 
 
-@pytest.mark.parametrize("name,layout", [("dpo", "packed"),
-                                         ("ld_dpo", "packed"),
-                                         ("ld_dpo", "padded")])
+@pytest.mark.parametrize("name,layout", [
+    ("dpo", "packed"),
+    pytest.param("ld_dpo", "packed", marks=pytest.mark.slow),
+    pytest.param("ld_dpo", "padded", marks=pytest.mark.slow)])
 def test_an_online_reference_is_the_stored_one(mesh, layout, name):
   """Within 1e-5 nat a step: one was computed alone, one in the batch."""
   rows = shared_rows()
