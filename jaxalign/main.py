@@ -9,6 +9,8 @@ again, 76 not finite, 130 interrupted.
 
 import ast
 import errno
+import functools
+import operator
 import os
 import pathlib
 import re
@@ -28,9 +30,7 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
   from absl import flags
   from ml_collections import config_flags
   from jaxalign.errors import ConfigError
-  argv, keywords = _keywords(argv)
-  auto = "--config.select.budget=auto" in argv  # a word where a number is
-  argv = [a for a in argv if a != "--config.select.budget=auto"]
+  argv, untyped = _untyped(argv)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
       "config", None, "Path of a config file, with :variant.",
@@ -68,34 +68,34 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
     raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
   if config is None:
     raise ConfigError("no config; say --config=configs/dpo_sub.py")
-  if auto:
-    with config.unlocked(), config.ignore_type():
-      config.select.budget = "auto"
-  for (section, name), value in keywords.items():
-    with (kwargs := config[section].kwargs).unlocked():
-      kwargs[name] = value
+  for (*path, name), value in untyped.items():
+    section = functools.reduce(operator.getitem, path, config)
+    with section.unlocked(), section.ignore_type():
+      section[name] = value
   return values
 
 
-def _keywords(argv: list[str]) -> tuple[list[str], dict[tuple, object]]:
-  """The flags without those of select.kwargs and loss.kwargs, and these.
+def _untyped(argv: list[str]) -> tuple[list[str], dict[tuple, object]]:
+  """The flags without those whose type no config can tell, and these by path.
 
-  What a sampler or a loss takes beside the common knobs is its own affair, so
-  no config can list it; whether it takes it is checked with the config.
+  What a sampler or a loss takes beside the common knobs (select.kwargs,
+  loss.kwargs) is its own affair, so no config can list it; whether it takes
+  it is checked with the config. A budget is a number, or the word "auto".
   """
   rest, found = [], {}
   for argument in argv:
-    match = re.fullmatch(r"--config\.(select|loss)\.kwargs\.(\w+)=(.*)",
-                         argument, re.DOTALL)
+    match = (re.fullmatch(r"--config\.((?:select|loss)\.kwargs\.\w+)=(.*)",
+                          argument, re.DOTALL)
+             or re.fullmatch(r"--config\.(select\.budget)=(auto)", argument))
     if not match:
       rest.append(argument)
       continue
-    section, name, text = match.groups()
+    path, text = match.groups()
     try:
       value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
       value = text  # a word
-    found[section, name] = value
+    found[tuple(path.split("."))] = value
   return rest, found
 
 

@@ -19,7 +19,7 @@ from jaxalign import pipeline
 from jaxalign import progress
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval import plateau
-from jaxalign.job import WHOLE, Arm, Job, updates_of
+from jaxalign.job import Arm, Job, updates_of
 from jaxalign.select.topk import budget_rows
 
 AUTO = "auto"
@@ -113,9 +113,7 @@ def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
   if not due:
     return []
   pipeline.run_data(job)
-  said, spent = [], 0.0
-  for c in due.values():
-    spent += _share(job, c)
+  said, spent = [], sum(_share(job, c) for c in due.values())
   if spent > job.c.pilot.most:
     raise ConfigError(
         f"the pilot would take {spent:.0%} of the updates of aligning on "
@@ -149,12 +147,11 @@ def _share(job: Job, c: Any) -> float:
   """Updates of a pilot's arms over those of everything."""
   n = len(job.column("pool", "id"))
   whole = updates_of(c, Arm("random", 1.0, 0), n, n)
-  arms = len([name for name in c.compare if name not in WHOLE]) + 1
   total = 0
   for budget in c.budgets or (c.select.budget,):
     rows = budget_rows(budget, n, c.train.batch_size)
     total += updates_of(c, Arm("random", budget, 0), rows, n)
-  return total * arms * c.seeds / whole
+  return total * (1 + len(c.compare)) * c.seeds / whole
 
 
 def _run(job: Job, name: str, c: Any, study: Callable[[Job], Any]
@@ -200,7 +197,7 @@ def _advice(job: Job, summary: dict[str, Any], share: float
         "raise config.pilot.seeds or config.eval.prompts, or set "
         f"config.select.budget; see {job.workdir}/{page}")
   near = plateau.enough(fit, 100 * c.pilot.margin)
-  least = max(summary["fit"]["rows"][0], c.train.batch_size)
+  least = max(min(fit["rows"]), c.train.batch_size)
   rows = min(n, max(least, int(np.ceil(near["value"] / 100 * n))))
   whole = updates_of(c, Arm("random", 1.0, 0), n, n)
   takes = updates_of(c, Arm("random", rows, 0), rows, n) / whole

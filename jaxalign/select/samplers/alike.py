@@ -52,7 +52,11 @@ def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
       near = both >= alike * (size[some] + size[leader[some]] - both)
       left.append(some[near])
       right.append(leader[some][near])
-  a, b = np.concatenate(left), np.concatenate(right)
+  return _linked(n, np.concatenate(left), np.concatenate(right))
+
+
+def _linked(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """[n] int64, alike for rows that a chain of the links a - b joins."""
   graph = scipy.sparse.coo_matrix((np.ones(len(a), bool), (a, b)), (n, n))
   return np.int64(connected_components(graph, directed=False)[1])
 
@@ -64,9 +68,7 @@ def joined(*codes: np.ndarray) -> np.ndarray:
   for code in codes:
     _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
     links.append(first[inverse])
-  a, b = np.tile(np.arange(n), len(links)), np.concatenate(links)
-  graph = scipy.sparse.coo_matrix((np.ones(len(a), bool), (a, b)), (n, n))
-  found = connected_components(graph, directed=False)[1]
+  found = _linked(n, np.tile(np.arange(n), len(links)), np.concatenate(links))
   # Named by the least of its first code's names: no row number in it.
   names = np.sort(np.unique(np.asarray(codes[0], np.str_)))
   place = np.searchsorted(names, np.asarray(codes[0], np.str_))

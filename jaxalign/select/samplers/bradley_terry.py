@@ -16,7 +16,6 @@ from jaxalign.select.samplers import heads
 
 RIDGES = (.001, .004, .015, .06, .25, 1.0, 4.0)  # for one row
 FOLDS, RIDGE_FOLDS, RIDGE_ROWS = 5, 3, 4000
-LEAST_GAIN = 0.003  # nats below chance that a head must predict labels by
 
 
 class Margins(NamedTuple):
@@ -118,8 +117,9 @@ def with_own_heads(seed: int, found: Margins, blocks: list[list[np.ndarray]],
                    ) -> tuple[Margins, set[int]]:
   """Margins by heads of a slice's own where those predict its labels better.
 
-  Better: by LEAST_GAIN and two standard errors of the rows' differences in
-  out-of-fold loss, in a slice of `habits.SLICE_ROWS` rows or more.
+  Better: by `heads.LEAST_GAIN` and two standard errors of the rows'
+  differences in out-of-fold loss, in a slice of `habits.SLICE_ROWS` rows or
+  more.
 
   Args:
     seed, blocks, group, label, habit: as of `margins`, which made `found`.
@@ -139,7 +139,7 @@ def with_own_heads(seed: int, found: Margins, blocks: list[list[np.ndarray]],
                   None if label is None else label[rows],
                   None if habit is None else habit[rows])
     gain = found.loss[rows] - fit.loss
-    if gain.mean() > LEAST_GAIN + 2 * gain.std() / np.sqrt(len(rows)):
+    if gain.mean() > heads.LEAST_GAIN + 2 * gain.std() / np.sqrt(len(rows)):
       own.add(int(k))
       mean[rows], spread[rows], loss[rows] = fit.mean, fit.spread, fit.loss
   return found._replace(mean=mean, spread=spread, loss=loss,
@@ -174,22 +174,22 @@ def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
   agrees = found.mean > 0
   fold = heads.folds(seed, group, FOLDS, "crossfit gate")
   out = np.full(len(z), 0.5)
-  for k in range(FOLDS):
-    own, others = fold == k, fold != k
-    if not own.any() or not others.any():
-      continue
-    if agrees[others].all() or not agrees[others].any():
-      out[own] = agrees[others].mean()
-      continue
-    gate = HistGradientBoostingClassifier(
-        max_iter=80, learning_rate=.08, max_leaf_nodes=8, min_samples_leaf=60,
-        l2_regularization=5, early_stopping=False, random_state=0,
-        monotonic_cst=[1] + [0] * (z.shape[1] - 1))
-    # A fit is a second or less; on a busy machine OpenMP's threads that spin
-    # for a core were seen to take minutes. Nor can a core change a bit so.
-    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
-      out[own] = gate.fit(z[others], agrees[others]).predict_proba(
-          z[own])[:, 1]
+  # A fit is a second or less; on a busy machine OpenMP's threads that spin for
+  # a core were seen to take minutes. Nor can a core change a bit so.
+  with threadpoolctl.threadpool_limits(1, user_api="openmp"):
+    for k in range(FOLDS):
+      own, others = fold == k, fold != k
+      if not own.any() or not others.any():
+        continue
+      if agrees[others].all() or not agrees[others].any():
+        out[own] = agrees[others].mean()
+        continue
+      gate = HistGradientBoostingClassifier(
+          max_iter=80, learning_rate=.08, max_leaf_nodes=8,
+          min_samples_leaf=60, l2_regularization=5, early_stopping=False,
+          random_state=0, monotonic_cst=[1] + [0] * (z.shape[1] - 1))
+      gate.fit(z[others], agrees[others])
+      out[own] = gate.predict_proba(z[own])[:, 1]
   return out
 
 
@@ -197,10 +197,10 @@ def predictable(found: Margins) -> tuple[bool, str]:
   """Whether any head predicts labels better than chance, and the numbers.
 
   Of shuffled labels none does: a mean loss that is not below chance by
-  LEAST_GAIN and two standard errors says nothing about any label.
+  `heads.LEAST_GAIN` and two standard errors says nothing about any label.
   """
   gain = found.chance - found.loss.mean()
   error = found.loss.std() / np.sqrt(len(found.loss))
   said = (f"out-of-fold loss {found.loss.mean():.4f} nats, chance "
           f"{found.chance:.4f}, standard error {error:.4f}")
-  return bool(gain > LEAST_GAIN + 2 * error), said
+  return bool(gain > heads.LEAST_GAIN + 2 * error), said

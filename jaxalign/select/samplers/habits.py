@@ -92,7 +92,7 @@ def length_note(lost: tuple[float, float], loss: float, accuracy: float,
     cut: the heads do not use length.
   """
   gain, most = chance - lost[0], chance - loss
-  if cut or gain < max(ALONE * most, 0.003):
+  if cut or gain < max(ALONE * most, heads.LEAST_GAIN):
     return []
   return [f"warning: length alone predicts {100 * lost[1]:.1f} % of labels, "
           f"the heads {100 * accuracy:.1f} % ({gain:.3f} of {most:.3f} nats "

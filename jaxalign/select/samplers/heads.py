@@ -19,6 +19,7 @@ from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.topk import uniform
 
 COLUMNS = 256  # of one head; wider features are rotated and cut to these
+LEAST_GAIN = 0.003  # nats below chance that a head must predict labels by
 LONG_ROW = 1.5  # times the median length: longer rows are shortened to it
 STEPS = 50  # of Newton's method; 8 are usually enough
 
