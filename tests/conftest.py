@@ -57,6 +57,19 @@ def quick_compiles():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def once_a_mesh(tmp_path_factory):
+  """`once_a_mesh(mesh, make)`: `make(folder)`, once for each shape of mesh."""
+  made = {}
+
+  def get(mesh, make):
+    key = tuple(mesh.shape.values())
+    if key not in made:
+      made[key] = make(tmp_path_factory.mktemp("whole"))
+    return made[key]
+  return get
+
+
 @pytest.fixture
 def shared():
   """The folder of real data beside the checkout; skips where it is absent."""

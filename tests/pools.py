@@ -1,7 +1,8 @@
-"""A pool with every column a sampler may read, for the tests of samplers."""
+"""Made-up rows: a pool with every column that samplers read; token pairs."""
 
 import numpy as np
 
+from jaxalign.data import tokens as tokens_lib
 from jaxalign.select import pool as pools
 
 
@@ -43,3 +44,21 @@ def make(responses=2, n=200, seed=0, width=8):
 def with_columns(pool, **columns):
   """The pool with some columns replaced."""
   return pools.Pool(pool.ids, pool.columns | columns)
+
+
+def pairs_of_tokens(rng, n, vocab, prompts, answers):
+  """The rows of n pairs, two a pair, that share their prompts.
+
+  Tokens are from 3 to below `vocab`, lengths of `prompts` and of `answers`
+  from the first to below the second of two numbers.
+  """
+  ids, start = [], []
+  for _ in range(n):
+    prompt = rng.integers(3, vocab, rng.integers(*prompts))
+    for _ in range(2):
+      ids.append(np.concatenate([prompt, rng.integers(
+          3, vocab, rng.integers(*answers))]))
+      start.append(len(prompt))
+  return tokens_lib.TokenRows(
+      np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]),
+      np.int32(start), np.zeros(2 * n, np.int32))

@@ -249,7 +249,7 @@ def test_a_reward_model_judges_as_transformers_has_it(tmp_path):
   torch = pytest.importorskip("torch")
   pytest.importorskip("transformers")
   import tokenizers
-  from test_reward_model import save
+  from test_reward_model import joining, save
   work = spoken(tmp_path)
   words = {w for folder in ("shared/baseline", f"runs/{ISA}", f"runs/{RANDOM}")
            for row in jobs.lines(work / folder / "samples.jsonl")
@@ -258,11 +258,8 @@ def test_a_reward_model_judges_as_transformers_has_it(tmp_path):
   tok = tokenizers.Tokenizer(tokenizers.models.WordLevel(
       {w: i for i, w in enumerate(vocab)}, unk_token="[UNK]"))
   tok.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  tok.post_processor = tokenizers.processors.TemplateProcessing(
-      single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-      special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
   model = save(tmp_path, "bert", vocab_size=len(vocab))
-  tok.save(str(tmp_path / "tokenizer.json"))
+  joining(tok, tmp_path)
   ended = jobs.run(work, "judge.kind=reward_model",
                    f"judge.checkpoint={tmp_path}")
   assert ended.code == 0, ended

@@ -96,19 +96,14 @@ def saved(folder):
                 if p.name.isdigit())
 
 
-_WHOLE = {}
-
-
 @pytest.fixture
-def whole(mesh, tmp_path_factory):
+def whole(mesh, once_a_mesh):
   """An uninterrupted run on this mesh: (state, log)."""
-  key = tuple(mesh.shape.values())
-  if key not in _WHOLE:
-    folder = tmp_path_factory.mktemp("whole")
+  def make(folder):
     state = jax.device_get(run(mesh, folder))
     assert saved(folder) == [4, 6]  # the newest two
-    _WHOLE[key] = state, log_of(folder), folder
-  return _WHOLE[key]
+    return state, log_of(folder), folder
+  return once_a_mesh(mesh, make)
 
 
 def same(state, folder, whole):
@@ -126,8 +121,8 @@ def alone():
 
 
 @pytest.fixture
-def golden(alone, tmp_path_factory):
-  return whole.__wrapped__(alone, tmp_path_factory)
+def golden(alone, once_a_mesh):
+  return whole.__wrapped__(alone, once_a_mesh)
 
 
 def test_the_log_of_a_whole_run(whole):

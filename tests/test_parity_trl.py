@@ -180,24 +180,32 @@ def our_run(mesh, rows, loss, mismatched=None):
   return seen
 
 
-def their_run(trl, folder, name, dataset):
-  """TRL's log, a line a step."""
+def their_trainer(trl, folder, name, dataset, **options):
+  """TRL's trainer of the exported model in float32, rows in their order."""
   import datasets
+  import torch
   import transformers
   datasets.disable_progress_bars()
   config = getattr(trl, f"{name}Config")(
-      output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH,
-      max_steps=STEPS, learning_rate=5e-3, lr_scheduler_type="constant",
-      beta=BETA, max_length=None, logging_steps=1, save_strategy="no",
-      report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
-      disable_tqdm=True, dataloader_pin_memory=False,
-      train_sampling_strategy="sequential", seed=0)
-  trainer = getattr(trl, f"{name}Trainer")(
+      output_dir=str(folder / "trl"), max_length=None, logging_steps=1,
+      save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+      gradient_checkpointing=False, disable_tqdm=True,
+      dataloader_pin_memory=False, train_sampling_strategy="sequential",
+      seed=0, **options)
+  return getattr(trl, f"{name}Trainer")(
       model=transformers.AutoModelForCausalLM.from_pretrained(
-          folder / "export", local_files_only=True),
+          folder / "export", local_files_only=True, dtype=torch.float32),
       processing_class=transformers.AutoTokenizer.from_pretrained(
           folder / "export", local_files_only=True),
       args=config, train_dataset=datasets.Dataset.from_list(dataset))
+
+
+def their_run(trl, folder, name, dataset):
+  """TRL's log, a line a step."""
+  trainer = their_trainer(
+      trl, folder, name, dataset, per_device_train_batch_size=BATCH,
+      max_steps=STEPS, learning_rate=5e-3, lr_scheduler_type="constant",
+      beta=BETA)
   trainer.train()
   log = [x for x in trainer.state.log_history if "loss" in x]
   assert len(log) == STEPS

@@ -54,6 +54,11 @@ def word_pieces(folder):
   tok = tokenizers.Tokenizer(tokenizers.models.WordPiece(
       {w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"))
   tok.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  return joining(tok, folder)
+
+
+def joining(tok, folder):
+  """A tokenizer, [CLS] 2 and [SEP] 3, made to join two texts, and saved."""
   tok.post_processor = tokenizers.processors.TemplateProcessing(
       single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
       special_tokens=[("[CLS]", 2), ("[SEP]", 3)])

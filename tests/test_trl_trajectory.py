@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import pools
 import test_parity_trl as harness
 from jaxalign import sharding
 from jaxalign.data import batches
@@ -73,23 +74,11 @@ def ours(mesh, folder, m, params, rows, loss, *, batch, updates, lr, beta,
 
 def theirs(trl, folder, name, dataset, *, batch, updates, lr, beta):
   """TRL's log, a dict a step, and its rows as it prepared them."""
-  import datasets
   import torch
-  import transformers
-  datasets.disable_progress_bars()
-  config = getattr(trl, f"{name}Config")(
-      output_dir=str(folder / "trl"), per_device_train_batch_size=batch,
+  trainer = harness.their_trainer(
+      trl, folder, name, dataset, per_device_train_batch_size=batch,
       max_steps=updates, learning_rate=lr, adam_beta2=B2, weight_decay=DECAY,
-      beta=beta, max_length=None, logging_steps=1, save_strategy="no",
-      report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
-      disable_tqdm=True, dataloader_pin_memory=False,
-      train_sampling_strategy="sequential", seed=0)
-  trainer = getattr(trl, f"{name}Trainer")(
-      model=transformers.AutoModelForCausalLM.from_pretrained(
-          folder / "export", local_files_only=True, dtype=torch.float32),
-      processing_class=transformers.AutoTokenizer.from_pretrained(
-          folder / "export", local_files_only=True),
-      args=config, train_dataset=datasets.Dataset.from_list(dataset))
+      beta=beta)
   rate = rate_of(lr, updates)
   trainer.create_optimizer()
   trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -258,16 +247,7 @@ def some_rows():
   """16 pairs of random tokens, prompts of 1 to 9, answers of 1 to 7: one batch,
   in another order each step, so that one packed shape is compiled."""
   rng = np.random.default_rng(2)
-  ids, start = [], []
-  for _ in range(16):
-    asked = rng.integers(3, 32, rng.integers(1, 10))
-    for _ in range(2):
-      ids.append(np.concatenate([asked, rng.integers(3, 32, rng.integers(
-          1, 8))]))
-      start.append(len(asked))
-  tokens = tokens_lib.TokenRows(
-      np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]),
-      np.array(start, np.int32), np.zeros(32, np.int32))
+  tokens = pools.pairs_of_tokens(rng, 16, 32, (1, 10), (1, 8))
   return feed.Rows([f"r{i}" for i in range(16)], tokens,
                    np.arange(32).reshape(16, 2),
                    np.float32(rng.normal(-12, 3, (16, 2))),

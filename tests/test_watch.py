@@ -21,6 +21,7 @@ from jaxalign.train import watch
 from jaxalign.train.logps import PRODUCERS, Logps
 from jaxalign.train.losses import LOSSES, bind
 from jaxalign.train.metrics import beside, divide, sums_and_counts
+import pools
 import test_loop
 from test_loop import MODEL, UPDATES, Killed
 
@@ -98,18 +99,8 @@ def test_a_whole_refresh_starts_the_loss_anew(alone):
 def shared_rows():
   """Eleven pairs that share their prompts, as those that are packed do."""
   rng = np.random.default_rng(1)
-  ids, start = [], []
-  for _ in range(11):
-    prompt = rng.integers(3, 16, rng.integers(2, 6))
-    for _ in range(2):
-      ids.append(np.concatenate([prompt, rng.integers(3, 16, rng.integers(
-          1, 6))]))
-      start.append(len(prompt))
-  tokens = test_loop.tokens_lib.TokenRows(
-      np.concatenate(ids).astype(np.int32),
-      np.cumsum([0] + [len(i) for i in ids]), np.int32(start),
-      np.zeros(22, np.int32))
-  counts = np.float32([len(i) - s for i, s in zip(ids, start)]).reshape(11, 2)
+  tokens = pools.pairs_of_tokens(rng, 11, 16, (2, 6), (1, 6))
+  counts = np.float32(np.diff(tokens.offsets) - tokens.start).reshape(11, 2)
   return feed.Rows([f"row-{i:02d}" for i in range(11)], tokens,
                    np.arange(22).reshape(11, 2), 0 * counts, counts)
 
@@ -222,16 +213,10 @@ def equal(a, b):
     np.testing.assert_array_equal(x, y)
 
 
-_WHOLE = {}
-
-
 @pytest.fixture
-def whole(mesh, tmp_path_factory):
-  key = tuple(mesh.shape.values())
-  if key not in _WHOLE:
-    folder = tmp_path_factory.mktemp("whole")
-    _WHOLE[key] = everything(mesh, folder)[0], files(folder)
-  return _WHOLE[key]
+def whole(mesh, once_a_mesh):
+  return once_a_mesh(mesh, lambda folder: (
+      everything(mesh, folder)[0], files(folder)))
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
