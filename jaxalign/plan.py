@@ -162,9 +162,10 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     if extra or passed:
       add("ref_logps", updates * c.train.batch_size * bool(extra)
           + kept * r * bool(passed), "rows", extra + passed, arm.name)
-    passes = feed.passes(m._replace(lora=lora_of(c)))
-    passes += stats.looks_ahead(job.loss)
-    add("align", updates, "updates", passes * forward + extra, arm.name)
+    trained = decoder.operations(m, int(tokens["pool"]), passes=feed.passes(
+        m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss)))
+    add("align", updates, "updates",
+        updates * c.train.batch_size * r * trained + extra, arm.name)
     add("evaluate", asked, "prompts", measured, arm.name)
   return out
 
@@ -181,9 +182,10 @@ def _tuning(c: Any, m: decoder.ModelConfig, pairs: int, t: int, models: int,
   """Of tuned proxies: three passes of every update, one over the pool each."""
   proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
   row = decoder.operations(proxy, t)
+  trained = decoder.operations(proxy, t, passes=feed.passes(proxy))
   before = 2 * pairs * row * bool(c.proxy.checkpoint or embedder.alone(c))
-  return before + models * 2 * row * (
-      pairs + feed.passes(proxy) * updates * c.proxy.batch_size)
+  return before + models * 2 * (
+      pairs * row + updates * c.proxy.batch_size * trained)
 
 
 def sampling(job: Job, arm: Arm, pool: int, chosen: embedder.Embedder,

@@ -205,10 +205,11 @@ def _whole_pool(job: Job, reference: int) -> int:
                    + np.arange(responses), None, None)
   updates = batches.updates(n, c.batch_size, c.epochs, c.max_updates,
                             c.min_updates)
-  align, _ = feed.training_cost(job.policy, rows, updates=updates,
-                                batch=c.batch_size, seed=job.c.seed)
+  cost = lambda m: feed.training_cost(m, rows, updates=updates,
+                                      batch=c.batch_size, seed=job.c.seed)[0]
+  align = cost(job.policy)
   if "z0" in job.loss.stats:
-    align += 2 * align // feed.passes(job.policy)
+    align += 2 * cost(job.policy._replace(lora=None)) // 3
   return reference + align
 
 

@@ -214,8 +214,14 @@ def test_adapters_spare_the_gradients_of_frozen_weights(alone):
   small = 2 * m.layers * LENGTH * sum(2 * (i + o) for i, o in ends)
   square = 2 * m.layers * 2 * h * c * LENGTH ** 2
   formula = feed.training_cost(m, rows, updates=1, batch=BATCH, seed=0)[0]
-  assert formula == 2 * n * by_hand(m, LENGTH, LENGTH ** 2, LENGTH)
-  assert found == formula + n * (square + 3 * small)
+  assert formula == n * (square + 2 * by_hand(m, LENGTH, LENGTH ** 2, LENGTH))
+  assert found == formula + 3 * n * small
+  useful = feed.make_useful(m, rows, batch=BATCH, seed=0)(0)
+  seen = feed.make_useful(MODEL, rows, batch=BATCH, seed=0)(0) // 3
+  prompt, answers = lengths_of(2, even=True)
+  pairs = sum(p * (p + 1) // 2 + sum(p * a + a * (a + 1) // 2 for a in own)
+              for p, own in zip(prompt.tolist(), answers.tolist()))
+  assert useful == 2 * seen + 2 * m.layers * 2 * h * c * pairs
 
 
 @pytest.mark.slow

@@ -180,8 +180,8 @@ def our_run(mesh, rows, loss, mismatched=None):
   return seen
 
 
-def their_trainer(trl, folder, name, dataset, **options):
-  """TRL's trainer of the exported model in float32, rows in their order."""
+def their_trainer(trl, folder, name, dataset, dtype="float32", **options):
+  """TRL's trainer of the exported model, rows in their order."""
   import datasets
   import torch
   import transformers
@@ -194,7 +194,8 @@ def their_trainer(trl, folder, name, dataset, **options):
       seed=0, **options)
   return getattr(trl, f"{name}Trainer")(
       model=transformers.AutoModelForCausalLM.from_pretrained(
-          folder / "export", local_files_only=True, dtype=torch.float32),
+          folder / "export", local_files_only=True,
+          dtype=getattr(torch, dtype)),
       processing_class=transformers.AutoTokenizer.from_pretrained(
           folder / "export", local_files_only=True),
       args=config, train_dataset=datasets.Dataset.from_list(dataset))

@@ -72,13 +72,13 @@ def ours(mesh, folder, m, params, rows, loss, *, batch, updates, lr, beta,
           (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
 
 
-def theirs(trl, folder, name, dataset, *, batch, updates, lr, beta):
+def theirs(trl, folder, name, dataset, *, batch, updates, lr, **options):
   """TRL's log, a dict a step, and its rows as it prepared them."""
   import torch
   trainer = harness.their_trainer(
       trl, folder, name, dataset, per_device_train_batch_size=batch,
       max_steps=updates, learning_rate=lr, adam_beta2=B2, weight_decay=DECAY,
-      beta=beta)
+      **options)
   rate = rate_of(lr, updates)
   trainer.create_optimizer()
   trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(

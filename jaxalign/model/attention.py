@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
+from jaxalign.model.wide import wide
 
 FAR = 2**30  # the position of a slot that holds nothing; no window is as long
 GPU = ("gpu", "cuda")  # JAX says gpu; lowering for one says cuda
@@ -58,7 +59,7 @@ def _plain(q, k, v, seen, *, scale, softcap, windows, which, place):
     window = jax.lax.dynamic_index_in_dim(
         jnp.asarray([w or FAR for w in windows]), which, keepdims=False)
   scores = scale * jnp.einsum("blgqc,bsgc->bgqls", q, k,
-                              preferred_element_type=jnp.float32)
+                              preferred_element_type=wide(q))
   if softcap:
     scores = softcap * jnp.tanh(scores / softcap)
   # A finite floor: a padding query that may look nowhere stays finite.

@@ -21,6 +21,7 @@ from jaxalign.model import table as table_lib
 from jaxalign.model import unshared
 from jaxalign.model.rope import Rope
 from jaxalign.model.table import Param, Params
+from jaxalign.model.wide import wide
 
 
 class ModelConfig(NamedTuple):
@@ -200,15 +201,15 @@ def ropes(m: ModelConfig) -> tuple[Rope, ...]:
 def normed(x: jax.Array, params: Mapping[str, jax.Array], name: str,
            m: ModelConfig) -> jax.Array:
   """x over its root mean square (or standardised), scaled, in float32."""
-  y = x.astype(jnp.float32)
+  y = x.astype(wide(x))
   shape = (1,) * (x.ndim - 1) + params[name].shape
-  scale = params[name].reshape(shape).astype(jnp.float32)
+  scale = params[name].reshape(shape).astype(y.dtype)
   if m.norm == "layer":
     y = y - jnp.mean(y, axis=-1, keepdims=True)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + m.norm_eps)
   y = y * (1.0 + scale if m.norm == "rms_offset" else scale)
   if m.norm == "layer":
-    y = y + params[f"{name}_bias"].reshape(shape).astype(jnp.float32)
+    y = y + params[f"{name}_bias"].reshape(shape).astype(y.dtype)
   return y.astype(x.dtype)
 
 
@@ -389,7 +390,7 @@ def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
   """
   exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   y = jnp.einsum("bld,...d->bl...", x, weight.astype(x.dtype),
-                 preferred_element_type=jnp.float32, precision=exact)
+                 preferred_element_type=wide(x), precision=exact)
   return softcap * jnp.tanh(y / softcap) if softcap else y
 
 
@@ -399,21 +400,25 @@ def per_token(m: ModelConfig) -> int:
   return 2 * (d * h * c * 2 + d * g * c * 2 + (2 + m.gated) * d * f)
 
 
-def operations(m: ModelConfig, length: int, logit_rows: int | None = None
-               ) -> int:
-  """Multiply-adds x 2 of one forward pass over one row of `length` tokens.
+def operations(m: ModelConfig, length: int, logit_rows: int | None = None,
+               passes: tuple[int, int] = (1, 1)) -> int:
+  """Multiply-adds x 2 over one row of `length` tokens, of a forward pass.
+
+  Of several passes by `passes`: of products with weights, and of attention's.
 
   The embedding lookup costs nothing; attention is counted as computed (the
   full square); the head only on `logit_rows` positions (all by default).
   """
   square = 2 * 2 * m.heads * m.head_size * length * length
   rows = length if logit_rows is None else logit_rows
-  return (m.layers * (per_token(m) * length + square)
-          + 2 * m.width * m.vocab * rows)
+  weights, squares = passes
+  return (m.layers * (weights * per_token(m) * length + squares * square)
+          + weights * 2 * m.width * m.vocab * rows)
 
 
-def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray) -> int:
-  """Multiply-adds x 2 that a forward pass over rows cannot do without.
+def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray,
+           passes: tuple[int, int] = (1, 1)) -> int:
+  """Multiply-adds x 2 that passes over rows cannot do without.
 
   Every prompt token once, a query and key only where one sees the other, the
   head on what predicts a response token; no padding, no embedding lookup.
@@ -423,11 +428,13 @@ def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray) -> int:
     m: the model's sizes.
     prompt: [n] int, tokens of each prompt.
     answers: [n, R] int, tokens of each response to it.
+    passes: how many, of products with weights and of attention's.
   """
   p, a = np.int64(prompt), np.int64(answers)
   tokens, said = int(p.sum() + a.sum()), int(a.sum())
   pairs = int((p * (p + 1) // 2).sum()
               + (p[:, None] * a + a * (a + 1) // 2).sum())
-  return (m.layers * (per_token(m) * tokens
-                      + 2 * 2 * m.heads * m.head_size * pairs)
-          + 2 * m.width * m.vocab * said)
+  weights, squares = passes
+  return (m.layers * (weights * per_token(m) * tokens
+                      + squares * 2 * 2 * m.heads * m.head_size * pairs)
+          + weights * 2 * m.width * m.vocab * said)

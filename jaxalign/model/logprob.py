@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.model import decoder
+from jaxalign.model.wide import wide
 
 LOW = -1e30  # a score of no token: its exponential is 0, its slope too
 
@@ -87,12 +88,12 @@ def by_vocabulary(x: jax.Array, weight: jax.Array, target: jax.Array,
                    ((0, 0), (0, steps * size - own), (0, 0)))
   pieces = cut(pieces, steps, size, width).swapaxes(0, 1)
   # The cast back stands inside the loop, which so sums slopes in float32.
-  wide, dtype = x.astype(jnp.float32), x.dtype
+  large, dtype = x.astype(wide(x)), x.dtype
 
   @jax.checkpoint
   def one(carry, piece, step):
     total, hit = carry
-    scores = decoder.logits(wide.astype(dtype), piece, softcap)  # [B, L, p, c]
+    scores = decoder.logits(large.astype(dtype), piece, softcap)  # [B, L, p, c]
     at = step * size + jnp.arange(size)  # in a device's part
     real = at < own  # what fills the last piece is no token
     ids = jnp.where(real[None, :], at[None, :] + (
@@ -104,7 +105,7 @@ def by_vocabulary(x: jax.Array, weight: jax.Array, target: jax.Array,
     return total, hit
 
   # Laid as the targets are.
-  start = jnp.zeros_like(target, jnp.float32)
+  start = jnp.zeros_like(target, wide(x))
   (total, hit), _ = jax.lax.scan(
       lambda carry, each: (one(carry, *each), None), (start + LOW, start),
       (pieces, jnp.arange(steps)))
@@ -138,5 +139,5 @@ def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
 
 def sums(logps: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Masked sum [B] float32 and count [B] float32 of [B, L] log-probs."""
-  mask = mask.astype(jnp.float32)
+  mask = mask.astype(wide(logps))
   return jnp.sum(logps * mask, axis=-1), jnp.sum(mask, axis=-1)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
+from jaxalign.model.wide import wide
 
 TILE = 64  # tokens a side
 LOW = -1e30  # a score of a key that is not seen
@@ -54,7 +55,7 @@ def _scores(q, k, i, j, who, how):
   """Capped scores [G, Q, TILE, TILE] float32, LOW where nothing is seen."""
   row, branch, position, window = who
   s = how.scale * jnp.einsum("gqlc,gsc->gqls", q, k,
-                             preferred_element_type=jnp.float32)
+                             preferred_element_type=wide(q))
   if how.softcap:
     s = how.softcap * jnp.tanh(s / how.softcap)
   at = lambda x: (_block(x, i)[:, None], _block(x, j)[None, :])
@@ -80,15 +81,15 @@ def _forward(q, k, v, who, tiles, how):
     total = kept * total + jnp.sum(p, -1, keepdims=True)
     sums = kept * sums + jnp.einsum(
         "gqls,gsc->gqlc", p.astype(v.dtype), _block(v, j),
-        preferred_element_type=jnp.float32)
+        preferred_element_type=wide(q))
     return (_write(y, sums / total, i), _write(lse, new + jnp.log(total), i),
             new, total, sums)
 
-  zeros = jnp.zeros((*q.shape[:2], TILE, 1), jnp.float32)
+  zeros = jnp.zeros((*q.shape[:2], TILE, 1), wide(q))
   y, lse, *_ = jax.lax.fori_loop(0, count, one, (
-      jnp.zeros(q.shape, jnp.float32),
-      jnp.zeros((*q.shape[:3], 1), jnp.float32), zeros, zeros,
-      jnp.zeros((*q.shape[:2], TILE, q.shape[3]), jnp.float32)))
+      jnp.zeros(q.shape, wide(q)),
+      jnp.zeros((*q.shape[:3], 1), wide(q)), zeros, zeros,
+      jnp.zeros((*q.shape[:2], TILE, q.shape[3]), wide(q))))
   return y, lse
 
 
@@ -105,7 +106,7 @@ def _attend_forward(q, k, v, who, tiles, how):
 def _attend_backward(how, kept, g):
   q, k, v, who, tiles, y, lse = kept
   first, second, count = tiles
-  delta = jnp.sum(g.astype(jnp.float32) * y, -1, keepdims=True)
+  delta = jnp.sum(g.astype(wide(q)) * y, -1, keepdims=True)
 
   def one(t, carry):
     dq, dk, dv = carry
@@ -114,20 +115,20 @@ def _attend_backward(how, kept, g):
     s = _scores(qi, kj, i, j, who, how)
     p = jnp.exp(s - _block(lse, i))
     dp = jnp.einsum("gqlc,gsc->gqls", gi, vj,
-                    preferred_element_type=jnp.float32)
+                    preferred_element_type=wide(q))
     ds = p * (dp - _block(delta, i))
     if how.softcap:
       ds = jnp.where(s > LOW, ds * (1 - (s / how.softcap) ** 2), 0.0)
     ds = (how.scale * ds).astype(q.dtype)
     product = functools.partial(jnp.einsum,
-                                preferred_element_type=jnp.float32)
+                                preferred_element_type=wide(q))
     dq = _write(dq, product("gqls,gsc->gqlc", ds, kj), i, add=True)
     dk = _write(dk, product("gqls,gqlc->gsc", ds, qi), j, add=True)
     dv = _write(dv, product("gqls,gqlc->gsc", p.astype(v.dtype), gi), j,
                 add=True)
     return dq, dk, dv
 
-  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+  zeros = tuple(jnp.zeros(x.shape, wide(q)) for x in (q, k, v))
   slopes = jax.lax.fori_loop(0, count, one, zeros)
   return *(d.astype(x.dtype) for d, x in zip(slopes, (q, k, v))), None, None
 

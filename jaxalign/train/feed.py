@@ -220,14 +220,16 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   return batch_at, ids_at, tokens_at
 
 
-def passes(m: decoder.ModelConfig) -> int:
-  """What a trained row costs, in forward passes.
+def passes(m: decoder.ModelConfig, ahead: bool = False) -> tuple[int, int]:
+  """What a trained row costs, in forward passes: of products with weights, and
+  of attention's.
 
   Its own, one for the gradients of the activations and one for those of the
-  weights; frozen weights have none, and the adapters' own products, about
-  r / D of a pass, are not counted.
+  weights; frozen weights have none, but both operands of attention move. The
+  adapters' own products, about r / D of a pass, are not counted. `ahead`: a
+  pass more, see `stats.looks_ahead`.
   """
-  return 2 if m.lora else 3
+  return (2 if m.lora else 3) + ahead, 3 + ahead
 
 
 def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
@@ -238,16 +240,16 @@ def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
   `decoder.useful` of its rows, `passes` times, and of the passes beside them
   as in `training_cost`; recomputation is not counted.
   """
-  def forward(token_rows, index):
+  def count(token_rows, index, passes=(1, 1)):
     start = np.asarray(token_rows.start, np.int64)
     answers = tokens_lib.lengths(token_rows) - start
-    return decoder.useful(m, start[index[:, 0]], answers[index])
+    return decoder.useful(m, start[index[:, 0]], answers[index], passes)
 
   def useful_at(step):
     own = batches.rows_at(step, len(rows.ids), batch, seed)
-    total = (passes(m) + ahead) * forward(rows.tokens, rows.row_of[own])
+    total = count(rows.tokens, rows.row_of[own], passes(m, ahead))
     if mismatched is not None:
-      total += forward(mismatched.tokens, np.arange(
+      total += count(mismatched.tokens, np.arange(
           step * batch, (step + 1) * batch)[:, None])
     return total
 
@@ -268,7 +270,8 @@ def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
   lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
-    total += (passes(m) + ahead) * decoder.operations(m, int(size)) * int(count)
+    total += int(count) * decoder.operations(m, int(size),
+                                             passes=passes(m, ahead))
   if mismatched is not None:
     extra = tokens_lib.lengths(mismatched)
     tokens += int(extra.sum())

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.model.wide import wide
+
 
 def sums_and_counts(metrics: dict[str, Any]) -> dict[str, jax.Array]:
   """Per-row metrics -> [2] arrays (sum, count).
@@ -21,8 +23,8 @@ def sums_and_counts(metrics: dict[str, Any]) -> dict[str, jax.Array]:
   for name, value in metrics.items():
     value, weight = value if isinstance(value, tuple) else (
         value, jnp.ones_like(value))
-    out[name] = jnp.stack([jnp.sum(value.astype(jnp.float32)),
-                           jnp.sum(weight.astype(jnp.float32))])
+    out[name] = jnp.stack([jnp.sum(value.astype(wide(value))),
+                           jnp.sum(weight.astype(wide(value)))])
   return out
 
 
