@@ -78,6 +78,11 @@ def check(c: Any) -> None:
     raise ConfigError(f"select.sampler={c.select.sampler!r}: direction=auto is "
                       "settled for one sampler, no chain; set "
                       "config.select.sampler")
+  for name in c.compare:
+    if _OPEN.search(name):
+      raise ConfigError(f"compare has {name!r}: the direction of "
+                        "select.sampler alone can be settled; set a direction "
+                        "in config.compare")
   if c.pilot.seeds < 1:
     raise ConfigError(f"pilot.seeds={c.pilot.seeds}, wanted 1 or more; set "
                       "config.pilot.seeds")

@@ -52,7 +52,7 @@ def small(**knobs):
   with c.unlocked(), c.ignore_type():
     for name, value in knobs.items():
       section, _, field = name.partition("_")
-      c[section][field] = value
+      (c[section] if field else c)[field or name] = value
   return c
 
 
@@ -76,6 +76,7 @@ def test_directions_of_a_name():
     (dict(select_budget="auto", pilot_budgets=(0.1, 0.2, 0.3)), "four"),
     (dict(select_budget="auto", pilot_margin=2.0), "share of wins"),
     (dict(select_sampler=ISA, pilot_seeds=0), "1 or more"),
+    (dict(compare=("random", "ifd(direction=auto)")), "alone can be settled"),
 ])
 def test_knobs_that_cannot_work(knobs, said):
   with pytest.raises(ConfigError, match=said):
