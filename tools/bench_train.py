@@ -54,11 +54,17 @@ def prepare(args, folder: pathlib.Path) -> None:
   encoded, _, refused = tokens.encode_pairs(
       tok, *([r[k] for r in rows] for k in ("prompt", "chosen", "rejected")),
       context=1 << 14)
-  size = tokens.lengths(encoded).reshape(-1, 2).max(1)
+  both = tokens.lengths(encoded).reshape(-1, 2)
+  size = both.max(1)
   kept = [r for i, r in enumerate(rows) if i not in refused]
-  fits = np.flatnonzero(size <= args.context)
+  # TRL lets an answer's first token merge with its prompt's last one.
+  apart = np.array([[len(tok.encode_rendered(r["prompt"] + r[side])) + 2
+                     for side in ("chosen", "rejected")] for r in kept])
+  merged = (apart != both).any(1)
+  fits = np.flatnonzero((size <= args.context) & ~merged)
   chosen = np.random.default_rng(0).permutation(fits)[:args.pairs]
-  print(f"{len(rows)} pairs, {len(fits)} of at most {args.context} tokens; "
+  print(f"{len(rows)} pairs, {int(merged.sum())} whose answers merge with the "
+        f"prompt left out, {len(fits)} of at most {args.context} tokens; "
         f"{len(chosen)} of them are used", flush=True)
   (folder / "pairs.json").write_text(json.dumps([
       {k: kept[i][k] for k in ("prompt", "chosen", "rejected")}
