@@ -16,8 +16,8 @@ def base(variant: str = "") -> ConfigDict:
   Args:
     variant: "" for the built-in world; "smoke", the same in two minutes;
       "tiny", in seconds; "hh", real pairs (Anthropic/hh-rlhf); "redundant",
-      "flips", "junk" and "mixed", worlds with trouble in them. Variants may be
-      joined by commas: "smoke,flips".
+      "flips", "junk" and "mixed", worlds with trouble in them; "kto", thumbs
+      and KTO. Variants may be joined by commas: "smoke,flips".
 
   Raises:
     ValueError: an unknown variant.
@@ -320,5 +320,13 @@ def _mixed(c: ConfigDict) -> None:
   w.redundancy, w.flips, w.junk = 0.4, 0.1, 0.1
 
 
+def _kto(c: ConfigDict) -> None:
+  """Pairs split into thumbs up and down, KTO."""
+  c.loss.name = "kto"
+  c.loss.kwargs = ConfigDict(dict(beta=0.3, desirable=1.0, undesirable=1.0))
+  c.loss.sft_weight = 0.0  # KTO's own answers carry no preferred side
+  c.train.batch_size = 64  # rows, as many answers as 32 pairs
+
+
 VARIANTS = {"smoke": _smoke, "tiny": _tiny, "hh": _hh, "redundant": _redundant,
-            "flips": _flips, "junk": _junk, "mixed": _mixed}
+            "flips": _flips, "junk": _junk, "mixed": _mixed, "kto": _kto}

@@ -6,13 +6,14 @@ curve is fitted beside curves without a plateau (jaxalign/eval/plateau.py) and
 written to fit.json.
 
   python -m jaxalign.main --config=configs/plateau.py --workdir=runs/plateau
+  python -m jaxalign.main --config=configs/plateau.py:smoke,kto
 """
 
 from configs import common
 
 
 def get_config(variant=""):
-  """`variant`: "", "smoke", "tiny" or "hh", see configs/common.py."""
+  """`variant`: "", "smoke", "tiny", "hh", "kto": see configs/common.py."""
   c = common.base(variant)
   c.select.sampler = "random"
   c.budgets = (0.01, 0.02, 0.035, 0.05, 0.1, 0.25, 0.5, 1.0)
