@@ -19,6 +19,8 @@ def get_config(variant=""):
   c.budgets = (0.01, 0.02, 0.035, 0.05, 0.1, 0.25, 0.5, 1.0)
   c.compare = ()
   c.seeds = 3
+  c.train.max_updates = 0  # a bound would make all large parts alike
   if "tiny" in variant.split(","):
+    c.train.max_updates = 4
     c.budgets, c.seeds = (0.05, 0.1, 0.25, 1.0), 2
   return c

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign import artifacts
+from jaxalign.data import batches
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
 from jaxalign.eval import evaluate
@@ -310,11 +311,25 @@ def curve(job: Job, told: Told, arms: list[Arm], start: str
   if start in told.won:
     x, y = [0.0, *x], [100 * float(np.nanmean(told.won[start])), *y]
   found = plateau.fit(x, y)
+  found["words"] += _held_back(job, points)
   return found | dict(
       sampler=job.c.select.sampler, metric=told.metric,
       rows=[m for m, _ in points], arms=[a.name for _, a in points],
       epochs=job.c.train.epochs, max_updates=job.c.train.max_updates,
       min_updates=job.c.train.min_updates)
+
+
+def _held_back(job: Job, points: list[tuple[int, Arm]]) -> list[str]:
+  """Whether a bound on updates makes large parts alike, in words."""
+  c, n = job.c.train, len(job.column("pool", "id"))
+  held = [m for m, _ in points if c.max_updates and c.max_updates < (
+      batches.updates(m, c.batch_size, c.epochs, 0, c.min_updates))]
+  if not held:
+    return []
+  return [f"Parts of {100 * min(held) / n:.3g} % and more were trained for "
+          f"train.max_updates={c.max_updates} updates, fewer than their epochs "
+          "take: a plateau there is of updates as much as of data; set "
+          "config.train.max_updates=0."]
 
 
 def summed_up(told: Told, groups: dict[str, list[Arm]],

@@ -218,6 +218,8 @@ def test_a_plateau_end_to_end(tmp_path):
   fit = load(tmp_path / "fit.json")
   assert sorted(set(fit["x"])) == [0, 5, 10, 25, 100]
   assert fit["rows"] == [8, 16, 40, 160] * 2
+  # Three epochs of 16 rows are six updates of eight, and four are allowed.
+  assert [w for w in fit["words"] if "Parts of 10 % and more" in w]
   costs = load(tmp_path / "summary.json")["ledger"]
   embedding, = [x["operations"] for x in costs["stages"]
                 if x["stage"] == "embed"]  # all that random rows leave
