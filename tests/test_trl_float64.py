@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"),
 
 MODEL = harness.MODEL._replace(dtype="float64", attention="tiles")
 HOW = dict(batch=4, updates=20, lr=2e-3, beta=0.5)
-# A gradient's norm is of 2 to 400, and no nat.
+# A gradient's norm is of 2 to 80, and no nat.
 LIMITS = dict(learning_rate=1e-8, grad_norm=1e-3)
 
 trl, alone = harness.trl, harness.alone  # fixtures
