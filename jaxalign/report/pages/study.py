@@ -112,7 +112,8 @@ def _forest(rows: Sequence[tuple[str, int, dict]], name: str) -> Html:
   placed = [charts.Row(label, f.get("value"), f.get("low"), f.get("high"),
                        run.measured(m, f), colour)
             for label, colour, f in rows]
-  many = {_count(f) for _, _, f in rows if f.get("n") is not None}
+  many = {_count(f) for _, _, f in rows  # an arm may have no such number
+          if f.get("n") is not None and f.get("value") is not None}
   caption = f"{m.name}: value and 95 % interval per arm"
   if many:
     caption += f", n = {' / '.join(sorted(many))}"
