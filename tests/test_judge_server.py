@@ -1,0 +1,94 @@
+"""An endpoint judge against a real server of a real model: the plumbing.
+
+`transformers serve` with stories260K, which tells stories whatever it is
+asked: no verdict of it can be read, and every one is counted.
+"""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.data import tokenizer as tokenizers
+from jaxalign.eval.judges import endpoint
+from jaxalign.eval.judges.prompt import Pair
+from jaxalign.model import weights
+
+pytestmark = pytest.mark.slow
+
+KEY = "sk-test-0123456789abcdef"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+
+
+def export(shared, folder):
+  """stories260K as a folder of transformers', with a template for chats."""
+  source = shared / "models" / "stories260K"
+  m = weights.read_config(source, "float32", "none")
+  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    weights.export_folder(folder, weights.load_folder(source, m, mesh), m,
+                          tokenizers.load_tokenizer(source))
+  (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+@pytest.fixture
+def served(shared, tmp_path, monkeypatch):
+  """(address, model) of a server that is up; it ends with the test."""
+  for name in ("fastapi", "uvicorn", "openai", "torch"):
+    pytest.importorskip(name)
+  command = pathlib.Path(sys.executable).parent / "transformers"
+  if not command.exists():
+    pytest.skip("the command transformers is not installed")
+  monkeypatch.setenv("JUDGE_KEY", KEY)
+  folder = tmp_path / "export"
+  export(shared, folder)
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  with open(tmp_path / "server.txt", "w") as log:
+    process = subprocess.Popen(
+        [command, "serve", str(folder), "--host", "localhost", "--port",
+         str(port), "--device", "cpu"], stdout=log, stderr=log,
+        start_new_session=True, env=os.environ | dict(HF_HUB_OFFLINE="1"))
+  try:
+    end = time.monotonic() + 240
+    while True:
+      try:
+        urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
+        break
+      except OSError:
+        said = (tmp_path / "server.txt").read_text()
+        assert process.poll() is None and time.monotonic() < end, said
+        time.sleep(0.2)
+    yield f"http://localhost:{port}/v1", str(folder)
+  finally:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_what_a_real_server_says_is_counted_and_kept(served, tmp_path):
+  url, model = served
+  e = endpoint.Endpoint(model=model, url=url, key_env="JUDGE_KEY",
+                        timeout_s=120.0, per_minute=60_000.0, workers=2,
+                        max_tokens=8)
+  pairs = [Pair("Tell me of a dog.", f"A dog ran {n} miles.", "No.")
+           for n in ("two", "ten")]
+  path = tmp_path / "verdicts.jsonl"
+  out = endpoint.both_orders(e, pairs, path)
+  cost = out["cost"]
+  assert (cost["verdicts"], cost["asked"], cost["requests"]) == (4, 4, 4)
+  assert cost["unparsable"] == 4 and out["unparsable"]["value"] == 1
+  assert np.isnan(out["won"]).all()  # counted, never guessed
+  assert cost["tokens"] > 4 * 100  # as the server counted them
+  assert KEY not in path.read_text()
+  again = endpoint.both_orders(e, pairs, path)["cost"]
+  assert (again["asked"], again["unparsable"]) == (0, 4)
