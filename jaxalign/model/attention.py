@@ -207,7 +207,8 @@ def resolve(kernel: str, platform: str, *, head_size: int, dtype: Any,
   "auto" is splash on a TPU for rows of 256 slots and more (shorter ones fit
   less than a block); on a GPU it is cuDNN's flash attention where that can
   run on any card: 16-bit, no soft cap, heads of at most 128. On a CPU it is
-  tiles, which is plain but for packed tokens. All else is plain. A named kernel is taken at its word if the platform has it.
+  tiles, which is plain but for packed tokens. All else is plain. A named kernel
+  is taken at its word if the platform has it.
 
   Args:
     kernel: "auto" or a key of KERNELS.
