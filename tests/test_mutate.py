@@ -29,6 +29,9 @@ def test_gain():
 def mutate(folder, tests, *flags):
   (folder / "gains.py").write_text(SOURCE)
   (folder / "test_gains.py").write_text(tests)
+  # Workers of their own, which no mutant would reach.
+  (folder / "pyproject.toml").write_text(
+      '[tool.pytest.ini_options]\naddopts = "-n 2"\n')
   ended = subprocess.run(
       [sys.executable, TOOL, folder / "gains.py", folder / "test_gains.py",
        f"--root={folder}", "--preload=pytest", "--jobs=2", *flags],

@@ -204,7 +204,9 @@ def start(mutant: Mutant, path: pathlib.Path, root: pathlib.Path,
     import pytest
     sys.meta_path.insert(0, Instead(module_name(path, root), path,
                                     mutant.code))
-    flags = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
+    # Not the project's options: workers of xdist would import the file whole.
+    flags = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-o",
+             "addopts=", "-m", "not slow", *tests]
     code = 5
     if mutant.function:
       code = int(pytest.main([*flags, "-k", mutant.function]))
