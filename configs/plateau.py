@@ -7,20 +7,30 @@ written to fit.json.
 
   python -m jaxalign.main --config=configs/plateau.py --workdir=runs/plateau
   python -m jaxalign.main --config=configs/plateau.py:smoke,kto
+
+"along" is the cheap one: checkpoints along one epoch over all rows, labelled as
+such, beside a tenth as a run of its own.
 """
 
 from configs import common
 
 
 def get_config(variant=""):
-  """`variant`: "", "smoke", "tiny", "hh", "kto": see configs/common.py."""
-  c = common.base(variant)
+  """`variant`: "", "along", and those of configs/common.py, by commas."""
+  asked = variant.split(",")
+  c = common.base(",".join(v for v in asked if v != "along"))
   c.select.sampler = "random"
   c.budgets = (0.01, 0.02, 0.035, 0.05, 0.1, 0.25, 0.5, 1.0)
   c.compare = ()
   c.seeds = 3
   c.train.max_updates = 0  # a bound would make all large parts alike
-  if "tiny" in variant.split(","):
+  if "tiny" in asked:
     c.train.max_updates = 4
     c.budgets, c.seeds = (0.05, 0.1, 0.25, 1.0), 2
+  if "along" in asked:
+    c.budgets, c.train.epochs = (0.1, 1.0), 1.0
+    c.train.eval_every, c.train.eval_sets = 10, ("generations",)
+    c.train.eval_prompts = 256
+    if "tiny" in asked:
+      c.train.eval_every, c.train.max_updates = 2, 0
   return c

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxalign import along
 from jaxalign import artifacts
 from jaxalign.data import batches
 from jaxalign.data import world as world_lib
@@ -381,7 +382,8 @@ def weigh(job: Job, arms: list[Arm], described: list[dict],
 
   Returns:
     "comparisons", "verdicts" and "warnings"; of several seeds also "groups",
-    "ranking" and "efficiency"; "fit" where a curve is due.
+    "ranking" and "efficiency"; "fit" where a curve is due, "along" where one
+    through checkpoints is.
   """
   start, groups = start_of(job), grouped(arms)
   told = outcomes(job, arms)
@@ -389,11 +391,16 @@ def weigh(job: Job, arms: list[Arm], described: list[dict],
   fit = curve(job, told, arms, start)
   if fit:
     out["fit"] = fit
+  # Checkpoints are told by the true reward, whoever else judges.
+  cheap = along.curve(job, arms, told.won.get(start) if judges.kind_of(
+      job.c) == "world" else None)
+  if cheap:
+    out["along"] = cheap
+  grown = [w for one in (fit, cheap) if one for w in one["words"]]
   if job.c.seeds == 1:
     found = paired(told, [a.name for a in arms], start)
     words = [x["words"] for x in found[:len(arms) - 1]]
-    return out | dict(comparisons=found, warnings=[], verdicts=(
-        fit["words"] + words if fit else words))
+    return out | dict(comparisons=found, warnings=[], verdicts=grown + words)
   between, begun = verdicts(told, groups, job.c.select.sampler, start)
   out["groups"] = summed_up(told, groups, {d["name"]: d for d in described},
                             spent)
@@ -410,4 +417,4 @@ def weigh(job: Job, arms: list[Arm], described: list[dict],
                     "raise config.train.min_updates")
   words = [one["words"] for one in between]
   return out | dict(comparisons=between + begun, warnings=warnings,
-                    verdicts=fit["words"] + words if fit else words)
+                    verdicts=grown + words)

@@ -178,7 +178,7 @@ def _generations(job: Job) -> Callable:
 
   Beside their health "entropy", nats a token, and "kl" from the reference,
   nats an answer: means over the policy's own samples, so exact in expectation
-  at temperature 1.
+  at temperature 1. In the built-in world "win_vs_target", by its true reward.
   """
   c, what = job.c, job.examined
   what = what._replace(asked=what.asked[:c.train.eval_prompts])
@@ -194,17 +194,22 @@ def _generations(job: Job) -> Callable:
         job.mesh, params, m, what, said, new=k.new_tokens, tile=k.tile,
         chunk=c.model.head_chunk))
     own = score(params, job.policy)
-    malformed = None
+    malformed = won = None
     if what.world is not None:
       texts = [tok.decode_response(
           s[:-1] if len(s) and s[-1] in tok.stops else s) for s in said]
-      malformed = np.array([
-          world_lib.reward(what.world, what.rows[i]["prompt"], text)
-          == world_lib.MALFORMED for i, text in zip(what.asked, texts)])
+      rows = [what.rows[i] for i in what.asked]
+      reward = lambda said: np.array([
+          world_lib.reward(what.world, row["prompt"], text)
+          for row, text in zip(rows, said)])
+      malformed = reward(texts) == world_lib.MALFORMED
+      won = winrate.wins(reward(texts), reward([r["target"] for r in rows]))
     health = winrate.generation_health(said, tok.stops, malformed)
     out = {n: float(x["value"]) for n, x in health.items()}
     out["entropy"] = float(-own.sum() / max(sum(map(len, said)), 1))
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
+    if won is not None:
+      out["win_vs_target"] = float(np.mean(won))
     return out
 
   return measure

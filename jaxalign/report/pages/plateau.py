@@ -79,6 +79,8 @@ def _chart(found: dict, scale: float, name: str) -> Html:
       charts.lines(series, f"{name} by share of the data", "% of the data",
                    f"{name}, %", scale=scale),
       f"{name}: measured, and the fitted plateau."
+      + (" Checkpoints of one epoch, not runs of their own."
+         if found.get("cheap") is True else "")
       + (" Line: mean over seeds; band: all seeds." if repeated else
          " Band: 95 % of each point." if band else ""))
 

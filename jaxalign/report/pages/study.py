@@ -387,7 +387,7 @@ def render(summary: dict) -> str:
   # Of several seeds an arm is one line, of its mean.
   groups = records(summary.get("groups")) or arms
   styles = _styles(arms)
-  fit = fields(summary.get("fit"))
+  fit, along = fields(summary.get("fit")), fields(summary.get("along"))
   byline = [b for b in (
       summary.get("created"),
       f"jaxalign {page.plain(summary['version'])}"
@@ -398,6 +398,8 @@ def render(summary: dict) -> str:
           ("comparison", "Comparison", _comparison(summary, groups)),
           *([("plateau", "How it grows with data", plateau.section(
               fit, run.metric(fit.get("metric")).name))] if fit else []),
+          *([("along", "Along one epoch", plateau.section(
+              along, run.metric(along.get("metric")).name))] if along else []),
           ("data", "Data", _data(fields(summary.get("data")))),
           ("selection", "Selection", _selections(arms)),
           ("training", "Training", run.curves(arms, styles)),
