@@ -66,6 +66,11 @@ def test_a_job_ends_with_a_labelled_page(tmp_path):
   lines = jobs.lines(tmp_path / "runs/all-1-seed0/metrics.jsonl")
   assert summary["along"]["y"][1] == 100 * lines[1][
       "eval/generations/win_vs_target"]
+  # Seed 0 samples as the evaluation does: after the last update, the same.
+  ended = json.loads((tmp_path / "runs/all-1-seed0/eval.json").read_text())
+  for name in ("win_vs_target", "malformed", "kl"):
+    assert lines[-1][f"eval/generations/{name}"] == pytest.approx(
+        ended[name]["value"], rel=1e-6)
   page = (tmp_path / "report.html").read_text()
   assert "Along one epoch" in page and "Checkpoints of one epoch" in page
 
