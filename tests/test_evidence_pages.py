@@ -77,7 +77,8 @@ def test_seeds_share_a_line():
   found = fits.fit(X * 2, HH + [v - 1 for v in HH])
   shown = plateau.section(found)
   assert "band: all seeds" in text(shown)
-  assert str(read(shown).seen).count("'polyline'") == 2  # measured, and fitted
+  assert str(read(shown).seen).count("'polyline'") == 4  # and the fitted, and two
+  assert f"{fit()['b']['value']:.3f}" == f"{plateau.PAPER['HH']:.3f}"
 
 
 def test_judges_are_told_under_every_rule():

@@ -11,6 +11,8 @@ from jaxalign.report.pages.run import fields, items
 
 _SAMPLES = 60  # points of the drawn curve
 _Z = 1.959963984540054  # a standard error drawn as a 95 % interval
+# b per percent of the data, fitted to table 2 of Khera et al. 2024.
+PAPER = {"HH": 0.290, "UF": 0.069}  # UF: UltraFeedback
 _NAMES = {"r": "r, where it levels off, %", "a": "a, without data, %",
           "b": "b, rate per percent of the data"}
 
@@ -75,10 +77,16 @@ def _chart(found: dict, scale: float, name: str) -> Html:
       fitted = r - (r - a) * np.exp(-b * drawn)
     series.append(charts.Series("plateau", list(zip(drawn.tolist(),
                                                     fitted.tolist())), 1))
+    for colour, (data, rate) in enumerate(PAPER.items(), 2):
+      shape = r - (r - a) * np.exp(-rate * drawn)
+      series.append(charts.Series(f"paper, {data}", list(zip(
+          drawn.tolist(), shape.tolist())), colour))
   return page.figure(
       charts.lines(series, f"{name} by share of the data", "% of the data",
                    f"{name}, %", scale=scale),
       f"{name}: measured, and the fitted plateau."
+      + (" Paper: the same r and a with its b on HH and on UltraFeedback (Khera et "
+         "al. 2024), of another model, judge and recipe." if len(series) > 2 else "")
       + (" Checkpoints of one epoch, not runs of their own."
          if found.get("cheap") is True else "")
       + (" Line: mean over seeds; band: all seeds." if repeated else
