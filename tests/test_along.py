@@ -15,7 +15,7 @@ SHARES = (10, 20, 40, 60, 80, 100)
 
 
 def made_up(tmp_path, shares=SHARES, batch=16):
-  """A job of 160 rows whose arms wrote what R(x) = 70 - 50 exp(-x / 20) says."""
+  """A job of 160 rows whose arms wrote R(x) = 70 - 50 exp(-x / 20)."""
   arms = [Arm("random", 1.0, 0), Arm("random", 0.1, 0)]
   lines = []
   for step in range(12):  # two rows more than an epoch

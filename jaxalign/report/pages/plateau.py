@@ -85,8 +85,9 @@ def _chart(found: dict, scale: float, name: str) -> Html:
       charts.lines(series, f"{name} by share of the data", "% of the data",
                    f"{name}, %", scale=scale),
       f"{name}: measured, and the fitted plateau."
-      + (" Paper: the same r and a with its b on HH and on UltraFeedback (Khera et "
-         "al. 2024), of another model, judge and recipe." if len(series) > 2 else "")
+      + (" Paper: the same r and a with its b on HH and on UltraFeedback (Khera "
+         "et al. 2024), of another model, judge and recipe."
+         if len(series) > 2 else "")
       + (" Checkpoints of one epoch, not runs of their own."
          if found.get("cheap") is True else "")
       + (" Line: mean over seeds; band: all seeds." if repeated else
