@@ -287,3 +287,15 @@ def test_one_class_only_and_pools_of_one_and_two_rows(name):
       assert sorted(sampler(0, part, n).rows) == list(range(n))
     except NumericError as error:  # nothing can be said of one row
       assert "set config.select" in str(error) or "look at" in str(error)
+
+
+@pytest.mark.parametrize("quota,liked", [(0.5, 3), (0.45, 2), (0.7, 4)])
+def test_a_quota_is_rounded_to_the_nearest_row(quota, liked):
+  """2.5 desirable rows of five are three; 2.25 are two, 3.5 are four. A label
+  may be used up to its last row, and not beyond."""
+  label = np.array([True] * 4 + [False] * 6)
+  pool = pools.Pool(np.array([f"r{i}" for i in range(10)]), dict(label=label))
+  rows = basic.top_with_quota(np.arange(10.0), pool, 5, quota)
+  assert label[rows].sum() == liked
+  with pytest.raises(ConfigError, match="5 desirable rows, the pool has 4"):
+    basic.top_with_quota(np.arange(10.0), pool, 5, 1.0)
