@@ -16,7 +16,6 @@ from jaxalign.job import Arm, Job, arm_folder
 
 METRIC = "win_vs_target"
 _NAME = f"eval/generations/{METRIC}"
-LEAST = 4  # different shares, as of runs of their own
 LABEL = ("Along one epoch (checkpoints, not runs of their own: the rate has "
          "not come down and their errors go together, so intervals are too "
          "narrow)")
@@ -50,7 +49,7 @@ def curve(job: Job, arms: list[Arm], start: np.ndarray | None
     start: outcomes by prompt of what they started from, the point at 0.
   """
   found = points(job, arms)
-  if len({x for x, _ in found}) < LEAST:
+  if len({x for x, _ in found}) < plateau.LEAST:
     return None
   if start is not None:
     found.insert(0, (0.0, 100 * float(np.nanmean(start))))

@@ -29,7 +29,6 @@ from jaxalign.stages.judge import read_verdicts
 
 MIN_UPDATES = 50  # fewer compare recipes that have not begun, not rows
 NOT_SHARES = ("kl", "length")  # metrics that may leave [0, 1]
-MIN_SHARES = 4  # budgets of one sampler that a curve is drawn through
 
 
 class Told(NamedTuple):
@@ -293,7 +292,7 @@ def curve_arms(job: Job, arms: list[Arm]) -> list[tuple[int, Arm]]:
   n = len(job.column("pool", "id"))
   found = [(budget_rows(a.budget, n), a) for a in arms if not a.like and (
       a.is_all or a.sampler == job.c.select.sampler)]
-  return found if len({m for m, _ in found}) >= MIN_SHARES else []
+  return found if len({m for m, _ in found}) >= plateau.LEAST else []
 
 
 def curve(job: Job, told: Told, arms: list[Arm], start: str

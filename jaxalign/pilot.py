@@ -87,7 +87,7 @@ def check(c: Any) -> None:
     raise ConfigError(f"pilot.seeds={c.pilot.seeds}, wanted 1 or more; set "
                       "config.pilot.seeds")
   if c.select.budget == AUTO:
-    if len(set(c.pilot.budgets)) < 4:
+    if len(set(c.pilot.budgets)) < plateau.LEAST:
       raise ConfigError(f"pilot.budgets={tuple(c.pilot.budgets)}, wanted four "
                         "different ones or more: a curve has three numbers; "
                         "set config.pilot.budgets")

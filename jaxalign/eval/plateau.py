@@ -23,6 +23,7 @@ from jaxalign.errors import ConfigError, DataError
 RECIPE = ("b is set by the learning rate and the number of epochs as much as "
           "by the data (0.021 to 0.195 on one and the same built-in world), "
           "so it compares data sets only under one recipe.")
+LEAST = 4  # different x that a curve of three numbers is fitted to
 _GRID = 81  # values of the shape searched before it is refined
 _SPAN = (1e-4, 1e3)  # b times the largest x: from a line to a step
 
@@ -210,7 +211,7 @@ def fit(x: Sequence[float], y: Sequence[float],
     raise DataError(f"plateau: win rates {y.tolist()} leave the bounds "
                     f"{bounds}; set bounds to the unit they are in")
   distinct = len(np.unique(x))
-  if distinct < 4:
+  if distinct < LEAST:
     raise DataError(f"plateau: {distinct} different data shares, wanted at "
                     "least 4: the curve alone has three numbers; add budgets")
   w = 1 / spread**2

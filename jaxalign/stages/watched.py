@@ -183,6 +183,14 @@ def _generations(job: Job) -> Callable:
   c, what = job.c, job.examined
   what = what._replace(asked=what.asked[:c.train.eval_prompts])
   prompts, tok, k = evaluate.prompts_of(what), what.tokenizer, c.eval
+  rows = [what.rows[i] for i in what.asked]
+
+  def rewards(texts):
+    return np.array([world_lib.reward(what.world, row["prompt"], text)
+                     for row, text in zip(rows, texts)])
+
+  if what.world is not None:
+    target = rewards([row["target"] for row in rows])
 
   def measure(params):
     said = decode.generate(
@@ -198,12 +206,9 @@ def _generations(job: Job) -> Callable:
     if what.world is not None:
       texts = [tok.decode_response(
           s[:-1] if len(s) and s[-1] in tok.stops else s) for s in said]
-      rows = [what.rows[i] for i in what.asked]
-      reward = lambda said: np.array([
-          world_lib.reward(what.world, row["prompt"], text)
-          for row, text in zip(rows, said)])
-      malformed = reward(texts) == world_lib.MALFORMED
-      won = winrate.wins(reward(texts), reward([r["target"] for r in rows]))
+      own_reward = rewards(texts)
+      malformed = own_reward == world_lib.MALFORMED
+      won = winrate.wins(own_reward, target)
     health = winrate.generation_health(said, tok.stops, malformed)
     out = {n: float(x["value"]) for n, x in health.items()}
     out["entropy"] = float(-own.sum() / max(sum(map(len, said)), 1))
