@@ -1,14 +1,14 @@
 r"""Selection from disk: time and memory at millions of rows, and growth laws.
 
   python tools/bench.py stream                    # 10^6 and 10^7 rows x 384
-  python tools/bench_stream.py laws               # every sampler, four sizes
+  python tools/bench_stream.py laws --out=laws.html  # every sampler, four sizes
   python tools/bench_stream.py kills --kills=20   # killed and gone on from
 
 `run` makes a bfloat16 store in --folder outside of the clock, fits a mixture
 on a reservoir, scores every row, keeps a tenth by ISA, and removes the store.
 Each size is a process of its own, whose anonymous and file-backed memory is
 sampled from /proc/self/status every 20 ms. `laws` times every sampler on rows
-that are held, with a tenth of them to keep.
+that are held, with a tenth of them to keep, and plots the times.
 """
 
 import argparse
@@ -195,6 +195,7 @@ def laws(args) -> None:
         f"the best of {args.count}; load {os.getloadavg()[0]:.1f}\n\n"
         "| sampler | rows N | at N | 2N | 4N | 8N | grows as N to the |\n"
         "|---|---|---|---|---|---|---|")
+  drawn = []
   for name, sampler in SAMPLERS.items():
     if args.only and name not in args.only:
       continue
@@ -223,10 +224,36 @@ def laws(args) -> None:
     slope = "-"
     if len(known) > 1:
       slope = f"{np.polyfit(*np.log(np.array(known).T), 1)[0]:.2f}"
+      drawn.append((name, known, slope))
     cells = [s if isinstance(s, str) else f"{s:.3g} s" for s in seconds]
     cells += ["not run"] * (len(sizes) - len(cells))
     print(f"| {name} | {least:,} | " + " | ".join(cells) + f" | {slope} |",
           flush=True)
+  if args.out:
+    pathlib.Path(args.out).write_text(plots(drawn), encoding="utf-8")
+    print(f"\nplotted in {args.out}")
+
+
+def plots(drawn: list[tuple[str, list[tuple[int, float]], str]]) -> str:
+  """A page of a chart a sampler, both axes logarithms: a law is a line."""
+  import math
+  from jaxalign.report import charts, page
+  figures = []
+  for name, known, slope in drawn:
+    points = [(math.log10(n), math.log10(max(s, 1e-6))) for n, s in known]
+    (x, y), last = points[0], points[-1][0]
+    chart = charts.lines(
+        [charts.Series(name, points, 0),
+         charts.Series("as N", [(x, y), (last, y + last - x)], -1)],
+        f"{name}: as N to the {slope}", "rows, log10", "seconds of CPU, log10")
+    figures.append(page.figure(chart, f"{name}: {known[0][1]:.3g} s at "
+                               f"{known[0][0]:,} rows, {known[-1][1]:.3g} s at "
+                               f"{known[-1][0]:,}; as N to the {slope}"))
+  return str(page.document(
+      "How every sampler grows", [("laws", "Seconds of CPU by rows",
+                                   page.grid(*figures))],
+      lede="Both axes are logarithms; the grey line grows as the rows do.",
+      byline=[f"{os.cpu_count()} cores", time.strftime("%Y-%m-%d")]))
 
 
 def kills(args) -> None:
@@ -282,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--folder", default="")
+  parser.add_argument("--out", default="", help="a page of plots, of `laws`")
   args = parser.parse_args(argv)
   dict(run=run, child=child, laws=laws, kills=kills)[args.what](args)
 
