@@ -110,8 +110,8 @@ def ours(args) -> None:
   from jaxalign import sharding
   from jaxalign.data import tokenizer, tokens
   from jaxalign.model import weights
-  from jaxalign.select import embed
   from jaxalign.train import feed, losses, optim
+  from jaxalign.train import reference as reference_lib
   from jaxalign.train import step as steps
   from jaxalign.train.logps import PRODUCERS
   jax.devices()
@@ -135,8 +135,8 @@ def ours(args) -> None:
                      np.zeros((n, 2), np.float32), np.ones((n, 2), np.float32))
 
     def score():
-      found = embed.score_rows(mesh, params, m, encoded, tile=8, chunk=64)
-      return found.logp.reshape(n, 2), found.count.reshape(n, 2)
+      return reference_lib.logps(mesh, params, m, encoded, rows.row_of,
+                                 layout=layout, tile=32, chunk=64)
 
     once = 0.0
     if not online:

@@ -15,6 +15,7 @@ from jaxalign.select import embed
 from jaxalign.select import store as stores
 from jaxalign.stages.select import selected_rows
 from jaxalign.train import feed
+from jaxalign.train import reference
 
 
 def updates_for(job: Job, arm: Arm, n: int) -> int:
@@ -53,6 +54,12 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   c, m = job.c, job.model
   online = c.train.reference == "online"  # train computes what costs a pass
 
+  def once(rows, index, ids=None):
+    return reference.logps(
+        job.mesh, job.reference, m, rows, index, layout=c.train.layout,
+        tile=c.embed.tile, chunk=c.model.head_chunk, producer=c.train.logps,
+        ids=ids)
+
   def kept(index):
     """(sum, count) [M, R] of the kept rows, and what they cost."""
     base = job.shared / "embed"
@@ -60,21 +67,16 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       store = stores.open_store(base / "store")
       return (stores.take(store, "logp", index),
               stores.take(store, "count", index), Cost())
-    tokens = job.tokens("pool")
-    responses = len(tokens.start) // len(job.column("pool", "id"))
-    rows = tokens_lib.take(tokens, (
-        index[:, None] * responses + np.arange(responses)).reshape(-1))
+    tokens, ids = job.tokens("pool"), job.column("pool", "id")
+    responses = len(tokens.start) // len(ids)
+    which = index[:, None] * responses + np.arange(responses)
     if not job.loss.reference or online:
-      counts = tokens_lib.lengths(rows) - rows.start
-      counts = np.float32(counts.reshape(len(index), -1))
+      counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[which])
       return np.zeros_like(counts), counts, Cost()
-    scores = embed.score_rows(
-        job.mesh, job.reference, m, rows, tile=c.embed.tile,
-        chunk=c.model.head_chunk, label="ref_logps",
-        ids=[job.column("pool", "id")[i] for i in index])
-    return (scores.logp.reshape(len(index), -1),
-            scores.count.reshape(len(index), -1),
-            Cost(embed.operations(m, rows), len(rows.ids)))
+    rows = tokens_lib.take(tokens, which.reshape(-1))
+    total, count = once(rows, np.arange(which.size).reshape(which.shape),
+                        [ids[i] for i in index])
+    return total, count, Cost(embed.operations(m, rows), len(rows.ids))
 
   def make(folder):
     index = selected_rows(job, arm)
@@ -100,9 +102,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
           batch=c.train.batch_size, context=m.context)
       arrays["mismatched_sum"] = np.zeros(len(tokens.start), np.float32)
       if not online:
-        arrays["mismatched_sum"] = embed.score_rows(
-            job.mesh, job.reference, m, tokens, tile=c.embed.tile,
-            chunk=c.model.head_chunk, label="ref_logps").logp
+        arrays["mismatched_sum"] = once(
+            tokens, np.arange(len(tokens.start))[:, None])[0][:, 0]
         spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
     if jax.process_index() == 0:
       for name, x in arrays.items():
@@ -111,7 +112,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
                            [job.column("pool", "id")[i] for i in index])
     return [*(f"{n}.npy" for n in arrays), "ref_ids.json"], cost, {}
 
-  fields = dict(loss=c.loss.name)
+  fields = dict(loss=c.loss.name, layout=c.train.layout)
   if online:
     fields["reference"] = "online"
   if "z0" in job.loss.stats:

@@ -12,6 +12,7 @@ Shapes are static: a few are chosen from the data, and a step takes the first
 that holds it.
 """
 
+import heapq
 from typing import NamedTuple
 
 import jax
@@ -79,12 +80,12 @@ def deal(sizes: np.ndarray, bins: int) -> np.ndarray:
     [bins, n / bins] row numbers.
   """
   room = len(sizes) // bins
-  total, taken = np.zeros(bins), [[] for _ in range(bins)]
-  for i in np.argsort(-sizes, kind="stable"):
-    k = min((k for k in range(bins) if len(taken[k]) < room),
-            key=lambda k: total[k])
+  taken, emptiest = [[] for _ in range(bins)], [(0, k) for k in range(bins)]
+  for i in np.argsort(-sizes, kind="stable").tolist():
+    total, k = heapq.heappop(emptiest)
     taken[k].append(i)
-    total[k] += sizes[i]
+    if len(taken[k]) < room:
+      heapq.heappush(emptiest, (total + int(sizes[i]), k))
   return np.array(taken, np.int64).reshape(bins, room)
 
 
