@@ -57,6 +57,7 @@ def test_too_few_shares_are_no_curve(tmp_path):
   assert along.curve(job, arms, None) is None
 
 
+@pytest.mark.slow
 def test_a_job_ends_with_a_labelled_page(tmp_path):
   ended = jobs.run(tmp_path, config="plateau.py:tiny,along")
   assert ended.code == 0, ended

@@ -236,7 +236,7 @@ def full_disk(tmp_path):
 
 
 @pytest.mark.parametrize("hook", [
-    "",  # seen before the save
+    pytest.param("", marks=pytest.mark.slow),  # seen before the save
     "from jaxalign import checkpoints\n"  # seen by orbax in the midst of it
     "checkpoints.Checkpoints._check_space = lambda *_: None\n"],
                          ids=["before", "during"])

@@ -58,6 +58,7 @@ def test_a_job_on_a_bucket_ends_as_one_on_a_disk(store):
     assert not jobs.differences(wanted, jobs.outcome(store / "work"))
 
 
+@pytest.mark.slow
 def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
   """In the first arm's training, after a checkpoint."""
   real, saves = bucket.Mirrored.save, []

@@ -353,6 +353,7 @@ jax.distributed.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_same_ids_on_two_processes(alone):
   _, _, (wanted, _) = alone
   with socket.socket() as free:

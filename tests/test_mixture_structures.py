@@ -53,7 +53,7 @@ def test_densities_and_responsibilities_equal_scipy(wide, kind, components):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("components", [
-    1, 2, pytest.param(3, marks=pytest.mark.slow)])
+    2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 3))])
 def test_the_tile_scorer_equals_scipy_on_any_mesh(kind, components):
   x, _ = clusters(n=1504, components=components)
   found = []
@@ -150,7 +150,8 @@ def test_low_rank_finds_factors_that_diagonals_miss(wide):
   assert value[2] > truth - 0.02 and value[2] > value[1] + 0.5
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [
+    0, 1, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 3))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_never_falls_over_draws(wide, kind, seed):
   rng = np.random.default_rng(seed)
@@ -312,7 +313,8 @@ def bits(mesh, x, kind, components, part):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("components", [2, 3])
+@pytest.mark.parametrize("components", [
+    2, pytest.param(3, marks=pytest.mark.slow)])
 def test_same_bits_of_every_structure(kind, components):
   x, part = clusters(n=5000, width=40, components=components)
   wanted = bits(make_mesh(1, 1), x, kind, components, part)

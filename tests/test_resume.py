@@ -94,6 +94,7 @@ def test_killed_three_times_and_gone_on_from(tmp_path):
   same(work)
 
 
+@pytest.mark.slow
 def test_killed_at_each_write_of_sft(before_sft, monkeypatch):
   """The log, a checkpoint, its digests, the card: wherever, nothing is lost."""
   work = before_sft

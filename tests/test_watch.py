@@ -219,7 +219,8 @@ def whole(mesh, once_a_mesh):
       everything(mesh, folder)[0], files(folder)))
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [
+    3, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 5))])
 def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(
     mesh, whole, tmp_path, k):
   with pytest.raises(Killed):
