@@ -1,5 +1,6 @@
 """Scores of rows equal their equations, written here in float64."""
 
+from fractions import Fraction
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import scipy.stats
 
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.select import pool as pools
+from jaxalign.select import topk
 from jaxalign.select.samplers import SAMPLERS, basic, margin, values
 import pools as make_pools
 
@@ -196,6 +198,67 @@ def test_stratified_reads_only_what_the_pool_has():
   mean = pool.length.mean(axis=1)
   part = np.digitize(mean, np.quantile(mean, [.25, .5, .75]))
   assert (abs(np.bincount(part[got.rows]) - 10) <= 2).all()
+
+
+def parts_by_hand(shares, room, budget):
+  """Largest remainders in fractions; full parts leave theirs to the others."""
+  given, open_ = [0] * len(room), [i for i, n in enumerate(room) if n]
+  while True:
+    left = budget - sum(n for i, n in enumerate(given) if i not in open_)
+    if not any(shares[i] for i in open_):
+      shares = [1] * len(room)
+    total = sum(Fraction(shares[i]) for i in open_)
+    exact = {i: Fraction(shares[i]) * left / total for i in open_}
+    full = [i for i in open_ if exact[i] >= room[i]]
+    if not full:
+      break
+    for i in full:
+      given[i] = int(room[i])
+    open_ = [i for i in open_ if i not in full]
+    if not open_:
+      return given
+  for i in open_:
+    given[i] = math.floor(exact[i])
+  by_remainder = sorted((i for i in open_ if shares[i]),
+                        key=lambda i: given[i] - exact[i])
+  for i in by_remainder[:budget - sum(given)]:
+    given[i] += 1
+  return given
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_apportion_is_the_method_of_largest_remainders(seed):
+  rng = np.random.default_rng(seed)
+  room = rng.integers(0, 9, size=6)
+  shares = rng.integers(0, 5, size=6)  # remainders that tie, shares of none
+  budget = int(rng.integers(0, room.sum() + 1))
+  got = basic.apportion(np.float64(shares), room, budget)
+  assert got.tolist() == parts_by_hand(shares.tolist(), room.tolist(), budget)
+
+
+@pytest.mark.parametrize("shares", ["pool", "equal"])
+@pytest.mark.parametrize("responses", [1, 2])
+def test_stratified_by_hand(responses, shares):
+  """Its rule, row by row: strata, their numbers, and the draw within each."""
+  pool, bins, budget = make_pools.make(responses, 150, seed=3), 3, 47
+  rank = scipy.stats.rankdata(pool.length.mean(axis=1))
+  tall = [min(int((r - 0.5) / 150 * bins), bins - 1) for r in rank]
+  label = pool.label if responses == 1 else np.zeros(150)
+  strata = {}
+  for i, key in enumerate(zip(pool.source, label, tall)):
+    strata.setdefault(key, []).append(i)
+  hashes = topk.id_hash(pool.ids, "stratified:5")
+  members = sorted(strata.values(), key=lambda rows: min(hashes[rows]))
+  room = [len(rows) for rows in members]
+  count = parts_by_hand(room if shares == "pool" else [1] * len(room), room,
+                        budget)
+  u = topk.uniform(5, pool.ids, "random")
+  kept = [i for rows, n in zip(members, count)
+          for i in sorted(rows, key=lambda i: -u[i])[:n]]
+  got = SAMPLERS["stratified"](5, pool, budget, bins=bins, shares=shares)
+  assert got.rows.tolist() == sorted(kept, key=lambda i: -u[i])
+  np.testing.assert_array_equal(
+      got.score, np.where(np.isin(np.arange(150), kept), u, u - 1))
 
 
 @pytest.mark.parametrize("seed", range(20))
