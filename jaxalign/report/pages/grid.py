@@ -43,7 +43,7 @@ def _table(world: dict, baseline: str) -> Html:
         *(page.percent(arm.get(n)) if arm.get(n) is not None else "–"
           for n in ("wrong", "junk", "malformed", "cost"))))
   return page.table(
-      ("Arm", "Rows", "Win rate, %", f"Less {baseline}, points", "Verdict",
+      ("Arm", "Rows", "Win rate, %", f"Above {baseline}, points", "Verdict",
        "Wrong labels", "Junk", "Malformed answers", "Operations of all"),
       rows, "Means over seeds with Student's 95 % intervals. Verdicts are "
       "corrected for their number (Holm). Operations: selecting, the "
@@ -104,7 +104,7 @@ def _pooled(summary: dict) -> Html | str:
                  f"{page.number(one.get('cells'))}",
                  run.shown(_SHARE, one.get("least"), sign=True, unit=False)))
   return page.table(
-      ("Arm", f"Less {page.plain(summary.get('baseline'))}, points",
+      ("Arm", f"Above {page.plain(summary.get('baseline'))}, points",
        "Cells above", "Least cell"), rows,
       "Over all worlds: the mean of a seed's worlds, then over seeds.")
 
