@@ -235,8 +235,9 @@ def full_disk(tmp_path):
     os.system(f"umount -l {folder}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", [
-    pytest.param("", marks=pytest.mark.slow),  # seen before the save
+    "",  # seen before the save
     "from jaxalign import checkpoints\n"  # seen by orbax in the midst of it
     "checkpoints.Checkpoints._check_space = lambda *_: None\n"],
                          ids=["before", "during"])

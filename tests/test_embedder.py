@@ -117,6 +117,7 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   assert summary["everything"] == everything["everything"]
 
 
+@pytest.mark.slow
 def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(arm_of(whole) / "export", other)

@@ -212,6 +212,7 @@ def test_a_fair_test_end_to_end(tmp_path):
                             "export", "report"] * 2 + ["report"]
 
 
+@pytest.mark.slow
 def test_a_plateau_end_to_end(tmp_path):
   ended = jobs.run(tmp_path, config="plateau.py:tiny")
   assert ended.code == 0, ended

@@ -197,9 +197,12 @@ def test_the_start_is_the_analytic_value(model, name):
 
 
 MORE_CUTS = [((1, 1), 2), ((4, 2), 1), ((2, 4), 8)]
-# Each loss on one of those too, in turn: a mesh knows no loss by its name.
-CUTS = [pytest.param(*each.values, (4, 2), 2, marks=each.marks)
-        for each in EACH] + [
+# Each loss on one of those too, in turn: a mesh knows no loss by its name. Those
+# that read nothing of the batch are like dpo.
+CUTS = [pytest.param(*each.values, (4, 2), 2, marks=each.marks or (
+    [] if LOSSES[name].stats or LOSSES[name].extras or name == "dpo"
+    else [pytest.mark.slow]))
+        for each in EACH for name in each.values[1:]] + [
             pytest.param(model, name, *MORE_CUTS[i % 3],
                          marks=pytest.mark.slow)
             for model, names in (("table", LOSSES),

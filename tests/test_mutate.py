@@ -51,6 +51,7 @@ def test_each_change_is_listed_once_and_messages_are_let_be(tmp_path):
       "x - cost  ->  cost"])
 
 
+@pytest.mark.slow
 def test_survivors_are_named(tmp_path):
   """The default is never used, and 0 and 1 are not tried: three survive."""
   ended = mutate(tmp_path, TESTS)

@@ -228,6 +228,7 @@ def test_a_damaged_compile_cache_costs_time_alone(tmp_path):
           "config.json"}  # which names the cache
 
 
+@pytest.mark.slow
 def test_a_relative_workdir_is_one_too(tmp_path, monkeypatch):
   """The README's command has one; orbax alone wants absolute paths."""
   wanted = jobs.outcome(jobs.finished())
