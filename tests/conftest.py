@@ -3,8 +3,8 @@
 import itertools
 import os
 import pathlib
-import subprocess
-import sys
+
+import emitters
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,19 +14,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") +
     " --xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600")
-# XLA's newer emitters for CPUs take two and a half times as long to compile. A
-# flag that a version does not know ends the process, so one is asked; workers
-# inherit the answer. JAXALIGN_TEST_EMITTERS=new compiles as users do.
-OLD = " --xla_cpu_use_fusion_emitters=false"
-if os.environ.get("JAXALIGN_TEST_EMITTERS") == "new":
-  os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(OLD, "")
-elif "PYTEST_XDIST_WORKER" not in os.environ:
-  _asked = subprocess.run(
-      [sys.executable, "-c", "import jax; jax.devices()"],
-      env=os.environ | dict(XLA_FLAGS=os.environ["XLA_FLAGS"] + OLD),
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  if not _asked.returncode:
-    os.environ["XLA_FLAGS"] += OLD
+emitters.choose()
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
                   TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+import emitters
 from jaxalign import memory
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
@@ -257,7 +258,8 @@ def report(topology, fsdp, tensor, rows, more=PADDED):
   done = subprocess.run(
       [sys.executable, "tools/aot.py", f"--topology={topology}",
        f"--fsdp={fsdp}", f"--tensor={tensor}", f"--rows={rows}", "--json",
-       *more], cwd=ROOT, capture_output=True, text=True, timeout=600)
+       *more], cwd=ROOT, capture_output=True, text=True, timeout=600,
+      env=emitters.as_users())
   assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
   return aot.Report(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -373,7 +375,8 @@ with jax.set_mesh(mesh):
 @needs_libtpu
 def test_programs_that_do_it_wrong_are_flagged():
   done = subprocess.run([sys.executable, "-c", CONTROL], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300)
+                        capture_output=True, timeout=300,
+                        env=emitters.as_users())
   assert done.returncode == 0, done.stderr[-3000:]
   saw = {words[1]: words[2:] for words in map(str.split,
                                               done.stdout.splitlines())

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+import emitters
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
 from jaxalign.model import attention
@@ -411,7 +412,8 @@ compiled("v6e:4x4", 4, 4, "splash", dtype="float32", **packed)
     "needs libtpu (pip install jaxalign[aot]), which is not installed"))
 def test_compiled_for_tpus_no_scores_are_held():
   done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, text=True,
-                        capture_output=True, timeout=600)
+                        capture_output=True, timeout=600,
+                        env=emitters.as_users())
   assert done.returncode == 0, done.stderr[-3000:]
   llama, plain, gemma, v5p, v6e = [
       json.loads(line[4:]) for line in done.stdout.splitlines()
