@@ -31,6 +31,19 @@ MAPS = 30_000  # Linux ends a process at 65,530
 _tests = itertools.count()
 
 
+# Files of a few long tests, longest first: a worker that comes to one at the
+# end leaves the other idle for minutes. (xdist's own order is by number.)
+LONG = ("stories", "trl_trajectory", "gpu_script", "multiprocess", "encoder",
+        "columns", "lora_job", "aot", "resume", "artifacts", "crossfit",
+        "as_compiled", "evidence", "pipeline", "losses_step")
+
+
+def pytest_collection_modifyitems(items):
+  """Sorts by file, the LONG ones first."""
+  place = {f"test_{name}": i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
   """Thousands of compiled programs in one process exhaust its memory maps."""

@@ -13,8 +13,8 @@ import pytest
 
 import jobs
 
-FILES = ("sharding", "mixture", "mixture_structures", "embed", "encoder",
-         "reference", "samplers_geometric", "step")
+FILES = ("sharding", "mixture", "embed", "reference", "samplers_geometric",
+         "step")
 
 
 @pytest.mark.slow
@@ -28,4 +28,4 @@ def test_bits_are_the_same_on_any_mesh():
       text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   assert ended.returncode == 0, ended.stdout[-3000:]
   passed = int(ended.stdout.split(" passed")[0].split()[-1])
-  assert passed >= 20, ended.stdout[-1000:]
+  assert passed >= 15, ended.stdout[-1000:]
