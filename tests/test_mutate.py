@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 TOOL = pathlib.Path(__file__).resolve().parent.parent / "tools" / "mutate.py"
 
 SOURCE = '''"""A module."""
