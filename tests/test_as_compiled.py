@@ -1,7 +1,7 @@
 """The same bits on any mesh, compiled as users compile.
 
 The other tests compile with XLA's older emitters for CPUs, which are quicker to
-(see conftest): rounding is theirs. What is promised of bits, and one training
+(see emitters): rounding is theirs. What is promised of bits, and one training
 run on several meshes, are asked of the default ones too.
 """
 

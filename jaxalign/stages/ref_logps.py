@@ -73,9 +73,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     if not job.loss.reference or online:
       counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[which])
       return np.zeros_like(counts), counts, Cost()
+    total, count = once(tokens, which, [ids[i] for i in index])
     rows = tokens_lib.take(tokens, which.reshape(-1))
-    total, count = once(rows, np.arange(which.size).reshape(which.shape),
-                        [ids[i] for i in index])
     return total, count, Cost(embed.operations(m, rows), len(rows.ids))
 
   def make(folder):

@@ -58,14 +58,16 @@ def logps(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
       that shares them.
   """
   n, r = index.shape
-  counts = np.float32(tokens_lib.lengths(rows) - rows.start)[index]
+  lengths = tokens_lib.lengths(rows)
+  counts = np.float32(lengths - rows.start)[index]
   if layout == "padded":
     found = embed.score_rows(
         mesh, params, m, tokens_lib.take(rows, index.reshape(-1)), tile=tile,
         chunk=chunk, label=label, ids=ids)
     return found.logp.reshape(n, r), found.count.reshape(n, r)
   if layout == "packed_apart":
-    index, ids = index.reshape(-1, 1), ids and np.repeat(ids, r)
+    index = index.reshape(-1, 1)
+    ids = None if ids is None else np.repeat(ids, r)
   shape, each = index.shape, index.shape[1]
   own = min(max(1, tile // each), len(index))
   answers = counts.astype(np.int32).reshape(shape)
@@ -74,8 +76,7 @@ def logps(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   spare = np.full(-len(index) % own, np.argmin(sizes))
   of = np.append(np.arange(len(index)), spare)
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
-  length = packing.up(tokens_lib.longest(
-      tokens_lib.lengths(rows)[index], m.context))
+  length = packing.up(tokens_lib.longest(lengths[index], m.context))
   room = packing.largest([
       packing.need(np.int64(rows.start)[index[of[one], 0]],
                    np.int64(answers[of[one]]), length) for one in bins])
