@@ -156,6 +156,12 @@ def test_an_encoder_embeds(whole, tmp_path):
                      "embed.pooling=auto")
   x = array(folder, "shared/embed/store/embedding/00000.npy")
   assert x.shape[:2] == (160, 2) and np.isfinite(x).all()
+  # Another reference is no other embedding, but other log-probs and a start.
+  card = lambda path: json.loads((folder / path).read_text())
+  sft = card("shared/sft/cards/sft.json")["key"]
+  for stage in ("ref_logps", "align"):
+    assert card(f"runs/isa-0.1-seed0/cards/{stage}.json")["inputs"]["sft"] == (
+        sft)
   # Chosen first, then rejected, of every row in order: by transformers.
   model = transformers.AutoModel.from_pretrained(encoder).eval()
   tok = tokenizers.Tokenizer.from_file(str(encoder / "tokenizer.json"))

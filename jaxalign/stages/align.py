@@ -118,4 +118,5 @@ def run_align(job: Job, arm: Arm) -> None:
   fields = watched.card_fields(c.train, fields)
   job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
           fields=fields,
-          inputs=dict(ref_logps=job.key("ref_logps", arm.name)))
+          inputs=dict(ref_logps=job.key("ref_logps", arm.name),
+                      sft=job.key("sft")))  # it starts from there

@@ -119,4 +119,6 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
                    "train.min_updates") | like(arm)
   job.run(arm_folder(job, arm), "ref_logps", arm.name, fields=fields,
           make=make, inputs=dict(select=job.key("select", arm.name),
-                                 embed=job.key("embed")))
+                                 embed=job.key("embed"),
+                                 # The embedding may be another model's.
+                                 sft=job.key("sft")))
