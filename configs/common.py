@@ -136,10 +136,11 @@ def base(variant: str = "") -> ConfigDict:
   p.clip, p.weight_decay, p.b2, p.save_every = 1.0, 0.0, 0.98, 100
 
   c.loss = ConfigDict()
-  # A key of LOSSES, "module:function", or a sum, "dpo+0.2*sft_tokens" (RPO).
-  c.loss.name = "dpo"
-  c.loss.kwargs = ConfigDict(dict(beta=0.5))
-  c.loss.sft_weight = 0.2  # of the chosen answer's negative log-likelihood
+  # A key of LOSSES, "module:function", or a sum; keywords in brackets. This is
+  # the built-in world's; TRL's RPO is "dpo+sft_tokens". Of thumbs the classes
+  # weigh by the counts kept, unless `desirable` or `undesirable` is given.
+  c.loss.name = "dpo(beta=0.5)+0.2*sft"
+  c.loss.kwargs = ConfigDict()  # of all its terms, over those in brackets
 
   t = c.train = ConfigDict()
   t.epochs = 3.0
@@ -233,7 +234,7 @@ def production() -> ConfigDict:
   c.model.context, c.model.dtype, c.model.remat = 2048, "bfloat16", "full"
   c.model.head_chunk = 512
   c.embed.tile = 8
-  c.loss.kwargs.beta, c.loss.sft_weight = 0.1, 0.0
+  c.loss.name = "dpo"
   t = c.train
   t.epochs, t.max_updates, t.warmup_ratio, t.b2 = 1.0, 0, 0.1, 0.999
   c.eval.new_tokens, c.eval.tile = 512, 8
@@ -292,7 +293,7 @@ def _hh(c: ConfigDict) -> None:
   c.sft.updates, c.sft.batch_size, c.sft.save_every = 200, 16, 50
   c.embed.tile = 16
   c.train.batch_size, c.train.max_updates, c.train.save_every = 16, 60, 20
-  c.loss.kwargs.beta = 0.1
+  c.loss.name = "dpo(beta=0.1)+0.2*sft"
   c.eval.prompts, c.eval.new_tokens, c.eval.tile = 64, 48, 16
 
 
@@ -322,9 +323,7 @@ def _mixed(c: ConfigDict) -> None:
 
 def _kto(c: ConfigDict) -> None:
   """Pairs split into thumbs up and down, KTO."""
-  c.loss.name = "kto"
-  c.loss.kwargs = ConfigDict(dict(beta=0.3, desirable=1.0, undesirable=1.0))
-  c.loss.sft_weight = 0.0  # KTO's own answers carry no preferred side
+  c.loss.name = "kto(beta=0.3)"
   c.train.batch_size = 64  # rows, as many answers as 32 pairs
 
 

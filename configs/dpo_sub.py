@@ -16,5 +16,4 @@ def get_config(variant=""):
   c = common.base(variant)
   c.select.sampler = "isa"
   c.select.budget = 0.1
-  c.loss.name = "dpo"
   return c

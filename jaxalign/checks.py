@@ -49,7 +49,7 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "train.min_updates", "proxy.updates",
           "proxy.models", "proxy.save_every")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
-                "eval.temperature", "loss.sft_weight", "train.clip",
+                "eval.temperature", "train.clip",
                 "sft.clip", "select.mixture.ridge", "lora.rank",
                 "train.peak", "train.ref_sync", "train.eval_every",
                 "train.stop_after", "train.explode", "ask.context",

@@ -54,6 +54,26 @@ def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str,
                     f"set config.{knob}")
 
 
+def parts(text: str, mark: str) -> list[str]:
+  """The text cut at a mark, but not inside brackets; ends without spaces."""
+  out, depth = [""], 0
+  for letter in text:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == mark and not depth:
+      out.append("")
+    else:
+      out[-1] += letter
+  return [part.strip() for part in out]
+
+
+def given(found: Callable[..., Any]) -> dict[str, Any]:
+  """The keywords that are bound to what `lookup` returned, or to its `terms`."""
+  if isinstance(found, functools.partial):
+    return given(found.func) | found.keywords
+  return {name: value for term in getattr(found, "terms", ())
+          for name, value in given(term).items()}
+
+
 def _bound(found: Callable[..., Any], text: str, what: str, knob: str
            ) -> Callable[..., Any]:
   """`found` with the keywords of "order=magnitude,beta=0.5" and its marks."""

@@ -359,8 +359,7 @@ def summarise(job: Job, arms: list[Arm], command: str
           mesh=dict(job.mesh.shape), jax=jax.__version__),
       recipe=dict(epochs=c.train.epochs, max_updates=c.train.max_updates,
                   batch_size=c.train.batch_size, lr=c.train.lr,
-                  loss=c.loss.name, kwargs=c.loss.kwargs.to_dict(),
-                  sft_weight=c.loss.sft_weight),
+                  loss=c.loss.name, kwargs=c.loss.kwargs.to_dict()),
       data=_data(job, data), arms=described,
       baseline=_baseline(job), ledger=costs,
       samples=_samples(job, [a for a in arms if a.seed == c.seed]), files=dict(

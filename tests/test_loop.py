@@ -21,7 +21,7 @@ from jaxalign.train import loop
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import LOSSES
+from jaxalign.train.losses import LOSSES, combine
 
 MODEL = decoder.ModelConfig(layers=1, width=8, heads=2, kv_heads=2,
                             head_size=4, ff=8, vocab=16, context=12)
@@ -53,8 +53,8 @@ def rows():
 @functools.lru_cache
 def train_step():
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
-  return steps.make_train_step(PRODUCERS["chunked"](MODEL, 5), LOSSES["dpo"],
-                               tx, sft_weight=0.2), tx
+  return steps.make_train_step(PRODUCERS["chunked"](MODEL, 5),
+                               combine.find("dpo+0.2*sft"), tx), tx
 
 
 def fresh(mesh):

@@ -226,10 +226,10 @@ def test_rpo_is_dpo_and_a_share_of_sft():
   one, of_dpo = LOSSES["dpo"](as_logps(p), as_logps(q), {}, beta=0.3)
   two, of_sft = LOSSES["sft"](as_logps(p), None, {})
   np.testing.assert_allclose(loss, one + 0.2 * two, rtol=1e-6)
-  for name, value in (of_dpo | of_sft | {"loss/dpo": one,
-                                         "loss/sft": two}).items():
+  own = {"loss/dpo": one, "loss/sft": two, "preference_loss": one}
+  for name, value in (of_dpo | of_sft | own).items():
     np.testing.assert_array_equal(metrics[name], value)
-  assert set(metrics) == set(of_dpo) | set(of_sft) | {"loss/dpo", "loss/sft"}
+  assert set(metrics) == set(of_dpo) | set(of_sft) | set(own)
   assert (fn.kind, fn.stats, fn.extras, fn.reference) == ("pairs", (), (), True)
 
 
@@ -277,7 +277,65 @@ def test_a_name_alone_is_the_table_s_function():
   assert combine.find(f"0.5*{path}+sft").kind == "pairs"
 
 
+def test_a_keyword_in_brackets_is_of_one_term():
+  p, q = pairs()
+  policy, ref = as_logps(p), as_logps(q)
+  name = "0.5*dpo(beta=0.3, label_smoothing=0.1) + ipo(beta=1e+0)"
+  wanted = (0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.3,
+                                label_smoothing=0.1)[0]
+            + LOSSES["ipo"](policy, ref, {}, beta=1.0)[0])
+  loss, metrics = losses.bind(combine.find(name), name, {})(policy, ref, {})
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  assert {"loss/dpo", "loss/ipo"} <= set(metrics)
+  assert "preference_loss" not in metrics  # it is the loss
+  # What the config gives to all terms goes over it.
+  both = losses.bind(combine.find(name), name, dict(beta=0.2))
+  wanted = (0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.2,
+                                label_smoothing=0.1)[0]
+            + LOSSES["ipo"](policy, ref, {}, beta=0.2)[0])
+  np.testing.assert_allclose(both(policy, ref, {})[0], wanted, rtol=1e-6)
+  alone = losses.bind(combine.find("orpo"), "orpo", {})
+  np.testing.assert_array_equal(alone(policy, ref, {})[0],
+                                LOSSES["orpo"](policy, ref, {}, beta=0.1)[0])
+
+
+@pytest.mark.parametrize("up,down,wanted", [
+    (10, 10, (1, 1)), (12, 9, (1, 1)), (8, 10, (1.25, 1)),
+    (20, 10, (1, 1.5)), (1, 9, (9, 1)), (0, 5, (1, 1)), (5, 0, (1, 1))])
+def test_classes_weigh_by_the_rows_that_are_kept(up, down, wanted):
+  """desirable * n_up / (undesirable * n_down) is within [1, 4/3]."""
+  assert unpaired.class_weights(up, down) == pytest.approx(wanted)
+  label = np.arange(up + down) < up
+  kto = losses.bind(LOSSES["kto"], "kto", dict(beta=0.5))
+  loss, said = unpaired.weighed(kto, label)
+  stats = dict(label=jnp.array([True, False]), z0=jnp.float32(0.1))
+  r = np.array([[0.4], [-0.3]])
+  got = loss(as_logps(r), as_logps(0 * r), stats)[0]
+  s = lambda x: 1 / (1 + np.exp(-x))
+  np.testing.assert_allclose(got, [wanted[0] * s(-0.5 * (0.4 - 0.1)),
+                                   wanted[1] * s(0.5 * (-0.3 - 0.1))],
+                             rtol=1e-5)
+  assert bool(said) == (tuple(wanted) != (1, 1))
+  assert (loss.kind, loss.stats, loss.reference) == ("thumbs", kto.stats, True)
+
+
+def test_given_weights_of_classes_stay_and_are_judged():
+  label = np.arange(30) < 20
+  for name, kwargs, warned in (
+      ("kto(desirable=1)", {}, True), ("kto", dict(undesirable=1.5), False),
+      ("0.5*apo_zero_unpaired(undesirable=3)", {}, True),
+      ("bco", {}, False)):
+    loss = losses.bind(combine.find(name), name, kwargs)
+    found, said = unpaired.weighed(loss, label)
+    assert found is loss and bool(said) == warned
+  assert "20 thumbs up and 10 down weigh 0.67 to 1" in unpaired.weighed(
+      losses.bind(combine.find("kto(undesirable=3)"), "", {}), label)[1][0]
+
+
 @pytest.mark.parametrize("name,said", [
+    ("dpo(beta=-1)+sft", "beta=-1"), ("kto(desirable=much)", "desirable='much'"),
+    ("dpo(bta=1)", "'bta=1' is no keyword"),
+    ("dpo(beta=1)+dpo(beta=2)", "summed twice"),
     ("dpo+kto", "dpo pairs, kto thumbs"), ("kto+sft", "kto thumbs, sft rows"),
     ("dpo+x*sft", "weight 'x'"), ("-1*dpo", "weight '-1'"),
     ("0*dpo", "weight '0'"), ("nan*dpo", "weight 'nan'"),

@@ -150,15 +150,16 @@ def test_keywords_of_a_sampler_and_a_loss_are_flags():
                         "--config.loss.kwargs.label_smoothing=0.1"])
   assert values.config.select.kwargs.to_dict() == dict(direction="low",
                                                        shares=(0.5, 1))
-  assert values.config.loss.kwargs.to_dict() == dict(beta=0.5,
-                                                     label_smoothing=0.1)
+  assert values.config.loss.kwargs.to_dict() == dict(label_smoothing=0.1)
 
 
 def test_an_unknown_keyword_of_a_loss_or_sampler(tmp_path):
   assert "'gamma'" in refused(tmp_path, "loss.kwargs.gamma=1")
   assert "'tau'" in refused(tmp_path, "select.kwargs.tau=1")
-  # A loss that cannot take the default keywords says which it takes.
-  assert "beta" in refused(tmp_path, "loss.name=sft")
+  assert "it takes desirable" in refused(tmp_path, "loss.name=kto(gamma=1)")
+  assert "beta=0," in refused(tmp_path, "loss.name=dpo(beta=0)+sft")
+  # Each loss has its own defaults; sft alone prefers nothing.
+  assert "prefers nothing" in refused(tmp_path, "loss.name=sft")
 
 
 @pytest.mark.parametrize("error, code, said", [

@@ -56,7 +56,7 @@ CHANGED = {  # a knob -> the stages of the isa arm that it changes
     "seed=1": [],  # another arm, in a folder of its own
     "select.budget=0.2": [],
     "loss.kwargs.beta=0.9": TRAINING,
-    "loss.sft_weight=0.5": TRAINING,
+    "loss.kwargs.label_smoothing=0.1": TRAINING,
     "train.lr=0.1": TRAINING,
     "train.max_updates=3": TRAINING,
     "train.save_every=1": TRAINING,
@@ -324,8 +324,14 @@ def test_a_kto_job(tmp_path):
   folder = tmp_path / "runs" / ISA
   assert len(table(folder, "subset.parquet")) == 32
   assert np.load(folder / "mismatched_sum.npy").shape == (4 * 16,)
+  # The classes weigh by what was kept, and a row's loss begins at half of that.
+  up = sum(row["label"] for row in table(folder, "subset.parquet"))
+  weight = max(1, (32 - up) / up), max(1, up / (32 - up) * 3 / 4)
+  assert (f"{up} thumbs up and {32 - up} down: a row of the first weighs "
+          f"{weight[0]:.3f}, of the second {weight[1]:.3f}") in ended.out
   first = jobs.lines(folder / "metrics.jsonl")[0]
-  assert first["train/preference_loss"] == pytest.approx(0.5, abs=1e-5)
+  assert min(abs(first["train/preference_loss"] - (
+      weight[0] * k + weight[1] * (16 - k)) / 32) for k in range(17)) < 1e-5
   again = jobs.run(tmp_path, "train.batch_size=16", "compare=()",
                    config="kto_sub.py:tiny")
   assert again.code == 0 and not jobs.did(again)

@@ -18,7 +18,7 @@ from jaxalign.select import embed
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS, Logps
-from jaxalign.train.losses import LOSSES
+from jaxalign.train.losses import LOSSES, combine
 from jaxalign.train.metrics import divide
 
 LENGTH = 12
@@ -36,6 +36,15 @@ def bound(name, **kwargs):
 DPO = bound("dpo", beta=0.5, label_smoothing=0.1)
 KTO = bound("kto", beta=0.5, desirable=1.2, undesirable=0.8)
 B1, B2, EPS = 0.9, 0.98, 1e-8
+
+
+def imitating(loss, weight):
+  """A loss plus so much of the chosen answer's negative log-likelihood."""
+  return combine.weighted_sum([(1.0, "dpo", loss), (weight, "sft",
+                                                    LOSSES["sft"])])
+
+
+RPO = imitating(DPO, 0.3)
 
 
 def log_sigmoid(x):
@@ -138,10 +147,10 @@ def slopes(fn, params, h=1e-5):
 
 
 @functools.lru_cache
-def toy_step(loss, sft_weight=0.3, clip=0.0, weight_decay=0.0, name="adamw"):
+def toy_step(loss, clip=0.0, weight_decay=0.0, name="adamw"):
   tx = optim.make_optimizer(clip=clip, weight_decay=weight_decay, b2=B2,
                             name=name)
-  return steps.make_train_step(toy, loss, tx, sft_weight=sft_weight), tx
+  return steps.make_train_step(toy, loss, tx), tx
 
 
 def toy_run(mesh, loss, batch, accumulation, count=1, lr=0.05, **kwargs):
@@ -170,7 +179,8 @@ def gradient(mu):
 @pytest.mark.parametrize("responses", [2, 1], ids=["dpo", "kto"])
 def test_a_step_is_its_equation(mesh, responses):
   """Loss and gradient against float64; none runs through z0."""
-  loss, batch, weight = (DPO, KTO)[responses == 1], toy_batch(responses), 0.3
+  loss, weight = ((RPO, 0.3), (KTO, 0.0))[responses == 1]
+  batch = toy_batch(responses)
   (totals,), _, mu = toy_run(mesh, loss, batch, 4)
   params = {n: np.float64(w) for n, w in toy_params().items()}
   wanted, z0 = toy_objective(params, batch, sft_weight=weight)
@@ -309,8 +319,7 @@ def descend(rule, gradients, params, lrs, clip, decay):
     ("adamw", 0.0, 0.0), *((name, 0.05, 0.2) for name in optim.OPTIMIZERS)])
 def test_the_update_is_the_rule_s_at_the_batch_s_rate(mesh, name, clip, decay):
   batch = toy_batch(2)
-  train_step, tx = toy_step(DPO, sft_weight=0.0, clip=clip,
-                            weight_decay=decay, name=name)
+  train_step, tx = toy_step(DPO, clip=clip, weight_decay=decay, name=name)
   state = steps.init_state(
       {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}, tx)
   lrs = [0.1, 0.03, 0.2]
@@ -470,8 +479,8 @@ def real_batch(responses):
 def real_step(name):
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.01, b2=B2)
   return steps.make_train_step(
-      PRODUCERS["chunked"](MODEL, 5), bound(name, beta=0.5), tx,
-      sft_weight=0.2 if name == "dpo" else 0.0), tx
+      PRODUCERS["chunked"](MODEL, 5), imitating(bound(name, beta=0.5), 0.2)
+      if name == "dpo" else bound(name, beta=0.5), tx), tx
 
 
 def real_run(name, shape, accumulation, count, batch=None):

@@ -135,7 +135,7 @@ def test_every_knob_of_ours_is_in_the_config():
   named = re.findall(r"(?:--config\.|`)((?:%s)\.\w[\w.]*)" % "|".join(
       n for n, v in c.items() if isinstance(v, ml_collections.ConfigDict)),
       PAGE.read_text())
-  assert len(named) > 40 and "loss.sft_weight" in text
+  assert len(named) > 40 and "train.ema" in text
   for name in named:
     if not name.startswith("loss.kwargs.") or knob_of(c, "loss.kwargs").get(
         name.split(".")[-1]) is not None:

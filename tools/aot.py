@@ -44,7 +44,6 @@ from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.job import lora_of, loss_of
-from jaxalign.lookup import lookup
 from jaxalign.model import adapters
 from jaxalign.model import attention
 from jaxalign.model import decoder
@@ -54,7 +53,7 @@ from jaxalign.train import layout as packing
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import LOSSES, bind
+from jaxalign.train.losses import bind, combine
 from tools.aot_text import (collectives, compile_lowered, held, instructions,
                             logit_buffers, logit_elements, whole_gathers)
 
@@ -216,16 +215,15 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
                  accumulation=c.train.accumulation, layout=c.train.layout,
                  producer=c.train.logps, moments=optim.MOMENTS[
                      c.train.optimizer],
-                 sft_weight=c.loss.sft_weight, frozen=c.model.param_dtype)
+                 frozen=c.model.param_dtype)
 
 
 def of_flags(loss: str) -> dict[str, Any]:
   """A loss by its name and the default config's optimizer, as `of_config`."""
   c = common.base()
-  fn = bind(lookup(LOSSES, loss, "loss", "loss.name"), loss, {})
+  fn = bind(combine.find(loss), loss, {})
   return dict(loss=fn, tx=optim.make_optimizer(
-      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay),
-              sft_weight=c.loss.sft_weight if loss == "dpo" else 0.0)
+      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay))
 
 
 def held_bytes(tree: Any) -> int:
@@ -239,7 +237,7 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
                  *, loss: Any, tx: Any, rows: int, length: int, chunk: int,
                  accumulation: int = 1, layout: str = "packed",
                  prompt: int = 0, producer: str = "chunked",
-                 sft_weight: float = 0.0, frozen: str = "float32",
+                 frozen: str = "float32",
                  moments: int = 2, dump: str = "") -> Report:
   """Compiles one train step for a TPU topology.
 
@@ -256,7 +254,6 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
     layout: a key of feed.LAYOUTS.
     prompt: as of `abstract_batch`.
     producer: a key of PRODUCERS.
-    sft_weight: of the chosen answer's likelihood.
     frozen: dtype of what adapters leave as it is.
     moments: that `tx` keeps, see `optim.MOMENTS`.
     dump: a file for the compiled program's text.
@@ -284,7 +281,7 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
     state = abstract_state(m, mesh, tx, loss)
     fixed = abstract_frozen(m, mesh, frozen)
     train_step = steps.make_train_step(
-        PRODUCERS[producer](m, chunk), loss, tx, sft_weight=sft_weight)
+        PRODUCERS[producer](m, chunk), loss, tx)
     start = time.monotonic()
     lowered = train_step.lower(state, batch, fixed)
     lower_seconds = time.monotonic() - start

@@ -21,13 +21,14 @@ from jaxalign.train import feed
 from jaxalign.train import step as steps
 from jaxalign.train import subspace
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import unpaired
 
 BASES = "bases"  # LoRA-SB's fixed matrices
 BEST = "best"  # the weights of the best evaluation
 
 
-def _policy_start(job: Job, arm: Arm, folder: Any, batch_at: Callable
-                  ) -> tuple[decoder.Params, decoder.Params]:
+def _policy_start(job: Job, arm: Arm, folder: Any, loss: Callable,
+                  batch_at: Callable) -> tuple[decoder.Params, decoder.Params]:
   """(trained, frozen) parameters that compute what the reference does."""
   c, m = job.c, job.policy
   if m.lora is None:  # the step donates its state, so it has a copy
@@ -40,8 +41,7 @@ def _policy_start(job: Job, arm: Arm, folder: Any, batch_at: Callable
         found = subspace.bases(
             jax.random.key(arm.seed), m, job.mesh, job.reference,
             lambda sizes: steps.make_gradients(
-                PRODUCERS[c.train.logps](sizes, c.model.head_chunk), job.loss,
-                sft_weight=c.loss.sft_weight),
+                PRODUCERS[c.train.logps](sizes, c.model.head_chunk), loss),
             [batch_at(step) for step in range(c.lora.batches)])
         saved.save(0, dict(params=found))
     fresh |= bases(job, folder)
@@ -91,9 +91,14 @@ def run_align(job: Job, arm: Arm) -> None:
     if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
       raise DataError(f"{folder}/ref_ids.json names other rows than "
                       "subset.parquet; run with --redo")
-    if rows.label is not None and len(set(rows.label.tolist())) == 1:
-      progress.say("  warning: all kept rows have the same label; the "
-                   "loss will only push one way")
+    loss = job.loss
+    if rows.label is not None:
+      if len(set(rows.label.tolist())) == 1:
+        progress.say("  warning: all kept rows have the same label; the "
+                     "loss will only push one way")
+      loss, said = unpaired.weighed(loss, rows.label)
+      for line in said:
+        progress.say(f"  {line}")
     updates, mismatched = updates_for(job, arm, len(rows.ids)), None
     if "z0" in job.loss.stats:
       mismatched = feed.Mismatched(
@@ -101,10 +106,10 @@ def run_align(job: Job, arm: Arm) -> None:
                                batch=c.train.batch_size, context=m.context),
           artifacts.read_array(folder / "mismatched_sum.npy"))
     cost = train(job, folder, f"align {arm.name}", job.policy,
-                  functools.partial(_policy_start, job, arm, folder), rows,
-                  job.loss, c.train, lr=c.lora.lr if lora else c.train.lr,
+                  functools.partial(_policy_start, job, arm, folder, loss),
+                  rows, loss, c.train, lr=c.lora.lr if lora else c.train.lr,
                   updates=updates, seed=arm.seed, mismatched=mismatched,
-                  sft_weight=c.loss.sft_weight, optimizer=c.train.optimizer,
+                  optimizer=c.train.optimizer,
                   layout=c.train.layout, producer=c.train.logps,
                   trace=tuple(c.profile.steps), extend=watched.extend(job),
                   measures=watched.measures(job, arm), **watching(c.train))

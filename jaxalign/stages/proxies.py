@@ -135,8 +135,7 @@ def _tune(job: Job, folder: Any, label: str, start: Start, index: np.ndarray,
     return trained, start.params | fixed
 
   train(job, folder, label, m, begin, rows, _loss(c), p,
-        lr=c.lora.lr if m.lora else p.lr, updates=updates, seed=seed,
-        sft_weight=0.0)
+        lr=c.lora.lr if m.lora else p.lr, updates=updates, seed=seed)
   tuned = restore_params(
       folder / "checkpoints",
       adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])

@@ -54,7 +54,7 @@ def run_sft(job: Job) -> None:
     params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
     cost = train(job, folder, "sft", m, lambda _: (params, {}), rows,
                  LOSSES["sft"], c.sft, lr=c.sft.lr, updates=c.sft.updates,
-                 seed=c.sft.seed, sft_weight=0.0)
+                 seed=c.sft.seed)
     return list(TRAINED), cost, {}
 
   job.run(job.shared / "sft", "sft", make=make, resumes=TRAINED,
@@ -63,7 +63,7 @@ def run_sft(job: Job) -> None:
 
 def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
           begin: Callable, rows: feed.Rows, loss: Callable, knobs: Any, *,
-          lr: float, updates: int, seed: int, sft_weight: float,
+          lr: float, updates: int, seed: int,
           optimizer: str = "adamw", layout: str = "padded",
           producer: str = "chunked",
           mismatched: feed.Mismatched | None = None,
@@ -88,8 +88,7 @@ def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
       seed=seed, context=m.context, rate=rate, mismatched=mismatched,
       layout=layout)
   train_step = steps.make_train_step(
-      PRODUCERS[producer](m, c.model.head_chunk), loss, tx,
-      sft_weight=sft_weight)
+      PRODUCERS[producer](m, c.model.head_chunk), loss, tx)
   params, frozen = begin(batch_at)
   state, step = extend(
       steps.init_state(params, tx, loss),

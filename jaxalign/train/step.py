@@ -9,7 +9,6 @@ import optax
 
 from jaxalign.train.layout import Packed, shares
 from jaxalign.train.logps import Logps
-from jaxalign.train.losses.reference_free import sft
 from jaxalign.train.losses.unpaired import init_delta
 from jaxalign.train.metrics import beside, sums_and_counts
 from jaxalign.train.stats import make_statistics
@@ -43,8 +42,8 @@ def fresh_delta(loss_fn: Callable | None) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
-                   sft_weight: float = 0.0) -> Callable:
+def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable
+                   ) -> Callable:
   """Returns `gradients(trained, batch, frozen, found) -> (gradients, metrics)`.
 
   Args:
@@ -52,8 +51,6 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
       packed rows see `layout.Packed`.
     loss_fn: `(policy, ref, stats) -> ([b], metrics)`, from LOSSES with its
       keywords bound; `loss_fn.stats` lists the statistics it needs.
-    sft_weight: weight of the chosen answer's negative log-likelihood, a mean
-      over its tokens, added to the loss.
 
   The parameters are `trained | frozen`, two dicts with no name in common;
   gradients are those of `trained`, no other is formed.
@@ -74,11 +71,8 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
     ref = Logps(micro["ref_sum"], micro["ref_count"], micro.get("ref_public"))
     stats = scalars | rows
     loss, metrics = loss_fn(policy, ref, stats)
-    metrics = dict(beside(policy, ref, stats.get("label"), getattr(
-        loss_fn, "reference", True)) | metrics, preference_loss=loss)
-    if sft_weight:
-      nll, extra = sft(policy, ref, stats)
-      loss, metrics = loss + sft_weight * nll, metrics | extra
+    metrics = beside(policy, ref, stats.get("label"), getattr(
+        loss_fn, "reference", True)) | dict(preference_loss=loss) | metrics
     metrics["loss"] = loss
     return jnp.sum(loss), sums_and_counts(metrics)
 
@@ -110,8 +104,7 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable, *,
 
 @functools.lru_cache(maxsize=8)
 def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
-                    tx: optax.GradientTransformation, *,
-                    sft_weight: float = 0.0) -> Callable:
+                    tx: optax.GradientTransformation) -> Callable:
   """Returns `train_step(state, batch, frozen={}) -> (state, metrics)`.
 
   `state` is donated. `frozen` are parameters beside `state.params` that the
@@ -120,7 +113,7 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
   rest see `make_gradients`.
   """
   statistics = make_statistics(logps_fn, loss_fn)
-  gradients = make_gradients(logps_fn, loss_fn, sft_weight=sft_weight)
+  gradients = make_gradients(logps_fn, loss_fn)
 
   @jax.jit(donate_argnames=("state",))
   def train_step(state: TrainState, batch, frozen={}):  # read, never written

@@ -86,8 +86,19 @@ LIMITS = {
                     (lambda x: 0 <= x < math.inf, "0 or more"))}
 
 
+def check_keywords(kwargs: dict[str, Any], name: str, knob: str) -> None:
+  """Raises ConfigError for a keyword outside its range; see LIMITS."""
+  for key, value in kwargs.items():
+    holds, wanted = LIMITS.get(key, (lambda x: True, ""))
+    if key in LIMITS and (not isinstance(value, Real) or not holds(value)):
+      raise ConfigError(f"loss {name!r} got {key}={value!r}, wanted {wanted}; "
+                        f"set config.{knob}")
+
+
 def bind(fn: Callable, name: str, kwargs: dict[str, Any]) -> Callable:
   """A loss with its keywords bound and its declarations kept.
+
+  Those given here go over what stands in the brackets of the name.
 
   Args:
     fn: from `combine.find`.
@@ -104,10 +115,7 @@ def bind(fn: Callable, name: str, kwargs: dict[str, Any]) -> Callable:
       raise ConfigError(f"loss {name!r} takes no {key!r}; it takes "
                         f"{', '.join(known) or 'no keywords'}; set "
                         "config.loss.kwargs")
-    holds, wanted = LIMITS.get(key, (lambda x: True, ""))
-    if key in LIMITS and (not isinstance(value, Real) or not holds(value)):
-      raise ConfigError(f"loss {name!r} got {key}={value!r}, wanted {wanted}; "
-                        f"set config.loss.kwargs.{key}")
+  check_keywords(kwargs, name, "loss.kwargs")
   bound = functools.partial(fn, **kwargs)
   bound.__dict__.update(kind=fn.kind, stats=fn.stats,
                         extras=getattr(fn, "extras", ()),

@@ -5,29 +5,30 @@ import math
 from typing import Callable
 
 from jaxalign.errors import ConfigError
-from jaxalign.lookup import lookup
-from jaxalign.train.losses import LOSSES
+from jaxalign import lookup
+from jaxalign.train.losses import LOSSES, check_keywords
 
 
 def find(name: str) -> Callable:
   """The loss a config names: a key of LOSSES, "module:function", or a sum.
 
   "0.8*dpo+0.2*bco_pair+sft" is that weighted sum (MPO); a weight of 1 need not
-  be written. See `weighted_sum` for the keywords.
+  be written. "dpo(beta=0.5)+sft" binds a keyword of one term. See
+  `weighted_sum` for keywords of all.
 
   Raises:
-    ConfigError: an unknown loss, a weight that is none, or losses on rows of
-      different kinds.
+    ConfigError: an unknown loss or keyword, a keyword out of its range, a
+      weight that is none, or losses on rows of different kinds.
   """
   terms = []
-  for term in name.split("+"):
-    number, star, rest = term.rpartition("*")
-    terms.append((_weight(number.strip(), name) if star else 1.0,
-                  rest.strip()))
-  found = [lookup(LOSSES, key, "loss", "loss.name") for _, key in terms]
-  if len(found) == 1 and terms[0][0] == 1.0:
-    return found[0]
-  return weighted_sum([(w, key, fn) for (w, key), fn in zip(terms, found)])
+  for term in lookup.parts(name, "+"):
+    *number, key = lookup.parts(term, "*")
+    fn = lookup.lookup(LOSSES, key, "loss", "loss.name")
+    check_keywords(lookup.given(fn), name, "loss.name")
+    terms.append((_weight("*".join(number), name) if number else 1.0, key, fn))
+  if len(terms) == 1 and terms[0][0] == 1.0:
+    return terms[0][2]
+  return weighted_sum(terms)
 
 
 def _weight(text, name):
@@ -47,7 +48,8 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
   Each term is given the keywords that it takes: `beta` reaches every term
   that has one (as in TRL, whose losses share theirs), and a keyword that is
   not given keeps each term's own default. Metrics of one name are those of
-  the first term that has it; "loss/<name>" is each term's own value.
+  the first term that has it; "loss/<name>" is each term's own value, and
+  "preference_loss" the sum without what only imitates.
 
   Args:
     terms: (weight, name, loss) in order.
@@ -60,9 +62,9 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
       only: of thumbs an undesirable answer would be imitated too.
   """
   kinds = {fn.kind for _, _, fn in terms}
-  names = [key for _, key, _ in terms]
+  names = [key.partition("(")[0] for _, key, _ in terms]
   if len(kinds) > 1 and kinds != {"pairs", "rows"}:
-    each = ", ".join(f"{key} {fn.kind}" for _, key, fn in terms)
+    each = ", ".join(f"{key} {fn.kind}" for key, (*_, fn) in zip(names, terms))
     raise ConfigError(f"losses of different rows cannot be summed ({each}); "
                       "set config.loss.name")
   if len(set(names)) < len(names):
@@ -72,13 +74,17 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
             if p.kind == p.KEYWORD_ONLY] for _, _, fn in terms]
 
   def loss_fn(policy, ref, stats, **kwargs):
-    total, metrics, own = 0.0, {}, {}
-    for (weight, name, fn), known in zip(terms, takes):
+    total, prefers, metrics, own = 0.0, 0.0, {}, {}
+    for name, (weight, _, fn), known in zip(names, terms, takes):
       loss, extra = fn(policy, ref, stats, **{
           p.name: kwargs[p.name] for p in known if p.name in kwargs})
       total = total + weight * loss
+      if fn.kind != "rows":
+        prefers = prefers + weight * loss
       metrics = extra | metrics
       own[f"loss/{name}"] = loss
+    if len(kinds) > 1:
+      own["preference_loss"] = prefers
     return total, metrics | own
 
   keywords = {p.name: p for known in reversed(takes) for p in known}
@@ -87,7 +93,7 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
   loss_fn.__signature__ = inspect.Signature(
       positional + list(keywords.values()))
   loss_fn.terms = tuple(fn for _, _, fn in terms)
-  loss_fn.kind = "pairs" if "pairs" in kinds else kinds.pop()
+  loss_fn.kind, = kinds if len(kinds) == 1 else ("pairs",)
   for field in ("stats", "extras"):
     setattr(loss_fn, field, tuple(dict.fromkeys(
         item for _, _, fn in terms for item in getattr(fn, field, ()))))

@@ -5,11 +5,15 @@ bool (true: desirable); r = policy - ref over SUMS. Metrics of one class are
 averaged over its own rows only, so a batch of one class is finite.
 """
 
-from typing import NamedTuple
+import functools
+import inspect
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxalign.lookup import given
 from jaxalign.train.losses import needs
 from jaxalign.train.losses.common import ratios
 from jaxalign.train.losses.common import thumb_metrics
@@ -17,6 +21,59 @@ from jaxalign.train.losses.common import thumb_metrics
 
 def _sign(label):
   return jnp.where(label, 1.0, -1.0)
+
+
+BAND = 1.0, 4 / 3  # of desirable * n_up / (undesirable * n_down)
+
+
+def class_weights(up: int, down: int) -> tuple[float, float]:
+  """(desirable, undesirable) weights for so many rows of each class.
+
+  Ethayarajh et al. 2024, eq. 8, ask for desirable * n_up / (undesirable *
+  n_down) within [1, 4/3]. Of the weights that do the smallest that are not
+  below 1: (1, 1) where the counts do already, else one class is raised to the
+  nearer end. (1, 1) too where a class is empty.
+  """
+  low, high = BAND
+  if not up or not down:
+    return 1.0, 1.0
+  return max(1.0, low * down / up), max(1.0, up / (high * down))
+
+
+def weighed(loss: Callable, label: np.ndarray) -> tuple[Callable, list[str]]:
+  """A loss with the weights of its classes set by the rows it will see.
+
+  Args:
+    loss: from `losses.bind`; weights that are given there stay.
+    label: [M] bool of the kept rows, true: desirable.
+
+  Returns:
+    The loss, and lines for a person: the weights, or that given ones leave
+    the band of `class_weights`.
+  """
+  known = inspect.signature(loss).parameters
+  if not {"desirable", "undesirable"} <= set(known):
+    return loss, []
+  up = int(np.sum(label))
+  down = len(label) - up
+  counts = f"{up:,} thumbs up and {down:,} down"
+  have = given(loss)
+  if have.keys() & {"desirable", "undesirable"}:
+    up *= have.get("desirable", 1.0)
+    down *= have.get("undesirable", 1.0)
+    share = up / down if up and down else 1.0
+    if BAND[0] - 1e-6 <= share <= BAND[1] + 1e-6:
+      return loss, []
+    return loss, [f"warning: {counts} weigh {share:.2f} to 1 with the "
+                  "given weights, wanted 1 to 1.33; set config.loss.kwargs, "
+                  "or leave desirable and undesirable out"]
+  desirable, undesirable = class_weights(up, down)
+  if desirable == undesirable == 1:
+    return loss, []
+  bound = functools.partial(loss, desirable=desirable, undesirable=undesirable)
+  bound.__dict__.update(loss.__dict__)
+  return bound, [f"{counts}: a row of the first weighs {desirable:.3f}, of the "
+                 f"second {undesirable:.3f}"]
 
 
 @needs("thumbs", "label", "z0")
@@ -35,8 +92,8 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
       gradient, from every micro-batch of the step (HALOs and TRL take it
       from one device's micro-batch).
     beta: > 0.
-    desirable: weight of thumbs up. The paper keeps desirable * n_up /
-      (undesirable * n_down) within [1, 4/3].
+    desirable: weight of thumbs up; a job that is given neither takes
+      `class_weights` of the rows it kept.
     undesirable: weight of thumbs down.
 
   Returns:
