@@ -297,7 +297,7 @@ def test_thumbs_with_a_pair_loss(tmp_path):
   path = write(tmp_path / "x.jsonl", [thumb(i, i % 2) for i in range(60)])
   ended, _, _ = read_data(tmp_path / "w", path)
   assert ended.code == 65 and "single answers with thumbs" in ended.err
-  assert "'dpo'" in ended.err and "config.loss.name" in ended.err
+  assert "'dpo(beta" in ended.err and "config.loss.name" in ended.err
 
 
 def test_pairs_with_kto_are_split_and_it_is_said(tmp_path):

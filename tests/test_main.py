@@ -156,7 +156,7 @@ def test_keywords_of_a_sampler_and_a_loss_are_flags():
 def test_an_unknown_keyword_of_a_loss_or_sampler(tmp_path):
   assert "'gamma'" in refused(tmp_path, "loss.kwargs.gamma=1")
   assert "'tau'" in refused(tmp_path, "select.kwargs.tau=1")
-  assert "it takes desirable" in refused(tmp_path, "loss.name=kto(gamma=1)")
+  assert "beta, desirable" in refused(tmp_path, "loss.name=kto(gamma=1)")
   assert "beta=0," in refused(tmp_path, "loss.name=dpo(beta=0)+sft")
   # Each loss has its own defaults; sft alone prefers nothing.
   assert "prefers nothing" in refused(tmp_path, "loss.name=sft")
