@@ -66,25 +66,31 @@ def test_updates(n, batch, epochs, most, wanted):
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=50, unique=True))
 def test_a_rotation_leaves_no_fixed_point(rows):
   rows = np.array(rows)
-  other = batches.rotation(rows)
+  other = batches.rotation(rows, 10**6 + 1)
+  np.testing.assert_array_equal(other, np.roll(rows, -1))
   assert (other != rows).all()
-  assert sorted(other) == sorted(rows)  # the set y' is the set y
 
 
 def test_a_batch_of_three():
-  assert list(batches.rotation(np.array([4, 5, 6]))) == [5, 6, 4]
+  assert list(batches.rotation(np.array([4, 5, 6]), 7)) == [5, 6, 4]
 
 
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(2, 12), extra=st.integers(0, 12), seed=sizes)
 def test_a_batch_that_spans_two_epochs(n, extra, seed):
-  """Rows that come twice never meet themselves where that can be avoided."""
+  """Rows that come twice never meet themselves, and are a rotation where one
+  can be."""
   rows = batches.rows_at(0, n, n + extra, seed)
-  other = batches.rotation(rows)
-  assert sorted(other) == sorted(rows)
+  other = batches.rotation(rows, n)
+  assert (other != rows).all() and (other < n).all()
   shifts = [np.roll(rows, -k) for k in range(1, len(rows))]
   if any((s != rows).all() for s in shifts):
-    assert (other != rows).all()
+    assert sorted(other) == sorted(rows)
+
+
+def test_a_batch_of_one_row_twice():
+  assert list(batches.rotation(np.array([2, 2]), 3)) == [0, 0]
+  assert list(batches.rotation(np.array([0, 1, 0]), 3)) == [1, 0, 1]
 
 
 # Mismatched rows.

@@ -41,23 +41,27 @@ def updates(n: int, batch: int, epochs: float, most: int = 0, least: int = 1
   return min(wanted, most) if most else wanted
 
 
-def rotation(rows: np.ndarray) -> np.ndarray:
+def rotation(rows: np.ndarray, n: int) -> np.ndarray:
   """For every row of a batch, the row whose answer it is mismatched with.
 
   A rotation over the GLOBAL batch: by the least shift that gives no row its
-  own answer (a batch that spans two epochs may hold a row twice).
+  own answer. A batch that spans two epochs may hold a row twice, and of very
+  few rows there may be no such shift: by the one that gives the fewest their
+  own, and those take the answer of the next row of all n. On the host, where
+  the order of the rows is known, so that the reference's log-probabilities of
+  these rows can be stored beforehand.
 
   Args:
-    rows: [B] row numbers of the step.
+    rows: [B] row numbers of the step, below n; two or more of each.
+    n: rows there are.
 
   Returns:
-    [B] row numbers, a rotation of `rows`.
+    [B] row numbers, none where it stands in `rows`.
   """
-  for shift in range(1, len(rows)):
-    other = np.roll(rows, -shift)
-    if np.all(other != rows):
-      return other
-  return np.roll(rows, -1)
+  shifts = range(1, len(rows))
+  shift = min(shifts, key=lambda k: (np.roll(rows, -k) == rows).sum())
+  other = np.roll(rows, -shift)
+  return np.where(other == rows, (rows + 1) % n, other)
 
 
 class Spliced:

@@ -63,7 +63,7 @@ def make_mismatched(rows: Rows, *, updates: int, batch: int, seed: int,
   for step in range(updates):
     own = batches.rows_at(step, len(rows.ids), batch, seed)
     prompts.append(rows.row_of[own, 0])
-    answers.append(rows.row_of[batches.rotation(own), 0])
+    answers.append(rows.row_of[batches.rotation(own, len(rows.ids)), 0])
   return batches.mismatched(rows.tokens, np.concatenate(prompts),
                             np.concatenate(answers), context)
 
