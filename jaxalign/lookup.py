@@ -7,6 +7,7 @@ name a function twice.
 import ast
 import difflib
 import functools
+import hashlib
 import importlib
 import inspect
 import re
@@ -64,6 +65,23 @@ def parts(text: str, mark: str) -> list[str]:
     else:
       out[-1] += letter
   return [part.strip() for part in out]
+
+
+def edition(name: str) -> dict[str, str]:
+  """{module: digest of its file} of each "module:function" in a name.
+
+  So that a stage runs again when a function from outside the tables was
+  edited; of what that file imports nothing is asked.
+  """
+  found = {}
+  for module in re.findall(r"([A-Za-z_][\w.]*):[A-Za-z_]", name):
+    try:
+      file = importlib.import_module(module).__file__
+    except ImportError:  # `lookup` says so
+      continue
+    with open(file, "rb") as source:
+      found[module] = hashlib.sha256(source.read()).hexdigest()
+  return found
 
 
 def given(found: Callable[..., Any]) -> dict[str, Any]:

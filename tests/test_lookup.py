@@ -3,8 +3,8 @@
 import pytest
 
 from jaxalign.errors import ConfigError
-from jaxalign.lookup import lookup
-from jaxalign.select.samplers import SAMPLERS
+from jaxalign.lookup import edition, lookup
+from jaxalign.select.samplers import SAMPLERS, combine
 
 
 def named(name):
@@ -42,3 +42,21 @@ def test_a_wrong_keyword_is_named(name, said):
   with pytest.raises(ConfigError, match="config.select.sampler") as error:
     named(name)
   assert said in str(error.value)
+
+
+def test_an_edited_function_from_outside_is_another(tmp_path, monkeypatch):
+  file = tmp_path / "mine_edition.py"
+  file.write_text("def one(): ...\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  name = "dedup(threshold=0.9) | mine_edition:one(x=1) * isa"
+  first = edition(name)
+  assert list(first) == ["mine_edition"] and edition(name) == first
+  file.write_text("def one(): return 1\n")
+  assert edition(name) != first
+  assert edition("isa(order=soft) * random") == {}
+  assert edition("no_such_module_of_mine:one") == {}
+
+
+def test_a_sampler_that_does_not_say_what_it_reads():
+  with pytest.raises(ConfigError, match="pool.needs.*config.compare"):
+    combine.named("gate(column=reward) | os.path:join", "compare")

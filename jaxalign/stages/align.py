@@ -12,6 +12,7 @@ from jaxalign.artifacts import pick
 from jaxalign.checkpoints import Checkpoints, restore_params
 from jaxalign.errors import DataError
 from jaxalign.job import Arm, Job, arm_folder, lora_of
+from jaxalign.lookup import edition
 from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.stages import watched
@@ -120,7 +121,7 @@ def run_align(job: Job, arm: Arm) -> None:
 
   fields = pick(c, "loss", "train", "model.head_chunk", "model.dtype",
                 *(["lora"] if lora else [])) | like(arm)
-  fields = watched.card_fields(c.train, fields)
+  fields = watched.card_fields(c.train, fields) | edition(c.loss.name)
   job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
           fields=fields,
           inputs=dict(ref_logps=job.key("ref_logps", arm.name),

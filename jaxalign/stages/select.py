@@ -9,6 +9,7 @@ from jaxalign import artifacts
 from jaxalign.artifacts import Cost
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
+from jaxalign.lookup import edition
 from jaxalign.select import card as cards
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import combine
@@ -63,7 +64,7 @@ def run_select(job: Job, arm: Arm) -> None:
     return files, Cost(), dict(say=f"{budget:,} of {n:,} rows")
 
   fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
-                batch_size=c.train.batch_size, **kwargs)
+                batch_size=c.train.batch_size, **kwargs) | edition(arm.sampler)
   inputs = dict(data=job.key("data"))
   if uses_mixture:
     inputs["mixture"] = job.key("mixture")

@@ -250,6 +250,11 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
   *steps, last = _parts(name, "|")
   found = [lookup(SAMPLERS, part, "sampler", knob)
            for part in _parts(last, "*")]
+  for part, one in zip(_parts(last, "*"), found):
+    if not hasattr(one, "needs"):
+      raise ConfigError(f"sampler {part!r} does not say what it reads; mark the "
+                        "function with jaxalign.select.pool.needs, or set "
+                        f"config.{knob}")
   sampler = found[0] if len(found) == 1 else product(*found)
   try:
     return compose(sampler, [_step(text) for text in steps])
