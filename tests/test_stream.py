@@ -50,7 +50,7 @@ def pool():
 CASES = [
     ("random", {}), ("isa", {}), ("isa", dict(order="magnitude")),
     ("isa", dict(order="renormalised", pair_score="min")),
-    ("isa", dict(soft=0.3)), ("length", {}), ("length", dict(direction="low")),
+    ("isa", dict(soft=0.3)), ("isa", dict(order="soft")), ("length", {}), ("length", dict(direction="low")),
     ("length", dict(direction="middle")), ("perplexity", {}),
     ("perplexity", dict(direction="top", side="difference")), ("ifd", {}),
     ("ask_llm", {}), ("external_margin", {}),
@@ -121,7 +121,7 @@ def test_what_cannot_stream_is_refused_with_the_number(pool, monkeypatch):
   wanted = SAMPLERS["k_center"](1, pool, 5)
   np.testing.assert_array_equal(found.rows, wanted.rows)
   monkeypatch.setattr(stream, "HELD", 1000)
-  with pytest.raises(ConfigError, match="k_center.*20,000.*1.28e.06.*blocked"):
+  with pytest.raises(ConfigError, match="k_center.*20,000.*2.08e.06.*blocked"):
     stream.select("k_center", whole, 5)
   with pytest.raises(ConfigError, match="features"):
     stream.select("density", whole, 5, features=0)

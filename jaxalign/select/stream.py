@@ -2,8 +2,8 @@
 
 Each is the sampler of its name: the same rows of the same numbers. One number
 a row is written to a scratch file, mapped, and `threshold` finds the best M.
-A sampler that compares rows with rows is refused before it starts, with what
-it would hold; `blocks.select` runs it block by block instead.
+A sampler that reads all rows at once is refused before it starts, with what it
+would hold, where that is much; `blocks.select` runs it block by block instead.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def select(name: str, source: Source, budget: int, *, seed: int = 0,
     **kwargs: of the sampler.
 
   Raises:
-    ConfigError: the sampler compares rows with rows and the pool is too large
+    ConfigError: the sampler reads all rows at once and the pool is too large
       to be held, or a keyword needs what one pass cannot know.
   """
   if name not in SAMPLERS:
@@ -92,13 +92,11 @@ def _held(name, seed, source, budget, **kwargs) -> Chosen:
   sampler = SAMPLERS[name]
   names = [n for n in (*sampler.needs, *sampler.optional)
            if n in source.columns]
-  held = 0
-  for column in names:
-    one = source.column(column)(0, 1)
-    held += 4 * one.size * source.n
+  readers = [source.ids, *map(source.column, names)]
+  held = source.n * sum(read(0, 1).nbytes for read in readers)
   rows_lib.refuse_above(
-      held, HELD, f"{name} compares rows with rows and holds the columns of "
-      f"all {source.n:,}: the bytes", "use blocks.select(..., block_rows=), "
+      held, HELD, f"{name} reads all {source.n:,} rows at once: the bytes",
+      "use blocks.select(..., block_rows=), "
       "its blocked form, or a sampler that runs in one pass: isa, density, "
       f"{', '.join(BY_ROW)}")
   ids = np.array(threshold.names(source.ids(0, source.n)))
@@ -222,19 +220,22 @@ def _isa(seed, source, budget, scratch, *, order="literal", pair_score="sum",
   if label_quota is not None:
     raise ConfigError("isa in tiles keeps no quota of labels; set "
                       "config.select.label_quota to 0")
-  if not 0 <= soft < np.inf:
-    raise ConfigError(f"soft is {soft!r}, wanted 0 or more; set "
-                      "config.select.kwargs.soft")
+  basic.check_soft(order, soft)
+  by = "magnitude" if order == basic.SOFT else order
 
   def tiles():
     for _, pool in source.pools(("log_likelihood",), basic.TILE):
       yield np.asarray(pool.log_likelihood, np.float64)
 
-  entropy = basic.entropy_of(tiles, order)
+  entropy = basic.entropy_of(tiles, by)
   scores = _Scores(source.n, scratch)
   scores.fill(((at * basic.TILE, one_side(basic.change_of(
-      value, entropy, order), pair_score, "pair_score"))
+      value, entropy, by), pair_score, "pair_score"))
       for at, value in enumerate(tiles())), "isa")
+  if order == basic.SOFT:
+    for at, x in enumerate(scores.tiles()):
+      x[:] = basic.drawn(x, seed, source.ids(at * TILE, at * TILE + len(x)),
+                         pair_score)
   if soft:
     mean = sum(float(x.sum()) for x in scores.tiles()) / source.n
     spread = math.sqrt(sum(float(((x - mean)**2).sum())

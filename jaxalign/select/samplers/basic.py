@@ -300,6 +300,29 @@ def top_with_quota(score: np.ndarray, pool: Pool, budget: int,
   return rows[top(score[rows], pool.ids[rows], rows.size)]
 
 
+def check_soft(order: str, soft: float) -> None:
+  """Raises ConfigError for a draw that cannot be."""
+  if not 0 <= soft < np.inf:
+    raise ConfigError(f"soft is {soft!r}, wanted 0 or more; set "
+                      "config.select.kwargs.soft")
+  if order == SOFT and soft:
+    raise ConfigError(f"order 'soft' draws by the change itself, and soft is "
+                      f"{soft!r}; set config.select.order or "
+                      "config.select.kwargs.soft to 0")
+
+
+def drawn(change: np.ndarray, seed: int, ids: np.ndarray,
+          pair_score: str) -> np.ndarray:
+  """Changes [n] of order "magnitude" as weights of a draw: log w + Gumbel."""
+  if (change < 0).any():
+    raise ConfigError(f"pair_score {pair_score!r} makes weights below 0, "
+                      "which order 'soft' cannot draw by; set "
+                      "config.select.pair_score to sum, mean, min or max")
+  # The least likely row of all has weight 0: it comes last.
+  weight = np.maximum(change, np.finfo(np.float64).tiny)
+  return np.log(weight) + gumbel(seed, ids, "isa")
+
+
 @needs("log_likelihood")
 def isa(seed: int, pool: Pool, budget: int, *, order: str = "literal",
         pair_score: str = "sum", soft: float = 0.0,
@@ -329,24 +352,12 @@ def isa(seed: int, pool: Pool, budget: int, *, order: str = "literal",
     Selection; the [N] score is the (combined) change of entropy, nats; of a
     draw, the logarithm of the weight plus the row's Gumbel number.
   """
+  check_soft(order, soft)
   value = np.asarray(pool.log_likelihood, np.float64)
   change = entropy_change(value, "magnitude" if order == SOFT else order)
   score = one_side(change, pair_score, "pair_score")
-  if not 0 <= soft < np.inf:
-    raise ConfigError(f"soft is {soft!r}, wanted 0 or more; set "
-                      "config.select.kwargs.soft")
   if order == SOFT:
-    if soft:
-      raise ConfigError(f"order 'soft' draws by the change itself, and soft is "
-                        f"{soft!r}; set config.select.order or "
-                        "config.select.kwargs.soft to 0")
-    if (score < 0).any():
-      raise ConfigError(f"pair_score {pair_score!r} makes weights below 0, "
-                        "which order 'soft' cannot draw by; set "
-                        "config.select.pair_score to sum, mean, min or max")
-    # The least likely row of all has weight 0: it comes last.
-    weight = np.maximum(score, np.finfo(np.float64).tiny)
-    score = np.log(weight) + gumbel(seed, pool.ids, "isa")
+    score = drawn(score, seed, pool.ids, pair_score)
   if soft:
     spread = score.std()
     if not spread > 0:
