@@ -63,13 +63,13 @@ def reference(mesh, tokens, responses):
   return np.asarray(found.sum), np.asarray(found.count)
 
 
-def ours(mesh, rows, loss, mismatched=None):
+def ours(mesh, rows, loss, mismatched=None, batch=HOW["batch"]):
   """Metrics of every step, through the feed and the train step of a job."""
   tx = optim.make_optimizer(clip=1.0, weight_decay=runs.DECAY, b2=runs.B2)
   train_step = steps.make_train_step(PRODUCERS["chunked"](MODEL, 8), loss, tx)
   rate = runs.rate_of(HOW["lr"], HOW["updates"])
   batch_at, _, _ = feed.make_feed(
-      mesh, rows, batch=HOW["batch"], accumulation=1, seed=runs.SEED,
+      mesh, rows, batch=batch, accumulation=1, seed=runs.SEED,
       context=MODEL.context, rate=rate, mismatched=mismatched, layout="packed")
   state, seen = steps.init_state(fresh(mesh), tx, loss), []
   for step in range(HOW["updates"]):
