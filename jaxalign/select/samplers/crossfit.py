@@ -210,9 +210,7 @@ def _told(selection: Selection, *notes: str) -> Selection:
 
 def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   """The tokens of each response, its few numbers, and what the gate reads."""
-  grams = np.asarray(pool.grams)
-  if grams.dtype.kind not in "biu":  # counts are finite: no copy in float64
-    grams = finite(grams, pool.ids, "grams")
+  grams = _counts(pool)
   half = grams.shape[2] // 2
   said = np.float32(grams[..., :half])
   length = column(pool, "length")
@@ -223,6 +221,13 @@ def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   signs = dict(length=length, tokens=common[..., 0], pairs=common[..., 1],
                grams=_typical(said), size=np.sqrt((said**2).sum(axis=2)))
   return said, few, signs
+
+
+def _counts(pool: Pool) -> np.ndarray:
+  """`pool.grams`, not copied where they are whole numbers, which are finite."""
+  grams = np.asarray(pool.grams)
+  return (grams if grams.dtype.kind in "biu"
+          else finite(grams, pool.ids, "grams"))
 
 
 def _typical(x: np.ndarray) -> np.ndarray:
