@@ -325,11 +325,111 @@ def test_shuffled_labels_are_refused(thumbs):
     with pytest.raises(NumericError, match="refuses these labels.*shuffled"):
       SAMPLERS["crossfit_lite"](seed, shuffled, 100, unlearnable="error")
     got = SAMPLERS["crossfit_lite"](seed, shuffled, 100)
-    assert "refuses these labels" in got.notes[0]
-    np.testing.assert_array_equal(
-        got.rows, SAMPLERS["random"](seed, pool, 100).rows)
+    assert got.notes[0] == f"crossfit {crossfit.SENTENCE}"
+    assert got.notes[1].startswith("warning: crossfit refuses these labels")
+    drawn = SAMPLERS["random"](seed, pool, n).rows
+    if thumbs:  # as in the pool
+      label = shuffled.label[drawn]
+      liked = round(100 * label.mean())
+      drawn = np.concatenate([drawn[label][:liked],
+                              drawn[~label][:100 - liked]])
+      assert set(got.rows) == set(drawn)
+    else:
+      np.testing.assert_array_equal(got.rows, drawn[:100])
   learnt = SAMPLERS["crossfit_lite"](0, pool, 100, unlearnable="error")
   assert not any("refuses" in note for note in learnt.notes)
+
+
+def refused(responses=1, **columns):
+  """A pool of made-up numbers, 1,000 rows, whose labels say nothing."""
+  pool = tests_pools.make(responses, n=1000)
+  rng = np.random.default_rng(0)
+  return with_columns(pool, group=pool.ids, source=rng.choice(
+      ["a", "b", "c"], 1000, p=[.6, .3, .1]), **columns)
+
+
+@pytest.mark.parametrize("name", ["crossfit", "crossfit_lite"])
+def test_random_rows_of_refused_labels_keep_what_was_asked_for(name):
+  pool = refused()
+  sampler = functools.partial(SAMPLERS[name], 0, pool)
+  got = sampler(100)
+  assert "refuses these labels" in got.notes[1]
+  assert pool.label[got.rows].sum() == round(100 * pool.label.mean())
+  liked = sampler(100, label_quota=0.8)
+  assert pool.label[liked.rows].sum() == 80
+  even = sampler(100, slices="source")
+  for source in "abc":
+    for label in (True, False):
+      of = (pool.source == source) & (pool.label == label)
+      assert abs(of[even.rows].sum() - 100 * of.mean()) < 1
+  for found in (got, liked, even):
+    assert np.delete(found.score, found.rows).max() <= (
+        found.score[found.rows].min())
+    assert (np.diff(found.score[found.rows]) <= 0).all()
+  copied = np.repeat(pool.grams[:100], 10, axis=0)  # ten of each
+  many = refused(grams=copied)
+  once = SAMPLERS[name](0, many, 100, copies=1, slices=None)
+  assert any("refuses" in note for note in once.notes)
+  code = alike.copies(copied)
+  assert len(set(code[once.rows])) >= min(len(set(code)), 100) - 5
+  assert len(set(code[SAMPLERS[name](0, many, 100).rows])) < 75
+
+
+def test_random_rows_of_refused_labels_are_of_the_likelier_four_fifths():
+  for responses in (1, 2):
+    pool = refused(responses)
+    got = SAMPLERS["crossfit"](0, pool, 300)
+    assert "the least likely fifth last" in got.notes[1]
+    drawn = SAMPLERS["random"](0, pool, 1000).rows
+    worst = pool.log_likelihood.min(axis=1)
+    likely = drawn[np.argsort(np.argsort(worst))[drawn] >= 200]
+    if responses == 2:
+      np.testing.assert_array_equal(got.rows, likely[:300])
+      whole = SAMPLERS["crossfit"](0, pool, 1000)
+      np.testing.assert_array_equal(whole.rows[:800], likely)
+      other = SAMPLERS["crossfit"](1, pool, 300)
+      assert set(other.rows) != set(got.rows)
+    else:
+      count = round(300 * pool.label.mean())
+      assert set(got.rows) == {*likely[pool.label[likely]][:count],
+                               *likely[~pool.label[likely]][:300 - count]}
+    # Without one there is nothing to leave out.
+    lite = SAMPLERS["crossfit_lite"](0, pool, 1000)
+    assert "These rows are random ones" in lite.notes[1]
+    assert "fifth" not in lite.notes[1]
+    np.testing.assert_array_equal(lite.rows, drawn)
+
+
+@pytest.mark.parametrize("liked", [True, False])
+def test_labels_of_one_class_are_told_as_such(liked):
+  pool = refused(label=np.full(1000, liked))
+  name = "desirable" if liked else "undesirable"
+  said = (f"crossfit refuses these labels: all 1,000 rows are {name}, and "
+          "heads learn what tells the two labels apart")
+  got = SAMPLERS["crossfit_lite"](0, pool, 100)
+  assert got.notes[0] == f"crossfit {crossfit.SENTENCE}"
+  assert got.notes[1] == f"warning: {said}. These rows are random ones"
+  np.testing.assert_array_equal(got.rows, SAMPLERS["random"](0, pool, 100).rows)
+  with pytest.raises(NumericError, match=said):
+    SAMPLERS["crossfit_lite"](0, pool, 100, unlearnable="error")
+  few = pool._replace(columns=pool.columns | dict(label=np.arange(1000) < 20))
+  assert "no head predicts them" in SAMPLERS["crossfit_lite"](
+      0, few, 100).notes[1]
+
+
+def test_counts_are_read_without_a_copy_in_float64():
+  pool = tests_pools.make(2, 100)
+  assert pool.grams.dtype == np.uint8
+  assert np.shares_memory(crossfit._counts(pool), pool.grams)
+  as_float = with_columns(pool, grams=np.float64(pool.grams))
+  got, wanted = crossfit._read(pool), crossfit._read(as_float)
+  for a, b in zip(got[:2], wanted[:2]):
+    np.testing.assert_array_equal(a, b)
+  for key, value in got[2].items():
+    np.testing.assert_allclose(value, wanted[2][key], rtol=1e-9)
+  as_float.grams[3, 1, 5] = np.nan
+  with pytest.raises(NumericError, match=f"{pool.ids[3]}.*grams"):
+    SAMPLERS["crossfit_lite"](0, as_float, 10)
 
 
 def test_too_few_positive_scores_are_said_and_filled():
@@ -420,8 +520,9 @@ def test_a_job_says_what_it_read_beside_its_verdicts(tmp_path, config, name):
   notes = json.loads(next(tmp_path.glob(f"**/{name}-*/selection.json"))
                      .read_text())["diagnostics"]["notes"]
   refused = any("refuses these labels" in note for note in notes)
-  told = summary["warnings"] if refused else summary["verdicts"]
-  assert refused or any(crossfit.SENTENCE in line for line in told)
+  assert any(crossfit.SENTENCE in line for line in summary["verdicts"])
+  assert refused == any("refuses these labels" in line
+                        for line in summary["warnings"])
   assert any(notes[-1].removeprefix("warning: ") in line for line in
              summary["warnings"] + summary["verdicts"]), done.stdout
 

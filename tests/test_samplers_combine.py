@@ -9,9 +9,10 @@ import scipy.stats
 
 from configs import common
 from jaxalign import job
-from jaxalign.errors import ConfigError
+from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import SAMPLERS, combine, dedup
+from jaxalign.stages import columns
+from jaxalign.select.samplers import SAMPLERS, combine, crossfit, dedup
 import pools as make_pools
 from test_samplers_geometric import by_hand
 from test_samplers_sets import naive_diverse, planted
@@ -115,6 +116,97 @@ def test_quota_counts_by_hand():
     combine.quota(ISA, "source", "fair")(0, POOL, 60)
 
 
+def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
+  """A source of one row, for whose row there is no place, or its own."""
+  pool = make_pools.with_columns(POOL, source=np.where(
+      np.arange(N) == 7, "lone", np.where(np.arange(N) < 100, "a", "b")))
+  shares = {"a": 0.5, "b": 0.5}
+  isa, seen = SAMPLERS["isa"], []
+
+  @functools.wraps(isa)
+  def counted(seed, pool, budget, **kwargs):
+    seen.append(sorted(set(pool.source.tolist())))
+    return isa(seed, pool, budget, **kwargs)
+
+  with pytest.raises(NumericError, match="distances"):  # what it says of one
+    SAMPLERS["density"](0, combine.take(pool, np.array([7])), 1)
+  for name in ("isa", "density"):
+    for given, wanted in ((shares, [30, 30, 0]), ("pool", [20, 40, 0]),
+                          ("equal", [30, 29, 1])):
+      got = combine.quota(SAMPLERS[name], "source", given)(0, pool, 60)
+      kept = [(pool.source[got.rows] == s).sum() for s in ("a", "b", "lone")]
+      assert kept == wanted, (name, given)
+      assert np.delete(got.score, got.rows).max() < got.score[got.rows].min()
+      assert any("quota takes all rows with source 'lone' (1)" in note
+                 for note in got.notes) == (given == "equal")
+  made = combine.quota(counted, "source", shares)
+  got = made(0, pool, 60)
+  assert seen == [["a"], ["b"]] and got.notes == ()
+  for k, source in enumerate("ab"):
+    rows = np.flatnonzero(pool.source == source)
+    wanted = rows[isa(0, combine.take(pool, rows), 30).rows]
+    own = got.rows[pool.source[got.rows] == source]
+    assert list(own) == list(wanted)
+  # Rows that none ranked come after those that one chose.
+  equal = combine.quota(isa, "source", "equal")(0, pool, 60)
+  assert equal.score[7] == equal.score[equal.rows].min()
+  everything = combine.quota(counted, "source")(0, pool, N)
+  assert len(seen) == 2 and sorted(everything.rows) == list(range(N))
+
+
+def test_a_sampler_that_fails_in_a_group_says_which():
+  pool = make_pools.with_columns(
+      POOL, log_likelihood=np.where((POOL.source == "web")[:, None], -3.0,
+                                    POOL.log_likelihood))
+  with pytest.raises(NumericError, match=(
+      "quota by source, length, .* rows with source 'web', length [0-9.]+ to "
+      "[0-9.]+: all .* log-likelihoods equal")):
+    combine.quota(ISA, ("source", "length"))(0, pool, 60)
+
+
+def noted(*columns):
+  """A sampler that says which sources it saw, and what all say."""
+  @pools.needs("source", *columns)
+  def sampler(seed, pool, budget):
+    found = SAMPLERS["random"](seed, pool, budget)
+    alone = len(set(pool.source.tolist())) == 1
+    return found._replace(notes=("warning: it reads",) + (
+        "warning: few", "of one")[:2 * alone])
+  return sampler
+
+
+def test_notes_come_through_every_step():
+  for made in (combine.gate(noted(), "reward", 0.2),
+               combine.dedup(noted(), 0.8), combine.diverse(noted(), 0.8),
+               combine.product(noted(), SAMPLERS["random"], noted())):
+    assert made(0, POOL, 40).notes == ("warning: it reads",)
+  by_source = combine.quota(noted(), "source")(0, POOL, 40).notes
+  assert by_source == ("warning: it reads", "warning: few", "of one")
+
+  @pools.needs("source")
+  def differs(seed, pool, budget):
+    found = noted()(seed, pool, budget)
+    return found if pool.source[0] == "web" else found._replace(
+        notes=found.notes[:1] + ("warning: other",))
+  assert combine.quota(differs, "source")(0, POOL, 40).notes == (
+      "warning: it reads", "warning: source 'chat': other",
+      "warning: source 'code': other", "warning: source 'web': few",
+      "source 'web': of one")
+
+
+@pytest.mark.parametrize("steps", [
+    "gate(column=reward, low=0.2)", "dedup(threshold=0.99)",
+    "quota(by=source)", "diverse(threshold=0.99)"])
+def test_what_crossfit_says_comes_through_steps(steps):
+  for name in (f"{steps} | crossfit_lite",
+               f"{steps} | crossfit_lite * crossfit_lite"):
+    notes = combine.named(name)(0, POOL, 40).notes  # made-up labels
+    assert any(crossfit.SENTENCE in note for note in notes)
+    assert any(note.startswith("warning: ") and "refuses these labels" in note
+               for note in notes)
+    assert len(set(notes)) == len(notes)
+
+
 def test_diverse_is_deita_over_another_score():
   pool = planted()
   x = by_hand(pool)
@@ -187,6 +279,37 @@ def test_knobs_reach_the_sampler_behind_the_steps():
   # What the name itself binds stands.
   bound = combine.named("gate(column=reward) | isa(order=renormalised)")
   assert "order" not in job.sampler_kwargs(c, bound)
+
+
+def test_columns_that_keywords_name_are_made():
+  c = common.base()
+  wanted = lambda name: set(columns.wanted(c, "pairs", combine.named(name)))
+  stages = lambda name: columns.stages(c, "pairs", combine.named(name))
+  assert combine.named("dpp(quality=p_yes)").needs == ("embedding", "p_yes")
+  assert "p_yes" not in SAMPLERS["dpp"].needs and "p_yes" not in wanted("dpp")
+  for name in ("dpp(quality=p_yes)", "gate(column=length) | dpp(quality=p_yes)",
+               "random * crossfit_lite(orthogonal=p_yes)"):
+    assert "p_yes" in wanted(name) and "ask" in stages(name)
+  # Made by the select stage, where a sampler needs it.
+  assert "log_likelihood" in combine.named("dpp(quality=log_likelihood)").needs
+  reward = combine.named("dpp(quality=reward)")
+  assert "reward" in wanted("dpp(quality=reward)")  # the world's, so it is said
+  assert "true reward" in columns.notes(c, reward)[0]
+  assert "reward" not in wanted("dpp") and not columns.notes(c, SAMPLERS["dpp"])
+  lacking = columns.lacking(c, "pairs", combine.named(
+      "crossfit_lite(slices=source)"))
+  assert lacking == {"source": "the built-in world is one source"}
+  # By config.select.kwargs, of samplers that take the keyword.
+  c.select.kwargs = dict(orthogonal=("p_yes", "length"), slices="source")
+  assert "ask" in stages("crossfit_lite") and "p_yes" in wanted("crossfit")
+  assert "p_yes" not in wanted("dpp") and "source" not in wanted("crossfit")
+  assert "ask" not in stages("crossfit_lite(orthogonal=length)")
+  c.select.kwargs = dict(quality="reward")
+  assert "reward" in wanted("dpp") and columns.notes(c, SAMPLERS["dpp"])
+  got = combine.named("dpp(quality=p_yes)")
+  only = pools.Pool(POOL.ids, {k: POOL.columns[k] for k in got.needs})
+  assert list(got(0, only, 20).rows) == list(
+      SAMPLERS["dpp"](0, POOL, 20, quality="p_yes").rows)
 
 
 @pytest.mark.parametrize("name,words", [

@@ -5,6 +5,7 @@ column is a function and a line in COLUMNS; one that costs a pass or a training
 has a stage of its own, which runs where a sampler of the job reads it.
 """
 
+import inspect
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -139,11 +140,26 @@ def known(c: Any) -> dict[str, Column]:
   return COLUMNS | (_JUDGED if c.rewards.checkpoint else {})
 
 
+def named(c: Any, sampler: Callable) -> set[str]:
+  """The columns that config.select.kwargs names to one that takes them.
+
+  What brackets bind, "dpp(quality=p_yes)", is in `sampler.needs` already.
+  """
+  parameters = inspect.signature(sampler).parameters.values()
+  takes = ({p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+           - set(getattr(sampler, "keywords", ())))
+  found = (value for key, value in c.select.kwargs.items() if key in takes)
+  return {name for value in found if isinstance(value, (str, tuple, list))
+          for name in ((value,) if isinstance(value, str) else value)
+          if isinstance(name, str) and name in COLUMNS}
+
+
 def wanted(c: Any, kind: str, sampler: Callable) -> list[str]:
   """The columns to make for a sampler, in the order of COLUMNS."""
-  asked = {*sampler.optional, *ALWAYS}
+  asked, said = {*sampler.optional, *ALWAYS}, named(c, sampler)
   return [n for n, column in known(c).items() if n in sampler.needs
-          or n in asked and not column.lacks(c, kind) and not column.oracle]
+          or (n in said or n in asked and not column.oracle)
+          and not column.lacks(c, kind)]
 
 
 def lacking(c: Any, kind: str, sampler: Callable) -> dict[str, str]:
@@ -196,4 +212,5 @@ def notes(c: Any, sampler: Callable) -> tuple[str, ...]:
   table = known(c)
   return tuple(
       f"it reads {table[n].oracle}: a mark to measure against, no method"
-      for n in sampler.needs if n in table and table[n].oracle)
+      for n in (*sampler.needs, *sorted(named(c, sampler)))
+      if n in table and table[n].oracle)

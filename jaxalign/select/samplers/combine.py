@@ -15,9 +15,9 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxalign.errors import ConfigError
+from jaxalign.errors import ConfigError, JaxalignError
 from jaxalign.lookup import lookup
-from jaxalign.select.pool import Pool, Selection
+from jaxalign.select.pool import SHAPES, Pool, Selection
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
 from jaxalign.select.samplers import dedup as dedup_lib
@@ -57,7 +57,7 @@ def _within(inner: Sampler, seed: int, pool: Pool, budget: int,
   found = inner(seed, take(pool, rows), budget)
   score = np.full(len(keep), found.score.min() - 1)
   score[rows] = found.score
-  return Selection(rows[found.rows], score)
+  return Selection(rows[found.rows], score, found.notes)
 
 
 def gate(inner: Sampler, column: str, low: float = 0.0, high: float = 1.0,
@@ -152,17 +152,65 @@ def quota(inner: Sampler, by: str | Sequence[str], shares: Any = "pool",
     else:
       raise ConfigError(f"quota has shares {shares!r}, wanted 'pool', 'equal' "
                         "or a mapping")
-    score = np.zeros(len(pool.ids))
+    score = np.full(len(pool.ids), np.nan)
     kept = np.zeros(len(pool.ids), bool)
-    for k in range(len(room)):
+    said, whole = {}, []
+    for k in np.flatnonzero(count):
       rows = np.flatnonzero(group == k)
-      found = inner(seed, take(pool, rows), max(1, int(count[k])))
+      name = _group_name(pool, by, rows)
+      if count[k] == room[k]:
+        kept[rows] = True
+        whole.append(f"{name} ({room[k]})")
+        continue
+      try:
+        found = inner(seed, take(pool, rows), int(count[k]))
+      except JaxalignError as error:
+        raise type(error)(
+            f"quota by {', '.join(by)}, {count[k]} of {room[k]} rows with "
+            f"{name}: {error}") from error
       score[rows] = found.score
-      kept[rows[found.rows[:count[k]]]] = True
-    # What no place was left for ranks below all that was kept.
+      kept[rows[found.rows]] = True
+      said[name] = found.notes
+    notes = _joined_notes(said)
+    if whole:
+      more = f" and {len(whole) - 5} more" if len(whole) > 5 else ""
+      notes.append(f"quota takes all rows with {'; '.join(whole[:5])}{more}: "
+                   "no sampler ranked them, they come after those it chose")
+    # What no sampler saw ranks as the last that one chose, and what no place
+    # was left for below all that was kept.
+    unseen = np.isnan(score)
+    score[unseen] = score[kept & ~unseen].min() if said else 0
     score = np.where(kept, score, score - (np.ptp(score) + 1))
-    return Selection(top(score, pool.ids, budget), score)
+    return Selection(top(score, pool.ids, budget), score, tuple(notes))
   return _wrap(inner, shared, *by)
+
+
+def _group_name(pool: Pool, by: Sequence[str], rows: np.ndarray) -> str:
+  """What rows of one group have in common: "source 'web', length 3 to 9"."""
+  parts = []
+  for name in by:
+    value = np.asarray(getattr(pool, name))[rows]
+    if name == "length":
+      mean = value.reshape(len(rows), -1).mean(axis=1)
+      parts.append(f"length {mean.min():g} to {mean.max():g}")
+    else:
+      parts.append(f"{name} {value[:1].tolist()[0]!r}")
+  return ", ".join(parts)
+
+
+def _joined_notes(said: Mapping[str, Sequence[str]]) -> list[str]:
+  """Notes by group: once what all say, the others with the group's name."""
+  every = [set(notes) for notes in said.values()]
+  common = set.intersection(*every) if every else set()
+  out = {}
+  for name, notes in said.items():
+    for note in notes:
+      if note in common:
+        out[note] = None
+      else:
+        text = note.removeprefix("warning: ")
+        out[f"{note[:len(note) - len(text)]}{name}: {text}"] = None
+  return list(out)
 
 
 def diverse(inner: Sampler, threshold: float = 0.9, pair: str = "mean",
@@ -176,8 +224,9 @@ def diverse(inner: Sampler, threshold: float = 0.9, pair: str = "mean",
   def spread(inner, seed, pool, budget):
     """The best rows of the inner sampler that are unlike one another."""
     x = rows_lib.directions(pool, pair, metric)
-    return dedup_lib.diverse(inner(seed, pool, budget).score, x, pool.ids,
-                             budget, threshold)
+    found = inner(seed, pool, budget)
+    return dedup_lib.diverse(found.score, x, pool.ids, budget, threshold
+                             )._replace(notes=found.notes)
   return _wrap(inner, spread, "embedding")
 
 
@@ -193,11 +242,10 @@ def product(*inner: Sampler) -> Sampler:
 
   def sampler(seed: int, pool: Pool, budget: int) -> Selection:
     """Rows by the product of the ranks of several scores."""
-    score = np.zeros(len(pool.ids))
-    for one in inner:
-      found = one(seed, pool, budget).score
-      score += np.log(values.quantiles(found))
-    return values.ranked(score, pool, budget)
+    found = [one(seed, pool, budget) for one in inner]
+    score = sum(np.log(values.quantiles(one.score)) for one in found)
+    notes = dict.fromkeys(note for one in found for note in one.notes)
+    return values.ranked(score, pool, budget)._replace(notes=tuple(notes))
   sampler.needs = tuple(dict.fromkeys(n for one in inner for n in one.needs))
   sampler.optional = tuple(dict.fromkeys(
       n for one in inner for n in one.optional))
@@ -238,6 +286,8 @@ def compose(sampler: Sampler, steps: Sequence[Mapping[str, Any]]) -> Sampler:
 def named(name: str, knob: str = "select.sampler") -> Sampler:
   """The sampler that a config's name or chain means.
 
+  It needs the columns that its keywords name too, "dpp(quality=p_yes)".
+
   Args:
     name: what `lookup` takes; "a * b", the `product` of some; with steps in
       front, "step(keyword=value) | sampler", keys of COMBINATORS, the first
@@ -255,6 +305,9 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
       raise ConfigError(f"sampler {part!r} does not say what it reads; mark the "
                         "function with jaxalign.select.pool.needs, or set "
                         f"config.{knob}")
+    if columns := [v for v in getattr(one, "keywords", {}).values()
+                   if isinstance(v, str) and v in SHAPES]:
+      one.needs = tuple(dict.fromkeys((*one.needs, *columns)))
   sampler = found[0] if len(found) == 1 else product(*found)
   try:
     return compose(sampler, [_step(text) for text in steps])

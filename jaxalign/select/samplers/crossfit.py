@@ -23,7 +23,8 @@ from jaxalign.select.samplers import bradley_terry as bt
 from jaxalign.select.samplers import habits
 from jaxalign.select.samplers import heads
 from jaxalign.select.samplers.basic import top_with_quota
-from jaxalign.select.samplers.values import column, finite, ranked
+from jaxalign.select.samplers.values import column, finite, quantiles
+from jaxalign.select.samplers.values import ranked
 from jaxalign.select.topk import id_hash, uniform
 
 SENTENCE = "reads every label: saves training, not annotation"
@@ -56,6 +57,18 @@ def filled(score: np.ndarray, q: np.ndarray) -> np.ndarray:
   """
   last = (score <= 0) & (q <= 0.55)
   return np.where(last, score + min(0.0, score.min()) - 1, score)
+
+
+def drawn(seed: int, pool: Pool, signs: dict[str, np.ndarray]) -> np.ndarray:
+  """Scores [N] that read no label: those of `random`.
+
+  Where rows have a log-likelihood the least likely fifth, by the worse of two
+  sides, comes last: that is where junk is.
+  """
+  score = uniform(seed, pool.ids, "random")
+  if "log_likelihood" in signs:
+    score -= quantiles(signs["log_likelihood"].min(axis=1)) < 0.2
+  return score
 
 
 def _lowered(score: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -114,33 +127,41 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   if ways.copies is not None:
     like = alike.copies(pool.grams)
     group = alike.joined(group, like)
-  found = shared = bt.margins(seed, sides.blocks, group, label, habit)
-  own = set()
-  if by:
-    found, own = bt.with_own_heads(seed, shared, sides.blocks, group, label,
-                                  habit, code)
-  learnt, said = bt.predictable(found)
-  if not learnt:
-    text = (f"crossfit refuses these labels: no head predicts them ({said}); "
-            "they look shuffled, or the features say nothing of them")
-    if ways.unlearnable == "error":
-      raise NumericError(f"{text}; set config.select.sampler, or "
-                         "config.select.kwargs.unlearnable to 'random'")
-    drawn = ranked(uniform(seed, pool.ids, "random"), pool, budget)
-    return _told(drawn, f"warning: {text}. These rows are random ones")
-  q = bt.trusted(seed, found, sides.signs, group)
-  score = found.mean * np.maximum(0, 2 * q - 1)
-  positive = int((score > 0).sum())
-  notes = [f"crossfit {SENTENCE}",
-           f"heads agree with {100 * found.accuracy:.1f} % of labels ({said}),"
-           f" the gate trusts them by {q.mean():.2f}; {positive:,} of "
-           f"{len(score):,} rows score above 0"]
-  if positive < budget:
-    score = filled(score, q)
-    notes.append(f"warning: the budget of {budget:,} is more than the "
-                 f"{positive:,} rows that score above 0; of the rest more "
-                 "labels are wrong than of random rows; set "
-                 "config.select.budget")
+  own, notes = set(), [f"crossfit {SENTENCE}"]
+  if refused := _of_one_class(label):
+    learnt = False
+  else:
+    found = shared = bt.margins(seed, sides.blocks, group, label, habit)
+    if by:
+      found, own = bt.with_own_heads(seed, shared, sides.blocks, group, label,
+                                    habit, code)
+    learnt, said = bt.predictable(found)
+    refused = (f"no head predicts them ({said}); they look shuffled, or the "
+               "features say nothing of them")
+  if learnt:
+    q = bt.trusted(seed, found, sides.signs, group)
+    score = found.mean * np.maximum(0, 2 * q - 1)
+    positive = int((score > 0).sum())
+    notes.append(
+        f"heads agree with {100 * found.accuracy:.1f} % of labels ({said}),"
+        f" the gate trusts them by {q.mean():.2f}; {positive:,} of "
+        f"{len(score):,} rows score above 0")
+    if positive < budget:
+      score = filled(score, q)
+      notes.append(f"warning: the budget of {budget:,} is more than the "
+                   f"{positive:,} rows that score above 0; of the rest more "
+                   "labels are wrong than of random rows; set "
+                   "config.select.budget")
+  elif ways.unlearnable == "error":
+    raise NumericError(f"crossfit refuses these labels: {refused}; set "
+                       "config.select.sampler, or "
+                       "config.select.kwargs.unlearnable to 'random'")
+  else:
+    score = drawn(seed, pool, sides.signs)
+    notes.append(
+        f"warning: crossfit refuses these labels: {refused}. These rows are "
+        "random ones" + (", the least likely fifth last"
+                         if "log_likelihood" in sides.signs else ""))
   if like is not None:
     place = alike.place_in(like, score, id_hash(pool.ids))
     spare = place >= ways.copies
@@ -148,6 +169,8 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
     notes.append(f"{int(spare.sum()):,} rows have {ways.copies} near-copies "
                  "or more that score higher, and come last")
   selection = _chosen(score, pool, budget, ways, pairs, code if by else None)
+  if not learnt:
+    return _told(selection, *notes)
   kept = selection.rows
   length = column(pool, "length")
   fold = heads.folds(seed, group, bt.FOLDS, "crossfit")
@@ -170,6 +193,15 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   return _told(selection, *notes)
 
 
+def _of_one_class(label: np.ndarray | None) -> str:
+  """Why nothing can be learnt of thumbs [N] that are all alike; "" of others.
+  """
+  if label is None or (label.any() and not label.all()):
+    return ""
+  return (f"all {len(label):,} rows are {'' if label.all() else 'un'}desirable,"
+          " and heads learn what tells the two labels apart")
+
+
 def _told(selection: Selection, *notes: str) -> Selection:
   for note in notes:
     progress.say(f"  {note}")
@@ -178,7 +210,7 @@ def _told(selection: Selection, *notes: str) -> Selection:
 
 def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   """The tokens of each response, its few numbers, and what the gate reads."""
-  grams = finite(pool.grams, pool.ids, "grams")
+  grams = _counts(pool)
   half = grams.shape[2] // 2
   said = np.float32(grams[..., :half])
   length = column(pool, "length")
@@ -191,9 +223,16 @@ def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   return said, few, signs
 
 
+def _counts(pool: Pool) -> np.ndarray:
+  """`pool.grams`, not copied where they are whole numbers, which are finite."""
+  grams = np.asarray(pool.grams)
+  return (grams if grams.dtype.kind in "biu"
+          else finite(grams, pool.ids, "grams"))
+
+
 def _typical(x: np.ndarray) -> np.ndarray:
   """[N, R, W] -> [N, R]."""
-  flat = np.float32(x.reshape(-1, x.shape[2]))
+  flat = np.asarray(x.reshape(-1, x.shape[2]), np.float32)
   return heads.typical(heads.scaled(flat, flat.mean(axis=0, dtype=np.float64))
                        ).reshape(x.shape[:2])
 
@@ -245,7 +284,9 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
     label_quota: for thumbs, the share of desirable rows among those chosen;
       None: what it is in the pool.
     unlearnable: where no head predicts the labels better than chance (they
-      may be shuffled): "random" rows, with a warning, or an "error".
+      may be shuffled, or all alike): "random" rows, see `drawn`, with a
+      warning, which keep quotas, slices and copies as others do; or an
+      "error".
     orthogonal: columns [N, R] that are no merit, "length" for instance: heads
       are fitted beside them and judge without them and without what they
       explain of the features.
@@ -258,8 +299,8 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
       Texts of a few words are all alike: leave it None there.
 
   Returns:
-    Selection; the [N] score is as above, or as `filled` has it, or the random
-    number of rows that are drawn.
+    Selection; the [N] score is as above, or as `filled` has it, or as `drawn`
+    has it of labels that are refused; lower where a quota passes rows over.
   """
   said, few, signs = _read(pool)
   embedding = finite(pool.embedding, pool.ids, "embedding")
