@@ -155,7 +155,7 @@ def base(variant: str = "") -> ConfigDict:
   t.reference = "stored"  # its log-probs; or "online": at every update
   t.ref_sync, t.ref_mix = 0, 0.6  # TR-DPO: updates between, the policy's share
   t.ema = 0.0  # decay of a running mean of the weights, which is exported
-  t.explode = 0.0  # a loss of so many times what it was ends the run; 0: off
+  t.explode = 20.0  # a loss of so many times what it was ends a run; 0: off
   t.trackers = ()  # beside metrics.jsonl: "tensorboard", "wandb"
   t.eval_every = 0  # updates between evaluations; 0: none before the end
   t.eval_sets = ("held_out",)  # also "kept", "rest", "generations"
@@ -217,7 +217,7 @@ def base(variant: str = "") -> ConfigDict:
   j.cache = ""  # a file of verdicts; "": in the workdir
 
   c.profile = ConfigDict()
-  c.profile.steps = (0, 0)  # (first, last) steps of alignment to trace
+  c.profile.steps = (0, 0)  # (first, end) of alignment to trace
 
   for name in filter(None, variant.split(",")):
     if name not in VARIANTS:

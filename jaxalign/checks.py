@@ -55,7 +55,9 @@ NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "train.stop_after", "train.explode", "ask.context",
                 "judge.prompts", "judge.labels", "judge.controls",
                 "judge.context", "judge.temperature", "rewards.context",
-                "proxy.half_updates", "proxy.clip")
+                "proxy.half_updates", "proxy.clip", "train.weight_decay",
+                "sft.weight_decay", "proxy.weight_decay")
+SHARES = ("train.b2", "sft.b2", "proxy.b2")  # in [0, 1): 1 keeps all for ever
 CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
@@ -75,6 +77,15 @@ def _check_values(c: Any) -> None:
       if not value >= least:
         raise ConfigError(f"{name}={value}, wanted {least} or more; set "
                           f"config.{name}")
+  for name, value in pick(c, *SHARES).items():
+    if not 0 <= value < 1:
+      raise ConfigError(f"{name}={value}, wanted a decay in [0, 1); set "
+                        f"config.{name}")
+  steps = tuple(c.profile.steps)
+  if len(steps) != 2 or steps != (0, 0) and not 0 <= steps[0] < steps[1]:
+    raise ConfigError(f"profile.steps={steps}, wanted the first step to trace "
+                      "and, above it, the one after the last, or (0, 0); set "
+                      "config.profile.steps")
   if mixtures.components_of(c.select.mixture.components) == mixtures.LABELS:
     if c.select.mixture.covariance == "low_rank":
       raise ConfigError("select.mixture.components='labels' is a closed form, "
@@ -137,6 +148,8 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
       raise ConfigError(f"proxy.pairs={c.proxy.pairs}, wanted more than 0; set "
                         "config.proxy.pairs")
     proxies.check(c)
+    optim.make_schedule(lr=c.proxy.lr, updates=10, schedule=c.proxy.schedule,
+                        warmup_ratio=c.proxy.warmup_ratio)
 
 
 def validate(c: Any, planned: bool = False) -> None:

@@ -26,6 +26,7 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
 from jaxalign.stages import proxies
 from jaxalign.stages import scores
+from jaxalign.stages import watched
 from jaxalign.train import feed
 from jaxalign.train import stats
 
@@ -157,15 +158,21 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
           + cost.read / READING + rows["pool"] * SECONDS_A_ROW)
     updates = updates_of(c, arm, kept, rows["pool"])
     forward = updates * c.train.batch_size * r * one("pool")
+    online = c.train.reference == "online"  # the reference's pass is align's
     extra = forward if "z0" in job.loss.stats else 0
-    passed = kept * r * one("pool") if chosen.alone else 0
-    if extra or passed:
-      add("ref_logps", updates * c.train.batch_size * bool(extra)
-          + kept * r * bool(passed), "rows", extra + passed, arm.name)
+    stored = 0 if online else extra
+    passed = kept * r * one("pool") if (
+        chosen.alone and job.loss.reference and not online) else 0
+    if stored or passed:
+      add("ref_logps", updates * c.train.batch_size * bool(stored)
+          + kept * r * bool(passed), "rows", stored + passed, arm.name)
     trained = decoder.operations(m, int(tokens["pool"]), passes=feed.passes(
-        m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss)))
+        m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online))
+    seen = watched.planned(c, updates, dict(
+        held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept), r)
     add("align", updates, "updates",
-        updates * c.train.batch_size * r * trained + extra, arm.name)
+        updates * c.train.batch_size * r * trained + (1 + online) * extra
+        + sum(n * one(split) for split, n in seen.items()), arm.name)
     add("evaluate", asked, "prompts", measured, arm.name)
   return out
 

@@ -32,6 +32,7 @@ from jaxalign.stages import judges
 from jaxalign.stages.evaluate import read_samples
 from jaxalign.stages.select import selected_rows
 from jaxalign.train import feed
+from jaxalign.train import stats
 
 REPORT = "report"  # the stage that writes a page
 CURVES = ("train/loss", "train/preference_loss", "rewards/margins",
@@ -154,19 +155,30 @@ def _spent(job: Job, stage: str, arm: str = "") -> int:
 def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
   sampler = combine.named(arm.sampler)
+  align = job.cards.get((arm.name, "align"))
   read = columns.before(job.c, [
       *columns.stages(job.c, job.kind, sampler),
       *["mixture"] * ("log_likelihood" in sampler.needs)])
   return ledger.arm_operations(
       stages={stage: _spent(job, stage) for stage in read},
       # An embedder of its own: the pass over the kept rows is in ref_logps.
-      reference=0 if embedder.alone(job.c) else _subset_tokens(job, arm),
+      # Computed at every update it is in align.
+      reference=(0 if embedder.alone(job.c) or _online(job)
+                 else _subset_tokens(job, arm)),
       ref_logps=_spent(job, "ref_logps", arm.name),
-      align=_spent(job, "align", arm.name))
+      # Without its evaluations: they are `evaluate`'s kind.
+      align=_spent(job, "align", arm.name) - (
+          align.result.get("evaluating", 0) if align else 0))
+
+
+def _online(job: Job) -> bool:
+  return job.c.train.reference == "online"
 
 
 def _reference_pass(job: Job) -> int:
-  """Operations of the reference over the whole pool."""
+  """Operations of the reference over the whole pool, ahead of training."""
+  if _online(job):
+    return 0
   if embedder.alone(job.c):
     return embed.operations(job.model, job.tokens("pool"))
   return _spent(job, "embed")
@@ -205,9 +217,10 @@ def _whole_pool(job: Job, reference: int) -> int:
                    + np.arange(responses), None, None)
   updates = batches.updates(n, c.batch_size, c.epochs, c.max_updates,
                             c.min_updates)
-  cost = lambda m: feed.training_cost(m, rows, updates=updates,
-                                      batch=c.batch_size, seed=job.c.seed)[0]
-  align = cost(job.policy)
+  cost = lambda m, **more: feed.training_cost(
+      m, rows, updates=updates, batch=c.batch_size, seed=job.c.seed, **more)[0]
+  align = cost(job.policy, ahead=stats.looks_ahead(job.loss),
+               online=_online(job))
   if "z0" in job.loss.stats:
     align += 2 * cost(job.policy._replace(lora=None)) // 3
   return reference + align

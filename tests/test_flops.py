@@ -20,6 +20,7 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import adapters
 from jaxalign.model import decoder
 from jaxalign.train import feed
+from jaxalign.train import online
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -100,8 +101,11 @@ def batch_of(mesh, rows, layout, mismatched=None):
                         layout=layout, mismatched=mismatched)[0](0)
 
 
-def counted(mesh, m, batch, loss, head="plain"):
-  """Products of a whole train step, AdamW and its statistics included."""
+def counted(mesh, m, batch, loss, head="plain", against=None):
+  """Products of a whole train step, AdamW and its statistics included.
+
+  `against`: of an online reference too, of these sizes.
+  """
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.01, b2=0.999)
   step = steps.make_train_step(PRODUCERS[head](m, 5), LOSSES[loss], tx)
   params = decoder.abstract(m, mesh)
@@ -109,7 +113,15 @@ def counted(mesh, m, batch, loss, head="plain"):
   state = steps.TrainState(
       trained, jax.eval_shape(tx.init, trained),
       jax.ShapeDtypeStruct((), jnp.int32), steps.fresh_delta(LOSSES[loss]))
-  return dots(jax.make_jaxpr(step)(state, batch, frozen).jaxpr)
+  if against is None:
+    return dots(jax.make_jaxpr(step)(state, batch, frozen).jaxpr)
+  fill = online.make_fill(PRODUCERS[head](against, 5))
+
+  def both(reference, state, batch, frozen):
+    return step(state, fill(reference, batch), frozen)
+
+  return dots(jax.make_jaxpr(both)(decoder.abstract(against, mesh), state,
+                                   batch, frozen).jaxpr)
 
 
 def test_a_counter_that_counts():
@@ -168,6 +180,62 @@ def test_a_loss_that_looks_ahead_adds_a_pass(alone):
   found = counted(alone, MODEL, batch_of(alone, rows, "padded"), "aot")
   assert found == feed.training_cost(MODEL, rows, updates=1, batch=BATCH,
                                      seed=0, ahead=True)[0]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_online_reference_adds_a_pass(alone, rank):
+  """Of its own weights, without adapters; of KTO's mismatched rows too."""
+  m = MODEL._replace(lora=adapters.Lora(rank=rank) if rank else None)
+  rows = rows_of(2, even=True)
+  seen = dict(updates=1, batch=BATCH, seed=0)
+  batch = batch_of(alone, rows, "padded")
+  stored = counted(alone, m, batch, "dpo")
+  found = counted(alone, m, batch, "dpo", against=MODEL)
+  one = 2 * BATCH * by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
+  assert found == stored + one
+  cost = feed.training_cost(m, rows, **seen)
+  assert feed.training_cost(m, rows, **seen, online=True) == (
+      cost[0] + one, cost[1])
+  useful = lambda rows, m=m, **more: feed.make_useful(
+      m, rows, batch=BATCH, seed=0, **more)(0)
+  plain = useful(rows, MODEL)
+  assert 3 * (useful(rows, online=True) - useful(rows)) == plain
+  if rank:
+    return
+  rows = rows_of(1, even=True)
+  other = feed.Mismatched(
+      feed.make_mismatched(rows, updates=1, batch=BATCH, seed=0, context=32),
+      np.zeros(BATCH, np.float32))
+  batch = batch_of(alone, rows, "padded", other)
+  size = batch["kl_tokens"].shape[-1]
+  more = (counted(alone, MODEL, batch, "kto", against=MODEL)
+          - counted(alone, MODEL, batch, "kto"))
+  assert more == BATCH * (by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
+                          + by_hand(MODEL, size, size ** 2, size))
+  cost = lambda **more: feed.training_cost(
+      MODEL, rows, **seen, mismatched=other.tokens, **more)[0]
+  real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
+  assert cost(online=True) - cost() == (
+      BATCH * by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
+      + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist()))
+  with_kl = lambda **more: useful(rows, mismatched=other, **more)
+  assert with_kl(online=True) - with_kl() == (
+      useful(rows) // 3 + with_kl() - useful(rows))
+
+
+def test_a_window_s_queries_see_no_further_back(alone):
+  """By the mask that attention has, query by query."""
+  m = MODEL._replace(windows=(0, 4), kinds=(1, 0, 1))
+  prompt, answers = lengths_of(2, even=False)
+  full = feed.make_useful(MODEL, rows_of(2, even=False), batch=BATCH, seed=0)(0)
+  found = feed.make_useful(m, rows_of(2, even=False), batch=BATCH, seed=0)(0)
+  hidden = 0
+  for p, own in zip(prompt.tolist(), answers.tolist()):
+    places = [*range(p), *(p + i for n in own for i in range(n))]
+    hidden += sum(max(0, i + 1 - 4) for i in places)
+  # Two layers of three, both of attention's products, three passes.
+  assert found == full - 3 * 2 * 2 * 2 * m.heads * m.head_size * hidden
+  assert hidden > 0
 
 
 def test_a_head_in_chunks_is_computed_once_more(alone):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -158,9 +159,10 @@ def test_a_killed_run_goes_on_bit_for_bit(mesh, whole, tmp_path, k, goes_on_at):
   assert asked == list(range(goes_on_at, UPDATES))
 
 
-@pytest.mark.parametrize("where", ["log", "arrays", "manifest"])
+@pytest.mark.parametrize("where", ["log", "torn", "arrays", "manifest"])
 def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
-  """Before the log, before the arrays, before the digests of step 4."""
+  """Before or within the log, before the arrays, before the digests of
+  step 4."""
   count = dict(log=0, arrays=0, manifest=0)
 
   def dying(name, real):
@@ -171,11 +173,22 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
       return real(*args, **kwargs)
     return call
 
+  def torn(path, lines, there):
+    real(path, lines, there)
+    if there:
+      with open(path, "rb+") as file:
+        file.truncate(os.path.getsize(path) - 40)
+      raise Killed
+
   with monkeypatch.context() as patch:
-    real = artifacts.write_bytes
+    real = loop._write_log
+    patch.setattr(loop, "_write_log",
+                  torn if where == "torn" else dying("log", real))
+    digests = dying("manifest", artifacts.write_bytes)
     def write(path, data):
-      kind = "log" if str(path).endswith("metrics.jsonl") else "manifest"
-      return dying(kind, real)(path, data)
+      log = str(path).endswith("metrics.jsonl")
+      return (artifacts_write if log else digests)(path, data)
+    artifacts_write = artifacts.write_bytes
     patch.setattr(artifacts, "write_bytes", write)
     patch.setattr(checkpoints.Checkpoints, "save",
                   dying("arrays", checkpoints.Checkpoints.save))
@@ -223,6 +236,95 @@ def test_how_often_it_saves_changes_nothing(golden, alone, tmp_path):
   assert saved(tmp_path) == [6]
 
 
+def test_a_save_writes_the_new_lines_alone(golden, alone, tmp_path,
+                                           monkeypatch):
+  """The log is whole once, then longer: at 100,000 lines a save is no slower."""
+  whole, sizes = [], []
+  real, save = artifacts.write_bytes, checkpoints.Checkpoints.save
+
+  def write(path, data):
+    if str(path).endswith("metrics.jsonl"):
+      whole.append(data.count(b"\n"))
+    real(path, data)
+
+  def saving(self, step, items):
+    sizes.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
+    save(self, step, items)
+
+  monkeypatch.setattr(artifacts, "write_bytes", write)
+  monkeypatch.setattr(checkpoints.Checkpoints, "save", saving)
+  same(run(alone, tmp_path), tmp_path, golden)
+  assert whole == [2] and sizes == [2, 4, 6]
+
+
+# Time.
+
+
+def test_writing_is_in_no_update_s_time(alone, tmp_path, monkeypatch):
+  """By a clock that a batch moves by 1 s and a save by 100 s.
+
+  An update's time is from the metrics before it to its own, and one step is in
+  flight: the first line has two batches, one behind a save its own alone.
+  """
+  clock = [0.0]
+  monkeypatch.setattr(loop, "time", types.SimpleNamespace(
+      monotonic=lambda: clock[0]))
+  save = checkpoints.Checkpoints.save
+
+  def slow(*args):
+    clock[0] += 100
+    save(*args)
+
+  def at(step, _):
+    clock[0] += 1
+
+  monkeypatch.setattr(checkpoints.Checkpoints, "save", slow)
+  distinct = feed.make_distinct(rows(), batch=4, seed=3)
+  run(alone, tmp_path, at, save_every=3, distinct_at=distinct)
+  lines = [json.loads(x) for x in
+           (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  # The metrics of a saved step are read at once: no second later.
+  seconds = [2, 1, 0, 2, 1, 0]
+  assert [round(4 / x["perf/rows_per_s"]) for x in lines] == seconds
+  for step, line in enumerate(lines):
+    took = max(seconds[step], 1e-9)
+    if seconds[step]:
+      assert line["perf/distinct_tokens_per_s"] == distinct(step) / took
+
+
+def test_a_prompt_is_counted_once_or_with_each_answer():
+  """Pairs of prompts 3 and 5 with answers (1, 4) and (2, 2)."""
+  lengths, start = [4, 7, 7, 7], [3, 3, 5, 5]
+  tokens = tokens_lib.TokenRows(
+      np.full(25, 5, np.int32), np.cumsum([0, *lengths]),
+      np.array(start, np.int32), np.zeros(4, np.int32))
+  zero = np.zeros((2, 2), np.float32)
+  pairs = feed.Rows(["a", "b"], tokens, np.arange(4).reshape(2, 2), zero, zero)
+  assert feed.make_distinct(pairs, batch=2, seed=0)(0) == 3 + 5 + 5 + 4
+  one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  tokens_at = feed.make_feed(one, pairs, batch=2, accumulation=1, seed=0,
+                             context=12, rate=lambda step: 0.0)[2]
+  assert tokens_at(0) == 25
+
+
+# The profile.
+
+
+def test_a_profile_is_begun_and_ended_wherever_a_run_is(alone, tmp_path):
+  """Killed within the window, gone on from within it, and ended before its
+  end: jax has one profile at a time, so one left open is an error."""
+  def at(step, _):
+    if step == 5:
+      raise Killed
+  traces = lambda: len(list((tmp_path / "profile").rglob("*.xplane.pb")))
+  with pytest.raises(Killed):
+    run(alone, tmp_path, at, trace=(2, 6))
+  assert traces() == 1
+  assert run(alone, tmp_path, trace=(2, 100)).step == UPDATES  # from 4
+  jax.profiler.start_trace(str(tmp_path / "another"))
+  jax.profiler.stop_trace()
+
+
 # Not a number.
 
 
@@ -248,8 +350,19 @@ def test_nan_is_named_and_nothing_after_it_is_kept(golden, alone, tmp_path, k):
     assert [x["step"] for x in log_of(tmp_path)] == list(range(kept))
   else:
     assert not (tmp_path / "metrics.jsonl").exists()
+  # The way there is kept, and all of the rows.
+  path = tmp_path / "diverged.jsonl"
+  assert f"{path} has all of them" in text
+  *before, last = [json.loads(x, parse_constant=pytest.fail)
+                   for x in path.read_text().splitlines()]
+  for line, wanted in zip(before, golden[1][kept:k], strict=True):
+    assert wanted.items() <= line.items()
+  assert (last["step"], last["train/loss"], last["ids"]) == (k, None, ids_at(k))
+  assert last["train/lr"] == pytest.approx(0.01 * (k + 1))
+  assert f"at step {k}" in last["why"]
   # With the row repaired the run ends as if nothing had been.
   same(run(alone, tmp_path), tmp_path, golden)
+  assert not path.exists()
 
 
 def test_an_infinite_gradient_stops_a_finite_loss(alone, tmp_path):

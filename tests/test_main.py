@@ -85,6 +85,13 @@ def test_missing_workdir(capsys):
     ("data.world.argument_words=1", ("argument_words=1", "wanted 2 or more")),
     ("data.on_bad_rows=x", ("'x'", "skip, error")),
     ("data.limit=-1", ("=-1", "0 or more")),
+    *((f"{part}.b2={value}", (f"{part}.b2={value}", "in [0, 1)"))
+      for part, value in (("train", 1.0), ("sft", -0.1), ("proxy", "nan"))),
+    *((f"{part}.weight_decay=-0.1", (f"{part}.weight_decay=-0.1", "0 or more"))
+      for part in ("train", "sft", "proxy")),
+    ("profile.steps=(6,2)", ("(6, 2)", "config.profile.steps")),
+    ("profile.steps=(3,3)", ("(3, 3)", "config.profile.steps")),
+    ("profile.steps=(3,)", ("(3,)", "config.profile.steps")),
 ])
 def test_values_that_can_never_work(tmp_path, flag, said):
   message = refused(tmp_path, flag)

@@ -93,16 +93,34 @@ def test_only_process_0_tracks(tmp_path, monkeypatch):
 
 def test_wandb_is_told_the_run_and_its_numbers(tmp_path, monkeypatch):
   """Against the shape of its client: a run that logs and finishes."""
-  calls = []
+  calls, told = [], []
   run = types.SimpleNamespace(
       log=lambda values, step: calls.append((step, values)),
       finish=lambda: calls.append("finish"))
   monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-      init=lambda **kw: calls.append(kw["name"]) or run))
+      init=lambda **kw: told.append(kw) or run))
+  monkeypatch.delenv("WANDB_PROJECT", raising=False)
+
+  def opened(start, folder=tmp_path):
+    trackers.open_all(("wandb",), folder, "align isa", start).close()
+    return told[-1]["id"]
+
   one = trackers.open_all(("wandb",), tmp_path, "align isa", 0)
   one.log(3, {"train/loss": 1.0})
   one.close()
-  assert calls == ["align isa", (3, {"train/loss": 1.0}), "finish"]
+  assert calls == [(3, {"train/loss": 1.0}), "finish"]
+  assert told[0].items() >= dict(
+      name="align isa", project="jaxalign", resume="allow",
+      group=tmp_path.name, dir=str(tmp_path)).items()
+  # Gone on from, it is the same run; begun anew, or elsewhere, another one.
+  first = told[0]["id"]
+  assert len(first) == 16 and opened(4) == first == opened(6)
+  other = opened(0)
+  assert other != first and opened(2) == other
+  assert opened(2, tmp_path / "elsewhere") not in (first, other)
+  monkeypatch.setenv("WANDB_PROJECT", "mine")
+  opened(2)
+  assert told[-1]["project"] == "mine"
 
 
 def test_an_unknown_tracker_names_the_knob():

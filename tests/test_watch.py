@@ -331,16 +331,48 @@ def lines_of(name, values, **more):
 
 def test_explosion_is_against_the_start_and_the_recent_median():
   of = functools.partial(lines_of, "train/loss")
-  assert watch.exploded(of([0.7] * 9), 1e9, 3.0) is None  # too few
-  assert watch.exploded(of([0.7] * 10), 2.2, 3.0) == pytest.approx(2.1)
-  assert watch.exploded(of([0.7] * 10), 2.0, 3.0) is None
-  assert watch.exploded(of([0.7] * 10), 2.2, 0.0) is None
-  fitted = of([0.7] + [0.001] * 60)
-  assert watch.exploded(fitted, 2.0, 3.0) is None
-  assert watch.exploded(fitted, 2.2, 3.0) == pytest.approx(2.1)
+  assert watch.exploded(of([1.7] * 9), 1e9, 3.0) is None  # too few
+  assert watch.exploded(of([1.7] * 10), 5.2, 3.0) == pytest.approx(5.1)
+  assert watch.exploded(of([1.7] * 10), 5.0, 3.0) is None
+  assert watch.exploded(of([1.7] * 10), 5.2, 0.0) is None
+  fitted = of([1.7] + [0.001] * 60)
+  assert watch.exploded(fitted, 5.0, 3.0) is None
+  assert watch.exploded(fitted, 5.2, 3.0) == pytest.approx(5.1)
+  # Losses about 0, and below it.
+  for value in (0.0, 1e-9, -0.3):
+    assert watch.exploded(of([value] * 60), 2.9, 3.0) is None
+    assert watch.exploded(of([value] * 60), 3.1, 3.0) == pytest.approx(3.0)
+  assert watch.exploded(of([-9.0] * 60), 26.9, 3.0) is None
+  assert watch.exploded(of([-9.0] * 60), -500.0, 3.0) is None  # it got better
   risen = of([0.7] * 5 + [4.0] * 60)  # only the newest fifty
   assert watch.exploded(risen, 11.9, 3.0) is None
   assert watch.exploded(risen, 12.1, 3.0) == pytest.approx(12.0)
+
+
+def test_a_long_log_is_not_read_at_every_update():
+  class Lines(list):
+    def __getitem__(self, key):
+      asked.append(key)
+      return super().__getitem__(key)
+
+    def __iter__(self):
+      raise AssertionError("all lines were read")
+
+  asked = []
+  lines = Lines(lines_of("train/loss", [2.0] * 100))
+  assert watch.exploded(lines, 41.0, 20.0) == 40.0
+  assert asked == [slice(-50, None), 0] or asked == [0, slice(-50, None)]
+  assert watch.exploded(lines, 41.0, 0.0) is None and len(asked) == 2
+
+
+def test_the_default_lets_hard_batches_pass_and_ends_what_runs_away():
+  from configs import common
+  factor = common.base().train.explode
+  of = functools.partial(lines_of, "train/loss")
+  for start in (np.log(2), 0.5, 1.0, 7.0, 25.0, 0.0, -2.0):
+    lines = of([start] * 12)
+    assert watch.exploded(lines, abs(start) * 8 + 5, factor) is None
+    assert watch.exploded(lines, 1e4, factor)
 
 
 # Alarms.
@@ -380,6 +412,36 @@ def test_the_best_is_the_first_of_equals_and_knows_its_direction():
   assert watch.best_of(log, "rest/accuracy") == watch.Best(4, 0.7, 2)
   assert watch.best_of(log, "rest/loss") == watch.Best(2, 0.5, 3)
   assert watch.best_of(log, "kept/loss") == watch.Best(0, 0.0, 0)
+
+
+def test_what_is_not_finite_is_not_the_best():
+  def of(*values):
+    return [{"step": k, "eval/rest/accuracy": v, "eval/rest/loss": v}
+            for k, v in enumerate(values)]
+  nan, inf = float("nan"), float("inf")
+  for bad in (nan, inf, -inf):
+    for name, best in (("accuracy", watch.Best(3, 0.9, 0)),
+                       ("loss", watch.Best(2, 0.5, 1))):
+      assert watch.best_of(of(bad, 0.5, 0.9), f"rest/{name}") == best
+    # Behind a best one it is an evaluation without a better one.
+    assert watch.best_of(of(0.5, bad, 0.4), "rest/accuracy") == watch.Best(
+        1, 0.5, 2)
+    assert watch.best_of(of(bad, bad), "rest/loss") == watch.Best(0, 0.0, 0)
+
+
+def test_the_weights_after_a_measure_that_is_not_finite(alone, tmp_path):
+  seen = []
+
+  def measure(params):
+    seen.append(host(params))
+    return dict(accuracy=[np.nan, 0.5, 0.9, 0.1, np.inf, 0.2][len(seen) - 1])
+
+  everything(alone, tmp_path, evaluations=dict(held_out=measure),
+             best="held_out/accuracy")
+  equal(files(tmp_path)[1], seen[2])
+  with pytest.raises(NumericError, match="held_out/accuracy was finite at no"):
+    everything(alone, tmp_path / "none", best="held_out/accuracy",
+               evaluations=dict(held_out=lambda _: dict(accuracy=np.nan)))
 
 
 def test_an_alarm_is_said_once_and_marked_at_every_step(alone, tmp_path,
@@ -435,13 +497,26 @@ def test_drift_and_lengths_are_sums_and_counts():
     (dict(eval_sets=("held",)), "config.train.eval_sets"),
     (dict(best="held_out/accuracy"), "config.train.eval_every"),
     (dict(best="rest/accuracy", eval_every=2), "train.eval_sets"),
+    (dict(best="held_out/acuracy", eval_every=2),
+     "measured by nothing; of 'held_out' there are accuracy, ties, margin, "
+     "chosen_drift, loss; set config.train.best"),
+    (dict(best="generations/loss", eval_every=2, eval_sets=("generations",)),
+     "kl, win_vs_target; set config.train.best"),
+    (dict(best="generations/win_vs_target", eval_every=2,
+          eval_sets=("generations",), source="pairs.jsonl"), "entropy, kl; set"),
+    *((dict(best="held_out/loss", eval_every=2, loss=name),
+       f"the loss {name!r} has no value on a set alone")
+      for name in ("kto", "bco", "bco_pair", "aot", "ld_dpo")),
     (dict(stop_after=2), "config.train.best"),
     (dict(trackers=("tb",)), "config.train.trackers")])
 def test_knobs_that_cannot_work_are_named(changes, words):
   from configs import common
   c = common.base()
   watched.check(c)
+  changes = dict(changes)
   c.lora.rank = changes.pop("rank", 0)
+  c.data.source = changes.pop("source", "world")
+  c.loss.name, c.loss.kwargs = changes.pop("loss", "dpo"), {}
   c.train.update(changes)
   with pytest.raises(ConfigError) as caught:
     watched.check(c)
@@ -458,6 +533,14 @@ def test_what_is_off_is_on_no_card():
          "train.save_every", "train.schedule", "train.warmup_ratio",
          "train.weight_decay"}
   assert set(watched.card_fields(c.train, pick(c, "train"))) == old
+  assert watched.reads(c.train) == ()
+  c.train.update(best="generations/kl", eval_sets=("generations",))
+  assert watched.reads(c.train) == ()  # never measured
+  c.train.eval_every = 2
+  assert watched.reads(c.train) == ("eval",)
+  c.train.update(best="held_out/loss", eval_sets=("held_out", "generations"))
+  assert watched.reads(c.train) == ()
+  c.train.update(best="", eval_sets=("held_out",), eval_every=0)
   c.train.update(keep=5, async_save=True, trackers=("wandb",), explode=9.0)
   assert set(watched.card_fields(c.train, pick(c, "train"))) == old
   c.train.update(ema=0.9, reference="online", ref_sync=4, eval_every=2,

@@ -23,7 +23,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What two runs never agree on.
-TIMES = ("time", "perf/tokens_per_s", "perf/rows_per_s")
+TIMES = ("time", "perf/tokens_per_s", "perf/rows_per_s",
+         "perf/distinct_tokens_per_s")
 PAGES = ("report.html", "summary.json", ".lock")  # hold times and commands
 
 

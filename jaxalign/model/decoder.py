@@ -420,9 +420,9 @@ def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray,
            passes: tuple[int, int] = (1, 1)) -> int:
   """Multiply-adds x 2 that passes over rows cannot do without.
 
-  Every prompt token once, a query and key only where one sees the other, the
-  head on what predicts a response token; no padding, no embedding lookup.
-  Windows are not counted off.
+  Every prompt token once, a query and key only where one sees the other (a
+  window's queries see no further back), the head on what predicts a response
+  token; no padding, no embedding lookup.
 
   Args:
     m: the model's sizes.
@@ -432,9 +432,18 @@ def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray,
   """
   p, a = np.int64(prompt), np.int64(answers)
   tokens, said = int(p.sum() + a.sum()), int(a.sum())
-  pairs = int((p * (p + 1) // 2).sum()
-              + (p[:, None] * a + a * (a + 1) // 2).sum())
+
+  def seen(n, window):
+    """Pairs among the first n tokens: the sum of min(i + 1, window)."""
+    k = np.minimum(n, window or n)
+    return k * (k + 1) // 2 + (n - k) * k
+
+  pairs = 0
+  for kind in m.kinds or (0,) * m.layers:
+    before = seen(p, m.windows[kind])
+    after = seen(p[:, None] + a, m.windows[kind])
+    pairs += int(before.sum() + (after - before[:, None]).sum())
   weights, squares = passes
-  return (m.layers * (weights * per_token(m) * tokens
-                      + squares * 2 * 2 * m.heads * m.head_size * pairs)
+  return (m.layers * weights * per_token(m) * tokens
+          + squares * 2 * 2 * m.heads * m.head_size * pairs
           + weights * 2 * m.width * m.vocab * said)

@@ -1,6 +1,7 @@
 """The align stage: trains the policy of an arm."""
 
 import functools
+import json
 from typing import Any, Callable
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign import artifacts
 from jaxalign import progress
-from jaxalign.artifacts import pick
+from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import Checkpoints, restore_params
 from jaxalign.errors import DataError
 from jaxalign.job import Arm, Job, arm_folder, lora_of
@@ -106,6 +107,7 @@ def run_align(job: Job, arm: Arm) -> None:
           feed.make_mismatched(rows, updates=updates, seed=arm.seed,
                                batch=c.train.batch_size, context=m.context),
           artifacts.read_array(folder / "mismatched_sum.npy"))
+    measures = watched.measures(job, arm)
     cost = train(job, folder, f"align {arm.name}", job.policy,
                   functools.partial(_policy_start, job, arm, folder, loss),
                   rows, loss, c.train, lr=c.lora.lr if lora else c.train.lr,
@@ -113,13 +115,19 @@ def run_align(job: Job, arm: Arm) -> None:
                   optimizer=c.train.optimizer,
                   layout=c.train.layout, producer=c.train.logps,
                   trace=tuple(c.profile.steps), extend=watched.extend(job),
-                  measures=watched.measures(job, arm), **watching(c.train))
-    updates = len((folder / TRAINED[1]).read_text().splitlines())
-    return (list(leaves), cost,
-            dict(updates=updates, rows=len(rows.ids),
-                 say=f"{updates} updates"))
+                  online=c.train.reference == "online",
+                  measures={n: x.of for n, x in measures.items()},
+                  **watching(c.train))
+    lines = (folder / TRAINED[1]).read_text().splitlines()
+    beside = watched.spent(measures, map(json.loads, lines))
+    return (list(leaves), Cost(cost.operations + beside.operations,
+                               cost.tokens + beside.tokens),
+            dict(updates=len(lines), rows=len(rows.ids),
+                 say=f"{len(lines)} updates")
+            | (dict(evaluating=beside.operations) if measures else {}))
 
   fields = pick(c, "loss", "train", "model.head_chunk", "model.dtype",
+                *watched.reads(c.train),
                 *(["lora"] if lora else [])) | like(arm)
   fields = watched.card_fields(c.train, fields) | edition(c.loss.name)
   job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,

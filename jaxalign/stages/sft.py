@@ -66,14 +66,15 @@ def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
           lr: float, updates: int, seed: int,
           optimizer: str = "adamw", layout: str = "padded",
           producer: str = "chunked",
-          mismatched: feed.Mismatched | None = None,
+          mismatched: feed.Mismatched | None = None, online: bool = False,
           extend: Callable = lambda state, step: (state, step),
           measures: dict[str, Callable] = {}, **fit: Any) -> Cost:
   """Trains in `folder`. Shared by sft, align and proxies.
 
   `begin(batch_at)` returns the parameters to train and those beside them that
-  stay; `extend` and `measures` are those of `stages.watched`, and `fit` is
-  what else `loop.fit` is told.
+  stay; `extend` and `measures` are those of `stages.watched`, `online` says
+  that every update has a pass of the reference, and `fit` is what else
+  `loop.fit` is told. The cost is without what `measures` take.
   """
   c, mesh = job.c, job.mesh
   tx = optim.make_optimizer(clip=knobs.clip, b2=knobs.b2,
@@ -97,13 +98,15 @@ def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
       state, step, batch_at, ids_at, folder=folder, label=label,
       updates=updates, save_every=knobs.save_every, tokens_at=tokens_at,
       evaluations={n: functools.partial(lambda f, p: f(p | frozen), f)
-                   for n, f in measures.items()}, **fit,
+                   for n, f in measures.items()},
+      **dict(explode=c.train.explode) | fit,
       peak=mesh.size * peaks.peak_of(mesh.devices.flat[0], c.train.peak),
+      distinct_at=feed.make_distinct(rows, batch=knobs.batch_size, seed=seed),
       useful_at=feed.make_useful(
           m, rows, batch=knobs.batch_size, seed=seed, mismatched=mismatched,
-          ahead=stats.looks_ahead(loss)))
+          ahead=stats.looks_ahead(loss), online=online))
   operations, tokens = feed.training_cost(  # of what was not stopped early
       m, rows, updates=int(last.step), batch=knobs.batch_size, seed=seed,
       mismatched=mismatched.tokens if mismatched else None,
-      ahead=stats.looks_ahead(loss))
+      ahead=stats.looks_ahead(loss), online=online)
   return Cost(operations, tokens)

@@ -1,16 +1,17 @@
 """What alignment measures while it trains, and what it carries beside it."""
 
-from typing import Any, Callable
+from typing import Any, Callable, Iterable, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.artifacts import Cost
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
 from jaxalign.eval import winrate
-from jaxalign.job import Arm, Job
+from jaxalign.job import Arm, Job, loss_of
 from jaxalign.model import decode
 from jaxalign.select import embed
 from jaxalign.stages.select import selected_rows
@@ -20,6 +21,13 @@ from jaxalign.train import trackers
 from jaxalign.train.logps import PRODUCERS, Logps
 
 SETS = ("held_out", "kept", "rest", "generations")
+# What is measured, by the kind of set: of answers that rows have, and of those
+# that the policy writes. `measured` says what a config has beside them.
+ANSWERS = ("accuracy", "ties", "margin", "chosen_drift")
+GENERATED = ("ended", "empty", "malformed", "length", "entropy", "kl")
+# What a loss may read and still have a value on a set: the others are of the
+# batches of a run (z0, ranks) or of its past (a running mean).
+OF_A_SET = ("label", "mean_count")
 # Knobs of config.train that change no weights: no card names them.
 BESIDE = ("keep", "async_save", "trackers", "explode", "peak")
 # Knobs that came later, with the value at which a run is as it was before.
@@ -78,10 +86,37 @@ def check(c: Any) -> None:
   if t.best and t.best.split("/")[0] not in t.eval_sets:
     raise ConfigError(f"train.best={t.best!r} is of no set in train.eval_sets="
                       f"{tuple(t.eval_sets)}; set one of them")
+  if t.best:
+    name, _, value = t.best.partition("/")
+    known = measured(c)[name]
+    if value not in known:
+      why = (f" (the loss {c.loss.name!r} has no value on a set alone)"
+             if value == "loss" else "")
+      raise ConfigError(f"train.best={t.best!r} is measured by nothing{why}; "
+                        f"of {name!r} there are {', '.join(known)}; set "
+                        "config.train.best")
   if t.stop_after and not t.best:
     raise ConfigError(f"train.stop_after={t.stop_after} evaluations without "
                       "what improvement; set config.train.best, "
                       "\"held_out/accuracy\" for instance")
+
+
+def measured(c: Any) -> dict[str, tuple[str, ...]]:
+  """Set -> the names of what is measured on it, each a config.train.best."""
+  answers = ANSWERS + ("loss",) * _has_value(loss_of(c))
+  wins = ("win_vs_target",) if c.data.source == "world" else ()
+  return dict.fromkeys(SETS[:3], answers) | dict(generations=GENERATED + wins)
+
+
+def _has_value(loss: Callable) -> bool:
+  """Whether a loss can be computed on a set of rows alone."""
+  return set(loss.stats) <= set(OF_A_SET) and not loss.extras
+
+
+def reads(t: Any) -> tuple[str, ...]:
+  """The parts of a config that decide, beside config.train, which weights are
+  the best: those of generation, where generations are what they are best at."""
+  return ("eval",) if t.eval_every and t.best.startswith("generations/") else ()
 
 
 def extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
@@ -104,8 +139,52 @@ def extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
   return extended
 
 
-def measures(job: Job, arm: Arm) -> dict[str, Callable]:
-  """Name of a set -> `measure(params)` -> {name: value}, of whole parameters.
+class Measure(NamedTuple):
+  """What is measured on a set, and what that takes."""
+
+  of: Callable[[Any], dict[str, float]]  # whole parameters -> {name: value}
+  cost: Callable[[list[dict[str, float]]], Cost]  # of a run's evaluations
+
+
+def spent(measures: dict[str, Measure], lines: Iterable[dict[str, Any]]
+          ) -> Cost:
+  """What the evaluations of a whole run took, by the lines of its log: the
+  same however often the run was stopped and gone on with."""
+  total, lines = Cost(), list(lines)
+  for name, one in measures.items():
+    cost = one.cost([found for line in lines if (found := {
+        n.removeprefix(f"eval/{name}/"): v for n, v in line.items()
+        if n.startswith(f"eval/{name}/")})])
+    total = Cost(total.operations + cost.operations,
+                 total.tokens + cost.tokens)
+  return total
+
+
+def planned(c: Any, updates: int, rows: dict[str, int], each: int
+            ) -> dict[str, int]:
+  """Split -> rows that pass through the model in the evaluations of a run.
+
+  Args:
+    c: the config.
+    updates: of the run.
+    rows: records of "held_out", "kept" and "rest".
+    each: tokenized rows of a record.
+  """
+  t = c.train
+  times = -(-updates // t.eval_every) if t.eval_every else 0
+  out = dict(held_out=0, pool=0)
+  for name in t.eval_sets if times else ():
+    if name == "generations":
+      out["held_out"] += 3 * times * min(t.eval_prompts, c.eval.prompts,
+                                         rows["held_out"])
+    else:  # the reference once
+      out["held_out" if name == "held_out" else "pool"] += (
+          (times + 1) * min(t.eval_rows, rows[name]) * each)
+  return out
+
+
+def measures(job: Job, arm: Arm) -> dict[str, Measure]:
+  """Name of a set -> what is measured on it, see `measured`.
 
   "held_out", "kept" (what is trained on) and "rest" (what was left out): the
   first config.train.eval_rows of each, in id order. "generations": answers to
@@ -130,15 +209,49 @@ def measures(job: Job, arm: Arm) -> dict[str, Callable]:
   return out
 
 
-def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Callable:
-  """Measures the answers that rows have, against the reference."""
+def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
+  """(share of pairs whose first is larger, share of ties), over all pairs.
+
+  Every number of `up` beside every one of `down`, by ranks: the first share
+  and half of the second are the area under the ROC curve.
+
+  Args:
+    up: [n] numbers, at least one.
+    down: [m] numbers, at least one.
+  """
+  below = np.sort(down)
+  less, no_more = (np.searchsorted(below, up, side).sum()
+                   for side in ("left", "right"))
+  pairs = len(up) * len(down)
+  return float(less / pairs), float((no_more - less) / pairs)
+
+
+def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
+  """Measures the answers that rows have, against the reference.
+
+  With r = policy - ref, nats: "chosen_drift", the mean r of chosen (of thumbs:
+  liked) answers; "accuracy", the share of pairs whose chosen one has the larger
+  r, "ties" apart, as in training: 0 and 1 before the first update; "margin",
+  the mean of r chosen - r rejected. Of thumbs a pair is any liked answer
+  beside any disliked one. "loss" is that of the rows as one batch, without
+  config.loss.sft_weight.
+
+  Raises:
+    ConfigError: thumbs of one label where config.train.best needs both.
+  """
   c, tokens = job.c, job.tokens(split)
   each = len(tokens.start) // len(job.column(split, "id"))
   rows = tokens_lib.take(tokens, (
       index[:, None] * each + np.arange(each)).reshape(-1))
   label = None
-  if job.kind == "thumbs":
+  if each == 1:  # of pairs that were split for the pool these are still pairs
     label = np.array(job.column(split, "label"), bool)[index]
+    if len(set(label.tolist())) < 2 and c.train.best in (
+        f"{name}/{n}" for n in ANSWERS):
+      raise ConfigError(f"train.best={c.train.best!r} compares liked with "
+                        f"disliked answers, and the set {name!r} has "
+                        f"{int(label.sum())} liked of {len(label)}; set "
+                        "config.train.best or config.train.eval_rows")
 
   def score(params, m):
     found = embed.score_rows(job.mesh, params, m, rows, tile=c.eval.tile,
@@ -152,10 +265,16 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Callable:
       known.append(score(job.reference, job.model)[0])
     (policy, count), ref = score(params, job.policy), known[0]
     out = {}
-    if not job.loss.stats and not job.loss.extras:
-      as_logps = lambda x: Logps(jnp.asarray(x), jnp.asarray(count))
+    if _has_value(job.loss):
+      width, liked = each, label
+      if each == 2 and job.kind == "thumbs":
+        width, liked = 1, np.tile([True, False], len(policy))
+      as_logps = lambda x: Logps(*(jnp.asarray(y.reshape(-1, width))
+                                   for y in (x, count)))
+      stats = dict(label=None if liked is None else jnp.asarray(liked),
+                   mean_count=jnp.mean(jnp.asarray(count[:, 0])))
       out["loss"] = float(np.mean(job.loss(as_logps(policy), as_logps(ref),
-                                           {})[0]))
+                                           stats)[0]))
     r = np.float64(policy) - ref
     if label is None:
       up, down = r[:, 0], r[:, 1]
@@ -163,26 +282,34 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Callable:
       up, down = r[label, 0], r[~label, 0]
     if len(up):
       out["chosen_drift"] = float(up.mean())
-    n = min(len(up), len(down))  # thumbs: the i-th liked beside a disliked one
-    if n:
-      gap = up[:n] - down[:n]
-      out["accuracy"] = float(np.mean((gap > 0) + 0.5 * (gap == 0)))
-      out["margin"] = float(gap.mean())
+    if len(up) and len(down):
+      out["accuracy"], out["ties"] = (
+          (float(np.mean(up > down)), float(np.mean(up == down)))
+          if label is None else ordered(up, down))
+      out["margin"] = float(up.mean() - down.mean())
     return out
 
-  return measure
+  def cost(found):  # of the policy each time, of the reference once
+    times = len(found) + bool(found)
+    return Cost(times * embed.operations(job.model, rows),
+                times * len(rows.ids))
+
+  return Measure(measure, cost)
 
 
-def _generations(job: Job) -> Callable:
+def _generations(job: Job) -> Measure:
   """Measures answers that the policy writes.
 
   Beside their health "entropy", nats a token, and "kl" from the reference,
   nats an answer: means over the policy's own samples, so exact in expectation
   at temperature 1. In the built-in world "win_vs_target", by its true reward.
+  "operations" is what it took, for the ledger: writing, and a pass of the
+  policy and one of the reference over what was written.
   """
   c, what = job.c, job.examined
   what = what._replace(asked=what.asked[:c.train.eval_prompts])
   prompts, tok, k = evaluate.prompts_of(what), what.tokenizer, c.eval
+  asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]
   rows = [what.rows[i] for i in what.asked]
 
   def rewards(texts):
@@ -215,6 +342,13 @@ def _generations(job: Job) -> Callable:
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
+    out["operations"] = 3.0 * embed.operations(
+        job.model, evaluate.answer_rows(asked, said))
     return out
 
-  return measure
+  def cost(found):
+    written = sum(round(x["length"] * len(asked)) for x in found)
+    return Cost(round(sum(x["operations"] for x in found)),
+                3 * (len(found) * sum(map(len, asked)) + written))
+
+  return Measure(measure, cost)

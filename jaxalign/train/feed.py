@@ -220,21 +220,41 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   return batch_at, ids_at, tokens_at
 
 
-def passes(m: decoder.ModelConfig, ahead: bool = False) -> tuple[int, int]:
+def make_distinct(rows: Rows, *, batch: int, seed: int
+                  ) -> Callable[[int], int]:
+  """Returns `distinct_at(step)`: `tokens_at`, each row's prompt counted once.
+
+  What packed rows compute; `tokens_at` counts a pair's prompt with each of its
+  answers, as padded rows do.
+  """
+  lengths = tokens_lib.lengths(rows.tokens)
+  start = np.asarray(rows.tokens.start, np.int64)
+
+  def distinct_at(step):
+    index = rows.row_of[batches.rows_at(step, len(rows.ids), batch, seed)]
+    return int(start[index[:, 0]].sum() + (lengths - start)[index].sum())
+
+  return distinct_at
+
+
+def passes(m: decoder.ModelConfig, ahead: bool = False, online: bool = False
+           ) -> tuple[int, int]:
   """What a trained row costs, in forward passes: of products with weights, and
   of attention's.
 
   Its own, one for the gradients of the activations and one for those of the
   weights; frozen weights have none, but both operands of attention move. The
   adapters' own products, about r / D of a pass, are not counted. `ahead`: a
-  pass more, see `stats.looks_ahead`.
+  pass more, see `stats.looks_ahead`; `online`: one more, the reference's, see
+  `train.online`.
   """
-  return (2 if m.lora else 3) + ahead, 3 + ahead
+  more = ahead + online
+  return (2 if m.lora else 3) + more, 3 + more
 
 
 def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
-                mismatched: Mismatched | None = None, ahead: bool = False
-                ) -> Callable[[int], int]:
+                mismatched: Mismatched | None = None, ahead: bool = False,
+                online: bool = False) -> Callable[[int], int]:
   """Returns `useful_at(step)`: operations that an update cannot do without.
 
   `decoder.useful` of its rows, `passes` times, and of the passes beside them
@@ -247,9 +267,9 @@ def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
 
   def useful_at(step):
     own = batches.rows_at(step, len(rows.ids), batch, seed)
-    total = count(rows.tokens, rows.row_of[own], passes(m, ahead))
+    total = count(rows.tokens, rows.row_of[own], passes(m, ahead, online))
     if mismatched is not None:
-      total += count(mismatched.tokens, np.arange(
+      total += (1 + online) * count(mismatched.tokens, np.arange(
           step * batch, (step + 1) * batch)[:, None])
     return total
 
@@ -259,11 +279,13 @@ def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
 def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
                   batch: int, seed: int,
                   mismatched: tokens_lib.TokenRows | None = None,
-                  ahead: bool = False) -> tuple[int, int]:
+                  ahead: bool = False, online: bool = False
+                  ) -> tuple[int, int]:
   """(operations, tokens) of a training run: `passes` a row.
 
-  A mismatched row costs one forward, and `ahead` one more of every row (see
-  `stats.looks_ahead`); padding and recomputation are not counted.
+  A mismatched row costs one forward, `ahead` one more of every row (see
+  `stats.looks_ahead`), `online` one more of every row and mismatched row;
+  padding and recomputation are not counted.
   """
   seen = np.concatenate([batches.rows_at(s, len(rows.ids), batch, seed)
                          for s in range(updates)])
@@ -271,10 +293,10 @@ def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
     total += int(count) * decoder.operations(m, int(size),
-                                             passes=passes(m, ahead))
+                                             passes=passes(m, ahead, online))
   if mismatched is not None:
     extra = tokens_lib.lengths(mismatched)
     tokens += int(extra.sum())
     for size, count in zip(*np.unique(extra, return_counts=True)):
-      total += decoder.operations(m, int(size)) * int(count)
+      total += (1 + online) * decoder.operations(m, int(size)) * int(count)
   return total, tokens

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import tempfile
 import time
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 from etils import epath
 import jax
@@ -14,10 +15,12 @@ from jaxalign import artifacts
 from jaxalign import interrupt
 from jaxalign import progress
 from jaxalign.checkpoints import Checkpoints
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.errors import ConfigError, NumericError, WriteError
 from jaxalign.train import trackers as trackers_lib
 from jaxalign.train import watch
 from jaxalign.train.metrics import divide
+
+DIVERGED = "diverged.jsonl"  # how a run came to an end that nobody wanted
 
 
 def _read_log(path: epath.Path, until: int) -> list[dict[str, Any]]:
@@ -33,6 +36,42 @@ def _read_log(path: epath.Path, until: int) -> list[dict[str, Any]]:
     except (ValueError, KeyError):
       break  # a torn last line of a killed run
   return kept
+
+
+def _text(lines: Iterable[dict[str, Any]]) -> bytes:
+  return "".join(json.dumps(x, sort_keys=True) + "\n" for x in lines).encode()
+
+
+def _write_log(path: epath.Path, lines: list[dict[str, Any]], there: int
+               ) -> None:
+  """Writes the lines of a run, of which the first `there` are in the file.
+
+  The first time whole and atomic, which drops what lost steps and a torn line
+  have left; then at the end, so that a save costs what is new. A kill may tear
+  the last line; it belongs to a step that no checkpoint has.
+  """
+  if not there or "://" in str(path):  # object stores cannot append
+    artifacts.write_bytes(path, _text(lines))
+    return
+  try:
+    with open(os.fspath(path), "ab") as file:
+      file.write(_text(lines[there:]))
+  except OSError as error:
+    raise WriteError(f"cannot write {path}: {error.strerror or error}; free "
+                     "space or permissions, or another --workdir") from error
+
+
+def _write_diverged(folder: epath.Path, lines: list[dict[str, Any]],
+                    last: dict[str, Any]) -> epath.Path:
+  """Keeps how a run diverged: its lines since the last save, as the log would
+  have had them, and `last`, of the update that ended it; null where a number
+  is not finite, which JSON cannot say."""
+  path = folder / DIVERGED
+  last = {n: None if isinstance(x, float) and not math.isfinite(x) else x
+          for n, x in last.items()}
+  if jax.process_index() == 0:
+    artifacts.write_bytes(path, _text([*lines, last]))
+  return path
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -101,6 +140,7 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
         ids_at: Callable[[int], list[str]], *, folder: Any, label: str,
         updates: int, save_every: int, tokens_at: Callable[[int], int],
         trace: tuple[int, int] = (0, 0),
+        distinct_at: Callable[[int], int] | None = None,
         useful_at: Callable[[int], int] | None = None,
         peak: float = 0.0, keep: int = 2, background: bool = False,
         explode: float = 0.0,
@@ -115,12 +155,17 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
     batch_at: a pure function of the step, so that a resumed run sees the very
       batches of an uninterrupted one.
     ids_at: record ids of a step's batch, to name them in an error.
-    folder: gets `checkpoints/` and `metrics.jsonl`, and `best/`.
+    folder: gets `checkpoints/` and `metrics.jsonl`, `best/`, and where the
+      run diverged `diverged.jsonl`.
     label: what the progress bar says.
     updates: updates in all.
     save_every: updates between checkpoints.
-    tokens_at: non-padding tokens of a step's batch.
-    trace: (first, last) steps to profile; (0, 0) for none.
+    tokens_at: non-padding tokens of a step's batch, a pair's prompt counted
+      with each of its answers, for "perf/tokens_per_s".
+    trace: steps to profile, the first and the one after the last; a run that
+      goes on inside begins there. (0, 0): none.
+    distinct_at: the same with a pair's prompt counted once, as packed rows
+      compute it, for "perf/distinct_tokens_per_s".
     useful_at: operations of a step, for "perf/mfu".
     peak: FLOP/s of all devices together; 0: not known, no "perf/mfu".
     keep: checkpoints that are left, see `Checkpoints`.
@@ -140,7 +185,8 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
   Raises:
     NumericError: a loss or gradient norm that is not finite, or a loss that
       exploded; names the ids of the batch, and nothing from that step on is
-      saved.
+      saved. All ids, and the lines since the last save, are in
+      `diverged.jsonl`. Or: no value of `best` was finite.
     RestartError: SIGTERM came (KeyboardInterrupt: SIGINT); the state is
       saved.
   """
@@ -163,8 +209,11 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
       return state
     tracker = trackers_lib.open_all(trackers, folder, label, start)
     stack.callback(tracker.close)
+    tracing = stack.enter_context(contextlib.ExitStack())
+    traced = False
     began = last = time.monotonic()
     flying = None  # (step, totals) whose metrics are not read yet
+    written = 0  # lines that this run has put into the log
     warned = set()
 
     def alarm(kind, text):
@@ -186,38 +235,47 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
         wrong = (f"loss {loss:.4g} at step {step} is over {bound:.4g}, "
                  f"train.explode={explode:g} times what it was (gradient norm "
                  f"{norm:.4g})")
+      named = {"step": step} | {
+          f"train/{n}" if "/" not in n else n: v for n, v in values.items()}
       if wrong:
         ids = ids_at(step)
         checkpoints.finish()
+        saved = checkpoints.manager.latest_step() or 0
+        path = _write_diverged(
+            folder, [x for x in lines if x["step"] >= saved],
+            named | dict(why=wrong, ids=ids))
+        tracker.log(step, {n: v for n, v in named.items() if n != "step"})
         raise NumericError(
-            f"{label}: {wrong}; nothing after step "
-            f"{checkpoints.manager.latest_step() or 0} is saved. Rows of the "
-            f"batch: {', '.join(ids[:8])}"
-            f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}; lower "
-            "the learning rate or look at these rows")
+            f"{label}: {wrong}; nothing after step {saved} is saved. Rows of "
+            f"the batch: {', '.join(ids[:8])}"
+            f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}; {path} "
+            "has all of them and the updates before; lower the learning rate "
+            "or look at these rows")
       now = time.monotonic()
       seconds = max(now - last, 1e-9)
       perf = {"perf/tokens_per_s": tokens_at(step) / seconds,
               "perf/rows_per_s": len(ids_at(step)) / seconds,
               "time": now - began}
+      if distinct_at:
+        perf["perf/distinct_tokens_per_s"] = distinct_at(step) / seconds
       if useful_at and peak:
         perf["perf/mfu"] = useful_at(step) / (seconds * peak)
       last = now
-      named = {f"train/{n}" if "/" not in n else n: v
-               for n, v in values.items()}
-      lines.append({"step": step} | named | perf)
+      lines.append(named | perf)
       alarm("displacement", watch.displaced(lines))
       tracker.log(step, lines[-1])
       flying = None
       return loss
 
     def save(step):
+      nonlocal last, written
       if flying:
         read()  # a state is saved only after its metrics were seen finite
       if jax.process_index() == 0:  # first: a resumed run drops lines too many
-        artifacts.write_bytes(log_path, "".join(
-            json.dumps(x, sort_keys=True) + "\n" for x in lines).encode())
+        _write_log(log_path, lines, written)
+      written = len(lines)
       checkpoints.save(step, _items(state))
+      last = time.monotonic()  # the next update's time is its own
 
     def evaluate(step):
       """Measures on every set; the record afterwards."""
@@ -242,14 +300,15 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
     with interrupt.deferred() as requested, progress.bar(
         label, updates, "steps", start) as tick:
       for step in range(start, updates):
-        if trace[1] > trace[0] and step == trace[0]:
-          tracing = _trace(folder / "profile")
+        if trace[0] <= step < trace[1] and not traced:
+          tracing.callback(_trace(folder / "profile"))
+          traced = True
         state, totals = train_step(state, batch_at(step))
         loss = read() if flying else None
         flying = (step, totals)
-        if trace[1] > trace[0] and step == trace[1] - 1:
+        if step == trace[1] - 1:
           jax.block_until_ready(totals)
-          tracing()
+          tracing.close()  # as leaving does, wherever the run ends
         tick(1, f"loss {loss:.3f}" if loss is not None else "")
         done, better = step + 1, False
         if eval_every and (done % eval_every == 0 or done == updates):
@@ -262,10 +321,16 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
           save(done)
         if better:  # behind the state: it is never ahead of what is resumed
           bests.save(done, dict(params=state.ema or state.params))
+          last = time.monotonic()
         if enough:
           progress.say(f"  {label}: {best} was best at step {record.step} "
                        f"({record.value:.4g}) and not in {record.stale} "
                        f"evaluations since; ended at step {done}")
         if stop or enough:
           break  # leaving `deferred` raises
+    if best and not record.step:
+      raise NumericError(f"{label}: {best} was finite at no evaluation, so no "
+                         "weights are the best; set config.train.best")
+    if jax.process_index() == 0:  # of a run that this one has mended
+      (folder / DIVERGED).unlink(missing_ok=True)
   return state

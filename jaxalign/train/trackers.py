@@ -4,11 +4,14 @@ Each is imported where it is asked for, by process 0 alone. A tracker that
 fails is said once and left out: no run ends because a plot could not be drawn.
 """
 
+import os
+import secrets
 from typing import Any, Callable, Mapping, NamedTuple
 
 from etils import epath
 import jax
 
+from jaxalign import artifacts
 from jaxalign import progress
 from jaxalign.errors import ConfigError
 
@@ -36,12 +39,20 @@ def tensorboard(folder: epath.Path, label: str, start: int) -> Tracker:
 
 
 def wandb(folder: epath.Path, label: str, start: int) -> Tracker:
-  """A run of Weights & Biases; its own WANDB_* variables say where and how."""
-  del start
+  """A run of Weights & Biases; its own WANDB_* variables say where and how.
+
+  The run's id stands in `folder`/wandb_id, so that a run that goes on from a
+  checkpoint goes on there too, and one that begins anew is another one: the
+  path alone is another job's on another machine.
+  """
   import wandb as client
+  kept = folder / "wandb_id"
+  if not start or not kept.exists():
+    artifacts.write_bytes(kept, secrets.token_hex(8).encode())
   local = None if "://" in str(folder) else str(folder)
-  run = client.init(name=label, dir=local, resume="allow",
-                    project=None, group=folder.name)
+  run = client.init(id=kept.read_text(), name=label, dir=local, resume="allow",
+                    project=os.environ.get("WANDB_PROJECT") or "jaxalign",
+                    group=folder.name)
   return Tracker(lambda step, values: run.log(dict(values), step=step),
                  run.finish)
 

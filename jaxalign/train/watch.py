@@ -4,6 +4,7 @@ All of it is read from the lines of metrics.jsonl, so a resumed run decides as
 an uninterrupted one.
 """
 
+import math
 import statistics
 from typing import Any, NamedTuple, Sequence
 
@@ -11,29 +12,33 @@ Lines = Sequence[dict[str, Any]]
 
 RECENT = 50  # updates that an exploding loss is compared with
 FIRST = 10  # updates before it is compared at all
+LEAST = 1.0  # nats that it is compared with at least: losses may be about 0
 DRIFT_OVER = 20  # updates that a drift is averaged over
 DRIFT = -0.1  # nats a chosen token: it has become a tenth less likely
 WORSE = 0.1  # more answers without an end, or empty, than at first
 # Measures, by their last name, of which less is better.
-LOWER = ("loss", "malformed", "empty", "kl")
+LOWER = ("loss", "ties", "malformed", "empty", "kl")
 
 
 def exploded(lines: Lines, loss: float, factor: float) -> float | None:
   """The bound that a loss is over, or None.
 
-  The bound is `factor` times the larger of the first update's |loss| and the
-  median |loss| of the last 50 updates: a policy that fits its rows to 0.001
-  and meets a hard one has not exploded.
+  The bound is `factor` times the largest of the first update's |loss|, the
+  median |loss| of the last 50 updates, and a nat: a policy that fits its rows
+  to 0.001 and meets a hard one has not exploded, and a loss that begins at 0
+  or below has room. At 20, the default, a DPO run ends where the mean margin
+  beta D of a batch is under -20.
 
   Args:
     lines: of the updates before.
     loss: of this update, finite.
     factor: more than 1; 0 turns it off.
   """
-  seen = [abs(x["train/loss"]) for x in lines]
-  if not factor or len(seen) < FIRST:
+  if not factor or len(lines) < FIRST:
     return None
-  bound = factor * max(seen[0], statistics.median(seen[-RECENT:]))
+  recent = [abs(x["train/loss"]) for x in lines[-RECENT:]]
+  bound = factor * max(abs(lines[0]["train/loss"]), LEAST,
+                       statistics.median(recent))
   return bound if loss > bound else None
 
 
@@ -85,7 +90,7 @@ class Best(NamedTuple):
 
 
 def best_of(lines: Lines, name: str, since: int = 0) -> Best:
-  """The first of the best values of a measure.
+  """The first of the best values of a measure; one that is not finite is none.
 
   Args:
     lines: as they stand in metrics.jsonl.
@@ -98,8 +103,9 @@ def best_of(lines: Lines, name: str, since: int = 0) -> Best:
     value = line.get(f"eval/{name}")
     if value is None or line["step"] + 1 < since:
       continue
-    if not best.step or sign * value > sign * best.value:
+    finite = math.isfinite(value)
+    if finite and (not best.step or sign * value > sign * best.value):
       best = Best(line["step"] + 1, value, 0)
-    else:
+    elif best.step:
       best = best._replace(stale=best.stale + 1)
   return best
