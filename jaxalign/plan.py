@@ -19,6 +19,7 @@ from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.model import decoder
 from jaxalign.model import reward
 from jaxalign.model import weights
+from jaxalign.rates import RATES, rate_of
 from jaxalign.select import costs
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
@@ -30,22 +31,9 @@ from jaxalign.stages import watched
 from jaxalign.train import feed
 from jaxalign.train import stats
 
-# Sustained operations per second of one device, by the start of its kind:
-# 40 % of the published bfloat16 peak; for a CPU core pair, as measured here.
-RATES = {"TPU v4": 110e12, "TPU v5 lite": 79e12, "TPU v5e": 79e12,
-         "TPU v5": 184e12, "TPU v6": 367e12, "NVIDIA H": 396e12,
-         "NVIDIA A100": 125e12, "cpu": 30e9}
 READING = 1e9  # bytes a second from a disk
 SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
 CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
-
-
-def rate_of(device: Any) -> float:
-  """Assumed sustained operations per second of a device."""
-  for start, rate in RATES.items():
-    if device.device_kind.lower().startswith(start.lower()):
-      return rate
-  return RATES["cpu"]
 
 
 def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:

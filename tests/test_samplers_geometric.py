@@ -257,7 +257,8 @@ def test_real_keeps_the_pairs_that_are_least_alike():
 
 @pytest.mark.parametrize("name,kwargs", [
     *((name, {}) for name in GEOMETRIC), ("density", {"features": 0}),
-    ("facility_location", {"exact": False}), ("dpp", {"blocks": 3})])
+    ("facility_location", {"exact": False}), ("dpp", {"blocks": 3}),
+    ("k_center", {"blocks": 3}), ("herding", {"blocks": 3})])
 def test_any_mesh_gives_the_same_rows_and_the_same_bits(name, kwargs,
                                                         monkeypatch):
   monkeypatch.setattr(geometric, "_on_host", lambda: False)

@@ -149,6 +149,21 @@ def test_quantiles():
   np.testing.assert_allclose(values.quantiles(x), wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("n", [7, 10, 100, 200])
+def test_the_hash_decides_between_two_rows_equally_far_from_the_median(n):
+  value = np.random.default_rng(n).normal(size=n)
+  place = scipy.stats.rankdata(value).astype(int) - 1
+  got = values.directed(value, "middle")
+  order = np.argsort(place)
+  np.testing.assert_array_equal(got[order], got[order][::-1])  # to the bit
+  far = np.abs(2 * place - (n - 1))
+  np.testing.assert_allclose(got, -far / (2 * n), rtol=1e-12)
+  pool = pools.Pool(POOL.ids[:n], {})
+  for m in range(1, n):
+    wanted = np.lexsort((topk.id_hash(pool.ids), far))[:m]
+    assert values.ranked(got, pool, m).rows.tolist() == wanted.tolist()
+
+
 # Stratified.
 
 
@@ -169,6 +184,10 @@ def test_stratified_keeps_the_shares_of_the_pool():
     for label in (True, False):
       inside = (pool.source == source) & (pool.label == label)
       assert abs(inside[exact.rows].sum() - inside.sum() / 5) < 1
+  # One column needs no brackets, as of `quota`.
+  one = [SAMPLERS["stratified"](0, pool, 200, by=by).rows.tolist()
+         for by in ("source", ("source",), ["source"])]
+  assert one[0] == one[1] == one[2] != exact.rows.tolist()
   # Inside a stratum the rows are those that `random` prefers.
   u = SAMPLERS["random"](0, pool, 1).score
   web = (pool.source == "web") & pool.label

@@ -1,11 +1,13 @@
 """Facility location, DPP, SemDeDup and DEITA equal their loops in float64."""
 
+import jax
 import numpy as np
 import pytest
 
 from jaxalign.errors import ConfigError
 from jaxalign.select import topk
-from jaxalign.select.samplers import SAMPLERS, clusters, dedup, submodular
+from jaxalign.select.samplers import SAMPLERS, clusters, combine, dedup
+from jaxalign.select.samplers import submodular
 import pools as make_pools
 from test_samplers_geometric import by_hand, clusters as make_clusters
 
@@ -134,7 +136,8 @@ def test_stochastic_greedy_takes_the_best_of_its_candidates():
   assert list(got.rows) == chosen
 
 
-@pytest.mark.parametrize("name", ["facility_location", "dpp"])
+@pytest.mark.parametrize("name", [
+    "facility_location", "dpp", "k_center", "herding", "deita"])
 def test_blocks_run_inside_clusters_with_their_share(name):
   pool = make_clusters(N)
   x = np.float32(by_hand(pool))
@@ -148,14 +151,112 @@ def test_blocks_run_inside_clusters_with_their_share(name):
       wanted, _ = naive_facility(np.float64(x[rows]), kept[k],
                                  pool.ids[rows])
       assert [i for i in got.rows if labels[i] == k] == list(rows[wanted])
+  if name in ("k_center", "herding", "deita"):
+    # What the method itself picks of the cluster's rows alone.
+    for k in range(4):
+      rows = np.flatnonzero(labels == k)
+      part = combine.take(pool, rows)
+      alone = SAMPLERS[name](0, part, int(kept[k]))
+      assert [i for i in got.rows if labels[i] == k] == list(rows[alone.rows])
 
 
-def test_what_cannot_scale_says_so_before_it_starts(monkeypatch):
+def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
+  ids = np.array([f"r{i:05d}" for i in range(9000)])
+  labels = np.where(np.arange(9000) % 10 == 0, np.arange(9000) // 3000, 3)
+  got = clusters.cut(labels, ids, clusters.most_rows(9000, 4))
+  assert clusters.most_rows(9000, 4) == 4500
+  assert clusters.most_rows(9000, 90) == clusters.SMALL
+  # 8,100 rows are two pieces of 4,050, by turns in the order of the hashes.
+  np.testing.assert_array_equal(got[labels < 3], labels[labels < 3])
+  large = np.flatnonzero(labels == 3)
+  turn = np.argsort(np.argsort(topk.id_hash(ids[large])))
+  np.testing.assert_array_equal(got[large], np.where(turn % 2, 4, 3))
+  # 3 of 2,700 rows, and no label is used twice.
+  small = clusters.cut(labels, ids, 2700)
+  assert sorted(np.bincount(small)) == [300] * 3 + [2700] * 3
+  mixed = np.random.default_rng(0).permutation(9000)
+  again = clusters.cut(labels[mixed], ids[mixed], 2700)
+  np.testing.assert_array_equal(again, small[mixed])
+  np.testing.assert_array_equal(clusters.cut(labels, ids, 8100), labels)
+
+
+def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
+  """Four fifths of the rows are one: k-means puts them into one cluster."""
+  monkeypatch.setattr(clusters, "SMALL", 1)
   pool = make_clusters(N)
-  monkeypatch.setattr(submodular, "OPERATIONS", 1e6)
-  with pytest.raises(ConfigError, match="operations, 4.14e.06, .*blocks"):
-    SAMPLERS["facility_location"](0, pool, 5)
-  SAMPLERS["facility_location"](0, pool, 5, blocks=5)
+  x = pool.embedding.copy()
+  x[np.arange(N) % 5 > 0] = x[1]
+  pool = make_pools.with_columns(pool, embedding=x)
+  seen = []
+  greedy = submodular.lazy_greedy
+  monkeypatch.setattr(submodular, "lazy_greedy", lambda part, ids, m: (
+      seen.append(len(part)), greedy(part, ids, m))[1])
+  got = SAMPLERS["facility_location"](0, pool, 60, blocks=8)
+  assert max(seen) <= 60 and sum(seen) == N and len(set(got.rows)) == 60
+  # The DPP's numbers are those of the largest block, a quarter of its rows
+  # picked; not 240 x 60 in 64 parts.
+  most = max(seen) * round(max(seen) / 4)
+  monkeypatch.setattr(submodular, "DPP_NUMBERS", most - 1)
+  with pytest.raises(ConfigError, match=f"N x M, {most}, .*blocks"):
+    SAMPLERS["dpp"](0, pool, 60, blocks=8, bandwidth=1.0)
+  monkeypatch.setattr(submodular, "DPP_NUMBERS", most)
+  SAMPLERS["dpp"](0, pool, 60, blocks=8, bandwidth=1.0)
+
+
+CALLS = [  # operations of 5 picks of 240 rows of 12 numbers
+    ("k_center", {}, 2 * N * 5 * 12), ("herding", {}, 2 * N * 5 * 12),
+    ("herding", dict(features=30), 2 * N * 5 * 60),
+    ("deita", {}, 2 * N * 5 * 12), ("facility_location", {}, 2 * N * N * 12),
+    ("facility_location", dict(exact=False),
+     2 * N * N * 12 * np.log(20)),
+    ("facility_location", dict(exact=False, epsilon=0.5),
+     2 * N * N * 12 * np.log(2)),
+    ("dpp", {}, N * 25 + 2 * N * 5 * 12),
+    ("density", dict(features=0), 2 * N * N * 12),
+    ("semdedup", dict(clusters=1), N * N * 12)]
+
+
+@pytest.mark.parametrize("name,kwargs,operations", CALLS)
+def test_what_takes_days_says_so_before_it_starts(name, kwargs, operations,
+                                                  monkeypatch):
+  pool = make_clusters(N)
+  rows = clusters.rows_lib
+  monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1000.0))
+  host = name in ("dpp", "deita", "semdedup", "herding") or (
+      name == "facility_location" and "exact" not in kwargs)
+  rate = 1000 * (1 if host else len(jax.devices()))
+  hours = operations / rate / 3600
+  monkeypatch.setattr(rows, "HOURS", hours * 1.001)
+  SAMPLERS[name](0, pool, 5, **kwargs)
+  monkeypatch.setattr(rows, "HOURS", hours / 1.001)
+  with pytest.raises(ConfigError, match=(
+      f"{hours:,.0f} hours, {operations:.3g} operations".replace("+", "."))):
+    SAMPLERS[name](0, pool, 5, **kwargs)
+  # Its blocked form is offered, and does with less.
+  less = {"density": dict(features=4), "semdedup": dict(clusters=20)}.get(
+      name, dict(blocks=6))
+  SAMPLERS[name](0, pool, 5, **kwargs | less)
+  try:
+    SAMPLERS[name](0, pool, 5, **kwargs)
+  except ConfigError as error:
+    assert all(word in str(error) for word in less)
+
+
+def test_what_runs_in_days_by_default():
+  """30 GFLOP/s for a day: a million rows of 384 numbers, a tenth kept."""
+  rows = clusters.rows_lib
+  assert rows.HOURS == 24
+  check = clusters.by_pick("k_center", 384, host=True)
+  check(1_000_000, 100_000)
+  with pytest.raises(ConfigError, match=(
+      "k_center would take about 71 hours, 7.68e.15 operations at an assumed "
+      "30 GFLOP/s, above the 24 hours .*blocks")):
+    check(10_000_000, 1_000_000)
+  check(np.full(100, 100_000), np.full(100, 10_000))  # in blocks
+
+
+def test_what_is_refused(monkeypatch):
+  pool = make_clusters(N)
   monkeypatch.setattr(submodular, "DPP_NUMBERS", 1000)
   with pytest.raises(ConfigError, match="N x M, 1.2e.03, .*blocks"):
     SAMPLERS["dpp"](0, pool, 5)
@@ -224,6 +325,63 @@ def planted(n=N):
   x = pool.embedding.copy()
   x[2::3] = x[1::3] + 0.02 * x[2::3]
   return make_pools.with_columns(pool, embedding=x)
+
+
+@pytest.mark.parametrize("blocks", [0, 4])
+@pytest.mark.parametrize("name", [
+    "k_center", "herding", "facility_location", "dpp", "deita"])
+def test_a_budget_of_nothing_is_an_empty_selection(name, blocks):
+  more = [{}, dict(exact=False)] if name == "facility_location" else [{}]
+  for kwargs in more:
+    got = SAMPLERS[name](0, make_clusters(60), 0, blocks=blocks, **kwargs)
+    assert got.rows.shape == (0,) and got.rows.dtype == np.int64
+    assert got.score.shape == (60,) and np.isfinite(got.score).all()
+
+
+def test_copies_beyond_a_clusters_size_are_all_found(monkeypatch, capsys):
+  """Four fifths of the rows are copies of one, in a cluster of 400."""
+  monkeypatch.setattr(clusters, "SMALL", 1)
+  monkeypatch.setattr(dedup, "_TILE", 8)
+  n = 500
+  pool = make_pools.make(2, n, width=16)
+  x = pool.embedding.copy()
+  copied = np.arange(n) % 5 > 0
+  x[copied] = x[1]
+  pool = make_pools.with_columns(pool, embedding=x)
+  unit = np.float32(by_hand(pool))
+  got = dedup.most_alike(unit, pool.ids, 10, 0)
+  first = np.flatnonzero(copied)[topk.id_hash(pool.ids[copied]).argmin()]
+  lost = np.setdiff1d(np.flatnonzero(copied), [first])
+  assert (got[lost] == 1).all() and (np.delete(got, lost) < 0.999).all()
+  # As if nothing had been cut: the loop over all rows of a cluster.
+  assert "before it only" not in capsys.readouterr().out
+  monkeypatch.setattr(clusters, "SMALL", n)
+  np.testing.assert_array_equal(dedup.most_alike(unit, pool.ids, 10, 0), got)
+
+
+def test_a_row_of_a_large_cluster_is_compared_with_those_before(monkeypatch,
+                                                                capsys):
+  pool = planted()
+  x = by_hand(pool)
+  tile, most = 4, 12
+  monkeypatch.setattr(dedup, "_TILE", tile)
+  whole = dedup.most_alike(np.float32(x), pool.ids, 3, 0)
+  monkeypatch.setattr(clusters, "most_rows", lambda n, k: most)
+  got = dedup.most_alike(np.float32(x), pool.ids, 3, 0)
+  labels, centres = clusters.k_means(np.float32(x), pool.ids, 3, 0)
+  wanted = np.empty(N)
+  for k in range(3):
+    rows = np.flatnonzero(labels == k)
+    rows = rows[np.argsort(x[rows] @ centres[k] / np.linalg.norm(centres[k]))]
+    for place, i in enumerate(rows):
+      first = max(0, place // tile * tile - most)
+      wanted[i] = max([x[i] @ x[j] for j in rows[first:place]], default=-1)
+  np.testing.assert_allclose(got, wanted, atol=2e-6)
+  assert (got <= whole).all() and (got < whole - 0.01).any()
+  # Near-copies are as typical as each other: few are lost.
+  near = whole > 0.99
+  assert near.sum() > 60 and (got[near] > 0.99).mean() > 0.8
+  assert "240 rows lie in clusters of more than 12:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [1, 5])

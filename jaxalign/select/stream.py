@@ -26,7 +26,7 @@ from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
 from jaxalign.select.samplers import density as densities
 from jaxalign.select.samplers import rows as rows_lib
-from jaxalign.select.samplers.values import one_side
+from jaxalign.select.samplers.values import from_middle, one_side
 from jaxalign.select.sources import TILE, Source
 from jaxalign.select.topk import gumbel, uniform
 
@@ -197,12 +197,12 @@ def _middle(scores: _Scores, source: Source, budget: int) -> Chosen:
     rows, values = np.concatenate(rows), np.concatenate(values)
     _, inverse, counts = np.unique(values, return_inverse=True,
                                    return_counts=True)
-    ranks = below + (np.cumsum(counts) - counts / 2)[inverse]
-    score = -np.abs(ranks / n - 0.5)
+    score = from_middle(
+        2 * below + (2 * np.cumsum(counts) - counts)[inverse], n)
     # Rows that were not gathered are at least so far from the middle.
-    outside = max((-(0.5 - (below - 0.5) / n) if below else -np.inf),
-                  (-((below + len(rows) + 0.5) / n - 0.5)
-                   if below + len(rows) < n else -np.inf))
+    above = below + len(rows)
+    outside = max(from_middle(2 * below - 1, n) if below else -np.inf,
+                  from_middle(2 * above + 1, n) if above < n else -np.inf)
     worst = np.partition(score, len(score) - budget)[len(score) - budget]
     if worst > outside or len(rows) == n:
       found = threshold.best(lambda: [score],

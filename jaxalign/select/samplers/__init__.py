@@ -8,8 +8,9 @@ It declares what it reads: `needs` always, `optional` where there is such a
 column or a keyword names it, `pairs` if it compares two responses. A sampler
 that is greedy runs over the rows in id order, with ties by a hash of the id.
 What is held does not grow as N x N (facility location keeps at most 512 MiB
-of columns), and a method that would be out of all proportion refuses, with
-the number, before it starts (`rows.refuse_above`). `combine` makes samplers
+of columns), and a method that would take more than a day says so, with the
+hours, before it starts (`rows.refuse_long`); `blocks=` runs the greedy ones
+inside clusters. `combine` makes samplers
 of samplers. What one takes, which the dry run prints, is a line in
 `select/costs.py`.
 """

@@ -91,7 +91,7 @@ def apportion(shares: np.ndarray, room: np.ndarray, budget: int) -> np.ndarray:
 
 @needs("length", optional=("source", "label"))
 def stratified(seed: int, pool: Pool, budget: int, *,
-               by: tuple[str, ...] = STRATA, bins: int = 4,
+               by: str | tuple[str, ...] = STRATA, bins: int = 4,
                shares: str = "pool") -> Selection:
   """Random rows, a fixed number from each source x label x length; O(N).
 
@@ -100,7 +100,7 @@ def stratified(seed: int, pool: Pool, budget: int, *,
     pool: `pool.length` [N, R]; `source` and `label` [N] where it has them (a
       pool without a column has one value of it).
     budget: M, at most N.
-    by: the columns that make the strata.
+    by: the column or columns that make the strata.
     bins: parts of equal number into which lengths are cut.
     shares: "pool", as many of a stratum as it has of the pool; or "equal", as
       many of each as there are to take.
@@ -115,6 +115,7 @@ def stratified(seed: int, pool: Pool, budget: int, *,
   if isinstance(bins, bool) or int(bins) != bins or bins < 1:
     raise ConfigError(f"bins is {bins!r}, wanted 1 or more; set "
                       "config.select.kwargs.bins")
+  by = (by,) if isinstance(by, str) else tuple(by)
   unknown = [name for name in by if name not in STRATA
              and name not in pool.columns]
   if unknown:

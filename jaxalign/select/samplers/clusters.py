@@ -1,5 +1,6 @@
 """k-means over the rows, and greedy methods run inside its clusters."""
 
+import math
 from typing import Callable
 
 import jax
@@ -14,6 +15,9 @@ from jaxalign.select.topk import id_hash, uniform
 
 _WIDE = 128  # centres compared with the rows at once
 _STEPS = 10  # of Lloyd
+SMALL = 2048  # rows of a cluster that is never too large
+BLOCKS = ("set config.select.kwargs.blocks, or more of them, to run it "
+          "inside clusters")
 
 
 def _closest(centres, squares, x):
@@ -86,12 +90,49 @@ def k_means(x: np.ndarray, ids: np.ndarray, clusters: int,
   return assign(rows_lib.place(x), centres), centres
 
 
+def most_rows(n: int, clusters: int) -> int:
+  """Rows of the largest cluster: twice the mean, or what is always small."""
+  return max(math.ceil(2 * n / clusters), SMALL)
+
+
+def cut(labels: np.ndarray, ids: np.ndarray, most: int) -> np.ndarray:
+  """[N] labels from 0, no more than `most` rows of each.
+
+  A larger cluster is dealt out by a hash of the ids into pieces as equal as
+  can be; the first keeps its label. Each is a fair sample of the cluster, so
+  near-copies may lie in several.
+  """
+  labels = labels.copy()
+  sizes = np.bincount(labels)
+  free = len(sizes)
+  for k in np.flatnonzero(sizes > most):
+    rows = np.flatnonzero(labels == k)
+    rows = rows[np.argsort(id_hash(ids[rows]), kind="stable")]
+    pieces = math.ceil(len(rows) / most)
+    piece = np.arange(len(rows)) % pieces
+    labels[rows] = np.where(piece, free + piece - 1, k)
+    free += pieces - 1
+  return labels
+
+
+def by_pick(what: str, width: int, host: bool) -> Callable:
+  """The check of a method that compares all rows with every pick.
+
+  Args:
+    what, host: see `rows.refuse_long`.
+    width: W of the rows.
+  """
+  return lambda n, m: rows_lib.refuse_long(
+      2.0 * np.sum(np.float64(n) * m) * width, what, BLOCKS, host=host)
+
+
 def in_blocks(greedy: Callable, x: np.ndarray, ids: np.ndarray, budget: int,
-              blocks: int, seed: int) -> Selection:
+              blocks: int, seed: int, check: Callable) -> Selection:
   """Runs a greedy method inside each of `blocks` clusters.
 
   Every cluster gets its share of the budget (largest remainders); nothing is
-  compared across clusters, so N^2 becomes N^2 / blocks.
+  compared across clusters, so N^2 becomes N^2 / blocks. A cluster above twice
+  the mean size is `cut` first: N^2 is at most 2 N^2 / blocks.
 
   Args:
     greedy: (x [n, W], ids [n], m, rows [n] into the pool) -> [m] places in
@@ -101,14 +142,17 @@ def in_blocks(greedy: Callable, x: np.ndarray, ids: np.ndarray, budget: int,
     budget: M.
     blocks: clusters.
     seed: of the k-means.
+    check: (n [B], m [B]) of all blocks; raises before the first one runs.
 
   Returns:
     Selection; first the first of every cluster, and so on.
   """
   labels, _ = k_means(x, ids, blocks, seed)
+  labels = cut(labels, ids, most_rows(len(x), blocks))
   room = np.bincount(labels, minlength=blocks)
   share = basic.apportion(np.float64(room), room, budget)
-  chosen, when = [], []
+  check(room, share)
+  chosen, when = [np.empty(0, np.int64)], [np.empty(0)]
   for k in np.flatnonzero(share):
     rows = np.flatnonzero(labels == k)
     places = greedy(x[rows], ids[rows], int(share[k]), rows)
@@ -121,6 +165,6 @@ def in_blocks(greedy: Callable, x: np.ndarray, ids: np.ndarray, budget: int,
 
 def in_order(rows: np.ndarray, n: int) -> Selection:
   """Picks without a score of their own: 1 down to 1/M, 0 for the others."""
-  score = np.zeros(n)
-  score[rows] = 1 - np.arange(len(rows)) / len(rows)
-  return Selection(np.asarray(rows, np.int64), score)
+  rows, score = np.asarray(rows, np.int64), np.zeros(n)
+  score[rows] = 1 - np.arange(len(rows)) / max(1, len(rows))
+  return Selection(rows, score)

@@ -1,9 +1,11 @@
 """Near-copies: SemDeDup, and DEITA's good rows unlike those kept before."""
 
+import hashlib
 import math
 
 import numpy as np
 
+from jaxalign import progress
 from jaxalign.errors import ConfigError
 from jaxalign.select.pool import Pool, Selection, needs
 from jaxalign.select.samplers import clusters
@@ -15,6 +17,15 @@ _TILE = 512  # rows compared at once
 _DIGITS = 6  # of a cosine; two copies are equally alike to a third
 
 
+def first_copies(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+  """[N] int64, of rows with the same bits the one whose id hashes lowest."""
+  first, seen = np.arange(len(x)), {}
+  for i in np.argsort(id_hash(ids), kind="stable").tolist():
+    mark = hashlib.blake2b(x[i].tobytes(), digest_size=16).digest()
+    first[i] = seen.setdefault(mark, i)
+  return first
+
+
 def most_alike(x: np.ndarray, ids: np.ndarray, count: int,
                seed: int) -> np.ndarray:
   """Each row's largest cosine with an earlier one of its k-means cluster.
@@ -22,6 +33,11 @@ def most_alike(x: np.ndarray, ids: np.ndarray, count: int,
   Earlier is less like the centre (of equals, the one with the lower hash), so
   that what stands for a group of near-copies is its least typical member. 2 N
   K W operations for the clusters and N^2 W / K inside; 512 x 512 numbers.
+
+  Exact copies are found first, whatever their number. In a cluster that still
+  has more rows than `clusters.most_rows`, about 2 N / K, a row is compared
+  with only so many before it: near-copies that are further apart in that
+  order are not seen, and a line says so.
 
   Args:
     x: [N, W] float32 of length 1.
@@ -31,22 +47,36 @@ def most_alike(x: np.ndarray, ids: np.ndarray, count: int,
 
   Returns:
     [N] float64 from -1 (the first of a cluster) to 1, to six digits.
+
+  Raises:
+    ConfigError: more than `rows.HOURS`; the message has the number.
   """
   labels, centres = clusters.k_means(x, ids, count, seed)
   length = np.sqrt((centres**2).sum(1))
   centres = centres / np.where(length, length, 1)[:, None]
   typical = np.round(np.einsum("nw,nw->n", x, np.float32(centres)[labels],
                                dtype=np.float64), _DIGITS)
-  order = np.lexsort((id_hash(ids), typical, labels))
-  out = np.full(len(x), -1.0)
-  ends = np.append(np.cumsum(np.bincount(labels, minlength=count)), 0)
+  own = np.flatnonzero(first_copies(x, ids) == np.arange(len(x)))
+  order = own[np.lexsort((id_hash(ids[own]), typical[own], labels[own]))]
+  sizes = np.bincount(labels[own], minlength=count)
+  most = clusters.most_rows(len(x), count)
+  rows_lib.refuse_long(
+      np.sum(np.float64(sizes) * np.minimum(sizes, 2 * most)) * x.shape[1],
+      "comparing the rows of a cluster", "set clusters to 'auto'", host=True)
+  if (sizes > most).any():
+    progress.say(f"  {sizes[sizes > most].sum():,} rows lie in clusters of "
+                 f"more than {most:,}: each is compared with the {most:,} "
+                 "before it only")
+  out = np.ones(len(x))
+  out[own] = -1
+  ends = np.append(np.cumsum(sizes), 0)
   for k in range(count):
     rows = order[ends[k - 1]:ends[k]]
     for start in range(0, len(rows), _TILE):
       mine = rows[start:start + _TILE]
       part, best = x[mine], np.full(len(mine), -1.0)
-      for before in range(0, start, _TILE):
-        cosine = part @ x[rows[before:before + _TILE]].T
+      for before in range(max(0, start - most), start, _TILE):
+        cosine = part @ x[rows[before:min(start, before + _TILE)]].T
         np.maximum(best, cosine.max(axis=1), out=best)
       if len(mine) > 1:
         inside = part @ part.T
@@ -116,6 +146,10 @@ def diverse(score: np.ndarray, x: np.ndarray, ids: np.ndarray, budget: int,
   if not -1 < threshold <= 1:
     raise ConfigError(f"threshold is {threshold}, wanted a cosine above -1 and "
                       "at most 1; set config.select.kwargs.threshold")
+  rows_lib.refuse_long(
+      2.0 * len(x) * budget * x.shape[1], "keeping rows unlike those kept",
+      "lower config.select.budget, or, of deita, set "
+      "config.select.kwargs.blocks", host=True)
   order = top(score, ids, len(score))
   kept, passed = [], np.zeros(len(score), bool)
   vectors = np.empty((budget, x.shape[1]), np.float32)
@@ -145,22 +179,30 @@ def diverse(score: np.ndarray, x: np.ndarray, ids: np.ndarray, budget: int,
 @needs("reward", "embedding")
 def deita(seed: int, pool: Pool, budget: int, *, side: str = "chosen",
           pair: str = "mean", metric: str = "cosine",
-          threshold: float = 0.9) -> Selection:
+          threshold: float = 0.9, blocks: int = 0) -> Selection:
   """The best rows by reward that are unlike one another; see `diverse`.
 
   DEITA's own score is complexity x quality, of models made for instruction
   tuning; `combine.diverse` does the same over any other score.
 
   Args:
-    seed: unused.
+    seed: of the blocks, else unused.
     pool: `pool.reward` [N, R], `pool.embedding` [N, R, E].
     budget: M, at most N.
     side: of a pair's reward; see `values.one_side`.
     pair: which vector stands for a pair; see `rows.vectors`.
     metric: "cosine" or "centred".
     threshold: rows at least this alike (cosine) to a kept one are passed over.
+    blocks: above 0, the method runs inside as many k-means clusters, and the
+      score is 1 down to 1/M, 0 for the others: the best of each cluster come
+      first, then the second of each.
   """
-  del seed
   score = one_side(column(pool, "reward"), side)
-  return diverse(score, rows_lib.directions(pool, pair, metric), pool.ids,
-                 budget, threshold)
+  x = rows_lib.directions(pool, pair, metric)
+  if blocks:
+    return clusters.in_blocks(
+        lambda part, ids, m, rows: diverse(score[rows], part, ids, m,
+                                           threshold).rows,
+        x, pool.ids, budget, blocks, seed,
+        clusters.by_pick("deita", x.shape[1], host=True))
+  return diverse(score, x, pool.ids, budget, threshold)

@@ -151,6 +151,9 @@ def density(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
     rows_lib.refuse_above(
         len(x), EXACT_ROWS, "density over all pairs: the number of rows",
         "set config.select.kwargs.features to 1024")
+    rows_lib.refuse_long(
+        2.0 * len(x)**2 * x.shape[1], "density over all pairs",
+        "set config.select.kwargs.features to 1024", host=False)
   if bandwidth == "median":
     bandwidth = bandwidth_of(x, pool.ids)
   if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:

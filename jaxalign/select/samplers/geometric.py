@@ -172,7 +172,7 @@ def farthest_first(x: np.ndarray, ids: np.ndarray, budget: int,
 
 @needs("embedding")
 def k_center(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
-             metric: str = "cosine") -> Selection:
+             metric: str = "cosine", blocks: int = 0) -> Selection:
   """Rows that leave none far from a chosen one, Sener and Savarese 2018.
 
   Greedy: argmax_i min_{j chosen} |x_i - x_j|, which is within twice the best
@@ -185,14 +185,28 @@ def k_center(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
     budget: M, at most N.
     pair: which vector stands for a pair; see `rows.vectors`.
     metric: "cosine", "centred" or "euclidean".
+    blocks: above 0, the method runs inside as many k-means clusters.
 
   Returns:
     Selection in the order of the picks; the [N] score is the distance to the
-    rows chosen before (of a row that was not: to the nearest chosen).
+    rows chosen before (of a row that was not: to the nearest chosen). In
+    blocks it is 1 down to 1/M, and 0 for the others.
+
+  Raises:
+    ConfigError: more than `rows.HOURS`; the message has the number.
   """
   x = rows_lib.vectors(pool, pair, metric)
-  first = int(np.argmax(uniform(seed, pool.ids, "k_center")))
-  return Selection(*farthest_first(x, pool.ids, budget, first))
+  check = clusters.by_pick("k_center", x.shape[1], host=False)
+  draw = uniform(seed, pool.ids, "k_center")
+  if blocks:
+    return clusters.in_blocks(
+        lambda part, ids, m, rows: farthest_first(
+            part, ids, m, int(draw[rows].argmax()))[0],
+        x, pool.ids, budget, blocks, seed, check)
+  check(len(x), budget)
+  if not budget:
+    return clusters.in_order([], len(x))
+  return Selection(*farthest_first(x, pool.ids, budget, int(draw.argmax())))
 
 
 def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
@@ -262,14 +276,15 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
 
 @needs("embedding")
 def herding(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
-            metric: str = "cosine", features: int = 0) -> Selection:
+            metric: str = "cosine", features: int = 0,
+            blocks: int = 0) -> Selection:
   """Rows whose mean stays closest to the pool's: kernel herding.
 
   Chen, Welling and Smola 2010, without replacement; see `herd`. At most 2NMW
   operations, in products of matrices, and 64N numbers beside the rows.
 
   Args:
-    seed: of the random features; unused without.
+    seed: of the random features and of the blocks; unused without.
     pool: `pool.embedding` [N, R, E].
     budget: M, at most N.
     pair: which vector stands for a pair; see `rows.vectors`.
@@ -277,10 +292,15 @@ def herding(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
     features: 0 for the linear kernel (the mean is matched); D for a Gaussian
       kernel of median bandwidth through D random Fourier features (W = 2D):
       the whole distribution is matched.
+    blocks: above 0, the method runs inside as many k-means clusters, each of
+      whose means is followed.
 
   Returns:
     Selection in the order of the picks; the [N] score is 1 for the first down
     to 1/M for the last, and 0 for the others.
+
+  Raises:
+    ConfigError: more than `rows.HOURS`; the message has the number.
   """
   x = rows_lib.vectors(pool, pair, metric)
   if features:
@@ -290,6 +310,12 @@ def herding(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
                             for i in range(0, len(x), 4096)])
     x = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     x = np.float32(x / np.sqrt(features))
+  check = clusters.by_pick("herding", x.shape[1], host=_on_host())
+  if blocks:
+    return clusters.in_blocks(
+        lambda part, ids, m, rows: herd(part, ids, m),
+        x, pool.ids, budget, blocks, seed, check)
+  check(len(x), budget)
   return clusters.in_order(herd(x, pool.ids, budget), len(x))
 
 

@@ -6,6 +6,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import numpy as np
 
+from jaxalign import rates
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select.chunks import chunk_rows, over_chunks, padded_chunks
@@ -15,6 +16,7 @@ from jaxalign.select.pool import Pool
 PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
 METRICS = ("cosine", "centred", "euclidean")
 ROUNDING = 2.0**-24  # of one float32 operation
+HOURS = 24.0  # at the assumed rate, above which a method does not start
 
 
 def refuse_above(found: float, limit: float, what: str, advice: str) -> None:
@@ -22,6 +24,28 @@ def refuse_above(found: float, limit: float, what: str, advice: str) -> None:
   if found > limit:
     raise ConfigError(f"{what}, {found:.3g}, is above the {limit:.3g} that "
                       f"this form is made for; {advice}")
+
+
+def refuse_long(operations: float, what: str, advice: str, *,
+                host: bool) -> None:
+  """Stops a method that would take more than a day before it starts.
+
+  Args:
+    operations: of all that is to run.
+    what: the method, for the message.
+    advice: what scales in its place.
+    host: it runs in NumPy; else on this process's devices. Either at the
+      rate that the dry run assumes.
+  """
+  devices = _own_mesh().devices
+  rate = (rates.RATES["cpu"] if host else
+          devices.size * rates.rate_of(devices.flat[0]))
+  hours = float(operations) / rate / 3600
+  if hours > HOURS:
+    raise ConfigError(
+        f"{what} would take about {hours:,.0f} hours, {operations:.3g} "
+        f"operations at an assumed {rate / 1e9:,.0f} GFLOP/s, above the "
+        f"{HOURS:g} hours that a choice may take; {advice}")
 
 
 def vectors(pool: Pool, pair: str = "mean",

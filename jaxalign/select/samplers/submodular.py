@@ -17,7 +17,6 @@ from jaxalign.select.samplers.values import column, one_side
 from jaxalign.select.topk import id_hash, pick
 
 EXACT_ROWS = 20_000  # above, facility location draws its candidates
-OPERATIONS = 1e18  # of one facility location; an hour of 256 TPU chips
 DPP_NUMBERS = 1e9  # N x M float64, 8 GB
 _CACHE = 2**27  # float32 numbers of columns that are kept, 512 MiB
 _BLOCK = 256  # candidates of one product
@@ -200,7 +199,7 @@ def stochastic_greedy(x: np.ndarray, ids: np.ndarray, budget: int, seed: int,
     As `lazy_greedy`; gains need not fall.
   """
   n = len(x)
-  few = min(n, max(1, math.ceil(n / budget * math.log(1 / epsilon))))
+  few = min(n, math.ceil(n / max(1, budget) * math.log(1 / epsilon)))
   covered, ones = np.zeros(n, np.float32), np.ones(n, np.float32)
   alone = rows_lib.place(x)
   real = rows_lib.place(ones).tiles[0]
@@ -261,7 +260,7 @@ def facility_location(seed: int, pool: Pool, budget: int, *,
     to 1/M for the last, and 0 for the others, whose gains are never computed.
 
   Raises:
-    ConfigError: more operations than 10^18; the message has the number.
+    ConfigError: more than `rows.HOURS`; the message has the number.
   """
   if not 0 < epsilon < 1:
     raise ConfigError(f"epsilon is {epsilon}, wanted above 0 and below 1; set "
@@ -270,19 +269,25 @@ def facility_location(seed: int, pool: Pool, budget: int, *,
     raise ConfigError(f"exact is {exact!r}, wanted True, False or 'auto'; set "
                       "config.select.kwargs.exact")
   x = rows_lib.directions(pool, pair, metric)
-  rows_lib.refuse_above(
-      2 * len(x)**2 * x.shape[1] * math.log(1 / epsilon) / max(blocks, 1),
-      OPERATIONS, "facility_location: the number of operations",
-      "set config.select.kwargs.blocks to run it inside clusters")
+  whole = lambda n: exact is True or (exact == "auto" and n <= EXACT_ROWS)
+
+  def check(n, m):
+    del m
+    largest = int(np.max(n))
+    rows_lib.refuse_long(
+        2.0 * np.sum(np.float64(n)**2) * x.shape[1]
+        * (1 if whole(largest) else math.log(1 / epsilon)),
+        "facility_location", clusters.BLOCKS, host=whole(largest))
 
   def greedy(part, ids, m, rows):
     del rows
-    if exact is True or (exact == "auto" and len(part) <= EXACT_ROWS):
+    if whole(len(part)):
       return lazy_greedy(part, ids, m)[0]
     return stochastic_greedy(part, ids, m, seed, epsilon)[0]
 
   if blocks:
-    return clusters.in_blocks(greedy, x, pool.ids, budget, blocks, seed)
+    return clusters.in_blocks(greedy, x, pool.ids, budget, blocks, seed, check)
+  check(len(x), budget)
   rows = greedy(x, pool.ids, budget, None)
   return clusters.in_order(rows, len(x))
 
@@ -357,7 +362,7 @@ def dpp(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
   Args:
     seed: of the blocks, else unused.
     pool: `pool.embedding` [N, R, E]; the column that `quality` names.
-    budget: M; N x M is at most 10^9 (in blocks: of one block).
+    budget: M; N x M is at most 10^9 (in blocks: of the largest).
     pair: which vector stands for a pair; see `rows.vectors`.
     metric: "cosine", "centred" or "euclidean".
     quality: "" for none, or a column [N, R], "reward" for instance.
@@ -371,10 +376,17 @@ def dpp(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
     it left unexplained (in blocks: 1 down to 1/M, 0 for the others).
   """
   x = rows_lib.vectors(pool, pair, metric)
-  rows_lib.refuse_above(
-      len(x) * budget / max(blocks, 1)**2, DPP_NUMBERS,
-      "dpp keeps N x M numbers, and N x M",
-      "set config.select.kwargs.blocks to run it inside clusters")
+
+  def check(n, m):
+    n = np.float64(n)
+    rows_lib.refuse_above(
+        np.max(n * m), DPP_NUMBERS, "dpp keeps N x M numbers, and N x M",
+        clusters.BLOCKS)
+    rows_lib.refuse_long(np.sum(n * m**2 + 2 * n * m * x.shape[1]), "dpp",
+                         clusters.BLOCKS, host=True)
+
+  if not blocks:
+    check(len(x), budget)
   q = np.ones(len(x))
   if quality:
     value = one_side(column(pool, quality), side)
@@ -389,5 +401,7 @@ def dpp(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
     return clusters.in_blocks(
         lambda part, ids, m, rows: greedy_map(part, q[rows], ids, m,
                                               bandwidth)[0],
-        x, pool.ids, budget, blocks, seed)
+        x, pool.ids, budget, blocks, seed, check)
+  if not budget:
+    return clusters.in_order([], len(x))
   return Selection(*greedy_map(x, q, pool.ids, budget, bandwidth))

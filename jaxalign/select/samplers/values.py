@@ -73,9 +73,25 @@ def one_side(value: np.ndarray, side: str,
 
 def quantiles(value: np.ndarray) -> np.ndarray:
   """[N] -> [N] ranks from 0.5/N to 1 - 0.5/N; equal values share their mean."""
+  return _twice_ranks(value) / (2 * len(value))
+
+
+def _twice_ranks(value: np.ndarray) -> np.ndarray:
+  """[N] int64, twice the rank from 0.5 that equal values share: no rounding."""
   _, inverse, counts = np.unique(value, return_inverse=True,
                                  return_counts=True)
-  return ((np.cumsum(counts) - counts / 2)[inverse]) / len(value)
+  return (2 * np.cumsum(counts) - counts)[inverse]
+
+
+def from_middle(twice: np.ndarray | int, n: int) -> np.ndarray:
+  """Minus how far ranks of n rows are from the median's, as a share of n.
+
+  Args:
+    twice: whole numbers, twice the rank from 0.5: rows that are as far below
+      the median as others above it score exactly what those do.
+    n: above 0.
+  """
+  return -np.abs(twice - n) / (2 * n)
 
 
 def directed(value: np.ndarray, direction: str) -> np.ndarray:
@@ -92,7 +108,7 @@ def directed(value: np.ndarray, direction: str) -> np.ndarray:
                       f"{', '.join(DIRECTIONS)}; set "
                       "config.select.kwargs.direction")
   if direction == "middle":
-    return -np.abs(quantiles(value) - 0.5)
+    return from_middle(_twice_ranks(value), len(value))
   return value if direction == "top" else -value
 
 
