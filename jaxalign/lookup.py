@@ -85,7 +85,7 @@ def edition(name: str) -> dict[str, str]:
 
 
 def given(found: Callable[..., Any]) -> dict[str, Any]:
-  """The keywords that are bound to what `lookup` returned, or to its `terms`."""
+  """The keywords bound to what `lookup` returned, or to its `terms`."""
   if isinstance(found, functools.partial):
     return given(found.func) | found.keywords
   return {name: value for term in getattr(found, "terms", ())

@@ -12,7 +12,8 @@ def choose() -> None:
 
   The newer ones take two and a half times as long. A flag that a version does
   not know ends the process, so one is asked, unless the flag stands already;
-  what it starts inherits the answer. JAXALIGN_TEST_EMITTERS=new compiles as users do.
+  what it starts inherits the answer. JAXALIGN_TEST_EMITTERS=new compiles as
+  users do.
   """
   flags = os.environ["XLA_FLAGS"]
   if os.environ.get("JAXALIGN_TEST_EMITTERS") == "new":

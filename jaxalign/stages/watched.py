@@ -233,8 +233,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   liked) answers; "accuracy", the share of pairs whose chosen one has the larger
   r, "ties" apart, as in training: 0 and 1 before the first update; "margin",
   the mean of r chosen - r rejected. Of thumbs a pair is any liked answer
-  beside any disliked one. "loss" is that of the rows as one batch, without
-  config.loss.sft_weight.
+  beside any disliked one. "loss" is that of the rows as one batch.
 
   Raises:
     ConfigError: thumbs of one label where config.train.best needs both.

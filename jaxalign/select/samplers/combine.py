@@ -15,8 +15,8 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxalign import lookup
 from jaxalign.errors import ConfigError, JaxalignError
-from jaxalign.lookup import lookup
 from jaxalign.select.pool import SHAPES, Pool, Selection
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import basic
@@ -297,13 +297,13 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
   Raises:
     ConfigError: an unknown name, step or keyword.
   """
-  *steps, last = _parts(name, "|")
-  found = [lookup(SAMPLERS, part, "sampler", knob)
-           for part in _parts(last, "*")]
-  for part, one in zip(_parts(last, "*"), found):
+  *steps, last = lookup.parts(name, "|")
+  found = [lookup.lookup(SAMPLERS, part, "sampler", knob)
+           for part in lookup.parts(last, "*")]
+  for part, one in zip(lookup.parts(last, "*"), found):
     if not hasattr(one, "needs"):
-      raise ConfigError(f"sampler {part!r} does not say what it reads; mark the "
-                        "function with jaxalign.select.pool.needs, or set "
+      raise ConfigError(f"sampler {part!r} does not say what it reads; mark "
+                        "the function with jaxalign.select.pool.needs, or set "
                         f"config.{knob}")
     if columns := [v for v in getattr(one, "keywords", {}).values()
                    if isinstance(v, str) and v in SHAPES]:
@@ -318,21 +318,9 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
 
 def links(name: str) -> tuple[list[str], list[str]]:
   """The steps of a chain and its samplers, by their bare names."""
-  *steps, last = _parts(name, "|")
+  *steps, last = lookup.parts(name, "|")
   bare = lambda text: text.partition("(")[0].strip()
-  return [bare(s) for s in steps], [bare(s) for s in _parts(last, "*")]
-
-
-def _parts(text: str, mark: str) -> list[str]:
-  """The text cut at a mark, but not inside brackets."""
-  out, depth = [""], 0
-  for letter in text:
-    depth += (letter in "([{") - (letter in ")]}")
-    if letter == mark and not depth:
-      out.append("")
-    else:
-      out[-1] += letter
-  return [part.strip() for part in out]
+  return [bare(s) for s in steps], [bare(s) for s in lookup.parts(last, "*")]
 
 
 def _step(text: str) -> dict[str, Any]:
