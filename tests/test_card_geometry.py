@@ -438,3 +438,7 @@ def test_overlaps_and_alternatives():
   assert all(len(rows) == 20 for rows in found.values())
   assert card.about("random").startswith("Uniformly drawn rows")
   assert card.about("mine:own") == ""
+  assert card.about("gate(column=reward) | random() * mine:own").startswith(
+      "Uniformly drawn rows")
+  assert "length" not in card.alternatives(
+      pool, 20, "dedup(threshold=0.9) | length(direction=low) * random")

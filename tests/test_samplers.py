@@ -299,3 +299,17 @@ def test_a_quota_is_rounded_to_the_nearest_row(quota, liked):
   assert label[rows].sum() == liked
   with pytest.raises(ConfigError, match="5 desirable rows, the pool has 4"):
     basic.top_with_quota(np.arange(10.0), pool, 5, 1.0)
+
+
+@pytest.mark.parametrize("rows,score,said", [
+    ([0, 1, 1], np.zeros(5), "1 rows twice"), ([0, 1], np.zeros(5), "shape"),
+    ([0, 1, 5], np.zeros(5), "rows from 0 to 5"),
+    ([-1, 1, 2], np.zeros(5), "rows from -1 to 2"),
+    ([0.0, 1.0, 2.0], np.zeros(5), "float64"),
+    ([0, 1, 2], np.zeros(4), "score of shape"),
+    ([0, 1, 2], np.array([0, 1, np.nan, 2, 3]), "1 numbers not finite")])
+def test_what_a_sampler_of_one_s_own_returns_is_looked_at(rows, score, said):
+  with pytest.raises(ConfigError, match=f"'mine' returned .*{said}.*wanted 3"):
+    pools.checked(pools.Selection(np.array(rows), score), 5, 3, "mine")
+  good = pools.Selection(np.array([4, 0, 2]), np.arange(5.0))
+  assert pools.checked(good, 5, 3, "mine") is good

@@ -62,6 +62,37 @@ class Selection(NamedTuple):
   notes: tuple[str, ...] = ()  # what a person should know; on the card
 
 
+def checked(found: Selection, n: int, budget: int, name: str) -> Selection:
+  """What a sampler returned, if it is what one returns.
+
+  Args:
+    found: of the sampler.
+    n: N, rows of the pool.
+    budget: M, rows that were asked for.
+    name: of the sampler, for the message.
+
+  Raises:
+    ConfigError: not M different rows of the pool, or a score that is not of
+      all N rows and finite.
+  """
+  rows, score = np.asarray(found.rows), np.asarray(found.score)
+  wrong = ""
+  if rows.shape != (budget,) or rows.dtype.kind not in "iu":
+    wrong = f"rows of shape {rows.shape} and dtype {rows.dtype}"
+  elif budget and not 0 <= rows.min() <= rows.max() < n:
+    wrong = f"rows from {rows.min()} to {rows.max()}"
+  elif len(np.unique(rows)) < budget:
+    wrong = f"{budget - len(np.unique(rows))} rows twice"
+  elif score.shape != (n,) or not np.isfinite(score).all():
+    wrong = (f"a score of shape {score.shape} with "
+             f"{int((~np.isfinite(score)).sum())} numbers not finite")
+  if wrong:
+    raise ConfigError(f"sampler {name!r} returned {wrong}, wanted {budget} "
+                      f"different rows of {n} and a finite score of each of "
+                      f"the {n}; mend it, or set config.select.sampler")
+  return found
+
+
 def make_pool(ids: Any, columns: dict[str, Any]) -> Pool:
   """Sorts rows and columns by id.
 

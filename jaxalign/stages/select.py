@@ -11,7 +11,7 @@ from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import edition
 from jaxalign.select import card as cards
-from jaxalign.select.pool import Pool
+from jaxalign.select.pool import Pool, checked
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns as columns_lib
@@ -45,8 +45,9 @@ def run_select(job: Job, arm: Arm) -> None:
     chosen = []
     for values in fits:
       extra = {} if values is None else dict(log_likelihood=values)
-      chosen.append(sampler(arm.seed, Pool(ids, columns | extra), budget,
-                            **kwargs))
+      chosen.append(checked(
+          sampler(arm.seed, Pool(ids, columns | extra), budget, **kwargs), n,
+          budget, arm.sampler))
     selection, diagnostics = chosen[0], {}
     if uses_mixture:
       diagnostics = artifacts.read_json(

@@ -23,7 +23,7 @@ from jaxalign.select.card.fits import (
     normalised_mutual_information, stability)
 from jaxalign.select.card.rows import ranks, reasons
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers import SAMPLERS, combine
 from jaxalign.select.topk import id_hash
 
 __all__ = ("about", "alternatives", "auc", "component_labels", "examine",
@@ -127,14 +127,14 @@ def alternatives(pool: Pool, budget: int, sampler: str = "", seed: int = 0
   Args:
     pool: all columns at hand.
     budget: M.
-    sampler: the one in use; left out.
+    sampler: the one in use, or the chain; its samplers are left out.
     seed: of draws; the sampler's own plus one, so that `random` is another
       draw.
   """
-  out = {}
+  out, own = {}, combine.links(sampler)[1]
   for name in ALTERNATIVES:
     one = SAMPLERS[name]
-    if (name == sampler or not set(one.needs) <= set(pool.columns) or
+    if (name in own or not set(one.needs) <= set(pool.columns) or
         (one.pairs and np.ndim(pool.length) > 1 and
          np.shape(pool.length)[1] != 2)):
       continue
@@ -146,9 +146,9 @@ def alternatives(pool: Pool, budget: int, sampler: str = "", seed: int = 0
 
 
 def about(sampler: str) -> str:
-  """The first sentence of what a sampler says of itself; "" if unknown."""
-  found = SAMPLERS.get(sampler)
-  return (inspect.getdoc(found) or "").split("\n")[0] if found else ""
+  """The first sentence of what each sampler of a chain says of itself."""
+  known = [SAMPLERS[n] for n in combine.links(sampler)[1] if n in SAMPLERS]
+  return " ".join((inspect.getdoc(x) or "").split("\n")[0] for x in known)
 
 
 def examine(pool: Pool, selection: Selection,
