@@ -204,8 +204,9 @@ def pool_of(case: Case, name: str, texts: dict, columns: dict) -> tuple:
   n = len(at)
   table = {}
   for key, value in columns.items():
-    other = key.startswith("other_")
-    if other == (name == "other") or "other_" + key not in columns:
+    # Two models' columns: a case reads those of one.
+    if key.startswith("other_") == (name == "other") or not (
+        key.startswith("other_") or "other_" + key in columns):
       table[key.removeprefix("other_")] = value[at]
   group = np.array(case.prompt)
   ids = np.array([f"{i * 7919 % n:05d}" for i in range(n)])
