@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import types
 
@@ -320,7 +321,9 @@ def test_a_profile_is_begun_and_ended_wherever_a_run_is(alone, tmp_path):
   with pytest.raises(Killed):
     run(alone, tmp_path, at, trace=(2, 6))
   assert traces() == 1
+  shutil.rmtree(tmp_path / "profile")
   assert run(alone, tmp_path, trace=(2, 100)).step == UPDATES  # from 4
+  assert traces() == 1
   jax.profiler.start_trace(str(tmp_path / "another"))
   jax.profiler.stop_trace()
 
