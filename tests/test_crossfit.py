@@ -923,6 +923,17 @@ def test_rows_without_words_are_copies_and_links_are_named_by_the_first():
       alike.joined(name, np.array([0, 0, 1, 2, 2])), ["b", "b", "c", "a", "a"])
 
 
+def test_copies_among_many_rows_are_found():
+  rng = np.random.default_rng(0)
+  base = rng.random((3000, 1, 256)) < 0.05
+  code = alike.copies(np.uint8(np.concatenate([base, base[::10]])))
+  np.testing.assert_array_equal(code[3000:], code[:3000:10])
+  assert len(set(code)) > 2990
+  same = np.zeros((20_000, 1, 8), np.uint8)  # more than are compared at once
+  same[:, 0, 3] = 1
+  assert len(set(alike.copies(same))) == 1
+
+
 def test_copies_among_the_kept_are_told_above_a_fifth_and_twice_the_usual():
   grams_ = np.eye(40, 64, dtype=np.uint8)[:, None].repeat(1, axis=1)
   grams_[1:9] = grams_[0]  # rows 0 to 8 are copies
