@@ -760,3 +760,190 @@ def test_fewer_rows_than_columns_lose_nothing(mesh):
   np.testing.assert_allclose(value, s[:30]**2 / 300, rtol=1e-5)
   np.testing.assert_allclose(np.abs(got), np.abs(u[:, :30] * s[:30]),
                              atol=1e-3 * s[0])
+
+
+# What is said of habits, by hand.
+
+
+def test_a_slice_is_told_at_two_standard_errors_and_at_half_its_share():
+  """Of 100 rows of "a" the heads agree with `right`, `got` of 50 are kept."""
+  code = np.repeat([0, 1, 2], [100, 260, 40])  # the last has too few for a note
+
+  def told(right, got, **kwargs):
+    agrees = np.ones(400, bool)
+    agrees[right:100] = False
+    kept = np.r_[:got, 100:150 - got]
+    return habits.slice_notes(code, ["a", "b", "c"], "source", agrees, kept,
+                              **dict(own=set(), proportional=False) | kwargs)
+
+  # 0.40 is 2.04 standard errors below a half, 0.41 is 1.83.
+  assert told(41, 13) == [] and len(told(40, 13)) == 1
+  assert told(39, 13) == [
+      "warning: source 'a' (25.0 % of rows): shared heads agree with 39.0 % of "
+      "its labels, and it is 26.0 % of what is kept: it may prefer otherwise, "
+      "and the majority is followed; set config.select.kwargs.slices to "
+      "'source'"]
+  assert told(39, 13, proportional=True)[0].endswith("majority is followed")
+  # A quarter of the rows: 6 of 50 is less than half of that, 7 is not.
+  assert told(90, 7) == [] and len(told(90, 6)) == 1
+  assert told(90, 6, proportional=True) == []
+  assert told(39, 10, own={0}) == [
+      "source 'a' (25.0 % of rows): shared heads agree with 39.0 % of its "
+      "labels, heads of its own judge it; 20.0 % of what is kept"]
+  assert all("'a'" in note for note in told(39, 13, own={2}))
+  many = np.arange(1000) // 50
+  assert len(habits.slice_notes(many, list("abcdefghijklmnopqrst"), "x",
+                                np.zeros(1000, bool), np.arange(50), set(),
+                                True)) == 8
+
+
+def test_length_is_warned_of_from_a_fifth_of_the_gain():
+  warned = lambda lost, loss, cut=False: habits.length_note(
+      (lost, 0.6), loss, 0.7, 0.69, cut)
+  assert warned(0.651, 0.49) == []  # 0.039 of 0.2
+  assert warned(0.649, 0.49)[0].startswith(
+      "warning: length alone predicts 60.0 % of labels, the heads 70.0 % "
+      "(0.041 of 0.200 nats below chance)")
+  assert warned(0.649, 0.49, cut=True) == []
+  # Of heads that gain little too, but not of a chance finding.
+  assert warned(0.688, 0.685) == [] and warned(0.686, 0.685)
+
+
+def test_gaps_in_length_and_equal_lengths():
+  value = np.array([[5., 2], [1, 4], [9, 1]])
+  assert habits.gap(value, None, np.array([0, 1])) == 0.0
+  assert habits.gap(value, None, np.array([0, 2])) == 5.5
+  label, one = np.array([True, False, True]), value[:, :1]
+  assert habits.gap(one, label, np.arange(3)) == 7 - 1
+  assert habits.gap(one, label, np.array([1, 2])) == 8
+  for rows in ([0, 2], [1]):
+    assert math.isnan(habits.gap(one, label, np.array(rows)))
+  # Half of the pairs are as long; of the others longer ones are chosen.
+  x = np.repeat([0.0, 1.0], 50)[:, None]
+  loss, right = habits.alone(x, np.ones(100), np.arange(100) % 5)
+  assert right == 0.75 and loss < 0.5
+
+
+def test_single_responses_differ_from_their_prompt_or_from_the_lone():
+  value = np.array([[[1.]], [[3.]], [[5.]], [[7.]], [[10.]], [[4.]]])
+  group = np.array(["p", "lone", "p", "alone", "q", "q"])
+  got = habits.differences(value, group)
+  np.testing.assert_array_equal(got[:, 0], [-2, -2, 2, 2, 3, -3])
+  assert got.dtype == np.float32
+  pairs = habits.differences(np.array([[[3.], [1.]], [[2.], [9.]]]),
+                             np.array(["p", "p"]))
+  np.testing.assert_array_equal(pairs, [[2], [-7]])
+
+
+def test_rows_that_a_quota_passes_over_come_down_to_the_lowest_kept():
+  score = np.array([5., 1., 4., 0.5, 3.])
+  got = crossfit._lowered(score, np.array([1, 3, 4]))
+  # 5 comes down to 0.5, and the rest of what is left out with it.
+  np.testing.assert_array_equal(got, [0.5, 1, -0.5, 0.5, 3])
+  high = crossfit._lowered(score, np.array([0, 2, 4]))  # nothing to lower
+  np.testing.assert_array_equal(high, score)
+  np.testing.assert_array_equal(crossfit._lowered(score, np.arange(5)), score)
+
+
+def test_thumbs_and_a_lone_source_are_spoken_of_as_such():
+  pool, _ = world(thumbs=True)
+  one = with_columns(pool, source=np.full(len(pool.ids), "web"))
+  got = SAMPLERS["crossfit_lite"](0, one, 300)
+  liked = pool.label[got.rows]
+  length = pool.length[got.rows, 0]
+  by = length[liked].mean() - length[~liked].mean()
+  assert any(n.startswith("liked answers are longer than disliked ones by "
+                          f"{by:+.2f} tokens among the kept, ")
+             for n in got.notes)
+  assert not any("source" in note for note in got.notes)
+
+
+def test_more_copies_than_are_wanted_come_after_all_others():
+  pool, _ = world(n=400)
+  grams_ = pool.grams.copy()
+  grams_[:200] = np.repeat(grams_[:200:4], 4, axis=0)
+  copied = with_columns(pool, grams=grams_)
+  plain = SAMPLERS["crossfit_lite"](0, copied, 400)
+  got = SAMPLERS["crossfit_lite"](0, copied, 400, copies=2)
+  code = alike.copies(grams_)
+  place = np.zeros(400, int)  # among the copies of a row, in order of choice
+  seen = {}
+  for row in got.rows:
+    place[row] = seen[code[row]] = seen.get(code[row], -1) + 1
+  later = place[got.rows] >= 2
+  assert later.sum() >= 100 and not later[:400 - later.sum()].any()
+  assert got.score[place >= 2].max() < got.score[place < 2].min()
+  assert plain.rows.size == got.rows.size
+  assert any(f"{later.sum()} rows have 2 near-copies or more" in n
+             for n in got.notes)
+
+
+# What has nothing in it.
+
+
+def test_heads_of_no_columns_rows_or_folds():
+  for width in (0, 3):
+    got, value = heads.principal(np.zeros((4, width), np.float32))
+    assert got.shape == (4, 0) and value.shape == (0,)
+  one = heads.scaled(np.array([[1.], [-2.], [3.]]))
+  got, value = heads.principal(one)
+  np.testing.assert_allclose(np.abs(got), np.abs(one), rtol=1e-6)
+  np.testing.assert_allclose(value, [1], rtol=1e-6)
+  # Rows whose fold has no others: no margin, and the loss of knowing nothing.
+  x, y = signed_rows(6, n=20)
+  margin, loss, b = heads.out_of_fold(x, y, np.zeros(20, int), 0.1)
+  assert not margin.any() and b is None
+  np.testing.assert_allclose(loss, math.log(2))
+  # A single class in the other folds: log-odds of 999 to one.
+  y = np.where(np.arange(20) < 10, 1.0, -1.0)
+  _, loss, _ = heads.out_of_fold(np.zeros((20, 2)), y, np.arange(20) // 10, 1.0)
+  np.testing.assert_allclose(loss, math.log(1000), rtol=1e-6)
+  # Columns of zeros stay that; the others have root mean square 1.
+  np.testing.assert_array_equal(heads.scaled(np.array([[0., 3], [0, 4]]))[:, 0],
+                                [0, 0])
+
+
+def test_rows_without_words_are_copies_and_links_are_named_by_the_first():
+  grams_ = np.zeros((5, 1, 64), np.uint8)
+  grams_[1, 0, :6] = grams_[3, 0, 2:10] = 1  # 4 of 10 shared
+  grams_[4, 0, :9] = 1  # 6 of 9 with the one, 7 of 10 with the other
+  code = alike.copies(grams_[[0, 1, 2, 3]])
+  assert code[0] == code[2] and len(set(code)) == 3
+  assert alike.copies(grams_[:0]).shape == (0,)
+  assert alike.in_copies(np.zeros(0, np.int64)) == 0.0
+  # Two of four words shared is just alike enough, where two rows meet.
+  half = np.zeros((60, 1, 120), np.uint8)
+  for i in range(30):
+    half[2 * i, 0, 4 * i:4 * i + 3] = 1
+    half[2 * i + 1, 0, 4 * i + 1:4 * i + 4] = 1
+  assert 30 <= len(set(alike.copies(half))) < 50
+  assert len(set(alike.copies(half, alike=0.51))) == 60
+  name = np.array(["d", "b", "c", "a", "e"])
+  np.testing.assert_array_equal(
+      alike.joined(name, np.array([0, 0, 1, 2, 2])), ["b", "b", "c", "a", "a"])
+
+
+def test_copies_among_many_rows_are_found():
+  rng = np.random.default_rng(0)
+  base = rng.random((3000, 1, 256)) < 0.05
+  code = alike.copies(np.uint8(np.concatenate([base, base[::10]])))
+  np.testing.assert_array_equal(code[3000:], code[:3000:10])
+  assert len(set(code)) > 2990
+  same = np.zeros((20_000, 1, 8), np.uint8)  # more than are compared at once
+  same[:, 0, 3] = 1
+  assert len(set(alike.copies(same))) == 1
+
+
+def test_copies_among_the_kept_are_told_above_a_fifth_and_twice_the_usual():
+  grams_ = np.eye(40, 64, dtype=np.uint8)[:, None].repeat(1, axis=1)
+  grams_[1:9] = grams_[0]  # rows 0 to 8 are copies
+  pool = pools.Pool(np.array([f"{i:02d}" for i in range(40)]),
+                    dict(grams=grams_))
+  kept = lambda k: np.r_[:k, 20:40 - k]  # of 20 rows
+  alone = np.arange(20, 40)
+  assert alike.notes(pool, kept(4), alone) == []  # a fifth
+  assert alike.notes(pool, kept(5), alone)[0].startswith(
+      "warning: 25.0 % of the kept rows have a near-copy among them, of random "
+      "rows 0.0 %")
+  assert alike.notes(pool, kept(8)[::-1], kept(4)) == []  # twice
+  assert alike.notes(pool, kept(9)[::-1], kept(4))

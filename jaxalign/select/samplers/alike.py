@@ -28,7 +28,7 @@ def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
     grams: [N, R, W] counts, see `select.grams`.
     alike: from 0 to 1.
   """
-  has = grams.reshape(len(grams), -1, grams.shape[-1]).any(axis=1)
+  has = grams.any(axis=1)
   has = np.concatenate([has, ~has.any(axis=1)[:, None]], axis=1)  # no word
   n, width = has.shape
   if not n:
