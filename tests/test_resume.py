@@ -54,6 +54,19 @@ def at_call(monkeypatch, holder, name, at, act):
   return calls
 
 
+def at_write(monkeypatch, at, act):
+  """`at_call` of the n-th write, whole or at the end of the log."""
+  calls = []
+  for holder, name in ((artifacts, "write_bytes"), (loop, "_append")):
+    def hooked(path, data, real=getattr(holder, name)):
+      calls.append(path)
+      if len(calls) == at:
+        act()
+      return real(path, data)
+    monkeypatch.setattr(holder, name, hooked)
+  return calls
+
+
 def stop(*_):
   raise jobs.Stop
 
@@ -98,14 +111,14 @@ def test_killed_three_times_and_gone_on_from(tmp_path):
 def test_killed_at_each_write_of_sft(before_sft, monkeypatch):
   """The log, a checkpoint, its digests, the card: wherever, nothing is lost."""
   work = before_sft
-  calls = at_call(monkeypatch, artifacts, "write_bytes", 0, None)
+  calls = at_write(monkeypatch, 0, None)
   assert jobs.run(work).code == 0
   monkeypatch.undo()
   sft = [i for i, path in enumerate(calls) if "/sft/" in str(path)]
   assert sft == list(range(8))  # card, (log, digests) of 3 saves, card
   for at in sft:
     jobs.unfinish(work, "", "sft")
-    at_call(monkeypatch, artifacts, "write_bytes", at + 1, stop)
+    at_write(monkeypatch, at + 1, stop)
     assert jobs.run(work).code is None
     monkeypatch.undo()
     ended = jobs.run(work)

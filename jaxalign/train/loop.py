@@ -42,6 +42,16 @@ def _text(lines: Iterable[dict[str, Any]]) -> bytes:
   return "".join(json.dumps(x, sort_keys=True) + "\n" for x in lines).encode()
 
 
+def _append(path: epath.Path, data: bytes) -> None:
+  """Writes at the end of a local file."""
+  try:
+    with open(os.fspath(path), "ab") as file:
+      file.write(data)
+  except OSError as error:
+    raise WriteError(f"cannot write {path}: {error.strerror or error}; free "
+                     "space or permissions, or another --workdir") from error
+
+
 def _write_log(path: epath.Path, lines: list[dict[str, Any]], there: int
                ) -> None:
   """Writes the lines of a run, of which the first `there` are in the file.
@@ -52,13 +62,8 @@ def _write_log(path: epath.Path, lines: list[dict[str, Any]], there: int
   """
   if not there or "://" in str(path):  # object stores cannot append
     artifacts.write_bytes(path, _text(lines))
-    return
-  try:
-    with open(os.fspath(path), "ab") as file:
-      file.write(_text(lines[there:]))
-  except OSError as error:
-    raise WriteError(f"cannot write {path}: {error.strerror or error}; free "
-                     "space or permissions, or another --workdir") from error
+  else:
+    _append(path, _text(lines[there:]))
 
 
 def _write_diverged(folder: epath.Path, lines: list[dict[str, Any]],
