@@ -258,11 +258,10 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
                       ) from error
 
 
-def links(name: str) -> tuple[list[str], list[str]]:
-  """The steps of a chain and its samplers, by their bare names."""
+def links(name: str) -> tuple[list[dict[str, Any]], list[str]]:
+  """The steps of a chain, as `compose` takes them, and its samplers' texts."""
   *steps, last = _parts(name, "|")
-  bare = lambda text: text.partition("(")[0].strip()
-  return [bare(s) for s in steps], [bare(s) for s in _parts(last, "*")]
+  return [_step(text) for text in steps], _parts(last, "*")
 
 
 def _parts(text: str, mark: str) -> list[str]:
