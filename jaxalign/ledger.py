@@ -2,12 +2,16 @@
 
 Operations are floating-point multiply-adds times two, counted from the rows
 that ran; padding and recomputation are not counted. An arm's cost is what it
-would cost alone: selection (embedding every row and fitting) only where its
-sampler needs it, the reference's forward pass over its rows where no
-embedding pass has already given it, and the training.
+would cost alone: selection (embedding every row and fitting, only where its
+sampler needs it, and the sampler's own work), the reference's forward pass
+over its rows where no embedding pass has already given it, and the training.
 """
 
-from typing import Any
+import contextlib
+import threading
+from typing import Any, Iterator
+
+import jax
 
 from jaxalign.artifacts import Card, Cost
 
@@ -16,11 +20,65 @@ SELECTION = ("embed", "residual", "alone", "ask", "rewards", "proxy",
 
 
 def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
-  """One line a stage: what ran, for which arm, and what it took."""
+  """One line a stage: what ran, for which arm, and what it took.
+
+  With "held" and "device" where the stage was `watched`.
+  """
   return [dict(stage=stage, arm=arm, operations=card.cost.operations,
                tokens=card.cost.tokens, seconds=card.cost.seconds,
                bytes=card.cost.bytes, skipped=card.skipped)
+          | {name: card.result[name] for name in ("held", "device")
+             if name in card.result}
           for (arm, stage), card in cards.items()]
+
+
+def _resident() -> int:
+  """Bytes of this process in memory; 0 where the system does not say."""
+  try:
+    with open("/proc/self/statm", encoding="ascii") as file:
+      return int(file.read().split()[1]) * 4096
+  except OSError:
+    return 0
+
+
+def _placed() -> int | None:
+  """Bytes in use on this process's devices; None where they do not say."""
+  found = [(d.memory_stats() or {}).get("bytes_in_use")
+           for d in jax.local_devices()]
+  return None if None in found else sum(found)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, int | None]]:
+  """What a piece of work adds to memory at its largest moment.
+
+  Looked at every 10 ms: shorter peaks are missed, and memory that was freed
+  before and is used again does not show.
+
+  Yields:
+    {"held": bytes of the process, "device": bytes on its devices, None where
+    those do not say}; filled at the end.
+  """
+  out, over = {"held": 0, "device": None}, threading.Event()
+  start = _resident(), _placed()
+
+  def look():
+    out["held"] = max(out["held"], _resident() - start[0])
+    if start[1] is not None:
+      out["device"] = max(out["device"] or 0, _placed() - start[1])
+
+  def watch():
+    while not over.wait(0.01):
+      look()
+
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  try:
+    yield out
+    look()
+  finally:
+    over.set()
+    thread.join()
 
 
 def arm_operations(*, stages: dict[str, int], reference: int, ref_logps: int,
@@ -29,7 +87,7 @@ def arm_operations(*, stages: dict[str, int], reference: int, ref_logps: int,
 
   Args:
     stages: of every stage over the whole pool that the sampler's columns
-      come from, and that those stages read.
+      come from, of those that they read, and of the arm's own choice.
     reference: of a reference pass over the arm's own rows; nothing where the
       embedding pass (same weights, same rows) has given these numbers.
     ref_logps: of the mismatched rows (KTO).

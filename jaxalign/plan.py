@@ -27,6 +27,7 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
 from jaxalign.stages import proxies
 from jaxalign.stages import scores
+from jaxalign.stages import select
 from jaxalign.stages import watched
 from jaxalign.train import feed
 from jaxalign.train import stats
@@ -75,6 +76,8 @@ class Line(NamedTuple):
   unit: str  # of the count
   operations: float
   seconds: float
+  held: int | None = None  # bytes on the host, where they are known
+  device: int | None = None  # bytes on all devices
 
 
 def _model(c: Any) -> decoder.ModelConfig:
@@ -100,9 +103,9 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
   one = lambda split: decoder.operations(m, int(tokens[split]))
   out = []
 
-  def add(stage, count, unit, operations, arm="", seconds=None):
-    out.append(Line(stage, arm, count, unit, operations,
-                    operations / rate if seconds is None else seconds))
+  def add(stage, count, unit, operations, arm="", seconds=None, **held):
+    out.append(Line(stage, arm, count, unit, operations, operations / rate
+                    if seconds is None else seconds, **held))
 
   if not c.model.checkpoint:
     add("sft", c.sft.updates, "updates",
@@ -142,8 +145,10 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     kept = budget_rows(arm.budget, rows["pool"], c.train.batch_size)
     if (cost := sampling(job, arm, rows["pool"], chosen, m)) is not None:
       add("select", rows["pool"], "rows", cost.operations, arm.name,
-          cost.operations / (rate if cost.device else RATES["cpu"])
-          + cost.read / READING + rows["pool"] * SECONDS_A_ROW)
+          cost.on_host / RATES["cpu"]
+          + (cost.operations - cost.on_host) / rate
+          + cost.read / READING + rows["pool"] * SECONDS_A_ROW,
+          held=cost.held, device=cost.device)
     updates = updates_of(c, arm, kept, rows["pool"])
     forward = updates * c.train.batch_size * r * one("pool")
     online = c.train.reference == "online"  # the reference's pass is align's
@@ -186,10 +191,7 @@ def _tuning(c: Any, m: decoder.ModelConfig, pairs: int, t: int, models: int,
 def sampling(job: Job, arm: Arm, pool: int, chosen: embedder.Embedder,
              m: decoder.ModelConfig) -> costs.Estimate | None:
   """What an arm's sampler takes; None for one that says nothing."""
-  return costs.of(arm.sampler, costs.Pool(
-      pool, chosen.model.width,
-      budget_rows(arm.budget, pool, job.c.train.batch_size),
-      2 if job.kind == "pairs" else 1, m.width))
+  return select.estimate(job, arm, pool, chosen.model.width, m.width)
 
 
 def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
@@ -197,7 +199,8 @@ def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
   """The ledger's lines with what was predicted for them, where it was.
 
   Predicted from the sizes that the data turned out to have, at the assumed
-  rate of the devices: `predicted_operations` and `predicted_seconds`.
+  rate of the devices: `predicted_operations` and `predicted_seconds`, and of
+  a choice `predicted_held` and `predicted_device`, bytes.
   """
   splits = {n: job.tokens(n) for n in ("sft", "pool", "held_out")}
   rows = {n: len(job.column(n, "id")) for n in splits}
@@ -208,7 +211,9 @@ def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
     was = found.get((line["stage"], line["arm"]))
     out.append(line | (dict(
         predicted_operations=int(was.operations),
-        predicted_seconds=was.seconds) if was else {}))
+        predicted_seconds=was.seconds) if was else {}) | (dict(
+            predicted_held=was.held, predicted_device=was.device)
+            if was and was.held is not None else {}))
   return out
 
 

@@ -160,7 +160,8 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
       *columns.stages(job.c, job.kind, sampler),
       *["mixture"] * ("log_likelihood" in sampler.needs)])
   return ledger.arm_operations(
-      stages={stage: _spent(job, stage) for stage in read},
+      stages={stage: _spent(job, stage) for stage in read}
+      | dict(select=_spent(job, "select", arm.name)),
       # An embedder of its own: the pass over the kept rows is in ref_logps.
       # Computed at every update it is in align.
       reference=(0 if embedder.alone(job.c) or _online(job)

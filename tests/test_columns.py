@@ -389,7 +389,9 @@ def test_whole_jobs_of_every_score(tmp_path):
                 bees=("embed", "proxy", "rewards"),
                 external_margin=("rewards",))
   for name, stages in wanted.items():
-    assert arms[f"{name}-0.1-seed0"]["select"] == sum(
+    own, = [s["operations"] for s in summary["ledger"]["stages"]
+            if (s["stage"], s["arm"]) == ("select", f"{name}-0.1-seed0")]
+    assert own > 0 and arms[f"{name}-0.1-seed0"]["select"] == own + sum(
         spent[s] for s in stages), name
   # Only what embeds the pool has the reference's sums of the kept rows.
   assert arms["ifd-0.1-seed0"]["reference"] == 0

@@ -1,6 +1,7 @@
 """What samplers are said to cost, by the equations and by counted products."""
 
 import math
+import tracemalloc
 
 import jax
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 
 import pools as make_pools
 from jaxalign.select import costs
-from jaxalign.select.samplers import SAMPLERS, clusters, combine, density
-from jaxalign.select.samplers import geometric, submodular
+from jaxalign.select.samplers import SAMPLERS, clusters, combine, crossfit
+from jaxalign.select.samplers import density, geometric, heads
 from test_ledger import multiplied
 
 SIZES = [costs.Pool(5000, 64, 500, 2, 48), costs.Pool(30_000, 384, 900, 1, 48)]
@@ -80,18 +81,147 @@ def test_operations_are_the_products_of_the_programs():
   assert one == costs.of("k_center", p).operations
 
 
-def test_what_is_held_is_what_is_made():
+def test_what_is_placed_is_on_the_devices():
   p = costs.Pool(700, 8, 50)
-  x = np.random.default_rng(0).normal(size=(700, 8)).astype(np.float32)
-  kept = submodular._Coverage(x).columns.nbytes
-  assert costs.of("facility_location", p).held == x.nbytes + kept
   assert costs.of("facility_location", p).device == 0
-  # A DPP keeps N x M float64 beside float64 rows.
-  assert costs.of("dpp", p).held == (
-      x.nbytes + np.float64(x).nbytes + np.empty((50, 700)).nbytes)
-  placed = clusters.rows_lib.place(x)
+  assert costs.of("facility_location(exact=False)", p).device == 700 * 10 * 4
+  placed = clusters.rows_lib.place(np.zeros((700, 8), np.float32))
   assert costs.of("semdedup", p).device == 700 * 8 * 4 <= sum(
       t.nbytes for t in placed.tiles)
+  # Exact up to 20,000 rows of a block, and on the host; drawn above.
+  at = lambda n, **kwargs: costs.of("facility_location", costs.Pool(
+      n, 8, 50), **kwargs)
+  assert at(20_000).device == 0 and at(20_000).on_host == at(
+      20_000).operations
+  assert at(20_001).device == 20_001 * 40 and at(20_001).on_host == 0
+  # The 512 MiB of columns are kept by the exact form alone.
+  assert at(20_000).held > 2**29 and at(20_001).held < 2**23
+  assert at(40_000, blocks=4).on_host > 0
+
+
+# What is held: at most so many times what was said, and the other way.
+FACTOR = 2.5
+MEASURED = [(name, 4000, 64) for name in SAMPLERS if "crossfit" not in name]
+MEASURED += [
+    ("density(features=0)", 2000, 64), ("k_center(pair=concat)", 3000, 64),
+    ("herding(features=64)", 3000, 64), ("semdedup(clusters=8)", 4000, 64),
+    ("facility_location(exact=False)", 2000, 64),
+    ("facility_location", 2000, 256),
+    pytest.param("crossfit_lite", 1200, 64, marks=pytest.mark.slow),
+    ("dedup(threshold=0.9) | gate(column=reward, low=0.1) | isa", 4000, 64)]
+
+
+def held(name, n, e, d=64):
+  """Bytes that NumPy has at most at once, beside the columns; the estimate."""
+  pool = make_pools.make(2, n, width=8)
+  rng = np.random.default_rng(0)
+  pool = make_pools.with_columns(
+      pool, embedding=np.float32(rng.normal(size=(n, 2, e))),
+      residual=np.float32(rng.normal(size=(n, 2, d))),
+      grams=rng.poisson(0.05, size=(n, 2, 1024)).astype(np.uint8))
+  sampler = combine.named(name)
+  pool = pool._replace(columns={k: v for k, v in pool.columns.items()
+                                if k in sampler.needs})
+  sampler(0, pool, n // 20)  # compiles
+  tracemalloc.start()
+  try:
+    sampler(0, pool, n // 20)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  return peak, costs.of(name, costs.Pool(n, e, n // 20, 2, d)).held
+
+
+@pytest.mark.parametrize("name,n,e", MEASURED)
+def test_what_is_held_is_about_what_is_said(name, n, e, monkeypatch):
+  # The counts are read as they are, not as float64.
+  finite = crossfit.finite
+  monkeypatch.setattr(crossfit, "finite", lambda value, ids, what: (
+      value if what == "grams" else finite(value, ids, what)))
+  took, said = held(name, n, e)
+  assert 1 / FACTOR < took / said < FACTOR, (took, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("e,d", [(64, 64), (384, 320)])
+def test_crossfit_holds_about_what_is_said(e, d):
+  took, said = held("crossfit", 1500, e, d)
+  assert 1 / FACTOR < took / said < FACTOR, (took, said)
+
+
+@pytest.mark.parametrize("name", ["k_center", "herding", "dpp", "deita",
+                                  "facility_location"])
+def test_blocks_are_counted(name):
+  p = costs.Pool(16_000, 64, 1600, 2, 64)
+  whole, cut = costs.of(name, p), costs.of(f"{name}(blocks=8)", p)
+  assert cut == costs.of(name, p, blocks=8)
+  # k-means beside: 8 centres with 16,000 rows, ten times, and once more.
+  found = 2 * 8 * 64 * 11 * 16_000
+  parts = dict(dpp=16_000 * 1600**2 / 64 + 2 * 16_000 * 1600 * 64 / 8)
+  assert cut.operations == pytest.approx(
+      found + parts.get(name, whole.operations / 8))
+  assert cut.device >= 16_000 * 64 * 4
+  if name in ("dpp", "facility_location"):
+    assert cut.held < whole.held
+  took, said = held(f"{name}(blocks=8)", 4000, 64)
+  # The largest cluster may have twice the mean, and is said to.
+  assert took / said < FACTOR and took / said > 1 / (4 * FACTOR)
+
+
+def test_keywords_change_what_is_said():
+  p = SIZES[0]
+  of = lambda name, **kwargs: costs.of(name, p, **kwargs).operations
+  assert of("density(features=256)") * 4 == of("density")
+  assert of("density", features=0) == 2 * 5000**2 * 64
+  assert of("k_center", pair="concat") == 2 * of("k_center")
+  assert of("herding(features=96)") == 3 * of("herding")
+  assert of("facility_location(exact=False,epsilon=0.2)") == pytest.approx(
+      math.log(5) * of("facility_location"))
+  assert of("semdedup(clusters=1)") > 4 * of("semdedup")
+  assert of("dedup(clusters=1) | isa") > 4 * of("dedup | isa")
+
+
+def newtons(monkeypatch):
+  """What heads multiply while they are fitted: a list that fills."""
+  found, fit, solve = [], heads.fit, heads.scipy.linalg.solve
+
+  def counted_fit(x, *args, **kwargs):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(heads.scipy.linalg, "solve", lambda a, b, **k: (
+          found.append(2 * len(x) * len(a)**2), solve(a, b, **k))[1])
+      return fit(x, *args, **kwargs)
+  monkeypatch.setattr(heads, "fit", counted_fit)
+  return found
+
+
+@pytest.mark.parametrize("name,n", [
+    ("crossfit_lite", 900),
+    pytest.param("crossfit", 600, marks=pytest.mark.slow)])
+def test_heads_multiply_about_what_is_said(name, n, monkeypatch):
+  pool = make_pools.make(2, n, width=32)
+  rng = np.random.default_rng(0)
+  pool = make_pools.with_columns(pool, grams=rng.poisson(
+      0.3, size=(n, 2, 1024)).astype(np.uint8), group=pool.ids)
+  fits, turned = newtons(monkeypatch), []
+  principal = heads.principal
+  monkeypatch.setattr(heads, "principal", lambda x, columns=heads.COLUMNS: (
+      turned.append((*x.shape, columns)), principal(x, columns))[1])
+  SAMPLERS[name](0, pool, 30)
+  got = costs.of(name, costs.Pool(n, 32, 30, 2, 32))
+  rotations = sum(2 * a * w * (min(a, w) + c) for a, w, c in turned if w > c)
+  said = sum(sum(costs._rotated(a, w, c)) for a, w, c in turned if w > c)
+  assert said == rotations > 0
+  assert got.operations - rotations == pytest.approx(sum(fits), rel=1.0)
+  assert got.operations - rotations > sum(fits) / 2
+
+
+def test_wide_features_are_turned_on_the_devices():
+  lite = costs.of("crossfit_lite", costs.Pool(10_000, 64, 100, 2, 64))
+  # Both sides' counts, for `typical`; the products of 64 chunks of rows.
+  assert lite.device == 4 * 20_000 * 512 + 64 * 4 * 512**2
+  wide = costs.of("crossfit", costs.Pool(10_000, 4096, 100, 2, 4096))
+  assert wide.device == 4 * 20_000 * 4096 + 64 * 4 * 4096**2 < wide.held
+  assert 0 < wide.on_host < wide.operations
 
 
 @pytest.mark.parametrize("name", ["ifd", "k_center", "crossfit", "isa",
@@ -114,7 +244,8 @@ def test_a_chain_costs_the_sum_of_its_links():
   scores = one("random").operations
   assert got.operations == (one("semdedup").operations + scores
                             + one("k_center").operations)
-  assert got.held == max(one("semdedup").held, one("k_center").held)
+  # Rows that are left are copied, with all columns.
+  assert got.held == got.read + max(one("semdedup").held, one("k_center").held)
   assert got.read == one("k_center").read + 16 * p.n  # the gate's reward
   both = one("ask_llm * external_margin")
   assert both.operations == 2 * scores and both.read == 32 * p.n

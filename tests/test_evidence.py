@@ -223,9 +223,11 @@ def test_a_plateau_end_to_end(tmp_path):
   assert [w for w in fit["words"] if "Parts of 10 % and more" in w]
   costs = load(tmp_path / "summary.json")["ledger"]
   embedding, = [x["operations"] for x in costs["stages"]
-                if x["stage"] == "embed"]  # all that random rows leave
+                if x["stage"] == "embed"]  # all but the draws themselves
+  drawn = [x["operations"] for x in costs["stages"] if x["stage"] == "select"]
+  assert drawn == [8 * 160 * 2] * len(drawn)
   assert costs["selection_share"] == pytest.approx(
-      embedding / sum(x["operations"] for x in costs["stages"]))
+      (embedding + sum(drawn)) / sum(x["operations"] for x in costs["stages"]))
   assert {x["arm"] for x in costs["saved"]} == {
       f"random-{b}-seed0" for b in ("0.05", "0.1", "0.25")}
   html = (tmp_path / "report.html").read_text()

@@ -1,5 +1,8 @@
 """What is counted, by hand: a two-stage job, operations, a training run."""
 
+import pathlib
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +35,26 @@ def test_two_stages_by_hand():
   assert ledger.total([]) == Cost(0, 0, 0, 0)
 
 
+def test_what_a_piece_of_work_adds_to_memory():
+  with ledger.watched() as peak:
+    x = np.ones(2**26, np.uint8)
+    time.sleep(0.1)
+    del x  # it is the largest moment that counts
+  assert peak["device"] is None  # a CPU does not say
+  if pathlib.Path("/proc/self/statm").exists():
+    assert 0.9 * 2**26 < peak["held"] < 3 * 2**26
+  with ledger.watched() as peak:
+    pass
+  assert peak["held"] < 2**24
+  with pytest.raises(ValueError), ledger.watched():
+    raise ValueError("no thread is left behind")
+  cards = {("a", "select"): card("select", Cost(7))}
+  cards["a", "select"].result.update(peak, say="words")
+  line, = ledger.stages(cards)
+  assert line["held"] == peak["held"] and line["device"] is None
+  assert "say" not in line
+
+
 COSTS = dict(reference=60, ref_logps=0, align=180)
 
 
@@ -39,6 +62,8 @@ COSTS = dict(reference=60, ref_logps=0, align=180)
     # ISA: the embedding pass has given the reference's numbers.
     (dict(embed=600, mixture=50), 650, 0, 830),
     (dict(embed=600), 600, 0, 780),
+    # A greedy sampler's own work is its arm's, too.
+    (dict(embed=600, select=1000), 1600, 0, 1780),
     # Tuned proxies: they read the embedding pass, too.
     (dict(embed=600, proxy=900), 1500, 0, 1680),
     # Random: nothing is embedded, so the kept rows need a pass of their own;

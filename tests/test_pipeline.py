@@ -225,6 +225,21 @@ def test_the_pages_and_the_summary(job):
   for name in ("operations", "tokens", "bytes"):
     assert summary["ledger"]["total"][name] == sum(x[name] for x in lines)
   assert all(x["seconds"] >= 0 for x in lines)
+  # What choosing took is its arm's: eight operations a number of 320, and of
+  # ISA's two fits; and memory beside what was predicted.
+  spent = {(x["stage"], x["arm"]): x["operations"] for x in lines}
+  assert spent["select", RANDOM] == 8 * 320 and spent["select", ISA] == 16 * 320
+  arms = summary["ledger"]["arms"]
+  assert arms[RANDOM]["select"] == 8 * 320
+  assert arms[ISA]["select"] == (spent["embed", ""] + spent["mixture", ""]
+                                 + 16 * 320)
+  for x in lines:
+    assert ("held" in x) == ("predicted_held" in x) == (x["stage"] == "select")
+    if x["stage"] == "select":
+      assert x["operations"] == x["predicted_operations"]
+      assert 0 <= x["held"] < 2**30 and x["predicted_held"] > 0
+      assert x["device"] is None and x["predicted_device"] == 0
+  assert "Memory of choosing" in (job / "report.html").read_text()
   for path in (job / "report.html", *job.glob("runs/*/report.html")):
     text = path.read_text()
     assert ISA in text or RANDOM in text

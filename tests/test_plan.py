@@ -252,9 +252,36 @@ def test_stages_that_samplers_read_are_planned_by_hand():
   assert ("mixture", "") not in found and ("rewards", "") not in found
   for arm in arms:
     assert found["select", arm.name].seconds > 0
+    assert found["select", arm.name].held > 0
   rate = plan.rate_of(job.mesh.devices.flat[0])
   np.testing.assert_allclose(found["proxy", ""].seconds * rate,
                              found["proxy", ""].operations)
+
+
+def test_a_choice_runs_where_its_sampler_does(monkeypatch):
+  """Its keywords count, and each part at the rate of what it runs on."""
+  rows = ROWS | dict(pool=200_000)
+  seconds = lambda job, arms: {
+      x.arm: x.seconds for x in plan.lines(job, arms, rows, TOKENS)
+      if x.stage == "select"}
+  rest = 200_000 * (plan.SECONDS_A_ROW + 2 * 4 * 32 / plan.READING)
+  names = ("facility_location", "facility_location(exact=True)")
+  drawn, exact = seconds(*a_job(names[0], names[1:])).values()
+  work, rate = 2 * 200_000**2 * 32, plan.RATES["cpu"]
+  np.testing.assert_allclose(drawn - rest, work * np.log(20) / rate)
+  np.testing.assert_allclose(exact - rest, work / rate)
+  # On an accelerator the drawn form is faster, the exact one is not.
+  monkeypatch.setattr(plan, "rate_of", lambda device: 100 * rate)
+  fast, same = seconds(*a_job(names[0], names[1:])).values()
+  np.testing.assert_allclose(fast - rest, work * np.log(20) / rate / 100)
+  assert same == exact
+  job, arms = a_job(names[0])
+  job.c.select.kwargs = dict(blocks=50, epsilon=0.2)
+  got = plan.sampling(job, arms[0], 200_000, plan.embedder.choose(
+      job.c, plan._model(job.c)), plan._model(job.c))
+  np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
+      got.on_host, work / 50)
+  assert got.operations < work / 10 and got.device == 4 * 200_000 * 32
 
 
 def test_a_reward_model_and_small_proxies_are_planned(tmp_path):

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 
 from jaxalign import artifacts
+from jaxalign import ledger
+from jaxalign import memory
 from jaxalign.artifacts import Cost
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import edition
 from jaxalign.select import card as cards
+from jaxalign.select import costs
 from jaxalign.select.pool import Pool, checked
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
@@ -18,11 +21,40 @@ from jaxalign.stages import columns as columns_lib
 from jaxalign.stages import mixture as mixture_stage
 
 
+def _kwargs(c, arm, sampler) -> dict:
+  """Keywords of the config, which are those of the chosen sampler alone."""
+  return sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
+
+
+def estimate(job: Job, arm: Arm, rows: int, width: int, residual: int
+             ) -> costs.Estimate | None:
+  """What an arm's choice takes, all fits of a mixture counted.
+
+  Args:
+    job: the run.
+    arm: the arm.
+    rows: of the pool.
+    width, residual: of an embedding and of a residual.
+
+  Returns:
+    None of a sampler whose cost is not known.
+  """
+  c, sampler = job.c, combine.named(arm.sampler)
+  found = costs.of(arm.sampler, costs.Pool(
+      rows, width, budget_rows(arm.budget, rows, c.train.batch_size),
+      2 if job.kind == "pairs" else 1, residual), **_kwargs(c, arm, sampler))
+  if found is None or "log_likelihood" not in sampler.needs:
+    return found
+  fits = 1 + c.select.stability_seeds
+  return found._replace(operations=fits * found.operations,
+                        on_host=fits * found.on_host)
+
+
 def run_select(job: Job, arm: Arm) -> None:
   """Scores the pool and keeps the budget."""
   c, folder = job.c, arm_folder(job, arm)
   sampler = combine.named(arm.sampler)
-  kwargs = sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
+  kwargs = _kwargs(c, arm, sampler)
   uses_mixture = "log_likelihood" in sampler.needs
   chosen_arm = arm._replace(sampler=c.select.sampler)  # it ran before this one
 
@@ -43,11 +75,15 @@ def run_select(job: Job, arm: Arm) -> None:
     if uses_mixture:
       fits = mixture_stage.likelihoods(job)
     chosen = []
-    for values in fits:
-      extra = {} if values is None else dict(log_likelihood=values)
-      chosen.append(checked(
-          sampler(arm.seed, Pool(ids, columns | extra), budget, **kwargs), n,
-          budget, arm.sampler))
+    with ledger.watched() as peak:
+      for values in fits:
+        extra = {} if values is None else dict(log_likelihood=values)
+        chosen.append(checked(
+            sampler(arm.seed, Pool(ids, columns | extra), budget, **kwargs), n,
+            budget, arm.sampler))
+    took = estimate(job, arm, n, *(
+        columns[name].shape[-1] if name in columns else 0
+        for name in ("embedding", "residual")))
     selection, diagnostics = chosen[0], {}
     if uses_mixture:
       diagnostics = artifacts.read_json(
@@ -62,7 +98,9 @@ def run_select(job: Job, arm: Arm) -> None:
     artifacts.write_json(folder / "diagnostics.json", diagnostics)
     artifacts.write_json(folder / "config.json", json.loads(
         c.to_json_best_effort()) | dict(arm=arm._asdict()))
-    return files, Cost(), dict(say=f"{budget:,} of {n:,} rows")
+    return files, Cost(int(took.operations) if took else 0), dict(
+        say=f"{budget:,} of {n:,} rows, {memory.size(peak['held'])} more held",
+        **peak)
 
   fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
                 batch_size=c.train.batch_size, **kwargs) | edition(arm.sampler)

@@ -337,7 +337,24 @@ def _costs(stages: list[dict]) -> list[Html]:
       text=(1,))
   if len(stages) > OPEN:
     table = tag("details", tag("summary", "The ledger, stage by stage"), table)
-  return [figure, table]
+  return [figure, table, *_held(stages)]
+
+
+def _held(stages: list[dict]) -> list[Html]:
+  """What choosing held in memory, beside what was predicted."""
+  known = [s for s in stages if s.get("held") is not None]
+  if not known:
+    return []
+  size = lambda count: page.engineering(count, "B")
+  table = page.table(
+      ("Arm", "Memory held", "Predicted", "On devices", "Predicted"),
+      [(page.plain(s.get("arm")),
+        *(_predicted(size, s.get(name)) for name in (
+            "held", "predicted_held", "device", "predicted_device")))
+       for s in known], "What choosing added to memory at its largest moment, "
+      "looked at every 10 ms; memory that was free already does not show, nor "
+      "what a device does not say.")
+  return [tag("details", tag("summary", "Memory of choosing"), table)]
 
 
 def _predicted(words: Callable[[Any], str], value: Any) -> str:

@@ -131,7 +131,7 @@ def alternatives(pool: Pool, budget: int, sampler: str = "", seed: int = 0
     seed: of draws; the sampler's own plus one, so that `random` is another
       draw.
   """
-  out, own = {}, combine.links(sampler)[1]
+  out, own = {}, combine.bare(sampler)
   for name in ALTERNATIVES:
     one = SAMPLERS[name]
     if (name in own or not set(one.needs) <= set(pool.columns) or
@@ -147,7 +147,7 @@ def alternatives(pool: Pool, budget: int, sampler: str = "", seed: int = 0
 
 def about(sampler: str) -> str:
   """The first sentence of what each sampler of a chain says of itself."""
-  known = [SAMPLERS[n] for n in combine.links(sampler)[1] if n in SAMPLERS]
+  known = [SAMPLERS[n] for n in combine.bare(sampler) if n in SAMPLERS]
   return " ".join((inspect.getdoc(x) or "").split("\n")[0] for x in known)
 
 

@@ -316,11 +316,16 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
                       ) from error
 
 
-def links(name: str) -> tuple[list[str], list[str]]:
-  """The steps of a chain and its samplers, by their bare names."""
+def links(name: str) -> tuple[list[dict[str, Any]], list[str]]:
+  """The steps of a chain, as `compose` takes them, and its samplers' texts."""
   *steps, last = lookup.parts(name, "|")
-  bare = lambda text: text.partition("(")[0].strip()
-  return [bare(s) for s in steps], [bare(s) for s in lookup.parts(last, "*")]
+  return [_step(text) for text in steps], lookup.parts(last, "*")
+
+
+def bare(name: str) -> list[str]:
+  """The samplers of a chain without their keywords."""
+  return [part.partition("(")[0].strip()
+          for part in lookup.parts(lookup.parts(name, "|")[-1], "*")]
 
 
 def _step(text: str) -> dict[str, Any]:

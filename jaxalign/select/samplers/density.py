@@ -101,7 +101,7 @@ def kernel_density(x: np.ndarray, bandwidth: float, features: int,
     [N] float64, at least 1/N, which is the kernel of a row with itself.
   """
   n = len(x)
-  x = (x - x.mean(axis=0, dtype=np.float64)).astype(np.float32)
+  x = rows_lib.less(x, x.mean(axis=0, dtype=np.float64))
   placed = rows_lib.place(x, np.ones(n))
   if features:
     w = frequencies(seed, x.shape[1], features, bandwidth)

@@ -59,7 +59,7 @@ class _Distances:
 
   def __init__(self, x: np.ndarray, budget: int):
     self.x, self.mean = x, x.mean(axis=0, dtype=np.float64)
-    self.near = (x - self.mean).astype(np.float32)
+    self.near = rows_lib.less(x, self.mean)
     self.square = np.einsum("nw,nw->n", self.near, self.near)
     self.placed = rows_lib.place(self.near, self.square)
     # Of float32: the product of two rows, their squares, the centring.

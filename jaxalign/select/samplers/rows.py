@@ -92,13 +92,29 @@ def vectors(pool: Pool, pair: str = "mean",
          "rejected": lambda: rejected, "difference": lambda: chosen - rejected,
          "concat": lambda: np.concatenate([chosen, rejected], axis=1)}[pair]()
   if metric == "centred":
-    x = (x - x.mean(axis=0, dtype=np.float64)).astype(np.float32)
+    x = less(x, x.mean(axis=0, dtype=np.float64))
   if metric != "euclidean":
     norm = lengths(x)
     _refuse(norm <= 1e-30, pool.ids, "a vector of length 0, which has no "
             "direction (set config.select.kwargs.metric to 'euclidean')")
-    x = (x / norm[:, None]).astype(np.float32)
+    x = by_parts(lambda part, size: part / size[:, None], x, norm)
   return np.ascontiguousarray(x)
+
+
+def by_parts(fn: Callable, *columns: np.ndarray) -> np.ndarray:
+  """fn of some rows of [N, ...] arrays at a time -> [N, W] float32.
+
+  What is made in float64 on the way is never held for all rows.
+  """
+  out = np.empty(columns[0].shape, np.float32)
+  for start in range(0, len(out), 4096):
+    out[start:start + 4096] = fn(*(c[start:start + 4096] for c in columns))
+  return out
+
+
+def less(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+  """[N, W] less [W] float64, rounded to float32."""
+  return by_parts(lambda part: part - mean[None], x)
 
 
 def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:
