@@ -239,7 +239,7 @@ def test_how_often_it_saves_changes_nothing(golden, alone, tmp_path):
 
 def test_a_save_writes_the_new_lines_alone(golden, alone, tmp_path,
                                            monkeypatch):
-  """The log is whole once, then longer: at 100,000 lines a save is no slower."""
+  """Whole once, then longer: at 100,000 lines a save is no slower."""
   whole, sizes = [], []
   real, save = artifacts.write_bytes, checkpoints.Checkpoints.save
 

@@ -503,7 +503,8 @@ def test_drift_and_lengths_are_sums_and_counts():
     (dict(best="generations/loss", eval_every=2, eval_sets=("generations",)),
      "kl, win_vs_target; set config.train.best"),
     (dict(best="generations/win_vs_target", eval_every=2,
-          eval_sets=("generations",), source="pairs.jsonl"), "entropy, kl; set"),
+          eval_sets=("generations",), source="pairs.jsonl"),
+     "entropy, kl; set"),
     *((dict(best="held_out/loss", eval_every=2, loss=name),
        f"the loss {name!r} has no value on a set alone")
       for name in ("kto", "bco", "bco_pair", "aot", "ld_dpo")),
