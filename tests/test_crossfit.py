@@ -223,6 +223,20 @@ def test_typical_is_the_density_of_a_gaussian():
   assert heads.typical(far)[-5:].max() < heads.typical(far)[:-5].min()
 
 
+def test_what_few_directions_leave_over_shares_one_variance():
+  """100 rows: two directions, and four that share what is left."""
+  rng = np.random.default_rng(2)
+  x = heads.scaled(rng.normal(size=(100, 2)) @ rng.normal(size=(2, 6))
+                   + 0.5 * rng.normal(size=(100, 6)))
+  value, vector = np.linalg.eigh(np.float64(x).T @ x / 100)
+  along = x @ vector[:, :-3:-1]
+  floor = value[:4].sum() / 4
+  rest = (np.float64(x)**2).sum(axis=1) - (along**2).sum(axis=1)
+  wanted = -0.5 * (along**2 / (value[:-3:-1] + floor)).sum(axis=1) - (
+      0.5 * rest / floor)
+  np.testing.assert_allclose(heads.typical(x), wanted, rtol=1e-5)
+
+
 def test_long_rows_are_shortened():
   x = np.eye(5) * np.array([1, 1, 1, 1, 10])
   np.testing.assert_allclose(np.diag(heads.shortened(x)), [1, 1, 1, 1, 1.5])
