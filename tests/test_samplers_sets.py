@@ -382,6 +382,16 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(monkeypatch,
   near = whole > 0.99
   assert near.sum() > 60 and (got[near] > 0.99).mean() > 0.8
   assert "240 rows lie in clusters of more than 12:" in capsys.readouterr().out
+  # And that is what is asked of the hours: 240 rows with 12 before each.
+  rows, operations = clusters.rows_lib, 2 * 240 * 12 * x.shape[1]
+  monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1.0))
+  for factor in (1.001, 1 / 1.001):
+    monkeypatch.setattr(rows, "HOURS", operations / 3600 * factor)
+    if factor > 1:
+      dedup.most_alike(np.float32(x), pool.ids, 3, 0)
+    else:
+      with pytest.raises(ConfigError, match="set clusters to 'auto'"):
+        dedup.most_alike(np.float32(x), pool.ids, 3, 0)
 
 
 @pytest.mark.parametrize("count", [1, 5])
