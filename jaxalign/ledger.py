@@ -11,8 +11,8 @@ from typing import Any
 
 from jaxalign.artifacts import Card, Cost
 
-SELECTION = ("embed", "residual", "alone", "ask", "rewards", "proxy",
-             "held_out", "mixture", "select")
+SELECTION = ("embed", "logps", "answer", "residual", "alone", "ask",
+             "rewards", "proxy", "held_out", "mixture", "select")
 
 
 def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
