@@ -83,7 +83,9 @@ def base(variant: str = "") -> ConfigDict:
   c.embed = ConfigDict()
   c.embed.checkpoint = ""  # a model that only embeds; "": the reference
   c.embed.layers = 0  # a decoder's first n layers; 0: all
-  c.embed.pooling = "mean"  # or "last"; of an encoder also "cls", "auto"
+  # "mean", "last", or "response": the answer's tokens alone. Of an encoder also
+  # "cls" and "auto"; its "response" is "auto" of the answer's text.
+  c.embed.pooling = "mean"
   c.embed.tile = 64  # rows a device runs at once
   c.embed.shard = 8192  # records of one file of the store
   # "bfloat16" halves the store and rounds each number by up to 0.2 %: for

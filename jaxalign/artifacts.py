@@ -296,6 +296,61 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
     RestartError: SIGTERM came while several processes were between stages.
   """
   folder = epath.Path(folder)
+  card, found, status = _look(folder, stage, fields, inputs, redo, resumes,
+                              mends)
+  if status == "done":
+    found.skipped = True
+    progress.say(f"{stage}: finished before "
+                 f"({progress.duration(found.cost.seconds)}), skipped")
+    return found
+  if found and status == "unfinished":
+    card.result = found.result  # what `begin` said of it
+  _enter(folder, card, found, status, resumes)
+  progress.say(f"{stage}: ...")
+  start = time.monotonic()
+  files, cost, result = make(folder)
+  sharding.barrier(f"after {stage}")
+  cost.seconds = time.monotonic() - start
+  if jax.process_index() == 0:
+    card.outputs = digest_tree(folder, files)
+    cost.bytes = sum(o["bytes"] for o in card.outputs.values())
+  card.cost, card.result, card.finished = cost, result, True
+  if jax.process_index() == 0:
+    _write_card(folder, card)
+  sharding.barrier(f"card of {stage}")
+  note = f", {result['say']}" if result.get("say") else ""
+  progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
+  return card
+
+
+def begin(folder: Any, stage: str, *, fields: dict[str, Any],
+          inputs: dict[str, str], result: dict[str, Any], redo: bool = False,
+          resumes: tuple[str, ...] = (), mends: bool = False) -> bool:
+  """Marks a stage as begun, for another stage that makes its files too.
+
+  `run` then finds it unfinished and goes on from those files.
+
+  Args:
+    folder, stage, fields, inputs, redo, resumes, mends: as of `run`.
+    result: what its card says until it is finished; `make` may read it.
+
+  Returns:
+    Whether anything is missing of it; False: it is finished and whole.
+  """
+  folder = epath.Path(folder)
+  card, found, status = _look(folder, stage, fields, inputs, redo, resumes,
+                              mends)
+  if status == "done":
+    return False
+  card.result = result
+  _enter(folder, card, found, status, resumes)
+  return True
+
+
+def _look(folder: epath.Path, stage: str, fields: dict[str, Any],
+          inputs: dict[str, str], redo: bool, resumes: tuple[str, ...],
+          mends: bool) -> tuple[Card, Card | None, str]:
+  """The card to be written, the one that is there, and what there is to do."""
   fields = json.loads(json.dumps(fields))  # as it will be read back
   key = key_of(stage, fields, inputs)
   card = Card(stage, key, fields, inputs, {}, Cost(), {}, finished=False)
@@ -334,33 +389,19 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
     progress.say(f"{stage}: {words}; running again")
   if status == "harmed":
     progress.say(f"{stage}: {'; '.join(bad)}; doing this stage again")
-  if status == "done":
-    found.skipped = True
-    progress.say(f"{stage}: finished before "
-                 f"({progress.duration(found.cost.seconds)}), skipped")
-    return found
+  return card, found, status
+
+
+def _enter(folder: epath.Path, card: Card, found: Card | None, status: str,
+           resumes: tuple[str, ...]) -> None:
+  """Clears the folder of what is no longer true, and writes the card."""
   interrupt.check()
   if jax.process_index() == 0:
     gone_on = status == "unfinished"
     _make_room(folder, found.outputs if found and not gone_on else {},
                () if gone_on else resumes)
     _write_card(folder, card)
-  sharding.barrier(f"before {stage}")
-  progress.say(f"{stage}: ...")
-  start = time.monotonic()
-  files, cost, result = make(folder)
-  sharding.barrier(f"after {stage}")
-  cost.seconds = time.monotonic() - start
-  if jax.process_index() == 0:
-    card.outputs = digest_tree(folder, files)
-    cost.bytes = sum(o["bytes"] for o in card.outputs.values())
-  card.cost, card.result, card.finished = cost, result, True
-  if jax.process_index() == 0:
-    _write_card(folder, card)
-  sharding.barrier(f"card of {stage}")
-  note = f", {result['say']}" if result.get("say") else ""
-  progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
-  return card
+  sharding.barrier(f"before {card.stage}")
 
 
 def _holds(path: epath.Path) -> bool:

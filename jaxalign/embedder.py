@@ -2,7 +2,8 @@
 
 With the reference whole, one pass yields the embedding and the reference's
 log-probabilities. Its first layers, another decoder or an encoder yield the
-embedding alone; the reference then runs over the kept rows only.
+embedding alone; the reference then runs over the kept rows only, or, where a
+sampler reads its log-probabilities, over all in the pass that embeds them.
 """
 
 import re
@@ -33,11 +34,17 @@ class Embedder(NamedTuple):
   folder: str  # "": the reference, or its first layers
   pooling: str
   alone: bool  # it yields no log-probabilities of the reference
+  answers: bool = False  # of an encoder: it reads the answers alone
+
+
+def by_reference(c: Any) -> bool:
+  """Whether the reference's weights embed, all of its layers or the first."""
+  return c.embed.checkpoint in ("", c.model.checkpoint)
 
 
 def alone(c: Any) -> bool:
-  """Whether the embedding pass is not the reference's own."""
-  return bool(c.embed.checkpoint or c.embed.layers)
+  """Whether an embedding comes without the reference's log-probabilities."""
+  return not by_reference(c) or bool(c.embed.layers)
 
 
 def first_layers(m: decoder.ModelConfig, layers: int) -> decoder.ModelConfig:
@@ -61,19 +68,30 @@ def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
     if layers:
       raise ConfigError(f"embed.layers={layers} is of decoders, but "
                         f"{given} is a {kind}; set config.embed.layers=0")
-    m = _encoder(given, "" if pooling == "auto" else pooling)
-    return Embedder(m, given, m.pooling, True)
+    m = _encoder(given, "" if pooling in ("auto", "response") else pooling)
+    return Embedder(m, given, m.pooling, True, pooling == "response")
   if pooling not in embed.POOLINGS:
     raise ConfigError(f"embed.pooling={pooling!r} is not of a decoder, wanted "
                       f"{' or '.join(embed.POOLINGS)}; set "
                       "config.embed.pooling")
-  if not given or given == c.model.checkpoint:
+  if by_reference(c):
     m = first_layers(reference, layers) if layers else reference
     return Embedder(m, "", pooling, alone(c))
   m = weights.read_config(given, c.model.dtype, "none")
   m = m._replace(context=min(m.context, c.model.context),
                  attention=reference.attention)
   return Embedder(first_layers(m, layers or m.layers), given, pooling, True)
+
+
+def of_answers(e: Embedder) -> Embedder:
+  """What embeds the answers alone, with the weights that embed the rows.
+
+  A decoder's states are pooled over the answer's tokens, which saw the
+  prompt; an encoder, made for whole texts, is given the answer's text only.
+  """
+  if isinstance(e.model, encoder.EncoderConfig):
+    return e._replace(answers=True)
+  return e._replace(pooling="response")
 
 
 def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
@@ -102,12 +120,16 @@ def files(e: Embedder) -> list[str]:
           ] if own else []
 
 
-def load(e: Embedder, reference: Any, mesh: jax.sharding.Mesh) -> Any:
-  """A decoder's parameters; of a longer model only the layers that run."""
-  if not e.folder:  # sharded alike; only the leading axis is cut
-    rows = decoder.table(e.model)
-    return {n: reference[n][:rows[n].shape[0]] if n.startswith("layers/")
-            else reference[n] for n in rows}
+def first_weights(m: decoder.ModelConfig, params: decoder.Params
+                  ) -> decoder.Params:
+  """Of a longer model's parameters those of `first_layers`."""
+  rows = decoder.table(m)  # sharded alike; only the leading axis is cut
+  return {n: params[n][:rows[n].shape[0]] if n.startswith("layers/")
+          else params[n] for n in rows}
+
+
+def load(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
+  """Another decoder's parameters; of a longer one the layers that run."""
   m, layer = e.model, re.compile(r"\.layers\.(\d+)\.")
 
   def canonical(name):
@@ -124,34 +146,45 @@ def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
   """Prompt and answer as one text, in the embedder's own tokens.
 
   As in the paper: BOS, the text, no template; a long row loses its beginning.
+  Where answers are pooled the two are tokenised apart, so that an answer's
+  first token is known.
   """
   tok = load_tokenizer(hub.resolve(e.folder))
   ids, bos = [], [tok.bos] if tok.bos >= 0 else []
   room = e.model.context - len(bos)
-  texts = texts_of(rows)
+  start, apart = [], e.pooling == "response"
+  texts, answers = texts_of(rows), texts_of(rows, answers=True)
   with progress.bar("tokenize", len(texts)) as tick:
     for at in range(0, len(texts), 1024):
-      part = tok.encode_many(texts[at:at + 1024])
-      ids += [np.array(bos + one[-room:], np.int32) for one in part]
+      part, tails = texts[at:at + 1024], answers[at:at + 1024]
+      if apart:
+        heads = tok.encode_many([text[:len(text) - len(answer)]
+                                 for text, answer in zip(part, tails)])
+        tails = tok.encode_responses(tails)
+      else:
+        heads, tails = tok.encode_many(part), [[]] * len(part)
+      for head, tail in zip(heads, tails):
+        ids.append(np.array(bos + (head + tail)[-room:], np.int32))
+        start.append(len(ids[-1]) - min(len(tail), room) if apart else 0)
       tick(len(part))
-  zeros = np.zeros(len(ids), np.int32)
   return tokens_lib.TokenRows(
-      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]), zeros, zeros)
+      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]),
+      np.array(start, np.int32), np.zeros(len(ids), np.int32))
 
 
-def texts_of(rows: list[dict]) -> list[str]:
-  """The texts to embed: two of a pair, chosen first."""
-  return [row["prompt"] + row[side] for row in rows
+def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
+  """The texts to embed: two of a pair, chosen first; or the answers alone."""
+  return [("" if answers else row["prompt"]) + row[side] for row in rows
           for side in ("chosen", "rejected", "completion") if side in row]
 
 
 def prepare(job: Any, e: Embedder, folder: Any
             ) -> tuple[Callable, int, int]:
-  """What embeds rows of the pool without the reference's log-probabilities.
+  """What embeds the pool where the reference does not.
 
   Args:
     job: the run.
-    e: what embeds.
+    e: what embeds, in a folder of its own.
     folder: of the embed stage; gets the tokens of a foreign decoder.
 
   Returns:
@@ -162,7 +195,7 @@ def prepare(job: Any, e: Embedder, folder: Any
   if isinstance(e.model, encoder.EncoderConfig):
     from jaxalign.select import texts  # needs the `tokenizers` package
     params, m, tok = texts.read_encoder(e.folder, job.mesh, pooling=e.pooling)
-    asked = texts_of(job.rows("pool"))
+    asked = texts_of(job.rows("pool"), e.answers)
     sizes = [len(x.ids) for x in tok.encode_batch_fast(asked)]
 
     def encoded(parts, tick):
@@ -174,13 +207,11 @@ def prepare(job: Any, e: Embedder, folder: Any
       return np.split(x, ends[:-1])[jax.process_index()]
 
     return (encoded, sum(encoder.operations(m, s) for s in sizes), sum(sizes))
-  rows = job.tokens("pool")
-  if e.folder:
-    if jax.process_index() == 0:
-      tokens_lib.save(folder, "tokens", encode(e, job.rows("pool")))
-    sharding.barrier("embedder's tokens")
-    rows = tokens_lib.load_rows(folder, "tokens")
-  params = load(e, job.reference if not e.folder else None, job.mesh)
+  if jax.process_index() == 0:
+    tokens_lib.save(folder, "tokens", encode(e, job.rows("pool")))
+  sharding.barrier("embedder's tokens")
+  rows = tokens_lib.load_rows(folder, "tokens")
+  params = load(e, job.mesh)
 
   def pooled(parts, tick):
     return embed.pool_rows(job.mesh, params, e.model, rows, pooling=e.pooling,
@@ -190,8 +221,7 @@ def prepare(job: Any, e: Embedder, folder: Any
 
 
 def operations(e: Embedder, tokens: int) -> int:
-  """Floating-point operations of one row of `tokens` tokens, by the shapes."""
+  """Floating-point operations of one row through a model that only embeds."""
   if isinstance(e.model, encoder.EncoderConfig):
     return encoder.operations(e.model, min(tokens, e.model.context))
-  return decoder.operations(e.model, min(tokens, e.model.context),
-                            None if not e.alone else 0)
+  return decoder.operations(e.model, min(tokens, e.model.context), 0)

@@ -15,8 +15,8 @@ import jax
 
 from jaxalign.artifacts import Card, Cost
 
-SELECTION = ("embed", "residual", "alone", "ask", "rewards", "proxy",
-             "held_out", "mixture", "select")
+SELECTION = ("embed", "logps", "answer", "residual", "alone", "ask",
+             "rewards", "proxy", "held_out", "mixture", "select")
 
 
 def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:

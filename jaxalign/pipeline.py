@@ -13,7 +13,7 @@ from jaxalign.stages import columns
 from jaxalign.stages.align import run_align
 from jaxalign.stages.card import run_card
 from jaxalign.stages.data import run_data
-from jaxalign.stages.embed import run_embed, run_residual
+from jaxalign.stages.embed import KEEPS, run_passes
 from jaxalign.stages.evaluate import (
     policy_of, run_baseline, run_evaluate, run_export)
 from jaxalign.stages.judge import run_judge, run_judge_start
@@ -47,8 +47,9 @@ def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
   asked -= {"mixture"}
   if asked - columns.without_reference(job.c):
     run_sft(job)
-  for name, run in (("embed", run_embed), ("residual", run_residual),
-                    ("alone", run_alone), ("ask", run_ask),
+  if passes := asked & {*KEEPS}:
+    run_passes(job, [*passes])
+  for name, run in (("alone", run_alone), ("ask", run_ask),
                     ("rewards", run_rewards), ("proxy", run_proxy),
                     ("held_out", run_held_out)):
     if name in asked:

@@ -21,10 +21,12 @@ from jaxalign.model import reward
 from jaxalign.model import weights
 from jaxalign.rates import RATES, rate_of
 from jaxalign.select import costs
+from jaxalign.select import embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
+from jaxalign.stages import embed as passes
 from jaxalign.stages import proxies
 from jaxalign.stages import scores
 from jaxalign.stages import select
@@ -112,12 +114,12 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
         3 * c.sft.updates * c.sft.batch_size * one("sft"))
   chosen = embedder.choose(c, m)
   answers, t = rows["pool"] * r, int(tokens["pool"])
-  add("embed", answers, "rows", answers * embedder.operations(chosen, t))
   samplers = {a.sampler: combine.named(a.sampler) for a in arms}
-  asked = {stage for sampler in samplers.values()
-           for stage in columns.stages(c, job.kind, sampler)}
-  scoring = {  # what a column of the pool takes, beside the embedding
-      "residual": lambda: answers * (one("pool") + 4 * m.vocab * m.width * t),
+  asked = {*columns.before(c, [stage for sampler in samplers.values() for stage
+                               in columns.stages(c, job.kind, sampler)])}
+  for stage, each in _passes(c, m, chosen, ["embed", *asked], t).items():
+    add(stage, answers, "rows", answers * each)
+  scoring = {  # what a column of the pool takes, beside those passes
       "alone": lambda: answers * decoder.operations(m, t // 2 + 1),
       "ask": lambda: _ask(c, m, answers, t),
       "rewards": lambda: answers * reward.operations(
@@ -154,8 +156,8 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     online = c.train.reference == "online"  # the reference's pass is align's
     extra = forward if "z0" in job.loss.stats else 0
     stored = 0 if online else extra
-    passed = kept * r * one("pool") if (
-        chosen.alone and job.loss.reference and not online) else 0
+    passed = 0 if (online or not job.loss.reference or columns.sums(
+        c, job.kind, samplers[arm.sampler])) else kept * r * one("pool")
     if stored or passed:
       add("ref_logps", updates * c.train.batch_size * bool(stored)
           + kept * r * bool(passed), "rows", stored + passed, arm.name)
@@ -168,6 +170,21 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
         + sum(n * one(split) for split, n in seen.items()), arm.name)
     add("evaluate", asked, "prompts", measured, arm.name)
   return out
+
+
+def _passes(c: Any, m: decoder.ModelConfig, chosen: embedder.Embedder,
+            names: list[str], t: int) -> dict[str, float]:
+  """Operations of a row of t tokens in the stages of `passes.KEEPS`.
+
+  What the reference runs is one pass; each stage has what it adds.
+  """
+  found = passes.shares(c, names, lambda outputs: embed.row_operations(
+      m, t, outputs, c.embed.layers))
+  for name in (n for n in names if not passes.by_reference(c, n)):
+    texts = embedder.of_answers(chosen) if name == "answer" else chosen
+    found[name] = embedder.operations(chosen, t // 2 + 1 if texts.answers
+                                      else t)
+  return {n: found[n] for n in passes.KEEPS if n in found}
 
 
 def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
@@ -183,7 +200,7 @@ def _tuning(c: Any, m: decoder.ModelConfig, pairs: int, t: int, models: int,
   proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
   row = decoder.operations(proxy, t)
   trained = decoder.operations(proxy, t, passes=feed.passes(proxy))
-  before = 2 * pairs * row * bool(c.proxy.checkpoint or embedder.alone(c))
+  before = 0 if columns.tuned(c) else 2 * pairs * row
   return before + models * 2 * (
       pairs * row + updates * c.proxy.batch_size * trained)
 
@@ -237,8 +254,9 @@ def show(job: Job, arms: list[Arm]) -> None:
   progress.say(f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
                f"{progress.duration(sum(x.seconds for x in found))} at an "
                f"assumed {rate / 1e9:,.0f} GFLOP/s, compiling not counted")
-  _show_samplers(job, arms, rows["pool"], m, found)
-  selecting = sum(x.operations for x in _choosing(job, arms[0], found))
+  _show_samplers(job, arms, rows["pool"], tokens["pool"], m, found)
+  selecting = sum(x.operations for x in _choosing(
+      job, arms[0], found, m, tokens["pool"]))
   everything = (epochs := c.train.epochs) * rows["pool"] * r * one("pool") * (
       4 if "z0" in job.loss.stats else 3) + (
           rows["pool"] * r * one("pool") * (
@@ -255,22 +273,29 @@ def show(job: Job, arms: list[Arm]) -> None:
                f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}")
 
 
-def _choosing(job: Job, arm: Arm, found: list[Line]) -> list[Line]:
-  """The lines of all that an arm's choice takes."""
+def _choosing(job: Job, arm: Arm, found: list[Line], m: decoder.ModelConfig,
+              tokens: float) -> list[Line]:
+  """The lines of all that an arm's choice takes, were it the only arm."""
   sampler = combine.named(arm.sampler)
   read = columns.before(job.c, [
       *columns.stages(job.c, job.kind, sampler),
       *["mixture"] * ("log_likelihood" in sampler.needs)])
-  return [x for x in found if not x.arm and x.stage in read
+  alone = _passes(job.c, m, embedder.choose(job.c, m),
+                  [n for n in read if n in passes.KEEPS], int(tokens))
+  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
+  return [x if x.stage not in alone else x._replace(
+      operations=x.count * alone[x.stage],
+      seconds=x.count * alone[x.stage] / rate)
+          for x in found if not x.arm and x.stage in read
           or x.stage == "select" and x.arm == arm.name]
 
 
-def _show_samplers(job: Job, arms: list[Arm], pool: int,
+def _show_samplers(job: Job, arms: list[Arm], pool: int, tokens: float,
                    m: decoder.ModelConfig, found: list[Line]) -> None:
   """One line for each sampler and budget: all that choosing takes."""
   chosen = embedder.choose(job.c, m)
   for arm in {a.label: a for a in arms}.values():
-    parts = _choosing(job, arm, found)
+    parts = _choosing(job, arm, found, m, tokens)
     cost = sampling(job, arm, pool, chosen, m)
     says = ("what it takes itself is not known" if cost is None else
             f"reads {memory.size(cost.read)}, holds {memory.size(cost.held)}, "

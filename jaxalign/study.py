@@ -27,6 +27,7 @@ from jaxalign.report.pages import study as study_page
 from jaxalign.select import embed
 from jaxalign.select.samplers import combine
 from jaxalign.stages import columns
+from jaxalign.stages import embed as passes
 from jaxalign.stages import judge
 from jaxalign.stages import judges
 from jaxalign.stages.evaluate import read_samples
@@ -159,8 +160,12 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   read = columns.before(job.c, [
       *columns.stages(job.c, job.kind, sampler),
       *["mixture"] * ("log_likelihood" in sampler.needs)])
+  tokens, layers = job.tokens("pool"), job.c.embed.layers
+  # Of a pass that arms share, what this one alone would have asked of it.
+  own = passes.shares(job.c, read, lambda outputs: embed.pass_operations(
+      job.model, tokens, outputs, layers))
   return ledger.arm_operations(
-      stages={stage: _spent(job, stage) for stage in read}
+      stages={stage: own.get(stage, _spent(job, stage)) for stage in read}
       | dict(select=_spent(job, "select", arm.name)),
       # An embedder of its own: the pass over the kept rows is in ref_logps.
       # Computed at every update it is in align.

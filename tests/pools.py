@@ -15,6 +15,8 @@ def make(responses=2, n=200, seed=0, width=8):
   loss[(np.arange(n)[:, None] + np.arange(6)) % 2 == 0] = np.nan
   columns = {
       "embedding": rng.normal(size=(*shape, width)).astype(np.float32),
+      "answer_embedding": np.float32(np.random.default_rng(seed + 1).normal(
+          size=(*shape, width))),
       "log_likelihood": -90 - rng.gamma(2.0, 8.0, size=shape),
       "length": rng.integers(1, 99, size=shape).astype(np.int32),
       "topic": rng.integers(0, 9, size=n),

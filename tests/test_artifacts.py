@@ -210,8 +210,8 @@ def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("no folder")
   if blocked == "runs":
-    for name in ("sft", "embed", "mixture", "baseline"):
-      monkeypatch.setattr(pipeline, f"run_{name}", lambda job: None)
+    for name in ("sft", "passes", "mixture", "baseline"):
+      monkeypatch.setattr(pipeline, f"run_{name}", lambda *_: None)
     monkeypatch.setattr(
         pipeline, "run_arm", lambda job, arm: artifacts.run(
             arm_folder(job, arm), "select", fields={}, inputs={},

@@ -433,6 +433,8 @@ def test_overlaps_and_alternatives():
   assert np.mean(np.array(drawn) < got["low"]) <= 0.025 + 0.01
   assert np.mean(np.array(drawn) > got["high"]) <= 0.025 + 0.01
   pool = make()
+  assert set(card.alternatives(pool, 20, "length")) == {"random", "stratified"}
+  pool.columns["answer_embedding"] = pool.embedding
   found = card.alternatives(pool, 20, "length")
   assert set(found) == {"random", "stratified", "real"}
   assert all(len(rows) == 20 for rows in found.values())

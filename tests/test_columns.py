@@ -285,8 +285,20 @@ def test_what_a_sampler_reads_names_its_stages():
   assert stages("dedup | gate(column=p_yes) | external_margin") == [
       "ask", "embed", "rewards"]
   assert not columns.notes(c, SAMPLERS["external_margin"])
-  c.embed.layers = c.model.layers  # then the reference's sums are not there
+  assert stages("crossfit") == ["answer", "embed", "residual"]
+  assert stages("real") == ["answer"]
+  c.embed.layers = c.model.layers  # then sums are not with the embedding
+  assert columns.before(c, ["proxy"]) == ["logps", "proxy"]
+  assert stages("crossfit") == ["answer", "logps", "residual"]
+  assert stages("perplexity") == ["logps"] and stages("k_center") == ["embed"]
+  assert not columns.lacking(c, "pairs", SAMPLERS["perplexity"])
+  c.embed.pooling = "response"  # the answers' is the embedding itself
+  assert stages("real") == ["embed"]
+  c.embed.checkpoint, c.embed.layers = "another", 0
   assert columns.before(c, ["proxy"]) == ["proxy"]
+  assert "logp" in columns.lacking(c, "pairs", SAMPLERS["perplexity"])
+  assert stages("crossfit") == ["embed", "residual"]
+  assert columns.without_reference(c) == {"embed", "answer", "rewards"}
   for name, sampler in SAMPLERS.items():  # every sampler, of real pairs
     c = common.base()
     c.data.source, c.rewards.checkpoint = "pairs.jsonl", "somewhere"

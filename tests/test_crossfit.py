@@ -61,7 +61,7 @@ def world(seed=3, n=N, thumbs=False, **knobs):
     columns = dict(length=length.reshape(n, 2), group=group, **features)
   # Embeddings of an untrained model are no more than a mix of the tokens.
   mix = np.random.default_rng(0).normal(size=(features["grams"].shape[2], 32))
-  columns["embedding"] = np.float32(features["grams"] @ mix)
+  columns["answer_embedding"] = np.float32(features["grams"] @ mix)
   columns["residual"] = np.float32(features["grams"] @ mix[:, ::-1])
   columns["least"] = np.float32(-features["grams"].max(axis=2))
   pool = pools.make_pool(names, columns | dict(reward=reward))
@@ -278,7 +278,8 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
       rng.integers(0, 40, sizes.sum()).astype(np.int32),
       np.concatenate([[0], np.cumsum(sizes)]),
       np.array([3, 1, 5], np.int32), np.zeros(3, np.int32))
-  got = embed.residual_rows(mesh, params, m, rows, tile=2, chunk=4)
+  got = embed.pass_rows(mesh, params, m, rows, ("residual", "least"), tile=2,
+                        chunk=4)
   head = np.float64(sharding.fetch(params["embed"]))
   for i, size in enumerate(sizes):
     ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]]

@@ -62,13 +62,14 @@ def score(shape, pooling="mean", order=None, spoilt=False):
                             pooling=pooling, tile=2, chunk=7)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "response"])
 def test_numbers_are_those_of_a_numpy_llama(pooling):
   got = score((1, 1), pooling)
   for i, (prompt, answer) in enumerate(rows()):
     ids = prompt + answer
     hidden = oracle.hidden_states(params(), ids, **SIZES)
-    wanted = hidden.mean(0) if pooling == "mean" else hidden[-1]
+    wanted = {"mean": hidden.mean(0), "last": hidden[-1],
+              "response": hidden[len(prompt):].mean(0)}[pooling]
     np.testing.assert_allclose(got.embedding[i], wanted, rtol=0, atol=2e-5)
     logp = oracle.token_logps(params(), ids, **SIZES)[len(prompt):].sum()
     np.testing.assert_allclose(got.logp[i], logp, rtol=1e-5, atol=2e-5)
@@ -95,6 +96,80 @@ def test_a_part_alone_has_the_same_bits():
   few = (20, 3, 7)  # with the longest row, so that the padding is the same
   for a, b in zip(score((8, 1), order=few), score((8, 1))):
     np.testing.assert_array_equal(a, b[list(few)])
+
+
+# All that a pass can yield.
+
+
+@functools.lru_cache(maxsize=None)
+def whole_pass(shape, outputs=tuple(embed.OUTPUTS), layers=0, cut=0):
+  """Of `rows` and a row without a response; of a model cut beforehand."""
+  fsdp, tensor = shape
+  mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
+                            jax.devices()[:fsdp * tensor])
+  m = MODEL._replace(layers=cut, tied=True) if cut else MODEL
+  with jax.set_mesh(mesh):
+    where = {n: sharding.put(mesh, params()[n][:p.shape[0]], *p.axes)
+             for n, p in decoder.table(m).items()}
+    return embed.pass_rows(
+        mesh, where, m, token_rows([*rows(), ([1, 5, 6], [])]), outputs,
+        pooling="last", layers=layers, tile=2, chunk=7)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_one_pass_yields_all_of_it_in_float64(layers):
+  """Both embeddings after `layers`, all else after the last layer."""
+  got = whole_pass((1, 1), layers=layers)
+  assert list(got) == list(embed.OUTPUTS)
+  first = {n: w[:layers or 2] if n.startswith("layers/") else w
+           for n, w in params().items()}
+  head = np.float64(params()["head"])
+  near = lambda name, i, wanted: np.testing.assert_allclose(
+      got[name][i], wanted, rtol=1e-5, atol=1e-4, err_msg=name)
+  for i, (prompt, answer) in enumerate([*rows(), ([1, 5, 6], [])]):
+    ids = prompt + answer
+    early = oracle.hidden_states(first, ids, **SIZES)
+    near("embedding", i, early[-1])
+    # Without a response, the row that would be answered.
+    near("answer_embedding", i, early[len(prompt) if answer else 0:].mean(0))
+    x = oracle.hidden_states(params(), ids, **SIZES)
+    p = oracle.softmax(x @ head.T)
+    at = np.arange(len(prompt), len(ids))
+    logp = np.log(p[at - 1, np.array(ids)[at]])
+    near("logp", i, logp.sum())
+    near("count", i, len(answer))
+    near("least", i, logp.min(initial=0))
+    near("residual", i, (head[np.array(ids)[at]] - p[at - 1] @ head).sum(0))
+
+
+def test_together_alone_and_on_another_mesh_the_same_bits():
+  """What a pass is asked for beside a number does not change the number."""
+  for name, x in whole_pass((1, 1), layers=1).items():
+    np.testing.assert_array_equal(whole_pass((4, 2), layers=1)[name], x,
+                                  err_msg=name)
+  # What stops early has what a longer pass has on its way.
+  pooled = whole_pass((1, 1), ("embedding", "answer_embedding"), cut=1)
+  said = whole_pass((1, 1), ("residual", "least"))
+  for name, x in (pooled | said).items():
+    np.testing.assert_array_equal(whole_pass((1, 1), layers=1)[name], x,
+                                  err_msg=name)
+
+
+def test_operations_of_a_pass_are_those_of_its_outputs():
+  t, d, v = 10, 16, 32
+  layer = 2 * t * (2 * d * d + 2 * d * 8 + 3 * d * 24) + 4 * d * t * t
+  head = 2 * d * v * t
+  count = lambda *outputs, layers=0: embed.row_operations(
+      MODEL, t, outputs, layers)
+  assert count("embedding") == count("answer_embedding") == 2 * layer
+  assert count("embedding", "answer_embedding", layers=1) == layer
+  assert count("embedding", "logp", "count") == 2 * layer + head
+  assert count("embedding", "logp", layers=1) == 2 * layer + head
+  assert count("residual", "least") == count(*embed.OUTPUTS, layers=1) == (
+      2 * layer + 3 * head)  # the head again, and its slope
+  assert embed.pass_operations(
+      MODEL, token_rows([([1] * 4, [2] * 6)] * 3), ("residual",)) == (
+          3 * count("residual"))
 
 
 def test_rows_that_are_not_finite_are_named():

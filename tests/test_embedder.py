@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 
 import jobs
+from jaxalign import artifacts
 from jaxalign import embedder
 from jaxalign import sharding
 from jaxalign.data import records
@@ -17,7 +18,9 @@ from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model import weights
+from jaxalign.select import embed
 from jaxalign.select import store
+from jaxalign.stages.embed import KEEPS
 from configs import common
 
 TWO = "model.layers=2"
@@ -123,8 +126,9 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
 def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(arm_of(whole) / "export", other)
-  folder, ended = branch(whole, tmp_path, f"embed.checkpoint={other}",
-                         "embed.pooling=last", "embed.layers=1")
+  flags = (f"embed.checkpoint={other}", "embed.pooling=last",
+           "embed.layers=1", "select.sampler=real", "compare=()")
+  folder, ended = branch(whole, tmp_path, *flags)
   tokens = tokens_lib.load_rows(folder / "shared/embed", "tokens")
   tok = load_tokenizer(other)
   texts = embedder.texts_of(records.read_table(
@@ -135,17 +139,26 @@ def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
         texts[i])[-31:]
   x = array(folder, "shared/embed/store/embedding/00000.npy")
   assert x.shape == (160, 2, 32)
-  again = jobs.run(folder, TWO, f"embed.checkpoint={other}",
-                   "embed.pooling=last", "embed.layers=1")
+  # Answers in a pass of their own, behind prompts tokenised apart.
+  apart = tokens_lib.load_rows(folder / "shared/answer", "tokens")
+  rows = records.read_table(folder / "shared/data/pool.parquet")
+  for i in (0, 1, 77):
+    row = rows[i // 2]
+    said = tok.encode_responses([row[("chosen", "rejected")[i % 2]]])[0]
+    ids = ([tok.bos] + (tok.encode(row["prompt"]) + said)[-31:])
+    got = apart.ids[apart.offsets[i]:apart.offsets[i + 1]].tolist()
+    assert got == ids and got[apart.start[i]:] == said[-31:]
+  y = store.read(folder / "shared/answer/store", "answer_embedding")
+  assert y.shape == x.shape and not np.allclose(x, y, atol=1e-3)
+  again = jobs.run(folder, TWO, *flags)
   assert again.code == 0 and jobs.did(again) == []
   # Other weights under the same name are noticed.
   file = other / "model.safetensors"
   data = bytearray(file.read_bytes())
   data[-3] ^= 1
   file.write_bytes(data)
-  changed = jobs.run(folder, TWO, f"embed.checkpoint={other}", "--redo",
-                     "embed.pooling=last", "embed.layers=1")
-  assert changed.code == 0 and jobs.did(changed)[0] == "embed"
+  changed = jobs.run(folder, TWO, *flags, "--redo")
+  assert changed.code == 0 and jobs.did(changed)[:2] == ["embed", "answer"]
 
 
 def test_an_encoder_embeds(whole, tmp_path):
@@ -155,24 +168,28 @@ def test_an_encoder_embeds(whole, tmp_path):
   encoder = tmp_path / "encoder"
   test_encoder.save(encoder)
   folder, _ = branch(whole, tmp_path, f"embed.checkpoint={encoder}",
-                     "embed.pooling=auto")
+                     "embed.pooling=auto", "select.sampler=real", "compare=()")
   x = array(folder, "shared/embed/store/embedding/00000.npy")
   assert x.shape[:2] == (160, 2) and np.isfinite(x).all()
   # Another reference is no other embedding, but other log-probs and a start.
   card = lambda path: json.loads((folder / path).read_text())
   sft = card("shared/sft/cards/sft.json")["key"]
   for stage in ("ref_logps", "align"):
-    assert card(f"runs/isa-0.1-seed0/cards/{stage}.json")["inputs"]["sft"] == (
-        sft)
-  # Chosen first, then rejected, of every row in order: by transformers.
+    assert card(f"runs/real-0.1-seed0/cards/{stage}.json")["inputs"][
+        "sft"] == sft
+  y = store.read(folder / "shared/answer/store", "answer_embedding")
+  # Chosen first, then rejected, of every row in order: by transformers. Of
+  # answers the text alone.
   model = transformers.AutoModel.from_pretrained(encoder).eval()
   tok = tokenizers.Tokenizer.from_file(str(encoder / "tokenizer.json"))
   rows = records.read_table(folder / "shared/data/pool.parquet")
   for i, side in ((0, 0), (5, 1), (159, 1)):
-    text = rows[i]["prompt"] + rows[i][("chosen", "rejected")[side]]
-    with torch.no_grad():
-      wanted = model(torch.tensor([tok.encode(text).ids])).last_hidden_state
-    np.testing.assert_allclose(x[i, side], wanted[0].mean(0), rtol=0, atol=1e-4)
+    answer = rows[i][("chosen", "rejected")[side]]
+    for text, got in ((rows[i]["prompt"] + answer, x), (answer, y)):
+      with torch.no_grad():
+        wanted = model(torch.tensor([tok.encode(text).ids])).last_hidden_state
+      np.testing.assert_allclose(got[i, side], wanted[0].mean(0), rtol=0,
+                                 atol=1e-4)
 
 
 @pytest.mark.parametrize("flags,words", [
@@ -207,3 +224,125 @@ def test_a_production_config_plans_without_the_net(tmp_path, config, most):
   share = float(ended.out.split("selecting by isa costs ")[1].split("%")[0])
   assert share < most if most else share > 1.0
   assert "memory a device" in ended.out
+
+
+# One pass of the reference, whatever is asked of it.
+
+
+def passes_of(monkeypatch):
+  """Grows by (label, outputs) with every pass over rows of the pool."""
+  seen, real = [], embed._over_tiles
+
+  def noted(mesh, fn, params, m, rows, tile, out, label, *rest):
+    if label in KEEPS:
+      seen.append((label, tuple(out)))
+    real(mesh, fn, params, m, rows, tile, out, label, *rest)
+  monkeypatch.setattr(embed, "_over_tiles", noted)
+  return seen
+
+
+def spent(folder, *stages):
+  return [json.loads((folder / f"shared/{s}/cards/{s}.json").read_text())[
+      "cost"]["operations"] for s in stages]
+
+
+def test_first_layers_and_all_that_the_last_says_come_of_one_pass(
+    whole, tmp_path, monkeypatch):
+  seen = passes_of(monkeypatch)
+  flags = ("embed.layers=1", "select.sampler=random")
+  folder, ended = branch(whole, tmp_path, *flags, "compare=('crossfit',)")
+  assert jobs.did(ended)[:5] == [*KEEPS, "select"]
+  assert seen == [("embed", tuple(embed.OUTPUTS))]
+  read = lambda stage, name, at=folder: store.read(
+      at / f"shared/{stage}/store", name)
+  for name in ("logp", "count"):  # of all layers, as if nothing else was asked
+    np.testing.assert_array_equal(read("logps", name),
+                                  read("embed", name, whole))
+  ids = records.read_column(folder / "shared/data/pool.parquet", "id")
+  kept = [ids.index(i) for i in json.loads(
+      (arm_of(folder, "crossfit") / "ref_ids.json").read_text())]
+  np.testing.assert_array_equal(
+      array(arm_of(folder, "crossfit"), "ref_sum.npy"),
+      read("logps", "logp")[kept])
+  assert json.loads((arm_of(folder, "crossfit") / "cards/ref_logps.json"
+                     ).read_text())["cost"]["operations"] == 0
+  # What each adds: a layer; a layer and the head; nothing; the head's slope.
+  d, f, v = 32, 64, 512
+  sizes = tokens_lib.lengths(tokens_lib.load_rows(folder / "shared/data",
+                                                  "pool"))
+  layer = sum(2 * int(n) * (4 * d * d + 3 * d * f) + 4 * d * int(n) ** 2
+              for n in sizes)
+  head = 2 * d * v * int(sizes.sum())
+  assert spent(folder, *KEEPS) == [layer, layer + head, 0, 2 * head]
+  arms = json.loads((folder / "summary.json").read_text())["ledger"]["arms"]
+  costs = arms["crossfit-0.1-seed0"]
+  assert (costs["select"], costs["reference"]) == (2 * layer + 3 * head, 0)
+  # Another sampler's arm finds its column there; alone it had cost a layer.
+  more = jobs.run(folder, TWO, *flags, "compare=('crossfit','real')")
+  assert more.code == 0 and not {*jobs.did(more)} & {*KEEPS}, more
+  assert len(seen) == 1
+  arms = json.loads((folder / "summary.json").read_text())["ledger"]["arms"]
+  assert arms["real-0.1-seed0"]["select"] == layer
+  assert arms["crossfit-0.1-seed0"]["select"] == 2 * layer + 3 * head
+
+
+@pytest.mark.slow
+def test_a_sampler_that_comes_later_has_only_what_is_missing_made(
+    tmp_path, monkeypatch):
+  work, seen = jobs.copy(tmp_path / "work"), passes_of(monkeypatch)
+  before = {p: p.stat().st_mtime_ns for p in (work / "shared").rglob("*")
+            if p.is_file()}
+  flags = ("select.sampler=crossfit", "compare=()")
+  ended = jobs.run(work, *flags)
+  assert ended.code == 0, ended
+  assert jobs.did(ended)[:3] == ["answer", "residual", "select"]
+  assert seen == [("answer", ("answer_embedding", "residual", "least"))]
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+  # A shard of one that is harmed is made again, and no other.
+  wanted = {n: np.array(store.read(work / "shared/residual/store", n))
+            for n in ("residual", "least")}
+  path = work / "shared/residual/store/least/00000.npy"
+  data = bytearray(path.read_bytes())
+  data[-2] ^= 4
+  path.write_bytes(data)
+  again = jobs.run(work, *flags)
+  assert again.code == 0 and jobs.did(again) == ["residual"], again
+  assert seen[1:] == [("residual", ("residual", "least"))]
+  for name, x in wanted.items():
+    np.testing.assert_array_equal(
+        store.read(work / "shared/residual/store", name), x)
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_killed_goes_on_in_all_its_stores(tmp_path):
+  flags = ("select.sampler=crossfit", "compare=('real',)", "embed.shard=16")
+  wanted = jobs.run(tmp_path / "wanted", *flags)
+  assert wanted.code == 0, wanted
+  hook = ("import os, signal\n"
+          "from jaxalign.select import store\n"
+          "from jaxalign.stages import embed\n"
+          "embed.CALLS = 0\n"  # one shard at a time
+          "real = store.write_shard\n"
+          "def dying(s, shard, *a):\n"
+          "  if shard == 4 and 'residual' in str(s.folder):\n"
+          "    os.kill(os.getpid(), signal.SIGKILL)\n"
+          "  real(s, shard, *a)\n"
+          "store.write_shard = dying\n")
+  work = tmp_path / "work"
+  ended = jobs.wait(jobs.start(work, *flags, hook=hook))
+  assert ended.code == -9
+  count = lambda stage: len([*(work / f"shared/{stage}/store/shards").glob(
+      "*.json")])
+  assert (count("embed"), count("answer"), count("residual")) == (5, 5, 4)
+  # Once more, between the stages: the first has finished, no other.
+  hook = jobs.kill_when("artifacts._write_card", at=5)
+  ended = jobs.wait(jobs.start(work, *flags, hook=hook))
+  assert ended.code == -9
+  assert artifacts.read_card(work / "shared/embed", "embed").finished
+  assert not artifacts.read_card(work / "shared/residual", "residual").finished
+  ended = jobs.run(work, *flags)
+  assert ended.code == 0 and "embed" not in jobs.did(ended), ended
+  assert not jobs.differences(jobs.outcome(tmp_path / "wanted"),
+                              jobs.outcome(work))
+  assert spent(work, "embed", "answer", "residual") == spent(
+      tmp_path / "wanted", "embed", "answer", "residual")

@@ -297,7 +297,7 @@ def term(stage):
 
 
 ONLY_SFT = ("from jaxalign import pipeline\n"
-            "pipeline.run_embed = lambda job: sys.exit(0)\n")
+            "pipeline.run_passes = lambda *_: sys.exit(0)\n")
 
 
 def test_sigterm_to_one_process_saves_in_both(tmp_path):

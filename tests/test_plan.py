@@ -20,6 +20,7 @@ from jaxalign import sharding
 from jaxalign import study
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
+from jaxalign.stages import embed as passes
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 
@@ -282,6 +283,32 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
       got.on_host, work / 50)
   assert got.operations < work / 10 and got.device == 4 * 200_000 * 32
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_one_pass_is_planned_by_what_each_stage_adds(layers):
+  job, arms = a_job("crossfit", ("real", "implicit_margin"), model__layers=2,
+                    embed__layers=layers)
+  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  layer = 2 * 14 * (4 * 32 * 32 + 3 * 32 * 64) + 4 * 32 * 14 * 14
+  head = 2 * 32 * 512 * 14
+  wanted = dict(embed=2 * layer + head, answer=0, residual=2 * head)
+  if layers:
+    wanted = dict(embed=layer, logps=layer + head, answer=0, residual=2 * head)
+  got = {s: found[s, ""].operations for s in passes.KEEPS if (s, "") in found}
+  assert got == {s: 320 * x for s, x in wanted.items()}
+  # What an arm alone would take, and not what others have left of it.
+  alone = lambda arm: {x.stage: x.operations for x in plan._choosing(
+      job, arm, [*found.values()], plan._model(job.c), 14.0) if not x.arm}
+  whole = 320 * (2 * layer + 3 * head)
+  assert sum(alone(arms[0]).values()) == whole
+  assert alone(arms[1]) == dict(answer=320 * layer * (1 if layers else 2))
+  # Proxies start from what the pass has said; so do the kept rows of arms
+  # that read it.
+  assert found["proxy", ""].operations == (3 * 4 * 16 + 320) * (
+      2 * layer + head)
+  rows = {arm.sampler: ("ref_logps", arm.name) in found for arm in arms}
+  assert rows == dict(crossfit=False, real=bool(layers), implicit_margin=False)
 
 
 def test_a_reward_model_and_small_proxies_are_planned(tmp_path):

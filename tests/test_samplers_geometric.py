@@ -11,7 +11,8 @@ from jaxalign.select.samplers import SAMPLERS, density, geometric, rows
 import pools as make_pools
 
 N, W = 300, 12
-GEOMETRIC = [n for n in SAMPLERS if "embedding" in SAMPLERS[n].needs]
+GEOMETRIC = [n for n in SAMPLERS if {"embedding", "answer_embedding"} & {
+    *SAMPLERS[n].needs}]
 
 
 def clusters(n=N, width=W, seed=0, responses=2):
@@ -239,7 +240,10 @@ def test_herding_of_copies_follows_the_hash():
 
 def test_real_keeps_the_pairs_that_are_least_alike():
   pool = clusters()
-  a, b = np.float64(pool.embedding).transpose(1, 0, 2)
+  # The prompt's share in `embedding` is not looked at.
+  pool = make_pools.with_columns(pool, answer_embedding=pool.embedding,
+                                 embedding=pool.answer_embedding)
+  a, b = np.float64(pool.answer_embedding).transpose(1, 0, 2)
   cosine = np.array([(p @ q) / np.sqrt((p @ p) * (q @ q))
                      for p, q in zip(a, b)])
   got = SAMPLERS["real"](0, pool, 60)

@@ -33,7 +33,8 @@ def made(n=N, responses=2, seed=0, ties=True):
   count = rng.integers(1, 20, (n, responses))
   ids = np.array([f"id-{i:07d}" for i in rng.permutation(n)])
   return make_pool(ids, dict(
-      embedding=np.float32(x), log_likelihood=value, length=count,
+      embedding=np.float32(x), answer_embedding=np.float32(x),
+      log_likelihood=value, length=count,
       logp=np.round(rng.normal(-20, 5, (n, responses)), 1),
       logp_count=count.astype(np.float32), logp_alone=value - 3,
       p_yes=np.round(rng.uniform(size=(n, responses)), 2),

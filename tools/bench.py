@@ -125,7 +125,7 @@ def select_only(args) -> None:
     arm = Arm("isa", 0.1, 0)
     pipeline.run_data(job)
     pipeline.run_sft(job)
-    pipeline.run_embed(job)
+    pipeline.run_passes(job, ["embed"])
     pipeline.run_mixture(job)
     pipeline.run_select(job, arm)
     if jax.process_index() == 0:

@@ -202,7 +202,8 @@ def laws(args) -> None:
       continue
     seconds, spent = [], 0.0
     # What reads a few numbers a row is over in no time: more rows.
-    wide = {"embedding", "residual", "grams"} & {*sampler.needs}
+    wide = {"embedding", "answer_embedding", "residual", "grams"} & {
+        *sampler.needs}
     least, width = (args.least, WIDTH) if wide else (50 * args.least, 1)
     sizes = [least * 2**k for k in range(4)]
     for n in sizes:

@@ -182,18 +182,16 @@ def columns_of(job: job_lib.Job, texts: list[tuple[str, str]], wanted: set
   counts = grams.columns(rows, 1)
   out = dict(length=(tokens_lib.lengths(rows) - rows.start).astype(np.int32),
              grams=counts["grams"][:, 0], overlap=counts["overlap"][:, 0])
-  if "embedding" not in wanted:
+  if "residual" not in wanted:
     return out
   keys = dict(trained=job.reference,
               other=decoder.init(jax.random.key(1234), job.model, job.mesh))
   for key, params in keys.items():
     mark = "" if key == "trained" else "other_"
     args = job.mesh, params, job.model, rows
-    found = embed.score_rows(*args, tile=c.embed.tile)
-    left = embed.residual_rows(*args, tile=c.embed.tile)
-    out |= {mark + k: v for k, v in dict(
-        embedding=found.embedding, logp=found.logp, logp_count=found.count,
-        **left).items()}
+    found = embed.pass_rows(*args, embed.OUTPUTS, tile=c.embed.tile)
+    found["logp_count"] = found.pop("count")
+    out |= {mark + k: v for k, v in found.items()}
   return out
 
 
@@ -264,7 +262,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
     job = job_lib.Job(c, mesh, folder)
     pipeline.run_data(job)
-    if "embedding" in wanted:
+    if "residual" in wanted:
       pipeline.run_sft(job)
     world = world_lib.build(c.data.world.to_dict(), seed)
     cases = {name: make(name, world, seed, args.rows)

@@ -35,7 +35,6 @@ from jaxalign import progress  # noqa: E402
 from jaxalign import sharding  # noqa: E402
 from jaxalign.data import prepare  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
-from jaxalign.select.samplers import SAMPLERS  # noqa: E402
 
 CONDITIONS = {"clean": {}, "25 % flips": dict(flips=0.25),
               "15 % junk": dict(junk=0.15)}
@@ -51,11 +50,7 @@ def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
     job = job_lib.Job(c, mesh, folder)
     pipeline.run_data(job)
-    if "embedding" in SAMPLERS[args.sampler].needs:
-      pipeline.run_sft(job)
-      pipeline.run_embed(job)
-    if "residual" in SAMPLERS[args.sampler].needs:
-      pipeline.run_residual(job)
+    pipeline.run_scores(job, [job_lib.Arm(args.sampler, 0.1, seed)])
     world, rows = prepare.world_of(c), job.rows("pool")
     shares = lambda part: world_lib.faults(world, part).values()
     found = {"pool": (*shares(rows), 0.0)}

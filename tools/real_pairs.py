@@ -10,7 +10,8 @@ cross-validation on all pairs, before any sampler runs. Then, in each of
 head is fitted to those, and is right on so many held-out pairs. Differences to
 random are paired by split; splits overlap, so their variance is inflated by
 n_test / n_train (Nadeau and Bengio 2003). The samplers read the end of the
-text alone; crossfit_lite reads counts of tokens, and no embedding.
+text alone, `real` that of the answer; crossfit_lite reads counts of tokens,
+and no embedding.
 
 What a head chosen by a head can show is little: at small shares it mostly
 hands on what all labels say. Not circular is the last table: a fifth of the
@@ -115,7 +116,8 @@ def pool_of(rows, x, words, index) -> tuple:
   length = np.array([[len(words[2 * i]), len(words[2 * i + 1])]
                      for i in index])
   return make_pool([rows[i]["id"] for i in index], dict(
-      embedding=text, length=length, row=np.arange(len(index)),
+      embedding=text, answer_embedding=x["answer"][index], length=length,
+      row=np.arange(len(index)),
       log_likelihood=mixtures.log_likelihood(fitted, flat).reshape(-1, 2),
       group=np.array([rows[i]["group"] for i in index]), **counts))
 

@@ -370,6 +370,35 @@ def forward(params: Params, tokens: jax.Array, m: ModelConfig,
   return normed(x, params, "norm", m)
 
 
+def forward_at(params: Params, tokens: jax.Array, m: ModelConfig, layers: int,
+               place=sharding.SPREAD) -> tuple[jax.Array, jax.Array]:
+  """`forward`, and beside it that of the model cut after `layers` layers.
+
+  Args:
+    params, tokens, m, place: as of `forward`.
+    layers: at most `m.layers`; 0 or all: both are the same.
+
+  Returns:
+    Two [B, L, D] in `m.dtype`, each after the final norm.
+  """
+  if layers in (0, m.layers):
+    x = forward(params, tokens, m, place)
+    return x, x
+  position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+  rows = rows_of(m, attention.Seen(position, position))
+
+  def body(carry, layer):
+    x, early = carry
+    x = block(x, layer[0], layer[1], rows, m, place)[0]
+    # Carried along: two scans would copy the stacked weights they share.
+    return (x, jnp.where(layer[2] == layers, x, early)), None
+
+  x = embed_tokens(params, tokens, m, place)
+  (x, early), _ = jax.lax.scan(body, (x, x), (
+      layers_of(params), kinds_of(m), jnp.arange(1, m.layers + 1)))
+  return normed(x, params, "norm", m), normed(early, params, "norm", m)
+
+
 def head(params: Params, m: ModelConfig, place=sharding.SPREAD) -> jax.Array:
   """The output matrix [V, D], gathered over the width, still float32."""
   name = "embed" if m.tied else "head"

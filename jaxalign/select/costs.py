@@ -58,6 +58,7 @@ class Estimate(NamedTuple):
 # Bytes of a row of a column; what is not here is one number a response.
 BYTES = {
     "embedding": lambda p: 4 * p.r * p.e,
+    "answer_embedding": lambda p: 4 * p.r * p.e,
     "residual": lambda p: 4 * p.r * p.d,
     "grams": lambda p: p.r * grams.WIDTH,
     "overlap": lambda p: 8 * p.r,

@@ -6,7 +6,7 @@ mesh and under any order of the input (the pool is sorted by record id).
 
 import contextlib
 import functools
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,12 @@ from jaxalign.errors import NumericError
 from jaxalign.model import decoder
 from jaxalign.model import logprob
 
-POOLINGS = ("mean", "last")
+POOLINGS = ("mean", "last", "response")
+# What a pass can yield: name -> whether it has a width, whether it needs the
+# output matrix, and so all layers.
+OUTPUTS = {"embedding": (True, False), "answer_embedding": (True, False),
+           "logp": (False, True), "count": (False, True),
+           "residual": (True, True), "least": (False, True)}
 Parts = Sequence[np.ndarray] | None  # row numbers, for each process
 
 
@@ -31,84 +36,86 @@ class RowScores(NamedTuple):
   count: np.ndarray  # [n] float32 response tokens
 
 
-@functools.lru_cache(maxsize=8)
-def _row_fn(mesh, m: decoder.ModelConfig, pooling: str, chunk: int):
-  """Jitted `(params, {tokens, mask, length}, {}) -> arrays by row`."""
+def headed(outputs: Sequence[str]) -> bool:
+  """Whether these outputs need the output matrix, and so all layers."""
+  return any(OUTPUTS[name][1] for name in outputs)
+
+
+@functools.lru_cache(maxsize=16)
+def _row_fn(mesh, m: decoder.ModelConfig, outputs: tuple[str, ...],
+            pooling: str, layers: int, chunk: int):
+  """Jitted `(params, {tokens, mask, length}, {}) -> {output: by row}`."""
   place = sharding.PER_ROW
 
   def one_tile(params, rows, shared):
     del shared
-    x = decoder.forward(params, rows["tokens"], m, place)
-    head = decoder.head(params, m, place).astype(m.dtype)
-    each = logprob.token_logps(x, head, rows["tokens"], chunk,
-                               m.final_softcap)
-    total, count = logprob.sums(each, rows["mask"])
-    return dict(embedding=_pooled(x, rows["length"], pooling), logp=total,
-                count=count)
+    x, early = decoder.forward_at(params, rows["tokens"], m, layers, place)
+    # What is asked for beside a number must not change how it is computed.
+    x, early = jax.lax.optimization_barrier((x, early))
+    out = {}
+    for name, how in (("embedding", pooling), ("answer_embedding", "response")):
+      if name in outputs:
+        out[name] = _pooled(early, rows, how)
+    if headed(outputs):
+      head = decoder.head(params, m, place).astype(m.dtype)
+
+      def total(x):
+        each = logprob.token_logps(x, head, rows["tokens"], chunk,
+                                   m.final_softcap)
+        sums, count = logprob.sums(each, rows["mask"])
+        return jnp.sum(sums), (each, sums, count)
+
+      if "residual" in outputs:
+        slope, (each, sums, count) = jax.grad(total, has_aux=True)(x)
+        out["residual"] = jnp.sum(slope.astype(jnp.float32), axis=1)
+      else:
+        each, sums, count = total(x)[1]
+      out |= dict(logp=sums, count=count, least=jnp.min(
+          jnp.where(rows["mask"], each, 0.0), axis=1))
+    return {name: out[name] for name in outputs}
 
   return decoder.by_row(mesh, m, one_tile)
 
 
-@functools.lru_cache(maxsize=8)
-def _pool_fn(mesh, m: decoder.ModelConfig, pooling: str):
-  """`_row_fn` without the head."""
-  def one_tile(params, rows, shared):
-    del shared
-    x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
-    return dict(embedding=_pooled(x, rows["length"], pooling))
-
-  return decoder.by_row(mesh, m, one_tile)
-
-
-@functools.lru_cache(maxsize=8)
-def _residual_fn(mesh, m: decoder.ModelConfig, chunk: int):
-  """`_row_fn` for `residual_rows`."""
-  def one_tile(params, rows, shared):
-    del shared
-    x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
-    head = decoder.head(params, m, sharding.PER_ROW).astype(m.dtype)
-
-    def total(x):
-      each = logprob.token_logps(x, head, rows["tokens"], chunk,
-                                 m.final_softcap)
-      return jnp.sum(logprob.sums(each, rows["mask"])[0]), each
-
-    slope, each = jax.grad(total, has_aux=True)(x)
-    return dict(residual=jnp.sum(slope.astype(jnp.float32), axis=1),
-                least=jnp.min(jnp.where(rows["mask"], each, 0.0), axis=1))
-
-  return decoder.by_row(mesh, m, one_tile)
-
-
-def _pooled(x: jax.Array, length: jax.Array, pooling: str) -> jax.Array:
-  """[b, L, D] states of rows of `length` [b] tokens -> [b, D] float32."""
+def _pooled(x: jax.Array, rows: dict[str, jax.Array], pooling: str
+            ) -> jax.Array:
+  """[b, L, D] states of `rows` -> [b, D] float32, a key of POOLINGS."""
   position = jnp.arange(x.shape[1])[None, :]
-  length = length[:, None]
-  if pooling == "mean":
-    weight = (position < length).astype(jnp.float32)
+  length = rows["length"][:, None]
+  if pooling == "last":
+    where = position == length - 1
   else:
-    weight = (position == length - 1).astype(jnp.float32)
+    where = position < length
+  if pooling == "response":  # of an empty one, the row that it answers
+    said = rows["mask"]
+    where = jnp.where(jnp.any(said, axis=1, keepdims=True), said, where)
+  weight = where.astype(jnp.float32)
   # A weighted sum, not a gather: padding of any length leaves the same bits.
   total = jnp.einsum("bl,bld->bd", weight, x.astype(jnp.float32),
                      precision=jax.lax.Precision.HIGHEST)
   return total / jnp.sum(weight, axis=1, keepdims=True)
 
 
-def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-               rows: tokens_lib.TokenRows, *, pooling: str = "mean",
-               tile: int = 32, chunk: int = 64, label: str = "embed",
-               ids: Any = None, parts: Parts = None,
-               tick: Any = None) -> RowScores:
-  """Embeds every row and sums its response's log-probability, in one pass.
+def pass_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
+              rows: tokens_lib.TokenRows, outputs: Sequence[str], *,
+              pooling: str = "mean", layers: int = 0, tile: int = 32,
+              chunk: int = 64, label: str = "embed", ids: Any = None,
+              parts: Parts = None, tick: Any = None) -> dict[str, np.ndarray]:
+  """All that is asked for of every row, in one pass.
 
   Args:
     mesh: the mesh; each of its devices takes `tile` rows a call.
     params: on the mesh.
     m: the model's sizes.
     rows: n tokenized rows.
-    pooling: "mean" of the hidden states after the final norm over all tokens
-      of the row, or the "last" token's (a small model's last state is poor:
-      its output was never trained).
+    outputs: keys of OUTPUTS.
+    pooling: of the embedding, from the hidden states after the final norm:
+      the "mean" over all tokens of the row, over those of the "response" as
+      the mask has them (its EOS too, the prompt not; a row without a response
+      is pooled whole), or the "last" token's (a small model's last state is
+      poor: its output was never trained).
+    layers: both embeddings are of the model cut after so many; 0: after all.
+      A model already cut takes 0, and runs no more than it has.
     tile: rows a device runs at once; part of the numbers' definition.
     chunk: positions of the head at once.
     label: what the progress bar says.
@@ -118,49 +125,53 @@ def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
       every process gets all rows.
     tick: of a progress bar that is already drawn; None: one is drawn.
 
+  Returns:
+    Of those asked for: embedding [n, D] float32; answer_embedding [n, D], the
+    same with the pooling "response"; logp [n] float32 nats, summed over the
+    response's tokens, and their count [n]; residual [n, D], the slope of logp
+    in the final hidden states, summed: of each response token its row of the
+    output matrix less the mean row under the model's prediction; least [n]
+    nats, the log-probability of the least likely token.
+
   Raises:
-    NumericError: an embedding or log-probability that is not finite; names
-      the rows.
+    NumericError: a number that is not finite; names the rows.
   """
-  n = _count(rows, parts)
-  out = RowScores(np.zeros((n, m.width), np.float32), np.zeros(n, np.float32),
-                  np.zeros(n, np.float32))
-  _over_tiles(mesh, _row_fn(mesh, m, pooling, chunk), params, m, rows, tile,
-              out._asdict(), label, ids, parts, tick)
+  n, outputs = _count(rows, parts), tuple(n for n in OUTPUTS if n in outputs)
+  out = {name: np.zeros((n, m.width) if OUTPUTS[name][0] else n, np.float32)
+         for name in outputs}
+  fn = _row_fn(mesh, m, outputs, pooling, layers, chunk)
+  _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts, tick)
   return out
+
+
+def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
+               rows: tokens_lib.TokenRows, **knobs: Any) -> RowScores:
+  """Embeds every row and sums its response's log-probability, in one pass.
+
+  Arguments as of `pass_rows`.
+  """
+  return RowScores(**pass_rows(mesh, params, m, rows, RowScores._fields,
+                               **knobs))
 
 
 def pool_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-              rows: tokens_lib.TokenRows, *, pooling: str, tile: int,
-              label: str = "embed", ids: Any = None, parts: Parts = None,
-              tick: Any = None) -> np.ndarray:
-  """The embedding alone, [n, D] float32; arguments as of `score_rows`."""
-  out = dict(embedding=np.zeros((_count(rows, parts), m.width), np.float32))
-  _over_tiles(mesh, _pool_fn(mesh, m, pooling), params, m, rows, tile, out,
-              label, ids, parts, tick)
-  return out["embedding"]
+              rows: tokens_lib.TokenRows, **knobs: Any) -> np.ndarray:
+  """The embedding alone, [n, D] float32; arguments as of `pass_rows`."""
+  return pass_rows(mesh, params, m, rows, ("embedding",), **knobs)["embedding"]
 
 
-def residual_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-                  rows: tokens_lib.TokenRows, *, tile: int, chunk: int = 64,
-                  ids: Any = None, parts: Parts = None, tick: Any = None
-                  ) -> dict[str, np.ndarray]:
-  """What each response says beyond what the model expected, in one pass.
+def row_operations(m: decoder.ModelConfig, length: int,
+                   outputs: Sequence[str], layers: int = 0) -> int:
+  """Floating-point operations of `pass_rows` on a row of `length` tokens.
 
-  Arguments as of `score_rows`.
-
-  Returns:
-    residual [n, D] float32, the slope of the summed log-probability in the
-    final hidden states, summed: of each response token its row of the output
-    matrix less the mean row under the model's prediction; least [n] float32
-    nats, the log-probability of the least likely token.
+  Only the first `layers` run where nothing needs the output matrix; a
+  residual takes the head once more, and its slope.
   """
-  n = _count(rows, parts)
-  out = dict(residual=np.zeros((n, m.width), np.float32),
-             least=np.zeros(n, np.float32))
-  _over_tiles(mesh, _residual_fn(mesh, m, chunk), params, m, rows, tile, out,
-              "residual", ids, parts, tick)
-  return out
+  if not headed(outputs):
+    return decoder.operations(
+        m._replace(layers=layers or m.layers), length, 0)
+  slope = 4 * m.vocab * m.width * length if "residual" in outputs else 0
+  return decoder.operations(m, length) + slope
 
 
 def _count(rows: tokens_lib.TokenRows, parts: Parts) -> int:
@@ -268,7 +279,7 @@ def number_rows(mesh: Any, fn: Any, params: Any, m: Any,
   """One float32 number a row, [n], of a pass of any model.
 
   Args:
-    mesh, rows, tile, label, ids, parts, tick: as of `score_rows`.
+    mesh, rows, tile, label, ids, parts, tick: as of `pass_rows`.
     fn: jitted `(params, {tokens [b, L], mask [b, L], length [b]}, {}) ->
       {"number": [b]}`, as `sharding.per_row` makes them.
     params: what it takes.
@@ -285,6 +296,15 @@ def operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
 
   `logit_rows` as in `decoder.operations`: 0 where the head does not run.
   """
+  return _over_rows(rows, lambda s: decoder.operations(m, s, logit_rows))
+
+
+def pass_operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
+                    outputs: Sequence[str], layers: int = 0) -> int:
+  """`row_operations` of all rows."""
+  return _over_rows(rows, lambda s: row_operations(m, s, outputs, layers))
+
+
+def _over_rows(rows: tokens_lib.TokenRows, of_length: Callable) -> int:
   sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-  return int(sum(decoder.operations(m, int(s), logit_rows) * int(c)
-                 for s, c in zip(sizes, counts)))
+  return int(sum(of_length(int(s)) * int(c) for s, c in zip(sizes, counts)))

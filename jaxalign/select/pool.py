@@ -9,6 +9,7 @@ from jaxalign.errors import ConfigError, DataError
 # What a column looks like; R is 2 for pairs (chosen, rejected), 1 for thumbs.
 SHAPES = {
     "embedding": "[N, R, E] float32",
+    "answer_embedding": "[N, R, E] float32, the response without its prompt",
     "log_likelihood": "[N, R] float64, nats",
     "length": "[N, R] int32, response tokens",
     "label": "[N] bool, thumbs only",

@@ -161,7 +161,8 @@ def _by_row(name, seed, source, budget, scratch, **kwargs) -> Chosen:
                       "config.select.kwargs.metric to 'cosine'")
   names = tuple(n for n in (*sampler.needs, *sampler.optional)
                 if n in sampler.needs or n in source.columns)
-  tile = CHUNK if "embedding" in names else TILE
+  wide = {"embedding", "answer_embedding"} & {*names}
+  tile = CHUNK if wide else TILE
   scores = _Scores(source.n, scratch)
   scores.fill(((start, sampler(seed, part, 0, **kwargs).score)
                for start, part in source.pools(names, tile)), name)

@@ -19,7 +19,8 @@ from jaxalign.stages.select import selected_rows
 
 # Read where they are at hand: what the card describes, and what the samplers
 # that cost nothing read.
-COLUMNS = ("length", "label", "topic", "embedding", "logp", "logp_count")
+COLUMNS = ("length", "label", "topic", "embedding", "answer_embedding", "logp",
+           "logp_count")
 TEXTS = ("prompt", "chosen", "rejected", "completion")
 
 
@@ -29,9 +30,11 @@ def run_card(job: Job, arm: Arm) -> None:
   A page, so it is made again where what it shows is another (no --redo).
   """
   made = {stage for name, stage in job.cards if not name}
-  # Not where another arm fitted one: what comes and goes beside this arm must
-  # not change its page.
-  fitted = "log_likelihood" in combine.named(arm.sampler).needs
+  # Not where another arm fitted one, or asked for a column: what comes and goes
+  # beside this arm must not change its page.
+  sampler, known = combine.named(arm.sampler), columns_lib.known(job.c)
+  fitted = "log_likelihood" in sampler.needs
+  read = {"", *made & {"embed"}, *columns_lib.stages(job.c, job.kind, sampler)}
   files = ["selection.json", "selection.html", "reasons.parquet"]
 
   def make(folder):
@@ -39,9 +42,9 @@ def run_card(job: Job, arm: Arm) -> None:
       return files, Cost(), {}
     rows = job.rows("pool")
     columns = {
-        name: columns_lib.COLUMNS[name].make(job) for name in COLUMNS
-        if columns_lib.COLUMNS[name].stage in {"", *made}
-        and not columns_lib.COLUMNS[name].lacks(job.c, job.kind)}
+        name: known[name].make(job) for name in COLUMNS
+        if known[name].stage in read
+        and not known[name].lacks(job.c, job.kind)}
     diagnostics = artifacts.read_json(folder / "diagnostics.json")
     mixture = None
     if fitted:

@@ -81,8 +81,8 @@ def _grams(name: str) -> Callable[[Job], np.ndarray]:
 
 def _by_reference(c: Any, kind: str) -> str:
   del kind
-  return ("the reference must embed: set config.embed.checkpoint='' and "
-          "config.embed.layers=0" if embedder.alone(c) else "")
+  return ("the reference must embed: set config.embed.checkpoint=''"
+          if not embedder.by_reference(c) else "")
 
 
 def _of_world(c: Any, kind: str) -> str:
@@ -113,6 +113,8 @@ COLUMNS = {
     "grams": Column(_grams("grams")),
     "overlap": Column(_grams("overlap")),
     "embedding": Column(_stored("embed", "embedding"), "embed"),
+    "answer_embedding": Column(_stored("answer", "answer_embedding"),
+                               "answer"),
     "logp": Column(_stored("embed", "logp"), "embed", _by_reference),
     "logp_count": Column(_stored("embed", "count"), "embed", _by_reference),
     "residual": Column(_stored("residual", "residual"), "residual"),
@@ -128,6 +130,11 @@ COLUMNS = {
     "held_out_loss": Column(_file("held_out", "held_out_loss"), "held_out",
                             _of_pairs),
 }
+# Where embeddings are of the first layers, these have a store of their own.
+_LAYERS = {"logp": Column(_stored("logps", "logp"), "logps"),
+           "logp_count": Column(_stored("logps", "count"), "logps")}
+# Where answers are what is embedded.
+_ANSWERS = {"answer_embedding": COLUMNS["embedding"]}
 # Given a reward model, `reward` is what it says, and no oracle.
 _JUDGED = {"reward": Column(_stored("rewards", "reward"), "rewards")}
 ALWAYS = ("length", "label", "topic")  # the card describes them
@@ -137,7 +144,10 @@ MADE = ("log_likelihood", "subset")
 
 def known(c: Any) -> dict[str, Column]:
   """COLUMNS as a config has them."""
-  return COLUMNS | (_JUDGED if c.rewards.checkpoint else {})
+  layers = embedder.alone(c) and embedder.by_reference(c)
+  return (COLUMNS | (_JUDGED if c.rewards.checkpoint else {})
+          | (_LAYERS if layers else {})
+          | (_ANSWERS if c.embed.pooling == "response" else {}))
 
 
 def named(c: Any, sampler: Callable) -> set[str]:
@@ -192,17 +202,30 @@ def stages(c: Any, kind: str, sampler: Callable) -> list[str]:
   return sorted({s for s in found if s})
 
 
+def tuned(c: Any) -> str:
+  """The stage whose log-probs proxies start from; "": they run a pass."""
+  column = known(c)["logp"]
+  return "" if c.proxy.checkpoint or column.lacks(c, "") else column.stage
+
+
+def sums(c: Any, kind: str, sampler: Callable) -> str:
+  """The stage whose log-probs the rows of an arm come with; "": of none."""
+  if not embedder.alone(c):
+    return "embed"
+  read = before(c, stages(c, kind, sampler))
+  return "logps" if "logps" in read else ""
+
+
 def before(c: Any, names: list[str]) -> list[str]:
   """These stages and those that they read themselves."""
-  tuned = not (c.proxy.checkpoint or embedder.alone(c))
-  reads = {"mixture": True, "proxy": tuned, "held_out": tuned}
-  return sorted({*names, *(["embed"] if any(reads.get(n) for n in names)
-                           else [])})
+  reads = {"mixture": "embed", "proxy": tuned(c), "held_out": tuned(c)}
+  return sorted({*names, *(reads[n] for n in names if reads.get(n))})
 
 
 def without_reference(c: Any) -> set[str]:
   """The stages that run models of their own alone."""
-  given = dict(embed=c.embed.checkpoint, rewards=True, ask=c.ask.checkpoint,
+  own = not embedder.by_reference(c)
+  given = dict(embed=own, answer=own, rewards=True, ask=c.ask.checkpoint,
                proxy=c.proxy.checkpoint, held_out=c.proxy.checkpoint)
   return {stage for stage, folder in given.items() if folder}
 

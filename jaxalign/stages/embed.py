@@ -1,6 +1,13 @@
-"""Passes of a model over the whole pool, kept in a store of shards."""
+"""Passes of a model over the whole pool, kept in a store of shards.
 
-from typing import Any, Callable
+What the reference says of a row comes of one pass: the stages of KEEPS that a
+job asks for and has not finished run together, each into a store of its own,
+and a stage that is asked for later runs alone. A pass stops after the layers
+that its outputs need.
+"""
+
+import functools
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import numpy as np
@@ -11,11 +18,66 @@ from jaxalign import hub
 from jaxalign import progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
+from jaxalign.model import encoder
 from jaxalign.select import embed
 from jaxalign.select import store as stores
 from jaxalign.select.store import Column
 
 CALLS = 32  # of the model at least, between two moments of writing
+# What each stage keeps of a pass, in the order in which a pass is paid for.
+# `logps` is for embeddings of first layers, which need no output matrix;
+# `embed` keeps what it says where all layers run anyway.
+KEEPS = {"embed": ("embedding", "logp", "count"), "logps": ("logp", "count"),
+         "answer": ("answer_embedding",), "residual": ("residual", "least")}
+
+
+class Stage(NamedTuple):
+  """One stage of KEEPS, as a job has it."""
+
+  name: str
+  folder: Any
+  columns: dict[str, Column]  # of its store
+  fields: dict[str, Any]
+  inputs: dict[str, str]
+  foreign: embedder.Embedder | None  # what runs, where the reference does not
+
+  @property
+  def card(self) -> dict[str, Any]:
+    """What `artifacts.run` and `begin` ask for."""
+    return dict(folder=self.folder, stage=self.name, fields=self.fields,
+                inputs=self.inputs, resumes=("store",), mends=True)
+
+
+def by_reference(c: Any, stage: str) -> bool:
+  """Whether it is the reference that a stage of KEEPS runs."""
+  return embedder.by_reference(c) or stage in ("logps", "residual")
+
+
+def kept(c: Any, stage: str) -> tuple[str, ...]:
+  """The outputs that a stage of KEEPS keeps of a pass."""
+  if stage == "embed" and embedder.alone(c):
+    return ("embedding",)
+  return KEEPS[stage]
+
+
+def shares(c: Any, names: Sequence[str], of: Callable[[tuple[str, ...]], Any]
+           ) -> dict[str, Any]:
+  """What each of the reference's stages adds to the pass they share.
+
+  Args:
+    c: the config.
+    names: stages; those that the reference does not run are left out.
+    of: outputs -> operations of a pass for them.
+
+  Returns:
+    Stage -> operations, in the order of KEEPS; their sum is the pass.
+  """
+  found, outputs, spent = {}, (), 0
+  for name in (n for n in KEEPS if n in names and by_reference(c, n)):
+    outputs += kept(c, name)
+    total = of(outputs)
+    found[name], spent = total - spent, total
+  return found
 
 
 def over_shards(job: Job, folder: Any, stage: str, fields: dict[str, Any],
@@ -37,10 +99,21 @@ def over_shards(job: Job, folder: Any, stage: str, fields: dict[str, Any],
   Returns:
     The stage's files.
   """
+  return _fill(job, stage, [(folder, fields, columns)], rows_a_call, make)
+
+
+def _fill(job: Job, label: str, wanted: list[tuple[Any, dict, dict]],
+          rows_a_call: int, make: Callable) -> list:
+  """`over_shards` of several stores, (folder, fields, columns) each.
+
+  A shard that any of them lacks is made once, and written where it is missing.
+  """
   ids, responses = stores.encoded(job.column("pool", "id")), _responses(job)
-  store = stores.create(folder / "store", ids, columns, fields=fields,
-                        shard=job.c.embed.shard)
-  missing = stores.pending(store, ids)
+  found = [stores.create(folder / "store", ids, columns, fields=fields,
+                         shard=job.c.embed.shard)
+           for folder, fields, columns in wanted]
+  lacking = [stores.pending(store, ids) for store in found]
+  missing, store = sorted({*sum(lacking, [])}), found[0]
   # Between two writings all devices run many calls, so that few are not full.
   group = jax.process_count() * max(1, -(
       -CALLS * rows_a_call
@@ -48,91 +121,117 @@ def over_shards(job: Job, folder: Any, stage: str, fields: dict[str, Any],
   total = responses * store.rows
   done = total - responses * sum(
       int(np.diff(store.bounds(s))[0]) for s in missing)
-  with progress.bar(stage, total, done=done) as tick:
+  with progress.bar(label, total, done=done) as tick:
     for at in range(0, len(missing), group):
       dealt = stores.owned(missing[at:at + group])
       parts = [np.concatenate([np.arange(0)] + [
           np.arange(*store.bounds(s)) for s in mine]) for mine in dealt]
-      found = make([(part[:, None] * responses + np.arange(responses))
-                    .reshape(-1) for part in parts], tick)
+      made = make([(part[:, None] * responses + np.arange(responses))
+                   .reshape(-1) for part in parts], tick)
       start = 0
       for shard in dealt[jax.process_index()]:
         stop = start + int(np.diff(store.bounds(shard))[0])
-        stores.write_shard(store, shard, ids, {
-            name: found[name].reshape(-1, *column.shape)[start:stop]
-            for name, column in columns.items()})
+        for one, lacks, (_, _, columns) in zip(found, lacking, wanted):
+          if shard in lacks:
+            stores.write_shard(one, shard, ids, {
+                name: made[name].reshape(-1, *column.shape)[start:stop]
+                for name, column in columns.items()})
         start = stop
   return ["store"]
 
 
-def run_embed(job: Job) -> None:
-  """Embeds every pool row; by the reference, its log-probs come with it."""
-  c, m = job.c, job.model
-  chosen = embedder.choose(c, m)
+def run_passes(job: Job, names: Sequence[str]) -> None:
+  """Runs the stages `names` of KEEPS, those of the reference in one pass.
+
+  The first that is not finished makes the others' files too. Its card has the
+  seconds of the pass; the operations stand by what each stage adds.
+  """
+  asked = [_stage(job, name) for name in KEEPS if name in names]
+  for at, stage in enumerate(asked):
+    make = _foreign if stage.foreign else _by_reference
+    later = [x for x in asked[at + 1:] if not x.foreign]
+    job.run(**stage.card, make=lambda folder, make=make, stage=stage,
+            later=later: make(job, stage, later))
+
+
+def _stage(job: Job, name: str) -> Stage:
+  c, r = job.c, _responses(job)
+  chosen = embedder.choose(c, job.model)
+  foreign = None if by_reference(c, name) else chosen
   inputs = dict(data=job.key("data"))
-  if not chosen.folder:
+  if foreign is None:
     inputs["sft"] = job.key("sft")
   else:
     inputs["model"] = artifacts.told(
         lambda: artifacts.key_of("embedder", artifacts.digest_tree(
-            hub.resolve(chosen.folder), embedder.digest_names(chosen)), {}))
+            hub.resolve(foreign.folder), embedder.digest_names(foreign)), {}))
+  if name == "embed":
+    fields = pick(c, "embed", "model")
+  else:
+    fields = pick(c, "embed.tile", "embed.shard", "embed.store_dtype", "model")
+  if name == "answer":
+    fields |= pick(c, "embed.checkpoint", "embed.layers")
+    if foreign and isinstance(foreign.model, encoder.EncoderConfig):
+      fields |= pick(c, "embed.pooling")
+    foreign = foreign and embedder.of_answers(foreign)
+  width = foreign.model.width if foreign else job.model.width
+  return Stage(name, job.shared / name, {
+      output: Column((r, width), c.embed.store_dtype)
+      if embed.OUTPUTS[output][0] else Column((r,))
+      for output in kept(c, name)}, fields, inputs, foreign)
 
-  fields = pick(c, "embed", "model")
 
-  def make_alone(folder):
-    run, operations, tokens = embedder.prepare(job, chosen, folder)
-    files = over_shards(
-        job, folder, "embed", fields | inputs, dict(embedding=Column(
-            (_responses(job), chosen.model.width), c.embed.store_dtype)),
-        c.embed.tile * job.mesh.size,
-        lambda parts, tick: dict(embedding=run(parts, tick)))
-    return (files + embedder.files(chosen), Cost(operations, tokens),
-            dict(say=f"{len(job.tokens('pool').start):,} rows"))
+def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
+  """Makes a stage's store, and those of the `later` that are not finished."""
+  c, m, rows = job.c, job.model, job.tokens("pool")
+  # Stages that an unfinished pass has paid for, as `begin` below left them.
+  before = artifacts.read_card(stage.folder, stage.name).result.get(
+      "beside", [])
+  taken = [stage]
+  for other in later:
+    if artifacts.begin(**other.card, redo=job.redo, result=dict(
+        beside=[*before, *(x.name for x in taken)])):
+      taken.append(other)
+  outputs = sum((kept(c, x.name) for x in taken), ())
+  layers, tile = c.embed.layers, c.embed.tile
 
-  def make(folder):
-    rows, r = job.tokens("pool"), _responses(job)
-    files = over_shards(
-        job, folder, "embed", fields | inputs, dict(
-            embedding=Column((r, m.width), c.embed.store_dtype),
-            logp=Column((r,)), count=Column((r,))),
-        c.embed.tile * job.mesh.size,
-        lambda parts, tick: embed.score_rows(
-            job.mesh, job.reference, m, rows, pooling=c.embed.pooling,
-            tile=c.embed.tile, chunk=c.model.head_chunk, parts=parts,
-            ids=job.column("pool", "id"), tick=tick)._asdict())
-    return (files, Cost(embed.operations(m, rows), len(rows.ids)),
-            dict(say=f"{len(rows.start):,} rows"))
+  @functools.cache  # what is not needed is not loaded
+  def loaded():
+    if not layers or embed.headed(outputs):
+      return m, job.reference, layers
+    short = embedder.first_layers(m, layers)
+    return short, embedder.first_weights(short, job.reference), 0
 
-  job.run(job.shared / "embed", "embed", inputs=inputs,
-          make=make_alone if chosen.alone else make, fields=fields,
-          resumes=("store",), mends=True)
+  def make(parts, tick):
+    model, params, at = loaded()
+    return embed.pass_rows(
+        job.mesh, params, model, rows, outputs, pooling=c.embed.pooling,
+        layers=at, tile=tile, chunk=c.model.head_chunk, parts=parts,
+        label=stage.name, ids=job.column("pool", "id"), tick=tick)
+
+  files = _fill(job, stage.name, [(x.folder, x.fields | x.inputs, x.columns)
+                                  for x in taken], tile * job.mesh.size, make)
+  spent = shares(c, [*before, stage.name], lambda outputs: (
+      embed.pass_operations(m, rows, outputs, layers)))[stage.name]
+  said = dict(say=f"{len(rows.start):,} rows")
+  if before:
+    said = dict(beside=before, say=f"in one pass with {', '.join(before)}")
+  return files, Cost(spent, 0 if before else len(rows.ids)), said
+
+
+def _foreign(job: Job, stage: Stage, later: list[Stage]) -> tuple:
+  """Makes a stage's store by a model that only embeds."""
+  del later
+  run, operations, tokens = embedder.prepare(job, stage.foreign, stage.folder)
+  (name, column), = stage.columns.items()
+  files = over_shards(job, stage.folder, stage.name,
+                      stage.fields | stage.inputs, {name: column},
+                      job.c.embed.tile * job.mesh.size,
+                      lambda parts, tick: {name: run(parts, tick)})
+  return (files + embedder.files(stage.foreign), Cost(operations, tokens),
+          dict(say=f"{len(job.tokens('pool').start):,} rows"))
 
 
 def _responses(job: Job) -> int:
   """R, of a record of the pool."""
   return len(job.tokens("pool").start) // len(job.column("pool", "id"))
-
-
-def run_residual(job: Job) -> None:
-  """What the pool's responses say beyond what the reference expected."""
-  c, m = job.c, job.model
-  fields = pick(c, "embed.tile", "embed.shard", "embed.store_dtype", "model")
-  inputs = dict(data=job.key("data"), sft=job.key("sft"))
-
-  def make(folder):
-    rows, r = job.tokens("pool"), _responses(job)
-    files = over_shards(
-        job, folder, "residual", fields | inputs, dict(
-            residual=Column((r, m.width), c.embed.store_dtype),
-            least=Column((r,))),
-        c.embed.tile * job.mesh.size,
-        lambda parts, tick: embed.residual_rows(
-            job.mesh, job.reference, m, rows, tile=c.embed.tile,
-            chunk=c.model.head_chunk, parts=parts, tick=tick,
-            ids=job.column("pool", "id")))
-    return (files, Cost(embed.operations(m, rows)  # the head again, its slope
-                        + 4 * m.vocab * m.width * len(rows.ids),
-                        len(rows.ids)), {})
-
-  job.run(job.shared / "residual", "residual", make=make, fields=fields,
-          inputs=inputs, resumes=("store",), mends=True)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import artifacts
-from jaxalign import embedder
 from jaxalign import hub
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import restore_params
@@ -93,9 +92,10 @@ def _start(job: Job) -> Start:
                                  np.dtype(c.model.param_dtype))
   else:
     params = job.reference
-  if not (c.proxy.checkpoint or embedder.alone(c)):
-    # The embedding pass ran these very weights.
-    read = lambda name: np.asarray(columns.COLUMNS[name].make(job), np.float32)
+  if columns.tuned(c):
+    # The reference's pass ran these very weights.
+    table = columns.known(c)
+    read = lambda name: np.asarray(table[name].make(job), np.float32)
     return Start(params, m, read("logp"), read("logp_count"), Cost())
   found, cost = _score(job, params, m, "proxy_ref")
   n = len(job.column("pool", "id"))
@@ -162,8 +162,8 @@ def _inputs(job: Job) -> dict[str, str]:
   inputs = dict(data=job.key("data"), sft=job.key("sft"))
   if c.proxy.checkpoint:
     return dict(data=job.key("data"), model=digest_of(c.proxy.checkpoint))
-  if not embedder.alone(c):
-    inputs["embed"] = job.key("embed")
+  if stage := columns.tuned(c):
+    inputs[stage] = job.key(stage)
   return inputs
 
 

@@ -6,13 +6,14 @@ import jax
 import numpy as np
 
 from jaxalign import artifacts
-from jaxalign import embedder
 from jaxalign import references
 from jaxalign.artifacts import Cost, pick
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.job import Arm, Job, arm_folder, updates_of
 from jaxalign.select import embed
 from jaxalign.select import store as stores
+from jaxalign.select.samplers import combine
+from jaxalign.stages import columns
 from jaxalign.stages.select import selected_rows
 from jaxalign.train import feed
 from jaxalign.train import reference
@@ -46,13 +47,14 @@ def rows_of(job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
 def run_ref_logps(job: Job, arm: Arm) -> None:
   """The reference's (sum, count) of the kept rows, by id.
 
-  Where the embedding pass ran the same weights over the same rows its numbers
+  Where a pass over the pool ran the same weights over the same rows its numbers
   are looked up; KTO's mismatched rows always need a pass of their own, and so
   does what `references` adds. A loss that reads no reference is given zeros
   where numbers would cost a pass.
   """
   c, m = job.c, job.model
   online = c.train.reference == "online"  # train computes what costs a pass
+  source = columns.sums(c, job.kind, combine.named(arm.sampler))
 
   def once(rows, index, ids=None):
     return reference.logps(
@@ -62,9 +64,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
 
   def kept(index):
     """(sum, count) [M, R] of the kept rows, and what they cost."""
-    base = job.shared / "embed"
-    if not embedder.alone(c):
-      store = stores.open_store(base / "store")
+    if source:
+      store = stores.open_store(job.shared / source / "store")
       return (stores.take(store, "logp", index),
               stores.take(store, "count", index), Cost())
     tokens, ids = job.tokens("pool"), job.column("pool", "id")
@@ -119,6 +120,6 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
                    "train.min_updates") | like(arm)
   job.run(arm_folder(job, arm), "ref_logps", arm.name, fields=fields,
           make=make, inputs=dict(select=job.key("select", arm.name),
-                                 embed=job.key("embed"),
                                  # The embedding may be another model's.
-                                 sft=job.key("sft")))
+                                 sft=job.key("sft")) | {
+              stage: job.key(stage) for stage in {"embed", source or "embed"}})

@@ -1,10 +1,9 @@
 """Passes over the pool in other words: answers alone, questions, rewards.
 
-What can share a pass does: the embedding pass of the reference gives `logp`
-and `logp_count` with the embedding, and `residual` and `least` come of one
-pass. The stages here run other tokens (`alone`: the answers without their
-prompts; `ask`: a question about each row) or other weights (`rewards`), so
-each has a pass of its own, over every row of the pool once.
+What can share a pass does, in `stages.embed`: embeddings, log-probs and
+residuals of the reference. The stages here run other tokens (`alone`: the
+answers without their prompts; `ask`: a question about each row) or other
+weights (`rewards`), so each has a pass of its own, over every row once.
 """
 
 import functools

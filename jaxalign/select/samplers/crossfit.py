@@ -257,7 +257,7 @@ def crossfit_lite(seed: int, pool: Pool, budget: int, *,
                  Ways(label_quota, unlearnable, orthogonal, slices, copies))
 
 
-@needs("embedding", "residual", "least", "grams", "overlap", "length",
+@needs("answer_embedding", "residual", "least", "grams", "overlap", "length",
        optional=("logp", "logp_count", "log_likelihood", "label", "group",
                  "source"))
 def crossfit(seed: int, pool: Pool, budget: int, *,
@@ -269,16 +269,17 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   """Rows by out-of-fold margin times a label-blind gate; reads every label.
 
   score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
-  tokens; residuals; both and embeddings) from the rows of other prompts, q
+  tokens; residuals; both and answers' means) from the rows of other prompts, q
   how often heads and labels agree on rows such as this. Wrong labels score
   below 0, random words near 0. The heads cost O(N P^2) on the host, P at most
   256 a part of the features, wider ones O(N E^2) on the mesh.
 
   Args:
     seed: of the folds, and of the rows where it falls back to random ones.
-    pool: as of `crossfit_lite`, and `embedding` [N, R, E], `residual`
-      [N, R, D] and `least` [N, R], see `embed.residual_rows`; `logp` and
-      `logp_count` [N, R], `log_likelihood` [N, R] where it has them.
+    pool: as of `crossfit_lite`, and `answer_embedding` [N, R, E] (means over
+      the response's tokens), `residual` [N, R, D] and `least` [N, R], see
+      `embed.pass_rows`; `logp` and `logp_count` [N, R], `log_likelihood`
+      [N, R] where it has them.
     budget: M, at most N. Where fewer rows score above 0 a warning says so,
       and the others come as `filled` has them.
     label_quota: for thumbs, the share of desirable rows among those chosen;
@@ -303,10 +304,10 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
     has it of labels that are refused; lower where a quota passes rows over.
   """
   said, few, signs = _read(pool)
-  embedding = finite(pool.embedding, pool.ids, "embedding")
+  answer = finite(pool.answer_embedding, pool.ids, "answer_embedding")
   residual = finite(pool.residual, pool.ids, "residual")
   least = column(pool, "least")
-  signs |= dict(embedding=_typical(embedding), least=least)
+  signs |= dict(embedding=_typical(answer), least=least)
   few = np.concatenate([few, least[..., None]], axis=2)
   if "logp" in pool.columns:
     total, count = column(pool, "logp"), column(pool, "logp_count")
@@ -316,5 +317,5 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   if "log_likelihood" in pool.columns:
     signs["log_likelihood"] = column(pool, "log_likelihood")
   return _select(seed, pool, budget, Sides(
-      [[said, few], [residual, few], [said, residual, embedding, few]],
+      [[said, few], [residual, few], [said, residual, answer, few]],
       signs), Ways(label_quota, unlearnable, orthogonal, slices, copies))

@@ -319,25 +319,25 @@ def herding(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
   return clusters.in_order(herd(x, pool.ids, budget), len(x))
 
 
-@needs("embedding", pairs=True)
+@needs("answer_embedding", pairs=True)
 def real(seed: int, pool: Pool, budget: int, *, direction: str = "top",
          metric: str = "cosine") -> Selection:
   """Pairs whose two responses are least alike, Zhang et al. 2024 (REAL); O(NE).
 
   Score 1 - cos(chosen, rejected); easy pairs to tell apart, so a correct
-  label is likelier. Made for embeddings of the response without the prompt,
-  which otherwise pulls the two together.
+  label is likelier. The prompt, which would pull the two together, is not in
+  these embeddings: they are means over the response's tokens.
 
   Args:
     seed: unused.
-    pool: `pool.embedding` [N, 2, E].
+    pool: `pool.answer_embedding` [N, 2, E].
     budget: M, at most N.
     direction: "top" (unlike), "middle" or "low" (alike).
     metric: "cosine"; "centred" takes off the mean of all responses first;
       "euclidean" scores the distance itself.
   """
   del seed
-  stored = np.asarray(pool.embedding)
+  stored = np.asarray(pool.answer_embedding)
   sides = stored if stored.ndim == 3 else stored[:, None]
   rows_lib.require_pairs(sides)
   n = len(sides)
