@@ -81,9 +81,11 @@ def run_select(job: Job, arm: Arm) -> None:
         chosen.append(checked(
             sampler(arm.seed, Pool(ids, columns | extra), budget, **kwargs), n,
             budget, arm.sampler))
-    took = estimate(job, arm, n, *(
-        columns[name].shape[-1] if name in columns else 0
-        for name in ("embedding", "residual")))
+    wide = lambda *names: max(
+        [columns[name].shape[-1] for name in names if name in columns],
+        default=0)
+    took = estimate(job, arm, n, wide("embedding", "answer_embedding"),
+                    wide("residual"))
     selection, diagnostics = chosen[0], {}
     if uses_mixture:
       diagnostics = artifacts.read_json(
