@@ -151,6 +151,15 @@ def test_blocks_run_inside_clusters_with_their_share(name):
       wanted, _ = naive_facility(np.float64(x[rows]), kept[k],
                                  pool.ids[rows])
       assert [i for i in got.rows if labels[i] == k] == list(rows[wanted])
+  # By turns: each pick stands in the middle of its part of a block's share.
+  turn, when = np.zeros(4, int), []
+  for i in got.rows:
+    when.append((turn[labels[i]] + 0.5) / kept[labels[i]])
+    turn[labels[i]] += 1
+  assert list(np.lexsort((topk.id_hash(pool.ids[got.rows]), when))) == list(
+      range(50))
+  np.testing.assert_allclose(got.score[got.rows], 1 - np.arange(50) / 50)
+  assert not np.delete(got.score, got.rows).any()
   if name in ("k_center", "herding", "deita"):
     # What the method itself picks of the cluster's rows alone.
     for k in range(4):
@@ -174,6 +183,8 @@ def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
   # 3 of 2,700 rows, and no label is used twice.
   small = clusters.cut(labels, ids, 2700)
   assert sorted(np.bincount(small)) == [300] * 3 + [2700] * 3
+  both = clusters.cut(np.arange(9000) % 2, ids, 2000)  # two large ones
+  assert (np.bincount(both) == 1500).all() and both.max() == 5
   mixed = np.random.default_rng(0).permutation(9000)
   again = clusters.cut(labels[mixed], ids[mixed], 2700)
   np.testing.assert_array_equal(again, small[mixed])
