@@ -184,11 +184,12 @@ def identical(args) -> None:
 
 def step0(_) -> None:
   """The first logged step of a DPO and of a KTO job."""
-  for config in ("dpo_sub", "kto_sub"):
+  alike = [f"--config.loss.kwargs.{x}=1" for x in ("desirable", "undesirable")]
+  for config, more in (("dpo_sub", []), ("kto_sub", alike)):
     with tempfile.TemporaryDirectory() as folder:
       run_main(f"--config=configs/{config}.py:smoke", f"--workdir={folder}",
                "--config.sft.updates=100", "--config.train.max_updates=2",
-               "--config.compare=()")
+               "--config.compare=()", *more)
       log = next(pathlib.Path(folder).glob("runs/*/metrics.jsonl"))
       first = json.loads(log.read_text().splitlines()[0])
     print(f"- {config}: preference loss {first['train/preference_loss']:.9f}, "
