@@ -51,7 +51,7 @@ def made(responses, seed=12, n=N, other=False):
       overlap=rng.integers(0, 6, size=(*shape, 2)).astype(np.float32),
       residual=np.float32((grams[..., 3:12] + rng.normal(size=(*shape, 9)))
                           @ low),
-      embedding=np.float32(rng.normal(size=(*shape, 6)) + 1
+      answer_embedding=np.float32(rng.normal(size=(*shape, 6)) + 1
                            + grams[..., 5:6] * [1, -1, 0, 0, 2, 0]),
       least=-rng.gamma(2.0, 1.0, size=shape),
       logp=-rng.gamma(4.0, 9.0, size=shape),
@@ -229,10 +229,10 @@ def expected(pool, lite, orthogonal=None, sliced=False, few=None):
   else:
     per_token = pool.logp / pool.logp_count
     small += [v[..., None] for v in (pool.least, pool.logp, per_token)]
-    signs += [density(pool.embedding), pool.least, per_token,
+    signs += [density(pool.answer_embedding), pool.least, per_token,
               pool.log_likelihood]
     blocks = [[said, *small], [pool.residual, *small],
-              [said, pool.residual, pool.embedding, *small]]
+              [said, pool.residual, pool.answer_embedding, *small]]
   y = (np.where(pool.label, 1, -1) if "label" in pool.columns
        else np.ones(len(said)))
   habit = None if orthogonal is None else np.float64(

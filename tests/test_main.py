@@ -296,7 +296,8 @@ def test_leave_does_not_wait_for_other_processes(monkeypatch):
 
 @pytest.mark.parametrize("flags,said", [
     (["select.sampler=quota(by=source)|isa"], "reads source, which no stage"),
-    (["select.sampler=perplexity", "embed.layers=1"], "the reference must"),
+    (["select.sampler=perplexity", "embed.checkpoint=x"],
+     "the reference must"),
     (["compare=('deita',)", "data.source=rows.jsonl"], "only the built-in"),
 ])
 def test_a_sampler_that_reads_what_no_stage_makes(
