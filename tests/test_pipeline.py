@@ -363,7 +363,7 @@ def test_thumbs_of_one_label_end_in_a_whole_report(tmp_path):
                    "select.budget=1.0", "train.batch_size=8", "data.seed=1",
                    config="kto_sub.py:tiny")
   assert ended.code == 0, ended
-  assert "are liked; kto will only push one way" in ended.out
+  assert "are liked; kto(beta=0.3) will only push one way" in ended.out
   assert "all kept rows have the same label" in ended.out
   arm = next((tmp_path / "work/runs").iterdir())
   assert load(arm, "eval.json")["accuracy"]["n"] == 0
