@@ -164,6 +164,20 @@ def wait(process: subprocess.Popen, timeout: float = 300) -> Ended:
   return Ended(process.returncode, out, err)
 
 
+def kill_at_shard(shard: int, stage: str = "") -> str:
+  """A hook: SIGKILL before a shard of a stage's store, one written at a time."""
+  return ("import os, signal\n"
+          "from jaxalign.select import store\n"
+          "from jaxalign.stages import embed\n"
+          "embed.CALLS = 0\n"
+          "real = store.write_shard\n"
+          "def dying(s, shard, *a):\n"
+          f"  if shard == {shard} and {stage!r} in str(s.folder):\n"
+          "    os.kill(os.getpid(), signal.SIGKILL)\n"
+          "  real(s, shard, *a)\n"
+          "store.write_shard = dying\n")
+
+
 def kill_when(point: str, at: int = 1, number: str = "SIGKILL") -> str:
   """A hook that sends this process a signal just after the n-th call of a
   function, given as "module.function" or "module.Class.method"."""

@@ -325,18 +325,9 @@ def test_a_pass_that_is_killed_goes_on_in_all_its_stores(tmp_path):
   flags = ("select.sampler=crossfit", "compare=('real',)", "embed.shard=16")
   wanted = jobs.run(tmp_path / "wanted", *flags)
   assert wanted.code == 0, wanted
-  hook = ("import os, signal\n"
-          "from jaxalign.select import store\n"
-          "from jaxalign.stages import embed\n"
-          "embed.CALLS = 0\n"  # one shard at a time
-          "real = store.write_shard\n"
-          "def dying(s, shard, *a):\n"
-          "  if shard == 4 and 'residual' in str(s.folder):\n"
-          "    os.kill(os.getpid(), signal.SIGKILL)\n"
-          "  real(s, shard, *a)\n"
-          "store.write_shard = dying\n")
   work = tmp_path / "work"
-  ended = jobs.wait(jobs.start(work, *flags, hook=hook))
+  ended = jobs.wait(jobs.start(work, *flags,
+                               hook=jobs.kill_at_shard(4, "residual")))
   assert ended.code == -9
   count = lambda stage: len([*(work / f"shared/{stage}/store/shards").glob(
       "*.json")])

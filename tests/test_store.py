@@ -196,17 +196,8 @@ def test_an_embed_stage_killed_goes_on_at_the_next_shard(tmp_path):
   """SIGKILL after the fourth shard; then the others alone, the same bytes."""
   wanted = jobs.run(tmp_path / "wanted", *SMALL)
   assert wanted.code == 0, wanted
-  hook = ("import os, signal\n"
-          "from jaxalign.select import store\n"
-          "from jaxalign.stages import embed\n"
-          "embed.CALLS = 0\n"  # one shard at a time
-          "real = store.write_shard\n"
-          "def dying(s, shard, *a):\n"
-          "  if shard == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-          "  real(s, shard, *a)\n"
-          "store.write_shard = dying\n")
   work = tmp_path / "work"
-  ended = jobs.wait(jobs.start(work, *SMALL, hook=hook))
+  ended = jobs.wait(jobs.start(work, *SMALL, hook=jobs.kill_at_shard(4)))
   assert ended.code == -signal.SIGKILL
   assert shards(work) == [f"{s:05d}.json" for s in range(4)]
   times = {p: p.stat().st_mtime_ns for p in work.glob(
