@@ -22,7 +22,7 @@ from jaxalign.stages.mixture import run_mixture
 from jaxalign.stages.proxies import run_held_out, run_proxy
 from jaxalign.stages.ref_logps import run_ref_logps
 from jaxalign.stages.scores import run_alone, run_ask, run_rewards
-from jaxalign.stages.select import run_select
+from jaxalign.stages.select import check_hours, run_select
 from jaxalign.stages.sft import run_sft
 
 
@@ -30,11 +30,12 @@ def _samplers(arms: list[Arm]) -> list:
   return [combine.named(arm.sampler) for arm in arms]
 
 
-def _check_budgets(job: Job, arms: list[Arm]) -> None:
-  """Refuses a budget that the pool cannot give."""
+def _check_sizes(job: Job, arms: list[Arm]) -> None:
+  """Refuses a budget that the pool cannot give, and a choice of days."""
   for arm in arms:
     budget_rows(arm.budget, len(job.column("pool", "id")),
                 job.c.train.batch_size)
+  check_hours(job, arms)
 
 
 def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
@@ -62,7 +63,7 @@ def run_shared(job: Job, arms: list[Arm]) -> None:
   """The stages that all arms read."""
   check_ready(job, arms)
   run_data(job)
-  _check_budgets(job, arms)
+  _check_sizes(job, arms)
   check_enough(job, arms)
   run_sft(job)
   run_scores(job, arms, also=("embed",))
@@ -83,7 +84,7 @@ def run_arm(job: Job, arm: Arm) -> None:
 def run_selection(job: Job, arm: Arm) -> None:
   """Chooses rows, and computes no more than that takes."""
   run_data(job)
-  _check_budgets(job, [arm])
+  _check_sizes(job, [arm])
   run_scores(job, [arm])
   run_select(job, arm)
   run_card(job, arm)
@@ -93,7 +94,7 @@ def run_training(job: Job, arm: Arm) -> None:
   """Aligns on the rows of an arm; measures where rows are held out."""
   check_ready(job, [arm])
   run_data(job)
-  _check_budgets(job, [arm])
+  _check_sizes(job, [arm])
   measured = len(job.column("held_out", "id")) > 0
   if measured:
     check_enough(job, [arm])

@@ -14,16 +14,18 @@ from jaxalign import checks
 from jaxalign import embedder
 from jaxalign import memory
 from jaxalign import progress
+from jaxalign import rates
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.model import decoder
 from jaxalign.model import reward
 from jaxalign.model import weights
-from jaxalign.rates import RATES, rate_of
+from jaxalign.rates import rate_of
 from jaxalign.select import costs
 from jaxalign.select import embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
 from jaxalign.stages import embed as passes
@@ -147,8 +149,7 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     kept = budget_rows(arm.budget, rows["pool"], c.train.batch_size)
     if (cost := sampling(job, arm, rows["pool"], chosen, m)) is not None:
       add("select", rows["pool"], "rows", cost.operations, arm.name,
-          cost.on_host / RATES["cpu"]
-          + (cost.operations - cost.on_host) / rate
+          rates.seconds(cost.operations, cost.on_host, job.mesh)
           + cost.read / READING + rows["pool"] * SECONDS_A_ROW,
           held=cost.held, device=cost.device)
     updates = updates_of(c, arm, kept, rows["pool"])
@@ -299,7 +300,9 @@ def _show_samplers(job: Job, arms: list[Arm], pool: int, tokens: float,
     cost = sampling(job, arm, pool, chosen, m)
     says = ("what it takes itself is not known" if cost is None else
             f"reads {memory.size(cost.read)}, holds {memory.size(cost.held)}, "
-            f"{memory.size(cost.device)} on the devices")
+            f"{memory.size(cost.device)} on the devices"
+            + ("; a job refuses so long a choice" if select.hours(job, cost)
+               > rows_lib.HOURS else ""))
     progress.say(
         f"  choosing by {arm.label}: {sum(x.operations for x in parts):.2e} "
         f"operations ({', '.join(x.stage for x in parts)}), about "

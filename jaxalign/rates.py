@@ -15,3 +15,16 @@ def rate_of(device: Any) -> float:
     if device.device_kind.lower().startswith(start.lower()):
       return rate
   return RATES["cpu"]
+
+
+def seconds(operations: float, on_host: float, mesh: Any) -> float:
+  """Assumed time of a choice, which the first process's devices make.
+
+  Args:
+    operations: of all of it.
+    on_host: of them, those in NumPy.
+    mesh: of the job.
+  """
+  devices = mesh.local_mesh.devices
+  return (on_host / RATES["cpu"] + (operations - on_host)
+          / (devices.size * rate_of(devices.flat[0])))

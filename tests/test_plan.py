@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from configs import common
+import jobs
 from conftest import ROOT
 from jaxalign import job as job_lib
 from jaxalign import memory
@@ -122,8 +123,8 @@ def test_what_cannot_fit_is_refused_with_its_parts():
 @pytest.mark.parametrize("kind, rate", [
     ("TPU v5 lite", 79e12), ("TPU v5", 184e12), ("TPU v6 lite", 367e12),
     ("TPU v4", 110e12), ("NVIDIA H200", 396e12),
-    ("NVIDIA A100-SXM4-80GB", 125e12), ("cpu", plan.RATES["cpu"]),
-    ("a kind that is not known", plan.RATES["cpu"])])
+    ("NVIDIA A100-SXM4-80GB", 125e12), ("cpu", plan.rates.RATES["cpu"]),
+    ("a kind that is not known", plan.rates.RATES["cpu"])])
 def test_the_rate_of_a_device(kind, rate):
   assert plan.rate_of(types.SimpleNamespace(device_kind=kind)) == rate
 
@@ -268,11 +269,11 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   rest = 200_000 * (plan.SECONDS_A_ROW + 2 * 4 * 32 / plan.READING)
   names = ("facility_location", "facility_location(exact=True)")
   drawn, exact = seconds(*a_job(names[0], names[1:])).values()
-  work, rate = 2 * 200_000**2 * 32, plan.RATES["cpu"]
+  work, rate = 2 * 200_000**2 * 32, plan.rates.RATES["cpu"]
   np.testing.assert_allclose(drawn - rest, work * np.log(20) / rate)
   np.testing.assert_allclose(exact - rest, work / rate)
   # On an accelerator the drawn form is faster, the exact one is not.
-  monkeypatch.setattr(plan, "rate_of", lambda device: 100 * rate)
+  monkeypatch.setattr(plan.rates, "rate_of", lambda device: 100 * rate)
   fast, same = seconds(*a_job(names[0], names[1:])).values()
   np.testing.assert_allclose(fast - rest, work * np.log(20) / rate / 100)
   assert same == exact
@@ -283,6 +284,28 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
       got.on_host, work / 50)
   assert got.operations < work / 10 and got.device == 4 * 200_000 * 32
+
+
+def test_a_choice_of_days_is_refused_before_anything_is_embedded(
+    tmp_path, monkeypatch):
+  """160 pairs, 16 of them kept, 32 numbers: 2 * 160 * 16 * 32 operations."""
+  run = lambda *more: jobs.run(
+      tmp_path / "work", "select.sampler=k_center", "compare=()", *more)
+  rates = plan.rates
+  monkeypatch.setattr(rates, "RATES", dict(cpu=1.0))
+  hours = 2 * 160 * 16 * 32 / 8 / 3600  # on eight devices
+  monkeypatch.setattr(plan.rows_lib, "HOURS", hours / 1.001)
+  ended = run()
+  assert ended.code == 64 and re.search(
+      r"'k_center' would take about 6 hours to choose from 160 rows, 1.64e\+05 "
+      r"operations, above the 5.68\d* .*blocks.*budget.*density", ended.err)
+  made = sorted(p.name for p in (tmp_path / "work/shared").iterdir())
+  assert made == ["data"]  # no model was trained, no row embedded
+  said = run("--dry_run")
+  assert said.code == 0 and "a job refuses so long a choice" in said.out
+  monkeypatch.setattr(plan.rows_lib, "HOURS", hours * 1.001)
+  said = run("--dry_run")
+  assert said.code == 0 and "refuses" not in said.out
 
 
 @pytest.mark.parametrize("layers", [0, 1])

@@ -6,16 +6,20 @@ import jax
 import numpy as np
 
 from jaxalign import artifacts
+from jaxalign import embedder
 from jaxalign import ledger
 from jaxalign import memory
+from jaxalign import rates
 from jaxalign.artifacts import Cost
 from jaxalign.data import records
+from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import edition
 from jaxalign.select import card as cards
 from jaxalign.select import costs
 from jaxalign.select.pool import Pool, checked
 from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns as columns_lib
 from jaxalign.stages import mixture as mixture_stage
@@ -48,6 +52,34 @@ def estimate(job: Job, arm: Arm, rows: int, width: int, residual: int
   fits = 1 + c.select.stability_seeds
   return found._replace(operations=fits * found.operations,
                         on_host=fits * found.on_host)
+
+
+def hours(job: Job, found: costs.Estimate) -> float:
+  """Assumed time of a choice itself, on this mesh and its host."""
+  return rates.seconds(found.operations, found.on_host, job.mesh) / 3600
+
+
+def check_hours(job: Job, arms: list[Arm]) -> None:
+  """Refuses a choice that takes days before anything is embedded for it.
+
+  A sampler refuses too, once it has its rows: what is a keyword of its own is
+  said there. Here the sizes of the pool alone are known.
+
+  Raises:
+    ConfigError: an arm would take more than `rows.HOURS`, with the number.
+  """
+  rows, m = len(job.column("pool", "id")), job.model
+  width = embedder.choose(job.c, m).model.width
+  for arm in arms:
+    found = estimate(job, arm, rows, width, m.width)
+    if found and (takes := hours(job, found)) > rows_lib.HOURS:
+      raise ConfigError(
+          f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
+          f"choose from {rows:,} rows, {found.operations:.3g} operations, "
+          f"above the {rows_lib.HOURS:g} that a choice may take; "
+          "set config.select.kwargs.blocks where it takes them, "
+          "config.select.budget, or a sampler that runs in one pass, as "
+          "config.select.sampler='density'")
 
 
 def run_select(job: Job, arm: Arm) -> None:

@@ -61,8 +61,8 @@ def displaced(lines: Lines) -> str:
           f"the reference ({-each:.2f} a token) while the margin grows to "
           f"{chosen - rejected:.1f}: likelihood displacement, their "
           "probability goes to answers that are neither. Look at generations "
-          "(config.train.eval_sets), add '+0.2*sft' to config.loss.name or "
-          "raise beta")
+          "(config.train.eval_sets), give config.loss.name a likelihood term "
+          "('+0.2*sft') or a larger one, or raise beta")
 
 
 def collapsed(lines: Lines) -> str:
@@ -77,8 +77,8 @@ def collapsed(lines: Lines) -> str:
     return ""
   return (f"{bad(last):.0%} of the generated answers are empty or have no end "
           f"({bad(first):.0%} at the first evaluation); pair accuracy does not "
-          "show this. Add '+0.2*sft' to config.loss.name, raise beta, or stop "
-          "earlier")
+          "show this. Give config.loss.name a likelihood term ('+0.2*sft') or a "
+          "larger one, raise beta, or stop earlier")
 
 
 class Best(NamedTuple):
