@@ -212,10 +212,15 @@ def arm_folder(job: Job, arm: Arm) -> epath.Path:
 
 
 def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
-  """The keywords of config.select that this sampler takes, checked."""
-  known = {p.name for p in inspect.signature(sampler).parameters.values()
-           if p.kind == p.KEYWORD_ONLY}
-  known -= set(getattr(sampler, "keywords", ()))  # of "isa(order=...)"
+  """The keywords of config.select that this sampler takes, checked.
+
+  Those that say what the sampler does by itself are left out: an arm is the
+  same whether or not the config's keywords are meant for it.
+  """
+  known = {p.name: p.default
+           for p in inspect.signature(sampler).parameters.values()
+           if p.kind == p.KEYWORD_ONLY
+           and p.name not in getattr(sampler, "keywords", ())}  # in brackets
   named = dict(order=c.select.order, pair_score=c.select.pair_score,
                label_quota=c.select.label_quota or None)
   kwargs = {n: v for n, v in named.items() if n in known}
@@ -225,4 +230,5 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
                         f"takes {', '.join(sorted(known)) or 'no keywords'}; "
                         "set config.select.kwargs")
     kwargs[name] = value
-  return kwargs
+  return {n: v for n, v in kwargs.items()
+          if not (type(v) is type(known[n]) and v == known[n])}

@@ -142,6 +142,9 @@ def test_arms_come_and_go_without_a_stage_twice(tmp_path):
   ended = jobs.run(work, "select.sampler=random", "compare=()")
   assert ended.code == 0 and jobs.did(ended) == PAGE
   assert "mixture:" not in ended.out  # a random arm needs none
+  # An arm is the same whether it is the chosen one or one beside it.
+  ended = jobs.run(work, "select.sampler=random", "compare=('isa',)")
+  assert ended.code == 0 and jobs.did(ended) == PAGE
   ended = jobs.run(work, "select.budget=24", "compare=()")
   assert ended.code == 0 and jobs.did(ended) == [*ARM, *PAGE, *PAGE]
   assert pages == {p: p.read_bytes() for p in pages}

@@ -276,6 +276,10 @@ def test_knobs_reach_the_sampler_behind_the_steps():
   c.select.order = "magnitude"
   chain = combine.named("gate(column=reward) | isa")
   assert job.sampler_kwargs(c, chain)["order"] == "magnitude"
+  # What the sampler does by itself is not said twice.
+  c.select.order, c.select.kwargs = "literal", dict(label_quota=0.3)
+  assert job.sampler_kwargs(c, chain) == dict(label_quota=0.3)
+  c.select.order = "magnitude"
   # What the name itself binds stands.
   bound = combine.named("gate(column=reward) | isa(order=renormalised)")
   assert "order" not in job.sampler_kwargs(c, bound)
