@@ -726,20 +726,41 @@ def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
   for name in ("length", "overlap"):
     columns[name][bad] = columns[name][np.flatnonzero(bad)[0]]
   fixed = with_columns(pool, **columns)
-  plain = SAMPLERS["crossfit_lite"](0, fixed, 150)
+  plain = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=None)
   assert bad[plain.rows].mean() > 0.5
   share = alike.in_copies(alike.copies(fixed.grams[np.sort(plain.rows)]))
   assert any(f"warning: {100 * share:.1f} % of the kept rows have a near-copy"
              in n for n in plain.notes)
-  few = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=2)
+  few = SAMPLERS["crossfit_lite"](0, fixed, 150)
+  again = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=2)
+  np.testing.assert_array_equal(few.score, again.score)
   assert bad[few.rows].sum() <= 2
   assert not any("near-copy" in n for n in few.notes)
   assert any(f"{bad.sum() - 2:,} rows have 2 near-copies" in n
              for n in few.notes)
   assert SAMPLERS["crossfit_lite"](0, fixed, N, copies=2).rows.size == N
-  for wrong in (0, 1.5, True):
+  for wrong in (0, 1.5, True, "many"):
     with pytest.raises(ConfigError, match="copies is"):
       SAMPLERS["crossfit_lite"](0, fixed, 150, copies=wrong)
+
+
+@pytest.mark.parametrize("name", ["crossfit", "crossfit_lite"])
+def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
+  pool, _ = world(n=400)
+  grams_ = pool.grams.copy()
+  sampler = lambda **kwargs: SAMPLERS[name](
+      0, with_columns(pool, grams=grams_), 40, **kwargs)
+  share = lambda: alike.in_copies(alike.copies(grams_))
+  grams_[:120] = np.repeat(grams_[:30], 4, axis=0)
+  assert 0.25 < share() <= 0.5
+  np.testing.assert_array_equal(sampler().score, sampler(copies=2).score)
+  assert not np.array_equal(sampler().score, sampler(copies=None).score)
+  grams_[:240] = np.repeat(grams_[:60], 4, axis=0)
+  assert share() > 0.5
+  got = sampler()
+  np.testing.assert_array_equal(got.score, sampler(copies=None).score)
+  assert f"{100 * share():.0f} % of the rows have near-copies, as texts of a " \
+      "few words do: copies come as other rows do" in got.notes
 
 
 def test_a_head_never_saw_a_near_copy():

@@ -32,7 +32,7 @@ largest true margins. The cases differ from "clean" in one thing:
 Where crossfit has a keyword against a case it is run with and without, and
 the two that ask for no column also where nothing is wrong: orthogonal=length;
 orthogonal=style, for a person who suspects that opener and counts it;
-slices=source or topic; copies=2.
+slices=source or topic; and copies=None, without what "auto" does by default.
 
 Of what is kept: the share whose label disagrees with the true reward (of the
 row's own source or topic; a thumb is wrong where a pair would be), the share
@@ -73,11 +73,11 @@ from jaxalign.select.samplers import combine  # noqa: E402
 SMALL = 500
 FLIPS = ("flips", "small", "other", "thumbs")
 ARMS = "random;external_margin;crossfit_lite;crossfit"
-MENDS = dict(clean=("orthogonal=length", "copies=2"),  # what they cost
-             flips=("orthogonal=length", "copies=2"),
+MENDS = dict(clean=("orthogonal=length", "copies=None"),  # what they cost
+             flips=("orthogonal=length", "copies=None"),
              length=("orthogonal=length",), opener=("orthogonal=style",),
              minority=("slices=source",), topics=("slices=topic",),
-             junk_fixed=("copies=2",), junk_copies=("copies=2",))
+             junk_fixed=("copies=None",), junk_copies=("copies=None",))
 MEASURES = ("wrong", "junk", "longer", "opener", "minority")
 
 

@@ -29,6 +29,8 @@ from jaxalign.select.topk import id_hash, uniform
 
 SENTENCE = "reads every label: saves training, not annotation"
 UNLEARNABLE = ("random", "error")
+COPIES = 2  # of a set of near-copies, before all others
+ALL_ALIKE = 0.5  # share of rows with near-copies, above which nobody counts
 
 
 class Sides(NamedTuple):
@@ -45,7 +47,7 @@ class Ways(NamedTuple):
   unlearnable: str = "random"
   orthogonal: str | tuple[str, ...] | None = None
   slices: str | tuple[str, ...] | None = None
-  copies: int | None = None
+  copies: int | str | None = "auto"
 
 
 def filled(score: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -107,11 +109,11 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
     raise ConfigError(f"unlearnable is {ways.unlearnable!r}, wanted one of "
                       f"{', '.join(UNLEARNABLE)}; set "
                       "config.select.kwargs.unlearnable")
-  if ways.copies is not None and (isinstance(ways.copies, bool)
-                                  or ways.copies != int(ways.copies)
-                                  or ways.copies < 1):
-    raise ConfigError(f"copies is {ways.copies!r}, wanted None or 1 or more; "
-                      "set config.select.kwargs.copies")
+  if ways.copies not in (None, "auto") and (
+      isinstance(ways.copies, (bool, str)) or ways.copies != int(ways.copies)
+      or ways.copies < 1):
+    raise ConfigError(f"copies is {ways.copies!r}, wanted 'auto', None, or 1 "
+                      "or more; set config.select.kwargs.copies")
   pairs = sides.blocks[0][0].shape[1] == 2
   if not pairs and "label" not in pool.columns:
     raise ConfigError("crossfit reads the label of single responses, the pool "
@@ -121,11 +123,11 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   without = habits.named(ways.orthogonal)
   habit = habits.columns(pool, without, group)
   by = habits.named(ways.slices)
-  code = names = like = None
+  code = names = None
   if by or "source" in pool.columns:
     code, names = habits.slice_codes(pool, by or ("source",))
-  if ways.copies is not None:
-    like = alike.copies(pool.grams)
+  most, like, all_alike = _copies(pool, ways.copies)
+  if like is not None:
     group = alike.joined(group, like)
   own, notes = set(), [f"crossfit {SENTENCE}"]
   if refused := _of_one_class(label):
@@ -164,10 +166,11 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
                          if "log_likelihood" in sides.signs else ""))
   if like is not None:
     place = alike.place_in(like, score, id_hash(pool.ids))
-    spare = place >= ways.copies
+    spare = place >= most
     score = np.where(spare, score - np.ptp(score) - 1, score)
-    notes.append(f"{int(spare.sum()):,} rows have {ways.copies} near-copies "
+    notes.append(f"{int(spare.sum()):,} rows have {most} near-copies "
                  "or more that score higher, and come last")
+  notes += all_alike
   selection = _chosen(score, pool, budget, ways, pairs, code if by else None)
   if not learnt:
     return _told(selection, *notes)
@@ -191,6 +194,24 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   notes += alike.notes(pool, kept, ranked(uniform(seed, pool.ids, "random"),
                                           pool, len(kept)).rows)
   return _told(selection, *notes)
+
+
+def _copies(pool: Pool, copies: int | str | None
+            ) -> tuple[int, np.ndarray | None, list[str]]:
+  """How many near-copies may come first, which rows are some, and a note.
+
+  None where nobody is to count them: texts of a few words are all alike.
+  """
+  if copies is None:
+    return 0, None, []
+  like = alike.copies(pool.grams)
+  share = alike.in_copies(like)
+  if copies != "auto":
+    return int(copies), like, []
+  if share <= ALL_ALIKE:
+    return COPIES, like, []
+  return 0, None, [f"{100 * share:.0f} % of the rows have near-copies, as "
+                   "texts of a few words do: copies come as other rows do"]
 
 
 def _of_one_class(label: np.ndarray | None) -> str:
@@ -243,7 +264,7 @@ def crossfit_lite(seed: int, pool: Pool, budget: int, *,
                   unlearnable: str = "random",
                   orthogonal: str | tuple[str, ...] | None = None,
                   slices: str | tuple[str, ...] | None = None,
-                  copies: int | None = None) -> Selection:
+                  copies: int | str | None = "auto") -> Selection:
   """`crossfit` without a model: one head on counts of tokens, no forward pass.
 
   Args:
@@ -265,7 +286,7 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
              unlearnable: str = "random",
              orthogonal: str | tuple[str, ...] | None = None,
              slices: str | tuple[str, ...] | None = None,
-             copies: int | None = None) -> Selection:
+             copies: int | str | None = "auto") -> Selection:
   """Rows by out-of-fold margin times a label-blind gate; reads every label.
 
   score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
@@ -297,7 +318,9 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
       predict its labels better; see `with_own_heads`.
     copies: at most so many rows of a set of near-copies, see `alike.copies`,
       come before all others; and heads never saw a copy of what they judge.
-      Texts of a few words are all alike: leave it None there.
+      One pattern that is always labelled alike would fill the subset
+      otherwise. "auto": 2, and None where more than half of the rows have
+      copies, as texts of a few words do; None: copies are not looked for.
 
   Returns:
     Selection; the [N] score is as above, or as `filled` has it, or as `drawn`
