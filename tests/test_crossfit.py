@@ -761,6 +761,14 @@ def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
   np.testing.assert_array_equal(got.score, sampler(copies=None).score)
   assert f"{100 * share():.0f} % of the rows have near-copies, as texts of a " \
       "few words do: copies come as other rows do" in got.notes
+  # Of thumbs nobody counts by himself.
+  liked, _ = world(n=200, thumbs=True)
+  grams_ = np.asarray(liked.grams).copy()
+  grams_[:100] = np.repeat(grams_[:25], 4, axis=0)
+  thumbs = lambda **kwargs: SAMPLERS[name](
+      0, with_columns(liked, grams=grams_), 40, **kwargs).score
+  np.testing.assert_array_equal(thumbs(), thumbs(copies=None))
+  assert not np.array_equal(thumbs(), thumbs(copies=2))
 
 
 def test_a_head_never_saw_a_near_copy():

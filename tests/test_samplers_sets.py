@@ -309,6 +309,12 @@ def test_dpp_equals_greedy_over_determinants(quality):
                         bandwidth=1.5)
   assert list(got.rows) == wanted
   np.testing.assert_allclose(got.score[wanted], gained, rtol=1e-4)
+  # Of the others: what the picks leave of them, a Schur complement.
+  rest = np.setdiff1d(np.arange(60), wanted)
+  by = kernel[np.ix_(rest, wanted)]
+  left = kernel[rest, rest] - (by * np.linalg.solve(
+      kernel[np.ix_(wanted, wanted)], by.T).T).sum(1)
+  np.testing.assert_allclose(got.score[rest], left, rtol=1e-3, atol=1e-6)
   if quality:
     plain = SAMPLERS["dpp"](0, pool, 15, bandwidth=1.5)
     assert z[got.rows].mean() > z[plain.rows].mean() + 0.3

@@ -8,7 +8,6 @@ float64, on the host.
 from typing import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import sharding
@@ -58,29 +57,6 @@ def over_chunks(mesh: jax.sharding.Mesh, chunk_fn: Callable, replicated: int):
                   + (sharding.spec("pool"),) * len(tiles)),
         out_specs=sharding.spec("pool"))(*params, *tiles)
   return run
-
-
-def over_rows(product: Callable, *arrays: jax.Array) -> jax.Array:
-  """product(*arrays), a sum over the rows (axis -2), in a fixed order.
-
-  On CPU a product that contracts many rows is cut among threads, and their
-  number follows the number of devices: the sum would depend on the mesh. So
-  there it is made of products over BLOCK rows, added one after the other; too
-  small to be cut. An accelerator takes the rows at once.
-
-  Args:
-    product: arrays [..., rows, width] -> their sum of products.
-    *arrays: rows a multiple of BLOCK.
-  """
-  if jax.default_backend() != "cpu":
-    return product(*arrays)
-  parts = []
-  for x in arrays:
-    shape = x.shape[:-2] + (x.shape[-2] // BLOCK, BLOCK, x.shape[-1])
-    parts.append(jnp.moveaxis(x.reshape(shape), -3, 0))
-  first = product(*(x[0] for x in parts))
-  return jax.lax.scan(lambda total, x: (total + product(*x), None), first,
-                      tuple(x[1:] for x in parts), unroll=4)[0]
 
 
 def ordered_sum(parts: np.ndarray) -> np.ndarray:

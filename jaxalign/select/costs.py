@@ -11,7 +11,7 @@ import math
 from typing import Any, Callable, NamedTuple
 
 from jaxalign.lookup import lookup
-from jaxalign.select import chunks
+from jaxalign.select import exact
 from jaxalign.select import grams
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.samplers import bradley_terry
@@ -194,21 +194,24 @@ def _diverse(p: Pool, *, pair: str = "mean", blocks: int = 0, **_) -> Work:
 
 
 def _placed(n: float, width: int, columns: int) -> float:
-  """Bytes that `heads.principal` puts on the devices: rows, chunks' sums."""
+  """Bytes that `heads.principal` puts on the devices: rows and their sums."""
   on_host = width <= columns or columns < n < width
   return 0 if on_host else 4 * n * width + _sums(width)
 
 
 def _sums(width: int) -> float:
-  """Of the chunks' matrices, which come to the host, too."""
-  return 4 * chunks.CHUNKS * width**2
+  """Of the products of columns: two whole numbers each, half of them."""
+  return 8 * width**2
 
 
 def _rotated(n: float, width: int, columns: int) -> tuple[float, float]:
   """Operations of `heads.principal`, on the host and on the devices."""
   few = columns < n < width
-  work = 2 * n * width * ((n if few else width) + columns)
-  return (0, work) if _placed(n, width, columns) else (work, 0)
+  if not _placed(n, width, columns):
+    return 2 * n * width * ((n if few else width) + columns), 0
+  wide = sum((end - start) * (width - start)
+             for start, end in exact.panels(width))
+  return 0, 2 * n * (wide + width * columns)
 
 
 def _heads(p: Pool, *widths: tuple[int, ...]) -> Work:
@@ -230,7 +233,8 @@ def _heads(p: Pool, *widths: tuple[int, ...]) -> Work:
   newton = sum(fits * NEWTON * 2 * c**2 for c in columns)
   # What is read: counts as float32, the others as float64.
   stored = sides * (4 * said + 8 * sum(parts - {said}))
-  sums = [_sums(w) for n, w, c in turned if _placed(n, w, c)]
+  # Put together in float64, mirrored.
+  sums = [40 * w**2 for n, w, c in turned if _placed(n, w, c)]
   held = stored + max(
       # Scaled, less their mean, laid out.
       3 * 4 * sides * max(typical) + max(sums, default=0),

@@ -58,17 +58,32 @@ def _check_rows(x: np.ndarray, components: int) -> None:
                        "look at config.embed")
 
 
-def _gram(mesh: jax.sharding.Mesh, x: np.ndarray,
-          mean: np.ndarray) -> np.ndarray:
-  """Sum of centred outer products [E, E]: float32 chunks, exactly added.
+def gram(mesh: jax.sharding.Mesh, x: np.ndarray,
+         mean: np.ndarray | None = None) -> np.ndarray:
+  """Sum of outer products [E, E]: float32 chunks, exactly added.
 
   Rows pass in waves, so the devices never hold more than a wave of them.
+
+  Args:
+    mesh: the mesh.
+    x: [n, E] float32.
+    mean: [E] float64 that rows are less by; None: nothing.
   """
   total = np.zeros((x.shape[1],) * 2)
   for start in range(0, len(x), WAVE):
-    part = np.float32(x[start:start + WAVE] - mean)
+    part = x[start:start + WAVE]
+    if mean is not None:
+      part = _less(part, mean)
     total += em.total_of(mesh, exact.place(mesh, part))
   return total
+
+
+def _less(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+  """x - mean, rounded to float32; no float64 of all rows is held."""
+  out = np.empty(x.shape, np.float32)
+  for start in range(0, len(x), TILE):
+    out[start:start + TILE] = x[start:start + TILE] - mean
+  return out
 
 
 def prepare(mesh: jax.sharding.Mesh, x: np.ndarray, *,
@@ -105,13 +120,13 @@ def prepare(mesh: jax.sharding.Mesh, x: np.ndarray, *,
   if pca == 0 and covariance in ("diag", "low_rank"):
     directions, total = np.eye(width), None
   else:
-    gram = _gram(mesh, x, mean)
-    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    products = gram(mesh, x, mean)
+    values, vectors = np.linalg.eigh((products + products.T) / 2)
     directions = vectors[:, np.argsort(-values, kind="stable")[:keep]]
     largest = np.abs(directions).argmax(axis=0)
     directions = directions * np.sign(
         directions[largest, np.arange(directions.shape[1])])
-    total = np.trace(gram) / n
+    total = np.trace(products) / n
   # The variances are measured in float64, not read off the float32 Gram: its
   # rounding would be the variance of a direction in which nothing varies.
   z = np.empty((n, directions.shape[1]), np.float32)

@@ -270,7 +270,7 @@ def _density(seed, source, budget, scratch, *, pair="mean", metric="cosine",
                       "number above 0; set config.select.kwargs.bandwidth")
   middle = np.float32(x.mean(axis=0, dtype=np.float64))  # any will do
   w = np.float32(densities.frequencies(seed, x.shape[1], features, bandwidth))
-  mesh = rows_lib._own_mesh()
+  mesh = rows_lib.own_mesh()
 
   def waves():
     wave = 2 * mesh.size  # chunks; never just one on a device

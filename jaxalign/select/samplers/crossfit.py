@@ -126,7 +126,7 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   code = names = None
   if by or "source" in pool.columns:
     code, names = habits.slice_codes(pool, by or ("source",))
-  most, like, all_alike = _copies(pool, ways.copies)
+  most, like, all_alike = _copies(pool, ways.copies, pairs)
   if like is not None:
     group = alike.joined(group, like)
   own, notes = set(), [f"crossfit {SENTENCE}"]
@@ -196,13 +196,14 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   return _told(selection, *notes)
 
 
-def _copies(pool: Pool, copies: int | str | None
+def _copies(pool: Pool, copies: int | str | None, pairs: bool
             ) -> tuple[int, np.ndarray | None, list[str]]:
   """How many near-copies may come first, which rows are some, and a note.
 
-  None where nobody is to count them: texts of a few words are all alike.
+  None where nobody is to count them: texts of a few words are all alike, and
+  so are the answers to one prompt, from which heads learn.
   """
-  if copies is None:
+  if copies is None or copies == "auto" and not pairs:
     return 0, None, []
   like = alike.copies(pool.grams)
   share = alike.in_copies(like)
@@ -319,8 +320,9 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
     copies: at most so many rows of a set of near-copies, see `alike.copies`,
       come before all others; and heads never saw a copy of what they judge.
       One pattern that is always labelled alike would fill the subset
-      otherwise. "auto": 2, and None where more than half of the rows have
-      copies, as texts of a few words do; None: copies are not looked for.
+      otherwise. "auto": 2 of pairs, and None of thumbs, and where more than
+      half of the rows have copies, as texts of a few words do; None: copies
+      are not looked for.
 
   Returns:
     Selection; the [N] score is as above, or as `filled` has it, or as `drawn`

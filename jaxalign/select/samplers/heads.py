@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 from scipy.special import expit
 
-from jaxalign.select.chunks import ordered_sum, over_rows
+from jaxalign.select import space
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.topk import uniform
 
@@ -32,12 +32,6 @@ def scaled(x: np.ndarray, center: np.ndarray | None = None) -> np.ndarray:
   size = np.sqrt(np.einsum("nw,nw->w", x, x, dtype=np.float64) / len(x))
   return x * np.where(size > 0, 1 / np.maximum(size, 1e-30), 0.0
                       ).astype(np.float32)
-
-
-def _gram_chunk(x):
-  """[T, W] -> [W, W]."""
-  return over_rows(lambda a, b: jnp.einsum(
-      "tw,tv->wv", a, b, precision=jax.lax.Precision.HIGHEST), x, x)
 
 
 def _rotate_chunk(basis, x):
@@ -66,7 +60,9 @@ def principal(x: np.ndarray, columns: int = COLUMNS
   elif width <= columns:
     gram = x.T.astype(np.float64) @ x / n
   else:
-    gram = ordered_sum(rows_lib.by_chunk(_gram_chunk, rows_lib.place(x))) / n
+    mesh = rows_lib.own_mesh()
+    with jax.set_mesh(mesh):
+      gram = space.gram(mesh, x) / n
   last = len(gram) - 1
   value, vector = scipy.linalg.eigh(
       (gram + gram.T) / 2, subset_by_index=(max(0, last + 1 - columns), last)

@@ -37,7 +37,7 @@ def refuse_long(operations: float, what: str, advice: str, *,
     host: it runs in NumPy; else on this process's devices. Either at the
       rate that the dry run assumes.
   """
-  devices = _own_mesh().devices
+  devices = own_mesh().devices
   rate = (rates.RATES["cpu"] if host else
           devices.size * rates.rate_of(devices.flat[0]))
   hours = float(operations) / rate / 3600
@@ -155,7 +155,7 @@ class Placed(NamedTuple):
   n: int
 
 
-def _own_mesh() -> jax.sharding.Mesh:
+def own_mesh() -> jax.sharding.Mesh:
   """The current mesh; where others share it, one of this process's devices.
 
   A sampler runs in the one process that reads the pool's texts.
@@ -168,7 +168,7 @@ def _own_mesh() -> jax.sharding.Mesh:
 
 def place(*columns: np.ndarray) -> Placed:
   """Puts [N, ...] arrays on the devices, cut alike; zeros after row N."""
-  mesh, n = _own_mesh(), len(columns[0])
+  mesh, n = own_mesh(), len(columns[0])
   layout = padded_chunks(mesh), chunk_rows(n)
   put = []
   for column in columns:
