@@ -59,6 +59,13 @@ def test_vectors_refused():
   x[3] = 0
   with pytest.raises(NumericError, match=f"length 0.*{pool.ids[3]}"):
     SAMPLERS["k_center"](0, make_pools.with_columns(pool, embedding=x), 5)
+  x = pool.embedding.copy()
+  bad = np.arange(7) * 5
+  x[bad, bad % 2, 3] = np.nan  # of one side
+  with pytest.raises(NumericError, match=(
+      f"7 of {len(x)} rows have an embedding that is not finite .ids "
+      + ", ".join(pool.ids[bad[:5]]) + r", \.\.\.\)")):
+    SAMPLERS["k_center"](0, make_pools.with_columns(pool, embedding=x), 5)
 
 
 # Density.
@@ -163,6 +170,19 @@ def test_k_center_equals_the_loop(active, pair, monkeypatch):
   radius = [np.linalg.norm(x[wanted[:i]] - x[wanted[i]], axis=1).min()
             for i in range(1, 120)]
   np.testing.assert_allclose(got.score[wanted[1:]], radius, rtol=1e-5)
+
+
+def test_k_center_tells_apart_what_float32_cannot():
+  """Squares of 1 + k^2 / 2^32: the farthest is the last, whatever its id."""
+  x = np.zeros((7, 4), np.float32)
+  x[1:, 0] = 1
+  x[1:, 1] = np.arange(6) / 2.0**16
+  for turn in range(6):
+    ids = np.array([f"r{(i * 5 + turn) % 7}" for i in range(7)])
+    rows_, score = geometric.farthest_first(x, ids, 2, 0)
+    assert rows_.tolist() == [0, 6]
+    np.testing.assert_allclose(score[6], np.sqrt(1 + 25 / 2.0**32),
+                               rtol=1e-15)
 
 
 @pytest.mark.parametrize("active", [8, 1024])
