@@ -16,9 +16,10 @@ import pools
 import test_flops
 from configs import common
 from jaxalign import artifacts
+from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import Job, sizes
+from jaxalign.job import Arm, Job, arm_folder, sizes
 from jaxalign.model import decoder
 from jaxalign.stages import watched
 from jaxalign.train import feed
@@ -201,6 +202,23 @@ def test_what_evaluations_take(alone):
       3 * one, 3 * len(job.tokens("").ids))
   assert watched.spent(measures, lines[:1]) == artifacts.Cost()
   assert watched.spent({}, lines) == artifacts.Cost()
+
+
+def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
+  """A study's other arms are measured on theirs: it must not end here."""
+  job, arm = job_of(alone), Arm("random", 1.0, 0)
+  job.workdir = tmp_path
+  job.c.train.eval_sets = ("kept", "rest")
+  keep = lambda n: records.write_rows(
+      arm_folder(job, arm) / "subset.parquet",
+      [dict(id=f"r{i}") for i in range(n)])
+  keep(N - 2)
+  assert list(watched.measures(job, arm)) == ["kept", "rest"]
+  keep(N)
+  assert list(watched.measures(job, arm)) == ["kept"]
+  job.c.train.best = "rest/margin"
+  with pytest.raises(ConfigError, match="'rest' has no rows"):
+    watched.measures(job, arm)
 
 
 def test_what_is_planned_for_evaluations():
