@@ -402,17 +402,17 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
     at = " and ".join(f"{m:,}" for m in rows)
     return (f"{len(samplers)} samplers at {at} of {of}, {loss}{seeds}",
             f"Which of {', '.join(samplers)} picks the {at} of {of} that align "
-            f"a policy with {loss.upper()} best?")
+            f"a policy with {loss} best?")
   if len(c.budgets) > 1:
     rows = sorted({d["rows"] for d in described
                    if d["sampler"] == name or d["is_all"]})
     return (f"{name} at {len(rows)} budgets of {of}, {loss}{seeds}",
-            f"How does a policy aligned with {loss.upper()} improve from "
+            f"How does a policy aligned with {loss} improve from "
             f"{rows[0]:,} to {rows[-1]:,} of {of}?")
   rows = f"{described[0]['rows']:,} of {of}"
   return (f"{name} at {rows}, {loss}{seeds}",
           f"Do the {rows} that {name} ranks first align a policy with "
-          f"{loss.upper()} as well as as many random ones, and as well as all?")
+          f"{loss} as well as as many random ones, and as well as all?")
 
 
 def _baseline(job: Job) -> dict[str, Any]:
