@@ -167,7 +167,8 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     trained = decoder.operations(m, int(tokens["pool"]), passes=feed.passes(
         m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online))
     seen = watched.planned(c, updates, dict(
-        held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept), r)
+        held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept),
+        dict(held_out=2, pool=r))  # as in `measured`
     add("align", updates, "updates",
         updates * c.train.batch_size * r * trained + (1 + online) * extra
         + sum(n * one(split) for split, n in seen.items()), arm.name)

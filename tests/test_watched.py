@@ -224,13 +224,16 @@ def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
 def test_what_is_planned_for_evaluations():
   c = common.base("tiny")
   rows = dict(held_out=40, kept=16, rest=144)
-  assert watched.planned(c, 9, rows, 2) == dict(held_out=0, pool=0)
+  two, split = dict(held_out=2, pool=2), dict(held_out=2, pool=1)
+  assert watched.planned(c, 9, rows, two) == dict(held_out=0, pool=0)
   c.train.update(eval_every=4, eval_rows=20, eval_prompts=5,
                  eval_sets=("held_out", "kept", "rest", "generations"))
   # After 4, 8 and 9 updates: three of the policy and one of the reference;
   # answers are written, and scored by both, three times.
-  assert watched.planned(c, 9, rows, 2) == dict(
+  assert watched.planned(c, 9, rows, two) == dict(
       held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20) * 2)
+  assert watched.planned(c, 9, rows, split) == dict(
+      held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20))
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def spent(measures: dict[str, Measure], lines: Iterable[dict[str, Any]]
   return total
 
 
-def planned(c: Any, updates: int, rows: dict[str, int], each: int
+def planned(c: Any, updates: int, rows: dict[str, int], each: dict[str, int]
             ) -> dict[str, int]:
   """Split -> rows that pass through the model in the evaluations of a run.
 
@@ -177,7 +177,8 @@ def planned(c: Any, updates: int, rows: dict[str, int], each: int
     c: the config.
     updates: of the run.
     rows: records of "held_out", "kept" and "rest".
-    each: tokenized rows of a record.
+    each: tokenized rows of a record of "held_out" and of "pool", which are two
+      and one where pairs are split for the pool.
   """
   t = c.train
   times = -(-updates // t.eval_every) if t.eval_every else 0
@@ -187,8 +188,8 @@ def planned(c: Any, updates: int, rows: dict[str, int], each: int
       out["held_out"] += 3 * times * min(t.eval_prompts, c.eval.prompts,
                                          rows["held_out"])
     else:  # the reference once
-      out["held_out" if name == "held_out" else "pool"] += (
-          (times + 1) * min(t.eval_rows, rows[name]) * each)
+      split = "held_out" if name == "held_out" else "pool"
+      out[split] += (times + 1) * min(t.eval_rows, rows[name]) * each[split]
   return out
 
 
