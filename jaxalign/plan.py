@@ -29,6 +29,7 @@ from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
 from jaxalign.stages import embed as passes
+from jaxalign.stages import mixture as mixture_stage
 from jaxalign.stages import proxies
 from jaxalign.stages import scores
 from jaxalign.stages import select
@@ -135,11 +136,12 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
       add(stage, answers, "rows", operations())
   if any("log_likelihood" in x.needs for x in samplers.values()):
     k = mixtures.components_of(c.select.mixture.components)
+    starts = 1 if k == mixtures.LABELS else c.select.mixture.starts
     k, wide = 2 if k == mixtures.LABELS else k, chosen.model.width
     width = (max(1, min(64, answers // 40, wide))
              if c.select.mixture.pca == "auto" else
              min(int(c.select.mixture.pca) or wide, wide))
-    fits = c.select.mixture.starts * (2 + c.select.stability_seeds)
+    fits = starts * (2 + mixture_stage.refits(c))
     add("mixture", fits, "fits", 2 * answers * wide ** 2
         + fits * 20 * 4 * answers * k * width ** 2)
   asked = min(c.eval.prompts, rows["held_out"])
@@ -165,7 +167,8 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     trained = decoder.operations(m, int(tokens["pool"]), passes=feed.passes(
         m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online))
     seen = watched.planned(c, updates, dict(
-        held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept), r)
+        held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept),
+        dict(held_out=2, pool=r))  # as in `measured`
     add("align", updates, "updates",
         updates * c.train.batch_size * r * trained + (1 + online) * extra
         + sum(n * one(split) for split, n in seen.items()), arm.name)

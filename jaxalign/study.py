@@ -168,8 +168,7 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
       stages={stage: own.get(stage, _spent(job, stage)) for stage in read}
       | dict(select=_spent(job, "select", arm.name)),
       # An embedder of its own: the pass over the kept rows is in ref_logps.
-      # Computed at every update it is in align.
-      reference=(0 if embedder.alone(job.c) or _online(job)
+      reference=(0 if embedder.alone(job.c) or not _reads_ahead(job)
                  else _subset_tokens(job, arm)),
       ref_logps=_spent(job, "ref_logps", arm.name),
       # Without its evaluations: they are `evaluate`'s kind.
@@ -181,9 +180,15 @@ def _online(job: Job) -> bool:
   return job.c.train.reference == "online"
 
 
+def _reads_ahead(job: Job) -> bool:
+  """Whether the loss reads what the reference said before training; online
+  its passes are in align."""
+  return job.loss.reference and not _online(job)
+
+
 def _reference_pass(job: Job) -> int:
   """Operations of the reference over the whole pool, ahead of training."""
-  if _online(job):
+  if not _reads_ahead(job):
     return 0
   if embedder.alone(job.c):
     return embed.operations(job.model, job.tokens("pool"))
@@ -397,17 +402,17 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
     at = " and ".join(f"{m:,}" for m in rows)
     return (f"{len(samplers)} samplers at {at} of {of}, {loss}{seeds}",
             f"Which of {', '.join(samplers)} picks the {at} of {of} that align "
-            f"a policy with {loss.upper()} best?")
+            f"a policy with {loss} best?")
   if len(c.budgets) > 1:
     rows = sorted({d["rows"] for d in described
                    if d["sampler"] == name or d["is_all"]})
     return (f"{name} at {len(rows)} budgets of {of}, {loss}{seeds}",
-            f"How does a policy aligned with {loss.upper()} improve from "
+            f"How does a policy aligned with {loss} improve from "
             f"{rows[0]:,} to {rows[-1]:,} of {of}?")
   rows = f"{described[0]['rows']:,} of {of}"
   return (f"{name} at {rows}, {loss}{seeds}",
           f"Do the {rows} that {name} ranks first align a policy with "
-          f"{loss.upper()} as well as as many random ones, and as well as all?")
+          f"{loss} as well as as many random ones, and as well as all?")
 
 
 def _baseline(job: Job) -> dict[str, Any]:

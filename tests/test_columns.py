@@ -11,6 +11,7 @@ import tokenizers
 import jobs
 import oracle
 from configs import common
+from jaxalign import artifacts
 from jaxalign import sharding
 from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
@@ -254,6 +255,20 @@ def test_the_pairs_of_a_proxy_are_drawn_by_their_ids():
   turned = proxies.drawn(ids[::-1], 20, 0)
   assert set(ids[::-1][turned]) == set(ids[few])
   assert set(proxies.drawn(ids, 20, 1)) != set(few)
+
+
+def test_a_proxy_of_its_own_needs_no_reference(tmp_path):
+  """Where a job only selects, no stage has made one."""
+  c = common.base("tiny")
+  (tmp_path / "config.json").write_text("{}")
+  c.proxy.checkpoint = str(tmp_path)
+  job = jobs.job_lib.Job(c, None, tmp_path)
+  job.cards["", "data"] = artifacts.Card("data", "key of data", {}, {}, {},
+                                         artifacts.Cost(), {})
+  assert "sft" not in columns.before(c, ["proxy"])
+  assert columns.without_reference(c) >= {"proxy", "held_out"}
+  assert proxies._inputs(job) == dict(data="key of data",
+                                      model=scores.digest_of(tmp_path))
 
 
 def test_the_held_out_loss_is_that_of_dpo():

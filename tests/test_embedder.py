@@ -1,7 +1,9 @@
 """What embeds the pool: first layers, another decoder, an encoder."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -344,3 +346,47 @@ def test_a_pass_that_is_killed_goes_on_in_all_its_stores(tmp_path):
                               jobs.outcome(work))
   assert spent(work, "embed", "answer", "residual") == spent(
       tmp_path / "wanted", "embed", "answer", "residual")
+
+
+@pytest.mark.slow
+def test_a_loss_without_a_reference_pays_for_no_pass_of_it(tmp_path):
+  """In an arm alone and in aligning on everything alike."""
+  costs = lambda folder: json.loads(
+      (folder / "summary.json").read_text())["ledger"]
+  before = costs(jobs.finished())
+  work = jobs.copy(tmp_path / "work")
+  ended = jobs.run(work, "loss.name=simpo", "--redo")
+  assert ended.code == 0, ended
+  found, name = costs(work), "random-0.1-seed0"
+  assert before["arms"][name]["reference"] > 0
+  assert found["arms"][name]["reference"] == 0
+  # One forward and its backward: what is left is the whole pool's one pass.
+  assert before["everything"] - found["everything"] == operations(
+      work / "shared/embed", "embed")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_edited_to_read_the_reference_gets_it(
+    tmp_path, monkeypatch):
+  """Its name is as before; zeros stand where nothing was to be read."""
+  monkeypatch.syspath_prepend(tmp_path)
+  work = jobs.copy(tmp_path / "work")
+
+  def sums(**marks):
+    (tmp_path / "edited_loss.py").write_text(
+        "from jaxalign.train.losses import needs\n"
+        f"@needs('pairs', **{marks})\n"
+        "def pull(policy, ref, stats):\n"
+        "  return policy.sum[:, 1] - policy.sum[:, 0], {}\n")
+    sys.modules.pop("edited_loss", None)
+    importlib.invalidate_caches()
+    ended = jobs.run(work, "loss.name=edited_loss:pull", "embed.layers=1",
+                     "compare=()", "--redo")
+    assert ended.code == 0, ended
+    return array(arm_of(work), "ref_sum.npy")
+
+  try:
+    assert not sums(reference=False).any()
+    assert (sums(reference=True) < 0).all()
+  finally:
+    sys.modules.pop("edited_loss", None)

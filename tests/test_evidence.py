@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jobs
+from configs import common
 from jaxalign import evidence
 from jaxalign import job as job_lib
 from jaxalign import study
@@ -255,3 +256,13 @@ def test_samplers_side_by_side_end_to_end(tmp_path):
 def test_what_cannot_work_is_refused_first(tmp_path, flag, said):
   ended = jobs.run(tmp_path, flag, "train.max_updates=250")
   assert ended.code == 64 and said in ended.err and not jobs.did(ended)
+
+
+@pytest.mark.parametrize("change", [
+    {}, dict(budgets=(0.1, 0.2)), dict(compare=("random", "real", "ifd"))])
+def test_the_question_names_the_loss_as_it_is_typed(change):
+  c = common.base()
+  c.update(change)
+  arms = [dict(rows=n, is_all=False, sampler="isa") for n in (16, 32)]
+  assert all("dpo(beta=0.5)+0.2*sft" in text for text in study._question(
+      c, arms, "160 pairs"))

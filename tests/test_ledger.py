@@ -195,6 +195,10 @@ def test_a_training_run_is_three_forward_passes():
   assert embed.operations(m, rows.tokens) == 8896
   assert feed.training_cost(m, rows, **seen, mismatched=rows_of([5, 5, 3])
                             ) == (3 * forward + 2 * 2880 + 1536, 43)
+  # Of a run that ended after one of its two updates, those of that one.
+  assert feed.training_cost(
+      m, rows, updates=1, batch=3, seed=0, mismatched=rows_of([5, 5, 3] * 2)
+      ) == (3 * forward // 2 + 2 * 2880 + 1536, 15 + 13)
   # Two responses a row: the pair (3, 7), twice in two updates of one pair.
   pairs = feed.Rows(["a"], rows_of([3, 5, 7]), np.array([[0, 2]]),
                     np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32))

@@ -340,7 +340,9 @@ def test_given_weights_of_classes_stay_and_are_judged():
     ("dpo+x*sft", "weight 'x'"), ("-1*dpo", "weight '-1'"),
     ("0*dpo", "weight '0'"), ("nan*dpo", "weight 'nan'"),
     ("inf*dpo", "weight 'inf'"), ("dpo+dpo", "summed twice"),
-    ("dpo+", "unknown loss ''"), ("dpo-sft", "unknown loss 'dpo-sft'")])
+    ("dpo+", "unknown loss ''"), ("dpo-sft", "unknown loss 'dpo-sft'"),
+    ("json:dumps", "mark the function with jaxalign.train.losses.needs"),
+    ("dpo+json:dumps", "loss 'json:dumps' does not say what it reads")])
 def test_sums_that_cannot_be(name, said):
   with pytest.raises(ConfigError, match=said) as raised:
     combine.find(name)

@@ -225,7 +225,7 @@ def a_job(sampler, compare=(), **knobs):
   c.select.sampler, c.compare = sampler, compare
   for name, value in knobs.items():
     section, _, knob = name.partition("__")
-    c[section][knob] = value
+    c[section].update({knob: value})
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   job = job_lib.Job(c, mesh, "nowhere")
   return job, study.arms_of(c)
@@ -284,6 +284,27 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
       got.on_host, work / 50)
   assert got.operations < work / 10 and got.device == 4 * 200_000 * 32
+
+
+def test_a_closed_form_is_fitted_once():
+  """Of ten starts and the card's refits each is the same."""
+  count = lambda job, arms: {
+      x.stage: x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  mixture = dict(starts=10, components="2")
+  many = count(*a_job("isa", select__mixture=mixture,
+                      select__stability_seeds=3))
+  once = count(*a_job("isa", select__mixture=mixture | dict(
+      components="labels"), select__stability_seeds=3))
+  # All rows, and the half that is scored on the other.
+  assert (many["mixture"].count, once["mixture"].count) == (10 * 5, 2)
+  assert many["select"].operations == 4 * once["select"].operations > 0
+
+
+def test_a_word_for_a_number_is_named_before_anything_runs():
+  job, arms = a_job("dpp", select__kwargs=dict(blocks="many"))
+  with pytest.raises(ConfigError, match="'dpp' cannot work with its keywords "
+                     ".*; set config.select.kwargs"):
+    plan.lines(job, arms, ROWS, TOKENS)
 
 
 def test_a_choice_of_days_is_refused_before_anything_is_embedded(

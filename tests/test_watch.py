@@ -508,6 +508,10 @@ def test_drift_and_lengths_are_sums_and_counts():
     *((dict(best="held_out/loss", eval_every=2, loss=name),
        f"the loss {name!r} has no value on a set alone")
       for name in ("kto", "bco", "bco_pair", "aot", "ld_dpo")),
+    (dict(eval_every=2, source="pairs.jsonl", held_out=0.0),
+     "the set 'held_out' has no rows: data.split.held_out=0; set"),
+    (dict(best="rest/margin", eval_every=2, eval_sets=("rest",)),
+     "'all' in config.compare leaves out none"),
     (dict(stop_after=2), "config.train.best"),
     (dict(trackers=("tb",)), "config.train.trackers")])
 def test_knobs_that_cannot_work_are_named(changes, words):
@@ -517,6 +521,7 @@ def test_knobs_that_cannot_work_are_named(changes, words):
   changes = dict(changes)
   c.lora.rank = changes.pop("rank", 0)
   c.data.source = changes.pop("source", "world")
+  c.data.split.held_out = changes.pop("held_out", 0.15)
   c.loss.name, c.loss.kwargs = changes.pop("loss", "dpo"), {}
   c.train.update(changes)
   with pytest.raises(ConfigError) as caught:

@@ -16,9 +16,10 @@ import pools
 import test_flops
 from configs import common
 from jaxalign import artifacts
+from jaxalign.data import records
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import Job, sizes
+from jaxalign.job import Arm, Job, arm_folder, sizes
 from jaxalign.model import decoder
 from jaxalign.stages import watched
 from jaxalign.train import feed
@@ -203,16 +204,36 @@ def test_what_evaluations_take(alone):
   assert watched.spent({}, lines) == artifacts.Cost()
 
 
+def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
+  """A study's other arms are measured on theirs: it must not end here."""
+  job, arm = job_of(alone), Arm("random", 1.0, 0)
+  job.workdir = tmp_path
+  job.c.train.eval_sets = ("kept", "rest")
+  keep = lambda n: records.write_rows(
+      arm_folder(job, arm) / "subset.parquet",
+      [dict(id=f"r{i}") for i in range(n)])
+  keep(N - 2)
+  assert list(watched.measures(job, arm)) == ["kept", "rest"]
+  keep(N)
+  assert list(watched.measures(job, arm)) == ["kept"]
+  job.c.train.best = "rest/margin"
+  with pytest.raises(ConfigError, match="'rest' has no rows"):
+    watched.measures(job, arm)
+
+
 def test_what_is_planned_for_evaluations():
   c = common.base("tiny")
   rows = dict(held_out=40, kept=16, rest=144)
-  assert watched.planned(c, 9, rows, 2) == dict(held_out=0, pool=0)
+  two, split = dict(held_out=2, pool=2), dict(held_out=2, pool=1)
+  assert watched.planned(c, 9, rows, two) == dict(held_out=0, pool=0)
   c.train.update(eval_every=4, eval_rows=20, eval_prompts=5,
                  eval_sets=("held_out", "kept", "rest", "generations"))
   # After 4, 8 and 9 updates: three of the policy and one of the reference;
   # answers are written, and scored by both, three times.
-  assert watched.planned(c, 9, rows, 2) == dict(
+  assert watched.planned(c, 9, rows, two) == dict(
       held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20) * 2)
+  assert watched.planned(c, 9, rows, split) == dict(
+      held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20))
 
 
 @pytest.mark.slow

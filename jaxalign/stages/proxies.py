@@ -159,9 +159,9 @@ def training_rows(job: Job, start: Start, index: np.ndarray) -> feed.Rows:
 
 def _inputs(job: Job) -> dict[str, str]:
   c = job.c
-  inputs = dict(data=job.key("data"), sft=job.key("sft"))
-  if c.proxy.checkpoint:
+  if c.proxy.checkpoint:  # where nothing else reads the reference it never ran
     return dict(data=job.key("data"), model=digest_of(c.proxy.checkpoint))
+  inputs = dict(data=job.key("data"), sft=job.key("sft"))
   if stage := columns.tuned(c):
     inputs[stage] = job.key(stage)
   return inputs

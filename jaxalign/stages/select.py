@@ -42,14 +42,21 @@ def estimate(job: Job, arm: Arm, rows: int, width: int, residual: int
 
   Returns:
     None of a sampler whose cost is not known.
+
+  Raises:
+    ConfigError: a keyword that cannot be counted with, a word for a number.
   """
   c, sampler = job.c, combine.named(arm.sampler)
-  found = costs.of(arm.sampler, costs.Pool(
-      rows, width, budget_rows(arm.budget, rows, c.train.batch_size),
-      2 if job.kind == "pairs" else 1, residual), **_kwargs(c, arm, sampler))
+  try:
+    found = costs.of(arm.sampler, costs.Pool(
+        rows, width, budget_rows(arm.budget, rows, c.train.batch_size),
+        2 if job.kind == "pairs" else 1, residual), **_kwargs(c, arm, sampler))
+  except (TypeError, ArithmeticError) as error:
+    raise ConfigError(f"sampler {arm.sampler!r} cannot work with its keywords "
+                      f"({error}); set config.select.kwargs") from error
   if found is None or "log_likelihood" not in sampler.needs:
     return found
-  fits = 1 + c.select.stability_seeds
+  fits = 1 + mixture_stage.refits(c)
   return found._replace(operations=fits * found.operations,
                         on_host=fits * found.on_host)
 

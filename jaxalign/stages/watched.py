@@ -11,7 +11,7 @@ from jaxalign.data import world as world_lib
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
 from jaxalign.eval import winrate
-from jaxalign.job import Arm, Job, loss_of
+from jaxalign.job import WHOLE, Arm, Job, loss_of
 from jaxalign.model import decode
 from jaxalign.select import embed
 from jaxalign.stages.select import selected_rows
@@ -80,12 +80,21 @@ def check(c: Any) -> None:
     if name not in SETS:
       raise ConfigError(f"unknown set {name!r}; known: {', '.join(SETS)}; set "
                         "config.train.eval_sets")
+    if (t.eval_every and name in ("held_out", "generations")
+        and c.data.source != "world" and not c.data.split.held_out):
+      raise ConfigError(f"the set {name!r} has no rows: data.split.held_out=0; "
+                        "set config.data.split.held_out or "
+                        "config.train.eval_sets")
   if t.best and not t.eval_every:
     raise ConfigError(f"train.best={t.best!r} is measured by evaluations; set "
                       "config.train.eval_every")
   if t.best and t.best.split("/")[0] not in t.eval_sets:
     raise ConfigError(f"train.best={t.best!r} is of no set in train.eval_sets="
                       f"{tuple(t.eval_sets)}; set one of them")
+  if t.best.startswith("rest/") and (whole := {*c.compare} & {*WHOLE}):
+    raise ConfigError(f"train.best={t.best!r} is of rows that were left out, "
+                      f"and {whole.pop()!r} in config.compare leaves out "
+                      "none; set one of them")
   if t.best:
     name, _, value = t.best.partition("/")
     known = measured(c)[name]
@@ -160,7 +169,7 @@ def spent(measures: dict[str, Measure], lines: Iterable[dict[str, Any]]
   return total
 
 
-def planned(c: Any, updates: int, rows: dict[str, int], each: int
+def planned(c: Any, updates: int, rows: dict[str, int], each: dict[str, int]
             ) -> dict[str, int]:
   """Split -> rows that pass through the model in the evaluations of a run.
 
@@ -168,7 +177,8 @@ def planned(c: Any, updates: int, rows: dict[str, int], each: int
     c: the config.
     updates: of the run.
     rows: records of "held_out", "kept" and "rest".
-    each: tokenized rows of a record.
+    each: tokenized rows of a record of "held_out" and of "pool", which are two
+      and one where pairs are split for the pool.
   """
   t = c.train
   times = -(-updates // t.eval_every) if t.eval_every else 0
@@ -178,8 +188,8 @@ def planned(c: Any, updates: int, rows: dict[str, int], each: int
       out["held_out"] += 3 * times * min(t.eval_prompts, c.eval.prompts,
                                          rows["held_out"])
     else:  # the reference once
-      out["held_out" if name == "held_out" else "pool"] += (
-          (times + 1) * min(t.eval_rows, rows[name]) * each)
+      split = "held_out" if name == "held_out" else "pool"
+      out[split] += (times + 1) * min(t.eval_rows, rows[name]) * each[split]
   return out
 
 
@@ -187,8 +197,9 @@ def measures(job: Job, arm: Arm) -> dict[str, Measure]:
   """Name of a set -> what is measured on it, see `measured`.
 
   "held_out", "kept" (what is trained on) and "rest" (what was left out): the
-  first config.train.eval_rows of each, in id order. "generations": answers to
-  the first config.train.eval_prompts held-out prompts, always with one noise.
+  first config.train.eval_rows of each, in id order; an arm of all rows has no
+  "rest". "generations": answers to the first config.train.eval_prompts
+  held-out prompts, always with one noise.
   """
   t = job.c.train
   if not t.eval_every:
@@ -201,6 +212,8 @@ def measures(job: Job, arm: Arm) -> dict[str, Measure]:
   out = {}
   for name in t.eval_sets:
     split, index = found[name]
+    if name == "rest" and not len(index) and not t.best.startswith("rest/"):
+      continue
     if not len(index):
       raise ConfigError(f"the set {name!r} has no rows; set config.data.split "
                         "or config.train.eval_sets")

@@ -285,7 +285,8 @@ def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
 
   A mismatched row costs one forward, `ahead` one more of every row (see
   `stats.looks_ahead`), `online` one more of every row and mismatched row;
-  padding and recomputation are not counted.
+  padding and recomputation are not counted. Of the `mismatched` rows, those
+  of all steps end to end, the first `updates * batch` ran.
   """
   seen = np.concatenate([batches.rows_at(s, len(rows.ids), batch, seed)
                          for s in range(updates)])
@@ -295,7 +296,7 @@ def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
     total += int(count) * decoder.operations(m, int(size),
                                              passes=passes(m, ahead, online))
   if mismatched is not None:
-    extra = tokens_lib.lengths(mismatched)
+    extra = tokens_lib.lengths(mismatched)[:updates * batch]
     tokens += int(extra.sum())
     for size, count in zip(*np.unique(extra, return_counts=True)):
       total += (1 + online) * decoder.operations(m, int(size)) * int(count)

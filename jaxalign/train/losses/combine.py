@@ -17,13 +17,18 @@ def find(name: str) -> Callable:
   `weighted_sum` for keywords of all.
 
   Raises:
-    ConfigError: an unknown loss or keyword, a keyword out of its range, a
-      weight that is none, or losses on rows of different kinds.
+    ConfigError: an unknown loss or keyword, a function without the marks of
+      `needs`, a keyword out of its range, a weight that is none, or losses on
+      rows of different kinds.
   """
   terms = []
   for term in lookup.parts(name, "+"):
     *number, key = lookup.parts(term, "*")
     fn = lookup.lookup(LOSSES, key, "loss", "loss.name")
+    if not hasattr(fn, "kind"):
+      raise ConfigError(f"loss {key!r} does not say what it reads; mark the "
+                        "function with jaxalign.train.losses.needs, or set "
+                        "config.loss.name")
     check_keywords(lookup.given(fn), name, "loss.name")
     terms.append((_weight("*".join(number), name) if number else 1.0, key, fn))
   if len(terms) == 1 and terms[0][0] == 1.0:
