@@ -30,11 +30,12 @@ def _samplers(arms: list[Arm]) -> list:
   return [combine.named(arm.sampler) for arm in arms]
 
 
-def _check_sizes(job: Job, arms: list[Arm]) -> None:
-  """Refuses a budget that the pool cannot give, and a choice of days."""
+def _check_pool(job: Job, arms: list[Arm]) -> None:
+  """Refuses what the pool cannot give, fields or rows, and choices of days."""
   for arm in arms:
     budget_rows(arm.budget, len(job.column("pool", "id")),
                 job.c.train.batch_size)
+    columns.check_records(job, arm.sampler)
   check_hours(job, arms)
 
 
@@ -63,7 +64,7 @@ def run_shared(job: Job, arms: list[Arm]) -> None:
   """The stages that all arms read."""
   check_ready(job, arms)
   run_data(job)
-  _check_sizes(job, arms)
+  _check_pool(job, arms)
   check_enough(job, arms)
   run_sft(job)
   run_scores(job, arms, also=("embed",))
@@ -84,7 +85,7 @@ def run_arm(job: Job, arm: Arm) -> None:
 def run_selection(job: Job, arm: Arm) -> None:
   """Chooses rows, and computes no more than that takes."""
   run_data(job)
-  _check_sizes(job, [arm])
+  _check_pool(job, [arm])
   run_scores(job, [arm])
   run_select(job, arm)
   run_card(job, arm)
@@ -94,7 +95,7 @@ def run_training(job: Job, arm: Arm) -> None:
   """Aligns on the rows of an arm; measures where rows are held out."""
   check_ready(job, [arm])
   run_data(job)
-  _check_sizes(job, [arm])
+  _check_pool(job, [arm])
   measured = len(job.column("held_out", "id")) > 0
   if measured:
     check_enough(job, [arm])

@@ -369,6 +369,26 @@ def a_reward_model(folder):
   return folder
 
 
+@pytest.mark.parametrize("flags", [
+    ["select.sampler=quota(by=source)|isa"],
+    ["select.sampler=crossfit(slices=source)"],
+    ["select.sampler=crossfit", "select.kwargs.slices=source"]])
+def test_a_field_that_no_record_has_is_missed_before_anything_is_embedded(
+    tmp_path, flags):
+  path = pairs(tmp_path)
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert sum(bool(row.pop("source", "")) for row in rows) == 270
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  ended = jobs.run(
+      None, f"data.source={path}", f"--output={tmp_path}/subset.parquet",
+      "select.budget=60", *flags, config="select.py:tiny",
+      command=select_main)
+  assert ended.code == 65 and "the records have no source" in ended.err, ended
+  assert "config.data.fields" in ended.err
+  made = sorted(p.name for p in (tmp_path / "subset.jaxalign/shared").iterdir())
+  assert made == ["data"]
+
+
 def test_a_reward_model_chooses_without_a_reference(tmp_path):
   """The chain's quota reads the records' own source."""
   path, model = pairs(tmp_path), a_reward_model(tmp_path / "reward")

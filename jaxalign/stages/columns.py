@@ -20,6 +20,7 @@ from jaxalign.errors import DataError
 from jaxalign.job import Job
 from jaxalign.select import grams
 from jaxalign.select import store as stores
+from jaxalign.select.samplers import combine
 
 
 class Column(NamedTuple):
@@ -29,6 +30,7 @@ class Column(NamedTuple):
   stage: str = ""  # whose files it is read from; "": of the data alone
   lacks: Callable[[Any, str], str] = lambda c, kind: ""  # why not, in words
   oracle: str = ""  # what it knows that no real data tells; never optional
+  field: str = ""  # of the records, where some have it and others have not
 
 
 def _length(job: Job) -> np.ndarray:
@@ -121,7 +123,7 @@ COLUMNS = {
     "least": Column(_stored("residual", "least"), "residual"),
     "reward": Column(_true_reward, lacks=_of_world,
                      oracle="the world's true reward"),
-    "source": Column(_source, lacks=_of_records),
+    "source": Column(_source, lacks=_of_records, field="source"),
     "logp_alone": Column(_stored("alone", "logp_alone"), "alone"),
     "p_yes": Column(_stored("ask", "p_yes"), "ask"),
     "proxy_logp": Column(_stored("proxy", "proxy_logp"), "proxy", _of_pairs),
@@ -180,19 +182,32 @@ def lacking(c: Any, kind: str, sampler: Callable) -> dict[str, str]:
           and (n not in table or table[n].lacks(c, kind))}
 
 
-def gather(job: Job, sampler: Callable) -> dict[str, np.ndarray]:
-  """Name -> array of N rows in id order, of what `wanted` lists.
+def check_records(job: Job, name: str) -> None:
+  """Refuses a sampler that reads what the records turned out to lack.
+
+  Args:
+    job: its data stage has run.
+    name: of the sampler; config.select.kwargs are those of the chosen one.
 
   Raises:
-    DataError: a column that the sampler needs, which no record has.
+    DataError: no record has a field; nothing has been embedded for it yet.
   """
+  sampler = combine.named(name)
+  read = {*sampler.needs, *(named(job.c, sampler)
+                            if name == job.c.select.sampler else ())}
+  there = records.column_names(job.shared / "data" / "pool.parquet")
+  fields = {known(job.c)[n].field for n in read if n in known(job.c)} - {""}
+  if absent := sorted(fields - {*there}):
+    raise DataError(f"the records have no {', '.join(absent)}, which sampler "
+                    f"{name!r} reads; set config.data.fields, or "
+                    "config.select.sampler and config.select.kwargs")
+
+
+def gather(job: Job, sampler: Callable) -> dict[str, np.ndarray]:
+  """Name -> array of N rows in id order, of what `wanted` lists; fields that
+  no record has are left out, see `check_records`."""
   found = {n: known(job.c)[n].make(job)
            for n in wanted(job.c, job.kind, sampler)}
-  absent = [n for n, x in found.items() if x is None and n in sampler.needs]
-  if absent:
-    raise DataError(f"the records have no {', '.join(absent)}, which the "
-                    "sampler reads; set config.data.fields or "
-                    "config.select.sampler")
   return {n: x for n, x in found.items() if x is not None}
 
 

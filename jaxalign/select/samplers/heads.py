@@ -134,7 +134,9 @@ def fit(x: np.ndarray, y: np.ndarray, ridge: float, offset: float = 0.0,
     slope = ridge * b - x.T @ (y * wrong)
     curve = (x * (wrong * (1 - wrong))[:, None]).T @ x
     curve[np.diag_indices_from(curve)] += ridge
-    step = scipy.linalg.solve(curve, slope, assume_a="pos")
+    # Not SciPy's: its BLAS has threads of its own, and two pools that wait
+    # by spinning make small products several times slower.
+    step = np.linalg.solve(curve, slope)
     gain = slope @ step
     size = 1.0
     while (after := loss(b - size * step)) > now and size > 1e-6:
