@@ -31,3 +31,10 @@ def as_users() -> dict[str, str]:
   """The environment without that flag, for instance for libtpu, which knows
   other flags."""
   return os.environ | dict(XLA_FLAGS=os.environ["XLA_FLAGS"].replace(OLD, ""))
+
+
+def flags(devices: int) -> str:
+  """XLA_FLAGS of a process with so many CPU devices, compiled for as here."""
+  return (f"--xla_force_host_platform_device_count={devices}"
+          " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+          + (OLD if OLD in os.environ["XLA_FLAGS"] else ""))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import emitters
 from jaxalign import artifacts
 from jaxalign import interrupt
 from jaxalign import main
@@ -205,7 +206,7 @@ def together(workdir: Any, *more: str, count: int = 2, devices: int = 4,
       workdir, *more, config=config, hook=(hooks or {}).get(k, ""),
       env=dict(JAXALIGN_NUM_PROCESSES=str(count), JAXALIGN_PROCESS_ID=str(k),
                JAXALIGN_COORDINATOR=f"localhost:{port}",
-               XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"))
+               XLA_FLAGS=emitters.flags(devices)))
              for k in range(count)]
   try:
     return [wait(process, timeout) for process in started]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import emitters
 from jaxalign.model import decoder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -93,7 +94,7 @@ def test_a_failure_leaves_a_line_and_the_rest(measure, tmp_path, capsys):
 @pytest.mark.slow
 def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
   (tmp_path / "sitecustomize.py").write_text(BLOCKER)
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  env = os.environ | dict(XLA_FLAGS=emitters.flags(1))
   run = subprocess.run(
       [sys.executable, str(TOOLS / "gpu.py"), "--toy", f"--out={tmp_path}"],
       env=env | dict(PYTHONPATH=str(tmp_path)), capture_output=True, text=True)

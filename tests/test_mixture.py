@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.mixture import GaussianMixture
 
+import emitters
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, CorruptError, NumericError
 from jaxalign.select import mixture
@@ -361,7 +362,7 @@ def test_same_ids_on_two_processes(alone):
     address = f"localhost:{free.getsockname()[1]}"
   here = pathlib.Path(__file__).resolve().parent
   env = os.environ | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "XLA_FLAGS": emitters.flags(4),
       "JAX_PLATFORMS": "cpu"}
   processes = [subprocess.Popen(
       [sys.executable, "-c", PROCESS, address, str(i), str(here),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import emitters
 import jobs
 from jaxalign import artifacts
 from jaxalign.data import records
@@ -85,7 +86,7 @@ def alone(given, tmp_path_factory):
     works[devices] = tmp_path_factory.mktemp(f"alone{devices}") / "work"
     ended = jobs.wait(jobs.start(
         works[devices], f"model.checkpoint={given}", env=dict(
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")))
+            XLA_FLAGS=emitters.flags(devices))))
     assert ended.code == 0, ended
   return works
 

@@ -1,11 +1,13 @@
 """A real pretrained model, aligned towards a preference over its own stories."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 
+import emitters
 from conftest import ROOT
 
 
@@ -14,9 +16,10 @@ def test_dogs_end_happy(shared, tmp_path):
   """20 points more, an interval above 0, four fifths of the trigrams."""
   ended = subprocess.run(
       [sys.executable, "tools/stories.py", "--stories=3", "--updates=60",
+       "--new=80",
        f"--checkpoint={shared / 'models/stories260K'}",
        f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True,
-      timeout=1500)
+      timeout=1500, env=os.environ | dict(XLA_FLAGS=emitters.flags(1)))
   assert ended.returncode == 0, ended.stderr
   line = ended.stdout.splitlines()[-1]
   found = re.search(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import emitters
 from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.errors import ConfigError, DataError
@@ -423,8 +424,7 @@ def test_host_memory_stays_below_shards_and_a_tensor(tmp_path, processes):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
-  env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count="
-             f"{8 // processes}")
+  env = dict(os.environ, XLA_FLAGS=emitters.flags(8 // processes))
   running = [subprocess.Popen(
       [sys.executable, "-c", MEASURE, good, str(port), str(i), str(processes)],
       env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
