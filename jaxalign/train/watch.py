@@ -77,8 +77,8 @@ def collapsed(lines: Lines) -> str:
     return ""
   return (f"{bad(last):.0%} of the generated answers are empty or have no end "
           f"({bad(first):.0%} at the first evaluation); pair accuracy does not "
-          "show this. Give config.loss.name a likelihood term ('+0.2*sft') or a "
-          "larger one, raise beta, or stop earlier")
+          "show this. Give config.loss.name a likelihood term ('+0.2*sft') or "
+          "a larger one, raise beta, or stop earlier")
 
 
 class Best(NamedTuple):
