@@ -261,13 +261,12 @@ def show(job: Job, arms: list[Arm]) -> None:
   _show_samplers(job, arms, rows["pool"], tokens["pool"], m, found)
   selecting = sum(x.operations for x in _choosing(
       job, arms[0], found, m, tokens["pool"]))
-  everything = (epochs := c.train.epochs) * rows["pool"] * r * one("pool") * (
-      4 if "z0" in job.loss.stats else 3) + (
-          rows["pool"] * r * one("pool") * (
-              1 + (epochs if "z0" in job.loss.stats else 0)))
+  everything = aligning_all(job, m, rows["pool"], int(tokens["pool"]))
+  reference = (", its reference pass counted"
+               if job.loss.reference and c.train.reference != "online" else "")
   progress.say(f"  selecting by {arms[0].sampler} costs "
                f"{selecting / everything:.1%} of aligning on the whole pool "
-               f"for {epochs:g} epochs, its reference pass counted")
+               f"for {c.train.epochs:g} epochs{reference}")
   held = checks.step_memory(c, m._replace(
       lora=lora_of(c), attention=kernel_of(c, m, job.mesh)), job.mesh, length,
                             job.kind)
@@ -275,6 +274,27 @@ def show(job: Job, arms: list[Arm]) -> None:
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
                f"{dict(job.mesh.shape)} of "
                f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}")
+
+
+def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
+  """Operations of training on a whole pool for config.train.epochs.
+
+  Args:
+    job: the run; its loss says what it reads.
+    m: sizes of the reference.
+    rows: of the pool.
+    t: tokens of a row.
+  """
+  c, answers = job.c, rows * (2 if job.kind == "pairs" else 1)
+  online = c.train.reference == "online"
+  trained = decoder.operations(m, t, passes=feed.passes(
+      m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online))
+  # A mismatched row passes through the policy and the reference, at every
+  # update; the others through a stored reference once.
+  mismatched = 2 if "z0" in job.loss.stats else 0
+  stored = job.loss.reference and not online
+  return answers * (c.train.epochs * trained + decoder.operations(m, t) * (
+      c.train.epochs * mismatched + stored))
 
 
 def _choosing(job: Job, arm: Arm, found: list[Line], m: decoder.ModelConfig,

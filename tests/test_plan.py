@@ -260,6 +260,25 @@ def test_stages_that_samplers_read_are_planned_by_hand():
                              found["proxy", ""].operations)
 
 
+@pytest.mark.parametrize("loss,online,rank,passes", [
+    ("dpo", False, 0, 3 * 3 + 1), ("dpo", True, 0, 3 * 4),
+    ("simpo", False, 0, 3 * 3),
+    # Adapters: no gradients of the frozen weights; attention moves both ways.
+    ("dpo", False, 2, (3 * 2 + 1, 3 * 3 + 1)),
+    # A mismatched row beside each, by both models; the pass that finds delta.
+    ("kto", False, 0, 3 * (3 + 2) + 1), ("kto", True, 0, 3 * (4 + 2)),
+    ("bco", False, 0, 3 * 4 + 1)])
+def test_what_aligning_on_the_whole_pool_takes(loss, online, rank, passes):
+  job, _ = a_job("isa", loss__name=loss, lora__rank=rank, train__epochs=3,
+                 train__reference="online" if online else "stored")
+  weights, squares = passes if rank else (passes, passes)
+  # Width 32, one layer, 2 heads of 16, 64 between; 512 pieces.
+  row = (weights * (2 * (4 * 32 * 32 + 3 * 32 * 64) * 14 + 2 * 32 * 512 * 14)
+         + squares * 4 * 32 * 14 * 14)
+  answers = 160 if loss in ("kto", "bco") else 320
+  assert plan.aligning_all(job, plan._model(job.c), 160, 14) == answers * row
+
+
 def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   """Its keywords count, and each part at the rate of what it runs on."""
   rows = ROWS | dict(pool=200_000)
