@@ -489,6 +489,7 @@ def test_drift_and_lengths_are_sums_and_counts():
 
 @pytest.mark.parametrize("changes,words", [
     (dict(ref_sync=8), "config.train.reference=online"),
+    (dict(reference="online", loss="simpo"), "'simpo' does not read"),
     (dict(ref_sync=8, reference="online", rank=4), "config.train.ref_sync=0"),
     (dict(ref_mix=0.0), "config.train.ref_mix"),
     (dict(ema=1.0), "config.train.ema"),

@@ -67,6 +67,10 @@ def check(c: Any) -> None:
   if 0 < t.explode <= 1:
     raise ConfigError(f"train.explode={t.explode}, wanted more than 1, or 0 "
                       "for none; set config.train.explode")
+  if t.reference == "online" and not loss_of(c).reference:
+    raise ConfigError(f"train.reference='online' runs a reference that "
+                      f"{c.loss.name!r} does not read; set "
+                      "config.train.reference='stored'")
   if t.ref_sync and t.reference != "online":
     raise ConfigError(f"train.ref_sync={t.ref_sync} moves the reference, and "
                       "stored numbers cannot follow; set "
