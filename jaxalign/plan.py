@@ -242,10 +242,9 @@ def show(job: Job, arms: list[Arm]) -> None:
   """Prints the plan; reads the source, computes nothing on the mesh."""
   c = job.c
   rows, tokens, length = _sizes(c, job.kind)
-  m, r = _model(c), 2 if job.kind == "pairs" else 1
+  m = _model(c)
   decoder.check(m, job.mesh)
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
-  one = lambda split: decoder.operations(m, int(tokens[split]))
   found = lines(job, arms, rows, tokens)
   progress.say(f"plan (nothing computed): {c.data.source}, "
                + ", ".join(f"{v:,} {k}" for k, v in rows.items())

@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign import sharding
 
 CHUNKS = 64  # of rows; fixed, so that no sum depends on the device count
-BLOCK = 32  # rows whose log-likelihoods are added in float32
+BLOCK = 32  # rows of a chunk are a multiple of it
 
 
 def chunk_rows(n: int) -> int:
@@ -65,3 +65,19 @@ def ordered_sum(parts: np.ndarray) -> np.ndarray:
   for part in parts[:CHUNKS]:  # the rest are empty
     total += part
   return total
+
+
+def by_parts(fn: Callable, *columns: np.ndarray) -> np.ndarray:
+  """fn of some rows of [N, ...] arrays at a time -> [N, W] float32.
+
+  What is made in float64 on the way is never held for all rows.
+  """
+  out = np.empty(columns[0].shape, np.float32)
+  for start in range(0, len(out), 4096):
+    out[start:start + 4096] = fn(*(c[start:start + 4096] for c in columns))
+  return out
+
+
+def less(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+  """[N, W] less [W] float64, rounded to float32."""
+  return by_parts(lambda part: part - mean[None], x)

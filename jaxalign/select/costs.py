@@ -194,14 +194,10 @@ def _diverse(p: Pool, *, pair: str = "mean", blocks: int = 0, **_) -> Work:
 
 
 def _placed(n: float, width: int, columns: int) -> float:
-  """Bytes that `heads.principal` puts on the devices: rows and their sums."""
+  """Bytes that `heads.principal` puts on the devices: rows, and of half the
+  products of columns two whole numbers each."""
   on_host = width <= columns or columns < n < width
-  return 0 if on_host else 4 * n * width + _sums(width)
-
-
-def _sums(width: int) -> float:
-  """Of the products of columns: two whole numbers each, half of them."""
-  return 8 * width**2
+  return 0 if on_host else 4 * n * width + 8 * width**2
 
 
 def _rotated(n: float, width: int, columns: int) -> tuple[float, float]:

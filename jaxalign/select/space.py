@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxalign.errors import ConfigError, NumericError
+from jaxalign.select import chunks
 from jaxalign.select import em
 from jaxalign.select import exact
 
@@ -73,17 +74,9 @@ def gram(mesh: jax.sharding.Mesh, x: np.ndarray,
   for start in range(0, len(x), WAVE):
     part = x[start:start + WAVE]
     if mean is not None:
-      part = _less(part, mean)
+      part = chunks.less(part, mean)
     total += em.total_of(mesh, exact.place(mesh, part))
   return total
-
-
-def _less(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-  """x - mean, rounded to float32; no float64 of all rows is held."""
-  out = np.empty(x.shape, np.float32)
-  for start in range(0, len(x), TILE):
-    out[start:start + TILE] = x[start:start + TILE] - mean
-  return out
 
 
 def prepare(mesh: jax.sharding.Mesh, x: np.ndarray, *,

@@ -9,8 +9,8 @@ import numpy as np
 from jaxalign import rates
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.select.chunks import chunk_rows, over_chunks, padded_chunks
-from jaxalign.select.chunks import tiles
+from jaxalign.select.chunks import by_parts, chunk_rows, less, over_chunks
+from jaxalign.select.chunks import padded_chunks, tiles
 from jaxalign.select.pool import Pool
 
 PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
@@ -37,15 +37,13 @@ def refuse_long(operations: float, what: str, advice: str, *,
     host: it runs in NumPy; else on this process's devices. Either at the
       rate that the dry run assumes.
   """
-  devices = own_mesh().devices
-  rate = (rates.RATES["cpu"] if host else
-          devices.size * rates.rate_of(devices.flat[0]))
-  hours = float(operations) / rate / 3600
+  seconds = rates.seconds(operations, operations * host, own_mesh())
+  hours = seconds / 3600
   if hours > HOURS:
     raise ConfigError(
         f"{what} would take about {hours:,.0f} hours, {operations:.3g} "
-        f"operations at an assumed {rate / 1e9:,.0f} GFLOP/s, above the "
-        f"{HOURS:g} hours that a choice may take; {advice}")
+        f"operations at an assumed {operations / seconds / 1e9:,.0f} GFLOP/s, "
+        f"above the {HOURS:g} hours that a choice may take; {advice}")
 
 
 def vectors(pool: Pool, pair: str = "mean",
@@ -99,22 +97,6 @@ def vectors(pool: Pool, pair: str = "mean",
             "direction (set config.select.kwargs.metric to 'euclidean')")
     x = by_parts(lambda part, size: part / size[:, None], x, norm)
   return np.ascontiguousarray(x)
-
-
-def by_parts(fn: Callable, *columns: np.ndarray) -> np.ndarray:
-  """fn of some rows of [N, ...] arrays at a time -> [N, W] float32.
-
-  What is made in float64 on the way is never held for all rows.
-  """
-  out = np.empty(columns[0].shape, np.float32)
-  for start in range(0, len(out), 4096):
-    out[start:start + 4096] = fn(*(c[start:start + 4096] for c in columns))
-  return out
-
-
-def less(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-  """[N, W] less [W] float64, rounded to float32."""
-  return by_parts(lambda part: part - mean[None], x)
 
 
 def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:
