@@ -33,12 +33,28 @@ def base(variant: str = "") -> ConfigDict:
   c.compile_cache = "~/.cache/jaxalign/xla"  # "" turns it off
 
   c.data = ConfigDict()
-  c.data.source = "world"  # or a path, a glob, hf:<name>, tfds:<name>
+  # A path, a glob, hf:<name>, tfds:<name>, or a list of these.
+  c.data.source = "world"
+  c.data.caps, c.data.weights = (), ()  # rows of each source; shares of each
+  c.data.held_out = ""  # a source of its own; "": a split of the others
   c.data.schema = "auto"  # a key of SCHEMAS, or "module:function"
   c.data.fields = ConfigDict()  # prompt="instruction": rows of other names
-  c.data.template = "auto"  # of chats: a built-in's name, or a .jinja file
-  c.data.tree_pairs = "all"  # or "adjacent": of a tree's ranked replies
+  # What the codes of a choice mean, where that is not certain:
+  # {"first": [0], "second": [1], "tie": [2]}; of single answers {"liked": [5],
+  # "disliked": [1]}; or "higher score wins".
+  c.data.choice = ""
+  # Of chats: "auto" (the tokenizer's own), "none" (the rows' own text), a
+  # built-in's name, or a .jinja file.
+  c.data.template = "auto"
+  c.data.system = "turn"  # or "join": a system turn put before the question
+  # Special tokens that are spelt out in a text: "text", "tokens" (as TRL reads
+  # them), or "auto": as text, with a warning, and an error where most have them.
+  c.data.special_tokens = "auto"
+  c.data.too_long = "drop"  # rows over the context; or "cut_answer", "error"
+  # Of several answers to a prompt: "all" pairs, "adjacent" or "best_worst".
+  c.data.answer_pairs = "all"
   c.data.on_tied_scores = "keep"  # or "skip"
+  c.data.on_contradicting_scores = "keep"  # or "skip": against the label
   c.data.seed = 0  # of the world and of the split
   c.data.limit = 0  # rows read at most; 0: all
   c.data.assume_rows = 0  # --dry_run: plan with so many, read nothing
@@ -65,7 +81,9 @@ def base(variant: str = "") -> ConfigDict:
   c.model.heads, c.model.kv_heads, c.model.head_size = 4, 4, 32
   c.model.ff = 384
   c.model.vocab_size = 1024  # pieces of a tokenizer trained here
-  c.model.context = 64  # longest row, in tokens; longer ones are cut
+  # Longest row, in tokens. 0: of a checkpoint what keeps 99 % of the rows, of
+  # a model trained here 64 in the built-in world and 256 else.
+  c.model.context = 0
   c.model.rope_theta, c.model.norm_eps, c.model.tied = 10000.0, 1e-5, True
   c.model.dtype = "float32"  # of the matrix products
   c.model.param_dtype = "float32"  # of the frozen reference; or "bfloat16"
@@ -138,10 +156,12 @@ def base(variant: str = "") -> ConfigDict:
   p.clip, p.weight_decay, p.b2, p.save_every = 1.0, 0.0, 0.98, 100
 
   c.loss = ConfigDict()
-  # A key of LOSSES, "module:function", or a sum; keywords in brackets. This is
-  # the built-in world's; TRL's RPO is "dpo+sft_tokens". Of thumbs the classes
-  # weigh by the counts kept, unless `desirable` or `undesirable` is given.
-  c.loss.name = "dpo(beta=0.5)+0.2*sft"
+  # A key of LOSSES, "module:function", or a sum; keywords in brackets. "":
+  # "dpo(beta=0.1)" of a checkpoint, "dpo(beta=0.5)+0.2*sft" of a model trained
+  # here, "kto" of single answers. TRL's RPO is "dpo+sft_tokens". Of thumbs the
+  # classes weigh by the counts kept, unless `desirable` or `undesirable` is
+  # given.
+  c.loss.name = ""
   c.loss.kwargs = ConfigDict()  # of all its terms, over those in brackets
 
   t = c.train = ConfigDict()
@@ -149,7 +169,8 @@ def base(variant: str = "") -> ConfigDict:
   t.max_updates = 250  # 0: as many as the epochs take
   t.min_updates = 1  # few rows are passed over more often than t.epochs
   t.batch_size, t.accumulation = 32, 1
-  t.lr, t.warmup_ratio, t.schedule = 4e-4, 0.1, "linear"
+  # 0: 5e-7 of a checkpoint, 4e-4 of a model trained here; with LoRA 2e-4.
+  t.lr, t.warmup_ratio, t.schedule = 0.0, 0.1, "linear"
   t.optimizer = "adamw"  # or "lion", "rmsprop", "adafactor", "muon", "sgd"
   t.clip, t.weight_decay, t.b2 = 1.0, 0.0, 0.98
   t.save_every = 100
@@ -168,16 +189,15 @@ def base(variant: str = "") -> ConfigDict:
   t.logps = "chunked"  # the head: or "vocab" (in pieces), "plain" (whole)
   t.peak = 0.0  # FLOP/s of one device, for perf/mfu; 0: by its name
 
-  # Adapters in place of full training. The rate is one of its own: B starts
-  # at 0 and Adam's first step is about the rate whatever the gradient is, so
-  # at a full run's 5e-7 an adapter of a large model stays where it is.
+  # Adapters in place of full training. Their rate, config.train.lr, is larger:
+  # B starts at 0 and Adam's first step is about the rate whatever the gradient
+  # is, so at a full run's 5e-7 an adapter of a large model stays where it is.
   c.lora = ConfigDict()
   c.lora.rank = 0  # 0: all weights are trained
   c.lora.alpha = 16.0  # A B is scaled by alpha / rank
   c.lora.targets = ("all-linear",)  # patterns: "w[qv]", "q_proj", "*_proj"
   c.lora.rs = False  # rsLoRA: alpha / sqrt(rank)
   c.lora.variant = "lora"  # or "allora", "lora_sb"
-  c.lora.lr = 2e-4
   c.lora.eta = 4.0  # allora: an update's factor where B is 0
   c.lora.batches = 4  # lora_sb: of the first gradient
 
@@ -236,7 +256,7 @@ def production() -> ConfigDict:
   c.model.context, c.model.dtype, c.model.remat = 2048, "bfloat16", "full"
   c.model.head_chunk = 512
   c.embed.tile = 8
-  c.loss.name = "dpo"
+  c.loss.name = "dpo(beta=0.1)"
   t = c.train
   t.epochs, t.max_updates, t.warmup_ratio, t.b2 = 1.0, 0, 0.1, 0.999
   c.eval.new_tokens, c.eval.tile = 512, 8

@@ -19,6 +19,5 @@ def get_config(variant=""):
   c = common.base(variant)
   c.data.source = ""  # a path, a glob, hf:<name>, tfds:<name>
   c.data.split.update(sft=0.0, pool=1.0, held_out=0.0)
-  c.model.context = 256
   c.select.sampler, c.select.budget = "isa", 0.1
   return c

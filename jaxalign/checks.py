@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxalign import embedder
 from jaxalign import memory
 from jaxalign import pilot
+from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign.artifacts import pick
 from jaxalign.data import prepare
@@ -107,14 +108,16 @@ def _check_values(c: Any) -> None:
     raise ConfigError(f"train.min_updates={c.train.min_updates} is above "
                       f"train.max_updates={c.train.max_updates}; set one of "
                       "them")
-  room = c.model.context - tokens_lib.KEEP_PROMPT - 1
+  if not (context := prepare.asked_context(c)):
+    return  # the data stage chooses it
+  room = context - tokens_lib.LEAST_CONTEXT + 1
   if room < 1:
-    raise ConfigError(f"model.context={c.model.context} holds no prompt and "
-                      f"response, wanted {tokens_lib.KEEP_PROMPT + 2} or more;"
+    raise ConfigError(f"model.context={context} holds no prompt and "
+                      f"response, wanted {tokens_lib.LEAST_CONTEXT} or more;"
                       " set config.model.context")
   if c.eval.new_tokens > room:
     raise ConfigError(f"eval.new_tokens={c.eval.new_tokens} leaves no room for "
-                      f"a prompt in model.context={c.model.context}, wanted "
+                      f"a prompt in model.context={context}, wanted "
                       f"{room} or less; set one of them")
 
 
@@ -152,7 +155,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
                         warmup_ratio=c.proxy.warmup_ratio)
 
 
-def validate(c: Any, planned: bool = False) -> None:
+def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   """Every mistake that the config and the files it names show by themselves.
 
   It touches no device: `jax.distributed.initialize` may come after it.
@@ -161,7 +164,10 @@ def validate(c: Any, planned: bool = False) -> None:
     c: the config.
     planned: nothing will run: a source of assumed size and a tokenizer that
       cannot be had are no mistakes.
+    trains: whether the job aligns a policy; selection alone does not, and
+      needs no loss, no batch and no learning rate.
   """
+  recipe.settle(c)
   _check_values(c)
   if not (planned and c.data.assume_rows):
     prepare.check_source(c)
@@ -174,6 +180,21 @@ def validate(c: Any, planned: bool = False) -> None:
                       "chosen sampler's; name it in config.compare and another "
                       "in config.select.sampler")
   loss = loss_of(c)
+  if trains:
+    _check_alignment(c, loss)
+  m = _model(c, planned)
+  decoder.check(m, sharding.nowhere())
+  embedder.choose(c, m._replace(lora=None))
+  for part, name in ((c.sft, "config.sft"),) + (
+      ((c.train, "config.train"),) if trains else ()):
+    feed.check_divides(part.batch_size, part.accumulation, name)
+    optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,
+                        warmup_ratio=part.warmup_ratio)
+  _check_stages(c, loss.kind, m._replace(lora=None))
+
+
+def _check_alignment(c: Any, loss: Any) -> None:
+  """Raises ConfigError for what cannot align: a loss, an arm, a rate."""
   if loss.kind == "rows":
     raise ConfigError(f"loss {c.loss.name!r} prefers nothing: it cannot align; "
                       "set config.loss.name")
@@ -192,36 +213,27 @@ def validate(c: Any, planned: bool = False) -> None:
   for name in c.compare:
     if name not in WHOLE:
       _check_columns(c, name, loss.kind, "compare")
-  for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
-    feed.check_divides(part.batch_size, part.accumulation, name)
-    optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,
-                        warmup_ratio=part.warmup_ratio)
-  if c.lora.rank:
-    optim.make_schedule(lr=c.lora.lr, updates=10, schedule=c.train.schedule,
-                        warmup_ratio=c.train.warmup_ratio)
-    if not c.lora.eta > 0:
-      raise ConfigError(f"lora.eta={c.lora.eta}, wanted more than 0; set "
-                        "config.lora.eta")
+  if c.lora.rank and not c.lora.eta > 0:
+    raise ConfigError(f"lora.eta={c.lora.eta}, wanted more than 0; set "
+                      "config.lora.eta")
   watched.check(c)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
-  m = _model(c, planned)
-  decoder.check(m, sharding.nowhere())
-  embedder.choose(c, m._replace(lora=None))
-  _check_stages(c, loss.kind, m._replace(lora=None))
 
 
-def validate_on(job: Job, *, planned: bool = False, force: bool = False
-                ) -> None:
+def validate_on(job: Job, *, planned: bool = False, force: bool = False,
+                trains: bool = True) -> None:
   """Every mistake that shows once the mesh is known.
 
   Args:
     job: the run.
     planned: as of `validate`.
     force: a step that cannot fit the devices is no mistake.
+    trains: as of `validate`.
   """
   c = job.c
-  for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
+  for part, name in ((c.sft, "config.sft"),) + (
+      ((c.train, "config.train"),) if trains else ()):
     feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
   asked = {stage for name in (c.select.sampler, *c.compare)
            if name not in WHOLE for stage in columns.stages(
@@ -232,9 +244,9 @@ def validate_on(job: Job, *, planned: bool = False, force: bool = False
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
   decoder.check(m, job.mesh)
-  memory.check_fits(
-      step_memory(c, m, job.mesh, c.model.context, job.kind),
-      job.mesh.devices.flat[0], force)
+  if trains and (context := prepare.asked_context(c)):
+    memory.check_fits(step_memory(c, m, job.mesh, context, job.kind),
+                      job.mesh.devices.flat[0], force)
 
 
 def step_memory(c: Any, m: decoder.ModelConfig, mesh: Any, length: int,
@@ -254,7 +266,7 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
   m, tokenizer = None, None
   if c.model.checkpoint:
     m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
-    prepare.checked_context(c, m.context)
+    prepare.context_of(c, m.context)
     if not planned:
       weights.weights_file(c.model.checkpoint)
   try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign import progress
+from jaxalign import recipe
 from jaxalign.checkpoints import restore_params
 from jaxalign.data import batches
 from jaxalign.data import prepare
@@ -65,6 +66,7 @@ class Job:
   """
 
   def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
+    recipe.settle(c)
     self.c, self.mesh, self.redo = c, mesh, redo
     self.workdir = epath.Path(workdir)
     self.shared = self.workdir / "shared"
@@ -84,6 +86,21 @@ class Job:
     """The loss with its keywords bound."""
     return loss_of(self.c)
 
+  @functools.cached_property
+  def most(self) -> int:
+    """The longest row that the model can take, in tokens."""
+    c = self.c.model
+    own = (weights.read_config(c.checkpoint, c.dtype, c.remat).context
+           if c.checkpoint else c.context or prepare.own_context(self.c))
+    prepare.context_of(self.c, own)
+    return own
+
+  @functools.cached_property
+  def context(self) -> int:
+    """The longest row of this job: as asked for, or as the data stage chose."""
+    return prepare.context_of(self.c, self.most) or artifacts.read_json(
+        self.shared / "data" / "data_card.json")["context"]
+
   @property
   def kind(self) -> str:
     """"pairs" or "thumbs": what the loss eats."""
@@ -100,8 +117,7 @@ class Job:
     c = self.c.model
     if c.checkpoint:
       m = weights.read_config(c.checkpoint, c.dtype, c.remat)
-      m = m._replace(context=prepare.checked_context(self.c, m.context),
-                     positions=m.context)
+      m = m._replace(context=self.context, positions=m.context)
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
     m = m._replace(attention=kernel_of(self.c, m, self.mesh))
@@ -148,11 +164,11 @@ class Job:
   @functools.cached_property
   def examined(self) -> evaluate.Examined:
     """The held-out split, ready to be measured on."""
-    rows = self.rows("held_out")
-    return evaluate.Examined(
-        rows, self.tokens("held_out"),
-        evaluate.choose_prompts(rows, self.c.eval.prompts), self.tokenizer,
-        prepare.world_of(self.c))
+    rows, tokens = self.rows("held_out"), self.tokens("held_out")
+    room = self.model.context - self.c.eval.new_tokens
+    asked = evaluate.choose_prompts(rows, tokens, self.c.eval.prompts, room)
+    return evaluate.Examined(rows, tokens, asked, self.tokenizer,
+                             prepare.world_of(self.c))
 
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
@@ -187,7 +203,7 @@ def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
   return decoder.ModelConfig(
       layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
       head_size=m.head_size, ff=m.ff, vocab=-(-vocab // 64) * 64,
-      context=m.context, rope_theta=m.rope_theta, norm_eps=m.norm_eps,
+      context=m.context or prepare.own_context(c), rope_theta=m.rope_theta, norm_eps=m.norm_eps,
       tied=m.tied, dtype=m.dtype, remat=m.remat)
 
 

@@ -69,6 +69,8 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
   if config is None:
     raise ConfigError("no config; say --config=configs/dpo_sub.py")
   for (*path, name), value in untyped.items():
+    if path == ["data", "choice"]:  # data.choice.first=... on the way
+      value, name = {**(config.data.choice or {}), name: value}, path.pop()
     section = functools.reduce(operator.getitem, path, config)
     with section.unlocked(), section.ignore_type():
       section[name] = value
@@ -79,13 +81,15 @@ def _untyped(argv: list[str]) -> tuple[list[str], dict[tuple, object]]:
   """The flags without those whose type no config can tell, and these by path.
 
   What a sampler or a loss takes beside the common knobs (select.kwargs,
-  loss.kwargs) is its own affair, so no config can list it; whether it takes
-  it is checked with the config. A budget is a number, or the word "auto".
+  loss.kwargs) is its own affair, and so are the columns of a person's rows
+  (data.fields) and their codes (data.choice), so no config can list them; they
+  are checked with the config. A budget is a number, or the word "auto".
   """
   rest, found = [], {}
   for argument in argv:
-    match = (re.fullmatch(r"--config\.((?:select|loss)\.kwargs\.\w+)=(.*)",
-                          argument, re.DOTALL)
+    match = (re.fullmatch(
+        r"--config\.((?:select\.kwargs|loss\.kwargs|data\.fields|data\.choice)"
+        r"\.\w+|data\.choice)=(.*)", argument, re.DOTALL)
              or re.fullmatch(r"--config\.(select\.budget)=(auto)", argument))
     if not match:
       rest.append(argument)
@@ -160,7 +164,7 @@ def _join(mode: str) -> None:
   progress.set_process(jax.process_index())
 
 
-def _run(values, argv: list[str], check, work, arms) -> None:
+def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
   """Everything after the flags."""
   c = values.config
   import jax
@@ -175,7 +179,7 @@ def _run(values, argv: list[str], check, work, arms) -> None:
   check(values)
   if not values.workdir and not values.dry_run:
     raise ConfigError("no workdir; say --workdir=runs/dpo_sub")
-  checks.validate(c, values.dry_run)
+  checks.validate(c, values.dry_run, trains)
   _join(values.distributed)
   if c.compile_cache:
     jax.config.update("jax_compilation_cache_dir",
@@ -185,9 +189,10 @@ def _run(values, argv: list[str], check, work, arms) -> None:
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
     job = Job(c, mesh, values.workdir or "runs/plan", values.redo)
-    checks.validate_on(job, planned=values.dry_run, force=values.force)
+    checks.validate_on(job, planned=values.dry_run, force=values.force,
+                       trains=trains)
     if values.dry_run:
-      plan.show(job, arms(c))
+      plan.show(job, arms(c), trains)
       return
     with artifacts.lock(values.workdir):
       work(job, values, argv)
@@ -198,8 +203,8 @@ def ran(job) -> bool:
   return any(not card.skipped for card in job.cards.values())
 
 
-def command(argv: list[str], doc: str, *, check, work, arms, define=None
-            ) -> int:
+def command(argv: list[str], doc: str, *, check, work, arms, define=None,
+            trains: bool = True) -> int:
   """One command of the package that reads a config; returns its exit code.
 
   Args:
@@ -209,18 +214,20 @@ def command(argv: list[str], doc: str, *, check, work, arms, define=None
     work: `work(job, values, argv)`, inside the mesh and the workdir's lock.
     arms: `arms(c)`, what a dry run plans.
     define: `define(values)` adds flags.
+    trains: whether it aligns a policy.
   """
   print("jaxalign: reading the config", flush=True)
   return guarded(lambda: _run(_parse(argv, doc, define), argv, check, work,
-                              arms))
+                              arms, trains))
 
 
 def _check(values) -> None:
   from jaxalign.errors import ConfigError
   c = values.config
-  if c.data.source != "world" and not c.data.split.held_out > 0:
+  if c.data.source != "world" and not (
+      c.data.held_out or c.data.split.held_out > 0):
     raise ConfigError("data.split.held_out=0: a study measures on rows it "
-                      "holds out; set config.data.split, or run "
+                      "holds out; set config.data.split or data.held_out, or run "
                       "jaxalign.select or jaxalign.train alone")
 
 

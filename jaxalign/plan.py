@@ -15,7 +15,9 @@ from jaxalign import embedder
 from jaxalign import memory
 from jaxalign import progress
 from jaxalign import rates
-from jaxalign.data import records
+from jaxalign.data import prepare
+from jaxalign.data import sources
+from jaxalign.data import tokens as tokens_lib
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.model import decoder
 from jaxalign.model import reward
@@ -39,6 +41,7 @@ from jaxalign.train import stats
 
 READING = 1e9  # bytes a second from a disk
 SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
+TRAINING = ("baseline", "ref_logps", "align", "evaluate")
 CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
 
 
@@ -46,30 +49,44 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
   """Rows by split, mean tokens by split, and the padded length."""
   r = 2 if kind == "pairs" else 1
   if c.data.assume_rows:
-    mean = min(c.data.assume_tokens or c.model.context, c.model.context)
+    context = prepare.asked_context(c) or _model(c).context
+    mean = min(c.data.assume_tokens or context, context)
     rows = {n: int(c.data.assume_rows * share)
-            for n, share in c.data.split.to_dict().items()}
+            for n, share in prepare.fractions(c).items()}
     if r == 1:
       rows["pool"] *= 2  # thumbs of pairs
-    return rows, dict.fromkeys(rows, float(mean)), c.model.context
-  if c.data.source == "world":
+    return rows, dict.fromkeys(rows, float(mean)), context
+  if prepare.is_world(c):
     w = c.data.world
     rows = dict(sft=w.sft_rows, held_out=w.held_out_rows,
                 pool=w.pool_rows * (2 // r))
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4
-  loaded = records.load(
-      c.data.source, schema=c.data.schema, limit=c.data.limit,
-      on_bad_rows=c.data.on_bad_rows, max_bad_fraction=c.data.max_bad_fraction)
-  splits = records.split(loaded.rows, c.data.split.to_dict(), c.data.seed)
+  found, said = prepare.peek(c)
+  for line in said:
+    progress.say(f"  {line}")
+  splits, read = found.splits, found.card["seen"]
   rows = {n: len(x) for n, x in splits.items()}
-  if loaded.kind == "pairs" and kind == "thumbs":
+  names = prepare.sources_of(c)
+  counted = [sources.count(name, prepare.PEEKED) for name in names]
+  total = sum(n for n, _ in counted)
+  if c.data.limit:
+    total = min(total, c.data.limit * len(names))
+  if total > read:
+    about = "" if all(exact for _, exact in counted) else "about "
+    progress.say(f"  read the first {read:,} rows; the source holds {about}"
+                 f"{total:,}, and the plan counts on them all")
+    rows = {n: int(x * total / read) for n, x in rows.items()}
+  if found.kind == "pairs" and kind == "thumbs":
     rows["pool"] *= 2
-  sides = ("chosen", "rejected") if loaded.kind == "pairs" else ("completion",)
-  length = [len(x["prompt"]) + len(x[s]) for x in loaded.rows for s in sides]
-  mean = np.minimum(np.array(length) / CHARACTERS_PER_TOKEN,
-                    c.model.context).mean()
-  return rows, dict.fromkeys(rows, float(mean)), c.model.context
+  texts = [len(x["prompt"]) + len(x[s]) for x in
+           [*splits["pool"], *splits["held_out"]]
+           for s in ("chosen", "rejected", "completion") if s in x]
+  length = np.array(texts) / CHARACTERS_PER_TOKEN
+  context = prepare.asked_context(c) or tokens_lib.context_for(
+      length.astype(np.int64), _model(c).context)
+  mean = np.minimum(length, context).mean()
+  return rows, dict.fromkeys(rows, float(mean)), context
 
 
 class Line(NamedTuple):
@@ -238,15 +255,22 @@ def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
   return out
 
 
-def show(job: Job, arms: list[Arm]) -> None:
-  """Prints the plan; reads the source, computes nothing on the mesh."""
+def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
+  """Prints how rows are read and the plan; computes nothing on the mesh.
+
+  Args:
+    job: the run.
+    arms: its arms.
+    trains: false of selection alone, which ends with the chosen rows.
+  """
   c = job.c
   rows, tokens, length = _sizes(c, job.kind)
   m = _model(c)
   decoder.check(m, job.mesh)
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
-  found = lines(job, arms, rows, tokens)
-  progress.say(f"plan (nothing computed): {c.data.source}, "
+  found = [x for x in lines(job, arms, rows, tokens)
+           if trains or x.stage not in TRAINING]
+  progress.say(f"plan (nothing computed): {', '.join(prepare.sources_of(c))}, "
                + ", ".join(f"{v:,} {k}" for k, v in rows.items())
                + f" rows of about {tokens['pool']:.0f} tokens")
   for x in found:
@@ -258,6 +282,8 @@ def show(job: Job, arms: list[Arm]) -> None:
                f"{progress.duration(sum(x.seconds for x in found))} at an "
                f"assumed {rate / 1e9:,.0f} GFLOP/s, compiling not counted")
   _show_samplers(job, arms, rows["pool"], tokens["pool"], m, found)
+  if not trains:
+    return
   selecting = sum(x.operations for x in _choosing(
       job, arms[0], found, m, tokens["pool"]))
   everything = aligning_all(job, m, rows["pool"], int(tokens["pool"]))

@@ -18,6 +18,7 @@ from jaxalign import pipeline
 from jaxalign import plan
 from jaxalign.artifacts import Cost
 from jaxalign.data import batches
+from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.data import world as world_lib
 from jaxalign.job import WHOLE, Arm, Job, arm_folder, budget_of
@@ -345,10 +346,12 @@ def summarise(job: Job, arms: list[Arm], command: str
   warnings = found["warnings"]
   if ("", "mixture") in job.cards:
     warnings += job.cards["", "mixture"].result["warnings"]
-  cut = data["truncation"]["pool"]["share"]
-  if cut > 0.2:
-    warnings.append(f"{100 * cut:.0f} % of the pool's rows were cut to "
-                    f"{job.model.context} tokens; raise config.model.context")
+  cut = data["truncation"]["pool"]
+  lost = cut["rows_cut"] / cut["rows"] + cut["too_long"] / data["seen"]
+  if lost > 0.2:
+    warnings.append(f"{100 * lost:.0f} % of the pool's rows were cut or left "
+                    f"out at {job.model.context} tokens; a context of "
+                    f"{cut['fits']:,} keeps 99 %: raise config.model.context")
   asked = judge.described(job, arms)
   warnings += judge.warnings(asked)
   for arm in arms:
@@ -433,8 +436,9 @@ def _data(job: Job, card: dict[str, Any]) -> dict[str, Any]:
       refused=card["refused_by_reason"], duplicates=card["duplicates"],
       chars={k: quantiles(v) for k, v in card["characters"].items()},
       tokens=card.get("tokens"), truncation=dict(
-          rows_cut=cut["rows_cut"], share=cut["share"],
-          tokens_cut=sum(cut["tokens_cut_by_side"].values())),
+          rows_cut=cut["rows_cut"], too_long=cut["too_long"],
+          context=cut["context"], fits=cut["fits"]),
+      reading=prepare.reading(card),
       examples=[{k: v for k, v in row.items() if k != "group"}
                 for row in job.rows("pool")[:2]])
 

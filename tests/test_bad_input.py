@@ -158,8 +158,8 @@ def test_duplicate_ids_and_contents(tmp_path):
   rows[9]["id"] = "r3"
   path = write(tmp_path / "x.jsonl", rows)
   ended, card, rejected = read_data(tmp_path / "w", path)
-  assert card["refused_by_reason"] == {"duplicate id": 1}
-  assert rejected[0]["id"] == "r3" and f"{path}:4" in rejected[0]["detail"]
+  assert card["refused"] == 0 and card["shared_ids"] == 2
+  assert "2 rows that share an id with another" in ended.out
   # The same content twice is kept, and counted.
   rows = [pair(i) for i in range(60)] + [pair(5)]
   ended, card, _ = read_data(tmp_path / "v", write(path, rows))
@@ -241,29 +241,40 @@ def test_a_killed_data_stage_counts_once(tmp_path, monkeypatch):
 # Lengths.
 
 
-def test_long_prompts_lose_their_beginning_and_are_counted(tmp_path):
+def test_a_question_is_never_cut_and_rows_too_long_are_counted(tmp_path):
   rows = [pair(i) for i in range(60)]
   for i in range(10):
     rows[i]["prompt"] = "word " * 60 + f"tell me of {i} "
-  ended, card, _ = read_data(tmp_path / "w",
-                             write(tmp_path / "x.jsonl", rows))
+  for i in range(10, 14):
+    rows[i]["chosen"] = " ".join(f"{k} of {3 * k}" for k in range(90))
+  path = write(tmp_path / "x.jsonl", rows)
+  ended, card, rejected = read_data(tmp_path / "v", path)
+  assert ended.code is None and card["refused_by_reason"] == {"too long": 14}
+  assert {r["line"] for r in rejected} == {*range(1, 15)}
+  assert "too long for the context of 32 and left out" in ended.out
+  assert "keeps 99 % whole" in ended.out
+  ended, _, _ = read_data(tmp_path / "u", path, "data.too_long=error")
+  assert ended.code == 65 and "config.data.too_long" in ended.err
+  ended, card, rejected = read_data(tmp_path / "w", path,
+                                    "data.too_long=cut_answer")
   assert ended.code is None
+  assert card["refused_by_reason"] == {"question too long": 10}
   cut = [card["truncation"][name] for name in ("sft", "pool", "held_out")]
-  assert sum(c["rows_cut_by_side"]["prompt"] for c in cut) == 10
-  assert all(c["rows_cut_by_side"].get("chosen", 0) == 0 for c in cut)
+  assert sum(c["rows_cut_by_side"].get("chosen", 0) + c["rows_cut_by_side"].get(
+      "response", 0) for c in cut) == 4
   folder = tmp_path / "w/shared/data"
   job = Job.__new__(Job)
   job.shared = tmp_path / "w/shared"
   tokens, rows = job.tokens("pool"), job.rows("pool")
   assert np.diff(tokens.offsets).max() <= 32
   tok = Tokenizer.load(folder / "tokenizer.model")
-  long = [i for i, r in enumerate(rows) if r["prompt"].startswith("word")]
-  assert long
-  for i in long:  # the end of the prompt is there, and the whole answer
+  for i, row in enumerate(rows):  # the question is there, whole
     ids = tokens.ids[tokens.offsets[2 * i]:tokens.offsets[2 * i + 1]]
     text = tok.decode([int(x) for x in ids])
-    assert text.endswith(rows[i]["prompt"][-12:] + rows[i]["chosen"])
-    assert ids[-1] == tok.eos and ids[0] == tok.bos
+    cut = tokens.cut[2 * i] > 0
+    assert text == (row["prompt"] + row["chosen"])[:len(text)]
+    assert len(text) > len(row["prompt"]) and ids[0] == tok.bos
+    assert cut == (ids[-1] != tok.eos) == (len(row["chosen"]) > 200)
 
 
 def test_pairs_that_truncation_makes_equal_are_refused(tmp_path):
@@ -272,7 +283,8 @@ def test_pairs_that_truncation_makes_equal_are_refused(tmp_path):
   for row in rows[:20]:  # some of them land in the pool
     row |= dict(chosen=long + " yes", rejected=long + " no")
   _, card, rejected = read_data(tmp_path / "w",
-                                write(tmp_path / "x.jsonl", rows))
+                                write(tmp_path / "x.jsonl", rows),
+                                "data.too_long=cut_answer")
   reason = "identical after truncation"
   assert 0 < card["refused_by_reason"][reason] == len(rejected) <= 20
   assert {(r["reason"], r["split"]) for r in rejected} <= {
@@ -295,9 +307,11 @@ def test_too_few_rows_for_three_splits(tmp_path):
 
 def test_thumbs_with_a_pair_loss(tmp_path):
   path = write(tmp_path / "x.jsonl", [thumb(i, i % 2) for i in range(60)])
-  ended, _, _ = read_data(tmp_path / "w", path)
+  ended, _, _ = read_data(tmp_path / "w", path, "loss.name=dpo(beta=0.1)")
   assert ended.code == 65 and "single answers with thumbs" in ended.err
   assert "'dpo(beta" in ended.err and "config.loss.name" in ended.err
+  ended, card, _ = read_data(tmp_path / "v", path)  # no loss named: KTO
+  assert ended.code is None and card["kind"] == "thumbs"
 
 
 def test_pairs_with_kto_are_split_and_it_is_said(tmp_path):

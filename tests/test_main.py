@@ -74,7 +74,7 @@ def test_missing_workdir(capsys):
     ("model.context=4", ("=4", "wanted 10 or more", "model.context")),
     ("eval.new_tokens=64", ("=64", "wanted 23 or less", "model.context=32")),
     ("train.schedule=x", ("'x'", "linear", "config.train.schedule")),
-    ("train.lr=0", ("lr=0.0", "more than 0")),
+    ("train.lr=-1", ("lr=-1.0", "more than 0")),
     ("train.lr=nan", ("lr=nan", "more than 0")),
     ("train.epochs=0", ("epochs=0", "more than 0")),
     ("train.max_updates=-1", ("=-1", "0 or more")),

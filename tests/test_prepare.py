@@ -13,17 +13,18 @@ from jaxalign.errors import ConfigError, DataError
 from test_chat import BUILT_IN, write_folder
 
 
-def made(tmp_path, source, context=256, wanted="pairs", **data):
+def made(tmp_path, source, context=8192, wanted="pairs", **data):
   """What the data stage leaves of a source: (folder, card)."""
   c = common.base()
   c.data.source = str(source)
   c.data.limit = 120
   c.model.tokenizer = str(tmp_path / "tok")
+  c.model.context = context
   for name, value in data.items():
     c.data[name] = value
   folder = epath.Path(tmp_path / "data")
   folder.mkdir(exist_ok=True)
-  names, _, result = prepare.make(c, folder, context=context, wanted=wanted,
+  names, _, result = prepare.make(c, folder, most=context, wanted=wanted,
                                   writes=True)
   assert {*names} >= {"tokenizer.json", special.ROW_FORMAT, "pool.parquet"}
   return folder, json.loads((folder / "data_card.json").read_text())
@@ -78,9 +79,12 @@ def test_a_template_of_another_is_exported_with_the_tokenizer(tmp_path, shared):
   assert peer.chat_template == BUILT_IN["llama3"]
 
 
-def test_plain_text_stays_plain(tmp_path, shared):
+def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
+    tmp_path, shared):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
-  folder, _ = made(tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz")
+  folder, card = made(tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz",
+                      template="none")
+  assert card["template"].startswith("no template")
   tok = load_tokenizer(folder)
   assert tok.eos == tok.specials["<|end|>"]
   pool = records.read_table(folder / "pool.parquet")
@@ -88,13 +92,22 @@ def test_plain_text_stays_plain(tmp_path, shared):
   marks = [tok.specials["<|im_start|>"], tok.specials["<|im_end|>"]]
   assert not np.isin(encoded.ids, marks).any()
   assert all(row["margin"] is not None for row in pool)
-  # Asked for by name, a plain prompt is the user's turn.
-  folder, _ = made(tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz",
-                   template="chatml")
-  encoded = tokens.load_rows(folder, "pool")
-  whole = encoded.ids[:encoded.start[0]].tolist()
-  assert whole.count(marks[0]) == 2 or encoded.cut[0]
-  assert np.isin(encoded.ids, marks[1]).any()
+  # By itself or by name: a plain prompt is the user's turn.
+  for name, said in (("auto", "the tokenizer's own"), ("chatml", "chatml")):
+    folder, card = made(tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz",
+                        template=name)
+    assert card["template"].startswith(
+        f"chat template: {said}; ") and "wrapped" in card["template"]
+    encoded = tokens.load_rows(folder, "pool")
+    for i in range(0, 40, 2):
+      at = encoded.offsets[i]
+      whole = encoded.ids[at:at + encoded.start[i]].tolist()
+      assert whole.count(marks[0]) == 2
+    row = records.read_table(folder / "pool.parquet")[0]
+    assert row["turns"] == [dict(role="user", content=row["prompt"])]
+    [subset] = records.as_read([row])
+    assert subset["prompt"] == row["turns"] and subset["chosen"] == [
+        dict(role="assistant", content=row["chosen"])]
 
 
 def test_a_template_that_takes_no_row_says_so(tmp_path, shared):

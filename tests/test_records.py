@@ -71,12 +71,16 @@ def test_nothing_is_dropped_uncounted(tmp_path):
   loaded = records.load(source, max_bad_fraction=0.6)
   assert loaded.seen == 12 == len(loaded.rows) + len(loaded.refused)
   assert loaded.counts == {"bad id": 2, "chosen equals rejected": 1,
-                           "duplicate id": 1, "malformed JSON": 1,
+                           "malformed JSON": 1,
                            "not an object": 1, "null": 1}
   assert sum(loaded.counts.values()) == len(loaded.refused)
-  twin = next(r for r in loaded.refused if r["reason"] == "duplicate id")
-  assert (twin["line"], twin["id"], twin["file"]) == (3, "a", source)
-  assert f"{source}:1" in twin["detail"]
+  null = next(r for r in loaded.refused if r["reason"] == "null")
+  assert (null["line"], null["id"], null["file"]) == (5, None, source)
+  # An id that two rows share is none: their contents tell them apart.
+  assert loaded.shared_ids == 2
+  named = sorted(row["id"] for row in loaded.rows if row["id"][:2] == "a-")
+  assert len(named) == 2 and {row["prompt"] for row in loaded.rows
+                              if row["id"] in named} == {"p0", "p1"}
   records.write_refused(tmp_path / "refused.jsonl", loaded.refused)
   lines = (tmp_path / "refused.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == loaded.refused
@@ -89,13 +93,158 @@ def test_error_mode_names_the_row(tmp_path):
     records.load(source, on_bad_rows="error")
   for word in (f"{source}:2", "id x", "empty response"):
     assert word in str(error.value)
-  source = put(tmp_path / "b.jsonl", [pair(0, id="x"), pair(1),
-                                       pair(2, id="x")])
-  with pytest.raises(DataError) as error:
-    records.load(source, on_bad_rows="error")
-  assert f"{source}:1" in str(error.value) and f"{source}:3" in str(error.value)
   with pytest.raises(ConfigError, match="on_bad_rows"):
     records.load(source, on_bad_rows="ignore")
+
+
+def test_ids_of_a_prompt_are_told_apart_whatever_the_order(tmp_path):
+  rows = [pair(i, id=f"prompt-{i // 3}") for i in range(9)] + [
+      pair(0, id="prompt-0"), pair(50, id="own")]
+  first = records.load(put(tmp_path / "a.jsonl", rows))
+  assert first.shared_ids == 10 and first.duplicates == 1
+  assert len({row["id"] for row in first.rows}) == 11
+  assert "own" in {row["id"] for row in first.rows}
+  random.Random(1).shuffle(rows)
+  assert records.load(put(tmp_path / "b.jsonl", rows)).rows == first.rows
+
+
+def test_pairs_and_their_reverse_are_counted(tmp_path):
+  rows = [pair(0), dict(pair(0), chosen="r0", rejected="c0"), pair(1)]
+  assert records.load(put(tmp_path / "a.jsonl", rows)).contradicted == 2
+
+
+def test_scores_against_the_label_are_counted_or_skipped(tmp_path):
+  rows = [pair(i, chosen_score=9, rejected_score=9 + s) for i, s in enumerate(
+      (-2, 0, 3, 1, -1))]
+  path = put(tmp_path / "a.jsonl", rows)
+  loaded = records.load(path)
+  assert (loaded.against, loaded.tied, len(loaded.rows)) == (2, 1, 5)
+  card = records.data_card(loaded, {})
+  assert (card["against_scores"], card["tied_scores"]) == (2, 1)
+  loaded = records.load(path, on_contradicting_scores="skip")
+  assert loaded.against == 2 and len(loaded.rows) == 3
+  assert loaded.counts == {"scores against the label": 2}
+  # Or the scores say which answer won.
+  loaded = records.load(path, choice="higher score wins")
+  assert loaded.counts == {"tied scores": 1}
+  assert {row["prompt"]: (row["chosen"], row["margin"])
+          for row in loaded.rows} == {
+              "p0": ("c0", 2.0), "p2": ("r2", 3.0), "p3": ("r3", 1.0),
+              "p4": ("c4", 1.0)}
+
+
+def test_codes_are_settled_over_the_whole_column(tmp_path):
+  rows = [dict(q=f"p{i}", one=f"a{i}", two=f"b{i}", won=1 + i % 2)
+          for i in range(6)]
+  named = dict(prompt="q", first="one", second="two", choice="won")
+  path = put(tmp_path / "a.jsonl", rows)
+  loaded = records.load(path, fields=named)
+  assert {(r["chosen"][0], int(r["prompt"][1:]) % 2) for r in loaded.rows} == {
+      ("a", 0), ("b", 1)}
+  rows.append(dict(rows[0], won=0))  # one row more, and nothing is certain
+  path = put(tmp_path / "b.jsonl", rows)
+  with pytest.raises(DataError, match="won holds '1' .3 rows.*data.choice="):
+    records.load(path, fields=named)
+  loaded = records.load(path, fields=named, choice={
+      "first": [2], "second": [1], "tie": [0]})
+  assert {(r["chosen"][0], int(r["prompt"][1:]) % 2) for r in loaded.rows} == {
+      ("b", 0), ("a", 1)}
+  assert loaded.counts == {"tie": 1}
+
+
+def test_several_sources_with_caps_and_weights(tmp_path):
+  one = put(tmp_path / "a.jsonl", [pair(i) for i in range(40)])
+  two = put(tmp_path / "b.jsonl", [dict(prompt=[dict(
+      role="user", content=f"q{i}")], chosen="yes", rejected="no")
+      for i in range(20)])
+  loaded = records.load([one, two])
+  assert [(r.source, r.schema, r.gave, r.seen) for r in loaded.readings] == [
+      (one, "explicit_pairs", 40, 40), (two, "chat_pairs", 20, 20)]
+  assert {row["source"] for row in loaded.rows} == {one, two}
+  assert loaded.schema == "explicit_pairs, chat_pairs"
+  count = lambda **kw: [r.gave for r in records.load([one, two], **kw).readings]
+  assert count(caps=(10, 0)) == [10, 20]
+  assert count(weights=(1, 1)) == [20, 20]
+  assert count(weights=(3.0, 1.0)) == [40, 13]
+  assert count(caps=(0, 5), weights=(2, 1)) == [10, 5]
+  capped = records.load([one, two], caps=(10, 0))
+  assert capped.left_out == 30 and capped.seen == 60
+  swapped = records.load([two, one], caps=(0, 10))
+  assert swapped.rows == capped.rows  # whatever order they are named in
+  for bad in (dict(caps=(1,)), dict(weights=(0, 1)), dict(caps=(-1, 0)),
+              dict(weights=(float("nan"), 1))):
+    with pytest.raises(ConfigError, match="config.data."):
+      records.load([one, two], **bad)
+  thumb = put(tmp_path / "c.jsonl", [dict(prompt="a", completion="b",
+                                          label=True)])
+  assert records.load([one, thumb]).counts == {"mixed kinds": 1}
+
+
+def test_what_became_of_every_column_is_known(tmp_path):
+  rows = [dict(pair(i), chosen_score=2.0, rejected_score=1, note="text", n=3,
+               messages=None) for i in range(3)]
+  [reading] = records.load(put(tmp_path / "a.jsonl", rows)).readings
+  assert {c["column"]: (c["type"], c["became"]) for c in reading.columns} == {
+      "prompt": ("text", "the prompt"),
+      "chosen": ("text", "the chosen answer"),
+      "rejected": ("text", "the rejected answer"),
+      "chosen_score": ("number", "the margin"),
+      "rejected_score": ("number", "the margin"),
+      "note": ("text", "not read"), "n": ("number", "not read"),
+      "messages": ("null", "the prompt")}
+  assert "row 1 has prompt, chosen, rejected" in reading.why
+  rows = [dict(messages=[dict(role="user", content="q", lang="en", turn=1)],
+               chosen="a", rejected="b")]
+  [reading] = records.load(put(tmp_path / "b.jsonl", rows)).readings
+  assert [c["column"] for c in reading.columns
+          if c["became"] == "not read"] == ["messages: lang"]
+  [reading] = records.load(put(tmp_path / "c.jsonl", [dict(
+      q=dict(text="q"), a="a", b="b", c="c")]), fields=dict(
+          prompt="q.text", chosen="a", rejected="b")).readings
+  assert [(c["column"], c["became"]) for c in reading.columns] == [
+      ("q", "the prompt (q.text)"), ("a", "the chosen answer"),
+      ("b", "the rejected answer"), ("c", "not read")]
+
+
+def own_list(row):
+  return [dict(prompt=row["q"], chosen=row["best"], rejected=other)
+          for other in row["others"]]
+
+
+def test_a_function_of_a_fork_may_return_several_pairs(tmp_path):
+  path = put(tmp_path / "a.jsonl", [
+      dict(id="x", q="hi", best="a", others=["b", "c", "a"])])
+  loaded = records.load(path, schema=f"{__name__}:own_list",
+                        max_bad_fraction=0.9)
+  assert {(r["chosen"], r["rejected"]) for r in loaded.rows} == {
+      ("a", "b"), ("a", "c")}
+  assert loaded.shared_ids == 2 and loaded.counts == {
+      "chosen equals rejected": 1}
+
+
+def test_rows_of_chats_come_back_as_they_were_written(tmp_path):
+  call = dict(role="assistant", content=None, tool_calls=[dict(
+      type="function", function=dict(name="f", arguments=dict(x=1)))])
+  said = dict(role="assistant", content="no")
+  ask = dict(role="user", content="a\n\nHuman: b\n\nAssistant: c\n\nd")
+  system = dict(role="system", content="s")
+  for i, row in enumerate((
+      dict(prompt=[system, ask], chosen="yes", rejected="no"),
+      dict(prompt=[ask], chosen=[call], rejected=[said], tools=[dict(name="f")]),
+      dict(prompt=[ask], completion=[said], label=False),
+      pair(3, source="here"))):
+    first = records.load(put(tmp_path / f"{i}.jsonl", [row]))
+    path = tmp_path / f"{i}.parquet"
+    records.write_rows(path, records.as_read(first.rows))
+    again = records.load(str(path))
+    assert again.rows == first.rows
+    [was] = records.as_read(first.rows)
+    if i < 3 and i != 1:
+      assert was["prompt"] == row["prompt"]
+      assert isinstance(was.get("chosen", was.get("completion")), list)
+    table = tmp_path / f"{i}-table.parquet"
+    records.write_rows(table, first.rows)
+    assert records.read_table(table) == first.rows
 
 
 def test_too_many_bad_rows_stop_the_run(tmp_path):
@@ -294,7 +443,7 @@ def test_real_messages_keep_their_text(shared):
 def test_real_trees_by_neighbours(shared):
   path = str(shared / "data/oasst/en_100_tree.jsonl")
   every = records.load(path)
-  near = records.load(path, tree_pairs="adjacent")
+  near = records.load(path, answer_pairs="adjacent")
   assert (len(every.rows), len(near.rows)) == (754, 429)
   ids = {row["id"] for row in every.rows}
   assert len(ids) == 754 and {row["id"] for row in near.rows} <= ids
@@ -303,8 +452,8 @@ def test_real_trees_by_neighbours(shared):
     assert row["turns"][-1]["role"] == "user"
     better, worse = row["id"].split(">")
     assert better != worse
-  with pytest.raises(ConfigError, match="config.data.tree_pairs"):
-    records.load(path, tree_pairs="some")
+  with pytest.raises(ConfigError, match="config.data.answer_pairs"):
+    records.load(path, answer_pairs="some")
 
 
 def test_real_scores(shared):

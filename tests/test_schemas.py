@@ -5,42 +5,117 @@ import json
 
 import pytest
 
-from jaxalign.data import schemas
-from jaxalign.data.schemas import SCHEMAS, Refused
+from jaxalign.data import records, schemas
+from jaxalign.data.schemas import SCHEMAS, Refused, choices
 from jaxalign.data.schemas import fields, trees
+from jaxalign.data.schemas.choices import Undecided
 from jaxalign.data.schemas.pairs import margin_of, turns_of
 from jaxalign.errors import ConfigError, DataError
 
 
-def turn(role, content):
-  return dict(role=role, content=content)
+def turn(role, content, **other):
+  return dict(role=role, content=content, **other)
 
 
 HH = "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Why?\n\nAssistant:"
 ASK = [turn("user", "Hi"), turn("assistant", "Yo"), turn("user", "Why?")]
+Q, A, B = turn("user", "Hi"), turn("assistant", "good"), turn("assistant", "bad")
+TEXT = dict(prompt="Hi", chosen="good", rejected="bad", group="Hi")
+CHAT = dict(prompt="\n\nHuman: Hi\n\nAssistant:", chosen=" good",
+            rejected=" bad", group="Hi", turns=[Q])
+
+
 def node(name, text, role="prompter", replies=(), **other):
   return dict(message_id=name, text=text, role=role, replies=list(replies),
               **other)
 
 
+def share(m):
+  return {"from": {"user": "human", "assistant": "gpt"}.get(
+      m["role"], m["role"]), "value": m["content"]}
+
+
+# Public layouts, and the pair that each must give; the answer that its people
+# preferred is "good". More rows where one would not say what its codes mean.
+LAYOUTS = {
+    "pku_saferlhf": (dict(prompt="Hi", response_0="bad", response_1="good",
+                          better_response_id=1, safer_response_id=0), TEXT),
+    "shp": (dict(history="Hi", human_ref_A="good", human_ref_B="bad", labels=1,
+                 score_A=9, score_B=3), TEXT | dict(margin=6.0)),
+    "helpsteer2": (dict(prompt="Hi", response_1="good", response_2="bad",
+                        preference_strength=-2), TEXT | dict(margin=2.0)),
+    "helpsteer3": (dict(context=[Q], response1="bad", response2="good",
+                        overall_preference=3), CHAT | dict(margin=3.0)),
+    "chatbot_arena": (dict(model_a="m1", model_b="m2", winner="model_b",
+                           conversation_a=[Q, B], conversation_b=[Q, A]), CHAT),
+    "summarize_from_feedback": (dict(
+        info=dict(post="Hi"), summaries=[dict(text="good"), dict(text="bad")],
+        choice=0), TEXT),
+    "webgpt": (dict(question=dict(full_text="Hi"), answer_0="bad",
+                    answer_1="good", score_0=-0.5, score_1=0.5),
+               TEXT | dict(margin=1.0)),
+    "halos_pairs": (dict(prompt=[Q], output_A=[B], output_B=[A], label=0,
+                         reward_difference=0.4), CHAT | dict(margin=0.4)),
+    "halos_binary": (dict(prompt=[Q], output=[A], label=1), dict(
+        prompt=CHAT["prompt"], completion=" good", label=True, group="Hi",
+        turns=[Q])),
+    "openai_preference": (dict(
+        input=dict(messages=[Q], tools=[], parallel_tool_calls=True),
+        preferred_output=[A], non_preferred_output=[B]), CHAT),
+    "orca_dpo": (dict(system="Be kind.", question="Hi", chosen="good",
+                      rejected="bad"), CHAT | dict(
+                          prompt="Be kind." + CHAT["prompt"],
+                          turns=[turn("system", "Be kind."), Q])),
+    "argilla_orca": (dict(system="", input="Hi", chosen="good", rejected="bad",
+                          status="tie"), CHAT),
+    "spin": (dict(real=[Q, A], generated=[Q, B]), CHAT),
+    "ms_swift": (dict(messages=[Q, A], rejected_response="bad"), CHAT),
+    "lmsys_arena": (dict(id=3, prompt='["Hi"]', response_a='["bad"]',
+                         response_b='["good"]', winner_model_a=0,
+                         winner_model_b=1, winner_tie=0), TEXT),
+    "ultrafeedback": (dict(instruction="Hi", completions=[
+        dict(response="bad", overall_score=3.0),
+        dict(response="good", overall_score=9)]), TEXT | dict(margin=6.0)),
+    "fine_grained_rlhf": (dict(
+        {f"prediction {i}": x for i, x in enumerate(
+            ("bad", "good", "other", "else"), 1)},
+        question="Hi", preference=[2, 0, 0, 0, 0, 0]), TEXT),
+}
 GOOD = {
     "trees": dict(prompt=node("q", "Hi", replies=[
         node("b", "Yo", "assistant", rank=1),
         node("a", "Hey", "assistant", rank=0)])),
-    "choices": dict(prompt="2+2=", first="5", second="4", choice=2),
+    "choices": dict(prompt="2+2=", first="5", second="4", choice="B"),
     "explicit_pairs": dict(prompt="2+2=", chosen="4", rejected="5"),
     "implicit_pairs": dict(chosen=HH + " I think", rejected=HH + " I thought"),
     "thumbs": dict(prompt="2+2=", completion="4", label=True),
     "chat_pairs": dict(prompt=ASK, chosen=[turn("assistant", "So")],
                        rejected=[turn("assistant", "No")]),
     "chat_thumbs": dict(messages=ASK + [turn("assistant", "So")], label=False),
-}
+    "scored_answers": dict(prompt="Hi", answers=["good", "bad"],
+                           scores=[2, 1.5]),
+} | {name: row for name, (row, _) in LAYOUTS.items()}
+
+
+def converted(name, row, pairs="all"):
+  """What a row of a schema becomes, its codes settled as of a whole column."""
+  schema = SCHEMAS[name]
+  fresh = schema.convert(row, pairs) if schema.many else schema.convert(row)
+  if isinstance(fresh, Undecided):
+    table = choices.decide([fresh], "", "choice", schema.rule)
+    side = choices.settled(fresh, table, schema.rule)
+    if side is None:
+      raise Refused("bad code", repr(fresh.code))
+    fresh = fresh.make(side)
+  return fresh
 
 
 def refused(name, row):
-  with pytest.raises(Refused) as error:
-    SCHEMAS[name].convert(row)
-  return error.value.reason
+  with pytest.raises((Refused, DataError)) as error:
+    found = converted(name, row)
+    if isinstance(found, list) and all(isinstance(x, Refused) for x in found):
+      raise found[0]
+  return getattr(error.value, "reason", "asked")
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -49,15 +124,33 @@ def test_contract_of_every_schema(name):
   row = GOOD[name]
   assert [s.name for s in SCHEMAS.values() if s.matches(row)] == [name]
   assert schemas.detect(dict(row, other=3)).name == name
+  assert {*SCHEMAS[name].wants} <= row.keys() | {"choice"}
   before = json.dumps(row)
-  fresh = SCHEMAS[name].convert(row)
+  fresh = converted(name, row)
   assert json.dumps(row) == before
   if SCHEMAS[name].many:
-    [fresh] = fresh
+    [fresh] = [one for one in fresh if not isinstance(one, Refused)]
+  if name == "trees":
     assert fresh.pop("id") == "a>b"
-  assert fresh.keys() - {"turns"} == {"prompt", "group"} | (
+  assert fresh.keys() - {"turns", "margin"} == {"prompt", "group"} | (
       {"chosen", "rejected"} if SCHEMAS[name].kind == "pairs"
       else {"completion", "label"})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_public_layouts_give_the_pair_that_their_people_meant(name, tmp_path):
+  row, want = LAYOUTS[name]
+  path = tmp_path / "rows.jsonl"
+  path.write_text(json.dumps(row) + "\n")
+  loaded = records.load(str(path), max_bad_fraction=0.9)
+  assert loaded.schema == name and loaded.kind == SCHEMAS[name].kind
+  [fresh] = loaded.rows
+  assert {k: v for k, v in fresh.items() if k != "id"} == want
+  told = {c["column"]: c["became"] for c in loaded.readings[0].columns}
+  assert told.keys() == row.keys()
+  unread = {k for k, became in told.items() if became == "not read"}
+  assert unread == {"pku_saferlhf": {"safer_response_id"},
+                    "argilla_orca": {"status"}}.get(name, set())
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -70,59 +163,139 @@ def test_a_spoilt_field_is_refused_and_never_crashes(name, value):
       del row[field]
     else:
       row[field] = value
-    if field == "label" and value is True:
+    try:
+      found = converted(name, row)
+    except (Refused, DataError):
       continue
-    if (name, field) == ("chat_pairs", "prompt") and value in (
-        "missing", None, [], {}, 3, 2.5, b"x", True):
-      continue  # chosen and rejected may hold the whole dialogue
-    assert refused(name, row)
+    if isinstance(found, list) and all(isinstance(x, Refused) for x in found):
+      continue
+    # A whole dialogue needs no prompt; names, scores and extras need not be.
+    assert field in {
+        "chat_pairs": ("prompt",), "thumbs": ("label",), "halos_binary": (
+            "label",), "chat_thumbs": ("label",), "shp": (
+                "score_A", "score_B", "labels"),
+        "pku_saferlhf": ("safer_response_id", "better_response_id"),
+        "helpsteer2": ("preference_strength",), "helpsteer3": (
+            "overall_preference",), "chatbot_arena": ("model_a", "model_b"),
+        "halos_pairs": ("reward_difference", "label", "prompt"),
+        "openai_preference": ("input",), "orca_dpo": ("system",),
+        "argilla_orca": ("system", "status"), "webgpt": ("score_0", "score_1"),
+        "lmsys_arena": ("id", *SCHEMAS["lmsys_arena"].wants[3:]),
+        "summarize_from_feedback": ("choice",), "fine_grained_rlhf": tuple(
+            f"prediction {i}" for i in (3, 4)),
+        "scored_answers": (), "choices": ("choice",)}.get(name, ()), (
+            field, value)
 
 
 def test_text_is_prompt_plus_response_exactly():
-  fresh = SCHEMAS["implicit_pairs"].convert(GOOD["implicit_pairs"])
+  fresh = converted("implicit_pairs", GOOD["implicit_pairs"])
   assert fresh == dict(prompt=HH, chosen=" I think", rejected=" I thought",
-                       group="Hi", turns=ASK)
-  fresh = SCHEMAS["explicit_pairs"].convert(GOOD["explicit_pairs"])
+                       group="Hi")
+  fresh = converted("explicit_pairs", GOOD["explicit_pairs"])
   assert fresh == dict(prompt="2+2=", chosen="4", rejected="5", group="2+2=")
-  fresh = SCHEMAS["explicit_pairs"].convert(
-      dict(prompt=HH, chosen=" a", rejected=" b"))
+  fresh = converted("explicit_pairs",
+                    dict(prompt=HH, chosen=" a", rejected=" b"))
   assert fresh["prompt"] == HH and fresh["group"] == "Hi"
-  assert fresh["turns"] == ASK
 
 
 def test_chat_renders_the_same_text_as_the_dialogue():
-  fresh = SCHEMAS["chat_pairs"].convert(GOOD["chat_pairs"])
+  fresh = converted("chat_pairs", GOOD["chat_pairs"])
   assert fresh == dict(prompt=HH, chosen=" So", rejected=" No", group="Hi",
                        turns=ASK)
   system = turn("system", "Be brief.")
-  fresh = SCHEMAS["chat_thumbs"].convert(dict(
+  fresh = converted("chat_thumbs", dict(
       messages=[system] + ASK + [turn("assistant", "So")], label=1))
   assert fresh == dict(prompt="Be brief." + HH, completion=" So", label=True,
                        group="Hi", turns=[system] + ASK)
 
 
 def test_all_the_ways_to_write_a_chat_pair_agree():
-  want = SCHEMAS["chat_pairs"].convert(GOOD["chat_pairs"])
+  want = converted("chat_pairs", GOOD["chat_pairs"])
   yes, no = turn("assistant", "So"), turn("assistant", "No")
-  share = lambda m: {"from": {"user": "human", "assistant": "gpt"}[m["role"]],
-                     "value": m["content"]}
+  parts = lambda m: dict(m, content=[dict(type="text", text=m["content"][:1]),
+                                     dict(type="text", text=m["content"][1:])])
+  cell = lambda *messages: json.dumps(messages)
   for row in (
       dict(chosen=ASK + [yes], rejected=ASK + [no]),  # TRL, implicit
       dict(prompt=ASK[:1], chosen=ASK[1:] + [yes], rejected=ASK[1:] + [no]),
+      dict(prompt=ASK, chosen=ASK + [yes], rejected=ASK + [no]),
       dict(prompt="Why?", messages=ASK + [yes], chosen=ASK + [yes],
            rejected=ASK + [no], score_chosen=8.0),  # UltraFeedback
       dict(conversations=list(map(share, ASK)), chosen=share(yes),
            rejected=share(no)),  # ShareGPT
-      dict(messages=ASK, chosen=yes, rejected=no)):
-    assert schemas.detect(row).name == "chat_pairs"
-    assert SCHEMAS["chat_pairs"].convert(row) == want
+      dict(messages=ASK, chosen=yes, rejected=no),
+      dict(messages=ASK, chosen="So", rejected="No"),
+      dict(conversations=list(map(share, ASK)), chosen="So", rejected="No"),
+      dict(trajectory=list(map(share, ASK)), chosen="So", rejected="No"),
+      dict(messages=ASK + [yes], chosen="So", rejected="No"),  # it repeats one
+      dict(prompt="Why?", messages=ASK, chosen="So", rejected="No"),
+      dict(prompt=["Hi", "Why?"], chosen=ASK + [yes], rejected=ASK + [no]),
+      dict(prompt=["Hi", "Why?"], messages=ASK, chosen="So", rejected="No"),
+      dict(prompt=list(map(parts, ASK)), chosen=[parts(yes)],
+           rejected=[parts(no)]),
+      dict(prompt=cell(*ASK), chosen=cell(yes), rejected=cell(no)),  # JSON
+      dict(prompt=str(ASK), chosen=str([yes]), rejected=str([no])),  # pandas
+      dict(prompt={k: [m[k] for m in ASK] for k in ("role", "content")},
+           chosen=[yes], rejected=[no])):
+    assert schemas.detect(row).name == "chat_pairs", row
+    assert converted("chat_pairs", row) == want, row
   short = dict(prompt="Hi", chosen=[yes], rejected=[no])
-  assert SCHEMAS["chat_pairs"].convert(short) == dict(
+  assert converted("chat_pairs", short) == dict(
       prompt="\n\nHuman: Hi\n\nAssistant:", chosen=" So", rejected=" No",
       group="Hi", turns=ASK[:1])
-  assert SCHEMAS["chat_thumbs"].convert(dict(
-      prompt=ASK, completion=[yes], label=0)) == dict(
-          prompt=HH, completion=" So", label=False, group="Hi", turns=ASK)
+  for row in (dict(prompt=ASK, completion=[yes], label=0),
+              dict(completion=ASK + [yes], label=0),
+              dict(messages=ASK + [yes], label=0)):
+    assert converted("chat_thumbs", row) == dict(
+        prompt=HH, completion=" So", label=False, group="Hi", turns=ASK)
+
+
+def test_a_system_text_is_the_system_turn_wherever_it_stands():
+  system = turn("system", "Be kind.")
+  want = [system, turn("user", "2+2=")]
+  for row in (dict(GOOD["explicit_pairs"], system="Be kind."),
+              dict(GOOD["explicit_pairs"], system_prompt="Be kind."),
+              dict(prompt=want, chosen="4", rejected="5"),
+              dict(prompt=want, system="Be kind.", chosen="4", rejected="5")):
+    fresh = converted(schemas.detect(row).name, row)
+    assert fresh["turns"] == want, row
+    assert fresh["prompt"] == "Be kind.\n\nHuman: 2+2=\n\nAssistant:"
+  fresh = converted("explicit_pairs", dict(prompt=HH, chosen=" a",
+                                           rejected=" b", system="Be kind."))
+  assert fresh["turns"] == [system, *ASK] and fresh["chosen"] == " a"
+  assert refused("chat_pairs", dict(prompt=want, system="Be rude.",
+                                    chosen="4", rejected="5")) == (
+                                        "two system turns")
+
+
+def test_tools_stay_in_the_messages():
+  call = dict(id="c1", type="function", function=dict(
+      name="weather", arguments='{"city":"X"}'))
+  asks = turn("assistant", None, tool_calls=[call])
+  said = turn("tool", '{"t": 12}', tool_call_id="c1")
+  tools = [dict(name="weather")]
+  fresh = converted("chat_pairs", dict(
+      tools=json.dumps(tools), messages=[Q, asks, said], chosen=A, rejected=B))
+  assert fresh["turns"] == [Q, asks, said] and fresh["tools"] == tools
+  assert '"weather"' in fresh["prompt"] and fresh["chosen"] == " good"
+  assert "answers" not in fresh
+  fresh = converted("chat_pairs", dict(prompt=[Q], chosen=[asks],
+                                       rejected=[B]))
+  assert fresh["answers"] == [asks, B] and "weather" in fresh["chosen"]
+  fresh = converted("chat_pairs", dict(conversations=[
+      share(Q), {"from": "function_call", "value": '{"name": "weather"}'},
+      {"from": "observation", "value": "12"}], chosen="a", rejected="b"))
+  assert fresh["turns"] == [
+      Q, turn("assistant", None, tool_calls=[dict(
+          type="function", function=dict(name="weather", arguments={}))]),
+      turn("tool", "12")]
+  for bad, why in ((dict(asks, tool_calls="x"), "bad tool call"),
+                   ({"from": "function_call", "value": "x"}, "bad tool call"),
+                   (dict(asks, tool_calls=None), "null")):
+    assert refused("chat_pairs", dict(messages=[Q, bad], chosen="a",
+                                      rejected="b")) == why
+  assert refused("chat_pairs", dict(messages=[Q], tools="weather", chosen="a",
+                                    rejected="b")) == "bad tools"
 
 
 def test_reasons():
@@ -150,7 +323,7 @@ def test_reasons():
       "no Assistant turn")
   assert refused(name, chat(prompt=ASK + [turn("system", "x")])) == (
       "system turn not first")
-  assert refused(name, chat(prompt=[turn("tool", "x")])) == "unknown role"
+  assert refused(name, chat(prompt=[turn("wizard", "x")])) == "unknown role"
   assert refused(name, chat(chosen=[turn("assistant", " ")])) == (
       "empty response")
   assert refused(name, chat(prompt=[turn("user", " ")])) == "empty prompt"
@@ -161,25 +334,99 @@ def test_reasons():
   assert refused(name, dict(prompt="What?", chosen=other,
                             rejected=other)) == "prompts differ"
   assert refused(name, dict(chosen=ASK, rejected=ASK)) == "no Assistant turn"
+  image = [dict(type="image_url", image_url="http://x")]
+  assert refused(name, chat(prompt=[turn("user", image)])) == (
+      "content is not text")
+  assert refused(name, dict(messages=ASK[:2], chosen="a", rejected="b")) == (
+      "prompt ends in an assistant turn")
+  assert refused(name, dict(prompt=["Hi", "So?"], chosen=[Q, A],
+                            rejected=[Q, B])) == "several prompts"
+  assert refused(name, dict(prompt="Ho", messages=[Q], chosen="a",
+                            rejected="b")) == "prompts differ"
+  assert refused("explicit_pairs", dict(
+      prompt="Hi", chosen='[{"role": "assistant", "content": "so',
+      rejected="b")) == "messages in a text that cannot be read"
+
+
+@pytest.mark.parametrize("code, want", [
+    *[(c, "first") for c in ("A", "a", "first", "model_a", "Model A",
+                             "response_a", "[[A]]", "A>B", "A>>B", "left",
+                             "m1", "the first text")],
+    *[(c, "second") for c in ("B", "second", "model_b", "[[B]]", "B>A", "m2",
+                              "the second text")],
+    *[(c, "tie") for c in ("tie", "tie (bothbad)", "both", "neither", "A=B")],
+    *[(c, None) for c in (0, 1, 2, -1, True, "1", "response_1", "c", "x")]])
+def test_what_a_code_says_by_itself(code, want):
+  row = Undecided(code, None, names=("m1", "m2"))
+  if "text" in str(code):
+    row = row._replace(names=("the first text", "the second text"))
+  if want is None:
+    with pytest.raises(DataError, match="config.data.choice"):
+      choices.decide([row], "", "choice")
+  else:
+    table = choices.decide([row], "", "choice")
+    assert choices.settled(row, table, "") == want
+
+
+@pytest.mark.parametrize("codes, want", [
+    ((1, 2), "first second"), (("1", "2"), "first second"),
+    ((1.0, 2.0), "first second"), (("response_0", "response_1"),
+                                   "first second"),
+    (("answer_1", "answer_2"), "first second"), ((0, 1), None),
+    ((0, 1, 2), None), ((-3, -1, 0, 2), None), ((True, False), None),
+    (("1", "0"), None), ((2,), None), (("output_1",), None),
+    (("x", "y"), None)])
+def test_a_column_of_codes_is_certain_or_asked(codes, want):
+  rows = [Undecided(code, None) for code in codes for _ in range(3)]
+  if want is None:
+    with pytest.raises(DataError) as error:
+      choices.decide(rows, "", "the column c")
+    assert "the column c holds" in str(error.value)
+    assert "--config.data.choice=" in str(error.value)
+    return
+  table = choices.decide(rows, "", "choice")
+  assert " ".join(choices.settled(r, table, "") for r in rows[::3]) == want
+
+
+def test_a_rule_says_what_codes_mean():
+  rule = {"first": [1, "yes"], "second": ["0"], "tie": [9]}
+  choices.check(rule)
+  rows = [Undecided(c, None) for c in ("1", 0.0, 9, "Yes", 3)]
+  table = choices.decide(rows, rule, "choice")
+  assert [choices.settled(r, table, rule) for r in rows] == [
+      "first", "second", "tie", "first", None]
+  for bad in ("x", {}, {"first": 1}, {"third": [1]},
+              {"first": [1], "second": ["1"]}):
+    with pytest.raises(ConfigError, match="config.data.choice"):
+      choices.check(bad) if bad else choices.check({"first": 1})
+  row = dict(prompt="q", first="a", second="b", first_score=1, second_score="2")
+  fresh = SCHEMAS["choices"].convert(row)
+  assert choices.settled(fresh, {}, choices.BY_SCORE) == "second"
+  assert fresh.make("second")["margin"] == 1.0
+  with pytest.raises(Refused, match="tie"):
+    fresh.make("tie")
 
 
 @pytest.mark.parametrize("label, want", [
     (True, True), (False, False), (1, True), (0, False), (1.0, True),
     ("true", True), ("False", False), ("1", True), (" 0", False),
-    (2, None), ("yes", None), (float("nan"), None), ([], None), (-1, None)])
+    ("thumbs_up", True), ("thumbs down", False), (-1, False),
+    ("desirable", True), ("Rejected", False), (2, None), ("yes", None),
+    (float("nan"), None), ([], None), (5, None)])
 def test_labels(label, want):
   row = dict(GOOD["thumbs"], label=label)
   if want is None:
-    assert refused("thumbs", row) == "bad label"
+    assert refused("thumbs", row) in ("bad label", "asked")
   else:
-    assert SCHEMAS["thumbs"].convert(row)["label"] is want
+    assert converted("thumbs", row)["label"] is want
 
 
-def test_an_unknown_shape_lists_what_was_found_and_known():
+def test_an_unknown_shape_lists_what_was_found_and_what_each_schema_wants():
   with pytest.raises(DataError) as error:
-    schemas.detect(dict(question="q", answer=3))
-  for word in ("question (str)", "answer (int)", "config.data.schema",
-               *SCHEMAS):
+    schemas.detect(dict(question="q", chosen="a", rejected="b", score=3))
+  for word in ("question (str)", "score (int)", "config.data.schema",
+               "config.data.fields.prompt=", *SCHEMAS,
+               "explicit_pairs wants prompt, chosen, rejected (missing: prompt)"):
     assert word in str(error.value)
   with pytest.raises(DataError):
     schemas.detect({})
@@ -193,7 +440,7 @@ def test_real_dialogues_split_at_the_marker_never_inside_a_word(shared):
   for i, row in enumerate(rows):
     assert schemas.detect(row).name == "implicit_pairs"
     try:
-      fresh = SCHEMAS["implicit_pairs"].convert(row)
+      fresh = converted("implicit_pairs", row)
     except Refused as error:
       refusals[i] = error.reason
       continue
@@ -221,24 +468,12 @@ def test_scores_become_a_margin():
   for row in (dict(chosen_score=9, rejected_score=7.5),
               dict(score_chosen=9, score_rejected=7.5),
               dict(metadata=dict(score_chosen=9, score_rejected=7.5))):
-    assert SCHEMAS["explicit_pairs"].convert(pair | row)["margin"] == 1.5
-    assert SCHEMAS["chat_pairs"].convert(
-        GOOD["chat_pairs"] | row)["margin"] == 1.5
+    assert converted("explicit_pairs", pair | row)["margin"] == 1.5
+    assert converted("chat_pairs", GOOD["chat_pairs"] | row)["margin"] == 1.5
   assert margin_of(dict(metadata="none", chosen_score=3)) is None
-  for bad in ("9", float("nan"), True, [9]):
+  for bad in ("nine", float("nan"), float("inf"), True, [9]):
     assert refused("explicit_pairs", dict(
         pair, chosen_score=bad, rejected_score=1)) == "bad score"
-
-
-def test_a_choice_names_the_better_side():
-  row = dict(prompt="q", first="a", second="b")
-  sides = lambda choice: {k: v for k, v in SCHEMAS["choices"].convert(
-      dict(row, choice=choice)).items() if k in ("chosen", "rejected")}
-  assert sides(1) == dict(chosen="a", rejected="b") == sides("1")
-  assert sides(2) == dict(chosen="b", rejected="a")
-  assert refused("choices", dict(row, choice=0)) == "tie"
-  for bad in (3, True, None, "first", [1]):
-    assert refused("choices", dict(row, choice=bad)) == "bad choice"
 
 
 def test_a_tree_gives_every_ranked_pair_or_every_neighbour():
@@ -248,10 +483,11 @@ def test_a_tree_gives_every_ranked_pair_or_every_neighbour():
   tree = dict(prompt=node("q", "Hi", replies=[
       say("c", 2), say("a", 0, replies=[follow]), say("b", 1),
       dict(say("late", None))]))
-  names = lambda convert: [row["id"] for row in convert(tree)]
-  assert names(trees.convert_all) == ["a>b", "a>c", "b>c", "y>x"]
-  assert names(trees.convert_adjacent) == ["a>b", "b>c", "y>x"]
-  deep = trees.convert_all(tree)[-1]
+  names = lambda pairs: [row["id"] for row in trees.convert(tree, pairs)]
+  assert names("all") == ["a>b", "a>c", "b>c", "y>x"]
+  assert names("adjacent") == ["a>b", "b>c", "y>x"]
+  assert names("best_worst") == ["a>c", "y>x"]
+  deep = trees.convert(tree)[-1]
   assert deep == dict(
       id="y>x", prompt="\n\nHuman: Hi\n\nAssistant: text a\n\nHuman: And?"
       "\n\nAssistant:", chosen=" text y", rejected=" text x", group="Hi",
@@ -259,7 +495,7 @@ def test_a_tree_gives_every_ranked_pair_or_every_neighbour():
              turn("user", "And?")])
   reasons = lambda *replies: [
       one.reason if isinstance(one, Refused) else one["id"]
-      for one in trees.convert_all(dict(prompt=node("q", "Hi",
+      for one in trees.convert(dict(prompt=node("q", "Hi",
                                                     replies=replies)))]
   assert reasons(say("a", 0), say("b", 0)) == ["tied ranks"]
   assert reasons(say("a", 0), say("b", 1, deleted=True)) == ["deleted message"]
@@ -285,6 +521,9 @@ def test_a_mapping_renames_and_digs():
                                     prompt="?", chosen="deep", rejected="x")
   assert fields.remap(row, dict(prompt="q.x", chosen="a.b.7",
                                 rejected="a.z")) == {}
+  rows = dict(x=[dict(t="a"), dict(t="b"), dict(u=1)])
+  assert fields.remap(rows, dict(answers="x.*.t")) == dict(
+      answers=["a", "b", None])
   fields.check_fields(dict(prompt="a.b"))
   for bad in (dict(promt="q"), dict(prompt=""), dict(prompt="a..b"),
               dict(prompt=3)):

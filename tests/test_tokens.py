@@ -21,53 +21,59 @@ def row(rows, i):
   return list(rows.ids[rows.offsets[i]:rows.offsets[i + 1]])
 
 
-def by_hand(tok, prompt, sides, context):
-  """The rule in plain lists: [(row, start, prompt cut, response cut), ...]."""
-  head = tok.encode(prompt)
+def by_hand(tok, prompt, sides, context, too_long):
+  """The rule in plain lists: [(row, start, tokens cut), ...] or the reason."""
+  head = [tok.bos] + tok.encode(prompt)
   tails = [tok.encode_response(side) + [tok.eos] for side in sides]
-  while len(head) > 8 and any(1 + len(head) + len(tail) > context
-                              for tail in tails):
-    head = head[1:]
-  lost = len(tok.encode(prompt)) - len(head)
+  if any(len(head) + len(tail) > context for tail in tails):
+    if too_long == "drop":
+      return "too long"
+    if len(head) >= context:
+      return "question too long"
   out = []
   for tail in tails:
-    kept = list(tail)
-    while 1 + len(head) + len(kept) > context:
-      kept.pop()
-    out.append(([tok.bos] + head + kept, 1 + len(head), lost,
-                len(tail) - len(kept)))
-  return out
+    kept = tail[:context - len(head)]  # a question is never cut
+    out.append((head + kept, len(head), len(tail) - len(kept)))
+  return out if out[0][0] != out[1][0] else (
+      "identical after truncation" if max(o[2] for o in out)
+      else "identical tokens")
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(texts, texts, texts), max_size=5),
-       st.integers(10, 60))
-@example([("", "a", "b")], 10)
-@example([("bako" * 30, "ti" * 30, "ti" * 31)], 12)
-def test_pairs_follow_the_rule(triples, context):
+       st.integers(10, 60), st.sampled_from(["drop", "cut_answer"]))
+@example([("", "a", "b")], 10, "drop")
+@example([("bako", "ti" * 30, "ti" * 31)], 12, "cut_answer")
+@example([("bako" * 30, "ti" * 30, "a")], 12, "cut_answer")
+def test_pairs_follow_the_rule(triples, context, too_long):
   prompts, chosen, rejected = ([t[k] for t in triples] for k in range(3))
   rows, report, refused = tokens.encode_pairs(SMALL, prompts, chosen, rejected,
-                                              context)
-  want, left_out = [], []
+                                              context, too_long)
+  want, left_out, sizes = [], {}, []
   for i, (p, c, r) in enumerate(triples):
-    pair = by_hand(SMALL, p, [c, r], context)
-    if pair[0][0] == pair[1][0]:
-      left_out.append(i)
+    pair = by_hand(SMALL, p, [c, r], context, too_long)
+    if isinstance(pair, str):
+      left_out[i] = pair
     else:
       want += pair
-  assert list(refused) == left_out
+    sizes.append(1 + len(SMALL.encode(p)) + 1 + max(
+        len(SMALL.encode_response(x)) for x in (c, r)))
+  assert {i: why.reason for i, why in refused.items()} == left_out
   assert [row(rows, i) for i in range(len(want))] == [w[0] for w in want]
   assert rows.start.tolist() == [w[1] for w in want]
-  assert rows.cut.tolist() == [w[2] + w[3] for w in want]
+  assert rows.cut.tolist() == [w[2] for w in want]
   assert len(rows.offsets) == len(want) + 1
   assert [a.dtype for a in rows] == [np.int32, np.int64, np.int32, np.int32]
   assert report["prompts_refused"] == len(left_out)
   assert report["rows"] == len(want)
-  assert report["rows_cut"] == sum(w[2] + w[3] > 0 for w in want)
+  assert report["rows_cut"] == sum(w[2] > 0 for w in want)
+  assert report["too_long"] == sum("too long" in x for x in left_out.values())
+  if sizes:  # all of so few rows must fit
+    assert report["fits"] == max(16, -(-max(sizes) // 8) * 8)
   assert report["tokens"] == sum(len(w[0]) for w in want)
   assert report["tokens_cut_by_side"] == dict(
-      prompt=sum(w[2] for w in want[::2]), chosen=sum(w[3] for w in want[::2]),
-      rejected=sum(w[3] for w in want[1::2]))
+      chosen=sum(w[2] for w in want[::2]),
+      rejected=sum(w[2] for w in want[1::2]))
   json.dumps(report)
 
 
@@ -75,6 +81,9 @@ def test_pairs_follow_the_rule(triples, context):
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=6),
        st.integers(10, 60))
 def test_promises_of_every_row(pairs, context):
+  pairs = [(p, r) for p, r in pairs if len(SMALL.encode(p)) < context - 1]
+  if not pairs:
+    return
   prompts, responses = zip(*pairs)
   rows, report = tokens.encode_rows(SMALL, prompts, responses, context)
   sizes = tokens.lengths(rows)
@@ -104,19 +113,17 @@ def test_promises_of_every_row(pairs, context):
     assert SMALL.eos not in whole[:-1]
     if not rows.cut[i]:
       assert SMALL.decode(whole) == prompt + response
-    kept_prompt = whole[1:rows.start[i]]
-    full_prompt = SMALL.encode(prompt)
-    assert kept_prompt == full_prompt[len(full_prompt) - len(kept_prompt):]
-    assert len(kept_prompt) >= min(8, len(full_prompt))
-  assert report["share"] == np.mean(rows.cut > 0)
+    assert whole[1:rows.start[i]] == SMALL.encode(prompt)  # never cut
+  assert report["rows_cut"] == np.sum(rows.cut > 0)
 
 
 def test_pairs_alike_after_the_cut_are_refused_and_counted():
   long = " bako" * 30
   rows, report, refused = tokens.encode_pairs(
       SMALL, ["ti", "ti", "ti"], [" a", long + " mo", " b"],
-      [" b", long + " ti", " ruda"], 24)
-  assert refused == {1: "identical after truncation"}
+      [" b", long + " ti", " ruda"], 24, "cut_answer")
+  assert {i: w.reason for i, w in refused.items()} == {
+      1: "identical after truncation"}
   assert report["prompts_refused"] == 1 and report["rows"] == 4
   eos = SMALL.eos
   head = [SMALL.bos] + SMALL.encode("ti")
@@ -132,21 +139,33 @@ def test_many_rows_keep_their_numbers():
   chosen = [" a" for _ in range(n)]
   rejected = [" a" if i in same else f" {i}" for i in range(n)]
   rows, _, refused = tokens.encode_pairs(SMALL, prompts, chosen, rejected, 64)
-  assert refused == {i: "identical tokens" for i in sorted(same)}
+  assert {i: w.reason for i, w in refused.items()} == {
+      i: "identical tokens" for i in sorted(same)}
   kept = [i for i in range(n) if i not in same]
   assert [SMALL.decode(row(rows, 2 * k + 1)) for k in range(len(kept))] == [
       f"ti {i} {i}" for i in kept]
 
 
-def test_both_sides_share_the_prompt_that_the_longer_one_leaves():
-  prompt = " bako" * 20
-  n = len(SMALL.encode(prompt))
-  rows, report, _ = tokens.encode_pairs(SMALL, [prompt], [" ti" * 3], [" mo"],
-                                        n)
-  assert rows.start[0] == rows.start[1] < n
-  assert row(rows, 0)[:rows.start[0]] == row(rows, 1)[:rows.start[1]]
-  assert row(rows, 0)[-1] == row(rows, 1)[-1] == SMALL.eos
-  assert report["rows_cut_by_side"] == dict(prompt=1, chosen=0, rejected=0)
+def test_a_huge_answer_hurts_its_own_row_alone():
+  prompts = ["ti bako"] * 9
+  chosen = [" mo" * (500 if i == 4 else 3) for i in range(9)]
+  for too_long, left in (("drop", 8), ("cut_answer", 9)):
+    rows, report, refused = tokens.encode_pairs(
+        SMALL, prompts, chosen, [" ruda"] * 9, 24, too_long)
+    assert len(rows.start) == 2 * left and len({*rows.start.tolist()}) == 1
+    assert [*refused] == ([4] if left == 8 else [])
+    assert report["fits"] > 400  # 99 % of nine rows are nine
+  whole = row(rows, 8), row(rows, 9)
+  assert len(whole[0]) == 24 and whole[0][-1] != SMALL.eos
+  assert whole[1][-1] == SMALL.eos  # the other side is as it was
+
+
+def test_the_context_that_keeps_99_percent():
+  sizes = np.array([20] * 98 + [30, 5000])
+  assert tokens.context_for(sizes, 8192) == 32
+  assert tokens.context_for(sizes, 24) == 24
+  assert tokens.context_for(sizes[:99], 8192, share=1.0) == 32
+  assert tokens.context_for(np.array([3]), 8192) == 16
 
 
 @pytest.mark.parametrize("name", ["models/stories260K", "tokenizers/mistral-v1",
@@ -232,7 +251,7 @@ def test_shortened_rows_are_the_heads_of_rows():
 def test_no_rows_at_all():
   rows, report, refused = tokens.encode_pairs(SMALL, [], [], [], 64)
   assert (len(rows.ids), rows.offsets.tolist(), refused) == (0, [0], {})
-  assert report["share"] == 0.0
+  assert report["rows"] == report["too_long"] == 0
   with pytest.raises(ValueError, match="prompts"):
     tokens.encode_rows(SMALL, ["a"], [], 64)
 

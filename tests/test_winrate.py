@@ -73,14 +73,14 @@ def outcome(logp, reward, own):
 def test_measure_by_hand():
   world = worlds.build(KNOBS, 3)
   rows = worlds.generate(world, 3)["held_out"]
-  asked = evaluate.choose_prompts(rows, 4)
+  every = tokens_lib.TokenRows(
+      np.zeros(8 * len(rows), np.int32), np.arange(0, 8 * len(rows) + 1, 4),
+      np.full(2 * len(rows), 2, np.int32), np.zeros(2 * len(rows), np.int32))
+  asked = evaluate.choose_prompts(rows, every, 4, 8)
   assert len({rows[i]["prompt"] for i in asked}) == len(asked) == 4
   n = len(rows)
   what = evaluate.Examined(
-      rows, tokens_lib.TokenRows(
-          np.zeros(8 * n, np.int32), np.arange(0, 8 * n + 1, 4),
-          np.full(2 * n, 2, np.int32), np.zeros(2 * n, np.int32)),
-      asked, Ids(), world)
+      rows, every, asked, Ids(), world)
   target = [worlds.reward(world, rows[i]["prompt"], rows[i]["target"])
             for i in asked]
   logp, ref = np.zeros((n, 2)), np.zeros((n, 2))
@@ -112,10 +112,17 @@ def test_measure_by_hand():
   assert out["win_vs_target_equal_length"]["value"] == fair["value"]
 
 
-def test_prompts_are_asked_once_and_in_order():
+def test_prompts_are_asked_once_and_in_order(capsys):
   rows = [dict(prompt=p) for p in "abacbd"]
-  assert evaluate.choose_prompts(rows, 10).tolist() == [0, 1, 3, 5]
-  assert evaluate.choose_prompts(rows, 2).tolist() == [0, 1]
+  start = np.repeat([3, 4, 3, 9, 4, 4], 2).astype(np.int32)
+  every = tokens_lib.TokenRows(np.zeros(0, np.int32), np.zeros(13, np.int64),
+                               start, np.zeros(12, np.int32))
+  choose = lambda most, room: evaluate.choose_prompts(
+      rows, every, most, room).tolist()
+  assert choose(10, 16) == [0, 1, 3, 5] and choose(2, 16) == [0, 1]
+  capsys.readouterr()
+  assert choose(10, 8) == [0, 1, 5]  # never cut: left out, and it is said
+  assert "1 held-out prompts of over 8 tokens" in capsys.readouterr().out
 
 
 def test_thumbs_are_paired_by_rank():

@@ -1,10 +1,12 @@
 """The data stage: a source becomes splits, a tokenizer, tokens and a card."""
 
+import ast
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
-from typing import Any
+from typing import Any, Mapping, NamedTuple
 
 from etils import epath
 import numpy as np
@@ -18,26 +20,89 @@ from jaxalign.data import sources
 from jaxalign.data import special
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
+from jaxalign.data.schemas import choices
+from jaxalign.data.schemas.messages import uses_tools
+from jaxalign.data.schemas.pairs import ASSISTANT, Refused, turns_of
 from jaxalign.data.tokenizer import Tokenizer, load_tokenizer, train
 from jaxalign.errors import ConfigError, DataError
 
 SPLITS = ("sft", "pool", "held_out")
+SPECIAL = ("auto", "text", "tokens")  # what special tokens in a text are
+SYSTEM = ("turn", "join")  # what becomes of a system turn
+PEEKED = 10_000  # rows that a dry run reads
+_SHOWN = 2  # rows that the log shows as they were understood
+_OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
+
+
+class Rows(NamedTuple):
+  """The rows of a config, split, before any of them is tokenized."""
+  splits: dict[str, list[dict]]
+  card: dict[str, Any]
+  kind: str  # "pairs" or "thumbs"
+  refused: list[dict]
+  where: Mapping[str, sources.Where] = {}  # id -> where a row stands
+
+
+def sources_of(c: Any) -> list[str]:
+  """The sources of a config: one, or a list (also as the text of one)."""
+  value = c.data.source
+  if isinstance(value, str) and value.startswith("["):
+    with contextlib.suppress(ValueError, SyntaxError):
+      value = ast.literal_eval(value)
+  if isinstance(value, str):
+    return [value]
+  names = [*value] if isinstance(value, (list, tuple)) else []
+  if not names or not all(isinstance(n, str) and n for n in names):
+    raise ConfigError(f"data.source={value!r:.80}, wanted a path, a glob, "
+                      "hf:<name>, tfds:<name>, or a list of these; set "
+                      "config.data.source")
+  if len(names) > 1 and "world" in names:
+    raise ConfigError("data.source names the built-in world beside others; set "
+                      "config.data.source")
+  return names
+
+
+def is_world(c: Any) -> bool:
+  """Whether a config's rows are those of the built-in world."""
+  return c.data.source == "world"
 
 
 def check_source(c: Any) -> None:
   """Raises where the source is of no known kind, or no file is there."""
   chats.check(c.data.template)
-  if c.data.source == "world":
+  choices.check(choice_of(c))
+  for knob, known in (("too_long", tokens_lib.TOO_LONG),
+                      ("special_tokens", SPECIAL), ("system", SYSTEM)):
+    if c.data[knob] not in known:
+      raise ConfigError(f"data.{knob}={c.data[knob]!r}, wanted one of "
+                        f"{', '.join(known)}; set config.data.{knob}")
+  names = sources_of(c)
+  records.check_shares(names, c.data.caps, c.data.weights)
+  if is_world(c):
     world_of(c)
-  else:
-    sources.source_files(c.data.source)
+    if c.data.held_out:
+      raise ConfigError("data.held_out beside the built-in world, which holds "
+                        "out rows of its own; set config.data.source")
+    return
+  for name in names + [c.data.held_out] * bool(c.data.held_out):
+    sources.source_files(name)
+
+
+def choice_of(c: Any) -> Any:
+  """`data.choice` as plain Python."""
+  rule = c.data.choice
+  return rule.to_dict() if hasattr(rule, "to_dict") else rule or ""
 
 
 def fingerprint(c: Any) -> str:
   """A digest of what the data stage reads, so that a change is noticed."""
   digest = hashlib.sha256()
-  if c.data.source != "world":
-    digest.update(sources.source_digest(c.data.source).encode())
+  if not is_world(c):
+    for name in sources_of(c):
+      digest.update(sources.source_digest(name).encode())
+    if c.data.held_out:
+      digest.update(b"held out")
+      digest.update(sources.source_digest(c.data.held_out).encode())
   if (tok := given_tokenizer(c)) is not None:
     for name, data in sorted(tok.files.items()):
       digest.update(f"{name} {len(data)}\n".encode() + data)
@@ -48,13 +113,12 @@ def fingerprint(c: Any) -> str:
 
 def world_of(c: Any) -> world_lib.World | None:
   """The built-in world of a config, None for other sources."""
-  if c.data.source != "world":
+  if not is_world(c):
     return None
   return world_lib.build(c.data.world.to_dict(), c.data.seed)
 
 
-def _from_world(c: Any, folder: epath.Path
-                ) -> tuple[dict, dict, str, list[dict]]:
+def _from_world(c: Any, folder: epath.Path) -> Rows:
   """The world's rows, written as text and read back like any other source."""
   world = world_of(c)
   made = world_lib.generate(world, c.data.seed)
@@ -82,28 +146,72 @@ def _from_world(c: Any, folder: epath.Path
     seen |= {r["prompt"] for r in splits[name]}
   card = records.data_card(loaded["pool"], splits)
   card["seen"] = sum(len(rows) for rows in made.values())
-  return splits, card, "pairs", refused
+  return Rows(splits, card, "pairs", refused)
 
 
-def _from_source(c: Any, folder: epath.Path
-                 ) -> tuple[dict, dict, str, list[dict]]:
+def fractions(c: Any) -> dict[str, float]:
+  """The shares of the splits that a job has use for.
+
+  Where a checkpoint is given nothing trains an SFT model: its share goes to
+  the pool. A held-out file of its own leaves all of the source to the pool.
+  """
+  shares = c.data.split.to_dict()
+  unused = [name for name, not_here in (
+      ("sft", c.model.checkpoint), ("held_out", c.data.held_out)) if not_here]
+  for name in unused:
+    shares["pool"] = shares.get("pool", 0.0) + shares.get(name, 0.0)
+    shares[name] = 0.0
+  return shares
+
+
+def load(c: Any, limit: int = 0) -> records.Loaded:
+  """The rows of a config's sources, by the rules of config.data.
+
+  Args:
+    c: the config.
+    limit: of each source read so many rows, where the config says no less.
+  """
+  return _load(c, sources_of(c), limit, c.data.caps, c.data.weights)
+
+
+def _load(c: Any, names: list[str], limit: int = 0, caps: Any = (),
+          weights: Any = ()) -> records.Loaded:
+  most = min(filter(None, (limit, c.data.limit)), default=0)
+  return records.load(
+      names, schema=c.data.schema, limit=most,
+      on_bad_rows=c.data.on_bad_rows,
+      max_bad_fraction=c.data.max_bad_fraction,
+      fields=c.data.fields.to_dict(), answer_pairs=c.data.answer_pairs,
+      on_tied_scores=c.data.on_tied_scores,
+      on_contradicting_scores=c.data.on_contradicting_scores,
+      choice=choice_of(c), caps=tuple(caps), weights=tuple(weights),
+      seed=c.data.seed)
+
+
+def read(c: Any, limit: int = 0) -> Rows:
   """Rows of files or of a hub, checked, refused with reasons, and split."""
-  try:
-    loaded = records.load(
-        c.data.source, schema=c.data.schema, limit=c.data.limit,
-        on_bad_rows=c.data.on_bad_rows,
-        max_bad_fraction=c.data.max_bad_fraction,
-        fields=c.data.fields.to_dict(), tree_pairs=c.data.tree_pairs,
-        on_tied_scores=c.data.on_tied_scores)
-  except records.TooManyRefused as error:
-    path = folder / "rejected.jsonl"
-    records.write_refused(path, error.refused)
-    raise DataError(f"{error}; {path} names them all") from error
-  progress.say(f"  {c.data.source}: {loaded.seen:,} rows, schema "
-               f"{loaded.schema} ({loaded.kind}), {len(loaded.refused):,} "
-               "refused" + (f" ({_counts(loaded.counts)})"
-                            if loaded.refused else ""))
-  splits = records.split(loaded.rows, c.data.split.to_dict(), c.data.seed)
+  loaded = load(c, limit)
+  splits = records.split(loaded.rows, fractions(c), c.data.seed)
+  refused, where = list(loaded.refused), dict(loaded.where)
+  readings = list(loaded.readings)
+  if c.data.held_out:
+    found = _load(c, [c.data.held_out], limit)
+    if found.kind != loaded.kind:
+      raise DataError(f"{c.data.held_out} holds {found.kind}, {loaded.source} "
+                      f"holds {loaded.kind}; set config.data.held_out")
+    held = {row["id"]: row for row in found.rows}
+    groups = {row["group"] for row in found.rows}
+    for name in ("pool", "sft"):  # what is measured on is not trained on
+      refused += [_refusal(row, Refused("prompt of the held-out file"), name,
+                           where) for row in splits[name]
+                  if row["group"] in groups]
+      splits[name] = [r for r in splits[name] if r["group"] not in groups]
+    names = {i: f"held-{i}" for i in held}
+    where |= {names[i]: found.where[i] for i in held}
+    splits["held_out"] = [dict(row, id=names[i]) for i, row in held.items()]
+    refused += found.refused
+    readings += found.readings
+    loaded = loaded._replace(seen=loaded.seen + found.seen)
   sft = []
   for row in splits["sft"]:
     if loaded.kind == "thumbs" and not row["label"]:
@@ -111,15 +219,27 @@ def _from_source(c: Any, folder: epath.Path
     answer = row["chosen" if loaded.kind == "pairs" else "completion"]
     sft.append(dict(id=row["id"], prompt=row["prompt"], response=answer,
                     group=row["group"]) |
-               {k: row[k] for k in ("turns",) if k in row})
+               {k: row[k] for k in ("turns", "tools") if k in row} |
+               {k: row[k] and row[k][:1] for k in ("answers",) if k in row})
   for row in splits["held_out"]:
     row["target"] = row.get("chosen") or row["completion"]
-  card = records.data_card(loaded, splits)
-  return splits | dict(sft=sft), card, loaded.kind, loaded.refused
+  card = records.data_card(
+      loaded._replace(readings=tuple(readings)), splits)
+  return Rows(splits | dict(sft=sft), card, loaded.kind, refused, where)
 
 
-def _counts(counts: dict[str, int]) -> str:
-  return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+def _refusal(row: dict, error: Refused, split: str,
+             where: Mapping[str, sources.Where]) -> dict[str, Any]:
+  """A row left out after it was read, with the file and line it stands at."""
+  at = where.get(row["id"]) or where.get(
+      row["id"].rpartition("/")[0]) or sources.Where("", None)
+  return dict(file=at.file, line=at.line, id=row["id"], split=split,
+              reason=error.reason, detail=error.detail)
+
+
+def first_kind(c: Any) -> str:
+  """"pairs" or "thumbs": what the first rows of the source are."""
+  return "pairs" if is_world(c) else load(c, limit=20).kind
 
 
 def given_tokenizer(c: Any) -> Tokenizer | None:
@@ -143,7 +263,7 @@ def _as_thumbs(splits: dict) -> dict:
   return splits | dict(pool=records.pairs_to_thumbs(splits["pool"]))
 
 
-def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
+def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
          ) -> tuple[list[str], artifacts.Cost, dict[str, Any]]:
   """Builds the data artifact.
 
@@ -151,27 +271,32 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
     c: the config.
     folder: gets sft, pool and held_out as parquet and as tokens, the
       tokenizer, `rejected.jsonl` and `data_card.json`.
-    context: longest row, in tokens.
-    wanted: "pairs" or "thumbs", what the loss eats.
+    most: longest row that the model can take, in tokens.
+    wanted: "pairs" or "thumbs", what the loss compares.
     writes: false on all processes but the first.
 
   Raises:
-    DataError: an empty split, or thumbs where a loss eats pairs.
+    DataError: an empty split, or single answers where a loss compares two.
   """
   if not writes:
     return [], artifacts.Cost(), {}
-  world = c.data.source == "world"
-  splits, card, kind, refused = (
-      _from_world if world else _from_source)(c, folder)
+  world = is_world(c)
+  try:
+    splits, card, kind, refused, where = (
+        _from_world(c, folder) if world else read(c))
+  except records.TooManyRefused as error:
+    raise _named(error, folder) from error
   if kind == "thumbs" and wanted == "pairs":
-    raise DataError(f"{c.data.source} holds single answers with thumbs, but "
+    raise DataError(f"{card['source']} holds single answers with thumbs, but "
                     f"the loss {c.loss.name!r} compares two answers; set "
                     "config.loss.name, to 'kto' for instance")
   if kind == "pairs" and wanted == "thumbs":
     splits = _as_thumbs(splits)
     progress.say(f"  pairs split into {len(splits['pool']):,} thumbs for "
                  f"{c.loss.name}")
-  needed = [name for name in SPLITS if world or c.data.split[name] > 0]
+  shares = fractions(c)
+  needed = [name for name in SPLITS if world or shares[name] > 0
+            or name == "held_out" and c.data.held_out]
   if c.model.checkpoint and "sft" in needed:
     needed.remove("sft")
   for name in needed:
@@ -180,7 +305,7 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
               "or set config.model.checkpoint"
               if name == "sft" and kind == "thumbs" else
               "; more rows are needed, or set config.data.split")
-      raise DataError(f"the {name} split of {c.data.source} is empty "
+      raise DataError(f"the {name} split of {card['source']} is empty "
                       f"({card['kept']} rows kept of {card['seen']}){hint}")
   if wanted == "thumbs":
     labels = {r["label"] for r in splits["pool"]}
@@ -189,42 +314,127 @@ def make(c: Any, folder: epath.Path, *, context: int, wanted: str, writes: bool
                    f"are {'liked' if labels.pop() else 'disliked'}; "
                    f"{c.loss.name} will only push one way")
   tok = _tokenizer(c, splits)
-  source = chats.choose(c.data.template, tok,
-                        any(r.get("turns") for r in splits["pool"]))
-  truncation = {}
   with contextlib.ExitStack() as stack:
-    chat = source and stack.enter_context(chats.Chat(tok, source))
-    _write_tokenizer(folder, tok, chat)
+    words = _Words(c, tok, splits, stack)
+    _write_tokenizer(folder, tok, words.chat)
+    parts = {name: words.parts(splits[name]) for name in SPLITS}
+    context = c.model.context or (
+        tokens_lib.context_for(tokens_lib.needed(tok, itertools.chain(
+            *parts.values())), most) if c.model.checkpoint
+        else min(most, own_context(c)))
+    truncation, late = {}, []
     for name in SPLITS:
-      splits[name], rows, truncation[name], late = _encode(
-          tok, splits[name], context, chat)
-      refused = refused + [dict(file=c.data.source, line=None, split=name, **r)
-                           for r in late]
+      rows, truncation[name], lost = tokens_lib.place(
+          tok, parts[name], words.names(splits[name]), context,
+          c.data.too_long, history=words.chat is not None,
+          special=words.special)
+      late += [_refusal(splits[name][i], why, name, where)
+               for i, why in lost.items()]
       tokens_lib.save(folder, name, rows)
-      if not splits[name] and name in needed:
-        why = collections.Counter(r["reason"] for r in late).most_common(1)
-        raise DataError(f"no row of the {name} split is left after truncation "
-                        f"to {context} tokens (most were refused: "
-                        f"{why[0][0] if why else 'none'}); raise "
-                        "config.model.context, or set config.data.template")
-      progress.say(f"  {tokens_lib.summary(name, truncation[name])}")
+      splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
       if name == "pool":
         card["tokens"] = _token_card(rows)
+        card["shown"] = shown(tok, splits[name], rows)
+    refused = refused + late
+    _check_late(c, card, late, refused, folder, sum(map(len, parts.values())),
+                max(t["fits"] for t in truncation.values()))
+    for name in needed:
+      if not splits[name]:
+        why = collections.Counter(r["reason"] for r in late
+                                  if r["split"] == name).most_common(1)
+        raise DataError(
+            f"no row of the {name} split is left after truncation to {context} "
+            f"tokens (most were refused: {why[0][0] if why else 'none'}; a "
+            f"context of {truncation[name]['fits']:,} keeps 99 % of them); "
+            "raise config.model.context, or set config.data.template")
+  for name in SPLITS:
+    if truncation[name]["rows"] or truncation[name]["too_long"]:
+      progress.say(f"  {tokens_lib.summary(name, truncation[name])}")
   records.write_refused(folder / "rejected.jsonl", refused)
+  counts = dict(sorted(collections.Counter(
+      r["reason"] for r in refused).items()))
   card |= dict(refused=len(refused), kept=card["seen"] - len(refused),
-               refused_by_reason=dict(sorted(collections.Counter(
-                   r["reason"] for r in refused).items())))
+               refused_by_reason=counts, first_refused=_firsts(refused))
   for name in SPLITS:
     records.write_rows(folder / f"{name}.parquet", splits[name])
   card |= dict(kind=wanted, source_kind=kind, truncation=truncation,
                rows_by_split={n: len(splits[n]) for n in SPLITS},
-               vocab=tok.vocab_size, source=c.data.source)
+               vocab=tok.vocab_size, context=context,
+               template=words.said, warnings=words.warnings)
   artifacts.write_json(folder / "data_card.json", card)
   names = [p.name for p in folder.iterdir()
            if p.name != "cards" and ".tmp-" not in p.name
            and (world or not p.name.startswith("world_"))]  # of a failed try
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
-  return names, artifacts.Cost(), dict(kind=wanted, say=counts)
+  return names, artifacts.Cost(), dict(kind=wanted, say=counts,
+                                       context=context)
+
+
+def _named(error: records.TooManyRefused, folder: epath.Path) -> DataError:
+  path = folder / "rejected.jsonl"
+  records.write_refused(path, error.refused)
+  return DataError(f"{error}; {path} names them all")
+
+
+def _firsts(refused: list[dict]) -> dict[str, str]:
+  """reason -> where it was met first, and its words."""
+  out = {}
+  for row in refused:
+    line = f" line {row['line']}" if row.get("line") else ""
+    out.setdefault(row["reason"], f"first{line}, "
+                   f"{row['detail'] or 'id ' + str(row['id'])}"[:200])
+  return out
+
+
+def _check_late(c: Any, card: dict, late: list[dict], refused: list[dict],
+                folder: epath.Path, rows: int, fits: int) -> None:
+  """Rows that a template or the context refused count as any others do.
+
+  Args:
+    c, card, refused, folder: of the data stage.
+    late: those of `refused` that were left out of the last `rows` rows.
+    rows: of all splits; two for a pair that was split into single answers.
+    fits: the context that keeps 99 % of them.
+  """
+  if not late:
+    return
+  too_long = [r for r in late if r["reason"].endswith("too long")]
+  first = ((too_long if c.data.too_long == "error" else []) +
+           (late if c.data.on_bad_rows == "error" else []))[:1]
+  for row in first:
+    knob = ("config.data.too_long" if row in too_long and
+            c.data.on_bad_rows != "error" else "config.data.on_bad_rows")
+    raise DataError(f"{row['file']}:{row['line']}: id {row['id']}: "
+                    f"{row['reason']}: {row['detail']}; repair the row, or set "
+                    f"{knob}")
+  counts = collections.Counter(r["reason"] for r in refused)
+  before = (len(refused) - len(late)) / card["seen"]
+  share = before + (1 - before) * len(late) / rows
+  if share > c.data.max_bad_fraction and not is_world(c):
+    one = late[0]
+    longer = (f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
+              if too_long and c.model.context else "")
+    raise _named(records.TooManyRefused(
+        f"{card['source']}: {share:.0%} of {card['seen']} rows refused, "
+        f"more than the share {c.data.max_bad_fraction} allowed: "
+        f"{_counts(counts)}; {one['file']}:{one['line']}: {one['reason']}: "
+        f"{one['detail']}; set config.data.max_bad_fraction, "
+        f"config.data.template or config.model.context{longer}", refused),
+                 folder)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+  return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+
+
+def own_context(c: Any) -> int:
+  """The longest row of a model trained here, where no context is given."""
+  return _WORLD_CONTEXT if is_world(c) else _OWN_CONTEXT
+
+
+def asked_context(c: Any) -> int:
+  """The longest row that a config asks for; 0: the data stage chooses it."""
+  return c.model.context or (0 if c.model.checkpoint else own_context(c))
 
 
 def _write_tokenizer(folder: epath.Path, tok: Tokenizer,
@@ -240,47 +450,238 @@ def _write_tokenizer(folder: epath.Path, tok: Tokenizer,
   artifacts.write_json(folder / special.ROW_FORMAT, decided)
 
 
-def _encode(tok: Tokenizer, rows: list[dict], context: int,
-            chat: chats.Chat | None):
-  """Tokens of pairs (two rows each) or single answers; the rows left out."""
-  names = next((names for names in (("chosen", "rejected"), ("completion",),
-                                    ("response",))
-                if rows and names[0] in rows[0]), ("response",))
-  if chat:
-    pairs = [_dialogue(r, names) for r in rows]
-    encoded, report, refused = tokens_lib.encode_dialogues(
-        chat, [turns for turns, _ in pairs], [said for _, said in pairs],
-        names, context)
-  else:
-    encoded, report, refused = tokens_lib.encode_texts(
-        tok, [r["prompt"] for r in rows],
-        {name: [r[name] for r in rows] for name in names}, context)
-  out = [dict(id=rows[i]["id"], reason=why, detail="")
-         for i, why in refused.items()]
-  return [r for i, r in enumerate(rows) if i not in refused], encoded, report, out
+class _Words:
+  """How rows become tokens: by a template, or as the texts they are.
+
+  A class because what it found in the rows decides and is said. `chat` is the
+  template or None, `special` whether special tokens in a text are read as
+  such, `said` and `warnings` sentences for a person.
+  """
+
+  def __init__(self, c: Any, tok: Tokenizer, splits: dict[str, list[dict]],
+               stack: contextlib.ExitStack):
+    self.c, self.tok, self.warnings, self.chat = c, tok, [], None
+    self.special = c.data.special_tokens == "tokens"
+    source = chats.choose(c.data.template, tok, True)
+    texts = [row for rows in splits.values() for row in rows
+             if not row.get("turns")]
+    if source is not None:
+      spelt = self._spelt(texts)
+      if self.special and spelt and len(spelt) * 2 > len(texts):
+        source = None  # the texts hold the template already
+      elif spelt and c.data.special_tokens == "auto":
+        self._warn(spelt, texts)
+    else:
+      self._spaces(texts)
+    self.said = "no template: rows are tokenized as the texts they are"
+    if source is not None:
+      more = dict(special_tokens="tokens") if self.special else {}
+      self.chat = stack.enter_context(chats.Chat(tok, source, **more))
+      self.warnings += getattr(self.chat, "warnings", [])
+      name = (c.data.template if c.data.template != "auto" else
+              "the tokenizer's own")
+      self.said = f"chat template: {name}"
+      if texts:
+        self.said += (f"; {len(texts):,} rows of plain text are wrapped as "
+                      "turns (data.template='none' leaves them alone)")
+      for rows in splits.values():
+        for row in rows:
+          if not row.get("turns"):
+            row["turns"] = turns_of(row["prompt"]) or [
+                dict(role="user", content=row["prompt"])]
+    for text in self.warnings:
+      progress.say(f"  warning: {text}")
+
+  def names(self, rows: list[dict]) -> tuple[str, ...]:
+    """What the answers of these rows are called."""
+    return next((names for names in (("chosen", "rejected"), ("completion",),
+                                     ("response",))
+                 if rows and names[0] in rows[0]), ("response",))
+
+  def parts(self, rows: list[dict]) -> list:
+    """Ids of every row, or why there are none."""
+    names = self.names(rows)
+    if self.chat:
+      return tokens_lib.parts_of_dialogues(
+          self.chat, [self._turns(r) for r in rows],
+          [answers_of(r, names) for r in rows],
+          [r.get("tools") for r in rows])
+    found = tokens_lib.parts_of_texts(
+        self.tok, [r["prompt"] for r in rows],
+        [[r[name] for r in rows] for name in names], self.special)
+    return [Refused("tool calls are not supported", "without a chat template; "
+                    "set config.model.checkpoint or config.data.template")
+            if uses_tools(row) else part for row, part in zip(rows, found)]
+
+  def _turns(self, row: dict) -> list[dict]:
+    """The prompt's turns, a system turn joined to the user's if so wished."""
+    turns = row["turns"]
+    if self.c.data.system != "join" or turns[0]["role"] != "system":
+      return turns
+    system, *rest = turns
+    for i, turn in enumerate(rest):
+      if turn["role"] == "user":
+        rest[i] = turn | dict(
+            content=f"{system['content']}\n\n{turn['content']}")
+        return rest
+    return turns
+
+  def _spelt(self, texts: list[dict]) -> list[tuple[dict, list[str]]]:
+    """The rows of text in which special tokens are written out."""
+    if not texts or not hasattr(special, "found"):
+      return []
+    return [(row, names) for row in texts if (names := special.found(
+        self.tok, row["prompt"]))]
+
+  def _warn(self, spelt: list, texts: list) -> None:
+    names = sorted({name for _, found in spelt for name in found})
+    row = spelt[0][0]
+    what = (f"{len(spelt):,} of {len(texts):,} rows have special tokens of the "
+            f"tokenizer in their text ({', '.join(names[:6])}), id {row['id']} "
+            "for one; as text they are spelt in pieces, and the template would "
+            "be written around them a second time. Give messages (a list of "
+            "role and content), or read them as tokens as TRL does, "
+            "config.data.special_tokens='tokens'")
+    if len(spelt) * 2 > len(texts):
+      raise DataError(f"{what}; 'text' takes them as they are")
+    self.warnings.append(what)
+
+  def _spaces(self, texts: list[dict]) -> None:
+    """A space at a prompt's end is a token of its own, which no model saw."""
+    ends = [row for row in texts if row["prompt"][-1:] in (" ", "\t")]
+    if ends:
+      self.warnings.append(
+          f"{len(ends):,} prompts end in a space (id {ends[0]['id']} for one), "
+          "which most tokenizers put before the next word: move it to the "
+          "beginning of the answers")
 
 
-def _dialogue(row: dict, names: tuple[str, ...]
-              ) -> tuple[list[dict[str, str]], list[str]]:
-  """(turns, answers) for a template; a plain prompt is the user's turn.
+_NAMES = ("chosen", "rejected", "completion", "response")
+
+
+def answers_of(row: dict, names: tuple[str, ...]) -> list[Any]:
+  """The answers of a row for a template: texts, or messages with calls.
 
   The space in front of a dialogue's answer belongs to its text marker.
   """
-  turns = row.get("turns")
-  if not turns:
-    return [dict(role="user", content=row["prompt"])], [row[n] for n in names]
-  return turns, [row[name].removeprefix(" ") for name in names]
+  if row.get("answers"):
+    return list(row["answers"])
+  marked = row["prompt"].endswith(ASSISTANT)
+  return [row[name].removeprefix(" ") if marked else row[name]
+          for name in names]
+
+
+def shown(tok: Tokenizer, rows: list[dict], encoded: tokens_lib.TokenRows
+          ) -> list[dict[str, str]]:
+  """The first rows as the text that their tokens decode to."""
+  read = getattr(tok, "decode_visible", tok.decode)
+  each = len(encoded.start) // len(rows) if rows else 1
+  out = []
+  for i, row in enumerate(rows[:_SHOWN]):
+    one = dict(id=row["id"])
+    for k, name in enumerate(n for n in _NAMES if n in row):
+      at = encoded.offsets[each * i + k]
+      end = encoded.offsets[each * i + k + 1]
+      start = at + encoded.start[each * i + k]
+      one["prompt"] = read(encoded.ids[at:start])
+      one[name] = read(encoded.ids[start:end])
+    if "label" in row:
+      one["label"] = "liked" if row["label"] else "disliked"
+    out.append(one)
+  return out
+
+
+def reading(card: Mapping[str, Any]) -> list[str]:
+  """What a person should see of how rows were read, a line each."""
+  lines = []
+  for one in card.get("readings", ()):
+    lines.append(f"{one['source']}: read as {one['schema']} ({one['why']}); "
+                 f"{one['gave']:,} rows kept of {one['seen']:,}")
+    told = [f"{x['column']} -> {x['became']}" for x in one["columns"]
+            if x["became"] != "not read"]
+    left = [f"{x['column']} ({x['type']})" for x in one["columns"]
+            if x["became"] == "not read"]
+    lines.append("  columns: " + "; ".join(told))
+    if left:
+      lines.append(f"  not read: {', '.join(left)}")
+  if card.get("refused") and card.get("readings"):
+    lines.append(f"refused: {card['refused']:,} of {card['seen']:,} rows")
+    for reason, n in card["refused_by_reason"].items():
+      first = card.get("first_refused", {}).get(reason, "")
+      lines.append(f"  {n:,} {reason}" + (f": {first}" if first else ""))
+  for name, text in (
+      ("against_scores", "pairs whose rejected answer scores higher than the "
+       "chosen one (config.data.on_contradicting_scores='skip' leaves them "
+       "out)"),
+      ("tied_scores", "pairs with equal scores (config.data.on_tied_scores)"),
+      ("contradicted", "pairs whose reverse is there too: A over B and B over "
+       "A"),
+      ("shared_ids", "rows that share an id with another: told apart by their "
+       "content"),
+      ("duplicates", "rows whose whole content an earlier one has"),
+      ("left_out", "rows left out by config.data.caps and weights")):
+    if card.get(name):
+      lines.append(f"{card[name]:,} {text}")
+  if card.get("readings") and card.get("template"):
+    lines.append(card["template"])
+  for i, row in enumerate(card.get("shown", ())
+                          if card.get("readings") else (), 1):
+    lines.append(f"row {i}, id {row['id']}, as its tokens decode:")
+    for name in ("prompt", *_NAMES, "label"):
+      if name in row:
+        text = row[name]
+        lines.append(f"  {name:<10} {_clipped(text)}")
+  return lines
+
+
+def _clipped(text: str) -> str:
+  """A text in one line, its middle left out where it is long."""
+  text = json.dumps(text, ensure_ascii=False)[1:-1]
+  return text if len(text) <= 400 else (
+      f"{text[:250]} [... {len(text) - 400:,} more ...] {text[-150:]}")
+
+
+def peek(c: Any) -> tuple[Rows, list[str]]:
+  """The first rows of a config's sources, and how they are read.
+
+  Nothing is trained: without a tokenizer the rows are shown as their texts.
+  """
+  if is_world(c):
+    raise ConfigError("the built-in world is not read from a file")
+  found = read(c, PEEKED)
+  splits = found.splits
+  card = found.card | dict(first_refused=_firsts(found.refused))
+  name = next((n for n in ("pool", "held_out", "sft") if splits[n]), "pool")
+  few = [dict(row) for row in splits[name][:_SHOWN]]
+  tok = given_tokenizer(c)
+  if tok is None:
+    card["template"] = "no template: rows are tokenized as the texts they are"
+    card["shown"] = [{k: row[k] for k in ("id", "prompt", *_NAMES) if k in row}
+                     for row in few]
+  else:
+    with contextlib.ExitStack() as stack:
+      words = _Words(c, tok, splits, stack)
+      few = splits[name][:_SHOWN]
+      parts = words.parts(few)
+      rows, _, lost = tokens_lib.place(
+          tok, parts, words.names(few), 1 << 30, history=bool(words.chat),
+          special=words.special)
+      card["template"] = words.said
+      card["shown"] = shown(tok, [r for i, r in enumerate(few)
+                                  if i not in lost], rows)
+  return found, reading(card)
 
 
 def _token_card(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:
   answer = tokens_lib.lengths(rows) - rows.start
   return {name: [float(q) for q in np.quantile(x, (0.05, 0.5, 0.95))]
+          if len(x) else []
           for name, x in (("prompt", rows.start), ("response", answer))}
 
 
-def checked_context(c: Any, model_context: int) -> int:
-  """The row length to use, at most what the model was made for."""
+def context_of(c: Any, model_context: int) -> int:
+  """`asked_context`, at most what the model was made for."""
   if c.model.checkpoint and c.model.context > model_context:
     raise ConfigError(f"model.context={c.model.context} is more than the "
                       f"checkpoint's {model_context}; set config.model.context")
-  return c.model.context
+  return asked_context(c)

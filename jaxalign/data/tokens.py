@@ -1,10 +1,10 @@
 """Text to token rows and response masks: the one place where it happens.
 
 A row is [BOS] + prompt + response + [EOS]. Prompt and response are tokenised
-apart, so the mask's boundary is the text's boundary and a token's. A row over
-the context loses prompt tokens on the left, never its BOS; if its response
-still does not fit it is cut on the right and carries no EOS: a cut answer must
-not be taught to stop there. `audit` checks every row that is made.
+apart, so the mask's boundary is the text's boundary and a token's. A question
+is never cut. A row over the context is left out, or its answer is cut on the
+right and carries no EOS: a cut answer must not be taught to stop there. `audit`
+checks every row that is made.
 """
 
 from __future__ import annotations  # a tokenizer is only named here
@@ -25,7 +25,9 @@ from jaxalign.errors import ConfigError, CorruptError, DataError
 if TYPE_CHECKING:  # rows of tokens are read where no tokenizer is installed
   from jaxalign.data.tokenizer import Tokenizer
 
-KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out
+LEAST_CONTEXT = 10  # BOS, a short question and a token of the answer
+TOO_LONG = ("drop", "cut_answer", "error")  # what becomes of such a row
+_KEPT = 0.99  # the share of rows that a context chosen from the rows keeps
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
 _FIELDS = dict(ids=np.int32, offsets=np.int64, start=np.int32, cut=np.int32)
 
@@ -38,8 +40,15 @@ class TokenRows(NamedTuple):
   cut: np.ndarray  # int32 [n]: tokens of the row that did not fit
 
 
+class Parts(NamedTuple):
+  """A row before it is known what fits: ids without a BOS."""
+  prompt: np.ndarray  # int32
+  answers: list[np.ndarray]  # int32, each ended by the EOS
+
+
 def encode_rows(tok: Tokenizer, prompts: Sequence[str],
-                responses: Sequence[str], context: int
+                responses: Sequence[str], context: int,
+                too_long: str = "cut_answer"
                 ) -> tuple[TokenRows, dict[str, Any]]:
   """n rows of one prompt and one response each.
 
@@ -47,29 +56,31 @@ def encode_rows(tok: Tokenizer, prompts: Sequence[str],
     tok: the tokenizer; its BOS and EOS are written here and nowhere else.
     prompts, responses: n texts each; a row's text is prompt + response.
     context: the most tokens a row may have, BOS and EOS included.
+    too_long: "cut_answer" or "drop".
 
   Returns:
     TokenRows of n rows, and a report of what was cut.
 
   Raises:
     ConfigError: the context has no room for a prompt and a response.
+    DataError: a row that was left out.
   """
   rows, report, refused = encode_texts(tok, prompts, dict(response=responses),
-                                       context)
+                                       context, too_long)
   if refused:
-    raise DataError(f"row {min(refused)} has an {refused[min(refused)]} and "
-                    "the tokenizer no BOS: nothing to predict its first token "
-                    "from; remove the row")
+    first = min(refused)
+    raise DataError(f"row {first}: {refused[first]}; remove the row")
   return rows, report
 
 
 def encode_pairs(tok: Tokenizer, prompts: Sequence[str],
-                 chosen: Sequence[str], rejected: Sequence[str], context: int
-                 ) -> tuple[TokenRows, dict[str, Any], dict[int, str]]:
-  """Two rows per pair, with one and the same cut prompt.
+                 chosen: Sequence[str], rejected: Sequence[str], context: int,
+                 too_long: str = "drop"
+                 ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
+  """Two rows per pair, of one and the same prompt.
 
   Args:
-    tok, prompts, context: as in `encode_rows`.
+    tok, prompts, context, too_long: as in `encode_rows`.
     chosen, rejected: n texts each.
 
   Returns:
@@ -78,120 +89,186 @@ def encode_pairs(tok: Tokenizer, prompts: Sequence[str],
     number and why.
   """
   return encode_texts(tok, prompts, dict(chosen=chosen, rejected=rejected),
-                      context)
+                      context, too_long)
 
 
 def encode_texts(tok: Tokenizer, prompts: Sequence[str],
-                 sides: Mapping[str, Sequence[str]], context: int
-                 ) -> tuple[TokenRows, dict[str, Any], dict[int, str]]:
+                 sides: Mapping[str, Sequence[str]], context: int,
+                 too_long: str = "drop"
+                 ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
   """R rows per prompt, one of each side; see `encode_pairs`."""
-  rows, cuts, refused = _place(tok, _texts(tok, prompts, list(sides.values())),
-                               context)
-  audit(tok, rows, cuts, context)
-  report = _report(rows, cuts, list(sides))
-  report["prompts_refused"] = len(refused)
-  return rows, report, refused
+  return place(tok, parts_of_texts(tok, prompts, list(sides.values())),
+               list(sides), context, too_long)
 
 
-def encode_dialogues(chat: Chat, turns: Sequence[list[dict[str, str]]],
-                     answers: Sequence[Sequence[str]], names: Sequence[str],
-                     context: int
-                     ) -> tuple[TokenRows, dict[str, Any], dict[int, str]]:
+def encode_dialogues(chat: Chat, turns: Sequence[list[dict[str, Any]]],
+                     answers: Sequence[Sequence[Any]], names: Sequence[str],
+                     context: int, too_long: str = "drop"
+                     ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
   """R rows per dialogue, in the words of a chat template.
 
   Args:
     chat: the tokenizer and its template.
-    turns: of n prompts, {"role", "content"} each.
+    turns: of n prompts, messages.
     answers: R answers to each prompt; of two, alike ones are left out.
     names: what the R answers are called in the report.
-    context: as in `encode_rows`.
+    context, too_long: as in `encode_rows`.
 
   Returns:
     TokenRows of the m dialogues kept, R rows each; the report; and for each
     dialogue left out its number and why.
   """
-  def parts():
-    with progress.bar("tokenize", len(turns)) as tick:
-      for i, (asked, said) in enumerate(zip(turns, answers, strict=True)):
-        try:
-          yield chat.encode(asked, said)
-        except Refused as error:
-          yield error
-        if i % _CHUNK == _CHUNK - 1:
-          tick(_CHUNK)
-
-  rows, cuts, refused = _place(chat.tok, parts(), context)
-  audit(chat.tok, rows, cuts, context, history=True)
-  report = _report(rows, cuts, list(names))
-  report["prompts_refused"] = len(refused)
-  return rows, report, refused
+  return place(chat.tok, parts_of_dialogues(chat, turns, answers), names,
+               context, too_long, history=True)
 
 
-def _texts(tok: Tokenizer, prompts: Sequence[str],
-           sides: Sequence[Sequence[str]]) -> Iterator[tuple]:
-  """(prompt ids, ids of each side) of every row of texts."""
+def parts_of_dialogues(chat: Chat, turns: Sequence[list[dict[str, Any]]],
+                       answers: Sequence[Sequence[Any]],
+                       tools: Sequence[Any] | None = None
+                       ) -> list[Parts | Refused]:
+  """Ids of every dialogue, or why the template will not have it.
+
+  Args:
+    chat, turns, answers: as in `encode_dialogues`; an answer is a text or a
+      message.
+    tools: of each dialogue, or None.
+  """
+  out: list[Parts | Refused] = []
+  with progress.bar("tokenize", len(turns)) as tick:
+    for i, (asked, said) in enumerate(zip(turns, answers, strict=True)):
+      more = {} if not tools or not tools[i] else dict(tools=tools[i])
+      try:
+        out.append(_parts(chat.tok, *chat.encode(asked, said, **more)))
+      except Refused as error:
+        out.append(error)
+      if i % _CHUNK == _CHUNK - 1:
+        tick(_CHUNK)
+  return out
+
+
+def parts_of_texts(tok: Tokenizer, prompts: Sequence[str],
+                   sides: Sequence[Sequence[str]], special: bool = False
+                   ) -> list[Parts | Refused]:
+  """Ids of every row of texts.
+
+  Args:
+    tok: the tokenizer.
+    prompts: n texts.
+    sides: R lists of n answers.
+    special: special tokens that are spelt out in a text are those tokens.
+  """
   if any(len(side) != len(prompts) for side in sides):
     raise ValueError(f"{len(prompts)} prompts, but "
                      f"{[len(side) for side in sides]} responses")
+  heads_of, tails_of = tok.encode_many, tok.encode_responses
+  if special:
+    heads_of = tails_of = lambda texts: [tok.encode_rendered(t) for t in texts]
+  out: list[Parts | Refused] = []
   with progress.bar("tokenize", len(prompts)) as tick:
     for first in range(0, len(prompts), _CHUNK):
       part = slice(first, first + _CHUNK)
-      heads = tok.encode_many(prompts[part])
-      tails = [tok.encode_responses(side[part]) for side in sides]
-      yield from zip(heads, zip(*tails))
+      heads = heads_of(prompts[part])
+      tails = [tails_of(side[part]) for side in sides]
+      out += [_parts(tok, head[head[:1] == [tok.bos]:] if special else head,
+                     answers)
+              for head, answers in zip(heads, zip(*tails))]
       tick(len(heads))
+  return out
 
 
-def _place(tok: Tokenizer, parts: Iterable, context: int
-           ) -> tuple[TokenRows, np.ndarray, dict[int, str]]:
-  """Rows of ids: the BOS, what fits of the prompt and answers, the EOS.
+def _parts(tok: Tokenizer, prompt: Sequence[int],
+           answers: Sequence[Sequence[int]]) -> Parts:
+  return Parts(np.array(prompt, np.int32), [
+      np.array([*answer, *[tok.eos] * (not len(answer) or
+                                       answer[-1] != tok.eos)], np.int32)
+      for answer in answers])
+
+
+def needed(tok: Tokenizer, parts: Iterable[Parts | Refused]) -> np.ndarray:
+  """Tokens that every row takes whole, its longest answer; int64 [n]."""
+  bos = tok.bos >= 0
+  return np.array([bos + len(p.prompt) + max(map(len, p.answers))
+                   for p in parts if not isinstance(p, Refused)], np.int64)
+
+
+def context_for(sizes: np.ndarray, most: int, share: float = _KEPT) -> int:
+  """The least context, in steps of 8 tokens, that keeps a share of the rows.
+
+  Args:
+    sizes: [n] tokens, see `needed`.
+    most: what the model was made for.
+    share: of the rows, at least.
+  """
+  if not len(sizes):
+    return min(LEAST_CONTEXT, most)
+  at = max(0, int(np.ceil(share * len(sizes))) - 1)
+  return int(min(most, max(16, -(-int(np.sort(sizes)[at]) // 8) * 8)))
+
+
+def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
+          names: Sequence[str], context: int, too_long: str = "drop", *,
+          history: bool = False, special: bool = False
+          ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
+  """Rows of ids: the BOS, the prompt, an answer and its EOS.
 
   Args:
     tok: for its BOS and EOS.
-    parts: (prompt ids, [answer ids]) without either, or a Refused.
+    parts: n rows.
+    names: what the R answers are called in the report.
     context: most tokens of a row.
+    too_long: "cut_answer" cuts an answer on the right; else the row is left
+      out. A question that leaves no room for an answer is left out always.
+    history, special: see `audit`.
 
   Returns:
-    The rows; int64 [rows, 2] tokens cut of prompt and answer; the reasons of
-    those left out.
+    The rows; the report; and why each of those left out was.
   """
   bos = [tok.bos] if tok.bos >= 0 else []
-  least = KEEP_PROMPT + 2  # BOS, and one response token
-  if context < least:
+  if context < LEAST_CONTEXT:
     raise ConfigError(f"a context of {context} tokens holds no prompt and "
-                      f"response, wanted {least} or more; set model.context")
-  ids, start, cut, cuts, refused = [], [], [], [], {}
+                      f"response, wanted {LEAST_CONTEXT} or more; set "
+                      "config.model.context")
+  ids, start, cut, refused = [], [], [], {}
   for i, part in enumerate(parts):
     if isinstance(part, Refused):
-      refused[i] = part.reason
+      refused[i] = part
       continue
-    head, answers = part[0], [[*answer, tok.eos] for answer in part[1]]
-    longest = max(map(len, answers))
-    keep = min(len(head), max(context - len(bos) - longest,
-                              min(KEEP_PROMPT, len(head))))
-    room = context - len(bos) - keep
-    if len(answers) == 2 and answers[0][:room] == answers[1][:room]:
-      refused[i] = ("identical after truncation" if longest > room
-                    else "identical tokens")
+    head, answers = part
+    room, longest = context - len(bos) - len(head), max(map(len, part.answers))
+    if longest > room and (too_long != "cut_answer" or room < 1):
+      refused[i] = Refused(
+          "too long" if too_long != "cut_answer" else "question too long",
+          f"{len(bos) + len(head) + longest:,} tokens, {len(bos) + len(head):,} "
+          f"of them the question; the context has {context:,}")
       continue
-    if not bos and not keep:
-      refused[i] = "empty prompt"  # nothing to predict the first token from
+    if len(answers) == 2 and np.array_equal(answers[0][:room],
+                                            answers[1][:room]):
+      refused[i] = Refused("identical after truncation" if longest > room
+                           else "identical tokens", "chosen and rejected")
       continue
-    prompt = bos + head[len(head) - keep:]
+    if not bos and not len(head):
+      refused[i] = Refused("empty prompt", "and the tokenizer has no BOS: "
+                           "nothing to predict the first token from")
+      continue
+    prompt = np.concatenate([np.array(bos, np.int32), head])
     for answer in answers:
-      lost = max(0, len(answer) - room)
-      ids.append(np.array(prompt + answer[:room], np.int32))
+      ids.append(np.concatenate([prompt, answer[:room]]))
       start.append(len(prompt))
-      cut.append(len(head) - keep + lost)
-      cuts.append((len(head) - keep, lost))
+      cut.append(max(0, len(answer) - room))
   offsets = np.cumsum([0] + [len(row) for row in ids], dtype=np.int64)
   rows = TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
                    offsets, np.array(start, np.int32), np.array(cut, np.int32))
-  return rows, np.array(cuts, np.int64).reshape(-1, 2), refused
+  audit(tok, rows, context, history=history, special=special)
+  report = _report(rows, list(names), context)
+  report["prompts_refused"] = len(refused)
+  report["too_long"] = sum(r.reason in ("too long", "question too long")
+                           for r in refused.values())
+  report["fits"] = context_for(needed(tok, parts), 1 << 40)
+  return rows, report, refused
 
 
-def audit(tok: Tokenizer, rows: TokenRows, cuts: np.ndarray, context: int,
-          history: bool = False) -> None:
+def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
+          history: bool = False, special: bool = False) -> None:
   """Raises DataError unless every row is what this module promises.
 
   One BOS, in front; one EOS, at the end, unless the response was cut: then
@@ -199,8 +276,8 @@ def audit(tok: Tokenizer, rows: TokenRows, cuts: np.ndarray, context: int,
 
   Args:
     tok, rows, context: as above.
-    cuts: [n, 2] tokens cut of prompt and response.
     history: the prompts may hold the ends of earlier turns, and a BOS of each.
+    special: the texts themselves may hold a BOS and an EOS.
   """
   n, size = len(rows.start), lengths(rows)
   if not n:
@@ -213,16 +290,17 @@ def audit(tok: Tokenizer, rows: TokenRows, cuts: np.ndarray, context: int,
   count = lambda what: np.bincount(row[what], minlength=n)
   wrong = {
       "empty": (rows.start < 1) | (rows.start >= size),
-      "over the context": size > context,
-      "ended though cut, or not though whole": ended == (cuts[:, 1] > 0),
-      "an EOS inside": count(is_eos & answer) != ended}
+      "over the context": size > context}
+  if not special:
+    wrong["ended though cut, or not though whole"] = ended == (rows.cut > 0)
+    wrong["an EOS inside"] = count(is_eos & answer) != ended
   if tok.bos >= 0:
     is_bos = rows.ids == tok.bos
     wrong["without a BOS"] = ~is_bos[rows.offsets[:-1]]
-    if tok.bos != tok.eos:
+    if tok.bos != tok.eos and not special:
       wrong["a BOS inside"] = count(is_bos & (
           answer | (place == 1) if history else place > 0)) > 0
-  if not history and tok.bos != tok.eos:
+  if not history and not special and tok.bos != tok.eos:
     wrong["an EOS in the prompt"] = count(is_eos & ~answer) > 0
   for what, where in wrong.items():
     if where.any():
@@ -232,28 +310,33 @@ def audit(tok: Tokenizer, rows: TokenRows, cuts: np.ndarray, context: int,
                       "config.data.template or config.model.tokenizer")
 
 
-def _report(rows: TokenRows, cuts: np.ndarray, sides: list[str]
+def _report(rows: TokenRows, sides: list[str], context: int
             ) -> dict[str, Any]:
-  """Rows and tokens cut; the prompt that two sides share counts once."""
+  """Rows and tokens, and how many answers of each side were cut."""
   n, r = len(rows.start), len(sides)
-  tokens_cut = dict(prompt=int(cuts[::r, 0].sum()))
-  rows_cut = dict(prompt=int((cuts[::r, 0] > 0).sum()))
-  for k, side in enumerate(sides):
-    tokens_cut[side] = int(cuts[k::r, 1].sum())
-    rows_cut[side] = int((cuts[k::r, 1] > 0).sum())
-  any_cut = int((rows.cut > 0).sum())
-  return dict(rows=n, rows_cut=any_cut, share=any_cut / n if n else 0.0,
-              tokens=len(rows.ids), rows_cut_by_side=rows_cut,
-              tokens_cut_by_side=tokens_cut)
+  return dict(
+      rows=n, tokens=len(rows.ids), context=context,
+      rows_cut=int((rows.cut > 0).sum()),
+      rows_cut_by_side={side: int((rows.cut[k::r] > 0).sum())
+                        for k, side in enumerate(sides)},
+      tokens_cut_by_side={side: int(rows.cut[k::r].sum())
+                          for k, side in enumerate(sides)})
 
 
 def summary(name: str, report: dict[str, Any]) -> str:
-  """One line of a report: what of a split was cut, by side."""
-  sides = ", ".join(
-      f"{side} {report['rows_cut_by_side'][side]:,} ({lost:,} tokens)"
-      for side, lost in report["tokens_cut_by_side"].items() if lost)
-  return (f"{name}: {report['rows']:,} rows of {report['tokens']:,} tokens, "
-          f"{report['rows_cut']:,} cut" + (f": {sides}" if sides else ""))
+  """One line of a report: what of a split was too long for the context."""
+  parts = [f"{name}: {report['rows']:,} rows of {report['tokens']:,} tokens"]
+  if report["rows_cut"]:
+    sides = ", ".join(
+        f"{side} {report['rows_cut_by_side'][side]:,} ({lost:,} tokens)"
+        for side, lost in report["tokens_cut_by_side"].items() if lost)
+    parts.append(f"answers cut: {sides}")
+  if report["too_long"]:
+    parts.append(f"{report['too_long']:,} too long for the context of "
+                 f"{report['context']:,} and left out")
+  if report["rows_cut"] or report["too_long"]:
+    parts.append(f"a context of {report['fits']:,} keeps 99 % whole")
+  return ", ".join(parts)
 
 
 def lengths(rows: TokenRows) -> np.ndarray:

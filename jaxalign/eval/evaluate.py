@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxalign import progress
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.eval import held_out
@@ -35,13 +36,31 @@ class Outcome(NamedTuple):
   tokens: int
 
 
-def choose_prompts(rows: list[dict[str, Any]], most: int) -> np.ndarray:
-  """The first `most` rows with different prompts, in id order."""
-  seen, asked = set(), []
+def choose_prompts(rows: list[dict[str, Any]], tokens: tokens_lib.TokenRows,
+                   most: int, room: int) -> np.ndarray:
+  """The first `most` rows with different prompts, in id order.
+
+  Args:
+    rows: n records.
+    tokens: n * R rows.
+    most: prompts at most.
+    room: tokens that a prompt may take; a longer one is never cut but left
+      out, and a line says how many were.
+  """
+  seen, asked, long = set(), [], 0
+  each = len(tokens.start) // max(1, len(rows))
   for i, row in enumerate(rows):
-    if row["prompt"] not in seen and len(asked) < most:
-      seen.add(row["prompt"])
+    if row["prompt"] in seen or len(asked) == most:
+      continue
+    seen.add(row["prompt"])
+    if tokens.start[each * i] > room:
+      long += 1
+    else:
       asked.append(i)
+  if long:
+    progress.say(f"  {long:,} held-out prompts of over {room:,} tokens leave "
+                 "no room for an answer and are not generated from; raise "
+                 "config.model.context or lower config.eval.new_tokens")
   return np.array(asked, np.int64)
 
 

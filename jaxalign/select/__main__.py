@@ -28,6 +28,9 @@ def _arm(c: Any) -> Any:
 
 def _check(values: Any) -> None:
   from jaxalign import pilot
+  if not values.config.data.source:
+    raise ConfigError("no rows; say --config.data.source=pairs.jsonl")
+  values.config.train.batch_size = 1  # a subset need not fill a batch
   pilot.refuse(values.config, "jaxalign.select")
   if not (values.output or values.dry_run):
     raise ConfigError("no output; say --output=subset.parquet")
@@ -59,7 +62,8 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
   return main_lib.command(argv, __doc__, check=_check, work=_work,
-                          arms=lambda c: [_arm(c)], define=_define)
+                          arms=lambda c: [_arm(c)], define=_define,
+                          trains=False)
 
 
 if __name__ == "__main__":

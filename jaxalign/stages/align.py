@@ -110,7 +110,7 @@ def run_align(job: Job, arm: Arm) -> None:
     measures = watched.measures(job, arm)
     cost = train(job, folder, f"align {arm.name}", job.policy,
                   functools.partial(_policy_start, job, arm, folder, loss),
-                  rows, loss, c.train, lr=c.lora.lr if lora else c.train.lr,
+                  rows, loss, c.train, lr=c.train.lr,
                   updates=updates, seed=arm.seed, mismatched=mismatched,
                   optimizer=c.train.optimizer,
                   layout=c.train.layout, producer=c.train.logps,

@@ -15,12 +15,18 @@ def run_data(job: Job) -> None:
   c = job.c
   fields = pick(c, "data", "model.checkpoint", "model.tokenizer",
                 "model.vocab_size", "model.context")
+  fields["data.source"] = prepare.sources_of(c)
+  fields["data.choice"] = prepare.choice_of(c)
   fields |= dict(kind=job.kind, source_digest=artifacts.told(
       lambda: prepare.fingerprint(c)))
   job.run(job.shared / "data", "data", fields=fields, inputs={},
           make=lambda folder: prepare.make(
-              c, folder, context=c.model.context, wanted=job.kind,
+              c, folder, most=job.most, wanted=job.kind,
               writes=jax.process_index() == 0))
+  if jax.process_index() == 0:
+    for line in prepare.reading(artifacts.read_json(
+        job.shared / "data" / "data_card.json")):
+      progress.say(f"  {line}")
   progress.say(f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x "
                f"{job.mesh.devices.flat[0].device_kind}; model of "
                f"{decoder.parameter_count(job.model):,} parameters")

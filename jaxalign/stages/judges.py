@@ -15,6 +15,7 @@ import numpy as np
 from jaxalign import artifacts
 from jaxalign import hub
 from jaxalign.artifacts import Cost
+from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.eval import winrate
@@ -70,7 +71,8 @@ def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.judge.checkpoint, with the context it is used at."""
   r = reward.read_config(c.judge.checkpoint, c.model.dtype,
                          "config.judge.checkpoint")
-  context = min(r.model.context, c.judge.context or c.model.context)
+  context = min(r.model.context, c.judge.context or
+                prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign import hub
+from jaxalign import recipe
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import restore_params
 from jaxalign.data import prepare
@@ -53,10 +54,12 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   if not given:
     return reference._replace(lora=None)
   m = weights.read_config(given, c.model.dtype, c.model.remat)
-  if c.model.context > m.context:
+  asked = prepare.asked_context(c)
+  if asked > m.context:
     raise ConfigError(f"config.proxy.checkpoint reads {m.context} tokens, "
-                      f"model.context={c.model.context}; set one of them")
-  return m._replace(context=c.model.context, positions=m.context)
+                      f"model.context={asked}; set one of them")
+  return m._replace(context=min(asked or reference.context, m.context),
+                    positions=m.context)
 
 
 def check(c: Any) -> None:
@@ -135,7 +138,7 @@ def _tune(job: Job, folder: Any, label: str, start: Start, index: np.ndarray,
     return trained, start.params | fixed
 
   train(job, folder, label, m, begin, rows, _loss(c), p,
-        lr=c.lora.lr if m.lora else p.lr, updates=updates, seed=seed)
+        lr=recipe.LORA_LR if m.lora else p.lr, updates=updates, seed=seed)
   tuned = restore_params(
       folder / "checkpoints",
       adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])

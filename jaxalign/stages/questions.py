@@ -12,6 +12,8 @@ import numpy as np
 
 from jaxalign.data import chat as chats
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.prepare import answers_of
+from jaxalign.data.schemas.pairs import turns_of
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
 
@@ -173,17 +175,19 @@ def readable(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
   """
   tok = load_tokenizer(folder)
   if tok.template:
-    turns = [row.get("turns") or [dict(role="user", content=row["prompt"])]
-             for row, _ in texts]
-    said = [[row[side].removeprefix(" ") if row.get("turns") else row[side]]
+    turns = [row.get("turns") or turns_of(row["prompt"]) or
+             [dict(role="user", content=row["prompt"])] for row, _ in texts]
+    said = [answers_of(row | dict(answers=None), (side,))
             for row, side in texts]
     with chats.Chat(tok, tok.template) as chat:
       rows, _, refused = tokens_lib.encode_dialogues(chat, turns, said,
-                                                     ("response",), m.context)
+                                                     ("response",), m.context,
+                                                     "cut_answer")
   else:
     rows, _, refused = tokens_lib.encode_texts(
         tok, [row["prompt"] for row, _ in texts],
-        dict(response=[row[side] for row, side in texts]), m.context)
+        dict(response=[row[side] for row, side in texts]), m.context,
+        "cut_answer")
   return rows, refused
 
 

@@ -17,6 +17,7 @@ from jaxalign import artifacts
 from jaxalign import hub
 from jaxalign import sharding
 from jaxalign.artifacts import Cost, pick
+from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
@@ -202,7 +203,8 @@ def run_ask(job: Job) -> None:
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
   r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(r.model.context, c.rewards.context or c.model.context)
+  context = min(r.model.context, c.rewards.context or
+                prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
 

@@ -9,6 +9,7 @@ from jaxalign import artifacts
 from jaxalign import embedder
 from jaxalign import ledger
 from jaxalign import memory
+from jaxalign import progress
 from jaxalign import rates
 from jaxalign.artifacts import Cost
 from jaxalign.data import records
@@ -17,6 +18,7 @@ from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import edition
 from jaxalign.select import card as cards
 from jaxalign.select import costs
+from jaxalign.select import store as stores
 from jaxalign.select.pool import Pool, checked
 from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import rows as rows_lib
@@ -133,9 +135,21 @@ def run_select(job: Job, arm: Arm) -> None:
                   for other in chosen[1:]]
       diagnostics["stability"] = dict(
           jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
-    if notes := [*selection.notes, *columns_lib.notes(c, sampler)]:
+    notes = [*selection.notes, *columns_lib.notes(c, sampler)]
+    if copies := _copies([rows[i] for i in selection.rows]):
+      notes.append(
+          f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
+          "copies of others; leave them out by "
+          f"select.sampler='dedup(threshold=0.95) | {arm.sampler}'")
+      progress.say(f"  {notes[-1]}")
+    if notes:
       diagnostics["notes"] = notes
-    _write_selection(folder, rows, selection, fits[0])
+    read = columns_lib.before(c, columns_lib.stages(c, job.kind, sampler))
+    source = columns_lib.sums(c, job.kind, sampler)
+    sums = None
+    if job.kind == "pairs" and source in read:
+      sums = stores.read(job.shared / source / "store", "logp")
+    _write_selection(folder, rows, selection, fits[0], sums)
     artifacts.write_json(folder / "diagnostics.json", diagnostics)
     artifacts.write_json(folder / "config.json", json.loads(
         c.to_json_best_effort()) | dict(arm=arm._asdict()))
@@ -155,8 +169,20 @@ def run_select(job: Job, arm: Arm) -> None:
   job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
 
 
-def _write_selection(folder, rows, selection, likelihood) -> None:
-  """scores.parquet of all rows, subset.parquet of the kept ones."""
+def _copies(rows: list[dict]) -> int:
+  """Rows whose texts, but for case and spaces, an earlier one has."""
+  seen = {tuple(" ".join(row[n].casefold().split()) for n in (
+      "prompt", "chosen", "rejected", "completion") if n in row)
+          for row in rows}
+  return len(rows) - len(seen)
+
+
+def _write_selection(folder, rows, selection, likelihood, sums) -> None:
+  """scores.parquet of all rows, subset.parquet of the kept ones.
+
+  `sums` are the reference's log-probabilities [N, 2], where they are known:
+  columns that TRL reads in place of a reference pass.
+  """
   ids = np.array([row["id"] for row in rows])
   rank = cards.ranks(Pool(ids, {}), selection) - 1
   kept = np.zeros(len(rows), bool)
@@ -173,8 +199,12 @@ def _write_selection(folder, rows, selection, likelihood) -> None:
   subset = []
   for place, i in enumerate(selection.rows):
     row = {k: v for k, v in rows[i].items() if k != "group"}
-    subset.append(row | dict(score=float(selection.score[i]), rank=place))
-  records.write_rows(folder / "subset.parquet", subset)
+    row |= dict(score=float(selection.score[i]), rank=place)
+    if sums is not None:
+      row |= {f"ref_{side}_logps": float(x) for side, x in zip(
+          ("chosen", "rejected"), sums[i])}
+    subset.append(row)
+  records.write_rows(folder / "subset.parquet", records.as_read(subset))
 
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:

@@ -54,8 +54,8 @@ def make_schedule(*, lr: float, updates: int, warmup_ratio: float,
     schedule: a key of SCHEDULES.
   """
   if not lr > 0:
-    raise ConfigError(f"lr={lr}, wanted more than 0; set config.train.lr, "
-                      "config.sft.lr or config.lora.lr")
+    raise ConfigError(f"lr={lr}, wanted more than 0; set config.train.lr "
+                      "or config.sft.lr")
   if not 0 <= warmup_ratio < 1:
     raise ConfigError(f"warmup_ratio={warmup_ratio}, wanted a share in [0, 1);"
                       " set config.train.warmup_ratio")

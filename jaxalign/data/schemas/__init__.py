@@ -1,27 +1,39 @@
 """The shapes of row that are understood, by name; a new one is one line."""
 
-from jaxalign.data.schemas import chat, fields, pairs, trees
+from jaxalign.data.schemas import layouts, lists, rows, trees
 from jaxalign.data.schemas.pairs import Refused, Schema
 from jaxalign.errors import DataError
 
 SCHEMAS: dict[str, Schema] = {schema.name: schema for schema in (
-    pairs.EXPLICIT, pairs.IMPLICIT, pairs.THUMBS, chat.CHAT_PAIRS,
-    chat.CHAT_THUMBS, trees.TREES, fields.CHOICES)}
+    *layouts.SCHEMAS, lists.COMPARED, rows.EXPLICIT, rows.IMPLICIT,
+    rows.CHAT_PAIRS, rows.THUMBS, rows.CHAT_THUMBS, trees.TREES, rows.CHOICES,
+    lists.SCORED)}
 
 __all__ = ["SCHEMAS", "Refused", "Schema", "detect"]
 
 
 def detect(row: dict) -> Schema:
-  """The one schema that `row` has the shape of.
+  """The first schema that `row` has the shape of.
 
   Raises:
-    DataError: it fits none; names the fields found and the schemas known.
+    DataError: it fits none; names the fields found, and for each schema the
+      columns it wants and which of them are not there.
   """
   for schema in SCHEMAS.values():
     if schema.matches(row):
       return schema
-  fields = ", ".join(f"{key} ({type(value).__name__})"
-                     for key, value in list(row.items())[:12])
-  raise DataError(f"no schema fits a row with the fields {fields or '(none)'}; "
-                  f"known: {', '.join(SCHEMAS)}; set config.data.schema, or "
-                  "config.data.fields where only the names differ")
+  found = ", ".join(f"{key} ({type(value).__name__})"
+                    for key, value in list(row.items())[:12])
+  lacks = {name: [w for w in schema.wants if w not in row]
+           for name, schema in SCHEMAS.items()}
+  near = sorted(SCHEMAS, key=lambda name: (
+      len(lacks[name]) / len(SCHEMAS[name].wants)))
+  wanted = "; ".join(
+      f"{name} wants {', '.join(SCHEMAS[name].wants)}" + (
+          f" (missing: {', '.join(lacks[name])})" if lacks[name] else
+          " (of another kind)") for name in near)
+  raise DataError(
+      f"no schema fits a row with the fields {found or '(none)'}. {wanted}. "
+      "Where only the names differ say so, --config.data.fields.prompt=<column> "
+      "and so on, or write a function of your own, config.data.schema="
+      "'module:function'")

@@ -1,14 +1,15 @@
-"""Rows of other names: a mapping in the config, and answers with a verdict."""
+"""Rows of other names: a mapping in the config, target to path."""
 
 from typing import Any, Mapping
 
-from jaxalign.data.schemas.pairs import (Refused, Schema, make_pair, margin_of,
-                                         text_of, turns_of)
 from jaxalign.errors import ConfigError
 
-TARGETS = ("id", "prompt", "messages", "conversations", "chosen", "rejected",
-           "completion", "label", "chosen_score", "rejected_score", "first",
-           "second", "choice")
+TARGETS = ("id", "group", "source", "prompt", "system", "messages",
+           "conversations", "tools", "chosen", "rejected", "completion",
+           "label", "margin", "chosen_score", "rejected_score", "first",
+           "second", "choice", "strength", "first_id", "second_id",
+           "first_score", "second_score", "answers", "scores")
+_NOTHING = object()
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
@@ -23,51 +24,42 @@ def check_fields(fields: Mapping[str, str]) -> None:
                         "config.data.fields")
 
 
+def at_path(value: Any, path: str) -> Any:
+  """What stands at a dotted path; a private object where nothing does.
+
+  "replies.0.text" goes into a list, "replies.*.text" is a list of every text.
+  """
+  steps = path.split(".") if path else []
+  for i, step in enumerate(steps):
+    if isinstance(value, Mapping) and step in value:
+      value = value[step]
+    elif isinstance(value, list) and step == "*":
+      rest = ".".join(steps[i + 1:])
+      found = [at_path(one, rest) for one in value]
+      return [None if one is _NOTHING else one for one in found]
+    elif (isinstance(value, list) and step.isdecimal() and
+          int(step) < len(value)):
+      value = value[int(step)]
+    else:
+      return _NOTHING
+  return value
+
+
 def remap(row: Mapping[str, Any], fields: Mapping[str, str]
           ) -> dict[str, Any]:
   """The row under the names a schema reads, and nothing else.
 
   Args:
     row: as it was read.
-    fields: target -> dotted path; "replies.0.text" goes into a list. A path
-      that is not there leaves its target out; the schema then says so.
+    fields: target -> dotted path, see `at_path`. A path that is not there
+      leaves its target out; the schema then says so.
   """
-  out = {}
-  for target, path in fields.items():
-    value = row
-    for step in path.split("."):
-      if isinstance(value, Mapping) and step in value:
-        value = value[step]
-      elif (isinstance(value, list) and step.isdecimal() and
-            int(step) < len(value)):
-        value = value[int(step)]
-      else:
-        break
-    else:
-      out[target] = value
-  return out
+  return {target: value for target, path in fields.items()
+          if (value := at_path(row, path)) is not _NOTHING}
 
 
-def convert_choice(row: dict) -> dict[str, Any]:
-  """prompt, first, second and the choice: 1, 2, or 0 for a tie."""
-  prompt = text_of(row, "prompt", "empty prompt")
-  sides = [text_of(row, side) for side in ("first", "second")]
-  if "choice" not in row:
-    raise Refused("missing field", "choice")
-  choice = row["choice"]
-  if isinstance(choice, str) and choice.strip() in ("0", "1", "2"):
-    choice = int(choice)
-  if isinstance(choice, bool) or choice not in (0, 1, 2):
-    raise Refused("bad choice", f"{choice!r:.40}, wanted 0 (tie), 1 or 2")
-  if choice == 0:
-    raise Refused("tie", "neither side was chosen")
-  chosen, rejected = sides if choice == 1 else sides[::-1]
-  return make_pair(prompt, chosen, rejected, turns=turns_of(prompt),
-                   margin=margin_of(row))
-
-
-CHOICES = Schema("choices",
-                 lambda row: (isinstance(row.get("prompt"), str) and
-                              isinstance(row.get("first"), str) and
-                              isinstance(row.get("second"), str) and
-                              "choice" in row), convert_choice, "pairs")
+def has_path(row: Mapping[str, Any], path: str) -> bool:
+  """Whether something stands at a dotted path, be it null."""
+  found = at_path(row, path)
+  return found is not _NOTHING and not (path.count("*") and (
+      not found or all(one is None for one in found)))

@@ -1,10 +1,11 @@
-"""Rows of plain text: explicit pairs, implicit-prompt pairs, and thumbs.
+"""What all schemas share: a row refused, a pair or a single answer made.
 
-A converted row holds `text = prompt + response` exactly: nothing is stripped
-or joined, so a dialogue's prompt ends in "\n\nAssistant:" and its response
-starts with the space that follows it. Where the prompt is a dialogue its turns
-are kept beside it, for a chat template to write in its own way; where the row
-has scores, `margin` is how much better the chosen side was said to be.
+A converted row of text holds `text = prompt + response` exactly: nothing is
+stripped or joined, so a dialogue's prompt ends in "\n\nAssistant:" and its
+response starts with the space that follows it. A row of messages holds `turns`
+beside that text, for a chat template to write in its own way, `tools` where it
+has some and `answers` where an answer is more than its text. Where the row has
+scores, `margin` is how much better the chosen side was said to be.
 """
 
 import math
@@ -12,7 +13,6 @@ import re
 from typing import Any, Callable, Mapping, NamedTuple
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_LABELS = {"true": True, "false": False, "1": True, "0": False}  # from CSV
 
 
 class Refused(Exception):
@@ -27,12 +27,19 @@ class Schema(NamedTuple):
   """One shape of row: `matches(row)` knows it, `convert(row)` checks it."""
   name: str
   matches: Callable[[dict], bool]
-  convert: Callable[[dict], Any]  # a dict; if `many`, a list, see trees.py
+  convert: Callable[..., Any]  # a dict or an Undecided; if `many`, a list
   kind: str  # "pairs" or "thumbs"
-  many: bool = False
+  many: bool = False  # `convert(row, pairs)` with one of ANSWER_PAIRS
+  wants: tuple[str, ...] = ()  # columns it cannot do without
+  roles: Mapping[str, str] = {}  # column -> what it becomes
+  rule: Any = None  # what the codes of a choice mean, where that is known
+  code: str = "choice"  # the column that holds them
 
 
-def text_of(row: dict, field: str, empty: str = "empty response") -> str:
+ANSWER_PAIRS = ("all", "adjacent", "best_worst")
+
+
+def text_of(row: Mapping, field: str, empty: str = "empty response") -> str:
   """`row[field]` if it is text with something in it; Refused otherwise."""
   if field not in row:
     raise Refused("missing field", field)
@@ -46,18 +53,20 @@ def text_of(row: dict, field: str, empty: str = "empty response") -> str:
   return value
 
 
-def label_of(row: dict) -> bool:
-  """`row["label"]` from a bool, 0, 1, or those as text; Refused otherwise."""
-  if "label" not in row:
-    raise Refused("missing field", "label")
-  value = row["label"]
-  if value is None:
-    raise Refused("null", "label")
+def number_of(row: Mapping, field: str) -> float | None:
+  """A finite number, also as text; None where there is none."""
+  value = row.get(field)
+  if value is None or value == "":
+    return None
   if isinstance(value, str):
-    value = _LABELS.get(value.strip().lower(), value)
-  if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-    raise Refused("bad label", f"{value!r:.40}, wanted true, false, 0 or 1")
-  return bool(value)
+    try:
+      value = float(value)
+    except ValueError:
+      pass
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or (
+      not math.isfinite(value)):
+    raise Refused("bad score", f"{field} is {value!r:.40}, wanted a number")
+  return float(value)
 
 
 def group_of(prompt: str) -> str:
@@ -86,24 +95,24 @@ def turns_of(prompt: str) -> list[dict[str, str]] | None:
 def margin_of(row: Mapping[str, Any]) -> float | None:
   """chosen_score - rejected_score, or None where the row has not both.
 
-  They may be called score_chosen and score_rejected, or stand in `metadata`.
+  They may be called score_chosen and score_rejected, or stand in `metadata`;
+  or the row holds a `margin` itself.
   """
+  if (margin := number_of(row, "margin")) is not None:
+    return margin
   inner = row.get("metadata")
   for where in (row, inner if isinstance(inner, Mapping) else {}):
     for name in ("{}_score", "score_{}"):
-      pair = [where.get(name.format(side)) for side in ("chosen", "rejected")]
-      if any(value is None for value in pair):
-        continue
-      if any(isinstance(value, bool) or not isinstance(value, (int, float)) or
-             not math.isfinite(value) for value in pair):
-        raise Refused("bad score", f"{pair!r:.60}, wanted two numbers")
-      return float(pair[0] - pair[1])
+      pair = [number_of(where, name.format(side))
+              for side in ("chosen", "rejected")]
+      if None not in pair:
+        return pair[0] - pair[1]
   return None
 
 
 def make_pair(prompt: str, chosen: str, rejected: str, group: str = "",
-              turns: list[dict[str, str]] | None = None,
-              margin: float | None = None) -> dict[str, Any]:
+              turns: list[dict] | None = None, margin: float | None = None,
+              **known: Any) -> dict[str, Any]:
   """The converted pair, once its two sides are known to differ."""
   if not prompt.strip():
     raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
@@ -113,8 +122,8 @@ def make_pair(prompt: str, chosen: str, rejected: str, group: str = "",
   if chosen.strip() == rejected.strip():
     raise Refused("chosen equals rejected", f"{chosen[:40]!r}")
   return dict(prompt=prompt, chosen=chosen, rejected=rejected,
-              group=group or group_of(prompt)) | _known(turns=turns,
-                                                        margin=margin)
+              group=group or group_of(prompt)) | _known(
+                  turns=turns, margin=margin, **known)
 
 
 def _known(**values: Any) -> dict[str, Any]:
@@ -122,14 +131,15 @@ def _known(**values: Any) -> dict[str, Any]:
 
 
 def make_thumb(prompt: str, completion: str, label: bool, group: str = "",
-               turns: list[dict[str, str]] | None = None) -> dict[str, Any]:
-  """The converted thumbs row."""
+               turns: list[dict] | None = None, **known: Any
+               ) -> dict[str, Any]:
+  """The converted single answer, liked or disliked."""
   if not prompt.strip():
     raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
   if not completion.strip():
     raise Refused("empty response", f"completion is {completion[:20]!r}")
   return dict(prompt=prompt, completion=completion, label=label,
-              group=group or group_of(prompt)) | _known(turns=turns)
+              group=group or group_of(prompt)) | _known(turns=turns, **known)
 
 
 def split_dialogue(text: str, side: str) -> tuple[str, str]:
@@ -145,50 +155,3 @@ def split_dialogue(text: str, side: str) -> tuple[str, str]:
   if HUMAN in text[cut:]:
     raise Refused("ends in a Human turn", side)
   return text[:cut], text[cut:]
-
-
-def convert_explicit(row: dict) -> dict[str, Any]:
-  """prompt, chosen, rejected: three texts."""
-  prompt = text_of(row, "prompt", "empty prompt")
-  return make_pair(prompt, text_of(row, "chosen"), text_of(row, "rejected"),
-                   turns=turns_of(prompt), margin=margin_of(row))
-
-
-def convert_implicit(row: dict) -> dict[str, Any]:
-  """chosen and rejected: two whole dialogues, as in hh-rlhf."""
-  sides = [split_dialogue(text_of(row, side), side)
-           for side in ("chosen", "rejected")]
-  (prompt, chosen), (other, rejected) = sides
-  if prompt != other:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, other)) if a != b),
-              min(len(prompt), len(other)))
-    raise Refused("prompts differ", f"from character {at}: "
-                  f"{prompt[at:at + 30]!r} and {other[at:at + 30]!r}")
-  if not prompt[:-len(ASSISTANT)].strip():
-    raise Refused("empty prompt", "nothing before the Assistant turn")
-  return make_pair(prompt, chosen, rejected, turns=turns_of(prompt),
-                   margin=margin_of(row))
-
-
-def convert_thumbs(row: dict) -> dict[str, Any]:
-  """prompt, completion and a label: one text liked or disliked."""
-  prompt = text_of(row, "prompt", "empty prompt")
-  return make_thumb(prompt, text_of(row, "completion"), label_of(row),
-                    turns=turns_of(prompt))
-
-
-def _texts(row: dict, *fields: str) -> bool:
-  return all(isinstance(row.get(field), str) for field in fields)
-
-
-EXPLICIT = Schema("explicit_pairs",
-                  lambda row: _texts(row, "prompt", "chosen", "rejected"),
-                  convert_explicit, "pairs")
-IMPLICIT = Schema("implicit_pairs",
-                  lambda row: (_texts(row, "chosen", "rejected") and
-                               row.get("prompt") is None and
-                               ASSISTANT in row["chosen"] + row["rejected"]),
-                  convert_implicit, "pairs")
-THUMBS = Schema("thumbs",
-                lambda row: (_texts(row, "prompt", "completion") and
-                             "label" in row), convert_thumbs, "thumbs")

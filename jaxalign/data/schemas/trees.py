@@ -2,30 +2,25 @@
 
 A node is {"text", "role", "replies", "rank", ...}; replies that were ranked
 against each other (0 is best) answer the same dialogue, the path from the
-root. Every pair of them is a preference, or every two neighbours are.
+root. Which two of them are compared is `data.answer_pairs`.
 """
 
-import itertools
-from typing import Any, Callable, Iterator
+from typing import Any
 
-from jaxalign.data.schemas.chat import _ROLES, render
-from jaxalign.data.schemas.pairs import Refused, Schema, make_pair
-
-TREE_PAIRS = ("all", "adjacent")
-
-
-def convert_all(row: dict) -> list[dict[str, Any] | Refused]:
-  """Each two ranked replies of a group: n (n - 1) / 2 pairs of n replies."""
-  return _convert(row, lambda ranked: itertools.combinations(ranked, 2))
+from jaxalign.data.schemas.lists import drawn
+from jaxalign.data.schemas.messages import ROLES
+from jaxalign.data.schemas.pairs import Refused, Schema
+from jaxalign.data.schemas.rows import convert_pair
 
 
-def convert_adjacent(row: dict) -> list[dict[str, Any] | Refused]:
-  """Replies of neighbouring ranks only: n - 1 pairs of n replies."""
-  return _convert(row, itertools.pairwise)
+def convert(row: dict, pairs: str = "all") -> list[dict[str, Any] | Refused]:
+  """Pairs of the ranked replies of every group.
 
-
-def _convert(row: dict, pairs_of: Callable[[list], Iterator[tuple]]
-             ) -> list[dict[str, Any] | Refused]:
+  Args:
+    row: the tree.
+    pairs: "all" is n (n - 1) / 2 pairs of n replies, "adjacent" the n - 1 of
+      neighbouring ranks, "best_worst" one.
+  """
   root = row.get("prompt")
   if "prompt" not in row:
     raise Refused("missing field", "prompt")
@@ -44,7 +39,7 @@ def _convert(row: dict, pairs_of: Callable[[list], Iterator[tuple]]
     ranked = sorted((r for r in replies if r.get("rank") is not None),
                     key=_rank)
     made += [_pair(path, better, worse)
-             for better, worse in pairs_of(ranked)]
+             for better, worse in drawn(ranked, pairs)]
     todo += [(reply, path) for reply in reversed(replies)]
   if not made:
     raise Refused("no ranked replies", _name(root))
@@ -59,22 +54,21 @@ def _pair(path: list, better: dict, worse: dict) -> dict[str, Any] | Refused:
       raise Refused("deleted message", name)
     if _rank(better) == _rank(worse):
       raise Refused("tied ranks", name)
-    prompt, chosen, group, turns = render(path + [_message(better)])
-    rejected = render(path + [_message(worse)])[1]
-    return dict(make_pair(prompt, chosen, rejected, group, turns),
-                id=name if ">" not in (name[:1], name[-1:]) else None)
+    made = convert_pair(dict(prompt=path, chosen=[_message(better)],
+                             rejected=[_message(worse)]))
+    return dict(made, id=name if ">" not in (name[:1], name[-1:]) else None)
   except Refused as error:
     return error
 
 
-def _message(node: dict) -> tuple[str, str]:
+def _message(node: dict) -> dict[str, str]:
   role, text = node.get("role"), node.get("text")
-  if not isinstance(role, str) or role not in _ROLES:
+  if not isinstance(role, str) or role not in ROLES:
     raise Refused("unknown role", f"{role!r:.40}")
   if not isinstance(text, str):
     raise Refused("null" if text is None else "not a string",
                   f"text of {_name(node)!r:.60}")
-  return _ROLES[role], text
+  return dict(role=ROLES[role], content=text)
 
 
 def _rank(node: dict) -> int:
@@ -94,5 +88,6 @@ def _matches(row: dict) -> bool:
   return isinstance(root, dict) and isinstance(root.get("replies"), list)
 
 
-TREES = Schema("trees", _matches, convert_all, "pairs", many=True)
-ADJACENT = TREES._replace(convert=convert_adjacent)
+TREES = Schema("trees", _matches, convert, "pairs", many=True,
+               wants=("prompt",), roles=dict(
+                   prompt="the tree of messages", id="the row's id"))

@@ -211,10 +211,12 @@ def _data(found: dict) -> Html:
            ("Rows in the pool", page.number(counts.get("pool"))),
            ("Rows held out", page.number(counts.get("held_out"))),
            ("Duplicates left out", page.number(found.get("duplicates")))]
-  facts.append(("Cut by the length limit", (
-      f"{page.number(cut.get('rows_cut'))} rows, "
-      f"{page.number(cut.get('tokens_cut'))} tokens "
-      f"({page.percent(cut.get('share'))})") if cut else "not measured"))
+  facts.append(("Over the context", (
+      f"{page.number(cut.get('too_long'))} rows left out, "
+      f"{page.number(cut.get('rows_cut'))} answers cut; "
+      f"{page.number(cut.get('context'))} tokens, "
+      f"{page.number(cut.get('fits'))} keep 99 % whole")
+                if cut else "not measured"))
   parts = [page.facts(facts)]
   if refused:
     total = sum(x for x in map(page.finite, refused.values())
