@@ -50,7 +50,8 @@ class SentencePieceTokenizer(special.Encoding):
       none). stops: all ids that end a generation.
     pad: the model's own, else `unk`; no mask depends on it.
     specials: text -> id of every token that only a template may write.
-    template: the chat template, or None.
+    template, tool_template: the chat template, and that for tools where it is
+      another; or None.
     vocab_size: V. digest: sha256 of the model's bytes.
     files: name -> bytes of what it was read from.
   """
@@ -124,6 +125,7 @@ class SentencePieceTokenizer(special.Encoding):
     self.own_bos = own_bos
     self.bos = settings.row_format.get("bos", self.bos)
     self.template = settings.template
+    self.tool_template = settings.tool_template
     text = {i: piece for piece, i in self.specials.items()}
     self.names = {f"{kind}_token": text[i] for kind, i in (
         ("bos", self.own_bos), ("unk", self.unk), ("pad", self.pad),
