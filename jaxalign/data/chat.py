@@ -24,6 +24,7 @@ from jaxalign.errors import ConfigError
 
 _KNOB = "set config.data.template"
 PLAIN = ("dialogue", "none")  # the record's own text, no template
+_NO_TOOLS = "tool calls are not supported"
 # What is asked and said to learn a template: they share no letter at an end.
 _WORDS = ("quince", "medlar", "damson", "rowan")
 
@@ -170,6 +171,9 @@ class Chat:
     asked, plain = self._render(ask, True), self._render(ask, False)
     wholes = [self._render([*ask, one], False) for one in says]
     at = len(os.path.commonprefix(wholes))
+    if wholes[0] == wholes[1]:
+      raise Refused("template drops the answer", "two answers give one text; "
+                    "it may want contents in parts, as of images")
     head, tail = wholes[0][:at], wholes[0][at:].removeprefix(_WORDS[0])
     more = self._tried([*ask, says[0], dict(role="user", content=_WORDS[2])])
     system = self._tried([dict(role="system", content=_WORDS[3]), *ask])
@@ -268,32 +272,67 @@ class Chat:
     if not turns:
       raise Refused("no turns", "a chat template needs a question")
     plain = self._texts(turns, said, tools)
+    try:
+      "".join(plain).encode()
+    except UnicodeEncodeError as error:
+      raise Refused("lone surrogate", f"{error.object[error.start]!a} is no "
+                    "character") from error
     self._check_tools(turns, said, tools)
     shown, back = self._shown(plain, turns, said, tools)
     if self._header:
       plain[0], shown[0] = plain[0] + self._header, shown[0] + self._header
     ends = [len(plain[0])]
-    for whole, other in zip(plain[1:], shown[1:]):
-      self._check_prompt(turns, tools, plain[0], whole)
-      ends.append(self._end_of(other, len(os.path.commonprefix(
-          [plain[0], whole]))))
+    for one, whole, other in zip(said, plain[1:], shown[1:]):
+      start = self._start_of(turns, tools, plain[0], whole)
+      ends.append(self._end_of(one, other, start))
     texts = [(p[:end], s[:end]) for p, s, end in zip(plain, shown, ends)]
-    ids = [self._ids(*pair) for pair in texts]
-    if None in ids or self._end and any(
+    ids = self._whole(texts)
+    if ids is None or self._end and any(
         one[-1:] != [self.tok.eos] for one in ids[1:]):
       ids = [self._parts(text, back) for _, text in texts]
     head, rest = ids[0], [one[:-1] if self._end else one for one in ids[1:]]
     start = min(map(_shared, itertools.repeat(head), rest), default=len(head))
+    rest = [one[start:] for one in rest]
+    if not self._reads_tokens and any(self.tok.eos in one for one in rest):
+      raise Refused("answer ends twice", "in what the chat template makes of it "
+                    f"there is {self._end or 'the EOS'} before its end")
     if self.tok.bos >= 0 and head[:1] != [self.tok.bos]:
       raise Refused("template begins otherwise", f"{plain[0][:30]!r}, without "
                     "the BOS")
-    return (head[self.tok.bos >= 0:start], [one[start:] for one in rest])
+    return head[self.tok.bos >= 0:start], rest
 
-  def _check_prompt(self, turns: list[dict], tools: Any, prompt: str,
-                    whole: str) -> None:
-    """Some templates ask in other words than those they answer in, no more."""
+  def _whole(self, texts: list[tuple[str, str]]) -> list[list[int]] | None:
+    """Ids of rendered texts, each as one string; None where text forges.
+
+    What the texts share is encoded once, up to a special token: there the
+    tokenizer begins anew in any case.
+    """
+    (prompt, shown), *wholes = texts
+    head = self._ids(prompt, shown)
+    if head is None:
+      return None
+    out, at, k = [head], 0, 0
+    for m in self._marks.written.finditer(shown):
+      at = m.start()
+    if at and (last := self.tok.specials[m[0]]) in self._specials:
+      k = len(head) - 1 - head[::-1].index(last)
+    for text, other in wholes:
+      same = k and other.startswith(shown[:m.end()])
+      ids = self._ids(text[at:], other[at:]) if same else self._ids(text, other)
+      if ids is None:
+        return None
+      out.append(head[:k] + ids if same else ids)
+    return out
+
+  def _start_of(self, turns: list[dict], tools: Any, prompt: str, whole: str
+                ) -> int:
+    """Where an answer begins: where the whole is no longer the prompt.
+
+    Some templates ask in other words than those they answer in; that much may
+    differ, and no more.
+    """
     if whole.startswith(prompt):
-      return
+      return len(prompt)
     same = len(os.path.commonprefix([prompt, whole]))
     asks = self._header or self._asks
     base = len(prompt) - len(asks)
@@ -303,15 +342,17 @@ class Chat:
     if same < base:
       raise Refused("template rewrites the prompt", f"from character {same}: "
                     f"{prompt[same:same + 30]!r}, {whole[same:same + 30]!r}")
+    return same
 
-  def _end_of(self, text: str, start: int) -> int:
+  def _end_of(self, said: dict, text: str, start: int) -> int:
     """Where the answer that begins at `start` has ended, its end included."""
     if not self._end:
       return len(text)
     ends = [m.end() for m in self._marks.written.finditer(text, start)
             if m[0] == self._end]
     if len(ends) < self._times:
-      raise Refused("answer without an end", f"the chat template ends other "
+      raise Refused(_NO_TOOLS if "tool_calls" in said else
+                    "answer without an end", "the chat template ends other "
                     f"answers with {self._end}, this one in {text[-30:]!r}")
     return ends[-self._times]
 
@@ -337,8 +378,7 @@ class Chat:
         continue  # it does look at them
       for word, what in words.items():
         if word not in text:
-          raise Refused("tool calls are not supported",
-                        f"the chat template does not write {what}")
+          raise Refused(_NO_TOOLS, f"the chat template does not write {what}")
 
   def _shown(self, plain: list[str], turns: list[dict], said: list[dict],
              tools: Any) -> tuple[list[str], dict[int, str]]:
@@ -441,5 +481,7 @@ def _renamed(tool: Any, what: str, wanted: dict[str, str]) -> Any:
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
   """How many items two sequences begin with alike."""
+  if a[:len(b)] == b[:len(a)]:
+    return min(len(a), len(b))
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y),
               min(len(a), len(b)))

@@ -75,8 +75,8 @@ class Marks:
                 stand_ins: dict[str, str], key: str = "") -> Any:
     """A JSON value in which nothing looks like one of `names` any more."""
     if isinstance(value, dict):
-      return {k: self.disguised(v, names, stand_ins, k)
-              for k, v in value.items()}
+      return {self.disguised(k, names, stand_ins):
+              self.disguised(v, names, stand_ins, k) for k, v in value.items()}
     if isinstance(value, list):
       return [self.disguised(v, names, stand_ins, key) for v in value]
     if not isinstance(value, str):
@@ -89,11 +89,12 @@ class Marks:
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-  """(key, text) of every string in a JSON value; keys are no values."""
+  """(key, text) of every string in a JSON value, its keys among them."""
   if isinstance(value, str):
     yield key, value
   elif isinstance(value, dict):
     for k, v in value.items():
+      yield "", k
       yield from _strings(v, k)
   elif isinstance(value, list):
     for v in value:
