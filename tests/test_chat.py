@@ -29,17 +29,23 @@ ASK = [dict(role="user", content="Hi  there"),
        dict(role="user", content=" Why > 3 <b>?")]
 
 
-def write_folder(folder, template=None, **config):
-  """A byte-level BPE tokenizer.json as Llama 3 and Qwen have them."""
+def train_bytes(texts):
+  """A byte-level BPE as Llama 3 and Qwen have them."""
   fast = Fast(models.BPE())
   fast.pre_tokenizer = pre_tokenizers.Sequence([
       pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
   fast.decoder = decoders.ByteLevel()
-  fast.train_from_iterator(
-      ["Hello there, how are you? user assistant model system\n\n"] * 9,
-      trainers.BpeTrainer(vocab_size=400, show_progress=False,
-                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  fast.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=400, show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  return fast
+
+
+def write_folder(folder, template=None, **config):
+  """Its tokenizer.json, and what is said beside it."""
+  fast = train_bytes(
+      ["Hello there, how are you? user assistant model system\n\n"] * 9)
   fast.add_special_tokens([AddedToken(t, special=True, normalized=False)
                            for t in MARKERS])
   fast.add_tokens([AddedToken(t, normalized=False)

@@ -1,26 +1,32 @@
-"""Conversations to tokens by a chat template, safe from what they contain.
+"""Conversations to tokens by a chat template, as transformers has them.
 
-A content may hold "<|im_end|>" or the half of it. Before rendering, a
-private-use character that occurs nowhere else is put inside everything in a
-content that is, begins or ends a special token; a special token found in the
-rendered text was then written by the template, and the character is taken out
-again. (Placeholders instead of contents would not do: templates trim, split
-and compare contents.) A dialogue without such text, nearly every one, is
-encoded as one string, exactly as transformers does it.
+A row is `apply_chat_template` of transformers 5.24, token for token, up to the
+token that ends the answer: what it renders, encoded as one string. Where a
+content holds text that looks like a special token the dialogue is rendered a
+second time with that text in disguise (`marks.py`): what is still found was
+written by the template, all else stays text. Unless the template itself parses
+it: a template that takes "</think>" out of a content would write something
+else, and then the content's tokens are read as transformers reads them; of
+turn markers and of the tokenizer's BOS and EOS each is still tried alone.
 """
 
+import itertools
 import os
 import re
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from etils import epath
 
+from jaxalign.data.marks import HALF, Marks
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.pairs import Refused
 from jaxalign.errors import ConfigError
 
 _KNOB = "set config.data.template"
 PLAIN = ("dialogue", "none")  # the record's own text, no template
+_NO_TOOLS = "tool calls are not supported"
+# What is asked and said to learn a template: they share no letter at an end.
+_WORDS = ("quince", "medlar", "damson", "rowan")
 
 BUILT_IN = {
     "chatml": (
@@ -112,22 +118,33 @@ class Chat:
   """A tokenizer with a template: `encode`; a context manager, it has a process.
 
   Making one settles how rows begin and end: `tok.eos` becomes the token that
-  the template ends an answer with, `tok.bos` the one it begins with.
+  the template ends an answer with, `tok.bos` the one it begins with, or -1.
+
+  Attributes:
+    warnings: sentences about the template, for a person to read once.
   """
 
   def __init__(self, tok: Any, source: str, now: str = "",
-               renderer: Renderer | None = None):
+               renderer: Renderer | None = None, *,
+               special_tokens: str = "text"):
+    """Args:
+      tok: the tokenizer; what the template marks turns with is reserved in it.
+      source: the template. now: see Renderer. renderer: one to share.
+      special_tokens: "text", or "tokens": special tokens that are spelt out in
+        a content are read as those tokens, as transformers and TRL do.
+    """
+    if special_tokens not in ("text", "tokens"):
+      raise ConfigError(f"special tokens in a text are read as 'text' or as "
+                        f"'tokens', found {special_tokens!r}")
     self.tok, self.source = tok, source
+    self._reads_tokens = special_tokens == "tokens"
+    # Of several named templates transformers takes this one for tools.
+    self._tool_source = (tok.tool_template if source == tok.template else None
+                         ) or source
+    self.warnings = []
     self.renderer = renderer or Renderer(now)
     try:
-      probe = [dict(role="user", content="a"),
-               dict(role="assistant", content="b"),
-               dict(role="user", content="c")]
-      self._learn([])
-      history = self._render(probe[:2], False)
-      self._learn([text for text in tok.added if text.strip() and
-                   text in history])
-      self._settle(probe[:1], history)
+      self._learn()
     except Refused as error:
       self.renderer.close()
       raise ConfigError(f"the chat template does not even render one question "
@@ -142,121 +159,283 @@ class Chat:
   def __exit__(self, *error: Any) -> None:
     self.renderer.close()
 
-  def _learn(self, texts: Sequence[str]) -> None:
-    """Tokens the template marks turns with are reserved to it."""
-    self.tok.reserve(texts)
-    special = [text for text in self.tok.specials if len(text) > 1]
-    special.sort(key=len, reverse=True)
-    self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-    self._whole = re.compile("|".join(sorted(
-        {f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in special},
-        key=len, reverse=True)) or r"(?!)")
-    self._starts = tuple({t[:k] for t in special for k in range(1, len(t))})
-    self._ends = tuple({t[k:] for t in special for k in range(1, len(t))})
-    self._inside = "\0".join(special)
-
-  def _settle(self, asked: list[dict], history: str) -> None:
+  def _learn(self) -> None:
+    """How the template begins a row, asks for an answer, and ends one."""
     tok = self.tok
-    found = list(self._special.finditer(history))
-    if found and tok.specials[found[0][0]] == tok.own_bos and (
-        found[0].start() == 0):
-      tok.bos = tok.own_bos
-    asks = os.path.commonprefix([self._render(asked, True), history])
-    after = [m for m in found if m.start() >= len(asks)]
-    if after:
-      tok.ends_with(tok.specials[after[-1][0]])
-    self._end = next(text for text, i in tok.specials.items() if i == tok.eos)
+    added = re.compile("|".join(sorted(
+        (re.escape(t) for t in tok.added if len(t) > 1 and t.strip()),
+        key=len, reverse=True)) or "(?!)")
+    tokens = lambda text: [m[0] for m in added.finditer(text)]
+    ask = [dict(role="user", content="a")]
+    says = [dict(role="assistant", content=word) for word in _WORDS[:2]]
+    asked, plain = self._render(ask, True), self._render(ask, False)
+    wholes = [self._render([*ask, one], False) for one in says]
+    at = len(os.path.commonprefix(wholes))
+    if wholes[0] == wholes[1]:
+      raise Refused("template drops the answer", "two answers give one text; "
+                    "it may want contents in parts, as of images")
+    head, tail = wholes[0][:at], wholes[0][at:].removeprefix(_WORDS[0])
+    more = self._tried([*ask, says[0], dict(role="user", content=_WORDS[2])])
+    system = self._tried([dict(role="system", content=_WORDS[3]), *ask])
+    # Where the prompt proper ends, and what then asks for the answer.
+    base = len(os.path.commonprefix([plain, asked]))
+    self._asks, self._header = asked[base:], ""
+    opens = [m[0] for m in added.finditer(asked) if m.end() > base]
+    if asked == plain and head.startswith(asked):
+      self._header = head[len(asked):] if head[len(asked):].strip() else ""
+      opens = tokens(self._header) or tokens(asked)[-1:]
+    # An answer ends as one in the middle does; what follows only at the end of
+    # a conversation (Phi-3's EOS) is no part of it.
+    _, _, later = more.rpartition(_WORDS[0])
+    ends = tokens(os.path.commonprefix([tail, later])) or tokens(tail)
+    self._end, self._times = (ends[0] if ends else None), 0
+    for text in ends[1:]:
+      if text in (*opens[:1], self._end):
+        break
+      self._end = text
+    # What marks a turn is the template's alone.
+    user, known, after = later.rpartition(_WORDS[2])
+    before, _, _ = system.rpartition(_WORDS[3])
+    turns = [*tokens(user), *tokens(after)[:1]] if known else tokens(plain)
+    turns += [*opens[:1], *tokens(before)[-1:], *([self._end] if ends else [])]
+    tok.reserve(sorted(set(turns)))
+    self._marks = Marks(list(tok.specials))
+    self._specials = set(tok.specials.values()) - {tok.unk}
+    self._guarded = {HALF, *turns, *tok.names.values(), *(
+        text for text, i in tok.specials.items() if i in (*tok.stops, tok.pad))}
+    bos = next((t for t, i in tok.specials.items() if i == tok.own_bos), None)
+    tok.bos = tok.own_bos if bos and plain.startswith(bos) and (
+        not system or system.startswith(bos)) else -1
+    if self._end:
+      tok.ends_with(tok.specials[self._end])
+      self._times = tokens(tail).count(self._end)
+    else:
+      self.warnings.append(
+          "the chat template writes no token after an answer; rows end with "
+          f"{next((t for t, i in tok.specials.items() if i == tok.eos), '')!r},"
+          " the tokenizer's own")
+    if self._header:
+      ids = [tok.encode_rendered(t) for t in (asked + self._header, wholes[0])]
+      if ids[0] != ids[1][:len(ids[0])]:  # a blank that belongs to the answer
+        self._header = self._header.rstrip(" ")
+      self.warnings.append(
+          "the chat template ignores add_generation_prompt: it writes "
+          f"{self._header!r} only in front of an answer; here that counts to "
+          "the prompt, in training and in generation; other programs would let "
+          "the model write it: end the template with "
+          f"{{% if add_generation_prompt %}}{{{{ {self._header!r} }}}}"
+          "{% endif %}")
 
-  def _render(self, turns: list[dict], asks: bool) -> str:
-    return self.renderer.render(self.source, turns, add_generation_prompt=asks,
-                                tools=None, documents=None, **self.tok.names)
+  def _render(self, turns: list[dict], asks: bool, tools: Any = None) -> str:
+    return self.renderer.render(
+        self.source if tools is None else self._tool_source, turns,
+        add_generation_prompt=asks, tools=tools, documents=None,
+        **self.tok.names)
 
-  def encode(self, turns: Sequence[dict[str, str]], answers: Sequence[str]
+  def _tried(self, turns: list[dict]) -> str:
+    """What a template makes of turns that it need not have: "" at worst."""
+    try:
+      return self._render(turns, False)
+    except Refused:
+      return ""
+
+  def _texts(self, turns: list[dict], said: list[dict], tools: Any
+             ) -> list[str]:
+    """The rendered prompt, and the whole dialogue with each answer."""
+    return [self._render(turns, True, tools), *(
+        self._render([*turns, one], False, tools) for one in said)]
+
+  def encode(self, turns: Sequence[Mapping[str, Any]],
+             answers: Sequence[str | Mapping[str, Any]],
+             tools: list[dict] | None = None
              ) -> tuple[list[int], list[list[int]]]:
     """Ids of a prompt, without BOS, and of each answer, without its end.
 
+    BOS, prompt, answer and end are what transformers makes of the dialogue.
+    The prompt is what it makes of the question, as far as all answers share
+    it: where a token spans the seam, it is the answer's.
+
     Args:
-      turns: {"role", "content"} of the prompt.
-      answers: the contents of the assistant's turn that follows.
+      turns: messages of the prompt: "role", "content" and what else the
+        template reads (tool_calls, name, reasoning_content ...).
+      answers: contents of the assistant's message that follows, or messages.
+      tools: JSON schemas, for the template.
 
     Raises:
-      Refused: the template will not have it, or writes the prompt otherwise
-        once an answer follows.
+      Refused: the template will not have it, does not write the tools, or
+        writes the prompt otherwise once an answer follows.
     """
-    mark = _unused([self.source, *answers, *(t["content"] for t in turns)])
-    turns = [dict(role=t["role"], content=self._marked(t["content"], mark))
-             for t in turns]
-    prompt = self._render(turns, True)
-    before, rest = None, []
-    for answer in answers:
-      said = dict(role="assistant", content=self._marked(answer, mark))
-      whole = self._render([*turns, said], False)
-      cut = len(prompt)
-      if not whole.startswith(prompt):
-        cut = self._common(turns, prompt, whole)
-      if before not in (None, cut):
-        raise Refused("template rewrites the prompt", "for one answer only")
-      before = cut
-      rest.append(whole[cut:])
-    prompt = prompt[:before]
-    head = self._ids(prompt, mark)
-    if head[:1] == [self.tok.bos]:
-      head = head[1:]
-    return head, [self._answer(text, mark) for text in rest]
+    turns = [_message(turn) for turn in turns]
+    said = [_message(dict(role="assistant", content=one) if isinstance(one, str)
+                     else dict(role="assistant") | dict(one))
+            for one in answers]
+    if not turns:
+      raise Refused("no turns", "a chat template needs a question")
+    plain = self._texts(turns, said, tools)
+    try:
+      "".join(plain).encode()
+    except UnicodeEncodeError as error:
+      raise Refused("lone surrogate", f"{error.object[error.start]!a} is no "
+                    "character") from error
+    self._check_tools(turns, said, tools)
+    shown, back = self._shown(plain, turns, said, tools)
+    if self._header:
+      plain[0], shown[0] = plain[0] + self._header, shown[0] + self._header
+    ends = [len(plain[0])]
+    for one, whole, other in zip(said, plain[1:], shown[1:]):
+      start = self._start_of(turns, tools, plain[0], whole)
+      ends.append(self._end_of(one, other, start))
+    texts = [(p[:end], s[:end]) for p, s, end in zip(plain, shown, ends)]
+    ids = self._whole(texts)
+    if ids is None or self._end and any(
+        one[-1:] != [self.tok.eos] for one in ids[1:]):
+      ids = [self._parts(text, back) for _, text in texts]
+    head, rest = ids[0], [one[:-1] if self._end else one for one in ids[1:]]
+    start = min(map(_shared, itertools.repeat(head), rest), default=len(head))
+    rest = [one[start:] for one in rest]
+    if not self._reads_tokens and any(self.tok.eos in one for one in rest):
+      raise Refused("answer ends twice", "in what the chat template makes of it "
+                    f"there is {self._end or 'the EOS'} before its end")
+    if self.tok.bos >= 0 and head[:1] != [self.tok.bos]:
+      raise Refused("template begins otherwise", f"{plain[0][:30]!r}, without "
+                    "the BOS")
+    return head[self.tok.bos >= 0:start], rest
 
-  def _common(self, turns: list[dict], prompt: str, whole: str) -> int:
-    """Where the answer begins though the prompt is not as it was asked.
+  def _whole(self, texts: list[tuple[str, str]]) -> list[list[int]] | None:
+    """Ids of rendered texts, each as one string; None where text forges.
 
-    Some templates open a thought in the prompt and leave it out of history:
-    the boundary is then the last special token that both share.
+    What the texts share is encoded once, up to a special token: there the
+    tokenizer begins anew in any case.
     """
-    base = len(os.path.commonprefix([self._render(turns, False), prompt]))
+    (prompt, shown), *wholes = texts
+    head = self._ids(prompt, shown)
+    if head is None:
+      return None
+    out, at, k = [head], 0, 0
+    for m in self._marks.written.finditer(shown):
+      at = m.start()
+    if at and (last := self.tok.specials[m[0]]) in self._specials:
+      k = len(head) - 1 - head[::-1].index(last)
+    for text, other in wholes:
+      same = k and other.startswith(shown[:m.end()])
+      ids = self._ids(text[at:], other[at:]) if same else self._ids(text, other)
+      if ids is None:
+        return None
+      out.append(head[:k] + ids if same else ids)
+    return out
+
+  def _start_of(self, turns: list[dict], tools: Any, prompt: str, whole: str
+                ) -> int:
+    """Where an answer begins: where the whole is no longer the prompt.
+
+    Some templates ask in other words than those they answer in; that much may
+    differ, and no more.
+    """
+    if whole.startswith(prompt):
+      return len(prompt)
     same = len(os.path.commonprefix([prompt, whole]))
-    ends = [m.end() for m in self._special.finditer(prompt)
-            if base < m.end() <= same]
-    if not ends:
+    asks = self._header or self._asks
+    base = len(prompt) - len(asks)
+    if not prompt.endswith(asks):
+      base = len(os.path.commonprefix([self._render(turns, False, tools),
+                                       prompt]))
+    if same < base:
       raise Refused("template rewrites the prompt", f"from character {same}: "
                     f"{prompt[same:same + 30]!r}, {whole[same:same + 30]!r}")
-    return ends[-1]
+    return same
 
-  def _marked(self, text: str, mark: str) -> str:
-    """The text with `mark` inside whatever could pass for a special token."""
-    core = text.strip()
-    if not core:
-      return text
-    at = text.index(core)
-    left, right = text[:at], text[at + len(core):]
-    alone = core in self._inside
-    first = mark if alone or core.startswith(self._ends) else ""
-    last = mark if alone or core.endswith(self._starts) else ""
-    core = self._whole.sub(lambda m: m[0] + mark, core)
-    return left + first + core + last + right
-
-  def _answer(self, text: str, mark: str) -> list[int]:
-    """Ids of an answer up to the token that ends it."""
-    ends = [m.start() for m in self._special.finditer(text)
+  def _end_of(self, said: dict, text: str, start: int) -> int:
+    """Where the answer that begins at `start` has ended, its end included."""
+    if not self._end:
+      return len(text)
+    ends = [m.end() for m in self._marks.written.finditer(text, start)
             if m[0] == self._end]
-    return self._parts(text[:ends[0]] if ends else text, mark, False)
+    if len(ends) < self._times:
+      raise Refused(_NO_TOOLS if "tool_calls" in said else
+                    "answer without an end", "the chat template ends other "
+                    f"answers with {self._end}, this one in {text[-30:]!r}")
+    return ends[-self._times]
 
-  def _ids(self, text: str, mark: str) -> list[int]:
-    if mark not in text:
-      ids = self.tok.encode_rendered(text)
-      wanted = [self.tok.specials[m[0]] for m in self._special.finditer(text)]
-      known = set(self.tok.specials.values()) - {self.tok.unk}
-      if [i for i in ids if i in known] == [i for i in wanted if i in known]:
-        return ids
-    return self._parts(text, mark, True)
+  def _check_tools(self, turns: list[dict], said: list[dict], tools: Any
+                   ) -> None:
+    """Refused where the template drops a tool, a call or a result.
 
-  def _parts(self, text: str, mark: str, first: bool) -> list[int]:
+    The row is rendered with other names and results: each has to show.
+    """
+    uses = [any("tool_calls" in one or one.get("role") == "tool"
+                for one in part) for part in (turns, said)]
+    if not tools and not any(uses):
+      return
+    wanted = {}
+    tools = tools and [_renamed(tool, "the tool", wanted) for tool in tools]
+    turns = [_reworded(turn, wanted) for turn in turns]
+    for one in (said if uses[1] else said[:1]) or [None]:
+      words = dict(wanted)
+      more = [] if one is None else [_reworded(one, words)]
+      try:
+        text = self._render([*turns, *more], one is None, tools)
+      except Refused:
+        continue  # it does look at them
+      for word, what in words.items():
+        if word not in text:
+          raise Refused(_NO_TOOLS, f"the chat template does not write {what}")
+
+  def _shown(self, plain: list[str], turns: list[dict], said: list[dict],
+             tools: Any) -> tuple[list[str], dict[int, str]]:
+    """The texts with all in disguise that the template does not parse.
+
+    Returns:
+      `plain` with stand-ins, and a table that takes them out.
+    """
+    parts = [turns, said, tools]
+    found = set() if self._reads_tokens else self._marks.found(parts)
+    if not found:
+      return list(plain), {}
+    stand_ins = self._marks.stand_ins([self.source, *parts])
+    back = {ord(stand): c for c, stand in stand_ins.items()}
+
+    def attempt(names: set[str]) -> list[str] | None:
+      try:
+        texts = self._texts(*(self._marks.disguised(part, names, stand_ins)
+                              for part in parts))
+      except Refused:
+        return None
+      for stand in stand_ins.values():  # as JSON in ASCII has it
+        texts = [text.replace(f"\\u{ord(stand):04x}", stand)
+                 for text in texts]
+      return texts if [t.translate(back) for t in texts] == plain else None
+
+    texts = attempt(found)
+    guarded = sorted(found & self._guarded)
+    if texts is None and guarded != sorted(found):
+      texts = attempt(set(guarded))
+    if texts is None:
+      names, texts = set(), list(plain)
+      for one in guarded:
+        if (more := attempt(names | {one})) is not None:
+          names, texts = names | {one}, more
+    return texts, back
+
+  def _ids(self, text: str, shown: str) -> list[int] | None:
+    """Ids of a rendered text as one string; None if text forges a token."""
+    ids = self.tok.encode_rendered(text)
+    wanted = [self.tok.specials[m[0]] for m in self._marks.written.finditer(
+        shown)]
+    known = self._specials
+    if [i for i in ids if i in known] == [i for i in wanted if i in known]:
+      return ids
+    return None
+
+  def _parts(self, text: str, back: dict[int, str]) -> list[int]:
     """Ids of a rendered text, its special tokens apart from all the rest."""
     tok, ids, at, strip = self.tok, [], 0, False
-    for m in [*self._special.finditer(text), None]:
-      part = text[at:m.start() if m else len(text)].replace(mark, "")
+    for m in [*self._marks.written.finditer(text), None]:
+      part = text[at:m.start() if m else len(text)].translate(back)
       before, after = tok.strips.get(m[0], (False, False)) if m else (0, 0)
       part = part.lstrip() if strip else part
       part = part.rstrip() if before else part
       if part:
-        starts = first and not ids or at and tok.prefixes_each
+        starts = not ids or at and tok.prefixes_each
         ids += (tok.encode_many if starts else tok.encode_responses)([part])[0]
       if m:
         ids.append(tok.specials[m[0]])
@@ -264,10 +443,45 @@ class Chat:
     return ids
 
 
-def _unused(texts: Sequence[str]) -> str:
-  """A private-use character that is in none of the texts."""
-  used = set().union(*texts)
-  for code in range(0xE000, 0xF900):
-    if chr(code) not in used:
-      return chr(code)
-  raise Refused("too many private-use characters", "all 6,400 of them")
+def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
+  """A message as transformers hands it to a template.
+
+  What is None is left out, and a thought goes by all of its names.
+  """
+  out = {k: v for k, v in turn.items() if v is not None}
+  thought = next((out[k] for k in ("reasoning_content", "thinking", "reasoning")
+                  if k in out), None)
+  if thought is not None:
+    out = {"thinking": thought, **out, "reasoning_content": thought}
+  return out
+
+
+def _reworded(turn: dict, wanted: dict[str, str]) -> dict:
+  """A message with other tool calls and results; `wanted` gets their words."""
+  if isinstance(turn.get("tool_calls"), list):
+    turn = dict(turn, tool_calls=[_renamed(call, "the call of", wanted)
+                                  for call in turn["tool_calls"]])
+  if turn.get("role") == "tool" and isinstance(turn.get("content"), str):
+    word = f"jaxalign{len(wanted)}word"
+    wanted[word] = "what a tool answered"
+    turn = dict(turn, content=word)
+  return turn
+
+
+def _renamed(tool: Any, what: str, wanted: dict[str, str]) -> Any:
+  """A tool, or a call of one, by another name."""
+  inner = tool.get("function", tool) if isinstance(tool, dict) else None
+  if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+    return tool
+  word = f"jaxalign{len(wanted)}word"
+  wanted[word] = f"{what} {inner['name']!r}"
+  return (dict(tool, function=dict(inner, name=word)) if inner is not tool else
+          dict(inner, name=word))
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+  """How many items two sequences begin with alike."""
+  if a[:len(b)] == b[:len(a)]:
+    return min(len(a), len(b))
+  return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y),
+              min(len(a), len(b)))

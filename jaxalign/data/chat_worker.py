@@ -53,6 +53,17 @@ def _plain_name(name):
     raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r}")
 
 
+class Dict:
+  """dict() and dict.fromkeys(), and none of the class's attributes."""
+
+  def __call__(self, *args, **kwargs):
+    return dict(*args, **kwargs)
+
+  def fromkeys(self, *args, **kwargs):
+    """A dict of these keys."""
+    return dict.fromkeys(*args, **kwargs)
+
+
 class Raised(jinja2.exceptions.TemplateError):
   """What a template's own raise_exception raises."""
 
@@ -75,7 +86,7 @@ def environment(now):
   env.filters["tojson"] = _tojson
   env.globals.update(
       raise_exception=_raise, strftime_now=lambda form: now.strftime(form),
-      dict=lambda *args, **kwargs: dict(*args, **kwargs), namespace=Namespace)
+      dict=Dict(), namespace=Namespace)
   return env
 
 
@@ -101,12 +112,13 @@ def main():
     resource.setrlimit(what, (most, most))
   print('{"ready": true}', flush=True)
   for line in sys.stdin:
-    request = json.loads(line)
-    source = request["source"]
     signal.alarm(seconds)  # should nobody be left to kill it
     try:
+      request = json.loads(line)
+      source = request["source"]
       if source not in compiled:
-        compiled = {source: env.from_string(source)}
+        compiled = dict(list(compiled.items())[-1:])  # one for tools, too
+        compiled[source] = env.from_string(source)
       answer = dict(text=render(compiled[source], request))
     except MemoryError:
       answer = dict(kind="memory", detail="it wants more memory")

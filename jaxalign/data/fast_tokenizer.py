@@ -24,7 +24,8 @@ class FastTokenizer(special.Encoding):
       of a turn once one was chosen. stops: all ids that end a generation.
     pad: the tokenizer's own, else `eos`; no mask depends on it.
     specials: text -> id of every token that only a template may write.
-    template: the chat template, or None. vocab_size: V. digest: sha256.
+    template, tool_template: the chat template, and that for tools where it is
+      another; or None. vocab_size: V. digest: sha256.
     files: name -> bytes of what it was read from.
   """
 
@@ -73,6 +74,7 @@ class FastTokenizer(special.Encoding):
     pad = self._id("pad")
     self.pad = self.eos if pad is None else pad
     self.template = settings.template
+    self.tool_template = settings.tool_template
     self.digest = hashlib.sha256(b"".join(
         f"{n} {len(b)}\n".encode() + b
         for n, b in sorted(settings.files.items()))).hexdigest()

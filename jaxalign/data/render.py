@@ -59,25 +59,29 @@ class Renderer:
       with contextlib.suppress(OSError):  # it did not read all of it
         process.stdin.close()
 
-  def render(self, source: str, messages: list[dict[str, str]],
+  def render(self, source: str, messages: list[dict[str, Any]],
              **values: Any) -> str:
     """The text a template makes of messages.
 
     Args:
       source: the template.
-      messages: {"role", "content"} each.
+      messages: dicts of "role", "content" and what else is in them, as JSON.
       **values: what else it reads: add_generation_prompt, bos_token, ...
 
     Raises:
       Refused: the template will not have these messages (raise_exception), or
-        fails on them.
+        fails on them; they are no JSON.
       ConfigError: it is no template, reaches for Python's internals, or wants
         more time, memory or output than it gets.
     """
-    size = sum(len(m["role"]) + len(m["content"]) for m in messages)
-    cap = self._characters + 4 * size
-    answer = self._ask(dict(source=source, cap=cap,
-                            values=dict(values, messages=messages)))
+    try:
+      data = json.dumps(dict(values, messages=messages))
+    except (TypeError, ValueError, RecursionError) as error:
+      raise Refused("template failed", f"the messages are no JSON ({error})"
+                    ) from error
+    cap = self._characters + 4 * len(data)
+    answer = self._ask(f'{{"cap": {cap}, "source": {json.dumps(source)}, '
+                       f'"values": {data}}}\n'.encode())
     if "text" in answer:
       return answer["text"]
     kind, detail = answer["kind"], answer["detail"]
@@ -95,14 +99,13 @@ class Renderer:
         "ended": "the chat template ended its process",
     }[kind] + f"; {_KNOB}")
 
-  def _ask(self, request: dict) -> dict:
+  def _ask(self, request: bytes) -> dict:
     deadline = time.monotonic() + self._seconds
     if self._process is None:
       self._start()
       deadline = time.monotonic() + self._seconds
-    data = (json.dumps(request) + "\n").encode()
     try:
-      self._process.stdin.write(data)
+      self._process.stdin.write(request)
       self._process.stdin.flush()
       line = self._line(deadline)
     except TimeoutError:

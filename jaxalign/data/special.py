@@ -4,8 +4,10 @@ The names of BOS, EOS and PAD, the ids that end a generation and the chat
 template stand in up to six files beside the tokenizer; this reads them all.
 """
 
+import itertools
 import json
-from typing import Any, NamedTuple, Sequence
+import re
+from typing import Any, Iterable, NamedTuple, Sequence
 
 from etils import epath
 
@@ -14,24 +16,26 @@ from jaxalign.errors import ConfigError
 _KNOB = "set config.model.tokenizer"
 ROW_FORMAT = "row_format.json"  # written by the data stage: what it decided
 # Copied byte for byte with the tokenizer, where they are there.
+_TOOL_FILE = "additional_chat_templates/tool_use.jinja"
 FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.model",
          "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "chat_template.jinja", "chat_template.json",
-         "vocab.json", "merges.txt")
-_NAMES = ("bos", "eos", "pad", "unk")
+         "vocab.json", "merges.txt", _TOOL_FILE)
+_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _MOST = 1 << 28  # bytes of one file
 
 
 class Settings(NamedTuple):
   """What the files say; None or empty where they say nothing."""
   files: dict[str, bytes]  # those of FILES that are there
-  named: dict[str, str | None]  # bos, eos, pad, unk -> the token's text
+  named: dict[str, str | None]  # bos, eos, pad, unk ... -> the token's text
   special: set[str]  # all texts that are named as special
   added: dict[str, tuple[int | None, bool]]  # text -> id, whether special
   adds_bos: bool | None  # add_bos_token of the config
   stops: tuple[int, ...]  # eos_token_id of generation and model config
   template: str | None  # of chats
   row_format: dict[str, Any]  # the data stage's decisions
+  tool_template: str | None = None  # of chats with tools, where it is another
 
 
 class Encoding:
@@ -44,6 +48,8 @@ class Encoding:
   bos: int
   eos: int
   stops: tuple[int, ...]
+  specials: dict[str, int]
+  prefixes_each: bool
 
   def ends_with(self, eos: int) -> None:
     """From now on rows end with `eos`; what ended them still stops."""
@@ -66,6 +72,34 @@ class Encoding:
   def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode_response` of each text."""
     return self._ids(texts, self._bare)
+
+  def decode_visible(self, ids: Iterable[int]) -> str:
+    """Text of a row, or of a part of one, as it was understood.
+
+    Special tokens show as their text, where `decode` leaves them out.
+    """
+    names, out = {i: text for text, i in self.specials.items()}, []
+    for special, run in itertools.groupby(map(int, ids), names.__contains__):
+      if special:
+        out += [names[i] for i in run]
+      else:
+        first = not out or self.prefixes_each
+        out.append((self.decode if first else self.decode_response)(run))
+    return "".join(out)
+
+
+def found(tok: Encoding, text: str) -> list[str]:
+  """The special tokens of a tokenizer that are spelt out in a text, each once.
+
+  They are characters there, and no tokens: see `tokenizer.py`.
+  """
+  pattern = tok.__dict__.get("_spelt")
+  if pattern is None or pattern[0] is not tok.specials:
+    texts = sorted((t for t in tok.specials if len(t) > 1), key=len,
+                   reverse=True)
+    pattern = tok._spelt = tok.specials, re.compile(
+        "|".join(map(re.escape, texts)) or "(?!)")
+  return list(dict.fromkeys(pattern[1].findall(text)))
 
 
 EMPTY = Settings({}, dict.fromkeys(_NAMES), set(), {}, None, (), None, {})
@@ -110,7 +144,8 @@ def read(folder: epath.PathLike) -> Settings:
   adds = main.get("add_bos_token")
   return Settings(
       files, named, special, added, adds if isinstance(adds, bool) else None,
-      tuple(dict.fromkeys(stops)), _template(folder, files, main), row_format)
+      tuple(dict.fromkeys(stops)), _template(folder, files, main, "default"),
+      row_format, _template(folder, files, main, "tool_use"))
 
 
 def _bytes(path: epath.Path) -> bytes | None:
@@ -155,20 +190,25 @@ def _added(main: dict, more: dict) -> dict[str, tuple[int | None, bool]]:
   return added
 
 
-def _template(folder: epath.Path, files: dict[str, bytes], main: dict
-              ) -> str | None:
-  """The chat template; of several named ones, the default."""
-  if "chat_template.jinja" in files:
+def _template(folder: epath.Path, files: dict[str, bytes], main: dict,
+              name: str) -> str | None:
+  """The chat template of a name: "default", or "tool_use" where there is one.
+  """
+  file = {"default": "chat_template.jinja", "tool_use": _TOOL_FILE}[name]
+  if file in files:
     try:
-      return files["chat_template.jinja"].decode("utf-8")
+      return files[file].decode("utf-8")
     except UnicodeDecodeError as error:
-      raise ConfigError(f"{folder}/chat_template.jinja is no UTF-8; {_KNOB}"
-                        ) from error
+      raise ConfigError(f"{folder}/{file} is no UTF-8; {_KNOB}") from error
+  if "chat_template.jinja" in files:
+    return None
   value = _object(folder / "chat_template.json",
                   files.get("chat_template.json")).get("chat_template")
   value = value or main.get("chat_template")
   if isinstance(value, list):
     named = {item.get("name"): item.get("template") for item in value
              if isinstance(item, dict)}
-    value = named.get("default")
+    value = named.get(name)
+  elif name != "default":
+    return None
   return value if isinstance(value, str) and value else None

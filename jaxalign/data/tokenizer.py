@@ -7,14 +7,13 @@ of `sentencepiece`, or of `transformers` under the same config, except for:
 1. Special strings in a text ("<s>", "<|im_end|>"): split as ordinary text,
    where transformers makes the special token of them.
 2. A response is tokenised as a continuation: no space is put before it, and
-   no token spans the seam between prompt and response.
+   no token spans the seam between prompt and response. (Not so under a chat
+   template, `chat.py`: there a row is one text, as in transformers.)
 3. U+2581 in a text: a tokenizer trained here spells it in bytes, so that it
    comes back; sentencepiece and transformers turn it into a space.
 4. A model read from tokenizer.model alone: a leading space, runs of spaces
    and NUL, and in unigram models (T5) what is outside the vocabulary, are as
    sentencepiece has them; transformers converts the model and differs there.
-5. A template that writes no BOS, for a tokenizer that begins texts with one:
-   rows get it, transformers leaves it out.
 """
 
 import collections
@@ -50,7 +49,8 @@ class SentencePieceTokenizer(special.Encoding):
       none). stops: all ids that end a generation.
     pad: the model's own, else `unk`; no mask depends on it.
     specials: text -> id of every token that only a template may write.
-    template: the chat template, or None.
+    template, tool_template: the chat template, and that for tools where it is
+      another; or None.
     vocab_size: V. digest: sha256 of the model's bytes.
     files: name -> bytes of what it was read from.
   """
@@ -110,6 +110,7 @@ class SentencePieceTokenizer(special.Encoding):
     self.bos, self.pad = (
         own if named[kind] is None else named[kind] for kind, own in
         (("bos", self._main.bos_id()), ("pad", self._main.pad_id())))
+    own_pad = self.pad
     self.pad = self.unk if self.pad < 0 else self.pad
     own_bos = self.bos
     self.bos = -1 if settings.adds_bos is False else self.bos
@@ -124,9 +125,10 @@ class SentencePieceTokenizer(special.Encoding):
     self.own_bos = own_bos
     self.bos = settings.row_format.get("bos", self.bos)
     self.template = settings.template
+    self.tool_template = settings.tool_template
     text = {i: piece for piece, i in self.specials.items()}
     self.names = {f"{kind}_token": text[i] for kind, i in (
-        ("bos", self.own_bos), ("unk", self.unk), ("pad", self.pad),
+        ("bos", self.own_bos), ("unk", self.unk), ("pad", own_pad),
         ("eos", self._main.eos_id() if named["eos"] is None else
          named["eos"])) if i in text}
     self.strips, self.prefixes_each = {}, False
@@ -214,7 +216,7 @@ class SentencePieceTokenizer(special.Encoding):
     if "tokenizer_config.json" in self._settings.files:
       return  # transformers reads its own files
     spec = self._model.trainer_spec
-    if (spec.model_type != _BPE or not self._spelt or self.bos < 0 or
+    if (spec.model_type != _BPE or not self._spelt or self.own_bos < 0 or
         self._model.normalizer_spec.name != "identity"):
       raise ConfigError("only BPE tokenizers with byte fallback, a BOS and no "
                         f"normalisation can be exported; {_KNOB}")
@@ -234,7 +236,7 @@ class SentencePieceTokenizer(special.Encoding):
     if "tokenizer_config.json" in self._settings.files:
       return self.save(folder)
     pieces = self.pieces()
-    names = dict(bos_token=pieces[self.bos], eos_token=pieces[self.eos],
+    names = dict(bos_token=pieces[self.own_bos], eos_token=pieces[self.eos],
                  unk_token=pieces[self.unk], pad_token=pieces[self.pad])
     settings = dict(
         names, tokenizer_class="PreTrainedTokenizerFast", add_bos_token=True,
@@ -272,12 +274,12 @@ class SentencePieceTokenizer(special.Encoding):
       ways = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
       merges += sorted(([a, b] for a, b in ways if a in text and b in text),
                        key=lambda way: (text[way[0]], text[way[1]]))
-    bos = pieces[self.bos].piece
+    bos = pieces[self.own_bos].piece
     prefix = [dict(type="Prepend", prepend=_SPACE)] * self.adds_prefix
     strip = [dict(type="Strip", content=" ", start=1, stop=0)]
     space = dict(type="Replace", pattern=dict(String=" "), content=_SPACE)
     back = dict(type="Replace", pattern=dict(String=_SPACE), content=" ")
-    controls = sorted({self.unk, self.bos, self.eos, self.pad})
+    controls = sorted({self.unk, self.own_bos, self.eos, self.pad})
     return dict(
         version="1.0", truncation=None, padding=None,
         added_tokens=[dict(id=i, content=pieces[i].piece, single_word=False,
@@ -293,7 +295,8 @@ class SentencePieceTokenizer(special.Encoding):
                   dict(Sequence=dict(id="A", type_id=0)),
                   dict(SpecialToken=dict(id=bos, type_id=1)),
                   dict(Sequence=dict(id="B", type_id=1))],
-            special_tokens={bos: dict(id=bos, ids=[self.bos], tokens=[bos])}),
+            special_tokens={bos: dict(id=bos, ids=[self.own_bos],
+                                      tokens=[bos])}),
         decoder=dict(type="Sequence", decoders=[
             back, dict(type="ByteFallback"), dict(type="Fuse"),
             *(strip * self.adds_prefix)]),

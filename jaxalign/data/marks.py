@@ -1,0 +1,101 @@
+"""What a dialogue says that could pass for a special token, in disguise.
+
+A content may hold "<|im_end|>" or the half of it. Its first character, and
+the first or last of a half, is replaced by a private-use character that stands
+for it, so that a template's own tokens are the only ones in what it renders.
+A stand-in is one character for one: lengths, slices and the trimming of blanks
+stay what they were.
+"""
+
+import re
+from typing import Any, Collection, Iterator, Sequence
+
+from jaxalign.data.schemas.pairs import Refused
+
+HALF = ""  # what `found` calls a text that begins or ends like a token
+# Values that templates write beside their own tokens; of others (the names
+# and arguments of tools) whole tokens are enough.
+_BESIDE = ("content", "text", "reasoning_content", "reasoning", "thinking")
+_PRIVATE = range(0xE000, 0xF900)
+
+
+class Marks:
+  """The special tokens of a tokenizer, and all texts that look like them."""
+
+  def __init__(self, specials: Sequence[str]):
+    texts = sorted({t for t in specials if len(t) > 1}, key=len, reverse=True)
+    self.written = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+    rest = {}
+    for text in texts:
+      rest.setdefault(text[0], []).append(re.escape(text[1:]))
+    # A match is one character, so that of two that overlap both are found.
+    self._first = re.compile("|".join(
+        f"{re.escape(c)}(?=({'|'.join(more)}))" for c, more in rest.items())
+        or "(?!)")
+    self._starts = tuple({t[:k] for t in texts for k in range(1, len(t))})
+    self._ends = tuple({t[k:] for t in texts for k in range(1, len(t))})
+    self._inside = "\0".join(texts)
+
+  def found(self, value: Any) -> set[str]:
+    """The tokens, or HALF, that the strings of a JSON value look like."""
+    return {name for key, text in _strings(value)
+            for name, _ in self._places(text, key)}
+
+  def _places(self, text: str, key: str) -> Iterator[tuple[str, int]]:
+    """(token or HALF, where the character to replace is) in a text."""
+    for m in self._first.finditer(text):
+      yield m[0] + m[m.lastindex], m.start()
+    core = text.strip() if key in _BESIDE else ""
+    if core:
+      at, alone = text.index(core), core in self._inside
+      if alone or core.startswith(self._ends):
+        yield HALF, at
+      if alone or core.endswith(self._starts):
+        yield HALF, at + len(core) - 1
+
+  def stand_ins(self, value: Any) -> dict[str, str]:
+    """For each character to be replaced one that occurs nowhere.
+
+    Raises:
+      Refused: all 6,400 occur.
+    """
+    wanted, used = set(), set()
+    for key, text in _strings(value):
+      wanted.update(text[i] for _, i in self._places(text, key))
+      used.update(text, re.findall(r"\\u([0-9a-f]{4})", text))
+    free = (chr(i) for i in _PRIVATE
+            if chr(i) not in used and f"{i:04x}" not in used)
+    out = dict(zip(sorted(wanted), free))
+    if len(out) < len(wanted):
+      raise Refused("too many private-use characters",
+                    f"all {len(_PRIVATE):,} of them")
+    return out
+
+  def disguised(self, value: Any, names: Collection[str],
+                stand_ins: dict[str, str], key: str = "") -> Any:
+    """A JSON value in which nothing looks like one of `names` any more."""
+    if isinstance(value, dict):
+      return {self.disguised(k, names, stand_ins):
+              self.disguised(v, names, stand_ins, k) for k, v in value.items()}
+    if isinstance(value, list):
+      return [self.disguised(v, names, stand_ins, key) for v in value]
+    if not isinstance(value, str):
+      return value
+    out = list(value)
+    for name, i in self._places(value, key):
+      if name in names:
+        out[i] = stand_ins[value[i]]
+    return "".join(out)
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+  """(key, text) of every string in a JSON value, its keys among them."""
+  if isinstance(value, str):
+    yield key, value
+  elif isinstance(value, dict):
+    for k, v in value.items():
+      yield "", k
+      yield from _strings(v, k)
+  elif isinstance(value, list):
+    for v in value:
+      yield from _strings(v, key)
