@@ -21,6 +21,7 @@ from jaxalign.data import special
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.data.schemas import choices
+from jaxalign.data.schemas.fields import check_fields
 from jaxalign.data.schemas.messages import uses_tools
 from jaxalign.data.schemas.pairs import ASSISTANT, Refused, turns_of
 from jaxalign.data.tokenizer import Tokenizer, load_tokenizer, train
@@ -71,6 +72,7 @@ def check_source(c: Any) -> None:
   """Raises where the source is of no known kind, or no file is there."""
   chats.check(c.data.template)
   choices.check(choice_of(c))
+  check_fields(c.data.fields.to_dict())
   for knob, known in (("too_long", tokens_lib.TOO_LONG),
                       ("special_tokens", SPECIAL), ("system", SYSTEM)):
     if c.data[knob] not in known:

@@ -217,6 +217,12 @@ def facts(items: Sequence[tuple[Any, Any]]) -> Html:
                      for name, value in items), class_="facts")
 
 
+def lines_of(found: Any) -> str:
+  """A list of lines as one text; "" where it is none."""
+  return "\n".join(x for x in found if isinstance(x, str)) if isinstance(
+      found, (list, tuple)) else ""
+
+
 def text_box(label: Any, text: Any, kind: str = "", limit: int = 1500) -> Html:
   """Text from data, line breaks kept, cut at `limit` characters."""
   if text is None:

@@ -6,6 +6,7 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost
+from jaxalign.data import prepare
 from jaxalign.data import records
 from jaxalign.job import Arm, Job, arm_folder
 from jaxalign.report.pages import select as page
@@ -61,6 +62,8 @@ def run_card(job: Job, arm: Arm) -> None:
             pool, len(kept), arm.sampler, arm.seed))
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
+    card["reading"] = prepare.reading(artifacts.read_json(
+        job.shared / "data" / "data_card.json"))
     reasons = cards.reasons(card, table)
     card["reasons"] = "reasons.parquet"
     records.write_rows(folder / "reasons.parquet", [

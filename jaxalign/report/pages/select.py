@@ -461,15 +461,18 @@ def render(card: dict[str, Any], rows: dict[str, Any]) -> str:
     top.append(page.callout("warning", "To be careful about", warned))
   if notes:
     top.append(page.callout("note", "What the sampler says", notes))
+  sections = [("rows", "Rows", _rows(card, data)),
+              ("shifts", "What shifted", shifts(card)),
+              ("neighbours", "Neighbours", neighbours(card)),
+              ("agreement", "Agreement", agreement(card)),
+              ("spectra", "Spectra", spectra(card))]
+  if lines := page.lines_of(card.get("reading")):
+    sections.append(("reading", "How the rows were read", page.text_box(
+        "As the log had it", lines, limit=8000)))
   document = page.document(
       f"Selection: {page.plain(card.get('sampler') or 'a sampler')}, "
       f"{page.number(card['selected'])} of {page.number(card['pool'])} rows",
-      [("rows", "Rows", _rows(card, data)),
-       ("shifts", "What shifted", shifts(card)),
-       ("neighbours", "Neighbours", neighbours(card)),
-       ("agreement", "Agreement", agreement(card)),
-       ("spectra", "Spectra", spectra(card))],
-      lede=card.get("about") or None, top=page.join(top),
+      sections, lede=card.get("about") or None, top=page.join(top),
       byline=[f"{page.number(len(data['id']))} rows on this page"],
       style=_file("select.css"), script=_file("select.js"), data=data)
   size = len(document.encode())

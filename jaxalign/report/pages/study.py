@@ -236,6 +236,8 @@ def _data(found: dict) -> Html:
   parts.append(page.table(("Text", "5th percentile", "Median",
                            "95th percentile"), rows, "How long the texts are.")
                if rows else page.absent("The lengths of the texts were"))
+  if lines := page.lines_of(found.get("reading")):
+    parts.append(page.text_box("How the rows were read", lines, limit=8000))
   examples = records(found.get("examples"))
   if examples:
     parts.append(tag("h3", "Rows as read"))
