@@ -87,7 +87,7 @@ def end(folder: pathlib.Path, paths: dict[str, str], kind: Kind,
   flags += [f"--config.{flag}" for flag in (
       f"data.source={paths['good']}", "select.sampler=random",
       "model.layers=1", "model.width=32", "model.heads=2", "model.kv_heads=2",
-      "model.head_size=16", "model.ff=64", "model.vocab_size=300",
+      "model.head_size=16", "model.ff=64",
       "train.batch_size=8")]
   flags += [flag if flag.startswith("--") else f"--config.{flag}" for flag in (
       flag.format(work=folder / "work", **paths) for flag in kind.flags)]
