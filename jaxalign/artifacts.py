@@ -69,11 +69,11 @@ def write_bytes(path: Any, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(data)
     temporary.replace(path)
-  except OSError as error:
-    try:
+  except BaseException as error:  # a signal too leaves no half of a file
+    with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
-    except OSError:
-      pass
+    if not isinstance(error, OSError):
+      raise
     raise WriteError(f"cannot write {path}: {error.strerror or error}; free "
                      "space or permissions, or another --workdir") from error
 

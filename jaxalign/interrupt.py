@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: stop where nothing is lost, and say so.
+"""SIGTERM, SIGHUP and Ctrl-C: stop where nothing is lost, and say so.
 
 Outside the training loop a signal ends the stage at once (a stage is whole or
 absent, so nothing finished is lost). Inside it, the step in flight is
@@ -28,11 +28,16 @@ def _handle(number, frame):
 
 
 def install() -> None:
-  """Takes over SIGTERM and SIGINT; main calls it once, with one process."""
+  """Takes over the signals that end a process; main calls it once.
+
+  Of several processes SIGTERM is the runtime's, and `nohup` ignores SIGHUP.
+  """
   _STATE.update(deferred=False, signal=0)
   signal.signal(signal.SIGINT, _handle)
   if jax.process_count() == 1:
     signal.signal(signal.SIGTERM, _handle)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+      signal.signal(signal.SIGHUP, _handle)
 
 
 def _requested() -> bool:
@@ -74,5 +79,6 @@ def stop_now() -> None:
   """
   if _STATE["signal"] == signal.SIGINT:
     raise KeyboardInterrupt
-  raise RestartError("stopped by SIGTERM; what was finished is kept, run the "
+  name = signal.Signals(_STATE["signal"] or signal.SIGTERM).name
+  raise RestartError(f"stopped by {name}; what was finished is kept, run the "
                      "same command to go on")

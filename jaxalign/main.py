@@ -8,6 +8,8 @@ again, 76 not finite, 130 interrupted.
 """
 
 import ast
+import atexit
+import contextlib
 import errno
 import functools
 import operator
@@ -16,6 +18,7 @@ import pathlib
 import re
 import signal
 import sys
+import threading
 import traceback
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -216,7 +219,8 @@ def command(argv: list[str], doc: str, *, check, work, arms, define=None,
     define: `define(values)` adds flags.
     trains: whether it aligns a policy.
   """
-  print("jaxalign: reading the config", flush=True)
+  from jaxalign import progress
+  progress.say("jaxalign: reading the config")
   return guarded(lambda: _run(_parse(argv, doc, define), argv, check, work,
                               arms, trains))
 
@@ -298,25 +302,45 @@ def _lost_peer(error: BaseException | None) -> bool:
 
 def _fail(message: str, code: int) -> int:
   # One write: a library's thread may be printing a traceback of its own.
-  sys.stderr.write(f"error: {' '.join(message.split())}\n")
-  sys.stderr.flush()
+  with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
   return code
 
 
 def _leave(code: int) -> None:
-  """Exits; with several processes at once, without waiting for the others."""
+  """Ends the process with the job's own code.
+
+  What is left to do at an end is done here, and the interpreter is not taken
+  apart: a C++ thread (of pyarrow's pool, of gRPC) that asks for it meanwhile
+  is cut off inside a destructor, and the process ends with 134 in place of
+  the code. With several processes an error waits for none of the others.
+  """
+  for number in (signal.SIGINT, signal.SIGTERM):  # impatient: end now
+    signal.signal(number, lambda *_: os._exit(code))
   jax = sys.modules.get("jax")
-  if code and jax is not None and jax.distributed.is_initialized():
-    sys.stdout.flush()
-    os._exit(code)
-  sys.exit(code)
+  if not (code and jax is not None and jax.distributed.is_initialized()):
+    try:
+      threading._shutdown()  # pylint: disable=protected-access
+      atexit._run_exitfuncs()  # pylint: disable=protected-access
+    except BaseException:  # it must not take the job's code away
+      traceback.print_exc()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      stream.flush()
+  os._exit(code)
 
 
 def start(run) -> None:
-  """Runs `run(argv) -> exit code` as a command, and exits."""
-  try:
-    status = run(sys.argv)
-  except Exception:  # a bug: the traceback is what helps
+  """Runs `run(argv) -> exit code` as a command, and ends the process."""
+  from jaxalign import progress
+  progress.outlive_readers()
+  ended = []
+  try:  # guarded here too: a second signal may fall into the first one's end
+    status = guarded(lambda: ended.append(run(sys.argv))) or ended[0]
+  except SystemExit as end:  # of --help
+    status = end.code if isinstance(end.code, int) else int(bool(end.code))
+  except BaseException:  # a bug: the traceback is what helps
     traceback.print_exc()
     status = 1
   _leave(status)

@@ -72,7 +72,8 @@ def run(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny",
         command: Any = main.main) -> Ended:
   """Runs a job, or another command, in this process."""
   out, err, code = io.StringIO(), io.StringIO(), None
-  handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+  handlers = {s: signal.getsignal(s) for s in (
+      signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
   path = list(sys.path)
   with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
         warnings.catch_warnings()):
@@ -144,10 +145,7 @@ def start(workdir: Any, *more: str, hook: str = "", env: dict | None = None,
     config: the config file and variant.
   """
   code = (f"import os, signal, sys\n{hook}\nfrom jaxalign import main\n"
-          "try: code = main.main(sys.argv)\n"
-          "except Exception:\n"
-          "  import traceback; traceback.print_exc(); code = 1\n"
-          "main._leave(code)\n")
+          "main.start(main.main)\n")
   return subprocess.Popen(
       [sys.executable, "-u", "-c", code, *flags(workdir, *more, config=config)],
       cwd=ROOT, env=os.environ | (env or {}), text=True,

@@ -105,7 +105,16 @@ def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
 
 def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(sources, "MAX_JSON_BYTES", 1000)
-  source = put(tmp_path / "a.json.gz", gzip.compress(b"[" + b" " * 9999 + b"]"))
+  rows = b'[{"a": 1}, ' + b" " * 9999 + b'{"a": 2}]'
+  source = put(tmp_path / "a.json.gz", gzip.compress(b'{"x": ' + rows + b"}"))
+  with pytest.raises(DataError, match="jsonl"):
+    rows_of(source)
+  # A list is read piece by piece: only its rows have to be held.
+  source = put(tmp_path / "b.json.gz", gzip.compress(rows))
+  assert rows_of(source) == [dict(a=1), dict(a=2)]
+  monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 20)
+  monkeypatch.setattr(sources, "_BLOCK", 1 << 10)
+  source = put(tmp_path / "c.json", b'[{"a": "' + b"x" * (5 << 20) + b'"}]')
   with pytest.raises(DataError, match="jsonl"):
     rows_of(source)
 

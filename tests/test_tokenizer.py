@@ -1,14 +1,18 @@
 """Tokenizers lose nothing, obey no text, and mean the same to transformers."""
 
 import gzip
+import io
 import json
 import random
+import re
 
 import pytest
+import sentencepiece as spm
 from hypothesis import example, given, settings, strategies as st
+from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign.data import tokenizer
-from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.data.tokenizer import Tokenizer, train
 from jaxalign.errors import ConfigError
 
 RNG = random.Random(0)
@@ -156,3 +160,65 @@ def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
   for text, ids in zip(texts, peer(texts).input_ids):
     assert ids == tok.encode(text, begins=True), text
     assert peer.decode(ids, skip_special_tokens=True) == text
+
+
+def written(blocks, rows, seed=0):
+  """Rows of characters of a script, the first ones far more often."""
+  rng = random.Random(seed)
+  return ["".join(chr(rng.choice(blocks) + min(int(rng.expovariate(1 / 400)),
+                                               2000)) for _ in range(80))
+          for _ in range(rows)]
+
+
+SCRIPTS = {
+    "chinese": ["我们可以通过学习人类反馈来训练模型。请问这个问题应该怎么回答？",
+                *written([0x4e00, 0x5e00, 0x6e00], 200)],
+    "japanese": ["日本語の文章、カタカナとひらがな。\n" * 3,
+                 *written([0x3041, 0x4e00, 0x6000], 200)],
+    "korean": ["한국어로 답해 주세요. 감사합니다!",
+               *(" ".join(text[i:i + 4] for i in range(0, 80, 4))
+                 for text in written([0xac00, 0xb400, 0xc400], 200))],
+    "emoji": ["\U0001f469\u200d\U0001f4bb \U0001f468\u200d\U0001f469\u200d"
+              "\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd",
+              *written([0x1f300], 100)],
+    "no two alike": ["".join(map(chr, range(0x4e00, 0x4e00 + 5000)))],
+    "mixed": [f"Question {i}: {zh} -> {ko}"
+              for i, (zh, ko) in enumerate(zip(written([0x4e00, 0x5e00], 200),
+                                               written([0xac00], 200)))],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("size", [261, 300, 1024])
+def test_more_characters_than_pieces_are_spelt_in_bytes(script, size):
+  texts = SCRIPTS[script]
+  tok = Tokenizer.from_bytes(train(texts, size))
+  assert 259 < tok.vocab_size <= size + 1  # the space always has a piece
+  everything = [text for rows in SCRIPTS.values() for text in rows[:20]]
+  for text in [*everything, " two  spaces ", "\ttab\nline\r\n", "a\u2581b"]:
+    assert tok.decode(tok.encode(text)) == text
+  if size == 1024:  # the frequent characters are pieces of their own
+    assert len(tok.encode(texts[-1])) < 2.9 * len(texts[-1])
+
+
+@pytest.mark.parametrize("texts", [["\n\n"], ["\r\n", ""], ["\ud800"]])
+def test_what_cannot_be_trained_on_is_said_in_our_words(texts):
+  with pytest.raises(ConfigError, match="config.model.vocab_size") as error:
+    train(texts, 1024)
+  assert not re.search(r"\.cc|INTERNAL|pybind|C\+\+", str(error.value))
+
+
+def test_a_common_space_leaves_the_model_as_it_was():
+  """A world's tokenizer has the bytes that plain options give."""
+  text = ["the cat sat on the mat, and so did a dog"] * 9
+  out = io.BytesIO()
+  spm.SentencePieceTrainer.train(
+      sentence_iterator=iter(text), model_writer=out, model_type="bpe",
+      vocab_size=300, byte_fallback=True, normalization_rule_name="identity",
+      add_dummy_prefix=False, remove_extra_whitespaces=False,
+      split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+      hard_vocab_limit=False, max_sentence_length=1 << 30, num_threads=1,
+      minloglevel=2, character_coverage=1.0)
+  want = spm_pb2.ModelProto.FromString(out.getvalue())
+  want.trainer_spec.model_prefix = "jaxalign"
+  assert spm_pb2.ModelProto.FromString(train(text, 300)) == want

@@ -38,6 +38,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # piece types
 _OURS = "jaxalign"  # in trainer_spec.model_prefix of a model trained here
 _BPE = 2
 _FIXED = 3 + 256  # controls and bytes, in a tokenizer trained here
+_LEAST_COVERAGE = 0.98  # the share of characters that SentencePiece insists on
 _KNOB = "set config.model.tokenizer"
 
 
@@ -373,17 +374,23 @@ def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
   del seed
   # NUL ends a C string; it stays encodable through its byte piece.
   texts = [text.replace("\0", "") for text in texts]
-  counts = collections.Counter(itertools.chain.from_iterable(texts))
+  counts = collections.Counter(itertools.chain.from_iterable(
+      texts if any(text.strip("\r\n") for text in texts) else ()))
   room = (vocab_size - _FIXED) // 2
   if room < 1 or not counts:
     raise ConfigError(f"no tokenizer of {vocab_size} pieces from {len(texts)} "
                       f"texts of {len(counts)} characters, wanted some text "
                       f"and {_FIXED + 2} pieces or more; set "
                       "config.model.vocab_size")
-  coverage = 1.0
+  coverage, options, least = 1.0, {}, 1
   if len(counts) > room:
-    most = sum(n for _, n in counts.most_common(room))
-    coverage = (most - 0.5) / counts.total()
+    common = counts.most_common(room)
+    least = common[-1][1] + 1  # of those as rare as the last some are left out
+    coverage = (sum(n for _, n in common) - 0.5) / counts.total()
+    if coverage < _LEAST_COVERAGE:  # thousands of Chinese characters, emoji
+      texts, coverage = _cut_at_rare(texts, counts, common), 1.0
+  if counts[" "] < least:  # spelt in bytes it would come back as U+2581
+    options = dict(required_chars=_SPACE)
   out = io.BytesIO()
   try:
     spm.SentencePieceTrainer.train(
@@ -393,11 +400,23 @@ def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
         add_dummy_prefix=False, remove_extra_whitespaces=False,
         split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         hard_vocab_limit=False, character_coverage=coverage,
-        max_sentence_length=1 << 30, num_threads=1, minloglevel=2)
-  except Exception as error:  # the C++ library raises RuntimeError, OSError
+        max_sentence_length=1 << 30, num_threads=1, minloglevel=2, **options)
+  except Exception as error:  # the C++ library's, in words of its own
     raise ConfigError(f"no tokenizer of {vocab_size} pieces could be trained "
-                      f"({error!s:.200}); set config.model.vocab_size"
-                      ) from error
+                      f"on {counts.total():,} characters ({len(counts):,} "
+                      "different ones); set config.model.vocab_size, or give "
+                      "a tokenizer as config.model.tokenizer") from error
   proto = spm_pb2.ModelProto.FromString(out.getvalue())
   proto.trainer_spec.model_prefix = _OURS
   return proto.SerializeToString(deterministic=True)
+
+
+def _cut_at_rare(texts: list[str], counts: collections.Counter,
+                 common: list[tuple[str, int]]) -> list[str]:
+  """The texts cut at every character that is not among the common ones.
+
+  SentencePiece leaves out at most 2 % of a text's characters by itself.
+  """
+  cut = str.maketrans(dict.fromkeys(counts.keys() - dict(common), "\0"))
+  return [part for text in texts for part in text.translate(cut).split("\0")
+          if part]
