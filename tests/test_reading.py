@@ -85,7 +85,7 @@ def test_a_dry_run_of_a_selection_ends_with_the_reading(tmp_path):
   assert ended.code == 0 and not folder.exists()
   assert "read as explicit_pairs" in ended.out
   assert "row 1, id" in ended.out and "  rejected   bad" in ended.out
-  assert "choosing by random" in ended.out and "align" not in ended.out
+  assert "choosing by random" in ended.out and "align random" not in ended.out
 
 
 def test_field_names_and_codes_on_the_command_line(tmp_path):
