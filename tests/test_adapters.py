@@ -342,7 +342,7 @@ def trajectory(shape, lr):
 def test_ten_steps_at_the_default_rate_move_alike_on_every_mesh(shape):
   """Losses within 2e-5 of each other, where they fell by a hundred times
   that; the marin fault (stuck at 0.693 on one mesh) would show."""
-  lr = common.base().lora.lr
+  lr = recipe.LORA_LR
   (one, params), (other, again) = trajectory((1, 1), lr), trajectory(shape, lr)
   for a, b in zip(one, other):
     assert abs(a["loss"] - b["loss"]) < 2e-5
@@ -359,7 +359,7 @@ def test_ten_steps_at_the_default_rate_move_alike_on_every_mesh(shape):
 def test_a_full_run_s_rate_would_hardly_move():
   """What the knob of its own is for."""
   fell = [seen[0]["loss"] - seen[-1]["loss"] for seen, _ in (
-      trajectory((1, 1), lr) for lr in (common.base().lora.lr, 5e-7))]
+      trajectory((1, 1), lr) for lr in (recipe.LORA_LR, 5e-7))]
   assert fell[1] < fell[0] / 50, fell
 
 

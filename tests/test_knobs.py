@@ -7,6 +7,7 @@ import re
 import pytest
 
 from configs import common, dpo_sub, kto_sub
+from jaxalign.data.schemas.fields import TARGETS
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.train.losses import LOSSES
 
@@ -32,6 +33,10 @@ def test_a_named_knob_exists(knob, where):
     table = dict(select=SAMPLERS, loss=LOSSES)[section]
     assert any(name in inspect.signature(f).parameters
                for f in table.values()), f"{where}: nothing takes {name}"
+    return
+  section, _, name = knob.partition("data.fields.")
+  if name:
+    assert name in TARGETS, f"{where}: no schema reads {name}"
     return
   for part in knob.split("."):
     assert part in c, f"{where} names config.{knob}, which does not exist"

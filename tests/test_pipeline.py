@@ -189,6 +189,13 @@ def test_the_reference_numbers_are_those_of_the_embedding_pass(job):
                                   logp[rows])
     np.testing.assert_array_equal(np.load(job / f"runs/{arm}/ref_count.npy"),
                                   count[rows])
+  # A subset has them where its sampler read that pass, as TRL calls them.
+  subset = table(job, f"runs/{ISA}/subset.parquet")
+  np.testing.assert_array_equal(
+      np.float32([[r["ref_chosen_logps"], r["ref_rejected_logps"]]
+                  for r in subset]), np.load(job / f"runs/{ISA}/ref_sum.npy"))
+  assert "ref_chosen_logps" not in table(
+      job, f"runs/{RANDOM}/subset.parquet")[0]
 
 
 def test_training_starts_at_the_reference(job):

@@ -147,7 +147,7 @@ def _from_world(c: Any, folder: epath.Path) -> Rows:
     splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
     seen |= {r["prompt"] for r in splits[name]}
   card = records.data_card(loaded["pool"], splits)
-  card["seen"] = sum(len(rows) for rows in made.values())
+  card |= dict(seen=sum(len(rows) for rows in made.values()), readings=[])
   return Rows(splits, card, "pairs", refused)
 
 

@@ -144,7 +144,9 @@ def run_select(job: Job, arm: Arm) -> None:
       progress.say(f"  {notes[-1]}")
     if notes:
       diagnostics["notes"] = notes
-    read = columns_lib.before(c, columns_lib.stages(c, job.kind, sampler))
+    read = columns_lib.before(c, [
+        *columns_lib.stages(c, job.kind, sampler),
+        *["mixture"] * uses_mixture])
     source = columns_lib.sums(c, job.kind, sampler)
     sums = None
     if job.kind == "pairs" and source in read:
