@@ -12,17 +12,22 @@ rater), or a judge's file with both orders; prints how each column was read,
 Cohen's kappa, Scott's pi and Krippendorff's alpha with 95 % intervals, how
 often a verdict outlives a change of order, and how often the longer answer
 wins. A code whose meaning is not certain is never guessed: --choice says it.
-Exit codes as of jaxalign.main.
+Of a config (--config=...), data.source, data.choice and data.fields are read as
+for selecting. Exit codes as of jaxalign.main.
 """
 
 import collections
+import re
 import sys
 from typing import Any, Sequence
 
 from jaxalign import main as main_lib
 from jaxalign import progress
-from jaxalign.errors import ConfigError
+from jaxalign.errors import ConfigError, WriteError
 
+# What a pair's fields are called here: there, first and second are texts.
+_FIELDS = dict(id="item", prompt="prompt", first="first_text",
+               second="second_text", choice="verdict")
 _RATERS = 100  # told one by one, those with most verdicts
 
 
@@ -49,6 +54,7 @@ def parse(argv: list[str]) -> Any:
   ).items():
     flags.DEFINE_list(name, [], words, flag_values=values)
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
+  argv = _with_config(argv)
   try:
     rest = values(argv)
   except flags.Error as error:
@@ -63,13 +69,35 @@ def parse(argv: list[str]) -> Any:
   return values
 
 
+def _with_config(argv: list[str]) -> list[str]:
+  """The flags with those of a config put in this command's own words."""
+  config = [a for a in argv[1:] if re.match("--?config[.=]", a)]
+  if not config:
+    return argv
+  d = main_lib._parse([argv[0], *config], __doc__).config.data
+  own = [a for a in argv if a not in config]
+  has = lambda name: any(re.match(f"--?{name}(=|$)", a) for a in own)
+  if d.source != "world" and not has("data"):
+    names = [d.source] if isinstance(d.source, str) else list(d.source)
+    own += [f"--data={name}" for name in names]
+  if d.get("choice") and not has("choice"):
+    choice = d.choice if isinstance(d.choice, str) else {
+        k: list(v) if isinstance(v, (list, tuple)) else v
+        for k, v in dict(d.choice).items()}
+    own.append(f"--choice={choice}")
+  fields = {_FIELDS[k]: v for k, v in dict(d.fields).items() if k in _FIELDS}
+  if fields and not has("fields"):
+    own.append(f"--fields={fields}")
+  return own
+
+
 def _files(values: Any) -> dict[str, list[str]]:
   """The files of each flag; what --judges and --humans name beside raters."""
   from jaxalign.data import sources
-  found = {flag: [n for n in values[flag].value
-                  if n.endswith(sources.EXTENSIONS)]
-           for flag in ("judges", "humans")}
-  found["data"] = list(values.data)
+  found = dict(data=list(values.data))
+  for flag in ("judges", "humans"):
+    found[flag] = [n for n in values[flag].value
+                   if n.endswith(sources.EXTENSIONS)]
   if not any(found.values()):
     raise ConfigError("no table; say --data=votes.jsonl")
   return found
@@ -173,10 +201,13 @@ def run(argv: list[str]) -> None:
   found = measure(table, *_sides(values, files, table))
   progress.say(pages.terminal(found))
   if values.output:
-    if values.output.endswith(".json"):
-      artifacts.write_json(values.output, found)
-    else:
-      artifacts.write_bytes(values.output, pages.render(found).encode())
+    try:
+      if values.output.endswith(".json"):
+        artifacts.write_json(values.output, found)
+      else:
+        artifacts.write_bytes(values.output, pages.render(found).encode())
+    except WriteError as error:
+      raise WriteError(str(error).replace("--workdir", "--output")) from error
     progress.say(f"\npage: {values.output}")
 
 

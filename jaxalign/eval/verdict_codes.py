@@ -1,29 +1,38 @@
 """What the words and codes of raters mean: known, told by the user, or asked.
 
-Some words are certain (`A`, `model_b`, `first`, `tie`), some codes are where
-the answers are numbered alike (1 and 2 beside `response1` and `response2`) or
-the layout is a known one. No other is guessed.
+Words are certain (`A`, `model_b`, `first`, `tie`), so are the codes 1 and 2
+where there is no third, and those of a known layout. No other is guessed: 0
+and 1 may count the answers from 0, or say whether the first one won.
 """
 
 import ast
 import collections
 import math
 import re
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple, Sequence
 
 from jaxalign.errors import ConfigError
 
 LABELS = "labels"  # compare the labels as they stand
 NAMES = "names"  # a verdict is the name of the winner
 _SIDES = ("first", "second", "tie")
-_ANSWER = (r"(?:model|answer|response|assistant|output|option|completion|"
-           r"candidate|conversation|system|summary|text)")
-_WORDS = {"first": rf"first(_{_ANSWER})?|({_ANSWER}_?)?a|{_ANSWER}_?1",
-          "second": rf"second(_{_ANSWER})?|({_ANSWER}_?)?b|{_ANSWER}_?2",
-          "tie": r"tie|ties|tied|draw|equal|same|tie_\(?both_?bad\)?|both_?bad"}
+_ANSWERS = ("model", "answer", "response", "assistant", "output", "option",
+            "completion", "candidate", "conversation", "chat", "system",
+            "summary", "text", "human_ref")
+_ONE = {"first": ("first", "a", "left", "a>b", "a>>b", "b<a", "b<<a"),
+        "second": ("second", "b", "right", "b>a", "b>>a", "a<b", "a<<b"),
+        "tie": ("tie", "ties", "tied", "draw", "equal", "same", "both",
+                "neither", "both_good", "both_bad", "bothbad", "tie_bothbad",
+                "tie_(bothbad)", "tie(bothbad)", "a=b", "b=a")}
+WORDS = {word: side for side, words in _ONE.items() for word in words} | {
+    f"{name}{mark}{letter}": side for name in _ANSWERS for mark in ("_", "")
+    for letter, side in (("a", "first"), ("b", "second"))} | {
+        f"{side}_{name}": side for name in _ANSWERS
+        for side in ("first", "second")}
+_NAMED = re.compile(rf"(?:{'|'.join(_ANSWERS)})_?([012])")
 _NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?")
 _LOST = 0.2  # of a column's verdicts that may be no known word
-_EXAMPLE = "--choice=\"{'first': [1], 'second': [2], 'tie': [0]}\""
+_EXAMPLE = "--choice=\"{'first': [...], 'second': [...], 'tie': [...]}\""
 
 
 class Choice(NamedTuple):
@@ -57,30 +66,29 @@ def code(value: Any) -> str | None:
   return re.sub(r"[\s_-]+", "_", text.casefold())[:100] or None
 
 
-def side(word: str) -> str | None:
+def side(word: str | None) -> str | None:
   """"first", "second" or "tie" where the word is certain, else None."""
-  return next((s for s, words in _WORDS.items() if re.fullmatch(words, word)),
-              None)
+  return WORDS.get(word)
 
 
-def parse_choice(text: str | None) -> Choice:
-  """The value of --choice.
+def parse_choice(text: Any) -> Choice:
+  """The value of --choice: a text, or the dict itself; None says nothing.
 
   Raises:
     ConfigError: it is neither a dict of codes nor a known word.
   """
-  if text is None:
+  if text is None or text == "":
     return Choice()
   if text in (LABELS, NAMES):
     return Choice(word=text)
   try:
-    value = ast.literal_eval(text)
+    value = ast.literal_eval(text) if isinstance(text, str) else dict(text)
   except (ValueError, SyntaxError, TypeError, MemoryError,
           RecursionError):
     value = None
   if not isinstance(value, dict) or not value.keys() <= set(_SIDES) or not (
       {"first", "second"} <= value.keys()):
-    raise ConfigError(f"--choice={text[:80]!r}, wanted {_EXAMPLE}, or "
+    raise ConfigError(f"--choice={str(text)[:80]!r}, wanted {_EXAMPLE}, or "
                       f"{LABELS!r} (compare labels as they stand), or "
                       f"{NAMES!r} (a verdict is the winner's name)")
   out: dict[str, str] = {}
@@ -102,8 +110,7 @@ class Meaning(NamedTuple):
 
 
 def meaning(counts: Mapping[str, int], choice: Choice, *, where: str,
-            known: Mapping[str, str], numbered: bool, forgiving: bool
-            ) -> Meaning:
+            known: Mapping[str, str], forgiving: bool) -> Meaning:
   """What the codes of one file's verdicts mean.
 
   Args:
@@ -111,20 +118,20 @@ def meaning(counts: Mapping[str, int], choice: Choice, *, where: str,
     choice: what the user says.
     where: file and columns, for messages.
     known: code -> side where the layout is a known one.
-    numbered: the answers' columns are numbered 1 and 2.
     forgiving: an unknown word is an unparsable verdict, however many.
 
   Raises:
     ConfigError: a code whose meaning is not certain.
   """
   numbers = {c for c in counts if _NUMBER.fullmatch(c)}
-  by_number = {"1": "first", "2": "second"} if (
-      numbered and numbers == {"1", "2"}) else {}
+  named = {c: m[1] for c in counts if (m := _NAMED.fullmatch(c))}
+  by_number = _in_order(named or dict(zip(numbers, numbers)),
+                        [("1", "2"), ("0", "1")] if named else [("1", "2")])
   sides, ways, lost = {}, set(), collections.Counter()
   for c, n in counts.items():
     for way, found in (("--choice", choice.codes.get(c)),
                        ("the layout", known.get(c)), ("the word", side(c)),
-                       ("the answers' numbers", by_number.get(c))):
+                       ("the answers' number", by_number.get(c))):
       if found:
         sides[c] = found
         ways.add(way)
@@ -132,7 +139,8 @@ def meaning(counts: Mapping[str, int], choice: Choice, *, where: str,
     else:
       lost[c] += n
   total = sum(counts.values())
-  codes = [c for c in lost if c in numbers or c in ("true", "false")]
+  codes = [c for c in lost if c in numbers or c in named
+           or c in ("true", "false")]
   if (codes and not choice.codes) or not forgiving and (
       sum(lost.values()) > _LOST * total):
     raise ConfigError(
@@ -141,6 +149,15 @@ def meaning(counts: Mapping[str, int], choice: Choice, *, where: str,
         f"--choice={LABELS}")
   sides |= dict.fromkeys(lost)
   return Meaning(sides, ", ".join(sorted(ways)), dict(lost))
+
+
+def _in_order(found: Mapping[str, str], pairs: Sequence[tuple[str, str]]
+              ) -> dict[str, str]:
+  """The sides of codes that hold exactly the numbers of one of the pairs."""
+  for low, high in pairs:
+    if set(found.values()) == {low, high}:
+      return {c: "first" if n == low else "second" for c, n in found.items()}
+  return {}
 
 
 def _list(codes: Mapping[str, int], limit: int = 6) -> str:

@@ -25,7 +25,8 @@ _RATERS = ("rater", "rater_id", "annotator", "annotator_id", "judge",
            "judge_id", "judge_name", "judge_model", "evaluator", "worker",
            "worker_id", "labeler", "labeller", "reviewer", "user", "user_id")
 _VERDICTS = ("verdict", "winner", "choice", "preference", "preferred", "vote",
-             "judgment", "judgement", "decision", "label", "gold",
+             "judgment", "judgement", "decision", "label", "labels",
+             "gold",
              "preference_strength", "overall_preference", "gpt_result")
 _TRUTH = ("label", "gold")
 _PEOPLE = r"annotator|rater|human|coder|expert|worker|labell?er|reviewer"
@@ -33,8 +34,8 @@ _COLUMN = re.compile(rf"(?:{_PEOPLE}|judge|evaluator)[ _-]?(?:\d+|[a-z])",
                      re.IGNORECASE)
 _NAMES = ("model", "generator", "system", "policy", "llm", "assistant")
 _TEXTS = ("response", "output", "answer", "completion", "conversation",
-          "reply", "generation", "candidate", "summary", "text", "story")
-_ENDS = (("1", "2"), ("a", "b"))
+          "reply", "generation", "candidate", "summary", "text", "humanref")
+_ENDS = (("1", "2"), ("a", "b"), ("0", "1"))
 _SIGNED = {str(i): "first" if i < 0 else "second" if i else "tie"
            for i in range(-3, 4)}
 _SEEN = 1000  # rows whose columns are looked at
@@ -63,12 +64,6 @@ class Layout(NamedTuple):
   rater: str = ""
   known: Mapping[str, str] = {}  # code -> side, of a known layout
   forgiving: bool = False  # what is no known word is an unparsable verdict
-
-  @property
-  def numbered(self) -> bool:
-    """Whether the answers' columns are numbered 1 and 2."""
-    return any(two and two[0].endswith("1") and two[1].endswith("2")
-               for two in (self.texts, self.names))
 
   @property
   def answers(self) -> tuple[str, str]:
@@ -164,6 +159,12 @@ def _certain(rows: Sequence[dict], path: str) -> bool:
   return {"first", "second"} <= sides and None not in sides
 
 
+def _few(rows: Sequence[dict], path: str) -> bool:
+  """Whether a column has so few different values that it may be a rater's."""
+  found = {codes.code(at(row, path)) for row in rows} - {None}
+  return 1 < len(found) < 6 and not any(c.startswith("a ") for c in found)
+
+
 def _item(columns: Sequence[str], rows: Sequence[dict], long: bool,
           fields: Mapping[str, str]) -> tuple[str, ...]:
   """The columns that name an item; none where the texts do."""
@@ -240,8 +241,8 @@ def _known_codes(columns: Sequence[str], rows: Sequence[dict],
       and layout.texts == ("output_1", "output_2")):
     return layout._replace(name=f"{layout.name} (AlpacaEval)", known={
         "0": "tie", "1": "first", "1.5": "tie", "2": "second"})
-  if (layout.numbered and list(verdicts) in (
-      ["preference_strength"], ["overall_preference"])):
+  if layout.texts and list(verdicts) in (["preference_strength"],
+                                         ["overall_preference"]):
     return layout._replace(name=f"{layout.name} (HelpSteer)", known=_SIGNED)
   return layout
 
@@ -293,11 +294,13 @@ def detect(rows: Sequence[dict], file: str, stem: str,
   if not chosen:
     chosen = [c for c in free if c == verdict or _certain(some, c)]
   if not chosen:
+    likely = [c for c in free if _few(some, c)]
     raise DataError(
         f"{file}: no verdicts found in the columns {_names(columns)}; wanted "
         f"a rater ({', '.join(_RATERS[:3])}, ...) and a verdict "
         f"({', '.join(_VERDICTS[:3])}, ...), or a column for each rater "
-        "(annotator1, annotator2, ...); name them with --raters=a,b or "
+        "(annotator1, annotator2, ...); name them with --raters="
+        f"{','.join(likely[:6]) or 'a,b'} or "
         "--fields=\"{'rater': ..., 'verdict': ...}\"")
   layout = Layout(
       "one row an item, a column for each rater", tuple(

@@ -195,8 +195,7 @@ def _meaning(file: _File, choice: Choice) -> codes.Meaning:
         c: n for c, n in counts.items() if not sides[c]})
   return codes.meaning(
       counts, choice, where=f"{file.name}, {', '.join(columns[:4])}",
-      known=file.layout.known, numbered=file.layout.numbered,
-      forgiving=file.layout.forgiving)
+      known=file.layout.known, forgiving=file.layout.forgiving)
 
 
 def _not_judged(cell: _Cell, file: _File) -> bool:

@@ -12,12 +12,23 @@ from jaxalign.report.pages.run import fields, items, records
 _SHARE = run.Metric("")  # shown in percent
 _PLAIN = run.Metric("", share=False)
 _BARS = 30  # pairs of raters in the chart
-_WIDTH = 28  # of a name in the text
+_WIDTH = 44  # of a name in the text
 
 
 def _flat(value: Any, limit: int = 200) -> str:
   """Text from data in one line that a terminal cannot obey."""
   return charts.shorten(value, limit)
+
+
+def _exact(found: Any) -> str:
+  """A measure to four places, its interval to three."""
+  found = fields(found)
+  value, low, high = (page.finite(found.get(k)) for k in ("value", "low",
+                                                          "high"))
+  if value is None:
+    return page.MISSING
+  ends = "" if None in (low, high) else f" [{low:.3f}, {high:.3f}]"
+  return (f"{value:.4f}" + ends).replace("-", "−")
 
 
 def _pairs(found: dict) -> list[tuple[str, dict]]:
@@ -26,15 +37,20 @@ def _pairs(found: dict) -> list[tuple[str, dict]]:
 
 
 def _alpha(found: dict) -> str:
-  """Alpha over all raters, in a sentence."""
-  among = fields(found.get("among"))
+  """Alpha over the humans, or over all raters, in a sentence."""
+  judged = fields(fields(found.get("judged")).get("humans"))
+  if len(fields(judged.get("between"))):  # a judge is no part of the bar
+    return _sentence(judged, "the humans")
+  return _sentence(fields(found.get("among")), "all raters")
+
+
+def _sentence(among: dict, whom: str) -> str:
   alpha = fields(among.get("alpha"))
   if page.finite(alpha.get("value")) is None:
     why = ("no pair was judged by two raters" if not alpha.get("units") else
            "all labels are the same")
     return f"Krippendorff's alpha cannot be told: {why}."
-  return (f"Krippendorff's alpha over all raters: "
-          f"{run.measured(_PLAIN, alpha)}, on "
+  return (f"Krippendorff's alpha over {whom}: {_exact(alpha)}, on "
           f"{page.number(alpha.get('units'))} pairs that two or more judged.")
 
 
@@ -226,18 +242,18 @@ def terminal(found: dict[str, Any]) -> str:
     out += ["", _columns(
         ["raters", "same, %", "kappa", "Scott's pi", "alpha", "pairs"],
         [[_cut(name), _value(_SHARE, one.get("agreement")),
-          *(_value(_PLAIN, one.get(k)) for k in ("kappa", "pi", "alpha")),
+          *(_exact(one.get(k)) for k in ("kappa", "pi", "alpha")),
           page.number(fields(one.get("agreement")).get("n"))]
          for name, one in pairs])]
   for name, one in fields(fields(found["judged"]).get("judges")).items():
-    lines = [[rule, _value(_SHARE, v["agreement"]),
-              *(_value(_PLAIN, v[k]) for k in ("kappa", "pi", "alpha")),
+    lines = [[v["rule"] if one["unparsable"] else "all verdicts could be read",
+              _value(_SHARE, v["agreement"]),
+              *(_exact(v[k]) for k in ("kappa", "pi", "alpha")),
               page.number(v["agreement"]["n"])]
-             for rule, v in one["against"].items()]
-    out += ["", f"{_cut(name)} against the majority of the humans "
-            "(the first column: what an unreadable verdict counts as)",
-            _columns(["rule", "same, %", "kappa", "Scott's pi", "alpha",
-                      "pairs"], lines)]
+             for v in one["against"].values()]
+    out += ["", _columns([f"{_cut(name)} against the majority", "same, %",
+                          "kappa", "Scott's pi", "alpha", "pairs"],
+                         lines if one["unparsable"] else lines[:1])]
     errors = fields(fields(one.get("lengths")).get("errors"))
     if errors.get("n"):
       out.append(f"its errors towards the longer answer: "
@@ -249,10 +265,11 @@ def terminal(found: dict[str, Any]) -> str:
       rows.append([
           _cut(one["name"]), page.number(one["verdicts"]),
           page.number(one["ties"]), page.number(one["unparsable"]),
-          _value(_SHARE, orders["consistent"]), _value(_SHARE, orders["first"]),
+          _value(_SHARE, orders["consistent"]), _exact(orders["kappa"]),
+          _value(_SHARE, orders["first"]),
           _value(_SHARE, lengths.get("longer")),
           _value(_PLAIN, lengths.get("slope"))])
     out += ["", _columns(
         ["rater", "verdicts", "ties", "not read", "both orders alike, %",
-         "first wins, %", "longer wins, %", "log-odds a sd of length"], rows)]
+         "their kappa", "first wins, %", "longer wins, %", "log-odds a sd of length"], rows)]
   return "\n".join([*out, *_more(found), "[...]: 95 % intervals"])
