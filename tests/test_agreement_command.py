@@ -422,6 +422,7 @@ def test_a_column_of_free_text_holds_no_labels(tmp_path):
     table(tmp_path, rows, "labels", raters=["ann", "ben"])
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_a_config_s_rows_are_read_as_for_selecting(tmp_path):
   rows = [dict(qid=i, one="a" * i, two="b", who=r, vote=v)
           for i in range(1, 4) for r, v in zip("xy", "AB")]
