@@ -278,7 +278,8 @@ def test_files_are_joined_by_item_and_named_apart(tmp_path):
 def test_an_item_without_texts_that_stands_for_two_pairs_is_refused(tmp_path):
   written(tmp_path, [dict(id=1, response1="a", response2=b, ann="A", ben="B")
                      for b in "bc"] + [dict(id=2, ann="B", ben="A")])
-  written(tmp_path, [dict(id=1, verdict="A"), dict(id=2, verdict="B")], "j.jsonl")
+  written(tmp_path, [dict(id=1, verdict="A"), dict(id=2, verdict="B")],
+          "j.jsonl")
   found = verdict_tables.read([str(tmp_path / "votes.jsonl"),
                                str(tmp_path / "j.jsonl")],
                               verdict_codes.Choice())
@@ -320,7 +321,8 @@ def test_labels_are_compared_as_they_stand(tmp_path):
   """Agreement needs no meaning: any raters of anything."""
   words = ["spam", "ham", "ham", "eggs", "spam", "ham"]
   other = ["spam", "ham", "eggs", "eggs", "ham", "ham"]
-  rows = [dict(id=i, ann=a, ben=b) for i, (a, b) in enumerate(zip(words, other))]
+  rows = [dict(id=i, ann=a, ben=b)
+          for i, (a, b) in enumerate(zip(words, other))]
   path = written(tmp_path, rows)
   found = numbers(tmp_path, f"--data={path}", "--raters=ann,ben",
                   "--choice=labels")
@@ -360,7 +362,8 @@ def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
   good = dict(item=1, first="m", second="k", rater="ann", verdict="A")
   lines = [good, good | dict(rater="ben"), good | dict(item=None),
            good | dict(second="m"), good | dict(verdict="B"),
-           good | dict(rater=" "), good]
+           good | dict(rater=" "), good,
+           good | dict(item=2, verdict="")]
   path = written(tmp_path, lines)
   path.write_text(path.read_text() + "{broken\n[]\n")
   page = tmp_path / "page.html"
@@ -371,9 +374,9 @@ def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
                 "1 with a model against itself (line 4)",
                 "1 with judged twice and differently, of which the first is "
                 "kept (line 5)", "1 with no rater (line 6)",
-                "1 with malformed JSON (line 8)",
-                "1 with not an object (line 9)",
-                "1 verdicts stand there twice"):
+                "1 with malformed JSON (line 9)",
+                "1 with not an object (line 10)",
+                "1 verdicts stand there twice", "1 cells are empty"):
     assert reason in text and reason in told
   assert "Not all rows could be read" in told
 

@@ -42,7 +42,7 @@ _SEEN = 1000  # rows whose columns are looked at
 _LONG = 60  # characters, above which a model's name is an answer's text
 
 
-class Column(NamedTuple):
+class VerdictColumn(NamedTuple):
   """One column that holds verdicts."""
 
   path: str
@@ -52,11 +52,11 @@ class Column(NamedTuple):
   identity: bool = False  # means an answer, in whatever order it was shown
 
 
-class Layout(NamedTuple):
+class TableLayout(NamedTuple):
   """Where everything stands; paths are as of `at`."""
 
   name: str
-  columns: tuple[Column, ...]
+  columns: tuple[VerdictColumn, ...]
   item: tuple[str, ...] = ()  # none: the texts are the item
   prompt: tuple[str, ...] = ()
   names: tuple[str, str] | None = None
@@ -187,49 +187,52 @@ def _is_both_orders(row: Any) -> bool:
 
 
 def _known(columns: Sequence[str], rows: Sequence[dict], stem: str
-           ) -> Layout | None:
+           ) -> TableLayout | None:
   """A layout known as a whole."""
   has = lambda *names: set(names) <= set(columns)
   if has("results", "output_1", "output_2") and any(map(_is_both_orders,
                                                         rows)):
     most = max(len(r["results"]) for r in rows if _is_both_orders(r))
     name = re.sub(r"^judge[-_]", "", stem)
-    found = [Column(f"results.{i}.swap = {swap}.winner", name, "judge", swap,
-                    True) for i in range(min(most, 100))
-             for swap in (False, True)]
+    found = [VerdictColumn(f"results.{i}.swap = {swap}.winner", name, "judge",
+                           swap, True)
+             for i in range(min(most, 100)) for swap in (False, True)]
     if "label" in columns:
-      found.append(Column("label", "label", "human"))
-    return Layout("a judge's verdicts in both orders (LLMBar)", tuple(found),
-                  texts=("output_1", "output_2"), prompt=("input",),
-                  known={"1": "first", "2": "second"}, forgiving=True)
+      found.append(VerdictColumn("label", "label", "human"))
+    return TableLayout(
+        "a judge's verdicts in both orders (LLMBar)", tuple(found),
+        texts=("output_1", "output_2"), prompt=("input",),
+        known={"1": "first", "2": "second"}, forgiving=True)
   if has("question_id", "model_1", "model_2", "g1_winner", "g2_winner"):
     rater = "judge" if "judge" in columns else ""
-    return Layout("a judge's verdicts in both orders (MT-bench)", (
-        Column("g1_winner", "" if rater else stem, "judge", False, True),
-        Column("g2_winner", "" if rater else stem, "judge", True, True)),
+    return TableLayout("a judge's verdicts in both orders (MT-bench)", (
+        VerdictColumn("g1_winner", "" if rater else stem, "judge", False, True),
+        VerdictColumn("g2_winner", "" if rater else stem, "judge", True, True)),
         item=("question_id", *(("turn",) if "turn" in columns else ())),
         names=("model_1", "model_2"), rater=rater, forgiving=True)
   if has("id", "prompt", "ours", "theirs", "said"):
-    return Layout("a judge's verdicts in both orders (verdicts.jsonl)", (
-        Column("said.0", stem, "judge"),
-        Column("said.1", stem, "judge", True)), item=("id",),
+    return TableLayout("a judge's verdicts in both orders (verdicts.jsonl)", (
+        VerdictColumn("said.0", stem, "judge"),
+        VerdictColumn("said.1", stem, "judge", True)), item=("id",),
         prompt=("prompt",), texts=("ours", "theirs"), forgiving=True)
   if has("summaries", "choice", "worker"):
-    return Layout("comparisons of summaries (OpenAI)",
-                  (Column("choice", "", "human"),), item=("info.id",),
-                  prompt=("info.post",), rater="worker",
-                  texts=("summaries.0.text", "summaries.1.text"),
-                  known={"0": "first", "1": "second"})
+    return TableLayout(
+        "comparisons of summaries (OpenAI)",
+        (VerdictColumn("choice", "", "human"),), item=("info.id",),
+        prompt=("info.post",), rater="worker",
+        texts=("summaries.0.text", "summaries.1.text"),
+        known={"0": "first", "1": "second"})
   if has("gpt_result", "idx"):
     name = stem.removesuffix("-testset-v1")
-    return Layout("a judge's verdicts (PandaLM)",
-                  (Column("gpt_result", name, "judge"),), item=("idx",),
-                  known={"1": "first", "2": "second"}, forgiving=True)
+    return TableLayout(
+        "a judge's verdicts (PandaLM)",
+        (VerdictColumn("gpt_result", name, "judge"),), item=("idx",),
+        known={"1": "first", "2": "second"}, forgiving=True)
   return None
 
 
 def _known_codes(columns: Sequence[str], rows: Sequence[dict],
-                 verdicts: Sequence[str], layout: Layout) -> Layout:
+                 verdicts: Sequence[str], layout: TableLayout) -> TableLayout:
   """Codes that the columns of a layout make certain."""
   found = {codes.code(at(row, path)) for row in rows for path in verdicts}
   if (layout.texts == ("response1", "response2")
@@ -249,7 +252,7 @@ def _known_codes(columns: Sequence[str], rows: Sequence[dict],
 
 def detect(rows: Sequence[dict], file: str, stem: str,
            raters: Sequence[str] = (), fields: Mapping[str, str] = {}
-           ) -> Layout:
+           ) -> TableLayout:
   """The layout of a file.
 
   Args:
@@ -281,9 +284,9 @@ def detect(rows: Sequence[dict], file: str, stem: str,
   rater = fields.get("rater") or _first(free, _RATERS)
   verdict = fields.get("verdict") or _first(free, _VERDICTS)
   if rater and verdict and not raters:
-    layout = Layout("one verdict a row", (Column(verdict, ""),),
-                    rater=rater, prompt=prompt, **answers,
-                    item=_item(free, rows, True, fields))
+    layout = TableLayout(
+        "one verdict a row", (VerdictColumn(verdict, ""),), rater=rater,
+        prompt=prompt, item=_item(free, rows, True, fields), **answers)
     return _known_codes(columns, rows, [verdict], layout)
   taken = _item(free, rows, False, fields)
   free = [c for c in free if c not in taken]
@@ -302,19 +305,19 @@ def detect(rows: Sequence[dict], file: str, stem: str,
         "(annotator1, annotator2, ...); name them with --raters="
         f"{','.join(likely[:6]) or 'a,b'} or "
         "--fields=\"{'rater': ..., 'verdict': ...}\"")
-  layout = Layout(
+  layout = TableLayout(
       "one row an item, a column for each rater", tuple(
           _column(c, stem if c.casefold() in _VERDICTS and not raters else c)
           for c in chosen), prompt=prompt, item=taken, **answers)
   return _known_codes(columns, rows, chosen, layout)
 
 
-def _column(path: str, name: str) -> Column:
+def _column(path: str, name: str) -> VerdictColumn:
   if path in _TRUTH:
-    return Column(path, path, "human")
+    return VerdictColumn(path, path, "human")
   role = "human" if re.match(_PEOPLE, path, re.IGNORECASE) else (
       "judge" if path.casefold().startswith("judge") else "")
-  return Column(path, name, role)
+  return VerdictColumn(path, name, role)
 
 
 def _names(columns: Sequence[str], limit: int = 12) -> str:
@@ -323,7 +326,7 @@ def _names(columns: Sequence[str], limit: int = 12) -> str:
       f" and {more:,} more" if more > 0 else "")
 
 
-def described(layout: Layout, rows: Sequence[dict]) -> list[str]:
+def described(layout: TableLayout, rows: Sequence[dict]) -> list[str]:
   """What each column became, in lines."""
   columns = list(dict.fromkeys(c for row in rows[:_SEEN] for c in row))
   raters = list(dict.fromkeys(
@@ -348,7 +351,8 @@ def described(layout: Layout, rows: Sequence[dict]) -> list[str]:
   return out + ([f"not used: {_names(unused)}"] if unused else [])
 
 
-def verdicts(layout: Layout, row: dict) -> Iterator[tuple[Column, str, Any]]:
+def verdicts(layout: TableLayout, row: dict
+             ) -> Iterator[tuple[VerdictColumn, str, Any]]:
   """(column, rater, value) of every cell of a row that may hold a verdict.
 
   A cell that is not there is passed over where one row holds one order or

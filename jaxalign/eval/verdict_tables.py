@@ -13,7 +13,7 @@ from jaxalign.eval import verdict_codes as codes
 from jaxalign.eval import verdict_layouts as layouts
 from jaxalign.eval.agreement import Pair, Verdict
 from jaxalign.eval.verdict_codes import Choice
-from jaxalign.eval.verdict_layouts import Column, Layout
+from jaxalign.eval.verdict_layouts import VerdictColumn, TableLayout
 
 _EXAMPLES = 2  # rows shown as they were understood
 _LABELS = 100  # different ones, above which a column holds no labels
@@ -38,7 +38,7 @@ class _Cell(NamedTuple):
   texts: tuple[bytes, bytes] | None  # digests
   sizes: tuple[float, float] | None
   rater: str
-  column: Column
+  column: VerdictColumn
   code: str | None  # None: an empty cell
 
 
@@ -46,7 +46,7 @@ class _File(NamedTuple):
   """One file's verdicts, before it is known what their codes mean."""
 
   name: str
-  layout: Layout
+  layout: TableLayout
   rows: int
   cells: list[_Cell]
   refused: dict[str, list[Where]]
@@ -98,7 +98,7 @@ def _word(value: Any) -> str:
   return repr(value)
 
 
-def _item(layout: Layout, row: dict, texts: Sequence[str | None],
+def _item(layout: TableLayout, row: dict, texts: Sequence[str | None],
           number: int) -> str:
   """What names the item of a row; "" where nothing does."""
   if layout.item:
@@ -329,9 +329,10 @@ def _add(table: Table, file: _File, answers: _Answers, choice: Choice,
   """Adds one file's verdicts to the table, and how they were read."""
   as_is = choice.word == codes.LABELS
   meaning = codes.Meaning({}, "", {}) if as_is else _meaning(file, choice)
-  refused, repeats, given = dict(file.refused), 0, 0
+  refused, repeats, given, empty = dict(file.refused), 0, 0, 0
   for cell in file.cells:
     if _not_judged(cell, file) or (as_is and cell.code is None):
+      empty += 1
       continue
     names = answers.names(cell)
     if names is None:
@@ -367,6 +368,8 @@ def _add(table: Table, file: _File, answers: _Answers, choice: Choice,
   lines = [*file.lines, *(
       ["labels are compared as they stand: no order, no lengths"] if as_is
       else codes.described(meaning, *file.layout.answers))]
+  if empty:
+    lines.append(f"{empty:,} cells are empty: no verdict")
   if repeats:
     lines.append(f"{repeats:,} verdicts stand there twice, with the same word")
   lines += [f"refused: {len(places):,} with {reason} ({_where(places)})"

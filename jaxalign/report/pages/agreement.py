@@ -271,5 +271,6 @@ def terminal(found: dict[str, Any]) -> str:
           _value(_PLAIN, lengths.get("slope"))])
     out += ["", _columns(
         ["rater", "verdicts", "ties", "not read", "both orders alike, %",
-         "their kappa", "first wins, %", "longer wins, %", "log-odds a sd of length"], rows)]
+         "their kappa", "first wins, %", "longer wins, %",
+         "log-odds a sd of length"], rows)]
   return "\n".join([*out, *_more(found), "[...]: 95 % intervals"])
