@@ -149,6 +149,10 @@ LAYOUTS = {
             dict(text="one", policy="s"), dict(text="two", policy="s")])
          for w, c in (("x", 0), ("y", 1))],
         {("t", ONE, TWO, "x", "first"), ("t", ONE, TWO, "y", "second")}),
+    "long, whose id numbers the rows": (
+        [dict(id=100 + i, prompt="p", response_a="a", response_b="b", rater=r,
+              verdict=v) for i, (r, v) in enumerate((("x", "A"), ("y", "B")))],
+        {("p", ONE, TWO, "x", "first"), ("p", ONE, TWO, "y", "second")}),
     "wide, PandaLM's": (
         [dict(idx=3, response1="a", response2="b", annotator1=0, annotator2=2,
               annotator3=1)],
@@ -298,7 +302,7 @@ def wide(codes, columns=("rater1", "rater2")):
 @pytest.mark.parametrize("codes", [
     [0, 1, 1], ["0", "1", "0"], [True, False, True], [0, 1, 2], [1, 1],
     [-3, -1, 0, 2], [1, 2, 3], ["yes", "no", "yes"], ["A", "B", "who knows"],
-    [0.25, 0.75]])
+    [0.25, 0.75], ["A", "B"] * 9 + [0], [1, 2] * 9 + [3]])
 def test_a_code_that_is_not_certain_is_asked_for(codes, tmp_path, capsys):
   path = written(tmp_path, wide(codes))
   assert run(f"--data={path}") == 64
