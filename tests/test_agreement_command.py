@@ -153,6 +153,10 @@ LAYOUTS = {
         [dict(id=100 + i, prompt="p", response_a="a", response_b="b", rater=r,
               verdict=v) for i, (r, v) in enumerate((("x", "A"), ("y", "B")))],
         {("p", ONE, TWO, "x", "first"), ("p", ONE, TWO, "y", "second")}),
+    "long, of one rater": (  # an id that may stand in other files
+        [dict(id=i, prompt="p", response_a="a", response_b="b", rater="x",
+              verdict=v) for i, v in enumerate("AB")],
+        {("0", ONE, TWO, "x", "first"), ("1", ONE, TWO, "x", "second")}),
     "wide, PandaLM's": (
         [dict(idx=3, response1="a", response2="b", annotator1=0, annotator2=2,
               annotator3=1)],

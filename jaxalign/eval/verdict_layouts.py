@@ -8,7 +8,6 @@ one verdict a row, with a rater's column, or a column for each rater.
 """
 
 import ast
-import collections
 import re
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
@@ -123,10 +122,10 @@ def _first(columns: Sequence[str], names: Sequence[str]) -> str:
   return next((plain[n] for n in names if n in plain), "")
 
 
-def _repeats(rows: Sequence[dict], path: str) -> bool:
-  """Whether any value stands in two rows."""
-  seen = collections.Counter(repr(at(row, path))[:500] for row in rows)
-  return len(seen) < len(rows)
+def _different(rows: Sequence[dict], path: str) -> tuple[int, int]:
+  """How many different values a column has, and how many in all."""
+  found = [repr(v)[:500] for row in rows if (v := at(row, path)) is not None]
+  return len(set(found)), len(found)
 
 
 def _answers(columns: Sequence[str], rows: Sequence[dict],
@@ -165,16 +164,25 @@ def _few(rows: Sequence[dict], path: str) -> bool:
   return 1 < len(found) < 6 and not any(c.startswith("a ") for c in found)
 
 
-def _item(columns: Sequence[str], rows: Sequence[dict], long: bool,
-          fields: Mapping[str, str]) -> tuple[str, ...]:
-  """The columns that name an item; none where the texts do."""
+def _item(columns: Sequence[str], rows: Sequence[dict], rater: str,
+          by_text: bool, fields: Mapping[str, str]) -> tuple[str, ...]:
+  """The columns that name an item; none where the texts do.
+
+  Args:
+    columns: that may.
+    rows: all.
+    rater: the column that names raters; "" where a row is an item.
+    by_text: whether texts could name it.
+    fields: as the user says.
+  """
   if "item" in fields:
     return (fields["item"],)
   plain = {c.casefold(): c for c in reversed(columns)}
   found = [plain[n] for n in _ITEMS if n in plain]
-  if long:  # a number of the row itself is no item
-    found = [c for c in found if _repeats(rows, c)] or (
-        [] if any(c in columns for c in _PROMPTS) else found)
+  if rater and by_text and _different(rows, rater)[0] > 1:
+    # Several raters and no value twice: the number of the row, not an item.
+    counts = {c: _different(rows, c) for c in found}
+    found = [c for c in found if counts[c][0] < counts[c][1]]
   turn = tuple(c for c in ("turn",) if c in columns)
   return (found[0], *turn) if found else ()
 
@@ -286,9 +294,11 @@ def detect(rows: Sequence[dict], file: str, stem: str,
   if rater and verdict and not raters:
     layout = TableLayout(
         "one verdict a row", (VerdictColumn(verdict, ""),), rater=rater,
-        prompt=prompt, item=_item(free, rows, True, fields), **answers)
+        prompt=prompt, **answers,
+        item=_item(free, rows, rater, bool(prompt or answers["texts"]),
+                   fields))
     return _known_codes(columns, rows, [verdict], layout)
-  taken = _item(free, rows, False, fields)
+  taken = _item(free, rows, "", False, fields)
   free = [c for c in free if c not in taken]
   chosen = list(raters)
   if not chosen and "verdict" in fields:
