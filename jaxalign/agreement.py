@@ -134,6 +134,11 @@ def _sides(values: Any, files: dict[str, list[str]], table: Any
   of = lambda role: [r for r in rest if table.roles.get(r) == role]
   judges = judges or of("judge") or (rest if told else [])
   humans = humans or of("human") or (rest if told else [])
+  if not told:  # nobody asked for a comparison: only where there can be one
+    pair = lambda r: (r.item, *sorted((r.first, r.second)))
+    truth = {pair(r) for r in table.rows if r.rater in humans}
+    shared = {r.rater for r in table.rows if pair(r) in truth}
+    judges = [j for j in judges if j in shared]
   return (judges, humans) if judges and humans else ([], [])
 
 

@@ -283,6 +283,18 @@ def test_files_are_joined_by_item_and_named_apart(tmp_path):
   assert only["agreement"]["value"] == 0.5
 
 
+def test_a_judge_that_no_human_met_is_told_alone(tmp_path, capsys):
+  humans = written(tmp_path, wide("AB", ("annotator1", "annotator2")),
+                   "h.jsonl")
+  judge = written(tmp_path, [dict(idx=7, gpt_result="1")], "gpt.jsonl")
+  found = numbers(tmp_path, f"--data={humans}", f"--data={judge}")
+  assert found["judged"] is None and len(found["raters"]) == 3
+  capsys.readouterr()
+  assert run(f"--data={humans}", f"--data={judge}", "--judges=gpt") == 65
+  assert "judged no pair that annotator1, annotator2" in (
+      capsys.readouterr().err)
+
+
 def test_an_item_without_texts_that_stands_for_two_pairs_is_refused(tmp_path):
   written(tmp_path, [dict(id=1, response1="a", response2=b, ann="A", ben="B")
                      for b in "bc"] + [dict(id=2, ann="B", ben="A")])
