@@ -69,6 +69,7 @@ def test_pandalm_to_the_last_digit_printed(shared, turned):
   between = out["humans"]["between"]
   assert [f"{v['kappa']['value']:.3f}" for v in between.values()] == [
       "0.852", "0.879", "0.862"]
+  assert f"{out['humans']['alpha']['value']:.4f}" == "0.8642"
   judge = out["judges"]["gpt-3.5-turbo"]
   assert {rule: (f"{v['agreement']['value']:.4f}", f"{v['kappa']['value']:.4f}")
           for rule, v in judge["against"].items()} == {
@@ -163,6 +164,152 @@ def test_alpha_of_krippendorff_s_own_example():
   assert (found["units"], found["labels"]) == (11, 40)
 
 
+def alpha_from_the_equation(units):
+  """Nominal alpha, Krippendorff 2011: D_o over units, D_e over all values."""
+  units = [[w for w in u if w is not None] for u in units]
+  units = [u for u in units if len(u) > 1]
+  values = [w for u in units for w in u]
+  n = len(values)
+  observed = sum(np.mean([x != y for x, y in itertools.permutations(u, 2)])
+                 * len(u) for u in units) / n
+  expected = sum(values.count(w) * (n - values.count(w))
+                 for w in set(values)) / (n * (n - 1))
+  return 1 - observed / expected
+
+
+def test_alpha_by_hand():
+  """Units ab, aa, bb, b.: o_ab = 1 twice, so 1 - (6 - 1) 2 / (2 * 3 * 3)."""
+  units = [["a", "b"], ["a", "a"], ["b", "b"], ["b", None]]
+  found = agreement.krippendorff_alpha(units)
+  assert found["value"] == pytest.approx(1 - 10 / 18, abs=1e-15)
+  assert (found["units"], found["labels"]) == (3, 6)
+  assert found["value"] == pytest.approx(alpha_from_the_equation(units))
+
+
+def test_alpha_of_pandalm_from_the_file_alone(shared):
+  """Two oracles on the codes as they stand; the winner's name gives .9016."""
+  rows = json.loads((shared / "data/pandalm/testset-v1.json").read_text())
+  units = [[row[f"annotator{i}"] for i in (1, 2, 3)] for row in rows]
+  assert f"{coincidence_alpha(units):.4f}" == "0.8642"
+  assert f"{alpha_from_the_equation(units):.4f}" == "0.8642"
+  found = agreement.judged(pandalm(shared), ["gpt-3.5-turbo"], HUMANS)
+  alpha = found["humans"]["alpha"]
+  assert alpha["value"] == pytest.approx(coincidence_alpha(units), abs=1e-12)
+  assert alpha["low"] < 0.8642 < alpha["high"]
+  assert 0.03 < alpha["high"] - alpha["low"] < 0.05
+  assert (alpha["units"], alpha["labels"]) == (999, 2997)
+
+
+def test_coin_flippers_have_no_agreement():
+  """Three raters without a clue, on pairs of six models."""
+  rng = np.random.default_rng(1)
+  models = ["bloom", "cerebras", "llama", "opt", "pythia", "gpt"]
+  rows = []
+  for i in range(1000):
+    first, second = rng.permutation(models)[:2]
+    rows += [Verdict(i, str(first), str(second), r,
+                     str(rng.choice(["first", "second", "tie"],
+                                    p=[0.45, 0.45, 0.1]))) for r in "abc"]
+  found = agreement.judged(rows, ["a"], ["b", "c"])
+  three = agreement.among({
+      r: agreement.labels(agreement.settled(rows, r), "drop") for r in "abc"})
+  for alpha in (found["humans"]["alpha"], three["alpha"]):
+    assert abs(alpha["value"]) < 0.05
+    assert alpha["low"] < 0 < alpha["high"]
+
+
+def test_scott_s_pi_by_hand():
+  """[[45, 15], [25, 15]]: kappa .130435, pi .120879."""
+  xs = [0] * 60 + [1] * 40
+  ys = [0] * 45 + [1] * 15 + [0] * 25 + [1] * 15
+  assert f"{agreement.cohen_kappa(xs, ys)['value']:.6f}" == "0.130435"
+  found = agreement.scott_pi(xs, ys)
+  # Observed .6; shares (60 + 70) / 200 and (40 + 30) / 200.
+  chance = 0.65**2 + 0.35**2
+  assert found["value"] == pytest.approx((0.6 - chance) / (1 - chance))
+  assert f"{found['value']:.6f}" == "0.120879"
+  assert found["low"] < found["value"] < found["high"] and found["n"] == 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pi_is_alpha_of_two_raters_but_for_the_size_of_the_sample(seed):
+  """Krippendorff: with n labels, 1 - alpha = (1 - pi) (n - 1) / n."""
+  rows = random_rows(seed)
+  a, b = (agreement.settled(rows, r) for r in "ab")
+  for rule, found in agreement.between(a, b).items():
+    n = found["alpha"]["labels"]
+    assert 1 - found["alpha"]["value"] == pytest.approx(
+        (1 - found["pi"]["value"]) * (n - 1) / n, abs=1e-12), rule
+    assert found["pi"]["value"] <= found["kappa"]["value"]
+
+
+def test_intervals_cover_what_they_should():
+  """Of samples from a known table, about 95 % have the truth inside."""
+  table = np.array([[0.35, 0.1, 0.05], [0.05, 0.2, 0.05], [0.05, 0.05, 0.1]])
+  x, y = table.sum(1), table.sum(0)
+  observed = np.trace(table)
+  truth = {}
+  for name, chance in (("kappa", x @ y), ("pi", (((x + y) / 2) ** 2).sum())):
+    truth[name] = (observed - chance) / (1 - chance)
+  truth["alpha"] = truth["pi"]
+  rng, inside = np.random.default_rng(3), dict.fromkeys(truth, 0)
+  for _ in range(200):
+    cells = rng.choice(9, 150, p=table.ravel())
+    found = agreement.compared(
+        *({(i, "k", "m"): int(w) for i, w in enumerate(side)}
+          for side in (cells // 3, cells % 3)))
+    for name in truth:
+      inside[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
+  assert all(180 <= n <= 199 for n in inside.values()), inside
+
+
+def test_pairs_of_one_item_are_drawn_together():
+  """Ten copies of every pair under one item say no more than one."""
+  rng = np.random.default_rng(0)
+  xs = rng.integers(0, 3, 60).tolist()
+  ys = [x if keep else 2 - x for x, keep in zip(xs, rng.random(60) < 0.7)]
+  for measure in (agreement.cohen_kappa, agreement.scott_pi):
+    one = measure(xs, ys)
+    many = measure(xs * 10, ys * 10, list(range(60)) * 10)
+    alone = measure(xs * 10, ys * 10)
+    assert many["value"] == pytest.approx(one["value"])
+    assert many["low"] == pytest.approx(one["low"], abs=0.02)
+    assert alone["high"] - alone["low"] < 0.5 * (many["high"] - many["low"])
+  units = list(zip(xs, ys, xs))
+  one = agreement.krippendorff_alpha(units)
+  many = agreement.krippendorff_alpha(units * 10, list(range(60)) * 10)
+  assert many["low"] == pytest.approx(one["low"], abs=0.02)
+  # One item alone varies with nothing: no interval, rather than one of zero.
+  assert agreement.cohen_kappa([0, 1, 1], [0, 1, 0], ["i"] * 3)["low"] is None
+
+
+def test_only_raters_who_share_a_pair_are_compared(monkeypatch):
+  pair = lambda i: (i, "k", "m")
+  votes = {"a": {pair(0): 1, pair(1): 0}, "b": {pair(0): 1, pair(1): None},
+           "c": {pair(1): 0, pair(2): 1}, "d": {pair(3): 1}}
+  found = agreement.among(votes)
+  assert list(found["between"]) == ["a / b", "a / c"]
+  assert (found["pairs"], found["more"]) == (4, 0)
+  assert (found["alpha"]["units"], found["alpha"]["labels"]) == (2, 4)
+  monkeypatch.setattr(agreement, "PAIRS_OF_RATERS", 1)
+  assert agreement.among(votes)["more"] == 1
+
+
+def test_length_bias_by_hand():
+  sizes = {(i, "k", "m"): s for i, s in enumerate(
+      [(10, 20), (20, 10), (10, 20), (5, 5), (10, 20)])}
+  winners = {(0, "k", "m"): "m", (1, "k", "m"): "k", (2, "k", "m"): "k",
+             (3, "k", "m"): "k", (4, "k", "m"): "", (5, "k", "m"): "m"}
+  truth = {(0, "k", "m"): "k", (1, "k", "m"): "k", (2, "k", "m"): "m",
+           (4, "k", "m"): "m"}
+  found = agreement.length_bias(winners, sizes, truth)
+  # Winners of unequal answers: longer, longer, shorter; errors: 0 and 2.
+  assert (found["longer"]["value"], found["longer"]["n"]) == (2 / 3, 3)
+  assert (found["errors"]["value"], found["errors"]["n"]) == (0.5, 2)
+  assert found["n"] == 5
+  assert agreement.length_bias({}, sizes)["longer"]["value"] is None
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_the_models_changes_nothing(seed):
   rows = random_rows(seed)
@@ -207,18 +354,25 @@ def test_a_judge_that_cannot_be_read():
   json.dumps(out, allow_nan=False)
 
 
-def test_a_majority_is_more_than_half():
+@pytest.mark.parametrize("votes,winner", [
+    ("kkm", "k"), ("km-", ""), ("km", ""), ("m", "m"), ("m..", "m"),
+    (".", None), ("", None),
+    ("kk-m", "k"),  # no more than half, and more than any other
+    ("kkmm", ""), ("kkmm-", ""), ("kk--m", ""), ("--km", ""), ("---kk", ""),
+    ("kkkmm--", "k"), ("kkk.mm..", "k")])
+def test_the_majority_is_the_plurality_and_a_tie_where_two_lead(votes, winner):
   pair = (0, "k", "m")
-  def voted(*words):
-    return agreement.majority([{pair: w} for w in words])[pair]
-  assert voted("k", "k", "m") == "k" and voted("k", "m", "") == ""
-  assert voted("k", "m") == "" and voted("m", None, None) == "m"
-  assert voted(None) is None
+  words = [{"-": "", ".": None}.get(v, v) for v in votes]
+  found = agreement.majority([{pair: w} for w in words] or [{pair: None}])
+  assert found == {pair: winner}
 
 
-def test_one_label_only_has_no_kappa():
-  found = agreement.cohen_kappa([1, 1, 1], [1, 1, 1])
-  assert found == dict(value=None, low=None, high=None, n=3)
+@pytest.mark.parametrize("measure", [agreement.cohen_kappa,
+                                     agreement.scott_pi])
+def test_one_label_only_has_no_kappa(measure):
+  assert measure([1, 1, 1], [1, 1, 1]) == dict(
+      value=None, low=None, high=None, n=3)
+  assert measure([], []) == dict(value=None, low=None, high=None, n=0)
   assert agreement.krippendorff_alpha([[1, 1], [1, 1]])["value"] is None
   assert agreement.krippendorff_alpha([])["value"] is None
 

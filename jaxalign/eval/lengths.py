@@ -91,3 +91,28 @@ def controlled(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
       high=float(special.expit(found[0] + half[0])),
       slope=dict(value=float(found[1]), low=float(found[1] - half[1]),
                  high=float(found[1] + half[1])))
+
+
+def bias(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
+         ) -> dict[str, Any]:
+  """Whether a rater likes the longer of two answers.
+
+  A rater may be right to: length is a bias only beside another rater, or
+  where the two answers are known to be equally good.
+
+  Args:
+    won: [n] 1 where the first answer won, 0.5 tied, 0 lost.
+    ours: [n] lengths of the first answers.
+    theirs: [n] lengths of the second, in the same unit.
+
+  Returns:
+    {"longer": `share` of the verdicts that name a winner, the answers not
+    equally long, in which the longer won; "slope": as of `controlled`, None
+    with "why" where it cannot be told; "n": pairs}.
+  """
+  won, ours, theirs = (np.asarray(v, np.float64) for v in (won, ours, theirs))
+  fit = controlled(won, ours, theirs)
+  counts = (won != 0.5) & (ours != theirs)
+  longer = (won[counts] == 1) == (ours[counts] > theirs[counts])
+  return dict(longer=intervals.share(longer), slope=fit["slope"],
+              why=fit["why"], n=len(won))

@@ -9,6 +9,13 @@ from jaxalign.report.pages.run import Metric, fields, records
 
 _SHARE = Metric("share")
 _PLAIN = Metric("kappa", share=False)
+MEASURES = ("Cohen's kappa", "Scott's pi", "Krippendorff's alpha")
+
+
+def beyond_chance(found: Any) -> list[Html | str]:
+  """The cells of MEASURES, from what `eval.agreement.compared` returns."""
+  return [run.cell(_PLAIN, fields(found).get(name))
+          for name in ("kappa", "pi", "alpha")]
 
 
 def _against(judges: dict) -> Html:
@@ -19,16 +26,15 @@ def _against(judges: dict) -> Html:
       one = fields(one)
       rows.append((page.plain(judge), page.plain(one.get("rule", rule)),
                    run.cell(_SHARE, one.get("agreement")),
-                   run.cell(_PLAIN, one.get("kappa")),
-                   page.number(fields(one.get("alpha")).get("value")),
+                   *beyond_chance(one),
                    page.number(fields(one.get("agreement")).get("n"))))
   if not rows:
     return page.absent("Agreement with humans was")
   return page.table(
-      ("Judge", "Unparsable verdicts", "Same verdict, %", "Cohen's kappa",
-       "Krippendorff's alpha", "Pairs"), rows,
-      "Judges and the majority of the humans, under each rule for verdicts "
-      "that could not be read; 95 % intervals below.", text=(1,))
+      ("Judge", "Unparsable verdicts", "Same verdict, %", *MEASURES, "Pairs"),
+      rows, "Judges and the majority of the humans (the verdict with most "
+      "votes, a tie where two lead), under each rule for verdicts that could "
+      "not be read; 95 % intervals below.", text=(1,))
 
 
 def _orders(judges: dict) -> Html:
@@ -52,16 +58,14 @@ def _orders(judges: dict) -> Html:
 def _humans(found: dict) -> Html:
   """The humans beside each other: the bar for any judge."""
   rows = [(page.plain(pair), run.cell(_SHARE, fields(one).get("agreement")),
-           run.cell(_PLAIN, fields(one).get("kappa")),
-           page.number(fields(fields(one).get("alpha")).get("value")))
+           *beyond_chance(one))
           for pair, one in fields(found.get("between")).items()]
   if not rows:
     return page.absent("Agreement between humans was")
-  alpha = fields(found.get("alpha"))
   return page.table(
-      ("Raters", "Same verdict, %", "Cohen's kappa", "Krippendorff's alpha"),
-      rows, "The human raters, two by two. Alpha over all of them: "
-      f"{page.number(alpha.get('value'))} on "
+      ("Raters", "Same verdict, %", *MEASURES), rows,
+      "The human raters, two by two. Alpha over all of them: "
+      f"{run.measured(_PLAIN, fields(found.get('alpha')))} on "
       f"{page.number(found.get('pairs'))} pairs.")
 
 
