@@ -11,6 +11,7 @@ import pytest
 import oracle
 from configs import common
 from conftest import token_rows
+from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.model import adapters

@@ -220,7 +220,7 @@ def test_an_encoder_has_no_first_layers(tmp_path):
 def test_a_production_config_plans_without_the_net(tmp_path, config, most):
   """Selecting in the two cheap variants costs under 3 % of a full run."""
   ended = jobs.run(tmp_path / "job", "--dry_run", "--force", config=config,
-                   *("data.assume_rows=101892", "data.assume_tokens=500"))
+                   *("data.assume_rows=71924", "data.assume_tokens=500"))
   assert ended.code == 0, ended.err
   assert "122,270" in ended.out or "61,135" in ended.out
   share = float(ended.out.split("selecting by isa costs ")[1].split("%")[0])

@@ -147,7 +147,8 @@ def _from_world(c: Any, folder: epath.Path) -> Rows:
     splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
     seen |= {r["prompt"] for r in splits[name]}
   card = records.data_card(loaded["pool"], splits)
-  card |= dict(seen=sum(len(rows) for rows in made.values()), readings=[])
+  card |= dict(seen=sum(len(rows) for rows in made.values()),
+               source="world", readings=[])
   return Rows(splits, card, "pairs", refused)
 
 
