@@ -182,7 +182,8 @@ class Chat:
     self._asks, self._header = asked[base:], ""
     opens = [m[0] for m in added.finditer(asked) if m.end() > base]
     if asked == plain and head.startswith(asked):
-      self._header = head[len(asked):] if head[len(asked):].strip() else ""
+      # A space there belongs to the word that follows it.
+      self._header = head[len(asked):].rstrip(" ")
       opens = tokens(self._header) or tokens(asked)[-1:]
     # An answer ends as one in the middle does; what follows only at the end of
     # a conversation (Phi-3's EOS) is no part of it.
@@ -215,9 +216,6 @@ class Chat:
           f"{next((t for t, i in tok.specials.items() if i == tok.eos), '')!r},"
           " the tokenizer's own")
     if self._header:
-      ids = [tok.encode_rendered(t) for t in (asked + self._header, wholes[0])]
-      if ids[0] != ids[1][:len(ids[0])]:  # a blank that belongs to the answer
-        self._header = self._header.rstrip(" ")
       self.warnings.append(
           "the chat template ignores add_generation_prompt: it writes "
           f"{self._header!r} only in front of an answer; here that counts to "
