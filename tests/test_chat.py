@@ -334,7 +334,7 @@ def test_tools_reach_the_template_or_the_row_is_refused(folder):
   for kind, part in (("the tool 'look'", "{{ tools | tojson if tools }}"),
                      ("the call of 'look'",
                       "{{ m.tool_calls | tojson if m.tool_calls }}"),
-                     ("what a tool answered", "{{ m.content or '' }}")):
+                     ("what the role 'tool' says", "{{ m.content or '' }}")):
     source = silent.replace(part, "" if "content" not in part else
                             "{{ m.content if m.role != 'tool' }}")
     assert source != silent
@@ -350,6 +350,23 @@ def test_tools_reach_the_template_or_the_row_is_refused(folder):
   with Chat(tok, BUILT_IN["chatml"]) as one:  # no content, in its own words
     with pytest.raises(Refused, match="template failed.*'content'"):
       one.encode(ASK, [called])
+
+
+def test_what_a_role_says_is_not_dropped(folder):
+  """As Phi-3's template drops "developer", and others a system turn."""
+  tok = load_tokenizer(folder)
+  cut = BUILT_IN["chatml"].replace(
+      "{% for m in messages %}", "{% for m in messages if m.role in ['user', "
+      "'assistant'] %}")
+  rules = dict(role="developer", content="Be short.")
+  with Chat(tok, cut) as one:
+    assert "leaves out what a system turn says" in one.warnings[0]
+    with pytest.raises(Refused, match="unknown role.*'developer'"):
+      one.encode([rules, *ASK], ["So"])
+  with Chat(tok, BUILT_IN["chatml"]) as one:
+    assert not one.warnings
+    assert "developer\nBe short." in tok.decode(
+        one.encode([rules, *ASK], ["So"])[0])
 
 
 def test_rows_that_no_template_can_take(folder):

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -216,6 +217,18 @@ def test_special_tokens_in_texts_are_found(tmp_path, shared):
   assert special.found(tok, "<think>") == []
   tok.reserve(["<think>"])
   assert special.found(tok, "<think>") == ["<think>"]
+
+
+def test_any_of_many_texts_is_the_longest():
+  rng = random.Random(0)
+  word = lambda most: "".join(rng.choices("ab<|.", k=rng.randint(1, most)))
+  assert not re.search(special.any_of([]), "a") and special.any_of(["a"]) == "a"
+  assert re.fullmatch(special.any_of(["x" * 5000, "xy"]), "x" * 5000)
+  for _ in range(300):
+    texts = [word(4) for _ in range(rng.randint(1, 9))]
+    plain = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    text = word(30)
+    assert re.findall(special.any_of(texts), text) == re.findall(plain, text)
 
 
 @pytest.mark.parametrize("name", ["stories", "mistral", "bytes"])

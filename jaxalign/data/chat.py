@@ -20,11 +20,14 @@ from etils import epath
 from jaxalign.data.marks import HALF, Marks
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.special import any_of
 from jaxalign.errors import ConfigError
 
 _KNOB = "set config.data.template"
 PLAIN = ("dialogue", "none")  # the record's own text, no template
 _NO_TOOLS = "tool calls are not supported"
+_ROLES = ("user", "assistant", "system")  # templates have others at will
+_TOOL_ROLES = ("tool", "function", "ipython", "observation")
 # What is asked and said to learn a template: they share no letter at an end.
 _WORDS = ("quince", "medlar", "damson", "rowan")
 
@@ -162,9 +165,7 @@ class Chat:
   def _learn(self) -> None:
     """How the template begins a row, asks for an answer, and ends one."""
     tok = self.tok
-    added = re.compile("|".join(sorted(
-        (re.escape(t) for t in tok.added if len(t) > 1 and t.strip()),
-        key=len, reverse=True)) or "(?!)")
+    added = re.compile(any_of(t for t in tok.added if len(t) > 1 and t.strip()))
     tokens = lambda text: [m[0] for m in added.finditer(text)]
     ask = [dict(role="user", content="a")]
     says = [dict(role="assistant", content=word) for word in _WORDS[:2]]
@@ -207,6 +208,9 @@ class Chat:
     bos = next((t for t, i in tok.specials.items() if i == tok.own_bos), None)
     tok.bos = tok.own_bos if bos and plain.startswith(bos) and (
         not system or system.startswith(bos)) else -1
+    if system and _WORDS[3] not in system:
+      self.warnings.append("the chat template leaves out what a system turn "
+                           "says: put it into the first question")
     if self._end:
       tok.ends_with(tok.specials[self._end])
       self._times = tokens(tail).count(self._end)
@@ -356,11 +360,11 @@ class Chat:
 
   def _check_tools(self, turns: list[dict], said: list[dict], tools: Any
                    ) -> None:
-    """Refused where the template drops a tool, a call or a result.
+    """Refused where the template drops a tool, a call, or what a role says.
 
     The row is rendered with other names and results: each has to show.
     """
-    uses = [any("tool_calls" in one or one.get("role") == "tool"
+    uses = [any("tool_calls" in one or one.get("role") not in _ROLES
                 for one in part) for part in (turns, said)]
     if not tools and not any(uses):
       return
@@ -376,7 +380,7 @@ class Chat:
         continue  # it does look at them
       for word, what in words.items():
         if word not in text:
-          raise Refused(_NO_TOOLS, f"the chat template does not write {what}")
+          raise Refused(what[0], f"the chat template does not write {what[1]}")
 
   def _shown(self, plain: list[str], turns: list[dict], said: list[dict],
              tools: Any) -> tuple[list[str], dict[int, str]]:
@@ -454,25 +458,27 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
   return out
 
 
-def _reworded(turn: dict, wanted: dict[str, str]) -> dict:
+def _reworded(turn: dict, wanted: dict[str, tuple[str, str]]) -> dict:
   """A message with other tool calls and results; `wanted` gets their words."""
   if isinstance(turn.get("tool_calls"), list):
     turn = dict(turn, tool_calls=[_renamed(call, "the call of", wanted)
                                   for call in turn["tool_calls"]])
-  if turn.get("role") == "tool" and isinstance(turn.get("content"), str):
+  role = turn.get("role")
+  if role not in _ROLES and isinstance(turn.get("content"), str):
     word = f"jaxalign{len(wanted)}word"
-    wanted[word] = "what a tool answered"
+    wanted[word] = (_NO_TOOLS if role in _TOOL_ROLES else "unknown role",
+                    f"what the role {role!r} says")
     turn = dict(turn, content=word)
   return turn
 
 
-def _renamed(tool: Any, what: str, wanted: dict[str, str]) -> Any:
+def _renamed(tool: Any, what: str, wanted: dict[str, tuple[str, str]]) -> Any:
   """A tool, or a call of one, by another name."""
   inner = tool.get("function", tool) if isinstance(tool, dict) else None
   if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
     return tool
   word = f"jaxalign{len(wanted)}word"
-  wanted[word] = f"{what} {inner['name']!r}"
+  wanted[word] = _NO_TOOLS, f"{what} {inner['name']!r}"
   return (dict(tool, function=dict(inner, name=word)) if inner is not tool else
           dict(inner, name=word))
 

@@ -97,11 +97,32 @@ def found(tok: Encoding, text: str) -> list[str]:
   """
   pattern = tok.__dict__.get("_found")
   if pattern is None or pattern[0] is not tok.specials:
-    texts = sorted((t for t in tok.specials if len(t) > 1), key=len,
-                   reverse=True)
     pattern = tok._found = tok.specials, re.compile(
-        "|".join(map(re.escape, texts)) or "(?!)")
+        any_of(t for t in tok.specials if len(t) > 1))
   return list(dict.fromkeys(pattern[1].findall(text)))
+
+
+def any_of(texts: Iterable[str]) -> str:
+  """A regular expression of any of the texts, of two the longer.
+
+  It branches character by character: some tokenizers have 6,000 of them.
+  """
+  tree: dict[str, Any] = {}
+  for text in texts:
+    node = tree
+    for c in text:
+      node = node.setdefault(c, {})
+    node[""] = {}
+
+  def written(node: dict[str, Any]) -> str:
+    out = ""
+    while len(node) == 1 and "" not in node:
+      [(c, node)] = node.items()
+      out += re.escape(c)
+    ways = [re.escape(c) + written(rest) for c, rest in node.items() if c]
+    return out + (f"(?:{'|'.join(ways)}){'?' * ('' in node)}" if ways else "")
+
+  return written(tree) if tree else "(?!)"  # which is nowhere
 
 
 EMPTY = Settings({}, dict.fromkeys(_NAMES), set(), {}, None, (), None, {})
