@@ -288,7 +288,7 @@ class Chat:
       start = self._start_of(turns, tools, plain[0], whole)
       ends.append(self._end_of(one, other, start))
     texts = [(p[:end], s[:end]) for p, s, end in zip(plain, shown, ends)]
-    ids = self._whole(texts)
+    ids = self._whole(texts, bool(back))
     if ids is None or self._end and any(
         one[-1:] != [self.tok.eos] for one in ids[1:]):
       ids = [self._parts(text, back) for _, text in texts]
@@ -303,24 +303,29 @@ class Chat:
                     "the BOS")
     return head[self.tok.bos >= 0:start], rest
 
-  def _whole(self, texts: list[tuple[str, str]]) -> list[list[int]] | None:
+  def _whole(self, texts: list[tuple[str, str]], check: bool
+             ) -> list[list[int]] | None:
     """Ids of rendered texts, each as one string; None where text forges.
 
     What the texts share is encoded once, up to a special token: there the
     tokenizer begins anew in any case.
     """
     (prompt, shown), *wholes = texts
-    head = self._ids(prompt, shown)
+    head = self._ids(prompt, shown, check)
     if head is None:
       return None
-    out, at, k = [head], 0, 0
-    for m in self._marks.written.finditer(shown):
-      at = m.start()
-    if at and (last := self.tok.specials[m[0]]) in self._specials:
-      k = len(head) - 1 - head[::-1].index(last)
+    out, at, k, shared = [head], 0, 0, ""
+    written = [(m[0], m.start()) for m in self._marks.written.finditer(shown)]
+    if written:
+      text, start = written[-1]
+      last = self.tok.specials[text]
+      if head.count(last) == sum(text == other for other, _ in written):
+        at, shared = start, shown[:start + len(text)]
+        k = len(head) - 1 - head[::-1].index(last)
     for text, other in wholes:
-      same = k and other.startswith(shown[:m.end()])
-      ids = self._ids(text[at:], other[at:]) if same else self._ids(text, other)
+      same = bool(shared) and other.startswith(shared)
+      first = at if same else 0
+      ids = self._ids(text[first:], other[first:], check)
       if ids is None:
         return None
       out.append(head[:k] + ids if same else ids)
@@ -418,15 +423,16 @@ class Chat:
           names, texts = names | {one}, more
     return texts, back
 
-  def _ids(self, text: str, shown: str) -> list[int] | None:
+  def _ids(self, text: str, shown: str, check: bool) -> list[int] | None:
     """Ids of a rendered text as one string; None if text forges a token."""
     ids = self.tok.encode_rendered(text)
-    wanted = [self.tok.specials[m[0]] for m in self._marks.written.finditer(
-        shown)]
-    known = self._specials
-    if [i for i in ids if i in known] == [i for i in wanted if i in known]:
-      return ids
-    return None
+    if check:
+      wanted = [self.tok.specials[m[0]]
+                for m in self._marks.written.finditer(shown)]
+      known = self._specials
+      if [i for i in ids if i in known] != [i for i in wanted if i in known]:
+        return None
+    return ids
 
   def _parts(self, text: str, back: dict[int, str]) -> list[int]:
     """Ids of a rendered text, its special tokens apart from all the rest."""
