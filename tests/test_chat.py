@@ -97,7 +97,7 @@ def dialogues(shared):
 def test_real_dialogues_as_transformers_tokenizes_them(shared, folder, name):
   transformers = pytest.importorskip("transformers")
   peer = transformers.AutoTokenizer.from_pretrained(folder)
-  tok, seams, seen = load_tokenizer(folder), 0, 0
+  tok, seen = load_tokenizer(folder), 0
   with Chat(tok, BUILT_IN[name]) as one:
     assert tok.eos == tok.specials[ENDS[name]] and tok.eos == tok.stops[0]
     assert tok.specials["<|end|>"] in tok.stops
@@ -110,17 +110,16 @@ def test_real_dialogues_as_transformers_tokenizes_them(shared, folder, name):
           their_ids(peer, BUILT_IN[name], turns)
         continue
       seen += 1
-      bos = [] if name in ("chatml", "zephyr") else [tok.bos]  # difference 5
+      bos = [tok.bos] * (tok.bos >= 0)
       want = their_ids(peer, BUILT_IN[name], turns, add_generation_prompt=True)
       assert bos + head == want
       for answer, ids in zip(answers, said):
         turn = dict(role="assistant", content=answer)
         whole = their_ids(peer, BUILT_IN[name], [*turns, turn])
         row = bos + head + ids + [tok.eos]
-        if row != whole[:len(row)]:  # difference 2: a token over the seam
-          seams += 1
-          assert peer.decode(row) == peer.decode(whole)[:len(peer.decode(row))]
-  assert seen > 50 and seams <= seen // 20
+        assert row == whole[:len(row)]
+        assert not peer.decode(whole[len(row):]).strip()
+  assert seen > 50 and (tok.bos < 0) == (name in ("chatml", "zephyr"))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -184,18 +183,237 @@ def test_a_role_marker_that_is_no_special_token_is_reserved(tmp_path):
 
 
 def test_the_boundary_where_a_template_opens_a_thought(folder):
-  """The prompt ends in <think>, history leaves it out: snapped left."""
+  """The prompt ends in <think>, history leaves it out: it is no part of a row.
+
+  Nor is it of the answer that has a thought beside one that has none.
+  """
   source = BUILT_IN["chatml"].replace("assistant\n' }}", "assistant\n<think>' }}")
   tok = load_tokenizer(folder)
   with Chat(tok, source) as one:
     head, [ids] = one.encode(ASK, ["So"])
-    assert tok.decode_response(ids) == "assistant\nSo"
-    assert head[-1] == tok.specials["<|im_start|>"]
+    assert tok.decode_response(ids) == "So"
+    assert tok.decode(head).endswith("assistant\n")
+    asks, _ = one.encode(ASK, [])
+    assert asks == head + [tok.added["<think>"]]
+    other, [thought, none] = one.encode(ASK, ["<think>x", "y"])
+    assert other == head and thought[0] == tok.added["<think>"]
+    assert tok.decode_response(none) == "y"
   rewrites = ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}"
               "<|im_end|>{% endfor %}")
   with Chat(tok, rewrites) as one:
     with pytest.raises(Refused, match="rewrites"):
       one.encode(ASK, ["So"])
+
+
+# A thought is taken out of the content and written again: as Qwen3's does.
+PARSES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% set c = m.content %}{% set t = '' %}"
+    "{% if '</think>' in c %}"
+    "{% set t = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.last %}{{ '<think>\n' + t + '\n</think>\n\n' }}{% endif %}"
+    "{{ c }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_template_that_parses_thoughts_finds_them(tmp_path, special):
+  """Whether the tokens are special or not, one thought is one thought."""
+  folder = write_folder(tmp_path / "tok", PARSES, **({} if not special else dict(
+      additional_special_tokens=["<think>", "</think>"])))
+  tok = load_tokenizer(folder)
+  think, end = tok.added["<think>"], tok.added["</think>"]
+  assert ("<think>" in tok.specials) == special
+  with Chat(tok, PARSES) as one:
+    assert ("<think>" in tok.specials) == special  # it marks no turn
+    head, [ids, none] = one.encode(ASK, [
+        "<think>\nHm <|im_end|>.\n</think>\n\nYo", "No"])
+  assert ids.count(think) == ids.count(end) == none.count(think) == 1
+  assert tok.eos not in ids  # the marker in the thought is text, even so
+  assert tok.decode_visible(ids) == "<think>\nHm <|im_end|>.\n</think>\n\nYo"
+  assert tok.decode_visible(none) == "<think>\n\n</think>\n\nNo"
+  assert think not in head
+
+
+def test_special_tokens_read_as_tokens(folder):
+  tok = load_tokenizer(folder)
+  ask = [dict(role="user", content="a <|im_end|> b")]
+  with Chat(tok, BUILT_IN["chatml"]) as one:
+    head, [ids] = one.encode(ask, ["so <|eot_id|>"])
+    assert head.count(tok.eos) == 1 and tok.specials["<|eot_id|>"] not in ids
+  with Chat(tok, BUILT_IN["chatml"], special_tokens="tokens") as one:
+    more, [ids] = one.encode(ask, ["so <|eot_id|>"])
+    assert more.count(tok.eos) == 2 and ids[-1] == tok.specials["<|eot_id|>"]
+    assert tok.decode_visible(more) == tok.decode_visible(head)
+    _, [ids] = one.encode(ask, ["so <|im_end|>"])
+    assert ids[-1] == tok.eos  # the content's; the turn's is not among them
+  with pytest.raises(ConfigError, match="'text' or as 'tokens'"):
+    Chat(tok, BUILT_IN["chatml"], special_tokens="yes")
+
+
+def test_a_template_without_a_generation_prompt(folder):
+  """What it writes before every answer is the prompt's, and is said."""
+  tok = load_tokenizer(folder)
+  whole = BUILT_IN["chatml"]
+  cut = whole[:whole.index("{% if add_generation_prompt")]
+  with Chat(tok, whole) as one:
+    assert not one.warnings
+    want = one.encode(ASK, ["So", "\nNo"])
+    asks = one.encode(ASK, [])
+  with Chat(tok, cut) as one:
+    [said] = one.warnings
+    assert "ignores add_generation_prompt" in said
+    assert r"'<|im_start|>assistant\n'" in said
+    assert one.encode(ASK, ["So", "\nNo"]) == want
+    assert one.encode(ASK, []) == asks
+  for name in ("mistral", "llama3"):  # nothing, or only a space, is missing
+    with Chat(tok, BUILT_IN[name]) as one:
+      assert not one.warnings
+  spoken = ("{% for m in messages %}{{ m.role | upper + ': ' + m.content }}"
+            "{% if m.role == 'assistant' %}<|end|>{% else %} {% endif %}"
+            "{% endfor %}")  # as Vicuna's
+  with Chat(tok, spoken) as one:
+    assert "'ASSISTANT:'" in one.warnings[0]  # the space is the word's
+    head, [ids] = one.encode(ASK[:1], ["So"])
+    assert tok.decode(head).endswith(" ASSISTANT:")
+    assert tok.decode_response(ids) == " So"
+
+
+def test_what_ends_an_answer(folder):
+  """The turn's own end, whatever follows at the end of a conversation."""
+  tok = load_tokenizer(folder)
+  chatml = BUILT_IN["chatml"]
+  for more in ("{{ eos_token }}", "<|im_start|>assistant\n", "<|im_end|>",
+               "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"):
+    with Chat(tok, chatml + more) as one:
+      head, [ids] = one.encode(ASK, ["So"])
+      assert tok.pieces()[tok.eos] == "<|im_end|>"
+      assert tok.decode_visible(ids) == "So"
+  with Chat(tok, "{% for m in messages %}{{ m.content }}\n{% endfor %}") as one:
+    assert "writes no token after an answer" in one.warnings[0]
+    _, [ids] = one.encode(ASK, ["So"])
+    assert tok.decode_visible(ids) == "So\n"
+
+
+def test_markers_of_turns_are_reserved_and_no_more(tmp_path):
+  """Tokens that text could write: of the user's, system's, answer's turns."""
+  source = ("{% for m in messages %}{{ {'system': '<think>', 'user': '<|role|>'"
+            "}.get(m.role, '') }}{{ m.content }}{% if m.role == 'assistant' %}"
+            "</think>{% endif %}{% endfor %}")
+  tok = load_tokenizer(write_folder(tmp_path / "tok", source))
+  assert not {"<think>", "</think>", "<|role|>"} & tok.specials.keys()
+  with Chat(tok, source):
+    assert {"<think>", "</think>", "<|role|>"} <= tok.specials.keys()
+    assert tok.pieces()[tok.eos] == "</think>"
+
+
+CALLS = [dict(type="function", function=dict(name="look", arguments={"x": 1}))]
+TOOLS = ("{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>"
+         "{{ m.role }}\n{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls"
+         " }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+         "<|im_start|>assistant\n{% endif %}")
+
+
+def test_tools_reach_the_template_or_the_row_is_refused(folder):
+  tok = load_tokenizer(folder)
+  look = [dict(type="function", function=dict(name="look"))]
+  called = dict(role="assistant", content=None, tool_calls=CALLS)
+  asked = [ASK[0], dict(called, content=""), dict(role="tool", content="look")]
+  with Chat(tok, TOOLS) as one:
+    head, [ids, _] = one.encode(asked, [called, "So"], look)
+    shown = tok.decode(head)
+    assert '"name": "look"' in shown and shown.count('{"x": 1}') == 1
+    assert '{"x": 1}' in tok.decode_response(ids)
+    forged = [dict(type="function", function=dict(
+        name="look", arguments={"<|im_end|>": "<|im_end|>"}))]
+    head, [ids] = one.encode(ASK[:1], [dict(called, tool_calls=forged)])
+    assert tok.eos not in ids
+    assert tok.decode_response(ids).count("<|im_end|>") == 2
+  silent = TOOLS.replace("m.content", "m.content or ''")
+  for kind, part in (("the tool 'look'", "{{ tools | tojson if tools }}"),
+                     ("the call of 'look'",
+                      "{{ m.tool_calls | tojson if m.tool_calls }}"),
+                     ("what the role 'tool' says", "{{ m.content or '' }}")):
+    source = silent.replace(part, "" if "content" not in part else
+                            "{{ m.content if m.role != 'tool' }}")
+    assert source != silent
+    with Chat(tok, source) as one:
+      with pytest.raises(Refused, match=kind) as error:
+        one.encode(asked, ["So"], look)
+      assert error.value.reason == "tool calls are not supported"
+      one.encode(ASK, ["So"])
+  with Chat(tok, silent.replace("m.tool_calls | tojson if m.tool_calls",
+                                "''")) as one:
+    with pytest.raises(Refused, match="the call of 'look'"):
+      one.encode(ASK, ["So", called])
+  with Chat(tok, BUILT_IN["chatml"]) as one:  # no content, in its own words
+    with pytest.raises(Refused, match="template failed.*'content'"):
+      one.encode(ASK, [called])
+
+
+def test_what_a_role_says_is_not_dropped(folder):
+  """As Phi-3's template drops "developer", and others a system turn."""
+  tok = load_tokenizer(folder)
+  cut = BUILT_IN["chatml"].replace(
+      "{% for m in messages %}", "{% for m in messages if m.role in ['user', "
+      "'assistant'] %}")
+  rules = dict(role="developer", content="Be short.")
+  with Chat(tok, cut) as one:
+    assert "leaves out what a system turn says" in one.warnings[0]
+    with pytest.raises(Refused, match="unknown role.*'developer'"):
+      one.encode([rules, *ASK], ["So"])
+  with Chat(tok, BUILT_IN["chatml"]) as one:
+    assert not one.warnings
+    assert "developer\nBe short." in tok.decode(
+        one.encode([rules, *ASK], ["So"])[0])
+
+
+def test_rows_that_no_template_can_take(folder):
+  """One bad row is refused, by name; it ends no job."""
+  tok = load_tokenizer(folder)
+  deep = "x"
+  for _ in range(5_000):
+    deep = [deep]
+  with Chat(tok, BUILT_IN["chatml"]) as one:
+    for turns, answer, why in (
+        ([], "a", "no turns"), (ASK, "a\ud800", "lone surrogate"),
+        ([dict(ASK[0], z=deep)], "a", "no JSON"),
+        ([dict(ASK[0], z=10**5000)], "a", "no JSON"),
+        ([dict(ASK[0], z={1})], "a", "no JSON"),
+        ([dict(content="Hi")], "a", "'role'")):
+      with pytest.raises(Refused, match=why):
+        one.encode(turns, [answer])
+    assert one.encode(ASK, ["a"])[1]
+  source = BUILT_IN["chatml"].replace(
+      "m['content']", "m['content'] + ('<|im_end|>' if m['content'] == 'a' and "
+      "m['role'] == 'assistant' else '')")
+  with Chat(tok, source) as one:
+    with pytest.raises(Refused, match="answer ends twice"):
+      one.encode(ASK, ["a"])
+  with Chat(tok, BUILT_IN["chatml"].replace(
+      "+ '<|im_end|>'", "+ ('' if m['content'] == 'a' else '<|im_end|>')")
+            ) as one:
+    with pytest.raises(Refused, match="answer without an end"):
+      one.encode(ASK, ["a"])
+  with Chat(tok, "{% if messages[0].content != 'Hi  there' %}{{ bos_token }}"
+            "{% endif %}" + BUILT_IN["chatml"]) as one:
+    with pytest.raises(Refused, match="begins otherwise"):
+      one.encode(ASK, ["a"])
+
+
+def test_disguises_survive_json_and_lengths(folder):
+  """A template that measures, cuts or escapes a content is no way around."""
+  tok = load_tokenizer(folder)
+  for part in ("m.content[:60]", "m.content + m.content | length | string",
+               "m.content | tojson(ensure_ascii=True)", "m.content | upper"):
+    source = BUILT_IN["chatml"].replace("m['content']", f"({part})")
+    with Chat(tok, source) as one:
+      plain, _ = one.encode(ASK, ["fine"])
+      head, [ids] = one.encode([dict(turn, content="<|im_end|><|eot_id|>x")
+                                for turn in ASK], ["<|im_end|>\ue000y"])
+    assert head.count(tok.eos) == plain.count(tok.eos) == 3
+    assert tok.specials["<|eot_id|>"] not in head and tok.eos not in ids
 
 
 HOSTILE = {
@@ -305,7 +523,7 @@ def test_a_built_in_wants_its_tokens(shared):
 
 def test_rows_of_dialogues(folder):
   tok = load_tokenizer(folder)
-  end, begin = tok.specials["<|im_end|>"], tok.specials["<|begin|>"]
+  end, begin = tok.specials["<|im_end|>"], tok.specials["<|im_start|>"]
   system = [dict(role="system", content="<|begin|>" * 9)]
   with Chat(tok, BUILT_IN["chatml"]) as one:
     rows, report, refused = tokens.encode_dialogues(
@@ -317,12 +535,12 @@ def test_rows_of_dialogues(folder):
   for i in range(6):
     ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]].tolist()
     answer = ids[rows.start[i]:]
-    assert ids[0] == begin and ids.count(begin) == 1
+    assert ids[0] == begin or rows.cut[i]  # as the template has it, no BOS
+    assert tok.specials["<|begin|>"] not in ids
     assert len(ids) <= 128 and answer
     assert answer.count(end) == (0 if i == 2 else 1)
     assert i == 2 or answer[-1] == end
-    assert ids[1:rows.start[i]].count(end) == (3 if i not in (2, 3) else
-                                               ids[1:rows.start[i]].count(end))
+    assert i in (2, 3) or ids[:rows.start[i]].count(end) == 3
   assert tok.decode_response(
       rows.ids[rows.start[0]:rows.offsets[1]]) == "yes"
   assert "6 rows" in tokens.summary("pool", report).replace(",", "")

@@ -4,12 +4,13 @@ import functools
 import gzip
 import json
 import random
+import re
 import shutil
 
 import pytest
 import sentencepiece as spm
 
-from jaxalign.data import tokenizer
+from jaxalign.data import special, tokenizer
 from jaxalign.data.chat import BUILT_IN, Chat
 from jaxalign.data.fast_tokenizer import FastTokenizer
 from jaxalign.data.tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -169,17 +170,83 @@ def test_difference_4_a_model_without_its_json(tmp_path, shared):
                                         ).input_ids
 
 
-def test_difference_5_a_template_without_bos(tmp_path):
+def test_a_template_decides_on_the_bos(tmp_path):
+  """None where it writes none, though the tokenizer begins texts with one."""
   transformers = pytest.importorskip("transformers")
   folder = write_folder(tmp_path / "a", BUILT_IN["chatml"], add_bos_token=True)
   tok = load_tokenizer(folder)
   peer = transformers.AutoTokenizer.from_pretrained(folder)
   ask = [dict(role="user", content="Hi")]
+  assert tok.bos >= 0
   with Chat(tok, tok.template) as chat:
     head, _ = chat.encode(ask, ["So"])
-  assert tok.bos not in head and tok.bos >= 0  # `tokens` puts it in front
+    assert tok.bos == -1
   assert peer.apply_chat_template(ask, add_generation_prompt=True,
                                   return_dict=False) == head
+  with Chat(tok, "{{ bos_token }}" + tok.template) as chat:
+    assert tok.bos == tok.own_bos and chat.encode(ask, ["So"])[0] == head
+  # Of some conversations only: then it is a token like any other.
+  with Chat(tok, "{% if messages[0].role == 'system' %}{{ bos_token }}"
+            "{% endif %}" + tok.template) as chat:
+    assert tok.bos == -1
+    assert chat.encode([dict(role="system", content="Be"), *ask], ["So"]
+                       )[0][0] == tok.own_bos
+
+
+def test_a_trained_tokenizer_is_exported_with_a_template(tmp_path):
+  """The template writes no BOS; as text the tokenizer still begins with one."""
+  transformers = pytest.importorskip("transformers")
+  tok = tokenizer.Tokenizer(tokenizer.train(["a b c d"] * 9, 300))
+  with Chat(tok, BUILT_IN["zephyr"]):
+    assert tok.bos == -1
+    tok.export(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama")))
+  peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert peer("a b").input_ids == [tok.own_bos, *tok.encode("a b")]
+
+
+def test_special_tokens_in_texts_are_found(tmp_path, shared):
+  for folder, texts in ((write_folder(tmp_path / "a"), ("<|im_end|>", "<|end|>")),
+                        (shared / "tokenizers/mistral-v1", ("</s>", "<unk>"))):
+    tok = load_tokenizer(folder)
+    a, b = texts
+    assert special.found(tok, f"x {b}y{a} {b}") == [b, a]
+    assert special.found(tok, "<|x|> <s a <| </ s>") == []
+    assert special.found(tok, "") == []
+  tok = load_tokenizer(tmp_path / "a")
+  assert special.found(tok, "<think>") == []
+  tok.reserve(["<think>"])
+  assert special.found(tok, "<think>") == ["<think>"]
+
+
+def test_any_of_many_texts_is_the_longest():
+  rng = random.Random(0)
+  word = lambda most: "".join(rng.choices("ab<|.", k=rng.randint(1, most)))
+  assert not re.search(special.any_of([]), "a") and special.any_of(["a"]) == "a"
+  assert re.fullmatch(special.any_of(["x" * 5000, "xy"]), "x" * 5000)
+  for _ in range(300):
+    texts = [word(4) for _ in range(rng.randint(1, 9))]
+    plain = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    text = word(30)
+    assert re.findall(special.any_of(texts), text) == re.findall(plain, text)
+
+
+@pytest.mark.parametrize("name", ["stories", "mistral", "bytes"])
+def test_a_row_is_shown_with_its_special_tokens(tmp_path, shared, name):
+  folder = (write_folder(tmp_path / "a") if name == "bytes" else
+            shared / MODELS[name])
+  tok = load_tokenizer(folder)
+  names = {i: text for text, i in tok.specials.items()}
+  end = names[tok.eos]
+  for text in ("Hi: there ", "caf\u00e9 \u4e03\U0001f469\u200d\U0001f4bb",
+               "a\n\n b"):
+    bos = [tok.own_bos] * (tok.own_bos >= 0)
+    ids = [*tok.encode(text), tok.eos, *tok.encode_response(" b"), tok.eos]
+    want = f"{text}{end} b{end}"
+    assert tok.decode_visible(ids) == want
+    assert tok.decode_visible(bos + ids) == "".join(map(names.get, bos)) + want
+    assert tok.decode_visible(ids[:3]) == tok.decode(ids[:3])
+  assert tok.decode_visible([]) == ""
 
 
 # What a folder says.

@@ -20,11 +20,14 @@ from etils import epath
 from jaxalign.data.marks import HALF, Marks
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.special import any_of
 from jaxalign.errors import ConfigError
 
 _KNOB = "set config.data.template"
 PLAIN = ("dialogue", "none")  # the record's own text, no template
 _NO_TOOLS = "tool calls are not supported"
+_ROLES = ("user", "assistant", "system")  # templates have others at will
+_TOOL_ROLES = ("tool", "function", "ipython", "observation")
 # What is asked and said to learn a template: they share no letter at an end.
 _WORDS = ("quince", "medlar", "damson", "rowan")
 
@@ -162,9 +165,7 @@ class Chat:
   def _learn(self) -> None:
     """How the template begins a row, asks for an answer, and ends one."""
     tok = self.tok
-    added = re.compile("|".join(sorted(
-        (re.escape(t) for t in tok.added if len(t) > 1 and t.strip()),
-        key=len, reverse=True)) or "(?!)")
+    added = re.compile(any_of(t for t in tok.added if len(t) > 1 and t.strip()))
     tokens = lambda text: [m[0] for m in added.finditer(text)]
     ask = [dict(role="user", content="a")]
     says = [dict(role="assistant", content=word) for word in _WORDS[:2]]
@@ -182,7 +183,8 @@ class Chat:
     self._asks, self._header = asked[base:], ""
     opens = [m[0] for m in added.finditer(asked) if m.end() > base]
     if asked == plain and head.startswith(asked):
-      self._header = head[len(asked):] if head[len(asked):].strip() else ""
+      # A space there belongs to the word that follows it.
+      self._header = head[len(asked):].rstrip(" ")
       opens = tokens(self._header) or tokens(asked)[-1:]
     # An answer ends as one in the middle does; what follows only at the end of
     # a conversation (Phi-3's EOS) is no part of it.
@@ -206,6 +208,9 @@ class Chat:
     bos = next((t for t, i in tok.specials.items() if i == tok.own_bos), None)
     tok.bos = tok.own_bos if bos and plain.startswith(bos) and (
         not system or system.startswith(bos)) else -1
+    if system and _WORDS[3] not in system:
+      self.warnings.append("the chat template leaves out what a system turn "
+                           "says: put it into the first question")
     if self._end:
       tok.ends_with(tok.specials[self._end])
       self._times = tokens(tail).count(self._end)
@@ -215,9 +220,6 @@ class Chat:
           f"{next((t for t, i in tok.specials.items() if i == tok.eos), '')!r},"
           " the tokenizer's own")
     if self._header:
-      ids = [tok.encode_rendered(t) for t in (asked + self._header, wholes[0])]
-      if ids[0] != ids[1][:len(ids[0])]:  # a blank that belongs to the answer
-        self._header = self._header.rstrip(" ")
       self.warnings.append(
           "the chat template ignores add_generation_prompt: it writes "
           f"{self._header!r} only in front of an answer; here that counts to "
@@ -286,7 +288,7 @@ class Chat:
       start = self._start_of(turns, tools, plain[0], whole)
       ends.append(self._end_of(one, other, start))
     texts = [(p[:end], s[:end]) for p, s, end in zip(plain, shown, ends)]
-    ids = self._whole(texts)
+    ids = self._whole(texts, bool(back))
     if ids is None or self._end and any(
         one[-1:] != [self.tok.eos] for one in ids[1:]):
       ids = [self._parts(text, back) for _, text in texts]
@@ -301,24 +303,29 @@ class Chat:
                     "the BOS")
     return head[self.tok.bos >= 0:start], rest
 
-  def _whole(self, texts: list[tuple[str, str]]) -> list[list[int]] | None:
+  def _whole(self, texts: list[tuple[str, str]], check: bool
+             ) -> list[list[int]] | None:
     """Ids of rendered texts, each as one string; None where text forges.
 
     What the texts share is encoded once, up to a special token: there the
     tokenizer begins anew in any case.
     """
     (prompt, shown), *wholes = texts
-    head = self._ids(prompt, shown)
+    head = self._ids(prompt, shown, check)
     if head is None:
       return None
-    out, at, k = [head], 0, 0
-    for m in self._marks.written.finditer(shown):
-      at = m.start()
-    if at and (last := self.tok.specials[m[0]]) in self._specials:
-      k = len(head) - 1 - head[::-1].index(last)
+    out, at, k, shared = [head], 0, 0, ""
+    written = [(m[0], m.start()) for m in self._marks.written.finditer(shown)]
+    if written:
+      text, start = written[-1]
+      last = self.tok.specials[text]
+      if head.count(last) == sum(text == other for other, _ in written):
+        at, shared = start, shown[:start + len(text)]
+        k = len(head) - 1 - head[::-1].index(last)
     for text, other in wholes:
-      same = k and other.startswith(shown[:m.end()])
-      ids = self._ids(text[at:], other[at:]) if same else self._ids(text, other)
+      same = bool(shared) and other.startswith(shared)
+      first = at if same else 0
+      ids = self._ids(text[first:], other[first:], check)
       if ids is None:
         return None
       out.append(head[:k] + ids if same else ids)
@@ -358,11 +365,11 @@ class Chat:
 
   def _check_tools(self, turns: list[dict], said: list[dict], tools: Any
                    ) -> None:
-    """Refused where the template drops a tool, a call or a result.
+    """Refused where the template drops a tool, a call, or what a role says.
 
     The row is rendered with other names and results: each has to show.
     """
-    uses = [any("tool_calls" in one or one.get("role") == "tool"
+    uses = [any("tool_calls" in one or one.get("role") not in _ROLES
                 for one in part) for part in (turns, said)]
     if not tools and not any(uses):
       return
@@ -378,7 +385,7 @@ class Chat:
         continue  # it does look at them
       for word, what in words.items():
         if word not in text:
-          raise Refused(_NO_TOOLS, f"the chat template does not write {what}")
+          raise Refused(what[0], f"the chat template does not write {what[1]}")
 
   def _shown(self, plain: list[str], turns: list[dict], said: list[dict],
              tools: Any) -> tuple[list[str], dict[int, str]]:
@@ -416,15 +423,16 @@ class Chat:
           names, texts = names | {one}, more
     return texts, back
 
-  def _ids(self, text: str, shown: str) -> list[int] | None:
+  def _ids(self, text: str, shown: str, check: bool) -> list[int] | None:
     """Ids of a rendered text as one string; None if text forges a token."""
     ids = self.tok.encode_rendered(text)
-    wanted = [self.tok.specials[m[0]] for m in self._marks.written.finditer(
-        shown)]
-    known = self._specials
-    if [i for i in ids if i in known] == [i for i in wanted if i in known]:
-      return ids
-    return None
+    if check:
+      wanted = [self.tok.specials[m[0]]
+                for m in self._marks.written.finditer(shown)]
+      known = self._specials
+      if [i for i in ids if i in known] != [i for i in wanted if i in known]:
+        return None
+    return ids
 
   def _parts(self, text: str, back: dict[int, str]) -> list[int]:
     """Ids of a rendered text, its special tokens apart from all the rest."""
@@ -456,25 +464,27 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
   return out
 
 
-def _reworded(turn: dict, wanted: dict[str, str]) -> dict:
+def _reworded(turn: dict, wanted: dict[str, tuple[str, str]]) -> dict:
   """A message with other tool calls and results; `wanted` gets their words."""
   if isinstance(turn.get("tool_calls"), list):
     turn = dict(turn, tool_calls=[_renamed(call, "the call of", wanted)
                                   for call in turn["tool_calls"]])
-  if turn.get("role") == "tool" and isinstance(turn.get("content"), str):
+  role = turn.get("role")
+  if role not in _ROLES and isinstance(turn.get("content"), str):
     word = f"jaxalign{len(wanted)}word"
-    wanted[word] = "what a tool answered"
+    wanted[word] = (_NO_TOOLS if role in _TOOL_ROLES else "unknown role",
+                    f"what the role {role!r} says")
     turn = dict(turn, content=word)
   return turn
 
 
-def _renamed(tool: Any, what: str, wanted: dict[str, str]) -> Any:
+def _renamed(tool: Any, what: str, wanted: dict[str, tuple[str, str]]) -> Any:
   """A tool, or a call of one, by another name."""
   inner = tool.get("function", tool) if isinstance(tool, dict) else None
   if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
     return tool
   word = f"jaxalign{len(wanted)}word"
-  wanted[word] = f"{what} {inner['name']!r}"
+  wanted[word] = _NO_TOOLS, f"{what} {inner['name']!r}"
   return (dict(tool, function=dict(inner, name=word)) if inner is not tool else
           dict(inner, name=word))
 

@@ -10,6 +10,7 @@ stay what they were.
 import re
 from typing import Any, Collection, Iterator, Sequence
 
+from jaxalign.data import special
 from jaxalign.data.schemas.pairs import Refused
 
 HALF = ""  # what `found` calls a text that begins or ends like a token
@@ -23,17 +24,18 @@ class Marks:
   """The special tokens of a tokenizer, and all texts that look like them."""
 
   def __init__(self, specials: Sequence[str]):
-    texts = sorted({t for t in specials if len(t) > 1}, key=len, reverse=True)
-    self.written = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+    texts = {t for t in specials if len(t) > 1}
+    self.written = re.compile(special.any_of(texts))
     rest = {}
     for text in texts:
-      rest.setdefault(text[0], []).append(re.escape(text[1:]))
+      rest.setdefault(text[0], []).append(text[1:])
     # A match is one character, so that of two that overlap both are found.
     self._first = re.compile("|".join(
-        f"{re.escape(c)}(?=({'|'.join(more)}))" for c, more in rest.items())
-        or "(?!)")
-    self._starts = tuple({t[:k] for t in texts for k in range(1, len(t))})
-    self._ends = tuple({t[k:] for t in texts for k in range(1, len(t))})
+        f"{re.escape(c)}(?=({special.any_of(more)}))" for c, more in
+        rest.items()) or "(?!)")
+    self._starts = {t[:k] for t in texts for k in range(1, len(t))}
+    self._ends = {t[k:] for t in texts for k in range(1, len(t))}
+    self._sizes = range(1, max(map(len, texts), default=1))
     self._inside = "\0".join(texts)
 
   def found(self, value: Any) -> set[str]:
@@ -48,9 +50,9 @@ class Marks:
     core = text.strip() if key in _BESIDE else ""
     if core:
       at, alone = text.index(core), core in self._inside
-      if alone or core.startswith(self._ends):
+      if alone or any(core[:k] in self._ends for k in self._sizes):
         yield HALF, at
-      if alone or core.endswith(self._starts):
+      if alone or any(core[-k:] in self._starts for k in self._sizes):
         yield HALF, at + len(core) - 1
 
   def stand_ins(self, value: Any) -> dict[str, str]:

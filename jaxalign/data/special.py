@@ -48,6 +48,7 @@ class Encoding:
   bos: int
   eos: int
   stops: tuple[int, ...]
+  own_bos: int
   specials: dict[str, int]
   prefixes_each: bool
 
@@ -74,16 +75,17 @@ class Encoding:
     return self._ids(texts, self._bare)
 
   def decode_visible(self, ids: Iterable[int]) -> str:
-    """Text of a row, or of a part of one, as it was understood.
+    """Text of a row, or of its beginning, as it was understood.
 
     Special tokens show as their text, where `decode` leaves them out.
     """
     names, out = {i: text for text, i in self.specials.items()}, []
+    begins = [[], [names.get(self.own_bos)]]  # a text's own beginning
     for special, run in itertools.groupby(map(int, ids), names.__contains__):
       if special:
         out += [names[i] for i in run]
       else:
-        first = not out or self.prefixes_each
+        first = out in begins or self.prefixes_each
         out.append((self.decode if first else self.decode_response)(run))
     return "".join(out)
 
@@ -93,13 +95,34 @@ def found(tok: Encoding, text: str) -> list[str]:
 
   They are characters there, and no tokens: see `tokenizer.py`.
   """
-  pattern = tok.__dict__.get("_spelt")
+  pattern = tok.__dict__.get("_found")
   if pattern is None or pattern[0] is not tok.specials:
-    texts = sorted((t for t in tok.specials if len(t) > 1), key=len,
-                   reverse=True)
-    pattern = tok._spelt = tok.specials, re.compile(
-        "|".join(map(re.escape, texts)) or "(?!)")
+    pattern = tok._found = tok.specials, re.compile(
+        any_of(t for t in tok.specials if len(t) > 1))
   return list(dict.fromkeys(pattern[1].findall(text)))
+
+
+def any_of(texts: Iterable[str]) -> str:
+  """A regular expression of any of the texts, of two the longer.
+
+  It branches character by character: some tokenizers have 6,000 of them.
+  """
+  tree: dict[str, Any] = {}
+  for text in texts:
+    node = tree
+    for c in text:
+      node = node.setdefault(c, {})
+    node[""] = {}
+
+  def written(node: dict[str, Any]) -> str:
+    out = ""
+    while len(node) == 1 and "" not in node:
+      [(c, node)] = node.items()
+      out += re.escape(c)
+    ways = [re.escape(c) + written(rest) for c, rest in node.items() if c]
+    return out + (f"(?:{'|'.join(ways)}){'?' * ('' in node)}" if ways else "")
+
+  return written(tree) if tree else "(?!)"  # which is nowhere
 
 
 EMPTY = Settings({}, dict.fromkeys(_NAMES), set(), {}, None, (), None, {})

@@ -14,6 +14,9 @@ of `sentencepiece`, or of `transformers` under the same config, except for:
 4. A model read from tokenizer.model alone: a leading space, runs of spaces
    and NUL, and in unigram models (T5) what is outside the vocabulary, are as
    sentencepiece has them; transformers converts the model and differs there.
+5. A tokenizer.json of before transformers 5 that puts a space before a text,
+   under the class LlamaTokenizer: it counts as it is; transformers 5 sets that
+   space anew, by `legacy` of the config.
 """
 
 import collections
