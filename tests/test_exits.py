@@ -186,6 +186,7 @@ def test_a_write_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, stop):
     (signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
 def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
   """It comes in the middle of a write, inside a scratch folder."""
+  jobs.folder()  # the tests' own
   (tmp_path / "tmp").mkdir()
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
   seen = []
