@@ -128,6 +128,8 @@ def digest_tree(folder: Any, only: list[str] | None = None
   found = {}
 
   def walk(path, name):
+    if name and leads_out(folder, name):
+      return  # what a link shows is not this folder's
     if path.is_dir():
       for child in sorted(path.iterdir(), key=lambda p: p.name):
         walk(child, f"{name}/{child.name}" if name else child.name)
@@ -140,15 +142,52 @@ def digest_tree(folder: Any, only: list[str] | None = None
 
 
 def harmed(folder: Any, outputs: dict[str, dict[str, Any]]) -> list[str]:
-  """The files that are missing or whose bytes are not those written."""
+  """The files that are missing or whose bytes are not those written.
+
+  No file outside the folder is looked at, whatever the names say.
+  """
   bad = []
   for name, wanted in outputs.items():
+    if leads_out(folder, name):
+      bad.append(f"{name[:200]!a} leads out of its folder")
+      continue
     path = epath.Path(folder) / name
     if not path.exists():
       bad.append(f"{name} is missing")
     elif digest(path) != wanted:
       bad.append(f"{name} has other bytes than were written")
   return bad
+
+
+def leads_out(folder: Any, name: Any) -> bool:
+  """Whether a name that stands in a file is none of a file in a folder.
+
+  Names are relative, without "..", and no link on their way leaves the
+  folder; the folder itself may be a link.
+  """
+  if not _plain(name):
+    return True
+  if "://" in str(folder):
+    return False  # an object store has no links
+  root = os.path.realpath(folder)
+  real = os.path.realpath(os.path.join(root, name))
+  return not real.startswith(os.path.join(root, ""))
+
+
+def _plain(name: Any) -> bool:
+  """Whether a name is relative and has no "..", whatever is on the disk."""
+  return (isinstance(name, str) and not set(name) & {"\0", "\\"}
+          and not {"", ".", ".."} & set(name.split("/")))
+
+
+def _remove(path: epath.Path) -> None:
+  """Removes a file, a folder with all in it, or a link alone."""
+  if "://" not in str(path) and os.path.islink(path):
+    os.unlink(path)
+  elif path.is_dir():
+    path.rmtree()
+  else:
+    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -246,17 +285,29 @@ def _digest_of(raw: dict[str, Any]) -> str:
 def read_card(folder: Any, stage: str) -> Card | None:
   """The card of a stage, None where there is none.
 
-  A card whose bytes are not those written has the key `DAMAGED`.
+  A card whose bytes are not those written has the key `DAMAGED`, and one that
+  names files outside its folder too: nobody's files are removed by its word.
   """
   path = _card_path(folder, stage)
   if not path.exists():
     return None
   try:
+    if leads_out(folder, f"cards/{stage}.json"):
+      raise ValueError("it is a link")
     raw = read_json(path)
     if raw.pop("digest") != _digest_of(raw):
       raise ValueError("its digest is another one")
-    return Card(**{**raw, "cost": Cost(**raw["cost"])})
-  except (ValueError, KeyError, TypeError, AttributeError):
+    card = Card(**{**raw, "cost": Cost(**raw["cost"])})
+    for name, wanted in card.outputs.items():
+      if not _plain(name):  # links are seen where the bytes are
+        raise ValueError("it names what is not in its folder")
+      if wanted.keys() != {"sha256", "bytes"}:
+        raise ValueError("it does not say what was written")
+    card.fields.keys(), card.inputs.keys(), card.result.keys()
+    if card.stage != stage or not isinstance(card.cost.seconds, (int, float)):
+      raise ValueError("it is another stage's")
+    return card
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return Card(stage, DAMAGED, {}, {}, {}, Cost(), {})
 
 
@@ -359,6 +410,9 @@ def _look(folder: epath.Path, stage: str, fields: dict[str, Any],
   if found is not None:
     if found.key == DAMAGED:
       bad = ["its card has other bytes than were written"]
+    elif found.key == key and not found.finished and (
+        links := [name for name in resumes if leads_out(folder, name)]):
+      bad = [f"{name} is a link out of its folder" for name in links]
     elif found.key == key and found.finished and jax.process_index() == 0:
       bad = harmed(folder, found.outputs)
     if bad:
@@ -420,17 +474,15 @@ def _make_room(folder: epath.Path, outputs: dict[str, Any],
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in outputs:
-      (folder / name).unlink(missing_ok=True)
-    for name in {n.split("/")[0] for n in outputs if "/" in n} | {*resumes}:
-      if (folder / name).is_dir():
-        (folder / name).rmtree()
-      else:
-        (folder / name).unlink(missing_ok=True)
+    for name in {n.split("/")[0] for n in outputs} | {*resumes}:
+      _remove(folder / name)
+    # A link would have the card written, and so replaced, somewhere else.
+    if leads_out(folder, "cards"):
+      _remove(folder / "cards")
     # An object store has no folder before it has a file.
     for path in folder.iterdir() if folder.exists() else ():
       if ".tmp-" in path.name:  # a killed run's half-written file
-        path.unlink(missing_ok=True)
+        _remove(path)
   except OSError as error:
     raise WriteError(f"cannot make {folder}: {error.strerror or error}; set "
                      "--workdir") from error

@@ -4,6 +4,8 @@
 all of them end with the same line. `validate_on` needs the mesh.
 """
 
+import math
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jaxalign import memory
 from jaxalign import pilot
 from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign.artifacts import flatten
 from jaxalign.artifacts import pick
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
@@ -48,7 +51,9 @@ COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
           "select.mixture.reservoir",
           "train.eval_rows", "train.eval_prompts", "lora.batches", "seeds",
           "train.min_updates", "proxy.updates",
-          "proxy.models", "proxy.save_every")
+          "proxy.models", "proxy.save_every", "proxy.batch_size",
+          "proxy.accumulation", "judge.max_tokens", "judge.workers",
+          "train.keep")
 NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "eval.temperature", "train.clip",
                 "sft.clip", "select.mixture.ridge", "lora.rank",
@@ -59,6 +64,11 @@ NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
                 "proxy.half_updates", "proxy.clip", "train.weight_decay",
                 "sft.weight_decay", "proxy.weight_decay")
 SHARES = ("train.b2", "sft.b2", "proxy.b2")  # in [0, 1): 1 keeps all for ever
+PARTS = ("data.world.redundancy", "data.world.flips", "data.world.junk",
+         "data.world.corrupt", "data.max_bad_fraction", "data.split",
+         "train.warmup_ratio", "sft.warmup_ratio", "proxy.warmup_ratio",
+         "train.ref_mix", "select.label_quota")  # in [0, 1]
+POSITIVE = ("model.norm_eps", "model.rope_theta", "data.world.temperature")
 CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
            "select.pair_score": basic.PAIR_SCORES,
            "select.mixture.covariance": mixtures.COVARIANCES,
@@ -71,8 +81,58 @@ CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
            "train.logps": tuple(PRODUCERS)}
 
 
+# Knobs that are lists, of what; a config file or a flag may hold anything.
+LISTS = {"compare": str, "ask.answers": str, "train.trackers": str,
+         "train.eval_sets": str, "lora.targets": str, "budgets": float,
+         "pilot.budgets": float, "profile.steps": int}
+# Numbers whose own checks say more than "is no finite number".
+TOLD = ("select.budget", "budgets", "pilot.budgets", "train.lr", "sft.lr",
+        *SHARES)
+LARGEST = 1 << 53  # of a whole number: beyond, a float loses count
+# How many there may be of what a plan lists one by one, or draws.
+MOST = {"seeds": 10_000, "pilot.seeds": 10_000, "data.world.clusters": 1 << 20}
+
+
+def _check_kinds(c: Any) -> None:
+  """Raises ConfigError for a value that is not of its knob's kind.
+
+  It goes over the whole config: a knob added later is looked at too.
+  """
+  for name, value in flatten(c, "").items():
+    kind = LISTS.get(name)
+    if kind and (not isinstance(value, (list, tuple)) or not all(
+        isinstance(x, (int, float) if kind is float else kind)
+        and not isinstance(x, bool) for x in value)):
+      raise ConfigError(f"{name}={_shown(value)}, wanted a list of " + {
+          str: "names", float: "numbers", int: "whole numbers"}[kind]
+                        + f"; set config.{name}")
+    for x in value if isinstance(value, (list, tuple)) else (value,):
+      if not isinstance(x, (int, float)) or isinstance(x, bool):
+        continue
+      if isinstance(x, float) and not math.isfinite(x):
+        if name not in TOLD or name.endswith("lr") and not math.isnan(x):
+          raise ConfigError(f"{name}={x}, wanted a finite number; set "
+                            f"config.{name}")
+      elif isinstance(x, int) and abs(x) > LARGEST:
+        raise ConfigError(f"{name}={_shown(x)}, wanted a whole number of at "
+                          f"most {LARGEST:,}; set config.{name}")
+      elif name.rpartition(".")[2] == "seed" and not 0 <= x < 1 << 32:
+        raise ConfigError(f"{name}={x}, wanted a seed from 0 to "
+                          f"{(1 << 32) - 1:,}; set config.{name}")
+      elif name in MOST and x > MOST[name]:
+        raise ConfigError(f"{name}={x:,}, wanted {MOST[name]:,} or fewer; set "
+                          f"config.{name}")
+
+
+def _shown(value: Any) -> str:
+  """A value as it may stand in a line of error."""
+  text = repr(value)
+  return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _check_values(c: Any) -> None:
   """Raises ConfigError for a knob whose value can never work."""
+  _check_kinds(c)
   for least, names in ((1, COUNTS), (0, NOT_NEGATIVE)):
     for name, value in pick(c, *names).items():
       if not value >= least:
@@ -82,6 +142,19 @@ def _check_values(c: Any) -> None:
     if not 0 <= value < 1:
       raise ConfigError(f"{name}={value}, wanted a decay in [0, 1); set "
                         f"config.{name}")
+  for name, value in pick(c, *PARTS).items():
+    if not 0 <= value <= 1:
+      raise ConfigError(f"{name}={value}, wanted a share from 0 to 1; set "
+                        f"config.{name}")
+  for name, value in pick(c, *POSITIVE).items():
+    if not value > 0:
+      raise ConfigError(f"{name}={value}, wanted more than 0; set "
+                        f"config.{name}")
+  pca = str(c.select.mixture.pca)
+  if pca != "auto" and not re.fullmatch("[0-9]{1,9}", pca):
+    raise ConfigError(f"select.mixture.pca={_shown(pca)}, wanted auto or a "
+                      "number of directions (0: all); set "
+                      "config.select.mixture.pca")
   steps = tuple(c.profile.steps)
   if len(steps) != 2 or steps != (0, 0) and not 0 <= steps[0] < steps[1]:
     raise ConfigError(f"profile.steps={steps}, wanted the first step to trace "

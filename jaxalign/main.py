@@ -301,9 +301,12 @@ def _lost_peer(error: BaseException | None) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
+  line = " ".join(message.split())
+  if len(line) > 4000:  # a flag of a megabyte; both ends say what is wrong
+    line = f"{line[:2000]} [...] {line[-1000:]}"
   # One write: a library's thread may be printing a traceback of its own.
   with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {line}\n")
     sys.stderr.flush()
   return code
 

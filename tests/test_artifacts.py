@@ -162,6 +162,137 @@ def test_half_written_files_are_swept(tmp_path):
   assert sorted(card.outputs) == ["other", "part/file"]
 
 
+@pytest.fixture
+def outside(tmp_path):
+  """A folder beside the stage's, with somebody's files; they must stay."""
+  folder = tmp_path / "outside"
+  (folder / "deep").mkdir(parents=True)
+  for name in ("mine", "deep/mine", "deep/.x.tmp-1"):
+    (folder / name).write_bytes(b"somebody's")
+  yield folder
+  assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) == [
+      "deep", "deep/.x.tmp-1", "deep/mine", "mine"]
+  for path in folder.rglob("*"):
+    assert path.is_dir() or path.read_bytes() == b"somebody's"
+
+
+def forge(folder, **change):
+  """Rewrites a card's facts, its own digest included."""
+  path = folder / "cards/one.json"
+  raw = json.loads(path.read_text()) | change
+  raw.pop("digest")
+  raw["digest"] = artifacts._digest_of(raw)
+  path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("name", [
+    "../outside/mine", "..", "../outside", "part/../../outside/mine", "", ".",
+    "part//file", "{outside}/mine", "/", "part/link/mine", "link/mine", "link",
+    "part\\file", "a\0b", "../stage/other"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_record_that_names_what_is_not_its_own(
+    tmp_path, outside, monkeypatch, name, finished):
+  """It is not believed; nothing outside is removed, or so much as read."""
+  folder = tmp_path / "stage"
+  stage(folder)
+  (folder / "link").symlink_to(outside)
+  (folder / "part/link").symlink_to(outside / "deep")
+  what = artifacts.digest(outside / "mine")
+  forge(folder, finished=finished, outputs={
+      name.format(outside=outside): what,
+      "other": artifacts.digest(folder / "other")})
+  read = []
+  real = artifacts.digest
+  monkeypatch.setattr(artifacts, "digest", lambda path: read.append(
+      os.path.realpath(path)) or real(path))
+  assert "link" in name or (
+      artifacts.read_card(folder, "one").key == artifacts.DAMAGED)
+  card, ran = stage(folder, resumes=("part",))
+  assert ran == 1 and set(card.outputs) == {"part/file", "other"}
+  assert not [path for path in read if str(outside) in path]
+  assert stage(folder)[1] == 0
+
+
+@pytest.mark.parametrize("fields", [None, dict(a=2)])
+def test_links_in_place_of_what_a_stage_made(tmp_path, outside, fields):
+  """Removed as links, whether they stand for a file, a folder or the cards."""
+  folder = tmp_path / "stage"
+  stage(folder)
+  jobs.shutil.rmtree(folder / "part")
+  (folder / "part").symlink_to(outside / "deep")
+  (folder / "other").unlink()
+  (folder / "other").symlink_to(outside / "mine")
+  card, ran = stage(folder, fields, redo=bool(fields))
+  assert ran == 1 and card.outputs["part/file"]["bytes"] == 5
+  assert not (folder / "part").is_symlink()
+  assert not (folder / "other").is_symlink()
+  assert stage(folder, fields)[1] == 0
+
+
+def test_an_unfinished_stage_does_not_go_on_from_a_link(tmp_path, outside):
+  folder = tmp_path / "stage"
+  with pytest.raises(ZeroDivisionError):
+    stage(folder, resumes=("part",), fail=ZeroDivisionError())
+  jobs.shutil.rmtree(folder / "part")
+  (folder / "part").symlink_to(outside / "deep")
+  seen = []
+
+  def make(folder):
+    seen.append((folder / "part").exists())
+    artifacts.write_bytes(folder / "part" / "file", b"first")
+    return ["part"], artifacts.Cost(), {}
+  artifacts.run(folder, "one", fields=dict(a=1), inputs={}, make=make,
+                resumes=("part",))
+  assert seen == [False] and not (folder / "part").is_symlink()
+
+
+def test_cards_that_lie_elsewhere_are_not_believed(tmp_path, outside):
+  folder = tmp_path / "stage"
+  stage(folder)
+  (tmp_path / "cards").mkdir()
+  (folder / "cards/one.json").rename(tmp_path / "cards/one.json")
+  (folder / "cards").rmdir()
+  (folder / "cards").symlink_to(tmp_path / "cards")
+  before = (tmp_path / "cards/one.json").read_bytes()
+  assert stage(folder)[1] == 1 and not (folder / "cards").is_symlink()
+  assert (tmp_path / "cards/one.json").read_bytes() == before
+  assert stage(folder)[1] == 0
+
+
+def test_a_folder_may_itself_be_a_link(tmp_path, outside):
+  """A workdir on a larger disk."""
+  (tmp_path / "disk").mkdir()
+  (tmp_path / "stage").symlink_to(tmp_path / "disk")
+  assert stage(tmp_path / "stage")[1] == 1
+  assert stage(tmp_path / "stage")[1] == 0
+
+
+def test_a_manifest_names_only_its_own_files(tmp_path, outside):
+  want = artifacts.digest(outside / "mine")
+  assert artifacts.harmed(tmp_path / "stage", {"../outside/mine": want}) == [
+      "'../outside/mine' leads out of its folder"]
+  assert not artifacts.harmed(tmp_path, {"outside/mine": want})
+
+
+@pytest.mark.parametrize("change", [
+    dict(outputs={"other": 3}), dict(outputs={"other": {}}), dict(outputs=[]),
+    dict(outputs=None), dict(cost=3), dict(cost=dict(seconds="x")),
+    dict(fields=3), dict(inputs=[]), dict(result=None), dict(stage="two"),
+    dict(extra=1)])
+def test_a_record_of_wrong_types_is_damaged(tmp_path, change):
+  stage(tmp_path)
+  forge(tmp_path, **change)
+  assert artifacts.read_card(tmp_path, "one").key == artifacts.DAMAGED
+  assert stage(tmp_path)[1] == 1
+
+
+def test_a_record_that_is_no_record(tmp_path):
+  for text in ("", "null", "[]", "3", "{}", "[" * 99_999, '"\\ud800"', "\xff"):
+    stage(tmp_path)
+    (tmp_path / "cards/one.json").write_text(text, encoding="latin-1")
+    assert stage(tmp_path)[1] == 1
+
+
 def test_a_key_depends_on_everything():
   key = artifacts.key_of("one", dict(a=1), dict(b="x"))
   assert key == artifacts.key_of("one", dict(a=1), dict(b="x"))

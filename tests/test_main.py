@@ -284,14 +284,19 @@ def test_the_report_holds_the_command_given():
 
 
 def test_leave_does_not_wait_for_other_processes(monkeypatch):
-  left = []
-  monkeypatch.setattr(os, "_exit", left.append)
-  monkeypatch.setattr(sys, "exit", lambda code: left.append(("soft", code)))
+  done = []
+  monkeypatch.setattr(os, "_exit", lambda code: done.append(code))
+  monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+  monkeypatch.setattr(main.threading, "_shutdown", lambda: done.append("wait"))
+  monkeypatch.setattr(main.atexit, "_run_exitfuncs",
+                      lambda: done.append("clean"))
   main._leave(65)
-  assert left == [("soft", 65)]
+  assert done == ["wait", "clean", 65]
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
   main._leave(65)
-  assert left[1] == 65
+  assert done[3:] == [65]
+  main._leave(0)  # a good end is one of all processes
+  assert done[4:] == ["wait", "clean", 0]
 
 
 @pytest.mark.parametrize("flags,said", [
