@@ -13,7 +13,7 @@ from conftest import ROOT
 from jaxalign.data import chat, prepare, records, tokens
 from jaxalign.data.chat import BUILT_IN, Chat
 from jaxalign.data.render import Renderer
-from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.schemas.pairs import Refused, turns_of
 from jaxalign.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 
@@ -89,8 +89,9 @@ def dialogues(shared):
   """Real turns and two answers, of ShareGPT records and of hh-rlhf."""
   for name in ("llamafactory/dpo_en_demo.json", "hh-harmless/pairs.jsonl.gz"):
     for row in records.load(str(shared / "data" / name), limit=60).rows:
-      yield row["turns"], [row[side].removeprefix(" ")
-                           for side in ("chosen", "rejected")]
+      turns = row.get("turns") or turns_of(row["prompt"])
+      yield turns, [row[side].removeprefix(" ")
+                    for side in ("chosen", "rejected")]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -529,18 +530,19 @@ def test_rows_of_dialogues(folder):
     rows, report, refused = tokens.encode_dialogues(
         one, [ASK, system + ASK, ASK, ASK],
         [["yes", "no"], ["x " * 400, "y"], ["same", "same"], ["a", "b"]],
-        ("chosen", "rejected"), 128)
-  assert refused == {2: "identical tokens"} and report["rows"] == 6
+        ("chosen", "rejected"), 160, "cut_answer")
+  assert {i: w.reason for i, w in refused.items()} == {2: "identical tokens"}
+  assert report["rows"] == 6
   assert report["tokens_cut_by_side"]["chosen"] > 300
   for i in range(6):
     ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]].tolist()
     answer = ids[rows.start[i]:]
-    assert ids[0] == begin or rows.cut[i]  # as the template has it, no BOS
+    assert ids[0] == begin  # as the template has it, no BOS
     assert tok.specials["<|begin|>"] not in ids
-    assert len(ids) <= 128 and answer
+    assert len(ids) <= 160 and answer
     assert answer.count(end) == (0 if i == 2 else 1)
     assert i == 2 or answer[-1] == end
-    assert i in (2, 3) or ids[:rows.start[i]].count(end) == 3
+    assert ids[:rows.start[i]].count(end) == 3 + (i in (2, 3))
   assert tok.decode_response(
       rows.ids[rows.start[0]:rows.offsets[1]]) == "yes"
   assert "6 rows" in tokens.summary("pool", report).replace(",", "")
@@ -552,8 +554,7 @@ def test_the_audit_finds_each_fault(folder):
   tok = load_tokenizer(folder)
   good, _ = tokens.encode_rows(tok, ["Hello there"] * 3, [" how are you"] * 3,
                                64)
-  cuts = np.zeros((3, 2), np.int64)
-  tokens.audit(tok, good, cuts, 64)
+  tokens.audit(tok, good, 64)
   last, first, begin = (int(good.offsets[2]) - 1, int(good.offsets[1]),
                         int(good.offsets[1] + good.start[1]))
   spoilt = {"without a BOS": (first, 5), "a BOS inside": (begin, tok.bos),
@@ -563,23 +564,25 @@ def test_the_audit_finds_each_fault(folder):
     ids = good.ids.copy()
     ids[at] = value
     with pytest.raises(DataError, match=what):
-      tokens.audit(tok, good._replace(ids=ids), cuts, 64)
+      tokens.audit(tok, good._replace(ids=ids), 64)
   for start in (0, 99):
     with pytest.raises(DataError, match="empty"):
       tokens.audit(tok, good._replace(start=np.array(
-          [good.start[0], start, good.start[2]], np.int32)), cuts, 64)
+          [good.start[0], start, good.start[2]], np.int32)), 64)
   with pytest.raises(DataError, match="over the context"):
-    tokens.audit(tok, good, cuts, 5)
-  cuts[1, 1] = 1  # cut, and yet it ends
+    tokens.audit(tok, good, 5)
+  cut = np.array([0, 1, 0], np.int32)  # cut, and yet it ends
   with pytest.raises(DataError, match="ended though cut"):
-    tokens.audit(tok, good, cuts, 64)
+    tokens.audit(tok, good._replace(cut=cut), 64)
 
 
 def test_conversational_rows_know_their_answer():
   row = dict(prompt="\n\nHuman: Hi\n\nAssistant:", chosen=" So", rejected="  No",
              turns=ASK[:1])
-  assert prepare._dialogue(row, ("chosen", "rejected")) == (
-      ASK[:1], ["So", " No"])
-  plain = dict(prompt="2+2=", chosen=" 4", rejected="5", turns=None)
-  assert prepare._dialogue(plain, ("chosen", "rejected")) == (
-      [dict(role="user", content="2+2=")], [" 4", "5"])
+  sides = ("chosen", "rejected")
+  assert prepare.answers_of(row, sides) == ["So", " No"]
+  plain = dict(prompt="2+2=", chosen=" 4", rejected="5", answers=None)
+  assert prepare.answers_of(plain, sides) == [" 4", "5"]
+  call = dict(role="assistant", content=None, tool_calls=[{}])
+  assert prepare.answers_of(dict(row, answers=[call, call]), sides) == [
+      call, call]
