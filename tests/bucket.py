@@ -62,7 +62,8 @@ class Bucket(fsspec.AbstractFileSystem):
     return at.open(mode)
 
   def rm_file(self, path):
-    self._at(path).unlink()
+    if not self._at(path).is_dir():  # a folder is no object
+      self._at(path).unlink()
 
   def cp_file(self, path1, path2, **_):
     if self._at(path1).is_file():
