@@ -50,7 +50,10 @@ def base(variant: str = "") -> ConfigDict:
   # Special tokens that are spelt out in a text: "text", "tokens" (as TRL reads
   # them), or "auto": as text, with a warning, and an error where most have them.
   c.data.special_tokens = "auto"
-  c.data.too_long = "drop"  # rows over the context; or "cut_answer", "error"
+  # Rows over the context: "drop", "cut_answer", "cut" (the question's beginning,
+  # then the answer's end) or "error". "": "drop" of a checkpoint, "cut" of a
+  # model trained here.
+  c.data.too_long = ""
   # Of several answers to a prompt: "all" pairs, "adjacent" or "best_worst".
   c.data.answer_pairs = "all"
   c.data.on_tied_scores = "keep"  # or "skip"

@@ -166,6 +166,8 @@ class Job:
     """The held-out split, ready to be measured on."""
     rows, tokens = self.rows("held_out"), self.tokens("held_out")
     room = self.model.context - self.c.eval.new_tokens
+    if prepare.too_long(self.c) == "cut":
+      room = self.model.context  # as the rows are cut, so are the prompts
     asked = evaluate.choose_prompts(rows, tokens, self.c.eval.prompts, room)
     return evaluate.Examined(rows, tokens, asked, self.tokenizer,
                              prepare.world_of(self.c))

@@ -248,11 +248,15 @@ def test_a_question_is_never_cut_and_rows_too_long_are_counted(tmp_path):
   for i in range(10, 14):
     rows[i]["chosen"] = " ".join(f"{k} of {3 * k}" for k in range(90))
   path = write(tmp_path / "x.jsonl", rows)
-  ended, card, rejected = read_data(tmp_path / "v", path)
+  ended, card, rejected = read_data(tmp_path / "v", path, "data.too_long=drop")
   assert ended.code is None and card["refused_by_reason"] == {"too long": 14}
   assert {r["line"] for r in rejected} == {*range(1, 15)}
   assert "too long for the context of 32 and left out" in ended.out
   assert "keeps 99 % whole" in ended.out
+  ended, card, rejected = read_data(tmp_path / "t", path)  # by itself: "cut"
+  assert ended.code is None and not rejected
+  cut = [card["truncation"][name] for name in ("sft", "pool", "held_out")]
+  assert sum(c["rows_cut_by_side"]["prompt"] for c in cut) >= 10
   ended, _, _ = read_data(tmp_path / "u", path, "data.too_long=error")
   assert ended.code == 65 and "config.data.too_long" in ended.err
   ended, card, rejected = read_data(tmp_path / "w", path,
@@ -283,8 +287,7 @@ def test_pairs_that_truncation_makes_equal_are_refused(tmp_path):
   for row in rows[:20]:  # some of them land in the pool
     row |= dict(chosen=long + " yes", rejected=long + " no")
   _, card, rejected = read_data(tmp_path / "w",
-                                write(tmp_path / "x.jsonl", rows),
-                                "data.too_long=cut_answer")
+                                write(tmp_path / "x.jsonl", rows))
   reason = "identical after truncation"
   assert 0 < card["refused_by_reason"][reason] == len(rejected) <= 20
   assert {(r["reason"], r["split"]) for r in rejected} <= {

@@ -317,7 +317,7 @@ def test_the_context_of_a_checkpoint_keeps_99_percent(tmp_path, monkeypatch):
 
 
 def test_knobs_of_the_rows_are_checked(tmp_path):
-  for name, value in (("too_long", "cut"), ("special_tokens", "no"),
+  for name, value in (("too_long", "short"), ("special_tokens", "no"),
                       ("system", "merge"), ("choice", "best"),
                       ("caps", (1, 2)), ("weights", (0.0,))):
     with pytest.raises(ConfigError, match=f"config.data.{name}"):

@@ -72,7 +72,7 @@ def test_pairs_follow_the_rule(triples, context, too_long):
     assert report["fits"] == max(16, -(-max(sizes) // 8) * 8)
   assert report["tokens"] == sum(len(w[0]) for w in want)
   assert report["tokens_cut_by_side"] == dict(
-      chosen=sum(w[2] for w in want[::2]),
+      prompt=0, chosen=sum(w[2] for w in want[::2]),
       rejected=sum(w[2] for w in want[1::2]))
   json.dumps(report)
 
@@ -158,6 +158,23 @@ def test_a_huge_answer_hurts_its_own_row_alone():
   whole = row(rows, 8), row(rows, 9)
   assert len(whole[0]) == 24 and whole[0][-1] != SMALL.eos
   assert whole[1][-1] == SMALL.eos  # the other side is as it was
+
+
+def test_a_small_model_of_ones_own_is_given_what_fits():
+  prompt = " bako" * 20
+  n = len(SMALL.encode(prompt))
+  rows, report, _ = tokens.encode_pairs(SMALL, [prompt], [" ti" * 3], [" mo"],
+                                        n, "cut")
+  assert rows.start[0] == rows.start[1] < n
+  assert row(rows, 0)[:rows.start[0]] == row(rows, 1)[:rows.start[1]]
+  assert row(rows, 0)[1:rows.start[0]] == SMALL.encode(prompt)[
+      n + 1 - rows.start[0]:]
+  assert row(rows, 0)[-1] == row(rows, 1)[-1] == SMALL.eos
+  assert report["rows_cut_by_side"] == dict(prompt=1, chosen=0, rejected=0)
+  rows, report, _ = tokens.encode_pairs(SMALL, [prompt], [" ti" * 40], [" mo"],
+                                        24, "cut")
+  assert rows.start.tolist() == [9, 9] and row(rows, 0)[-1] != SMALL.eos
+  assert report["rows_cut_by_side"] == dict(prompt=1, chosen=1, rejected=0)
 
 
 def test_the_context_that_keeps_99_percent():

@@ -73,7 +73,7 @@ def check_source(c: Any) -> None:
   chats.check(c.data.template)
   choices.check(choice_of(c))
   check_fields(c.data.fields.to_dict())
-  for knob, known in (("too_long", tokens_lib.TOO_LONG),
+  for knob, known in (("too_long", ("", *tokens_lib.TOO_LONG)),
                       ("special_tokens", SPECIAL), ("system", SYSTEM)):
     if c.data[knob] not in known:
       raise ConfigError(f"data.{knob}={c.data[knob]!r}, wanted one of "
@@ -329,7 +329,7 @@ def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
     for name in SPLITS:
       rows, truncation[name], lost = tokens_lib.place(
           tok, parts[name], words.names(splits[name]), context,
-          c.data.too_long, history=words.chat is not None,
+          too_long(c), history=words.chat is not None,
           special=words.special)
       late += [_refusal(splits[name][i], why, name, where)
                for i, why in lost.items()]
@@ -428,6 +428,15 @@ def _check_late(c: Any, card: dict, late: list[dict], refused: list[dict],
 
 def _counts(counts: Mapping[str, int]) -> str:
   return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+
+
+def too_long(c: Any) -> str:
+  """What becomes of a row over the context, where the config leaves it open.
+
+  A pretrained model is given whole rows or none; one trained on the spot what
+  fits of them.
+  """
+  return c.data.too_long or ("drop" if c.model.checkpoint else "cut")
 
 
 def own_context(c: Any) -> int:

@@ -1,10 +1,10 @@
 """Text to token rows and response masks: the one place where it happens.
 
 A row is [BOS] + prompt + response + [EOS]. Prompt and response are tokenised
-apart, so the mask's boundary is the text's boundary and a token's. A question
-is never cut. A row over the context is left out, or its answer is cut on the
-right and carries no EOS: a cut answer must not be taught to stop there. `audit`
-checks every row that is made.
+apart, so the mask's boundary is the text's boundary and a token's. A row over
+the context is left out, or its answer is cut on the right and carries no EOS: a
+cut answer must not be taught to stop there. A question is cut, on the left, for
+a small model trained on the spot alone ("cut"). `audit` checks every row.
 """
 
 from __future__ import annotations  # a tokenizer is only named here
@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # rows of tokens are read where no tokenizer is installed
   from jaxalign.data.tokenizer import Tokenizer
 
 LEAST_CONTEXT = 10  # BOS, a short question and a token of the answer
-TOO_LONG = ("drop", "cut_answer", "error")  # what becomes of such a row
+TOO_LONG = ("drop", "cut_answer", "cut", "error")  # what becomes of such a row
+KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out, by "cut"
 _KEPT = 0.99  # the share of rows that a context chosen from the rows keeps
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
 _FIELDS = dict(ids=np.int32, offsets=np.int64, start=np.int32, cut=np.int32)
@@ -216,8 +217,9 @@ def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
     parts: n rows.
     names: what the R answers are called in the report.
     context: most tokens of a row.
-    too_long: "cut_answer" cuts an answer on the right; else the row is left
-      out. A question that leaves no room for an answer is left out always.
+    too_long: "cut_answer" cuts an answer on the right, "cut" before that the
+      question on the left, for both sides alike; else the row is left out, and
+      so is, but for "cut", one whose question leaves no room for an answer.
     history, special: see `audit`.
 
   Returns:
@@ -229,13 +231,18 @@ def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
                       f"response, wanted {LEAST_CONTEXT} or more; set "
                       "config.model.context")
   ids, start, cut, refused = [], [], [], {}
+  least = KEEP_PROMPT if too_long == "cut" else 1 << 40
   for i, part in enumerate(parts):
     if isinstance(part, Refused):
       refused[i] = part
       continue
     head, answers = part
-    room, longest = context - len(bos) - len(head), max(map(len, part.answers))
-    if longest > room and (too_long != "cut_answer" or room < 1):
+    longest = max(map(len, answers))
+    keep = min(len(head), max(context - len(bos) - longest,
+                              min(least, len(head))))
+    room = context - len(bos) - keep
+    if longest > room and (
+        too_long not in ("cut", "cut_answer") or room < 1):
       refused[i] = Refused(
           "too long" if too_long != "cut_answer" else "question too long",
           f"{len(bos) + len(head) + longest:,} tokens, {len(bos) + len(head):,} "
@@ -250,16 +257,18 @@ def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
       refused[i] = Refused("empty prompt", "and the tokenizer has no BOS: "
                            "nothing to predict the first token from")
       continue
-    prompt = np.concatenate([np.array(bos, np.int32), head])
+    prompt = np.concatenate([np.array(bos, np.int32), head[len(head) - keep:]])
     for answer in answers:
       ids.append(np.concatenate([prompt, answer[:room]]))
       start.append(len(prompt))
-      cut.append(max(0, len(answer) - room))
+      cut.append((len(head) - keep, max(0, len(answer) - room)))
   offsets = np.cumsum([0] + [len(row) for row in ids], dtype=np.int64)
+  cuts = np.array(cut, np.int64).reshape(-1, 2)
   rows = TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
-                   offsets, np.array(start, np.int32), np.array(cut, np.int32))
-  audit(tok, rows, context, history=history, special=special)
-  report = _report(rows, list(names), context)
+                   offsets, np.array(start, np.int32),
+                   cuts.sum(1).astype(np.int32))
+  audit(tok, rows, context, cut=cuts[:, 1], history=history, special=special)
+  report = _report(rows, cuts, list(names), context)
   report["prompts_refused"] = len(refused)
   report["too_long"] = sum(r.reason in ("too long", "question too long")
                            for r in refused.values())
@@ -268,7 +277,8 @@ def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
 
 
 def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
-          history: bool = False, special: bool = False) -> None:
+          cut: np.ndarray | None = None, history: bool = False,
+          special: bool = False) -> None:
   """Raises DataError unless every row is what this module promises.
 
   One BOS, in front; one EOS, at the end, unless the response was cut: then
@@ -276,7 +286,9 @@ def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
 
   Args:
     tok, rows, context: as above.
-    history: the prompts may hold the ends of earlier turns, and a BOS of each.
+    cut: [n] tokens cut of each answer; None: `rows.cut`, no question was cut.
+    history: the prompts may hold the ends of earlier turns, and a BOS of each
+      (SmolLM2's begins every turn).
     special: the texts themselves may hold a BOS and an EOS.
   """
   n, size = len(rows.start), lengths(rows)
@@ -292,14 +304,14 @@ def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
       "empty": (rows.start < 1) | (rows.start >= size),
       "over the context": size > context}
   if not special:
-    wrong["ended though cut, or not though whole"] = ended == (rows.cut > 0)
+    wrong["ended though cut, or not though whole"] = ended == (
+        (rows.cut if cut is None else cut) > 0)
     wrong["an EOS inside"] = count(is_eos & answer) != ended
   if tok.bos >= 0:
     is_bos = rows.ids == tok.bos
     wrong["without a BOS"] = ~is_bos[rows.offsets[:-1]]
-    if tok.bos != tok.eos and not special:
-      wrong["a BOS inside"] = count(is_bos & (
-          answer | (place == 1) if history else place > 0)) > 0
+    if tok.bos != tok.eos and not special and not history:
+      wrong["a BOS inside"] = count(is_bos & (place > 0)) > 0
   if not history and not special and tok.bos != tok.eos:
     wrong["an EOS in the prompt"] = count(is_eos & ~answer) > 0
   for what, where in wrong.items():
@@ -310,17 +322,18 @@ def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
                       "config.data.template or config.model.tokenizer")
 
 
-def _report(rows: TokenRows, sides: list[str], context: int
+def _report(rows: TokenRows, cuts: np.ndarray, sides: list[str], context: int
             ) -> dict[str, Any]:
-  """Rows and tokens, and how many answers of each side were cut."""
+  """Rows and tokens cut; the prompt that two sides share counts once."""
   n, r = len(rows.start), len(sides)
+  by_side = dict(prompt=cuts[::r, 0]) | {
+      side: cuts[k::r, 1] for k, side in enumerate(sides)}
   return dict(
       rows=n, tokens=len(rows.ids), context=context,
       rows_cut=int((rows.cut > 0).sum()),
-      rows_cut_by_side={side: int((rows.cut[k::r] > 0).sum())
-                        for k, side in enumerate(sides)},
-      tokens_cut_by_side={side: int(rows.cut[k::r].sum())
-                          for k, side in enumerate(sides)})
+      rows_cut_by_side={side: int((x > 0).sum())
+                        for side, x in by_side.items()},
+      tokens_cut_by_side={side: int(x.sum()) for side, x in by_side.items()})
 
 
 def summary(name: str, report: dict[str, Any]) -> str:
@@ -330,7 +343,7 @@ def summary(name: str, report: dict[str, Any]) -> str:
     sides = ", ".join(
         f"{side} {report['rows_cut_by_side'][side]:,} ({lost:,} tokens)"
         for side, lost in report["tokens_cut_by_side"].items() if lost)
-    parts.append(f"answers cut: {sides}")
+    parts.append(f"cut: {sides}")
   if report["too_long"]:
     parts.append(f"{report['too_long']:,} too long for the context of "
                  f"{report['context']:,} and left out")
