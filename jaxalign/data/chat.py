@@ -398,7 +398,8 @@ class Chat:
     found = set() if self._reads_tokens else self._marks.found(parts)
     if not found:
       return list(plain), {}
-    stand_ins = self._marks.stand_ins([self.source, *parts])
+    stand_ins = self._marks.stand_ins(
+        [self.source, self._tool_source, *parts])
     back = {ord(stand): c for c, stand in stand_ins.items()}
 
     def attempt(names: set[str]) -> list[str] | None:
