@@ -296,8 +296,8 @@ class Chat:
     start = min(map(_shared, itertools.repeat(head), rest), default=len(head))
     rest = [one[start:] for one in rest]
     if not self._reads_tokens and any(self.tok.eos in one for one in rest):
-      raise Refused("answer ends twice", "in what the chat template makes of it "
-                    f"there is {self._end or 'the EOS'} before its end")
+      raise Refused("answer ends twice", "in what the chat template makes of "
+                    f"it there is {self._end or 'the EOS'} before its end")
     if self.tok.bos >= 0 and head[:1] != [self.tok.bos]:
       raise Refused("template begins otherwise", f"{plain[0][:30]!r}, without "
                     "the BOS")
