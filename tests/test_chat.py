@@ -221,8 +221,8 @@ PARSES = (
 @pytest.mark.parametrize("special", [False, True])
 def test_a_template_that_parses_thoughts_finds_them(tmp_path, special):
   """Whether the tokens are special or not, one thought is one thought."""
-  folder = write_folder(tmp_path / "tok", PARSES, **({} if not special else dict(
-      additional_special_tokens=["<think>", "</think>"])))
+  folder = write_folder(tmp_path / "tok", PARSES, additional_special_tokens=[
+      "<think>", "</think>"] if special else [])
   tok = load_tokenizer(folder)
   think, end = tok.added["<think>"], tok.added["</think>"]
   assert ("<think>" in tok.specials) == special

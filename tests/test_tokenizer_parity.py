@@ -206,10 +206,10 @@ def test_a_trained_tokenizer_is_exported_with_a_template(tmp_path):
 
 
 def test_special_tokens_in_texts_are_found(tmp_path, shared):
-  for folder, texts in ((write_folder(tmp_path / "a"), ("<|im_end|>", "<|end|>")),
-                        (shared / "tokenizers/mistral-v1", ("</s>", "<unk>"))):
+  for folder, a, b in (
+      (write_folder(tmp_path / "a"), "<|im_end|>", "<|end|>"),
+      (shared / "tokenizers/mistral-v1", "</s>", "<unk>")):
     tok = load_tokenizer(folder)
-    a, b = texts
     assert special.found(tok, f"x {b}y{a} {b}") == [b, a]
     assert special.found(tok, "<|x|> <s a <| </ s>") == []
     assert special.found(tok, "") == []

@@ -296,8 +296,8 @@ class Chat:
     start = min(map(_shared, itertools.repeat(head), rest), default=len(head))
     rest = [one[start:] for one in rest]
     if not self._reads_tokens and any(self.tok.eos in one for one in rest):
-      raise Refused("answer ends twice", "in what the chat template makes of it "
-                    f"there is {self._end or 'the EOS'} before its end")
+      raise Refused("answer ends twice", "in what the chat template makes of "
+                    f"it there is {self._end or 'the EOS'} before its end")
     if self.tok.bos >= 0 and head[:1] != [self.tok.bos]:
       raise Refused("template begins otherwise", f"{plain[0][:30]!r}, without "
                     "the BOS")
@@ -398,7 +398,8 @@ class Chat:
     found = set() if self._reads_tokens else self._marks.found(parts)
     if not found:
       return list(plain), {}
-    stand_ins = self._marks.stand_ins([self.source, *parts])
+    stand_ins = self._marks.stand_ins(
+        [self.source, self._tool_source, *parts])
     back = {ord(stand): c for c, stand in stand_ins.items()}
 
     def attempt(names: set[str]) -> list[str] | None:
