@@ -23,6 +23,8 @@ import traceback
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM,
                  errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG)
+# Sections that are set whole: their names are not the config's to know.
+_WHOLE = ("data.fields", "select.kwargs", "loss.kwargs")
 # How a collective or the coordination service says that a peer is gone.
 _PEER_MARKS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "NCCL",
                "coordination service", "Connection reset")
@@ -71,6 +73,12 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
     raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
   if config is None:
     raise ConfigError("no config; say --config=configs/dpo_sub.py")
+  for argument in argv[1:]:
+    name = re.match(r"--config\.([\w.]+)=", argument)
+    if name and name[1] not in _WHOLE and hasattr(functools.reduce(
+        operator.getitem, name[1].split("."), config), "items"):
+      raise ConfigError(f"config.{name[1]} is a section, wanted one of its "
+                        "knobs; see configs/common.py for all knobs")
   for (*path, name), value in untyped.items():
     if path == ["data", "choice"]:  # data.choice.first=... on the way
       value, name = {**(config.data.choice or {}), name: value}, path.pop()

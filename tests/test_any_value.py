@@ -1,5 +1,6 @@
 """A dry run answers any value of any knob: with a plan, or one line of error."""
 
+import json
 import os
 import resource
 import signal
@@ -9,6 +10,9 @@ from hypothesis import given, settings, strategies as st
 
 import jobs
 from configs import common
+from jaxalign import main
+from jaxalign.select import __main__ as select
+from jaxalign.train import __main__ as train
 
 KNOBS = [*sorted(jobs.artifacts.flatten(common.base("tiny"), "")),
          "mesh", "data", "data.fields", "data.fields.prompt", "loss.kwargs",
@@ -30,7 +34,7 @@ VALUES = st.sampled_from(NUMBERS + WORDS) | st.text(
 SECONDS, BYTES = 20, 24 << 30  # that a dry run of a tiny job may take
 
 
-def answers(flags):
+def answers(flags, command=main.main, config="dpo_sub.py:tiny"):
   """Runs a dry run; says what is wrong with how it ended, or ""."""
   def late(*_):
     raise jobs.Stop
@@ -39,7 +43,7 @@ def answers(flags):
   resource.setrlimit(resource.RLIMIT_AS, (BYTES, limits[1]))
   signal.alarm(SECONDS)
   try:
-    ended = jobs.run("", "--dry_run", *flags)
+    ended = jobs.run("", "--dry_run", *flags, command=command, config=config)
   except Exception as error:
     return f"{type(error).__name__}: {error}"
   finally:
@@ -58,17 +62,56 @@ def answers(flags):
   return "" if good else f"said {line!r}"
 
 
+SOURCE = "data.source={folder}/rows.jsonl"
+# What the other knobs are asked about: jobs that read different ones of them.
+JOBS = {
+    "world": (main.main, "dpo_sub.py:tiny"),
+    "kto": (main.main, "kto_sub.py:tiny", "train.reference=online"),
+    "tuned": (main.main, "dpo_sub.py:tiny", "select.sampler=selective_dpo",
+              "lora.rank=2", "train.eval_every=1", "compare=('all_short',)"),
+    "pilot": (main.main, "dpo_sub.py:tiny", "select.budget=auto"),
+    "judge": (main.main, "dpo_sub.py:tiny", "judge.kind=endpoint",
+              "judge.model=m"),
+    "select": (select.main, "select.py", "select.budget=1.0", SOURCE),
+    "train": (train.main, "dpo_sub.py:tiny", SOURCE),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Where the rows of a file lie."""
+  folder = tmp_path_factory.mktemp("rows")
+  (folder / "rows.jsonl").write_text("".join(json.dumps(dict(
+      prompt=f"tell me of {i} ", chosen=f"it is {i} and good",
+      rejected=f"no {i} at all")) + "\n" for i in range(60)))
+  return folder
+
+
+def asked(job, folder, *changes):
+  """What is wrong with the answer to a job whose knobs are changed."""
+  command, config, *flags = JOBS[job]
+  return answers([*(flag.format(folder=folder) for flag in flags), *(
+      f"--config.{knob}={value}" for knob, value in changes)], command, config)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_jobs_asked_about_have_a_plan(job, folder):
+  assert not asked(job, folder)
+
+
 @settings(max_examples=int(os.environ.get("JAXALIGN_EXAMPLES", 60)),
           deadline=None, derandomize="JAXALIGN_EXAMPLES" not in os.environ)
-@given(st.lists(st.tuples(st.sampled_from(KNOBS), VALUES), min_size=1,
-                max_size=2))
-def test_any_value_of_any_knob(changes):
-  assert not answers([f"--config.{knob}={value}" for knob, value in changes])
+@given(st.sampled_from(sorted(JOBS)), st.lists(
+    st.tuples(st.sampled_from(KNOBS), VALUES), min_size=1, max_size=2))
+def test_any_value_of_any_knob(folder, job, changes):
+  assert not asked(job, folder, *changes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", NUMBERS + WORDS)
-def test_every_knob(value):
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "0.5", "1e30",
+                                   str(2**31), str(2**70), "", "x", "(None,)",
+                                   "{}"])
+def test_every_knob(folder, value):
   wrong = {knob: said for knob in KNOBS
-           if (said := answers([f"--config.{knob}={value}"]))}
+           if (said := asked("world", folder, (knob, value)))}
   assert not wrong, wrong

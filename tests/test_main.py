@@ -32,6 +32,9 @@ def refused(tmp_path, *flags, config="dpo_sub.py:tiny"):
     ("--workdri=x", ("workdri",)),
     ("--distributed=maybe", ("distributed", "maybe")),
     ("bare", ("bare", "--")),
+    ("data={}", ("config.data is a section", "one of its knobs")),
+    ("select.mixture={'starts': 3}", ("config.select.mixture is a section",)),
+    ("mesh={}", ("config.mesh is a section",)),
 ])
 def test_unknown_knobs_and_flags(tmp_path, flag, said):
   message = refused(tmp_path, flag)
@@ -89,6 +92,18 @@ def test_missing_workdir(capsys):
       for part, value in (("train", 1.0), ("sft", -0.1), ("proxy", "nan"))),
     *((f"{part}.weight_decay=-0.1", (f"{part}.weight_decay=-0.1", "0 or more"))
       for part in ("train", "sft", "proxy")),
+    ("seeds=2147483648", ("seeds=2,147,483,648", "10,000 or fewer")),
+    ("seed=-1", ("seed=-1", "from 0 to")),
+    ("data.seed=1180591620717411303424", ("data.seed=118", "at most 9,007")),
+    ("train.epochs=inf", ("train.epochs=inf", "finite number")),
+    ("train.lr=inf", ("train.lr=inf", "finite number")),
+    ("compare=(1,)", ("compare=[1]", "a list of names")),
+    ("budgets=('x',)", ("budgets=['x']", "a list of numbers")),
+    ("profile.steps=('a','b')", ("['a', 'b']", "a list of whole numbers")),
+    ("data.world.flips=-0.1", ("data.world.flips=-0.1", "from 0 to 1")),
+    ("model.norm_eps=0", ("model.norm_eps=0.0", "more than 0")),
+    ("select.mixture.pca=x", ("select.mixture.pca='x'", "auto or a number")),
+    ("data.world.clusters=9223372036854775807", ("clusters=922", "at most")),
     ("profile.steps=(6,2)", ("(6, 2)", "config.profile.steps")),
     ("profile.steps=(3,3)", ("(3, 3)", "config.profile.steps")),
     ("profile.steps=(3,)", ("(3,)", "config.profile.steps")),
