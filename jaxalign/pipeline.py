@@ -100,7 +100,7 @@ def run_training(job: Job, arm: Arm) -> None:
   if measured:
     check_enough(job, [arm])
   run_sft(job)
-  run_scores(job, [arm], also=("embed",))
+  run_scores(job, [arm])  # of an arm that keeps all rows: nothing
   if measured:
     run_baseline(job)
     run_judge_start(job)
