@@ -145,6 +145,10 @@ class Job:
                             decoder.abstract(self.model, self.mesh))
     return {n: x.astype(dtype) for n, x in params.items()}
 
+  def release_reference(self) -> None:
+    """Lets go of the reference's weights; who asks next reads them again."""
+    self.__dict__.pop("reference", None)
+
   @functools.cached_property
   def examined(self) -> evaluate.Examined:
     """The held-out split, ready to be measured on."""

@@ -64,17 +64,18 @@ def test_only_the_passes_that_training_reads(tmp_path, source, given, more,
 
 @pytest.mark.parametrize("more", [
     (), ("train.layout=padded",), ("model.param_dtype=bfloat16",),
-    ("lora.rank=2",), ("train.accumulation=2", "train.layout=padded"),
+    ("lora.rank=2",),
+    ("train.batch_size=16", "train.accumulation=2", "train.layout=padded"),
     ("loss.name=kto(beta=0.3)",)])
 def test_in_bfloat16_the_policy_begins_as_the_reference(tmp_path, source,
                                                         given, more):
-  """Bit for bit: one layout, one dtype, the same batch."""
+  """One layout, one dtype, the same batch: to the last float32 sum."""
   ended = train(tmp_path, source, f"model.checkpoint={given}",
-                "model.dtype=bfloat16", "mesh.fsdp=1", *more)
+                "model.dtype=bfloat16", *more)
   assert ended.code == 0, ended
   line = first(tmp_path)
   drift = {n: x for n, x in line.items() if n.startswith("drift/")}
-  assert drift and not any(drift.values()), drift
+  assert drift and max(map(abs, drift.values())) < 1e-5, drift
 
 
 def test_also_where_the_embedding_pass_has_sums_in_bfloat16(tmp_path):

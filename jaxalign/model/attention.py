@@ -58,11 +58,6 @@ def _plain(q, k, v, seen, *, scale, softcap, windows, which, place):
   else:
     window = jax.lax.dynamic_index_in_dim(
         jnp.asarray([w or FAR for w in windows]), which, keepdims=False)
-  narrow = q.dtype != wide(q)
-  if narrow:
-    # Else a compiler may leave out a rounding, and does so in a forward pass
-    # alone: the reference's numbers would not be the policy's.
-    q, k, v = jax.lax.optimization_barrier((q, k, v))
   scores = scale * jnp.einsum("blgqc,bsgc->bgqls", q, k,
                               preferred_element_type=wide(q))
   if softcap:
@@ -70,8 +65,6 @@ def _plain(q, k, v, seen, *, scale, softcap, windows, which, place):
   # A finite floor: a padding query that may look nowhere stays finite.
   scores = jnp.where(mask(seen, window)[:, None, None], scores, -1e30)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  if narrow:
-    weights = jax.lax.optimization_barrier(weights)
   return jnp.einsum("bgqls,bsgc->blgqc", weights, v)
 
 

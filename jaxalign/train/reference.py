@@ -171,40 +171,44 @@ def as_trained(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   """
   n, r = rows.row_of.shape
   number = np.arange(n, dtype=np.int32)
-  others = mismatched and feed.Mismatched(
-      mismatched, np.arange(len(mismatched.start), dtype=np.int32))
   # A row's number stands where its sum will: it says where the row went.
-  batch_at, _, _ = feed.make_feed(
-      mesh, rows._replace(ref_sum=np.repeat(number[:, None], r, axis=1),
-                          ref_public=np.zeros((n, r), np.float32)),
-      batch=batch, accumulation=accumulation, seed=seed, context=m.context,
-      rate=lambda step: 0.0, mismatched=others, layout=layout)
-  fill = online.make_fill(PRODUCERS[producer](m, chunk))
+  rows = rows._replace(ref_sum=np.repeat(number[:, None], r, axis=1),
+                       ref_public=np.zeros((n, r), np.float32))
+  feed_of = functools.partial(
+      feed.make_feed, mesh, rows, batch=batch, accumulation=accumulation,
+      seed=seed, context=m.context, rate=lambda step: 0.0, layout=layout)
+  fill = online.make_fill(PRODUCERS[producer](m, chunk),
+                          decoder.compiler_options(m))
   out = np.full((2, n, r), np.nan, np.float32)
-  beside = others and np.zeros(len(others.ref_sum), np.float32)
-  steps, updates = -(-n // batch), len(beside) // batch if others else 0
-  with progress.bar(label, max(steps, updates), "batches") as tick:
-    for step in range(max(steps, updates)):
+  steps, others, beside = -(-n // batch), 0, None
+  if mismatched is not None:
+    beside = np.zeros(len(mismatched.start), np.float32)
+    others = len(beside) // batch
+  with progress.bar(label, steps + others, "batches") as tick:
+    batch_at = feed_of()[0]
+    for step in range(steps):
       one = batch_at(step)
       where = sharding.fetch(one["ref_sum"]).reshape(-1, r)[:, 0]
       fresh = np.isnan(out[0, where, 0])
-      if fresh.any():
-        found = fill(params, {k: one[k] for k in (
-            "tokens", "mask", "ref_sum", "ref_public")})
-        for kept, name in zip(out, ("ref_sum", "ref_public")):
-          kept[where[fresh]] = sharding.fetch(found[name]).reshape(
-              -1, r)[fresh]
-      if step < updates:
-        found = fill(params, dict(
-            tokens=one["kl_tokens"], mask=one["kl_mask"],
-            ref_sum=one["kl_ref_sum"]))
-        beside[sharding.fetch(one["kl_ref_sum"]).reshape(-1)] = sharding.fetch(
-            found["ref_sum"]).reshape(-1)
+      found = fill(params, {k: one[k] for k in (
+          "tokens", "mask", "ref_sum", "ref_public")})
+      for kept, name in zip(out, ("ref_sum", "ref_public")):
+        kept[where[fresh]] = sharding.fetch(found[name]).reshape(-1, r)[fresh]
+      tick(1)
+    if others:
+      batch_at = feed_of(mismatched=feed.Mismatched(
+          mismatched, np.arange(len(beside), dtype=np.int32)))[0]
+    for step in range(others):
+      one = batch_at(step)
+      found = fill(params, dict(tokens=one["kl_tokens"], mask=one["kl_mask"],
+                                ref_sum=one["kl_ref_sum"]))
+      where = sharding.fetch(one["kl_ref_sum"]).reshape(-1)
+      beside[where] = sharding.fetch(found["ref_sum"]).reshape(-1)
       tick(1)
   how = dict(tile=tile, chunk=chunk, label=label)
   total = _checked(out[0], mesh, params, m, rows.tokens, rows.row_of,
                    ids=rows.ids, **how)
-  if others:
+  if mismatched is not None:
     beside = _checked(beside[:, None], mesh, params, m, mismatched,
                       np.arange(len(beside))[:, None], ids=None, **how)[:, 0]
   return Sums(total, out[1], beside)
