@@ -220,7 +220,7 @@ def validate_on(job: Job, *, planned: bool = False, force: bool = False
     planned: as of `validate`.
     force: a step that cannot fit the devices is no mistake.
   """
-  c = job.c
+  c, job.force = job.c, force
   for part, name in ((c.train, "config.train"), (c.sft, "config.sft")):
     feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
   asked = {stage for name in (c.select.sampler, *c.compare)

@@ -64,6 +64,8 @@ class Job:
   A class because it caches what is costly to load (tokens, the reference).
   """
 
+  force = False  # whether a job that should not fit is tried all the same
+
   def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
     self.c, self.mesh, self.redo = c, mesh, redo
     self.workdir = epath.Path(workdir)

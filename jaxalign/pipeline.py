@@ -7,6 +7,7 @@ each other.
 """
 
 from jaxalign.job import Arm, Job
+from jaxalign.plan import check_memory
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns
@@ -65,6 +66,7 @@ def run_shared(job: Job, arms: list[Arm]) -> None:
   check_ready(job, arms)
   run_data(job)
   _check_pool(job, arms)
+  check_memory(job, arms)
   check_enough(job, arms)
   run_sft(job)
   run_scores(job, arms, also=("embed",))
@@ -96,6 +98,7 @@ def run_training(job: Job, arm: Arm) -> None:
   check_ready(job, [arm])
   run_data(job)
   _check_pool(job, [arm])
+  check_memory(job, [arm])
   measured = len(job.column("held_out", "id")) > 0
   if measured:
     check_enough(job, [arm])

@@ -8,6 +8,7 @@ called estimates. The ledger of the finished job is what to trust.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import checks
@@ -15,7 +16,11 @@ from jaxalign import embedder
 from jaxalign import memory
 from jaxalign import progress
 from jaxalign import rates
+from jaxalign.data import chat as chats
+from jaxalign.data import prepare
 from jaxalign.data import records
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.model import decoder
 from jaxalign.model import reward
@@ -35,15 +40,19 @@ from jaxalign.stages import scores
 from jaxalign.stages import select
 from jaxalign.stages import watched
 from jaxalign.train import feed
+from jaxalign.train import optim
 from jaxalign.train import stats
 
 READING = 1e9  # bytes a second from a disk
 SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
 CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
+SAMPLED = 256  # rows whose tokens are counted, batches that are dealt
 
 
-def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
-  """Rows by split, mean tokens by split, and the padded length."""
+def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int,
+                                       list[dict[str, Any]]]:
+  """Rows by split, mean tokens by split, the padded length, and records of the
+  pool where a source was read."""
   r = 2 if kind == "pairs" else 1
   if c.data.assume_rows:
     mean = min(c.data.assume_tokens or c.model.context, c.model.context)
@@ -51,13 +60,13 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
             for n, share in c.data.split.to_dict().items()}
     if r == 1:
       rows["pool"] *= 2  # thumbs of pairs
-    return rows, dict.fromkeys(rows, float(mean)), c.model.context
+    return rows, dict.fromkeys(rows, float(mean)), c.model.context, []
   if c.data.source == "world":
     w = c.data.world
     rows = dict(sft=w.sft_rows, held_out=w.held_out_rows,
                 pool=w.pool_rows * (2 // r))
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
-    return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4
+    return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
   loaded = records.load(
       c.data.source, schema=c.data.schema, limit=c.data.limit,
       on_bad_rows=c.data.on_bad_rows, max_bad_fraction=c.data.max_bad_fraction)
@@ -69,7 +78,103 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
   length = [len(x["prompt"]) + len(x[s]) for x in loaded.rows for s in sides]
   mean = np.minimum(np.array(length) / CHARACTERS_PER_TOKEN,
                     c.model.context).mean()
-  return rows, dict.fromkeys(rows, float(mean)), c.model.context
+  return (rows, dict.fromkeys(rows, float(mean)), c.model.context,
+          splits["pool"])
+
+
+def _row_sizes(c: Any, kind: str, sample: list[dict[str, Any]],
+               tokens: dict[str, float], length: int
+               ) -> tuple[np.ndarray, np.ndarray]:
+  """[n] tokens of prompts and [n, R] of answers, of rows of the pool.
+
+  Of a sample by the tokenizer that is given, through the template; else by
+  the characters. Without a sample all are of the mean length.
+  """
+  r = 2 if kind == "pairs" else 1
+  if not sample:
+    mean = max(2, round(tokens["pool"]))
+    return np.array([mean // 2]), np.full((1, r), mean - mean // 2)
+  sample = sample[:SAMPLED]
+  sides = ("chosen", "rejected") if "chosen" in sample[0] else ("completion",)
+  said = [[row[side] for side in sides] for row in sample]
+  try:
+    tok = prepare.given_tokenizer(c)
+  except ConfigError:  # of a checkpoint that is planned with from afar
+    tok = None
+  if tok is None:
+    count = lambda text: int(len(text) / CHARACTERS_PER_TOKEN) + 1
+    prompt = [count(row["prompt"]) for row in sample]
+    answers = [[count(text) for text in texts] for texts in said]
+  else:
+    prompt = [len(x) + 1 for x in tok.encode_many(
+        [row["prompt"] for row in sample])]
+    answers = [[len(x) + 1 for x in tok.encode_responses(texts)]
+               for texts in said]
+    source = chats.choose(c.data.template, tok,
+                          any(row.get("turns") for row in sample))
+    if source is not None:  # what it writes around a question, once
+      text = sample[0]["prompt"]
+      with chats.Chat(tok, source) as chat:
+        more = len(chat.encode([dict(role="user", content=text)], [])[0])
+      prompt = np.array(prompt) + more - len(tok.encode(text))
+  prompt = np.minimum(np.array(prompt), max(length // 2, 1))
+  answers = np.minimum(np.array(answers), length - prompt[:, None])
+  if len(sides) > r:  # thumbs of pairs
+    return np.repeat(prompt, len(sides)), answers.reshape(-1, 1)
+  return prompt, answers
+
+
+def _updates(c: Any, arms: list[Arm], pool: int) -> int:
+  """Updates of the longest arm."""
+  return max(updates_of(c, arm, budget_rows(
+      arm.budget, pool, c.train.batch_size), pool) for arm in arms)
+
+
+def host_memory(job: Job, m: decoder.ModelConfig, updates: int,
+                prompt: np.ndarray, answers: np.ndarray) -> dict[str, int]:
+  """`memory.on_host` of a job's alignment.
+
+  Args:
+    job: the run.
+    m: sizes of the policy.
+    updates: batches that it sees.
+    prompt: [n] tokens of the prompts of the pool's rows, or of some.
+    answers: [n, R] tokens of their answers.
+  """
+  c, t, packed = job.c, job.c.train, job.c.train.layout != "padded"
+  size, draw = t.batch_size // t.accumulation, np.random.default_rng(0)
+  each = prompt + answers.sum(1)
+  longest = int((prompt[:, None] + answers).max())
+  if t.layout == "packed_apart":
+    each = each + prompt * (answers.shape[1] - 1)
+  tokens = answers.shape[1] * size * longest  # padded
+  if packed:  # the largest of a few batches
+    tokens = max(int(draw.choice(each, size, size > len(each)).sum())
+                 for _ in range(min(SAMPLED, updates * t.accumulation)))
+  return memory.on_host(
+      m, job.mesh, tokens=tokens, packed=packed,
+      rows=size * answers.shape[1], length=longest, chunk=c.model.head_chunk,
+      tile=min(c.embed.tile, len(answers) * answers.shape[1]),
+      frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
+      moments=optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync),
+      reference=t.reference == "online" or bool(t.eval_every))
+
+
+def check_memory(job: Job, arms: list[Arm]) -> None:
+  """Says or raises, once the rows are known, where this host has too little.
+
+  Raises:
+    ConfigError: as `memory.check_host`.
+  """
+  if job.mesh.devices.flat[0].platform != "cpu":
+    return  # `checks` asked the devices
+  rows, n = job.tokens("pool"), len(job.column("pool", "id"))
+  start = np.int64(rows.start)
+  answers = (tokens_lib.lengths(rows) - start).reshape(n, -1)
+  held = host_memory(job, job.policy, _updates(job.c, arms, n),
+                     start.reshape(n, -1)[:, 0], answers)
+  if said := memory.check_host(held, memory.available(), job.force):
+    progress.say(f"  {said}")
 
 
 class Line(NamedTuple):
@@ -120,7 +225,10 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
   samplers = {a.sampler: combine.named(a.sampler) for a in arms}
   asked = {*columns.before(c, [stage for sampler in samplers.values() for stage
                                in columns.stages(c, job.kind, sampler)])}
-  for stage, each in _passes(c, m, chosen, ["embed", *asked], t).items():
+  # An arm of all rows alone, as of jaxalign.train, embeds nothing.
+  alone = len(arms) == 1 and arms[0].is_all
+  ran = [*([] if alone else ["embed"]), *asked]
+  for stage, each in _passes(c, m, chosen, ran, t).items():
     add(stage, answers, "rows", answers * each)
   scoring = {  # what a column of the pool takes, beside those passes
       "alone": lambda: answers * decoder.operations(m, t // 2 + 1),
@@ -159,8 +267,9 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     online = c.train.reference == "online"  # the reference's pass is align's
     extra = forward if "z0" in job.loss.stats else 0
     stored = 0 if online else extra
-    passed = 0 if (online or not job.loss.reference or columns.sums(
-        c, job.kind, samplers[arm.sampler])) else kept * r * one("pool")
+    source = columns.sums(c, job.kind, samplers[arm.sampler])
+    passed = 0 if (online or not job.loss.reference or source in ran
+                   ) else kept * r * one("pool")
     if stored or passed:
       add("ref_logps", updates * c.train.batch_size * bool(stored)
           + kept * r * bool(passed), "rows", stored + passed, arm.name)
@@ -241,7 +350,7 @@ def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
 def show(job: Job, arms: list[Arm]) -> None:
   """Prints the plan; reads the source, computes nothing on the mesh."""
   c = job.c
-  rows, tokens, length = _sizes(c, job.kind)
+  rows, tokens, length, sample = _sizes(c, job.kind)
   m = _model(c)
   decoder.check(m, job.mesh)
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
@@ -266,10 +375,16 @@ def show(job: Job, arms: list[Arm]) -> None:
   progress.say(f"  selecting by {arms[0].sampler} costs "
                f"{selecting / everything:.1%} of aligning on the whole pool "
                f"for {c.train.epochs:g} epochs{reference}")
-  held = checks.step_memory(c, m._replace(
-      lora=lora_of(c), attention=kernel_of(c, m, job.mesh)), job.mesh, length,
-                            job.kind)
-  progress.say(f"  memory a device, training: {memory.words(held)}")
+  policy = m._replace(lora=lora_of(c), attention=kernel_of(c, m, job.mesh))
+  if job.mesh.devices.flat[0].platform == "cpu":
+    held = host_memory(job, policy, _updates(c, arms, rows["pool"]),
+                       *_row_sizes(c, job.kind, sample, tokens, length))
+    free = memory.available()
+    progress.say(f"  memory at the peak, above jax alone: {memory.words(held)}"
+                 + (f"; {memory.size(free)} are free" if free else ""))
+  else:
+    held = checks.step_memory(c, policy, job.mesh, length, job.kind)
+    progress.say(f"  memory a device, training: {memory.words(held)}")
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
                f"{dict(job.mesh.shape)} of "
                f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}")
