@@ -21,7 +21,7 @@ SIZES = {"TPU v4": 32 * GIB, "TPU v5 lite": 16 * GIB, "TPU v5e": 16 * GIB,
 # What a job on a CPU holds beside its arrays, above an interpreter that has
 # started jax: libraries, tables and texts; and what the compiler leaves behind
 # (measured by tools/memory_check.py).
-LIBRARIES, PROGRAMS = 240 * MIB, 650 * MIB
+LIBRARIES, PROGRAMS = 240 * MIB, 750 * MIB
 
 
 def size_of(device: Any) -> int | None:

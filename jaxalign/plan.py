@@ -376,15 +376,15 @@ def show(job: Job, arms: list[Arm]) -> None:
                f"{selecting / everything:.1%} of aligning on the whole pool "
                f"for {c.train.epochs:g} epochs{reference}")
   policy = m._replace(lora=lora_of(c), attention=kernel_of(c, m, job.mesh))
+  held = checks.step_memory(c, policy, job.mesh, length, job.kind)
+  progress.say(f"  memory a device, training: {memory.words(held)}")
   if job.mesh.devices.flat[0].platform == "cpu":
     held = host_memory(job, policy, _updates(c, arms, rows["pool"]),
                        *_row_sizes(c, job.kind, sample, tokens, length))
     free = memory.available()
-    progress.say(f"  memory at the peak, above jax alone: {memory.words(held)}"
+    progress.say("  peak memory of this host, above jax alone: "
+                 f"{memory.words(held)}"
                  + (f"; {memory.size(free)} are free" if free else ""))
-  else:
-    held = checks.step_memory(c, policy, job.mesh, length, job.kind)
-    progress.say(f"  memory a device, training: {memory.words(held)}")
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
                f"{dict(job.mesh.shape)} of "
                f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}")

@@ -47,7 +47,7 @@ def planned(text: str) -> int:
 
 
 def measure(name: str, checkpoint: str = "", rows: str = "",
-            *more: str) -> tuple[int, int]:
+            more: tuple[str, ...] = ()) -> tuple[int, int]:
   """(planned, taken) bytes of one of the jobs, with `more` flags."""
   if name == "world":
     module, flags = "main", ["--config=configs/dpo_sub.py:smoke"]
