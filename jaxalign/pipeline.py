@@ -6,8 +6,8 @@ then for each arm select -> card -> ref_logps -> align -> evaluate -> (judge)
 each other.
 """
 
+from jaxalign.host import check_memory
 from jaxalign.job import Arm, Job
-from jaxalign.plan import check_memory
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns

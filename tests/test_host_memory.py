@@ -8,8 +8,8 @@ import jax
 import pytest
 
 import jobs
+from jaxalign import host
 from jaxalign import memory
-from jaxalign import plan
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
 from jaxalign.model import adapters
@@ -107,10 +107,10 @@ def test_tokens_are_counted_as_the_template_has_them():
   """Of a sample; a row never has more than the context."""
   c = jobs.common.base("tiny")
   rows = [dict(prompt="a" * 30, chosen="b" * 300, rejected="c" * 6)] * 3
-  prompt, answers = plan._row_sizes(c, "pairs", rows, {}, 32)
+  prompt, answers = host.row_sizes(c, "pairs", rows, 0, 32)
   assert prompt.tolist() == [11] * 3
   assert answers.tolist() == [[21, 3]] * 3
-  prompt, answers = plan._row_sizes(c, "thumbs", rows, {}, 32)
+  prompt, answers = host.row_sizes(c, "thumbs", rows, 0, 32)
   assert len(prompt) == 6 and answers.shape == (6, 1)
 
 

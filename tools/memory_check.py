@@ -1,7 +1,8 @@
 r"""Memory that a job plans beside what it takes, on a CPU.
 
   python tools/memory_check.py world
-  python tools/memory_check.py lora full --checkpoint=<folder> --rows=pairs.jsonl
+  python tools/memory_check.py lora full --checkpoint=<folder> \
+    --rows=pairs.jsonl
 
 Planned is what --dry_run prints; taken is the job's VmHWM above that of an
 interpreter that has imported jax and started its CPU. `world` is

@@ -241,7 +241,9 @@ def compiler_options(m: ModelConfig) -> tuple[tuple[str, bool], ...]:
   leaves out others in a forward pass alone than in one with its gradient; told
   not to, both have the same bits.
   """
-  return () if m.dtype == "float32" else (("xla_allow_excess_precision", False),)
+  if m.dtype == "float32":
+    return ()
+  return (("xla_allow_excess_precision", False),)
 
 
 def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
