@@ -74,20 +74,22 @@ def _updates(c: Any, arms: list[Arm], pool: int) -> int:
       arm.budget, pool, c.train.batch_size), pool) for arm in arms)
 
 
-def host_memory(job: Job, m: decoder.ModelConfig, updates: int,
+def host_memory(job: Job, m: decoder.ModelConfig, arms: list[Arm], pool: int,
                 prompt: np.ndarray, answers: np.ndarray) -> dict[str, int]:
   """`memory.on_host` of a job's alignment.
 
   Args:
     job: the run.
     m: sizes of the policy.
-    updates: batches that it sees.
+    arms: its arms.
+    pool: rows of the pool.
     prompt: [n] tokens of the prompts of the pool's rows, or of some.
     answers: [n, R] tokens of their answers.
   """
   c, t, packed = job.c, job.c.train, job.c.train.layout != "padded"
   size, draw = t.batch_size // t.accumulation, np.random.default_rng(0)
   each = prompt + answers.sum(1)
+  updates = _updates(c, arms, pool)
   longest = int((prompt[:, None] + answers).max())
   if t.layout == "packed_apart":
     each = each + prompt * (answers.shape[1] - 1)
@@ -101,7 +103,8 @@ def host_memory(job: Job, m: decoder.ModelConfig, updates: int,
       tile=min(c.embed.tile, len(answers) * answers.shape[1]),
       frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
       moments=optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync),
-      reference=t.reference == "online" or bool(t.eval_every))
+      reference=t.reference == "online" or bool(t.eval_every),
+      arms=len(arms))
 
 
 def planned(job: Job, m: decoder.ModelConfig, arms: list[Arm], pool: int,
@@ -115,7 +118,7 @@ def planned(job: Job, m: decoder.ModelConfig, arms: list[Arm], pool: int,
     pool: rows of the pool.
     sample, mean, length: as of `row_sizes`.
   """
-  held = host_memory(job, m, _updates(job.c, arms, pool), *row_sizes(
+  held = host_memory(job, m, arms, pool, *row_sizes(
       job.c, job.kind, sample, mean, length))
   free = memory.available()
   return ("peak memory of this host, above jax alone: " + memory.words(held)
@@ -133,7 +136,7 @@ def check_memory(job: Job, arms: list[Arm]) -> None:
   rows, n = job.tokens("pool"), len(job.column("pool", "id"))
   start = np.int64(rows.start)
   answers = (tokens_lib.lengths(rows) - start).reshape(n, -1)
-  held = host_memory(job, job.policy, _updates(job.c, arms, n),
-                     start.reshape(n, -1)[:, 0], answers)
+  held = host_memory(job, job.policy, arms, n, start.reshape(n, -1)[:, 0],
+                     answers)
   if said := memory.check_host(held, memory.available(), job.force):
     progress.say(f"  {said}")

@@ -4,6 +4,7 @@ import os
 import re
 from typing import Any
 
+from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,9 +20,9 @@ SIZES = {"TPU v4": 32 * GIB, "TPU v5 lite": 16 * GIB, "TPU v5e": 16 * GIB,
          "TPU v5": 95 * GIB, "TPU v6": 32 * GIB, "TPU7x": 96 * GIB,
          "TPU v7": 96 * GIB}
 # What a job on a CPU holds beside its arrays, above an interpreter that has
-# started jax: libraries, tables and texts; and what the compiler leaves behind
-# (measured by tools/memory_check.py).
-LIBRARIES, PROGRAMS = 240 * MIB, 750 * MIB
+# started jax: libraries, tables and texts; what the compiler leaves behind, and
+# with every arm once more (measured by tools/memory_check.py).
+LIBRARIES, PROGRAMS, PROGRAMS_AN_ARM = 240 * MIB, 650 * MIB, 60 * MIB
 
 
 def size_of(device: Any) -> int | None:
@@ -115,7 +116,7 @@ def _head_bytes(m, size, frozen_size):
 def on_host(m: decoder.ModelConfig, mesh: Any, *, tokens: int,
             packed: bool, rows: int, length: int, chunk: int, tile: int,
             frozen_size: int = 4, moments: int = 2, reference: bool = False,
-            read: int = 0) -> dict[str, int]:
+            arms: int = 1) -> dict[str, int]:
   """Bytes of a CPU job's peak, above an interpreter that has started jax.
 
   The peak is the train step's, or that of a pass of the reference over `tile`
@@ -127,7 +128,7 @@ def on_host(m: decoder.ModelConfig, mesh: Any, *, tokens: int,
     packed: whether it is packed.
     tile: rows that a device runs at once where there is no gradient.
     reference: whether its weights stay beside a policy that is trained whole.
-    read: bytes of the data's files.
+    arms: trained one after the other.
   """
   here = sum(d.process_index == mesh.devices.flat[0].process_index
              for d in mesh.devices.flat)
@@ -149,8 +150,9 @@ def on_host(m: decoder.ModelConfig, mesh: Any, *, tokens: int,
           6 * m.width + 4 * m.heads * m.head_size + 2 * wide + scores)),
       logits=8 * tile * min(chunk, length) * m.vocab)
   most = max(step, forward, key=lambda x: sum(x.values()))
-  return dict(libraries=LIBRARIES + 2 * read, **{
-      n: here * x for n, x in most.items()}, programs=PROGRAMS)
+  return dict(libraries=LIBRARIES, **{
+      n: here * x for n, x in most.items()},
+              programs=PROGRAMS + arms * PROGRAMS_AN_ARM)
 
 
 def available() -> int | None:
@@ -158,27 +160,27 @@ def available() -> int | None:
 
   What the system can give, and what the control groups it is in leave.
   """
-  found = []
-  try:
-    with open("/proc/meminfo") as file:
-      found += [int(x) * 1024 for x in re.findall(
-          r"^MemAvailable:\s+(\d+) kB", file.read(), re.MULTILINE)]
-    with open("/proc/self/cgroup") as file:
-      groups = re.findall(r"^\d+:(memory)?:(/.*)$", file.read(), re.MULTILINE)
-  except OSError:
-    groups = []
-  for old, path in groups:
-    root = "/sys/fs/cgroup" + ("/memory" if old else "")
-    names = (("memory.limit_in_bytes", "memory.usage_in_bytes") if old else
-             ("memory.max", "memory.current"))
+  def text(path):
+    try:
+      return epath.Path(path).read_text()
+    except OSError:
+      return ""
+
+  found = [int(x) * 1024 for x in re.findall(
+      r"^MemAvailable:\s+(\d+) kB", text("/proc/meminfo"), re.MULTILINE)]
+  for controllers, path in re.findall(
+      r"^\d+:(.*?):(/.*)$", text("/proc/self/cgroup"), re.MULTILINE):
+    root, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
+    if controllers:  # the first version of control groups
+      if "memory" not in controllers.split(","):
+        continue
+      root += "/memory"
+      names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     while True:
-      try:
-        most, now = (open(f"{root}{path.rstrip('/')}/{n}").read().strip()
-                     for n in names)
-        if most.isdigit() and int(most) < 1 << 60:
-          found.append(max(0, int(most) - int(now)))
-      except (OSError, ValueError):
-        pass
+      most, now = (text(f"{root}{path.rstrip('/')}/{n}").strip()
+                   for n in names)
+      if most.isdigit() and now.isdigit() and int(most) < 1 << 60:
+        found.append(max(0, int(most) - int(now)))
       if path in ("/", ""):
         break
       path = os.path.dirname(path)

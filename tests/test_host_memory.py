@@ -1,6 +1,7 @@
 """What a job on a CPU is planned to hold, and what it does hold."""
 
 import os
+import pathlib
 import re
 import sys
 
@@ -70,7 +71,7 @@ def test_what_is_free_is_what_the_system_says():
   if not os.path.exists("/proc/meminfo"):
     assert memory.available() is None
     return
-  text = open("/proc/meminfo").read()
+  text = pathlib.Path("/proc/meminfo").read_text()
   free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
   assert 0 < memory.available() < 1.2 * free
 
