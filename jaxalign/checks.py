@@ -8,9 +8,8 @@ import math
 import re
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxalign import embedder
+from jaxalign import host
 from jaxalign import memory
 from jaxalign import pilot
 from jaxalign import recipe
@@ -304,7 +303,7 @@ def validate_on(job: Job, *, planned: bool = False, force: bool = False,
     force: a step that cannot fit the devices is no mistake.
     trains: as of `validate`.
   """
-  c = job.c
+  c, job.force = job.c, force
   for part, name in ((c.sft, "config.sft"),) + (
       ((c.train, "config.train"),) if trains else ()):
     feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
@@ -318,20 +317,8 @@ def validate_on(job: Job, *, planned: bool = False, force: bool = False,
   m = m._replace(attention=kernel_of(c, m, job.mesh))
   decoder.check(m, job.mesh)
   if trains and (context := prepare.asked_context(c)):
-    memory.check_fits(step_memory(c, m, job.mesh, context, job.kind),
+    memory.check_fits(host.step_memory(c, m, job.mesh, context, job.kind),
                       job.mesh.devices.flat[0], force)
-
-
-def step_memory(c: Any, m: decoder.ModelConfig, mesh: Any, length: int,
-                kind: str) -> dict[str, int]:
-  """`memory.train_step` of the alignment that a config asks for."""
-  responses = 2 if kind == "pairs" else 1
-  return memory.train_step(
-      m, mesh, length=length, chunk=c.model.head_chunk,
-      frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
-      rows=c.train.batch_size * responses // c.train.accumulation,
-      moments=(optim.MOMENTS[c.train.optimizer] + bool(c.train.ema)
-               + bool(c.train.ref_sync)))
 
 
 def _model(c: Any, planned: bool) -> decoder.ModelConfig:

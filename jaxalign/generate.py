@@ -3,12 +3,14 @@ r"""Text from a model: `python -m jaxalign.generate`.
   python -m jaxalign.generate --checkpoint=runs/dpo_sub/runs/<arm>/export \
     --prompt="first question" --prompt="second question"
   python -m jaxalign.generate --checkpoint=hf:Qwen/Qwen3-8B --dtype=bfloat16 \
-    --input=prompts.jsonl --output=answers.jsonl --template=auto
+    --input=prompts.jsonl --output=answers.jsonl --answers=4
 
 Prompts are texts (--prompt, or the lines of a .txt), or rows of a .jsonl with
-`prompt` or `messages`; an answer is a row {"prompt", "answer", "tokens",
-"ended"}. The same seed gives the same answers on any number of devices. Exit
-codes as of jaxalign.main.
+`prompt` or `messages`. They are asked through the tokenizer's chat template
+where it has one, and an answer ends where the template ends a turn. An answer
+is a row {"prompt", "answer", "tokens", "ended"}, of several with "sample". The
+same seed gives the same answers on any number of devices. Exit codes as of
+jaxalign.main.
 """
 
 import json
@@ -27,10 +29,12 @@ def parse(argv: list[str]) -> Any:
       checkpoint=(None, "A Hugging Face folder, or hf:<repo>[@revision]."),
       input=(None, "A .txt (one prompt a line) or .jsonl of prompts."),
       output=(None, "A .jsonl to write; without it, answers are printed."),
-      template=("none", "none, auto (the tokenizer's own), a built-in's name "
-                "or the path of a .jinja file."),
+      template=("auto", "auto (the tokenizer's own where it has one), none "
+                "(the bare text), a built-in's name or the path of a .jinja "
+                "file."),
       dtype=("float32", "Of the matrix products: float32 or bfloat16."))
   number = dict(new_tokens=(128, "Of one answer, at most."),
+                answers=(1, "Of each prompt, which is computed once."),
                 top_k=(0, "Only the k likeliest tokens; 0: all."),
                 seed=(0, "Of the sampling."),
                 tile=(16, "Rows a device runs at once."),
@@ -60,7 +64,7 @@ def parse(argv: list[str]) -> Any:
     raise ConfigError("no model; say --checkpoint=<folder>")
   if bool(values.prompt) == bool(values.input):
     raise ConfigError("say either --prompt=... or --input=<file>")
-  for name in ("new_tokens", "tile"):
+  for name in ("new_tokens", "tile", "answers"):
     if values[name].value < 1:
       raise ConfigError(f"--{name}={values[name].value}, wanted 1 or more")
   return values
@@ -100,18 +104,36 @@ def read_prompts(path: str) -> list[Any]:
 
 
 def encode(tok: Any, prompts: list[Any], template: str) -> list[Any]:
-  """Token ids of every prompt, BOS in front, the answer to follow."""
+  """Token ids of every prompt, BOS in front, the answer to follow.
+
+  Raises:
+    DataError: a prompt that the template refuses.
+  """
   import numpy as np
   from jaxalign.data import chat
+  from jaxalign.data.schemas.pairs import Refused
   turns = [p if isinstance(p, list) else [dict(role="user", content=p)]
            for p in prompts]
   source = chat.choose(template, tok, conversational=True)
   if source is None:
     return [np.array(tok.encode(p if isinstance(p, str) else "\n\n".join(
         m["content"] for m in p), begins=True), np.int32) for p in prompts]
-  bos = lambda: [tok.bos] if tok.bos >= 0 else []
+  out = []
   with chat.Chat(tok, source) as said:
-    return [np.array(bos() + said.encode(t, [])[0], np.int32) for t in turns]
+    for i, asked in enumerate(turns, 1):
+      try:
+        ids = said.encode(asked, [])[0]
+      except Refused as error:
+        raise DataError(f"prompt {i}: the chat template will not have it "
+                        f"({error}); change it, or set --template") from error
+      bos = [tok.bos] if tok.bos >= 0 else []
+      out.append(np.array(bos + ids, np.int32))
+  return out
+
+
+def shown(prompt: Any) -> str:
+  """A prompt on the terminal: its text, or the last turn's."""
+  return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def run(argv: list[str]) -> None:
@@ -137,6 +159,11 @@ def run(argv: list[str]) -> None:
   folder = resolve(values.checkpoint)
   tok = tokenizers.load_tokenizer(folder)
   asked = encode(tok, prompts, values.template)
+  for i, ids in enumerate(asked, 1):
+    if len(ids) + values.new_tokens > m.context:
+      raise DataError(f"prompt {i} has {len(ids):,} tokens, which with "
+                      f"{values.new_tokens} new ones do not fit a context of "
+                      f"{m.context:,}; shorten it, or set --new_tokens")
   mesh = sharding.make_mesh(dict(fsdp=values.fsdp, tensor=values.tensor))
   decoder.check(m, mesh)
   with jax.set_mesh(mesh):
@@ -145,19 +172,21 @@ def run(argv: list[str]) -> None:
         new=values.new_tokens, eos=tok.stops,
         known=min(tok.vocab_size, m.vocab), temperature=sampling.temperature,
         top_k=sampling.top_k, top_p=sampling.top_p, seed=values.seed,
-        tile=values.tile)
-  rows = []
-  for prompt, ids in zip(prompts, said):
+        tile=values.tile, answers=values.answers)
+  rows, n = [], values.answers
+  for i, ids in enumerate(said):
     ended = bool(len(ids)) and int(ids[-1]) in tok.stops
-    rows.append(dict(prompt=prompt, tokens=len(ids), ended=ended,
-                     answer=tok.decode_response(ids[:len(ids) - ended])))
+    rows.append(dict(prompt=prompts[i // n]) | (
+        dict(sample=i % n) if n > 1 else {}) | dict(
+            tokens=len(ids), ended=ended,
+            answer=tok.decode_response(ids[:len(ids) - ended])))
   if values.output:
     artifacts.write_bytes(values.output, "".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     print(f"{len(rows):,} answers: {values.output}")
     return
   for row in rows:
-    print(f"--- {row['prompt'] if isinstance(row['prompt'], str) else ''}")
+    print(f"--- {shown(row['prompt'])}")
     print(row["answer"])
 
 

@@ -65,6 +65,8 @@ class Job:
   A class because it caches what is costly to load (tokens, the reference).
   """
 
+  force = False  # whether a job that should not fit is tried all the same
+
   def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
     recipe.settle(c)
     self.c, self.mesh, self.redo = c, mesh, redo
@@ -161,6 +163,10 @@ class Job:
                             decoder.abstract(self.model, self.mesh))
     return {n: x.astype(dtype) for n, x in params.items()}
 
+  def release_reference(self) -> None:
+    """Lets go of the reference's weights; who asks next reads them again."""
+    self.__dict__.pop("reference", None)
+
   @functools.cached_property
   def examined(self) -> evaluate.Examined:
     """The held-out split, ready to be measured on."""
@@ -205,8 +211,8 @@ def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
   return decoder.ModelConfig(
       layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
       head_size=m.head_size, ff=m.ff, vocab=-(-vocab // 64) * 64,
-      context=m.context or prepare.own_context(c), rope_theta=m.rope_theta, norm_eps=m.norm_eps,
-      tied=m.tied, dtype=m.dtype, remat=m.remat)
+      context=m.context or prepare.own_context(c), rope_theta=m.rope_theta,
+      norm_eps=m.norm_eps, tied=m.tied, dtype=m.dtype, remat=m.remat)
 
 
 def budget_of(value: Any) -> float | int:

@@ -6,6 +6,7 @@ then for each arm select -> card -> ref_logps -> align -> evaluate -> (judge)
 each other.
 """
 
+from jaxalign.host import check_memory
 from jaxalign.job import Arm, Job
 from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
@@ -65,6 +66,7 @@ def run_shared(job: Job, arms: list[Arm]) -> None:
   check_ready(job, arms)
   run_data(job)
   _check_pool(job, arms)
+  check_memory(job, arms)
   check_enough(job, arms)
   run_sft(job)
   run_scores(job, arms, also=("embed",))
@@ -96,11 +98,12 @@ def run_training(job: Job, arm: Arm) -> None:
   check_ready(job, [arm])
   run_data(job)
   _check_pool(job, [arm])
+  check_memory(job, [arm])
   measured = len(job.column("held_out", "id")) > 0
   if measured:
     check_enough(job, [arm])
   run_sft(job)
-  run_scores(job, [arm], also=("embed",))
+  run_scores(job, [arm])  # of an arm that keeps all rows: nothing
   if measured:
     run_baseline(job)
     run_judge_start(job)

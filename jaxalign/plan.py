@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import checks
 from jaxalign import embedder
+from jaxalign import host
 from jaxalign import memory
 from jaxalign import progress
 from jaxalign import rates
 from jaxalign.data import prepare
 from jaxalign.data import sources
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.host import CHARACTERS_PER_TOKEN
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.model import decoder
 from jaxalign.model import reward
@@ -42,11 +43,12 @@ from jaxalign.train import stats
 READING = 1e9  # bytes a second from a disk
 SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
 TRAINING = ("baseline", "ref_logps", "align", "evaluate")
-CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
 
 
-def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
-  """Rows by split, mean tokens by split, and the padded length."""
+def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int,
+                                       list[dict[str, Any]]]:
+  """Rows by split, mean tokens by split, the padded length, and records of the
+  pool where a source was read."""
   r = 2 if kind == "pairs" else 1
   if c.data.assume_rows:
     context = prepare.asked_context(c) or _model(c).context
@@ -55,13 +57,13 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
             for n, share in prepare.fractions(c).items()}
     if r == 1:
       rows["pool"] *= 2  # thumbs of pairs
-    return rows, dict.fromkeys(rows, float(mean)), context
+    return rows, dict.fromkeys(rows, float(mean)), context, []
   if prepare.is_world(c):
     w = c.data.world
     rows = dict(sft=w.sft_rows, held_out=w.held_out_rows,
                 pool=w.pool_rows * (2 // r))
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
-    return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4
+    return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
   found, said = prepare.peek(c)
   for line in said:
     progress.say(f"  {line}")
@@ -86,7 +88,7 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int]:
   context = prepare.asked_context(c) or tokens_lib.context_for(
       length.astype(np.int64), _model(c).context)
   mean = np.minimum(length, context).mean()
-  return rows, dict.fromkeys(rows, float(mean)), context
+  return rows, dict.fromkeys(rows, float(mean)), context, splits["pool"]
 
 
 class Line(NamedTuple):
@@ -137,7 +139,10 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
   samplers = {a.sampler: combine.named(a.sampler) for a in arms}
   asked = {*columns.before(c, [stage for sampler in samplers.values() for stage
                                in columns.stages(c, job.kind, sampler)])}
-  for stage, each in _passes(c, m, chosen, ["embed", *asked], t).items():
+  # An arm of all rows alone, as of jaxalign.train, embeds nothing.
+  alone = len(arms) == 1 and arms[0].is_all
+  ran = [*([] if alone else ["embed"]), *asked]
+  for stage, each in _passes(c, m, chosen, ran, t).items():
     add(stage, answers, "rows", answers * each)
   scoring = {  # what a column of the pool takes, beside those passes
       "alone": lambda: answers * decoder.operations(m, t // 2 + 1),
@@ -176,8 +181,9 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     online = c.train.reference == "online"  # the reference's pass is align's
     extra = forward if "z0" in job.loss.stats else 0
     stored = 0 if online else extra
-    passed = 0 if (online or not job.loss.reference or columns.sums(
-        c, job.kind, samplers[arm.sampler])) else kept * r * one("pool")
+    source = columns.sums(c, job.kind, samplers[arm.sampler])
+    passed = 0 if (online or not job.loss.reference or source in ran
+                   ) else kept * r * one("pool")
     if stored or passed:
       add("ref_logps", updates * c.train.batch_size * bool(stored)
           + kept * r * bool(passed), "rows", stored + passed, arm.name)
@@ -264,7 +270,7 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
     trains: false of selection alone, which ends with the chosen rows.
   """
   c = job.c
-  rows, tokens, length = _sizes(c, job.kind)
+  rows, tokens, length, sample = _sizes(c, job.kind)
   m = _model(c)
   decoder.check(m, job.mesh)
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
@@ -292,10 +298,12 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   progress.say(f"  selecting by {arms[0].sampler} costs "
                f"{selecting / everything:.1%} of aligning on the whole pool "
                f"for {c.train.epochs:g} epochs{reference}")
-  held = checks.step_memory(c, m._replace(
-      lora=lora_of(c), attention=kernel_of(c, m, job.mesh)), job.mesh, length,
-                            job.kind)
+  policy = m._replace(lora=lora_of(c), attention=kernel_of(c, m, job.mesh))
+  held = host.step_memory(c, policy, job.mesh, length, job.kind)
   progress.say(f"  memory a device, training: {memory.words(held)}")
+  if job.mesh.devices.flat[0].platform == "cpu":
+    progress.say("  " + host.planned(job, policy, arms, rows["pool"], sample,
+                                     tokens["pool"], length))
   progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
                f"{dict(job.mesh.shape)} of "
                f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}")

@@ -168,9 +168,10 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   return ledger.arm_operations(
       stages={stage: own.get(stage, _spent(job, stage)) for stage in read}
       | dict(select=_spent(job, "select", arm.name)),
-      # An embedder of its own: the pass over the kept rows is in ref_logps.
-      reference=(0 if embedder.alone(job.c) or not _reads_ahead(job)
-                 else _subset_tokens(job, arm)),
+      # An embedder of its own, or products narrower than float32: the pass over
+      # the kept rows is in ref_logps.
+      reference=(0 if embedder.alone(job.c) or not columns.exact(job.c)
+                 or not _reads_ahead(job) else _subset_tokens(job, arm)),
       ref_logps=_spent(job, "ref_logps", arm.name),
       # Without its evaluations: they are `evaluate`'s kind.
       align=_spent(job, "align", arm.name) - (

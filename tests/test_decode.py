@@ -127,15 +127,17 @@ def test_nothing_is_said_after_the_end(alone):
 
 def test_the_machine_repeats_eos_after_the_end(alone):
   """What leaves the compiled function: only EOS after an EOS."""
-  fn = decode._generate_fn(alone, CHAIN, 6, (EOS,), KNOWN,
-                           decode.Sampling(2.0))
-  rows = dict(tokens=np.full((512, 4), BOS, np.int32),
-              index=np.arange(512, dtype=np.int32),
-              pad=np.full(512, 3, np.int32))
-  said = np.asarray(fn(on_mesh(alone, CHAIN, chain_params()),
-                       {k: sharding.put(alone, v, "pool")
-                        for k, v in rows.items()},
-                       dict(key=jax.random.key(0))))
+  put = lambda rows: {k: sharding.put(alone, v, "pool")
+                      for k, v in rows.items()}
+  weights = on_mesh(alone, CHAIN, chain_params())
+  asked = put(dict(tokens=np.full((512, 4), BOS, np.int32),
+                   pad=np.full(512, 3, np.int32)))
+  number = np.arange(512, dtype=np.int32)
+  fn = decode._answer_fn(alone, CHAIN, 6, (EOS,), KNOWN, decode.Sampling(2.0))
+  said = np.asarray(fn(
+      weights, decode._prefill_fn(alone, CHAIN)(weights, asked, {}) | dict(
+          pad=asked["pad"]) | put(dict(index=number, owner=number)),
+      dict(key=jax.random.key(0))))
   ended = np.cumsum(said == EOS, axis=1) > 0
   assert 100 < ended[:, -1].sum() < 512
   assert (said[ended] == EOS).all()
@@ -298,3 +300,33 @@ def test_any_of_several_stops_ends_an_answer(alone):
 def test_sampling_with_no_sense_is_refused(alone, change, words):
   with pytest.raises(ConfigError, match=words):
     run_chain(alone, 1, **change)
+
+
+def test_answers_to_one_prompt_are_those_of_as_many_rows(mesh, monkeypatch):
+  """And the prompt is computed once, on any mesh and in any tile."""
+  rng = np.random.default_rng(1)
+  prompts = [np.array([1, *rng.integers(4, 30, n)], np.int32)
+             for n in (3, 3, 7, 2)] + [np.array([1, 9], np.int32)] * 2
+  prefill, seen = decode._prefill_fn, []
+
+  def counted(*key):
+    fn = prefill(*key)
+
+    def call(params, rows, shared):
+      seen.append(np.asarray(rows["tokens"]))
+      return fn(params, rows, shared)
+    return call
+
+  monkeypatch.setattr(decode, "_prefill_fn", counted)
+  weights = on_mesh(mesh, MODEL, params())
+  run = lambda prompts, **more: [x.tolist() for x in decode.generate(
+      mesh, weights, MODEL, prompts, new=6, eos=2, known=30, seed=4, **more)]
+  apart = run([p for p in prompts for _ in range(5)], tile=3)
+  assert len({tuple(x) for x in apart[:5]}) > 1  # the noise is each row's own
+  for tile in (1, 3, 8):
+    seen.clear()
+    assert run(prompts, tile=tile, answers=5) == apart
+    calls = sum(len(x) for x in seen) / (tile * mesh.size)
+    # Five prompts that differ, of one or two padded lengths.
+    assert calls <= 2 * -(-5 // (tile * mesh.size)) + (
+        mesh.size > 1), (calls, tile)

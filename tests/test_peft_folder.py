@@ -100,3 +100,25 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
   assert config["target_modules"] == sorted(
       {n.split(".lora_")[0].split(".")[-1]
        for n in found.state_dict() if ".lora_A." in n})
+
+
+@pytest.mark.parametrize("given,name,revision", [
+    ("hf:Qwen/Qwen3-8B", "Qwen/Qwen3-8B", None),
+    ("hf:gpt2@v1.0", "gpt2", "v1.0"), ("some/base", "some/base", None),
+    ("", None, None)])
+def test_the_base_is_named_as_peft_finds_it(tmp_path, given, name, revision):
+  m = sizes("llama")._replace(lora=adapters.Lora(2))
+  rows = {n: np.zeros(p.shape, np.float32)
+          for n, p in decoder.table(m).items() if ":" in n}
+  with jax.set_mesh(make_mesh()):
+    peft_folder.save(tmp_path, {n: jax.device_put(x) for n, x in rows.items()},
+                     m, base=given)
+  found = peft.PeftConfig.from_pretrained(tmp_path)
+  assert (found.base_model_name_or_path, found.revision) == (name, revision)
+
+
+def test_a_base_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+  (tmp_path / "base").mkdir()
+  monkeypatch.chdir(tmp_path)
+  assert peft_folder._named("base") == dict(
+      base_model_name_or_path=str(tmp_path / "base"))

@@ -635,3 +635,40 @@ def test_half_precision_and_old_buffers_are_read(folder, alone):
       "model.layers.0.self_attn.rotary_emb.inv_freq"))
   tied = weights.load_folder(folder, SMALL._replace(tied=True), alone)
   assert "head" not in tied
+
+
+@pytest.mark.parametrize("dtype,key", [("bfloat16", "dtype"),
+                                       ("float16", "torch_dtype"),
+                                       ("float32", "")])
+def test_an_export_keeps_what_the_checkpoint_said(tmp_path, alone, dtype, key):
+  """Its dtype, PAD and generation config; EOS with the template's end."""
+  weights.export_folder(tmp_path / "given", random_params(SMALL, alone), SMALL,
+                        TOK, dtype=dtype)
+  path = tmp_path / "given/config.json"
+  raw = json.loads(path.read_text())
+  raw.pop("dtype")
+  path.write_text(json.dumps(raw | dict(pad_token_id=5, bos_token_id=1)
+                             | ({key: dtype} if key else {})))
+  (tmp_path / "given/generation_config.json").write_text(json.dumps(dict(
+      do_sample=True, temperature=0.25, eos_token_id=2, pad_token_id=5,
+      bos_token_id=1, transformers_version="4.40.0")))
+  of = weights.given(tmp_path / "given")
+  assert of.dtype == dtype
+  params = weights.load_folder(tmp_path / "given", SMALL, alone)
+  tok = tokenizers.Tokenizer(TOK.proto)
+  tok.ends_with(9)
+  weights.export_folder(tmp_path / "out", params, SMALL, tok, of=of)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path / "out", local_files_only=True, dtype="auto")
+  assert model.dtype == getattr(torch, dtype)
+  g = model.generation_config
+  assert (g.do_sample, g.temperature, g.pad_token_id, g.bos_token_id) == (
+      True, 0.25, 5, 1)
+  assert g.eos_token_id == [9, TOK.eos]
+  assert (model.config.pad_token_id, model.config.eos_token_id) == (
+      5, [9, TOK.eos])
+  for n, x in weights.load_folder(tmp_path / "out", SMALL, alone).items():
+    np.testing.assert_array_equal(x, params[n], err_msg=n)
+  weights.export_folder(tmp_path / "wide", params, SMALL, tok, of=of,
+                        dtype="float32")
+  assert weights.given(tmp_path / "wide").dtype == "float32"

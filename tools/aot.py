@@ -281,7 +281,8 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
     state = abstract_state(m, mesh, tx, loss)
     fixed = abstract_frozen(m, mesh, frozen)
     train_step = steps.make_train_step(
-        PRODUCERS[producer](m, chunk), loss, tx)
+        PRODUCERS[producer](m, chunk), loss, tx,
+        decoder.compiler_options(m))
     start = time.monotonic()
     lowered = train_step.lower(state, batch, fixed)
     lower_seconds = time.monotonic() - start

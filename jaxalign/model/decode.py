@@ -51,35 +51,74 @@ def kept(scores: jax.Array, s: Sampling) -> jax.Array:
   return scores
 
 
+def _run(params, x, m: decoder.ModelConfig, pad, at, cache):
+  """`x` [b, l, D] from slot `at` on, through all layers.
+
+  Args:
+    params: the parameters.
+    x: embedded tokens.
+    m: the model's sizes.
+    pad: [b] slots of padding, on the left.
+    at: the first slot that is written.
+    cache: (keys, values), each [T, b, S, G, C].
+
+  Returns:
+    [b, l, D] after the final norm, and the cache.
+  """
+  slot, length = jnp.arange(cache[0].shape[2]), x.shape[1]
+  here = at + jnp.arange(length)
+  # A slot of padding, or one not yet written, lies after every query.
+  empty = (slot[None, :] < pad[:, None]) | (slot >= at + length)[None, :]
+  seen = decoder.rows_of(m, attention.Seen(
+      jnp.maximum(here[None, :] - pad[:, None], 0),
+      jnp.where(empty, attention.FAR, slot[None, :] - pad[:, None])))
+
+  def body(x, layer_cache):
+    layer, kind, keys, values = layer_cache
+    return decoder.block(x, layer, kind, seen, m, sharding.PER_ROW,
+                         (keys, values), at)
+
+  x, cache = jax.lax.scan(
+      body, x, (decoder.layers_of(params), decoder.kinds_of(m), *cache))
+  return decoder.normed(x, params, "norm", m), cache
+
+
 @functools.lru_cache(maxsize=8)
-def _generate_fn(mesh, m: decoder.ModelConfig, new: int,
-                 stops: tuple[int, ...], known: int, sampling: Sampling):
+def _prefill_fn(mesh, m: decoder.ModelConfig):
+  """Jitted `(params, {tokens [b, P], pad [b]}, {}) -> {x, keys, values}`."""
+  def one_tile(params, rows, shared):
+    del shared
+    tokens = rows["tokens"]  # left-padded
+    empty = jnp.zeros((m.layers, *tokens.shape, m.kv_heads, m.head_size),
+                      m.dtype)
+    x, cache = _run(params, decoder.embed_tokens(
+        params, tokens, m, sharding.PER_ROW), m, rows["pad"], 0,
+                    (empty, empty))
+    keys, values = (jnp.moveaxis(part, 0, 1) for part in cache)
+    return dict(x=x[:, -1:], keys=keys, values=values)
+
+  return decoder.by_row(mesh, m, one_tile)
+
+
+@functools.lru_cache(maxsize=8)
+def _answer_fn(mesh, m: decoder.ModelConfig, new: int, stops: tuple[int, ...],
+               known: int, sampling: Sampling):
+  """Jitted `(params, rows, {key}) -> [b, new]` ids.
+
+  `rows` are b prompts of a device as `_prefill_fn` left them, with their
+  "pad", and b answers: "owner", the prompt of each, and "index", its number.
+  """
   place = sharding.PER_ROW
 
   def one_tile(params, rows, shared):
-    tokens, pad = rows["tokens"], rows["pad"]  # [b, P] left-padded, [b]
-    b, prompt = tokens.shape
-    total = prompt + new
+    owner = rows["owner"]
+    b, prompt = len(owner), rows["keys"].shape[2]
     head = decoder.head(params, m, place).astype(m.dtype)
-    layers = decoder.layers_of(params)
-    slot = jnp.arange(total)
-
-    def run(x, at, length, cache):
-      """`length` positions from slot `at`, through all layers."""
-      here = at + jnp.arange(length)
-      # A slot of padding, or one not yet written, lies after every query.
-      empty = (slot[None, :] < pad[:, None]) | (slot >= at + length)[None, :]
-      rows_seen = decoder.rows_of(m, attention.Seen(
-          jnp.maximum(here[None, :] - pad[:, None], 0),
-          jnp.where(empty, attention.FAR, slot[None, :] - pad[:, None])))
-
-      def body(x, layer_cache):
-        layer, kind, keys, values = layer_cache
-        return decoder.block(x, layer, kind, rows_seen, m, place,
-                             (keys, values), at)
-
-      x, cache = jax.lax.scan(body, x, (layers, decoder.kinds_of(m), *cache))
-      return decoder.normed(x, params, "norm", m), cache
+    # Many answers have one prompt: each a copy of what was computed once.
+    pad = rows["pad"][owner]
+    cache = tuple(jnp.pad(jnp.moveaxis(rows[name][owner], 1, 0), (
+        (0, 0), (0, 0), (0, new), (0, 0), (0, 0)))
+                  for name in ("keys", "values"))
 
     def choose(x, t):
       scores = decoder.logits(x[:, -1:], head, m.final_softcap)[:, 0]
@@ -94,10 +133,8 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int,
           (m.vocab,)))(rows["index"])
       return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
 
-    empty = jnp.zeros((m.layers, b, total, m.kv_heads, m.head_size), m.dtype)
-    x, cache = run(decoder.embed_tokens(params, tokens, m, place), 0, prompt,
-                   (empty, empty))
-    said = jnp.full((b, new), stops[0], jnp.int32).at[:, 0].set(choose(x, 0))
+    said = jnp.full((b, new), stops[0], jnp.int32).at[:, 0].set(
+        choose(rows["x"][owner], 0))
 
     def ends(token):
       return jnp.any(token[:, None] == jnp.array(stops)[None, :], axis=1)
@@ -111,8 +148,8 @@ def _generate_fn(mesh, m: decoder.ModelConfig, new: int,
     def step(state):
       t, said, ended, cache = state
       token = jax.lax.dynamic_slice_in_dim(said, t - 1, 1, axis=1)
-      x, cache = run(decoder.embed_tokens(params, token, m, place),
-                     prompt + t - 1, 1, cache)
+      x, cache = _run(params, decoder.embed_tokens(params, token, m, place),
+                      m, pad, prompt + t - 1, cache)
       token = jnp.where(ended, stops[0], choose(x, t))
       said = jax.lax.dynamic_update_slice_in_dim(said, token[:, None], t, 1)
       return t + 1, said, ended | ends(token), cache
@@ -136,8 +173,11 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
              prompts: list[np.ndarray], *, new: int, eos: int | Sequence[int],
              known: int, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, tile: int = 32,
-             label: str = "generate") -> list[np.ndarray]:
+             answers: int = 1, label: str = "generate") -> list[np.ndarray]:
   """Continues every prompt until EOS or `new` tokens.
+
+  A prompt that is there several times, or is asked for several answers, is
+  computed once (once a device, where there are more devices than prompts).
 
   Args:
     mesh: the mesh; each of its devices takes `tile` rows a call.
@@ -154,10 +194,12 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
     seed: of the noise, which depends only on it, the row's number and the
       position: the same tokens on any mesh.
     tile: rows a device runs at once.
+    answers: of each prompt, k. Answer j of prompt i is row i k + j: the same
+      as of a list in which every prompt stands k times.
     label: what the progress bar says.
 
   Returns:
-    n arrays of new ids; the last one is of `eos` unless the answer was cut.
+    n k arrays of new ids; the last one is of `eos` unless the answer was cut.
 
   Raises:
     ConfigError: no room for a prompt, or sampling with no sense.
@@ -175,27 +217,64 @@ def generate(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   stops = tuple(int(i) for i in np.atleast_1d(eos))
   sampling = Sampling(float(temperature), int(top_k), float(top_p))
   check(sampling, m.vocab)
-  fn = _generate_fn(mesh, m, new, stops, known, sampling)
+  prefill = _prefill_fn(mesh, m)
+  answer = _answer_fn(mesh, m, new, stops, known, sampling)
   shared = dict(key=jax.random.key(seed))
-  step, out = tile * mesh.size, [None] * len(prompts)
-  with progress.bar(label, len(prompts)) as tick:
+  put = lambda x: sharding.put(mesh, x, "pool")
+  step, out = tile * mesh.size, [None] * (len(prompts) * answers)
+  with progress.bar(label, len(out)) as tick:
     for size in np.unique(sizes):
-      index = np.flatnonzero(sizes == size)
-      for at in range(0, len(index), step):
-        part = index[at:at + step]
-        full = np.concatenate([part, np.repeat(part[:1], step - len(part))])
+      slots = _slots(prompts, np.flatnonzero(sizes == size), answers,
+                     mesh.size)
+      for at in range(0, len(slots), step):
+        part = slots[at:at + step]
+        own = [part[d::mesh.size] for d in range(mesh.size)]  # of a device
         tokens = np.full((step, size), stops[0], np.int32)
-        for row, i in enumerate(full):
-          tokens[row, size - lengths[i]:] = prompts[i]
-        rows = dict(tokens=tokens, index=full.astype(np.int32),
-                    pad=(size - lengths[full]).astype(np.int32))
-        rows = {k: sharding.put(mesh, v, "pool") for k, v in rows.items()}
-        said = sharding.fetch(fn(params, rows, shared))
-        for i, ids in zip(part, said):
-          end = np.flatnonzero(np.isin(ids, stops))
-          out[i] = ids[:end[0] + 1] if len(end) else ids
-        tick(len(part))
+        pad = np.zeros(step, np.int32)
+        for place in range(step):
+          of = own[place // tile] or part[:1]  # none: any prompt will do
+          prompt = prompts[of[min(place % tile, len(of) - 1)][0] // answers]
+          tokens[place, size - len(prompt):] = prompt
+          pad[place] = size - len(prompt)
+        rows = dict(tokens=put(tokens), pad=put(pad))
+        rows = dict(prefill(params, rows, {}), pad=rows["pad"])
+        todo = [[(row, k) for k, slot in enumerate(of) for row in slot]
+                for of in own]
+        for first in range(0, max(map(len, todo)), tile):
+          index, owner = np.zeros((2, step), np.int32)
+          wanted = np.full(step, -1)
+          for d, of in enumerate(todo):
+            now = of[first:first + tile]
+            spare = (now or of or todo[0])[0]  # shapes stay the same
+            for k in range(tile):
+              row, place = now[k] if k < len(now) else spare
+              index[d * tile + k] = row
+              owner[d * tile + k] = place if of else 0
+              wanted[d * tile + k] = row if k < len(now) else -1
+          said = sharding.fetch(answer(params, rows | dict(
+              index=put(index), owner=put(owner)), shared))
+          for row, ids in zip(wanted, said):
+            if row >= 0:
+              end = np.flatnonzero(np.isin(ids, stops))
+              out[row] = ids[:end[0] + 1] if len(end) else ids
+          tick(int((wanted >= 0).sum()))
   return out
+
+
+def _slots(prompts: list[np.ndarray], index: np.ndarray, answers: int,
+           devices: int) -> list[list[int]]:
+  """Row numbers that share a prompt, one list each time it is computed.
+
+  Once; where there are fewer prompts than devices, on several of these, which
+  share the rows.
+  """
+  same: dict[bytes, list[int]] = {}
+  for i in index:
+    same.setdefault(prompts[i].tobytes(), []).extend(
+        range(i * answers, (i + 1) * answers))
+  times = max(1, devices // len(same))
+  found = [rows[k::times] for rows in same.values() for k in range(times)]
+  return [rows for rows in found if rows]
 
 
 def operations(m: decoder.ModelConfig, prompts: list[np.ndarray],

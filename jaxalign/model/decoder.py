@@ -234,6 +234,18 @@ def precision(m: ModelConfig) -> jax.lax.Precision | None:
   return jax.lax.Precision.HIGHEST if m.dtype == "float32" else None
 
 
+def compiler_options(m: ModelConfig) -> tuple[tuple[str, bool], ...]:
+  """How programs of a model are compiled, the items of a dict.
+
+  Where products are narrower than float32 XLA may leave out roundings, and
+  leaves out others in a forward pass alone than in one with its gradient; told
+  not to, both have the same bits.
+  """
+  if m.dtype == "float32":
+    return ()
+  return (("xla_allow_excess_precision", False),)
+
+
 def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
           m: ModelConfig, place, cache=None, at=None):
   """One layer: attention and feed-forward, each normed and residual.

@@ -1,6 +1,7 @@
 """Adapters as a folder that Hugging Face's `peft` loads onto the base."""
 
 import math
+import os
 from typing import Any
 
 from etils import epath
@@ -32,7 +33,8 @@ def save(folder: Any, params: Params, m: decoder.ModelConfig,
     folder: made where it is not there.
     params: the adapters; other parameters are not looked at.
     m: the policy's sizes, with `lora`.
-    base: name or folder of the model that these belong to.
+    base: the model that these belong to: a folder, a repository's name, or
+      `hf:<repo>[@revision]`.
   """
   own = {n: sharding.fetch(x) for n, x in params.items()
          if adapters.is_adapter(n)}
@@ -72,7 +74,18 @@ def save(folder: Any, params: Params, m: decoder.ModelConfig,
                      for n, k in fused.items()},
       lora_dropout=0.0, bias="none", fan_in_fan_out=False,
       init_lora_weights=True, inference_mode=True,
-      base_model_name_or_path=base or None))
+      **_named(base)))
+
+
+def _named(base: str) -> dict[str, str | None]:
+  """A base as peft finds it again: a repository and its revision, or a folder
+  by its whole path."""
+  if base.startswith("hf:") and not base.startswith("hf://"):
+    name, _, revision = base.removeprefix("hf:").partition("@")
+    return dict(base_model_name_or_path=name, revision=revision or None)
+  if base and "://" not in base and os.path.isdir(base):
+    base = os.path.abspath(base)
+  return dict(base_model_name_or_path=base or None)
 
 
 def _leaf(module: str) -> str:

@@ -79,19 +79,70 @@ def load_folder(folder: Any, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
               canonical=lambda name: families.canonical(m, name))
 
 
+class Given(NamedTuple):
+  """What an export keeps of the checkpoint that it began from."""
+
+  dtype: str = "float32"  # of its weights
+  config: Mapping[str, Any] = {}  # of KEPT what its config.json has
+  generation: Mapping[str, Any] = {}  # its generation_config.json
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+KEPT = ("bos_token_id", "pad_token_id")
+
+
+def given(folder: Any) -> Given:
+  """Of a Hugging Face folder, or `hf:<repo>`: how it stores and generates.
+
+  Raises:
+    ConfigError: no config.json, or a file that is no JSON object.
+  """
+  folder = resolve(folder)
+  raw = families.read_raw(folder)
+  raw = dict(raw.get("text_config") or {}) | raw  # of a multimodal one
+  dtype = str(raw.get("dtype") or raw.get("torch_dtype")).split(".")[-1]
+  if dtype not in DTYPES:  # then as most of its bytes are
+    names = {name: kind.name for name, kind in safetensors_io.FLOATS.items()}
+    bytes_of: dict[str, int] = {}
+    for t in Checkpoint(folder).tensors.values():
+      name = names.get(t.dtype, "float32")
+      bytes_of[name] = bytes_of.get(name, 0) + t.end - t.begin
+    dtype = max(bytes_of, key=bytes_of.get, default="float32")
+  path, generation = folder / "generation_config.json", {}
+  if path.exists():
+    try:
+      generation = artifacts.read_json(path)
+      if not isinstance(generation, dict):
+        raise ValueError(f"a {type(generation).__name__}")
+    except ValueError as error:
+      raise ConfigError(f"{path} is no JSON object ({error!s:.100}); set "
+                        "config.model.checkpoint") from error
+  return Given(dtype, {n: raw[n] for n in KEPT if raw.get(n) is not None},
+               generation)
+
+
 def export_folder(folder: Any, params: Params, m: decoder.ModelConfig,
-                  tokenizer: Any, *, dtype: str = "float32",
-                  shard_bytes: int = SHARD_BYTES) -> list[str]:
+                  tokenizer: Any, *, dtype: str = "",
+                  shard_bytes: int = SHARD_BYTES, of: Given = Given()
+                  ) -> list[str]:
   """`save` of a decoder.
+
+  Args:
+    folder, params, tokenizer, shard_bytes: as of `save`.
+    m: the model's sizes.
+    dtype: one of DTYPES, of the file; "": as `of`.
+    of: the checkpoint that it began from.
 
   Returns:
     The names of the files written (by process 0).
   """
-  stops = list(tokenizer.stops)
+  stops, dtype = list(tokenizer.stops), dtype or of.dtype
+  config = families.hf_config(
+      m, tokenizer.bos, stops if len(stops) > 1 else stops[0], dtype)
+  config |= {n: x for n, x in of.config.items() if config.get(n) is None}
   save(folder, params, decoder.table(m), families.stored(m), dtype=dtype,
-       config=families.hf_config(
-           m, tokenizer.bos, stops if len(stops) > 1 else stops[0], dtype),
-       tokenizer=tokenizer, shard_bytes=shard_bytes)
+       config=config, tokenizer=tokenizer, shard_bytes=shard_bytes,
+       generation=of.generation)
   return ["export"]
 
 
@@ -314,7 +365,8 @@ def _anywhere(some: set[str], names: list[str]) -> list[str]:
 def save(folder: Any, params: Params, rows: Mapping[str, Param],
          stored: Mapping[str, Stored], *, config: Mapping[str, Any],
          tokenizer: Any = None, dtype: str = "float32",
-         shard_bytes: int = SHARD_BYTES) -> None:
+         shard_bytes: int = SHARD_BYTES,
+         generation: Mapping[str, Any] = {}) -> None:
   """Writes weights, config and tokenizer as transformers loads them.
 
   All processes call it, process 0 writes. The weights have temporary names
@@ -328,8 +380,10 @@ def save(folder: Any, params: Params, rows: Mapping[str, Param],
     stored: where each goes.
     config: of config.json; its `dtype` is set here.
     tokenizer: what has an `export(folder)`, or None.
-    dtype: "float32" or "bfloat16", of the file.
+    dtype: one of DTYPES, of the file.
     shard_bytes: of tensors in a file, beyond which there are several.
+    generation: of generation_config.json beside BOS, EOS and PAD; a BOS and
+      a PAD that it names stay.
 
   Raises:
     WriteError: the folder cannot be written.
@@ -364,9 +418,10 @@ def save(folder: Any, params: Params, rows: Mapping[str, Param],
         weight_map={n: file for file, names in files.items() for n in names}))
   if tokenizer is not None:
     tokenizer.export(folder)
-  artifacts.write_json(folder / "generation_config.json", {
-      n: config[n] for n in ("bos_token_id", "eos_token_id")
-      if config.get(n) is not None})
+  named = {n: config[n] for n in ("bos_token_id", "eos_token_id",
+                                  "pad_token_id") if config.get(n) is not None}
+  artifacts.write_json(folder / "generation_config.json", named | dict(
+      generation) | {n: named[n] for n in ("eos_token_id",) if n in named})
   artifacts.write_json(folder / "config.json", dict(config, dtype=dtype))
 
 

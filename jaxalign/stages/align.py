@@ -34,8 +34,13 @@ def _policy_start(job: Job, arm: Arm, folder: Any, loss: Callable,
   """(trained, frozen) parameters that compute what the reference does."""
   c, m = job.c, job.policy
   if m.lora is None:  # the step donates its state, so it has a copy
-    return {n: jnp.array(x, jnp.float32)
-            for n, x in job.reference.items()}, {}
+    reference, params = dict(job.reference), {}
+    if c.train.reference != "online":  # its numbers are stored
+      job.release_reference()
+    while reference:  # one copied, one let go: never both whole
+      name, x = reference.popitem()
+      params[name] = jnp.array(x, jnp.float32).block_until_ready()
+    return params, {}
   fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m), job.mesh)
   if m.lora.variant == "lora_sb":
     with Checkpoints(folder / BASES) as saved:

@@ -223,8 +223,19 @@ def tuned(c: Any) -> str:
   return "" if c.proxy.checkpoint or column.lacks(c, "") else column.stage
 
 
+def exact(c: Any) -> bool:
+  """Whether a row's log-prob is one number wherever it is computed.
+
+  In bfloat16 it depends on what is computed beside it: what a pass over the
+  pool says of a row is not what training says of it.
+  """
+  return c.model.dtype == "float32"
+
+
 def sums(c: Any, kind: str, sampler: Callable) -> str:
   """The stage whose log-probs the rows of an arm come with; "": of none."""
+  if not exact(c):
+    return ""
   if not embedder.alone(c):
     return "embed"
   read = before(c, stages(c, kind, sampler))

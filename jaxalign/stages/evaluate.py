@@ -123,15 +123,22 @@ def run_export(job: Job, arm: Arm, policy: Callable[[], decoder.Params]
                ) -> None:
   """Writes the policy as a Hugging Face folder, and adapters for peft."""
   def make(folder):
+    if not job.policy.lora:
+      job.release_reference()
     params, m = policy(), job.policy
     merged = adapters.Merged(params, m.lora) if m.lora else params
     files = weights.export_folder(folder / "export", merged, job.model,
-                                  job.tokenizer)
+                                  job.tokenizer, dtype=dtype, of=of)
     if m.lora:
-      peft_folder.save(folder / "adapter", params, m,
-                       base=job.c.model.checkpoint)
+      peft_folder.save(folder / "adapter", params, m, base=given)
       files = [*files, "adapter"]
-    return files, Cost(), {}
+    return files, Cost(), dict(say=f"weights in {dtype}")
 
-  job.run(arm_folder(job, arm), "export", arm.name, fields={},
-          inputs=dict(align=job.key("align", arm.name)), make=make)
+  given = job.c.model.checkpoint
+  of = weights.given(given) if given else weights.Given()
+  dtype = job.c.get("export", {}).get("dtype", "auto")
+  dtype = of.dtype if dtype == "auto" else dtype
+  job.run(arm_folder(job, arm), "export", arm.name, make=make,
+          # As it was written before there was a choice.
+          fields=dict(dtype=dtype) if dtype != "float32" else {},
+          inputs=dict(align=job.key("align", arm.name)))

@@ -51,11 +51,15 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   Where a pass over the pool ran the same weights over the same rows its numbers
   are looked up; KTO's mismatched rows always need a pass of their own, and so
   does what `references` adds. A loss that reads no reference is given zeros
-  where numbers would cost a pass.
+  where numbers would cost a pass. Where products are narrower than float32
+  nothing is looked up: see `reference.as_trained`.
   """
   c, m = job.c, job.model
   online = c.train.reference == "online"  # train computes what costs a pass
   source = columns.sums(c, job.kind, combine.named(arm.sampler))
+  if ("", source) not in job.cards:  # training alone runs no such pass
+    source = ""
+  batched = not (columns.exact(c) or online) and job.loss.reference
 
   def once(rows, index, ids=None):
     return reference.logps(
@@ -72,7 +76,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     tokens, ids = job.tokens("pool"), job.column("pool", "id")
     responses = len(tokens.start) // len(ids)
     which = index[:, None] * responses + np.arange(responses)
-    if not job.loss.reference or online:
+    if not job.loss.reference or online or batched:
       counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[which])
       return np.zeros_like(counts), counts, Cost()
     total, count = once(tokens, which, [ids[i] for i in index])
@@ -89,23 +93,34 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       nonlocal cost
       cost = Cost(cost.operations + more.operations, cost.tokens + more.tokens)
 
-    if "public" in job.loss.extras and online:
-      arrays["ref_public"] = np.zeros_like(total)
+    tokens = None
+    if "z0" in job.loss.stats:
+      tokens = feed.make_mismatched(
+          rows, updates=updates_for(job, arm, len(index)), seed=arm.seed,
+          batch=c.train.batch_size, context=m.context)
+      arrays["mismatched_sum"] = np.zeros(len(tokens.start), np.float32)
+    if batched:
+      found = reference.as_trained(
+          job.mesh, job.reference, m, rows, batch=c.train.batch_size,
+          accumulation=c.train.accumulation, seed=arm.seed,
+          layout=c.train.layout, producer=c.train.logps, tile=c.embed.tile,
+          chunk=c.model.head_chunk, mismatched=tokens)
+      arrays["ref_sum"] = found.ref_sum
+      own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
+      spent(Cost(embed.operations(m, own), len(own.ids)))
+    if "public" in job.loss.extras and (online or batched):
+      arrays["ref_public"] = (found.ref_public if batched else
+                              np.zeros_like(total))
     elif "public" in job.loss.extras:
       arrays["ref_public"], more = references.public_sums(job, rows)
       spent(more)
     if "weights" in job.loss.stats:
       arrays["weights"], more = references.prompt_weights(job, rows, arm.seed)
       spent(more)
-    if "z0" in job.loss.stats:
-      tokens = feed.make_mismatched(
-          rows, updates=updates_for(job, arm, len(index)), seed=arm.seed,
-          batch=c.train.batch_size, context=m.context)
-      arrays["mismatched_sum"] = np.zeros(len(tokens.start), np.float32)
-      if not online:
-        arrays["mismatched_sum"] = once(
-            tokens, np.arange(len(tokens.start))[:, None])[0][:, 0]
-        spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
+    if tokens is not None and not online:
+      arrays["mismatched_sum"] = found.mismatched if batched else once(
+          tokens, np.arange(len(tokens.start))[:, None])[0][:, 0]
+      spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
     if jax.process_index() == 0:
       for name, x in arrays.items():
         artifacts.write_array(folder / f"{name}.npy", x)
@@ -121,8 +136,13 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   if "z0" in job.loss.stats:
     fields |= pick(c, "train.batch_size", "train.epochs", "train.max_updates",
                    "train.min_updates") | like(arm)
+  if batched:
+    fields |= pick(c, "train.batch_size", "train.accumulation", "train.logps")
+  read = {stage for stage in {"embed", source} if ("", stage) in job.cards}
+  if "embed" not in read:  # whose key names these
+    fields |= pick(c, "model")
   job.run(arm_folder(job, arm), "ref_logps", arm.name, fields=fields,
           make=make, inputs=dict(select=job.key("select", arm.name),
                                  # The embedding may be another model's.
                                  sft=job.key("sft")) | {
-              stage: job.key(stage) for stage in {"embed", source or "embed"}})
+              stage: job.key(stage) for stage in read})

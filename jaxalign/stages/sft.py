@@ -89,7 +89,8 @@ def train(job: Job, folder: Any, label: str, m: decoder.ModelConfig,
       seed=seed, context=m.context, rate=rate, mismatched=mismatched,
       layout=layout)
   train_step = steps.make_train_step(
-      PRODUCERS[producer](m, c.model.head_chunk), loss, tx)
+      PRODUCERS[producer](m, c.model.head_chunk), loss, tx,
+      decoder.compiler_options(m))
   params, frozen = begin(batch_at)
   state, step = extend(
       steps.init_state(params, tx, loss),

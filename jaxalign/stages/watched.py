@@ -13,6 +13,7 @@ from jaxalign.eval import evaluate
 from jaxalign.eval import winrate
 from jaxalign.job import WHOLE, Arm, Job, loss_of
 from jaxalign.model import decode
+from jaxalign.model import decoder
 from jaxalign.select import embed
 from jaxalign.stages.select import selected_rows
 from jaxalign.train import ema
@@ -142,9 +143,11 @@ def extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
     if t.ref_sync:
       state = online.begin(state)
       step = online.with_refresh(step, make(job.policy, chunk),
-                                 every=t.ref_sync, mix=t.ref_mix)
+                                 every=t.ref_sync, mix=t.ref_mix,
+                                 options=decoder.compiler_options(job.policy))
     elif t.reference == "online":
-      step = online.with_reference(step, make(job.model, chunk), job.reference)
+      step = online.with_reference(step, make(job.model, chunk), job.reference,
+                                   decoder.compiler_options(job.model))
     if t.ema:
       state, step = ema.begin(state), ema.keep(step, t.ema)
     return state, step

@@ -17,7 +17,8 @@ def begin(state: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def make_fill(logps_fn: Callable) -> Callable:
+def make_fill(logps_fn: Callable, options: tuple[tuple[str, Any], ...] = ()
+              ) -> Callable:
   """Returns `fill(params, batch) -> batch` with the reference's numbers.
 
   Every micro-batch is a forward pass of its own, without a gradient, through
@@ -26,13 +27,14 @@ def make_fill(logps_fn: Callable) -> Callable:
 
   Args:
     logps_fn: of the reference, see `step.make_gradients`; batches are those.
+    options: the compiler's, as of `step.make_train_step`.
   """
   def over(params, tokens, mask):
     return jax.lax.scan(
         lambda _, micro: (None, logps_fn(params, *micro)), None,
         (tokens, mask))[1]
 
-  @jax.jit
+  @jax.jit(compiler_options=dict(options))
   def sums(params, rows, others):
     found = over(params, *rows)
     out = dict(ref_sum=found.sum, ref_count=found.count)
@@ -69,15 +71,16 @@ def make_refresh(every: int, mix: float) -> Callable:
       donate_argnums=0)
 
 
-def with_reference(train_step: Callable, logps_fn: Callable,
-                   reference: Any) -> Callable:
+def with_reference(train_step: Callable, logps_fn: Callable, reference: Any,
+                   options: tuple[tuple[str, Any], ...] = ()) -> Callable:
   """`train_step` on numbers of a frozen `reference`, found at every update."""
-  fill = make_fill(logps_fn)
+  fill = make_fill(logps_fn, options)
   return lambda state, batch: train_step(state, fill(reference, batch))
 
 
 def with_refresh(train_step: Callable, logps_fn: Callable, *, every: int,
-                 mix: float) -> Callable:
+                 mix: float, options: tuple[tuple[str, Any], ...] = ()
+                 ) -> Callable:
   """`train_step` against `state.ref`, which moves to the policy.
 
   Args:
@@ -85,8 +88,9 @@ def with_refresh(train_step: Callable, logps_fn: Callable, *, every: int,
     logps_fn: of policy and reference alike.
     every: updates between refreshes, at least 1 (the paper's tau; TRL's 512).
     mix: share of the policy, in (0, 1] (the paper's alpha; TRL's 0.6).
+    options: the compiler's.
   """
-  fill, refresh = make_fill(logps_fn), make_refresh(every, mix)
+  fill, refresh = make_fill(logps_fn, options), make_refresh(every, mix)
 
   def step(state, batch):
     after, totals = train_step(state._replace(ref=()),

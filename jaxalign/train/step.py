@@ -104,18 +104,20 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable
 
 @functools.lru_cache(maxsize=8)
 def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
-                    tx: optax.GradientTransformation) -> Callable:
+                    tx: optax.GradientTransformation,
+                    options: tuple[tuple[str, Any], ...] = ()) -> Callable:
   """Returns `train_step(state, batch, frozen={}) -> (state, metrics)`.
 
   `state` is donated. `frozen` are parameters beside `state.params` that the
   step only reads, the base of adapters for instance; they are not donated, so
-  that the reference may be these very arrays. `tx` is the optimizer; for the
-  rest see `make_gradients`.
+  that the reference may be these very arrays. `tx` is the optimizer, `options`
+  are the compiler's (`decoder.compiler_options`); for the rest see
+  `make_gradients`.
   """
   statistics = make_statistics(logps_fn, loss_fn)
   gradients = make_gradients(logps_fn, loss_fn)
 
-  @jax.jit(donate_argnames=("state",))
+  @jax.jit(donate_argnames=("state",), compiler_options=dict(options))
   def train_step(state: TrainState, batch, frozen={}):  # read, never written
     params = state.params
     *found, delta = statistics(params | frozen, batch, state.delta)

@@ -1,0 +1,126 @@
+"""What a job on a CPU is planned to hold, and what it does hold."""
+
+import os
+import pathlib
+import re
+import sys
+
+import jax
+import pytest
+
+import jobs
+from jaxalign import host
+from jaxalign import memory
+from jaxalign import sharding
+from jaxalign.errors import ConfigError
+from jaxalign.model import adapters
+from jaxalign.model import decoder
+from jaxalign.train import __main__ as train_main
+
+M = decoder.ModelConfig(layers=2, width=4, heads=2, kv_heads=1, head_size=2,
+                        ff=3, vocab=10, context=16, attention="tiles")
+GIB = 2**30
+SIZES = dict(tokens=30, packed=True, rows=6, length=5, chunk=2, tile=2)
+
+
+def one():
+  return sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+
+
+def test_a_whole_policy_and_its_reference():
+  """Weights, gradients and two moments; the reference where it stays."""
+  held = memory.on_host(M, one(), **SIZES)
+  numbers = 2 * 92 + 44  # as in test_plan
+  assert held["parameters"] == held["gradients"] == 4 * numbers
+  assert held["optimizer"] == 8 * numbers and "reference" not in held
+  both = memory.on_host(M, one(), **SIZES, reference=True, frozen_size=2)
+  assert both["reference"] == 2 * numbers
+  lora = memory.on_host(M._replace(lora=adapters.Lora(1)), one(), **SIZES,
+                        reference=True)
+  assert "reference" not in lora  # it is the frozen base
+  assert lora["gradients"] < held["gradients"]
+
+
+def test_packed_rows_hold_their_own_tokens_and_no_scores():
+  by = lambda **more: memory.on_host(M, one(), **SIZES | more)["activations"]
+  assert by(tokens=15) * 2 == by(tokens=30)
+  scores = 2 * 30 * 2 * 4 * 2 * 5  # layers, tokens, float32 twice, heads, keys
+  assert by(packed=False) == by() + scores
+
+
+def test_a_pass_over_many_rows_may_be_the_peak():
+  held = memory.on_host(M, one(), **SIZES | dict(tile=4096))
+  assert "gradients" not in held
+  assert held["logits"] == 8 * 4096 * 2 * 10
+
+
+def test_what_a_host_lacks_is_said_or_refused():
+  held = dict(libraries=GIB, parameters=2 * GIB, gradients=2 * GIB,
+              optimizer=4 * GIB, activations=4 * GIB, programs=GIB)
+  assert memory.check_host(held, None) == ""
+  assert memory.check_host(held, 14 * GIB) == ""
+  said = memory.check_host(held, 12 * GIB)
+  assert "14.0 GiB at its peak" in said and "12.0 GiB of memory are free" in (
+      said)
+  with pytest.raises(ConfigError, match="lora.rank; --force tries"):
+    memory.check_host(held, 11 * GIB)
+  assert memory.check_host(held, 11 * GIB, force=True)
+
+
+def test_what_is_free_is_what_the_system_says():
+  if not os.path.exists("/proc/meminfo"):
+    assert memory.available() is None
+    return
+  text = pathlib.Path("/proc/meminfo").read_text()
+  free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+  assert 0 < memory.available() < 1.2 * free
+
+
+@pytest.fixture
+def source(tmp_path):
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("".join(
+      f'{{"prompt": "tell of {i}", "chosen": "it is {i}", "rejected": "no"}}\n'
+      for i in range(40)))
+  return path
+
+
+def test_it_is_said_before_anything_is_compiled(tmp_path, source, monkeypatch):
+  run = lambda *flags: jobs.run(
+      tmp_path / "job", f"data.source={source}", *flags,
+      command=train_main.main)
+  planned = run("--dry_run")
+  together = re.search(r"above jax alone: .*together ([\d.,]+) MiB",
+                       planned.out)
+  assert planned.code == 0 and together, planned
+  number = float(together[1].replace(",", "")) * 2**20
+  monkeypatch.setattr(memory, "available", lambda: int(number * 0.3))
+  ended = run()
+  assert ended.code == 64 and "--force" in ended.err, ended
+  assert jobs.did(ended) == ["data"]
+  monkeypatch.setattr(memory, "available", lambda: int(number * 0.9))
+  ended = run("train.max_updates=1", "--redo")
+  said = ended.out.index("of memory are free")
+  assert ended.code == 0 and said < ended.out.index("sft: ..."), ended
+
+
+def test_tokens_are_counted_as_the_template_has_them():
+  """Of a sample; a row never has more than the context."""
+  c = jobs.common.base("tiny")
+  rows = [dict(prompt="a" * 30, chosen="b" * 300, rejected="c" * 6)] * 3
+  prompt, answers = host.row_sizes(c, "pairs", rows, 0, 32)
+  assert prompt.tolist() == [11] * 3
+  assert answers.tolist() == [[21, 3]] * 3
+  prompt, answers = host.row_sizes(c, "thumbs", rows, 0, 32)
+  assert len(prompt) == 6 and answers.shape == (6, 1)
+
+
+@pytest.mark.slow
+def test_a_job_takes_about_what_it_plans():
+  """A short world: within a third; tools/memory_check.py has the others."""
+  sys.path.insert(0, str(jobs.ROOT))
+  from tools import memory_check
+  planned, taken = memory_check.measure(
+      "world", more=("--config.sft.updates=20", "--config.train.max_updates=5",
+                     "--config.compare=()"))
+  assert 0.75 < planned / taken < 1.34, (planned, taken)
