@@ -120,6 +120,8 @@ def encode(tok: Any, prompts: list[Any], template: str) -> list[Any]:
         m["content"] for m in p), begins=True), np.int32) for p in prompts]
   out = []
   with chat.Chat(tok, source) as said:
+    for text in said.warnings:
+      print(f"warning: {text}")
     for i, asked in enumerate(turns, 1):
       try:
         ids = said.encode(asked, [])[0]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import oracle
-from configs import common
 from conftest import token_rows
 from jaxalign import recipe
 from jaxalign import sharding

@@ -147,17 +147,37 @@ def test_what_a_selection_writes_gives_the_same_tokens_again(tmp_path):
 
 def test_datasets_reads_a_subset_of_chats_as_messages(tmp_path):
   import datasets
-  ended, _ = select(tmp_path, [chat(i) for i in range(20)])
+  import transformers
+  write_folder(tmp_path / "tok", BUILT_IN["chatml"])
+  system = dict(role="system", content="Be kind.")
+  ended, folder = select(tmp_path, [chat(i, system) for i in range(20)],
+                         f"model.tokenizer={tmp_path}/tok",
+                         "model.context=256")
   assert ended.code == 0
   table = datasets.load_dataset(
       "parquet", data_files=str(tmp_path / "a.parquet"), split="train",
       cache_dir=str(tmp_path / "cache"))
   row = table[0]
-  assert [m["role"] for m in row["prompt"]] == ["user"]
+  assert [m["role"] for m in row["prompt"]] == ["system", "user"]
   assert row["chosen"] == [dict(role="assistant",
                                 content=row["chosen"][0]["content"])]
   trl = pytest.importorskip("trl.data_utils")
   assert trl.is_conversational(row)
+  # What TRL makes of it, by the template, are the tokens that were chosen by.
+  peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tok")
+  ids = records.read_column(folder / "pool.parquet", "id")
+  ours = tokens.load_rows(folder, "pool")
+  for row in table:
+    for k, side in enumerate(("chosen", "rejected")):
+      i = 2 * ids.index(row["id"]) + k
+      mine = ours.ids[ours.offsets[i]:ours.offsets[i + 1]].tolist()
+      theirs = peer.apply_chat_template(row["prompt"] + row[side],
+                                        tokenize=True, return_dict=False)
+      asked = peer.apply_chat_template(row["prompt"], tokenize=True,
+                                       add_generation_prompt=True,
+                                       return_dict=False)
+      assert mine == theirs[:len(mine)] and len(asked) == ours.start[i]
+      assert not peer.decode(theirs[len(mine):]).strip()
 
 
 def test_copies_among_the_chosen_rows_are_said(tmp_path):

@@ -10,7 +10,7 @@ a small model trained on the spot alone ("cut"). `audit` checks every row.
 from __future__ import annotations  # a tokenizer is only named here
 
 import io
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple
 from typing import Sequence
 
 import numpy as np
