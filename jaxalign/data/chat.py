@@ -273,7 +273,15 @@ class Chat:
             for one in answers]
     if not turns:
       raise Refused("no turns", "a chat template needs a question")
-    plain = self._texts(turns, said, tools)
+    try:
+      plain = self._texts(turns, said, tools)
+    except Refused as error:
+      if error.reason == "template failed" and (tools or any(
+          "tool_calls" in one or one.get("role") not in _ROLES
+          for one in (*turns, *said))):
+        raise Refused("tool calls are not supported", "the chat template fails "
+                      f"on them: {error.detail}") from error
+      raise
     try:
       "".join(plain).encode()
     except UnicodeEncodeError as error:
