@@ -3,7 +3,9 @@
 import collections
 import gzip
 import json
+import pathlib
 import random
+import tempfile
 
 import pytest
 from etils import epath
@@ -11,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from jaxalign import progress
 from jaxalign.data import records
+from jaxalign.data.schemas import SCHEMAS
 from jaxalign.data.schemas.pairs import Refused
 from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
 
@@ -494,3 +497,41 @@ def test_real_data_of_other_names(shared, name, fields, schema, kept, counts):
                                                               counts)
   with pytest.raises(DataError, match="config.data.fields"):
     records.load(path, fields=dict(prompt="nowhere"))
+
+
+_words = st.sampled_from(["", " ", "hi", "no", "A", "1", "0", "tie", "model_a",
+                          "\n\nHuman: a\n\nAssistant: b", "[{\"role\"", "{}"])
+_plain = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(),
+                   _words)
+_message = st.dictionaries(
+    st.sampled_from(["role", "from", "content", "value", "tool_calls", "name",
+                     "function_call", "text", "replies", "rank"]),
+    st.one_of(_plain, st.sampled_from(["user", "assistant", "system", "tool",
+                                       "function_call", "gpt"]),
+              st.lists(st.one_of(_plain, st.dictionaries(_words, _plain)),
+                       max_size=2)), max_size=5)
+_cell = st.one_of(_plain, _message, st.lists(st.one_of(_message, _plain),
+                                             max_size=3),
+                  st.lists(_message, max_size=3).map(json.dumps))
+_columns = sorted({c for schema in SCHEMAS.values()
+                   for c in (*schema.wants, *schema.roles)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(_columns), _cell, min_size=1,
+                                max_size=9), min_size=1, max_size=3),
+       st.sampled_from(["auto", *SCHEMAS]))
+def test_no_row_whatever_it_holds_is_more_than_refused(rows, schema):
+  with tempfile.TemporaryDirectory() as folder:
+    path = put(pathlib.Path(folder) / "a.jsonl", rows)
+    try:
+      loaded = records.load(path, schema=schema, max_bad_fraction=1.0)
+    except DataError:
+      return
+    assert loaded.seen == len(loaded.rows) + len(loaded.refused)
+    for row in loaded.rows:
+      assert all(isinstance(row[n], str) and row[n].strip() for n in (
+          "prompt", "chosen", "rejected", "completion") if n in row)
+    records.write_rows(pathlib.Path(folder) / "a.parquet",
+                       records.as_read(loaded.rows))
+    records.load(str(pathlib.Path(folder) / "a.parquet"))
