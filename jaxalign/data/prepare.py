@@ -607,8 +607,11 @@ def reading(card: Mapping[str, Any]) -> list[str]:
   """What a person should see of how rows were read, a line each."""
   lines = []
   for one in card.get("readings", ()):
+    kept = (f"{one['gave']:,} rows kept of {one['seen']:,}"
+            if one["gave"] <= one["seen"] else
+            f"{one['gave']:,} pairs kept, of {one['seen']:,} rows")
     lines.append(f"{one['source']}: read as {one['schema']} ({one['why']}); "
-                 f"{one['gave']:,} rows kept of {one['seen']:,}")
+                 f"{kept}")
     told = [f"{x['column']} -> {x['became']}" for x in one["columns"]
             if x["became"] != "not read"]
     left = [f"{x['column']} ({x['type']})" for x in one["columns"]
