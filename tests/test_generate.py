@@ -1,6 +1,7 @@
 """The command line over generation: real model, files, refusals."""
 
 import json
+import shutil
 
 import pytest
 
@@ -81,3 +82,42 @@ def test_a_bad_line_is_named(stories, tmp_path, line, words, capsys):
   assert run(stories, f"--input={source}") == 65
   said = capsys.readouterr().err
   assert words in said and "in.jsonl" in said
+
+
+def answers(tmp_path, *flags):
+  out = tmp_path / "said.jsonl"
+  assert run(*flags, f"--output={out}", "--tile=1", "--new_tokens=12",
+             "--fsdp=8") == 0
+  return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_several_answers_to_a_prompt_are_those_of_its_copies(stories,
+                                                             tmp_path):
+  rows = answers(tmp_path, stories, "--prompt=One day", "--prompt=Lily",
+                 "--answers=3")
+  copies = answers(tmp_path, stories, *["--prompt=One day"] * 3,
+                   *["--prompt=Lily"] * 3)
+  assert [r["sample"] for r in rows] == [0, 1, 2, 0, 1, 2]
+  assert [r["answer"] for r in rows] == [r["answer"] for r in copies]
+  assert len({r["answer"] for r in rows}) == 6
+  assert all("sample" not in r for r in copies)
+
+
+def test_the_template_is_the_tokenizers_own_unless_told(shared, tmp_path):
+  folder = tmp_path / "model"
+  shutil.copytree(shared / "models/stories260K", folder)
+  (folder / "chat_template.jinja").write_text(
+      "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content']"
+      " }}{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+      "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+  ask = lambda *flags: answers(tmp_path, f"--checkpoint={folder}",
+                               "--temperature=0", *flags)[0]["answer"]
+  asked = ask("--prompt=Lily")
+  assert asked == ask(f"--template={folder}/chat_template.jinja",
+                      "--prompt=Lily")
+  assert asked != ask("--template=none", "--prompt=Lily")
+
+
+def test_a_prompt_that_does_not_fit_is_named(stories, capsys):
+  assert run(stories, "--prompt=a", "--prompt=" + "long " * 600) == 65
+  assert "prompt 2 has" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -22,13 +23,13 @@ def given():
 
 @pytest.fixture
 def rows(shared, tmp_path):
-  """The eight shortest real pairs of some length."""
+  """The four shortest real pairs of some length."""
   with gzip.open(shared / "data/ultrafeedback/pairs.jsonl.gz", "rt") as file:
     found = [json.loads(line) for line in file]
   size = lambda r: sum(len(r[n]) for n in ("prompt", "chosen", "rejected"))
   found = sorted((r for r in found if r["chosen"].strip() != r["rejected"]
                   .strip() and min(len(r[n]) for n in (
-                      "prompt", "chosen", "rejected")) > 40), key=size)[:8]
+                      "prompt", "chosen", "rejected")) > 40), key=size)[:4]
   path = tmp_path / "pairs.jsonl"
   path.write_text("".join(json.dumps({n: r[n] for n in (
       "prompt", "chosen", "rejected")}) + "\n" for r in found))
@@ -89,7 +90,9 @@ def test_adapters_their_export_and_what_it_says(tmp_path, given, rows):
   assert tok.chat_template
   config = json.loads((arm / "adapter/adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == str(given)
-  peft.PeftModel.from_pretrained(base, arm / "adapter")
+  with warnings.catch_warnings():  # peft asks transformers in an old way
+    warnings.simplefilter("ignore", FutureWarning)
+    peft.PeftModel.from_pretrained(base, arm / "adapter")
   path = tmp_path / "said.jsonl"
   command("generate", f"--checkpoint={arm}/export", "--temperature=0",
           "--prompt=What is the capital of France?", "--new_tokens=16",
