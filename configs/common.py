@@ -241,6 +241,9 @@ def base(variant: str = "") -> ConfigDict:
   j.max_total_tokens = 2_000_000  # in all, prompts and replies
   j.cache = ""  # a file of verdicts; "": in the workdir
 
+  # Of the exported weights: as loaded; or "float32", "bfloat16", "float16".
+  c.export = ConfigDict(dict(dtype="auto"))
+
   c.profile = ConfigDict()
   c.profile.steps = (0, 0)  # (first, end) of alignment to trace
 

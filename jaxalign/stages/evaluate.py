@@ -136,7 +136,7 @@ def run_export(job: Job, arm: Arm, policy: Callable[[], decoder.Params]
 
   given = job.c.model.checkpoint
   of = weights.given(given) if given else weights.Given()
-  dtype = job.c.get("export", {}).get("dtype", "auto")
+  dtype = job.c.export.dtype
   dtype = of.dtype if dtype == "auto" else dtype
   job.run(arm_folder(job, arm), "export", arm.name, make=make,
           # As it was written before there was a choice.
