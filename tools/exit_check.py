@@ -94,19 +94,19 @@ def end(folder: pathlib.Path, paths: dict[str, str], kind: Kind,
   env = os.environ | dict(TMPDIR=str(temporary), JAX_PLATFORMS="cpu")
   if single:
     env["OMP_NUM_THREADS"] = "1"
-  process = subprocess.Popen(
+  out = []
+  with subprocess.Popen(
       [sys.executable, "-u", "-c", START.format(hook=kind.hook), *flags],
       cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT)
-  timer = threading.Timer(600, process.kill)
-  timer.start()
-  out = []
-  for line in process.stdout:
-    out.append(line)
-    if kind.number and line.startswith("data: ..."):
-      process.send_signal(kind.number)
-  process.wait()
-  timer.cancel()
+      stderr=subprocess.STDOUT) as process:
+    timer = threading.Timer(600, process.kill)
+    timer.start()
+    for line in process.stdout:
+      out.append(line)
+      if kind.number and line.startswith("data: ..."):
+        process.send_signal(kind.number)
+    process.wait()
+    timer.cancel()
   left = [p.name for p in temporary.iterdir()
           if p.name.startswith(("tmp", "jaxalign"))]
   left += [str(p.relative_to(folder)) for p in folder.rglob(".*.tmp-*")]
