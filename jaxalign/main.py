@@ -332,8 +332,8 @@ def _leave(code: int) -> None:
   jax = sys.modules.get("jax")
   if not (code and jax is not None and jax.distributed.is_initialized()):
     try:
-      threading._shutdown()  # pylint: disable=protected-access
-      atexit._run_exitfuncs()  # pylint: disable=protected-access
+      threading._shutdown()
+      atexit._run_exitfuncs()
     except BaseException:  # it must not take the job's code away
       traceback.print_exc()
   for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""A dry run answers any value of any knob: with a plan, or one line of error."""
+"""A dry run answers any value of any knob: a plan, or one line of error."""
 
 import json
 import os

@@ -13,6 +13,7 @@ import pytest
 import jobs
 from jaxalign import artifacts
 from jaxalign import pipeline
+from tools import exit_check
 
 CALL = ("import sys\nfrom jaxalign import main\n"
         "def run(argv):\n  {body}\nmain.start(run)\n")
@@ -155,6 +156,16 @@ def test_a_job_ends_with_its_code_though_nobody_listens(tmp_path, shell):
   assert done.returncode == 64
   assert "1000 rows" in done.stderr or "2>&-" in shell
   assert (tmp_path / "subset.jaxalign/shared/data/data_card.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", exit_check.KINDS)
+def test_every_kind_of_end_of_a_real_job(tmp_path, kind):
+  paths = exit_check.prepare(tmp_path)
+  wanted = exit_check.KINDS[kind]
+  code, out = exit_check.end(tmp_path / "job", paths, wanted, True)
+  assert code == wanted.code, out
+  assert out.count("error: ") == (code not in (0, 1))
 
 
 # Temporary files.

@@ -91,7 +91,8 @@ def test_a_strange_row_of_a_list(tmp_path, line, want):
       (b"}}", b"\xa8" + LINE)):
     return  # no value of its own: see below
   items = b"[" + LINE + b",\n" + line + b" , " + LINE + b"]"
-  for data in (items, b'{"version": 1, "rows": ' + items + b', "x": {"y": []}}'):
+  for data in (items,
+               b'{"version": 1, "rows": ' + items + b', "x": {"y": []}}'):
     rows = [row for _, row in read_rows(put(tmp_path / "a.json", data))]
     assert len(rows) == 3 and rows[0] == rows[2] == GOOD
     check(rows[1], want)
@@ -251,7 +252,8 @@ def test_columns_of_one_name(tmp_path):
                  tmp_path / "a.parquet")
   with pytest.raises(DataError, match="names a column twice: x, x"):
     list(read_rows(str(tmp_path / "a.parquet")))
-  twice = pa.StructArray.from_arrays([pa.array([1, 2, 3])] * 2, names=["y", "y"])
+  twice = pa.StructArray.from_arrays([pa.array([1, 2, 3])] * 2,
+                                     names=["y", "y"])
   pq.write_table(table(x=twice), tmp_path / "b.parquet")
   rows = [row for _, row in read_rows(str(tmp_path / "b.parquet"))]
   assert [row.reason for row in rows] == ["unreadable value"] * 3

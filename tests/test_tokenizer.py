@@ -179,7 +179,8 @@ SCRIPTS = {
                *(" ".join(text[i:i + 4] for i in range(0, 80, 4))
                  for text in written([0xac00, 0xb400, 0xc400], 200))],
     "emoji": ["\U0001f469\u200d\U0001f4bb \U0001f468\u200d\U0001f469\u200d"
-              "\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd",
+              "\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 "
+              "\U0001f44d\U0001f3fd",
               *written([0x1f300], 100)],
     "no two alike": ["".join(map(chr, range(0x4e00, 0x4e00 + 5000)))],
     "mixed": [f"Question {i}: {zh} -> {ko}"

@@ -36,7 +36,7 @@ class Kind(NamedTuple):
   code: int
   flags: tuple[str, ...] = ()
   hook: str = ""  # Python that runs first
-  number: int = 0  # a signal, sent once the data stage is done
+  number: int = 0  # a signal, sent while the data stage runs
 
 
 KINDS = {
@@ -48,8 +48,8 @@ KINDS = {
     "data error, .jsonl": Kind(65, ("data.source={bad_lines}",)),
     "cannot write": Kind(73, ("select.budget=40", "--output={file}/x.parquet",
                               "--workdir={work}")),
-    "SIGTERM": Kind(75, number=signal.SIGTERM),
-    "SIGINT": Kind(130, number=signal.SIGINT),
+    "SIGTERM": Kind(75, ("select.budget=40",), number=signal.SIGTERM),
+    "SIGINT": Kind(130, ("select.budget=40",), number=signal.SIGINT),
     "unexpected exception": Kind(1, hook=FAIL),
 }
 
@@ -94,19 +94,19 @@ def end(folder: pathlib.Path, paths: dict[str, str], kind: Kind,
   env = os.environ | dict(TMPDIR=str(temporary), JAX_PLATFORMS="cpu")
   if single:
     env["OMP_NUM_THREADS"] = "1"
-  process = subprocess.Popen(
+  out = []
+  with subprocess.Popen(
       [sys.executable, "-u", "-c", START.format(hook=kind.hook), *flags],
       cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT)
-  timer = threading.Timer(600, process.kill)
-  timer.start()
-  out = []
-  for line in process.stdout:
-    out.append(line)
-    if kind.number and line.startswith("data: done"):
-      process.send_signal(kind.number)
-  process.wait()
-  timer.cancel()
+      stderr=subprocess.STDOUT) as process:
+    timer = threading.Timer(600, process.kill)
+    timer.start()
+    for line in process.stdout:
+      out.append(line)
+      if kind.number and line.startswith("data: ..."):
+        process.send_signal(kind.number)
+    process.wait()
+    timer.cancel()
   left = [p.name for p in temporary.iterdir()
           if p.name.startswith(("tmp", "jaxalign"))]
   left += [str(p.relative_to(folder)) for p in folder.rglob(".*.tmp-*")]

@@ -150,13 +150,13 @@ def _glob(source: str) -> list[str]:
 
 
 def _limited(source: str, files: list[str], limit: int) -> Rows:
-  count = 0
+  number = 0
   for pair in _all_rows(source, files):
     yield pair
-    count += 1
-    if count == limit:
+    number += 1
+    if number == limit:
       return
-  if not count:
+  if not number:
     raise DataError(f"data source {source} holds no rows; {_KNOB}")
 
 
@@ -652,7 +652,7 @@ def _arrow_rows(batch: Any) -> "Iterator[dict | BadRow]":
                    pa.types.is_fixed_size_binary(t))]
   try:
     rows = batch.to_pylist()
-  except Exception:  # pylint: disable=broad-exception-caught
+  except Exception:
     # One row at a time, to name the one that is broken.
     for i in range(batch.num_rows):
       try:
@@ -660,7 +660,7 @@ def _arrow_rows(batch: Any) -> "Iterator[dict | BadRow]":
             batch.schema.names, batch.columns)}
       except UnicodeDecodeError as error:
         yield BadRow("bad UTF-8", str(error))
-      except Exception as error:  # pylint: disable=broad-exception-caught
+      except Exception as error:
         yield BadRow("unreadable value", f"{type(error).__name__}: "
                      f"{str(error)[:200]}")
     return
@@ -683,7 +683,7 @@ def _scalar(scalar: Any) -> Any:
     return scalar.as_py()
   except UnicodeDecodeError:
     raise
-  except Exception:  # pylint: disable=broad-exception-caught
+  except Exception:
     if isinstance(scalar, pa.StructScalar):
       return {name: _scalar(scalar[name]) for name in scalar}
     if isinstance(scalar, pa.MapScalar):
@@ -731,7 +731,7 @@ def _hf(source: str, rest: str) -> Rows:
     try:
       columns = table[start:stop]
       rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    except Exception:  # pylint: disable=broad-exception-caught
+    except Exception:
       # A value that Python cannot hold: the others of its row are good.
       rows = _arrow_rows(table.with_format("arrow")[start:stop])
     for number, row in enumerate(rows, start + 1):
@@ -759,7 +759,7 @@ def _tfds(source: str, rest: str) -> Rows:
       row = _plain(table[number])
     except UnicodeDecodeError as error:
       row = BadRow("bad UTF-8", str(error))
-    except Exception as error:  # pylint: disable=broad-exception-caught
+    except Exception as error:
       row = BadRow("unreadable value", f"{type(error).__name__}: "
                    f"{str(error)[:200]}")
     yield Where(source, number + 1), row
