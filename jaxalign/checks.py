@@ -84,7 +84,8 @@ CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
 # Knobs that are lists, of what; a config file or a flag may hold anything.
 LISTS = {"compare": str, "ask.answers": str, "train.trackers": str,
          "train.eval_sets": str, "lora.targets": str, "budgets": float,
-         "pilot.budgets": float, "profile.steps": int}
+         "pilot.budgets": float, "profile.steps": int, "data.caps": int,
+        "data.weights": float}
 # Numbers whose own checks say more than "is no finite number".
 TOLD = ("select.budget", "budgets", "pilot.budgets", "train.lr", "sft.lr",
         *SHARES)

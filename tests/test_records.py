@@ -155,6 +155,18 @@ def test_codes_are_settled_over_the_whole_column(tmp_path):
   assert loaded.counts == {"tie": 1}
 
 
+def test_a_few_odd_codes_are_rows_refused(tmp_path):
+  thumbs = [dict(prompt=f"p{i}", completion="a", label=i % 2 == 0)
+            for i in range(30)]
+  for odd in (1.5, "9" * 5000, "maybe"):
+    loaded = records.load(put(tmp_path / "a.jsonl", [
+        *thumbs, dict(thumbs[0], label=odd)]))
+    assert loaded.counts == {"bad label": 1} and len(loaded.rows) == 30
+  with pytest.raises(DataError, match="data.choice"):
+    records.load(put(tmp_path / "b.jsonl", [
+        *thumbs, *[dict(thumbs[0], label=5)] * 10]))
+
+
 def test_several_sources_with_caps_and_weights(tmp_path):
   one = put(tmp_path / "a.jsonl", [pair(i) for i in range(40)])
   two = put(tmp_path / "b.jsonl", [dict(prompt=[dict(

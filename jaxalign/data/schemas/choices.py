@@ -125,10 +125,13 @@ def decide(rows: list[Undecided], rule: Any, column: str, known: Any = None
   unknown = {c: n for c, n in counts.items() if c not in table}
   asked = [c for c in unknown if c in numbers or not labels and
            (c in ("true", "false") or _NUMBERED.fullmatch(c))]
-  if asked or unknown and not table:
+  # A few odd codes among certain ones are rows refused, not a column in doubt.
+  if unknown and not table or sum(counts[c] for c in asked) * 10 > sum(
+      counts.values()):
     found = ", ".join(f"{c!r:.30} ({n:,} rows)" for c, n in
                       collections.Counter(unknown).most_common(6))
-    few = sorted((int(c) if re.fullmatch(r"-?\d+", c) else c for c in unknown),
+    few = sorted((int(c) if re.fullmatch(r"-?\d{1,18}", c) else c
+                  for c in unknown),
                  key=lambda c: (isinstance(c, str), c))[:2]
     few += ["..."] * (2 - len(few))
     one, two = LABELS if labels else SIDES[:2]
