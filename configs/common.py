@@ -48,11 +48,11 @@ def base(variant: str = "") -> ConfigDict:
   c.data.template = "auto"
   c.data.system = "turn"  # or "join": a system turn put before the question
   # Special tokens that are spelt out in a text: "text", "tokens" (as TRL reads
-  # them), or "auto": as text, with a warning, and an error where most have them.
+  # them), or "auto": text, with a warning; an error where most rows have some.
   c.data.special_tokens = "auto"
-  # Rows over the context: "drop", "cut_answer", "cut" (the question's beginning,
-  # then the answer's end) or "error". "": "drop" of a checkpoint, "cut" of a
-  # model trained here.
+  # Rows over the context: "drop", "cut_answer", "cut" (the beginning of the
+  # question, then the end of the answer) or "error". "": "drop" of a
+  # checkpoint, "cut" of a model trained here.
   c.data.too_long = ""
   # Of several answers to a prompt: "all" pairs, "adjacent" or "best_worst".
   c.data.answer_pairs = "all"

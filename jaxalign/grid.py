@@ -198,14 +198,14 @@ def truth(workdir: Any, cell: Cell, label: str) -> dict[str, float] | None:
   """Shares of wrong labels and of junk that an arm kept, where it is known."""
   from etils import epath
   from jaxalign import artifacts
-  from jaxalign.data import records
+  from jaxalign.data import tables
   from jaxalign.data import world as world_lib
   folder = epath.Path(workdir) / cell.folder
   data = artifacts.read_json(folder / "config.json")["data"]
   path = folder / "runs" / f"{label}-seed{cell.seed}" / "subset.parquet"
   if data["source"] != "world" or not path.exists():
     return None
-  rows = records.read_table(path)
+  rows = tables.read_table(path)
   if not rows or "chosen" not in rows[0]:
     return None
   world = world_lib.build(data["world"], data["seed"])

@@ -14,7 +14,7 @@ from jaxalign import recipe
 from jaxalign.checkpoints import restore_params
 from jaxalign.data import batches
 from jaxalign.data import prepare
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import Tokenizer, load_tokenizer
 from jaxalign.errors import ConfigError
@@ -136,7 +136,7 @@ class Job:
   @functools.lru_cache(maxsize=None)
   def column(self, split: str, name: str) -> list:
     """One column of a split's records, "id" for instance; no text is read."""
-    return records.read_column(
+    return tables.read_column(
         self.shared / "data" / f"{split}.parquet", name)
 
   @functools.lru_cache(maxsize=None)
@@ -145,7 +145,7 @@ class Job:
 
     Only where text is written or shown; of the pool, by process 0 alone.
     """
-    return records.read_table(self.shared / "data" / f"{split}.parquet")
+    return tables.read_table(self.shared / "data" / f"{split}.parquet")
 
   @functools.lru_cache(maxsize=None)
   def tokens(self, split: str) -> tokens_lib.TokenRows:

@@ -18,8 +18,8 @@ from jaxalign import pipeline
 from jaxalign import plan
 from jaxalign.artifacts import Cost
 from jaxalign.data import batches
-from jaxalign.data import prepare
-from jaxalign.data import records
+from jaxalign.data import reading
+from jaxalign.data import tables
 from jaxalign.data import world as world_lib
 from jaxalign.job import WHOLE, Arm, Job, arm_folder, budget_of
 from jaxalign.model import decoder
@@ -251,7 +251,7 @@ def _selection(job: Job, arm: Arm) -> dict[str, Any]:
   """The selection card in the words of the report."""
   folder = arm_folder(job, arm)
   card = artifacts.read_json(folder / "selection.json")
-  scores = records.read_table(folder / "scores.parquet")
+  scores = tables.read_table(folder / "scores.parquet")
   value = np.array([s["score"] for s in scores])
   kept = np.array([s["selected"] for s in scores])
   edges = np.histogram_bin_edges(value, 30)
@@ -439,7 +439,7 @@ def _data(job: Job, card: dict[str, Any]) -> dict[str, Any]:
       tokens=card.get("tokens"), truncation=dict(
           rows_cut=cut["rows_cut"], too_long=cut["too_long"],
           context=cut["context"], fits=cut["fits"]),
-      reading=prepare.reading(card),
+      reading=reading.lines(card),
       examples=[{k: v for k, v in row.items() if k != "group"}
                 for row in job.rows("pool")[:2]])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jobs
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.select import __main__ as select_main
 from jaxalign.select.pool import Selection, make_pool
 from jaxalign.select.samplers import SAMPLERS
@@ -31,7 +31,7 @@ def select(folder, source, *more):
   output = folder / "out" / "subset.parquet"
   ended = jobs.run(None, f"data.source={source}", f"--output={output}", *more,
                    config="select.py:tiny", command=select_main.main)
-  return ended, (records.read_column(output, "id") if ended.code == 0 else [])
+  return ended, (tables.read_column(output, "id") if ended.code == 0 else [])
 
 
 def test_rows_in_chosen_rows_out(tmp_path, source):
@@ -43,11 +43,11 @@ def test_rows_in_chosen_rows_out(tmp_path, source):
   folder = tmp_path / "out" / "subset.jaxalign"
   assert not (folder / "shared" / "sft").exists()
   assert not (folder / "shared" / "embed").exists()
-  pool = records.read_table(folder / "shared/data/pool.parquet")
+  pool = tables.read_table(folder / "shared/data/pool.parquet")
   assert len(pool) == 300  # nothing is held out
   arm = folder / "runs" / "crossfit_lite-30-seed0"
   assert (arm / "selection.html").exists()
-  scores = records.read_table(arm / "scores.parquet")
+  scores = tables.read_table(arm / "scores.parquet")
   best = sorted((s for s in scores if s["selected"]), key=lambda s: s["rank"])
   assert [s["id"] for s in best] == ids
   again, same = select(tmp_path, source, *flags)
@@ -81,7 +81,7 @@ def test_a_subset_trains_alone(tmp_path, source):
   lines = [json.loads(x) for x in
            (arm / "metrics.jsonl").read_text().splitlines()]
   assert abs(lines[0]["train/preference_loss"] - np.log(2)) < 1e-5
-  trained = records.read_column(arm / "subset.parquet", "id")
+  trained = tables.read_column(arm / "subset.parquet", "id")
   assert len(trained) == len(ids) == 40
   measured = jobs.run(tmp_path / "measured", f"data.source={source}",
                       "data.split.sft=0.3", "data.split.pool=0.4",

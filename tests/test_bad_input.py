@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import jobs
 from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.job import Job
 from jaxalign.select import embed
 from jaxalign.train import feed
@@ -217,7 +217,7 @@ def test_the_worlds_rows_add_up(tmp_path):
   assert card["refused"] == len(rejected)
   assert card["seen"] == card["kept"] + card["refused"] == 400
   assert sum(card["rows_by_split"].values()) == card["kept"]
-  splits = [{r["prompt"] for r in records.read_table(folder / f"{n}.parquet")}
+  splits = [{r["prompt"] for r in tables.read_table(folder / f"{n}.parquet")}
             for n in ("sft", "pool", "held_out")]
   assert not (splits[0] & splits[1] or splits[1] & splits[2]
               or splits[0] & splits[2])
@@ -227,13 +227,13 @@ def test_a_killed_data_stage_counts_once(tmp_path, monkeypatch):
   """What an attempt that died left behind is not added to."""
   rows = [pair(i) for i in range(60)] + [pair(99, chosen="")]
   path = write(tmp_path / "x.jsonl", rows)
-  real = records.write_rows
+  real = tables.write_rows
 
   def die(*args):
     raise KeyboardInterrupt
-  monkeypatch.setattr(records, "write_rows", die)
+  monkeypatch.setattr(tables, "write_rows", die)
   assert read_data(tmp_path / "w", path)[0].code == 130
-  monkeypatch.setattr(records, "write_rows", real)
+  monkeypatch.setattr(tables, "write_rows", real)
   _, card, rejected = read_data(tmp_path / "w", path)
   assert len(rejected) == card["refused"] == 1
 
@@ -321,7 +321,7 @@ def test_pairs_with_kto_are_split_and_it_is_said(tmp_path):
   path = write(tmp_path / "x.jsonl", [pair(i) for i in range(60)])
   ended, card, _ = read_data(tmp_path / "w", path, config="kto_sub.py:tiny")
   assert ended.code is None and card["kind"] == "thumbs"
-  pool = records.read_table(tmp_path / "w/shared/data/pool.parquet")
+  pool = tables.read_table(tmp_path / "w/shared/data/pool.parquet")
   assert f"pairs split into {len(pool)} thumbs for kto" in ended.out
   assert sum(r["label"] for r in pool) * 2 == len(pool)
 
@@ -354,7 +354,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
       out["embedding"][7, 3] = np.nan  # the rejected side of the fourth record
   monkeypatch.setattr(embed, "_collect", poison)
   ended = jobs.run(work)
-  pool = records.read_table(work / "shared/data/pool.parquet")
+  pool = tables.read_table(work / "shared/data/pool.parquet")
   assert ended.code == 76 and "1 of 320 rows" in ended.err
   assert f"rows [7] (ids {pool[3]['id']})" in ended.err
   assert not (work / "shared/embed/store/embedding/00000.npy").exists()
@@ -382,7 +382,7 @@ def test_weights_that_overflow(tmp_path, whole):
   folder = checkpoint(tmp_path / "model", model_norm_weight=3e38)
   ended = jobs.run(tmp_path / "work", f"model.checkpoint={folder}")
   assert ended.code == 76, ended
-  pool = records.read_table(tmp_path / "work/shared/data/pool.parquet")
+  pool = tables.read_table(tmp_path / "work/shared/data/pool.parquet")
   assert "embed: " in ended.err and pool[0]["id"] in ended.err
 
 
@@ -403,7 +403,7 @@ def test_a_loss_that_is_not_finite(tmp_path, whole):
   step = int(ended.err.split(" at step ")[1].split(";")[0])
   assert saved == ["1", "1.digests.json"] and step == 1
   assert f"nothing after step {step} is saved" in ended.err
-  sft = records.read_table(tmp_path / "shared/data/sft.parquet")
+  sft = tables.read_table(tmp_path / "shared/data/sft.parquet")
   named = ended.err.split("Rows of the batch: ")[1].split(";")[0].split(", ")
   rows = feed.batches.rows_at(step, len(sft), 8, 0)
   assert named == [sft[i]["id"] for i in rows]

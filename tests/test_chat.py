@@ -10,7 +10,7 @@ from tokenizers import (AddedToken, Regex, Tokenizer as Fast, decoders,
                         models, pre_tokenizers, processors, trainers)
 
 from conftest import ROOT
-from jaxalign.data import chat, prepare, records, tokens
+from jaxalign.data import chat, records, tokens, words
 from jaxalign.data.chat import BUILT_IN, Chat
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.pairs import Refused, turns_of
@@ -580,9 +580,9 @@ def test_conversational_rows_know_their_answer():
   row = dict(prompt="\n\nHuman: Hi\n\nAssistant:", chosen=" So", rejected="  No",
              turns=ASK[:1])
   sides = ("chosen", "rejected")
-  assert prepare.answers_of(row, sides) == ["So", " No"]
+  assert words.answers_of(row, sides) == ["So", " No"]
   plain = dict(prompt="2+2=", chosen=" 4", rejected="5", answers=None)
-  assert prepare.answers_of(plain, sides) == [" 4", "5"]
+  assert words.answers_of(plain, sides) == [" 4", "5"]
   call = dict(role="assistant", content=None, tool_calls=[{}])
-  assert prepare.answers_of(dict(row, answers=[call, call]), sides) == [
+  assert words.answers_of(dict(row, answers=[call, call]), sides) == [
       call, call]

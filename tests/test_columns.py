@@ -13,7 +13,7 @@ import oracle
 from configs import common
 from jaxalign import artifacts
 from jaxalign import sharding
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import tokenizer as tokenizer_lib
 from jaxalign.errors import ConfigError, DataError
@@ -401,11 +401,11 @@ def test_a_reward_model_chooses_without_a_reference(tmp_path):
   assert ended.code == 0, ended
   shared = tmp_path / "out/subset.jaxalign/shared"
   assert not (shared / "sft").exists() and not (shared / "embed").exists()
-  pool = {r["id"]: r for r in records.read_table(shared / "data/pool.parquet")}
+  pool = {r["id"]: r for r in tables.read_table(shared / "data/pool.parquet")}
   reward = np.float64(stores.read(shared / "rewards/store", "reward"))
   margin = dict(zip(sorted(pool), reward[:, 0] - reward[:, 1]))
   assert len(set(margin.values())) > 200
-  kept = records.read_column(output, "id")
+  kept = tables.read_column(output, "id")
   for name in ("a", "b", None):  # 30 of 300 records do not say
     own = sorted((i for i in pool if pool[i]["source"] == name),
                  key=lambda i: -margin[i])
@@ -453,8 +453,8 @@ def test_whole_jobs_of_every_score(tmp_path):
   assert ((p > 0) & (p < 1)).all() and np.ptp(p) > 0
   loss = np.load(shared / "held_out/held_out_loss.npy")
   assert loss.shape == (160, 2) and (np.isnan(loss).sum(1) == 1).all()
-  ids = sorted(records.read_column(shared / "data/pool.parquet", "id"))
-  kept = lambda name: set(records.read_column(
+  ids = sorted(tables.read_column(shared / "data/pool.parquet", "id"))
+  kept = lambda name: set(tables.read_column(
       work / "runs" / f"{name}-0.1-seed0/subset.parquet", "id"))
 
   def keeps_the_best(name, value):

@@ -14,7 +14,7 @@ import jobs
 from jaxalign import artifacts
 from jaxalign import embedder
 from jaxalign import sharding
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
@@ -133,7 +133,7 @@ def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
   folder, ended = branch(whole, tmp_path, *flags)
   tokens = tokens_lib.load_rows(folder / "shared/embed", "tokens")
   tok = load_tokenizer(other)
-  texts = embedder.texts_of(records.read_table(
+  texts = embedder.texts_of(tables.read_table(
       folder / "shared/data/pool.parquet"))
   for i in (0, 1, 77):
     ids = tokens.ids[tokens.offsets[i]:tokens.offsets[i + 1]]
@@ -143,7 +143,7 @@ def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
   assert x.shape == (160, 2, 32)
   # Answers in a pass of their own, behind prompts tokenised apart.
   apart = tokens_lib.load_rows(folder / "shared/answer", "tokens")
-  rows = records.read_table(folder / "shared/data/pool.parquet")
+  rows = tables.read_table(folder / "shared/data/pool.parquet")
   for i in (0, 1, 77):
     row = rows[i // 2]
     said = tok.encode_responses([row[("chosen", "rejected")[i % 2]]])[0]
@@ -184,7 +184,7 @@ def test_an_encoder_embeds(whole, tmp_path):
   # answers the text alone.
   model = transformers.AutoModel.from_pretrained(encoder).eval()
   tok = tokenizers.Tokenizer.from_file(str(encoder / "tokenizer.json"))
-  rows = records.read_table(folder / "shared/data/pool.parquet")
+  rows = tables.read_table(folder / "shared/data/pool.parquet")
   for i, side in ((0, 0), (5, 1), (159, 1)):
     answer = rows[i][("chosen", "rejected")[side]]
     for text, got in ((rows[i]["prompt"] + answer, x), (answer, y)):
@@ -264,7 +264,7 @@ def test_first_layers_and_all_that_the_last_says_come_of_one_pass(
   for name in ("logp", "count"):  # of all layers, as if nothing else was asked
     np.testing.assert_array_equal(read("logps", name),
                                   read("embed", name, whole))
-  ids = records.read_column(folder / "shared/data/pool.parquet", "id")
+  ids = tables.read_column(folder / "shared/data/pool.parquet", "id")
   kept = [ids.index(i) for i in json.loads(
       (arm_of(folder, "crossfit") / "ref_ids.json").read_text())]
   np.testing.assert_array_equal(

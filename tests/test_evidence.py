@@ -11,7 +11,7 @@ from configs import common
 from jaxalign import evidence
 from jaxalign import job as job_lib
 from jaxalign import study
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.job import Arm
 from jaxalign.report.pages import study as page
 
@@ -195,8 +195,8 @@ def test_a_fair_test_end_to_end(tmp_path):
   assert "Quality for its cost" in html and "Against random-0.1" in html
   # The lengths of the control are those of the chosen rows, bin by bin.
   tokens = {r["id"]: len(r["chosen"].split()) + len(r["rejected"].split())
-            for r in records.read_table(tmp_path / "shared/data/pool.parquet")}
-  median = {name: np.mean([tokens[i] for i in records.read_column(
+            for r in tables.read_table(tmp_path / "shared/data/pool.parquet")}
+  median = {name: np.mean([tokens[i] for i in tables.read_column(
       tmp_path / f"runs/{name}-0.1-seed0/subset.parquet", "id")])
             for name in ("isa", "length_matched")}
   assert median["length_matched"] == pytest.approx(median["isa"], rel=0.1)
@@ -233,7 +233,7 @@ def test_a_plateau_end_to_end(tmp_path):
       f"random-{b}-seed0" for b in ("0.05", "0.1", "0.25")}
   html = (tmp_path / "report.html").read_text()
   assert "How it grows with data" in html and "b is set by" in html
-  kept = [[r["id"] for r in records.read_table(
+  kept = [[r["id"] for r in tables.read_table(
       tmp_path / f"runs/random-{b}-seed1/subset.parquet")]
           for b in ("0.05", "0.1", "0.25")]
   assert kept[0] == kept[1][:8] and kept[1] == kept[2][:16]  # nested

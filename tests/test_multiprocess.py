@@ -13,7 +13,7 @@ import safetensors.numpy
 import emitters
 import jobs
 from jaxalign import artifacts
-from jaxalign.data import records
+from jaxalign.data import tables
 
 ARMS = ("isa-0.1-seed0", "random-0.1-seed0")
 pytestmark = pytest.mark.slow  # each job of two processes compiles anew
@@ -58,10 +58,10 @@ def loading(folder, name, load=tokens.load_rows):
   ids.ends = rows.offsets[1:]
   return rows._replace(ids=ids)
 tokens.load_rows = loading
-def reading(path, table=records.read_table):
+def reading(path, table=tables.read_table):
   tables.append([stage[0], str(path)])
   return table(path)
-records.read_table = reading
+tables.read_table = reading
 atexit.register(lambda: open({path!r}, "w").write(json.dumps([read, tables])))
 """
 
@@ -92,7 +92,7 @@ def alone(given, tmp_path_factory):
 
 
 def subset(work, arm):
-  return [r["id"] for r in records.read_table(
+  return [r["id"] for r in tables.read_table(
       work / "runs" / arm / "subset.parquet")]
 
 
@@ -168,7 +168,7 @@ def test_a_process_reads_its_own_rows_alone(together):
   a, b = rows(first, "align"), rows(second, "align")
   assert len(a) == len(b) == 2 * (2 * 4 * 8)
   wanted = [2 * list(ids).index(i) + side for arm in ARMS
-            for ids in [[r["id"] for r in records.read_table(
+            for ids in [[r["id"] for r in tables.read_table(
                 work / "shared/data/pool.parquet")]]
             for i in subset(work, arm) for side in (0, 1)]
   # 32 draws from 16 pairs are two epochs: every row twice, by someone.

@@ -11,7 +11,7 @@ import jobs
 from configs import common
 from jaxalign import artifacts
 from jaxalign.data import prepare
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data import world as world_lib
 from jaxalign.model import weights
 from jaxalign.select import store
@@ -29,7 +29,7 @@ def job():
 
 
 def table(job, name):
-  return records.read_table(job / name)
+  return tables.read_table(job / name)
 
 
 def load(job, name):
@@ -419,12 +419,12 @@ def test_the_true_margin_is_an_oracle_and_says_so(tmp_path):
   assert ended.code == 0, ended
   assert "it reads the world's true reward" in ended.out
   world = prepare.world_of(common.base("tiny"))
-  rows = records.read_table(tmp_path / "shared/data/pool.parquet")
+  rows = tables.read_table(tmp_path / "shared/data/pool.parquet")
   margin = np.array([
       world_lib.reward(world, row["prompt"], row["chosen"])
       - world_lib.reward(world, row["prompt"], row["rejected"])
       for row in rows])
   folder, = (tmp_path / "runs").iterdir()
-  kept = set(records.read_column(folder / "subset.parquet", "id"))
+  kept = set(tables.read_column(folder / "subset.parquet", "id"))
   inside = np.array([row["id"] in kept for row in rows])
   assert margin[inside].min() >= margin[~inside].max() > margin.min()

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from configs import common
-from jaxalign.data import prepare, records, special, tokens
+from jaxalign.data import prepare, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from test_chat import BUILT_IN, write_folder
@@ -44,7 +44,7 @@ def test_conversations_are_written_in_the_models_own_template(
   start, end = tok.specials["<|im_start|>"], tok.specials["<|im_end|>"]
   assert tok.eos == end and tok.specials["<|end|>"] in tok.stops
   for split in prepare.SPLITS:
-    rows = records.read_table(folder / f"{split}.parquet")
+    rows = tables.read_table(folder / f"{split}.parquet")
     encoded = tokens.load_rows(folder, split)
     per = len(encoded.start) // len(rows)
     for k in range(0, len(encoded.start), 7):
@@ -87,7 +87,7 @@ def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
   assert card["template"].startswith("no template")
   tok = load_tokenizer(folder)
   assert tok.eos == tok.specials["<|end|>"]
-  pool = records.read_table(folder / "pool.parquet")
+  pool = tables.read_table(folder / "pool.parquet")
   encoded = tokens.load_rows(folder, "pool")
   marks = [tok.specials["<|im_start|>"], tok.specials["<|im_end|>"]]
   assert not np.isin(encoded.ids, marks).any()
@@ -103,9 +103,9 @@ def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
       at = encoded.offsets[i]
       whole = encoded.ids[at:at + encoded.start[i]].tolist()
       assert whole.count(marks[0]) == 2
-    row = records.read_table(folder / "pool.parquet")[0]
+    row = tables.read_table(folder / "pool.parquet")[0]
     assert row["turns"] == [dict(role="user", content=row["prompt"])]
-    [subset] = records.as_read([row])
+    [subset] = tables.as_read([row])
     assert subset["prompt"] == row["turns"] and subset["chosen"] == [
         dict(role="assistant", content=row["chosen"])]
 

@@ -2,12 +2,13 @@
 
 import json
 
+from etils import epath
 import pytest
 
 import jobs
 from configs import common
 from jaxalign import recipe
-from jaxalign.data import prepare, records, special, tokens
+from jaxalign.data import prepare, records, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.select import __main__ as select_main
@@ -52,7 +53,7 @@ def made(tmp_path, rows, name="a", **knobs):
   folder = tmp_path / name
   folder.mkdir(exist_ok=True)
   prepare.check_source(c)
-  prepare.make(c, records.epath.Path(folder), most=512, wanted="pairs",
+  prepare.make(c, epath.Path(folder), most=512, wanted="pairs",
                writes=True)
   return folder, json.loads((folder / "data_card.json").read_text())
 
@@ -101,7 +102,7 @@ def test_field_names_and_codes_on_the_command_line(tmp_path):
     ended, folder = select(tmp_path, rows, *named, *more, "--redo")
     assert ended.code == 0, ended
     assert all(r["chosen"].startswith("good")
-               for r in records.read_table(folder / "pool.parquet"))
+               for r in tables.read_table(folder / "pool.parquet"))
   ended, _ = select(tmp_path, rows, *named, "data.choice.third=[0]")
   assert ended.code == 64 and "config.data.choice" in ended.err
   ended, _ = select(tmp_path, rows, "data.fields.prmpt=q.text")
@@ -139,8 +140,8 @@ def test_what_a_selection_writes_gives_the_same_tokens_again(tmp_path):
       ended, again = select(tmp_path, str(tmp_path / f"{name}.parquet"), *more,
                             name=f"{name}b")
       assert ended.code == 0, ended
-      assert records.read_column(first / "pool.parquet", "id") == (
-          records.read_column(again / "pool.parquet", "id"))
+      assert tables.read_column(first / "pool.parquet", "id") == (
+          tables.read_column(again / "pool.parquet", "id"))
       one, two = (tokens.load_rows(x, "pool") for x in (first, again))
       assert all((a == b).all() for a, b in zip(one, two)), name
 
@@ -165,7 +166,7 @@ def test_datasets_reads_a_subset_of_chats_as_messages(tmp_path):
   assert trl.is_conversational(row)
   # What TRL makes of it, by the template, are the tokens that were chosen by.
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tok")
-  ids = records.read_column(folder / "pool.parquet", "id")
+  ids = tables.read_column(folder / "pool.parquet", "id")
   ours = tokens.load_rows(folder, "pool")
   for row in table:
     for k, side in enumerate(("chosen", "rejected")):
@@ -195,7 +196,7 @@ def test_a_held_out_file_of_its_own(tmp_path):
   held = put(tmp_path / "held.jsonl", [pair(i, id=f"p{i}") for i in range(9)])
   folder, card = made(tmp_path, [pair(i, id=f"p{i}") for i in range(5, 40)],
                       data__held_out=held)
-  rows = {n: records.read_table(folder / f"{n}.parquet")
+  rows = {n: tables.read_table(folder / f"{n}.parquet")
           for n in ("pool", "held_out", "sft")}
   assert len(rows["held_out"]) == 9 and not rows["sft"]
   assert {r["prompt"] for r in rows["pool"]} == {
@@ -217,7 +218,7 @@ def test_several_sources_of_a_config(tmp_path):
   assert "x.jsonl: read as explicit_pairs" in ended.out
   assert "10 rows kept of 30" in ended.out and "20 rows kept of 20" in ended.out
   assert "20 rows left out by config.data.caps" in ended.out
-  sources = records.read_column(folder / "pool.parquet", "source")
+  sources = tables.read_column(folder / "pool.parquet", "source")
   assert (sources.count(one), sources.count(two)) == (10, 20)
   ended, _ = select(tmp_path, "['x', 3]")
   assert ended.code == 64 and "config.data.source" in ended.err
@@ -272,7 +273,7 @@ def test_tokens_spelt_out_in_a_text_are_named(tmp_path):
   encoded = tokens.load_rows(folder, "pool")
   first = encoded.ids[:encoded.offsets[1]].tolist()
   want = load_tokenizer(tmp_path / "tok").encode_rendered(
-      records.read_table(folder / "pool.parquet")[0]["prompt"])
+      tables.read_table(folder / "pool.parquet")[0]["prompt"])
   assert first[:encoded.start[0]][-len(want):] == want
   assert first.count(tok.specials["<|im_start|>"]) == 2
   assert card["template"].startswith("no template")

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from jaxalign import progress
 from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data.schemas import SCHEMAS
 from jaxalign.data.schemas.pairs import Refused
 from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
@@ -84,7 +85,7 @@ def test_nothing_is_dropped_uncounted(tmp_path):
   named = sorted(row["id"] for row in loaded.rows if row["id"][:2] == "a-")
   assert len(named) == 2 and {row["prompt"] for row in loaded.rows
                               if row["id"] in named} == {"p0", "p1"}
-  records.write_refused(tmp_path / "refused.jsonl", loaded.refused)
+  tables.write_refused(tmp_path / "refused.jsonl", loaded.refused)
   lines = (tmp_path / "refused.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == loaded.refused
 
@@ -250,16 +251,16 @@ def test_rows_of_chats_come_back_as_they_were_written(tmp_path):
       pair(3, source="here"))):
     first = records.load(put(tmp_path / f"{i}.jsonl", [row]))
     path = tmp_path / f"{i}.parquet"
-    records.write_rows(path, records.as_read(first.rows))
+    tables.write_rows(path, tables.as_read(first.rows))
     again = records.load(str(path))
     assert again.rows == first.rows
-    [was] = records.as_read(first.rows)
+    [was] = tables.as_read(first.rows)
     if i < 3 and i != 1:
       assert was["prompt"] == row["prompt"]
       assert isinstance(was.get("chosen", was.get("completion")), list)
     table = tmp_path / f"{i}-table.parquet"
-    records.write_rows(table, first.rows)
-    assert records.read_table(table) == first.rows
+    tables.write_rows(table, first.rows)
+    assert tables.read_table(table) == first.rows
 
 
 def test_too_many_bad_rows_stop_the_run(tmp_path):
@@ -365,33 +366,33 @@ def test_thumbs_of_pairs(tmp_path):
 def test_tables_read_back_equal_and_are_whole_or_absent(tmp_path, monkeypatch):
   rows = [pair(i, id=f"\u05d0{i}\0\U0001f600", group="g") for i in range(5000)]
   path = tmp_path / "deep" / "rows.parquet"
-  records.write_rows(path, rows)
-  assert records.read_table(path) == rows
+  tables.write_rows(path, rows)
+  assert tables.read_table(path) == rows
   before = path.read_bytes()
-  records.write_rows(path, rows)
+  tables.write_rows(path, rows)
   assert path.read_bytes() == before
   assert [p.name for p in path.parent.iterdir()] == ["rows.parquet"]
   thumbs = records.pairs_to_thumbs(rows[:3])
-  records.write_rows(str(path), thumbs)
-  assert records.read_table(str(path)) == thumbs
-  records.write_rows(path, [])
-  assert records.read_table(path) == []
+  tables.write_rows(str(path), thumbs)
+  assert tables.read_table(str(path)) == thumbs
+  tables.write_rows(path, [])
+  assert tables.read_table(path) == []
   path.write_bytes(before[:-30])
   with pytest.raises(CorruptError, match="rows.parquet"):
-    records.read_table(path)
+    tables.read_table(path)
   flipped = bytearray(before)
   flipped[len(before) // 2] ^= 1  # in a page: parquet's own checksum
   path.write_bytes(flipped)
   with pytest.raises(CorruptError, match="rows.parquet"):
-    records.read_table(path)
+    tables.read_table(path)
   with pytest.raises(CorruptError, match="absent"):
-    records.read_table(tmp_path / "absent.parquet")
+    tables.read_table(tmp_path / "absent.parquet")
   path.write_bytes(before)
   def full(self, target):
     raise OSError(28, "No space left on device")
   monkeypatch.setattr(type(epath.Path(path)), "replace", full)
   with pytest.raises(WriteError, match="No space left"):
-    records.write_rows(path, rows[:1])
+    tables.write_rows(path, rows[:1])
   assert path.read_bytes() == before
   assert [p.name for p in path.parent.iterdir()] == ["rows.parquet"]
 
@@ -544,6 +545,6 @@ def test_no_row_whatever_it_holds_is_more_than_refused(rows, schema):
     for row in loaded.rows:
       assert all(isinstance(row[n], str) and row[n].strip() for n in (
           "prompt", "chosen", "rejected", "completion") if n in row)
-    records.write_rows(pathlib.Path(folder) / "a.parquet",
-                       records.as_read(loaded.rows))
+    tables.write_rows(pathlib.Path(folder) / "a.parquet",
+                       tables.as_read(loaded.rows))
     records.load(str(pathlib.Path(folder) / "a.parquet"))

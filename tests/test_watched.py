@@ -16,7 +16,7 @@ import pools
 import test_flops
 from configs import common
 from jaxalign import artifacts
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, Job, arm_folder, sizes
@@ -209,7 +209,7 @@ def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
   job, arm = job_of(alone), Arm("random", 1.0, 0)
   job.workdir = tmp_path
   job.c.train.eval_sets = ("kept", "rest")
-  keep = lambda n: records.write_rows(
+  keep = lambda n: tables.write_rows(
       arm_folder(job, arm) / "subset.parquet",
       [dict(id=f"r{i}") for i in range(n)])
   keep(N - 2)

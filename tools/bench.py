@@ -113,7 +113,7 @@ def select_only(args) -> None:
   from jaxalign import pipeline
   from jaxalign.job import Arm, Job, arm_folder
   from jaxalign import sharding
-  from jaxalign.data import records
+  from jaxalign.data import tables
   main_lib._join("auto")
   c = common.base("smoke")
   c.data.source, c.model.checkpoint = args.source, args.checkpoint
@@ -129,7 +129,7 @@ def select_only(args) -> None:
     pipeline.run_mixture(job)
     pipeline.run_select(job, arm)
     if jax.process_index() == 0:
-      subset = records.read_table(
+      subset = tables.read_table(
           arm_folder(job, arm) / "subset.parquet")
       ids = "\n".join(r["id"] for r in subset)
       print("digest", len(subset), hashlib.sha256(ids.encode()).hexdigest()[:16],

@@ -15,15 +15,17 @@ from jaxalign import artifacts
 from jaxalign import hub
 from jaxalign import progress
 from jaxalign.data import chat as chats
+from jaxalign.data import reading
 from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data import sources
 from jaxalign.data import special
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import words as words_lib
 from jaxalign.data import world as world_lib
 from jaxalign.data.schemas import choices
 from jaxalign.data.schemas.fields import check_fields
-from jaxalign.data.schemas.messages import uses_tools
-from jaxalign.data.schemas.pairs import ASSISTANT, Refused, turns_of
+from jaxalign.data.schemas.pairs import Refused
 from jaxalign.data.tokenizer import Tokenizer, load_tokenizer, train
 from jaxalign.errors import ConfigError, DataError
 
@@ -31,7 +33,6 @@ SPLITS = ("sft", "pool", "held_out")
 SPECIAL = ("auto", "text", "tokens")  # what special tokens in a text are
 SYSTEM = ("turn", "join")  # what becomes of a system turn
 PEEKED = 10_000  # rows that a dry run reads
-_SHOWN = 2  # rows that the log shows as they were understood
 _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
 
 
@@ -318,7 +319,7 @@ def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
                    f"{c.loss.name} will only push one way")
   tok = _tokenizer(c, splits)
   with contextlib.ExitStack() as stack:
-    words = _Words(c, tok, splits, stack)
+    words = words_lib.Words(c, tok, splits, stack)
     _write_tokenizer(folder, tok, words.chat)
     parts = {name: words.parts(splits[name]) for name in SPLITS}
     context = c.model.context or (
@@ -337,7 +338,7 @@ def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
       splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
       if name == "pool":
         card["tokens"] = _token_card(rows)
-        card["shown"] = shown(tok, splits[name], rows)
+        card["shown"] = reading.shown(tok, splits[name], rows)
     refused = refused + late
     _check_late(c, card, late, refused, folder, sum(map(len, parts.values())),
                 max(t["fits"] for t in truncation.values()))
@@ -353,13 +354,13 @@ def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
   for name in SPLITS:
     if truncation[name]["rows"] or truncation[name]["too_long"]:
       progress.say(f"  {tokens_lib.summary(name, truncation[name])}")
-  records.write_refused(folder / "rejected.jsonl", refused)
+  tables.write_refused(folder / "rejected.jsonl", refused)
   counts = dict(sorted(collections.Counter(
       r["reason"] for r in refused).items()))
   card |= dict(refused=len(refused), kept=card["seen"] - len(refused),
                refused_by_reason=counts, first_refused=_firsts(refused))
   for name in SPLITS:
-    records.write_rows(folder / f"{name}.parquet", splits[name])
+    tables.write_rows(folder / f"{name}.parquet", splits[name])
   card |= dict(kind=wanted, source_kind=kind, truncation=truncation,
                rows_by_split={n: len(splits[n]) for n in SPLITS},
                vocab=tok.vocab_size, context=context,
@@ -375,7 +376,7 @@ def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
 
 def _named(error: records.TooManyRefused, folder: epath.Path) -> DataError:
   path = folder / "rejected.jsonl"
-  records.write_refused(path, error.refused)
+  tables.write_refused(path, error.refused)
   return DataError(f"{error}; {path} names them all")
 
 
@@ -420,14 +421,10 @@ def _check_late(c: Any, card: dict, late: list[dict], refused: list[dict],
     raise _named(records.TooManyRefused(
         f"{card['source']}: {share:.0%} of {card['seen']} rows refused, "
         f"more than the share {c.data.max_bad_fraction} allowed: "
-        f"{_counts(counts)}; {one['file']}:{one['line']}: {one['reason']}: "
-        f"{one['detail']}; set config.data.max_bad_fraction, "
+        f"{reading.counted(counts)}; {one['file']}:{one['line']}: "
+        f"{one['reason']}: {one['detail']}; set config.data.max_bad_fraction, "
         f"config.data.template or config.model.context{longer}", refused),
                  folder)
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-  return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
 
 
 def too_long(c: Any) -> str:
@@ -462,200 +459,6 @@ def _write_tokenizer(folder: epath.Path, tok: Tokenizer,
   artifacts.write_json(folder / special.ROW_FORMAT, decided)
 
 
-class _Words:
-  """How rows become tokens: by a template, or as the texts they are.
-
-  A class because what it found in the rows decides and is said. `chat` is the
-  template or None, `special` whether special tokens in a text are read as
-  such, `said` and `warnings` sentences for a person.
-  """
-
-  def __init__(self, c: Any, tok: Tokenizer, splits: dict[str, list[dict]],
-               stack: contextlib.ExitStack):
-    self.c, self.tok, self.warnings, self.chat = c, tok, [], None
-    self.special = c.data.special_tokens == "tokens"
-    source = chats.choose(c.data.template, tok, True)
-    texts = [row for rows in splits.values() for row in rows
-             if not row.get("turns")]
-    if source is not None:
-      spelt = self._spelt(texts)
-      if self.special and spelt and len(spelt) * 2 > len(texts):
-        source = None  # the texts hold the template already
-      elif spelt and c.data.special_tokens == "auto":
-        self._warn(spelt, texts)
-    else:
-      self._spaces(texts)
-    self.said = "no template: rows are tokenized as the texts they are"
-    if source is not None:
-      more = dict(special_tokens="tokens") if self.special else {}
-      self.chat = stack.enter_context(chats.Chat(tok, source, **more))
-      self.warnings += getattr(self.chat, "warnings", [])
-      name = (c.data.template if c.data.template != "auto" else
-              "the tokenizer's own")
-      self.said = f"chat template: {name}"
-      if texts:
-        self.said += (f"; {len(texts):,} rows of plain text are wrapped as "
-                      "turns (data.template='none' leaves them alone)")
-      for rows in splits.values():
-        for row in rows:
-          if not row.get("turns"):
-            row["turns"] = turns_of(row["prompt"]) or [
-                dict(role="user", content=row["prompt"])]
-    for text in self.warnings:
-      progress.say(f"  warning: {text}")
-
-  def names(self, rows: list[dict]) -> tuple[str, ...]:
-    """What the answers of these rows are called."""
-    return next((names for names in (("chosen", "rejected"), ("completion",),
-                                     ("response",))
-                 if rows and names[0] in rows[0]), ("response",))
-
-  def parts(self, rows: list[dict]) -> list:
-    """Ids of every row, or why there are none."""
-    names = self.names(rows)
-    if self.chat:
-      return tokens_lib.parts_of_dialogues(
-          self.chat, [self._turns(r) for r in rows],
-          [answers_of(r, names) for r in rows],
-          [r.get("tools") for r in rows])
-    found = tokens_lib.parts_of_texts(
-        self.tok, [r["prompt"] for r in rows],
-        [[r[name] for r in rows] for name in names], self.special)
-    return [Refused("tool calls are not supported", "without a chat template; "
-                    "set config.model.checkpoint or config.data.template")
-            if uses_tools(row) else part for row, part in zip(rows, found)]
-
-  def _turns(self, row: dict) -> list[dict]:
-    """The prompt's turns, a system turn joined to the user's if so wished."""
-    turns = row["turns"]
-    if self.c.data.system != "join" or turns[0]["role"] != "system":
-      return turns
-    system, *rest = turns
-    for i, turn in enumerate(rest):
-      if turn["role"] == "user":
-        rest[i] = turn | dict(
-            content=f"{system['content']}\n\n{turn['content']}")
-        return rest
-    return turns
-
-  def _spelt(self, texts: list[dict]) -> list[tuple[dict, list[str]]]:
-    """The rows of text in which special tokens are written out."""
-    if not texts or not hasattr(special, "found"):
-      return []
-    return [(row, names) for row in texts if (names := special.found(
-        self.tok, row["prompt"]))]
-
-  def _warn(self, spelt: list, texts: list) -> None:
-    names = sorted({name for _, found in spelt for name in found})
-    row = spelt[0][0]
-    what = (f"{len(spelt):,} of {len(texts):,} rows have special tokens of the "
-            f"tokenizer in their text ({', '.join(names[:6])}), id {row['id']} "
-            "for one; as text they are spelt in pieces, and the template would "
-            "be written around them a second time. Give messages (a list of "
-            "role and content), or read them as tokens as TRL does, "
-            "config.data.special_tokens='tokens'")
-    if len(spelt) * 2 > len(texts):
-      raise DataError(f"{what}; 'text' takes them as they are")
-    self.warnings.append(what)
-
-  def _spaces(self, texts: list[dict]) -> None:
-    """A space at a prompt's end is a token of its own, which no model saw."""
-    ends = [row for row in texts if row["prompt"][-1:] in (" ", "\t")]
-    if ends:
-      self.warnings.append(
-          f"{len(ends):,} prompts end in a space (id {ends[0]['id']} for one), "
-          "which most tokenizers put before the next word: move it to the "
-          "beginning of the answers")
-
-
-_NAMES = ("chosen", "rejected", "completion", "response")
-
-
-def answers_of(row: dict, names: tuple[str, ...]) -> list[Any]:
-  """The answers of a row for a template: texts, or messages with calls.
-
-  The space in front of a dialogue's answer belongs to its text marker.
-  """
-  if row.get("answers"):
-    return list(row["answers"])
-  marked = row["prompt"].endswith(ASSISTANT)
-  return [row[name].removeprefix(" ") if marked else row[name]
-          for name in names]
-
-
-def shown(tok: Tokenizer, rows: list[dict], encoded: tokens_lib.TokenRows
-          ) -> list[dict[str, str]]:
-  """The first rows as the text that their tokens decode to."""
-  read = getattr(tok, "decode_visible", tok.decode)
-  each = len(encoded.start) // len(rows) if rows else 1
-  out = []
-  for i, row in enumerate(rows[:_SHOWN]):
-    one = dict(id=row["id"])
-    for k, name in enumerate(n for n in _NAMES if n in row):
-      at = encoded.offsets[each * i + k]
-      end = encoded.offsets[each * i + k + 1]
-      start = at + encoded.start[each * i + k]
-      one["prompt"] = read(encoded.ids[at:start])
-      one[name] = read(encoded.ids[start:end])
-    if "label" in row:
-      one["label"] = "liked" if row["label"] else "disliked"
-    out.append(one)
-  return out
-
-
-def reading(card: Mapping[str, Any]) -> list[str]:
-  """What a person should see of how rows were read, a line each."""
-  lines = []
-  for one in card.get("readings", ()):
-    kept = (f"{one['gave']:,} rows kept of {one['seen']:,}"
-            if one["gave"] <= one["seen"] else
-            f"{one['gave']:,} pairs kept, of {one['seen']:,} rows")
-    lines.append(f"{one['source']}: read as {one['schema']} ({one['why']}); "
-                 f"{kept}")
-    told = [f"{x['column']} -> {x['became']}" for x in one["columns"]
-            if x["became"] != "not read"]
-    left = [f"{x['column']} ({x['type']})" for x in one["columns"]
-            if x["became"] == "not read"]
-    lines.append("  columns: " + "; ".join(told))
-    if left:
-      lines.append(f"  not read: {', '.join(left)}")
-  if card.get("refused") and card.get("readings"):
-    lines.append(f"refused: {card['refused']:,} of {card['seen']:,} rows")
-    for reason, n in card["refused_by_reason"].items():
-      first = card.get("first_refused", {}).get(reason, "")
-      lines.append(f"  {n:,} {reason}" + (f": {first}" if first else ""))
-  for name, text in (
-      ("against_scores", "pairs whose rejected answer scores higher than the "
-       "chosen one (config.data.on_contradicting_scores='skip' leaves them "
-       "out)"),
-      ("tied_scores", "pairs with equal scores (config.data.on_tied_scores)"),
-      ("contradicted", "pairs whose reverse is there too: A over B and B over "
-       "A"),
-      ("shared_ids", "rows that share an id with another: told apart by their "
-       "content"),
-      ("duplicates", "rows whose whole content an earlier one has"),
-      ("left_out", "rows left out by config.data.caps and weights")):
-    if card.get(name):
-      lines.append(f"{card[name]:,} {text}")
-  if card.get("readings") and card.get("template"):
-    lines.append(card["template"])
-  for i, row in enumerate(card.get("shown", ())
-                          if card.get("readings") else (), 1):
-    lines.append(f"row {i}, id {row['id']}, as its tokens decode:")
-    for name in ("prompt", *_NAMES, "label"):
-      if name in row:
-        text = row[name]
-        lines.append(f"  {name:<10} {_clipped(text)}")
-  return lines
-
-
-def _clipped(text: str) -> str:
-  """A text in one line, its middle left out where it is long."""
-  text = json.dumps(text, ensure_ascii=False)[1:-1]
-  return text if len(text) <= 400 else (
-      f"{text[:250]} [... {len(text) - 400:,} more ...] {text[-150:]}")
-
-
 def peek(c: Any) -> tuple[Rows, list[str]]:
   """The first rows of a config's sources, and how they are read.
 
@@ -667,24 +470,24 @@ def peek(c: Any) -> tuple[Rows, list[str]]:
   splits = found.splits
   card = found.card | dict(first_refused=_firsts(found.refused))
   name = next((n for n in ("pool", "held_out", "sft") if splits[n]), "pool")
-  few = [dict(row) for row in splits[name][:_SHOWN]]
+  few = [dict(row) for row in splits[name][:reading.SHOWN]]
   tok = given_tokenizer(c)
   if tok is None:
     card["template"] = "no template: rows are tokenized as the texts they are"
-    card["shown"] = [{k: row[k] for k in ("id", "prompt", *_NAMES) if k in row}
-                     for row in few]
+    names = ("id", "prompt", *reading.ANSWERS)
+    card["shown"] = [{k: row[k] for k in names if k in row} for row in few]
   else:
     with contextlib.ExitStack() as stack:
-      words = _Words(c, tok, splits, stack)
-      few = splits[name][:_SHOWN]
+      words = words_lib.Words(c, tok, splits, stack)
+      few = splits[name][:reading.SHOWN]
       parts = words.parts(few)
       rows, _, lost = tokens_lib.place(
           tok, parts, words.names(few), 1 << 30, history=bool(words.chat),
           special=words.special)
       card["template"] = words.said
-      card["shown"] = shown(tok, [r for i, r in enumerate(few)
+      card["shown"] = reading.shown(tok, [r for i, r in enumerate(few)
                                   if i not in lost], rows)
-  return found, reading(card)
+  return found, reading.lines(card)
 
 
 def _token_card(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:

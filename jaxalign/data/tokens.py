@@ -245,8 +245,9 @@ def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
         too_long not in ("cut", "cut_answer") or room < 1):
       refused[i] = Refused(
           "too long" if too_long != "cut_answer" else "question too long",
-          f"{len(bos) + len(head) + longest:,} tokens, {len(bos) + len(head):,} "
-          f"of them the question; the context has {context:,}")
+          f"{len(bos) + len(head) + longest:,} tokens, "
+          f"{len(bos) + len(head):,} of them the question; the context has "
+          f"{context:,}")
       continue
     if len(answers) == 2 and np.array_equal(answers[0][:room],
                                             answers[1][:room]):

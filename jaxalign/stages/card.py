@@ -6,8 +6,8 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost
-from jaxalign.data import prepare
-from jaxalign.data import records
+from jaxalign.data import reading
+from jaxalign.data import tables
 from jaxalign.job import Arm, Job, arm_folder
 from jaxalign.report.pages import select as page
 from jaxalign.select import card as cards
@@ -53,7 +53,7 @@ def run_card(job: Job, arm: Arm) -> None:
       mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
     pool = Pool(np.array([r["id"] for r in rows]), columns)
     kept = selected_rows(job, arm)
-    score = np.array(records.read_column(folder / "scores.parquet", "score"))
+    score = np.array(tables.read_column(folder / "scores.parquet", "score"))
     texts = {name: [r[name] for r in rows] for name in TEXTS
              if name in rows[0]}
     card, table = cards.examine(
@@ -62,11 +62,11 @@ def run_card(job: Job, arm: Arm) -> None:
             pool, len(kept), arm.sampler, arm.seed))
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
-    card["reading"] = prepare.reading(artifacts.read_json(
+    card["reading"] = reading.lines(artifacts.read_json(
         job.shared / "data" / "data_card.json"))
     reasons = cards.reasons(card, table)
     card["reasons"] = "reasons.parquet"
-    records.write_rows(folder / "reasons.parquet", [
+    tables.write_rows(folder / "reasons.parquet", [
         dict(id=str(table["id"][i]), rank=int(table["rank"][i]),
              score=float(table["score"][i]), selected=bool(table["kept"][i]),
              nearest_kept=str(table["near"][i]) or None,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign import artifacts
 from jaxalign import embedder
 from jaxalign.data import prepare
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
@@ -54,7 +54,7 @@ def _file(stage: str, file: str) -> Callable[[Job], np.ndarray]:
 def _source(job: Job) -> np.ndarray | None:
   """[N] str, where each record says it came from; "" of those that do not."""
   path = job.shared / "data" / "pool.parquet"
-  if "source" not in records.column_names(path):
+  if "source" not in tables.column_names(path):
     return None
   return np.array([name or "" for name in job.column("pool", "source")])
 
@@ -195,7 +195,7 @@ def check_records(job: Job, name: str) -> None:
   sampler = combine.named(name)
   read = {*sampler.needs, *(named(job.c, sampler)
                             if name == job.c.select.sampler else ())}
-  there = records.column_names(job.shared / "data" / "pool.parquet")
+  there = tables.column_names(job.shared / "data" / "pool.parquet")
   fields = {known(job.c)[n].field for n in read if n in known(job.c)} - {""}
   if absent := sorted(fields - {*there}):
     raise DataError(f"the records have no {', '.join(absent)}, which sampler "

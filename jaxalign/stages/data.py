@@ -6,6 +6,7 @@ from jaxalign import artifacts
 from jaxalign import progress
 from jaxalign.artifacts import pick
 from jaxalign.data import prepare
+from jaxalign.data import reading
 from jaxalign.job import Job
 from jaxalign.model import decoder
 
@@ -24,7 +25,7 @@ def run_data(job: Job) -> None:
               c, folder, most=job.most, wanted=job.kind,
               writes=jax.process_index() == 0))
   if jax.process_index() == 0:
-    for line in prepare.reading(artifacts.read_json(
+    for line in reading.lines(artifacts.read_json(
         job.shared / "data" / "data_card.json")):
       progress.say(f"  {line}")
   progress.say(f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x "

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxalign.data import chat as chats
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.prepare import answers_of
+from jaxalign.data.words import answers_of
 from jaxalign.data.schemas.pairs import turns_of
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError

@@ -12,7 +12,7 @@ from jaxalign import memory
 from jaxalign import progress
 from jaxalign import rates
 from jaxalign.artifacts import Cost
-from jaxalign.data import records
+from jaxalign.data import tables
 from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
 from jaxalign.lookup import edition
@@ -197,7 +197,7 @@ def _write_selection(folder, rows, selection, likelihood, sums) -> None:
       for side, value in enumerate(likelihood[i]):
         line[f"log_likelihood_{side}"] = float(value)
     scores.append(line)
-  records.write_rows(folder / "scores.parquet", scores)
+  tables.write_rows(folder / "scores.parquet", scores)
   subset = []
   for place, i in enumerate(selection.rows):
     row = {k: v for k, v in rows[i].items() if k != "group"}
@@ -206,11 +206,11 @@ def _write_selection(folder, rows, selection, likelihood, sums) -> None:
       row |= {f"ref_{side}_logps": float(x) for side, x in zip(
           ("chosen", "rejected"), sums[i])}
     subset.append(row)
-  records.write_rows(folder / "subset.parquet", records.as_read(subset))
+  tables.write_rows(folder / "subset.parquet", tables.as_read(subset))
 
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   """Row numbers of the pool that an arm kept, best first."""
   where = {name: i for i, name in enumerate(job.column("pool", "id"))}
-  kept = records.read_column(arm_folder(job, arm) / "subset.parquet", "id")
+  kept = tables.read_column(arm_folder(job, arm) / "subset.parquet", "id")
   return np.array([where[name] for name in kept])

@@ -34,6 +34,6 @@ def detect(row: dict) -> Schema:
           " (of another kind)") for name in near)
   raise DataError(
       f"no schema fits a row with the fields {found or '(none)'}. {wanted}. "
-      "Where only the names differ say so, --config.data.fields.prompt=<column> "
-      "and so on, or write a function of your own, config.data.schema="
-      "'module:function'")
+      "Where only the names differ say so, "
+      "--config.data.fields.prompt=<column> and so on, or write a function of "
+      "your own, config.data.schema='module:function'")

@@ -82,7 +82,8 @@ def by_name(row: Undecided) -> str | None:
   """The side that a code names: a model's name, an id, or the text itself."""
   hits = [side for side, name in zip(SIDES, row.names)
           if name is not None and not isinstance(name, bool)
-          and isinstance(name, (str, int)) and code_of(name) == code_of(row.code)]
+          and isinstance(name, (str, int))
+          and code_of(name) == code_of(row.code)]
   return hits[0] if len(hits) == 1 else None
 
 

@@ -195,7 +195,8 @@ def _without_none(value: Any) -> Any:
 
 def is_plain(message: Message) -> bool:
   """Whether a message is its role and its text, and no more."""
-  return message.keys() == {"role", "content"} and message["content"] is not None
+  return (message.keys() == {"role", "content"}
+          and message["content"] is not None)
 
 
 def uses_tools(row: Mapping[str, Any]) -> bool:

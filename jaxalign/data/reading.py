@@ -1,0 +1,86 @@
+"""How rows of a source were read, in the words that a person sees."""
+
+import json
+from typing import Any, Mapping
+
+from jaxalign.data import tokens as tokens_lib
+
+SHOWN = 2  # rows that are shown as they were understood
+ANSWERS = ("chosen", "rejected", "completion", "response")
+
+
+def shown(tok: Any, rows: list[dict], encoded: tokens_lib.TokenRows
+          ) -> list[dict[str, str]]:
+  """The first rows as the text that their tokens decode to."""
+  read = getattr(tok, "decode_visible", tok.decode)
+  each = len(encoded.start) // len(rows) if rows else 1
+  out = []
+  for i, row in enumerate(rows[:SHOWN]):
+    one = dict(id=row["id"])
+    for k, name in enumerate(n for n in ANSWERS if n in row):
+      at = encoded.offsets[each * i + k]
+      end = encoded.offsets[each * i + k + 1]
+      start = at + encoded.start[each * i + k]
+      one["prompt"] = read(encoded.ids[at:start])
+      one[name] = read(encoded.ids[start:end])
+    if "label" in row:
+      one["label"] = "liked" if row["label"] else "disliked"
+    out.append(one)
+  return out
+
+
+def lines(card: Mapping[str, Any]) -> list[str]:
+  """What a person should see of how rows were read, a line each."""
+  lines = []
+  for one in card.get("readings", ()):
+    kept = (f"{one['gave']:,} rows kept of {one['seen']:,}"
+            if one["gave"] <= one["seen"] else
+            f"{one['gave']:,} pairs kept, of {one['seen']:,} rows")
+    lines.append(f"{one['source']}: read as {one['schema']} ({one['why']}); "
+                 f"{kept}")
+    told = [f"{x['column']} -> {x['became']}" for x in one["columns"]
+            if x["became"] != "not read"]
+    left = [f"{x['column']} ({x['type']})" for x in one["columns"]
+            if x["became"] == "not read"]
+    lines.append("  columns: " + "; ".join(told))
+    if left:
+      lines.append(f"  not read: {', '.join(left)}")
+  if card.get("refused") and card.get("readings"):
+    lines.append(f"refused: {card['refused']:,} of {card['seen']:,} rows")
+    for reason, n in card["refused_by_reason"].items():
+      first = card.get("first_refused", {}).get(reason, "")
+      lines.append(f"  {n:,} {reason}" + (f": {first}" if first else ""))
+  for name, text in (
+      ("against_scores", "pairs whose rejected answer scores higher than the "
+       "chosen one (config.data.on_contradicting_scores='skip' leaves them "
+       "out)"),
+      ("tied_scores", "pairs with equal scores (config.data.on_tied_scores)"),
+      ("contradicted", "pairs whose reverse is there too: A over B and B over "
+       "A"),
+      ("shared_ids", "rows that share an id with another: told apart by their "
+       "content"),
+      ("duplicates", "rows whose whole content an earlier one has"),
+      ("left_out", "rows left out by config.data.caps and weights")):
+    if card.get(name):
+      lines.append(f"{card[name]:,} {text}")
+  if card.get("readings") and card.get("template"):
+    lines.append(card["template"])
+  for i, row in enumerate(card.get("shown", ())
+                          if card.get("readings") else (), 1):
+    lines.append(f"row {i}, id {row['id']}, as its tokens decode:")
+    for name in ("prompt", *ANSWERS, "label"):
+      if name in row:
+        text = row[name]
+        lines.append(f"  {name:<10} {_clipped(text)}")
+  return lines
+
+
+def _clipped(text: str) -> str:
+  """A text in one line, its middle left out where it is long."""
+  text = json.dumps(text, ensure_ascii=False)[1:-1]
+  return text if len(text) <= 400 else (
+      f"{text[:250]} [... {len(text) - 400:,} more ...] {text[-150:]}")
+
+
+def counted(counts: Mapping[str, int]) -> str:
+  return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
