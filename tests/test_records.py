@@ -198,7 +198,8 @@ def test_several_sources_with_caps_and_weights(tmp_path):
 
 def test_what_became_of_every_column_is_known(tmp_path):
   rows = [dict(pair(i), chosen_score=2.0, rejected_score=1, note="text", n=3,
-               messages=None) for i in range(3)]
+               messages=None, context="more", turns=2, metadata=dict(x="y"))
+          for i in range(3)]
   [reading] = records.load(put(tmp_path / "a.jsonl", rows)).readings
   assert {c["column"]: (c["type"], c["became"]) for c in reading.columns} == {
       "prompt": ("text", "the prompt"),
@@ -207,7 +208,8 @@ def test_what_became_of_every_column_is_known(tmp_path):
       "chosen_score": ("number", "the margin"),
       "rejected_score": ("number", "the margin"),
       "note": ("text", "not read"), "n": ("number", "not read"),
-      "messages": ("null", "the prompt")}
+      "messages": ("null", "not read"), "context": ("text", "not read"),
+      "turns": ("number", "not read"), "metadata": ("object", "not read")}
   assert "row 1 has prompt, chosen, rejected" in reading.why
   rows = [dict(messages=[dict(role="user", content="q", lang="en", turn=1)],
                chosen="a", rejected="b")]

@@ -20,7 +20,8 @@ from jaxalign.data.schemas.choices import Undecided
 from jaxalign.data.schemas.fields import check_fields, remap
 from jaxalign.data.schemas.messages import is_messages, unread_keys
 from jaxalign.data.schemas.pairs import ANSWER_PAIRS
-from jaxalign.data.schemas.rows import convert_pair, convert_thumbs, flipped
+from jaxalign.data.schemas.rows import (convert_pair, convert_thumbs, flipped,
+                                        is_read)
 from jaxalign.data.sources import BadRow, Where, read_rows
 from jaxalign.data.tables import MESSAGES
 from jaxalign.errors import ConfigError, DataError
@@ -312,7 +313,8 @@ class _Source:
     if not roles:
       roles = dict.fromkeys(first, f"for {self.schema.name} to read")
     columns = [dict(column=str(column), type=_type_of(value),
-                    became=roles.get(column, "not read"))
+                    became=roles.get(column, "not read")
+                    if self.fields or is_read(column, value) else "not read")
                for column, value in first.items()]
     columns += [dict(column=name, type="text", became="not read")
                 for name in sorted(unread)]

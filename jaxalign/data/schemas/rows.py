@@ -58,15 +58,17 @@ def sides_of(row: Mapping[str, Any], names: Sequence[str]) -> Sides:
   prompt = _opened_prompt(row, not any(messages))
   system = next((text_of(row, name) for name in SYSTEM if row.get(name)), None)
   tools = tools_of(row.get("tools"))
+  turns = opened(row.get("turns"), "turns")
+  turns = turns if is_messages(turns) else None  # it may be their number
   if not any(messages) and not isinstance(prompt, list) and not (
-      tools or any(name in row for name in SYSTEM) or row.get("turns")):
+      tools or turns or any(name in row for name in SYSTEM)):
     return _texts(row, prompt, names)
   if not any(messages) and isinstance(prompt, str) and turns_of(prompt):
     prompt = turns_of(prompt)  # a dialogue's text beside a system column
     values = [text.removeprefix(" ") if isinstance(text, str) else text
               for text in values]
-  if row.get("turns"):
-    prompt = messages_of(row["turns"], "turns")
+  if turns:
+    prompt = messages_of(turns, "turns")
     values = [text.removeprefix(" ") if isinstance(text, str) else text
               for text in values]
   whole = [_whole(prompt, value, name, row)
@@ -294,6 +296,18 @@ def convert_thumbs(row: dict) -> Undecided:
   return Undecided(row["label"], lambda label: make_thumb(
       sides.prompt, sides.answers[0], label == "liked", sides.group,
       **sides.known), LABELS)
+
+
+def is_read(column: str, value: Any) -> bool:
+  """Whether a column of a known name holds what is read of it."""
+  if column in (*BEFORE[1:], "turns"):
+    return is_messages(opened_or_none(value))
+  if column == "metadata":
+    return isinstance(value, Mapping) and bool(
+        {"score_chosen", "chosen_score"} & value.keys())
+  if column in ("source", "group", *SYSTEM):
+    return isinstance(value, str)
+  return True
 
 
 def _texts_in(row: Mapping, *fields: str) -> bool:
