@@ -277,6 +277,13 @@ def test_tokens_spelt_out_in_a_text_are_named(tmp_path):
   assert first[:encoded.start[0]][-len(want):] == want
   assert first.count(tok.specials["<|im_start|>"]) == 2
   assert card["template"].startswith("no template")
+  # In the answers alone, or in messages: an end written by hand.
+  ends = [dict(pair(i), chosen=f"good {i}<|im_end|>") for i in range(20)]
+  for k, wrong in enumerate((ends, [dict(chat(i), chosen=f"{i}<|im_end|>")
+                                    for i in range(20)])):
+    for more in ({}, dict(data__template="none")):
+      with pytest.raises(DataError, match="20 of 20 rows.*im_end"):
+        made(tmp_path, wrong, name=f"e{k}", **given, **more)
   # A few of them: said, and taken as the text they are.
   few = [pair(i) for i in range(20)] + rows[:2]
   folder, card = made(tmp_path, few, name="c", **given)

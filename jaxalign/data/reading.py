@@ -12,7 +12,7 @@ ANSWERS = ("chosen", "rejected", "completion", "response")
 def shown(tok: Any, rows: list[dict], encoded: tokens_lib.TokenRows
           ) -> list[dict[str, str]]:
   """The first rows as the text that their tokens decode to."""
-  read = getattr(tok, "decode_visible", tok.decode)
+  read = tok.decode_visible
   each = len(encoded.start) // len(rows) if rows else 1
   out = []
   for i, row in enumerate(rows[:SHOWN]):

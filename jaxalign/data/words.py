@@ -27,21 +27,22 @@ class Words:
     self.c, self.tok, self.warnings, self.chat = c, tok, [], None
     self.special = c.data.special_tokens == "tokens"
     source = chats.choose(c.data.template, tok, True)
-    texts = [row for rows in splits.values() for row in rows
-             if not row.get("turns")]
-    if source is not None:
-      spelt = self._spelt(texts)
-      if self.special and spelt and len(spelt) * 2 > len(texts):
-        source = None  # the texts hold the template already
-      elif spelt and c.data.special_tokens == "auto":
-        self._warn(spelt, texts)
-    else:
+    every = [row for rows in splits.values() for row in rows]
+    texts = [row for row in every if not row.get("turns")]
+    if self.special and source is not None and texts and (
+        2 * len(self._spelt(texts)) > len(texts)):
+      source = None  # the texts hold the template already
+    # A tokenizer that is trained here makes nothing of "<s>" in a text.
+    if c.data.special_tokens == "auto" and (
+        c.model.tokenizer or c.model.checkpoint):
+      self._warn(self._spelt(every), len(every), bool(source and texts))
+    if source is None:
       self._spaces(texts)
     self.said = "no template: rows are tokenized as the texts they are"
     if source is not None:
       more = dict(special_tokens="tokens") if self.special else {}
       self.chat = stack.enter_context(chats.Chat(tok, source, **more))
-      self.warnings += getattr(self.chat, "warnings", [])
+      self.warnings += self.chat.warnings
       name = (c.data.template if c.data.template != "auto" else
               "the tokenizer's own")
       self.said = f"chat template: {name}"
@@ -89,23 +90,30 @@ class Words:
         return rest
     return turns
 
-  def _spelt(self, texts: list[dict]) -> list[tuple[dict, list[str]]]:
-    """The rows of text in which special tokens are written out."""
-    if not texts or not hasattr(special, "found"):
-      return []
-    return [(row, names) for row in texts if (names := special.found(
-        self.tok, row["prompt"]))]
+  def _spelt(self, rows: list[dict]) -> list[tuple[dict, list[str]]]:
+    """The rows in whose texts special tokens are written out, and which."""
+    return [(row, names) for row in rows if (names := special.found(
+        self.tok, "\n".join([row["prompt"], *(row[n] for n in ANSWERS
+                                              if n in row)])))]
 
-  def _warn(self, spelt: list, texts: list) -> None:
+  def _warn(self, spelt: list, rows: int, wraps: bool) -> None:
+    """Names special tokens that are spelt out.
+
+    Raises:
+      DataError: in most of the rows, so that their text is not what is meant.
+    """
+    if not spelt:
+      return
     names = sorted({name for _, found in spelt for name in found})
-    row = spelt[0][0]
-    what = (f"{len(spelt):,} of {len(texts):,} rows have special tokens of the "
-            f"tokenizer in their text ({', '.join(names[:6])}), id {row['id']} "
-            "for one; as text they are spelt in pieces, and the template would "
-            "be written around them a second time. Give messages (a list of "
-            "role and content), or read them as tokens as TRL does, "
+    twice = (", and the template would be written around them a second time"
+             if wraps else "")
+    what = (f"{len(spelt):,} of {rows:,} rows have special tokens of the "
+            f"tokenizer in their text ({', '.join(names[:6])}), id "
+            f"{spelt[0][0]['id']} for one; as text they are spelt in pieces"
+            f"{twice}. Give messages without them (a list of role and "
+            "content), or read them as tokens as TRL does, "
             "config.data.special_tokens='tokens'")
-    if len(spelt) * 2 > len(texts):
+    if len(spelt) * 2 > rows:
       raise DataError(f"{what}; 'text' takes them as they are")
     self.warnings.append(what)
 
