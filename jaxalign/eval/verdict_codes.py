@@ -11,25 +11,12 @@ import math
 import re
 from typing import Any, Mapping, NamedTuple, Sequence
 
+from jaxalign.data.schemas.choices import ANSWER_NAMES, SIDES, WORDS
 from jaxalign.errors import ConfigError
 
 LABELS = "labels"  # compare the labels as they stand
 NAMES = "names"  # a verdict is the name of the winner
-_SIDES = ("first", "second", "tie")
-_ANSWERS = ("model", "answer", "response", "assistant", "output", "option",
-            "completion", "candidate", "conversation", "chat", "system",
-            "summary", "text", "human_ref")
-_ONE = {"first": ("first", "a", "left", "a>b", "a>>b", "b<a", "b<<a"),
-        "second": ("second", "b", "right", "b>a", "b>>a", "a<b", "a<<b"),
-        "tie": ("tie", "ties", "tied", "draw", "equal", "same", "both",
-                "neither", "both_good", "both_bad", "bothbad", "tie_bothbad",
-                "tie_(bothbad)", "tie(bothbad)", "a=b", "b=a")}
-WORDS = {word: side for side, words in _ONE.items() for word in words} | {
-    f"{name}{mark}{letter}": side for name in _ANSWERS for mark in ("_", "")
-    for letter, side in (("a", "first"), ("b", "second"))} | {
-        f"{side}_{name}": side for name in _ANSWERS
-        for side in ("first", "second")}
-_NAMED = re.compile(rf"(?:{'|'.join(_ANSWERS)})_?([012])")
+_NAMED = re.compile(rf"(?:{'|'.join(ANSWER_NAMES)})_?([012])")
 _NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?")
 _LOST = 0.2  # of a column's verdicts that may be no known word
 _EXAMPLE = "--choice=\"{'first': [...], 'second': [...], 'tie': [...]}\""
@@ -86,7 +73,7 @@ def parse_choice(text: Any) -> Choice:
   except (ValueError, SyntaxError, TypeError, MemoryError,
           RecursionError):
     value = None
-  if not isinstance(value, dict) or not value.keys() <= set(_SIDES) or not (
+  if not isinstance(value, dict) or not value.keys() <= set(SIDES) or not (
       {"first", "second"} <= value.keys()):
     raise ConfigError(f"--choice={str(text)[:80]!r}, wanted {_EXAMPLE}, or "
                       f"{LABELS!r} (compare labels as they stand), or "

@@ -14,20 +14,22 @@ from jaxalign.errors import ConfigError, DataError
 SIDES = ("first", "second", "tie")
 LABELS = ("liked", "disliked")
 BY_SCORE = "higher score wins"
-_TIES = ("tie", "tie_(bothbad)", "tie(bothbad)", "tie_bothbad", "both",
-         "bothbad", "both_bad", "both_good", "neither", "draw", "equal", "same",
-         "a=b", "b=a", "a≈b")
+_TIES = ("tie", "ties", "tied", "tie_(bothbad)", "tie(bothbad)", "tie_bothbad",
+         "both", "bothbad", "both_bad", "both_good", "neither", "draw", "equal",
+         "same", "a=b", "b=a")
 _FIRST = ("first", "a", "left", "a>b", "a>>b", "b<a", "b<<a")
 _SECOND = ("second", "b", "right", "b>a", "b>>a", "a<b", "a<<b")
-_NAMES = ("model", "answer", "response", "output", "assistant", "completion",
-          "candidate", "summary", "option", "conversation", "chat", "text",
-          "human_ref", "system")
+ANSWER_NAMES = ("model", "answer", "response", "output", "assistant",
+                "completion", "candidate", "summary", "option", "conversation",
+                "chat", "text", "human_ref", "system")
 WORDS = {word: side for side, words in zip(SIDES, (_FIRST, _SECOND, _TIES))
          for word in words} | {
-             f"{name}{mark}{letter}": side for name in _NAMES
-             for mark in ("_", "") for letter, side in (("a", "first"),
-                                                        ("b", "second"))}
-_NUMBERED = re.compile(rf"(?:{'|'.join(_NAMES)})_?([012])")
+             f"{name}{mark}{letter}": side for name in ANSWER_NAMES
+             for mark in ("_", "") for letter, side in (
+                 ("a", "first"), ("b", "second"))} | {
+                     f"{side}_{name}": side for name in ANSWER_NAMES
+                     for side in ("first", "second")}
+_NUMBERED = re.compile(rf"(?:{'|'.join(ANSWER_NAMES)})_?([012])")
 LABEL_WORDS = {word: label for label, words in (
     ("liked", ("true", "thumbs_up", "thumbsup", "up", "like", "liked", "good",
                "positive", "pos", "desirable", "chosen", "upvote", "+1", "👍")),
