@@ -10,6 +10,7 @@ import jobs
 from configs import common
 from jaxalign import evidence
 from jaxalign import job as job_lib
+from jaxalign import recipe
 from jaxalign import study
 from jaxalign.data import tables
 from jaxalign.job import Arm
@@ -263,6 +264,7 @@ def test_what_cannot_work_is_refused_first(tmp_path, flag, said):
 def test_the_question_names_the_loss_as_it_is_typed(change):
   c = common.base()
   c.update(change)
+  recipe.settle(c)
   arms = [dict(rows=n, is_all=False, sampler="isa") for n in (16, 32)]
   assert all("dpo(beta=0.5)+0.2*sft" in text for text in study._question(
       c, arms, "160 pairs"))
