@@ -18,7 +18,7 @@ from jaxalign.data.schemas.pairs import (
 
 BEFORE = ("prompt", "messages", "conversations", "conversation", "trajectory",
           "context")
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 _PROMPT = dict.fromkeys(BEFORE, "the prompt")
 _SHARED = _PROMPT | dict.fromkeys(SYSTEM, "the system turn") | dict(
     id="the row's id", source="the row's source", tools="the tools",
