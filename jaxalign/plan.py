@@ -64,7 +64,7 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int,
                 pool=w.pool_rows * (2 // r))
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
-  found, said = prepare.peek(c)
+  found, said = prepare.peek(c, _model(c).context)
   for line in said:
     progress.say(f"  {line}")
   splits, read = found.splits, found.card["seen"]

@@ -89,6 +89,21 @@ def test_a_dry_run_of_a_selection_ends_with_the_reading(tmp_path):
   assert "choosing by random" in ended.out and "align random" not in ended.out
 
 
+def test_a_dry_run_counts_what_a_template_refuses(tmp_path):
+  write_folder(tmp_path / "tok", BUILT_IN["gemma"])
+  system = dict(role="system", content="Be brief.")
+  rows = [chat(i, *([system] if i % 2 else [])) for i in range(20)]
+  rows[4]["chosen"] = "word " * 90
+  path = put(tmp_path / "a.jsonl", rows)
+  ended, _ = select(tmp_path, path, f"model.tokenizer={tmp_path}/tok",
+                    "model.context=100", "data.too_long=drop", "--dry_run")
+  assert ended.code == 0, ended
+  assert "of the first 20 rows, tokenized: 11 refused" in ended.out
+  assert "10 template refused it: first line" in ended.out
+  assert "System role not supported" in ended.out
+  assert "1 too long: first line 5, " in ended.out
+
+
 def test_field_names_and_codes_on_the_command_line(tmp_path):
   rows = [dict(q=dict(text=f"what is {i}?"), a=f"good {i}", b=f"bad {i}",
                c=0) for i in range(20)]

@@ -32,7 +32,7 @@ from jaxalign.errors import ConfigError, DataError
 SPLITS = ("sft", "pool", "held_out")
 SPECIAL = ("auto", "text", "tokens")  # what special tokens in a text are
 SYSTEM = ("turn", "join")  # what becomes of a system turn
-PEEKED = 10_000  # rows that a dry run reads
+PEEKED, TOKENIZED = 10_000, 300  # rows that a dry run reads; and tokenizes
 _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
 
 
@@ -459,10 +459,14 @@ def _write_tokenizer(folder: epath.Path, tok: Tokenizer,
   artifacts.write_json(folder / special.ROW_FORMAT, decided)
 
 
-def peek(c: Any) -> tuple[Rows, list[str]]:
+def peek(c: Any, most: int) -> tuple[Rows, list[str]]:
   """The first rows of a config's sources, and how they are read.
 
   Nothing is trained: without a tokenizer the rows are shown as their texts.
+
+  Args:
+    c: the config.
+    most: longest row that the model can take, in tokens.
   """
   if is_world(c):
     raise ConfigError("the built-in world is not read from a file")
@@ -470,23 +474,29 @@ def peek(c: Any) -> tuple[Rows, list[str]]:
   splits = found.splits
   card = found.card | dict(first_refused=_firsts(found.refused))
   name = next((n for n in ("pool", "held_out", "sft") if splits[n]), "pool")
-  few = [dict(row) for row in splits[name][:reading.SHOWN]]
+  few = splits[name][:TOKENIZED]
   tok = given_tokenizer(c)
   if tok is None:
     card["template"] = "no template: rows are tokenized as the texts they are"
     names = ("id", "prompt", *reading.ANSWERS)
-    card["shown"] = [{k: row[k] for k in names if k in row} for row in few]
+    card["shown"] = [{k: row[k] for k in names if k in row}
+                     for row in few[:reading.SHOWN]]
   else:
     with contextlib.ExitStack() as stack:
       words = words_lib.Words(c, tok, splits, stack)
-      few = splits[name][:reading.SHOWN]
       parts = words.parts(few)
+      fits = tokens_lib.context_for(tokens_lib.needed(tok, parts), most)
       rows, _, lost = tokens_lib.place(
-          tok, parts, words.names(few), 1 << 30, history=bool(words.chat),
-          special=words.special)
+          tok, parts, words.names(few), asked_context(c) or fits, too_long(c),
+          history=bool(words.chat), special=words.special)
       card["template"] = words.said
-      card["shown"] = reading.shown(tok, [r for i, r in enumerate(few)
-                                  if i not in lost], rows)
+      late = [_refusal(few[i], why, name, found.where)
+              for i, why in lost.items()]
+      card["sample"] = dict(
+          rows=len(few), fits=fits, first_refused=_firsts(late),
+          refused_by_reason=collections.Counter(r["reason"] for r in late))
+      card["shown"] = reading.shown(tok, [
+          r for i, r in enumerate(few) if i not in lost], rows)
   return found, reading.lines(card)
 
 

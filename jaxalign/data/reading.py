@@ -47,9 +47,7 @@ def lines(card: Mapping[str, Any]) -> list[str]:
       lines.append(f"  not read: {', '.join(left)}")
   if card.get("refused") and card.get("readings"):
     lines.append(f"refused: {card['refused']:,} of {card['seen']:,} rows")
-    for reason, n in card["refused_by_reason"].items():
-      first = card.get("first_refused", {}).get(reason, "")
-      lines.append(f"  {n:,} {reason}" + (f": {first}" if first else ""))
+    lines += _reasons(card)
   for name, text in (
       ("against_scores", "pairs whose rejected answer scores higher than the "
        "chosen one (config.data.on_contradicting_scores='skip' leaves them "
@@ -65,6 +63,11 @@ def lines(card: Mapping[str, Any]) -> list[str]:
       lines.append(f"{card[name]:,} {text}")
   if card.get("readings") and card.get("template"):
     lines.append(card["template"])
+  if sample := card.get("sample"):
+    lines.append(f"of the first {sample['rows']:,} rows, tokenized: "
+                 f"{sum(sample['refused_by_reason'].values()):,} refused; a "
+                 f"context of {sample['fits']:,} keeps 99 % of the others")
+    lines += _reasons(sample)
   for i, row in enumerate(card.get("shown", ())
                           if card.get("readings") else (), 1):
     lines.append(f"row {i}, id {row['id']}, as its tokens decode:")
@@ -73,6 +76,15 @@ def lines(card: Mapping[str, Any]) -> list[str]:
         text = row[name]
         lines.append(f"  {name:<10} {_clipped(text)}")
   return lines
+
+
+def _reasons(card: Mapping[str, Any]) -> list[str]:
+  """A line for each reason, with where it was met first."""
+  out = []
+  for reason, n in card["refused_by_reason"].items():
+    first = card.get("first_refused", {}).get(reason, "")
+    out.append(f"  {n:,} {reason}" + (f": {first}" if first else ""))
+  return out
 
 
 def _clipped(text: str) -> str:
