@@ -101,8 +101,10 @@ def test_data_and_checkpoint_on_a_bucket(store, monkeypatch):
                    f"model.checkpoint={given}", *knobs)
   assert ended.code == 0, ended
   other = jobs.differences(jobs.outcome(at), jobs.outcome(store / "work"))
-  named = {"config.json", "data_card.json", "report.json", "data.json", ".lock"}
-  # A store and its shards say which model and records they are of.
+  named = {"config.json", "data_card.json", "report.json", "data.json", ".lock",
+           "selection.json", "selection.html"}
+  # A store and its shards say which model and records they are of, pages how
+  # the source was read.
   assert {n.split("/")[-1] for n in other if "/profile/" not in n
           and "/cards/" not in n and not (
               "/store/" in n and n.endswith(".json"))} <= named, other

@@ -12,7 +12,7 @@ from jaxalign import checkpoints
 from jaxalign.model import safetensors_io
 
 ISA = "isa-0.1-seed0"
-KNOBS = ("lora.rank=4", "lora.lr=0.01", "compare=()")
+KNOBS = ("lora.rank=4", "train.lr=0.01", "compare=()")
 pytestmark = pytest.mark.slow  # each compiles a training and a generation
 
 
@@ -98,7 +98,7 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, monkeypatch,
     (("lora.rank=64",), "lora.rank=64 is more than"),
     (("lora.rank=-1",), "lora.rank=-1, wanted 0 or more"),
     (("lora.rank=2", "lora.variant=dora"), "lora.variant='dora' is unknown"),
-    (("lora.rank=2", "lora.lr=0.0"), "config.lora.lr"),
+    (("lora.rank=2", "train.lr=-1.0"), "config.train.lr"),
     (("lora.rank=2", "lora.eta=0.0"), "lora.eta=0.0"),
     (("model.param_dtype=int8",), "model.param_dtype='int8' is unknown")])
 def test_bad_knobs_end_before_anything_runs(tmp_path, knobs, words):

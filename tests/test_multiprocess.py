@@ -40,8 +40,8 @@ NOTES = """
 import atexit, json
 import numpy as np
 from jaxalign import progress
-from jaxalign.data import records, tokens
-stage, read, tables = [""], [], []
+from jaxalign.data import tables, tokens
+stage, read, whole = [""], [], []
 def saying(text, say=progress.say):
   if text.endswith(": ..."): stage[0] = text[:-5]
   say(text)
@@ -59,10 +59,10 @@ def loading(folder, name, load=tokens.load_rows):
   return rows._replace(ids=ids)
 tokens.load_rows = loading
 def reading(path, table=tables.read_table):
-  tables.append([stage[0], str(path)])
+  whole.append([stage[0], str(path)])
   return table(path)
 tables.read_table = reading
-atexit.register(lambda: open({path!r}, "w").write(json.dumps([read, tables])))
+atexit.register(lambda: open({path!r}, "w").write(json.dumps([read, whole])))
 """
 
 
