@@ -152,7 +152,7 @@ def test_a_given_checkpoint_is_called_one(together):
 def test_a_process_reads_its_own_rows_alone(together):
   """Of the pool's tokens: half each, of every batch too; texts once."""
   work, _ = together
-  (first, tables), (second, others) = (
+  (first, whole), (second, others) = (
       json.loads((work.parent / f"read{k}").read_text()) for k in range(2))
 
   def rows(notes, stage):
@@ -174,7 +174,7 @@ def test_a_process_reads_its_own_rows_alone(together):
   # 32 draws from 16 pairs are two epochs: every row twice, by someone.
   assert sorted(a + b) == sorted(4 * wanted)
   assert {at for at, _ in first + second} == {"embed", "align"}
-  pool = [at for at, path in tables if path.endswith("pool.parquet")]
+  pool = [at for at, path in whole if path.endswith("pool.parquet")]
   assert pool == ["select"]
   assert [p for _, p in others if not p.endswith("held_out.parquet")] == []
 
