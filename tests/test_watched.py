@@ -16,6 +16,7 @@ import pools
 import test_flops
 from configs import common
 from jaxalign import artifacts
+from jaxalign import recipe
 from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
@@ -252,6 +253,7 @@ def test_a_job_that_watches_everything(tmp_path, config):
   updates = len(lines)
   assert [x["step"] for x in found] == [1, updates - 1] and updates in (3, 4)
   c = common.base("tiny" + (",kto" if "kto" in config else ""))
+  recipe.settle(c)
   known = watched.measured(c)
   for name in watched.SETS:
     have = {n.split("/")[2] for n in found[0] if n.startswith(f"eval/{name}/")}
