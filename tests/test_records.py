@@ -123,6 +123,7 @@ def test_scores_against_the_label_are_counted_or_skipped(tmp_path):
   path = put(tmp_path / "a.jsonl", rows)
   loaded = records.load(path)
   assert (loaded.against, loaded.tied, len(loaded.rows)) == (2, 1, 5)
+  assert loaded.against_at == f"{path}:3"
   card = records.data_card(loaded, {})
   assert (card["against_scores"], card["tied_scores"]) == (2, 1)
   loaded = records.load(path, on_contradicting_scores="skip")

@@ -60,7 +60,9 @@ def lines(card: Mapping[str, Any]) -> list[str]:
       ("duplicates", "rows whose whole content an earlier one has"),
       ("left_out", "rows left out by config.data.caps and weights")):
     if card.get(name):
-      lines.append(f"{card[name]:,} {text}")
+      first = card.get("against_at") if name == "against_scores" else ""
+      lines.append(f"{card[name]:,} {text}" + (
+          f"; first at {first}" if first else ""))
   if card.get("readings") and card.get("template"):
     lines.append(card["template"])
   if sample := card.get("sample"):

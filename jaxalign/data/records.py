@@ -64,6 +64,7 @@ class Loaded(NamedTuple):
   source: str
   tied: int = 0  # rows whose two scores are equal, kept or not
   against: int = 0  # rows whose scores contradict their label, kept or not
+  against_at: str = ""  # the first of them, file and line
   contradicted: int = 0  # pairs kept whose reverse was kept too
   shared_ids: int = 0  # rows that shared an id with another
   left_out: int = 0  # by data.caps and data.weights
@@ -116,7 +117,7 @@ def load(source: str | Sequence[str], *, schema: str = "auto", limit: int = 0,
   check_shares(names, caps, weights)
   rows, refused, readings = [], [], []
   seen = tied = against = 0
-  kind = None
+  kind, against_at = None, ""
   for name in names:
     found = _Source(name, schema, limit, fields or {}, answer_pairs, choice)
     kept = []
@@ -137,6 +138,8 @@ def load(source: str | Sequence[str], *, schema: str = "auto", limit: int = 0,
         if margin is not None and "chosen" in fresh:
           tied += margin == 0
           against += margin < 0
+          if margin < 0:
+            against_at = against_at or _at(where)
           if margin == 0 and on_tied_scores == "skip":
             raise Refused("tied scores", "")
           if margin < 0 and on_contradicting_scores == "skip":
@@ -177,7 +180,7 @@ def load(source: str | Sequence[str], *, schema: str = "auto", limit: int = 0,
     if any(name in row for row in out):
       out = [dict(row, **{name: row.get(name)}) for row in out]
   return Loaded(kind, schemas, out, refused, counts, seen, duplicates, label,
-                tied, against, _contradicted(out), shared,
+                tied, against, against_at, _contradicted(out), shared,
                 len(every) - len(out), tuple(readings),
                 {row["id"]: where for where, row in kept})
 
@@ -520,7 +523,8 @@ def data_card(loaded: Loaded, splits: Mapping[str, list[dict]]
                contradicted=loaded.contradicted, shared_ids=loaded.shared_ids,
                left_out=loaded.left_out)
   if any(row.get("margin") is not None for row in loaded.rows):
-    card |= dict(tied_scores=loaded.tied, against_scores=loaded.against)
+    card |= dict(tied_scores=loaded.tied, against_scores=loaded.against,
+                 against_at=loaded.against_at)
   if loaded.kind == "thumbs":
     card["liked"] = sum(row["label"] for row in loaded.rows)
   return card
