@@ -18,7 +18,6 @@ for selecting. Exit codes as of jaxalign.main.
 
 import collections
 import re
-import sys
 from typing import Any, Sequence
 
 from jaxalign import main as main_lib
@@ -55,15 +54,7 @@ def parse(argv: list[str]) -> Any:
     flags.DEFINE_list(name, [], words, flag_values=values)
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
   argv = _with_config(argv)
-  try:
-    rest = values(argv)
-  except flags.Error as error:
-    raise ConfigError(f"{error}; see --help") from error
-  if values.help:
-    print(__doc__ + values.main_module_help())
-    sys.exit(0)
-  if len(rest) > 1:
-    raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+  main_lib.parse_plain(values, argv, __doc__)
   if values.output and not values.output.endswith((".html", ".json")):
     raise ConfigError(f"--output={values.output}, wanted a .html or a .json")
   return values

@@ -14,7 +14,6 @@ jaxalign.main.
 """
 
 import json
-import sys
 from typing import Any
 
 from jaxalign import main as main_lib
@@ -51,15 +50,7 @@ def parse(argv: list[str]) -> Any:
   flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.",
                             flag_values=values)
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
-  try:
-    rest = values(argv)
-  except flags.Error as error:
-    raise ConfigError(f"{error}; see --help") from error
-  if values.help:
-    print(__doc__ + values.main_module_help())
-    sys.exit(0)
-  if len(rest) > 1:
-    raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+  main_lib.parse_plain(values, argv, __doc__)
   if not values.checkpoint:
     raise ConfigError("no model; say --checkpoint=<folder>")
   if bool(values.prompt) == bool(values.input):

@@ -59,15 +59,7 @@ def parse(argv: list[str]) -> tuple[Any, list[str]]:
                     "are there.", flag_values=values)
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
   passed = [a for a in argv[1:] if a.startswith("--config.")]
-  try:
-    rest = values([a for a in argv if a not in passed])
-  except flags.Error as error:
-    raise ConfigError(f"{error}; see --help") from error
-  if values.help:
-    print(__doc__ + values.main_module_help())
-    sys.exit(0)
-  if len(rest) > 1:
-    raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+  main_lib.parse_plain(values, [a for a in argv if a not in passed], __doc__)
   for name in ("config", "workdir", "seeds"):
     if not values[name].value:
       raise ConfigError(f"no {name}; say --{name}=...")

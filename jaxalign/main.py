@@ -88,6 +88,30 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
   return values
 
 
+def parse_plain(values, argv: list[str], doc: str) -> None:
+  """Parses the flags of a command that has no config; `--help` ends it.
+
+  Args:
+    values: the flags, "help" among them.
+    argv: what was typed.
+    doc: what --help says first.
+
+  Raises:
+    ConfigError: a wrong flag, or a word that is none.
+  """
+  from absl import flags
+  from jaxalign.errors import ConfigError
+  try:
+    rest = values(argv)
+  except flags.Error as error:
+    raise ConfigError(f"{error}; see --help") from error
+  if values.help:
+    print(doc + values.main_module_help())
+    sys.exit(0)
+  if len(rest) > 1:
+    raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+
+
 def _untyped(argv: list[str]) -> tuple[list[str], dict[tuple, object]]:
   """The flags without those whose type no config can tell, and these by path.
 

@@ -213,7 +213,7 @@ def _data(found: dict) -> Html:
            ("Duplicates left out", page.number(found.get("duplicates")))]
   facts.append(("Over the context", (
       f"{page.number(cut.get('too_long'))} rows left out, "
-      f"{page.number(cut.get('rows_cut'))} answers cut; "
+      f"{page.number(cut.get('rows_cut'))} cut; "
       f"{page.number(cut.get('context'))} tokens, "
       f"{page.number(cut.get('fits'))} keep 99 % whole")
                 if cut else "not measured"))
