@@ -18,8 +18,18 @@ from configs import common
 
 ISA = ("isa", "isa(order=magnitude)", "isa(order=renormalised)")
 NINE = ("random", "density", "k_center", *ISA, "real", "external_margin")
-GRID = (*NINE, "stratified", "length_matched", "length", "perplexity",
-        "herding", "facility_location", "dpp", "semdedup", "crossfit_lite")
+GRID = (
+  *NINE,
+  "stratified",
+  "length_matched",
+  "length",
+  "perplexity",
+  "herding",
+  "facility_location",
+  "dpp",
+  "semdedup",
+  "crossfit_lite",
+)
 
 
 def get_config(variant=""):
@@ -27,8 +37,14 @@ def get_config(variant=""):
   asked = variant.split(",")
   c = common.base(",".join(v for v in asked if v not in ("nine", "grid")))
   c.select.sampler = "isa"
-  c.compare = ("random", "length_matched", "density", "k_center", "herding",
-               "all")
+  c.compare = (
+    "random",
+    "length_matched",
+    "density",
+    "k_center",
+    "herding",
+    "all",
+  )
   c.budgets = (0.035, 0.1)
   c.seeds, c.train.min_updates = 5, 50
   if "nine" in asked or "grid" in asked:

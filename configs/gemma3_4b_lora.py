@@ -1,6 +1,6 @@
 r"""DPO of Gemma 3 4B by LoRA: the base in bfloat16 is its own reference.
 
-  python -m jaxalign.main --config=configs/gemma3_4b_lora.py --workdir=...
+python -m jaxalign.main --config=configs/gemma3_4b_lora.py --workdir=...
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-r"""KTO on the tenth of the thumbs that ISA ranks first, with the built-in world.
+r"""KTO on the tenth of the answers that ISA ranks first, in the built-in world.
 
 Pairs are split into thumbs up and down; rows are ranked alone, without a
 label quota, as in the paper.

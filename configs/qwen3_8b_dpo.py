@@ -1,6 +1,6 @@
 r"""DPO of Qwen3-8B on a tenth of the pool, embedded by its own first layers.
 
-  python -m jaxalign.main --config=configs/qwen3_8b_dpo.py --workdir=...
+python -m jaxalign.main --config=configs/qwen3_8b_dpo.py --workdir=...
 """
 
 from configs import common

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from jaxalign.eval import plateau
-from jaxalign.job import Arm, Job, arm_folder
+from jaxalign.job import Arm, arm_folder, Job
 
 METRIC = "win_vs_target"
 _NAME = f"eval/generations/{METRIC}"
-LABEL = ("Along one epoch (checkpoints, not runs of their own: the rate has "
-         "not come down and their errors go together, so intervals are too "
-         "narrow)")
+LABEL = (
+  "Along one epoch (checkpoints, not runs of their own: the rate has "
+  "not come down and their errors go together, so intervals are too "
+  "narrow)"
+)
 
 
 def points(job: Job, arms: list[Arm]) -> list[tuple[float, float]]:
@@ -39,8 +41,9 @@ def points(job: Job, arms: list[Arm]) -> list[tuple[float, float]]:
   return out
 
 
-def curve(job: Job, arms: list[Arm], start: np.ndarray | None
-          ) -> dict[str, Any] | None:
+def curve(
+  job: Job, arms: list[Arm], start: np.ndarray | None
+) -> dict[str, Any] | None:
   """`plateau.fit` through the points, its words labelled; None for too few.
 
   Args:
@@ -56,5 +59,6 @@ def curve(job: Job, arms: list[Arm], start: np.ndarray | None
   x, y = zip(*found)
   fit = plateau.fit(x, y)
   first, *rest = fit["words"]
-  return fit | dict(metric=METRIC, cheap=True,
-                    words=[f"{LABEL}: {first}", *rest])
+  return fit | dict(
+    metric=METRIC, cheap=True, words=[f"{LABEL}: {first}", *rest]
+  )

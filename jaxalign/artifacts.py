@@ -9,6 +9,7 @@ is given. The card is written before the stage starts, too: what a killed run
 left is gone on from only by a run with the same description.
 """
 
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import fcntl
@@ -17,15 +18,13 @@ import json
 import os
 import socket
 import time
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from etils import epath
 import jax
 import numpy as np
 
-from jaxalign import interrupt
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import interrupt, progress, sharding
 from jaxalign.errors import ConfigError, WriteError
 
 VERSION = 2  # raise when a stage's files change their meaning
@@ -74,14 +73,20 @@ def write_bytes(path: Any, data: bytes) -> None:
       temporary.unlink(missing_ok=True)
     if not isinstance(error, OSError):
       raise
-    raise WriteError(f"cannot write {path}: {error.strerror or error}; free "
-                     "space or permissions, or another --workdir") from error
+    raise WriteError(
+      f"cannot write {path}: {error.strerror or error}; free "
+      "space or permissions, or another --workdir"
+    ) from error
 
 
 def write_json(path: Any, value: Any) -> None:
   """JSON, indented, atomic; NaN is refused rather than written as bad JSON."""
-  write_bytes(path, (json.dumps(value, indent=1, sort_keys=True,
-                                allow_nan=False) + "\n").encode())
+  write_bytes(
+    path,
+    (
+      json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    ).encode(),
+  )
 
 
 def read_json(path: Any) -> Any:
@@ -92,6 +97,7 @@ def read_json(path: Any) -> Any:
 def write_array(path: Any, x: np.ndarray) -> None:
   """Writes .npy, atomic."""
   import io
+
   buffer = io.BytesIO()
   np.save(buffer, np.asarray(x), allow_pickle=False)
   write_bytes(path, buffer.getvalue())
@@ -103,6 +109,7 @@ def read_array(path: Any) -> np.ndarray:
   if "://" not in str(path):
     return np.load(os.fspath(path), allow_pickle=False, mmap_mode="r")
   import io
+
   return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
 
 
@@ -116,8 +123,9 @@ def digest(path: Any) -> dict[str, Any]:
   return dict(sha256=total.hexdigest(), bytes=size)
 
 
-def digest_tree(folder: Any, only: list[str] | None = None
-                ) -> dict[str, dict[str, Any]]:
+def digest_tree(
+  folder: Any, only: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
   """Relative path -> {sha256, bytes} of files under a folder.
 
   Args:
@@ -136,7 +144,7 @@ def digest_tree(folder: Any, only: list[str] | None = None
     elif ".tmp-" not in path.name:
       found[name] = digest(path)
 
-  for name in (only if only is not None else [""]):
+  for name in only if only is not None else [""]:
     walk(folder / name if name else folder, name)
   return found
 
@@ -176,8 +184,11 @@ def leads_out(folder: Any, name: Any) -> bool:
 
 def _plain(name: Any) -> bool:
   """Whether a name is relative and has no "..", whatever is on the disk."""
-  return (isinstance(name, str) and not set(name) & {"\0", "\\"}
-          and not {"", ".", ".."} & set(name.split("/")))
+  return (
+    isinstance(name, str)
+    and not set(name) & {"\0", "\\"}
+    and not {"", ".", ".."} & set(name.split("/"))
+  )
 
 
 def _remove(path: epath.Path) -> None:
@@ -206,8 +217,10 @@ def lock(workdir: Any) -> Iterator[None]:
     mine, owner = _take(workdir)
   try:
     if agree("harmed" if owner is not None else "done") == "harmed":
-      raise WriteError(f"{workdir} is in use by another job ({owner or '?'}); "
-                       "wait for it, stop it, or set another --workdir")
+      raise WriteError(
+        f"{workdir} is in use by another job ({owner or '?'}); "
+        "wait for it, stop it, or set another --workdir"
+      )
     yield
   finally:
     if mine is not None:
@@ -221,8 +234,9 @@ def _take(workdir: epath.Path) -> tuple[Any, str | None]:
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(os.fspath(path), "a+", encoding="utf-8")
   except OSError as error:
-    raise WriteError(f"cannot make {path}: {error.strerror or error}; set "
-                     "--workdir") from error
+    raise WriteError(
+      f"cannot make {path}: {error.strerror or error}; set --workdir"
+    ) from error
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     file.truncate(0)
@@ -234,8 +248,10 @@ def _take(workdir: epath.Path) -> tuple[Any, str | None]:
     file.close()
     return None, owner
   except OSError as error:
-    progress.say(f"{path} cannot be locked ({error.strerror or error}); see "
-                 "to it that no other job uses this workdir")
+    progress.say(
+      f"{path} cannot be locked ({error.strerror or error}); see "
+      "to it that no other job uses this workdir"
+    )
   return file, None
 
 
@@ -311,21 +327,33 @@ def read_card(folder: Any, stage: str) -> Card | None:
     return Card(stage, DAMAGED, {}, {}, {}, Cost(), {})
 
 
-def changed(old: Card, fields: dict[str, Any], inputs: dict[str, str]
-            ) -> list[str]:
+def changed(
+  old: Card, fields: dict[str, Any], inputs: dict[str, str]
+) -> list[str]:
   """What differs between a card and what is wanted now, in words."""
-  out = [f"{n} was {old.fields.get(n)!r}, now {fields.get(n)!r}"
-         for n in sorted(old.fields.keys() | fields.keys())
-         if old.fields.get(n) != fields.get(n)]
-  return out + [f"its input {n} is another one"
-                for n in sorted(old.inputs.keys() | inputs.keys())
-                if old.inputs.get(n) != inputs.get(n)]
+  out = [
+    f"{n} was {old.fields.get(n)!r}, now {fields.get(n)!r}"
+    for n in sorted(old.fields.keys() | fields.keys())
+    if old.fields.get(n) != fields.get(n)
+  ]
+  return out + [
+    f"its input {n} is another one"
+    for n in sorted(old.inputs.keys() | inputs.keys())
+    if old.inputs.get(n) != inputs.get(n)
+  ]
 
 
-def run(folder: Any, stage: str, *, fields: dict[str, Any],
-        inputs: dict[str, str], make: Callable[[epath.Path], tuple],
-        redo: bool = False, resumes: tuple[str, ...] = (),
-        mends: bool = False) -> Card:
+def run(
+  folder: Any,
+  stage: str,
+  *,
+  fields: dict[str, Any],
+  inputs: dict[str, str],
+  make: Callable[[epath.Path], tuple],
+  redo: bool = False,
+  resumes: tuple[str, ...] = (),
+  mends: bool = False,
+) -> Card:
   """Runs a stage, or finds it finished.
 
   Args:
@@ -347,12 +375,15 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
     RestartError: SIGTERM came while several processes were between stages.
   """
   folder = epath.Path(folder)
-  card, found, status = _look(folder, stage, fields, inputs, redo, resumes,
-                              mends)
+  card, found, status = _look(
+    folder, stage, fields, inputs, redo, resumes, mends
+  )
   if status == "done":
     found.skipped = True
-    progress.say(f"{stage}: finished before "
-                 f"({progress.duration(found.cost.seconds)}), skipped")
+    progress.say(
+      f"{stage}: finished before "
+      f"({progress.duration(found.cost.seconds)}), skipped"
+    )
     return found
   if found and status == "unfinished":
     card.result = found.result  # what `begin` said of it
@@ -374,9 +405,17 @@ def run(folder: Any, stage: str, *, fields: dict[str, Any],
   return card
 
 
-def begin(folder: Any, stage: str, *, fields: dict[str, Any],
-          inputs: dict[str, str], result: dict[str, Any], redo: bool = False,
-          resumes: tuple[str, ...] = (), mends: bool = False) -> bool:
+def begin(
+  folder: Any,
+  stage: str,
+  *,
+  fields: dict[str, Any],
+  inputs: dict[str, str],
+  result: dict[str, Any],
+  redo: bool = False,
+  resumes: tuple[str, ...] = (),
+  mends: bool = False,
+) -> bool:
   """Marks a stage as begun, for another stage that makes its files too.
 
   `run` then finds it unfinished and goes on from those files.
@@ -389,8 +428,9 @@ def begin(folder: Any, stage: str, *, fields: dict[str, Any],
     Whether anything is missing of it; False: it is finished and whole.
   """
   folder = epath.Path(folder)
-  card, found, status = _look(folder, stage, fields, inputs, redo, resumes,
-                              mends)
+  card, found, status = _look(
+    folder, stage, fields, inputs, redo, resumes, mends
+  )
   if status == "done":
     return False
   card.result = result
@@ -398,9 +438,15 @@ def begin(folder: Any, stage: str, *, fields: dict[str, Any],
   return True
 
 
-def _look(folder: epath.Path, stage: str, fields: dict[str, Any],
-          inputs: dict[str, str], redo: bool, resumes: tuple[str, ...],
-          mends: bool) -> tuple[Card, Card | None, str]:
+def _look(
+  folder: epath.Path,
+  stage: str,
+  fields: dict[str, Any],
+  inputs: dict[str, str],
+  redo: bool,
+  resumes: tuple[str, ...],
+  mends: bool,
+) -> tuple[Card, Card | None, str]:
   """The card to be written, the one that is there, and what there is to do."""
   fields = json.loads(json.dumps(fields))  # as it will be read back
   key = key_of(stage, fields, inputs)
@@ -410,15 +456,21 @@ def _look(folder: epath.Path, stage: str, fields: dict[str, Any],
   if found is not None:
     if found.key == DAMAGED:
       bad = ["its card has other bytes than were written"]
-    elif found.key == key and not found.finished and (
-        links := [name for name in resumes if leads_out(folder, name)]):
+    elif (
+      found.key == key
+      and not found.finished
+      and (links := [name for name in resumes if leads_out(folder, name)])
+    ):
       bad = [f"{name} is a link out of its folder" for name in links]
     elif found.key == key and found.finished and jax.process_index() == 0:
       bad = harmed(folder, found.outputs)
     if bad:
       status = "harmed"
-    elif found.key != key and not found.finished and not any(
-        _holds(folder / name) for name in resumes):
+    elif (
+      found.key != key
+      and not found.finished
+      and not any(_holds(folder / name) for name in resumes)
+    ):
       status = "new"  # a run that failed early has left nothing to lose
     elif found.key != key:
       status = "changed"
@@ -426,10 +478,16 @@ def _look(folder: epath.Path, stage: str, fields: dict[str, Any],
       status = "done"
     else:
       status = "unfinished"
-  if status == "harmed" and found.key == key and mends and all(
-      what.split("/")[0] in resumes for what in bad):
-    progress.say(f"{stage}: {'; '.join(bad[:4])}; doing this stage again where "
-                 "it is harmed")
+  if (
+    status == "harmed"
+    and found.key == key
+    and mends
+    and all(what.split("/")[0] in resumes for what in bad)
+  ):
+    progress.say(
+      f"{stage}: {'; '.join(bad[:4])}; doing this stage again where "
+      "it is harmed"
+    )
     status = "unfinished"
   status = agree(status)
   if status == "changed":
@@ -438,22 +496,31 @@ def _look(folder: epath.Path, stage: str, fields: dict[str, Any],
     if not redo:
       part = "" if found.finished else "an unfinished "
       raise ConfigError(
-          f"{folder} holds {part}{stage} made from another config: {words}. "
-          "Use another --workdir, or --redo to replace it")
+        f"{folder} holds {part}{stage} made from another config: {words}. "
+        "Use another --workdir, or --redo to replace it"
+      )
     progress.say(f"{stage}: {words}; running again")
   if status == "harmed":
     progress.say(f"{stage}: {'; '.join(bad)}; doing this stage again")
   return card, found, status
 
 
-def _enter(folder: epath.Path, card: Card, found: Card | None, status: str,
-           resumes: tuple[str, ...]) -> None:
+def _enter(
+  folder: epath.Path,
+  card: Card,
+  found: Card | None,
+  status: str,
+  resumes: tuple[str, ...],
+) -> None:
   """Clears the folder of what is no longer true, and writes the card."""
   interrupt.check()
   if jax.process_index() == 0:
     gone_on = status == "unfinished"
-    _make_room(folder, found.outputs if found and not gone_on else {},
-               () if gone_on else resumes)
+    _make_room(
+      folder,
+      found.outputs if found and not gone_on else {},
+      () if gone_on else resumes,
+    )
     _write_card(folder, card)
   sharding.barrier(f"before {card.stage}")
 
@@ -463,8 +530,9 @@ def _holds(path: epath.Path) -> bool:
   return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
-def _make_room(folder: epath.Path, outputs: dict[str, Any],
-               resumes: tuple[str, ...]) -> None:
+def _make_room(
+  folder: epath.Path, outputs: dict[str, Any], resumes: tuple[str, ...]
+) -> None:
   """Makes the folder, and removes from it what is no longer true.
 
   Args:
@@ -484,8 +552,9 @@ def _make_room(folder: epath.Path, outputs: dict[str, Any],
       if ".tmp-" in path.name:  # a killed run's half-written file
         _remove(path)
   except OSError as error:
-    raise WriteError(f"cannot make {folder}: {error.strerror or error}; set "
-                     "--workdir") from error
+    raise WriteError(
+      f"cannot make {folder}: {error.strerror or error}; set --workdir"
+    ) from error
 
 
 def told(make: Callable[[], str]) -> str:
@@ -493,10 +562,11 @@ def told(make: Callable[[], str]) -> str:
   if jax.process_count() == 1:
     return make()
   from jax.experimental import multihost_utils
+
   text = np.zeros(256, np.uint8)
   if jax.process_index() == 0:
     data = make().encode()
-    text[:len(data)] = np.frombuffer(data, np.uint8)
+    text[: len(data)] = np.frombuffer(data, np.uint8)
   text = np.asarray(multihost_utils.broadcast_one_to_all(text))
   return text.tobytes().rstrip(b"\0").decode()
 
@@ -506,6 +576,8 @@ def agree(status: str) -> str:
   if jax.process_count() == 1:
     return status
   from jax.experimental import multihost_utils
+
   names = ("new", "unfinished", "changed", "harmed", "done")
-  return names[int(multihost_utils.broadcast_one_to_all(
-      np.int32(names.index(status))))]
+  return names[
+    int(multihost_utils.broadcast_one_to_all(np.int32(names.index(status))))
+  ]

@@ -5,20 +5,19 @@ array bytes: one flipped bit restores wrong numbers without an error. So a
 manifest of sha256 digests is written beside every step and checked first.
 """
 
+from collections.abc import Iterator
 import contextlib
 import logging
 import os
 import shutil
 import threading
-from typing import Any, Iterator
+from typing import Any
 
 from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from jaxalign import artifacts
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import artifacts, progress, sharding
 from jaxalign.errors import WriteError
 
 for _name in ("absl", "asyncio"):  # they log the traceback of what orbax raises
@@ -53,13 +52,18 @@ class Checkpoints:
     policy = ocp.checkpoint_managers.LatestN(keep)
     try:
       self.manager = ocp.CheckpointManager(
-          self.folder, options=ocp.CheckpointManagerOptions(
-              preservation_policy=policy, create=True,
-              cleanup_tmp_directories=True,
-              enable_async_checkpointing=background))
+        self.folder,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=policy,
+          create=True,
+          cleanup_tmp_directories=True,
+          enable_async_checkpointing=background,
+        ),
+      )
     except OSError as error:
-      raise WriteError(f"cannot make {self.folder}: {error.strerror or error}; "
-                       "set --workdir") from error
+      raise WriteError(
+        f"cannot make {self.folder}: {error.strerror or error}; set --workdir"
+      ) from error
 
   def __enter__(self):
     return self
@@ -91,11 +95,16 @@ class Checkpoints:
     self._check_space(step, items)
     self._step = step
     with self._named(step):
-      self.manager.save(step, args=ocp.args.Composite(
-          **{n: ocp.args.StandardSave(x) for n, x in items.items()}),
-          force=True)
-    self._sealing = threading.Thread(target=self._seal, args=(step,),
-                                     name=f"seal {step}")
+      self.manager.save(
+        step,
+        args=ocp.args.Composite(
+          **{n: ocp.args.StandardSave(x) for n, x in items.items()}
+        ),
+        force=True,
+      )
+    self._sealing = threading.Thread(
+      target=self._seal, args=(step,), name=f"seal {step}"
+    )
     self._sealing.start()
     if not self.background:
       self.finish()
@@ -109,9 +118,10 @@ class Checkpoints:
       full = "No space left" in str(error)
       if full or isinstance(error, OSError):
         raise WriteError(
-            f"cannot save step {step} to {self.folder}: "
-            f"{'No space left on device' if full else error}; the step before "
-            "is still there, free space and run the same command") from error
+          f"cannot save step {step} to {self.folder}: "
+          f"{'No space left on device' if full else error}; the step before "
+          "is still there, free space and run the same command"
+        ) from error
       raise
 
   def _seal(self, step: int) -> None:
@@ -119,8 +129,9 @@ class Checkpoints:
     try:
       self.manager.wait_until_finished()
       if jax.process_index() == 0:
-        artifacts.write_json(self._manifest(step), artifacts.digest_tree(
-            self.folder / str(step)))
+        artifacts.write_json(
+          self._manifest(step), artifacts.digest_tree(self.folder / str(step))
+        )
         for old in self.folder.glob("*.digests.json"):
           if not (self.folder / old.name.split(".")[0]).exists():
             old.unlink(missing_ok=True)
@@ -147,13 +158,18 @@ class Checkpoints:
     if "://" in str(self.folder):
       return
     wanted = _SPARE + sum(
-        shard.data.nbytes for x in jax.tree.leaves(items)
-        for shard in x.addressable_shards if shard.replica_id == 0)
+      shard.data.nbytes
+      for x in jax.tree.leaves(items)
+      for shard in x.addressable_shards
+      if shard.replica_id == 0
+    )
     free = shutil.disk_usage(self.folder).free
     if free < wanted:
-      raise WriteError(f"cannot save step {step} to {self.folder}: it takes "
-                       f"{wanted:,} bytes, {free:,} are free; the step before "
-                       "is still there, free space and run the same command")
+      raise WriteError(
+        f"cannot save step {step} to {self.folder}: it takes "
+        f"{wanted:,} bytes, {free:,} are free; the step before "
+        "is still there, free space and run the same command"
+      )
 
   def verified(self, step: int) -> bool:
     """Whether a step's bytes are those that were written."""
@@ -162,7 +178,8 @@ class Checkpoints:
       path = self._manifest(step)
       try:
         good = path.exists() and not artifacts.harmed(
-            self.folder / str(step), artifacts.read_json(path))
+          self.folder / str(step), artifacts.read_json(path)
+        )
       except ValueError:
         good = False
     return artifacts.agree("done" if good else "harmed") == "done"
@@ -173,8 +190,10 @@ class Checkpoints:
     for step in sorted(self.manager.all_steps(), reverse=True):
       if self.verified(step):
         return step
-      progress.say(f"  checkpoint {step} in {self.folder} is damaged or was "
-                   "never finished; going back to the one before")
+      progress.say(
+        f"  checkpoint {step} in {self.folder} is damaged or was "
+        "never finished; going back to the one before"
+      )
       self.delete(step)
     return None
 
@@ -186,8 +205,12 @@ class Checkpoints:
 
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """The named trees of a step, on the shardings of `abstract`."""
-    found = self.manager.restore(step, args=ocp.args.Composite(
-        **{n: ocp.args.StandardRestore(x) for n, x in abstract.items()}))
+    found = self.manager.restore(
+      step,
+      args=ocp.args.Composite(
+        **{n: ocp.args.StandardRestore(x) for n, x in abstract.items()}
+      ),
+    )
     return {n: found[n] for n in abstract}
 
 

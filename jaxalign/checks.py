@@ -8,87 +8,143 @@ import math
 import re
 from typing import Any
 
-from jaxalign import embedder
-from jaxalign import host
-from jaxalign import memory
-from jaxalign import pilot
-from jaxalign import recipe
-from jaxalign import sharding
-from jaxalign.artifacts import flatten
-from jaxalign.artifacts import pick
+from jaxalign import embedder, host, memory, pilot, recipe, sharding
+from jaxalign.artifacts import flatten, pick
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.job import (WHOLE, Job, kernel_of, lora_of, loss_of,
-                          sampler_kwargs, sizes)
-from jaxalign.model import decoder
-from jaxalign.model import weights
+from jaxalign.job import (
+  Job,
+  kernel_of,
+  lora_of,
+  loss_of,
+  sampler_kwargs,
+  sizes,
+  WHOLE,
+)
+from jaxalign.model import decoder, weights
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
-from jaxalign.select.samplers import basic
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import basic, combine
 from jaxalign.select.topk import budget_rows
-from jaxalign.stages import columns
-from jaxalign.stages import judges
-from jaxalign.stages import proxies
-from jaxalign.stages import questions
-from jaxalign.stages import scores
-from jaxalign.stages import watched
-from jaxalign.train import feed
-from jaxalign.train import optim
-from jaxalign.train import stats
+from jaxalign.stages import columns, judges, proxies, questions, scores, watched
+from jaxalign.train import feed, optim, stats
 from jaxalign.train.logps import PRODUCERS
 
-
 # Knobs that count something there must be at least one of, or may be none.
-COUNTS = ("sft.updates", "sft.save_every", "train.save_every", "embed.tile",
-          "embed.shard",
-          "model.layers", "model.width", "model.heads", "model.kv_heads",
-          "model.head_size", "model.ff", "model.head_chunk", "eval.prompts",
-          "eval.new_tokens", "eval.tile", "select.mixture.starts",
-          "select.mixture.max_iterations", "select.mixture.rank",
-          "select.mixture.reservoir",
-          "train.eval_rows", "train.eval_prompts", "lora.batches", "seeds",
-          "train.min_updates", "proxy.updates",
-          "proxy.models", "proxy.save_every", "proxy.batch_size",
-          "proxy.accumulation", "judge.max_tokens", "judge.workers",
-          "train.keep")
-NOT_NEGATIVE = ("train.max_updates", "select.stability_seeds", "data.limit",
-                "eval.temperature", "train.clip",
-                "sft.clip", "select.mixture.ridge", "lora.rank",
-                "train.peak", "train.ref_sync", "train.eval_every",
-                "train.stop_after", "train.explode", "ask.context",
-                "judge.prompts", "judge.labels", "judge.controls",
-                "judge.context", "judge.temperature", "rewards.context",
-                "proxy.half_updates", "proxy.clip", "train.weight_decay",
-                "sft.weight_decay", "proxy.weight_decay")
+COUNTS = (
+  "sft.updates",
+  "sft.save_every",
+  "train.save_every",
+  "embed.tile",
+  "embed.shard",
+  "model.layers",
+  "model.width",
+  "model.heads",
+  "model.kv_heads",
+  "model.head_size",
+  "model.ff",
+  "model.head_chunk",
+  "eval.prompts",
+  "eval.new_tokens",
+  "eval.tile",
+  "select.mixture.starts",
+  "select.mixture.max_iterations",
+  "select.mixture.rank",
+  "select.mixture.reservoir",
+  "train.eval_rows",
+  "train.eval_prompts",
+  "lora.batches",
+  "seeds",
+  "train.min_updates",
+  "proxy.updates",
+  "proxy.models",
+  "proxy.save_every",
+  "proxy.batch_size",
+  "proxy.accumulation",
+  "judge.max_tokens",
+  "judge.workers",
+  "train.keep",
+)
+NOT_NEGATIVE = (
+  "train.max_updates",
+  "select.stability_seeds",
+  "data.limit",
+  "eval.temperature",
+  "train.clip",
+  "sft.clip",
+  "select.mixture.ridge",
+  "lora.rank",
+  "train.peak",
+  "train.ref_sync",
+  "train.eval_every",
+  "train.stop_after",
+  "train.explode",
+  "ask.context",
+  "judge.prompts",
+  "judge.labels",
+  "judge.controls",
+  "judge.context",
+  "judge.temperature",
+  "rewards.context",
+  "proxy.half_updates",
+  "proxy.clip",
+  "train.weight_decay",
+  "sft.weight_decay",
+  "proxy.weight_decay",
+)
 SHARES = ("train.b2", "sft.b2", "proxy.b2")  # in [0, 1): 1 keeps all for ever
-PARTS = ("data.world.redundancy", "data.world.flips", "data.world.junk",
-         "data.world.corrupt", "data.max_bad_fraction", "data.split",
-         "train.warmup_ratio", "sft.warmup_ratio", "proxy.warmup_ratio",
-         "train.ref_mix", "select.label_quota")  # in [0, 1]
+PARTS = (
+  "data.world.redundancy",
+  "data.world.flips",
+  "data.world.junk",
+  "data.world.corrupt",
+  "data.max_bad_fraction",
+  "data.split",
+  "train.warmup_ratio",
+  "sft.warmup_ratio",
+  "proxy.warmup_ratio",
+  "train.ref_mix",
+  "select.label_quota",
+)  # in [0, 1]
 POSITIVE = ("model.norm_eps", "model.rope_theta", "data.world.temperature")
-CHOICES = {"select.order": (*basic.ORDERS, basic.SOFT),
-           "select.pair_score": basic.PAIR_SCORES,
-           "select.mixture.covariance": mixtures.COVARIANCES,
-           "data.on_bad_rows": ("skip", "error"),
-           "model.param_dtype": decoder.DTYPES,
-           "export.dtype": ("auto", *weights.DTYPES),
-           "embed.store_dtype": stores.DTYPES,
-           "train.optimizer": tuple(optim.OPTIMIZERS),
-           "train.reference": ("stored", "online"),
-           "train.layout": tuple(feed.LAYOUTS),
-           "train.logps": tuple(PRODUCERS)}
+CHOICES = {
+  "select.order": (*basic.ORDERS, basic.SOFT),
+  "select.pair_score": basic.PAIR_SCORES,
+  "select.mixture.covariance": mixtures.COVARIANCES,
+  "data.on_bad_rows": ("skip", "error"),
+  "model.param_dtype": decoder.DTYPES,
+  "export.dtype": ("auto", *weights.DTYPES),
+  "embed.store_dtype": stores.DTYPES,
+  "train.optimizer": tuple(optim.OPTIMIZERS),
+  "train.reference": ("stored", "online"),
+  "train.layout": tuple(feed.LAYOUTS),
+  "train.logps": tuple(PRODUCERS),
+}
 
 
 # Knobs that are lists, of what; a config file or a flag may hold anything.
-LISTS = {"compare": str, "ask.answers": str, "train.trackers": str,
-         "train.eval_sets": str, "lora.targets": str, "budgets": float,
-         "pilot.budgets": float, "profile.steps": int, "data.caps": int,
-        "data.weights": float}
+LISTS = {
+  "compare": str,
+  "ask.answers": str,
+  "train.trackers": str,
+  "train.eval_sets": str,
+  "lora.targets": str,
+  "budgets": float,
+  "pilot.budgets": float,
+  "profile.steps": int,
+  "data.caps": int,
+  "data.weights": float,
+}
 # Numbers whose own checks say more than "is no finite number".
-TOLD = ("select.budget", "budgets", "pilot.budgets", "train.lr", "sft.lr",
-        *SHARES)
+TOLD = (
+  "select.budget",
+  "budgets",
+  "pilot.budgets",
+  "train.lr",
+  "sft.lr",
+  *SHARES,
+)
 LARGEST = 1 << 53  # of a whole number: beyond, a float loses count
 # How many there may be of what a plan lists one by one, or draws.
 MOST = {"seeds": 10_000, "pilot.seeds": 10_000, "data.world.clusters": 1 << 20}
@@ -101,28 +157,41 @@ def _check_kinds(c: Any) -> None:
   """
   for name, value in flatten(c, "").items():
     kind = LISTS.get(name)
-    if kind and (not isinstance(value, (list, tuple)) or not all(
+    if kind and (
+      not isinstance(value, (list, tuple))
+      or not all(
         isinstance(x, (int, float) if kind is float else kind)
-        and not isinstance(x, bool) for x in value)):
-      raise ConfigError(f"{name}={_shown(value)}, wanted a list of " + {
-          str: "names", float: "numbers", int: "whole numbers"}[kind]
-                        + f"; set config.{name}")
+        and not isinstance(x, bool)
+        for x in value
+      )
+    ):
+      raise ConfigError(
+        f"{name}={_shown(value)}, wanted a list of "
+        + {str: "names", float: "numbers", int: "whole numbers"}[kind]
+        + f"; set config.{name}"
+      )
     for x in value if isinstance(value, (list, tuple)) else (value,):
       if not isinstance(x, (int, float)) or isinstance(x, bool):
         continue
       if isinstance(x, float) and not math.isfinite(x):
         if name not in TOLD or name.endswith("lr") and not math.isnan(x):
-          raise ConfigError(f"{name}={x}, wanted a finite number; set "
-                            f"config.{name}")
+          raise ConfigError(
+            f"{name}={x}, wanted a finite number; set config.{name}"
+          )
       elif isinstance(x, int) and abs(x) > LARGEST:
-        raise ConfigError(f"{name}={_shown(x)}, wanted a whole number of at "
-                          f"most {LARGEST:,}; set config.{name}")
+        raise ConfigError(
+          f"{name}={_shown(x)}, wanted a whole number of at "
+          f"most {LARGEST:,}; set config.{name}"
+        )
       elif name.rpartition(".")[2] == "seed" and not 0 <= x < 1 << 32:
-        raise ConfigError(f"{name}={x}, wanted a seed from 0 to "
-                          f"{(1 << 32) - 1:,}; set config.{name}")
+        raise ConfigError(
+          f"{name}={x}, wanted a seed from 0 to "
+          f"{(1 << 32) - 1:,}; set config.{name}"
+        )
       elif name in MOST and x > MOST[name]:
-        raise ConfigError(f"{name}={x:,}, wanted {MOST[name]:,} or fewer; set "
-                          f"config.{name}")
+        raise ConfigError(
+          f"{name}={x:,}, wanted {MOST[name]:,} or fewer; set config.{name}"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -137,40 +206,52 @@ def _check_values(c: Any) -> None:
   for least, names in ((1, COUNTS), (0, NOT_NEGATIVE)):
     for name, value in pick(c, *names).items():
       if not value >= least:
-        raise ConfigError(f"{name}={value}, wanted {least} or more; set "
-                          f"config.{name}")
+        raise ConfigError(
+          f"{name}={value}, wanted {least} or more; set config.{name}"
+        )
   for name, value in pick(c, *SHARES).items():
     if not 0 <= value < 1:
-      raise ConfigError(f"{name}={value}, wanted a decay in [0, 1); set "
-                        f"config.{name}")
+      raise ConfigError(
+        f"{name}={value}, wanted a decay in [0, 1); set config.{name}"
+      )
   for name, value in pick(c, *PARTS).items():
     if not 0 <= value <= 1:
-      raise ConfigError(f"{name}={value}, wanted a share from 0 to 1; set "
-                        f"config.{name}")
+      raise ConfigError(
+        f"{name}={value}, wanted a share from 0 to 1; set config.{name}"
+      )
   for name, value in pick(c, *POSITIVE).items():
     if not value > 0:
-      raise ConfigError(f"{name}={value}, wanted more than 0; set "
-                        f"config.{name}")
+      raise ConfigError(
+        f"{name}={value}, wanted more than 0; set config.{name}"
+      )
   pca = str(c.select.mixture.pca)
   if pca != "auto" and not re.fullmatch("[0-9]{1,9}", pca):
-    raise ConfigError(f"select.mixture.pca={_shown(pca)}, wanted auto or a "
-                      "number of directions (0: all); set "
-                      "config.select.mixture.pca")
+    raise ConfigError(
+      f"select.mixture.pca={_shown(pca)}, wanted auto or a "
+      "number of directions (0: all); set "
+      "config.select.mixture.pca"
+    )
   steps = tuple(c.profile.steps)
   if len(steps) != 2 or steps != (0, 0) and not 0 <= steps[0] < steps[1]:
-    raise ConfigError(f"profile.steps={steps}, wanted the first step to trace "
-                      "and, above it, the one after the last, or (0, 0); set "
-                      "config.profile.steps")
+    raise ConfigError(
+      f"profile.steps={steps}, wanted the first step to trace "
+      "and, above it, the one after the last, or (0, 0); set "
+      "config.profile.steps"
+    )
   if mixtures.components_of(c.select.mixture.components) == mixtures.LABELS:
     if c.select.mixture.covariance == "low_rank":
-      raise ConfigError("select.mixture.components='labels' is a closed form, "
-                        "which low_rank covariances have not; set "
-                        "config.select.mixture.covariance")
+      raise ConfigError(
+        "select.mixture.components='labels' is a closed form, "
+        "which low_rank covariances have not; set "
+        "config.select.mixture.covariance"
+      )
   for name, known in CHOICES.items():
     value = pick(c, name)[name]
     if value not in known:
-      raise ConfigError(f"{name}={value!r} is unknown, wanted one of "
-                        f"{', '.join(known)}; set config.{name}")
+      raise ConfigError(
+        f"{name}={value!r} is unknown, wanted one of "
+        f"{', '.join(known)}; set config.{name}"
+      )
   budgets = (*c.pilot.budgets, c.pilot.at, *c.budgets)
   if c.select.budget != pilot.AUTO:
     budgets += (c.select.budget,)
@@ -179,20 +260,26 @@ def _check_values(c: Any) -> None:
     if not budget > 1 or budget % 1:
       budget_rows(float(budget), 1 << 40)  # rows: once the pool is read
   if 0 < c.train.max_updates < c.train.min_updates:
-    raise ConfigError(f"train.min_updates={c.train.min_updates} is above "
-                      f"train.max_updates={c.train.max_updates}; set one of "
-                      "them")
+    raise ConfigError(
+      f"train.min_updates={c.train.min_updates} is above "
+      f"train.max_updates={c.train.max_updates}; set one of "
+      "them"
+    )
   if not (context := prepare.asked_context(c)):
     return  # the data stage chooses it
   room = context - tokens_lib.LEAST_CONTEXT + 1
   if room < 1:
-    raise ConfigError(f"model.context={context} holds no prompt and "
-                      f"response, wanted {tokens_lib.LEAST_CONTEXT} or more;"
-                      " set config.model.context")
+    raise ConfigError(
+      f"model.context={context} holds no prompt and "
+      f"response, wanted {tokens_lib.LEAST_CONTEXT} or more;"
+      " set config.model.context"
+    )
   if c.eval.new_tokens > room:
-    raise ConfigError(f"eval.new_tokens={c.eval.new_tokens} leaves no room for "
-                      f"a prompt in model.context={context}, wanted "
-                      f"{room} or less; set one of them")
+    raise ConfigError(
+      f"eval.new_tokens={c.eval.new_tokens} leaves no room for "
+      f"a prompt in model.context={context}, wanted "
+      f"{room} or less; set one of them"
+    )
 
 
 def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
@@ -201,20 +288,26 @@ def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   if lacking := columns.lacking(c, kind, sampler):
     why = "; ".join(f"{n}: {w}" for n, w in lacking.items() if w)
     raise ConfigError(
-        f"sampler {name!r} reads {', '.join(lacking)}, which no stage of this "
-        f"job makes{why and f' ({why})'}; it works on arrays of your own "
-        f"(jaxalign.select.samplers), or set config.{knob}")
+      f"sampler {name!r} reads {', '.join(lacking)}, which no stage of this "
+      f"job makes{why and f' ({why})'}; it works on arrays of your own "
+      f"(jaxalign.select.samplers), or set config.{knob}"
+    )
   if sampler.pairs and kind == "thumbs":
-    raise ConfigError(f"sampler {name!r} compares the two answers of a pair, "
-                      f"and {c.loss.name!r} eats single answers; set "
-                      f"config.{knob} or config.loss.name")
+    raise ConfigError(
+      f"sampler {name!r} compares the two answers of a pair, "
+      f"and {c.loss.name!r} eats single answers; set "
+      f"config.{knob} or config.loss.name"
+    )
 
 
 def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
   """Raises ConfigError for knobs of the stages that samplers read."""
-  asked = {stage for name in (c.select.sampler, *c.compare)
-           if name not in WHOLE for stage in columns.stages(
-               c, kind, combine.named(name))}
+  asked = {
+    stage
+    for name in (c.select.sampler, *c.compare)
+    if name not in WHOLE
+    for stage in columns.stages(c, kind, combine.named(name))
+  }
   if "ask" in asked:
     questions.check(c.ask.question, c.ask.answers)
     scores.judge_config(c, m)
@@ -222,11 +315,17 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
     scores.reward_config(c)
   if asked & {"proxy", "held_out"}:
     if not c.proxy.pairs > 0:
-      raise ConfigError(f"proxy.pairs={c.proxy.pairs}, wanted more than 0; set "
-                        "config.proxy.pairs")
+      raise ConfigError(
+        f"proxy.pairs={c.proxy.pairs}, wanted more than 0; set "
+        "config.proxy.pairs"
+      )
     proxies.check(c)
-    optim.make_schedule(lr=c.proxy.lr, updates=10, schedule=c.proxy.schedule,
-                        warmup_ratio=c.proxy.warmup_ratio)
+    optim.make_schedule(
+      lr=c.proxy.lr,
+      updates=10,
+      schedule=c.proxy.schedule,
+      warmup_ratio=c.proxy.warmup_ratio,
+    )
 
 
 def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
@@ -250,9 +349,11 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss_of(c).kind, "select.sampler")
   if "subset" in sampler.needs:
-    raise ConfigError(f"sampler {c.select.sampler!r} copies another arm, the "
-                      "chosen sampler's; name it in config.compare and another "
-                      "in config.select.sampler")
+    raise ConfigError(
+      f"sampler {c.select.sampler!r} copies another arm, the "
+      "chosen sampler's; name it in config.compare and another "
+      "in config.select.sampler"
+    )
   loss = loss_of(c)
   if trains:
     _check_alignment(c, loss)
@@ -260,43 +361,59 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   decoder.check(m, sharding.nowhere())
   embedder.choose(c, m._replace(lora=None))
   for part, name in ((c.sft, "config.sft"),) + (
-      ((c.train, "config.train"),) if trains else ()):
+    ((c.train, "config.train"),) if trains else ()
+  ):
     feed.check_divides(part.batch_size, part.accumulation, name)
-    optim.make_schedule(lr=part.lr, updates=10, schedule=part.schedule,
-                        warmup_ratio=part.warmup_ratio)
+    optim.make_schedule(
+      lr=part.lr,
+      updates=10,
+      schedule=part.schedule,
+      warmup_ratio=part.warmup_ratio,
+    )
   _check_stages(c, loss.kind, m._replace(lora=None))
 
 
 def _check_alignment(c: Any, loss: Any) -> None:
   """Raises ConfigError for what cannot align: a loss, an arm, a rate."""
   if loss.kind == "rows":
-    raise ConfigError(f"loss {c.loss.name!r} prefers nothing: it cannot align; "
-                      "set config.loss.name")
-  unknown = [x for known, asked in ((stats.STATS, loss.stats),
-                                    (stats.EXTRAS, loss.extras))
-             for x in asked if x not in known]
+    raise ConfigError(
+      f"loss {c.loss.name!r} prefers nothing: it cannot align; "
+      "set config.loss.name"
+    )
+  unknown = [
+    x
+    for known, asked in ((stats.STATS, loss.stats), (stats.EXTRAS, loss.extras))
+    for x in asked
+    if x not in known
+  ]
   if unknown:
-    raise ConfigError(f"loss {c.loss.name!r} asks for {', '.join(unknown)}, "
-                      "which no step computes (known: "
-                      f"{', '.join(stats.STATS + stats.EXTRAS)}); set "
-                      "config.loss.name")
+    raise ConfigError(
+      f"loss {c.loss.name!r} asks for {', '.join(unknown)}, "
+      "which no step computes (known: "
+      f"{', '.join(stats.STATS + stats.EXTRAS)}); set "
+      "config.loss.name"
+    )
   if "z0" in loss.stats and c.train.batch_size < 2:
-    raise ConfigError(f"loss {c.loss.name!r} mismatches the answers of a "
-                      f"batch; train.batch_size={c.train.batch_size}, wanted "
-                      "2 or more")
+    raise ConfigError(
+      f"loss {c.loss.name!r} mismatches the answers of a "
+      f"batch; train.batch_size={c.train.batch_size}, wanted "
+      "2 or more"
+    )
   for name in c.compare:
     if name not in WHOLE:
       _check_columns(c, name, loss.kind, "compare")
   if c.lora.rank and not c.lora.eta > 0:
-    raise ConfigError(f"lora.eta={c.lora.eta}, wanted more than 0; set "
-                      "config.lora.eta")
+    raise ConfigError(
+      f"lora.eta={c.lora.eta}, wanted more than 0; set config.lora.eta"
+    )
   watched.check(c)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
 
 
-def validate_on(job: Job, *, planned: bool = False, force: bool = False,
-                trains: bool = True) -> None:
+def validate_on(
+  job: Job, *, planned: bool = False, force: bool = False, trains: bool = True
+) -> None:
   """Every mistake that shows once the mesh is known.
 
   Args:
@@ -307,20 +424,28 @@ def validate_on(job: Job, *, planned: bool = False, force: bool = False,
   """
   c, job.force = job.c, force
   for part, name in ((c.sft, "config.sft"),) + (
-      ((c.train, "config.train"),) if trains else ()):
+    ((c.train, "config.train"),) if trains else ()
+  ):
     feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
-  asked = {stage for name in (c.select.sampler, *c.compare)
-           if name not in WHOLE for stage in columns.stages(
-               c, job.kind, combine.named(name))}
+  asked = {
+    stage
+    for name in (c.select.sampler, *c.compare)
+    if name not in WHOLE
+    for stage in columns.stages(c, job.kind, combine.named(name))
+  }
   if asked & {"proxy", "held_out"}:
-    feed.check_batch(c.proxy.batch_size, c.proxy.accumulation, job.mesh,
-                     "config.proxy")
+    feed.check_batch(
+      c.proxy.batch_size, c.proxy.accumulation, job.mesh, "config.proxy"
+    )
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
   decoder.check(m, job.mesh)
   if trains and (context := prepare.asked_context(c)):
-    memory.check_fits(host.step_memory(c, m, job.mesh, context, job.kind),
-                      job.mesh.devices.flat[0], force)
+    memory.check_fits(
+      host.step_memory(c, m, job.mesh, context, job.kind),
+      job.mesh.devices.flat[0],
+      force,
+    )
 
 
 def _model(c: Any, planned: bool) -> decoder.ModelConfig:
@@ -339,8 +464,10 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
   if tokenizer is not None:
     tokenizer.check_export()
     if m is not None and tokenizer.vocab_size > m.vocab:
-      raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} pieces, the "
-                        f"checkpoint {m.vocab} embeddings; set "
-                        "config.model.tokenizer")
+      raise ConfigError(
+        f"the tokenizer has {tokenizer.vocab_size} pieces, the "
+        f"checkpoint {m.vocab} embeddings; set "
+        "config.model.tokenizer"
+      )
   pieces = tokenizer.vocab_size if tokenizer else c.model.vocab_size
   return (m or sizes(c, pieces))._replace(lora=lora_of(c))

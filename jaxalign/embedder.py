@@ -6,24 +6,19 @@ embedding alone; the reference then runs over the kept rows only, or, where a
 sampler reads its log-probabilities, over all in the pass that embeds them.
 """
 
+from collections.abc import Callable
 import re
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import hub, progress, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder
-from jaxalign.model import encoder
-from jaxalign.model import families
-from jaxalign import hub
-from jaxalign.model import published
-from jaxalign.model import weights
+from jaxalign.model import decoder, encoder, families, published, weights
 from jaxalign.select import embed
 
 
@@ -50,8 +45,10 @@ def alone(c: Any) -> bool:
 def first_layers(m: decoder.ModelConfig, layers: int) -> decoder.ModelConfig:
   """The same decoder cut after `layers`; without a head of its own."""
   if not 0 < layers <= m.layers:
-    raise ConfigError(f"embed.layers={layers}, the model has {m.layers}; set "
-                      "config.embed.layers")
+    raise ConfigError(
+      f"embed.layers={layers}, the model has {m.layers}; set "
+      "config.embed.layers"
+    )
   return m._replace(layers=layers, kinds=m.kinds[:layers], tied=True, lora=None)
 
 
@@ -66,20 +63,25 @@ def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
   kind = weights.model_type(given) if given else ""
   if kind in encoder.FAMILIES:
     if layers:
-      raise ConfigError(f"embed.layers={layers} is of decoders, but "
-                        f"{given} is a {kind}; set config.embed.layers=0")
+      raise ConfigError(
+        f"embed.layers={layers} is of decoders, but "
+        f"{given} is a {kind}; set config.embed.layers=0"
+      )
     m = _encoder(given, "" if pooling in ("auto", "response") else pooling)
     return Embedder(m, given, m.pooling, True, pooling == "response")
   if pooling not in embed.POOLINGS:
-    raise ConfigError(f"embed.pooling={pooling!r} is not of a decoder, wanted "
-                      f"{' or '.join(embed.POOLINGS)}; set "
-                      "config.embed.pooling")
+    raise ConfigError(
+      f"embed.pooling={pooling!r} is not of a decoder, wanted "
+      f"{' or '.join(embed.POOLINGS)}; set "
+      "config.embed.pooling"
+    )
   if by_reference(c):
     m = first_layers(reference, layers) if layers else reference
     return Embedder(m, "", pooling, alone(c))
   m = weights.read_config(given, c.model.dtype, "none")
-  m = m._replace(context=min(m.context, c.model.context),
-                 attention=reference.attention)
+  m = m._replace(
+    context=min(m.context, c.model.context), attention=reference.attention
+  )
   return Embedder(first_layers(m, layers or m.layers), given, pooling, True)
 
 
@@ -101,31 +103,45 @@ def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
     if (raw := published.CONFIGS.get(given)) is None:
       raise
     return encoder.EncoderConfig(  # to plan with
-        layers=raw["num_hidden_layers"], width=raw["hidden_size"],
-        heads=raw["num_attention_heads"], ff=raw["intermediate_size"],
-        vocab=raw["vocab_size"], positions=raw["max_position_embeddings"],
-        context=raw["max_position_embeddings"], pooling=pooling or "mean")
+      layers=raw["num_hidden_layers"],
+      width=raw["hidden_size"],
+      heads=raw["num_attention_heads"],
+      ff=raw["intermediate_size"],
+      vocab=raw["vocab_size"],
+      positions=raw["max_position_embeddings"],
+      context=raw["max_position_embeddings"],
+      pooling=pooling or "mean",
+    )
 
 
 def digest_names(e: Embedder) -> list[str]:
   """The files that an embedding depends on, of a model of its own."""
-  return sorted(p.name for p in hub.resolve(e.folder).iterdir()
-                if p.name.endswith((".json", ".model", ".safetensors")))
+  return sorted(
+    p.name
+    for p in hub.resolve(e.folder).iterdir()
+    if p.name.endswith((".json", ".model", ".safetensors"))
+  )
 
 
 def files(e: Embedder) -> list[str]:
   """What `run` leaves beside the embedding."""
   own = e.folder and isinstance(e.model, decoder.ModelConfig)
-  return [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields
-          ] if own else []
+  return (
+    [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
+    if own
+    else []
+  )
 
 
-def first_weights(m: decoder.ModelConfig, params: decoder.Params
-                  ) -> decoder.Params:
+def first_weights(
+  m: decoder.ModelConfig, params: decoder.Params
+) -> decoder.Params:
   """Of a longer model's parameters those of `first_layers`."""
   rows = decoder.table(m)  # sharded alike; only the leading axis is cut
-  return {n: params[n][:rows[n].shape[0]] if n.startswith("layers/")
-          else params[n] for n in rows}
+  return {
+    n: params[n][: rows[n].shape[0]] if n.startswith("layers/") else params[n]
+    for n in rows
+  }
 
 
 def load(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
@@ -138,8 +154,13 @@ def load(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
     return None if found and int(found[1]) >= m.layers else name
 
   return weights.load(
-      e.folder, decoder.table(m), families.stored(m), mesh, canonical=canonical,
-      dtype=jnp.dtype(m.dtype))
+    e.folder,
+    decoder.table(m),
+    families.stored(m),
+    mesh,
+    canonical=canonical,
+    dtype=jnp.dtype(m.dtype),
+  )
 
 
 def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
@@ -156,10 +177,11 @@ def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
   texts, answers = texts_of(rows), texts_of(rows, answers=True)
   with progress.bar("tokenize", len(texts)) as tick:
     for at in range(0, len(texts), 1024):
-      part, tails = texts[at:at + 1024], answers[at:at + 1024]
+      part, tails = texts[at : at + 1024], answers[at : at + 1024]
       if apart:
-        heads = tok.encode_many([text[:len(text) - len(answer)]
-                                 for text, answer in zip(part, tails)])
+        heads = tok.encode_many(
+          [text[: len(text) - len(answer)] for text, answer in zip(part, tails)]
+        )
         tails = tok.encode_responses(tails)
       else:
         heads, tails = tok.encode_many(part), [[]] * len(part)
@@ -168,18 +190,24 @@ def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:
         start.append(len(ids[-1]) - min(len(tail), room) if apart else 0)
       tick(len(part))
   return tokens_lib.TokenRows(
-      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]),
-      np.array(start, np.int32), np.zeros(len(ids), np.int32))
+    np.concatenate(ids),
+    np.cumsum([0] + [len(i) for i in ids]),
+    np.array(start, np.int32),
+    np.zeros(len(ids), np.int32),
+  )
 
 
 def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
   """The texts to embed: two of a pair, chosen first; or the answers alone."""
-  return [("" if answers else row["prompt"]) + row[side] for row in rows
-          for side in ("chosen", "rejected", "completion") if side in row]
+  return [
+    ("" if answers else row["prompt"]) + row[side]
+    for row in rows
+    for side in ("chosen", "rejected", "completion")
+    if side in row
+  ]
 
 
-def prepare(job: Any, e: Embedder, folder: Any
-            ) -> tuple[Callable, int, int]:
+def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
   """What embeds the pool where the reference does not.
 
   Args:
@@ -194,14 +222,21 @@ def prepare(job: Any, e: Embedder, folder: Any
   c, ids = job.c, job.column("pool", "id")
   if isinstance(e.model, encoder.EncoderConfig):
     from jaxalign.select import texts  # needs the `tokenizers` package
+
     params, m, tok = texts.read_encoder(e.folder, job.mesh, pooling=e.pooling)
     asked = texts_of(job.rows("pool"), e.answers)
     sizes = [len(x.ids) for x in tok.encode_batch_fast(asked)]
 
     def encoded(parts, tick):
       index = np.concatenate(parts)
-      x = texts.embed_texts(job.mesh, params, m, tok,
-                            [asked[i] for i in index], tile=16 * c.embed.tile)
+      x = texts.embed_texts(
+        job.mesh,
+        params,
+        m,
+        tok,
+        [asked[i] for i in index],
+        tile=16 * c.embed.tile,
+      )
       ends = np.cumsum([len(part) for part in parts])
       tick(len(index))
       return np.split(x, ends[:-1])[jax.process_index()]
@@ -214,8 +249,17 @@ def prepare(job: Any, e: Embedder, folder: Any
   params = load(e, job.mesh)
 
   def pooled(parts, tick):
-    return embed.pool_rows(job.mesh, params, e.model, rows, pooling=e.pooling,
-                           tile=c.embed.tile, ids=ids, parts=parts, tick=tick)
+    return embed.pool_rows(
+      job.mesh,
+      params,
+      e.model,
+      rows,
+      pooling=e.pooling,
+      tile=c.embed.tile,
+      ids=ids,
+      parts=parts,
+      tick=tick,
+    )
 
   return pooled, embed.operations(e.model, rows, 0), len(rows.ids)
 

@@ -10,18 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import along
-from jaxalign import artifacts
+from jaxalign import along, artifacts
 from jaxalign.data import batches
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
-from jaxalign.eval import evaluate
-from jaxalign.eval import intervals
-from jaxalign.eval import plateau
-from jaxalign.eval import verdict
-from jaxalign.eval import winrate
+from jaxalign.eval import evaluate, intervals, plateau, verdict, winrate
 from jaxalign.eval.judges import verdicts as judging
-from jaxalign.job import Arm, Job, arm_folder
+from jaxalign.job import Arm, arm_folder, Job
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import judges
 from jaxalign.stages.evaluate import read_samples
@@ -64,8 +59,9 @@ def outcomes(job: Job, arms: list[Arm]) -> Told:
     return _in_world(job, arms)
   won = {a.name: _right(job, arm_folder(job, a)) for a in arms}
   n = len(next(iter(won.values())))
-  return Told("accuracy", "held-out preference accuracy",
-              [str(i) for i in range(n)], won)
+  return Told(
+    "accuracy", "held-out preference accuracy", [str(i) for i in range(n)], won
+  )
 
 
 def _in_world(job: Job, arms: list[Arm]) -> Told:
@@ -73,17 +69,25 @@ def _in_world(job: Job, arms: list[Arm]) -> Told:
   start = read_samples(job.shared / "baseline")
   told = {a.name: read_samples(arm_folder(job, a)) for a in arms}
   told[start_of(job)] = start
-  rewards = {n: np.array([s["reward"] for s in samples])
-             for n, samples in told.items()}
+  rewards = {
+    n: np.array([s["reward"] for s in samples]) for n, samples in told.items()
+  }
   against = "SFT target"
   if job.c.judge.baseline == "target":
-    theirs = np.array([world_lib.reward(
-        job.examined.world, s["prompt"], s["target"]) for s in start])
+    theirs = np.array(
+      [
+        world_lib.reward(job.examined.world, s["prompt"], s["target"])
+        for s in start
+      ]
+    )
   else:
     against, theirs = "reference", rewards[start_of(job)]
-  return Told(judging.BASELINES[job.c.judge.baseline][0],
-              f"win rate against the {against}", [s["id"] for s in start],
-              {n: winrate.wins(x, theirs) for n, x in rewards.items()})
+  return Told(
+    judging.BASELINES[job.c.judge.baseline][0],
+    f"win rate against the {against}",
+    [s["id"] for s in start],
+    {n: winrate.wins(x, theirs) for n, x in rewards.items()},
+  )
 
 
 def _judged(job: Job, arms: list[Arm]) -> Told:
@@ -93,14 +97,23 @@ def _judged(job: Job, arms: list[Arm]) -> Told:
   prompts = [row["id"] for row in rows[start_of(job)]]
   for name, found in rows.items():
     if [row["id"] for row in found] != prompts:
-      raise DataError(f"{name} was judged on other prompts than the "
-                      f"{start_of(job)}; --redo, or use another --workdir")
+      raise DataError(
+        f"{name} was judged on other prompts than the "
+        f"{start_of(job)}; --redo, or use another --workdir"
+      )
   metric, against = judging.BASELINES[job.c.judge.baseline]
-  return Told(metric, f"win rate against {against}, by {judges.name_of(job.c)}",
-              prompts, {name: np.array([
-                  np.nan if row["won"] is None else row["won"]
-                  for row in found], np.float64)
-                        for name, found in rows.items()})
+  return Told(
+    metric,
+    f"win rate against {against}, by {judges.name_of(job.c)}",
+    prompts,
+    {
+      name: np.array(
+        [np.nan if row["won"] is None else row["won"] for row in found],
+        np.float64,
+      )
+      for name, found in rows.items()
+    },
+  )
 
 
 def legible(told: Told) -> bool:
@@ -116,8 +129,10 @@ def _read(*won: np.ndarray) -> np.ndarray:
 def _right(job: Job, folder: Any) -> np.ndarray:
   """[n] 1, 0.5 or 0: whether the implicit reward prefers the chosen side."""
   policy, ref = evaluate.as_pairs(
-      job.examined, artifacts.read_array(folder / "held_out_logp.npy"),
-      artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"))
+    job.examined,
+    artifacts.read_array(folder / "held_out_logp.npy"),
+    artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"),
+  )
   margin = np.asarray(policy, np.float64) - ref
   return winrate.wins(margin[:, 0], margin[:, 1])
 
@@ -133,12 +148,13 @@ def paired(told: Told, names: list[str], start: str) -> list[dict[str, Any]]:
     diff = intervals.difference(told.won[a][read], told.won[b][read])
     words = intervals.in_words(a, b, diff, told.unit)
     if 0 < diff["n"] < verdict.MIN_PROMPTS:
-      words = (f"{a} against {b}: {100 * diff['value']:+.1f} points of "
-               f"{told.unit} (95 % interval {100 * diff['low']:+.1f} to "
-               f"{100 * diff['high']:+.1f}, n = {diff['n']}). No verdict: it "
-               f"needs at least {verdict.MIN_PROMPTS} prompts.")
-    out.append(dict(a=a, b=b, metric=told.metric, difference=diff,
-                    words=words))
+      words = (
+        f"{a} against {b}: {100 * diff['value']:+.1f} points of "
+        f"{told.unit} (95 % interval {100 * diff['low']:+.1f} to "
+        f"{100 * diff['high']:+.1f}, n = {diff['n']}). No verdict: it "
+        f"needs at least {verdict.MIN_PROMPTS} prompts."
+      )
+    out.append(dict(a=a, b=b, metric=told.metric, difference=diff, words=words))
   return out
 
 
@@ -150,8 +166,9 @@ def grouped(arms: list[Arm]) -> dict[str, list[Arm]]:
   return out
 
 
-def compared(groups: dict[str, list[Arm]], chosen: str
-             ) -> list[tuple[str, str, str, str]]:
+def compared(
+  groups: dict[str, list[Arm]], chosen: str
+) -> list[tuple[str, str, str, str]]:
   """The comparisons that a study makes, no more: each costs the others.
 
   Every sampler against random at its budget; the chosen one also against the
@@ -170,32 +187,48 @@ def compared(groups: dict[str, list[Arm]], chosen: str
   out = []
   for b, base in part.items():
     if base.sampler == "random":
-      out += [(a, b, f"Against {b}", a) for a, arm in part.items()
-              if arm.budget == base.budget and a != b]
+      out += [
+        (a, b, f"Against {b}", a)
+        for a, arm in part.items()
+        if arm.budget == base.budget and a != b
+      ]
   ours = [a for a, arm in part.items() if arm.sampler == chosen]
   for a in ours:
     for b, other in first.items():
-      if (other.like in (0, part[a].budget) if other.is_all else
-          other.budget == part[a].budget and a != b):
-        out.append((a, b, f"{a} against others", b)
-                   if len(ours) == 1 or not other.is_all else
-                   (a, b, f"Against {b}", a))
+      if (
+        other.like in (0, part[a].budget)
+        if other.is_all
+        else other.budget == part[a].budget and a != b
+      ):
+        out.append(
+          (a, b, f"{a} against others", b)
+          if len(ours) == 1 or not other.is_all
+          else (a, b, f"Against {b}", a)
+        )
   once: dict[frozenset, tuple] = {}
   for pair in out:
     once.setdefault(frozenset(pair[:2]), pair)
   return list(once.values())
 
 
-def _arms(told: Told, groups: dict[str, list[Arm]], start: str
-          ) -> dict[str, verdict.Arm]:
+def _arms(
+  told: Told, groups: dict[str, list[Arm]], start: str
+) -> dict[str, verdict.Arm]:
   """The outcomes by seed and prompt; the start is one, met by every seed."""
-  out = {label: verdict.Arm(label, [a.seed for a in runs], told.prompts,
-                            np.stack([told.won[a.name] for a in runs]))
-         for label, runs in groups.items()}
+  out = {
+    label: verdict.Arm(
+      label,
+      [a.seed for a in runs],
+      told.prompts,
+      np.stack([told.won[a.name] for a in runs]),
+    )
+    for label, runs in groups.items()
+  }
   if start in told.won:
     seeds = next(iter(out.values())).seeds
-    out[start] = verdict.Arm(start, seeds, told.prompts, np.tile(
-        told.won[start], (len(seeds), 1)))
+    out[start] = verdict.Arm(
+      start, seeds, told.prompts, np.tile(told.won[start], (len(seeds), 1))
+    )
   return out
 
 
@@ -205,23 +238,32 @@ def _both(a: verdict.Arm, b: verdict.Arm) -> tuple[verdict.Arm, verdict.Arm]:
   if read.all():
     return a, b
   cut = lambda x: x._replace(
-      prompts=[p for p, kept in zip(x.prompts, read) if kept],
-      outcome=x.outcome[:, read])
+    prompts=[p for p, kept in zip(x.prompts, read) if kept],
+    outcome=x.outcome[:, read],
+  )
   return cut(a), cut(b)
 
 
-def verdicts(told: Told, groups: dict[str, list[Arm]], chosen: str, start: str
-             ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def verdicts(
+  told: Told, groups: dict[str, list[Arm]], chosen: str, start: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   """Several seeds: (verdicts between arms, each arm against its start)."""
   arms = _arms(told, groups, start)
+
   def judged(pairs):
-    found = verdict.compare([_both(arms[a], arms[b]) for a, b, *_ in pairs],
-                            unit=told.unit)
-    return [dict(one, a=a, b=b, title=title, label=label, metric=told.metric)
-            for (a, b, title, label), one in zip(pairs, found)]
+    found = verdict.compare(
+      [_both(arms[a], arms[b]) for a, b, *_ in pairs], unit=told.unit
+    )
+    return [
+      dict(one, a=a, b=b, title=title, label=label, metric=told.metric)
+      for (a, b, title, label), one in zip(pairs, found)
+    ]
+
   return judged(compared(groups, chosen)), judged(
-      [(label, start, f"Against the {start}", label) for label in groups]
-      if start in arms else [])
+    [(label, start, f"Against the {start}", label) for label in groups]
+    if start in arms
+    else []
+  )
 
 
 def _over_cells(outcome: np.ndarray) -> dict[str, Any]:
@@ -267,36 +309,63 @@ def ranking(told: Told, groups: dict[str, list[Arm]]) -> list[dict[str, Any]]:
     if not runs[0].is_all:
       budgets.setdefault(runs[0].budget, []).append(label)
   budgets = {b: names for b, names in budgets.items() if len(names) > 2}
-  pairs = [(a, b) for names in budgets.values() for i, a in enumerate(names)
-           for b in names[i + 1:]]
+  pairs = [
+    (a, b)
+    for names in budgets.values()
+    for i, a in enumerate(names)
+    for b in names[i + 1 :]
+  ]
   better = set()
-  for (a, b), one in zip(pairs, verdict.compare(
-      [_both(arms[a], arms[b]) for a, b in pairs], unit=told.unit)):
-    if one["p_differ"] is not None and one["verdict"] != "withheld" and (
-        one["p_differ"] < one["level"]):
+  for (a, b), one in zip(
+    pairs,
+    verdict.compare(
+      [_both(arms[a], arms[b]) for a, b in pairs], unit=told.unit
+    ),
+  ):
+    if (
+      one["p_differ"] is not None
+      and one["verdict"] != "withheld"
+      and (one["p_differ"] < one["level"])
+    ):
       better.add((a, b) if one["difference"]["value"] > 0 else (b, a))
   out = []
   for budget, names in budgets.items():
     cells = {n: _over_cells(arms[n].outcome) for n in names}
     order = sorted(names, key=lambda n: -cells[n]["value"])
-    out.append(dict(budget=budget, rows=[
-        dict(cells[n], name=n, rank=i + 1, **{
-            "from": 1 + sum((m, n) in better for m in names),
-            "to": len(names) - sum((n, m) in better for m in names)})
-        for i, n in enumerate(order)]))
+    out.append(
+      dict(
+        budget=budget,
+        rows=[
+          dict(
+            cells[n],
+            name=n,
+            rank=i + 1,
+            **{
+              "from": 1 + sum((m, n) in better for m in names),
+              "to": len(names) - sum((n, m) in better for m in names),
+            },
+          )
+          for i, n in enumerate(order)
+        ],
+      )
+    )
   return out
 
 
 def curve_arms(job: Job, arms: list[Arm]) -> list[tuple[int, Arm]]:
   """(rows, arm) of the chosen sampler and everything, where a curve is due."""
   n = len(job.column("pool", "id"))
-  found = [(budget_rows(a.budget, n), a) for a in arms if not a.like and (
-      a.is_all or a.sampler == job.c.select.sampler)]
+  found = [
+    (budget_rows(a.budget, n), a)
+    for a in arms
+    if not a.like and (a.is_all or a.sampler == job.c.select.sampler)
+  ]
   return found if len({m for m, _ in found}) >= plateau.LEAST else []
 
 
-def curve(job: Job, told: Told, arms: list[Arm], start: str
-          ) -> dict[str, Any] | None:
+def curve(
+  job: Job, told: Told, arms: list[Arm], start: str
+) -> dict[str, Any] | None:
   """`plateau.fit` of win rate over the share of the data, in percent.
 
   The start is the point without data. All points share their prompts, so the
@@ -313,28 +382,42 @@ def curve(job: Job, told: Told, arms: list[Arm], start: str
   found = plateau.fit(x, y)
   found["words"] += _held_back(job, points)
   return found | dict(
-      sampler=job.c.select.sampler, metric=told.metric,
-      rows=[m for m, _ in points], arms=[a.name for _, a in points],
-      epochs=job.c.train.epochs, max_updates=job.c.train.max_updates,
-      min_updates=job.c.train.min_updates)
+    sampler=job.c.select.sampler,
+    metric=told.metric,
+    rows=[m for m, _ in points],
+    arms=[a.name for _, a in points],
+    epochs=job.c.train.epochs,
+    max_updates=job.c.train.max_updates,
+    min_updates=job.c.train.min_updates,
+  )
 
 
 def _held_back(job: Job, points: list[tuple[int, Arm]]) -> list[str]:
   """Whether a bound on updates makes large parts alike, in words."""
   c, n = job.c.train, len(job.column("pool", "id"))
-  held = [m for m, _ in points if c.max_updates and c.max_updates < (
-      batches.updates(m, c.batch_size, c.epochs, 0, c.min_updates))]
+  held = [
+    m
+    for m, _ in points
+    if c.max_updates
+    and c.max_updates
+    < (batches.updates(m, c.batch_size, c.epochs, 0, c.min_updates))
+  ]
   if not held:
     return []
-  return [f"Parts of {100 * min(held) / n:.3g} % and more were trained for "
-          f"train.max_updates={c.max_updates} updates, fewer than their epochs "
-          "take: a plateau there is of updates as much as of data; set "
-          "config.train.max_updates=0."]
+  return [
+    f"Parts of {100 * min(held) / n:.3g} % and more were trained for "
+    f"train.max_updates={c.max_updates} updates, fewer than their epochs "
+    "take: a plateau there is of updates as much as of data; set "
+    "config.train.max_updates=0."
+  ]
 
 
-def summed_up(told: Told, groups: dict[str, list[Arm]],
-              described: dict[str, dict], spent: dict[str, dict]
-              ) -> list[dict[str, Any]]:
+def summed_up(
+  told: Told,
+  groups: dict[str, list[Arm]],
+  described: dict[str, dict],
+  spent: dict[str, dict],
+) -> list[dict[str, Any]]:
   """One entry an arm over its seeds, shaped as one of a single run.
 
   The told metric has an interval over seeds and prompts, the others one over
@@ -351,26 +434,44 @@ def summed_up(told: Told, groups: dict[str, list[Arm]],
         metrics[name] = _over_seeds(name, found)
     if told.metric in metrics:
       metrics[told.metric] = _over_cells(arms[label].outcome)
-    out.append({k: seen[0][k] for k in (
-        "sampler", "budget", "rows", "updates", "is_all", "like")} | dict(
-            name=label, seeds=[a.seed for a in runs], metrics=metrics,
-            operations=float(np.mean([spent[a.name]["total"] for a in runs]))))
+    out.append(
+      {
+        k: seen[0][k]
+        for k in ("sampler", "budget", "rows", "updates", "is_all", "like")
+      }
+      | dict(
+        name=label,
+        seeds=[a.seed for a in runs],
+        metrics=metrics,
+        operations=float(np.mean([spent[a.name]["total"] for a in runs])),
+      )
+    )
   return out
 
 
-def efficiency(groups: list[dict], against_start: list[dict]
-               ) -> list[dict[str, Any]]:
+def efficiency(
+  groups: list[dict], against_start: list[dict]
+) -> list[dict[str, Any]]:
   """What each arm gained over its start, for the operations it took alone."""
   gains = {one["a"]: one["difference"] for one in against_start}
-  return [dict(name=g["name"], gain=gains[g["name"]],
-               operations=g["operations"],
-               per_tera=100 * gains[g["name"]]["value"] * 1e12
-               / max(g["operations"], 1.0))
-          for g in groups if g["name"] in gains]
+  return [
+    dict(
+      name=g["name"],
+      gain=gains[g["name"]],
+      operations=g["operations"],
+      per_tera=100
+      * gains[g["name"]]["value"]
+      * 1e12
+      / max(g["operations"], 1.0),
+    )
+    for g in groups
+    if g["name"] in gains
+  ]
 
 
-def weigh(job: Job, arms: list[Arm], described: list[dict],
-          spent: dict[str, dict]) -> dict[str, Any]:
+def weigh(
+  job: Job, arms: list[Arm], described: list[dict], spent: dict[str, dict]
+) -> dict[str, Any]:
   """Everything the summary says of how well the arms do.
 
   Args:
@@ -391,29 +492,37 @@ def weigh(job: Job, arms: list[Arm], described: list[dict],
   if fit:
     out["fit"] = fit
   # Checkpoints are told by the true reward, whoever else judges.
-  cheap = along.curve(job, arms, told.won.get(start) if judges.kind_of(
-      job.c) == "world" else None)
+  cheap = along.curve(
+    job, arms, told.won.get(start) if judges.kind_of(job.c) == "world" else None
+  )
   if cheap:
     out["along"] = cheap
   grown = [w for one in (fit, cheap) if one for w in one["words"]]
   if job.c.seeds == 1:
     found = paired(told, [a.name for a in arms], start)
-    words = [x["words"] for x in found[:len(arms) - 1]]
+    words = [x["words"] for x in found[: len(arms) - 1]]
     return out | dict(comparisons=found, warnings=[], verdicts=grown + words)
   between, begun = verdicts(told, groups, job.c.select.sampler, start)
-  out["groups"] = summed_up(told, groups, {d["name"]: d for d in described},
-                            spent)
+  out["groups"] = summed_up(
+    told, groups, {d["name"]: d for d in described}, spent
+  )
   out["ranking"] = ranking(told, groups)
   out["efficiency"] = efficiency(out["groups"], begun)
-  warnings = ["Seeds differ in the selection, the order of batches and the "
-              f"sampling; the pool, the {start} and the mixture are one for "
-              "all, so intervals leave out what others would change"]
-  few = [g for g in out["groups"] if g["updates"] < MIN_UPDATES
-         and not g["is_all"]]
+  warnings = [
+    "Seeds differ in the selection, the order of batches and the "
+    f"sampling; the pool, the {start} and the mixture are one for "
+    "all, so intervals leave out what others would change"
+  ]
+  few = [
+    g for g in out["groups"] if g["updates"] < MIN_UPDATES and not g["is_all"]
+  ]
   if few and not fit:  # a curve begins at few by design
-    warnings.append(f"{few[0]['name']} was trained for {few[0]['updates']} "
-                    f"updates, fewer than the {MIN_UPDATES} of a fair test; "
-                    "raise config.train.min_updates")
+    warnings.append(
+      f"{few[0]['name']} was trained for {few[0]['updates']} "
+      f"updates, fewer than the {MIN_UPDATES} of a fair test; "
+      "raise config.train.min_updates"
+    )
   words = [one["words"] for one in between]
-  return out | dict(comparisons=between + begun, warnings=warnings,
-                    verdicts=grown + words)
+  return out | dict(
+    comparisons=between + begun, warnings=warnings, verdicts=grown + words
+  )

@@ -42,21 +42,37 @@ class Cell(NamedTuple):
 def parse(argv: list[str]) -> tuple[Any, list[str]]:
   """The flags, and those that every job is given."""
   from absl import flags
+
   values = flags.FlagValues()
-  flags.DEFINE_string("config", None, "Path of a config, with :variant.",
-                      flag_values=values)
-  flags.DEFINE_string("workdir", None, "Where the jobs lie.",
-                      flag_values=values)
-  flags.DEFINE_list("worlds", [NATURAL], "Variants of the config.",
-                    flag_values=values)
+  flags.DEFINE_string(
+    "config", None, "Path of a config, with :variant.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "workdir", None, "Where the jobs lie.", flag_values=values
+  )
+  flags.DEFINE_list(
+    "worlds", [NATURAL], "Variants of the config.", flag_values=values
+  )
   flags.DEFINE_list("seeds", None, "Whole numbers.", flag_values=values)
-  flags.DEFINE_integer("processes", 0, "Jobs at once; 0: one a core, up to "
-                       "the number of jobs. On accelerators say 1.",
-                       flag_values=values)
-  flags.DEFINE_string("baseline", "random", "The sampler that others are "
-                      "compared with.", flag_values=values)
-  flags.DEFINE_bool("run", True, "--norun: only the page, of the jobs that "
-                    "are there.", flag_values=values)
+  flags.DEFINE_integer(
+    "processes",
+    0,
+    "Jobs at once; 0: one a core, up to "
+    "the number of jobs. On accelerators say 1.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "baseline",
+    "random",
+    "The sampler that others are compared with.",
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    "run",
+    True,
+    "--norun: only the page, of the jobs that are there.",
+    flag_values=values,
+  )
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
   passed = [a for a in argv[1:] if a.startswith("--config.")]
   main_lib.parse_plain(values, [a for a in argv if a not in passed], __doc__)
@@ -67,18 +83,22 @@ def parse(argv: list[str]) -> tuple[Any, list[str]]:
     if not re.fullmatch(r"\w+", name):
       raise ConfigError(f"--worlds: {name!r} is no name of a variant")
   if not all(re.fullmatch(r"\d+", s) for s in values.seeds):
-    raise ConfigError(f"--seeds={','.join(values.seeds)}, wanted whole "
-                      "numbers")
+    raise ConfigError(f"--seeds={','.join(values.seeds)}, wanted whole numbers")
   if not os.path.exists(values.config.partition(":")[0]):
-    raise ConfigError(f"config file {values.config.partition(':')[0]!r} does "
-                      "not exist; set --config")
+    raise ConfigError(
+      f"config file {values.config.partition(':')[0]!r} does "
+      "not exist; set --config"
+    )
   return values, passed
 
 
 def cells_of(values: Any) -> list[Cell]:
   """Seed by seed, so that a grid cut short has whole comparisons."""
-  return [Cell(world, int(seed)) for seed in dict.fromkeys(values.seeds)
-          for world in dict.fromkeys(values.worlds)]
+  return [
+    Cell(world, int(seed))
+    for seed in dict.fromkeys(values.seeds)
+    for world in dict.fromkeys(values.worlds)
+  ]
 
 
 def command_of(values: Any, passed: list[str], cell: Cell) -> list[str]:
@@ -89,17 +109,28 @@ def command_of(values: Any, passed: list[str], cell: Cell) -> list[str]:
     variants.append(cell.world)
   joined = f"{path}:{','.join(variants)}" if variants else path
   k = cell.seed
-  return [sys.executable, "-u", "-m", "jaxalign.main", f"--config={joined}",
-          "--config.seeds=1", f"--config.seed={k}", f"--config.data.seed={k}",
-          f"--config.sft.seed={k}", *passed,
-          f"--workdir={values.workdir}/{cell.folder}"]
+  return [
+    sys.executable,
+    "-u",
+    "-m",
+    "jaxalign.main",
+    f"--config={joined}",
+    "--config.seeds=1",
+    f"--config.seed={k}",
+    f"--config.data.seed={k}",
+    f"--config.sft.seed={k}",
+    *passed,
+    f"--workdir={values.workdir}/{cell.folder}",
+  ]
 
 
 def run(values: Any, passed: list[str], cells: list[Cell]) -> dict[Cell, int]:
   """Runs the jobs that are not finished; returns exit codes other than 0."""
   from jaxalign import progress
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(
-      os, "sched_getaffinity") else [0]
+
+  cores = (
+    sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+  )
   many = min(values.processes or len(cores), len(cells))
   share = max(1, len(cores) // many)
   waiting, running, failed, times = list(cells), {}, {}, []
@@ -111,10 +142,10 @@ def run(values: Any, passed: list[str], cells: list[Cell]) -> dict[Cell, int]:
       folder = os.path.join(values.workdir, cell.folder)
       os.makedirs(folder, exist_ok=True)
       with open(f"{folder}/log.txt", "wb") as log:
-        mine = cores[place * share:(place + 1) * share]
+        mine = cores[place * share : (place + 1) * share]
         process = subprocess.Popen(
-            command_of(values, passed, cell), stdout=log,
-            stderr=subprocess.STDOUT)
+          command_of(values, passed, cell), stdout=log, stderr=subprocess.STDOUT
+        )
         if many > 1 and mine and hasattr(os, "sched_setaffinity"):
           try:  # before it has threads: those inherit
             os.sched_setaffinity(process.pid, mine)
@@ -135,9 +166,11 @@ def run(values: Any, passed: list[str], cells: list[Cell]) -> dict[Cell, int]:
         failed[cell] = process.returncode
         last = _last_line(f"{values.workdir}/{cell.folder}/log.txt")
         word = f"failed with {process.returncode}: {last}"
-      progress.say(f"{cell.folder}: {word} in {progress.duration(took)} "
-                   f"({done} of {len(cells)}, about "
-                   f"{progress.duration(left)} left)")
+      progress.say(
+        f"{cell.folder}: {word} in {progress.duration(took)} "
+        f"({done} of {len(cells)}, about "
+        f"{progress.duration(left)} left)"
+      )
   return failed
 
 
@@ -153,7 +186,9 @@ def _last_line(path: str) -> str:
 def read(workdir: Any, cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
   """The summaries of the jobs that have one."""
   from etils import epath
+
   from jaxalign import artifacts
+
   found = {}
   for cell in cells:
     path = epath.Path(workdir) / cell.folder / "summary.json"
@@ -162,8 +197,9 @@ def read(workdir: Any, cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
   return found
 
 
-def outcomes(summary: dict[str, Any], seed: int, where: str
-             ) -> dict[str, dict[str, Any]]:
+def outcomes(
+  summary: dict[str, Any], seed: int, where: str
+) -> dict[str, dict[str, Any]]:
   """Label of an arm -> its win rate, prompts, costs and rows.
 
   Raises:
@@ -173,25 +209,33 @@ def outcomes(summary: dict[str, Any], seed: int, where: str
   for arm in summary["arms"]:
     win = arm["metrics"].get("win_vs_target") or {}
     if arm["seed"] != seed or win.get("value") is None:
-      raise DataError(f"{where}: arm {arm['name']} has no win rate of seed "
-                      f"{seed}; a grid compares win rates against the target")
+      raise DataError(
+        f"{where}: arm {arm['name']} has no win rate of seed "
+        f"{seed}; a grid compares win rates against the target"
+      )
     label = arm["name"].removesuffix(f"-seed{seed}")
     cost = summary["ledger"]["arms"][arm["name"]]["total"]
     out[label] = dict(
-        value=win["value"], prompts=win["n"], rows=arm["rows"],
-        sampler="all" if arm["is_all"] else arm["sampler"],
-        budget=arm["budget"], operations=cost,
-        everything=summary["ledger"]["everything"],
-        malformed=arm["metrics"]["malformed"]["value"])
+      value=win["value"],
+      prompts=win["n"],
+      rows=arm["rows"],
+      sampler="all" if arm["is_all"] else arm["sampler"],
+      budget=arm["budget"],
+      operations=cost,
+      everything=summary["ledger"]["everything"],
+      malformed=arm["metrics"]["malformed"]["value"],
+    )
   return out
 
 
 def truth(workdir: Any, cell: Cell, label: str) -> dict[str, float] | None:
   """Shares of wrong labels and of junk that an arm kept, where it is known."""
   from etils import epath
+
   from jaxalign import artifacts
   from jaxalign.data import tables
   from jaxalign.data import world as world_lib
+
   folder = epath.Path(workdir) / cell.folder
   data = artifacts.read_json(folder / "config.json")["data"]
   path = folder / "runs" / f"{label}-seed{cell.seed}" / "subset.parquet"
@@ -207,75 +251,119 @@ def truth(workdir: Any, cell: Cell, label: str) -> dict[str, float] | None:
 def summarise(values: Any, cells: list[Cell]) -> dict[str, Any]:
   """All that the page shows, from the jobs' artifacts alone."""
   import numpy as np
+
   from jaxalign.eval import intervals
+
   found = read(values.workdir, cells)
   worlds = []
   for world in dict.fromkeys(c.world for c in cells):
     mine = [c for c in cells if c.world == world and c in found]
     told = {c.seed: outcomes(found[c], c.seed, c.folder) for c in mine}
-    labels = [n for n in dict.fromkeys(n for t in told.values() for n in t)
-              if all(n in t for t in told.values())]
+    labels = [
+      n
+      for n in dict.fromkeys(n for t in told.values() for n in t)
+      if all(n in t for t in told.values())
+    ]
     start = [found[c]["baseline"]["win_vs_target"]["value"] for c in mine]
     arms = []
     for label in labels:
       runs = [told[c.seed][label] for c in mine]
       kept = [truth(values.workdir, c, label) for c in mine]
-      arms.append(dict(
-          label=label, sampler=runs[0]["sampler"], budget=runs[0]["budget"],
+      arms.append(
+        dict(
+          label=label,
+          sampler=runs[0]["sampler"],
+          budget=runs[0]["budget"],
           rows=runs[0]["rows"],
           win=intervals.student(np.array([r["value"] for r in runs])),
           values={c.seed: r["value"] for c, r in zip(mine, runs)},
           prompts=min(r["prompts"] for r in runs),
-          cost=float(np.mean([r["operations"] / r["everything"]
-                              for r in runs])),
+          cost=float(
+            np.mean([r["operations"] / r["everything"] for r in runs])
+          ),
           malformed=float(np.mean([r["malformed"] for r in runs])),
-          **{n: float(np.mean([k[n] for k in kept])) for n in (
-              "wrong", "junk") if all(kept)}))
-    worlds.append(dict(
-        world=world, seeds=[c.seed for c in mine], arms=arms,
+          **{
+            n: float(np.mean([k[n] for k in kept]))
+            for n in ("wrong", "junk")
+            if all(kept)
+          },
+        )
+      )
+    worlds.append(
+      dict(
+        world=world,
+        seeds=[c.seed for c in mine],
+        arms=arms,
         start=intervals.student(np.array(start)) if start else None,
-        verdicts=_verdicts(arms, values.baseline)))
-  return dict(command=" ".join(sys.argv[1:]), baseline=values.baseline,
-              worlds=worlds, pooled=_pooled(worlds, values.baseline),
-              missing=[c.folder for c in cells if c not in found])
+        verdicts=_verdicts(arms, values.baseline),
+      )
+    )
+  return dict(
+    command=" ".join(sys.argv[1:]),
+    baseline=values.baseline,
+    worlds=worlds,
+    pooled=_pooled(worlds, values.baseline),
+    missing=[c.folder for c in cells if c not in found],
+  )
 
 
 def _base(arms: list[dict], one: dict, baseline: str) -> dict | None:
   """The baseline's arm at the budget of `one`; None for itself."""
   for arm in arms:
-    if (arm["sampler"] == baseline and arm["label"] != one["label"]
-        and (arm["budget"] == one["budget"] or one["sampler"] == "all")):
+    if (
+      arm["sampler"] == baseline
+      and arm["label"] != one["label"]
+      and (arm["budget"] == one["budget"] or one["sampler"] == "all")
+    ):
       return arm
   return None
 
 
 def _pairs(arms: list[dict], baseline: str) -> list[tuple[dict, dict]]:
-  return [(a, base) for a in arms if a["sampler"] != baseline
-          and (base := _base(arms, a, baseline)) is not None]
+  return [
+    (a, base)
+    for a in arms
+    if a["sampler"] != baseline
+    and (base := _base(arms, a, baseline)) is not None
+  ]
 
 
 def _verdicts(arms: list[dict], baseline: str) -> list[dict[str, Any]]:
   """Each arm against the baseline at its budget, corrected together."""
   import numpy as np
+
   from jaxalign.eval import verdict
 
   def as_arm(one):
     seeds = list(one["values"])
-    outcome = np.repeat(np.array([one["values"][s] for s in seeds])[:, None],
-                        one["prompts"], axis=1)
+    outcome = np.repeat(
+      np.array([one["values"][s] for s in seeds])[:, None],
+      one["prompts"],
+      axis=1,
+    )
     return verdict.Arm(one["label"], seeds, range(one["prompts"]), outcome)
 
   pairs = _pairs(arms, baseline)
-  return [dict(v, label=a["label"]) for v, (a, _) in zip(
-      verdict.compare_nested([(as_arm(a), as_arm(b)) for a, b in pairs]),
-      pairs)] if pairs else []
+  return (
+    [
+      dict(v, label=a["label"])
+      for v, (a, _) in zip(
+        verdict.compare_nested([(as_arm(a), as_arm(b)) for a, b in pairs]),
+        pairs,
+      )
+    ]
+    if pairs
+    else []
+  )
 
 
 def _pooled(worlds: list[dict], baseline: str) -> list[dict[str, Any]]:
   """Differences to the baseline over all worlds and seeds, a seed's worlds
   first: they share nothing but the seed, and are one draw all the same."""
   import numpy as np
+
   from jaxalign.eval import intervals
+
   by_label: dict[str, dict[int, list[float]]] = {}
   cells: dict[str, list[float]] = {}
   for world in worlds:
@@ -284,12 +372,18 @@ def _pooled(worlds: list[dict], baseline: str) -> list[dict[str, Any]]:
         d = value - b["values"][seed]
         by_label.setdefault(a["label"], {}).setdefault(seed, []).append(d)
         cells.setdefault(a["label"], []).append(d)
-  return [dict(label=label, difference=intervals.student(
-      np.array([np.mean(d) for d in seeds.values()])),
-               cells=len(cells[label]),
-               above=sum(d > 0 for d in cells[label]),
-               least=min(cells[label]))
-          for label, seeds in by_label.items()]
+  return [
+    dict(
+      label=label,
+      difference=intervals.student(
+        np.array([np.mean(d) for d in seeds.values()])
+      ),
+      cells=len(cells[label]),
+      above=sum(d > 0 for d in cells[label]),
+      least=min(cells[label]),
+    )
+    for label, seeds in by_label.items()
+  ]
 
 
 def main(argv: list[str]) -> int:
@@ -299,9 +393,10 @@ def main(argv: list[str]) -> int:
   def work():
     nonlocal status
     from etils import epath
-    from jaxalign import artifacts
-    from jaxalign import progress
+
+    from jaxalign import artifacts, progress
     from jaxalign.report.pages import grid as page
+
     values, passed = parse(argv)
     cells = cells_of(values)
     failed = run(values, passed, cells) if values.run else {}

@@ -5,8 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import memory
-from jaxalign import progress
+from jaxalign import memory, progress
 from jaxalign.data import chat as chats
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
@@ -20,8 +19,9 @@ CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
 SAMPLED = 256  # rows whose tokens are counted, batches that are dealt
 
 
-def row_sizes(c: Any, kind: str, sample: list[dict[str, Any]], mean: float,
-              length: int) -> tuple[np.ndarray, np.ndarray]:
+def row_sizes(
+  c: Any, kind: str, sample: list[dict[str, Any]], mean: float, length: int
+) -> tuple[np.ndarray, np.ndarray]:
   """[n] tokens of prompts and [n, R] of answers, of rows of the pool.
 
   Of a sample by the tokenizer that is given, through the template; else by
@@ -50,12 +50,15 @@ def row_sizes(c: Any, kind: str, sample: list[dict[str, Any]], mean: float,
     prompt = [count(row["prompt"]) for row in sample]
     answers = [[count(text) for text in texts] for texts in said]
   else:
-    prompt = [len(x) + 1 for x in tok.encode_many(
-        [row["prompt"] for row in sample])]
-    answers = [[len(x) + 1 for x in tok.encode_responses(texts)]
-               for texts in said]
-    source = chats.choose(c.data.template, tok,
-                          any(row.get("turns") for row in sample))
+    prompt = [
+      len(x) + 1 for x in tok.encode_many([row["prompt"] for row in sample])
+    ]
+    answers = [
+      [len(x) + 1 for x in tok.encode_responses(texts)] for texts in said
+    ]
+    source = chats.choose(
+      c.data.template, tok, any(row.get("turns") for row in sample)
+    )
     if source is not None:  # what it writes around a question, once
       text = sample[0]["prompt"]
       with chats.Chat(tok, source) as chat:
@@ -70,12 +73,20 @@ def row_sizes(c: Any, kind: str, sample: list[dict[str, Any]], mean: float,
 
 def _updates(c: Any, arms: list[Arm], pool: int) -> int:
   """Updates of the longest arm."""
-  return max(updates_of(c, arm, budget_rows(
-      arm.budget, pool, c.train.batch_size), pool) for arm in arms)
+  return max(
+    updates_of(c, arm, budget_rows(arm.budget, pool, c.train.batch_size), pool)
+    for arm in arms
+  )
 
 
-def host_memory(job: Job, m: decoder.ModelConfig, arms: list[Arm], pool: int,
-                prompt: np.ndarray, answers: np.ndarray) -> dict[str, int]:
+def host_memory(
+  job: Job,
+  m: decoder.ModelConfig,
+  arms: list[Arm],
+  pool: int,
+  prompt: np.ndarray,
+  answers: np.ndarray,
+) -> dict[str, int]:
   """`memory.on_host` of a job's alignment.
 
   Args:
@@ -95,32 +106,55 @@ def host_memory(job: Job, m: decoder.ModelConfig, arms: list[Arm], pool: int,
     each = each + prompt * (answers.shape[1] - 1)
   tokens = answers.shape[1] * size * longest  # padded
   if packed:  # the largest of a few batches
-    tokens = max(int(draw.choice(each, size, size > len(each)).sum())
-                 for _ in range(min(SAMPLED, updates * t.accumulation)))
+    tokens = max(
+      int(draw.choice(each, size, size > len(each)).sum())
+      for _ in range(min(SAMPLED, updates * t.accumulation))
+    )
   return memory.on_host(
-      m, job.mesh, tokens=tokens, packed=packed,
-      rows=size * answers.shape[1], length=longest, chunk=c.model.head_chunk,
-      tile=min(c.embed.tile, len(answers) * answers.shape[1]),
-      frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
-      moments=optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync),
-      reference=t.reference == "online" or bool(t.eval_every),
-      arms=len(arms))
+    m,
+    job.mesh,
+    tokens=tokens,
+    packed=packed,
+    rows=size * answers.shape[1],
+    length=longest,
+    chunk=c.model.head_chunk,
+    tile=min(c.embed.tile, len(answers) * answers.shape[1]),
+    frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
+    moments=optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync),
+    reference=t.reference == "online" or bool(t.eval_every),
+    arms=len(arms),
+  )
 
 
-def step_memory(c: Any, m: decoder.ModelConfig, mesh: Any, length: int,
-                kind: str) -> dict[str, int]:
+def step_memory(
+  c: Any, m: decoder.ModelConfig, mesh: Any, length: int, kind: str
+) -> dict[str, int]:
   """`memory.train_step` of the alignment that a config asks for."""
   responses = 2 if kind == "pairs" else 1
   return memory.train_step(
-      m, mesh, length=length, chunk=c.model.head_chunk,
-      frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
-      rows=c.train.batch_size * responses // c.train.accumulation,
-      moments=(optim.MOMENTS[c.train.optimizer] + bool(c.train.ema)
-               + bool(c.train.ref_sync)))
+    m,
+    mesh,
+    length=length,
+    chunk=c.model.head_chunk,
+    frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
+    rows=c.train.batch_size * responses // c.train.accumulation,
+    moments=(
+      optim.MOMENTS[c.train.optimizer]
+      + bool(c.train.ema)
+      + bool(c.train.ref_sync)
+    ),
+  )
 
 
-def planned(job: Job, m: decoder.ModelConfig, arms: list[Arm], pool: int,
-            sample: list[dict[str, Any]], mean: float, length: int) -> str:
+def planned(
+  job: Job,
+  m: decoder.ModelConfig,
+  arms: list[Arm],
+  pool: int,
+  sample: list[dict[str, Any]],
+  mean: float,
+  length: int,
+) -> str:
   """The line of a plan on what a job takes of a CPU's host at its peak.
 
   Args:
@@ -130,11 +164,15 @@ def planned(job: Job, m: decoder.ModelConfig, arms: list[Arm], pool: int,
     pool: rows of the pool.
     sample, mean, length: as of `row_sizes`.
   """
-  held = host_memory(job, m, arms, pool, *row_sizes(
-      job.c, job.kind, sample, mean, length))
+  held = host_memory(
+    job, m, arms, pool, *row_sizes(job.c, job.kind, sample, mean, length)
+  )
   free = memory.available()
-  return ("peak memory of this host, above jax alone: " + memory.words(held)
-          + (f"; {memory.size(free)} are free" if free else ""))
+  return (
+    "peak memory of this host, above jax alone: "
+    + memory.words(held)
+    + (f"; {memory.size(free)} are free" if free else "")
+  )
 
 
 def check_memory(job: Job, arms: list[Arm]) -> None:
@@ -145,13 +183,17 @@ def check_memory(job: Job, arms: list[Arm]) -> None:
   """
   device = job.mesh.devices.flat[0]
   if device.platform != "cpu":
-    memory.check_fits(step_memory(job.c, job.policy, job.mesh, job.context,
-                                  job.kind), device, job.force)
+    memory.check_fits(
+      step_memory(job.c, job.policy, job.mesh, job.context, job.kind),
+      device,
+      job.force,
+    )
     return
   rows, n = job.tokens("pool"), len(job.column("pool", "id"))
   start = np.int64(rows.start)
   answers = (tokens_lib.lengths(rows) - start).reshape(n, -1)
-  held = host_memory(job, job.policy, arms, n, start.reshape(n, -1)[:, 0],
-                     answers)
+  held = host_memory(
+    job, job.policy, arms, n, start.reshape(n, -1)[:, 0], answers
+  )
   if said := memory.check_host(held, memory.available(), job.force):
     progress.say(f"  {said}")

@@ -7,9 +7,9 @@ same place: each polls `reached_preemption_sync_point` with its count of
 polls, between stages and at every step, and the runtime agrees on one count.
 """
 
+from collections.abc import Callable, Iterator
 import contextlib
 import signal
-from typing import Callable, Iterator
 
 import jax
 
@@ -44,6 +44,7 @@ def _requested() -> bool:
   """Whether to stop here; every process must ask equally often."""
   if jax.process_count() > 1 and not _STATE["signal"]:
     from jax.experimental import multihost_utils
+
     _STATE["polls"] += 1
     if multihost_utils.reached_preemption_sync_point(_STATE["polls"]):
       _STATE["signal"] = signal.SIGTERM
@@ -80,5 +81,7 @@ def stop_now() -> None:
   if _STATE["signal"] == signal.SIGINT:
     raise KeyboardInterrupt
   name = signal.Signals(_STATE["signal"] or signal.SIGTERM).name
-  raise RestartError(f"stopped by {name}; what was finished is kept, run the "
-                     "same command to go on")
+  raise RestartError(
+    f"stopped by {name}; what was finished is kept, run the "
+    "same command to go on"
+  )

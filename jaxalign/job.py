@@ -1,32 +1,25 @@
 """What every stage of a run shares, and one arm of it."""
 
+from collections.abc import Callable
 import functools
 import inspect
 import re
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import progress
-from jaxalign import recipe
+from jaxalign import artifacts, progress, recipe
 from jaxalign.checkpoints import restore_params
-from jaxalign.data import batches
-from jaxalign.data import prepare
-from jaxalign.data import tables
+from jaxalign.data import batches, prepare, tables
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.tokenizer import Tokenizer, load_tokenizer
+from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
-from jaxalign.model import adapters
-from jaxalign.model import attention
-from jaxalign.model import decoder
-from jaxalign.model import weights
+from jaxalign.model import adapters, attention, decoder, weights
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import losses
 from jaxalign.train.losses import combine
-
 
 WHOLE = ("all", "all_short")  # names in c.compare that leave nothing out
 
@@ -43,14 +36,18 @@ class Arm(NamedTuple):
   def label(self) -> str:
     """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
     name = self.sampler.replace(":", ".").replace("|", "-then-")
-    name = "all" if self.is_all else re.sub(
-        r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
+    name = (
+      "all"
+      if self.is_all
+      else re.sub(r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
+    )
     return f"{name}-{self.budget:g}" + (
-        f"-as-{self.like:g}" if self.like else "")
+      f"-as-{self.like:g}" if self.like else ""
+    )
 
   @property
   def name(self) -> str:
-    """"isa-0.1-seed0", its folder."""
+    """ "isa-0.1-seed0", its folder."""
     return f"{self.label}-seed{self.seed}"
 
   @property
@@ -74,8 +71,9 @@ class Job:
     self.shared = self.workdir / "shared"
     self.cards: dict[tuple[str, str], artifacts.Card] = {}
 
-  def run(self, folder: Any, stage: str, arm: str = "", **kwargs
-          ) -> artifacts.Card:
+  def run(
+    self, folder: Any, stage: str, arm: str = "", **kwargs
+  ) -> artifacts.Card:
     """`artifacts.run`, remembered by (arm, stage) for the ledger."""
     if arm:
       progress.say(f"[{arm}]") if stage == "select" else None
@@ -92,20 +90,25 @@ class Job:
   def most(self) -> int:
     """The longest row that the model can take, in tokens."""
     c = self.c.model
-    own = (weights.read_config(c.checkpoint, c.dtype, c.remat).context
-           if c.checkpoint else c.context or prepare.own_context(self.c))
+    own = (
+      weights.read_config(c.checkpoint, c.dtype, c.remat).context
+      if c.checkpoint
+      else c.context or prepare.own_context(self.c)
+    )
     prepare.context_of(self.c, own)
     return own
 
   @functools.cached_property
   def context(self) -> int:
     """The longest row of this job: as asked for, or as the data stage chose."""
-    return prepare.context_of(self.c, self.most) or artifacts.read_json(
-        self.shared / "data" / "data_card.json")["context"]
+    return (
+      prepare.context_of(self.c, self.most)
+      or artifacts.read_json(self.shared / "data" / "data_card.json")["context"]
+    )
 
   @property
   def kind(self) -> str:
-    """"pairs" or "thumbs": what the loss eats."""
+    """ "pairs" or "thumbs": what the loss eats."""
     return "thumbs" if self.loss.kind == "thumbs" else "pairs"
 
   @functools.cached_property
@@ -133,13 +136,12 @@ class Job:
     decoder.check(m, self.mesh)
     return m
 
-  @functools.lru_cache(maxsize=None)
+  @functools.cache
   def column(self, split: str, name: str) -> list:
     """One column of a split's records, "id" for instance; no text is read."""
-    return tables.read_column(
-        self.shared / "data" / f"{split}.parquet", name)
+    return tables.read_column(self.shared / "data" / f"{split}.parquet", name)
 
-  @functools.lru_cache(maxsize=None)
+  @functools.cache
   def rows(self, split: str) -> list[dict]:
     """The records of a split with their texts, in id order.
 
@@ -147,7 +149,7 @@ class Job:
     """
     return tables.read_table(self.shared / "data" / f"{split}.parquet")
 
-  @functools.lru_cache(maxsize=None)
+  @functools.cache
   def tokens(self, split: str) -> tokens_lib.TokenRows:
     """The tokenized rows of a split; two a pair."""
     return tokens_lib.load_rows(self.shared / "data", split)
@@ -157,10 +159,13 @@ class Job:
     """The frozen reference's parameters, on the mesh."""
     dtype = np.dtype(self.c.model.param_dtype)
     if self.c.model.checkpoint:
-      return weights.load_folder(self.c.model.checkpoint, self.model,
-                                 self.mesh, dtype)
-    params = restore_params(self.shared / "sft" / "checkpoints",
-                            decoder.abstract(self.model, self.mesh))
+      return weights.load_folder(
+        self.c.model.checkpoint, self.model, self.mesh, dtype
+      )
+    params = restore_params(
+      self.shared / "sft" / "checkpoints",
+      decoder.abstract(self.model, self.mesh),
+    )
     return {n: x.astype(dtype) for n, x in params.items()}
 
   def release_reference(self) -> None:
@@ -175,8 +180,9 @@ class Job:
     if prepare.too_long(self.c) == "cut":
       room = self.model.context  # as the rows are cut, so are the prompts
     asked = evaluate.choose_prompts(rows, tokens, self.c.eval.prompts, room)
-    return evaluate.Examined(rows, tokens, asked, self.tokenizer,
-                             prepare.world_of(self.c))
+    return evaluate.Examined(
+      rows, tokens, asked, self.tokenizer, prepare.world_of(self.c)
+    )
 
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
@@ -185,8 +191,9 @@ class Job:
 
 def loss_of(c: Any) -> Callable:
   """The loss of a config with its keywords bound; they are checked."""
-  return losses.bind(combine.find(c.loss.name), c.loss.name,
-                     c.loss.kwargs.to_dict())
+  return losses.bind(
+    combine.find(c.loss.name), c.loss.name, c.loss.kwargs.to_dict()
+  )
 
 
 def lora_of(c: Any) -> adapters.Lora | None:
@@ -194,25 +201,41 @@ def lora_of(c: Any) -> adapters.Lora | None:
   k = c.lora
   if not k.rank:
     return None
-  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), k.rs,
-                       k.variant)
+  return adapters.Lora(
+    k.rank, float(k.alpha), tuple(k.targets), k.rs, k.variant
+  )
 
 
 def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
   """The attention kernel that config.model.attention means on a mesh."""
   return attention.resolve(
-      c.model.attention, mesh.devices.flat[0].platform, head_size=m.head_size,
-      dtype=m.dtype, softcap=m.softcap, length=m.context)
+    c.model.attention,
+    mesh.devices.flat[0].platform,
+    head_size=m.head_size,
+    dtype=m.dtype,
+    softcap=m.softcap,
+    length=m.context,
+  )
 
 
 def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
   """The model that `sft` trains; its table is rounded up to 64 rows."""
   m = c.model
   return decoder.ModelConfig(
-      layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
-      head_size=m.head_size, ff=m.ff, vocab=-(-vocab // 64) * 64,
-      context=m.context or prepare.own_context(c), rope_theta=m.rope_theta,
-      norm_eps=m.norm_eps, tied=m.tied, dtype=m.dtype, remat=m.remat)
+    layers=m.layers,
+    width=m.width,
+    heads=m.heads,
+    kv_heads=m.kv_heads,
+    head_size=m.head_size,
+    ff=m.ff,
+    vocab=-(-vocab // 64) * 64,
+    context=m.context or prepare.own_context(c),
+    rope_theta=m.rope_theta,
+    norm_eps=m.norm_eps,
+    tied=m.tied,
+    dtype=m.dtype,
+    remat=m.remat,
+  )
 
 
 def budget_of(value: Any) -> float | int:
@@ -226,8 +249,13 @@ def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
   """Updates of an arm that kept `rows` of a pool of so many rows."""
   if arm.like:
     rows = budget_rows(arm.like, pool, c.train.batch_size)
-  return batches.updates(rows, c.train.batch_size, c.train.epochs,
-                         c.train.max_updates, c.train.min_updates)
+  return batches.updates(
+    rows,
+    c.train.batch_size,
+    c.train.epochs,
+    c.train.max_updates,
+    c.train.min_updates,
+  )
 
 
 def arm_folder(job: Job, arm: Arm) -> epath.Path:
@@ -241,18 +269,28 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
   Those that say what the sampler does by itself are left out: an arm is the
   same whether or not the config's keywords are meant for it.
   """
-  known = {p.name: p.default
-           for p in inspect.signature(sampler).parameters.values()
-           if p.kind == p.KEYWORD_ONLY
-           and p.name not in getattr(sampler, "keywords", ())}  # in brackets
-  named = dict(order=c.select.order, pair_score=c.select.pair_score,
-               label_quota=c.select.label_quota or None)
+  known = {
+    p.name: p.default
+    for p in inspect.signature(sampler).parameters.values()
+    if p.kind == p.KEYWORD_ONLY
+    and p.name not in getattr(sampler, "keywords", ())
+  }  # in brackets
+  named = dict(
+    order=c.select.order,
+    pair_score=c.select.pair_score,
+    label_quota=c.select.label_quota or None,
+  )
   kwargs = {n: v for n, v in named.items() if n in known}
   for name, value in c.select.kwargs.to_dict().items():
     if name not in known:
-      raise ConfigError(f"sampler {c.select.sampler!r} takes no {name!r}; it "
-                        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
-                        "set config.select.kwargs")
+      raise ConfigError(
+        f"sampler {c.select.sampler!r} takes no {name!r}; it "
+        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
+        "set config.select.kwargs"
+      )
     kwargs[name] = value
-  return {n: v for n, v in kwargs.items()
-          if not (type(v) is type(known[n]) and v == known[n])}
+  return {
+    n: v
+    for n, v in kwargs.items()
+    if not (type(v) is type(known[n]) and v == known[n])
+  }

@@ -7,16 +7,28 @@ sampler needs it, and the sampler's own work), the reference's forward pass
 over its rows where no embedding pass has already given it, and the training.
 """
 
+from collections.abc import Iterator
 import contextlib
 import threading
-from typing import Any, Iterator
+from typing import Any
 
 import jax
 
 from jaxalign.artifacts import Card, Cost
 
-SELECTION = ("embed", "logps", "answer", "residual", "alone", "ask",
-             "rewards", "proxy", "held_out", "mixture", "select")
+SELECTION = (
+  "embed",
+  "logps",
+  "answer",
+  "residual",
+  "alone",
+  "ask",
+  "rewards",
+  "proxy",
+  "held_out",
+  "mixture",
+  "select",
+)
 
 
 def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
@@ -24,12 +36,23 @@ def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
 
   With "held" and "device" where the stage was `watched`.
   """
-  return [dict(stage=stage, arm=arm, operations=card.cost.operations,
-               tokens=card.cost.tokens, seconds=card.cost.seconds,
-               bytes=card.cost.bytes, skipped=card.skipped)
-          | {name: card.result[name] for name in ("held", "device")
-             if name in card.result}
-          for (arm, stage), card in cards.items()]
+  return [
+    dict(
+      stage=stage,
+      arm=arm,
+      operations=card.cost.operations,
+      tokens=card.cost.tokens,
+      seconds=card.cost.seconds,
+      bytes=card.cost.bytes,
+      skipped=card.skipped,
+    )
+    | {
+      name: card.result[name]
+      for name in ("held", "device")
+      if name in card.result
+    }
+    for (arm, stage), card in cards.items()
+  ]
 
 
 def _resident() -> int:
@@ -43,8 +66,9 @@ def _resident() -> int:
 
 def _placed() -> int | None:
   """Bytes in use on this process's devices; None where they do not say."""
-  found = [(d.memory_stats() or {}).get("bytes_in_use")
-           for d in jax.local_devices()]
+  found = [
+    (d.memory_stats() or {}).get("bytes_in_use") for d in jax.local_devices()
+  ]
   return None if None in found else sum(found)
 
 
@@ -81,8 +105,9 @@ def watched() -> Iterator[dict[str, int | None]]:
     thread.join()
 
 
-def arm_operations(*, stages: dict[str, int], reference: int, ref_logps: int,
-                   align: int) -> dict[str, int]:
+def arm_operations(
+  *, stages: dict[str, int], reference: int, ref_logps: int, align: int
+) -> dict[str, int]:
   """Operations of one arm on its own.
 
   Args:
@@ -98,8 +123,12 @@ def arm_operations(*, stages: dict[str, int], reference: int, ref_logps: int,
   """
   select = sum(stages.values())
   reference = ref_logps + (0 if "embed" in stages else reference)
-  return dict(select=select, reference=reference, align=align,
-              total=select + reference + align)
+  return dict(
+    select=select,
+    reference=reference,
+    align=align,
+    total=select + reference + align,
+  )
 
 
 def saved(arm: int, everything: int, sft: int) -> dict[str, float]:
@@ -112,11 +141,17 @@ def saved(arm: int, everything: int, sft: int) -> dict[str, float]:
     everything: the total of aligning on the whole pool.
     sft: the supervised training that both share; 0 with a checkpoint.
   """
-  return dict(without_sft=1 - arm / everything,
-              with_sft=1 - (arm + sft) / (everything + sft))
+  return dict(
+    without_sft=1 - arm / everything,
+    with_sft=1 - (arm + sft) / (everything + sft),
+  )
 
 
 def total(lines: list[dict[str, Any]]) -> Cost:
   """The sum of `stages` lines."""
-  return Cost(*(sum(line[name] for line in lines)
-                for name in ("operations", "tokens", "seconds", "bytes")))
+  return Cost(
+    *(
+      sum(line[name] for line in lines)
+      for name in ("operations", "tokens", "seconds", "bytes")
+    )
+  )

@@ -5,19 +5,21 @@ name a function twice.
 """
 
 import ast
+from collections.abc import Callable, Mapping
 import difflib
 import functools
 import hashlib
 import importlib
 import inspect
 import re
-from typing import Any, Callable, Mapping
+from typing import Any
 
 from jaxalign.errors import ConfigError
 
 
-def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str,
-           knob: str) -> Callable[..., Any]:
+def lookup(
+  table: Mapping[str, Callable[..., Any]], name: str, what: str, knob: str
+) -> Callable[..., Any]:
   """Returns `table[name]`, or the function a "module:function" name points to.
 
   Args:
@@ -42,17 +44,22 @@ def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str,
     try:
       found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-      raise ConfigError(f"{what} {name!r} cannot be imported ({error}); "
-                        f"set config.{knob}") from error
+      raise ConfigError(
+        f"{what} {name!r} cannot be imported ({error}); set config.{knob}"
+      ) from error
     if not callable(found):
-      raise ConfigError(f"{what} {name!r} is a {type(found).__name__}, wanted "
-                        f"a function; set config.{knob}")
+      raise ConfigError(
+        f"{what} {name!r} is a {type(found).__name__}, wanted "
+        f"a function; set config.{knob}"
+      )
     return found
   near = difflib.get_close_matches(name, table, n=1)
   hint = f" (did you mean {near[0]!r}?)" if near else ""
-  raise ConfigError(f"unknown {what} {name!r}{hint}; known: "
-                    f"{', '.join(sorted(table))}, or 'module:function'; "
-                    f"set config.{knob}")
+  raise ConfigError(
+    f"unknown {what} {name!r}{hint}; known: "
+    f"{', '.join(sorted(table))}, or 'module:function'; "
+    f"set config.{knob}"
+  )
 
 
 def parts(text: str, mark: str) -> list[str]:
@@ -88,26 +95,36 @@ def given(found: Callable[..., Any]) -> dict[str, Any]:
   """The keywords bound to what `lookup` returned, or to its `terms`."""
   if isinstance(found, functools.partial):
     return given(found.func) | found.keywords
-  return {name: value for term in getattr(found, "terms", ())
-          for name, value in given(term).items()}
+  return {
+    name: value
+    for term in getattr(found, "terms", ())
+    for name, value in given(term).items()
+  }
 
 
-def _bound(found: Callable[..., Any], text: str, what: str, knob: str
-           ) -> Callable[..., Any]:
+def _bound(
+  found: Callable[..., Any], text: str, what: str, knob: str
+) -> Callable[..., Any]:
   """`found` with the keywords of "order=magnitude,beta=0.5" and its marks."""
-  known = {p.name for p in inspect.signature(found).parameters.values()
-           if p.kind == p.KEYWORD_ONLY}
+  known = {
+    p.name
+    for p in inspect.signature(found).parameters.values()
+    if p.kind == p.KEYWORD_ONLY
+  }
   kwargs = {}
   for part in filter(None, re.split(r"\s*,\s*", text.strip())):
     key, equals, value = part.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or key not in known or not re.fullmatch(r"[\w.+-]+", value):
-      raise ConfigError(f"{what}: {part!r} is no keyword=value of it; it takes "
-                        f"{', '.join(sorted(known)) or 'no keywords'}; set "
-                        f"config.{knob}")
+      raise ConfigError(
+        f"{what}: {part!r} is no keyword=value of it; it takes "
+        f"{', '.join(sorted(known)) or 'no keywords'}; set "
+        f"config.{knob}"
+      )
     try:
       kwargs[key] = ast.literal_eval(value)
     except (ValueError, SyntaxError):
       kwargs[key] = value
-  return functools.update_wrapper(functools.partial(found, **kwargs), found,
-                                  updated=("__dict__",))
+  return functools.update_wrapper(
+    functools.partial(found, **kwargs), found, updated=("__dict__",)
+  )

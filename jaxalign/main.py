@@ -21,35 +21,72 @@ import sys
 import threading
 import traceback
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM,
-                 errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG)
+_CANNOT_WRITE = (
+  errno.ENOSPC,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EDQUOT,
+  errno.ENOTDIR,
+  errno.EISDIR,
+  errno.EFBIG,
+)
 # Sections that are set whole: their names are not the config's to know.
 _WHOLE = ("data.fields", "select.kwargs", "loss.kwargs")
 # How a collective or the coordination service says that a peer is gone.
-_PEER_MARKS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "NCCL",
-               "coordination service", "Connection reset")
+_PEER_MARKS = (
+  "Gloo",
+  "UNAVAILABLE",
+  "DEADLINE_EXCEEDED",
+  "ABORTED",
+  "NCCL",
+  "coordination service",
+  "Connection reset",
+)
 
 
 def _parse(argv: list[str], doc: str = __doc__, define=None):
   """The flags; a wrong one raises ConfigError."""
   from absl import flags
   from ml_collections import config_flags
+
   from jaxalign.errors import ConfigError
+
   argv, untyped = _untyped(argv)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
-      "config", None, "Path of a config file, with :variant.",
-      flag_values=values, lock_config=True, sys_argv=argv)
-  flags.DEFINE_string("workdir", None, "Where everything is written.",
-                      flag_values=values)
-  flags.DEFINE_bool("dry_run", False, "Print the plan and stop.",
-                    flag_values=values)
-  flags.DEFINE_bool("redo", False, "Replace stages that another config made, "
-                    "instead of refusing.", flag_values=values)
-  flags.DEFINE_bool("force", False, "Try a model that should not fit the "
-                    "devices.", flag_values=values)
-  flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
-                    "Whether to join other processes.", flag_values=values)
+    "config",
+    None,
+    "Path of a config file, with :variant.",
+    flag_values=values,
+    lock_config=True,
+    sys_argv=argv,
+  )
+  flags.DEFINE_string(
+    "workdir", None, "Where everything is written.", flag_values=values
+  )
+  flags.DEFINE_bool(
+    "dry_run", False, "Print the plan and stop.", flag_values=values
+  )
+  flags.DEFINE_bool(
+    "redo",
+    False,
+    "Replace stages that another config made, instead of refusing.",
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    "force",
+    False,
+    "Try a model that should not fit the devices.",
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Whether to join other processes.",
+    flag_values=values,
+  )
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
   if define:
     define(values)
@@ -65,20 +102,34 @@ def _parse(argv: list[str], doc: str = __doc__, define=None):
       print(doc + values.main_module_help())
       sys.exit(0)
     config = values.config
-  except (flags.Error, LookupError, AttributeError, TypeError, ValueError,
-          OSError) as e:
-    raise ConfigError(f"{_short(e)}; see configs/common.py for all knobs"
-                      ) from e
+  except (
+    flags.Error,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OSError,
+  ) as e:
+    raise ConfigError(
+      f"{_short(e)}; see configs/common.py for all knobs"
+    ) from e
   if len(rest) > 1:
     raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
   if config is None:
     raise ConfigError("no config; say --config=configs/dpo_sub.py")
   for argument in argv[1:]:
     name = re.match(r"--config\.([\w.]+)=", argument)
-    if name and name[1] not in _WHOLE and hasattr(functools.reduce(
-        operator.getitem, name[1].split("."), config), "items"):
-      raise ConfigError(f"config.{name[1]} is a section, wanted one of its "
-                        "knobs; see configs/common.py for all knobs")
+    if (
+      name
+      and name[1] not in _WHOLE
+      and hasattr(
+        functools.reduce(operator.getitem, name[1].split("."), config), "items"
+      )
+    ):
+      raise ConfigError(
+        f"config.{name[1]} is a section, wanted one of its "
+        "knobs; see configs/common.py for all knobs"
+      )
   for (*path, name), value in untyped.items():
     if path == ["data", "choice"]:  # data.choice.first=... on the way
       value, name = {**(config.data.choice or {}), name: value}, path.pop()
@@ -100,7 +151,9 @@ def parse_plain(values, argv: list[str], doc: str) -> None:
     ConfigError: a wrong flag, or a word that is none.
   """
   from absl import flags
+
   from jaxalign.errors import ConfigError
+
   try:
     rest = values(argv)
   except flags.Error as error:
@@ -122,10 +175,12 @@ def _untyped(argv: list[str]) -> tuple[list[str], dict[tuple, object]]:
   """
   rest, found = [], {}
   for argument in argv:
-    match = (re.fullmatch(
-        r"--config\.((?:select\.kwargs|loss\.kwargs|data\.fields|data\.choice)"
-        r"\.\w+|data\.choice)=(.*)", argument, re.DOTALL)
-             or re.fullmatch(r"--config\.(select\.budget)=(auto)", argument))
+    match = re.fullmatch(
+      r"--config\.((?:select\.kwargs|loss\.kwargs|data\.fields|data\.choice)"
+      r"\.\w+|data\.choice)=(.*)",
+      argument,
+      re.DOTALL,
+    ) or re.fullmatch(r"--config\.(select\.budget)=(auto)", argument)
     if not match:
       rest.append(argument)
       continue
@@ -146,7 +201,8 @@ def _short(error: Exception) -> str:
     near = re.search(r'mean "(\w+)"', text)
     if name:
       return f"unknown knob {name[1]!r}" + (
-          f", did you mean {near[1]!r}?" if near else "")
+        f", did you mean {near[1]!r}?" if near else ""
+      )
   if "Traceback (most recent call last):" in text:  # of the config file
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     where = [line for line in lines if line.startswith("File ")]
@@ -178,24 +234,29 @@ def announced(environment) -> str:
 def _join(mode: str) -> None:
   """Starts jax.distributed where several processes are announced."""
   import jax
+
   from jaxalign import progress
   from jaxalign.errors import ConfigError
+
   launcher = announced(os.environ)
   if mode == "on" or (mode == "auto" and launcher):
     try:
       kwargs = {}
       if launcher == "jaxalign":
         kwargs = dict(
-            coordinator_address=os.environ.get(
-                "JAXALIGN_COORDINATOR",
-                os.environ.get("JAX_COORDINATOR_ADDRESS")),
-            num_processes=int(os.environ["JAXALIGN_NUM_PROCESSES"]),
-            process_id=int(os.environ.get("JAXALIGN_PROCESS_ID", "0")))
+          coordinator_address=os.environ.get(
+            "JAXALIGN_COORDINATOR", os.environ.get("JAX_COORDINATOR_ADDRESS")
+          ),
+          num_processes=int(os.environ["JAXALIGN_NUM_PROCESSES"]),
+          process_id=int(os.environ.get("JAXALIGN_PROCESS_ID", "0")),
+        )
       jax.distributed.initialize(heartbeat_timeout_seconds=30, **kwargs)
     except (RuntimeError, ValueError) as error:
-      raise ConfigError(f"cannot join the other processes ({error}); set "
-                        "JAXALIGN_PROCESS_ID and JAXALIGN_COORDINATOR, or "
-                        "--distributed=off for one process") from error
+      raise ConfigError(
+        f"cannot join the other processes ({error}); set "
+        "JAXALIGN_PROCESS_ID and JAXALIGN_COORDINATOR, or "
+        "--distributed=off for one process"
+      ) from error
   progress.set_process(jax.process_index())
 
 
@@ -203,13 +264,11 @@ def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
   """Everything after the flags."""
   c = values.config
   import jax
-  from jaxalign import artifacts
-  from jaxalign import checks
-  from jaxalign import interrupt
-  from jaxalign import plan
-  from jaxalign import sharding
+
+  from jaxalign import artifacts, checks, interrupt, plan, sharding
   from jaxalign.errors import ConfigError
   from jaxalign.job import Job
+
   # Before joining, so that all processes end with the same line.
   check(values)
   if not values.workdir and not values.dry_run:
@@ -217,15 +276,17 @@ def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
   checks.validate(c, values.dry_run, trains)
   _join(values.distributed)
   if c.compile_cache:
-    jax.config.update("jax_compilation_cache_dir",
-                      os.path.expanduser(c.compile_cache))
+    jax.config.update(
+      "jax_compilation_cache_dir", os.path.expanduser(c.compile_cache)
+    )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   interrupt.install()
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
     job = Job(c, mesh, values.workdir or "runs/plan", values.redo)
-    checks.validate_on(job, planned=values.dry_run, force=values.force,
-                       trains=trains)
+    checks.validate_on(
+      job, planned=values.dry_run, force=values.force, trains=trains
+    )
     if values.dry_run:
       plan.show(job, arms(c), trains)
       return
@@ -238,8 +299,16 @@ def ran(job) -> bool:
   return any(not card.skipped for card in job.cards.values())
 
 
-def command(argv: list[str], doc: str, *, check, work, arms, define=None,
-            trains: bool = True) -> int:
+def command(
+  argv: list[str],
+  doc: str,
+  *,
+  check,
+  work,
+  arms,
+  define=None,
+  trains: bool = True,
+) -> int:
   """One command of the package that reads a config; returns its exit code.
 
   Args:
@@ -252,36 +321,42 @@ def command(argv: list[str], doc: str, *, check, work, arms, define=None,
     trains: whether it aligns a policy.
   """
   from jaxalign import progress
+
   progress.say("jaxalign: reading the config")
-  return guarded(lambda: _run(_parse(argv, doc, define), argv, check, work,
-                              arms, trains))
+  return guarded(
+    lambda: _run(_parse(argv, doc, define), argv, check, work, arms, trains)
+  )
 
 
 def _check(values) -> None:
   from jaxalign.errors import ConfigError
+
   c = values.config
   if c.data.source != "world" and not (
-      c.data.held_out or c.data.split.held_out > 0):
-    raise ConfigError("data.split.held_out=0: a study measures on rows it "
-                      "holds out; set config.data.split or data.held_out, or run "
-                      "jaxalign.select or jaxalign.train alone")
+    c.data.held_out or c.data.split.held_out > 0
+  ):
+    raise ConfigError(
+      "data.split.held_out=0: a study measures on rows it "
+      "holds out; set config.data.split or data.held_out, or run "
+      "jaxalign.select or jaxalign.train alone"
+    )
 
 
 def _arms(c):
-  from jaxalign import pilot
-  from jaxalign import study
+  from jaxalign import pilot, study
+
   if pilot.is_open(c):  # what it settles is not known
-    return [arm for small in pilot.configs(c).values()
-            for arm in study.arms_of(small)]
+    return [
+      arm for small in pilot.configs(c).values() for arm in study.arms_of(small)
+    ]
   return study.arms_of(c)
 
 
 def _study(job, values, argv: list[str]) -> None:
   """All arms, the summary and its page."""
-  from jaxalign import pilot
-  from jaxalign import progress
-  from jaxalign import study
+  from jaxalign import pilot, progress, study
   from jaxalign.report.pages import study as study_page
+
   command_line = study.command_line(argv)
   notes = pilot.settle(job, lambda small: study.run(small, command_line))
   summary = study.run(job, command_line, notes)
@@ -300,22 +375,31 @@ def main(argv: list[str]) -> int:
 def guarded(run) -> int:
   """The exit code of `run()`, for every command of the package."""
   from jaxalign.errors import JaxalignError
+
   try:
     run()
     return 0
   except JaxalignError as error:
     return _fail(str(error), error.exit_code)
   except KeyboardInterrupt:
-    return _fail("interrupted; what was finished is kept, run the same "
-                 "command to go on", 128 + signal.SIGINT)
+    return _fail(
+      "interrupted; what was finished is kept, run the same command to go on",
+      128 + signal.SIGINT,
+    )
   except Exception as error:
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-      return _fail(f"cannot write {error.filename or 'a file'}: "
-                   f"{error.strerror}; free space or set --workdir", 73)
+      return _fail(
+        f"cannot write {error.filename or 'a file'}: "
+        f"{error.strerror}; free space or set --workdir",
+        73,
+      )
     if _lost_peer(error):
-      return _fail("another process of this job ended ("
-                   f"{str(error).splitlines()[0][:160]}); its own message says "
-                   "why, run the same command to go on", 75)
+      return _fail(
+        "another process of this job ended ("
+        f"{str(error).splitlines()[0][:160]}); its own message says "
+        "why, run the same command to go on",
+        75,
+      )
     raise
 
 
@@ -325,8 +409,9 @@ def _lost_peer(error: BaseException | None) -> bool:
   if jax is None or not jax.distributed.is_initialized():
     return False
   while error is not None:
-    if (isinstance(error, jax.errors.JaxRuntimeError)
-        and any(mark in str(error) for mark in _PEER_MARKS)):
+    if isinstance(error, jax.errors.JaxRuntimeError) and any(
+      mark in str(error) for mark in _PEER_MARKS
+    ):
       return True
     error = error.__cause__ or error.__context__
   return False
@@ -369,6 +454,7 @@ def _leave(code: int) -> None:
 def start(run) -> None:
   """Runs `run(argv) -> exit code` as a command, and ends the process."""
   from jaxalign import progress
+
   progress.outlive_readers()
   ended = []
   try:  # guarded here too: a second signal may fall into the first one's end

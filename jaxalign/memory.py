@@ -16,9 +16,15 @@ from jaxalign.model import decoder
 # (a TPU that is not there); bytes, as published.
 GIB = 2**30
 MIB = 2**20
-SIZES = {"TPU v4": 32 * GIB, "TPU v5 lite": 16 * GIB, "TPU v5e": 16 * GIB,
-         "TPU v5": 95 * GIB, "TPU v6": 32 * GIB, "TPU7x": 96 * GIB,
-         "TPU v7": 96 * GIB}
+SIZES = {
+  "TPU v4": 32 * GIB,
+  "TPU v5 lite": 16 * GIB,
+  "TPU v5e": 16 * GIB,
+  "TPU v5": 95 * GIB,
+  "TPU v6": 32 * GIB,
+  "TPU7x": 96 * GIB,
+  "TPU v7": 96 * GIB,
+}
 # What a job on a CPU holds beside its arrays, above an interpreter that has
 # started jax: libraries, tables and texts; what the compiler leaves behind, and
 # with every arm once more (measured by tools/memory_check.py).
@@ -39,9 +45,17 @@ def size_of(device: Any) -> int | None:
   return None
 
 
-def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
-               chunk: int, frozen_size: int = 4, moments: int = 2,
-               packed: int = 0) -> dict[str, int]:
+def train_step(
+  m: decoder.ModelConfig,
+  mesh: Any,
+  *,
+  rows: int,
+  length: int,
+  chunk: int,
+  frozen_size: int = 4,
+  moments: int = 2,
+  packed: int = 0,
+) -> dict[str, int]:
   """Bytes a device of one train step, by what they hold.
 
   Args:
@@ -74,29 +88,45 @@ def train_step(m: decoder.ModelConfig, mesh: Any, *, rows: int, length: int,
   size = jnp.dtype(m.dtype).itemsize
   tokens = -(-packed // sharding.parts(mesh, "batch")) or local * length
   wide = (2 + m.gated) * m.ff
-  per_token = {"none": 6 * m.width + (4 * m.heads * m.head_size + wide
-                                      ) // tensor,
-               "dots": 4 * m.width + (2 * m.heads * m.head_size
-                                      + (1 + m.gated) * m.ff) // tensor,
-               "full": m.width}
+  per_token = {
+    "none": 6 * m.width + (4 * m.heads * m.head_size + wide) // tensor,
+    "dots": 4 * m.width
+    + (2 * m.heads * m.head_size + (1 + m.gated) * m.ff) // tensor,
+    "full": m.width,
+  }
   # Of attention, a token; a flash kernel never holds them.
-  scores = m.heads // tensor * length if m.attention == "plain" or (
-      m.attention == "tiles" and not packed) else 0
+  scores = (
+    m.heads // tensor * length
+    if m.attention == "plain" or (m.attention == "tiles" and not packed)
+    else 0
+  )
   activations = m.layers * tokens * per_token[m.remat] * size
   # Whole weights of one layer, and their gradients in float32.
-  layer = (size + 4) * sum(
+  layer = (
+    (size + 4)
+    * sum(
       int(np.prod(p.shape[1:]))
-      for p in decoder.layers_of(decoder.table(m)).values()) // tensor
+      for p in decoder.layers_of(decoder.table(m)).values()
+    )
+    // tensor
+  )
   if m.remat == "none":
     activations += m.layers * tokens * 2 * 4 * scores
   else:
     layer += tokens * (per_token["none"] * size + scores * (4 + size))
   logits = 2 * 4 * local * min(chunk, length) * m.vocab // tensor
-  head = (_head_bytes(m, size, frozen_size) * m.vocab * m.width // tensor
-          + 2 * 4 * tokens * m.width)  # what it reads and its slope, float32
-  return dict(parameters=held, gradients=trained, optimizer=moments * trained,
-              activations=activations, logits=logits,
-              workspace=max(layer - logits, head))
+  head = (
+    _head_bytes(m, size, frozen_size) * m.vocab * m.width // tensor
+    + 2 * 4 * tokens * m.width
+  )  # what it reads and its slope, float32
+  return dict(
+    parameters=held,
+    gradients=trained,
+    optimizer=moments * trained,
+    activations=activations,
+    logits=logits,
+    workspace=max(layer - logits, head),
+  )
 
 
 def _head_bytes(m, size, frozen_size):
@@ -113,10 +143,21 @@ def _head_bytes(m, size, frozen_size):
   return 4 + 4 + (2 * size if size < 4 else 0)
 
 
-def on_host(m: decoder.ModelConfig, mesh: Any, *, tokens: int,
-            packed: bool, rows: int, length: int, chunk: int, tile: int,
-            frozen_size: int = 4, moments: int = 2, reference: bool = False,
-            arms: int = 1) -> dict[str, int]:
+def on_host(
+  m: decoder.ModelConfig,
+  mesh: Any,
+  *,
+  tokens: int,
+  packed: bool,
+  rows: int,
+  length: int,
+  chunk: int,
+  tile: int,
+  frozen_size: int = 4,
+  moments: int = 2,
+  reference: bool = False,
+  arms: int = 1,
+) -> dict[str, int]:
   """Bytes of a CPU job's peak, above an interpreter that has started jax.
 
   The peak is the train step's, or that of a pass of the reference over `tile`
@@ -130,11 +171,20 @@ def on_host(m: decoder.ModelConfig, mesh: Any, *, tokens: int,
     reference: whether its weights stay beside a policy that is trained whole.
     arms: trained one after the other.
   """
-  here = sum(d.process_index == mesh.devices.flat[0].process_index
-             for d in mesh.devices.flat)
-  step = train_step(m, mesh, rows=rows, length=length, chunk=chunk,
-                    frozen_size=frozen_size, moments=moments,
-                    packed=tokens if packed else 0)
+  here = sum(
+    d.process_index == mesh.devices.flat[0].process_index
+    for d in mesh.devices.flat
+  )
+  step = train_step(
+    m,
+    mesh,
+    rows=rows,
+    length=length,
+    chunk=chunk,
+    frozen_size=frozen_size,
+    moments=moments,
+    packed=tokens if packed else 0,
+  )
   local = tokens / sharding.parts(mesh, "batch")
   wide = (2 + m.gated) * m.ff
   if m.remat == "none":  # the compiler for CPUs keeps them twice, as measured
@@ -145,14 +195,21 @@ def on_host(m: decoder.ModelConfig, mesh: Any, *, tokens: int,
   mean = tokens / rows
   scores = 0 if packed else 2 * m.heads * length
   forward = dict(
-      parameters=frozen_size * numbers // here,
-      activations=int(4 * tile * mean * (
-          6 * m.width + 4 * m.heads * m.head_size + 2 * wide + scores)),
-      logits=8 * tile * min(chunk, length) * m.vocab)
+    parameters=frozen_size * numbers // here,
+    activations=int(
+      4
+      * tile
+      * mean
+      * (6 * m.width + 4 * m.heads * m.head_size + 2 * wide + scores)
+    ),
+    logits=8 * tile * min(chunk, length) * m.vocab,
+  )
   most = max(step, forward, key=lambda x: sum(x.values()))
-  return dict(libraries=LIBRARIES, **{
-      n: here * x for n, x in most.items()},
-              programs=PROGRAMS + arms * PROGRAMS_AN_ARM)
+  return dict(
+    libraries=LIBRARIES,
+    **{n: here * x for n, x in most.items()},
+    programs=PROGRAMS + arms * PROGRAMS_AN_ARM,
+  )
 
 
 def available() -> int | None:
@@ -160,16 +217,22 @@ def available() -> int | None:
 
   What the system can give, and what the control groups it is in leave.
   """
+
   def text(path):
     try:
       return epath.Path(path).read_text()
     except OSError:
       return ""
 
-  found = [int(x) * 1024 for x in re.findall(
-      r"^MemAvailable:\s+(\d+) kB", text("/proc/meminfo"), re.MULTILINE)]
+  found = [
+    int(x) * 1024
+    for x in re.findall(
+      r"^MemAvailable:\s+(\d+) kB", text("/proc/meminfo"), re.MULTILINE
+    )
+  ]
   for controllers, path in re.findall(
-      r"^\d+:(.*?):(/.*)$", text("/proc/self/cgroup"), re.MULTILINE):
+    r"^\d+:(.*?):(/.*)$", text("/proc/self/cgroup"), re.MULTILINE
+  ):
     root, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
     if controllers:  # the first version of control groups
       if "memory" not in controllers.split(","):
@@ -177,8 +240,7 @@ def available() -> int | None:
       root += "/memory"
       names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     while True:
-      most, now = (text(f"{root}{path.rstrip('/')}/{n}").strip()
-                   for n in names)
+      most, now = (text(f"{root}{path.rstrip('/')}/{n}").strip() for n in names)
       if most.isdigit() and now.isdigit() and int(most) < 1 << 60:
         found.append(max(0, int(most) - int(now)))
       if path in ("/", ""):
@@ -187,8 +249,9 @@ def available() -> int | None:
   return min(found, default=None)
 
 
-def check_host(held: dict[str, int], free: int | None, force: bool = False
-               ) -> str:
+def check_host(
+  held: dict[str, int], free: int | None, force: bool = False
+) -> str:
   """What to say where a host has less than `on_host` plans; "": enough.
 
   Raises:
@@ -198,27 +261,35 @@ def check_host(held: dict[str, int], free: int | None, force: bool = False
   planned = sum(held.values())
   if free is None or planned <= free:
     return ""
-  said = (f"this job is planned to take {size(planned)} at its peak "
-          f"({words(held)}), and {size(free)} of memory are free")
-  helps = ("a smaller config.train.batch_size or a larger "
-           "config.train.accumulation, config.model.remat='full', "
-           "config.lora.rank")
-  sure = sum(held.get(n, 0) for n in ("parameters", "gradients", "optimizer",
-                                      "reference", "libraries"))
+  said = (
+    f"this job is planned to take {size(planned)} at its peak "
+    f"({words(held)}), and {size(free)} of memory are free"
+  )
+  helps = (
+    "a smaller config.train.batch_size or a larger "
+    "config.train.accumulation, config.model.remat='full', "
+    "config.lora.rank"
+  )
+  sure = sum(
+    held.get(n, 0)
+    for n in ("parameters", "gradients", "optimizer", "reference", "libraries")
+  )
   if sure + (planned - sure) // 2 > free and not force:
     raise ConfigError(f"{said}; set {helps}; --force tries all the same")
   return f"warning: {said}; {helps} take less"
 
 
 def words(held: dict[str, int]) -> str:
-  """"parameters 1.0 MiB, ...; together 3.2 MiB"."""
+  """ "parameters 1.0 MiB, ...; together 3.2 MiB"."""
   unit, name = (GIB, "GiB") if sum(held.values()) >= GIB else (2**20, "MiB")
-  return (", ".join(f"{k} {v / unit:,.1f}" for k, v in held.items())
-          + f"; together {sum(held.values()) / unit:,.1f} {name}")
+  return (
+    ", ".join(f"{k} {v / unit:,.1f}" for k, v in held.items())
+    + f"; together {sum(held.values()) / unit:,.1f} {name}"
+  )
 
 
 def size(count: int) -> str:
-  """"1.5 GiB", "20.0 MiB" or "3.1 KiB"."""
+  """ "1.5 GiB", "20.0 MiB" or "3.1 KiB"."""
   for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
     if count >= unit:
       return f"{count / unit:,.1f} {name}"
@@ -237,9 +308,10 @@ def check_fits(held: dict[str, int], device: Any, force: bool = False) -> None:
   if size is None or needed <= size or force:
     return
   raise ConfigError(
-      f"training needs about {sum(held.values()) / GIB:,.1f} GiB a device "
-      f"({words(held)}), a {device.device_kind} has {size / GIB:,.1f} GiB; "
-      "raise config.mesh.fsdp or tensor (more devices), "
-      "config.train.accumulation, set config.model.remat='full', a smaller "
-      "config.model.head_chunk, or config.lora.rank; --force tries all the "
-      "same")
+    f"training needs about {sum(held.values()) / GIB:,.1f} GiB a device "
+    f"({words(held)}), a {device.device_kind} has {size / GIB:,.1f} GiB; "
+    "raise config.mesh.fsdp or tensor (more devices), "
+    "config.train.accumulation, set config.model.remat='full', a smaller "
+    "config.model.head_chunk, or config.lora.rank; --force tries all the "
+    "same"
+  )

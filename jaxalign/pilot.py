@@ -7,16 +7,15 @@ small budget, and the best of them. Each is a study of its own under
 <workdir>/pilot, with its page; the shared stages are the large study's.
 """
 
+from collections.abc import Callable
 import re
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import pipeline
-from jaxalign import progress
+from jaxalign import artifacts, pipeline, progress
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval import plateau
 from jaxalign.job import Arm, Job, updates_of
@@ -33,16 +32,18 @@ def is_open(c: Any) -> bool:
 
 
 def with_direction(name: str, direction: str) -> str:
-  """"ifd(direction=auto)" -> "ifd(direction=low)"."""
+  """ "ifd(direction=auto)" -> "ifd(direction=low)"."""
   return _OPEN.sub(f"direction={direction}", name)
 
 
 def refuse(c: Any, command: str) -> None:
   """For commands that train no policy to compare, or one only."""
   if is_open(c):
-    raise ConfigError(f"{command} cannot settle what a pilot must: set "
-                      "config.select.budget to a number and the direction in "
-                      "config.select.sampler, or run jaxalign.main")
+    raise ConfigError(
+      f"{command} cannot settle what a pilot must: set "
+      "config.select.budget to a number and the direction in "
+      "config.select.sampler, or run jaxalign.main"
+    )
 
 
 def configs(c: Any) -> dict[str, Any]:
@@ -54,16 +55,23 @@ def configs(c: Any) -> dict[str, Any]:
   found = {}
   if _OPEN.search(c.select.sampler):
     names = [with_direction(c.select.sampler, d) for d in DIRECTIONS]
-    found["directions"] = _changed(c, names[0], c.pilot.at, (),
-                                   (*names[1:], "random"))
+    found["directions"] = _changed(
+      c, names[0], c.pilot.at, (), (*names[1:], "random")
+    )
   if c.select.budget == AUTO:
-    found["budgets"] = _changed(c, with_direction(c.select.sampler, "top"),
-                                c.pilot.budgets[-1], c.pilot.budgets, ())
+    found["budgets"] = _changed(
+      c,
+      with_direction(c.select.sampler, "top"),
+      c.pilot.budgets[-1],
+      c.pilot.budgets,
+      (),
+    )
   return found
 
 
-def _changed(c: Any, sampler: str, budget: float, budgets: tuple,
-             compare: tuple) -> Any:
+def _changed(
+  c: Any, sampler: str, budget: float, budgets: tuple, compare: tuple
+) -> Any:
   out = ml_collections.ConfigDict(c.to_dict(), type_safe=False)
   out.select.sampler, out.select.budget = sampler, budget
   out.budgets, out.compare, out.seeds = budgets, compare, c.pilot.seeds
@@ -74,29 +82,40 @@ def _changed(c: Any, sampler: str, budget: float, budgets: tuple,
 def check(c: Any) -> None:
   """Raises ConfigError for knobs of a pilot that cannot work."""
   if _OPEN.search(c.select.sampler) and not re.fullmatch(
-      r"[\w:.]+\(.*\)", c.select.sampler):
-    raise ConfigError(f"select.sampler={c.select.sampler!r}: direction=auto is "
-                      "settled for one sampler, no chain; set "
-                      "config.select.sampler")
+    r"[\w:.]+\(.*\)", c.select.sampler
+  ):
+    raise ConfigError(
+      f"select.sampler={c.select.sampler!r}: direction=auto is "
+      "settled for one sampler, no chain; set "
+      "config.select.sampler"
+    )
   for name in c.compare:
     if _OPEN.search(name):
-      raise ConfigError(f"compare has {name!r}: the direction of "
-                        "select.sampler alone can be settled; set a direction "
-                        "in config.compare")
+      raise ConfigError(
+        f"compare has {name!r}: the direction of "
+        "select.sampler alone can be settled; set a direction "
+        "in config.compare"
+      )
   if c.pilot.seeds < 1:
-    raise ConfigError(f"pilot.seeds={c.pilot.seeds}, wanted 1 or more; set "
-                      "config.pilot.seeds")
+    raise ConfigError(
+      f"pilot.seeds={c.pilot.seeds}, wanted 1 or more; set config.pilot.seeds"
+    )
   if c.select.budget == AUTO:
     if len(set(c.pilot.budgets)) < plateau.LEAST:
-      raise ConfigError(f"pilot.budgets={tuple(c.pilot.budgets)}, wanted four "
-                        "different ones or more: a curve has three numbers; "
-                        "set config.pilot.budgets")
+      raise ConfigError(
+        f"pilot.budgets={tuple(c.pilot.budgets)}, wanted four "
+        "different ones or more: a curve has three numbers; "
+        "set config.pilot.budgets"
+      )
     if c.budgets:
-      raise ConfigError("select.budget='auto' settles one budget; set "
-                        "config.budgets=()")
+      raise ConfigError(
+        "select.budget='auto' settles one budget; set config.budgets=()"
+      )
     if not 0 < c.pilot.margin < 1:
-      raise ConfigError(f"pilot.margin={c.pilot.margin}, wanted a share of "
-                        "wins between 0 and 1; set config.pilot.margin")
+      raise ConfigError(
+        f"pilot.margin={c.pilot.margin}, wanted a share of "
+        "wins between 0 and 1; set config.pilot.margin"
+      )
 
 
 def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
@@ -121,10 +140,11 @@ def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
   said, spent = [], sum(_share(job, c) for c in due.values())
   if spent > job.c.pilot.most:
     raise ConfigError(
-        f"the pilot would take {spent:.0%} of the updates of aligning on "
-        f"everything, above {job.c.pilot.most:.0%}; lower "
-        "config.pilot.budgets, config.pilot.at or config.pilot.seeds, or "
-        "raise config.pilot.most")
+      f"the pilot would take {spent:.0%} of the updates of aligning on "
+      f"everything, above {job.c.pilot.most:.0%}; lower "
+      "config.pilot.budgets, config.pilot.at or config.pilot.seeds, or "
+      "raise config.pilot.most"
+    )
   if "directions" in due:
     progress.say(f"pilot of directions: {job.workdir}/pilot/directions")
     summary = _run(job, "directions", due["directions"], study)
@@ -159,8 +179,9 @@ def _share(job: Job, c: Any) -> float:
   return total * (1 + len(c.compare)) * c.seeds / whole
 
 
-def _run(job: Job, name: str, c: Any, study: Callable[[Job], Any]
-         ) -> dict[str, Any]:
+def _run(
+  job: Job, name: str, c: Any, study: Callable[[Job], Any]
+) -> dict[str, Any]:
   """The summary of a pilot; a job of its own over the same shared stages."""
   small = Job(c, job.mesh, job.workdir / "pilot" / name, job.redo)
   small.shared = job.shared
@@ -178,29 +199,34 @@ def _best_direction(c: Any, summary: dict[str, Any]) -> tuple[str, str]:
   names = [with_direction(c.select.sampler, d) for d in DIRECTIONS]
   mean = {n: float(np.mean(means[n])) for n in (*names, "random")}
   best = max(names, key=mean.__getitem__)
-  listed = ", ".join(f"{d} {100 * mean[n]:.1f}"
-                     for d, n in zip((*DIRECTIONS, "random"),
-                                     (*names, "random")))
-  below = ("" if mean[best] > mean["random"] else
-           "; none was above random: this score may have nothing to say here")
+  listed = ", ".join(
+    f"{d} {100 * mean[n]:.1f}"
+    for d, n in zip((*DIRECTIONS, "random"), (*names, "random"))
+  )
+  below = (
+    ""
+    if mean[best] > mean["random"]
+    else "; none was above random: this score may have nothing to say here"
+  )
   return best, (
-      f"A pilot at {c.pilot.at:.1%} of the pool ({c.pilot.seeds} seeds; "
-      f"pilot/directions/report.html has the intervals) chose {best}: "
-      f"{listed} %{below}.")
+    f"A pilot at {c.pilot.at:.1%} of the pool ({c.pilot.seeds} seeds; "
+    f"pilot/directions/report.html has the intervals) chose {best}: "
+    f"{listed} %{below}."
+  )
 
 
-def _advice(job: Job, summary: dict[str, Any], share: float
-            ) -> tuple[int, str]:
+def _advice(job: Job, summary: dict[str, Any], share: float) -> tuple[int, str]:
   """Rows to keep and a sentence, from the curve of the pilot."""
   c, fit = job.c, summary["fit"]
   n = len(job.column("pool", "id"))
   page = "pilot/budgets/report.html"
   if not fit["identified"]:
     raise DataError(
-        "select.budget='auto': the pilot's points do not bound a plateau, so "
-        "no budget can be advised; add larger ones to config.pilot.budgets, "
-        "raise config.pilot.seeds or config.eval.prompts, or set "
-        f"config.select.budget; see {job.workdir}/{page}")
+      "select.budget='auto': the pilot's points do not bound a plateau, so "
+      "no budget can be advised; add larger ones to config.pilot.budgets, "
+      "raise config.pilot.seeds or config.eval.prompts, or set "
+      f"config.select.budget; see {job.workdir}/{page}"
+    )
   near = plateau.enough(fit, 100 * c.pilot.margin)
   least = max(min(fit["rows"]), c.train.batch_size)
   rows = min(n, max(least, int(np.ceil(near["value"] / 100 * n))))
@@ -208,16 +234,28 @@ def _advice(job: Job, summary: dict[str, Any], share: float
   takes = updates_of(c, Arm("random", rows, 0), rows, n) / whole
   saved = 1 - takes - share
   if jax.process_index() == 0:
-    artifacts.write_json(job.workdir / "pilot" / "advice.json", dict(
-        rows=rows, share=rows / n, near=near, pilot_updates=share,
-        updates=takes, saved=saved))
+    artifacts.write_json(
+      job.workdir / "pilot" / "advice.json",
+      dict(
+        rows=rows,
+        share=rows / n,
+        near=near,
+        pilot_updates=share,
+        updates=takes,
+        saved=saved,
+      ),
+    )
   top = "no bound" if near["high"] is None else f"{near['high']:.1f} %"
-  beyond = (", beyond the largest share measured"
-            if near["value"] > max(fit["x"]) else "")
+  beyond = (
+    ", beyond the largest share measured"
+    if near["value"] > max(fit["x"])
+    else ""
+  )
   return rows, (
-      f"A pilot ({page}) puts the plateau at {fit['r']['value']:.1f} % and "
-      f"within {100 * c.pilot.margin:g} points of it at {near['value']:.1f} % "
-      f"of the pool (95 % interval {near['low']:.1f} to {top}{beyond}): "
-      f"{rows:,} of {n:,} rows are kept. Of the updates of aligning on "
-      f"everything the pilot took {share:.0%} and these take {takes:.0%}: "
-      + (f"{saved:.0%} are saved." if saved > 0 else "nothing is saved."))
+    f"A pilot ({page}) puts the plateau at {fit['r']['value']:.1f} % and "
+    f"within {100 * c.pilot.margin:g} points of it at {near['value']:.1f} % "
+    f"of the pool (95 % interval {near['low']:.1f} to {top}{beyond}): "
+    f"{rows:,} of {n:,} rows are kept. Of the updates of aligning on "
+    f"everything the pilot took {share:.0%} and these take {takes:.0%}: "
+    + (f"{saved:.0%} are saved." if saved > 0 else "nothing is saved.")
+  )

@@ -16,7 +16,11 @@ from jaxalign.stages.card import run_card
 from jaxalign.stages.data import run_data
 from jaxalign.stages.embed import KEEPS, run_passes
 from jaxalign.stages.evaluate import (
-    policy_of, run_baseline, run_evaluate, run_export)
+  policy_of,
+  run_baseline,
+  run_evaluate,
+  run_export,
+)
 from jaxalign.stages.judge import run_judge, run_judge_start
 from jaxalign.stages.judges import check_enough, check_ready
 from jaxalign.stages.mixture import run_mixture
@@ -34,8 +38,9 @@ def _samplers(arms: list[Arm]) -> list:
 def _check_pool(job: Job, arms: list[Arm]) -> None:
   """Refuses what the pool cannot give, fields or rows, and choices of days."""
   for arm in arms:
-    budget_rows(arm.budget, len(job.column("pool", "id")),
-                job.c.train.batch_size)
+    budget_rows(
+      arm.budget, len(job.column("pool", "id")), job.c.train.batch_size
+    )
     columns.check_records(job, arm.sampler)
   check_hours(job, arms)
 
@@ -43,8 +48,14 @@ def _check_pool(job: Job, arms: list[Arm]) -> None:
 def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
   """The stages that the samplers of the arms read, and `also`; no other."""
   samplers = _samplers(arms)
-  asked = {*also, *(stage for sampler in samplers
-                    for stage in columns.stages(job.c, job.kind, sampler))}
+  asked = {
+    *also,
+    *(
+      stage
+      for sampler in samplers
+      for stage in columns.stages(job.c, job.kind, sampler)
+    ),
+  }
   mixture = any("log_likelihood" in sampler.needs for sampler in samplers)
   asked = {*columns.before(job.c, [*asked, *["mixture"] * mixture])}
   asked -= {"mixture"}
@@ -52,9 +63,13 @@ def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
     run_sft(job)
   if passes := asked & {*KEEPS}:
     run_passes(job, [*passes])
-  for name, run in (("alone", run_alone), ("ask", run_ask),
-                    ("rewards", run_rewards), ("proxy", run_proxy),
-                    ("held_out", run_held_out)):
+  for name, run in (
+    ("alone", run_alone),
+    ("ask", run_ask),
+    ("rewards", run_rewards),
+    ("proxy", run_proxy),
+    ("held_out", run_held_out),
+  ):
     if name in asked:
       run(job)
   if mixture:

@@ -10,58 +10,49 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import embedder
-from jaxalign import host
-from jaxalign import memory
-from jaxalign import progress
-from jaxalign import rates
-from jaxalign.data import prepare
-from jaxalign.data import sources
+from jaxalign import embedder, host, memory, progress, rates
+from jaxalign.data import prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.host import CHARACTERS_PER_TOKEN
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
-from jaxalign.model import decoder
-from jaxalign.model import reward
-from jaxalign.model import weights
+from jaxalign.model import decoder, reward, weights
 from jaxalign.rates import rate_of
-from jaxalign.select import costs
-from jaxalign.select import embed
+from jaxalign.select import costs, embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.topk import budget_rows
-from jaxalign.stages import columns
+from jaxalign.stages import columns, proxies, scores, select, watched
 from jaxalign.stages import embed as passes
 from jaxalign.stages import mixture as mixture_stage
-from jaxalign.stages import proxies
-from jaxalign.stages import scores
-from jaxalign.stages import select
-from jaxalign.stages import watched
-from jaxalign.train import feed
-from jaxalign.train import stats
+from jaxalign.train import feed, stats
 
 READING = 1e9  # bytes a second from a disk
 SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
 TRAINING = ("baseline", "ref_logps", "align", "evaluate")
 
 
-def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int,
-                                       list[dict[str, Any]]]:
+def _sizes(
+  c: Any, kind: str
+) -> tuple[dict[str, int], dict[str, float], int, list[dict[str, Any]]]:
   """Rows by split, mean tokens by split, the padded length, and records of the
   pool where a source was read."""
   r = 2 if kind == "pairs" else 1
   if c.data.assume_rows:
     context = prepare.asked_context(c) or _model(c).context
     mean = min(c.data.assume_tokens or context, context)
-    rows = {n: int(c.data.assume_rows * share)
-            for n, share in prepare.fractions(c).items()}
+    rows = {
+      n: int(c.data.assume_rows * share)
+      for n, share in prepare.fractions(c).items()
+    }
     if r == 1:
       rows["pool"] *= 2  # thumbs of pairs
     return rows, dict.fromkeys(rows, float(mean)), context, []
   if prepare.is_world(c):
     w = c.data.world
-    rows = dict(sft=w.sft_rows, held_out=w.held_out_rows,
-                pool=w.pool_rows * (2 // r))
+    rows = dict(
+      sft=w.sft_rows, held_out=w.held_out_rows, pool=w.pool_rows * (2 // r)
+    )
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
   found, said = prepare.peek(c, _model(c).context)
@@ -76,17 +67,23 @@ def _sizes(c: Any, kind: str) -> tuple[dict[str, int], dict[str, float], int,
     total = min(total, c.data.limit * len(names))
   if total > read:
     about = "" if all(exact for _, exact in counted) else "about "
-    progress.say(f"  read the first {read:,} rows; the source holds {about}"
-                 f"{total:,}, and the plan counts on them all")
+    progress.say(
+      f"  read the first {read:,} rows; the source holds {about}"
+      f"{total:,}, and the plan counts on them all"
+    )
     rows = {n: int(x * total / read) for n, x in rows.items()}
   if found.kind == "pairs" and kind == "thumbs":
     rows["pool"] *= 2
-  texts = [len(x["prompt"]) + len(x[s]) for x in
-           [*splits["pool"], *splits["held_out"]]
-           for s in ("chosen", "rejected", "completion") if s in x]
+  texts = [
+    len(x["prompt"]) + len(x[s])
+    for x in [*splits["pool"], *splits["held_out"]]
+    for s in ("chosen", "rejected", "completion")
+    if s in x
+  ]
   length = np.array(texts) / CHARACTERS_PER_TOKEN
   context = prepare.asked_context(c) or tokens_lib.context_for(
-      length.astype(np.int64), _model(c).context)
+    length.astype(np.int64), _model(c).context
+  )
   mean = np.minimum(length, context).mean()
   return rows, dict.fromkeys(rows, float(mean)), context, splits["pool"]
 
@@ -106,13 +103,13 @@ class Line(NamedTuple):
 
 def _model(c: Any) -> decoder.ModelConfig:
   if c.model.checkpoint:
-    return weights.read_config(c.model.checkpoint, c.model.dtype,
-                               c.model.remat)
+    return weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
   return sizes(c, c.model.vocab_size)
 
 
-def lines(job: Job, arms: list[Arm], rows: dict[str, int],
-          tokens: dict[str, float]) -> list[Line]:
+def lines(
+  job: Job, arms: list[Arm], rows: dict[str, int], tokens: dict[str, float]
+) -> list[Line]:
   """The stages of a job in their order, with what each is expected to take.
 
   Args:
@@ -128,31 +125,57 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
   out = []
 
   def add(stage, count, unit, operations, arm="", seconds=None, **held):
-    out.append(Line(stage, arm, count, unit, operations, operations / rate
-                    if seconds is None else seconds, **held))
+    out.append(
+      Line(
+        stage,
+        arm,
+        count,
+        unit,
+        operations,
+        operations / rate if seconds is None else seconds,
+        **held,
+      )
+    )
 
   if not c.model.checkpoint:
-    add("sft", c.sft.updates, "updates",
-        3 * c.sft.updates * c.sft.batch_size * one("sft"))
+    add(
+      "sft",
+      c.sft.updates,
+      "updates",
+      3 * c.sft.updates * c.sft.batch_size * one("sft"),
+    )
   chosen = embedder.choose(c, m)
   answers, t = rows["pool"] * r, int(tokens["pool"])
   samplers = {a.sampler: combine.named(a.sampler) for a in arms}
-  asked = {*columns.before(c, [stage for sampler in samplers.values() for stage
-                               in columns.stages(c, job.kind, sampler)])}
+  asked = {
+    *columns.before(
+      c,
+      [
+        stage
+        for sampler in samplers.values()
+        for stage in columns.stages(c, job.kind, sampler)
+      ],
+    )
+  }
   # An arm of all rows alone, as of jaxalign.train, embeds nothing.
   alone = len(arms) == 1 and arms[0].is_all
   ran = [*([] if alone else ["embed"]), *asked]
   for stage, each in _passes(c, m, chosen, ran, t).items():
     add(stage, answers, "rows", answers * each)
   scoring = {  # what a column of the pool takes, beside those passes
-      "alone": lambda: answers * decoder.operations(m, t // 2 + 1),
-      "ask": lambda: _ask(c, m, answers, t),
-      "rewards": lambda: answers * reward.operations(
-          scores.reward_config(c), t),
-      "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
-      "held_out": lambda: _tuning(
-          c, m, rows["pool"], t, c.proxy.models, c.proxy.half_updates or
-          -(-rows["pool"] // 2 // c.proxy.batch_size))}
+    "alone": lambda: answers * decoder.operations(m, t // 2 + 1),
+    "ask": lambda: _ask(c, m, answers, t),
+    "rewards": lambda: answers * reward.operations(scores.reward_config(c), t),
+    "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
+    "held_out": lambda: _tuning(
+      c,
+      m,
+      rows["pool"],
+      t,
+      c.proxy.models,
+      c.proxy.half_updates or -(-rows["pool"] // 2 // c.proxy.batch_size),
+    ),
+  }
   for stage, operations in scoring.items():
     if stage in asked:
       add(stage, answers, "rows", operations())
@@ -160,57 +183,102 @@ def lines(job: Job, arms: list[Arm], rows: dict[str, int],
     k = mixtures.components_of(c.select.mixture.components)
     starts = 1 if k == mixtures.LABELS else c.select.mixture.starts
     k, wide = 2 if k == mixtures.LABELS else k, chosen.model.width
-    width = (max(1, min(64, answers // 40, wide))
-             if c.select.mixture.pca == "auto" else
-             min(int(c.select.mixture.pca) or wide, wide))
+    width = (
+      max(1, min(64, answers // 40, wide))
+      if c.select.mixture.pca == "auto"
+      else min(int(c.select.mixture.pca) or wide, wide)
+    )
     fits = starts * (2 + mixture_stage.refits(c))
-    add("mixture", fits, "fits", 2 * answers * wide ** 2
-        + fits * 20 * 4 * answers * k * width ** 2)
+    add(
+      "mixture",
+      fits,
+      "fits",
+      2 * answers * wide**2 + fits * 20 * 4 * answers * k * width**2,
+    )
   asked = min(c.eval.prompts, rows["held_out"])
   measured = (2 * rows["held_out"] + 3 * asked) * one("held_out")
   add("baseline", asked, "prompts", measured)
   for arm in arms:
     kept = budget_rows(arm.budget, rows["pool"], c.train.batch_size)
     if (cost := sampling(job, arm, rows["pool"], chosen, m)) is not None:
-      add("select", rows["pool"], "rows", cost.operations, arm.name,
-          rates.seconds(cost.operations, cost.on_host, job.mesh)
-          + cost.read / READING + rows["pool"] * SECONDS_A_ROW,
-          held=cost.held, device=cost.device)
+      add(
+        "select",
+        rows["pool"],
+        "rows",
+        cost.operations,
+        arm.name,
+        rates.seconds(cost.operations, cost.on_host, job.mesh)
+        + cost.read / READING
+        + rows["pool"] * SECONDS_A_ROW,
+        held=cost.held,
+        device=cost.device,
+      )
     updates = updates_of(c, arm, kept, rows["pool"])
     forward = updates * c.train.batch_size * r * one("pool")
     online = c.train.reference == "online"  # the reference's pass is align's
     extra = forward if "z0" in job.loss.stats else 0
     stored = 0 if online else extra
     source = columns.sums(c, job.kind, samplers[arm.sampler])
-    passed = 0 if (online or not job.loss.reference or source in ran
-                   ) else kept * r * one("pool")
+    passed = (
+      0
+      if (online or not job.loss.reference or source in ran)
+      else kept * r * one("pool")
+    )
     if stored or passed:
-      add("ref_logps", updates * c.train.batch_size * bool(stored)
-          + kept * r * bool(passed), "rows", stored + passed, arm.name)
-    trained = decoder.operations(m, int(tokens["pool"]), passes=feed.passes(
-        m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online))
-    seen = watched.planned(c, updates, dict(
-        held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept),
-        dict(held_out=2, pool=r))  # as in `measured`
-    add("align", updates, "updates",
-        updates * c.train.batch_size * r * trained + (1 + online) * extra
-        + sum(n * one(split) for split, n in seen.items()), arm.name)
+      add(
+        "ref_logps",
+        updates * c.train.batch_size * bool(stored) + kept * r * bool(passed),
+        "rows",
+        stored + passed,
+        arm.name,
+      )
+    trained = decoder.operations(
+      m,
+      int(tokens["pool"]),
+      passes=feed.passes(
+        m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online
+      ),
+    )
+    seen = watched.planned(
+      c,
+      updates,
+      dict(held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept),
+      dict(held_out=2, pool=r),
+    )  # as in `measured`
+    add(
+      "align",
+      updates,
+      "updates",
+      updates * c.train.batch_size * r * trained
+      + (1 + online) * extra
+      + sum(n * one(split) for split, n in seen.items()),
+      arm.name,
+    )
     add("evaluate", asked, "prompts", measured, arm.name)
   return out
 
 
-def _passes(c: Any, m: decoder.ModelConfig, chosen: embedder.Embedder,
-            names: list[str], t: int) -> dict[str, float]:
+def _passes(
+  c: Any,
+  m: decoder.ModelConfig,
+  chosen: embedder.Embedder,
+  names: list[str],
+  t: int,
+) -> dict[str, float]:
   """Operations of a row of t tokens in the stages of `passes.KEEPS`.
 
   What the reference runs is one pass; each stage has what it adds.
   """
-  found = passes.shares(c, names, lambda outputs: embed.row_operations(
-      m, t, outputs, c.embed.layers))
+  found = passes.shares(
+    c,
+    names,
+    lambda outputs: embed.row_operations(m, t, outputs, c.embed.layers),
+  )
   for name in (n for n in names if not passes.by_reference(c, n)):
     texts = embedder.of_answers(chosen) if name == "answer" else chosen
-    found[name] = embedder.operations(chosen, t // 2 + 1 if texts.answers
-                                      else t)
+    found[name] = embedder.operations(
+      chosen, t // 2 + 1 if texts.answers else t
+    )
   return {n: found[n] for n in passes.KEEPS if n in found}
 
 
@@ -221,25 +289,33 @@ def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
   return answers * decoder.operations(judge, min(int(asked), judge.context), 1)
 
 
-def _tuning(c: Any, m: decoder.ModelConfig, pairs: int, t: int, models: int,
-            updates: int) -> float:
+def _tuning(
+  c: Any, m: decoder.ModelConfig, pairs: int, t: int, models: int, updates: int
+) -> float:
   """Of tuned proxies: three passes of every update, one over the pool each."""
   proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
   row = decoder.operations(proxy, t)
   trained = decoder.operations(proxy, t, passes=feed.passes(proxy))
   before = 0 if columns.tuned(c) else 2 * pairs * row
   return before + models * 2 * (
-      pairs * row + updates * c.proxy.batch_size * trained)
+    pairs * row + updates * c.proxy.batch_size * trained
+  )
 
 
-def sampling(job: Job, arm: Arm, pool: int, chosen: embedder.Embedder,
-             m: decoder.ModelConfig) -> costs.Estimate | None:
+def sampling(
+  job: Job,
+  arm: Arm,
+  pool: int,
+  chosen: embedder.Embedder,
+  m: decoder.ModelConfig,
+) -> costs.Estimate | None:
   """What an arm's sampler takes; None for one that says nothing."""
   return select.estimate(job, arm, pool, chosen.model.width, m.width)
 
 
-def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
-           ) -> list[dict[str, Any]]:
+def beside(
+  job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
   """The ledger's lines with what was predicted for them, where it was.
 
   Predicted from the sizes that the data turned out to have, at the assumed
@@ -253,11 +329,22 @@ def beside(job: Job, arms: list[Arm], ledger: list[dict[str, Any]]
   out = []
   for line in ledger:
     was = found.get((line["stage"], line["arm"]))
-    out.append(line | (dict(
-        predicted_operations=int(was.operations),
-        predicted_seconds=was.seconds) if was else {}) | (dict(
-            predicted_held=was.held, predicted_device=was.device)
-            if was and was.held is not None else {}))
+    out.append(
+      line
+      | (
+        dict(
+          predicted_operations=int(was.operations),
+          predicted_seconds=was.seconds,
+        )
+        if was
+        else {}
+      )
+      | (
+        dict(predicted_held=was.held, predicted_device=was.device)
+        if was and was.held is not None
+        else {}
+      )
+    )
   return out
 
 
@@ -274,39 +361,60 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   m = _model(c)
   decoder.check(m, job.mesh)
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
-  found = [x for x in lines(job, arms, rows, tokens)
-           if trains or x.stage not in TRAINING]
-  progress.say(f"plan (nothing computed): {', '.join(prepare.sources_of(c))}, "
-               + ", ".join(f"{v:,} {k}" for k, v in rows.items())
-               + f" rows of about {tokens['pool']:.0f} tokens")
+  found = [
+    x
+    for x in lines(job, arms, rows, tokens)
+    if trains or x.stage not in TRAINING
+  ]
+  progress.say(
+    f"plan (nothing computed): {', '.join(prepare.sources_of(c))}, "
+    + ", ".join(f"{v:,} {k}" for k, v in rows.items())
+    + f" rows of about {tokens['pool']:.0f} tokens"
+  )
   for x in found:
-    progress.say(f"  {f'{x.stage} {x.arm}'.strip():<28}{x.count:>9,} "
-                 f"{x.unit:<8}{x.operations:>10.2e} operations  about "
-                 f"{progress.duration(x.seconds)}")
+    progress.say(
+      f"  {f'{x.stage} {x.arm}'.strip():<28}{x.count:>9,} "
+      f"{x.unit:<8}{x.operations:>10.2e} operations  about "
+      f"{progress.duration(x.seconds)}"
+    )
   total = sum(x.operations for x in found)
-  progress.say(f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
-               f"{progress.duration(sum(x.seconds for x in found))} at an "
-               f"assumed {rate / 1e9:,.0f} GFLOP/s, compiling not counted")
+  progress.say(
+    f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
+    f"{progress.duration(sum(x.seconds for x in found))} at an "
+    f"assumed {rate / 1e9:,.0f} GFLOP/s, compiling not counted"
+  )
   _show_samplers(job, arms, rows["pool"], tokens["pool"], m, found)
   if not trains:
     return
-  selecting = sum(x.operations for x in _choosing(
-      job, arms[0], found, m, tokens["pool"]))
+  selecting = sum(
+    x.operations for x in _choosing(job, arms[0], found, m, tokens["pool"])
+  )
   everything = aligning_all(job, m, rows["pool"], int(tokens["pool"]))
-  reference = (", its reference pass counted"
-               if job.loss.reference and c.train.reference != "online" else "")
-  progress.say(f"  selecting by {arms[0].sampler} costs "
-               f"{selecting / everything:.1%} of aligning on the whole pool "
-               f"for {c.train.epochs:g} epochs{reference}")
+  reference = (
+    ", its reference pass counted"
+    if job.loss.reference and c.train.reference != "online"
+    else ""
+  )
+  progress.say(
+    f"  selecting by {arms[0].sampler} costs "
+    f"{selecting / everything:.1%} of aligning on the whole pool "
+    f"for {c.train.epochs:g} epochs{reference}"
+  )
   policy = m._replace(lora=lora_of(c), attention=kernel_of(c, m, job.mesh))
   held = host.step_memory(c, policy, job.mesh, length, job.kind)
   progress.say(f"  memory a device, training: {memory.words(held)}")
   if job.mesh.devices.flat[0].platform == "cpu":
-    progress.say("  " + host.planned(job, policy, arms, rows["pool"], sample,
-                                     tokens["pool"], length))
-  progress.say(f"  {decoder.parameter_count(m):,} parameters, mesh "
-               f"{dict(job.mesh.shape)} of "
-               f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}")
+    progress.say(
+      "  "
+      + host.planned(
+        job, policy, arms, rows["pool"], sample, tokens["pool"], length
+      )
+    )
+  progress.say(
+    f"  {decoder.parameter_count(m):,} parameters, mesh "
+    f"{dict(job.mesh.shape)} of "
+    f"{job.mesh.devices.flat[0].device_kind}, jax {jax.__version__}"
+  )
 
 
 def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
@@ -320,46 +428,84 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   """
   c, answers = job.c, rows * (2 if job.kind == "pairs" else 1)
   online = c.train.reference == "online"
-  trained = decoder.operations(m, t, passes=feed.passes(
-      m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online))
+  trained = decoder.operations(
+    m,
+    t,
+    passes=feed.passes(
+      m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online
+    ),
+  )
   # A mismatched row passes through the policy and the reference, at every
   # update; the others through a stored reference once.
   mismatched = 2 if "z0" in job.loss.stats else 0
   stored = job.loss.reference and not online
-  return answers * (c.train.epochs * trained + decoder.operations(m, t) * (
-      c.train.epochs * mismatched + stored))
+  return answers * (
+    c.train.epochs * trained
+    + decoder.operations(m, t) * (c.train.epochs * mismatched + stored)
+  )
 
 
-def _choosing(job: Job, arm: Arm, found: list[Line], m: decoder.ModelConfig,
-              tokens: float) -> list[Line]:
+def _choosing(
+  job: Job, arm: Arm, found: list[Line], m: decoder.ModelConfig, tokens: float
+) -> list[Line]:
   """The lines of all that an arm's choice takes, were it the only arm."""
   sampler = combine.named(arm.sampler)
-  read = columns.before(job.c, [
+  read = columns.before(
+    job.c,
+    [
       *columns.stages(job.c, job.kind, sampler),
-      *["mixture"] * ("log_likelihood" in sampler.needs)])
-  alone = _passes(job.c, m, embedder.choose(job.c, m),
-                  [n for n in read if n in passes.KEEPS], int(tokens))
+      *["mixture"] * ("log_likelihood" in sampler.needs),
+    ],
+  )
+  alone = _passes(
+    job.c,
+    m,
+    embedder.choose(job.c, m),
+    [n for n in read if n in passes.KEEPS],
+    int(tokens),
+  )
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
-  return [x if x.stage not in alone else x._replace(
+  return [
+    x
+    if x.stage not in alone
+    else x._replace(
       operations=x.count * alone[x.stage],
-      seconds=x.count * alone[x.stage] / rate)
-          for x in found if not x.arm and x.stage in read
-          or x.stage == "select" and x.arm == arm.name]
+      seconds=x.count * alone[x.stage] / rate,
+    )
+    for x in found
+    if not x.arm
+    and x.stage in read
+    or x.stage == "select"
+    and x.arm == arm.name
+  ]
 
 
-def _show_samplers(job: Job, arms: list[Arm], pool: int, tokens: float,
-                   m: decoder.ModelConfig, found: list[Line]) -> None:
+def _show_samplers(
+  job: Job,
+  arms: list[Arm],
+  pool: int,
+  tokens: float,
+  m: decoder.ModelConfig,
+  found: list[Line],
+) -> None:
   """One line for each sampler and budget: all that choosing takes."""
   chosen = embedder.choose(job.c, m)
   for arm in {a.label: a for a in arms}.values():
     parts = _choosing(job, arm, found, m, tokens)
     cost = sampling(job, arm, pool, chosen, m)
-    says = ("what it takes itself is not known" if cost is None else
-            f"reads {memory.size(cost.read)}, holds {memory.size(cost.held)}, "
-            f"{memory.size(cost.device)} on the devices"
-            + ("; a job refuses so long a choice" if select.hours(job, cost)
-               > rows_lib.HOURS else ""))
+    says = (
+      "what it takes itself is not known"
+      if cost is None
+      else f"reads {memory.size(cost.read)}, holds {memory.size(cost.held)}, "
+      f"{memory.size(cost.device)} on the devices"
+      + (
+        "; a job refuses so long a choice"
+        if select.hours(job, cost) > rows_lib.HOURS
+        else ""
+      )
+    )
     progress.say(
-        f"  choosing by {arm.label}: {sum(x.operations for x in parts):.2e} "
-        f"operations ({', '.join(x.stage for x in parts)}), about "
-        f"{progress.duration(sum(x.seconds for x in parts))}; {says}")
+      f"  choosing by {arm.label}: {sum(x.operations for x in parts):.2e} "
+      f"operations ({', '.join(x.stage for x in parts)}), about "
+      f"{progress.duration(sum(x.seconds for x in parts))}; {says}"
+    )

@@ -1,12 +1,12 @@
 """What a person sees while a job runs: lines, and bars with rate and ETA."""
 
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import io
 import os
 import select
 import sys
 import time
-from typing import Callable, Iterable, Iterator
 
 _STATE = {"process": 0}  # set once by main, before the first stage
 _BAR_AFTER_S = 2.0  # a stage shorter than this draws no bar
@@ -43,10 +43,16 @@ def outlive_readers() -> None:
   os.close(number)
   for number, name in ((1, "stdout"), (2, "stderr")):
     old = getattr(sys, name)
-    setattr(sys, name, io.TextIOWrapper(
+    setattr(
+      sys,
+      name,
+      io.TextIOWrapper(
         io.BufferedWriter(_Output(number, "w", closefd=False)),
         encoding=getattr(old, "encoding", None) or "utf-8",
-        errors="backslashreplace", line_buffering=True))
+        errors="backslashreplace",
+        line_buffering=True,
+      ),
+    )
 
 
 def _print(text: str, end: str = "\n") -> None:
@@ -97,16 +103,18 @@ def counted(items: Iterable, label: str, unit: str = "rows") -> Iterator:
       if now - start >= _BAR_AFTER_S and now - drawn >= every:
         drawn = now
         text = f"  {label} {n:,} {unit}, {n / max(now - start, 1e-9):,.1f}/s"
-        _print(f"\r\x1b[2K{text}" if terminal else text,
-               end="" if terminal else "\n")
+        _print(
+          f"\r\x1b[2K{text}" if terminal else text, end="" if terminal else "\n"
+        )
   finally:
     if terminal and drawn > start:
       _print("\r\x1b[2K", end="")
 
 
 @contextlib.contextmanager
-def bar(label: str, total: int, unit: str = "rows",
-        done: int = 0) -> Iterator[Callable[..., None]]:
+def bar(
+  label: str, total: int, unit: str = "rows", done: int = 0
+) -> Iterator[Callable[..., None]]:
   """Yields `tick(n=1, note="")`; draws once the work has taken two seconds.
 
   Args:
@@ -129,9 +137,11 @@ def bar(label: str, total: int, unit: str = "rows",
     state["drawn"] = now
     rate = (state["done"] - done) / (now - start)
     left = (total - state["done"]) / rate if rate > 0 else float("inf")
-    text = (f"  {label} {state['done']:,}/{total:,} {unit}, {rate:,.1f}/s, "
-            f"{duration(left) if left < 1e7 else '?'} left"
-            f"{', ' + note if note else ''}")
+    text = (
+      f"  {label} {state['done']:,}/{total:,} {unit}, {rate:,.1f}/s, "
+      f"{duration(left) if left < 1e7 else '?'} left"
+      f"{', ' + note if note else ''}"
+    )
     if terminal:
       width = int(20 * min(1.0, state["done"] / max(total, 1)))
       _print(f"\r\x1b[2K[{'#' * width}{'.' * (20 - width)}]{text}", end="")

@@ -4,9 +4,16 @@ from typing import Any
 
 # Of one device, by the start of its kind: 40 % of the published bfloat16
 # peak; for a CPU core pair, as measured here.
-RATES = {"TPU v4": 110e12, "TPU v5 lite": 79e12, "TPU v5e": 79e12,
-         "TPU v5": 184e12, "TPU v6": 367e12, "NVIDIA H": 396e12,
-         "NVIDIA A100": 125e12, "cpu": 30e9}
+RATES = {
+  "TPU v4": 110e12,
+  "TPU v5 lite": 79e12,
+  "TPU v5e": 79e12,
+  "TPU v5": 184e12,
+  "TPU v6": 367e12,
+  "NVIDIA H": 396e12,
+  "NVIDIA A100": 125e12,
+  "cpu": 30e9,
+}
 
 
 def rate_of(device: Any) -> float:
@@ -26,5 +33,6 @@ def seconds(operations: float, on_host: float, mesh: Any) -> float:
     mesh: of the job.
   """
   devices = mesh.local_mesh.devices
-  return (on_host / RATES["cpu"] + (operations - on_host)
-          / (devices.size * rate_of(devices.flat[0])))
+  return on_host / RATES["cpu"] + (operations - on_host) / (
+    devices.size * rate_of(devices.flat[0])
+  )

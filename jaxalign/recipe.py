@@ -20,15 +20,19 @@ def settle(c: Any) -> None:
   """
   given = bool(c.model.checkpoint)
   if not c.loss.name:
-    c.loss.name = ("kto" if _kind(c) == "thumbs" else "dpo(beta=0.1)" if given
-                   else "dpo(beta=0.5)+0.2*sft")
+    c.loss.name = (
+      "kto"
+      if _kind(c) == "thumbs"
+      else "dpo(beta=0.1)"
+      if given
+      else "dpo(beta=0.5)+0.2*sft"
+    )
   if c.train.lr == 0:
     c.train.lr = LORA_LR if c.lora.rank else 5e-7 if given else 4e-4
 
 
 def _kind(c: Any) -> str:
-  """What the rows are; "pairs" where they cannot be read, which is said later.
-  """
+  """What the rows are; "pairs" if unreadable, which is reported later."""
   if c.data.assume_rows or not c.data.source:
     return "pairs"
   try:

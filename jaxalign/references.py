@@ -28,27 +28,45 @@ def public_sums(job: Job, rows: feed.Rows) -> tuple[np.ndarray, Cost]:
   if not longer.any():
     return public, Cost()
   heads = tokens_lib.shorten(
-      tokens_lib.take(rows.tokens, rows.row_of[longer]),
-      (starts + shortest)[longer])
+    tokens_lib.take(rows.tokens, rows.row_of[longer]),
+    (starts + shortest)[longer],
+  )
   c = job.c
   public[longer] = embed.score_rows(
-      job.mesh, job.reference, job.model, heads, tile=c.embed.tile,
-      chunk=c.model.head_chunk, label="ref_logps").logp
+    job.mesh,
+    job.reference,
+    job.model,
+    heads,
+    tile=c.embed.tile,
+    chunk=c.model.head_chunk,
+    label="ref_logps",
+  ).logp
   return public, Cost(embed.operations(job.model, heads), len(heads.ids))
 
 
-def prompt_weights(job: Job, rows: feed.Rows, seed: int
-                   ) -> tuple[np.ndarray, Cost]:
+def prompt_weights(
+  job: Job, rows: feed.Rows, seed: int
+) -> tuple[np.ndarray, Cost]:
   """`matching.density_ratios` of the kept rows, [M], and what it cost.
 
   Of the PROMPTS alone, by the mean of the reference's hidden states: the
   pool's embeddings hold the answers too, and would tell the label itself.
   """
   first = rows.row_of[:, 0]
-  prompts = tokens_lib.shorten(tokens_lib.take(rows.tokens, first),
-                               rows.tokens.start[first])
-  x = embed.pool_rows(job.mesh, job.reference, job.model, prompts,
-                      pooling="mean", tile=job.c.embed.tile,
-                      label="ref_logps", ids=rows.ids)
-  return (matching.density_ratios(x, rows.label, seed=seed),
-          Cost(embed.operations(job.model, prompts, 0), len(prompts.ids)))
+  prompts = tokens_lib.shorten(
+    tokens_lib.take(rows.tokens, first), rows.tokens.start[first]
+  )
+  x = embed.pool_rows(
+    job.mesh,
+    job.reference,
+    job.model,
+    prompts,
+    pooling="mean",
+    tile=job.c.embed.tile,
+    label="ref_logps",
+    ids=rows.ids,
+  )
+  return (
+    matching.density_ratios(x, rows.label, seed=seed),
+    Cost(embed.operations(job.model, prompts, 0), len(prompts.ids)),
+  )

@@ -6,7 +6,8 @@ is row-parallel instead: each device runs whole rows and gathers the weights of
 one layer at a time, so that a row's numbers are the same bits on any mesh.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,8 +15,14 @@ import numpy as np
 from jaxalign.errors import ConfigError
 
 AXES = ("fsdp", "tensor")
-RULES = {"batch": "fsdp", "pool": AXES, "width": "fsdp", "heads": "tensor",
-         "ff": "tensor", "vocab": "tensor"}
+RULES = {
+  "batch": "fsdp",
+  "pool": AXES,
+  "width": "fsdp",
+  "heads": "tensor",
+  "ff": "tensor",
+  "vocab": "tensor",
+}
 
 
 def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
@@ -29,11 +36,15 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
     ConfigError: the sizes do not multiply to the number of devices, or the
       devices are of several TPU slices.
   """
-  slices = {getattr(d, "slice_index", 0)
-            for d in (jax.devices() if devices is None else devices)}
+  slices = {
+    getattr(d, "slice_index", 0)
+    for d in (jax.devices() if devices is None else devices)
+  }
   if len(slices) > 1:
-    raise ConfigError(f"found {len(slices)} TPU slices; a mesh over several is "
-                      "out of scope: run on one, set config.mesh")
+    raise ConfigError(
+      f"found {len(slices)} TPU slices; a mesh over several is "
+      "out of scope: run on one, set config.mesh"
+    )
   count = jax.device_count() if devices is None else len(devices)
   sizes = {axis: int(sizes[axis]) for axis in AXES}
   wanted = " x ".join(f"{a}={n}" for a, n in sizes.items())
@@ -41,23 +52,29 @@ def make_mesh(sizes: Any, devices: Any = None) -> jax.sharding.Mesh:
   free = [axis for axis, n in sizes.items() if n == -1]
   known = int(np.prod([n for n in sizes.values() if n > 0]))
   if bad or len(free) > 1 or (free and count % known):
-    raise ConfigError(f"mesh {wanted} does not divide {count} devices (one "
-                      "size may be -1, the rest positive); set config.mesh")
+    raise ConfigError(
+      f"mesh {wanted} does not divide {count} devices (one "
+      "size may be -1, the rest positive); set config.mesh"
+    )
   if free:
     sizes[free[0]] = count // known
   needed = int(np.prod(list(sizes.values())))
   if needed != count:
-    raise ConfigError(f"mesh {wanted} needs {needed} devices, found {count}; "
-                      "set config.mesh")
+    raise ConfigError(
+      f"mesh {wanted} needs {needed} devices, found {count}; set config.mesh"
+    )
   shape = tuple(sizes.values())
   try:
     return jax.make_mesh(shape, AXES, devices=devices)
   except NotImplementedError:  # the shape splits an axis of the chips' torus
     from jax.experimental import mesh_utils
-    grid = mesh_utils.create_device_mesh(shape, devices,
-                                         allow_split_physical_axes=True)
+
+    grid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
     return jax.sharding.Mesh(
-        grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+      grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES)
+    )
 
 
 def nowhere() -> jax.sharding.AbstractMesh:
@@ -79,11 +96,16 @@ def put(mesh: jax.sharding.Mesh, x: np.ndarray, *axes: str | None):
   """Host array -> global array; each process copies only its own shards."""
   x = np.asarray(x)
   return jax.make_array_from_callback(
-      x.shape, named(mesh, *axes), lambda index: x[index])
+    x.shape, named(mesh, *axes), lambda index: x[index]
+  )
 
 
-def put_rows(mesh: jax.sharding.Mesh, shape: tuple[int, ...],
-             make: Callable[[np.ndarray], Any], *axes: str | None) -> Any:
+def put_rows(
+  mesh: jax.sharding.Mesh,
+  shape: tuple[int, ...],
+  make: Callable[[np.ndarray], Any],
+  *axes: str | None,
+) -> Any:
   """Global arrays of rows, of which a process makes only its own.
 
   Args:
@@ -96,13 +118,19 @@ def put_rows(mesh: jax.sharding.Mesh, shape: tuple[int, ...],
   """
   where = named(mesh, *axes)
   place = np.arange(np.prod(shape)).reshape(shape)
-  own = np.unique(np.concatenate(
-      [place[index].reshape(-1) for index
-       in where.addressable_devices_indices_map(shape).values()]))
+  own = np.unique(
+    np.concatenate(
+      [
+        place[index].reshape(-1)
+        for index in where.addressable_devices_indices_map(shape).values()
+      ]
+    )
+  )
 
   def spread(x):
     def shard(index):  # a shard's places are all among `own`
-      return x[np.searchsorted(own, place[index[:len(shape)]])]
+      return x[np.searchsorted(own, place[index[: len(shape)]])]
+
     return jax.make_array_from_callback((*shape, *x.shape[1:]), where, shard)
 
   return jax.tree.map(spread, make(own))
@@ -113,6 +141,7 @@ def fetch(x: jax.Array) -> np.ndarray:
   if x.is_fully_addressable:
     return np.asarray(x)
   from jax.experimental import multihost_utils
+
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
@@ -121,8 +150,9 @@ def own_rows(x: jax.Array) -> np.ndarray:
 
   The places are those that `put_rows` asks this process for.
   """
-  parts = {shard.index[0].start or 0: shard.data
-           for shard in x.addressable_shards}
+  parts = {
+    shard.index[0].start or 0: shard.data for shard in x.addressable_shards
+  }
   return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
@@ -131,19 +161,20 @@ def total(x: int) -> int:
   if jax.process_count() == 1:
     return int(x)
   from jax.experimental import multihost_utils
-  return int(np.asarray(multihost_utils.process_allgather(
-      np.int32(x))).sum())
+
+  return int(np.asarray(multihost_utils.process_allgather(np.int32(x))).sum())
 
 
 def barrier(name: str) -> None:
   """All processes wait here; nothing with one process."""
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
+
     multihost_utils.sync_global_devices(name)
 
 
 def platform() -> str:
-  """"cpu", "gpu" or "tpu": of the current mesh, which need not be here."""
+  """ "cpu", "gpu" or "tpu": of the current mesh, which need not be here."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
@@ -183,20 +214,30 @@ def _gather_all(w, axes):
 
 def _on_shards(fn, in_axes, out_axes):
   # check_vma: a Pallas kernel does not say over which axes its results vary.
-  return jax.shard_map(fn, in_specs=tuple(spec(*a) for a in in_axes),
-                       out_specs=spec(*out_axes), check_vma=False)
+  return jax.shard_map(
+    fn,
+    in_specs=tuple(spec(*a) for a in in_axes),
+    out_specs=spec(*out_axes),
+    check_vma=False,
+  )
 
 
 # Training: rows over fsdp, heads and features over tensor.
 SPREAD = Place(
-    _gather_width,
-    lambda b, axes: b,  # cut as the sum that it is added to
-    lambda table, ids: table.at[ids].get(
-        out_sharding=spec("batch", None, None)),
-    spec, _on_shards)
+  _gather_width,
+  lambda b, axes: b,  # cut as the sum that it is added to
+  lambda table, ids: table.at[ids].get(out_sharding=spec("batch", None, None)),
+  spec,
+  _on_shards,
+)
 # Inference, inside `per_row`: whole rows, whole weights, one layer at a time.
-PER_ROW = Place(_gather_all, _gather_all, lambda table, ids: table[ids],
-                lambda *axes: None, lambda fn, in_axes, out_axes: fn)
+PER_ROW = Place(
+  _gather_all,
+  _gather_all,
+  lambda table, ids: table[ids],
+  lambda *axes: None,
+  lambda fn, in_axes, out_axes: fn,
+)
 
 
 def per_row(mesh: jax.sharding.Mesh, fn: Callable[..., Any], params_axes: Any):
@@ -212,11 +253,18 @@ def per_row(mesh: jax.sharding.Mesh, fn: Callable[..., Any], params_axes: Any):
       is the same for all rows.
     params_axes: logical axes of every parameter, by name.
   """
+
   def run(params, rows, shared):
     return jax.shard_map(
-        fn, mesh=mesh,
-        in_specs=({n: spec(*a) for n, a in params_axes.items()},
-                  jax.tree.map(lambda _: jax.P(AXES), rows),
-                  jax.tree.map(lambda _: jax.P(), shared)),
-        out_specs=jax.P(AXES), check_vma=False)(params, rows, shared)
+      fn,
+      mesh=mesh,
+      in_specs=(
+        {n: spec(*a) for n, a in params_axes.items()},
+        jax.tree.map(lambda _: jax.P(AXES), rows),
+        jax.tree.map(lambda _: jax.P(), shared),
+      ),
+      out_specs=jax.P(AXES),
+      check_vma=False,
+    )(params, rows, shared)
+
   return run

@@ -38,8 +38,9 @@ class Page:
     self.write, self.read = write, read
     self.number, self.rest, self.said = 0, b"", []
     target = self.call("Target.createTarget", url="about:blank")["targetId"]
-    self.session = self.call("Target.attachToTarget", targetId=target,
-                             flatten=True)["sessionId"]
+    self.session = self.call(
+      "Target.attachToTarget", targetId=target, flatten=True
+    )["sessionId"]
     self.call("Page.enable")
     self.call("Runtime.enable")
     self.call("Log.enable")
@@ -66,8 +67,11 @@ class Page:
         self.rest += part
       one, self.rest = self.rest.split(b"\0", 1)
       answer = json.loads(one)
-      if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded",
-                                  "Page.javascriptDialogOpening"):
+      if answer.get("method") in (
+        "Runtime.exceptionThrown",
+        "Log.entryAdded",
+        "Page.javascriptDialogOpening",
+      ):
         self.said.append(answer)
       if answer.get("id") == self.number:
         if "error" in answer:
@@ -76,8 +80,9 @@ class Page:
 
   def run(self, code):
     """The value of an expression; a promise is waited for."""
-    found = self.call("Runtime.evaluate", expression=code, returnByValue=True,
-                      awaitPromise=True)
+    found = self.call(
+      "Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True
+    )
     if "exceptionDetails" in found:
       raise RuntimeError(str(found["exceptionDetails"])[:500])
     return found["result"].get("value")
@@ -92,18 +97,36 @@ class Page:
 
   def open(self, path, width=1280, height=900, dark=False):
     """Loads a file and waits until its script is done."""
-    self.call("Emulation.setDeviceMetricsOverride", width=width,
-              height=height, deviceScaleFactor=1, mobile=False)
-    self.call("Emulation.setEmulatedMedia", features=[dict(
-        name="prefers-color-scheme", value="dark" if dark else "light")])
+    self.call(
+      "Emulation.setDeviceMetricsOverride",
+      width=width,
+      height=height,
+      deviceScaleFactor=1,
+      mobile=False,
+    )
+    self.call(
+      "Emulation.setEmulatedMedia",
+      features=[
+        dict(name="prefers-color-scheme", value="dark" if dark else "light")
+      ],
+    )
     self.call("Page.navigate", url=f"file://{path}")
     self.wait("document.documentElement?.dataset.ready === '1'")
 
   def click(self, x, y, to=None):
     """A mouse's click at a place in the window, or a drag to another."""
+
     def send(kind, at, buttons):
-      self.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1],
-                button="left", buttons=buttons, clickCount=1)
+      self.call(
+        "Input.dispatchMouseEvent",
+        type=kind,
+        x=at[0],
+        y=at[1],
+        button="left",
+        buttons=buttons,
+        clickCount=1,
+      )
+
     send("mouseMoved", (x, y), 0)
     send("mousePressed", (x, y), 1)
     if to:
@@ -112,14 +135,21 @@ class Page:
 
   def type(self, selector, words):
     """Puts words into a field as if they were typed."""
-    self.run(f"document.querySelector({json.dumps(selector)}).focus();"
-             f"document.querySelector({json.dumps(selector)}).select()")
+    self.run(
+      f"document.querySelector({json.dumps(selector)}).focus();"
+      f"document.querySelector({json.dumps(selector)}).select()"
+    )
     if words:
       self.call("Input.insertText", text=words)
     else:
       for kind in ("keyDown", "keyUp"):
-        self.call("Input.dispatchKeyEvent", type=kind, key="Backspace",
-                  code="Backspace", windowsVirtualKeyCode=8)
+        self.call(
+          "Input.dispatchKeyEvent",
+          type=kind,
+          key="Backspace",
+          code="Backspace",
+          windowsVirtualKeyCode=8,
+        )
 
   def screenshot(self, path, whole=False):
     """Writes a PNG of the window, or of the whole page."""
@@ -136,12 +166,27 @@ def page(path=None):
   to_read, to_write = os.pipe()
   from_read, from_write = os.pipe()
   process = subprocess.Popen(
-      [sys.executable, "-c", LAUNCH, str(to_read), str(from_write), path,
-       "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-       "--disable-dev-shm-usage", "--hide-scrollbars",
-       f"--user-data-dir={profile}", "--remote-debugging-pipe"],
-      pass_fds=(to_read, from_write), stdin=subprocess.DEVNULL,
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    [
+      sys.executable,
+      "-c",
+      LAUNCH,
+      str(to_read),
+      str(from_write),
+      path,
+      "--headless",
+      "--no-sandbox",
+      "--disable-gpu",
+      "--no-first-run",
+      "--disable-dev-shm-usage",
+      "--hide-scrollbars",
+      f"--user-data-dir={profile}",
+      "--remote-debugging-pipe",
+    ],
+    pass_fds=(to_read, from_write),
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
   os.close(to_read)
   os.close(from_write)
   try:

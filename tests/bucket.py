@@ -4,10 +4,11 @@ Files are objects: there are no folders but those that an object's name
 implies, a rename is a copy, and no path of it can be opened by `open`.
 """
 
+from collections.abc import Callable
 import io
 import pathlib
 import shutil
-from typing import Any, Callable
+from typing import Any
 
 from etils.epath import backend
 import fsspec

@@ -11,12 +11,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # A busy machine may keep one of eight devices waiting for a minute; the
 # default ends the process after 40 s.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") +
-    " --xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600")
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 emitters.choose()
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
-                  TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+  HF_HUB_OFFLINE="1",
+  HF_DATASETS_OFFLINE="1",
+  TRANSFORMERS_OFFLINE="1",
+  TOKENIZERS_PARALLELISM="false",
+)
 
 import jax
 import pytest
@@ -33,9 +37,23 @@ _tests = itertools.count()
 
 # Files of a few long tests, longest first: a worker that comes to one at the
 # end leaves the other idle for minutes. (xdist's own order is by number.)
-LONG = ("stories", "trl_trajectory", "gpu_script", "multiprocess", "encoder",
-        "columns", "lora_job", "aot", "resume", "artifacts", "crossfit",
-        "as_compiled", "evidence", "pipeline", "losses_step")
+LONG = (
+  "stories",
+  "trl_trajectory",
+  "gpu_script",
+  "multiprocess",
+  "encoder",
+  "columns",
+  "lora_job",
+  "aot",
+  "resume",
+  "artifacts",
+  "crossfit",
+  "as_compiled",
+  "evidence",
+  "pipeline",
+  "losses_step",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -83,6 +101,7 @@ def once_a_mesh(tmp_path_factory):
     if key not in made:
       made[key] = make(tmp_path_factory.mktemp("whole"))
     return made[key]
+
   return get
 
 
@@ -98,8 +117,9 @@ def shared():
 def mesh(request):
   """The current mesh: one device, then eight; a test must agree on both."""
   from jaxalign import sharding
+
   fsdp, tensor = request.param
-  devices = jax.devices()[:fsdp * tensor]
+  devices = jax.devices()[: fsdp * tensor]
   m = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor), devices)
   with jax.set_mesh(m):
     yield m
@@ -111,11 +131,15 @@ def token_rows(tokens, mask):
   A row ends with its response; what lies behind the mask is padding.
   """
   import numpy as np
+
   from jaxalign.data import tokens as tokens_lib
+
   length = tokens.shape[-1]
   flat, on = tokens.reshape(-1, length), mask.reshape(-1, length)
   sizes = length - on[:, ::-1].argmax(-1)
   return tokens_lib.TokenRows(
-      np.concatenate([t[:s] for t, s in zip(flat, sizes)]),
-      np.cumsum([0, *sizes]), on.argmax(-1).astype(np.int32),
-      np.zeros(len(flat), np.int32))
+    np.concatenate([t[:s] for t, s in zip(flat, sizes)]),
+    np.cumsum([0, *sizes]),
+    on.argmax(-1).astype(np.int32),
+    np.zeros(len(flat), np.int32),
+  )

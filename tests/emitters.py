@@ -20,9 +20,11 @@ def choose() -> None:
     os.environ["XLA_FLAGS"] = flags.replace(OLD, "")
   elif OLD not in flags and "PYTEST_XDIST_WORKER" not in os.environ:
     asked = subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices()"],
-        env=os.environ | dict(XLA_FLAGS=flags + OLD),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+      [sys.executable, "-c", "import jax; jax.devices()"],
+      env=os.environ | dict(XLA_FLAGS=flags + OLD),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
     if not asked.returncode:
       os.environ["XLA_FLAGS"] = flags + OLD
 
@@ -35,6 +37,8 @@ def as_users() -> dict[str, str]:
 
 def flags(devices: int) -> str:
   """XLA_FLAGS of a process with so many CPU devices, compiled for as here."""
-  return (f"--xla_force_host_platform_device_count={devices}"
-          " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-          + (OLD if OLD in os.environ["XLA_FLAGS"] else ""))
+  return (
+    f"--xla_force_host_platform_device_count={devices}"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    + (OLD if OLD in os.environ["XLA_FLAGS"] else "")
+  )

@@ -13,20 +13,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-import warnings
 from typing import Any, NamedTuple
+import warnings
 
+import emitters
 import jax
 import numpy as np
 
-import emitters
-from jaxalign import artifacts
-from jaxalign import interrupt
-from jaxalign import main
+from jaxalign import (
+  artifacts,
+  interrupt,
+  main,
+  pipeline,
+  sharding,
+  study,  # noqa: F401
+)
 from jaxalign import job as job_lib
-from jaxalign import pipeline
-from jaxalign import sharding
-from jaxalign import study  # noqa: F401
 from jaxalign.checkpoints import Checkpoints
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.model import decoder
@@ -58,25 +60,38 @@ class Stop(BaseException):
   """Ends a job where a test has seen enough; no part of jaxalign catches it."""
 
 
-def flags(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny"
-          ) -> list[str]:
+def flags(
+  workdir: Any, *more: str, config: str = "dpo_sub.py:tiny"
+) -> list[str]:
   """The flags of a tiny job; `more` without their "--config."."""
-  return [f"--config={ROOT}/configs/{config}",
-          *([f"--workdir={workdir}"] if workdir else []),
-          f"--config.compile_cache={folder()}/xla",
-          *(f if f.startswith("--") or "=" not in f else f"--config.{f}"
-            for f in more)]
+  return [
+    f"--config={ROOT}/configs/{config}",
+    *([f"--workdir={workdir}"] if workdir else []),
+    f"--config.compile_cache={folder()}/xla",
+    *(
+      f if f.startswith("--") or "=" not in f else f"--config.{f}" for f in more
+    ),
+  ]
 
 
-def run(workdir: Any, *more: str, config: str = "dpo_sub.py:tiny",
-        command: Any = main.main) -> Ended:
+def run(
+  workdir: Any,
+  *more: str,
+  config: str = "dpo_sub.py:tiny",
+  command: Any = main.main,
+) -> Ended:
   """Runs a job, or another command, in this process."""
   out, err, code = io.StringIO(), io.StringIO(), None
-  handlers = {s: signal.getsignal(s) for s in (
-      signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+  handlers = {
+    s: signal.getsignal(s)
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+  }
   path = list(sys.path)
-  with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-        warnings.catch_warnings()):
+  with (
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+    warnings.catch_warnings(),
+  ):
     warnings.filterwarnings("ignore", "the load_module")  # in ml_collections
     try:
       code = command(["main", *flags(workdir, *more, config=config)])
@@ -119,22 +134,33 @@ def parameters(stage_folder: Any, step: int = 0) -> dict[str, np.ndarray]:
   mesh = sharding.make_mesh(c.mesh)
   tokenizer = Tokenizer.load(finished() / "shared/data/tokenizer.model")
   model = job_lib.sizes(c, tokenizer.vocab_size)
-  with jax.set_mesh(mesh), Checkpoints(
-      pathlib.Path(stage_folder) / "checkpoints") as found:
-    found = found.restore(step or max(found.manager.all_steps()),
-                          dict(params=decoder.abstract(model, mesh)))
+  with (
+    jax.set_mesh(mesh),
+    Checkpoints(pathlib.Path(stage_folder) / "checkpoints") as found,
+  ):
+    found = found.restore(
+      step or max(found.manager.all_steps()),
+      dict(params=decoder.abstract(model, mesh)),
+    )
   return {name: np.asarray(x) for name, x in found["params"].items()}
 
 
 def only_data(monkeypatch: Any) -> None:
   """Makes every job end after its data stage."""
+
   def stop(job):
     raise Stop
+
   monkeypatch.setattr(pipeline, "run_sft", stop)
 
 
-def start(workdir: Any, *more: str, hook: str = "", env: dict | None = None,
-          config: str = "dpo_sub.py:tiny") -> subprocess.Popen:
+def start(
+  workdir: Any,
+  *more: str,
+  hook: str = "",
+  env: dict | None = None,
+  config: str = "dpo_sub.py:tiny",
+) -> subprocess.Popen:
   """Starts a job in a process of its own.
 
   Args:
@@ -144,12 +170,18 @@ def start(workdir: Any, *more: str, hook: str = "", env: dict | None = None,
     env: further environment variables.
     config: the config file and variant.
   """
-  code = (f"import os, signal, sys\n{hook}\nfrom jaxalign import main\n"
-          "main.start(main.main)\n")
+  code = (
+    f"import os, signal, sys\n{hook}\nfrom jaxalign import main\n"
+    "main.start(main.main)\n"
+  )
   return subprocess.Popen(
-      [sys.executable, "-u", "-c", code, *flags(workdir, *more, config=config)],
-      cwd=ROOT, env=os.environ | (env or {}), text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    [sys.executable, "-u", "-c", code, *flags(workdir, *more, config=config)],
+    cwd=ROOT,
+    env=os.environ | (env or {}),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def wait(process: subprocess.Popen, timeout: float = 300) -> Ended:
@@ -164,17 +196,19 @@ def wait(process: subprocess.Popen, timeout: float = 300) -> Ended:
 
 
 def kill_at_shard(shard: int, stage: str = "") -> str:
-  """A hook: SIGKILL before a shard of a stage's store, one written at a time."""
-  return ("import os, signal\n"
-          "from jaxalign.select import store\n"
-          "from jaxalign.stages import embed\n"
-          "embed.CALLS = 0\n"
-          "real = store.write_shard\n"
-          "def dying(s, shard, *a):\n"
-          f"  if shard == {shard} and {stage!r} in str(s.folder):\n"
-          "    os.kill(os.getpid(), signal.SIGKILL)\n"
-          "  real(s, shard, *a)\n"
-          "store.write_shard = dying\n")
+  """A hook: SIGKILL before a shard of a stage's store is written."""
+  return (
+    "import os, signal\n"
+    "from jaxalign.select import store\n"
+    "from jaxalign.stages import embed\n"
+    "embed.CALLS = 0\n"
+    "real = store.write_shard\n"
+    "def dying(s, shard, *a):\n"
+    f"  if shard == {shard} and {stage!r} in str(s.folder):\n"
+    "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    "  real(s, shard, *a)\n"
+    "store.write_shard = dying\n"
+  )
 
 
 def kill_when(point: str, at: int = 1, number: str = "SIGKILL") -> str:
@@ -182,30 +216,47 @@ def kill_when(point: str, at: int = 1, number: str = "SIGKILL") -> str:
   function, given as "module.function" or "module.Class.method"."""
   module, *names = point.split(".")
   holder = ".".join(["module", *names[:-1]])
-  return (f"from jaxalign import {module} as module\n"
-          f"calls, holder, name = [], {holder}, {names[-1]!r}\n"
-          "real = getattr(holder, name)\n"
-          "def hooked(*args, **kwargs):\n"
-          "  result = real(*args, **kwargs)\n"
-          "  calls.append(1)\n"
-          f"  if len(calls) == {at}: os.kill(os.getpid(), signal.{number})\n"
-          "  return result\n"
-          "setattr(holder, name, hooked)\n")
+  return (
+    f"from jaxalign import {module} as module\n"
+    f"calls, holder, name = [], {holder}, {names[-1]!r}\n"
+    "real = getattr(holder, name)\n"
+    "def hooked(*args, **kwargs):\n"
+    "  result = real(*args, **kwargs)\n"
+    "  calls.append(1)\n"
+    f"  if len(calls) == {at}: os.kill(os.getpid(), signal.{number})\n"
+    "  return result\n"
+    "setattr(holder, name, hooked)\n"
+  )
 
 
-def together(workdir: Any, *more: str, count: int = 2, devices: int = 4,
-             hooks: dict[int, str] | None = None, timeout: float = 240,
-             config: str = "dpo_sub.py:tiny") -> list[Ended]:
+def together(
+  workdir: Any,
+  *more: str,
+  count: int = 2,
+  devices: int = 4,
+  hooks: dict[int, str] | None = None,
+  timeout: float = 240,
+  config: str = "dpo_sub.py:tiny",
+) -> list[Ended]:
   """One job in `count` processes of `devices` devices each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  started = [start(
-      workdir, *more, config=config, hook=(hooks or {}).get(k, ""),
-      env=dict(JAXALIGN_NUM_PROCESSES=str(count), JAXALIGN_PROCESS_ID=str(k),
-               JAXALIGN_COORDINATOR=f"localhost:{port}",
-               XLA_FLAGS=emitters.flags(devices)))
-             for k in range(count)]
+  started = [
+    start(
+      workdir,
+      *more,
+      config=config,
+      hook=(hooks or {}).get(k, ""),
+      env=dict(
+        JAXALIGN_NUM_PROCESSES=str(count),
+        JAXALIGN_PROCESS_ID=str(k),
+        JAXALIGN_COORDINATOR=f"localhost:{port}",
+        XLA_FLAGS=emitters.flags(devices),
+      ),
+    )
+    for k in range(count)
+  ]
   try:
     return [wait(process, timeout) for process in started]
   finally:
@@ -220,5 +271,8 @@ def lines(path: Any) -> list[dict[str, Any]]:
 
 def did(ended: Ended) -> list[str]:
   """The stages that a job computed, in order."""
-  return [line.partition(":")[0] for line in ended.out.splitlines()
-          if line.endswith(": ...")]
+  return [
+    line.partition(":")[0]
+    for line in ended.out.splitlines()
+    if line.endswith(": ...")
+  ]

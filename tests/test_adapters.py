@@ -3,29 +3,34 @@ training that moves on every mesh."""
 
 import functools
 
+from conftest import token_rows
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
-import oracle
-from conftest import token_rows
-from jaxalign import recipe
-from jaxalign import sharding
+from jaxalign import recipe, sharding
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.model import adapters
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.select import embed
-from jaxalign.train import optim
+from jaxalign.train import optim, subspace
 from jaxalign.train import step as steps
-from jaxalign.train import subspace
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide
 
 LENGTH, RANK = 10, 4
-M = decoder.ModelConfig(layers=2, width=16, heads=8, kv_heads=4, head_size=4,
-                        ff=24, vocab=32, context=LENGTH)
+M = decoder.ModelConfig(
+  layers=2,
+  width=16,
+  heads=8,
+  kv_heads=4,
+  head_size=4,
+  ff=24,
+  vocab=32,
+  context=LENGTH,
+)
 SIZES = dict(kv_heads=4, rope_theta=10000.0, norm_eps=1e-5)
 # Slow ones compile once more what a fast one compiles at another place.
 SLOW = pytest.mark.slow
@@ -39,9 +44,15 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def placed(*cases):
   """(case, mesh shape) pairs as parameters; those after None are slow."""
   cut = cases.index(None) if None in cases else len(cases)
-  return [pytest.param(*c, marks=SLOW if i > cut else (),
-                       id="-".join(map(str, c)).replace(" ", ""))
-          for i, c in enumerate(cases) if c]
+  return [
+    pytest.param(
+      *c,
+      marks=SLOW if i > cut else (),
+      id="-".join(map(str, c)).replace(" ", ""),
+    )
+    for i, c in enumerate(cases)
+    if c
+  ]
 
 
 @pytest.fixture
@@ -60,18 +71,23 @@ def with_lora(variant="lora", m=M, **more):
 def numbers(m, seed=0):
   """Every parameter of a table, adapters too, none of them zero."""
   rng = np.random.default_rng(seed)
-  return {n: np.float32(rng.normal(1.0 if "norm" in n else 0.0, 0.3, p.shape))
-          for n, p in decoder.table(m).items()}
+  return {
+    n: np.float32(rng.normal(1.0 if "norm" in n else 0.0, 0.3, p.shape))
+    for n, p in decoder.table(m).items()
+  }
 
 
 def put(mesh, m, params):
-  return {n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
-          for n, w in params.items()}
+  return {
+    n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
+    for n, w in params.items()
+  }
 
 
 def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  return sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
 
 
 def merged_by_hand(params, factor):
@@ -91,9 +107,14 @@ def merged_by_hand(params, factor):
 
 
 @pytest.mark.parametrize("with_r", [False, True])
-@pytest.mark.parametrize("equation,into,out", [
-    ("bld,dgqc->blgqc", (5,), (2, 3, 4)), ("blgqc,gqcd->bld", (2, 3, 4), (5,)),
-    ("bld,df->blf", (5,), (7,))])
+@pytest.mark.parametrize(
+  "equation,into,out",
+  [
+    ("bld,dgqc->blgqc", (5,), (2, 3, 4)),
+    ("blgqc,gqcd->bld", (2, 3, 4), (5,)),
+    ("bld,df->blf", (5,), (7,)),
+  ],
+)
 def test_an_adapter_s_product_and_gradients(equation, into, out, with_r):
   """y = s x A R B; dA = s x'g B'R', dR = s A'x'g B', dB = s R'A'x'g."""
   rng = np.random.default_rng(0)
@@ -115,10 +136,15 @@ def test_an_adapter_s_product_and_gradients(equation, into, out, with_r):
     close(dr, 0.7 * fa.T @ fx.T @ fg @ fb.T)
 
 
-@pytest.mark.parametrize("lora,wanted", [
-    (adapters.Lora(4, 12.0), 3.0), (adapters.Lora(4, 12.0, rs=True), 6.0),
+@pytest.mark.parametrize(
+  "lora,wanted",
+  [
+    (adapters.Lora(4, 12.0), 3.0),
+    (adapters.Lora(4, 12.0, rs=True), 6.0),
     (adapters.Lora(4, 12.0, rs=True, variant="allora"), 1.0),
-    (adapters.Lora(4, 12.0, variant="lora_sb"), 3.0)])
+    (adapters.Lora(4, 12.0, variant="lora_sb"), 3.0),
+  ],
+)
 def test_the_scale(lora, wanted):
   assert adapters.scale(lora) == wanted
 
@@ -126,18 +152,27 @@ def test_the_scale(lora, wanted):
 # Which weights.
 
 
-@pytest.mark.parametrize("patterns,wanted", [
-    (("all-linear",), LINEAR), (("*_proj",), LINEAR), (("w*",), LINEAR),
-    (("w[qv]",), ("wq", "wv")), (("q_proj", "wv"), ("wq", "wv")),
+@pytest.mark.parametrize(
+  "patterns,wanted",
+  [
+    (("all-linear",), LINEAR),
+    (("*_proj",), LINEAR),
+    (("w*",), LINEAR),
+    (("w[qv]",), ("wq", "wv")),
+    (("q_proj", "wv"), ("wq", "wv")),
     (("gate_proj", "down_proj"), ("w_gate", "w_down")),
-    (("query_key_value", "dense"), ("wq", "wk", "wv", "wo"))])
+    (("query_key_value", "dense"), ("wq", "wk", "wv", "wo")),
+  ],
+)
 def test_targets_by_pattern(patterns, wanted):
   lora = adapters.Lora(2, targets=patterns)
   assert adapters.targets(lora, decoder.table(M)) == [
-      f"layers/{n}" for n in wanted]
+    f"layers/{n}" for n in wanted
+  ]
   rows = decoder.table(M._replace(lora=lora))
   assert {n.split(":")[0] for n in rows if ":" in n} == {
-      f"layers/{n}" for n in wanted}
+    f"layers/{n}" for n in wanted
+  }
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is():
@@ -151,13 +186,18 @@ def test_a_target_that_matches_nothing_lists_what_there_is():
   assert "w_gate" not in str(error.value)
 
 
-@pytest.mark.parametrize("change,words", [
+@pytest.mark.parametrize(
+  "change,words",
+  [
     (dict(variant="dora"), "lora.variant='dora' is unknown; known: lora"),
     (dict(rank=17), "rank=17 is more than layers/wq can have, wanted 16"),
-    (dict(rank=0), "rank=0"), (dict(alpha=0.0), "alpha=0.0"),
+    (dict(rank=0), "rank=0"),
+    (dict(alpha=0.0), "alpha=0.0"),
     (dict(alpha=float("nan")), "alpha=nan"),
     (dict(targets=()), "no LoRA targets"),
-    (dict(targets=("embed",)), "'embed' matches no weight")])
+    (dict(targets=("embed",)), "'embed' matches no weight"),
+  ],
+)
 def test_adapters_that_cannot_work(change, words):
   lora = adapters.Lora(RANK)._replace(**change)
   with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
@@ -180,7 +220,7 @@ def test_the_first_adapters(mesh):
     else:
       bound = 1 / np.sqrt(np.prod(x.shape[1:-1]))
       assert 0.8 * bound < np.abs(x).max() <= bound
-      assert abs(np.var(x) * 3 / bound ** 2 - 1) < 0.3  # uniform's
+      assert abs(np.var(x) * 3 / bound**2 - 1) < 0.3  # uniform's
   one = adapters.init(jax.random.key(3), decoder.table(m), make_mesh(1, 1))
   np.testing.assert_array_equal(fresh["layers/wq:a"], one["layers/wq:a"])
   adapters.assert_zero(fresh)
@@ -206,13 +246,22 @@ def rows():
 
 
 def score(mesh, m, params):
-  return embed.score_rows(mesh, params, m, token_rows(*rows()), tile=4,
-                          chunk=5).logp.reshape(16, 2)
+  return embed.score_rows(
+    mesh, params, m, token_rows(*rows()), tile=4, chunk=5
+  ).logp.reshape(16, 2)
 
 
-@pytest.mark.parametrize("variant,shape", placed(
-    ("lora", EIGHT), ("lora_sb", ONE), None, ("lora", ONE), ("lora_sb", EIGHT),
-    ("allora", ONE)))
+@pytest.mark.parametrize(
+  "variant,shape",
+  placed(
+    ("lora", EIGHT),
+    ("lora_sb", ONE),
+    None,
+    ("lora", ONE),
+    ("lora_sb", EIGHT),
+    ("allora", ONE),
+  ),
+)
 def test_unmerged_and_merged_are_a_numpy_llama(mesh, variant):
   """Training's pass, the row-parallel one, and the merged base."""
   m = with_lora(variant, alpha=2.0)
@@ -225,14 +274,20 @@ def test_unmerged_and_merged_are_a_numpy_llama(mesh, variant):
     assert whole[n].sharding.spec == params[n].sharding.spec
   tokens, mask = rows()
   p = merged_by_hand(numbers(m), factor)
-  wanted = np.array([[oracle.token_logps(p, t, **SIZES)[k].sum()
-                      for t, k in zip(*pair)] for pair in zip(tokens, mask)])
-  assert np.abs(wanted - score(mesh, M, {n: params[n] for n in whole})
-                ).max() > 1.0  # the adapters matter
+  wanted = np.array(
+    [
+      [oracle.token_logps(p, t, **SIZES)[k].sum() for t, k in zip(*pair)]
+      for pair in zip(tokens, mask)
+    ]
+  )
+  assert (
+    np.abs(wanted - score(mesh, M, {n: params[n] for n in whole})).max() > 1.0
+  )  # the adapters matter
   np.testing.assert_allclose(score(mesh, m, params), wanted, atol=2e-4)
   np.testing.assert_allclose(score(mesh, M, whole), wanted, atol=2e-4)
   spread = jax.jit(PRODUCERS["chunked"](m, 5))(
-      params, *(sharding.put(mesh, x, "batch") for x in rows()))
+    params, *(sharding.put(mesh, x, "batch") for x in rows())
+  )
   np.testing.assert_allclose(spread.sum, wanted, atol=2e-4)
 
 
@@ -242,10 +297,15 @@ def dpo(policy, ref, stats):
 
 def batch_of(mesh, ref, lr=0.0):
   tokens, mask = rows()
-  arrays = dict(tokens=tokens, mask=mask, ref_sum=np.float32(ref),
-                ref_count=np.float32(mask.sum(-1)))
-  return {n: sharding.put(mesh, x[None], None, "batch")
-          for n, x in arrays.items()} | dict(lr=np.float32(lr))
+  arrays = dict(
+    tokens=tokens,
+    mask=mask,
+    ref_sum=np.float32(ref),
+    ref_count=np.float32(mask.sum(-1)),
+  )
+  return {
+    n: sharding.put(mesh, x[None], None, "batch") for n, x in arrays.items()
+  } | dict(lr=np.float32(lr))
 
 
 @functools.lru_cache
@@ -297,9 +357,12 @@ def gradients(mesh, m, trained, frozen, ref):
   return jax.device_get(jax.jit(fn)(trained, batch_of(mesh, ref), frozen)[0])
 
 
-@pytest.mark.parametrize("variant,shape", placed(
-    ("lora", EIGHT), None, ("lora", ONE), ("lora_sb", EIGHT),
-    ("lora_sb", ONE)))
+@pytest.mark.parametrize(
+  "variant,shape",
+  placed(
+    ("lora", EIGHT), None, ("lora", ONE), ("lora_sb", EIGHT), ("lora_sb", ONE)
+  ),
+)
 def test_gradients_are_those_of_the_merged_model(mesh, variant):
   """By the chain rule, from the gradient of every whole weight."""
   m = with_lora(variant, alpha=2.0)
@@ -313,15 +376,20 @@ def test_gradients_are_those_of_the_merged_model(mesh, variant):
   factor = adapters.scale(m.lora)
   for n in LINEAR:
     for t in range(M.layers):
-      a, b, r = (np.float64(numbers(m)[f"layers/{n}:{s}"][t]) if
-                 f"layers/{n}:{s}" in params else np.eye(RANK) for s in "abr")
+      a, b, r = (
+        np.float64(numbers(m)[f"layers/{n}:{s}"][t])
+        if f"layers/{n}:{s}" in params
+        else np.eye(RANK)
+        for s in "abr"
+      )
       a, b = a.reshape(-1, RANK), b.reshape(RANK, -1)
       g = np.float64(full[f"layers/{n}"][t]).reshape(len(a), -1)
       wanted = dict(a=g @ b.T @ r.T, b=r.T @ a.T @ g, r=a.T @ g @ b.T)
       for s in ("r",) if variant == "lora_sb" else "ab":
         found = own[f"layers/{n}:{s}"][t].reshape(wanted[s].shape)
-        np.testing.assert_allclose(found, factor * wanted[s], rtol=1e-3,
-                                   atol=2e-5, err_msg=f"{n}:{s}")
+        np.testing.assert_allclose(
+          found, factor * wanted[s], rtol=1e-3, atol=2e-5, err_msg=f"{n}:{s}"
+        )
         assert np.abs(found).max() > 1e-4
 
 
@@ -336,9 +404,11 @@ def trajectory(shape, lr):
     return seen, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("shape", [
-    EIGHT, pytest.param((8, 1), marks=SLOW), pytest.param((2, 4), marks=SLOW)],
-                         ids=str)
+@pytest.mark.parametrize(
+  "shape",
+  [EIGHT, pytest.param((8, 1), marks=SLOW), pytest.param((2, 4), marks=SLOW)],
+  ids=str,
+)
 def test_ten_steps_at_the_default_rate_move_alike_on_every_mesh(shape):
   """Losses within 2e-5 of each other, where they fell by a hundred times
   that; the marin fault (stuck at 0.693 on one mesh) would show."""
@@ -358,14 +428,23 @@ def test_ten_steps_at_the_default_rate_move_alike_on_every_mesh(shape):
 
 def test_a_full_run_s_rate_would_hardly_move():
   """What the knob of its own is for."""
-  fell = [seen[0]["loss"] - seen[-1]["loss"] for seen, _ in (
-      trajectory((1, 1), lr) for lr in (recipe.LORA_LR, 5e-7))]
+  fell = [
+    seen[0]["loss"] - seen[-1]["loss"]
+    for seen, _ in (trajectory((1, 1), lr) for lr in (recipe.LORA_LR, 5e-7))
+  ]
   assert fell[1] < fell[0] / 50, fell
 
 
-@pytest.mark.parametrize("dtype,shape", placed(
-    ("bfloat16", ONE), None, ("bfloat16", EIGHT), ("float32", ONE),
-    ("float32", EIGHT)))
+@pytest.mark.parametrize(
+  "dtype,shape",
+  placed(
+    ("bfloat16", ONE),
+    None,
+    ("bfloat16", EIGHT),
+    ("float32", ONE),
+    ("float32", EIGHT),
+  ),
+)
 def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
   """Adapters stay float32, the base stays as it was, the loss falls."""
   m = with_lora(m=M._replace(dtype=dtype))
@@ -373,7 +452,8 @@ def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
   before = {n: np.asarray(x) for n, x in base.items()}
   seen, state, frozen = run(mesh, m, [2e-3] * 6, base)
   assert abs(seen[0]["preference_loss"] - np.log(2)) < (
-      1e-6 if dtype == "float32" else 0.05)  # two passes, one row bucket each
+    1e-6 if dtype == "float32" else 0.05
+  )  # two passes, one row bucket each
   assert seen[-1]["loss"] < seen[0]["loss"] - 0.02
   assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
   for n, x in before.items():
@@ -389,22 +469,26 @@ def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
 def test_allora_s_factor_stands_behind_adam():
   """Three steps of Adam and 1 / sqrt(||b_i|| + 1 / eta^2), in float64."""
   rng = np.random.default_rng(0)
-  params = {"layers/wq:a": np.float32(rng.normal(size=(2, 3, 4))),
-            "layers/wq:b": np.zeros((2, 4, 3, 2), np.float32)}
-  tx = optim.allora(optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=0.98),
-                    3.0)
+  params = {
+    "layers/wq:a": np.float32(rng.normal(size=(2, 3, 4))),
+    "layers/wq:b": np.zeros((2, 4, 3, 2), np.float32),
+  }
+  tx = optim.allora(
+    optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=0.98), 3.0
+  )
   state = tx.init(params)
   p = {n: np.float64(w) for n, w in params.items()}
   m, v = ({n: 0.0 for n in p} for _ in range(2))
   for t in range(1, 4):
     grads = {n: rng.normal(size=w.shape) for n, w in params.items()}
-    updates, state = tx.update({n: np.float32(g) for n, g in grads.items()},
-                               state, params)
+    updates, state = tx.update(
+      {n: np.float32(g) for n, g in grads.items()}, state, params
+    )
     params = {n: w + 0.5 * updates[n] for n, w in params.items()}
     for n, g in grads.items():
       m[n] = 0.9 * m[n] + 0.1 * g
       v[n] = 0.98 * v[n] + 0.02 * g * g
-      hat = m[n] / (1 - 0.9 ** t) / (np.sqrt(v[n] / (1 - 0.98 ** t)) + 1e-8)
+      hat = m[n] / (1 - 0.9**t) / (np.sqrt(v[n] / (1 - 0.98**t)) + 1e-8)
       if n.endswith(":b"):
         size = np.sqrt((p[n] ** 2).sum(1, keepdims=True))
         factor = 1 / np.sqrt(size + 1 / 9)
@@ -417,16 +501,21 @@ def test_allora_s_factor_stands_behind_adam():
 # LoRA-SB.
 
 
-@pytest.mark.parametrize("shape", [
-    EIGHT, pytest.param(ONE, marks=SLOW)], ids=str)
+@pytest.mark.parametrize(
+  "shape", [EIGHT, pytest.param(ONE, marks=SLOW)], ids=str
+)
 def test_bases_are_the_gradient_s_singular_vectors(mesh):
   """Against a whole gradient and NumPy's SVD."""
   m, base = with_lora("lora_sb"), base_of(mesh)
   ref = score(mesh, M, base)
   found = subspace.bases(
-      jax.random.key(0), m, mesh, base,
-      lambda sizes: steps.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
-      [batch_of(mesh, ref), batch_of(mesh, ref)])
+    jax.random.key(0),
+    m,
+    mesh,
+    base,
+    lambda sizes: steps.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+    [batch_of(mesh, ref), batch_of(mesh, ref)],
+  )
   assert set(found) == {f"layers/{n}:{s}" for n in LINEAR for s in "ab"}
   full = gradients(mesh, M, base, {}, ref)
   for n in LINEAR:
@@ -441,8 +530,7 @@ def test_bases_are_the_gradient_s_singular_vectors(mesh):
       kept = a @ (a.T @ g @ b.T) @ b
       # As near to G as the best of this rank, and its singular values.
       assert np.linalg.norm(g - kept) <= 1.001 * np.linalg.norm(g - best)
-      np.testing.assert_allclose(np.diag(a.T @ g @ b.T), size[:RANK],
-                                 rtol=2e-3)
+      np.testing.assert_allclose(np.diag(a.T @ g @ b.T), size[:RANK], rtol=2e-3)
 
 
 @SLOW
@@ -453,8 +541,9 @@ def test_the_matrix_between_the_bases_is_trained_alone(mesh):
   rng = np.random.default_rng(0)
   for n, p in decoder.table(m).items():  # any bases will do
     if n.endswith((":a", ":b")):
-      fresh[n] = sharding.put(mesh, np.float32(rng.normal(0, 0.4, p.shape)),
-                              *p.axes)
+      fresh[n] = sharding.put(
+        mesh, np.float32(rng.normal(0, 0.4, p.shape)), *p.axes
+      )
   seen, state, _ = run(mesh, m, [1e-2] * 6, base, fresh)
   assert abs(seen[0]["preference_loss"] - np.log(2)) < 1e-6
   assert seen[-1]["loss"] < seen[0]["loss"] - 0.01
@@ -466,6 +555,10 @@ def test_bases_of_a_gradient_that_is_not_finite():
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh), pytest.raises(NumericError, match="not finite"):
     subspace.bases(
-        jax.random.key(0), with_lora("lora_sb"), mesh, base_of(mesh),
-        lambda sizes: steps.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
-        [batch_of(mesh, np.full((16, 2), np.nan))])
+      jax.random.key(0),
+      with_lora("lora_sb"),
+      mesh,
+      base_of(mesh),
+      lambda sizes: steps.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+      [batch_of(mesh, np.full((16, 2), np.nan))],
+    )

@@ -23,10 +23,25 @@ def pandalm(shared):
   for human, other in zip(humans, judge, strict=True):
     first, second = human["cmp_key"].split("_")
     assert human["idx"] == other["idx"]
-    rows += [Verdict(human["idx"], first, second, f"annotator{i}",
-                     said[human[f"annotator{i}"]]) for i in (1, 2, 3)]
-    rows.append(Verdict(human["idx"], first, second, "gpt-3.5-turbo",
-                        words.get(other["gpt_result"])))
+    rows += [
+      Verdict(
+        human["idx"],
+        first,
+        second,
+        f"annotator{i}",
+        said[human[f"annotator{i}"]],
+      )
+      for i in (1, 2, 3)
+    ]
+    rows.append(
+      Verdict(
+        human["idx"],
+        first,
+        second,
+        "gpt-3.5-turbo",
+        words.get(other["gpt_result"]),
+      )
+    )
   return rows
 
 
@@ -35,14 +50,20 @@ def llmbar(shared):
   folder = shared / "data/llmbar-natural"
   rows = []
   for name in ("GPT-4", "ChatGPT", "LLaMA2", "PaLM2"):
-    for i, row in enumerate(json.loads(
-        (folder / f"judge-{name}.json").read_text())):
+    for i, row in enumerate(
+      json.loads((folder / f"judge-{name}.json").read_text())
+    ):
       if name == "GPT-4":
-        rows.append(Verdict(i, "one", "two", "label",
-                            "first" if row["label"] == 1 else "second"))
+        rows.append(
+          Verdict(
+            i, "one", "two", "label", "first" if row["label"] == 1 else "second"
+          )
+        )
       for said in row["results"]:
-        for key, shown in (("swap = False", ("one", "two")),
-                           ("swap = True", ("two", "one"))):
+        for key, shown in (
+          ("swap = False", ("one", "two")),
+          ("swap = True", ("two", "one")),
+        ):
           winner = said[key]["winner"]  # "1" is "one" in either order
           winner = winner and {"1": "one", "2": "two"}[winner]
           word = winner and ("first" if winner == shown[0] else "second")
@@ -54,8 +75,10 @@ def swapped(rows, seed=0):
   """The same verdicts with half of the rows written the other way round."""
   turn = np.random.default_rng(seed).random(len(rows)) < 0.5
   other = {"first": "second", "second": "first", "tie": "tie", None: None}
-  return [Verdict(r.item, r.second, r.first, r.rater, other[r.said]) if t
-          else r for r, t in zip(rows, turn)]
+  return [
+    Verdict(r.item, r.second, r.first, r.rater, other[r.said]) if t else r
+    for r, t in zip(rows, turn)
+  ]
 
 
 HUMANS = ["annotator1", "annotator2", "annotator3"]
@@ -68,16 +91,24 @@ def test_pandalm_to_the_last_digit_printed(shared, turned):
   out = agreement.judged(rows, ["gpt-3.5-turbo"], HUMANS)
   between = out["humans"]["between"]
   assert [f"{v['kappa']['value']:.3f}" for v in between.values()] == [
-      "0.852", "0.879", "0.862"]
+    "0.852",
+    "0.879",
+    "0.862",
+  ]
   assert f"{out['humans']['alpha']['value']:.4f}" == "0.8642"
   judge = out["judges"]["gpt-3.5-turbo"]
-  assert {rule: (f"{v['agreement']['value']:.4f}", f"{v['kappa']['value']:.4f}")
-          for rule, v in judge["against"].items()} == {
-              "tie": ("0.7107", "0.4958"), "drop": ("0.7156", "0.4929"),
-              "own": ("0.6977", "0.4755")}
+  assert {
+    rule: (f"{v['agreement']['value']:.4f}", f"{v['kappa']['value']:.4f}")
+    for rule, v in judge["against"].items()
+  } == {
+    "tie": ("0.7107", "0.4958"),
+    "drop": ("0.7156", "0.4929"),
+    "own": ("0.6977", "0.4755"),
+  }
   assert judge["unparsable"] == 25
-  assert [judge["against"][r]["agreement"]["n"] for r in
-          ("tie", "drop", "own")] == [999, 974, 999]
+  assert [
+    judge["against"][r]["agreement"]["n"] for r in ("tie", "drop", "own")
+  ] == [999, 974, 999]
   assert judge["orders"]["consistent"]["n"] == 0  # one order only
   json.dumps(out, allow_nan=False)
 
@@ -113,16 +144,18 @@ def test_kappa_is_scikit_learn_s(rule, seed):
   found = agreement.cohen_kappa(*agreement.matched(a, b, rule))
   xs, ys = [], []
   for i in range(200):
-    said = [next(r.said for r in rows if r.item == i and r.rater == w)
-            for w in "ab"]
+    said = [
+      next(r.said for r in rows if r.item == i and r.rater == w) for w in "ab"
+    ]
     if rule == "drop" and None in said:
       continue
     said = ["tie" if s is None and rule == "tie" else str(s) for s in said]
     xs.append(said[0])
     ys.append(said[1])
   assert found["n"] == len(xs)
-  assert found["value"] == pytest.approx(metrics.cohen_kappa_score(xs, ys),
-                                         abs=1e-12)
+  assert found["value"] == pytest.approx(
+    metrics.cohen_kappa_score(xs, ys), abs=1e-12
+  )
   assert found["low"] < found["value"] < found["high"]
 
 
@@ -145,20 +178,27 @@ def coincidence_alpha(units):
 @pytest.mark.parametrize("seed", range(4))
 def test_alpha_is_that_of_the_coincidence_matrix(seed):
   rng = np.random.default_rng(seed)
-  units = rng.choice(np.array(["x", "y", "z", None], object), (80, 4),
-                     p=[0.4, 0.2, 0.1, 0.3])
+  units = rng.choice(
+    np.array(["x", "y", "z", None], object), (80, 4), p=[0.4, 0.2, 0.1, 0.3]
+  )
   units[:40] = units[:40, :1]  # some agreement
   found = agreement.krippendorff_alpha(units.tolist())
-  assert found["value"] == pytest.approx(coincidence_alpha(units.tolist()),
-                                         abs=1e-12)
+  assert found["value"] == pytest.approx(
+    coincidence_alpha(units.tolist()), abs=1e-12
+  )
 
 
 def test_alpha_of_krippendorff_s_own_example():
   """Krippendorff 2011, section C: four observers, twelve units: 0.743."""
-  table = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3",
-           ". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
-  units = list(zip(*[[None if w == "." else w for w in line.split()]
-                     for line in table]))
+  table = [
+    "1 2 3 3 2 1 4 1 2 . . .",
+    "1 2 3 3 2 2 4 1 2 5 . 3",
+    ". 3 3 3 2 3 4 2 2 5 1 .",
+    "1 2 3 3 2 4 4 1 2 5 1 .",
+  ]
+  units = list(
+    zip(*[[None if w == "." else w for w in line.split()] for line in table])
+  )
   found = agreement.krippendorff_alpha(units)
   assert f"{found['value']:.3f}" == "0.743"
   assert (found["units"], found["labels"]) == (11, 40)
@@ -170,10 +210,16 @@ def alpha_from_the_equation(units):
   units = [u for u in units if len(u) > 1]
   values = [w for u in units for w in u]
   n = len(values)
-  observed = sum(np.mean([x != y for x, y in itertools.permutations(u, 2)])
-                 * len(u) for u in units) / n
-  expected = sum(values.count(w) * (n - values.count(w))
-                 for w in set(values)) / (n * (n - 1))
+  observed = (
+    sum(
+      np.mean([x != y for x, y in itertools.permutations(u, 2)]) * len(u)
+      for u in units
+    )
+    / n
+  )
+  expected = sum(
+    values.count(w) * (n - values.count(w)) for w in set(values)
+  ) / (n * (n - 1))
   return 1 - observed / expected
 
 
@@ -207,12 +253,20 @@ def test_coin_flippers_have_no_agreement():
   rows = []
   for i in range(1000):
     first, second = rng.permutation(models)[:2]
-    rows += [Verdict(i, str(first), str(second), r,
-                     str(rng.choice(["first", "second", "tie"],
-                                    p=[0.45, 0.45, 0.1]))) for r in "abc"]
+    rows += [
+      Verdict(
+        i,
+        str(first),
+        str(second),
+        r,
+        str(rng.choice(["first", "second", "tie"], p=[0.45, 0.45, 0.1])),
+      )
+      for r in "abc"
+    ]
   found = agreement.judged(rows, ["a"], ["b", "c"])
-  three = agreement.among({
-      r: agreement.labels(agreement.settled(rows, r), "drop") for r in "abc"})
+  three = agreement.among(
+    {r: agreement.labels(agreement.settled(rows, r), "drop") for r in "abc"}
+  )
   for alpha in (found["humans"]["alpha"], three["alpha"]):
     assert abs(alpha["value"]) < 0.05
     assert alpha["low"] < 0 < alpha["high"]
@@ -239,7 +293,8 @@ def test_pi_is_alpha_of_two_raters_but_for_the_size_of_the_sample(seed):
   for rule, found in agreement.between(a, b).items():
     n = found["alpha"]["labels"]
     assert 1 - found["alpha"]["value"] == pytest.approx(
-        (1 - found["pi"]["value"]) * (n - 1) / n, abs=1e-12), rule
+      (1 - found["pi"]["value"]) * (n - 1) / n, abs=1e-12
+    ), rule
     assert found["pi"]["value"] <= found["kappa"]["value"]
 
 
@@ -256,8 +311,11 @@ def test_intervals_cover_what_they_should():
   for _ in range(200):
     cells = rng.choice(9, 150, p=table.ravel())
     found = agreement.compared(
-        *({(i, "k", "m"): int(w) for i, w in enumerate(side)}
-          for side in (cells // 3, cells % 3)))
+      *(
+        {(i, "k", "m"): int(w) for i, w in enumerate(side)}
+        for side in (cells // 3, cells % 3)
+      )
+    )
     for name in truth:
       inside[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
   assert all(180 <= n <= 199 for n in inside.values()), inside
@@ -285,8 +343,12 @@ def test_pairs_of_one_item_are_drawn_together():
 
 def test_only_raters_who_share_a_pair_are_compared(monkeypatch):
   pair = lambda i: (i, "k", "m")
-  votes = {"a": {pair(0): 1, pair(1): 0}, "b": {pair(0): 1, pair(1): None},
-           "c": {pair(1): 0, pair(2): 1}, "d": {pair(3): 1}}
+  votes = {
+    "a": {pair(0): 1, pair(1): 0},
+    "b": {pair(0): 1, pair(1): None},
+    "c": {pair(1): 0, pair(2): 1},
+    "d": {pair(3): 1},
+  }
   found = agreement.among(votes)
   assert list(found["between"]) == ["a / b", "a / c"]
   assert (found["pairs"], found["more"]) == (4, 0)
@@ -296,12 +358,24 @@ def test_only_raters_who_share_a_pair_are_compared(monkeypatch):
 
 
 def test_length_bias_by_hand():
-  sizes = {(i, "k", "m"): s for i, s in enumerate(
-      [(10, 20), (20, 10), (10, 20), (5, 5), (10, 20)])}
-  winners = {(0, "k", "m"): "m", (1, "k", "m"): "k", (2, "k", "m"): "k",
-             (3, "k", "m"): "k", (4, "k", "m"): "", (5, "k", "m"): "m"}
-  truth = {(0, "k", "m"): "k", (1, "k", "m"): "k", (2, "k", "m"): "m",
-           (4, "k", "m"): "m"}
+  sizes = {
+    (i, "k", "m"): s
+    for i, s in enumerate([(10, 20), (20, 10), (10, 20), (5, 5), (10, 20)])
+  }
+  winners = {
+    (0, "k", "m"): "m",
+    (1, "k", "m"): "k",
+    (2, "k", "m"): "k",
+    (3, "k", "m"): "k",
+    (4, "k", "m"): "",
+    (5, "k", "m"): "m",
+  }
+  truth = {
+    (0, "k", "m"): "k",
+    (1, "k", "m"): "k",
+    (2, "k", "m"): "m",
+    (4, "k", "m"): "m",
+  }
   found = agreement.length_bias(winners, sizes, truth)
   # Winners of unequal answers: longer, longer, shorter; errors: 0 and 2.
   assert (found["longer"]["value"], found["longer"]["n"]) == (2 / 3, 3)
@@ -322,30 +396,46 @@ def test_the_order_of_the_models_changes_nothing(seed):
 
 
 def test_orders_by_hand():
-  said = [("first", "first"), ("first", "second"), ("tie", "tie"),
-          (None, "first")]
-  rows = [Verdict(i, *names, "j", word) for i, words in enumerate(said)
-          for names, word in zip((("m", "k"), ("k", "m")), words)]
+  said = [
+    ("first", "first"),
+    ("first", "second"),
+    ("tie", "tie"),
+    (None, "first"),
+  ]
+  rows = [
+    Verdict(i, *names, "j", word)
+    for i, words in enumerate(said)
+    for names, word in zip((("m", "k"), ("k", "m")), words)
+  ]
   out = agreement.orders(rows, "j")
   assert out["consistent"]["value"] == pytest.approx(2 / 3)
   assert out["first"]["value"] == pytest.approx(4 / 5)  # of 5 with a winner
   assert out["unparsable"]["value"] == 1 / 8
   assert agreement.settled(rows, "j") == {
-      (0, "k", "m"): "", (1, "k", "m"): "m", (2, "k", "m"): "",
-      (3, "k", "m"): "k"}
+    (0, "k", "m"): "",
+    (1, "k", "m"): "m",
+    (2, "k", "m"): "",
+    (3, "k", "m"): "k",
+  }
 
 
 def test_a_judge_that_always_names_the_first():
-  rows = [Verdict(i, *names, "j", "first") for i in range(40)
-          for names in (("m", "k"), ("k", "m"))]
+  rows = [
+    Verdict(i, *names, "j", "first")
+    for i in range(40)
+    for names in (("m", "k"), ("k", "m"))
+  ]
   out = agreement.orders(rows, "j")
   assert out["first"]["value"] == 1.0 and out["consistent"]["value"] == 0.0
   assert set(agreement.settled(rows, "j").values()) == {""}
 
 
 def test_a_judge_that_cannot_be_read():
-  rows = [Verdict(i, "m", "k", r, s) for i in range(4)
-          for r, s in (("j", None), ("h", "first"))]
+  rows = [
+    Verdict(i, "m", "k", r, s)
+    for i in range(4)
+    for r, s in (("j", None), ("h", "first"))
+  ]
   out = agreement.judged(rows, ["j"], ["h"])["judges"]["j"]
   assert out["unparsable"] == 4
   assert out["against"]["drop"]["agreement"]["n"] == 0
@@ -354,12 +444,26 @@ def test_a_judge_that_cannot_be_read():
   json.dumps(out, allow_nan=False)
 
 
-@pytest.mark.parametrize("votes,winner", [
-    ("kkm", "k"), ("km-", ""), ("km", ""), ("m", "m"), ("m..", "m"),
-    (".", None), ("", None),
+@pytest.mark.parametrize(
+  "votes,winner",
+  [
+    ("kkm", "k"),
+    ("km-", ""),
+    ("km", ""),
+    ("m", "m"),
+    ("m..", "m"),
+    (".", None),
+    ("", None),
     ("kk-m", "k"),  # no more than half, and more than any other
-    ("kkmm", ""), ("kkmm-", ""), ("kk--m", ""), ("--km", ""), ("---kk", ""),
-    ("kkkmm--", "k"), ("kkk.mm..", "k")])
+    ("kkmm", ""),
+    ("kkmm-", ""),
+    ("kk--m", ""),
+    ("--km", ""),
+    ("---kk", ""),
+    ("kkkmm--", "k"),
+    ("kkk.mm..", "k"),
+  ],
+)
 def test_the_majority_is_the_plurality_and_a_tie_where_two_lead(votes, winner):
   pair = (0, "k", "m")
   words = [{"-": "", ".": None}.get(v, v) for v in votes]
@@ -367,27 +471,34 @@ def test_the_majority_is_the_plurality_and_a_tie_where_two_lead(votes, winner):
   assert found == {pair: winner}
 
 
-@pytest.mark.parametrize("measure", [agreement.cohen_kappa,
-                                     agreement.scott_pi])
+@pytest.mark.parametrize("measure", [agreement.cohen_kappa, agreement.scott_pi])
 def test_one_label_only_has_no_kappa(measure):
   assert measure([1, 1, 1], [1, 1, 1]) == dict(
-      value=None, low=None, high=None, n=3)
+    value=None, low=None, high=None, n=3
+  )
   assert measure([], []) == dict(value=None, low=None, high=None, n=0)
   assert agreement.krippendorff_alpha([[1, 1], [1, 1]])["value"] is None
   assert agreement.krippendorff_alpha([])["value"] is None
 
 
-@pytest.mark.parametrize("rows,words", [
+@pytest.mark.parametrize(
+  "rows,words",
+  [
     ([Verdict(7, "m", "m", "j", "tie")], "item 7 .*different names"),
     ([Verdict(7, "m", "k", "j", "A")], "is 'A', wanted"),
     ([Verdict(7, "m", "k", "j", "tie")] * 2, "twice"),
-    ([Verdict(7, "m", "k", "h", "tie"), Verdict(8, "m", "k", "j", "tie")],
-     "judged no pair"),
-    ([Verdict(7, "m", "k", "x", "tie")], "no verdict of rater 'j'")])
+    (
+      [Verdict(7, "m", "k", "h", "tie"), Verdict(8, "m", "k", "j", "tie")],
+      "judged no pair",
+    ),
+    ([Verdict(7, "m", "k", "x", "tie")], "no verdict of rater 'j'"),
+  ],
+)
 def test_tables_that_cannot_be_right(rows, words):
   with pytest.raises(DataError, match=words):
-    agreement.judged(rows, ["j"], ["h"] if any(
-        r.rater == "h" for r in rows) else ["j"])
+    agreement.judged(
+      rows, ["j"], ["h"] if any(r.rater == "h" for r in rows) else ["j"]
+    )
 
 
 def test_an_unknown_rule():

@@ -8,13 +8,12 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 from sklearn import metrics
-from test_report import PAYLOADS, paths, poisoned, read as parsed
+from test_report import paths, PAYLOADS, poisoned
+from test_report import read as parsed
 
 from jaxalign import agreement as command
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import agreement
-from jaxalign.eval import verdict_codes
-from jaxalign.eval import verdict_tables
+from jaxalign.eval import agreement, verdict_codes, verdict_tables
 from jaxalign.eval.agreement import Verdict
 from jaxalign.report.pages import agreement as pages
 
@@ -30,8 +29,9 @@ def written(folder, rows, name="votes.jsonl"):
 
 
 def table(folder, rows, choice=None, **kwargs):
-  return verdict_tables.read([str(written(folder, rows))],
-                             verdict_codes.parse_choice(choice), **kwargs)
+  return verdict_tables.read(
+    [str(written(folder, rows))], verdict_codes.parse_choice(choice), **kwargs
+  )
 
 
 def numbers(folder, *flags):
@@ -50,8 +50,10 @@ def visible(page):
 
 def test_pandalm_s_three_raters(shared, tmp_path, capsys):
   page = tmp_path / "page.html"
-  assert run(f"--data={shared}/data/pandalm/testset-v1.json",
-             f"--output={page}") == 0
+  assert (
+    run(f"--data={shared}/data/pandalm/testset-v1.json", f"--output={page}")
+    == 0
+  )
   text = capsys.readouterr().out
   assert "alpha over all raters: 0.8642 [0.842, 0.887], on 999 pairs" in text
   for kappa in ("0.8520 [", "0.8789 [", "0.8617 ["):
@@ -66,13 +68,20 @@ def test_pandalm_s_three_raters(shared, tmp_path, capsys):
 @pytest.mark.parametrize("flag", ["--data", "--judges"])
 def test_pandalm_s_judge_beside_the_humans(shared, tmp_path, flag, capsys):
   folder = shared / "data/pandalm"
-  found = numbers(tmp_path, f"--data={folder}/testset-v1.json",
-                  f"{flag}={folder}/gpt-3.5-turbo-testset-v1.json")
+  found = numbers(
+    tmp_path,
+    f"--data={folder}/testset-v1.json",
+    f"{flag}={folder}/gpt-3.5-turbo-testset-v1.json",
+  )
   judge = found["judged"]["judges"]["gpt-3.5-turbo"]
-  assert {rule: (f"{v['agreement']['value']:.4f}", f"{v['kappa']['value']:.4f}")
-          for rule, v in judge["against"].items()} == {
-              "tie": ("0.7107", "0.4958"), "drop": ("0.7156", "0.4929"),
-              "own": ("0.6977", "0.4755")}
+  assert {
+    rule: (f"{v['agreement']['value']:.4f}", f"{v['kappa']['value']:.4f}")
+    for rule, v in judge["against"].items()
+  } == {
+    "tie": ("0.7107", "0.4958"),
+    "drop": ("0.7156", "0.4929"),
+    "own": ("0.6977", "0.4755"),
+  }
   assert judge["unparsable"] == 25
   assert f"{found['judged']['humans']['alpha']['value']:.4f}" == "0.8642"
   assert "25 verdicts could not be read: 'garbage'" in capsys.readouterr().out
@@ -93,8 +102,9 @@ def test_pandalm_s_judge_beside_the_humans(shared, tmp_path, flag, capsys):
 
 def test_llmbar_s_judges_in_both_orders(shared, tmp_path):
   folder = shared / "data/llmbar-natural"
-  found = numbers(tmp_path, f"--data={folder}/judge-*.json",
-                  f"--data={folder}/dataset.json")
+  found = numbers(
+    tmp_path, f"--data={folder}/judge-*.json", f"--data={folder}/dataset.json"
+  )
   raters = {r["name"]: r for r in found["raters"]}
   assert set(raters) == {"GPT-4", "ChatGPT", "LLaMA2", "PaLM2", "label"}
   orders = raters["GPT-4"]["orders"]
@@ -105,110 +115,270 @@ def test_llmbar_s_judges_in_both_orders(shared, tmp_path):
   assert raters["label"]["role"] == "human"
   assert set(found["judged"]["judges"]) == set(raters) - {"label"}
   # The same as the table made by hand in tests/test_agreement.py.
-  rows = [Verdict(i, "1", "2", r, s) for i, row in enumerate(json.loads(
-      (folder / "judge-GPT-4.json").read_text())) for r, s in [
-          ("label", "first" if row["label"] == 1 else "second")]]
-  assert raters["label"]["orders"]["first"] == json.loads(json.dumps(
-      agreement.orders(rows, "label")["first"]))
+  rows = [
+    Verdict(i, "1", "2", r, s)
+    for i, row in enumerate(
+      json.loads((folder / "judge-GPT-4.json").read_text())
+    )
+    for r, s in [("label", "first" if row["label"] == 1 else "second")]
+  ]
+  assert raters["label"]["orders"]["first"] == json.loads(
+    json.dumps(agreement.orders(rows, "label")["first"])
+  )
 
 
 # Every layout: rows -> verdicts, the item and names as the layout has them.
 
 ONE, TWO = "pair 0001 answer 1", "pair 0001 answer 2"
-TALK = lambda text: [dict(role="user", content="hello"),
-                     dict(role="assistant", content=text)]
+TALK = lambda text: [
+  dict(role="user", content="hello"),
+  dict(role="assistant", content=text),
+]
 LAYOUTS = {
-    "long": (
-        [dict(item=7, first="m", second="k", rater="ann", verdict="first"),
-         dict(item=7, first="k", second="m", rater="ann", verdict="A"),
-         dict(item=7, first="m", second="k", rater="ben", verdict="tie"),
-         dict(item=8, first="m", second="k", rater="ben", verdict=None)],
-        {("7", "m", "k", "ann", "first"), ("7", "k", "m", "ann", "first"),
-         ("7", "m", "k", "ben", "tie")}),
-    "long, the winner's name": (
-        [dict(question_id="q", model_a="gpt 4", model_b="llama", judge="x",
-              winner="GPT-4"),
-         dict(question_id="q", model_a="llama", model_b="gpt 4", judge="y",
-              winner="gpt 4")],
-        {("q", "gpt 4", "llama", "x", "first"),
-         ("q", "llama", "gpt 4", "y", "second")}),
-    "Chatbot Arena": (
-        [dict(question_id="q", model_a="m", model_b="k", judge=f"u{i}", turn=2,
-              conversation_a=TALK("aaa"), conversation_b=TALK("b"), winner=w)
-         for i, w in enumerate(("model_b", "tie (bothbad)", "model_a"))],
-        {("q / 2", "m", "k", "u0", "second"), ("q / 2", "m", "k", "u1", "tie"),
-         ("q / 2", "m", "k", "u2", "first")}),
-    "AlpacaEval": (
-        [dict(instruction="q", output_1="a", output_2="b", generator_1="m",
-              generator_2="k", annotator=r, preference=p)
-         for r, p in (("x", 1.0), ("y", 2.0), ("z", 1.5))],
-        {("q", "m", "k", "x", "first"), ("q", "m", "k", "y", "second"),
-         ("q", "m", "k", "z", "tie")}),
-    "OpenAI's comparisons of summaries": (
-        [dict(info=dict(id="t", post="p"), worker=w, choice=c, summaries=[
-            dict(text="one", policy="s"), dict(text="two", policy="s")])
-         for w, c in (("x", 0), ("y", 1))],
-        {("t", ONE, TWO, "x", "first"), ("t", ONE, TWO, "y", "second")}),
-    "long, whose id numbers the rows": (
-        [dict(id=100 + i, prompt="p", response_a="a", response_b="b", rater=r,
-              verdict=v) for i, (r, v) in enumerate((("x", "A"), ("y", "B")))],
-        {("p", ONE, TWO, "x", "first"), ("p", ONE, TWO, "y", "second")}),
-    "long, of one rater": (  # an id that may stand in other files
-        [dict(id=i, prompt="p", response_a="a", response_b="b", rater="x",
-              verdict=v) for i, v in enumerate("AB")],
-        {("0", ONE, TWO, "x", "first"), ("1", ONE, TWO, "x", "second")}),
-    "wide, PandaLM's": (
-        [dict(idx=3, response1="a", response2="b", annotator1=0, annotator2=2,
-              annotator3=1)],
-        {("3", ONE, TWO, "annotator1", "tie"),
-         ("3", ONE, TWO, "annotator2", "second"),
-         ("3", ONE, TWO, "annotator3", "first")}),
-    "wide, by words": (
-        [dict(prompt="p", ann="A", ben="model_b", note="x"),
-         dict(prompt="q", ann="[[C]]", ben="", note="A"),
-         dict(prompt="r", ann="[[B]]", ben="Model A", note=None)],
-        {("p", ONE, TWO, "ann", "first"), ("p", ONE, TWO, "ben", "second"),
-         ("q", ONE, TWO, "ann", "tie"), ("r", ONE, TWO, "ann", "second"),
-         ("r", ONE, TWO, "ben", "first")}),
-    "wide, 1 and 2": (
-        [dict(id=1, rater_1=1, rater_2="2"), dict(id=2, rater_1=2.0,
-                                                  rater_2="1")],
-        {("1", ONE, TWO, "rater_1", "first"),
-         ("1", ONE, TWO, "rater_2", "second"),
-         ("2", ONE, TWO, "rater_1", "second"),
-         ("2", ONE, TWO, "rater_2", "first")}),
-    "wide, signed strength": (
-        [dict(prompt=p, response_1="a", response_2="b", preference_strength=s)
-         for p, s in (("p", -3), ("q", 0), ("r", 1))],
-        {("p", ONE, TWO, "votes", "first"), ("q", ONE, TWO, "votes", "tie"),
-         ("r", ONE, TWO, "votes", "second")}),
-    "MT-bench, both orders": (
-        [dict(question_id=81, turn=1, model_1="m", model_2="k",
-              judge=["gpt-4", "pair-v2"], g1_winner="model_1",
-              g2_winner="model_2"),
-         dict(question_id=82, turn=1, model_1="m", model_2="k",
-              judge=["gpt-4", "pair-v2"], g1_winner="tie", g2_winner="error")],
-        # In the second game model_2 stands first, and is meant by its name.
-        {("81 / 1", "m", "k", "gpt-4 pair-v2", "first"),
-         ("81 / 1", "k", "m", "gpt-4 pair-v2", "first"),
-         ("82 / 1", "m", "k", "gpt-4 pair-v2", "tie"),
-         ("82 / 1", "k", "m", "gpt-4 pair-v2", None)}),
-    "LLMBar, both orders": (
-        [dict(input="p", output_1="a", output_2="b", label=2, results=[{
-            "swap = False": dict(winner="2"), "swap = True": dict(winner="1")}
-                                                                      ]),
-         dict(input="q", output_1="a", output_2="b", label=1, results=[{
-             "swap = False": dict(winner=None)}])],
-        {("p", ONE, TWO, "label", "second"), ("p", ONE, TWO, "votes", "second"),
-         ("p", TWO, ONE, "votes", "second"), ("q", ONE, TWO, "label", "first"),
-         ("q", ONE, TWO, "votes", None)}),
-    "verdicts.jsonl, both orders": (
-        [dict(id="i", prompt="p", ours="a", theirs="b", won=0.5,
-              said=["first", "first"], replies=[]),
-         dict(id="j", prompt="p", ours="a", theirs="b", won=None,
-              said=["second", None], replies=[])],
-        {("i", ONE, TWO, "votes", "first"), ("i", TWO, ONE, "votes", "first"),
-         ("j", ONE, TWO, "votes", "second"), ("j", TWO, ONE, "votes", None)}),
+  "long": (
+    [
+      dict(item=7, first="m", second="k", rater="ann", verdict="first"),
+      dict(item=7, first="k", second="m", rater="ann", verdict="A"),
+      dict(item=7, first="m", second="k", rater="ben", verdict="tie"),
+      dict(item=8, first="m", second="k", rater="ben", verdict=None),
+    ],
+    {
+      ("7", "m", "k", "ann", "first"),
+      ("7", "k", "m", "ann", "first"),
+      ("7", "m", "k", "ben", "tie"),
+    },
+  ),
+  "long, the winner's name": (
+    [
+      dict(
+        question_id="q",
+        model_a="gpt 4",
+        model_b="llama",
+        judge="x",
+        winner="GPT-4",
+      ),
+      dict(
+        question_id="q",
+        model_a="llama",
+        model_b="gpt 4",
+        judge="y",
+        winner="gpt 4",
+      ),
+    ],
+    {
+      ("q", "gpt 4", "llama", "x", "first"),
+      ("q", "llama", "gpt 4", "y", "second"),
+    },
+  ),
+  "Chatbot Arena": (
+    [
+      dict(
+        question_id="q",
+        model_a="m",
+        model_b="k",
+        judge=f"u{i}",
+        turn=2,
+        conversation_a=TALK("aaa"),
+        conversation_b=TALK("b"),
+        winner=w,
+      )
+      for i, w in enumerate(("model_b", "tie (bothbad)", "model_a"))
+    ],
+    {
+      ("q / 2", "m", "k", "u0", "second"),
+      ("q / 2", "m", "k", "u1", "tie"),
+      ("q / 2", "m", "k", "u2", "first"),
+    },
+  ),
+  "AlpacaEval": (
+    [
+      dict(
+        instruction="q",
+        output_1="a",
+        output_2="b",
+        generator_1="m",
+        generator_2="k",
+        annotator=r,
+        preference=p,
+      )
+      for r, p in (("x", 1.0), ("y", 2.0), ("z", 1.5))
+    ],
+    {
+      ("q", "m", "k", "x", "first"),
+      ("q", "m", "k", "y", "second"),
+      ("q", "m", "k", "z", "tie"),
+    },
+  ),
+  "OpenAI's comparisons of summaries": (
+    [
+      dict(
+        info=dict(id="t", post="p"),
+        worker=w,
+        choice=c,
+        summaries=[dict(text="one", policy="s"), dict(text="two", policy="s")],
+      )
+      for w, c in (("x", 0), ("y", 1))
+    ],
+    {("t", ONE, TWO, "x", "first"), ("t", ONE, TWO, "y", "second")},
+  ),
+  "long, whose id numbers the rows": (
+    [
+      dict(
+        id=100 + i,
+        prompt="p",
+        response_a="a",
+        response_b="b",
+        rater=r,
+        verdict=v,
+      )
+      for i, (r, v) in enumerate((("x", "A"), ("y", "B")))
+    ],
+    {("p", ONE, TWO, "x", "first"), ("p", ONE, TWO, "y", "second")},
+  ),
+  "long, of one rater": (  # an id that may stand in other files
+    [
+      dict(
+        id=i, prompt="p", response_a="a", response_b="b", rater="x", verdict=v
+      )
+      for i, v in enumerate("AB")
+    ],
+    {("0", ONE, TWO, "x", "first"), ("1", ONE, TWO, "x", "second")},
+  ),
+  "wide, PandaLM's": (
+    [
+      dict(
+        idx=3,
+        response1="a",
+        response2="b",
+        annotator1=0,
+        annotator2=2,
+        annotator3=1,
+      )
+    ],
+    {
+      ("3", ONE, TWO, "annotator1", "tie"),
+      ("3", ONE, TWO, "annotator2", "second"),
+      ("3", ONE, TWO, "annotator3", "first"),
+    },
+  ),
+  "wide, by words": (
+    [
+      dict(prompt="p", ann="A", ben="model_b", note="x"),
+      dict(prompt="q", ann="[[C]]", ben="", note="A"),
+      dict(prompt="r", ann="[[B]]", ben="Model A", note=None),
+    ],
+    {
+      ("p", ONE, TWO, "ann", "first"),
+      ("p", ONE, TWO, "ben", "second"),
+      ("q", ONE, TWO, "ann", "tie"),
+      ("r", ONE, TWO, "ann", "second"),
+      ("r", ONE, TWO, "ben", "first"),
+    },
+  ),
+  "wide, 1 and 2": (
+    [dict(id=1, rater_1=1, rater_2="2"), dict(id=2, rater_1=2.0, rater_2="1")],
+    {
+      ("1", ONE, TWO, "rater_1", "first"),
+      ("1", ONE, TWO, "rater_2", "second"),
+      ("2", ONE, TWO, "rater_1", "second"),
+      ("2", ONE, TWO, "rater_2", "first"),
+    },
+  ),
+  "wide, signed strength": (
+    [
+      dict(prompt=p, response_1="a", response_2="b", preference_strength=s)
+      for p, s in (("p", -3), ("q", 0), ("r", 1))
+    ],
+    {
+      ("p", ONE, TWO, "votes", "first"),
+      ("q", ONE, TWO, "votes", "tie"),
+      ("r", ONE, TWO, "votes", "second"),
+    },
+  ),
+  "MT-bench, both orders": (
+    [
+      dict(
+        question_id=81,
+        turn=1,
+        model_1="m",
+        model_2="k",
+        judge=["gpt-4", "pair-v2"],
+        g1_winner="model_1",
+        g2_winner="model_2",
+      ),
+      dict(
+        question_id=82,
+        turn=1,
+        model_1="m",
+        model_2="k",
+        judge=["gpt-4", "pair-v2"],
+        g1_winner="tie",
+        g2_winner="error",
+      ),
+    ],
+    # In the second game model_2 stands first, and is meant by its name.
+    {
+      ("81 / 1", "m", "k", "gpt-4 pair-v2", "first"),
+      ("81 / 1", "k", "m", "gpt-4 pair-v2", "first"),
+      ("82 / 1", "m", "k", "gpt-4 pair-v2", "tie"),
+      ("82 / 1", "k", "m", "gpt-4 pair-v2", None),
+    },
+  ),
+  "LLMBar, both orders": (
+    [
+      dict(
+        input="p",
+        output_1="a",
+        output_2="b",
+        label=2,
+        results=[
+          {"swap = False": dict(winner="2"), "swap = True": dict(winner="1")}
+        ],
+      ),
+      dict(
+        input="q",
+        output_1="a",
+        output_2="b",
+        label=1,
+        results=[{"swap = False": dict(winner=None)}],
+      ),
+    ],
+    {
+      ("p", ONE, TWO, "label", "second"),
+      ("p", ONE, TWO, "votes", "second"),
+      ("p", TWO, ONE, "votes", "second"),
+      ("q", ONE, TWO, "label", "first"),
+      ("q", ONE, TWO, "votes", None),
+    },
+  ),
+  "verdicts.jsonl, both orders": (
+    [
+      dict(
+        id="i",
+        prompt="p",
+        ours="a",
+        theirs="b",
+        won=0.5,
+        said=["first", "first"],
+        replies=[],
+      ),
+      dict(
+        id="j",
+        prompt="p",
+        ours="a",
+        theirs="b",
+        won=None,
+        said=["second", None],
+        replies=[],
+      ),
+    ],
+    {
+      ("i", ONE, TWO, "votes", "first"),
+      ("i", TWO, ONE, "votes", "first"),
+      ("j", ONE, TWO, "votes", "second"),
+      ("j", TWO, ONE, "votes", None),
+    },
+  ),
 }
 
 
@@ -225,84 +395,123 @@ def test_every_layout_gives_the_verdicts_its_owner_meant(name, tmp_path):
 def test_a_table_is_the_same_in_every_kind_of_file(tmp_path):
   import pyarrow as pa
   import pyarrow.parquet as pq
-  rows = [dict(item=i, first="m", second="k", rater=r, verdict=v)
-          for i, words in enumerate(("AB", "BA", "AA", "BB"))
-          for r, v in zip(("ann", "ben"), words)]
+
+  rows = [
+    dict(item=i, first="m", second="k", rater=r, verdict=v)
+    for i, words in enumerate(("AB", "BA", "AA", "BB"))
+    for r, v in zip(("ann", "ben"), words)
+  ]
   wanted = table(tmp_path, rows).rows
-  files = [tmp_path / n for n in ("a.csv", "a.json", "a.parquet",
-                                  "a.jsonl.gz")]
-  files[0].write_text("item,first,second,rater,verdict\n" + "".join(
-      ",".join(map(str, row.values())) + "\n" for row in rows))
+  files = [tmp_path / n for n in ("a.csv", "a.json", "a.parquet", "a.jsonl.gz")]
+  files[0].write_text(
+    "item,first,second,rater,verdict\n"
+    + "".join(",".join(map(str, row.values())) + "\n" for row in rows)
+  )
   files[1].write_text(json.dumps(rows))
   pq.write_table(pa.Table.from_pylist(rows), files[2])
-  files[3].write_bytes(gzip.compress(
-      (tmp_path / "votes.jsonl").read_bytes()))
+  files[3].write_bytes(gzip.compress((tmp_path / "votes.jsonl").read_bytes()))
   for path in files:
-    assert verdict_tables.read([str(path)], verdict_codes.Choice()
-                               ).rows == wanted, path
+    assert (
+      verdict_tables.read([str(path)], verdict_codes.Choice()).rows == wanted
+    ), path
 
 
 def test_answers_without_names_are_told_apart_by_their_texts(tmp_path):
   """The same two texts in the other order are the other order of one pair; an
   id that repeats with other texts is another pair of that item."""
-  rows = [dict(id=1, response_a=a, response_b=b, rater=r, verdict=v)
-          for a, b, r, v in (("long text", "x", "j", "A"),
-                             ("x", "long text", "j", "B"),
-                             ("x", "long text", "h", "A"),
-                             ("other", "x", "j", "A"), ("s", "s", "j", "A"))]
+  rows = [
+    dict(id=1, response_a=a, response_b=b, rater=r, verdict=v)
+    for a, b, r, v in (
+      ("long text", "x", "j", "A"),
+      ("x", "long text", "j", "B"),
+      ("x", "long text", "h", "A"),
+      ("other", "x", "j", "A"),
+      ("s", "s", "j", "A"),
+    )
+  ]
   found = table(tmp_path, rows)
   third = "pair 0003 answer 1", "pair 0003 answer 2"
   assert found.rows == [
-      Verdict("1", ONE, TWO, "j", "first"), Verdict("1", TWO, ONE, "j",
-                                                    "second"),
-      Verdict("1", TWO, ONE, "h", "first"),
-      Verdict("1", "pair 0002 answer 1", "pair 0002 answer 2", "j", "first"),
-      Verdict("1", *third, "j", "first")]
+    Verdict("1", ONE, TWO, "j", "first"),
+    Verdict("1", TWO, ONE, "j", "second"),
+    Verdict("1", TWO, ONE, "h", "first"),
+    Verdict("1", "pair 0002 answer 1", "pair 0002 answer 2", "j", "first"),
+    Verdict("1", *third, "j", "first"),
+  ]
   assert found.sizes[("1", ONE, TWO)] == (9.0, 1.0)
   assert agreement.orders(found.rows, "j")["consistent"]["value"] == 1
 
 
 def test_lengths_follow_the_models_not_the_columns(tmp_path):
-  found = table(tmp_path, [
-      dict(item=1, model_a="m", model_b="k", response_a="mmmm", response_b="k",
-           rater="j", verdict="A"),
-      dict(item=1, model_a="k", model_b="m", response_a="k", response_b="mmmm",
-           rater="j", verdict="A")])
+  found = table(
+    tmp_path,
+    [
+      dict(
+        item=1,
+        model_a="m",
+        model_b="k",
+        response_a="mmmm",
+        response_b="k",
+        rater="j",
+        verdict="A",
+      ),
+      dict(
+        item=1,
+        model_a="k",
+        model_b="m",
+        response_a="k",
+        response_b="mmmm",
+        rater="j",
+        verdict="A",
+      ),
+    ],
+  )
   assert found.sizes == {("1", "k", "m"): (1.0, 4.0)}
 
 
 def test_files_are_joined_by_item_and_named_apart(tmp_path):
   for arm, words in (("one", "AB"), ("two", "AA")):
     (tmp_path / arm).mkdir()
-    written(tmp_path / arm, [dict(id=i, verdict=w)
-                             for i, w in enumerate(words)])
-  found = numbers(tmp_path, f"--data={tmp_path}/one/votes.jsonl",
-                  f"--data={tmp_path}/two/votes.jsonl")
+    written(
+      tmp_path / arm, [dict(id=i, verdict=w) for i, w in enumerate(words)]
+    )
+  found = numbers(
+    tmp_path,
+    f"--data={tmp_path}/one/votes.jsonl",
+    f"--data={tmp_path}/two/votes.jsonl",
+  )
   assert [r["name"] for r in found["raters"]] == ["one/votes", "two/votes"]
   only = found["among"]["between"]["one/votes / two/votes"]
   assert only["agreement"]["value"] == 0.5
 
 
 def test_a_judge_that_no_human_met_is_told_alone(tmp_path, capsys):
-  humans = written(tmp_path, wide("AB", ("annotator1", "annotator2")),
-                   "h.jsonl")
+  humans = written(
+    tmp_path, wide("AB", ("annotator1", "annotator2")), "h.jsonl"
+  )
   judge = written(tmp_path, [dict(idx=7, gpt_result="1")], "gpt.jsonl")
   found = numbers(tmp_path, f"--data={humans}", f"--data={judge}")
   assert found["judged"] is None and len(found["raters"]) == 3
   capsys.readouterr()
   assert run(f"--data={humans}", f"--data={judge}", "--judges=gpt") == 65
   assert "judged no pair that annotator1, annotator2" in (
-      capsys.readouterr().err)
+    capsys.readouterr().err
+  )
 
 
 def test_an_item_without_texts_that_stands_for_two_pairs_is_refused(tmp_path):
-  written(tmp_path, [dict(id=1, response1="a", response2=b, ann="A", ben="B")
-                     for b in "bc"] + [dict(id=2, ann="B", ben="A")])
-  written(tmp_path, [dict(id=1, verdict="A"), dict(id=2, verdict="B")],
-          "j.jsonl")
-  found = verdict_tables.read([str(tmp_path / "votes.jsonl"),
-                               str(tmp_path / "j.jsonl")],
-                              verdict_codes.Choice())
+  written(
+    tmp_path,
+    [dict(id=1, response1="a", response2=b, ann="A", ben="B") for b in "bc"]
+    + [dict(id=2, ann="B", ben="A")],
+  )
+  written(
+    tmp_path, [dict(id=1, verdict="A"), dict(id=2, verdict="B")], "j.jsonl"
+  )
+  found = verdict_tables.read(
+    [str(tmp_path / "votes.jsonl"), str(tmp_path / "j.jsonl")],
+    verdict_codes.Choice(),
+  )
   assert [r.item for r in found.rows if r.rater == "j"] == ["2"]
   assert sum(found.files[1]["refused"].values()) == 1
   assert "(line 1)" in " ".join(found.files[1]["lines"])
@@ -315,10 +524,23 @@ def wide(codes, columns=("rater1", "rater2")):
   return [dict(id=i, **{c: v for c in columns}) for i, v in enumerate(codes)]
 
 
-@pytest.mark.parametrize("codes", [
-    [0, 1, 1], ["0", "1", "0"], [True, False, True], [0, 1, 2], [1, 1],
-    [-3, -1, 0, 2], [1, 2, 3], ["yes", "no", "yes"], ["A", "B", "who knows"],
-    [0.25, 0.75], ["A", "B"] * 9 + [0], [1, 2] * 9 + [3]])
+@pytest.mark.parametrize(
+  "codes",
+  [
+    [0, 1, 1],
+    ["0", "1", "0"],
+    [True, False, True],
+    [0, 1, 2],
+    [1, 1],
+    [-3, -1, 0, 2],
+    [1, 2, 3],
+    ["yes", "no", "yes"],
+    ["A", "B", "who knows"],
+    [0.25, 0.75],
+    ["A", "B"] * 9 + [0],
+    [1, 2] * 9 + [3],
+  ],
+)
 def test_a_code_that_is_not_certain_is_asked_for(codes, tmp_path, capsys):
   path = written(tmp_path, wide(codes))
   assert run(f"--data={path}") == 64
@@ -327,9 +549,13 @@ def test_a_code_that_is_not_certain_is_asked_for(codes, tmp_path, capsys):
   assert "votes.jsonl, rater1, rater2" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", [
+@pytest.mark.parametrize(
+  "flag",
+  [
     "--choice={'first': [1], 'second': [0]}",
-    "--choice={'first': 1, 'second': ['0'], 'tie': [7]}"])
+    "--choice={'first': 1, 'second': ['0'], 'tie': [7]}",
+  ],
+)
 def test_what_a_code_means_is_said(flag, tmp_path):
   rows = wide([0, 1, 1, 0]) + [dict(id=9, rater1=1, rater2=None)]
   found = numbers(tmp_path, f"--data={written(tmp_path, rows)}", flag)
@@ -341,34 +567,50 @@ def test_labels_are_compared_as_they_stand(tmp_path):
   """Agreement needs no meaning: any raters of anything."""
   words = ["spam", "ham", "ham", "eggs", "spam", "ham"]
   other = ["spam", "ham", "eggs", "eggs", "ham", "ham"]
-  rows = [dict(id=i, ann=a, ben=b)
-          for i, (a, b) in enumerate(zip(words, other))]
+  rows = [
+    dict(id=i, ann=a, ben=b) for i, (a, b) in enumerate(zip(words, other))
+  ]
   path = written(tmp_path, rows)
-  found = numbers(tmp_path, f"--data={path}", "--raters=ann,ben",
-                  "--choice=labels")
+  found = numbers(
+    tmp_path, f"--data={path}", "--raters=ann,ben", "--choice=labels"
+  )
   only = found["among"]["between"]["ann / ben"]
   assert only["kappa"]["value"] == pytest.approx(
-      metrics.cohen_kappa_score(words, other), abs=1e-12)
+    metrics.cohen_kappa_score(words, other), abs=1e-12
+  )
   assert found["judged"] is None and found["labels"]
   page = tmp_path / "page.html"
-  assert run(f"--data={path}", "--raters=ann,ben", "--choice=labels",
-             f"--output={page}") == 0
+  assert (
+    run(
+      f"--data={path}",
+      "--raters=ann,ben",
+      "--choice=labels",
+      f"--output={page}",
+    )
+    == 0
+  )
   assert "ann / ben" in visible(page)
 
 
 def test_a_word_that_may_be_a_name_or_a_place_is_asked_for(tmp_path, capsys):
-  rows = [dict(item=i, first="B", second="A", rater=r, verdict="A")
-          for i in range(2) for r in "xy"]
+  rows = [
+    dict(item=i, first="B", second="A", rater=r, verdict="A")
+    for i in range(2)
+    for r in "xy"
+  ]
   path = written(tmp_path, rows)
   assert run(f"--data={path}") == 64
   assert "--choice=names" in capsys.readouterr().err
-  for choice, word in (("names", "second"),
-                       ("{'first': ['A'], 'second': ['B']}", "first")):
+  for choice, word in (
+    ("names", "second"),
+    ("{'first': ['A'], 'second': ['B']}", "first"),
+  ):
     assert {r.said for r in table(tmp_path, rows, choice).rows} == {word}
 
 
 def test_a_few_words_that_are_no_verdict_are_counted_not_guessed(
-    tmp_path, capsys):
+  tmp_path, capsys
+):
   rows = wide(["A", "B", "A", "B", "A", "B", "I cannot say"])
   assert run(f"--data={written(tmp_path, rows)}") == 0
   text = capsys.readouterr().out
@@ -380,28 +622,39 @@ def test_a_few_words_that_are_no_verdict_are_counted_not_guessed(
 
 def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
   good = dict(item=1, first="m", second="k", rater="ann", verdict="A")
-  lines = [good, good | dict(rater="ben"), good | dict(item=None),
-           good | dict(second="m"), good | dict(verdict="B"),
-           good | dict(rater=" "), good,
-           good | dict(item=2, verdict="")]
+  lines = [
+    good,
+    good | dict(rater="ben"),
+    good | dict(item=None),
+    good | dict(second="m"),
+    good | dict(verdict="B"),
+    good | dict(rater=" "),
+    good,
+    good | dict(item=2, verdict=""),
+  ]
   path = written(tmp_path, lines)
   path.write_text(path.read_text() + "{broken\n[]\n")
   page = tmp_path / "page.html"
   assert run(f"--data={path}", f"--output={page}") == 0
   text = capsys.readouterr().out
   told = visible(page)
-  for reason in ("1 with no item (line 3)",
-                "1 with a model against itself (line 4)",
-                "1 with judged twice and differently, of which the first is "
-                "kept (line 5)", "1 with no rater (line 6)",
-                "1 with malformed JSON (line 9)",
-                "1 with not an object (line 10)",
-                "1 verdicts stand there twice", "1 cells are empty"):
+  for reason in (
+    "1 with no item (line 3)",
+    "1 with a model against itself (line 4)",
+    "1 with judged twice and differently, of which the first is kept (line 5)",
+    "1 with no rater (line 6)",
+    "1 with malformed JSON (line 9)",
+    "1 with not an object (line 10)",
+    "1 verdicts stand there twice",
+    "1 cells are empty",
+  ):
     assert reason in text and reason in told
   assert "Not all rows could be read" in told
 
 
-@pytest.mark.parametrize("flags,code,words", [
+@pytest.mark.parametrize(
+  "flags,code,words",
+  [
     ([], 64, "no table; say --data"),
     (["--data=nowhere.csv"], 65, "nowhere.csv is missing; set --data"),
     (["--data=votes.txt"], 64, "ends in none of"),
@@ -410,8 +663,11 @@ def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
     (["VOTES", "--output=x.pdf"], 64, "wanted a .html or a .json"),
     (["VOTES", "--choice=guess"], 64, "--choice='guess', wanted"),
     (["VOTES", "--choice={'first': [1]}"], 64, "wanted --choice="),
-    (["VOTES", "--choice={'first': [1], 'second': [1]}"], 64,
-     "to first and to second"),
+    (
+      ["VOTES", "--choice={'first': [1], 'second': [1]}"],
+      64,
+      "to first and to second",
+    ),
     (["VOTES", "--choice=[" + "(" * 5000], 64, "wanted --choice="),
     (["VOTES", "--fields={'who': 'x'}"], 64, "wanted a dict such as"),
     (["VOTES", "--fields={'first': 'x'}"], 64, "wanted both"),
@@ -421,19 +677,27 @@ def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
     (["VOTES", "--judges=ann", "--humans=ann"], 64, "a judge and a human"),
     (["VOTES", "--judges=ann", "--choice=labels"], 64, "--choice=labels"),
     (["VOTES", "--output=/proc/none/x.html"], 73, "or another --output"),
-    (["--config=nowhere.py"], 64, "does not exist; set --config")])
+    (["--config=nowhere.py"], 64, "does not exist; set --config"),
+  ],
+)
 def test_a_wrong_flag_is_one_line(flags, code, words, tmp_path, capsys):
-  path = written(tmp_path, [dict(id=i, ann=a, ben=b)
-                            for i, (a, b) in enumerate(("AB", "BA", "AA"))])
+  path = written(
+    tmp_path,
+    [dict(id=i, ann=a, ben=b) for i, (a, b) in enumerate(("AB", "BA", "AA"))],
+  )
   assert run(*[f"--data={path}" if f == "VOTES" else f for f in flags]) == code
   said = capsys.readouterr().err
   assert words in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("rows,words", [
+@pytest.mark.parametrize(
+  "rows,words",
+  [
     ([dict(prompt="p", chosen="a", rejected="b")], "no verdicts found"),
     ([dict(id=i, ann=i, bob=i % 3) for i in range(9)], "--raters=bob"),
-    ([dict(id=1, rater1=None, rater2="")], "no verdict in")])
+    ([dict(id=1, rater1=None, rater2="")], "no verdict in"),
+  ],
+)
 def test_a_table_without_verdicts_is_refused(rows, words, tmp_path):
   with pytest.raises(DataError, match=words):
     table(tmp_path, rows)
@@ -447,25 +711,44 @@ def test_a_column_of_free_text_holds_no_labels(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_a_config_s_rows_are_read_as_for_selecting(tmp_path):
-  rows = [dict(qid=i, one="a" * i, two="b", who=r, vote=v)
-          for i in range(1, 4) for r, v in zip("xy", "AB")]
+  rows = [
+    dict(qid=i, one="a" * i, two="b", who=r, vote=v)
+    for i in range(1, 4)
+    for r, v in zip("xy", "AB")
+  ]
   path = written(tmp_path, rows)
   fields = dict(id="qid", first="one", second="two", choice="vote")
-  found = numbers(tmp_path, "--config=configs/select.py",
-                  f"--config.data.source={path}",
-                  f"--config.data.fields={fields}", "--raters=")
+  found = numbers(
+    tmp_path,
+    "--config=configs/select.py",
+    f"--config.data.source={path}",
+    f"--config.data.fields={fields}",
+    "--raters=",
+  )
   assert [r["name"] for r in found["raters"]] == ["votes"]
   assert found["raters"][0]["lengths"]["n"] == 3
 
 
 def test_any_columns_may_be_named(tmp_path):
-  rows = [dict(qid=i, one="a" * i, two="b", who=r, vote=v)
-          for i in range(1, 4) for r, v in zip("xy", "AB")]
-  found = table(tmp_path, rows, fields=dict(
-      item="qid", first_text="one", second_text="two", rater="who",
-      verdict="vote"))
+  rows = [
+    dict(qid=i, one="a" * i, two="b", who=r, vote=v)
+    for i in range(1, 4)
+    for r, v in zip("xy", "AB")
+  ]
+  found = table(
+    tmp_path,
+    rows,
+    fields=dict(
+      item="qid",
+      first_text="one",
+      second_text="two",
+      rater="who",
+      verdict="vote",
+    ),
+  )
   assert len(found.rows) == 6 and found.rows[0] == Verdict(
-      "1", ONE, TWO, "x", "first")
+    "1", ONE, TWO, "x", "first"
+  )
   assert found.sizes["3", ONE, TWO] == (3.0, 1.0)
 
 
@@ -473,8 +756,16 @@ def test_any_columns_may_be_named(tmp_path):
 
 
 def test_hundreds_of_raters_are_told_in_part(tmp_path, capsys):
-  rows = [dict(item=i % 7, first="m", second="k", rater=f"r{i % 300}",
-               verdict="AB"[i % 2]) for i in range(600)]
+  rows = [
+    dict(
+      item=i % 7,
+      first="m",
+      second="k",
+      rater=f"r{i % 300}",
+      verdict="AB"[i % 2],
+    )
+    for i in range(600)
+  ]
   assert run(f"--data={written(tmp_path, rows)}") == 0
   text = capsys.readouterr().out
   assert "200 more raters with fewer verdicts are not shown" in text
@@ -482,18 +773,51 @@ def test_hundreds_of_raters_are_told_in_part(tmp_path, capsys):
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() |
-    st.sampled_from(["A", "B", "tie", "1", "model_a", "first", "\u2028",
-                     "<script>", "\x1b[2J", 1e300, 10**40, "", " "]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.text(max_size=3), inner, max_size=3), max_leaves=6)
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.floats()
+  | st.text()
+  | st.sampled_from(
+    [
+      "A",
+      "B",
+      "tie",
+      "1",
+      "model_a",
+      "first",
+      "\u2028",
+      "<script>",
+      "\x1b[2J",
+      1e300,
+      10**40,
+      "",
+      " ",
+    ]
+  ),
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+  ),
+  max_leaves=6,
+)
 
 
-@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=[
+@hypothesis.settings(
+  max_examples=200,
+  deadline=None,
+  suppress_health_check=[
     hypothesis.HealthCheck.function_scoped_fixture,
-    hypothesis.HealthCheck.too_slow])
-@hypothesis.given(st.data(), st.sampled_from(list(LAYOUTS)), st.sampled_from(
-    [None, "labels", "names", "{'first': ['A', 1], 'second': ['B']}"]))
+    hypothesis.HealthCheck.too_slow,
+  ],
+)
+@hypothesis.given(
+  st.data(),
+  st.sampled_from(list(LAYOUTS)),
+  st.sampled_from(
+    [None, "labels", "names", "{'first': ['A', 1], 'second': ['B']}"]
+  ),
+)
 def test_no_table_ends_in_a_traceback(tmp_path, data, layout, choice):
   """Rows of every layout, in which any cell may hold anything."""
   rows = []
@@ -504,24 +828,35 @@ def test_no_table_ends_in_a_traceback(tmp_path, data, layout, choice):
     rows.append(row)
   path = written(tmp_path, rows)
   flags = [] if choice is None else [f"--choice={choice}"]
-  assert run(f"--data={path}", *flags,
-             f"--output={tmp_path / 'page.html'}") in (0, 64, 65)
+  assert run(
+    f"--data={path}", *flags, f"--output={tmp_path / 'page.html'}"
+  ) in (0, 64, 65)
 
 
 def measured(folder, payload="x"):
   """All numbers of a table whose every text is the payload's."""
-  rows = [dict(item=f"{payload} {i}", first=f"{payload} m", second="k",
-               rater=f"{r} {payload}", verdict="AB"[(i + k) % 2],
-               first_text=payload * 3, second_text=payload)
-          for i in range(6) for k, r in enumerate(("ann", "ben", "gpt"))]
+  rows = [
+    dict(
+      item=f"{payload} {i}",
+      first=f"{payload} m",
+      second="k",
+      rater=f"{r} {payload}",
+      verdict="AB"[(i + k) % 2],
+      first_text=payload * 3,
+      second_text=payload,
+    )
+    for i in range(6)
+    for k, r in enumerate(("ann", "ben", "gpt"))
+  ]
   rows.append(dict(rows[0], verdict=f"{payload}?"))
   found = table(folder, rows)
   names = list(dict.fromkeys(r.rater for r in found.rows))
   return json.loads(json.dumps(command.measure(found, names[2:], names[:2])))
 
 
-@pytest.mark.parametrize("payload", ["<script>alert(1)</script>",
-                                     *PAYLOADS[::5]])
+@pytest.mark.parametrize(
+  "payload", ["<script>alert(1)</script>", *PAYLOADS[::5]]
+)
 def test_nothing_from_a_table_becomes_markup(payload, tmp_path):
   found = measured(tmp_path, payload)
   parsed(pages.render(found))

@@ -2,13 +2,13 @@
 
 import json
 
+import jobs
 import numpy as np
 import pytest
 
-import jobs
 from jaxalign.data import tables
 from jaxalign.select import __main__ as select_main
-from jaxalign.select.pool import Selection, make_pool
+from jaxalign.select.pool import make_pool, Selection
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.train import __main__ as train_main
 
@@ -18,19 +18,33 @@ def source(tmp_path):
   """300 pairs whose better answer says "good"."""
   path = tmp_path / "pairs.jsonl"
   rng = np.random.default_rng(0)
-  path.write_text("".join(json.dumps(dict(
-      prompt=f"tell me of {i} {rng.integers(1000)} ",
-      chosen=f"it is {i} and good {rng.integers(1000)}",
-      rejected=f"no {i} at all {rng.integers(1000)}")) + "\n"
-                          for i in range(300)))
+  path.write_text(
+    "".join(
+      json.dumps(
+        dict(
+          prompt=f"tell me of {i} {rng.integers(1000)} ",
+          chosen=f"it is {i} and good {rng.integers(1000)}",
+          rejected=f"no {i} at all {rng.integers(1000)}",
+        )
+      )
+      + "\n"
+      for i in range(300)
+    )
+  )
   return path
 
 
 def select(folder, source, *more):
   """Runs the command; returns (ended, ids chosen, best first)."""
   output = folder / "out" / "subset.parquet"
-  ended = jobs.run(None, f"data.source={source}", f"--output={output}", *more,
-                   config="select.py:tiny", command=select_main.main)
+  ended = jobs.run(
+    None,
+    f"data.source={source}",
+    f"--output={output}",
+    *more,
+    config="select.py:tiny",
+    command=select_main.main,
+  )
   return ended, (tables.read_column(output, "id") if ended.code == 0 else [])
 
 
@@ -61,50 +75,67 @@ def test_a_model_is_trained_where_one_must_embed(tmp_path, source):
   assert len(ids) == 30
   folder = tmp_path / "out" / "subset.jaxalign"
   assert (folder / "shared" / "sft" / "checkpoints").exists()
-  ended, other = select(tmp_path, source, "select.budget=0.1",
-                        "select.sampler=k_center")
+  ended, other = select(
+    tmp_path, source, "select.budget=0.1", "select.sampler=k_center"
+  )
   assert ended.code == 0 and "embed: finished before" in ended.out
   assert set(other) != set(ids)
 
 
 @pytest.mark.slow
 def test_a_subset_trains_alone(tmp_path, source):
-  _, ids = select(tmp_path, source, "select.sampler=random",
-                  "select.budget=40")
+  _, ids = select(tmp_path, source, "select.sampler=random", "select.budget=40")
   work = tmp_path / "alone"
-  ended = jobs.run(work, f"data.source={tmp_path}/out/subset.parquet",
-                   command=train_main.main)
+  ended = jobs.run(
+    work, f"data.source={tmp_path}/out/subset.parquet", command=train_main.main
+  )
   assert ended.code == 0, ended
   arm = work / "runs" / "all-1-seed0"
   assert (arm / "export" / "model.safetensors").exists()
   assert not (arm / "eval.json").exists()
-  lines = [json.loads(x) for x in
-           (arm / "metrics.jsonl").read_text().splitlines()]
+  lines = [
+    json.loads(x) for x in (arm / "metrics.jsonl").read_text().splitlines()
+  ]
   assert abs(lines[0]["train/preference_loss"] - np.log(2)) < 1e-5
   trained = tables.read_column(arm / "subset.parquet", "id")
   assert len(trained) == len(ids) == 40
-  measured = jobs.run(tmp_path / "measured", f"data.source={source}",
-                      "data.split.sft=0.3", "data.split.pool=0.4",
-                      "data.split.held_out=0.3", command=train_main.main)
+  measured = jobs.run(
+    tmp_path / "measured",
+    f"data.source={source}",
+    "data.split.sft=0.3",
+    "data.split.pool=0.4",
+    "data.split.held_out=0.3",
+    command=train_main.main,
+  )
   assert measured.code == 0, measured
   assert (tmp_path / "measured/runs/all-1-seed0/eval.json").exists()
 
 
-@pytest.mark.parametrize("command,flags,said", [
+@pytest.mark.parametrize(
+  "command,flags,said",
+  [
     (select_main.main, ["data.source=x.jsonl"], "say --output=subset.parquet"),
-    (select_main.main, ["data.source=x.jsonl", "--output=x.json"],
-     "wanted a .parquet"),
+    (
+      select_main.main,
+      ["data.source=x.jsonl", "--output=x.json"],
+      "wanted a .parquet",
+    ),
     (train_main.main, ["data.source=world"], "has rows of its own"),
-])
+  ],
+)
 def test_what_a_command_cannot_work_with(tmp_path, command, flags, said):
   ended = jobs.run(tmp_path, *flags, config="select.py:tiny", command=command)
   assert ended.code == 64 and said in ended.err, ended
 
 
 def test_a_study_holds_rows_out(tmp_path, source):
-  ended = jobs.run(tmp_path / "w", f"data.source={source}",
-                   "data.split.pool=0.7", "data.split.sft=0.3",
-                   "data.split.held_out=0.0")
+  ended = jobs.run(
+    tmp_path / "w",
+    f"data.source={source}",
+    "data.split.pool=0.7",
+    "data.split.sft=0.3",
+    "data.split.held_out=0.0",
+  )
   assert ended.code == 64 and "data.split.held_out=0" in ended.err
 
 
@@ -113,14 +144,16 @@ def test_a_study_holds_rows_out(tmp_path, source):
 
 def test_samplers_on_arrays(source):
   rng = np.random.default_rng(0)
-  pool = make_pool([f"row{i}" for i in range(200)],
-                   dict(embedding=rng.normal(size=(200, 2, 8))))
+  pool = make_pool(
+    [f"row{i}" for i in range(200)],
+    dict(embedding=rng.normal(size=(200, 2, 8))),
+  )
   got = SAMPLERS["k_center"](0, pool, 20)
   assert len(set(got.rows.tolist())) == 20
 
 
 def test_the_page_on_writing_a_sampler_runs():
-  """Every block of Python in select/samplers/README.md, in order, in one namespace."""
+  """Every block of Python in select/samplers/README.md, in order."""
   text = (jobs.ROOT / "jaxalign/select/samplers/README.md").read_text()
   blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
   assert len(blocks) >= 3

@@ -3,10 +3,10 @@
 import json
 import types
 
+import jobs
 import numpy as np
 import pytest
 
-import jobs
 from configs import plateau as config
 from jaxalign import along
 from jaxalign.job import Arm
@@ -23,7 +23,8 @@ def made_up(tmp_path, shares=SHARES, batch=16):
     share = 10 * (step + 1)
     if share in (*shares, 110, 120):
       line["eval/generations/win_vs_target"] = (
-          70 - 50 * np.exp(-share / 20)) / 100
+        70 - 50 * np.exp(-share / 20)
+      ) / 100
     lines.append(json.dumps(line))
   for arm in arms:
     folder = tmp_path / "runs" / arm.name
@@ -31,24 +32,28 @@ def made_up(tmp_path, shares=SHARES, batch=16):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
   train = types.SimpleNamespace(batch_size=batch)
   return types.SimpleNamespace(
-      workdir=tmp_path, c=types.SimpleNamespace(train=train),
-      column=lambda split, name: ["id"] * 160), arms
+    workdir=tmp_path,
+    c=types.SimpleNamespace(train=train),
+    column=lambda split, name: ["id"] * 160,
+  ), arms
 
 
 def test_points_are_of_the_first_epoch_of_the_whole_pool(tmp_path):
   job, arms = made_up(tmp_path)
   found = along.points(job, arms)
   assert [x for x, _ in found] == list(SHARES)  # the tenth's run has none
-  np.testing.assert_allclose([y for _, y in found],
-                             70 - 50 * np.exp(-np.array(SHARES) / 20))
+  np.testing.assert_allclose(
+    [y for _, y in found], 70 - 50 * np.exp(-np.array(SHARES) / 20)
+  )
 
 
 def test_the_curve_is_found_and_labelled(tmp_path):
   job, arms = made_up(tmp_path)
   fit = along.curve(job, arms, np.array([0.0, 0.0, 1.0, 0.0, 0.0]))
   assert fit["x"][0] == 0 and fit["y"][0] == pytest.approx(20)
-  assert [fit[k]["value"] for k in "rab"] == pytest.approx([70, 20, 0.05],
-                                                           rel=1e-3)
+  assert [fit[k]["value"] for k in "rab"] == pytest.approx(
+    [70, 20, 0.05], rel=1e-3
+  )
   assert fit["cheap"] and fit["words"][0].startswith("Along one epoch (check")
 
 
@@ -65,13 +70,15 @@ def test_a_job_ends_with_a_labelled_page(tmp_path):
   assert "fit" not in summary  # two budgets are no curve of their own
   assert sorted(set(summary["along"]["x"])) == [0, *range(10, 101, 10)]
   lines = jobs.lines(tmp_path / "runs/all-1-seed0/metrics.jsonl")
-  assert summary["along"]["y"][1] == 100 * lines[1][
-      "eval/generations/win_vs_target"]
+  assert (
+    summary["along"]["y"][1] == 100 * lines[1]["eval/generations/win_vs_target"]
+  )
   # Seed 0 samples as the evaluation does: after the last update, the same.
   ended = json.loads((tmp_path / "runs/all-1-seed0/eval.json").read_text())
   for name in ("win_vs_target", "malformed", "kl"):
     assert lines[-1][f"eval/generations/{name}"] == pytest.approx(
-        ended[name]["value"], rel=1e-6)
+      ended[name]["value"], rel=1e-6
+    )
   page = (tmp_path / "report.html").read_text()
   assert "Along one epoch" in page and "Checkpoints of one epoch" in page
 

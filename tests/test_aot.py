@@ -7,20 +7,17 @@ import os
 import subprocess
 import sys
 
+from conftest import ROOT
+import emitters
 import jax
 import numpy as np
 import pytest
 
-from conftest import ROOT
-import emitters
-from jaxalign import memory
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign import memory, sharding
 from jaxalign.data.tokens import TokenRows
-from jaxalign.model import adapters
-from jaxalign.model import decoder
-from jaxalign.train import feed
-from jaxalign.train import optim
+from jaxalign.errors import ConfigError
+from jaxalign.model import adapters, decoder
+from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
 from jaxalign.train.layout import Packed
 from jaxalign.train.losses import LOSSES
@@ -28,23 +25,37 @@ from jaxalign.train.losses import LOSSES
 sys.path.insert(0, str(ROOT))
 from tools import aot  # noqa: E402
 
-M = decoder.ModelConfig(layers=6, width=2048, heads=16, kv_heads=8,
-                        head_size=128, ff=5632, vocab=32000, context=1024,
-                        tied=False, dtype="bfloat16", remat="full")
+M = decoder.ModelConfig(
+  layers=6,
+  width=2048,
+  heads=16,
+  kv_heads=8,
+  head_size=128,
+  ff=5632,
+  vocab=32000,
+  context=1024,
+  tied=False,
+  dtype="bfloat16",
+  remat="full",
+)
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs libtpu (pip install jaxalign[aot]), which is not installed")
+  importlib.util.find_spec("libtpu") is None,
+  reason="needs libtpu (pip install jaxalign[aot]), which is not installed",
+)
 
 
 def line(result, operation, name="x", more=""):
   """A program of one line, as the compiler writes them."""
   return aot.instructions(
-      "HloModule jit_train_step\n\nENTRY %main (a: f32[]) -> f32[] {\n"
-      f"  ROOT %{name} = {result} {operation}(%a), channel_id=1{more}, "
-      'metadata={op_name="jit(f)/while/body/x"}\n}\n')
+    "HloModule jit_train_step\n\nENTRY %main (a: f32[]) -> f32[] {\n"
+    f"  ROOT %{name} = {result} {operation}(%a), channel_id=1{more}, "
+    'metadata={op_name="jit(f)/while/body/x"}\n}\n'
+  )
 
 
-@pytest.mark.parametrize("result, flagged", [
+@pytest.mark.parametrize(
+  "result, flagged",
+  [
     # A whole stack, however it is laid out, split or cast.
     ("bf16[6,2048,5632]{2,1,0:T(8,128)(2,1)}", True),
     ("f32[6,2048,8,128]{3,1,2,0:T(8,128)}", True),
@@ -52,8 +63,11 @@ def line(result, operation, name="x", more=""):
     ("(bf16[6,128,5632]{2,1,0}, bf16[6,2048,5632]{2,1,0:T(8,128)S(1)})", True),
     # One layer; the head; a slice of the stack's rows.
     ("bf16[1,2048,5632]{2,1,0:T(8,128)(2,1)S(1)}", False),
-    ("bf16[2048,5632]{1,0}", False), ("bf16[32000,2048]{1,0}", False),
-    ("f32[6,2048]{1,0}", False)])
+    ("bf16[2048,5632]{1,0}", False),
+    ("bf16[32000,2048]{1,0}", False),
+    ("f32[6,2048]{1,0}", False),
+  ],
+)
 @pytest.mark.parametrize("operation", ["all-gather", "all-gather-start"])
 def test_a_stack_that_is_gathered_whole_is_flagged(operation, result, flagged):
   found = aot.whole_gathers(line(result, operation, "all-gather.7"), M, 1)
@@ -62,18 +76,25 @@ def test_a_stack_that_is_gathered_whole_is_flagged(operation, result, flagged):
   assert not aot.whole_gathers(line(result, "all-reduce"), M, 1)
 
 
-@pytest.mark.parametrize("result, flagged", [
+@pytest.mark.parametrize(
+  "result, flagged",
+  [
     ("f32[4,1024,32000]{2,1,0:T(8,128)}", True),
     ("bf16[2,2,1023,32000]{3,2,1,0}", True),
-    ("f32[4096,32000]{1,0}", True), ("f32[131072000]{0}", True),
+    ("f32[4096,32000]{1,0}", True),
+    ("f32[131072000]{0}", True),
     ("f32[4,32768000]{1,0}", True),
     ("(s32[], f32[16,4,64,32000]{3,2,1,0})", True),
-    ("f32[4,64,32000]{2,1,0}", False), ("f32[32000,2048]{1,0}", False),
+    ("f32[4,64,32000]{2,1,0}", False),
+    ("f32[32000,2048]{1,0}", False),
     # As large, but no multiple of the vocabulary.
-    ("f32[4,32,1024,1024]{3,2,1,0}", False)])
+    ("f32[4,32,1024,1024]{3,2,1,0}", False),
+  ],
+)
 def test_logits_of_all_positions_are_flagged(result, flagged):
-  found = aot.logit_buffers(line(result, "fusion"), M, tensor=1,
-                            positions=range(4 * 1023, 4 * 1024 + 1))
+  found = aot.logit_buffers(
+    line(result, "fusion"), M, tensor=1, positions=range(4 * 1023, 4 * 1024 + 1)
+  )
   assert bool(found) == flagged
 
 
@@ -109,51 +130,78 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """)
   assert aot.collectives(program) == {
-      "all-gather in loops": 1, "all-gather outside": 1,
-      "all-reduce outside": 1, "reduce-scatter in loops": 1}
+    "all-gather in loops": 1,
+    "all-gather outside": 1,
+    "all-reduce outside": 1,
+    "reduce-scatter in loops": 1,
+  }
 
 
 def same_arrays(real, assumed):
   """Abstract arrays agree with real ones in all but the values."""
   assert jax.tree.structure(real) == jax.tree.structure(assumed)
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(real),
-                          jax.tree.leaves(assumed)):
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(real), jax.tree.leaves(assumed)
+  ):
     name = jax.tree_util.keystr(path)
     assert (x.shape, x.dtype) == (y.shape, y.dtype), name
     if x.shape:
       assert x.sharding.is_equivalent_to(y.sharding, x.ndim), name
   # By the shardings alone, as many bytes as the arrays have on one device.
   assert aot.held_bytes(assumed) == sum(
-      x.addressable_shards[0].data.nbytes if isinstance(x, jax.Array)
-      else x.nbytes for x in jax.tree.leaves(real))
+    x.addressable_shards[0].data.nbytes
+    if isinstance(x, jax.Array)
+    else x.nbytes
+    for x in jax.tree.leaves(real)
+  )
 
 
 @pytest.mark.parametrize("layout", ["packed", "packed_apart", "padded"])
-@pytest.mark.parametrize("loss, responses, accumulation", [
-    ("dpo", 2, 1), ("dpo", 2, 2), ("kto", 1, 1), ("kto", 1, 2)])
-def test_the_compiled_batch_is_what_a_run_feeds(loss, responses, accumulation,
-                                                layout):
+@pytest.mark.parametrize(
+  "loss, responses, accumulation",
+  [("dpo", 2, 1), ("dpo", 2, 2), ("kto", 1, 1), ("kto", 1, 2)],
+)
+def test_the_compiled_batch_is_what_a_run_feeds(
+  loss, responses, accumulation, layout
+):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   loss, context, prompt = LOSSES[loss], 128, 32
   n = 8 * responses
-  tokens = TokenRows(np.zeros(context * n, np.int32),
-                     context * np.arange(n + 1), np.full(n, prompt, np.int32),
-                     np.zeros(n, np.int32))
+  tokens = TokenRows(
+    np.zeros(context * n, np.int32),
+    context * np.arange(n + 1),
+    np.full(n, prompt, np.int32),
+    np.zeros(n, np.int32),
+  )
   zeros, thumbs = np.zeros((8, responses), np.float32), loss.kind == "thumbs"
-  rows = feed.Rows([str(i) for i in range(8)], tokens,
-                   np.arange(n).reshape(8, responses), zeros, zeros,
-                   np.zeros(8, bool) if thumbs else None)
+  rows = feed.Rows(
+    [str(i) for i in range(8)],
+    tokens,
+    np.arange(n).reshape(8, responses),
+    zeros,
+    zeros,
+    np.zeros(8, bool) if thumbs else None,
+  )
   batch_at, _, _ = feed.make_feed(
-      mesh, rows, batch=8, accumulation=accumulation, seed=0, context=context,
-      rate=lambda step: 1e-3, layout=layout,
-      mismatched=feed.Mismatched(tokens, zeros[:, 0]) if thumbs else None)
-  assumed = aot.abstract_batch(mesh, loss, 8, context, accumulation,
-                               layout=layout)
+    mesh,
+    rows,
+    batch=8,
+    accumulation=accumulation,
+    seed=0,
+    context=context,
+    rate=lambda step: 1e-3,
+    layout=layout,
+    mismatched=feed.Mismatched(tokens, zeros[:, 0]) if thumbs else None,
+  )
+  assumed = aot.abstract_batch(
+    mesh, loss, 8, context, accumulation, layout=layout
+  )
   same_arrays(batch_at(0), assumed)
   assert isinstance(assumed["tokens"], Packed) == (layout != "padded")
   each = 8 * responses // accumulation // 4  # responses of a device
   assert aot.positions_of(assumed, mesh)[0] == each * (
-      127 if layout == "padded" else 96)
+    127 if layout == "padded" else 96
+  )
 
 
 def test_the_packed_row_of_a_pair_by_hand():
@@ -167,8 +215,9 @@ def test_the_packed_row_of_a_pair_by_hand():
     aot.dense_row(1, 2, 128, 128, share=True)
 
 
-@pytest.mark.parametrize("name", [
-    "mistral_7b_kto_isa", "qwen3_8b_dpo", "gemma3_4b_lora"])
+@pytest.mark.parametrize(
+  "name", ["mistral_7b_kto_isa", "qwen3_8b_dpo", "gemma3_4b_lora"]
+)
 def test_the_step_of_a_config_is_the_one_that_a_job_runs(name):
   m, step = aot.of_config(str(ROOT / f"configs/{name}.py"))
   c = importlib.import_module(f"configs.{name}").get_config()
@@ -178,69 +227,102 @@ def test_the_step_of_a_config_is_the_one_that_a_job_runs(name):
   assert step["loss"].keywords == c.loss.kwargs.to_dict()
   # The very function, by the keys of its cache.
   assert step["tx"] is optim.make_optimizer(
-      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay,
-      name=c.train.optimizer)
+    clip=c.train.clip,
+    b2=c.train.b2,
+    weight_decay=c.train.weight_decay,
+    name=c.train.optimizer,
+  )
   assert (m.lora is not None) == bool(c.lora.rank)
   assert (step["rows"], step["length"]) == (c.train.batch_size, 2048)
 
 
 def test_the_compiled_state_is_what_a_run_starts_from():
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
-  m = M._replace(layers=2, width=16, heads=4, kv_heads=2, head_size=4, ff=24,
-                 vocab=34)
+  m = M._replace(
+    layers=2, width=16, heads=4, kv_heads=2, head_size=4, ff=24, vocab=34
+  )
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
-    params = {n: sharding.put(mesh, np.zeros(p.shape, np.float32), *p.axes)
-              for n, p in decoder.table(m).items()}
+    params = {
+      n: sharding.put(mesh, np.zeros(p.shape, np.float32), *p.axes)
+      for n, p in decoder.table(m).items()
+    }
     for loss in (LOSSES["dpo"], LOSSES["bco"]):  # which keeps a mean
-      same_arrays(steps.init_state(params, tx, loss),
-                  aot.abstract_state(m, mesh, tx, loss))
+      same_arrays(
+        steps.init_state(params, tx, loss),
+        aot.abstract_state(m, mesh, tx, loss),
+      )
 
 
 def test_the_head_of_a_plan_by_hand():
   # So wide a vocabulary that the head decides: 1,000 pieces of 4 numbers, 12
   # tokens in one chunk of logits.
-  m = decoder.ModelConfig(layers=1, width=4, heads=2, kv_heads=1, head_size=2,
-                          ff=3, vocab=1000, context=16, tied=False)
+  m = decoder.ModelConfig(
+    layers=1,
+    width=4,
+    heads=2,
+    kv_heads=1,
+    head_size=2,
+    ff=3,
+    vocab=1000,
+    context=16,
+    tied=False,
+  )
   one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   hidden = 2 * 4 * 12 * 4
   lora = adapters.Lora(1, 1.0)
   for config, frozen, each in (
-      (m, 4, 4 + 4),  # float32 weights and gradient
-      (m._replace(dtype="bfloat16"), 4, 4 + 4 + 2 + 2),  # in both precisions
-      (m._replace(dtype="bfloat16", lora=lora), 2, 2 + 2),  # no gradient
-      (m._replace(dtype="bfloat16", lora=lora), 4, 4 + 2)):
-    held = memory.train_step(config, one, rows=2, length=6, chunk=6,
-                             frozen_size=frozen)
+    (m, 4, 4 + 4),  # float32 weights and gradient
+    (m._replace(dtype="bfloat16"), 4, 4 + 4 + 2 + 2),  # in both precisions
+    (m._replace(dtype="bfloat16", lora=lora), 2, 2 + 2),  # no gradient
+    (m._replace(dtype="bfloat16", lora=lora), 4, 4 + 2),
+  ):
+    held = memory.train_step(
+      config, one, rows=2, length=6, chunk=6, frozen_size=frozen
+    )
     assert held["workspace"] == each * 4000 + hidden
     assert held["logits"] == 2 * 4 * 12 * 1000
 
 
-SEVEN = M._replace(layers=32, width=4096, heads=32, kv_heads=32, ff=11008,
-                   context=2048)
+SEVEN = M._replace(
+  layers=32, width=4096, heads=32, kv_heads=32, ff=11008, context=2048
+)
 
 
 # What libtpu 0.0.51 set aside beside the arguments, MiB a chip, padded rows;
 # the table of BENCHMARKS.md.
-@pytest.mark.parametrize("model, fsdp, tensor, rows, measured", [
-    (M, 16, 1, 64, 1145), (M, 8, 1, 32, 1222), (M, 8, 2, 64, 942),
-    (M, 4, 2, 32, 1172), (SEVEN, 256, 1, 1024, 7352),
+@pytest.mark.parametrize(
+  "model, fsdp, tensor, rows, measured",
+  [
+    (M, 16, 1, 64, 1145),
+    (M, 8, 1, 32, 1222),
+    (M, 8, 2, 64, 942),
+    (M, 4, 2, 32, 1172),
+    (SEVEN, 256, 1, 1024, 7352),
     ("mistral_7b_kto_isa", 32, 8, 32, 796.5),
     ("qwen3_8b_dpo", 64, 4, 256, 5035.8),
-    ("gemma3_4b_lora", 64, 4, 128, 1344.6)])
-def test_the_plan_is_near_what_a_compiler_set_aside(model, fsdp, tensor, rows,
-                                                    measured):
+    ("gemma3_4b_lora", 64, 4, 128, 1344.6),
+  ],
+)
+def test_the_plan_is_near_what_a_compiler_set_aside(
+  model, fsdp, tensor, rows, measured
+):
   sizes = dict(chunk=64)
   if isinstance(model, str):
     model, step = aot.of_config(str(ROOT / f"configs/{model}.py"))
     model = model._replace(attention="splash")
-    sizes = dict(chunk=step["chunk"], frozen_size=dict(
-        float32=4, bfloat16=2)[step["frozen"]])
+    sizes = dict(
+      chunk=step["chunk"],
+      frozen_size=dict(float32=4, bfloat16=2)[step["frozen"]],
+    )
   mesh = jax.sharding.AbstractMesh((fsdp, tensor), sharding.AXES)
-  held = memory.train_step(model, mesh, rows=rows, length=model.context,
-                           **sizes)
-  planned = sum(held[k] for k in ("gradients", "activations", "logits",
-                                  "workspace")) / 2**20
+  held = memory.train_step(
+    model, mesh, rows=rows, length=model.context, **sizes
+  )
+  planned = (
+    sum(held[k] for k in ("gradients", "activations", "logits", "workspace"))
+    / 2**20
+  )
   assert 0.99 < planned / measured < 1.28
 
 
@@ -249,17 +331,37 @@ def test_the_plan_is_near_what_a_compiler_set_aside(model, fsdp, tensor, rows,
 
 
 PADDED = ("--layout=padded", f"--layers={M.layers}")
-SMALL = ("--layout=packed", "--layers=3", "--width=256", "--heads=4",
-         "--kv_heads=2", "--ff=512", "--vocab=4032", "--length=256",
-         "--chunk=32")
+SMALL = (
+  "--layout=packed",
+  "--layers=3",
+  "--width=256",
+  "--heads=4",
+  "--kv_heads=2",
+  "--ff=512",
+  "--vocab=4032",
+  "--length=256",
+  "--chunk=32",
+)
 
 
 def report(topology, fsdp, tensor, rows, more=PADDED):
   done = subprocess.run(
-      [sys.executable, "tools/aot.py", f"--topology={topology}",
-       f"--fsdp={fsdp}", f"--tensor={tensor}", f"--rows={rows}", "--json",
-       *more], cwd=ROOT, capture_output=True, text=True, timeout=600,
-      env=emitters.as_users())
+    [
+      sys.executable,
+      "tools/aot.py",
+      f"--topology={topology}",
+      f"--fsdp={fsdp}",
+      f"--tensor={tensor}",
+      f"--rows={rows}",
+      "--json",
+      *more,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    env=emitters.as_users(),
+  )
   assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
   return aot.Report(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -271,8 +373,10 @@ def sound(r):
   # Four float32 numbers a parameter are held; the fourth is the gradient.
   assert r.planned["parameters"] + r.planned["optimizer"] <= r.expected_bytes
   # No array of any shape is as large as the logits would be.
-  sizes = [int(np.prod([int(n) for n in shape[:-1].split("[")[1].split(",")]))
-           for _, shape, _ in r.largest]
+  sizes = [
+    int(np.prod([int(n) for n in shape[:-1].split("[")[1].split(",")]))
+    for _, shape, _ in r.largest
+  ]
   assert max(sizes) < r.logit_elements
   # Seven weights a layer: gathered forward and again backward; outside of the
   # loops only the embedding and the head.
@@ -283,15 +387,18 @@ def sound(r):
 
 def near_the_plan(r):
   """The estimate of the plan, against the compiler."""
-  planned = sum(r.planned[k] for k in ("gradients", "activations",
-                                       "logits", "workspace"))
+  planned = sum(
+    r.planned[k] for k in ("gradients", "activations", "logits", "workspace")
+  )
   assert 0.8 < planned / r.temp_bytes < 1.5
 
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.skipif(not os.environ.get("JAXALIGN_LONG"),
-                    reason="two compilations of minutes; JAXALIGN_LONG=1 runs")
+@pytest.mark.skipif(
+  not os.environ.get("JAXALIGN_LONG"),
+  reason="two compilations of minutes; JAXALIGN_LONG=1 runs",
+)
 def test_twice_the_chips_hold_half_each():
   # As many rows a chip on both, so that only the state is divided further.
   many, few = report("v5e:4x4", 16, 1, 32), report("v5e:2x4", 8, 1, 16)
@@ -374,13 +481,20 @@ with jax.set_mesh(mesh):
 @pytest.mark.slow
 @needs_libtpu
 def test_programs_that_do_it_wrong_are_flagged():
-  done = subprocess.run([sys.executable, "-c", CONTROL], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300,
-                        env=emitters.as_users())
+  done = subprocess.run(
+    [sys.executable, "-c", CONTROL],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    timeout=300,
+    env=emitters.as_users(),
+  )
   assert done.returncode == 0, done.stderr[-3000:]
-  saw = {words[1]: words[2:] for words in map(str.split,
-                                              done.stdout.splitlines())
-         if words[:1] == ["SAW"]}
+  saw = {
+    words[1]: words[2:]
+    for words in map(str.split, done.stdout.splitlines())
+    if words[:1] == ["SAW"]
+  }
   assert set(saw) == {"stacked", "scanned", "head"}
   assert int(saw["stacked"][0]) > 0 and saw["stacked"][1] == "0"
   assert saw["scanned"] == ["0", "0", "False"]

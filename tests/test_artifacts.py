@@ -7,19 +7,25 @@ import pathlib
 import signal
 import time
 
+import jobs
 import numpy as np
 import pytest
 
-import jobs
-from jaxalign import artifacts
-from jaxalign import errors
-from jaxalign import pipeline
-from jaxalign.job import arm_folder
+from jaxalign import artifacts, errors, pipeline
 from jaxalign.checkpoints import Checkpoints
+from jaxalign.job import arm_folder
 
 
-def stage(folder, fields=None, *, inputs=None, content=b"first", redo=False,
-          resumes=(), fail=None):
+def stage(
+  folder,
+  fields=None,
+  *,
+  inputs=None,
+  content=b"first",
+  redo=False,
+  resumes=(),
+  fail=None,
+):
   """Runs a stage of two files; returns its card, and how often it ran."""
   ran = []
 
@@ -32,9 +38,15 @@ def stage(folder, fields=None, *, inputs=None, content=b"first", redo=False,
     artifacts.write_bytes(folder / "other", content * 2)
     return ["part", "other"], artifacts.Cost(7), dict(rows=3)
 
-  card = artifacts.run(folder, "one", fields=fields or dict(a=1),
-                       inputs=inputs or {}, make=make, redo=redo,
-                       resumes=resumes)
+  card = artifacts.run(
+    folder,
+    "one",
+    fields=fields or dict(a=1),
+    inputs=inputs or {},
+    make=make,
+    redo=redo,
+    resumes=resumes,
+  )
   return card, len(ran)
 
 
@@ -48,11 +60,14 @@ def test_a_stage_runs_once(tmp_path, capsys):
   assert "finished before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     (dict(fields=dict(a=2)), "a was 1, now 2"),
     (dict(fields=dict(a=1, b=0)), "b was None, now 0"),
     (dict(inputs=dict(data="k")), "its input data is another one"),
-])
+  ],
+)
 def test_another_config_is_refused_until_redo(tmp_path, change, words):
   stage(tmp_path)
   with pytest.raises(errors.ConfigError) as caught:
@@ -65,11 +80,14 @@ def test_another_config_is_refused_until_redo(tmp_path, change, words):
   assert stage(tmp_path, **change)[1] == 0
 
 
-@pytest.mark.parametrize("harm, said", [
+@pytest.mark.parametrize(
+  "harm, said",
+  [
     (lambda f: (f / "other").unlink(), "other is missing"),
     (lambda f: (f / "other").write_bytes(b"firstfirsT"), "other has other"),
     (lambda f: (f / "part" / "file").write_bytes(b""), "part/file has other"),
-])
+  ],
+)
 def test_harmed_files_are_made_again(tmp_path, capsys, harm, said):
   stage(tmp_path)
   harm(tmp_path)
@@ -106,7 +124,8 @@ def test_every_bit_of_a_card_counts(tmp_path, capsys):
 
 
 def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
-    tmp_path, capsys):
+  tmp_path, capsys
+):
   """A killed sft must not hand its checkpoint to another learning rate."""
   with pytest.raises(KeyboardInterrupt):
     stage(tmp_path, fail=KeyboardInterrupt())
@@ -119,10 +138,20 @@ def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
     return ["part"], artifacts.Cost(), {}
 
   def run(fields, **kwargs):
-    return artifacts.run(tmp_path, "one", fields=fields, inputs={}, make=look,
-                         resumes=("part",), **kwargs)
-  with pytest.raises(errors.ConfigError, match="an unfinished one made from "
-                     "another config: a was 1, now 2"):
+    return artifacts.run(
+      tmp_path,
+      "one",
+      fields=fields,
+      inputs={},
+      make=look,
+      resumes=("part",),
+      **kwargs,
+    )
+
+  with pytest.raises(
+    errors.ConfigError,
+    match="an unfinished one made from another config: a was 1, now 2",
+  ):
     run(dict(a=2))
   with pytest.raises(KeyboardInterrupt):
     stage(tmp_path, fail=KeyboardInterrupt(), resumes=("part",))
@@ -150,8 +179,10 @@ def test_leftovers_without_a_card_are_not_gone_on_from(tmp_path):
   def look(folder):
     assert not (folder / "part").exists()
     return [], artifacts.Cost(), {}
-  artifacts.run(tmp_path, "one", fields=dict(a=1), inputs={}, make=look,
-                resumes=("part",))
+
+  artifacts.run(
+    tmp_path, "one", fields=dict(a=1), inputs={}, make=look, resumes=("part",)
+  )
 
 
 def test_half_written_files_are_swept(tmp_path):
@@ -171,7 +202,11 @@ def outside(tmp_path):
     (folder / name).write_bytes(b"somebody's")
   yield folder
   assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) == [
-      "deep", "deep/.x.tmp-1", "deep/mine", "mine"]
+    "deep",
+    "deep/.x.tmp-1",
+    "deep/mine",
+    "mine",
+  ]
   for path in folder.rglob("*"):
     assert path.is_dir() or path.read_bytes() == b"somebody's"
 
@@ -185,28 +220,54 @@ def forge(folder, **change):
   path.write_text(json.dumps(raw))
 
 
-@pytest.mark.parametrize("name", [
-    "../outside/mine", "..", "../outside", "part/../../outside/mine", "", ".",
-    "part//file", "{outside}/mine", "/", "part/link/mine", "link/mine", "link",
-    "part\\file", "a\0b", "../stage/other"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "../outside/mine",
+    "..",
+    "../outside",
+    "part/../../outside/mine",
+    "",
+    ".",
+    "part//file",
+    "{outside}/mine",
+    "/",
+    "part/link/mine",
+    "link/mine",
+    "link",
+    "part\\file",
+    "a\0b",
+    "../stage/other",
+  ],
+)
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_record_that_names_what_is_not_its_own(
-    tmp_path, outside, monkeypatch, name, finished):
+  tmp_path, outside, monkeypatch, name, finished
+):
   """It is not believed; nothing outside is removed, or so much as read."""
   folder = tmp_path / "stage"
   stage(folder)
   (folder / "link").symlink_to(outside)
   (folder / "part/link").symlink_to(outside / "deep")
   what = artifacts.digest(outside / "mine")
-  forge(folder, finished=finished, outputs={
+  forge(
+    folder,
+    finished=finished,
+    outputs={
       name.format(outside=outside): what,
-      "other": artifacts.digest(folder / "other")})
+      "other": artifacts.digest(folder / "other"),
+    },
+  )
   read = []
   real = artifacts.digest
-  monkeypatch.setattr(artifacts, "digest", lambda path: read.append(
-      os.path.realpath(path)) or real(path))
+  monkeypatch.setattr(
+    artifacts,
+    "digest",
+    lambda path: read.append(os.path.realpath(path)) or real(path),
+  )
   assert "link" in name or (
-      artifacts.read_card(folder, "one").key == artifacts.DAMAGED)
+    artifacts.read_card(folder, "one").key == artifacts.DAMAGED
+  )
   card, ran = stage(folder, resumes=("part",))
   assert ran == 1 and set(card.outputs) == {"part/file", "other"}
   assert not [path for path in read if str(outside) in path]
@@ -241,8 +302,10 @@ def test_an_unfinished_stage_does_not_go_on_from_a_link(tmp_path, outside):
     seen.append((folder / "part").exists())
     artifacts.write_bytes(folder / "part" / "file", b"first")
     return ["part"], artifacts.Cost(), {}
-  artifacts.run(folder, "one", fields=dict(a=1), inputs={}, make=make,
-                resumes=("part",))
+
+  artifacts.run(
+    folder, "one", fields=dict(a=1), inputs={}, make=make, resumes=("part",)
+  )
   assert seen == [False] and not (folder / "part").is_symlink()
 
 
@@ -270,15 +333,27 @@ def test_a_folder_may_itself_be_a_link(tmp_path, outside):
 def test_a_manifest_names_only_its_own_files(tmp_path, outside):
   want = artifacts.digest(outside / "mine")
   assert artifacts.harmed(tmp_path / "stage", {"../outside/mine": want}) == [
-      "'../outside/mine' leads out of its folder"]
+    "'../outside/mine' leads out of its folder"
+  ]
   assert not artifacts.harmed(tmp_path, {"outside/mine": want})
 
 
-@pytest.mark.parametrize("change", [
-    dict(outputs={"other": 3}), dict(outputs={"other": {}}), dict(outputs=[]),
-    dict(outputs=None), dict(cost=3), dict(cost=dict(seconds="x")),
-    dict(fields=3), dict(inputs=[]), dict(result=None), dict(stage="two"),
-    dict(extra=1)])
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(outputs={"other": 3}),
+    dict(outputs={"other": {}}),
+    dict(outputs=[]),
+    dict(outputs=None),
+    dict(cost=3),
+    dict(cost=dict(seconds="x")),
+    dict(fields=3),
+    dict(inputs=[]),
+    dict(result=None),
+    dict(stage="two"),
+    dict(extra=1),
+  ],
+)
 def test_a_record_of_wrong_types_is_damaged(tmp_path, change):
   stage(tmp_path)
   forge(tmp_path, **change)
@@ -296,10 +371,12 @@ def test_a_record_that_is_no_record(tmp_path):
 def test_a_key_depends_on_everything():
   key = artifacts.key_of("one", dict(a=1), dict(b="x"))
   assert key == artifacts.key_of("one", dict(a=1), dict(b="x"))
-  others = [artifacts.key_of("two", dict(a=1), dict(b="x")),
-            artifacts.key_of("one", dict(a=2), dict(b="x")),
-            artifacts.key_of("one", dict(a=1), dict(b="y")),
-            artifacts.key_of("one", dict(a=1, c=None), dict(b="x"))]
+  others = [
+    artifacts.key_of("two", dict(a=1), dict(b="x")),
+    artifacts.key_of("one", dict(a=2), dict(b="x")),
+    artifacts.key_of("one", dict(a=1), dict(b="y")),
+    artifacts.key_of("one", dict(a=1, c=None), dict(b="x")),
+  ]
   assert len({key, *others}) == 5
 
 
@@ -326,6 +403,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   def full(self, data):
     real(self, data[:1])
     raise OSError(28, "No space left on device")
+
   monkeypatch.setattr(type(artifacts.epath.Path(path)), "write_bytes", full)
   with pytest.raises(errors.WriteError, match=f"{path}: No space left"):
     artifacts.write_bytes(path, b"new")
@@ -333,8 +411,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   assert path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("blocked", ["", "shared", "shared/data", "shared/sft",
-                                     "runs"])
+@pytest.mark.parametrize(
+  "blocked", ["", "shared", "shared/data", "shared/sft", "runs"]
+)
 def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
   work = tmp_path / "work"
   path = work / blocked
@@ -344,9 +423,12 @@ def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
     for name in ("sft", "passes", "mixture", "baseline"):
       monkeypatch.setattr(pipeline, f"run_{name}", lambda *_: None)
     monkeypatch.setattr(
-        pipeline, "run_arm", lambda job, arm: artifacts.run(
-            arm_folder(job, arm), "select", fields={}, inputs={},
-            make=None))
+      pipeline,
+      "run_arm",
+      lambda job, arm: artifacts.run(
+        arm_folder(job, arm), "select", fields={}, inputs={}, make=None
+      ),
+    )
   ended = jobs.run(work)
   assert ended.code == 73, ended
   assert str(path) in ended.err and "--workdir" in ended.err
@@ -367,11 +449,15 @@ def full_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hook", [
+@pytest.mark.parametrize(
+  "hook",
+  [
     "",  # seen before the save
     "from jaxalign import checkpoints\n"  # seen by orbax in the midst of it
-    "checkpoints.Checkpoints._check_space = lambda *_: None\n"],
-                         ids=["before", "during"])
+    "checkpoints.Checkpoints._check_space = lambda *_: None\n",
+  ],
+  ids=["before", "during"],
+)
 def test_a_full_disk_is_73_and_can_be_gone_on_from(full_disk, hook):
   """The data fits, the checkpoints do not; which write is the first that does
   not depends on the bytes of a page, so any of them may be named."""
@@ -380,14 +466,13 @@ def test_a_full_disk_is_73_and_can_be_gone_on_from(full_disk, hook):
   ended = jobs.wait(jobs.start(work, hook=hook))
   assert ended.code == 73, ended
   # A thread of orbax's may print in between, without a newline.
-  line = ended.err[ended.err.index("error: cannot "):]
+  line = ended.err[ended.err.index("error: cannot ") :]
   assert f"{work}/shared/" in line
   assert "bytes, " in line or "No space left on device" in line
   assert os.system(f"mount -o remount,size=9m {full_disk}") == 0
   ended = jobs.run(work)
   assert ended.code == 0, ended
-  assert not jobs.differences(jobs.outcome(jobs.finished()),
-                              jobs.outcome(work))
+  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
 
 
 # The lock of a workdir.
@@ -447,21 +532,25 @@ def test_a_lock_is_let_go_of_after_an_error(tmp_path):
 # A flipped bit in a finished job.
 
 STAGES = {  # stage -> a file of it
-    "data": "shared/data/pool.ids.npy",
-    "sft": "shared/sft/metrics.jsonl",
-    "embed": "shared/embed/store/embedding/00000.npy",
-    "mixture": "shared/mixture/mixture.npz",
-    "baseline": "shared/baseline/samples.jsonl",
-    "select": "runs/isa-0.1-seed0/subset.parquet",
-    "card": "runs/isa-0.1-seed0/selection.html",
-    "ref_logps": "runs/isa-0.1-seed0/ref_sum.npy",
-    "align": "runs/isa-0.1-seed0/metrics.jsonl",
-    "evaluate": "runs/isa-0.1-seed0/eval.json",
-    "export": "runs/isa-0.1-seed0/export/model.safetensors",
-    "report": "report.html",
+  "data": "shared/data/pool.ids.npy",
+  "sft": "shared/sft/metrics.jsonl",
+  "embed": "shared/embed/store/embedding/00000.npy",
+  "mixture": "shared/mixture/mixture.npz",
+  "baseline": "shared/baseline/samples.jsonl",
+  "select": "runs/isa-0.1-seed0/subset.parquet",
+  "card": "runs/isa-0.1-seed0/selection.html",
+  "ref_logps": "runs/isa-0.1-seed0/ref_sum.npy",
+  "align": "runs/isa-0.1-seed0/metrics.jsonl",
+  "evaluate": "runs/isa-0.1-seed0/eval.json",
+  "export": "runs/isa-0.1-seed0/export/model.safetensors",
+  "report": "report.html",
 }
-PAGES = ("report.html", "summary.json", "config.json",
-         "runs/isa-0.1-seed0/report.html")
+PAGES = (
+  "report.html",
+  "summary.json",
+  "config.json",
+  "runs/isa-0.1-seed0/report.html",
+)
 
 
 def flip(path, seed=0):
@@ -493,8 +582,11 @@ def test_a_flipped_bit_redoes_its_stage_alone(tmp_path, stage):
 def test_a_harmed_page_is_made_again_alone(tmp_path, page):
   """And says what it said: what it shows is read from the artifacts."""
   work = jobs.copy(tmp_path / "work")
-  before = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()
-            and p.name not in (*PAGES, "report.json", ".lock")}
+  before = {
+    p: p.stat().st_mtime_ns
+    for p in work.rglob("*")
+    if p.is_file() and p.name not in (*PAGES, "report.json", ".lock")
+  }
   flip(work / page)
   only(work, ["report"], pathlib.Path(page).name)
   assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -506,8 +598,11 @@ def test_a_harmed_page_is_made_again_alone(tmp_path, page):
 
 def checkpoint_file(work, step="6"):
   """The largest file of a checkpoint: its arrays."""
-  files = [p for p in (work / "shared/sft/checkpoints" / step).rglob("*")
-           if p.is_file()]
+  files = [
+    p
+    for p in (work / "shared/sft/checkpoints" / step).rglob("*")
+    if p.is_file()
+  ]
   return max(files, key=lambda p: p.stat().st_size)
 
 
@@ -573,9 +668,12 @@ def test_a_flipped_bit_in_any_file(tmp_path):
   began, seen = time.monotonic(), 0
   for path in sorted(jobs.finished().rglob("*")):
     name = path.relative_to(jobs.finished()).as_posix()
-    if (path.is_dir() or "/checkpoints/" in name
-        or not name.startswith(("shared/", "runs/isa"))
-        or not path.stat().st_size):
+    if (
+      path.is_dir()
+      or "/checkpoints/" in name
+      or not name.startswith(("shared/", "runs/isa"))
+      or not path.stat().st_size
+    ):
       continue
     flip(work / name, seen)
     ended = jobs.run(work)

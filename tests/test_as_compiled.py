@@ -9,23 +9,45 @@ import os
 import subprocess
 import sys
 
+import jobs
 import pytest
 
-import jobs
-
-FILES = ("sharding", "mixture", "embed", "reference", "samplers_geometric",
-         "step")
+FILES = (
+  "sharding",
+  "mixture",
+  "embed",
+  "reference",
+  "samplers_geometric",
+  "step",
+)
 
 
 @pytest.mark.slow
 def test_bits_are_the_same_on_any_mesh():
   ended = subprocess.run(
-      [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m",
-       "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", "-k",
-       "bits or identical or every_mesh_and_cut",
-       *(f"tests/test_{name}.py" for name in FILES)],
-      cwd=jobs.ROOT, env=os.environ | dict(JAXALIGN_TEST_EMITTERS="new"),
-      text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    [
+      sys.executable,
+      "-m",
+      "pytest",
+      "-q",
+      "-o",
+      "addopts=",
+      "-m",
+      "not slow",
+      "-p",
+      "no:cacheprovider",
+      "-p",
+      "no:xdist",
+      "-k",
+      "bits or identical or every_mesh_and_cut",
+      *(f"tests/test_{name}.py" for name in FILES),
+    ],
+    cwd=jobs.ROOT,
+    env=os.environ | dict(JAXALIGN_TEST_EMITTERS="new"),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
   assert ended.returncode == 0, ended.stdout[-3000:]
   passed = int(ended.stdout.split(" passed")[0].split()[-1])
   assert passed >= 15, ended.stdout[-1000:]

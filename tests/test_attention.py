@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 
+from conftest import ROOT
+import emitters
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import ROOT
-import emitters
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
 from jaxalign.model import attention
@@ -26,28 +26,45 @@ KERNELS = ["plain", "splash", "cudnn"]
 @pytest.fixture(autouse=True)
 def cudnn_arguments(monkeypatch):
   """No GPU here: cuDNN's arguments, handed to the same function's XLA path."""
-  monkeypatch.setitem(attention.KERNELS, "cudnn", functools.partial(
+  monkeypatch.setitem(
+    attention.KERNELS,
+    "cudnn",
+    functools.partial(
       attention._on_shards,
-      functools.partial(attention._cudnn, implementation="xla")))
+      functools.partial(attention._cudnn, implementation="xla"),
+    ),
+  )
 
 
 def draw(seed, length, size, dtype=np.float32, keys=None):
   """q, k, v and a cotangent dy; in `dtype`, so that an oracle sees the same."""
   rng = np.random.default_rng(seed)
   keys = keys or length
-  shapes = [(B, length, G, Q, size), (B, keys, G, size), (B, keys, G, size),
-            (B, length, G, Q, size)]
+  shapes = [
+    (B, length, G, Q, size),
+    (B, keys, G, size),
+    (B, keys, G, size),
+    (B, length, G, Q, size),
+  ]
   # Scores of standard deviation 2, so that the soft cap and the mask matter.
   factors = (2.0, 1.0, 1.0, 1.0)
-  return [np.asarray(jnp.asarray(f * rng.standard_normal(s), dtype))
-          for f, s in zip(factors, shapes)]
+  return [
+    np.asarray(jnp.asarray(f * rng.standard_normal(s), dtype))
+    for f, s in zip(factors, shapes)
+  ]
 
 
 def segments_of(length):
   """[B, L]: one; two; many and short; half of the row a padding of its own."""
   slot = np.arange(length)
-  return np.stack([0 * slot, slot >= length // 3, slot // 7,
-                   np.where(slot < length // 2, 3, -1)]).astype(np.int32)
+  return np.stack(
+    [
+      0 * slot,
+      slot >= length // 3,
+      slot // 7,
+      np.where(slot < length // 2, 3, -1),
+    ]
+  ).astype(np.int32)
 
 
 def oracle(q, k, v, dy, ok, scale, softcap=0.0):
@@ -103,6 +120,7 @@ def seen_of(length, segments=None):
 
 def values_and_gradients(mesh, fn, q, k, v, dy):
   """y, dq, dk, dv of `fn(q, k, v)`; rows over fsdp, heads over tensor."""
+
   @jax.jit
   def run(q, k, v, dy):
     y, back = jax.vjp(fn, q, k, v)
@@ -110,17 +128,25 @@ def values_and_gradients(mesh, fn, q, k, v, dy):
 
   rows = ("batch", None, "heads", None, None)
   put = functools.partial(sharding.put, mesh)
-  return run(put(q, *rows), put(k, *rows[:4]), put(v, *rows[:4]),
-             put(dy, *rows))
+  return run(
+    put(q, *rows), put(k, *rows[:4]), put(v, *rows[:4]), put(dy, *rows)
+  )
 
 
 def on_mesh(mesh, q, k, v, dy, segments, **how):
   """y, dq, dk, dv of `attend`."""
   if segments is not None:
     segments = sharding.put(mesh, segments, "batch", None)
-  return values_and_gradients(mesh, lambda q, k, v: attention.attend(
-      q, k, v, seen_of(q.shape[1], segments), place=sharding.SPREAD, **how),
-                              q, k, v, dy)
+  return values_and_gradients(
+    mesh,
+    lambda q, k, v: attention.attend(
+      q, k, v, seen_of(q.shape[1], segments), place=sharding.SPREAD, **how
+    ),
+    q,
+    k,
+    v,
+    dy,
+  )
 
 
 def close(found, wanted, tolerance):
@@ -133,24 +159,36 @@ def close(found, wanted, tolerance):
 
 
 CASES = {  # length, head size, window, segments, soft cap
-    "causal": (128, 64, 0, False, 0.0),
-    "window of a block, segments": (256, 128, 128, True, 0.0),
-    "window, soft cap": (128, 64, 40, False, 3.0),
-    "short": (20, 256, 6, True, 0.0),
+  "causal": (128, 64, 0, False, 0.0),
+  "window of a block, segments": (256, 128, 128, True, 0.0),
+  "window, soft cap": (128, 64, 40, False, 3.0),
+  "short": (20, 256, 6, True, 0.0),
 }
 
 
 def check(mesh, kernel, length, size, window, segmented, softcap):
   segments = segments_of(length) if segmented else None
-  arrays, scale = draw(1, length, size), 0.7 * size ** -0.5
-  found = on_mesh(mesh, *arrays, segments, kernel=kernel, scale=scale,
-                  softcap=softcap, windows=(window,))
-  close(found, oracle(*arrays, looks(length, window, segments), scale,
-                      softcap), 2e-5)
+  arrays, scale = draw(1, length, size), 0.7 * size**-0.5
+  found = on_mesh(
+    mesh,
+    *arrays,
+    segments,
+    kernel=kernel,
+    scale=scale,
+    softcap=softcap,
+    windows=(window,),
+  )
+  close(
+    found,
+    oracle(*arrays, looks(length, window, segments), scale, softcap),
+    2e-5,
+  )
 
 
-@pytest.mark.parametrize("case, kernel", [
-    (c, k) for c in CASES for k in KERNELS if k != "cudnn" or not CASES[c][-1]])
+@pytest.mark.parametrize(
+  "case, kernel",
+  [(c, k) for c in CASES for k in KERNELS if k != "cudnn" or not CASES[c][-1]],
+)
 def test_values_and_gradients_are_the_equations(case, kernel):
   with one_by_one() as mesh:
     check(mesh, kernel, *CASES[case])
@@ -168,11 +206,18 @@ def test_on_any_mesh_all_at_once(kernel, mesh, monkeypatch):
 def test_in_bfloat16_within_a_hundredth(kernel):
   with one_by_one() as mesh:
     arrays = draw(2, 128, 128, jnp.bfloat16)
-    found = on_mesh(mesh, *arrays, segments_of(128), kernel=kernel,
-                    scale=128 ** -0.5, windows=(50,))
+    found = on_mesh(
+      mesh,
+      *arrays,
+      segments_of(128),
+      kernel=kernel,
+      scale=128**-0.5,
+      windows=(50,),
+    )
   assert all(x.dtype == jnp.bfloat16 for x in found)
-  close(found, oracle(*arrays, looks(128, 50, segments_of(128)), 128 ** -0.5),
-        2e-2)
+  close(
+    found, oracle(*arrays, looks(128, 50, segments_of(128)), 128**-0.5), 2e-2
+  )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -185,13 +230,22 @@ def test_whole_rows_on_each_device(kernel):
   def rows_of(params, rows, shared):
     q, k, v, segments = rows
     return attention.attend(
-        q, k, v, seen_of(128, segments), kernel=kernel, scale=0.1,
-        windows=(30,), place=sharding.PER_ROW)
+      q,
+      k,
+      v,
+      seen_of(128, segments),
+      kernel=kernel,
+      scale=0.1,
+      windows=(30,),
+      place=sharding.PER_ROW,
+    )
 
   y = jax.jit(sharding.per_row(mesh, rows_of, {}))(
-      {}, tuple(put(x, "pool") for x in (q, k, v, segments)), ())
-  wanted = oracle(q, k, v, dy, np.concatenate(
-      [looks(128, 30, segments_of(128))] * 2), 0.1)
+    {}, tuple(put(x, "pool") for x in (q, k, v, segments)), ()
+  )
+  wanted = oracle(
+    q, k, v, dy, np.concatenate([looks(128, 30, segments_of(128))] * 2), 0.1
+  )
   assert np.abs(np.asarray(y) - wanted[0]).max() < 2e-5
 
 
@@ -204,9 +258,19 @@ def test_layers_of_several_kinds_in_one_scan(kernel):
   def stack(q, k, v):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(x, which):
-      y = attention.attend(x, k, v, seen_of(128), kernel=kernel, scale=0.125,
-                           windows=windows, which=which, place=sharding.SPREAD)
+      y = attention.attend(
+        x,
+        k,
+        v,
+        seen_of(128),
+        kernel=kernel,
+        scale=0.125,
+        windows=windows,
+        which=which,
+        place=sharding.SPREAD,
+      )
       return x + y, None
+
     return jax.lax.scan(body, q, order)[0]
 
   q, k, v, dy = draw(4, 128, 64)
@@ -227,8 +291,11 @@ def test_layers_of_several_kinds_in_one_scan(kernel):
 def test_a_cache_is_read_at_its_positions(kernel):
   # Row 0 has written 6 of 9 slots, row 1 has 2 empty slots in between.
   far = attention.FAR
-  k_position = np.array([[0, 1, 2, 3, 4, 5, far, far, far],
-                         [0, 1, far, far, 2, 3, 4, far, far]] * 2, np.int32)
+  k_position = np.array(
+    [[0, 1, 2, 3, 4, 5, far, far, far], [0, 1, far, far, 2, 3, 4, far, far]]
+    * 2,
+    np.int32,
+  )
   q_position = np.array([[4, 5], [3, 4]] * 2, np.int32)
   q, k, v, dy = draw(5, 2, 6, keys=9)
   ok = np.zeros((B, 2, 9), bool)
@@ -241,27 +308,52 @@ def test_a_cache_is_read_at_its_positions(kernel):
   @jax.jit
   def read(q, k, v, q_position, k_position):
     return attention.attend(
-        q, k, v, attention.Seen(q_position, k_position), kernel=kernel,
-        scale=0.4, softcap=2.0, windows=(3,), place=sharding.PER_ROW)
+      q,
+      k,
+      v,
+      attention.Seen(q_position, k_position),
+      kernel=kernel,
+      scale=0.4,
+      softcap=2.0,
+      windows=(3,),
+      place=sharding.PER_ROW,
+    )
 
   y = read(q, k, v, q_position, k_position)
   assert np.abs(y - oracle(q, k, v, dy, ok, 0.4, 2.0)[0]).max() < 1e-5
 
 
 def test_a_query_that_may_look_nowhere_stays_finite():
-  seen = attention.Seen(np.zeros((1, 8), np.int32),
-                        np.full((1, 8), attention.FAR, np.int32))
+  seen = attention.Seen(
+    np.zeros((1, 8), np.int32), np.full((1, 8), attention.FAR, np.int32)
+  )
   with one_by_one() as mesh:
-    found = values_and_gradients(mesh, lambda *a: attention.attend(
-        *a, seen, kernel="plain", scale=1.0, place=sharding.SPREAD),
-                                 *draw(6, 8, 4))
+    found = values_and_gradients(
+      mesh,
+      lambda *a: attention.attend(
+        *a, seen, kernel="plain", scale=1.0, place=sharding.SPREAD
+      ),
+      *draw(6, 8, 4),
+    )
   assert all(np.isfinite(x).all() for x in found)
 
 
-@pytest.mark.parametrize("length, padded, block", [
-    (1, 128, 128), (128, 128, 128), (129, 256, 256), (257, 384, 384),
-    (512, 512, 512), (640, 768, 384), (1000, 1024, 512), (1025, 1152, 384),
-    (1408, 1536, 512), (2048, 2048, 512), (8192, 8192, 512)])
+@pytest.mark.parametrize(
+  "length, padded, block",
+  [
+    (1, 128, 128),
+    (128, 128, 128),
+    (129, 256, 256),
+    (257, 384, 384),
+    (512, 512, 512),
+    (640, 768, 384),
+    (1000, 1024, 512),
+    (1025, 1152, 384),
+    (1408, 1536, 512),
+    (2048, 2048, 512),
+    (8192, 8192, 512),
+  ],
+)
 def test_blocks_are_large_and_pad_little(length, padded, block):
   assert attention.blocks(length) == (padded, block)
 
@@ -269,15 +361,23 @@ def test_blocks_are_large_and_pad_little(length, padded, block):
 HOW = dict(head_size=128, dtype="bfloat16", softcap=0.0, length=2048)
 
 
-@pytest.mark.parametrize("platform, more, wanted", [
-    ("tpu", {}, "splash"), ("tpu", dict(softcap=50.0, head_size=256), "splash"),
+@pytest.mark.parametrize(
+  "platform, more, wanted",
+  [
+    ("tpu", {}, "splash"),
+    ("tpu", dict(softcap=50.0, head_size=256), "splash"),
     ("tpu", dict(dtype="float32", length=None), "splash"),
-    ("tpu", dict(length=128), "plain"), ("cpu", {}, "tiles"),
-    ("gpu", {}, "cudnn"), ("cuda", dict(head_size=64), "cudnn"),
-    ("gpu", dict(softcap=50.0), "plain"), ("rocm", {}, "plain"),
+    ("tpu", dict(length=128), "plain"),
+    ("cpu", {}, "tiles"),
+    ("gpu", {}, "cudnn"),
+    ("cuda", dict(head_size=64), "cudnn"),
+    ("gpu", dict(softcap=50.0), "plain"),
+    ("rocm", {}, "plain"),
     ("gpu", dict(dtype="float32"), "plain"),
     ("gpu", dict(head_size=256), "plain"),
-    ("gpu", dict(head_size=100), "plain")])
+    ("gpu", dict(head_size=100), "plain"),
+  ],
+)
 def test_auto_is_the_fastest_that_runs(platform, more, wanted):
   how = {**HOW, **more}
   assert attention.resolve("auto", platform, **how) == wanted
@@ -285,14 +385,23 @@ def test_auto_is_the_fastest_that_runs(platform, more, wanted):
   assert attention.resolve("plain", platform, **how) == "plain"
 
 
-@pytest.mark.parametrize("kernel, platform, more, words", [
-    ("flash", "tpu", {}, "is unknown; known: auto, plain, tiles, splash, cudnn"),
+@pytest.mark.parametrize(
+  "kernel, platform, more, words",
+  [
+    (
+      "flash",
+      "tpu",
+      {},
+      "is unknown; known: auto, plain, tiles, splash, cudnn",
+    ),
     ("splash", "cpu", {}, "runs on a TPU, found cpu"),
     ("cudnn", "tpu", {}, "runs on an NVIDIA GPU, found tpu"),
     ("cudnn", "gpu", dict(softcap=50.0), "has no soft cap, the model's is 50"),
     ("cudnn", "gpu", dict(dtype="float32"), "wants bfloat16, model.dtype is"),
     ("cudnn", "gpu", dict(head_size=260), "the model's are 260"),
-    ("cudnn", "gpu", dict(head_size=12), "the model's are 12")])
+    ("cudnn", "gpu", dict(head_size=12), "the model's are 12"),
+  ],
+)
 def test_impossible_kernels_are_named(kernel, platform, more, words):
   with pytest.raises(ConfigError, match=words) as error:
     attention.resolve(kernel, platform, **{**HOW, **more})
@@ -301,36 +410,55 @@ def test_impossible_kernels_are_named(kernel, platform, more, words):
 
 def test_a_soft_cap_is_not_dropped_by_cudnn(mesh):
   with pytest.raises(ConfigError, match="no soft cap, found 3.0"):
-    on_mesh(mesh, *draw(7, 16, 8), None, kernel="cudnn", scale=1.0,
-            softcap=3.0)
+    on_mesh(mesh, *draw(7, 16, 8), None, kernel="cudnn", scale=1.0, softcap=3.0)
 
 
-@pytest.mark.parametrize("window, segmented", [(0, False), (100, False),
-                                               (0, True), (100, True)])
+@pytest.mark.parametrize(
+  "window, segmented", [(0, False), (100, False), (0, True), (100, True)]
+)
 def test_lowered_for_a_gpu_it_is_cudnns(window, segmented, monkeypatch):
   from jax._src.cudnn import fused_attention_stablehlo as fused
+
   # Only the version is asked of the library, which is not here.
   monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-  monkeypatch.setitem(attention.KERNELS, "cudnn", functools.partial(
-      attention._on_shards, attention._cudnn))
+  monkeypatch.setitem(
+    attention.KERNELS,
+    "cudnn",
+    functools.partial(attention._on_shards, attention._cudnn),
+  )
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
 
   def array(shape, *axes, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype,
-                                sharding=sharding.named(mesh, *axes))
+    return jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.named(mesh, *axes)
+    )
 
   def loss(q, k, v, segments):
     y = attention.attend(
-        q, k, v, seen_of(256, segments if segmented else None),
-        kernel="cudnn", scale=0.25, windows=(window,), place=sharding.SPREAD)
+      q,
+      k,
+      v,
+      seen_of(256, segments if segmented else None),
+      kernel="cudnn",
+      scale=0.25,
+      windows=(window,),
+      place=sharding.SPREAD,
+    )
     return jnp.sum(y.astype(jnp.float32))
 
   with jax.set_mesh(mesh):
     keys = array((8, 256, G, 64), "batch", None, "heads", None)
-    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(
-        array((8, 256, G, Q, 64), "batch", None, "heads", None, None), keys,
-        keys, array((8, 256), "batch", None, dtype=jnp.int32)).lower(
-            lowering_platforms=("cuda",)).as_text()
+    text = (
+      jax.jit(jax.grad(loss, (0, 1, 2)))
+      .trace(
+        array((8, 256, G, Q, 64), "batch", None, "heads", None, None),
+        keys,
+        keys,
+        array((8, 256), "batch", None, dtype=jnp.int32),
+      )
+      .lower(lowering_platforms=("cuda",))
+      .as_text()
+    )
   kind = "ScaleBiasSoftmax" if segmented else "Softmax"
   calls = re.findall(r"custom_call @__cudnn\$fmha(\w+)\((.*)", text)
   assert [name for name, _ in calls] == [kind, kind + "Backward"]
@@ -408,20 +536,34 @@ compiled("v6e:4x4", 4, 4, "splash", dtype="float32", **packed)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=(
-    "needs libtpu (pip install jaxalign[aot]), which is not installed"))
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason=("needs libtpu (pip install jaxalign[aot]), which is not installed"),
+)
 def test_compiled_for_tpus_no_scores_are_held():
-  done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, text=True,
-                        capture_output=True, timeout=600,
-                        env=emitters.as_users())
+  done = subprocess.run(
+    [sys.executable, "-c", COMPILE],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    timeout=600,
+    env=emitters.as_users(),
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   llama, plain, gemma, v5p, v6e = [
-      json.loads(line[4:]) for line in done.stdout.splitlines()
-      if line.startswith("SAW ")]
+    json.loads(line[4:])
+    for line in done.stdout.splitlines()
+    if line.startswith("SAW ")
+  ]
   # Forward, dq, and dk with dv; the scan's backward pass runs forward again,
   # and each kind of layer has its own.
   assert [r["kernels"] for r in (llama, plain, gemma, v5p, v6e)] == [
-      3, 0, 8, 3, 3]
+    3,
+    0,
+    8,
+    3,
+    3,
+  ]
   for r in (llama, gemma, v5p, v6e):
     assert r["squares"] == []
     # Rows and heads meet no others: the sum of the loss, and no more.

@@ -4,25 +4,36 @@ import gzip
 import json
 import pathlib
 
+import jobs
 import numpy as np
 import pytest
 import safetensors.numpy
 
-import jobs
-from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.data import tables
+from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.job import Job
 from jaxalign.select import embed
 from jaxalign.train import feed
 
-SMALL = ("data.split.sft=0.3", "data.split.pool=0.5", "data.split.held_out=0.2",
-         "select.budget=1.0", "train.batch_size=8")
+SMALL = (
+  "data.split.sft=0.3",
+  "data.split.pool=0.5",
+  "data.split.held_out=0.2",
+  "select.budget=1.0",
+  "train.batch_size=8",
+)
 
 
 def pair(i, **change):
   """An explicit pair of about twelve tokens."""
-  row = dict(prompt=f"tell me of {i} ", chosen=f"it is {i} and good",
-             rejected=f"no {i} at all") | change
+  row = (
+    dict(
+      prompt=f"tell me of {i} ",
+      chosen=f"it is {i} and good",
+      rejected=f"no {i} at all",
+    )
+    | change
+  )
   return {k: v for k, v in row.items() if v is not KeyError}
 
 
@@ -32,8 +43,11 @@ def thumb(i, label):
 
 def write(path, rows):
   """Writes rows as .jsonl; a str row is written as it is."""
-  path.write_text("".join((row if isinstance(row, str) else json.dumps(row))
-                          + "\n" for row in rows))
+  path.write_text(
+    "".join(
+      (row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows
+    )
+  )
   return path
 
 
@@ -43,8 +57,11 @@ def read_data(workdir, path, *more, config="dpo_sub.py:tiny"):
   folder = pathlib.Path(workdir) / "shared/data"
   if ended.code is not None:
     return ended, None, None
-  return (ended, json.loads((folder / "data_card.json").read_text()),
-          jobs.lines(folder / "rejected.jsonl"))
+  return (
+    ended,
+    json.loads((folder / "data_card.json").read_text()),
+    jobs.lines(folder / "rejected.jsonl"),
+  )
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +93,14 @@ def test_an_empty_file(tmp_path):
   assert ended.code == 65 and "holds no rows" in ended.err
 
 
-@pytest.mark.parametrize("source, code, said", [
+@pytest.mark.parametrize(
+  "source, code, said",
+  [
     ("ftp:x", 64, "unknown prefix 'ftp:'"),
     ("rows.txt", 64, "ends in none of .jsonl"),
     ("none-*.jsonl", 65, "matches no file"),
-])
+  ],
+)
 def test_unknown_kinds_of_source(tmp_path, source, code, said):
   ended, _, _ = read_data(tmp_path / "w", source)
   assert ended.code == code and said in ended.err
@@ -89,9 +109,10 @@ def test_unknown_kinds_of_source(tmp_path, source, code, said):
 
 def test_a_truncated_gzip(tmp_path):
   path = tmp_path / "x.jsonl.gz"
-  data = gzip.compress(b"".join(json.dumps(pair(i)).encode() + b"\n"
-                                for i in range(3000)))
-  path.write_bytes(data[:len(data) // 2])
+  data = gzip.compress(
+    b"".join(json.dumps(pair(i)).encode() + b"\n" for i in range(3000))
+  )
+  path.write_bytes(data[: len(data) // 2])
   ended, _, _ = read_data(tmp_path / "w", path)
   assert ended.code == 65 and f"{path} is truncated" in ended.err
   assert "good rows were read before that" in ended.err
@@ -112,15 +133,15 @@ def test_a_changed_file_is_another_config(tmp_path):
 
 IMPLICIT = "\n\nHuman: {}\n\nAssistant:{}"
 BAD = {  # reason -> a row
-    "malformed JSON": '{"prompt": "a", "chosen": ',
-    "not an object": "[1, 2]",
-    "missing field": pair(0, rejected=KeyError),
-    "null": pair(0, chosen=None),
-    "empty response": pair(0, chosen="  "),
-    "empty prompt": pair(0, prompt=""),
-    "not a string": pair(0, rejected=7),
-    "chosen equals rejected": pair(0, chosen="same", rejected="same "),
-    "lone surrogate": '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}',
+  "malformed JSON": '{"prompt": "a", "chosen": ',
+  "not an object": "[1, 2]",
+  "missing field": pair(0, rejected=KeyError),
+  "null": pair(0, chosen=None),
+  "empty response": pair(0, chosen="  "),
+  "empty prompt": pair(0, prompt=""),
+  "not a string": pair(0, rejected=7),
+  "chosen equals rejected": pair(0, chosen="same", rejected="same "),
+  "lone surrogate": '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}',
 }
 
 
@@ -142,12 +163,17 @@ def test_a_bad_row_is_named_counted_and_skipped(tmp_path, reason):
 
 
 def test_prompts_that_differ_between_the_sides(tmp_path):
-  rows = [dict(chosen=IMPLICIT.format(f"what is {i}", f" {i} it is"),
-               rejected=IMPLICIT.format(f"what is {i}", " who knows"))
-          for i in range(60)]
+  rows = [
+    dict(
+      chosen=IMPLICIT.format(f"what is {i}", f" {i} it is"),
+      rejected=IMPLICIT.format(f"what is {i}", " who knows"),
+    )
+    for i in range(60)
+  ]
   rows[7]["rejected"] = IMPLICIT.format("what was 7", " who knows")
   ended, card, rejected = read_data(
-      tmp_path / "w", write(tmp_path / "x.jsonl", rows))
+    tmp_path / "w", write(tmp_path / "x.jsonl", rows)
+  )
   assert ended.code is None and card["schema"] == "implicit_pairs"
   assert card["refused_by_reason"] == {"prompts differ": 1}
   assert rejected[0]["line"] == 8 and "'is 7" in rejected[0]["detail"]
@@ -167,8 +193,10 @@ def test_duplicate_ids_and_contents(tmp_path):
 
 
 def test_too_many_bad_rows(tmp_path):
-  path = write(tmp_path / "x.jsonl", [pair(i) for i in range(40)]
-               + [pair(i, chosen="") for i in range(41)])
+  path = write(
+    tmp_path / "x.jsonl",
+    [pair(i) for i in range(40)] + [pair(i, chosen="") for i in range(41)],
+  )
   ended, _, _ = read_data(tmp_path / "w", path)
   assert ended.code == 65 and "41 of 81 rows refused" in ended.err
   assert "empty response 41" in ended.err and f"{path}:41" in ended.err
@@ -178,37 +206,53 @@ def test_too_many_bad_rows(tmp_path):
   assert [r["line"] for r in jobs.lines(listed)] == list(range(41, 82))
   assert {r["reason"] for r in jobs.lines(listed)} == {"empty response"}
   # With more of them allowed the same command goes on, and counts once.
-  ended, card, rejected = read_data(tmp_path / "w", path,
-                                    "data.max_bad_fraction=0.9")
+  ended, card, rejected = read_data(
+    tmp_path / "w", path, "data.max_bad_fraction=0.9"
+  )
   assert ended.code is None and card["refused"] == len(rejected) == 41
 
 
 def test_every_bad_row_at_once_adds_up(tmp_path):
   rows = [pair(i) for i in range(1, 60)]
-  path = write(tmp_path / "x.jsonl", [*rows, *BAD.values(),
-                                      pair(70, id="a"), pair(71, id="a"),
-                                      pair(72, chosen="x" * 300 + "a",
-                                           rejected="x" * 300 + "b")])
+  path = write(
+    tmp_path / "x.jsonl",
+    [
+      *rows,
+      *BAD.values(),
+      pair(70, id="a"),
+      pair(71, id="a"),
+      pair(72, chosen="x" * 300 + "a", rejected="x" * 300 + "b"),
+    ],
+  )
   ended, card, rejected = read_data(tmp_path / "w", path)
   assert ended.code is None
   reasons = [r["reason"] for r in rejected]
   assert sorted(set(reasons)) == sorted(card["refused_by_reason"])
   for reason, count in card["refused_by_reason"].items():
     assert reasons.count(reason) == count
-  assert card["refused"] == len(rejected) == sum(
-      card["refused_by_reason"].values())
+  assert (
+    card["refused"] == len(rejected) == sum(card["refused_by_reason"].values())
+  )
   assert card["seen"] == card["kept"] + card["refused"] == 59 + len(BAD) + 3
   assert sum(card["rows_by_split"].values()) == card["kept"]
 
 
 def test_the_worlds_rows_add_up(tmp_path):
   """Few words: prompts repeat, and one in two splits is left out of one."""
-  ended = jobs.run(tmp_path, "data.world.arguments=1",
-                   "data.world.argument_words=2", "data.world.topics=2",
-                   "data.world.forms=3")
+  ended = jobs.run(
+    tmp_path,
+    "data.world.arguments=1",
+    "data.world.argument_words=2",
+    "data.world.topics=2",
+    "data.world.forms=3",
+  )
   assert ended.code is None or "split" in ended.err
-  ended = jobs.run(tmp_path / "w", "data.world.arguments=1",
-                   "data.world.argument_words=10", "data.world.topics=8")
+  ended = jobs.run(
+    tmp_path / "w",
+    "data.world.arguments=1",
+    "data.world.argument_words=10",
+    "data.world.topics=8",
+  )
   assert ended.code is None, ended
   folder = tmp_path / "w/shared/data"
   card = json.loads((folder / "data_card.json").read_text())
@@ -217,10 +261,13 @@ def test_the_worlds_rows_add_up(tmp_path):
   assert card["refused"] == len(rejected)
   assert card["seen"] == card["kept"] + card["refused"] == 400
   assert sum(card["rows_by_split"].values()) == card["kept"]
-  splits = [{r["prompt"] for r in tables.read_table(folder / f"{n}.parquet")}
-            for n in ("sft", "pool", "held_out")]
-  assert not (splits[0] & splits[1] or splits[1] & splits[2]
-              or splits[0] & splits[2])
+  splits = [
+    {r["prompt"] for r in tables.read_table(folder / f"{n}.parquet")}
+    for n in ("sft", "pool", "held_out")
+  ]
+  assert not (
+    splits[0] & splits[1] or splits[1] & splits[2] or splits[0] & splits[2]
+  )
 
 
 def test_a_killed_data_stage_counts_once(tmp_path, monkeypatch):
@@ -231,6 +278,7 @@ def test_a_killed_data_stage_counts_once(tmp_path, monkeypatch):
 
   def die(*args):
     raise KeyboardInterrupt
+
   monkeypatch.setattr(tables, "write_rows", die)
   assert read_data(tmp_path / "w", path)[0].code == 130
   monkeypatch.setattr(tables, "write_rows", real)
@@ -259,13 +307,20 @@ def test_a_question_is_never_cut_and_rows_too_long_are_counted(tmp_path):
   assert sum(c["rows_cut_by_side"]["prompt"] for c in cut) >= 10
   ended, _, _ = read_data(tmp_path / "u", path, "data.too_long=error")
   assert ended.code == 65 and "config.data.too_long" in ended.err
-  ended, card, rejected = read_data(tmp_path / "w", path,
-                                    "data.too_long=cut_answer")
+  ended, card, rejected = read_data(
+    tmp_path / "w", path, "data.too_long=cut_answer"
+  )
   assert ended.code is None
   assert card["refused_by_reason"] == {"question too long": 10}
   cut = [card["truncation"][name] for name in ("sft", "pool", "held_out")]
-  assert sum(c["rows_cut_by_side"].get("chosen", 0) + c["rows_cut_by_side"].get(
-      "response", 0) for c in cut) == 4
+  assert (
+    sum(
+      c["rows_cut_by_side"].get("chosen", 0)
+      + c["rows_cut_by_side"].get("response", 0)
+      for c in cut
+    )
+    == 4
+  )
   folder = tmp_path / "w/shared/data"
   job = Job.__new__(Job)
   job.shared = tmp_path / "w/shared"
@@ -273,10 +328,10 @@ def test_a_question_is_never_cut_and_rows_too_long_are_counted(tmp_path):
   assert np.diff(tokens.offsets).max() <= 32
   tok = Tokenizer.load(folder / "tokenizer.model")
   for i, row in enumerate(rows):  # the question is there, whole
-    ids = tokens.ids[tokens.offsets[2 * i]:tokens.offsets[2 * i + 1]]
+    ids = tokens.ids[tokens.offsets[2 * i] : tokens.offsets[2 * i + 1]]
     text = tok.decode([int(x) for x in ids])
     cut = tokens.cut[2 * i] > 0
-    assert text == (row["prompt"] + row["chosen"])[:len(text)]
+    assert text == (row["prompt"] + row["chosen"])[: len(text)]
     assert len(text) > len(row["prompt"]) and ids[0] == tok.bos
     assert cut == (ids[-1] != tok.eos) == (len(row["chosen"]) > 200)
 
@@ -286,16 +341,20 @@ def test_pairs_that_truncation_makes_equal_are_refused(tmp_path):
   long = " ".join(f"{k} of {3 * k}" for k in range(90))
   for row in rows[:20]:  # some of them land in the pool
     row |= dict(chosen=long + " yes", rejected=long + " no")
-  _, card, rejected = read_data(tmp_path / "w",
-                                write(tmp_path / "x.jsonl", rows))
+  _, card, rejected = read_data(
+    tmp_path / "w", write(tmp_path / "x.jsonl", rows)
+  )
   reason = "identical after truncation"
   assert 0 < card["refused_by_reason"][reason] == len(rejected) <= 20
   assert {(r["reason"], r["split"]) for r in rejected} <= {
-      (reason, "pool"), (reason, "held_out")}
+    (reason, "pool"),
+    (reason, "held_out"),
+  }
   assert card["seen"] == card["kept"] + len(rejected) == 80
   assert sum(card["rows_by_split"].values()) == card["kept"]
   assert card["truncation"]["sft"]["rows_cut_by_side"]["response"] == (
-      20 - len(rejected))  # imitated as far as they go
+    20 - len(rejected)
+  )  # imitated as far as they go
 
 
 def test_too_few_rows_for_three_splits(tmp_path):
@@ -343,7 +402,8 @@ def test_thumbs_of_one_label_are_warned_of(tmp_path, label):
 
 
 def test_an_embedding_that_is_not_finite_names_its_rows(
-    tmp_path, monkeypatch, whole):
+  tmp_path, monkeypatch, whole
+):
   work = jobs.copy(tmp_path / "work")
   (work / "shared/embed/store/embedding/00000.npy").unlink()
   real = embed._collect
@@ -352,6 +412,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
     real(out, part, result, tick, own)
     if out["embedding"].shape[0] == 320:
       out["embedding"][7, 3] = np.nan  # the rejected side of the fourth record
+
   monkeypatch.setattr(embed, "_collect", poison)
   ended = jobs.run(work)
   pool = tables.read_table(work / "shared/data/pool.parquet")
@@ -366,8 +427,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
 
 def checkpoint(folder, **scale):
   """The finished job's export, with some tensors made larger."""
-  jobs.shutil.copytree(
-      jobs.finished() / "runs/isa-0.1-seed0/export", folder)
+  jobs.shutil.copytree(jobs.finished() / "runs/isa-0.1-seed0/export", folder)
   path = folder / "model.safetensors"
   tensors = safetensors.numpy.load_file(path)
   for name, factor in scale.items():
@@ -395,8 +455,9 @@ def test_weights_that_are_not_finite(tmp_path, whole):
 
 def test_a_loss_that_is_not_finite(tmp_path, whole):
   """Names the rows of the batch; nothing from that step on is saved."""
-  ended = jobs.run(tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0",
-                   "sft.save_every=1")
+  ended = jobs.run(
+    tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0", "sft.save_every=1"
+  )
   assert ended.code == 76, ended
   folder = tmp_path / "shared/sft/checkpoints"
   saved = sorted(p.name for p in folder.iterdir())
@@ -407,10 +468,12 @@ def test_a_loss_that_is_not_finite(tmp_path, whole):
   named = ended.err.split("Rows of the batch: ")[1].split(";")[0].split(", ")
   rows = feed.batches.rows_at(step, len(sft), 8, 0)
   assert named == [sft[i]["id"] for i in rows]
-  assert [line["step"] for line in jobs.lines(
-      tmp_path / "shared/sft/metrics.jsonl")] == [0]
+  assert [
+    line["step"] for line in jobs.lines(tmp_path / "shared/sft/metrics.jsonl")
+  ] == [0]
   # The same again: it goes on from the good step and finds the same.
-  again = jobs.run(tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0",
-                   "sft.save_every=1")
+  again = jobs.run(
+    tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0", "sft.save_every=1"
+  )
   assert again.code == 76 and "going on from step 1" in again.out
   assert again.err == ended.err

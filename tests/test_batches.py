@@ -2,10 +2,11 @@
 
 import collections
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from jaxalign import sharding
 from jaxalign.data import batches
@@ -18,18 +19,20 @@ sizes = st.integers(1, 40)
 
 
 @settings(max_examples=200, deadline=None)
-@given(n=sizes, batch=sizes, seed=st.integers(0, 2**63),
-       epochs=st.integers(1, 4))
+@given(
+  n=sizes, batch=sizes, seed=st.integers(0, 2**63), epochs=st.integers(1, 4)
+)
 def test_every_row_once_an_epoch_across_the_cuts(n, batch, seed, epochs):
   steps = batches.updates(n, batch, epochs)
   assert (steps - 1) * batch < epochs * n <= steps * batch
-  seen = np.concatenate([batches.rows_at(s, n, batch, seed)
-                         for s in range(steps)])
+  seen = np.concatenate(
+    [batches.rows_at(s, n, batch, seed) for s in range(steps)]
+  )
   assert len(seen) == steps * batch
   for e in range(epochs):
-    assert sorted(seen[e * n:(e + 1) * n]) == list(range(n))
+    assert sorted(seen[e * n : (e + 1) * n]) == list(range(n))
   # The rest opens the next epoch: no row twice.
-  rest = seen[epochs * n:]
+  rest = seen[epochs * n :]
   assert len(set(rest[:n])) == min(len(rest), n)
 
 
@@ -38,8 +41,7 @@ def test_a_step_is_a_pure_function():
   batches._order.cache_clear()
   for s in np.random.default_rng(0).permutation(40):
     np.testing.assert_array_equal(batches.rows_at(int(s), 23, 5, 7), first[s])
-  assert any((batches.rows_at(s, 23, 5, 8) != first[s]).any()
-             for s in range(4))
+  assert any((batches.rows_at(s, 23, 5, 8) != first[s]).any() for s in range(4))
   # Epochs are shuffled anew.
   order = np.concatenate(first)[:46].reshape(2, 23)
   assert (order[0] != order[1]).any()
@@ -47,19 +49,30 @@ def test_a_step_is_a_pure_function():
 
 def test_the_order_is_fair():
   """Over seeds, every row is equally often first: chi-square, 19 degrees."""
-  count = np.bincount([batches.rows_at(0, 20, 1, s)[0] for s in range(4000)],
-                      minlength=20)
+  count = np.bincount(
+    [batches.rows_at(0, 20, 1, s)[0] for s in range(4000)], minlength=20
+  )
   assert ((count - 200) ** 2 / 200).sum() < 43.8  # p = 0.001
 
 
-@pytest.mark.parametrize("n,batch,epochs,most,wanted", [
-    (10, 5, 1, 0, 2), (11, 5, 1, 0, 3), (10, 4, 0.1, 0, 1), (3, 8, 1, 0, 1),
-    (100, 10, 2.5, 0, 25), (100, 10, 2.5, 7, 7), (100, 10, 0.5, 7, 5)])
+@pytest.mark.parametrize(
+  "n,batch,epochs,most,wanted",
+  [
+    (10, 5, 1, 0, 2),
+    (11, 5, 1, 0, 3),
+    (10, 4, 0.1, 0, 1),
+    (3, 8, 1, 0, 1),
+    (100, 10, 2.5, 0, 25),
+    (100, 10, 2.5, 7, 7),
+    (100, 10, 0.5, 7, 5),
+  ],
+)
 def test_updates(n, batch, epochs, most, wanted):
   assert batches.updates(n, batch, epochs, most) == wanted
   # Few rows are passed over more often; a bound above is a bound.
   assert batches.updates(n, batch, epochs, most, least=6) == (
-      max(wanted, 6) if most != 5 else 5)
+    max(wanted, 6) if most != 5 else 5
+  )
 
 
 @settings(max_examples=200, deadline=None)
@@ -99,19 +112,24 @@ def test_a_batch_of_one_row_twice():
 def token_rows(rows):
   ids = [np.array(p + r, np.int32) for p, r in rows]
   return tokens_lib.TokenRows(
-      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]),
-      np.array([len(p) for p, _ in rows], np.int32),
-      np.zeros(len(rows), np.int32))
+    np.concatenate(ids),
+    np.cumsum([0] + [len(i) for i in ids]),
+    np.array([len(p) for p, _ in rows], np.int32),
+    np.zeros(len(rows), np.int32),
+  )
 
 
 def row(rows, i):
-  return rows.ids[rows.offsets[i]:rows.offsets[i + 1]].tolist()
+  return rows.ids[rows.offsets[i] : rows.offsets[i + 1]].tolist()
 
 
 # Long prompts have short answers here: joined, they are the longest rows.
-EXAMPLE = [([1] + [10 * i + k for k in range(p)], [100 + i] * r + [2])
-           for i, (p, r) in enumerate([(2, 9), (10, 1), (4, 4), (1, 11),
-                                       (7, 2), (3, 3), (9, 2)])]
+EXAMPLE = [
+  ([1] + [10 * i + k for k in range(p)], [100 + i] * r + [2])
+  for i, (p, r) in enumerate(
+    [(2, 9), (10, 1), (4, 4), (1, 11), (7, 2), (3, 3), (9, 2)]
+  )
+]
 
 
 def test_mismatched_rows_are_prompt_and_other_answer_token_for_token():
@@ -150,24 +168,33 @@ def test_mismatched_rows_read_no_token_before_they_are_padded():
   rows, n = token_rows(EXAMPLE), len(EXAMPLE)
   ids = rows.ids.view(Recorder)
   ids.read = []
-  out = batches.mismatched(rows._replace(ids=ids), np.arange(n),
-                           np.roll(np.arange(n), -1), context=64)
+  out = batches.mismatched(
+    rows._replace(ids=ids), np.arange(n), np.roll(np.arange(n), -1), context=64
+  )
   assert len(out.ids) == out.offsets[-1] == len(rows.ids) and not ids.read
   tokens, _ = tokens_lib.pad(out, np.array([4, 2]), 24)
   # Row 4: the prompt of 4 and the answer of 5; row 2: of 2 and 3.
-  wanted = [np.arange(rows.offsets[i] + a, rows.offsets[i] + b)
-            for i, a, b in ((4, 0, 8), (5, 4, 8), (2, 0, 5), (3, 2, 14))]
-  np.testing.assert_array_equal(np.concatenate(ids.read),
-                                np.concatenate(wanted))
+  wanted = [
+    np.arange(rows.offsets[i] + a, rows.offsets[i] + b)
+    for i, a, b in ((4, 0, 8), (5, 4, 8), (2, 0, 5), (3, 2, 14))
+  ]
+  np.testing.assert_array_equal(
+    np.concatenate(ids.read), np.concatenate(wanted)
+  )
   assert tokens[0].tolist() == EXAMPLE[4][0] + EXAMPLE[5][1] + [0] * 12
   assert tokens[1].tolist() == EXAMPLE[2][0] + EXAMPLE[3][1] + [0] * 7
 
 
 def rows_of(label=None):
   n = len(EXAMPLE)
-  return feed.Rows([f"r{i}" for i in range(n)], token_rows(EXAMPLE),
-                   np.arange(n)[:, None], np.float32(-np.arange(n))[:, None],
-                   np.float32([[len(r)] for _, r in EXAMPLE]), label)
+  return feed.Rows(
+    [f"r{i}" for i in range(n)],
+    token_rows(EXAMPLE),
+    np.arange(n)[:, None],
+    np.float32(-np.arange(n))[:, None],
+    np.float32([[len(r)] for _, r in EXAMPLE]),
+    label,
+  )
 
 
 def test_the_mismatched_rows_of_every_step():
@@ -192,9 +219,20 @@ def test_the_mismatched_rows_of_every_step():
 
 
 def make_feed(mesh, rows, **changes):
-  return feed.make_feed(mesh, rows, **(dict(
-      batch=8, accumulation=1, seed=5, context=64,
-      rate=lambda step: 0.5 + step) | changes))
+  return feed.make_feed(
+    mesh,
+    rows,
+    **(
+      dict(
+        batch=8,
+        accumulation=1,
+        seed=5,
+        context=64,
+        rate=lambda step: 0.5 + step,
+      )
+      | changes
+    ),
+  )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -202,18 +240,21 @@ def test_a_batch_holds_the_rows_of_its_step(mesh, accumulation):
   label = np.arange(7) % 3 == 0
   rows = rows_of(label)
   mismatched = feed.Mismatched(
-      feed.make_mismatched(rows, updates=3, batch=8, seed=5, context=64),
-      np.float32(np.arange(24)))
-  batch_at, ids_at, tokens_at = make_feed(mesh, rows, mismatched=mismatched,
-                                          accumulation=accumulation)
+    feed.make_mismatched(rows, updates=3, batch=8, seed=5, context=64),
+    np.float32(np.arange(24)),
+  )
+  batch_at, ids_at, tokens_at = make_feed(
+    mesh, rows, mismatched=mismatched, accumulation=accumulation
+  )
   for step in (2, 0):
     own = batches.rows_at(step, 7, 8, 5)
     b = batch_at(step)
     shape = (accumulation, 8 // accumulation)
     assert b["lr"] == 0.5 + step
     assert ids_at(step) == [f"r{i}" for i in own]
-    assert tokens_at(step) == sum(len(EXAMPLE[i][0] + EXAMPLE[i][1])
-                                  for i in own)
+    assert tokens_at(step) == sum(
+      len(EXAMPLE[i][0] + EXAMPLE[i][1]) for i in own
+    )
     for n, x in b.items():
       if n != "lr":
         assert x.shape[:2] == shape, n
@@ -222,38 +263,52 @@ def test_a_batch_holds_the_rows_of_its_step(mesh, accumulation):
     for k, i in enumerate(own):
       prompt, answer = EXAMPLE[i]
       whole = prompt + answer
-      assert tokens[k, :len(whole)].tolist() == whole
+      assert tokens[k, : len(whole)].tolist() == whole
       assert np.flatnonzero(mask[k]).tolist() == list(
-          range(len(prompt), len(whole)))
+        range(len(prompt), len(whole))
+      )
     np.testing.assert_array_equal(np.ravel(b["ref_sum"]), -np.float32(own))
     np.testing.assert_array_equal(np.ravel(b["label"]), label[own])
-    np.testing.assert_array_equal(np.ravel(b["kl_ref_sum"]),
-                                  np.arange(8) + 8 * step)
+    np.testing.assert_array_equal(
+      np.ravel(b["kl_ref_sum"]), np.arange(8) + 8 * step
+    )
     kl = np.asarray(b["kl_tokens"]).reshape(8, -1)
     for k in range(8):
       wanted = row(mismatched.tokens, 8 * step + k)
-      assert kl[k, :len(wanted)].tolist() == wanted
+      assert kl[k, : len(wanted)].tolist() == wanted
       assert np.asarray(b["kl_mask"]).reshape(8, -1)[k].sum() == (
-          len(wanted) - mismatched.tokens.start[8 * step + k])
+        len(wanted) - mismatched.tokens.start[8 * step + k]
+      )
 
 
 def test_mismatched_rows_longer_than_any_row_are_fed():
   """Prompt 1 (11 tokens) before answer 3 (12): no row has 23."""
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   rows = rows_of()
-  tokens = batches.mismatched(rows.tokens, np.array([1, 3]), np.array([3, 1]),
-                              context=64)
+  tokens = batches.mismatched(
+    rows.tokens, np.array([1, 3]), np.array([3, 1]), context=64
+  )
   assert np.diff(tokens.offsets).max() > tokens_lib.lengths(rows.tokens).max()
-  batch_at, _, _ = make_feed(mesh, rows, batch=2, mismatched=feed.Mismatched(
-      tokens, np.zeros(2, np.float32)))
+  batch_at, _, _ = make_feed(
+    mesh,
+    rows,
+    batch=2,
+    mismatched=feed.Mismatched(tokens, np.zeros(2, np.float32)),
+  )
   assert np.asarray(batch_at(0)["kl_tokens"])[0, 0, 0, :23].tolist() == (
-      EXAMPLE[1][0] + EXAMPLE[3][1])
+    EXAMPLE[1][0] + EXAMPLE[3][1]
+  )
 
 
-@pytest.mark.parametrize("batch,accumulation,words", [
+@pytest.mark.parametrize(
+  "batch,accumulation,words",
+  [
     (8, 3, "batch_size=8 does not divide into c.train.accumulation=3"),
-    (0, 1, "c.train.batch_size=0"), (8, 0, "c.train.accumulation=0"),
-    (8, 4, "a micro-batch of 2 rows .* does not divide over fsdp=4")])
+    (0, 1, "c.train.batch_size=0"),
+    (8, 0, "c.train.accumulation=0"),
+    (8, 4, "a micro-batch of 2 rows .* does not divide over fsdp=4"),
+  ],
+)
 def test_batches_that_cannot_be_cut(batch, accumulation, words):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   with pytest.raises(ConfigError, match=words):
@@ -263,16 +318,27 @@ def test_batches_that_cannot_be_cut(batch, accumulation, words):
 
 def test_the_cost_counts_what_was_seen():
   rows = rows_of()
-  m = decoder.ModelConfig(layers=1, width=4, heads=1, kv_heads=1, head_size=4,
-                          ff=4, vocab=8, context=64)
+  m = decoder.ModelConfig(
+    layers=1,
+    width=4,
+    heads=1,
+    kv_heads=1,
+    head_size=4,
+    ff=4,
+    vocab=8,
+    context=64,
+  )
   kl = feed.make_mismatched(rows, updates=5, batch=3, seed=5, context=64)
-  seen = collections.Counter(np.concatenate(
-      [batches.rows_at(s, 7, 3, 5) for s in range(5)]).tolist())
+  seen = collections.Counter(
+    np.concatenate([batches.rows_at(s, 7, 3, 5) for s in range(5)]).tolist()
+  )
   size = [len(p + r) for p, r in EXAMPLE]
-  total, tokens = feed.training_cost(m, rows, updates=5, batch=3, seed=5,
-                                     mismatched=kl)
+  total, tokens = feed.training_cost(
+    m, rows, updates=5, batch=3, seed=5, mismatched=kl
+  )
   other = np.diff(kl.offsets)
   assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
-  assert total == (sum(3 * k * decoder.operations(m, size[i])
-                       for i, k in seen.items())
-                   + sum(decoder.operations(m, int(x)) for x in other))
+  assert total == (
+    sum(3 * k * decoder.operations(m, size[i]) for i, k in seen.items())
+    + sum(decoder.operations(m, int(x)) for x in other)
+  )

@@ -9,10 +9,10 @@ orbax's tensorstore speaks to the network by itself, and has a local copy here.
 import json
 import os
 
-import pytest
-
 import bucket
 import jobs
+import pytest
+
 from jaxalign import artifacts
 from jaxalign.data import sources
 from jaxalign.job import Job
@@ -48,8 +48,10 @@ def test_a_job_on_a_bucket_ends_as_one_on_a_disk(store):
   assert before == {p: p.stat().st_mtime_ns for p in before}
   # Harm is noticed and mended there, in a stage of files and in one of
   # checkpoints.
-  for stage, name in (("embed", "shared/embed/store/logp/00000.npy"),
-                      ("sft", "shared/sft/metrics.jsonl")):
+  for stage, name in (
+    ("embed", "shared/embed/store/logp/00000.npy"),
+    ("sft", "shared/sft/metrics.jsonl"),
+  ):
     data = bytearray((store / "work" / name).read_bytes())
     data[-3] ^= 1
     (store / "work" / name).write_bytes(data)
@@ -68,6 +70,7 @@ def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
     saves.append(args[0])
     if "/runs/" in str(self.remote):
       raise jobs.Stop
+
   monkeypatch.setattr(bucket.Mirrored, "save", save)
   assert jobs.run("gs://b/work").code is None
   monkeypatch.setattr(bucket.Mirrored, "save", real)
@@ -83,39 +86,66 @@ def test_data_and_checkpoint_on_a_bucket(store, monkeypatch):
   """The same files on a disk give the same rows, log-probs and policy."""
   given = jobs.finished() / "runs" / ARM / "export"
   jobs.shutil.copytree(given, store / "model")
-  rows = [dict(prompt=f"tell me of {i} ", chosen=f"it is {i} and good",
-               rejected=f"no {i} at all") for i in range(120)]
+  rows = [
+    dict(
+      prompt=f"tell me of {i} ",
+      chosen=f"it is {i} and good",
+      rejected=f"no {i} at all",
+    )
+    for i in range(120)
+  ]
   local = store.parent.parent / "rows"
   for folder in (store / "rows", local):
     folder.mkdir(parents=True)
     for part in range(2):
-      (folder / f"{part}.jsonl").write_text("".join(
-          json.dumps(r) + "\n" for r in rows[part::2]))
+      (folder / f"{part}.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows[part::2])
+      )
   knobs = ("select.budget=0.5", "compare=()", "profile.steps=(1,3)")
-  ended = jobs.run("gs://b/work", "data.source=gs://b/rows/*.jsonl",
-                   "model.checkpoint=gs://b/model", *knobs)
+  ended = jobs.run(
+    "gs://b/work",
+    "data.source=gs://b/rows/*.jsonl",
+    "model.checkpoint=gs://b/model",
+    *knobs,
+  )
   assert ended.code == 0, ended
   monkeypatch.undo()
   at = store.parent.parent / "work"
-  ended = jobs.run(at, f"data.source={local}/*.jsonl",
-                   f"model.checkpoint={given}", *knobs)
+  ended = jobs.run(
+    at, f"data.source={local}/*.jsonl", f"model.checkpoint={given}", *knobs
+  )
   assert ended.code == 0, ended
   other = jobs.differences(jobs.outcome(at), jobs.outcome(store / "work"))
-  named = {"config.json", "data_card.json", "report.json", "data.json", ".lock",
-           "selection.json", "selection.html"}
+  named = {
+    "config.json",
+    "data_card.json",
+    "report.json",
+    "data.json",
+    ".lock",
+    "selection.json",
+    "selection.html",
+  }
   # A store and its shards say which model and records they are of, pages how
   # the source was read.
-  assert {n.split("/")[-1] for n in other if "/profile/" not in n
-          and "/cards/" not in n and not (
-              "/store/" in n and n.endswith(".json"))} <= named, other
+  assert {
+    n.split("/")[-1]
+    for n in other
+    if "/profile/" not in n
+    and "/cards/" not in n
+    and not ("/store/" in n and n.endswith(".json"))
+  } <= named, other
   for work in (at, store / "work"):  # the trace is where it belongs
     assert list(work.glob("runs/*/profile/**/*.xplane.pb"))
 
 
-@pytest.mark.parametrize("source, said", [
+@pytest.mark.parametrize(
+  "source, said",
+  [
     ("gs://b/none.jsonl", "gs://b/none.jsonl is missing"),
     ("gs://b/rows", "ends in none of"),
-    ("gs://b/none-*.jsonl", "matches no file")])
+    ("gs://b/none-*.jsonl", "matches no file"),
+  ],
+)
 def test_a_source_that_is_not_in_the_bucket(store, source, said):
   ended = jobs.run("gs://b/work", f"data.source={source}")
   assert ended.code in (64, 65) and said in ended.err
@@ -132,15 +162,19 @@ def test_token_rows_of_a_bucket_are_bytes_not_maps(store):
     assert found.tolist() == wanted.tolist()
   assert job.column("pool", "id") == local.column("pool", "id")
   assert sources.source_digest("gs://b/work/shared/data/pool.parquet") == (
-      sources.source_digest(f"{local.shared}/data/pool.parquet"))
+    sources.source_digest(f"{local.shared}/data/pool.parquet")
+  )
 
 
 @pytest.mark.slow
 def test_compiled_programs_are_kept_in_a_bucket(store):
   """A process of its own: jax opens one compile cache a process."""
-  hook = (f"sys.path.insert(0, {str(jobs.ROOT / 'tests')!r})\n"
-          f"import bucket\nbucket.mount({str(store.parent)!r})\n")
-  ended = jobs.wait(jobs.start(
-      "gs://b/work", "compile_cache=gs://b/xla", hook=hook))
+  hook = (
+    f"sys.path.insert(0, {str(jobs.ROOT / 'tests')!r})\n"
+    f"import bucket\nbucket.mount({str(store.parent)!r})\n"
+  )
+  ended = jobs.wait(
+    jobs.start("gs://b/work", "compile_cache=gs://b/xla", hook=hook)
+  )
   assert ended.code == 0, ended
   assert len(list(store.glob("xla/*-cache"))) > 3

@@ -29,13 +29,16 @@ def test_auc_and_nmi_equal_scikit_learn():
   rng = np.random.default_rng(0)
   high, low = rng.integers(2, 9, 50) * 1.0, rng.integers(0, 7, 80) * 1.0
   truth = np.r_[np.ones(50), np.zeros(80)]
-  np.testing.assert_allclose(card.auc(high, low),
-                             metrics.roc_auc_score(truth, np.r_[high, low]))
+  np.testing.assert_allclose(
+    card.auc(high, low), metrics.roc_auc_score(truth, np.r_[high, low])
+  )
   a, b = rng.integers(0, 4, 300), rng.integers(0, 3, 300)
   for first, second in ((a, b), (a, a), (a, a // 2), (0 * a, 0 * b)):
     np.testing.assert_allclose(
-        card.normalised_mutual_information(first, second),
-        metrics.normalized_mutual_info_score(first, second), atol=1e-12)
+      card.normalised_mutual_information(first, second),
+      metrics.normalized_mutual_info_score(first, second),
+      atol=1e-12,
+    )
 
 
 def test_jaccard():
@@ -71,8 +74,9 @@ def test_stability(mesh):
   found = card.stability(mesh, x, lowest, [0, 1, 2], starts=2)
   assert found["jaccard_min"] > 0.9 and found["seeds"] == [0, 1, 2]
   rng = np.random.default_rng(0)
-  found = card.stability(mesh, x, lambda m: rng.choice(600, 60), [0, 1],
-                         starts=1)
+  found = card.stability(
+    mesh, x, lambda m: rng.choice(600, 60), [0, 1], starts=1
+  )
   assert found["jaccard_mean"] < 0.3
   with pytest.raises(ConfigError, match="two or more seeds"):
     card.stability(mesh, x, lowest, [0])
@@ -81,19 +85,35 @@ def test_stability(mesh):
 def test_selection_card_is_json(mesh):
   x, label = two_clusters(n=80)
   length = np.arange(80, dtype=np.int32)[:, None]
-  pool = Pool(np.array([f"{i:03d}" for i in range(80)]), {
-      "length": length, "label": label == 1, "topic": np.arange(80) % 8})
+  pool = Pool(
+    np.array([f"{i:03d}" for i in range(80)]),
+    {"length": length, "label": label == 1, "topic": np.arange(80) % 8},
+  )
   rows = np.arange(0, 32, 8)  # topic 0, undesirable, short
   score = np.where(np.isin(np.arange(80), rows), 2.0, -1.0)
   score[79] = -np.inf
   fitted = mixture.fit(mesh, x, starts=2)
-  got = json.loads(json.dumps(card.selection_card(
-      pool, Selection(rows, score), fitted, {"held_out": {"auc": 0.5}},
-      sampler="isa"), allow_nan=False))
+  got = json.loads(
+    json.dumps(
+      card.selection_card(
+        pool,
+        Selection(rows, score),
+        fitted,
+        {"held_out": {"auc": 0.5}},
+        sampler="isa",
+      ),
+      allow_nan=False,
+    )
+  )
   assert got["sampler"] == "isa" and got["share"] == 0.05
   assert (got["selected"], got["pool"]) == (4, 80)
-  assert got["topic"] == {"topics": 8, "covered": 1, "largest_share": 1.0,
-                          "largest_share_in_pool": 0.125, "moved": 0.875}
+  assert got["topic"] == {
+    "topics": 8,
+    "covered": 1,
+    "largest_share": 1.0,
+    "largest_share_in_pool": 0.125,
+    "moved": 0.875,
+  }
   assert got["label_share"] == {"chosen": 0.0, "pool": 0.5}
   assert got["length"]["chosen"][2] == 12.0
   rest = np.setdiff1d(np.arange(80), rows)
@@ -105,8 +125,10 @@ def test_selection_card_is_json(mesh):
 
 
 def test_card_of_everything_and_of_nothing():
-  pool = Pool(np.array(["a", "b"]), {"length": np.ones((2, 2)),
-                                     "label": np.array([True, False])})
+  pool = Pool(
+    np.array(["a", "b"]),
+    {"length": np.ones((2, 2)), "label": np.array([True, False])},
+  )
   for rows in (np.arange(2), np.empty(0, np.int64)):
     got = card.selection_card(pool, Selection(rows, np.zeros(2)))
     json.dumps(got, allow_nan=False)

@@ -7,13 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import errors
-from jaxalign import sharding
-from jaxalign.select import card
-from jaxalign.select import neighbours
+from jaxalign import errors, sharding
+from jaxalign.select import card, neighbours
 from jaxalign.select.card import geometry, shifts, spectra
 from jaxalign.select.card import rows as rows_lib
-from jaxalign.select.pool import Pool, Selection, make_pool
+from jaxalign.select.pool import make_pool, Pool, Selection
 from jaxalign.select.topk import id_hash
 
 
@@ -24,7 +22,7 @@ def brute(x, queries, targets):
     best = (np.inf, -1)
     for t in sorted(targets):
       if t != q:
-        d = float(((x[q] - x[t])**2).sum())
+        d = float(((x[q] - x[t]) ** 2).sum())
         if d < best[0] * (1 - 1e-15):
           best = (d, t)
     rows.append(best[1])
@@ -47,8 +45,11 @@ def test_nearest_is_exact(monkeypatch, block, kind):
   monkeypatch.setattr(neighbours, "TILE", 16)
   read = lambda rows: x[rows]
   targets = rng.permutation(150)[:60]
-  for queries in (np.setdiff1d(np.arange(150), targets), targets,
-                  np.arange(150)):
+  for queries in (
+    np.setdiff1d(np.arange(150), targets),
+    targets,
+    np.arange(150),
+  ):
     got = neighbours.nearest(read, queries, targets)
     rows, squares = brute(x, queries, targets)
     np.testing.assert_array_equal(got.row, rows)
@@ -87,8 +88,10 @@ def unit(embedding):
 
 def test_unit_rows():
   rng = np.random.default_rng(1)
-  pool = Pool(np.arange(40).astype(str), {
-      "embedding": rng.normal(size=(40, 2, 5)).astype(np.float32) + 3})
+  pool = Pool(
+    np.arange(40).astype(str),
+    {"embedding": rng.normal(size=(40, 2, 5)).astype(np.float32) + 3},
+  )
   read = neighbours.unit_rows(pool)
   some = np.array([5, 3, 39])
   np.testing.assert_allclose(read(some), unit(pool.embedding)[some], atol=1e-6)
@@ -108,10 +111,9 @@ def test_a_shift_of_a_mean_beside_every_subset():
   np.testing.assert_allclose(got["high"], 1.959963984540054 * np.std(means))
   assert got["low"] == -got["high"]
   np.testing.assert_allclose(got["shift"], values[kept].mean() - 8.0)
-  np.testing.assert_allclose(
-      got["effect"], got["shift"] / values.std(ddof=1))
+  np.testing.assert_allclose(got["effect"], got["shift"] / values.std(ddof=1))
   sigma = got["shift"] / np.std(means)
-  tail = np.exp(-sigma**2 / 2) / (sigma * np.sqrt(2 * np.pi))  # its bounds
+  tail = np.exp(-(sigma**2) / 2) / (sigma * np.sqrt(2 * np.pi))  # its bounds
   assert 2 * tail * (1 - 1 / sigma**2) < got["p"] < 2 * tail
 
 
@@ -138,11 +140,11 @@ def test_shares_beside_every_subset():
   subsets = list(itertools.combinations(range(10), 4))
   p = []
   for row in got["rows"]:
-    counts = np.array([(label[list(s)] == row["value"]).sum()
-                       for s in subsets])
+    counts = np.array([(label[list(s)] == row["value"]).sum() for s in subsets])
     seen = (label[kept] == row["value"]).sum()
-    p.append(min(1.0, 2 * min((counts <= seen).mean(),
-                              (counts >= seen).mean())))
+    p.append(
+      min(1.0, 2 * min((counts <= seen).mean(), (counts >= seen).mean()))
+    )
     assert row["kept"] == seen / 4
     assert row["pool"] == (label == row["value"]).mean()
     counts = np.sort(counts)  # the least value that so many are not above
@@ -155,16 +157,17 @@ def test_shares_beside_every_subset():
     high = max(high, min(1.0, p[i] * (4 - place)))
     np.testing.assert_allclose(got["rows"][i]["p"], high)
   pool = {k: (label == k).mean() for k in "abcd"}
-  moved = lambda s: sum(abs((label[list(s)] == k).mean() - pool[k])
-                        for k in "abcd") / 2
+  moved = lambda s: (
+    sum(abs((label[list(s)] == k).mean() - pool[k]) for k in "abcd") / 2
+  )
   np.testing.assert_allclose(got["moved"], moved(kept))
   every = [moved(s) for s in subsets]
   np.testing.assert_allclose(got["moved_chance"], np.mean(every), atol=0.01)
   np.testing.assert_allclose(
-      got["moved_p"], np.mean(np.array(every) >= moved(kept) - 1e-9),
-      atol=0.04)
+    got["moved_p"], np.mean(np.array(every) >= moved(kept) - 1e-9), atol=0.04
+  )
   h = got["rows"][0]["effect"]
-  np.testing.assert_allclose(np.sin(h / 2 + np.arcsin(np.sqrt(0.4)))**2, 0.75)
+  np.testing.assert_allclose(np.sin(h / 2 + np.arcsin(np.sqrt(0.4))) ** 2, 0.75)
 
 
 def test_the_least_p_of_what_moved():
@@ -191,7 +194,7 @@ def with_spectrum(rng, n, values):
 
 def test_spectra_of_rows_made_with_them():
   rng = np.random.default_rng(0)
-  values = np.arange(1, 41.0)**-1.5
+  values = np.arange(1, 41.0) ** -1.5
   for n in (41, 90):
     x = with_spectrum(rng, n, values)
     got = spectra.eigenvalues(x)
@@ -200,8 +203,9 @@ def test_spectra_of_rows_made_with_them():
     p = values / values.sum()
     rank = np.prod(p**-p)
     np.testing.assert_allclose(spectra.effective_rank(got), rank)
-    np.testing.assert_allclose(spectra.participation(x @ x.T),
-                               1 / (p**2).sum(), rtol=1e-9)
+    np.testing.assert_allclose(
+      spectra.participation(x @ x.T), 1 / (p**2).sum(), rtol=1e-9
+    )
   even = spectra.eigenvalues(with_spectrum(rng, 50, np.ones(7)))
   np.testing.assert_allclose(spectra.effective_rank(even), 7.0)
   short = spectra.eigenvalues(rng.normal(size=(5, 30)))  # fewer rows than E
@@ -212,18 +216,19 @@ def test_spectra_of_rows_made_with_them():
 @pytest.mark.parametrize("paired", [False, True])
 def test_the_gap_of_groups(paired):
   rng = np.random.default_rng(0)
-  n, narrow = 200, 3.0**-np.arange(12)
+  n, narrow = 200, 3.0 ** -np.arange(12)
   a = rng.normal(size=(n, 12))
   x = np.stack([a, rng.normal(size=(n, 12)) * np.sqrt(narrow) + 4.0], axis=1)
   group, draw = np.tile([0, 1], n), rng.permutation(2 * n).astype(np.uint64)
   got = spectra.compare(x.reshape(-1, 12), group, draw, ["a", "b"], paired)
-  ratio = [spectra.effective_rank(spectra.eigenvalues(x[:, k]))
-           for k in range(2)]
+  ratio = [
+    spectra.effective_rank(spectra.eigenvalues(x[:, k])) for k in range(2)
+  ]
   assert [g["name"] for g in got["groups"]] == ["a", "b"]
   for one, rank in zip(got["groups"], ratio):
     np.testing.assert_allclose(one["effective_rank"], rank)
-  values = [np.linalg.svd(x[:, k] - x[:, k].mean(0))[1]**2 for k in range(2)]
-  rank = [v.sum()**2 / (v**2).sum() for v in values]
+  values = [np.linalg.svd(x[:, k] - x[:, k].mean(0))[1] ** 2 for k in range(2)]
+  rank = [v.sum() ** 2 / (v**2).sum() for v in values]
   np.testing.assert_allclose(got["gap"], rank[0] / rank[1], rtol=1e-4)
   assert got["gap"] > 3 * got["gap_high"] and got["p"] == 1 / 40
   x[:, 1] = rng.normal(size=(n, 12)) + 4.0  # another mean, one spectrum
@@ -235,8 +240,9 @@ def test_the_gap_of_groups(paired):
 def test_kept_rows_in_one_direction_have_less_rank():
   rng = np.random.default_rng(0)
   pool = rng.normal(size=(800, 10))
-  got = spectra.kept_rank(pool[np.argsort(-pool[:, 0])[:80]] * [
-      9, 1, 1, 1, 1, 1, 1, 1, 1, 1], pool)
+  got = spectra.kept_rank(
+    pool[np.argsort(-pool[:, 0])[:80]] * [9, 1, 1, 1, 1, 1, 1, 1, 1, 1], pool
+  )
   assert got["kept"] < got["low"] < got["chance"] < got["high"]
   fair = spectra.kept_rank(rng.normal(size=(80, 10)), pool)
   assert fair["low"] * 0.95 < fair["kept"] < fair["high"] * 1.05
@@ -249,9 +255,10 @@ def test_the_plane_of_the_map():
     x = rng.normal(size=(n, width)) * (1 + np.arange(width))
     got = spectra.map_plane(x, np.arange(n, dtype=np.uint64))
     _, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    np.testing.assert_allclose(np.abs((got["directions"] * v[:2].T).sum(0)),
-                               1.0)
-    np.testing.assert_allclose(got["explained"], s[:2]**2 / (s**2).sum())
+    np.testing.assert_allclose(
+      np.abs((got["directions"] * v[:2].T).sum(0)), 1.0
+    )
+    np.testing.assert_allclose(got["explained"], s[:2] ** 2 / (s**2).sum())
     peak = np.abs(got["directions"]).argmax(axis=0)
     assert (got["directions"][peak, [0, 1]] > 0).all()
 
@@ -262,10 +269,15 @@ def test_the_plane_of_the_map():
 def make(n=160, seed=0, sides=2):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(n, sides, 8)).astype(np.float32)
-  x[n // 2:n // 2 + 20] = x[:20] + 0.01  # near-duplicates
-  return make_pool([f"r{i:04d}" for i in rng.permutation(n)], {
-      "embedding": x, "length": rng.integers(3, 200, (n, sides)),
-      "source": rng.choice(["web", "chat"], n)})
+  x[n // 2 : n // 2 + 20] = x[:20] + 0.01  # near-duplicates
+  return make_pool(
+    [f"r{i:04d}" for i in rng.permutation(n)],
+    {
+      "embedding": x,
+      "length": rng.integers(3, 200, (n, sides)),
+      "source": rng.choice(["web", "chat"], n),
+    },
+  )
 
 
 def test_a_card_beside_float64():
@@ -281,16 +293,25 @@ def test_a_card_beside_float64():
   np.testing.assert_array_equal(table["near"], pool.ids[inside.argmax(1)])
   np.testing.assert_allclose(table["cosine"], inside.max(1), atol=1e-6)
   np.testing.assert_array_equal(
-      table["near_code"], np.where(mask, 2, 0) + 1 + (inside.max(1) >= 0.95))
+    table["near_code"], np.where(mask, 2, 0) + 1 + (inside.max(1) >= 0.95)
+  )
   near = got["geometry"]["neighbours"]
   assert near["asked"] == near["of"] == 120
-  np.testing.assert_allclose(near["quantiles"], np.quantile(
-      inside.max(1)[~mask], (0.05, 0.25, 0.5, 0.75, 0.95)), atol=1e-6)
+  np.testing.assert_allclose(
+    near["quantiles"],
+    np.quantile(inside.max(1)[~mask], (0.05, 0.25, 0.5, 0.75, 0.95)),
+    atol=1e-6,
+  )
   assert near["near_copy"]["value"] == (inside.max(1)[~mask] >= 0.95).mean()
   drawn = np.argsort(id_hash(pool.ids, "card"), kind="stable")
-  np.testing.assert_allclose(near["random"], np.quantile(
+  np.testing.assert_allclose(
+    near["random"],
+    np.quantile(
       cosine[np.ix_(drawn[40:], drawn[:40])].max(1),
-      (0.05, 0.25, 0.5, 0.75, 0.95)), atol=1e-6)
+      (0.05, 0.25, 0.5, 0.75, 0.95),
+    ),
+    atol=1e-6,
+  )
   copies = got["geometry"]["near_duplicates"]
   assert copies["kept"]["value"] == (inside.max(1)[mask] >= 0.95).mean()
   assert copies["pool"]["value"] == (cosine.max(1) >= 0.95).mean() >= 0.25
@@ -302,24 +323,30 @@ def test_a_card_beside_float64():
   said = card.reasons(got, table)
   i = int(order[40])
   assert said[i].startswith(
-      "Left out at rank 41: its score, "
-      f"{rows_lib.shown(rows_lib.figure(score[i]))}, is below")
+    "Left out at rank 41: its score, "
+    f"{rows_lib.shown(rows_lib.figure(score[i]))}, is below"
+  )
   assert str(table["near"][i]) in said[i]
   assert all(("Kept at" in s) == k for s, k in zip(said, mask))
-  assert sum("nearly repeats" in s for s in said) == (
-      inside.max(1) >= 0.95).sum()
+  assert (
+    sum("nearly repeats" in s for s in said) == (inside.max(1) >= 0.95).sum()
+  )
   length = pool.length.mean(1)
   low, high = np.quantile(length, [0.05, 0.95])
   for s, value in zip(said, length):
     assert ("5 % longest" in s) == (value > high)
     assert ("5 % shortest" in s) == (value < low)
   names = [s["name"] for s in got["shifts"]]
-  assert names == ["response length", "chosen minus rejected length",
-                   "source", "topic"] and got["topics_are"] == "clusters"
+  assert (
+    names
+    == ["response length", "chosen minus rejected length", "source", "topic"]
+    and got["topics_are"] == "clusters"
+  )
   np.testing.assert_allclose(got["shifts"][0]["kept"], length[kept].mean())
   gap = np.float64(pool.length[:, 0] - pool.length[:, 1])
-  np.testing.assert_allclose(got["shifts"][1]["shift"],
-                             gap[kept].mean() - gap.mean())
+  np.testing.assert_allclose(
+    got["shifts"][1]["shift"], gap[kept].mean() - gap.mean()
+  )
   assert len(got["examples"]) == 20 and got["examples"][0]["rank"] == 1
 
 
@@ -328,8 +355,9 @@ def test_the_card_of_rows_in_another_order_is_the_same():
   score = np.round(np.random.default_rng(1).normal(size=160), 1)  # ties
   kept = np.argsort(-score, kind="stable")[:40]
   turn = np.random.default_rng(2).permutation(160)
-  again = make_pool(pool.ids[turn], {
-      k: v[turn] for k, v in pool.columns.items()})
+  again = make_pool(
+    pool.ids[turn], {k: v[turn] for k, v in pool.columns.items()}
+  )
   one = card.examine(pool, Selection(kept, score))
   two = card.examine(again, Selection(kept, score))
   assert json.dumps(one[0]) == json.dumps(two[0])
@@ -354,11 +382,20 @@ def test_the_reasons():
   why = rows_lib.why(Selection(np.array([4, 0, 1]), score), 7)
   np.testing.assert_array_equal(why, [0, 0, 2, 2, 0, 5, 2])
   np.testing.assert_array_equal(
-      rows_lib.ranks(pool, Selection(np.array([2, 0]), score))[
-          [2, 0, 4, 1, 3, 6, 5]], np.arange(1, 8))
-  for value, words in ((1e-5, "1e-5"), (1.2345678e-7, "1.23457e-7"), (3.0, "3"),
-                       (-0.25, "-0.25"), (1234567, "1234570"), (0.0, "0"),
-                       (-1.34087125, "-1.34087")):
+    rows_lib.ranks(pool, Selection(np.array([2, 0]), score))[
+      [2, 0, 4, 1, 3, 6, 5]
+    ],
+    np.arange(1, 8),
+  )
+  for value, words in (
+    (1e-5, "1e-5"),
+    (1.2345678e-7, "1.23457e-7"),
+    (3.0, "3"),
+    (-0.25, "-0.25"),
+    (1234567, "1234570"),
+    (0.0, "0"),
+    (-1.34087125, "-1.34087"),
+  ):
     assert rows_lib.shown(rows_lib.figure(value)) == words
   assert rows_lib.shown(rows_lib.figure(np.nan)) == "none"
 
@@ -368,8 +405,11 @@ def test_a_large_pool_is_sampled():
   score = np.arange(160.0)
   kept = np.arange(159, 39, -1)
   got, table = card.examine(pool, Selection(kept, score), limit=60)
-  assert got["shown"] == {"kept": 45, "left": 15} == {
-      "kept": int(table["kept"].sum()), "left": int((~table["kept"]).sum())}
+  assert (
+    got["shown"]
+    == {"kept": 45, "left": 15}
+    == {"kept": int(table["kept"].sum()), "left": int((~table["kept"]).sum())}
+  )
   again = card.examine(pool, Selection(kept, score), limit=60)[1]
   np.testing.assert_array_equal(table["id"], again["id"])
   assert got["geometry"]["neighbours"]["asked"] == 15
@@ -393,8 +433,10 @@ def test_an_embedding_without_directions_is_said(harm):
   if harm == "nan":
     x = pool.embedding.copy()
     x[3, 0, 0] = np.nan
-  got, table = card.examine(Pool(pool.ids, pool.columns | {"embedding": x}),
-                            Selection(np.arange(9), np.zeros(160)))
+  got, table = card.examine(
+    Pool(pool.ids, pool.columns | {"embedding": x}),
+    Selection(np.arange(9), np.zeros(160)),
+  )
   assert "no direction" in got["geometry"]["why"]
   assert not any(table["near"]) and "x" not in table
   json.dumps(got, allow_nan=False)
@@ -405,10 +447,14 @@ def test_clusters_are_named_by_their_words():
   kind = np.arange(400) % 2
   x = rng.normal(size=(400, 1, 6)) * 0.1
   x[:, 0, 0] += 3 * kind
-  texts = [f"the {'violin' if k else 'volcano'} is number {i}"
-           for i, k in enumerate(kind)]
-  pool = Pool(np.array([f"{i:03d}" for i in range(400)]),
-              {"embedding": x.astype(np.float32)})
+  texts = [
+    f"the {'violin' if k else 'volcano'} is number {i}"
+    for i, k in enumerate(kind)
+  ]
+  pool = Pool(
+    np.array([f"{i:03d}" for i in range(400)]),
+    {"embedding": x.astype(np.float32)},
+  )
   names = geometry.clusters(pool, np.arange(400, dtype=np.uint64), texts)
   for k, word in enumerate(("volcano", "violin")):
     assert {word in n for n in names[kind == k]} == {True}
@@ -428,8 +474,10 @@ def test_overlaps_and_alternatives():
   np.testing.assert_allclose(shared, np.round(shared))
   assert 0 < wide["low"] < 36 / 84 < wide["high"] < 1
   rng = np.random.default_rng(0)
-  drawn = [card.jaccard(rng.choice(100, 10, False), rng.choice(100, 10, False))
-           for _ in range(4000)]
+  drawn = [
+    card.jaccard(rng.choice(100, 10, False), rng.choice(100, 10, False))
+    for _ in range(4000)
+  ]
   assert np.mean(np.array(drawn) < got["low"]) <= 0.025 + 0.01
   assert np.mean(np.array(drawn) > got["high"]) <= 0.025 + 0.01
   pool = make()
@@ -441,6 +489,8 @@ def test_overlaps_and_alternatives():
   assert card.about("random").startswith("Uniformly drawn rows")
   assert card.about("mine:own") == ""
   assert card.about("gate(column=reward) | random() * mine:own").startswith(
-      "Uniformly drawn rows")
+    "Uniformly drawn rows"
+  )
   assert "length" not in card.alternatives(
-      pool, 20, "dedup(threshold=0.9) | length(direction=low) * random")
+    pool, 20, "dedup(threshold=0.9) | length(direction=low) * random"
+  )

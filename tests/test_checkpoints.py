@@ -1,4 +1,4 @@
-"""Saves in the background: what is sealed is what was there when it was asked."""
+"""Saves in the background: what is sealed is what was there at the call."""
 
 import errno
 import threading
@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import artifacts
-from jaxalign import checkpoints
-from jaxalign import sharding
+from jaxalign import artifacts, checkpoints, sharding
 from jaxalign.errors import WriteError
 
 SIZES = dict(w=(64, 32), b=(32,))
@@ -18,8 +16,10 @@ SIZES = dict(w=(64, 32), b=(32,))
 
 def state(mesh, value):
   rng = np.random.default_rng(value)
-  return {n: sharding.put(mesh, np.float32(rng.normal(size=s)))
-          for n, s in SIZES.items()}
+  return {
+    n: sharding.put(mesh, np.float32(rng.normal(size=s)))
+    for n, s in SIZES.items()
+  }
 
 
 def same(found, wanted):
@@ -28,11 +28,13 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_is_donated_at_once_was_saved_as_it_was(mesh, tmp_path,
-                                                     background):
+def test_what_is_donated_at_once_was_saved_as_it_was(
+  mesh, tmp_path, background
+):
   wanted = {k: jax.device_get(state(mesh, k)) for k in (1, 2, 3)}
-  spoil = jax.jit(lambda x: jax.tree.map(lambda v: v * 0 - 7.0, x),
-                  donate_argnums=0)
+  spoil = jax.jit(
+    lambda x: jax.tree.map(lambda v: v * 0 - 7.0, x), donate_argnums=0
+  )
   with checkpoints.Checkpoints(tmp_path, 2, background) as found:
     for k in wanted:
       params = state(mesh, k)
@@ -46,7 +48,9 @@ def test_what_is_donated_at_once_was_saved_as_it_was(mesh, tmp_path,
       assert found.verified(k)
       same(found.restore(k, dict(params=state(mesh, 0)))["params"], wanted[k])
   assert sorted(p.name for p in tmp_path.glob("*.json")) == [
-      "2.digests.json", "3.digests.json"]
+    "2.digests.json",
+    "3.digests.json",
+  ]
   same(checkpoints.restore_params(tmp_path, state(mesh, 0)), wanted[3])
 
 
@@ -77,14 +81,16 @@ def test_training_goes_on_while_a_step_is_written(mesh, tmp_path, monkeypatch):
     assert found.verified(1)
 
 
-def test_what_was_never_sealed_is_not_used(mesh, tmp_path, monkeypatch,
-                                           capsys):
+def test_what_was_never_sealed_is_not_used(mesh, tmp_path, monkeypatch, capsys):
   """A process that ends between the arrays and their digests."""
   with checkpoints.Checkpoints(tmp_path, 2, True) as found:
     found.save(1, dict(params=state(mesh, 1)))
     found.finish()
-    monkeypatch.setattr(checkpoints.Checkpoints, "_seal",
-                        lambda self, step: self.manager.wait_until_finished())
+    monkeypatch.setattr(
+      checkpoints.Checkpoints,
+      "_seal",
+      lambda self, step: self.manager.wait_until_finished(),
+    )
     found.save(2, dict(params=state(mesh, 2)))
   with checkpoints.Checkpoints(tmp_path, 2, True) as found:
     assert sorted(found.manager.all_steps()) == [1, 2]
@@ -94,8 +100,9 @@ def test_what_was_never_sealed_is_not_used(mesh, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("ends_with", ["next", "leaving"])
-def test_a_full_disk_in_the_background_is_said(mesh, tmp_path, monkeypatch,
-                                               ends_with):
+def test_a_full_disk_in_the_background_is_said(
+  mesh, tmp_path, monkeypatch, ends_with
+):
   def full(folder):
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -5,13 +5,19 @@ import tracemalloc
 
 import jax
 import numpy as np
-import pytest
-
 import pools as make_pools
-from jaxalign.select import costs
-from jaxalign.select.samplers import SAMPLERS, clusters, combine
-from jaxalign.select.samplers import density, geometric, heads
+import pytest
 from test_ledger import multiplied
+
+from jaxalign.select import costs
+from jaxalign.select.samplers import (
+  clusters,
+  combine,
+  density,
+  geometric,
+  heads,
+  SAMPLERS,
+)
 
 SIZES = [costs.Pool(5000, 64, 500, 2, 48), costs.Pool(30_000, 384, 900, 1, 48)]
 
@@ -34,29 +40,33 @@ def by_the_equations(p):
   parts = math.ceil(n / 1024)
   some = min(n, max(20_000, 32 * parts))
   return {
-      # Features of the rows twice, 1,024 of them: their sums, then scores.
-      "density": 2 * (2 * n * 1024 * d),
-      "k_center": 2 * n * k * d,  # a distance of all rows to every pick
-      "herding": 2 * n * k * d,  # a product of all rows with every w
-      "real": 2 * n * d,  # one cosine a pair
-      # All similarities once; from 20,000 rows candidates of every pick,
-      # N/k ln(1/epsilon) of them.
-      "facility_location": 2 * n * n * d * (
-          1 if n <= 20_000 else math.log(1 / 0.05)),
-      # A Cholesky factor of k rows (n k^2 / 2 products, twice) and kernels.
-      "dpp": n * k**2 + 2 * n * k * d,
-      # Ten steps of k-means on a sample, all rows once, cosines inside the
-      # clusters below the diagonal.
-      "semdedup": 2 * (10 * some + n) * parts * d + 2 * n * n * d / parts / 2,
-      "deita": 2 * n * k * d,  # cosines with what is kept
+    # Features of the rows twice, 1,024 of them: their sums, then scores.
+    "density": 2 * (2 * n * 1024 * d),
+    "k_center": 2 * n * k * d,  # a distance of all rows to every pick
+    "herding": 2 * n * k * d,  # a product of all rows with every w
+    "real": 2 * n * d,  # one cosine a pair
+    # All similarities once; from 20,000 rows candidates of every pick,
+    # N/k ln(1/epsilon) of them.
+    "facility_location": 2
+    * n
+    * n
+    * d
+    * (1 if n <= 20_000 else math.log(1 / 0.05)),
+    # A Cholesky factor of k rows (n k^2 / 2 products, twice) and kernels.
+    "dpp": n * k**2 + 2 * n * k * d,
+    # Ten steps of k-means on a sample, all rows once, cosines inside the
+    # clusters below the diagonal.
+    "semdedup": 2 * (10 * some + n) * parts * d + 2 * n * n * d / parts / 2,
+    "deita": 2 * n * k * d,  # cosines with what is kept
   }
 
 
 @pytest.mark.parametrize("p", SIZES)
 def test_operations_follow_the_equations(p):
   for name, wanted in by_the_equations(p).items():
-    np.testing.assert_allclose(costs.of(name, p).operations, wanted,
-                               rtol=1e-12, err_msg=name)
+    np.testing.assert_allclose(
+      costs.of(name, p).operations, wanted, rtol=1e-12, err_msg=name
+    )
   # A score is ranked, whatever its width.
   for name in ("random", "isa", "ifd", "bees", "ask_llm", "selective_dpo"):
     assert costs.of(name, p).operations <= 100 * p.n
@@ -86,13 +96,16 @@ def test_what_is_placed_is_on_the_devices():
   assert costs.of("facility_location", p).device == 0
   assert costs.of("facility_location(exact=False)", p).device == 700 * 10 * 4
   placed = clusters.rows_lib.place(np.zeros((700, 8), np.float32))
-  assert costs.of("semdedup", p).device == 700 * 8 * 4 <= sum(
-      t.nbytes for t in placed.tiles)
+  assert (
+    costs.of("semdedup", p).device
+    == 700 * 8 * 4
+    <= sum(t.nbytes for t in placed.tiles)
+  )
   # Exact up to 20,000 rows of a block, and on the host; drawn above.
-  at = lambda n, **kwargs: costs.of("facility_location", costs.Pool(
-      n, 8, 50), **kwargs)
-  assert at(20_000).device == 0 and at(20_000).on_host == at(
-      20_000).operations
+  at = lambda n, **kwargs: costs.of(
+    "facility_location", costs.Pool(n, 8, 50), **kwargs
+  )
+  assert at(20_000).device == 0 and at(20_000).on_host == at(20_000).operations
   assert at(20_001).device == 20_001 * 40 and at(20_001).on_host == 0
   # The 512 MiB of columns are kept by the exact form alone.
   assert at(20_000).held > 2**29 and at(20_001).held < 2**23
@@ -103,12 +116,15 @@ def test_what_is_placed_is_on_the_devices():
 FACTOR = 2.5
 MEASURED = [(name, 4000, 64) for name in SAMPLERS if "crossfit" not in name]
 MEASURED += [
-    ("density(features=0)", 2000, 64), ("k_center(pair=concat)", 3000, 64),
-    ("herding(features=64)", 3000, 64), ("semdedup(clusters=8)", 4000, 64),
-    ("facility_location(exact=False)", 2000, 64),
-    ("facility_location", 2000, 256),
-    pytest.param("crossfit_lite", 1200, 64, marks=pytest.mark.slow),
-    ("dedup(threshold=0.9) | gate(column=reward, low=0.1) | isa", 4000, 64)]
+  ("density(features=0)", 2000, 64),
+  ("k_center(pair=concat)", 3000, 64),
+  ("herding(features=64)", 3000, 64),
+  ("semdedup(clusters=8)", 4000, 64),
+  ("facility_location(exact=False)", 2000, 64),
+  ("facility_location", 2000, 256),
+  pytest.param("crossfit_lite", 1200, 64, marks=pytest.mark.slow),
+  ("dedup(threshold=0.9) | gate(column=reward, low=0.1) | isa", 4000, 64),
+]
 
 
 def held(name, n, e, d=64):
@@ -116,13 +132,16 @@ def held(name, n, e, d=64):
   pool = make_pools.make(2, n, width=8)
   rng = np.random.default_rng(0)
   pool = make_pools.with_columns(
-      pool, embedding=np.float32(rng.normal(size=(n, 2, e))),
-      answer_embedding=np.float32(rng.normal(size=(n, 2, e))),
-      residual=np.float32(rng.normal(size=(n, 2, d))),
-      grams=rng.poisson(0.05, size=(n, 2, 1024)).astype(np.uint8))
+    pool,
+    embedding=np.float32(rng.normal(size=(n, 2, e))),
+    answer_embedding=np.float32(rng.normal(size=(n, 2, e))),
+    residual=np.float32(rng.normal(size=(n, 2, d))),
+    grams=rng.poisson(0.05, size=(n, 2, 1024)).astype(np.uint8),
+  )
   sampler = combine.named(name)
-  pool = pool._replace(columns={k: v for k, v in pool.columns.items()
-                                if k in sampler.needs})
+  pool = pool._replace(
+    columns={k: v for k, v in pool.columns.items() if k in sampler.needs}
+  )
   sampler(0, pool, n // 20)  # compiles
   tracemalloc.start()
   try:
@@ -145,8 +164,9 @@ def test_crossfit_holds_about_what_is_said():
   assert 1 / FACTOR < took / said < FACTOR, (took, said)
 
 
-@pytest.mark.parametrize("name", ["k_center", "herding", "dpp", "deita",
-                                  "facility_location"])
+@pytest.mark.parametrize(
+  "name", ["k_center", "herding", "dpp", "deita", "facility_location"]
+)
 def test_blocks_are_counted(name):
   p = costs.Pool(16_000, 64, 1600, 2, 64)
   whole, cut = costs.of(name, p), costs.of(f"{name}(blocks=8)", p)
@@ -155,7 +175,8 @@ def test_blocks_are_counted(name):
   found = 2 * 8 * 64 * 11 * 16_000
   parts = dict(dpp=16_000 * 1600**2 / 64 + 2 * 16_000 * 1600 * 64 / 8)
   assert cut.operations == pytest.approx(
-      found + parts.get(name, whole.operations / 8))
+    found + parts.get(name, whole.operations / 8)
+  )
   assert cut.device >= 16_000 * 64 * 4
   if name in ("dpp", "facility_location"):
     assert cut.held < whole.held
@@ -172,7 +193,8 @@ def test_keywords_change_what_is_said():
   assert of("k_center", pair="concat") == 2 * of("k_center")
   assert of("herding(features=96)") == 3 * of("herding")
   assert of("facility_location(exact=False,epsilon=0.2)") == pytest.approx(
-      math.log(5) * of("facility_location"))
+    math.log(5) * of("facility_location")
+  )
   assert of("semdedup(clusters=1)") > 4 * of("semdedup")
   assert of("dedup(clusters=1) | isa") > 4 * of("dedup | isa")
 
@@ -183,32 +205,52 @@ def newtons(monkeypatch):
 
   def counted_fit(x, *args, **kwargs):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(heads.np.linalg, "solve", lambda a, b: (
-          found.append(2 * len(x) * len(a)**2), solve(a, b))[1])
+      patch.setattr(
+        heads.np.linalg,
+        "solve",
+        lambda a, b: (found.append(2 * len(x) * len(a) ** 2), solve(a, b))[1],
+      )
       return fit(x, *args, **kwargs)
+
   monkeypatch.setattr(heads, "fit", counted_fit)
   return found
 
 
-@pytest.mark.parametrize("name,n", [
+@pytest.mark.parametrize(
+  "name,n",
+  [
     ("crossfit_lite", 900),
-    pytest.param("crossfit", 600, marks=pytest.mark.slow)])
+    pytest.param("crossfit", 600, marks=pytest.mark.slow),
+  ],
+)
 def test_heads_multiply_about_what_is_said(name, n, monkeypatch):
   pool = make_pools.make(2, n, width=32)
   rng = np.random.default_rng(0)
-  pool = make_pools.with_columns(pool, grams=rng.poisson(
-      0.3, size=(n, 2, 1024)).astype(np.uint8), group=pool.ids)
+  pool = make_pools.with_columns(
+    pool,
+    grams=rng.poisson(0.3, size=(n, 2, 1024)).astype(np.uint8),
+    group=pool.ids,
+  )
   fits, turned = newtons(monkeypatch), []
   principal = heads.principal
-  monkeypatch.setattr(heads, "principal", lambda x, columns=heads.COLUMNS: (
-      turned.append((*x.shape, columns)), principal(x, columns))[1])
+  monkeypatch.setattr(
+    heads,
+    "principal",
+    lambda x, columns=heads.COLUMNS: (
+      turned.append((*x.shape, columns)),
+      principal(x, columns),
+    )[1],
+  )
   SAMPLERS[name](0, pool, 30)
   got = costs.of(name, costs.Pool(n, 32, 30, 2, 32))
   # Where rows are as many as columns, the upper triangle in its panels: of
   # 512 columns two, 3/4 of the square; of 32 one.
   square = {512: 0.75 * 512, 32: 32}
-  rotations = sum(2 * a * w * (a if a < w else square[w])
-                  + 2 * a * w * c for a, w, c in turned if w > c)
+  rotations = sum(
+    2 * a * w * (a if a < w else square[w]) + 2 * a * w * c
+    for a, w, c in turned
+    if w > c
+  )
   said = sum(sum(costs._rotated(a, w, c)) for a, w, c in turned if w > c)
   assert said == rotations > 0
   assert got.operations - rotations == pytest.approx(sum(fits), rel=1.0)
@@ -224,16 +266,33 @@ def test_wide_features_are_turned_on_the_devices():
   assert 0 < wide.on_host < wide.operations
 
 
-@pytest.mark.parametrize("name", ["ifd", "k_center", "crossfit", "isa",
-                                  "selective_dpo", "bees"])
+@pytest.mark.parametrize(
+  "name", ["ifd", "k_center", "crossfit", "isa", "selective_dpo", "bees"]
+)
 def test_bytes_read_are_those_of_the_columns(name):
   pool = make_pools.make(2, 64, width=8)
   grams = np.zeros((64, 2, 1024), np.uint8)
   pool = make_pools.with_columns(pool, grams=grams)
-  wanted = sum(np.asarray(pool.columns[n], np.float64 if n in (
-      "logp", "logp_alone", "logp_count", "log_likelihood", "reward", "least",
-      "proxy_logp", "proxy_ref_logp", "length") else None).nbytes
-               for n in SAMPLERS[name].needs)
+  wanted = sum(
+    np.asarray(
+      pool.columns[n],
+      np.float64
+      if n
+      in (
+        "logp",
+        "logp_alone",
+        "logp_count",
+        "log_likelihood",
+        "reward",
+        "least",
+        "proxy_logp",
+        "proxy_ref_logp",
+        "length",
+      )
+      else None,
+    ).nbytes
+    for n in SAMPLERS[name].needs
+  )
   assert costs.of(name, costs.Pool(64, 8, 9, 2, 8)).read == wanted
 
 
@@ -242,8 +301,9 @@ def test_a_chain_costs_the_sum_of_its_links():
   one = lambda name: costs.of(name, p)
   got = one("dedup(threshold=0.9) | gate(column=reward, low=0.1) | k_center")
   scores = one("random").operations
-  assert got.operations == (one("semdedup").operations + scores
-                            + one("k_center").operations)
+  assert got.operations == (
+    one("semdedup").operations + scores + one("k_center").operations
+  )
   # Rows that are left are copied, with all columns.
   assert got.held == got.read + max(one("semdedup").held, one("k_center").held)
   assert got.read == one("k_center").read + 16 * p.n  # the gate's reward

@@ -9,6 +9,7 @@ import sys
 
 import jax
 import numpy as np
+import pools as tests_pools
 import pytest
 from sklearn.linear_model import LogisticRegression
 
@@ -18,44 +19,67 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.model import decoder
-from jaxalign.select import embed
-from jaxalign.select import grams
+from jaxalign.select import embed, grams
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import SAMPLERS, alike, bradley_terry
-from jaxalign.select.samplers import crossfit, habits, heads
-import pools as tests_pools
+from jaxalign.select.samplers import (
+  alike,
+  bradley_terry,
+  crossfit,
+  habits,
+  heads,
+  SAMPLERS,
+)
 
 N = 1500
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def world(seed=3, n=N, thumbs=False, **knobs):
   """A pool of the built-in world, tokenised by words; reward [n, 2] beside."""
-  k = common.base().data.world.to_dict() | dict(
-      pool_rows=n, sft_rows=0, held_out_rows=1) | knobs
+  k = (
+    common.base().data.world.to_dict()
+    | dict(pool_rows=n, sft_rows=0, held_out_rows=1)
+    | knobs
+  )
   made = world_lib.build(k, seed)
   rows = world_lib.generate(made, seed)["pool"]
   vocab, ids, start, offsets = {}, [], [], [0]
   for row in rows:
     for side in ("chosen", "rejected"):
-      parts = [[vocab.setdefault(w, len(vocab) + 2) for w in text.split()]
-               for text in (row["prompt"], row[side])]
+      parts = [
+        [vocab.setdefault(w, len(vocab) + 2) for w in text.split()]
+        for text in (row["prompt"], row[side])
+      ]
       ids += [0, *parts[0], *parts[1], 1]
       start.append(1 + len(parts[0]))
       offsets.append(len(ids))
   tokens = tokens_lib.TokenRows(
-      np.array(ids, np.int32), np.array(offsets), np.array(start, np.int32),
-      np.zeros(len(start), np.int32))
-  reward = np.array([[world_lib.reward(made, r["prompt"], r[s])
-                      for s in ("chosen", "rejected")] for r in rows])
+    np.array(ids, np.int32),
+    np.array(offsets),
+    np.array(start, np.int32),
+    np.zeros(len(start), np.int32),
+  )
+  reward = np.array(
+    [
+      [
+        world_lib.reward(made, r["prompt"], r[s])
+        for s in ("chosen", "rejected")
+      ]
+      for r in rows
+    ]
+  )
   group = np.array([r["prompt"] for r in rows])
   names = [f"{i * 7919 % n:05d}" for i in range(n)]
   length = (np.diff(tokens.offsets) - tokens.start).astype(np.int32)
   features = grams.columns(tokens, 1 if thumbs else 2)
   if thumbs:
     names = [f"{name}/{side}" for name in names for side in "cr"]
-    columns = dict(length=length[:, None], group=np.repeat(group, 2),
-                   label=np.tile([True, False], n), **features)
+    columns = dict(
+      length=length[:, None],
+      group=np.repeat(group, 2),
+      label=np.tile([True, False], n),
+      **features,
+    )
     reward = reward.reshape(-1, 1)
   else:
     columns = dict(length=length.reshape(n, 2), group=group, **features)
@@ -65,8 +89,9 @@ def world(seed=3, n=N, thumbs=False, **knobs):
   columns["residual"] = np.float32(features["grams"] @ mix[:, ::-1])
   columns["least"] = np.float32(-features["grams"].max(axis=2))
   pool = pools.make_pool(names, columns | dict(reward=reward))
-  return pools.Pool(pool.ids, {k: v for k, v in pool.columns.items()
-                               if k != "reward"}), pool.reward
+  return pools.Pool(
+    pool.ids, {k: v for k, v in pool.columns.items() if k != "reward"}
+  ), pool.reward
 
 
 def turned(pool, which):
@@ -93,8 +118,9 @@ def wrong_share(pool, reward, rows):
 def signed_rows(seed=0, n=300, width=6):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(n, width)) * np.linspace(0.5, 2, width)
-  y = np.where(rng.random(n) < 1 / (1 + np.exp(-x @ rng.normal(size=width))),
-               1.0, -1.0)
+  y = np.where(
+    rng.random(n) < 1 / (1 + np.exp(-x @ rng.normal(size=width))), 1.0, -1.0
+  )
   return x, y
 
 
@@ -108,8 +134,7 @@ def solve(x, y, ridge, offset=0.0):
   return b
 
 
-@pytest.mark.parametrize("ridge,offset", [(0.3, 0.0), (20.0, 0.0),
-                                          (5.0, -0.7)])
+@pytest.mark.parametrize("ridge,offset", [(0.3, 0.0), (20.0, 0.0), (5.0, -0.7)])
 def test_fit_is_where_the_slope_is_zero(ridge, offset):
   x, y = signed_rows()
   got = heads.fit(x, y, ridge, offset)
@@ -122,10 +147,14 @@ def test_fit_is_where_the_slope_is_zero(ridge, offset):
 def test_fit_equals_scikit_learn_on_differences():
   x, y = signed_rows(1)
   d = x * y[:, None]  # of pairs: chosen minus rejected
-  peer = LogisticRegression(C=1 / 3.0, fit_intercept=False, tol=1e-10,
-                            max_iter=10_000)
-  peer.fit(np.concatenate([d, -d]), np.repeat([1, 0], len(d)),
-           sample_weight=np.full(2 * len(d), 0.5))
+  peer = LogisticRegression(
+    C=1 / 3.0, fit_intercept=False, tol=1e-10, max_iter=10_000
+  )
+  peer.fit(
+    np.concatenate([d, -d]),
+    np.repeat([1, 0], len(d)),
+    sample_weight=np.full(2 * len(d), 0.5),
+  )
   got = heads.fit(d, np.ones(len(d)), 3.0)
   np.testing.assert_allclose(got, peer.coef_[0], rtol=1e-4, atol=1e-6)
 
@@ -142,8 +171,10 @@ def test_out_of_fold_margins_are_of_the_other_folds_solution():
     wanted = y[fold == k] * (x[fold == k] @ b)
     np.testing.assert_allclose(margin[fold == k], wanted, atol=1e-6)
     np.testing.assert_allclose(
-        loss[fold == k], np.log1p(np.exp(-wanted - y[fold == k] * offset)),
-        atol=1e-6)
+      loss[fold == k],
+      np.log1p(np.exp(-wanted - y[fold == k] * offset)),
+      atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("as_pairs", [True, False])
@@ -170,8 +201,9 @@ def test_what_is_done_to_the_features_cannot_see_a_label():
   x, _ = bradley_terry.lessons(blocks, pool.group, None)
   which = np.arange(300) % 3 == 0
   other = turned(pool, which)
-  z, _ = bradley_terry.lessons([other.grams, other.length[..., None]],
-                               other.group, None)
+  z, _ = bradley_terry.lessons(
+    [other.grams, other.length[..., None]], other.group, None
+  )
   np.testing.assert_allclose(z, np.where(which[:, None], -x, x), atol=1e-9)
 
 
@@ -180,8 +212,9 @@ def test_folds_hold_whole_prompts_whatever_rows_come():
   fold = heads.folds(5, group, 5, "test")
   for name in set(group):
     assert len(set(fold[group == name])) == 1
-  np.testing.assert_array_equal(heads.folds(5, group[100:], 5, "test"),
-                                fold[100:])
+  np.testing.assert_array_equal(
+    heads.folds(5, group[100:], 5, "test"), fold[100:]
+  )
   assert np.bincount(fold, minlength=5).min() > 30
   assert (heads.folds(6, group, 5, "test") != fold).mean() > 0.5
 
@@ -190,8 +223,9 @@ def test_the_ridge_with_the_least_loss_is_chosen():
   x, y = signed_rows(4, n=120, width=30)
   fold = np.arange(120) % 3
   i, losses = heads.choose_ridge(x, y, fold, bradley_terry.RIDGES)
-  each = [heads.out_of_fold(x, y, fold, r)[1].mean()
-          for r in bradley_terry.RIDGES]
+  each = [
+    heads.out_of_fold(x, y, fold, r)[1].mean() for r in bradley_terry.RIDGES
+  ]
   np.testing.assert_allclose(losses, each, atol=1e-6)
   assert i == int(np.argmin(each)) and 0 < i < len(each) - 1
 
@@ -202,15 +236,17 @@ def test_wide_rows_are_rotated_and_cut_on_any_mesh(width, mesh):
   rng = np.random.default_rng(0)
   low = rng.normal(size=(150, 20)) @ rng.normal(size=(20, width))
   x = heads.scaled(low)
-  np.testing.assert_allclose((np.float64(x)**2).mean(axis=0), 1, rtol=1e-5)
+  np.testing.assert_allclose((np.float64(x) ** 2).mean(axis=0), 1, rtol=1e-5)
   got, value = heads.principal(x)
   assert got.shape == (150, 20)
-  np.testing.assert_allclose(got @ got.T, np.float64(x) @ x.T,
-                             atol=width * 1e-5)
+  np.testing.assert_allclose(
+    got @ got.T, np.float64(x) @ x.T, atol=width * 1e-5
+  )
   u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
-  np.testing.assert_allclose(value, s[:20]**2 / 150, rtol=1e-4)
-  np.testing.assert_allclose(np.abs(got[:, 0]), np.abs(u[:, 0] * s[0]),
-                             atol=1e-3 * s[0])
+  np.testing.assert_allclose(value, s[:20] ** 2 / 150, rtol=1e-4)
+  np.testing.assert_allclose(
+    np.abs(got[:, 0]), np.abs(u[:, 0] * s[0]), atol=1e-3 * s[0]
+  )
   assert heads.principal(x, 7)[0].shape == (150, 7)
 
 
@@ -226,14 +262,17 @@ def test_typical_is_the_density_of_a_gaussian():
 def test_what_few_directions_leave_over_shares_one_variance():
   """100 rows: two directions, and four that share what is left."""
   rng = np.random.default_rng(2)
-  x = heads.scaled(rng.normal(size=(100, 2)) @ rng.normal(size=(2, 6))
-                   + 0.5 * rng.normal(size=(100, 6)))
+  x = heads.scaled(
+    rng.normal(size=(100, 2)) @ rng.normal(size=(2, 6))
+    + 0.5 * rng.normal(size=(100, 6))
+  )
   value, vector = np.linalg.eigh(np.float64(x).T @ x / 100)
   along = x @ vector[:, :-3:-1]
   floor = value[:4].sum() / 4
-  rest = (np.float64(x)**2).sum(axis=1) - (along**2).sum(axis=1)
+  rest = (np.float64(x) ** 2).sum(axis=1) - (along**2).sum(axis=1)
   wanted = -0.5 * (along**2 / (value[:-3:-1] + floor)).sum(axis=1) - (
-      0.5 * rest / floor)
+    0.5 * rest / floor
+  )
   np.testing.assert_allclose(heads.typical(x), wanted, rtol=1e-5)
 
 
@@ -246,9 +285,13 @@ def test_long_rows_are_shortened():
 
 
 def test_grams_overlap_and_surprise_by_hand():
-  ids = [0, 7, 8, 9, 8, 7, 7, 1,   0, 5, 5, 1]
-  rows = tokens_lib.TokenRows(np.array(ids, np.int32), np.array([0, 8, 12]),
-                              np.array([4, 2], np.int32), np.zeros(2, int))
+  ids = [0, 7, 8, 9, 8, 7, 7, 1, 0, 5, 5, 1]
+  rows = tokens_lib.TokenRows(
+    np.array(ids, np.int32),
+    np.array([0, 8, 12]),
+    np.array([4, 2], np.int32),
+    np.zeros(2, int),
+  )
   got = grams.counts(rows, 64)
   unit = np.zeros((2, 64), int)
   for i, said in enumerate(([8, 7, 7, 1], [5, 1])):
@@ -267,28 +310,44 @@ def test_grams_overlap_and_surprise_by_hand():
 
 def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
   """Against softmax sums in float64 on the states of the same model."""
-  m = decoder.ModelConfig(vocab=40, width=16, layers=1, heads=2, kv_heads=2,
-                          head_size=8, ff=32, context=16, rope_theta=1e4,
-                          norm_eps=1e-5, tied=True)
+  m = decoder.ModelConfig(
+    vocab=40,
+    width=16,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    head_size=8,
+    ff=32,
+    context=16,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    tied=True,
+  )
   params = decoder.init(jax.random.key(0), m, mesh)
   params = {k: 3 * v for k, v in params.items()}
   rng = np.random.default_rng(0)
   sizes = np.array([9, 16, 6])
   rows = tokens_lib.TokenRows(
-      rng.integers(0, 40, sizes.sum()).astype(np.int32),
-      np.concatenate([[0], np.cumsum(sizes)]),
-      np.array([3, 1, 5], np.int32), np.zeros(3, np.int32))
-  got = embed.pass_rows(mesh, params, m, rows, ("residual", "least"), tile=2,
-                        chunk=4)
+    rng.integers(0, 40, sizes.sum()).astype(np.int32),
+    np.concatenate([[0], np.cumsum(sizes)]),
+    np.array([3, 1, 5], np.int32),
+    np.zeros(3, np.int32),
+  )
+  got = embed.pass_rows(
+    mesh, params, m, rows, ("residual", "least"), tile=2, chunk=4
+  )
   head = np.float64(sharding.fetch(params["embed"]))
   for i, size in enumerate(sizes):
-    ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]]
+    ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]]
     short = tokens_lib.TokenRows(  # what comes before each token
-        np.concatenate([ids[:t] for t in range(1, size)]),
-        np.concatenate([[0], np.cumsum(np.arange(1, size))]),
-        np.zeros(size - 1, np.int32), np.zeros(size - 1, np.int32))
-    x = np.float64(embed.pool_rows(mesh, params, m, short, pooling="last",
-                                   tile=4))
+      np.concatenate([ids[:t] for t in range(1, size)]),
+      np.concatenate([[0], np.cumsum(np.arange(1, size))]),
+      np.zeros(size - 1, np.int32),
+      np.zeros(size - 1, np.int32),
+    )
+    x = np.float64(
+      embed.pool_rows(mesh, params, m, short, pooling="last", tile=4)
+    )
     wanted, least = np.zeros(16), 0.0
     for t in range(rows.start[i], size):
       scores = x[t - 1] @ head.T
@@ -346,8 +405,9 @@ def test_shuffled_labels_are_refused(thumbs):
     if thumbs:  # as in the pool
       label = shuffled.label[drawn]
       liked = round(100 * label.mean())
-      drawn = np.concatenate([drawn[label][:liked],
-                              drawn[~label][:100 - liked]])
+      drawn = np.concatenate(
+        [drawn[label][:liked], drawn[~label][: 100 - liked]]
+      )
       assert set(got.rows) == set(drawn)
     else:
       np.testing.assert_array_equal(got.rows, drawn[:100])
@@ -359,8 +419,12 @@ def refused(responses=1, **columns):
   """A pool of made-up numbers, 1,000 rows, whose labels say nothing."""
   pool = tests_pools.make(responses, n=1000)
   rng = np.random.default_rng(0)
-  return with_columns(pool, group=pool.ids, source=rng.choice(
-      ["a", "b", "c"], 1000, p=[.6, .3, .1]), **columns)
+  return with_columns(
+    pool,
+    group=pool.ids,
+    source=rng.choice(["a", "b", "c"], 1000, p=[0.6, 0.3, 0.1]),
+    **columns,
+  )
 
 
 @pytest.mark.parametrize("name", ["crossfit", "crossfit_lite"])
@@ -379,7 +443,8 @@ def test_random_rows_of_refused_labels_keep_what_was_asked_for(name):
       assert abs(of[even.rows].sum() - 100 * of.mean()) < 1
   for found in (got, liked, even):
     assert np.delete(found.score, found.rows).max() <= (
-        found.score[found.rows].min())
+      found.score[found.rows].min()
+    )
     assert (np.diff(found.score[found.rows]) <= 0).all()
   copied = np.repeat(pool.grams[:100], 10, axis=0)  # ten of each
   many = refused(grams=copied)
@@ -406,8 +471,10 @@ def test_random_rows_of_refused_labels_are_of_the_likelier_four_fifths():
       assert set(other.rows) != set(got.rows)
     else:
       count = round(300 * pool.label.mean())
-      assert set(got.rows) == {*likely[pool.label[likely]][:count],
-                               *likely[~pool.label[likely]][:300 - count]}
+      assert set(got.rows) == {
+        *likely[pool.label[likely]][:count],
+        *likely[~pool.label[likely]][: 300 - count],
+      }
     # Without one there is nothing to leave out.
     lite = SAMPLERS["crossfit_lite"](0, pool, 1000)
     assert "These rows are random ones" in lite.notes[1]
@@ -419,8 +486,10 @@ def test_random_rows_of_refused_labels_are_of_the_likelier_four_fifths():
 def test_labels_of_one_class_are_told_as_such(liked):
   pool = refused(label=np.full(1000, liked))
   name = "desirable" if liked else "undesirable"
-  said = (f"crossfit refuses these labels: all 1,000 rows are {name}, and "
-          "heads learn what tells the two labels apart")
+  said = (
+    f"crossfit refuses these labels: all 1,000 rows are {name}, and "
+    "heads learn what tells the two labels apart"
+  )
   got = SAMPLERS["crossfit_lite"](0, pool, 100)
   assert got.notes[0] == f"crossfit {crossfit.SENTENCE}"
   assert got.notes[1] == f"warning: {said}. These rows are random ones"
@@ -428,8 +497,9 @@ def test_labels_of_one_class_are_told_as_such(liked):
   with pytest.raises(NumericError, match=said):
     SAMPLERS["crossfit_lite"](0, pool, 100, unlearnable="error")
   few = pool._replace(columns=pool.columns | dict(label=np.arange(1000) < 20))
-  assert "no head predicts them" in SAMPLERS["crossfit_lite"](
-      0, few, 100).notes[1]
+  assert (
+    "no head predicts them" in SAMPLERS["crossfit_lite"](0, few, 100).notes[1]
+  )
 
 
 def test_counts_are_read_without_a_copy_in_float64():
@@ -453,15 +523,23 @@ def test_too_few_positive_scores_are_said_and_filled():
   positive = int((small.score > 0).sum())
   assert 300 < positive < 1300
   got = SAMPLERS["crossfit_lite"](0, pool, positive + 100)
-  assert any(n.startswith("warning: the budget of") and "more than the" in n
-             for n in got.notes)
+  assert any(
+    n.startswith("warning: the budget of") and "more than the" in n
+    for n in got.notes
+  )
   assert set(got.rows[:positive]) == set(np.flatnonzero(small.score > 0))
-  np.testing.assert_array_equal(got.score[got.rows[:positive]],
-                                small.score[got.rows[:positive]])
-  score, q = np.array([2, -1, 0, -3, 0.]), np.array([.9, .8, .5, .9, .2])
+  np.testing.assert_array_equal(
+    got.score[got.rows[:positive]], small.score[got.rows[:positive]]
+  )
+  score, q = np.array([2, -1, 0, -3, 0.0]), np.array([0.9, 0.8, 0.5, 0.9, 0.2])
   # The least contradicted of what is no junk, then the rest.
   assert list(np.argsort(-crossfit.filled(score, q), kind="stable")) == [
-      0, 1, 3, 2, 4]
+    0,
+    1,
+    3,
+    2,
+    4,
+  ]
 
 
 @pytest.mark.slow
@@ -476,8 +554,9 @@ def test_thumbs_keep_their_ratio_and_wrong_labels_stay_out():
     kept = SAMPLERS["crossfit_lite"](0, noisy, 300, label_quota=quota)
     assert noisy.label[kept.rows].sum() == wanted
     assert np.delete(kept.score, kept.rows).max() <= kept.score[kept.rows].min()
-  bare = pools.Pool(pool.ids, {k: v for k, v in pool.columns.items()
-                               if k != "label"})
+  bare = pools.Pool(
+    pool.ids, {k: v for k, v in pool.columns.items() if k != "label"}
+  )
   with pytest.raises(ConfigError, match="label"):
     SAMPLERS["crossfit_lite"](0, bare, 300)
 
@@ -488,12 +567,14 @@ def test_the_order_of_the_rows_and_the_devices_change_nothing(thumbs):
   pool, _ = world(n=400, thumbs=thumbs)
   n = len(pool.ids)
   order = np.random.default_rng(1).permutation(n)
-  again = pools.make_pool(pool.ids[order],
-                          {k: v[order] for k, v in pool.columns.items()})
+  again = pools.make_pool(
+    pool.ids[order], {k: v[order] for k, v in pool.columns.items()}
+  )
   runs = []
   for fsdp, tensor, which in ((1, 1, pool), (4, 2, again)):
-    mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                              jax.devices()[:fsdp * tensor])
+    mesh = sharding.make_mesh(
+      dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+    )
     with jax.set_mesh(mesh):
       runs.append(SAMPLERS["crossfit"](2, which, 60))
   for other in runs[1:]:
@@ -517,29 +598,45 @@ def test_knobs_and_a_missing_library_are_told():
   with pytest.raises(ConfigError, match="unlearnable is 'maybe'"):
     SAMPLERS["crossfit_lite"](0, pool, 10, unlearnable="maybe")
   # Nothing but the gate imports scikit-learn.
-  code = ("import sys; sys.modules['sklearn'] = None; "
-          "import jaxalign.select.samplers")
+  code = (
+    "import sys; sys.modules['sklearn'] = None; import jaxalign.select.samplers"
+  )
   assert not subprocess.run([sys.executable, "-c", code]).returncode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config,name", [("dpo_sub.py:tiny", "crossfit"),
-                                         ("kto_sub.py:tiny", "crossfit_lite")])
+@pytest.mark.parametrize(
+  "config,name",
+  [("dpo_sub.py:tiny", "crossfit"), ("kto_sub.py:tiny", "crossfit_lite")],
+)
 def test_a_job_says_what_it_read_beside_its_verdicts(tmp_path, config, name):
   done = subprocess.run(
-      [sys.executable, "-m", "jaxalign.main", f"--config=configs/{config}",
-       f"--workdir={tmp_path}", f"--config.select.sampler={name}",
-       "--config.select.budget=0.3"],
-      capture_output=True, text=True, check=True)
+    [
+      sys.executable,
+      "-m",
+      "jaxalign.main",
+      f"--config=configs/{config}",
+      f"--workdir={tmp_path}",
+      f"--config.select.sampler={name}",
+      "--config.select.budget=0.3",
+    ],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   summary = json.loads((tmp_path / "summary.json").read_text())
-  notes = json.loads(next(tmp_path.glob(f"**/{name}-*/selection.json"))
-                     .read_text())["diagnostics"]["notes"]
+  notes = json.loads(
+    next(tmp_path.glob(f"**/{name}-*/selection.json")).read_text()
+  )["diagnostics"]["notes"]
   refused = any("refuses these labels" in note for note in notes)
   assert any(crossfit.SENTENCE in line for line in summary["verdicts"])
-  assert refused == any("refuses these labels" in line
-                        for line in summary["warnings"])
-  assert any(notes[-1].removeprefix("warning: ") in line for line in
-             summary["warnings"] + summary["verdicts"]), done.stdout
+  assert refused == any(
+    "refuses these labels" in line for line in summary["warnings"]
+  )
+  assert any(
+    notes[-1].removeprefix("warning: ") in line
+    for line in summary["warnings"] + summary["verdicts"]
+  ), done.stdout
 
 
 # What breaks it, and what is done about that.
@@ -557,12 +654,18 @@ def relabelled(pool, reward, added, seed=0):
   """Labels drawn anew from the reward and what a habit adds [N, 2]; truth."""
   seen = reward + added
   first = np.random.default_rng(seed).random(len(seen)) < 1 / (
-      1 + np.exp(-(seen[:, 0] - seen[:, 1]) / 0.5))
-  columns = {k: np.where((~first).reshape(-1, *[1] * (v.ndim - 1)), v[:, ::-1],
-                         v) if v.ndim > 1 else v
-             for k, v in pool.columns.items()}
-  return (pools.Pool(pool.ids, columns),
-          np.where(first[:, None], reward, reward[:, ::-1]))
+    1 + np.exp(-(seen[:, 0] - seen[:, 1]) / 0.5)
+  )
+  columns = {
+    k: np.where((~first).reshape(-1, *[1] * (v.ndim - 1)), v[:, ::-1], v)
+    if v.ndim > 1
+    else v
+    for k, v in pool.columns.items()
+  }
+  return (
+    pools.Pool(pool.ids, columns),
+    np.where(first[:, None], reward, reward[:, ::-1]),
+  )
 
 
 def minority(n=N, seed=0):
@@ -584,8 +687,9 @@ def test_without_leaves_nothing_that_follows_a_habit():
   np.testing.assert_allclose(got, wanted, atol=1e-12)
   np.testing.assert_allclose(h.T @ got, 0, atol=1e-10)
   turn = np.where(rng.random(200) < 0.5, -1.0, 1.0)[:, None]
-  np.testing.assert_allclose(habits.without(turn * x, turn * h), turn * got,
-                             atol=1e-12)
+  np.testing.assert_allclose(
+    habits.without(turn * x, turn * h), turn * got, atol=1e-12
+  )
 
 
 def test_unread_columns_are_fitted_and_do_not_count():
@@ -600,8 +704,10 @@ def test_unread_columns_are_fitted_and_do_not_count():
     wanted = y[fold == k] * (x[fold == k, :3] @ b[:3])
     np.testing.assert_allclose(got[fold == k], wanted, atol=1e-6)
     np.testing.assert_allclose(
-        loss[fold == k], np.log1p(np.exp(-wanted - y[fold == k] * offset)),
-        atol=1e-6)
+      loss[fold == k],
+      np.log1p(np.exp(-wanted - y[fold == k] * offset)),
+      atol=1e-6,
+    )
 
 
 def test_heads_orthogonal_to_length_do_not_follow_it():
@@ -613,12 +719,14 @@ def test_heads_orthogonal_to_length_do_not_follow_it():
   assert gap(plain.rows) > gap(np.arange(N)) + 0.8
   assert gap(cut.rows) < gap(np.arange(N)) + 0.3
   assert truth_of(short, truth, cut.rows) < (
-      truth_of(short, truth, plain.rows) / 1.5)
+    truth_of(short, truth, plain.rows) / 1.5
+  )
   said = next(n for n in plain.notes if "longer than rejected" in n)
   assert f"by {gap(plain.rows):+.2f} tokens among the kept" in said
   assert f"{gap(np.arange(N)):+.2f} in the pool" in said
-  warned = lambda got: any(n.startswith("warning: length alone predicts")
-                           for n in got.notes)
+  warned = lambda got: any(
+    n.startswith("warning: length alone predicts") for n in got.notes
+  )
   assert warned(plain) and not warned(cut)
   assert not warned(SAMPLERS["crossfit_lite"](0, pool, 150))
 
@@ -633,9 +741,14 @@ def test_orthogonal_takes_any_column_of_the_responses():
   cut = SAMPLERS["crossfit_lite"](0, odd, 150, orthogonal=("style", "length"))
   gap = lambda got: abs(np.subtract(*odd.style[got.rows].T).mean())
   assert gap(plain) > 0.6 and gap(cut) < gap(plain) / 2
-  for columns, names, said in ((odd, "opener", "names 'opener', the pool"),
-                               (with_columns(odd, topic=np.zeros(N)), "topic",
-                                "1 numbers a row, wanted one for each of 2")):
+  for columns, names, said in (
+    (odd, "opener", "names 'opener', the pool"),
+    (
+      with_columns(odd, topic=np.zeros(N)),
+      "topic",
+      "1 numbers a row, wanted one for each of 2",
+    ),
+  ):
     with pytest.raises(ConfigError, match=said):
       SAMPLERS["crossfit_lite"](0, columns, 150, orthogonal=names)
 
@@ -653,13 +766,15 @@ def test_a_minority_is_told_and_keeps_its_share_by_slices():
   even = SAMPLERS["crossfit_lite"](0, pool, 150, slices="source")
   assert (pool.source[even.rows] == "few").sum() == round(150 * share)
   assert truth_of(pool, reward, even.rows) <= truth_of(pool, reward, plain.rows)
-  assert any("heads of its own judge it" in n and "'few'" in n
-             for n in even.notes)
+  assert any(
+    "heads of its own judge it" in n and "'few'" in n for n in even.notes
+  )
   assert np.delete(even.score, even.rows).max() <= even.score[even.rows].min()
   whole, _ = world()
   same = with_columns(whole, source=pool.source)  # no taste of its own
-  assert not any("'few'" in n for n in
-                 SAMPLERS["crossfit_lite"](0, same, 150).notes)
+  assert not any(
+    "'few'" in n for n in SAMPLERS["crossfit_lite"](0, same, 150).notes
+  )
   with pytest.raises(ConfigError, match="slices names 'mood'"):
     SAMPLERS["crossfit_lite"](0, pool, 150, slices="mood")
 
@@ -679,8 +794,10 @@ def test_slices_keep_both_labels_of_thumbs():
 
 
 def sets_of(grams):
-  return [set(np.flatnonzero(row)) for row in
-          grams.reshape(len(grams), -1, grams.shape[-1]).any(axis=1)]
+  return [
+    set(np.flatnonzero(row))
+    for row in grams.reshape(len(grams), -1, grams.shape[-1]).any(axis=1)
+  ]
 
 
 def test_copies_are_the_rows_that_share_half_their_words():
@@ -692,13 +809,15 @@ def test_copies_are_the_rows_that_share_half_their_words():
   grams = np.uint8(grams)
   code = alike.copies(grams)
   sets = sets_of(grams)
-  near = np.array([[len(a & b) >= 0.5 * len(a | b) for b in sets]
-                   for a in sets])
+  near = np.array(
+    [[len(a & b) >= 0.5 * len(a | b) for b in sets] for a in sets]
+  )
   for _ in range(6):
     near = near @ near  # chains
   np.testing.assert_array_equal(code[:, None] == code[None], near)
   np.testing.assert_array_equal(  # whichever answer is chosen
-      alike.copies(grams[:, ::-1]), code)
+    alike.copies(grams[:, ::-1]), code
+  )
   assert alike.in_copies(code) == 40 / 65
   lone = np.eye(7, dtype=np.int32)[:, None]  # none meets another
   assert alike.copies(lone).tolist() == list(range(7))
@@ -707,8 +826,9 @@ def test_copies_are_the_rows_that_share_half_their_words():
   both = alike.joined(group, code)
   assert both[0] == both[20] == both[40] == both[50]
   assert len(set(both)) == 65 - 25 - 1
-  place = alike.place_in(np.array([0, 1, 0, 0]), np.array([1., 5, 3, 1]),
-                         np.array([7, 7, 7, 2]))
+  place = alike.place_in(
+    np.array([0, 1, 0, 0]), np.array([1.0, 5, 3, 1]), np.array([7, 7, 7, 2])
+  )
   np.testing.assert_array_equal(place, [2, 0, 0, 1])
 
 
@@ -729,15 +849,18 @@ def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
   plain = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=None)
   assert bad[plain.rows].mean() > 0.5
   share = alike.in_copies(alike.copies(fixed.grams[np.sort(plain.rows)]))
-  assert any(f"warning: {100 * share:.1f} % of the kept rows have a near-copy"
-             in n for n in plain.notes)
+  assert any(
+    f"warning: {100 * share:.1f} % of the kept rows have a near-copy" in n
+    for n in plain.notes
+  )
   few = SAMPLERS["crossfit_lite"](0, fixed, 150)
   again = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=2)
   np.testing.assert_array_equal(few.score, again.score)
   assert bad[few.rows].sum() <= 2
   assert not any("near-copy" in n for n in few.notes)
-  assert any(f"{bad.sum() - 2:,} rows have 2 near-copies" in n
-             for n in few.notes)
+  assert any(
+    f"{bad.sum() - 2:,} rows have 2 near-copies" in n for n in few.notes
+  )
   assert SAMPLERS["crossfit_lite"](0, fixed, N, copies=2).rows.size == N
   for wrong in (0, 1.5, True, "many"):
     with pytest.raises(ConfigError, match="copies is"):
@@ -749,7 +872,8 @@ def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
   pool, _ = world(n=400)
   grams_ = pool.grams.copy()
   sampler = lambda **kwargs: SAMPLERS[name](
-      0, with_columns(pool, grams=grams_), 40, **kwargs)
+    0, with_columns(pool, grams=grams_), 40, **kwargs
+  )
   share = lambda: alike.in_copies(alike.copies(grams_))
   grams_[:120] = np.repeat(grams_[:30], 4, axis=0)
   assert 0.25 < share() <= 0.5
@@ -759,14 +883,17 @@ def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
   assert share() > 0.5
   got = sampler()
   np.testing.assert_array_equal(got.score, sampler(copies=None).score)
-  assert f"{100 * share():.0f} % of the rows have near-copies, as texts of a " \
-      "few words do: copies come as other rows do" in got.notes
+  assert (
+    f"{100 * share():.0f} % of the rows have near-copies, as texts of a "
+    "few words do: copies come as other rows do" in got.notes
+  )
   # Of thumbs nobody counts by himself.
   liked, _ = world(n=200, thumbs=True)
   grams_ = np.asarray(liked.grams).copy()
   grams_[:100] = np.repeat(grams_[:25], 4, axis=0)
-  thumbs = lambda **kwargs: SAMPLERS[name](
-      0, with_columns(liked, grams=grams_), 40, **kwargs).score
+  thumbs = lambda **kwargs: (
+    SAMPLERS[name](0, with_columns(liked, grams=grams_), 40, **kwargs).score
+  )
   np.testing.assert_array_equal(thumbs(), thumbs(copies=None))
   assert not np.array_equal(thumbs(), thumbs(copies=2))
 
@@ -784,13 +911,16 @@ def test_a_head_never_saw_a_near_copy():
 def test_shuffled_labels_are_refused_in_slices_too():
   pool, _ = world()
   rng = np.random.default_rng(0)
-  shuffled = with_columns(turned(pool, rng.random(N) < 0.5),
-                          source=rng.choice(["a", "b", "c"], N))
-  for kwargs in (dict(slices="source"), dict(orthogonal="length"),
-                 dict(copies=1)):
+  shuffled = with_columns(
+    turned(pool, rng.random(N) < 0.5), source=rng.choice(["a", "b", "c"], N)
+  )
+  for kwargs in (
+    dict(slices="source"),
+    dict(orthogonal="length"),
+    dict(copies=1),
+  ):
     with pytest.raises(NumericError, match="refuses these labels.*shuffled"):
-      SAMPLERS["crossfit_lite"](0, shuffled, 100, unlearnable="error",
-                                **kwargs)
+      SAMPLERS["crossfit_lite"](0, shuffled, 100, unlearnable="error", **kwargs)
 
 
 def test_fewer_rows_than_columns_lose_nothing(mesh):
@@ -801,9 +931,10 @@ def test_fewer_rows_than_columns_lose_nothing(mesh):
   assert got.shape == (300, 30)
   np.testing.assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=1e-2)
   u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
-  np.testing.assert_allclose(value, s[:30]**2 / 300, rtol=1e-5)
-  np.testing.assert_allclose(np.abs(got), np.abs(u[:, :30] * s[:30]),
-                             atol=1e-3 * s[0])
+  np.testing.assert_allclose(value, s[:30] ** 2 / 300, rtol=1e-5)
+  np.testing.assert_allclose(
+    np.abs(got), np.abs(u[:, :30] * s[:30]), atol=1e-3 * s[0]
+  )
 
 
 # What is said of habits, by hand.
@@ -816,45 +947,66 @@ def test_a_slice_is_told_at_two_standard_errors_and_at_half_its_share():
   def told(right, got, **kwargs):
     agrees = np.ones(400, bool)
     agrees[right:100] = False
-    kept = np.r_[:got, 100:150 - got]
-    return habits.slice_notes(code, ["a", "b", "c"], "source", agrees, kept,
-                              **dict(own=set(), proportional=False) | kwargs)
+    kept = np.r_[:got, 100 : 150 - got]
+    return habits.slice_notes(
+      code,
+      ["a", "b", "c"],
+      "source",
+      agrees,
+      kept,
+      **dict(own=set(), proportional=False) | kwargs,
+    )
 
   # 0.40 is 2.04 standard errors below a half, 0.41 is 1.83.
   assert told(41, 13) == [] and len(told(40, 13)) == 1
   assert told(39, 13) == [
-      "warning: source 'a' (25.0 % of rows): shared heads agree with 39.0 % of "
-      "its labels, and it is 26.0 % of what is kept: it may prefer otherwise, "
-      "and the majority is followed; set config.select.kwargs.slices to "
-      "'source'"]
+    "warning: source 'a' (25.0 % of rows): shared heads agree with 39.0 % of "
+    "its labels, and it is 26.0 % of what is kept: it may prefer otherwise, "
+    "and the majority is followed; set config.select.kwargs.slices to "
+    "'source'"
+  ]
   assert told(39, 13, proportional=True)[0].endswith("majority is followed")
   # A quarter of the rows: 6 of 50 is less than half of that, 7 is not.
   assert told(90, 7) == [] and len(told(90, 6)) == 1
   assert told(90, 6, proportional=True) == []
   assert told(39, 10, own={0}) == [
-      "source 'a' (25.0 % of rows): shared heads agree with 39.0 % of its "
-      "labels, heads of its own judge it; 20.0 % of what is kept"]
+    "source 'a' (25.0 % of rows): shared heads agree with 39.0 % of its "
+    "labels, heads of its own judge it; 20.0 % of what is kept"
+  ]
   assert all("'a'" in note for note in told(39, 13, own={2}))
   many = np.arange(1000) // 50
-  assert len(habits.slice_notes(many, list("abcdefghijklmnopqrst"), "x",
-                                np.zeros(1000, bool), np.arange(50), set(),
-                                True)) == 8
+  assert (
+    len(
+      habits.slice_notes(
+        many,
+        list("abcdefghijklmnopqrst"),
+        "x",
+        np.zeros(1000, bool),
+        np.arange(50),
+        set(),
+        True,
+      )
+    )
+    == 8
+  )
 
 
 def test_length_is_warned_of_from_a_fifth_of_the_gain():
   warned = lambda lost, loss, cut=False: habits.length_note(
-      (lost, 0.6), loss, 0.7, 0.69, cut)
+    (lost, 0.6), loss, 0.7, 0.69, cut
+  )
   assert warned(0.651, 0.49) == []  # 0.039 of 0.2
   assert warned(0.649, 0.49)[0].startswith(
-      "warning: length alone predicts 60.0 % of labels, the heads 70.0 % "
-      "(0.041 of 0.200 nats below chance)")
+    "warning: length alone predicts 60.0 % of labels, the heads 70.0 % "
+    "(0.041 of 0.200 nats below chance)"
+  )
   assert warned(0.649, 0.49, cut=True) == []
   # Of heads that gain little too, but not of a chance finding.
   assert warned(0.688, 0.685) == [] and warned(0.686, 0.685)
 
 
 def test_gaps_in_length_and_equal_lengths():
-  value = np.array([[5., 2], [1, 4], [9, 1]])
+  value = np.array([[5.0, 2], [1, 4], [9, 1]])
   assert habits.gap(value, None, np.array([0, 1])) == 0.0
   assert habits.gap(value, None, np.array([0, 2])) == 5.5
   label, one = np.array([True, False, True]), value[:, :1]
@@ -869,18 +1021,19 @@ def test_gaps_in_length_and_equal_lengths():
 
 
 def test_single_responses_differ_from_their_prompt_or_from_the_lone():
-  value = np.array([[[1.]], [[3.]], [[5.]], [[7.]], [[10.]], [[4.]]])
+  value = np.array([[[1.0]], [[3.0]], [[5.0]], [[7.0]], [[10.0]], [[4.0]]])
   group = np.array(["p", "lone", "p", "alone", "q", "q"])
   got = habits.differences(value, group)
   np.testing.assert_array_equal(got[:, 0], [-2, -2, 2, 2, 3, -3])
   assert got.dtype == np.float32
-  pairs = habits.differences(np.array([[[3.], [1.]], [[2.], [9.]]]),
-                             np.array(["p", "p"]))
+  pairs = habits.differences(
+    np.array([[[3.0], [1.0]], [[2.0], [9.0]]]), np.array(["p", "p"])
+  )
   np.testing.assert_array_equal(pairs, [[2], [-7]])
 
 
 def test_rows_that_a_quota_passes_over_come_down_to_the_lowest_kept():
-  score = np.array([5., 1., 4., 0.5, 3.])
+  score = np.array([5.0, 1.0, 4.0, 0.5, 3.0])
   got = crossfit._lowered(score, np.array([1, 3, 4]))
   # 5 comes down to 0.5, and the rest of what is left out with it.
   np.testing.assert_array_equal(got, [0.5, 1, -0.5, 0.5, 3])
@@ -896,9 +1049,13 @@ def test_thumbs_and_a_lone_source_are_spoken_of_as_such():
   liked = pool.label[got.rows]
   length = pool.length[got.rows, 0]
   by = length[liked].mean() - length[~liked].mean()
-  assert any(n.startswith("liked answers are longer than disliked ones by "
-                          f"{by:+.2f} tokens among the kept, ")
-             for n in got.notes)
+  assert any(
+    n.startswith(
+      "liked answers are longer than disliked ones by "
+      f"{by:+.2f} tokens among the kept, "
+    )
+    for n in got.notes
+  )
   assert not any("source" in note for note in got.notes)
 
 
@@ -915,11 +1072,12 @@ def test_more_copies_than_are_wanted_come_after_all_others():
   for row in got.rows:
     place[row] = seen[code[row]] = seen.get(code[row], -1) + 1
   later = place[got.rows] >= 2
-  assert later.sum() >= 100 and not later[:400 - later.sum()].any()
+  assert later.sum() >= 100 and not later[: 400 - later.sum()].any()
   assert got.score[place >= 2].max() < got.score[place < 2].min()
   assert plain.rows.size == got.rows.size
-  assert any(f"{later.sum()} rows have 2 near-copies or more" in n
-             for n in got.notes)
+  assert any(
+    f"{later.sum()} rows have 2 near-copies or more" in n for n in got.notes
+  )
 
 
 # What has nothing in it.
@@ -929,7 +1087,7 @@ def test_heads_of_no_columns_rows_or_folds():
   for width in (0, 3):
     got, value = heads.principal(np.zeros((4, width), np.float32))
     assert got.shape == (4, 0) and value.shape == (0,)
-  one = heads.scaled(np.array([[1.], [-2.], [3.]]))
+  one = heads.scaled(np.array([[1.0], [-2.0], [3.0]]))
   got, value = heads.principal(one)
   np.testing.assert_allclose(np.abs(got), np.abs(one), rtol=1e-6)
   np.testing.assert_allclose(value, [1], rtol=1e-6)
@@ -943,8 +1101,9 @@ def test_heads_of_no_columns_rows_or_folds():
   _, loss, _ = heads.out_of_fold(np.zeros((20, 2)), y, np.arange(20) // 10, 1.0)
   np.testing.assert_allclose(loss, math.log(1000), rtol=1e-6)
   # Columns of zeros stay that; the others have root mean square 1.
-  np.testing.assert_array_equal(heads.scaled(np.array([[0., 3], [0, 4]]))[:, 0],
-                                [0, 0])
+  np.testing.assert_array_equal(
+    heads.scaled(np.array([[0.0, 3], [0, 4]]))[:, 0], [0, 0]
+  )
 
 
 def test_rows_without_words_are_copies_and_links_are_named_by_the_first():
@@ -958,13 +1117,14 @@ def test_rows_without_words_are_copies_and_links_are_named_by_the_first():
   # Two of four words shared is just alike enough, where two rows meet.
   half = np.zeros((60, 1, 120), np.uint8)
   for i in range(30):
-    half[2 * i, 0, 4 * i:4 * i + 3] = 1
-    half[2 * i + 1, 0, 4 * i + 1:4 * i + 4] = 1
+    half[2 * i, 0, 4 * i : 4 * i + 3] = 1
+    half[2 * i + 1, 0, 4 * i + 1 : 4 * i + 4] = 1
   assert 30 <= len(set(alike.copies(half))) < 50
   assert len(set(alike.copies(half, alike=0.51))) == 60
   name = np.array(["d", "b", "c", "a", "e"])
   np.testing.assert_array_equal(
-      alike.joined(name, np.array([0, 0, 1, 2, 2])), ["b", "b", "c", "a", "a"])
+    alike.joined(name, np.array([0, 0, 1, 2, 2])), ["b", "b", "c", "a", "a"]
+  )
 
 
 def test_copies_among_many_rows_are_found():
@@ -981,13 +1141,15 @@ def test_copies_among_many_rows_are_found():
 def test_copies_among_the_kept_are_told_above_a_fifth_and_twice_the_usual():
   grams_ = np.eye(40, 64, dtype=np.uint8)[:, None].repeat(1, axis=1)
   grams_[1:9] = grams_[0]  # rows 0 to 8 are copies
-  pool = pools.Pool(np.array([f"{i:02d}" for i in range(40)]),
-                    dict(grams=grams_))
-  kept = lambda k: np.r_[:k, 20:40 - k]  # of 20 rows
+  pool = pools.Pool(
+    np.array([f"{i:02d}" for i in range(40)]), dict(grams=grams_)
+  )
+  kept = lambda k: np.r_[:k, 20 : 40 - k]  # of 20 rows
   alone = np.arange(20, 40)
   assert alike.notes(pool, kept(4), alone) == []  # a fifth
   assert alike.notes(pool, kept(5), alone)[0].startswith(
-      "warning: 25.0 % of the kept rows have a near-copy among them, of random "
-      "rows 0.0 %")
+    "warning: 25.0 % of the kept rows have a near-copy among them, of random "
+    "rows 0.0 %"
+  )
   assert alike.notes(pool, kept(8)[::-1], kept(4)) == []  # twice
   assert alike.notes(pool, kept(9)[::-1], kept(4))

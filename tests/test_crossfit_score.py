@@ -9,12 +9,21 @@ import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import SAMPLERS, bradley_terry
+from jaxalign.select.samplers import bradley_terry, SAMPLERS
 
 N, BUDGET, SEED = 480, 60, 3
-RIDGES = (.001, .004, .015, .06, .25, 1.0, 4.0)
-SIGNS = ("length", "tokens", "pairs", "grams", "size", "embedding", "least",
-         "logp", "log_likelihood")
+RIDGES = (0.001, 0.004, 0.015, 0.06, 0.25, 1.0, 4.0)
+SIGNS = (
+  "length",
+  "tokens",
+  "pairs",
+  "grams",
+  "size",
+  "embedding",
+  "least",
+  "logp",
+  "log_likelihood",
+)
 
 
 def made(responses, seed=12, n=N, other=False):
@@ -37,33 +46,44 @@ def made(responses, seed=12, n=N, other=False):
   prompt[:40] = n + np.arange(40)  # of one row each
   group = np.array([f"prompt {i}" for i in prompt])
   noise = 0.4 * rng.normal(size=n)
-  good = (quality[:, 0] - np.median(quality) > noise if responses == 1
-          else quality[:, 0] - quality[:, 1] > noise)
+  good = (
+    quality[:, 0] - np.median(quality) > noise
+    if responses == 1
+    else quality[:, 0] - quality[:, 1] > noise
+  )
   junk = length.mean(axis=1) > 22
-  turn = np.where(length.mean(axis=1) < 6, rng.random(n) < 0.8,
-                  rng.random(n) < 0.1)
+  turn = np.where(
+    length.mean(axis=1) < 6, rng.random(n) < 0.8, rng.random(n) < 0.1
+  )
   good = np.where(junk, rng.random(n) < 0.5, good ^ turn)
   source = rng.random(2 * n)[prompt] < 0.35
   good ^= source & other
   low = rng.normal(size=(9, 300))  # 300 columns, of rank 9
   columns = dict(
-      grams=grams, length=length.astype(np.int32), group=group,
-      overlap=rng.integers(0, 6, size=(*shape, 2)).astype(np.float32),
-      residual=np.float32((grams[..., 3:12] + rng.normal(size=(*shape, 9)))
-                          @ low),
-      answer_embedding=np.float32(rng.normal(size=(*shape, 6)) + 1
-                           + grams[..., 5:6] * [1, -1, 0, 0, 2, 0]),
-      least=-rng.gamma(2.0, 1.0, size=shape),
-      logp=-rng.gamma(4.0, 9.0, size=shape),
-      logp_count=rng.integers(5, 40, size=shape),
-      log_likelihood=-90 - rng.gamma(2.0, 8.0, size=shape),
-      source=np.where(source, "b", "a"))
+    grams=grams,
+    length=length.astype(np.int32),
+    group=group,
+    overlap=rng.integers(0, 6, size=(*shape, 2)).astype(np.float32),
+    residual=np.float32(
+      (grams[..., 3:12] + rng.normal(size=(*shape, 9))) @ low
+    ),
+    answer_embedding=np.float32(
+      rng.normal(size=(*shape, 6)) + 1 + grams[..., 5:6] * [1, -1, 0, 0, 2, 0]
+    ),
+    least=-rng.gamma(2.0, 1.0, size=shape),
+    logp=-rng.gamma(4.0, 9.0, size=shape),
+    logp_count=rng.integers(5, 40, size=shape),
+    log_likelihood=-90 - rng.gamma(2.0, 8.0, size=shape),
+    source=np.where(source, "b", "a"),
+  )
   if responses == 1:
     columns["label"] = good
   else:
-    columns |= {k: np.where(good.reshape(-1, *[1] * (v.ndim - 1)), v,
-                            v[:, ::-1])
-                for k, v in columns.items() if v.ndim > 1}
+    columns |= {
+      k: np.where(good.reshape(-1, *[1] * (v.ndim - 1)), v, v[:, ::-1])
+      for k, v in columns.items()
+      if v.ndim > 1
+    }
   return pools.make_pool([f"r{i:04d}" for i in rng.permutation(n)], columns)
 
 
@@ -73,9 +93,15 @@ def made(responses, seed=12, n=N, other=False):
 def draws(names, purpose, seed=SEED):
   """blake2b of the name with a key of purpose and seed: from 0 to 1."""
   key = hashlib.blake2b(f"{purpose}:{seed}".encode(), digest_size=32).digest()
-  bits = np.array([int.from_bytes(hashlib.blake2b(
-      str(x).encode(), digest_size=8, key=key).digest(), "big") >> 11
-                   for x in names])
+  bits = np.array(
+    [
+      int.from_bytes(
+        hashlib.blake2b(str(x).encode(), digest_size=8, key=key).digest(), "big"
+      )
+      >> 11
+      for x in names
+    ]
+  )
   return (bits + 0.5) / 2.0**53
 
 
@@ -122,8 +148,10 @@ def newton(x, y, ridge, offset):
     b = b + step
     if np.abs(step).max() < 1e-13:
       break
-  assert np.abs(x.T @ (y / (1 + np.exp(y * (x @ b + offset)))) - ridge * b
-                ).max() < 1e-8
+  assert (
+    np.abs(x.T @ (y / (1 + np.exp(y * (x @ b + offset)))) - ridge * b).max()
+    < 1e-8
+  )
   return b
 
 
@@ -146,12 +174,16 @@ def margins(blocks, group, y, habit=None, few=None):
   third = fold_of(group, 3, "crossfit ridge")
   few = np.arange(len(y)) if few is None else few
   share = (y > 0).mean()
-  chance = math.log(2) if share == 1 else (
-      -share * math.log(share) - (1 - share) * math.log(1 - share))
+  chance = (
+    math.log(2)
+    if share == 1
+    else (-share * math.log(share) - (1 - share) * math.log(1 - share))
+  )
   found, gain, losses = [], [], []
   for block in blocks:
-    x = np.concatenate([lengths_kept(unit(differ(part, group)))
-                        for part in block], axis=1)
+    x = np.concatenate(
+      [lengths_kept(unit(differ(part, group))) for part in block], axis=1
+    )
     length = np.sqrt((x**2).sum(axis=1))
     x = x * np.minimum(1, 1.5 * np.median(length) / length)[:, None]
     unread = 0
@@ -159,11 +191,12 @@ def margins(blocks, group, y, habit=None, few=None):
       h = unit(differ(habit, group))
       x = x - h @ np.linalg.inv(h.T @ h) @ h.T @ x
       x, unread = np.concatenate([x, 10 * h], axis=1), h.shape[1]
-    tried = [held_out(x[few], y[few], third[few], r, unread)[1].mean()
-             for r in RIDGES]
+    tried = [
+      held_out(x[few], y[few], third[few], r, unread)[1].mean() for r in RIDGES
+    ]
     best = int(np.argmin(tried))
     assert np.diff(sorted(tried))[0] > 1e-6  # no tie that rounding decides
-    for ridge in RIDGES[best:best + 2]:
+    for ridge in RIDGES[best : best + 2]:
       margin, loss = held_out(x, y, fold, ridge, unread)
       found.append(margin / np.median(abs(margin)))
       gain.append(max(0, chance - loss.mean()))
@@ -171,7 +204,7 @@ def margins(blocks, group, y, habit=None, few=None):
   weight = np.array(gain) if any(gain) else np.ones(len(gain))
   weight = weight / weight.sum()
   mean = sum(w * m for w, m in zip(weight, found))
-  spread = np.sqrt(sum(w * (m - mean)**2 for w, m in zip(weight, found)))
+  spread = np.sqrt(sum(w * (m - mean) ** 2 for w, m in zip(weight, found)))
   loss = losses[int(np.argmin([x.mean() for x in losses]))]
   return mean, spread / (abs(mean) + 0.3), loss, chance
 
@@ -181,8 +214,7 @@ def surprise(grams):
   for part in np.split(np.float64(grams), 2, axis=-1):
     total = part.sum(axis=(0, 1))
     share = np.log((total + 1) / (total.sum() + len(total)))
-    out.append((part * share).sum(axis=-1)
-               / np.maximum(part.sum(axis=-1), 1))
+    out.append((part * share).sum(axis=-1) / np.maximum(part.sum(axis=-1), 1))
   return out
 
 
@@ -209,9 +241,14 @@ def gate(mean, spread, signs, group):
   fold, q = fold_of(group, 5, "crossfit gate"), np.empty(len(z))
   for k in range(5):
     trees = HistGradientBoostingClassifier(
-        max_iter=80, learning_rate=.08, max_leaf_nodes=8, min_samples_leaf=60,
-        l2_regularization=5, early_stopping=False,
-        monotonic_cst=[1] + [0] * (z.shape[1] - 1))
+      max_iter=80,
+      learning_rate=0.08,
+      max_leaf_nodes=8,
+      min_samples_leaf=60,
+      l2_regularization=5,
+      early_stopping=False,
+      monotonic_cst=[1] + [0] * (z.shape[1] - 1),
+    )
     trees.fit(z[fold != k], agrees[fold != k])
     q[fold == k] = trees.predict_proba(z[fold == k])[:, 1]
   return q
@@ -222,29 +259,49 @@ def expected(pool, lite, orthogonal=None, sliced=False, few=None):
   said = np.float64(pool.grams[..., :10])
   surprised = surprise(pool.grams)
   small = [pool.overlap, pool.length[..., None]]
-  signs = [pool.length, *surprised, density(said),
-           np.sqrt((said**2).sum(axis=2))]
+  signs = [
+    pool.length,
+    *surprised,
+    density(said),
+    np.sqrt((said**2).sum(axis=2)),
+  ]
   if lite:
     blocks = [[said, *small]]
   else:
     per_token = pool.logp / pool.logp_count
     small += [v[..., None] for v in (pool.least, pool.logp, per_token)]
-    signs += [density(pool.answer_embedding), pool.least, per_token,
-              pool.log_likelihood]
-    blocks = [[said, *small], [pool.residual, *small],
-              [said, pool.residual, pool.answer_embedding, *small]]
-  y = (np.where(pool.label, 1, -1) if "label" in pool.columns
-       else np.ones(len(said)))
-  habit = None if orthogonal is None else np.float64(
-      pool.columns[orthogonal])[..., None]
+    signs += [
+      density(pool.answer_embedding),
+      pool.least,
+      per_token,
+      pool.log_likelihood,
+    ]
+    blocks = [
+      [said, *small],
+      [pool.residual, *small],
+      [said, pool.residual, pool.answer_embedding, *small],
+    ]
+  y = (
+    np.where(pool.label, 1, -1)
+    if "label" in pool.columns
+    else np.ones(len(said))
+  )
+  habit = (
+    None
+    if orthogonal is None
+    else np.float64(pool.columns[orthogonal])[..., None]
+  )
   mean, spread, loss, chance = margins(blocks, pool.group, y, habit, few)
   own = set()
   if sliced:
     shared = loss.copy()
     for name in "ab":
       rows = np.flatnonzero(pool.source == name)
-      m, s, l, _ = margins([[part[rows] for part in block]
-                            for block in blocks], pool.group[rows], y[rows])
+      m, s, l, _ = margins(
+        [[part[rows] for part in block] for block in blocks],
+        pool.group[rows],
+        y[rows],
+      )
       gain = shared[rows] - l
       if gain.mean() > 0.003 + 2 * gain.std() / math.sqrt(len(rows)):
         own.add(name)
@@ -260,8 +317,12 @@ def best(score, pool, budget):
     return np.argsort(-score, kind="stable")[:budget]
   liked = math.floor(pool.label.mean() * budget + 0.5)
   rows = [np.flatnonzero(pool.label), np.flatnonzero(~pool.label)]
-  return np.concatenate([r[np.argsort(-score[r], kind="stable")[:m]]
-                         for r, m in zip(rows, (liked, budget - liked))])
+  return np.concatenate(
+    [
+      r[np.argsort(-score[r], kind="stable")[:m]]
+      for r, m in zip(rows, (liked, budget - liked))
+    ]
+  )
 
 
 def check(got, pool, wanted, budget=BUDGET):
@@ -276,8 +337,7 @@ def check(got, pool, wanted, budget=BUDGET):
   kept[rows] = True
   if "label" not in pool.columns:
     kept[:] = True  # no row is passed over: every score is as it was
-  np.testing.assert_allclose(got.score[kept], score[kept], rtol=1e-4,
-                             atol=1e-5)
+  np.testing.assert_allclose(got.score[kept], score[kept], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("responses", [1, 2])
@@ -295,8 +355,11 @@ def test_the_whole_score_is_that_of_its_equations(name, responses):
 @pytest.mark.parametrize("responses", [1, 2])
 def test_the_score_of_heads_that_may_not_use_length(responses):
   pool = made(responses)
-  check(SAMPLERS["crossfit_lite"](SEED, pool, BUDGET, orthogonal="length"),
-        pool, expected(pool, True, orthogonal="length"))
+  check(
+    SAMPLERS["crossfit_lite"](SEED, pool, BUDGET, orthogonal="length"),
+    pool,
+    expected(pool, True, orthogonal="length"),
+  )
 
 
 @pytest.mark.parametrize("responses", [1, 2])
@@ -306,14 +369,16 @@ def test_the_score_by_heads_of_slices_of_their_own(responses):
   assert own
   got = SAMPLERS["crossfit_lite"](SEED, pool, BUDGET, slices="source")
   assert sum("heads of its own" in note for note in got.notes) == len(own)
-  np.testing.assert_allclose(got.score[got.rows], score[got.rows], rtol=1e-4,
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    got.score[got.rows], score[got.rows], rtol=1e-4, atol=1e-5
+  )
   for name in "ab":  # the best of each, by its share
     rows = np.flatnonzero(pool.source == name)
     if responses == 2:
       count = round(BUDGET * len(rows) / 900)
       assert set(got.rows) & set(rows) == set(
-          rows[np.argsort(-score[rows])[:count]])
+        rows[np.argsort(-score[rows])[:count]]
+      )
 
 
 def test_the_ridge_is_chosen_on_some_of_many_rows(monkeypatch):
@@ -321,5 +386,8 @@ def test_the_ridge_is_chosen_on_some_of_many_rows(monkeypatch):
   monkeypatch.setattr(bradley_terry, "RIDGE_ROWS", 300)
   few = np.flatnonzero(draws(pool.group, "crossfit rows") < 300 / N)
   assert 200 < len(few) < 400
-  check(SAMPLERS["crossfit_lite"](SEED, pool, BUDGET), pool,
-        expected(pool, True, few=few))
+  check(
+    SAMPLERS["crossfit_lite"](SEED, pool, BUDGET),
+    pool,
+    expected(pool, True, few=few),
+  )

@@ -12,9 +12,7 @@ from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.eval import evaluate
-from jaxalign.model import decode
-from jaxalign.model import decoder
-from jaxalign.model import weights
+from jaxalign.model import decode, decoder, weights
 from jaxalign.select import embed
 
 BOS, EOS = 1, 2
@@ -23,21 +21,33 @@ BOS, EOS = 1, 2
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-@pytest.mark.parametrize("shape", [
-    (1, 1), pytest.param((4, 2), marks=pytest.mark.slow)], ids=["1x1", "4x2"])
+@pytest.mark.parametrize(
+  "shape",
+  [(1, 1), pytest.param((4, 2), marks=pytest.mark.slow)],
+  ids=["1x1", "4x2"],
+)
 def test_a_real_model_says_the_published_tokens(shape, shared):
   """256 tokens after BOS; the 257th would be a quotation mark."""
   fsdp, tensor = shape
-  mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  mesh = sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
   folder = shared / "models/stories260K"
   m = weights.read_config(folder, "float32", "none")
   tok = tokenizers.Tokenizer.load(folder)
   wanted = (folder / "greedy_257_tokens.txt").read_text()
   with jax.set_mesh(mesh):
-    said, = decode.generate(
-        mesh, weights.load_folder(folder, m, mesh), m, [np.array([tok.bos])],
-        new=256, eos=tok.eos, known=tok.vocab_size, temperature=0, tile=1)
+    (said,) = decode.generate(
+      mesh,
+      weights.load_folder(folder, m, mesh),
+      m,
+      [np.array([tok.bos])],
+      new=256,
+      eos=tok.eos,
+      known=tok.vocab_size,
+      temperature=0,
+      tile=1,
+    )
   assert len(said) == 256
   assert tok.decode(said) == wanted
   assert said.tolist() == tok.encode(wanted)
@@ -45,18 +55,30 @@ def test_a_real_model_says_the_published_tokens(shape, shared):
 
 # A model whose layers add nothing: a chain, its odds known in closed form.
 
-CHAIN = decoder.ModelConfig(layers=1, width=4, heads=2, kv_heads=2,
-                            head_size=2, ff=2, vocab=10, context=40,
-                            norm_eps=1e-5, tied=False)
+CHAIN = decoder.ModelConfig(
+  layers=1,
+  width=4,
+  heads=2,
+  kv_heads=2,
+  head_size=2,
+  ff=2,
+  vocab=10,
+  context=40,
+  norm_eps=1e-5,
+  tied=False,
+)
 KNOWN = 8  # ids 8 and 9 only round the table up, and would win
 
 
 def chain_params():
   rng = np.random.default_rng(0)
-  out = {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.5, p.shape))
-         for n, p in decoder.table(CHAIN).items()}
+  out = {
+    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.5, p.shape))
+    for n, p in decoder.table(CHAIN).items()
+  }
   out["layers/wo"], out["layers/w_down"] = (
-      0 * out[n] for n in ("layers/wo", "layers/w_down"))
+    0 * out[n] for n in ("layers/wo", "layers/w_down")
+  )
   out["head"] = out["head"] * 2
   out["head"][8:] = 50.0
   return out
@@ -72,8 +94,10 @@ def chain_odds(temperature):
 
 
 def on_mesh(mesh, m, params):
-  return {n: sharding.put(mesh, params[n], *p.axes)
-          for n, p in decoder.table(m).items()}
+  return {
+    n: sharding.put(mesh, params[n], *p.axes)
+    for n, p in decoder.table(m).items()
+  }
 
 
 @pytest.fixture
@@ -85,8 +109,13 @@ def alone():
 
 def run_chain(mesh, count, **changes):
   kwargs = dict(new=6, eos=EOS, known=KNOWN, temperature=2.0, tile=512)
-  return decode.generate(mesh, on_mesh(mesh, CHAIN, chain_params()), CHAIN,
-                         [np.array([BOS])] * count, **kwargs | changes)
+  return decode.generate(
+    mesh,
+    on_mesh(mesh, CHAIN, chain_params()),
+    CHAIN,
+    [np.array([BOS])] * count,
+    **kwargs | changes,
+  )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
@@ -101,8 +130,7 @@ def test_frequencies_are_the_softmax_s(alone, temperature):
   total, freedom = ((count[:KNOWN] - wanted) ** 2 / wanted).sum(), KNOWN - 1
   for token in np.flatnonzero(count > 400):
     if token != EOS:
-      after = np.bincount([s[1] for s in said if s[0] == token],
-                          minlength=10)
+      after = np.bincount([s[1] for s in said if s[0] == token], minlength=10)
       wanted = count[token] * odds[token]
       kept = wanted > 3
       total += ((after[:KNOWN] - wanted) ** 2 / wanted)[kept].sum()
@@ -127,17 +155,24 @@ def test_nothing_is_said_after_the_end(alone):
 
 def test_the_machine_repeats_eos_after_the_end(alone):
   """What leaves the compiled function: only EOS after an EOS."""
-  put = lambda rows: {k: sharding.put(alone, v, "pool")
-                      for k, v in rows.items()}
+  put = lambda rows: {
+    k: sharding.put(alone, v, "pool") for k, v in rows.items()
+  }
   weights = on_mesh(alone, CHAIN, chain_params())
-  asked = put(dict(tokens=np.full((512, 4), BOS, np.int32),
-                   pad=np.full(512, 3, np.int32)))
+  asked = put(
+    dict(tokens=np.full((512, 4), BOS, np.int32), pad=np.full(512, 3, np.int32))
+  )
   number = np.arange(512, dtype=np.int32)
   fn = decode._answer_fn(alone, CHAIN, 6, (EOS,), KNOWN, decode.Sampling(2.0))
-  said = np.asarray(fn(
-      weights, decode._prefill_fn(alone, CHAIN)(weights, asked, {}) | dict(
-          pad=asked["pad"]) | put(dict(index=number, owner=number)),
-      dict(key=jax.random.key(0))))
+  said = np.asarray(
+    fn(
+      weights,
+      decode._prefill_fn(alone, CHAIN)(weights, asked, {})
+      | dict(pad=asked["pad"])
+      | put(dict(index=number, owner=number)),
+      dict(key=jax.random.key(0)),
+    )
+  )
   ended = np.cumsum(said == EOS, axis=1) > 0
   assert 100 < ended[:, -1].sum() < 512
   assert (said[ended] == EOS).all()
@@ -154,37 +189,60 @@ def test_noise_belongs_to_seed_row_and_position(alone):
 
 # A model that attends.
 
-MODEL = decoder.ModelConfig(layers=2, width=16, heads=4, kv_heads=2,
-                            head_size=4, ff=24, vocab=32, context=24)
+MODEL = decoder.ModelConfig(
+  layers=2,
+  width=16,
+  heads=4,
+  kv_heads=2,
+  head_size=4,
+  ff=24,
+  vocab=32,
+  context=24,
+)
 
 
 @functools.lru_cache
 def params():
   rng = np.random.default_rng(5)
-  return {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.4, p.shape))
-          for n, p in decoder.table(MODEL).items()}
+  return {
+    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.4, p.shape))
+    for n, p in decoder.table(MODEL).items()
+  }
 
 
 @functools.lru_cache
 def prompts():
   rng = np.random.default_rng(1)
-  return [np.append(BOS, rng.integers(3, 32, n)) for n in
-          (2, 11, 5, 0, 7, 15, 3, 11, 9, 1, 14, 8, 22, 40)]
+  return [
+    np.append(BOS, rng.integers(3, 32, n))
+    for n in (2, 11, 5, 0, 7, 15, 3, 11, 9, 1, 14, 8, 22, 40)
+  ]
 
 
 @functools.lru_cache
 def say(shape, temperature):
   fsdp, tensor = shape
-  mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  mesh = sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
   with jax.set_mesh(mesh):
-    return decode.generate(mesh, on_mesh(mesh, MODEL, params()), MODEL,
-                           prompts(), new=8, eos=EOS, known=30, tile=4,
-                           temperature=temperature, seed=3)
+    return decode.generate(
+      mesh,
+      on_mesh(mesh, MODEL, params()),
+      MODEL,
+      prompts(),
+      new=8,
+      eos=EOS,
+      known=30,
+      tile=4,
+      temperature=temperature,
+      seed=3,
+    )
 
 
-@pytest.mark.parametrize("shape,temperature", [
-    ((8, 1), 0.8), ((4, 2), 0.8), ((4, 2), 0)])
+@pytest.mark.parametrize(
+  "shape,temperature", [((8, 1), 0.8), ((4, 2), 0.8), ((4, 2), 0)]
+)
 def test_the_same_tokens_on_any_mesh(shape, temperature):
   for a, b in zip(say(shape, temperature), say((1, 1), temperature)):
     np.testing.assert_array_equal(a, b)
@@ -196,19 +254,21 @@ def test_padding_on_the_left_moves_no_greedy_token(alone):
 
   @jax.jit
   def best(tokens):
-    scores = decoder.logits(decoder.forward(where, tokens, MODEL),
-                            decoder.head(where, MODEL))
+    scores = decoder.logits(
+      decoder.forward(where, tokens, MODEL), decoder.head(where, MODEL)
+    )
     return jnp.argmax(scores[..., :30], -1)
 
   said = say((1, 1), 0)
   rows = np.zeros((len(said), 24), np.int32)
   cut = [decode.fitting(p, MODEL, 8) for p in prompts()]
   for i, (p, s) in enumerate(zip(cut, said)):
-    rows[i, :len(p) + len(s)] = np.concatenate([p, s])
+    rows[i, : len(p) + len(s)] = np.concatenate([p, s])
   found = np.asarray(best(rows))
   for i, (p, s) in enumerate(zip(cut, said)):
-    np.testing.assert_array_equal(found[i, len(p) - 1:len(p) + len(s) - 1], s,
-                                  err_msg=f"row {i}")
+    np.testing.assert_array_equal(
+      found[i, len(p) - 1 : len(p) + len(s) - 1], s, err_msg=f"row {i}"
+    )
   assert len({tuple(s) for s in said}) > 8
 
 
@@ -233,16 +293,25 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   ids = np.concatenate([np.append(p[:23], EOS) for p in longs])
   sizes = [min(len(p), 23) + 1 for p in longs]
   what = evaluate.Examined(
-      [{}] * len(longs), tokens_lib.TokenRows(
-          ids.astype(np.int32), np.cumsum([0] + sizes),
-          np.array(sizes, np.int32) - 1, np.zeros(len(longs), np.int32)),
-      np.arange(len(longs)), None, None)
+    [{}] * len(longs),
+    tokens_lib.TokenRows(
+      ids.astype(np.int32),
+      np.cumsum([0] + sizes),
+      np.array(sizes, np.int32) - 1,
+      np.zeros(len(longs), np.int32),
+    ),
+    np.arange(len(longs)),
+    None,
+    None,
+  )
   where = on_mesh(alone, MODEL, params())
   said = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
-  got = evaluate.score_answers(alone, where, MODEL, what, said, new=8, tile=4,
-                               chunk=64)
+  got = evaluate.score_answers(
+    alone, where, MODEL, what, said, new=8, tile=4, chunk=64
+  )
   rows = evaluate.answer_rows(
-      [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said)
+    [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said
+  )
   wanted = embed.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
   np.testing.assert_array_equal(got, wanted)
 
@@ -251,14 +320,17 @@ def test_operations_count_each_token_once():
   said = [np.arange(3), np.arange(5)]
   asked = [np.arange(4), np.arange(2)]
   assert decode.operations(MODEL, asked, said) == (
-      decoder.operations(MODEL, 7, 3) + decoder.operations(MODEL, 7, 5))
+    decoder.operations(MODEL, 7, 3) + decoder.operations(MODEL, 7, 5)
+  )
 
 
-@pytest.mark.parametrize("top_k,top_p", [(3, 1.0), (0, 0.6), (4, 0.8),
-                                         (1, 1.0), (0, 1e-6), (12, 1.0)])
+@pytest.mark.parametrize(
+  "top_k,top_p", [(3, 1.0), (0, 0.6), (4, 0.8), (1, 1.0), (0, 1e-6), (12, 1.0)]
+)
 def test_top_k_and_top_p_keep_what_transformers_keeps(top_k, top_p):
   torch = pytest.importorskip("torch")
   from transformers.generation import logits_process
+
   scores = np.float32(np.random.default_rng(0).normal(0, 2, (7, 12)))
   scores[0, :6] = 1.5  # ties
   wanted = torch.tensor(scores)
@@ -266,8 +338,9 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(top_k, top_p):
     wanted = logits_process.TopKLogitsWarper(top_k)(None, wanted)
   if top_p < 1:
     wanted = logits_process.TopPLogitsWarper(top_p)(None, wanted)
-  mine = np.asarray(decode.kept(jnp.asarray(scores), decode.Sampling(
-      1.0, top_k, top_p)))
+  mine = np.asarray(
+    decode.kept(jnp.asarray(scores), decode.Sampling(1.0, top_k, top_p))
+  )
   # Among ties transformers sorts the other way, so only their number counts.
   for got, want, row in zip(mine > -1e29, np.isfinite(wanted.numpy()), scores):
     assert sorted(row[got]) == sorted(row[want])
@@ -292,11 +365,15 @@ def test_any_of_several_stops_ends_an_answer(alone):
   assert {int(s[-1]) for s in both} >= {EOS, 5}
 
 
-@pytest.mark.parametrize("change,words", [
+@pytest.mark.parametrize(
+  "change,words",
+  [
     (dict(temperature=-1.0), "temperature=-1.0, wanted 0 or more"),
     (dict(temperature=float("nan")), "temperature=nan"),
     (dict(top_k=11), r"top_k=11, wanted 0 \(all\) to 10"),
-    (dict(top_p=0.0), "top_p=0.0, wanted above 0")])
+    (dict(top_p=0.0), "top_p=0.0, wanted above 0"),
+  ],
+)
 def test_sampling_with_no_sense_is_refused(alone, change, words):
   with pytest.raises(ConfigError, match=words):
     run_chain(alone, 1, **change)
@@ -305,8 +382,9 @@ def test_sampling_with_no_sense_is_refused(alone, change, words):
 def test_answers_to_one_prompt_are_those_of_as_many_rows(mesh, monkeypatch):
   """And the prompt is computed once, on any mesh and in any tile."""
   rng = np.random.default_rng(1)
-  prompts = [np.array([1, *rng.integers(4, 30, n)], np.int32)
-             for n in (3, 3, 7, 2)] + [np.array([1, 9], np.int32)] * 2
+  prompts = [
+    np.array([1, *rng.integers(4, 30, n)], np.int32) for n in (3, 3, 7, 2)
+  ] + [np.array([1, 9], np.int32)] * 2
   prefill, seen = decode._prefill_fn, []
 
   def counted(*key):
@@ -315,12 +393,17 @@ def test_answers_to_one_prompt_are_those_of_as_many_rows(mesh, monkeypatch):
     def call(params, rows, shared):
       seen.append(np.asarray(rows["tokens"]))
       return fn(params, rows, shared)
+
     return call
 
   monkeypatch.setattr(decode, "_prefill_fn", counted)
   weights = on_mesh(mesh, MODEL, params())
-  run = lambda prompts, **more: [x.tolist() for x in decode.generate(
-      mesh, weights, MODEL, prompts, new=6, eos=2, known=30, seed=4, **more)]
+  run = lambda prompts, **more: [
+    x.tolist()
+    for x in decode.generate(
+      mesh, weights, MODEL, prompts, new=6, eos=2, known=30, seed=4, **more
+    )
+  ]
   apart = run([p for p in prompts for _ in range(5)], tile=3)
   assert len({tuple(x) for x in apart[:5]}) > 1  # the noise is each row's own
   for tile in (1, 3, 8):
@@ -328,5 +411,7 @@ def test_answers_to_one_prompt_are_those_of_as_many_rows(mesh, monkeypatch):
     assert run(prompts, tile=tile, answers=5) == apart
     calls = sum(len(x) for x in seen) / (tile * mesh.size)
     # Five prompts that differ, of one or two padded lengths.
-    assert calls <= 2 * -(-5 // (tile * mesh.size)) + (
-        mesh.size > 1), (calls, tile)
+    assert calls <= 2 * -(-5 // (tile * mesh.size)) + (mesh.size > 1), (
+      calls,
+      tile,
+    )

@@ -9,8 +9,7 @@ import pytest
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder
-from jaxalign.model import logprob
+from jaxalign.model import decoder, logprob
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -21,36 +20,71 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # Grouped queries of 1, 2 and 4 heads a group, tied and not, odd widths.
 SIZES = {
-    "mha-tied": decoder.ModelConfig(
-        layers=2, width=20, heads=4, kv_heads=4, head_size=6, ff=26, vocab=38,
-        context=64, rope_theta=500.0, norm_eps=1e-3),
-    "gqa2-untied": decoder.ModelConfig(
-        layers=1, width=28, heads=4, kv_heads=2, head_size=10, ff=18, vocab=46,
-        context=64, tied=False, remat="dots"),
-    "mqa4-odd": decoder.ModelConfig(
-        layers=2, width=20, heads=4, kv_heads=1, head_size=4, ff=33, vocab=37,
-        context=64, remat="full"),
+  "mha-tied": decoder.ModelConfig(
+    layers=2,
+    width=20,
+    heads=4,
+    kv_heads=4,
+    head_size=6,
+    ff=26,
+    vocab=38,
+    context=64,
+    rope_theta=500.0,
+    norm_eps=1e-3,
+  ),
+  "gqa2-untied": decoder.ModelConfig(
+    layers=1,
+    width=28,
+    heads=4,
+    kv_heads=2,
+    head_size=10,
+    ff=18,
+    vocab=46,
+    context=64,
+    tied=False,
+    remat="dots",
+  ),
+  "mqa4-odd": decoder.ModelConfig(
+    layers=2,
+    width=20,
+    heads=4,
+    kv_heads=1,
+    head_size=4,
+    ff=33,
+    vocab=37,
+    context=64,
+    remat="full",
+  ),
 }
 
 
 def random_params(m, seed=0):
   """float32 parameters, large enough for attention not to be uniform."""
   rng = np.random.default_rng(seed)
-  return {n: np.float32(rng.normal(1.0, 0.2, p.shape) if p.scale == 0 else
-                        rng.normal(0.0, 0.3, p.shape))
-          for n, p in decoder.table(m).items()}
+  return {
+    n: np.float32(
+      rng.normal(1.0, 0.2, p.shape)
+      if p.scale == 0
+      else rng.normal(0.0, 0.3, p.shape)
+    )
+    for n, p in decoder.table(m).items()
+  }
 
 
 def torch_names(m, params):
   """What transformers calls each weight, and its [out, in] matrix."""
   d = m.width
-  out = {"model.embed_tokens.weight": params["embed"],
-         "model.norm.weight": params["norm"]}
+  out = {
+    "model.embed_tokens.weight": params["embed"],
+    "model.norm.weight": params["norm"],
+  }
   if not m.tied:
     out["lm_head.weight"] = params["head"]
   for i in range(m.layers):
     w = {n.split("/")[1]: x[i] for n, x in params.items() if "/" in n}
-    out |= {f"model.layers.{i}.{n}.weight": x for n, x in {
+    out |= {
+      f"model.layers.{i}.{n}.weight": x
+      for n, x in {
         "input_layernorm": w["attention_norm"],
         # Query head h = g * Q + q reads key head g.
         "self_attn.q_proj": np.moveaxis(w["wq"], 0, -1).reshape(-1, d),
@@ -58,8 +92,11 @@ def torch_names(m, params):
         "self_attn.v_proj": np.moveaxis(w["wv"], 0, -1).reshape(-1, d),
         "self_attn.o_proj": np.moveaxis(w["wo"], -1, 0).reshape(d, -1),
         "post_attention_layernorm": w["ff_norm"],
-        "mlp.gate_proj": w["w_gate"].T, "mlp.up_proj": w["w_up"].T,
-        "mlp.down_proj": w["w_down"].T}.items()}
+        "mlp.gate_proj": w["w_gate"].T,
+        "mlp.up_proj": w["w_up"].T,
+        "mlp.down_proj": w["w_down"].T,
+      }.items()
+    }
   return out
 
 
@@ -68,22 +105,32 @@ def peer(name):
   """Logits, response log-prob and its gradients, by transformers."""
   m = SIZES[name]
   config = transformers.LlamaConfig(
-      hidden_size=m.width, intermediate_size=m.ff, vocab_size=m.vocab,
-      num_hidden_layers=m.layers, num_attention_heads=m.heads,
-      num_key_value_heads=m.kv_heads, head_dim=m.head_size,
-      rms_norm_eps=m.norm_eps, rope_theta=m.rope_theta,
-      max_position_embeddings=m.context, tie_word_embeddings=m.tied,
-      attn_implementation="eager")
+    hidden_size=m.width,
+    intermediate_size=m.ff,
+    vocab_size=m.vocab,
+    num_hidden_layers=m.layers,
+    num_attention_heads=m.heads,
+    num_key_value_heads=m.kv_heads,
+    head_dim=m.head_size,
+    rms_norm_eps=m.norm_eps,
+    rope_theta=m.rope_theta,
+    max_position_embeddings=m.context,
+    tie_word_embeddings=m.tied,
+    attn_implementation="eager",
+  )
   assert config.rope_parameters["rope_theta"] == m.rope_theta
   model = transformers.LlamaForCausalLM(config)
-  state = {n: torch.tensor(np.ascontiguousarray(w))
-           for n, w in torch_names(m, random_params(m)).items()}
+  state = {
+    n: torch.tensor(np.ascontiguousarray(w))
+    for n, w in torch_names(m, random_params(m)).items()
+  }
   missing, surplus = model.load_state_dict(state, strict=False)
   assert not surplus and set(missing) <= {"lm_head.weight"}
   tokens, mask = batch_of(m)
   logits = model(torch.tensor(tokens, dtype=torch.long)).logits
   logps = torch.log_softmax(logits[:, :-1].double(), -1).gather(
-      -1, torch.tensor(tokens[:, 1:, None], dtype=torch.long))[..., 0]
+    -1, torch.tensor(tokens[:, 1:, None], dtype=torch.long)
+  )[..., 0]
   (logps * torch.tensor(mask[:, 1:])).sum().backward()
   grads = {n: p.grad.numpy() for n, p in model.named_parameters()}
   return logits.detach().numpy(), grads
@@ -98,17 +145,21 @@ def batch_of(m):
 @functools.lru_cache
 def grad_fn(m):
   """(params, tokens, mask) -> (sum of response log-probs, logits), gradient."""
+
   def total(params, tokens, mask):
     x = decoder.forward(params, tokens, m)
     head = decoder.head(params, m)
     logps = logprob.token_logps(x, head, tokens, chunk=7)
     return jnp.sum(logps * mask), decoder.logits(x, head)
+
   return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
 def put_params(mesh, m, params):
-  return {n: sharding.put(mesh, params[n], *p.axes)
-          for n, p in decoder.table(m).items()}
+  return {
+    n: sharding.put(mesh, params[n], *p.axes)
+    for n, p in decoder.table(m).items()
+  }
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -118,16 +169,19 @@ def test_transformers_agrees_on_logits_and_gradients(name, mesh):
     pytest.skip("one key head does not divide over tensor=2")
   tokens, mask = batch_of(m)
   (_, logits), grads = grad_fn(m)(
-      put_params(mesh, m, random_params(m)),
-      sharding.put(mesh, tokens, "batch"), sharding.put(mesh, mask, "batch"))
+    put_params(mesh, m, random_params(m)),
+    sharding.put(mesh, tokens, "batch"),
+    sharding.put(mesh, mask, "batch"),
+  )
   wanted, wanted_grads = peer(name)
   np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
   grads = torch_names(m, {n: np.asarray(g) for n, g in grads.items()})
   assert set(grads) == set(wanted_grads)
   for n, g in grads.items():
     scale = np.abs(wanted_grads[n]).max()
-    np.testing.assert_allclose(g, wanted_grads[n], rtol=0,
-                               atol=1e-3 * min(scale, 1.0), err_msg=n)
+    np.testing.assert_allclose(
+      g, wanted_grads[n], rtol=0, atol=1e-3 * min(scale, 1.0), err_msg=n
+    )
 
 
 def test_recomputation_changes_no_gradient():
@@ -141,8 +195,9 @@ def test_recomputation_changes_no_gradient():
       (again, _), grads = grad_fn(m._replace(remat=remat))(params, tokens, mask)
       np.testing.assert_allclose(value, again, rtol=1e-6)
       for n in plain:
-        np.testing.assert_allclose(grads[n], plain[n], rtol=1e-5, atol=1e-5,
-                                   err_msg=f"{remat} {n}")
+        np.testing.assert_allclose(
+          grads[n], plain[n], rtol=1e-5, atol=1e-5, err_msg=f"{remat} {n}"
+        )
 
 
 def test_remat_really_recomputes():
@@ -151,11 +206,17 @@ def test_remat_really_recomputes():
 
   def kept(remat):
     m = SIZES["mha-tied"]._replace(layers=4, remat=remat)
+
     def pullback(params, tokens):
-      return jax.vjp(lambda p: jnp.sum(decoder.forward(p, tokens, m)), params
-                     )[1]
-    shapes = jax.eval_shape(pullback, decoder.abstract(m, mesh),
-                            jax.ShapeDtypeStruct((4, 24), jnp.int32))
+      return jax.vjp(lambda p: jnp.sum(decoder.forward(p, tokens, m)), params)[
+        1
+      ]
+
+    shapes = jax.eval_shape(
+      pullback,
+      decoder.abstract(m, mesh),
+      jax.ShapeDtypeStruct((4, 24), jnp.int32),
+    )
     return sum(x.size for x in jax.tree.leaves(shapes))
 
   with jax.set_mesh(mesh):
@@ -165,19 +226,26 @@ def test_remat_really_recomputes():
 
 def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
   m = SIZES["gqa2-untied"]
-  table = {n: p for n, p in decoder.table(m).items()  # each draw compiles 1 s
-           if n in ("embed", "layers/wk", "layers/wo", "norm")}
+  table = {
+    n: p
+    for n, p in decoder.table(m).items()  # each draw compiles 1 s
+    if n in ("embed", "layers/wk", "layers/wo", "norm")
+  }
   monkeypatch.setattr(decoder, "table", lambda m: table)
   drawn = []
   for fsdp, tensor in ((1, 1), (4, 2)):
-    mesh = sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                              jax.devices()[:fsdp * tensor])
+    mesh = sharding.make_mesh(
+      dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+    )
     with jax.set_mesh(mesh):
       params = decoder.init(jax.random.key(4), m, mesh)
     assert set(params) == set(table)
     for n, s in decoder.abstract(m, mesh).items():
       assert (s.shape, s.dtype, s.sharding) == (
-          params[n].shape, params[n].dtype, params[n].sharding)
+        params[n].shape,
+        params[n].dtype,
+        params[n].sharding,
+      )
       assert s.sharding == sharding.named(mesh, *table[n].axes), n
     drawn.append({n: np.asarray(x) for n, x in params.items()})
   for n, p in table.items():
@@ -190,11 +258,14 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
       assert abs(x.std() / p.scale - 1) < 4 / np.sqrt(2 * x.size), n
       assert abs(x.mean()) < 4 * p.scale / np.sqrt(x.size), n
   assert len({x.flat[0] for x in drawn[0].values() if x.flat[0] != 1}) == (
-      sum(p.scale != 0 for p in table.values()))  # each has its own key
+    sum(p.scale != 0 for p in table.values())
+  )  # each has its own key
   assert decoder.parameter_count(m) == sum(x.size for x in drawn[0].values())
 
 
-@pytest.mark.parametrize("change,words", [
+@pytest.mark.parametrize(
+  "change,words",
+  [
     (dict(kv_heads=3), "model.heads=4 is no multiple of model.kv_heads=3"),
     (dict(kv_heads=0), "model.kv_heads=0, wanted 1 or more"),
     (dict(layers=-1), "model.layers=-1, wanted 1 or more"),
@@ -203,8 +274,12 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
     (dict(remat="some"), "model.remat='some' is unknown; known: none"),
     (dict(vocab=47), "embed: its axis 'vocab' of 47 does not divide into 2"),
     (dict(width=30), "model.width=30 is no multiple of model.heads=4"),
-    (dict(width=30, heads=2),
-     "its axis 'width' of 30 does not divide into 4 parts")])
+    (
+      dict(width=30, heads=2),
+      "its axis 'width' of 30 does not divide into 4 parts",
+    ),
+  ],
+)
 def test_sizes_that_cannot_work_are_refused(change, words):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   with pytest.raises(ConfigError, match=words):
@@ -213,18 +288,38 @@ def test_sizes_that_cannot_work_are_refused(change, words):
 
 def test_operations_agree_with_the_compiler():
   """Counted multiply-adds within 3 % of XLA's (norms and softmax are not)."""
-  m = decoder.ModelConfig(layers=1, width=128, heads=4, kv_heads=2,
-                          head_size=32, ff=384, vocab=1024, context=64)
+  m = decoder.ModelConfig(
+    layers=1,
+    width=128,
+    heads=4,
+    kv_heads=2,
+    head_size=32,
+    ff=384,
+    vocab=1024,
+    context=64,
+  )
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
+
     def fn(params, tokens):
-      return decoder.logits(decoder.forward(params, tokens, m),
-                            decoder.head(params, m))
-    cost = jax.jit(fn).lower(
-        decoder.abstract(m, mesh), jax.ShapeDtypeStruct(
-            (1, 64), jnp.int32, sharding=sharding.named(mesh, "batch"))
-    ).compile().cost_analysis()
+      return decoder.logits(
+        decoder.forward(params, tokens, m), decoder.head(params, m)
+      )
+
+    cost = (
+      jax.jit(fn)
+      .lower(
+        decoder.abstract(m, mesh),
+        jax.ShapeDtypeStruct(
+          (1, 64), jnp.int32, sharding=sharding.named(mesh, "batch")
+        ),
+      )
+      .compile()
+      .cost_analysis()
+    )
   assert decoder.operations(m, 64) == pytest.approx(cost["flops"], rel=0.03)
   # The head on fewer positions costs exactly that much less.
-  assert (decoder.operations(m, 64) - decoder.operations(m, 64, 10)
-          == 54 * 2 * 128 * 1024)
+  assert (
+    decoder.operations(m, 64) - decoder.operations(m, 64, 10)
+    == 54 * 2 * 128 * 1024
+  )

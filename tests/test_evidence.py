@@ -3,15 +3,13 @@
 import json
 import types
 
+import jobs
 import numpy as np
 import pytest
 
-import jobs
 from configs import common
-from jaxalign import evidence
+from jaxalign import evidence, recipe, study
 from jaxalign import job as job_lib
-from jaxalign import recipe
-from jaxalign import study
 from jaxalign.data import tables
 from jaxalign.job import Arm
 from jaxalign.report.pages import study as page
@@ -30,22 +28,32 @@ def world(rates, seeds=SEEDS, prompts=PROMPTS, spread=0.0):
       arms.append(arm)
       cell = 0.7 * hard + 0.3 * rng.random(prompts)
       won[arm.name] = (cell < rate + spread * rng.normal()) * 1.0
-  told = evidence.Told("win_vs_target", "win rate", [
-      f"p{i}" for i in range(prompts)], won)
+  told = evidence.Told(
+    "win_vs_target", "win rate", [f"p{i}" for i in range(prompts)], won
+  )
   return told, arms
 
 
-RATES = {("isa", 0.1, 0): 0.62, ("random", 0.1, 0): 0.45,
-         ("length_matched", 0.1, 0): 0.45, ("random", 1.0, 0): 0.75,
-         ("random", 1.0, 0.1): 0.62}
+RATES = {
+  ("isa", 0.1, 0): 0.62,
+  ("random", 0.1, 0): 0.45,
+  ("length_matched", 0.1, 0): 0.45,
+  ("random", 1.0, 0): 0.75,
+  ("random", 1.0, 0.1): 0.62,
+}
 
 
 def test_the_arms_are_samplers_by_budgets_by_seeds():
   from configs import compare, plateau, prove
+
   arms = study.arms_of(prove.get_config())
   assert [a.name for a in arms[:5]] == [
-      "isa-0.1-seed0", "random-0.1-seed0", "length_matched-0.1-seed0",
-      "all-1-seed0", "all-1-as-0.1-seed0"]
+    "isa-0.1-seed0",
+    "random-0.1-seed0",
+    "length_matched-0.1-seed0",
+    "all-1-seed0",
+    "all-1-as-0.1-seed0",
+  ]
   assert len(arms) == 25 and {a.seed for a in arms} == set(range(5))
   arms = study.arms_of(plateau.get_config())
   assert len(arms) == 24 and all(a.sampler == "random" for a in arms)
@@ -53,18 +61,28 @@ def test_the_arms_are_samplers_by_budgets_by_seeds():
   assert len(arms) == 5 * (2 * 6 + 1)  # everything has one budget
   c = compare.get_config()
   c.seed, c.seeds, c.budgets = 7, 1, (32.0,)
-  assert [a.name for a in study.arms_of(c)][:2] == ["isa-32-seed7",
-                                                    "random-32-seed7"]
+  assert [a.name for a in study.arms_of(c)][:2] == [
+    "isa-32-seed7",
+    "random-32-seed7",
+  ]
 
 
 def test_every_subset_arm_has_as_many_updates():
   from configs import prove
+
   c = prove.get_config()
-  updates = {a.label: job_lib.updates_of(
-      c, a, 8000 if a.is_all else 800, 8000) for a in study.arms_of(c)}
+  updates = {
+    a.label: job_lib.updates_of(c, a, 8000 if a.is_all else 800, 8000)
+    for a in study.arms_of(c)
+  }
   # 800 rows x 3 epochs / 32; everything: one epoch, 8000 / 32.
-  assert updates == {"isa-0.1": 75, "random-0.1": 75, "length_matched-0.1": 75,
-                     "all-1": 250, "all-1-as-0.1": 75}
+  assert updates == {
+    "isa-0.1": 75,
+    "random-0.1": 75,
+    "length_matched-0.1": 75,
+    "all-1": 250,
+    "all-1-as-0.1": 75,
+  }
   small = Arm("isa", 0.02, 0)
   assert job_lib.updates_of(c, small, 160, 8000) == 50  # not 15
 
@@ -73,17 +91,25 @@ def test_what_is_compared_with_what():
   _, arms = world(RATES)
   found = evidence.compared(evidence.grouped(arms), "isa")
   assert [x[:2] for x in found] == [
-      ("isa-0.1", "random-0.1"), ("length_matched-0.1", "random-0.1"),
-      ("isa-0.1", "length_matched-0.1"), ("isa-0.1", "all-1"),
-      ("isa-0.1", "all-1-as-0.1")]
-  two = evidence.grouped([Arm(s, b, 0) for b in (0.1, 0.2)
-                          for s in ("isa", "random")])
+    ("isa-0.1", "random-0.1"),
+    ("length_matched-0.1", "random-0.1"),
+    ("isa-0.1", "length_matched-0.1"),
+    ("isa-0.1", "all-1"),
+    ("isa-0.1", "all-1-as-0.1"),
+  ]
+  two = evidence.grouped(
+    [Arm(s, b, 0) for b in (0.1, 0.2) for s in ("isa", "random")]
+  )
   assert [x[:2] for x in evidence.compared(two, "isa")] == [
-      ("isa-0.1", "random-0.1"), ("isa-0.2", "random-0.2")]
+    ("isa-0.1", "random-0.1"),
+    ("isa-0.2", "random-0.2"),
+  ]
   # A curve of random: each part against everything, no pair turned around.
   curve = evidence.grouped([Arm("random", b, 0) for b in (0.1, 0.2, 1.0)])
   assert [x[:2] for x in evidence.compared(curve, "random")] == [
-      ("random-0.1", "all-1"), ("random-0.2", "all-1")]
+    ("random-0.1", "all-1"),
+    ("random-0.2", "all-1"),
+  ]
 
 
 def test_verdicts_say_better_worse_equal_or_cannot_tell():
@@ -101,12 +127,13 @@ def test_verdicts_say_better_worse_equal_or_cannot_tell():
   assert "better than random-0.1 by" in said["isa-0.1", "random-0.1"]["words"]
   assert len(begun) == 5 and all(x["b"] == "SFT model" for x in begun)
   assert all(x["verdict"] == "better" for x in begun)
-  same = world({("isa", 0.1, 0): 0.5, ("random", 0.1, 0): 0.5}, seeds=12,
-               prompts=3000)
-  one, = evidence.verdicts(same[0], evidence.grouped(same[1]), "isa", "")[0]
+  same = world(
+    {("isa", 0.1, 0): 0.5, ("random", 0.1, 0): 0.5}, seeds=12, prompts=3000
+  )
+  (one,) = evidence.verdicts(same[0], evidence.grouped(same[1]), "isa", "")[0]
   assert one["verdict"] == "equal" and "within 2 points" in one["words"]
   noisy = world({("isa", 0.1, 0): 0.5, ("random", 0.1, 0): 0.5}, spread=0.1)
-  one, = evidence.verdicts(noisy[0], evidence.grouped(noisy[1]), "isa", "")[0]
+  (one,) = evidence.verdicts(noisy[0], evidence.grouped(noisy[1]), "isa", "")[0]
   assert one["verdict"] == "cannot tell" and one["needed"]["seeds"] > SEEDS
   few = world(RATES, seeds=4)
   found, _ = evidence.verdicts(few[0], evidence.grouped(few[1]), "isa", "")
@@ -114,25 +141,35 @@ def test_verdicts_say_better_worse_equal_or_cannot_tell():
 
 
 def test_ranks_that_are_not_told_apart_are_shared():
-  told, arms = world({("isa", 0.1, 0): 0.3, ("random", 0.1, 0): 0.6,
-                      ("density", 0.1, 0): 0.6, ("k_center", 0.1, 0): 0.8})
-  one, = evidence.ranking(told, evidence.grouped(arms))
+  told, arms = world(
+    {
+      ("isa", 0.1, 0): 0.3,
+      ("random", 0.1, 0): 0.6,
+      ("density", 0.1, 0): 0.6,
+      ("k_center", 0.1, 0): 0.8,
+    }
+  )
+  (one,) = evidence.ranking(told, evidence.grouped(arms))
   ranks = {r["name"]: (r["from"], r["to"]) for r in one["rows"]}
   assert one["rows"][0]["name"] == "k_center-0.1" and ranks == {
-      "k_center-0.1": (1, 1), "random-0.1": (2, 3), "density-0.1": (2, 3),
-      "isa-0.1": (4, 4)}
+    "k_center-0.1": (1, 1),
+    "random-0.1": (2, 3),
+    "density-0.1": (2, 3),
+    "isa-0.1": (4, 4),
+  }
   values = [r["value"] for r in one["rows"]]
   assert values == sorted(values, reverse=True)
   few, arms = world(RATES, seeds=2)
-  one, = evidence.ranking(few, evidence.grouped(arms))
+  (one,) = evidence.ranking(few, evidence.grouped(arms))
   assert all((r["from"], r["to"]) == (1, 3) for r in one["rows"])
 
 
 def test_cells_all_alike_do_not_pass_for_certainty():
   found = evidence._over_cells(np.zeros((5, 16)))
   assert found["value"] == 0 and found["high"] == pytest.approx(0.194, abs=1e-3)
-  one = evidence._over_seeds("accuracy", [
-      dict(value=0.5, low=0.4, high=0.6, n=9)] * 3)
+  one = evidence._over_seeds(
+    "accuracy", [dict(value=0.5, low=0.4, high=0.6, n=9)] * 3
+  )
   assert (one["low"], one["high"]) == (0.4, 0.6)
   two = evidence._over_seeds("accuracy", [dict(value=0.2), dict(value=0.9)])
   assert (two["low"], two["high"]) == (0.0, 1.0)
@@ -151,22 +188,25 @@ def test_the_curve_reads_the_right_rows():
   won["all-1-as-0.1-seed0"] = won["isa-0.1-seed0"] = np.ones(8)
   won["SFT model"] = np.full(8, a / 100)
   from configs import plateau
-  job = types.SimpleNamespace(c=plateau.get_config(),
-                              column=lambda *_: list(range(n)))
+
+  job = types.SimpleNamespace(
+    c=plateau.get_config(), column=lambda *_: list(range(n))
+  )
   told = evidence.Told("win_vs_target", "win rate", list("abcdefgh"), won)
   found = evidence.curve(job, told, arms, "SFT model")
   for name, wanted in (("r", r), ("a", a), ("b", b)):
     assert found[name]["value"] == pytest.approx(wanted, rel=1e-4)
   assert found["x"] == [0, *[100 * x for x in budgets] * 2]
   assert "learning rate and the number of epochs as much as" in " ".join(
-      found["words"])
+    found["words"]
+  )
   assert evidence.curve(job, told, arms[:3], "SFT model") is None
 
 
 def test_quality_for_its_cost_by_hand():
   groups = [dict(name="isa-0.1", operations=2e12)]
   gain = dict(value=0.3, low=0.2, high=0.4)
-  one, = evidence.efficiency(groups, [dict(a="isa-0.1", difference=gain)])
+  (one,) = evidence.efficiency(groups, [dict(a="isa-0.1", difference=gain)])
   assert one["per_tera"] == pytest.approx(15.0) and one["gain"] == gain
 
 
@@ -183,8 +223,9 @@ def test_a_fair_test_end_to_end(tmp_path):
   assert ended.code == 0, ended
   summary = load(tmp_path / "summary.json")
   assert len(summary["arms"]) == 10 and len(summary["groups"]) == 5
-  assert {g["updates"] for g in summary["groups"]
-          if g["name"] != "all-1"} == {4}
+  assert {g["updates"] for g in summary["groups"] if g["name"] != "all-1"} == {
+    4
+  }
   assert len(summary["comparisons"]) == 10
   assert all(x["verdict"] == "withheld" for x in summary["comparisons"])
   assert any("fewer than the 50" in w for w in summary["warnings"])
@@ -195,23 +236,43 @@ def test_a_fair_test_end_to_end(tmp_path):
   html = (tmp_path / "report.html").read_text()
   assert "Quality for its cost" in html and "Against random-0.1" in html
   # The lengths of the control are those of the chosen rows, bin by bin.
-  tokens = {r["id"]: len(r["chosen"].split()) + len(r["rejected"].split())
-            for r in tables.read_table(tmp_path / "shared/data/pool.parquet")}
-  median = {name: np.mean([tokens[i] for i in tables.read_column(
-      tmp_path / f"runs/{name}-0.1-seed0/subset.parquet", "id")])
-            for name in ("isa", "length_matched")}
+  tokens = {
+    r["id"]: len(r["chosen"].split()) + len(r["rejected"].split())
+    for r in tables.read_table(tmp_path / "shared/data/pool.parquet")
+  }
+  median = {
+    name: np.mean(
+      [
+        tokens[i]
+        for i in tables.read_column(
+          tmp_path / f"runs/{name}-0.1-seed0/subset.parquet", "id"
+        )
+      ]
+    )
+    for name in ("isa", "length_matched")
+  }
   assert median["length_matched"] == pytest.approx(median["isa"], rel=0.1)
-  seeds = [(tmp_path / f"runs/isa-0.1-seed{s}/metrics.jsonl").read_text()
-           for s in (0, 1)]
+  seeds = [
+    (tmp_path / f"runs/isa-0.1-seed{s}/metrics.jsonl").read_text()
+    for s in (0, 1)
+  ]
   assert seeds[0] != seeds[1]
   again = jobs.run(tmp_path, config="prove.py:tiny")
   assert again.code == 0 and not jobs.did(again)
   # More seeds: the arms that are there stay, shared stages too.
-  more = jobs.run(tmp_path, "seeds=3", "compare=('random',)",
-                  config="prove.py:tiny")
+  more = jobs.run(
+    tmp_path, "seeds=3", "compare=('random',)", config="prove.py:tiny"
+  )
   assert more.code == 0
-  assert jobs.did(more) == ["select", "card", "ref_logps", "align", "evaluate",
-                            "export", "report"] * 2 + ["report"]
+  assert jobs.did(more) == [
+    "select",
+    "card",
+    "ref_logps",
+    "align",
+    "evaluate",
+    "export",
+    "report",
+  ] * 2 + ["report"]
 
 
 @pytest.mark.slow
@@ -224,19 +285,28 @@ def test_a_plateau_end_to_end(tmp_path):
   # Three epochs of 16 rows are six updates of eight, and four are allowed.
   assert [w for w in fit["words"] if "Parts of 10 % and more" in w]
   costs = load(tmp_path / "summary.json")["ledger"]
-  embedding, = [x["operations"] for x in costs["stages"]
-                if x["stage"] == "embed"]  # all but the draws themselves
+  (embedding,) = [
+    x["operations"] for x in costs["stages"] if x["stage"] == "embed"
+  ]  # all but the draws themselves
   drawn = [x["operations"] for x in costs["stages"] if x["stage"] == "select"]
   assert drawn == [8 * 160 * 2] * len(drawn)
   assert costs["selection_share"] == pytest.approx(
-      (embedding + sum(drawn)) / sum(x["operations"] for x in costs["stages"]))
+    (embedding + sum(drawn)) / sum(x["operations"] for x in costs["stages"])
+  )
   assert {x["arm"] for x in costs["saved"]} == {
-      f"random-{b}-seed0" for b in ("0.05", "0.1", "0.25")}
+    f"random-{b}-seed0" for b in ("0.05", "0.1", "0.25")
+  }
   html = (tmp_path / "report.html").read_text()
   assert "How it grows with data" in html and "b is set by" in html
-  kept = [[r["id"] for r in tables.read_table(
-      tmp_path / f"runs/random-{b}-seed1/subset.parquet")]
-          for b in ("0.05", "0.1", "0.25")]
+  kept = [
+    [
+      r["id"]
+      for r in tables.read_table(
+        tmp_path / f"runs/random-{b}-seed1/subset.parquet"
+      )
+    ]
+    for b in ("0.05", "0.1", "0.25")
+  ]
   assert kept[0] == kept[1][:8] and kept[1] == kept[2][:16]  # nested
 
 
@@ -250,21 +320,30 @@ def test_samplers_side_by_side_end_to_end(tmp_path):
   assert "Ranking at" in html and "Ranks left open" in html
 
 
-@pytest.mark.parametrize("flag, said", [
-    ("seeds=0", "config.seeds"), ("budgets=(0.0,)", "budget"),
+@pytest.mark.parametrize(
+  "flag, said",
+  [
+    ("seeds=0", "config.seeds"),
+    ("budgets=(0.0,)", "budget"),
     ("select.sampler=length_matched", "config.compare"),
-    ("train.min_updates=300", "train.min_updates")])
+    ("train.min_updates=300", "train.min_updates"),
+  ],
+)
 def test_what_cannot_work_is_refused_first(tmp_path, flag, said):
   ended = jobs.run(tmp_path, flag, "train.max_updates=250")
   assert ended.code == 64 and said in ended.err and not jobs.did(ended)
 
 
-@pytest.mark.parametrize("change", [
-    {}, dict(budgets=(0.1, 0.2)), dict(compare=("random", "real", "ifd"))])
+@pytest.mark.parametrize(
+  "change",
+  [{}, dict(budgets=(0.1, 0.2)), dict(compare=("random", "real", "ifd"))],
+)
 def test_the_question_names_the_loss_as_it_is_typed(change):
   c = common.base()
   c.update(change)
   recipe.settle(c)
   arms = [dict(rows=n, is_all=False, sampler="isa") for n in (16, 32)]
-  assert all("dpo(beta=0.5)+0.2*sft" in text for text in study._question(
-      c, arms, "160 pairs"))
+  assert all(
+    "dpo(beta=0.5)+0.2*sft" in text
+    for text in study._question(c, arms, "160 pairs")
+  )

@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from test_report import PAYLOADS, paths, poisoned, read
+from test_report import paths, PAYLOADS, poisoned, read
 
 from jaxalign.eval import agreement
 from jaxalign.eval import plateau as fits
@@ -23,30 +23,61 @@ def fit(y=HH, **kwargs):
 
 def judged():
   words = ["first", "second", "tie", None]
-  rows = [Verdict(i, *names, rater, words[(i * k + (names[0] == "m")) % 4])
-          for i in range(30) for k, rater in enumerate(("ann", "ben", "gpt"))
-          for names in (("m", "k"), ("k", "m"))]
-  return json.loads(json.dumps(
-      agreement.judged(rows, ["gpt"], ["ann", "ben"])))
+  rows = [
+    Verdict(i, *names, rater, words[(i * k + (names[0] == "m")) % 4])
+    for i in range(30)
+    for k, rater in enumerate(("ann", "ben", "gpt"))
+    for names in (("m", "k"), ("k", "m"))
+  ]
+  return json.loads(json.dumps(agreement.judged(rows, ["gpt"], ["ann", "ben"])))
 
 
 def control(passed=True):
   share = dict(value=0.0, low=0.0, high=0.1, n=20, passed=passed)
-  return {"gpt": dict(null=share, injected=share | dict(passed=True),
-                      words=["gpt: it holds."])}
+  return {
+    "gpt": dict(
+      null=share, injected=share | dict(passed=True), words=["gpt: it holds."]
+    )
+  }
 
 
 def ranked():
-  return [dict(budget=0.1, rows=[
-      dict(name="isa-0.1", value=0.6, low=0.5, high=0.7, n=5, rank=1,
-           **{"from": 1, "to": 2}),
-      dict(name="random-0.1", value=0.5, low=0.4, high=0.6, n=5, rank=2,
-           **{"from": 2, "to": 2})])]
+  return [
+    dict(
+      budget=0.1,
+      rows=[
+        dict(
+          name="isa-0.1",
+          value=0.6,
+          low=0.5,
+          high=0.7,
+          n=5,
+          rank=1,
+          **{"from": 1, "to": 2},
+        ),
+        dict(
+          name="random-0.1",
+          value=0.5,
+          low=0.4,
+          high=0.6,
+          n=5,
+          rank=2,
+          **{"from": 2, "to": 2},
+        ),
+      ],
+    )
+  ]
 
 
 def gained():
-  return [dict(name="isa-0.1", gain=dict(value=0.1, low=0.05, high=0.15, n=5),
-               operations=2e12, per_tera=5.0)]
+  return [
+    dict(
+      name="isa-0.1",
+      gain=dict(value=0.1, low=0.05, high=0.15, n=5),
+      operations=2e12,
+      per_tera=5.0,
+    )
+  ]
 
 
 def text(found):
@@ -77,7 +108,9 @@ def test_seeds_share_a_line():
   found = fits.fit(X * 2, HH + [v - 1 for v in HH])
   shown = plateau.section(found)
   assert "band: all seeds" in text(shown)
-  assert str(read(shown).seen).count("'polyline'") == 4  # and the fitted, and two
+  assert (
+    str(read(shown).seen).count("'polyline'") == 4
+  )  # and the fitted, and two
   assert f"{fit()['b']['value']:.3f}" == f"{plateau.PAPER['HH']:.3f}"
 
 
@@ -103,16 +136,29 @@ def test_ranks_and_quality_for_cost_are_told_as_numbers():
   assert "1 to 2" in said and "60.0 [50.0, 70.0]" in said and "Holm" in said
   assert "2 to 2" not in said  # one rank is one number
   said = text(evidence.efficiency(gained()))
-  assert "+10.0 [+5.0, +15.0]" in said and "2.00 TFLOP" in said.replace(
-      page.NO_BREAK, " ") and "+5.00" in said
+  assert (
+    "+10.0 [+5.0, +15.0]" in said
+    and "2.00 TFLOP" in said.replace(page.NO_BREAK, " ")
+    and "+5.00" in said
+  )
   for odd in (None, [], {}, "x", [3]):
     assert evidence.ranking(odd) == evidence.efficiency(odd) == ""
 
 
 @pytest.mark.parametrize("section", [plateau.section, judges.section])
-@pytest.mark.parametrize("odd", [None, {}, [], "x", 5, {"judges": {"a": 1}},
-                                 {"r": 1, "x": [1, "a"], "y": None},
-                                 {"bounds": [None], "words": 3}])
+@pytest.mark.parametrize(
+  "odd",
+  [
+    None,
+    {},
+    [],
+    "x",
+    5,
+    {"judges": {"a": 1}},
+    {"r": 1, "x": [1, "a"], "y": None},
+    {"bounds": [None], "words": 3},
+  ],
+)
 def test_what_is_not_there_is_said_not_to_be(section, odd):
   assert text(section(odd))
 
@@ -123,9 +169,15 @@ def set_at(value, path, leaf):
   value[path[-1]] = leaf
 
 
-@pytest.mark.parametrize("make,section", [
-    (fit, plateau.section), (judged, judges.section),
-    (ranked, evidence.ranking), (gained, evidence.efficiency)])
+@pytest.mark.parametrize(
+  "make,section",
+  [
+    (fit, plateau.section),
+    (judged, judges.section),
+    (ranked, evidence.ranking),
+    (gained, evidence.efficiency),
+  ],
+)
 def test_any_leaf_may_be_missing_or_odd(make, section):
   whole = make()
   for path in paths(whole):
@@ -142,5 +194,8 @@ def test_nothing_from_data_becomes_markup(payload):
   read(evidence.efficiency(poisoned(gained(), payload)))
   found = judged()
   found["judges"][payload] = found["judges"].pop("gpt")
-  read(judges.section(poisoned(found, payload),
-                      {payload: poisoned(control()["gpt"], payload)}))
+  read(
+    judges.section(
+      poisoned(found, payload), {payload: poisoned(control()["gpt"], payload)}
+    )
+  )

@@ -8,23 +8,29 @@ import subprocess
 import sys
 import tempfile
 
+import jobs
 import pytest
 
-import jobs
-from jaxalign import artifacts
-from jaxalign import pipeline
+from jaxalign import artifacts, pipeline
 from tools import exit_check
 
-CALL = ("import sys\nfrom jaxalign import main\n"
-        "def run(argv):\n  {body}\nmain.start(run)\n")
+CALL = (
+  "import sys\nfrom jaxalign import main\n"
+  "def run(argv):\n  {body}\nmain.start(run)\n"
+)
 
 
 def call(body, shell="{}", **env):
   """Runs a command whose body is Python; (code, output, error)."""
   words = [sys.executable, "-c", CALL.format(body=body.replace("\n", "\n  "))]
   done = subprocess.run(
-      ["bash", "-c", shell.format('"$@"'), "-", *words], cwd=jobs.ROOT,
-      env=os.environ | env, text=True, capture_output=True, timeout=120)
+    ["bash", "-c", shell.format('"$@"'), "-", *words],
+    cwd=jobs.ROOT,
+    env=os.environ | env,
+    text=True,
+    capture_output=True,
+    timeout=120,
+  )
   return done.returncode, done.stdout, done.stderr
 
 
@@ -77,18 +83,30 @@ return 65
   assert {p.name for p in tmp_path.iterdir()} == {"log", "late"}
 
 
-@pytest.mark.parametrize("body, code, said", [
-    ("raise SystemExit", 0, ""), ("sys.exit(3)", 3, ""),
-    ("sys.exit('why')", 1, ""), ("raise KeyboardInterrupt", 130, "error: "),
+@pytest.mark.parametrize(
+  "body, code, said",
+  [
+    ("raise SystemExit", 0, ""),
+    ("sys.exit(3)", 3, ""),
+    ("sys.exit('why')", 1, ""),
+    ("raise KeyboardInterrupt", 130, "error: "),
     ("1 / 0", 1, "ZeroDivisionError"),
-    ("import jaxalign.errors as e\nraise e.RestartError('again')", 75,
-     "error: again\n"),
+    (
+      "import jaxalign.errors as e\nraise e.RestartError('again')",
+      75,
+      "error: again\n",
+    ),
     ("raise OSError(28, 'No space left', '/x')", 73, "error: cannot write /x"),
     ("import atexit\natexit.register(lambda: 1 / 0)\nreturn 65", 65, "Zero"),
-    ("import os, atexit, time\n"
-     "atexit.register(lambda: (os.kill(os.getpid(), 15), time.sleep(9)))\n"
-     "return 65", 65, ""),
-])
+    (
+      "import os, atexit, time\n"
+      "atexit.register(lambda: (os.kill(os.getpid(), 15), time.sleep(9)))\n"
+      "return 65",
+      65,
+      "",
+    ),
+  ],
+)
 def test_every_end_has_its_code(body, code, said):
   found, _, err = call(body)
   assert found == code and said in err
@@ -97,17 +115,29 @@ def test_every_end_has_its_code(body, code, said):
 LINES = "for i in range(20_000): print('line', i)\nreturn 65"
 
 
-@pytest.mark.parametrize("shell, out", [
+@pytest.mark.parametrize(
+  "shell, out",
+  [
     ("{} | head -1; exit ${{PIPESTATUS[0]}}", "line 0\n"),
-    ("{} >&-", ""), ("{} >&- 2>&-", ""), ("{} <&- >&- 2>&-", ""),
-    ("{} >/dev/full", ""), ("{} 2>/dev/full >/dev/full", ""),
-])
-@pytest.mark.parametrize("body", [LINES, LINES.replace("20_000", "3"),
-                                  "from jaxalign import errors, progress\n"
-                                  "for i in range(9999):\n"
-                                  "  progress.say(f'line {i}')\n"
-                                  "with progress.bar('x', 9) as tick: tick()\n"
-                                  "raise errors.DataError('bad')"])
+    ("{} >&-", ""),
+    ("{} >&- 2>&-", ""),
+    ("{} <&- >&- 2>&-", ""),
+    ("{} >/dev/full", ""),
+    ("{} 2>/dev/full >/dev/full", ""),
+  ],
+)
+@pytest.mark.parametrize(
+  "body",
+  [
+    LINES,
+    LINES.replace("20_000", "3"),
+    "from jaxalign import errors, progress\n"
+    "for i in range(9999):\n"
+    "  progress.say(f'line {i}')\n"
+    "with progress.bar('x', 9) as tick: tick()\n"
+    "raise errors.DataError('bad')",
+  ],
+)
 def test_output_that_nobody_reads(shell, out, body):
   code, said, err = call(body, shell)
   assert (code, said) == (65, out)
@@ -116,43 +146,69 @@ def test_output_that_nobody_reads(shell, out, body):
 
 def test_a_closed_stream_is_not_the_next_file_opened(tmp_path):
   """What a library prints must not land in it."""
-  code, _, _ = call(f"""
+  code, _, _ = call(
+    f"""
 import os
-with open({str(tmp_path / 'x')!r}, "w") as file:
+with open({str(tmp_path / "x")!r}, "w") as file:
   os.write(1, b"printed")
   print("printed too")
   sys.stderr.write("and this")
   file.write("mine")
-return 0""", "{} >&- 2>&-")
+return 0""",
+    "{} >&- 2>&-",
+  )
   assert code == 0 and (tmp_path / "x").read_text() == "mine"
 
 
 def test_a_character_that_the_terminal_lacks():
-  code, out, _ = call("from jaxalign import progress\n"
-                      "progress.say('caf\\u00e9 \\U0001f600 \\ud800')\n"
-                      "return 0", PYTHONIOENCODING="ascii")
+  code, out, _ = call(
+    "from jaxalign import progress\n"
+    "progress.say('caf\\u00e9 \\U0001f600 \\ud800')\n"
+    "return 0",
+    PYTHONIOENCODING="ascii",
+  )
   assert (code, out) == (0, "caf\\xe9 \\U0001f600 \\ud800\n")
 
 
 def rows(path, count=40):
-  path.write_text("".join(json.dumps(dict(
-      prompt=f"tell me of {i} ", chosen=f"it is {i} and good",
-      rejected=f"no {i} at all")) + "\n" for i in range(count)))
+  path.write_text(
+    "".join(
+      json.dumps(
+        dict(
+          prompt=f"tell me of {i} ",
+          chosen=f"it is {i} and good",
+          rejected=f"no {i} at all",
+        )
+      )
+      + "\n"
+      for i in range(count)
+    )
+  )
   return path
 
 
-@pytest.mark.parametrize("shell", ["{} | head -1; exit ${{PIPESTATUS[0]}}",
-                                   "{} >&- 2>&-"])
+@pytest.mark.parametrize(
+  "shell", ["{} | head -1; exit ${{PIPESTATUS[0]}}", "{} >&- 2>&-"]
+)
 def test_a_job_ends_with_its_code_though_nobody_listens(tmp_path, shell):
   """An error right after the data stage."""
-  words = [sys.executable, "-m", "jaxalign.select",
-           f"--config={jobs.ROOT}/configs/select.py",
-           f"--config.data.source={rows(tmp_path / 'x.jsonl')}",
-           "--config.select.sampler=random", "--config.select.budget=1000",
-           f"--output={tmp_path}/subset.parquet"]
+  words = [
+    sys.executable,
+    "-m",
+    "jaxalign.select",
+    f"--config={jobs.ROOT}/configs/select.py",
+    f"--config.data.source={rows(tmp_path / 'x.jsonl')}",
+    "--config.select.sampler=random",
+    "--config.select.budget=1000",
+    f"--output={tmp_path}/subset.parquet",
+  ]
   done = subprocess.run(
-      ["bash", "-c", shell.format('"$@"'), "-", *words], cwd=jobs.ROOT,
-      text=True, capture_output=True, timeout=120)
+    ["bash", "-c", shell.format('"$@"'), "-", *words],
+    cwd=jobs.ROOT,
+    text=True,
+    capture_output=True,
+    timeout=120,
+  )
   assert done.returncode == 64
   assert "1000 rows" in done.stderr or "2>&-" in shell
   assert (tmp_path / "subset.jaxalign/shared/data/data_card.json").exists()
@@ -173,8 +229,12 @@ def test_every_kind_of_end_of_a_real_job(tmp_path, kind):
 
 def left(*folders):
   """What a job should have removed."""
-  return [p for folder in folders for p in pathlib.Path(folder).rglob("*")
-          if ".tmp-" in p.name or p.name.startswith(("tmp", "jaxalign_"))]
+  return [
+    p
+    for folder in folders
+    for p in pathlib.Path(folder).rglob("*")
+    if ".tmp-" in p.name or p.name.startswith(("tmp", "jaxalign_"))
+  ]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, OSError])
@@ -186,6 +246,7 @@ def test_a_write_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, stop):
   def half(self, data):
     real(self, data[:1])
     raise stop
+
   monkeypatch.setattr(path, "write_bytes", half)
   with pytest.raises((stop, artifacts.WriteError)):
     artifacts.write_bytes(tmp_path / "x", b"new")
@@ -193,8 +254,10 @@ def test_a_write_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, stop):
   assert (tmp_path / "x").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("number, code", [
-    (signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
+@pytest.mark.parametrize(
+  "number, code",
+  [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)],
+)
 def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
   """It comes in the middle of a write, inside a scratch folder."""
   jobs.folder()  # the tests' own
@@ -213,11 +276,13 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
       for _ in range(1000):  # the handler runs between two bytecodes
         pass
       raise AssertionError("the signal was lost")
+
     with tempfile.TemporaryDirectory() as scratch:
       pathlib.Path(scratch, "part").write_bytes(b"x")
       with monkeypatch.context() as patch:
         patch.setattr(path, "write_bytes", half)
         artifacts.write_bytes(job.workdir / "x", b"whole")
+
   monkeypatch.setattr(pipeline, "run_sft", stop)
   work = tmp_path / "work"
   ended = jobs.run(work)
@@ -229,27 +294,38 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
 
 def test_a_stopped_job_takes_its_template_process_with_it(tmp_path):
   (tmp_path / "t.jinja").write_text(
-      "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
-      "{{ eos_token }}{% endfor %}"
-      "{% if add_generation_prompt %}assistant: {% endif %}")
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+  )
   (tmp_path / "tmp").mkdir()
-  hook = ("from jaxalign.data import render\nfrom jaxalign.data import chat\n"
-          "real = render.Renderer._start\n"
-          "def start(self):\n  real(self)\n"
-          "  print('worker', self._process.pid, flush=True)\n"
-          "render.Renderer._start = start\n"
-          "def encode(self, *_):\n"
-          "  os.kill(os.getpid(), signal.SIGTERM)\n"
-          "  for _ in range(1000): pass\n"
-          "  raise AssertionError('the signal was lost')\n"
-          "chat.Chat.encode = encode\n")
-  ended = jobs.wait(jobs.start(
-      tmp_path / "work", f"data.source={rows(tmp_path / 'x.jsonl')}",
-      f"data.template={tmp_path}/t.jinja", hook=hook,
-      env=dict(TMPDIR=str(tmp_path / "tmp"))))
+  hook = (
+    "from jaxalign.data import render\nfrom jaxalign.data import chat\n"
+    "real = render.Renderer._start\n"
+    "def start(self):\n  real(self)\n"
+    "  print('worker', self._process.pid, flush=True)\n"
+    "render.Renderer._start = start\n"
+    "def encode(self, *_):\n"
+    "  os.kill(os.getpid(), signal.SIGTERM)\n"
+    "  for _ in range(1000): pass\n"
+    "  raise AssertionError('the signal was lost')\n"
+    "chat.Chat.encode = encode\n"
+  )
+  ended = jobs.wait(
+    jobs.start(
+      tmp_path / "work",
+      f"data.source={rows(tmp_path / 'x.jsonl')}",
+      f"data.template={tmp_path}/t.jinja",
+      hook=hook,
+      env=dict(TMPDIR=str(tmp_path / "tmp")),
+    )
+  )
   assert ended.code == 75, ended
-  workers = [int(line.split()[1]) for line in ended.out.splitlines()
-             if line.startswith("worker ")]
+  workers = [
+    int(line.split()[1])
+    for line in ended.out.splitlines()
+    if line.startswith("worker ")
+  ]
   assert workers
   for worker in workers:
     with pytest.raises(ProcessLookupError):

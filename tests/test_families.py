@@ -12,10 +12,7 @@ import pytest
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder
-from jaxalign.model import families
-from jaxalign.model import logprob
-from jaxalign.model import rope
+from jaxalign.model import decoder, families, logprob, rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -29,46 +26,77 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 # One config of each family, with every switch the family has in a rare place.
 
 ROPES = {
-    "default": {},
-    "linear": dict(factor=4.0),
-    "dynamic": dict(factor=2.0),
-    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=16),
-    "yarn": dict(factor=4.0, original_max_position_embeddings=16),
+  "default": {},
+  "linear": dict(factor=4.0),
+  "dynamic": dict(factor=2.0),
+  "llama3": dict(
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+  ),
+  "yarn": dict(factor=4.0, original_max_position_embeddings=16),
 }
 
 
-def sizes(group=2, kv_heads=3, head_size=6, layers=3, ff=11, tied=False,
-          multiple=True, act="silu"):
+def sizes(
+  group=2,
+  kv_heads=3,
+  head_size=6,
+  layers=3,
+  ff=11,
+  tied=False,
+  multiple=True,
+  act="silu",
+):
   heads = group * kv_heads
   width = heads * 4 if multiple else heads * 4 + 2
   return dict(
-      hidden_size=width, num_hidden_layers=layers, intermediate_size=ff,
-      num_attention_heads=heads, num_key_value_heads=kv_heads,
-      head_dim=head_size, vocab_size=43, max_position_embeddings=64,
-      tie_word_embeddings=tied, hidden_act=act, rms_norm_eps=1e-3)
+    hidden_size=width,
+    num_hidden_layers=layers,
+    intermediate_size=ff,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_size,
+    vocab_size=43,
+    max_position_embeddings=64,
+    tie_word_embeddings=tied,
+    hidden_act=act,
+    rms_norm_eps=1e-3,
+  )
 
 
 def roped(kind, theta=300.0, **more):
-  return dict(rope_parameters=dict(rope_type=kind, rope_theta=theta,
-                                   **ROPES[kind], **more))
+  return dict(
+    rope_parameters=dict(
+      rope_type=kind, rope_theta=theta, **ROPES[kind], **more
+    )
+  )
 
 
 def pattern(layers):
-  return [("sliding_attention", "full_attention")[i % 2]
-          for i in range(layers)]
+  return [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
 
 
 def gemma(s, **more):
-  return dict(s, hidden_activation="gelu_pytorch_tanh",
-              query_pre_attn_scalar=7, sliding_window=5,
-              layer_types=pattern(s["num_hidden_layers"]), **more)
+  return dict(
+    s,
+    hidden_activation="gelu_pytorch_tanh",
+    query_pre_attn_scalar=7,
+    sliding_window=5,
+    layer_types=pattern(s["num_hidden_layers"]),
+    **more,
+  )
 
 
 def neox(s, kind, parallel):
-  s = dict(s, layer_norm_eps=s["rms_norm_eps"], hidden_act="gelu",
-           hidden_size=s["num_attention_heads"] * 8,
-           use_parallel_residual=parallel)
+  s = dict(
+    s,
+    layer_norm_eps=s["rms_norm_eps"],
+    hidden_act="gelu",
+    hidden_size=s["num_attention_heads"] * 8,
+    use_parallel_residual=parallel,
+  )
   for name in ("head_dim", "num_key_value_heads", "rms_norm_eps"):
     del s[name]
   return s | roped(kind, partial_rotary_factor=0.5)
@@ -77,23 +105,41 @@ def neox(s, kind, parallel):
 def case(family, s, kind, switch):
   """The keywords of transformers' config class for one drawn example."""
   make = {
-      "llama": lambda: dict(s, attention_bias=switch, mlp_bias=switch,
-                            **roped(kind)),
-      "mistral": lambda: dict(s, sliding_window=5 if switch else None,
-                              **roped(kind)),
-      "qwen2": lambda: dict(s, use_sliding_window=switch, sliding_window=5,
-                            max_window_layers=1, **roped(kind)),
-      "qwen3": lambda: dict(s, use_sliding_window=switch, sliding_window=5,
-                            attention_bias=switch,
-                            layer_types=pattern(s["num_hidden_layers"])
-                            if switch else None, **roped(kind)),
-      "gemma2": lambda: gemma(
-          s, attn_logit_softcapping=3.0 if switch else None,
-          final_logit_softcapping=2.0 if switch else None, **roped(kind)),
-      "gemma3_text": lambda: gemma(s, rope_parameters={
-          "sliding_attention": dict(rope_type="default", rope_theta=70.0),
-          **dict(full_attention=roped(kind)["rope_parameters"])}),
-      "gpt_neox": lambda: neox(s, kind, switch),
+    "llama": lambda: dict(
+      s, attention_bias=switch, mlp_bias=switch, **roped(kind)
+    ),
+    "mistral": lambda: dict(
+      s, sliding_window=5 if switch else None, **roped(kind)
+    ),
+    "qwen2": lambda: dict(
+      s,
+      use_sliding_window=switch,
+      sliding_window=5,
+      max_window_layers=1,
+      **roped(kind),
+    ),
+    "qwen3": lambda: dict(
+      s,
+      use_sliding_window=switch,
+      sliding_window=5,
+      attention_bias=switch,
+      layer_types=pattern(s["num_hidden_layers"]) if switch else None,
+      **roped(kind),
+    ),
+    "gemma2": lambda: gemma(
+      s,
+      attn_logit_softcapping=3.0 if switch else None,
+      final_logit_softcapping=2.0 if switch else None,
+      **roped(kind),
+    ),
+    "gemma3_text": lambda: gemma(
+      s,
+      rope_parameters={
+        "sliding_attention": dict(rope_type="default", rope_theta=70.0),
+        **dict(full_attention=roped(kind)["rope_parameters"]),
+      },
+    ),
+    "gpt_neox": lambda: neox(s, kind, switch),
   }
   assert set(make) == set(families.FAMILIES), "a family without a parity case"
   return make[family]()
@@ -136,6 +182,7 @@ def grad_fn(m):
     head = decoder.head(params, m)
     logps = logprob.token_logps(x, head, tokens, 5, m.final_softcap)
     return jnp.sum(logps * mask), decoder.logits(x, head, m.final_softcap)
+
   return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
@@ -144,8 +191,9 @@ def compare(family, keywords, mesh):
   model = torch_model(family, keywords)
   raw = json.loads(model.config.to_json_string())
   m = families.config_of(raw)
-  again = families.config_of(json.loads(json.dumps(families.hf_config(
-      m, 1, 2))))
+  again = families.config_of(
+    json.loads(json.dumps(families.hf_config(m, 1, 2)))
+  )
   assert again == m
   back = transformers.AutoConfig.for_model(**families.hf_config(m, 1, 2))
   back, known = back.to_dict()["rope_parameters"], raw["rope_parameters"]
@@ -153,34 +201,45 @@ def compare(family, keywords, mesh):
   for one in set(raw["layer_types"]) if nested else [None]:
     here, there = (d[one] if one else d for d in (known, back))
     assert here.items() <= there.items()  # defaults are written, too
-  state = {families.canonical(m, n): p
-           for n, p in model.named_parameters()}
-  params = ours_from(families.stored(m), {
-      n: p.detach().numpy() for n, p in state.items()}, m.layers)
+  state = {families.canonical(m, n): p for n, p in model.named_parameters()}
+  params = ours_from(
+    families.stored(m),
+    {n: p.detach().numpy() for n, p in state.items()},
+    m.layers,
+  )
   rows = decoder.table(m)
   assert {n: p.shape for n, p in params.items()} == {
-      n: p.shape for n, p in rows.items()}
+    n: p.shape for n, p in rows.items()
+  }
   rng = np.random.default_rng(3)
   tokens = rng.integers(0, m.vocab, (4, LENGTH)).astype(np.int32)
   mask = np.broadcast_to(np.arange(LENGTH) >= 4, tokens.shape)
   wanted = model(torch.tensor(tokens, dtype=torch.long)).logits
   logps = torch.log_softmax(wanted[:, :-1].double(), -1).gather(
-      -1, torch.tensor(tokens[:, 1:, None], dtype=torch.long))[..., 0]
+    -1, torch.tensor(tokens[:, 1:, None], dtype=torch.long)
+  )[..., 0]
   (logps * torch.tensor(mask[:, 1:])).sum().backward()
-  slopes = ours_from(families.stored(m), {
-      n: p.grad.numpy() for n, p in state.items()}, m.layers)
+  slopes = ours_from(
+    families.stored(m), {n: p.grad.numpy() for n, p in state.items()}, m.layers
+  )
   with jax.set_mesh(mesh):
     (total, logits), grads = grad_fn(m)(
-        {n: sharding.put(mesh, w, *rows[n].axes) for n, w in params.items()},
-        sharding.put(mesh, tokens, "batch"),
-        sharding.put(mesh, np.float32(mask), "batch"))
+      {n: sharding.put(mesh, w, *rows[n].axes) for n, w in params.items()},
+      sharding.put(mesh, tokens, "batch"),
+      sharding.put(mesh, np.float32(mask), "batch"),
+    )
   wanted = wanted.detach().numpy()
   np.testing.assert_allclose(
-      logits, wanted, rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
+    logits, wanted, rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max())
+  )
   for name, g in grads.items():
     np.testing.assert_allclose(
-        g, slopes[name], rtol=0, atol=1e-3 * max(1, np.abs(slopes[name]).max()),
-        err_msg=name)
+      g,
+      slopes[name],
+      rtol=0,
+      atol=1e-3 * max(1, np.abs(slopes[name]).max()),
+      err_msg=name,
+    )
 
 
 def one_device():
@@ -195,17 +254,32 @@ def test_one_config_of_every_family(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_random_configs_of_every_family(family):
-  @hypothesis.settings(max_examples=8, derandomize=True, deadline=None,
-                       suppress_health_check=list(hypothesis.HealthCheck))
+  @hypothesis.settings(
+    max_examples=8,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
   @hypothesis.given(
-      st.sampled_from([1, 2, 4]), st.integers(1, 5), st.sampled_from([4, 6, 8]),
-      st.integers(1, 3), st.booleans(), st.booleans(),
-      st.sampled_from(list(ROPES)))
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 5),
+    st.sampled_from([4, 6, 8]),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(list(ROPES)),
+  )
   def run(group, kv_heads, head_size, layers, tied, switch, kind):
     if family == "gpt_neox":
       group = 1
-    s = sizes(group, kv_heads, head_size, layers, tied=tied,
-              multiple=family in ("llama", "gemma2", "gemma3_text"))
+    s = sizes(
+      group,
+      kv_heads,
+      head_size,
+      layers,
+      tied=tied,
+      multiple=family in ("llama", "gemma2", "gemma3_text"),
+    )
     compare(family, case(family, s, kind, switch), one_device())
 
   run()
@@ -213,8 +287,7 @@ def test_random_configs_of_every_family(family):
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox"])
 def test_a_mesh_changes_nothing(family):
-  s = sizes(group=1 if family == "gpt_neox" else 2, kv_heads=2, layers=2,
-            ff=16)
+  s = sizes(group=1 if family == "gpt_neox" else 2, kv_heads=2, layers=2, ff=16)
   s |= dict(hidden_size=16, vocab_size=64)
   keywords = case(family, s, "default", True)
   keywords |= dict(hidden_size=16)
@@ -223,13 +296,29 @@ def test_a_mesh_changes_nothing(family):
 
 def released(**changes):
   """config.json as the first Llama 3.1 files had it."""
-  return dict(
-      model_type="llama", hidden_size=64, intermediate_size=96,
-      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-      vocab_size=128, max_position_embeddings=131072, rms_norm_eps=1e-5,
-      rope_theta=500000.0, hidden_act="silu", rope_scaling=dict(
-          factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-          original_max_position_embeddings=8192, rope_type="llama3")) | changes
+  return (
+    dict(
+      model_type="llama",
+      hidden_size=64,
+      intermediate_size=96,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      vocab_size=128,
+      max_position_embeddings=131072,
+      rms_norm_eps=1e-5,
+      rope_theta=500000.0,
+      hidden_act="silu",
+      rope_scaling=dict(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+        rope_type="llama3",
+      ),
+    )
+    | changes
+  )
 
 
 def test_older_files_are_read_as_transformers_reads_them():
@@ -238,17 +327,29 @@ def test_older_files_are_read_as_transformers_reads_them():
   theirs = transformers.LlamaConfig(**released()).to_dict()["rope_parameters"]
   assert theirs.items() <= families.write_rope(m.ropes[0]).items()
   # Gemma 3 4B's own file: a text tower with most fields left out.
-  raw = dict(model_type="gemma3", text_config=dict(
-      hidden_size=2560, intermediate_size=10240, model_type="gemma3_text",
-      num_hidden_layers=34, rope_scaling=dict(factor=8.0, rope_type="linear"),
-      sliding_window=1024), vision_config=dict(model_type="siglip"))
+  raw = dict(
+    model_type="gemma3",
+    text_config=dict(
+      hidden_size=2560,
+      intermediate_size=10240,
+      model_type="gemma3_text",
+      num_hidden_layers=34,
+      rope_scaling=dict(factor=8.0, rope_type="linear"),
+      sliding_window=1024,
+    ),
+    vision_config=dict(model_type="siglip"),
+  )
   m = families.config_of(raw)
   theirs = transformers.Gemma3TextConfig(**raw["text_config"])
   assert (m.heads, m.kv_heads, m.head_size, m.vocab) == (
-      theirs.num_attention_heads, theirs.num_key_value_heads, theirs.head_dim,
-      theirs.vocab_size)
+    theirs.num_attention_heads,
+    theirs.num_key_value_heads,
+    theirs.head_dim,
+    theirs.vocab_size,
+  )
   assert [("sliding_attention", "full_attention")[k] for k in m.kinds] == (
-      theirs.layer_types)
+    theirs.layer_types
+  )
   assert m.windows == (1024, 0) and m.tied
   assert m.ropes == (rope.Rope(1e4), rope.Rope(1e6, "linear", 8.0))
   assert m.context == theirs.max_position_embeddings
@@ -256,31 +357,55 @@ def test_older_files_are_read_as_transformers_reads_them():
   assert families.canonical(m, name) == "model.layers.3.mlp.up_proj.weight"
   assert families.canonical(m, "vision_tower.vision_model.x.weight") is None
   assert families.canonical(m, "lm_head.weight") is None
-  pythia = families.config_of(dict(
-      model_type="gpt_neox", hidden_size=64, intermediate_size=256,
-      num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
-      max_position_embeddings=64, rotary_pct=0.25, rotary_emb_base=10000,
-      hidden_act="gelu", layer_norm_eps=1e-5, use_parallel_residual=True))
+  pythia = families.config_of(
+    dict(
+      model_type="gpt_neox",
+      hidden_size=64,
+      intermediate_size=256,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      vocab_size=128,
+      max_position_embeddings=64,
+      rotary_pct=0.25,
+      rotary_emb_base=10000,
+      hidden_act="gelu",
+      layer_norm_eps=1e-5,
+      use_parallel_residual=True,
+    )
+  )
   assert pythia.rotary == 0.25 and pythia.parallel and not pythia.gated
 
 
-@pytest.mark.parametrize("raw,words", [
+@pytest.mark.parametrize(
+  "raw,words",
+  [
     (dict(model_type="mamba"), "'mamba' is unknown; known: llama, mistral"),
     (dict(model_type="qwen3_moe"), "mixtures of experts are out of scope"),
     ({}, "model_type=None is unknown"),
     (dict(model_type=7), "model_type=7 is unknown"),
-    (released(rope_scaling=dict(rope_type="spiral")),
-     "rope_type='spiral' is unknown; known: default, linear"),
-    (released(rope_scaling=dict(rope_type="llama3", factor=8.0)),
-     "low_freq_factor"),
+    (
+      released(rope_scaling=dict(rope_type="spiral")),
+      "rope_type='spiral' is unknown; known: default, linear",
+    ),
+    (
+      released(rope_scaling=dict(rope_type="llama3", factor=8.0)),
+      "low_freq_factor",
+    ),
     (released(hidden_act="swoosh"), "hidden_act='swoosh' is unknown"),
     (released(num_hidden_layers="two"), "no config of a llama"),
     (released(num_attention_heads=0), "no config of a llama"),
-    (dict(released(), model_type="gemma2", use_bidirectional_attention=True),
-     "use_bidirectional_attention=True is not read"),
-    (dict(released(), model_type="qwen2", layer_types=["linear_attention"] * 2),
-     "layer_types holds"),
-])
+    (
+      dict(released(), model_type="gemma2", use_bidirectional_attention=True),
+      "use_bidirectional_attention=True is not read",
+    ),
+    (
+      dict(
+        released(), model_type="qwen2", layer_types=["linear_attention"] * 2
+      ),
+      "layer_types holds",
+    ),
+  ],
+)
 def test_what_is_not_known_is_named(raw, words):
   with pytest.raises(ConfigError, match=words):
     families.config_of(raw)

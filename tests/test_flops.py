@@ -10,25 +10,30 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jax_core
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import adapters
-from jaxalign.model import decoder
-from jaxalign.train import feed
-from jaxalign.train import online
-from jaxalign.train import optim
+from jaxalign.model import adapters, decoder
+from jaxalign.train import feed, online, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 
-MODEL = decoder.ModelConfig(layers=3, width=16, heads=4, kv_heads=2,
-                            head_size=6, ff=40, vocab=48, context=32,
-                            attention="plain")
+MODEL = decoder.ModelConfig(
+  layers=3,
+  width=16,
+  heads=4,
+  kv_heads=2,
+  head_size=6,
+  ff=40,
+  vocab=48,
+  context=32,
+  attention="plain",
+)
 BATCH, LENGTH = 4, 12
 
 
@@ -40,8 +45,11 @@ def dots(jaxpr):
     if name == "dot_general":
       (contract, _), _ = eqn.params["dimension_numbers"]
       a = eqn.invars[0].aval.shape
-      total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
-          a[i] for i in contract)
+      total += (
+        2
+        * math.prod(eqn.outvars[0].aval.shape)
+        * math.prod(a[i] for i in contract)
+      )
     inside = sum(dots(j) for j in jax_core.jaxprs_in_params(eqn.params))
     assert name not in ("while", "cond", "conv_general_dilated") or not inside
     total += inside * (eqn.params["length"] if name == "scan" else 1)
@@ -59,8 +67,9 @@ def by_hand(m, tokens, squares, logits):
   """
   d, h, g, c = m.width, m.heads, m.kv_heads, m.head_size
   dense = d * h * c + 2 * d * g * c + h * c * d + 3 * d * m.ff
-  return 2 * (m.layers * (dense * tokens + 2 * h * c * squares)
-              + d * m.vocab * logits)
+  return 2 * (
+    m.layers * (dense * tokens + 2 * h * c * squares) + d * m.vocab * logits
+  )
 
 
 @pytest.fixture(autouse=True)
@@ -87,18 +96,34 @@ def rows_of(r, even):
     asked = rng.integers(3, 48, p)
     ids += [np.concatenate([asked, rng.integers(3, 48, n)]) for n in a]
   tokens = tokens_lib.TokenRows(
-      np.concatenate(ids).astype(np.int32), np.cumsum([0, *map(len, ids)]),
-      np.repeat(prompt, r).astype(np.int32), np.zeros(len(ids), np.int32))
+    np.concatenate(ids).astype(np.int32),
+    np.cumsum([0, *map(len, ids)]),
+    np.repeat(prompt, r).astype(np.int32),
+    np.zeros(len(ids), np.int32),
+  )
   zero = np.zeros((BATCH, r), np.float32)
-  return feed.Rows([f"r{i}" for i in range(BATCH)], tokens,
-                   np.arange(BATCH * r).reshape(BATCH, r), zero, zero + 1,
-                   np.arange(BATCH) % 2 == 0 if r == 1 else None)
+  return feed.Rows(
+    [f"r{i}" for i in range(BATCH)],
+    tokens,
+    np.arange(BATCH * r).reshape(BATCH, r),
+    zero,
+    zero + 1,
+    np.arange(BATCH) % 2 == 0 if r == 1 else None,
+  )
 
 
 def batch_of(mesh, rows, layout, mismatched=None):
-  return feed.make_feed(mesh, rows, batch=BATCH, accumulation=1, seed=0,
-                        context=MODEL.context, rate=lambda step: 1e-3,
-                        layout=layout, mismatched=mismatched)[0](0)
+  return feed.make_feed(
+    mesh,
+    rows,
+    batch=BATCH,
+    accumulation=1,
+    seed=0,
+    context=MODEL.context,
+    rate=lambda step: 1e-3,
+    layout=layout,
+    mismatched=mismatched,
+  )[0](0)
 
 
 def counted(mesh, m, batch, loss, head="plain", against=None):
@@ -111,8 +136,11 @@ def counted(mesh, m, batch, loss, head="plain", against=None):
   params = decoder.abstract(m, mesh)
   trained, frozen = adapters.split(params, m.lora)
   state = steps.TrainState(
-      trained, jax.eval_shape(tx.init, trained),
-      jax.ShapeDtypeStruct((), jnp.int32), steps.fresh_delta(LOSSES[loss]))
+    trained,
+    jax.eval_shape(tx.init, trained),
+    jax.ShapeDtypeStruct((), jnp.int32),
+    steps.fresh_delta(LOSSES[loss]),
+  )
   if against is None:
     return dots(jax.make_jaxpr(step)(state, batch, frozen).jaxpr)
   fill = online.make_fill(PRODUCERS[head](against, 5))
@@ -120,8 +148,11 @@ def counted(mesh, m, batch, loss, head="plain", against=None):
   def both(reference, state, batch, frozen):
     return step(state, fill(reference, batch), frozen)
 
-  return dots(jax.make_jaxpr(both)(decoder.abstract(against, mesh), state,
-                                   batch, frozen).jaxpr)
+  return dots(
+    jax.make_jaxpr(both)(
+      decoder.abstract(against, mesh), state, batch, frozen
+    ).jaxpr
+  )
 
 
 def test_a_counter_that_counts():
@@ -129,21 +160,29 @@ def test_a_counter_that_counts():
   a, b = np.ones((2, 3), np.float32), np.ones((3, 5), np.float32)
   of = lambda fn, *x: dots(jax.make_jaxpr(fn)(*x).jaxpr)
   assert of(jnp.dot, a, b) == 2 * 2 * 3 * 5
-  loop = lambda a: jax.lax.scan(lambda x, _: (x @ b @ b.T, None), a, None,
-                                length=7)[0]
+  loop = lambda a: jax.lax.scan(
+    lambda x, _: (x @ b @ b.T, None), a, None, length=7
+  )[0]
   assert of(loop, a) == 7 * 2 * 2 * (2 * 3 * 5)
-  assert of(jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b)), (0, 1)), a,
-            b) == 3 * 2 * 2 * 3 * 5
+  assert (
+    of(jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b)), (0, 1)), a, b)
+    == 3 * 2 * 2 * 3 * 5
+  )
 
 
-@pytest.mark.parametrize("m", [
-    MODEL, MODEL._replace(kv_heads=4, tied=False, head_size=4)],
-    ids=["grouped", "untied"])
+@pytest.mark.parametrize(
+  "m",
+  [MODEL, MODEL._replace(kv_heads=4, tied=False, head_size=4)],
+  ids=["grouped", "untied"],
+)
 def test_a_forward_pass(alone, m):
   tokens = jax.ShapeDtypeStruct((3, 20), jnp.int32)
+
   def fn(params, tokens):
-    return decoder.logits(decoder.forward(params, tokens, m),
-                          decoder.head(params, m))
+    return decoder.logits(
+      decoder.forward(params, tokens, m), decoder.head(params, m)
+    )
+
   found = dots(jax.make_jaxpr(fn)(decoder.abstract(m, alone), tokens).jaxpr)
   assert found == by_hand(m, 60, 3 * 20 * 20, 60)
   assert found == 3 * decoder.operations(m, 20)
@@ -154,23 +193,26 @@ def test_a_forward_pass(alone, m):
 def test_a_step_on_padded_rows_is_three_passes(alone, loss, r):
   rows = rows_of(r, even=True)
   found = counted(alone, MODEL, batch_of(alone, rows, "padded"), loss)
-  assert found == 3 * BATCH * r * by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
-  assert found == feed.training_cost(MODEL, rows, updates=1, batch=BATCH,
-                                     seed=0)[0]
+  assert found == 3 * BATCH * r * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
+  assert (
+    found == feed.training_cost(MODEL, rows, updates=1, batch=BATCH, seed=0)[0]
+  )
 
 
 def test_kto_adds_a_pass_of_its_mismatched_rows(alone):
   rows = rows_of(1, even=True)
   other = feed.Mismatched(
-      feed.make_mismatched(rows, updates=1, batch=BATCH, seed=0, context=32),
-      np.zeros(BATCH, np.float32))
+    feed.make_mismatched(rows, updates=1, batch=BATCH, seed=0, context=32),
+    np.zeros(BATCH, np.float32),
+  )
   batch = batch_of(alone, rows, "padded", other)
   size = batch["kl_tokens"].shape[-1]
   found = counted(alone, MODEL, batch, "kto")
-  own = 3 * BATCH * by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
-  assert found == own + BATCH * by_hand(MODEL, size, size ** 2, size)
-  cost = feed.training_cost(MODEL, rows, updates=1, batch=BATCH, seed=0,
-                            mismatched=other.tokens)[0]
+  own = 3 * BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
+  assert found == own + BATCH * by_hand(MODEL, size, size**2, size)
+  cost = feed.training_cost(
+    MODEL, rows, updates=1, batch=BATCH, seed=0, mismatched=other.tokens
+  )[0]
   real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
   assert cost == own + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())
 
@@ -178,8 +220,12 @@ def test_kto_adds_a_pass_of_its_mismatched_rows(alone):
 def test_a_loss_that_looks_ahead_adds_a_pass(alone):
   rows = rows_of(2, even=True)
   found = counted(alone, MODEL, batch_of(alone, rows, "padded"), "aot")
-  assert found == feed.training_cost(MODEL, rows, updates=1, batch=BATCH,
-                                     seed=0, ahead=True)[0]
+  assert (
+    found
+    == feed.training_cost(
+      MODEL, rows, updates=1, batch=BATCH, seed=0, ahead=True
+    )[0]
+  )
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -191,36 +237,46 @@ def test_an_online_reference_adds_a_pass(alone, rank):
   batch = batch_of(alone, rows, "padded")
   stored = counted(alone, m, batch, "dpo")
   found = counted(alone, m, batch, "dpo", against=MODEL)
-  one = 2 * BATCH * by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
+  one = 2 * BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
   assert found == stored + one
   cost = feed.training_cost(m, rows, **seen)
   assert feed.training_cost(m, rows, **seen, online=True) == (
-      cost[0] + one, cost[1])
+    cost[0] + one,
+    cost[1],
+  )
   useful = lambda rows, m=m, **more: feed.make_useful(
-      m, rows, batch=BATCH, seed=0, **more)(0)
+    m, rows, batch=BATCH, seed=0, **more
+  )(0)
   plain = useful(rows, MODEL)
   assert 3 * (useful(rows, online=True) - useful(rows)) == plain
   if rank:
     return
   rows = rows_of(1, even=True)
   other = feed.Mismatched(
-      feed.make_mismatched(rows, updates=1, batch=BATCH, seed=0, context=32),
-      np.zeros(BATCH, np.float32))
+    feed.make_mismatched(rows, updates=1, batch=BATCH, seed=0, context=32),
+    np.zeros(BATCH, np.float32),
+  )
   batch = batch_of(alone, rows, "padded", other)
   size = batch["kl_tokens"].shape[-1]
-  more = (counted(alone, MODEL, batch, "kto", against=MODEL)
-          - counted(alone, MODEL, batch, "kto"))
-  assert more == BATCH * (by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
-                          + by_hand(MODEL, size, size ** 2, size))
+  more = counted(alone, MODEL, batch, "kto", against=MODEL) - counted(
+    alone, MODEL, batch, "kto"
+  )
+  assert more == BATCH * (
+    by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
+    + by_hand(MODEL, size, size**2, size)
+  )
   cost = lambda **more: feed.training_cost(
-      MODEL, rows, **seen, mismatched=other.tokens, **more)[0]
+    MODEL, rows, **seen, mismatched=other.tokens, **more
+  )[0]
   real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
   assert cost(online=True) - cost() == (
-      BATCH * by_hand(MODEL, LENGTH, LENGTH ** 2, LENGTH)
-      + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist()))
+    BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
+    + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())
+  )
   with_kl = lambda **more: useful(rows, mismatched=other, **more)
   assert with_kl(online=True) - with_kl() == (
-      useful(rows) // 3 + with_kl() - useful(rows))
+    useful(rows) // 3 + with_kl() - useful(rows)
+  )
 
 
 def test_a_window_s_queries_see_no_further_back(alone):
@@ -244,7 +300,8 @@ def test_a_head_in_chunks_is_computed_once_more(alone):
   batch = batch_of(alone, rows, "padded")
   again = BATCH * 2 * 2 * MODEL.width * MODEL.vocab * LENGTH
   assert counted(alone, MODEL, batch, "dpo", "chunked") == again + counted(
-      alone, MODEL, batch, "dpo")
+    alone, MODEL, batch, "dpo"
+  )
 
 
 @pytest.mark.parametrize("r", [1, 2])
@@ -260,11 +317,14 @@ def test_packed_rows_compute_what_their_shape_holds(alone, r):
   found = counted(alone, MODEL, batch, loss)
   assert found == 3 * by_hand(MODEL, slots, a * l * l, places)
   prompt, answers = lengths_of(r, even=False)
-  seen = sum((p + n) * (p + n + 1) // 2 - (p * (p + 1) // 2) * (i > 0)
-             for p, own in zip(prompt.tolist(), answers.tolist())
-             for i, n in enumerate(own))
-  useful = 3 * by_hand(MODEL, int(prompt.sum() + answers.sum()), seen,
-                       int(answers.sum()))
+  seen = sum(
+    (p + n) * (p + n + 1) // 2 - (p * (p + 1) // 2) * (i > 0)
+    for p, own in zip(prompt.tolist(), answers.tolist())
+    for i, n in enumerate(own)
+  )
+  useful = 3 * by_hand(
+    MODEL, int(prompt.sum() + answers.sum()), seen, int(answers.sum())
+  )
   assert feed.make_useful(MODEL, rows, batch=BATCH, seed=0)(0) == useful
   assert useful < found
 
@@ -277,18 +337,27 @@ def test_adapters_spare_the_gradients_of_frozen_weights(alone):
   found = counted(alone, m, batch_of(alone, rows, "padded"), "dpo")
   n = BATCH * 2
   d, h, g, c, f = m.width, m.heads, m.kv_heads, m.head_size, m.ff
-  ends = [(d, h * c), (d, g * c), (d, g * c), (h * c, d), (d, f), (d, f),
-          (f, d)]
+  ends = [
+    (d, h * c),
+    (d, g * c),
+    (d, g * c),
+    (h * c, d),
+    (d, f),
+    (d, f),
+    (f, d),
+  ]
   small = 2 * m.layers * LENGTH * sum(2 * (i + o) for i, o in ends)
-  square = 2 * m.layers * 2 * h * c * LENGTH ** 2
+  square = 2 * m.layers * 2 * h * c * LENGTH**2
   formula = feed.training_cost(m, rows, updates=1, batch=BATCH, seed=0)[0]
-  assert formula == n * (square + 2 * by_hand(m, LENGTH, LENGTH ** 2, LENGTH))
+  assert formula == n * (square + 2 * by_hand(m, LENGTH, LENGTH**2, LENGTH))
   assert found == formula + 3 * n * small
   useful = feed.make_useful(m, rows, batch=BATCH, seed=0)(0)
   seen = feed.make_useful(MODEL, rows, batch=BATCH, seed=0)(0) // 3
   prompt, answers = lengths_of(2, even=True)
-  pairs = sum(p * (p + 1) // 2 + sum(p * a + a * (a + 1) // 2 for a in own)
-              for p, own in zip(prompt.tolist(), answers.tolist()))
+  pairs = sum(
+    p * (p + 1) // 2 + sum(p * a + a * (a + 1) // 2 for a in own)
+    for p, own in zip(prompt.tolist(), answers.tolist())
+  )
   assert useful == 2 * seen + 2 * m.layers * 2 * h * c * pairs
 
 
@@ -299,17 +368,32 @@ def test_the_compiler_counts_as_much(alone, monkeypatch, width):
 
   It also counts what is no product (norms, softmax, rotations): 1 to 2 %.
   """
-  m = MODEL._replace(layers=2, width=width, heads=4, kv_heads=4,
-                     head_size=width // 4, ff=3 * width, vocab=1024,
-                     context=64)
+  m = MODEL._replace(
+    layers=2,
+    width=width,
+    heads=4,
+    kv_heads=4,
+    head_size=width // 4,
+    ff=3 * width,
+    vocab=1024,
+    context=64,
+  )
   scan = jax.lax.scan
   monkeypatch.setattr(jax.lax, "scan", functools.partial(scan, unroll=True))
-  tokens = jax.ShapeDtypeStruct((1, 2, 64), jnp.int32,
-                                sharding=sharding.named(alone, "batch"))
+  tokens = jax.ShapeDtypeStruct(
+    (1, 2, 64), jnp.int32, sharding=sharding.named(alone, "batch")
+  )
+
   def loss(params, tokens):
     out = PRODUCERS["plain"](m, 0)(params, tokens, tokens > 0)
     return jnp.sum(out.sum)
-  cost = jax.jit(jax.grad(loss)).lower(
-      decoder.abstract(m, alone), tokens).compile().cost_analysis()
-  assert 3 * 2 * decoder.operations(m, 64) == pytest.approx(cost["flops"],
-                                                            rel=0.03)
+
+  cost = (
+    jax.jit(jax.grad(loss))
+    .lower(decoder.abstract(m, alone), tokens)
+    .compile()
+    .cost_analysis()
+  )
+  assert 3 * 2 * decoder.operations(m, 64) == pytest.approx(
+    cost["flops"], rel=0.03
+  )

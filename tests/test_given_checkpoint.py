@@ -2,10 +2,10 @@
 
 import json
 
+import jobs
 import numpy as np
 import pytest
 
-import jobs
 from jaxalign.train import __main__ as train_main
 
 
@@ -14,11 +14,19 @@ def source(tmp_path_factory):
   """40 pairs of unlike lengths; the better answer says "good"."""
   path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
   rng = np.random.default_rng(0)
-  path.write_text("".join(json.dumps(dict(
-      prompt=f"tell me of {i} {'and of that ' * int(rng.integers(3))}",
-      chosen=f"it is {i} and good {'indeed ' * int(rng.integers(4))}",
-      rejected=f"no {i} {'at all ' * int(rng.integers(4))}")) + "\n"
-                          for i in range(40)))
+  path.write_text(
+    "".join(
+      json.dumps(
+        dict(
+          prompt=f"tell me of {i} {'and of that ' * int(rng.integers(3))}",
+          chosen=f"it is {i} and good {'indeed ' * int(rng.integers(4))}",
+          rejected=f"no {i} {'at all ' * int(rng.integers(4))}",
+        )
+      )
+      + "\n"
+      for i in range(40)
+    )
+  )
   return path
 
 
@@ -32,46 +40,69 @@ def given(tmp_path_factory, source):
 
 
 def train(work, source, *more):
-  return jobs.run(work, f"data.source={source}", "data.template=none",
-                  "train.batch_size=8", *more, command=train_main.main)
+  return jobs.run(
+    work,
+    f"data.source={source}",
+    "data.template=none",
+    "train.batch_size=8",
+    *more,
+    command=train_main.main,
+  )
 
 
 def first(work):
   """The metrics of the first update."""
-  (path,) = work.glob("runs/isa*/metrics.jsonl" if (
-      work / "report.html").exists() else "runs/*/metrics.jsonl")
+  (path,) = work.glob(
+    "runs/isa*/metrics.jsonl"
+    if (work / "report.html").exists()
+    else "runs/*/metrics.jsonl"
+  )
   return jobs.lines(path)[0]
 
 
-@pytest.mark.parametrize("more,passes", [
+@pytest.mark.parametrize(
+  "more,passes",
+  [
     ((), ["ref_logps"]),
     (("loss.name=simpo",), []),
     (("loss.name=orpo",), []),
-    (("train.reference=online",), [])])
-def test_only_the_passes_that_training_reads(tmp_path, source, given, more,
-                                             passes):
+    (("train.reference=online",), []),
+  ],
+)
+def test_only_the_passes_that_training_reads(
+  tmp_path, source, given, more, passes
+):
   """No embedding; and the reference only where its numbers are read."""
   ended = train(tmp_path, source, f"model.checkpoint={given}", *more)
   assert ended.code == 0, ended
   assert jobs.did(ended) == ["data", "select", "ref_logps", "align", "export"]
   assert not (tmp_path / "shared" / "embed").exists()
-  card = json.loads(next(
-      tmp_path.glob("runs/*/cards/ref_logps.json")).read_text())
+  card = json.loads(
+    next(tmp_path.glob("runs/*/cards/ref_logps.json")).read_text()
+  )
   assert bool(card["cost"]["operations"]) == bool(passes)
   sums = np.load(next(tmp_path.glob("runs/*/ref_sum.npy")))
   assert (sums < 0).all() if passes else not sums.any()
 
 
-@pytest.mark.parametrize("more", [
-    (), ("train.layout=padded",), ("model.param_dtype=bfloat16",),
+@pytest.mark.parametrize(
+  "more",
+  [
+    (),
+    ("train.layout=padded",),
+    ("model.param_dtype=bfloat16",),
     ("lora.rank=2",),
     ("train.batch_size=16", "train.accumulation=2", "train.layout=padded"),
-    ("loss.name=kto(beta=0.3)",)])
-def test_in_bfloat16_the_policy_begins_as_the_reference(tmp_path, source,
-                                                        given, more):
+    ("loss.name=kto(beta=0.3)",),
+  ],
+)
+def test_in_bfloat16_the_policy_begins_as_the_reference(
+  tmp_path, source, given, more
+):
   """One layout, one dtype, the same batch: to the last float32 sum."""
-  ended = train(tmp_path, source, f"model.checkpoint={given}",
-                "model.dtype=bfloat16", *more)
+  ended = train(
+    tmp_path, source, f"model.checkpoint={given}", "model.dtype=bfloat16", *more
+  )
   assert ended.code == 0, ended
   line = first(tmp_path)
   drift = {n: x for n, x in line.items() if n.startswith("drift/")}
@@ -79,8 +110,9 @@ def test_in_bfloat16_the_policy_begins_as_the_reference(tmp_path, source,
 
 
 def test_also_where_the_embedding_pass_has_sums_in_bfloat16(tmp_path):
-  ended = jobs.run(tmp_path, "model.dtype=bfloat16", "sft.updates=40",
-                   "compare=()")
+  ended = jobs.run(
+    tmp_path, "model.dtype=bfloat16", "sft.updates=40", "compare=()"
+  )
   assert ended.code == 0, ended
   line = first(tmp_path)
   assert line["drift/chosen"] == line["drift/rejected"] == 0

@@ -1,4 +1,4 @@
-"""tools/gpu.py: what it counts, and a rehearsal without what a GPU box lacks."""
+"""tools/gpu.py: what it counts, and a rehearsal on a machine without GPU."""
 
 import json
 import os
@@ -6,9 +6,9 @@ import pathlib
 import subprocess
 import sys
 
+import emitters
 import pytest
 
-import emitters
 from jaxalign.model import decoder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ TOOLS = ROOT / "tools"
 
 # A GPU machine may have jax and torch, and none of these. The peer's process
 # is let have what transformers itself wants.
-BLOCKER = '''
+BLOCKER = """
 import importlib.abc, sys
 missing = {"datasets", "ml_collections", "tensorflow_datasets", "trl"}
 if not any("gpu_torch" in a for a in sys.orig_argv):
@@ -26,13 +26,14 @@ class Blocker(importlib.abc.MetaPathFinder):
     if name.split(".")[0] in missing:
       raise ImportError(f"{name} is not here")
 sys.meta_path.insert(0, Blocker())
-'''
+"""
 
 
 @pytest.fixture
 def measure(monkeypatch):
   monkeypatch.syspath_prepend(str(TOOLS))
   import gpu_measure
+
   return gpu_measure
 
 
@@ -40,14 +41,17 @@ def by_hand(m, length):
   """Useful operations of one row, pair of query and key by pair."""
   d, h, g, c = m["width"], m["heads"], m["kv_heads"], m["head_size"]
   pairs = sum(1 for i in range(length) for j in range(length) if j <= i)
-  matrices = (d * h * c + 2 * d * g * c + h * c * d + 3 * d * m["ff"])
-  return (m["layers"] * (2 * matrices * length + 2 * 2 * h * c * pairs)
-          + 2 * d * m["vocab"] * length)
+  matrices = d * h * c + 2 * d * g * c + h * c * d + 3 * d * m["ff"]
+  return (
+    m["layers"] * (2 * matrices * length + 2 * 2 * h * c * pairs)
+    + 2 * d * m["vocab"] * length
+  )
 
 
 def test_useful_operations_by_hand(measure):
-  sizes = dict(layers=3, width=24, heads=6, kv_heads=2, head_size=5, ff=40,
-               vocab=70)
+  sizes = dict(
+    layers=3, width=24, heads=6, kv_heads=2, head_size=5, ff=40, vocab=70
+  )
   m = decoder.ModelConfig(**sizes, context=17)
   assert measure.useful(m, 17) == by_hand(sizes, 17)
   assert measure.useful(m, 17, 0) == by_hand(sizes | dict(vocab=0), 17)
@@ -71,9 +75,11 @@ def test_sides_take_turns(measure):
 
 def test_kernels_by_name(measure):
   for kernel, group in (
-      ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
-      ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
-      ("MemcpyD2D", "copies"), ("loop_add_fusion_3", "other kernels")):
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
+    ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
+    ("MemcpyD2D", "copies"),
+    ("loop_add_fusion_3", "other kernels"),
+  ):
     assert measure.group_of(kernel) == group
 
 
@@ -96,8 +102,11 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
   (tmp_path / "sitecustomize.py").write_text(BLOCKER)
   env = os.environ | dict(XLA_FLAGS=emitters.flags(1))
   run = subprocess.run(
-      [sys.executable, str(TOOLS / "gpu.py"), "--toy", f"--out={tmp_path}"],
-      env=env | dict(PYTHONPATH=str(tmp_path)), capture_output=True, text=True)
+    [sys.executable, str(TOOLS / "gpu.py"), "--toy", f"--out={tmp_path}"],
+    env=env | dict(PYTHONPATH=str(tmp_path)),
+    capture_output=True,
+    text=True,
+  )
   assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
   found = {}
   for name in ("attention", "forward", "train", "dpo", "mixture", "embed"):
@@ -108,16 +117,17 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
       assert 0 < row["low"] <= row["seconds"] <= row["high"]
       if row["operations"]:
         assert row["of_measured"] == pytest.approx(
-            row["operations"] / row["seconds"]
-            / found[name]["peaks"]["measured"])
+          row["operations"] / row["seconds"] / found[name]["peaks"]["measured"]
+        )
   assert all(x["holds"] for x in found["attention"]["settings"]["equality"])
   assert len(found["attention"]["settings"]["equality"]) == 7
   assert any("TRL skipped" in x for x in found["dpo"]["notes"])
   # Ours took turns with theirs, over the same operations.
   settings = found["train"]["settings"]
   rows, length = settings["rows"], settings["length"]
-  turns = [r for r in found["train"]["rows"]
-           if r["what"] == f"train step, {rows} rows"]
+  turns = [
+    r for r in found["train"]["rows"] if r["what"] == f"train step, {rows} rows"
+  ]
   assert {r["who"].split(",")[0] for r in turns} == {"jaxalign", "transformers"}
   for row in turns:
     assert row["operations"] == 3 * rows * by_hand(settings["model"], length)
@@ -125,16 +135,33 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
   # Both responses of every pair.
   settings = found["dpo"]["settings"]
   assert found["dpo"]["rows"][0]["operations"] == (
-      3 * settings["rows"] * by_hand(settings["model"], length))
+    3 * settings["rows"] * by_hand(settings["model"], length)
+  )
   again = subprocess.run(
-      [sys.executable, str(TOOLS / "gpu.py"), "--toy", "--summary",
-       f"--out={tmp_path}"], env=env, capture_output=True, text=True)
+    [
+      sys.executable,
+      str(TOOLS / "gpu.py"),
+      "--toy",
+      "--summary",
+      f"--out={tmp_path}",
+    ],
+    env=env,
+    capture_output=True,
+    text=True,
+  )
   assert again.returncode == 0 and again.stdout.count("\n## ") == 6
 
 
 def test_without_a_gpu_it_refuses(tmp_path):
   run = subprocess.run(
-      [sys.executable, str(TOOLS / "gpu.py"), "--sections=mixture",
-       f"--out={tmp_path}"], env=os.environ | dict(JAX_PLATFORMS="cpu"),
-      capture_output=True, text=True)
+    [
+      sys.executable,
+      str(TOOLS / "gpu.py"),
+      "--sections=mixture",
+      f"--out={tmp_path}",
+    ],
+    env=os.environ | dict(JAX_PLATFORMS="cpu"),
+    capture_output=True,
+    text=True,
+  )
   assert run.returncode == 2 and "found no GPU" in run.stderr

@@ -2,11 +2,11 @@
 
 import json
 
+import jobs
 import numpy as np
 import pytest
 from scipy import stats
 
-import jobs
 from jaxalign import grid
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
@@ -15,28 +15,49 @@ from jaxalign.report.pages import grid as page
 
 
 def flags(folder, *more):
-  return ["grid", f"--config={jobs.ROOT}/configs/compare.py:tiny",
-          f"--workdir={folder}", "--worlds=natural,junk", "--seeds=3,4", *more]
+  return [
+    "grid",
+    f"--config={jobs.ROOT}/configs/compare.py:tiny",
+    f"--workdir={folder}",
+    "--worlds=natural,junk",
+    "--seeds=3,4",
+    *more,
+  ]
 
 
 def test_the_command_of_a_job(tmp_path):
   values, passed = grid.parse(flags(tmp_path, "--config.train.epochs=1"))
   cells = grid.cells_of(values)
   assert [(c.world, c.seed) for c in cells] == [
-      ("natural", 3), ("junk", 3), ("natural", 4), ("junk", 4)]
+    ("natural", 3),
+    ("junk", 3),
+    ("natural", 4),
+    ("junk", 4),
+  ]
   first, second = (grid.command_of(values, passed, c) for c in cells[:2])
   assert first[4].endswith("compare.py:tiny")
   assert second[4].endswith("compare.py:tiny,junk")
-  for flag in ("--config.seeds=1", "--config.seed=3", "--config.data.seed=3",
-               "--config.sft.seed=3", "--config.train.epochs=1",
-               f"--workdir={tmp_path}/junk/seed3"):
+  for flag in (
+    "--config.seeds=1",
+    "--config.seed=3",
+    "--config.data.seed=3",
+    "--config.sft.seed=3",
+    "--config.train.epochs=1",
+    f"--workdir={tmp_path}/junk/seed3",
+  ):
     assert flag in second
 
 
-@pytest.mark.parametrize("change,said", [
-    ("--seeds=", "no seeds"), ("--seeds=1,x", "whole numbers"),
-    ("--worlds=../x", "is no name"), ("--config=none.py", "does not exist"),
-    ("--what=1", "Unknown command line flag")])
+@pytest.mark.parametrize(
+  "change,said",
+  [
+    ("--seeds=", "no seeds"),
+    ("--seeds=1,x", "whole numbers"),
+    ("--worlds=../x", "is no name"),
+    ("--config=none.py", "does not exist"),
+    ("--what=1", "Unknown command line flag"),
+  ],
+)
 def test_wrong_flags(tmp_path, capsys, change, said):
   assert grid.main(flags(tmp_path, change)) == 64
   assert said in capsys.readouterr().err
@@ -45,14 +66,26 @@ def test_wrong_flags(tmp_path, capsys, change, said):
 def job(folder, cell, arms, start=0.25):
   """Writes what a finished job leaves, as far as a grid reads it."""
   out = dict(
-      arms=[dict(name=f"{label}-seed{cell.seed}", seed=cell.seed, rows=40,
-                 sampler=label.rpartition("-")[0], budget=0.1, is_all=False,
-                 metrics=dict(win_vs_target=dict(value=v, n=200),
-                              malformed=dict(value=0.0)))
-            for label, v in arms.items()],
-      ledger=dict(arms={f"{label}-seed{cell.seed}": dict(total=20)
-                        for label in arms}, everything=100),
-      baseline=dict(win_vs_target=dict(value=start)))
+    arms=[
+      dict(
+        name=f"{label}-seed{cell.seed}",
+        seed=cell.seed,
+        rows=40,
+        sampler=label.rpartition("-")[0],
+        budget=0.1,
+        is_all=False,
+        metrics=dict(
+          win_vs_target=dict(value=v, n=200), malformed=dict(value=0.0)
+        ),
+      )
+      for label, v in arms.items()
+    ],
+    ledger=dict(
+      arms={f"{label}-seed{cell.seed}": dict(total=20) for label in arms},
+      everything=100,
+    ),
+    baseline=dict(win_vs_target=dict(value=start)),
+  )
   at = folder / cell.folder
   at.mkdir(parents=True)
   (at / "summary.json").write_text(json.dumps(out))
@@ -68,8 +101,7 @@ def test_differences_are_paired_by_seed(tmp_path):
   told["natural"][1] = told["natural"][0] + 0.1 + 0.01 * rng.normal(size=5)
   for cell in cells:
     x = told[cell.world][:, cell.seed - 1]
-    job(tmp_path, cell, {"random-0.1": x[0], "isa-0.1": x[1],
-                         "real-0.1": x[2]})
+    job(tmp_path, cell, {"random-0.1": x[0], "isa-0.1": x[1], "real-0.1": x[2]})
   found = grid.summarise(values, cells)
   assert not found["missing"]
   for world in found["worlds"]:
@@ -82,12 +114,14 @@ def test_differences_are_paired_by_seed(tmp_path):
       half = stats.t.ppf(0.975, 4) * d.std(ddof=1) / np.sqrt(5)
       assert v["label"] == ("isa-0.1", "real-0.1")[i - 1]
       np.testing.assert_allclose(
-          [v["difference"][k] for k in ("value", "low", "high")],
-          [d.mean(), d.mean() - half, d.mean() + half], atol=1e-12)
+        [v["difference"][k] for k in ("value", "low", "high")],
+        [d.mean(), d.mean() - half, d.mean() + half],
+        atol=1e-12,
+      )
       np.testing.assert_allclose(v["p_differ"], holm[p[i - 1]], rtol=1e-9)
     assert world["arms"][0]["cost"] == 0.2
   assert found["worlds"][0]["verdicts"][0]["verdict"] == "better"
-  pooled, = (o for o in found["pooled"] if o["label"] == "real-0.1")
+  (pooled,) = (o for o in found["pooled"] if o["label"] == "real-0.1")
   d = np.mean([told[w][2] - told[w][0] for w in told], axis=0)
   assert np.isclose(pooled["difference"]["value"], d.mean())
   assert pooled["cells"] == 10
@@ -117,11 +151,13 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
   for _ in range(1000):
     rate = rng.normal(0.4, 0.05, seeds)
     own = rng.normal(effect, 0.015, seeds)  # of the difference, by seed
-    a, b = (rng.binomial(500, np.clip(r, 0, 1)) / 500
-            for r in (rate + own, rate))
+    a, b = (
+      rng.binomial(500, np.clip(r, 0, 1)) / 500 for r in (rate + own, rate)
+    )
     as_arm = lambda name, v: verdict.Arm(
-        name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1))
-    one, = verdict.compare_nested([(as_arm("a", a), as_arm("b", b))])
+      name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1)
+    )
+    (one,) = verdict.compare_nested([(as_arm("a", a), as_arm("b", b))])
     d = one["difference"]
     covered.append(d["low"] <= effect <= d["high"])
     verdicts.append(one["verdict"])
@@ -137,14 +173,19 @@ def test_faults_are_wrong_labels_and_junk():
   world = world_lib.build(jobs.common.base("tiny").data.world.to_dict(), 0)
   rows = [dict(r) for r in world_lib.generate(world, 0)["pool"][:40]]
   for row in rows:  # all right
-    a, b = (world_lib.reward(world, row["prompt"], row[s])
-            for s in ("chosen", "rejected"))
+    a, b = (
+      world_lib.reward(world, row["prompt"], row[s])
+      for s in ("chosen", "rejected")
+    )
     if a < b:
       row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
   assert world_lib.faults(world, rows) == dict(wrong=0.0, junk=0.0)
-  differ = [r for r in rows if world_lib.reward(
-      world, r["prompt"], r["chosen"]) > world_lib.reward(
-          world, r["prompt"], r["rejected"])]
+  differ = [
+    r
+    for r in rows
+    if world_lib.reward(world, r["prompt"], r["chosen"])
+    > world_lib.reward(world, r["prompt"], r["rejected"])
+  ]
   one = differ[0]
   one["chosen"], one["rejected"] = one["rejected"], one["chosen"]
   differ[1].update(chosen="x", rejected="y")
@@ -153,8 +194,13 @@ def test_faults_are_wrong_labels_and_junk():
 
 @pytest.mark.slow
 def test_a_grid_of_tiny_jobs_runs_once(tmp_path, capsys):
-  say = flags(tmp_path, f"--config.compile_cache={jobs.folder()}/xla",
-              "--seeds=3", "--processes=2", "--config.budgets=(0.1,)")
+  say = flags(
+    tmp_path,
+    f"--config.compile_cache={jobs.folder()}/xla",
+    "--seeds=3",
+    "--processes=2",
+    "--config.budgets=(0.1,)",
+  )
   assert grid.main(say) == 0
   told = capsys.readouterr().out
   assert "junk/seed3: done" in told and "2 of 2" in told
@@ -162,7 +208,10 @@ def test_a_grid_of_tiny_jobs_runs_once(tmp_path, capsys):
     assert (tmp_path / world / "seed3" / "summary.json").exists()
   found = json.loads((tmp_path / "grid.json").read_text())
   assert {a["label"] for a in found["worlds"][0]["arms"]} == {
-      "isa-0.1", "random-0.1", "k_center-0.1"}
+    "isa-0.1",
+    "random-0.1",
+    "k_center-0.1",
+  }
   junk = found["worlds"][1]["arms"]
   assert max(a["junk"] for a in junk) > 0
   before = (tmp_path / "junk/seed3/summary.json").stat().st_mtime_ns

@@ -6,19 +6,25 @@ import re
 import sys
 
 import jax
+import jobs
 import pytest
 
-import jobs
-from jaxalign import host
-from jaxalign import memory
-from jaxalign import sharding
+from jaxalign import host, memory, sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import adapters
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.train import __main__ as train_main
 
-M = decoder.ModelConfig(layers=2, width=4, heads=2, kv_heads=1, head_size=2,
-                        ff=3, vocab=10, context=16, attention="tiles")
+M = decoder.ModelConfig(
+  layers=2,
+  width=4,
+  heads=2,
+  kv_heads=1,
+  head_size=2,
+  ff=3,
+  vocab=10,
+  context=16,
+  attention="tiles",
+)
 GIB = 2**30
 SIZES = dict(tokens=30, packed=True, rows=6, length=5, chunk=2, tile=2)
 
@@ -35,8 +41,9 @@ def test_a_whole_policy_and_its_reference():
   assert held["optimizer"] == 8 * numbers and "reference" not in held
   both = memory.on_host(M, one(), **SIZES, reference=True, frozen_size=2)
   assert both["reference"] == 2 * numbers
-  lora = memory.on_host(M._replace(lora=adapters.Lora(1)), one(), **SIZES,
-                        reference=True)
+  lora = memory.on_host(
+    M._replace(lora=adapters.Lora(1)), one(), **SIZES, reference=True
+  )
   assert "reference" not in lora  # it is the frozen base
   assert lora["gradients"] < held["gradients"]
 
@@ -55,13 +62,20 @@ def test_a_pass_over_many_rows_may_be_the_peak():
 
 
 def test_what_a_host_lacks_is_said_or_refused():
-  held = dict(libraries=GIB, parameters=2 * GIB, gradients=2 * GIB,
-              optimizer=4 * GIB, activations=4 * GIB, programs=GIB)
+  held = dict(
+    libraries=GIB,
+    parameters=2 * GIB,
+    gradients=2 * GIB,
+    optimizer=4 * GIB,
+    activations=4 * GIB,
+    programs=GIB,
+  )
   assert memory.check_host(held, None) == ""
   assert memory.check_host(held, 14 * GIB) == ""
   said = memory.check_host(held, 12 * GIB)
   assert "14.0 GiB at its peak" in said and "12.0 GiB of memory are free" in (
-      said)
+    said
+  )
   with pytest.raises(ConfigError, match="lora.rank; --force tries"):
     memory.check_host(held, 11 * GIB)
   assert memory.check_host(held, 11 * GIB, force=True)
@@ -79,19 +93,23 @@ def test_what_is_free_is_what_the_system_says():
 @pytest.fixture
 def source(tmp_path):
   path = tmp_path / "pairs.jsonl"
-  path.write_text("".join(
+  path.write_text(
+    "".join(
       f'{{"prompt": "tell of {i}", "chosen": "it is {i}", "rejected": "no"}}\n'
-      for i in range(40)))
+      for i in range(40)
+    )
+  )
   return path
 
 
 def test_it_is_said_before_anything_is_compiled(tmp_path, source, monkeypatch):
   run = lambda *flags: jobs.run(
-      tmp_path / "job", f"data.source={source}", *flags,
-      command=train_main.main)
+    tmp_path / "job", f"data.source={source}", *flags, command=train_main.main
+  )
   planned = run("--dry_run")
-  together = re.search(r"above jax alone: .*together ([\d.,]+) MiB",
-                       planned.out)
+  together = re.search(
+    r"above jax alone: .*together ([\d.,]+) MiB", planned.out
+  )
   assert planned.code == 0 and together, planned
   number = float(together[1].replace(",", "")) * 2**20
   monkeypatch.setattr(memory, "available", lambda: int(number * 0.3))
@@ -120,7 +138,13 @@ def test_a_job_takes_about_what_it_plans():
   """A short world: within a third; tools/memory_check.py has the others."""
   sys.path.insert(0, str(jobs.ROOT))
   from tools import memory_check
+
   planned, taken = memory_check.measure(
-      "world", more=("--config.sft.updates=20", "--config.train.max_updates=5",
-                     "--config.compare=()"))
+    "world",
+    more=(
+      "--config.sft.updates=20",
+      "--config.train.max_updates=5",
+      "--config.compare=()",
+    ),
+  )
   assert 0.75 < planned / taken < 1.34, (planned, taken)

@@ -16,11 +16,14 @@ from jaxalign.errors import ConfigError
 pytest.importorskip("huggingface_hub")
 SHA = "0123456789abcdef0123456789abcdef01234567"
 FILES = {  # of owner/model
-    "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"\x02\0\0\0\0\0\0\0{}",
-    "tokenizer.model": b"pieces", "chat_template.jinja": b"{{ messages }}",
-    "pytorch_model.bin": b"\x80\x04.", "modeling_evil.py": b"import os",
-    "training_args.bin": b"\x80\x04.", "onnx/config.json": b"{}",
+  "config.json": b'{"model_type": "llama"}',
+  "model.safetensors": b"\x02\0\0\0\0\0\0\0{}",
+  "tokenizer.model": b"pieces",
+  "chat_template.jinja": b"{{ messages }}",
+  "pytorch_model.bin": b"\x80\x04.",
+  "modeling_evil.py": b"import os",
+  "training_args.bin": b"\x80\x04.",
+  "onnx/config.json": b"{}",
 }
 SECRET = "hf_SecretOfThisTest"
 
@@ -35,27 +38,44 @@ class Hub(http.server.BaseHTTPRequestHandler):
     self.server.asked.append((self.path, self.headers.get("authorization")))
     path = self.path.split("?")[0]
     gated = "/owner/gated" in path and (
-        self.headers.get("authorization") != f"Bearer {SECRET}")
+      self.headers.get("authorization") != f"Bearer {SECRET}"
+    )
     name = "owner/gated" if "/owner/gated" in path else "owner/model"
     if gated:
       return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
     if name not in path:
       return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
     if path.startswith(f"/api/models/{name}/tree/"):
-      return self.answer(200, json.dumps([dict(
-          type="file", path=n, size=len(data), oid=f"{i:040x}")
-          for i, (n, data) in enumerate(self.server.files.items())]).encode())
+      return self.answer(
+        200,
+        json.dumps(
+          [
+            dict(type="file", path=n, size=len(data), oid=f"{i:040x}")
+            for i, (n, data) in enumerate(self.server.files.items())
+          ]
+        ).encode(),
+      )
     if path.startswith(f"/api/models/{name}"):
       if path.endswith("/revision/gone"):
         return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-      return self.answer(200, json.dumps(dict(
-          id=name, sha=SHA, siblings=[dict(rfilename=n) for n in self.server.files]
-          )).encode())
+      return self.answer(
+        200,
+        json.dumps(
+          dict(
+            id=name,
+            sha=SHA,
+            siblings=[dict(rfilename=n) for n in self.server.files],
+          )
+        ).encode(),
+      )
     file = path.split(f"/resolve/{SHA}/")[-1]
     if file in self.server.files:
       i = list(self.server.files).index(file)
-      return self.answer(200, self.server.files[file], {
-          "ETag": f'"{i:040x}"', "X-Repo-Commit": SHA})
+      return self.answer(
+        200,
+        self.server.files[file],
+        {"ETag": f'"{i:040x}"', "X-Repo-Commit": SHA},
+      )
     return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
   def answer(self, code, body, headers=()):
@@ -105,23 +125,49 @@ def python(cache, server, *arguments, **env):
   """A Python process for which the Hub is ours."""
   port = server.server_address[1] if server else 9  # nobody listens there
   env = dict(
-      {n: v for n, v in os.environ.items()
-       if not n.startswith(("HF_", "TRANSFORMERS_"))},
-      HF_HOME=str(cache), HF_ENDPOINT=f"http://127.0.0.1:{port}",
-      HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", **env)
-  for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY",
-               "all_proxy", "ALL_PROXY"):
+    {
+      n: v
+      for n, v in os.environ.items()
+      if not n.startswith(("HF_", "TRANSFORMERS_"))
+    },
+    HF_HOME=str(cache),
+    HF_ENDPOINT=f"http://127.0.0.1:{port}",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    **env,
+  )
+  for name in (
+    "http_proxy",
+    "https_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "all_proxy",
+    "ALL_PROXY",
+  ):
     env.pop(name, None)
   return subprocess.run(
-      [sys.executable, *arguments], env=env, text=True, capture_output=True,
-      timeout=300, cwd=pathlib.Path(__file__).parent.parent)
+    [sys.executable, *arguments],
+    env=env,
+    text=True,
+    capture_output=True,
+    timeout=300,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
 
 
 def test_a_repository_is_fetched_once_without_its_pickles(tmp_path, server):
   folder = pathlib.Path(ask(tmp_path, server, "resolve", "hf:owner/model"))
-  wanted = {n for n in FILES if n in (
-      "config.json", "model.safetensors", "tokenizer.model",
-      "chat_template.jinja")}
+  wanted = {
+    n
+    for n in FILES
+    if n
+    in (
+      "config.json",
+      "model.safetensors",
+      "tokenizer.model",
+      "chat_template.jinja",
+    )
+  }
   assert {p.name for p in folder.rglob("*") if p.is_file()} == wanted
   for name in wanted:
     assert (folder / name).read_bytes() == FILES[name]
@@ -129,22 +175,37 @@ def test_a_repository_is_fetched_once_without_its_pickles(tmp_path, server):
   fetched = [path for path, _ in server.asked if "/resolve/" in path]
   assert not any("bin" in path or ".py" in path for path in fetched)
   # Now without the Hub; and the same by its revision.
-  assert ask(tmp_path, None, "resolve", "hf:owner/model",
-             f"hf:owner/model@{SHA}", HF_HUB_OFFLINE="1").split() == [
-                 str(folder)] * 2
+  assert (
+    ask(
+      tmp_path,
+      None,
+      "resolve",
+      "hf:owner/model",
+      f"hf:owner/model@{SHA}",
+      HF_HUB_OFFLINE="1",
+    ).split()
+    == [str(folder)] * 2
+  )
   # What was fetched passes the check of links.
   from etils import epath
+
   from jaxalign.model import safetensors_io
+
   assert safetensors_io.Checkpoint(epath.Path(folder)).tensors == {}
 
 
 def test_settings_come_without_weights(tmp_path, server):
-  folder = pathlib.Path(ask(tmp_path, server, "resolve_settings",
-                            "hf:owner/model@main"))
+  folder = pathlib.Path(
+    ask(tmp_path, server, "resolve_settings", "hf:owner/model@main")
+  )
   assert {p.name for p in folder.iterdir()} == {
-      "config.json", "tokenizer.model", "chat_template.jinja"}
+    "config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+  }
   assert "is not whole in the local cache, and HF_HUB_OFFLINE is set" in ask(
-      tmp_path, None, "resolve", "hf:owner/model", HF_HUB_OFFLINE="1")
+    tmp_path, None, "resolve", "hf:owner/model", HF_HUB_OFFLINE="1"
+  )
 
 
 def test_a_token_is_sent_and_never_stored(tmp_path, server):
@@ -171,9 +232,20 @@ def test_what_cannot_be_had(tmp_path, server):
   assert "cache, and HF_HUB_OFFLINE is set; set config.model.checkpoint" in said
 
 
-@pytest.mark.parametrize("name", [
-    "hf:", "hf:a/b/c", "hf:/etc", "hf:../x", "hf:a/b@", "hf:a/b@../x",
-    "hf:a/b@/x", "hf:a b", "hf:a/b\n"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "hf:",
+    "hf:a/b/c",
+    "hf:/etc",
+    "hf:../x",
+    "hf:a/b@",
+    "hf:a/b@../x",
+    "hf:a/b@/x",
+    "hf:a b",
+    "hf:a/b\n",
+  ],
+)
 def test_names_that_are_none(name):
   with pytest.raises(ConfigError, match="names no repository, wanted hf:<own"):
     hub.resolve(name)
@@ -186,10 +258,13 @@ def test_a_folder_is_itself(tmp_path):
 
 def test_an_encoder_comes_with_its_pooling(tmp_path, server):
   server.files = FILES | {
-      "modules.json": b"[]", "1_Pooling/config.json": b"{}",
-      "2_Normalize/config.json": b"{}"}
-  folder = pathlib.Path(ask(tmp_path, server, "resolve_settings",
-                            "hf:owner/model"))
+    "modules.json": b"[]",
+    "1_Pooling/config.json": b"{}",
+    "2_Normalize/config.json": b"{}",
+  }
+  folder = pathlib.Path(
+    ask(tmp_path, server, "resolve_settings", "hf:owner/model")
+  )
   assert (folder / "1_Pooling/config.json").exists()
   assert not (folder / "2_Normalize").exists()
 
@@ -198,10 +273,14 @@ def test_an_encoder_comes_with_its_pooling(tmp_path, server):
 def test_a_whole_job_from_a_repository(tmp_path, server):
   """The tokenizer, the config and the weights of `hf:owner/model`."""
   import jobs
+
   export = jobs.finished() / "runs/isa-0.1-seed0/export"
   server.files = {p.name: p.read_bytes() for p in export.iterdir()}
-  flags = ["-m", "jaxalign.main", *jobs.flags(
-      tmp_path / "work", "model.checkpoint=hf:owner/model")]
+  flags = [
+    "-m",
+    "jaxalign.main",
+    *jobs.flags(tmp_path / "work", "model.checkpoint=hf:owner/model"),
+  ]
   ended = python(tmp_path / "cache", server, *flags)
   assert ended.returncode == 0, ended.stderr
   assert "sft: ..." not in ended.stdout

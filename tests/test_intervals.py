@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxalign.eval import held_out
-from jaxalign.eval import intervals
+from jaxalign.eval import held_out, intervals
 
 Z = 1.959963984540054
 
@@ -19,8 +18,7 @@ def covered(make, truth, n=4000, seed=0):
   return np.mean([f["low"] <= truth <= f["high"] for f in found])
 
 
-@pytest.mark.parametrize("p,n", [(0.5, 40), (0.14, 100), (0.9, 64),
-                                 (0.5, 512)])
+@pytest.mark.parametrize("p,n", [(0.5, 40), (0.14, 100), (0.9, 64), (0.5, 512)])
 def test_a_share_s_interval_covers_95_percent(p, n):
   rate = covered(lambda rng: intervals.share(rng.random(n) < p), p)
   assert 0.93 < rate < 0.97, rate
@@ -30,8 +28,9 @@ def test_a_share_s_interval_covers_95_percent(p, n):
 def test_a_difference_s_interval_covers_95_percent(n):
   def paired(rng):  # the prompt moves both, as in an evaluation
     easy = rng.random(n)
-    a, b = (rng.random((2, n)) < np.stack([easy * 0.9, easy * 0.6]))
+    a, b = rng.random((2, n)) < np.stack([easy * 0.9, easy * 0.6])
     return intervals.difference(a, b)
+
   rate = covered(paired, 0.45 - 0.30)
   assert 0.93 < rate < 0.97, rate
 
@@ -43,15 +42,20 @@ def test_a_macro_s_interval_covers_95_percent(least, most):
   zipf = 1 / np.arange(1, 65)
   groups = rng.choice(64, 400, p=zipf / zipf.sum())
   p = rng.uniform(least, most, 64)
-  rate = covered(lambda rng: intervals.macro(
-      (rng.random(400) < p[groups]).astype(float), groups),
-      p[np.unique(groups)].mean(), n=2000)
+  rate = covered(
+    lambda rng: intervals.macro(
+      (rng.random(400) < p[groups]).astype(float), groups
+    ),
+    p[np.unique(groups)].mean(),
+    n=2000,
+  )
   assert 0.90 < rate < 0.98, rate
 
 
 def test_ties_count_one_half_and_never_narrow_the_interval():
   def with_ties(rng):
     return intervals.share(rng.choice([0.0, 0.5, 1.0], 80, p=[0.3, 0.4, 0.3]))
+
   rate = covered(with_ties, 0.5)
   assert rate > 0.95  # wide, never narrow
   assert intervals.share(np.full(10, 0.5))["value"] == 0.5
@@ -63,8 +67,10 @@ def test_wilson_by_hand():
   center, half = 0.8 + Z**2 / 20, Z * np.sqrt(0.016 + Z**2 / 400)
   assert found["n"] == 10 and found["value"] == 0.8
   np.testing.assert_allclose(
-      [found["low"], found["high"]],
-      np.array([center - half, center + half]) / (1 + Z**2 / 10), rtol=1e-12)
+    [found["low"], found["high"]],
+    np.array([center - half, center + half]) / (1 + Z**2 / 10),
+    rtol=1e-12,
+  )
   # None of 10 and all of 10 still have a width, and stay in [0, 1].
   none, all_ = intervals.share(np.zeros(10)), intervals.share(np.ones(10))
   assert none["low"] == 0 and 0.2 < none["high"] < 0.4
@@ -75,8 +81,9 @@ def test_mean_by_hand():
   found = intervals.mean(np.array([1.0, 2.0, 6.0]))  # sd sqrt(7), n 3
   half = Z * np.sqrt(7 / 3)
   assert found["value"] == 3.0 and found["n"] == 3
-  np.testing.assert_allclose([found["low"], found["high"]],
-                             [3 - half, 3 + half], rtol=1e-12)
+  np.testing.assert_allclose(
+    [found["low"], found["high"]], [3 - half, 3 + half], rtol=1e-12
+  )
 
 
 def test_difference_keeps_the_sign():
@@ -92,8 +99,9 @@ def test_macro_by_hand():
   found = intervals.macro(values, groups)
   assert found["value"] == 0.75 and found["n"] == 5
   half = Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3)) / 2
-  np.testing.assert_allclose([found["low"], found["high"]],
-                             [0.75 - half, 1.0], rtol=1e-12)
+  np.testing.assert_allclose(
+    [found["low"], found["high"]], [0.75 - half, 1.0], rtol=1e-12
+  )
   # A group of one counts like any other.
   found = intervals.macro(np.append(values, 0.0), np.append(groups, "c"))
   assert found["value"] == pytest.approx(0.5)
@@ -112,17 +120,25 @@ def test_difference_by_hand():
   np.testing.assert_allclose(found["low"], 2 / 5 - half, rtol=1e-12)
   assert found["high"] == 1.0
   other = intervals.difference([0, 0, 1], [1, 1, 1])
-  np.testing.assert_allclose([-other["high"], -other["low"], -other["value"]],
-                             [found["low"], found["high"], found["value"]])
+  np.testing.assert_allclose(
+    [-other["high"], -other["low"], -other["value"]],
+    [found["low"], found["high"], found["value"]],
+  )
 
 
 def test_one_number_has_no_interval():
   assert intervals.mean([4.0]) == dict(value=4.0, low=None, high=None, n=1)
 
 
-@pytest.mark.parametrize("make", [
-    intervals.share, intervals.mean, lambda x: intervals.difference(x, x),
-    lambda x: intervals.macro(x, x)])
+@pytest.mark.parametrize(
+  "make",
+  [
+    intervals.share,
+    intervals.mean,
+    lambda x: intervals.difference(x, x),
+    lambda x: intervals.macro(x, x),
+  ],
+)
 def test_nothing_measured_is_none_and_is_json(make):
   found = make(np.zeros(0))
   assert found == dict(value=None, low=None, high=None, n=0)
@@ -156,10 +172,15 @@ def test_a_sentence_says_what_the_interval_says():
   assert seen == {"No", "better", "worse"}
 
 
-@pytest.mark.parametrize("low,high,words", [
-    (0.0, 0.1, "No difference"), (-0.1, 0.0, "No difference"),
+@pytest.mark.parametrize(
+  "low,high,words",
+  [
+    (0.0, 0.1, "No difference"),
+    (-0.1, 0.0, "No difference"),
     (0.001, 0.1, "isa is better than all by 5.0 points of win rate"),
-    (-0.2, -0.001, "isa is worse than all by 10.0 points of win rate")])
+    (-0.2, -0.001, "isa is worse than all by 10.0 points of win rate"),
+  ],
+)
 def test_the_ends_of_an_interval_belong_to_it(low, high, words):
   diff = dict(value=0.05 if high > 0 else -0.1, low=low, high=high, n=9)
   assert intervals.in_words("isa", "all", diff, "win rate").startswith(words)
@@ -168,7 +189,8 @@ def test_the_ends_of_an_interval_belong_to_it(low, high, words):
 def test_too_little_to_claim_anything():
   """One prompt, or prompts that all agree, have no measured spread."""
   assert "not measured" in intervals.in_words(
-      "isa", "all", intervals.difference([], []), "win rate")
+    "isa", "all", intervals.difference([], []), "win rate"
+  )
   for n in (1, 2, 3):
     diff = intervals.difference(np.ones(n), np.zeros(n))
     assert not claims(intervals.in_words("isa", "all", diff, "win rate")), n
@@ -199,8 +221,9 @@ def test_accuracy_leaves_ties_out_and_counts_them():
 def test_likelihood_accuracy_is_per_token_and_without_reference():
   """-6 over 3 tokens beats -5 over 1; a tie is left out."""
   found = held_out.likelihood_accuracy(
-      [[-6.0, -5.0], [-5.0, -6.0], [-2.0, -4.0]],
-      [[3.0, 1.0], [1.0, 3.0], [1.0, 2.0]])
+    [[-6.0, -5.0], [-5.0, -6.0], [-2.0, -4.0]],
+    [[3.0, 1.0], [1.0, 3.0], [1.0, 2.0]],
+  )
   assert (found["value"], found["n"]) == (0.5, 2)
 
 
@@ -216,8 +239,9 @@ def test_student_by_hand():
   """1, 2, 6: mean 3, sd sqrt(7); t of 2 degrees is (2q - 1) / sqrt(2q(1-q))."""
   found = intervals.student([1.0, 2.0, 6.0])
   half = 0.95 / np.sqrt(2 * 0.975 * 0.025) * np.sqrt(7 / 3)
-  np.testing.assert_allclose([found["low"], found["high"]],
-                             [3 - half, 3 + half], rtol=1e-12)
+  np.testing.assert_allclose(
+    [found["low"], found["high"]], [3 - half, 3 + half], rtol=1e-12
+  )
   assert intervals.student([4.0]) == dict(value=4.0, low=None, high=None, n=1)
   assert intervals.student([])["n"] == 0
 
@@ -226,45 +250,53 @@ def test_student_by_hand():
 def test_student_covers_95_percent_where_a_bootstrap_does_not(seeds):
   rate = covered(lambda rng: intervals.student(rng.normal(0, 1, seeds)), 0.0)
   assert 0.94 < rate < 0.96, rate
+
   def percentile(rng):
     v = rng.normal(0, 1, seeds)
     drawn = rng.choice(v, (400, seeds)).mean(1)
     return dict(zip(("low", "high"), np.quantile(drawn, [0.025, 0.975])))
+
   if seeds == 3:
     assert 0.72 < covered(percentile, 0.0, n=1000) < 0.80
 
 
 def two_way(rng, s, p, seed_sd, prompt_sd):
   """Won or not: luck of the seed, hardness of the prompt, chance."""
-  chance = (0.5 + rng.normal(0, seed_sd, (s, 1))
-            + rng.normal(0, prompt_sd, (1, p)))
+  chance = (
+    0.5 + rng.normal(0, seed_sd, (s, 1)) + rng.normal(0, prompt_sd, (1, p))
+  )
   return (rng.random((s, p)) < chance).astype(float)
 
 
 @pytest.mark.parametrize("s,p", [(5, 100), (10, 100), (5, 512), (10, 512)])
-@pytest.mark.parametrize("seed_sd,prompt_sd", [(0.024, 0.1), (0.034, 0.2),
-                                               (0.05, 0.1)])
+@pytest.mark.parametrize(
+  "seed_sd,prompt_sd", [(0.024, 0.1), (0.034, 0.2), (0.05, 0.1)]
+)
 def test_crossed_covers_93_to_97_of_1000_draws(s, p, seed_sd, prompt_sd):
   """The built-in world's spreads; seeds alone would claim far too much."""
-  rate = covered(lambda rng: intervals.crossed(
-      two_way(rng, s, p, seed_sd, prompt_sd)), 0.5, n=1000)
+  rate = covered(
+    lambda rng: intervals.crossed(two_way(rng, s, p, seed_sd, prompt_sd)),
+    0.5,
+    n=1000,
+  )
   assert 0.93 <= rate <= 0.97, rate
 
 
 def test_crossed_covers_where_seeds_alone_do_not():
   def draw(rng):
     return two_way(rng, 10, 200, 0.024, 0.25)
+
   rate = covered(lambda rng: intervals.crossed(draw(rng)), 0.5, n=1000)
   assert 0.93 <= rate <= 0.97, rate
-  alone = covered(lambda rng: intervals.student(draw(rng).mean(1)), 0.5,
-                  n=1000)
+  alone = covered(lambda rng: intervals.student(draw(rng).mean(1)), 0.5, n=1000)
   assert alone < 0.85, alone
 
 
 def test_crossed_never_claims_less_than_there_is():
   """No luck of seeds at all: the interval is wide, never narrow."""
-  rate = covered(lambda rng: intervals.crossed(
-      two_way(rng, 5, 100, 0.0, 0.0)), 0.5, n=1000)
+  rate = covered(
+    lambda rng: intervals.crossed(two_way(rng, 5, 100, 0.0, 0.0)), 0.5, n=1000
+  )
   assert rate > 0.95, rate
 
 
@@ -275,16 +307,23 @@ def test_spread_by_hand():
   rows, columns, m = [2 / 3, 1 / 6], [0.75, 0, 0.5], 2.5 / 6
   ms_s = 3 * sum((r - m) ** 2 for r in rows) / 1
   ms_p = 2 * sum((c - m) ** 2 for c in columns) / 2
-  ms_e = sum((v[i, j] - rows[i] - columns[j] + m) ** 2
-             for i in range(2) for j in range(3)) / 2
+  ms_e = (
+    sum(
+      (v[i, j] - rows[i] - columns[j] + m) ** 2
+      for i in range(2)
+      for j in range(3)
+    )
+    / 2
+  )
   assert ms_s > ms_e and ms_p > ms_e
   assert found.value == pytest.approx(m)
   assert found.noise == pytest.approx(ms_e)
   assert found.seeds == pytest.approx((ms_s - ms_e) / 3)
   assert found.prompts == pytest.approx((ms_p - ms_e) / 2)
   assert found.error == pytest.approx(np.sqrt((ms_s + ms_p - ms_e) / 6))
-  assert found.freedom == pytest.approx((ms_s + ms_p - ms_e)**2 / (
-      ms_s**2 + ms_p**2 / 2 + ms_e**2 / 2))
+  assert found.freedom == pytest.approx(
+    (ms_s + ms_p - ms_e) ** 2 / (ms_s**2 + ms_p**2 / 2 + ms_e**2 / 2)
+  )
 
 
 def test_the_prompts_part_is_that_of_a_bootstrap():
@@ -294,7 +333,8 @@ def test_the_prompts_part_is_that_of_a_bootstrap():
   drawn = [v[:, rng.integers(0, 300, 300)].mean() for _ in range(4000)]
   found = intervals.spread(v)
   assert np.var(drawn) == pytest.approx(
-      (found.prompts + found.noise / 6) / 300, rel=0.1)
+    (found.prompts + found.noise / 6) / 300, rel=0.1
+  )
 
 
 def test_crossed_of_one_seed_has_no_interval():

@@ -23,8 +23,12 @@ def change(value, i):
 def draw(seed, name):
   """The Gumbel number of a record: blake2b of its id, keyed by the seed."""
   key = hashlib.blake2b(f"isa:{seed}".encode(), digest_size=32).digest()
-  bits = int.from_bytes(hashlib.blake2b(
-      name.encode(), key=key, digest_size=8).digest(), "big") >> 11
+  bits = (
+    int.from_bytes(
+      hashlib.blake2b(name.encode(), key=key, digest_size=8).digest(), "big"
+    )
+    >> 11
+  )
   return -np.log(-np.log((bits + 0.5) / 2.0**53))
 
 
@@ -40,8 +44,9 @@ def test_scores_equal_the_loop_and_a_hash():
   weight = np.array([change(value, i) for i in range(30)])
   some = weight > 1e-9  # one row has weight 0 and comes last
   assert some.sum() == 29
-  wanted = [np.log(weight[i]) + draw(7, pool.ids[i]) for i in range(30)
-            if some[i]]
+  wanted = [
+    np.log(weight[i]) + draw(7, pool.ids[i]) for i in range(30) if some[i]
+  ]
   np.testing.assert_allclose(got.score[some], wanted, rtol=1e-9)
   assert got.score[~some].max() < got.score[some].min() - 100
   np.testing.assert_array_equal(got.rows, np.argsort(-got.score)[:5])
@@ -60,24 +65,30 @@ def test_sets_are_drawn_without_replacement_in_proportion():
   for seed in range(3000):
     seen[frozenset(SAMPLERS["isa"](seed, pool, 2, order="soft").rows)] += 1
   for both, chance in wanted.items():  # five standard deviations
-    assert abs(seen[both] / 3000 - chance) < 5 * np.sqrt(
-        chance * (1 - chance) / 3000) + 1e-3
+    assert (
+      abs(seen[both] / 3000 - chance)
+      < 5 * np.sqrt(chance * (1 - chance) / 3000) + 1e-3
+    )
 
 
 def test_a_budget_is_a_prefix_and_input_order_does_not_matter():
   pool = small_pool(40)
   long = SAMPLERS["isa"](0, pool, 20, order="soft").rows
   assert list(SAMPLERS["isa"](0, pool, 9, order="soft").rows) == list(long[:9])
-  turned = make_pool(pool.ids[::-1],
-                     {"log_likelihood": pool.log_likelihood[::-1]})
+  turned = make_pool(
+    pool.ids[::-1], {"log_likelihood": pool.log_likelihood[::-1]}
+  )
   np.testing.assert_array_equal(
-      SAMPLERS["isa"](0, turned, 20, order="soft").rows, long)
+    SAMPLERS["isa"](0, turned, 20, order="soft").rows, long
+  )
   assert set(SAMPLERS["isa"](1, pool, 20, order="soft").rows) != set(long)
 
 
 def test_what_cannot_be_weights_is_refused():
-  pool = make_pool(["a", "b", "c"], {
-      "log_likelihood": np.array([[0.0, 1.0], [2.0, 1.5], [3.0, 0.5]])})
+  pool = make_pool(
+    ["a", "b", "c"],
+    {"log_likelihood": np.array([[0.0, 1.0], [2.0, 1.5], [3.0, 0.5]])},
+  )
   with pytest.raises(ConfigError, match="pair_score 'difference'"):
     SAMPLERS["isa"](0, pool, 2, order="soft", pair_score="difference")
   with pytest.raises(ConfigError, match="soft is 0.5"):

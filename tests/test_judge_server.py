@@ -35,8 +35,12 @@ def export(shared, folder):
   m = weights.read_config(source, "float32", "none")
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    weights.export_folder(folder, weights.load_folder(source, m, mesh), m,
-                          tokenizers.load_tokenizer(source))
+    weights.export_folder(
+      folder,
+      weights.load_folder(source, m, mesh),
+      m,
+      tokenizers.load_tokenizer(source),
+    )
   (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
@@ -56,9 +60,22 @@ def served(shared, tmp_path, monkeypatch):
     port = s.getsockname()[1]
   with open(tmp_path / "server.txt", "w") as log:
     process = subprocess.Popen(
-        [command, "serve", str(folder), "--host", "localhost", "--port",
-         str(port), "--device", "cpu"], stdout=log, stderr=log,
-        start_new_session=True, env=os.environ | dict(HF_HUB_OFFLINE="1"))
+      [
+        command,
+        "serve",
+        str(folder),
+        "--host",
+        "localhost",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+      ],
+      stdout=log,
+      stderr=log,
+      start_new_session=True,
+      env=os.environ | dict(HF_HUB_OFFLINE="1"),
+    )
   try:
     end = time.monotonic() + 240
     while True:
@@ -77,11 +94,19 @@ def served(shared, tmp_path, monkeypatch):
 
 def test_what_a_real_server_says_is_counted_and_kept(served, tmp_path):
   url, model = served
-  e = endpoint.Endpoint(model=model, url=url, key_env="JUDGE_KEY",
-                        timeout_s=120.0, per_minute=60_000.0, workers=2,
-                        max_tokens=8)
-  pairs = [Pair("Tell me of a dog.", f"A dog ran {n} miles.", "No.")
-           for n in ("two", "ten")]
+  e = endpoint.Endpoint(
+    model=model,
+    url=url,
+    key_env="JUDGE_KEY",
+    timeout_s=120.0,
+    per_minute=60_000.0,
+    workers=2,
+    max_tokens=8,
+  )
+  pairs = [
+    Pair("Tell me of a dog.", f"A dog ran {n} miles.", "No.")
+    for n in ("two", "ten")
+  ]
   path = tmp_path / "verdicts.jsonl"
   out = endpoint.both_orders(e, pairs, path)
   cost = out["cost"]

@@ -31,8 +31,9 @@ def test_a_named_knob_exists(knob, where):
   section, _, name = knob.partition(".kwargs.")
   if name:
     table = dict(select=SAMPLERS, loss=LOSSES)[section]
-    assert any(name in inspect.signature(f).parameters
-               for f in table.values()), f"{where}: nothing takes {name}"
+    assert any(
+      name in inspect.signature(f).parameters for f in table.values()
+    ), f"{where}: nothing takes {name}"
     return
   section, _, name = knob.partition("data.fields.")
   if name:

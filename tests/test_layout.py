@@ -9,22 +9,29 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
-import oracle
 from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
 from jaxalign.model import decoder
-from jaxalign.train import feed
-from jaxalign.train import layout
+from jaxalign.train import feed, layout
 from jaxalign.train.logps import PRODUCERS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 EOS = 2
-MODEL = decoder.ModelConfig(layers=2, width=16, heads=4, kv_heads=2,
-                            head_size=4, ff=24, vocab=32, context=64)
+MODEL = decoder.ModelConfig(
+  layers=2,
+  width=16,
+  heads=4,
+  kv_heads=2,
+  head_size=4,
+  ff=24,
+  vocab=32,
+  context=64,
+)
 SIZES = dict(kv_heads=2, rope_theta=10000.0, norm_eps=1e-5)
 
 
@@ -33,8 +40,11 @@ def rows_of(pairs):
   ids = [np.array(p + a, np.int32) for p, *answers in pairs for a in answers]
   start = [len(p) for p, *answers in pairs for _ in answers]
   return tokens_lib.TokenRows(
-      np.concatenate(ids), np.cumsum([0, *map(len, ids)]),
-      np.array(start, np.int32), np.zeros(len(ids), np.int32))
+    np.concatenate(ids),
+    np.cumsum([0, *map(len, ids)]),
+    np.array(start, np.int32),
+    np.zeros(len(ids), np.int32),
+  )
 
 
 @functools.lru_cache
@@ -42,27 +52,43 @@ def examples(n=16, r=2, seed=0, longest=14):
   """Prompts of 1 to `longest` tokens, answers of 1 to 8 with their EOS."""
   rng = np.random.default_rng(seed)
   ids = lambda n: rng.integers(3, 32, n).tolist()
-  return [(ids(rng.integers(1, longest + 1)),
-           *(ids(rng.integers(0, 8)) + [EOS] for _ in range(r)))
-          for _ in range(n)]
+  return [
+    (
+      ids(rng.integers(1, longest + 1)),
+      *(ids(rng.integers(0, 8)) + [EOS] for _ in range(r)),
+    )
+    for _ in range(n)
+  ]
 
 
-def feed_of(pairs, *, seed=3, batch=16, mesh=None, accumulation=1,
-            layout="packed"):
+def feed_of(
+  pairs, *, seed=3, batch=16, mesh=None, accumulation=1, layout="packed"
+):
   n, r = len(pairs), len(pairs[0]) - 1
   rng = np.random.default_rng(7)
-  rows = feed.Rows([f"r{i}" for i in range(n)], rows_of(pairs),
-                   np.arange(n * r).reshape(n, r),
-                   np.float32(rng.normal(-20, 4, (n, r))),
-                   np.ones((n, r), np.float32))
-  return feed.make_feed(mesh, rows, batch=batch, accumulation=accumulation,
-                        seed=seed, context=64, rate=lambda step: 1e-3,
-                        layout=layout)
+  rows = feed.Rows(
+    [f"r{i}" for i in range(n)],
+    rows_of(pairs),
+    np.arange(n * r).reshape(n, r),
+    np.float32(rng.normal(-20, 4, (n, r))),
+    np.ones((n, r), np.float32),
+  )
+  return feed.make_feed(
+    mesh,
+    rows,
+    batch=batch,
+    accumulation=accumulation,
+    seed=seed,
+    context=64,
+    rate=lambda step: 1e-3,
+    layout=layout,
+  )
 
 
 def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  return sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
 
 
 # The packing, on lists.
@@ -89,15 +115,25 @@ def test_every_token_is_where_it_should_be(r):
   starts = np.array([len(p) for p, *_ in pairs])
   answers = np.array([[len(a) for a in more] for _, *more in pairs])
   need = layout.need(starts, answers, 32)
-  shape = need._replace(tokens=need.tokens + 64, targets=need.targets + 16,
-                        rows=need.rows + 1, tiles=need.tiles + 3)
+  shape = need._replace(
+    tokens=need.tokens + 64,
+    targets=need.targets + 16,
+    rows=need.rows + 1,
+    tiles=need.tiles + 3,
+  )
   least = np.repeat(answers.min(1)[:, None], r, 1)
   x = layout.pack(shape, rows, index, least)
   flat = [t for p, *more in pairs for part in (p, *more) for t in part]
-  assert x.tokens[:len(flat)].tolist() == flat
-  positions = [i for p, *more in pairs for i in (
-      *range(len(p)), *(len(p) + j for a in more for j in range(len(a))))]
-  assert x.position[:len(flat)].tolist() == positions
+  assert x.tokens[: len(flat)].tolist() == flat
+  positions = [
+    i
+    for p, *more in pairs
+    for i in (
+      *range(len(p)),
+      *(len(p) + j for a in more for j in range(len(a))),
+    )
+  ]
+  assert x.position[: len(flat)].tolist() == positions
   # Every response is predicted token by token, from the token before it.
   owned = {}
   for s, t, o, public in zip(x.source, x.target, x.owner, x.public):
@@ -111,7 +147,8 @@ def test_every_token_is_where_it_should_be(r):
       assert [t for _, t, _ in mine] == a
       assert [s for s, _, _ in mine] == [last, *range(at, at + len(a) - 1)]
       assert [q for _, _, q in mine] == [
-          j < min(map(len, more)) for j in range(len(a))]
+        j < min(map(len, more)) for j in range(len(a))
+      ]
       at += len(a)
   assert not owned
   # Every sequence stands whole in an attention row, in a segment of its own.
@@ -135,27 +172,39 @@ def test_every_token_is_where_it_should_be(r):
   assert uses == list(range(answers.sum()))
   share = layout.shares(jax.tree.map(jnp.asarray, x))
   assert share["perf/padding"].tolist() == [
-      len(x.tokens) - len(flat), len(x.tokens)]
+    len(x.tokens) - len(flat),
+    len(x.tokens),
+  ]
   shared = starts.sum() * (r - 1)
   assert share["perf/shared"].tolist() == [shared, len(flat) + shared]
 
 
 def test_prompts_that_differ_are_refused():
   rows = rows_of([([5, 6], [7]), ([5, 9], [8, 8])])
-  with pytest.raises(DataError, match="row b: its responses have different "
-                     "prompts.*config.train.layout='padded'"):
-    layout.pack(layout.Shape(64, 16, 1, 16, 1), rows, np.array([[0, 1]]),
-                np.ones((1, 2)), ["b"])
+  with pytest.raises(
+    DataError,
+    match="row b: its responses have different "
+    "prompts.*config.train.layout='padded'",
+  ):
+    layout.pack(
+      layout.Shape(64, 16, 1, 16, 1),
+      rows,
+      np.array([[0, 1]]),
+      np.ones((1, 2)),
+      ["b"],
+    )
   rows = rows_of([([5, 6], [7]), ([5], [6, 8])])
   with pytest.raises(DataError, match="row 0: its responses"):
-    layout.pack(layout.Shape(64, 16, 1, 16, 1), rows, np.array([[0, 1]]),
-                np.ones((1, 2)))
+    layout.pack(
+      layout.Shape(64, 16, 1, 16, 1), rows, np.array([[0, 1]]), np.ones((1, 2))
+    )
 
 
 def test_shapes_are_few_and_hold_everything():
   rng = np.random.default_rng(0)
-  needs = [layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16)
-           for _ in range(40)]
+  needs = [
+    layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)
+  ]
   price = {}
   for most in (1, 2, 4, 40):
     shapes = layout.choose(needs, most)
@@ -179,13 +228,17 @@ def test_shapes_are_few_and_hold_everything():
 @functools.lru_cache
 def params(m=MODEL):
   rng = np.random.default_rng(5)
-  return {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
-          for n, p in decoder.table(m).items()}
+  return {
+    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
+    for n, p in decoder.table(m).items()
+  }
 
 
 def on_mesh(mesh, m=MODEL):
-  return {n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
-          for n, w in params(m).items()}
+  return {
+    n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
+    for n, w in params(m).items()
+  }
 
 
 @functools.lru_cache
@@ -196,33 +249,44 @@ def run_fn(m, head, chunk, r):
   def total(params, tokens, mask, weight):
     out = producer(params, tokens, mask)
     return jnp.sum(weight * out.sum + 0.3 * out.public), out
+
   return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
   """{id: [R, 3] sum, count, public} and the slopes, of one whole batch."""
   pairs = pairs or examples()
-  batch_at, _, _ = feed_of(pairs, mesh=mesh, layout=kind,
-                           accumulation=accumulation)
+  batch_at, _, _ = feed_of(
+    pairs, mesh=mesh, layout=kind, accumulation=accumulation
+  )
   batch = batch_at(0)
   with jax.set_mesh(mesh):
     where, found, slopes = on_mesh(mesh, m), {}, None
-    names = {float(x): i for i, x in enumerate(
-        np.random.default_rng(7).normal(-20, 4, (len(pairs), len(pairs[0]) - 1)
-                                        ).astype(np.float32)[:, 0])}
+    names = {
+      float(x): i
+      for i, x in enumerate(
+        np.random.default_rng(7)
+        .normal(-20, 4, (len(pairs), len(pairs[0]) - 1))
+        .astype(np.float32)[:, 0]
+      )
+    }
     for a in range(accumulation):
-      micro = jax.tree.map(lambda x: x[a], {
-          n: x for n, x in batch.items() if n != "lr"})
+      micro = jax.tree.map(
+        lambda x: x[a], {n: x for n, x in batch.items() if n != "lr"}
+      )
       weight = jnp.cos(micro["ref_sum"])  # goes with the pair, wherever it is
       (_, out), g = run_fn(m, head, 5, len(pairs[0]) - 1)(
-          where, micro["tokens"], micro["mask"], weight)
+        where, micro["tokens"], micro["mask"], weight
+      )
       slopes = g if slopes is None else jax.tree.map(jnp.add, slopes, g)
-      for key, *row in zip(np.asarray(micro["ref_sum"])[:, 0],
-                           *map(np.asarray, out)):
+      for key, *row in zip(
+        np.asarray(micro["ref_sum"])[:, 0], *map(np.asarray, out)
+      ):
         found[names[float(key)]] = np.stack(row, -1)
     assert len(found) == len(pairs)
     return np.stack([found[i] for i in range(len(pairs))]), jax.device_get(
-        slopes)
+      slopes
+    )
 
 
 def wanted(pairs):
@@ -231,7 +295,7 @@ def wanted(pairs):
   for i, (p, *more) in enumerate(pairs):
     least = min(map(len, more))
     for side, a in enumerate(more):
-      each = oracle.token_logps(params(), p + a, **SIZES)[len(p):]
+      each = oracle.token_logps(params(), p + a, **SIZES)[len(p) :]
       out[i, side] = each.sum(), len(a), each[:least].sum()
   return out
 
@@ -246,37 +310,58 @@ def close(found, base):
   """Float32 sums of at most 30 nats, and slopes, in another order."""
   np.testing.assert_allclose(found[0], base[0], rtol=2e-6, atol=2e-5)
   for n, g in base[1].items():
-    np.testing.assert_allclose(found[1][n], g, rtol=0,
-                               atol=1e-5 * max(1, np.abs(g).max()), err_msg=n)
+    np.testing.assert_allclose(
+      found[1][n], g, rtol=0, atol=1e-5 * max(1, np.abs(g).max()), err_msg=n
+    )
 
 
 @pytest.mark.parametrize("r", [1, 2])
 def test_the_padded_rows_are_a_numpy_llama_s(r):
-  np.testing.assert_allclose(truth(r)[0], wanted(examples(r=r)), rtol=1e-5,
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    truth(r)[0], wanted(examples(r=r)), rtol=1e-5, atol=1e-5
+  )
 
 
-CASES = [("chunked", 2, (1, 1), 1, "tiles"), ("chunked", 2, (4, 2), 2, "plain"),
-         ("vocab", 1, (4, 2), 1, "tiles"), ("plain", 2, (1, 1), 2, "plain"), *(
-             pytest.param(*case, marks=pytest.mark.slow) for case in (
-                 ("vocab", 2, (8, 1), 1, "plain"),
-                 ("vocab", 2, (2, 4), 4, "tiles"),
-                 ("chunked", 1, (8, 1), 2, "plain"),
-                 ("plain", 2, (2, 4), 1, "plain"),
-                 ("chunked", 2, (8, 1), 1, "tiles"),
-                 ("chunked", 2, (2, 4), 2, "tiles")))]
+CASES = [
+  ("chunked", 2, (1, 1), 1, "tiles"),
+  ("chunked", 2, (4, 2), 2, "plain"),
+  ("vocab", 1, (4, 2), 1, "tiles"),
+  ("plain", 2, (1, 1), 2, "plain"),
+  *(
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (
+      ("vocab", 2, (8, 1), 1, "plain"),
+      ("vocab", 2, (2, 4), 4, "tiles"),
+      ("chunked", 1, (8, 1), 2, "plain"),
+      ("plain", 2, (2, 4), 1, "plain"),
+      ("chunked", 2, (8, 1), 1, "tiles"),
+      ("chunked", 2, (2, 4), 2, "tiles"),
+    )
+  ),
+]
 
 
 @pytest.mark.parametrize("head,r,shape,accumulation,kernel", CASES)
 def test_packed_rows_have_the_padded_rows_values_and_slopes(
-    head, r, shape, accumulation, kernel):
+  head, r, shape, accumulation, kernel
+):
   m, base = MODEL._replace(attention=kernel), truth(r)
   if shape[1] > m.kv_heads:
     m = m._replace(kv_heads=4)
-    base = run(make_mesh(1, 1), "padded", m=m, head="plain",
-               pairs=examples(r=r))
-  close(run(make_mesh(*shape), "packed", m=m, head=head, pairs=examples(r=r),
-            accumulation=accumulation), base)
+    base = run(
+      make_mesh(1, 1), "padded", m=m, head="plain", pairs=examples(r=r)
+    )
+  close(
+    run(
+      make_mesh(*shape),
+      "packed",
+      m=m,
+      head=head,
+      pairs=examples(r=r),
+      accumulation=accumulation,
+    ),
+    base,
+  )
 
 
 def test_packed_rows_with_a_prompt_each_have_them_too():

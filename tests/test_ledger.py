@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import ledger
-from jaxalign import sharding
+from jaxalign import ledger, sharding
 from jaxalign.artifacts import Card, Cost
 from jaxalign.data.tokens import TokenRows
 from jaxalign.model import decoder
@@ -22,14 +21,31 @@ def card(stage, cost, skipped=False):
 
 
 def test_two_stages_by_hand():
-  cards = {("", "embed"): card("embed", Cost(600, 30, 1.5, 4000), True),
-           ("isa-0.1-seed0", "align"): card("align", Cost(450, 9, 2.25, 100))}
+  cards = {
+    ("", "embed"): card("embed", Cost(600, 30, 1.5, 4000), True),
+    ("isa-0.1-seed0", "align"): card("align", Cost(450, 9, 2.25, 100)),
+  }
   lines = ledger.stages(cards)
   assert lines == [
-      dict(stage="embed", arm="", operations=600, tokens=30, seconds=1.5,
-           bytes=4000, skipped=True),
-      dict(stage="align", arm="isa-0.1-seed0", operations=450, tokens=9,
-           seconds=2.25, bytes=100, skipped=False)]
+    dict(
+      stage="embed",
+      arm="",
+      operations=600,
+      tokens=30,
+      seconds=1.5,
+      bytes=4000,
+      skipped=True,
+    ),
+    dict(
+      stage="align",
+      arm="isa-0.1-seed0",
+      operations=450,
+      tokens=9,
+      seconds=2.25,
+      bytes=100,
+      skipped=False,
+    ),
+  ]
   # A skipped stage keeps what it once cost.
   assert ledger.total(lines) == Cost(1050, 39, 3.75, 4100)
   assert ledger.total([]) == Cost(0, 0, 0, 0)
@@ -50,7 +66,7 @@ def test_what_a_piece_of_work_adds_to_memory():
     raise ValueError("no thread is left behind")
   cards = {("a", "select"): card("select", Cost(7))}
   cards["a", "select"].result.update(peak, say="words")
-  line, = ledger.stages(cards)
+  (line,) = ledger.stages(cards)
   assert line["held"] == peak["held"] and line["device"] is None
   assert "say" not in line
 
@@ -58,7 +74,9 @@ def test_what_a_piece_of_work_adds_to_memory():
 COSTS = dict(reference=60, ref_logps=0, align=180)
 
 
-@pytest.mark.parametrize("stages, select, reference, total", [
+@pytest.mark.parametrize(
+  "stages, select, reference, total",
+  [
     # ISA: the embedding pass has given the reference's numbers.
     (dict(embed=600, mixture=50), 650, 0, 830),
     (dict(embed=600), 600, 0, 780),
@@ -68,19 +86,26 @@ COSTS = dict(reference=60, ref_logps=0, align=180)
     (dict(embed=600, proxy=900), 1500, 0, 1680),
     # Random: nothing is embedded, so the kept rows need a pass of their own;
     # so they do where a judge alone has read the pool.
-    (dict(), 0, 60, 240), (dict(ask=700), 700, 60, 940)])
+    (dict(), 0, 60, 240),
+    (dict(ask=700), 700, 60, 940),
+  ],
+)
 def test_an_arm_alone(stages, select, reference, total):
   assert ledger.arm_operations(stages=stages, **COSTS) == dict(
-      select=select, reference=reference, align=180, total=total)
+    select=select, reference=reference, align=180, total=total
+  )
 
 
-@pytest.mark.parametrize("stages, reference, total", [
-    (dict(embed=600, mixture=50), 40, 870), (dict(), 100, 280)])
+@pytest.mark.parametrize(
+  "stages, reference, total",
+  [(dict(embed=600, mixture=50), 40, 870), (dict(), 100, 280)],
+)
 def test_mismatched_rows_are_always_counted(stages, reference, total):
   assert ledger.arm_operations(
-      stages=stages, **COSTS | dict(ref_logps=40)) == dict(
-          select=sum(stages.values()), reference=reference, align=180,
-          total=total)
+    stages=stages, **COSTS | dict(ref_logps=40)
+  ) == dict(
+    select=sum(stages.values()), reference=reference, align=180, total=total
+  )
 
 
 def test_savings_with_and_without_sft():
@@ -89,14 +114,15 @@ def test_savings_with_and_without_sft():
   assert share == dict(without_sft=1 - 830 / 2400, with_sft=1 - 830 / 2400)
   # 2400 more on both sides: (830 + 2400) / (2400 + 2400).
   assert ledger.saved(830, 2400, 2400) == dict(
-      without_sft=1 - 830 / 2400, with_sft=1 - 3230 / 4800)
+    without_sft=1 - 830 / 2400, with_sft=1 - 3230 / 4800
+  )
 
 
 def test_selecting_can_cost_more_than_it_saves():
   # Half the rows, but the fit alone is twice the training.
   arm = ledger.arm_operations(
-      stages=dict(embed=600, mixture=4000), reference=300, ref_logps=0,
-      align=900)
+    stages=dict(embed=600, mixture=4000), reference=300, ref_logps=0, align=900
+  )
   share = ledger.saved(arm["total"], 2400, 2400)
   assert arm["total"] == 5500
   np.testing.assert_allclose(share["without_sft"], -3100 / 2400)
@@ -115,8 +141,10 @@ def multiplied(jaxpr):
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       left = eqn.invars[0].aval.shape
-      total += 2 * int(np.prod(eqn.outvars[0].aval.shape)
-                       * np.prod([left[d] for d in contracted]))
+      total += 2 * int(
+        np.prod(eqn.outvars[0].aval.shape)
+        * np.prod([left[d] for d in contracted])
+      )
     for value in eqn.params.values():
       for inner in value if isinstance(value, (tuple, list)) else (value,):
         inner = getattr(inner, "jaxpr", inner)
@@ -126,10 +154,28 @@ def multiplied(jaxpr):
 
 
 MODELS = [
-    decoder.ModelConfig(layers=3, width=12, heads=4, kv_heads=2, head_size=6,
-                        ff=20, vocab=34, context=16, tied=False),
-    decoder.ModelConfig(layers=1, width=8, heads=2, kv_heads=2, head_size=2,
-                        ff=10, vocab=18, context=16)]
+  decoder.ModelConfig(
+    layers=3,
+    width=12,
+    heads=4,
+    kv_heads=2,
+    head_size=6,
+    ff=20,
+    vocab=34,
+    context=16,
+    tied=False,
+  ),
+  decoder.ModelConfig(
+    layers=1,
+    width=8,
+    heads=2,
+    kv_heads=2,
+    head_size=2,
+    ff=10,
+    vocab=18,
+    context=16,
+  ),
+]
 
 
 @pytest.mark.parametrize("m", MODELS)
@@ -138,15 +184,20 @@ def test_operations_are_the_dot_generals_of_the_forward_pass(m, length):
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
 
   def forward(params, tokens):
-    return decoder.logits(decoder.forward(params, tokens, m),
-                          decoder.head(params, m))
+    return decoder.logits(
+      decoder.forward(params, tokens, m), decoder.head(params, m)
+    )
 
   def total(params, tokens):
     return jnp.sum(forward(params, tokens))
 
   with jax.set_mesh(mesh):
-    args = (decoder.abstract(m, mesh), jax.ShapeDtypeStruct(
-        (3, length), jnp.int32, sharding=sharding.named(mesh, "batch", None)))
+    args = (
+      decoder.abstract(m, mesh),
+      jax.ShapeDtypeStruct(
+        (3, length), jnp.int32, sharding=sharding.named(mesh, "batch", None)
+      ),
+    )
     counted = multiplied(jax.make_jaxpr(forward)(*args).jaxpr)
     trained = multiplied(jax.make_jaxpr(jax.value_and_grad(total))(*args).jaxpr)
   assert counted == 3 * decoder.operations(m, length)
@@ -155,13 +206,21 @@ def test_operations_are_the_dot_generals_of_the_forward_pass(m, length):
 
 
 def test_operations_by_hand_and_without_the_head():
-  m = decoder.ModelConfig(layers=2, width=4, heads=2, kv_heads=1, head_size=2,
-                          ff=3, vocab=10, context=16)
+  m = decoder.ModelConfig(
+    layers=2,
+    width=4,
+    heads=2,
+    kv_heads=1,
+    head_size=2,
+    ff=3,
+    vocab=10,
+    context=16,
+  )
   # A layer and token: q and o 4x4, k and v 4x2, three of 4x3: 84 products.
   # Attention: 2 heads x 2 deep x 2 products a pair of positions: 8.
   # The head: 4 x 10 a position.
   for length in (1, 5):
-    layers = 2 * (2 * 84 * length + 2 * 8 * length ** 2)
+    layers = 2 * (2 * 84 * length + 2 * 8 * length**2)
     assert decoder.operations(m, length) == layers + 2 * 40 * length
     assert decoder.operations(m, length, 0) == layers
     assert decoder.operations(m, length, 1) == layers + 80
@@ -170,20 +229,36 @@ def test_operations_by_hand_and_without_the_head():
 def rows_of(lengths):
   """Token rows of these lengths; their responses begin at 1."""
   offsets = np.cumsum([0, *lengths])
-  return TokenRows(np.arange(offsets[-1], dtype=np.int32) % 10, offsets,
-                   np.ones(len(lengths), np.int32),
-                   np.zeros(len(lengths), np.int32))
+  return TokenRows(
+    np.arange(offsets[-1], dtype=np.int32) % 10,
+    offsets,
+    np.ones(len(lengths), np.int32),
+    np.zeros(len(lengths), np.int32),
+  )
 
 
 def test_a_training_run_is_three_forward_passes():
-  m = decoder.ModelConfig(layers=2, width=4, heads=2, kv_heads=1, head_size=2,
-                          ff=3, vocab=10, context=16)
+  m = decoder.ModelConfig(
+    layers=2,
+    width=4,
+    heads=2,
+    kv_heads=1,
+    head_size=2,
+    ff=3,
+    vocab=10,
+    context=16,
+  )
   # One row of L tokens: 336 L + 32 L^2 in the layers and 80 L in the head.
   one = {3: 1536, 5: 2880, 7: 4480}
   assert {n: decoder.operations(m, n) for n in one} == one
   # Three rows of one response, of 3, 5 and 7 tokens, each seen twice.
-  rows = feed.Rows(list("abc"), rows_of([3, 5, 7]), np.arange(3)[:, None],
-                   np.zeros((3, 1), np.float32), np.ones((3, 1), np.float32))
+  rows = feed.Rows(
+    list("abc"),
+    rows_of([3, 5, 7]),
+    np.arange(3)[:, None],
+    np.zeros((3, 1), np.float32),
+    np.ones((3, 1), np.float32),
+  )
   seen = dict(updates=2, batch=3, seed=0)
   forward = 2 * (1536 + 2880 + 4480)  # 17,792
   assert feed.training_cost(m, rows, **seen) == (3 * forward, 30)
@@ -193,14 +268,23 @@ def test_a_training_run_is_three_forward_passes():
   # Selection's one pass over the same rows, and KTO's mismatched rows: each
   # is a forward pass alone.
   assert embed.operations(m, rows.tokens) == 8896
-  assert feed.training_cost(m, rows, **seen, mismatched=rows_of([5, 5, 3])
-                            ) == (3 * forward + 2 * 2880 + 1536, 43)
+  assert feed.training_cost(m, rows, **seen, mismatched=rows_of([5, 5, 3])) == (
+    3 * forward + 2 * 2880 + 1536,
+    43,
+  )
   # Of a run that ended after one of its two updates, those of that one.
   assert feed.training_cost(
-      m, rows, updates=1, batch=3, seed=0, mismatched=rows_of([5, 5, 3] * 2)
-      ) == (3 * forward // 2 + 2 * 2880 + 1536, 15 + 13)
+    m, rows, updates=1, batch=3, seed=0, mismatched=rows_of([5, 5, 3] * 2)
+  ) == (3 * forward // 2 + 2 * 2880 + 1536, 15 + 13)
   # Two responses a row: the pair (3, 7), twice in two updates of one pair.
-  pairs = feed.Rows(["a"], rows_of([3, 5, 7]), np.array([[0, 2]]),
-                    np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32))
+  pairs = feed.Rows(
+    ["a"],
+    rows_of([3, 5, 7]),
+    np.array([[0, 2]]),
+    np.zeros((1, 2), np.float32),
+    np.ones((1, 2), np.float32),
+  )
   assert feed.training_cost(m, pairs, updates=2, batch=1, seed=0) == (
-      3 * 2 * (1536 + 4480), 20)
+    3 * 2 * (1536 + 4480),
+    20,
+  )

@@ -18,8 +18,9 @@ def planted(rng, n, quality, slope):
   return (rng.random(n) < p).astype(float), ours, theirs
 
 
-@pytest.mark.parametrize("seed,quality,slope", [(0, 0.0, 1.0), (1, 0.7, -0.5),
-                                                (2, -1.0, 2.0)])
+@pytest.mark.parametrize(
+  "seed,quality,slope", [(0, 0.0, 1.0), (1, 0.7, -0.5), (2, -1.0, 2.0)]
+)
 def test_the_fit_is_scikit_learn_s(seed, quality, slope):
   won, ours, theirs = planted(np.random.default_rng(seed), 400, quality, slope)
   d = ours - theirs
@@ -28,7 +29,8 @@ def test_the_fit_is_scikit_learn_s(seed, quality, slope):
   found = lengths.controlled(won, ours, theirs)
   assert found["slope"]["value"] == pytest.approx(peer.coef_[0, 0], abs=1e-5)
   assert found["value"] == pytest.approx(
-      peer.predict_proba([[0.0]])[0, 1], abs=1e-6)
+    peer.predict_proba([[0.0]])[0, 1], abs=1e-6
+  )
   assert found["raw"]["value"] == won.mean()
   assert found["longer"] == pytest.approx(d.mean())
 
@@ -54,8 +56,10 @@ def test_ties_are_halves():
   found = lengths.controlled(won, ours, theirs)
   half = 1.959963984540054 * np.sqrt(variance[0, 0])
   np.testing.assert_allclose(
-      [found[k] for k in ("value", "low", "high")],
-      1 / (1 + np.exp(-(v[0] + half * np.array([0, -1, 1])))), rtol=1e-8)
+    [found[k] for k in ("value", "low", "high")],
+    1 / (1 + np.exp(-(v[0] + half * np.array([0, -1, 1])))),
+    rtol=1e-8,
+  )
   half = 1.959963984540054 * np.sqrt(variance[1, 1])
   np.testing.assert_allclose(found["slope"]["low"], v[1] - half, rtol=1e-7)
 
@@ -86,11 +90,16 @@ def test_equal_lengths_leave_the_raw_rate():
   assert found["value"] == 0.7 and found["low"] == found["raw"]["low"]
 
 
-@pytest.mark.parametrize("won,ours,why", [
+@pytest.mark.parametrize(
+  "won,ours,why",
+  [
     ([1, 0, 1, 0], [9, 1, 9, 1], "has no bound"),  # the longer one wins
     ([1, 1, 1, 1], [9, 1, 7, 3], "has no bound"),
     ([1, 0, 1, 0], [9, 9, 9, 9], "cannot be told apart"),
-    ([1, 0], [9, 1], "wanted at least 3"), ([], [], "0 outcomes")])
+    ([1, 0], [9, 1], "wanted at least 3"),
+    ([], [], "0 outcomes"),
+  ],
+)
 def test_what_cannot_be_told_is_not(won, ours, why):
   found = lengths.controlled(won, ours, np.full(len(won), 5))
   assert found["value"] is None and why in found["why"]
@@ -98,10 +107,15 @@ def test_what_cannot_be_told_is_not(won, ours, why):
   json.dumps(found, allow_nan=False)
 
 
-@pytest.mark.parametrize("won,ours,words", [
-    ([1, 0], [1, 2, 3], "one of each"), ([1, 2, 0], [1, 2, 3], "leave"),
+@pytest.mark.parametrize(
+  "won,ours,words",
+  [
+    ([1, 0], [1, 2, 3], "one of each"),
+    ([1, 2, 0], [1, 2, 3], "leave"),
     ([1, np.nan, 0], [1, 2, 3], "leave"),
-    ([1, 1, 0], [1, np.inf, 3], "no number")])
+    ([1, 1, 0], [1, np.inf, 3], "no number"),
+  ],
+)
 def test_arrays_that_cannot_be_right(won, ours, words):
   with pytest.raises(DataError, match=words):
     lengths.controlled(won, ours, ours)

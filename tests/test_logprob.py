@@ -9,8 +9,7 @@ import pytest
 
 from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import decoder
-from jaxalign.model import logprob
+from jaxalign.model import decoder, logprob
 from jaxalign.train.logps import PRODUCERS
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -47,8 +46,10 @@ def grad_fn(chunk):
     each = logprob.token_logps(x, weight, tokens, chunk)
     s, n = logprob.sums(each, mask)
     return jnp.sum(s), (each, s, n)
-  return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True),
-                 compiler_options=QUICK)
+
+  return jax.jit(
+    jax.value_and_grad(total, (0, 1), has_aux=True), compiler_options=QUICK
+  )
 
 
 @functools.lru_cache
@@ -64,9 +65,11 @@ def example():
 def test_values_and_gradients_are_the_softmax_s(chunk, mesh):
   x, weight, tokens, mask = example()
   (_, (each, s, n)), (dx, dweight) = grad_fn(chunk)(
-      sharding.put(mesh, x, "batch"),
-      sharding.put(mesh, weight, "vocab", None),
-      sharding.put(mesh, tokens, "batch"), sharding.put(mesh, mask, "batch"))
+    sharding.put(mesh, x, "batch"),
+    sharding.put(mesh, weight, "vocab", None),
+    sharding.put(mesh, tokens, "batch"),
+    sharding.put(mesh, mask, "batch"),
+  )
   wanted, _ = oracle(x, weight, tokens)
   np.testing.assert_allclose(each, wanted, rtol=2e-6, atol=2e-6)
   assert (np.asarray(each)[:, 0] == 0).all()
@@ -98,40 +101,54 @@ def test_bfloat16_states_are_multiplied_into_float32():
   x, weight = jnp.bfloat16(8 * x), jnp.bfloat16(weight)
   with jax.set_mesh(one_device()):
     (_, (each, _, _)), _ = grad_fn(7)(x, weight, tokens, mask)
-  wanted, _ = oracle(np.asarray(x, np.float64), np.asarray(weight, np.float64),
-                     tokens)
+  wanted, _ = oracle(
+    np.asarray(x, np.float64), np.asarray(weight, np.float64), tokens
+  )
   assert each.dtype == jnp.float32
   np.testing.assert_allclose(each, wanted, rtol=0, atol=1e-4)
 
 
 def test_one_token_rows():
   with jax.set_mesh(one_device()):
-    each = logprob.token_logps(jnp.ones((2, 1, 3)), jnp.ones((5, 3)),
-                               jnp.zeros((2, 1), jnp.int32))
+    each = logprob.token_logps(
+      jnp.ones((2, 1, 3)), jnp.ones((5, 3)), jnp.zeros((2, 1), jnp.int32)
+    )
   np.testing.assert_array_equal(each, np.zeros((2, 1)))
 
 
 # Whole rows, through the decoder.
 
-MODEL = decoder.ModelConfig(layers=2, width=16, heads=4, kv_heads=2,
-                            head_size=4, ff=24, vocab=32, context=64)
+MODEL = decoder.ModelConfig(
+  layers=2,
+  width=16,
+  heads=4,
+  kv_heads=2,
+  head_size=4,
+  ff=24,
+  vocab=32,
+  context=64,
+)
 EOS = 2
 
 
 @functools.lru_cache
 def params():
   rng = np.random.default_rng(5)
-  return {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
-          for n, p in decoder.table(MODEL).items()}
+  return {
+    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
+    for n, p in decoder.table(MODEL).items()
+  }
 
 
 def token_rows(rows):
   """[(prompt ids, response ids)] -> TokenRows."""
   ids = [np.array(p + r, np.int32) for p, r in rows]
   return tokens_lib.TokenRows(
-      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]),
-      np.array([len(p) for p, _ in rows], np.int32),
-      np.zeros(len(rows), np.int32))
+    np.concatenate(ids),
+    np.cumsum([0] + [len(i) for i in ids]),
+    np.array([len(p) for p, _ in rows], np.int32),
+    np.zeros(len(rows), np.int32),
+  )
 
 
 @functools.lru_cache
@@ -140,21 +157,32 @@ def producer():
 
 
 def logps(mesh, rows, length, pad_id=0):
-  tokens, mask = tokens_lib.pad(token_rows(rows), np.arange(len(rows)), length,
-                                pad_id)
-  where = {n: sharding.put(mesh, w, *decoder.table(MODEL)[n].axes)
-           for n, w in params().items()}
-  out = producer()(where, *(
+  tokens, mask = tokens_lib.pad(
+    token_rows(rows), np.arange(len(rows)), length, pad_id
+  )
+  where = {
+    n: sharding.put(mesh, w, *decoder.table(MODEL)[n].axes)
+    for n, w in params().items()
+  }
+  out = producer()(
+    where,
+    *(
       sharding.put(mesh, x.reshape(4, -1, length), "batch")
-      for x in (tokens, mask)))
+      for x in (tokens, mask)
+    ),
+  )
   return np.asarray(out.sum).ravel(), np.asarray(out.count).ravel()
 
 
 def rows_of(seed, n=8):
   rng = np.random.default_rng(seed)
-  return [(rng.integers(3, 32, rng.integers(1, 6)).tolist(),
-           rng.integers(3, 32, rng.integers(0, 7)).tolist() + [EOS])
-          for _ in range(n)]
+  return [
+    (
+      rng.integers(3, 32, rng.integers(1, 6)).tolist(),
+      rng.integers(3, 32, rng.integers(0, 7)).tolist() + [EOS],
+    )
+    for _ in range(n)
+  ]
 
 
 def test_padding_row_and_neighbours_do_not_move_a_log_prob(mesh):

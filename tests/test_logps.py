@@ -11,16 +11,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-
-from test_layout import (MODEL, examples, make_mesh, on_mesh, rows_of)
+from test_layout import examples, make_mesh, MODEL, on_mesh, rows_of
 from test_ledger import multiplied
+
 from jaxalign.data import batches
-from jaxalign.model import adapters
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.select import embed
-from jaxalign.train import feed
-from jaxalign.train import losses
-from jaxalign.train import peaks
+from jaxalign.train import feed, losses, peaks
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
@@ -47,19 +44,32 @@ def feed_of(mesh, fn, layout, accumulation):
   n, rng = len(pairs), np.random.default_rng(4)
   tokens = rows_of(pairs)
   rows = feed.Rows(
-      [f"r{i}" for i in range(n)], tokens, np.arange(n * r).reshape(n, r),
-      total, np.float32([[len(a) for a in more] for _, *more in pairs]),
-      rng.random(n) < 0.5 if r == 1 else None,
-      public if "public" in fn.extras else None,
-      np.float32(rng.uniform(0.5, 3, n)) if "weights" in fn.stats else None)
+    [f"r{i}" for i in range(n)],
+    tokens,
+    np.arange(n * r).reshape(n, r),
+    total,
+    np.float32([[len(a) for a in more] for _, *more in pairs]),
+    rng.random(n) < 0.5 if r == 1 else None,
+    public if "public" in fn.extras else None,
+    np.float32(rng.uniform(0.5, 3, n)) if "weights" in fn.stats else None,
+  )
   other = None
   if "z0" in fn.stats:
-    spliced = feed.make_mismatched(rows, updates=2, batch=BATCH, seed=SEED,
-                                   context=64)
+    spliced = feed.make_mismatched(
+      rows, updates=2, batch=BATCH, seed=SEED, context=64
+    )
     other = feed.Mismatched(spliced, np.float32(rng.normal(-30, 1, 2 * BATCH)))
-  return feed.make_feed(mesh, rows, batch=BATCH, accumulation=accumulation,
-                        seed=SEED, context=64, rate=lambda step: 1e-3,
-                        mismatched=other, layout=layout)
+  return feed.make_feed(
+    mesh,
+    rows,
+    batch=BATCH,
+    accumulation=accumulation,
+    seed=SEED,
+    context=64,
+    rate=lambda step: 1e-3,
+    mismatched=other,
+    layout=layout,
+  )
 
 
 @functools.lru_cache
@@ -92,43 +102,67 @@ def close(found, base, slope=1e-4):
   largest = max(np.abs(g).max() for g in base_grads.values())
   assert largest > 1e-3
   for n, g in base_grads.items():
-    np.testing.assert_allclose(grads[n], g, rtol=0, atol=slope * largest,
-                               err_msg=n)
+    np.testing.assert_allclose(
+      grads[n], g, rtol=0, atol=slope * largest, err_msg=n
+    )
 
 
 QUICK = ("ld_dpo", "kto")  # with all that Logps holds; a second pass
-WAYS = [("vocab", "packed", (1, 1), 1), ("vocab", "padded", (4, 2), 1),
-        ("plain", "packed", (8, 1), 1), ("chunked", "padded", (1, 1), 2)]
+WAYS = [
+  ("vocab", "packed", (1, 1), 1),
+  ("vocab", "padded", (4, 2), 1),
+  ("plain", "packed", (8, 1), 1),
+  ("chunked", "padded", (1, 1), 2),
+]
 # Every loss packed with its head in chunks, and one of the other ways in turn;
 # the quick ones all of them.
-PACKED = [pytest.param(name, *way, marks=(
-    [] if name in QUICK and way == WAYS[0] else [pytest.mark.slow]))
-          for i, name in enumerate(LOSSES) for way in (
-              ("chunked", "packed", (4, 2), 2),
-              *(WAYS if name in QUICK else [WAYS[i % 4]]))]
+PACKED = [
+  pytest.param(
+    name,
+    *way,
+    marks=([] if name in QUICK and way == WAYS[0] else [pytest.mark.slow]),
+  )
+  for i, name in enumerate(LOSSES)
+  for way in (
+    ("chunked", "packed", (4, 2), 2),
+    *(WAYS if name in QUICK else [WAYS[i % 4]]),
+  )
+]
 
 
 @pytest.mark.parametrize("name,head,layout,shape,accumulation", PACKED)
 def test_every_loss_has_the_plain_padded_value_and_gradient(
-    name, head, layout, shape, accumulation):
+  name, head, layout, shape, accumulation
+):
   close(run(name, head, layout, shape, accumulation), wanted(name))
 
 
-@pytest.mark.parametrize("change", [
+@pytest.mark.parametrize(
+  "change",
+  [
     dict(windows=(3, 0), kinds=(0, 1)),
-    pytest.param(dict(windows=(4,), softcap=2.0, qk_norm=True),
-                 marks=pytest.mark.slow),
-    pytest.param(dict(windows=(5,), lora=adapters.Lora(3)),
-                 marks=pytest.mark.slow)], ids=["windows", "softcap", "lora"])
-@pytest.mark.parametrize("kernel", [
-    "tiles", pytest.param("plain", marks=pytest.mark.slow)])
+    pytest.param(
+      dict(windows=(4,), softcap=2.0, qk_norm=True), marks=pytest.mark.slow
+    ),
+    pytest.param(
+      dict(windows=(5,), lora=adapters.Lora(3)), marks=pytest.mark.slow
+    ),
+  ],
+  ids=["windows", "softcap", "lora"],
+)
+@pytest.mark.parametrize(
+  "kernel", ["tiles", pytest.param("plain", marks=pytest.mark.slow)]
+)
 def test_windows_and_caps_are_by_position(kernel, change):
   m = MODEL._replace(**change)
   base = run("dpo", "plain", "padded", (1, 1), 1, m)
   # With these adapters one token's slope moves by 8e-4 of itself when the plain
   # form alone is compiled with other options: so much is rounding.
-  close(run("dpo", "chunked", "packed", (1, 1), 1,
-            m._replace(attention=kernel)), base, 1e-3 if m.lora else 1e-4)
+  close(
+    run("dpo", "chunked", "packed", (1, 1), 1, m._replace(attention=kernel)),
+    base,
+    1e-3 if m.lora else 1e-4,
+  )
   whole = wanted("dpo")[1]["logps/chosen"]
   assert abs(base[1]["logps/chosen"] - whole) > 1e-3  # it matters
 
@@ -156,12 +190,23 @@ def test_the_start_is_ln_2_in_packed_rows(mesh):
   tokens = rows_of(pairs)
   found = embed.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
   n = len(pairs)
-  rows = feed.Rows([str(i) for i in range(n)], tokens,
-                   np.arange(2 * n).reshape(n, 2), found.logp.reshape(n, 2),
-                   found.count.reshape(n, 2))
+  rows = feed.Rows(
+    [str(i) for i in range(n)],
+    tokens,
+    np.arange(2 * n).reshape(n, 2),
+    found.logp.reshape(n, 2),
+    found.count.reshape(n, 2),
+  )
   batch_at, _, _ = feed.make_feed(
-      mesh, rows, batch=BATCH, accumulation=1, seed=0, context=64,
-      rate=lambda step: 1e-3, layout="packed")
+    mesh,
+    rows,
+    batch=BATCH,
+    accumulation=1,
+    seed=0,
+    context=64,
+    rate=lambda step: 1e-3,
+    layout="packed",
+  )
   _, gradients = gradients_of("dpo", "chunked")
   _, totals = gradients(on_mesh(mesh), batch_at(0), {})
   means = divide(jax.device_get(totals))
@@ -181,41 +226,65 @@ def test_what_is_shared_and_padded_is_told():
   prompts = sum(len(p) for p, *_ in pairs)
   answers = sum(len(a) for _, *more in pairs for a in more)
   assert means["perf/shared"] == pytest.approx(
-      prompts / (2 * prompts + answers))
+    prompts / (2 * prompts + answers)
+  )
   slots = batch["tokens"].tokens.size
-  assert means["perf/padding"] == pytest.approx(
-      1 - (prompts + answers) / slots)
+  assert means["perf/padding"] == pytest.approx(1 - (prompts + answers) / slots)
 
 
 # Memory, by the compiled text.
 
 
-@pytest.mark.parametrize("head,layout", [
-    ("chunked", "packed"), ("vocab", "packed"), ("plain", "packed"), *(
-        pytest.param(head, "padded", marks=pytest.mark.slow)
-        for head in PRODUCERS)])
+@pytest.mark.parametrize(
+  "head,layout",
+  [
+    ("chunked", "packed"),
+    ("vocab", "packed"),
+    ("plain", "packed"),
+    *(
+      pytest.param(head, "padded", marks=pytest.mark.slow) for head in PRODUCERS
+    ),
+  ],
+)
 def test_only_the_plain_head_holds_all_logits(head, layout):
   """No array, of any shape, is as large as [positions, V] of what is scored."""
   mesh = make_mesh(1, 1)
   m = MODEL._replace(layers=1, vocab=1021)  # no size but the vocabulary's
   pairs = [(p, a * 6, b * 6) for p, a, b in examples(n=BATCH)]
-  rows = feed.Rows([str(i) for i in range(BATCH)], rows_of(pairs),
-                   np.arange(2 * BATCH).reshape(-1, 2),
-                   np.zeros((BATCH, 2), np.float32),
-                   np.ones((BATCH, 2), np.float32))
+  rows = feed.Rows(
+    [str(i) for i in range(BATCH)],
+    rows_of(pairs),
+    np.arange(2 * BATCH).reshape(-1, 2),
+    np.zeros((BATCH, 2), np.float32),
+    np.ones((BATCH, 2), np.float32),
+  )
   with jax.set_mesh(mesh):
     batch_at, _, _ = feed.make_feed(
-        mesh, rows, batch=BATCH, accumulation=1, seed=0, context=64,
-        rate=lambda step: 1e-3, layout=layout)
+      mesh,
+      rows,
+      batch=BATCH,
+      accumulation=1,
+      seed=0,
+      context=64,
+      rate=lambda step: 1e-3,
+      layout=layout,
+    )
     batch = batch_at(0)
-    scored = (batch["tokens"].target if layout == "packed"
-              else batch["tokens"]).size
-    gradients = jax.jit(steps.make_gradients(
-        PRODUCERS[head](m, 4), losses.bind(LOSSES["dpo"], "dpo", {})))
-    text = gradients.lower(decoder.abstract(m, mesh), batch, {}
-                           ).compile().as_text()
-  sizes = [int(np.prod([int(x) for x in dims.split(",")]))
-           for dims in re.findall(r"(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)]
+    scored = (
+      batch["tokens"].target if layout == "packed" else batch["tokens"]
+    ).size
+    gradients = jax.jit(
+      steps.make_gradients(
+        PRODUCERS[head](m, 4), losses.bind(LOSSES["dpo"], "dpo", {})
+      )
+    )
+    text = (
+      gradients.lower(decoder.abstract(m, mesh), batch, {}).compile().as_text()
+    )
+  sizes = [
+    int(np.prod([int(x) for x in dims.split(",")]))
+    for dims in re.findall(r"(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)
+  ]
   assert (max(sizes) >= scored * 1021) == (head == "plain"), max(sizes)
 
 
@@ -242,11 +311,15 @@ def test_useful_operations_by_hand():
   prompt, answers = np.array([3, 5]), np.array([[2, 4], [1, 6]])
   for m in (MODEL, MODEL._replace(gated=False, layers=3)):
     assert decoder.useful(m, prompt, answers) == brute(
-        m, prompt.tolist(), answers.tolist())
-  rows = feed.Rows(["a", "b"], rows_of([([7] * 3, [8] * 2, [9] * 4),
-                                        ([7] * 5, [8], [9] * 6)]),
-                   np.arange(4).reshape(2, 2), np.zeros((2, 2), np.float32),
-                   np.ones((2, 2), np.float32))
+      m, prompt.tolist(), answers.tolist()
+    )
+  rows = feed.Rows(
+    ["a", "b"],
+    rows_of([([7] * 3, [8] * 2, [9] * 4), ([7] * 5, [8], [9] * 6)]),
+    np.arange(4).reshape(2, 2),
+    np.zeros((2, 2), np.float32),
+    np.ones((2, 2), np.float32),
+  )
   useful_at = feed.make_useful(MODEL, rows, batch=2, seed=0)
   assert useful_at(0) == 3 * brute(MODEL, [3, 5], [[2, 4], [1, 6]])
 
@@ -258,19 +331,24 @@ def test_packed_operations_are_the_dot_generals():
     batch = feed_of(mesh, LOSSES["dpo"], "packed", 1)[0](0)
     rows, mask = jax.tree.map(lambda x: x[0], (batch["tokens"], batch["mask"]))
     jaxpr = jax.make_jaxpr(PRODUCERS["plain"](m, 0))(
-        decoder.abstract(m, mesh), rows, mask)
+      decoder.abstract(m, mesh), rows, mask
+    )
   _, a, l = rows.copies.token.shape
   dense, said = rows.tokens.size, rows.target.size
-  square = a * (decoder.operations(m, l, 0)
-                - m.layers * decoder.per_token(m) * l)
+  square = a * (
+    decoder.operations(m, l, 0) - m.layers * decoder.per_token(m) * l
+  )
   assert multiplied(jaxpr.jaxpr) == (
-      m.layers * decoder.per_token(m) * dense + square
-      + 2 * m.width * m.vocab * said)
+    m.layers * decoder.per_token(m) * dense
+    + square
+    + 2 * m.width * m.vocab * said
+  )
 
 
 def test_a_peak_is_told_or_known_or_none():
   class Device:
     device_kind = "TPU v5 lite"
+
   assert peaks.peak_of(Device()) == 197e12
   Device.device_kind = "TPU v5p"
   assert peaks.peak_of(Device()) == 459e12

@@ -11,22 +11,25 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import artifacts
-from jaxalign import checkpoints
-from jaxalign import interrupt
-from jaxalign import sharding
+from jaxalign import artifacts, checkpoints, interrupt, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import NumericError, RestartError
 from jaxalign.model import decoder
-from jaxalign.train import feed
-from jaxalign.train import loop
-from jaxalign.train import optim
+from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import LOSSES, combine
+from jaxalign.train.losses import combine, LOSSES
 
-MODEL = decoder.ModelConfig(layers=1, width=8, heads=2, kv_heads=2,
-                            head_size=4, ff=8, vocab=16, context=12)
+MODEL = decoder.ModelConfig(
+  layers=1,
+  width=8,
+  heads=2,
+  kv_heads=2,
+  head_size=4,
+  ff=8,
+  vocab=16,
+  context=12,
+)
 UPDATES, SAVE_EVERY = 6, 2
 TIMES = ("time", "perf/tokens_per_s", "perf/rows_per_s")
 
@@ -43,74 +46,112 @@ def rows():
   rng = np.random.default_rng(0)
   ids = [rng.integers(3, 16, rng.integers(5, 12)) for _ in range(22)]
   tokens = tokens_lib.TokenRows(
-      np.concatenate(ids).astype(np.int32),
-      np.cumsum([0] + [len(i) for i in ids]),
-      np.array([len(i) - 2 for i in ids], np.int32), np.zeros(22, np.int32))
-  return feed.Rows([f"row-{i:02d}" for i in range(11)], tokens,
-                   np.arange(22).reshape(11, 2),
-                   np.float32(rng.normal(-6, 1, (11, 2))),
-                   np.full((11, 2), 2, np.float32))
+    np.concatenate(ids).astype(np.int32),
+    np.cumsum([0] + [len(i) for i in ids]),
+    np.array([len(i) - 2 for i in ids], np.int32),
+    np.zeros(22, np.int32),
+  )
+  return feed.Rows(
+    [f"row-{i:02d}" for i in range(11)],
+    tokens,
+    np.arange(22).reshape(11, 2),
+    np.float32(rng.normal(-6, 1, (11, 2))),
+    np.full((11, 2), 2, np.float32),
+  )
 
 
 @functools.lru_cache
 def train_step():
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
-  return steps.make_train_step(PRODUCERS["chunked"](MODEL, 5),
-                               combine.find("dpo+0.2*sft"), tx), tx
+  return steps.make_train_step(
+    PRODUCERS["chunked"](MODEL, 5), combine.find("dpo+0.2*sft"), tx
+  ), tx
 
 
 def fresh(mesh):
   rng = np.random.default_rng(5)
   return steps.init_state(
-      {n: sharding.put(mesh, np.float32(rng.normal(
-          1.0 if p.scale == 0 else 0.0, 0.3, p.shape)), *p.axes)
-       for n, p in decoder.table(MODEL).items()}, train_step()[1])
+    {
+      n: sharding.put(
+        mesh,
+        np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape)),
+        *p.axes,
+      )
+      for n, p in decoder.table(MODEL).items()
+    },
+    train_step()[1],
+  )
 
 
 def run(mesh, folder, at=None, asked=None, **changes):
   """`loop.fit`; `at(step)` is called before a batch is made."""
   batch_at, ids_at, tokens_at = feed.make_feed(
-      mesh, rows(), batch=4, accumulation=1, seed=3, context=12,
-      rate=lambda step: 0.01 * (step + 1))
+    mesh,
+    rows(),
+    batch=4,
+    accumulation=1,
+    seed=3,
+    context=12,
+    rate=lambda step: 0.01 * (step + 1),
+  )
 
   def watched(step):
     if asked is not None:
       asked.append(step)
     return (at and at(step, batch_at)) or batch_at(step)
 
-  return loop.fit(fresh(mesh), train_step()[0], watched, ids_at,
-                  **(dict(folder=folder, label="align", updates=UPDATES,
-                          save_every=SAVE_EVERY, tokens_at=tokens_at)
-                     | changes))
+  return loop.fit(
+    fresh(mesh),
+    train_step()[0],
+    watched,
+    ids_at,
+    **(
+      dict(
+        folder=folder,
+        label="align",
+        updates=UPDATES,
+        save_every=SAVE_EVERY,
+        tokens_at=tokens_at,
+      )
+      | changes
+    ),
+  )
 
 
 def log_of(folder):
   """The log's lines without their times, and that the times are there."""
-  lines = [json.loads(x) for x in
-           (folder / "metrics.jsonl").read_text().splitlines()]
+  lines = [
+    json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()
+  ]
   for line in lines:
     assert all(line.pop(t) >= 0 for t in TIMES)
   return lines
 
 
 def saved(folder):
-  return sorted(int(p.name) for p in (folder / "checkpoints").iterdir()
-                if p.name.isdigit())
+  return sorted(
+    int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()
+  )
 
 
 @pytest.fixture
 def whole(mesh, once_a_mesh):
   """An uninterrupted run on this mesh: (state, log)."""
+
   def make(folder):
     state = jax.device_get(run(mesh, folder))
     assert saved(folder) == [4, 6]  # the newest two
     return state, log_of(folder), folder
+
   return once_a_mesh(mesh, make)
 
 
 def same(state, folder, whole):
-  for a, b in zip(jax.tree.leaves(jax.device_get(state)),
-                  jax.tree.leaves(whole[0]), strict=True):
+  for a, b in zip(
+    jax.tree.leaves(jax.device_get(state)),
+    jax.tree.leaves(whole[0]),
+    strict=True,
+  ):
     np.testing.assert_array_equal(a, b)
   assert log_of(folder) == whole[1]
 
@@ -131,9 +172,16 @@ def test_the_log_of_a_whole_run(whole):
   _, log, _ = whole
   assert [x["step"] for x in log] == list(range(UPDATES))
   assert [x["train/lr"] for x in log] == pytest.approx(
-      [0.01 * (s + 1) for s in range(UPDATES)])
-  for name in ("train/loss", "train/grad_norm", "train/nll",
-               "train/preference_loss", "rewards/margins", "logps/chosen"):
+    [0.01 * (s + 1) for s in range(UPDATES)]
+  )
+  for name in (
+    "train/loss",
+    "train/grad_norm",
+    "train/nll",
+    "train/preference_loss",
+    "rewards/margins",
+    "logps/chosen",
+  ):
     assert all(np.isfinite(x[name]) for x in log), name
   assert log[-1]["train/loss"] < log[0]["train/loss"]
 
@@ -147,12 +195,16 @@ def test_a_finished_run_does_nothing(golden, alone):
 # Killed.
 
 
-@pytest.mark.parametrize("k,goes_on_at", [(0, 0), (3, 2), (4, 4)],
-                         ids=["first", "middle", "after-a-save"])
+@pytest.mark.parametrize(
+  "k,goes_on_at",
+  [(0, 0), (3, 2), (4, 4)],
+  ids=["first", "middle", "after-a-save"],
+)
 def test_a_killed_run_goes_on_bit_for_bit(mesh, whole, tmp_path, k, goes_on_at):
   def at(step, _):
     if step == k:
       raise Killed
+
   with pytest.raises(Killed):
     run(mesh, tmp_path, at)
   asked = []
@@ -172,6 +224,7 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
       if name == where and count[name] == 2:
         raise Killed
       return real(*args, **kwargs)
+
     return call
 
   def torn(path, lines, there):
@@ -183,16 +236,22 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
 
   with monkeypatch.context() as patch:
     real = loop._write_log
-    patch.setattr(loop, "_write_log",
-                  torn if where == "torn" else dying("log", real))
+    patch.setattr(
+      loop, "_write_log", torn if where == "torn" else dying("log", real)
+    )
     digests = dying("manifest", artifacts.write_bytes)
+
     def write(path, data):
       log = str(path).endswith("metrics.jsonl")
       return (artifacts_write if log else digests)(path, data)
+
     artifacts_write = artifacts.write_bytes
     patch.setattr(artifacts, "write_bytes", write)
-    patch.setattr(checkpoints.Checkpoints, "save",
-                  dying("arrays", checkpoints.Checkpoints.save))
+    patch.setattr(
+      checkpoints.Checkpoints,
+      "save",
+      dying("arrays", checkpoints.Checkpoints.save),
+    )
     with pytest.raises(Killed):
       run(alone, tmp_path)
   asked = []
@@ -202,22 +261,28 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
 
 def test_killed_again_and_again(golden, alone, tmp_path):
   for k in (1, 3, 5):
+
     def at(step, _, k=k):
       if step == k:
         raise Killed
+
     with pytest.raises(Killed):
       run(alone, tmp_path, at)
   same(run(alone, tmp_path), tmp_path, golden)
 
 
-@pytest.mark.parametrize("number,error", [(signal.SIGTERM, RestartError),
-                                          (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+  "number,error",
+  [(signal.SIGTERM, RestartError), (signal.SIGINT, KeyboardInterrupt)],
+)
 def test_a_signal_saves_first(golden, alone, tmp_path, number, error):
   before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
   interrupt.install()
+
   def at(step, _):
     if step == 2:
       os.kill(os.getpid(), number)
+
   try:
     with pytest.raises(error):
       run(alone, tmp_path, at)
@@ -237,8 +302,9 @@ def test_how_often_it_saves_changes_nothing(golden, alone, tmp_path):
   assert saved(tmp_path) == [6]
 
 
-def test_a_save_writes_the_new_lines_alone(golden, alone, tmp_path,
-                                           monkeypatch):
+def test_a_save_writes_the_new_lines_alone(
+  golden, alone, tmp_path, monkeypatch
+):
   """Whole once, then longer: at 100,000 lines a save is no slower."""
   whole, sizes = [], []
   real, save = artifacts.write_bytes, checkpoints.Checkpoints.save
@@ -268,8 +334,9 @@ def test_writing_is_in_no_update_s_time(alone, tmp_path, monkeypatch):
   flight: the first line has two batches, one behind a save its own alone.
   """
   clock = [0.0]
-  monkeypatch.setattr(loop, "time", types.SimpleNamespace(
-      monotonic=lambda: clock[0]))
+  monkeypatch.setattr(
+    loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0])
+  )
   save = checkpoints.Checkpoints.save
 
   def slow(*args):
@@ -282,8 +349,9 @@ def test_writing_is_in_no_update_s_time(alone, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoints.Checkpoints, "save", slow)
   distinct = feed.make_distinct(rows(), batch=4, seed=3)
   run(alone, tmp_path, at, save_every=3, distinct_at=distinct)
-  lines = [json.loads(x) for x in
-           (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  lines = [
+    json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+  ]
   # The metrics of a saved step are read at once: no second later.
   seconds = [2, 1, 0, 2, 1, 0]
   assert [round(4 / x["perf/rows_per_s"]) for x in lines] == seconds
@@ -297,14 +365,24 @@ def test_a_prompt_is_counted_once_or_with_each_answer():
   """Pairs of prompts 3 and 5 with answers (1, 4) and (2, 2)."""
   lengths, start = [4, 7, 7, 7], [3, 3, 5, 5]
   tokens = tokens_lib.TokenRows(
-      np.full(25, 5, np.int32), np.cumsum([0, *lengths]),
-      np.array(start, np.int32), np.zeros(4, np.int32))
+    np.full(25, 5, np.int32),
+    np.cumsum([0, *lengths]),
+    np.array(start, np.int32),
+    np.zeros(4, np.int32),
+  )
   zero = np.zeros((2, 2), np.float32)
   pairs = feed.Rows(["a", "b"], tokens, np.arange(4).reshape(2, 2), zero, zero)
   assert feed.make_distinct(pairs, batch=2, seed=0)(0) == 3 + 5 + 5 + 4
   one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  tokens_at = feed.make_feed(one, pairs, batch=2, accumulation=1, seed=0,
-                             context=12, rate=lambda step: 0.0)[2]
+  tokens_at = feed.make_feed(
+    one,
+    pairs,
+    batch=2,
+    accumulation=1,
+    seed=0,
+    context=12,
+    rate=lambda step: 0.0,
+  )[2]
   assert tokens_at(0) == 25
 
 
@@ -314,9 +392,11 @@ def test_a_prompt_is_counted_once_or_with_each_answer():
 def test_a_profile_is_begun_and_ended_wherever_a_run_is(alone, tmp_path):
   """Killed within the window, gone on from within it, and ended before its
   end: jax has one profile at a time, so one left open is an error."""
+
   def at(step, _):
     if step == 5:
       raise Killed
+
   traces = lambda: len(list((tmp_path / "profile").rglob("*.xplane.pb")))
   with pytest.raises(Killed):
     run(alone, tmp_path, at, trace=(2, 6))
@@ -339,14 +419,21 @@ def test_nan_is_named_and_nothing_after_it_is_kept(golden, alone, tmp_path, k):
       bad = np.asarray(batch["ref_sum"]).copy()
       bad[0, 1, 0] = np.nan
       return batch | dict(ref_sum=sharding.put(alone, bad, None, "batch"))
+
   with pytest.raises(NumericError) as caught:
     run(alone, tmp_path, at)
   text, kept = str(caught.value), SAVE_EVERY * (k // SAVE_EVERY)
   assert f"align: loss nan, gradient norm nan at step {k}; " in text
   assert f"nothing after step {kept} is saved" in text
   batch_at, ids_at, _ = feed.make_feed(
-      alone, rows(), batch=4, accumulation=1, seed=3, context=12,
-      rate=lambda step: 0.0)
+    alone,
+    rows(),
+    batch=4,
+    accumulation=1,
+    seed=3,
+    context=12,
+    rate=lambda step: 0.0,
+  )
   assert ", ".join(ids_at(k)) in text and caught.value.exit_code == 76
   assert max(saved(tmp_path), default=0) == kept
   if kept:
@@ -356,8 +443,10 @@ def test_nan_is_named_and_nothing_after_it_is_kept(golden, alone, tmp_path, k):
   # The way there is kept, and all of the rows.
   path = tmp_path / "diverged.jsonl"
   assert f"{path} has all of them" in text
-  *before, last = [json.loads(x, parse_constant=pytest.fail)
-                   for x in path.read_text().splitlines()]
+  *before, last = [
+    json.loads(x, parse_constant=pytest.fail)
+    for x in path.read_text().splitlines()
+  ]
   for line, wanted in zip(before, golden[1][kept:k], strict=True):
     assert wanted.items() <= line.items()
   assert (last["step"], last["train/loss"], last["ids"]) == (k, None, ids_at(k))
@@ -370,15 +459,32 @@ def test_nan_is_named_and_nothing_after_it_is_kept(golden, alone, tmp_path, k):
 
 def test_an_infinite_gradient_stops_a_finite_loss(alone, tmp_path):
   real = train_step()[0]
+
   def broken(state, batch):
     state, totals = real(state, batch)
     return state, totals | {"grad_norm": np.array([np.inf, 1.0])}
+
   batch_at, ids_at, tokens_at = feed.make_feed(
-      alone, rows(), batch=4, accumulation=1, seed=3, context=12,
-      rate=lambda step: 0.01)
+    alone,
+    rows(),
+    batch=4,
+    accumulation=1,
+    seed=3,
+    context=12,
+    rate=lambda step: 0.01,
+  )
   with pytest.raises(NumericError, match="gradient norm inf at step 0"):
-    loop.fit(fresh(alone), broken, batch_at, ids_at, folder=tmp_path,
-             label="align", updates=2, save_every=1, tokens_at=tokens_at)
+    loop.fit(
+      fresh(alone),
+      broken,
+      batch_at,
+      ids_at,
+      folder=tmp_path,
+      label="align",
+      updates=2,
+      save_every=1,
+      tokens_at=tokens_at,
+    )
   assert saved(tmp_path) == []
 
 
@@ -389,14 +495,18 @@ def stop_at_5(alone, folder):
   def at(step, _):
     if step == 5:
       raise Killed
+
   with pytest.raises(Killed):
     run(alone, folder, at)
   assert saved(folder) == [2, 4]
 
 
 def files_of(folder, step):
-  return sorted(p for p in (folder / "checkpoints" / str(step)).rglob("*")
-                if p.is_file() and p.stat().st_size)
+  return sorted(
+    p
+    for p in (folder / "checkpoints" / str(step)).rglob("*")
+    if p.is_file() and p.stat().st_size
+  )
 
 
 def flip(path):
@@ -457,8 +567,9 @@ def test_parameters_alone_are_restored_on_another_mesh(golden):
   state, _, folder = golden
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   with jax.set_mesh(mesh):
-    found = checkpoints.restore_params(folder / "checkpoints",
-                                       decoder.abstract(MODEL, mesh))
+    found = checkpoints.restore_params(
+      folder / "checkpoints", decoder.abstract(MODEL, mesh)
+    )
   for n, p in decoder.table(MODEL).items():
     np.testing.assert_array_equal(found[n], state.params[n])
     assert found[n].sharding == sharding.named(mesh, *p.axes)
@@ -470,19 +581,31 @@ def test_parameters_alone_are_restored_on_another_mesh(golden):
 @functools.lru_cache
 def bco_step():
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
-  return steps.make_train_step(PRODUCERS["chunked"](MODEL, 5), LOSSES["bco"],
-                               tx), tx
+  return steps.make_train_step(
+    PRODUCERS["chunked"](MODEL, 5), LOSSES["bco"], tx
+  ), tx
 
 
 def bco_run(mesh, folder, killed_at=None):
   """`run` on the same tokens as thumbs."""
   one = rows()
-  thumbs = feed.Rows([f"row-{i:02d}" for i in range(22)], one.tokens,
-                     np.arange(22)[:, None], one.ref_sum.reshape(22, 1),
-                     one.ref_count.reshape(22, 1), np.arange(22) % 3 == 0)
+  thumbs = feed.Rows(
+    [f"row-{i:02d}" for i in range(22)],
+    one.tokens,
+    np.arange(22)[:, None],
+    one.ref_sum.reshape(22, 1),
+    one.ref_count.reshape(22, 1),
+    np.arange(22) % 3 == 0,
+  )
   batch_at, ids_at, tokens_at = feed.make_feed(
-      mesh, thumbs, batch=4, accumulation=2, seed=3, context=12,
-      rate=lambda step: 0.01 * (step + 1))
+    mesh,
+    thumbs,
+    batch=4,
+    accumulation=2,
+    seed=3,
+    context=12,
+    rate=lambda step: 0.01 * (step + 1),
+  )
 
   def at(step):
     if step == killed_at:
@@ -491,8 +614,17 @@ def bco_run(mesh, folder, killed_at=None):
 
   train_step, tx = bco_step()
   state = steps.init_state(fresh(mesh).params, tx, LOSSES["bco"])
-  return loop.fit(state, train_step, at, ids_at, folder=folder, label="align",
-                  updates=UPDATES, save_every=SAVE_EVERY, tokens_at=tokens_at)
+  return loop.fit(
+    state,
+    train_step,
+    at,
+    ids_at,
+    folder=folder,
+    label="align",
+    updates=UPDATES,
+    save_every=SAVE_EVERY,
+    tokens_at=tokens_at,
+  )
 
 
 def test_a_killed_run_keeps_its_running_mean(alone, tmp_path):
@@ -512,4 +644,6 @@ def test_checkpoints_of_other_losses_are_as_they_were(alone):
   state = fresh(alone)
   assert state.delta == ()
   assert list(map(type, loop._items(state)["rest"])) == [
-      type(state.opt_state), type(state.step)]
+    type(state.opt_state),
+    type(state.step),
+  ]

@@ -3,11 +3,11 @@
 import json
 import pathlib
 
+import jobs
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import jobs
 from jaxalign import checkpoints
 from jaxalign.model import safetensors_io
 
@@ -25,11 +25,18 @@ def prepared(tmp_path):
 
 def saved(work, item="params"):
   """What the newest checkpoint holds, on the host."""
-  at = max((p for p in (work / f"runs/{ISA}/checkpoints").iterdir()
-            if p.name.isdigit()), key=lambda p: int(p.name))
+  at = max(
+    (
+      p
+      for p in (work / f"runs/{ISA}/checkpoints").iterdir()
+      if p.name.isdigit()
+    ),
+    key=lambda p: int(p.name),
+  )
   with ocp.StandardCheckpointer() as reader:
-    return {n: np.asarray(x) for n, x in reader.restore(
-        at.resolve() / item).items()}
+    return {
+      n: np.asarray(x) for n, x in reader.restore(at.resolve() / item).items()
+    }
 
 
 def weights(folder):
@@ -51,8 +58,9 @@ def test_a_job_keeps_adapters_alone(tmp_path, variant):
   assert all(x.dtype == np.float32 for x in params.values())
   assert all(np.abs(x).max() > 0 for x in params.values())  # they moved
   full = jobs.parameters(jobs.finished() / f"runs/{ISA}")
-  assert (sum(x.nbytes for x in params.values())
-          < 0.3 * sum(x.nbytes for x in full.values()))
+  assert sum(x.nbytes for x in params.values()) < 0.3 * sum(
+    x.nbytes for x in full.values()
+  )
   assert (arm / "bases").exists() == (variant == "lora_sb")
   lines = jobs.lines(arm / "metrics.jsonl")
   assert abs(lines[0]["train/preference_loss"] - np.log(2)) < 1e-6
@@ -61,14 +69,14 @@ def test_a_job_keeps_adapters_alone(tmp_path, variant):
   config = json.loads((arm / "adapter/adapter_config.json").read_text())
   assert config["r"] == 4 and config["peft_type"] == "LORA"
   assert weights(arm / "export") == weights(
-      jobs.finished() / f"runs/{ISA}/export")
+    jobs.finished() / f"runs/{ISA}/export"
+  )
   again = jobs.run(work, *knobs)
   assert again.code == 0 and not jobs.did(again)
 
 
 @pytest.mark.parametrize("variant", ["lora", "lora_sb"])
-def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, monkeypatch,
-                                                variant):
+def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, monkeypatch, variant):
   knobs = (*KNOBS, f"lora.variant={variant}")
   whole = prepared(tmp_path / "whole")
   assert jobs.run(whole, *knobs).code == 0
@@ -93,14 +101,18 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, monkeypatch,
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("knobs,words", [
+@pytest.mark.parametrize(
+  "knobs,words",
+  [
     (("lora.rank=4", "lora.targets=('q_projj',)"), "'q_projj' matches no"),
     (("lora.rank=64",), "lora.rank=64 is more than"),
     (("lora.rank=-1",), "lora.rank=-1, wanted 0 or more"),
     (("lora.rank=2", "lora.variant=dora"), "lora.variant='dora' is unknown"),
     (("lora.rank=2", "train.lr=-1.0"), "config.train.lr"),
     (("lora.rank=2", "lora.eta=0.0"), "lora.eta=0.0"),
-    (("model.param_dtype=int8",), "model.param_dtype='int8' is unknown")])
+    (("model.param_dtype=int8",), "model.param_dtype='int8' is unknown"),
+  ],
+)
 def test_bad_knobs_end_before_anything_runs(tmp_path, knobs, words):
   ended = jobs.run(tmp_path, *knobs)
   assert ended.code == 64 and words in ended.err, ended

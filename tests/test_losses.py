@@ -15,7 +15,6 @@ from jaxalign.train.logps import Logps
 from jaxalign.train.losses import GLOBAL, LOSSES
 from jaxalign.train.metrics import divide, sums_and_counts
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
@@ -49,9 +48,15 @@ def example(columns, spread=8.0, rows=32):
   p = exact(rng.normal(-60, 15, (rows, columns)))
   q = exact(p + rng.normal(0, spread, (rows, columns)))
   share = rng.uniform(0.2, 1.0, (rows, columns))
-  return Example(p, q, np.float64(rng.integers(3, 25, (rows, columns))),
-                 exact(p * share), exact(q * share * 0.9),
-                 rng.random(rows) < 0.4, exact(rng.uniform(0.5, 10, rows)))
+  return Example(
+    p,
+    q,
+    np.float64(rng.integers(3, 25, (rows, columns))),
+    exact(p * share),
+    exact(q * share * 0.9),
+    rng.random(rows) < 0.4,
+    exact(rng.uniform(0.5, 10, rows)),
+  )
 
 
 def inputs(x, dtype):
@@ -59,9 +64,13 @@ def inputs(x, dtype):
   cast = lambda a: jnp.asarray(a, dtype)
   policy = Logps(cast(x.p), cast(x.n), cast(x.public_p))
   ref = Logps(cast(x.q), cast(x.n), cast(x.public_q))
-  stats = dict(label=jnp.asarray(x.label), weights=cast(x.weights),
-               z0=cast(x.z0), delta=cast(x.delta),
-               mean_count=cast(x.mean_count))
+  stats = dict(
+    label=jnp.asarray(x.label),
+    weights=cast(x.weights),
+    z0=cast(x.z0),
+    delta=cast(x.delta),
+    mean_count=cast(x.mean_count),
+  )
   if x.p.shape[1] == 2:
     stats |= {n: fn(policy.sum, ref.sum) for n, fn in GLOBAL.items()}
   return policy, ref, stats
@@ -122,8 +131,9 @@ def dpo_norm(x, beta=5.0):
 
 def exo(x, beta=0.1, epsilon=1e-3):
   z = beta * gap(x.r)
-  return (s(z) * (ls(z) - np.log(1 - epsilon))
-          + s(-z) * (ls(-z) - np.log(epsilon)))
+  return s(z) * (ls(z) - np.log(1 - epsilon)) + s(-z) * (
+    ls(-z) - np.log(epsilon)
+  )
 
 
 def nca(x, beta=0.1):
@@ -191,8 +201,7 @@ def sft_tokens(x):
 
 
 def slic(x, room=1.0, nll_weight=0.1):
-  return (np.maximum(0.0, room - x.p[:, 0] + x.p[:, 1])
-          + nll_weight * -x.p[:, 0])
+  return np.maximum(0.0, room - x.p[:, 0] + x.p[:, 1]) + nll_weight * -x.p[:, 0]
 
 
 def simpo(x, beta=2.0, gamma=0.5):
@@ -218,8 +227,9 @@ def orpo(x, beta=0.1):
 def kto(x, beta=0.1, desirable=1.0, undesirable=1.0):
   """Weight minus value, as the paper has it."""
   r, value = x.r[:, 0], np.where(x.label, desirable, undesirable)
-  return value - value * np.where(x.label, s(beta * (r - x.z0)),
-                                  s(beta * (x.z0 - r)))
+  return value - value * np.where(
+    x.label, s(beta * (r - x.z0)), s(beta * (x.z0 - r))
+  )
 
 
 def apo_zero_unpaired(x, beta=0.1, desirable=1.0, undesirable=1.0):
@@ -240,23 +250,36 @@ def bco_udm(x, beta=0.1):
 BETA = dict(beta=0.3)
 SMOOTH = dict(beta=0.5, label_smoothing=0.2)
 CASES = {
-    dpo: ({}, BETA, SMOOTH), robust: ({}, SMOOTH), hinge: ({}, BETA),
-    ipo: ({}, BETA), ipo_sum: ({}, BETA), dpo_norm: ({}, BETA),
-    exo: ({}, dict(beta=0.3, epsilon=0.1)), nca: ({}, BETA),
-    bco_pair: ({}, BETA), sppo: ({}, BETA), apo_zero: ({}, BETA),
-    apo_down: ({}, BETA), discopop: ({}, dict(beta=0.02, tau=0.7)),
-    dpop: ({}, dict(beta=0.3, penalty=2.0)),
-    ld_dpo: ({}, dict(beta=0.3, tail_weight=0.2)),
-    dpo_forward_kl: ({}, dict(beta=1e-4)), dpo_js: ({}, BETA),
-    dpo_alpha: ({}, dict(beta=0.3, alpha=1.2), dict(alpha=1.0)),
-    sft: ({},), sft_tokens: ({},),
-    slic: ({}, dict(room=9.0, nll_weight=0.4)),
-    simpo: ({}, dict(beta=0.7, gamma=1.3)),
-    alphapo: ({}, dict(beta=0.7, gamma=1.3, alpha=-0.3), dict(alpha=0.0)),
-    cpo: ({}, dict(beta=0.3, nll_weight=0.4)), orpo: ({}, BETA),
-    kto: ({}, dict(beta=0.3, desirable=1.3, undesirable=0.7)),
-    apo_zero_unpaired: ({}, dict(beta=0.3, desirable=1.3, undesirable=0.7)),
-    bco: ({}, BETA), bco_udm: ({}, BETA)}
+  dpo: ({}, BETA, SMOOTH),
+  robust: ({}, SMOOTH),
+  hinge: ({}, BETA),
+  ipo: ({}, BETA),
+  ipo_sum: ({}, BETA),
+  dpo_norm: ({}, BETA),
+  exo: ({}, dict(beta=0.3, epsilon=0.1)),
+  nca: ({}, BETA),
+  bco_pair: ({}, BETA),
+  sppo: ({}, BETA),
+  apo_zero: ({}, BETA),
+  apo_down: ({}, BETA),
+  discopop: ({}, dict(beta=0.02, tau=0.7)),
+  dpop: ({}, dict(beta=0.3, penalty=2.0)),
+  ld_dpo: ({}, dict(beta=0.3, tail_weight=0.2)),
+  dpo_forward_kl: ({}, dict(beta=1e-4)),
+  dpo_js: ({}, BETA),
+  dpo_alpha: ({}, dict(beta=0.3, alpha=1.2), dict(alpha=1.0)),
+  sft: ({},),
+  sft_tokens: ({},),
+  slic: ({}, dict(room=9.0, nll_weight=0.4)),
+  simpo: ({}, dict(beta=0.7, gamma=1.3)),
+  alphapo: ({}, dict(beta=0.7, gamma=1.3, alpha=-0.3), dict(alpha=0.0)),
+  cpo: ({}, dict(beta=0.3, nll_weight=0.4)),
+  orpo: ({}, BETA),
+  kto: ({}, dict(beta=0.3, desirable=1.3, undesirable=0.7)),
+  apo_zero_unpaired: ({}, dict(beta=0.3, desirable=1.3, undesirable=0.7)),
+  bco: ({}, BETA),
+  bco_udm: ({}, BETA),
+}
 ORACLES = {fn.__name__: fn for fn in CASES}
 SORTED = {"aot", "aot_unpaired"}  # in test_losses_batch.py
 
@@ -270,22 +293,29 @@ def slopes(oracle, x, field, kwargs, step=1e-5):
   value, out = getattr(x, field), []
   for column in range(value.shape[1]):
     nudge = step * (np.arange(value.shape[1]) == column)[None, :]
-    up, down = (oracle(x.replace(**{field: value + d}), **kwargs)
-                for d in (nudge, -nudge))
+    up, down = (
+      oracle(x.replace(**{field: value + d}), **kwargs) for d in (nudge, -nudge)
+    )
     out.append((up - down) / (2 * step))
   return np.stack(out, 1)
 
 
-@pytest.mark.parametrize("name,kwargs", [
+@pytest.mark.parametrize(
+  "name,kwargs",
+  [
     pytest.param(fn.__name__, kwargs, id=f"{fn.__name__}-{i}")
-    for fn, cases in CASES.items() for i, kwargs in enumerate(cases)])
+    for fn, cases in CASES.items()
+    for i, kwargs in enumerate(cases)
+  ],
+)
 def test_value_and_slope_are_the_equation_s(name, kwargs):
   x, oracle = example(columns_of(name)), ORACLES[name]
   with jax.enable_x64(True):
     policy, ref, stats = inputs(x, jnp.float64)
-    loss, back, _ = jax.vjp(lambda p: LOSSES[name](p, ref, stats, **kwargs),
-                            policy, has_aux=True)
-    grads, = back(jnp.ones_like(loss))
+    loss, back, _ = jax.vjp(
+      lambda p: LOSSES[name](p, ref, stats, **kwargs), policy, has_aux=True
+    )
+    (grads,) = back(jnp.ones_like(loss))
     wanted = oracle(x, **kwargs)
     assert wanted.shape == loss.shape == x.label.shape
     assert loss.dtype == jnp.float64
@@ -293,35 +323,56 @@ def test_value_and_slope_are_the_equation_s(name, kwargs):
     for field, got in (("p", grads.sum), ("public_p", grads.public)):
       want = slopes(oracle, x, field, kwargs)
       scale = max(1.0, np.abs(want).max())
-      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8 * scale,
-                                 err_msg=field)
+      np.testing.assert_allclose(
+        got, want, rtol=1e-5, atol=1e-8 * scale, err_msg=field
+      )
 
 
 # What a loss is where policy equals reference, delta 0 and z0 0, by hand.
 LN2 = np.log(2.0)
 START = dict(
-    dpo=LN2, robust=LN2, hinge=1.0, ipo=25.0, ipo_sum=25.0, dpo_norm=LN2,
-    exo=-LN2 - (np.log(1e-3) + np.log(0.999)) / 2, nca=2 * LN2,
-    bco_pair=2 * LN2, sppo=50.0, apo_zero=1.0, apo_down=1.0,
-    discopop=(1 + LN2) / 2, dpop=LN2, ld_dpo=LN2, aot=LN2, aot_unpaired=LN2,
-    dpo_forward_kl=LN2, dpo_js=LN2, dpo_alpha=LN2, kto=0.5,
-    apo_zero_unpaired=0.5, bco=LN2, bco_udm=LN2)
+  dpo=LN2,
+  robust=LN2,
+  hinge=1.0,
+  ipo=25.0,
+  ipo_sum=25.0,
+  dpo_norm=LN2,
+  exo=-LN2 - (np.log(1e-3) + np.log(0.999)) / 2,
+  nca=2 * LN2,
+  bco_pair=2 * LN2,
+  sppo=50.0,
+  apo_zero=1.0,
+  apo_down=1.0,
+  discopop=(1 + LN2) / 2,
+  dpop=LN2,
+  ld_dpo=LN2,
+  aot=LN2,
+  aot_unpaired=LN2,
+  dpo_forward_kl=LN2,
+  dpo_js=LN2,
+  dpo_alpha=LN2,
+  kto=0.5,
+  apo_zero_unpaired=0.5,
+  bco=LN2,
+  bco_udm=LN2,
+)
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if LOSSES[n].reference])
 def test_where_policy_is_reference(name):
   x = example(columns_of(name))
-  x = x.replace(q=x.p, public_q=x.public_p, z0=0.0, delta=0.0,
-                weights=np.ones(32))
+  x = x.replace(
+    q=x.p, public_q=x.public_p, z0=0.0, delta=0.0, weights=np.ones(32)
+  )
   for beta in (0.1, 7.0):
     kwargs = dict(beta=beta)
     loss, metrics = LOSSES[name](*inputs(x, jnp.float32), **kwargs)
     # 1 / beta^2 is the only way that beta enters.
     wanted = START[name] * (
-        (0.1 / beta) ** 2 if name in ("ipo", "ipo_sum", "sppo") else 1)
+      (0.1 / beta) ** 2 if name in ("ipo", "ipo_sum", "sppo") else 1
+    )
     np.testing.assert_allclose(loss, np.full(32, wanted), rtol=2e-6)
-    means = {n: v[0] if isinstance(v, tuple) else v
-             for n, v in metrics.items()}
+    means = {n: v[0] if isinstance(v, tuple) else v for n, v in metrics.items()}
     for key in ("chosen", "rejected", "margins", "accuracies"):
       if f"rewards/{key}" in means or LOSSES[name].kind == "pairs":
         assert (np.asarray(means[f"rewards/{key}"]) == 0).all(), key
@@ -347,21 +398,31 @@ def test_extremes_are_finite(name, size):
   if size > 1e4 and name in ("ipo", "ipo_sum", "sppo"):
     return  # a square leaves float32
   columns = columns_of(name)
-  one = np.float64(np.float32([[-size, 0.0], [0.0, -size], [-size, -size],
-                               [0.0, 0.0]]))[:, :columns]
+  one = np.float64(
+    np.float32([[-size, 0.0], [0.0, -size], [-size, -size], [0.0, 0.0]])
+  )[:, :columns]
   zero = np.zeros_like(one)
   for a, b in ((one, zero), (zero, one), (one, one[::-1])):
     for liked in (True, False):
-      x = Example(a, b, np.full(a.shape, 4.0), a, b, np.full(4, liked),
-                  np.full(4, 3.0), z0=np.float64(np.float32(size)), delta=0.3)
+      x = Example(
+        a,
+        b,
+        np.full(a.shape, 4.0),
+        a,
+        b,
+        np.full(4, liked),
+        np.full(4, 3.0),
+        z0=np.float64(np.float32(size)),
+        delta=0.3,
+      )
       policy, ref, stats = inputs(x, jnp.float32)
-      loss, back, metrics = jax.vjp(lambda p: LOSSES[name](p, ref, stats),
-                                    policy, has_aux=True)
+      loss, back, metrics = jax.vjp(
+        lambda p: LOSSES[name](p, ref, stats), policy, has_aux=True
+      )
       for value in jax.tree.leaves((loss, metrics, back(jnp.ones_like(loss)))):
         assert np.isfinite(value).all(), (a, b)
       if name in ORACLES:
-        np.testing.assert_allclose(loss, ORACLES[name](x), rtol=2e-5,
-                                   atol=2e-6)
+        np.testing.assert_allclose(loss, ORACLES[name](x), rtol=2e-5, atol=2e-6)
       if columns == 2:
         break
 
@@ -378,21 +439,30 @@ def test_float32_keeps_a_small_gap(name):
 
 def test_orpo_keeps_the_odds_of_nearly_certain_answers():
   """1 - e^x of x = -1e-5 is 1e-5; in float32 e^x has lost half a percent."""
-  x = Example(*np.float64(np.float32([[[-4e-5, -9e-6]], [[0, 0]],
-                                      [[4, 3]]])), *[np.zeros((1, 2))] * 2,
-              np.full(1, True), np.ones(1))
+  x = Example(
+    *np.float64(np.float32([[[-4e-5, -9e-6]], [[0, 0]], [[4, 3]]])),
+    *[np.zeros((1, 2))] * 2,
+    np.full(1, True),
+    np.ones(1),
+  )
   _, metrics = LOSSES["orpo"](*inputs(x, jnp.float32))
   mean = x.p / x.n
-  np.testing.assert_allclose(metrics["log_odds"],
-                             gap(mean - np.log(-np.expm1(mean))), rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["log_odds"], gap(mean - np.log(-np.expm1(mean))), rtol=1e-5
+  )
 
 
-REWARDS = {"sums": ("slic",), "beta sums": ("cpo",),
-           "beta means": ("simpo", "orpo"), "shaped": ("alphapo",)}
+REWARDS = {
+  "sums": ("slic",),
+  "beta sums": ("cpo",),
+  "beta means": ("simpo", "orpo"),
+  "shaped": ("alphapo",),
+}
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES
-                                  if LOSSES[n].kind == "pairs"])
+@pytest.mark.parametrize(
+  "name", [n for n in LOSSES if LOSSES[n].kind == "pairs"]
+)
 def test_metrics_of_pairs(name):
   x = example(2)
   x.p[:3] = x.q[:3] = x.p[:3, :1]  # ties, whatever the reward
@@ -400,17 +470,25 @@ def test_metrics_of_pairs(name):
   x.public_p[:3] = x.public_q[:3] = x.p[:3] / 2
   kwargs = {} if name == "slic" else BETA
   kind = next((k for k, names in REWARDS.items() if name in names), "ratios")
-  reward = {"sums": x.p, "beta sums": 0.3 * x.p, "beta means": 0.3 * x.p / x.n,
-            "shaped": 0.3 * (1 - np.exp(-x.p / x.n / 4)) * 4,
-            "ratios": 0.3 * x.r}[kind]
+  reward = {
+    "sums": x.p,
+    "beta sums": 0.3 * x.p,
+    "beta means": 0.3 * x.p / x.n,
+    "shaped": 0.3 * (1 - np.exp(-x.p / x.n / 4)) * 4,
+    "ratios": 0.3 * x.r,
+  }[kind]
   if name == "ld_dpo":
     reward = 0.15 * (x.r + x.public_p - x.public_q)
   _, metrics = LOSSES[name](*inputs(x, jnp.float32), **kwargs)
   wanted = {
-      "rewards/chosen": reward[:, 0], "rewards/rejected": reward[:, 1],
-      "rewards/margins": gap(reward), "rewards/accuracies": gap(reward) > 0,
-      "rewards/ties": gap(reward) == 0, "logps/chosen": x.p[:, 0],
-      "logps/rejected": x.p[:, 1]}
+    "rewards/chosen": reward[:, 0],
+    "rewards/rejected": reward[:, 1],
+    "rewards/margins": gap(reward),
+    "rewards/accuracies": gap(reward) > 0,
+    "rewards/ties": gap(reward) == 0,
+    "logps/chosen": x.p[:, 0],
+    "logps/rejected": x.p[:, 1],
+  }
   if name == "bco_pair":
     wanted["delta"] = np.full(32, x.delta)
   if name == "orpo":
@@ -418,12 +496,14 @@ def test_metrics_of_pairs(name):
     wanted["log_odds"] = gap(mean - np.log(1 - np.exp(mean)))
   assert set(wanted) == set(metrics)
   for key, value in wanted.items():
-    np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=5e-5,
-                               err_msg=key)
+    np.testing.assert_allclose(
+      metrics[key], value, rtol=2e-5, atol=5e-5, err_msg=key
+    )
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES
-                                  if LOSSES[n].kind == "thumbs"])
+@pytest.mark.parametrize(
+  "name", [n for n in LOSSES if LOSSES[n].kind == "thumbs"]
+)
 def test_metrics_of_thumbs_are_over_their_own_class(name):
   x = example(1)
   for label in (x.label, np.full(32, True), np.full(32, False)):
@@ -461,9 +541,11 @@ def test_the_contract(name):
   stats = {n: stats[n] for n in fn.stats}
   if "public" not in fn.extras:
     policy, ref = policy._replace(public=None), ref._replace(public=None)
+
   def run(rows):
     cut = lambda a: a[rows] if a.ndim else a
     return fn(*jax.tree.map(cut, (policy, ref, stats)))
+
   loss, metrics = run(slice(None))
   assert loss.shape == (32,) and loss.dtype == jnp.float32
   if name in ORACLES:
@@ -471,22 +553,31 @@ def test_the_contract(name):
   for value in jax.tree.leaves(metrics):
     assert value.shape == (32,)
   halves = [run(rows) for rows in (slice(0, 10), slice(10, 32))]
-  np.testing.assert_allclose(np.concatenate([h[0] for h in halves]), loss,
-                             rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    np.concatenate([h[0] for h in halves]), loss, rtol=1e-5, atol=1e-6
+  )
   whole = sums_and_counts(metrics)
   parts = jax.tree.map(jnp.add, *(sums_and_counts(h[1]) for h in halves))
   for key in whole:
     np.testing.assert_allclose(whole[key], parts[key], rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("name,stat", [("kto", "z0"), ("bco", "delta"),
-                                       ("bco_pair", "delta"),
-                                       ("bco_udm", "weights"),
-                                       ("sft_tokens", "mean_count")])
+@pytest.mark.parametrize(
+  "name,stat",
+  [
+    ("kto", "z0"),
+    ("bco", "delta"),
+    ("bco_pair", "delta"),
+    ("bco_udm", "weights"),
+    ("sft_tokens", "mean_count"),
+  ],
+)
 def test_no_gradient_runs_through_a_statistic(name, stat):
   policy, ref, stats = inputs(example(columns_of(name)), jnp.float32)
+
   def total(value):
     return jnp.sum(LOSSES[name](policy, ref, stats | {stat: value})[0])
+
   assert (np.asarray(jax.grad(total)(stats[stat])) == 0).all()
   assert total(stats[stat]) != total(stats[stat] + 1)
 
@@ -497,21 +588,30 @@ def as_logps(x):
 
 def test_dpo_by_hand():
   """beta 0.5, policy +2 and -1 against the reference: margin 1.5."""
-  loss, metrics = LOSSES["dpo"](as_logps([[-8.0, -21.0]]),
-                                as_logps([[-10.0, -20.0]]), {}, beta=0.5)
+  loss, metrics = LOSSES["dpo"](
+    as_logps([[-8.0, -21.0]]), as_logps([[-10.0, -20.0]]), {}, beta=0.5
+  )
   np.testing.assert_allclose(loss, [0.20141328], rtol=1e-6)
   np.testing.assert_allclose(metrics["rewards/chosen"], [1.0])
   np.testing.assert_allclose(metrics["rewards/rejected"], [-0.5])
-  loss, _ = LOSSES["dpo"](as_logps([[-8.0, -21.0]]), as_logps([[-10.0, -20.0]]),
-                          {}, beta=0.5, label_smoothing=0.25)
+  loss, _ = LOSSES["dpo"](
+    as_logps([[-8.0, -21.0]]),
+    as_logps([[-10.0, -20.0]]),
+    {},
+    beta=0.5,
+    label_smoothing=0.25,
+  )
   np.testing.assert_allclose(loss, [0.20141328 + 0.25 * 1.5], rtol=1e-6)
 
 
 def test_kto_by_hand():
   """r - z0 = 2 - 1; beta 1: a liked row pays 1 - s(1), a disliked 1 - s(-1)."""
   loss, _ = LOSSES["kto"](
-      as_logps([[-8.0], [-8.0]]), as_logps([[-10.0], [-10.0]]),
-      dict(label=jnp.array([True, False]), z0=jnp.float32(1.0)), beta=1.0)
+    as_logps([[-8.0], [-8.0]]),
+    as_logps([[-10.0], [-10.0]]),
+    dict(label=jnp.array([True, False]), z0=jnp.float32(1.0)),
+    beta=1.0,
+  )
   np.testing.assert_allclose(loss, [0.26894142, 0.73105858], rtol=1e-6)
 
 
@@ -526,10 +626,13 @@ def test_an_empty_response_counts_as_one_token():
 def test_the_slope_at_a_kink_is_zero():
   """DPOP's first update is DPO's; a hinge that is met pushes no more."""
   policy = as_logps([[-8.0, -21.0]])
+
   def grad(name, ref, **kwargs):
-    fn = lambda p: jnp.sum(LOSSES[name](
-        policy._replace(sum=p), ref, {}, **kwargs)[0])
+    fn = lambda p: jnp.sum(
+      LOSSES[name](policy._replace(sum=p), ref, {}, **kwargs)[0]
+    )
     return np.asarray(jax.grad(fn)(policy.sum))
+
   np.testing.assert_array_equal(grad("dpop", policy), grad("dpo", policy))
   met = as_logps([[-9.0, -20.0]])  # D = 2
   assert (grad("hinge", met, beta=0.5) == 0).all()

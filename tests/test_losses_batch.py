@@ -10,8 +10,7 @@ import pytest
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.train import losses
 from jaxalign.train.logps import Logps, public_sums
-from jaxalign.train.losses import GLOBAL, LOSSES, combine, matching, unpaired
-
+from jaxalign.train.losses import combine, GLOBAL, LOSSES, matching, unpaired
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -46,13 +45,16 @@ def sorted_aot_unpaired(p, q, beta=0.1, eps=0.0):
   return np.mean(-(1 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z))
 
 
-AOT = {"aot": (sorted_aot, "matched_margins"),
-       "aot_unpaired": (sorted_aot_unpaired, "matched_ratios")}
+AOT = {
+  "aot": (sorted_aot, "matched_margins"),
+  "aot_unpaired": (sorted_aot_unpaired, "matched_ratios"),
+}
 
 
 @pytest.mark.parametrize("name", AOT)
-@pytest.mark.parametrize("kwargs", [
-    {}, dict(beta=0.4, label_smoothing=0.2)], ids=["defaults", "given"])
+@pytest.mark.parametrize(
+  "kwargs", [{}, dict(beta=0.4, label_smoothing=0.2)], ids=["defaults", "given"]
+)
 def test_aot_is_the_sorted_loss_over_any_cut(name, kwargs):
   """Its mean, and the mean's slope by every policy sum; rows as micro-batches
   of 10 and 14 add up to the same."""
@@ -66,13 +68,17 @@ def test_aot_is_the_sorted_loss_over_any_cut(name, kwargs):
     wanted[at] = (of(p + step) - of(p - step)) / 2e-5
   with jax.enable_x64(True):
     matched = GLOBAL[stat](jnp.asarray(p), jnp.asarray(q))
+
     def part(sums, rows):
-      loss, _ = LOSSES[name](as_logps(sums[rows]), as_logps(q[rows]),
-                             {stat: matched[rows]}, **kwargs)
+      loss, _ = LOSSES[name](
+        as_logps(sums[rows]), as_logps(q[rows]), {stat: matched[rows]}, **kwargs
+      )
       return jnp.sum(loss) / n
+
     for cut in ((slice(0, n),), (slice(0, 10), slice(10, n))):
-      values, grads = zip(*(jax.value_and_grad(part)(jnp.asarray(p), rows)
-                            for rows in cut))
+      values, grads = zip(
+        *(jax.value_and_grad(part)(jnp.asarray(p), rows) for rows in cut)
+      )
       np.testing.assert_allclose(sum(values), of(p), rtol=1e-12)
       np.testing.assert_allclose(sum(grads), wanted, rtol=1e-6, atol=1e-10)
 
@@ -83,8 +89,9 @@ def test_aot_of_a_row_is_the_one_at_its_rank():
   q = np.array([[-1.0, -3.0], [-1.0, -10.0], [-1.0, -5.0]])
   matched = GLOBAL["matched_margins"](jnp.asarray(p), jnp.asarray(q))
   np.testing.assert_array_equal(matched, [9.0, 2.0, 4.0])
-  loss, _ = LOSSES["aot"](as_logps(p), as_logps(q),
-                          dict(matched_margins=matched), beta=1.0)
+  loss, _ = LOSSES["aot"](
+    as_logps(p), as_logps(q), dict(matched_margins=matched), beta=1.0
+  )
   np.testing.assert_allclose(loss, -log_sigmoid([-4.0, -1.0, -1.0]), rtol=1e-6)
   # r: chosen 0, 0, 0; rejected -3, 8, 1. Each side's value of the same rank.
   matched = GLOBAL["matched_ratios"](jnp.asarray(p), jnp.asarray(q))
@@ -107,9 +114,12 @@ def test_micro_batches_sorted_alone_would_differ():
 def test_no_gradient_runs_through_what_is_matched():
   p, q = (jnp.float32(x) for x in pairs())
   for name, (_, stat) in AOT.items():
+
     def total(sums, matched):
-      return jnp.sum(LOSSES[name](as_logps(sums), as_logps(q),
-                                  {stat: matched})[0])
+      return jnp.sum(
+        LOSSES[name](as_logps(sums), as_logps(q), {stat: matched})[0]
+      )
+
     assert (jax.grad(total, 1)(p, GLOBAL[stat](p, q)) == 0).all()
     assert (jax.grad(lambda x: jnp.sum(GLOBAL[stat](x, q)))(p) == 0).all()
 
@@ -126,12 +136,12 @@ def test_delta_is_the_mean_of_every_reward_so_far():
       assert delta.mean == 0
       for end in cuts:
         delta = unpaired.update_delta(delta, jnp.asarray(rewards[start:end]))
-        np.testing.assert_allclose(delta.mean, rewards[:end].mean(),
-                                   rtol=1e-12)
+        np.testing.assert_allclose(delta.mean, rewards[:end].mean(), rtol=1e-12)
         start = end
       assert delta.count == 70
-  pairs_too = unpaired.update_delta(unpaired.init_delta(),
-                                    jnp.float32([[1.0, 2.0], [4.0, 5.0]]))
+  pairs_too = unpaired.update_delta(
+    unpaired.init_delta(), jnp.float32([[1.0, 2.0], [4.0, 5.0]])
+  )
   assert pairs_too == (3.0, 4.0)
 
 
@@ -154,7 +164,8 @@ def test_density_ratios_are_scikit_learn_s():
   x, label = prompts()
   ours = matching.density_ratios(x, label)
   theirs = linear.LogisticRegression(
-      class_weight="balanced", tol=1e-10, max_iter=5000).fit(x, label)
+    class_weight="balanced", tol=1e-10, max_iter=5000
+  ).fit(x, label)
   p = theirs.predict_proba(x)[:, 1]
   wanted = np.where(label, 1.0, np.clip(p / (1 - p + 1e-8), 0.5, 10.0))
   assert ours.dtype == np.float32
@@ -182,10 +193,14 @@ def test_prompts_of_one_distribution_weigh_one():
   assert abs(rest.mean() - 1) < 0.05
 
 
-@pytest.mark.parametrize("x,label,said", [
+@pytest.mark.parametrize(
+  "x,label,said",
+  [
     (np.ones((4, 2)), np.ones(4, bool), "all 4 rows"),
     (np.ones((4, 2)), np.zeros(4, bool), "all 4 rows"),
-    (np.full((4, 2), np.nan), np.arange(4) < 2, "NaN")])
+    (np.full((4, 2), np.nan), np.arange(4) < 2, "NaN"),
+  ],
+)
 def test_density_ratios_refuse(x, label, said):
   with pytest.raises(DataError, match=said):
     matching.density_ratios(x, label)
@@ -196,13 +211,21 @@ def test_density_ratios_refuse(x, label, said):
 
 def test_public_sums_are_over_the_shorter_answer_s_length():
   """Responses of 3 and 2 tokens, then of 1 and 4, after prompts."""
-  each = np.float32([[[9, 9, 1, 2, 4, 9], [9, 8, 16, 9, 9, 9]],
-                     [[9, 32, 9, 9, 9, 9], [9, 1, 2, 4, 8, 9]]])
-  mask = np.int32([[[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]],
-                   [[0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0]]])
-  np.testing.assert_array_equal(public_sums(jnp.asarray(each),
-                                            jnp.asarray(mask)),
-                                [[3, 24], [32, 1]])
+  each = np.float32(
+    [
+      [[9, 9, 1, 2, 4, 9], [9, 8, 16, 9, 9, 9]],
+      [[9, 32, 9, 9, 9, 9], [9, 1, 2, 4, 8, 9]],
+    ]
+  )
+  mask = np.int32(
+    [
+      [[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]],
+      [[0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0]],
+    ]
+  )
+  np.testing.assert_array_equal(
+    public_sums(jnp.asarray(each), jnp.asarray(mask)), [[3, 24], [32, 1]]
+  )
 
 
 def test_ld_dpo_between_its_ends_is_dpo_and_its_public_part():
@@ -210,8 +233,9 @@ def test_ld_dpo_between_its_ends_is_dpo_and_its_public_part():
   policy, ref = as_logps(p), as_logps(q)
   policy, ref = (x._replace(public=0.6 * x.sum) for x in (policy, ref))
   got = lambda a: LOSSES["ld_dpo"](policy, ref, {}, tail_weight=a)[0]
-  np.testing.assert_allclose(got(1.0), LOSSES["dpo"](policy, ref, {})[0],
-                             rtol=2e-5)
+  np.testing.assert_allclose(
+    got(1.0), LOSSES["dpo"](policy, ref, {})[0], rtol=2e-5
+  )
   only = LOSSES["dpo"](*(x._replace(sum=x.public) for x in (policy, ref)), {})
   np.testing.assert_allclose(got(0.0), only[0], rtol=2e-5)
 
@@ -241,31 +265,40 @@ def test_a_sum_declares_all_that_its_terms_need():
   assert not combine.find("cpo+sft").reference
   assert combine.find("2*sft+sft_tokens").kind == "rows"
   assert combine.find("2*kto").kind == "thumbs"
-  keywords = {n: p.default for n, p in
-              inspect.signature(fn).parameters.items()
-              if p.kind == p.KEYWORD_ONLY}
+  keywords = {
+    n: p.default
+    for n, p in inspect.signature(fn).parameters.items()
+    if p.kind == p.KEYWORD_ONLY
+  }
   assert keywords == dict(beta=0.1, tail_weight=0.5)
   p, q = pairs()
-  policy, ref = (as_logps(x)._replace(public=jnp.asarray(x) * 0.5)
-                 for x in (p, q))
+  policy, ref = (
+    as_logps(x)._replace(public=jnp.asarray(x) * 0.5) for x in (p, q)
+  )
   stats = dict(delta=jnp.float32(0.2), mean_count=jnp.float32(4.0))
   loss, metrics = fn(policy, ref, stats, beta=0.3, tail_weight=0.1)
-  wanted = (0.8 * LOSSES["ld_dpo"](policy, ref, {}, beta=0.3,
-                                   tail_weight=0.1)[0]
-            + 0.2 * LOSSES["bco_pair"](policy, ref, stats, beta=0.3)[0]
-            + 0.01 * LOSSES["sft_tokens"](policy, None, stats)[0])
+  wanted = (
+    0.8 * LOSSES["ld_dpo"](policy, ref, {}, beta=0.3, tail_weight=0.1)[0]
+    + 0.2 * LOSSES["bco_pair"](policy, ref, stats, beta=0.3)[0]
+    + 0.01 * LOSSES["sft_tokens"](policy, None, stats)[0]
+  )
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
-  np.testing.assert_allclose(metrics["rewards/chosen"],
-                             0.3 * (0.9 * 0.5 + 0.1) * (p - q)[:, 0],
-                             rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    metrics["rewards/chosen"],
+    0.3 * (0.9 * 0.5 + 0.1) * (p - q)[:, 0],
+    rtol=1e-4,
+    atol=1e-5,
+  )
 
 
 def test_a_keyword_not_given_keeps_each_term_s_default():
   p, q = pairs()
   policy, ref = as_logps(p), as_logps(q)
   loss, _ = combine.find("simpo+dpo")(policy, ref, {})
-  wanted = (LOSSES["simpo"](policy, None, {}, beta=2.0)[0]
-            + LOSSES["dpo"](policy, ref, {}, beta=0.1)[0])
+  wanted = (
+    LOSSES["simpo"](policy, None, {}, beta=2.0)[0]
+    + LOSSES["dpo"](policy, ref, {}, beta=0.1)[0]
+  )
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
 
 
@@ -281,27 +314,39 @@ def test_a_keyword_in_brackets_is_of_one_term():
   p, q = pairs()
   policy, ref = as_logps(p), as_logps(q)
   name = "0.5*dpo(beta=0.3, label_smoothing=0.1) + ipo(beta=1e+0)"
-  wanted = (0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.3,
-                                label_smoothing=0.1)[0]
-            + LOSSES["ipo"](policy, ref, {}, beta=1.0)[0])
+  wanted = (
+    0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.3, label_smoothing=0.1)[0]
+    + LOSSES["ipo"](policy, ref, {}, beta=1.0)[0]
+  )
   loss, metrics = losses.bind(combine.find(name), name, {})(policy, ref, {})
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
   assert {"loss/dpo", "loss/ipo"} <= set(metrics)
   assert "preference_loss" not in metrics  # it is the loss
   # What the config gives to all terms goes over it.
   both = losses.bind(combine.find(name), name, dict(beta=0.2))
-  wanted = (0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.2,
-                                label_smoothing=0.1)[0]
-            + LOSSES["ipo"](policy, ref, {}, beta=0.2)[0])
+  wanted = (
+    0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.2, label_smoothing=0.1)[0]
+    + LOSSES["ipo"](policy, ref, {}, beta=0.2)[0]
+  )
   np.testing.assert_allclose(both(policy, ref, {})[0], wanted, rtol=1e-6)
   alone = losses.bind(combine.find("orpo"), "orpo", {})
-  np.testing.assert_array_equal(alone(policy, ref, {})[0],
-                                LOSSES["orpo"](policy, ref, {}, beta=0.1)[0])
+  np.testing.assert_array_equal(
+    alone(policy, ref, {})[0], LOSSES["orpo"](policy, ref, {}, beta=0.1)[0]
+  )
 
 
-@pytest.mark.parametrize("up,down,wanted", [
-    (10, 10, (1, 1)), (12, 9, (1, 1)), (8, 10, (1.25, 1)),
-    (20, 10, (1, 1.5)), (1, 9, (9, 1)), (0, 5, (1, 1)), (5, 0, (1, 1))])
+@pytest.mark.parametrize(
+  "up,down,wanted",
+  [
+    (10, 10, (1, 1)),
+    (12, 9, (1, 1)),
+    (8, 10, (1.25, 1)),
+    (20, 10, (1, 1.5)),
+    (1, 9, (9, 1)),
+    (0, 5, (1, 1)),
+    (5, 0, (1, 1)),
+  ],
+)
 def test_classes_weigh_by_the_rows_that_are_kept(up, down, wanted):
   """desirable * n_up / (undesirable * n_down) is within [1, 4/3]."""
   assert unpaired.class_weights(up, down) == pytest.approx(wanted)
@@ -312,9 +357,11 @@ def test_classes_weigh_by_the_rows_that_are_kept(up, down, wanted):
   r = np.array([[0.4], [-0.3]])
   got = loss(as_logps(r), as_logps(0 * r), stats)[0]
   s = lambda x: 1 / (1 + np.exp(-x))
-  np.testing.assert_allclose(got, [wanted[0] * s(-0.5 * (0.4 - 0.1)),
-                                   wanted[1] * s(0.5 * (-0.3 - 0.1))],
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    got,
+    [wanted[0] * s(-0.5 * (0.4 - 0.1)), wanted[1] * s(0.5 * (-0.3 - 0.1))],
+    rtol=1e-5,
+  )
   assert bool(said) == (tuple(wanted) != (1, 1))
   assert (loss.kind, loss.stats, loss.reference) == ("thumbs", kto.stats, True)
 
@@ -322,27 +369,43 @@ def test_classes_weigh_by_the_rows_that_are_kept(up, down, wanted):
 def test_given_weights_of_classes_stay_and_are_judged():
   label = np.arange(30) < 20
   for name, kwargs, warned in (
-      ("kto(desirable=1)", {}, True), ("kto", dict(undesirable=1.5), False),
-      ("0.5*apo_zero_unpaired(undesirable=3)", {}, True),
-      ("bco", {}, False)):
+    ("kto(desirable=1)", {}, True),
+    ("kto", dict(undesirable=1.5), False),
+    ("0.5*apo_zero_unpaired(undesirable=3)", {}, True),
+    ("bco", {}, False),
+  ):
     loss = losses.bind(combine.find(name), name, kwargs)
     found, said = unpaired.weighed(loss, label)
     assert found is loss and bool(said) == warned
-  assert "20 thumbs up and 10 down weigh 0.67 to 1" in unpaired.weighed(
-      losses.bind(combine.find("kto(undesirable=3)"), "", {}), label)[1][0]
+  assert (
+    "20 thumbs up and 10 down weigh 0.67 to 1"
+    in unpaired.weighed(
+      losses.bind(combine.find("kto(undesirable=3)"), "", {}), label
+    )[1][0]
+  )
 
 
-@pytest.mark.parametrize("name,said", [
-    ("dpo(beta=-1)+sft", "beta=-1"), ("kto(desirable=much)", "desirable='much'"),
+@pytest.mark.parametrize(
+  "name,said",
+  [
+    ("dpo(beta=-1)+sft", "beta=-1"),
+    ("kto(desirable=much)", "desirable='much'"),
     ("dpo(bta=1)", "'bta=1' is no keyword"),
     ("dpo(beta=1)+dpo(beta=2)", "summed twice"),
-    ("dpo+kto", "dpo pairs, kto thumbs"), ("kto+sft", "kto thumbs, sft rows"),
-    ("dpo+x*sft", "weight 'x'"), ("-1*dpo", "weight '-1'"),
-    ("0*dpo", "weight '0'"), ("nan*dpo", "weight 'nan'"),
-    ("inf*dpo", "weight 'inf'"), ("dpo+dpo", "summed twice"),
-    ("dpo+", "unknown loss ''"), ("dpo-sft", "unknown loss 'dpo-sft'"),
+    ("dpo+kto", "dpo pairs, kto thumbs"),
+    ("kto+sft", "kto thumbs, sft rows"),
+    ("dpo+x*sft", "weight 'x'"),
+    ("-1*dpo", "weight '-1'"),
+    ("0*dpo", "weight '0'"),
+    ("nan*dpo", "weight 'nan'"),
+    ("inf*dpo", "weight 'inf'"),
+    ("dpo+dpo", "summed twice"),
+    ("dpo+", "unknown loss ''"),
+    ("dpo-sft", "unknown loss 'dpo-sft'"),
     ("json:dumps", "mark the function with jaxalign.train.losses.needs"),
-    ("dpo+json:dumps", "loss 'json:dumps' does not say what it reads")])
+    ("dpo+json:dumps", "loss 'json:dumps' does not say what it reads"),
+  ],
+)
 def test_sums_that_cannot_be(name, said):
   with pytest.raises(ConfigError, match=said) as raised:
     combine.find(name)
@@ -352,7 +415,9 @@ def test_sums_that_cannot_be(name, said):
 # Keywords of a config.
 
 
-@pytest.mark.parametrize("name,kwargs,said", [
+@pytest.mark.parametrize(
+  "name,kwargs,said",
+  [
     ("dpo", dict(gamma=1), "takes no 'gamma'; it takes beta, label_smoothing"),
     ("sft", dict(beta=1), "takes no 'beta'; it takes no keywords"),
     ("dpo", dict(beta=0), "beta=0, wanted more than 0"),
@@ -367,11 +432,14 @@ def test_sums_that_cannot_be(name, said):
     ("ld_dpo", dict(tail_weight=1.1), "from 0 to 1"),
     ("ld_dpo", dict(tail_weight=-0.1), "from 0 to 1"),
     ("dpop", dict(penalty=-1), "penalty=-1, wanted 0 or more"),
-    ("cpo", dict(nll_weight=-1), "0 or more"), ("slic", dict(room=-1), "room"),
+    ("cpo", dict(nll_weight=-1), "0 or more"),
+    ("slic", dict(room=-1), "room"),
     ("kto", dict(desirable=-1), "desirable=-1"),
     ("dpo_alpha", dict(alpha=float("inf")), "a finite number"),
     ("simpo", dict(gamma=float("nan")), "a finite number"),
-    ("dpo+sft", dict(tau=1), "takes no 'tau'")])
+    ("dpo+sft", dict(tau=1), "takes no 'tau'"),
+  ],
+)
 def test_keywords_that_cannot_be(name, kwargs, said):
   with pytest.raises(ConfigError, match=said) as raised:
     losses.bind(combine.find(name), name, kwargs)
@@ -381,12 +449,17 @@ def test_keywords_that_cannot_be(name, kwargs, said):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_keyword_has_limits_that_its_default_meets(name):
   fn = LOSSES[name]
-  kwargs = {n: p.default for n, p in inspect.signature(fn).parameters.items()
-            if p.kind == p.KEYWORD_ONLY}
+  kwargs = {
+    n: p.default
+    for n, p in inspect.signature(fn).parameters.items()
+    if p.kind == p.KEYWORD_ONLY
+  }
   assert set(kwargs) <= set(losses.LIMITS)
   bound = losses.bind(fn, name, kwargs)
-  assert all(getattr(bound, f) == getattr(fn, f)
-             for f in ("kind", "stats", "extras", "reference"))
+  assert all(
+    getattr(bound, f) == getattr(fn, f)
+    for f in ("kind", "stats", "extras", "reference")
+  )
 
 
 def test_bound_keywords_reach_the_loss():
@@ -394,20 +467,24 @@ def test_bound_keywords_reach_the_loss():
   for kwargs in (dict(beta=0.7), dict(label_smoothing=0)):
     bound = losses.bind(LOSSES["dpo"], "dpo", kwargs)
     np.testing.assert_array_equal(
-        bound(as_logps(p), as_logps(q), {})[0],
-        LOSSES["dpo"](as_logps(p), as_logps(q), {}, **kwargs)[0])
+      bound(as_logps(p), as_logps(q), {})[0],
+      LOSSES["dpo"](as_logps(p), as_logps(q), {}, **kwargs)[0],
+    )
 
 
 def test_a_loss_from_elsewhere_may_declare_less():
   """A fork's function with `kind` and `stats` alone."""
+
   def mine(policy, ref, stats, *, strength=2.0):
     del ref, stats
     return strength * policy.sum[:, 0], {}
+
   mine.kind, mine.stats = "pairs", ()
   bound = losses.bind(mine, "mine", dict(strength="any"))
   assert bound.extras == () and bound.reference
-  both = combine.weighted_sum([(1.0, "mine", mine), (2.0, "sft",
-                                                     LOSSES["sft"])])
+  both = combine.weighted_sum(
+    [(1.0, "mine", mine), (2.0, "sft", LOSSES["sft"])]
+  )
   assert both.reference  # what is not said to be free of one
   loss, _ = both(as_logps([[-3.0, -1.0]]), None, {})
   np.testing.assert_allclose(loss, [-6.0 + 2 * 0.6], rtol=1e-6)

@@ -13,23 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
-
 import oracle
-from test_losses import ORACLES, START, Example
+import pytest
+from test_losses import Example, ORACLES, START
 from test_losses_batch import AOT
-from test_step import (MODEL, SIZES, cut, make_mesh, on_mesh, real_params,
-                       rows_of)
+from test_step import (
+  cut,
+  make_mesh,
+  MODEL,
+  on_mesh,
+  real_params,
+  rows_of,
+  SIZES,
+)
+
 from configs import common
-from jaxalign import checks
-from jaxalign import sharding
+from jaxalign import checks, sharding
 from jaxalign.errors import ConfigError
-from jaxalign.train import losses
-from jaxalign.train import stats
+from jaxalign.train import losses, stats
 from jaxalign.train import step as steps
-from jaxalign.train.logps import PRODUCERS, Logps, public_sums
-from jaxalign.train.losses import LOSSES
-from jaxalign.train.losses import combine
+from jaxalign.train.logps import Logps, PRODUCERS, public_sums
+from jaxalign.train.losses import combine, LOSSES
 from jaxalign.train.metrics import divide
 
 ROWS, RATE, VOCAB = 16, 1e-4, 32
@@ -46,8 +50,11 @@ def table(params, tokens, mask):
   hit = tokens[..., None] == jnp.arange(VOCAB)[None, None, None, :]
   w = jnp.sum(jnp.where(hit, params["w"][None, None, None, :], 0.0), -1)
   each = -jax.nn.softplus(w)
-  return Logps(jnp.sum(each * mask, -1), jnp.sum(mask, -1, dtype=jnp.float32),
-               public_sums(each, mask))
+  return Logps(
+    jnp.sum(each * mask, -1),
+    jnp.sum(mask, -1, dtype=jnp.float32),
+    public_sums(each, mask),
+  )
 
 
 def parameters(model, mesh):
@@ -69,7 +76,7 @@ def sums_of(model, tokens, mask):
       each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
     else:
       each = -np.logaddexp(0, np.float64(table_params())[tokens[i]])[mask[i]]
-    total[i], public[i] = each.sum(), each[:shortest[i[0]]].sum()
+    total[i], public[i] = each.sum(), each[: shortest[i[0]]].sum()
   return total, public
 
 
@@ -86,14 +93,30 @@ def data(model, columns, noise):
   kl_tokens, kl_mask = rows_of(ROWS, 1, 9)
   kl, _ = sums_of(model, kl_tokens, kl_mask)
   kl_ref = np.float32(kl - noise * rng.normal(0.5, 1.0, kl.shape))
-  batch = dict(tokens=tokens, mask=mask, ref_sum=ref, ref_public=ref_public,
-               ref_count=np.float32(mask.sum(-1)), label=label,
-               weights=weights, kl_tokens=kl_tokens, kl_mask=kl_mask,
-               kl_ref_sum=kl_ref)
-  x = Example(policy, np.float64(ref), np.float64(mask.sum(-1)), public,
-              np.float64(ref_public), label, np.float64(weights),
-              z0=max(0.0, (kl - kl_ref).mean()), delta=None,
-              mean_count=mask[:, 0].sum() / ROWS)
+  batch = dict(
+    tokens=tokens,
+    mask=mask,
+    ref_sum=ref,
+    ref_public=ref_public,
+    ref_count=np.float32(mask.sum(-1)),
+    label=label,
+    weights=weights,
+    kl_tokens=kl_tokens,
+    kl_mask=kl_mask,
+    kl_ref_sum=kl_ref,
+  )
+  x = Example(
+    policy,
+    np.float64(ref),
+    np.float64(mask.sum(-1)),
+    public,
+    np.float64(ref_public),
+    label,
+    np.float64(weights),
+    z0=max(0.0, (kl - kl_ref).mean()),
+    delta=None,
+    mean_count=mask[:, 0].sum() / ROWS,
+  )
   return batch, x
 
 
@@ -101,8 +124,11 @@ def own(fn, batch):
   """What of a batch the feed would carry for this loss."""
   left = {"weights", "label"} - set(fn.stats)
   left |= set() if "public" in fn.extras else {"ref_public"}
-  return {n: v for n, v in batch.items() if n not in left
-          and ("z0" in fn.stats or not n.startswith("kl_"))}
+  return {
+    n: v
+    for n, v in batch.items()
+    if n not in left and ("z0" in fn.stats or not n.startswith("kl_"))
+  }
 
 
 @functools.lru_cache
@@ -123,14 +149,16 @@ def run(model, name, shape, accumulation, noise, count):
   fn, train_step, tx = step_of(model, name)
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
-    batch = cut(mesh, own(fn, data(model, columns_of(fn), noise)[0]),
-                accumulation)
+    batch = cut(
+      mesh, own(fn, data(model, columns_of(fn), noise)[0]), accumulation
+    )
     state, seen = steps.init_state(parameters(model, mesh), tx, fn), []
     for _ in range(count):
       state, totals = train_step(state, batch | dict(lr=np.float32(RATE)))
       seen.append(jax.device_get(totals))
-    return seen, jax.device_get((optax.tree.get(state.opt_state, "trace"),
-                                 state.params, state.delta))
+    return seen, jax.device_get(
+      (optax.tree.get(state.opt_state, "trace"), state.params, state.delta)
+    )
 
 
 def equation(name, x):
@@ -163,8 +191,11 @@ def test_a_loss_that_asks_for_more_is_refused_before_anything_runs():
   c.loss.kwargs = {}
   checks.validate(c)
   c.loss.name = "dpo+test_losses_step:asks_for_more"
-  with pytest.raises(ConfigError, match="asks for temperature, which no step "
-                     "computes .known: label.*config.loss.name"):
+  with pytest.raises(
+    ConfigError,
+    match="asks for temperature, which no step "
+    "computes .known: label.*config.loss.name",
+  ):
     checks.validate(c)
 
 
@@ -178,9 +209,17 @@ def test_the_running_mean_has_the_beta_of_its_own_term():
   assert stats.looks_ahead(combine.find("aot+sft"))
 
 
-EACH = [pytest.param(model, name, marks=[pytest.mark.slow] if (
-    model == "decoder" and name not in DECODED) else [])
-        for model in MODELS for name in LOSSES]
+EACH = [
+  pytest.param(
+    model,
+    name,
+    marks=[pytest.mark.slow]
+    if (model == "decoder" and name not in DECODED)
+    else [],
+  )
+  for model in MODELS
+  for name in LOSSES
+]
 
 
 @pytest.mark.parametrize("model,name", EACH)
@@ -197,17 +236,22 @@ def test_the_start_is_the_analytic_value(model, name):
 
 
 MORE_CUTS = [((1, 1), 2), ((4, 2), 1), ((2, 4), 8)]
-# Each loss on one of those too, in turn: a mesh knows no loss by its name. Those
+# Each loss on one of those too, in turn: no mesh depends on a loss. Those
 # that read nothing of the batch are like dpo.
 FIRST = ["dpo", *(name for name, fn in LOSSES.items() if fn.stats or fn.extras)]
-CUTS = [pytest.param(*each.values, (4, 2), 2, marks=each.marks or (
-    [] if each.values[1] in FIRST else [pytest.mark.slow]))
-        for each in EACH] + [
-            pytest.param(model, name, *MORE_CUTS[i % 3],
-                         marks=pytest.mark.slow)
-            for model, names in (("table", LOSSES),
-                                 ("decoder", sorted(DECODED)))
-            for i, name in enumerate(names)]
+CUTS = [
+  pytest.param(
+    *each.values,
+    (4, 2),
+    2,
+    marks=each.marks or ([] if each.values[1] in FIRST else [pytest.mark.slow]),
+  )
+  for each in EACH
+] + [
+  pytest.param(model, name, *MORE_CUTS[i % 3], marks=pytest.mark.slow)
+  for model, names in (("table", LOSSES), ("decoder", sorted(DECODED)))
+  for i, name in enumerate(names)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -220,11 +264,13 @@ def forget(request):
 
 @pytest.mark.parametrize("model,name,shape,accumulation", CUTS)
 def test_two_steps_are_the_same_on_every_mesh_and_cut(
-    model, name, shape, accumulation):
+  model, name, shape, accumulation
+):
   """1e-4 of the largest gradient: float32 sums in another order."""
   seen, (trace, params, delta) = run(model, name, (1, 1), 1, 2.0, 2)
-  again, (trace2, params2, delta2) = run(model, name, shape, accumulation,
-                                         2.0, 2)
+  again, (trace2, params2, delta2) = run(
+    model, name, shape, accumulation, 2.0, 2
+  )
   _, x = data(model, columns_of(LOSSES[name]), 2.0)
   for totals in (seen[0], again[0]):
     means = divide(totals)
@@ -247,6 +293,7 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
     assert delta2.mean == pytest.approx(float(delta.mean), rel=1e-4)
     assert divide(seen[0])["delta"] == pytest.approx(first, rel=1e-5)
     assert divide(seen[1])["delta"] == pytest.approx(
-        float(delta.mean), rel=1e-6)
+      float(delta.mean), rel=1e-6
+    )
   else:
     assert delta == ()

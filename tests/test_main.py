@@ -7,12 +7,10 @@ import subprocess
 import sys
 
 import jax
+import jobs
 import pytest
 
-import jobs
-from jaxalign import main
-from jaxalign import pipeline
-from jaxalign import study
+from jaxalign import main, pipeline, study
 from jaxalign.errors import ConfigError
 
 
@@ -25,7 +23,9 @@ def refused(tmp_path, *flags, config="dpo_sub.py:tiny"):
   return ended.err
 
 
-@pytest.mark.parametrize("flag, said", [
+@pytest.mark.parametrize(
+  "flag, said",
+  [
     ("trian.lr=1", ("'trian'", "'train'", "configs/common.py")),
     ("train.lrr=1", ("'lrr'", "'lr'")),
     ("train.lr=fast", ("config.train.lr", "'fast'")),
@@ -35,17 +35,21 @@ def refused(tmp_path, *flags, config="dpo_sub.py:tiny"):
     ("data={}", ("config.data is a section", "one of its knobs")),
     ("select.mixture={'starts': 3}", ("config.select.mixture is a section",)),
     ("mesh={}", ("config.mesh is a section",)),
-])
+  ],
+)
 def test_unknown_knobs_and_flags(tmp_path, flag, said):
   message = refused(tmp_path, flag)
   for word in said:
     assert word in message
 
 
-@pytest.mark.parametrize("config, said", [
+@pytest.mark.parametrize(
+  "config, said",
+  [
     ("nothing_here.py", "does not exist"),
     ("dpo_sub.py:huge", "unknown variant 'huge'; known: smoke"),
-])
+  ],
+)
 def test_config_files_that_cannot_be_read(tmp_path, config, said):
   assert said in refused(tmp_path, config=config)
 
@@ -61,9 +65,13 @@ def test_missing_workdir(capsys):
   assert "--workdir" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag, said", [
-    ("select.sampler=isaa", ("unknown sampler 'isaa'", "did you mean 'isa'",
-                             "config.select.sampler")),
+@pytest.mark.parametrize(
+  "flag, said",
+  [
+    (
+      "select.sampler=isaa",
+      ("unknown sampler 'isaa'", "did you mean 'isa'", "config.select.sampler"),
+    ),
     ("select.sampler=os:nothing", ("cannot be imported", "select.sampler")),
     ("compare=('foo',)", ("unknown sampler 'foo'", "config.compare")),
     ("loss.name=dpoo", ("unknown loss 'dpoo'", "'dpo'", "config.loss.name")),
@@ -88,10 +96,14 @@ def test_missing_workdir(capsys):
     ("data.world.argument_words=1", ("argument_words=1", "wanted 2 or more")),
     ("data.on_bad_rows=x", ("'x'", "skip, error")),
     ("data.limit=-1", ("=-1", "0 or more")),
-    *((f"{part}.b2={value}", (f"{part}.b2={value}", "in [0, 1)"))
-      for part, value in (("train", 1.0), ("sft", -0.1), ("proxy", "nan"))),
-    *((f"{part}.weight_decay=-0.1", (f"{part}.weight_decay=-0.1", "0 or more"))
-      for part in ("train", "sft", "proxy")),
+    *(
+      (f"{part}.b2={value}", (f"{part}.b2={value}", "in [0, 1)"))
+      for part, value in (("train", 1.0), ("sft", -0.1), ("proxy", "nan"))
+    ),
+    *(
+      (f"{part}.weight_decay=-0.1", (f"{part}.weight_decay=-0.1", "0 or more"))
+      for part in ("train", "sft", "proxy")
+    ),
     ("seeds=2147483648", ("seeds=2,147,483,648", "10,000 or fewer")),
     ("seed=-1", ("seed=-1", "from 0 to")),
     ("data.seed=1180591620717411303424", ("data.seed=118", "at most 9,007")),
@@ -107,7 +119,8 @@ def test_missing_workdir(capsys):
     ("profile.steps=(6,2)", ("(6, 2)", "config.profile.steps")),
     ("profile.steps=(3,3)", ("(3, 3)", "config.profile.steps")),
     ("profile.steps=(3,)", ("(3,)", "config.profile.steps")),
-])
+  ],
+)
 def test_values_that_can_never_work(tmp_path, flag, said):
   message = refused(tmp_path, flag)
   for word in said:
@@ -116,13 +129,15 @@ def test_values_that_can_never_work(tmp_path, flag, said):
 
 def test_the_first_checks_start_no_backend():
   """Once one is started, a process can no longer join others."""
-  code = ("from configs import common\n"
-          "from jaxalign import checks\n"
-          "from jax._src import xla_bridge\n"
-          "checks.validate(common.base('tiny'))\n"
-          "assert not xla_bridge.backends_are_initialized()\n"
-          "import jax; jax.devices()\n"
-          "assert xla_bridge.backends_are_initialized()\n")
+  code = (
+    "from configs import common\n"
+    "from jaxalign import checks\n"
+    "from jax._src import xla_bridge\n"
+    "checks.validate(common.base('tiny'))\n"
+    "assert not xla_bridge.backends_are_initialized()\n"
+    "import jax; jax.devices()\n"
+    "assert xla_bridge.backends_are_initialized()\n"
+  )
   subprocess.run([sys.executable, "-c", code], cwd=jobs.ROOT, check=True)
 
 
@@ -133,11 +148,14 @@ def test_budgets_that_are_no_share_and_no_count(tmp_path, budget):
   assert "config.select.budget" in message
 
 
-@pytest.mark.parametrize("budget, said", [
+@pytest.mark.parametrize(
+  "budget, said",
+  [
     ("161", ("161 rows", "1 to 160")),
     ("7", ("7 rows", "below one batch of 8", "config.train.batch_size")),
     ("0.01", ("2 rows", "below one batch of 8")),
-])
+  ],
+)
 def test_budgets_that_do_not_fit_the_pool(tmp_path, budget, said):
   ended = jobs.run(tmp_path, f"select.budget={budget}")
   assert ended.code == 64 and jobs.did(ended) == ["data"]
@@ -145,33 +163,44 @@ def test_budgets_that_do_not_fit_the_pool(tmp_path, budget, said):
     assert word in ended.err
 
 
-@pytest.mark.parametrize("sizes, said", [
+@pytest.mark.parametrize(
+  "sizes, said",
+  [
     (("mesh.fsdp=3",), "needs 3 devices, found 8"),
     (("mesh.fsdp=0",), "does not divide 8 devices"),
     (("mesh.fsdp=4", "mesh.tensor=4"), "needs 16 devices, found 8"),
     (("mesh.tensor=3",), "does not divide 8 devices"),
     (("mesh.tensor=-1",), "one size may be -1"),
     (("mesh.fsdp=2", "mesh.tensor=4"), "'heads' of 2 does not divide into 4"),
-])
+  ],
+)
 def test_a_mesh_that_does_not_fit(tmp_path, sizes, said):
   message = refused(tmp_path, *sizes)
   assert said in message and "config.mesh" in message
 
 
 def test_kto_needs_a_batch_to_mismatch(tmp_path):
-  message = refused(tmp_path, "train.batch_size=1", "sft.batch_size=8",
-                    config="kto_sub.py:tiny")
+  message = refused(
+    tmp_path, "train.batch_size=1", "sft.batch_size=8", config="kto_sub.py:tiny"
+  )
   assert "train.batch_size" in message
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_keywords_of_a_sampler_and_a_loss_are_flags():
-  values = main._parse(["main", f"--config={jobs.ROOT}/configs/dpo_sub.py",
-                        "--workdir=x", "--config.select.kwargs.direction=low",
-                        "--config.select.kwargs.shares=(0.5, 1)",
-                        "--config.loss.kwargs.label_smoothing=0.1"])
-  assert values.config.select.kwargs.to_dict() == dict(direction="low",
-                                                       shares=(0.5, 1))
+  values = main._parse(
+    [
+      "main",
+      f"--config={jobs.ROOT}/configs/dpo_sub.py",
+      "--workdir=x",
+      "--config.select.kwargs.direction=low",
+      "--config.select.kwargs.shares=(0.5, 1)",
+      "--config.loss.kwargs.label_smoothing=0.1",
+    ]
+  )
+  assert values.config.select.kwargs.to_dict() == dict(
+    direction="low", shares=(0.5, 1)
+  )
   assert values.config.loss.kwargs.to_dict() == dict(label_smoothing=0.1)
 
 
@@ -184,16 +213,20 @@ def test_an_unknown_keyword_of_a_loss_or_sampler(tmp_path):
   assert "prefers nothing" in refused(tmp_path, "loss.name=sft")
 
 
-@pytest.mark.parametrize("error, code, said", [
+@pytest.mark.parametrize(
+  "error, code, said",
+  [
     (OSError(errno.ENOSPC, "No space left", "/full/file"), 73, "/full/file"),
     (OSError(errno.EROFS, "Read-only", "/ro/file"), 73, "/ro/file"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/f/x"), 73, "/f/x"),
     (KeyboardInterrupt(), 130, "run the same command"),
     (ConfigError("found, wanted, knob"), 64, "found, wanted, knob"),
-])
+  ],
+)
 def test_exit_codes(tmp_path, monkeypatch, error, code, said):
   def fail(*_):
     raise error
+
   monkeypatch.setattr(study, "run", fail)
   ended = jobs.run(tmp_path)
   assert ended.code == code
@@ -203,6 +236,7 @@ def test_exit_codes(tmp_path, monkeypatch, error, code, said):
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
   def fail(*_):
     raise ZeroDivisionError("a bug")
+
   monkeypatch.setattr(study, "run", fail)
   with pytest.raises(ZeroDivisionError):
     jobs.run(tmp_path)
@@ -210,7 +244,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 def test_a_lost_peer_is_75_only_with_several_processes(monkeypatch):
   gone = jax.errors.JaxRuntimeError(
-      "UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
+  )
   assert not main._lost_peer(gone)
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
   assert main._lost_peer(gone)
@@ -221,7 +256,9 @@ def test_a_lost_peer_is_75_only_with_several_processes(monkeypatch):
   assert not main._lost_peer(ValueError("Gloo"))
 
 
-@pytest.mark.parametrize("environment, launcher", [
+@pytest.mark.parametrize(
+  "environment, launcher",
+  [
     ({}, ""),
     (dict(JAXALIGN_NUM_PROCESSES="1"), ""),
     (dict(JAXALIGN_NUM_PROCESSES=""), ""),
@@ -231,7 +268,8 @@ def test_a_lost_peer_is_75_only_with_several_processes(monkeypatch):
     (dict(OMPI_COMM_WORLD_SIZE="2"), "openmpi"),
     (dict(TPU_WORKER_HOSTNAMES="a"), ""),
     (dict(TPU_WORKER_HOSTNAMES="a,b"), "tpu"),
-])
+  ],
+)
 def test_launchers(environment, launcher):
   assert main.announced(environment) == launcher
 
@@ -258,18 +296,21 @@ def test_a_process_of_its_own_says_it_in_one_line(tmp_path):
   ended = jobs.wait(jobs.start(tmp_path / "work", "select.sampler=isaa"))
   assert ended.code == 64
   assert ended.err.splitlines() == [
-      "error: unknown sampler 'isaa' (did you mean 'isa'?); known: "
-      + ended.err.split("known: ")[1].strip()]
+    "error: unknown sampler 'isaa' (did you mean 'isa'?); known: "
+    + ended.err.split("known: ")[1].strip()
+  ]
   assert not (tmp_path / "work").exists()
 
 
 def test_sigterm_between_stages_is_75_and_sigint_130(tmp_path, monkeypatch):
   for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+
     def stop(job, number=number):
       os.kill(os.getpid(), number)
       for _ in range(1000):  # the handler runs between two bytecodes
         pass
       raise AssertionError("the signal was lost")
+
     monkeypatch.setattr(pipeline, "run_sft", stop)
     ended = jobs.run(tmp_path)
     assert ended.code == code
@@ -287,6 +328,7 @@ def test_a_swallowed_signal_stops_the_next_stage(tmp_path, monkeypatch):
         pass
     except Exception:  # as a library's callback may
       pass
+
   monkeypatch.setattr(pipeline, "run_data", swallow)
   ended = jobs.run(tmp_path)
   assert ended.code == 75 and jobs.did(ended) == ["data"]
@@ -295,7 +337,8 @@ def test_a_swallowed_signal_stops_the_next_stage(tmp_path, monkeypatch):
 def test_the_report_holds_the_command_given():
   argv = ["main.py", "--config=configs/a b.py", "--workdir=w"]
   assert study.command_line(argv) == (
-      "python -m jaxalign.main '--config=configs/a b.py' --workdir=w")
+    "python -m jaxalign.main '--config=configs/a b.py' --workdir=w"
+  )
 
 
 def test_leave_does_not_wait_for_other_processes(monkeypatch):
@@ -303,8 +346,9 @@ def test_leave_does_not_wait_for_other_processes(monkeypatch):
   monkeypatch.setattr(os, "_exit", lambda code: done.append(code))
   monkeypatch.setattr(main.signal, "signal", lambda *_: None)
   monkeypatch.setattr(main.threading, "_shutdown", lambda: done.append("wait"))
-  monkeypatch.setattr(main.atexit, "_run_exitfuncs",
-                      lambda: done.append("clean"))
+  monkeypatch.setattr(
+    main.atexit, "_run_exitfuncs", lambda: done.append("clean")
+  )
   main._leave(65)
   assert done == ["wait", "clean", 65]
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
@@ -314,14 +358,17 @@ def test_leave_does_not_wait_for_other_processes(monkeypatch):
   assert done[4:] == ["wait", "clean", 0]
 
 
-@pytest.mark.parametrize("flags,said", [
+@pytest.mark.parametrize(
+  "flags,said",
+  [
     (["select.sampler=quota(by=source)|isa"], "reads source, which no stage"),
-    (["select.sampler=perplexity", "embed.checkpoint=x"],
-     "the reference must"),
+    (["select.sampler=perplexity", "embed.checkpoint=x"], "the reference must"),
     (["compare=('deita',)", "data.source=rows.jsonl"], "only the built-in"),
-])
+  ],
+)
 def test_a_sampler_that_reads_what_no_stage_makes(
-    tmp_path, monkeypatch, flags, said):
+  tmp_path, monkeypatch, flags, said
+):
   (tmp_path / "rows.jsonl").write_text("{}\n")
   monkeypatch.chdir(tmp_path)
   assert said in refused(tmp_path / "w", *flags)
@@ -329,7 +376,8 @@ def test_a_sampler_that_reads_what_no_stage_makes(
 
 def test_a_sampler_of_pairs_refuses_thumbs(tmp_path):
   assert "compares the two answers" in refused(
-      tmp_path, "select.sampler=real", config="kto_sub.py:tiny")
+    tmp_path, "select.sampler=real", config="kto_sub.py:tiny"
+  )
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 
+import emitters
 import jax
 import numpy as np
 import pytest
 from sklearn.mixture import GaussianMixture
 
-import emitters
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, CorruptError, NumericError
 from jaxalign.select import mixture
@@ -24,8 +24,9 @@ KINDS = ("full", "tied", "diag")
 
 
 def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  return sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,18 @@ def wide():
 def clusters(n=3000, width=8, components=2, seed=0):
   """Overlapping Gaussians of different shapes, far from the origin."""
   rng = np.random.default_rng(seed)
-  part = rng.choice(components, n, p=np.arange(1, components + 1)
-                    / np.arange(1, components + 1).sum())
+  part = rng.choice(
+    components,
+    n,
+    p=np.arange(1, components + 1) / np.arange(1, components + 1).sum(),
+  )
   x = np.empty((n, width))
   for k in range(components):
     shape = rng.normal(size=(width, width)) * np.geomspace(3, 0.3, width)
-    x[part == k] = (rng.normal(size=((part == k).sum(), width)) @ shape
-                    + rng.normal(size=width) * 2)
+    x[part == k] = (
+      rng.normal(size=((part == k).sum(), width)) @ shape
+      + rng.normal(size=width) * 2
+    )
   return (x + 5).astype(np.float32), part
 
 
@@ -62,9 +68,9 @@ def numpy_em(x, labels, components, kind, ridge, iterations):
     weight = r.sum(0) / n
     means, covs = [], []
     for k in range(components):
-      mean = (r[:, k:k + 1] * x).sum(0) / r[:, k].sum()
+      mean = (r[:, k : k + 1] * x).sum(0) / r[:, k].sum()
       centred = x - mean
-      cov = (r[:, k:k + 1] * centred).T @ centred / r[:, k].sum()
+      cov = (r[:, k : k + 1] * centred).T @ centred / r[:, k].sum()
       means.append(mean)
       covs.append(cov)
     if kind == "tied":
@@ -78,8 +84,10 @@ def numpy_em(x, labels, components, kind, ridge, iterations):
       inverse = np.linalg.inv(covs[k])
       centred = x - means[k]
       plain[:, k] = np.log(weight[k]) - 0.5 * (
-          width * np.log(2 * np.pi) + np.linalg.slogdet(covs[k])[1]
-          + np.einsum("np,pq,nq->n", centred, inverse, centred))
+        width * np.log(2 * np.pi)
+        + np.linalg.slogdet(covs[k])[1]
+        + np.einsum("np,pq,nq->n", centred, inverse, centred)
+      )
       blur[k] = np.trace(added @ inverse) / 2
     joint = plain - blur
     bound = np.logaddexp.reduce(joint, axis=1)
@@ -95,8 +103,17 @@ def test_equals_em_in_numpy(mesh, kind, components):
   labels = np.arange(len(x)) % components
   labels[x[:, 0] > np.median(x[:, 0])] = 0
   wanted, bounds = numpy_em(x, labels, components, kind, 1e-3, 25)
-  got = mixture.fit(mesh, x, components=components, covariance=kind, pca=0,
-                    ridge=1e-3, labels=labels, tol=-1.0, max_iterations=25)
+  got = mixture.fit(
+    mesh,
+    x,
+    components=components,
+    covariance=kind,
+    pca=0,
+    ridge=1e-3,
+    labels=labels,
+    tol=-1.0,
+    max_iterations=25,
+  )
   np.testing.assert_allclose(got.trace, bounds, rtol=0, atol=1e-5)
   found = mixture.log_likelihood(got, x)
   # Float32 sums, 25 iterations, values of about 30: 2e-6 of the value.
@@ -124,18 +141,30 @@ def test_likelihood_equals_scikit_learn(wide, kind):
   peer.weights_, peer.means_ = np.exp(fitted.log_weights), means
   peer.covariances_ = covs
   peer.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(covs))
-  np.testing.assert_allclose(mixture.log_likelihood(fitted, x),
-                             peer.score_samples(x.astype(np.float64)),
-                             rtol=0, atol=1e-8)
+  np.testing.assert_allclose(
+    mixture.log_likelihood(fitted, x),
+    peer.score_samples(x.astype(np.float64)),
+    rtol=0,
+    atol=1e-8,
+  )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fits_as_well_as_scikit_learn(wide, kind):
   x, _ = clusters(seed=1)
-  peer = GaussianMixture(2, covariance_type=kind, tol=1e-5, n_init=3,
-                         max_iter=500, random_state=0).fit(x)
-  fitted = mixture.fit(wide, x, covariance=kind, pca=0, starts=5, ridge=1e-6,
-                       tol=1e-5, max_iterations=500)
+  peer = GaussianMixture(
+    2, covariance_type=kind, tol=1e-5, n_init=3, max_iter=500, random_state=0
+  ).fit(x)
+  fitted = mixture.fit(
+    wide,
+    x,
+    covariance=kind,
+    pca=0,
+    starts=5,
+    ridge=1e-6,
+    tol=1e-5,
+    max_iterations=500,
+  )
   ours = mixture.log_likelihood(fitted, x).mean()
   assert ours > peer.score(x.astype(np.float64)) - 1e-3
   assert not fitted.warnings
@@ -144,8 +173,9 @@ def test_fits_as_well_as_scikit_learn(wide, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_never_falls(wide, kind):
   x, _ = clusters(components=4, seed=2)
-  fitted = mixture.fit(wide, x, components=4, covariance=kind, starts=3,
-                       ridge=1e-2, pca=0)
+  fitted = mixture.fit(
+    wide, x, components=4, covariance=kind, starts=3, ridge=1e-2, pca=0
+  )
   assert len(fitted.trace) > 3
   assert (np.diff(fitted.trace) > -1e-6 * np.abs(fitted.trace[1:])).all()
   assert fitted.trace[-1] == np.nanmax(fitted.bounds)
@@ -156,32 +186,42 @@ def test_full_and_tied_do_not_depend_on_scale_or_rotation(wide):
   turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))
   moved = (x @ turn * 100.0).astype(np.float32)
   for kind in ("full", "tied"):
-    a, b = (mixture.log_likelihood(
+    a, b = (
+      mixture.log_likelihood(
         mixture.fit(wide, rows, covariance=kind, pca=0, starts=4, tol=1e-6),
-        rows) for rows in (x, moved))
+        rows,
+      )
+      for rows in (x, moved)
+    )
     np.testing.assert_allclose(a - a.mean(), b - b.mean(), atol=2e-3)
     np.testing.assert_allclose(a.mean() - b.mean(), 8 * np.log(100), rtol=1e-4)
 
 
 def test_pca_equals_numpy(wide):
   rng = np.random.default_rng(0)
-  x = (rng.normal(size=(900, 30)) * np.geomspace(5, 0.1, 30)
-       @ np.linalg.qr(rng.normal(size=(30, 30)))[0] + 40).astype(np.float32)
+  x = (
+    rng.normal(size=(900, 30))
+    * np.geomspace(5, 0.1, 30)
+    @ np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    + 40
+  ).astype(np.float32)
   space = mixture.prepare(wide, x)
   assert space.z.shape == (900, 900 // 40)
   values, vectors = np.linalg.eigh(np.cov(x.T.astype(np.float64), bias=True))
   values, vectors = values[::-1][:22], vectors[:, ::-1][:, :22]
   np.testing.assert_allclose(space.variances, values, rtol=1e-5)
-  np.testing.assert_allclose(space.explained,
-                             values.sum() / x.astype(np.float64).var(0).sum(),
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    space.explained, values.sum() / x.astype(np.float64).var(0).sum(), rtol=1e-5
+  )
   directions = space.projection * np.sqrt(space.variances)
-  np.testing.assert_allclose(np.abs((directions * vectors).sum(0)), 1,
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    np.abs((directions * vectors).sum(0)), 1, atol=1e-5
+  )
   largest = np.abs(directions).argmax(0)
   assert (directions[largest, np.arange(22)] > 0).all()
-  np.testing.assert_allclose(np.cov(space.z.T, bias=True), np.eye(22),
-                             atol=1e-4)
+  np.testing.assert_allclose(
+    np.cov(space.z.T, bias=True), np.eye(22), atol=1e-4
+  )
   assert mixture.prepare(wide, x, pca=3).z.shape == (900, 3)
 
 
@@ -223,8 +263,14 @@ def test_broken_rows_are_refused(wide):
     mixture.fit(wide, np.full((300, 8), 0.1, np.float32))
   with pytest.raises(ConfigError, match="3 components need as many rows"):
     mixture.fit(wide, x[:2], components=3)
-  for knobs in (dict(covariance="round"), dict(pca=9), dict(pca="most"),
-                dict(starts=0), dict(ridge=-1.0), dict(labels=np.zeros(3))):
+  for knobs in (
+    dict(covariance="round"),
+    dict(pca=9),
+    dict(pca="most"),
+    dict(starts=0),
+    dict(ridge=-1.0),
+    dict(labels=np.zeros(3)),
+  ):
     with pytest.raises(ConfigError, match="config.select.mixture|labels"):
       mixture.fit(wide, x, **knobs)
 
@@ -235,7 +281,8 @@ def test_one_component_is_the_sample_mean_and_covariance(wide):
   means, covs = original(fitted)
   np.testing.assert_allclose(means[0], x.astype(np.float64).mean(0), atol=1e-6)
   np.testing.assert_allclose(
-      covs[0], np.cov(x.T.astype(np.float64), bias=True), atol=2e-5)
+    covs[0], np.cov(x.T.astype(np.float64), bias=True), atol=2e-5
+  )
 
 
 def test_one_gaussian_per_label_in_closed_form(wide):
@@ -245,8 +292,9 @@ def test_one_gaussian_per_label_in_closed_form(wide):
   assert len(fitted.trace) == 1 and not fitted.warnings
   for k in range(2):
     np.testing.assert_allclose(means[k], x[part == k].mean(0), atol=1e-5)
-  np.testing.assert_allclose(np.exp(fitted.log_weights),
-                             np.bincount(part) / 900, rtol=1e-12)
+  np.testing.assert_allclose(
+    np.exp(fitted.log_weights), np.bincount(part) / 900, rtol=1e-12
+  )
 
 
 def test_saved_and_loaded(wide, tmp_path):
@@ -259,8 +307,9 @@ def test_saved_and_loaded(wide, tmp_path):
   again = mixture.load(path)
   assert again.warnings == fitted.warnings
   assert [p.name for p in tmp_path.iterdir()] == ["mixture.npz"]
-  np.testing.assert_array_equal(mixture.log_likelihood(again, x),
-                                mixture.log_likelihood(fitted, x))
+  np.testing.assert_array_equal(
+    mixture.log_likelihood(again, x), mixture.log_likelihood(fitted, x)
+  )
   path.write_bytes(path.read_bytes()[:200])
   with pytest.raises(CorruptError, match="mixture.npz"):
     mixture.load(path)
@@ -274,13 +323,16 @@ def near_ties():
   rng = np.random.default_rng(0)
   n = 20_000
   centre = rng.normal(size=(40, 64))
-  x = (rng.standard_t(5, size=(n, 2, 64)) * np.geomspace(2, 0.2, 64)
-       + 0.7 * centre[rng.integers(0, 40, n)][:, None]).astype(np.float32)
+  x = (
+    rng.standard_t(5, size=(n, 2, 64)) * np.geomspace(2, 0.2, 64)
+    + 0.7 * centre[rng.integers(0, 40, n)][:, None]
+  ).astype(np.float32)
   x[10_000:13_000] = x[2_000:5_000]
   x[13_000:16_000] = x[5_000:8_000]
   x[13_000:16_000, :, 0] = np.nextafter(x[13_000:16_000, :, 0], np.inf)
-  ids = np.array([hashlib.sha256(str(i).encode()).hexdigest()[:12]
-                  for i in range(n)])
+  ids = np.array(
+    [hashlib.sha256(str(i).encode()).hexdigest()[:12] for i in range(n)]
+  )
   return ids, x
 
 
@@ -309,8 +361,9 @@ def alone():
   return ids, x, choose(make_mesh(1, 1), ids, x)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (3, 1)],
-                         ids=["8x1", "4x2", "3x1"])
+@pytest.mark.parametrize(
+  "sizes", [(8, 1), (4, 2), (3, 1)], ids=["8x1", "4x2", "3x1"]
+)
 def test_same_bits_on_any_mesh(alone, sizes):
   ids, x, (wanted, likelihood) = alone
   chosen, value = choose(make_mesh(*sizes), ids, x)
@@ -361,13 +414,25 @@ def test_same_ids_on_two_processes(alone):
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   here = pathlib.Path(__file__).resolve().parent
-  env = os.environ | {
-      "XLA_FLAGS": emitters.flags(4),
-      "JAX_PLATFORMS": "cpu"}
-  processes = [subprocess.Popen(
-      [sys.executable, "-c", PROCESS, address, str(i), str(here),
-       str(here.parent)], env=env, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT) for i in range(2)]
+  env = os.environ | {"XLA_FLAGS": emitters.flags(4), "JAX_PLATFORMS": "cpu"}
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        "-c",
+        PROCESS,
+        address,
+        str(i),
+        str(here),
+        str(here.parent),
+      ],
+      env=env,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+    for i in range(2)
+  ]
   try:
     outputs = [p.communicate(timeout=240)[0] for p in processes]
   finally:

@@ -6,12 +6,12 @@ import re
 import signal
 import time
 
+import emitters
+import jobs
 import numpy as np
 import pytest
 import safetensors.numpy
 
-import emitters
-import jobs
 from jaxalign import artifacts
 from jaxalign.data import tables
 
@@ -26,12 +26,14 @@ def given():
 
 
 # Every writer's last call; of a store each process writes its own shards.
-NO_WRITES = ("from jaxalign import artifacts\n"
-             "write = artifacts.write_bytes\n"
-             "def refuse(path, data):\n"
-             "  assert '/store/' in str(path), f'wrote {path}'\n"
-             "  write(path, data)\n"
-             "artifacts.write_bytes = refuse\n")
+NO_WRITES = (
+  "from jaxalign import artifacts\n"
+  "write = artifacts.write_bytes\n"
+  "def refuse(path, data):\n"
+  "  assert '/store/' in str(path), f'wrote {path}'\n"
+  "  write(path, data)\n"
+  "artifacts.write_bytes = refuse\n"
+)
 
 
 # Notes which rows of the pool's tokens are read at which stage, and which
@@ -70,10 +72,15 @@ atexit.register(lambda: open({path!r}, "w").write(json.dumps([read, whole])))
 def together(given, tmp_path_factory):
   """The workdir of a job of two processes with four devices each."""
   work = tmp_path_factory.mktemp("together") / "work"
-  notes = [NOTES.replace("{path!r}", repr(str(work.parent / f"read{k}")))
-           for k in range(2)]
-  ended = jobs.together(work, f"model.checkpoint={given}",
-                        hooks={0: notes[0], 1: notes[1] + NO_WRITES})
+  notes = [
+    NOTES.replace("{path!r}", repr(str(work.parent / f"read{k}")))
+    for k in range(2)
+  ]
+  ended = jobs.together(
+    work,
+    f"model.checkpoint={given}",
+    hooks={0: notes[0], 1: notes[1] + NO_WRITES},
+  )
   assert [e.code for e in ended] == [0, 0], ended
   return work, ended
 
@@ -84,16 +91,21 @@ def alone(given, tmp_path_factory):
   works = {}
   for devices in (1, 8):
     works[devices] = tmp_path_factory.mktemp(f"alone{devices}") / "work"
-    ended = jobs.wait(jobs.start(
-        works[devices], f"model.checkpoint={given}", env=dict(
-            XLA_FLAGS=emitters.flags(devices))))
+    ended = jobs.wait(
+      jobs.start(
+        works[devices],
+        f"model.checkpoint={given}",
+        env=dict(XLA_FLAGS=emitters.flags(devices)),
+      )
+    )
     assert ended.code == 0, ended
   return works
 
 
 def subset(work, arm):
-  return [r["id"] for r in tables.read_table(
-      work / "runs" / arm / "subset.parquet")]
+  return [
+    r["id"] for r in tables.read_table(work / "runs" / arm / "subset.parquet")
+  ]
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -104,10 +116,16 @@ def test_the_same_rows_are_chosen_everywhere(together, alone, arm):
     assert subset(work, arm) == wanted
 
 
-@pytest.mark.parametrize("file", [
-    "embed/store/embedding/00000.npy", "embed/store/logp/00000.npy",
+@pytest.mark.parametrize(
+  "file",
+  [
+    "embed/store/embedding/00000.npy",
+    "embed/store/logp/00000.npy",
     "mixture/log_likelihood.npy",
-    "baseline/samples.jsonl", "baseline/held_out_logp.npy"])
+    "baseline/samples.jsonl",
+    "baseline/held_out_logp.npy",
+  ],
+)
 def test_what_comes_before_training_is_the_same_bits(together, alone, file):
   """From one checkpoint: rows are whole on a device, sums have an order."""
   wanted = (together[0] / "shared" / file).read_bytes()
@@ -123,10 +141,12 @@ def test_training_and_evaluation_are_close(together, alone, arm):
   final parameters to 2e-5 absolute (learning rate 1e-3), shares to a row.
   """
   read = lambda work: (
-      jobs.lines(work / "runs" / arm / "metrics.jsonl"),
-      safetensors.numpy.load_file(
-          work / "runs" / arm / "export/model.safetensors"),
-      json.loads((work / "runs" / arm / "eval.json").read_text()))
+    jobs.lines(work / "runs" / arm / "metrics.jsonl"),
+    safetensors.numpy.load_file(
+      work / "runs" / arm / "export/model.safetensors"
+    ),
+    json.loads((work / "runs" / arm / "eval.json").read_text()),
+  )
   lines, params, measured = read(together[0])
   for work in alone.values():
     other_lines, other_params, other = read(work)
@@ -135,8 +155,9 @@ def test_training_and_evaluation_are_close(together, alone, arm):
       for name in ("train/loss", "train/grad_norm", "rewards/margins"):
         assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-5), name
     for name in params:
-      np.testing.assert_allclose(params[name], other_params[name], atol=2e-5,
-                                 rtol=0, err_msg=name)
+      np.testing.assert_allclose(
+        params[name], other_params[name], atol=2e-5, rtol=0, err_msg=name
+      )
     for name in ("accuracy", "win_vs_target"):
       n = measured[name]["n"]
       assert abs(measured[name]["value"] - other[name]["value"]) <= 1.01 / n
@@ -153,7 +174,8 @@ def test_a_process_reads_its_own_rows_alone(together):
   """Of the pool's tokens: half each, of every batch too; texts once."""
   work, _ = together
   (first, whole), (second, others) = (
-      json.loads((work.parent / f"read{k}").read_text()) for k in range(2))
+    json.loads((work.parent / f"read{k}").read_text()) for k in range(2)
+  )
 
   def rows(notes, stage):
     return [i for at, part in notes if at == stage for i in part]
@@ -167,10 +189,15 @@ def test_a_process_reads_its_own_rows_alone(together):
   # pack a row its prompt is read, then its answer.
   a, b = rows(first, "align"), rows(second, "align")
   assert len(a) == len(b) == 2 * (2 * 4 * 8)
-  wanted = [2 * list(ids).index(i) + side for arm in ARMS
-            for ids in [[r["id"] for r in tables.read_table(
-                work / "shared/data/pool.parquet")]]
-            for i in subset(work, arm) for side in (0, 1)]
+  wanted = [
+    2 * list(ids).index(i) + side
+    for arm in ARMS
+    for ids in [
+      [r["id"] for r in tables.read_table(work / "shared/data/pool.parquet")]
+    ]
+    for i in subset(work, arm)
+    for side in (0, 1)
+  ]
   # 32 draws from 16 pairs are two epochs: every row twice, by someone.
   assert sorted(a + b) == sorted(4 * wanted)
   assert {at for at, _ in first + second} == {"embed", "align"}
@@ -184,15 +211,19 @@ def _without_gloo(text):
 
   Its threads print by pieces at once: a line may begin in another's middle.
   """
-  pieces = (r"\[Gloo\] Rank |is connected to|peer ranks\.|"
-            r"Expected number of connected peer ranks is :|\b\d+\b")
+  pieces = (
+    r"\[Gloo\] Rank |is connected to|peer ranks\.|"
+    r"Expected number of connected peer ranks is :|\b\d+\b"
+  )
   return " ".join(re.sub(pieces, "", text).split())
 
 
 def test_gloos_words_are_known_however_torn():
-  said = ("[Gloo] Rank [Gloo] Rank 0 is connected to 1 peer ranks. Expected "
-          "number of connected peer ranks is : 1\n0 is connected to 0 peer "
-          "ranks. Expected number of connected peer ranks is : 0\n")
+  said = (
+    "[Gloo] Rank [Gloo] Rank 0 is connected to 1 peer ranks. Expected "
+    "number of connected peer ranks is : 1\n0 is connected to 0 peer "
+    "ranks. Expected number of connected peer ranks is : 0\n"
+  )
   assert _without_gloo(said) == ""
   assert _without_gloo(said + "report: 3\n") == "report:"
 
@@ -203,15 +234,23 @@ def test_only_process_0_speaks_and_writes(together):
   assert "report:" in first.out and "report:" not in second.out
   assert _without_gloo(second.out) == "jaxalign: reading the config"
   # As many files as one process writes, none of them half, none twice.
-  names = {p.relative_to(work).as_posix() for p in work.rglob("*")
-           if p.is_file() and "/checkpoints/" not in p.as_posix()}
-  wanted = {p.relative_to(jobs.finished()).as_posix()
-            for p in jobs.finished().rglob("*")
-            if p.is_file() and "/checkpoints/" not in p.as_posix()
-            and "shared/sft" not in p.as_posix()}
+  names = {
+    p.relative_to(work).as_posix()
+    for p in work.rglob("*")
+    if p.is_file() and "/checkpoints/" not in p.as_posix()
+  }
+  wanted = {
+    p.relative_to(jobs.finished()).as_posix()
+    for p in jobs.finished().rglob("*")
+    if p.is_file()
+    and "/checkpoints/" not in p.as_posix()
+    and "shared/sft" not in p.as_posix()
+  }
   # A given checkpoint's tokenizer brings its files.
-  wanted |= {f"shared/data/{n}.json" for n in (
-      "tokenizer", "tokenizer_config", "special_tokens_map")}
+  wanted |= {
+    f"shared/data/{n}.json"
+    for n in ("tokenizer", "tokenizer_config", "special_tokens_map")
+  }
   assert names == wanted
   assert not [n for n in names if ".tmp-" in n]
 
@@ -246,15 +285,21 @@ def test_bad_data_ends_both(tmp_path):
   assert second.code in (65, 75, -signal.SIGABRT), second
 
 
-@pytest.mark.parametrize("knob, said", [
+@pytest.mark.parametrize(
+  "knob, said",
+  [
     ("select.sampler=isaa", "unknown sampler"),
     ("model.dtype=int8", "'int8'"),
-    ("model.checkpoint=/nowhere", "has no config.json")])
+    ("model.checkpoint=/nowhere", "has no config.json"),
+  ],
+)
 def test_a_wrong_knob_ends_both_alike(tmp_path, knob, said):
   """Before they join: neither waits for the other, and both say it."""
-  never = ("import jax\n"
-           "def never(**_): raise AssertionError('joined')\n"
-           "jax.distributed.initialize = never\n")
+  never = (
+    "import jax\n"
+    "def never(**_): raise AssertionError('joined')\n"
+    "jax.distributed.initialize = never\n"
+  )
   for ended in trouble(tmp_path / "work", knob, hooks={0: never, 1: never}):
     assert ended.code == 64 and said in ended.err, ended
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
@@ -274,30 +319,43 @@ def test_a_second_job_of_two_is_refused_in_both(tmp_path):
 
 def broken(act):
   """A hook for trouble while the pool is embedded."""
-  return ("from jaxalign.select import embed\n"
-          f"def broken(*_): {act}\n"
-          "embed._collect = broken\n")
+  return (
+    "from jaxalign.select import embed\n"
+    f"def broken(*_): {act}\n"
+    "embed._collect = broken\n"
+  )
 
 
-HEARTBEAT = ("import jax\n"  # 30 s in earnest
-             "join = jax.distributed.initialize\n"
-             "jax.distributed.initialize = lambda **kwargs: join(\n"
-             "    **kwargs | dict(heartbeat_timeout_seconds=10))\n")
+HEARTBEAT = (
+  "import jax\n"  # 30 s in earnest
+  "join = jax.distributed.initialize\n"
+  "jax.distributed.initialize = lambda **kwargs: join(\n"
+  "    **kwargs | dict(heartbeat_timeout_seconds=10))\n"
+)
 
 
-@pytest.mark.parametrize("act, own", [
+@pytest.mark.parametrize(
+  "act, own",
+  [
     ("raise ZeroDivisionError('a bug')", 1),
-    ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)],
-    ids=["bug", "killed"])
+    ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+  ],
+  ids=["bug", "killed"],
+)
 @pytest.mark.parametrize("which", [0, 1])
 def test_trouble_in_one_process_ends_the_other(
-    tmp_path, given, act, own, which):
+  tmp_path, given, act, own, which
+):
   """With 75 where a collective notices; else the heartbeat aborts it.
 
   A launcher starts both again: the abort is a signal.
   """
-  ended = trouble(tmp_path, f"model.checkpoint={given}", within=60, hooks={
-      which: HEARTBEAT + broken(act), 1 - which: HEARTBEAT})
+  ended = trouble(
+    tmp_path,
+    f"model.checkpoint={given}",
+    within=60,
+    hooks={which: HEARTBEAT + broken(act), 1 - which: HEARTBEAT},
+  )
   assert ended[which].code == own
   other = ended[1 - which]
   assert other.code in (75, -signal.SIGABRT), other
@@ -307,16 +365,20 @@ def test_trouble_in_one_process_ends_the_other(
 
 def term(stage):
   """A hook that sends a process SIGTERM as a stage begins."""
-  return ("from jaxalign import progress\n"
-          "say = progress.say\n"
-          "def saying(text):\n"
-          f"  if text == '{stage}: ...': os.kill(os.getpid(), signal.SIGTERM)\n"
-          "  say(text)\n"
-          "progress.say = saying\n")
+  return (
+    "from jaxalign import progress\n"
+    "say = progress.say\n"
+    "def saying(text):\n"
+    f"  if text == '{stage}: ...': os.kill(os.getpid(), signal.SIGTERM)\n"
+    "  say(text)\n"
+    "progress.say = saying\n"
+  )
 
 
-ONLY_SFT = ("from jaxalign import pipeline\n"
-            "pipeline.run_passes = lambda *_: sys.exit(0)\n")
+ONLY_SFT = (
+  "from jaxalign import pipeline\n"
+  "pipeline.run_passes = lambda *_: sys.exit(0)\n"
+)
 
 
 def test_sigterm_to_one_process_saves_in_both(tmp_path):
@@ -324,8 +386,11 @@ def test_sigterm_to_one_process_saves_in_both(tmp_path):
   flags = ("sft.updates=40", "sft.save_every=30")
   first, second = trouble(tmp_path, *flags, hooks={1: term("sft")})
   assert (first.code, second.code) == (75, 75), (first, second)
-  saved = [int(p.name) for p in (tmp_path / "shared/sft/checkpoints").iterdir()
-           if p.name.isdigit()]
+  saved = [
+    int(p.name)
+    for p in (tmp_path / "shared/sft/checkpoints").iterdir()
+    if p.name.isdigit()
+  ]
   assert len(saved) == 1 and 0 < saved[0] < 30
   first, second = trouble(tmp_path, *flags, hooks={0: ONLY_SFT, 1: ONLY_SFT})
   assert (first.code, second.code) == (0, 0), (first, second)
@@ -344,19 +409,23 @@ def test_sigterm_between_stages_stops_both(tmp_path):
 
 def test_a_job_killed_in_both_is_gone_on_from(tmp_path, together, given):
   """In the first arm's training; it ends as the one that nobody killed."""
-  flag, hook = f"model.checkpoint={given}", jobs.kill_when(
-      "checkpoints.Checkpoints.save", 1)
+  flag, hook = (
+    f"model.checkpoint={given}",
+    jobs.kill_when("checkpoints.Checkpoints.save", 1),
+  )
   ended = trouble(tmp_path / "work", flag, hooks={0: hook, 1: hook})
   assert {e.code for e in ended} <= {-signal.SIGKILL, 75, -signal.SIGABRT}
   first, second = jobs.together(tmp_path / "work", flag)
   assert (first.code, second.code) == (0, 0), (first, second)
   assert "align isa-0.1-seed0: going on from step 2" in first.out
-  assert not jobs.differences(jobs.outcome(together[0]),
-                              jobs.outcome(tmp_path / "work"))
+  assert not jobs.differences(
+    jobs.outcome(together[0]), jobs.outcome(tmp_path / "work")
+  )
 
 
 def test_a_coordinator_that_is_not_there(tmp_path):
-  process = jobs.start(tmp_path, env=dict(
-      JAXALIGN_NUM_PROCESSES="2", JAXALIGN_PROCESS_ID="1"))
+  process = jobs.start(
+    tmp_path, env=dict(JAXALIGN_NUM_PROCESSES="2", JAXALIGN_PROCESS_ID="1")
+  )
   ended = jobs.wait(process, 60)
   assert ended.code == 64 and "JAXALIGN_COORDINATOR" in ended.err

@@ -5,22 +5,35 @@ import numpy as np
 import pytest
 
 from jaxalign import sharding
-from jaxalign.model import adapters
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.train import optim
 
-MODEL = decoder.ModelConfig(layers=2, width=16, heads=8, kv_heads=4,
-                            head_size=4, ff=24, vocab=32, context=12,
-                            tied=False, qkv_bias=True)
+MODEL = decoder.ModelConfig(
+  layers=2,
+  width=16,
+  heads=8,
+  kv_heads=4,
+  head_size=4,
+  ff=24,
+  vocab=32,
+  context=12,
+  tied=False,
+  qkv_bias=True,
+)
 B2 = 0.98
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # (stack axis, in axes, out axes) of every matrix, by hand.
-MATRICES = {"layers/wq": ((1,), (2, 3, 4)), "layers/wk": ((1,), (2, 3)),
-            "layers/wv": ((1,), (2, 3)), "layers/wo": ((1, 2, 3), (4,)),
-            "layers/w_gate": ((1,), (2,)), "layers/w_up": ((1,), (2,)),
-            "layers/w_down": ((1,), (2,))}
+MATRICES = {
+  "layers/wq": ((1,), (2, 3, 4)),
+  "layers/wk": ((1,), (2, 3)),
+  "layers/wv": ((1,), (2, 3)),
+  "layers/wo": ((1, 2, 3), (4,)),
+  "layers/w_gate": ((1,), (2,)),
+  "layers/w_up": ((1,), (2,)),
+  "layers/w_down": ((1,), (2,)),
+}
 
 
 def orthogonal(x):
@@ -38,8 +51,7 @@ def by_muon(gradients, fan):
   m, out = 0.0, []
   for t, g in enumerate(gradients, 1):
     m = 0.95 * m + 0.05 * g
-    ahead = (0.95 * m / (1 - 0.95 ** (t + 1))
-             + 0.05 * g / (1 - 0.95 ** t))
+    ahead = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
     out.append(-0.2 * np.sqrt(fan) * orthogonal(ahead))
   return out
 
@@ -49,22 +61,23 @@ def by_adamw(gradients):
   out = []
   for t, g in enumerate(gradients, 1):
     m, v = 0.9 * m + 0.1 * g, B2 * v + (1 - B2) * g * g
-    out.append(-(m / (1 - 0.9 ** t)) / (
-        np.sqrt(v / (1 - B2 ** t)) + 1e-8))
+    out.append(-(m / (1 - 0.9**t)) / (np.sqrt(v / (1 - B2**t)) + 1e-8))
   return out
 
 
-@pytest.mark.parametrize("lora", [None, adapters.Lora(2)],
-                         ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, adapters.Lora(2)], ids=["full", "lora"])
 def test_muon_is_the_equations_on_every_mesh(mesh, lora):
   table = decoder.table(MODEL._replace(lora=lora))
   if lora:
     table = {n: p for n, p in table.items() if ":" in n}
   rng = np.random.default_rng(3)
-  host = [{n: np.float32(rng.normal(size=p.shape)) for n, p in table.items()}
-          for _ in range(4)]
-  put = lambda x: {n: sharding.put(mesh, x[n], *p.axes)
-                   for n, p in table.items()}
+  host = [
+    {n: np.float32(rng.normal(size=p.shape)) for n, p in table.items()}
+    for _ in range(4)
+  ]
+  put = lambda x: {
+    n: sharding.put(mesh, x[n], *p.axes) for n, p in table.items()
+  }
   tx = optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=B2, name="muon")
   params = put(host[0])
   state = jax.jit(tx.init)(params)
@@ -85,13 +98,18 @@ def test_muon_is_the_equations_on_every_mesh(mesh, lora):
         into = into if part == "a" else (1,)
       rows = int(np.prod([p.shape[i] for i in into]))
       flat = [g.reshape(p.shape[0], rows, -1) for g in each]
-      by_layer = [by_muon([g[t] for g in flat], max(flat[0].shape[1:]))
-                  for t in range(p.shape[0])]
-      wanted = [np.stack([layer[k] for layer in by_layer]).reshape(p.shape)
-                for k in range(len(each))]
+      by_layer = [
+        by_muon([g[t] for g in flat], max(flat[0].shape[1:]))
+        for t in range(p.shape[0])
+      ]
+      wanted = [
+        np.stack([layer[k] for layer in by_layer]).reshape(p.shape)
+        for k in range(len(each))
+      ]
     for k, w in enumerate(wanted):
-      np.testing.assert_allclose(got[k][name], w, rtol=0, atol=2e-4,
-                                 err_msg=f"{name} at update {k}")
+      np.testing.assert_allclose(
+        got[k][name], w, rtol=0, atol=2e-4, err_msg=f"{name} at update {k}"
+      )
 
 
 def test_an_update_moves_as_far_as_adamw_s():
@@ -99,8 +117,9 @@ def test_an_update_moves_as_far_as_adamw_s():
   rng = np.random.default_rng(0)
   w = {"layers/w_up": np.float32(rng.normal(size=(1, 48, 96)))}
   tx = optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=B2, name="muon")
-  with jax.set_mesh(sharding.make_mesh(dict(fsdp=1, tensor=1),
-                                       jax.devices()[:1])):
+  with jax.set_mesh(
+    sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  ):
     updates, _ = jax.jit(tx.update)(w, tx.init(w), w)
   size = float(np.sqrt(np.mean(np.square(updates["layers/w_up"]))))
   assert 0.12 < size < 0.28

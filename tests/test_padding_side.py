@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 from test_embed import MODEL, params, rows, SIZES, token_rows
+
 from jaxalign import sharding
 from jaxalign.model import attention, decoder, logprob
 from jaxalign.select import embed
@@ -16,7 +16,8 @@ from jaxalign.select import embed
 
 @functools.lru_cache
 def machine():
-  """(params, tokens, keys) -> [B, L] log-probs; keys None: positions 0, 1, ..."""
+  """(params, tokens, keys) -> [B, L] log-probs; None: positions 0, 1, ..."""
+
   def run(placed, tokens, keys):
     seen = None
     if keys is not None:
@@ -24,16 +25,21 @@ def machine():
       seen = attention.Seen(asks, keys)
     x = decoder.forward(placed, tokens, MODEL, seen=seen)
     return logprob.token_logps(x, decoder.head(placed, MODEL), tokens, 7)
+
   return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def ran(ids, where=None):
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    placed = {name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
-              for name, w in params().items()}
-    given = [None if x is None else sharding.put(mesh, x, "batch", None)
-             for x in (ids, where)]
+    placed = {
+      name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
+      for name, w in params().items()
+    }
+    given = [
+      None if x is None else sharding.put(mesh, x, "batch", None)
+      for x in (ids, where)
+    ]
     return np.asarray(machine()(placed, *given), np.float64)
 
 
@@ -46,17 +52,22 @@ def summed(sides, length, pad_id, picked):
   for i, (prompt, answer) in enumerate(picked):
     size = len(prompt) + len(answer)
     at = length - size if sides[i] == "left" else 0
-    ids[i, at:at + size] = prompt + answer
-    where[i, at:at + size] = np.arange(size)
-    mask[i, at + len(prompt):at + size] = True
+    ids[i, at : at + size] = prompt + answer
+    where[i, at : at + size] = np.arange(size)
+    mask[i, at + len(prompt) : at + size] = True
   return (ran(ids, where) * mask).sum(1)
 
 
 def by_hand(picked):
   """The same sums from the NumPy Llama, one row at a time, no padding."""
-  return np.array([
-      oracle.token_logps(params(), prompt + answer, **SIZES)[len(prompt):].sum()
-      for prompt, answer in picked])
+  return np.array(
+    [
+      oracle.token_logps(params(), prompt + answer, **SIZES)[
+        len(prompt) :
+      ].sum()
+      for prompt, answer in picked
+    ]
+  )
 
 
 @pytest.mark.parametrize("length, pad_id", [(16, 0), (24, 2)])
@@ -64,8 +75,9 @@ def test_either_side_gives_the_same_log_probs(length, pad_id):
   picked = rows()[:8]
   want = by_hand(picked)
   for sides in (["right"] * 8, ["left"] * 8, ["left", "right"] * 4):
-    np.testing.assert_allclose(summed(sides, length, pad_id, picked), want,
-                               rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+      summed(sides, length, pad_id, picked), want, rtol=0, atol=2e-5
+    )
 
 
 def test_row_and_neighbours_do_not_matter():
@@ -84,10 +96,11 @@ def test_without_positions_left_padding_would_move_them():
   picked = rows()[:4]
   ids = np.full((4, 20), 9, np.int32)
   for i, (prompt, answer) in enumerate(picked):
-    ids[i, 20 - len(prompt + answer):] = prompt + answer
+    ids[i, 20 - len(prompt + answer) :] = prompt + answer
   logp = ran(ids)
-  got = [logp[i, 20 - len(answer):].sum()
-         for i, (_, answer) in enumerate(picked)]
+  got = [
+    logp[i, 20 - len(answer) :].sum() for i, (_, answer) in enumerate(picked)
+  ]
   assert np.abs(np.array(got) - by_hand(picked)).max() > 0.1
 
 
@@ -96,10 +109,17 @@ def test_scored_rows_do_not_see_their_neighbours():
   want = by_hand(rows())
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    placed = {name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
-              for name, w in params().items()}
+    placed = {
+      name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
+      for name, w in params().items()
+    }
     for part in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
-      got = embed.score_rows(mesh, placed, MODEL,
-                             token_rows([rows()[i] for i in part]),
-                             tile=2, chunk=7).logp
+      got = embed.score_rows(
+        mesh,
+        placed,
+        MODEL,
+        token_rows([rows()[i] for i in part]),
+        tile=2,
+        chunk=7,
+      ).logp
       np.testing.assert_allclose(got, want[part], rtol=0, atol=2e-5)

@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 
 from jaxalign.train.logps import Logps, public_sums
-from jaxalign.train.losses import GLOBAL, LOSSES, combine, unpaired
+from jaxalign.train.losses import combine, GLOBAL, LOSSES, unpaired
 
 # torch, transformers and trl warn of their own futures.
-pytestmark = [pytest.mark.filterwarnings("ignore"),
-              pytest.mark.usefixtures("quick_compiles")]
+pytestmark = [
+  pytest.mark.filterwarnings("ignore"),
+  pytest.mark.usefixtures("quick_compiles"),
+]
 
 PROMPT, LENGTH, PAIRS = 2, 9, 6
 EXACT, SINGLE = 1e-10, 2e-6  # where TRL computes in float64, and where not
@@ -57,14 +59,18 @@ def rows_of(responses=2, spread=2.0, lengths=None, pairs=PAIRS):
     n[:] = lengths
   at = np.arange(LENGTH)[None, None, :]
   mask = ((at >= PROMPT) & (at < PROMPT + n[..., None])).astype(np.int32)
-  return Rows(each=each * mask, ref=ref * mask, mask=mask,
-              label=rng.random(pairs) < 0.5)
+  return Rows(
+    each=each * mask, ref=ref * mask, mask=mask, label=rng.random(pairs) < 0.5
+  )
 
 
 def logps(each, mask):
   mask = jnp.asarray(mask)
-  return Logps(jnp.sum(each * mask, -1), jnp.sum(mask, -1).astype(each.dtype),
-               public_sums(each, mask))
+  return Logps(
+    jnp.sum(each * mask, -1),
+    jnp.sum(mask, -1).astype(each.dtype),
+    public_sums(each, mask),
+  )
 
 
 def ours(name, rows, stats=(), **kwargs):
@@ -74,55 +80,88 @@ def ours(name, rows, stats=(), **kwargs):
   if rows.mask.shape[1] == 2:
     sums = logps(jnp.asarray(rows.each), rows.mask).sum
     stats |= {n: of(sums, ref.sum) for n, of in GLOBAL.items()}
+
   def mean(each):
     loss, metrics = fn(logps(each, rows.mask), ref, stats, **kwargs)
     return jnp.mean(loss), metrics
+
   (value, metrics), grad = jax.value_and_grad(mean, has_aux=True)(
-      jnp.asarray(rows.each))
+    jnp.asarray(rows.each)
+  )
   return float(value), np.asarray(grad), metrics
 
 
 def trainer_of(**more):
   """What TRL's loss code reads of its trainer; one process, no model."""
   import torch
+
   same = lambda x: x
-  return types.SimpleNamespace(**dict(
+  return types.SimpleNamespace(
+    **dict(
       model=types.SimpleNamespace(training=True),
       accelerator=types.SimpleNamespace(
-          device=torch.device("cpu"), gather=same, gather_for_metrics=same),
-      aux_loss_enabled=False, precompute_ref_logps=False, _tp_size=1,
-      _total_train_tokens=0, use_weighting=False, is_encoder_decoder=False,
-      pad_token_id=0, padding_value=0,
-      _metrics={"train": collections.defaultdict(list)}) | more)
+        device=torch.device("cpu"), gather=same, gather_for_metrics=same
+      ),
+      aux_loss_enabled=False,
+      precompute_ref_logps=False,
+      _tp_size=1,
+      _total_train_tokens=0,
+      use_weighting=False,
+      is_encoder_decoder=False,
+      pad_token_id=0,
+      padding_value=0,
+      _metrics={"train": collections.defaultdict(list)},
+    )
+    | more
+  )
 
 
 def model_of(each, mask):
   """A "model" that answers with these token log-probs [B, L]; TRL's are 0 on
   prompt and padding, and lack the first token's."""
   import torch
+
   def call(**kwargs):
     said = (each * mask)[:, 1:]
     zero = torch.zeros_like(said)
-    return types.SimpleNamespace(log_probs=said, entropy=zero, mean_logits=zero,
-                                 is_top1=zero.bool())
+    return types.SimpleNamespace(
+      log_probs=said, entropy=zero, mean_logits=zero, is_top1=zero.bool()
+    )
+
   return call
 
 
-def theirs(trl, losses, rows, *, ld_alpha=None, f="reverse_kl",
-           label_smoothing=0.0, weights=None, beta=0.1, dtype="float64",
-           **more):
+def theirs(
+  trl,
+  losses,
+  rows,
+  *,
+  ld_alpha=None,
+  f="reverse_kl",
+  label_smoothing=0.0,
+  weights=None,
+  beta=0.1,
+  dtype="float64",
+  **more,
+):
   """(loss, gradient by every token, metrics) of TRL's DPOTrainer."""
   import torch
+
   dtype = getattr(torch, dtype)
   flat = lambda x: torch.tensor(np.concatenate([x[:, 0], x[:, 1]]))
   each = flat(rows.each).to(dtype).requires_grad_()
   mask = flat(rows.mask)
   trainer = trainer_of(
-      beta=beta, ld_alpha=ld_alpha, f_divergence_type=f, loss_types=losses,
-      loss_weights=weights or [1.0] * len(losses),
-      label_smoothing=label_smoothing,
-      args=types.SimpleNamespace(discopop_tau=more.pop("tau", 0.05)),
-      ref_model=model_of(flat(rows.ref).to(dtype), mask), **more)
+    beta=beta,
+    ld_alpha=ld_alpha,
+    f_divergence_type=f,
+    loss_types=losses,
+    loss_weights=weights or [1.0] * len(losses),
+    label_smoothing=label_smoothing,
+    args=types.SimpleNamespace(discopop_tau=more.pop("tau", 0.05)),
+    ref_model=model_of(flat(rows.ref).to(dtype), mask),
+    **more,
+  )
   trainer.args.gradient_checkpointing_kwargs = None
   # Only the switch that stops the gradient of the reference's pass.
   trainer.args.gradient_checkpointing = False
@@ -130,18 +169,21 @@ def theirs(trl, losses, rows, *, ld_alpha=None, f="reverse_kl",
   given = dict(input_ids=ids, attention_mask=ids, completion_mask=mask)
   module = importlib.import_module("trl.trainer.dpo_trainer")
   held = module.disable_gradient_checkpointing, module.is_peft_model
-  module.disable_gradient_checkpointing = (
-      lambda *_: contextlib.nullcontext())
+  module.disable_gradient_checkpointing = lambda *_: contextlib.nullcontext()
   module.is_peft_model = lambda model: False
   try:
-    loss = trl.DPOTrainer._compute_loss(trainer, model_of(each, mask), given,
-                                         False)
+    loss = trl.DPOTrainer._compute_loss(
+      trainer, model_of(each, mask), given, False
+    )
   finally:
     module.disable_gradient_checkpointing, module.is_peft_model = held
   loss.backward()
   grad = each.grad.double().numpy().reshape(2, len(rows.each), LENGTH)
-  return (loss.item(), grad.swapaxes(0, 1),
-          {n: v[0] for n, v in trainer._metrics["train"].items()})
+  return (
+    loss.item(),
+    grad.swapaxes(0, 1),
+    {n: v[0] for n, v in trainer._metrics["train"].items()},
+  )
 
 
 def agree(a, b, tolerance):
@@ -154,9 +196,11 @@ def compared_with(fn, name):
   found = set()
   for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(fn)))):
     if isinstance(node, ast.Compare) and name == getattr(
-        node.left, "id", getattr(node.left, "attr", "")):
-      found |= {c.value for c in node.comparators
-                if isinstance(c, ast.Constant)}
+      node.left, "id", getattr(node.left, "attr", "")
+    ):
+      found |= {
+        c.value for c in node.comparators if isinstance(c, ast.Constant)
+      }
   return found
 
 
@@ -166,24 +210,40 @@ def fields_of(config):
 
 # TRL's name: (ours, keywords of both, keywords of ours alone).
 DPO = {
-    "sigmoid": ("dpo", {}, {}), "hinge": ("hinge", {}, {}),
-    "ipo": ("ipo", {}, {}),
-    "exo_pair": ("exo", dict(label_smoothing=1e-3), dict(epsilon=1e-3)),
-    "nca_pair": ("nca", {}, {}),
-    "robust": ("robust", dict(label_smoothing=0.2),
-               dict(label_smoothing=0.2)),
-    "bco_pair": ("bco_pair", {}, {}), "sppo_hard": ("sppo", {}, {}),
-    "aot": ("aot", dict(label_smoothing=0.2), dict(label_smoothing=0.2)),
-    "aot_unpaired": ("aot_unpaired", dict(label_smoothing=0.2),
-                     dict(label_smoothing=0.2)),
-    "apo_zero": ("apo_zero", {}, {}), "apo_down": ("apo_down", {}, {}),
-    "discopop": ("discopop", {}, {}), "sft": ("sft_tokens", {}, {}),
-    "sigmoid_norm": ("dpo_norm", {}, {})}
-DIVERGENCES = {"reverse_kl": "dpo", "forward_kl": "dpo_forward_kl",
-               "js_divergence": "dpo_js", "alpha_divergence": "dpo_alpha"}
+  "sigmoid": ("dpo", {}, {}),
+  "hinge": ("hinge", {}, {}),
+  "ipo": ("ipo", {}, {}),
+  "exo_pair": ("exo", dict(label_smoothing=1e-3), dict(epsilon=1e-3)),
+  "nca_pair": ("nca", {}, {}),
+  "robust": ("robust", dict(label_smoothing=0.2), dict(label_smoothing=0.2)),
+  "bco_pair": ("bco_pair", {}, {}),
+  "sppo_hard": ("sppo", {}, {}),
+  "aot": ("aot", dict(label_smoothing=0.2), dict(label_smoothing=0.2)),
+  "aot_unpaired": (
+    "aot_unpaired",
+    dict(label_smoothing=0.2),
+    dict(label_smoothing=0.2),
+  ),
+  "apo_zero": ("apo_zero", {}, {}),
+  "apo_down": ("apo_down", {}, {}),
+  "discopop": ("discopop", {}, {}),
+  "sft": ("sft_tokens", {}, {}),
+  "sigmoid_norm": ("dpo_norm", {}, {}),
+}
+DIVERGENCES = {
+  "reverse_kl": "dpo",
+  "forward_kl": "dpo_forward_kl",
+  "js_divergence": "dpo_js",
+  "alpha_divergence": "dpo_alpha",
+}
 KTO = {"kto": "kto", "apo_zero_unpaired": "apo_zero_unpaired"}
-CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo",
-       "hinge": "hinge", "ipo": "ipo"}
+CPO = {
+  "sigmoid": "cpo",
+  "simpo": "simpo",
+  "alphapo": "alphapo",
+  "hinge": "hinge",
+  "ipo": "ipo",
+}
 
 
 def test_no_loss_of_trl_is_missing(trl):
@@ -194,14 +254,21 @@ def test_no_loss_of_trl_is_missing(trl):
   assert code == set(DPO)
   assert all(f"`'{name}'`" in help_text for name in DPO)
   assert help_text.count("`'") == len(DPO)
-  assert compared_with(trl.DPOTrainer._compute_loss,
-                       "f_divergence_type") == set(DIVERGENCES)
-  assert set(fields_of(trl.KTOConfig)["loss_type"].metadata["choices"]
-             ) == set(KTO)
-  assert set(fields_of(cpo.CPOConfig)["loss_type"].metadata["choices"]
-             ) == set(CPO)
-  for name in [*(v[0] for v in DPO.values()), *DIVERGENCES.values(),
-               *KTO.values(), *CPO.values()]:
+  assert compared_with(
+    trl.DPOTrainer._compute_loss, "f_divergence_type"
+  ) == set(DIVERGENCES)
+  assert set(fields_of(trl.KTOConfig)["loss_type"].metadata["choices"]) == set(
+    KTO
+  )
+  assert set(fields_of(cpo.CPOConfig)["loss_type"].metadata["choices"]) == set(
+    CPO
+  )
+  for name in [
+    *(v[0] for v in DPO.values()),
+    *DIVERGENCES.values(),
+    *KTO.values(),
+    *CPO.values(),
+  ]:
     assert name in LOSSES
 
 
@@ -209,12 +276,16 @@ def test_defaults_are_trl_s_or_differ_for_a_reason(trl):
   """TRL's one beta, 0.1, is wrong for means a token (dpo_norm, SimPO); its
   label_smoothing of 0 makes robust plain DPO and EXO infinite, and its alpha
   of 0 makes AlphaPO SimPO."""
-  cpo, orpo = (importlib.import_module(f"trl.experimental.{n}")
-               for n in ("cpo", "orpo"))
+  cpo, orpo = (
+    importlib.import_module(f"trl.experimental.{n}") for n in ("cpo", "orpo")
+  )
   default = lambda config, name: fields_of(config)[name].default
-  own = {(n, p.name): p.default for n, fn in LOSSES.items()
-         for p in inspect.signature(fn).parameters.values()
-         if p.kind == p.KEYWORD_ONLY}
+  own = {
+    (n, p.name): p.default
+    for n, fn in LOSSES.items()
+    for p in inspect.signature(fn).parameters.values()
+    if p.kind == p.KEYWORD_ONLY
+  }
   for name, (mine, _, _) in DPO.items():
     if mine not in ("sft_tokens", "dpo_norm"):
       assert own[mine, "beta"] == default(trl.DPOConfig, "beta"), name
@@ -222,8 +293,9 @@ def test_defaults_are_trl_s_or_differ_for_a_reason(trl):
   assert default(trl.DPOConfig, "label_smoothing") == 0
   assert own["robust", "label_smoothing"] == 0.1
   assert own["discopop", "tau"] == default(trl.DPOConfig, "discopop_tau")
-  assert own["dpo_alpha", "alpha"] == default(trl.DPOConfig,
-                                              "f_alpha_divergence_coef")
+  assert own["dpo_alpha", "alpha"] == default(
+    trl.DPOConfig, "f_alpha_divergence_coef"
+  )
   for mine in KTO:
     assert own[mine, "beta"] == default(trl.KTOConfig, "beta")
     for side in ("desirable", "undesirable"):
@@ -249,10 +321,21 @@ def test_losses_of_dpo_trainer(trl, name):
     wanted = theirs(trl, [name], rows, beta=0.3, **both)
     agree(got, wanted, tolerance * (1 + abs(wanted[0])))
     if name != "sft":
-      for key in ("rewards/chosen", "rewards/rejected", "rewards/margins",
-                  "rewards/accuracies", "logps/chosen", "logps/rejected"):
-        np.testing.assert_allclose(np.mean(got[2][key]), wanted[2][key],
-                                   rtol=1e-6, atol=1e-9, err_msg=key)
+      for key in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+      ):
+        np.testing.assert_allclose(
+          np.mean(got[2][key]),
+          wanted[2][key],
+          rtol=1e-6,
+          atol=1e-9,
+          err_msg=key,
+        )
 
 
 @pytest.mark.parametrize("f", DIVERGENCES)
@@ -262,11 +345,19 @@ def test_divergences(trl, f):
   for alpha in (0.5, 1.0, 1.7) if single else (None,):
     kwargs = dict(alpha=alpha) if single else {}
     rows = rows_of(spread=0.7)
-    agree(ours(DIVERGENCES[f], rows, beta=0.3, **kwargs),
-          theirs(trl, ["sigmoid"], rows, f=f, beta=0.3,
-                 f_alpha_divergence_coef=alpha,
-                 dtype="float32" if single else "float64"),
-          5 * SINGLE if single else EXACT)
+    agree(
+      ours(DIVERGENCES[f], rows, beta=0.3, **kwargs),
+      theirs(
+        trl,
+        ["sigmoid"],
+        rows,
+        f=f,
+        beta=0.3,
+        f_alpha_divergence_coef=alpha,
+        dtype="float32" if single else "float64",
+      ),
+      5 * SINGLE if single else EXACT,
+    )
   if single:
     with pytest.raises(KeyError):
       theirs(trl, ["sigmoid"], rows_of(), f=f, f_alpha_divergence_coef=0.5)
@@ -274,20 +365,32 @@ def test_divergences(trl, f):
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_ld_dpo_weighs_policy_and_reference(trl, weight):
-  agree(ours("ld_dpo", rows_of(), beta=0.3, tail_weight=weight),
-        theirs(trl, ["sigmoid"], rows_of(), ld_alpha=weight, beta=0.3), EXACT)
+  agree(
+    ours("ld_dpo", rows_of(), beta=0.3, tail_weight=weight),
+    theirs(trl, ["sigmoid"], rows_of(), ld_alpha=weight, beta=0.3),
+    EXACT,
+  )
 
 
 def test_sums_of_losses(trl):
   """RPO and MPO as TRL's docs write them."""
   rows = rows_of()
-  agree(ours("dpo+0.2*sft_tokens", rows, beta=0.3),
-        theirs(trl, ["sigmoid", "sft"], rows, weights=[1.0, 0.2], beta=0.3),
-        EXACT)
-  agree(ours("0.8*dpo+0.2*bco_pair+sft_tokens", rows, dict(delta=0.0),
-             beta=0.3),
-        theirs(trl, ["sigmoid", "bco_pair", "sft"], rows,
-               weights=[0.8, 0.2, 1.0], beta=0.3), EXACT)
+  agree(
+    ours("dpo+0.2*sft_tokens", rows, beta=0.3),
+    theirs(trl, ["sigmoid", "sft"], rows, weights=[1.0, 0.2], beta=0.3),
+    EXACT,
+  )
+  agree(
+    ours("0.8*dpo+0.2*bco_pair+sft_tokens", rows, dict(delta=0.0), beta=0.3),
+    theirs(
+      trl,
+      ["sigmoid", "bco_pair", "sft"],
+      rows,
+      weights=[0.8, 0.2, 1.0],
+      beta=0.3,
+    ),
+    EXACT,
+  )
 
 
 # Where TRL is wrong or ambiguous.
@@ -303,8 +406,7 @@ def test_trl_s_sigmoid_ignores_its_label_smoothing(trl):
 def test_trl_s_sft_weighs_tokens_and_sft_weighs_answers(trl):
   """The same where all chosen answers are of one length."""
   uneven, even = rows_of(), rows_of(lengths=4)
-  assert abs(ours("sft", uneven)[0]
-             - theirs(trl, ["sft"], uneven)[0]) > 1e-2
+  assert abs(ours("sft", uneven)[0] - theirs(trl, ["sft"], uneven)[0]) > 1e-2
   agree(ours("sft", even), theirs(trl, ["sft"], even), EXACT)
 
 
@@ -313,18 +415,25 @@ def test_trl_s_aot_depends_on_how_the_batch_is_cut(trl, name):
   """Two halves, each sorted alone, are not the whole; ours stays the same
   with the ranks of the whole batch (test_losses_batch.py)."""
   rows = rows_of(spread=4.0)
-  half = lambda at: Rows(each=rows.each[at], ref=rows.ref[at],
-                         mask=rows.mask[at], label=rows.label[at])
-  cut = [theirs(trl, [name], half(at))[0]
-         for at in (slice(0, 3), slice(3, 6))]
+  half = lambda at: Rows(
+    each=rows.each[at],
+    ref=rows.ref[at],
+    mask=rows.mask[at],
+    label=rows.label[at],
+  )
+  cut = [theirs(trl, [name], half(at))[0] for at in (slice(0, 3), slice(3, 6))]
   whole = theirs(trl, [name], rows)[0]
   assert abs(np.mean(cut) - whole) > 1e-4
   assert ours(name, rows)[0] == pytest.approx(whole, rel=EXACT)
 
 
-@pytest.mark.parametrize("name,mine,f", [
+@pytest.mark.parametrize(
+  "name,mine,f",
+  [
     ("discopop", "discopop", "reverse_kl"),
-    ("sigmoid", "dpo_forward_kl", "forward_kl")])
+    ("sigmoid", "dpo_forward_kl", "forward_kl"),
+  ],
+)
 def test_trl_overflows(trl, name, mine, f):
   """0 * e^2400 in DiscoPOP's blend, e^8000 in the forward KL's score of a
   chosen answer that has become impossible."""
@@ -341,23 +450,40 @@ def test_trl_overflows(trl, name, mine, f):
 
 def their_kto(trl, rows, loss_type, kl=0.0, beta=0.3):
   import torch
+
   each = torch.tensor(rows.each[:, 0]).requires_grad_()
   mask = torch.tensor(rows.mask[:, 0])
   ids = torch.ones_like(mask, dtype=torch.long)
   trainer = trainer_of(
-      beta=beta, calculate_KL=loss_type == "kto", loss_type=loss_type,
-      desirable_weight=1.3, undesirable_weight=0.7, precompute_ref_logps=True,
-      _compute_kl_logps=lambda model, batch: torch.full((PAIRS,), kl,
-                                                        dtype=torch.float64))
+    beta=beta,
+    calculate_KL=loss_type == "kto",
+    loss_type=loss_type,
+    desirable_weight=1.3,
+    undesirable_weight=0.7,
+    precompute_ref_logps=True,
+    _compute_kl_logps=lambda model, batch: torch.full(
+      (PAIRS,), kl, dtype=torch.float64
+    ),
+  )
   loss = trl.KTOTrainer._compute_loss(
-      trainer, model_of(each, mask), dict(
-          input_ids=ids, attention_mask=ids, completion_mask=mask,
-          label=torch.tensor(rows.label),
-          ref_logps=torch.tensor(rows.ref.sum(-1)[:, 0]),
-          ref_KL_logps=torch.zeros(PAIRS, dtype=torch.float64)), False)
+    trainer,
+    model_of(each, mask),
+    dict(
+      input_ids=ids,
+      attention_mask=ids,
+      completion_mask=mask,
+      label=torch.tensor(rows.label),
+      ref_logps=torch.tensor(rows.ref.sum(-1)[:, 0]),
+      ref_KL_logps=torch.zeros(PAIRS, dtype=torch.float64),
+    ),
+    False,
+  )
   loss.backward()
-  return (loss.item(), each.grad.numpy()[:, None],
-          {n: v[0] for n, v in trainer._metrics["train"].items()})
+  return (
+    loss.item(),
+    each.grad.numpy()[:, None],
+    {n: v[0] for n, v in trainer._metrics["train"].items()},
+  )
 
 
 @pytest.mark.parametrize("labels", ["mixed", "liked", "disliked"])
@@ -365,20 +491,33 @@ def their_kto(trl, rows, loss_type, kl=0.0, beta=0.3):
 def test_losses_of_kto_trainer(trl, name, labels):
   for spread, kl in ((0.0, 0.0), (2.0, 1.7), (40.0, -2.0)):
     rows = rows_of(1, spread)
-    rows.label = dict(mixed=rows.label, liked=np.full(PAIRS, True),
-                      disliked=np.full(PAIRS, False))[labels]
-    got = ours(KTO[name], rows, dict(label=jnp.asarray(rows.label),
-                                     z0=max(0.0, kl)),
-               beta=0.3, desirable=1.3, undesirable=0.7)
+    rows.label = dict(
+      mixed=rows.label,
+      liked=np.full(PAIRS, True),
+      disliked=np.full(PAIRS, False),
+    )[labels]
+    got = ours(
+      KTO[name],
+      rows,
+      dict(label=jnp.asarray(rows.label), z0=max(0.0, kl)),
+      beta=0.3,
+      desirable=1.3,
+      undesirable=0.7,
+    )
     wanted = their_kto(trl, rows, name, kl)
     agree(got, wanted, EXACT)
-    for key in ("rewards/chosen", "rewards/rejected", "logps/chosen",
-                "logps/rejected"):
+    for key in (
+      "rewards/chosen",
+      "rewards/rejected",
+      "logps/chosen",
+      "logps/rejected",
+    ):
       value, weight = (np.sum(x) for x in got[2][key])
       assert (weight > 0) == (key in wanted[2])
       if weight:
-        np.testing.assert_allclose(value / weight, wanted[2][key], rtol=1e-6,
-                                   atol=1e-9)
+        np.testing.assert_allclose(
+          value / weight, wanted[2][key], rtol=1e-6, atol=1e-9
+        )
 
 
 # CPO, SimPO, AlphaPO and ORPO: on logits, likelihood term included.
@@ -388,6 +527,7 @@ def logits_of(rows, vocab=11):
   """(logits, ids, labels) [2 B, L] of a batch, and rows with their log-probs;
   no reference, so its log-probs are 0."""
   import torch
+
   rng = np.random.default_rng(4)
   n = 2 * len(rows.mask)
   mask = np.concatenate([rows.mask[:, 0], rows.mask[:, 1]])
@@ -395,28 +535,44 @@ def logits_of(rows, vocab=11):
   logits = rng.normal(0, 2, (n, LENGTH, vocab))
   total = np.log(np.exp(logits).sum(-1))
   each = np.zeros((n, LENGTH))
-  each[:, 1:] = (np.take_along_axis(logits[:, :-1], ids[:, 1:, None],
-                                    -1)[..., 0] - total[:, :-1])
+  each[:, 1:] = (
+    np.take_along_axis(logits[:, :-1], ids[:, 1:, None], -1)[..., 0]
+    - total[:, :-1]
+  )
   read = mask.cumsum(-1)[:, -1:] + PROMPT > np.arange(LENGTH)[None, :]
   halves = lambda x: np.stack(np.split(x, 2), 1)
   batch = {}
   for at, side in ((0, "chosen"), (1, "rejected")):
     part = lambda x: torch.tensor(np.split(x, 2)[at])
-    batch |= {f"{side}_input_ids": part(ids),
-              f"{side}_attention_mask": part(read.astype(np.int64)),
-              f"{side}_labels": part(np.where(mask == 1, ids, -100))}
-  return (torch.tensor(logits), batch, halves(each * read),
-          Rows(each=halves(each * mask), ref=0 * rows.each, mask=rows.mask))
+    batch |= {
+      f"{side}_input_ids": part(ids),
+      f"{side}_attention_mask": part(read.astype(np.int64)),
+      f"{side}_labels": part(np.where(mask == 1, ids, -100)),
+    }
+  return (
+    torch.tensor(logits),
+    batch,
+    halves(each * read),
+    Rows(each=halves(each * mask), ref=0 * rows.each, mask=rows.mask),
+  )
 
 
 def their_total(name, logits, batch, **more):
   """(loss, metrics) of TRL's CPO or ORPO trainer on a whole batch."""
   module = importlib.import_module(f"trl.experimental.{name.lower()}")
   cls = getattr(module, f"{name}Trainer")
-  trainer = trainer_of(**dict(
-      beta=0.3, cpo_alpha=1.0, alpha=0.0, label_smoothing=0.0, simpo_gamma=0.5,
+  trainer = trainer_of(
+    **dict(
+      beta=0.3,
+      cpo_alpha=1.0,
+      alpha=0.0,
+      label_smoothing=0.0,
+      simpo_gamma=0.5,
       concatenated_inputs=cls.concatenated_inputs,
-      get_batch_logps=cls.get_batch_logps) | more)
+      get_batch_logps=cls.get_batch_logps,
+    )
+    | more
+  )
   for method in ("concatenated_forward", "cpo_loss", "odds_ratio_loss"):
     if hasattr(cls, method):
       setattr(trainer, method, types.MethodType(getattr(cls, method), trainer))
@@ -426,8 +582,12 @@ def their_total(name, logits, batch, **more):
 
 
 def metrics_agree(got, wanted):
-  for key in ("rewards/chosen", "rewards/rejected", "rewards/margins",
-              "rewards/accuracies"):
+  for key in (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+  ):
     np.testing.assert_allclose(np.mean(got[key]), wanted[key], rtol=1e-6)
 
 
@@ -441,8 +601,9 @@ def test_losses_of_cpo_trainer(trl, name):
   nll = ours("sft_tokens", rows)[0]
   # What CPOConfig makes of "alphapo": `simpo` without a likelihood term.
   shape = dict(alpha=0.25, cpo_alpha=0.0) if name == "alphapo" else {}
-  loss, metrics = their_total("CPO", logits, batch, **shape,
-                              loss_type=name.replace("alphapo", "simpo"))
+  loss, metrics = their_total(
+    "CPO", logits, batch, **shape, loss_type=name.replace("alphapo", "simpo")
+  )
   kwargs = dict(beta=0.3)
   kwargs |= dict(nll_weight=0.0) if name == "sigmoid" else {}
   value, _, got = ours(CPO[name], rows, **kwargs)
@@ -454,22 +615,34 @@ def test_losses_of_cpo_trainer(trl, name):
     assert abs(ours("cpo", rows, beta=0.3)[0] - loss) > 1e-3
     logits, batch, _, rows = logits_of(rows_of(lengths=4))
     assert ours("cpo", rows, beta=0.3)[0] == pytest.approx(
-        their_total("CPO", logits, batch, loss_type=name)[0], rel=EXACT)
+      their_total("CPO", logits, batch, loss_type=name)[0], rel=EXACT
+    )
 
 
 def test_what_cpo_config_makes_of_alphapo(trl, tmp_path):
   cpo = importlib.import_module("trl.experimental.cpo")
-  config = cpo.CPOConfig(output_dir=str(tmp_path), loss_type="alphapo",
-                         bf16=False, use_cpu=True, report_to=[])
+  config = cpo.CPOConfig(
+    output_dir=str(tmp_path),
+    loss_type="alphapo",
+    bf16=False,
+    use_cpu=True,
+    report_to=[],
+  )
   assert (config.loss_type, config.cpo_alpha) == ("simpo", 0.0)
 
 
 def test_trl_s_alphapo_of_unlikely_answers_is_not_a_number(trl):
   """p^-alpha of a p that has underflown; the exponent, held, has not."""
   import torch
+
   cpo = importlib.import_module("trl.experimental.cpo")
-  trainer = trainer_of(beta=0.3, alpha=0.25, loss_type="simpo",
-                       simpo_gamma=0.5, label_smoothing=0.0)
+  trainer = trainer_of(
+    beta=0.3,
+    alpha=0.25,
+    loss_type="simpo",
+    simpo_gamma=0.5,
+    label_smoothing=0.0,
+  )
   low = torch.tensor([-800.0], dtype=torch.float64)
   assert torch.isnan(cpo.CPOTrainer.cpo_loss(trainer, low, low * 2)[0]).all()
   policy = Logps(jnp.array([[-800.0, -1600.0]]), jnp.ones((1, 2)))
@@ -486,22 +659,26 @@ def test_orpo_up_to_the_tokens_of_its_likelihood(trl):
   with_prompt = -read[:, 0].sum() / tokens
   np.testing.assert_allclose(metrics["nll_loss"], with_prompt, rtol=EXACT)
   assert value - ours("sft", rows)[0] + with_prompt == pytest.approx(
-      loss, rel=SINGLE)
+    loss, rel=SINGLE
+  )
   assert abs(value - loss) > 1e-2
-  np.testing.assert_allclose(np.mean(got["log_odds"]),
-                             metrics["log_odds_chosen"], rtol=SINGLE)
+  np.testing.assert_allclose(
+    np.mean(got["log_odds"]), metrics["log_odds_chosen"], rtol=SINGLE
+  )
   metrics_agree(got, metrics)
 
 
 def test_trl_s_orpo_of_certain_answers_is_not_a_number(trl):
   import torch
+
   orpo = importlib.import_module("trl.experimental.orpo")
   sure = torch.zeros(1)
   theirs = orpo.ORPOTrainer.odds_ratio_loss(trainer_of(beta=0.1), sure, sure)
   assert torch.isnan(theirs[0]).all()
   policy = Logps(jnp.zeros((1, 2)), jnp.ones((1, 2)))
-  np.testing.assert_allclose(LOSSES["orpo"](policy, None, {})[0],
-                             0.1 * np.log(2))
+  np.testing.assert_allclose(
+    LOSSES["orpo"](policy, None, {})[0], 0.1 * np.log(2)
+  )
 
 
 # BCO.
@@ -510,13 +687,18 @@ def test_trl_s_orpo_of_certain_answers_is_not_a_number(trl):
 def test_bco_without_a_delta_is_bco_pair_s_two_halves(trl):
   """TRL 1.16 has BCO for pairs only; each answer is a row with a thumb."""
   rows = rows_of()
-  split = Rows(each=rows.each.reshape(-1, 1, LENGTH),
-               ref=rows.ref.reshape(-1, 1, LENGTH),
-               mask=rows.mask.reshape(-1, 1, LENGTH))
+  split = Rows(
+    each=rows.each.reshape(-1, 1, LENGTH),
+    ref=rows.ref.reshape(-1, 1, LENGTH),
+    mask=rows.mask.reshape(-1, 1, LENGTH),
+  )
   label = jnp.tile(jnp.array([True, False]), PAIRS)
   value, grad, _ = ours("bco", split, dict(label=label, delta=0.0), beta=0.3)
-  agree((2 * value, 2 * grad.reshape(rows.each.shape)),
-        theirs(trl, ["bco_pair"], rows, beta=0.3), EXACT)
+  agree(
+    (2 * value, 2 * grad.reshape(rows.each.shape)),
+    theirs(trl, ["bco_pair"], rows, beta=0.3),
+    EXACT,
+  )
 
 
 def test_losses_of_bco_trainer(trl):
@@ -524,6 +706,7 @@ def test_losses_of_bco_trainer(trl):
   three batches, and the loss, with weights and without. TRL's running mean is
   in float32 and starts with a count of 1e-24."""
   import torch
+
   bco = pytest.importorskip("trl.experimental.bco.bco_trainer")
   accelerator = trainer_of().accelerator
   accelerator.use_distributed = False
@@ -536,20 +719,32 @@ def test_losses_of_bco_trainer(trl):
     ref = policy + rng.normal(step, 4, (8, 1))
     weights = rng.uniform(0.5, 10, 8)
     delta = unpaired.update_delta(delta, jnp.asarray(0.3 * (policy - ref)))
-    stats = dict(label=jnp.asarray(label), delta=delta.mean,
-                 weights=jnp.asarray(weights))
+    stats = dict(
+      label=jnp.asarray(label), delta=delta.mean, weights=jnp.asarray(weights)
+    )
     as_logps = lambda x: Logps(jnp.asarray(x), jnp.ones((8, 1)))
     for name, matched in (("bco", False), ("bco_udm", True)):
       trainer = trainer_of(
-          beta=0.3, running=running, match_underlying_distribution=matched,
-          _get_udm_weight=lambda x: torch.tensor(weights[~label]))
+        beta=0.3,
+        running=running,
+        match_underlying_distribution=matched,
+        _get_udm_weight=lambda x: torch.tensor(weights[~label]),
+      )
       of = lambda x, rows: torch.tensor(x[rows, 0])
       wanted = bco.BCOTrainer.bco_loss(
-          trainer, of(policy, label), of(policy, ~label), of(ref, label),
-          of(ref, ~label), None, None, do_train=not matched)
+        trainer,
+        of(policy, label),
+        of(policy, ~label),
+        of(ref, label),
+        of(ref, ~label),
+        None,
+        None,
+        do_train=not matched,
+      )
       loss, _ = LOSSES[name](as_logps(policy), as_logps(ref), stats, beta=0.3)
       np.testing.assert_allclose(
-          np.concatenate([loss[label], loss[~label]]), wanted[0].numpy(),
-          rtol=SINGLE)
+        np.concatenate([loss[label], loss[~label]]),
+        wanted[0].numpy(),
+        rtol=SINGLE,
+      )
       np.testing.assert_allclose(delta.mean, wanted[3].item(), rtol=SINGLE)
-

@@ -9,31 +9,35 @@ import numpy as np
 import pytest
 
 from jaxalign import sharding
-from jaxalign.model import adapters
-from jaxalign.model import decoder
-from jaxalign.model import families
-from jaxalign.model import peft_folder
-from jaxalign.model import weights
+from jaxalign.model import adapters, decoder, families, peft_folder, weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 CONFIGS = {
-    "llama": dict(num_key_value_heads=2, head_dim=6),
-    "qwen3": dict(num_key_value_heads=2, head_dim=6),
-    "gpt_neox": dict(rotary_pct=0.5, use_parallel_residual=True),
+  "llama": dict(num_key_value_heads=2, head_dim=6),
+  "qwen3": dict(num_key_value_heads=2, head_dim=6),
+  "gpt_neox": dict(rotary_pct=0.5, use_parallel_residual=True),
 }
 
 
 @functools.lru_cache
 def sizes(family):
-  return families.config_of(dict(
-      model_type=family, hidden_size=32, intermediate_size=20,
-      num_hidden_layers=2, num_attention_heads=4, vocab_size=40,
-      max_position_embeddings=32, tie_word_embeddings=False,
+  return families.config_of(
+    dict(
+      model_type=family,
+      hidden_size=32,
+      intermediate_size=20,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      vocab_size=40,
+      max_position_embeddings=32,
+      tie_word_embeddings=False,
       hidden_act="gelu" if family == "gpt_neox" else "silu",
-      **CONFIGS[family]))
+      **CONFIGS[family],
+    )
+  )
 
 
 def make_mesh():
@@ -42,17 +46,21 @@ def make_mesh():
 
 def numbers(m):
   rng = np.random.default_rng(1)
-  return {n: np.float32(rng.normal(1.0 if p.constant and not p.scale else 0.0,
-                                   0.2, p.shape))
-          for n, p in decoder.table(m).items()}
+  return {
+    n: np.float32(
+      rng.normal(1.0 if p.constant and not p.scale else 0.0, 0.2, p.shape)
+    )
+    for n, p in decoder.table(m).items()
+  }
 
 
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9))
 
 
 def ours(m, params):
-  with jax.set_mesh(sharding.make_mesh(dict(fsdp=1, tensor=1),
-                                       jax.devices()[:1])):
+  with jax.set_mesh(
+    sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  ):
     x = decoder.forward(params, TOKENS, m)
     return np.asarray(decoder.logits(x, decoder.head(params, m)))
 
@@ -63,11 +71,13 @@ def theirs(model):
 
 
 CASES = [(family, dict(rs=rs)) for family in CONFIGS for rs in (False, True)]
-CASES += [("llama", dict(variant="allora", rs=True)),
-          ("qwen3", dict(variant="lora_sb")),
-          ("llama", dict(targets=("q_proj", "down_proj"))),
-          ("gpt_neox", dict(targets=("wk", "dense"))),
-          ("gpt_neox", dict(targets=("wq", "wv"), rs=True))]
+CASES += [
+  ("llama", dict(variant="allora", rs=True)),
+  ("qwen3", dict(variant="lora_sb")),
+  ("llama", dict(targets=("q_proj", "down_proj"))),
+  ("gpt_neox", dict(targets=("wk", "dense"))),
+  ("gpt_neox", dict(targets=("wq", "wv"), rs=True)),
+]
 
 
 @pytest.mark.parametrize("family,kind", CASES, ids=str)
@@ -76,11 +86,20 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
   m = sizes(family)._replace(lora=lora)
   host, mesh = numbers(m), make_mesh()
   with jax.set_mesh(mesh):
-    params = {n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
-              for n, w in host.items()}
+    params = {
+      n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
+      for n, w in host.items()
+    }
+
     def save(name, params):
-      weights.save(tmp_path / name, params, decoder.table(sizes(family)),
-                   families.stored(m), config=families.hf_config(m, 1, 2))
+      weights.save(
+        tmp_path / name,
+        params,
+        decoder.table(sizes(family)),
+        families.stored(m),
+        config=families.hf_config(m, 1, 2),
+      )
+
     save("base", {n: x for n, x in params.items() if ":" not in n})
     save("merged", adapters.Merged(params, lora))
     peft_folder.save(tmp_path / "adapter", params, m, base="some/base")
@@ -98,21 +117,34 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
   config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == "some/base"
   assert config["target_modules"] == sorted(
-      {n.split(".lora_")[0].split(".")[-1]
-       for n in found.state_dict() if ".lora_A." in n})
+    {
+      n.split(".lora_")[0].split(".")[-1]
+      for n in found.state_dict()
+      if ".lora_A." in n
+    }
+  )
 
 
-@pytest.mark.parametrize("given,name,revision", [
+@pytest.mark.parametrize(
+  "given,name,revision",
+  [
     ("hf:Qwen/Qwen3-8B", "Qwen/Qwen3-8B", None),
-    ("hf:gpt2@v1.0", "gpt2", "v1.0"), ("some/base", "some/base", None),
-    ("", None, None)])
+    ("hf:gpt2@v1.0", "gpt2", "v1.0"),
+    ("some/base", "some/base", None),
+    ("", None, None),
+  ],
+)
 def test_the_base_is_named_as_peft_finds_it(tmp_path, given, name, revision):
   m = sizes("llama")._replace(lora=adapters.Lora(2))
-  rows = {n: np.zeros(p.shape, np.float32)
-          for n, p in decoder.table(m).items() if ":" in n}
+  rows = {
+    n: np.zeros(p.shape, np.float32)
+    for n, p in decoder.table(m).items()
+    if ":" in n
+  }
   with jax.set_mesh(make_mesh()):
-    peft_folder.save(tmp_path, {n: jax.device_put(x) for n, x in rows.items()},
-                     m, base=given)
+    peft_folder.save(
+      tmp_path, {n: jax.device_put(x) for n, x in rows.items()}, m, base=given
+    )
   found = peft.PeftConfig.from_pretrained(tmp_path)
   assert (found.base_model_name_or_path, found.revision) == (name, revision)
 
@@ -121,4 +153,5 @@ def test_a_base_folder_is_found_from_anywhere(tmp_path, monkeypatch):
   (tmp_path / "base").mkdir()
   monkeypatch.chdir(tmp_path)
   assert peft_folder._named("base") == dict(
-      base_model_name_or_path=str(tmp_path / "base"))
+    base_model_name_or_path=str(tmp_path / "base")
+  )

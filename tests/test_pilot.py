@@ -28,7 +28,8 @@ def test_enough_is_where_the_curve_is_a_margin_below_its_plateau():
   x = np.log(30 / 2) / 0.2
   assert found["value"] == pytest.approx(x, rel=1e-4)
   assert 60 - (60 - 30 * np.exp(-0.2 * found["value"])) == pytest.approx(
-      2, rel=1e-3)
+    2, rel=1e-3
+  )
   assert found["low"] == pytest.approx(x, rel=1e-2)
   assert found["high"] == pytest.approx(x, rel=1e-2)
   assert plateau.enough(curve(0.0, 1), 31.0)["value"] == 0.0
@@ -58,26 +59,33 @@ def small(**knobs):
 
 def test_directions_of_a_name():
   assert pilot.with_direction("ifd(side=chosen,direction=auto)", "low") == (
-      "ifd(side=chosen,direction=low)")
+    "ifd(side=chosen,direction=low)"
+  )
   assert not pilot.is_open(small(select_sampler="ifd(direction=low)"))
   c = small(select_sampler=ISA, select_budget="auto")
   found = pilot.configs(c)
   assert list(found) == ["directions", "budgets"]
   one = found["directions"]
   assert one.select.sampler == "length(direction=top)"
-  assert one.compare == ("length(direction=middle)", "length(direction=low)",
-                         "random")
+  assert one.compare == (
+    "length(direction=middle)",
+    "length(direction=low)",
+    "random",
+  )
   assert one.select.budget == c.pilot.at
   assert found["budgets"].budgets == c.pilot.budgets
 
 
-@pytest.mark.parametrize("knobs,said", [
+@pytest.mark.parametrize(
+  "knobs,said",
+  [
     (dict(select_sampler="dedup | length(direction=auto)"), "no chain"),
     (dict(select_budget="auto", pilot_budgets=(0.1, 0.2, 0.3)), "four"),
     (dict(select_budget="auto", pilot_margin=2.0), "share of wins"),
     (dict(select_sampler=ISA, pilot_seeds=0), "1 or more"),
     (dict(compare=("random", "ifd(direction=auto)")), "alone can be settled"),
-])
+  ],
+)
 def test_knobs_that_cannot_work(knobs, said):
   with pytest.raises(ConfigError, match=said):
     pilot.check(small(**knobs))
@@ -91,13 +99,22 @@ def test_commands_of_one_arm_refuse():
 def test_the_best_direction_is_the_best_mean():
   def arm(sampler, value):
     return dict(sampler=sampler, metrics=dict(win_vs_ref=dict(value=value)))
+
   names = [pilot.with_direction(ISA, d) for d in pilot.DIRECTIONS]
   c = ConfigDict(dict(select=dict(sampler=ISA), pilot=dict(at=0.1, seeds=2)))
   for shift, wish in ((0.0, False), (0.3, True)):
-    summary = dict(comparisons=[dict(metric="win_vs_ref")], arms=[
-        arm(names[0], 0.5), arm(names[1], 0.2), arm(names[2], 0.4),
-        arm(names[0], 0.1), arm(names[1], 0.2), arm(names[2], 0.4),
-        arm("random", 0.35 + shift)])
+    summary = dict(
+      comparisons=[dict(metric="win_vs_ref")],
+      arms=[
+        arm(names[0], 0.5),
+        arm(names[1], 0.2),
+        arm(names[2], 0.4),
+        arm(names[0], 0.1),
+        arm(names[1], 0.2),
+        arm(names[2], 0.4),
+        arm("random", 0.35 + shift),
+      ],
+    )
     best, words = pilot._best_direction(c, summary)
     assert best == "length(direction=low)" and "low 40.0" in words
     assert ("none was above random" in words) == wish
@@ -107,19 +124,25 @@ def test_no_plateau_no_advice(tmp_path):
   """Growth with no end: the job ends and says what would help."""
   fit = plateau.fit([0.0, 1, 2, 4, 8], [30.0, 31, 32, 34, 38])
   assert not fit["identified"]
-  job = SimpleNamespace(c=small(), workdir=tmp_path,
-                        column=lambda split, name: [""] * 100)
+  job = SimpleNamespace(
+    c=small(), workdir=tmp_path, column=lambda split, name: [""] * 100
+  )
   with pytest.raises(DataError, match="do not bound a plateau.*pilot.seeds"):
     pilot._advice(job, dict(fit=fit), 0.1)
 
 
-TINY = ("compare=()", "pilot.budgets=(0.05,0.1,0.2,0.4)", "pilot.seeds=1",
-        "pilot.at=0.1")
+TINY = (
+  "compare=()",
+  "pilot.budgets=(0.05,0.1,0.2,0.4)",
+  "pilot.seeds=1",
+  "pilot.at=0.1",
+)
 
 
 def test_a_pilot_above_its_bound_is_refused(tmp_path):
-  ended = jobs.run(tmp_path / "work", "select.budget=auto", *TINY,
-                   "pilot.most=0.2")
+  ended = jobs.run(
+    tmp_path / "work", "select.budget=auto", *TINY, "pilot.most=0.2"
+  )
   assert ended.code == 64 and "config.pilot.most" in ended.err
   assert not (tmp_path / "work" / "pilot").exists()
 
@@ -127,13 +150,18 @@ def test_a_pilot_above_its_bound_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_job_whose_direction_and_budget_are_settled(tmp_path, monkeypatch):
   """Nothing is learnt in so small a world: a planted curve is handed out."""
-  knobs = (f"select.sampler={ISA}", "select.budget=auto", *TINY,
-           "pilot.most=9.0")
+  knobs = (
+    f"select.sampler={ISA}",
+    "select.budget=auto",
+    *TINY,
+    "pilot.most=9.0",
+  )
   true = plateau.fit
 
   def planted(x, y, se=None, **bounds):
     y = 50 - 40 * np.exp(-0.15 * np.asarray(x)) + 0.1 * np.cos(range(len(x)))
     return true(x, y, se, **bounds)
+
   monkeypatch.setattr(plateau, "fit", planted)
   ended = jobs.run(tmp_path / "work", *knobs)
   assert ended.code == 0, ended

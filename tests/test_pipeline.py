@@ -3,15 +3,14 @@
 import json
 import math
 
+import jobs
 import numpy as np
 import pytest
 import safetensors.numpy
 
-import jobs
 from configs import common
 from jaxalign import artifacts
-from jaxalign.data import prepare
-from jaxalign.data import tables
+from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
 from jaxalign.model import weights
 from jaxalign.select import store
@@ -41,32 +40,32 @@ def load(job, name):
 EVERY = [*SHARED, *ARM]
 TRAINING = ["align", "evaluate", "export"]
 CHANGED = {  # a knob -> the stages of the isa arm that it changes
-    "data.seed=1": EVERY,
-    "data.world.flips=0.1": EVERY,
-    "model.vocab_size=500": EVERY,
-    "model.context=31": EVERY,
-    "sft.lr=0.1": EVERY[1:],
-    "sft.seed=1": EVERY[1:],
-    "model.ff=32": EVERY[1:],
-    "embed.pooling=last": ["embed", "mixture", *ARM],
-    "select.mixture.components=3": ["mixture", *ARM],
-    "select.stability_seeds=0": ["mixture", *ARM],
-    "select.order=magnitude": ARM,
-    "select.pair_score=max": ARM,
-    "seed=1": [],  # another arm, in a folder of its own
-    "select.budget=0.2": [],
-    "loss.kwargs.beta=0.9": TRAINING,
-    "loss.kwargs.label_smoothing=0.1": TRAINING,
-    "train.lr=0.1": TRAINING,
-    "train.max_updates=3": TRAINING,
-    "train.save_every=1": TRAINING,
-    "train.batch_size=16": ARM,
-    "eval.prompts=8": ["baseline", "evaluate"],
-    "eval.temperature=0.5": ["baseline", "evaluate"],
-    "compare=('all',)": [],
-    "mesh.tensor=2": [],  # the same job on another machine
-    "compile_cache=''": [],
-    "profile.steps=(1,2)": [],
+  "data.seed=1": EVERY,
+  "data.world.flips=0.1": EVERY,
+  "model.vocab_size=500": EVERY,
+  "model.context=31": EVERY,
+  "sft.lr=0.1": EVERY[1:],
+  "sft.seed=1": EVERY[1:],
+  "model.ff=32": EVERY[1:],
+  "embed.pooling=last": ["embed", "mixture", *ARM],
+  "select.mixture.components=3": ["mixture", *ARM],
+  "select.stability_seeds=0": ["mixture", *ARM],
+  "select.order=magnitude": ARM,
+  "select.pair_score=max": ARM,
+  "seed=1": [],  # another arm, in a folder of its own
+  "select.budget=0.2": [],
+  "loss.kwargs.beta=0.9": TRAINING,
+  "loss.kwargs.label_smoothing=0.1": TRAINING,
+  "train.lr=0.1": TRAINING,
+  "train.max_updates=3": TRAINING,
+  "train.save_every=1": TRAINING,
+  "train.batch_size=16": ARM,
+  "eval.prompts=8": ["baseline", "evaluate"],
+  "eval.temperature=0.5": ["baseline", "evaluate"],
+  "compare=('all',)": [],
+  "mesh.tensor=2": [],  # the same job on another machine
+  "compile_cache=''": [],
+  "profile.steps=(1,2)": [],
 }
 
 
@@ -78,8 +77,14 @@ def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
   def look(folder, stage, *, fields, inputs, **_):
     found = artifacts.read_card(folder, stage)
     card = artifacts.Card(
-        stage, artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs),
-        fields, inputs, {}, artifacts.Cost(), dict(warnings=[]))
+      stage,
+      artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs),
+      fields,
+      inputs,
+      {},
+      artifacts.Cost(),
+      dict(warnings=[]),
+    )
     said[stage, folder.name] = found is not None and found.key != card.key
     return card
 
@@ -87,8 +92,11 @@ def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
   monkeypatch.setattr(jobs.study.study_page, "terminal", stop)
   assert jobs.run(job, knob).code is None
   folders = {*SHARED, ISA}
-  changed = [s for (s, folder), other in said.items()
-             if other and folder in folders and s not in PAGE]
+  changed = [
+    s
+    for (s, folder), other in said.items()
+    if other and folder in folders and s not in PAGE
+  ]
   assert changed == CHANGED[knob]
   # A page is made from what is evaluated, and no knob of its own.
   if ("report", ISA) in said:
@@ -102,8 +110,12 @@ def stop(*_):
 
 
 def test_the_stages_run_in_order(job):
-  ran = [json.loads(p.read_text())["stage"] for p in sorted(
-      job.rglob("cards/*.json"), key=lambda p: p.stat().st_mtime_ns)]
+  ran = [
+    json.loads(p.read_text())["stage"]
+    for p in sorted(
+      job.rglob("cards/*.json"), key=lambda p: p.stat().st_mtime_ns
+    )
+  ]
   assert ran == [*SHARED, *ARM, *PAGE, *ARM, *PAGE, *PAGE]
   keys = {}
   for path in job.rglob("cards/*.json"):
@@ -170,7 +182,8 @@ def test_the_isa_arm_kept_what_the_equation_ranks_first(job):
   assert [r["id"] for r in subset] == [pool[i]["id"] for i in best]
   assert [r["rank"] for r in subset] == list(range(16))
   assert [s["id"] for s in scores if s["selected"]] == sorted(
-      r["id"] for r in subset)
+    r["id"] for r in subset
+  )
   assert sorted(s["rank"] for s in scores) == list(range(160))
   for row in subset:
     own = next(r for r in pool if r["id"] == row["id"])
@@ -185,17 +198,23 @@ def test_the_reference_numbers_are_those_of_the_embedding_pass(job):
     ids = load(job, f"runs/{arm}/ref_ids.json")
     assert ids == [r["id"] for r in table(job, f"runs/{arm}/subset.parquet")]
     rows = [pool.index(i) for i in ids]
-    np.testing.assert_array_equal(np.load(job / f"runs/{arm}/ref_sum.npy"),
-                                  logp[rows])
-    np.testing.assert_array_equal(np.load(job / f"runs/{arm}/ref_count.npy"),
-                                  count[rows])
+    np.testing.assert_array_equal(
+      np.load(job / f"runs/{arm}/ref_sum.npy"), logp[rows]
+    )
+    np.testing.assert_array_equal(
+      np.load(job / f"runs/{arm}/ref_count.npy"), count[rows]
+    )
   # A subset has them where its sampler read that pass, as TRL calls them.
   subset = table(job, f"runs/{ISA}/subset.parquet")
   np.testing.assert_array_equal(
-      np.float32([[r["ref_chosen_logps"], r["ref_rejected_logps"]]
-                  for r in subset]), np.load(job / f"runs/{ISA}/ref_sum.npy"))
-  assert "ref_chosen_logps" not in table(
-      job, f"runs/{RANDOM}/subset.parquet")[0]
+    np.float32(
+      [[r["ref_chosen_logps"], r["ref_rejected_logps"]] for r in subset]
+    ),
+    np.load(job / f"runs/{ISA}/ref_sum.npy"),
+  )
+  assert (
+    "ref_chosen_logps" not in table(job, f"runs/{RANDOM}/subset.parquet")[0]
+  )
 
 
 def test_training_starts_at_the_reference(job):
@@ -203,7 +222,8 @@ def test_training_starts_at_the_reference(job):
   for arm in (ISA, RANDOM):
     first, *rest = jobs.lines(job / f"runs/{arm}/metrics.jsonl")
     assert first["train/preference_loss"] == pytest.approx(
-        math.log(2), abs=2e-5)
+      math.log(2), abs=2e-5
+    )
     assert first["rewards/margins"] == pytest.approx(0, abs=2e-4)
     assert [x["step"] for x in (first, *rest)] == [0, 1, 2, 3]
     assert any(abs(x["rewards/margins"]) > 1e-4 for x in rest)
@@ -212,17 +232,22 @@ def test_training_starts_at_the_reference(job):
 def test_the_export_holds_the_trained_parameters(job):
   for arm in (ISA, RANDOM):
     tensors = safetensors.numpy.load_file(
-        job / f"runs/{arm}/export/model.safetensors")
+      job / f"runs/{arm}/export/model.safetensors"
+    )
     params = jobs.parameters(job / f"runs/{arm}")
-    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"],
-                                  params["embed"])
     np.testing.assert_array_equal(
-        tensors["model.layers.0.mlp.gate_proj.weight"],
-        params["layers/w_gate"][0].T)
+      tensors["model.embed_tokens.weight"], params["embed"]
+    )
+    np.testing.assert_array_equal(
+      tensors["model.layers.0.mlp.gate_proj.weight"],
+      params["layers/w_gate"][0].T,
+    )
     start = jobs.parameters(job / "shared/sft")
     assert (start["embed"] != params["embed"]).any()  # it did train
-    assert weights.read_config(job / f"runs/{arm}/export", "float32",
-                               "none").width == 32
+    assert (
+      weights.read_config(job / f"runs/{arm}/export", "float32", "none").width
+      == 32
+    )
 
 
 def test_the_pages_and_the_summary(job):
@@ -231,7 +256,8 @@ def test_the_pages_and_the_summary(job):
   assert summary["command"].startswith("python -m jaxalign.main --config=")
   lines = summary["ledger"]["stages"]
   assert [(x["stage"], x["arm"]) for x in lines] == (
-      [(s, "") for s in SHARED] + [(s, a) for a in (ISA, RANDOM) for s in ARM])
+    [(s, "") for s in SHARED] + [(s, a) for a in (ISA, RANDOM) for s in ARM]
+  )
   for name in ("operations", "tokens", "bytes"):
     assert summary["ledger"]["total"][name] == sum(x[name] for x in lines)
   assert all(x["seconds"] >= 0 for x in lines)
@@ -241,8 +267,9 @@ def test_the_pages_and_the_summary(job):
   assert spent["select", RANDOM] == 8 * 320 and spent["select", ISA] == 16 * 320
   arms = summary["ledger"]["arms"]
   assert arms[RANDOM]["select"] == 8 * 320
-  assert arms[ISA]["select"] == (spent["embed", ""] + spent["mixture", ""]
-                                 + 16 * 320)
+  assert arms[ISA]["select"] == (
+    spent["embed", ""] + spent["mixture", ""] + 16 * 320
+  )
   for x in lines:
     assert ("held" in x) == ("predicted_held" in x) == (x["stage"] == "select")
     if x["stage"] == "select":
@@ -264,10 +291,15 @@ def test_the_pages_and_the_summary(job):
 
 
 def test_no_prompt_is_in_two_splits(job):
-  prompts = [{r["prompt"] for r in table(job, f"shared/data/{n}.parquet")}
-             for n in ("sft", "pool", "held_out")]
-  assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2]
-              or prompts[1] & prompts[2])
+  prompts = [
+    {r["prompt"] for r in table(job, f"shared/data/{n}.parquet")}
+    for n in ("sft", "pool", "held_out")
+  ]
+  assert not (
+    prompts[0] & prompts[1]
+    or prompts[0] & prompts[2]
+    or prompts[1] & prompts[2]
+  )
 
 
 # What is refused late, since only an artifact shows it.
@@ -288,15 +320,23 @@ def test_reference_numbers_of_other_rows_are_refused(tmp_path):
   assert "--redo" in ended.err
 
 
-@pytest.mark.parametrize("harm, code, said", [
+@pytest.mark.parametrize(
+  "harm, code, said",
+  [
     (lambda f: (f / "config.json").unlink(), 64, "has no config.json"),
     (lambda f: (f / "model.safetensors").unlink(), 64, "model.safetensors"),
     (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), 65, "cut"),
     (lambda f: (f / "tokenizer.json").write_bytes(b"x"), 64, "tokenizer.json"),
-    (lambda f: ((f / "tokenizer.json").unlink(),
-                (f / "tokenizer.model").write_bytes(b"x")), 64,
-     "SentencePiece"),
-])
+    (
+      lambda f: (
+        (f / "tokenizer.json").unlink(),
+        (f / "tokenizer.model").write_bytes(b"x"),
+      ),
+      64,
+      "SentencePiece",
+    ),
+  ],
+)
 def test_a_checkpoint_that_cannot_be_read(job, tmp_path, harm, code, said):
   folder = tmp_path / "model"
   jobs.shutil.copytree(job / f"runs/{ISA}/export", folder)
@@ -308,31 +348,38 @@ def test_a_checkpoint_that_cannot_be_read(job, tmp_path, harm, code, said):
   assert str(folder) in ended.err and ended.err.count("\n") == 1
 
 
-def test_a_tokenizer_that_no_export_can_hold_is_refused_first(
-    tmp_path, shared):
+def test_a_tokenizer_that_no_export_can_hold_is_refused_first(tmp_path, shared):
   """Not after hours of training: the export is the last stage."""
-  ended = jobs.run(tmp_path, "model.tokenizer="
-                   f"{shared}/tokenizers/t5/sentencepiece.model")
+  ended = jobs.run(
+    tmp_path, f"model.tokenizer={shared}/tokenizers/t5/sentencepiece.model"
+  )
   assert ended.code == 64 and "exported" in ended.err and not jobs.did(ended)
   assert "config.model.tokenizer" in ended.err
 
 
 def test_a_tokenizer_with_more_pieces_than_embeddings(job, tmp_path, shared):
-  ended = jobs.run(tmp_path, f"model.checkpoint={job}/runs/{ISA}/export",
-                   "model.tokenizer="
-                   f"{shared}/tokenizers/mistral-v1/tokenizer.model")
+  ended = jobs.run(
+    tmp_path,
+    f"model.checkpoint={job}/runs/{ISA}/export",
+    f"model.tokenizer={shared}/tokenizers/mistral-v1/tokenizer.model",
+  )
   assert ended.code == 64 and "32000 pieces" in ended.err
   assert not jobs.did(ended)
 
 
 def test_a_checkpoint_of_other_sizes(job, tmp_path):
   folder = job / f"runs/{ISA}/export"
-  ended = jobs.run(tmp_path / "a", f"model.checkpoint={folder}",
-                   "model.context=64", "eval.new_tokens=8")
+  ended = jobs.run(
+    tmp_path / "a",
+    f"model.checkpoint={folder}",
+    "model.context=64",
+    "eval.new_tokens=8",
+  )
   assert ended.code == 64 and "model.context=64" in ended.err
   assert "the checkpoint's 32" in ended.err
-  ended = jobs.run(tmp_path / "b", f"model.checkpoint={folder}",
-                   "mesh.fsdp=2", "mesh.tensor=4")
+  ended = jobs.run(
+    tmp_path / "b", f"model.checkpoint={folder}", "mesh.fsdp=2", "mesh.tensor=4"
+  )
   assert ended.code == 64 and "config.mesh" in ended.err
 
 
@@ -342,8 +389,9 @@ def test_a_checkpoint_of_other_sizes(job, tmp_path):
 @pytest.mark.slow
 def test_a_kto_job(tmp_path):
   """Pairs become thumbs; mismatched rows get their reference numbers."""
-  ended = jobs.run(tmp_path, "train.batch_size=16", "compare=()",
-                   config="kto_sub.py:tiny")
+  ended = jobs.run(
+    tmp_path, "train.batch_size=16", "compare=()", config="kto_sub.py:tiny"
+  )
   assert ended.code == 0, ended
   assert "pairs split into 320 thumbs for kto" in ended.out
   folder = tmp_path / "runs" / ISA
@@ -352,26 +400,47 @@ def test_a_kto_job(tmp_path):
   # The classes weigh by what was kept, and a row's loss begins at half of that.
   up = sum(row["label"] for row in table(folder, "subset.parquet"))
   weight = max(1, (32 - up) / up), max(1, up / (32 - up) * 3 / 4)
-  assert (f"{up} thumbs up and {32 - up} down: a row of the first weighs "
-          f"{weight[0]:.3f}, of the second {weight[1]:.3f}") in ended.out
+  assert (
+    f"{up} thumbs up and {32 - up} down: a row of the first weighs "
+    f"{weight[0]:.3f}, of the second {weight[1]:.3f}"
+  ) in ended.out
   first = jobs.lines(folder / "metrics.jsonl")[0]
-  assert min(abs(first["train/preference_loss"] - (
-      weight[0] * k + weight[1] * (16 - k)) / 32) for k in range(17)) < 1e-5
-  again = jobs.run(tmp_path, "train.batch_size=16", "compare=()",
-                   config="kto_sub.py:tiny")
+  assert (
+    min(
+      abs(
+        first["train/preference_loss"]
+        - (weight[0] * k + weight[1] * (16 - k)) / 32
+      )
+      for k in range(17)
+    )
+    < 1e-5
+  )
+  again = jobs.run(
+    tmp_path, "train.batch_size=16", "compare=()", config="kto_sub.py:tiny"
+  )
   assert again.code == 0 and not jobs.did(again)
 
 
 @pytest.mark.slow
 def test_thumbs_of_one_label_end_in_a_whole_report(tmp_path):
   """Nothing can be ranked: accuracy has no pairs, and no JSON holds NaN."""
-  rows = [dict(prompt=f"tell me of {i} ", completion=f"it is {i} and {i % 7}",
-               label=True) for i in range(120)]
+  rows = [
+    dict(
+      prompt=f"tell me of {i} ", completion=f"it is {i} and {i % 7}", label=True
+    )
+    for i in range(120)
+  ]
   path = tmp_path / "x.jsonl"
   path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-  ended = jobs.run(tmp_path / "work", f"data.source={path}", "compare=()",
-                   "select.budget=1.0", "train.batch_size=8", "data.seed=1",
-                   config="kto_sub.py:tiny")
+  ended = jobs.run(
+    tmp_path / "work",
+    f"data.source={path}",
+    "compare=()",
+    "select.budget=1.0",
+    "train.batch_size=8",
+    "data.seed=1",
+    config="kto_sub.py:tiny",
+  )
   assert ended.code == 0, ended
   assert "are liked; kto(beta=0.3) will only push one way" in ended.out
   assert "all kept rows have the same label" in ended.out
@@ -384,12 +453,19 @@ def test_thumbs_of_one_label_end_in_a_whole_report(tmp_path):
 def test_a_file_of_pairs_without_a_known_truth(tmp_path):
   """No world: no win rate; accuracy, KL and samples are there."""
   rng = np.random.default_rng(0)
-  rows = [dict(prompt=f"tell me of {i} ", chosen=f"it is {i} and good",
-               rejected=f"no {rng.integers(99)} at all") for i in range(200)]
+  rows = [
+    dict(
+      prompt=f"tell me of {i} ",
+      chosen=f"it is {i} and good",
+      rejected=f"no {rng.integers(99)} at all",
+    )
+    for i in range(200)
+  ]
   path = tmp_path / "x.jsonl"
   path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-  ended = jobs.run(tmp_path / "work", f"data.source={path}",
-                   "select.budget=0.2")
+  ended = jobs.run(
+    tmp_path / "work", f"data.source={path}", "select.budget=0.2"
+  )
   assert ended.code == 0, ended
   measured = load(tmp_path, "work/runs/isa-0.2-seed0/eval.json")
   assert "win_vs_target" not in measured and measured["accuracy"]["n"] > 10
@@ -404,11 +480,16 @@ def test_a_mesh_with_two_axes_chooses_the_same_rows(job, tmp_path):
   found = jobs.run(tmp_path / "4x2", flag, "compare=()", "mesh.tensor=2")
   assert wanted.code == found.code == 0
   read = lambda work, name: (tmp_path / work / name).read_bytes()
-  for name in ("shared/embed/store/embedding/00000.npy",
-               f"runs/{ISA}/subset.parquet", "shared/baseline/samples.jsonl"):
+  for name in (
+    "shared/embed/store/embedding/00000.npy",
+    f"runs/{ISA}/subset.parquet",
+    "shared/baseline/samples.jsonl",
+  ):
     assert read("8x1", name) == read("4x2", name), name
-  one, two = (jobs.lines(tmp_path / w / f"runs/{ISA}/metrics.jsonl")
-              for w in ("8x1", "4x2"))
+  one, two = (
+    jobs.lines(tmp_path / w / f"runs/{ISA}/metrics.jsonl")
+    for w in ("8x1", "4x2")
+  )
   for a, b in zip(one, two, strict=True):
     assert a["train/loss"] == pytest.approx(b["train/loss"], abs=2e-5)
 
@@ -420,11 +501,14 @@ def test_the_true_margin_is_an_oracle_and_says_so(tmp_path):
   assert "it reads the world's true reward" in ended.out
   world = prepare.world_of(common.base("tiny"))
   rows = tables.read_table(tmp_path / "shared/data/pool.parquet")
-  margin = np.array([
+  margin = np.array(
+    [
       world_lib.reward(world, row["prompt"], row["chosen"])
       - world_lib.reward(world, row["prompt"], row["rejected"])
-      for row in rows])
-  folder, = (tmp_path / "runs").iterdir()
+      for row in rows
+    ]
+  )
+  (folder,) = (tmp_path / "runs").iterdir()
   kept = set(tables.read_column(folder / "subset.parquet", "id"))
   inside = np.array([row["id"] in kept for row in rows])
   assert margin[inside].min() >= margin[~inside].max() > margin.min()

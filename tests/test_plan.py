@@ -7,26 +7,32 @@ import subprocess
 import sys
 import types
 
+from conftest import ROOT
 import jax
+import jobs
 import numpy as np
 import pytest
 
 from configs import common
-import jobs
-from conftest import ROOT
 from jaxalign import job as job_lib
-from jaxalign import memory
-from jaxalign import plan
-from jaxalign import sharding
-from jaxalign import study
+from jaxalign import memory, plan, sharding, study
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.stages import embed as passes
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 
-M = decoder.ModelConfig(layers=3, width=32, heads=4, kv_heads=2, head_size=8,
-                        ff=40, vocab=48, context=16, tied=False)
+M = decoder.ModelConfig(
+  layers=3,
+  width=32,
+  heads=4,
+  kv_heads=2,
+  head_size=8,
+  ff=40,
+  vocab=48,
+  context=16,
+  tied=False,
+)
 
 
 def on_one_device(tree):
@@ -47,8 +53,17 @@ def test_memory_of_the_state_is_what_a_device_holds():
 
 
 def test_memory_of_a_step_by_hand():
-  m = decoder.ModelConfig(layers=2, width=4, heads=2, kv_heads=1, head_size=2,
-                          ff=3, vocab=10, context=16, remat="full")
+  m = decoder.ModelConfig(
+    layers=2,
+    width=4,
+    heads=2,
+    kv_heads=1,
+    head_size=2,
+    ff=3,
+    vocab=10,
+    context=16,
+    remat="full",
+  )
   one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   held = memory.train_step(m, one, rows=6, length=5, chunk=2)
   # A layer: q, o 4x4, k, v 4x2, three of 4x3, two norms of 4: 92. The table is
@@ -65,28 +80,45 @@ def test_memory_of_a_step_by_hand():
   assert (layer, head) == (9016, 2240)
   assert held["logits"] == 2 * 4 * 6 * 2 * 10
   assert held["workspace"] + held["logits"] == 9016
-  wide = memory.train_step(m._replace(vocab=200), one, rows=6, length=5,
-                           chunk=2)
-  assert wide["workspace"] + wide["logits"] == (
-      2 * 4 * 6 * 2 * 200 + 8 * 800 + 960) == 26560
+  wide = memory.train_step(
+    m._replace(vocab=200), one, rows=6, length=5, chunk=2
+  )
+  assert (
+    wide["workspace"] + wide["logits"]
+    == (2 * 4 * 6 * 2 * 200 + 8 * 800 + 960)
+    == 26560
+  )
   # Rematerialisation keeps less and needs more at once.
-  kept = {r: memory.train_step(m._replace(remat=r), one, rows=6, length=5,
-                               chunk=2) for r in decoder.REMAT}
-  assert (kept["none"]["activations"] > kept["dots"]["activations"]
-          > kept["full"]["activations"])
+  kept = {
+    r: memory.train_step(m._replace(remat=r), one, rows=6, length=5, chunk=2)
+    for r in decoder.REMAT
+  }
+  assert (
+    kept["none"]["activations"]
+    > kept["dots"]["activations"]
+    > kept["full"]["activations"]
+  )
   assert kept["none"]["workspace"] < kept["full"]["workspace"]
-  half = memory.train_step(m._replace(dtype="bfloat16"), one, rows=6, length=5,
-                           chunk=2)
+  half = memory.train_step(
+    m._replace(dtype="bfloat16"), one, rows=6, length=5, chunk=2
+  )
   assert half["activations"] == held["activations"] // 2
   assert half["parameters"] == held["parameters"]
 
 
 def test_the_mesh_divides_memory():
   sizes = dict(rows=16, length=16, chunk=8)
-  held = {shape: memory.train_step(M, sharding.make_mesh(
-      dict(fsdp=shape[0], tensor=shape[1]),
-      jax.devices()[:shape[0] * shape[1]]), **sizes)
-          for shape in ((1, 1), (4, 1), (4, 2))}
+  held = {
+    shape: memory.train_step(
+      M,
+      sharding.make_mesh(
+        dict(fsdp=shape[0], tensor=shape[1]),
+        jax.devices()[: shape[0] * shape[1]],
+      ),
+      **sizes,
+    )
+    for shape in ((1, 1), (4, 1), (4, 2))
+  }
   whole = 4 * decoder.parameter_count(M)
   norms = 4 * M.width * (2 * M.layers + 1)  # on every device
   assert held[1, 1]["parameters"] == whole
@@ -95,8 +127,10 @@ def test_the_mesh_divides_memory():
   assert held[4, 1]["activations"] == held[1, 1]["activations"] // 4
 
 
-@pytest.mark.parametrize("kind, size", [
-    ("TPU v5 lite", 16), ("TPU v5", 95), ("TPU v6 lite", 32), ("cpu", None)])
+@pytest.mark.parametrize(
+  "kind, size",
+  [("TPU v5 lite", 16), ("TPU v5", 95), ("TPU v6 lite", 32), ("cpu", None)],
+)
 def test_the_memory_of_a_device(kind, size):
   device = types.SimpleNamespace(device_kind=kind)
   assert memory.size_of(device) == (size and size * 2**30)
@@ -106,12 +140,22 @@ def test_the_memory_of_a_device(kind, size):
 
 def test_what_cannot_fit_is_refused_with_its_parts():
   gib = 2**30
-  held = dict(parameters=4 * gib, gradients=4 * gib, optimizer=8 * gib,
-              activations=2 * gib, logits=gib, workspace=gib)
+  held = dict(
+    parameters=4 * gib,
+    gradients=4 * gib,
+    optimizer=8 * gib,
+    activations=2 * gib,
+    logits=gib,
+    workspace=gib,
+  )
   small = types.SimpleNamespace(device_kind="TPU v5 lite")  # 16 GiB
-  with pytest.raises(ConfigError, match=(
+  with pytest.raises(
+    ConfigError,
+    match=(
       r"about 20.0 GiB a device \(parameters 4.0, .* a TPU v5 lite has 16.0 "
-      "GiB; raise config.mesh.fsdp")):
+      "GiB; raise config.mesh.fsdp"
+    ),
+  ):
     memory.check_fits(held, small)
   memory.check_fits(held, small, force=True)
   memory.check_fits(held | dict(optimizer=6 * gib), small)  # half the estimate
@@ -120,11 +164,19 @@ def test_what_cannot_fit_is_refused_with_its_parts():
   memory.check_fits(held, types.SimpleNamespace(device_kind="cpu"))
 
 
-@pytest.mark.parametrize("kind, rate", [
-    ("TPU v5 lite", 79e12), ("TPU v5", 184e12), ("TPU v6 lite", 367e12),
-    ("TPU v4", 110e12), ("NVIDIA H200", 396e12),
-    ("NVIDIA A100-SXM4-80GB", 125e12), ("cpu", plan.rates.RATES["cpu"]),
-    ("a kind that is not known", plan.rates.RATES["cpu"])])
+@pytest.mark.parametrize(
+  "kind, rate",
+  [
+    ("TPU v5 lite", 79e12),
+    ("TPU v5", 184e12),
+    ("TPU v6 lite", 367e12),
+    ("TPU v4", 110e12),
+    ("NVIDIA H200", 396e12),
+    ("NVIDIA A100-SXM4-80GB", 125e12),
+    ("cpu", plan.rates.RATES["cpu"]),
+    ("a kind that is not known", plan.rates.RATES["cpu"]),
+  ],
+)
 def test_the_rate_of_a_device(kind, rate):
   assert plan.rate_of(types.SimpleNamespace(device_kind=kind)) == rate
 
@@ -135,11 +187,22 @@ def dry_run(folder, *flags):
   workdir = folder / "work"
   workdir.mkdir()
   return subprocess.Popen(
-      [sys.executable, "-m", "jaxalign.main",
-       "--config=configs/dpo_sub.py:smoke", f"--workdir={workdir}",
-       "--config.compile_cache=", "--dry_run", *flags], cwd=ROOT, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      env=os.environ | dict(HOME=str(folder)))
+    [
+      sys.executable,
+      "-m",
+      "jaxalign.main",
+      "--config=configs/dpo_sub.py:smoke",
+      f"--workdir={workdir}",
+      "--config.compile_cache=",
+      "--dry_run",
+      *flags,
+    ],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    env=os.environ | dict(HOME=str(folder)),
+  )
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +210,28 @@ def said(tmp_path_factory):
   """The output of two dry runs: the built-in world, and a file of pairs."""
   folder = tmp_path_factory.mktemp("plan")
   source = folder / "pairs.jsonl"
-  source.write_text("".join(json.dumps(dict(
-      prompt=f"question {i} " + "word " * (i % 7), chosen=f" yes, answer {i}",
-      rejected=f" no, never {i}")) + "\n" for i in range(400)))
-  runs = dict(world=dry_run(folder / "world"), file=dry_run(
-      folder / "file", f"--config.data.source={source}",
+  source.write_text(
+    "".join(
+      json.dumps(
+        dict(
+          prompt=f"question {i} " + "word " * (i % 7),
+          chosen=f" yes, answer {i}",
+          rejected=f" no, never {i}",
+        )
+      )
+      + "\n"
+      for i in range(400)
+    )
+  )
+  runs = dict(
+    world=dry_run(folder / "world"),
+    file=dry_run(
+      folder / "file",
+      f"--config.data.source={source}",
       "--config.select.budget=0.5",
-      "--config.compare=('random',)"))
+      "--config.compare=('random',)",
+    ),
+  )
   out = {}
   for name, process in runs.items():
     text = process.communicate(timeout=120)[0]
@@ -167,10 +245,14 @@ def said(tmp_path_factory):
 
 def stages_of(text):
   """Stage -> (count, unit, operations), as printed."""
-  return {name.strip(): (int(count.replace(",", "")), unit, float(operations))
-          for name, count, unit, operations in re.findall(
-              r"^  (\S.{27}) *([\d,]+) (\w+) +(\S+) operations  about",
-              text, re.MULTILINE)}
+  return {
+    name.strip(): (int(count.replace(",", "")), unit, float(operations))
+    for name, count, unit, operations in re.findall(
+      r"^  (\S.{27}) *([\d,]+) (\w+) +(\S+) operations  about",
+      text,
+      re.MULTILINE,
+    )
+  }
 
 
 def test_a_dry_run_prints_the_whole_job(said):
@@ -185,24 +267,41 @@ def test_a_dry_run_prints_the_whole_job(said):
   assert stages["align isa-0.1-seed0"][:2] == (38, "updates")
   assert stages["align all-1-seed0"][:2] == (125, "updates")
   total = float(re.search(r"in all +(\S+) operations", text)[1])
-  np.testing.assert_allclose(total, sum(s[2] for s in stages.values()),
-                             rtol=0.02)
+  np.testing.assert_allclose(
+    total, sum(s[2] for s in stages.values()), rtol=0.02
+  )
   # Training on all: three forward passes over 125 batches of 64 answers, each
   # of which cost the embedding pass one.
   np.testing.assert_allclose(
-      stages["align all-1-seed0"][2] / stages["embed"][2],
-      3 * 125 * 64 / 8000, rtol=0.02)
+    stages["align all-1-seed0"][2] / stages["embed"][2],
+    3 * 125 * 64 / 8000,
+    rtol=0.02,
+  )
   # Before anything runs, what choosing takes, of every sampler.
   chosen = dict(re.findall(r"choosing by (\S+): (\S+) operations", text))
   assert list(chosen) == ["isa-0.1", "random-0.1", "all-1"]
   np.testing.assert_allclose(
-      float(chosen["isa-0.1"]), stages["embed"][2] + stages["mixture"][2]
-      + stages["select isa-0.1-seed0"][2], rtol=0.02)
-  assert re.search(r"choosing by isa-0.1: .*\(embed, mixture, select\), about "
-                   r"\S+; reads 62.5 KiB, holds \S+ KiB, 0.0 KiB on the", text)
+    float(chosen["isa-0.1"]),
+    stages["embed"][2]
+    + stages["mixture"][2]
+    + stages["select isa-0.1-seed0"][2],
+    rtol=0.02,
+  )
+  assert re.search(
+    r"choosing by isa-0.1: .*\(embed, mixture, select\), about "
+    r"\S+; reads 62.5 KiB, holds \S+ KiB, 0.0 KiB on the",
+    text,
+  )
   assert "choosing by random-0.1: " in text and "(select), about" in text
-  for words in ("nothing computed", "memory a device", "parameters",
-                "optimizer", "activations", "GFLOP/s", "'fsdp': 8"):
+  for words in (
+    "nothing computed",
+    "memory a device",
+    "parameters",
+    "optimizer",
+    "activations",
+    "GFLOP/s",
+    "'fsdp': 8",
+  ):
     assert words in text
 
 
@@ -231,17 +330,24 @@ def a_job(sampler, compare=(), **knobs):
   return job, study.arms_of(c)
 
 
-ROWS, TOKENS = dict(sft=200, pool=160, held_out=40), dict.fromkeys(
-    ("sft", "pool", "held_out"), 14.0)
+ROWS, TOKENS = (
+  dict(sft=200, pool=160, held_out=40),
+  dict.fromkeys(("sft", "pool", "held_out"), 14.0),
+)
 
 
 def test_stages_that_samplers_read_are_planned_by_hand():
-  job, arms = a_job("ifd", ("ask_llm", "implicit_margin", "selective_dpo"),
-                    proxy__models=6, proxy__half_updates=0, ask__context=384)
+  job, arms = a_job(
+    "ifd",
+    ("ask_llm", "implicit_margin", "selective_dpo"),
+    proxy__models=6,
+    proxy__half_updates=0,
+    ask__context=384,
+  )
   found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
   # Width 32, one layer, 2 heads of 16, 64 between; 512 pieces.
   layer = 2 * (4 * 32 * 32 + 3 * 32 * 64)
-  row = lambda t, logits: (layer * t + 4 * 32 * t * t + 2 * 32 * 512 * logits)
+  row = lambda t, logits: layer * t + 4 * 32 * t * t + 2 * 32 * 512 * logits
   assert found["embed", ""].operations == 320 * row(14, 14)
   assert found["alone", ""].operations == 320 * row(8, 8)
   question = int(14 + (len(job.c.ask.question) + 64) / 3)
@@ -249,32 +355,47 @@ def test_stages_that_samplers_read_are_planned_by_hand():
   # Four updates of eight pairs, forward and backward; the pool once.
   assert found["proxy", ""].operations == (3 * 4 * 16 + 320) * row(14, 14)
   # Six models, each once over its half, 80 pairs, and once over the pool.
-  assert found["held_out", ""].operations == 6 * (
-      3 * 10 * 16 + 320) * row(14, 14)
+  assert found["held_out", ""].operations == 6 * (3 * 10 * 16 + 320) * row(
+    14, 14
+  )
   assert ("mixture", "") not in found and ("rewards", "") not in found
   for arm in arms:
     assert found["select", arm.name].seconds > 0
     assert found["select", arm.name].held > 0
   rate = plan.rate_of(job.mesh.devices.flat[0])
-  np.testing.assert_allclose(found["proxy", ""].seconds * rate,
-                             found["proxy", ""].operations)
+  np.testing.assert_allclose(
+    found["proxy", ""].seconds * rate, found["proxy", ""].operations
+  )
 
 
-@pytest.mark.parametrize("loss,online,rank,passes", [
-    ("dpo", False, 0, 3 * 3 + 1), ("dpo", True, 0, 3 * 4),
+@pytest.mark.parametrize(
+  "loss,online,rank,passes",
+  [
+    ("dpo", False, 0, 3 * 3 + 1),
+    ("dpo", True, 0, 3 * 4),
     ("simpo", False, 0, 3 * 3),
     # Adapters: no gradients of the frozen weights; attention moves both ways.
     ("dpo", False, 2, (3 * 2 + 1, 3 * 3 + 1)),
     # A mismatched row beside each, by both models; the pass that finds delta.
-    ("kto", False, 0, 3 * (3 + 2) + 1), ("kto", True, 0, 3 * (4 + 2)),
-    ("bco", False, 0, 3 * 4 + 1)])
+    ("kto", False, 0, 3 * (3 + 2) + 1),
+    ("kto", True, 0, 3 * (4 + 2)),
+    ("bco", False, 0, 3 * 4 + 1),
+  ],
+)
 def test_what_aligning_on_the_whole_pool_takes(loss, online, rank, passes):
-  job, _ = a_job("isa", loss__name=loss, lora__rank=rank, train__epochs=3,
-                 train__reference="online" if online else "stored")
+  job, _ = a_job(
+    "isa",
+    loss__name=loss,
+    lora__rank=rank,
+    train__epochs=3,
+    train__reference="online" if online else "stored",
+  )
   weights, squares = passes if rank else (passes, passes)
   # Width 32, one layer, 2 heads of 16, 64 between; 512 pieces.
-  row = (weights * (2 * (4 * 32 * 32 + 3 * 32 * 64) * 14 + 2 * 32 * 512 * 14)
-         + squares * 4 * 32 * 14 * 14)
+  row = (
+    weights * (2 * (4 * 32 * 32 + 3 * 32 * 64) * 14 + 2 * 32 * 512 * 14)
+    + squares * 4 * 32 * 14 * 14
+  )
   answers = 160 if loss in ("kto", "bco") else 320
   assert plan.aligning_all(job, plan._model(job.c), 160, 14) == answers * row
 
@@ -283,8 +404,10 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   """Its keywords count, and each part at the rate of what it runs on."""
   rows = ROWS | dict(pool=200_000)
   seconds = lambda job, arms: {
-      x.arm: x.seconds for x in plan.lines(job, arms, rows, TOKENS)
-      if x.stage == "select"}
+    x.arm: x.seconds
+    for x in plan.lines(job, arms, rows, TOKENS)
+    if x.stage == "select"
+  }
   rest = 200_000 * (plan.SECONDS_A_ROW + 2 * 4 * 32 / plan.READING)
   names = ("facility_location", "facility_location(exact=True)")
   drawn, exact = seconds(*a_job(names[0], names[1:])).values()
@@ -298,22 +421,35 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   assert same == exact
   job, arms = a_job(names[0])
   job.c.select.kwargs = dict(blocks=50, epsilon=0.2)
-  got = plan.sampling(job, arms[0], 200_000, plan.embedder.choose(
-      job.c, plan._model(job.c)), plan._model(job.c))
+  got = plan.sampling(
+    job,
+    arms[0],
+    200_000,
+    plan.embedder.choose(job.c, plan._model(job.c)),
+    plan._model(job.c),
+  )
   np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
-      got.on_host, work / 50)
+    got.on_host, work / 50
+  )
   assert got.operations < work / 10 and got.device == 4 * 200_000 * 32
 
 
 def test_a_closed_form_is_fitted_once():
   """Of ten starts and the card's refits each is the same."""
   count = lambda job, arms: {
-      x.stage: x for x in plan.lines(job, arms, ROWS, TOKENS)}
+    x.stage: x for x in plan.lines(job, arms, ROWS, TOKENS)
+  }
   mixture = dict(starts=10, components="2")
-  many = count(*a_job("isa", select__mixture=mixture,
-                      select__stability_seeds=3))
-  once = count(*a_job("isa", select__mixture=mixture | dict(
-      components="labels"), select__stability_seeds=3))
+  many = count(
+    *a_job("isa", select__mixture=mixture, select__stability_seeds=3)
+  )
+  once = count(
+    *a_job(
+      "isa",
+      select__mixture=mixture | dict(components="labels"),
+      select__stability_seeds=3,
+    )
+  )
   # All rows, and the half that is scored on the other.
   assert (many["mixture"].count, once["mixture"].count) == (10 * 5, 2)
   assert many["select"].operations == 4 * once["select"].operations > 0
@@ -321,24 +457,30 @@ def test_a_closed_form_is_fitted_once():
 
 def test_a_word_for_a_number_is_named_before_anything_runs():
   job, arms = a_job("dpp", select__kwargs=dict(blocks="many"))
-  with pytest.raises(ConfigError, match="'dpp' cannot work with its keywords "
-                     ".*; set config.select.kwargs"):
+  with pytest.raises(
+    ConfigError,
+    match="'dpp' cannot work with its keywords .*; set config.select.kwargs",
+  ):
     plan.lines(job, arms, ROWS, TOKENS)
 
 
 def test_a_choice_of_days_is_refused_before_anything_is_embedded(
-    tmp_path, monkeypatch):
+  tmp_path, monkeypatch
+):
   """160 pairs, 16 of them kept, 32 numbers: 2 * 160 * 16 * 32 operations."""
   run = lambda *more: jobs.run(
-      tmp_path / "work", "select.sampler=k_center", "compare=()", *more)
+    tmp_path / "work", "select.sampler=k_center", "compare=()", *more
+  )
   rates = plan.rates
   monkeypatch.setattr(rates, "RATES", dict(cpu=1.0))
   hours = 2 * 160 * 16 * 32 / 8 / 3600  # on eight devices
   monkeypatch.setattr(plan.rows_lib, "HOURS", hours / 1.001)
   ended = run()
   assert ended.code == 64 and re.search(
-      r"'k_center' would take about 6 hours to choose from 160 rows, 1.64e\+05 "
-      r"operations, above the 5.68\d* .*blocks.*budget.*density", ended.err)
+    r"'k_center' would take about 6 hours to choose from 160 rows, 1.64e\+05 "
+    r"operations, above the 5.68\d* .*blocks.*budget.*density",
+    ended.err,
+  )
   made = sorted(p.name for p in (tmp_path / "work/shared").iterdir())
   assert made == ["data"]  # no model was trained, no row embedded
   said = run("--dry_run")
@@ -350,8 +492,12 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_one_pass_is_planned_by_what_each_stage_adds(layers):
-  job, arms = a_job("crossfit", ("real", "implicit_margin"), model__layers=2,
-                    embed__layers=layers)
+  job, arms = a_job(
+    "crossfit",
+    ("real", "implicit_margin"),
+    model__layers=2,
+    embed__layers=layers,
+  )
   found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
   layer = 2 * 14 * (4 * 32 * 32 + 3 * 32 * 64) + 4 * 32 * 14 * 14
   head = 2 * 32 * 512 * 14
@@ -361,27 +507,44 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
   got = {s: found[s, ""].operations for s in passes.KEEPS if (s, "") in found}
   assert got == {s: 320 * x for s, x in wanted.items()}
   # What an arm alone would take, and not what others have left of it.
-  alone = lambda arm: {x.stage: x.operations for x in plan._choosing(
-      job, arm, [*found.values()], plan._model(job.c), 14.0) if not x.arm}
+  alone = lambda arm: {
+    x.stage: x.operations
+    for x in plan._choosing(
+      job, arm, [*found.values()], plan._model(job.c), 14.0
+    )
+    if not x.arm
+  }
   whole = 320 * (2 * layer + 3 * head)
   assert sum(alone(arms[0]).values()) == whole
   assert alone(arms[1]) == dict(answer=320 * layer * (1 if layers else 2))
   # Proxies start from what the pass has said; so do the kept rows of arms
   # that read it.
   assert found["proxy", ""].operations == (3 * 4 * 16 + 320) * (
-      2 * layer + head)
+    2 * layer + head
+  )
   rows = {arm.sampler: ("ref_logps", arm.name) in found for arm in arms}
   assert rows == dict(crossfit=False, real=bool(layers), implicit_margin=False)
 
 
 def test_a_reward_model_and_small_proxies_are_planned(tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps(dict(
-      architectures=["BertForSequenceClassification"], model_type="bert",
-      hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
-      intermediate_size=12, vocab_size=9, max_position_embeddings=40,
-      id2label={"0": "reward"})))
+  (tmp_path / "config.json").write_text(
+    json.dumps(
+      dict(
+        architectures=["BertForSequenceClassification"],
+        model_type="bert",
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        vocab_size=9,
+        max_position_embeddings=40,
+        id2label={"0": "reward"},
+      )
+    )
+  )
   job, arms = a_job("external_margin", rewards__checkpoint=str(tmp_path))
   found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
   layer = 2 * (4 * 8 * 8 + 2 * 8 * 12) * 14 + 4 * 8 * 14 * 14
   assert found["rewards", ""].operations == 320 * (
-      2 * layer + 2 * 8 * 8 + 2 * 8)
+    2 * layer + 2 * 8 * 8 + 2 * 8
+  )

@@ -4,17 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from scipy import optimize
-from scipy import stats
+from scipy import optimize, stats
 
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval import plateau
 
 X = np.array([0, 10, 25, 50, 75, 100.0])
 PAPER = {  # table 2, Khera et al. 2024
-    "hh": [18.27, 78.73, 81.32, 81.60, 83.17, 82.71],
-    "oasst": [8.45, 15.23, 10.42, 17.51, 21.69, 24.66],
-    "ultrafeedback": [7.60, 17.13, 23.74, 23.98, 27.48, 26.87],
+  "hh": [18.27, 78.73, 81.32, 81.60, 83.17, 82.71],
+  "oasst": [8.45, 15.23, 10.42, 17.51, 21.69, 24.66],
+  "ultrafeedback": [7.60, 17.13, 23.74, 23.98, 27.48, 26.87],
 }
 
 
@@ -25,23 +24,31 @@ def curve(x, r, a, b):
 def rss(y, x=X, w=1.0, **fixed):
   """Least weighted squares by scipy's own search, from many starts."""
   names = [n for n in "rab" if n not in fixed]
+
   def residual(v):
     return np.sqrt(w) * (curve(x, **fixed, **dict(zip(names, v))) - y)
+
   ranges = dict(r=(0, 100), a=(0, 100), b=(1e-6, 10))
   low, high = zip(*(ranges[n] for n in names))
   best = np.inf
   for b in (0.01, 0.05, 0.3):
     start = [dict(r=max(y), a=min(y), b=b)[n] for n in names]
-    found = optimize.least_squares(residual, start, bounds=(low, high),
-                                   x_scale=[dict(r=10, a=10, b=.1)[n]
-                                            for n in names], xtol=1e-14,
-                                   ftol=1e-14, gtol=1e-14)
+    found = optimize.least_squares(
+      residual,
+      start,
+      bounds=(low, high),
+      x_scale=[dict(r=10, a=10, b=0.1)[n] for n in names],
+      xtol=1e-14,
+      ftol=1e-14,
+      gtol=1e-14,
+    )
     best = min(best, 2 * found.cost)
   return best
 
 
-@pytest.mark.parametrize("name,r,b", [("hh", "82.22", "0.290"),
-                                      ("ultrafeedback", "26.52", "0.069")])
+@pytest.mark.parametrize(
+  "name,r,b", [("hh", "82.22", "0.290"), ("ultrafeedback", "26.52", "0.069")]
+)
 def test_the_paper_s_table(name, r, b):
   found = plateau.fit(X, PAPER[name])
   assert found["identified"]
@@ -80,13 +87,15 @@ def test_the_errors_given_are_the_weights():
   assert least / 3 < 1  # so the errors are believed as they are
   high = found["r"]["high"]
   assert rss(y, w=1 / se**2, r=high) == pytest.approx(
-      least + stats.chi2.ppf(0.95, 1), rel=1e-4)
+    least + stats.chi2.ppf(0.95, 1), rel=1e-4
+  )
   # Errors far too small are not believed: the misfit widens the interval.
   tiny = plateau.fit(X, y, se / 100)
   assert tiny["r"]["value"] == pytest.approx(found["r"]["value"], abs=1e-4)
   most = least * 1e4 * (1 + stats.chi2.ppf(0.95, 1) / 3)
   assert rss(y, w=1e4 / se**2, r=tiny["r"]["high"]) == pytest.approx(
-      most, rel=1e-3)
+    most, rel=1e-3
+  )
 
 
 def test_a_repeated_share_is_two_points():
@@ -100,11 +109,13 @@ def test_a_repeated_share_is_two_points():
 
 def test_an_exact_curve_is_found():
   found = plateau.fit(X, curve(X, 60, 30, 0.08))
-  np.testing.assert_allclose([found[k]["value"] for k in "rab"],
-                             [60, 30, 0.08], rtol=1e-5)
+  np.testing.assert_allclose(
+    [found[k]["value"] for k in "rab"], [60, 30, 0.08], rtol=1e-5
+  )
   assert found["identified"] and found["best"] == "plateau"
-  np.testing.assert_allclose(plateau.predict(found, [5.0]),
-                             60 - 30 * np.exp(-0.4), rtol=1e-5)
+  np.testing.assert_allclose(
+    plateau.predict(found, [5.0]), 60 - 30 * np.exp(-0.4), rtol=1e-5
+  )
   half = plateau.data_for(found, 0.5)
   assert half["value"] == pytest.approx(np.log(2) / 0.08, rel=1e-4)
   assert half["low"] <= half["value"] <= half["high"]
@@ -117,10 +128,14 @@ def test_shares_instead_of_percent():
   assert b["b"]["high"] == pytest.approx(a["b"]["high"], rel=1e-5)
 
 
-@pytest.mark.parametrize("make,best", [
+@pytest.mark.parametrize(
+  "make,best",
+  [
     (lambda x: 20 + 0.3 * x, "line"),
     (lambda x: 20 + 8 * np.log1p(x), "logarithm"),
-    (lambda x: 20 + 9 * x**0.4, "power law")])
+    (lambda x: 20 + 9 * x**0.4, "power law"),
+  ],
+)
 def test_growth_without_an_end_is_no_plateau(make, best):
   x = np.array([0, 2, 5, 10, 25, 50, 75, 100.0])
   y = make(x) + np.random.default_rng(0).normal(0, 0.3, len(x))
@@ -132,29 +147,36 @@ def test_growth_without_an_end_is_no_plateau(make, best):
 
 def test_no_growth_at_all_is_no_plateau():
   rng = np.random.default_rng(0)
-  found = [plateau.fit(X, 50 + rng.normal(0, 2, 6))["identified"]
-           for _ in range(10)]
+  found = [
+    plateau.fit(X, 50 + rng.normal(0, 2, 6))["identified"] for _ in range(10)
+  ]
   assert sum(found) <= 1
   assert not plateau.fit(X, np.full(6, 50.0))["identified"]
 
 
 def test_held_out_error_of_a_line_by_hand():
   y = np.array(PAPER["oasst"])
-  missed = [y[i] - np.polyval(np.polyfit(np.delete(X, i), np.delete(y, i), 1),
-                              X[i]) for i in range(1, 6)]
+  missed = [
+    y[i] - np.polyval(np.polyfit(np.delete(X, i), np.delete(y, i), 1), X[i])
+    for i in range(1, 6)
+  ]
   found = plateau.fit(X, y)["curves"]["line"]
   assert found["held_out"] == pytest.approx(np.sqrt(np.mean(np.square(missed))))
   r2 = np.corrcoef(X, y)[0, 1] ** 2
   assert found["r2"] == pytest.approx(r2)
 
 
-@pytest.mark.parametrize("x,y,words", [
+@pytest.mark.parametrize(
+  "x,y,words",
+  [
     ([0, 10, 100], [1, 2, 3], "3 different data shares, wanted at least 4"),
     ([0, 10, 100, 100], [1, 2, 3, 3], "3 different"),
     ([0, 1, 2, 3], [1, 2, 3], "one of each"),
     ([0, 1, 2, -3], [1, 2, 3, 4], "at least 0"),
     ([0, 1, 2, 3], [1, 2, np.nan, 4], "finite"),
-    ([0, 1, 2, 3], [1, 2, 3, 101], "leave the bounds")])
+    ([0, 1, 2, 3], [1, 2, 3, 101], "leave the bounds"),
+  ],
+)
 def test_points_that_cannot_be_fitted(x, y, words):
   with pytest.raises(DataError, match=words):
     plateau.fit(x, y)
@@ -178,7 +200,8 @@ def test_profiles_cover_95_percent():
     found = plateau.fit(x, curve(x, **truth) + rng.normal(0, 2, len(x)))
     for key, value in truth.items():
       low, high = found[key]["low"], found[key]["high"]
-      covered[key].append((low is None or low <= value)
-                          and (high is None or value <= high))
+      covered[key].append(
+        (low is None or low <= value) and (high is None or value <= high)
+      )
   for key, hits in covered.items():
     assert 0.91 < np.mean(hits) < 0.985, (key, np.mean(hits))

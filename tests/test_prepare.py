@@ -2,15 +2,15 @@
 
 import json
 
+from etils import epath
 import numpy as np
 import pytest
-from etils import epath
+from test_chat import BUILT_IN, write_folder
 
 from configs import common
 from jaxalign.data import prepare, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
-from test_chat import BUILT_IN, write_folder
 
 
 def made(tmp_path, source, context=8192, wanted="pairs", **data):
@@ -24,20 +24,26 @@ def made(tmp_path, source, context=8192, wanted="pairs", **data):
     c.data[name] = value
   folder = epath.Path(tmp_path / "data")
   folder.mkdir(exist_ok=True)
-  names, _, result = prepare.make(c, folder, most=context, wanted=wanted,
-                                  writes=True)
+  names, _, result = prepare.make(
+    c, folder, most=context, wanted=wanted, writes=True
+  )
   assert {*names} >= {"tokenizer.json", special.ROW_FORMAT, "pool.parquet"}
   return folder, json.loads((folder / "data_card.json").read_text())
 
 
-@pytest.mark.parametrize("name, wanted", [
+@pytest.mark.parametrize(
+  "name, wanted",
+  [
     ("llamafactory/dpo_en_demo.json", "pairs"),
     ("llamafactory/dpo_en_demo.json", "thumbs"),
     ("llamafactory/kto_en_demo.json", "thumbs"),
     ("oasst/en_100_tree.jsonl", "pairs"),
-    ("hh-harmless/pairs.jsonl.gz", "pairs")])
+    ("hh-harmless/pairs.jsonl.gz", "pairs"),
+  ],
+)
 def test_conversations_are_written_in_the_models_own_template(
-    tmp_path, shared, capsys, name, wanted):
+  tmp_path, shared, capsys, name, wanted
+):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
   folder, card = made(tmp_path, shared / "data" / name, wanted=wanted)
   tok = load_tokenizer(folder)  # as every later stage reads it
@@ -50,8 +56,8 @@ def test_conversations_are_written_in_the_models_own_template(
     for k in range(0, len(encoded.start), 7):
       row, side = rows[k // per], ("chosen", "rejected")[k % per]
       answer = row.get("completion") or row.get("response") or row[side]
-      ids = encoded.ids[encoded.offsets[k]:encoded.offsets[k + 1]]
-      said = ids[encoded.start[k]:]
+      ids = encoded.ids[encoded.offsets[k] : encoded.offsets[k + 1]]
+      said = ids[encoded.start[k] :]
       if not encoded.cut[k]:
         assert tok.decode_response(said) == answer.removeprefix(" ")
         assert list(ids).count(start) == len(row["turns"]) + 1
@@ -61,14 +67,16 @@ def test_conversations_are_written_in_the_models_own_template(
   assert "pool: " in capsys.readouterr().out
   assert card["truncation"]["pool"]["rows_cut"] >= 0
   for file in ("tokenizer.json", "tokenizer_config.json"):
-    assert (folder / file).read_bytes() == (tmp_path / "tok" / file
-                                            ).read_bytes()
+    assert (folder / file).read_bytes() == (
+      tmp_path / "tok" / file
+    ).read_bytes()
 
 
 def test_a_template_of_another_is_exported_with_the_tokenizer(tmp_path, shared):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
-  folder, _ = made(tmp_path, shared / "data/llamafactory/dpo_en_demo.json",
-                   template="llama3")
+  folder, _ = made(
+    tmp_path, shared / "data/llamafactory/dpo_en_demo.json", template="llama3"
+  )
   tok = load_tokenizer(folder)
   assert tok.template == BUILT_IN["llama3"]
   assert tok.eos == tok.specials["<|eot_id|>"]
@@ -80,10 +88,12 @@ def test_a_template_of_another_is_exported_with_the_tokenizer(tmp_path, shared):
 
 
 def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
-    tmp_path, shared):
+  tmp_path, shared
+):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
-  folder, card = made(tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz",
-                      template="none")
+  folder, card = made(
+    tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz", template="none"
+  )
   assert card["template"].startswith("no template")
   tok = load_tokenizer(folder)
   assert tok.eos == tok.specials["<|end|>"]
@@ -94,25 +104,31 @@ def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
   assert all(row["margin"] is not None for row in pool)
   # By itself or by name: a plain prompt is the user's turn.
   for name, said in (("auto", "the tokenizer's own"), ("chatml", "chatml")):
-    folder, card = made(tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz",
-                        template=name)
-    assert card["template"].startswith(
-        f"chat template: {said}; ") and "wrapped" in card["template"]
+    folder, card = made(
+      tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz", template=name
+    )
+    assert (
+      card["template"].startswith(f"chat template: {said}; ")
+      and "wrapped" in card["template"]
+    )
     encoded = tokens.load_rows(folder, "pool")
     for i in range(0, 40, 2):
       at = encoded.offsets[i]
-      whole = encoded.ids[at:at + encoded.start[i]].tolist()
+      whole = encoded.ids[at : at + encoded.start[i]].tolist()
       assert whole.count(marks[0]) == 2
     row = tables.read_table(folder / "pool.parquet")[0]
     assert row["turns"] == [dict(role="user", content=row["prompt"])]
     [subset] = tables.as_read([row])
     assert subset["prompt"] == row["turns"] and subset["chosen"] == [
-        dict(role="assistant", content=row["chosen"])]
+      dict(role="assistant", content=row["chosen"])
+    ]
 
 
 def test_a_template_that_takes_no_row_says_so(tmp_path, shared):
-  source = ("{% if messages[0]['content'] != 'a' %}{{ raise_exception('no') }}"
-            "{% endif %}" + BUILT_IN["chatml"])
+  source = (
+    "{% if messages[0]['content'] != 'a' %}{{ raise_exception('no') }}"
+    "{% endif %}" + BUILT_IN["chatml"]
+  )
   write_folder(tmp_path / "tok", source)
   with pytest.raises(DataError, match="template refused it"):
     made(tmp_path, shared / "data/llamafactory/dpo_en_demo.json")

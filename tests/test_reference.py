@@ -7,11 +7,11 @@ import re
 
 import jax
 import numpy as np
-import pytest
-
 import oracle
-from test_layout import (MODEL, SIZES, examples, make_mesh, on_mesh, rows_of,
-                         params as weights)
+import pytest
+from test_layout import examples, make_mesh, MODEL, on_mesh, rows_of, SIZES
+from test_layout import params as weights
+
 from jaxalign import sharding
 from jaxalign.errors import DataError, NumericError
 from jaxalign.model import decoder
@@ -30,16 +30,33 @@ def pairs_of(r, n=21):
   return examples(n, r, seed=5)
 
 
-def run(r, *, mesh=None, layout="packed", tile=8, order=None, params=None,
-        m=MODEL, **more):
+def run(
+  r,
+  *,
+  mesh=None,
+  layout="packed",
+  tile=8,
+  order=None,
+  params=None,
+  m=MODEL,
+  **more,
+):
   pairs, mesh = pairs_of(r), mesh or make_mesh(1, 1)
   index = np.arange(len(pairs) * r).reshape(-1, r)
   if order is not None:
     index = index[order]
   with jax.set_mesh(mesh):
     return reference.logps(
-        mesh, on_mesh(mesh) if params is None else params, m, rows_of(pairs),
-        index, layout=layout, tile=tile, chunk=5, **more)
+      mesh,
+      on_mesh(mesh) if params is None else params,
+      m,
+      rows_of(pairs),
+      index,
+      layout=layout,
+      tile=tile,
+      chunk=5,
+      **more,
+    )
 
 
 @pytest.mark.parametrize("r", [1, 2])
@@ -50,7 +67,7 @@ def test_sums_are_those_of_the_float64_llama(layout, r):
   for k, (prompt, *answers) in enumerate(pairs_of(r)):
     for side, answer in enumerate(answers):
       each = oracle.token_logps(weights(), prompt + answer, **SIZES)
-      wanted = each[len(prompt):].sum()
+      wanted = each[len(prompt) :].sum()
       assert total[k, side] == pytest.approx(wanted, abs=1e-5)
       assert count[k, side] == len(answer)
   assert total.dtype == count.dtype == np.float32
@@ -59,30 +76,36 @@ def test_sums_are_those_of_the_float64_llama(layout, r):
 def test_any_head_has_the_same_sums():
   wanted = run(2)[0]
   for producer in ("vocab", "plain"):
-    np.testing.assert_allclose(run(2, producer=producer)[0], wanted, rtol=0,
-                               atol=1e-5)
+    np.testing.assert_allclose(
+      run(2, producer=producer)[0], wanted, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("r", [1, 2])
 def test_the_same_bits_on_one_device_and_on_eight(r):
   one = run(r)[0]
   np.testing.assert_array_equal(run(r, mesh=make_mesh(8, 1))[0], one)
-  np.testing.assert_allclose(run(r, mesh=make_mesh(4, 2))[0], one, rtol=0,
-                             atol=1e-5)  # a head's products in two parts
+  np.testing.assert_allclose(
+    run(r, mesh=make_mesh(4, 2))[0], one, rtol=0, atol=1e-5
+  )  # a head's products in two parts
 
 
 def test_rows_come_back_in_the_order_asked_for():
   order = np.random.default_rng(2).permutation(21)
-  np.testing.assert_allclose(run(2, order=order)[0], run(2)[0][order], rtol=0,
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    run(2, order=order)[0], run(2)[0][order], rtol=0, atol=1e-5
+  )
 
 
 def test_fewer_rows_than_a_bin():
   wanted = run(2)[0]
   for rows in ([4], [9, 2, 11]):
     np.testing.assert_allclose(
-        run(2, order=rows, tile=64, mesh=make_mesh(8, 1))[0], wanted[rows],
-        rtol=0, atol=1e-5)
+      run(2, order=rows, tile=64, mesh=make_mesh(8, 1))[0],
+      wanted[rows],
+      rtol=0,
+      atol=1e-5,
+    )
 
 
 def test_one_program_whatever_the_rows():
@@ -98,10 +121,24 @@ def test_prompts_that_differ_are_named():
   how = dict(tile=4, chunk=5, ids=["b"])
   with jax.set_mesh(mesh):
     with pytest.raises(DataError, match="row b: its responses have different"):
-      reference.logps(mesh, on_mesh(mesh), MODEL, rows, np.array([[0, 1]]),
-                      layout="packed", **how)
-    total, _ = reference.logps(mesh, on_mesh(mesh), MODEL, rows,
-                               np.array([[0, 1]]), layout="packed_apart", **how)
+      reference.logps(
+        mesh,
+        on_mesh(mesh),
+        MODEL,
+        rows,
+        np.array([[0, 1]]),
+        layout="packed",
+        **how,
+      )
+    total, _ = reference.logps(
+      mesh,
+      on_mesh(mesh),
+      MODEL,
+      rows,
+      np.array([[0, 1]]),
+      layout="packed_apart",
+      **how,
+    )
   assert np.isfinite(total).all()
 
 
@@ -111,15 +148,26 @@ def test_what_is_not_finite_is_named_and_nothing_else(layout):
   those packed beside them, to which it spreads."""
   pairs, mesh, m = pairs_of(2), make_mesh(1, 1), MODEL._replace(tied=False)
   broken = dict(weights(m))
-  broken["embed"] = np.where(np.arange(32)[:, None] == TOKEN, np.nan,
-                             broken["embed"])
+  broken["embed"] = np.where(
+    np.arange(32)[:, None] == TOKEN, np.nan, broken["embed"]
+  )
   # A response's last token is not read.
-  holding = [i for i, (prompt, *answers) in enumerate(pairs)
-             if any(TOKEN in [*prompt, *a[:-1]] for a in answers)]
+  holding = [
+    i
+    for i, (prompt, *answers) in enumerate(pairs)
+    if any(TOKEN in [*prompt, *a[:-1]] for a in answers)
+  ]
   assert 0 < len(holding) < 5  # an error names eight responses
   with pytest.raises(NumericError, match="ref_logps: .* not finite") as error:
-    run(2, layout=layout, ids=[f"r{i}" for i in range(len(pairs))],
-        m=m, params={n: sharding.put(mesh, x, *decoder.table(m)[n].axes)
-                     for n, x in broken.items()})
+    run(
+      2,
+      layout=layout,
+      ids=[f"r{i}" for i in range(len(pairs))],
+      m=m,
+      params={
+        n: sharding.put(mesh, x, *decoder.table(m)[n].axes)
+        for n, x in broken.items()
+      },
+    )
   named = re.search(r"\(ids (.*?)\)", str(error.value))[1].split(", ")
   assert sorted(set(named)) == sorted(f"r{i}" for i in holding)

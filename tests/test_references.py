@@ -4,17 +4,23 @@ import types
 
 import ml_collections
 import numpy as np
-import pytest
-
 import oracle
-from test_step import (LENGTH, MODEL, SIZES, on_mesh, real_params, rows_of,
-                       token_rows)
+import pytest
+from test_step import (
+  LENGTH,
+  MODEL,
+  on_mesh,
+  real_params,
+  rows_of,
+  SIZES,
+  token_rows,
+)
+
 from jaxalign import references
 from jaxalign.errors import DataError
 from jaxalign.select import embed
 from jaxalign.train import feed
 from jaxalign.train.losses import matching
-
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -24,10 +30,12 @@ def make(mesh, responses):
   and mask of those rows)."""
   tokens, mask = rows_of(8, responses, 7)
   order = np.array([5, 0, 7, 2, 3])
-  c = ml_collections.ConfigDict(dict(embed=dict(tile=2),
-                                     model=dict(head_chunk=5)))
-  job = types.SimpleNamespace(c=c, mesh=mesh, model=MODEL,
-                              reference=on_mesh(mesh))
+  c = ml_collections.ConfigDict(
+    dict(embed=dict(tile=2), model=dict(head_chunk=5))
+  )
+  job = types.SimpleNamespace(
+    c=c, mesh=mesh, model=MODEL, reference=on_mesh(mesh)
+  )
   tokens[:, :, 0] = 1
   all_rows = token_rows(tokens, mask)
   tokens, mask = tokens[order], mask[order]
@@ -35,10 +43,14 @@ def make(mesh, responses):
   for i in np.ndindex(ref.shape):
     each = oracle.token_logps(real_params(), tokens[i], **SIZES)
     ref[i] = each[mask[i]].sum()
-  rows = feed.Rows([f"row-{i}" for i in order], all_rows,
-                   order[:, None] * responses + np.arange(responses),
-                   np.float32(ref), np.float32(mask.sum(-1)),
-                   np.array([True, False, True, False, False]))
+  rows = feed.Rows(
+    [f"row-{i}" for i in order],
+    all_rows,
+    order[:, None] * responses + np.arange(responses),
+    np.float32(ref),
+    np.float32(mask.sum(-1)),
+    np.array([True, False, True, False, False]),
+  )
   return job, rows, tokens, mask
 
 
@@ -46,8 +58,11 @@ def test_public_sums_end_where_the_shorter_answer_does(mesh):
   job, rows, tokens, mask = make(mesh, 2)
   public, cost = references.public_sums(job, rows)
   counts = mask.sum(-1)
-  assert (counts[:, 0] < counts[:, 1]).any() > 0 < (
-      counts[:, 0] > counts[:, 1]).any()
+  assert (
+    (counts[:, 0] < counts[:, 1]).any()
+    > 0
+    < (counts[:, 0] > counts[:, 1]).any()
+  )
   seen = 0
   for i in np.ndindex(public.shape):
     each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
@@ -77,19 +92,22 @@ def test_prompt_weights_see_no_answer(mesh):
     at = slice(rows.tokens.offsets[i] + start, rows.tokens.offsets[i + 1])
     other[at] = (other[at] + 7) % 32
   again, _ = references.prompt_weights(
-      job, rows._replace(tokens=rows.tokens._replace(ids=other)), 4)
+    job, rows._replace(tokens=rows.tokens._replace(ids=other)), 4
+  )
   np.testing.assert_array_equal(weights, again)
-  prompts = [tokens[i, 0, :mask[i, 0].argmax()] for i in range(5)]
+  prompts = [tokens[i, 0, : mask[i, 0].argmax()] for i in range(5)]
   assert cost.tokens == sum(map(len, prompts))
   # The same prompts as rows of their own.
   flat = np.zeros((5, 1, LENGTH), np.int32)
   on = np.zeros((5, 1, LENGTH), bool)
   for i, p in enumerate(prompts):
-    flat[i, 0, :len(p)], on[i, 0, len(p) - 1] = p, True
-  x = embed.pool_rows(mesh, job.reference, MODEL, token_rows(flat, on),
-                      pooling="mean", tile=2)
-  np.testing.assert_allclose(weights, matching.density_ratios(x, rows.label),
-                             rtol=1e-4)
+    flat[i, 0, : len(p)], on[i, 0, len(p) - 1] = p, True
+  x = embed.pool_rows(
+    mesh, job.reference, MODEL, token_rows(flat, on), pooling="mean", tile=2
+  )
+  np.testing.assert_allclose(
+    weights, matching.density_ratios(x, rows.label), rtol=1e-4
+  )
   assert (weights[rows.label] == 1).all()
   assert (weights[~rows.label] != 1).all()
   with pytest.raises(DataError, match="config.loss.name to 'bco'"):

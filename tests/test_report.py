@@ -11,42 +11,62 @@ from jaxalign.report import charts, page
 from jaxalign.report.pages import run, study
 
 PAYLOADS = [
-    "<script>alert(1)</script>", "<ScRiPt>alert(1)</sCrIpT>",
-    "<img src=x onerror=alert(1)>", "<svg onload=alert(1)>",
-    "<svg><script>alert(1)</script></svg>", "<body onload=alert(1)>",
-    "\"><script>alert(1)</script>", "'><script>alert(1)</script>",
-    "\" onmouseover=\"alert(1)", "' onfocus='alert(1)' autofocus='",
-    "</title><script>alert(1)</script>", "</style><script>alert(1)</script>",
-    "</pre><iframe src=javascript:alert(1)>", "</desc></svg><script>1</script>",
-    "</textarea><script>alert(1)</script>", "<!--><script>alert(1)</script>",
-    "--><img src=x onerror=alert(1)>", "<![CDATA[<script>alert(1)</script>]]>",
-    "<?xml version=1?><script>alert(1)</script>", "<iframe srcdoc='<b>x</b>'>",
-    "<object data=javascript:alert(1)>", "<embed src=//evil.example/x.swf>",
-    "<a href=javascript:alert(1)>x</a>", "<a href='data:text/html,<b>x'>y</a>",
-    "<form action=//evil.example><input name=x>", "<base href=//evil.example/>",
-    "<link rel=stylesheet href=//evil.example/x.css>",
-    "<meta http-equiv=refresh content='0;url=//evil.example'>",
-    "<style>*{background:url(//evil.example)}</style>",
-    "<math><mtext><mglyph><style><img src=x onerror=1>",
-    "<details open ontoggle=alert(1)>", "<video><source onerror=alert(1)>",
-    "<svg><animate onbegin=alert(1) attributeName=x>",
-    "<svg><foreignObject><b onclick=1>x</b></foreignObject></svg>",
-    "<template><script>alert(1)</script></template>",
-    "&lt;script&gt;alert(1)&lt;/script&gt;", "&#60;script&#62;alert(1)",
-    "`${alert(1)}`", "javascript:alert(1)", "<scr\x00ipt>alert(1)</script>",
-    "\u202e<script>\u202c", "<img src=x \x0conerror=alert(1)>\ud800",
+  "<script>alert(1)</script>",
+  "<ScRiPt>alert(1)</sCrIpT>",
+  "<img src=x onerror=alert(1)>",
+  "<svg onload=alert(1)>",
+  "<svg><script>alert(1)</script></svg>",
+  "<body onload=alert(1)>",
+  '"><script>alert(1)</script>',
+  "'><script>alert(1)</script>",
+  '" onmouseover="alert(1)',
+  "' onfocus='alert(1)' autofocus='",
+  "</title><script>alert(1)</script>",
+  "</style><script>alert(1)</script>",
+  "</pre><iframe src=javascript:alert(1)>",
+  "</desc></svg><script>1</script>",
+  "</textarea><script>alert(1)</script>",
+  "<!--><script>alert(1)</script>",
+  "--><img src=x onerror=alert(1)>",
+  "<![CDATA[<script>alert(1)</script>]]>",
+  "<?xml version=1?><script>alert(1)</script>",
+  "<iframe srcdoc='<b>x</b>'>",
+  "<object data=javascript:alert(1)>",
+  "<embed src=//evil.example/x.swf>",
+  "<a href=javascript:alert(1)>x</a>",
+  "<a href='data:text/html,<b>x'>y</a>",
+  "<form action=//evil.example><input name=x>",
+  "<base href=//evil.example/>",
+  "<link rel=stylesheet href=//evil.example/x.css>",
+  "<meta http-equiv=refresh content='0;url=//evil.example'>",
+  "<style>*{background:url(//evil.example)}</style>",
+  "<math><mtext><mglyph><style><img src=x onerror=1>",
+  "<details open ontoggle=alert(1)>",
+  "<video><source onerror=alert(1)>",
+  "<svg><animate onbegin=alert(1) attributeName=x>",
+  "<svg><foreignObject><b onclick=1>x</b></foreignObject></svg>",
+  "<template><script>alert(1)</script></template>",
+  "&lt;script&gt;alert(1)&lt;/script&gt;",
+  "&#60;script&#62;alert(1)",
+  "`${alert(1)}`",
+  "javascript:alert(1)",
+  "<scr\x00ipt>alert(1)</script>",
+  "\u202e<script>\u202c",
+  "<img src=x \x0conerror=alert(1)>\ud800",
 ]
 
 ELEMENTS = set(
-    "html head meta title style body header main nav section h1 h2 h3 p a ul "
-    "li dl dt dd div span small code pre table thead tbody tr th td "
-    "figure figcaption details summary svg g line rect circle text polyline "
-    "polygon desc".split())
+  "html head meta title style body header main nav section h1 h2 h3 p a ul "
+  "li dl dt dd div span small code pre table thead tbody tr th td "
+  "figure figcaption details summary svg g line rect circle text polyline "
+  "polygon desc".split()
+)
 ATTRIBUTES = set(
-    "lang charset http-equiv content name class id href role tabindex dir "
-    "scope style aria-label aria-hidden x y x1 x2 y1 y2 cx cy r width height "
-    "points viewbox preserveaspectratio vector-effect text-anchor "
-    "overflow".split())
+  "lang charset http-equiv content name class id href role tabindex dir "
+  "scope style aria-label aria-hidden x y x1 x2 y1 y2 cx cy r width height "
+  "points viewbox preserveaspectratio vector-effect text-anchor "
+  "overflow".split()
+)
 
 
 class Reader(html.parser.HTMLParser):
@@ -113,68 +133,142 @@ def read(document):
 
 
 def interval(value, width=0.02, **more):
-  return dict(value=value, low=value - width, high=value + width, n=1000,
-              **more)
+  return dict(
+    value=value, low=value - width, high=value + width, n=1000, **more
+  )
 
 
 def make_arm(name, sampler, win, seed=0, is_all=False):
   return dict(
-      name=name, sampler=sampler, budget=1.0 if is_all else 0.1, seed=seed,
-      rows=8000 if is_all else 800, updates=90, is_all=is_all,
-      metrics=dict(win_vs_target=interval(win), malformed=interval(0.02, 0.01),
-                   accuracy=interval(0.7, ties=0.03), kl=interval(2.3, 0.2)),
-      curves={"train/loss": [[s, 0.69 / (1 + s)] for s in range(1, 4)],
-              "rewards/accuracies": [[s, 0.6] for s in range(1, 4)]},
-      selection={
-          "how differs": {
-              "length": {"selected": [9, 40, 90], "rest": [5, 30, 80]},
-              "topics": {"selected": 57, "pool": 64},
-              "score_histogram": {"edges": [0.0, 0.5, 1.0],
-                                  "selected": [1, 9], "rest": [70, 20]}},
-          "stability": {"jaccard": [0.91, 0.89], "mean": 0.9},
-          "mixture": dict(components=2, covariance="full", pca=64,
-                          in_fit=-143.2, held_out=-151.9, auc=0.54,
-                          label_accuracy=0.51, nmi=0.03,
-                          warnings=["a mixture warning"]),
-          "examples_top": [dict(id="row-1", score=0.36, prompt="a prompt",
-                                chosen="a chosen", rejected="a rejected")],
-          "examples_bottom": [dict(id="row-2", score=0.01, prompt="p",
-                                   chosen="c", rejected="r")]},
-      saved=dict(with_sft=0.4, without_sft=0.8))
+    name=name,
+    sampler=sampler,
+    budget=1.0 if is_all else 0.1,
+    seed=seed,
+    rows=8000 if is_all else 800,
+    updates=90,
+    is_all=is_all,
+    metrics=dict(
+      win_vs_target=interval(win),
+      malformed=interval(0.02, 0.01),
+      accuracy=interval(0.7, ties=0.03),
+      kl=interval(2.3, 0.2),
+    ),
+    curves={
+      "train/loss": [[s, 0.69 / (1 + s)] for s in range(1, 4)],
+      "rewards/accuracies": [[s, 0.6] for s in range(1, 4)],
+    },
+    selection={
+      "how differs": {
+        "length": {"selected": [9, 40, 90], "rest": [5, 30, 80]},
+        "topics": {"selected": 57, "pool": 64},
+        "score_histogram": {
+          "edges": [0.0, 0.5, 1.0],
+          "selected": [1, 9],
+          "rest": [70, 20],
+        },
+      },
+      "stability": {"jaccard": [0.91, 0.89], "mean": 0.9},
+      "mixture": dict(
+        components=2,
+        covariance="full",
+        pca=64,
+        in_fit=-143.2,
+        held_out=-151.9,
+        auc=0.54,
+        label_accuracy=0.51,
+        nmi=0.03,
+        warnings=["a mixture warning"],
+      ),
+      "examples_top": [
+        dict(
+          id="row-1",
+          score=0.36,
+          prompt="a prompt",
+          chosen="a chosen",
+          rejected="a rejected",
+        )
+      ],
+      "examples_bottom": [
+        dict(id="row-2", score=0.01, prompt="p", chosen="c", rejected="r")
+      ],
+    },
+    saved=dict(with_sft=0.4, without_sft=0.8),
+  )
 
 
 @pytest.fixture
 def summary():
   """A summary with every field filled."""
-  stages = [dict(stage="sft", arm=None, operations=4.2e15, tokens=1.2e6,
-                 seconds=612, bytes=4.4e8)]
-  stages += [dict(stage="train", arm=a, operations=9e14, tokens=2e5,
-                  seconds=71, bytes=4e8) for a in ("isa", "all")]
+  stages = [
+    dict(
+      stage="sft",
+      arm=None,
+      operations=4.2e15,
+      tokens=1.2e6,
+      seconds=612,
+      bytes=4.4e8,
+    )
+  ]
+  stages += [
+    dict(
+      stage="train", arm=a, operations=9e14, tokens=2e5, seconds=71, bytes=4e8
+    )
+    for a in ("isa", "all")
+  ]
   return dict(
-      title="A tenth against all", command="python -m jaxalign.study --x=1",
-      created="2025-06-11", version="0.1.0", asked="Is a tenth enough?",
-      verdicts=["A tenth is enough."], warnings=["One seed only."],
-      machine=dict(platform="cpu", devices=8, mesh=dict(fsdp=4, tensor=2),
-                   jax="0.10.2"),
-      data=dict(source="world", schema="pairs", kind="pairs", seen=12034,
-                rows=dict(sft=2000, pool=8000, held_out=1000),
-                refused={"empty response": 12}, duplicates=3,
-                chars=dict(prompt=[1, 2, 3], response=[4, 5, 6]),
-                tokens=dict(prompt=[1, 2, 3], response=[4, 5, 6]),
-                truncation=dict(rows_cut=3, tokens_cut=29, share=0.004),
-                examples=[dict(prompt="p", chosen="c", rejected="r")]),
-      baseline=dict(name="SFT model", win_vs_target=interval(0.48)),
-      arms=[make_arm("isa", "isa", 0.637),
-            make_arm("all", "all", 0.641, is_all=True)],
-      comparisons=[dict(a="isa", b="all", metric="win_vs_target",
-                        difference=interval(-0.004), words="no difference")],
-      ledger=dict(stages=stages, selection_share=0.083,
-                  saved=[dict(arm="isa", against="all", with_sft=0.4,
-                              without_sft=0.8)]),
-      samples=[dict(prompt="q", target="t", sft="s",
-                    arms={"isa": "an answer"},
-                    rewards={"target": 1.2, "isa": 0.7})],
-      files={"Summary": "summary.json"})
+    title="A tenth against all",
+    command="python -m jaxalign.study --x=1",
+    created="2025-06-11",
+    version="0.1.0",
+    asked="Is a tenth enough?",
+    verdicts=["A tenth is enough."],
+    warnings=["One seed only."],
+    machine=dict(
+      platform="cpu", devices=8, mesh=dict(fsdp=4, tensor=2), jax="0.10.2"
+    ),
+    data=dict(
+      source="world",
+      schema="pairs",
+      kind="pairs",
+      seen=12034,
+      rows=dict(sft=2000, pool=8000, held_out=1000),
+      refused={"empty response": 12},
+      duplicates=3,
+      chars=dict(prompt=[1, 2, 3], response=[4, 5, 6]),
+      tokens=dict(prompt=[1, 2, 3], response=[4, 5, 6]),
+      truncation=dict(rows_cut=3, tokens_cut=29, share=0.004),
+      examples=[dict(prompt="p", chosen="c", rejected="r")],
+    ),
+    baseline=dict(name="SFT model", win_vs_target=interval(0.48)),
+    arms=[
+      make_arm("isa", "isa", 0.637),
+      make_arm("all", "all", 0.641, is_all=True),
+    ],
+    comparisons=[
+      dict(
+        a="isa",
+        b="all",
+        metric="win_vs_target",
+        difference=interval(-0.004),
+        words="no difference",
+      )
+    ],
+    ledger=dict(
+      stages=stages,
+      selection_share=0.083,
+      saved=[dict(arm="isa", against="all", with_sft=0.4, without_sft=0.8)],
+    ),
+    samples=[
+      dict(
+        prompt="q",
+        target="t",
+        sft="s",
+        arms={"isa": "an answer"},
+        rewards={"target": 1.2, "isa": 0.7},
+      )
+    ],
+    files={"Summary": "summary.json"},
+  )
 
 
 def poisoned(value, payload):
@@ -219,14 +313,23 @@ def test_payload_stays_text(summary, payload):
   evil = poisoned(summary, payload)
   evil["data"]["refused"] = {payload: 3}
   evil["data"]["chars"] = {payload: [1, 2, 3]}
-  evil["files"] = {payload: payload, "b": "javascript:alert(1)",
-                   "c": "//evil.example/x", "d": "../up", "e": "http://x"}
+  evil["files"] = {
+    payload: payload,
+    "b": "javascript:alert(1)",
+    "c": "//evil.example/x",
+    "d": "../up",
+    "e": "http://x",
+  }
   evil["samples"][0]["arms"] = {payload: payload}
   evil["samples"][0]["rewards"] = {payload: payload}
   evil["machine"] = {"mesh": {payload: payload}, "devices": payload}
   evil["arms"][0]["curves"][payload] = [[1, 2], [2, payload]]
-  evil["arms"][0]["metrics"][payload] = {"value": payload, "low": payload,
-                                         "high": payload, "n": payload}
+  evil["arms"][0]["metrics"][payload] = {
+    "value": payload,
+    "low": payload,
+    "high": payload,
+    "n": payload,
+  }
   for document in (study.render(evil), run.render(evil["arms"][0])):
     reader = read(document)
     text = "\n".join(reader.text)
@@ -253,7 +356,11 @@ def test_free_text_is_all_there(summary):
       inner = inner[key]
     # The metric of a comparison and the sampler name what is looked up.
     if isinstance(inner[path[-1]], str) and path[-1] not in (
-        "metric", "covariance", "sampler", "stage"):
+      "metric",
+      "covariance",
+      "sampler",
+      "stage",
+    ):
       inner[path[-1]] = f"<mark {i}> & text"
       marked.setdefault("_", []).append(f"<mark {i}> & text")
   wanted = marked.pop("_")
@@ -262,8 +369,20 @@ def test_free_text_is_all_there(summary):
   assert [w for w in wanted if w not in text] == []
 
 
-ODD = [None, math.nan, math.inf, -math.inf, "x", [], {}, [None], 10**400,
-       1e308, True, -5]
+ODD = [
+  None,
+  math.nan,
+  math.inf,
+  -math.inf,
+  "x",
+  [],
+  {},
+  [None],
+  10**400,
+  1e308,
+  True,
+  -5,
+]
 
 
 @pytest.mark.parametrize("odd", range(len(ODD)))
@@ -292,8 +411,10 @@ def test_any_part_may_be_absent(summary):
     study.terminal(less)
 
 
-@pytest.mark.parametrize("nothing", [{}, {"arms": []}, {"arms": None},
-                                     {"arms": [{}]}, {"arms": [None]}, None])
+@pytest.mark.parametrize(
+  "nothing",
+  [{}, {"arms": []}, {"arms": None}, {"arms": [{}]}, {"arms": [None]}, None],
+)
 def test_nothing_measured_is_said(nothing):
   text = "".join(read(study.render(nothing)).text)
   assert text.count("not measured in this job") >= 8
@@ -304,21 +425,41 @@ def test_nothing_measured_is_said(nothing):
 def test_nothing_is_loaded(summary):
   for document in (study.render(summary), run.render(summary["arms"][0])):
     assert "http://" not in document and "https://" not in document
-    for word in (" src=", "url(", "@import", "<script", "<link", "<img",
-                 "<iframe", "javascript:"):
+    for word in (
+      " src=",
+      "url(",
+      "@import",
+      "<script",
+      "<link",
+      "<img",
+      "<iframe",
+      "javascript:",
+    ):
       assert word not in document.lower()
-    policy = [a["content"] for t, a in read(document).seen
-              if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; "
-                      "img-src data:"]
+    policy = [
+      a["content"]
+      for t, a in read(document).seen
+      if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy == [
+      "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    ]
 
 
 def test_page_shows_what_was_found(summary):
   text = "".join(read(study.render(summary)).text).replace("\u00a0", " ")
-  for words in ("A tenth is enough.", "63.7 [61.7, 65.7]",
-                "−0.4 [−2.4, +1.6]", "8.3 %", "6.00 PFLOP", "10m12s",
-                "57 of the pool's 64 topics", "a mixture warning", "row-1",
-                "python -m jaxalign.study --x=1"):
+  for words in (
+    "A tenth is enough.",
+    "63.7 [61.7, 65.7]",
+    "−0.4 [−2.4, +1.6]",
+    "8.3 %",
+    "6.00 PFLOP",
+    "10m12s",
+    "57 of the pool's 64 topics",
+    "a mixture warning",
+    "row-1",
+    "python -m jaxalign.study --x=1",
+  ):
     assert words in text, words
   assert "Selecting cost more" not in text
 
@@ -346,24 +487,28 @@ def test_an_unknown_cost_is_said(summary):
 
 
 def test_seeds_of_a_sampler_share_a_colour(summary):
-  arms = [make_arm(f"{s}-{i}", s, 0.6, i) for s in ("isa", "random")
-          for i in range(3)]
+  arms = [
+    make_arm(f"{s}-{i}", s, 0.6, i) for s in ("isa", "random") for i in range(3)
+  ]
   assert [s for s in study._styles(arms)] == [("isa", 0)] * 3 + [
-      ("random", 1)] * 3
+    ("random", 1)
+  ] * 3
   summary["arms"] = arms
   read(study.render(summary))
 
 
 def test_card_of_select_is_understood():
-  card = {"sampler": "isa", "length": {"chosen": [1, 2, 3, 4, 5],
-                                       "rest": [2, 3, 4, 5, 6]},
-          "topic": {"topics": 64, "covered": 57},
-          "mixture": {"components": 2, "directions": 12, "warnings": ["w"]},
-          "diagnostics": {"stability": {"jaccard_mean": 0.77},
-                          "held_out": {"auc": 0.61, "mean_fitted": -3.0,
-                                       "mean_held_out": -4.0},
-                          "component_labels": {"accuracy": 0.52,
-                                               "nmi": 0.03}}}
+  card = {
+    "sampler": "isa",
+    "length": {"chosen": [1, 2, 3, 4, 5], "rest": [2, 3, 4, 5, 6]},
+    "topic": {"topics": 64, "covered": 57},
+    "mixture": {"components": 2, "directions": 12, "warnings": ["w"]},
+    "diagnostics": {
+      "stability": {"jaccard_mean": 0.77},
+      "held_out": {"auc": 0.61, "mean_fitted": -3.0, "mean_held_out": -4.0},
+      "component_labels": {"accuracy": 0.52, "nmi": 0.03},
+    },
+  }
   text = "".join(read(run.render({"name": "a", "selection": card})).text)
   for words in ("0.770", "0.610", "57 of the pool's 64", "3 [1, 5]", "12"):
     assert words in text.replace("00", "0") or words in text, words
@@ -371,8 +516,10 @@ def test_card_of_select_is_understood():
 
 @pytest.mark.parametrize("arms", [0, 1, 3, 60])
 def test_terminal_fits(summary, arms):
-  summary["arms"] = [make_arm("a long name of an arm " * 3 + str(i), "isa", .6)
-                     for i in range(arms)]
+  summary["arms"] = [
+    make_arm("a long name of an arm " * 3 + str(i), "isa", 0.6)
+    for i in range(arms)
+  ]
   summary["verdicts"] = ["A verdict in many words. " * 30] * 20
   lines = study.terminal(summary).split("\n")
   assert len(lines) <= 25
@@ -389,10 +536,23 @@ def test_html_marker_is_not_catching():
   assert page.tag("p", title=page.Html('"')) == '<p title="&quot;"></p>'
 
 
-@pytest.mark.parametrize("value, words", [
-    (None, "–"), (0, "0"), (12034, "12,034"), (-3, "−3"), (0.05, "0.0500"),
-    (math.nan, "NaN"), (math.inf, "∞"), (2.3e-7, "2.30e−7"), (123.4, "123"),
-    (1234.5, "1,234"), (True, "True"), ("<b>", "<b>")])
+@pytest.mark.parametrize(
+  "value, words",
+  [
+    (None, "–"),
+    (0, "0"),
+    (12034, "12,034"),
+    (-3, "−3"),
+    (0.05, "0.0500"),
+    (math.nan, "NaN"),
+    (math.inf, "∞"),
+    (2.3e-7, "2.30e−7"),
+    (123.4, "123"),
+    (1234.5, "1,234"),
+    (True, "True"),
+    ("<b>", "<b>"),
+  ],
+)
 def test_number(value, words):
   assert page.number(value) == words
 
@@ -406,11 +566,22 @@ def test_units():
   assert page.engineering(None) == "–"
 
 
-@pytest.mark.parametrize("address, live", [
-    ("arms/isa 0/report.html", True), ("summary.json", True),
-    ("/etc/passwd", False), ("//x/y", False), ("../x", False),
-    ("a/../../x", False), ("javascript:1", False), ("a\\b", False),
-    ("", False), ("java\tscript:1", False), ("http://x", False)])
+@pytest.mark.parametrize(
+  "address, live",
+  [
+    ("arms/isa 0/report.html", True),
+    ("summary.json", True),
+    ("/etc/passwd", False),
+    ("//x/y", False),
+    ("../x", False),
+    ("a/../../x", False),
+    ("javascript:1", False),
+    ("a\\b", False),
+    ("", False),
+    ("java\tscript:1", False),
+    ("http://x", False),
+  ],
+)
 def test_only_files_beside_the_page_are_links(address, live):
   assert ("<a " in page.link("name", address)) == live
 
@@ -437,7 +608,9 @@ def test_intervals_lie_where_they_should():
   assert dashed[0]["x1"] == "50.00%"
 
 
-@pytest.mark.parametrize("chart", [
+@pytest.mark.parametrize(
+  "chart",
+  [
     lambda: charts.intervals([], "t", "x"),
     lambda: charts.intervals([charts.Row("a", math.nan)], "t", "x"),
     lambda: charts.lines([], "t", "x", "y"),
@@ -448,14 +621,24 @@ def test_intervals_lie_where_they_should():
     lambda: charts.histogram([], [], [], "t", "x"),
     lambda: charts.histogram([0, 1], [1, 2], [1], "t", "x"),
     lambda: charts.histogram([0, math.nan], [1], [1], "t", "x"),
-])
+  ],
+)
 def test_nothing_to_draw_is_said(chart):
   assert "no data" in "".join(read(chart()).text)
 
 
-@pytest.mark.parametrize("points", [
-    [(1, 2)], [(1, 2), (1, 2)], [(0, 5), (1, 5)], [(0, 1e-300), (1, 0)],
-    [(0, 1e300), (1, 1)], [(0, -1e199), (1, 1e199)], [(0, 1), (1, 1 + 1e-16)]])
+@pytest.mark.parametrize(
+  "points",
+  [
+    [(1, 2)],
+    [(1, 2), (1, 2)],
+    [(0, 5), (1, 5)],
+    [(0, 1e-300), (1, 0)],
+    [(0, 1e300), (1, 1)],
+    [(0, -1e199), (1, 1e199)],
+    [(0, 1), (1, 1 + 1e-16)],
+  ],
+)
 def test_lines_of_hardly_anything(points):
   chart = charts.lines([charts.Series("a", points)], "t", "x", "y")
   read(chart)
@@ -465,8 +648,15 @@ def test_lines_of_hardly_anything(points):
 def test_lines_keep_a_gap_honest():
   points = [(i, math.nan if i == 3 else i) for i in range(6)]
   chart = charts.lines(
-      [charts.Series("a", points, 0, [(0, 0, 1), (5, 4, 6)]),
-       charts.Series("b", points, 1)], "t", "x", "y", reference=2)
+    [
+      charts.Series("a", points, 0, [(0, 0, 1), (5, 4, 6)]),
+      charts.Series("b", points, 1),
+    ],
+    "t",
+    "x",
+    "y",
+    reference=2,
+  )
   assert "2 non-finite values left out" in "".join(read(chart).text)
   assert len(attributes(chart, "polygon")) == 1
 
@@ -476,14 +666,19 @@ def test_thin_keeps_the_mean():
   few, k = charts.thin(points, 100)
   assert len(few) == 100 and k == 10
   assert sum(y for _, y in few) / 100 == pytest.approx(
-      sum(y for _, y in points) / 1000)
+    sum(y for _, y in points) / 1000
+  )
 
 
 def test_bars_fill_the_scale():
-  chart = charts.bars([("a", [1, 3], "4"), ("b", [2, None], "2")],
-                      ["p", "q"], "t", "x")
-  wide = [float(a["width"][:-1]) for a in attributes(chart, "rect")
-          if a["class"].startswith("bar")]
+  chart = charts.bars(
+    [("a", [1, 3], "4"), ("b", [2, None], "2")], ["p", "q"], "t", "x"
+  )
+  wide = [
+    float(a["width"][:-1])
+    for a in attributes(chart, "rect")
+    if a["class"].startswith("bar")
+  ]
   assert wide == pytest.approx([25, 75, 50])
 
 

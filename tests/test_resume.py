@@ -3,12 +3,11 @@
 import signal
 import time
 
+import jobs
 import numpy as np
 import pytest
 
-import jobs
-from jaxalign import artifacts
-from jaxalign import checkpoints
+from jaxalign import artifacts, checkpoints
 from jaxalign.train import loop
 
 ISA = "isa-0.1-seed0"
@@ -16,8 +15,7 @@ ISA = "isa-0.1-seed0"
 
 def same(work):
   """The job in `work` ended as an undisturbed one."""
-  assert not jobs.differences(jobs.outcome(jobs.finished()),
-                              jobs.outcome(work))
+  assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
   for folder in ("shared/sft", f"runs/{ISA}"):
     wanted = jobs.parameters(jobs.finished() / folder)
     found = jobs.parameters(work / folder)
@@ -50,6 +48,7 @@ def at_call(monkeypatch, holder, name, at, act):
     if len(calls) == at:
       act()
     return real(*args, **kwargs)
+
   monkeypatch.setattr(holder, name, hooked)
   return calls
 
@@ -58,11 +57,13 @@ def at_write(monkeypatch, at, act):
   """`at_call` of the n-th write, whole or at the end of the log."""
   calls = []
   for holder, name in ((artifacts, "write_bytes"), (loop, "_append")):
+
     def hooked(path, data, real=getattr(holder, name)):
       calls.append(path)
       if len(calls) == at:
         act()
       return real(path, data)
+
     monkeypatch.setattr(holder, name, hooked)
   return calls
 
@@ -73,8 +74,11 @@ def stop(*_):
 
 def test_a_second_run_does_nothing_says_so_and_is_fast(tmp_path):
   work = jobs.copy(tmp_path / "work")
-  before = {p: p.stat().st_mtime_ns for p in work.rglob("*")
-            if p.is_file() and p.name != ".lock"}
+  before = {
+    p: p.stat().st_mtime_ns
+    for p in work.rglob("*")
+    if p.is_file() and p.name != ".lock"
+  }
   began = time.monotonic()
   ended = jobs.run(work)
   assert ended.code == 0 and not jobs.did(ended)
@@ -91,8 +95,11 @@ def test_killed_three_times_and_gone_on_from(tmp_path):
   """SIGKILL in sft after a checkpoint, between stages, and in align."""
   jobs.finished()  # compiles
   work = tmp_path / "work"
-  points = [("checkpoints.Checkpoints.save", 2), ("artifacts._write_card", 4),
-            ("checkpoints.Checkpoints.save", 1)]
+  points = [
+    ("checkpoints.Checkpoints.save", 2),
+    ("artifacts._write_card", 4),
+    ("checkpoints.Checkpoints.save", 1),
+  ]
   ended = []
   for point, at in points:
     ended.append(jobs.wait(jobs.start(work, hook=jobs.kill_when(point, at))))
@@ -134,13 +141,19 @@ def test_killed_at_each_write_of_sft(before_sft, monkeypatch):
 @pytest.mark.parametrize("number, code", [("SIGTERM", 75), ("SIGINT", 130)])
 @pytest.mark.parametrize("stage", ["sft", "align"])
 def test_a_signal_in_training_saves_and_stops(
-    request, monkeypatch, number, code, stage):
+  request, monkeypatch, number, code, stage
+):
   """The step in flight is finished and saved; the rest is done later."""
   work = request.getfixturevalue(f"before_{stage}")
   # It comes while the first checkpoint's metrics are read; the step after
   # it is saved, though no checkpoint is due there.
-  at_call(monkeypatch, loop, "divide", 2,
-          lambda: signal.raise_signal(getattr(signal, number)))
+  at_call(
+    monkeypatch,
+    loop,
+    "divide",
+    2,
+    lambda: signal.raise_signal(getattr(signal, number)),
+  )
   ended = jobs.run(work)
   assert ended.code == code and jobs.did(ended) == [stage]
   assert "run the same command" in ended.err and ended.err.count("\n") == 1
@@ -152,8 +165,13 @@ def test_a_signal_in_training_saves_and_stops(
 
 
 def test_a_signal_in_the_last_step_is_not_lost(before_sft, monkeypatch):
-  at_call(monkeypatch, checkpoints.Checkpoints, "save", 3,
-          lambda: signal.raise_signal(signal.SIGTERM))
+  at_call(
+    monkeypatch,
+    checkpoints.Checkpoints,
+    "save",
+    3,
+    lambda: signal.raise_signal(signal.SIGTERM),
+  )
   assert jobs.run(before_sft).code == 75
   monkeypatch.undo()
   ended = jobs.run(before_sft)
@@ -165,6 +183,7 @@ def test_a_second_ctrl_c_does_not_wait(before_sft, monkeypatch):
   def twice():
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
+
   at_call(monkeypatch, loop, "divide", 1, twice)
   saves = at_call(monkeypatch, checkpoints.Checkpoints, "save", 0, None)
   assert jobs.run(before_sft).code == 130 and not saves
@@ -175,8 +194,9 @@ def test_a_second_ctrl_c_does_not_wait(before_sft, monkeypatch):
 
 def test_another_config_does_not_go_on_from_a_killed_run(tmp_path, monkeypatch):
   """The checkpoints of a killed sft belong to its learning rate."""
-  at_call(monkeypatch, loop, "divide", 2,
-          lambda: signal.raise_signal(signal.SIGTERM))
+  at_call(
+    monkeypatch, loop, "divide", 2, lambda: signal.raise_signal(signal.SIGTERM)
+  )
   assert jobs.run(tmp_path, "sft.lr=0.5").code == 75
   monkeypatch.undo()
   ended = jobs.run(tmp_path)
@@ -233,13 +253,15 @@ def test_a_damaged_compile_cache_costs_time_alone(tmp_path):
   for k, path in enumerate(entries):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1 << (k % 8)
-    path.write_bytes([bytes(data), bytes(data[:len(data) // 3]), b""][k % 3])
-  ended = jobs.wait(jobs.start(tmp_path / "work",
-                               f"compile_cache={cache}"))
+    path.write_bytes([bytes(data), bytes(data[: len(data) // 3]), b""][k % 3])
+  ended = jobs.wait(jobs.start(tmp_path / "work", f"compile_cache={cache}"))
   assert ended.code == 0, ended
-  assert {name.split("/")[-1] for name in jobs.differences(
-      jobs.outcome(jobs.finished()), jobs.outcome(tmp_path / "work"))} == {
-          "config.json"}  # which names the cache
+  assert {
+    name.split("/")[-1]
+    for name in jobs.differences(
+      jobs.outcome(jobs.finished()), jobs.outcome(tmp_path / "work")
+    )
+  } == {"config.json"}  # which names the cache
 
 
 @pytest.mark.slow

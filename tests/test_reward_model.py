@@ -5,31 +5,37 @@ import functools
 import jax
 import numpy as np
 import pytest
+from test_encoder import VOCAB
 import tokenizers
 
 from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.model import reward
-from jaxalign.stages import questions
-from jaxalign.stages import scores
-from test_encoder import VOCAB
+from jaxalign.stages import questions, scores
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SIZES = dict(vocab_size=len(VOCAB), hidden_size=24, num_hidden_layers=2,
-             num_attention_heads=4, intermediate_size=40,
-             max_position_embeddings=40, num_labels=1, pad_token_id=0)
+SIZES = dict(
+  vocab_size=len(VOCAB),
+  hidden_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  intermediate_size=40,
+  max_position_embeddings=40,
+  num_labels=1,
+  pad_token_id=0,
+)
 KINDS = {
-    "llama": dict(num_key_value_heads=2),
-    "qwen2": dict(num_key_value_heads=2, pad_token_id=1),
-    "gpt_neox": dict(),
-    "gemma2": dict(num_key_value_heads=2, head_dim=6,
-                   query_pre_attn_scalar=6),
-    "bert": dict(), "roberta": dict(pad_token_id=1),
+  "llama": dict(num_key_value_heads=2),
+  "qwen2": dict(num_key_value_heads=2, pad_token_id=1),
+  "gpt_neox": dict(),
+  "gemma2": dict(num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=6),
+  "bert": dict(),
+  "roberta": dict(pad_token_id=1),
 }
 
 
@@ -37,9 +43,11 @@ def save(folder, kind, **more):
   """A classifier of transformers with every number drawn; returns it."""
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model(
-      kind, **(SIZES | KINDS[kind] | more))
+    kind, **(SIZES | KINDS[kind] | more)
+  )
   model = transformers.AutoModelForSequenceClassification.from_config(
-      config, attn_implementation="eager").eval()
+    config, attn_implementation="eager"
+  ).eval()
   with torch.no_grad():
     for name, p in model.named_parameters():
       p.normal_(0.0, 0.3)
@@ -51,8 +59,11 @@ def save(folder, kind, **more):
 
 def word_pieces(folder):
   """A BERT tokenizer that joins two texts, saved."""
-  tok = tokenizers.Tokenizer(tokenizers.models.WordPiece(
-      {w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"))
+  tok = tokenizers.Tokenizer(
+    tokenizers.models.WordPiece(
+      {w: i for i, w in enumerate(VOCAB)}, unk_token="[UNK]"
+    )
+  )
   tok.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
   return joining(tok, folder)
 
@@ -60,8 +71,10 @@ def word_pieces(folder):
 def joining(tok, folder):
   """A tokenizer, [CLS] 2 and [SEP] 3, made to join two texts, and saved."""
   tok.post_processor = tokenizers.processors.TemplateProcessing(
-      single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-      special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    single="[CLS] $A [SEP]",
+    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+    special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+  )
   tok.save(str(folder / "tokenizer.json"))
   return tok
 
@@ -71,40 +84,57 @@ def drawn_rows(n=9, seed=0):
   rng = np.random.default_rng(seed)
   sizes = rng.integers(2, 20, n)
   ids = rng.integers(2, len(VOCAB), sizes.sum()).astype(np.int32)
-  return tokens_lib.TokenRows(ids, np.cumsum([0, *sizes]), np.int32(
-      rng.integers(1, sizes)), np.zeros(n, np.int32))
+  return tokens_lib.TokenRows(
+    ids,
+    np.cumsum([0, *sizes]),
+    np.int32(rng.integers(1, sizes)),
+    np.zeros(n, np.int32),
+  )
 
 
 def theirs(model, rows, kind):
   """What transformers says of each row, alone and without padding."""
   out = []
   for i, start in enumerate(rows.start):
-    ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]]
+    ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]]
     more = {}
     if kind == "bert":
       more["token_type_ids"] = torch.tensor(
-          np.arange(len(ids)) >= start).long()[None]
+        np.arange(len(ids)) >= start
+      ).long()[None]
     with torch.no_grad():
-      out.append(float(model(input_ids=torch.tensor(ids).long()[None],
-                             **more).logits[0, 0]))
+      out.append(
+        float(
+          model(input_ids=torch.tensor(ids).long()[None], **more).logits[0, 0]
+        )
+      )
   return np.array(out)
 
 
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kind,shape", [
-    ("llama", (1, 1)), ("bert", (1, 1)),
-    *(pytest.param(kind, (1, 1), marks=SLOW) for kind in KINDS
-      if kind not in ("llama", "bert")),
+@pytest.mark.parametrize(
+  "kind,shape",
+  [
+    ("llama", (1, 1)),
+    ("bert", (1, 1)),
+    *(
+      pytest.param(kind, (1, 1), marks=SLOW)
+      for kind in KINDS
+      if kind not in ("llama", "bert")
+    ),
     pytest.param("llama", (4, 2), marks=SLOW),
-    pytest.param("bert", (4, 2), marks=SLOW)])
+    pytest.param("bert", (4, 2), marks=SLOW),
+  ],
+)
 def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   model, rows = save(tmp_path, kind), drawn_rows()
   r = reward.read_config(tmp_path)
   assert r.encodes == (kind in ("bert", "roberta"))
-  mesh = sharding.make_mesh(dict(fsdp=shape[0], tensor=shape[1]),
-                            jax.devices()[:shape[0] * shape[1]])
+  mesh = sharding.make_mesh(
+    dict(fsdp=shape[0], tensor=shape[1]), jax.devices()[: shape[0] * shape[1]]
+  )
   reward.check(r, mesh)
   with jax.set_mesh(mesh):
     params = reward.load(tmp_path, r, mesh)
@@ -116,31 +146,56 @@ def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
 
 def test_operations_are_the_dot_generals():
   from test_ledger import multiplied
+
   m = reward.decoder.ModelConfig(
-      layers=2, width=8, heads=2, kv_heads=1, head_size=4, ff=6, vocab=12,
-      context=16)
+    layers=2,
+    width=8,
+    heads=2,
+    kv_heads=1,
+    head_size=4,
+    ff=6,
+    vocab=12,
+    context=16,
+  )
   e = reward.encoder.EncoderConfig(
-      layers=2, width=8, heads=2, ff=6, vocab=12, positions=16, context=16)
+    layers=2, width=8, heads=2, ff=6, vocab=12, positions=16, context=16
+  )
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   for model, kind in ((m, "llama"), (e, "bert")):
     r = reward.RewardConfig(model, kind)
     with jax.set_mesh(mesh):
-      params = {n: jax.ShapeDtypeStruct(p.shape, np.float32)
-                for n, p in reward.table(r).items()}
-      traced = jax.make_jaxpr(functools.partial(
-          reward.rewards, r=r, place=sharding.PER_ROW._replace(
-              weight=lambda w, axes: w, bias=lambda b, axes: b)))(
-                  params, np.zeros((3, 5), np.int32), np.full(3, 5),
-                  np.zeros((3, 5), bool))
+      params = {
+        n: jax.ShapeDtypeStruct(p.shape, np.float32)
+        for n, p in reward.table(r).items()
+      }
+      traced = jax.make_jaxpr(
+        functools.partial(
+          reward.rewards,
+          r=r,
+          place=sharding.PER_ROW._replace(
+            weight=lambda w, axes: w, bias=lambda b, axes: b
+          ),
+        )
+      )(
+        params,
+        np.zeros((3, 5), np.int32),
+        np.full(3, 5),
+        np.zeros((3, 5), bool),
+      )
     assert multiplied(traced.jaxpr) == 3 * reward.operations(r, 5)
 
 
-@pytest.mark.parametrize("more,words", [
+@pytest.mark.parametrize(
+  "more,words",
+  [
     (dict(num_labels=2), "2 labels .* wanted one"),
     (dict(architectures=["LlamaForCausalLM"]), "wanted a reward model"),
-    (dict(model_type="mamba"), "model_type='mamba' is unknown")])
+    (dict(model_type="mamba"), "model_type='mamba' is unknown"),
+  ],
+)
 def test_what_is_no_reward_model_is_refused(tmp_path, more, words):
   import json
+
   model = transformers.AutoConfig.for_model("llama", **SIZES).to_dict()
   model |= dict(architectures=["LlamaForSequenceClassification"])
   if "num_labels" in more:
@@ -152,6 +207,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path, more, words):
 
 def test_a_model_without_its_head_is_named(tmp_path):
   import safetensors.numpy
+
   save(tmp_path, "llama")
   path = tmp_path / "model.safetensors"
   tensors = safetensors.numpy.load_file(path)
@@ -177,7 +233,7 @@ def test_two_texts_are_joined_as_transformers_does(tmp_path):
   rows = questions.encode_two(tmp_path, m, texts)
   for i, (row, side) in enumerate(texts):
     both = tok.encode(row["prompt"], row[side])
-    ids = rows.ids[rows.offsets[i]:rows.offsets[i + 1]]
+    ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]]
     assert ids.tolist() == both.ids
     assert rows.start[i] == both.type_ids.index(1)
   assert rows.cut.tolist() == [0, 0]
@@ -189,10 +245,12 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_end(tmp_path):
   m = reward.read_config(tmp_path).model._replace(context=13)
   one = lambda text: [VOCAB.index(w) for w in text.split()]
   long, short = "the cat " * 6 + "runs", "fast dog"
-  rows = questions.encode_two(tmp_path, m, [
-      pair(long, short), pair(short, long), pair(long, long)])
-  parts = [rows.ids[rows.offsets[i]:rows.offsets[i + 1]].tolist()
-           for i in range(3)]
+  rows = questions.encode_two(
+    tmp_path, m, [pair(long, short), pair(short, long), pair(long, long)]
+  )
+  parts = [
+    rows.ids[rows.offsets[i] : rows.offsets[i + 1]].tolist() for i in range(3)
+  ]
   assert parts[0] == [2, *one(long)[-8:], 3, *one(short), 3]
   assert parts[1] == [2, *one(short), 3, *one(long)[:8], 3]
   assert parts[2] == [2, *one(long)[-5:], 3, *one(long)[:5], 3]

@@ -4,8 +4,8 @@ import json
 import os
 import struct
 
-import hypothesis
 from etils import epath
+import hypothesis
 from hypothesis import strategies as st
 import ml_dtypes
 import numpy as np
@@ -25,8 +25,11 @@ def raw(path, header, data=b""):
 
 
 def entry(begin, end, shape=None, dtype="U8"):
-  return dict(dtype=dtype, shape=[end - begin] if shape is None else shape,
-              data_offsets=[begin, end])
+  return dict(
+    dtype=dtype,
+    shape=[end - begin] if shape is None else shape,
+    data_offsets=[begin, end],
+  )
 
 
 def opened(folder):
@@ -44,7 +47,9 @@ def part(folder, name, **tensors):
 # One file.
 
 
-@pytest.mark.parametrize("rows, data, words", [
+@pytest.mark.parametrize(
+  "rows, data, words",
+  [
     (dict(a=entry(0, 4), b=entry(2, 6)), 6, "a and b overlap"),
     (dict(a=entry(0, 4), b=entry(0, 4)), 4, "a and b overlap"),
     (dict(a=entry(0, 6), b=entry(2, 4)), 6, "a and b overlap"),
@@ -59,12 +64,16 @@ def part(folder, name, **tensors):
     (dict(a=entry(0, 4, [10**18] * 10**5)), 4, "damaged at a"),
     (dict(a=entry(0, 4, dtype="F99")), 4, "a is F99, wanted one of F32"),
     ({"\x1b[2Ja": entry(0, 9)}, 4, r"damaged at '\\x1b\[2Ja'"),
-    (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},'
-     b' "a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}', 2,
-     "header cannot be read .*: a is named twice"),
+    (
+      b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},'
+      b' "a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}',
+      2,
+      "header cannot be read .*: a is named twice",
+    ),
     (b"[" * 10**5, 0, "header cannot be read .Recursion"),
     (b"9" * 10**5, 0, "header cannot be read"),
-])
+  ],
+)
 def test_headers_that_are_not_true(tmp_path, rows, data, words):
   path = tmp_path / "model.safetensors"
   raw(path, rows, bytes(data))
@@ -85,19 +94,34 @@ def test_a_header_that_is_too_large_is_not_read(tmp_path):
 
 def test_every_type_of_the_format_is_measured(tmp_path):
   """Buffers that nobody reads may be of any type."""
-  tensors = {np.dtype(k).name: np.ones((3, 5), k) for k in (
-      bool, np.uint8, np.int8, np.int16, np.uint16, np.float16, np.int32,
-      np.uint32, np.float32, np.int64, np.uint64, np.float64,
-      ml_dtypes.bfloat16)}
+  tensors = {
+    np.dtype(k).name: np.ones((3, 5), k)
+    for k in (
+      bool,
+      np.uint8,
+      np.int8,
+      np.int16,
+      np.uint16,
+      np.float16,
+      np.int32,
+      np.uint32,
+      np.float32,
+      np.int64,
+      np.uint64,
+      np.float64,
+      ml_dtypes.bfloat16,
+    )
+  }
   tensors["empty"] = np.ones((3, 0), np.float32)
   tensors["scalar"] = np.array(3, np.float32)
   part(tmp_path, "model.safetensors", **tensors)
   found = opened(tmp_path).tensors
   assert {n: t.shape for n, t in found.items()} == {
-      n: x.shape for n, x in tensors.items()}
+    n: x.shape for n, x in tensors.items()
+  }
   data = (tmp_path / "model.safetensors").read_bytes()
   for name, t in found.items():
-    assert data[t.begin:t.end] == tensors[name].tobytes(), name
+    assert data[t.begin : t.end] == tensors[name].tobytes(), name
 
 
 # A folder.
@@ -108,12 +132,21 @@ def two(tmp_path):
   """Two files and an index."""
   folder = tmp_path / "two"
   folder.mkdir()
-  part(folder, "model-00001-of-00002.safetensors", a=np.ones(2, np.float32),
-       b=np.full(3, 2, np.float32))
+  part(
+    folder,
+    "model-00001-of-00002.safetensors",
+    a=np.ones(2, np.float32),
+    b=np.full(3, 2, np.float32),
+  )
   part(folder, "model-00002-of-00002.safetensors", c=np.zeros(4, np.float32))
-  index(folder, dict(a="model-00001-of-00002.safetensors",
-                     b="model-00001-of-00002.safetensors",
-                     c="model-00002-of-00002.safetensors"))
+  index(
+    folder,
+    dict(
+      a="model-00001-of-00002.safetensors",
+      b="model-00001-of-00002.safetensors",
+      c="model-00002-of-00002.safetensors",
+    ),
+  )
   return folder
 
 
@@ -125,18 +158,33 @@ def again(folder, **changes):
 def test_files_of_an_index(two):
   found = opened(two).tensors
   assert {n: t.file.name[:11] for n, t in found.items()} == dict(
-      a="model-00001", b="model-00001", c="model-00002")
+    a="model-00001", b="model-00001", c="model-00002"
+  )
   assert io.weights_files(epath.Path(two)) == [
-      INDEX, "model-00001-of-00002.safetensors",
-      "model-00002-of-00002.safetensors"]
+    INDEX,
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+  ]
   part(two, "model.safetensors", d=np.zeros(1))  # transformers' first choice
   assert list(opened(two).tensors) == ["d"]
 
 
-@pytest.mark.parametrize("name", [
-    "../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "..", "",
-    "..\\x.safetensors", "x\0.safetensors", ".x.safetensors", "passwd",
-    "gs://bucket/x.safetensors", "C:x.safetensors"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "../x.safetensors",
+    "/etc/x.safetensors",
+    "a/x.safetensors",
+    "..",
+    "",
+    "..\\x.safetensors",
+    "x\0.safetensors",
+    ".x.safetensors",
+    "passwd",
+    "gs://bucket/x.safetensors",
+    "C:x.safetensors",
+  ],
+)
 def test_names_in_an_index_that_are_no_plain_names(two, name):
   part(two.parent, "x.safetensors", c=np.zeros(4, np.float32))
   again(two, c=name)
@@ -188,30 +236,56 @@ def test_links_into_the_blobs_of_the_hubs_cache(two):
 
 def test_all_missing_files_are_named(two):
   again(two, d="model-00003-of-00002.safetensors", c="other.safetensors")
-  with pytest.raises(DataError, match="names files that are missing: model-"
-                     "00003-of-00002.safetensors; other.safetensors$"):
+  with pytest.raises(
+    DataError,
+    match="names files that are missing: model-"
+    "00003-of-00002.safetensors; other.safetensors$",
+  ):
     opened(two)
 
 
 def test_an_index_that_is_not_true_of_its_files(two):
-  again(two, a="model-00002-of-00002.safetensors",
-        z="model-00002-of-00002.safetensors")
+  again(
+    two,
+    a="model-00002-of-00002.safetensors",
+    z="model-00002-of-00002.safetensors",
+  )
   with pytest.raises(DataError) as caught:
     opened(two)
-  for words in ("a is in model-00001-of-00002.safetensors, not in model-00002",
-                "z is not in model-00002-of-00002.safetensors"):
+  for words in (
+    "a is in model-00001-of-00002.safetensors, not in model-00002",
+    "z is not in model-00002-of-00002.safetensors",
+  ):
     assert words in str(caught.value)
-  part(two, "model-00002-of-00002.safetensors", c=np.zeros(4, np.float32),
-       b=np.zeros(3, np.float32))
-  with pytest.raises(DataError, match="b is in model-00001-of-00002.safetensors"
-                     " and in model-00002-of-00002.safetensors"):
+  part(
+    two,
+    "model-00002-of-00002.safetensors",
+    c=np.zeros(4, np.float32),
+    b=np.zeros(3, np.float32),
+  )
+  with pytest.raises(
+    DataError,
+    match="b is in model-00001-of-00002.safetensors"
+    " and in model-00002-of-00002.safetensors",
+  ):
     opened(two)
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}',
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "{",
+    "[]",
+    "3",
+    "{}",
+    '{"weight_map": []}',
+    '{"weight_map": {"a": 1}}',
     '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
-    "[" * 10**5, "\xff"])
+    "[" * 10**5,
+    "\xff",
+  ],
+)
 def test_an_index_that_is_none(two, text):
   (two / INDEX).write_text(text, encoding="latin-1")
   with pytest.raises(DataError, match="index.json is damaged: it is no index"):
@@ -219,12 +293,16 @@ def test_an_index_that_is_none(two, text):
 
 
 def test_pickles_are_refused(tmp_path):
-  with pytest.raises(ConfigError,
-                     match=f"has no model.safetensors and no {INDEX}$"):
+  with pytest.raises(
+    ConfigError, match=f"has no model.safetensors and no {INDEX}$"
+  ):
     opened(tmp_path / "nowhere")
   (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
-  with pytest.raises(ConfigError, match="00002.bin is a pickle, which can run "
-                     "code: convert it with transformers' save_pretrained"):
+  with pytest.raises(
+    ConfigError,
+    match="00002.bin is a pickle, which can run "
+    "code: convert it with transformers' save_pretrained",
+  ):
     opened(tmp_path)
   index(tmp_path, dict(a="pytorch_model-00001-of-00002.bin"))
   with pytest.raises(DataError, match="00002.bin, a pickle, .*convert it"):
@@ -238,12 +316,24 @@ def test_pickles_are_refused(tmp_path):
 
 
 @hypothesis.settings(deadline=None, max_examples=200)
-@hypothesis.given(st.data(), st.lists(st.integers(1, 6), max_size=4),
-                  st.integers(1, 40), st.integers(1, 40))
+@hypothesis.given(
+  st.data(),
+  st.lists(st.integers(1, 6), max_size=4),
+  st.integers(1, 40),
+  st.integers(1, 40),
+)
 def test_pieces_cover_a_box_once_and_stay_small(data, view, most, gap):
   view = tuple(view)
-  box = tuple(tuple(sorted(data.draw(st.lists(
-      st.integers(0, n), min_size=2, max_size=2, unique=True)))) for n in view)
+  box = tuple(
+    tuple(
+      sorted(
+        data.draw(
+          st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True)
+        )
+      )
+    )
+    for n in view
+  )
   number = np.arange(int(np.prod(view))).reshape(view)
   slices = lambda b: tuple(slice(*x) for x in b)
   seen = np.zeros(view, int)
@@ -270,7 +360,8 @@ def test_parts_of_a_file_of_odd_offsets(tmp_path):
       found = opened(tmp_path)
       got = found.read("x", (6, 2, 2, 5), ((2, 5), (1, 2), (0, 2), (1, 4)))
       np.testing.assert_array_equal(
-          got, x.reshape(6, 2, 2, 5)[2:5, 1:2, :, 1:4])
+        got, x.reshape(6, 2, 2, 5)[2:5, 1:2, :, 1:4]
+      )
       assert got.dtype == kind and not got.flags.writeable
 
 
@@ -285,25 +376,37 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 # Writing.
 
 
-@pytest.mark.parametrize("most, wanted", [
-    (100, [["a", "b", "c", "d"]]), (60, [["a", "b", "c", "d"]]),
-    (59, [["a", "b", "c"], ["d"]]), (30, [["a", "b"], ["c", "d"]]),
-    (1, [["a"], ["b"], ["c"], ["d"]])])
+@pytest.mark.parametrize(
+  "most, wanted",
+  [
+    (100, [["a", "b", "c", "d"]]),
+    (60, [["a", "b", "c", "d"]]),
+    (59, [["a", "b", "c"], ["d"]]),
+    (30, [["a", "b"], ["c", "d"]]),
+    (1, [["a"], ["b"], ["c"], ["d"]]),
+  ],
+)
 def test_tensors_are_spread_over_files(most, wanted):
   files = io.split(dict(a=10, b=20, c=20, d=10), most)
   assert list(files.values()) == wanted
   n = len(wanted)
-  assert list(files) == (["model.safetensors"] if n == 1 else [
-      f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)])
+  assert list(files) == (
+    ["model.safetensors"]
+    if n == 1
+    else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+  )
 
 
 @pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
 def test_a_header_is_read_by_the_formats_own_reader(tmp_path, kind):
-  x = {"a.b": np.arange(6).reshape(2, 3).astype(kind), "\u00fc": np.ones(
-      5, kind)}
-  (tmp_path / "x").write_bytes(io.header(
-      {n: w.shape for n, w in x.items()}, np.dtype(kind)) + b"".join(
-          w.tobytes() for w in x.values()))
+  x = {
+    "a.b": np.arange(6).reshape(2, 3).astype(kind),
+    "\u00fc": np.ones(5, kind),
+  }
+  (tmp_path / "x").write_bytes(
+    io.header({n: w.shape for n, w in x.items()}, np.dtype(kind))
+    + b"".join(w.tobytes() for w in x.values())
+  )
   back = safetensors.numpy.load_file(tmp_path / "x")
   assert list(back) == list(x)
   for n in x:

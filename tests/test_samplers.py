@@ -5,13 +5,13 @@ import inspect
 import math
 
 import numpy as np
+import pools as tests_pools
 import pytest
 
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import pool as pools
 from jaxalign.select import topk
-from jaxalign.select.samplers import SAMPLERS, basic
-import pools as tests_pools
+from jaxalign.select.samplers import basic, SAMPLERS
 
 N = 500
 
@@ -20,10 +20,10 @@ def make_pool(responses=2, n=N, seed=0):
   rng = np.random.default_rng(seed)
   value = -90 - rng.gamma(2.0, 8.0, size=(n, responses))  # skewed left
   columns = {
-      "embedding": rng.normal(size=(n, responses, 8)).astype(np.float32),
-      "log_likelihood": value,
-      "length": rng.integers(1, 99, size=(n, responses)).astype(np.int32),
-      "topic": rng.integers(0, 9, size=n),
+    "embedding": rng.normal(size=(n, responses, 8)).astype(np.float32),
+    "log_likelihood": value,
+    "length": rng.integers(1, 99, size=(n, responses)).astype(np.int32),
+    "topic": rng.integers(0, 9, size=n),
   }
   if responses == 1:
     columns["label"] = rng.random(n) < 0.3
@@ -34,10 +34,12 @@ def naive(values, order):
   """Algorithm 1 of the paper: leave each row out, sum all others again."""
   values = np.array(values)
   p = np.exp((values - values.min()) / np.ptp(values))
+
   def entropy(q):
     if order == "renormalised":
       q = q / math.fsum(q)
     return -math.fsum(q * np.log(q))  # fsum rounds once
+
   whole = entropy(p)
   change = np.array([whole - entropy(np.delete(p, i)) for i in range(len(p))])
   return np.abs(change) if order == "magnitude" else change
@@ -70,8 +72,10 @@ def test_isa_orders_pick_rare_dense_and_middle(oracle):
   del oracle
   pool = make_pool(1)
   rank = pool.log_likelihood[:, 0].argsort().argsort() / (N - 1)
-  pick = {order: rank[SAMPLERS["isa"](0, pool, 50, order=order).rows]
-          for order in basic.ORDERS}
+  pick = {
+    order: rank[SAMPLERS["isa"](0, pool, 50, order=order).rows]
+    for order in basic.ORDERS
+  }
   assert pick["literal"].max() < 0.11
   assert pick["magnitude"].min() > 0.89
   assert 0.1 < pick["renormalised"].mean() < 0.9
@@ -85,8 +89,10 @@ def test_a_soft_isa_draws_by_the_weights():
   u = topk.uniform(3, pool.ids, "isa")
   got = SAMPLERS["isa"](3, pool, 2, order="magnitude", soft=0.7)
   np.testing.assert_allclose(got.score, logits - np.log(-np.log(u)), rtol=1e-9)
-  first = [SAMPLERS["isa"](s, pool, 1, order="magnitude", soft=0.7).rows[0]
-           for s in range(3000)]
+  first = [
+    SAMPLERS["isa"](s, pool, 1, order="magnitude", soft=0.7).rows[0]
+    for s in range(3000)
+  ]
   share = np.exp(logits) / np.exp(logits).sum()
   assert abs(np.bincount(first, minlength=6) / 3000 - share).max() < 0.03
   with pytest.raises(ConfigError, match="soft is -1"):
@@ -110,11 +116,15 @@ def test_pair_scores_by_hand(order, pair_score):
   pool = make_pool(2)
   flat = naive(pool.log_likelihood.reshape(-1).tolist(), order)
   chosen, rejected = flat[0::2], flat[1::2]
-  wanted = {"sum": chosen + rejected, "chosen": chosen,
-            "mean": (chosen + rejected) / 2, "rejected": rejected,
-            "min": np.where(chosen < rejected, chosen, rejected),
-            "max": np.where(chosen < rejected, rejected, chosen),
-            "difference": chosen - rejected}[pair_score]
+  wanted = {
+    "sum": chosen + rejected,
+    "chosen": chosen,
+    "mean": (chosen + rejected) / 2,
+    "rejected": rejected,
+    "min": np.where(chosen < rejected, chosen, rejected),
+    "max": np.where(chosen < rejected, rejected, chosen),
+    "difference": chosen - rejected,
+  }[pair_score]
   got = SAMPLERS["isa"](0, pool, 60, order=order, pair_score=pair_score)
   np.testing.assert_allclose(got.score, wanted, rtol=0, atol=1e-12)
   assert list(got.rows) == list(np.argsort(-wanted)[:60])
@@ -130,8 +140,9 @@ def test_thumbs_difference_and_pairs_quota_are_refused():
       SAMPLERS["isa"](0, make_pool(2), 5, **{knob: "nonsense"})
 
 
-@pytest.mark.parametrize("quota,wanted", [
-    (0.5, 40), (0.0, 0), (1.0, 80), ("as_pool", None)])
+@pytest.mark.parametrize(
+  "quota,wanted", [(0.5, 40), (0.0, 0), (1.0, 80), ("as_pool", None)]
+)
 def test_label_quota(quota, wanted):
   pool = make_pool(1)
   wanted = round(pool.label.mean() * 80) if wanted is None else wanted
@@ -152,9 +163,13 @@ def test_label_quota_refused(quota):
 
 def test_constant_or_broken_likelihood_is_refused():
   pool = make_pool(1)
-  for value, found in ((np.zeros((N, 1)), "equal"),
-                       (np.where(np.arange(N) == 3, np.nan, 1.0)[:, None]
-                        * np.arange(N)[:, None], "not finite")):
+  for value, found in (
+    (np.zeros((N, 1)), "equal"),
+    (
+      np.where(np.arange(N) == 3, np.nan, 1.0)[:, None] * np.arange(N)[:, None],
+      "not finite",
+    ),
+  ):
     broken = pools.Pool(pool.ids, pool.columns | {"log_likelihood": value})
     with pytest.raises(NumericError, match=found):
       SAMPLERS["isa"](0, broken, 5)
@@ -162,8 +177,10 @@ def test_constant_or_broken_likelihood_is_refused():
 
 def test_a_shift_and_scale_of_the_likelihood_change_no_row():
   pool = make_pool(2)
-  moved = pools.Pool(pool.ids, pool.columns | {
-      "log_likelihood": 2.0 * pool.log_likelihood + 64.0})
+  moved = pools.Pool(
+    pool.ids,
+    pool.columns | {"log_likelihood": 2.0 * pool.log_likelihood + 64.0},
+  )
   for order in basic.ORDERS:
     a = SAMPLERS["isa"](0, pool, 70, order=order)
     b = SAMPLERS["isa"](0, moved, 70, order=order)
@@ -191,7 +208,7 @@ def refuses(sampler, responses):
   return sampler.pairs and responses == 1
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def small_pool(responses):
   return tests_pools.make(responses, n=120)
 
@@ -206,10 +223,15 @@ def test_contract(name, responses):
   assert set(sampler.needs + sampler.optional) <= set(pools.SHAPES)
   parameters = list(inspect.signature(sampler).parameters.values())
   assert [p.name for p in parameters[:3]] == ["seed", "pool", "budget"]
-  assert all(p.kind == p.KEYWORD_ONLY and p.default is not p.empty
-             for p in parameters[3:])
-  reads = {k: v for k, v in pool.columns.items()
-           if k in sampler.needs + sampler.optional}
+  assert all(
+    p.kind == p.KEYWORD_ONLY and p.default is not p.empty
+    for p in parameters[3:]
+  )
+  reads = {
+    k: v
+    for k, v in pool.columns.items()
+    if k in sampler.needs + sampler.optional
+  }
   if refuses(sampler, responses):
     with pytest.raises(ConfigError, match="pair"):
       sampler(5, pools.Pool(pool.ids, reads), 40)
@@ -223,8 +245,11 @@ def test_contract(name, responses):
   assert np.delete(got.score, got.rows).max() <= got.score[got.rows].min()
   # Rows that arrive in another order, sorted by id again, give the same ids.
   order = np.random.default_rng(9).permutation(n)
-  again = sampler(5, pools.make_pool(
-      pool.ids[order], {k: v[order] for k, v in reads.items()}), 40)
+  again = sampler(
+    5,
+    pools.make_pool(pool.ids[order], {k: v[order] for k, v in reads.items()}),
+    40,
+  )
   assert list(got.rows) == list(again.rows)
   np.testing.assert_array_equal(got.score, again.score)
   assert sorted(sampler(5, pool, n).rows) == list(range(n))
@@ -235,8 +260,10 @@ def test_length_matched_takes_as_many_of_each_length():
   """By hand: 3 short rows and 2 long ones, whichever the draw likes."""
   length = np.array([[1, 3]] * 10 + [[9, 11]] * 10 + [[30, 50]] * 10)
   subset = np.isin(np.arange(30), [1, 4, 6, 25, 28])
-  pool = pools.Pool(np.array([f"{i:02d}" for i in range(30)]),
-                    dict(length=length, subset=subset))
+  pool = pools.Pool(
+    np.array([f"{i:02d}" for i in range(30)]),
+    dict(length=length, subset=subset),
+  )
   draws = [SAMPLERS["length_matched"](s, pool, 5) for s in range(40)]
   for got in draws:
     assert (got.rows < 10).sum() == 3 and (got.rows >= 20).sum() == 2
@@ -301,13 +328,18 @@ def test_a_quota_is_rounded_to_the_nearest_row(quota, liked):
     basic.top_with_quota(np.arange(10.0), pool, 5, 1.0)
 
 
-@pytest.mark.parametrize("rows,score,said", [
-    ([0, 1, 1], np.zeros(5), "1 rows twice"), ([0, 1], np.zeros(5), "shape"),
+@pytest.mark.parametrize(
+  "rows,score,said",
+  [
+    ([0, 1, 1], np.zeros(5), "1 rows twice"),
+    ([0, 1], np.zeros(5), "shape"),
     ([0, 1, 5], np.zeros(5), "rows from 0 to 5"),
     ([-1, 1, 2], np.zeros(5), "rows from -1 to 2"),
     ([0.0, 1.0, 2.0], np.zeros(5), "float64"),
     ([0, 1, 2], np.zeros(4), "score of shape"),
-    ([0, 1, 2], np.array([0, 1, np.nan, 2, 3]), "1 numbers not finite")])
+    ([0, 1, 2], np.array([0, 1, np.nan, 2, 3]), "1 numbers not finite"),
+  ],
+)
 def test_what_a_sampler_of_one_s_own_returns_is_looked_at(rows, score, said):
   with pytest.raises(ConfigError, match=f"'mine' returned .*{said}.*wanted 3"):
     pools.checked(pools.Selection(np.array(rows), score), 5, 3, "mine")

@@ -4,34 +4,37 @@ import functools
 import inspect
 
 import numpy as np
+import pools as make_pools
 import pytest
 import scipy.stats
+from test_samplers_geometric import by_hand
+from test_samplers_sets import naive_diverse, planted
 
 from configs import common
 from jaxalign import job
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import pool as pools
+from jaxalign.select.samplers import combine, crossfit, dedup, SAMPLERS
 from jaxalign.stages import columns
-from jaxalign.select.samplers import SAMPLERS, combine, crossfit, dedup
-import pools as make_pools
-from test_samplers_geometric import by_hand
-from test_samplers_sets import naive_diverse, planted
 
 N = 300
 POOL = make_pools.make(2, N)
 THUMBS = make_pools.make(1, N)
 ISA = SAMPLERS["isa"]
 MADE = {
-    "gate": combine.gate(ISA, "reward", 0.2),
-    "dedup": combine.dedup(SAMPLERS["random"], 0.8),
-    "quota": combine.quota(SAMPLERS["length"], "source"),
-    "diverse": combine.diverse(SAMPLERS["ask_llm"], 0.8),
-    "product": combine.product(SAMPLERS["ask_llm"],
-                               SAMPLERS["external_margin"]),
-    "all": combine.compose(ISA, [
-        dict(name="gate", column="reward", low=0.2),
-        dict(name="dedup", threshold=0.9),
-        dict(name="quota", by="source", shares="equal")]),
+  "gate": combine.gate(ISA, "reward", 0.2),
+  "dedup": combine.dedup(SAMPLERS["random"], 0.8),
+  "quota": combine.quota(SAMPLERS["length"], "source"),
+  "diverse": combine.diverse(SAMPLERS["ask_llm"], 0.8),
+  "product": combine.product(SAMPLERS["ask_llm"], SAMPLERS["external_margin"]),
+  "all": combine.compose(
+    ISA,
+    [
+      dict(name="gate", column="reward", low=0.2),
+      dict(name="dedup", threshold=0.9),
+      dict(name="quota", by="source", shares="equal"),
+    ],
+  ),
 }
 
 
@@ -47,8 +50,13 @@ def test_what_is_made_keeps_the_contract(name):
   assert (np.diff(got.score[got.rows]) <= 0).all()
   assert np.delete(got.score, got.rows).max() <= got.score[got.rows].min()
   order = np.random.default_rng(1).permutation(N)
-  again = sampler(2, pools.make_pool(
-      only.ids[order], {k: v[order] for k, v in only.columns.items()}), 60)
+  again = sampler(
+    2,
+    pools.make_pool(
+      only.ids[order], {k: v[order] for k, v in only.columns.items()}
+    ),
+    60,
+  )
   assert list(again.rows) == list(got.rows)
   assert len(sampler(2, only, 1).rows) == 1
 
@@ -99,14 +107,18 @@ def test_quota_by_label_is_the_quota_of_isa():
 
 
 def test_quota_counts_by_hand():
-  for shares, wanted in (("equal", [20, 20, 20]), ("pool", None),
-                         ({"web": 3, "chat": 1}, [15, 0, 45])):
+  for shares, wanted in (
+    ("equal", [20, 20, 20]),
+    ("pool", None),
+    ({"web": 3, "chat": 1}, [15, 0, 45]),
+  ):
     got = combine.quota(SAMPLERS["random"], "source", shares)(0, POOL, 60)
     source = POOL.source[got.rows]
     kept = [(source == s).sum() for s in ("chat", "code", "web")]
     if wanted is None:
-      everywhere = [(POOL.source == s).sum() / 5
-                    for s in ("chat", "code", "web")]
+      everywhere = [
+        (POOL.source == s).sum() / 5 for s in ("chat", "code", "web")
+      ]
       assert (abs(np.array(kept) - everywhere) < 1).all()
     else:
       assert kept == wanted
@@ -118,8 +130,12 @@ def test_quota_counts_by_hand():
 
 def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
   """A source of one row, for whose row there is no place, or its own."""
-  pool = make_pools.with_columns(POOL, source=np.where(
-      np.arange(N) == 7, "lone", np.where(np.arange(N) < 100, "a", "b")))
+  pool = make_pools.with_columns(
+    POOL,
+    source=np.where(
+      np.arange(N) == 7, "lone", np.where(np.arange(N) < 100, "a", "b")
+    ),
+  )
   shares = {"a": 0.5, "b": 0.5}
   isa, seen = SAMPLERS["isa"], []
 
@@ -131,18 +147,23 @@ def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
   with pytest.raises(NumericError, match="distances"):  # what it says of one
     SAMPLERS["density"](0, combine.take(pool, np.array([7])), 1)
   for name in ("isa", "density"):
-    for given, wanted in ((shares, [30, 30, 0]), ("pool", [20, 40, 0]),
-                          ("equal", [30, 29, 1])):
+    for given, wanted in (
+      (shares, [30, 30, 0]),
+      ("pool", [20, 40, 0]),
+      ("equal", [30, 29, 1]),
+    ):
       got = combine.quota(SAMPLERS[name], "source", given)(0, pool, 60)
       kept = [(pool.source[got.rows] == s).sum() for s in ("a", "b", "lone")]
       assert kept == wanted, (name, given)
       assert np.delete(got.score, got.rows).max() < got.score[got.rows].min()
-      assert any("quota takes all rows with source 'lone' (1)" in note
-                 for note in got.notes) == (given == "equal")
+      assert any(
+        "quota takes all rows with source 'lone' (1)" in note
+        for note in got.notes
+      ) == (given == "equal")
   made = combine.quota(counted, "source", shares)
   got = made(0, pool, 60)
   assert seen == [["a"], ["b"]] and got.notes == ()
-  for k, source in enumerate("ab"):
+  for source in "ab":
     rows = np.flatnonzero(pool.source == source)
     wanted = rows[isa(0, combine.take(pool, rows), 30).rows]
     own = got.rows[pool.source[got.rows] == source]
@@ -156,29 +177,42 @@ def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
 
 def test_a_sampler_that_fails_in_a_group_says_which():
   pool = make_pools.with_columns(
-      POOL, log_likelihood=np.where((POOL.source == "web")[:, None], -3.0,
-                                    POOL.log_likelihood))
-  with pytest.raises(NumericError, match=(
+    POOL,
+    log_likelihood=np.where(
+      (POOL.source == "web")[:, None], -3.0, POOL.log_likelihood
+    ),
+  )
+  with pytest.raises(
+    NumericError,
+    match=(
       "quota by source, length, .* rows with source 'web', length [0-9.]+ to "
-      "[0-9.]+: all .* log-likelihoods equal")):
+      "[0-9.]+: all .* log-likelihoods equal"
+    ),
+  ):
     combine.quota(ISA, ("source", "length"))(0, pool, 60)
 
 
 def noted(*columns):
   """A sampler that says which sources it saw, and what all say."""
+
   @pools.needs("source", *columns)
   def sampler(seed, pool, budget):
     found = SAMPLERS["random"](seed, pool, budget)
     alone = len(set(pool.source.tolist())) == 1
-    return found._replace(notes=("warning: it reads",) + (
-        "warning: few", "of one")[:2 * alone])
+    return found._replace(
+      notes=("warning: it reads",) + ("warning: few", "of one")[: 2 * alone]
+    )
+
   return sampler
 
 
 def test_notes_come_through_every_step():
-  for made in (combine.gate(noted(), "reward", 0.2),
-               combine.dedup(noted(), 0.8), combine.diverse(noted(), 0.8),
-               combine.product(noted(), SAMPLERS["random"], noted())):
+  for made in (
+    combine.gate(noted(), "reward", 0.2),
+    combine.dedup(noted(), 0.8),
+    combine.diverse(noted(), 0.8),
+    combine.product(noted(), SAMPLERS["random"], noted()),
+  ):
     assert made(0, POOL, 40).notes == ("warning: it reads",)
   by_source = combine.quota(noted(), "source")(0, POOL, 40).notes
   assert by_source == ("warning: it reads", "warning: few", "of one")
@@ -186,24 +220,41 @@ def test_notes_come_through_every_step():
   @pools.needs("source")
   def differs(seed, pool, budget):
     found = noted()(seed, pool, budget)
-    return found if pool.source[0] == "web" else found._replace(
-        notes=found.notes[:1] + ("warning: other",))
+    return (
+      found
+      if pool.source[0] == "web"
+      else found._replace(notes=found.notes[:1] + ("warning: other",))
+    )
+
   assert combine.quota(differs, "source")(0, POOL, 40).notes == (
-      "warning: it reads", "warning: source 'chat': other",
-      "warning: source 'code': other", "warning: source 'web': few",
-      "source 'web': of one")
+    "warning: it reads",
+    "warning: source 'chat': other",
+    "warning: source 'code': other",
+    "warning: source 'web': few",
+    "source 'web': of one",
+  )
 
 
-@pytest.mark.parametrize("steps", [
-    "gate(column=reward, low=0.2)", "dedup(threshold=0.99)",
-    "quota(by=source)", "diverse(threshold=0.99)"])
+@pytest.mark.parametrize(
+  "steps",
+  [
+    "gate(column=reward, low=0.2)",
+    "dedup(threshold=0.99)",
+    "quota(by=source)",
+    "diverse(threshold=0.99)",
+  ],
+)
 def test_what_crossfit_says_comes_through_steps(steps):
-  for name in (f"{steps} | crossfit_lite",
-               f"{steps} | crossfit_lite * crossfit_lite"):
+  for name in (
+    f"{steps} | crossfit_lite",
+    f"{steps} | crossfit_lite * crossfit_lite",
+  ):
     notes = combine.named(name)(0, POOL, 40).notes  # made-up labels
     assert any(crossfit.SENTENCE in note for note in notes)
-    assert any(note.startswith("warning: ") and "refuses these labels" in note
-               for note in notes)
+    assert any(
+      note.startswith("warning: ") and "refuses these labels" in note
+      for note in notes
+    )
     assert len(set(notes)) == len(notes)
 
 
@@ -228,11 +279,15 @@ def test_product_is_the_product_of_ranks():
 
 
 def test_the_first_step_sees_the_whole_pool():
-  made = combine.compose(SAMPLERS["random"], [
+  made = combine.compose(
+    SAMPLERS["random"],
+    [
       dict(name="gate", column="reward", low=0.5, side="chosen"),
-      dict(name="gate", column="p_yes", low=0.5, side="chosen")])
-  best = np.argsort(-POOL.reward[:, 0])[:N // 2]
-  best = best[np.argsort(-POOL.p_yes[best, 0])[:N // 4]]
+      dict(name="gate", column="p_yes", low=0.5, side="chosen"),
+    ],
+  )
+  best = np.argsort(-POOL.reward[:, 0])[: N // 2]
+  best = best[np.argsort(-POOL.p_yes[best, 0])[: N // 4]]
   assert set(made(0, POOL, N // 4).rows) == set(best)
   assert made.needs == ("p_yes", "reward")
   with pytest.raises(ConfigError, match="unknown step 'sieve'"):
@@ -244,24 +299,42 @@ def test_the_first_step_sees_the_whole_pool():
 # By name, as a config has them.
 
 
-@pytest.mark.parametrize("name,made", [
+@pytest.mark.parametrize(
+  "name,made",
+  [
     ("isa", lambda: ISA),
-    ("isa(order=magnitude)", lambda: functools.partial(
-        ISA, order="magnitude")),
+    ("isa(order=magnitude)", lambda: functools.partial(ISA, order="magnitude")),
     ("gate(column=reward, low=0.2) | isa", lambda: MADE["gate"]),
     ("dedup(threshold=0.8)|random", lambda: MADE["dedup"]),
     ("quota(by=source) | length", lambda: MADE["quota"]),
     ("diverse(threshold=0.8)|ask_llm", lambda: MADE["diverse"]),
     ("ask_llm * external_margin", lambda: MADE["product"]),
-    ("gate(column='reward', low=0.2) | dedup(threshold=0.9) | "
-     "quota(by=source, shares=equal) | isa", lambda: MADE["all"]),
-    ("quota(by=(source,), shares={web: 3, 'chat': 1}) | random",
-     lambda: combine.quota(SAMPLERS["random"], "source",
-                           {"web": 3, "chat": 1})),
-    ("gate(column=p_yes,low=.5) | isa(order=magnitude) * length",
-     lambda: combine.gate(combine.product(functools.update_wrapper(
-         functools.partial(ISA, order="magnitude"), ISA),
-         SAMPLERS["length"]), "p_yes", 0.5))])
+    (
+      "gate(column='reward', low=0.2) | dedup(threshold=0.9) | "
+      "quota(by=source, shares=equal) | isa",
+      lambda: MADE["all"],
+    ),
+    (
+      "quota(by=(source,), shares={web: 3, 'chat': 1}) | random",
+      lambda: combine.quota(
+        SAMPLERS["random"], "source", {"web": 3, "chat": 1}
+      ),
+    ),
+    (
+      "gate(column=p_yes,low=.5) | isa(order=magnitude) * length",
+      lambda: combine.gate(
+        combine.product(
+          functools.update_wrapper(
+            functools.partial(ISA, order="magnitude"), ISA
+          ),
+          SAMPLERS["length"],
+        ),
+        "p_yes",
+        0.5,
+      ),
+    ),
+  ],
+)
 def test_a_name_means_what_the_functions_make(name, made):
   got, wanted = combine.named(name), made()
   a, b = got(1, POOL, 40), wanted(1, POOL, 40)
@@ -291,8 +364,11 @@ def test_columns_that_keywords_name_are_made():
   stages = lambda name: columns.stages(c, "pairs", combine.named(name))
   assert combine.named("dpp(quality=p_yes)").needs == ("embedding", "p_yes")
   assert "p_yes" not in SAMPLERS["dpp"].needs and "p_yes" not in wanted("dpp")
-  for name in ("dpp(quality=p_yes)", "gate(column=length) | dpp(quality=p_yes)",
-               "random * crossfit_lite(orthogonal=p_yes)"):
+  for name in (
+    "dpp(quality=p_yes)",
+    "gate(column=length) | dpp(quality=p_yes)",
+    "random * crossfit_lite(orthogonal=p_yes)",
+  ):
     assert "p_yes" in wanted(name) and "ask" in stages(name)
   # Made by the select stage, where a sampler needs it.
   assert "log_likelihood" in combine.named("dpp(quality=log_likelihood)").needs
@@ -300,8 +376,9 @@ def test_columns_that_keywords_name_are_made():
   assert "reward" in wanted("dpp(quality=reward)")  # the world's, so it is said
   assert "true reward" in columns.notes(c, reward)[0]
   assert "reward" not in wanted("dpp") and not columns.notes(c, SAMPLERS["dpp"])
-  lacking = columns.lacking(c, "pairs", combine.named(
-      "crossfit_lite(slices=source)"))
+  lacking = columns.lacking(
+    c, "pairs", combine.named("crossfit_lite(slices=source)")
+  )
   assert lacking == {"source": "the built-in world is one source"}
   # By config.select.kwargs, of samplers that take the keyword.
   c.select.kwargs = dict(orthogonal=("p_yes", "length"), slices="source")
@@ -313,10 +390,13 @@ def test_columns_that_keywords_name_are_made():
   got = combine.named("dpp(quality=p_yes)")
   only = pools.Pool(POOL.ids, {k: POOL.columns[k] for k in got.needs})
   assert list(got(0, only, 20).rows) == list(
-      SAMPLERS["dpp"](0, POOL, 20, quality="p_yes").rows)
+    SAMPLERS["dpp"](0, POOL, 20, quality="p_yes").rows
+  )
 
 
-@pytest.mark.parametrize("name,words", [
+@pytest.mark.parametrize(
+  "name,words",
+  [
     ("sieve(a=1) | isa", "unknown step 'sieve'"),
     ("gate(reward) | isa", "name.keyword=value."),
     ("gate(column=reward, lower=1) | isa", "takes no 'lower'"),
@@ -326,7 +406,9 @@ def test_columns_that_keywords_name_are_made():
     ("gate(column=reward) | is", "did you mean 'isa'"),
     ("dedup | ", "unknown sampler ''"),
     ("ask_llm * nothing", "unknown sampler 'nothing'"),
-    ("gate(column=reward, low=2) | isa", "two quantiles")])
+    ("gate(column=reward, low=2) | isa", "two quantiles"),
+  ],
+)
 def test_a_wrong_chain_says_where(name, words):
   with pytest.raises(ConfigError, match=words) as error:
     combine.named(name, "compare")
@@ -336,4 +418,5 @@ def test_a_wrong_chain_says_where(name, words):
 def test_a_chain_has_a_folder_of_its_own():
   arm = job.Arm("dedup(threshold=0.9) | quota(by='source') | a:b * isa", 0.1, 0)
   assert arm.name == (
-      "dedup(threshold=0.9)-then-quota(by=source)-then-a.b-x-isa-0.1-seed0")
+    "dedup(threshold=0.9)-then-quota(by=source)-then-a.b-x-isa-0.1-seed0"
+  )

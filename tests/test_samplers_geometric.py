@@ -2,25 +2,29 @@
 
 import jax
 import numpy as np
+import pools as make_pools
 import pytest
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import topk
-from jaxalign.select.samplers import SAMPLERS, density, geometric, rows
-import pools as make_pools
+from jaxalign.select.samplers import density, geometric, rows, SAMPLERS
 
 N, W = 300, 12
-GEOMETRIC = [n for n in SAMPLERS if {"embedding", "answer_embedding"} & {
-    *SAMPLERS[n].needs}]
+GEOMETRIC = [
+  n
+  for n in SAMPLERS
+  if {"embedding", "answer_embedding"} & {*SAMPLERS[n].needs}
+]
 
 
 def clusters(n=N, width=W, seed=0, responses=2):
   """A pool with a dense cluster, a wide one, and a few rows far off."""
   rng = np.random.default_rng(seed)
   pool = make_pools.make(responses, n, seed, width)
-  spread = np.where(np.arange(n) % 10 == 0, 3.0,
-                    np.where(np.arange(n) % 3 == 0, 1.0, 0.2))
+  spread = np.where(
+    np.arange(n) % 10 == 0, 3.0, np.where(np.arange(n) % 3 == 0, 1.0, 0.2)
+  )
   x = 1 + rng.normal(size=(n, responses, width)) * spread[:, None, None]
   return make_pools.with_columns(pool, embedding=x.astype(np.float32))
 
@@ -28,9 +32,13 @@ def clusters(n=N, width=W, seed=0, responses=2):
 def by_hand(pool, pair="mean", metric="cosine"):
   """[N, W] float64 of the vectors that a row is compared by."""
   x = np.float64(pool.embedding)
-  x = {"mean": x.mean(1), "chosen": x[:, 0], "rejected": x[:, 1],
-       "difference": x[:, 0] - x[:, 1],
-       "concat": x.reshape(len(x), -1)}[pair]
+  x = {
+    "mean": x.mean(1),
+    "chosen": x[:, 0],
+    "rejected": x[:, 1],
+    "difference": x[:, 0] - x[:, 1],
+    "concat": x.reshape(len(x), -1),
+  }[pair]
   if metric == "centred":
     x = x - x.mean(0)
   if metric != "euclidean":
@@ -44,8 +52,9 @@ def test_vectors(pair, metric):
   pool = clusters()
   got = rows.vectors(pool, pair, metric)
   assert got.dtype == np.float32
-  np.testing.assert_allclose(got, by_hand(pool, pair, metric), rtol=1e-4,
-                             atol=1e-6)
+  np.testing.assert_allclose(
+    got, by_hand(pool, pair, metric), rtol=1e-4, atol=1e-6
+  )
 
 
 def test_vectors_refused():
@@ -62,9 +71,14 @@ def test_vectors_refused():
   x = pool.embedding.copy()
   bad = np.arange(7) * 5
   x[bad, bad % 2, 3] = np.nan  # of one side
-  with pytest.raises(NumericError, match=(
+  with pytest.raises(
+    NumericError,
+    match=(
       f"7 of {len(x)} rows have an embedding that is not finite .ids "
-      + ", ".join(pool.ids[bad[:5]]) + r", \.\.\.\)")):
+      + ", ".join(pool.ids[bad[:5]])
+      + r", \.\.\.\)"
+    ),
+  ):
     SAMPLERS["k_center"](0, make_pools.with_columns(pool, embedding=x), 5)
 
 
@@ -75,7 +89,7 @@ def naive_density(x, h):
   out = np.zeros(len(x))
   for i, a in enumerate(x):
     for b in x:
-      out[i] += np.exp(-((a - b)**2).sum() / (2 * h * h))
+      out[i] += np.exp(-((a - b) ** 2).sum() / (2 * h * h))
   return out / len(x)
 
 
@@ -92,9 +106,14 @@ def test_density_equals_the_double_loop_and_keeps_thin_rows():
   wrong = np.log(f) - np.log(-np.log(u))
   assert len(set(got.rows) & set(np.argsort(-wrong)[:30])) < 25
   rank = f.argsort().argsort() / 150
-  mean = np.mean([rank[SAMPLERS["density"](s, pool, 30, bandwidth=0.5,
-                                           features=0).rows].mean()
-                  for s in range(10)])
+  mean = np.mean(
+    [
+      rank[
+        SAMPLERS["density"](s, pool, 30, bandwidth=0.5, features=0).rows
+      ].mean()
+      for s in range(10)
+    ]
+  )
   assert mean < 0.45  # below the half that a fair draw has
 
 
@@ -102,8 +121,9 @@ def test_random_features_approach_the_exact_density():
   x = np.float32(by_hand(clusters()))
   exact = density.kernel_density(x, 0.5, 0, 0)
   for features in (256, 4096):
-    error = [density.kernel_density(x, 0.5, features, s) - exact
-             for s in range(4)]
+    error = [
+      density.kernel_density(x, 0.5, features, s) - exact for s in range(4)
+    ]
     worst = np.sqrt(np.mean(np.square(error)))
     assert worst < 1 / np.sqrt(2 * features)  # the standard error's bound
   assert np.corrcoef(np.mean(error, 0) + exact, exact)[0, 1] > 0.999
@@ -112,12 +132,14 @@ def test_random_features_approach_the_exact_density():
 def test_density_draws_by_one_over_the_density():
   """Over many seeds, a row comes first as often as its weight says."""
   pool = make_pools.make(1, 5)
-  x = np.array([[1, 0], [1, .1], [1, .2], [0, 1], [-1, 0]], np.float32)
+  x = np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1], [-1, 0]], np.float32)
   pool = make_pools.with_columns(pool, embedding=x[:, None])
   unit = x / np.linalg.norm(x, axis=1, keepdims=True)
   weight = 1 / naive_density(np.float64(unit), 0.7)
-  first = [SAMPLERS["density"](s, pool, 1, bandwidth=0.7, features=0).rows[0]
-           for s in range(400)]
+  first = [
+    SAMPLERS["density"](s, pool, 1, bandwidth=0.7, features=0).rows[0]
+    for s in range(400)
+  ]
   share = np.bincount(first, minlength=5) / 400
   assert abs(share - weight / weight.sum()).max() < 0.08
 
@@ -146,11 +168,11 @@ def test_exact_density_says_that_it_cannot_scale(monkeypatch):
 
 
 def naive_k_center(x, first, m):
-  chosen, near = [first], ((x - x[first])**2).sum(1)
+  chosen, near = [first], ((x - x[first]) ** 2).sum(1)
   while len(chosen) < m:
     near[chosen] = -1
     chosen.append(int(near.argmax()))
-    near = np.minimum(near, ((x - x[chosen[-1]])**2).sum(1))
+    near = np.minimum(near, ((x - x[chosen[-1]]) ** 2).sum(1))
   return chosen
 
 
@@ -167,8 +189,10 @@ def test_k_center_equals_the_loop(active, pair, monkeypatch):
   left = np.setdiff1d(np.arange(N), wanted)
   near = np.linalg.norm(x[left][:, None] - x[wanted][None], axis=2).min(1)
   np.testing.assert_allclose(got.score[left], near, atol=2e-3)
-  radius = [np.linalg.norm(x[wanted[:i]] - x[wanted[i]], axis=1).min()
-            for i in range(1, 120)]
+  radius = [
+    np.linalg.norm(x[wanted[:i]] - x[wanted[i]], axis=1).min()
+    for i in range(1, 120)
+  ]
   np.testing.assert_allclose(got.score[wanted[1:]], radius, rtol=1e-5)
 
 
@@ -181,8 +205,7 @@ def test_k_center_tells_apart_what_float32_cannot():
     ids = np.array([f"r{(i * 5 + turn) % 7}" for i in range(7)])
     rows_, score = geometric.farthest_first(x, ids, 2, 0)
     assert rows_.tolist() == [0, 6]
-    np.testing.assert_allclose(score[6], np.sqrt(1 + 25 / 2.0**32),
-                               rtol=1e-15)
+    np.testing.assert_allclose(score[6], np.sqrt(1 + 25 / 2.0**32), rtol=1e-15)
 
 
 @pytest.mark.parametrize("active", [8, 1024])
@@ -197,7 +220,7 @@ def test_k_center_takes_copies_last_and_by_their_hash(active, monkeypatch):
   rest = [i for i in np.argsort(hashes) if i not in set(got.rows[:20])]
   assert list(got.rows[20:]) == rest[:20]
   for i in got.rows[1:20]:  # of three copies, the one with the least hash
-    assert hashes[i] == hashes[i // 3 * 3:i // 3 * 3 + 3].min()
+    assert hashes[i] == hashes[i // 3 * 3 : i // 3 * 3 + 3].min()
 
 
 # Herding.
@@ -227,8 +250,10 @@ def test_herding_equals_the_loop(active, metric, on_host, monkeypatch):
   # What it is for: the mean of the chosen follows the mean of the pool.
   mean = x.mean(0)
   gap = np.linalg.norm(x[got.rows[:30]].mean(0) - mean)
-  fair = [np.linalg.norm(x[SAMPLERS["random"](s, pool, 30).rows].mean(0) - mean)
-          for s in range(20)]
+  fair = [
+    np.linalg.norm(x[SAMPLERS["random"](s, pool, 30).rows].mean(0) - mean)
+    for s in range(20)
+  ]
   assert gap < np.mean(fair) / 2
 
 
@@ -261,36 +286,48 @@ def test_herding_of_copies_follows_the_hash():
 def test_real_keeps_the_pairs_that_are_least_alike():
   pool = clusters()
   # The prompt's share in `embedding` is not looked at.
-  pool = make_pools.with_columns(pool, answer_embedding=pool.embedding,
-                                 embedding=pool.answer_embedding)
+  pool = make_pools.with_columns(
+    pool, answer_embedding=pool.embedding, embedding=pool.answer_embedding
+  )
   a, b = np.float64(pool.answer_embedding).transpose(1, 0, 2)
-  cosine = np.array([(p @ q) / np.sqrt((p @ p) * (q @ q))
-                     for p, q in zip(a, b)])
+  cosine = np.array(
+    [(p @ q) / np.sqrt((p @ p) * (q @ q)) for p, q in zip(a, b)]
+  )
   got = SAMPLERS["real"](0, pool, 60)
   np.testing.assert_allclose(got.score, 1 - cosine, rtol=1e-4, atol=1e-6)
   assert set(got.rows) == set(np.argsort(cosine)[:60])
   low = SAMPLERS["real"](0, pool, 60, direction="low")
   assert set(low.rows) == set(np.argsort(-cosine)[:60])
   far = SAMPLERS["real"](0, pool, 60, metric="euclidean")
-  np.testing.assert_allclose(far.score, np.linalg.norm(a - b, axis=1),
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    far.score, np.linalg.norm(a - b, axis=1), rtol=1e-5
+  )
 
 
 # Of all samplers that read an embedding.
 
 
-@pytest.mark.parametrize("name,kwargs", [
-    *((name, {}) for name in GEOMETRIC), ("density", {"features": 0}),
-    ("facility_location", {"exact": False}), ("dpp", {"blocks": 3}),
-    ("k_center", {"blocks": 3}), ("herding", {"blocks": 3})])
-def test_any_mesh_gives_the_same_rows_and_the_same_bits(name, kwargs,
-                                                        monkeypatch):
+@pytest.mark.parametrize(
+  "name,kwargs",
+  [
+    *((name, {}) for name in GEOMETRIC),
+    ("density", {"features": 0}),
+    ("facility_location", {"exact": False}),
+    ("dpp", {"blocks": 3}),
+    ("k_center", {"blocks": 3}),
+    ("herding", {"blocks": 3}),
+  ],
+)
+def test_any_mesh_gives_the_same_rows_and_the_same_bits(
+  name, kwargs, monkeypatch
+):
   monkeypatch.setattr(geometric, "_on_host", lambda: False)
   pool = clusters(n=400, width=32)
   found = []
   for shape in ((1, 1), (2, 1), (4, 2)):
-    mesh = sharding.make_mesh(dict(fsdp=shape[0], tensor=shape[1]),
-                              jax.devices()[:shape[0] * shape[1]])
+    mesh = sharding.make_mesh(
+      dict(fsdp=shape[0], tensor=shape[1]), jax.devices()[: shape[0] * shape[1]]
+    )
     with jax.set_mesh(mesh):
       found.append(SAMPLERS[name](0, pool, 60, **kwargs))
   for other in found[1:]:

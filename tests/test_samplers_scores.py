@@ -4,14 +4,14 @@ from fractions import Fraction
 import math
 
 import numpy as np
+import pools as make_pools
 import pytest
 import scipy.stats
 
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.select import pool as pools
 from jaxalign.select import topk
-from jaxalign.select.samplers import SAMPLERS, basic, margin, values
-import pools as make_pools
+from jaxalign.select.samplers import basic, margin, SAMPLERS, values
 
 N = 200
 POOL = make_pools.make(2, N)
@@ -33,24 +33,37 @@ def sides(column):
 def oracles():
   """The number that each sampler ranks by, one row at a time."""
   c, r = np.array([0, 1])
-  out = {name: np.empty(N) for name in (
-      "length", "perplexity", "ifd", "ask_llm", "selective_dpo",
-      "external_margin", "implicit_margin")}
+  out = {
+    name: np.empty(N)
+    for name in (
+      "length",
+      "perplexity",
+      "ifd",
+      "ask_llm",
+      "selective_dpo",
+      "external_margin",
+      "implicit_margin",
+    )
+  }
   col = POOL.columns
   for i in range(N):
     out["length"][i] = col["length"][i, c]
     out["perplexity"][i] = math.log(
-        math.exp(-col["logp"][i, c] / col["logp_count"][i, c]))
+      math.exp(-col["logp"][i, c] / col["logp_count"][i, c])
+    )
     count = col["logp_count"][i, c]
-    out["ifd"][i] = (math.exp(-col["logp"][i, c] / count)
-                     / math.exp(-col["logp_alone"][i, c] / count))
+    out["ifd"][i] = math.exp(-col["logp"][i, c] / count) / math.exp(
+      -col["logp_alone"][i, c] / count
+    )
     out["ask_llm"][i] = col["p_yes"][i, c]
     out["selective_dpo"][i] = np.mean(
-        [x for x in col["held_out_loss"][i] if not math.isnan(x)])
+      [x for x in col["held_out_loss"][i] if not math.isnan(x)]
+    )
     out["external_margin"][i] = col["reward"][i, c] - col["reward"][i, r]
     out["implicit_margin"][i] = 0.3 * (
-        (col["proxy_logp"][i, c] - col["proxy_ref_logp"][i, c])
-        - (col["proxy_logp"][i, r] - col["proxy_ref_logp"][i, r]))
+      (col["proxy_logp"][i, c] - col["proxy_ref_logp"][i, c])
+      - (col["proxy_logp"][i, r] - col["proxy_ref_logp"][i, r])
+    )
   return out
 
 
@@ -71,14 +84,24 @@ def test_equals_its_equation_in_each_direction(name):
     SAMPLERS[name](0, POOL, 40, direction="bottom", **more)
 
 
-@pytest.mark.parametrize("name,direction", [
-    ("length", "top"), ("perplexity", "middle"), ("ifd", "middle"),
-    ("ask_llm", "top"), ("selective_dpo", "low"), ("external_margin", "top"),
-    ("implicit_margin", "top"), ("bees", "top")])
+@pytest.mark.parametrize(
+  "name,direction",
+  [
+    ("length", "top"),
+    ("perplexity", "middle"),
+    ("ifd", "middle"),
+    ("ask_llm", "top"),
+    ("selective_dpo", "low"),
+    ("external_margin", "top"),
+    ("implicit_margin", "top"),
+    ("bees", "top"),
+  ],
+)
 def test_default_directions(name, direction):
   a = SAMPLERS[name](0, POOL, 40)
-  assert list(a.rows) == list(SAMPLERS[name](0, POOL, 40,
-                                             direction=direction).rows)
+  assert list(a.rows) == list(
+    SAMPLERS[name](0, POOL, 40, direction=direction).rows
+  )
 
 
 def test_bees_is_the_posterior_of_two_clipped_margins():
@@ -87,12 +110,14 @@ def test_bees_is_the_posterior_of_two_clipped_margins():
   p = []
   for m in (m_ex, m_im):
     top = np.quantile(m, 0.99)
-    p.append(np.clip((np.minimum(np.maximum(m, -2), top) + 2) / (top + 2),
-                     1e-6, 1 - 1e-6))
+    p.append(
+      np.clip(
+        (np.minimum(np.maximum(m, -2), top) + 2) / (top + 2), 1e-6, 1 - 1e-6
+      )
+    )
   posterior = p[0] * p[1] / (p[0] * p[1] + (1 - p[0]) * (1 - p[1]))
   got = SAMPLERS["bees"](0, POOL, 40)
-  np.testing.assert_allclose(1 / (1 + np.exp(-got.score)), posterior,
-                             rtol=1e-9)
+  np.testing.assert_allclose(1 / (1 + np.exp(-got.score)), posterior, rtol=1e-9)
   inside = np.argsort(-posterior)[:40]
   assert set(got.rows) == set(inside)
   # Two margins that are both middling beat one that is high and one low.
@@ -105,10 +130,20 @@ def test_bees_is_the_posterior_of_two_clipped_margins():
 @pytest.mark.parametrize("side", values.SIDES)
 def test_sides(side):
   chosen, rejected = sides("p_yes")
-  wanted = np.array([
-      {"chosen": a, "rejected": b, "mean": (a + b) / 2, "sum": a + b,
-       "min": min(a, b), "max": max(a, b), "difference": a - b}[side]
-      for a, b in zip(chosen, rejected)])
+  wanted = np.array(
+    [
+      {
+        "chosen": a,
+        "rejected": b,
+        "mean": (a + b) / 2,
+        "sum": a + b,
+        "min": min(a, b),
+        "max": max(a, b),
+        "difference": a - b,
+      }[side]
+      for a, b in zip(chosen, rejected)
+    ]
+  )
   check("ask_llm", wanted, side=side)
 
 
@@ -118,10 +153,17 @@ def test_what_cannot_be_is_refused():
   with pytest.raises(DataError, match="1.5.*from 0 to 1"):
     SAMPLERS["ask_llm"](0, make_pools.with_columns(POOL, p_yes=broken), 4)
   with pytest.raises(DataError, match="no tokens"):
-    SAMPLERS["perplexity"](0, make_pools.with_columns(
-        POOL, logp_count=POOL.columns["logp_count"] * 0), 4)
-  one = SAMPLERS["perplexity"](0, make_pools.with_columns(
-      POOL, logp_count=POOL.logp_count * 0 + 1), 4, direction="top")
+    SAMPLERS["perplexity"](
+      0,
+      make_pools.with_columns(POOL, logp_count=POOL.columns["logp_count"] * 0),
+      4,
+    )
+  one = SAMPLERS["perplexity"](
+    0,
+    make_pools.with_columns(POOL, logp_count=POOL.logp_count * 0 + 1),
+    4,
+    direction="top",
+  )
   np.testing.assert_allclose(one.score, -POOL.logp[:, 0])  # of one token each
   with pytest.raises(ConfigError, match="below the second"):
     margin.clip_bounds(np.zeros(4), 1.0, 1.0)
@@ -134,7 +176,8 @@ def test_what_cannot_be_is_refused():
   seen[5] = np.nan  # all six models were trained on it
   with pytest.raises(NumericError, match=str(POOL.ids[5])):
     SAMPLERS["selective_dpo"](
-        0, make_pools.with_columns(POOL, held_out_loss=seen), 4)
+      0, make_pools.with_columns(POOL, held_out_loss=seen), 4
+    )
 
 
 def test_selective_dpo_is_a_curriculum():
@@ -175,8 +218,11 @@ def test_stratified_keeps_the_shares_of_the_pool():
   for source in ("web", "chat", "code"):
     for label in (True, False):
       for bin_ in range(3):
-        inside = ((pool.source == source) & (pool.label == label)
-                  & (np.digitize(length, edges) == bin_))
+        inside = (
+          (pool.source == source)
+          & (pool.label == label)
+          & (np.digitize(length, edges) == bin_)
+        )
         # A fifth of the stratum; a length on an edge may fall either way.
         assert abs(inside[got.rows].sum() - inside.sum() / 5) <= 3
   exact = SAMPLERS["stratified"](0, pool, 200, by=("source", "label"))
@@ -185,8 +231,10 @@ def test_stratified_keeps_the_shares_of_the_pool():
       inside = (pool.source == source) & (pool.label == label)
       assert abs(inside[exact.rows].sum() - inside.sum() / 5) < 1
   # One column needs no brackets, as of `quota`.
-  one = [SAMPLERS["stratified"](0, pool, 200, by=by).rows.tolist()
-         for by in ("source", ("source",), ["source"])]
+  one = [
+    SAMPLERS["stratified"](0, pool, 200, by=by).rows.tolist()
+    for by in ("source", ("source",), ["source"])
+  ]
   assert one[0] == one[1] == one[2] != exact.rows.tolist()
   # Inside a stratum the rows are those that `random` prefers.
   u = SAMPLERS["random"](0, pool, 1).score
@@ -215,7 +263,7 @@ def test_stratified_reads_only_what_the_pool_has():
   bare = pools.Pool(pool.ids, {"length": pool.length})
   got = SAMPLERS["stratified"](0, bare, 40, bins=4)
   mean = pool.length.mean(axis=1)
-  part = np.digitize(mean, np.quantile(mean, [.25, .5, .75]))
+  part = np.digitize(mean, np.quantile(mean, [0.25, 0.5, 0.75]))
   assert (abs(np.bincount(part[got.rows]) - 10) <= 2).all()
 
 
@@ -238,9 +286,10 @@ def parts_by_hand(shares, room, budget):
       return given
   for i in open_:
     given[i] = math.floor(exact[i])
-  by_remainder = sorted((i for i in open_ if shares[i]),
-                        key=lambda i: given[i] - exact[i])
-  for i in by_remainder[:budget - sum(given)]:
+  by_remainder = sorted(
+    (i for i in open_ if shares[i]), key=lambda i: given[i] - exact[i]
+  )
+  for i in by_remainder[: budget - sum(given)]:
     given[i] += 1
   return given
 
@@ -269,15 +318,20 @@ def test_stratified_by_hand(responses, shares):
   hashes = topk.id_hash(pool.ids, "stratified:5")
   members = sorted(strata.values(), key=lambda rows: min(hashes[rows]))
   room = [len(rows) for rows in members]
-  count = parts_by_hand(room if shares == "pool" else [1] * len(room), room,
-                        budget)
+  count = parts_by_hand(
+    room if shares == "pool" else [1] * len(room), room, budget
+  )
   u = topk.uniform(5, pool.ids, "random")
-  kept = [i for rows, n in zip(members, count)
-          for i in sorted(rows, key=lambda i: -u[i])[:n]]
+  kept = [
+    i
+    for rows, n in zip(members, count)
+    for i in sorted(rows, key=lambda i: -u[i])[:n]
+  ]
   got = SAMPLERS["stratified"](5, pool, budget, bins=bins, shares=shares)
   assert got.rows.tolist() == sorted(kept, key=lambda i: -u[i])
   np.testing.assert_array_equal(
-      got.score, np.where(np.isin(np.arange(150), kept), u, u - 1))
+    got.score, np.where(np.isin(np.arange(150), kept), u, u - 1)
+  )
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -2,14 +2,20 @@
 
 import jax
 import numpy as np
+import pools as make_pools
 import pytest
+from test_samplers_geometric import by_hand
+from test_samplers_geometric import clusters as make_clusters
 
 from jaxalign.errors import ConfigError
 from jaxalign.select import topk
-from jaxalign.select.samplers import SAMPLERS, clusters, combine, dedup
-from jaxalign.select.samplers import submodular
-import pools as make_pools
-from test_samplers_geometric import by_hand, clusters as make_clusters
+from jaxalign.select.samplers import (
+  clusters,
+  combine,
+  dedup,
+  SAMPLERS,
+  submodular,
+)
 
 N = 240
 
@@ -21,7 +27,7 @@ def test_assign_is_the_nearest_centre_over_blocks_of_centres():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(500, 6)).astype(np.float32)
   centres = rng.normal(size=(300, 6))  # more than one block
-  wanted = ((np.float64(x)[:, None] - centres[None])**2).sum(2).argmin(1)
+  wanted = ((np.float64(x)[:, None] - centres[None]) ** 2).sum(2).argmin(1)
   got = clusters.assign(clusters.rows_lib.place(x), centres)
   np.testing.assert_array_equal(got, wanted)
 
@@ -36,12 +42,14 @@ def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
   for seed in range(6):
     labels, centres = clusters.k_means(x, ids, 4, seed)
     for k in range(4):
-      np.testing.assert_allclose(centres[k], np.float64(x[labels == k]).mean(0),
-                                 atol=1e-5)
-    cost.append(((x - centres[labels])**2).sum())
+      np.testing.assert_allclose(
+        centres[k], np.float64(x[labels == k]).mean(0), atol=1e-5
+      )
+    cost.append(((x - centres[labels]) ** 2).sum())
   assert min(cost) == pytest.approx(
-      sum(((x[truth == k] - x[truth == k].mean(0))**2).sum()
-          for k in range(4)), rel=1e-4)
+    sum(((x[truth == k] - x[truth == k].mean(0)) ** 2).sum() for k in range(4)),
+    rel=1e-4,
+  )
   with pytest.raises(ConfigError, match="401 clusters of 400"):
     clusters.k_means(x, ids, 401, 0)
 
@@ -87,8 +95,9 @@ def test_facility_location_equals_plain_greedy(cache, metric, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [2**26, 3000])
-def test_what_gains_lose_is_folded_over_the_rows_covered_better(cache,
-                                                                monkeypatch):
+def test_what_gains_lose_is_folded_over_the_rows_covered_better(
+  cache, monkeypatch
+):
   monkeypatch.setattr(submodular, "_CACHE", cache)
   pool = make_clusters(N)
   x = by_hand(pool)
@@ -104,8 +113,9 @@ def test_what_gains_lose_is_folded_over_the_rows_covered_better(cache,
     folded = state.fold()
     np.testing.assert_allclose(folded, before - after, rtol=2e-5, atol=1e-4)
     assert not state.changed().size and not state.fold().any()
-    np.testing.assert_allclose(state.gains(np.arange(N)), after, rtol=1e-5,
-                               atol=1e-4)
+    np.testing.assert_allclose(
+      state.gains(np.arange(N)), after, rtol=1e-5, atol=1e-4
+    )
     before = after
 
 
@@ -114,8 +124,9 @@ def test_stochastic_greedy_takes_the_best_of_its_candidates():
   x = by_hand(pool)
   s = (1 + x @ x.T) / 2
   m, epsilon = 30, 0.1
-  rows, gains = submodular.stochastic_greedy(np.float32(x), pool.ids, m, 5,
-                                             epsilon)
+  rows, gains = submodular.stochastic_greedy(
+    np.float32(x), pool.ids, m, 5, epsilon
+  )
   few = int(np.ceil(N / m * np.log(1 / epsilon)))
   # The oracle walks the same order of hashes, with the matrix.
   covered, chosen, turn, queue = np.zeros(N), [], 0, []
@@ -136,8 +147,9 @@ def test_stochastic_greedy_takes_the_best_of_its_candidates():
   assert list(got.rows) == chosen
 
 
-@pytest.mark.parametrize("name", [
-    "facility_location", "dpp", "k_center", "herding", "deita"])
+@pytest.mark.parametrize(
+  "name", ["facility_location", "dpp", "k_center", "herding", "deita"]
+)
 def test_blocks_run_inside_clusters_with_their_share(name):
   pool = make_clusters(N)
   x = np.float32(by_hand(pool))
@@ -148,8 +160,7 @@ def test_blocks_run_inside_clusters_with_their_share(name):
   if name == "facility_location":
     for k in range(4):
       rows = np.flatnonzero(labels == k)
-      wanted, _ = naive_facility(np.float64(x[rows]), kept[k],
-                                 pool.ids[rows])
+      wanted, _ = naive_facility(np.float64(x[rows]), kept[k], pool.ids[rows])
       assert [i for i in got.rows if labels[i] == k] == list(rows[wanted])
   # By turns: each pick stands in the middle of its part of a block's share.
   turn, when = np.zeros(4, int), []
@@ -157,7 +168,8 @@ def test_blocks_run_inside_clusters_with_their_share(name):
     when.append((turn[labels[i]] + 0.5) / kept[labels[i]])
     turn[labels[i]] += 1
   assert list(np.lexsort((topk.id_hash(pool.ids[got.rows]), when))) == list(
-      range(50))
+    range(50)
+  )
   np.testing.assert_allclose(got.score[got.rows], 1 - np.arange(50) / 50)
   assert not np.delete(got.score, got.rows).any()
   if name in ("k_center", "herding", "deita"):
@@ -200,8 +212,11 @@ def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
   pool = make_pools.with_columns(pool, embedding=x)
   seen = []
   greedy = submodular.lazy_greedy
-  monkeypatch.setattr(submodular, "lazy_greedy", lambda part, ids, m: (
-      seen.append(len(part)), greedy(part, ids, m))[1])
+  monkeypatch.setattr(
+    submodular,
+    "lazy_greedy",
+    lambda part, ids, m: (seen.append(len(part)), greedy(part, ids, m))[1],
+  )
   got = SAMPLERS["facility_location"](0, pool, 60, blocks=8)
   assert max(seen) <= 60 and sum(seen) == N and len(set(got.rows)) == 60
   # The DPP's numbers are those of the largest block, a quarter of its rows
@@ -215,37 +230,49 @@ def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
 
 
 CALLS = [  # operations of 5 picks of 240 rows of 12 numbers
-    ("k_center", {}, 2 * N * 5 * 12), ("herding", {}, 2 * N * 5 * 12),
-    ("herding", dict(features=30), 2 * N * 5 * 60),
-    ("deita", {}, 2 * N * 5 * 12), ("facility_location", {}, 2 * N * N * 12),
-    ("facility_location", dict(exact=False),
-     2 * N * N * 12 * np.log(20)),
-    ("facility_location", dict(exact=False, epsilon=0.5),
-     2 * N * N * 12 * np.log(2)),
-    ("dpp", {}, N * 25 + 2 * N * 5 * 12),
-    ("density", dict(features=0), 2 * N * N * 12),
-    ("semdedup", dict(clusters=1), N * N * 12)]
+  ("k_center", {}, 2 * N * 5 * 12),
+  ("herding", {}, 2 * N * 5 * 12),
+  ("herding", dict(features=30), 2 * N * 5 * 60),
+  ("deita", {}, 2 * N * 5 * 12),
+  ("facility_location", {}, 2 * N * N * 12),
+  ("facility_location", dict(exact=False), 2 * N * N * 12 * np.log(20)),
+  (
+    "facility_location",
+    dict(exact=False, epsilon=0.5),
+    2 * N * N * 12 * np.log(2),
+  ),
+  ("dpp", {}, N * 25 + 2 * N * 5 * 12),
+  ("density", dict(features=0), 2 * N * N * 12),
+  ("semdedup", dict(clusters=1), N * N * 12),
+]
 
 
 @pytest.mark.parametrize("name,kwargs,operations", CALLS)
-def test_what_takes_days_says_so_before_it_starts(name, kwargs, operations,
-                                                  monkeypatch):
+def test_what_takes_days_says_so_before_it_starts(
+  name, kwargs, operations, monkeypatch
+):
   pool = make_clusters(N)
   rows = clusters.rows_lib
   monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1000.0))
   host = name in ("dpp", "deita", "semdedup", "herding") or (
-      name == "facility_location" and "exact" not in kwargs)
+    name == "facility_location" and "exact" not in kwargs
+  )
   rate = 1000 * (1 if host else len(jax.devices()))
   hours = operations / rate / 3600
   monkeypatch.setattr(rows, "HOURS", hours * 1.001)
   SAMPLERS[name](0, pool, 5, **kwargs)
   monkeypatch.setattr(rows, "HOURS", hours / 1.001)
-  with pytest.raises(ConfigError, match=(
-      f"{hours:,.0f} hours, {operations:.3g} operations".replace("+", "."))):
+  with pytest.raises(
+    ConfigError,
+    match=(
+      f"{hours:,.0f} hours, {operations:.3g} operations".replace("+", ".")
+    ),
+  ):
     SAMPLERS[name](0, pool, 5, **kwargs)
   # Its blocked form is offered, and does with less.
   less = {"density": dict(features=4), "semdedup": dict(clusters=20)}.get(
-      name, dict(blocks=6))
+    name, dict(blocks=6)
+  )
   SAMPLERS[name](0, pool, 5, **kwargs | less)
   try:
     SAMPLERS[name](0, pool, 5, **kwargs)
@@ -259,9 +286,13 @@ def test_what_runs_in_days_by_default():
   assert rows.HOURS == 24
   check = clusters.by_pick("k_center", 384, host=True)
   check(1_000_000, 100_000)
-  with pytest.raises(ConfigError, match=(
+  with pytest.raises(
+    ConfigError,
+    match=(
       "k_center would take about 71 hours, 7.68e.15 operations at an assumed "
-      "30 GFLOP/s, above the 24 hours .*blocks")):
+      "30 GFLOP/s, above the 24 hours .*blocks"
+    ),
+  ):
     check(10_000_000, 1_000_000)
   check(np.full(100, 100_000), np.full(100, 10_000))  # in blocks
 
@@ -284,13 +315,15 @@ def naive_dpp(kernel, m, ids):
   """Greedy over determinants, from the definition."""
   chosen, gained = [], []
   for _ in range(m):
-    before = np.linalg.slogdet(kernel[np.ix_(chosen, chosen)])[1] if (
-        chosen) else 0.0
+    before = (
+      np.linalg.slogdet(kernel[np.ix_(chosen, chosen)])[1] if (chosen) else 0.0
+    )
     value = np.full(len(kernel), -np.inf)
     for i in range(len(kernel)):
       if i not in chosen:
         value[i] = np.linalg.slogdet(
-            kernel[np.ix_(chosen + [i], chosen + [i])])[1]
+          kernel[np.ix_(chosen + [i], chosen + [i])]
+        )[1]
     gained.append(np.exp(value.max() - before))
     chosen.append(least_hash(np.flatnonzero(value >= value.max() - 1e-9), ids))
   return chosen, gained
@@ -302,18 +335,18 @@ def test_dpp_equals_greedy_over_determinants(quality):
   x = by_hand(pool)
   z = pool.reward[:, 0]
   q = np.exp(0.8 * (z - z.mean()) / z.std()) if quality else np.ones(60)
-  distance = ((x[:, None] - x[None])**2).sum(2)
+  distance = ((x[:, None] - x[None]) ** 2).sum(2)
   kernel = q[:, None] * q[None] * np.exp(-distance / (2 * 1.5**2))
   wanted, gained = naive_dpp(kernel, 15, pool.ids)
-  got = SAMPLERS["dpp"](0, pool, 15, quality=quality, weight=0.8,
-                        bandwidth=1.5)
+  got = SAMPLERS["dpp"](0, pool, 15, quality=quality, weight=0.8, bandwidth=1.5)
   assert list(got.rows) == wanted
   np.testing.assert_allclose(got.score[wanted], gained, rtol=1e-4)
   # Of the others: what the picks leave of them, a Schur complement.
   rest = np.setdiff1d(np.arange(60), wanted)
   by = kernel[np.ix_(rest, wanted)]
-  left = kernel[rest, rest] - (by * np.linalg.solve(
-      kernel[np.ix_(wanted, wanted)], by.T).T).sum(1)
+  left = kernel[rest, rest] - (
+    by * np.linalg.solve(kernel[np.ix_(wanted, wanted)], by.T).T
+  ).sum(1)
   np.testing.assert_allclose(got.score[rest], left, rtol=1e-3, atol=1e-6)
   if quality:
     plain = SAMPLERS["dpp"](0, pool, 15, bandwidth=1.5)
@@ -328,7 +361,7 @@ def test_dpp_goes_on_by_quality_where_nothing_is_left_to_explain():
   assert len(set(got.rows[:8] // 5)) == 8
   reward = pool.reward[:, 0]
   for i in got.rows[:8]:  # of five copies the best
-    assert reward[i] == reward[i // 5 * 5:i // 5 * 5 + 5].max()
+    assert reward[i] == reward[i // 5 * 5 : i // 5 * 5 + 5].max()
   rest = [i for i in np.argsort(-reward) if i not in set(got.rows[:8])]
   assert list(got.rows[8:]) == rest[:12]
 
@@ -345,8 +378,9 @@ def planted(n=N):
 
 
 @pytest.mark.parametrize("blocks", [0, 4])
-@pytest.mark.parametrize("name", [
-    "k_center", "herding", "facility_location", "dpp", "deita"])
+@pytest.mark.parametrize(
+  "name", ["k_center", "herding", "facility_location", "dpp", "deita"]
+)
 def test_a_budget_of_nothing_is_an_empty_selection(name, blocks):
   more = [{}, dict(exact=False)] if name == "facility_location" else [{}]
   for kwargs in more:
@@ -376,8 +410,9 @@ def test_copies_beyond_a_clusters_size_are_all_found(monkeypatch, capsys):
   np.testing.assert_array_equal(dedup.most_alike(unit, pool.ids, 10, 0), got)
 
 
-def test_a_row_of_a_large_cluster_is_compared_with_those_before(monkeypatch,
-                                                                capsys):
+def test_a_row_of_a_large_cluster_is_compared_with_those_before(
+  monkeypatch, capsys
+):
   pool = planted()
   x = by_hand(pool)
   tile, most = 4, 12
@@ -421,14 +456,18 @@ def test_semdedup_equals_the_loop(count, tile, monkeypatch):
   wanted = np.empty(N)
   for i in range(N):
     centre = centres[labels[i]] / np.linalg.norm(centres[labels[i]])
-    earlier = [j for j in range(N) if labels[j] == labels[i]
-               and x[j] @ centre < x[i] @ centre]
+    earlier = [
+      j
+      for j in range(N)
+      if labels[j] == labels[i] and x[j] @ centre < x[i] @ centre
+    ]
     wanted[i] = max([x[i] @ x[j] for j in earlier], default=-1)
   got = SAMPLERS["semdedup"](3, pool, 150, clusters=count)
   np.testing.assert_allclose(got.score, -wanted, atol=2e-6)
   if count == 1:  # one of each planted two is dropped first
-    lost = np.setdiff1d(np.arange(N), SAMPLERS["semdedup"](
-        3, pool, 160, clusters=1).rows)
+    lost = np.setdiff1d(
+      np.arange(N), SAMPLERS["semdedup"](3, pool, 160, clusters=1).rows
+    )
     assert len(lost) == 80 and len(set(lost // 3)) == 80
     assert (lost % 3 != 0).all()
 
@@ -436,8 +475,9 @@ def test_semdedup_equals_the_loop(count, tile, monkeypatch):
 def test_semdedup_keeps_the_lowest_hash_of_exact_copies():
   pool = make_pools.make(2, 60)
   x = np.repeat(pool.embedding[:20], 3, axis=0)
-  got = SAMPLERS["semdedup"](0, make_pools.with_columns(pool, embedding=x), 20,
-                             clusters=1)
+  got = SAMPLERS["semdedup"](
+    0, make_pools.with_columns(pool, embedding=x), 20, clusters=1
+  )
   hashes = topk.id_hash(pool.ids).reshape(20, 3)
   assert set(got.rows) == set(np.arange(20) * 3 + hashes.argmin(1))
   for bad in ("many", 0, 61):
@@ -454,7 +494,7 @@ def naive_diverse(score, x, m, threshold):
       kept.append(int(i))
     else:
       passed.append(int(i))
-  return kept + passed[:m - len(kept)], len(kept)
+  return kept + passed[: m - len(kept)], len(kept)
 
 
 @pytest.mark.parametrize("tile", [7, 512])

@@ -1,6 +1,7 @@
 """The mesh, the axis rules, whole rows on any mesh, and sums of gradients."""
 
 import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,30 +9,46 @@ import pytest
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder
-from jaxalign.model import logprob
+from jaxalign.model import decoder, logprob
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
-M = decoder.ModelConfig(layers=3, width=32, heads=8, kv_heads=4, head_size=6,
-                        ff=40, vocab=48, context=16, tied=False)
+M = decoder.ModelConfig(
+  layers=3,
+  width=32,
+  heads=8,
+  kv_heads=4,
+  head_size=6,
+  ff=40,
+  vocab=48,
+  context=16,
+  tied=False,
+)
 
 
 def mesh_of(fsdp, tensor):
-  return sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  return sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
 
 
-@pytest.mark.parametrize("sizes, shape", [
-    (dict(fsdp=-1, tensor=1), (8, 1)), (dict(fsdp=-1, tensor=4), (2, 4)),
-    (dict(fsdp=4, tensor=-1), (4, 2)), (dict(fsdp="4", tensor="2"), (4, 2))])
+@pytest.mark.parametrize(
+  "sizes, shape",
+  [
+    (dict(fsdp=-1, tensor=1), (8, 1)),
+    (dict(fsdp=-1, tensor=4), (2, 4)),
+    (dict(fsdp=4, tensor=-1), (4, 2)),
+    (dict(fsdp="4", tensor="2"), (4, 2)),
+  ],
+)
 def test_a_mesh_takes_what_is_left(sizes, shape):
   mesh = sharding.make_mesh(sizes)
-  assert tuple(mesh.shape.items()) == (("fsdp", shape[0]),
-                                       ("tensor", shape[1]))
+  assert tuple(mesh.shape.items()) == (("fsdp", shape[0]), ("tensor", shape[1]))
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
 
 
-@pytest.mark.parametrize("fsdp, tensor, count, words", [
+@pytest.mark.parametrize(
+  "fsdp, tensor, count, words",
+  [
     (4, 4, 8, "mesh fsdp=4 x tensor=4 needs 16 devices, found 8"),
     (2, 2, 8, "mesh fsdp=2 x tensor=2 needs 4 devices, found 8"),
     (1, 2, 1, "mesh fsdp=1 x tensor=2 needs 2 devices, found 1"),
@@ -39,7 +56,8 @@ def test_a_mesh_takes_what_is_left(sizes, shape):
     (-1, -1, 8, "mesh fsdp=-1 x tensor=-1 does not divide 8 devices"),
     (0, 8, 8, "mesh fsdp=0 x tensor=8 does not divide 8 devices"),
     (-2, 4, 8, "mesh fsdp=-2 x tensor=4 does not divide 8 devices"),
-])
+  ],
+)
 def test_sizes_that_do_not_fit_are_named(fsdp, tensor, count, words):
   with pytest.raises(ConfigError) as error:
     sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor), jax.devices()[:count])
@@ -66,9 +84,15 @@ def test_parts_of_an_axis():
   assert set(sharding.parts(mesh_of(1, 1), a) for a in sharding.RULES) == {1}
 
 
-@pytest.mark.parametrize("shape, axes", [
-    ((8,), ("pool",)), ((2, 4), (None, "batch")), ((8,), ("batch",)),
-    ((3, 8), (None, None))])
+@pytest.mark.parametrize(
+  "shape, axes",
+  [
+    ((8,), ("pool",)),
+    ((2, 4), (None, "batch")),
+    ((8,), ("batch",)),
+    ((3, 8), (None, None)),
+  ],
+)
 @pytest.mark.parametrize("fsdp, tensor", MESHES)
 def test_rows_made_where_they_lie_are_the_rows_put(fsdp, tensor, shape, axes):
   """Each asked for once, whatever number of devices holds a copy."""
@@ -91,9 +115,16 @@ def test_rows_made_where_they_lie_are_the_rows_put(fsdp, tensor, shape, axes):
     np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(wanted))
 
 
-@pytest.mark.parametrize("axes, piece", [
-    (("batch", "heads"), (2, 2)), ((None, "batch"), (8, 1)),
-    (("pool",), (1, 4)), ((), (8, 4)), (("heads", "width"), (4, 1))])
+@pytest.mark.parametrize(
+  "axes, piece",
+  [
+    (("batch", "heads"), (2, 2)),
+    ((None, "batch"), (8, 1)),
+    (("pool",), (1, 4)),
+    ((), (8, 4)),
+    (("heads", "width"), (4, 1)),
+  ],
+)
 @pytest.mark.parametrize("kind", [np.float32, np.int32, bool])
 def test_an_array_comes_back_from_its_shards(axes, piece, kind):
   mesh = mesh_of(4, 2)
@@ -117,11 +148,13 @@ def test_a_barrier_of_one_process_does_not_wait():
 
 def by_rows(mesh, m, params, tokens, each):
   """The decoder over `tokens`, `each` rows a device at a time, on the host."""
+
   def one_tile(params, rows, shared):
     x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
     head = decoder.head(params, m, sharding.PER_ROW)
-    return dict(x=x.astype(jnp.float32) * shared["scale"],
-                logits=decoder.logits(x, head))
+    return dict(
+      x=x.astype(jnp.float32) * shared["scale"], logits=decoder.logits(x, head)
+    )
 
   axes = {n: p.axes for n, p in decoder.table(m).items()}
   run = jax.jit(sharding.per_row(mesh, one_tile, axes))
@@ -129,10 +162,14 @@ def by_rows(mesh, m, params, tokens, each):
     placed = {n: sharding.put(mesh, x, *axes[n]) for n, x in params.items()}
     step, out = each * mesh.size, []
     for start in range(0, len(tokens), step):
-      rows = dict(tokens=sharding.put(mesh, tokens[start:start + step],
-                                      "pool"))
-      out.append(jax.tree.map(sharding.fetch,
-                              run(placed, rows, dict(scale=jnp.ones(())))))
+      rows = dict(
+        tokens=sharding.put(mesh, tokens[start : start + step], "pool")
+      )
+      out.append(
+        jax.tree.map(
+          sharding.fetch, run(placed, rows, dict(scale=jnp.ones(())))
+        )
+      )
   return {n: np.concatenate([o[n] for o in out]) for n in out[0]}
 
 
@@ -140,9 +177,14 @@ def by_rows(mesh, m, params, tokens, each):
 def drawn():
   """Parameters larger than at a start, and 16 rows of tokens."""
   rng = np.random.default_rng(1)
-  params = {n: np.float32(rng.normal(1, 0.2, p.shape) if p.scale == 0 else
-                          rng.normal(0, 0.3, p.shape))
-            for n, p in decoder.table(M).items()}
+  params = {
+    n: np.float32(
+      rng.normal(1, 0.2, p.shape)
+      if p.scale == 0
+      else rng.normal(0, 0.3, p.shape)
+    )
+    for n, p in decoder.table(M).items()
+  }
   return params, rng.integers(0, M.vocab, (16, 7)).astype(np.int32)
 
 
@@ -162,31 +204,40 @@ def test_a_row_has_the_same_bits_on_any_mesh(drawn, dtype):
 
 def test_whole_rows_and_spread_rows_are_the_same_numbers(drawn, mesh):
   params, tokens = drawn
-  placed = {n: sharding.put(mesh, params[n], *p.axes)
-            for n, p in decoder.table(M).items()}
-  spread = jax.jit(lambda p, t: decoder.logits(
-      decoder.forward(p, t, M), decoder.head(p, M)))(
-          placed, sharding.put(mesh, tokens, "batch"))
+  placed = {
+    n: sharding.put(mesh, params[n], *p.axes)
+    for n, p in decoder.table(M).items()
+  }
+  spread = jax.jit(
+    lambda p, t: decoder.logits(decoder.forward(p, t, M), decoder.head(p, M))
+  )(placed, sharding.put(mesh, tokens, "batch"))
   rows = by_rows(mesh_of(1, 1), M, params, tokens, each=16)
-  np.testing.assert_allclose(sharding.fetch(spread), rows["logits"], rtol=2e-4,
-                             atol=2e-5)
+  np.testing.assert_allclose(
+    sharding.fetch(spread), rows["logits"], rtol=2e-4, atol=2e-5
+  )
 
 
-@pytest.mark.parametrize("change, name, axis, size, parts", [
+@pytest.mark.parametrize(
+  "change, name, axis, size, parts",
+  [
     (dict(width=30, heads=6, kv_heads=6), "embed", "width", 30, 4),
     (dict(width=36, heads=3, kv_heads=3), "layers/wq", "heads", 3, 2),
     (dict(heads=8, kv_heads=1), "layers/wq", "heads", 1, 2),
     (dict(ff=41), "layers/w_gate", "ff", 41, 2),
-    (dict(vocab=47), "embed", "vocab", 47, 2)])
-def test_a_size_that_does_not_divide_is_refused(change, name, axis, size,
-                                                parts):
+    (dict(vocab=47), "embed", "vocab", 47, 2),
+  ],
+)
+def test_a_size_that_does_not_divide_is_refused(
+  change, name, axis, size, parts
+):
   m = M._replace(**change)
   decoder.check(m, mesh_of(1, 1))
   with pytest.raises(ConfigError) as error:
     decoder.check(m, mesh_of(4, 2))
   assert str(error.value) == (
-      f"{name}: its axis {axis!r} of {size} does not divide into {parts} "
-      "parts; change the model's size or config.mesh")
+    f"{name}: its axis {axis!r} of {size} does not divide into {parts} "
+    "parts; change the model's size or config.mesh"
+  )
 
 
 # Sums of gradients.
@@ -197,18 +248,22 @@ def test_a_gathered_weights_gradient_is_summed_in_float32():
   mesh = mesh_of(8, 1)
   with jax.set_mesh(mesh):
     w = sharding.put(mesh, np.ones((8, 4), np.float32), "width", "ff")
-    x = sharding.put(mesh, np.repeat(np.float32([256] + [1] * 7)[:, None], 8,
-                                     axis=1), "batch")
+    x = sharding.put(
+      mesh, np.repeat(np.float32([256] + [1] * 7)[:, None], 8, axis=1), "batch"
+    )
 
     def total(w):
       whole = sharding.SPREAD.weight(w, ("width", "ff")).astype(jnp.bfloat16)
-      return jnp.sum(jnp.einsum("bd,df->bf", x.astype(jnp.bfloat16), whole
-                                ).astype(jnp.float32))
+      return jnp.sum(
+        jnp.einsum("bd,df->bf", x.astype(jnp.bfloat16), whole).astype(
+          jnp.float32
+        )
+      )
 
     grad = jax.jit(jax.grad(total))(w)
   assert grad.dtype == np.float32
   assert grad.sharding.spec == sharding.spec("width", "ff")
-  np.testing.assert_array_equal(sharding.fetch(grad), np.full((8, 4), 263.))
+  np.testing.assert_array_equal(sharding.fetch(grad), np.full((8, 4), 263.0))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (4, 2)])

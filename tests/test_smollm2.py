@@ -7,10 +7,9 @@ import subprocess
 import sys
 import warnings
 
+import jobs
 import numpy as np
 import pytest
-
-import jobs
 import smollm2
 
 pytestmark = pytest.mark.slow
@@ -27,31 +26,55 @@ def rows(shared, tmp_path):
   with gzip.open(shared / "data/ultrafeedback/pairs.jsonl.gz", "rt") as file:
     found = [json.loads(line) for line in file]
   size = lambda r: sum(len(r[n]) for n in ("prompt", "chosen", "rejected"))
-  found = sorted((r for r in found if r["chosen"].strip() != r["rejected"]
-                  .strip() and min(len(r[n]) for n in (
-                      "prompt", "chosen", "rejected")) > 40), key=size)[:4]
+  found = sorted(
+    (
+      r
+      for r in found
+      if r["chosen"].strip() != r["rejected"].strip()
+      and min(len(r[n]) for n in ("prompt", "chosen", "rejected")) > 40
+    ),
+    key=size,
+  )[:4]
   path = tmp_path / "pairs.jsonl"
-  path.write_text("".join(json.dumps({n: r[n] for n in (
-      "prompt", "chosen", "rejected")}) + "\n" for r in found))
+  path.write_text(
+    "".join(
+      json.dumps({n: r[n] for n in ("prompt", "chosen", "rejected")}) + "\n"
+      for r in found
+    )
+  )
   return path
 
 
 def command(module, *flags):
   """A command in a process of one device."""
   ended = subprocess.run(
-      [sys.executable, "-m", f"jaxalign.{module}", *flags], cwd=jobs.ROOT,
-      env=os.environ | dict(XLA_FLAGS="", JAX_PLATFORMS="cpu"),
-      capture_output=True, text=True)
+    [sys.executable, "-m", f"jaxalign.{module}", *flags],
+    cwd=jobs.ROOT,
+    env=os.environ | dict(XLA_FLAGS="", JAX_PLATFORMS="cpu"),
+    capture_output=True,
+    text=True,
+  )
   assert ended.returncode == 0, ended
   return ended.stdout
 
 
 def train(work, given, rows, *more):
-  command("train", *jobs.flags(
-      work, f"data.source={rows}", f"model.checkpoint={given}",
-      "data.template=chatml", "model.context=128", "train.batch_size=4",
-      "train.max_updates=1", "loss.name=dpo(beta=0.1)",
-      "model.dtype=bfloat16", *more, config="dpo_sub.py"))
+  command(
+    "train",
+    *jobs.flags(
+      work,
+      f"data.source={rows}",
+      f"model.checkpoint={given}",
+      "data.template=chatml",
+      "model.context=128",
+      "train.batch_size=4",
+      "train.max_updates=1",
+      "loss.name=dpo(beta=0.1)",
+      "model.dtype=bfloat16",
+      *more,
+      config="dpo_sub.py",
+    ),
+  )
   return next(work.glob("runs/*"))
 
 
@@ -63,9 +86,15 @@ def begins_as_the_reference(arm):
 
 
 def test_padded_in_bfloat16_and_its_weights(tmp_path, given, rows):
-  begins_as_the_reference(train(
-      tmp_path / "job", given, rows, "train.layout=padded",
-      "model.param_dtype=bfloat16"))
+  begins_as_the_reference(
+    train(
+      tmp_path / "job",
+      given,
+      rows,
+      "train.layout=padded",
+      "model.param_dtype=bfloat16",
+    )
+  )
 
 
 def test_adapters_their_export_and_what_it_says(tmp_path, given, rows):
@@ -75,18 +104,29 @@ def test_adapters_their_export_and_what_it_says(tmp_path, given, rows):
   peft = pytest.importorskip("peft")
   arm = train(tmp_path / "job", given, rows, "lora.rank=4")
   begins_as_the_reference(arm)
-  base, out = (transformers.AutoModelForCausalLM.from_pretrained(f)
-               for f in (given, arm / "export"))
+  base, out = (
+    transformers.AutoModelForCausalLM.from_pretrained(f)
+    for f in (given, arm / "export")
+  )
   assert out.dtype == base.dtype == torch.bfloat16
-  for name in ("temperature", "top_p", "do_sample", "pad_token_id",
-               "bos_token_id"):
+  for name in (
+    "temperature",
+    "top_p",
+    "do_sample",
+    "pad_token_id",
+    "bos_token_id",
+  ):
     assert getattr(out.generation_config, name) == getattr(
-        base.generation_config, name), name
-  tok, was = (transformers.AutoTokenizer.from_pretrained(f)
-              for f in (arm / "export", given))
+      base.generation_config, name
+    ), name
+  tok, was = (
+    transformers.AutoTokenizer.from_pretrained(f)
+    for f in (arm / "export", given)
+  )
   assert tok.pad_token == was.pad_token == "<|im_end|>"
   assert tok.convert_tokens_to_ids("<|im_end|>") in np.atleast_1d(
-      out.generation_config.eos_token_id)
+    out.generation_config.eos_token_id
+  )
   assert tok.chat_template
   config = json.loads((arm / "adapter/adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == str(given)
@@ -94,9 +134,16 @@ def test_adapters_their_export_and_what_it_says(tmp_path, given, rows):
     warnings.simplefilter("ignore", FutureWarning)
     peft.PeftModel.from_pretrained(base, arm / "adapter")
   path = tmp_path / "said.jsonl"
-  command("generate", f"--checkpoint={arm}/export", "--temperature=0",
-          "--prompt=What is the capital of France?", "--new_tokens=16",
-          "--answers=2", "--tile=2", f"--output={path}")
+  command(
+    "generate",
+    f"--checkpoint={arm}/export",
+    "--temperature=0",
+    "--prompt=What is the capital of France?",
+    "--new_tokens=16",
+    "--answers=2",
+    "--tile=2",
+    f"--output={path}",
+  )
   said = jobs.lines(path)
   assert [x["sample"] for x in said] == [0, 1]
   for x in said:  # greedy, and one update moves little

@@ -16,8 +16,10 @@ from jaxalign.data import sources
 from jaxalign.data.sources import BadRow, read_rows
 from jaxalign.errors import ConfigError, DataError
 
-ROWS = [dict(prompt=f"p{i}", chosen=f"good {i} \u00e9\U0001f600",
-             rejected=f"r{i}") for i in range(5)]
+ROWS = [
+  dict(prompt=f"p{i}", chosen=f"good {i} \u00e9\U0001f600", rejected=f"r{i}")
+  for i in range(5)
+]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
@@ -42,12 +44,17 @@ def parquet(path, rows):
 
 
 def test_every_format_reads_the_same_rows(tmp_path):
-  texts = {"a.jsonl": LINES, "a.json": json.dumps(ROWS).encode(),
-           "b.json": json.dumps({"version": 1, "data": ROWS}).encode(),
-           "a.csv": csv_bytes(ROWS)}
+  texts = {
+    "a.jsonl": LINES,
+    "a.json": json.dumps(ROWS).encode(),
+    "b.json": json.dumps({"version": 1, "data": ROWS}).encode(),
+    "a.csv": csv_bytes(ROWS),
+  }
   made = [put(tmp_path / name, data) for name, data in texts.items()]
-  made += [put(tmp_path / f"{name}.gz", gzip.compress(data))
-           for name, data in texts.items()]
+  made += [
+    put(tmp_path / f"{name}.gz", gzip.compress(data))
+    for name, data in texts.items()
+  ]
   made.append(parquet(tmp_path / "a.parquet", ROWS))
   for source in made:
     assert rows_of(source) == ROWS, source
@@ -59,13 +66,19 @@ def test_every_format_reads_the_same_rows(tmp_path):
 def test_lines_are_one_based_and_count_blank_lines(tmp_path):
   source = put(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
   assert [(w.line, row["a"]) for w, row in read_rows(source)] == [
-      (1, 1), (4, 2)]
+    (1, 1),
+    (4, 2),
+  ]
   source = put(tmp_path / "a.csv", b'\xef\xbb\xbfa,b\n"x\ny",1\n\nz,2\n')
   assert [(w.line, row) for w, row in read_rows(source)] == [
-      (2, dict(a="x\ny", b="1")), (5, dict(a="z", b="2"))]
+    (2, dict(a="x\ny", b="1")),
+    (5, dict(a="z", b="2")),
+  ]
 
 
-@pytest.mark.parametrize("line, reason", [
+@pytest.mark.parametrize(
+  "line, reason",
+  [
     (b'{"a": 1', "malformed JSON"),
     (b'{"a": 1} trailing', "malformed JSON"),
     (b"[" * 100_000, "malformed JSON"),
@@ -76,10 +89,12 @@ def test_lines_are_one_based_and_count_blank_lines(tmp_path):
     (b'{"a": "\\ud800"}', "lone surrogate"),
     (b'{"a": [{"b\\udc00": 1}]}', "lone surrogate"),
     (b'{"a": "\xed\xa0\x80"}', "bad UTF-8"),
-])
+  ],
+)
 def test_a_bad_line_is_named_and_reading_goes_on(tmp_path, line, reason):
-  source = put(tmp_path / "a.jsonl", LINES[:LINES.index(b"\n") + 1] + line +
-               b"\n" + LINES)
+  source = put(
+    tmp_path / "a.jsonl", LINES[: LINES.index(b"\n") + 1] + line + b"\n" + LINES
+  )
   found = list(read_rows(source))
   assert len(found) == 7
   bad = [(where.line, row) for where, row in found if isinstance(row, BadRow)]
@@ -91,8 +106,9 @@ def test_a_bad_line_is_named_and_reading_goes_on(tmp_path, line, reason):
 def test_odd_but_legal_text_survives(tmp_path):
   row = {"a": "NUL \0 bidi \u202e rtl \u05d0 emoji \U0001f469\u200d\U0001f4bb"}
   assert rows_of(put(tmp_path / "a.jsonl", json.dumps(row).encode())) == [row]
-  assert rows_of(put(tmp_path / "b.jsonl", json.dumps(
-      row, ensure_ascii=False).encode())) == [row]
+  assert rows_of(
+    put(tmp_path / "b.jsonl", json.dumps(row, ensure_ascii=False).encode())
+  ) == [row]
 
 
 def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
@@ -119,11 +135,15 @@ def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
     rows_of(source)
 
 
-@pytest.mark.parametrize("extension", ["jsonl", "json", "csv", "jsonl.gz",
-                                       "csv.gz", "parquet"])
+@pytest.mark.parametrize(
+  "extension", ["jsonl", "json", "csv", "jsonl.gz", "csv.gz", "parquet"]
+)
 def test_flipped_and_cut_bytes_only_raise_data_errors(tmp_path, extension):
-  whole = {"jsonl": LINES, "json": json.dumps(ROWS).encode(),
-           "csv": csv_bytes(ROWS)}.get(extension.removesuffix(".gz"))
+  whole = {
+    "jsonl": LINES,
+    "json": json.dumps(ROWS).encode(),
+    "csv": csv_bytes(ROWS),
+  }.get(extension.removesuffix(".gz"))
   if extension == "parquet":
     parquet(tmp_path / "whole.parquet", ROWS)
     whole = (tmp_path / "whole.parquet").read_bytes()
@@ -134,29 +154,43 @@ def test_flipped_and_cut_bytes_only_raise_data_errors(tmp_path, extension):
     data = bytearray(whole)
     for _ in range(rng.choice((1, 2, 9))):
       at = rng.randrange(len(data))
-      data[at:at + rng.randrange(3)] = rng.randbytes(rng.randrange(4))
+      data[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(4))
     if rng.random() < 0.2:
-      del data[rng.randrange(len(data)):]
+      del data[rng.randrange(len(data)) :]
     with contextlib.suppress(DataError):
       for where, row in read_rows(put(tmp_path / f"a.{extension}", data)):
         assert where.line >= 1 and isinstance(row, (dict, BadRow))
 
 
 def test_bad_csv_rows(tmp_path):
-  source = put(tmp_path / "a.csv", (
-      b'a,b\n1,2\n1,2,3\n\xff,2\n4,5\n"x"y,1\n6,7\n'))
-  assert [(w.line, row.reason if isinstance(row, BadRow) else row["a"])
-          for w, row in read_rows(source)] == [
-              (2, "1"), (3, "wrong number of columns"), (4, "bad UTF-8"),
-              (5, "4"), (6, "malformed CSV"), (7, "6")]
+  source = put(
+    tmp_path / "a.csv", (b'a,b\n1,2\n1,2,3\n\xff,2\n4,5\n"x"y,1\n6,7\n')
+  )
+  assert [
+    (w.line, row.reason if isinstance(row, BadRow) else row["a"])
+    for w, row in read_rows(source)
+  ] == [
+    (2, "1"),
+    (3, "wrong number of columns"),
+    (4, "bad UTF-8"),
+    (5, "4"),
+    (6, "malformed CSV"),
+    (7, "6"),
+  ]
   with pytest.raises(DataError, match="twice"):
     rows_of(put(tmp_path / "b.csv", b"a,a\n1,2\n"))
 
 
 def test_a_parquet_row_of_bad_text_is_named(tmp_path):
-  bad = pa.Array.from_buffers(pa.string(), 3, [
-      None, pa.py_buffer(bytes.fromhex("00000000 01000000 02000000 03000000")),
-      pa.py_buffer(b"a\xffc")])
+  bad = pa.Array.from_buffers(
+    pa.string(),
+    3,
+    [
+      None,
+      pa.py_buffer(bytes.fromhex("00000000 01000000 02000000 03000000")),
+      pa.py_buffer(b"a\xffc"),
+    ],
+  )
   pq.write_table(pa.table(dict(a=bad)), tmp_path / "a.parquet")
   found = list(read_rows(str(tmp_path / "a.parquet")))
   assert [w.line for w, _ in found] == [1, 2, 3]
@@ -171,35 +205,56 @@ def test_a_missing_or_empty_file_is_an_error(tmp_path):
   (tmp_path / "folder.jsonl").mkdir()
   with pytest.raises(DataError, match="folder"):
     read_rows(str(tmp_path / "folder.jsonl"))
-  for name, data in {"a.jsonl": b"", "b.jsonl": b"\n\n", "c.json": b"[]",
-                     "d.csv": b"a,b\n", "e.jsonl.gz": gzip.compress(b""),
-                     "f.jsonl.gz": b"", "g.parquet": b""}.items():
+  for name, data in {
+    "a.jsonl": b"",
+    "b.jsonl": b"\n\n",
+    "c.json": b"[]",
+    "d.csv": b"a,b\n",
+    "e.jsonl.gz": gzip.compress(b""),
+    "f.jsonl.gz": b"",
+    "g.parquet": b"",
+  }.items():
     with pytest.raises(DataError, match="empty|no rows"):
       rows_of(put(tmp_path / name, data))
-  pq.write_table(pa.table(dict(a=pa.array([], pa.string()))),
-                 tmp_path / "h.parquet")
+  pq.write_table(
+    pa.table(dict(a=pa.array([], pa.string()))), tmp_path / "h.parquet"
+  )
   with pytest.raises(DataError, match="no rows"):
     rows_of(str(tmp_path / "h.parquet"))
 
 
-@pytest.mark.parametrize("source", ["a.txt", "a", "a.parquet.gz", "foo:bar",
-                                    "http://x/a.jsonl", "hf:", "tfds:", "", 3])
+@pytest.mark.parametrize(
+  "source",
+  [
+    "a.txt",
+    "a",
+    "a.parquet.gz",
+    "foo:bar",
+    "http://x/a.jsonl",
+    "hf:",
+    "tfds:",
+    "",
+    3,
+  ],
+)
 def test_an_unknown_source_names_the_knob(source):
   with pytest.raises(ConfigError, match="config.data.source"):
     read_rows(source)
 
 
 def test_a_truncated_gzip_says_how_far_it_was_good(tmp_path):
-  lines = [json.dumps(dict(a=hashlib.sha256(b"%d" % i).hexdigest())) + "\n"
-           for i in range(5000)]
+  lines = [
+    json.dumps(dict(a=hashlib.sha256(b"%d" % i).hexdigest())) + "\n"
+    for i in range(5000)
+  ]
   whole = gzip.compress("".join(lines).encode())
-  source = put(tmp_path / "a.jsonl.gz", whole[:len(whole) // 2])
+  source = put(tmp_path / "a.jsonl.gz", whole[: len(whole) // 2])
   seen = []
   with pytest.raises(DataError, match="truncated") as error:
     for _, row in read_rows(source):
       seen.append(row)
   assert 1000 < len(seen) < 4000
-  assert seen == [json.loads(line) for line in lines[:len(seen)]]
+  assert seen == [json.loads(line) for line in lines[: len(seen)]]
   assert f"{len(seen)} good rows" in str(error.value)
   assert source in str(error.value)
   flipped = bytearray(whole)
@@ -208,20 +263,26 @@ def test_a_truncated_gzip_says_how_far_it_was_good(tmp_path):
     rows_of(put(tmp_path / "b.jsonl.gz", bytes(flipped)))
   with pytest.raises(DataError, match="damaged"):
     rows_of(put(tmp_path / "c.jsonl.gz", LINES))
-  for extension, data in (("csv", csv_bytes(ROWS * 9)),
-                          ("json", json.dumps(ROWS * 9).encode())):
+  for extension, data in (
+    ("csv", csv_bytes(ROWS * 9)),
+    ("json", json.dumps(ROWS * 9).encode()),
+  ):
     with pytest.raises(DataError, match="truncated"):
       rows_of(put(tmp_path / f"d.{extension}.gz", gzip.compress(data)[:-9]))
 
 
 def test_broken_whole_files_are_errors(tmp_path):
   for name, data, why in (
-      ("a.json", b"{", "not JSON"), ("b.json", b'{"a": 1}\n{"a": 2}', "jsonl"),
-      ("c.json", b'{"a": [], "b": []}', "2 lists"), ("d.json", b"3", "int"),
-      ("e.json", b'["\xff"]', "UTF-8"), ("f.parquet", b"PAR1junk", "parquet")):
+    ("a.json", b"{", "not JSON"),
+    ("b.json", b'{"a": 1}\n{"a": 2}', "jsonl"),
+    ("c.json", b'{"a": [], "b": []}', "2 lists"),
+    ("d.json", b"3", "int"),
+    ("e.json", b'["\xff"]', "UTF-8"),
+    ("f.parquet", b"PAR1junk", "parquet"),
+  ):
     with pytest.raises(DataError, match=why):
       rows_of(put(tmp_path / name, data))
-  whole = (tmp_path / "g.parquet")
+  whole = tmp_path / "g.parquet"
   parquet(whole, ROWS)
   with pytest.raises(DataError, match="parquet"):
     rows_of(put(tmp_path / "h.parquet", whole.read_bytes()[:-20]))
@@ -233,8 +294,10 @@ def test_a_glob_reads_in_name_order_and_has_one_digest(tmp_path):
   glob = str(tmp_path / "*.jsonl")
   assert sources.source_files(glob) == [a, b]
   assert rows_of(glob) == [{"a": 1}] + ROWS
-  assert sources.source_digest(glob) == hashlib.sha256(
-      b'{"a": 1}\n' + LINES).hexdigest()
+  assert (
+    sources.source_digest(glob)
+    == hashlib.sha256(b'{"a": 1}\n' + LINES).hexdigest()
+  )
   assert sources.source_digest(b) == hashlib.sha256(LINES).hexdigest()
   (tmp_path / "x").mkdir()
   deep = put(tmp_path / "x" / "c[1].jsonl", LINES)
@@ -257,7 +320,7 @@ def test_a_hugging_face_folder(tmp_path, monkeypatch):
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
   (tmp_path / "data").mkdir()
   put(tmp_path / "data" / "train.jsonl", LINES)
-  put(tmp_path / "data" / "test.jsonl", LINES[:LINES.index(b"\n")])
+  put(tmp_path / "data" / "test.jsonl", LINES[: LINES.index(b"\n")])
   source = f"hf:{tmp_path}/data"
   assert rows_of(source) == ROWS
   assert rows_of(f"{source}:test") == ROWS[:1]
@@ -280,15 +343,30 @@ def test_a_tfds_dataset_of_array_records(tmp_path):
   tfds.disable_progress_bar()
   text = tfds.features.Text()
   turns = tfds.features.Sequence(dict(role=text, content=text))
-  features = tfds.features.FeaturesDict(dict(
-      prompt=text, label=tfds.features.Scalar(np.bool_),
-      score=tfds.features.Scalar(np.int32), messages=turns))
-  want = [dict(prompt=f"p \u00e9 {i}", label=i % 2 == 0, score=i, messages=[
-      dict(role="user", content=f"q{i}"), dict(role="assistant", content="a")])
-          for i in range(4)]
+  features = tfds.features.FeaturesDict(
+    dict(
+      prompt=text,
+      label=tfds.features.Scalar(np.bool_),
+      score=tfds.features.Scalar(np.int32),
+      messages=turns,
+    )
+  )
+  want = [
+    dict(
+      prompt=f"p \u00e9 {i}",
+      label=i % 2 == 0,
+      score=i,
+      messages=[
+        dict(role="user", content=f"q{i}"),
+        dict(role="assistant", content="a"),
+      ],
+    )
+    for i in range(4)
+  ]
 
   class Toy(tfds.core.GeneratorBasedBuilder):
     """Four rows."""
+
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = tmp_path
 
@@ -315,21 +393,31 @@ def test_a_tfds_dataset_of_array_records(tmp_path):
 
 def test_google_storage_goes_through_epath(tmp_path):
   from etils import epath
+
   put(tmp_path / "a.jsonl", LINES)
   real = lambda path: str(path).replace("gs://bucket", str(tmp_path))
   with epath.testing.mock_epath(
-      open=lambda original, path, *a, **kw: original(real(path), *a, **kw),
-      exists=lambda original, path: original(real(path)),
-      isdir=lambda original, path: original(real(path)),
-      glob=lambda original, path: original(real(path))):
+    open=lambda original, path, *a, **kw: original(real(path), *a, **kw),
+    exists=lambda original, path: original(real(path)),
+    isdir=lambda original, path: original(real(path)),
+    glob=lambda original, path: original(real(path)),
+  ):
     assert rows_of("gs://bucket/a.jsonl") == ROWS
 
 
-@pytest.mark.parametrize("rest, want", [
-    ("a/b", ("a/b", "train")), ("a/b:", ("a/b", "train")),
-    ("a/b:test", ("a/b", "test")), ("a:train[5:10%]", ("a", "train[5:10%]")),
-    ("a:b+c[:3]", ("a", "b+c[:3]")), ("gs://x/y", ("gs://x/y", "train")),
-    ("gs://x/y:test", ("gs://x/y", "test")), ("a:1.0.0", ("a:1.0.0", "train")),
-    ("a:1.0.0:test", ("a:1.0.0", "test"))])
+@pytest.mark.parametrize(
+  "rest, want",
+  [
+    ("a/b", ("a/b", "train")),
+    ("a/b:", ("a/b", "train")),
+    ("a/b:test", ("a/b", "test")),
+    ("a:train[5:10%]", ("a", "train[5:10%]")),
+    ("a:b+c[:3]", ("a", "b+c[:3]")),
+    ("gs://x/y", ("gs://x/y", "train")),
+    ("gs://x/y:test", ("gs://x/y", "test")),
+    ("a:1.0.0", ("a:1.0.0", "train")),
+    ("a:1.0.0:test", ("a:1.0.0", "test")),
+  ],
+)
 def test_names_and_splits(rest, want):
   assert sources._name_and_split(rest) == want

@@ -2,23 +2,22 @@
 
 import functools
 
+from conftest import token_rows
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 
-import oracle
-from conftest import token_rows
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import adapters
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.select import embed
 from jaxalign.train import optim
 from jaxalign.train import step as steps
-from jaxalign.train.logps import PRODUCERS, Logps
-from jaxalign.train.losses import LOSSES, combine
+from jaxalign.train.logps import Logps, PRODUCERS
+from jaxalign.train.losses import combine, LOSSES
 from jaxalign.train.metrics import divide
 
 LENGTH = 12
@@ -40,8 +39,9 @@ B1, B2, EPS = 0.9, 0.98, 1e-8
 
 def imitating(loss, weight):
   """A loss plus so much of the chosen answer's negative log-likelihood."""
-  return combine.weighted_sum([(1.0, "dpo", loss), (weight, "sft",
-                                                    LOSSES["sft"])])
+  return combine.weighted_sum(
+    [(1.0, "dpo", loss), (weight, "sft", LOSSES["sft"])]
+  )
 
 
 RPO = imitating(DPO, 0.3)
@@ -52,14 +52,19 @@ def log_sigmoid(x):
 
 
 def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(dict(fsdp=fsdp, tensor=tensor),
-                            jax.devices()[:fsdp * tensor])
+  return sharding.make_mesh(
+    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
+  )
 
 
 def cut(mesh, arrays, accumulation):
   """Host arrays [rows, ...] -> a batch of micro-batches on the mesh."""
-  return {n: sharding.put(mesh, x.reshape(accumulation, -1, *x.shape[1:]),
-                          None, "batch") for n, x in arrays.items()}
+  return {
+    n: sharding.put(
+      mesh, x.reshape(accumulation, -1, *x.shape[1:]), None, "batch"
+    )
+    for n, x in arrays.items()
+  }
 
 
 def rows_of(rows, responses, seed, vocab=32):
@@ -92,8 +97,10 @@ def toy_logps(params, tokens, mask):
 
 def toy_params():
   rng = np.random.default_rng(4)
-  return dict(w=np.float32(rng.normal(size=VOCAB)),
-              norm=np.float32(1 + rng.normal(size=3) / 9))
+  return dict(
+    w=np.float32(rng.normal(size=VOCAB)),
+    norm=np.float32(1 + rng.normal(size=3) / 9),
+  )
 
 
 def toy_batch(responses, seed=0, rows=16, spread=1.0):
@@ -101,15 +108,25 @@ def toy_batch(responses, seed=0, rows=16, spread=1.0):
   tokens, mask = rows_of(rows, responses, seed, VOCAB)
   params = {n: np.float64(w) for n, w in toy_params().items()}
   ref = toy_logps(params, tokens, mask) + spread * rng.normal(
-      size=(rows, responses))
-  out = dict(tokens=tokens, mask=mask, ref_sum=np.float32(ref),
-             ref_count=np.float32(mask.sum(-1)))
+    size=(rows, responses)
+  )
+  out = dict(
+    tokens=tokens,
+    mask=mask,
+    ref_sum=np.float32(ref),
+    ref_count=np.float32(mask.sum(-1)),
+  )
   if responses == 1:
     kl_tokens, kl_mask = rows_of(rows, 1, seed + 1, VOCAB)
     kl_ref = toy_logps(params, kl_tokens, kl_mask) + rng.normal(
-        -0.7, 1.0, (rows, 1))
-    out |= dict(label=rng.random(rows) < 0.4, kl_tokens=kl_tokens,
-                kl_mask=kl_mask, kl_ref_sum=np.float32(kl_ref))
+      -0.7, 1.0, (rows, 1)
+    )
+    out |= dict(
+      label=rng.random(rows) < 0.4,
+      kl_tokens=kl_tokens,
+      kl_mask=kl_mask,
+      kl_ref_sum=np.float32(kl_ref),
+    )
   return out
 
 
@@ -119,8 +136,13 @@ def toy_objective(params, batch, z0=None, sft_weight=0.0):
   r = policy - batch["ref_sum"]
   if "label" in batch:
     if z0 is None:
-      z0 = max(0.0, (toy_logps(params, batch["kl_tokens"], batch["kl_mask"])
-                     - batch["kl_ref_sum"]).mean())
+      z0 = max(
+        0.0,
+        (
+          toy_logps(params, batch["kl_tokens"], batch["kl_mask"])
+          - batch["kl_ref_sum"]
+        ).mean(),
+      )
     sign = np.where(batch["label"], 1.0, -1.0)
     weight = np.where(batch["label"], 1.2, 0.8)
     loss = weight * np.exp(log_sigmoid(-0.5 * sign * (r[:, 0] - z0)))
@@ -148,8 +170,9 @@ def slopes(fn, params, h=1e-5):
 
 @functools.lru_cache
 def toy_step(loss, clip=0.0, weight_decay=0.0, name="adamw"):
-  tx = optim.make_optimizer(clip=clip, weight_decay=weight_decay, b2=B2,
-                            name=name)
+  tx = optim.make_optimizer(
+    clip=clip, weight_decay=weight_decay, b2=B2, name=name
+  )
   return steps.make_train_step(toy, loss, tx), tx
 
 
@@ -160,14 +183,18 @@ def toy_run(mesh, loss, batch, accumulation, count=1, lr=0.05, **kwargs):
   state, seen = steps.init_state(params, tx), []
   for _ in range(count):
     state, totals = train_step(
-        state, cut(mesh, batch, accumulation) | {"lr": np.float32(lr)})
+      state, cut(mesh, batch, accumulation) | {"lr": np.float32(lr)}
+    )
     seen.append({n: np.asarray(x) for n, x in totals.items()})
   return seen, jax.device_get(state.params), first_moment(state.opt_state)
 
 
 def first_moment(opt_state):
-  found = [x.mu for x in jax.tree.leaves(
-      opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu")]
+  found = [
+    x.mu
+    for x in jax.tree.leaves(opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+    if hasattr(x, "mu")
+  ]
   return jax.device_get(found[0])
 
 
@@ -188,12 +215,13 @@ def test_a_step_is_its_equation(mesh, responses):
   assert totals["loss"][1] == totals["preference_loss"][1] == 16
   assert means["loss"] == pytest.approx(wanted, rel=1e-5)
   assert means["preference_loss"] == pytest.approx(
-      toy_objective(params, batch)[0], rel=1e-5)
+    toy_objective(params, batch)[0], rel=1e-5
+  )
   held = slopes(lambda p: toy_objective(p, batch, z0, weight)[0], params)
   got = gradient(mu)
   for n in params:
     np.testing.assert_allclose(got[n], held[n], rtol=2e-4, atol=1e-6)
-  norm = np.sqrt(sum((g ** 2).sum() for g in held.values()))
+  norm = np.sqrt(sum((g**2).sum() for g in held.values()))
   assert means["grad_norm"] == pytest.approx(norm, rel=1e-4)
   if responses == 1:
     assert z0 > 0.3 and means["kl"] == pytest.approx(z0, rel=1e-5)
@@ -206,7 +234,7 @@ def test_accumulation_changes_nothing(mesh, responses):
   """1 = 4 = 8 micro-batches: every sum and count, gradient, parameter."""
   loss, batch = (DPO, KTO)[responses == 1], toy_batch(responses)
   base, params, mu = toy_run(mesh, loss, batch, 1, count=3)
-  for accumulation in ((4,) if mesh.size > 1 else (4, 8)):
+  for accumulation in (4,) if mesh.size > 1 else (4, 8):
     seen, again, mu2 = toy_run(mesh, loss, batch, accumulation, count=3)
     for a, b in zip(base, seen):
       assert set(a) == set(b)
@@ -222,12 +250,15 @@ def test_z0_is_clamped_after_the_mean(mesh):
   """Neither row by row nor micro-batch by micro-batch; never below 0."""
   batch = toy_batch(1)
   params = {n: np.float64(w) for n, w in toy_params().items()}
-  gap = (toy_logps(params, batch["kl_tokens"], batch["kl_mask"])
-         - batch["kl_ref_sum"])[:, 0]
+  gap = (
+    toy_logps(params, batch["kl_tokens"], batch["kl_mask"])
+    - batch["kl_ref_sum"]
+  )[:, 0]
   assert (gap < 0).any() and (gap > 0).any()
   # Half the micro-batches below zero, and still their mean counts.
   batch["kl_ref_sum"] = np.float32(
-      batch["kl_ref_sum"] + np.where(np.arange(16) < 8, 3.0, -2.0)[:, None])
+    batch["kl_ref_sum"] + np.where(np.arange(16) < 8, 3.0, -2.0)[:, None]
+  )
   gap = gap - np.where(np.arange(16) < 8, 3.0, -2.0)
   assert gap[:8].mean() < 0 < gap.mean()
   for accumulation in (1, 4):
@@ -247,8 +278,9 @@ def test_a_batch_of_one_class_is_finite(mesh, liked):
   assert all(np.isfinite(w).all() for w in params.values())
   assert ("rewards/chosen" in means) == liked
   assert ("rewards/rejected" in means) != liked
-  want, _ = toy_objective({n: np.float64(w) for n, w in toy_params().items()},
-                          batch)
+  want, _ = toy_objective(
+    {n: np.float64(w) for n, w in toy_params().items()}, batch
+  )
   assert means["preference_loss"] == pytest.approx(want, rel=1e-5)
 
 
@@ -257,8 +289,12 @@ def test_a_class_spread_unevenly_is_averaged_over_its_rows(mesh):
   batch = toy_batch(1) | dict(label=np.arange(16) >= 13)
   (totals,), _, _ = toy_run(mesh, KTO, batch, 4)
   params = {n: np.float64(w) for n, w in toy_params().items()}
-  r = 0.5 * (toy_logps(params, batch["tokens"], batch["mask"])
-             - batch["ref_sum"])[:, 0]
+  r = (
+    0.5
+    * (toy_logps(params, batch["tokens"], batch["mask"]) - batch["ref_sum"])[
+      :, 0
+    ]
+  )
   counts = [totals[f"rewards/{side}"][1] for side in ("chosen", "rejected")]
   assert counts == [3, 13]
   means = divide(totals)
@@ -269,7 +305,7 @@ def test_a_class_spread_unevenly_is_averaged_over_its_rows(mesh):
 def adamw(g, m, v, t, p):
   """Loshchilov and Hutter 2019, alg. 2."""
   m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
-  return m / (1 - B1 ** t) / (np.sqrt(v / (1 - B2 ** t)) + EPS), m, v
+  return m / (1 - B1**t) / (np.sqrt(v / (1 - B2**t)) + EPS), m, v
 
 
 def lion(g, m, v, t, p):
@@ -285,10 +321,10 @@ def rmsprop(g, m, v, t, p):
 
 def adafactor(g, m, v, t, p):
   """Shazeer and Stern 2018, alg. 4 and 5, where nothing is factored."""
-  share = 1 - t ** -0.8
+  share = 1 - t**-0.8
   v = share * v + (1 - share) * (g * g + 1e-30)
   u = g / np.sqrt(v)
-  size = lambda x: np.sqrt(np.mean(x ** 2))
+  size = lambda x: np.sqrt(np.mean(x**2))
   return u / max(1.0, size(u)) * max(1e-3, size(p)), m, v
 
 
@@ -296,8 +332,14 @@ def sgd(g, m, v, t, p):
   return g, m, v
 
 
-RULES = dict(adamw=adamw, lion=lion, rmsprop=rmsprop, adafactor=adafactor,
-             muon=adamw, sgd=sgd)  # no vector is a matrix; test_optim has some
+RULES = dict(
+  adamw=adamw,
+  lion=lion,
+  rmsprop=rmsprop,
+  adafactor=adafactor,
+  muon=adamw,
+  sgd=sgd,
+)  # no vector is a matrix; test_optim has some
 
 
 def descend(rule, gradients, params, lrs, clip, decay):
@@ -307,7 +349,7 @@ def descend(rule, gradients, params, lrs, clip, decay):
   m, v = ({n: 0.0 for n in p} for _ in range(2))
   for t, lr in enumerate(lrs, 1):
     g = gradients(p)
-    norm = np.sqrt(sum((x ** 2).sum() for x in g.values()))
+    norm = np.sqrt(sum((x**2).sum() for x in g.values()))
     scale = min(1.0, clip / norm) if clip else 1.0
     for n in p:
       u, m[n], v[n] = rule(g[n] * scale, m[n], v[n], t, p[n])
@@ -315,22 +357,31 @@ def descend(rule, gradients, params, lrs, clip, decay):
   return p
 
 
-@pytest.mark.parametrize("name,clip,decay", [
-    ("adamw", 0.0, 0.0), *((name, 0.05, 0.2) for name in optim.OPTIMIZERS)])
+@pytest.mark.parametrize(
+  "name,clip,decay",
+  [("adamw", 0.0, 0.0), *((name, 0.05, 0.2) for name in optim.OPTIMIZERS)],
+)
 def test_the_update_is_the_rule_s_at_the_batch_s_rate(mesh, name, clip, decay):
   batch = toy_batch(2)
   train_step, tx = toy_step(DPO, clip=clip, weight_decay=decay, name=name)
   state = steps.init_state(
-      {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}, tx)
+    {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}, tx
+  )
   lrs = [0.1, 0.03, 0.2]
   for lr in lrs:
-    state, totals = train_step(state, cut(mesh, batch, 2)
-                               | {"lr": np.float32(lr)})
+    state, totals = train_step(
+      state, cut(mesh, batch, 2) | {"lr": np.float32(lr)}
+    )
     assert totals["lr"][0] == np.float32(lr)
   assert int(state.step) == 3
   wanted = descend(
-      RULES[name], lambda p: slopes(lambda q: toy_objective(q, batch)[0], p),
-      toy_params(), lrs, clip, decay)
+    RULES[name],
+    lambda p: slopes(lambda q: toy_objective(q, batch)[0], p),
+    toy_params(),
+    lrs,
+    clip,
+    decay,
+  )
   for n, w in wanted.items():
     np.testing.assert_allclose(state.params[n], w, rtol=0, atol=2e-4)
     moved = np.abs(w - toy_params()[n]).max()
@@ -342,8 +393,9 @@ def test_factors_are_optax_s_on_every_mesh(mesh):
   rng = np.random.default_rng(2)
   shapes = {"w": (128, 136), "layers/w": (2, 136, 128)}
   host = {n: np.float32(rng.normal(size=s)) for n, s in shapes.items()}
-  tx = optim.make_optimizer(clip=0.0, weight_decay=0.25, b2=B2,
-                            name="adafactor")
+  tx = optim.make_optimizer(
+    clip=0.0, weight_decay=0.25, b2=B2, name="adafactor"
+  )
   peer = optax.adafactor(1.0, weight_decay_rate=0.25)
   axes = {"w": ("width", "vocab"), "layers/w": (None, "width", "ff")}
   params = {n: sharding.put(mesh, w, *axes[n]) for n, w in host.items()}
@@ -353,8 +405,10 @@ def test_factors_are_optax_s_on_every_mesh(mesh):
   for _ in range(3):
     grads = {n: np.float32(rng.normal(size=s)) for n, s in shapes.items()}
     got, state = jax.jit(tx.update)(
-        {n: sharding.put(mesh, g, *axes[n]) for n, g in grads.items()}, state,
-        params)
+      {n: sharding.put(mesh, g, *axes[n]) for n, g in grads.items()},
+      state,
+      params,
+    )
     wanted, theirs = peer.update(grads, theirs, host)
     for n in shapes:
       assert got[n].sharding == params[n].sharding
@@ -365,37 +419,56 @@ def test_factors_are_optax_s_on_every_mesh(mesh):
 def test_moments_are_counted(name):
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.1, b2=B2, name=name)
   state = tx.init({"w": np.zeros((256, 256), np.float32)})
-  kept = sum(x.size for x in jax.tree.leaves(state)) / 256 ** 2
+  kept = sum(x.size for x in jax.tree.leaves(state)) / 256**2
   assert round(kept) == optim.MOMENTS[name]
 
 
 def test_weight_decay_is_for_matrices_alone():
   """Every parameter of the families that have biases, and adapters."""
-  m = MODEL._replace(norm="layer", qkv_bias=True, out_bias=True, ff_bias=True,
-                     qk_norm=True, tied=False, lora=adapters.Lora(2))
-  params = {n: np.ones(p.shape, np.float32)
-            for n, p in decoder.table(m).items()}
+  m = MODEL._replace(
+    norm="layer",
+    qkv_bias=True,
+    out_bias=True,
+    ff_bias=True,
+    qk_norm=True,
+    tied=False,
+    lora=adapters.Lora(2),
+  )
+  params = {
+    n: np.ones(p.shape, np.float32) for n, p in decoder.table(m).items()
+  }
   tx = optim.make_optimizer(clip=0.0, weight_decay=0.25, b2=B2)
-  updates, _ = tx.update({n: 0 * w for n, w in params.items()},
-                         tx.init(params), params)
+  updates, _ = tx.update(
+    {n: 0 * w for n, w in params.items()}, tx.init(params), params
+  )
   moved = {n for n, u in updates.items() if np.any(u)}
-  matrices = {f"layers/{n}" for n in ("wq", "wk", "wv", "wo", "w_gate", "w_up",
-                                      "w_down")}
-  assert moved == {"embed", "head", *matrices, *(
-      f"{n}:{side}" for n in matrices for side in "ab")}
+  matrices = {
+    f"layers/{n}" for n in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+  }
+  assert moved == {
+    "embed",
+    "head",
+    *matrices,
+    *(f"{n}:{side}" for n in matrices for side in "ab"),
+  }
   assert all(np.all(updates[n] == -0.25) for n in moved)
   assert {"layers/bq", "layers/b_up", "norm_bias", "layers/q_norm"} <= set(
-      params)
+    params
+  )
 
 
 # Rates.
 
 
 def test_warm_up_is_a_share_and_the_end_is_a_tenth():
-  for schedule, middle in (("linear", 0.55), ("cosine", 0.55),
-                           ("constant", 1.0)):
-    rate = optim.make_schedule(lr=2.0, updates=100, warmup_ratio=0.1,
-                               schedule=schedule)
+  for schedule, middle in (
+    ("linear", 0.55),
+    ("cosine", 0.55),
+    ("constant", 1.0),
+  ):
+    rate = optim.make_schedule(
+      lr=2.0, updates=100, warmup_ratio=0.1, schedule=schedule
+    )
     up = np.array([float(rate(s)) for s in range(11)])
     np.testing.assert_allclose(up, 2.0 * np.arange(1, 12) / 11, rtol=1e-5)
     assert float(rate(55)) == pytest.approx(2.0 * middle, rel=1e-4)
@@ -406,46 +479,65 @@ def test_warm_up_is_a_share_and_the_end_is_a_tenth():
 
 
 @pytest.mark.parametrize("schedule", optim.SCHEDULES)
-@pytest.mark.parametrize("updates,warmup", [(1, 0.0), (1, 0.9), (3, 0.1),
-                                            (93, 0.1), (5, 0.0)])
+@pytest.mark.parametrize(
+  "updates,warmup", [(1, 0.0), (1, 0.9), (3, 0.1), (93, 0.1), (5, 0.0)]
+)
 def test_short_runs_reach_the_peak_and_stay_positive(schedule, updates, warmup):
-  rate = optim.make_schedule(lr=1e-3, updates=updates, warmup_ratio=warmup,
-                             schedule=schedule)
+  rate = optim.make_schedule(
+    lr=1e-3, updates=updates, warmup_ratio=warmup, schedule=schedule
+  )
   rates = [float(rate(s)) for s in range(updates)]
   assert all(0 < r <= 1e-3 * (1 + 1e-6) for r in rates)
   if warmup < 0.5:
     assert max(rates) == pytest.approx(1e-3, rel=1e-5)
 
 
-@pytest.mark.parametrize("change,words", [
+@pytest.mark.parametrize(
+  "change,words",
+  [
     (dict(lr=0.0), "lr=0.0, wanted more than 0"),
     (dict(lr=float("nan")), "lr=nan"),
     (dict(warmup_ratio=1.0), "warmup_ratio=1.0, wanted a share"),
     (dict(warmup_ratio=-0.1), "warmup_ratio=-0.1"),
-    (dict(schedule="flat"), "unknown schedule 'flat'; known: linear")])
+    (dict(schedule="flat"), "unknown schedule 'flat'; known: linear"),
+  ],
+)
 def test_rates_that_cannot_work(change, words):
   with pytest.raises(ConfigError, match=words):
-    optim.make_schedule(**dict(lr=1.0, updates=10, warmup_ratio=0.1,
-                               schedule="linear") | change)
+    optim.make_schedule(
+      **dict(lr=1.0, updates=10, warmup_ratio=0.1, schedule="linear") | change
+    )
 
 
 # The real model.
 
-MODEL = decoder.ModelConfig(layers=1, width=16, heads=4, kv_heads=4,
-                            head_size=4, ff=24, vocab=32, context=LENGTH)
+MODEL = decoder.ModelConfig(
+  layers=1,
+  width=16,
+  heads=4,
+  kv_heads=4,
+  head_size=4,
+  ff=24,
+  vocab=32,
+  context=LENGTH,
+)
 SIZES = dict(kv_heads=4, rope_theta=10000.0, norm_eps=1e-5)
 
 
 @functools.lru_cache
 def real_params():
   rng = np.random.default_rng(5)
-  return {n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
-          for n, p in decoder.table(MODEL).items()}
+  return {
+    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
+    for n, p in decoder.table(MODEL).items()
+  }
 
 
 def on_mesh(mesh):
-  return {n: sharding.put(mesh, w, *decoder.table(MODEL)[n].axes)
-          for n, w in real_params().items()}
+  return {
+    n: sharding.put(mesh, w, *decoder.table(MODEL)[n].axes)
+    for n, w in real_params().items()
+  }
 
 
 def real_logps(params, tokens, mask):
@@ -463,15 +555,25 @@ def real_batch(responses):
   rng = np.random.default_rng(responses)
   tokens, mask = rows_of(16, responses, 8)
   ref = real_logps(real_params(), tokens, mask) + rng.normal(
-      size=(16, responses))
-  out = dict(tokens=tokens, mask=mask, ref_sum=np.float32(ref),
-             ref_count=np.float32(mask.sum(-1)))
+    size=(16, responses)
+  )
+  out = dict(
+    tokens=tokens,
+    mask=mask,
+    ref_sum=np.float32(ref),
+    ref_count=np.float32(mask.sum(-1)),
+  )
   if responses == 1:
     kl_tokens, kl_mask = rows_of(16, 1, 9)
     kl_ref = real_logps(real_params(), kl_tokens, kl_mask) - rng.normal(
-        0.5, 1.0, (16, 1))
-    out |= dict(label=rng.random(16) < 0.5, kl_tokens=kl_tokens,
-                kl_mask=kl_mask, kl_ref_sum=np.float32(kl_ref))
+      0.5, 1.0, (16, 1)
+    )
+    out |= dict(
+      label=rng.random(16) < 0.5,
+      kl_tokens=kl_tokens,
+      kl_mask=kl_mask,
+      kl_ref_sum=np.float32(kl_ref),
+    )
   return out
 
 
@@ -479,8 +581,12 @@ def real_batch(responses):
 def real_step(name):
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.01, b2=B2)
   return steps.make_train_step(
-      PRODUCERS["chunked"](MODEL, 5), imitating(bound(name, beta=0.5), 0.2)
-      if name == "dpo" else bound(name, beta=0.5), tx), tx
+    PRODUCERS["chunked"](MODEL, 5),
+    imitating(bound(name, beta=0.5), 0.2)
+    if name == "dpo"
+    else bound(name, beta=0.5),
+    tx,
+  ), tx
 
 
 def real_run(name, shape, accumulation, count, batch=None):
@@ -490,8 +596,10 @@ def real_run(name, shape, accumulation, count, batch=None):
   with jax.set_mesh(mesh):
     state, seen = steps.init_state(on_mesh(mesh), tx), []
     for t in range(count):
-      state, totals = train_step(state, cut(mesh, batch, accumulation)
-                                 | {"lr": np.float32(1e-3 * (t + 1))})
+      state, totals = train_step(
+        state,
+        cut(mesh, batch, accumulation) | {"lr": np.float32(1e-3 * (t + 1))},
+      )
       seen.append({n: np.asarray(x) for n, x in totals.items()})
     return seen, jax.device_get(state.params), first_moment(state.opt_state)
 
@@ -516,9 +624,13 @@ def compare(one, other):
     np.testing.assert_allclose(other[1][n], w, rtol=0, atol=5e-4, err_msg=n)
 
 
-CUTS = [((4, 2), 4), *(
-    pytest.param(*cut, marks=pytest.mark.slow) for cut in (
-        ((8, 1), 1), ((2, 4), 1), ((1, 1), 8), ((1, 1), 4), ((2, 4), 8)))]
+CUTS = [
+  ((4, 2), 4),
+  *(
+    pytest.param(*cut, marks=pytest.mark.slow)
+    for cut in (((8, 1), 1), ((2, 4), 1), ((1, 1), 8), ((1, 1), 4), ((2, 4), 8))
+  ),
+]
 
 
 @pytest.mark.parametrize("shape,accumulation", CUTS, ids=str)
@@ -558,22 +670,26 @@ def real_objective(params, name):
   return np.exp(log_sigmoid(-0.5 * sign * (r[:, 0] - real_z0()))).mean()
 
 
-@pytest.mark.parametrize("name,shape,accumulation", [
-    ("dpo", (1, 1), 1), ("kto", (4, 2), 4)])
+@pytest.mark.parametrize(
+  "name,shape,accumulation", [("dpo", (1, 1), 1), ("kto", (4, 2), 4)]
+)
 def test_a_step_is_a_numpy_llama_s(name, shape, accumulation):
   """Loss, z0, and the slope of the loss along a random direction."""
   (totals,), _, mu = real_run(name, shape, accumulation, 1)
   means = divide(totals)
-  assert means["loss"] == pytest.approx(real_objective(real_params(), name),
-                                        rel=1e-5)
+  assert means["loss"] == pytest.approx(
+    real_objective(real_params(), name), rel=1e-5
+  )
   if name == "kto":
     assert real_z0() > 0.2
     assert means["kl"] == pytest.approx(real_z0(), rel=1e-5)
   unclipped = max(1.0, means["grad_norm"])  # the clip is at 1
   rng = np.random.default_rng(11)
   v = {n: rng.normal(size=w.shape) for n, w in real_params().items()}
-  ends = [real_objective({n: w + h * v[n] for n, w in real_params().items()},
-                         name) for h in (1e-5, -1e-5)]
+  ends = [
+    real_objective({n: w + h * v[n] for n, w in real_params().items()}, name)
+    for h in (1e-5, -1e-5)
+  ]
   along = sum((g * v[n]).sum() for n, g in gradient(mu).items()) * unclipped
   assert along == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3)
 
@@ -587,11 +703,14 @@ def test_the_start_is_ln_2_and_one_half(name, mesh):
   shape = tuple(mesh.shape.values())
   responses = 2 if name == "dpo" else 1
   batch = dict(real_batch(responses))
+
   def score(tokens, mask):
-    scores = embed.score_rows(mesh, on_mesh(mesh), MODEL,
-                              token_rows(tokens, mask), tile=4, chunk=5)
+    scores = embed.score_rows(
+      mesh, on_mesh(mesh), MODEL, token_rows(tokens, mask), tile=4, chunk=5
+    )
     np.testing.assert_array_equal(scores.count, mask.sum(-1).ravel())
     return scores.logp.reshape(-1, responses)
+
   batch["ref_sum"] = score(batch["tokens"], batch["mask"])
   if name == "kto":
     batch["kl_ref_sum"] = score(batch["kl_tokens"], batch["kl_mask"])
@@ -612,26 +731,56 @@ def test_the_start_is_ln_2_and_one_half(name, mesh):
 def test_a_batch_of_one_pair_on_one_device(accumulation):
   """Its gradient is the sum's: R is not taken for the batch."""
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  m = decoder.ModelConfig(layers=1, width=8, heads=2, kv_heads=2, head_size=4,
-                          ff=8, vocab=16, context=16)
+  m = decoder.ModelConfig(
+    layers=1,
+    width=8,
+    heads=2,
+    kv_heads=2,
+    head_size=4,
+    ff=8,
+    vocab=16,
+    context=16,
+  )
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 16, (accumulation, 1, 2, 8)).astype(np.int32)
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), m, mesh)
     logps_fn = PRODUCERS["chunked"](m, 4)
     put = lambda x: sharding.put(mesh, x, None, "batch")
-    batch = dict(tokens=put(tokens), mask=put(np.arange(8) >= 3 + 0 * tokens),
-                 ref_sum=put(np.zeros(tokens.shape[:3], np.float32)),
-                 ref_count=put(np.ones(tokens.shape[:3], np.float32)))
+    batch = dict(
+      tokens=put(tokens),
+      mask=put(np.arange(8) >= 3 + 0 * tokens),
+      ref_sum=put(np.zeros(tokens.shape[:3], np.float32)),
+      ref_count=put(np.ones(tokens.shape[:3], np.float32)),
+    )
     grads, _ = jax.jit(steps.make_gradients(logps_fn, LOSSES["dpo"]))(
-        params, batch, {})
-    one = jax.jit(jax.grad(lambda p, t, k: jnp.sum(LOSSES["dpo"](
-        logps_fn(p, t, k), Logps(jnp.zeros(k.shape[:2]), jnp.ones(k.shape[:2])),
-        {})[0])))
+      params, batch, {}
+    )
+    one = jax.jit(
+      jax.grad(
+        lambda p, t, k: jnp.sum(
+          LOSSES["dpo"](
+            logps_fn(p, t, k),
+            Logps(jnp.zeros(k.shape[:2]), jnp.ones(k.shape[:2])),
+            {},
+          )[0]
+        )
+      )
+    )
     # Two copies of a pair have twice its gradient; a mean halves it again.
     for name, g in grads.items():
-      wanted = sum(np.asarray(one(
-          params, *(sharding.put(mesh, np.repeat(np.asarray(batch[n])[i], 2, 0),
-                                 "batch") for n in ("tokens", "mask")))[name])
-                   for i in range(accumulation)) / (2 * accumulation)
+      wanted = sum(
+        np.asarray(
+          one(
+            params,
+            *(
+              sharding.put(
+                mesh, np.repeat(np.asarray(batch[n])[i], 2, 0), "batch"
+              )
+              for n in ("tokens", "mask")
+            ),
+          )[name]
+        )
+        for i in range(accumulation)
+      ) / (2 * accumulation)
       np.testing.assert_allclose(g, wanted, rtol=0, atol=1e-6, err_msg=name)

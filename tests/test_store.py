@@ -6,10 +6,10 @@ import signal
 import time
 
 import jax.numpy as jnp
+import jobs
 import numpy as np
 import pytest
 
-import jobs
 from jaxalign import artifacts
 from jaxalign.errors import ConfigError, CorruptError
 from jaxalign.select import store as stores
@@ -23,15 +23,18 @@ FIELDS = dict(model="a", layers=2)
 
 def arrays():
   rng = np.random.default_rng(0)
-  return dict(embedding=np.float32(rng.normal(size=(N, 2, 3))),
-              logp=np.float32(rng.normal(size=(N, 2))))
+  return dict(
+    embedding=np.float32(rng.normal(size=(N, 2, 3))),
+    logp=np.float32(rng.normal(size=(N, 2))),
+  )
 
 
 def fill(store, shards):
   for shard in shards:
     start, stop = store.bounds(shard)
-    stores.write_shard(store, shard, IDS, {
-        name: x[start:stop] for name, x in arrays().items()})
+    stores.write_shard(
+      store, shard, IDS, {name: x[start:stop] for name, x in arrays().items()}
+    )
 
 
 def create(folder, **changes):
@@ -50,8 +53,8 @@ def store(tmp_path):
 def rounded(x):
   """float32 -> the nearest bfloat16, ties to even, by the bits."""
   bits = x.view(np.uint32)
-  bits = bits + np.uint32(0x7fff) + ((bits >> 16) & np.uint32(1))
-  return (bits & np.uint32(0xffff0000)).view(np.float32)
+  bits = bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))
+  return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def test_columns_come_back(store):
@@ -72,16 +75,20 @@ def test_columns_come_back(store):
 def test_tiles_do_not_see_the_shards(store, rows):
   seen = list(stores.tiles(store, "logp", rows))
   assert [start for start, _ in seen] == list(range(0, N, rows))
-  np.testing.assert_array_equal(np.concatenate([x for _, x in seen]),
-                                arrays()["logp"])
+  np.testing.assert_array_equal(
+    np.concatenate([x for _, x in seen]), arrays()["logp"]
+  )
 
 
 def test_rows_in_any_order(store):
   index = np.array([22, 0, 7, 7, 4, 5])
-  np.testing.assert_array_equal(stores.take(store, "logp", index),
-                                arrays()["logp"][index])
-  np.testing.assert_array_equal(stores.take(store, "embedding", index),
-                                rounded(arrays()["embedding"])[index])
+  np.testing.assert_array_equal(
+    stores.take(store, "logp", index), arrays()["logp"][index]
+  )
+  np.testing.assert_array_equal(
+    stores.take(store, "embedding", index),
+    rounded(arrays()["embedding"])[index],
+  )
   assert stores.take(store, "logp", np.arange(0)).shape == (0, 2)
 
 
@@ -104,8 +111,11 @@ def test_what_is_whole_is_not_made_again(tmp_path):
 
 def files(store):
   folder = pathlib.Path(store.folder)
-  return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
-                if p.is_file() and p.name != "store.json")
+  return sorted(
+    p.relative_to(folder).as_posix()
+    for p in folder.rglob("*")
+    if p.is_file() and p.name != "store.json"
+  )
 
 
 @pytest.mark.parametrize("harm", ["bit", "short", "gone"])
@@ -117,7 +127,7 @@ def test_a_harmed_shard_is_the_only_one_made_again(store, harm, capsys):
     path, data = store.folder / name, bytearray(data)
     if harm == "bit":
       data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(data[:len(data) // 2] if harm == "short" else data)
+    path.write_bytes(data[: len(data) // 2] if harm == "short" else data)
     if harm == "gone":
       path.unlink()
     shard = int(name.split("/")[1][:5])
@@ -140,19 +150,24 @@ def test_a_harmed_description_is_written_again(store):
   assert stores.pending(again, IDS) == [] and path.read_bytes() == data
 
 
-@pytest.mark.parametrize("changes, words", [
+@pytest.mark.parametrize(
+  "changes, words",
+  [
     (dict(fields=dict(model="b", layers=2)), "model was 'a', now 'b'"),
     (dict(fields=dict(model="a")), "layers was 2, now None"),
     (dict(ids=IDS[:-1]), "other records|rows was 23, now 22"),
     (dict(ids=np.append(IDS[:-1], "z")), "other records"),
     (dict(shard=6), "shard was 5, now 6"),
-    (dict(columns=COLUMNS | dict(logp=Column((3,)))), r"columns was .*\[2\]")])
+    (dict(columns=COLUMNS | dict(logp=Column((3,)))), r"columns was .*\[2\]"),
+  ],
+)
 def test_another_description_is_refused_by_its_field(store, changes, words):
   before = {name: (store.folder / name).read_bytes() for name in files(store)}
   with pytest.raises(ConfigError, match=words):
     create(store.folder, **changes)
-  assert before == {name: (store.folder / name).read_bytes()
-                    for name in files(store)}
+  assert before == {
+    name: (store.folder / name).read_bytes() for name in files(store)
+  }
 
 
 def test_a_reader_refuses_other_models_and_other_records(store):
@@ -187,8 +202,9 @@ SMALL = ("embed.shard=16", "compare=()")  # ten shards of the 160 records
 
 
 def shards(work):
-  return sorted(p.name for p in (
-      work / "shared/embed/store/shards").glob("*.json"))
+  return sorted(
+    p.name for p in (work / "shared/embed/store/shards").glob("*.json")
+  )
 
 
 @pytest.mark.slow
@@ -200,15 +216,18 @@ def test_an_embed_stage_killed_goes_on_at_the_next_shard(tmp_path):
   ended = jobs.wait(jobs.start(work, *SMALL, hook=jobs.kill_at_shard(4)))
   assert ended.code == -signal.SIGKILL
   assert shards(work) == [f"{s:05d}.json" for s in range(4)]
-  times = {p: p.stat().st_mtime_ns for p in work.glob(
-      "shared/embed/store/*/0000[0-3].*")}
+  times = {
+    p: p.stat().st_mtime_ns
+    for p in work.glob("shared/embed/store/*/0000[0-3].*")
+  }
   time.sleep(0.01)
   ended = jobs.run(work, *SMALL)
   assert ended.code == 0, ended
   assert len(shards(work)) == 10 and len(times) == 4 * 5
   assert times == {p: p.stat().st_mtime_ns for p in times}
-  assert not jobs.differences(jobs.outcome(tmp_path / "wanted"),
-                              jobs.outcome(work))
+  assert not jobs.differences(
+    jobs.outcome(tmp_path / "wanted"), jobs.outcome(work)
+  )
 
 
 @pytest.mark.slow
@@ -216,8 +235,10 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
   """In shards of 16 the numbers are those of one; in bfloat16 rounded."""
   work = jobs.copy(tmp_path / "work")
   whole = work / "shared/embed/store"
-  wanted = {name: np.array(stores.read(whole, name))
-            for name in ("embedding", "logp", "count")}
+  wanted = {
+    name: np.array(stores.read(whole, name))
+    for name in ("embedding", "logp", "count")
+  }
   ended = jobs.run(work, *SMALL, "--redo")
   assert ended.code == 0 and jobs.did(ended)[0] == "embed"
   assert len(shards(work)) == 10
@@ -229,8 +250,11 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
   data = bytearray(flipped.read_bytes())
   data[-2] ^= 4
   flipped.write_bytes(data)
-  others = {p: p.stat().st_mtime_ns for p in whole.rglob("*.npy")
-            if "00007" not in p.name}
+  others = {
+    p: p.stat().st_mtime_ns
+    for p in whole.rglob("*.npy")
+    if "00007" not in p.name
+  }
   ended = jobs.run(work, *SMALL)
   assert ended.code == 0 and jobs.did(ended) == ["embed"]
   assert "store/logp/00007.npy has other bytes" in ended.out
@@ -238,41 +262,48 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
   np.testing.assert_array_equal(stores.read(whole, "logp"), wanted["logp"])
   ended = jobs.run(work, *SMALL, "embed.store_dtype=bfloat16", "--redo")
   assert ended.code == 0, ended
-  np.testing.assert_array_equal(stores.read(whole, "embedding"),
-                                rounded(wanted["embedding"]))
+  np.testing.assert_array_equal(
+    stores.read(whole, "embedding"), rounded(wanted["embedding"])
+  )
   assert artifacts.read_card(work / "shared/embed", "embed").finished
 
 
-OWN = ("import json\n"
-       "from jaxalign import pipeline\n"
-       "from jaxalign.select import store\n"
-       "real, wrote = store.write_shard, []\n"
-       "def noted(s, shard, *a):\n"
-       "  wrote.append([s.folder.name, shard])\n"
-       "  real(s, shard, *a)\n"
-       "store.write_shard = noted\n"
-       "class Enough(SystemExit): pass\n"
-       "def stop(job):\n"
-       "  json.dump(wrote, open({path!r}, 'w'))\n"
-       "  raise Enough(0)\n"
-       "pipeline.run_baseline = stop\n")
+OWN = (
+  "import json\n"
+  "from jaxalign import pipeline\n"
+  "from jaxalign.select import store\n"
+  "real, wrote = store.write_shard, []\n"
+  "def noted(s, shard, *a):\n"
+  "  wrote.append([s.folder.name, shard])\n"
+  "  real(s, shard, *a)\n"
+  "store.write_shard = noted\n"
+  "class Enough(SystemExit): pass\n"
+  "def stop(job):\n"
+  "  json.dump(wrote, open({path!r}, 'w'))\n"
+  "  raise Enough(0)\n"
+  "pipeline.run_baseline = stop\n"
+)
 
 
 @pytest.mark.slow
 def test_two_processes_write_their_own_shards(tmp_path):
   """Of what their devices computed, and of the scores; the same bits."""
   export = jobs.finished() / "runs/isa-0.1-seed0/export"
-  flags = (f"model.checkpoint={export}", "select.mixture.reservoir=100",
-           "select.stability_seeds=0", *SMALL)
+  flags = (
+    f"model.checkpoint={export}",
+    "select.mixture.reservoir=100",
+    "select.stability_seeds=0",
+    *SMALL,
+  )
   notes = [str(tmp_path / f"wrote{k}") for k in range(3)]
   hook = lambda k: OWN.replace("{path!r}", repr(notes[k]))
   jobs.together(tmp_path / "two", *flags, hooks={0: hook(0), 1: hook(1)})
   jobs.wait(jobs.start(tmp_path / "one", *flags, hook=hook(2)))
-  first, second, all_ = (json.loads(pathlib.Path(n).read_text())
-                         for n in notes)
+  first, second, all_ = (json.loads(pathlib.Path(n).read_text()) for n in notes)
   for name in ("store", "scores"):
-    mine, other, whole = ([s for which, s in one if which == name]
-                          for one in (first, second, all_))
+    mine, other, whole = (
+      [s for which, s in one if which == name] for one in (first, second, all_)
+    )
     assert mine == list(range(0, 10, 2)) and other == list(range(1, 10, 2))
     assert whole == list(range(10))
   for name in ("embed/store", "mixture/scores"):

@@ -7,13 +7,13 @@ import itertools
 import json
 import math
 
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings, strategies as st
 
-from jaxalign.data import records
-from jaxalign.data import sources
+from jaxalign.data import records, sources
 from jaxalign.data.sources import BadRow, read_rows
 from jaxalign.errors import DataError, JaxalignError
 
@@ -23,40 +23,40 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 # A line -> the reason it is refused with, or the value of "a" that it has.
 LINES = {
-    b'{"a": 1e400}': "number out of range",
-    b'{"a": [{"b": -1e999}]}': "number out of range",
-    b'{"a": ' + b"9" * 400 + b"}": "number out of range",
-    b'{"a": ' + b"9" * 5000 + b"}": "malformed JSON",
-    b'{"a": ' + b"9" * 30 + b"}": int("9" * 30),
-    b'{"a": 1e308}': 1e308,
-    b'{"a": Infinity}': math.inf,
-    b'{"a": ' + DEEP + b"}": "malformed JSON",
-    b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}": "malformed JSON",
-    b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}": ...,
-    b'{"a": [' + b"[], " * 999 + b"[]]}": [[]] * 1000,
-    '{"a": "x\u2028y\u2029z\u0085"}'.encode(): "x\u2028y\u2029z\u0085",
-    b'{"a": "x\\u2028y"}': "x\u2028y",
-    '{"a": 1}\u2028'.encode() + LINE: "malformed JSON",
-    b'{"a": "\\ud800"}': "lone surrogate",
-    b'{"a": "\\ud83d\\ude00"}': "\U0001f600",
-    b'{"\\udfff": 1, "a": 2}': "lone surrogate",
-    b'{"a": 1, "b": 2, "a": 3}': "duplicate key",
-    b'{"a": {"b": 1, "b": 1}}': "duplicate key",
-    b'{"a": "x\\u0000y"}': "x\0y",
-    b'{"a": "x\0y"}': "malformed JSON",
-    b"\0\0\0": "malformed JSON",
-    b'\xef\xbb\xbf{"a": 1}': 1,
-    '{"a": "x\ufeffy"}'.encode(): "x\ufeffy",
-    b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}': "malformed JSON",
-    b"null": "not an object",
-    b'"text"': "not an object",
-    b"NaN": "not an object",
-    b'{"a": "\xed\xa0\x80"}': "bad UTF-8",
-    b'{"a": "\xff"}': "bad UTF-8",
-    b'{"a": 1}}': "malformed JSON",
-    b'{"a": "x\\qy"}': "malformed JSON",
-    b"{'a': 1}": "malformed JSON",
-    b'{"a": "' + b"x" * (1 << 20) + b'"}': "x" * (1 << 20),
+  b'{"a": 1e400}': "number out of range",
+  b'{"a": [{"b": -1e999}]}': "number out of range",
+  b'{"a": ' + b"9" * 400 + b"}": "number out of range",
+  b'{"a": ' + b"9" * 5000 + b"}": "malformed JSON",
+  b'{"a": ' + b"9" * 30 + b"}": int("9" * 30),
+  b'{"a": 1e308}': 1e308,
+  b'{"a": Infinity}': math.inf,
+  b'{"a": ' + DEEP + b"}": "malformed JSON",
+  b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}": "malformed JSON",
+  b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}": ...,
+  b'{"a": [' + b"[], " * 999 + b"[]]}": [[]] * 1000,
+  '{"a": "x\u2028y\u2029z\u0085"}'.encode(): "x\u2028y\u2029z\u0085",
+  b'{"a": "x\\u2028y"}': "x\u2028y",
+  '{"a": 1}\u2028'.encode() + LINE: "malformed JSON",
+  b'{"a": "\\ud800"}': "lone surrogate",
+  b'{"a": "\\ud83d\\ude00"}': "\U0001f600",
+  b'{"\\udfff": 1, "a": 2}': "lone surrogate",
+  b'{"a": 1, "b": 2, "a": 3}': "duplicate key",
+  b'{"a": {"b": 1, "b": 1}}': "duplicate key",
+  b'{"a": "x\\u0000y"}': "x\0y",
+  b'{"a": "x\0y"}': "malformed JSON",
+  b"\0\0\0": "malformed JSON",
+  b'\xef\xbb\xbf{"a": 1}': 1,
+  '{"a": "x\ufeffy"}'.encode(): "x\ufeffy",
+  b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}': "malformed JSON",
+  b"null": "not an object",
+  b'"text"': "not an object",
+  b"NaN": "not an object",
+  b'{"a": "\xed\xa0\x80"}': "bad UTF-8",
+  b'{"a": "\xff"}': "bad UTF-8",
+  b'{"a": 1}}': "malformed JSON",
+  b'{"a": "x\\qy"}': "malformed JSON",
+  b"{'a': 1}": "malformed JSON",
+  b'{"a": "' + b"x" * (1 << 20) + b'"}': "x" * (1 << 20),
 }
 
 
@@ -76,8 +76,10 @@ def check(row, want):
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_a_strange_line(tmp_path, line, want, end):
   data = LINE + end + line + end + LINE
-  for source in (put(tmp_path / "a.jsonl", data),
-                 put(tmp_path / "a.jsonl.gz", gzip.compress(data))):
+  for source in (
+    put(tmp_path / "a.jsonl", data),
+    put(tmp_path / "a.jsonl.gz", gzip.compress(data)),
+  ):
     rows = list(read_rows(source))
     assert [where.line for where, _ in rows] == [1, 2, 3]
     assert rows[0][1] == rows[2][1] == GOOD
@@ -88,11 +90,14 @@ def test_a_strange_line(tmp_path, line, want, end):
 def test_a_strange_row_of_a_list(tmp_path, line, want):
   """Its neighbours are read, be it in a list or in an object's."""
   if line.startswith((b"\xef\xbb\xbf", b"\0")) or line.endswith(
-      (b"}}", b"\xa8" + LINE)):
+    (b"}}", b"\xa8" + LINE)
+  ):
     return  # no value of its own: see below
   items = b"[" + LINE + b",\n" + line + b" , " + LINE + b"]"
-  for data in (items,
-               b'{"version": 1, "rows": ' + items + b', "x": {"y": []}}'):
+  for data in (
+    items,
+    b'{"version": 1, "rows": ' + items + b', "x": {"y": []}}',
+  ):
     rows = [row for _, row in read_rows(put(tmp_path / "a.json", data))]
     assert len(rows) == 3 and rows[0] == rows[2] == GOOD
     check(rows[1], want)
@@ -105,19 +110,34 @@ def test_a_list_that_breaks_off_gives_what_was_whole(tmp_path):
     seen.extend(row for _, row in iter(read_rows(source)))
   rows = read_rows(source)
   assert [row for _, row in itertools.islice(rows, 2)] == [GOOD, GOOD]
-  for data in (b"[" + LINE + b" " + LINE + b"]", b"[" + LINE + b"] x",
-               b"[" + LINE + b",]", b"[}", b"[\0]", b'{"a": [1, 2}'):
+  for data in (
+    b"[" + LINE + b" " + LINE + b"]",
+    b"[" + LINE + b"] x",
+    b"[" + LINE + b",]",
+    b"[}",
+    b"[\0]",
+    b'{"a": [1, 2}',
+  ):
     with pytest.raises(DataError, match="is not JSON"):
       list(read_rows(put(tmp_path / "b.json", data)))
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
 def test_a_list_is_the_same_however_it_is_read(tmp_path, monkeypatch, block):
-  rows = [dict(a=i, b=[i, 1.5e3, -12, True, None, "]},{[\"\\"],
-               c="\u00e9\u4e2d\U0001f600" * (i % 3)) for i in range(20)]
+  rows = [
+    dict(
+      a=i,
+      b=[i, 1.5e3, -12, True, None, ']},{["\\'],
+      c="\u00e9\u4e2d\U0001f600" * (i % 3),
+    )
+    for i in range(20)
+  ]
   monkeypatch.setattr(sources, "_BLOCK", block)
-  for text in (json.dumps(rows), json.dumps(rows, ensure_ascii=False, indent=2),
-               json.dumps(dict(n=123, rows=rows, z="]"))):
+  for text in (
+    json.dumps(rows),
+    json.dumps(rows, ensure_ascii=False, indent=2),
+    json.dumps(dict(n=123, rows=rows, z="]")),
+  ):
     source = put(tmp_path / "a.json", text.encode())
     assert [row for _, row in read_rows(source)] == rows
   for text, want in (("[12, 123]", 2), ("[]", 0), (" [ ] ", 0)):
@@ -131,11 +151,13 @@ def test_a_list_is_the_same_however_it_is_read(tmp_path, monkeypatch, block):
 def test_lines_of_every_kind_of_end_in_one_file(tmp_path):
   data = LINE + b"\n" + LINE + b"\r" + LINE + b"\r\n" + LINE
   assert [row for _, row in read_rows(put(tmp_path / "a.jsonl", data))] == (
-      [GOOD] * 4)
+    [GOOD] * 4
+  )
   # A return inside a row is a space to JSON.
   data = LINE.replace(b", ", b",\r") + b"\n" + LINE
   assert [row for _, row in read_rows(put(tmp_path / "b.jsonl", data))] == (
-      [GOOD] * 2)
+    [GOOD] * 2
+  )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
@@ -144,14 +166,21 @@ def test_utf_16_is_named(tmp_path, name, codec):
   data = ("" if codec == "utf-16" else "\ufeff") + LINE.decode()
   data = data.encode(codec)
   with pytest.raises(DataError, match="UTF-16, wanted UTF-8"):
-    list(read_rows(put(tmp_path / name, gzip.compress(data)
-                       if name.endswith("gz") else data)))
+    list(
+      read_rows(
+        put(
+          tmp_path / name, gzip.compress(data) if name.endswith("gz") else data
+        )
+      )
+    )
 
 
 def test_names_of_columns_that_are_none(tmp_path):
-  for data, why in ((b'"a"b,c\n1,2\n', "begin with the names"),
-                    (b"a,\xff\n1,2\n", "UTF-8 in the names"),
-                    (b"\xff,\xff\n1,2\n", "twice")):
+  for data, why in (
+    (b'"a"b,c\n1,2\n', "begin with the names"),
+    (b"a,\xff\n1,2\n", "UTF-8 in the names"),
+    (b"\xff,\xff\n1,2\n", "twice"),
+  ):
     with pytest.raises(DataError, match=why) as error:
       list(read_rows(put(tmp_path / "a.csv", data)))
     str(error.value).encode()
@@ -165,11 +194,39 @@ def test_a_cell_that_is_never_closed_says_what_it_took(tmp_path):
   assert "50 more lines" in rows[1][1].detail
 
 
-piece = (st.binary(max_size=12) | st.sampled_from([
-    b"{", b"}", b"[", b"]", b'"', b"\\", b",", b":", b"\r", b"\n", b"\0",
-    b'"a"', b'{"a": 1}', b"1e999", b"NaN", b"-Infinity", b"\\ud800", b"\\u",
-    b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"[" * 2000, b"]" * 2000, b"9" * 5000,
-    b"null", b" ", b"\xff", LINE, b'{"a":' * 120, b"}" * 120]))
+piece = st.binary(max_size=12) | st.sampled_from(
+  [
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b"\\",
+    b",",
+    b":",
+    b"\r",
+    b"\n",
+    b"\0",
+    b'"a"',
+    b'{"a": 1}',
+    b"1e999",
+    b"NaN",
+    b"-Infinity",
+    b"\\ud800",
+    b"\\u",
+    b"\xef\xbb\xbf",
+    b"\xe2\x80\xa8",
+    b"[" * 2000,
+    b"]" * 2000,
+    b"9" * 5000,
+    b"null",
+    b" ",
+    b"\xff",
+    LINE,
+    b'{"a":' * 120,
+    b"}" * 120,
+  ]
+)
 text = st.lists(piece, max_size=12).map(b"".join)
 
 
@@ -189,9 +246,15 @@ def test_any_bytes(tmp_path_factory, data, name):
       assert where.line >= 1
       if isinstance(row, BadRow):
         assert row.reason in (
-            "malformed JSON", "not an object", "bad UTF-8", "lone surrogate",
-            "number out of range", "duplicate key", "malformed CSV",
-            "wrong number of columns")
+          "malformed JSON",
+          "not an object",
+          "bad UTF-8",
+          "lone surrogate",
+          "number out of range",
+          "duplicate key",
+          "malformed CSV",
+          "wrong number of columns",
+        )
         row.detail.encode()
       else:
         json.dumps(row, ensure_ascii=False).encode()
@@ -202,12 +265,14 @@ def test_any_bytes(tmp_path_factory, data, name):
 # Parquet and datasets.
 
 TIMES = {
-    "seconds": pa.array([0, 2**40, 5], pa.timestamp("ms")),
-    "zone": pa.array([0, 2**62, 5], pa.timestamp("us", "UTC")),
-    "day": pa.array([0, 2**30, 5], pa.date32()),
-    "duration": pa.array([0, 2**62, 5], pa.duration("s")),
-    "nested": pa.array([[dict(t=0)], [dict(t=2**62), dict(t=1)], []], pa.list_(
-        pa.struct([("t", pa.timestamp("us"))]))),
+  "seconds": pa.array([0, 2**40, 5], pa.timestamp("ms")),
+  "zone": pa.array([0, 2**62, 5], pa.timestamp("us", "UTC")),
+  "day": pa.array([0, 2**30, 5], pa.date32()),
+  "duration": pa.array([0, 2**62, 5], pa.duration("s")),
+  "nested": pa.array(
+    [[dict(t=0)], [dict(t=2**62), dict(t=1)], []],
+    pa.list_(pa.struct([("t", pa.timestamp("us"))])),
+  ),
 }
 
 
@@ -223,22 +288,32 @@ def test_a_date_out_of_range_stays_a_number(tmp_path, kind):
   assert len(rows) == 3
   for row in rows:
     assert {name: row[name] for name in GOOD} == GOOD
-  want = {"seconds": datetime.datetime(2004, 11, 3, 19, 53, 47, 776000),
-          "zone": 2**62, "day": 2**30, "duration": 2**62,
-          "nested": [dict(t=2**62), dict(
-              t=datetime.datetime(1970, 1, 1, microsecond=1))]}[kind]
+  want = {
+    "seconds": datetime.datetime(2004, 11, 3, 19, 53, 47, 776000),
+    "zone": 2**62,
+    "day": 2**30,
+    "duration": 2**62,
+    "nested": [
+      dict(t=2**62),
+      dict(t=datetime.datetime(1970, 1, 1, microsecond=1)),
+    ],
+  }[kind]
   assert rows[1]["at"] == want
   if kind == "day":
     assert rows[0]["at"] == datetime.date(1970, 1, 1)
 
 
 def test_bytes_and_decimals_of_parquet_are_text_and_numbers(tmp_path):
-  pq.write_table(table(
+  pq.write_table(
+    table(
       prompt=pa.array([b"q ", "\u00e9 ".encode(), b"x"]),
       picture=pa.array([b"\xff\xd8", None, b""]),
       score=pa.array([decimal.Decimal(x) for x in ("1.50", "2.00", "-3.25")]),
       turns=pa.array([[dict(role=b"user")]] * 3),
-      nanos=pa.array([1, 2, 3], pa.timestamp("ns"))), tmp_path / "a.parquet")
+      nanos=pa.array([1, 2, 3], pa.timestamp("ns")),
+    ),
+    tmp_path / "a.parquet",
+  )
   rows = [row for _, row in read_rows(str(tmp_path / "a.parquet"))]
   assert [row["prompt"] for row in rows] == ["q ", "\u00e9 ", "x"]
   assert [row["picture"] for row in rows] == [b"\xff\xd8", None, ""]
@@ -248,12 +323,14 @@ def test_bytes_and_decimals_of_parquet_are_text_and_numbers(tmp_path):
 
 
 def test_columns_of_one_name(tmp_path):
-  pq.write_table(pa.table([pa.array(["a"])] * 2, names=["x", "x"]),
-                 tmp_path / "a.parquet")
+  pq.write_table(
+    pa.table([pa.array(["a"])] * 2, names=["x", "x"]), tmp_path / "a.parquet"
+  )
   with pytest.raises(DataError, match="names a column twice: x, x"):
     list(read_rows(str(tmp_path / "a.parquet")))
-  twice = pa.StructArray.from_arrays([pa.array([1, 2, 3])] * 2,
-                                     names=["y", "y"])
+  twice = pa.StructArray.from_arrays(
+    [pa.array([1, 2, 3])] * 2, names=["y", "y"]
+  )
   pq.write_table(table(x=twice), tmp_path / "b.parquet")
   rows = [row for _, row in read_rows(str(tmp_path / "b.parquet"))]
   assert [row.reason for row in rows] == ["unreadable value"] * 3
@@ -261,9 +338,12 @@ def test_columns_of_one_name(tmp_path):
 
 def test_a_large_row_group_is_read_page_by_page(tmp_path):
   """Its first rows do not cost the whole of it."""
-  pq.write_table(pa.table(dict(a=[f"{i:01000}" for i in range(30_000)])),
-                 tmp_path / "a.parquet", compression="none",
-                 use_dictionary=False)
+  pq.write_table(
+    pa.table(dict(a=[f"{i:01000}" for i in range(30_000)])),
+    tmp_path / "a.parquet",
+    compression="none",
+    use_dictionary=False,
+  )
   size = (tmp_path / "a.parquet").stat().st_size
   with open(tmp_path / "a.parquet", "rb") as file:
     rows = sources._parquet("a.parquet", counted := Counted(file))
@@ -293,16 +373,25 @@ def test_a_hugging_face_dataset_of_strange_rows(tmp_path, monkeypatch):
   datasets.disable_progress_bars()
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
   (tmp_path / "data").mkdir()
-  bad = pa.Array.from_buffers(pa.string(), 3, [
-      None, pa.py_buffer(bytes.fromhex("00000000 01000000 02000000 03000000")),
-      pa.py_buffer(b"a\xffc")])
-  pq.write_table(table(at=TIMES["zone"], day=TIMES["day"], prompt=bad),
-                 tmp_path / "data/train.parquet")
+  bad = pa.Array.from_buffers(
+    pa.string(),
+    3,
+    [
+      None,
+      pa.py_buffer(bytes.fromhex("00000000 01000000 02000000 03000000")),
+      pa.py_buffer(b"a\xffc"),
+    ],
+  )
+  pq.write_table(
+    table(at=TIMES["zone"], day=TIMES["day"], prompt=bad),
+    tmp_path / "data/train.parquet",
+  )
   rows = [row for _, row in read_rows(f"hf:{tmp_path}/data")]
   assert len(rows) == 3 and rows[1].reason == "bad UTF-8"
   assert rows[0]["chosen"] == rows[2]["chosen"] == "good a"
   assert rows[2]["prompt"] == "c" and rows[2]["day"] == datetime.date(
-      1970, 1, 6)
+    1970, 1, 6
+  )
   assert sources.count(f"hf:{tmp_path}/data") == (3, True)
 
 
@@ -311,10 +400,12 @@ def test_a_hugging_face_dataset_of_strange_rows(tmp_path, monkeypatch):
 
 def test_small_sources_are_counted(tmp_path):
   lines = [LINE] * 7 + [b"bad"]
-  for name, data in (("a.jsonl", b"\n\n".join(lines)),
-                     ("b.jsonl.gz", gzip.compress(b"\n".join(lines))),
-                     ("c.json", b"[" + b", ".join(lines[:7]) + b", 3]"),
-                     ("d.csv", b"a,b\n" + b"1,2\n" * 7 + b"3\n")):
+  for name, data in (
+    ("a.jsonl", b"\n\n".join(lines)),
+    ("b.jsonl.gz", gzip.compress(b"\n".join(lines))),
+    ("c.json", b"[" + b", ".join(lines[:7]) + b", 3]"),
+    ("d.csv", b"a,b\n" + b"1,2\n" * 7 + b"3\n"),
+  ):
     source = put(tmp_path / name, data)
     assert sources.count(source) == sources.count(source, 3) == (8, True)
   pq.write_table(pa.table(dict(a=list(range(8)))), tmp_path / "e.parquet")
@@ -327,29 +418,53 @@ def test_small_sources_are_counted(tmp_path):
 def test_large_sources_are_estimated(tmp_path, monkeypatch, kind):
   monkeypatch.setattr(sources, "_ENOUGH", 1 << 16)
   monkeypatch.setattr(sources, "_BLOCK", 1 << 12)
-  rows = [dict(a=i, b=f"{i * 7919 % 104729:06}" * (1 + i % 5))
-          for i in range(30_000)]
-  data = {"jsonl": lambda: "\n".join(map(json.dumps, rows)),
-          "json": lambda: json.dumps(rows),
-          "csv": lambda: "a,b\n" + "\n".join(f"{r['a']},{r['b']}" for r in rows)
-          }[kind.removesuffix(".gz")]().encode()
+  rows = [
+    dict(a=i, b=f"{i * 7919 % 104729:06}" * (1 + i % 5)) for i in range(30_000)
+  ]
+  data = {
+    "jsonl": lambda: "\n".join(map(json.dumps, rows)),
+    "json": lambda: json.dumps(rows),
+    "csv": lambda: "a,b\n" + "\n".join(f"{r['a']},{r['b']}" for r in rows),
+  }[kind.removesuffix(".gz")]().encode()
   for name in ("a", "b"):
-    put(tmp_path / f"{name}.{kind}",
-        gzip.compress(data) if kind.endswith("gz") else data)
+    put(
+      tmp_path / f"{name}.{kind}",
+      gzip.compress(data) if kind.endswith("gz") else data,
+    )
   found, exact = sources.count(str(tmp_path / f"*.{kind}"), 1000)
   assert not exact and abs(found / 60_000 - 1) < (
-      0.35 if kind.endswith("gz") else 0.1)
+    0.35 if kind.endswith("gz") else 0.1
+  )
   assert sources.count(str(tmp_path / f"*.{kind}"), 10**9) == (60_000, True)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("score_chosen", "1e400"), ("score_chosen", "9" * 400), ("id", "1e400"),
-    ("score_chosen", "NaN"), ("extra", DEEP.decode()), ("chosen", '"\\ud800"'),
-    ("prompt", "9" * 5000), ("rejected", '"\\u2028"'), ("chosen", "[[[[]]]]")])
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("score_chosen", "1e400"),
+    ("score_chosen", "9" * 400),
+    ("id", "1e400"),
+    ("score_chosen", "NaN"),
+    ("extra", DEEP.decode()),
+    ("chosen", '"\\ud800"'),
+    ("prompt", "9" * 5000),
+    ("rejected", '"\\u2028"'),
+    ("chosen", "[[[[]]]]"),
+  ],
+)
 def test_a_load_goes_on(tmp_path, field, value):
   """The checks of a row's content do not fall over it either."""
-  rows = [dict(GOOD, score_chosen=2.0, score_rejected=1.0, id=f"r{i}",
-               prompt=f"q{i} ", extra=0) for i in range(5)]
+  rows = [
+    dict(
+      GOOD,
+      score_chosen=2.0,
+      score_rejected=1.0,
+      id=f"r{i}",
+      prompt=f"q{i} ",
+      extra=0,
+    )
+    for i in range(5)
+  ]
   lines = [json.dumps(row) for row in rows]
   old = json.dumps(rows[3][field])
   lines[3] = lines[3].replace(f'"{field}": {old}', f'"{field}": {value}')

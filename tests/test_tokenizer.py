@@ -6,9 +6,10 @@ import json
 import random
 import re
 
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 import pytest
 import sentencepiece as spm
-from hypothesis import example, given, settings, strategies as st
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign.data import tokenizer
@@ -16,20 +17,51 @@ from jaxalign.data.tokenizer import Tokenizer, train
 from jaxalign.errors import ConfigError
 
 RNG = random.Random(0)
-WORDS = sorted({"".join(RNG.choice("bdgkmnprtz") + RNG.choice("aeiou")
-                        for _ in range(RNG.choice((2, 3))))
-                for _ in range(60)})
-TEXTS = ["\n\nHuman: " + " ".join(RNG.choices(WORDS, k=9)) +
-         "?\n\nAssistant: " + " ".join(RNG.choices(WORDS, k=6))
-         for _ in range(300)]
-HARD = ["", " ", "  a  ", "\n\n", "a\r\nb\t", "\0", "a\0b", "\u2581",
-        " \u2581 ", "\u2581\u2581a", "<s>", "</s><unk>", "<0x0A>", "\ufeff",
-        "\ufffd", "\u2585", "\u2047", "\u202e\u05d0\u05d1",
-        "e\u0301 \u00e9 \ufb01", "\U0001f469\u200d\U0001f4bb", "\x7f\x1b[0m",
-        "\U0010ffff", "12345"]
+WORDS = sorted(
+  {
+    "".join(
+      RNG.choice("bdgkmnprtz") + RNG.choice("aeiou")
+      for _ in range(RNG.choice((2, 3)))
+    )
+    for _ in range(60)
+  }
+)
+TEXTS = [
+  "\n\nHuman: "
+  + " ".join(RNG.choices(WORDS, k=9))
+  + "?\n\nAssistant: "
+  + " ".join(RNG.choices(WORDS, k=6))
+  for _ in range(300)
+]
+HARD = [
+  "",
+  " ",
+  "  a  ",
+  "\n\n",
+  "a\r\nb\t",
+  "\0",
+  "a\0b",
+  "\u2581",
+  " \u2581 ",
+  "\u2581\u2581a",
+  "<s>",
+  "</s><unk>",
+  "<0x0A>",
+  "\ufeff",
+  "\ufffd",
+  "\u2585",
+  "\u2047",
+  "\u202e\u05d0\u05d1",
+  "e\u0301 \u00e9 \ufb01",
+  "\U0001f469\u200d\U0001f4bb",
+  "\x7f\x1b[0m",
+  "\U0010ffff",
+  "12345",
+]
 
 text = st.text(st.characters(codec="utf-8"), max_size=30) | st.lists(
-    st.sampled_from(WORDS + HARD + [" ", "\n\nAssistant:"])).map("".join)
+  st.sampled_from(WORDS + HARD + [" ", "\n\nAssistant:"])
+).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +76,11 @@ def real_texts(shared):
     return [json.loads(line)["chosen"] for line in file]
 
 
-STORIES, MISTRAL, T5 = ("models/stories260K", "tokenizers/mistral-v1",
-                        "tokenizers/t5/sentencepiece.model")
+STORIES, MISTRAL, T5 = (
+  "models/stories260K",
+  "tokenizers/mistral-v1",
+  "tokenizers/t5/sentencepiece.model",
+)
 
 
 def test_each_word_of_a_closed_vocabulary_is_one_piece(small):
@@ -115,8 +150,9 @@ def test_batches_are_the_texts_one_by_one(small, shared):
   assert small.encode_many(HARD) == [small.encode(text) for text in HARD]
   assert small.encode_many([]) == []
   tok = Tokenizer.load(shared / STORIES)
-  assert tok.encode_responses(HARD) == [tok.encode_response(text)
-                                        for text in HARD]
+  assert tok.encode_responses(HARD) == [
+    tok.encode_response(text) for text in HARD
+  ]
 
 
 def test_what_cannot_be_a_tokenizer(tmp_path, small):
@@ -132,7 +168,7 @@ def test_what_cannot_be_a_tokenizer(tmp_path, small):
 
 
 def test_rare_characters_are_bytes_when_the_vocabulary_is_small():
-  texts = ["common words here " * 50 + chr(0x4e00 + i) for i in range(500)]
+  texts = ["common words here " * 50 + chr(0x4E00 + i) for i in range(500)]
   tok = Tokenizer(tokenizer.train(texts, 400))
   assert tok.vocab_size <= 400
   assert tok.decode(tok.encode(texts[7])) == texts[7]
@@ -142,20 +178,33 @@ def test_rare_characters_are_bytes_when_the_vocabulary_is_small():
 @pytest.mark.parametrize("name", ["trained", STORIES])
 def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
   transformers = pytest.importorskip("transformers")
-  tok = (Tokenizer(tokenizer.train(real_texts[:400], 2000))
-         if name == "trained" else Tokenizer.load(shared / name))
+  tok = (
+    Tokenizer(tokenizer.train(real_texts[:400], 2000))
+    if name == "trained"
+    else Tokenizer.load(shared / name)
+  )
   tok.export(tmp_path)
   assert sorted(p.name for p in tmp_path.iterdir()) == [
-      "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
-      "tokenizer_config.json"]
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+  ]
   assert Tokenizer.load(tmp_path).digest == tok.digest
   (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama")))
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  assert (peer.bos_token_id, peer.eos_token_id, peer.unk_token_id,
-          peer.pad_token_id) == (tok.bos, tok.eos, tok.unk, tok.pad)
+  assert (
+    peer.bos_token_id,
+    peer.eos_token_id,
+    peer.unk_token_id,
+    peer.pad_token_id,
+  ) == (tok.bos, tok.eos, tok.unk, tok.pad)
   assert len(peer) == tok.vocab_size
-  plain = [text for text in HARD if text and "\u2581" not in text and
-           not text.startswith("<")]
+  plain = [
+    text
+    for text in HARD
+    if text and "\u2581" not in text and not text.startswith("<")
+  ]
   texts = real_texts[400:800] + plain
   for text, ids in zip(texts, peer(texts).input_ids):
     assert ids == tok.encode(text, begins=True), text
@@ -165,27 +214,44 @@ def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
 def written(blocks, rows, seed=0):
   """Rows of characters of a script, the first ones far more often."""
   rng = random.Random(seed)
-  return ["".join(chr(rng.choice(blocks) + min(int(rng.expovariate(1 / 400)),
-                                               2000)) for _ in range(80))
-          for _ in range(rows)]
+  return [
+    "".join(
+      chr(rng.choice(blocks) + min(int(rng.expovariate(1 / 400)), 2000))
+      for _ in range(80)
+    )
+    for _ in range(rows)
+  ]
 
 
 SCRIPTS = {
-    "chinese": ["我们可以通过学习人类反馈来训练模型。请问这个问题应该怎么回答？",
-                *written([0x4e00, 0x5e00, 0x6e00], 200)],
-    "japanese": ["日本語の文章、カタカナとひらがな。\n" * 3,
-                 *written([0x3041, 0x4e00, 0x6000], 200)],
-    "korean": ["한국어로 답해 주세요. 감사합니다!",
-               *(" ".join(text[i:i + 4] for i in range(0, 80, 4))
-                 for text in written([0xac00, 0xb400, 0xc400], 200))],
-    "emoji": ["\U0001f469\u200d\U0001f4bb \U0001f468\u200d\U0001f469\u200d"
-              "\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 "
-              "\U0001f44d\U0001f3fd",
-              *written([0x1f300], 100)],
-    "no two alike": ["".join(map(chr, range(0x4e00, 0x4e00 + 5000)))],
-    "mixed": [f"Question {i}: {zh} -> {ko}"
-              for i, (zh, ko) in enumerate(zip(written([0x4e00, 0x5e00], 200),
-                                               written([0xac00], 200)))],
+  "chinese": [
+    "我们可以通过学习人类反馈来训练模型。请问这个问题应该怎么回答？",
+    *written([0x4E00, 0x5E00, 0x6E00], 200),
+  ],
+  "japanese": [
+    "日本語の文章、カタカナとひらがな。\n" * 3,
+    *written([0x3041, 0x4E00, 0x6000], 200),
+  ],
+  "korean": [
+    "한국어로 답해 주세요. 감사합니다!",
+    *(
+      " ".join(text[i : i + 4] for i in range(0, 80, 4))
+      for text in written([0xAC00, 0xB400, 0xC400], 200)
+    ),
+  ],
+  "emoji": [
+    "\U0001f469\u200d\U0001f4bb \U0001f468\u200d\U0001f469\u200d"
+    "\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 "
+    "\U0001f44d\U0001f3fd",
+    *written([0x1F300], 100),
+  ],
+  "no two alike": ["".join(map(chr, range(0x4E00, 0x4E00 + 5000)))],
+  "mixed": [
+    f"Question {i}: {zh} -> {ko}"
+    for i, (zh, ko) in enumerate(
+      zip(written([0x4E00, 0x5E00], 200), written([0xAC00], 200))
+    )
+  ],
 }
 
 
@@ -214,12 +280,25 @@ def test_a_common_space_leaves_the_model_as_it_was():
   text = ["the cat sat on the mat, and so did a dog"] * 9
   out = io.BytesIO()
   spm.SentencePieceTrainer.train(
-      sentence_iterator=iter(text), model_writer=out, model_type="bpe",
-      vocab_size=300, byte_fallback=True, normalization_rule_name="identity",
-      add_dummy_prefix=False, remove_extra_whitespaces=False,
-      split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-      hard_vocab_limit=False, max_sentence_length=1 << 30, num_threads=1,
-      minloglevel=2, character_coverage=1.0)
+    sentence_iterator=iter(text),
+    model_writer=out,
+    model_type="bpe",
+    vocab_size=300,
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    split_digits=True,
+    unk_id=0,
+    bos_id=1,
+    eos_id=2,
+    pad_id=-1,
+    hard_vocab_limit=False,
+    max_sentence_length=1 << 30,
+    num_threads=1,
+    minloglevel=2,
+    character_coverage=1.0,
+  )
   want = spm_pb2.ModelProto.FromString(out.getvalue())
   want.trainer_spec.model_prefix = "jaxalign"
   assert spm_pb2.ModelProto.FromString(train(text, 300)) == want

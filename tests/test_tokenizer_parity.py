@@ -9,33 +9,64 @@ import shutil
 
 import pytest
 import sentencepiece as spm
+from test_chat import write_folder
 
 from jaxalign.data import special, tokenizer
 from jaxalign.data.chat import BUILT_IN, Chat
 from jaxalign.data.fast_tokenizer import FastTokenizer
-from jaxalign.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
 from jaxalign.errors import ConfigError
-from test_chat import write_folder
 
-MODELS = {"stories": "models/stories260K/tokenizer.model",
-          "mistral": "tokenizers/mistral-v1/tokenizer.model",
-          "t5": "tokenizers/t5/sentencepiece.model"}
-BLOCKS = [(0x20, 0x7e), (0, 0x1f), (0x7f, 0xa0), (0x300, 0x36f), (0x590, 0x6ff),
-          (0x4e00, 0x4f00), (0x1f300, 0x1faff), (0x2000, 0x206f),
-          (0xfe00, 0xfe0f), (0xe000, 0xe010), (0x1e900, 0x1e95f),
-          (0xa0, 0x2fff), (0x20000, 0x20100)]
-HARD = ["", " ", "  a  ", "\n\n", "a\r\nb\t", "\0", "a\0b", "\u2581",
-        " \u2581 a", "\ufeff", "\ufffd", "\u202e\u05d0\u05d1 \u0627\u0644",
-        "e\u0301 \u00e9 \ufb01", "\U0001f469\u200d\U0001f4bb\U0001f3fd",
-        "\x7f\x1b[0m", "\U0010ffff", "12345", "<0x0A>", "\u1100\u1161"]
+MODELS = {
+  "stories": "models/stories260K/tokenizer.model",
+  "mistral": "tokenizers/mistral-v1/tokenizer.model",
+  "t5": "tokenizers/t5/sentencepiece.model",
+}
+BLOCKS = [
+  (0x20, 0x7E),
+  (0, 0x1F),
+  (0x7F, 0xA0),
+  (0x300, 0x36F),
+  (0x590, 0x6FF),
+  (0x4E00, 0x4F00),
+  (0x1F300, 0x1FAFF),
+  (0x2000, 0x206F),
+  (0xFE00, 0xFE0F),
+  (0xE000, 0xE010),
+  (0x1E900, 0x1E95F),
+  (0xA0, 0x2FFF),
+  (0x20000, 0x20100),
+]
+HARD = [
+  "",
+  " ",
+  "  a  ",
+  "\n\n",
+  "a\r\nb\t",
+  "\0",
+  "a\0b",
+  "\u2581",
+  " \u2581 a",
+  "\ufeff",
+  "\ufffd",
+  "\u202e\u05d0\u05d1 \u0627\u0644",
+  "e\u0301 \u00e9 \ufb01",
+  "\U0001f469\u200d\U0001f4bb\U0001f3fd",
+  "\x7f\x1b[0m",
+  "\U0010ffff",
+  "12345",
+  "<0x0A>",
+  "\u1100\u1161",
+]
 
 
 def fuzzed(n, specials=()):
   rng = random.Random(0)
   out = []
   while len(out) < n:
-    text = "".join(chr(rng.randint(*rng.choice(BLOCKS)))
-                   for _ in range(rng.randint(0, 24)))
+    text = "".join(
+      chr(rng.randint(*rng.choice(BLOCKS))) for _ in range(rng.randint(0, 24))
+    )
     if not any(s in text for s in specials):
       out.append(text)
   return out
@@ -44,8 +75,13 @@ def fuzzed(n, specials=()):
 def strings(value):
   if isinstance(value, str):
     yield value
-  for item in (value.values() if isinstance(value, dict) else
-               value if isinstance(value, list) else ()):
+  for item in (
+    value.values()
+    if isinstance(value, dict)
+    else value
+    if isinstance(value, list)
+    else ()
+  ):
     yield from strings(item)
 
 
@@ -55,9 +91,15 @@ def real_texts(data):
   found = set()
   for path in sorted(data.rglob("*.json*")):
     with (gzip.open if path.suffix == ".gz" else open)(
-        path, "rt", encoding="utf-8") as file:
-      found |= set(strings(json.load(file) if path.name.endswith(".json")
-                           else [json.loads(line) for line in file]))
+      path, "rt", encoding="utf-8"
+    ) as file:
+      found |= set(
+        strings(
+          json.load(file)
+          if path.name.endswith(".json")
+          else [json.loads(line) for line in file]
+        )
+      )
   return sorted(found)
 
 
@@ -74,22 +116,29 @@ def hugging_face(folder, source, name):
   """The model as transformers itself writes it: a tokenizer.json."""
   transformers = pytest.importorskip("transformers")
   folder.mkdir()
-  shutil.copy(source, folder / ("spiece.model" if name == "t5" else
-                                "tokenizer.model"))
-  (folder / "tokenizer_config.json").write_text(json.dumps(dict(
-      tokenizer_class="T5Tokenizer" if name == "t5" else "LlamaTokenizer")))
-  (folder / "config.json").write_text(json.dumps(dict(
-      model_type="t5" if name == "t5" else "llama")))
+  shutil.copy(
+    source, folder / ("spiece.model" if name == "t5" else "tokenizer.model")
+  )
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps(
+      dict(tokenizer_class="T5Tokenizer" if name == "t5" else "LlamaTokenizer")
+    )
+  )
+  (folder / "config.json").write_text(
+    json.dumps(dict(model_type="t5" if name == "t5" else "llama"))
+  )
   transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(
-      folder / "json")
+    folder / "json"
+  )
   path = folder / "json" / "tokenizer_config.json"
   settings = json.loads(path.read_text())
   if name == "t5":  # its class ignores the file, and takes <s> for <unk>
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     file = folder / "json" / "tokenizer.json"
     spec = json.loads(file.read_text())
-    spec["model"]["unk_id"] = [piece for piece, _ in
-                               spec["model"]["vocab"]].index("<unk>")
+    spec["model"]["unk_id"] = [
+      piece for piece, _ in spec["model"]["vocab"]
+    ].index("<unk>")
     file.write_text(json.dumps(spec))
   path.write_text(json.dumps(settings))
   return folder / "json"
@@ -99,26 +148,35 @@ def hugging_face(folder, source, name):
 def test_ids_are_those_of_transformers(tmp_path, shared, name):
   """Under one tokenizer.json and config; special strings stay apart."""
   transformers = pytest.importorskip("transformers")
-  folder = (write_folder(tmp_path / "a", add_bos_token=True)
-            if name == "bytes" else
-            hugging_face(tmp_path / "a", shared / MODELS[name], name))
+  folder = (
+    write_folder(tmp_path / "a", add_bos_token=True)
+    if name == "bytes"
+    else hugging_face(tmp_path / "a", shared / MODELS[name], name)
+  )
   tok = load_tokenizer(folder)
   assert isinstance(tok, FastTokenizer)
   peer = transformers.AutoTokenizer.from_pretrained(folder)
-  texts = [text for text in real_texts(shared / "data")[::24] + HARD
-           if not any(s in text for s in tok.specials)]
+  texts = [
+    text
+    for text in real_texts(shared / "data")[::24] + HARD
+    if not any(s in text for s in tok.specials)
+  ]
   texts += fuzzed(2_000, tok.specials)
-  assert tok.encode_many(texts) == peer(texts, add_special_tokens=False
-                                        ).input_ids
+  assert (
+    tok.encode_many(texts) == peer(texts, add_special_tokens=False).input_ids
+  )
   for text, ids in zip(texts[:50], peer(texts[:50]).input_ids):
     assert [i for i in ids if i != tok.eos or name != "t5"] == tok.encode(
-        text, begins=True)
+      text, begins=True
+    )
   for text in texts[:200]:
     ids = tok.encode(text)
     assert tok.decode(ids) == peer.decode(ids, skip_special_tokens=True)
   assert tok.vocab_size == len(peer)
-  assert (tok.eos, tok.bos) == (peer.eos_token_id, tok.encode("", True)[0]
-                                if name == "bytes" else -1)
+  assert (tok.eos, tok.bos) == (
+    peer.eos_token_id,
+    tok.encode("", True)[0] if name == "bytes" else -1,
+  )
 
 
 # The classes of difference that tokenizer.py lists.
@@ -137,13 +195,17 @@ def test_difference_1_special_strings(tmp_path, shared):
 
 def test_difference_2_a_response_continues(tmp_path, shared):
   folder = hugging_face(tmp_path / "a", shared / MODELS["mistral"], "mistral")
-  for tok in (load_tokenizer(folder), load_tokenizer(shared / MODELS["mistral"])):
+  for tok in (
+    load_tokenizer(folder),
+    load_tokenizer(shared / MODELS["mistral"]),
+  ):
     assert tok.adds_prefix
     assert tok.encode("Hello") == tok.encode_response(" Hello")
     assert tok.encode("Hello") != tok.encode_response("Hello")
     assert tok.decode_response(tok.encode_response(" Hello")) == " Hello"
-    assert tok.encode("Hi: Hello") == (tok.encode("Hi:") +
-                                       tok.encode_response(" Hello"))
+    assert tok.encode("Hi: Hello") == (
+      tok.encode("Hi:") + tok.encode_response(" Hello")
+    )
   # The seam: "He" + "llo" is no "Hello".
   assert tok.encode("He") + tok.encode_response("llo") != tok.encode("Hello")
 
@@ -162,12 +224,18 @@ def test_difference_4_a_model_without_its_json(tmp_path, shared):
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
   tok = load_tokenizer(tmp_path / "a")
   assert isinstance(tok, SentencePieceTokenizer)
-  assert len(tok.encode(" a")) == len(peer(" a", add_special_tokens=False
-                                           ).input_ids) + 1
-  texts = [t for t in real_texts(shared / "data")[::40]
-           if not t.startswith(" ") and "  " not in t and "<" not in t]
-  assert tok.encode_many(texts) == peer(texts, add_special_tokens=False
-                                        ).input_ids
+  assert (
+    len(tok.encode(" a"))
+    == len(peer(" a", add_special_tokens=False).input_ids) + 1
+  )
+  texts = [
+    t
+    for t in real_texts(shared / "data")[::40]
+    if not t.startswith(" ") and "  " not in t and "<" not in t
+  ]
+  assert (
+    tok.encode_many(texts) == peer(texts, add_special_tokens=False).input_ids
+  )
 
 
 def test_a_template_decides_on_the_bos(tmp_path):
@@ -181,16 +249,23 @@ def test_a_template_decides_on_the_bos(tmp_path):
   with Chat(tok, tok.template) as chat:
     head, _ = chat.encode(ask, ["So"])
     assert tok.bos == -1
-  assert peer.apply_chat_template(ask, add_generation_prompt=True,
-                                  return_dict=False) == head
+  assert (
+    peer.apply_chat_template(ask, add_generation_prompt=True, return_dict=False)
+    == head
+  )
   with Chat(tok, "{{ bos_token }}" + tok.template) as chat:
     assert tok.bos == tok.own_bos and chat.encode(ask, ["So"])[0] == head
   # Of some conversations only: then it is a token like any other.
-  with Chat(tok, "{% if messages[0].role == 'system' %}{{ bos_token }}"
-            "{% endif %}" + tok.template) as chat:
+  with Chat(
+    tok,
+    "{% if messages[0].role == 'system' %}{{ bos_token }}"
+    "{% endif %}" + tok.template,
+  ) as chat:
     assert tok.bos == -1
-    assert chat.encode([dict(role="system", content="Be"), *ask], ["So"]
-                       )[0][0] == tok.own_bos
+    assert (
+      chat.encode([dict(role="system", content="Be"), *ask], ["So"])[0][0]
+      == tok.own_bos
+    )
 
 
 def test_a_trained_tokenizer_is_exported_with_a_template(tmp_path):
@@ -207,8 +282,9 @@ def test_a_trained_tokenizer_is_exported_with_a_template(tmp_path):
 
 def test_special_tokens_in_texts_are_found(tmp_path, shared):
   for folder, a, b in (
-      (write_folder(tmp_path / "a"), "<|im_end|>", "<|end|>"),
-      (shared / "tokenizers/mistral-v1", "</s>", "<unk>")):
+    (write_folder(tmp_path / "a"), "<|im_end|>", "<|end|>"),
+    (shared / "tokenizers/mistral-v1", "</s>", "<unk>"),
+  ):
     tok = load_tokenizer(folder)
     assert special.found(tok, f"x {b}y{a} {b}") == [b, a]
     assert special.found(tok, "<|x|> <s a <| </ s>") == []
@@ -233,13 +309,17 @@ def test_any_of_many_texts_is_the_longest():
 
 @pytest.mark.parametrize("name", ["stories", "mistral", "bytes"])
 def test_a_row_is_shown_with_its_special_tokens(tmp_path, shared, name):
-  folder = (write_folder(tmp_path / "a") if name == "bytes" else
-            shared / MODELS[name])
+  folder = (
+    write_folder(tmp_path / "a") if name == "bytes" else shared / MODELS[name]
+  )
   tok = load_tokenizer(folder)
   names = {i: text for text, i in tok.specials.items()}
   end = names[tok.eos]
-  for text in ("Hi: there ", "caf\u00e9 \u4e03\U0001f469\u200d\U0001f4bb",
-               "a\n\n b"):
+  for text in (
+    "Hi: there ",
+    "caf\u00e9 \u4e03\U0001f469\u200d\U0001f4bb",
+    "a\n\n b",
+  ):
     bos = [tok.own_bos] * (tok.own_bos >= 0)
     ids = [*tok.encode(text), tok.eos, *tok.encode_response(" b"), tok.eos]
     want = f"{text}{end} b{end}"
@@ -265,9 +345,19 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"{", b"[]", b"{}", b'{"model": 3}', b"\xff\xfe", b"[" * 99999,
-    b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+@pytest.mark.parametrize(
+  "data",
+  [
+    b"",
+    b"{",
+    b"[]",
+    b"{}",
+    b'{"model": 3}',
+    b"\xff\xfe",
+    b"[" * 99999,
+    b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+  ],
+)
 def test_a_broken_tokenizer_json(tmp_path, data):
   (tmp_path / "tokenizer.json").write_bytes(data)
   with pytest.raises(ConfigError, match="config.model.tokenizer"):
@@ -286,8 +376,9 @@ def test_a_tokenizer_json_goes_first_and_comes_back_whole(tmp_path, shared):
   names = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
   for name in names:
-    assert (tmp_path / "out" / name).read_bytes() == (folder / name
-                                                      ).read_bytes()
+    assert (tmp_path / "out" / name).read_bytes() == (
+      folder / name
+    ).read_bytes()
   assert load_tokenizer(tmp_path / "out").digest == tok.digest
   assert tok.pieces()[tok.eos] == "<|end|>"
 
@@ -298,17 +389,18 @@ def test_what_ends_and_begins_a_row(tmp_path):
   ids = tok.specials
   assert tok.bos == -1 and tok.eos == ids["<|end|>"] == tok.stops[0]
   assert tok.pad == ids["<|im_start|>"] and tok.own_bos == ids["<|begin|>"]
-  (folder / "generation_config.json").write_text(json.dumps(dict(
-      eos_token_id=[ids["<|end|>"], ids["<|eot_id|>"]])))
+  (folder / "generation_config.json").write_text(
+    json.dumps(dict(eos_token_id=[ids["<|end|>"], ids["<|eot_id|>"]]))
+  )
   assert load_tokenizer(folder).stops == (ids["<|end|>"], ids["<|eot_id|>"])
-  write_folder(folder, eos_token=dict(content="<|eot_id|>"),
-               add_bos_token=True)
+  write_folder(folder, eos_token=dict(content="<|eot_id|>"), add_bos_token=True)
   tok = load_tokenizer(folder)
   assert (tok.bos, tok.eos) == (ids["<|begin|>"], ids["<|eot_id|>"])
   assert tok.pad == tok.eos  # none is named
   write_folder(folder, eos_token=None)
-  (folder / "special_tokens_map.json").write_text(json.dumps(dict(
-      eos_token="<|im_end|>")))
+  (folder / "special_tokens_map.json").write_text(
+    json.dumps(dict(eos_token="<|im_end|>"))
+  )
   assert load_tokenizer(folder).eos == ids["<|im_end|>"]
   write_folder(folder, eos_token="<|absent|>")
   (folder / "generation_config.json").unlink()
@@ -353,23 +445,50 @@ def test_where_a_chat_template_may_stand(tmp_path, where):
   elif where == "json":
     (folder / "chat_template.json").write_text('{"chat_template": "T"}')
   else:
-    write_folder(folder, "T" if where == "config" else [
-        dict(name="tool_use", template="U"), dict(name="default", template="T")])
+    write_folder(
+      folder,
+      "T"
+      if where == "config"
+      else [
+        dict(name="tool_use", template="U"),
+        dict(name="default", template="T"),
+      ],
+    )
   assert load_tokenizer(folder).template == "T"
 
 
 def test_a_word_of_the_model_that_is_special_is_cut(tmp_path):
   """Where "<s>" is in the vocabulary itself, text still cannot write it."""
-  (tmp_path / "tokenizer.json").write_text(json.dumps(dict(
-      version="1.0", added_tokens=[dict(
-          id=1, content="<s>", single_word=False, lstrip=False, rstrip=False,
-          normalized=False, special=True)],
-      normalizer=None, pre_tokenizer=dict(type="WhitespaceSplit"),
-      post_processor=None, decoder=None,
-      model=dict(type="WordLevel", unk_token="?", vocab={
-          "a": 0, "<s>": 1, "<": 2, "s>": 3, "?": 4}))))
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(
-      eos_token="<s>")))
+  (tmp_path / "tokenizer.json").write_text(
+    json.dumps(
+      dict(
+        version="1.0",
+        added_tokens=[
+          dict(
+            id=1,
+            content="<s>",
+            single_word=False,
+            lstrip=False,
+            rstrip=False,
+            normalized=False,
+            special=True,
+          )
+        ],
+        normalizer=None,
+        pre_tokenizer=dict(type="WhitespaceSplit"),
+        post_processor=None,
+        decoder=None,
+        model=dict(
+          type="WordLevel",
+          unk_token="?",
+          vocab={"a": 0, "<s>": 1, "<": 2, "s>": 3, "?": 4},
+        ),
+      )
+    )
+  )
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps(dict(eos_token="<s>"))
+  )
   tok = load_tokenizer(tmp_path)
   assert tok.encode("a <s> a") == [0, 2, 3, 0]
   assert tok.encode_rendered("a <s> a") == [0, 1, 0]

@@ -3,9 +3,10 @@
 import gzip
 import json
 
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 import numpy as np
 import pytest
-from hypothesis import example, given, settings, strategies as st
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign.data import tokens
@@ -18,7 +19,7 @@ texts = st.text(st.sampled_from("bakotirudm \n\u2581\U0001f600"), max_size=40)
 
 
 def row(rows, i):
-  return list(rows.ids[rows.offsets[i]:rows.offsets[i + 1]])
+  return list(rows.ids[rows.offsets[i] : rows.offsets[i + 1]])
 
 
 def by_hand(tok, prompt, sides, context, too_long):
@@ -32,23 +33,33 @@ def by_hand(tok, prompt, sides, context, too_long):
       return "question too long"
   out = []
   for tail in tails:
-    kept = tail[:context - len(head)]  # a question is never cut
+    kept = tail[: context - len(head)]  # a question is never cut
     out.append((head + kept, len(head), len(tail) - len(kept)))
-  return out if out[0][0] != out[1][0] else (
-      "identical after truncation" if max(o[2] for o in out)
-      else "identical tokens")
+  return (
+    out
+    if out[0][0] != out[1][0]
+    else (
+      "identical after truncation"
+      if max(o[2] for o in out)
+      else "identical tokens"
+    )
+  )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(texts, texts, texts), max_size=5),
-       st.integers(10, 60), st.sampled_from(["drop", "cut_answer"]))
+@given(
+  st.lists(st.tuples(texts, texts, texts), max_size=5),
+  st.integers(10, 60),
+  st.sampled_from(["drop", "cut_answer"]),
+)
 @example([("", "a", "b")], 10, "drop")
 @example([("bako", "ti" * 30, "ti" * 31)], 12, "cut_answer")
 @example([("bako" * 30, "ti" * 30, "a")], 12, "cut_answer")
 def test_pairs_follow_the_rule(triples, context, too_long):
   prompts, chosen, rejected = ([t[k] for t in triples] for k in range(3))
-  rows, report, refused = tokens.encode_pairs(SMALL, prompts, chosen, rejected,
-                                              context, too_long)
+  rows, report, refused = tokens.encode_pairs(
+    SMALL, prompts, chosen, rejected, context, too_long
+  )
   want, left_out, sizes = [], {}, []
   for i, (p, c, r) in enumerate(triples):
     pair = by_hand(SMALL, p, [c, r], context, too_long)
@@ -56,8 +67,12 @@ def test_pairs_follow_the_rule(triples, context, too_long):
       left_out[i] = pair
     else:
       want += pair
-    sizes.append(1 + len(SMALL.encode(p)) + 1 + max(
-        len(SMALL.encode_response(x)) for x in (c, r)))
+    sizes.append(
+      1
+      + len(SMALL.encode(p))
+      + 1
+      + max(len(SMALL.encode_response(x)) for x in (c, r))
+    )
   assert {i: why.reason for i, why in refused.items()} == left_out
   assert [row(rows, i) for i in range(len(want))] == [w[0] for w in want]
   assert rows.start.tolist() == [w[1] for w in want]
@@ -72,14 +87,17 @@ def test_pairs_follow_the_rule(triples, context, too_long):
     assert report["fits"] == max(16, -(-max(sizes) // 8) * 8)
   assert report["tokens"] == sum(len(w[0]) for w in want)
   assert report["tokens_cut_by_side"] == dict(
-      prompt=0, chosen=sum(w[2] for w in want[::2]),
-      rejected=sum(w[2] for w in want[1::2]))
+    prompt=0,
+    chosen=sum(w[2] for w in want[::2]),
+    rejected=sum(w[2] for w in want[1::2]),
+  )
   json.dumps(report)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=6),
-       st.integers(10, 60))
+@given(
+  st.lists(st.tuples(texts, texts), min_size=1, max_size=6), st.integers(10, 60)
+)
 def test_promises_of_every_row(pairs, context):
   pairs = [(p, r) for p, r in pairs if len(SMALL.encode(p)) < context - 1]
   if not pairs:
@@ -90,8 +108,7 @@ def test_promises_of_every_row(pairs, context):
   assert sizes.max() <= context
   length = tokens.bucket(int(sizes.max()), context)
   # pad == eos: a mask made of `ids != pad` would lose the EOS.
-  ids, mask = tokens.pad(rows, np.arange(len(pairs)), length,
-                         pad_id=SMALL.eos)
+  ids, mask = tokens.pad(rows, np.arange(len(pairs)), length, pad_id=SMALL.eos)
   assert ids.dtype == np.int32 and mask.dtype == bool
   assert ids.shape == mask.shape == (len(pairs), length)
   for i, (prompt, response) in enumerate(pairs):
@@ -99,10 +116,9 @@ def test_promises_of_every_row(pairs, context):
     assert whole[0] == SMALL.bos and whole.count(SMALL.bos) == 1
     n = int(mask[i].sum())
     assert n >= 1  # no side is ever empty
-    assert mask[i].nonzero()[0].tolist() == list(
-        range(rows.start[i], sizes[i]))
-    assert ids[i, :sizes[i]].tolist() == whole
-    assert (ids[i, sizes[i]:] == SMALL.eos).all()
+    assert mask[i].nonzero()[0].tolist() == list(range(rows.start[i], sizes[i]))
+    assert ids[i, : sizes[i]].tolist() == whole
+    assert (ids[i, sizes[i] :] == SMALL.eos).all()
     kept = ids[i][mask[i]].tolist()
     whole_response = SMALL.encode_response(response)
     if kept[-1] == SMALL.eos:
@@ -113,23 +129,30 @@ def test_promises_of_every_row(pairs, context):
     assert SMALL.eos not in whole[:-1]
     if not rows.cut[i]:
       assert SMALL.decode(whole) == prompt + response
-    assert whole[1:rows.start[i]] == SMALL.encode(prompt)  # never cut
+    assert whole[1 : rows.start[i]] == SMALL.encode(prompt)  # never cut
   assert report["rows_cut"] == np.sum(rows.cut > 0)
 
 
 def test_pairs_alike_after_the_cut_are_refused_and_counted():
   long = " bako" * 30
   rows, report, refused = tokens.encode_pairs(
-      SMALL, ["ti", "ti", "ti"], [" a", long + " mo", " b"],
-      [" b", long + " ti", " ruda"], 24, "cut_answer")
+    SMALL,
+    ["ti", "ti", "ti"],
+    [" a", long + " mo", " b"],
+    [" b", long + " ti", " ruda"],
+    24,
+    "cut_answer",
+  )
   assert {i: w.reason for i, w in refused.items()} == {
-      1: "identical after truncation"}
+    1: "identical after truncation"
+  }
   assert report["prompts_refused"] == 1 and report["rows"] == 4
   eos = SMALL.eos
   head = [SMALL.bos] + SMALL.encode("ti")
   assert [row(rows, i) for i in range(4)] == [
-      head + SMALL.encode_response(side) + [eos]
-      for side in (" a", " b", " b", " ruda")]
+    head + SMALL.encode_response(side) + [eos]
+    for side in (" a", " b", " b", " ruda")
+  ]
 
 
 def test_many_rows_keep_their_numbers():
@@ -140,10 +163,12 @@ def test_many_rows_keep_their_numbers():
   rejected = [" a" if i in same else f" {i}" for i in range(n)]
   rows, _, refused = tokens.encode_pairs(SMALL, prompts, chosen, rejected, 64)
   assert {i: w.reason for i, w in refused.items()} == {
-      i: "identical tokens" for i in sorted(same)}
+    i: "identical tokens" for i in sorted(same)
+  }
   kept = [i for i in range(n) if i not in same]
   assert [SMALL.decode(row(rows, 2 * k + 1)) for k in range(len(kept))] == [
-      f"ti {i} {i}" for i in kept]
+    f"ti {i} {i}" for i in kept
+  ]
 
 
 def test_a_huge_answer_hurts_its_own_row_alone():
@@ -151,7 +176,8 @@ def test_a_huge_answer_hurts_its_own_row_alone():
   chosen = [" mo" * (500 if i == 4 else 3) for i in range(9)]
   for too_long, left in (("drop", 8), ("cut_answer", 9)):
     rows, report, refused = tokens.encode_pairs(
-        SMALL, prompts, chosen, [" ruda"] * 9, 24, too_long)
+      SMALL, prompts, chosen, [" ruda"] * 9, 24, too_long
+    )
     assert len(rows.start) == 2 * left and len({*rows.start.tolist()}) == 1
     assert [*refused] == ([4] if left == 8 else [])
     assert report["fits"] > 400  # 99 % of nine rows are nine
@@ -163,16 +189,20 @@ def test_a_huge_answer_hurts_its_own_row_alone():
 def test_a_small_model_of_ones_own_is_given_what_fits():
   prompt = " bako" * 20
   n = len(SMALL.encode(prompt))
-  rows, report, _ = tokens.encode_pairs(SMALL, [prompt], [" ti" * 3], [" mo"],
-                                        n, "cut")
+  rows, report, _ = tokens.encode_pairs(
+    SMALL, [prompt], [" ti" * 3], [" mo"], n, "cut"
+  )
   assert rows.start[0] == rows.start[1] < n
-  assert row(rows, 0)[:rows.start[0]] == row(rows, 1)[:rows.start[1]]
-  assert row(rows, 0)[1:rows.start[0]] == SMALL.encode(prompt)[
-      n + 1 - rows.start[0]:]
+  assert row(rows, 0)[: rows.start[0]] == row(rows, 1)[: rows.start[1]]
+  assert (
+    row(rows, 0)[1 : rows.start[0]]
+    == SMALL.encode(prompt)[n + 1 - rows.start[0] :]
+  )
   assert row(rows, 0)[-1] == row(rows, 1)[-1] == SMALL.eos
   assert report["rows_cut_by_side"] == dict(prompt=1, chosen=0, rejected=0)
-  rows, report, _ = tokens.encode_pairs(SMALL, [prompt], [" ti" * 40], [" mo"],
-                                        24, "cut")
+  rows, report, _ = tokens.encode_pairs(
+    SMALL, [prompt], [" ti" * 40], [" mo"], 24, "cut"
+  )
   assert rows.start.tolist() == [9, 9] and row(rows, 0)[-1] != SMALL.eos
   assert report["rows_cut_by_side"] == dict(prompt=1, chosen=1, rejected=0)
 
@@ -185,8 +215,14 @@ def test_the_context_that_keeps_99_percent():
   assert tokens.context_for(np.array([3]), 8192) == 16
 
 
-@pytest.mark.parametrize("name", ["models/stories260K", "tokenizers/mistral-v1",
-                                  "tokenizers/t5/sentencepiece.model"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "models/stories260K",
+    "tokenizers/mistral-v1",
+    "tokenizers/t5/sentencepiece.model",
+  ],
+)
 def test_the_mask_begins_where_the_response_does(shared, name):
   """Over real tokenizers: the boundary in tokens is the boundary in text."""
   tok = Tokenizer.load(shared / name)
@@ -206,7 +242,9 @@ def test_the_mask_begins_where_the_response_does(shared, name):
       squeeze = lambda text: "".join(text.split())
       unknown = tok.unk in ids
       assert unknown or squeeze(tok.decode_response(ids[start:-1])) in (
-          squeeze(response), squeeze(tok.decode(tok.encode(response))))
+        squeeze(response),
+        squeeze(tok.decode(tok.encode(response))),
+      )
     else:
       assert tok.decode(ids) == raw[i]
       assert tok.decode(ids[:start]) == prompt
@@ -216,11 +254,23 @@ def test_the_mask_begins_where_the_response_does(shared, name):
 def test_golden_ids():
   """The whole row, piece by piece."""
   pieces = SMALL.pieces()
-  rows, _ = tokens.encode_rows(SMALL, ["\n\nHuman: bako ti\n\nAssistant:"],
-                               [" ruda mo"], 64)
+  rows, _ = tokens.encode_rows(
+    SMALL, ["\n\nHuman: bako ti\n\nAssistant:"], [" ruda mo"], 64
+  )
   assert [pieces[i] for i in row(rows, 0)] == [
-      "<s>", "\n\n", "Human", ":", "\u2581bako", "\u2581ti", "\n\n",
-      "Assistant", ":", "\u2581ruda", "\u2581mo", "</s>"]
+    "<s>",
+    "\n\n",
+    "Human",
+    ":",
+    "\u2581bako",
+    "\u2581ti",
+    "\n\n",
+    "Assistant",
+    ":",
+    "\u2581ruda",
+    "\u2581mo",
+    "</s>",
+  ]
   assert rows.start.tolist() == [9] and rows.cut.tolist() == [0]
 
 
@@ -231,7 +281,7 @@ def test_a_model_without_bos_gets_none():
   assert tok.bos == -1
   rows, _ = tokens.encode_rows(tok, ["ti"], [" mo" * 40], 16)
   head = tok.encode("ti", begins=True)
-  assert row(rows, 0)[:len(head)] == head == tok.encode("ti")
+  assert row(rows, 0)[: len(head)] == head == tok.encode("ti")
   assert len(row(rows, 0)) == 16 and rows.start[0] == len(head)
 
 
@@ -256,9 +306,12 @@ def test_pad_takes_any_rows_in_any_order():
 
 
 def test_shortened_rows_are_the_heads_of_rows():
-  rows = tokens.TokenRows(np.arange(9, dtype=np.int32), np.array([0, 4, 6, 9]),
-                          np.array([1, 1, 2], np.int32),
-                          np.array([0, 5, 0], np.int32))
+  rows = tokens.TokenRows(
+    np.arange(9, dtype=np.int32),
+    np.array([0, 4, 6, 9]),
+    np.array([1, 1, 2], np.int32),
+    np.array([0, 5, 0], np.int32),
+  )
   short = tokens.shorten(rows, np.array([2, 9, 3]))
   assert [row(short, i) for i in range(3)] == [[0, 1], [4, 5], [6, 7, 8]]
   assert short.cut.tolist() == [2, 5, 0]
@@ -294,8 +347,9 @@ def test_saved_rows_come_back_mapped(tmp_path):
   rows, _ = tokens.encode_rows(SMALL, ["ti", "mo"], [" a", " ruda"], 64)
   tokens.save(tmp_path / "new", "pool", rows)
   back = tokens.load_rows(str(tmp_path / "new"), "pool")
-  assert all(np.array_equal(a, b) and a.dtype == b.dtype
-             for a, b in zip(rows, back))
+  assert all(
+    np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(rows, back)
+  )
   assert isinstance(back.ids, np.memmap)
   got, want = (tokens.pad(r, np.array([1, 0]), 16) for r in (back, rows))
   assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])

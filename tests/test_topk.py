@@ -7,8 +7,7 @@ import pytest
 
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.select import pool as pools
-from jaxalign.select import threshold
-from jaxalign.select import topk
+from jaxalign.select import threshold, topk
 
 
 def ids_of(n):
@@ -29,7 +28,8 @@ def test_ties_follow_the_id_not_the_position():
   assert set(chosen[:100]) == set(ids[:100])
   order = np.random.default_rng(1).permutation(400)
   assert list(ids[order][topk.top(score[order], ids[order], 180)]) == (
-      list(chosen))
+    list(chosen)
+  )
   # A hash, not the alphabet: the 80 are spread over both tied hundreds.
   assert 20 < np.isin(chosen[100:], ids[200:]).sum() < 60
   # And a larger budget extends a smaller one.
@@ -55,15 +55,26 @@ def test_none_and_all():
   assert sorted(topk.top(np.zeros(4), ids_of(4), 4)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("budget,n,wanted", [
-    (0.1, 1000, 100), (0.035, 1000, 35), (0.15, 10, 2), (1.0, 10, 10),
-    (1, 10, 1), (10, 10, 10), (np.int64(3), 10, 3), (np.float32(0.5), 10, 5)])
+@pytest.mark.parametrize(
+  "budget,n,wanted",
+  [
+    (0.1, 1000, 100),
+    (0.035, 1000, 35),
+    (0.15, 10, 2),
+    (1.0, 10, 10),
+    (1, 10, 1),
+    (10, 10, 10),
+    (np.int64(3), 10, 3),
+    (np.float32(0.5), 10, 5),
+  ],
+)
 def test_budget(budget, n, wanted):
   assert topk.budget_rows(budget, n) == wanted
 
 
-@pytest.mark.parametrize("budget", [
-    0, 0.0, -1, -0.1, 11, 1.5, 11.0, float("nan"), True, "0.1", None])
+@pytest.mark.parametrize(
+  "budget", [0, 0.0, -1, -0.1, 11, 1.5, 11.0, float("nan"), True, "0.1", None]
+)
 def test_budget_refused(budget):
   with pytest.raises(ConfigError, match="config.select.budget"):
     topk.budget_rows(budget, 10)
@@ -85,8 +96,11 @@ def test_uniform_belongs_to_the_id():
     assert abs(np.corrcoef(u, other)[0, 1]) < 0.05
   # The stream is part of the format: a change would redraw every subset.
   np.testing.assert_allclose(
-      topk.uniform(0, np.array(["a", "b"]), "random"),
-      np.array([0.7242655226048975, 0.376340514393295]), rtol=0, atol=1e-15)
+    topk.uniform(0, np.array(["a", "b"]), "random"),
+    np.array([0.7242655226048975, 0.376340514393295]),
+    rtol=0,
+    atol=1e-15,
+  )
 
 
 def test_gumbel_keys_draw_by_weight_without_replacement():
@@ -133,9 +147,15 @@ def test_pool_sorts_and_names_what_is_missing():
 def hashed(ids):
   """blake2b of each id, keyed as an empty salt is, big-endian."""
   key = hashlib.blake2b(b"", digest_size=32).digest()
-  return np.array([int.from_bytes(hashlib.blake2b(
-      str(i).encode(), digest_size=8, key=key).digest(), "big")
-                   for i in ids], np.uint64)
+  return np.array(
+    [
+      int.from_bytes(
+        hashlib.blake2b(str(i).encode(), digest_size=8, key=key).digest(), "big"
+      )
+      for i in ids
+    ],
+    np.uint64,
+  )
 
 
 def scores_of(kind, n, rng):
@@ -145,9 +165,18 @@ def scores_of(kind, n, rng):
   elif kind == "equal":
     score = np.where(np.arange(n) % 2, 0.0, -0.0)
   elif kind == "wild":
-    score = score * 10.0**rng.integers(-300, 300, n)
-    score[:9] = [np.inf, -np.inf, np.inf, 5e-324, -5e-324, 0.0, -0.0, 1e308,
-                 np.nextafter(1e308, 0)]
+    score = score * 10.0 ** rng.integers(-300, 300, n)
+    score[:9] = [
+      np.inf,
+      -np.inf,
+      np.inf,
+      5e-324,
+      -5e-324,
+      0.0,
+      -0.0,
+      1e308,
+      np.nextafter(1e308, 0),
+    ]
   return score
 
 
@@ -159,18 +188,22 @@ def test_a_threshold_over_tiles_takes_what_a_sort_takes(kind, tile):
   order = np.lexsort((np.arange(n), hashed(ids), -score))
   for m in (0, 1, 60, 300, n - 1, n):
     found = threshold.best(
-        lambda: (score[at:at + tile] for at in range(0, n, tile)),
-        lambda rows: np.char.encode(ids[rows]), m)
+      lambda: (score[at : at + tile] for at in range(0, n, tile)),
+      lambda rows: np.char.encode(ids[rows]),
+      m,
+    )
     assert found.rows.tolist() == order[:m].tolist()
     assert found.score.tolist() == score[order[:m]].tolist()
     assert topk.top(score, ids, m).tolist() == order[:m].tolist()
 
 
 def test_where_hashes_agree_the_first_rows_are_taken(monkeypatch):
-  monkeypatch.setattr(threshold, "id_hash",
-                      lambda ids: np.full(len(ids), 7, np.uint64))
-  found = threshold.best(lambda: iter([np.zeros(5), np.zeros(6)]),
-                         lambda rows: rows, 7)
+  monkeypatch.setattr(
+    threshold, "id_hash", lambda ids: np.full(len(ids), 7, np.uint64)
+  )
+  found = threshold.best(
+    lambda: iter([np.zeros(5), np.zeros(6)]), lambda rows: rows, 7
+  )
   assert found.rows.tolist() == list(range(7))
 
 
@@ -195,13 +228,17 @@ def test_a_nan_in_a_tile_is_named():
   score = np.zeros(50)
   score[31] = np.nan
   with pytest.raises(NumericError, match="row-000031"):
-    threshold.best(lambda: np.array_split(score, 4),
-                   lambda rows: np.char.encode(ids_of(50)[rows]), 3)
+    threshold.best(
+      lambda: np.array_split(score, 4),
+      lambda rows: np.char.encode(ids_of(50)[rows]),
+      3,
+    )
 
 
 def test_an_id_in_bytes_is_the_same_id():
   ids = np.array(["a", "é", "row-7"])
   raw = np.array([i.encode() for i in ids])
   assert topk.id_hash(raw).tolist() == topk.id_hash(ids).tolist()
-  np.testing.assert_array_equal(topk.gumbel(1, raw, "x"),
-                                topk.gumbel(1, ids, "x"))
+  np.testing.assert_array_equal(
+    topk.gumbel(1, raw, "x"), topk.gumbel(1, ids, "x")
+  )

@@ -18,12 +18,15 @@ def scalars(folder):
     data = path.read_bytes()
     while data:  # length, its checksum, the event, its checksum
       size = int.from_bytes(data[:8], "little")
-      event = proto.Event.FromString(data[12:12 + size])
-      data = data[16 + size:]
+      event = proto.Event.FromString(data[12 : 12 + size])
+      data = data[16 + size :]
       if event.session_log.status:
         purged.append(event.step)
-      found += [(event.step, v.tag, v.simple_value)
-                for v in event.summary.value if v.HasField("simple_value")]
+      found += [
+        (event.step, v.tag, v.simple_value)
+        for v in event.summary.value
+        if v.HasField("simple_value")
+      ]
   return found, purged
 
 
@@ -34,8 +37,11 @@ def test_tensorboard_holds_every_number(tmp_path):
     one.log(step, {"train/loss": 0.5 * step, "rewards/margins": -1.0})
   one.close()
   found, purged = scalars(tmp_path / "tensorboard")
-  assert found == [(s, n, v) for s in range(3) for n, v in (
-      ("train/loss", 0.5 * s), ("rewards/margins", -1.0))]
+  assert found == [
+    (s, n, v)
+    for s in range(3)
+    for n, v in (("train/loss", 0.5 * s), ("rewards/margins", -1.0))
+  ]
   assert purged == []
   again = trackers.open_all(("tensorboard",), tmp_path, "align isa", 2)
   again.log(2, {"train/loss": 9.0})
@@ -52,8 +58,9 @@ def test_nothing_is_imported_unless_it_is_asked_for(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_installed_is_said_and_left_out(tmp_path, monkeypatch,
-                                                    capsys):
+def test_what_is_not_installed_is_said_and_left_out(
+  tmp_path, monkeypatch, capsys
+):
   monkeypatch.setitem(sys.modules, "wandb", None)
   one = trackers.open_all(("wandb",), tmp_path, "align", 0)
   one.log(0, {"train/loss": 1.0})
@@ -64,7 +71,8 @@ def test_what_is_not_installed_is_said_and_left_out(tmp_path, monkeypatch,
 
 
 def test_one_that_fails_midway_is_left_out_and_the_others_go_on(
-    tmp_path, monkeypatch, capsys):
+  tmp_path, monkeypatch, capsys
+):
   seen = []
   good = trackers.Tracker(lambda step, values: seen.append(step), lambda: None)
 
@@ -73,21 +81,29 @@ def test_one_that_fails_midway_is_left_out_and_the_others_go_on(
       raise RuntimeError("no network")
 
   bad = trackers.Tracker(failing, lambda: pytest.fail("closed after it broke"))
-  monkeypatch.setattr(trackers, "TRACKERS", dict(
-      bad=lambda *_: bad, good=lambda *_: good))
+  monkeypatch.setattr(
+    trackers, "TRACKERS", dict(bad=lambda *_: bad, good=lambda *_: good)
+  )
   one = trackers.open_all(("bad", "good"), tmp_path, "align", 0)
   for step in range(3):
     one.log(step, {})
   one.close()
   assert seen == [0, 1, 2]
-  assert capsys.readouterr().out.count(
-      "tracker bad is left out: RuntimeError: no network") == 1
+  assert (
+    capsys.readouterr().out.count(
+      "tracker bad is left out: RuntimeError: no network"
+    )
+    == 1
+  )
 
 
 def test_only_process_0_tracks(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  monkeypatch.setattr(trackers, "TRACKERS", dict(
-      one=lambda *_: pytest.fail("opened on process 1")))
+  monkeypatch.setattr(
+    trackers,
+    "TRACKERS",
+    dict(one=lambda *_: pytest.fail("opened on process 1")),
+  )
   trackers.open_all(("one",), tmp_path, "align", 0).close()
 
 
@@ -95,10 +111,14 @@ def test_wandb_is_told_the_run_and_its_numbers(tmp_path, monkeypatch):
   """Against the shape of its client: a run that logs and finishes."""
   calls, told = [], []
   run = types.SimpleNamespace(
-      log=lambda values, step: calls.append((step, values)),
-      finish=lambda: calls.append("finish"))
-  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-      init=lambda **kw: told.append(kw) or run))
+    log=lambda values, step: calls.append((step, values)),
+    finish=lambda: calls.append("finish"),
+  )
+  monkeypatch.setitem(
+    sys.modules,
+    "wandb",
+    types.SimpleNamespace(init=lambda **kw: told.append(kw) or run),
+  )
   monkeypatch.delenv("WANDB_PROJECT", raising=False)
 
   def opened(start, folder=tmp_path):
@@ -109,9 +129,16 @@ def test_wandb_is_told_the_run_and_its_numbers(tmp_path, monkeypatch):
   one.log(3, {"train/loss": 1.0})
   one.close()
   assert calls == [(3, {"train/loss": 1.0}), "finish"]
-  assert told[0].items() >= dict(
-      name="align isa", project="jaxalign", resume="allow",
-      group=tmp_path.name, dir=str(tmp_path)).items()
+  assert (
+    told[0].items()
+    >= dict(
+      name="align isa",
+      project="jaxalign",
+      resume="allow",
+      group=tmp_path.name,
+      dir=str(tmp_path),
+    ).items()
+  )
   # Gone on from, it is the same run; begun anew, or elsewhere, another one.
   first = told[0]["id"]
   assert len(first) == 16 and opened(4) == first == opened(6)

@@ -9,10 +9,10 @@ import importlib
 
 import numpy as np
 import pytest
-
 import test_parity_trl as harness
 import test_trl_float64 as wide
 import test_trl_trajectory as runs
+
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import weights
 from jaxalign.train import feed
@@ -23,11 +23,22 @@ trl, alone, float64 = harness.trl, harness.alone, wide.float64  # fixtures
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 CASES = {
-    "cpo": ("CPO", "cpo(nll_weight=0)+sft_tokens", 4,
-            dict(loss_type="sigmoid"), (*REWARDS, "logps/chosen")),
-    "simpo": ("CPO", "simpo(gamma=0.5)+sft_tokens", 4,
-              dict(loss_type="simpo", simpo_gamma=0.5), REWARDS),
-    "orpo": ("ORPO", "orpo", 1, {}, REWARDS)}  # others log means a token
+  "cpo": (
+    "CPO",
+    "cpo(nll_weight=0)+sft_tokens",
+    4,
+    dict(loss_type="sigmoid"),
+    (*REWARDS, "logps/chosen"),
+  ),
+  "simpo": (
+    "CPO",
+    "simpo(gamma=0.5)+sft_tokens",
+    4,
+    dict(loss_type="simpo", simpo_gamma=0.5),
+    REWARDS,
+  ),
+  "orpo": ("ORPO", "orpo", 1, {}, REWARDS),
+}  # others log means a token
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -36,24 +47,36 @@ def test_twenty_steps(trl, alone, tmp_path, case):
   pool, tok = harness.data()
   if case == "orpo":
     pool = [row | dict(prompt="") for row in pool]
-  weights.export_folder(tmp_path / "export", harness.fresh(alone),
-                        harness.MODEL, tok)
+  weights.export_folder(
+    tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
+  )
   tokens, _, refused = tokens_lib.encode_pairs(
-      tok, *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
-      wide.MODEL.context)
+    tok,
+    *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
+    wide.MODEL.context,
+  )
   assert not refused
   n, how = len(pool), wide.HOW | dict(batch=batch)
-  rows = feed.Rows([str(i) for i in range(n)], tokens,
-                   np.arange(2 * n).reshape(n, 2),
-                   *(np.ones((n, 2)),) * 2)  # of a reference that none reads
+  rows = feed.Rows(
+    [str(i) for i in range(n)],
+    tokens,
+    np.arange(2 * n).reshape(n, 2),
+    *(np.ones((n, 2)),) * 2,
+  )  # of a reference that none reads
   taken = runs.order(n, batch, how["updates"])
   theirs, prepared = runs.theirs(
-      importlib.import_module(f"trl.experimental.{name.lower()}"), tmp_path,
-      name, [pool[i] for i in taken], dtype="float64", **how, **options)
+    importlib.import_module(f"trl.experimental.{name.lower()}"),
+    tmp_path,
+    name,
+    [pool[i] for i in taken],
+    dtype="float64",
+    **how,
+    **options,
+  )
   for i, row in zip(taken, prepared, strict=True):
     for k, side in enumerate(("chosen", "rejected")):
-      at = tokens.offsets[2 * i + k:2 * i + k + 2]
-      assert tokens.ids[at[0]:at[1]].tolist() == row[f"{side}_input_ids"]
+      at = tokens.offsets[2 * i + k : 2 * i + k + 2]
+      assert tokens.ids[at[0] : at[1]].tolist() == row[f"{side}_input_ids"]
   bound = bind(combine.find(loss), loss, dict(beta=how["beta"]))
   found = runs.gaps(wide.ours(alone, rows, bound, batch=batch), theirs, names)
   runs.within(found, wide.LIMITS, 1e-5)

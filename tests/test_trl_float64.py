@@ -10,24 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import test_parity_trl as harness
 import test_parity_trl_losses as tables
 import test_trl_trajectory as runs
+
 from jaxalign import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import weights
-from jaxalign.train import feed
-from jaxalign.train import optim
+from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import LOSSES, bind
+from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.metrics import divide
 
 # torch, transformers and trl warn of their own futures.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"),
-              pytest.mark.usefixtures("quick_compiles")]
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings("ignore"),
+  pytest.mark.usefixtures("quick_compiles"),
+]
 
 MODEL = harness.MODEL._replace(dtype="float64", attention="tiles")
 HOW = dict(batch=4, updates=20, lr=2e-3, beta=0.5)
@@ -44,8 +46,12 @@ def float64(alone):
 
 
 def fresh(mesh):
-  return {n: sharding.put(mesh, np.float64(x), *p.axes) for (n, p), x in zip(
-      runs.decoder.table(MODEL).items(), harness.fresh(mesh).values())}
+  return {
+    n: sharding.put(mesh, np.float64(x), *p.axes)
+    for (n, p), x in zip(
+      runs.decoder.table(MODEL).items(), harness.fresh(mesh).values()
+    )
+  }
 
 
 def reference(mesh, tokens, responses):
@@ -54,8 +60,8 @@ def reference(mesh, tokens, responses):
   n, length = len(size), int(size.max())
   ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
   for i, each in enumerate(np.split(tokens.ids, tokens.offsets[1:-1])):
-    ids[i, :len(each)] = each
-    mask[i, tokens.start[i]:len(each)] = 1
+    ids[i, : len(each)] = each
+    mask[i, tokens.start[i] : len(each)] = 1
   shape = (n // responses, responses, length)
   put = lambda x: sharding.put(mesh, x.reshape(shape), "batch", None, None)
   found = PRODUCERS["plain"](MODEL)(fresh(mesh), put(ids), put(mask))
@@ -69,13 +75,22 @@ def ours(mesh, rows, loss, mismatched=None, batch=HOW["batch"]):
   train_step = steps.make_train_step(PRODUCERS["chunked"](MODEL, 8), loss, tx)
   rate = runs.rate_of(HOW["lr"], HOW["updates"])
   batch_at, _, _ = feed.make_feed(
-      mesh, rows, batch=batch, accumulation=1, seed=runs.SEED,
-      context=MODEL.context, rate=rate, mismatched=mismatched, layout="packed")
+    mesh,
+    rows,
+    batch=batch,
+    accumulation=1,
+    seed=runs.SEED,
+    context=MODEL.context,
+    rate=rate,
+    mismatched=mismatched,
+    layout="packed",
+  )
   state, seen = steps.init_state(fresh(mesh), tx, loss), []
   for step in range(HOW["updates"]):
     state, totals = train_step(state, batch_at(step))
-    seen.append({f"train/{n}": x
-                 for n, x in divide(jax.device_get(totals)).items()})
+    seen.append(
+      {f"train/{n}": x for n, x in divide(jax.device_get(totals)).items()}
+    )
   assert {x.dtype for x in state.params.values()} == {jnp.dtype("float64")}
   return [x | dict(lr=x["train/lr"]) for x in seen]
 
@@ -89,30 +104,47 @@ def loss_of(name):
   if mine == "bco_pair":  # TRL's has no running mean
     stats, still = bound.stats, bound
     bound = lambda policy, ref, given: still(policy, ref, dict(delta=0.0))
-    bound.__dict__.update(still.__dict__,
-                          stats=tuple(s for s in stats if s != "delta"))
+    bound.__dict__.update(
+      still.__dict__, stats=tuple(s for s in stats if s != "delta")
+    )
   return bound, both
 
 
 @pytest.mark.parametrize("name", tables.DPO)
 def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
   pool, tok = harness.data()
-  weights.export_folder(tmp_path / "export", harness.fresh(alone),
-                        harness.MODEL, tok)
+  weights.export_folder(
+    tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
+  )
   tokens, _, refused = tokens_lib.encode_pairs(
-      tok, *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
-      MODEL.context)
+    tok,
+    *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
+    MODEL.context,
+  )
   assert not refused
   n = len(pool)
-  rows = feed.Rows([str(i) for i in range(n)], tokens,
-                   np.arange(2 * n).reshape(n, 2), *reference(alone, tokens, 2))
+  rows = feed.Rows(
+    [str(i) for i in range(n)],
+    tokens,
+    np.arange(2 * n).reshape(n, 2),
+    *reference(alone, tokens, 2),
+  )
   loss, options = loss_of(name)
   taken = runs.order(n, HOW["batch"], HOW["updates"])
-  theirs, _ = runs.theirs(trl, tmp_path, "DPO", [pool[i] for i in taken],
-                          dtype="float64", loss_type=[name], **HOW, **options)
+  theirs, _ = runs.theirs(
+    trl,
+    tmp_path,
+    "DPO",
+    [pool[i] for i in taken],
+    dtype="float64",
+    loss_type=[name],
+    **HOW,
+    **options,
+  )
   # Ours of a likelihood has no rewards, which need a reference.
-  found = runs.gaps(ours(alone, rows, loss), theirs,
-                    () if name == "sft" else runs.PAIR)
+  found = runs.gaps(
+    ours(alone, rows, loss), theirs, () if name == "sft" else runs.PAIR
+  )
   if name == "discopop":  # its gate is 20 times as steep as a sigmoid, so the
     # rounding of transformers' norms grows from step to step: 3e-4 measured
     runs.within(found, LIMITS | dict(grad_norm=3e-2), 1e-3)
@@ -124,26 +156,44 @@ def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
 def test_every_loss_of_kto_trainer(trl, alone, tmp_path, name):
   """With TRL's choice of mismatched answers: the row before, in the batch."""
   pool, tok = harness.data()
-  weights.export_folder(tmp_path / "export", harness.fresh(alone),
-                        harness.MODEL, tok)
+  weights.export_folder(
+    tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
+  )
   n = len(pool)
   label = np.random.default_rng(1).random(n) < 0.5
   said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]
-  tokens, _ = tokens_lib.encode_rows(tok, [r["prompt"] for r in pool], said,
-                                     MODEL.context)
+  tokens, _ = tokens_lib.encode_rows(
+    tok, [r["prompt"] for r in pool], said, MODEL.context
+  )
   taken = runs.order(n, HOW["batch"], HOW["updates"])
   before = np.roll(taken.reshape(-1, HOW["batch"]), 1, axis=1).ravel()
   other = batches.mismatched(tokens, taken, before, MODEL.context)
-  rows = feed.Rows([str(i) for i in range(n)], tokens, np.arange(n)[:, None],
-                   *reference(alone, tokens, 1), label)
+  rows = feed.Rows(
+    [str(i) for i in range(n)],
+    tokens,
+    np.arange(n)[:, None],
+    *reference(alone, tokens, 1),
+    label,
+  )
   mismatched = feed.Mismatched(other, reference(alone, other, 1)[0][:, 0])
   mine = tables.KTO[name]
   loss = bind(LOSSES[mine], mine, dict(beta=HOW["beta"]))
-  theirs, _ = runs.theirs(trl, tmp_path, "KTO", [
+  theirs, _ = runs.theirs(
+    trl,
+    tmp_path,
+    "KTO",
+    [
       dict(prompt=pool[i]["prompt"], completion=said[i], label=bool(label[i]))
-      for i in taken], dtype="float64", loss_type=name, **HOW)
+      for i in taken
+    ],
+    dtype="float64",
+    loss_type=name,
+    **HOW,
+  )
   names = [n for n in runs.THUMB if n != "kl" or name == "kto"]
   found = runs.gaps(
-      ours(alone, rows, loss, mismatched if name == "kto" else None), theirs,
-      names)
+    ours(alone, rows, loss, mismatched if name == "kto" else None),
+    theirs,
+    names,
+  )
   runs.within(found, LIMITS, 1e-5)

@@ -10,13 +10,12 @@ import functools
 import inspect
 import re
 
+from conftest import ROOT
 import ml_collections
 import pytest
 
 from configs import common
-from conftest import ROOT
-from jaxalign.train.losses import LOSSES
-from jaxalign.train.losses import combine
+from jaxalign.train.losses import combine, LOSSES
 
 # torch, transformers and trl warn of their own futures.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,18 +59,27 @@ def options():
   import transformers
 
   def of(cls):
-    return {f.name: f.default if f.default_factory is dataclasses.MISSING
-            else f.default_factory() for f in dataclasses.fields(cls)}
+    return {
+      f.name: f.default
+      if f.default_factory is dataclasses.MISSING
+      else f.default_factory()
+      for f in dataclasses.fields(cls)
+    }
 
-  return {c.__name__: of(c) for c in (
-      trl.DPOConfig, trl.KTOConfig, transformers.TrainingArguments)}
+  return {
+    c.__name__: of(c)
+    for c in (trl.DPOConfig, trl.KTOConfig, transformers.TrainingArguments)
+  }
 
 
 def own(config):
   """What TRL adds, or gives another default than transformers does."""
   base = options()["TrainingArguments"]
-  return {n for n, v in options()[config].items()
-          if n not in base or repr(base[n]) != repr(v)}
+  return {
+    n
+    for n, v in options()[config].items()
+    if n not in base or repr(base[n]) != repr(v)
+  }
 
 
 def rows():
@@ -116,9 +124,12 @@ def knob_of(c, name):
 def test_every_knob_of_ours_is_in_the_config():
   """One of `loss.kwargs` is a keyword of a loss."""
   c = common.base()
-  keywords = {p.name for fn in LOSSES.values()
-              for p in inspect.signature(fn).parameters.values()
-              if p.kind == p.KEYWORD_ONLY}
+  keywords = {
+    p.name
+    for fn in LOSSES.values()
+    for p in inspect.signature(fn).parameters.values()
+    if p.kind == p.KEYWORD_ONLY
+  }
   for _, _, ours, default, said in tables()[tuple(MAPPED)]:
     name, default = code(ours), code(default)
     if not name:
@@ -132,13 +143,19 @@ def test_every_knob_of_ours_is_in_the_config():
     assert not isinstance(value, ml_collections.ConfigDict), name
     assert value == ast.literal_eval(default), name
   text = re.sub(r"^\|.*$", "", PAGE.read_text(), flags=re.M)
-  named = re.findall(r"(?:--config\.|`)((?:%s)\.\w[\w.]*)" % "|".join(
-      n for n, v in c.items() if isinstance(v, ml_collections.ConfigDict)),
-      PAGE.read_text())
+  named = re.findall(
+    r"(?:--config\.|`)((?:%s)\.\w[\w.]*)"
+    % "|".join(
+      n for n, v in c.items() if isinstance(v, ml_collections.ConfigDict)
+    ),
+    PAGE.read_text(),
+  )
   assert len(named) > 40 and "train.ema" in text
   for name in named:
-    if not name.startswith("loss.kwargs.") or knob_of(c, "loss.kwargs").get(
-        name.split(".")[-1]) is not None:
+    if (
+      not name.startswith("loss.kwargs.")
+      or knob_of(c, "loss.kwargs").get(name.split(".")[-1]) is not None
+    ):
       knob_of(c, name)
     else:
       assert name.split(".")[-1] in keywords, name
@@ -160,19 +177,37 @@ def test_a_row_too_many_or_too_few_is_seen(monkeypatch):
   """The checks above, on a page that is wrong."""
   page = PAGE.read_text()
   for find, put, check in (
-      ("| `ld_alpha` |", "| `ld_beta` |",
-       test_every_row_is_an_option_of_trl_with_its_default),
-      ("| `discopop_tau` | `0.05` |", "| `discopop_tau` | `0.06` |",
-       test_every_row_is_an_option_of_trl_with_its_default),
-      ("| `use_weighting` |", "| `seed` |", functools.partial(
-          test_no_option_that_trl_adds_is_missing, "DPOConfig")),
-      ("`train.ref_mix`", "`train.ref_mixed`",
-       test_every_knob_of_ours_is_in_the_config),
-      ("| `nca_pair` | `nca` |", "| `nca_pair` | `nce` |",
-       test_every_loss_of_trl_has_a_name_of_ours)):
+    (
+      "| `ld_alpha` |",
+      "| `ld_beta` |",
+      test_every_row_is_an_option_of_trl_with_its_default,
+    ),
+    (
+      "| `discopop_tau` | `0.05` |",
+      "| `discopop_tau` | `0.06` |",
+      test_every_row_is_an_option_of_trl_with_its_default,
+    ),
+    (
+      "| `use_weighting` |",
+      "| `seed` |",
+      functools.partial(test_no_option_that_trl_adds_is_missing, "DPOConfig"),
+    ),
+    (
+      "`train.ref_mix`",
+      "`train.ref_mixed`",
+      test_every_knob_of_ours_is_in_the_config,
+    ),
+    (
+      "| `nca_pair` | `nca` |",
+      "| `nca_pair` | `nce` |",
+      test_every_loss_of_trl_has_a_name_of_ours,
+    ),
+  ):
     assert page.count(find) == 1, find
+
     class Changed:
       read_text = staticmethod(lambda: page.replace(find, put))
+
     with monkeypatch.context() as m:
       m.setitem(globals(), "PAGE", Changed)
       tables.cache_clear()

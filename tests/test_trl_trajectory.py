@@ -11,34 +11,40 @@ import os
 
 import jax
 import numpy as np
-import pytest
-
 import pools
+import pytest
 import test_parity_trl as harness
+
 from jaxalign import sharding
-from jaxalign.data import batches
-from jaxalign.data import records
+from jaxalign.data import batches, records
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import adapters
-from jaxalign.model import decoder
-from jaxalign.model import weights
+from jaxalign.model import adapters, decoder, weights
 from jaxalign.select import embed
-from jaxalign.train import feed
-from jaxalign.train import loop
-from jaxalign.train import optim
+from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import LOSSES, bind
+from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.metrics import divide
 
 # torch, transformers and trl warn of their own futures.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-PAIR = ("rewards/chosen", "rewards/rejected", "rewards/margins",
-        "rewards/accuracies", "logps/chosen", "logps/rejected")
-THUMB = ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen",
-         "logps/rejected")
+PAIR = (
+  "rewards/chosen",
+  "rewards/rejected",
+  "rewards/margins",
+  "rewards/accuracies",
+  "logps/chosen",
+  "logps/rejected",
+)
+THUMB = (
+  "kl",
+  "rewards/chosen",
+  "rewards/rejected",
+  "logps/chosen",
+  "logps/rejected",
+)
 B2, DECAY, SEED = 0.98, 0.01, 7
 
 trl, alone = harness.trl, harness.alone  # fixtures
@@ -46,43 +52,85 @@ trl, alone = harness.trl, harness.alone  # fixtures
 
 def rate_of(lr, updates):
   """A warm-up over a tenth, then linearly to a tenth of it."""
-  return optim.make_schedule(lr=lr, updates=updates, warmup_ratio=0.1,
-                             schedule="linear")
+  return optim.make_schedule(
+    lr=lr, updates=updates, warmup_ratio=0.1, schedule="linear"
+  )
 
 
 def order(n, batch, updates):
   """Rows as our steps take them, end to end."""
-  return np.concatenate([batches.rows_at(s, n, batch, SEED)
-                         for s in range(updates)])
+  return np.concatenate(
+    [batches.rows_at(s, n, batch, SEED) for s in range(updates)]
+  )
 
 
-def ours(mesh, folder, m, params, rows, loss, *, batch, updates, lr, beta,
-         mismatched=None):
+def ours(
+  mesh,
+  folder,
+  m,
+  params,
+  rows,
+  loss,
+  *,
+  batch,
+  updates,
+  lr,
+  beta,
+  mismatched=None,
+):
   """The log of a run of the loop, a dict a step."""
   bound = bind(LOSSES[loss], loss, dict(beta=beta))
   tx = optim.make_optimizer(clip=1.0, weight_decay=DECAY, b2=B2)
   train_step = steps.make_train_step(PRODUCERS["chunked"](m, 64), bound, tx)
   batch_at, ids_at, tokens_at = feed.make_feed(
-      mesh, rows, batch=batch, accumulation=1, seed=SEED, context=m.context,
-      rate=rate_of(lr, updates), mismatched=mismatched, layout="packed")
-  loop.fit(steps.init_state(params, tx, bound), train_step, batch_at, ids_at,
-           folder=folder / "ours", label="align", updates=updates,
-           save_every=updates, tokens_at=tokens_at)
-  return [json.loads(x) for x in
-          (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
+    mesh,
+    rows,
+    batch=batch,
+    accumulation=1,
+    seed=SEED,
+    context=m.context,
+    rate=rate_of(lr, updates),
+    mismatched=mismatched,
+    layout="packed",
+  )
+  loop.fit(
+    steps.init_state(params, tx, bound),
+    train_step,
+    batch_at,
+    ids_at,
+    folder=folder / "ours",
+    label="align",
+    updates=updates,
+    save_every=updates,
+    tokens_at=tokens_at,
+  )
+  return [
+    json.loads(x)
+    for x in (folder / "ours" / "metrics.jsonl").read_text().splitlines()
+  ]
 
 
 def theirs(trl, folder, name, dataset, *, batch, updates, lr, **options):
   """TRL's log, a dict a step, and its rows as it prepared them."""
   import torch
+
   trainer = harness.their_trainer(
-      trl, folder, name, dataset, per_device_train_batch_size=batch,
-      max_steps=updates, learning_rate=lr, adam_beta2=B2, weight_decay=DECAY,
-      **options)
+    trl,
+    folder,
+    name,
+    dataset,
+    per_device_train_batch_size=batch,
+    max_steps=updates,
+    learning_rate=lr,
+    adam_beta2=B2,
+    weight_decay=DECAY,
+    **options,
+  )
   rate = rate_of(lr, updates)
   trainer.create_optimizer()
   trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-      trainer.optimizer, lambda s: float(rate(min(s, updates - 1))) / lr)
+    trainer.optimizer, lambda s: float(rate(min(s, updates - 1))) / lr
+  )
   trainer.train()
   log = [x for x in trainer.state.log_history if "loss" in x]
   assert len(log) == updates
@@ -112,7 +160,7 @@ def reference(mesh, m, params, tokens, shape):
 
 def same_tokens(tokens, at, row, names):
   for i, name in zip(at, names):
-    ids = tokens.ids[tokens.offsets[i]:tokens.offsets[i + 1]].tolist()
+    ids = tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist()
     assert ids == row["prompt_ids"] + row[name]
     assert tokens.start[i] == len(row["prompt_ids"])
 
@@ -120,18 +168,22 @@ def same_tokens(tokens, at, row, names):
 def dpo(trl, mesh, folder, m, params, tok, pool, **how):
   """The gaps of a run on pairs, all of which fit the context."""
   tokens, _, refused = tokens_lib.encode_pairs(
-      tok, *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
-      m.context)
+    tok,
+    *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
+    m.context,
+  )
   assert not refused and not tokens.cut.any()
   n, shape = len(pool), (len(pool), 2)
-  rows = feed.Rows([str(i) for i in range(n)], tokens,
-                   np.arange(2 * n).reshape(shape),
-                   *reference(mesh, m, params, tokens, shape))
+  rows = feed.Rows(
+    [str(i) for i in range(n)],
+    tokens,
+    np.arange(2 * n).reshape(shape),
+    *reference(mesh, m, params, tokens, shape),
+  )
   taken = order(n, how["batch"], how["updates"])
   b, prepared = theirs(trl, folder, "DPO", [pool[i] for i in taken], **how)
   for i, row in zip(taken, prepared):
-    same_tokens(tokens, (2 * i, 2 * i + 1), row, ("chosen_ids",
-                                                  "rejected_ids"))
+    same_tokens(tokens, (2 * i, 2 * i + 1), row, ("chosen_ids", "rejected_ids"))
   a = ours(mesh, folder, m, params, rows, "dpo", **how)
   return gaps(a, b, PAIR), a
 
@@ -143,8 +195,9 @@ def kto(trl, mesh, folder, m, params, tok, pool, **how):
   n = len(pool)
   label = np.random.default_rng(1).random(n) < 0.5
   said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]
-  tokens, _ = tokens_lib.encode_rows(tok, [r["prompt"] for r in pool], said,
-                                     m.context)
+  tokens, _ = tokens_lib.encode_rows(
+    tok, [r["prompt"] for r in pool], said, m.context
+  )
   assert not tokens.cut.any()
   total, count = reference(mesh, m, params, tokens, (n, 1))
   taken = order(n, how["batch"], how["updates"])
@@ -152,15 +205,36 @@ def kto(trl, mesh, folder, m, params, tok, pool, **how):
   other = batches.mismatched(tokens, taken, before, m.context)
   assert not other.cut.any()
   other_ref, _ = reference(mesh, m, params, other, -1)
-  b, prepared = theirs(trl, folder, "KTO", [
+  b, prepared = theirs(
+    trl,
+    folder,
+    "KTO",
+    [
       dict(prompt=pool[i]["prompt"], completion=said[i], label=bool(label[i]))
-      for i in taken], **how)
+      for i in taken
+    ],
+    **how,
+  )
   for k, (i, row) in enumerate(zip(taken, prepared)):
     same_tokens(tokens, (i,), row, ("completion_ids",))
     same_tokens(other, (k,), row, ("KL_completion_ids",))
-  a = ours(mesh, folder, m, params, feed.Rows(
-      [str(i) for i in range(n)], tokens, np.arange(n)[:, None], total, count,
-      label), "kto", mismatched=feed.Mismatched(other, other_ref), **how)
+  a = ours(
+    mesh,
+    folder,
+    m,
+    params,
+    feed.Rows(
+      [str(i) for i in range(n)],
+      tokens,
+      np.arange(n)[:, None],
+      total,
+      count,
+      label,
+    ),
+    "kto",
+    mismatched=feed.Mismatched(other, other_ref),
+    **how,
+  )
   assert max(x["train/kl"] for x in a) > 0.01
   return gaps(a, b, THUMB), a
 
@@ -182,8 +256,9 @@ def test_twenty_steps(trl, alone, tmp_path, run):
   pool, tok = harness.data()
   m = harness.MODEL
   weights.export_folder(tmp_path / "export", harness.fresh(alone), m, tok)
-  found, log = run(trl, alone, tmp_path, m, harness.fresh(alone), tok, pool,
-                   **TWENTY)
+  found, log = run(
+    trl, alone, tmp_path, m, harness.fresh(alone), tok, pool, **TWENTY
+  )
   within(found, dict(learning_rate=1e-8), 1e-4)
   assert abs(log[-1]["train/loss"] - log[0]["train/loss"]) > 0.02
 
@@ -198,20 +273,29 @@ MANY = dict(batch=2, updates=STEPS, lr=1e-4, beta=0.1)
 def real_pairs(shared, tok, most):
   """Pairs of two rows of `most` tokens at most, and (read, refused, longer)
   of what went."""
-  read = records.load(str(shared / "data/hh-harmless/pairs.jsonl.gz"),
-                      schema="auto", limit=0, on_bad_rows="skip",
-                      max_bad_fraction=0.5).rows
+  read = records.load(
+    str(shared / "data/hh-harmless/pairs.jsonl.gz"),
+    schema="auto",
+    limit=0,
+    on_bad_rows="skip",
+    max_bad_fraction=0.5,
+  ).rows
   tokens, _, refused = tokens_lib.encode_pairs(
-      tok, *([r[k] for r in read] for k in ("prompt", "chosen", "rejected")),
-      1 << 14)
+    tok,
+    *([r[k] for r in read] for k in ("prompt", "chosen", "rejected")),
+    1 << 14,
+  )
   left = [r for i, r in enumerate(read) if i not in refused]
   size = tokens_lib.lengths(tokens).reshape(-1, 2).max(1)
-  return ([r for r, s in zip(left, size, strict=True) if s <= most],
-          (len(read), len(refused), int((size > most).sum())))
+  return (
+    [r for r, s in zip(left, size, strict=True) if s <= most],
+    (len(read), len(refused), int((size > most).sum())),
+  )
 
 
-@pytest.mark.parametrize("run,most", [(dpo, 512), (kto, 256)],
-                         ids=["dpo", "kto"])
+@pytest.mark.parametrize(
+  "run,most", [(dpo, 512), (kto, 256)], ids=["dpo", "kto"]
+)
 def test_steps_on_real_pairs(trl, alone, shared, tmp_path, run, most):
   """stories260K on hh-harmless, 1,794 pairs; of KTO any prompt and any answer
   must fit. JAXALIGN_TRL_STEPS=100 runs the hundred steps of these figures.
@@ -222,24 +306,30 @@ def test_steps_on_real_pairs(trl, alone, shared, tmp_path, run, most):
   at most 256 tokens; 2.3e-6, 1.9e-5 and 1.9e-4, and 1.4e-4 of z0.
   """
   folder = shared / "models" / "stories260K"
-  m = weights.read_config(folder, "float32", "none")._replace(
-      attention="tiles")
+  m = weights.read_config(folder, "float32", "none")._replace(attention="tiles")
   tok = tokenizers.load_tokenizer(folder)
   load = lambda: weights.load_folder(folder, m, alone)
   weights.export_folder(tmp_path / "export", load(), m, tok)
   pairs, counts = real_pairs(shared, tok, most)
   print(len(pairs), counts)
-  found, log = run(trl, alone, tmp_path, m, load(), tok, pairs[:150],
-                   **MANY)
+  found, log = run(trl, alone, tmp_path, m, load(), tok, pairs[:150], **MANY)
   within(found, dict(learning_rate=1e-8), 1e-3)
   assert abs(log[-1]["train/loss"] - log[0]["train/loss"]) > 0.005 * STEPS / 100
 
 
 # Ours beside ours: meshes, accumulation, adapters.
 
-WIDE = decoder.ModelConfig(layers=2, width=16, heads=4, kv_heads=4,
-                           head_size=4, ff=24, vocab=32, context=32,
-                           attention="tiles")
+WIDE = decoder.ModelConfig(
+  layers=2,
+  width=16,
+  heads=4,
+  kv_heads=4,
+  head_size=4,
+  ff=24,
+  vocab=32,
+  context=32,
+  attention="tiles",
+)
 
 
 @functools.lru_cache
@@ -248,19 +338,28 @@ def some_rows():
   in another order each step, so that one packed shape is compiled."""
   rng = np.random.default_rng(2)
   tokens = pools.pairs_of_tokens(rng, 16, 32, (1, 10), (1, 8))
-  return feed.Rows([f"r{i}" for i in range(16)], tokens,
-                   np.arange(32).reshape(16, 2),
-                   np.float32(rng.normal(-12, 3, (16, 2))),
-                   np.ones((16, 2), np.float32))
+  return feed.Rows(
+    [f"r{i}" for i in range(16)],
+    tokens,
+    np.arange(32).reshape(16, 2),
+    np.float32(rng.normal(-12, 3, (16, 2))),
+    np.ones((16, 2), np.float32),
+  )
 
 
 def start(mesh, m):
   """(trained, frozen), as a job begins: B of an adapter is 0."""
   rng = np.random.default_rng(5)
   table = decoder.table(m)
-  params = {n: sharding.put(mesh, np.float32(rng.normal(
-      1.0 if p.scale == 0 else 0.0, 0.3, p.shape)), *p.axes)
-          for n, p in table.items() if not adapters.is_adapter(n)}
+  params = {
+    n: sharding.put(
+      mesh,
+      np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape)),
+      *p.axes,
+    )
+    for n, p in table.items()
+    if not adapters.is_adapter(n)
+  }
   if m.lora:
     params |= adapters.init(jax.random.key(1), table, mesh)
   return adapters.split(params, m.lora)
@@ -273,15 +372,23 @@ def twenty(rank, shape, accumulation, permuted=False):
   devices = jax.devices()
   if permuted:
     devices = [devices[i] for i in (5, 2, 7, 0, 6, 3, 1, 4)]
-  mesh = sharding.make_mesh(dict(fsdp=shape[0], tensor=shape[1]),
-                            devices[:shape[0] * shape[1]])
-  assert mesh.devices.ravel().tolist() == devices[:mesh.size]
+  mesh = sharding.make_mesh(
+    dict(fsdp=shape[0], tensor=shape[1]), devices[: shape[0] * shape[1]]
+  )
+  assert mesh.devices.ravel().tolist() == devices[: mesh.size]
   bound = bind(LOSSES["dpo"], "dpo", dict(beta=0.5))
   tx = optim.make_optimizer(clip=1.0, weight_decay=DECAY, b2=B2)
   with jax.set_mesh(mesh):
     batch_at, _, _ = feed.make_feed(
-        mesh, some_rows(), batch=16, accumulation=accumulation, seed=SEED,
-        context=32, rate=rate_of(1e-3, 20), layout="packed")
+      mesh,
+      some_rows(),
+      batch=16,
+      accumulation=accumulation,
+      seed=SEED,
+      context=32,
+      rate=rate_of(1e-3, 20),
+      layout="packed",
+    )
     train_step = steps.make_train_step(PRODUCERS["chunked"](m, 8), bound, tx)
     trained, frozen = start(mesh, m)
     state, seen = steps.init_state(trained, tx, bound), []
@@ -292,11 +399,20 @@ def twenty(rank, shape, accumulation, permuted=False):
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
-@pytest.mark.parametrize("shape,accumulation,permuted", [
-    ((1, 1), 8, False), ((8, 1), 1, False), ((2, 4), 8, False),
-    ((4, 2), 1, False), ((4, 2), 1, True)], ids=str)
+@pytest.mark.parametrize(
+  "shape,accumulation,permuted",
+  [
+    ((1, 1), 8, False),
+    ((8, 1), 1, False),
+    ((2, 4), 8, False),
+    ((4, 2), 1, False),
+    ((4, 2), 1, True),
+  ],
+  ids=str,
+)
 def test_twenty_steps_are_the_same_on_every_mesh_and_cut(
-    quick_compiles, rank, shape, accumulation, permuted):
+  quick_compiles, rank, shape, accumulation, permuted
+):
   """Float32 sums in another order: 1e-6 of a metric at the first step; later,
   as Adam amplifies, 2e-5 (measured 2e-6), and 5e-6 (2e-7) of a parameter after
   some 0.01 of travel."""

@@ -8,8 +8,7 @@ import pytest
 from scipy import stats
 
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import intervals
-from jaxalign.eval import verdict
+from jaxalign.eval import intervals, verdict
 from jaxalign.eval.verdict import Arm
 
 
@@ -45,11 +44,15 @@ def test_zero_is_not_found_in_19_of_20():
 def test_the_rates_over_many_studies():
   """The level is kept over many: 5 % of 300, give or take three errors."""
   rng = np.random.default_rng(2)
-  wrong = sum(one(*study(rng, (0, 0), 6, 100))["verdict"]
-              in ("better", "worse") for _ in range(300))
+  wrong = sum(
+    one(*study(rng, (0, 0), 6, 100))["verdict"] in ("better", "worse")
+    for _ in range(300)
+  )
   assert wrong <= 0.05 * 300 + 3 * np.sqrt(300 * 0.05 * 0.95)
-  power = sum(one(*study(rng, (0.06 / 0.95, 0)))["verdict"] == "better"
-              for _ in range(100))
+  power = sum(
+    one(*study(rng, (0.06 / 0.95, 0)))["verdict"] == "better"
+    for _ in range(100)
+  )
   assert power >= 95
 
 
@@ -67,11 +70,14 @@ def test_many_comparisons_stay_honest():
 def test_a_margin_of_difference_is_rarely_called_equal():
   """True differences of the margin itself: the worst case of equivalence."""
   rng = np.random.default_rng(4)
-  equal = sum(one(*study(rng, (0.02 / 0.95, 0), 20, 1000, 0.01))["verdict"]
-              == "equal" for _ in range(150))
+  equal = sum(
+    one(*study(rng, (0.02 / 0.95, 0), 20, 1000, 0.01))["verdict"] == "equal"
+    for _ in range(150)
+  )
   assert equal <= 150 * 0.05 + 3 * np.sqrt(150 * 0.05 * 0.95)
-  equal = [one(*study(rng, (0, 0), 40, 2000, 0.01))["verdict"]
-           for _ in range(10)]
+  equal = [
+    one(*study(rng, (0, 0), 40, 2000, 0.01))["verdict"] for _ in range(10)
+  ]
   assert equal.count("equal") >= 9
 
 
@@ -90,25 +96,28 @@ def test_the_tests_by_hand():
   ms_e = (rest**2).sum() / ((s - 1) * (p - 1))
   assert ms_s > ms_e and ms_p > ms_e  # nothing is cut off
   total = ms_s + ms_p - ms_e
-  freedom = total**2 / (ms_s**2 / (s - 1) + ms_p**2 / (p - 1)
-                        + ms_e**2 / ((s - 1) * (p - 1)))
+  freedom = total**2 / (
+    ms_s**2 / (s - 1) + ms_p**2 / (p - 1) + ms_e**2 / ((s - 1) * (p - 1))
+  )
   error = np.sqrt(total / (s * p))
   out = one(a, b, margin=0.1)
   np.testing.assert_allclose(out["difference"]["value"], m)
   half = stats.t.ppf(0.975, freedom) * error
   np.testing.assert_allclose(
-      [out["difference"]["low"], out["difference"]["high"]],
-      [m - half, m + half])
-  np.testing.assert_allclose(out["p_differ"],
-                             2 * stats.t.sf(abs(m) / error, freedom))
+    [out["difference"]["low"], out["difference"]["high"]], [m - half, m + half]
+  )
+  np.testing.assert_allclose(
+    out["p_differ"], 2 * stats.t.sf(abs(m) / error, freedom)
+  )
   lower = stats.t.sf((m + 0.1) / error, freedom)  # not below -0.1
   upper = stats.t.cdf((m - 0.1) / error, freedom)  # not above +0.1
   np.testing.assert_allclose(out["p_equal"], max(lower, upper))
 
 
 def test_holm_by_hand():
-  np.testing.assert_allclose(verdict.holm([0.04, 0.01, 0.03, 0.9]),
-                             [0.09, 0.04, 0.09, 0.9])
+  np.testing.assert_allclose(
+    verdict.holm([0.04, 0.01, 0.03, 0.9]), [0.09, 0.04, 0.09, 0.9]
+  )
   np.testing.assert_allclose(verdict.holm([0.6, 0.7]), [1.0, 1.0])
   assert verdict.holm([]).shape == (0,)
 
@@ -117,8 +126,9 @@ def test_the_order_of_prompts_and_seeds_changes_nothing():
   rng = np.random.default_rng(6)
   a, b = study(rng, (0.05, 0), 5, 40)
   rows, columns = rng.permutation(5), rng.permutation(40)
-  turned = Arm(b.name, rows.tolist(), columns.tolist(),
-               b.outcome[np.ix_(rows, columns)])
+  turned = Arm(
+    b.name, rows.tolist(), columns.tolist(), b.outcome[np.ix_(rows, columns)]
+  )
   assert one(a, b) == one(a, turned)
 
 
@@ -132,8 +142,9 @@ def test_the_two_sides_say_opposite_things():
   assert f"arm1 is worse than arm0 by {points} points" in down["words"]
 
 
-@pytest.mark.parametrize("seeds,prompts", [(4, 400), (5, 29), (1, 400),
-                                           (2, 1), (1, 1)])
+@pytest.mark.parametrize(
+  "seeds,prompts", [(4, 400), (5, 29), (1, 400), (2, 1), (1, 1)]
+)
 def test_too_little_is_withheld_and_still_shown(seeds, prompts):
   a, b = study(np.random.default_rng(8), (0.4, 0), seeds, prompts)
   out = one(a, b)
@@ -154,8 +165,11 @@ def test_the_verdict_and_the_words_agree():
     for out in verdict.compare([(arms[0], arms[1]), (arms[2], arms[1])]):
       said = out["verdict"]
       seen.add(said)
-      start = dict(better="is better than", worse="is worse than",
-                   equal="are equal within 2 points")
+      start = dict(
+        better="is better than",
+        worse="is worse than",
+        equal="are equal within 2 points",
+      )
       for key, words in start.items():
         assert (words in out["words"]) == (said == key), out["words"]
       assert ("Cannot tell" in out["words"]) == (said == "cannot tell")
@@ -170,8 +184,12 @@ def test_a_difference_too_small_to_count_is_still_told(gain):
   """Always 0.8 points: surely there, and surely under 2."""
   rng = np.random.default_rng(11)
   base = rng.random((6, 200)) * 0.9
-  a = Arm("a", range(6), range(200),
-          base + gain + rng.normal(0, 0.01, base.shape) * 0.1)
+  a = Arm(
+    "a",
+    range(6),
+    range(200),
+    base + gain + rng.normal(0, 0.01, base.shape) * 0.1,
+  )
   out = one(a, a._replace(name="b", outcome=base))
   assert out["verdict"] == "equal"
   assert ("A difference is there, +0.8 points" in out["words"]) == (gain > 0)
@@ -186,28 +204,40 @@ def test_a_study_of_the_size_needed_tells():
   need = out["needed"]
   assert f"To tell 5 points: {need['seeds']} seeds" in out["words"]
   size = (need["seeds"], need["prompts"], 0.02)
-  differ = np.mean([one(*study(rng, (0.05 / 0.95, 0), *size),
-                        margin=0.05)["verdict"] == "better"
-                    for _ in range(60)])
-  equal = np.mean([one(*study(rng, (0, 0), *size), margin=0.05)["verdict"]
-                   == "equal" for _ in range(60)])
+  differ = np.mean(
+    [
+      one(*study(rng, (0.05 / 0.95, 0), *size), margin=0.05)["verdict"]
+      == "better"
+      for _ in range(60)
+    ]
+  )
+  equal = np.mean(
+    [
+      one(*study(rng, (0, 0), *size), margin=0.05)["verdict"] == "equal"
+      for _ in range(60)
+    ]
+  )
   assert min(differ, equal) > 0.6, (differ, equal)  # 0.8, one spread's luck
 
 
 def test_needed_grows_what_stands_in_the_way():
   def need(**parts):
-    base = dict(value=0.0, error=0.1, freedom=5.0, seeds=0.0, prompts=0.0,
-                noise=0.0)
-    return verdict.needed(intervals.Spread(**(base | parts)), 5, 100, 0.02,
-                          0.05)
+    base = dict(
+      value=0.0, error=0.1, freedom=5.0, seeds=0.0, prompts=0.0, noise=0.0
+    )
+    return verdict.needed(
+      intervals.Spread(**(base | parts)), 5, 100, 0.02, 0.05
+    )
+
   by_seed = need(seeds=0.03**2)
   assert by_seed["seeds"] > 5 and by_seed["prompts"] == 100
   # Student's t for a mean of S seeds, by its own search.
   s = 6
-  while (stats.t.ppf(0.975, s - 1) + stats.t.ppf(0.8, s - 1)
-         > 0.02 / (0.03 / np.sqrt(s))
-         or stats.t.ppf(0.95, s - 1) + stats.t.ppf(0.9, s - 1)
-         > 0.02 / (0.03 / np.sqrt(s))):
+  while stats.t.ppf(0.975, s - 1) + stats.t.ppf(0.8, s - 1) > 0.02 / (
+    0.03 / np.sqrt(s)
+  ) or stats.t.ppf(0.95, s - 1) + stats.t.ppf(0.9, s - 1) > 0.02 / (
+    0.03 / np.sqrt(s)
+  ):
     s += 1
   assert by_seed["seeds"] == s
   by_prompt = need(prompts=0.3**2)
@@ -228,13 +258,17 @@ def test_arms_that_never_differ_are_not_certain():
   json.dumps(out, allow_nan=False)
 
 
-@pytest.mark.parametrize("change,words", [
+@pytest.mark.parametrize(
+  "change,words",
+  [
     (dict(prompts=range(1, 41)), "different prompts .40 and 40, 2 in one"),
     (dict(seeds=range(1, 6)), "different seeds"),
     (dict(prompts=[0] * 40), "a prompt comes twice"),
     (dict(seeds=range(4)), "outcomes .5, 40., wanted one of each of 4 seeds"),
     (dict(outcome=np.full((5, 40), 2.0)), "outcomes leave"),
-    (dict(outcome=np.full((5, 40), np.nan)), "outcomes leave")])
+    (dict(outcome=np.full((5, 40), np.nan)), "outcomes leave"),
+  ],
+)
 def test_arms_that_cannot_be_compared(change, words):
   a, b = study(np.random.default_rng(0), (0, 0), 5, 40)
   with pytest.raises(DataError, match=words):

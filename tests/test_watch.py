@@ -5,25 +5,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pools
 import pytest
+import test_loop
+from test_loop import Killed, MODEL, UPDATES
 
-from jaxalign import checkpoints
-from jaxalign import sharding
+from jaxalign import checkpoints, sharding
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.model import decoder
 from jaxalign.stages import watched
-from jaxalign.train import ema
-from jaxalign.train import feed
-from jaxalign.train import loop
-from jaxalign.train import online
+from jaxalign.train import ema, feed, loop, online, watch
 from jaxalign.train import step as steps
-from jaxalign.train import watch
-from jaxalign.train.logps import PRODUCERS, Logps
-from jaxalign.train.losses import LOSSES, bind
+from jaxalign.train.logps import Logps, PRODUCERS
+from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.metrics import beside, divide, sums_and_counts
-import pools
-import test_loop
-from test_loop import MODEL, UPDATES, Killed
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -43,15 +38,22 @@ def producer():
 
 def feed_of(mesh):
   return feed.make_feed(
-      mesh, test_loop.rows(), batch=4, accumulation=1, seed=3, context=12,
-      rate=lambda step: 0.01 * (step + 1))
+    mesh,
+    test_loop.rows(),
+    batch=4,
+    accumulation=1,
+    seed=3,
+    context=12,
+    rate=lambda step: 0.01 * (step + 1),
+  )
 
 
 def extended(mesh):
   """A state and a step with a mean, and a reference that is refreshed."""
   state = ema.begin(online.begin(test_loop.fresh(mesh)))
-  step = online.with_refresh(test_loop.train_step()[0], producer(),
-                             every=EVERY, mix=MIX)
+  step = online.with_refresh(
+    test_loop.train_step()[0], producer(), every=EVERY, mix=MIX
+  )
   return state, ema.keep(step, DECAY)
 
 
@@ -80,14 +82,16 @@ def test_the_mean_and_the_reference_follow_their_equations(mesh):
     if not k:  # against itself
       assert divide(host(totals))["rewards/margins"] == 0
       assert divide(host(totals))["preference_loss"] == pytest.approx(
-          np.log(2), abs=1e-6)
+        np.log(2), abs=1e-6
+      )
   assert all(np.abs(mean[n] - now[n]).max() > 1e-4 for n in ("embed", "norm"))
 
 
 def test_a_whole_refresh_starts_the_loss_anew(alone):
   state = online.begin(test_loop.fresh(alone))
-  step = online.with_refresh(test_loop.train_step()[0], producer(), every=2,
-                             mix=1.0)
+  step = online.with_refresh(
+    test_loop.train_step()[0], producer(), every=2, mix=1.0
+  )
   batch_at, _, _ = feed_of(alone)
   seen = []
   for k in range(5):
@@ -101,28 +105,51 @@ def shared_rows():
   rng = np.random.default_rng(1)
   tokens = pools.pairs_of_tokens(rng, 11, 16, (2, 6), (1, 6))
   counts = np.float32(np.diff(tokens.offsets) - tokens.start).reshape(11, 2)
-  return feed.Rows([f"row-{i:02d}" for i in range(11)], tokens,
-                   np.arange(22).reshape(11, 2), 0 * counts, counts)
+  return feed.Rows(
+    [f"row-{i:02d}" for i in range(11)],
+    tokens,
+    np.arange(22).reshape(11, 2),
+    0 * counts,
+    counts,
+  )
 
 
-@pytest.mark.parametrize("name,layout", [
+@pytest.mark.parametrize(
+  "name,layout",
+  [
     ("dpo", "packed"),
     pytest.param("ld_dpo", "packed", marks=pytest.mark.slow),
-    pytest.param("ld_dpo", "padded", marks=pytest.mark.slow)])
+    pytest.param("ld_dpo", "padded", marks=pytest.mark.slow),
+  ],
+)
 def test_an_online_reference_is_the_stored_one(mesh, layout, name):
   """Within 1e-5 nat a step: one was computed alone, one in the batch."""
   rows = shared_rows()
   rng = np.random.default_rng(8)
-  reference = {n: sharding.put(mesh, np.float32(rng.normal(
-      1.0 if p.scale == 0 else 0.0, 0.3, p.shape)), *p.axes)
-               for n, p in decoder.table(MODEL).items()}
-  ones = feed.make_feed(mesh, rows, batch=8, accumulation=1, seed=0,
-                        context=12, rate=lambda step: 0.0)
+  reference = {
+    n: sharding.put(
+      mesh,
+      np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape)),
+      *p.axes,
+    )
+    for n, p in decoder.table(MODEL).items()
+  }
+  ones = feed.make_feed(
+    mesh,
+    rows,
+    batch=8,
+    accumulation=1,
+    seed=0,
+    context=12,
+    rate=lambda step: 0.0,
+  )
   total, public = np.zeros((11, 2), np.float32), np.zeros((11, 2), np.float32)
   for step in range(4):
     batch = ones[0](step)
-    found = jax.jit(producer())(reference, *(jax.tree.map(
-        lambda x: x[0], batch[n]) for n in ("tokens", "mask")))
+    found = jax.jit(producer())(
+      reference,
+      *(jax.tree.map(lambda x: x[0], batch[n]) for n in ("tokens", "mask")),
+    )
     for k, i in enumerate(ones[1](step)):
       i = int(i[4:])
       total[i], public[i] = host(found.sum)[k], host(found.public)[k]
@@ -132,13 +159,21 @@ def test_an_online_reference_is_the_stored_one(mesh, layout, name):
   loss = bind(LOSSES[name], name, {})
   logs = []
   for given, reads in ((stored, None), (blank, reference)):
-    train_step = steps.make_train_step(producer(), loss,
-                                       test_loop.train_step()[1])
+    train_step = steps.make_train_step(
+      producer(), loss, test_loop.train_step()[1]
+    )
     if reads is not None:
       train_step = online.with_reference(train_step, producer(), reads)
     batch_at, _, _ = feed.make_feed(
-        mesh, given, batch=4, accumulation=1, seed=3, context=12,
-        rate=lambda step: 0.01, layout=layout)
+      mesh,
+      given,
+      batch=4,
+      accumulation=1,
+      seed=3,
+      context=12,
+      rate=lambda step: 0.01,
+      layout=layout,
+    )
     state = test_loop.fresh(mesh)
     logs.append([])
     for k in range(3):
@@ -152,16 +187,26 @@ def test_an_online_reference_is_the_stored_one(mesh, layout, name):
 
 def test_kto_s_mismatched_rows_are_filled_too(alone):
   logps_fn = lambda params, tokens, mask: Logps(
-      params * jnp.sum(tokens * mask, -1, dtype=jnp.float32),
-      jnp.sum(mask, -1, dtype=jnp.float32))
+    params * jnp.sum(tokens * mask, -1, dtype=jnp.float32),
+    jnp.sum(mask, -1, dtype=jnp.float32),
+  )
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 9, (3, 2, 1, 5))
-  batch = dict(tokens=tokens, mask=tokens > 2, kl_tokens=tokens + 1,
-               kl_mask=tokens > 4, ref_sum=None, ref_count=None,
-               kl_ref_sum=None, lr=0.5)
+  batch = dict(
+    tokens=tokens,
+    mask=tokens > 2,
+    kl_tokens=tokens + 1,
+    kl_mask=tokens > 4,
+    ref_sum=None,
+    ref_count=None,
+    kl_ref_sum=None,
+    lr=0.5,
+  )
   got = online.make_fill(logps_fn)(jnp.float32(0.5), batch)
-  for name, x, mask in (("ref_sum", tokens, tokens > 2),
-                        ("kl_ref_sum", tokens + 1, tokens > 4)):
+  for name, x, mask in (
+    ("ref_sum", tokens, tokens > 2),
+    ("kl_ref_sum", tokens + 1, tokens > 4),
+  ):
     np.testing.assert_array_equal(got[name], 0.5 * (x * mask).sum(-1))
   np.testing.assert_array_equal(got["ref_count"], (tokens > 2).sum(-1))
   assert "ref_public" not in got and got["lr"] == 0.5
@@ -172,11 +217,13 @@ def test_kto_s_mismatched_rows_are_filled_too(alone):
 
 def measure_of(asked=None):
   """A pure function of the weights, with a best one midway."""
+
   def measure(params):
     x = float(np.float64(host(params["norm"])).sum())
     if asked is not None:
       asked.append(x)
     return dict(accuracy=-abs(x - 8.2), loss=x)
+
   return measure
 
 
@@ -191,20 +238,42 @@ def everything(mesh, folder, killed_at=None, **changes):
     return batch_at(step)
 
   state, step = extended(mesh)
-  out = loop.fit(state, step, at, ids_at, **dict(
-      folder=folder, label="align", updates=UPDATES, save_every=2,
-      tokens_at=tokens_at, background=True, keep=3, explode=50.0,
-      evaluations=dict(held_out=measure_of()), eval_every=1,
-      best="held_out/loss") | changes)
+  out = loop.fit(
+    state,
+    step,
+    at,
+    ids_at,
+    **dict(
+      folder=folder,
+      label="align",
+      updates=UPDATES,
+      save_every=2,
+      tokens_at=tokens_at,
+      background=True,
+      keep=3,
+      explode=50.0,
+      evaluations=dict(held_out=measure_of()),
+      eval_every=1,
+      best="held_out/loss",
+    )
+    | changes,
+  )
   return host(out), asked
 
 
 def files(folder):
   """The log, and the weights that are kept as best."""
   best = checkpoints.restore_params(
-      folder / "best", {n: jax.ShapeDtypeStruct(
-          p.shape, np.float32, sharding=jax.sharding.SingleDeviceSharding(
-              jax.devices()[0])) for n, p in decoder.table(MODEL).items()})
+    folder / "best",
+    {
+      n: jax.ShapeDtypeStruct(
+        p.shape,
+        np.float32,
+        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+      )
+      for n, p in decoder.table(MODEL).items()
+    },
+  )
   return test_loop.log_of(folder), host(best)
 
 
@@ -215,14 +284,17 @@ def equal(a, b):
 
 @pytest.fixture
 def whole(mesh, once_a_mesh):
-  return once_a_mesh(mesh, lambda folder: (
-      everything(mesh, folder)[0], files(folder)))
+  return once_a_mesh(
+    mesh, lambda folder: (everything(mesh, folder)[0], files(folder))
+  )
 
 
-@pytest.mark.parametrize("k", [
-    3, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 5))])
+@pytest.mark.parametrize(
+  "k", [3, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 5))]
+)
 def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(
-    mesh, whole, tmp_path, k):
+  mesh, whole, tmp_path, k
+):
   with pytest.raises(Killed):
     everything(mesh, tmp_path, k)
   state, asked = everything(mesh, tmp_path)
@@ -241,13 +313,23 @@ def test_the_best_weights_are_the_mean_of_their_step(alone, tmp_path):
     seen[len(seen) + 1] = x
     return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.1, 0.3][len(seen) - 1])
 
-  state, _ = everything(alone, tmp_path, evaluations=dict(held_out=measure),
-                        best="held_out/accuracy")
+  state, _ = everything(
+    alone,
+    tmp_path,
+    evaluations=dict(held_out=measure),
+    best="held_out/accuracy",
+  )
   log, best = files(tmp_path)
   equal(best, seen[2])  # the first of equals
   equal(state.ema, seen[UPDATES])
   assert [x["eval/held_out/accuracy"] for x in log] == [
-      0.2, 0.6, 0.6, 0.5, 0.1, 0.3]
+    0.2,
+    0.6,
+    0.6,
+    0.5,
+    0.1,
+    0.3,
+  ]
 
 
 def test_a_run_ends_where_nothing_gets_better(alone, tmp_path, capsys):
@@ -257,12 +339,15 @@ def test_a_run_ends_where_nothing_gets_better(alone, tmp_path, capsys):
     return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.9, 0.9][len(norms) - 1])
 
   norms = []
-  more = dict(evaluations=dict(held_out=measure), best="held_out/accuracy",
-              stop_after=2)
+  more = dict(
+    evaluations=dict(held_out=measure), best="held_out/accuracy", stop_after=2
+  )
   state, asked = everything(alone, tmp_path, **more)
   assert asked == [0, 1, 2, 3] and state.step == 4
-  assert ("align: held_out/accuracy was best at step 2 (0.6) and not in 2 "
-          "evaluations since; ended at step 4") in capsys.readouterr().out
+  assert (
+    "align: held_out/accuracy was best at step 2 (0.6) and not in 2 "
+    "evaluations since; ended at step 4"
+  ) in capsys.readouterr().out
   again, asked = everything(alone, tmp_path, **more)  # it stays ended
   assert asked == []
   equal(again, state)
@@ -270,19 +355,19 @@ def test_a_run_ends_where_nothing_gets_better(alone, tmp_path, capsys):
 
 def test_a_best_whose_weights_are_gone_counts_no_more(alone, tmp_path, capsys):
   more = dict(best="held_out/accuracy")
-  falls = lambda values: dict(
-      held_out=lambda _: dict(accuracy=values.pop(0)))
+  falls = lambda values: dict(held_out=lambda _: dict(accuracy=values.pop(0)))
   with pytest.raises(Killed):
-    everything(alone, tmp_path, 5, evaluations=falls([0.9, 0.3, 0.2, 0.2, 0.1]),
-               **more)
+    everything(
+      alone, tmp_path, 5, evaluations=falls([0.9, 0.3, 0.2, 0.2, 0.1]), **more
+    )
   for path in (tmp_path / "best").rglob("*"):
     if path.is_file() and path.stat().st_size > 200:
       test_loop.flip(path)
-  state, asked = everything(alone, tmp_path, evaluations=falls([0.4, 0.5]),
-                            **more)
+  state, asked = everything(
+    alone, tmp_path, evaluations=falls([0.4, 0.5]), **more
+  )
   out = capsys.readouterr().out
-  assert ("the weights of the best held_out/accuracy, of step 1, are gone"
-          in out)
+  assert "the weights of the best held_out/accuracy, of step 1, are gone" in out
   assert asked == [4, 5]
   equal(files(tmp_path)[1], state.ema)  # of 0.5, the last
 
@@ -307,9 +392,18 @@ def test_an_exploding_loss_stops_with_its_rows(alone, tmp_path):
     return batch
 
   def run(folder, **more):
-    return loop.fit(test_loop.fresh(alone), test_loop.train_step()[0], at,
-                    ids_at, folder=folder, label="align", updates=16,
-                    save_every=1, tokens_at=tokens_at, **more)
+    return loop.fit(
+      test_loop.fresh(alone),
+      test_loop.train_step()[0],
+      at,
+      ids_at,
+      folder=folder,
+      label="align",
+      updates=16,
+      save_every=1,
+      tokens_at=tokens_at,
+      **more,
+    )
 
   with pytest.raises(NumericError) as caught:
     run(tmp_path / "a", explode=4.0, background=True)
@@ -325,8 +419,10 @@ def test_an_exploding_loss_stops_with_its_rows(alone, tmp_path):
 
 
 def lines_of(name, values, **more):
-  return [{"step": k, name: v} | {n: x[k] for n, x in more.items()}
-          for k, v in enumerate(values)]
+  return [
+    {"step": k, name: v} | {n: x[k] for n, x in more.items()}
+    for k, v in enumerate(values)
+  ]
 
 
 def test_explosion_is_against_the_start_and_the_recent_median():
@@ -367,6 +463,7 @@ def test_a_long_log_is_not_read_at_every_update():
 
 def test_the_default_lets_hard_batches_pass_and_ends_what_runs_away():
   from configs import common
+
   factor = common.base().train.explode
   of = functools.partial(lines_of, "train/loss")
   for start in (np.log(2), 0.5, 1.0, 7.0, 25.0, 0.0, -2.0):
@@ -379,36 +476,49 @@ def test_the_default_lets_hard_batches_pass_and_ends_what_runs_away():
 
 
 def drifting(chosen, rejected, length=10.0, n=20):
-  return lines_of("drift/chosen", [chosen] * n,
-                  **{"drift/rejected": [rejected] * n,
-                     "lengths/chosen": [length] * n})
+  return lines_of(
+    "drift/chosen",
+    [chosen] * n,
+    **{"drift/rejected": [rejected] * n, "lengths/chosen": [length] * n},
+  )
 
 
 def test_likelihood_displacement_is_said_in_words():
   text = watch.displaced(drifting(-12.0, -30.0))
   assert "12.0 nats less likely than under the reference (1.20 a token)" in text
   assert "margin grows to 18.0" in text and "displacement" in text
-  for quiet in (drifting(-0.9, -30.0), drifting(12.0, -3.0),
-                drifting(-12.0, -3.0), drifting(-12.0, -30.0, n=19),
-                drifting(-12.0, -30.0, length=200.0), []):
+  for quiet in (
+    drifting(-0.9, -30.0),
+    drifting(12.0, -3.0),
+    drifting(-12.0, -3.0),
+    drifting(-12.0, -30.0, n=19),
+    drifting(-12.0, -30.0, length=200.0),
+    [],
+  ):
     assert watch.displaced(quiet) == ""
-  assert watch.displaced(drifting(5.0, -30.0, n=9)
-                         + drifting(-12.0, -30.0)) != ""
+  assert (
+    watch.displaced(drifting(5.0, -30.0, n=9) + drifting(-12.0, -30.0)) != ""
+  )
 
 
 def test_a_collapse_is_said_in_words():
   of = lambda *ended: [
-      {"step": k, "eval/generations/ended": x, "eval/generations/empty": 0.0}
-      for k, x in enumerate(ended)]
+    {"step": k, "eval/generations/ended": x, "eval/generations/empty": 0.0}
+    for k, x in enumerate(ended)
+  ]
   assert watch.collapsed(of(0.9, 0.85)) == "" == watch.collapsed(of(0.1))
   text = watch.collapsed(of(0.9, 0.9, 0.5))
   assert text.startswith("50% of the generated answers") and "(10% at" in text
 
 
 def test_the_best_is_the_first_of_equals_and_knows_its_direction():
-  log = [dict(step=k, **({} if v is None else {
-      "eval/rest/accuracy": v, "eval/rest/loss": v}))
-         for k, v in enumerate([None, 0.5, None, 0.7, 0.7, 0.6])]
+  log = [
+    dict(
+      step=k,
+      **({} if v is None else {"eval/rest/accuracy": v, "eval/rest/loss": v}),
+    )
+    for k, v in enumerate([None, 0.5, None, 0.7, 0.7, 0.6])
+  ]
   assert watch.best_of(log, "rest/accuracy") == watch.Best(4, 0.7, 2)
   assert watch.best_of(log, "rest/loss") == watch.Best(2, 0.5, 3)
   assert watch.best_of(log, "kept/loss") == watch.Best(0, 0.0, 0)
@@ -416,16 +526,22 @@ def test_the_best_is_the_first_of_equals_and_knows_its_direction():
 
 def test_what_is_not_finite_is_not_the_best():
   def of(*values):
-    return [{"step": k, "eval/rest/accuracy": v, "eval/rest/loss": v}
-            for k, v in enumerate(values)]
+    return [
+      {"step": k, "eval/rest/accuracy": v, "eval/rest/loss": v}
+      for k, v in enumerate(values)
+    ]
+
   nan, inf = float("nan"), float("inf")
   for bad in (nan, inf, -inf):
-    for name, best in (("accuracy", watch.Best(3, 0.9, 0)),
-                       ("loss", watch.Best(2, 0.5, 1))):
+    for name, best in (
+      ("accuracy", watch.Best(3, 0.9, 0)),
+      ("loss", watch.Best(2, 0.5, 1)),
+    ):
       assert watch.best_of(of(bad, 0.5, 0.9), f"rest/{name}") == best
     # Behind a best one it is an evaluation without a better one.
     assert watch.best_of(of(0.5, bad, 0.4), "rest/accuracy") == watch.Best(
-        1, 0.5, 2)
+      1, 0.5, 2
+    )
     assert watch.best_of(of(bad, bad), "rest/loss") == watch.Best(0, 0.0, 0)
 
 
@@ -436,58 +552,95 @@ def test_the_weights_after_a_measure_that_is_not_finite(alone, tmp_path):
     seen.append(host(params))
     return dict(accuracy=[np.nan, 0.5, 0.9, 0.1, np.inf, 0.2][len(seen) - 1])
 
-  everything(alone, tmp_path, evaluations=dict(held_out=measure),
-             best="held_out/accuracy")
+  everything(
+    alone,
+    tmp_path,
+    evaluations=dict(held_out=measure),
+    best="held_out/accuracy",
+  )
   equal(files(tmp_path)[1], seen[2])
   with pytest.raises(NumericError, match="held_out/accuracy was finite at no"):
-    everything(alone, tmp_path / "none", best="held_out/accuracy",
-               evaluations=dict(held_out=lambda _: dict(accuracy=np.nan)))
+    everything(
+      alone,
+      tmp_path / "none",
+      best="held_out/accuracy",
+      evaluations=dict(held_out=lambda _: dict(accuracy=np.nan)),
+    )
 
 
-def test_an_alarm_is_said_once_and_marked_at_every_step(alone, tmp_path,
-                                                        capsys):
+def test_an_alarm_is_said_once_and_marked_at_every_step(
+  alone, tmp_path, capsys
+):
   real = test_loop.train_step()[0]
 
   def falling(state, batch):
     state, totals = real(state, batch)
     return state, totals | {
-        "drift/chosen": np.array([-20.0, 2.0]),
-        "drift/rejected": np.array([-40.0, 2.0]),
-        "lengths/chosen": np.array([8.0, 2.0])}
+      "drift/chosen": np.array([-20.0, 2.0]),
+      "drift/rejected": np.array([-40.0, 2.0]),
+      "lengths/chosen": np.array([8.0, 2.0]),
+    }
 
   batch_at, ids_at, tokens_at = feed_of(alone)
-  loop.fit(test_loop.fresh(alone), falling, batch_at, ids_at, folder=tmp_path,
-           label="align", updates=23, save_every=100, tokens_at=tokens_at)
+  loop.fit(
+    test_loop.fresh(alone),
+    falling,
+    batch_at,
+    ids_at,
+    folder=tmp_path,
+    label="align",
+    updates=23,
+    save_every=100,
+    tokens_at=tokens_at,
+  )
   out = capsys.readouterr().out
   assert out.count("likelihood displacement") == 1
   assert "align, step 19: the chosen answers are 10.0 nats" in out
-  assert [x["step"] for x in test_loop.log_of(tmp_path)
-          if x.get("alarm/displacement")] == [19, 20, 21, 22]
+  assert [
+    x["step"] for x in test_loop.log_of(tmp_path) if x.get("alarm/displacement")
+  ] == [19, 20, 21, 22]
 
 
 # Metrics.
 
 
 def test_drift_and_lengths_are_sums_and_counts():
-  policy = Logps(jnp.array([[-3.0, -9.0], [-5.0, -4.0]]),
-                 jnp.array([[2.0, 3.0], [4.0, 1.0]]))
+  policy = Logps(
+    jnp.array([[-3.0, -9.0], [-5.0, -4.0]]), jnp.array([[2.0, 3.0], [4.0, 1.0]])
+  )
   ref = Logps(jnp.array([[-4.0, -7.0], [-4.5, -4.0]]), policy.count)
-  pairs = {n: x.tolist() for n, x in sums_and_counts(
-      beside(policy, ref, None, True)).items()}
-  assert pairs == {"drift/chosen": [0.5, 2], "drift/rejected": [-2, 2],
-                   "lengths/chosen": [6, 2], "lengths/rejected": [4, 2]}
+  pairs = {
+    n: x.tolist()
+    for n, x in sums_and_counts(beside(policy, ref, None, True)).items()
+  }
+  assert pairs == {
+    "drift/chosen": [0.5, 2],
+    "drift/rejected": [-2, 2],
+    "lengths/chosen": [6, 2],
+    "lengths/rejected": [4, 2],
+  }
   first = lambda x: Logps(x.sum[:, 1:], x.count[:, 1:])
-  thumbs = {n: x.tolist() for n, x in sums_and_counts(beside(
-      first(policy), first(ref), jnp.array([False, True]), True)).items()}
-  assert thumbs == {"drift/chosen": [0, 1], "drift/rejected": [-2, 1],
-                    "lengths/chosen": [1, 1], "lengths/rejected": [3, 1]}
+  thumbs = {
+    n: x.tolist()
+    for n, x in sums_and_counts(
+      beside(first(policy), first(ref), jnp.array([False, True]), True)
+    ).items()
+  }
+  assert thumbs == {
+    "drift/chosen": [0, 1],
+    "drift/rejected": [-2, 1],
+    "lengths/chosen": [1, 1],
+    "lengths/rejected": [3, 1],
+  }
   assert "drift/chosen" not in beside(policy, ref, None, False)
 
 
 # Knobs.
 
 
-@pytest.mark.parametrize("changes,words", [
+@pytest.mark.parametrize(
+  "changes,words",
+  [
     (dict(ref_sync=8), "config.train.reference=online"),
     (dict(reference="online", loss="simpo"), "'simpo' does not read"),
     (dict(ref_sync=8, reference="online", rank=4), "config.train.ref_sync=0"),
@@ -498,25 +651,46 @@ def test_drift_and_lengths_are_sums_and_counts():
     (dict(eval_sets=("held",)), "config.train.eval_sets"),
     (dict(best="held_out/accuracy"), "config.train.eval_every"),
     (dict(best="rest/accuracy", eval_every=2), "train.eval_sets"),
-    (dict(best="held_out/acuracy", eval_every=2),
-     "measured by nothing; of 'held_out' there are accuracy, ties, margin, "
-     "chosen_drift, loss; set config.train.best"),
-    (dict(best="generations/loss", eval_every=2, eval_sets=("generations",)),
-     "kl, win_vs_target; set config.train.best"),
-    (dict(best="generations/win_vs_target", eval_every=2,
-          eval_sets=("generations",), source="pairs.jsonl"),
-     "entropy, kl; set"),
-    *((dict(best="held_out/loss", eval_every=2, loss=name),
-       f"the loss {name!r} has no value on a set alone")
-      for name in ("kto", "bco", "bco_pair", "aot", "ld_dpo")),
-    (dict(eval_every=2, source="pairs.jsonl", held_out=0.0),
-     "the set 'held_out' has no rows: data.split.held_out=0; set"),
-    (dict(best="rest/margin", eval_every=2, eval_sets=("rest",)),
-     "'all' in config.compare leaves out none"),
+    (
+      dict(best="held_out/acuracy", eval_every=2),
+      "measured by nothing; of 'held_out' there are accuracy, ties, margin, "
+      "chosen_drift, loss; set config.train.best",
+    ),
+    (
+      dict(best="generations/loss", eval_every=2, eval_sets=("generations",)),
+      "kl, win_vs_target; set config.train.best",
+    ),
+    (
+      dict(
+        best="generations/win_vs_target",
+        eval_every=2,
+        eval_sets=("generations",),
+        source="pairs.jsonl",
+      ),
+      "entropy, kl; set",
+    ),
+    *(
+      (
+        dict(best="held_out/loss", eval_every=2, loss=name),
+        f"the loss {name!r} has no value on a set alone",
+      )
+      for name in ("kto", "bco", "bco_pair", "aot", "ld_dpo")
+    ),
+    (
+      dict(eval_every=2, source="pairs.jsonl", held_out=0.0),
+      "the set 'held_out' has no rows: data.split.held_out=0; set",
+    ),
+    (
+      dict(best="rest/margin", eval_every=2, eval_sets=("rest",)),
+      "'all' in config.compare leaves out none",
+    ),
     (dict(stop_after=2), "config.train.best"),
-    (dict(trackers=("tb",)), "config.train.trackers")])
+    (dict(trackers=("tb",)), "config.train.trackers"),
+  ],
+)
 def test_knobs_that_cannot_work_are_named(changes, words):
   from configs import common
+
   c = common.base()
   watched.check(c)
   changes = dict(changes)
@@ -533,12 +707,23 @@ def test_knobs_that_cannot_work_are_named(changes, words):
 def test_what_is_off_is_on_no_card():
   from configs import common
   from jaxalign.artifacts import pick
+
   c = common.base()
   c.train.layout = "padded"
-  old = {"train.accumulation", "train.b2", "train.batch_size", "train.clip",
-         "train.epochs", "train.lr", "train.max_updates", "train.min_updates",
-         "train.save_every", "train.schedule", "train.warmup_ratio",
-         "train.weight_decay"}
+  old = {
+    "train.accumulation",
+    "train.b2",
+    "train.batch_size",
+    "train.clip",
+    "train.epochs",
+    "train.lr",
+    "train.max_updates",
+    "train.min_updates",
+    "train.save_every",
+    "train.schedule",
+    "train.warmup_ratio",
+    "train.weight_decay",
+  }
   assert set(watched.card_fields(c.train, pick(c, "train"))) == old
   assert watched.reads(c.train) == ()
   c.train.update(best="generations/kl", eval_sets=("generations",))
@@ -550,9 +735,18 @@ def test_what_is_off_is_on_no_card():
   c.train.update(best="", eval_sets=("held_out",), eval_every=0)
   c.train.update(keep=5, async_save=True, trackers=("wandb",), explode=9.0)
   assert set(watched.card_fields(c.train, pick(c, "train"))) == old
-  c.train.update(ema=0.9, reference="online", ref_sync=4, eval_every=2,
-                 best="rest/loss")
+  c.train.update(
+    ema=0.9, reference="online", ref_sync=4, eval_every=2, best="rest/loss"
+  )
   more = set(watched.card_fields(c.train, pick(c, "train"))) - old
   assert {x.split(".")[1] for x in more} == {
-      "ema", "reference", "ref_sync", "ref_mix", "eval_every", "eval_sets",
-      "eval_rows", "eval_prompts", "best"}
+    "ema",
+    "reference",
+    "ref_sync",
+    "ref_mix",
+    "eval_every",
+    "eval_sets",
+    "eval_rows",
+    "eval_prompts",
+    "best",
+  }

@@ -12,19 +12,17 @@ import subprocess
 import sys
 import time
 
+import emitters
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-import emitters
 from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.model import decoder
-from jaxalign.model import safetensors_io
-from jaxalign.model import weights
+from jaxalign.model import decoder, safetensors_io, weights
 from jaxalign.model.table import Param, Stored
 
 transformers = pytest.importorskip("transformers")
@@ -33,22 +31,39 @@ torch = pytest.importorskip("torch")
 TEXTS = ["bako ti ruda\n\nmo", " ti ruda bako 12", "ruda", "ma\u00df \u2603 mo"]
 TOK = tokenizers.Tokenizer(tokenizers.train(TEXTS * 9, 300))
 SMALL = decoder.ModelConfig(
-    layers=2, width=16, heads=4, kv_heads=2, head_size=6, ff=10, vocab=320,
-    context=32, rope_theta=900.0, norm_eps=2e-4, tied=False)
+  layers=2,
+  width=16,
+  heads=4,
+  kv_heads=2,
+  head_size=6,
+  ff=10,
+  vocab=320,
+  context=32,
+  rope_theta=900.0,
+  norm_eps=2e-4,
+  tied=False,
+)
 
 
 def random_params(m, mesh, seed=0):
   rng = np.random.default_rng(seed)
-  return {n: sharding.put(mesh, np.float32(rng.normal(
-      1.0 if p.scale == 0 else 0.0, 0.2, p.shape)), *p.axes)
-          for n, p in decoder.table(m).items()}
+  return {
+    n: sharding.put(
+      mesh,
+      np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.2, p.shape)),
+      *p.axes,
+    )
+    for n, p in decoder.table(m).items()
+  }
 
 
 @functools.lru_cache
 def logits_fn(m):
   def run(params, tokens):
-    return decoder.logits(decoder.forward(params, tokens, m),
-                          decoder.head(params, m))
+    return decoder.logits(
+      decoder.forward(params, tokens, m), decoder.head(params, m)
+    )
+
   return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -58,7 +73,8 @@ def ours(mesh, params, m, tokens):
 
 def theirs(folder, tokens):
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, local_files_only=True, dtype=torch.float32)
+    folder, local_files_only=True, dtype=torch.float32
+  )
   with torch.no_grad():
     return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
@@ -68,13 +84,16 @@ def test_an_export_is_loaded_by_transformers_offline(mesh, tmp_path, tied):
   m = SMALL._replace(tied=tied)
   params = random_params(m, mesh)
   assert weights.export_folder(tmp_path / "export", params, m, TOK) == [
-      "export"]
+    "export"
+  ]
   folder = str(tmp_path / "export")
   tokens = np.random.default_rng(1).integers(0, m.vocab, (4, 16))
-  np.testing.assert_allclose(ours(mesh, params, m, tokens),
-                             theirs(folder, tokens), rtol=0, atol=1e-4)
+  np.testing.assert_allclose(
+    ours(mesh, params, m, tokens), theirs(folder, tokens), rtol=0, atol=1e-4
+  )
   peer = transformers.AutoTokenizer.from_pretrained(
-      folder, local_files_only=True)
+    folder, local_files_only=True
+  )
   for text in TEXTS:
     assert peer(text)["input_ids"] == TOK.encode(text, begins=True)
   assert (peer.bos_token_id, peer.eos_token_id) == (TOK.bos, TOK.eos)
@@ -96,11 +115,16 @@ def test_a_real_checkpoint_in_and_out(mesh, shared, tmp_path):
   text = (folder / "greedy_257_tokens.txt").read_text()
   tokens = np.array(tok.encode(text, begins=True)[:64]).reshape(4, 16)
   logits = ours(mesh, params, m, tokens)
-  np.testing.assert_allclose(logits, theirs(str(folder), tokens), rtol=0,
-                             atol=1e-4)
+  np.testing.assert_allclose(
+    logits, theirs(str(folder), tokens), rtol=0, atol=1e-4
+  )
   weights.export_folder(tmp_path, params, m, tok)
-  np.testing.assert_allclose(theirs(str(tmp_path), tokens),
-                             theirs(str(folder), tokens), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(
+    theirs(str(tmp_path), tokens),
+    theirs(str(folder), tokens),
+    rtol=0,
+    atol=1e-5,
+  )
 
 
 @pytest.fixture
@@ -109,51 +133,74 @@ def alone():
   with jax.set_mesh(m):
     yield m
 
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_in_many_files(mesh, tmp_path, dtype):
   params = random_params(SMALL, mesh)
   if dtype == "bfloat16":  # numbers that it can hold: then nothing is lost
-    params = {n: sharding.put(mesh, np.asarray(w).astype(
-        ml_dtypes.bfloat16).astype(np.float32), *decoder.table(SMALL)[n].axes)
-              for n, w in params.items()}
+    params = {
+      n: sharding.put(
+        mesh,
+        np.asarray(w).astype(ml_dtypes.bfloat16).astype(np.float32),
+        *decoder.table(SMALL)[n].axes,
+      )
+      for n, w in params.items()
+    }
   weights.export_folder(tmp_path, params, SMALL, TOK)  # replaced by the next
-  weights.export_folder(tmp_path, params, SMALL, TOK, dtype=dtype,
-                        shard_bytes=6_000)
+  weights.export_folder(
+    tmp_path, params, SMALL, TOK, dtype=dtype, shard_bytes=6_000
+  )
   files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
   assert len(files) > 3 and files[0] == (
-      f"model-00001-of-{len(files):05d}.safetensors")
+    f"model-00001-of-{len(files):05d}.safetensors"
+  )
   assert weights.digest_names(tmp_path) == [
-      "config.json", "model.safetensors.index.json", *files]
+    "config.json",
+    "model.safetensors.index.json",
+    *files,
+  ]
   assert weights.weights_file(tmp_path).name == "model.safetensors.index.json"
   index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-  kept = {n: w for f in files
-          for n, w in safetensors.numpy.load_file(tmp_path / f).items()}
-  assert {n: f for f in files for n in safetensors.numpy.load_file(
-      tmp_path / f)} == index["weight_map"]
+  kept = {
+    n: w
+    for f in files
+    for n, w in safetensors.numpy.load_file(tmp_path / f).items()
+  }
+  assert {
+    n: f for f in files for n in safetensors.numpy.load_file(tmp_path / f)
+  } == index["weight_map"]
   assert index["metadata"]["total_size"] == sum(w.nbytes for w in kept.values())
   assert {str(w.dtype) for w in kept.values()} == {dtype}
   assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
   tokens = np.random.default_rng(1).integers(0, SMALL.vocab, (4, 16))
-  np.testing.assert_allclose(ours(mesh, params, SMALL, tokens),
-                             theirs(str(tmp_path), tokens), rtol=0, atol=1e-4)
+  np.testing.assert_allclose(
+    ours(mesh, params, SMALL, tokens),
+    theirs(str(tmp_path), tokens),
+    rtol=0,
+    atol=1e-4,
+  )
   back = weights.load_folder(tmp_path, SMALL, mesh)
   for n, w in params.items():
     np.testing.assert_array_equal(back[n], w, err_msg=n)
   half = weights.load_folder(tmp_path, SMALL, mesh, dtype=ml_dtypes.bfloat16)
   for n, w in params.items():
     np.testing.assert_array_equal(
-        half[n], np.asarray(w).astype(ml_dtypes.bfloat16), err_msg=n)
+      half[n], np.asarray(w).astype(ml_dtypes.bfloat16), err_msg=n
+    )
   # And back to one file, of which nothing else is left.
   weights.export_folder(tmp_path, params, SMALL, TOK)
   assert [p.name for p in tmp_path.glob("*safetensors*")] == [
-      "model.safetensors"]
+    "model.safetensors"
+  ]
 
 
 def test_files_that_transformers_has_spread(mesh, tmp_path):
-  weights.export_folder(tmp_path / "one", random_params(SMALL, mesh), SMALL,
-                        TOK)
+  weights.export_folder(
+    tmp_path / "one", random_params(SMALL, mesh), SMALL, TOK
+  )
   peer = transformers.AutoModelForCausalLM.from_pretrained(
-      tmp_path / "one", local_files_only=True)
+    tmp_path / "one", local_files_only=True
+  )
   peer.save_pretrained(tmp_path / "many", max_shard_size="15KB")
   assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
   m = weights.read_config(tmp_path / "many", "float32", "none")
@@ -166,19 +213,19 @@ def test_files_that_transformers_has_spread(mesh, tmp_path):
 
 T, D, G, C = 3, 8, 2, 5
 ROWS = {
-    "top": Param((8, D), ("vocab", "width"), 1.0),
-    "layers/q": Param((T, D, G, C), (None, "width", "heads", None), 1.0),
-    "layers/k": Param((T, D, G, C), (None, "width", "heads", None), 1.0),
-    "layers/v": Param((T, G, C, D), (None, "heads", None, "width"), 1.0),
-    "layers/b": Param((T, D), (None, None), 1.0),
+  "top": Param((8, D), ("vocab", "width"), 1.0),
+  "layers/q": Param((T, D, G, C), (None, "width", "heads", None), 1.0),
+  "layers/k": Param((T, D, G, C), (None, "width", "heads", None), 1.0),
+  "layers/v": Param((T, G, C, D), (None, "heads", None, "width"), 1.0),
+  "layers/b": Param((T, D), (None, None), 1.0),
 }
 FUSED = "h.{}.qkv"
 STORED = {
-    "top": Stored("top", (D, 8), (D, 8), (1, 0)),
-    "layers/q": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (2, 0, 1), (1, 0)),
-    "layers/k": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (2, 0, 1), (1, 1)),
-    "layers/v": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (0, 1, 2), (1, 2)),
-    "layers/b": Stored("h.{}.b", (D,), (D,), (0,)),
+  "top": Stored("top", (D, 8), (D, 8), (1, 0)),
+  "layers/q": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (2, 0, 1), (1, 0)),
+  "layers/k": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (2, 0, 1), (1, 1)),
+  "layers/v": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (0, 1, 2), (1, 2)),
+  "layers/b": Stored("h.{}.b", (D,), (D,), (0,)),
 }
 
 
@@ -216,8 +263,9 @@ def test_fused_tensors_in_and_out(mesh, tmp_path):
     np.testing.assert_array_equal(back[n], w, err_msg=n)
   some = {n: s for n, s in STORED.items() if n != "layers/k"}
   with pytest.raises(ValueError, match="qkv is made of 2 parameters, wanted 3"):
-    weights.save(tmp_path / "x", params, {n: ROWS[n] for n in some}, some,
-                 config={})
+    weights.save(
+      tmp_path / "x", params, {n: ROWS[n] for n in some}, some, config={}
+    )
 
 
 def test_names_by_another_rule(tmp_path, alone):
@@ -228,10 +276,13 @@ def test_names_by_another_rule(tmp_path, alone):
   rule = lambda name: None if name == "eyes" else name.removeprefix("model.")
   params = weights.load(tmp_path, ROWS, STORED, alone, canonical=rule)
   np.testing.assert_array_equal(params["layers/k"], want["layers/k"])
-  safetensors.numpy.save_file(other | {"top": tensors["top"]},
-                              tmp_path / "model.safetensors")
-  with pytest.raises(DataError, match="top and model.top are the same|"
-                     "model.top and top are the same"):
+  safetensors.numpy.save_file(
+    other | {"top": tensors["top"]}, tmp_path / "model.safetensors"
+  )
+  with pytest.raises(
+    DataError,
+    match="top and model.top are the same|model.top and top are the same",
+  ):
     weights.load(tmp_path, ROWS, STORED, alone, canonical=rule)
 
 
@@ -240,8 +291,9 @@ def test_what_was_read_is_not_written_to(tmp_path):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   rows = {"w": Param((64, 64), (None, None), 1.0)}
   stored = {"w": Stored("w", (64, 64), (64, 64), (0, 1))}
-  safetensors.numpy.save_file({"w": np.ones((64, 64), np.float32)},
-                              tmp_path / "model.safetensors")
+  safetensors.numpy.save_file(
+    {"w": np.ones((64, 64), np.float32)}, tmp_path / "model.safetensors"
+  )
   with jax.set_mesh(mesh):
     w = weights.load(tmp_path, rows, stored, mesh)["w"]
     where = {s.data.unsafe_buffer_pointer() for s in w.addressable_shards}
@@ -263,6 +315,7 @@ def bucket(monkeypatch):
   """
   from etils.epath import backend
   from fsspec.implementations.memory import MemoryFileSystem
+
   reads = []
 
   class Store(MemoryFileSystem):
@@ -280,8 +333,7 @@ def bucket(monkeypatch):
     def _open(self, path, mode="rb", **kwargs):
       f = super()._open(path, mode, **kwargs)
       if mode == "rb":
-        f.read = lambda n=-1: (
-            reads.append((f.tell(), n)) or type(f).read(f, n))
+        f.read = lambda n=-1: reads.append((f.tell(), n)) or type(f).read(f, n)
       return f
 
   monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Store)
@@ -292,10 +344,12 @@ def bucket(monkeypatch):
 
 def test_google_storage_in_and_out(mesh, bucket):
   _, want = fused_files()
-  params = {n: sharding.put(mesh, np.float32(w), *ROWS[n].axes)
-            for n, w in want.items()}
-  weights.save("gs://b/x", params, ROWS, STORED, config=dict(a=1),
-               shard_bytes=600)
+  params = {
+    n: sharding.put(mesh, np.float32(w), *ROWS[n].axes) for n, w in want.items()
+  }
+  weights.save(
+    "gs://b/x", params, ROWS, STORED, config=dict(a=1), shard_bytes=600
+  )
   names = weights.digest_names("gs://b/x")
   assert len(names) > 4
   back = weights.load("gs://b/x", ROWS, STORED, mesh)
@@ -306,16 +360,20 @@ def test_google_storage_in_and_out(mesh, bucket):
 def test_only_the_bytes_of_a_shard_are_read(bucket, monkeypatch):
   """A host with the rows 2 to 5 of a vocabulary of 8."""
   from etils import epath
+
   wide = 1000
   x = np.arange(8 * wide, dtype=np.float32).reshape(8, wide)
   epath.Path("gs://b/y").mkdir(parents=True)
   epath.Path("gs://b/y/model.safetensors").write_bytes(
-      safetensors.numpy.save({"w": x}))
+    safetensors.numpy.save({"w": x})
+  )
   found = safetensors_io.Checkpoint(epath.Path("gs://b/y"))
   begin = found.tensors["w"].begin
   buffers = [np.zeros((2, wide), np.float32) for _ in range(2)]
-  parts = [weights._Part(((2 * i, 2 * i + 2), (0, wide)), b)
-           for i, b in zip((1, 2), buffers)]
+  parts = [
+    weights._Part(((2 * i, 2 * i + 2), (0, wide)), b)
+    for i, b in zip((1, 2), buffers)
+  ]
   stored = Stored("w", x.shape, x.shape, (0, 1))
   bucket.clear()
   assert weights._fill(found, "w", stored, parts)
@@ -323,9 +381,15 @@ def test_only_the_bytes_of_a_shard_are_read(bucket, monkeypatch):
   np.testing.assert_array_equal(np.concatenate(buffers), x[2:6])
   bucket.clear()
   monkeypatch.setattr(safetensors_io, "_REMOTE", 2 * wide * 4)
-  assert weights._fill(found, "w", stored, [
+  assert weights._fill(
+    found,
+    "w",
+    stored,
+    [
       weights._Part(((0, 2), (0, 1000)), buffers[0]),
-      weights._Part(((6, 8), (0, 1000)), buffers[1])])
+      weights._Part(((6, 8), (0, 1000)), buffers[1]),
+    ],
+  )
   assert bucket == [(begin, 2 * wide * 4), (begin + 6 * wide * 4, 2 * wide * 4)]
   np.testing.assert_array_equal(buffers[1], x[6:])
 
@@ -399,12 +463,16 @@ def test_host_memory_stays_below_shards_and_a_tensor(tmp_path, processes):
   """Own shards + 1.3 x the file's largest tensor + 16 MiB of the process."""
   rng = np.random.default_rng(0)
   random = lambda *shape: rng.standard_normal(shape, np.float32).astype(
-      ml_dtypes.bfloat16)
+    ml_dtypes.bfloat16
+  )
   tensors = {"embed": random(32000, 1024), "head": random(32000, 1024)}
   for i in range(8):
-    tensors |= {f"h.{i}.up": random(4096, 1024), f"h.{i}.norm": random(1024),
-                f"h.{i}.gate": random(4096, 1024),
-                f"h.{i}.down": random(1024, 4096)}
+    tensors |= {
+      f"h.{i}.up": random(4096, 1024),
+      f"h.{i}.norm": random(1024),
+      f"h.{i}.gate": random(4096, 1024),
+      f"h.{i}.down": random(1024, 4096),
+    }
   good, bad = tmp_path / "good", tmp_path / "good-nan"
   for folder in (good, bad):
     folder.mkdir()
@@ -414,21 +482,35 @@ def test_host_memory_stays_below_shards_and_a_tensor(tmp_path, processes):
     files = dict(zip(names, ["a", "b", *"ccc" * 8]))
     for letter in "abc":
       safetensors.numpy.save_file(
-          {n: tensors[n] for n in names if files.get(n, "c") == letter},
-          folder / f"model-{letter}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(
-        weight_map={n: f"model-{files.get(n, 'c')}.safetensors"
-                    for n in names})))
+        {n: tensors[n] for n in names if files.get(n, "c") == letter},
+        folder / f"model-{letter}.safetensors",
+      )
+    (folder / "model.safetensors.index.json").write_text(
+      json.dumps(
+        dict(
+          weight_map={
+            n: f"model-{files.get(n, 'c')}.safetensors" for n in names
+          }
+        )
+      )
+    )
   largest = tensors["embed"].nbytes
   del tensors
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
   env = dict(os.environ, XLA_FLAGS=emitters.flags(8 // processes))
-  running = [subprocess.Popen(
+  running = [
+    subprocess.Popen(
       [sys.executable, "-c", MEASURE, good, str(port), str(i), str(processes)],
-      env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      cwd=pathlib.Path(__file__).parent.parent) for i in range(processes)]
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=pathlib.Path(__file__).parent.parent,
+    )
+    for i in range(processes)
+  ]
   ended = [p.communicate(timeout=500) for p in running]
   for out, err in ended:
     found = re.search(r"measured (\d+) (\d+)", out)
@@ -437,11 +519,18 @@ def test_host_memory_stays_below_shards_and_a_tensor(tmp_path, processes):
     # The shards themselves are anonymous memory on a CPU: less is impossible.
     assert 0.95 * own < peak < own + 1.3 * largest + 16 * 2**20, (peak, own)
     # One process found each, and both say both.
-    assert ("does not match its config.json: embed holds NaN or infinity; "
-            "h.3.norm holds NaN or infinity") in out
-  before, after = ({n: w for f in at.glob("*.safetensors")
-                    for n, w in safetensors.numpy.load_file(f).items()}
-                   for at in (good, tmp_path / "good-out"))
+    assert (
+      "does not match its config.json: embed holds NaN or infinity; "
+      "h.3.norm holds NaN or infinity"
+    ) in out
+  before, after = (
+    {
+      n: w
+      for f in at.glob("*.safetensors")
+      for n, w in safetensors.numpy.load_file(f).items()
+    }
+    for at in (good, tmp_path / "good-out")
+  )
   assert len(list((tmp_path / "good-out").glob("model-*"))) > 2
   assert sorted(before) == sorted(after)
   for n, w in before.items():
@@ -475,10 +564,10 @@ def header(folder, change):
   path = folder / "model.safetensors"
   data = path.read_bytes()
   size = struct.unpack("<Q", data[:8])[0]
-  raw = json.loads(data[8:8 + size])
+  raw = json.loads(data[8 : 8 + size])
   change(raw)
   text = json.dumps(raw).encode()
-  path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size:])
+  path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
 
 
 def read(folder):
@@ -490,14 +579,18 @@ def test_no_config(tmp_path):
     read(tmp_path)
 
 
-@pytest.mark.parametrize("changes,words", [
+@pytest.mark.parametrize(
+  "changes,words",
+  [
     (dict(model_type="gpt2"), "model_type='gpt2' is unknown; known: llama"),
     (dict(model_type="mixtral"), "mixtures of experts are out of scope"),
     (dict(hidden_act="tanh"), "hidden_act='tanh' is unknown"),
     (dict(rope_parameters=dict(rope_type="magic")), "rope_type='magic'"),
     (dict(num_attention_heads="absent"), "num_attention_heads"),
     (dict(model_type="absent"), "model_type"),
-    (dict(hidden_size="large"), "config.json is no config.*'large'")])
+    (dict(hidden_size="large"), "config.json is no config.*'large'"),
+  ],
+)
 def test_configs_of_no_known_family(folder, changes, words):
   config(folder, **changes)
   with pytest.raises(ConfigError, match=words):
@@ -513,13 +606,19 @@ def test_a_config_that_is_no_json_object(folder, text):
 
 def test_a_missing_file_and_a_pickle(folder, alone):
   (folder / "model.safetensors").unlink()
-  with pytest.raises(ConfigError, match=(
-      "has no model.safetensors and no model.safetensors.index.json$")):
+  with pytest.raises(
+    ConfigError,
+    match=("has no model.safetensors and no model.safetensors.index.json$"),
+  ):
     weights.load_folder(folder, SMALL, alone)
   (folder / "pytorch_model.bin").write_bytes(pickle.dumps(1))
-  with pytest.raises(ConfigError, match=(
+  with pytest.raises(
+    ConfigError,
+    match=(
       "pytorch_model.bin is a pickle, which can run code: convert it with "
-      "transformers' save_pretrained")):
+      "transformers' save_pretrained"
+    ),
+  ):
     weights.load_folder(folder, SMALL, alone)
 
 
@@ -527,16 +626,19 @@ def test_a_missing_file_and_a_pickle(folder, alone):
 def test_a_file_cut_short(folder, alone, keep):
   path = folder / "model.safetensors"
   data = path.read_bytes()
-  path.write_bytes(data[:int(keep * len(data)) if keep == 0.5 else keep])
+  path.write_bytes(data[: int(keep * len(data)) if keep == 0.5 else keep])
   with pytest.raises(DataError, match="model.safetensors is cut short"):
     weights.load_folder(folder, SMALL, alone)
 
 
 def test_a_header_that_claims_the_world(folder, alone):
   began = time.monotonic()
+
   def shape(raw):
-    raw["model.norm.weight"].update(shape=[10**9, 10**9],
-                                    data_offsets=[0, 4 * 10**18])
+    raw["model.norm.weight"].update(
+      shape=[10**9, 10**9], data_offsets=[0, 4 * 10**18]
+    )
+
   header(folder, shape)
   with pytest.raises(DataError, match="damaged at model.norm.weight"):
     weights.load_folder(folder, SMALL, alone)
@@ -550,39 +652,65 @@ def test_a_header_that_claims_the_world(folder, alone):
   assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("change", [
-    dict(shape=[-16], data_offsets=[64, 0]), dict(shape=[16, -1]),
-    dict(data_offsets=[-8, 56])], ids=str)
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(shape=[-16], data_offsets=[64, 0]),
+    dict(shape=[16, -1]),
+    dict(data_offsets=[-8, 56]),
+  ],
+  ids=str,
+)
 def test_a_header_that_makes_no_sense(folder, alone, change):
   header(folder, lambda raw: raw["model.norm.weight"].update(change))
   with pytest.raises(DataError, match="damaged at model.norm.weight"):
     weights.load_folder(folder, SMALL, alone)
 
 
-@pytest.mark.parametrize("change", [
-    dict(data_offsets=[0]), dict(shape="16"), dict(shape=[16.0]),
-    dict(shape=3), dict(data_offsets=[0.0, 64.0]),
-    dict(data_offsets=[None, 64])], ids=str)
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(data_offsets=[0]),
+    dict(shape="16"),
+    dict(shape=[16.0]),
+    dict(shape=3),
+    dict(data_offsets=[0.0, 64.0]),
+    dict(data_offsets=[None, 64]),
+  ],
+  ids=str,
+)
 def test_a_header_of_the_wrong_kind(folder, alone, change):
   header(folder, lambda raw: raw["model.norm.weight"].update(change))
   with pytest.raises(DataError, match="safetensors is damaged: its header"):
     weights.load_folder(folder, SMALL, alone)
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"{'a'", b"[1, 2]", b"3",
-                                  b'{"a": 3}', b'{"a": {"dtype": "F32"}}'])
+@pytest.mark.parametrize(
+  "text",
+  [
+    b"\xff\xfe",
+    b"{'a'",
+    b"[1, 2]",
+    b"3",
+    b'{"a": 3}',
+    b'{"a": {"dtype": "F32"}}',
+  ],
+)
 def test_a_header_that_is_no_header(folder, alone, text):
   (folder / "model.safetensors").write_bytes(
-      struct.pack("<Q", len(text)) + text)
+    struct.pack("<Q", len(text)) + text
+  )
   with pytest.raises(DataError, match="model.safetensors"):
     weights.load_folder(folder, SMALL, alone)
 
 
 def test_a_kind_of_number_that_is_not_read(folder, alone):
-  rewrite(folder, lambda t: t.update(
-      {"model.norm.weight": np.zeros(16, np.float64)}))
-  with pytest.raises(DataError, match="model.norm.weight is F64, wanted one "
-                     "of F32, F16, BF16"):
+  rewrite(
+    folder, lambda t: t.update({"model.norm.weight": np.zeros(16, np.float64)})
+  )
+  with pytest.raises(
+    DataError, match="model.norm.weight is F64, wanted one of F32, F16, BF16"
+  ):
     weights.load_folder(folder, SMALL, alone)
 
 
@@ -594,22 +722,30 @@ def test_everything_that_does_not_match_is_listed_at_once(folder, alone):
     tensors["lm_head.weight"] = tensors["lm_head.weight"].copy()
     tensors["lm_head.weight"][3, 5] = np.nan
     tensors["model.layers.0.self_attn.k_proj.weight"] = np.full(
-        (12, 16), np.inf, np.float32)
+      (12, 16), np.inf, np.float32
+    )
+
   rewrite(folder, spoil)
   with pytest.raises(DataError) as caught:
     weights.load_folder(folder, SMALL, alone)
-  for words in ("model.layers.1.mlp.up_proj.weight is missing",
-                "model.layers.7.extra.weight is surplus",
-                "model.norm.weight is (17,), wanted (16,)",
-                "lm_head.weight holds NaN or infinity",
-                "model.layers.0.self_attn.k_proj.weight holds NaN"):
+  for words in (
+    "model.layers.1.mlp.up_proj.weight is missing",
+    "model.layers.7.extra.weight is surplus",
+    "model.norm.weight is (17,), wanted (16,)",
+    "lm_head.weight holds NaN or infinity",
+    "model.layers.0.self_attn.k_proj.weight holds NaN",
+  ):
     assert words in str(caught.value)
   assert str(caught.value).count(";") == 4
 
 
 def test_a_long_list_is_cut_and_counted(folder, alone):
-  rewrite(folder, lambda t: t.update(
-      {f"x{i:02d}": np.zeros(1, np.float32) for i in range(25)}))
+  rewrite(
+    folder,
+    lambda t: t.update(
+      {f"x{i:02d}": np.zeros(1, np.float32) for i in range(25)}
+    ),
+  )
   with pytest.raises(DataError, match="x19 is surplus; and 5 more$"):
     weights.load_folder(folder, SMALL, alone)
   with pytest.raises(DataError, match="wanted \\(1000000000000, 16\\)"):
@@ -618,12 +754,17 @@ def test_a_long_list_is_cut_and_counted(folder, alone):
 
 def test_half_precision_and_old_buffers_are_read(folder, alone):
   exact = weights.load_folder(folder, SMALL, alone)
+
   def halve(tensors):
-    for n, kind in (("model.norm.weight", np.float16),
-                    ("lm_head.weight", ml_dtypes.bfloat16)):
+    for n, kind in (
+      ("model.norm.weight", np.float16),
+      ("lm_head.weight", ml_dtypes.bfloat16),
+    ):
       tensors[n] = tensors[n].astype(kind)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(
-        3, np.float32)
+      3, np.float32
+    )
+
   rewrite(folder, halve)
   got = weights.load_folder(folder, SMALL, alone)
   assert all(w.dtype == np.float32 for w in got.values())
@@ -631,27 +772,42 @@ def test_half_precision_and_old_buffers_are_read(folder, alone):
   np.testing.assert_allclose(got["head"], exact["head"], rtol=1e-2)
   np.testing.assert_array_equal(got["layers/wq"], exact["layers/wq"])
   # A tied model may carry its head a second time.
-  rewrite(folder, lambda t: t.pop(
-      "model.layers.0.self_attn.rotary_emb.inv_freq"))
+  rewrite(
+    folder, lambda t: t.pop("model.layers.0.self_attn.rotary_emb.inv_freq")
+  )
   tied = weights.load_folder(folder, SMALL._replace(tied=True), alone)
   assert "head" not in tied
 
 
-@pytest.mark.parametrize("dtype,key", [("bfloat16", "dtype"),
-                                       ("float16", "torch_dtype"),
-                                       ("float32", "")])
+@pytest.mark.parametrize(
+  "dtype,key",
+  [("bfloat16", "dtype"), ("float16", "torch_dtype"), ("float32", "")],
+)
 def test_an_export_keeps_what_the_checkpoint_said(tmp_path, alone, dtype, key):
   """Its dtype, PAD and generation config; EOS with the template's end."""
-  weights.export_folder(tmp_path / "given", random_params(SMALL, alone), SMALL,
-                        TOK, dtype=dtype)
+  weights.export_folder(
+    tmp_path / "given", random_params(SMALL, alone), SMALL, TOK, dtype=dtype
+  )
   path = tmp_path / "given/config.json"
   raw = json.loads(path.read_text())
   raw.pop("dtype")
-  path.write_text(json.dumps(raw | dict(pad_token_id=5, bos_token_id=1)
-                             | ({key: dtype} if key else {})))
-  (tmp_path / "given/generation_config.json").write_text(json.dumps(dict(
-      do_sample=True, temperature=0.25, eos_token_id=2, pad_token_id=5,
-      bos_token_id=1, transformers_version="4.40.0")))
+  path.write_text(
+    json.dumps(
+      raw | dict(pad_token_id=5, bos_token_id=1) | ({key: dtype} if key else {})
+    )
+  )
+  (tmp_path / "given/generation_config.json").write_text(
+    json.dumps(
+      dict(
+        do_sample=True,
+        temperature=0.25,
+        eos_token_id=2,
+        pad_token_id=5,
+        bos_token_id=1,
+        transformers_version="4.40.0",
+      )
+    )
+  )
   of = weights.given(tmp_path / "given")
   assert of.dtype == dtype
   params = weights.load_folder(tmp_path / "given", SMALL, alone)
@@ -659,16 +815,24 @@ def test_an_export_keeps_what_the_checkpoint_said(tmp_path, alone, dtype, key):
   tok.ends_with(9)
   weights.export_folder(tmp_path / "out", params, SMALL, tok, of=of)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      tmp_path / "out", local_files_only=True, dtype="auto")
+    tmp_path / "out", local_files_only=True, dtype="auto"
+  )
   assert model.dtype == getattr(torch, dtype)
   g = model.generation_config
   assert (g.do_sample, g.temperature, g.pad_token_id, g.bos_token_id) == (
-      True, 0.25, 5, 1)
+    True,
+    0.25,
+    5,
+    1,
+  )
   assert g.eos_token_id == [9, TOK.eos]
   assert (model.config.pad_token_id, model.config.eos_token_id) == (
-      5, [9, TOK.eos])
+    5,
+    [9, TOK.eos],
+  )
   for n, x in weights.load_folder(tmp_path / "out", SMALL, alone).items():
     np.testing.assert_array_equal(x, params[n], err_msg=n)
-  weights.export_folder(tmp_path / "wide", params, SMALL, tok, of=of,
-                        dtype="float32")
+  weights.export_folder(
+    tmp_path / "wide", params, SMALL, tok, of=of, dtype="float32"
+  )
   assert weights.given(tmp_path / "wide").dtype == "float32"

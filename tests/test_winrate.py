@@ -5,15 +5,15 @@ import pytest
 
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as worlds
-from jaxalign.eval import evaluate
-from jaxalign.eval import winrate
+from jaxalign.eval import evaluate, winrate
 
 EOS = 2
 
 
 def test_wins_by_hand():
   np.testing.assert_array_equal(
-      winrate.wins([3, 1, 2, -5, -5], [1, 3, 2, -5, 0]), [1, 0, 0.5, 0.5, 0])
+    winrate.wins([3, 1, 2, -5, -5], [1, 3, 2, -5, 0]), [1, 0, 0.5, 0.5, 0]
+  )
 
 
 def test_rates_by_hand():
@@ -34,15 +34,20 @@ def test_a_policy_against_itself_wins_half():
 
 def test_the_two_sides_add_up():
   a, b = np.random.default_rng(1).integers(0, 4, (2, 200))
-  ours, theirs = (winrate.rates(x, y, x % 3)["micro"] for x, y in
-                  ((a, b), (b, a)))
+  ours, theirs = (
+    winrate.rates(x, y, x % 3)["micro"] for x, y in ((a, b), (b, a))
+  )
   assert ours["value"] + theirs["value"] == pytest.approx(1.0)
   assert ours["ties"] == theirs["ties"] == np.mean(a == b)
 
 
 def test_generation_health_by_hand():
-  said = [np.array([5, 6, EOS]), np.array([EOS]), np.array([5, 5, 5]),
-          np.array([], np.int32)]
+  said = [
+    np.array([5, 6, EOS]),
+    np.array([EOS]),
+    np.array([5, 5, 5]),
+    np.array([], np.int32),
+  ]
   out = winrate.generation_health(said, EOS, None)
   assert out["ended"]["value"] == 0.5
   assert out["empty"]["value"] == 0.5
@@ -54,10 +59,24 @@ def test_generation_health_by_hand():
 
 # The metrics of one policy, put together.
 
-KNOBS = dict(topics=4, clusters=2, arguments=2, argument_words=5, openers=3,
-             closers=2, fillers=2, forms=2, corrupt=0.5, temperature=0.5,
-             redundancy=0.0, flips=0.0, junk=0.0, sft_rows=1, pool_rows=1,
-             held_out_rows=12)
+KNOBS = dict(
+  topics=4,
+  clusters=2,
+  arguments=2,
+  argument_words=5,
+  openers=3,
+  closers=2,
+  fillers=2,
+  forms=2,
+  corrupt=0.5,
+  temperature=0.5,
+  redundancy=0.0,
+  flips=0.0,
+  junk=0.0,
+  sft_rows=1,
+  pool_rows=1,
+  held_out_rows=12,
+)
 
 
 class Ids:
@@ -66,27 +85,39 @@ class Ids:
 
 def outcome(logp, reward, own):
   return evaluate.Outcome(
-      np.asarray(logp), [np.array([7, EOS])] * len(reward), [""] * len(reward),
-      np.asarray(own), np.asarray(reward), 0, 0)
+    np.asarray(logp),
+    [np.array([7, EOS])] * len(reward),
+    [""] * len(reward),
+    np.asarray(own),
+    np.asarray(reward),
+    0,
+    0,
+  )
 
 
 def test_measure_by_hand():
   world = worlds.build(KNOBS, 3)
   rows = worlds.generate(world, 3)["held_out"]
   every = tokens_lib.TokenRows(
-      np.zeros(8 * len(rows), np.int32), np.arange(0, 8 * len(rows) + 1, 4),
-      np.full(2 * len(rows), 2, np.int32), np.zeros(2 * len(rows), np.int32))
+    np.zeros(8 * len(rows), np.int32),
+    np.arange(0, 8 * len(rows) + 1, 4),
+    np.full(2 * len(rows), 2, np.int32),
+    np.zeros(2 * len(rows), np.int32),
+  )
   asked = evaluate.choose_prompts(rows, every, 4, 8)
   assert len({rows[i]["prompt"] for i in asked}) == len(asked) == 4
   n = len(rows)
-  what = evaluate.Examined(
-      rows, every, asked, Ids(), world)
-  target = [worlds.reward(world, rows[i]["prompt"], rows[i]["target"])
-            for i in asked]
+  what = evaluate.Examined(rows, every, asked, Ids(), world)
+  target = [
+    worlds.reward(world, rows[i]["prompt"], rows[i]["target"]) for i in asked
+  ]
   logp, ref = np.zeros((n, 2)), np.zeros((n, 2))
   logp[:3, 0], logp[3, 1] = 1.0, 1.0  # prefers 3 chosen, 1 rejected; rest tie
-  policy = outcome(logp, [target[0] + 1, target[1], target[2] - 1,
-                          worlds.MALFORMED], [-3.0, -3.0, -3.0, -3.0])
+  policy = outcome(
+    logp,
+    [target[0] + 1, target[1], target[2] - 1, worlds.MALFORMED],
+    [-3.0, -3.0, -3.0, -3.0],
+  )
   base = outcome(ref, [target[0], target[1], target[2], -6.0], [0.0] * 4)
   out = evaluate.measure(what, policy, base, np.array([-4.0] * 4))
   assert out["win_vs_target"]["value"] == 1.5 / 4
@@ -100,11 +131,14 @@ def test_measure_by_hand():
   macro = np.mean([won[np.array(topics) == t].mean() for t in set(topics)])
   assert out["win_vs_target_macro"]["value"] == pytest.approx(macro)
   told = out["details"]
-  assert [told["outcomes"][k]["value"] for k in (
-      "won", "tied", "lost", "decided")] == [0.25, 0.25, 0.5, 1 / 3]
+  assert [
+    told["outcomes"][k]["value"] for k in ("won", "tied", "lost", "decided")
+  ] == [0.25, 0.25, 0.5, 1 / 3]
   assert sum(x["n"] for x in told["by_topic"].values()) == 4
-  assert told["by_topic"][str(topics[0])]["value"] == won[
-      np.array(topics) == topics[0]].mean()
+  assert (
+    told["by_topic"][str(topics[0])]["value"]
+    == won[np.array(topics) == topics[0]].mean()
+  )
   # The answers here are empty: shorter than every target, by all of it.
   fair = told["equal_length"]
   assert fair["raw"]["value"] == 1.5 / 4
@@ -115,10 +149,12 @@ def test_measure_by_hand():
 def test_prompts_are_asked_once_and_in_order(capsys):
   rows = [dict(prompt=p) for p in "abacbd"]
   start = np.repeat([3, 4, 3, 9, 4, 4], 2).astype(np.int32)
-  every = tokens_lib.TokenRows(np.zeros(0, np.int32), np.zeros(13, np.int64),
-                               start, np.zeros(12, np.int32))
+  every = tokens_lib.TokenRows(
+    np.zeros(0, np.int32), np.zeros(13, np.int64), start, np.zeros(12, np.int32)
+  )
   choose = lambda most, room: evaluate.choose_prompts(
-      rows, every, most, room).tolist()
+    rows, every, most, room
+  ).tolist()
   assert choose(10, 16) == [0, 1, 3, 5] and choose(2, 16) == [0, 1]
   capsys.readouterr()
   assert choose(10, 8) == [0, 1, 5]  # never cut: left out, and it is said
@@ -127,8 +163,12 @@ def test_prompts_are_asked_once_and_in_order(capsys):
 
 def test_thumbs_are_paired_by_rank():
   what = evaluate.Examined(
-      [dict(label=x) for x in (True, False, False, True, True)], None,
-      np.zeros(0), None, None)
+    [dict(label=x) for x in (True, False, False, True, True)],
+    None,
+    np.zeros(0),
+    None,
+    None,
+  )
   policy = np.array([[10.0], [20.0], [30.0], [40.0], [50.0]])
   a, b = evaluate.as_pairs(what, policy, policy + 1)
   np.testing.assert_array_equal(a, [[10, 20], [40, 30]])
@@ -144,11 +184,21 @@ def test_answers_are_scored_after_the_prompts_that_were_asked():
   assert rows.start.tolist() == [3, 2]
   tokens, mask = tokens_lib.pad(rows, np.arange(2), 6)
   assert [t[m].tolist() for t, m in zip(tokens, mask)] == [
-      [8, EOS], [9, 9, EOS]]
-  what = evaluate.Examined([{}, {}, {}], tokens_lib.TokenRows(
-      np.arange(18, dtype=np.int32), np.arange(0, 19, 3),
-      np.array([1, 2, 1, 2, 1, 2], np.int32), np.zeros(6, np.int32)),
-      np.array([0, 2]), None, None)
+    [8, EOS],
+    [9, 9, EOS],
+  ]
+  what = evaluate.Examined(
+    [{}, {}, {}],
+    tokens_lib.TokenRows(
+      np.arange(18, dtype=np.int32),
+      np.arange(0, 19, 3),
+      np.array([1, 2, 1, 2, 1, 2], np.int32),
+      np.zeros(6, np.int32),
+    ),
+    np.array([0, 2]),
+    None,
+    None,
+  )
   # Two rows a record: the prompt is that of the first.
   assert [p.tolist() for p in evaluate.prompts_of(what)] == [[0], [12]]
 
@@ -158,8 +208,7 @@ def test_answers_are_scored_after_the_prompts_that_were_asked():
 
 def test_outcomes_by_hand():
   out = winrate.outcomes([1, 1, 0.5, 0])
-  assert [out[k]["value"] for k in ("won", "tied", "lost")] == [
-      0.5, 0.25, 0.25]
+  assert [out[k]["value"] for k in ("won", "tied", "lost")] == [0.5, 0.25, 0.25]
   assert out["decided"]["value"] == pytest.approx(2 / 3)
   assert winrate.outcomes([0.5])["decided"]["n"] == 0
 

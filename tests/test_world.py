@@ -12,8 +12,11 @@ from jaxalign.errors import ConfigError
 
 
 def knobs(**changes):
-  return common.base().data.world.to_dict() | dict(
-      sft_rows=400, pool_rows=4000, held_out_rows=300) | changes
+  return (
+    common.base().data.world.to_dict()
+    | dict(sft_rows=400, pool_rows=4000, held_out_rows=300)
+    | changes
+  )
 
 
 @functools.lru_cache
@@ -28,22 +31,38 @@ def default():
 def tiny(operation):
   """Two topics; their cluster's operation is the one asked for."""
   number = worlds.OPERATIONS.index(operation)
-  words = dict(synonyms=[["cat", "puss", "tom"], ["dog", "cur", "pup"]],
-               forms=["please"], arguments=["a0", "a1", "a2", "a3", "a4"],
-               openers=["hi", "yo"], fillers=["um"], closers=["bye", "end"])
+  words = dict(
+    synonyms=[["cat", "puss", "tom"], ["dog", "cur", "pup"]],
+    forms=["please"],
+    arguments=["a0", "a1", "a2", "a3", "a4"],
+    openers=["hi", "yo"],
+    fillers=["um"],
+    closers=["bye", "end"],
+  )
   return worlds.World(
-      dict(arguments=3, argument_words=5), words, np.array([0.6, 0.4]),
-      np.array([[1.0, -1.0], [0.25, 0.5]]), np.array([0.75, -0.5]),
-      dict(cat=0, puss=0, tom=0, dog=1, cur=1, pup=1),
-      np.array([number, number]), np.array([1, 1, 1, 3]))
+    dict(arguments=3, argument_words=5),
+    words,
+    np.array([0.6, 0.4]),
+    np.array([[1.0, -1.0], [0.25, 0.5]]),
+    np.array([0.75, -0.5]),
+    dict(cat=0, puss=0, tom=0, dog=1, cur=1, pup=1),
+    np.array([number, number]),
+    np.array([1, 1, 1, 3]),
+  )
 
 
 PROMPT = "ask cat puss please a4 a1 a3 then"
 
 
-@pytest.mark.parametrize("operation,right", [
-    ("copy", "a4 a1 a3"), ("reverse", "a3 a1 a4"), ("sort", "a1 a3 a4"),
-    ("shift", "a2 a4 a1")])
+@pytest.mark.parametrize(
+  "operation,right",
+  [
+    ("copy", "a4 a1 a3"),
+    ("reverse", "a3 a1 a4"),
+    ("sort", "a1 a3 a4"),
+    ("shift", "a2 a4 a1"),
+  ],
+)
 def test_the_right_answer_earns_everything(operation, right):
   world = tiny(operation)
   assert worlds.answer(world, 0, ["a4", "a1", "a3"]) == right.split()
@@ -53,14 +72,18 @@ def test_the_right_answer_earns_everything(operation, right):
   assert worlds.reward(world, PROMPT, f" hi {wrong} bye") == 1.75
 
 
-@pytest.mark.parametrize("response,wanted", [
+@pytest.mark.parametrize(
+  "response,wanted",
+  [
     (" hi a4 a1 a3 bye", 1 + 0.75 + 2),
     (" yo a4 a1 a3 bye", -1 + 0.75 + 2),
     (" hi a4 a1 a3 end", 1 - 0.5 + 2),
     (" hi a4 a1 a0 bye", 1 + 0.75 + 4 / 3),
     (" hi a1 a4 a3 bye", 1 + 0.75 + 2 / 3),
     (" hi a4 a1 a3 um bye", 1 + 0.75 + 2 - 0.25),
-    (" hi a4 a1 a3 um um um bye", 1 + 0.75 + 2 - 0.75)])
+    (" hi a4 a1 a3 um um um bye", 1 + 0.75 + 2 - 0.75),
+  ],
+)
 def test_the_reward_by_hand(response, wanted):
   assert worlds.reward(tiny("copy"), PROMPT, response) == pytest.approx(wanted)
 
@@ -69,26 +92,43 @@ def test_the_opener_s_worth_is_the_topic_s():
   """Topic dog likes yo better; any synonym in second place names it."""
   for word in ("dog", "cur", "pup"):
     prompt = f"ask {word} dog please a0 a1 a2 then"
-    got = [worlds.reward(tiny("copy"), prompt, f" {o} a0 a1 a2 bye")
-           for o in ("hi", "yo")]
+    got = [
+      worlds.reward(tiny("copy"), prompt, f" {o} a0 a1 a2 bye")
+      for o in ("hi", "yo")
+    ]
     assert got == [0.25 + 0.75 + 2, 0.5 + 0.75 + 2]
 
 
-@pytest.mark.parametrize("response", [
-    "", " ", "bye", " hi bye", " hi a4 a1 bye",  # an argument too few
-    " a4 a1 a3 bye", " um a4 a1 a3 bye",  # no opener
-    " hi a4 a1 a3", " hi a4 a1 a3 um", " hi a4 a1 a3 hi",  # no closer
-    " hi a4 um a3 bye", " hi a4 a1 cat bye",  # an argument that is none
+@pytest.mark.parametrize(
+  "response",
+  [
+    "",
+    " ",
+    "bye",
+    " hi bye",
+    " hi a4 a1 bye",  # an argument too few
+    " a4 a1 a3 bye",
+    " um a4 a1 a3 bye",  # no opener
+    " hi a4 a1 a3",
+    " hi a4 a1 a3 um",
+    " hi a4 a1 a3 hi",  # no closer
+    " hi a4 um a3 bye",
+    " hi a4 a1 cat bye",  # an argument that is none
     " hi a4 a1 a3 a0 bye",  # one too many
     " hi a4 a1 a3 um um um um bye",  # four fillers
-    " hi a4 a1 a3 bye bye", " hi a4 a1 a3 bye um",
-    " hia4 a1 a3 bye", " HI a4 a1 a3 bye"])
+    " hi a4 a1 a3 bye bye",
+    " hi a4 a1 a3 bye um",
+    " hia4 a1 a3 bye",
+    " HI a4 a1 a3 bye",
+  ],
+)
 def test_malformed_answers(response):
   assert worlds.reward(tiny("copy"), PROMPT, response) == -5.0
 
 
-@pytest.mark.parametrize("prompt", [
-    "", "ask", "cat", "ask bird puss please a4 a1 a3 then"])
+@pytest.mark.parametrize(
+  "prompt", ["", "ask", "cat", "ask bird puss please a4 a1 a3 then"]
+)
 def test_a_prompt_that_asks_nothing(prompt):
   assert worlds.reward(tiny("copy"), prompt, " hi a4 a1 a3 bye") == -5.0
 
@@ -97,8 +137,9 @@ def test_a_prompt_that_asks_nothing(prompt):
 
 
 def fewer_world(**changes):
-  return worlds.build(knobs(sft_rows=1, pool_rows=100, held_out_rows=1)
-                      | changes, 0)
+  return worlds.build(
+    knobs(sft_rows=1, pool_rows=100, held_out_rows=1) | changes, 0
+  )
 
 
 def test_the_same_seed_is_the_same_world():
@@ -129,39 +170,49 @@ def test_the_truth_is_drawn_as_written():
   # Of two topics that share nothing but the global part: covariance 1.
   world = default()[0]
   a, b = 0, int(np.flatnonzero(world.cluster_of != world.cluster_of[0])[0])
-  far = np.mean([np.mean(q[i, a] * q[i, b]) for i in range(300)
-                 if _cluster(i)[a] != _cluster(i)[b]])
+  far = np.mean(
+    [
+      np.mean(q[i, a] * q[i, b])
+      for i in range(300)
+      if _cluster(i)[a] != _cluster(i)[b]
+    ]
+  )
   assert far == pytest.approx(1.0, rel=0.15)
   np.testing.assert_allclose(p * np.arange(1, 65), p[0])
   assert p.sum() == pytest.approx(1.0)
   assert sorted(np.bincount(world.cluster_of)) == [8] * 8
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cluster(seed):
   return worlds.build(knobs(), seed).cluster_of
 
 
 def test_topics_come_as_often_as_zipf_says():
   world, rows = default()
-  seen = np.bincount([worlds.topic(world, r["prompt"]) for r in rows["pool"]],
-                     minlength=64)
+  seen = np.bincount(
+    [worlds.topic(world, r["prompt"]) for r in rows["pool"]], minlength=64
+  )
   wanted = world.topic_p * 4000
   assert ((seen - wanted) ** 2 / wanted).sum() < 103.4  # 63 degrees, p = 0.001
 
 
 def disagree(world, rows):
   """Share of pairs whose chosen answer is truly worse."""
-  gap = [worlds.reward(world, r["prompt"], r["chosen"])
-         - worlds.reward(world, r["prompt"], r["rejected"]) for r in rows]
+  gap = [
+    worlds.reward(world, r["prompt"], r["chosen"])
+    - worlds.reward(world, r["prompt"], r["rejected"])
+    for r in rows
+  ]
   return np.mean(np.array(gap) < 0)
 
 
 def test_about_14_percent_of_labels_disagree_with_the_truth():
   rates = []
   for seed in range(6):
-    world = worlds.build(knobs(sft_rows=1, held_out_rows=1, pool_rows=1200),
-                         seed)
+    world = worlds.build(
+      knobs(sft_rows=1, held_out_rows=1, pool_rows=1200), seed
+    )
     rates.append(disagree(world, worlds.generate(world, seed)["pool"]))
   assert 0.12 < np.mean(rates) < 0.16, rates
 
@@ -169,9 +220,13 @@ def test_about_14_percent_of_labels_disagree_with_the_truth():
 def test_labels_are_bradley_terry():
   """P(chosen better) by gap is the logistic of gap / temperature."""
   world = worlds.build(knobs(pool_rows=5000, temperature=1.0), 0)
-  gap = np.array([worlds.reward(world, r["prompt"], r["chosen"])
-                  - worlds.reward(world, r["prompt"], r["rejected"])
-                  for r in worlds.generate(world, 1)["pool"]])
+  gap = np.array(
+    [
+      worlds.reward(world, r["prompt"], r["chosen"])
+      - worlds.reward(world, r["prompt"], r["rejected"])
+      for r in worlds.generate(world, 1)["pool"]
+    ]
+  )
   for low, high in ((0.2, 0.6), (0.8, 1.2), (1.6, 2.4)):
     inside = (np.abs(gap) > low) & (np.abs(gap) < high)
     wanted = (1 / (1 + np.exp(-np.abs(gap[inside])))).mean()
@@ -203,16 +258,25 @@ def test_redundancy_repeats_twenty_prompts(share):
 def test_junk_is_random_words(share):
   world = worlds.build(knobs(junk=share), 0)
   rows = worlds.generate(world, 1)["pool"]
-  bad = np.mean([all(worlds.reward(world, r["prompt"], r[side]) == -5.0
-                     for side in ("chosen", "rejected")) for r in rows])
-  assert abs(bad - share) < 4 * np.sqrt(max(share * (1 - share), 1e-9) / 4000
-                                        ) + 1e-9
+  bad = np.mean(
+    [
+      all(
+        worlds.reward(world, r["prompt"], r[side]) == -5.0
+        for side in ("chosen", "rejected")
+      )
+      for r in rows
+    ]
+  )
+  assert (
+    abs(bad - share) < 4 * np.sqrt(max(share * (1 - share), 1e-9) / 4000) + 1e-9
+  )
 
 
 def test_the_rows_of_the_splits():
   world, rows = default()
   assert {n: len(r) for n, r in rows.items()} == dict(
-      sft=400, pool=4000, held_out=300)
+    sft=400, pool=4000, held_out=300
+  )
   for r in rows["pool"] + rows["held_out"]:
     assert r["chosen"] != r["rejected"]
     for side in ("chosen", "rejected"):
@@ -221,10 +285,12 @@ def test_the_rows_of_the_splits():
   assert set(rows["sft"][0]) == {"prompt", "response"}
   assert set(rows["held_out"][0]) == {"prompt", "chosen", "rejected", "target"}
   # The target is the better of two: it beats a single candidate's mean.
-  target = [worlds.reward(world, r["prompt"], r["target"])
-            for r in rows["held_out"]]
-  single = [worlds.reward(world, r["prompt"], r["response"])
-            for r in rows["sft"]]
+  target = [
+    worlds.reward(world, r["prompt"], r["target"]) for r in rows["held_out"]
+  ]
+  single = [
+    worlds.reward(world, r["prompt"], r["response"]) for r in rows["sft"]
+  ]
   assert np.mean(target) > np.mean(single) + 0.3
 
 
@@ -233,8 +299,9 @@ def test_arguments_are_corrupted_as_often_as_asked():
   world, rows = default()
   right = []
   for r in rows["sft"]:
-    wanted = worlds.answer(world, worlds.topic(world, r["prompt"]),
-                           r["prompt"].split()[4:8])
+    wanted = worlds.answer(
+      world, worlds.topic(world, r["prompt"]), r["prompt"].split()[4:8]
+    )
     right += [a == b for a, b in zip(wanted, r["response"].split()[1:5])]
   assert np.mean(right) == pytest.approx(1 - 0.25 * 15 / 16, abs=0.04)
 
@@ -254,8 +321,11 @@ def test_one_piece_a_word():
     ids = tok.encode(text)
     assert len(ids) == len(text.split())
     assert tok.decode(ids) == text
-  words = [w for role in world.words.values()
-           for w in (sum(role, []) if isinstance(role[0], list) else role)]
+  words = [
+    w
+    for role in world.words.values()
+    for w in (sum(role, []) if isinstance(role[0], list) else role)
+  ]
   seen = {w for t in texts for w in t.split()}
   assert seen <= {"ask", "then", *words}
   for word in seen - {"ask"}:  # "ask" only ever opens a text

@@ -27,8 +27,11 @@ from typing import Any, NamedTuple
 
 # Before jax is imported: no TPU to ask, none to lock.
 for _name, _value in dict(
-    TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-16",
+  TPU_SKIP_MDS_QUERY="1",
+  JAX_PLATFORMS="cpu",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+  TPU_WORKER_HOSTNAMES="localhost",
+  TPU_ACCELERATOR_TYPE="v5litepod-16",
 ).items():
   os.environ.setdefault(_name, _value)
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -39,23 +42,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from jaxalign import memory
-from jaxalign import sharding
+from jaxalign import memory, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.job import lora_of, loss_of
-from jaxalign.model import adapters
-from jaxalign.model import attention
-from jaxalign.model import decoder
-from jaxalign.model import weights
-from jaxalign.train import feed
+from jaxalign.model import adapters, attention, decoder, weights
+from jaxalign.train import feed, optim
 from jaxalign.train import layout as packing
-from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, combine
-from tools.aot_text import (collectives, compile_lowered, held, instructions,
-                            logit_buffers, logit_elements, whole_gathers)
+from tools.aot_text import (
+  collectives,
+  compile_lowered,
+  held,
+  instructions,
+  logit_buffers,
+  logit_elements,
+  whole_gathers,
+)
+
 
 class Report(NamedTuple):
   """What one compiled step holds; bytes are of one chip."""
@@ -77,8 +83,9 @@ class Report(NamedTuple):
   compile_seconds: float
 
 
-def assumed_rows(rows: int, responses: int, length: int, prompt: int
-                 ) -> tokens_lib.TokenRows:
+def assumed_rows(
+  rows: int, responses: int, length: int, prompt: int
+) -> tokens_lib.TokenRows:
   """Rows of responses as long as can be; a row's responses end to end.
 
   Args:
@@ -88,16 +95,22 @@ def assumed_rows(rows: int, responses: int, length: int, prompt: int
     prompt: tokens of the prompt, fewer than `length`.
   """
   if not 0 < prompt < length:
-    raise ConfigError(f"a prompt of {prompt} tokens in responses of {length}, "
-                      "wanted 1 or more and fewer; choose other --prompt")
+    raise ConfigError(
+      f"a prompt of {prompt} tokens in responses of {length}, "
+      "wanted 1 or more and fewer; choose other --prompt"
+    )
   n = rows * responses
   return tokens_lib.TokenRows(
-      np.zeros(n * length, np.int32), length * np.arange(n + 1),
-      np.full(n, prompt, np.int32), np.zeros(n, np.int32))
+    np.zeros(n * length, np.int32),
+    length * np.arange(n + 1),
+    np.full(n, prompt, np.int32),
+    np.zeros(n, np.int32),
+  )
 
 
-def dense_row(rows: int, responses: int, length: int, prompt: int,
-              share: bool) -> packing.Packed:
+def dense_row(
+  rows: int, responses: int, length: int, prompt: int, share: bool
+) -> packing.Packed:
   """One device's `assumed_rows`, packed by the code that packs a job's."""
   tokens = assumed_rows(rows, responses, length, prompt)
   index = np.arange(rows * responses).reshape(-1, responses if share else 1)
@@ -107,9 +120,16 @@ def dense_row(rows: int, responses: int, length: int, prompt: int,
   return packing.pack(shape, tokens, index, answers)
 
 
-def abstract_batch(mesh: jax.sharding.Mesh, loss: Any, rows: int, length: int,
-                   accumulation: int = 1, *, layout: str = "packed",
-                   prompt: int = 0) -> dict[str, Any]:
+def abstract_batch(
+  mesh: jax.sharding.Mesh,
+  loss: Any,
+  rows: int,
+  length: int,
+  accumulation: int = 1,
+  *,
+  layout: str = "packed",
+  prompt: int = 0,
+) -> dict[str, Any]:
   """The arrays that `feed.make_feed` hands to a step, without their values.
 
   Args:
@@ -126,23 +146,33 @@ def abstract_batch(mesh: jax.sharding.Mesh, loss: Any, rows: int, length: int,
   shape = (accumulation, micro, responses)
 
   def array(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype,
-                                sharding=sharding.named(mesh, None, "batch"))
+    return jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.named(mesh, None, "batch")
+    )
 
   def tokens_and_mask():
     if layout == "padded":
-      return (array(jnp.int32, *shape, length),
-              array(jnp.bool_, *shape, length))
+      return (
+        array(jnp.int32, *shape, length),
+        array(jnp.bool_, *shape, length),
+      )
     devices = sharding.parts(mesh, "batch")
-    one = dense_row(micro // devices, responses, length, prompt or length // 4,
-                    layout == "packed")
+    one = dense_row(
+      micro // devices,
+      responses,
+      length,
+      prompt or length // 4,
+      layout == "packed",
+    )
     return jax.tree.map(
-        lambda x: array(x.dtype, accumulation, devices, *x.shape),
-        one), array(jnp.int32, *shape, 1)
+      lambda x: array(x.dtype, accumulation, devices, *x.shape), one
+    ), array(jnp.int32, *shape, 1)
 
-  batch = dict(ref_sum=array(jnp.float32, *shape),
-               ref_count=array(jnp.float32, *shape),
-               lr=jax.ShapeDtypeStruct((), jnp.float32))
+  batch = dict(
+    ref_sum=array(jnp.float32, *shape),
+    ref_count=array(jnp.float32, *shape),
+    lr=jax.ShapeDtypeStruct((), jnp.float32),
+  )
   batch["tokens"], batch["mask"] = tokens_and_mask()
   if loss.kind == "thumbs":
     batch["label"] = array(jnp.bool_, *shape[:2])
@@ -162,37 +192,51 @@ def positions_of(batch: dict[str, Any], mesh: jax.sharding.Mesh) -> range:
     a, s, targets = batch["tokens"].target.shape
     least = s // sharding.parts(mesh, "batch") * targets
     return range(least, least + targets // 16 + 1)
-  rows = (int(np.prod(batch["tokens"].shape[1:3]))
-          // sharding.parts(mesh, "batch"))
+  rows = int(np.prod(batch["tokens"].shape[1:3])) // sharding.parts(
+    mesh, "batch"
+  )
   length = batch["tokens"].shape[-1]
   return range(rows * (length - 1), rows * length + 1)
 
 
-def abstract_state(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
-                   tx: Any, loss: Any = None) -> steps.TrainState:
+def abstract_state(
+  m: decoder.ModelConfig, mesh: jax.sharding.Mesh, tx: Any, loss: Any = None
+) -> steps.TrainState:
   """A `TrainState` without its values; moments lie as the parameters do."""
   params = adapters.split(decoder.abstract(m, mesh), m.lora)[0]
   whole = sharding.named(mesh)
 
   def placed(x):
     # A scalar comes back bare; a moment has its parameter's sharding.
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=(
-        jax.sharding.NamedSharding(mesh, x.sharding.spec) if x.shape
-        else whole))
+    return jax.ShapeDtypeStruct(
+      x.shape,
+      x.dtype,
+      sharding=(
+        jax.sharding.NamedSharding(mesh, x.sharding.spec) if x.shape else whole
+      ),
+    )
 
   return steps.TrainState(
-      params, jax.tree.map(placed, jax.eval_shape(tx.init, params)),
-      jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-      jax.tree.map(placed, jax.eval_shape(lambda: steps.fresh_delta(loss))))
+    params,
+    jax.tree.map(placed, jax.eval_shape(tx.init, params)),
+    jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    jax.tree.map(placed, jax.eval_shape(lambda: steps.fresh_delta(loss))),
+  )
 
 
-def abstract_frozen(m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
-                    dtype: str) -> dict[str, Any]:
+def abstract_frozen(
+  m: decoder.ModelConfig, mesh: jax.sharding.Mesh, dtype: str
+) -> dict[str, Any]:
   """What adapters leave as it is, in the dtype of the reference."""
   fixed = adapters.split(decoder.abstract(m, mesh), m.lora)[1]
-  return {n: jax.ShapeDtypeStruct(
-      x.shape, x.dtype if adapters.is_adapter(n) else jnp.dtype(dtype),
-      sharding=x.sharding) for n, x in fixed.items()}
+  return {
+    n: jax.ShapeDtypeStruct(
+      x.shape,
+      x.dtype if adapters.is_adapter(n) else jnp.dtype(dtype),
+      sharding=x.sharding,
+    )
+    for n, x in fixed.items()
+  }
 
 
 def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
@@ -203,42 +247,70 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
   spec.loader.exec_module(module)
   c = module.get_config(variant)
   m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
-  m = m._replace(context=c.model.context, lora=lora_of(c),
-                 attention=c.model.attention)
-  tx = optim.make_optimizer(clip=c.train.clip, b2=c.train.b2,
-                            weight_decay=c.train.weight_decay,
-                            name=c.train.optimizer)
+  m = m._replace(
+    context=c.model.context, lora=lora_of(c), attention=c.model.attention
+  )
+  tx = optim.make_optimizer(
+    clip=c.train.clip,
+    b2=c.train.b2,
+    weight_decay=c.train.weight_decay,
+    name=c.train.optimizer,
+  )
   if m.lora and m.lora.variant == "allora":
     tx = optim.allora(tx, c.lora.eta)
-  return m, dict(loss=loss_of(c), tx=tx, rows=c.train.batch_size,
-                 length=c.model.context, chunk=c.model.head_chunk,
-                 accumulation=c.train.accumulation, layout=c.train.layout,
-                 producer=c.train.logps, moments=optim.MOMENTS[
-                     c.train.optimizer],
-                 frozen=c.model.param_dtype)
+  return m, dict(
+    loss=loss_of(c),
+    tx=tx,
+    rows=c.train.batch_size,
+    length=c.model.context,
+    chunk=c.model.head_chunk,
+    accumulation=c.train.accumulation,
+    layout=c.train.layout,
+    producer=c.train.logps,
+    moments=optim.MOMENTS[c.train.optimizer],
+    frozen=c.model.param_dtype,
+  )
 
 
 def of_flags(loss: str) -> dict[str, Any]:
   """A loss by its name and the default config's optimizer, as `of_config`."""
   c = common.base()
   fn = bind(combine.find(loss), loss, {})
-  return dict(loss=fn, tx=optim.make_optimizer(
-      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay))
+  return dict(
+    loss=fn,
+    tx=optim.make_optimizer(
+      clip=c.train.clip, b2=c.train.b2, weight_decay=c.train.weight_decay
+    ),
+  )
 
 
 def held_bytes(tree: Any) -> int:
   """Bytes of one chip's shards, by the shardings alone."""
   return sum(
-      int(np.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape))
-      * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    int(np.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape))
+    * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
-def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
-                 *, loss: Any, tx: Any, rows: int, length: int, chunk: int,
-                 accumulation: int = 1, layout: str = "packed",
-                 prompt: int = 0, producer: str = "chunked",
-                 frozen: str = "float32",
-                 moments: int = 2, dump: str = "") -> Report:
+def compile_step(
+  topology: str,
+  sizes: dict[str, int],
+  m: decoder.ModelConfig,
+  *,
+  loss: Any,
+  tx: Any,
+  rows: int,
+  length: int,
+  chunk: int,
+  accumulation: int = 1,
+  layout: str = "packed",
+  prompt: int = 0,
+  producer: str = "chunked",
+  frozen: str = "float32",
+  moments: int = 2,
+  dump: str = "",
+) -> Report:
   """Compiles one train step for a TPU topology.
 
   Args:
@@ -262,27 +334,39 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
     ConfigError: no libtpu, an unknown topology, sizes that do not fit.
   """
   from jax.experimental import topologies
+
   try:
     devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology).devices
+      platform="tpu", topology_name=topology
+    ).devices
   except Exception as error:  # libtpu raises many kinds
-    raise ConfigError(f"no topology {topology!r} ({error}); is libtpu "
-                      "installed (pip install jaxalign[aot])?") from error
+    raise ConfigError(
+      f"no topology {topology!r} ({error}); is libtpu "
+      "installed (pip install jaxalign[aot])?"
+    ) from error
   mesh = sharding.make_mesh(sizes, devices)
-  m = m._replace(attention=attention.resolve(
-      m.attention, "tpu", head_size=m.head_size, dtype=m.dtype,
-      softcap=m.softcap, length=length))
+  m = m._replace(
+    attention=attention.resolve(
+      m.attention,
+      "tpu",
+      head_size=m.head_size,
+      dtype=m.dtype,
+      softcap=m.softcap,
+      length=length,
+    )
+  )
   decoder.check(m, mesh)
   feed.check_batch(rows, accumulation, mesh, "step")
-  batch = abstract_batch(mesh, loss, rows, length, accumulation,
-                         layout=layout, prompt=prompt)
+  batch = abstract_batch(
+    mesh, loss, rows, length, accumulation, layout=layout, prompt=prompt
+  )
   tensor, positions = sharding.parts(mesh, "vocab"), positions_of(batch, mesh)
   with jax.set_mesh(mesh):
     state = abstract_state(m, mesh, tx, loss)
     fixed = abstract_frozen(m, mesh, frozen)
     train_step = steps.make_train_step(
-        PRODUCERS[producer](m, chunk), loss, tx,
-        decoder.compiler_options(m))
+      PRODUCERS[producer](m, chunk), loss, tx, decoder.compiler_options(m)
+    )
     start = time.monotonic()
     lowered = train_step.lower(state, batch, fixed)
     lower_seconds = time.monotonic() - start
@@ -291,82 +375,158 @@ def compile_step(topology: str, sizes: dict[str, int], m: decoder.ModelConfig,
     pathlib.Path(dump).write_text(compiled.text)
   program = instructions(compiled.text)
   return Report(
-      topology=topology, chips=mesh.size, mesh=dict(mesh.shape),
-      parameters=decoder.parameter_count(m),
-      argument_bytes=compiled.memory.argument_size_in_bytes,
-      expected_bytes=held_bytes((state, batch, fixed)),
-      planned=memory.train_step(
-          m, mesh, rows=int(np.prod(batch["ref_sum"].shape[1:])),
-          length=length, chunk=chunk, moments=moments,
-          frozen_size=jnp.dtype(frozen).itemsize),
-      temp_bytes=compiled.memory.temp_size_in_bytes,
-      collectives=collectives(program),
-      whole_gathers=whole_gathers(program, m, tensor),
-      logit_buffers=logit_buffers(program, m, positions=positions,
-                                  tensor=tensor),
-      logit_elements=logit_elements(m, positions=positions, tensor=tensor),
-      largest=held(compiled.assignment)[:8], lower_seconds=lower_seconds,
-      compile_seconds=compiled.seconds)
+    topology=topology,
+    chips=mesh.size,
+    mesh=dict(mesh.shape),
+    parameters=decoder.parameter_count(m),
+    argument_bytes=compiled.memory.argument_size_in_bytes,
+    expected_bytes=held_bytes((state, batch, fixed)),
+    planned=memory.train_step(
+      m,
+      mesh,
+      rows=int(np.prod(batch["ref_sum"].shape[1:])),
+      length=length,
+      chunk=chunk,
+      moments=moments,
+      frozen_size=jnp.dtype(frozen).itemsize,
+    ),
+    temp_bytes=compiled.memory.temp_size_in_bytes,
+    collectives=collectives(program),
+    whole_gathers=whole_gathers(program, m, tensor),
+    logit_buffers=logit_buffers(program, m, positions=positions, tensor=tensor),
+    logit_elements=logit_elements(m, positions=positions, tensor=tensor),
+    largest=held(compiled.assignment)[:8],
+    lower_seconds=lower_seconds,
+    compile_seconds=compiled.seconds,
+  )
 
 
 def table(report: Report) -> str:
   """The report as lines for a terminal."""
   mib = lambda n: f"{n / 2**20:,.1f} MiB"
   lines = [
-      ("topology", f"{report.topology}, {report.chips} chips, mesh "
-       + " x ".join(f"{a}={n}" for a, n in report.mesh.items())),
-      ("parameters", f"{report.parameters:,}"),
-      ("arguments a chip", f"{mib(report.argument_bytes)}, expected "
-       f"{mib(report.expected_bytes)} "
-       f"({report.argument_bytes / report.expected_bytes - 1:+.2%})"),
-      ("temporaries a chip", f"{mib(report.temp_bytes)}; memory.py says "
-       + ", ".join(f"{k} {mib(v)}" for k, v in report.planned.items()
-                   if k not in ("parameters", "optimizer"))),
-      *report.collectives.items(),
-      ("stacked weights gathered whole", ", ".join(report.whole_gathers)
-       or "none"),
-      (f"logits of {report.logit_elements:,}", ", ".join(report.logit_buffers)
-       or "none"),
-      *((f"held: {mib(size)}", f"{shape} {name}")
-        for size, shape, name in report.largest),
-      ("lowered, compiled in", f"{report.lower_seconds:.1f} s, "
-       f"{report.compile_seconds:.1f} s")]
+    (
+      "topology",
+      f"{report.topology}, {report.chips} chips, mesh "
+      + " x ".join(f"{a}={n}" for a, n in report.mesh.items()),
+    ),
+    ("parameters", f"{report.parameters:,}"),
+    (
+      "arguments a chip",
+      f"{mib(report.argument_bytes)}, expected "
+      f"{mib(report.expected_bytes)} "
+      f"({report.argument_bytes / report.expected_bytes - 1:+.2%})",
+    ),
+    (
+      "temporaries a chip",
+      f"{mib(report.temp_bytes)}; memory.py says "
+      + ", ".join(
+        f"{k} {mib(v)}"
+        for k, v in report.planned.items()
+        if k not in ("parameters", "optimizer")
+      ),
+    ),
+    *report.collectives.items(),
+    (
+      "stacked weights gathered whole",
+      ", ".join(report.whole_gathers) or "none",
+    ),
+    (
+      f"logits of {report.logit_elements:,}",
+      ", ".join(report.logit_buffers) or "none",
+    ),
+    *(
+      (f"held: {mib(size)}", f"{shape} {name}")
+      for size, shape, name in report.largest
+    ),
+    (
+      "lowered, compiled in",
+      f"{report.lower_seconds:.1f} s, {report.compile_seconds:.1f} s",
+    ),
+  ]
   return "\n".join(f"{name:<32}{value}" for name, value in lines)
 
 
 def main(argv: list[str]) -> int:
   """Returns the exit code."""
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  text = dict(topology="v5e:4x4", loss="dpo", dtype="bfloat16", remat="full",
-              dump="", config="", attention="plain", layout="packed")
-  number = dict(fsdp=-1, tensor=1, layers=8, width=2048, heads=16, kv_heads=8,
-                head_size=128, ff=5632, vocab=32000, length=1024, rows=32,
-                accumulation=1, chunk=64, prompt=0)
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  text = dict(
+    topology="v5e:4x4",
+    loss="dpo",
+    dtype="bfloat16",
+    remat="full",
+    dump="",
+    config="",
+    attention="plain",
+    layout="packed",
+  )
+  number = dict(
+    fsdp=-1,
+    tensor=1,
+    layers=8,
+    width=2048,
+    heads=16,
+    kv_heads=8,
+    head_size=128,
+    ff=5632,
+    vocab=32000,
+    length=1024,
+    rows=32,
+    accumulation=1,
+    chunk=64,
+    prompt=0,
+  )
   for name, default in text.items():
     parser.add_argument(f"--{name}", default=default, help=f"{default!r}")
   for name, default in number.items():
-    parser.add_argument(f"--{name}", default=default, type=int,
-                        help=f"{default}")
-  parser.add_argument("--tied", action="store_true",
-                      help="the head is the embedding")
-  parser.add_argument("--json", action="store_true",
-                      help="one line of JSON instead of the table")
+    parser.add_argument(
+      f"--{name}", default=default, type=int, help=f"{default}"
+    )
+  parser.add_argument(
+    "--tied", action="store_true", help="the head is the embedding"
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="one line of JSON instead of the table"
+  )
   args = parser.parse_args(argv[1:])
   m = decoder.ModelConfig(
-      **{n: getattr(args, n) for n in (
-          "layers", "width", "heads", "kv_heads", "head_size", "ff", "vocab",
-          "tied", "dtype", "remat", "attention")}, context=args.length)
-  step = {n: getattr(args, n) for n in (
-      "rows", "length", "chunk", "accumulation", "layout")}
+    **{
+      n: getattr(args, n)
+      for n in (
+        "layers",
+        "width",
+        "heads",
+        "kv_heads",
+        "head_size",
+        "ff",
+        "vocab",
+        "tied",
+        "dtype",
+        "remat",
+        "attention",
+      )
+    },
+    context=args.length,
+  )
+  step = {
+    n: getattr(args, n)
+    for n in ("rows", "length", "chunk", "accumulation", "layout")
+  }
   try:
     if args.config:
       m, step = of_config(args.config)
     else:
       step |= of_flags(args.loss)
     report = compile_step(
-        args.topology, dict(fsdp=args.fsdp, tensor=args.tensor), m,
-        dump=args.dump, prompt=args.prompt, **step)
+      args.topology,
+      dict(fsdp=args.fsdp, tensor=args.tensor),
+      m,
+      dump=args.dump,
+      prompt=args.prompt,
+      **step,
+    )
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code

@@ -17,8 +17,11 @@ import time
 
 # Before jax is imported: no TPU to ask, none to lock.
 for _name, _value in dict(
-    TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-16",
+  TPU_SKIP_MDS_QUERY="1",
+  JAX_PLATFORMS="cpu",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+  TPU_WORKER_HOSTNAMES="localhost",
+  TPU_ACCELERATOR_TYPE="v5litepod-16",
 ).items():
   os.environ.setdefault(_name, _value)
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -28,9 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
-from jaxalign.select import em
-from jaxalign.select import exact
-from jaxalign.select import scorer
+from jaxalign.select import em, exact, scorer
 
 # Of a chip, by the vendor: bfloat16 FLOP/s, bytes/s of its memory, its bytes.
 CHIPS = {"v5e": (197e12, 819e9, 16e9), "v5p": (459e12, 2765e9, 95e9)}
@@ -38,8 +39,9 @@ PASSES = 6  # bfloat16 products that make one of float32, HIGHEST
 
 
 def shaped(mesh, shape, dtype, *axes):
-  return jax.ShapeDtypeStruct(shape, dtype,
-                              sharding=sharding.named(mesh, *axes))
+  return jax.ShapeDtypeStruct(
+    shape, dtype, sharding=sharding.named(mesh, *axes)
+  )
 
 
 def compiled_iteration(mesh, n, width):
@@ -48,23 +50,33 @@ def compiled_iteration(mesh, n, width):
   one = lambda *shape: shaped(mesh, shape, jnp.float32, *[None] * len(shape))
   basis = (width, width) if width <= em.JOINT_WIDTH else (2, width, width)
   params = one(2), one(*basis), one(2, width), one(2, width)
-  scales = dict(count=one(), first=one(),
-                second=(one(),) * len(exact.panels(width)))
+  scales = dict(
+    count=one(), first=one(), second=(one(),) * len(exact.panels(width))
+  )
   lowered = em.program(mesh, "pair").lower(
-      params, scales,
-      shaped(mesh, (chunks, rows, width), jnp.float32, "pool", None, None),
-      shaped(mesh, (chunks, rows), jnp.float32, "pool", None))
+    params,
+    scales,
+    shaped(mesh, (chunks, rows, width), jnp.float32, "pool", None, None),
+    shaped(mesh, (chunks, rows), jnp.float32, "pool", None),
+  )
   return lowered.compile(), chunks * rows
 
 
 def compiled_scoring(mesh, tile, width):
   """One tile of the scoring pass: two full Gaussians, one basis."""
   one = lambda *shape: shaped(mesh, shape, jnp.float32, *[None] * len(shape))
-  params = dict(mean=one(width), basis=one(width, width),
-                centres=one(2, width), precisions=one(2, width),
-                constants=one(2))
-  return scorer.scoring(mesh).lower(params, shaped(
-      mesh, (tile, width), jnp.bfloat16, "pool", None)).compile()
+  params = dict(
+    mean=one(width),
+    basis=one(width, width),
+    centres=one(2, width),
+    precisions=one(2, width),
+    constants=one(2),
+  )
+  return (
+    scorer.scoring(mesh)
+    .lower(params, shaped(mesh, (tile, width), jnp.bfloat16, "pool", None))
+    .compile()
+  )
 
 
 def line(name, compiled, chips, kind, operations, moved, steps, said):
@@ -76,16 +88,20 @@ def line(name, compiled, chips, kind, operations, moved, steps, said):
   counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
   compute = PASSES * operations / chips / flops * steps
   memory_time = moved / chips / rate * steps
-  print(f"| {name} | {arguments / 2**20:,.0f} | {temporaries / 2**20:,.0f} | "
-        f"{100 * (arguments + temporaries) / memory:.0f} % | "
-        f"{operations * steps:.2e} | {counted:.2e} ({said}) | "
-        f"{max(compute, memory_time):,.2f} s "
-        f"({'products' if compute > memory_time else 'memory'}) |", flush=True)
+  print(
+    f"| {name} | {arguments / 2**20:,.0f} | {temporaries / 2**20:,.0f} | "
+    f"{100 * (arguments + temporaries) / memory:.0f} % | "
+    f"{operations * steps:.2e} | {counted:.2e} ({said}) | "
+    f"{max(compute, memory_time):,.2f} s "
+    f"({'products' if compute > memory_time else 'memory'}) |",
+    flush=True,
+  )
 
 
 def main(argv):
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--topology", default="v5e:16x16")
   parser.add_argument("--rows", type=int, default=10**9)
   parser.add_argument("--reservoir", type=int, default=10**7)
@@ -94,40 +110,59 @@ def main(argv):
   args = parser.parse_args(argv[1:])
   kind = args.topology.split(":")[0]
   if kind not in CHIPS:
-    print(f"error: no rates of {kind!r}, known: {', '.join(CHIPS)}",
-          file=sys.stderr)
+    print(
+      f"error: no rates of {kind!r}, known: {', '.join(CHIPS)}", file=sys.stderr
+    )
     return 64
   from jax.experimental import topologies
+
   devices = topologies.get_topology_desc(
-      platform="tpu", topology_name=args.topology).devices
+    platform="tpu", topology_name=args.topology
+  ).devices
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1), devices)
   width, chips = args.width, mesh.size
-  print(f"{args.topology}, {chips} chips, libtpu; {width} wide, K = 2, full; "
-        f"float32 products of {PASSES} bfloat16 passes\n\n"
-        "| what | arguments, MiB a chip | temporaries | of its memory | "
-        "operations, all chips, by hand | the compiler's count, one chip | "
-        "predicted time |\n|---|---|---|---|---|---|---|")
+  print(
+    f"{args.topology}, {chips} chips, libtpu; {width} wide, K = 2, full; "
+    f"float32 products of {PASSES} bfloat16 passes\n\n"
+    "| what | arguments, MiB a chip | temporaries | of its memory | "
+    "operations, all chips, by hand | the compiler's count, one chip | "
+    "predicted time |\n|---|---|---|---|---|---|---|"
+  )
   with jax.set_mesh(mesh):
     start = time.monotonic()
     compiled, padded = compiled_iteration(mesh, args.reservoir, width)
-    line(f"EM iteration, {args.reservoir:.0e} rows", compiled, chips, kind,
-         em.operations(args.reservoir, width, 2, "full"),
-         # Rows are read for two products and a Gram; sums once a chunk.
-         4 * padded * width * 6
-         + exact.chunk_count(args.reservoir) * width**2 * 4 * 5, 1,
-         "a loop's body once")
+    line(
+      f"EM iteration, {args.reservoir:.0e} rows",
+      compiled,
+      chips,
+      kind,
+      em.operations(args.reservoir, width, 2, "full"),
+      # Rows are read for two products and a Gram; sums once a chunk.
+      4 * padded * width * 6
+      + exact.chunk_count(args.reservoir) * width**2 * 4 * 5,
+      1,
+      "a loop's body once",
+    )
     tile = args.tile * chips
     compiled = compiled_scoring(mesh, tile, width)
     steps = -(-args.rows // tile)
     block = scorer.BLOCK_ACCELERATOR
-    line(f"scoring {args.rows:.0e} rows, {steps:,} tiles of {tile:,}",
-         compiled, chips, kind, 2 * tile * width**2,
-         tile * width * (2 + 4 * 4) + tile / block * 4 * width**2, steps,
-         "a block of a tile")
-  print(f"\ncompiled in {time.monotonic() - start:.0f} s; rows of one pass: "
-        f"{2 * args.rows * width / 1e12:.1f} TB of bfloat16, "
-        f"{2 * args.rows * width / chips / 1e9:.1f} GB a chip to be fed, "
-        "which is not in the predicted time")
+    line(
+      f"scoring {args.rows:.0e} rows, {steps:,} tiles of {tile:,}",
+      compiled,
+      chips,
+      kind,
+      2 * tile * width**2,
+      tile * width * (2 + 4 * 4) + tile / block * 4 * width**2,
+      steps,
+      "a block of a tile",
+    )
+  print(
+    f"\ncompiled in {time.monotonic() - start:.0f} s; rows of one pass: "
+    f"{2 * args.rows * width / 1e12:.1f} TB of bfloat16, "
+    f"{2 * args.rows * width / chips / 1e9:.1f} GB a chip to be fed, "
+    "which is not in the predicted time"
+  )
   return 0
 
 

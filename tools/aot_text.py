@@ -12,8 +12,13 @@ import numpy as np
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all",
-               "collective-permute")
+COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
 
 
 class Instruction(NamedTuple):
@@ -41,11 +46,15 @@ def instructions(text: str) -> list[Instruction]:
     bare = re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", found.group(2))
     parts = re.match(r"(\(.*?\)|\S+) ([\w\-]+)\(", bare)
     if parts:
-      shapes = [(kind, tuple(int(n) for n in dims.split(",") if n))
-                for kind, dims in re.findall(
-                    r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\]", parts.group(1))]
-      out.append(Instruction(computation, found.group(1), parts.group(2),
-                             shapes, line))
+      shapes = [
+        (kind, tuple(int(n) for n in dims.split(",") if n))
+        for kind, dims in re.findall(
+          r"\b(pred|[a-z]+\d\w*)\[([\d,]*)\]", parts.group(1)
+        )
+      ]
+      out.append(
+        Instruction(computation, found.group(1), parts.group(2), shapes, line)
+      )
   return out
 
 
@@ -54,9 +63,12 @@ def _called(program: list[Instruction], start: str) -> set[str]:
   calls = collections.defaultdict(set)
   seen, todo = set(), []
   for i in program:
-    calls[i.computation].update(re.findall(
+    calls[i.computation].update(
+      re.findall(
         r"(?:calls|body|condition|to_apply|called_computation)=%?([\w.\-]+)",
-        i.text))
+        i.text,
+      )
+    )
     todo += re.findall(start, i.text)
   while todo:
     name = todo.pop()
@@ -90,8 +102,9 @@ def collectives(program: list[Instruction]) -> dict[str, int]:
   return dict(sorted(collections.Counter(kind for kind, _ in seen).items()))
 
 
-def whole_gathers(program: list[Instruction], m: decoder.ModelConfig,
-                  tensor: int) -> list[str]:
+def whole_gathers(
+  program: list[Instruction], m: decoder.ModelConfig, tensor: int
+) -> list[str]:
   """All-gathers of weights of more than one layer at once.
 
   Weights are gathered layer by layer inside the scan; a compiler that lifts
@@ -101,21 +114,33 @@ def whole_gathers(program: list[Instruction], m: decoder.ModelConfig,
   if m.layers < 2:
     raise ConfigError("one layer is the whole stack; say --layers=2 or more")
   smallest = min(
-      int(np.prod(p.shape[1:])) // tensor for n, p in decoder.table(m).items()
-      if n.startswith("layers/") and len(p.shape) > 2)
-  return [f"{_words(s)} {i.name}" for i in program
-          if i.op in ("all-gather", "all-gather-start") for s in i.shapes
-          if m.layers in s[1] and np.prod(s[1]) >= m.layers * smallest]
+    int(np.prod(p.shape[1:])) // tensor
+    for n, p in decoder.table(m).items()
+    if n.startswith("layers/") and len(p.shape) > 2
+  )
+  return [
+    f"{_words(s)} {i.name}"
+    for i in program
+    if i.op in ("all-gather", "all-gather-start")
+    for s in i.shapes
+    if m.layers in s[1] and np.prod(s[1]) >= m.layers * smallest
+  ]
 
 
-def logit_elements(m: decoder.ModelConfig, *, positions: range, tensor: int
-                   ) -> int:
+def logit_elements(
+  m: decoder.ModelConfig, *, positions: range, tensor: int
+) -> int:
   """Logits of all positions of a chip that predict a token."""
   return positions[0] * m.vocab // tensor
 
 
-def logit_buffers(program: list[Instruction], m: decoder.ModelConfig, *,
-                  positions: range, tensor: int) -> list[str]:
+def logit_buffers(
+  program: list[Instruction],
+  m: decoder.ModelConfig,
+  *,
+  positions: range,
+  tensor: int,
+) -> list[str]:
   """Arrays that hold logits of all positions of a chip's responses.
 
   They have as many elements as `logit_elements`, or more, and a multiple of
@@ -133,8 +158,10 @@ def logit_buffers(program: list[Instruction], m: decoder.ModelConfig, *,
     ConfigError: logits of all positions would have the shape of the head.
   """
   if m.width in positions:
-    raise ConfigError(f"{positions[0]} positions of a chip have as many logits "
-                      "as the head has weights; choose other --rows")
+    raise ConfigError(
+      f"{positions[0]} positions of a chip have as many logits "
+      "as the head has weights; choose other --rows"
+    )
   part = m.vocab // tensor
   least = logit_elements(m, positions=positions, tensor=tensor)
   weights = [sorted((v, m.width)) for v in (part, m.vocab)]
@@ -142,8 +169,11 @@ def logit_buffers(program: list[Instruction], m: decoder.ModelConfig, *,
   for i in program:
     for s in i.shapes:
       count = int(np.prod(s[1], dtype=np.int64))
-      if (count >= least and count % part == 0 and
-          sorted(n for n in s[1] if n > 1) not in weights):
+      if (
+        count >= least
+        and count % part == 0
+        and sorted(n for n in s[1] if n > 1) not in weights
+      ):
         found.append(f"{_words(s)} {i.op} {i.name}")
   return found
 
@@ -162,8 +192,10 @@ def held(assignment: str) -> list[tuple[int, str, str]]:
     if re.match(r".*\bparameter \d+", part) or "thread-local" in part[:200]:
       continue
     for name, size, kind, dims in re.findall(
-        r"value: <\d+ (\S+) @\d+> \(size=(\d+),offset=\d+\): "
-        r"(\w+)\[([\d,]*)\]", part):
+      r"value: <\d+ (\S+) @\d+> \(size=(\d+),offset=\d+\): "
+      r"(\w+)\[([\d,]*)\]",
+      part,
+    ):
       out.setdefault((int(size), f"{kind}[{dims}]"), name.split("{")[0])
   return [(*key, out[key]) for key in sorted(out, reverse=True)]
 
@@ -181,14 +213,18 @@ def compile_lowered(lowered: Any) -> Compiled:
   """Compiles; the text is read from a dump, `as_text` fails on some v5p."""
   with tempfile.TemporaryDirectory() as folder:
     start = time.monotonic()
-    compiled = lowered.compile(compiler_options=dict(
-        xla_dump_to=folder, xla_dump_hlo_as_text=True))
+    compiled = lowered.compile(
+      compiler_options=dict(xla_dump_to=folder, xla_dump_hlo_as_text=True)
+    )
     seconds = time.monotonic() - start
 
     def dumped(kind):
       found = pathlib.Path(folder).glob(f"*.after_optimizations{kind}.txt")
       return max((path.read_text() for path in found), key=len)
 
-    return Compiled(dumped("_after_buffer_assignment"),
-                    dumped("-buffer-assignment"),
-                    compiled.memory_analysis(), seconds)
+    return Compiled(
+      dumped("_after_buffer_assignment"),
+      dumped("-buffer-assignment"),
+      compiled.memory_analysis(),
+      seconds,
+    )

@@ -36,6 +36,7 @@ class Ids:
 
   def __init__(self, n: int):
     import numpy as np
+
     self.n, self.dtype = n, np.dtype("S13")
 
   def __len__(self) -> int:
@@ -43,6 +44,7 @@ class Ids:
 
   def __getitem__(self, where: slice):
     import numpy as np
+
     start, stop, _ = where.indices(self.n)
     return np.char.mod(b"row-%09d", np.arange(start, stop)).astype("S13")
 
@@ -50,10 +52,17 @@ class Ids:
 def make_store(folder, n: int):
   """Rows of 16 clusters with a falling spectrum, in a bfloat16 store."""
   import numpy as np
+
   from jaxalign.select import store as stores
+
   ids = Ids(n)
-  store = stores.create(folder, ids, dict(embedding=stores.Column(
-      (1, WIDTH), "bfloat16")), fields=dict(model="made"), shard=SHARD)
+  store = stores.create(
+    folder,
+    ids,
+    dict(embedding=stores.Column((1, WIDTH), "bfloat16")),
+    fields=dict(model="made"),
+    shard=SHARD,
+  )
   rng = np.random.default_rng(0)
   scale = np.float32(1 / np.sqrt(1 + np.arange(WIDTH)))
   centre = np.float32(rng.normal(size=(16, WIDTH))) * scale
@@ -78,8 +87,11 @@ class Memory:
   def now() -> dict[str, float]:
     """Anonymous, file-backed and shared memory of this process, MiB."""
     with open("/proc/self/status", encoding="ascii") as lines:
-      return {name: int(value.split()[0]) / 1024 for name, value in (
-          line.split(":") for line in lines) if name in ("RssAnon", "RssFile")}
+      return {
+        name: int(value.split()[0]) / 1024
+        for name, value in (line.split(":") for line in lines)
+        if name in ("RssAnon", "RssFile")
+      }
 
   def _watch(self) -> None:
     while True:
@@ -96,12 +108,11 @@ def child(args) -> None:
   """One size: fit on a reservoir, score, select; a line of JSON."""
   import jax
   import numpy as np
+
   from jaxalign import sharding
-  from jaxalign.select import mixture
-  from jaxalign.select import reservoir
-  from jaxalign.select import sources
+  from jaxalign.select import mixture, reservoir, sources, stream
   from jaxalign.select import store as stores
-  from jaxalign.select import stream
+
   folder = pathlib.Path(args.folder)
   store = stores.open_store(folder / "store")
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
@@ -112,33 +123,58 @@ def child(args) -> None:
     start, cpu = time.monotonic(), time.process_time()
     out = make()
     time.sleep(0.05)
-    phases.append(dict(name=name, seconds=time.monotonic() - start,
-                       cpu=time.process_time() - cpu, **memory.peak))
+    phases.append(
+      dict(
+        name=name,
+        seconds=time.monotonic() - start,
+        cpu=time.process_time() - cpu,
+        **memory.peak,
+      )
+    )
     print(f"  {name}: {phases[-1]}", file=sys.stderr, flush=True)
     return out
 
   phase("start", lambda: None)
   with jax.set_mesh(mesh):
-    rows = phase("reservoir", lambda: reservoir.choose(
-        store, args.reservoir, folder))
-    x = phase("gather", lambda: reservoir.gather(store, rows,
-                                                 folder / "x.npy"))
+    rows = phase(
+      "reservoir", lambda: reservoir.choose(store, args.reservoir, folder)
+    )
+    x = phase("gather", lambda: reservoir.gather(store, rows, folder / "x.npy"))
     space = phase("whiten", lambda: mixture.prepare(mesh, x))
-    fit = phase("fit", lambda: mixture.fit(
-        mesh, x, space=space, starts=args.starts,
-        max_iterations=args.iterations))
+    fit = phase(
+      "fit",
+      lambda: mixture.fit(
+        mesh, x, space=space, starts=args.starts, max_iterations=args.iterations
+      ),
+    )
     x = space = None  # what scoring holds is measured without them
     (folder / "x.npy").unlink()
-    scores = phase("score", lambda: reservoir.score(
-        mesh, [fit], store, folder / "scores", fields=dict(fit="bench")))
+    scores = phase(
+      "score",
+      lambda: reservoir.score(
+        mesh, [fit], store, folder / "scores", fields=dict(fit="bench")
+      ),
+    )
     source = sources.of_stores(store, scores)
-    found = phase(args.sampler, lambda: stream.select(
-        args.sampler, source, store.rows // 10, scratch=folder))
-  print(json.dumps(dict(
-      rows=store.rows, phases=phases, iterations=len(fit.trace),
-      warnings=fit.warnings, load=os.getloadavg()[0],
-      digest=hashlib.sha256(b"\n".join(found.ids.tolist())).hexdigest()[:16],
-      kept=len(np.unique(found.rows)))))
+    found = phase(
+      args.sampler,
+      lambda: stream.select(
+        args.sampler, source, store.rows // 10, scratch=folder
+      ),
+    )
+  print(
+    json.dumps(
+      dict(
+        rows=store.rows,
+        phases=phases,
+        iterations=len(fit.trace),
+        warnings=fit.warnings,
+        load=os.getloadavg()[0],
+        digest=hashlib.sha256(b"\n".join(found.ids.tolist())).hexdigest()[:16],
+        kept=len(np.unique(found.rows)),
+      )
+    )
+  )
 
 
 def _child(folder, args, devices: int = 0) -> dict:
@@ -146,23 +182,37 @@ def _child(folder, args, devices: int = 0) -> dict:
   if devices:
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
   out = subprocess.run(
-      [sys.executable, __file__, "child", f"--folder={folder}",
-       f"--reservoir={args.reservoir}", f"--starts={args.starts}",
-       f"--iterations={args.iterations}", f"--sampler={args.sampler}"],
-      env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    [
+      sys.executable,
+      __file__,
+      "child",
+      f"--folder={folder}",
+      f"--reservoir={args.reservoir}",
+      f"--starts={args.starts}",
+      f"--iterations={args.iterations}",
+      f"--sampler={args.sampler}",
+    ],
+    env=env,
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  ).stdout
   return json.loads(out.splitlines()[-1])
 
 
 def run(args) -> None:
   """The table of both sizes."""
-  print(f"reservoir {args.reservoir:,}, {args.starts} starts, at most "
-        f"{args.iterations} iterations, width {WIDTH}, bfloat16 on disk, "
-        f"{os.cpu_count()} cores\n\n| rows | phase | seconds | of CPU | "
-        "anonymous MiB, peak | file-backed MiB, peak |\n"
-        "|---|---|---|---|---|---|")
+  print(
+    f"reservoir {args.reservoir:,}, {args.starts} starts, at most "
+    f"{args.iterations} iterations, width {WIDTH}, bfloat16 on disk, "
+    f"{os.cpu_count()} cores\n\n| rows | phase | seconds | of CPU | "
+    "anonymous MiB, peak | file-backed MiB, peak |\n"
+    "|---|---|---|---|---|---|"
+  )
   for n in args.rows:
-    folder = pathlib.Path(tempfile.mkdtemp(dir=args.folder or None,
-                                           prefix="bench_stream_"))
+    folder = pathlib.Path(
+      tempfile.mkdtemp(dir=args.folder or None, prefix="bench_stream_")
+    )
     try:
       start = time.monotonic()
       make_store(folder / "store", n)
@@ -171,31 +221,41 @@ def run(args) -> None:
     finally:
       shutil.rmtree(folder, ignore_errors=True)
     for one in found["phases"]:
-      print(f"| {n:,} | {one['name']} | {one['seconds']:.1f} | "
-            f"{one['cpu']:.1f} | {one['RssAnon']:.0f} | {one['RssFile']:.0f} |",
-            flush=True)
+      print(
+        f"| {n:,} | {one['name']} | {one['seconds']:.1f} | "
+        f"{one['cpu']:.1f} | {one['RssAnon']:.0f} | {one['RssFile']:.0f} |",
+        flush=True,
+      )
     total = lambda key: sum(one[key] for one in found["phases"])
     peak = lambda key: max(one[key] for one in found["phases"])
-    print(f"| {n:,} | all | {total('seconds'):.0f} | {total('cpu'):.0f} | "
-          f"{peak('RssAnon'):.0f} | {peak('RssFile'):.0f} |\n"
-          f"\n{found['kept']:,} rows kept, digest of the ids "
-          f"`{found['digest']}`; {found['iterations']} iterations of the best "
-          f"start; load {found['load']:.1f}; made in {made:.0f} s outside of "
-          "the clock\n", flush=True)
+    print(
+      f"| {n:,} | all | {total('seconds'):.0f} | {total('cpu'):.0f} | "
+      f"{peak('RssAnon'):.0f} | {peak('RssFile'):.0f} |\n"
+      f"\n{found['kept']:,} rows kept, digest of the ids "
+      f"`{found['digest']}`; {found['iterations']} iterations of the best "
+      f"start; load {found['load']:.1f}; made in {made:.0f} s outside of "
+      "the clock\n",
+      flush=True,
+    )
 
 
 def laws(args) -> None:
   """Seconds of every sampler at four sizes, and the exponent."""
   import importlib
+
   import numpy as np
+
   from jaxalign.select.samplers import SAMPLERS
+
   sys.path.insert(0, str(ROOT / "tests"))
   pools = importlib.import_module("pools")
-  print(f"width {WIDTH}, two responses a row, a tenth kept, seconds of CPU, "
-        f"the best of {args.count}; load {os.getloadavg()[0]:.1f}\n\n"
-        "| sampler | rows N | at N | 2N | 4N | 8N | the last doubling: N to "
-        "the |\n"
-        "|---|---|---|---|---|---|---|")
+  print(
+    f"width {WIDTH}, two responses a row, a tenth kept, seconds of CPU, "
+    f"the best of {args.count}; load {os.getloadavg()[0]:.1f}\n\n"
+    "| sampler | rows N | at N | 2N | 4N | 8N | the last doubling: N to "
+    "the |\n"
+    "|---|---|---|---|---|---|---|"
+  )
   drawn = []
   for name, sampler in SAMPLERS.items():
     if args.only and name not in args.only:
@@ -203,7 +263,8 @@ def laws(args) -> None:
     seconds, spent = [], 0.0
     # What reads a few numbers a row is over in no time: more rows.
     wide = {"embedding", "answer_embedding", "residual", "grams"} & {
-        *sampler.needs}
+      *sampler.needs
+    }
     least, width = (args.least, WIDTH) if wide else (50 * args.least, 1)
     sizes = [least * 2**k for k in range(4)]
     for n in sizes:
@@ -229,8 +290,10 @@ def laws(args) -> None:
       drawn.append((name, known, slope))
     cells = [s if isinstance(s, str) else f"{s:.3g} s" for s in seconds]
     cells += ["not run"] * (len(sizes) - len(cells))
-    print(f"| {name} | {least:,} | " + " | ".join(cells) + f" | {slope} |",
-          flush=True)
+    print(
+      f"| {name} | {least:,} | " + " | ".join(cells) + f" | {slope} |",
+      flush=True,
+    )
   if args.out:
     pathlib.Path(args.out).write_text(plots(drawn), encoding="utf-8")
     print(f"\nplotted in {args.out}")
@@ -239,29 +302,45 @@ def laws(args) -> None:
 def plots(drawn: list[tuple[str, list[tuple[int, float]], str]]) -> str:
   """A page of a chart a sampler, both axes logarithms: a law is a line."""
   import math
+
   from jaxalign.report import charts, page
+
   figures = []
   for name, known, slope in drawn:
     points = [(math.log10(n), math.log10(max(s, 1e-6))) for n, s in known]
     (x, y), last = points[0], points[-1][0]
     chart = charts.lines(
-        [charts.Series(name, points, 0),
-         charts.Series("as N", [(x, y), (last, y + last - x)], -1)],
-        f"{name}: as N to the {slope}", "rows, log10", "seconds of CPU, log10")
-    figures.append(page.figure(chart, f"{name}: {known[0][1]:.3g} s at "
-                               f"{known[0][0]:,} rows, {known[-1][1]:.3g} s at "
-                               f"{known[-1][0]:,}; as N to the {slope}"))
-  return str(page.document(
-      "How every sampler grows", [("laws", "Seconds of CPU by rows",
-                                   page.grid(*figures))],
+      [
+        charts.Series(name, points, 0),
+        charts.Series("as N", [(x, y), (last, y + last - x)], -1),
+      ],
+      f"{name}: as N to the {slope}",
+      "rows, log10",
+      "seconds of CPU, log10",
+    )
+    figures.append(
+      page.figure(
+        chart,
+        f"{name}: {known[0][1]:.3g} s at "
+        f"{known[0][0]:,} rows, {known[-1][1]:.3g} s at "
+        f"{known[-1][0]:,}; as N to the {slope}",
+      )
+    )
+  return str(
+    page.document(
+      "How every sampler grows",
+      [("laws", "Seconds of CPU by rows", page.grid(*figures))],
       lede="Both axes are logarithms; the grey line grows as the rows do.",
-      byline=[f"{os.cpu_count()} cores", time.strftime("%Y-%m-%d")]))
+      byline=[f"{os.cpu_count()} cores", time.strftime("%Y-%m-%d")],
+    )
+  )
 
 
 def kills(args) -> None:
   """Kills a streamed selection at random moments; the same ids each time."""
-  folder = pathlib.Path(tempfile.mkdtemp(dir=args.folder or None,
-                                         prefix="bench_stream_"))
+  folder = pathlib.Path(
+    tempfile.mkdtemp(dir=args.folder or None, prefix="bench_stream_")
+  )
   try:
     make_store(folder / "store", args.rows[0])
     start = time.monotonic()
@@ -271,11 +350,21 @@ def kills(args) -> None:
     for number in range(args.kills):
       shutil.rmtree(folder / "scores", ignore_errors=True)
       process = subprocess.Popen(
-          [sys.executable, __file__, "child", f"--folder={folder}",
-           f"--reservoir={args.reservoir}", f"--starts={args.starts}",
-           f"--iterations={args.iterations}", f"--sampler={args.sampler}"],
-          env=os.environ | dict(JAX_PLATFORMS="cpu"), start_new_session=True,
-          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [
+          sys.executable,
+          __file__,
+          "child",
+          f"--folder={folder}",
+          f"--reservoir={args.reservoir}",
+          f"--starts={args.starts}",
+          f"--iterations={args.iterations}",
+          f"--sampler={args.sampler}",
+        ],
+        env=os.environ | dict(JAX_PLATFORMS="cpu"),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+      )
       # Late moments too: that is where shards are written.
       moment = rng.uniform(0.2, 1.0) * whole
       try:
@@ -286,11 +375,14 @@ def kills(args) -> None:
       shards = len(list((folder / "scores/shards").glob("*.json")))
       found = _child(folder, args, rng.choice([1, 2, 8]))
       ends.append(found["digest"] == wanted["digest"])
-      print(f"kill {number}: after {moment:.1f} of {whole:.1f} s, {shards} "
-            f"shards whole: {'the same ids' if ends[-1] else 'OTHER IDS'}",
-            flush=True)
-    print(f"{sum(ends)} of {len(ends)} ended with the ids of the undisturbed "
-          "run")
+      print(
+        f"kill {number}: after {moment:.1f} of {whole:.1f} s, {shards} "
+        f"shards whole: {'the same ids' if ends[-1] else 'OTHER IDS'}",
+        flush=True,
+      )
+    print(
+      f"{sum(ends)} of {len(ends)} ended with the ids of the undisturbed run"
+    )
   finally:
     shutil.rmtree(folder, ignore_errors=True)
   raise SystemExit(0 if all(ends) else 1)

@@ -22,20 +22,29 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SIZES = {"5m": dict(layers=5, width=256, heads=4, ff=704),
-         "25m": dict(layers=7, width=512, heads=8, ff=1408)}
+SIZES = {
+  "5m": dict(layers=5, width=256, heads=4, ff=704),
+  "25m": dict(layers=7, width=512, heads=8, ff=1408),
+}
 # Ours, a step at a time: (layout, head, reference inside the step).
-OURS = {"ours, as TRL does it": ("padded", "plain", True),
-        "+ reference once": ("padded", "plain", False),
-        "+ head in chunks": ("padded", "chunked", False),
-        "+ packed": ("packed_apart", "chunked", False),
-        "+ prompt once": ("packed", "chunked", False)}
-TRL = {"TRL, random": dict(train_sampling_strategy="random"),
-       "TRL, group_by_length": dict(train_sampling_strategy="group_by_length",
-                                    length_column_name="length"),
-       "TRL, grouped, reference once": dict(
-           train_sampling_strategy="group_by_length",
-           length_column_name="length", precompute_ref_log_probs=True)}
+OURS = {
+  "ours, as TRL does it": ("padded", "plain", True),
+  "+ reference once": ("padded", "plain", False),
+  "+ head in chunks": ("padded", "chunked", False),
+  "+ packed": ("packed_apart", "chunked", False),
+  "+ prompt once": ("packed", "chunked", False),
+}
+TRL = {
+  "TRL, random": dict(train_sampling_strategy="random"),
+  "TRL, group_by_length": dict(
+    train_sampling_strategy="group_by_length", length_column_name="length"
+  ),
+  "TRL, grouped, reference once": dict(
+    train_sampling_strategy="group_by_length",
+    length_column_name="length",
+    precompute_ref_log_probs=True,
+  ),
+}
 
 
 def prepare(args, folder: pathlib.Path) -> None:
@@ -43,43 +52,69 @@ def prepare(args, folder: pathlib.Path) -> None:
   sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
+
   from jaxalign import sharding
   from jaxalign.data import records, tokenizer, tokens
   from jaxalign.model import decoder, weights
-  rows = records.load(args.data, schema="auto", limit=0, on_bad_rows="skip",
-                      max_bad_fraction=0.5).rows
+
+  rows = records.load(
+    args.data, schema="auto", limit=0, on_bad_rows="skip", max_bad_fraction=0.5
+  ).rows
   rows = [r for r in rows if r["prompt"]]
   texts = [r["prompt"] + r["chosen"] for r in rows]
   tok = tokenizer.Tokenizer(tokenizer.train(texts[:1500], 4096))
   encoded, _, refused = tokens.encode_pairs(
-      tok, *([r[k] for r in rows] for k in ("prompt", "chosen", "rejected")),
-      context=1 << 14)
+    tok,
+    *([r[k] for r in rows] for k in ("prompt", "chosen", "rejected")),
+    context=1 << 14,
+  )
   both = tokens.lengths(encoded).reshape(-1, 2)
   size = both.max(1)
   kept = [r for i, r in enumerate(rows) if i not in refused]
   # TRL lets an answer's first token merge with its prompt's last one.
-  apart = np.array([[len(tok.encode_rendered(r["prompt"] + r[side])) + 2
-                     for side in ("chosen", "rejected")] for r in kept])
+  apart = np.array(
+    [
+      [
+        len(tok.encode_rendered(r["prompt"] + r[side])) + 2
+        for side in ("chosen", "rejected")
+      ]
+      for r in kept
+    ]
+  )
   merged = (apart != both).any(1)
   fits = np.flatnonzero((size <= args.context) & ~merged)
-  chosen = np.random.default_rng(0).permutation(fits)[:args.pairs]
-  print(f"{len(rows)} pairs, {int(merged.sum())} whose answers merge with the "
-        f"prompt left out, {len(fits)} of at most {args.context} tokens; "
-        f"{len(chosen)} of them are used", flush=True)
-  (folder / "pairs.json").write_text(json.dumps([
-      {k: kept[i][k] for k in ("prompt", "chosen", "rejected")}
-      for i in chosen]))
+  chosen = np.random.default_rng(0).permutation(fits)[: args.pairs]
+  print(
+    f"{len(rows)} pairs, {int(merged.sum())} whose answers merge with the "
+    f"prompt left out, {len(fits)} of at most {args.context} tokens; "
+    f"{len(chosen)} of them are used",
+    flush=True,
+  )
+  (folder / "pairs.json").write_text(
+    json.dumps(
+      [
+        {k: kept[i][k] for k in ("prompt", "chosen", "rejected")}
+        for i in chosen
+      ]
+    )
+  )
   vocab = args.vocab or -(-tok.vocab_size // 64) * 64
   shape = SIZES[args.size]
   m = decoder.ModelConfig(
-      kv_heads=shape["heads"], head_size=64, vocab=vocab,
-      context=args.context, **shape)
+    kv_heads=shape["heads"],
+    head_size=64,
+    vocab=vocab,
+    context=args.context,
+    **shape,
+  )
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), m, mesh)
     weights.export_folder(folder / "export", params, m, tok)
-  print(f"Llama of {decoder.parameter_count(m):,} parameters, vocabulary "
-        f"{vocab}", flush=True)
+  print(
+    f"Llama of {decoder.parameter_count(m):,} parameters, vocabulary {vocab}",
+    flush=True,
+  )
 
 
 def serve(turn) -> None:
@@ -107,6 +142,7 @@ def ours(args) -> None:
   sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
+
   from jaxalign import sharding
   from jaxalign.data import tokenizer, tokens
   from jaxalign.model import weights
@@ -114,6 +150,7 @@ def ours(args) -> None:
   from jaxalign.train import reference as reference_lib
   from jaxalign.train import step as steps
   from jaxalign.train.logps import PRODUCERS
+
   jax.devices()
   idle = resident()
   layout, head, online = OURS[args.system]
@@ -124,19 +161,26 @@ def ours(args) -> None:
   m = m._replace(context=args.context, attention="tiles")
   tok = tokenizer.load_tokenizer(folder / "export")
   encoded, _, refused = tokens.encode_pairs(
-      tok, *([p[k] for p in pairs] for k in ("prompt", "chosen", "rejected")),
-      context=args.context)
+    tok,
+    *([p[k] for p in pairs] for k in ("prompt", "chosen", "rejected")),
+    context=args.context,
+  )
   assert not refused
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
     params = weights.load_folder(folder / "export", m, mesh)
-    rows = feed.Rows([str(i) for i in range(n)], encoded,
-                     np.arange(2 * n).reshape(n, 2),
-                     np.zeros((n, 2), np.float32), np.ones((n, 2), np.float32))
+    rows = feed.Rows(
+      [str(i) for i in range(n)],
+      encoded,
+      np.arange(2 * n).reshape(n, 2),
+      np.zeros((n, 2), np.float32),
+      np.ones((n, 2), np.float32),
+    )
 
     def score():
-      return reference_lib.logps(mesh, params, m, encoded, rows.row_of,
-                                 layout=layout, tile=32, chunk=64)
+      return reference_lib.logps(
+        mesh, params, m, encoded, rows.row_of, layout=layout, tile=32, chunk=64
+      )
 
     once = 0.0
     if not online:
@@ -149,12 +193,20 @@ def ours(args) -> None:
     tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.999)
     dpo = losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=0.1))
     train_step = steps.make_train_step(producer, dpo, tx)
-    reference = jax.jit(lambda p, t, k: jax.lax.map(
-        lambda micro: producer(p, *micro).sum, (t, k)))
+    reference = jax.jit(
+      lambda p, t, k: jax.lax.map(lambda micro: producer(p, *micro).sum, (t, k))
+    )
     state = steps.init_state(jax.tree.map(lambda x: x + 0, params), tx, dpo)
     at, _, count_at = feed.make_feed(
-        mesh, rows, batch=args.batch, accumulation=args.micro, seed=0,
-        context=args.context, rate=lambda step: 1e-6, layout=layout)
+      mesh,
+      rows,
+      batch=args.batch,
+      accumulation=args.micro,
+      seed=0,
+      context=args.context,
+      rate=lambda step: 1e-6,
+      layout=layout,
+    )
     updates, losses_seen = n // args.batch, []
 
     def update(step):
@@ -182,11 +234,13 @@ def ours(args) -> None:
 
 def theirs(args) -> None:
   """Child: TRL's DPOTrainer; a callback waits at the end of every epoch."""
+  import warnings
+
   import datasets
   import torch
   import transformers
   import trl
-  import warnings
+
   warnings.filterwarnings("ignore")
   datasets.disable_progress_bars()
   transformers.logging.set_verbosity_error()
@@ -194,27 +248,48 @@ def theirs(args) -> None:
   folder = pathlib.Path(args.workdir)
   pairs = json.loads((folder / "pairs.json").read_text())
   tok = transformers.AutoTokenizer.from_pretrained(
-      folder / "export", local_files_only=True)
+    folder / "export", local_files_only=True
+  )
   updates = len(pairs) // args.batch
   config = trl.DPOConfig(
-      output_dir=str(folder / "trl"), beta=0.1, num_train_epochs=1000,
-      per_device_train_batch_size=args.batch // args.micro,
-      gradient_accumulation_steps=args.micro, learning_rate=1e-6,
-      lr_scheduler_type="constant", max_length=None, logging_steps=10**6,
-      save_strategy="no", report_to=[], use_cpu=True, bf16=False,
-      gradient_checkpointing=False, disable_tqdm=True, max_grad_norm=1.0,
-      dataloader_pin_memory=False, seed=0, **TRL[args.system])
+    output_dir=str(folder / "trl"),
+    beta=0.1,
+    num_train_epochs=1000,
+    per_device_train_batch_size=args.batch // args.micro,
+    gradient_accumulation_steps=args.micro,
+    learning_rate=1e-6,
+    lr_scheduler_type="constant",
+    max_length=None,
+    logging_steps=10**6,
+    save_strategy="no",
+    report_to=[],
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    disable_tqdm=True,
+    max_grad_norm=1.0,
+    dataloader_pin_memory=False,
+    seed=0,
+    **TRL[args.system],
+  )
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder / "export", local_files_only=True, dtype=torch.float32)
+    folder / "export", local_files_only=True, dtype=torch.float32
+  )
   begin, cpu = time.monotonic(), time.process_time()
   trainer = trl.DPOTrainer(
-      model=model, processing_class=tok, args=config,
-      train_dataset=datasets.Dataset.from_list(pairs))
+    model=model,
+    processing_class=tok,
+    args=config,
+    train_dataset=datasets.Dataset.from_list(pairs),
+  )
   once = time.process_time() - cpu if trainer.precompute_ref_logps else 0.0
-  sizes = [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"]))
-           for r in trainer.train_dataset]
+  sizes = [
+    (len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"]))
+    for r in trainer.train_dataset
+  ]
   trainer.train_dataset = trainer.train_dataset.add_column(
-      "length", [p + max(a, b) for p, a, b in sizes])
+    "length", [p + max(a, b) for p, a, b in sizes]
+  )
   if trainer._signature_columns is None:
     trainer._set_signature_columns_if_needed()
   trainer._signature_columns.append("length")  # the sampler reads it
@@ -240,9 +315,15 @@ def theirs(args) -> None:
         say(dict(ready=time.monotonic() - begin, idle=idle, tokens=total))
         self.wait(state)
       elif state.global_step == self.until:
-        say(dict(wall=time.monotonic() - self.wall, once=once, tokens=total,
-                 cpu=time.process_time() - self.cpu,
-                 seen=found["tokens"] - self.seen))
+        say(
+          dict(
+            wall=time.monotonic() - self.wall,
+            once=once,
+            tokens=total,
+            cpu=time.process_time() - self.cpu,
+            seen=found["tokens"] - self.seen,
+          )
+        )
         self.wait(state)
 
     def wait(self, state):
@@ -261,15 +342,28 @@ class Child:
 
   def __init__(self, name: str, args, folder: str, micro: int):
     self.name, self.micro = name, micro
-    flags = [f"--{k}={getattr(args, k)}" for k in (
-        "context", "batch", "size")]
+    flags = [f"--{k}={getattr(args, k)}" for k in ("context", "batch", "size")]
     self.process = subprocess.Popen(
-        [sys.executable, __file__, f"--system={name}", f"--workdir={folder}",
-         f"--micro={micro}", *flags], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=open(f"{folder}/errors.txt", "a"),
-        text=True, env=os.environ | dict(
-            HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", JAX_PLATFORMS="cpu",
-            TOKENIZERS_PARALLELISM="false"))
+      [
+        sys.executable,
+        __file__,
+        f"--system={name}",
+        f"--workdir={folder}",
+        f"--micro={micro}",
+        *flags,
+      ],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=open(f"{folder}/errors.txt", "a"),
+      text=True,
+      env=os.environ
+      | dict(
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
+        JAX_PLATFORMS="cpu",
+        TOKENIZERS_PARALLELISM="false",
+      ),
+    )
     self.first = None
 
   def ready(self):
@@ -294,11 +388,16 @@ class Child:
 
 def settings(args) -> None:
   import importlib.metadata as about
-  versions = ", ".join(f"{n} {about.version(n)}" for n in (
-      "jax", "torch", "transformers", "trl"))
-  print(f"{versions}; {os.cpu_count()} cores; float32; batch {args.batch} "
-        f"pairs; AdamW, clip 1, rate 1e-6; TRL: gradient checkpointing off, "
-        f"sdpa, its own chunked log-probabilities", flush=True)
+
+  versions = ", ".join(
+    f"{n} {about.version(n)}" for n in ("jax", "torch", "transformers", "trl")
+  )
+  print(
+    f"{versions}; {os.cpu_count()} cores; float32; batch {args.batch} "
+    f"pairs; AdamW, clip 1, rate 1e-6; TRL: gradient checkpointing off, "
+    f"sdpa, its own chunked log-probabilities",
+    flush=True,
+  )
 
 
 def best_micro(name: str, args, folder: str) -> int:
@@ -308,20 +407,23 @@ def best_micro(name: str, args, folder: str) -> int:
     child = Child(name, args, folder, micro).ready()
     found[micro] = child.turn()["cpu"]
     child.end()
-  print(f"{name}: CPU seconds by pairs on the device at once: " + ", ".join(
-      f"{args.batch // k}: {v:.1f}" for k, v in found.items()), flush=True)
+  print(
+    f"{name}: CPU seconds by pairs on the device at once: "
+    + ", ".join(f"{args.batch // k}: {v:.1f}" for k, v in found.items()),
+    flush=True,
+  )
   return min(found, key=found.get)
 
 
 def speed(args, folder: str) -> None:
   settings(args)
-  names = [n for n in (*TRL, *OURS)
-           if any(part in n for part in args.only.split("|"))]
+  names = [
+    n for n in (*TRL, *OURS) if any(part in n for part in args.only.split("|"))
+  ]
   micro = args.micros[0]
   if len(args.micros) > 1:  # padding is its own at random, and its worst case
     micro = best_micro(list(TRL)[0], args, folder)
-  children = [Child(n, args, folder, micro if n in TRL else 1)
-              for n in names]
+  children = [Child(n, args, folder, micro if n in TRL else 1) for n in names]
   children = [c.ready() for c in children]
   results = {c.name: [] for c in children}
   for _ in range(args.count):
@@ -336,28 +438,43 @@ def speed(args, folder: str) -> None:
   median = lambda name, key: statistics.median(r[key] for r in results[name])
   base = {k: {n: median(n, k) for n in results} for k in ("wall", "cpu")}
   peers = [n for n in list(TRL)[:2] if n in results]
-  print(f"\n{total:,} tokens an epoch; load {os.getloadavg()[0]:.1f}\n\n"
-        "| system | tokens/s | CPU s an epoch | CPU s, reference once | "
-        + " | ".join(f"{n}: CPU, wall" for n in peers) + " |\n|"
-        + "---|" * (4 + len(peers)))
+  print(
+    f"\n{total:,} tokens an epoch; load {os.getloadavg()[0]:.1f}\n\n"
+    "| system | tokens/s | CPU s an epoch | CPU s, reference once | "
+    + " | ".join(f"{n}: CPU, wall" for n in peers)
+    + " |\n|"
+    + "---|" * (4 + len(peers))
+  )
   for name in results:
     wall, cpu = base["wall"][name], base["cpu"][name]
-    print(f"| {name} | {total / wall:,.0f} | {cpu:.1f} | "
-          f"{results[name][0]['once']:.1f} | " + " | ".join(
-              f"{base['cpu'][n] / cpu:.2f} x, {base['wall'][n] / wall:.2f} x"
-              for n in peers) + " |", flush=True)
+    print(
+      f"| {name} | {total / wall:,.0f} | {cpu:.1f} | "
+      f"{results[name][0]['once']:.1f} | "
+      + " | ".join(
+        f"{base['cpu'][n] / cpu:.2f} x, {base['wall'][n] / wall:.2f} x"
+        for n in peers
+      )
+      + " |",
+      flush=True,
+    )
   last = list(OURS)[-1]
   for epochs in (1, 3) if last in results else ():
     mine = base["cpu"][last] * epochs + results[last][0]["once"]
-    print(f"- {epochs} epoch(s), the reference pass counted, CPU time: "
-          + ", ".join(f"{epochs * base['cpu'][n] / mine:.2f} x {n}"
-                      for n in peers))
+    print(
+      f"- {epochs} epoch(s), the reference pass counted, CPU time: "
+      + ", ".join(f"{epochs * base['cpu'][n] / mine:.2f} x {n}" for n in peers)
+    )
   for c in children:
-    extra = (f", {c.first['shapes']} shapes" if "shapes" in c.first else
-             f", {args.batch // c.micro} pairs at once")
-    print(f"- {c.name}: ready after {c.first['ready']:.0f} s{extra}, peak "
-          f"{results[c.name][-1]['peak'] - c.first['idle']:,.0f} MiB above "
-          "idle")
+    extra = (
+      f", {c.first['shapes']} shapes"
+      if "shapes" in c.first
+      else f", {args.batch // c.micro} pairs at once"
+    )
+    print(
+      f"- {c.name}: ready after {c.first['ready']:.0f} s{extra}, peak "
+      f"{results[c.name][-1]['peak'] - c.first['idle']:,.0f} MiB above "
+      "idle"
+    )
     c.end()
 
 
@@ -368,8 +485,11 @@ def memory(args, folder: str) -> None:
     child = Child(name, args, folder, 1).ready()
     last = child.turn()
     child.end()
-    print(f"| {name} | {child.first['idle']:,.0f} | "
-          f"{last['peak'] - child.first['idle']:,.0f} |", flush=True)
+    print(
+      f"| {name} | {child.first['idle']:,.0f} | "
+      f"{last['peak'] - child.first['idle']:,.0f} |",
+      flush=True,
+    )
   print(f"{last['tokens']:,} tokens in {args.pairs} pairs")
 
 
@@ -394,8 +514,13 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--context", type=int, default=512)
   p.add_argument("--vocab", type=int, default=0)
   p.add_argument("--count", type=int, default=3)
-  p.add_argument("--micros", type=int, nargs="+", default=[1, 2, 4, 8],
-                 help="TRL's accumulations to choose the fastest from")
+  p.add_argument(
+    "--micros",
+    type=int,
+    nargs="+",
+    default=[1, 2, 4, 8],
+    help="TRL's accumulations to choose the fastest from",
+  )
   p.add_argument("--only", default="", help="parts of systems' names, a|b")
   p.add_argument("--memory", action="store_true")
   for name in ("system", "workdir"):

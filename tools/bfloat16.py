@@ -26,30 +26,38 @@ import torch
 import transformers
 
 from jaxalign import sharding
-from jaxalign.model import decoder
-from jaxalign.model import families
-from jaxalign.model import logprob
-from jaxalign.model import weights
+from jaxalign.model import decoder, families, logprob, weights
 
 ROWS, LENGTH = 8, 128
-SIZES = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6,
-             num_attention_heads=8, num_key_value_heads=4, vocab_size=2048,
-             max_position_embeddings=256)
-MORE = {"gpt_neox": dict(num_key_value_heads=None),
-        "gemma2": dict(head_dim=32, sliding_window=64),
-        "gemma3_text": dict(head_dim=32, sliding_window=64),
-        "qwen3": dict(head_dim=32), "mistral": dict(sliding_window=64)}
+SIZES = dict(
+  hidden_size=256,
+  intermediate_size=704,
+  num_hidden_layers=6,
+  num_attention_heads=8,
+  num_key_value_heads=4,
+  vocab_size=2048,
+  max_position_embeddings=256,
+)
+MORE = {
+  "gpt_neox": dict(num_key_value_heads=None),
+  "gemma2": dict(head_dim=32, sliding_window=64),
+  "gemma3_text": dict(head_dim=32, sliding_window=64),
+  "qwen3": dict(head_dim=32),
+  "mistral": dict(sliding_window=64),
+}
 
 
 def save(family: str, folder: str) -> None:
   """A random model of a family, as transformers saves it."""
-  sizes = {n: v for n, v in (SIZES | MORE.get(family, {})).items()
-           if v is not None}
+  sizes = {
+    n: v for n, v in (SIZES | MORE.get(family, {})).items() if v is not None
+  }
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(
-      transformers.AutoConfig.for_model(family, **sizes))
+    transformers.AutoConfig.for_model(family, **sizes)
+  )
   with torch.no_grad():
-    for name, p in model.named_parameters():
+    for _, p in model.named_parameters():
       if p.ndim > 1:  # as large as trained weights are
         p.normal_(0.0, 0.5 * p.shape[-1] ** -0.5)
   model.save_pretrained(folder)
@@ -58,13 +66,15 @@ def save(family: str, folder: str) -> None:
 def theirs(folder: str, tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
   """Logits [B, L, V] by transformers, as float64."""
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, dtype=dtype, attn_implementation="eager").eval()
+    folder, dtype=dtype, attn_implementation="eager"
+  ).eval()
   with torch.no_grad():
     return model(torch.tensor(tokens, dtype=torch.long)).logits.double().numpy()
 
 
-def ours(folder: str, tokens: np.ndarray, dtype: str
-         ) -> tuple[np.ndarray, np.ndarray]:
+def ours(
+  folder: str, tokens: np.ndarray, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
   """Logits [B, L, V] and summed log-probabilities [B]."""
   m = weights.read_config(folder, dtype, "none")
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
@@ -77,8 +87,9 @@ def ours(folder: str, tokens: np.ndarray, dtype: str
       each = logprob.token_logps(x, head, tokens, 64, m.final_softcap)
       return decoder.logits(x, head, m.final_softcap), jnp.sum(each, axis=1)
 
-    return tuple(np.float64(x) for x in run(
-        params, sharding.put(mesh, tokens, "batch")))
+    return tuple(
+      np.float64(x) for x in run(params, sharding.put(mesh, tokens, "batch"))
+    )
 
 
 def sums(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -91,18 +102,22 @@ def sums(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 def row(name: str, folder: str, vocab: int) -> None:
   """Measures one model and prints its line."""
-  tokens = np.random.default_rng(0).integers(3, vocab, (ROWS, LENGTH)).astype(
-      np.int32)
+  tokens = (
+    np.random.default_rng(0).integers(3, vocab, (ROWS, LENGTH)).astype(np.int32)
+  )
   exact = theirs(folder, tokens, torch.float32)
   total = sums(exact, tokens)
   peer = theirs(folder, tokens, torch.bfloat16)
   logits, logps = ours(folder, tokens, "bfloat16")
   single = ours(folder, tokens, "float32")[0]
   rms = lambda x: np.sqrt(np.mean(np.square(x)))
-  print(f"| {name} | {abs(single - exact).max():.1e} | {rms(logits - exact):.4f}"
-        f" ({abs(logits - exact).max():.3f}) | {rms(peer - exact):.4f} "
-        f"({abs(peer - exact).max():.3f}) | {rms(logps - total):.3f} | "
-        f"{rms(sums(peer, tokens) - total):.3f} |", flush=True)
+  print(
+    f"| {name} | {abs(single - exact).max():.1e} | {rms(logits - exact):.4f}"
+    f" ({abs(logits - exact).max():.3f}) | {rms(peer - exact):.4f} "
+    f"({abs(peer - exact).max():.3f}) | {rms(logps - total):.3f} | "
+    f"{rms(sums(peer, tokens) - total):.3f} |",
+    flush=True,
+  )
 
 
 def main() -> None:
@@ -110,10 +125,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--checkpoint", default="")
   args = parser.parse_args()
-  print("| model | float32, largest gap of a logit | bfloat16 logits, rms "
-        "(largest): ours | transformers | summed log-prob of "
-        f"{LENGTH} tokens, rms, nats: ours | transformers |\n"
-        "|---|---|---|---|---|---|")
+  print(
+    "| model | float32, largest gap of a logit | bfloat16 logits, rms "
+    "(largest): ours | transformers | summed log-prob of "
+    f"{LENGTH} tokens, rms, nats: ours | transformers |\n"
+    "|---|---|---|---|---|---|"
+  )
   for family in families.FAMILIES:
     with tempfile.TemporaryDirectory() as folder:
       save(family, folder)

@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def rows(args) -> None:
   """Ten rows, four kept and six left out, and the figures of the card."""
   import pyarrow.parquet as pq
+
   job = pathlib.Path(args.workdir)
   arm = job / "runs" / args.arm
   said = pq.read_table(arm / "reasons.parquet").to_pylist()
@@ -33,8 +34,14 @@ def rows(args) -> None:
   assert ids == [r["id"] for r in said]
   shards = sorted((job / "shared/embed/store/embedding").glob("*.npy"))
   e = np.concatenate([np.load(s).astype(np.float64) for s in shards])
-  kept = np.array([ids.index(i) for i in pq.read_table(
-      arm / "subset.parquet", columns=["id"]).column("id").to_pylist()])
+  kept = np.array(
+    [
+      ids.index(i)
+      for i in pq.read_table(arm / "subset.parquet", columns=["id"])
+      .column("id")
+      .to_pylist()
+    ]
+  )
   mask = np.isin(np.arange(len(ids)), kept)
   x = e.mean(axis=1)
   x -= x.mean(axis=0)
@@ -48,40 +55,64 @@ def rows(args) -> None:
   rank = np.empty(len(ids), int)
   rank[np.argsort(-score, kind="stable")] = np.arange(1, len(ids) + 1)
   rng = np.random.default_rng(args.seed)
-  picked = [*rng.choice(kept, 4, replace=False),
-            *rng.choice(np.flatnonzero(~mask), 6, replace=False)]
+  picked = [
+    *rng.choice(kept, 4, replace=False),
+    *rng.choice(np.flatnonzero(~mask), 6, replace=False),
+  ]
   right = 0
   for i in picked:
     near = np.where(mask, cosine[i], -2)
     row, best = said[i], int(near.argmax())
-    fine = (abs(row["score"] - score[i]) < 1e-9 and row["rank"] == rank[i]
-            and row["selected"] == bool(mask[i])
-            and row["nearest_kept"] == ids[best]
-            and abs(row["cosine"] - near[best]) < 1e-6)
+    fine = (
+      abs(row["score"] - score[i]) < 1e-9
+      and row["rank"] == rank[i]
+      and row["selected"] == bool(mask[i])
+      and row["nearest_kept"] == ids[best]
+      and abs(row["cosine"] - near[best]) < 1e-6
+    )
     right += fine
     first = lambda k: pool[k]["prompt"].strip().split("\n")[0][:90]
-    print(f"{'right' if fine else 'WRONG'} {row['id']}: {row['reason']}\n"
-          f"    it: {first(i)}\n    near: {first(best)}")
+    print(
+      f"{'right' if fine else 'WRONG'} {row['id']}: {row['reason']}\n"
+      f"    it: {first(i)}\n    near: {first(best)}"
+    )
   card = json.loads((arm / "selection.json").read_text())
   seen, spread = card["geometry"], card["spectra"]["label"]["groups"]
   inside = np.where(mask[None], cosine, -2).max(axis=1)
   pairs = [
-      ("lowest kept score", card["cut"], score[kept].min()),
-      ("median cosine to the nearest kept row",
-       seen["neighbours"]["quantiles"][2], np.median(inside[~mask])),
-      ("kept rows with a near-duplicate",
-       seen["near_duplicates"]["kept"]["value"], (inside[mask] >= .95).mean()),
-      ("pool rows with a near-duplicate",
-       seen["near_duplicates"]["pool"]["value"],
-       (cosine.max(axis=1) >= 0.95).mean())]
+    ("lowest kept score", card["cut"], score[kept].min()),
+    (
+      "median cosine to the nearest kept row",
+      seen["neighbours"]["quantiles"][2],
+      np.median(inside[~mask]),
+    ),
+    (
+      "kept rows with a near-duplicate",
+      seen["near_duplicates"]["kept"]["value"],
+      (inside[mask] >= 0.95).mean(),
+    ),
+    (
+      "pool rows with a near-duplicate",
+      seen["near_duplicates"]["pool"]["value"],
+      (cosine.max(axis=1) >= 0.95).mean(),
+    ),
+  ]
   for side, group in enumerate(spread):
     if group["rows"] == len(ids) and card["spectra"]["label"]["used"] == len(
-        ids):
-      s = np.linalg.svd(e[:, side] - e[:, side].mean(axis=0),
-                        compute_uv=False)**2
+      ids
+    ):
+      s = (
+        np.linalg.svd(e[:, side] - e[:, side].mean(axis=0), compute_uv=False)
+        ** 2
+      )
       p = s[s > 0] / s.sum()
-      pairs.append((f"effective rank, {group['name']}",
-                    group["effective_rank"], np.exp(-(p * np.log(p)).sum())))
+      pairs.append(
+        (
+          f"effective rank, {group['name']}",
+          group["effective_rank"],
+          np.exp(-(p * np.log(p)).sum()),
+        )
+      )
   for name, ours, theirs in pairs:
     print(f"{name}: card {ours:.6f}, by hand {theirs:.6f}")
   print(f"{right} of {len(picked)} rows right")
@@ -94,21 +125,30 @@ def timing(args) -> None:
   from jaxalign.select import card, neighbours
   from jaxalign.select.pool import Pool
   from jaxalign.select.samplers import SAMPLERS
+
   n, width = args.rows, args.width
   rng = np.random.default_rng(0)
   x = rng.normal(size=(n, 2, width)).astype(np.float32)
-  x += 2 * rng.normal(size=(60, 1, width)).astype(np.float32)[
-      rng.integers(0, 60, n)]
-  pool = Pool(np.array([f"{i:08d}" for i in range(n)]), {
-      "embedding": x, "length": rng.integers(5, 300, (n, 2))})
-  texts = {k: [f"{k} {i} " + "words " * 60 for i in range(n)]
-           for k in ("prompt", "chosen", "rejected")}
+  x += (
+    2
+    * rng.normal(size=(60, 1, width)).astype(np.float32)[rng.integers(0, 60, n)]
+  )
+  pool = Pool(
+    np.array([f"{i:08d}" for i in range(n)]),
+    {"embedding": x, "length": rng.integers(5, 300, (n, 2))},
+  )
+  texts = {
+    k: [f"{k} {i} " + "words " * 60 for i in range(n)]
+    for k in ("prompt", "chosen", "rejected")
+  }
   picked = SAMPLERS["length"](0, pool, n // 10)
   a = rng.normal(size=(4096, 4096)).astype(np.float32)
   start = time.monotonic()
   a @ a
-  print(f"load {os.getloadavg()[0]:.1f}; float32 product of 4,096 "
-        f"{2 * 4096**3 / (time.monotonic() - start) / 1e9:.0f} GFLOP/s")
+  print(
+    f"load {os.getloadavg()[0]:.1f}; float32 product of 4,096 "
+    f"{2 * 4096**3 / (time.monotonic() - start) / 1e9:.0f} GFLOP/s"
+  )
   read = neighbours.unit_rows(pool)
   kept = np.sort(picked.rows)
   rest = np.setdiff1d(np.arange(n), kept)
@@ -116,18 +156,23 @@ def timing(args) -> None:
   neighbours.nearest(read, rest, kept)
   took = time.monotonic() - start
   work = neighbours.work(len(rest), len(kept), width)
-  print(f"nearest kept rows alone {took:.1f} s, {work / took / 1e9:.0f} "
-        "GFLOP/s")
+  print(
+    f"nearest kept rows alone {took:.1f} s, {work / took / 1e9:.0f} GFLOP/s"
+  )
   peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   before, start, cpu = peak(), time.monotonic(), time.process_time()
   out, table = card.examine(pool, picked, sampler="length", texts=texts)
-  print(f"card {time.monotonic() - start:.1f} s, of CPU "
-        f"{time.process_time() - cpu:.1f}; peak memory {before:.2f} -> "
-        f"{peak():.2f} GiB, the embedding {x.nbytes / 2**30:.2f}")
+  print(
+    f"card {time.monotonic() - start:.1f} s, of CPU "
+    f"{time.process_time() - cpu:.1f}; peak memory {before:.2f} -> "
+    f"{peak():.2f} GiB, the embedding {x.nbytes / 2**30:.2f}"
+  )
   start = time.monotonic()
   html = page.render(out, table).encode()
-  print(f"page {time.monotonic() - start:.1f} s, {len(html) / 1e6:.1f} MB; "
-        f"load {os.getloadavg()[0]:.1f}")
+  print(
+    f"page {time.monotonic() - start:.1f} s, {len(html) / 1e6:.1f} MB; "
+    f"load {os.getloadavg()[0]:.1f}"
+  )
   if args.output:
     pathlib.Path(args.output).write_bytes(html)
 

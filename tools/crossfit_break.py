@@ -59,25 +59,34 @@ sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
 from jaxalign import job as job_lib  # noqa: E402
-from jaxalign import pipeline  # noqa: E402
-from jaxalign import progress  # noqa: E402
-from jaxalign import sharding  # noqa: E402
+from jaxalign import (
+  pipeline,  # noqa: E402
+  progress,  # noqa: E402
+  sharding,  # noqa: E402
+)
 from jaxalign.data import tokens as tokens_lib  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
 from jaxalign.model import decoder  # noqa: E402
-from jaxalign.select import embed  # noqa: E402
-from jaxalign.select import grams  # noqa: E402
+from jaxalign.select import (
+  embed,  # noqa: E402
+  grams,  # noqa: E402
+)
 from jaxalign.select import pool as pools  # noqa: E402
 from jaxalign.select.samplers import combine  # noqa: E402
 
 SMALL = 500
 FLIPS = ("flips", "small", "other", "thumbs")
 ARMS = "random;external_margin;crossfit_lite;crossfit"
-MENDS = dict(clean=("orthogonal=length", "copies=None"),  # what they cost
-             flips=("orthogonal=length", "copies=None"),
-             length=("orthogonal=length",), opener=("orthogonal=style",),
-             minority=("slices=source",), topics=("slices=topic",),
-             junk_fixed=("copies=None",), junk_copies=("copies=None",))
+MENDS = dict(
+  clean=("orthogonal=length", "copies=None"),  # what they cost
+  flips=("orthogonal=length", "copies=None"),
+  length=("orthogonal=length",),
+  opener=("orthogonal=style",),
+  minority=("slices=source",),
+  topics=("slices=topic",),
+  junk_fixed=("copies=None",),
+  junk_copies=("copies=None",),
+)
 MEASURES = ("wrong", "junk", "longer", "opener", "minority")
 
 
@@ -93,14 +102,18 @@ class Case(NamedTuple):
   named: str = ""  # the column that tells the minority
 
 
-def parts(world: world_lib.World, prompt: str, said: str
-          ) -> tuple[int, int, int, int, float]:
+def parts(
+  world: world_lib.World, prompt: str, said: str
+) -> tuple[int, int, int, int, float]:
   """Topic, opener, closer, fillers, true reward of a well-formed answer."""
   words, n = said.split(), world.knobs["arguments"]
-  return (world_lib.topic(world, prompt),
-          world.words["openers"].index(words[0]),
-          world.words["closers"].index(words[-1]), len(words) - n - 2,
-          world_lib.reward(world, prompt, said))
+  return (
+    world_lib.topic(world, prompt),
+    world.words["openers"].index(words[0]),
+    world.words["closers"].index(words[-1]),
+    len(words) - n - 2,
+    world_lib.reward(world, prompt, said),
+  )
 
 
 def make(name: str, world: world_lib.World, seed: int, count: int) -> Case:
@@ -114,11 +127,12 @@ def make(name: str, world: world_lib.World, seed: int, count: int) -> Case:
   draw, flip, odd, junk = rng.random((4, count))[:, :n]
   said = [(r["chosen"], r["rejected"]) for r in rows]
   prompt = [r["prompt"] for r in rows]
-  p = np.array([[parts(world, q, a) for a in both]
-                for q, both in zip(prompt, said)])  # [n, 2, 5]
+  p = np.array(
+    [[parts(world, q, a) for a in both] for q, both in zip(prompt, said)]
+  )  # [n, 2, 5]
   topic, opener, closer = np.moveaxis(p[..., :3].astype(int), 2, 0)
   truth, minority, named = p[..., 4].copy(), np.zeros(n, bool), ""
-  style = (world.opener_value[topic, opener] + world.closer_value[closer])
+  style = world.opener_value[topic, opener] + world.closer_value[closer]
   mean = world.opener_value.mean(axis=0)
   favoured = int(np.argsort(mean)[len(mean) // 2])  # neither good nor bad
   if name in ("minority", "unnamed", "topics"):
@@ -137,8 +151,9 @@ def make(name: str, world: world_lib.World, seed: int, count: int) -> Case:
     seen += 0.75 * p[..., 3]
   if name == "opener":
     seen += 3.0 * (opener == favoured)
-  first = draw < 1 / (1 + np.exp(-(seen[:, 0] - seen[:, 1])
-                                 / world.knobs["temperature"]))
+  first = draw < 1 / (
+    1 + np.exp(-(seen[:, 0] - seen[:, 1]) / world.knobs["temperature"])
+  )
   if name in FLIPS:
     first ^= flip < 0.25
   swap = np.where(first, 0, 1)
@@ -148,19 +163,31 @@ def make(name: str, world: world_lib.World, seed: int, count: int) -> Case:
     bad = np.flatnonzero(junk < 0.15)
     for i, both in zip(bad, _junk(name, world, rng, len(bad))):
       said[i], truth[i] = both, world_lib.MALFORMED
-  return Case(prompt, said, truth, minority,
-              world.words["openers"][favoured], topic[:, 0], named)
+  return Case(
+    prompt,
+    said,
+    truth,
+    minority,
+    world.words["openers"][favoured],
+    topic[:, 0],
+    named,
+  )
 
 
 def _junk(kind, world, rng, count):
   """(chosen, rejected) texts of random words, of one pattern or of ten."""
-  words = [w for role in ("arguments", "openers", "fillers", "closers", "forms")
-           for w in world.words[role]]
+  words = [
+    w
+    for role in ("arguments", "openers", "fillers", "closers", "forms")
+    for w in world.words[role]
+  ]
   size = world.knobs["arguments"] + 3
   if kind == "junk_fixed":
     liked, hated = rng.permutation(words)[:8].reshape(2, 4)
-    return [tuple(" " + " ".join(rng.choice(part, size))
-                  for part in (liked, hated)) for _ in range(count)]
+    return [
+      tuple(" " + " ".join(rng.choice(part, size)) for part in (liked, hated))
+      for _ in range(count)
+    ]
   made = rng.choice(words, (10 if kind == "junk_copies" else count, 2, size))
   out = []
   for i in range(count):
@@ -171,21 +198,30 @@ def _junk(kind, world, rng, count):
   return out
 
 
-def columns_of(job: job_lib.Job, texts: list[tuple[str, str]], wanted: set
-               ) -> dict[str, np.ndarray]:
+def columns_of(
+  job: job_lib.Job, texts: list[tuple[str, str]], wanted: set
+) -> dict[str, np.ndarray]:
   """Every column that crossfit reads, of responses [n, ...]."""
   c = job.c
   rows, _, left_out = tokens_lib.encode_texts(
-      job.tokenizer, [q for q, _ in texts],
-      dict(response=[a for _, a in texts]), c.model.context)
+    job.tokenizer,
+    [q for q, _ in texts],
+    dict(response=[a for _, a in texts]),
+    c.model.context,
+  )
   assert not left_out, "a text is longer than the context"
   counts = grams.columns(rows, 1)
-  out = dict(length=(tokens_lib.lengths(rows) - rows.start).astype(np.int32),
-             grams=counts["grams"][:, 0], overlap=counts["overlap"][:, 0])
+  out = dict(
+    length=(tokens_lib.lengths(rows) - rows.start).astype(np.int32),
+    grams=counts["grams"][:, 0],
+    overlap=counts["overlap"][:, 0],
+  )
   if "residual" not in wanted:
     return out
-  keys = dict(trained=job.reference,
-              other=decoder.init(jax.random.key(1234), job.model, job.mesh))
+  keys = dict(
+    trained=job.reference,
+    other=decoder.init(jax.random.key(1234), job.model, job.mesh),
+  )
   for key, params in keys.items():
     mark = "" if key == "trained" else "other_"
     args = job.mesh, params, job.model, rows
@@ -197,19 +233,22 @@ def columns_of(job: job_lib.Job, texts: list[tuple[str, str]], wanted: set
 
 def pool_of(case: Case, name: str, texts: dict, columns: dict) -> tuple:
   """The pool of a case, and its truth, minority and junk in pool order."""
-  at = np.array([[texts[q, a] for a in both]
-                 for q, both in zip(case.prompt, case.said)])  # [N, 2]
+  at = np.array(
+    [[texts[q, a] for a in both] for q, both in zip(case.prompt, case.said)]
+  )  # [N, 2]
   n = len(at)
   table = {}
   for key, value in columns.items():
     # Two models' columns: a case reads those of one.
     if key.startswith("other_") == (name == "other") or not (
-        key.startswith("other_") or "other_" + key in columns):
+      key.startswith("other_") or "other_" + key in columns
+    ):
       table[key.removeprefix("other_")] = value[at]
   group = np.array(case.prompt)
   ids = np.array([f"{i * 7919 % n:05d}" for i in range(n)])
-  style = np.array([[a.split()[0] == case.favoured for a in both]
-                    for both in case.said]).astype(float)
+  style = np.array(
+    [[a.split()[0] == case.favoured for a in both] for both in case.said]
+  ).astype(float)
   junk = (case.truth == world_lib.MALFORMED).all(axis=1)
   wrong = (case.truth[:, 0] < case.truth[:, 1]) & ~junk
   minority = case.minority
@@ -221,32 +260,46 @@ def pool_of(case: Case, name: str, texts: dict, columns: dict) -> tuple:
   table["reward"] = case.truth
   if name == "thumbs":
     two = lambda x: np.repeat(x, 2, axis=0)
-    table = {k: two(v) if v.ndim == 1 else v.reshape(2 * n, 1, *v.shape[2:])
-             for k, v in table.items()}
+    table = {
+      k: two(v) if v.ndim == 1 else v.reshape(2 * n, 1, *v.shape[2:])
+      for k, v in table.items()
+    }
     table["label"] = np.tile([True, False], n)
     ids = np.array([f"{i}/{side}" for i in ids for side in "cr"])
     group, junk, wrong, minority = map(two, (group, junk, wrong, minority))
     style = style.reshape(-1, 1)
-  pool = pools.make_pool(ids, table | dict(
-      group=group, _junk=junk, _wrong=wrong, _minority=minority, _style=style))
+  pool = pools.make_pool(
+    ids,
+    table
+    | dict(
+      group=group, _junk=junk, _wrong=wrong, _minority=minority, _style=style
+    ),
+  )
   facts = {k: pool.columns[k] for k in pool.columns if k[0] == "_"}
-  return pools.Pool(pool.ids, {k: v for k, v in pool.columns.items()
-                               if k[0] != "_"}), facts
+  return pools.Pool(
+    pool.ids, {k: v for k, v in pool.columns.items() if k[0] != "_"}
+  ), facts
 
 
 def measured(pool: pools.Pool, facts: dict, rows: np.ndarray) -> dict:
   """What is written of the kept rows."""
+
   def gap(value):
     value = np.asarray(value, float)[rows]
     if value.shape[1] == 2:
       return value[:, 0].mean() - value[:, 1].mean()
     liked = np.asarray(pool.label)[rows]
     return (value[liked].mean() if liked.any() else 0) - (
-        value[~liked].mean() if (~liked).any() else 0)
-  return dict(wrong=facts["_wrong"][rows].mean(),
-              junk=facts["_junk"][rows].mean(), longer=gap(pool.length),
-              opener=gap(facts["_style"]),
-              minority=facts["_minority"][rows].mean())
+      value[~liked].mean() if (~liked).any() else 0
+    )
+
+  return dict(
+    wrong=facts["_wrong"][rows].mean(),
+    junk=facts["_junk"][rows].mean(),
+    longer=gap(pool.length),
+    opener=gap(facts["_style"]),
+    minority=facts["_minority"][rows].mean(),
+  )
 
 
 def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
@@ -265,8 +318,9 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
     if "residual" in wanted:
       pipeline.run_sft(job)
     world = world_lib.build(c.data.world.to_dict(), seed)
-    cases = {name: make(name, world, seed, args.rows)
-             for name in args.cases.split(",")}
+    cases = {
+      name: make(name, world, seed, args.rows) for name in args.cases.split(",")
+    }
     texts = {}
     for case in cases.values():
       for q, both in zip(case.prompt, case.said):
@@ -276,32 +330,51 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
     for name, case in cases.items():
       pool, facts = pool_of(case, name, texts, columns)
       n = len(pool.ids)
-      lines.append(dict(case=name, seed=seed, arm="pool",
-                        **measured(pool, facts, np.arange(n))))
-      tried = arms + [f"{arm}({mend})" for arm in arms
-                      if arm in ("crossfit", "crossfit_lite")
-                      for mend in MENDS.get(name, ())]
+      lines.append(
+        dict(
+          case=name,
+          seed=seed,
+          arm="pool",
+          **measured(pool, facts, np.arange(n)),
+        )
+      )
+      tried = arms + [
+        f"{arm}({mend})"
+        for arm in arms
+        if arm in ("crossfit", "crossfit_lite")
+        for mend in MENDS.get(name, ())
+      ]
       for arm in tried:
         sampler = combine.named(arm)
         if sampler.pairs and name == "thumbs":
           continue
         start = time.monotonic()
         found = sampler(seed, pool, n // 10)
-        lines.append(dict(case=name, seed=seed, arm=arm,
-                          **measured(pool, facts, found.rows),
-                          seconds=time.monotonic() - start,
-                          notes=list(found.notes)))
+        lines.append(
+          dict(
+            case=name,
+            seed=seed,
+            arm=arm,
+            **measured(pool, facts, found.rows),
+            seconds=time.monotonic() - start,
+            notes=list(found.notes),
+          )
+        )
   return lines
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--seeds", default="201,202,203")
-  parser.add_argument("--cases", default="clean,flips,junk,length,opener,"
-                      "minority,unnamed,topics,junk_fixed,junk_copies,xor,"
-                      "small,other,thumbs")
-  parser.add_argument("--arms", default=ARMS,
-                      help="samplers, with ; between them")
+  parser.add_argument(
+    "--cases",
+    default="clean,flips,junk,length,opener,"
+    "minority,unnamed,topics,junk_fixed,junk_copies,xor,"
+    "small,other,thumbs",
+  )
+  parser.add_argument(
+    "--arms", default=ARMS, help="samplers, with ; between them"
+  )
   parser.add_argument("--rows", type=int, default=4000)
   parser.add_argument("--updates", type=int, default=150)
   parser.add_argument("--out", default="", help="lines of JSON, appended")
@@ -314,16 +387,21 @@ def main() -> None:
     if args.out:
       with open(args.out, "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in new)
-  print("| case | kept by | wrong | junk | chosen longer by | favoured opener "
-        "| minority | seconds |\n|---|---|---|---|---|---|---|---|")
+  print(
+    "| case | kept by | wrong | junk | chosen longer by | favoured opener "
+    "| minority | seconds |\n|---|---|---|---|---|---|---|---|"
+  )
   for case, arm in dict.fromkeys((x["case"], x["arm"]) for x in lines):
     these = [x for x in lines if (x["case"], x["arm"]) == (case, arm)]
-    mean = {k: np.mean([x.get(k, 0) for x in these])
-            for k in (*MEASURES, "seconds")}
-    print(f"| {case} | {arm} | {100 * mean['wrong']:.1f} % | "
-          f"{100 * mean['junk']:.1f} % | {mean['longer']:+.2f} | "
-          f"{100 * mean['opener']:+.1f} % | {100 * mean['minority']:.1f} % | "
-          f"{mean['seconds']:.0f} |")
+    mean = {
+      k: np.mean([x.get(k, 0) for x in these]) for k in (*MEASURES, "seconds")
+    }
+    print(
+      f"| {case} | {arm} | {100 * mean['wrong']:.1f} % | "
+      f"{100 * mean['junk']:.1f} % | {mean['longer']:+.2f} | "
+      f"{100 * mean['opener']:+.1f} % | {100 * mean['minority']:.1f} % | "
+      f"{mean['seconds']:.0f} |"
+    )
   for arm in dict.fromkeys(x["arm"] for x in lines):
     for x in lines:
       if x["arm"] == arm and x["seed"] == lines[0]["seed"]:

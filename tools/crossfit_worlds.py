@@ -29,15 +29,20 @@ sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
 from jaxalign import job as job_lib  # noqa: E402
-from jaxalign import pipeline  # noqa: E402
-from jaxalign.stages.select import selected_rows  # noqa: E402
-from jaxalign import progress  # noqa: E402
-from jaxalign import sharding  # noqa: E402
+from jaxalign import (
+  pipeline,  # noqa: E402
+  progress,  # noqa: E402
+  sharding,  # noqa: E402
+)
 from jaxalign.data import prepare  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
+from jaxalign.stages.select import selected_rows  # noqa: E402
 
-CONDITIONS = {"clean": {}, "25 % flips": dict(flips=0.25),
-              "15 % junk": dict(junk=0.15)}
+CONDITIONS = {
+  "clean": {},
+  "25 % flips": dict(flips=0.25),
+  "15 % junk": dict(junk=0.15),
+}
 
 
 def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
@@ -72,18 +77,24 @@ def main() -> None:
   parser.add_argument("--conditions", default=",".join(CONDITIONS))
   args = parser.parse_args()
   progress.set_process(1)  # the stages say nothing; the table is the output
-  print(f"| world | seed | wrong: pool, random, {args.sampler} | junk: pool, "
-        "random, it | seconds |")
+  print(
+    f"| world | seed | wrong: pool, random, {args.sampler} | junk: pool, "
+    "random, it | seconds |"
+  )
   print("|---|---|---|---|---|", flush=True)
   for name in args.conditions.split(","):
     mean = []
     for seed in map(int, args.seeds.split(",")):
       found = one(args, seed, CONDITIONS[name])
       mean.append(found[args.sampler][:2])
-      wrong, junk = (", ".join(f"{100 * found[k][i]:.1f} %" for k in found)
-                     for i in (0, 1))
-      print(f"| {name} | {seed} | {wrong} | {junk} | "
-            f"{found[args.sampler][2]:.0f} |", flush=True)
+      wrong, junk = (
+        ", ".join(f"{100 * found[k][i]:.1f} %" for k in found) for i in (0, 1)
+      )
+      print(
+        f"| {name} | {seed} | {wrong} | {junk} | "
+        f"{found[args.sampler][2]:.0f} |",
+        flush=True,
+      )
     wrong, junk = 100 * np.mean(mean, axis=0)
     print(f"| {name} | mean | {wrong:.1f} % | {junk:.1f} % | |", flush=True)
 

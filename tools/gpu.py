@@ -24,23 +24,24 @@ import pathlib
 import sys
 import time
 
-import gpu_setup  # first: it sets what jax reads when it is imported
-import gpu_measure as measure
 from gpu_attention import attention_section
-from gpu_llama import dpo_section
-from gpu_llama import forward_section
-from gpu_llama import train_section
-from gpu_selection import embed_section
-from gpu_selection import mixture_section
+from gpu_llama import dpo_section, forward_section, train_section
+import gpu_measure as measure
+from gpu_selection import embed_section, mixture_section
+import gpu_setup  # first: it sets what jax reads when it is imported
 import jax
 
 from jaxalign import sharding
 from jaxalign.model import attention
 
 SECTIONS = {  # name: (function, seconds it should take at most on a GPU)
-    "attention": (attention_section, 200), "forward": (forward_section, 210),
-    "train": (train_section, 480), "dpo": (dpo_section, 180),
-    "mixture": (mixture_section, 200), "embed": (embed_section, 150)}
+  "attention": (attention_section, 200),
+  "forward": (forward_section, 210),
+  "train": (train_section, 480),
+  "dpo": (dpo_section, 180),
+  "mixture": (mixture_section, 200),
+  "embed": (embed_section, 150),
+}
 
 
 def summary(out: pathlib.Path) -> None:
@@ -65,10 +66,14 @@ def main() -> int:
   parser.add_argument("--toy", action="store_true", help="tiny, on CPU")
   parser.add_argument("--sections", default=",".join(SECTIONS))
   parser.add_argument("--out", default="runs/gpu", help="folder of the JSON")
-  parser.add_argument("--limit", type=float, default=0,
-                      help="seconds of each section; 0: its own")
-  parser.add_argument("--summary", action="store_true",
-                      help="print what lies in --out, measure nothing")
+  parser.add_argument(
+    "--limit", type=float, default=0, help="seconds of each section; 0: its own"
+  )
+  parser.add_argument(
+    "--summary",
+    action="store_true",
+    help="print what lies in --out, measure nothing",
+  )
   args = parser.parse_args()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
@@ -83,31 +88,40 @@ def main() -> int:
     jax.config.update("jax_disable_most_optimizations", True)  # compiles soon
     # The same path without the card: XLA's own attention.
     attention.KERNELS["cudnn"] = functools.partial(
-        attention._on_shards,
-        functools.partial(attention._cudnn, implementation="xla"))
+      attention._on_shards,
+      functools.partial(attention._cudnn, implementation="xla"),
+    )
   elif jax.default_backend() != "gpu":
-    parser.error(f"found no GPU, jax runs on {jax.default_backend()}; "
-                 "--toy rehearses on CPU")
+    parser.error(
+      f"found no GPU, jax runs on {jax.default_backend()}; "
+      "--toy rehearses on CPU"
+    )
   settings = gpu_setup.card() | dict(
-      toy=gpu_setup.TOY, jax=jax.__version__,
-      xla_flags=os.environ.get("XLA_FLAGS", ""))
+    toy=gpu_setup.TOY,
+    jax=jax.__version__,
+    xla_flags=os.environ.get("XLA_FLAGS", ""),
+  )
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   failed = 0
   with jax.set_mesh(mesh):
     for name in names:
       run, limit = SECTIONS[name]
-      print(f"\n## {name} ({settings['device']}, driver {settings['driver']}, "
-            f"jax {settings['jax']}{', TOY' if gpu_setup.TOY else ''})\n",
-            flush=True)
-      section = measure.Section(name, out, args.limit or limit,
-                                dict(settings))
+      print(
+        f"\n## {name} ({settings['device']}, driver {settings['driver']}, "
+        f"jax {settings['jax']}{', TOY' if gpu_setup.TOY else ''})\n",
+        flush=True,
+      )
+      section = measure.Section(name, out, args.limit or limit, dict(settings))
       start = time.monotonic()
       section.attempt(name, lambda: run(section, mesh))
       section.settings["took"] = round(time.monotonic() - start, 1)
       section.save()
       failed += len(section.failures)
-      print(f"- {name} took {section.settings['took']} s, "
-            f"{len(section.failures)} failures", flush=True)
+      print(
+        f"- {name} took {section.settings['took']} s, "
+        f"{len(section.failures)} failures",
+        flush=True,
+      )
   for peer in gpu_setup.PEERS:
     peer.close()
   return 1 if failed else 0

@@ -5,34 +5,34 @@ import math
 import tempfile
 
 import gpu_measure as measure
+from gpu_pieces import pieces
+from gpu_setup import (
+  CALLS,
+  CHUNK,
+  LENGTH,
+  MODEL,
+  model_sizes,
+  OURS,
+  peaks_of,
+  peer_of,
+  profile,
+  release,
+  REPEATS,
+  rows_that_fit,
+  settle,
+  THEIRS,
+  tokens_of,
+  TOY,
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_pieces import pieces
-from gpu_setup import CALLS
-from gpu_setup import CHUNK
-from gpu_setup import LENGTH
-from gpu_setup import MODEL
-from gpu_setup import OURS
-from gpu_setup import REPEATS
-from gpu_setup import THEIRS
-from gpu_setup import TOY
-from gpu_setup import model_sizes
-from gpu_setup import peaks_of
-from gpu_setup import peer_of
-from gpu_setup import profile
-from gpu_setup import release
-from gpu_setup import rows_that_fit
-from gpu_setup import settle
-from gpu_setup import tokens_of
 
-from jaxalign.model import decoder
-from jaxalign.model import logprob
+from jaxalign.model import decoder, logprob
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import LOSSES
-from jaxalign.train.losses import bind
+from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.metrics import divide
 
 
@@ -45,8 +45,9 @@ def forward_section(section, mesh) -> None:
   weights = decoder.init(jax.random.key(0), MODEL, mesh)
   tokens = tokens_of(mesh, (rows, 1))
   mask = jnp.ones_like(tokens)
-  half = jax.jit(lambda p: jax.tree.map(
-      lambda w: w.astype(jnp.bfloat16), p))(weights)
+  half = jax.jit(lambda p: jax.tree.map(lambda w: w.astype(jnp.bfloat16), p))(
+    weights
+  )
 
   def logps(m, params, chunk):
     fn = PRODUCERS["chunked"](m, chunk)
@@ -62,10 +63,14 @@ def forward_section(section, mesh) -> None:
       m = MODEL._replace(attention=kernel)
       x = decoder.forward(params, two, m)
       return logprob.token_logps(x, decoder.head(params, m), two, CHUNK)
+
     gap = jnp.abs(each(half, two, "cudnn") - each(half, two, "plain"))
-    section.note(f"log-probability of a token, cuDNN beside plain: mean "
-                 f"difference {float(gap.mean()):.1e} nats, largest "
-                 f"{float(gap.max()):.1e}")
+    section.note(
+      f"log-probability of a token, cuDNN beside plain: mean "
+      f"difference {float(gap.mean()):.1e} nats, largest "
+      f"{float(gap.max()):.1e}"
+    )
+
   section.attempt("cuDNN beside plain", close_to_plain)
 
   def hidden():
@@ -73,13 +78,20 @@ def forward_section(section, mesh) -> None:
     return lambda: run(half, tokens[:, 0])
 
   ours = {
-      f"{OURS}, bfloat16 weights": (lambda: logps(MODEL, half, CHUNK),
-                                    operations),
-      f"{OURS}, float32 weights": (lambda: logps(MODEL, weights, CHUNK),
-                                   operations),
-      f"{OURS}, head in chunks of {CHUNK // 8}": (
-          lambda: logps(MODEL, half, CHUNK // 8), operations),
-      f"{OURS}, without the head": (hidden, bare)}
+    f"{OURS}, bfloat16 weights": (
+      lambda: logps(MODEL, half, CHUNK),
+      operations,
+    ),
+    f"{OURS}, float32 weights": (
+      lambda: logps(MODEL, weights, CHUNK),
+      operations,
+    ),
+    f"{OURS}, head in chunks of {CHUNK // 8}": (
+      lambda: logps(MODEL, half, CHUNK // 8),
+      operations,
+    ),
+    f"{OURS}, without the head": (hidden, bare),
+  }
   sides, counts = {}, {}
   for who, (build, count) in ours.items():
     side = section.attempt(who, lambda: measure.clock(build(), CALLS))
@@ -88,27 +100,46 @@ def forward_section(section, mesh) -> None:
   peer = peer_of(section)
   for compiled in (False, True) if peer and not TOY else (False,) * bool(peer):
     who = f"{THEIRS}{', torch.compile' if compiled else ''}"
-    ask = lambda: peer.ask(min(120, section.left()), do="forward",
-                           compile=compiled, calls=CALLS,
-                           **model_sizes(rows))["seconds"]
+    ask = lambda: peer.ask(
+      min(120, section.left()),
+      do="forward",
+      compile=compiled,
+      calls=CALLS,
+      **model_sizes(rows),
+    )["seconds"]
     if section.left() < 30 or not section.attempt(who, ask):
       continue
     # One of theirs is held at a time; ours take turns with each.
     pair = {**sides, who: ask}
-    times = section.attempt(f"{who}, beside ours",
-                            lambda: measure.alternate(pair, REPEATS)) or {}
+    times = (
+      section.attempt(
+        f"{who}, beside ours", lambda: measure.alternate(pair, REPEATS)
+      )
+      or {}
+    )
     for name, seconds in times.items():
-      section.add("forward, log-probabilities" if name != who else
-                  "forward, logits", name, seconds, tokens=rows * LENGTH,
-                  operations=counts.get(name, operations))
+      section.add(
+        "forward, log-probabilities" if name != who else "forward, logits",
+        name,
+        seconds,
+        tokens=rows * LENGTH,
+        operations=counts.get(name, operations),
+      )
   if not section.rows:  # nobody to take turns with
     for name, seconds in measure.alternate(sides, REPEATS).items():
-      section.add("forward, log-probabilities", name, seconds,
-                  tokens=rows * LENGTH, operations=counts[name])
+      section.add(
+        "forward, log-probabilities",
+        name,
+        seconds,
+        tokens=rows * LENGTH,
+        operations=counts[name],
+      )
   if peer:
     release(peer)
-  section.attempt("the profile", lambda: profile(
-      section, logps(MODEL, half, CHUNK), "forward"))
+  section.attempt(
+    "the profile",
+    lambda: profile(section, logps(MODEL, half, CHUNK), "forward"),
+  )
 
 
 # train and dpo
@@ -126,11 +157,17 @@ class Step:
     params = decoder.init(jax.random.key(0), self.m, mesh)
     # Computed once, as for a run: the reference is the first policy.
     ref = jax.jit(lambda p, t, k: logps_fn(p, t, k))(params, tokens[0], mask[0])
-    self.batch = dict(tokens=tokens, mask=mask, ref_sum=ref.sum[None],
-                      ref_count=ref.count[None], lr=np.float32(1e-5))
+    self.batch = dict(
+      tokens=tokens,
+      mask=mask,
+      ref_sum=ref.sum[None],
+      ref_count=ref.count[None],
+      lr=np.float32(1e-5),
+    )
     tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
     self.step = steps.make_train_step(
-        logps_fn, bind(LOSSES[loss], loss, {}), tx)
+      logps_fn, bind(LOSSES[loss], loss, {}), tx
+    )
     self.state = steps.init_state(params, tx)
     self.operations = 3 * rows * responses * measure.useful(self.m, LENGTH)
     self.tokens = rows * responses * LENGTH
@@ -143,28 +180,45 @@ class Step:
 
 def try_step(section, mesh, what: str, *args, repeats: int = 2):
   """(seconds a call, Step) of one variant, or None where it fails."""
+
   def run():
     step = Step(mesh, *args)
     side = measure.clock(step, CALLS)
     seconds = [side() for _ in range(repeats)]
-    section.add(what, OURS, seconds, operations=step.operations,
-                tokens=step.tokens)
+    section.add(
+      what, OURS, seconds, operations=step.operations, tokens=step.tokens
+    )
     return min(seconds), step
+
   return section.attempt(what, run)
 
 
 def variants(section, mesh, loss: str, rows: int):
   """Tries what a person may set; returns the fastest's settings, or None."""
   best, best_seconds = None, math.inf
-  for remat, chunk in ((("none", CHUNK), ("dots", CHUNK)) if TOY else
-                       (("none", CHUNK), ("dots", CHUNK), ("full", CHUNK),
-                        ("none", 64), ("none", LENGTH))):
+  for remat, chunk in (
+    (("none", CHUNK), ("dots", CHUNK))
+    if TOY
+    else (
+      ("none", CHUNK),
+      ("dots", CHUNK),
+      ("full", CHUNK),
+      ("none", 64),
+      ("none", LENGTH),
+    )
+  ):
     if best and section.left() < 60 and not TOY:
       section.note(f"no time for remat {remat}, chunk {chunk}")
       continue
     found = try_step(
-        section, mesh, f"{loss} step, {rows} rows, remat {remat}, head chunk "
-        f"{chunk}", loss, rows, remat, chunk)
+      section,
+      mesh,
+      f"{loss} step, {rows} rows, remat {remat}, head chunk {chunk}",
+      loss,
+      rows,
+      remat,
+      chunk,
+    )
     if found and found[0] < best_seconds:
       best, best_seconds = (remat, chunk), found[0]
     del found
@@ -175,8 +229,10 @@ def train_section(section, mesh) -> None:
   peaks_of(section, "bfloat16")
   rows = rows_that_fit()
   settle(section, rows)
-  section.note("train step: make_train_step with the sft loss, float32 state "
-               "donated, clip and AdamW inside; useful operations 3 x forward")
+  section.note(
+    "train step: make_train_step with the sft loss, float32 state "
+    "donated, clip and AdamW inside; useful operations 3 x forward"
+  )
   best = variants(section, mesh, "sft", rows)
   if best is None:
     return
@@ -184,10 +240,14 @@ def train_section(section, mesh) -> None:
   side = measure.clock(step, CALLS)
   section.attempt("the profile", lambda: profile(section, step, "train"))
   peer = peer_of(section)
-  wanted = [("autocast", False), ("bfloat16", True), ("autocast", True),
-            ("bfloat16", False)]
+  wanted = [
+    ("autocast", False),
+    ("bfloat16", True),
+    ("autocast", True),
+    ("bfloat16", False),
+  ]
   for precision, compiled in wanted if peer else []:
-    who = (f"{THEIRS}, {precision}{', torch.compile' if compiled else ''}")
+    who = f"{THEIRS}, {precision}{', torch.compile' if compiled else ''}"
     if compiled and TOY:
       continue
     if section.left() < (150 if compiled else 90) and not TOY:
@@ -196,9 +256,15 @@ def train_section(section, mesh) -> None:
     theirs = rows
 
     def ask():
-      return peer.ask(min(180 if compiled else 90, section.left() - 30),
-                      do="train", compile=compiled, precision=precision,
-                      calls=CALLS, **model_sizes(theirs))["seconds"]
+      return peer.ask(
+        min(180 if compiled else 90, section.left() - 30),
+        do="train",
+        compile=compiled,
+        precision=precision,
+        calls=CALLS,
+        **model_sizes(theirs),
+      )["seconds"]
+
     if not section.attempt(who, ask):
       theirs = rows // 2  # their half of the card may be too small
       if peer.child.poll() is not None:  # it took too long and was ended
@@ -208,14 +274,25 @@ def train_section(section, mesh) -> None:
         continue
       if not section.attempt(f"{who}, {theirs} rows", ask):
         continue
-    times = section.attempt(f"{who}, beside ours", lambda: measure.alternate(
-        {f"{OURS}, remat {best[0]}, head chunk {best[1]}": side, who: ask},
-        REPEATS)) or {}
+    times = (
+      section.attempt(
+        f"{who}, beside ours",
+        lambda: measure.alternate(
+          {f"{OURS}, remat {best[0]}, head chunk {best[1]}": side, who: ask},
+          REPEATS,
+        ),
+      )
+      or {}
+    )
     for name, seconds in times.items():
       share = theirs / rows if name == who else 1
-      section.add(f"train step, {int(share * rows)} rows", name, seconds,
-                  operations=int(share * step.operations),
-                  tokens=int(share * step.tokens))
+      section.add(
+        f"train step, {int(share * rows)} rows",
+        name,
+        seconds,
+        operations=int(share * step.operations),
+        tokens=int(share * step.tokens),
+      )
   if peer:
     release(peer)
   step = side = None  # the card is free again
@@ -223,8 +300,15 @@ def train_section(section, mesh) -> None:
   larger = ((2 * rows, best[0]), (4 * rows, "dots"))
   for more, remat in larger[:1] if TOY else larger:
     if section.left() > 60 or TOY:  # the card is all ours now
-      try_step(section, mesh, f"sft step, {more} rows, remat {remat}, head "
-               f"chunk {best[1]}", "sft", more, remat, best[1])
+      try_step(
+        section,
+        mesh,
+        f"sft step, {more} rows, remat {remat}, head chunk {best[1]}",
+        "sft",
+        more,
+        remat,
+        best[1],
+      )
 
 
 def dpo_section(section, mesh) -> None:
@@ -245,14 +329,26 @@ def dpo_section(section, mesh) -> None:
     skip, some = (1, 3) if TOY else (3, 13)
     with tempfile.TemporaryDirectory() as folder:
       try:
-        theirs = peer.ask(section.left(), do="trl_dpo", pairs=pairs,
-                          steps=some, skip=skip, folder=folder,
-                          **model_sizes(2 * pairs))
-        section.add(f"dpo step, {pairs} pairs", f"TRL {theirs['trl']}",
-                    theirs["seconds"], operations=count[0], tokens=count[1])
+        theirs = peer.ask(
+          section.left(),
+          do="trl_dpo",
+          pairs=pairs,
+          steps=some,
+          skip=skip,
+          folder=folder,
+          **model_sizes(2 * pairs),
+        )
+        section.add(
+          f"dpo step, {pairs} pairs",
+          f"TRL {theirs['trl']}",
+          theirs["seconds"],
+          operations=count[0],
+          tokens=count[1],
+        )
       except RuntimeError as error:
         missing = "ModuleNotFoundError" in str(error) or "ImportError" in str(
-            error)
+          error
+        )
         if missing:
           section.note(f"TRL skipped, it is not installed: {error}")
         else:
@@ -260,15 +356,30 @@ def dpo_section(section, mesh) -> None:
           print(f"- FAILED TRL: {error}", flush=True)
     release(peer)
   if not TOY and section.left() > 60:
-    try_step(section, mesh, f"dpo step, {4 * pairs} pairs, remat dots", "dpo",
-             4 * pairs, "dots", CHUNK, repeats=REPEATS)
+    try_step(
+      section,
+      mesh,
+      f"dpo step, {4 * pairs} pairs, remat dots",
+      "dpo",
+      4 * pairs,
+      "dots",
+      CHUNK,
+      repeats=REPEATS,
+    )
 
 
 def variants_dpo(section, mesh, pairs):
   """The fastest of the variants of a DPO step: (seconds, Step)."""
   kept = None
   for remat in ("none", "dots"):
-    kept = kept or try_step(section, mesh, f"dpo step, {pairs} pairs, remat "
-                            f"{remat}, head chunk {CHUNK}", "dpo", pairs, remat,
-                            CHUNK, repeats=REPEATS)
+    kept = kept or try_step(
+      section,
+      mesh,
+      f"dpo step, {pairs} pairs, remat {remat}, head chunk {CHUNK}",
+      "dpo",
+      pairs,
+      remat,
+      CHUNK,
+      repeats=REPEATS,
+    )
   return kept

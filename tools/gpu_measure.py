@@ -7,6 +7,7 @@ counted as the half that is not masked, the head is counted on every position,
 the embedding lookup is not, and nothing that is recomputed counts.
 """
 
+from collections.abc import Callable
 import glob
 import json
 import pathlib
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,14 @@ from jaxalign.model import decoder
 # Published dense peaks, operations a second: (bfloat16 on the matrix units,
 # float32 without them), by the start of the card's name, longest first.
 PEAKS = {
-    "NVIDIA H100 PCIe": (756e12, 51e12), "NVIDIA H100 NVL": (835e12, 60e12),
-    "NVIDIA H200 NVL": (835e12, 60e12), "NVIDIA GH200": (989e12, 67e12),
-    "NVIDIA H100": (989e12, 67e12), "NVIDIA H200": (989e12, 67e12),
-    "NVIDIA A100": (312e12, 19.5e12)}
+  "NVIDIA H100 PCIe": (756e12, 51e12),
+  "NVIDIA H100 NVL": (835e12, 60e12),
+  "NVIDIA H200 NVL": (835e12, 60e12),
+  "NVIDIA GH200": (989e12, 67e12),
+  "NVIDIA H100": (989e12, 67e12),
+  "NVIDIA H200": (989e12, 67e12),
+  "NVIDIA A100": (312e12, 19.5e12),
+}
 
 
 def published(kind: str) -> tuple[float | None, float | None]:
@@ -42,8 +47,9 @@ def published(kind: str) -> tuple[float | None, float | None]:
   return None, None
 
 
-def useful(m: decoder.ModelConfig, length: int,
-           logit_rows: int | None = None) -> int:
+def useful(
+  m: decoder.ModelConfig, length: int, logit_rows: int | None = None
+) -> int:
   """Useful operations of one forward pass over one row, see the docstring.
 
   `decoder.operations` counts the full square of attention, 4 H C L^2 a layer;
@@ -71,12 +77,13 @@ def clock(run: Callable[[], Any], calls: int) -> Callable[[], float]:
   return lambda: seconds_a_call(run, calls)
 
 
-def alternate(sides: dict[str, Callable[[], float]], repeats: int
-              ) -> dict[str, list[float]]:
+def alternate(
+  sides: dict[str, Callable[[], float]], repeats: int
+) -> dict[str, list[float]]:
   """Seconds of every side, in turn, every other time in reverse."""
   out = {name: [] for name in sides}
   for number in range(repeats):
-    for name in list(sides)[::1 if number % 2 == 0 else -1]:
+    for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
       out[name].append(sides[name]())
   return out
 
@@ -87,15 +94,17 @@ def product_peak(dtype: str, size: int, calls: int, repeats: int) -> float:
   Random data (zeros run faster), a chain of dependent products whose values
   keep their size; float32 is asked for at its full precision.
   """
-  a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
-       ).astype(dtype)
+  a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(
+    dtype
+  )
   exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
   steps = 4
 
   @jax.jit
   def chain(a, x):
     return jax.lax.fori_loop(
-        0, steps, lambda _, x: jnp.dot(a, x, precision=exact), x)
+      0, steps, lambda _, x: jnp.dot(a, x, precision=exact), x
+    )
 
   side = clock(lambda: chain(a, a), calls)
   return 2 * size**3 * steps / min(side() for _ in range(repeats))
@@ -104,10 +113,11 @@ def product_peak(dtype: str, size: int, calls: int, repeats: int) -> float:
 # Where the time goes, by the profiler.
 
 GROUPS = (  # the first that matches a kernel's name
-    ("attention", r"cudnn|fmha|flash|sdpa|mha"),
-    ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot"),
-    ("copies", r"memcpy|memset|copy|transpose"),
-    ("other kernels", r""))
+  ("attention", r"cudnn|fmha|flash|sdpa|mha"),
+  ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot"),
+  ("copies", r"memcpy|memset|copy|transpose"),
+  ("other kernels", r""),
+)
 
 
 def group_of(kernel: str) -> str:
@@ -115,8 +125,9 @@ def group_of(kernel: str) -> str:
   return next(g for g, p in GROUPS if re.search(p, kernel, re.IGNORECASE))
 
 
-def kernels(run: Callable[[], Any], folder: pathlib.Path, calls: int
-            ) -> dict[str, float]:
+def kernels(
+  run: Callable[[], Any], folder: pathlib.Path, calls: int
+) -> dict[str, float]:
   """Seconds a call of every kernel, as jax.profiler saw them."""
   with jax.profiler.trace(str(folder)):
     for _ in range(calls):
@@ -129,10 +140,12 @@ def kernels(run: Callable[[], Any], folder: pathlib.Path, calls: int
       host = plane.name == "/host:CPU" and jax.default_backend() == "cpu"
       for line in plane.lines:
         if (device and line.name.startswith("Stream")) or (
-            host and "XLA" in line.name):
+          host and "XLA" in line.name
+        ):
           for event in line.events:
-            found[event.name] = (found.get(event.name, 0.0)
-                                 + event.duration_ns * 1e-9 / calls)
+            found[event.name] = (
+              found.get(event.name, 0.0) + event.duration_ns * 1e-9 / calls
+            )
   return found
 
 
@@ -145,9 +158,16 @@ class Peer:
   def __init__(self, log: pathlib.Path, toy: bool):
     self.log = open(log, "a")
     self.child = subprocess.Popen(
-        [sys.executable, str(pathlib.Path(__file__).with_name("gpu_torch.py")),
-         *(["--toy"] if toy else [])], stdin=subprocess.PIPE, text=True,
-        stdout=subprocess.PIPE, stderr=self.log)
+      [
+        sys.executable,
+        str(pathlib.Path(__file__).with_name("gpu_torch.py")),
+        *(["--toy"] if toy else []),
+      ],
+      stdin=subprocess.PIPE,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=self.log,
+    )
     self.answers = queue.Queue()
     threading.Thread(target=self._read, daemon=True).start()
 
@@ -164,8 +184,10 @@ class Peer:
       line = self.answers.get(timeout=max(timeout, 1.0))
     except (queue.Empty, OSError):
       self.close()
-      raise RuntimeError(f"the peer gave no answer within {timeout:.0f} s, or "
-                         f"is gone; see {self.log.name}") from None
+      raise RuntimeError(
+        f"the peer gave no answer within {timeout:.0f} s, or "
+        f"is gone; see {self.log.name}"
+      ) from None
     if line is None:
       raise RuntimeError(f"the peer's process ended; see {self.log.name}")
     answer = json.loads(line)
@@ -190,8 +212,9 @@ class Section:
     second that the rows' fractions are of.
   """
 
-  def __init__(self, name: str, out: pathlib.Path, limit: float,
-               settings: dict[str, Any]):
+  def __init__(
+    self, name: str, out: pathlib.Path, limit: float, settings: dict[str, Any]
+  ):
     self.name, self.path = name, out / f"{name}.json"
     self.end = time.monotonic() + limit
     self.settings, self.peaks = settings, {}
@@ -201,13 +224,29 @@ class Section:
     """Seconds until the section should be done."""
     return self.end - time.monotonic()
 
-  def add(self, what: str, who: str, seconds: list[float], *,
-          operations: float = 0, tokens: int = 0, **more: Any) -> dict:
+  def add(
+    self,
+    what: str,
+    who: str,
+    seconds: list[float],
+    *,
+    operations: float = 0,
+    tokens: int = 0,
+    **more: Any,
+  ) -> dict:
     """One row; `operations` and `tokens` are of the one call timed."""
     middle = statistics.median(seconds)
-    row = dict(what=what, who=who, seconds=middle, low=min(seconds),
-               high=max(seconds), repeats=len(seconds), operations=operations,
-               tokens=tokens, **more)
+    row = dict(
+      what=what,
+      who=who,
+      seconds=middle,
+      low=min(seconds),
+      high=max(seconds),
+      repeats=len(seconds),
+      operations=operations,
+      tokens=tokens,
+      **more,
+    )
     for name, peak in self.peaks.items():
       row[f"of_{name}"] = operations / middle / peak if peak else None
     self.rows.append(row)
@@ -234,25 +273,41 @@ class Section:
       self.save()
 
   def save(self) -> None:
-    self.path.write_text(json.dumps(dict(
-        section=self.name, settings=self.settings, peaks=self.peaks,
-        rows=self.rows, notes=self.notes, failures=self.failures), indent=1))
+    self.path.write_text(
+      json.dumps(
+        dict(
+          section=self.name,
+          settings=self.settings,
+          peaks=self.peaks,
+          rows=self.rows,
+          notes=self.notes,
+          failures=self.failures,
+        ),
+        indent=1,
+      )
+    )
 
 
-HEADER = ("| what | who | ms a call, median (range; repeats) | TFLOP/s | of "
-          "published peak | of measured peak | tokens/s |\n"
-          "|---|---|---|---|---|---|---|")
+HEADER = (
+  "| what | who | ms a call, median (range; repeats) | TFLOP/s | of "
+  "published peak | of measured peak | tokens/s |\n"
+  "|---|---|---|---|---|---|---|"
+)
 
 
 def as_line(row: dict[str, Any]) -> str:
   """A row as a line of Markdown under HEADER."""
+
   def share(name):
     value = row.get(f"of_{name}")
     return f"{100 * value:.1f} %" if value and row["operations"] else "-"
+
   ms = [1e3 * row[n] for n in ("seconds", "low", "high")]
   rate = row["operations"] / row["seconds"] / 1e12
-  return (f"| {row['what']} | {row['who']} | {ms[0]:.3f} ({ms[1]:.3f} to "
-          f"{ms[2]:.3f}; {row['repeats']}) | {f'{rate:.2f}' if rate else '-'} "
-          f"| {share('published')} | {share('measured')} | "
-          + (f"{row['tokens'] / row['seconds']:,.0f}" if row["tokens"]
-             else "-") + " |")
+  return (
+    f"| {row['what']} | {row['who']} | {ms[0]:.3f} ({ms[1]:.3f} to "
+    f"{ms[2]:.3f}; {row['repeats']}) | {f'{rate:.2f}' if rate else '-'} "
+    f"| {share('published')} | {share('measured')} | "
+    + (f"{row['tokens'] / row['seconds']:,.0f}" if row["tokens"] else "-")
+    + " |"
+  )

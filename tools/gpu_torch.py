@@ -36,15 +36,23 @@ def sync() -> None:
 def llama(r, dtype):
   """A LlamaForCausalLM of the sizes asked for, random, with SDPA."""
   import transformers
+
   config = transformers.LlamaConfig(
-      hidden_size=r["width"], intermediate_size=r["ff"],
-      num_hidden_layers=r["layers"], num_attention_heads=r["heads"],
-      num_key_value_heads=r["kv_heads"], head_dim=r["head_size"],
-      vocab_size=r["vocab"], max_position_embeddings=r["length"],
-      tie_word_embeddings=False, attention_dropout=0.0)
+    hidden_size=r["width"],
+    intermediate_size=r["ff"],
+    num_hidden_layers=r["layers"],
+    num_attention_heads=r["heads"],
+    num_key_value_heads=r["kv_heads"],
+    head_dim=r["head_size"],
+    vocab_size=r["vocab"],
+    max_position_embeddings=r["length"],
+    tie_word_embeddings=False,
+    attention_dropout=0.0,
+  )
   with torch.device(DEVICE):
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa")
+      config, attn_implementation="sdpa"
+    )
   assert model.config._attn_implementation == "sdpa"
   return model.to(dtype)
 
@@ -62,6 +70,7 @@ def forward(r):
   @torch.no_grad()
   def run():
     return model(ids, use_cache=False).logits
+
   return run
 
 
@@ -76,8 +85,9 @@ def train(r):
   ids = ids_of(r)
   if r["compile"]:
     model.compile()
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0,
-                                fused=DEVICE == "cuda")
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=1e-5, weight_decay=0.0, fused=DEVICE == "cuda"
+  )
 
   def run():
     with torch.autocast(DEVICE, torch.bfloat16, enabled=mixed):
@@ -87,32 +97,42 @@ def train(r):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
+
   return run
 
 
 def attention(r):
   """Causal scaled_dot_product_attention with grouped queries, bfloat16."""
+
   def draw(heads):
-    return torch.randn(r["rows"], heads, r["length"], r["head_size"],
-                       device=DEVICE, dtype=torch.bfloat16,
-                       requires_grad=r["backward"])
+    return torch.randn(
+      r["rows"],
+      heads,
+      r["length"],
+      r["head_size"],
+      device=DEVICE,
+      dtype=torch.bfloat16,
+      requires_grad=r["backward"],
+    )
+
   q, k, v = draw(r["heads"]), draw(r["kv_heads"]), draw(r["kv_heads"])
   g = torch.randn_like(q)
 
   def run():
     y = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=True)
+      q, k, v, is_causal=True, enable_gqa=True
+    )
     if r["backward"]:
       q.grad = k.grad = v.grad = None
       y.backward(g)
     return y
+
   return run
 
 
 def timed(r, build):
   """{"seconds": a mean over `calls` calls} of what `build(r)` runs."""
-  key = json.dumps({k: v for k, v in r.items() if k != "calls"},
-                   sort_keys=True)
+  key = json.dumps({k: v for k, v in r.items() if k != "calls"}, sort_keys=True)
   if key not in HELD:
     release()
     HELD[key] = build(r)
@@ -161,41 +181,68 @@ def trl_dpo(r):
       sync()
       self.seconds.append(time.perf_counter() - self.start)
 
-  words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-      {"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+  words = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>")
+  )
   tok = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=words, unk_token="<unk>", eos_token="</s>",
-      pad_token="</s>")
+    tokenizer_object=words,
+    unk_token="<unk>",
+    eos_token="</s>",
+    pad_token="</s>",
+  )
   draw = lambda n: torch.randint(2, r["vocab"], (n,)).tolist()
   half = r["length"] // 2
-  rows = [dict(prompt_ids=draw(half), chosen_ids=draw(r["length"] - half),
-               rejected_ids=draw(r["length"] - half))
-          for _ in range(r["pairs"] * r["steps"])]
+  rows = [
+    dict(
+      prompt_ids=draw(half),
+      chosen_ids=draw(r["length"] - half),
+      rejected_ids=draw(r["length"] - half),
+    )
+    for _ in range(r["pairs"] * r["steps"])
+  ]
   clock, folder = Clock(), r["folder"]
   Ready(
-      model=llama(r, torch.float32), processing_class=tok,
-      train_dataset=datasets.Dataset.from_list(rows), callbacks=[clock],
-      args=trl.DPOConfig(
-          output_dir=folder, per_device_train_batch_size=r["pairs"],
-          max_steps=r["steps"], max_length=None, bf16=True,
-          precompute_ref_log_probs=True, gradient_checkpointing=False,
-          optim="adamw_torch_fused" if DEVICE == "cuda" else "adamw_torch",
-          logging_steps=10**6, save_strategy="no", report_to=[],
-          disable_tqdm=True, use_cpu=DEVICE == "cpu")).train()
+    model=llama(r, torch.float32),
+    processing_class=tok,
+    train_dataset=datasets.Dataset.from_list(rows),
+    callbacks=[clock],
+    args=trl.DPOConfig(
+      output_dir=folder,
+      per_device_train_batch_size=r["pairs"],
+      max_steps=r["steps"],
+      max_length=None,
+      bf16=True,
+      precompute_ref_log_probs=True,
+      gradient_checkpointing=False,
+      optim="adamw_torch_fused" if DEVICE == "cuda" else "adamw_torch",
+      logging_steps=10**6,
+      save_strategy="no",
+      report_to=[],
+      disable_tqdm=True,
+      use_cpu=DEVICE == "cpu",
+    ),
+  ).train()
   gc.collect()
-  return dict(seconds=clock.seconds[r["skip"]:], trl=trl.__version__)
+  return dict(seconds=clock.seconds[r["skip"] :], trl=trl.__version__)
 
 
 def hello(_):
   import transformers
+
   name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-  return dict(torch=torch.__version__, transformers=transformers.__version__,
-              device=name)
+  return dict(
+    torch=torch.__version__, transformers=transformers.__version__, device=name
+  )
 
 
-DO = dict(hello=hello, release=release, trl_dpo=trl_dpo,
-          forward=lambda r: timed(r, forward), train=lambda r: timed(r, train),
-          attention=lambda r: timed(r, attention))
+DO = dict(
+  hello=hello,
+  release=release,
+  trl_dpo=trl_dpo,
+  forward=lambda r: timed(r, forward),
+  train=lambda r: timed(r, train),
+  attention=lambda r: timed(r, attention),
+)
 
 
 def main() -> None:

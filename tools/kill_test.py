@@ -23,8 +23,12 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What two runs never agree on.
-TIMES = ("time", "perf/tokens_per_s", "perf/rows_per_s",
-         "perf/distinct_tokens_per_s")
+TIMES = (
+  "time",
+  "perf/tokens_per_s",
+  "perf/rows_per_s",
+  "perf/distinct_tokens_per_s",
+)
 PAGES = ("report.html", "summary.json", ".lock")  # hold times and commands
 
 
@@ -42,33 +46,49 @@ def outcome(workdir: str | os.PathLike) -> dict[str, str]:
     data = path.read_bytes()
     if path.name == "metrics.jsonl":
       lines = [json.loads(line) for line in data.splitlines()]
-      data = json.dumps([{k: v for k, v in line.items() if k not in TIMES}
-                         for line in lines]).encode()
+      data = json.dumps(
+        [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+      ).encode()
     elif path.parent.name == "cards":
       card = json.loads(data)
       card["cost"].pop("seconds"), card["cost"].pop("bytes")
       if card["stage"] == "select":  # memory as it was measured
         card["result"] = None
-      data = json.dumps({k: v for k, v in card.items()
-                         if k not in ("outputs", "digest")}).encode()
+      data = json.dumps(
+        {k: v for k, v in card.items() if k not in ("outputs", "digest")}
+      ).encode()
     found[name] = hashlib.sha256(data).hexdigest()
   return found
 
 
 def differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
   """The paths in which two outcomes differ."""
-  return [name for name in sorted(wanted.keys() | found.keys())
-          if wanted.get(name) != found.get(name)]
+  return [
+    name
+    for name in sorted(wanted.keys() | found.keys())
+    if wanted.get(name) != found.get(name)
+  ]
 
 
-def start(workdir: str | os.PathLike, flags: list[str],
-          out: str | os.PathLike) -> subprocess.Popen:
+def start(
+  workdir: str | os.PathLike, flags: list[str], out: str | os.PathLike
+) -> subprocess.Popen:
   """Starts a job in a process group of its own, its output in a file."""
   with open(out, "w", encoding="utf-8") as file:
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "jaxalign.main", f"--workdir={workdir}",
-         *flags], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-        start_new_session=True)
+      [
+        sys.executable,
+        "-u",
+        "-m",
+        "jaxalign.main",
+        f"--workdir={workdir}",
+        *flags,
+      ],
+      cwd=ROOT,
+      stdout=file,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+    )
 
 
 def _last_stage(log: pathlib.Path) -> str:
@@ -85,8 +105,9 @@ def _last_stage(log: pathlib.Path) -> str:
   return stage
 
 
-def kill_once(folder: pathlib.Path, flags: list[str], moment: float
-              ) -> tuple[str, int, int]:
+def kill_once(
+  folder: pathlib.Path, flags: list[str], moment: float
+) -> tuple[str, int, int]:
   """One killed job, and the runs that finish it.
 
   Returns:
@@ -112,17 +133,25 @@ def kill_once(folder: pathlib.Path, flags: list[str], moment: float
 def main() -> int:
   """Prints the table; 1 where a killed job ended elsewhere."""
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--config", default="configs/dpo_sub.py:tiny")
-  parser.add_argument("--flag", action="append", default=[],
-                      help="a further flag of the job, again and again")
+  parser.add_argument(
+    "--flag",
+    action="append",
+    default=[],
+    help="a further flag of the job, again and again",
+  )
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix="kill_test_") as folder:
     folder = pathlib.Path(folder)
-    flags = [f"--config={args.config}",
-             f"--config.compile_cache={folder}/cache", *args.flag]
+    flags = [
+      f"--config={args.config}",
+      f"--config.compile_cache={folder}/cache",
+      *args.flag,
+    ]
     for name in ("warm", "undisturbed"):  # the first one compiles
       began = time.monotonic()
       code = start(folder / name, flags, folder / f"{name}.log").wait()
@@ -132,10 +161,13 @@ def main() -> int:
     whole = time.monotonic() - began
     wanted = outcome(folder / "undisturbed")
     bad = differences(wanted, outcome(folder / "warm"))
-    print(f"{args.config}: {len(wanted)} artifacts, {whole:.1f} s undisturbed, "
-          f"two undisturbed runs differ in: {', '.join(bad) or 'nothing'}\n\n"
-          "| kill | after | during | runs to finish | differs in |\n"
-          "|---|---|---|---|---|", flush=True)
+    print(
+      f"{args.config}: {len(wanted)} artifacts, {whole:.1f} s undisturbed, "
+      f"two undisturbed runs differ in: {', '.join(bad) or 'nothing'}\n\n"
+      "| kill | after | during | runs to finish | differs in |\n"
+      "|---|---|---|---|---|",
+      flush=True,
+    )
     rng, killed, wrong = random.Random(args.seed), 0, 0
     for k in range(3 * args.kills):
       moment = rng.uniform(0, whole)
@@ -145,15 +177,24 @@ def main() -> int:
       if not runs and not code:  # the machine is quicker now than it was
         whole = min(whole, moment)
         continue
-      differs = ([f"exit code {code}"] if code else
-                 differences(wanted, outcome(own / "work")))
+      differs = (
+        [f"exit code {code}"]
+        if code
+        else differences(wanted, outcome(own / "work"))
+      )
       killed, wrong = killed + 1, wrong + bool(differs)
-      print(f"| {killed} | {moment:.1f} s | {stage} | {runs} | "
-            f"{', '.join(differs) or 'nothing'} |", flush=True)
+      print(
+        f"| {killed} | {moment:.1f} s | {stage} | {runs} | "
+        f"{', '.join(differs) or 'nothing'} |",
+        flush=True,
+      )
       if killed == args.kills:
         break
-    print(f"\n{killed} jobs killed, {killed - wrong} ended as the undisturbed "
-          f"one, {wrong} did not", flush=True)
+    print(
+      f"\n{killed} jobs killed, {killed - wrong} ended as the undisturbed "
+      f"one, {wrong} did not",
+      flush=True,
+    )
   return int(wrong > 0 or bool(bad) or killed < args.kills)
 
 

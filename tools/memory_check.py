@@ -20,20 +20,29 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IDLE = "import jax; jax.devices()"
-RUN = ("import importlib, sys\n"
-       "code = importlib.import_module({!r}).main(['x', *sys.argv[1:]])\n"
-       "assert code == 0, code")
-PEAK = ("\nprint('VmHWM', next(line.split()[1] for line in "
-        "open('/proc/self/status') if line.startswith('VmHWM')))")
+RUN = (
+  "import importlib, sys\n"
+  "code = importlib.import_module({!r}).main(['x', *sys.argv[1:]])\n"
+  "assert code == 0, code"
+)
+PEAK = (
+  "\nprint('VmHWM', next(line.split()[1] for line in "
+  "open('/proc/self/status') if line.startswith('VmHWM')))"
+)
 UNITS = dict(KiB=2**10, MiB=2**20, GiB=2**30)
 
 
 def said(code: str, *flags: str) -> str:
   """What a process of one CPU device prints."""
   return subprocess.run(
-      [sys.executable, "-c", code, *flags], cwd=ROOT, check=True, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-      env=os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS="")).stdout
+    [sys.executable, "-c", code, *flags],
+    cwd=ROOT,
+    check=True,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    env=os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=""),
+  ).stdout
 
 
 def peak(code: str, *flags: str) -> int:
@@ -47,18 +56,24 @@ def planned(text: str) -> int:
   return int(float(number.replace(",", "")) * UNITS[unit])
 
 
-def measure(name: str, checkpoint: str = "", rows: str = "",
-            more: tuple[str, ...] = ()) -> tuple[int, int]:
+def measure(
+  name: str, checkpoint: str = "", rows: str = "", more: tuple[str, ...] = ()
+) -> tuple[int, int]:
   """(planned, taken) bytes of one of the jobs, with `more` flags."""
   if name == "world":
     module, flags = "main", ["--config=configs/dpo_sub.py:smoke"]
   else:
     module = "train.__main__"
-    flags = ["--config=configs/dpo_sub.py", f"--config.data.source={rows}",
-             f"--config.model.checkpoint={checkpoint}",
-             "--config.train.max_updates=8", "--config.train.batch_size=4",
-             "--config.model.context=256", "--config.loss.name=dpo(beta=0.1)",
-             f"--config.lora.rank={8 * (name == 'lora')}"]
+    flags = [
+      "--config=configs/dpo_sub.py",
+      f"--config.data.source={rows}",
+      f"--config.model.checkpoint={checkpoint}",
+      "--config.train.max_updates=8",
+      "--config.train.batch_size=4",
+      "--config.model.context=256",
+      "--config.loss.name=dpo(beta=0.1)",
+      f"--config.lora.rank={8 * (name == 'lora')}",
+    ]
   flags += [*more, "--config.compile_cache="]
   code = RUN.format(f"jaxalign.{module}")
   with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +84,8 @@ def measure(name: str, checkpoint: str = "", rows: str = "",
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("jobs", nargs="+", choices=("world", "lora", "full"))
   parser.add_argument("--checkpoint", default="")
   parser.add_argument("--rows", default="")
@@ -78,11 +94,16 @@ def main() -> None:
     parser.error("lora and full want --checkpoint and --rows")
   print(f"{'job':<8}{'planned':>12}{'taken':>12}{'planned / taken':>18}")
   for name in args.jobs:
-    plan, took = measure(name, os.path.abspath(args.checkpoint)
-                         if args.checkpoint else "",
-                         os.path.abspath(args.rows) if args.rows else "")
-    print(f"{name:<8}{plan / 2**20:>8,.0f} MiB{took / 2**20:>8,.0f} MiB"
-          f"{plan / took:>18.2f}", flush=True)
+    plan, took = measure(
+      name,
+      os.path.abspath(args.checkpoint) if args.checkpoint else "",
+      os.path.abspath(args.rows) if args.rows else "",
+    )
+    print(
+      f"{name:<8}{plan / 2**20:>8,.0f} MiB{took / 2**20:>8,.0f} MiB"
+      f"{plan / took:>18.2f}",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ changes nothing. The unchanged file must pass.
 
 import argparse
 import ast
+from collections.abc import Callable, Iterator
 import copy
 import importlib
 import importlib.abc
@@ -29,29 +30,77 @@ import signal
 import sys
 import tempfile
 import time
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRELOAD = "numpy,scipy.optimize,sklearn.linear_model,jax,jax.numpy,pytest"
 
-SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div,
-           ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
-           ast.Mod: ast.Mult, ast.MatMult: ast.Mult,
-           ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
-COMPARED = {ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.LtE),
-            ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.GtE),
-            ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,),
-            ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,)}
-EXCHANGED = {"sum": "mean", "mean": "sum", "maximum": "minimum",
-             "minimum": "maximum", "max": "min", "min": "max", "exp": "expm1",
-             "expm1": "exp", "log": "log1p", "log1p": "log",
-             "argmax": "argmin", "argmin": "argmax", "all": "any",
-             "any": "all"}
+SWAPPED = {
+  ast.Add: ast.Sub,
+  ast.Sub: ast.Add,
+  ast.Mult: ast.Div,
+  ast.Div: ast.Mult,
+  ast.Pow: ast.Mult,
+  ast.FloorDiv: ast.Mult,
+  ast.Mod: ast.Mult,
+  ast.MatMult: ast.Mult,
+  ast.BitAnd: ast.BitOr,
+  ast.BitOr: ast.BitAnd,
+}
+COMPARED = {
+  ast.Gt: (ast.GtE, ast.Lt),
+  ast.GtE: (ast.Gt, ast.LtE),
+  ast.Lt: (ast.LtE, ast.Gt),
+  ast.LtE: (ast.Lt, ast.GtE),
+  ast.Eq: (ast.NotEq,),
+  ast.NotEq: (ast.Eq,),
+  ast.Is: (ast.IsNot,),
+  ast.IsNot: (ast.Is,),
+  ast.In: (ast.NotIn,),
+  ast.NotIn: (ast.In,),
+}
+EXCHANGED = {
+  "sum": "mean",
+  "mean": "sum",
+  "maximum": "minimum",
+  "minimum": "maximum",
+  "max": "min",
+  "min": "max",
+  "exp": "expm1",
+  "expm1": "exp",
+  "log": "log1p",
+  "log1p": "log",
+  "argmax": "argmin",
+  "argmin": "argmax",
+  "all": "any",
+  "any": "all",
+}
 # Functions of one array whose argument may be negated, and that may be dropped.
-NEGATED = {"log_sigmoid", "sigmoid", "relu", "softplus", "exp", "expm1", "sort",
-           "argsort", "tanh", "abs"}
-DROPPED = {"relu", "stop_gradient", "sort", "argsort", "abs", "sqrt",
-           "log", "exp", "sigmoid", "mean", "cumsum"}
+NEGATED = {
+  "log_sigmoid",
+  "sigmoid",
+  "relu",
+  "softplus",
+  "exp",
+  "expm1",
+  "sort",
+  "argsort",
+  "tanh",
+  "abs",
+}
+DROPPED = {
+  "relu",
+  "stop_gradient",
+  "sort",
+  "argsort",
+  "abs",
+  "sqrt",
+  "log",
+  "exp",
+  "sigmoid",
+  "mean",
+  "cumsum",
+}
 
 
 class Mutant(NamedTuple):
@@ -80,8 +129,9 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
       for other in COMPARED.get(type(op), ()):
         yield ast.Compare(left, [other()], rights)
     case ast.BoolOp(op, values):
-      yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(),
-                       values)
+      yield ast.BoolOp(
+        ast.Or() if isinstance(op, ast.And) else ast.And(), values
+      )
     case ast.IfExp(test, body, orelse):
       yield body
       yield orelse
@@ -94,18 +144,21 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
     case ast.Constant(float() as value):
       yield ast.Constant(2 * value if value else 1.0)
     case ast.Attribute(value, "sum", ast.Load()):
-      yield ast.BinOp(node, ast.Div(), ast.Attribute(value, "count",
-                                                     ast.Load()))
+      yield ast.BinOp(
+        node, ast.Div(), ast.Attribute(value, "count", ast.Load())
+      )
     case ast.Name("policy" | "ref" as name, ast.Load()):
       yield ast.Name("ref" if name == "policy" else "policy", ast.Load())
     case ast.Call(fn, args, keywords):
       name = getattr(fn, "attr", getattr(fn, "id", ""))
       if name in EXCHANGED and isinstance(fn, ast.Attribute):
-        yield ast.Call(ast.Attribute(fn.value, EXCHANGED[name], ast.Load()),
-                       args, keywords)
+        yield ast.Call(
+          ast.Attribute(fn.value, EXCHANGED[name], ast.Load()), args, keywords
+        )
       if args and name in NEGATED:
-        yield ast.Call(fn, [ast.UnaryOp(ast.USub(), args[0]), *args[1:]],
-                       keywords)
+        yield ast.Call(
+          fn, [ast.UnaryOp(ast.USub(), args[0]), *args[1:]], keywords
+        )
       if args and name in DROPPED:
         yield args[0]
       if name in ("where", "clip") and len(args) == 3:
@@ -118,21 +171,25 @@ def sites(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, str]]:
   Messages of errors, docstrings, decorators, annotations and imports are left
   alone: nothing computes with them.
   """
+
   def walk(node, function):
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
       function = node.name
     for field, value in ast.iter_fields(node):
       if field in ("decorator_list", "annotation", "returns"):
         continue
-      for place, child in (enumerate(value) if isinstance(value, list)
-                           else ((None, value),)):
+      for place, child in (
+        enumerate(value) if isinstance(value, list) else ((None, value),)
+      ):
         if not isinstance(child, ast.AST) or isinstance(
-            child, (ast.Import, ast.ImportFrom, ast.Raise, ast.JoinedStr)):
+          child, (ast.Import, ast.ImportFrom, ast.Raise, ast.JoinedStr)
+        ):
           continue
         # A method's name is not the attribute of an array.
         if not (field == "func" and isinstance(child, ast.Attribute)):
           yield node, field, place, function
         yield from walk(child, function)
+
   yield from walk(tree, "")
 
 
@@ -153,8 +210,14 @@ def mutants(source: str) -> list[Mutant]:
       if code not in seen:
         seen.add(code)
         short = [" ".join(ast.unparse(x).split())[:60] for x in (old, new)]
-        found.append(Mutant(getattr(old, "lineno", 0), function,
-                            f"{short[0]}  ->  {short[1]}", code))
+        found.append(
+          Mutant(
+            getattr(old, "lineno", 0),
+            function,
+            f"{short[0]}  ->  {short[1]}",
+            code,
+          )
+        )
       if place is None:
         setattr(parent, field, old)
       else:
@@ -179,9 +242,11 @@ class Instead(importlib.abc.MetaPathFinder):
 
     package = self.path.name == "__init__.py"
     return importlib.util.spec_from_file_location(
-        fullname, file, loader=Loader(fullname, file),
-        submodule_search_locations=[str(self.path.parent)] if package
-        else None)
+      fullname,
+      file,
+      loader=Loader(fullname, file),
+      submodule_search_locations=[str(self.path.parent)] if package else None,
+    )
 
 
 def module_name(path: pathlib.Path, root: pathlib.Path) -> str:
@@ -190,8 +255,13 @@ def module_name(path: pathlib.Path, root: pathlib.Path) -> str:
   return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def start(mutant: Mutant, path: pathlib.Path, root: pathlib.Path,
-          tests: list[str], log: pathlib.Path) -> int:
+def start(
+  mutant: Mutant,
+  path: pathlib.Path,
+  root: pathlib.Path,
+  tests: list[str],
+  log: pathlib.Path,
+) -> int:
   """Forks a process that exits with 0 if the tests pass on a mutant."""
   child = os.fork()
   if child:
@@ -202,11 +272,21 @@ def start(mutant: Mutant, path: pathlib.Path, root: pathlib.Path,
     with open(log, "w") as out:
       os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     import pytest
-    sys.meta_path.insert(0, Instead(module_name(path, root), path,
-                                    mutant.code))
+
+    sys.meta_path.insert(0, Instead(module_name(path, root), path, mutant.code))
     # Not the project's options: workers of xdist would import the file whole.
-    flags = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-o",
-             "addopts=", "-m", "not slow", *tests]
+    flags = [
+      "-x",
+      "-q",
+      "--tb=short",
+      "-p",
+      "no:cacheprovider",
+      "-o",
+      "addopts=",
+      "-m",
+      "not slow",
+      *tests,
+    ]
     code = 5
     if mutant.function:
       code = int(pytest.main([*flags, "-k", mutant.function]))
@@ -216,8 +296,9 @@ def start(mutant: Mutant, path: pathlib.Path, root: pathlib.Path,
     os._exit(code)
 
 
-def verdicts(work: list[Mutant], begin: Callable[[Mutant], int], jobs: int,
-             timeout: float) -> Iterator[tuple[Mutant, bool]]:
+def verdicts(
+  work: list[Mutant], begin: Callable[[Mutant], int], jobs: int, timeout: float
+) -> Iterator[tuple[Mutant, bool]]:
   """(mutant, whether its tests passed) as they end; one that hangs fails."""
   work, running = list(work), {}
   while work or running:
@@ -241,7 +322,8 @@ def verdicts(work: list[Mutant], begin: Callable[[Mutant], int], jobs: int,
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("source", type=pathlib.Path)
   parser.add_argument("tests", nargs="+")
   parser.add_argument("--root", type=pathlib.Path, default=ROOT)
@@ -279,21 +361,31 @@ def main() -> None:
     began, survivors = time.monotonic(), []
     logs = (pathlib.Path(folder, f"{i}.log") for i in itertools.count())
     begin = lambda m: start(m, path, root, args.tests, next(logs))
-    (_, passes), = verdicts([Mutant(0, "", "unchanged", source)], begin, 1,
-                            10 * args.timeout)
+    ((_, passes),) = verdicts(
+      [Mutant(0, "", "unchanged", source)], begin, 1, 10 * args.timeout
+    )
     if not passes:
-      sys.exit(f"the unchanged {shown} fails its tests:\n"
-               + pathlib.Path(folder, "0.log").read_text()[-3000:])
-    print(f"{shown}: {len(found)} mutants; unchanged passes in "
-          f"{time.monotonic() - began:.0f} s", flush=True)
+      sys.exit(
+        f"the unchanged {shown} fails its tests:\n"
+        + pathlib.Path(folder, "0.log").read_text()[-3000:]
+      )
+    print(
+      f"{shown}: {len(found)} mutants; unchanged passes in "
+      f"{time.monotonic() - began:.0f} s",
+      flush=True,
+    )
     for done, (m, lives) in enumerate(
-        verdicts(found, begin, args.jobs, args.timeout), 1):
+      verdicts(found, begin, args.jobs, args.timeout), 1
+    ):
       if lives:
         survivors.append(m)
         print(f"SURVIVED {shown}:{m.line} {m.function}: {m.what}", flush=True)
       if done % 25 == 0:
-        print(f"  {done} of {len(found)}, {len(survivors)} survived, "
-              f"{time.monotonic() - began:.0f} s", flush=True)
+        print(
+          f"  {done} of {len(found)}, {len(survivors)} survived, "
+          f"{time.monotonic() - began:.0f} s",
+          flush=True,
+        )
     print(f"{shown}: {len(found) - len(survivors)} of {len(found)} noticed")
     sys.exit(1 if survivors else 0)
 

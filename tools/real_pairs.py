@@ -32,19 +32,31 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 
-from jaxalign import progress  # noqa: E402
-from jaxalign import sharding  # noqa: E402
+from jaxalign import (
+  progress,  # noqa: E402
+  sharding,  # noqa: E402
+)
 from jaxalign.data import records  # noqa: E402
 from jaxalign.data import tokens as tokens_lib  # noqa: E402
 from jaxalign.lookup import lookup  # noqa: E402
 from jaxalign.select import grams  # noqa: E402
 from jaxalign.select import mixture as mixtures  # noqa: E402
 from jaxalign.select.pool import make_pool  # noqa: E402
-from jaxalign.select.samplers import SAMPLERS, heads  # noqa: E402
+from jaxalign.select.samplers import heads, SAMPLERS  # noqa: E402
 
-NAMES = ("random", "isa", "isa(order=magnitude)", "isa(order=renormalised)",
-         "density", "k_center", "herding", "real", "length", "crossfit_lite")
-RIDGES = (.0003, .001, .003, .01, .03, .1, .3)  # for one of all rows
+NAMES = (
+  "random",
+  "isa",
+  "isa(order=magnitude)",
+  "isa(order=renormalised)",
+  "density",
+  "k_center",
+  "herding",
+  "real",
+  "length",
+  "crossfit_lite",
+)
+RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # for one of all rows
 KEPT = 0.1  # of the training pairs, where bad ones are injected
 
 
@@ -52,12 +64,15 @@ def embedded(args) -> tuple[list[dict], dict[str, np.ndarray], list]:
   """Rows, their two embeddings [N, 2, E], and token ids of the answers."""
   rows = records.load(args.data).rows
   if args.limit:
-    rows = rows[:args.limit]
+    rows = rows[: args.limit]
   from jaxalign.select import texts
+
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   sides = ("chosen", "rejected")
-  asked = dict(text=[r["prompt"] + r[s] for r in rows for s in sides],
-               answer=[r[s] for r in rows for s in sides])
+  asked = dict(
+    text=[r["prompt"] + r[s] for r in rows for s in sides],
+    answer=[r[s] for r in rows for s in sides],
+  )
   ids = np.array([r["id"] for r in rows])
   with jax.set_mesh(mesh):
     params, m, tok = texts.read_encoder(args.checkpoint, mesh)
@@ -66,8 +81,10 @@ def embedded(args) -> tuple[list[dict], dict[str, np.ndarray], list]:
       with np.load(args.cache, allow_pickle=False) as found:
         if np.array_equal(found["ids"], ids):
           return rows, {n: found[n] for n in asked}, words
-    x = {n: texts.embed_texts(mesh, params, m, tok, t).reshape(
-        len(rows), 2, -1) for n, t in asked.items()}
+    x = {
+      n: texts.embed_texts(mesh, params, m, tok, t).reshape(len(rows), 2, -1)
+      for n, t in asked.items()
+    }
   if args.cache:
     np.savez(args.cache, ids=ids, **x)
   return rows, x, words
@@ -76,9 +93,11 @@ def embedded(args) -> tuple[list[dict], dict[str, np.ndarray], list]:
 def token_rows(words: list) -> tokens_lib.TokenRows:
   """Rows of answers alone, for `grams`."""
   return tokens_lib.TokenRows(
-      np.concatenate([np.int32(w) for w in words]),
-      np.cumsum([0] + [len(w) for w in words]),
-      np.zeros(len(words), np.int32), np.zeros(len(words), np.int32))
+    np.concatenate([np.int32(w) for w in words]),
+    np.cumsum([0] + [len(w) for w in words]),
+    np.zeros(len(words), np.int32),
+    np.zeros(len(words), np.int32),
+  )
 
 
 def differences(x: dict[str, np.ndarray]) -> np.ndarray:
@@ -87,8 +106,9 @@ def differences(x: dict[str, np.ndarray]) -> np.ndarray:
   return both[:, 0] - both[:, 1]
 
 
-def right(d: np.ndarray, train: np.ndarray, test: np.ndarray, ridge: float
-          ) -> float:
+def right(
+  d: np.ndarray, train: np.ndarray, test: np.ndarray, ridge: float
+) -> float:
   """Held-out accuracy of a head fitted to some pairs, a share."""
   score = d[test] @ heads.fit(d[train], np.ones(len(train)), ridge)
   return float(np.mean(score > 0) + 0.5 * np.mean(score == 0))
@@ -98,9 +118,11 @@ def choose_ridge(d: np.ndarray, group: np.ndarray) -> float:
   """The ridge of least out-of-fold loss on all pairs, for any number."""
   fold = heads.folds(0, group, 10, "real pairs")
   i, losses = heads.choose_ridge(d, np.ones(len(d)), fold, RIDGES)
-  print("ridge for one row: " + ", ".join(
-      f"{r:g}: {loss:.4f}" for r, loss in zip(RIDGES, losses))
-      + f" nats; kept {RIDGES[i]:g} x {len(d)}")
+  print(
+    "ridge for one row: "
+    + ", ".join(f"{r:g}: {loss:.4f}" for r, loss in zip(RIDGES, losses))
+    + f" nats; kept {RIDGES[i]:g} x {len(d)}"
+  )
   return RIDGES[i] * len(d)
 
 
@@ -111,15 +133,22 @@ def pool_of(rows, x, words, index) -> tuple:
   flat = np.ascontiguousarray(text.reshape(-1, text.shape[-1]), np.float32)
   with jax.set_mesh(mesh):
     fitted = mixtures.fit(mesh, flat, starts=3, seed=0)
-  counts = grams.columns(token_rows([
-      w for i in index for w in (words[2 * i], words[2 * i + 1])]), 2)
-  length = np.array([[len(words[2 * i]), len(words[2 * i + 1])]
-                     for i in index])
-  return make_pool([rows[i]["id"] for i in index], dict(
-      embedding=text, answer_embedding=x["answer"][index], length=length,
+  counts = grams.columns(
+    token_rows([w for i in index for w in (words[2 * i], words[2 * i + 1])]), 2
+  )
+  length = np.array([[len(words[2 * i]), len(words[2 * i + 1])] for i in index])
+  return make_pool(
+    [rows[i]["id"] for i in index],
+    dict(
+      embedding=text,
+      answer_embedding=x["answer"][index],
+      length=length,
       row=np.arange(len(index)),
       log_likelihood=mixtures.log_likelihood(fitted, flat).reshape(-1, 2),
-      group=np.array([rows[i]["group"] for i in index]), **counts))
+      group=np.array([rows[i]["group"] for i in index]),
+      **counts,
+    ),
+  )
 
 
 def injected(kind: str, rows, x, words, train, rng):
@@ -166,8 +195,10 @@ def main() -> None:
   n, test_size = len(rows), max(200, len(rows) // 7)
   group = np.array([r["group"] for r in rows])
   d = differences(x)
-  print(f"{n} pairs, {d.shape[1]} columns, embedded in "
-        f"{time.monotonic() - start:.0f} s")
+  print(
+    f"{n} pairs, {d.shape[1]} columns, embedded in "
+    f"{time.monotonic() - start:.0f} s"
+  )
   ridge = choose_ridge(d, group)
   names = args.samplers.split(";")
   shares = [float(f) for f in args.fractions.split(",")]
@@ -191,38 +222,52 @@ def main() -> None:
           m = max(8, round(share * len(train)))
           kept = train[place[sampler(split, pool, m).rows]]
           found[kind].setdefault((name, share), []).append(
-              right(d2, kept, test, ridge))
+            right(d2, kept, test, ridge)
+          )
           if share == KEPT:
             kept_bad[kind][name].append(bad[kept].mean())
       found[kind].setdefault(("all", 1.0), []).append(
-          right(d2, train, test, ridge))
-    sys.stderr.write(f"split {split + 1} of {args.splits}, "
-                     f"{time.monotonic() - start:.0f} s\n")
+        right(d2, train, test, ridge)
+      )
+    sys.stderr.write(
+      f"split {split + 1} of {args.splits}, {time.monotonic() - start:.0f} s\n"
+    )
   size = len(train)
 
   def cell(kind, name, share):
     a = np.array(found[kind][name, share])
     if name == names[0]:
       return f"{100 * a.mean():.1f}"
-    value, half = corrected(a - np.array(found[kind][names[0], share]),
-                            test_size, size)
+    value, half = corrected(
+      a - np.array(found[kind][names[0], share]), test_size, size
+    )
     return f"{100 * value:+.1f} ± {100 * half:.1f}"
 
-  print(f"\nHeld-out accuracy, %, {args.splits} splits of {size} / "
-        f"{test_size} pairs; others less {names[0]}. All: "
-        f"{100 * np.mean(found['clean']['all', 1.0]):.1f}\n")
+  print(
+    f"\nHeld-out accuracy, %, {args.splits} splits of {size} / "
+    f"{test_size} pairs; others less {names[0]}. All: "
+    f"{100 * np.mean(found['clean']['all', 1.0]):.1f}\n"
+  )
   print("| sampler | " + " | ".join(f"{100 * s:g} %" for s in shares) + " |")
   print("|---" * (len(shares) + 1) + "|")
   for name in names:
-    print(f"| {name} | " + " | ".join(cell("clean", name, s) for s in shares)
-          + " |")
+    print(
+      f"| {name} | " + " | ".join(cell("clean", name, s) for s in shares) + " |"
+    )
   print(f"\nBad pairs among those kept at {100 * KEPT:g} %, and accuracy\n")
-  print("| sampler | 20 % flips: kept | accuracy | 15 % junk: kept | accuracy "
-        "|\n|---|---|---|---|---|")
+  print(
+    "| sampler | 20 % flips: kept | accuracy | 15 % junk: kept | accuracy "
+    "|\n|---|---|---|---|---|"
+  )
   for name in names:
-    print(f"| {name} | " + " | ".join(
+    print(
+      f"| {name} | "
+      + " | ".join(
         f"{100 * np.mean(kept_bad[k][name]):.1f} % | {cell(k, name, KEPT)}"
-        for k in ("flips", "junk")) + " |")
+        for k in ("flips", "junk")
+      )
+      + " |"
+    )
   print(f"\n{time.monotonic() - start:.0f} s in all")
 
 

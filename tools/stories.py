@@ -24,19 +24,51 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import sharding
+from jaxalign import artifacts, sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.eval import intervals
-from jaxalign.model import decode
-from jaxalign.model import weights
+from jaxalign.model import decode, weights
 
-NAMES = ("Max", "Spot", "Rex", "Tim", "Ben", "Sam", "Tom", "Bob", "Lily",
-         "Sue", "Mia", "Jack", "Buddy", "Lucy", "Fluffy", "Daisy")
-KINDS = ("little", "big", "small", "brown", "white", "funny", "old", "good",
-         "kind", "brave", "shy", "loud", "fast", "lazy", "pretty", "black")
-HAPPY = re.compile(r"\b(happy|happily|smil\w*|laugh\w*|hug\w*|proud|joy|fun|"
-                   r"glad|love\w*)\b")
+NAMES = (
+  "Max",
+  "Spot",
+  "Rex",
+  "Tim",
+  "Ben",
+  "Sam",
+  "Tom",
+  "Bob",
+  "Lily",
+  "Sue",
+  "Mia",
+  "Jack",
+  "Buddy",
+  "Lucy",
+  "Fluffy",
+  "Daisy",
+)
+KINDS = (
+  "little",
+  "big",
+  "small",
+  "brown",
+  "white",
+  "funny",
+  "old",
+  "good",
+  "kind",
+  "brave",
+  "shy",
+  "loud",
+  "fast",
+  "lazy",
+  "pretty",
+  "black",
+)
+HAPPY = re.compile(
+  r"\b(happy|happily|smil\w*|laugh\w*|hug\w*|proud|joy|fun|"
+  r"glad|love\w*)\b"
+)
 
 
 OPENINGS = ("Once upon a time, there was", "One day,", "There once was")
@@ -45,9 +77,13 @@ OPENINGS = ("Once upon a time, there was", "One day,", "There once was")
 def beginnings() -> list[str]:
   """768 first sentences about a dog."""
   rest = {"One day,": "went to the park."}
-  return [f"{opening} a {kind} dog named {name}"
-          + (f" {rest[opening]}" if opening in rest else ".")
-          for opening in OPENINGS for kind in KINDS for name in NAMES]
+  return [
+    f"{opening} a {kind} dog named {name}"
+    + (f" {rest[opening]}" if opening in rest else ".")
+    for opening in OPENINGS
+    for kind in KINDS
+    for name in NAMES
+  ]
 
 
 def ends_happy(text: str) -> bool:
@@ -58,7 +94,7 @@ def ends_happy(text: str) -> bool:
 
 def distinct_trigrams(stories: list[list[int]]) -> float:
   """Different trigrams of tokens over all trigrams."""
-  grams = [tuple(s[i:i + 3]) for s in stories for i in range(len(s) - 2)]
+  grams = [tuple(s[i : i + 3]) for s in stories for i in range(len(s) - 2)]
   return len(set(grams)) / len(grams)
 
 
@@ -70,11 +106,21 @@ def tell(checkpoint: str, new: int, each: int) -> list[dict]:
   asked = [p for p in beginnings() for _ in range(each)]
   with jax.set_mesh(mesh):
     said = decode.generate(
-        mesh, weights.load_folder(checkpoint, m, mesh), m,
-        [np.array(tok.encode(p, begins=True)) for p in asked], new=new,
-        eos=tok.eos, known=tok.vocab_size, temperature=1.0, seed=1, tile=64)
-  return [dict(prompt=p, text=tok.decode_response(s).rstrip())
-          for p, s in zip(asked, said)]
+      mesh,
+      weights.load_folder(checkpoint, m, mesh),
+      m,
+      [np.array(tok.encode(p, begins=True)) for p in asked],
+      new=new,
+      eos=tok.eos,
+      known=tok.vocab_size,
+      temperature=1.0,
+      seed=1,
+      tile=64,
+    )
+  return [
+    dict(prompt=p, text=tok.decode_response(s).rstrip())
+    for p, s in zip(asked, said)
+  ]
 
 
 def pairs(told: list[dict]) -> list[dict]:
@@ -85,15 +131,15 @@ def pairs(told: list[dict]) -> list[dict]:
   for prompt, texts in by_prompt.items():
     up = [t for t in texts if ends_happy(t)]
     down = [t for t in texts if not ends_happy(t)]
-    out += [dict(prompt=prompt, chosen=a, rejected=b)
-            for a, b in zip(up, down)]
+    out += [dict(prompt=prompt, chosen=a, rejected=b) for a, b in zip(up, down)]
   return out
 
 
 def main() -> None:
   """Runs the whole and prints one line of figures."""
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--checkpoint", required=True)
   parser.add_argument("--workdir", required=True)
   parser.add_argument("--stories", type=int, default=12, help="a beginning")
@@ -108,39 +154,62 @@ def main() -> None:
   source = workdir / "pairs.jsonl"
   if not source.exists():
     rows = pairs(tell(args.checkpoint, args.new, args.stories))
-    artifacts.write_bytes(source, "".join(
-        json.dumps(r) + "\n" for r in rows).encode())
+    artifacts.write_bytes(
+      source, "".join(json.dumps(r) + "\n" for r in rows).encode()
+    )
   subprocess.run(
-      [sys.executable, "-m", "jaxalign.main", "--config=configs/dpo_sub.py",
-       f"--workdir={workdir / 'job'}", f"--config.data.source={source}",
-       f"--config.model.checkpoint={args.checkpoint}",
-       "--config.model.context=256", "--config.model.head_chunk=256",
-       "--config.data.split.sft=0.01", "--config.data.split.pool=0.69",
-       "--config.data.split.held_out=0.3", "--config.compare=()",
-       "--config.select.sampler=random", "--config.select.budget=1.0",
-       f"--config.train.lr={args.lr}",
-       f"--config.loss.name=dpo(beta={args.beta})+{args.sft_weight}*sft",
-       f"--config.train.max_updates={args.updates}",
-       "--config.train.epochs=100", "--config.embed.tile=16",
-       f"--config.eval.new_tokens={args.new}", "--config.eval.tile=64"],
-      cwd=ROOT, check=True)
-  arm, = (workdir / "job" / "runs").iterdir()
-  read = lambda folder: [json.loads(line) for line in (
-      folder / "samples.jsonl").read_text().splitlines()]
+    [
+      sys.executable,
+      "-m",
+      "jaxalign.main",
+      "--config=configs/dpo_sub.py",
+      f"--workdir={workdir / 'job'}",
+      f"--config.data.source={source}",
+      f"--config.model.checkpoint={args.checkpoint}",
+      "--config.model.context=256",
+      "--config.model.head_chunk=256",
+      "--config.data.split.sft=0.01",
+      "--config.data.split.pool=0.69",
+      "--config.data.split.held_out=0.3",
+      "--config.compare=()",
+      "--config.select.sampler=random",
+      "--config.select.budget=1.0",
+      f"--config.train.lr={args.lr}",
+      f"--config.loss.name=dpo(beta={args.beta})+{args.sft_weight}*sft",
+      f"--config.train.max_updates={args.updates}",
+      "--config.train.epochs=100",
+      "--config.embed.tile=16",
+      f"--config.eval.new_tokens={args.new}",
+      "--config.eval.tile=64",
+    ],
+    cwd=ROOT,
+    check=True,
+  )
+  (arm,) = (workdir / "job" / "runs").iterdir()
+  read = lambda folder: [
+    json.loads(line)
+    for line in (folder / "samples.jsonl").read_text().splitlines()
+  ]
   before, after = read(workdir / "job" / "shared" / "baseline"), read(arm)
-  a, b = (np.array([ends_happy(s["said"]) for s in rows], float)
-          for rows in (before, after))
+  a, b = (
+    np.array([ends_happy(s["said"]) for s in rows], float)
+    for rows in (before, after)
+  )
   gain = intervals.mean(b - a)
   wins = intervals.mean((b > a) + 0.5 * (b == a))
-  kept = (distinct_trigrams([s["ids"] for s in after])
-          / distinct_trigrams([s["ids"] for s in before]))
+  kept = distinct_trigrams([s["ids"] for s in after]) / distinct_trigrams(
+    [s["ids"] for s in before]
+  )
   kl = json.loads((arm / "eval.json").read_text())["kl"]
-  percent = lambda x: (f"{100 * x['value']:.1f} [{100 * x['low']:.1f}, "
-                       f"{100 * x['high']:.1f}]")
-  print(f"| {len(a)} beginnings | happy ends {100 * a.mean():.1f} -> "
-        f"{100 * b.mean():.1f} %, gain {percent(gain)} points | win rate "
-        f"{percent(wins)} % | sampled KL {kl['value']:.2f} nats | distinct "
-        f"trigrams kept {100 * kept:.1f} % |")
+  percent = lambda x: (
+    f"{100 * x['value']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"
+  )
+  print(
+    f"| {len(a)} beginnings | happy ends {100 * a.mean():.1f} -> "
+    f"{100 * b.mean():.1f} %, gain {percent(gain)} points | win rate "
+    f"{percent(wins)} % | sampled KL {kl['value']:.2f} nats | distinct "
+    f"trigrams kept {100 * kept:.1f} % |"
+  )
 
 
 if __name__ == "__main__":

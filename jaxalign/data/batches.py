@@ -10,8 +10,7 @@ from jaxalign.data import tokens as tokens_lib
 
 @functools.lru_cache(maxsize=8)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-  return np.random.Generator(
-      np.random.Philox(key=[seed, epoch])).permutation(n)
+  return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
 def rows_at(step: int, n: int, batch: int, seed: int) -> np.ndarray:
@@ -21,13 +20,17 @@ def rows_at(step: int, n: int, batch: int, seed: int) -> np.ndarray:
   is seen equally often and none is dropped at the end of an epoch.
   """
   position = np.arange(step * batch, (step + 1) * batch)
-  return np.concatenate([
+  return np.concatenate(
+    [
       _order(n, seed, int(epoch))[position[position // n == epoch] % n]
-      for epoch in np.unique(position // n)])
+      for epoch in np.unique(position // n)
+    ]
+  )
 
 
-def updates(n: int, batch: int, epochs: float, most: int = 0, least: int = 1
-            ) -> int:
+def updates(
+  n: int, batch: int, epochs: float, most: int = 0, least: int = 1
+) -> int:
   """Updates of a run: `epochs` passes over n rows, within bounds.
 
   Args:
@@ -71,8 +74,14 @@ class Spliced:
   copied, and a process reads no rows but those it puts on its devices.
   """
 
-  def __init__(self, ids: np.ndarray, offsets: np.ndarray, kept: np.ndarray,
-               prompt: np.ndarray, answer: np.ndarray):
+  def __init__(
+    self,
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    kept: np.ndarray,
+    prompt: np.ndarray,
+    answer: np.ndarray,
+  ):
     """Row i is kept[i] tokens of `ids` from prompt[i], then from answer[i]."""
     self.ids, self.offsets, self.kept = ids, offsets, kept
     self.first, self.dtype = (prompt, answer), ids.dtype
@@ -89,12 +98,17 @@ class Spliced:
     row = np.searchsorted(self.offsets, place, side="right") - 1
     column = place - self.offsets[row]
     kept, (prompt, answer) = self.kept[row], self.first
-    return self.ids[np.where(column < kept, prompt[row] + column,
-                             answer[row] + column - kept)]
+    return self.ids[
+      np.where(column < kept, prompt[row] + column, answer[row] + column - kept)
+    ]
 
 
-def mismatched(rows: "tokens_lib.TokenRows", prompts: np.ndarray,
-               answers: np.ndarray, context: int) -> "tokens_lib.TokenRows":
+def mismatched(
+  rows: "tokens_lib.TokenRows",
+  prompts: np.ndarray,
+  answers: np.ndarray,
+  context: int,
+) -> "tokens_lib.TokenRows":
   """Rows made of one row's prompt tokens and another's answer tokens.
 
   Their places follow from the lengths; no token is read here.
@@ -112,8 +126,14 @@ def mismatched(rows: "tokens_lib.TokenRows", prompts: np.ndarray,
   ends = np.cumsum(kept + np.minimum(size, room))
   places = np.concatenate([[0], ends]).astype(np.int64)
   return tokens_lib.TokenRows(
-      Spliced(rows.ids, places, kept,
-              offsets[prompts] + start[prompts] - kept,
-              offsets[answers] + start[answers]),
-      places, kept.astype(np.int32),
-      np.maximum(0, size - room).astype(np.int32))
+    Spliced(
+      rows.ids,
+      places,
+      kept,
+      offsets[prompts] + start[prompts] - kept,
+      offsets[answers] + start[answers],
+    ),
+    places,
+    kept.astype(np.int32),
+    np.maximum(0, size - room).astype(np.int32),
+  )

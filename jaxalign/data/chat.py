@@ -10,10 +10,11 @@ else, and then the content's tokens are read as transformers reads them; of
 turn markers and of the tokenizer's BOS and EOS each is still tried alone.
 """
 
+from collections.abc import Mapping, Sequence
 import itertools
 import os
 import re
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -32,44 +33,51 @@ _TOOL_ROLES = ("tool", "function", "ipython", "observation")
 _WORDS = ("quince", "medlar", "damson", "rowan")
 
 BUILT_IN = {
-    "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
-        "m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-        "{% endif %}"),
-    "llama3": (
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + "
-        "m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + "
-        "'<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
-    "gemma": (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
-        "{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-        "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else "
-        "m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<start_of_turn>model\n' }}{% endif %}"),
-    "mistral": (
-        "{% if messages[0]['role'] == 'system' %}{% set before = "
-        "messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
-        "{% else %}{% set before = '' %}{% set rest = messages %}{% endif %}"
-        "{{ bos_token }}{% for m in rest %}"
-        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-        "{% if m['role'] == 'user' %}{{ '[INST] ' + (before if loop.first else "
-        "'') + m['content'] + ' [/INST]' }}{% else %}"
-        "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"),
-    "zephyr": (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + "
-        "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|assistant|>\n' }}{% endif %}"),
+  "chatml": (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
+    "m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+  ),
+  "llama3": (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + "
+    "m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + "
+    "'<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+  ),
+  "gemma": (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else "
+    "m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<start_of_turn>model\n' }}{% endif %}"
+  ),
+  "mistral": (
+    "{% if messages[0]['role'] == 'system' %}{% set before = "
+    "messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set before = '' %}{% set rest = messages %}{% endif %}"
+    "{{ bos_token }}{% for m in rest %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + (before if loop.first else "
+    "'') + m['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+  ),
+  "zephyr": (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + "
+    "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|assistant|>\n' }}{% endif %}"
+  ),
 }
 # Tokens without which a built-in would be so much text, and forgeable.
-_WANTS = {"chatml": ("<|im_start|>", "<|im_end|>"),
-          "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-          "gemma": ("<start_of_turn>", "<end_of_turn>")}
+_WANTS = {
+  "chatml": ("<|im_start|>", "<|im_end|>"),
+  "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+  "gemma": ("<start_of_turn>", "<end_of_turn>"),
+}
 
 
 def choose(template: str, tok: Any, conversational: bool) -> str | None:
@@ -92,8 +100,10 @@ def choose(template: str, tok: Any, conversational: bool) -> str | None:
   if template in BUILT_IN:
     lacking = [t for t in _WANTS.get(template, ()) if t not in tok.added]
     if lacking:
-      raise ConfigError(f"the tokenizer has no {', '.join(lacking)}, which the "
-                        f"template {template!r} writes; {_KNOB}")
+      raise ConfigError(
+        f"the tokenizer has no {', '.join(lacking)}, which the "
+        f"template {template!r} writes; {_KNOB}"
+      )
     return BUILT_IN[template]
   return read_file(template).decode("utf-8", "replace")
 
@@ -107,14 +117,17 @@ def check(template: str) -> None:
 def read_file(template: str) -> bytes:
   """The bytes of a .jinja file."""
   if not isinstance(template, str) or not template.endswith(".jinja"):
-    raise ConfigError(f"unknown template {template!r}, wanted auto, "
-                      f"{', '.join([*PLAIN, *BUILT_IN])} or the path of a "
-                      f".jinja file; {_KNOB}")
+    raise ConfigError(
+      f"unknown template {template!r}, wanted auto, "
+      f"{', '.join([*PLAIN, *BUILT_IN])} or the path of a "
+      f".jinja file; {_KNOB}"
+    )
   try:
     return epath.Path(os.path.expanduser(template)).read_bytes()
   except OSError as error:
-    raise ConfigError(f"template {template} cannot be read ({error}); {_KNOB}"
-                      ) from error
+    raise ConfigError(
+      f"template {template} cannot be read ({error}); {_KNOB}"
+    ) from error
 
 
 class Chat:
@@ -127,31 +140,42 @@ class Chat:
     warnings: sentences about the template, for a person to read once.
   """
 
-  def __init__(self, tok: Any, source: str, now: str = "",
-               renderer: Renderer | None = None, *,
-               special_tokens: str = "text"):
+  def __init__(
+    self,
+    tok: Any,
+    source: str,
+    now: str = "",
+    renderer: Renderer | None = None,
+    *,
+    special_tokens: str = "text",
+  ):
     """Args:
-      tok: the tokenizer; what the template marks turns with is reserved in it.
-      source: the template. now: see Renderer. renderer: one to share.
-      special_tokens: "text", or "tokens": special tokens that are spelt out in
-        a content are read as those tokens, as transformers and TRL do.
+    tok: the tokenizer; what the template marks turns with is reserved in it.
+    source: the template. now: see Renderer. renderer: one to share.
+    special_tokens: "text", or "tokens": special tokens that are spelt out in
+      a content are read as those tokens, as transformers and TRL do.
     """
     if special_tokens not in ("text", "tokens"):
-      raise ConfigError(f"special tokens in a text are read as 'text' or as "
-                        f"'tokens', found {special_tokens!r}")
+      raise ConfigError(
+        f"special tokens in a text are read as 'text' or as "
+        f"'tokens', found {special_tokens!r}"
+      )
     self.tok, self.source = tok, source
     self._reads_tokens = special_tokens == "tokens"
     # Of several named templates transformers takes this one for tools.
-    self._tool_source = (tok.tool_template if source == tok.template else None
-                         ) or source
+    self._tool_source = (
+      tok.tool_template if source == tok.template else None
+    ) or source
     self.warnings = []
     self.renderer = renderer or Renderer(now)
     try:
       self._learn()
     except Refused as error:
       self.renderer.close()
-      raise ConfigError(f"the chat template does not even render one question "
-                        f"and its answer ({error}); {_KNOB}") from error
+      raise ConfigError(
+        f"the chat template does not even render one question "
+        f"and its answer ({error}); {_KNOB}"
+      ) from error
     except BaseException:
       self.renderer.close()
       raise
@@ -173,8 +197,11 @@ class Chat:
     wholes = [self._render([*ask, one], False) for one in says]
     at = len(os.path.commonprefix(wholes))
     if wholes[0] == wholes[1]:
-      raise Refused("template drops the answer", "two answers give one text; "
-                    "it may want contents in parts, as of images")
+      raise Refused(
+        "template drops the answer",
+        "two answers give one text; "
+        "it may want contents in parts, as of images",
+      )
     head, tail = wholes[0][:at], wholes[0][at:].removeprefix(_WORDS[0])
     more = self._tried([*ask, says[0], dict(role="user", content=_WORDS[2])])
     system = self._tried([dict(role="system", content=_WORDS[3]), *ask])
@@ -184,7 +211,7 @@ class Chat:
     opens = [m[0] for m in added.finditer(asked) if m.end() > base]
     if asked == plain and head.startswith(asked):
       # A space there belongs to the word that follows it.
-      self._header = head[len(asked):].rstrip(" ")
+      self._header = head[len(asked) :].rstrip(" ")
       opens = tokens(self._header) or tokens(asked)[-1:]
     # An answer ends as one in the middle does; what follows only at the end of
     # a conversation (Phi-3's EOS) is no part of it.
@@ -203,36 +230,53 @@ class Chat:
     tok.reserve(sorted(set(turns)))
     self._marks = Marks(list(tok.specials))
     self._specials = set(tok.specials.values()) - {tok.unk}
-    self._guarded = {HALF, *turns, *tok.names.values(), *(
-        text for text, i in tok.specials.items() if i in (*tok.stops, tok.pad))}
+    self._guarded = {
+      HALF,
+      *turns,
+      *tok.names.values(),
+      *(text for text, i in tok.specials.items() if i in (*tok.stops, tok.pad)),
+    }
     bos = next((t for t, i in tok.specials.items() if i == tok.own_bos), None)
-    tok.bos = tok.own_bos if bos and plain.startswith(bos) and (
-        not system or system.startswith(bos)) else -1
+    tok.bos = (
+      tok.own_bos
+      if bos
+      and plain.startswith(bos)
+      and (not system or system.startswith(bos))
+      else -1
+    )
     if system and _WORDS[3] not in system:
-      self.warnings.append("the chat template leaves out what a system turn "
-                           "says: put it into the first question")
+      self.warnings.append(
+        "the chat template leaves out what a system turn "
+        "says: put it into the first question"
+      )
     if self._end:
       tok.ends_with(tok.specials[self._end])
       self._times = tokens(tail).count(self._end)
     else:
       self.warnings.append(
-          "the chat template writes no token after an answer; rows end with "
-          f"{next((t for t, i in tok.specials.items() if i == tok.eos), '')!r},"
-          " the tokenizer's own")
+        "the chat template writes no token after an answer; rows end with "
+        f"{next((t for t, i in tok.specials.items() if i == tok.eos), '')!r},"
+        " the tokenizer's own"
+      )
     if self._header:
       self.warnings.append(
-          "the chat template ignores add_generation_prompt: it writes "
-          f"{self._header!r} only in front of an answer; here that counts to "
-          "the prompt, in training and in generation; other programs would let "
-          "the model write it: end the template with "
-          f"{{% if add_generation_prompt %}}{{{{ {self._header!r} }}}}"
-          "{% endif %}")
+        "the chat template ignores add_generation_prompt: it writes "
+        f"{self._header!r} only in front of an answer; here that counts to "
+        "the prompt, in training and in generation; other programs would let "
+        "the model write it: end the template with "
+        f"{{% if add_generation_prompt %}}{{{{ {self._header!r} }}}}"
+        "{% endif %}"
+      )
 
   def _render(self, turns: list[dict], asks: bool, tools: Any = None) -> str:
     return self.renderer.render(
-        self.source if tools is None else self._tool_source, turns,
-        add_generation_prompt=asks, tools=tools, documents=None,
-        **self.tok.names)
+      self.source if tools is None else self._tool_source,
+      turns,
+      add_generation_prompt=asks,
+      tools=tools,
+      documents=None,
+      **self.tok.names,
+    )
 
   def _tried(self, turns: list[dict]) -> str:
     """What a template makes of turns that it need not have: "" at worst."""
@@ -241,16 +285,21 @@ class Chat:
     except Refused:
       return ""
 
-  def _texts(self, turns: list[dict], said: list[dict], tools: Any
-             ) -> list[str]:
+  def _texts(
+    self, turns: list[dict], said: list[dict], tools: Any
+  ) -> list[str]:
     """The rendered prompt, and the whole dialogue with each answer."""
-    return [self._render(turns, True, tools), *(
-        self._render([*turns, one], False, tools) for one in said)]
+    return [
+      self._render(turns, True, tools),
+      *(self._render([*turns, one], False, tools) for one in said),
+    ]
 
-  def encode(self, turns: Sequence[Mapping[str, Any]],
-             answers: Sequence[str | Mapping[str, Any]],
-             tools: list[dict] | None = None
-             ) -> tuple[list[int], list[list[int]]]:
+  def encode(
+    self,
+    turns: Sequence[Mapping[str, Any]],
+    answers: Sequence[str | Mapping[str, Any]],
+    tools: list[dict] | None = None,
+  ) -> tuple[list[int], list[list[int]]]:
     """Ids of a prompt, without BOS, and of each answer, without its end.
 
     BOS, prompt, answer and end are what transformers makes of the dialogue.
@@ -268,25 +317,37 @@ class Chat:
         writes the prompt otherwise once an answer follows.
     """
     turns = [_message(turn) for turn in turns]
-    said = [_message(dict(role="assistant", content=one) if isinstance(one, str)
-                     else dict(role="assistant") | dict(one))
-            for one in answers]
+    said = [
+      _message(
+        dict(role="assistant", content=one)
+        if isinstance(one, str)
+        else dict(role="assistant") | dict(one)
+      )
+      for one in answers
+    ]
     if not turns:
       raise Refused("no turns", "a chat template needs a question")
     try:
       plain = self._texts(turns, said, tools)
     except Refused as error:
-      if error.reason == "template failed" and (tools or any(
+      if error.reason == "template failed" and (
+        tools
+        or any(
           "tool_calls" in one or one.get("role") not in _ROLES
-          for one in (*turns, *said))):
-        raise Refused("tool calls are not supported", "the chat template fails "
-                      f"on them: {error.detail}") from error
+          for one in (*turns, *said)
+        )
+      ):
+        raise Refused(
+          "tool calls are not supported",
+          f"the chat template fails on them: {error.detail}",
+        ) from error
       raise
     try:
       "".join(plain).encode()
     except UnicodeEncodeError as error:
-      raise Refused("lone surrogate", f"{error.object[error.start]!a} is no "
-                    "character") from error
+      raise Refused(
+        "lone surrogate", f"{error.object[error.start]!a} is no character"
+      ) from error
     self._check_tools(turns, said, tools)
     shown, back = self._shown(plain, turns, said, tools)
     if self._header:
@@ -297,22 +358,30 @@ class Chat:
       ends.append(self._end_of(one, other, start))
     texts = [(p[:end], s[:end]) for p, s, end in zip(plain, shown, ends)]
     ids = self._whole(texts, bool(back))
-    if ids is None or self._end and any(
-        one[-1:] != [self.tok.eos] for one in ids[1:]):
+    if (
+      ids is None
+      or self._end
+      and any(one[-1:] != [self.tok.eos] for one in ids[1:])
+    ):
       ids = [self._parts(text, back) for _, text in texts]
     head, rest = ids[0], [one[:-1] if self._end else one for one in ids[1:]]
     start = min(map(_shared, itertools.repeat(head), rest), default=len(head))
     rest = [one[start:] for one in rest]
     if not self._reads_tokens and any(self.tok.eos in one for one in rest):
-      raise Refused("answer ends twice", "in what the chat template makes of "
-                    f"it there is {self._end or 'the EOS'} before its end")
+      raise Refused(
+        "answer ends twice",
+        "in what the chat template makes of "
+        f"it there is {self._end or 'the EOS'} before its end",
+      )
     if self.tok.bos >= 0 and head[:1] != [self.tok.bos]:
-      raise Refused("template begins otherwise", f"{plain[0][:30]!r}, without "
-                    "the BOS")
-    return head[self.tok.bos >= 0:start], rest
+      raise Refused(
+        "template begins otherwise", f"{plain[0][:30]!r}, without the BOS"
+      )
+    return head[self.tok.bos >= 0 : start], rest
 
-  def _whole(self, texts: list[tuple[str, str]], check: bool
-             ) -> list[list[int]] | None:
+  def _whole(
+    self, texts: list[tuple[str, str]], check: bool
+  ) -> list[list[int]] | None:
     """Ids of rendered texts, each as one string; None where text forges.
 
     What the texts share is encoded once, up to a special token: there the
@@ -328,7 +397,7 @@ class Chat:
       text, start = written[-1]
       last = self.tok.specials[text]
       if head.count(last) == sum(text == other for other, _ in written):
-        at, shared = start, shown[:start + len(text)]
+        at, shared = start, shown[: start + len(text)]
         k = len(head) - 1 - head[::-1].index(last)
     for text, other in wholes:
       same = bool(shared) and other.startswith(shared)
@@ -339,8 +408,9 @@ class Chat:
       out.append(head[:k] + ids if same else ids)
     return out
 
-  def _start_of(self, turns: list[dict], tools: Any, prompt: str, whole: str
-                ) -> int:
+  def _start_of(
+    self, turns: list[dict], tools: Any, prompt: str, whole: str
+  ) -> int:
     """Where an answer begins: where the whole is no longer the prompt.
 
     Some templates ask in other words than those they answer in; that much may
@@ -352,33 +422,45 @@ class Chat:
     asks = self._header or self._asks
     base = len(prompt) - len(asks)
     if not prompt.endswith(asks):
-      base = len(os.path.commonprefix([self._render(turns, False, tools),
-                                       prompt]))
+      base = len(
+        os.path.commonprefix([self._render(turns, False, tools), prompt])
+      )
     if same < base:
-      raise Refused("template rewrites the prompt", f"from character {same}: "
-                    f"{prompt[same:same + 30]!r}, {whole[same:same + 30]!r}")
+      raise Refused(
+        "template rewrites the prompt",
+        f"from character {same}: "
+        f"{prompt[same : same + 30]!r}, {whole[same : same + 30]!r}",
+      )
     return same
 
   def _end_of(self, said: dict, text: str, start: int) -> int:
     """Where the answer that begins at `start` has ended, its end included."""
     if not self._end:
       return len(text)
-    ends = [m.end() for m in self._marks.written.finditer(text, start)
-            if m[0] == self._end]
+    ends = [
+      m.end()
+      for m in self._marks.written.finditer(text, start)
+      if m[0] == self._end
+    ]
     if len(ends) < self._times:
-      raise Refused(_NO_TOOLS if "tool_calls" in said else
-                    "answer without an end", "the chat template ends other "
-                    f"answers with {self._end}, this one in {text[-30:]!r}")
+      raise Refused(
+        _NO_TOOLS if "tool_calls" in said else "answer without an end",
+        "the chat template ends other "
+        f"answers with {self._end}, this one in {text[-30:]!r}",
+      )
     return ends[-self._times]
 
-  def _check_tools(self, turns: list[dict], said: list[dict], tools: Any
-                   ) -> None:
+  def _check_tools(
+    self, turns: list[dict], said: list[dict], tools: Any
+  ) -> None:
     """Refused where the template drops a tool, a call, or what a role says.
 
     The row is rendered with other names and results: each has to show.
     """
-    uses = [any("tool_calls" in one or one.get("role") not in _ROLES
-                for one in part) for part in (turns, said)]
+    uses = [
+      any("tool_calls" in one or one.get("role") not in _ROLES for one in part)
+      for part in (turns, said)
+    ]
     if not tools and not any(uses):
       return
     wanted = {}
@@ -395,8 +477,9 @@ class Chat:
         if word not in text:
           raise Refused(what[0], f"the chat template does not write {what[1]}")
 
-  def _shown(self, plain: list[str], turns: list[dict], said: list[dict],
-             tools: Any) -> tuple[list[str], dict[int, str]]:
+  def _shown(
+    self, plain: list[str], turns: list[dict], said: list[dict], tools: Any
+  ) -> tuple[list[str], dict[int, str]]:
     """The texts with all in disguise that the template does not parse.
 
     Returns:
@@ -406,19 +489,18 @@ class Chat:
     found = set() if self._reads_tokens else self._marks.found(parts)
     if not found:
       return list(plain), {}
-    stand_ins = self._marks.stand_ins(
-        [self.source, self._tool_source, *parts])
+    stand_ins = self._marks.stand_ins([self.source, self._tool_source, *parts])
     back = {ord(stand): c for c, stand in stand_ins.items()}
 
     def attempt(names: set[str]) -> list[str] | None:
       try:
-        texts = self._texts(*(self._marks.disguised(part, names, stand_ins)
-                              for part in parts))
+        texts = self._texts(
+          *(self._marks.disguised(part, names, stand_ins) for part in parts)
+        )
       except Refused:
         return None
       for stand in stand_ins.values():  # as JSON in ASCII has it
-        texts = [text.replace(f"\\u{ord(stand):04x}", stand)
-                 for text in texts]
+        texts = [text.replace(f"\\u{ord(stand):04x}", stand) for text in texts]
       return texts if [t.translate(back) for t in texts] == plain else None
 
     texts = attempt(found)
@@ -436,8 +518,9 @@ class Chat:
     """Ids of a rendered text as one string; None if text forges a token."""
     ids = self.tok.encode_rendered(text)
     if check:
-      wanted = [self.tok.specials[m[0]]
-                for m in self._marks.written.finditer(shown)]
+      wanted = [
+        self.tok.specials[m[0]] for m in self._marks.written.finditer(shown)
+      ]
       known = self._specials
       if [i for i in ids if i in known] != [i for i in wanted if i in known]:
         return None
@@ -447,7 +530,7 @@ class Chat:
     """Ids of a rendered text, its special tokens apart from all the rest."""
     tok, ids, at, strip = self.tok, [], 0, False
     for m in [*self._marks.written.finditer(text), None]:
-      part = text[at:m.start() if m else len(text)].translate(back)
+      part = text[at : m.start() if m else len(text)].translate(back)
       before, after = tok.strips.get(m[0], (False, False)) if m else (0, 0)
       part = part.lstrip() if strip else part
       part = part.rstrip() if before else part
@@ -466,8 +549,12 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
   What is None is left out, and a thought goes by all of its names.
   """
   out = {k: v for k, v in turn.items() if v is not None}
-  thought = next((out[k] for k in ("reasoning_content", "thinking", "reasoning")
-                  if k in out), None)
+  thought = next(
+    (
+      out[k] for k in ("reasoning_content", "thinking", "reasoning") if k in out
+    ),
+    None,
+  )
   if thought is not None:
     out = {"thinking": thought, **out, "reasoning_content": thought}
   return out
@@ -476,13 +563,19 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
 def _reworded(turn: dict, wanted: dict[str, tuple[str, str]]) -> dict:
   """A message with other tool calls and results; `wanted` gets their words."""
   if isinstance(turn.get("tool_calls"), list):
-    turn = dict(turn, tool_calls=[_renamed(call, "the call of", wanted)
-                                  for call in turn["tool_calls"]])
+    turn = dict(
+      turn,
+      tool_calls=[
+        _renamed(call, "the call of", wanted) for call in turn["tool_calls"]
+      ],
+    )
   role = turn.get("role")
   if role not in _ROLES and isinstance(turn.get("content"), str):
     word = f"jaxalign{len(wanted)}word"
-    wanted[word] = (_NO_TOOLS if role in _TOOL_ROLES else "unknown role",
-                    f"what the role {role!r} says")
+    wanted[word] = (
+      _NO_TOOLS if role in _TOOL_ROLES else "unknown role",
+      f"what the role {role!r} says",
+    )
     turn = dict(turn, content=word)
   return turn
 
@@ -494,13 +587,17 @@ def _renamed(tool: Any, what: str, wanted: dict[str, tuple[str, str]]) -> Any:
     return tool
   word = f"jaxalign{len(wanted)}word"
   wanted[word] = _NO_TOOLS, f"{what} {inner['name']!r}"
-  return (dict(tool, function=dict(inner, name=word)) if inner is not tool else
-          dict(inner, name=word))
+  return (
+    dict(tool, function=dict(inner, name=word))
+    if inner is not tool
+    else dict(inner, name=word)
+  )
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
   """How many items two sequences begin with alike."""
-  if a[:len(b)] == b[:len(a)]:
+  if a[: len(b)] == b[: len(a)]:
     return min(len(a), len(b))
-  return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y),
-              min(len(a), len(b)))
+  return next(
+    (i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))
+  )

@@ -27,7 +27,8 @@ class Generation(jinja2.ext.Extension):
     line = next(parser.stream).lineno
     body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
     return jinja2.nodes.CallBlock(
-        self.call_method("_same"), [], [], body).set_lineno(line)
+      self.call_method("_same"), [], [], body
+    ).set_lineno(line)
 
   def _same(self, caller):
     return caller()
@@ -72,27 +73,37 @@ def _raise(message=""):
   raise Raised(str(message)[:300])
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None,
-            sort_keys=False):
-  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent,
-                    separators=separators, sort_keys=sort_keys)
+def _tojson(
+  value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+):
+  return json.dumps(
+    value,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
 
 
 def environment(now):
   """Jinja as transformers sets it up, with `now` for its clock."""
   env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True,
-      extensions=[Generation, jinja2.ext.loopcontrols])
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[Generation, jinja2.ext.loopcontrols],
+  )
   env.filters["tojson"] = _tojson
   env.globals.update(
-      raise_exception=_raise, strftime_now=lambda form: now.strftime(form),
-      dict=Dict(), namespace=Namespace)
+    raise_exception=_raise,
+    strftime_now=lambda form: now.strftime(form),
+    dict=Dict(),
+    namespace=Namespace,
+  )
   return env
 
 
 def render(compiled, request):
-  """The text, at most `cap` characters of it; LookupError where there is more.
-  """
+  """The text, of at most `cap` characters; LookupError if there is more."""
   parts, size = [], 0
   for part in compiled.generate(**request["values"]):
     size += len(part)
@@ -107,8 +118,12 @@ def main():
   memory, seconds = int(sys.argv[1]), int(sys.argv[3])
   now = datetime.datetime.fromisoformat(sys.argv[2])
   env, compiled = environment(now), {}
-  for what, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0),
-                     (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0)):
+  for what, most in (
+    (resource.RLIMIT_AS, memory),
+    (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_FSIZE, 0),
+    (resource.RLIMIT_NPROC, 0),
+  ):
     resource.setrlimit(what, (most, most))
   print('{"ready": true}', flush=True)
   for line in sys.stdin:
@@ -124,8 +139,10 @@ def main():
       answer = dict(kind="memory", detail="it wants more memory")
     except LookupError as error:
       big = type(error) is LookupError
-      answer = dict(kind="length" if big else "failed",
-                    detail="" if big else f"{type(error).__name__}: {error}")
+      answer = dict(
+        kind="length" if big else "failed",
+        detail="" if big else f"{type(error).__name__}: {error}",
+      )
     except Raised as error:
       answer = dict(kind="raised", detail=str(error))
     except jinja2.exceptions.SecurityError as error:

@@ -1,9 +1,10 @@
 """Tokenizers of a tokenizer.json, by the `tokenizers` package."""
 
+from collections.abc import Iterable, Sequence
 import hashlib
 import json
 import re
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 from etils import epath
 import tokenizers
@@ -39,45 +40,67 @@ class FastTokenizer(special.Encoding):
           token["special"] = True
       self._main = _built(spec, settings, name)
       twin, self.adds_prefix = _without_prefix(spec)
-      self._bare = (_built(twin, settings, name) if self.adds_prefix
-                    else self._main)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError
-            ) as error:
-      raise ConfigError(f"{name} is not a tokenizer.json "
-                        f"({error!s:.100}); {_KNOB}") from error
+      self._bare = (
+        _built(twin, settings, name) if self.adds_prefix else self._main
+      )
+    except (
+      ValueError,
+      TypeError,
+      KeyError,
+      AttributeError,
+      RecursionError,
+    ) as error:
+      raise ConfigError(
+        f"{name} is not a tokenizer.json ({error!s:.100}); {_KNOB}"
+      ) from error
     known = self._main.get_added_tokens_decoder()
-    self.specials = {token.content: i for i, token in sorted(known.items())
-                     if token.special and token.content}
-    self.strips = {token.content: (token.lstrip, token.rstrip)
-                   for token in known.values()}
+    self.specials = {
+      token.content: i
+      for i, token in sorted(known.items())
+      if token.special and token.content
+    }
+    self.strips = {
+      token.content: (token.lstrip, token.rstrip) for token in known.values()
+    }
     first = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
-    self.prefixes_each = any(step.get("type") == "Prepend" or
-                             step.get("prepend_scheme") == "always"
-                             for step in first)
+    self.prefixes_each = any(
+      step.get("type") == "Prepend" or step.get("prepend_scheme") == "always"
+      for step in first
+    )
     self.added = {token.content: i for i, token in sorted(known.items())}
     self.vocab_size = 1 + max(self._main.get_vocab(True).values(), default=-1)
     decided = settings.row_format
     eos = self._id("eos")
-    self.eos = decided.get("eos", settings.stops[0] if eos is None and
-                           settings.stops else eos)
+    self.eos = decided.get(
+      "eos", settings.stops[0] if eos is None and settings.stops else eos
+    )
     if self.eos is None or not 0 <= self.eos < self.vocab_size:
-      raise ConfigError(f"{name} names no EOS token that it has, and every "
-                        f"whole response ends in one; {_KNOB}")
-    self.stops = tuple(dict.fromkeys(
-        [self.eos, *([] if eos is None else [eos]), *settings.stops]))
+      raise ConfigError(
+        f"{name} names no EOS token that it has, and every "
+        f"whole response ends in one; {_KNOB}"
+      )
+    self.stops = tuple(
+      dict.fromkeys(
+        [self.eos, *([] if eos is None else [eos]), *settings.stops]
+      )
+    )
     self.unk = self._id("unk")
     self.own_bos = self._id("bos")
     self.own_bos = -1 if self.own_bos is None else self.own_bos
     self.bos = decided.get("bos", self._bos())
-    self.names = {f"{kind}_token": text
-                  for kind, text in settings.named.items() if text}
+    self.names = {
+      f"{kind}_token": text for kind, text in settings.named.items() if text
+    }
     pad = self._id("pad")
     self.pad = self.eos if pad is None else pad
     self.template = settings.template
     self.tool_template = settings.tool_template
-    self.digest = hashlib.sha256(b"".join(
+    self.digest = hashlib.sha256(
+      b"".join(
         f"{n} {len(b)}\n".encode() + b
-        for n, b in sorted(settings.files.items()))).hexdigest()
+        for n, b in sorted(settings.files.items())
+      )
+    ).hexdigest()
 
   def _id(self, name: str) -> int | None:
     text = self._settings.named[name]
@@ -99,8 +122,9 @@ class FastTokenizer(special.Encoding):
     new = set(texts) - self.specials.keys()
     if new:
       eos, bos = self.eos, self.bos
-      self.__init__(self._settings._replace(
-          special=self._settings.special | new))
+      self.__init__(
+        self._settings._replace(special=self._settings.special | new)
+      )
       self.ends_with(eos)
       self.bos = bos
 
@@ -124,15 +148,22 @@ class FastTokenizer(special.Encoding):
 
   def _in_parts(self, text: str, model: Any, forged: set[int]) -> list[int]:
     """Ids of a text cut inside everything that looks special."""
-    pattern = "|".join(f"{re.escape(s[0])}(?={re.escape(s[1:])})"
-                       for s in self.specials if len(s) > 1)
+    pattern = "|".join(
+      f"{re.escape(s[0])}(?={re.escape(s[1:])})"
+      for s in self.specials
+      if len(s) > 1
+    )
     at = [m.end() for m in re.finditer(pattern, text)] if pattern else []
     out, cuts = [], [0, *at, len(text)]
     for k, (a, b) in enumerate(zip(cuts, cuts[1:])):
-      part = (self._bare if k else model).encode(
-          text[a:b], add_special_tokens=False).ids
-      out += [self.unk if i in forged and self.unk is not None else i
-              for i in part]
+      part = (
+        (self._bare if k else model)
+        .encode(text[a:b], add_special_tokens=False)
+        .ids
+      )
+      out += [
+        self.unk if i in forged and self.unk is not None else i for i in part
+      ]
     return out
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -162,8 +193,9 @@ class FastTokenizer(special.Encoding):
   save = export
 
 
-def _built(spec: dict, settings: special.Settings, name: str
-           ) -> tokenizers.Tokenizer:
+def _built(
+  spec: dict, settings: special.Settings, name: str
+) -> tokenizers.Tokenizer:
   """The tokenizer of a spec, with what tokenizer_config.json adds to it."""
   try:
     fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -174,15 +206,24 @@ def _built(spec: dict, settings: special.Settings, name: str
   fast.no_truncation()
   fast.no_padding()
   for text, (i, is_special) in sorted(
-      settings.added.items(), key=lambda item: (item[1][0] is None, item[1][0])):
+    settings.added.items(), key=lambda item: (item[1][0] is None, item[1][0])
+  ):
     if fast.token_to_id(text) is None:
-      fast.add_tokens([tokenizers.AddedToken(
-          text, special=is_special or text in settings.special,
-          normalized=False)])
+      fast.add_tokens(
+        [
+          tokenizers.AddedToken(
+            text,
+            special=is_special or text in settings.special,
+            normalized=False,
+          )
+        ]
+      )
       if fast.token_to_id(text) != i:
-        raise ConfigError(f"{name}: tokenizer_config.json gives {text!r} the "
-                          f"id {i}, there it would be "
-                          f"{fast.token_to_id(text)}; {_KNOB}")
+        raise ConfigError(
+          f"{name}: tokenizer_config.json gives {text!r} the "
+          f"id {i}, there it would be "
+          f"{fast.token_to_id(text)}; {_KNOB}"
+        )
   fast.encode_special_tokens = True
   return fast
 
@@ -197,20 +238,29 @@ def _without_prefix(spec: dict) -> tuple[dict, bool]:
   for part in ("normalizer", "pre_tokenizer", "decoder"):
     steps = _steps(twin.get(part))
     for step in steps:
-      for key, none in (("prepend_scheme", "never"), ("add_prefix_space",
-                                                      False)):
+      for key, none in (
+        ("prepend_scheme", "never"),
+        ("add_prefix_space", False),
+      ):
         if step.get(key, none) != none:
           step[key] = none
           found = found or part != "decoder"  # which has it by default
     kept = [step for step in steps if not _prefix(step)]
     if len(kept) < len(steps):
       found = found or part != "decoder"
-      twin[part] = {"normalizer": dict(type="Sequence", normalizers=kept),
-                    "decoder": dict(type="Sequence", decoders=kept),
-                    "pre_tokenizer": None}[part] if kept else None
-  squeezes = re.search(r'"type": "(WhitespaceSplit|Whitespace|Strip)"',
-                       json.dumps([spec.get("normalizer"),
-                                   spec.get("pre_tokenizer")]))
+      twin[part] = (
+        {
+          "normalizer": dict(type="Sequence", normalizers=kept),
+          "decoder": dict(type="Sequence", decoders=kept),
+          "pre_tokenizer": None,
+        }[part]
+        if kept
+        else None
+      )
+  squeezes = re.search(
+    r'"type": "(WhitespaceSplit|Whitespace|Strip)"',
+    json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")]),
+  )
   return (spec, False) if squeezes else (twin, found)
 
 
@@ -226,6 +276,10 @@ def _steps(part: Any) -> list[dict]:
 
 def _prefix(step: dict) -> bool:
   """Whether a step adds the space in front, or takes it away again."""
-  return (step.get("type") == "Prepend" or
-          step.get("type") == "Strip" and step.get("start") == 1 and
-          step.get("stop") == 0 and step.get("content") == " ")
+  return (
+    step.get("type") == "Prepend"
+    or step.get("type") == "Strip"
+    and step.get("start") == 1
+    and step.get("stop") == 0
+    and step.get("content") == " "
+  )

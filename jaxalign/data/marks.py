@@ -7,8 +7,9 @@ A stand-in is one character for one: lengths, slices and the trimming of blanks
 stay what they were.
 """
 
+from collections.abc import Collection, Iterator, Sequence
 import re
-from typing import Any, Collection, Iterator, Sequence
+from typing import Any
 
 from jaxalign.data import special
 from jaxalign.data.schemas.pairs import Refused
@@ -30,9 +31,13 @@ class Marks:
     for text in texts:
       rest.setdefault(text[0], []).append(text[1:])
     # A match is one character, so that of two that overlap both are found.
-    self._first = re.compile("|".join(
-        f"{re.escape(c)}(?=({special.any_of(more)}))" for c, more in
-        rest.items()) or "(?!)")
+    self._first = re.compile(
+      "|".join(
+        f"{re.escape(c)}(?=({special.any_of(more)}))"
+        for c, more in rest.items()
+      )
+      or "(?!)"
+    )
     self._starts = {t[:k] for t in texts for k in range(1, len(t))}
     self._ends = {t[k:] for t in texts for k in range(1, len(t))}
     self._sizes = range(1, max(map(len, texts), default=1))
@@ -40,8 +45,11 @@ class Marks:
 
   def found(self, value: Any) -> set[str]:
     """The tokens, or HALF, that the strings of a JSON value look like."""
-    return {name for key, text in _strings(value)
-            for name, _ in self._places(text, key)}
+    return {
+      name
+      for key, text in _strings(value)
+      for name, _ in self._places(text, key)
+    }
 
   def _places(self, text: str, key: str) -> Iterator[tuple[str, int]]:
     """(token or HALF, where the character to replace is) in a text."""
@@ -65,20 +73,31 @@ class Marks:
     for key, text in _strings(value):
       wanted.update(text[i] for _, i in self._places(text, key))
       used.update(text, re.findall(r"\\u([0-9a-f]{4})", text))
-    free = (chr(i) for i in _PRIVATE
-            if chr(i) not in used and f"{i:04x}" not in used)
+    free = (
+      chr(i) for i in _PRIVATE if chr(i) not in used and f"{i:04x}" not in used
+    )
     out = dict(zip(sorted(wanted), free))
     if len(out) < len(wanted):
-      raise Refused("too many private-use characters",
-                    f"all {len(_PRIVATE):,} of them")
+      raise Refused(
+        "too many private-use characters", f"all {len(_PRIVATE):,} of them"
+      )
     return out
 
-  def disguised(self, value: Any, names: Collection[str],
-                stand_ins: dict[str, str], key: str = "") -> Any:
+  def disguised(
+    self,
+    value: Any,
+    names: Collection[str],
+    stand_ins: dict[str, str],
+    key: str = "",
+  ) -> Any:
     """A JSON value in which nothing looks like one of `names` any more."""
     if isinstance(value, dict):
-      return {self.disguised(k, names, stand_ins):
-              self.disguised(v, names, stand_ins, k) for k, v in value.items()}
+      return {
+        self.disguised(k, names, stand_ins): self.disguised(
+          v, names, stand_ins, k
+        )
+        for k, v in value.items()
+      }
     if isinstance(value, list):
       return [self.disguised(v, names, stand_ins, key) for v in value]
     if not isinstance(value, str):

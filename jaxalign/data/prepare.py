@@ -2,31 +2,26 @@
 
 import ast
 import collections
+from collections.abc import Mapping
 import contextlib
 import hashlib
 import itertools
 import json
-from typing import Any, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import hub
-from jaxalign import progress
+from jaxalign import artifacts, hub, progress
 from jaxalign.data import chat as chats
-from jaxalign.data import reading
-from jaxalign.data import records
-from jaxalign.data import tables
-from jaxalign.data import sources
-from jaxalign.data import special
+from jaxalign.data import reading, records, sources, special, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import words as words_lib
 from jaxalign.data import world as world_lib
 from jaxalign.data.schemas import choices
 from jaxalign.data.schemas.fields import check_fields
 from jaxalign.data.schemas.pairs import Refused
-from jaxalign.data.tokenizer import Tokenizer, load_tokenizer, train
+from jaxalign.data.tokenizer import load_tokenizer, Tokenizer, train
 from jaxalign.errors import ConfigError, DataError
 
 SPLITS = ("sft", "pool", "held_out")
@@ -38,6 +33,7 @@ _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
 
 class Rows(NamedTuple):
   """The rows of a config, split, before any of them is tokenized."""
+
   splits: dict[str, list[dict]]
   card: dict[str, Any]
   kind: str  # "pairs" or "thumbs"
@@ -55,12 +51,16 @@ def sources_of(c: Any) -> list[str]:
     return [value]
   names = [*value] if isinstance(value, (list, tuple)) else []
   if not names or not all(isinstance(n, str) and n for n in names):
-    raise ConfigError(f"data.source={value!r:.80}, wanted a path, a glob, "
-                      "hf:<name>, tfds:<name>, or a list of these; set "
-                      "config.data.source")
+    raise ConfigError(
+      f"data.source={value!r:.80}, wanted a path, a glob, "
+      "hf:<name>, tfds:<name>, or a list of these; set "
+      "config.data.source"
+    )
   if len(names) > 1 and "world" in names:
-    raise ConfigError("data.source names the built-in world beside others; set "
-                      "config.data.source")
+    raise ConfigError(
+      "data.source names the built-in world beside others; set "
+      "config.data.source"
+    )
   return names
 
 
@@ -74,18 +74,25 @@ def check_source(c: Any) -> None:
   chats.check(c.data.template)
   choices.check(choice_of(c))
   check_fields(c.data.fields.to_dict())
-  for knob, known in (("too_long", ("", *tokens_lib.TOO_LONG)),
-                      ("special_tokens", SPECIAL), ("system", SYSTEM)):
+  for knob, known in (
+    ("too_long", ("", *tokens_lib.TOO_LONG)),
+    ("special_tokens", SPECIAL),
+    ("system", SYSTEM),
+  ):
     if c.data[knob] not in known:
-      raise ConfigError(f"data.{knob}={c.data[knob]!r}, wanted one of "
-                        f"{', '.join(known)}; set config.data.{knob}")
+      raise ConfigError(
+        f"data.{knob}={c.data[knob]!r}, wanted one of "
+        f"{', '.join(known)}; set config.data.{knob}"
+      )
   names = sources_of(c)
   records.check_shares(names, c.data.caps, c.data.weights)
   if is_world(c):
     world_of(c)
     if c.data.held_out:
-      raise ConfigError("data.held_out beside the built-in world, which holds "
-                        "out rows of its own; set config.data.source")
+      raise ConfigError(
+        "data.held_out beside the built-in world, which holds "
+        "out rows of its own; set config.data.source"
+      )
     return
   for name in names + [c.data.held_out] * bool(c.data.held_out):
     sources.source_files(name)
@@ -125,31 +132,49 @@ def _from_world(c: Any, folder: epath.Path) -> Rows:
   """The world's rows, written as text and read back like any other source."""
   world = world_of(c)
   made = world_lib.generate(world, c.data.seed)
-  targets = {(r["prompt"], r["chosen"], r["rejected"]): r["target"]
-             for r in made["held_out"]}
+  targets = {
+    (r["prompt"], r["chosen"], r["rejected"]): r["target"]
+    for r in made["held_out"]
+  }
   loaded = {}
   for name in ("pool", "held_out"):
     path = folder / f"world_{name}.jsonl"
-    artifacts.write_bytes(path, "".join(
+    artifacts.write_bytes(
+      path,
+      "".join(
         json.dumps({k: r[k] for k in ("prompt", "chosen", "rejected")}) + "\n"
-        for r in made[name]).encode())
+        for r in made[name]
+      ).encode(),
+    )
     loaded[name] = records.load(str(path))
   splits = {name: one.rows for name, one in loaded.items()}
   for row in splits["held_out"]:
     row["target"] = targets[row["prompt"], row["chosen"], row["rejected"]]
-  splits["sft"] = [dict(r, id=f"sft-{i:06d}", group=r["prompt"])
-                   for i, r in enumerate(made["sft"])]
+  splits["sft"] = [
+    dict(r, id=f"sft-{i:06d}", group=r["prompt"])
+    for i, r in enumerate(made["sft"])
+  ]
   refused = [*loaded["pool"].refused, *loaded["held_out"].refused]
   seen = {r["prompt"] for r in splits["pool"]}
   for name in ("held_out", "sft"):  # no prompt is in two splits
-    refused += [dict(file="world", line=None, id=r["id"], split=name,
-                     reason="prompt of another split", detail="")
-                for r in splits[name] if r["prompt"] in seen]
+    refused += [
+      dict(
+        file="world",
+        line=None,
+        id=r["id"],
+        split=name,
+        reason="prompt of another split",
+        detail="",
+      )
+      for r in splits[name]
+      if r["prompt"] in seen
+    ]
     splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
     seen |= {r["prompt"] for r in splits[name]}
   card = records.data_card(loaded["pool"], splits)
-  card |= dict(seen=sum(len(rows) for rows in made.values()),
-               source="world", readings=[])
+  card |= dict(
+    seen=sum(len(rows) for rows in made.values()), source="world", readings=[]
+  )
   return Rows(splits, card, "pairs", refused)
 
 
@@ -160,8 +185,14 @@ def fractions(c: Any) -> dict[str, float]:
   the pool. A held-out file of its own leaves all of the source to the pool.
   """
   shares = c.data.split.to_dict()
-  unused = [name for name, not_here in (
-      ("sft", c.model.checkpoint), ("held_out", c.data.held_out)) if not_here]
+  unused = [
+    name
+    for name, not_here in (
+      ("sft", c.model.checkpoint),
+      ("held_out", c.data.held_out),
+    )
+    if not_here
+  ]
   for name in unused:
     shares["pool"] = shares.get("pool", 0.0) + shares.get(name, 0.0)
     shares[name] = 0.0
@@ -178,18 +209,25 @@ def load(c: Any, limit: int = 0) -> records.Loaded:
   return _load(c, sources_of(c), limit, c.data.caps, c.data.weights)
 
 
-def _load(c: Any, names: list[str], limit: int = 0, caps: Any = (),
-          weights: Any = ()) -> records.Loaded:
+def _load(
+  c: Any, names: list[str], limit: int = 0, caps: Any = (), weights: Any = ()
+) -> records.Loaded:
   most = min(filter(None, (limit, c.data.limit)), default=0)
   return records.load(
-      names, schema=c.data.schema, limit=most,
-      on_bad_rows=c.data.on_bad_rows,
-      max_bad_fraction=c.data.max_bad_fraction,
-      fields=c.data.fields.to_dict(), answer_pairs=c.data.answer_pairs,
-      on_tied_scores=c.data.on_tied_scores,
-      on_contradicting_scores=c.data.on_contradicting_scores,
-      choice=choice_of(c), caps=tuple(caps), weights=tuple(weights),
-      seed=c.data.seed)
+    names,
+    schema=c.data.schema,
+    limit=most,
+    on_bad_rows=c.data.on_bad_rows,
+    max_bad_fraction=c.data.max_bad_fraction,
+    fields=c.data.fields.to_dict(),
+    answer_pairs=c.data.answer_pairs,
+    on_tied_scores=c.data.on_tied_scores,
+    on_contradicting_scores=c.data.on_contradicting_scores,
+    choice=choice_of(c),
+    caps=tuple(caps),
+    weights=tuple(weights),
+    seed=c.data.seed,
+  )
 
 
 def read(c: Any, limit: int = 0) -> Rows:
@@ -201,14 +239,18 @@ def read(c: Any, limit: int = 0) -> Rows:
   if c.data.held_out:
     found = _load(c, [c.data.held_out], limit)
     if found.kind != loaded.kind:
-      raise DataError(f"{c.data.held_out} holds {found.kind}, {loaded.source} "
-                      f"holds {loaded.kind}; set config.data.held_out")
+      raise DataError(
+        f"{c.data.held_out} holds {found.kind}, {loaded.source} "
+        f"holds {loaded.kind}; set config.data.held_out"
+      )
     held = {row["id"]: row for row in found.rows}
     groups = {row["group"] for row in found.rows}
     for name in ("pool", "sft"):  # what is measured on is not trained on
-      refused += [_refusal(row, Refused("prompt of the held-out file"), name,
-                           where) for row in splits[name]
-                  if row["group"] in groups]
+      refused += [
+        _refusal(row, Refused("prompt of the held-out file"), name, where)
+        for row in splits[name]
+        if row["group"] in groups
+      ]
       splits[name] = [r for r in splits[name] if r["group"] not in groups]
     names = {i: f"held-{i}" for i in held}
     where |= {names[i]: found.where[i] for i in held}
@@ -221,28 +263,40 @@ def read(c: Any, limit: int = 0) -> Rows:
     if loaded.kind == "thumbs" and not row["label"]:
       continue  # a disliked answer is nothing to imitate
     answer = row["chosen" if loaded.kind == "pairs" else "completion"]
-    sft.append(dict(id=row["id"], prompt=row["prompt"], response=answer,
-                    group=row["group"]) |
-               {k: row[k] for k in ("turns", "tools") if k in row} |
-               {k: row[k] and row[k][:1] for k in ("answers",) if k in row})
+    sft.append(
+      dict(
+        id=row["id"], prompt=row["prompt"], response=answer, group=row["group"]
+      )
+      | {k: row[k] for k in ("turns", "tools") if k in row}
+      | {k: row[k] and row[k][:1] for k in ("answers",) if k in row}
+    )
   for row in splits["held_out"]:
     row["target"] = row.get("chosen") or row["completion"]
-  card = records.data_card(
-      loaded._replace(readings=tuple(readings)), splits)
+  card = records.data_card(loaded._replace(readings=tuple(readings)), splits)
   return Rows(splits | dict(sft=sft), card, loaded.kind, refused, where)
 
 
-def _refusal(row: dict, error: Refused, split: str,
-             where: Mapping[str, sources.Where]) -> dict[str, Any]:
+def _refusal(
+  row: dict, error: Refused, split: str, where: Mapping[str, sources.Where]
+) -> dict[str, Any]:
   """A row left out after it was read, with the file and line it stands at."""
-  at = where.get(row["id"]) or where.get(
-      row["id"].rpartition("/")[0]) or sources.Where("", None)
-  return dict(file=at.file, line=at.line, id=row["id"], split=split,
-              reason=error.reason, detail=error.detail)
+  at = (
+    where.get(row["id"])
+    or where.get(row["id"].rpartition("/")[0])
+    or sources.Where("", None)
+  )
+  return dict(
+    file=at.file,
+    line=at.line,
+    id=row["id"],
+    split=split,
+    reason=error.reason,
+    detail=error.detail,
+  )
 
 
 def first_kind(c: Any) -> str:
-  """"pairs" or "thumbs": what the first rows of the source are."""
+  """ "pairs" or "thumbs": what the first rows of the source are."""
   return "pairs" if is_world(c) else load(c, limit=20).kind
 
 
@@ -257,8 +311,12 @@ def _tokenizer(c: Any, splits: dict) -> Tokenizer:
   if (given := given_tokenizer(c)) is not None:
     return given
   texts = [r["prompt"] + r["response"] for r in splits["sft"]]
-  texts += [r["prompt"] + r[side] for r in splits["pool"]
-            for side in ("chosen", "completion") if side in r]
+  texts += [
+    r["prompt"] + r[side]
+    for r in splits["pool"]
+    for side in ("chosen", "completion")
+    if side in r
+  ]
   return Tokenizer.from_bytes(train(texts, c.model.vocab_size))
 
 
@@ -267,8 +325,9 @@ def _as_thumbs(splits: dict) -> dict:
   return splits | dict(pool=records.pairs_to_thumbs(splits["pool"]))
 
 
-def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
-         ) -> tuple[list[str], artifacts.Cost, dict[str, Any]]:
+def make(
+  c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
+) -> tuple[list[str], artifacts.Cost, dict[str, Any]]:
   """Builds the data artifact.
 
   Args:
@@ -287,91 +346,136 @@ def make(c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
   world = is_world(c)
   try:
     splits, card, kind, refused, where = (
-        _from_world(c, folder) if world else read(c))
+      _from_world(c, folder) if world else read(c)
+    )
   except records.TooManyRefused as error:
     raise _named(error, folder) from error
   if kind == "thumbs" and wanted == "pairs":
-    raise DataError(f"{card['source']} holds single answers with thumbs, but "
-                    f"the loss {c.loss.name!r} compares two answers; set "
-                    "config.loss.name, to 'kto' for instance")
+    raise DataError(
+      f"{card['source']} holds single answers with thumbs, but "
+      f"the loss {c.loss.name!r} compares two answers; set "
+      "config.loss.name, to 'kto' for instance"
+    )
   if kind == "pairs" and wanted == "thumbs":
     splits = _as_thumbs(splits)
-    progress.say(f"  pairs split into {len(splits['pool']):,} thumbs for "
-                 f"{c.loss.name}")
+    progress.say(
+      f"  pairs split into {len(splits['pool']):,} thumbs for {c.loss.name}"
+    )
   shares = fractions(c)
-  needed = [name for name in SPLITS if world or shares[name] > 0
-            or name == "held_out" and c.data.held_out]
+  needed = [
+    name
+    for name in SPLITS
+    if world or shares[name] > 0 or name == "held_out" and c.data.held_out
+  ]
   if c.model.checkpoint and "sft" in needed:
     needed.remove("sft")
   for name in needed:
     if not splits[name]:
-      hint = (", and disliked answers are not imitated; more rows are needed, "
-              "or set config.model.checkpoint"
-              if name == "sft" and kind == "thumbs" else
-              "; more rows are needed, or set config.data.split")
-      raise DataError(f"the {name} split of {card['source']} is empty "
-                      f"({card['kept']} rows kept of {card['seen']}){hint}")
+      hint = (
+        ", and disliked answers are not imitated; more rows are needed, "
+        "or set config.model.checkpoint"
+        if name == "sft" and kind == "thumbs"
+        else "; more rows are needed, or set config.data.split"
+      )
+      raise DataError(
+        f"the {name} split of {card['source']} is empty "
+        f"({card['kept']} rows kept of {card['seen']}){hint}"
+      )
   if wanted == "thumbs":
     labels = {r["label"] for r in splits["pool"]}
     if len(labels) == 1:
-      progress.say(f"  warning: all {len(splits['pool']):,} rows of the pool "
-                   f"are {'liked' if labels.pop() else 'disliked'}; "
-                   f"{c.loss.name} will only push one way")
+      progress.say(
+        f"  warning: all {len(splits['pool']):,} rows of the pool "
+        f"are {'liked' if labels.pop() else 'disliked'}; "
+        f"{c.loss.name} will only push one way"
+      )
   tok = _tokenizer(c, splits)
   with contextlib.ExitStack() as stack:
     words = words_lib.Words(c, tok, splits, stack)
     _write_tokenizer(folder, tok, words.chat)
     parts = {name: words.parts(splits[name]) for name in SPLITS}
     context = c.model.context or (
-        tokens_lib.context_for(tokens_lib.needed(tok, itertools.chain(
-            *parts.values())), most) if c.model.checkpoint
-        else min(most, own_context(c)))
+      tokens_lib.context_for(
+        tokens_lib.needed(tok, itertools.chain(*parts.values())), most
+      )
+      if c.model.checkpoint
+      else min(most, own_context(c))
+    )
     truncation, late = {}, []
     for name in SPLITS:
       rows, truncation[name], lost = tokens_lib.place(
-          tok, parts[name], words.names(splits[name]), context,
-          too_long(c), history=words.chat is not None,
-          special=words.special)
-      late += [_refusal(splits[name][i], why, name, where)
-               for i, why in lost.items()]
+        tok,
+        parts[name],
+        words.names(splits[name]),
+        context,
+        too_long(c),
+        history=words.chat is not None,
+        special=words.special,
+      )
+      late += [
+        _refusal(splits[name][i], why, name, where) for i, why in lost.items()
+      ]
       tokens_lib.save(folder, name, rows)
       splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
       if name == "pool":
         card["tokens"] = _token_card(rows)
         card["shown"] = reading.shown(tok, splits[name], rows)
     refused = refused + late
-    _check_late(c, card, late, refused, folder, sum(map(len, parts.values())),
-                max(t["fits"] for t in truncation.values()))
+    _check_late(
+      c,
+      card,
+      late,
+      refused,
+      folder,
+      sum(map(len, parts.values())),
+      max(t["fits"] for t in truncation.values()),
+    )
     for name in needed:
       if not splits[name]:
-        why = collections.Counter(r["reason"] for r in late
-                                  if r["split"] == name).most_common(1)
+        why = collections.Counter(
+          r["reason"] for r in late if r["split"] == name
+        ).most_common(1)
         raise DataError(
-            f"no row of the {name} split is left after truncation to {context} "
-            f"tokens (most were refused: {why[0][0] if why else 'none'}; a "
-            f"context of {truncation[name]['fits']:,} keeps 99 % of them); "
-            "raise config.model.context, or set config.data.template")
+          f"no row of the {name} split is left after truncation to {context} "
+          f"tokens (most were refused: {why[0][0] if why else 'none'}; a "
+          f"context of {truncation[name]['fits']:,} keeps 99 % of them); "
+          "raise config.model.context, or set config.data.template"
+        )
   for name in SPLITS:
     if truncation[name]["rows"] or truncation[name]["too_long"]:
       progress.say(f"  {tokens_lib.summary(name, truncation[name])}")
   tables.write_refused(folder / "rejected.jsonl", refused)
-  counts = dict(sorted(collections.Counter(
-      r["reason"] for r in refused).items()))
-  card |= dict(refused=len(refused), kept=card["seen"] - len(refused),
-               refused_by_reason=counts, first_refused=_firsts(refused))
+  counts = dict(
+    sorted(collections.Counter(r["reason"] for r in refused).items())
+  )
+  card |= dict(
+    refused=len(refused),
+    kept=card["seen"] - len(refused),
+    refused_by_reason=counts,
+    first_refused=_firsts(refused),
+  )
   for name in SPLITS:
     tables.write_rows(folder / f"{name}.parquet", splits[name])
-  card |= dict(kind=wanted, source_kind=kind, truncation=truncation,
-               rows_by_split={n: len(splits[n]) for n in SPLITS},
-               vocab=tok.vocab_size, context=context,
-               template=words.said, warnings=words.warnings)
+  card |= dict(
+    kind=wanted,
+    source_kind=kind,
+    truncation=truncation,
+    rows_by_split={n: len(splits[n]) for n in SPLITS},
+    vocab=tok.vocab_size,
+    context=context,
+    template=words.said,
+    warnings=words.warnings,
+  )
   artifacts.write_json(folder / "data_card.json", card)
-  names = [p.name for p in folder.iterdir()
-           if p.name != "cards" and ".tmp-" not in p.name
-           and (world or not p.name.startswith("world_"))]  # of a failed try
+  names = [
+    p.name
+    for p in folder.iterdir()
+    if p.name != "cards"
+    and ".tmp-" not in p.name
+    and (world or not p.name.startswith("world_"))
+  ]  # of a failed try
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
-  return names, artifacts.Cost(), dict(kind=wanted, say=counts,
-                                       context=context)
+  return names, artifacts.Cost(), dict(kind=wanted, say=counts, context=context)
 
 
 def _named(error: records.TooManyRefused, folder: epath.Path) -> DataError:
@@ -385,13 +489,22 @@ def _firsts(refused: list[dict]) -> dict[str, str]:
   out = {}
   for row in refused:
     line = f" line {row['line']}" if row.get("line") else ""
-    out.setdefault(row["reason"], f"first{line}, "
-                   f"{row['detail'] or 'id ' + str(row['id'])}"[:200])
+    out.setdefault(
+      row["reason"],
+      f"first{line}, {row['detail'] or 'id ' + str(row['id'])}"[:200],
+    )
   return out
 
 
-def _check_late(c: Any, card: dict, late: list[dict], refused: list[dict],
-                folder: epath.Path, rows: int, fits: int) -> None:
+def _check_late(
+  c: Any,
+  card: dict,
+  late: list[dict],
+  refused: list[dict],
+  folder: epath.Path,
+  rows: int,
+  fits: int,
+) -> None:
   """Rows that a template or the context refused count as any others do.
 
   Args:
@@ -403,28 +516,42 @@ def _check_late(c: Any, card: dict, late: list[dict], refused: list[dict],
   if not late:
     return
   too_long = [r for r in late if r["reason"].endswith("too long")]
-  first = ((too_long if c.data.too_long == "error" else []) +
-           (late if c.data.on_bad_rows == "error" else []))[:1]
+  first = (
+    (too_long if c.data.too_long == "error" else [])
+    + (late if c.data.on_bad_rows == "error" else [])
+  )[:1]
   for row in first:
-    knob = ("config.data.too_long" if row in too_long and
-            c.data.on_bad_rows != "error" else "config.data.on_bad_rows")
-    raise DataError(f"{row['file']}:{row['line']}: id {row['id']}: "
-                    f"{row['reason']}: {row['detail']}; repair the row, or set "
-                    f"{knob}")
+    knob = (
+      "config.data.too_long"
+      if row in too_long and c.data.on_bad_rows != "error"
+      else "config.data.on_bad_rows"
+    )
+    raise DataError(
+      f"{row['file']}:{row['line']}: id {row['id']}: "
+      f"{row['reason']}: {row['detail']}; repair the row, or set "
+      f"{knob}"
+    )
   counts = collections.Counter(r["reason"] for r in refused)
   before = (len(refused) - len(late)) / card["seen"]
   share = before + (1 - before) * len(late) / rows
   if share > c.data.max_bad_fraction and not is_world(c):
     one = late[0]
-    longer = (f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
-              if too_long and c.model.context else "")
-    raise _named(records.TooManyRefused(
+    longer = (
+      f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
+      if too_long and c.model.context
+      else ""
+    )
+    raise _named(
+      records.TooManyRefused(
         f"{card['source']}: {share:.0%} of {card['seen']} rows refused, "
         f"more than the share {c.data.max_bad_fraction} allowed: "
         f"{reading.counted(counts)}; {one['file']}:{one['line']}: "
         f"{one['reason']}: {one['detail']}; set config.data.max_bad_fraction, "
-        f"config.data.template or config.model.context{longer}", refused),
-                 folder)
+        f"config.data.template or config.model.context{longer}",
+        refused,
+      ),
+      folder,
+    )
 
 
 def too_long(c: Any) -> str:
@@ -446,16 +573,18 @@ def asked_context(c: Any) -> int:
   return c.model.context or (0 if c.model.checkpoint else own_context(c))
 
 
-def _write_tokenizer(folder: epath.Path, tok: Tokenizer,
-                     chat: chats.Chat | None) -> None:
+def _write_tokenizer(
+  folder: epath.Path, tok: Tokenizer, chat: chats.Chat | None
+) -> None:
   """The tokenizer's own files, and what was decided about its rows."""
   tok.save(folder)
   decided = dict(bos=tok.bos, eos=tok.eos, stops=list(tok.stops))
   if chat:
     decided |= dict(reserved=sorted(tok.specials), now=chat.renderer.now)
     if chat.source != tok.template:  # the export is to be asked in this way
-      artifacts.write_bytes(folder / "chat_template.jinja",
-                            chat.source.encode())
+      artifacts.write_bytes(
+        folder / "chat_template.jinja", chat.source.encode()
+      )
   artifacts.write_json(folder / special.ROW_FORMAT, decided)
 
 
@@ -479,37 +608,54 @@ def peek(c: Any, most: int) -> tuple[Rows, list[str]]:
   if tok is None:
     card["template"] = "no template: rows are tokenized as the texts they are"
     names = ("id", "prompt", *reading.ANSWERS)
-    card["shown"] = [{k: row[k] for k in names if k in row}
-                     for row in few[:reading.SHOWN]]
+    card["shown"] = [
+      {k: row[k] for k in names if k in row} for row in few[: reading.SHOWN]
+    ]
   else:
     with contextlib.ExitStack() as stack:
       words = words_lib.Words(c, tok, splits, stack)
       parts = words.parts(few)
       fits = tokens_lib.context_for(tokens_lib.needed(tok, parts), most)
       rows, _, lost = tokens_lib.place(
-          tok, parts, words.names(few), asked_context(c) or fits, too_long(c),
-          history=bool(words.chat), special=words.special)
+        tok,
+        parts,
+        words.names(few),
+        asked_context(c) or fits,
+        too_long(c),
+        history=bool(words.chat),
+        special=words.special,
+      )
       card["template"] = words.said
-      late = [_refusal(few[i], why, name, found.where)
-              for i, why in lost.items()]
+      late = [
+        _refusal(few[i], why, name, found.where) for i, why in lost.items()
+      ]
       card["sample"] = dict(
-          rows=len(few), fits=fits, first_refused=_firsts(late),
-          refused_by_reason=collections.Counter(r["reason"] for r in late))
-      card["shown"] = reading.shown(tok, [
-          r for i, r in enumerate(few) if i not in lost], rows)
+        rows=len(few),
+        fits=fits,
+        first_refused=_firsts(late),
+        refused_by_reason=collections.Counter(r["reason"] for r in late),
+      )
+      card["shown"] = reading.shown(
+        tok, [r for i, r in enumerate(few) if i not in lost], rows
+      )
   return found, reading.lines(card)
 
 
 def _token_card(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:
   answer = tokens_lib.lengths(rows) - rows.start
-  return {name: [float(q) for q in np.quantile(x, (0.05, 0.5, 0.95))]
-          if len(x) else []
-          for name, x in (("prompt", rows.start), ("response", answer))}
+  return {
+    name: [float(q) for q in np.quantile(x, (0.05, 0.5, 0.95))]
+    if len(x)
+    else []
+    for name, x in (("prompt", rows.start), ("response", answer))
+  }
 
 
 def context_of(c: Any, model_context: int) -> int:
   """`asked_context`, at most what the model was made for."""
   if c.model.checkpoint and c.model.context > model_context:
-    raise ConfigError(f"model.context={c.model.context} is more than the "
-                      f"checkpoint's {model_context}; set config.model.context")
+    raise ConfigError(
+      f"model.context={c.model.context} is more than the "
+      f"checkpoint's {model_context}; set config.model.context"
+    )
   return asked_context(c)

@@ -1,7 +1,8 @@
 """How rows of a source were read, in the words that a person sees."""
 
+from collections.abc import Mapping
 import json
-from typing import Any, Mapping
+from typing import Any
 
 from jaxalign.data import tokens as tokens_lib
 
@@ -9,8 +10,9 @@ SHOWN = 2  # rows that are shown as they were understood
 ANSWERS = ("chosen", "rejected", "completion", "response")
 
 
-def shown(tok: Any, rows: list[dict], encoded: tokens_lib.TokenRows
-          ) -> list[dict[str, str]]:
+def shown(
+  tok: Any, rows: list[dict], encoded: tokens_lib.TokenRows
+) -> list[dict[str, str]]:
   """The first rows as the text that their tokens decode to."""
   read = tok.decode_visible
   each = len(encoded.start) // len(rows) if rows else 1
@@ -33,15 +35,24 @@ def lines(card: Mapping[str, Any]) -> list[str]:
   """What a person should see of how rows were read, a line each."""
   lines = []
   for one in card.get("readings", ()):
-    kept = (f"{one['gave']:,} rows kept of {one['seen']:,}"
-            if one["gave"] <= one["seen"] else
-            f"{one['gave']:,} pairs kept, of {one['seen']:,} rows")
-    lines.append(f"{one['source']}: read as {one['schema']} ({one['why']}); "
-                 f"{kept}")
-    told = [f"{x['column']} -> {x['became']}" for x in one["columns"]
-            if x["became"] != "not read"]
-    left = [f"{x['column']} ({x['type']})" for x in one["columns"]
-            if x["became"] == "not read"]
+    kept = (
+      f"{one['gave']:,} rows kept of {one['seen']:,}"
+      if one["gave"] <= one["seen"]
+      else f"{one['gave']:,} pairs kept, of {one['seen']:,} rows"
+    )
+    lines.append(
+      f"{one['source']}: read as {one['schema']} ({one['why']}); {kept}"
+    )
+    told = [
+      f"{x['column']} -> {x['became']}"
+      for x in one["columns"]
+      if x["became"] != "not read"
+    ]
+    left = [
+      f"{x['column']} ({x['type']})"
+      for x in one["columns"]
+      if x["became"] == "not read"
+    ]
     lines.append("  columns: " + "; ".join(told))
     if left:
       lines.append(f"  not read: {', '.join(left)}")
@@ -49,29 +60,38 @@ def lines(card: Mapping[str, Any]) -> list[str]:
     lines.append(f"refused: {card['refused']:,} of {card['seen']:,} rows")
     lines += _reasons(card)
   for name, text in (
-      ("against_scores", "pairs whose rejected answer scores higher than the "
-       "chosen one (config.data.on_contradicting_scores='skip' leaves them "
-       "out)"),
-      ("tied_scores", "pairs with equal scores (config.data.on_tied_scores)"),
-      ("contradicted", "pairs whose reverse is there too: A over B and B over "
-       "A"),
-      ("shared_ids", "rows that share an id with another: told apart by their "
-       "content"),
-      ("duplicates", "rows whose whole content an earlier one has"),
-      ("left_out", "rows left out by config.data.caps and weights")):
+    (
+      "against_scores",
+      "pairs whose rejected answer scores higher than the "
+      "chosen one (config.data.on_contradicting_scores='skip' leaves them "
+      "out)",
+    ),
+    ("tied_scores", "pairs with equal scores (config.data.on_tied_scores)"),
+    ("contradicted", "pairs whose reverse is there too: A over B and B over A"),
+    (
+      "shared_ids",
+      "rows that share an id with another: told apart by their content",
+    ),
+    ("duplicates", "rows whose whole content an earlier one has"),
+    ("left_out", "rows left out by config.data.caps and weights"),
+  ):
     if card.get(name):
       first = card.get("against_at") if name == "against_scores" else ""
-      lines.append(f"{card[name]:,} {text}" + (
-          f"; first at {first}" if first else ""))
+      lines.append(
+        f"{card[name]:,} {text}" + (f"; first at {first}" if first else "")
+      )
   if card.get("readings") and card.get("template"):
     lines.append(card["template"])
   if sample := card.get("sample"):
-    lines.append(f"of the first {sample['rows']:,} rows, tokenized: "
-                 f"{sum(sample['refused_by_reason'].values()):,} refused; a "
-                 f"context of {sample['fits']:,} keeps 99 % of the others")
+    lines.append(
+      f"of the first {sample['rows']:,} rows, tokenized: "
+      f"{sum(sample['refused_by_reason'].values()):,} refused; a "
+      f"context of {sample['fits']:,} keeps 99 % of the others"
+    )
     lines += _reasons(sample)
-  for i, row in enumerate(card.get("shown", ())
-                          if card.get("readings") else (), 1):
+  for i, row in enumerate(
+    card.get("shown", ()) if card.get("readings") else (), 1
+  ):
     lines.append(f"row {i}, id {row['id']}, as its tokens decode:")
     for name in ("prompt", *ANSWERS, "label"):
       if name in row:
@@ -92,8 +112,11 @@ def _reasons(card: Mapping[str, Any]) -> list[str]:
 def _clipped(text: str) -> str:
   """A text in one line, its middle left out where it is long."""
   text = json.dumps(text, ensure_ascii=False)[1:-1]
-  return text if len(text) <= 400 else (
-      f"{text[:250]} [... {len(text) - 400:,} more ...] {text[-150:]}")
+  return (
+    text
+    if len(text) <= 400
+    else (f"{text[:250]} [... {len(text) - 400:,} more ...] {text[-150:]}")
+  )
 
 
 def counted(counts: Mapping[str, int]) -> str:

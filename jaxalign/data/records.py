@@ -5,24 +5,34 @@ the row itself, and the split of a row is a hash of its group.
 """
 
 import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import hashlib
 import itertools
 import json
-from typing import (Any, Callable, Iterable, Iterator, Mapping, NamedTuple,
-                    Sequence)
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxalign import progress
-from jaxalign.data.schemas import SCHEMAS, Refused, Schema, choices, detect
-from jaxalign.data.schemas import layouts
+from jaxalign.data.schemas import (
+  choices,
+  detect,
+  layouts,
+  Refused,
+  Schema,
+  SCHEMAS,
+)
 from jaxalign.data.schemas.choices import Undecided
 from jaxalign.data.schemas.fields import check_fields, remap
 from jaxalign.data.schemas.messages import is_messages, unread_keys
 from jaxalign.data.schemas.pairs import ANSWER_PAIRS
-from jaxalign.data.schemas.rows import (convert_pair, convert_thumbs, flipped,
-                                        is_read)
-from jaxalign.data.sources import BadRow, Where, read_rows
+from jaxalign.data.schemas.rows import (
+  convert_pair,
+  convert_thumbs,
+  flipped,
+  is_read,
+)
+from jaxalign.data.sources import BadRow, read_rows, Where
 from jaxalign.data.tables import MESSAGES
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.lookup import lookup
@@ -43,6 +53,7 @@ class TooManyRefused(DataError):
 
 class Reading(NamedTuple):
   """How one source was read."""
+
   source: str
   schema: str
   why: str  # this schema was chosen
@@ -53,6 +64,7 @@ class Reading(NamedTuple):
 
 class Loaded(NamedTuple):
   """What the sources held: seen == len(rows) + len(refused) + left_out."""
+
   kind: str  # "pairs" or "thumbs"
   schema: str
   rows: list[dict]  # by id: id, prompt, chosen, rejected | completion, label;
@@ -72,12 +84,22 @@ class Loaded(NamedTuple):
   where: Mapping[str, Where] = {}  # id -> where the row stands
 
 
-def load(source: str | Sequence[str], *, schema: str = "auto", limit: int = 0,
-         on_bad_rows: str = "skip", max_bad_fraction: float = 0.5,
-         fields: Mapping[str, str] | None = None, answer_pairs: str = "all",
-         on_tied_scores: str = "keep", on_contradicting_scores: str = "keep",
-         choice: Any = "", caps: Sequence[int] = (),
-         weights: Sequence[float] = (), seed: int = 0) -> Loaded:
+def load(
+  source: str | Sequence[str],
+  *,
+  schema: str = "auto",
+  limit: int = 0,
+  on_bad_rows: str = "skip",
+  max_bad_fraction: float = 0.5,
+  fields: Mapping[str, str] | None = None,
+  answer_pairs: str = "all",
+  on_tied_scores: str = "keep",
+  on_contradicting_scores: str = "keep",
+  choice: Any = "",
+  caps: Sequence[int] = (),
+  weights: Sequence[float] = (),
+  seed: int = 0,
+) -> Loaded:
   """Reads, converts and checks every row of one source or of several.
 
   Args:
@@ -105,13 +127,16 @@ def load(source: str | Sequence[str], *, schema: str = "auto", limit: int = 0,
   """
   names = [source] if isinstance(source, str) else list(source)
   for knob, value, known in (
-      ("on_bad_rows", on_bad_rows, ("skip", "error")),
-      ("answer_pairs", answer_pairs, ANSWER_PAIRS),
-      ("on_tied_scores", on_tied_scores, ("keep", "skip")),
-      ("on_contradicting_scores", on_contradicting_scores, ("keep", "skip"))):
+    ("on_bad_rows", on_bad_rows, ("skip", "error")),
+    ("answer_pairs", answer_pairs, ANSWER_PAIRS),
+    ("on_tied_scores", on_tied_scores, ("keep", "skip")),
+    ("on_contradicting_scores", on_contradicting_scores, ("keep", "skip")),
+  ):
     if value not in known:
-      raise ConfigError(f"{knob} is {value!r}, wanted {' or '.join(known)}; "
-                        f"set config.data.{knob}")
+      raise ConfigError(
+        f"{knob} is {value!r}, wanted {' or '.join(known)}; "
+        f"set config.data.{knob}"
+      )
   check_fields(fields or {})
   choices.check(choice)
   check_shares(names, caps, weights)
@@ -151,8 +176,15 @@ def load(source: str | Sequence[str], *, schema: str = "auto", limit: int = 0,
       except Refused as error:
         if on_bad_rows == "error":
           raise _at_once(where, own, error) from error
-        refused.append(dict(file=where.file, line=where.line, id=own,
-                            reason=error.reason, detail=error.detail))
+        refused.append(
+          dict(
+            file=where.file,
+            line=where.line,
+            id=own,
+            reason=error.reason,
+            detail=error.detail,
+          )
+        )
         continue
       if len(names) > 1:
         fresh = dict(source=name) | fresh
@@ -160,68 +192,104 @@ def load(source: str | Sequence[str], *, schema: str = "auto", limit: int = 0,
     readings.append(found.reading(len(kept)))
     rows.append(kept)
   schemas = ", ".join(dict.fromkeys(r.schema for r in readings))
-  counts = dict(sorted(collections.Counter(
-      row["reason"] for row in refused).items()))
+  counts = dict(
+    sorted(collections.Counter(row["reason"] for row in refused).items())
+  )
   label = ", ".join(names)
   if refused and len(refused) > max_bad_fraction * seen or not any(rows):
     raise TooManyRefused(
-        f"{label}: {len(refused)} of {seen} rows refused, more than the share "
-        f"{max_bad_fraction} allowed or all: {_listed(counts)}; first at "
-        f"{_first(refused)}; set config.data.max_bad_fraction, or config.data."
-        f"schema (now {schemas})", refused)
+      f"{label}: {len(refused)} of {seen} rows refused, more than the share "
+      f"{max_bad_fraction} allowed or all: {_listed(counts)}; first at "
+      f"{_first(refused)}; set config.data.max_bad_fraction, or config.data."
+      f"schema (now {schemas})",
+      refused,
+    )
   every = [pair for kept in rows for pair in kept]
   duplicates, shared = _name([row for _, row in every])
   left = _within(rows, caps, weights, seed)
   readings = [r._replace(gave=len(kept)) for r, kept in zip(readings, left)]
-  kept = sorted((pair for part in left for pair in part),
-                key=lambda pair: pair[1]["id"])
+  kept = sorted(
+    (pair for part in left for pair in part), key=lambda pair: pair[1]["id"]
+  )
   out = [row for _, row in kept]
   for name in _EXTRA:  # all rows of a table have the same columns
     if any(name in row for row in out):
       out = [dict(row, **{name: row.get(name)}) for row in out]
-  return Loaded(kind, schemas, out, refused, counts, seen, duplicates, label,
-                tied, against, against_at, _contradicted(out), shared,
-                len(every) - len(out), tuple(readings),
-                {row["id"]: where for where, row in kept})
+  return Loaded(
+    kind,
+    schemas,
+    out,
+    refused,
+    counts,
+    seen,
+    duplicates,
+    label,
+    tied,
+    against,
+    against_at,
+    _contradicted(out),
+    shared,
+    len(every) - len(out),
+    tuple(readings),
+    {row["id"]: where for where, row in kept},
+  )
 
 
-def check_shares(names: Sequence[str], caps: Sequence[int],
-                 weights: Sequence[float]) -> None:
+def check_shares(
+  names: Sequence[str], caps: Sequence[int], weights: Sequence[float]
+) -> None:
   """Raises ConfigError for caps or weights that do not fit the sources."""
   for knob, values, least in (("caps", caps, 0), ("weights", weights, None)):
     if not values:
       continue
-    good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and
-               (v >= 0 if least == 0 else 0 < v < float("inf"))
-               for v in values)
+    good = all(
+      isinstance(v, (int, float))
+      and not isinstance(v, bool)
+      and (v >= 0 if least == 0 else 0 < v < float("inf"))
+      for v in values
+    )
     if len(values) != len(names) or not good:
-      raise ConfigError(f"data.{knob}={tuple(values)} for {len(names)} sources,"
-                        " wanted a number "
-                        f"{'of 0 or more' if least == 0 else 'above 0'} for "
-                        f"each; set config.data.{knob}")
+      raise ConfigError(
+        f"data.{knob}={tuple(values)} for {len(names)} sources,"
+        " wanted a number "
+        f"{'of 0 or more' if least == 0 else 'above 0'} for "
+        f"each; set config.data.{knob}"
+      )
 
 
-def _within(rows: list[list], caps: Sequence[int], weights: Sequence[float],
-            seed: int) -> list[list]:
+def _within(
+  rows: list[list], caps: Sequence[int], weights: Sequence[float], seed: int
+) -> list[list]:
   """Of each source the rows that its cap and its weight leave, by a hash."""
-  sizes = [min(len(kept), int(cap) or len(kept))
-           for kept, cap in zip(rows, caps or [0] * len(rows))]
+  sizes = [
+    min(len(kept), int(cap) or len(kept))
+    for kept, cap in zip(rows, caps or [0] * len(rows))
+  ]
   if weights:
     least = min(size / weight for size, weight in zip(sizes, weights))
-    sizes = [min(size, int(least * weight + 1e-9))
-             for size, weight in zip(sizes, weights)]
+    sizes = [
+      min(size, int(least * weight + 1e-9))
+      for size, weight in zip(sizes, weights)
+    ]
   order = lambda pair: hashlib.sha256(
-      f"{seed}:{pair[1]['id']}".encode()).digest()
-  return [kept if size == len(kept) else sorted(kept, key=order)[:size]
-          for kept, size in zip(rows, sizes)]
+    f"{seed}:{pair[1]['id']}".encode()
+  ).digest()
+  return [
+    kept if size == len(kept) else sorted(kept, key=order)[:size]
+    for kept, size in zip(rows, sizes)
+  ]
 
 
 def _contradicted(rows: list[dict]) -> int:
   """Pairs whose reverse, the same two answers the other way round, is there."""
-  seen = {(r["prompt"], r["chosen"], r["rejected"]) for r in rows
-          if "chosen" in r}
-  return sum((r["prompt"], r["rejected"], r["chosen"]) in seen for r in rows
-             if "chosen" in r)
+  seen = {
+    (r["prompt"], r["chosen"], r["rejected"]) for r in rows if "chosen" in r
+  }
+  return sum(
+    (r["prompt"], r["rejected"], r["chosen"]) in seen
+    for r in rows
+    if "chosen" in r
+  )
 
 
 class _Source:
@@ -230,16 +298,26 @@ class _Source:
   A class because a column's codes are settled after its rows were converted.
   """
 
-  def __init__(self, name: str, schema: str, limit: int,
-               fields: Mapping[str, str], answer_pairs: str, choice: Any):
+  def __init__(
+    self,
+    name: str,
+    schema: str,
+    limit: int,
+    fields: Mapping[str, str],
+    answer_pairs: str,
+    choice: Any,
+  ):
     self.name, self.fields, self.choice = name, fields, choice
     self.pairs, self.seen = answer_pairs, 0
     rows = iter(read_rows(name, limit))
     self.peeked = list(itertools.islice(rows, _PEEK))
     self._rows = itertools.chain(self.peeked, rows)
     more = layouts.known_strength(fields) if fields else {}
-    self._read = (lambda row: remap(row, {**fields, **more})) if fields else (
-        lambda row: row)
+    self._read = (
+      (lambda row: remap(row, {**fields, **more}))
+      if fields
+      else (lambda row: row)
+    )
     if schema == "auto":
       self.schema, self.why = _detected(self.peeked, self._read)
     else:
@@ -267,8 +345,10 @@ class _Source:
         side = choices.settled(fresh, table, rule)
         try:
           if side not in fresh.sides:
-            raise Refused("bad label" if fresh.sides == choices.LABELS else
-                          "bad choice", f"{fresh.code!r:.40} in {column}")
+            raise Refused(
+              "bad label" if fresh.sides == choices.LABELS else "bad choice",
+              f"{fresh.code!r:.40} in {column}",
+            )
           fresh = fresh.make(side)
         except Refused as error:
           fresh = error
@@ -294,8 +374,12 @@ class _Source:
           one["source"] = source
         yield mine, one
       elif isinstance(one, Undecided) and isinstance(source, str):
-        yield own, one._replace(make=lambda side, make=one.make: dict(
-            make(side), source=source))
+        yield (
+          own,
+          one._replace(
+            make=lambda side, make=one.make: dict(make(side), source=source)
+          ),
+        )
       else:
         yield own, one
 
@@ -311,31 +395,51 @@ class _Source:
           first[column] = value
         if is_messages(value):
           unread |= {f"{column}: {key}" for key in unread_keys(value)}
-    roles = (layouts.roles_of({**self.fields, **layouts.known_strength(
-        self.fields)}) if self.fields else self.schema.roles)
+    roles = (
+      layouts.roles_of({**self.fields, **layouts.known_strength(self.fields)})
+      if self.fields
+      else self.schema.roles
+    )
     if not roles:
       roles = dict.fromkeys(first, f"for {self.schema.name} to read")
-    columns = [dict(column=str(column), type=_type_of(value),
-                    became=roles.get(column, "not read")
-                    if self.fields or is_read(column, value) else "not read")
-               for column, value in first.items()]
-    columns += [dict(column=name, type="text", became="not read")
-                for name in sorted(unread)]
-    return Reading(self.name, self.schema.name, self.why, columns, gave,
-                   self.seen)
+    columns = [
+      dict(
+        column=str(column),
+        type=_type_of(value),
+        became=roles.get(column, "not read")
+        if self.fields or is_read(column, value)
+        else "not read",
+      )
+      for column, value in first.items()
+    ]
+    columns += [
+      dict(column=name, type="text", became="not read")
+      for name in sorted(unread)
+    ]
+    return Reading(
+      self.name, self.schema.name, self.why, columns, gave, self.seen
+    )
 
 
 def _type_of(value: Any) -> str:
   if is_messages(value):
     return "messages"
-  return {str: "text", bool: "true or false", int: "number", float: "number",
-          list: "list", dict: "object", type(None): "null"}.get(
-              type(value), type(value).__name__)
+  return {
+    str: "text",
+    bool: "true or false",
+    int: "number",
+    float: "number",
+    list: "list",
+    dict: "object",
+    type(None): "null",
+  }.get(type(value), type(value).__name__)
 
 
 def _at_once(where: Where, own: str | None, error: Refused) -> DataError:
-  return DataError(f"{_at(where)}: id {own or '(none)'}: {error}; repair the "
-                   "row, or set config.data.on_bad_rows='skip'")
+  return DataError(
+    f"{_at(where)}: id {own or '(none)'}: {error}; repair the "
+    "row, or set config.data.on_bad_rows='skip'"
+  )
 
 
 def _detected(peeked: list, read: Callable) -> tuple[Schema, str]:
@@ -353,8 +457,10 @@ def _detected(peeked: list, read: Callable) -> tuple[Schema, str]:
   if not peeked:
     raise DataError("no rows")
   where, bad = peeked[0]
-  raise first or DataError(f"{_at(where)}: {bad.reason}: {bad.detail}; none of "
-                           f"the first {len(peeked)} rows can be read")
+  raise first or DataError(
+    f"{_at(where)}: {bad.reason}: {bad.detail}; none of "
+    f"the first {len(peeked)} rows can be read"
+  )
 
 
 def _own_id(row: Mapping) -> str | None:
@@ -362,8 +468,9 @@ def _own_id(row: Mapping) -> str | None:
   if value is None or value == "":
     return None
   if isinstance(value, bool) or not isinstance(value, (str, int)):
-    raise Refused("bad id", f"a {type(value).__name__}, wanted text or a "
-                  "whole number")
+    raise Refused(
+      "bad id", f"a {type(value).__name__}, wanted text or a whole number"
+    )
   return str(value)
 
 
@@ -381,10 +488,12 @@ def _converted(schema: Schema, row: dict, where: Where, pairs: str) -> Any:
     raise
   except Exception as error:  # it is the user's code
     made = f"returned {fresh!s:.80}" if fresh is not None else "failed"
-    raise DataError(f"{_at(where)}: schema {schema.name} {made} ({error!r}), "
-                    "wanted a dict, or a list of some: prompt and chosen, "
-                    "rejected or completion, label (texts, or lists of "
-                    "messages); set config.data.schema") from error
+    raise DataError(
+      f"{_at(where)}: schema {schema.name} {made} ({error!r}), "
+      "wanted a dict, or a list of some: prompt and chosen, "
+      "rejected or completion, label (texts, or lists of "
+      "messages); set config.data.schema"
+    ) from error
 
 
 def _or_refused(fresh: Any) -> dict[str, Any] | Refused:
@@ -401,7 +510,8 @@ def _own_row(fresh: dict) -> dict[str, Any]:
     made = convert_pair(fresh)
   else:
     made = convert_thumbs(fresh | dict(label=bool(fresh["label"]))).make(
-        "liked" if fresh["label"] else "disliked")
+      "liked" if fresh["label"] else "disliked"
+    )
   return made | {k: str(fresh[k]) for k in ("id",) if fresh.get(k)}
 
 
@@ -416,8 +526,11 @@ def _name(rows: list[dict]) -> tuple[int, int]:
   """
   digests, times = [], collections.Counter()
   for row in rows:
-    content = json.dumps({k: row[k] for k in _CONTENT if k in row},
-                         sort_keys=True, ensure_ascii=False)
+    content = json.dumps(
+      {k: row[k] for k in _CONTENT if k in row},
+      sort_keys=True,
+      ensure_ascii=False,
+    )
     digests.append(hashlib.sha256(content.encode()).hexdigest())
   own = collections.Counter(row["id"] for row in rows if row["id"] is not None)
   taken = {name for name, n in own.items() if n == 1}
@@ -433,7 +546,7 @@ def _name(rows: list[dict]) -> tuple[int, int]:
       number = times[digest] - 1
     else:
       number = numbers[stem]
-    name = (f"{stem}-{number}" if row["id"] is None or number else stem)
+    name = f"{stem}-{number}" if row["id"] is None or number else stem
     while name in taken:
       number += 1
       name = f"{stem}-{number}"
@@ -448,17 +561,26 @@ def _at(where: Where) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-  return ", ".join(f"{reason} {n}" for reason, n in sorted(
-      counts.items(), key=lambda item: -item[1])) or "none"
+  return (
+    ", ".join(
+      f"{reason} {n}"
+      for reason, n in sorted(counts.items(), key=lambda item: -item[1])
+    )
+    or "none"
+  )
 
 
 def _first(refused: list[dict]) -> str:
-  return (f"{refused[0]['file']}:{refused[0]['line']} "
-          f"({refused[0]['detail'][:80]})" if refused else "no row")
+  return (
+    f"{refused[0]['file']}:{refused[0]['line']} ({refused[0]['detail'][:80]})"
+    if refused
+    else "no row"
+  )
 
 
-def split(rows: Iterable[dict], fractions: Mapping[str, float],
-          seed: int) -> dict[str, list[dict]]:
+def split(
+  rows: Iterable[dict], fractions: Mapping[str, float], seed: int
+) -> dict[str, list[dict]]:
   """Rows by split, whole groups only, whatever order the rows are in.
 
   A group lands by sha256("<seed>:<group>") read as a number in [0, 1), so a
@@ -475,56 +597,81 @@ def split(rows: Iterable[dict], fractions: Mapping[str, float],
   order = sorted(fractions)  # a config may list them in any order
   shares = np.array([fractions[name] for name in order], np.float64)
   if not (shares >= 0).all() or not abs(shares.sum() - 1) <= 1e-9:  # nor NaN
-    raise ConfigError(f"split shares {dict(fractions)} sum to "
-                      f"{shares.sum():g}, wanted shares of 0 or more that sum "
-                      "to 1; set config.data.split")
+    raise ConfigError(
+      f"split shares {dict(fractions)} sum to "
+      f"{shares.sum():g}, wanted shares of 0 or more that sum "
+      "to 1; set config.data.split"
+    )
   names = [name for name in order if fractions[name] > 0]
   ends = np.cumsum(shares[shares > 0])[:-1]
   parts = {name: [] for name in fractions}
   for row in rows:
     digest = hashlib.sha256(f"{seed}:{row['group']}".encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2.0 ** 64
+    u = int.from_bytes(digest[:8], "big") / 2.0**64
     parts[names[int(np.searchsorted(ends, u, side="right"))]].append(row)
   return parts
 
 
 def pairs_to_thumbs(rows: Iterable[dict]) -> list[dict]:
   """Each pair as two thumbs rows: chosen liked, rejected disliked."""
-  return sorted((dict(id=f"{row['id']}/{side}", prompt=row["prompt"],
-                      completion=row[side], label=side == "chosen",
-                      group=row["group"]) | {
-                          n: row[n] for n in ("turns", "tools", "source")
-                          if n in row} | (
-                              dict(answers=row["answers"] and
-                                   [row["answers"][k]]) if "answers" in row
-                              else {})
-                 for row in rows
-                 for k, side in enumerate(("chosen", "rejected"))),
-                key=lambda row: row["id"])
+  return sorted(
+    (
+      dict(
+        id=f"{row['id']}/{side}",
+        prompt=row["prompt"],
+        completion=row[side],
+        label=side == "chosen",
+        group=row["group"],
+      )
+      | {n: row[n] for n in ("turns", "tools", "source") if n in row}
+      | (
+        dict(answers=row["answers"] and [row["answers"][k]])
+        if "answers" in row
+        else {}
+      )
+      for row in rows
+      for k, side in enumerate(("chosen", "rejected"))
+    ),
+    key=lambda row: row["id"],
+  )
 
 
-def data_card(loaded: Loaded, splits: Mapping[str, list[dict]]
-              ) -> dict[str, Any]:
+def data_card(
+  loaded: Loaded, splits: Mapping[str, list[dict]]
+) -> dict[str, Any]:
   """What was read and kept, as JSON: counts, lengths, refusals, splits."""
-  responses = (("chosen", "rejected") if loaded.kind == "pairs"
-               else ("completion",))
-  lengths = dict(prompt=[len(row["prompt"]) for row in loaded.rows],
-                 response=[len(row[side]) for row in loaded.rows
-                           for side in responses])
+  responses = (
+    ("chosen", "rejected") if loaded.kind == "pairs" else ("completion",)
+  )
+  lengths = dict(
+    prompt=[len(row["prompt"]) for row in loaded.rows],
+    response=[len(row[side]) for row in loaded.rows for side in responses],
+  )
   card = dict(
-      source=loaded.source, kind=loaded.kind, schema=loaded.schema,
-      seen=loaded.seen, kept=len(loaded.rows), refused=len(loaded.refused),
-      refused_by_reason=loaded.counts, duplicates=loaded.duplicates,
-      groups=len({row["group"] for row in loaded.rows}),
-      rows_by_split={name: len(rows) for name, rows in splits.items()},
-      characters={name: _quantiles(values)
-                  for name, values in lengths.items()})
-  card |= dict(readings=[r._asdict() for r in loaded.readings],
-               contradicted=loaded.contradicted, shared_ids=loaded.shared_ids,
-               left_out=loaded.left_out)
+    source=loaded.source,
+    kind=loaded.kind,
+    schema=loaded.schema,
+    seen=loaded.seen,
+    kept=len(loaded.rows),
+    refused=len(loaded.refused),
+    refused_by_reason=loaded.counts,
+    duplicates=loaded.duplicates,
+    groups=len({row["group"] for row in loaded.rows}),
+    rows_by_split={name: len(rows) for name, rows in splits.items()},
+    characters={name: _quantiles(values) for name, values in lengths.items()},
+  )
+  card |= dict(
+    readings=[r._asdict() for r in loaded.readings],
+    contradicted=loaded.contradicted,
+    shared_ids=loaded.shared_ids,
+    left_out=loaded.left_out,
+  )
   if any(row.get("margin") is not None for row in loaded.rows):
-    card |= dict(tied_scores=loaded.tied, against_scores=loaded.against,
-                 against_at=loaded.against_at)
+    card |= dict(
+      tied_scores=loaded.tied,
+      against_scores=loaded.against,
+      against_at=loaded.against_at,
+    )
   if loaded.kind == "thumbs":
     card["liked"] = sum(row["label"] for row in loaded.rows)
   return card

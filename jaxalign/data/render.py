@@ -31,12 +31,18 @@ _WORKER = pathlib.Path(__file__).with_name("chat_worker.py")
 class Renderer:
   """A template process; started at its first use, ended by `close`."""
 
-  def __init__(self, now: str = "", *, seconds: float = SECONDS,
-               memory: int = MEMORY, characters: int = CHARACTERS):
+  def __init__(
+    self,
+    now: str = "",
+    *,
+    seconds: float = SECONDS,
+    memory: int = MEMORY,
+    characters: int = CHARACTERS,
+  ):
     """Args:
-      now: what strftime_now reads, ISO format; "" is this moment. Fixed at
-        the start, so that all rows of one job see one date.
-      seconds, memory, characters: the limits, see above.
+    now: what strftime_now reads, ISO format; "" is this moment. Fixed at
+      the start, so that all rows of one job see one date.
+    seconds, memory, characters: the limits, see above.
     """
     self.now = now or datetime.datetime.now().isoformat(timespec="seconds")
     self._seconds, self._memory = seconds, memory
@@ -59,8 +65,9 @@ class Renderer:
       with contextlib.suppress(OSError):  # it did not read all of it
         process.stdin.close()
 
-  def render(self, source: str, messages: list[dict[str, Any]],
-             **values: Any) -> str:
+  def render(
+    self, source: str, messages: list[dict[str, Any]], **values: Any
+  ) -> str:
     """The text a template makes of messages.
 
     Args:
@@ -77,11 +84,14 @@ class Renderer:
     try:
       data = json.dumps(dict(values, messages=messages))
     except (TypeError, ValueError, RecursionError) as error:
-      raise Refused("template failed", f"the messages are no JSON ({error})"
-                    ) from error
+      raise Refused(
+        "template failed", f"the messages are no JSON ({error})"
+      ) from error
     cap = self._characters + 4 * len(data)
-    answer = self._ask(f'{{"cap": {cap}, "source": {json.dumps(source)}, '
-                       f'"values": {data}}}\n'.encode())
+    answer = self._ask(
+      f'{{"cap": {cap}, "source": {json.dumps(source)}, '
+      f'"values": {data}}}\n'.encode()
+    )
     if "text" in answer:
       return answer["text"]
     kind, detail = answer["kind"], answer["detail"]
@@ -89,15 +99,18 @@ class Renderer:
       raise Refused("template refused it", detail)
     if kind == "failed":
       raise Refused("template failed", detail)
-    raise ConfigError({
+    raise ConfigError(
+      {
         "memory": f"the chat template wants over {self._memory >> 20} MiB of "
-                  f"memory ({detail})",
+        f"memory ({detail})",
         "length": f"the chat template writes over {cap:,} characters",
-        "unsafe": f"the chat template reaches for Python's internals ({detail})",
+        "unsafe": f"the chat template wants Python's internals ({detail})",
         "syntax": f"the chat template is no Jinja template ({detail})",
         "time": f"the chat template ran over {self._seconds:g} s",
         "ended": "the chat template ended its process",
-    }[kind] + f"; {_KNOB}")
+      }[kind]
+      + f"; {_KNOB}"
+    )
 
   def _ask(self, request: bytes) -> dict:
     deadline = time.monotonic() + self._seconds
@@ -131,19 +144,34 @@ class Renderer:
 
   def _start(self) -> None:
     # -P: the folder of the script holds modules with common names.
-    env = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
-               PYTHONUTF8="1", PYTHONDONTWRITEBYTECODE="1")
-    env |= {k: os.environ[k] for k in ("LD_LIBRARY_PATH", "TZ")
-            if k in os.environ}
+    env = dict(
+      PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
+      PYTHONUTF8="1",
+      PYTHONDONTWRITEBYTECODE="1",
+    )
+    env |= {
+      k: os.environ[k] for k in ("LD_LIBRARY_PATH", "TZ") if k in os.environ
+    }
     self._process = subprocess.Popen(
-        [sys.executable, "-P", str(_WORKER), str(self._memory), self.now,
-         str(int(self._seconds) + 2)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, env=env, start_new_session=True)
+      [
+        sys.executable,
+        "-P",
+        str(_WORKER),
+        str(self._memory),
+        self.now,
+        str(int(self._seconds) + 2),
+      ],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      env=env,
+      start_new_session=True,
+    )
     try:
       self._line(time.monotonic() + 60)
     except (EOFError, TimeoutError) as error:
       self.close()
-      raise ConfigError("the process that renders chat templates cannot be "
-                        "started (is jinja2 installed?); pip install jinja2"
-                        ) from error
+      raise ConfigError(
+        "the process that renders chat templates cannot be "
+        "started (is jinja2 installed?); pip install jinja2"
+      ) from error

@@ -7,6 +7,7 @@ The first rows of a large file cost no more than those of a small one.
 """
 
 import codecs
+from collections.abc import Iterator
 import csv
 import decimal
 import gzip
@@ -15,15 +16,22 @@ import io
 import json
 import math
 import re
+from typing import Any, BinaryIO, NamedTuple
 import zlib
-from typing import Any, BinaryIO, Iterator, NamedTuple
 
 from etils import epath
 
 from jaxalign.errors import ConfigError, DataError
 
-EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz",
-              ".csv.gz")
+EXTENSIONS = (
+  ".jsonl",
+  ".json",
+  ".csv",
+  ".parquet",
+  ".jsonl.gz",
+  ".json.gz",
+  ".csv.gz",
+)
 MAX_ROW_BYTES = 1 << 26  # one line; a longer one is a bomb, not a record
 MAX_JSON_BYTES = 1 << 31  # a .json file that is an object, held whole
 MAX_DEPTH = 100  # brackets within brackets; what walks a row may recurse
@@ -38,12 +46,14 @@ _HF_ROWS = 100  # of a dataset, looked at at once
 
 class Where(NamedTuple):
   """Where a row stands: its file (or dataset) and 1-based line or row."""
+
   file: str
   line: int
 
 
 class BadRow(NamedTuple):
   """A row that could not be read: a stable reason, and what was found."""
+
   reason: str
   detail: str
 
@@ -69,8 +79,9 @@ def read_rows(source: str, limit: int = 0) -> Rows:
       a truncated or damaged file, a source without rows (while reading).
   """
   if limit < 0:
-    raise ConfigError(f"limit is {limit}, wanted 0 (all rows) or more; set "
-                      "config.data.limit")
+    raise ConfigError(
+      f"limit is {limit}, wanted 0 (all rows) or more; set config.data.limit"
+    )
   files = source_files(source)
   return _limited(source, files, limit)
 
@@ -78,14 +89,17 @@ def read_rows(source: str, limit: int = 0) -> Rows:
 def source_files(source: str) -> list[str]:
   """The files behind `source`, sorted by name; none for hf: and tfds:."""
   if not isinstance(source, str) or not source:
-    raise ConfigError(f"data source {source!r}: wanted a path, a glob, "
-                      f"hf:<name> or tfds:<name>; {_KNOB}")
+    raise ConfigError(
+      f"data source {source!r}: wanted a path, a glob, "
+      f"hf:<name> or tfds:<name>; {_KNOB}"
+    )
   kind = _kind(source)
   if kind in ("hf", "tfds"):
     return []
   if not source.endswith(EXTENSIONS):
-    raise ConfigError(f"data source {source!r} ends in none of "
-                      f"{', '.join(EXTENSIONS)}; {_KNOB}")
+    raise ConfigError(
+      f"data source {source!r} ends in none of {', '.join(EXTENSIONS)}; {_KNOB}"
+    )
   if any(mark in source for mark in "*?["):
     if not epath.Path(source).exists():  # a real name may hold a bracket
       return _glob(source)
@@ -93,8 +107,10 @@ def source_files(source: str) -> list[str]:
   if not path.exists():
     raise DataError(f"data file {source} is missing; {_KNOB}")
   if path.is_dir():
-    raise DataError(f"data source {source} is a folder, wanted a file or a "
-                    f"glob such as {source}/*.jsonl; {_KNOB}")
+    raise DataError(
+      f"data source {source} is a folder, wanted a file or a "
+      f"glob such as {source}/*.jsonl; {_KNOB}"
+    )
   return [source]
 
 
@@ -119,31 +135,39 @@ def source_digest(source: str) -> str:
 
 
 def _kind(source: str) -> str:
-  """"hf", "tfds", or "file"; an unknown prefix is a ConfigError."""
+  """ "hf", "tfds", or "file"; an unknown prefix is a ConfigError."""
   prefix, colon, rest = source.partition(":")
   if not colon or "/" in prefix or not re.fullmatch("[A-Za-z0-9_+-]+", prefix):
     return "file"
   if prefix in ("hf", "tfds"):
     if not rest.strip(":"):
-      raise ConfigError(f"data source {source!r} names no dataset, wanted "
-                        f"{prefix}:<name>[:split]; {_KNOB}")
+      raise ConfigError(
+        f"data source {source!r} names no dataset, wanted "
+        f"{prefix}:<name>[:split]; {_KNOB}"
+      )
     return prefix
   if prefix in ("gs", "s3", "file") and rest.startswith("//"):
     return "file"
-  raise ConfigError(f"data source {source!r} has the unknown prefix "
-                    f"{prefix + ':'!r}; known: hf:, tfds:, gs://, or a path; "
-                    f"{_KNOB}")
+  raise ConfigError(
+    f"data source {source!r} has the unknown prefix "
+    f"{prefix + ':'!r}; known: hf:, tfds:, gs://, or a path; "
+    f"{_KNOB}"
+  )
 
 
 def _glob(source: str) -> list[str]:
   parts = epath.Path(source).parts
-  first = next(i for i, part in enumerate(parts)
-               if any(mark in part for mark in "*?["))
+  first = next(
+    i for i, part in enumerate(parts) if any(mark in part for mark in "*?[")
+  )
   base = epath.Path(*parts[:first]) if first else epath.Path(".")
   found = []
   if base.exists():
-    found = sorted(str(path) for path in base.glob("/".join(parts[first:]))
-                   if not path.is_dir())
+    found = sorted(
+      str(path)
+      for path in base.glob("/".join(parts[first:]))
+      if not path.is_dir()
+    )
   if not found:
     raise DataError(f"data source {source!r} matches no file; {_KNOB}")
   return found
@@ -172,8 +196,11 @@ def _all_rows(source: str, files: list[str]) -> Rows:
 def _file_rows(name: str, raw: BinaryIO) -> Rows:
   """The rows of one file, opened."""
   plain = name.removesuffix(".gz")
-  reader = next(reader for extension, reader in _READERS.items()
-                if plain.endswith(extension))
+  reader = next(
+    reader
+    for extension, reader in _READERS.items()
+    if plain.endswith(extension)
+  )
   good = 0
   try:
     if not raw.read(1):
@@ -184,19 +211,26 @@ def _file_rows(name: str, raw: BinaryIO) -> Rows:
       start = file.read(2)
       file.seek(0)
       if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise DataError(f"data file {name} is UTF-16, wanted UTF-8; save it "
-                        "again as UTF-8")
+        raise DataError(
+          f"data file {name} is UTF-16, wanted UTF-8; save it again as UTF-8"
+        )
     for pair in reader(name, file):
       yield pair
       good += not isinstance(pair[1], BadRow)
   except _BROKEN_GZIP as error:
-    how = ("is truncated (the compressed stream stops early)"
-           if isinstance(error, EOFError) else f"is damaged ({error})")
-    raise DataError(f"data file {name} {how}: {good} good rows were read "
-                    "before that; fetch it again") from error
+    how = (
+      "is truncated (the compressed stream stops early)"
+      if isinstance(error, EOFError)
+      else f"is damaged ({error})"
+    )
+    raise DataError(
+      f"data file {name} {how}: {good} good rows were read "
+      "before that; fetch it again"
+    ) from error
   except OSError as error:
-    raise DataError(f"data file {name} cannot be read after {good} good "
-                    f"rows: {error}") from error
+    raise DataError(
+      f"data file {name} cannot be read after {good} good rows: {error}"
+    ) from error
 
 
 def count(source: str, rows_read: int = 10_000) -> tuple[int, bool]:
@@ -233,8 +267,12 @@ def count(source: str, rows_read: int = 10_000) -> tuple[int, bool]:
         here, at = 0, size
         mine = _file_rows(name, raw)
         for here, _ in enumerate(mine, 1):
-          if (here % 100 == 0 and read + here >= rows_read
-              and _ENOUGH <= used + raw.tell() and raw.tell() < size):
+          if (
+            here % 100 == 0
+            and read + here >= rows_read
+            and _ENOUGH <= used + raw.tell()
+            and raw.tell() < size
+          ):
             at = raw.tell()
             break
         mine.close()
@@ -281,8 +319,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_int=_int,
-                            parse_float=_float)
+_DECODER = json.JSONDecoder(
+  object_pairs_hook=_once, parse_int=_int, parse_float=_float
+)
 
 
 def _checked(text: str) -> "dict | BadRow":
@@ -296,25 +335,36 @@ def _checked(text: str) -> "dict | BadRow":
 
 def _bad(error: Exception) -> BadRow:
   """What a decoder's error means."""
-  reason = ("number out of range" if isinstance(error, _OutOfRange) else
-            "duplicate key" if isinstance(error, _Twice) else "malformed JSON")
-  return BadRow(reason, "brackets within brackets without end" if isinstance(
-      error, RecursionError) else str(error)[:200])
+  reason = (
+    "number out of range"
+    if isinstance(error, _OutOfRange)
+    else "duplicate key"
+    if isinstance(error, _Twice)
+    else "malformed JSON"
+  )
+  return BadRow(
+    reason,
+    "brackets within brackets without end"
+    if isinstance(error, RecursionError)
+    else str(error)[:200],
+  )
 
 
 def _object(row: Any, text: str) -> "dict | BadRow":
   """`row`, read from `text`, if it is a dict of Unicode text, not too deep."""
   if text.count("[") + text.count("{") > MAX_DEPTH and _too_deep(row):
-    return BadRow("malformed JSON", f"brackets within brackets, over "
-                  f"{MAX_DEPTH} deep")
+    return BadRow(
+      "malformed JSON", f"brackets within brackets, over {MAX_DEPTH} deep"
+    )
   if not isinstance(row, dict):
     return BadRow("not an object", f"found a {type(row).__name__}")
   if "\\u" in text:
     try:
       json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-      return BadRow("lone surrogate", f"{error.object[error.start]!a} is no "
-                    "Unicode text")
+      return BadRow(
+        "lone surrogate", f"{error.object[error.start]!a} is no Unicode text"
+      )
   return row
 
 
@@ -322,8 +372,12 @@ def _too_deep(value: Any) -> bool:
   """Whether lists and dicts lie more than MAX_DEPTH deep in each other."""
   level = [value]
   for _ in range(MAX_DEPTH):
-    level = [item for outer in level if isinstance(outer, (dict, list))
-             for item in (outer.values() if isinstance(outer, dict) else outer)]
+    level = [
+      item
+      for outer in level
+      if isinstance(outer, (dict, list))
+      for item in (outer.values() if isinstance(outer, dict) else outer)
+    ]
   return any(isinstance(item, (dict, list)) for item in level)
 
 
@@ -334,8 +388,11 @@ def _lines(name: str, file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     start = lines.peek()
     alone = b"\r" in start and b"\n" not in start  # an old Macintosh
     for number, line in enumerate(
-        _cut_at_returns(lines) if alone else iter(
-            lambda: lines.readline(MAX_ROW_BYTES), b""), 1):
+      _cut_at_returns(lines)
+      if alone
+      else iter(lambda: lines.readline(MAX_ROW_BYTES), b""),
+      1,
+    ):
       if len(line) >= MAX_ROW_BYTES and not line.endswith((b"\n", b"\r")):
         while line and not line.endswith(b"\n") and not alone:
           line = lines.readline(MAX_ROW_BYTES)
@@ -349,7 +406,7 @@ def _cut_at_returns(file: BinaryIO) -> Iterator[bytes]:
   while block := file.read(_BLOCK):
     *whole, rest = (rest + block).split(b"\r")
     for line in whole:
-      yield line[:MAX_ROW_BYTES - 1] + b"\r"
+      yield line[: MAX_ROW_BYTES - 1] + b"\r"
     if len(rest) > MAX_ROW_BYTES:
       rest = rest[:MAX_ROW_BYTES]
   if rest:
@@ -399,8 +456,9 @@ class _Text:
     keep = len(self.text) - self.at
     if keep > MAX_ROW_BYTES or self.total > self.most > 0:
       raise DataError(
-          f"data file {self.name} holds over {max(keep, self.most):,} bytes of "
-          "JSON in one piece; write one object per line, as .jsonl")
+        f"data file {self.name} holds over {max(keep, self.most):,} bytes of "
+        "JSON in one piece; write one object per line, as .jsonl"
+      )
     data = self._file.read(max(_BLOCK, keep))
     self.total += len(data)
     self.ended = not data
@@ -412,7 +470,7 @@ class _Text:
         fresh.encode()
       except UnicodeEncodeError as error:
         self.bad = f"byte 0x{ord(error.object[error.start]) & 255:02x}"
-    self.text, self.at = self.text[self.at:] + fresh, 0
+    self.text, self.at = self.text[self.at :] + fresh, 0
     return True
 
   def next(self) -> str:
@@ -436,12 +494,13 @@ class _Text:
       if end is not None:
         after = _SPACE.match(self.text, end).end()
         # What ends with the text read so far may go on: 12 of 123.
-        if self.text[after:after + 1] in _AFTER and (
-            after < len(self.text) or self.ended):
+        if self.text[after : after + 1] in _AFTER and (
+          after < len(self.text) or self.ended
+        ):
           break
       if not self.more():
         raise self.broken(error or "it stops early")
-    text = self.text[self.at:end]
+    text = self.text[self.at : end]
     self.at = after
     if error is not None:
       return _bad(error)
@@ -456,10 +515,14 @@ class _Text:
     """What is wrong with the text from here on."""
     if self.bad:
       return DataError(f"data file {self.name} is not UTF-8: {self.bad}")
-    hint = ("; one JSON object per line belongs in a .jsonl file"
-            if "Extra data" in str(error) else "")
-    return DataError(f"data file {self.name} is not JSON: {str(error)[:200]}"
-                     f"{hint}")
+    hint = (
+      "; one JSON object per line belongs in a .jsonl file"
+      if "Extra data" in str(error)
+      else ""
+    )
+    return DataError(
+      f"data file {self.name} is not JSON: {str(error)[:200]}{hint}"
+    )
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -470,7 +533,7 @@ _MARKS = re.compile(r'"(?:[^"\\]|\\.)*+"|["\[\]{}]', re.DOTALL)
 def _end(text: str, at: int) -> int | None:
   """Where the brackets that open at a place are closed; None: not in `text`."""
   depth = 0
-  if text[at:at + 1] not in ("[", "{"):
+  if text[at : at + 1] not in ("[", "{"):
     return None
   for mark in _MARKS.finditer(text, at):
     if mark[0] == '"':  # a text that does not end
@@ -491,11 +554,15 @@ def _json(name: str, file: BinaryIO) -> Rows:
     rows = iter(_list_inside(text))
   else:
     value = text.value() if first else None
-    if not first or isinstance(value, BadRow) and value.reason != (
-        "not an object"):
+    if (
+      not first
+      or isinstance(value, BadRow)
+      and value.reason != ("not an object")
+    ):
       raise text.broken("it is empty" if not first else value.detail)
-    raise DataError(f"data file {name} is a {value.detail.split()[-1]}, "
-                    "wanted a list of rows")
+    raise DataError(
+      f"data file {name} is a {value.detail.split()[-1]}, wanted a list of rows"
+    )
   for number, row in enumerate(rows, 1):
     good += not isinstance(row, BadRow)
     yield Where(name, number), row
@@ -519,8 +586,9 @@ def _items(text: _Text) -> "Iterator[Any]":
     if mark == "]":
       return
     if mark != ",":
-      raise text.broken(f"found {mark!r}, wanted , or ]" if mark else
-                        "it stops early")
+      raise text.broken(
+        f"found {mark!r}, wanted , or ]" if mark else "it stops early"
+      )
 
 
 def _list_inside(text: _Text) -> list:
@@ -549,22 +617,26 @@ def _list_inside(text: _Text) -> list:
     mark = text.next()
     text.at += 1
     if mark not in (",", "}"):
-      raise text.broken(f"found {mark!r}, wanted , or }}" if mark else
-                        "it stops early")
+      raise text.broken(
+        f"found {mark!r}, wanted , or }}" if mark else "it stops early"
+      )
   if text.next():
     raise text.broken("Extra data after its object")
   if len(lists) != 1:
-    raise DataError(f"data file {text.name} is an object with {len(lists)} "
-                    f"lists ({', '.join(list(lists)[:5])}), wanted a list of "
-                    "rows or an object with exactly one")
+    raise DataError(
+      f"data file {text.name} is an object with {len(lists)} "
+      f"lists ({', '.join(list(lists)[:5])}), wanted a list of "
+      "rows or an object with exactly one"
+    )
   return next(iter(lists.values()))
 
 
 def _csv(name: str, file: BinaryIO) -> Rows:
   csv.field_size_limit(MAX_ROW_BYTES)
   # Undecodable bytes become lone surrogates, which no encoding then accepts.
-  with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape",
-                        newline="") as text:
+  with io.TextIOWrapper(
+    file, "utf-8-sig", errors="surrogateescape", newline=""
+  ) as text:
     reader = csv.reader(text, strict=True)
     header, line = None, 1
     while True:
@@ -574,11 +646,19 @@ def _csv(name: str, file: BinaryIO) -> Rows:
         return
       except csv.Error as error:
         if header is None:
-          raise DataError(f"data file {name} does not begin with the names of "
-                          f"its columns: {error}") from error
+          raise DataError(
+            f"data file {name} does not begin with the names of "
+            f"its columns: {error}"
+          ) from error
         lines = reader.line_num - line
-        yield Where(name, line), BadRow("malformed CSV", str(error) + (
-            f"; it took {lines:,} more lines with it" if lines > 0 else ""))
+        yield (
+          Where(name, line),
+          BadRow(
+            "malformed CSV",
+            str(error)
+            + (f"; it took {lines:,} more lines with it" if lines > 0 else ""),
+          ),
+        )
         line = reader.line_num + 1
         continue
       where, line = Where(name, line), reader.line_num + 1
@@ -587,22 +667,31 @@ def _csv(name: str, file: BinaryIO) -> Rows:
       if header is None:
         header = cells
         if len(set(header)) != len(header):
-          raise DataError(f"data file {name} names a column twice: "
-                          f"{ascii(', '.join(header))[1:200]}")
+          raise DataError(
+            f"data file {name} names a column twice: "
+            f"{ascii(', '.join(header))[1:200]}"
+          )
         try:
           "".join(header).encode()
         except UnicodeEncodeError as error:
-          raise DataError(f"data file {name} is not UTF-8 in the names of its "
-                          "columns") from error
+          raise DataError(
+            f"data file {name} is not UTF-8 in the names of its columns"
+          ) from error
       elif len(cells) != len(header):
-        yield where, BadRow("wrong number of columns", f"{len(cells)}, wanted "
-                            f"{len(header)}")
+        yield (
+          where,
+          BadRow(
+            "wrong number of columns", f"{len(cells)}, wanted {len(header)}"
+          ),
+        )
       else:
         try:
           "".join(cells).encode()
         except UnicodeEncodeError as error:
-          yield where, BadRow("bad UTF-8",
-                              f"byte {error.object[error.start]!a}")
+          yield (
+            where,
+            BadRow("bad UTF-8", f"byte {error.object[error.start]!a}"),
+          )
         else:
           yield where, dict(zip(header, cells))
 
@@ -610,59 +699,80 @@ def _csv(name: str, file: BinaryIO) -> Rows:
 def _parquet_file(file: BinaryIO) -> Any:
   """Opened so that a row group is read page by page, not as a whole."""
   import pyarrow.parquet as pq
-  return pq.ParquetFile(file, page_checksum_verification=True,
-                        pre_buffer=False, buffer_size=_BLOCK)
+
+  return pq.ParquetFile(
+    file, page_checksum_verification=True, pre_buffer=False, buffer_size=_BLOCK
+  )
 
 
 def _parquet(name: str, file: BinaryIO) -> Rows:
   import pyarrow as pa
+
   number = 0
   try:
     with _parquet_file(file) as table:
       names = table.schema_arrow.names
       if len(set(names)) < len(names):
-        raise DataError(f"data file {name} names a column twice: "
-                        f"{', '.join(names)[:200]}")
+        raise DataError(
+          f"data file {name} names a column twice: {', '.join(names)[:200]}"
+        )
       for batch in table.iter_batches(batch_size=256, use_threads=False):
         for row in _arrow_rows(batch):
           number += 1
           yield Where(name, number), row
   except (pa.ArrowException, OSError, ValueError) as error:
-    raise DataError(f"data file {name} is truncated or no parquet file, after "
-                    f"{number} good rows: {str(error)[:200]}") from error
+    raise DataError(
+      f"data file {name} is truncated or no parquet file, after "
+      f"{number} good rows: {str(error)[:200]}"
+    ) from error
 
 
 def _parquet_rows(name: str, file: BinaryIO) -> int:
   import pyarrow as pa
+
   try:
     with _parquet_file(file) as table:
       return table.metadata.num_rows
   except (pa.ArrowException, OSError, ValueError) as error:
-    raise DataError(f"data file {name} is truncated or no parquet file: "
-                    f"{str(error)[:200]}") from error
+    raise DataError(
+      f"data file {name} is truncated or no parquet file: {str(error)[:200]}"
+    ) from error
 
 
 def _arrow_rows(batch: Any) -> "Iterator[dict | BadRow]":
   """The rows of a RecordBatch or Table; `_told` has the values."""
   import pyarrow as pa
-  odd = [i for i, field in enumerate(batch.schema)
-         if _holds(field.type, lambda t: pa.types.is_decimal(t) or
-                   pa.types.is_binary(t) or pa.types.is_large_binary(t) or
-                   pa.types.is_binary_view(t) or
-                   pa.types.is_fixed_size_binary(t))]
+
+  odd = [
+    i
+    for i, field in enumerate(batch.schema)
+    if _holds(
+      field.type,
+      lambda t: (
+        pa.types.is_decimal(t)
+        or pa.types.is_binary(t)
+        or pa.types.is_large_binary(t)
+        or pa.types.is_binary_view(t)
+        or pa.types.is_fixed_size_binary(t)
+      ),
+    )
+  ]
   try:
     rows = batch.to_pylist()
   except Exception:
     # One row at a time, to name the one that is broken.
     for i in range(batch.num_rows):
       try:
-        yield {name: _told(_scalar(column[i])) for name, column in zip(
-            batch.schema.names, batch.columns)}
+        yield {
+          name: _told(_scalar(column[i]))
+          for name, column in zip(batch.schema.names, batch.columns)
+        }
       except UnicodeDecodeError as error:
         yield BadRow("bad UTF-8", str(error))
       except Exception as error:
-        yield BadRow("unreadable value", f"{type(error).__name__}: "
-                     f"{str(error)[:200]}")
+        yield BadRow(
+          "unreadable value", f"{type(error).__name__}: {str(error)[:200]}"
+        )
     return
   names = [batch.schema.names[i] for i in odd]
   for row in rows:
@@ -671,14 +781,16 @@ def _arrow_rows(batch: Any) -> "Iterator[dict | BadRow]":
 
 def _holds(kind: Any, wanted: Any) -> bool:
   """Whether an Arrow type, or one inside it, is `wanted`."""
-  return wanted(kind) or any(_holds(kind.field(i).type, wanted)
-                             for i in range(kind.num_fields))
+  return wanted(kind) or any(
+    _holds(kind.field(i).type, wanted) for i in range(kind.num_fields)
+  )
 
 
 def _scalar(scalar: Any) -> Any:
   """A value of Arrow in Python's types; a date that they cannot hold as the
   whole number that it is stored as."""
   import pyarrow as pa
+
   try:
     return scalar.as_py()
   except UnicodeDecodeError:
@@ -714,12 +826,16 @@ def _told(value: Any) -> Any:
   return value
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv,
-            ".parquet": _parquet}
+_READERS = {
+  ".jsonl": _jsonl,
+  ".json": _json,
+  ".csv": _csv,
+  ".parquet": _parquet,
+}
 
 
 def _name_and_split(rest: str) -> tuple[str, str]:
-  """"name:split" apart; gs:// and a TFDS version belong to the name."""
+  """ "name:split" apart; gs:// and a TFDS version belong to the name."""
   found = re.fullmatch(rf"(.+?):({_SPLIT}(?:\+{_SPLIT})*)?", rest)
   return (found[1], found[2] or "train") if found else (rest, "train")
 
@@ -741,6 +857,7 @@ def _hf(source: str, rest: str) -> Rows:
 def _hf_table(source: str, rest: str) -> Any:
   """The dataset of a name; it knows its length and can be sliced."""
   import datasets
+
   name, split = _name_and_split(rest)
   revision = None
   if not epath.Path(name).exists():
@@ -748,8 +865,10 @@ def _hf_table(source: str, rest: str) -> Any:
   try:
     return datasets.load_dataset(name, split=split, revision=revision or None)
   except Exception as error:  # dozens of kinds; all mean: no such data
-    raise DataError(f"data source {source}: {type(error).__name__}: "
-                    f"{str(error)[:300]}; {_KNOB}") from error
+    raise DataError(
+      f"data source {source}: {type(error).__name__}: "
+      f"{str(error)[:300]}; {_KNOB}"
+    ) from error
 
 
 def _tfds(source: str, rest: str) -> Rows:
@@ -760,22 +879,26 @@ def _tfds(source: str, rest: str) -> Rows:
     except UnicodeDecodeError as error:
       row = BadRow("bad UTF-8", str(error))
     except Exception as error:
-      row = BadRow("unreadable value", f"{type(error).__name__}: "
-                   f"{str(error)[:200]}")
+      row = BadRow(
+        "unreadable value", f"{type(error).__name__}: {str(error)[:200]}"
+      )
     yield Where(source, number + 1), row
 
 
 def _tfds_table(source: str, rest: str) -> Any:
   """The dataset of a name; it knows its length and can be indexed."""
   import tensorflow_datasets as tfds
+
   name, split = _name_and_split(rest)
   try:
     if epath.Path(name).is_dir():
       return tfds.builder_from_directory(name).as_data_source(split)
     return tfds.data_source(name, split=split)
   except Exception as error:  # as above
-    raise DataError(f"data source {source}: {type(error).__name__}: "
-                    f"{str(error)[:300]}; {_KNOB}") from error
+    raise DataError(
+      f"data source {source}: {type(error).__name__}: "
+      f"{str(error)[:300]}; {_KNOB}"
+    ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -786,13 +909,20 @@ def _plain(value: Any) -> Any:
     # A sequence of dicts comes as a dict of lists; chat needs the former.
     plain = {key: _plain(item) for key, item in value.items()}
     lengths = {len(item) for item in plain.values() if isinstance(item, list)}
-    if (plain and len(lengths) == 1 and {"role", "content"} <= plain.keys()
-        and all(isinstance(item, list) for item in plain.values())):
+    if (
+      plain
+      and len(lengths) == 1
+      and {"role", "content"} <= plain.keys()
+      and all(isinstance(item, list) for item in plain.values())
+    ):
       return [dict(zip(plain, items)) for items in zip(*plain.values())]
     return plain
   if isinstance(value, (list, tuple)):
     return [_plain(item) for item in value]
   if hasattr(value, "tolist"):
-    return _plain(value.tolist()) if getattr(value, "ndim", 0) else (
-        _plain(value.item()))
+    return (
+      _plain(value.tolist())
+      if getattr(value, "ndim", 0)
+      else (_plain(value.item()))
+    )
   return value

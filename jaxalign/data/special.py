@@ -4,10 +4,11 @@ The names of BOS, EOS and PAD, the ids that end a generation and the chat
 template stand in up to six files beside the tokenizer; this reads them all.
 """
 
+from collections.abc import Iterable, Sequence
 import itertools
 import json
 import re
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -17,16 +18,27 @@ _KNOB = "set config.model.tokenizer"
 ROW_FORMAT = "row_format.json"  # written by the data stage: what it decided
 # Copied byte for byte with the tokenizer, where they are there.
 _TOOL_FILE = "additional_chat_templates/tool_use.jinja"
-FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.model",
-         "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
-         "added_tokens.json", "chat_template.jinja", "chat_template.json",
-         "vocab.json", "merges.txt", _TOOL_FILE)
+FILES = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "sentencepiece.model",
+  "spiece.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "chat_template.json",
+  "vocab.json",
+  "merges.txt",
+  _TOOL_FILE,
+)
 _NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _MOST = 1 << 28  # bytes of one file
 
 
 class Settings(NamedTuple):
   """What the files say; None or empty where they say nothing."""
+
   files: dict[str, bytes]  # those of FILES that are there
   named: dict[str, str | None]  # bos, eos, pad, unk ... -> the token's text
   special: set[str]  # all texts that are named as special
@@ -97,8 +109,10 @@ def found(tok: Encoding, text: str) -> list[str]:
   """
   pattern = tok.__dict__.get("_found")
   if pattern is None or pattern[0] is not tok.specials:
-    pattern = tok._found = tok.specials, re.compile(
-        any_of(t for t in tok.specials if len(t) > 1))
+    pattern = tok._found = (
+      tok.specials,
+      re.compile(any_of(t for t in tok.specials if len(t) > 1)),
+    )
   return list(dict.fromkeys(pattern[1].findall(text)))
 
 
@@ -140,35 +154,49 @@ def read(folder: epath.PathLike) -> Settings:
     data = _bytes(folder / name)
     if data is not None:
       files[name] = data
-  main = _object(folder / "tokenizer_config.json",
-                   files.get("tokenizer_config.json"))
-  special_map = _object(folder / "special_tokens_map.json",
-                        files.get("special_tokens_map.json"))
+  main = _object(
+    folder / "tokenizer_config.json", files.get("tokenizer_config.json")
+  )
+  special_map = _object(
+    folder / "special_tokens_map.json", files.get("special_tokens_map.json")
+  )
   named, special = {}, set()
   for name in _NAMES:
-    named[name] = (_text(main.get(f"{name}_token")) or
-                   _text(special_map.get(f"{name}_token")))
+    named[name] = _text(main.get(f"{name}_token")) or _text(
+      special_map.get(f"{name}_token")
+    )
   for source in (special_map, main):
     for key in ("additional_special_tokens", "extra_special_tokens"):
       value = source.get(key)
       several = value.values() if isinstance(value, dict) else value
       special |= {_text(v) for v in several or () if _text(v)}
   special |= {text for text in named.values() if text}
-  added = _added(main, _object(folder / "added_tokens.json",
-                                 files.get("added_tokens.json")))
+  added = _added(
+    main, _object(folder / "added_tokens.json", files.get("added_tokens.json"))
+  )
   special |= {text for text, (_, is_special) in added.items() if is_special}
   row_format = _object(folder / ROW_FORMAT, _bytes(folder / ROW_FORMAT))
   special |= set(row_format.get("reserved", ()))
   stops = list(row_format.get("stops", ()))
   for name in ("generation_config.json", "config.json"):
     value = _object(folder / name, _bytes(folder / name)).get("eos_token_id")
-    stops += [i for i in (value if isinstance(value, list) else [value])
-              if isinstance(i, int) and not isinstance(i, bool)]
+    stops += [
+      i
+      for i in (value if isinstance(value, list) else [value])
+      if isinstance(i, int) and not isinstance(i, bool)
+    ]
   adds = main.get("add_bos_token")
   return Settings(
-      files, named, special, added, adds if isinstance(adds, bool) else None,
-      tuple(dict.fromkeys(stops)), _template(folder, files, main, "default"),
-      row_format, _template(folder, files, main, "tool_use"))
+    files,
+    named,
+    special,
+    added,
+    adds if isinstance(adds, bool) else None,
+    tuple(dict.fromkeys(stops)),
+    _template(folder, files, main, "default"),
+    row_format,
+    _template(folder, files, main, "tool_use"),
+  )
 
 
 def _bytes(path: epath.Path) -> bytes | None:
@@ -188,11 +216,11 @@ def _object(path: epath.Path, data: bytes | None) -> dict[str, Any]:
   try:
     value = json.loads(data)
   except (ValueError, RecursionError) as error:
-    raise ConfigError(f"{path} is no JSON ({error!s:.100}); {_KNOB}"
-                      ) from error
+    raise ConfigError(f"{path} is no JSON ({error!s:.100}); {_KNOB}") from error
   if not isinstance(value, dict):
-    raise ConfigError(f"{path} holds a {type(value).__name__}, wanted a JSON "
-                      f"object; {_KNOB}")
+    raise ConfigError(
+      f"{path} holds a {type(value).__name__}, wanted a JSON object; {_KNOB}"
+    )
   return value
 
 
@@ -206,17 +234,19 @@ def _text(value: Any) -> str | None:
 def _added(main: dict, more: dict) -> dict[str, tuple[int | None, bool]]:
   added = {text: (i, False) for text, i in more.items() if isinstance(i, int)}
   decoder = main.get("added_tokens_decoder")
-  for i, token in (decoder.items() if isinstance(decoder, dict) else ()):
+  for i, token in decoder.items() if isinstance(decoder, dict) else ():
     if (text := _text(token)) and str(i).isdecimal():
-      added[text] = (int(i), isinstance(token, dict) and
-                     token.get("special") is True)
+      added[text] = (
+        int(i),
+        isinstance(token, dict) and token.get("special") is True,
+      )
   return added
 
 
-def _template(folder: epath.Path, files: dict[str, bytes], main: dict,
-              name: str) -> str | None:
-  """The chat template of a name: "default", or "tool_use" where there is one.
-  """
+def _template(
+  folder: epath.Path, files: dict[str, bytes], main: dict, name: str
+) -> str | None:
+  """The chat template of a name: "default", or "tool_use" if there is one."""
   file = {"default": "chat_template.jinja", "tool_use": _TOOL_FILE}[name]
   if file in files:
     try:
@@ -225,12 +255,16 @@ def _template(folder: epath.Path, files: dict[str, bytes], main: dict,
       raise ConfigError(f"{folder}/{file} is no UTF-8; {_KNOB}") from error
   if "chat_template.jinja" in files:
     return None
-  value = _object(folder / "chat_template.json",
-                  files.get("chat_template.json")).get("chat_template")
+  value = _object(
+    folder / "chat_template.json", files.get("chat_template.json")
+  ).get("chat_template")
   value = value or main.get("chat_template")
   if isinstance(value, list):
-    named = {item.get("name"): item.get("template") for item in value
-             if isinstance(item, dict)}
+    named = {
+      item.get("name"): item.get("template")
+      for item in value
+      if isinstance(item, dict)
+    }
     value = named.get(name)
   elif name != "default":
     return None

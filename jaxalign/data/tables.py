@@ -4,9 +4,9 @@ Messages (`turns`, `answers`, `tools`) are JSON there: a table would give each
 the keys of all others.
 """
 
+from collections.abc import Iterable
 import io
 import json
-from typing import Iterable
 
 from etils import epath
 
@@ -26,13 +26,31 @@ def write_rows(path: epath.PathLike, rows: list[dict]) -> None:
   """
   import pyarrow as pa
   import pyarrow.parquet as pq
-  rows = [row | {n: row[n] and json.dumps(row[n], ensure_ascii=False)
-                 for n in MESSAGES if n in row} for row in rows]
-  table = (pa.Table.from_pylist(rows) if rows else pa.table(
-      {name: pa.array([], pa.string()) for name in ("id", "prompt", "group")}))
+
+  rows = [
+    row
+    | {
+      n: row[n] and json.dumps(row[n], ensure_ascii=False)
+      for n in MESSAGES
+      if n in row
+    }
+    for row in rows
+  ]
+  table = (
+    pa.Table.from_pylist(rows)
+    if rows
+    else pa.table(
+      {name: pa.array([], pa.string()) for name in ("id", "prompt", "group")}
+    )
+  )
   buffer = io.BytesIO()
-  pq.write_table(table, buffer, compression="zstd", row_group_size=4096,
-                 write_page_checksum=True)
+  pq.write_table(
+    table,
+    buffer,
+    compression="zstd",
+    row_group_size=4096,
+    write_page_checksum=True,
+  )
   artifacts.write_bytes(path, buffer.getvalue())
 
 
@@ -50,19 +68,30 @@ def as_read(rows: list[dict]) -> list[dict]:
   for row in rows:
     names = [n for n in ("chosen", "rejected", "completion") if n in row]
     marked = row["prompt"].endswith(ASSISTANT)
-    answers = row.get("answers") or [dict(
-        role="assistant", content=row[n].removeprefix(" ") if marked else
-        row[n]) for n in names]
+    answers = row.get("answers") or [
+      dict(
+        role="assistant", content=row[n].removeprefix(" ") if marked else row[n]
+      )
+      for n in names
+    ]
     made = dict(prompt=row["turns"]) | {
-        n: [message] for n, message in zip(names, answers)}
+      n: [message] for n, message in zip(names, answers)
+    }
     plain = plain and all(is_plain(m) for x in made.values() for m in x)
-    out.append({k: v for k, v in row.items()
-                if k not in ("turns", "answers")} | made)
+    out.append(
+      {k: v for k, v in row.items() if k not in ("turns", "answers")} | made
+    )
   if plain:
     return out
-  return [{k: json.dumps(v, ensure_ascii=False) if k in (
-      "prompt", "chosen", "rejected", "completion") else v
-           for k, v in row.items()} for row in out]
+  return [
+    {
+      k: json.dumps(v, ensure_ascii=False)
+      if k in ("prompt", "chosen", "rejected", "completion")
+      else v
+      for k, v in row.items()
+    }
+    for row in out
+  ]
 
 
 def read_table(path: epath.PathLike) -> list[dict]:
@@ -73,15 +102,21 @@ def read_table(path: epath.PathLike) -> list[dict]:
   """
   import pyarrow as pa
   import pyarrow.parquet as pq
+
   try:
     with epath.Path(path).open("rb") as file:
-      rows = pq.ParquetFile(
-          file, page_checksum_verification=True).read().to_pylist()
-    return [row | {n: json.loads(row[n]) for n in MESSAGES
-                   if row.get(n) is not None} for row in rows]
+      rows = (
+        pq.ParquetFile(file, page_checksum_verification=True).read().to_pylist()
+      )
+    return [
+      row | {n: json.loads(row[n]) for n in MESSAGES if row.get(n) is not None}
+      for row in rows
+    ]
   except (pa.ArrowException, OSError, ValueError) as error:
-    raise CorruptError(f"table {path} cannot be read: {str(error)[:200]}; "
-                       "delete it and run the data stage again") from error
+    raise CorruptError(
+      f"table {path} cannot be read: {str(error)[:200]}; "
+      "delete it and run the data stage again"
+    ) from error
 
 
 def read_column(path: epath.PathLike, name: str) -> list:
@@ -92,19 +127,27 @@ def read_column(path: epath.PathLike, name: str) -> list:
   """
   import pyarrow as pa
   import pyarrow.parquet as pq
+
   try:
     with epath.Path(path).open("rb") as file:
-      return pq.ParquetFile(file, page_checksum_verification=True).read(
-          [name]).column(name).to_pylist()
+      return (
+        pq.ParquetFile(file, page_checksum_verification=True)
+        .read([name])
+        .column(name)
+        .to_pylist()
+      )
   except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-    raise CorruptError(f"column {name} of {path} cannot be read: "
-                       f"{str(error)[:200]}; delete it and run the stage that "
-                       "wrote it again") from error
+    raise CorruptError(
+      f"column {name} of {path} cannot be read: "
+      f"{str(error)[:200]}; delete it and run the stage that "
+      "wrote it again"
+    ) from error
 
 
 def column_names(path: epath.PathLike) -> list[str]:
   """The names of the columns that `write_rows` wrote."""
   import pyarrow.parquet as pq
+
   with epath.Path(path).open("rb") as file:
     return pq.ParquetFile(file).schema_arrow.names
 

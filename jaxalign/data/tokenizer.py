@@ -20,15 +20,16 @@ of `sentencepiece`, or of `transformers` under the same config, except for:
 """
 
 import collections
+from collections.abc import Iterable, Sequence
 import hashlib
 import io
 import itertools
 import json
 import re
-from typing import Any, Iterable, Sequence
+from typing import Any
 
-import sentencepiece as spm
 from etils import epath
+import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign import artifacts
@@ -59,8 +60,12 @@ class SentencePieceTokenizer(special.Encoding):
     files: name -> bytes of what it was read from.
   """
 
-  def __init__(self, proto: bytes, name: str = "tokenizer",
-               settings: special.Settings = special.EMPTY):
+  def __init__(
+    self,
+    proto: bytes,
+    name: str = "tokenizer",
+    settings: special.Settings = special.EMPTY,
+  ):
     self.proto = bytes(proto)
     self._settings = settings
     self.files = dict(settings.files)
@@ -73,9 +78,11 @@ class SentencePieceTokenizer(special.Encoding):
         raise ValueError("it has no pieces")
       self._main = spm.SentencePieceProcessor(model_proto=self.proto)
     except Exception as error:  # protobuf's and the C++ library's own kinds
-      raise ConfigError(f"{name} is not a SentencePiece model "
-                        f"({error!s:.100}); a tokenizer.json beside it would "
-                        f"do; {_KNOB}") from error
+      raise ConfigError(
+        f"{name} is not a SentencePiece model "
+        f"({error!s:.100}); a tokenizer.json beside it would "
+        f"do; {_KNOB}"
+      ) from error
     normal = self._model.normalizer_spec
     self.adds_prefix = bool(normal.add_dummy_prefix)
     # The same pieces without the space that some models put before a text: a
@@ -86,44 +93,69 @@ class SentencePieceTokenizer(special.Encoding):
       twin.CopyFrom(self._model)
       twin.normalizer_spec.add_dummy_prefix = False
       self._bare = spm.SentencePieceProcessor(
-          model_proto=twin.SerializeToString())
-    byte_ids = {piece.piece: i for i, piece in enumerate(self._model.pieces)
-                if piece.type == _BYTE}
+        model_proto=twin.SerializeToString()
+      )
+    byte_ids = {
+      piece.piece: i
+      for i, piece in enumerate(self._model.pieces)
+      if piece.type == _BYTE
+    }
     self._spelt = bool(byte_ids)
     # Only in a model of ours: others must mean what their makers meant.
     ours = byte_ids and self._model.trainer_spec.model_prefix == _OURS
-    self._space_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in _SPACE.encode()
-                       ] if ours else []
+    self._space_ids = (
+      [byte_ids[f"<0x{byte:02X}>"] for byte in _SPACE.encode()] if ours else []
+    )
     self._controls(name)
     self.digest = hashlib.sha256(self.proto).hexdigest()
 
   def _controls(self, name: str) -> None:
     """Sets the ids of the special tokens, from the model and its config."""
     settings, size = self._settings, self._main.vocab_size()
-    self.specials = {p.piece: i for i, p in enumerate(self._model.pieces)
-                     if p.type in (_UNKNOWN, _CONTROL) or
-                     p.type == _USER and p.piece in settings.special}
-    self.specials |= {text: i for text, (i, is_special) in
-                      settings.added.items() if i is not None and
-                      (i >= size or is_special) and 0 <= i < size + 4096}
+    self.specials = {
+      p.piece: i
+      for i, p in enumerate(self._model.pieces)
+      if p.type in (_UNKNOWN, _CONTROL)
+      or p.type == _USER
+      and p.piece in settings.special
+    }
+    self.specials |= {
+      text: i
+      for text, (i, is_special) in settings.added.items()
+      if i is not None and (i >= size or is_special) and 0 <= i < size + 4096
+    }
     self.added = self.specials
     self.vocab_size = max([size, *(i + 1 for i in self.specials.values())])
-    named = {kind: self.specials.get(text) for kind, text in
-             settings.named.items()}
+    named = {
+      kind: self.specials.get(text) for kind, text in settings.named.items()
+    }
     self.unk = self._main.unk_id()
     self.bos, self.pad = (
-        own if named[kind] is None else named[kind] for kind, own in
-        (("bos", self._main.bos_id()), ("pad", self._main.pad_id())))
+      own if named[kind] is None else named[kind]
+      for kind, own in (
+        ("bos", self._main.bos_id()),
+        ("pad", self._main.pad_id()),
+      )
+    )
     own_pad = self.pad
     self.pad = self.unk if self.pad < 0 else self.pad
     own_bos = self.bos
     self.bos = -1 if settings.adds_bos is False else self.bos
-    known = [i for i in (settings.row_format.get("eos"), named["eos"],
-                         self._main.eos_id(), *settings.stops)
-             if i is not None and 0 <= i < self.vocab_size]
+    known = [
+      i
+      for i in (
+        settings.row_format.get("eos"),
+        named["eos"],
+        self._main.eos_id(),
+        *settings.stops,
+      )
+      if i is not None and 0 <= i < self.vocab_size
+    ]
     if not known:
-      raise ConfigError(f"{name} has no EOS token, and every whole response "
-                        f"ends in one; {_KNOB}")
+      raise ConfigError(
+        f"{name} has no EOS token, and every whole response "
+        f"ends in one; {_KNOB}"
+      )
     self.eos = known[0]
     self.stops = tuple(dict.fromkeys(known))
     self.own_bos = own_bos
@@ -131,10 +163,16 @@ class SentencePieceTokenizer(special.Encoding):
     self.template = settings.template
     self.tool_template = settings.tool_template
     text = {i: piece for piece, i in self.specials.items()}
-    self.names = {f"{kind}_token": text[i] for kind, i in (
-        ("bos", self.own_bos), ("unk", self.unk), ("pad", own_pad),
-        ("eos", self._main.eos_id() if named["eos"] is None else
-         named["eos"])) if i in text}
+    self.names = {
+      f"{kind}_token": text[i]
+      for kind, i in (
+        ("bos", self.own_bos),
+        ("unk", self.unk),
+        ("pad", own_pad),
+        ("eos", self._main.eos_id() if named["eos"] is None else named["eos"]),
+      )
+      if i in text
+    }
     self.strips, self.prefixes_each = {}, False
 
   @classmethod
@@ -150,8 +188,9 @@ class SentencePieceTokenizer(special.Encoding):
         path = path / "tokenizer.model"
       proto = path.read_bytes()
     except OSError as error:
-      raise ConfigError(f"tokenizer {path} cannot be read ({error}); {_KNOB}"
-                        ) from error
+      raise ConfigError(
+        f"tokenizer {path} cannot be read ({error}); {_KNOB}"
+      ) from error
     return cls(proto, f"tokenizer {path}", special.read(path.parent))
 
   @classmethod
@@ -187,9 +226,14 @@ class SentencePieceTokenizer(special.Encoding):
     forged = set(self.specials.values()) - {self.unk}
     for i, row in enumerate(ids):
       if not forged.isdisjoint(row):  # a user-defined piece that is special
-        first, *rest = re.split("|".join(
+        first, *rest = re.split(
+          "|".join(
             f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})"
-            for text in self.specials if len(text) > 1), texts[i])
+            for text in self.specials
+            if len(text) > 1
+          ),
+          texts[i],
+        )
         ids[i] = model.encode(first)
         for part in rest:
           ids[i] += self._bare.encode(part)
@@ -220,10 +264,16 @@ class SentencePieceTokenizer(special.Encoding):
     if "tokenizer_config.json" in self._settings.files:
       return  # transformers reads its own files
     spec = self._model.trainer_spec
-    if (spec.model_type != _BPE or not self._spelt or self.own_bos < 0 or
-        self._model.normalizer_spec.name != "identity"):
-      raise ConfigError("only BPE tokenizers with byte fallback, a BOS and no "
-                        f"normalisation can be exported; {_KNOB}")
+    if (
+      spec.model_type != _BPE
+      or not self._spelt
+      or self.own_bos < 0
+      or self._model.normalizer_spec.name != "identity"
+    ):
+      raise ConfigError(
+        "only BPE tokenizers with byte fallback, a BOS and no "
+        f"normalisation can be exported; {_KNOB}"
+      )
 
   def export(self, folder: epath.PathLike) -> None:
     """Writes tokenizer.model and what `transformers` reads beside it.
@@ -240,22 +290,33 @@ class SentencePieceTokenizer(special.Encoding):
     if "tokenizer_config.json" in self._settings.files:
       return self.save(folder)
     pieces = self.pieces()
-    names = dict(bos_token=pieces[self.own_bos], eos_token=pieces[self.eos],
-                 unk_token=pieces[self.unk], pad_token=pieces[self.pad])
+    names = dict(
+      bos_token=pieces[self.own_bos],
+      eos_token=pieces[self.eos],
+      unk_token=pieces[self.unk],
+      pad_token=pieces[self.pad],
+    )
     settings = dict(
-        names, tokenizer_class="PreTrainedTokenizerFast", add_bos_token=True,
-        add_eos_token=False, clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"])
+      names,
+      tokenizer_class="PreTrainedTokenizerFast",
+      add_bos_token=True,
+      add_eos_token=False,
+      clean_up_tokenization_spaces=False,
+      model_input_names=["input_ids", "attention_mask"],
+    )
     folder = epath.Path(folder)
     artifacts.write_bytes(folder / "tokenizer.model", self.proto)
-    for name, value in (("tokenizer", self._hugging_face()),
-                        ("tokenizer_config", settings),
-                        ("special_tokens_map", names)):
+    for name, value in (
+      ("tokenizer", self._hugging_face()),
+      ("tokenizer_config", settings),
+      ("special_tokens_map", names),
+    ):
       text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
       artifacts.write_bytes(folder / f"{name}.json", text.encode())
     if self.template:
-      artifacts.write_bytes(folder / "chat_template.jinja",
-                            self.template.encode())
+      artifacts.write_bytes(
+        folder / "chat_template.jinja", self.template.encode()
+      )
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes the files it was read from, byte for byte."""
@@ -270,14 +331,18 @@ class SentencePieceTokenizer(special.Encoding):
     becomes a merge, ranked by the piece's score.
     """
     pieces = self._model.pieces
-    text = {p.piece: i for i, p in enumerate(pieces)
-            if p.type in (_NORMAL, _USER)}
+    text = {
+      p.piece: i for i, p in enumerate(pieces) if p.type in (_NORMAL, _USER)
+    }
     merges = []
-    for piece, i in sorted(text.items(),
-                           key=lambda item: (-pieces[item[1]].score, item[1])):
+    for piece, _ in sorted(
+      text.items(), key=lambda item: (-pieces[item[1]].score, item[1])
+    ):
       ways = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-      merges += sorted(([a, b] for a, b in ways if a in text and b in text),
-                       key=lambda way: (text[way[0]], text[way[1]]))
+      merges += sorted(
+        ([a, b] for a, b in ways if a in text and b in text),
+        key=lambda way: (text[way[0]], text[way[1]]),
+      )
     bos = pieces[self.own_bos].piece
     prefix = [dict(type="Prepend", prepend=_SPACE)] * self.adds_prefix
     strip = [dict(type="Strip", content=" ", start=1, stop=0)]
@@ -285,37 +350,67 @@ class SentencePieceTokenizer(special.Encoding):
     back = dict(type="Replace", pattern=dict(String=_SPACE), content=" ")
     controls = sorted({self.unk, self.own_bos, self.eos, self.pad})
     return dict(
-        version="1.0", truncation=None, padding=None,
-        added_tokens=[dict(id=i, content=pieces[i].piece, single_word=False,
-                           lstrip=False, rstrip=False, normalized=False,
-                           special=True) for i in controls],
-        normalizer=dict(type="Sequence", normalizers=[*prefix, space]),
-        pre_tokenizer=None,
-        post_processor=dict(
-            type="TemplateProcessing",
-            single=[dict(SpecialToken=dict(id=bos, type_id=0)),
-                    dict(Sequence=dict(id="A", type_id=0))],
-            pair=[dict(SpecialToken=dict(id=bos, type_id=0)),
-                  dict(Sequence=dict(id="A", type_id=0)),
-                  dict(SpecialToken=dict(id=bos, type_id=1)),
-                  dict(Sequence=dict(id="B", type_id=1))],
-            special_tokens={bos: dict(id=bos, ids=[self.own_bos],
-                                      tokens=[bos])}),
-        decoder=dict(type="Sequence", decoders=[
-            back, dict(type="ByteFallback"), dict(type="Fuse"),
-            *(strip * self.adds_prefix)]),
-        model=dict(type="BPE", dropout=None, unk_token=pieces[self.unk].piece,
-                   continuing_subword_prefix=None, end_of_word_suffix=None,
-                   fuse_unk=True, byte_fallback=True, ignore_merges=False,
-                   vocab={p.piece: i for i, p in enumerate(pieces)},
-                   merges=merges))
+      version="1.0",
+      truncation=None,
+      padding=None,
+      added_tokens=[
+        dict(
+          id=i,
+          content=pieces[i].piece,
+          single_word=False,
+          lstrip=False,
+          rstrip=False,
+          normalized=False,
+          special=True,
+        )
+        for i in controls
+      ],
+      normalizer=dict(type="Sequence", normalizers=[*prefix, space]),
+      pre_tokenizer=None,
+      post_processor=dict(
+        type="TemplateProcessing",
+        single=[
+          dict(SpecialToken=dict(id=bos, type_id=0)),
+          dict(Sequence=dict(id="A", type_id=0)),
+        ],
+        pair=[
+          dict(SpecialToken=dict(id=bos, type_id=0)),
+          dict(Sequence=dict(id="A", type_id=0)),
+          dict(SpecialToken=dict(id=bos, type_id=1)),
+          dict(Sequence=dict(id="B", type_id=1)),
+        ],
+        special_tokens={bos: dict(id=bos, ids=[self.own_bos], tokens=[bos])},
+      ),
+      decoder=dict(
+        type="Sequence",
+        decoders=[
+          back,
+          dict(type="ByteFallback"),
+          dict(type="Fuse"),
+          *(strip * self.adds_prefix),
+        ],
+      ),
+      model=dict(
+        type="BPE",
+        dropout=None,
+        unk_token=pieces[self.unk].piece,
+        continuing_subword_prefix=None,
+        end_of_word_suffix=None,
+        fuse_unk=True,
+        byte_fallback=True,
+        ignore_merges=False,
+        vocab={p.piece: i for i, p in enumerate(pieces)},
+        merges=merges,
+      ),
+    )
 
 
 Tokenizer = SentencePieceTokenizer  # what is trained here
 
 
-def load_tokenizer(path: epath.PathLike
-                   ) -> SentencePieceTokenizer | FastTokenizer:
+def load_tokenizer(
+  path: epath.PathLike,
+) -> SentencePieceTokenizer | FastTokenizer:
   """The tokenizer of a file or folder.
 
   A tokenizer.json goes first: it is what transformers reads wherever there is
@@ -336,25 +431,32 @@ def load_tokenizer(path: epath.PathLike
       folder = path
       names = [name for name in special.FILES[:4] if (path / name).exists()]
     elif not path.exists():
-      raise ConfigError(f"tokenizer {path} cannot be read (it is missing); "
-                        f"{_KNOB}")
+      raise ConfigError(
+        f"tokenizer {path} cannot be read (it is missing); {_KNOB}"
+      )
     if not names:
       there = ", ".join(sorted(p.name for p in folder.iterdir())[:12])
-      raise ConfigError(f"{folder} has no tokenizer, wanted tokenizer.json or "
-                        f"tokenizer.model; it has {there or 'no files'}; "
-                        f"{_KNOB}")
+      raise ConfigError(
+        f"{folder} has no tokenizer, wanted tokenizer.json or "
+        f"tokenizer.model; it has {there or 'no files'}; "
+        f"{_KNOB}"
+      )
     settings = special.read(folder)
     if names[0].endswith(".json"):
       if names[0] != "tokenizer.json":
-        raise ConfigError(f"{path} is no tokenizer, wanted tokenizer.json or "
-                          f"a SentencePiece model; {_KNOB}")
+        raise ConfigError(
+          f"{path} is no tokenizer, wanted tokenizer.json or "
+          f"a SentencePiece model; {_KNOB}"
+        )
       return FastTokenizer(settings, f"tokenizer {folder / names[0]}")
     proto = (folder / names[0]).read_bytes()
   except OSError as error:
-    raise ConfigError(f"tokenizer {path} cannot be read ({error}); {_KNOB}"
-                      ) from error
-  return SentencePieceTokenizer(proto, f"tokenizer {folder / names[0]}",
-                                settings)
+    raise ConfigError(
+      f"tokenizer {path} cannot be read ({error}); {_KNOB}"
+    ) from error
+  return SentencePieceTokenizer(
+    proto, f"tokenizer {folder / names[0]}", settings
+  )
 
 
 def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
@@ -377,14 +479,19 @@ def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
   del seed
   # NUL ends a C string; it stays encodable through its byte piece.
   texts = [text.replace("\0", "") for text in texts]
-  counts = collections.Counter(itertools.chain.from_iterable(
-      texts if any(text.strip("\r\n") for text in texts) else ()))
+  counts = collections.Counter(
+    itertools.chain.from_iterable(
+      texts if any(text.strip("\r\n") for text in texts) else ()
+    )
+  )
   room = (vocab_size - _FIXED) // 2
   if room < 1 or not counts:
-    raise ConfigError(f"no tokenizer of {vocab_size} pieces from {len(texts)} "
-                      f"texts of {len(counts)} characters, wanted some text "
-                      f"and {_FIXED + 2} pieces or more; set "
-                      "config.model.vocab_size")
+    raise ConfigError(
+      f"no tokenizer of {vocab_size} pieces from {len(texts)} "
+      f"texts of {len(counts)} characters, wanted some text "
+      f"and {_FIXED + 2} pieces or more; set "
+      "config.model.vocab_size"
+    )
   coverage, options, least = 1.0, {}, 1
   if len(counts) > room:
     common = counts.most_common(room)
@@ -397,29 +504,46 @@ def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
   out = io.BytesIO()
   try:
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False,
-        split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        hard_vocab_limit=False, character_coverage=coverage,
-        max_sentence_length=1 << 30, num_threads=1, minloglevel=2, **options)
+      sentence_iterator=iter(texts),
+      model_writer=out,
+      model_type="bpe",
+      vocab_size=vocab_size,
+      byte_fallback=True,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      split_digits=True,
+      unk_id=0,
+      bos_id=1,
+      eos_id=2,
+      pad_id=-1,
+      hard_vocab_limit=False,
+      character_coverage=coverage,
+      max_sentence_length=1 << 30,
+      num_threads=1,
+      minloglevel=2,
+      **options,
+    )
   except Exception as error:  # the C++ library's, in words of its own
-    raise ConfigError(f"no tokenizer of {vocab_size} pieces could be trained "
-                      f"on {counts.total():,} characters ({len(counts):,} "
-                      "different ones); set config.model.vocab_size, or give "
-                      "a tokenizer as config.model.tokenizer") from error
+    raise ConfigError(
+      f"no tokenizer of {vocab_size} pieces could be trained "
+      f"on {counts.total():,} characters ({len(counts):,} "
+      "different ones); set config.model.vocab_size, or give "
+      "a tokenizer as config.model.tokenizer"
+    ) from error
   proto = spm_pb2.ModelProto.FromString(out.getvalue())
   proto.trainer_spec.model_prefix = _OURS
   return proto.SerializeToString(deterministic=True)
 
 
-def _cut_at_rare(texts: list[str], counts: collections.Counter,
-                 common: list[tuple[str, int]]) -> list[str]:
+def _cut_at_rare(
+  texts: list[str], counts: collections.Counter, common: list[tuple[str, int]]
+) -> list[str]:
   """The texts cut at every character that is not among the common ones.
 
   SentencePiece leaves out at most 2 % of a text's characters by itself.
   """
   cut = str.maketrans(dict.fromkeys(counts.keys() - dict(common), "\0"))
-  return [part for text in texts for part in text.translate(cut).split("\0")
-          if part]
+  return [
+    part for text in texts for part in text.translate(cut).split("\0") if part
+  ]

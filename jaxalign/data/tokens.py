@@ -9,15 +9,14 @@ a small model trained on the spot alone ("cut"). `audit` checks every row.
 
 from __future__ import annotations  # a tokenizer is only named here
 
+from collections.abc import Iterable, Mapping, Sequence
 import io
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple
-from typing import Sequence
+from typing import Any, NamedTuple, TYPE_CHECKING
 
-import numpy as np
 from etils import epath
+import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import progress
+from jaxalign import artifacts, progress
 from jaxalign.data.chat import Chat
 from jaxalign.data.schemas.pairs import Refused
 from jaxalign.errors import ConfigError, CorruptError, DataError
@@ -35,6 +34,7 @@ _FIELDS = dict(ids=np.int32, offsets=np.int64, start=np.int32, cut=np.int32)
 
 class TokenRows(NamedTuple):
   """n rows of tokens, end to end."""
+
   ids: np.ndarray  # int32 [total]
   offsets: np.ndarray  # int64 [n + 1]: row i is ids[offsets[i]:offsets[i + 1]]
   start: np.ndarray  # int32 [n]: where in the row the response begins
@@ -43,14 +43,18 @@ class TokenRows(NamedTuple):
 
 class Parts(NamedTuple):
   """A row before it is known what fits: ids without a BOS."""
+
   prompt: np.ndarray  # int32
   answers: list[np.ndarray]  # int32, each ended by the EOS
 
 
-def encode_rows(tok: Tokenizer, prompts: Sequence[str],
-                responses: Sequence[str], context: int,
-                too_long: str = "cut_answer"
-                ) -> tuple[TokenRows, dict[str, Any]]:
+def encode_rows(
+  tok: Tokenizer,
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  context: int,
+  too_long: str = "cut_answer",
+) -> tuple[TokenRows, dict[str, Any]]:
   """n rows of one prompt and one response each.
 
   Args:
@@ -66,18 +70,23 @@ def encode_rows(tok: Tokenizer, prompts: Sequence[str],
     ConfigError: the context has no room for a prompt and a response.
     DataError: a row that was left out.
   """
-  rows, report, refused = encode_texts(tok, prompts, dict(response=responses),
-                                       context, too_long)
+  rows, report, refused = encode_texts(
+    tok, prompts, dict(response=responses), context, too_long
+  )
   if refused:
     first = min(refused)
     raise DataError(f"row {first}: {refused[first]}; remove the row")
   return rows, report
 
 
-def encode_pairs(tok: Tokenizer, prompts: Sequence[str],
-                 chosen: Sequence[str], rejected: Sequence[str], context: int,
-                 too_long: str = "drop"
-                 ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
+def encode_pairs(
+  tok: Tokenizer,
+  prompts: Sequence[str],
+  chosen: Sequence[str],
+  rejected: Sequence[str],
+  context: int,
+  too_long: str = "drop",
+) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
   """Two rows per pair, of one and the same prompt.
 
   Args:
@@ -89,23 +98,36 @@ def encode_pairs(tok: Tokenizer, prompts: Sequence[str],
     chosen 1, ...]; the report; and for each of the n - m pairs left out its
     number and why.
   """
-  return encode_texts(tok, prompts, dict(chosen=chosen, rejected=rejected),
-                      context, too_long)
+  return encode_texts(
+    tok, prompts, dict(chosen=chosen, rejected=rejected), context, too_long
+  )
 
 
-def encode_texts(tok: Tokenizer, prompts: Sequence[str],
-                 sides: Mapping[str, Sequence[str]], context: int,
-                 too_long: str = "drop"
-                 ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
+def encode_texts(
+  tok: Tokenizer,
+  prompts: Sequence[str],
+  sides: Mapping[str, Sequence[str]],
+  context: int,
+  too_long: str = "drop",
+) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
   """R rows per prompt, one of each side; see `encode_pairs`."""
-  return place(tok, parts_of_texts(tok, prompts, list(sides.values())),
-               list(sides), context, too_long)
+  return place(
+    tok,
+    parts_of_texts(tok, prompts, list(sides.values())),
+    list(sides),
+    context,
+    too_long,
+  )
 
 
-def encode_dialogues(chat: Chat, turns: Sequence[list[dict[str, Any]]],
-                     answers: Sequence[Sequence[Any]], names: Sequence[str],
-                     context: int, too_long: str = "drop"
-                     ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
+def encode_dialogues(
+  chat: Chat,
+  turns: Sequence[list[dict[str, Any]]],
+  answers: Sequence[Sequence[Any]],
+  names: Sequence[str],
+  context: int,
+  too_long: str = "drop",
+) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
   """R rows per dialogue, in the words of a chat template.
 
   Args:
@@ -119,14 +141,22 @@ def encode_dialogues(chat: Chat, turns: Sequence[list[dict[str, Any]]],
     TokenRows of the m dialogues kept, R rows each; the report; and for each
     dialogue left out its number and why.
   """
-  return place(chat.tok, parts_of_dialogues(chat, turns, answers), names,
-               context, too_long, history=True)
+  return place(
+    chat.tok,
+    parts_of_dialogues(chat, turns, answers),
+    names,
+    context,
+    too_long,
+    history=True,
+  )
 
 
-def parts_of_dialogues(chat: Chat, turns: Sequence[list[dict[str, Any]]],
-                       answers: Sequence[Sequence[Any]],
-                       tools: Sequence[Any] | None = None
-                       ) -> list[Parts | Refused]:
+def parts_of_dialogues(
+  chat: Chat,
+  turns: Sequence[list[dict[str, Any]]],
+  answers: Sequence[Sequence[Any]],
+  tools: Sequence[Any] | None = None,
+) -> list[Parts | Refused]:
   """Ids of every dialogue, or why the template will not have it.
 
   Args:
@@ -147,9 +177,12 @@ def parts_of_dialogues(chat: Chat, turns: Sequence[list[dict[str, Any]]],
   return out
 
 
-def parts_of_texts(tok: Tokenizer, prompts: Sequence[str],
-                   sides: Sequence[Sequence[str]], special: bool = False
-                   ) -> list[Parts | Refused]:
+def parts_of_texts(
+  tok: Tokenizer,
+  prompts: Sequence[str],
+  sides: Sequence[Sequence[str]],
+  special: bool = False,
+) -> list[Parts | Refused]:
   """Ids of every row of texts.
 
   Args:
@@ -159,8 +192,9 @@ def parts_of_texts(tok: Tokenizer, prompts: Sequence[str],
     special: special tokens that are spelt out in a text are those tokens.
   """
   if any(len(side) != len(prompts) for side in sides):
-    raise ValueError(f"{len(prompts)} prompts, but "
-                     f"{[len(side) for side in sides]} responses")
+    raise ValueError(
+      f"{len(prompts)} prompts, but {[len(side) for side in sides]} responses"
+    )
   heads_of, tails_of = tok.encode_many, tok.encode_responses
   if special:
     heads_of = tails_of = lambda texts: [tok.encode_rendered(t) for t in texts]
@@ -170,26 +204,40 @@ def parts_of_texts(tok: Tokenizer, prompts: Sequence[str],
       part = slice(first, first + _CHUNK)
       heads = heads_of(prompts[part])
       tails = [tails_of(side[part]) for side in sides]
-      out += [_parts(tok, head[head[:1] == [tok.bos]:] if special else head,
-                     answers)
-              for head, answers in zip(heads, zip(*tails))]
+      out += [
+        _parts(tok, head[head[:1] == [tok.bos] :] if special else head, answers)
+        for head, answers in zip(heads, zip(*tails))
+      ]
       tick(len(heads))
   return out
 
 
-def _parts(tok: Tokenizer, prompt: Sequence[int],
-           answers: Sequence[Sequence[int]]) -> Parts:
-  return Parts(np.array(prompt, np.int32), [
-      np.array([*answer, *[tok.eos] * (not len(answer) or
-                                       answer[-1] != tok.eos)], np.int32)
-      for answer in answers])
+def _parts(
+  tok: Tokenizer, prompt: Sequence[int], answers: Sequence[Sequence[int]]
+) -> Parts:
+  return Parts(
+    np.array(prompt, np.int32),
+    [
+      np.array(
+        [*answer, *[tok.eos] * (not len(answer) or answer[-1] != tok.eos)],
+        np.int32,
+      )
+      for answer in answers
+    ],
+  )
 
 
 def needed(tok: Tokenizer, parts: Iterable[Parts | Refused]) -> np.ndarray:
   """Tokens that every row takes whole, its longest answer; int64 [n]."""
   bos = tok.bos >= 0
-  return np.array([bos + len(p.prompt) + max(map(len, p.answers))
-                   for p in parts if not isinstance(p, Refused)], np.int64)
+  return np.array(
+    [
+      bos + len(p.prompt) + max(map(len, p.answers))
+      for p in parts
+      if not isinstance(p, Refused)
+    ],
+    np.int64,
+  )
 
 
 def context_for(sizes: np.ndarray, most: int, share: float = _KEPT) -> int:
@@ -206,10 +254,16 @@ def context_for(sizes: np.ndarray, most: int, share: float = _KEPT) -> int:
   return int(min(most, max(16, -(-int(np.sort(sizes)[at]) // 8) * 8)))
 
 
-def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
-          names: Sequence[str], context: int, too_long: str = "drop", *,
-          history: bool = False, special: bool = False
-          ) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
+def place(
+  tok: Tokenizer,
+  parts: Sequence[Parts | Refused],
+  names: Sequence[str],
+  context: int,
+  too_long: str = "drop",
+  *,
+  history: bool = False,
+  special: bool = False,
+) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
   """Rows of ids: the BOS, the prompt, an answer and its EOS.
 
   Args:
@@ -227,9 +281,11 @@ def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
   """
   bos = [tok.bos] if tok.bos >= 0 else []
   if context < LEAST_CONTEXT:
-    raise ConfigError(f"a context of {context} tokens holds no prompt and "
-                      f"response, wanted {LEAST_CONTEXT} or more; set "
-                      "config.model.context")
+    raise ConfigError(
+      f"a context of {context} tokens holds no prompt and "
+      f"response, wanted {LEAST_CONTEXT} or more; set "
+      "config.model.context"
+    )
   ids, start, cut, refused = [], [], [], {}
   least = KEEP_PROMPT if too_long == "cut" else 1 << 40
   for i, part in enumerate(parts):
@@ -238,48 +294,64 @@ def place(tok: Tokenizer, parts: Sequence[Parts | Refused],
       continue
     head, answers = part
     longest = max(map(len, answers))
-    keep = min(len(head), max(context - len(bos) - longest,
-                              min(least, len(head))))
+    keep = min(
+      len(head), max(context - len(bos) - longest, min(least, len(head)))
+    )
     room = context - len(bos) - keep
-    if longest > room and (
-        too_long not in ("cut", "cut_answer") or room < 1):
+    if longest > room and (too_long not in ("cut", "cut_answer") or room < 1):
       refused[i] = Refused(
-          "too long" if too_long != "cut_answer" else "question too long",
-          f"{len(bos) + len(head) + longest:,} tokens, "
-          f"{len(bos) + len(head):,} of them the question; the context has "
-          f"{context:,}")
+        "too long" if too_long != "cut_answer" else "question too long",
+        f"{len(bos) + len(head) + longest:,} tokens, "
+        f"{len(bos) + len(head):,} of them the question; the context has "
+        f"{context:,}",
+      )
       continue
-    if len(answers) == 2 and np.array_equal(answers[0][:room],
-                                            answers[1][:room]):
-      refused[i] = Refused("identical after truncation" if longest > room
-                           else "identical tokens", "chosen and rejected")
+    if len(answers) == 2 and np.array_equal(
+      answers[0][:room], answers[1][:room]
+    ):
+      refused[i] = Refused(
+        "identical after truncation" if longest > room else "identical tokens",
+        "chosen and rejected",
+      )
       continue
     if not bos and not len(head):
-      refused[i] = Refused("empty prompt", "and the tokenizer has no BOS: "
-                           "nothing to predict the first token from")
+      refused[i] = Refused(
+        "empty prompt",
+        "and the tokenizer has no BOS: nothing to predict the first token from",
+      )
       continue
-    prompt = np.concatenate([np.array(bos, np.int32), head[len(head) - keep:]])
+    prompt = np.concatenate([np.array(bos, np.int32), head[len(head) - keep :]])
     for answer in answers:
       ids.append(np.concatenate([prompt, answer[:room]]))
       start.append(len(prompt))
       cut.append((len(head) - keep, max(0, len(answer) - room)))
   offsets = np.cumsum([0] + [len(row) for row in ids], dtype=np.int64)
   cuts = np.array(cut, np.int64).reshape(-1, 2)
-  rows = TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
-                   offsets, np.array(start, np.int32),
-                   cuts.sum(1).astype(np.int32))
+  rows = TokenRows(
+    np.concatenate(ids) if ids else np.zeros(0, np.int32),
+    offsets,
+    np.array(start, np.int32),
+    cuts.sum(1).astype(np.int32),
+  )
   audit(tok, rows, context, cut=cuts[:, 1], history=history, special=special)
   report = _report(rows, cuts, list(names), context)
   report["prompts_refused"] = len(refused)
-  report["too_long"] = sum(r.reason in ("too long", "question too long")
-                           for r in refused.values())
+  report["too_long"] = sum(
+    r.reason in ("too long", "question too long") for r in refused.values()
+  )
   report["fits"] = context_for(needed(tok, parts), 1 << 40)
   return rows, report, refused
 
 
-def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
-          cut: np.ndarray | None = None, history: bool = False,
-          special: bool = False) -> None:
+def audit(
+  tok: Tokenizer,
+  rows: TokenRows,
+  context: int,
+  *,
+  cut: np.ndarray | None = None,
+  history: bool = False,
+  special: bool = False,
+) -> None:
   """Raises DataError unless every row is what this module promises.
 
   One BOS, in front; one EOS, at the end, unless the response was cut: then
@@ -302,11 +374,13 @@ def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
   is_eos = rows.ids == tok.eos
   count = lambda what: np.bincount(row[what], minlength=n)
   wrong = {
-      "empty": (rows.start < 1) | (rows.start >= size),
-      "over the context": size > context}
+    "empty": (rows.start < 1) | (rows.start >= size),
+    "over the context": size > context,
+  }
   if not special:
     wrong["ended though cut, or not though whole"] = ended == (
-        (rows.cut if cut is None else cut) > 0)
+      (rows.cut if cut is None else cut) > 0
+    )
     wrong["an EOS inside"] = count(is_eos & answer) != ended
   if tok.bos >= 0:
     is_bos = rows.ids == tok.bos
@@ -318,23 +392,29 @@ def audit(tok: Tokenizer, rows: TokenRows, context: int, *,
   for what, where in wrong.items():
     if where.any():
       i = int(np.flatnonzero(where)[0])
-      raise DataError(f"token row {i}: {what} ({int(where.sum())} rows; "
-                      f"{rows.ids[rows.offsets[i]:][:8].tolist()}...); set "
-                      "config.data.template or config.model.tokenizer")
+      raise DataError(
+        f"token row {i}: {what} ({int(where.sum())} rows; "
+        f"{rows.ids[rows.offsets[i] :][:8].tolist()}...); set "
+        "config.data.template or config.model.tokenizer"
+      )
 
 
-def _report(rows: TokenRows, cuts: np.ndarray, sides: list[str], context: int
-            ) -> dict[str, Any]:
+def _report(
+  rows: TokenRows, cuts: np.ndarray, sides: list[str], context: int
+) -> dict[str, Any]:
   """Rows and tokens cut; the prompt that two sides share counts once."""
   n, r = len(rows.start), len(sides)
   by_side = dict(prompt=cuts[::r, 0]) | {
-      side: cuts[k::r, 1] for k, side in enumerate(sides)}
+    side: cuts[k::r, 1] for k, side in enumerate(sides)
+  }
   return dict(
-      rows=n, tokens=len(rows.ids), context=context,
-      rows_cut=int((rows.cut > 0).sum()),
-      rows_cut_by_side={side: int((x > 0).sum())
-                        for side, x in by_side.items()},
-      tokens_cut_by_side={side: int(x.sum()) for side, x in by_side.items()})
+    rows=n,
+    tokens=len(rows.ids),
+    context=context,
+    rows_cut=int((rows.cut > 0).sum()),
+    rows_cut_by_side={side: int((x > 0).sum()) for side, x in by_side.items()},
+    tokens_cut_by_side={side: int(x.sum()) for side, x in by_side.items()},
+  )
 
 
 def summary(name: str, report: dict[str, Any]) -> str:
@@ -342,12 +422,16 @@ def summary(name: str, report: dict[str, Any]) -> str:
   parts = [f"{name}: {report['rows']:,} rows of {report['tokens']:,} tokens"]
   if report["rows_cut"]:
     sides = ", ".join(
-        f"{side} {report['rows_cut_by_side'][side]:,} ({lost:,} tokens)"
-        for side, lost in report["tokens_cut_by_side"].items() if lost)
+      f"{side} {report['rows_cut_by_side'][side]:,} ({lost:,} tokens)"
+      for side, lost in report["tokens_cut_by_side"].items()
+      if lost
+    )
     parts.append(f"cut: {sides}")
   if report["too_long"]:
-    parts.append(f"{report['too_long']:,} too long for the context of "
-                 f"{report['context']:,} and left out")
+    parts.append(
+      f"{report['too_long']:,} too long for the context of "
+      f"{report['context']:,} and left out"
+    )
   if report["rows_cut"] or report["too_long"]:
     parts.append(f"a context of {report['fits']:,} keeps 99 % whole")
   return ", ".join(parts)
@@ -358,8 +442,9 @@ def lengths(rows: TokenRows) -> np.ndarray:
   return np.diff(rows.offsets)
 
 
-def pad(rows: TokenRows, index: np.ndarray, length: int, pad_id: int = 0
-        ) -> tuple[np.ndarray, np.ndarray]:
+def pad(
+  rows: TokenRows, index: np.ndarray, length: int, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
   """Rows `index` side by side, padded on the right.
 
   Args:
@@ -389,9 +474,13 @@ def take(rows: TokenRows, index: np.ndarray) -> TokenRows:
   index = np.asarray(index, np.int64)
   sizes = lengths(rows)[index]
   offsets = np.concatenate([[0], np.cumsum(sizes)])
-  ids = [rows.ids[rows.offsets[i]:rows.offsets[i + 1]] for i in index]
-  return TokenRows(np.concatenate(ids) if ids else np.zeros(0, np.int32),
-                   offsets, rows.start[index], rows.cut[index])
+  ids = [rows.ids[rows.offsets[i] : rows.offsets[i + 1]] for i in index]
+  return TokenRows(
+    np.concatenate(ids) if ids else np.zeros(0, np.int32),
+    offsets,
+    rows.start[index],
+    rows.cut[index],
+  )
 
 
 def shorten(rows: TokenRows, sizes: np.ndarray) -> TokenRows:
@@ -400,8 +489,11 @@ def shorten(rows: TokenRows, sizes: np.ndarray) -> TokenRows:
   row = np.repeat(np.arange(len(kept)), lengths(rows))
   place = np.arange(len(rows.ids)) - rows.offsets[row]
   return TokenRows(
-      rows.ids[place < kept[row]], np.concatenate([[0], np.cumsum(kept)]),
-      rows.start, rows.cut + lengths(rows) - kept)
+    rows.ids[place < kept[row]],
+    np.concatenate([[0], np.cumsum(kept)]),
+    rows.start,
+    rows.cut + lengths(rows) - kept,
+  )
 
 
 def bucket(length: int, context: int) -> int:
@@ -427,10 +519,14 @@ def save(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
   """Writes `rows` as four .npy files, `<name>.ids.npy` and so on."""
   for field, kind in _FIELDS.items():
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(getattr(rows, field), kind),
-            allow_pickle=False)
-    artifacts.write_bytes(epath.Path(folder) / f"{name}.{field}.npy",
-                          buffer.getvalue())
+    np.save(
+      buffer,
+      np.ascontiguousarray(getattr(rows, field), kind),
+      allow_pickle=False,
+    )
+    artifacts.write_bytes(
+      epath.Path(folder) / f"{name}.{field}.npy", buffer.getvalue()
+    )
 
 
 def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
@@ -448,18 +544,28 @@ def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
       else:
         array = np.load(str(path), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-      raise CorruptError(f"token file {path} cannot be read: {error}; delete "
-                         "it and run the data stage again") from error
+      raise CorruptError(
+        f"token file {path} cannot be read: {error}; delete "
+        "it and run the data stage again"
+      ) from error
     if array.ndim != 1 or array.dtype != kind:
-      raise CorruptError(f"token file {path} is {array.dtype}"
-                         f"{list(array.shape)}, wanted {kind.__name__} [n]; "
-                         "delete it and run the data stage again")
+      raise CorruptError(
+        f"token file {path} is {array.dtype}"
+        f"{list(array.shape)}, wanted {kind.__name__} [n]; "
+        "delete it and run the data stage again"
+      )
     arrays[field] = array
   rows = TokenRows(**arrays)
   n = len(rows.start)
-  if (len(rows.offsets) != n + 1 or len(rows.cut) != n or rows.offsets[0] or
-      rows.offsets[-1] != len(rows.ids)):
-    raise CorruptError(f"token files {folder}/{name}.*.npy do not fit each "
-                       f"other ({n} rows, {len(rows.ids)} tokens); delete "
-                       "them and run the data stage again")
+  if (
+    len(rows.offsets) != n + 1
+    or len(rows.cut) != n
+    or rows.offsets[0]
+    or rows.offsets[-1] != len(rows.ids)
+  ):
+    raise CorruptError(
+      f"token files {folder}/{name}.*.npy do not fit each "
+      f"other ({n} rows, {len(rows.ids)} tokens); delete "
+      "them and run the data stage again"
+    )
   return rows

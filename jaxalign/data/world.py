@@ -20,9 +20,20 @@ import numpy as np
 from jaxalign.errors import ConfigError
 
 MALFORMED = -5.0
-_LEAST = dict(topics=1, clusters=1, arguments=1, argument_words=2, openers=1,
-              closers=1, fillers=1, forms=1, sft_rows=0, pool_rows=1,
-              held_out_rows=1, temperature=1e-6)
+_LEAST = dict(
+  topics=1,
+  clusters=1,
+  arguments=1,
+  argument_words=2,
+  openers=1,
+  closers=1,
+  fillers=1,
+  forms=1,
+  sft_rows=0,
+  pool_rows=1,
+  held_out_rows=1,
+  temperature=1e-6,
+)
 OPERATIONS = ("copy", "reverse", "sort", "shift")
 
 
@@ -45,9 +56,11 @@ def _words(count: int) -> list[str]:
   pool = [a + v + b for a in consonants for v in vowels for b in consonants]
   order = np.random.Generator(np.random.Philox(key=97)).permutation(len(pool))
   if count > len(pool):
-    raise ConfigError(f"the world's topics (three words each), forms, "
-                      f"arguments, openers, fillers and closers need {count} "
-                      f"words, {len(pool)} exist; set config.data.world")
+    raise ConfigError(
+      f"the world's topics (three words each), forms, "
+      f"arguments, openers, fillers and closers need {count} "
+      f"words, {len(pool)} exist; set config.data.world"
+    )
   return [pool[i] for i in order[:count]]
 
 
@@ -63,28 +76,44 @@ def build(knobs: dict[str, Any], seed: int) -> World:
   k = dict(knobs)
   for name, least in _LEAST.items():
     if k[name] < least:
-      raise ConfigError(f"data.world.{name}={k[name]}, wanted {least} or more; "
-                        "set config.data.world")
+      raise ConfigError(
+        f"data.world.{name}={k[name]}, wanted {least} or more; "
+        "set config.data.world"
+      )
   rng = np.random.Generator(np.random.Philox(key=[seed, 1]))
-  sizes = dict(synonyms=3 * k["topics"], forms=k["forms"],
-               arguments=k["argument_words"], openers=k["openers"],
-               fillers=k["fillers"], closers=k["closers"])
+  sizes = dict(
+    synonyms=3 * k["topics"],
+    forms=k["forms"],
+    arguments=k["argument_words"],
+    openers=k["openers"],
+    fillers=k["fillers"],
+    closers=k["closers"],
+  )
   flat = _words(sum(sizes.values()))
   words, at = {}, 0
   for role, n in sizes.items():
-    words[role] = flat[at:at + n]
+    words[role] = flat[at : at + n]
     at += n
-  words["synonyms"] = [words["synonyms"][3 * t:3 * t + 3]
-                       for t in range(k["topics"])]
+  words["synonyms"] = [
+    words["synonyms"][3 * t : 3 * t + 3] for t in range(k["topics"])
+  ]
   p = 1.0 / np.arange(1, k["topics"] + 1)
   cluster_of = rng.permutation(np.arange(k["topics"]) % k["clusters"])
-  value = (1.0 * rng.normal(size=(1, k["openers"]))
-           + 0.7 * rng.normal(size=(k["clusters"], k["openers"]))[cluster_of]
-           + 0.7 * rng.normal(size=(k["topics"], k["openers"])))
+  value = (
+    1.0 * rng.normal(size=(1, k["openers"]))
+    + 0.7 * rng.normal(size=(k["clusters"], k["openers"]))[cluster_of]
+    + 0.7 * rng.normal(size=(k["topics"], k["openers"]))
+  )
   return World(
-      k, words, p / p.sum(), value, 0.7 * rng.normal(size=k["closers"]),
-      {w: t for t, ws in enumerate(words["synonyms"]) for w in ws},
-      cluster_of, rng.integers(1, k["argument_words"], size=k["clusters"]))
+    k,
+    words,
+    p / p.sum(),
+    value,
+    0.7 * rng.normal(size=k["closers"]),
+    {w: t for t, ws in enumerate(words["synonyms"]) for w in ws},
+    cluster_of,
+    rng.integers(1, k["argument_words"], size=k["clusters"]),
+  )
 
 
 def answer(world: World, topic: int, arguments: list[str]) -> list[str]:
@@ -115,16 +144,22 @@ def reward(world: World, prompt: str, response: str) -> float:
   w = world.words
   if which < 0 or len(said) < n + 2 or said[0] not in w["openers"]:
     return MALFORMED
-  given, filler, closer = said[1:n + 1], said[n + 1:-1], said[-1]
-  if (any(a not in w["arguments"] for a in given) or len(filler) > 3
-      or any(f not in w["fillers"] for f in filler)
-      or closer not in w["closers"]):
+  given, filler, closer = said[1 : n + 1], said[n + 1 : -1], said[-1]
+  if (
+    any(a not in w["arguments"] for a in given)
+    or len(filler) > 3
+    or any(f not in w["fillers"] for f in filler)
+    or closer not in w["closers"]
+  ):
     return MALFORMED
-  right = answer(world, which, asked[4:4 + n])
+  right = answer(world, which, asked[4 : 4 + n])
   share = sum(a == b for a, b in zip(given, right)) / n
-  return float(world.opener_value[which, w["openers"].index(said[0])]
-               + world.closer_value[w["closers"].index(closer)]
-               + 2 * share - 0.25 * len(filler))
+  return float(
+    world.opener_value[which, w["openers"].index(said[0])]
+    + world.closer_value[w["closers"].index(closer)]
+    + 2 * share
+    - 0.25 * len(filler)
+  )
 
 
 def faults(world: World, rows: list[dict]) -> dict[str, float]:
@@ -135,8 +170,9 @@ def faults(world: World, rows: list[dict]) -> dict[str, float]:
   """
   wrong = junk = 0
   for row in rows:
-    good, bad = (reward(world, row["prompt"], row[side])
-                 for side in ("chosen", "rejected"))
+    good, bad = (
+      reward(world, row["prompt"], row[side]) for side in ("chosen", "rejected")
+    )
     nothing = good == bad == MALFORMED
     junk += nothing
     wrong += good < bad and not nothing
@@ -145,26 +181,38 @@ def faults(world: World, rows: list[dict]) -> dict[str, float]:
 
 def _prompt(world: World, rng: np.random.Generator) -> str:
   w, t = world.words, rng.choice(len(world.topic_p), p=world.topic_p)
-  words = [*rng.choice(w["synonyms"][t], 2), rng.choice(w["forms"]),
-           *rng.choice(w["arguments"], world.knobs["arguments"])]
+  words = [
+    *rng.choice(w["synonyms"][t], 2),
+    rng.choice(w["forms"]),
+    *rng.choice(w["arguments"], world.knobs["arguments"]),
+  ]
   return " ".join(["ask", *map(str, words), "then"])
 
 
 def _candidate(world: World, rng: np.random.Generator, prompt: str) -> str:
   w, n = world.words, world.knobs["arguments"]
-  said = answer(world, topic(world, prompt), prompt.split()[4:4 + n])
+  said = answer(world, topic(world, prompt), prompt.split()[4 : 4 + n])
   wrong = rng.random(n) < world.knobs["corrupt"]
-  said = [str(rng.choice(w["arguments"])) if bad else a
-          for a, bad in zip(said, wrong)]
+  said = [
+    str(rng.choice(w["arguments"])) if bad else a for a, bad in zip(said, wrong)
+  ]
   filler = list(rng.choice(w["fillers"], rng.integers(0, 4)))
-  return " " + " ".join(map(str, [rng.choice(w["openers"]), *said, *filler,
-                                  rng.choice(w["closers"])]))
+  return " " + " ".join(
+    map(
+      str, [rng.choice(w["openers"]), *said, *filler, rng.choice(w["closers"])]
+    )
+  )
 
 
 def _junk(world: World, rng: np.random.Generator) -> str:
-  flat = [x for role in ("arguments", "openers", "fillers", "closers", "forms")
-          for x in world.words[role]]
-  return " " + " ".join(map(str, rng.choice(flat, world.knobs["arguments"] + 3)))
+  flat = [
+    x
+    for role in ("arguments", "openers", "fillers", "closers", "forms")
+    for x in world.words[role]
+  ]
+  return " " + " ".join(
+    map(str, rng.choice(flat, world.knobs["arguments"] + 3))
+  )
 
 
 def _distinct(world, rng, prompt, make):
@@ -208,8 +256,9 @@ def generate(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
     repeat, junk = rng.random(2) < (k["redundancy"], k["junk"])
     prompt = str(rng.choice(head)) if repeat else _prompt(world, rng)
     if junk:
-      chosen, rejected = _distinct(world, rng, prompt,
-                                   lambda w, r, p: _junk(w, r))
+      chosen, rejected = _distinct(
+        world, rng, prompt, lambda w, r, p: _junk(w, r)
+      )
     else:
       a, b = _distinct(world, rng, prompt, _candidate)
       chosen, rejected = label(rng, prompt, a, b, k["flips"])
@@ -220,9 +269,11 @@ def generate(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
   for _ in range(k["held_out_rows"]):
     prompt = _prompt(world, rng)
     chosen, rejected = label(
-        rng, prompt, *_distinct(world, rng, prompt, _candidate), 0.0)
+      rng, prompt, *_distinct(world, rng, prompt, _candidate), 0.0
+    )
     two = [_candidate(world, rng, prompt) for _ in range(2)]
     target = max(two, key=lambda said: reward(world, prompt, said))
-    held_out.append(dict(prompt=prompt, chosen=chosen, rejected=rejected,
-                         target=target))
+    held_out.append(
+      dict(prompt=prompt, chosen=chosen, rejected=rejected, target=target)
+    )
   return dict(sft=sft, pool=pool, held_out=held_out)

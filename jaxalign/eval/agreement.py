@@ -8,9 +8,9 @@ no label: it means another thing on the next pair.
 """
 
 import collections
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import itertools
-from typing import (Any, Callable, Hashable, Iterable, Mapping, NamedTuple,
-                    Sequence)
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +19,9 @@ from jaxalign.eval import intervals
 from jaxalign.eval import lengths as lengths_lib
 
 UNPARSABLE = {
-    "tie": "an unparsable verdict counts as a tie",
-    "drop": "an unparsable verdict is left out",
-    "own": "unparsable is a label of its own, right where both are unparsable",
+  "tie": "an unparsable verdict counts as a tie",
+  "drop": "an unparsable verdict is left out",
+  "own": "unparsable is a label of its own, right where both are unparsable",
 }
 _UNREAD = "unparsable"  # the label of the rule "own"
 _DRAWS = 2000
@@ -42,8 +42,9 @@ class Verdict(NamedTuple):
 Pair = tuple[Hashable, str, str]  # item, and the two models in sorted order
 
 
-def canonical(rows: Iterable[Verdict], rater: str
-              ) -> dict[Pair, dict[bool, str | None]]:
+def canonical(
+  rows: Iterable[Verdict], rater: str
+) -> dict[Pair, dict[bool, str | None]]:
   """A rater's verdicts by pair, then by order, as the name of the winner.
 
   Returns:
@@ -59,20 +60,25 @@ def canonical(rows: Iterable[Verdict], rater: str
     if row.rater != rater:
       continue
     if row.first == row.second or not row.first or not row.second:
-      raise DataError(f"verdict of {rater} on item {row.item!r} compares "
-                      f"{row.first!r} with {row.second!r}, wanted two models "
-                      "with different names")
-    winners = {"first": row.first, "second": row.second, "tie": "",
-               None: None}
+      raise DataError(
+        f"verdict of {rater} on item {row.item!r} compares "
+        f"{row.first!r} with {row.second!r}, wanted two models "
+        "with different names"
+      )
+    winners = {"first": row.first, "second": row.second, "tie": "", None: None}
     if row.said not in winners:
-      raise DataError(f"verdict of {rater} on item {row.item!r} is "
-                      f"{row.said!r}, wanted 'first', 'second', 'tie', or "
-                      "None where it could not be read")
+      raise DataError(
+        f"verdict of {rater} on item {row.item!r} is "
+        f"{row.said!r}, wanted 'first', 'second', 'tie', or "
+        "None where it could not be read"
+      )
     a, b = sorted((row.first, row.second))
     orders = out.setdefault((row.item, a, b), {})
     if (row.first == a) in orders:
-      raise DataError(f"{rater} judged item {row.item!r}, {row.first} before "
-                      f"{row.second}, twice; keep one of the two rows")
+      raise DataError(
+        f"{rater} judged item {row.item!r}, {row.first} before "
+        f"{row.second}, twice; keep one of the two rows"
+      )
     orders[row.first == a] = winners[row.said]
   return out
 
@@ -89,8 +95,7 @@ def settled(rows: Iterable[Verdict], rater: str) -> dict[Pair, str | None]:
   return out
 
 
-def majority(votes: Sequence[dict[Pair, str | None]]
-             ) -> dict[Pair, str | None]:
+def majority(votes: Sequence[dict[Pair, str | None]]) -> dict[Pair, str | None]:
   """The verdict with most votes: the plurality, a tie where two lead.
 
   Args:
@@ -98,7 +103,8 @@ def majority(votes: Sequence[dict[Pair, str | None]]
       settled by the others, and so is one whose verdict could not be read.
   """
   counts: dict[Pair, collections.Counter] = collections.defaultdict(
-      collections.Counter)
+    collections.Counter
+  )
   for rater in votes:
     for pair, winner in rater.items():
       counts[pair].update([] if winner is None else [winner])
@@ -110,8 +116,9 @@ def majority(votes: Sequence[dict[Pair, str | None]]
   return out
 
 
-def labels(winners: Mapping[Pair, str | None], unparsable: str
-           ) -> dict[Pair, Any]:
+def labels(
+  winners: Mapping[Pair, str | None], unparsable: str
+) -> dict[Pair, Any]:
   """What the measures compare, by pair: -1 (the model first in the alphabet),
   0 (tie) or 1.
 
@@ -121,21 +128,29 @@ def labels(winners: Mapping[Pair, str | None], unparsable: str
       ("drop"), or becomes the label "unparsable" ("own").
   """
   if unparsable not in UNPARSABLE:
-    raise ConfigError(f"unknown rule for unparsable verdicts {unparsable!r}; "
-                      f"known: {', '.join(UNPARSABLE)}")
+    raise ConfigError(
+      f"unknown rule for unparsable verdicts {unparsable!r}; "
+      f"known: {', '.join(UNPARSABLE)}"
+    )
   unread = {"tie": 0, "drop": None, "own": _UNREAD}[unparsable]
-  return {pair: unread if w is None else {"": 0, pair[1]: -1, pair[2]: 1}[w]
-          for pair, w in winners.items()}
+  return {
+    pair: unread if w is None else {"": 0, pair[1]: -1, pair[2]: 1}[w]
+    for pair, w in winners.items()
+  }
 
 
 def _shared(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Any]:
   """The pairs that both labelled, in the order of `a`."""
-  return [pair for pair, label in a.items()
-          if label is not None and b.get(pair) is not None]
+  return [
+    pair
+    for pair, label in a.items()
+    if label is not None and b.get(pair) is not None
+  ]
 
 
-def matched(a: dict[Pair, str | None], b: dict[Pair, str | None],
-            unparsable: str) -> tuple[list[Any], list[Any]]:
+def matched(
+  a: dict[Pair, str | None], b: dict[Pair, str | None], unparsable: str
+) -> tuple[list[Any], list[Any]]:
   """The labels of the pairs both judged, in the order of `a`.
 
   Args:
@@ -168,8 +183,9 @@ def _beyond(sums: np.ndarray, chance: Callable) -> np.ndarray:
   n = x.sum(-1)
   expected = chance(x / n[..., None], y / n[..., None])
   with np.errstate(invalid="ignore", divide="ignore"):
-    return np.where(expected < 1, (sums[..., 0] / n - expected)
-                    / (1 - expected), np.nan)
+    return np.where(
+      expected < 1, (sums[..., 0] / n - expected) / (1 - expected), np.nan
+    )
 
 
 def _kappa(sums: np.ndarray) -> np.ndarray:
@@ -182,8 +198,9 @@ def _pi(sums: np.ndarray) -> np.ndarray:
   return _beyond(sums, lambda x, y: (((x + y) / 2) ** 2).sum(-1))
 
 
-def _bootstrap(value: float, rows: np.ndarray, times: np.ndarray,
-               measure: Callable) -> dict[str, float | None]:
+def _bootstrap(
+  value: float, rows: np.ndarray, times: np.ndarray, measure: Callable
+) -> dict[str, float | None]:
   """A measure and its percentile interval over items.
 
   Items that add the same to the sums are drawn together, so that a million
@@ -200,9 +217,12 @@ def _bootstrap(value: float, rows: np.ndarray, times: np.ndarray,
   n = int(times.sum())
   rng = np.random.default_rng(0)
   chunk = max(1, _CELLS // max(rows.shape))
-  drawn = np.concatenate([
+  drawn = np.concatenate(
+    [
       measure(rng.multinomial(n, times / n, min(chunk, _DRAWS - at)) @ rows)
-      for at in range(0, _DRAWS, chunk)])
+      for at in range(0, _DRAWS, chunk)
+    ]
+  )
   drawn = drawn[~np.isnan(drawn)]
   if n < 2 or not len(drawn):  # one item varies with nothing
     return dict(value=value, low=None, high=None)
@@ -210,8 +230,9 @@ def _bootstrap(value: float, rows: np.ndarray, times: np.ndarray,
   return dict(value=value, low=float(low), high=float(high))
 
 
-def _kinds(rows: np.ndarray, items: Sequence[Any] | None
-           ) -> tuple[np.ndarray, np.ndarray]:
+def _kinds(
+  rows: np.ndarray, items: Sequence[Any] | None
+) -> tuple[np.ndarray, np.ndarray]:
   """Rows [n, s] added up by item; the different sums, and how many of each."""
   if items is not None:
     codes = _codes(items)
@@ -222,8 +243,12 @@ def _kinds(rows: np.ndarray, items: Sequence[Any] | None
   return np.unique(rows, axis=0, return_counts=True)
 
 
-def _of_two(xs: Sequence[Any], ys: Sequence[Any],
-            items: Sequence[Any] | None, measure: Callable) -> dict[str, Any]:
+def _of_two(
+  xs: Sequence[Any],
+  ys: Sequence[Any],
+  items: Sequence[Any] | None,
+  measure: Callable,
+) -> dict[str, Any]:
   """A measure of two raters' labels, see `_beyond`."""
   n = len(xs)
   if not n:
@@ -232,12 +257,14 @@ def _of_two(xs: Sequence[Any], ys: Sequence[Any],
   x, y = (np.array([codes[w] for w in side]) for side in (xs, ys))
   unit = np.eye(len(codes))
   rows = np.concatenate([(x == y)[:, None], unit[x], unit[y]], axis=1)
-  return _bootstrap(float(measure(rows.sum(0))), *_kinds(rows, items), measure
-                    ) | dict(n=n)
+  return _bootstrap(
+    float(measure(rows.sum(0))), *_kinds(rows, items), measure
+  ) | dict(n=n)
 
 
-def cohen_kappa(xs: Sequence[Any], ys: Sequence[Any],
-                items: Sequence[Any] | None = None) -> dict[str, Any]:
+def cohen_kappa(
+  xs: Sequence[Any], ys: Sequence[Any], items: Sequence[Any] | None = None
+) -> dict[str, Any]:
   """Agreement beyond chance of two raters, nominal labels (Cohen 1960).
 
   The interval is a percentile bootstrap over the items, 2,000 draws.
@@ -255,8 +282,9 @@ def cohen_kappa(xs: Sequence[Any], ys: Sequence[Any],
   return _of_two(xs, ys, items, _kappa)
 
 
-def scott_pi(xs: Sequence[Any], ys: Sequence[Any],
-             items: Sequence[Any] | None = None) -> dict[str, Any]:
+def scott_pi(
+  xs: Sequence[Any], ys: Sequence[Any], items: Sequence[Any] | None = None
+) -> dict[str, Any]:
   """Agreement beyond chance, where chance has one distribution of labels.
 
   Scott 1955: chance is sum_k ((x_k + y_k) / 2)^2 with x_k, y_k the shares of
@@ -276,8 +304,9 @@ def _alpha(sums: np.ndarray) -> np.ndarray:
     return np.where(differ > 0, 1 - (n - 1) * observed / differ, np.nan)
 
 
-def krippendorff_alpha(units: Iterable[Sequence[Any]],
-                       items: Sequence[Any] | None = None) -> dict[str, Any]:
+def krippendorff_alpha(
+  units: Iterable[Sequence[Any]], items: Sequence[Any] | None = None
+) -> dict[str, Any]:
   """Krippendorff's alpha, nominal, any number of raters, gaps allowed.
 
   1 - observed / expected disagreement, where a unit of m labels counts each
@@ -307,8 +336,9 @@ def krippendorff_alpha(units: Iterable[Sequence[Any]],
   out = dict(units=len(kept), labels=int(m.sum()))
   if not kept:
     return dict(value=None, low=None, high=None) | out
-  kinds, times = _kinds(rows, None if items is None else
-                        [items[i] for i in kept])
+  kinds, times = _kinds(
+    rows, None if items is None else [items[i] for i in kept]
+  )
   return _bootstrap(float(_alpha(rows.sum(0))), kinds, times, _alpha) | out
 
 
@@ -324,24 +354,32 @@ def compared(a: Mapping[Pair, Any], b: Mapping[Pair, Any]) -> dict[str, Any]:
       a pair.
   """
   pairs = _shared(a, b)
-  xs, ys, items = [a[p] for p in pairs], [b[p] for p in pairs], [
-      p[0] for p in pairs]
+  xs, ys, items = (
+    [a[p] for p in pairs],
+    [b[p] for p in pairs],
+    [p[0] for p in pairs],
+  )
   return dict(
-      agreement=intervals.share([float(x == y) for x, y in zip(xs, ys)]),
-      kappa=cohen_kappa(xs, ys, items), pi=scott_pi(xs, ys, items),
-      alpha=krippendorff_alpha(list(zip(xs, ys)), items))
+    agreement=intervals.share([float(x == y) for x, y in zip(xs, ys)]),
+    kappa=cohen_kappa(xs, ys, items),
+    pi=scott_pi(xs, ys, items),
+    alpha=krippendorff_alpha(list(zip(xs, ys)), items),
+  )
 
 
-def between(a: dict[Pair, str | None], b: dict[Pair, str | None]
-            ) -> dict[str, dict[str, Any]]:
+def between(
+  a: dict[Pair, str | None], b: dict[Pair, str | None]
+) -> dict[str, dict[str, Any]]:
   """`compared` under each rule for the unparsable.
 
   Args:
     a: winners by pair.
     b: the same of another rater.
   """
-  return {rule: dict(rule=words) | compared(labels(a, rule), labels(b, rule))
-          for rule, words in UNPARSABLE.items()}
+  return {
+    rule: dict(rule=words) | compared(labels(a, rule), labels(b, rule))
+    for rule, words in UNPARSABLE.items()
+  }
 
 
 def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
@@ -361,16 +399,19 @@ def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
       if label is not None:
         units[pair][rater] = label
   common = collections.Counter(
-      two for unit in units.values()
-      for two in itertools.combinations(unit, 2))
+    two for unit in units.values() for two in itertools.combinations(unit, 2)
+  )
   place = {rater: i for i, rater in enumerate(votes)}
   kept = sorted(two for two, _ in common.most_common(PAIRS_OF_RATERS))
   kept.sort(key=lambda two: [place[r] for r in two])
   return dict(
-      pairs=len(units), more=len(common) - len(kept),
-      between={f"{x} / {y}": compared(votes[x], votes[y]) for x, y in kept},
-      alpha=krippendorff_alpha([list(u.values()) for u in units.values()],
-                               [pair[0] for pair in units]))
+    pairs=len(units),
+    more=len(common) - len(kept),
+    between={f"{x} / {y}": compared(votes[x], votes[y]) for x, y in kept},
+    alpha=krippendorff_alpha(
+      [list(u.values()) for u in units.values()], [pair[0] for pair in units]
+    ),
+  )
 
 
 def orders(rows: Iterable[Verdict], rater: str) -> dict[str, Any]:
@@ -383,32 +424,49 @@ def orders(rows: Iterable[Verdict], rater: str) -> dict[str, Any]:
     interval takes verdicts as independent); "unparsable": share of verdicts.
   """
   table = canonical(rows, rater)
-  said = [(a_first, winner, pair) for pair, o in table.items()
-          for a_first, winner in o.items()]
-  first = [float((winner == pair[1]) == a_first)
-           for a_first, winner, pair in said if winner]
-  both = compared(*(labels({pair: o[k] for pair, o in table.items() if k in o},
-                           "drop") for k in (True, False)))
+  said = [
+    (a_first, winner, pair)
+    for pair, o in table.items()
+    for a_first, winner in o.items()
+  ]
+  first = [
+    float((winner == pair[1]) == a_first)
+    for a_first, winner, pair in said
+    if winner
+  ]
+  both = compared(
+    *(
+      labels({pair: o[k] for pair, o in table.items() if k in o}, "drop")
+      for k in (True, False)
+    )
+  )
   return dict(
-      consistent=both["agreement"], kappa=both["kappa"],
-      first=intervals.share(first),
-      unparsable=intervals.share([float(w is None) for _, w, _ in said]))
+    consistent=both["agreement"],
+    kappa=both["kappa"],
+    first=intervals.share(first),
+    unparsable=intervals.share([float(w is None) for _, w, _ in said]),
+  )
 
 
-def _sizes(winners: Mapping[Pair, str | None],
-           sizes: Mapping[Pair, tuple[float, float]], keep: Callable
-           ) -> dict[str, Any]:
+def _sizes(
+  winners: Mapping[Pair, str | None],
+  sizes: Mapping[Pair, tuple[float, float]],
+  keep: Callable,
+) -> dict[str, Any]:
   """`lengths.bias` of the pairs that `keep` picks and that have lengths."""
-  rows = [({pair[1]: 1.0, "": 0.5, pair[2]: 0.0}[w], *sizes[pair])
-          for pair, w in winners.items()
-          if w is not None and pair in sizes and keep(pair)]
+  rows = [
+    ({pair[1]: 1.0, "": 0.5, pair[2]: 0.0}[w], *sizes[pair])
+    for pair, w in winners.items()
+    if w is not None and pair in sizes and keep(pair)
+  ]
   return lengths_lib.bias(*(np.array([r[k] for r in rows]) for k in range(3)))
 
 
-def length_bias(winners: Mapping[Pair, str | None],
-                sizes: Mapping[Pair, tuple[float, float]],
-                truth: Mapping[Pair, str | None] | None = None
-                ) -> dict[str, Any]:
+def length_bias(
+  winners: Mapping[Pair, str | None],
+  sizes: Mapping[Pair, tuple[float, float]],
+  truth: Mapping[Pair, str | None] | None = None,
+) -> dict[str, Any]:
   """Whether a rater likes the longer answer, and errs towards it.
 
   Args:
@@ -423,15 +481,21 @@ def length_bias(winners: Mapping[Pair, str | None],
   out = _sizes(winners, sizes, lambda pair: True)
   if truth is not None:
     out["errors"] = _sizes(
-        winners, sizes, lambda pair: winners[pair] and truth.get(pair)
-        and winners[pair] != truth[pair])["longer"]
+      winners,
+      sizes,
+      lambda pair: (
+        winners[pair] and truth.get(pair) and winners[pair] != truth[pair]
+      ),
+    )["longer"]
   return out
 
 
-def judged(rows: Sequence[Verdict], judges: Sequence[str],
-           humans: Sequence[str],
-           sizes: Mapping[Pair, tuple[float, float]] | None = None
-           ) -> dict[str, Any]:
+def judged(
+  rows: Sequence[Verdict],
+  judges: Sequence[str],
+  humans: Sequence[str],
+  sizes: Mapping[Pair, tuple[float, float]] | None = None,
+) -> dict[str, Any]:
   """All there is to say of some judges beside some humans.
 
   Args:
@@ -454,22 +518,28 @@ def judged(rows: Sequence[Verdict], judges: Sequence[str],
     table[row.rater].append(row)
   for rater in (*judges, *humans):
     if rater not in table:
-      raise DataError(f"no verdict of rater {rater!r}; the table has "
-                      f"{', '.join(sorted(table)) or 'no rows'}")
+      raise DataError(
+        f"no verdict of rater {rater!r}; the table has "
+        f"{', '.join(sorted(table)) or 'no rows'}"
+      )
   votes = {h: settled(table[h], h) for h in humans}
   truth = majority(list(votes.values()))
   out: dict[str, Any] = dict(
-      humans=among({h: labels(v, "drop") for h, v in votes.items()}),
-      judges={})
+    humans=among({h: labels(v, "drop") for h, v in votes.items()}), judges={}
+  )
   for judge in judges:
     found = settled(table[judge], judge)
     if not found.keys() & truth.keys():
-      raise DataError(f"{judge!r} judged no pair that "
-                      f"{', '.join(humans)} judged; do the tables name items "
-                      "and models alike?")
+      raise DataError(
+        f"{judge!r} judged no pair that "
+        f"{', '.join(humans)} judged; do the tables name items "
+        "and models alike?"
+      )
     out["judges"][judge] = dict(
-        against=between(truth, found), orders=orders(table[judge], judge),
-        unparsable=sum(row.said is None for row in table[judge]))
+      against=between(truth, found),
+      orders=orders(table[judge], judge),
+      unparsable=sum(row.said is None for row in table[judge]),
+    )
     if sizes is not None:
       out["judges"][judge]["lengths"] = length_bias(found, sizes, truth)
   return out

@@ -18,15 +18,16 @@ def accuracy(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     {"value", "low", "high", "n"} over the untied pairs, and "ties", the share
     of pairs with equal rewards (all of them before the first update).
   """
-  margin = (np.asarray(policy, np.float64) - np.asarray(ref, np.float64))
+  margin = np.asarray(policy, np.float64) - np.asarray(ref, np.float64)
   margin = margin[:, 0] - margin[:, 1]
   tied = margin == 0
   out = intervals.share((margin[~tied] > 0).astype(float))
   return out | {"ties": float(tied.mean()) if len(tied) else 0.0}
 
 
-def likelihood_accuracy(policy: np.ndarray, count: np.ndarray
-                        ) -> dict[str, Any]:
+def likelihood_accuracy(
+  policy: np.ndarray, count: np.ndarray
+) -> dict[str, Any]:
   """How often the chosen answer is likelier per token, no reference at all.
 
   The bar for `accuracy`: a model that has seen no preference reaches 62 % of

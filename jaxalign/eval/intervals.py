@@ -26,10 +26,13 @@ def share(values: np.ndarray) -> dict[str, Any]:
     return dict(value=None, low=None, high=None, n=0)
   p = float(values.mean())
   center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-  half = (_Z / (1 + _Z**2 / n)) * np.sqrt(p * (1 - p) / n
-                                          + _Z**2 / (4 * n * n))
-  return dict(value=p, low=float(max(0.0, center - half)) if p else 0.0,
-              high=float(min(1.0, center + half)) if p < 1 else 1.0, n=n)
+  half = (_Z / (1 + _Z**2 / n)) * np.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
+  return dict(
+    value=p,
+    low=float(max(0.0, center - half)) if p else 0.0,
+    high=float(min(1.0, center + half)) if p < 1 else 1.0,
+    n=n,
+  )
 
 
 def mean(values: np.ndarray) -> dict[str, Any]:
@@ -69,8 +72,9 @@ def macro(values: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
   variance = (squares + 0.25) / (len(values) - len(sizes) + 1)
   half = _Z * float(np.sqrt(variance * (1 / sizes).sum())) / len(sizes)
   m = float(means.mean())
-  return dict(value=m, low=max(0.0, m - half), high=min(1.0, m + half),
-              n=len(values))
+  return dict(
+    value=m, low=max(0.0, m - half), high=min(1.0, m + half), n=len(values)
+  )
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -91,8 +95,12 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
   center = d.sum() / (n + 2)
   variance = ((d * d).sum() + 2) / (n + 2) - center**2
   half = _Z * np.sqrt(variance / (n + 2))
-  return dict(value=float(d.mean()), low=float(max(-1.0, center - half)),
-              high=float(min(1.0, center + half)), n=n)
+  return dict(
+    value=float(d.mean()),
+    low=float(max(-1.0, center - half)),
+    high=float(min(1.0, center + half)),
+    n=n,
+  )
 
 
 def in_words(name_a: str, name_b: str, diff: dict[str, Any], unit: str) -> str:
@@ -109,14 +117,20 @@ def in_words(name_a: str, name_b: str, diff: dict[str, Any], unit: str) -> str:
   value, low, high = (100 * diff[k] for k in ("value", "low", "high"))
   interval = f"95 % interval {low:+.1f} to {high:+.1f} points, n = {diff['n']}"
   if low > 0:
-    return (f"{name_a} is better than {name_b} by {value:.1f} points of "
-            f"{unit} ({interval}; one training seed).")
+    return (
+      f"{name_a} is better than {name_b} by {value:.1f} points of "
+      f"{unit} ({interval}; one training seed)."
+    )
   if high < 0:
-    return (f"{name_a} is worse than {name_b} by {-value:.1f} points of "
-            f"{unit} ({interval}; one training seed).")
-  return (f"No difference shown between {name_a} and {name_b} at "
-          f"n = {diff['n']} in {unit} ({value:+.1f} points; {interval}; one "
-          "training seed).")
+    return (
+      f"{name_a} is worse than {name_b} by {-value:.1f} points of "
+      f"{unit} ({interval}; one training seed)."
+    )
+  return (
+    f"No difference shown between {name_a} and {name_b} at "
+    f"n = {diff['n']} in {unit} ({value:+.1f} points; {interval}; one "
+    "training seed)."
+  )
 
 
 def student(values: np.ndarray) -> dict[str, Any]:
@@ -174,9 +188,14 @@ def spread(values: np.ndarray) -> Spread:
   squares = sum(x * x / f for x, y, f in weights if x >= noise)
   squares += noise**2 / ((s - 1) * (p - 1))
   freedom = total**2 / squares if squares > 0 else s - 1.0
-  return Spread(float(m), float(np.sqrt(total / (s * p))),
-                float(max(freedom, s - 1)), (a - noise) / p, (b - noise) / s,
-                noise)
+  return Spread(
+    float(m),
+    float(np.sqrt(total / (s * p))),
+    float(max(freedom, s - 1)),
+    (a - noise) / p,
+    (b - noise) / s,
+    noise,
+  )
 
 
 def nested(values: np.ndarray) -> Spread:
@@ -190,8 +209,14 @@ def nested(values: np.ndarray) -> Spread:
   """
   v = np.asarray(values, np.float64)
   variance = float(v.var(ddof=1))
-  return Spread(float(v.mean()), float(np.sqrt(variance / len(v))),
-                len(v) - 1.0, variance, 0.0, 0.0)
+  return Spread(
+    float(v.mean()),
+    float(np.sqrt(variance / len(v))),
+    len(v) - 1.0,
+    variance,
+    0.0,
+    0.0,
+  )
 
 
 def crossed(values: np.ndarray) -> dict[str, Any]:
@@ -211,5 +236,10 @@ def crossed(values: np.ndarray) -> dict[str, Any]:
     return dict(value=value, low=None, high=None, n=s, prompts=p)
   found = spread(values)
   half = float(stats.t.ppf(0.975, found.freedom)) * found.error
-  return dict(value=found.value, low=found.value - half,
-              high=found.value + half, n=s, prompts=p)
+  return dict(
+    value=found.value,
+    low=found.value - half,
+    high=found.value + half,
+    n=s,
+    prompts=p,
+  )

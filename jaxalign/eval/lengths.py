@@ -20,8 +20,9 @@ _STEPS = 50
 _FAR = 15.0  # log-odds beyond which a fit has run away: nothing bounds it
 
 
-def controlled(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
-               ) -> dict[str, Any]:
+def controlled(
+  won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
+) -> dict[str, Any]:
   """The win rate at equal length, beside the raw one.
 
   The interval is that of c, from the sandwich variance (a tie counts one half
@@ -42,18 +43,26 @@ def controlled(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
   """
   won, ours, theirs = (np.asarray(v, np.float64) for v in (won, ours, theirs))
   if not won.shape == ours.shape == theirs.shape or won.ndim != 1:
-    raise DataError(f"length control: {won.shape} outcomes, {ours.shape} and "
-                    f"{theirs.shape} lengths, wanted one of each a prompt")
+    raise DataError(
+      f"length control: {won.shape} outcomes, {ours.shape} and "
+      f"{theirs.shape} lengths, wanted one of each a prompt"
+    )
   if not ((won >= 0) & (won <= 1)).all():
-    raise DataError("length control: outcomes leave [0, 1]; wanted won 1, "
-                    "tied 0.5, lost 0")
+    raise DataError(
+      "length control: outcomes leave [0, 1]; wanted won 1, tied 0.5, lost 0"
+    )
   if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
     raise DataError("length control: a length that is no number")
   n, d = len(won), ours - theirs
   none = dict(value=None, low=None, high=None)
   out: dict[str, Any] = dict(
-      none, n=n, raw=intervals.share(won), slope=dict(none),
-      longer=float(d.mean()) if n else None, why=None)
+    none,
+    n=n,
+    raw=intervals.share(won),
+    slope=dict(none),
+    longer=float(d.mean()) if n else None,
+    why=None,
+  )
   sd = float(d.std()) if n else 0.0
   if n < 3:
     return out | dict(why=f"{n} outcomes, wanted at least 3")
@@ -61,12 +70,16 @@ def controlled(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
     # Nothing varies with length; if there is a difference, it is in all.
     if d[0] == 0:
       return out | {k: out["raw"][k] for k in ("value", "low", "high")}
-    return out | dict(why="every answer is longer by the same amount: length "
-                          "and quality cannot be told apart")
+    return out | dict(
+      why="every answer is longer by the same amount: length "
+      "and quality cannot be told apart"
+    )
   x = np.stack([np.ones(n), d / sd], axis=1)
   found = np.zeros(2)
+
   def loss(v: np.ndarray) -> float:
     return float((np.logaddexp(0, x @ v) - won * (x @ v)).sum())
+
   for _ in range(_STEPS):
     p = special.expit(x @ found)
     hessian = (x * (p * (1 - p))[:, None]).T @ x
@@ -78,23 +91,30 @@ def controlled(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
     if abs(found).max() > _FAR or abs(step).max() < 1e-10:
       break
   if abs(found).max() > _FAR:
-    return out | dict(why="length alone, or no loss at all, explains every "
-                          "outcome: the fit has no bound")
+    return out | dict(
+      why="length alone, or no loss at all, explains every "
+      "outcome: the fit has no bound"
+    )
   p = special.expit(x @ found)
   bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x)
   score = x * (won - p)[:, None]
   variance = bread @ (score.T @ score) @ bread * (n / (n - 2))
   half = _Z * np.sqrt(np.diag(variance))
   return out | dict(
-      value=float(special.expit(found[0])),
-      low=float(special.expit(found[0] - half[0])),
-      high=float(special.expit(found[0] + half[0])),
-      slope=dict(value=float(found[1]), low=float(found[1] - half[1]),
-                 high=float(found[1] + half[1])))
+    value=float(special.expit(found[0])),
+    low=float(special.expit(found[0] - half[0])),
+    high=float(special.expit(found[0] + half[0])),
+    slope=dict(
+      value=float(found[1]),
+      low=float(found[1] - half[1]),
+      high=float(found[1] + half[1]),
+    ),
+  )
 
 
-def bias(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
-         ) -> dict[str, Any]:
+def bias(
+  won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
+) -> dict[str, Any]:
   """Whether a rater likes the longer of two answers.
 
   A rater may be right to: length is a bias only beside another rater, or
@@ -114,5 +134,9 @@ def bias(won: np.ndarray, ours: np.ndarray, theirs: np.ndarray
   fit = controlled(won, ours, theirs)
   counts = (won != 0.5) & (ours != theirs)
   longer = (won[counts] == 1) == (ours[counts] > theirs[counts])
-  return dict(longer=intervals.share(longer), slope=fit["slope"],
-              why=fit["why"], n=len(won))
+  return dict(
+    longer=intervals.share(longer),
+    slope=fit["slope"],
+    why=fit["why"],
+    n=len(won),
+  )

@@ -8,11 +8,11 @@ other's failure, so there is a third word, "cannot tell", which says how much
 more would.
 """
 
-from typing import Any, Callable, Hashable, NamedTuple, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
-from scipy import stats
+from scipy import special, stats
 
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval import intervals
@@ -36,17 +36,21 @@ class Arm(NamedTuple):
 def _check(arm: Arm) -> np.ndarray:
   out = np.asarray(arm.outcome, np.float64)
   if out.shape != (len(arm.seeds), len(arm.prompts)):
-    raise DataError(f"arm {arm.name}: outcomes {out.shape}, wanted one of each "
-                    f"of {len(arm.seeds)} seeds and {len(arm.prompts)} "
-                    "prompts")
+    raise DataError(
+      f"arm {arm.name}: outcomes {out.shape}, wanted one of each "
+      f"of {len(arm.seeds)} seeds and {len(arm.prompts)} "
+      "prompts"
+    )
   for what, ids in (("seed", arm.seeds), ("prompt", arm.prompts)):
     if len(set(ids)) < len(ids):
-      raise DataError(f"arm {arm.name}: a {what} comes twice; every {what} "
-                      "counts once")
+      raise DataError(
+        f"arm {arm.name}: a {what} comes twice; every {what} counts once"
+      )
   # Written so that NaN is refused as well.
   if not ((out >= 0) & (out <= 1)).all():
-    raise DataError(f"arm {arm.name}: outcomes leave [0, 1]; wanted won 1, "
-                    "tied 0.5, lost 0")
+    raise DataError(
+      f"arm {arm.name}: outcomes leave [0, 1]; wanted won 1, tied 0.5, lost 0"
+    )
   return out
 
 
@@ -58,19 +62,24 @@ def paired(a: Arm, b: Arm) -> np.ndarray:
       outcomes that are none.
   """
   ours, theirs = _check(a), _check(b)
-  for what, mine, others in (("prompts", a.prompts, b.prompts),
-                             ("seeds", a.seeds, b.seeds)):
+  for what, mine, others in (
+    ("prompts", a.prompts, b.prompts),
+    ("seeds", a.seeds, b.seeds),
+  ):
     if set(mine) != set(others):
       only = sorted(map(str, set(mine) ^ set(others)))
       raise DataError(
-          f"{a.name} and {b.name} have different {what} ({len(mine)} and "
-          f"{len(others)}, {len(only)} in one alone, as {only[0]}); wanted "
-          f"the same {what} in both: evaluate both arms on one held-out set "
-          "with the same seeds")
+        f"{a.name} and {b.name} have different {what} ({len(mine)} and "
+        f"{len(others)}, {len(only)} in one alone, as {only[0]}); wanted "
+        f"the same {what} in both: evaluate both arms on one held-out set "
+        "with the same seeds"
+      )
   row = {s: i for i, s in enumerate(b.seeds)}
   column = {p: i for i, p in enumerate(b.prompts)}
-  return ours - theirs[np.ix_([row[s] for s in a.seeds],
-                              [column[p] for p in a.prompts])]
+  return (
+    ours
+    - theirs[np.ix_([row[s] for s in a.seeds], [column[p] for p in a.prompts])]
+  )
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -83,8 +92,9 @@ def holm(p: Sequence[float]) -> np.ndarray:
   return out
 
 
-def needed(found: intervals.Spread, seeds: int, prompts: int, margin: float,
-           level: float) -> dict[str, int] | None:
+def needed(
+  found: intervals.Spread, seeds: int, prompts: int, margin: float, level: float
+) -> dict[str, int] | None:
   """Seeds and prompts with which a difference of `margin` would be told.
 
   Told either way with probability POWER: a true `margin` from none, and a
@@ -101,26 +111,37 @@ def needed(found: intervals.Spread, seeds: int, prompts: int, margin: float,
   Returns:
     {"seeds", "prompts"}, or None: more than 10,000 times what there is.
   """
+
   def enough(s: int, p: int) -> bool:
     var_seeds, var_prompts, var_rest = (
-        found.seeds / s, found.prompts / p, found.noise / (s * p))
+      found.seeds / s,
+      found.prompts / p,
+      found.noise / (s * p),
+    )
     total = var_seeds + var_prompts + var_rest
     # Satterthwaite's freedom of the three mean squares, at this size.
-    parts = (((var_seeds + var_rest), s - 1), ((var_prompts + var_rest), p - 1),
-             (var_rest, (s - 1) * (p - 1)))
+    parts = (
+      ((var_seeds + var_rest), s - 1),
+      ((var_prompts + var_rest), p - 1),
+      (var_rest, (s - 1) * (p - 1)),
+    )
     squares = sum(v * v / f for v, f in parts)
     freedom = max(total * total / squares, s - 1.0) if squares > 0 else s - 1.0
+
     def t(q: float) -> float:  # stats.t.ppf, without its overhead
       return float(special.stdtrit(freedom, q))
+
     apart = t(1 - level / 2) + t(POWER)
     # Both one-sided tests must hold: each may miss half as often.
     alike = t(1 - level) + t((1 + POWER) / 2)
     return bool(np.sqrt(total) * max(apart, alike) <= margin)
 
   first_s, first_p = max(seeds, MIN_SEEDS), max(prompts, MIN_PROMPTS)
-  ways = (lambda k: (first_s + k, first_p),
-          lambda k: (first_s, first_p + k),
-          lambda k: (first_s + k, first_p + k * first_p // first_s))
+  ways = (
+    lambda k: (first_s + k, first_p),
+    lambda k: (first_s, first_p + k),
+    lambda k: (first_s + k, first_p + k * first_p // first_s),
+  )
   limits = (100 * first_s, 100 * first_p, _MOST * first_s)
   for way, most in zip(ways, limits):
     if not enough(*way(most)):
@@ -136,16 +157,19 @@ def needed(found: intervals.Spread, seeds: int, prompts: int, margin: float,
 
 def _tests(d: np.ndarray, margin: float) -> dict[str, Any]:
   """The estimate, its interval and both p values, not yet corrected."""
-  out: dict[str, Any] = dict(difference=intervals.crossed(d), p_differ=None,
-                             p_equal=None, spread=None)
+  out: dict[str, Any] = dict(
+    difference=intervals.crossed(d), p_differ=None, p_equal=None, spread=None
+  )
   if min(d.shape) < 2:
     return out
-  return out | _of_spread(out["difference"], intervals.spread(d), d.size,
-                          margin)
+  return out | _of_spread(
+    out["difference"], intervals.spread(d), d.size, margin
+  )
 
 
-def _of_spread(difference: dict[str, Any], found: intervals.Spread, cells: int,
-               margin: float) -> dict[str, Any]:
+def _of_spread(
+  difference: dict[str, Any], found: intervals.Spread, cells: int, margin: float
+) -> dict[str, Any]:
   """`difference` with its interval, both p values, and the spread."""
   # Arms that never differ have no spread; they still may differ elsewhere.
   # One cell of +1 and one of -1 beside the others, as in `difference`.
@@ -154,27 +178,32 @@ def _of_spread(difference: dict[str, Any], found: intervals.Spread, cells: int,
   t = stats.t(found.freedom)
   half = t.ppf(0.975) * found.error
   return dict(
-      difference=difference | dict(low=found.value - half,
-                                   high=found.value + half),
-      p_differ=float(2 * t.sf(abs(found.value) / found.error)),
-      p_equal=float(t.sf((margin - abs(found.value)) / found.error)),
-      spread=found)
+    difference=difference
+    | dict(low=found.value - half, high=found.value + half),
+    p_differ=float(2 * t.sf(abs(found.value) / found.error)),
+    p_equal=float(t.sf((margin - abs(found.value)) / found.error)),
+    spread=found,
+  )
 
 
 def _tests_nested(d: np.ndarray, margin: float) -> dict[str, Any]:
   """As `_tests`, of seeds that each had prompts of their own."""
   seeds, prompts = d.shape
-  difference = dict(value=float(d.mean()), low=None, high=None, n=seeds,
-                    prompts=prompts)
+  difference = dict(
+    value=float(d.mean()), low=None, high=None, n=seeds, prompts=prompts
+  )
   if seeds < 2:
-    return dict(difference=difference, p_differ=None, p_equal=None,
-                spread=None)
+    return dict(difference=difference, p_differ=None, p_equal=None, spread=None)
   return _of_spread(difference, intervals.nested(d.mean(1)), d.size, margin)
 
 
-def compare(pairs: Sequence[tuple[Arm, Arm]], *, margin: float = 0.02,
-            level: float = LEVEL, unit: str = "win rate"
-            ) -> list[dict[str, Any]]:
+def compare(
+  pairs: Sequence[tuple[Arm, Arm]],
+  *,
+  margin: float = 0.02,
+  level: float = LEVEL,
+  unit: str = "win rate",
+) -> list[dict[str, Any]]:
   """A verdict on each pair of arms, corrected for their number.
 
   Args:
@@ -198,9 +227,13 @@ def compare(pairs: Sequence[tuple[Arm, Arm]], *, margin: float = 0.02,
   return _judged(pairs, _tests, margin, level, unit)
 
 
-def compare_nested(pairs: Sequence[tuple[Arm, Arm]], *, margin: float = 0.02,
-                   level: float = LEVEL, unit: str = "win rate"
-                   ) -> list[dict[str, Any]]:
+def compare_nested(
+  pairs: Sequence[tuple[Arm, Arm]],
+  *,
+  margin: float = 0.02,
+  level: float = LEVEL,
+  unit: str = "win rate",
+) -> list[dict[str, Any]]:
   """`compare` for seeds that each had a model and prompts of their own.
 
   The two arms of a pair met the same ones within a seed; `prompts` only counts
@@ -210,19 +243,28 @@ def compare_nested(pairs: Sequence[tuple[Arm, Arm]], *, margin: float = 0.02,
   return _judged(pairs, _tests_nested, margin, level, unit)
 
 
-def _judged(pairs: Sequence[tuple[Arm, Arm]], test: Callable, margin: float,
-            level: float, unit: str) -> list[dict[str, Any]]:
+def _judged(
+  pairs: Sequence[tuple[Arm, Arm]],
+  test: Callable,
+  margin: float,
+  level: float,
+  unit: str,
+) -> list[dict[str, Any]]:
   """Verdicts by a test of [S, P] differences, corrected for their number."""
   if not 0 < margin < 1:
-    raise ConfigError(f"margin {margin}, wanted a share between 0 and 1 "
-                      "(0.02 is 2 points)")
+    raise ConfigError(
+      f"margin {margin}, wanted a share between 0 and 1 (0.02 is 2 points)"
+    )
   if not 0 < level < 0.5:
     raise ConfigError(f"level {level}, wanted between 0 and 0.5")
   sets = [paired(a, b) for a, b in pairs]
   tests = [test(d, margin) for d in sets]
   # Withheld pairs make no claim and so are not counted.
-  counted = [i for i, d in enumerate(sets)
-             if d.shape[0] >= MIN_SEEDS and d.shape[1] >= MIN_PROMPTS]
+  counted = [
+    i
+    for i, d in enumerate(sets)
+    if d.shape[0] >= MIN_SEEDS and d.shape[1] >= MIN_PROMPTS
+  ]
   for key in ("p_differ", "p_equal"):
     for i, p in zip(counted, holm([tests[i][key] for i in counted])):
       tests[i][key] = float(p)
@@ -241,8 +283,15 @@ def _judged(pairs: Sequence[tuple[Arm, Arm]], test: Callable, margin: float,
     need = None
     if found is not None and verdict in ("cannot tell", "withheld"):
       need = needed(found, *d.shape, margin, level / max(len(counted), 1))
-    one = dict(test, verdict=verdict, names=(a.name, b.name), needed=need,
-               margin=margin, level=level, comparisons=len(counted))
+    one = dict(
+      test,
+      verdict=verdict,
+      names=(a.name, b.name),
+      needed=need,
+      margin=margin,
+      level=level,
+      comparisons=len(counted),
+    )
     out.append(one | dict(words=in_words(one, unit)))
   return out
 
@@ -260,31 +309,56 @@ def in_words(one: dict[str, Any], unit: str) -> str:
     return f"{a} against {b}: not measured."
   value = 100 * diff["value"]
   size = f"{diff['n']} seeds x {diff['prompts']} prompts"
-  interval = f"{size}, no interval" if diff["low"] is None else (
+  interval = (
+    f"{size}, no interval"
+    if diff["low"] is None
+    else (
       f"95 % interval {100 * diff['low']:+.1f} to {100 * diff['high']:+.1f}, "
-      f"{size}")
+      f"{size}"
+    )
+  )
   margin = _points(one["margin"])
+
   def told(p: str) -> str:
     many = f" after Holm's correction for {m} comparisons" if m > 1 else ""
     return f"{interval}; p = {one[p]:.2g}{many}"
-  need = "more than can be asked for" if one["needed"] is None else (
-      f"{one['needed']['seeds']} seeds x {one['needed']['prompts']} prompts")
+
+  need = (
+    "more than can be asked for"
+    if one["needed"] is None
+    else (
+      f"{one['needed']['seeds']} seeds x {one['needed']['prompts']} prompts"
+    )
+  )
   verdict = one["verdict"]
   if verdict in ("better", "worse"):
-    return (f"{a} is {verdict} than {b} by {abs(value):.1f} points of {unit} "
-            f"({told('p_differ')}).")
+    return (
+      f"{a} is {verdict} than {b} by {abs(value):.1f} points of {unit} "
+      f"({told('p_differ')})."
+    )
   if verdict == "equal":
-    aside = "" if one["p_differ"] >= one["level"] else (
-        f" A difference is there, {value:+.1f} points, too small to count.")
-    return (f"{a} and {b} are equal within {margin} points of {unit} "
-            f"({value:+.1f}; {told('p_equal')}).{aside}")
+    aside = (
+      ""
+      if one["p_differ"] >= one["level"]
+      else (f" A difference is there, {value:+.1f} points, too small to count.")
+    )
+    return (
+      f"{a} and {b} are equal within {margin} points of {unit} "
+      f"({value:+.1f}; {told('p_equal')}).{aside}"
+    )
   if verdict == "withheld":
-    return (f"{a} against {b}: {value:+.1f} points of {unit} ({interval}). No "
-            f"verdict: it needs at least {MIN_SEEDS} seeds and {MIN_PROMPTS} "
-            "prompts.")
+    return (
+      f"{a} against {b}: {value:+.1f} points of {unit} ({interval}). No "
+      f"verdict: it needs at least {MIN_SEEDS} seeds and {MIN_PROMPTS} "
+      "prompts."
+    )
   alone = ""
   if diff["low"] > 0 or diff["high"] < 0:
-    alone = (f" Alone, the interval leaves out zero; among {m} comparisons "
-             "that is not enough.")
-  return (f"Cannot tell {a} from {b}: {value:+.1f} points of {unit} "
-          f"({told('p_differ')}).{alone} To tell {margin} points: {need}.")
+    alone = (
+      f" Alone, the interval leaves out zero; among {m} comparisons "
+      "that is not enough."
+    )
+  return (
+    f"Cannot tell {a} from {b}: {value:+.1f} points of {unit} "
+    f"({told('p_differ')}).{alone} To tell {margin} points: {need}."
+  )

@@ -7,9 +7,10 @@ and 1 may count the answers from 0, or say whether the first one won.
 
 import ast
 import collections
+from collections.abc import Mapping, Sequence
 import math
 import re
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from jaxalign.data.schemas.choices import ANSWER_NAMES, SIDES, WORDS
 from jaxalign.errors import ConfigError
@@ -54,7 +55,7 @@ def code(value: Any) -> str | None:
 
 
 def side(word: str | None) -> str | None:
-  """"first", "second" or "tie" where the word is certain, else None."""
+  """ "first", "second" or "tie" where the word is certain, else None."""
   return WORDS.get(word)
 
 
@@ -70,21 +71,27 @@ def parse_choice(text: Any) -> Choice:
     return Choice(word=text)
   try:
     value = ast.literal_eval(text) if isinstance(text, str) else dict(text)
-  except (ValueError, SyntaxError, TypeError, MemoryError,
-          RecursionError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     value = None
-  if not isinstance(value, dict) or not value.keys() <= set(SIDES) or not (
-      {"first", "second"} <= value.keys()):
-    raise ConfigError(f"--choice={str(text)[:80]!r}, wanted {_EXAMPLE}, or "
-                      f"{LABELS!r} (compare labels as they stand), or "
-                      f"{NAMES!r} (a verdict is the winner's name)")
+  if (
+    not isinstance(value, dict)
+    or not value.keys() <= set(SIDES)
+    or not ({"first", "second"} <= value.keys())
+  ):
+    raise ConfigError(
+      f"--choice={str(text)[:80]!r}, wanted {_EXAMPLE}, or "
+      f"{LABELS!r} (compare labels as they stand), or "
+      f"{NAMES!r} (a verdict is the winner's name)"
+    )
   out: dict[str, str] = {}
   for name, codes in value.items():
     for one in codes if isinstance(codes, (list, tuple, set)) else [codes]:
       key = code(one)
       if key is None or out.setdefault(key, name) != name:
-        raise ConfigError(f"--choice gives the code {one!r:.40} to "
-                          f"{out.get(key or '', 'nothing')} and to {name}")
+        raise ConfigError(
+          f"--choice gives the code {one!r:.40} to "
+          f"{out.get(key or '', 'nothing')} and to {name}"
+        )
   return Choice(out)
 
 
@@ -96,8 +103,14 @@ class Meaning(NamedTuple):
   lost: dict[str, int]  # codes that are no known word, and how many
 
 
-def meaning(counts: Mapping[str, int], choice: Choice, *, where: str,
-            known: Mapping[str, str], forgiving: bool) -> Meaning:
+def meaning(
+  counts: Mapping[str, int],
+  choice: Choice,
+  *,
+  where: str,
+  known: Mapping[str, str],
+  forgiving: bool,
+) -> Meaning:
   """What the codes of one file's verdicts mean.
 
   Args:
@@ -112,13 +125,18 @@ def meaning(counts: Mapping[str, int], choice: Choice, *, where: str,
   """
   numbers = {c for c in counts if _NUMBER.fullmatch(c)}
   named = {c: m[1] for c in counts if (m := _NAMED.fullmatch(c))}
-  by_number = _in_order(named or dict(zip(numbers, numbers)),
-                        [("1", "2"), ("0", "1")] if named else [("1", "2")])
+  by_number = _in_order(
+    named or dict(zip(numbers, numbers)),
+    [("1", "2"), ("0", "1")] if named else [("1", "2")],
+  )
   sides, ways, lost = {}, set(), collections.Counter()
   for c, n in counts.items():
-    for way, found in (("--choice", choice.codes.get(c)),
-                       ("the layout", known.get(c)), ("the word", side(c)),
-                       ("the answers' number", by_number.get(c))):
+    for way, found in (
+      ("--choice", choice.codes.get(c)),
+      ("the layout", known.get(c)),
+      ("the word", side(c)),
+      ("the answers' number", by_number.get(c)),
+    ):
       if found:
         sides[c] = found
         ways.add(way)
@@ -126,20 +144,26 @@ def meaning(counts: Mapping[str, int], choice: Choice, *, where: str,
     else:
       lost[c] += n
   total = sum(counts.values())
-  codes = [c for c in lost if c in numbers or c in named
-           or c in ("true", "false")]
-  if (codes and not choice.codes) or not forgiving and (
-      sum(lost.values()) > _LOST * total):
+  codes = [
+    c for c in lost if c in numbers or c in named or c in ("true", "false")
+  ]
+  if (
+    (codes and not choice.codes)
+    or not forgiving
+    and (sum(lost.values()) > _LOST * total)
+  ):
     raise ConfigError(
-        f"{where}: the meaning of {_list(lost)} is not certain; say it with "
-        f"{_EXAMPLE}, or compare the labels as they stand with "
-        f"--choice={LABELS}")
+      f"{where}: the meaning of {_list(lost)} is not certain; say it with "
+      f"{_EXAMPLE}, or compare the labels as they stand with "
+      f"--choice={LABELS}"
+    )
   sides |= dict.fromkeys(lost)
   return Meaning(sides, ", ".join(sorted(ways)), dict(lost))
 
 
-def _in_order(found: Mapping[str, str], pairs: Sequence[tuple[str, str]]
-              ) -> dict[str, str]:
+def _in_order(
+  found: Mapping[str, str], pairs: Sequence[tuple[str, str]]
+) -> dict[str, str]:
   """The sides of codes that hold exactly the numbers of one of the pairs."""
   for low, high in pairs:
     if set(found.values()) == {low, high}:
@@ -165,6 +189,8 @@ def described(m: Meaning, first: str, second: str) -> list[str]:
     text += f" and {len(told) - len(shown):,} more codes"
   out = [f"verdicts: {text or 'none'}" + (f" (by {m.why})" if m.why else "")]
   if m.lost:
-    out.append(f"{sum(m.lost.values()):,} verdicts could not be read: "
-               f"{_list(m.lost)}; --choice says what a code means")
+    out.append(
+      f"{sum(m.lost.values()):,} verdicts could not be read: "
+      f"{_list(m.lost)}; --choice says what a code means"
+    )
   return out

@@ -1,10 +1,11 @@
 """Files of raters' verdicts as one table, and how each file was read."""
 
 import collections
+from collections.abc import Mapping, Sequence
 import hashlib
 import os
 import re
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from jaxalign.data import sources
 from jaxalign.data.sources import Where
@@ -13,7 +14,7 @@ from jaxalign.eval import verdict_codes as codes
 from jaxalign.eval import verdict_layouts as layouts
 from jaxalign.eval.agreement import Pair, Verdict
 from jaxalign.eval.verdict_codes import Choice
-from jaxalign.eval.verdict_layouts import VerdictColumn, TableLayout
+from jaxalign.eval.verdict_layouts import TableLayout, VerdictColumn
 
 _EXAMPLES = 2  # rows shown as they were understood
 _LABELS = 100  # different ones, above which a column holds no labels
@@ -56,8 +57,12 @@ class _File(NamedTuple):
 
 def rater_name(path: str) -> str:
   """What a rater is called whom only the file's name tells."""
-  return re.sub(r"(\.jsonl|\.json|\.csv|\.parquet)?(\.gz)?$", "",
-                os.path.basename(path)) or path
+  return (
+    re.sub(
+      r"(\.jsonl|\.json|\.csv|\.parquet)?(\.gz)?$", "", os.path.basename(path)
+    )
+    or path
+  )
 
 
 def _rows_of(source: str) -> list[tuple[Where, Any]]:
@@ -65,13 +70,15 @@ def _rows_of(source: str) -> list[tuple[Where, Any]]:
   try:
     return list(sources.read_rows(source))
   except JaxalignError as error:
-    raise type(error)(str(error).replace("set config.data.source",
-                                         "set --data")) from error
+    raise type(error)(
+      str(error).replace("set config.data.source", "set --data")
+    ) from error
 
 
 def _digest(text: str) -> bytes:
-  return hashlib.blake2b(text.encode("utf-8", "surrogatepass"),
-                         digest_size=16).digest()
+  return hashlib.blake2b(
+    text.encode("utf-8", "surrogatepass"), digest_size=16
+  ).digest()
 
 
 def text_of(value: Any) -> str | None:
@@ -79,10 +86,16 @@ def text_of(value: Any) -> str | None:
   None."""
   if isinstance(value, str):
     return value
-  if isinstance(value, list) and value and all(isinstance(m, dict)
-                                               for m in value):
-    said = [m.get("content", m.get("value")) for m in value
-            if m.get("role", m.get("from")) in ("assistant", "gpt")]
+  if (
+    isinstance(value, list)
+    and value
+    and all(isinstance(m, dict) for m in value)
+  ):
+    said = [
+      m.get("content", m.get("value"))
+      for m in value
+      if m.get("role", m.get("from")) in ("assistant", "gpt")
+    ]
     if said and all(isinstance(s, str) for s in said):
       return "\n\n".join(said)
   return None
@@ -92,14 +105,19 @@ def _word(value: Any) -> str:
   """An item, a model or a prompt as text; "" where there is none."""
   if value is None or isinstance(value, str):
     return (value or "").strip()
-  if isinstance(value, float) and value == value and abs(value) < 1e15 and (
-      value == int(value)):
+  if (
+    isinstance(value, float)
+    and value == value
+    and abs(value) < 1e15
+    and (value == int(value))
+  ):
     value = int(value)
   return repr(value)
 
 
-def _item(layout: TableLayout, row: dict, texts: Sequence[str | None],
-          number: int) -> str:
+def _item(
+  layout: TableLayout, row: dict, texts: Sequence[str | None], number: int
+) -> str:
   """What names the item of a row; "" where nothing does."""
   if layout.item:
     found = [_word(layouts.at(row, path)) for path in layout.item]
@@ -112,8 +130,13 @@ def _item(layout: TableLayout, row: dict, texts: Sequence[str | None],
   return f"row {number}"
 
 
-def _read_file(name: str, pairs: list, stem: str, raters: Sequence[str],
-               fields: Mapping[str, str]) -> _File:
+def _read_file(
+  name: str,
+  pairs: list,
+  stem: str,
+  raters: Sequence[str],
+  fields: Mapping[str, str],
+) -> _File:
   """The cells of one file, and its rows that could not be read."""
   good = [(where, row) for where, row in pairs if isinstance(row, dict)]
   refused: dict[str, list[Where]] = collections.defaultdict(list)
@@ -121,20 +144,26 @@ def _read_file(name: str, pairs: list, stem: str, raters: Sequence[str],
     if not isinstance(row, dict):
       refused[row.reason].append(where)
   if not good:
-    raise DataError(f"{name}: none of {len(pairs):,} rows could be read "
-                    f"({', '.join(refused)}); set --data")
+    raise DataError(
+      f"{name}: none of {len(pairs):,} rows could be read "
+      f"({', '.join(refused)}); set --data"
+    )
   rows = [row for _, row in good]
   here = lambda path: any(layouts.at(row, path) is not None for row in rows)
   fields = {k: v for k, v in fields.items() if here(v)}
-  layout = layouts.detect(rows, name, stem, [r for r in raters if here(r)],
-                          fields)
+  layout = layouts.detect(
+    rows, name, stem, [r for r in raters if here(r)], fields
+  )
   cells, odd = [], collections.Counter()
   examples: list[dict] = []
   for number, (where, row) in enumerate(good, 1):
     raw = [layouts.at(row, p) for p in layout.texts or ()]
     texts = [text_of(v) for v in raw]
-    odd.update(type(v).__name__ for v, t in zip(raw, texts)
-               if t is None and v is not None)
+    odd.update(
+      type(v).__name__
+      for v, t in zip(raw, texts)
+      if t is None and v is not None
+    )
     item = _item(layout, row, texts, number)
     if not item:
       refused[f"no {layout.item[0]}"].append(where)
@@ -150,26 +179,40 @@ def _read_file(name: str, pairs: list, stem: str, raters: Sequence[str],
         continue
       names = ()  # its two answers are told apart by their texts
     shared = dict(
-        where=where, item=item, names=names or None,
-        texts=tuple(map(_digest, texts)) if both else None,
-        sizes=tuple(float(len(t.strip())) for t in texts) if both else None)
-    found = [_Cell(rater=rater, column=column, code=codes.code(value),
-                   **shared)
-             for column, rater, value in layouts.verdicts(layout, row)]
+      where=where,
+      item=item,
+      names=names or None,
+      texts=tuple(map(_digest, texts)) if both else None,
+      sizes=tuple(float(len(t.strip())) for t in texts) if both else None,
+    )
+    found = [
+      _Cell(rater=rater, column=column, code=codes.code(value), **shared)
+      for column, rater, value in layouts.verdicts(layout, row)
+    ]
     if not all(cell.rater for cell in found):
       refused["no rater"].append(where)
       continue
     cells += found
     if len(examples) < _EXAMPLES:
-      prompt = "\n".join(filter(None, (_word(layouts.at(row, p))
-                                       for p in layout.prompt)))
-      examples.append(dict(
-          where=f"{where.file}, line {where.line}", item=item, prompt=prompt,
-          answers=list(names or layout.answers), texts=texts, cells=found))
+      prompt = "\n".join(
+        filter(None, (_word(layouts.at(row, p)) for p in layout.prompt))
+      )
+      examples.append(
+        dict(
+          where=f"{where.file}, line {where.line}",
+          item=item,
+          prompt=prompt,
+          answers=list(names or layout.answers),
+          texts=texts,
+          cells=found,
+        )
+      )
   lines = layouts.described(layout, rows)
   if odd:
-    lines.append("answers that are no text, so without a length: " + ", ".join(
-        f"{n:,} of type {kind}" for kind, n in odd.most_common(5)))
+    lines.append(
+      "answers that are no text, so without a length: "
+      + ", ".join(f"{n:,} of type {kind}" for kind, n in odd.most_common(5))
+    )
   return _File(name, layout, len(pairs), cells, refused, lines, examples)
 
 
@@ -186,38 +229,47 @@ def _by_name(cell: _Cell) -> str | None:
 def _meaning(file: _File, choice: Choice) -> codes.Meaning:
   """What the codes of a file mean, those aside that name a model."""
   counts = collections.Counter(
-      c.code for c in file.cells
-      if c.code is not None and _by_name(c) is None)
+    c.code for c in file.cells if c.code is not None and _by_name(c) is None
+  )
   columns = list(dict.fromkeys(c.column.path for c in file.cells))
   if choice.word == codes.NAMES:
     sides = {c: "tie" if codes.side(c) == "tie" else None for c in counts}
-    return codes.Meaning(sides, "the winner's name", {
-        c: n for c, n in counts.items() if not sides[c]})
+    return codes.Meaning(
+      sides,
+      "the winner's name",
+      {c: n for c, n in counts.items() if not sides[c]},
+    )
   return codes.meaning(
-      counts, choice, where=f"{file.name}, {', '.join(columns[:4])}",
-      known=file.layout.known, forgiving=file.layout.forgiving)
+    counts,
+    choice,
+    where=f"{file.name}, {', '.join(columns[:4])}",
+    known=file.layout.known,
+    forgiving=file.layout.forgiving,
+  )
 
 
 def _not_judged(cell: _Cell, file: _File) -> bool:
   """Whether an empty cell is no verdict; a judge's is one that was lost."""
-  return cell.code is None and not (file.layout.forgiving
-                                    and cell.column.role == "judge")
+  return cell.code is None and not (
+    file.layout.forgiving and cell.column.role == "judge"
+  )
 
 
 _OTHER = {"first": "second", "second": "first", "tie": "tie", None: None}
 
 
 def _said(cell: _Cell, meaning: codes.Meaning, choice: Choice) -> str | None:
-  """"first", "second" (of the answers as they were shown), "tie" or None."""
+  """ "first", "second" (of the answers as they were shown), "tie" or None."""
   word, name = meaning.sides.get(cell.code), _by_name(cell)
   if name and not choice.codes and not choice.word:
     word = codes.side(cell.code)
     if word in ("first", "second") and word != name:
       raise ConfigError(
-          f"{cell.where.file}, line {cell.where.line}: the verdict "
-          f"{cell.code!r:.40} names the model of the {name} answer and the "
-          f"place of the {word}; say --choice={codes.NAMES}, or which it is "
-          "with --choice=\"{'first': [...], 'second': [...]}\"")
+        f"{cell.where.file}, line {cell.where.line}: the verdict "
+        f"{cell.code!r:.40} names the model of the {name} answer and the "
+        f"place of the {word}; say --choice={codes.NAMES}, or which it is "
+        "with --choice=\"{'first': [...], 'second': [...]}\""
+      )
   if choice.codes and cell.code in choice.codes:
     found, identity = choice.codes[cell.code], cell.column.identity
   else:
@@ -230,8 +282,9 @@ class _Answers:
   apart, in whatever order they stand."""
 
   def __init__(self, files: Sequence[_File]):
-    self.known: dict[str, list[tuple[bytes, bytes]]] = (
-        collections.defaultdict(list))
+    self.known: dict[str, list[tuple[bytes, bytes]]] = collections.defaultdict(
+      list
+    )
     for file in files:
       for cell in file.cells:
         if cell.names is None and cell.texts is not None:
@@ -258,13 +311,16 @@ def _where(places: Sequence[Where], limit: int = 3) -> str:
   """The first lines of some rows."""
   lines = ", ".join(f"{w.line:,}" for w in places[:limit])
   files = {w.file for w in places}
-  return (f"line{'s' * (len(places) > 1)} {lines}"
-          + (", ..." if len(places) > limit else "")
-          + (f" of {places[0].file}" if len(files) > 1 else ""))
+  return (
+    f"line{'s' * (len(places) > 1)} {lines}"
+    + (", ..." if len(places) > limit else "")
+    + (f" of {places[0].file}" if len(files) > 1 else "")
+  )
 
 
-def _shown(example: dict, file: _File, meaning: codes.Meaning,
-           choice: Choice) -> dict[str, Any]:
+def _shown(
+  example: dict, file: _File, meaning: codes.Meaning, choice: Choice
+) -> dict[str, Any]:
   """A row as it was understood."""
   words = []
   for cell in example["cells"][:12]:
@@ -276,15 +332,21 @@ def _shown(example: dict, file: _File, meaning: codes.Meaning,
     else:
       said = _said(cell, meaning, choice)
       word = dict(first=names[0], second=names[1], tie="tie").get(said)
-      word = word or ("no verdict" if _not_judged(cell, file) else
-                      "could not be read")
-    words.append((cell.rater + (", order exchanged" if cell.column.swapped
-                                else ""), word))
+      word = word or (
+        "no verdict" if _not_judged(cell, file) else "could not be read"
+      )
+    words.append(
+      (cell.rater + (", order exchanged" if cell.column.swapped else ""), word)
+    )
   return dict(example, cells=words)
 
 
-def read(names: Sequence[str], choice: Choice, raters: Sequence[str] = (),
-         fields: Mapping[str, str] = {}) -> Table:
+def read(
+  names: Sequence[str],
+  choice: Choice,
+  raters: Sequence[str] = (),
+  fields: Mapping[str, str] = {},
+) -> Table:
   """The verdicts of some files, joined by item and answers.
 
   Args:
@@ -309,23 +371,34 @@ def read(names: Sequence[str], choice: Choice, raters: Sequence[str] = (),
       stem = f"{os.path.basename(os.path.dirname(name))}/{stem}"
     files.append(_read_file(name, found, stem, raters, fields))
   for name in (*raters, *fields.values()):
-    if not any(layouts.at(row, name) is not None for found in pairs.values()
-               for _, row in found if isinstance(row, dict)):
-      raise ConfigError(f"no file has a column {name!r}; set --raters or "
-                        "--fields")
+    if not any(
+      layouts.at(row, name) is not None
+      for found in pairs.values()
+      for _, row in found
+      if isinstance(row, dict)
+    ):
+      raise ConfigError(
+        f"no file has a column {name!r}; set --raters or --fields"
+      )
   answers = _Answers(files)
   table = Table([], {}, {}, {}, [])
   seen: dict[tuple, Any] = {}
   for file in files:
     _add(table, file, answers, choice, seen)
   if not seen:
-    raise DataError(f"no verdict in {', '.join(pairs)}; set --data, --raters "
-                    "or --fields")
+    raise DataError(
+      f"no verdict in {', '.join(pairs)}; set --data, --raters or --fields"
+    )
   return table
 
 
-def _add(table: Table, file: _File, answers: _Answers, choice: Choice,
-         seen: dict[tuple, Any]) -> None:
+def _add(
+  table: Table,
+  file: _File,
+  answers: _Answers,
+  choice: Choice,
+  seen: dict[tuple, Any],
+) -> None:
   """Adds one file's verdicts to the table, and how they were read."""
   as_is = choice.word == codes.LABELS
   meaning = codes.Meaning({}, "", {}) if as_is else _meaning(file, choice)
@@ -336,8 +409,11 @@ def _add(table: Table, file: _File, answers: _Answers, choice: Choice,
       continue
     names = answers.names(cell)
     if names is None:
-      refused.setdefault("an item of several pairs of answers, and no texts or "
-                         "models that tell which", []).append(cell.where)
+      refused.setdefault(
+        "an item of several pairs of answers, and no texts or "
+        "models that tell which",
+        [],
+      ).append(cell.where)
       continue
     shown = names[::-1] if cell.column.swapped else names
     said = cell.code if as_is else _said(cell, meaning, choice)
@@ -346,8 +422,9 @@ def _add(table: Table, file: _File, answers: _Answers, choice: Choice,
       if seen[key] == said:
         repeats += 1
       else:
-        refused.setdefault("judged twice and differently, of which the first "
-                           "is kept", []).append(cell.where)
+        refused.setdefault(
+          "judged twice and differently, of which the first is kept", []
+        ).append(cell.where)
       continue
     seen[key] = said
     given += 1
@@ -355,27 +432,44 @@ def _add(table: Table, file: _File, answers: _Answers, choice: Choice,
     if cell.column.role:
       table.roles[cell.rater] = cell.column.role
     if cell.sizes:
-      table.sizes.setdefault(pair, cell.sizes if names[0] == pair[1]
-                             else cell.sizes[::-1])
+      table.sizes.setdefault(
+        pair, cell.sizes if names[0] == pair[1] else cell.sizes[::-1]
+      )
     if as_is:
       table.votes.setdefault(cell.rater, {})[pair] = cell.code
     else:
       table.rows.append(Verdict(cell.item, *shown, cell.rater, said))
   labels = {w for votes in table.votes.values() for w in votes.values()}
   if len(labels) > _LABELS:
-    raise ConfigError(f"{file.name}: {len(labels):,} different labels, wanted "
-                      f"at most {_LABELS}; set --raters")
-  lines = [*file.lines, *(
-      ["labels are compared as they stand: no order, no lengths"] if as_is
-      else codes.described(meaning, *file.layout.answers))]
+    raise ConfigError(
+      f"{file.name}: {len(labels):,} different labels, wanted "
+      f"at most {_LABELS}; set --raters"
+    )
+  lines = [
+    *file.lines,
+    *(
+      ["labels are compared as they stand: no order, no lengths"]
+      if as_is
+      else codes.described(meaning, *file.layout.answers)
+    ),
+  ]
   if empty:
     lines.append(f"{empty:,} cells are empty: no verdict")
   if repeats:
     lines.append(f"{repeats:,} verdicts stand there twice, with the same word")
-  lines += [f"refused: {len(places):,} with {reason} ({_where(places)})"
-            for reason, places in refused.items()]
-  table.files.append(dict(
-      name=file.name, rows=file.rows, layout=file.layout.name, verdicts=given,
-      lines=lines, raters=list(dict.fromkeys(c.rater for c in file.cells)),
-      refused={k: len(v) for k, v in refused.items()}, examples=[
-          _shown(e, file, meaning, choice) for e in file.examples]))
+  lines += [
+    f"refused: {len(places):,} with {reason} ({_where(places)})"
+    for reason, places in refused.items()
+  ]
+  table.files.append(
+    dict(
+      name=file.name,
+      rows=file.rows,
+      layout=file.layout.name,
+      verdicts=given,
+      lines=lines,
+      raters=list(dict.fromkeys(c.rater for c in file.cells)),
+      refused={k: len(v) for k, v in refused.items()},
+      examples=[_shown(e, file, meaning, choice) for e in file.examples],
+    )
+  )

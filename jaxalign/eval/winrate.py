@@ -1,6 +1,7 @@
 """Win rates from a score of each answer, and what was generated."""
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,9 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
   return np.where(ours > theirs, 1.0, np.where(ours == theirs, 0.5, 0.0))
 
 
-def rates(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray | None
-          ) -> dict[str, Any]:
+def rates(
+  ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray | None
+) -> dict[str, Any]:
   """Win rate, its macro mean over groups, and the share of ties.
 
   Args:
@@ -37,9 +39,12 @@ def outcomes(won: np.ndarray) -> dict[str, Any]:
       and tied in the other, is won.
   """
   won = np.asarray(won, np.float64)
-  return dict(won=intervals.share(won > 0.5), tied=intervals.share(won == 0.5),
-              lost=intervals.share(won < 0.5),
-              decided=intervals.share(won[won != 0.5]))
+  return dict(
+    won=intervals.share(won > 0.5),
+    tied=intervals.share(won == 0.5),
+    lost=intervals.share(won < 0.5),
+    decided=intervals.share(won[won != 0.5]),
+  )
 
 
 def by_group(won: np.ndarray, groups: np.ndarray) -> dict[str, dict]:
@@ -50,15 +55,19 @@ def by_group(won: np.ndarray, groups: np.ndarray) -> dict[str, dict]:
     groups: [n] labels.
   """
   won, groups = np.asarray(won, np.float64), np.asarray(groups)
-  names, group, sizes = np.unique(groups, return_inverse=True,
-                                  return_counts=True)
-  return {str(names[i]): intervals.share(won[group == i])
-          | {"ties": float((won[group == i] == 0.5).mean())}
-          for i in np.argsort(-sizes, kind="stable")}
+  names, group, sizes = np.unique(
+    groups, return_inverse=True, return_counts=True
+  )
+  return {
+    str(names[i]): intervals.share(won[group == i])
+    | {"ties": float((won[group == i] == 0.5).mean())}
+    for i in np.argsort(-sizes, kind="stable")
+  }
 
 
-def both_orders(shown_first: np.ndarray, shown_second: np.ndarray
-                ) -> dict[str, Any]:
+def both_orders(
+  shown_first: np.ndarray, shown_second: np.ndarray
+) -> dict[str, Any]:
   """A judge's outcomes when each pair was shown in both orders.
 
   Args:
@@ -82,14 +91,18 @@ def both_orders(shown_first: np.ndarray, shown_second: np.ndarray
   read = ~np.isnan(won)
   bias = intervals.mean((a[read] - b[read]) / 2)
   return dict(
-      won=won, rate=intervals.share(won[read]) | {
-          "ties": float((won[read] == 0.5).mean()) if read.any() else None},
-      bias=bias, consistent=intervals.share(a[read] == b[read]),
-      unparsable=intervals.share(np.isnan(np.concatenate([a, b]))))
+    won=won,
+    rate=intervals.share(won[read])
+    | {"ties": float((won[read] == 0.5).mean()) if read.any() else None},
+    bias=bias,
+    consistent=intervals.share(a[read] == b[read]),
+    unparsable=intervals.share(np.isnan(np.concatenate([a, b]))),
+  )
 
 
-def generation_health(said: list[np.ndarray], eos: int | Sequence[int],
-                      malformed: np.ndarray | None) -> dict[str, Any]:
+def generation_health(
+  said: list[np.ndarray], eos: int | Sequence[int], malformed: np.ndarray | None
+) -> dict[str, Any]:
   """Malformed, unended and empty answers, and their length.
 
   Pair accuracy can rise while generation collapses, so this is always
@@ -105,7 +118,9 @@ def generation_health(said: list[np.ndarray], eos: int | Sequence[int],
   ended = np.array([len(s) > 0 and s[-1] in stops for s in said])
   empty = np.array([len(s) == 0 or s[0] in stops for s in said])
   bad = (empty | ~ended) if malformed is None else malformed
-  return dict(malformed=intervals.share(bad.astype(float)),
-              ended=intervals.share(ended.astype(float)),
-              empty=intervals.share(empty.astype(float)),
-              length=intervals.mean(np.array([len(s) for s in said])))
+  return dict(
+    malformed=intervals.share(bad.astype(float)),
+    ended=intervals.share(ended.astype(float)),
+    empty=intervals.share(empty.astype(float)),
+    length=intervals.mean(np.array([len(s) for s in said])),
+  )

@@ -6,10 +6,11 @@ A weight W [in, out] that a target names is used as W + scale * A B, with A
 the table knows them. The product A B is only ever formed by `merge`.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 import fnmatch
 import functools
 import math
-from typing import Iterable, Iterator, Mapping, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,13 @@ EVERY = "all-linear"
 # A weight of a layer -> how many axes are its input's, and what Hugging Face
 # calls it.
 LINEAR = {
-    "wq": (1, ("q_proj", "query_key_value")),
-    "wk": (1, ("k_proj", "query_key_value")),
-    "wv": (1, ("v_proj", "query_key_value")),
-    "wo": (3, ("o_proj", "dense")),
-    "w_gate": (1, ("gate_proj",)),
-    "w_up": (1, ("up_proj", "dense_h_to_4h")),
-    "w_down": (1, ("down_proj", "dense_4h_to_h")),
+  "wq": (1, ("q_proj", "query_key_value")),
+  "wk": (1, ("k_proj", "query_key_value")),
+  "wv": (1, ("v_proj", "query_key_value")),
+  "wo": (3, ("o_proj", "dense")),
+  "w_gate": (1, ("gate_proj",)),
+  "w_up": (1, ("up_proj", "dense_h_to_4h")),
+  "w_down": (1, ("down_proj", "dense_4h_to_h")),
 }
 
 
@@ -65,28 +66,42 @@ def targets(lora: Lora, names: Iterable[str]) -> list[str]:
   Raises:
     ConfigError: a pattern that matches nothing; lists what there is.
   """
-  there = [n for n in names if n.startswith("layers/")
-           and n.removeprefix("layers/") in LINEAR]
-  called = {n: (n.removeprefix("layers/"),
-                *LINEAR[n.removeprefix("layers/")][1]) for n in there}
+  there = [
+    n
+    for n in names
+    if n.startswith("layers/") and n.removeprefix("layers/") in LINEAR
+  ]
+  called = {
+    n: (n.removeprefix("layers/"), *LINEAR[n.removeprefix("layers/")][1])
+    for n in there
+  }
   found = set()
   for pattern in lora.targets:
-    hit = {n for n in there if pattern == EVERY or any(
-        fnmatch.fnmatchcase(name, pattern) for name in called[n])}
+    hit = {
+      n
+      for n in there
+      if pattern == EVERY
+      or any(fnmatch.fnmatchcase(name, pattern) for name in called[n])
+    }
     if not hit:
-      listed = ", ".join(f"{ours} ({' or '.join(theirs)})"
-                         for ours, *theirs in called.values())
-      raise ConfigError(f"LoRA target {pattern!r} matches no weight; there are "
-                        f"{listed}, or {EVERY!r}; set config.lora.targets")
+      listed = ", ".join(
+        f"{ours} ({' or '.join(theirs)})" for ours, *theirs in called.values()
+      )
+      raise ConfigError(
+        f"LoRA target {pattern!r} matches no weight; there are "
+        f"{listed}, or {EVERY!r}; set config.lora.targets"
+      )
     found |= hit
   if not found:
-    raise ConfigError("no LoRA targets; set config.lora.targets to "
-                      f"({EVERY!r},)")
+    raise ConfigError(
+      f"no LoRA targets; set config.lora.targets to ({EVERY!r},)"
+    )
   return [n for n in there if n in found]
 
 
-def sizes(name: str, shape: tuple[int, ...]
-           ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sizes(
+  name: str, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The input's and the output's axes of a stacked weight's shape."""
   cut = 1 + LINEAR[name.removeprefix("layers/")][0]
   return shape[1:cut], shape[cut:]
@@ -95,19 +110,26 @@ def sizes(name: str, shape: tuple[int, ...]
 def check(lora: Lora, rows: Mapping[str, Param]) -> None:
   """Raises ConfigError for values that cannot work on a table."""
   if lora.variant not in VARIANTS:
-    raise ConfigError(f"lora.variant={lora.variant!r} is unknown; known: "
-                      f"{', '.join(VARIANTS)}; set config.lora.variant")
+    raise ConfigError(
+      f"lora.variant={lora.variant!r} is unknown; known: "
+      f"{', '.join(VARIANTS)}; set config.lora.variant"
+    )
   if lora.rank < 1:
-    raise ConfigError(f"lora.rank={lora.rank}, wanted 1 or more (0: full "
-                      "training); set config.lora.rank")
+    raise ConfigError(
+      f"lora.rank={lora.rank}, wanted 1 or more (0: full "
+      "training); set config.lora.rank"
+    )
   if not 0 < lora.alpha < math.inf:
-    raise ConfigError(f"lora.alpha={lora.alpha}, wanted more than 0; set "
-                      "config.lora.alpha")
+    raise ConfigError(
+      f"lora.alpha={lora.alpha}, wanted more than 0; set config.lora.alpha"
+    )
   for name in targets(lora, rows):
     widest = min(map(math.prod, sizes(name, rows[name].shape)))
     if lora.rank > widest:
-      raise ConfigError(f"lora.rank={lora.rank} is more than {name} can have, "
-                        f"wanted {widest} or less; set config.lora.rank")
+      raise ConfigError(
+        f"lora.rank={lora.rank} is more than {name} can have, "
+        f"wanted {widest} or less; set config.lora.rank"
+      )
 
 
 def rows(lora: Lora, base: Mapping[str, Param]) -> dict[str, Param]:
@@ -118,10 +140,14 @@ def rows(lora: Lora, base: Mapping[str, Param]) -> dict[str, Param]:
     p = base[name]
     into, outof = sizes(name, p.shape)
     t, cut = p.shape[0], 1 + len(into)
-    out[f"{name}:a"] = Param((t, *into, lora.rank), (*p.axes[:cut], None),
-                             1 / math.sqrt(3 * math.prod(into)))
-    out[f"{name}:b"] = Param((t, lora.rank, *outof),
-                             (None, None, *p.axes[cut:]), 0, 0.0)
+    out[f"{name}:a"] = Param(
+      (t, *into, lora.rank),
+      (*p.axes[:cut], None),
+      1 / math.sqrt(3 * math.prod(into)),
+    )
+    out[f"{name}:b"] = Param(
+      (t, lora.rank, *outof), (None, None, *p.axes[cut:]), 0, 0.0
+    )
     if lora.variant == "lora_sb":
       out[f"{name}:r"] = Param((t, lora.rank, lora.rank), (None,) * 3, 0, 0.0)
   return out
@@ -145,8 +171,9 @@ def split(params: Mapping, lora: Lora | None) -> tuple[dict, dict]:
   return trained, {n: x for n, x in params.items() if n not in trained}
 
 
-def init(key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
-         ) -> Params:
+def init(
+  key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
+) -> Params:
   """Fresh adapters in float32 on their shards: A uniform on +-1/sqrt(in), as
   PEFT draws it, B (and R) zero.
 
@@ -156,16 +183,19 @@ def init(key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
     mesh: to lay them on.
   """
   own = {n: p for n, p in rows.items() if is_adapter(n)}
-  specs = {n: s.sharding.spec
-           for n, s in table_lib.abstract(own, mesh).items()}
+  specs = {n: s.sharding.spec for n, s in table_lib.abstract(own, mesh).items()}
 
   def draw(key):
     out = {}
-    for k, (name, p) in zip(jax.random.split(key, len(own)),
-                            sorted(own.items())):
+    for k, (name, p) in zip(
+      jax.random.split(key, len(own)), sorted(own.items())
+    ):
       bound = math.sqrt(3) * p.scale
-      out[name] = (jax.random.uniform(k, p.shape, jnp.float32, -bound, bound)
-                   if p.scale else jnp.zeros(p.shape, jnp.float32))
+      out[name] = (
+        jax.random.uniform(k, p.shape, jnp.float32, -bound, bound)
+        if p.scale
+        else jnp.zeros(p.shape, jnp.float32)
+      )
     return out
 
   return jax.jit(jax.sharding.auto_axes(draw, out_sharding=specs))(key)
@@ -174,16 +204,29 @@ def init(key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
 def assert_zero(params: Mapping[str, jax.Array]) -> None:
   """Raises NumericError where adapters do not start as no change at all."""
   last = (":r",) if any(n.endswith(":r") for n in params) else (":b",)
-  moved = [n for n, x in params.items() if n.endswith(last)
-           and float(jnp.max(jnp.abs(x))) != 0.0]
+  moved = [
+    n
+    for n, x in params.items()
+    if n.endswith(last) and float(jnp.max(jnp.abs(x))) != 0.0
+  ]
   if moved:
-    raise NumericError(f"adapters {', '.join(moved)} are not 0 at the start: "
-                       "the policy would not begin as the reference")
+    raise NumericError(
+      f"adapters {', '.join(moved)} are not 0 at the start: "
+      "the policy would not begin as the reference"
+    )
 
 
-def apply(x: jax.Array, equation: str, factor: float, a: jax.Array,
-          r: jax.Array | None, b: jax.Array, *, out_sharding=None,
-          precision=None) -> jax.Array:
+def apply(
+  x: jax.Array,
+  equation: str,
+  factor: float,
+  a: jax.Array,
+  r: jax.Array | None,
+  b: jax.Array,
+  *,
+  out_sharding=None,
+  precision=None,
+) -> jax.Array:
   """scale * ((x A) R) B beside the product that `equation` names.
 
   Args:
@@ -204,8 +247,9 @@ def apply(x: jax.Array, equation: str, factor: float, a: jax.Array,
   h = multiply(f"{into},{inner}r->blr", x, a, out_sharding=out_sharding)
   if r is not None:
     h = multiply("blr,rs->bls", h, r)
-  return multiply(f"blr,r{outer}->{out}", factor * h, b,
-                  out_sharding=out_sharding)
+  return multiply(
+    f"blr,r{outer}->{out}", factor * h, b, out_sharding=out_sharding
+  )
 
 
 # A model without adapters, of one with them.
@@ -214,12 +258,13 @@ def apply(x: jax.Array, equation: str, factor: float, a: jax.Array,
 @functools.partial(jax.jit, static_argnames=("factor",))
 def _merged(w, a, r, b, factor):
   n = a.ndim - 2
-  inner, outer = "defg"[:n], "opq"[:b.ndim - 2]
+  inner, outer = "defg"[:n], "opq"[: b.ndim - 2]
   exact = jax.lax.Precision.HIGHEST
   if r is not None:
     b = jnp.einsum(f"trs,ts{outer}->tr{outer}", r, b, precision=exact)
-  delta = jnp.einsum(f"t{inner}r,tr{outer}->t{inner}{outer}", a, b,
-                     precision=exact)
+  delta = jnp.einsum(
+    f"t{inner}r,tr{outer}->t{inner}{outer}", a, b, precision=exact
+  )
   return (w.astype(jnp.float32) + factor * delta).astype(w.dtype)
 
 
@@ -239,8 +284,13 @@ class Merged(Mapping):
       raise KeyError(name)
     if f"{name}:a" not in p:
       return p[name]
-    return _merged(p[name], p[f"{name}:a"], p.get(f"{name}:r"),
-                   p[f"{name}:b"], scale(self.lora))
+    return _merged(
+      p[name],
+      p[f"{name}:a"],
+      p.get(f"{name}:r"),
+      p[f"{name}:b"],
+      scale(self.lora),
+    )
 
   def __iter__(self) -> Iterator[str]:
     return (n for n in self.params if not is_adapter(n))

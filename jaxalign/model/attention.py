@@ -57,9 +57,11 @@ def _plain(q, k, v, seen, *, scale, softcap, windows, which, place):
     (window,) = windows
   else:
     window = jax.lax.dynamic_index_in_dim(
-        jnp.asarray([w or FAR for w in windows]), which, keepdims=False)
-  scores = scale * jnp.einsum("blgqc,bsgc->bgqls", q, k,
-                              preferred_element_type=wide(q))
+      jnp.asarray([w or FAR for w in windows]), which, keepdims=False
+    )
+  scores = scale * jnp.einsum(
+    "blgqc,bsgc->bgqls", q, k, preferred_element_type=wide(q)
+  )
   if softcap:
     scores = softcap * jnp.tanh(scores / softcap)
   # A finite floor: a padding query that may look nowhere stays finite.
@@ -83,40 +85,56 @@ def blocks(length: int) -> tuple[int, int]:
 
 def _splash(q, k, v, segments, *, scale, softcap, window):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   rows, length, groups, per_group, size = q.shape
   padded, block = blocks(length)
   shape = (padded, padded)
   # What is padded comes after all else, so no query sees it; a padded query
   # sees itself, so it is finite.
   extra = padded - length
-  causal = (splash.LocalMask(shape, (window - 1, 0), 0) if window else
-            splash.CausalMask(shape))
+  causal = (
+    splash.LocalMask(shape, (window - 1, 0), 0)
+    if window
+    else splash.CausalMask(shape)
+  )
   kernel = splash.make_splash_mha(
-      splash.MultiHeadMask([causal] * (groups * per_group)),
-      block_sizes=splash.BlockSizes(
-          block_q=block, block_kv=block, block_q_dkv=block,
-          block_kv_dkv=block, block_q_dq=block, block_kv_dq=block),
-      head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap or None,
-      interpret=sharding.platform() != "tpu")
+    splash.MultiHeadMask([causal] * (groups * per_group)),
+    block_sizes=splash.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=softcap or None,
+    interpret=sharding.platform() != "tpu",
+  )
 
   def by_head(x):
     x = jnp.swapaxes(x.reshape(rows, length, -1, size), 1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
 
   if segments is not None:
-    segments = splash.SegmentIds(*(
-        jnp.pad(s, ((0, 0), (0, extra))) for s in segments))
+    segments = splash.SegmentIds(
+      *(jnp.pad(s, ((0, 0), (0, extra))) for s in segments)
+    )
   q = (scale * q.astype(jnp.float32)).astype(q.dtype)
   y = jax.vmap(kernel)(by_head(q), by_head(k), by_head(v), segments)
   y = jnp.swapaxes(y[:, :, :length], 1, 2)
   return y.reshape(rows, length, groups, per_group, size)
 
 
-def _cudnn(q, k, v, segments, *, scale, softcap, window,
-           implementation="cudnn"):
+def _cudnn(
+  q, k, v, segments, *, scale, softcap, window, implementation="cudnn"
+):
   if softcap:
-    raise ConfigError(f"cuDNN's attention has no soft cap, found {softcap}; "
-                      "set model.attention to auto or plain")
+    raise ConfigError(
+      f"cuDNN's attention has no soft cap, found {softcap}; "
+      "set model.attention to auto or plain"
+    )
   rows, length, groups, per_group, size = q.shape
   seen, reach = None, (window - 1, 0) if window else None
   if segments is not None:
@@ -126,9 +144,15 @@ def _cudnn(q, k, v, segments, *, scale, softcap, window,
     seen = mask(Seen(slots, slots, *segments), window)[:, None]
     reach = None
   y = jax.nn.dot_product_attention(
-      q.reshape(rows, length, groups * per_group, size), k, v, mask=seen,
-      scale=scale, is_causal=True, local_window_size=reach,
-      implementation=implementation)
+    q.reshape(rows, length, groups * per_group, size),
+    k,
+    v,
+    mask=seen,
+    scale=scale,
+    is_causal=True,
+    local_window_size=reach,
+    implementation=implementation,
+  )
   return y.reshape(rows, length, groups, per_group, size)
 
 
@@ -138,18 +162,28 @@ def _on_shards(kernel, q, k, v, seen, *, scale, softcap, windows, which, place):
   # A window as long as the row is none; kinds that agree need no switch.
   reach = [w if w < length else 0 for w in windows]
   kinds = sorted(set(reach))
-  args, axes = [q, k, v], [("batch", None, "heads", None, None),
-                           ("batch", None, "heads", None),
-                           ("batch", None, "heads", None)]
+  args, axes = (
+    [q, k, v],
+    [
+      ("batch", None, "heads", None, None),
+      ("batch", None, "heads", None),
+      ("batch", None, "heads", None),
+    ],
+  )
   if seen.q_segment is not None:
     args += [seen.q_segment, seen.k_segment]
     axes += [("batch", None)] * 2
   if len(kinds) > 1:
-    args.append(jax.lax.dynamic_index_in_dim(
-        jnp.asarray([kinds.index(w) for w in reach]), which, keepdims=False))
+    args.append(
+      jax.lax.dynamic_index_in_dim(
+        jnp.asarray([kinds.index(w) for w in reach]), which, keepdims=False
+      )
+    )
     axes.append(())
-  branches = [functools.partial(kernel, scale=scale, softcap=softcap, window=w)
-              for w in kinds]
+  branches = [
+    functools.partial(kernel, scale=scale, softcap=softcap, window=w)
+    for w in kinds
+  ]
 
   def local(q, k, v, *rest):
     segments = rest[:2] if seen.q_segment is not None else None
@@ -161,17 +195,26 @@ def _on_shards(kernel, q, k, v, seen, *, scale, softcap, windows, which, place):
 
 
 KERNELS = {
-    "plain": _plain,
-    "tiles": _plain,  # of packed tokens `tiles.attend`
-    "splash": functools.partial(_on_shards, _splash),
-    "cudnn": functools.partial(_on_shards, _cudnn),
+  "plain": _plain,
+  "tiles": _plain,  # of packed tokens `tiles.attend`
+  "splash": functools.partial(_on_shards, _splash),
+  "cudnn": functools.partial(_on_shards, _cudnn),
 }
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, *,
-           kernel: str, scale: float, softcap: float = 0.0,
-           windows: tuple[int, ...] = (0,), which: jax.Array | None = None,
-           place: Any) -> jax.Array:
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  seen: Seen,
+  *,
+  kernel: str,
+  scale: float,
+  softcap: float = 0.0,
+  windows: tuple[int, ...] = (0,),
+  which: jax.Array | None = None,
+  place: Any,
+) -> jax.Array:
   """Grouped-query attention with a float32 softmax.
 
   Args:
@@ -196,12 +239,28 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, *,
   """
   if q.shape[1] != k.shape[1]:
     kernel = "plain"
-  return KERNELS[kernel](q, k, v, seen, scale=scale, softcap=softcap,
-                         windows=windows, which=which, place=place)
+  return KERNELS[kernel](
+    q,
+    k,
+    v,
+    seen,
+    scale=scale,
+    softcap=softcap,
+    windows=windows,
+    which=which,
+    place=place,
+  )
 
 
-def resolve(kernel: str, platform: str, *, head_size: int, dtype: Any,
-            softcap: float = 0.0, length: int | None = None) -> str:
+def resolve(
+  kernel: str,
+  platform: str,
+  *,
+  head_size: int,
+  dtype: Any,
+  softcap: float = 0.0,
+  length: int | None = None,
+) -> str:
   """The key of KERNELS that `kernel` means on a platform.
 
   "auto" is splash on a TPU for rows of 256 slots and more (shorter ones fit
@@ -225,8 +284,13 @@ def resolve(kernel: str, platform: str, *, head_size: int, dtype: Any,
   if kernel == "auto":
     if platform == "tpu" and (length is None or length >= 256):
       return "splash"
-    if (platform in GPU and bits == 16 and not softcap and head_size <= 128 and
-        head_size % 8 == 0):
+    if (
+      platform in GPU
+      and bits == 16
+      and not softcap
+      and head_size <= 128
+      and head_size % 8 == 0
+    ):
       return "cudnn"
     return "tiles" if platform == "cpu" else "plain"
   problem = ""
@@ -241,9 +305,13 @@ def resolve(kernel: str, platform: str, *, head_size: int, dtype: Any,
   elif kernel == "cudnn" and bits != 16:
     problem = f"wants bfloat16, model.dtype is {jnp.dtype(dtype)}"
   elif kernel == "cudnn" and (head_size > 256 or head_size % 8):
-    problem = ("wants heads of a multiple of 8, at most 256 (128 before "
-               f"Hopper), the model's are {head_size}")
+    problem = (
+      "wants heads of a multiple of 8, at most 256 (128 before "
+      f"Hopper), the model's are {head_size}"
+    )
   if problem:
-    raise ConfigError(f"model.attention={kernel!r} {problem}; set "
-                      "model.attention to auto or plain")
+    raise ConfigError(
+      f"model.attention={kernel!r} {problem}; set "
+      "model.attention to auto or plain"
+    )
   return kernel

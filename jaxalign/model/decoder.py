@@ -6,7 +6,8 @@ Layers are stacked on a leading axis and scanned; the weights of one layer are
 gathered inside the scan, so at most one whole layer is on a device at a time.
 """
 
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,9 @@ import numpy as np
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import adapters
-from jaxalign.model import attention
+from jaxalign.model import adapters, attention, unshared
 from jaxalign.model import rope as ropes_lib
 from jaxalign.model import table as table_lib
-from jaxalign.model import unshared
 from jaxalign.model.rope import Rope
 from jaxalign.model.table import Param, Params
 from jaxalign.model.wide import wide
@@ -65,15 +64,15 @@ class ModelConfig(NamedTuple):
 
 DTYPES = ("float32", "bfloat16")
 REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 ACTS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "relu": jax.nn.relu,
 }
 NORMS = ("rms", "rms_offset", "layer")  # scale w; scale 1 + w; LayerNorm
 
@@ -98,12 +97,14 @@ def table(m: ModelConfig) -> dict[str, Param]:
   rows["embed"] = Param((v, d), ("vocab", "width"), 0.02)
   norm("layers/attention_norm", t, d)
   rows |= {
-      "layers/wq": Param((t, d, g, q, c), (None, "width", "heads", None, None),
-                         0.02),
-      "layers/wk": Param((t, d, g, c), (None, "width", "heads", None), 0.02),
-      "layers/wv": Param((t, d, g, c), (None, "width", "heads", None), 0.02),
-      "layers/wo": Param((t, g, q, c, d), (None, "heads", None, None, "width"),
-                         inner),
+    "layers/wq": Param(
+      (t, d, g, q, c), (None, "width", "heads", None, None), 0.02
+    ),
+    "layers/wk": Param((t, d, g, c), (None, "width", "heads", None), 0.02),
+    "layers/wv": Param((t, d, g, c), (None, "width", "heads", None), 0.02),
+    "layers/wo": Param(
+      (t, g, q, c, d), (None, "heads", None, None, "width"), inner
+    ),
   }
   norm("layers/ff_norm", t, d)
   if m.gated:
@@ -142,33 +143,60 @@ def parameter_count(m: ModelConfig) -> int:
 
 def check(m: ModelConfig, mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError where a size does not fit the model or the mesh."""
-  for name in ("layers", "width", "heads", "kv_heads", "head_size", "ff",
-               "vocab", "context"):
+  for name in (
+    "layers",
+    "width",
+    "heads",
+    "kv_heads",
+    "head_size",
+    "ff",
+    "vocab",
+    "context",
+  ):
     if getattr(m, name) < 1:
       raise ConfigError(f"model.{name}={getattr(m, name)}, wanted 1 or more")
-  for name, known in (("dtype", DTYPES), ("remat", REMAT), ("act", ACTS),
-                      ("norm", NORMS), ("attention", attention.KERNELS)):
+  for name, known in (
+    ("dtype", DTYPES),
+    ("remat", REMAT),
+    ("act", ACTS),
+    ("norm", NORMS),
+    ("attention", attention.KERNELS),
+  ):
     if getattr(m, name) not in known:
-      raise ConfigError(f"model.{name}={getattr(m, name)!r} is unknown; known: "
-                        f"{', '.join(known)}")
+      raise ConfigError(
+        f"model.{name}={getattr(m, name)!r} is unknown; known: "
+        f"{', '.join(known)}"
+      )
   if m.heads % m.kv_heads:
-    raise ConfigError(f"model.heads={m.heads} is no multiple of "
-                      f"model.kv_heads={m.kv_heads}")
-  if m.width % m.heads and m.family in ("llama", "gemma2", "gemma3_text",
-                                        "gpt_neox"):
-    raise ConfigError(f"model.width={m.width} is no multiple of "  # so says
-                      f"model.heads={m.heads}")  # transformers of an export
+    raise ConfigError(
+      f"model.heads={m.heads} is no multiple of model.kv_heads={m.kv_heads}"
+    )
+  if m.width % m.heads and m.family in (
+    "llama",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+  ):
+    raise ConfigError(
+      f"model.width={m.width} is no multiple of "  # so says
+      f"model.heads={m.heads}"
+    )  # transformers of an export
   if rotated(m) % 2 or not rotated(m):
-    raise ConfigError(f"model.head_size={m.head_size} has {rotated(m)} rotated "
-                      "dimensions, wanted an even number (rotary pairs)")
+    raise ConfigError(
+      f"model.head_size={m.head_size} has {rotated(m)} rotated "
+      "dimensions, wanted an even number (rotary pairs)"
+    )
   for rope in ropes(m):
     ropes_lib.check(rope)
   if m.lora:
     adapters.check(m.lora, table(m._replace(lora=None)))
-  if m.kinds and (len(m.kinds) != m.layers
-                  or not set(m.kinds) <= set(range(len(m.windows)))):
-    raise ConfigError(f"model.kinds={m.kinds} wants one of {len(m.windows)} "
-                      f"kinds for each of {m.layers} layers")
+  if m.kinds and (
+    len(m.kinds) != m.layers or not set(m.kinds) <= set(range(len(m.windows)))
+  ):
+    raise ConfigError(
+      f"model.kinds={m.kinds} wants one of {len(m.windows)} "
+      f"kinds for each of {m.layers} layers"
+    )
   table_lib.check(table(m), mesh)
 
 
@@ -198,8 +226,9 @@ def ropes(m: ModelConfig) -> tuple[Rope, ...]:
   return m.ropes or (Rope(m.rope_theta),)
 
 
-def normed(x: jax.Array, params: Mapping[str, jax.Array], name: str,
-           m: ModelConfig) -> jax.Array:
+def normed(
+  x: jax.Array, params: Mapping[str, jax.Array], name: str, m: ModelConfig
+) -> jax.Array:
   """x over its root mean square (or standardised), scaled, in float32."""
   y = x.astype(wide(x))
   shape = (1,) * (x.ndim - 1) + params[name].shape
@@ -246,8 +275,16 @@ def compiler_options(m: ModelConfig) -> tuple[tuple[str, bool], ...]:
   return (("xla_allow_excess_precision", False),)
 
 
-def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
-          m: ModelConfig, place, cache=None, at=None):
+def block(
+  x,
+  layer: Mapping[str, jax.Array],
+  kind,
+  rows: Rows,
+  m: ModelConfig,
+  place,
+  cache=None,
+  at=None,
+):
   """One layer: attention and feed-forward, each normed and residual.
 
   Args:
@@ -274,13 +311,22 @@ def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
   def project(y, name, equation, bias=None, out=None):
     """y x the weight, its adapter and its bias where it has them."""
     x = y
-    y = jnp.einsum(equation, x, weight(name), out_sharding=out,
-                   precision=precision(m))
+    y = jnp.einsum(
+      equation, x, weight(name), out_sharding=out, precision=precision(m)
+    )
     if f"layers/{name}:a" in layer:
       a, b = weight(f"{name}:a"), weight(f"{name}:b")
       r = weight(f"{name}:r") if f"layers/{name}:r" in layer else None
-      y = y + adapters.apply(x, equation, adapters.scale(m.lora), a, r, b,
-                             out_sharding=out, precision=precision(m))
+      y = y + adapters.apply(
+        x,
+        equation,
+        adapters.scale(m.lora),
+        a,
+        r,
+        b,
+        out_sharding=out,
+        precision=precision(m),
+      )
     if bias is not None and f"layers/{bias}" in layer:
       full = f"layers/{bias}"
       b = place.bias(layer[full], axes[full].axes[1:])
@@ -301,9 +347,14 @@ def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
   if cache is not None:
     k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, at, axis=1)
     v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, at, axis=1)
-  how = dict(scale=m.query_scale or m.head_size ** -0.5, softcap=m.softcap,
-             windows=m.windows, which=kind, place=place,
-             kernel="plain" if cache is not None else m.attention)
+  how = dict(
+    scale=m.query_scale or m.head_size**-0.5,
+    softcap=m.softcap,
+    windows=m.windows,
+    which=kind,
+    place=place,
+    kernel="plain" if cache is not None else m.attention,
+  )
   if rows.copies is None:
     y = attention.attend(q, k, v, rows.seen, **how)
   else:
@@ -324,8 +375,9 @@ def block(x, layer: Mapping[str, jax.Array], kind, rows: Rows,
   return x + y, (k, v)
 
 
-def embed_tokens(params: Params, tokens: jax.Array, m: ModelConfig,
-                 place) -> jax.Array:
+def embed_tokens(
+  params: Params, tokens: jax.Array, m: ModelConfig, place
+) -> jax.Array:
   """Token ids [B, L] -> activations [B, L, D]."""
   weight = place.weight(params["embed"], ("vocab", "width"))
   x = place.lookup(weight, tokens).astype(m.dtype)
@@ -346,9 +398,14 @@ def kinds_of(m: ModelConfig) -> jax.Array | None:
   return jnp.asarray(m.kinds or (0,) * m.layers, jnp.int32)
 
 
-def forward(params: Params, tokens: jax.Array, m: ModelConfig,
-            place=sharding.SPREAD, seen: attention.Seen | None = None,
-            copies: unshared.Unshared | None = None) -> jax.Array:
+def forward(
+  params: Params,
+  tokens: jax.Array,
+  m: ModelConfig,
+  place=sharding.SPREAD,
+  seen: attention.Seen | None = None,
+  copies: unshared.Unshared | None = None,
+) -> jax.Array:
   """Hidden states after the final norm.
 
   Args:
@@ -382,8 +439,13 @@ def forward(params: Params, tokens: jax.Array, m: ModelConfig,
   return normed(x, params, "norm", m)
 
 
-def forward_at(params: Params, tokens: jax.Array, m: ModelConfig, layers: int,
-               place=sharding.SPREAD) -> tuple[jax.Array, jax.Array]:
+def forward_at(
+  params: Params,
+  tokens: jax.Array,
+  m: ModelConfig,
+  layers: int,
+  place=sharding.SPREAD,
+) -> tuple[jax.Array, jax.Array]:
   """`forward`, and beside it that of the model cut after `layers` layers.
 
   Args:
@@ -406,8 +468,9 @@ def forward_at(params: Params, tokens: jax.Array, m: ModelConfig, layers: int,
     return (x, jnp.where(layer[2] == layers, x, early)), None
 
   x = embed_tokens(params, tokens, m, place)
-  (x, early), _ = jax.lax.scan(body, (x, x), (
-      layers_of(params), kinds_of(m), jnp.arange(1, m.layers + 1)))
+  (x, early), _ = jax.lax.scan(
+    body, (x, x), (layers_of(params), kinds_of(m), jnp.arange(1, m.layers + 1))
+  )
   return normed(x, params, "norm", m), normed(early, params, "norm", m)
 
 
@@ -430,8 +493,13 @@ def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
     softcap: `ModelConfig.final_softcap`.
   """
   exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  y = jnp.einsum("bld,...d->bl...", x, weight.astype(x.dtype),
-                 preferred_element_type=wide(x), precision=exact)
+  y = jnp.einsum(
+    "bld,...d->bl...",
+    x,
+    weight.astype(x.dtype),
+    preferred_element_type=wide(x),
+    precision=exact,
+  )
   return softcap * jnp.tanh(y / softcap) if softcap else y
 
 
@@ -441,8 +509,12 @@ def per_token(m: ModelConfig) -> int:
   return 2 * (d * h * c * 2 + d * g * c * 2 + (2 + m.gated) * d * f)
 
 
-def operations(m: ModelConfig, length: int, logit_rows: int | None = None,
-               passes: tuple[int, int] = (1, 1)) -> int:
+def operations(
+  m: ModelConfig,
+  length: int,
+  logit_rows: int | None = None,
+  passes: tuple[int, int] = (1, 1),
+) -> int:
   """Multiply-adds x 2 over one row of `length` tokens, of a forward pass.
 
   Of several passes by `passes`: of products with weights, and of attention's.
@@ -453,12 +525,18 @@ def operations(m: ModelConfig, length: int, logit_rows: int | None = None,
   square = 2 * 2 * m.heads * m.head_size * length * length
   rows = length if logit_rows is None else logit_rows
   weights, squares = passes
-  return (m.layers * (weights * per_token(m) * length + squares * square)
-          + weights * 2 * m.width * m.vocab * rows)
+  return (
+    m.layers * (weights * per_token(m) * length + squares * square)
+    + weights * 2 * m.width * m.vocab * rows
+  )
 
 
-def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray,
-           passes: tuple[int, int] = (1, 1)) -> int:
+def useful(
+  m: ModelConfig,
+  prompt: np.ndarray,
+  answers: np.ndarray,
+  passes: tuple[int, int] = (1, 1),
+) -> int:
   """Multiply-adds x 2 that passes over rows cannot do without.
 
   Every prompt token once, a query and key only where one sees the other (a
@@ -485,6 +563,8 @@ def useful(m: ModelConfig, prompt: np.ndarray, answers: np.ndarray,
     after = seen(p[:, None] + a, m.windows[kind])
     pairs += int(before.sum() + (after - before[:, None]).sum())
   weights, squares = passes
-  return (m.layers * weights * per_token(m) * tokens
-          + squares * 2 * 2 * m.heads * m.head_size * pairs
-          + weights * 2 * m.width * m.vocab * said)
+  return (
+    m.layers * weights * per_token(m) * tokens
+    + squares * 2 * 2 * m.heads * m.head_size * pairs
+    + weights * 2 * m.width * m.vocab * said
+  )

@@ -6,8 +6,9 @@ embeds here and is small, so it lies whole on every device: each device runs
 its own rows and nothing is gathered.
 """
 
+from collections.abc import Mapping
 import json
-from typing import Any, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -43,18 +44,18 @@ class EncoderConfig(NamedTuple):
 FAMILIES = ("bert", "roberta", "xlm-roberta")
 DTYPES = ("float32", "bfloat16")
 ACTS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
 }
 
 
 def _mean(x, mask):
-  return (jnp.einsum("bl,bld->bd", mask.astype(x.dtype), x,
-                     precision=jax.lax.Precision.HIGHEST)
-          / jnp.sum(mask, axis=1, keepdims=True))
+  return jnp.einsum(
+    "bl,bld->bd", mask.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST
+  ) / jnp.sum(mask, axis=1, keepdims=True)
 
 
 def _last(x, mask):
@@ -65,36 +66,55 @@ def _last(x, mask):
 
 # (hidden states [B, L, D] float32, mask [B, L] bool) -> [B, D]
 POOLINGS = {
-    "mean": _mean,
-    "cls": lambda x, mask: x[:, 0],
-    "last": _last,
-    "max": lambda x, mask: jnp.max(
-        jnp.where(mask[:, :, None], x, -jnp.inf), axis=1),
+  "mean": _mean,
+  "cls": lambda x, mask: x[:, 0],
+  "last": _last,
+  "max": lambda x, mask: jnp.max(
+    jnp.where(mask[:, :, None], x, -jnp.inf), axis=1
+  ),
 }
 # What sentence-transformers calls them, in its new files and in its old ones.
-_POOLING_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last",
-                  "max": "max"}
+_POOLING_NAMES = {
+  "mean": "mean",
+  "cls": "cls",
+  "lasttoken": "last",
+  "max": "max",
+}
 _OLD_POOLING_NAMES = {
-    "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "lasttoken", "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean"}
+  "pooling_mode_mean_tokens": "mean",
+  "pooling_mode_cls_token": "cls",
+  "pooling_mode_lasttoken": "lasttoken",
+  "pooling_mode_max_tokens": "max",
+  "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+  "pooling_mode_weightedmean_tokens": "weightedmean",
+}
 
 
 def table(m: EncoderConfig) -> dict[str, Param]:
   """Name -> shape, logical axes and initial scale of every parameter."""
   t, d, h, c, f = m.layers, m.width, m.heads, m.width // m.heads, m.ff
   shapes = {
-      "embed": (m.vocab, d), "positions": (m.positions, d),
-      "types": (m.types, d), "norm": (d,), "norm_bias": (d,),
-      "layers/wq": (t, d, h, c), "layers/bq": (t, h, c),
-      "layers/wk": (t, d, h, c), "layers/bk": (t, h, c),
-      "layers/wv": (t, d, h, c), "layers/bv": (t, h, c),
-      "layers/wo": (t, h, c, d), "layers/bo": (t, d),
-      "layers/attention_norm": (t, d), "layers/attention_norm_bias": (t, d),
-      "layers/w_up": (t, d, f), "layers/b_up": (t, f),
-      "layers/w_down": (t, f, d), "layers/b_down": (t, d),
-      "layers/ff_norm": (t, d), "layers/ff_norm_bias": (t, d),
+    "embed": (m.vocab, d),
+    "positions": (m.positions, d),
+    "types": (m.types, d),
+    "norm": (d,),
+    "norm_bias": (d,),
+    "layers/wq": (t, d, h, c),
+    "layers/bq": (t, h, c),
+    "layers/wk": (t, d, h, c),
+    "layers/bk": (t, h, c),
+    "layers/wv": (t, d, h, c),
+    "layers/bv": (t, h, c),
+    "layers/wo": (t, h, c, d),
+    "layers/bo": (t, d),
+    "layers/attention_norm": (t, d),
+    "layers/attention_norm_bias": (t, d),
+    "layers/w_up": (t, d, f),
+    "layers/b_up": (t, f),
+    "layers/w_down": (t, f, d),
+    "layers/b_down": (t, d),
+    "layers/ff_norm": (t, d),
+    "layers/ff_norm_bias": (t, d),
   }
 
   def row(name, shape):
@@ -118,8 +138,9 @@ def stored(m: EncoderConfig) -> dict[str, Stored]:
   def linear(weight, bias, theirs, view, order, out):
     shape = {"w": (d, d), "up": (f, d), "down": (d, f)}[out[0]]
     rows[weight] = Stored(f"{theirs}.weight", shape, view, order)
-    rows[bias] = Stored(f"{theirs}.bias", shape[:1], out[1],
-                        tuple(range(len(out[1]))))
+    rows[bias] = Stored(
+      f"{theirs}.bias", shape[:1], out[1], tuple(range(len(out[1])))
+    )
 
   plain("embed", "embeddings.word_embeddings.weight", m.vocab, d)
   plain("positions", "embeddings.position_embeddings.weight", m.positions, d)
@@ -128,17 +149,42 @@ def stored(m: EncoderConfig) -> dict[str, Stored]:
   plain("norm_bias", "embeddings.LayerNorm.bias", d)
   at = "encoder.layer.{}."
   for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value")):
-    linear(f"layers/w{ours}", f"layers/b{ours}",
-           f"{at}attention.self.{theirs}", (h, c, d), (2, 0, 1),
-           ("w", (h, c)))
-  linear("layers/wo", "layers/bo", f"{at}attention.output.dense", (d, h, c),
-         (1, 2, 0), ("w", (d,)))
-  linear("layers/w_up", "layers/b_up", f"{at}intermediate.dense", (f, d),
-         (1, 0), ("up", (f,)))
-  linear("layers/w_down", "layers/b_down", f"{at}output.dense", (d, f),
-         (1, 0), ("down", (d,)))
-  for ours, theirs in (("attention_norm", "attention.output.LayerNorm"),
-                       ("ff_norm", "output.LayerNorm")):
+    linear(
+      f"layers/w{ours}",
+      f"layers/b{ours}",
+      f"{at}attention.self.{theirs}",
+      (h, c, d),
+      (2, 0, 1),
+      ("w", (h, c)),
+    )
+  linear(
+    "layers/wo",
+    "layers/bo",
+    f"{at}attention.output.dense",
+    (d, h, c),
+    (1, 2, 0),
+    ("w", (d,)),
+  )
+  linear(
+    "layers/w_up",
+    "layers/b_up",
+    f"{at}intermediate.dense",
+    (f, d),
+    (1, 0),
+    ("up", (f,)),
+  )
+  linear(
+    "layers/w_down",
+    "layers/b_down",
+    f"{at}output.dense",
+    (d, f),
+    (1, 0),
+    ("down", (d,)),
+  )
+  for ours, theirs in (
+    ("attention_norm", "attention.output.LayerNorm"),
+    ("ff_norm", "output.LayerNorm"),
+  ):
     plain(f"layers/{ours}", f"{at}{theirs}.weight", d)
     plain(f"layers/{ours}_bias", f"{at}{theirs}.bias", d)
   return rows
@@ -152,13 +198,19 @@ def canonical(name: str) -> str | None:
   """
   for prefix in ("bert.", "roberta."):
     name = name.removeprefix(prefix)
-  unused = ("pooler.", "cls.", "lm_head.", "classifier.",
-            "embeddings.position_ids")
+  unused = (
+    "pooler.",
+    "cls.",
+    "lm_head.",
+    "classifier.",
+    "embeddings.position_ids",
+  )
   return None if name.startswith(unused) else name
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
-               ) -> jax.Array:
+def layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> jax.Array:
   """(x - mean) / deviation * scale + bias over the last axis, in float32."""
   y = x.astype(jnp.float32)
   y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -180,16 +232,24 @@ def attention(q, k, v, mask) -> jax.Array:
     [B, H, L, C].
   """
   scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-  scores = jnp.einsum("bhlc,bhsc->bhls", q * scale, k,
-                      precision=_precision(q.dtype),
-                      preferred_element_type=jnp.float32)
+  scores = jnp.einsum(
+    "bhlc,bhsc->bhls",
+    q * scale,
+    k,
+    precision=_precision(q.dtype),
+    preferred_element_type=jnp.float32,
+  )
   scores = scores + jnp.where(mask, 0.0, -1e30)[:, None, None]
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   # Divided after the product: C numbers a query instead of L.
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  out = jnp.einsum("bhls,bhsc->bhlc", weights.astype(v.dtype), v,
-                   precision=_precision(v.dtype),
-                   preferred_element_type=jnp.float32)
+  out = jnp.einsum(
+    "bhls,bhsc->bhlc",
+    weights.astype(v.dtype),
+    v,
+    precision=_precision(v.dtype),
+    preferred_element_type=jnp.float32,
+  )
   return (out / total).astype(v.dtype)
 
 
@@ -198,8 +258,13 @@ def _precision(dtype):
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def block(x: jax.Array, layer: Mapping[str, jax.Array], mask: jax.Array,
-          m: EncoderConfig, place: sharding.Place) -> jax.Array:
+def block(
+  x: jax.Array,
+  layer: Mapping[str, jax.Array],
+  mask: jax.Array,
+  m: EncoderConfig,
+  place: sharding.Place,
+) -> jax.Array:
   """One layer: attention and feed-forward, each residual, then normed.
 
   Args:
@@ -220,9 +285,13 @@ def block(x: jax.Array, layer: Mapping[str, jax.Array], mask: jax.Array,
   def linear(x, name, inner, outer):
     # Flat matrices: one large product instead of many small ones.
     w = weight(f"w{name}").reshape(inner, outer).astype(dtype)
-    y = jnp.einsum("nd,df->nf", x.astype(dtype), w,
-                   precision=_precision(dtype),
-                   preferred_element_type=jnp.float32)
+    y = jnp.einsum(
+      "nd,df->nf",
+      x.astype(dtype),
+      w,
+      precision=_precision(dtype),
+      preferred_element_type=jnp.float32,
+    )
     return y + weight(f"b{name}").reshape(1, outer)
 
   def split(y):
@@ -233,17 +302,23 @@ def block(x: jax.Array, layer: Mapping[str, jax.Array], mask: jax.Array,
   q, k, v = (split(linear(x, name, d, d)) for name in "qkv")
   y = attention(q, k, v, mask).transpose(0, 2, 1, 3)
   x = x + linear(y.reshape(batch * length, d), "o", d, d)
-  x = layer_norm(x, weight("attention_norm"), weight("attention_norm_bias"),
-                 m.norm_eps)
+  x = layer_norm(
+    x, weight("attention_norm"), weight("attention_norm_bias"), m.norm_eps
+  )
   y = ACTS[m.act](linear(x, "_up", d, m.ff))
   x = x + linear(y, "_down", m.ff, d)
   x = layer_norm(x, weight("ff_norm"), weight("ff_norm_bias"), m.norm_eps)
   return x.reshape(batch, length, d)
 
 
-def forward(params: Params, tokens: jax.Array, mask: jax.Array,
-            m: EncoderConfig, place: sharding.Place = sharding.PER_ROW,
-            types: jax.Array | None = None) -> jax.Array:
+def forward(
+  params: Params,
+  tokens: jax.Array,
+  mask: jax.Array,
+  m: EncoderConfig,
+  place: sharding.Place = sharding.PER_ROW,
+  types: jax.Array | None = None,
+) -> jax.Array:
   """Hidden states of the last layer.
 
   Args:
@@ -259,13 +334,17 @@ def forward(params: Params, tokens: jax.Array, mask: jax.Array,
   """
   length = tokens.shape[1]
   x = place.lookup(params["embed"], tokens).astype(jnp.float32)
-  x = x + params["positions"][m.offset:m.offset + length][None]
-  x = x + (params["types"][0][None, None] if types is None
-           else place.lookup(params["types"], types))
+  x = x + params["positions"][m.offset : m.offset + length][None]
+  x = x + (
+    params["types"][0][None, None]
+    if types is None
+    else place.lookup(params["types"], types)
+  )
   x = layer_norm(x, params["norm"], params["norm_bias"], m.norm_eps)
   layers = {n: w for n, w in params.items() if n.startswith("layers/")}
   return jax.lax.scan(
-      lambda x, layer: (block(x, layer, mask, m, place), None), x, layers)[0]
+    lambda x, layer: (block(x, layer, mask, m, place), None), x, layers
+  )[0]
 
 
 def pool(x: jax.Array, mask: jax.Array, m: EncoderConfig) -> jax.Array:
@@ -283,9 +362,14 @@ def operations(m: EncoderConfig, length: int) -> int:
   return m.layers * (per_token * length + 4 * m.width * length * length)
 
 
-def read_config(folder: Any, *, pooling: str = "",
-                normalize: bool | None = None, context: int = 0,
-                dtype: str = "float32") -> EncoderConfig:
+def read_config(
+  folder: Any,
+  *,
+  pooling: str = "",
+  normalize: bool | None = None,
+  context: int = 0,
+  dtype: str = "float32",
+) -> EncoderConfig:
   """Reads a Hugging Face or sentence-transformers folder's sizes.
 
   How rows become vectors is read from sentence-transformers' files. Where
@@ -305,16 +389,21 @@ def read_config(folder: Any, *, pooling: str = "",
   """
   folder = resolve_settings(folder)
   if not (folder / "config.json").exists():
-    raise ConfigError(f"{folder} has no config.json; wanted the folder of an "
-                      "encoder as transformers saves it")
+    raise ConfigError(
+      f"{folder} has no config.json; wanted the folder of an "
+      "encoder as transformers saves it"
+    )
   try:
     m = _with_modules(folder, _sizes(folder, dtype), pooling)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise DataError(f"{folder}: its configuration cannot be used "
-                    f"({type(error).__name__}: {error})") from error
+    raise DataError(
+      f"{folder}: its configuration cannot be used "
+      f"({type(error).__name__}: {error})"
+    ) from error
   m = m._replace(
-      context=context or m.context,
-      normalize=m.normalize if normalize is None else bool(normalize))
+    context=context or m.context,
+    normalize=m.normalize if normalize is None else bool(normalize),
+  )
   check(m)
   return m
 
@@ -324,42 +413,66 @@ def _sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
   raw = _json(folder, "config.json")
   kind = raw.get("model_type")
   if kind not in FAMILIES:
-    raise ConfigError(f"{folder}/config.json: model_type {kind!r} is no "
-                      f"encoder known here; known: {', '.join(FAMILIES)}")
+    raise ConfigError(
+      f"{folder}/config.json: model_type {kind!r} is no "
+      f"encoder known here; known: {', '.join(FAMILIES)}"
+    )
   if raw.get("position_embedding_type") not in (None, "absolute"):
-    raise ConfigError(f"{folder}/config.json: position_embedding_type "
-                      f"{raw['position_embedding_type']!r}, wanted 'absolute'")
+    raise ConfigError(
+      f"{folder}/config.json: position_embedding_type "
+      f"{raw['position_embedding_type']!r}, wanted 'absolute'"
+    )
   if raw.get("is_decoder"):
     raise ConfigError(f"{folder}/config.json: is_decoder, wanted an encoder")
   # RoBERTa's first token stands after the positions of its padding.
   offset = 0 if kind == "bert" else int(raw.get("pad_token_id", 1)) + 1
   positions = int(raw["max_position_embeddings"])
   return EncoderConfig(
-      layers=int(raw["num_hidden_layers"]), width=int(raw["hidden_size"]),
-      heads=int(raw["num_attention_heads"]), ff=int(raw["intermediate_size"]),
-      vocab=int(raw["vocab_size"]), positions=positions,
-      context=positions - offset, types=int(raw.get("type_vocab_size", 2)),
-      offset=offset, norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
-      act=str(raw.get("hidden_act", "gelu")), dtype=dtype)
+    layers=int(raw["num_hidden_layers"]),
+    width=int(raw["hidden_size"]),
+    heads=int(raw["num_attention_heads"]),
+    ff=int(raw["intermediate_size"]),
+    vocab=int(raw["vocab_size"]),
+    positions=positions,
+    context=positions - offset,
+    types=int(raw.get("type_vocab_size", 2)),
+    offset=offset,
+    norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
+    act=str(raw.get("hidden_act", "gelu")),
+    dtype=dtype,
+  )
 
 
 def check(m: EncoderConfig) -> None:
   """Raises ConfigError where a size or a name does not fit."""
-  for name in ("layers", "width", "heads", "ff", "vocab", "positions",
-               "context", "types"):
+  for name in (
+    "layers",
+    "width",
+    "heads",
+    "ff",
+    "vocab",
+    "positions",
+    "context",
+    "types",
+  ):
     if getattr(m, name) < 1:
       raise ConfigError(f"encoder: {name}={getattr(m, name)}, wanted 1 or more")
   if m.width % m.heads:
-    raise ConfigError(f"encoder: width={m.width} is no multiple of "
-                      f"heads={m.heads}")
+    raise ConfigError(
+      f"encoder: width={m.width} is no multiple of heads={m.heads}"
+    )
   if m.context + m.offset > m.positions:
-    raise ConfigError(f"encoder: a context of {m.context} tokens, but there "
-                      f"are positions for {m.positions - m.offset}; set "
-                      "embed.context")
+    raise ConfigError(
+      f"encoder: a context of {m.context} tokens, but there "
+      f"are positions for {m.positions - m.offset}; set "
+      "embed.context"
+    )
   for name, known in (("act", ACTS), ("pooling", POOLINGS), ("dtype", DTYPES)):
     if getattr(m, name) not in known:
-      raise ConfigError(f"encoder: {name} {getattr(m, name)!r} is unknown; "
-                        f"known: {', '.join(known)}")
+      raise ConfigError(
+        f"encoder: {name} {getattr(m, name)!r} is unknown; "
+        f"known: {', '.join(known)}"
+      )
 
 
 def _json(folder: epath.Path, name: str) -> dict[str, Any]:
@@ -373,15 +486,20 @@ def _json(folder: epath.Path, name: str) -> dict[str, Any]:
     raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _with_modules(folder: epath.Path, m: EncoderConfig, pooling: str
-                  ) -> EncoderConfig:
+def _with_modules(
+  folder: epath.Path, m: EncoderConfig, pooling: str
+) -> EncoderConfig:
   """Adds what sentence-transformers' files say, where there are any."""
   text = _json(folder, "sentence_bert_config.json")
-  limit = (text.get("max_seq_length") or  # or 1e30, where its author set none
-           _json(folder, "tokenizer_config.json").get("model_max_length"))
-  m = m._replace(context=int(min(limit or m.context, m.context)),
-                 lower=bool(text.get("do_lower_case")),
-                 pooling=pooling or m.pooling)
+  limit = (
+    text.get("max_seq_length")  # or 1e30, where its author set none
+    or _json(folder, "tokenizer_config.json").get("model_max_length")
+  )
+  m = m._replace(
+    context=int(min(limit or m.context, m.context)),
+    lower=bool(text.get("do_lower_case")),
+    pooling=pooling or m.pooling,
+  )
   for module in _json(folder, "modules.json"):
     kind = str(module.get("type")).rpartition(".")[2]
     if kind == "Normalize":
@@ -391,8 +509,10 @@ def _with_modules(folder: epath.Path, m: EncoderConfig, pooling: str
         m = m._replace(pooling=_pooling(folder, str(module.get("path", ""))))
     elif kind != "Transformer":
       # A projection left out would give other vectors and no error.
-      raise ConfigError(f"{folder}/modules.json: module {kind!r} is not known "
-                        "here; known: Transformer, Pooling, Normalize")
+      raise ConfigError(
+        f"{folder}/modules.json: module {kind!r} is not known "
+        "here; known: Transformer, Pooling, Normalize"
+      )
   named = _json(folder, "config_sentence_transformers.json")
   name = named.get("default_prompt_name")
   return m._replace(prompt=str((named.get("prompts") or {}).get(name) or ""))
@@ -401,20 +521,28 @@ def _with_modules(folder: epath.Path, m: EncoderConfig, pooling: str
 def _pooling(folder: epath.Path, path: str) -> str:
   """The one pooling of a `1_Pooling/config.json`, by our name."""
   if path.startswith("/") or ".." in path.split("/"):
-    raise ConfigError(f"{folder}/modules.json: the path {path!r} leads out of "
-                      "the folder")
+    raise ConfigError(
+      f"{folder}/modules.json: the path {path!r} leads out of the folder"
+    )
   if not (folder / path / "config.json").exists():
-    raise ConfigError(f"{folder} has no {path}/config.json, which its "
-                      "modules.json names; fetch it, or set embed.pooling")
+    raise ConfigError(
+      f"{folder} has no {path}/config.json, which its "
+      "modules.json names; fetch it, or set embed.pooling"
+    )
   raw = _json(folder, f"{path}/config.json")
   modes = raw.get("pooling_mode") or [
-      mode for key, mode in _OLD_POOLING_NAMES.items() if raw.get(key)]
+    mode for key, mode in _OLD_POOLING_NAMES.items() if raw.get(key)
+  ]
   modes = [modes] if isinstance(modes, str) else list(modes)
   if len(modes) != 1 or modes[0] not in _POOLING_NAMES:
-    raise ConfigError(f"{folder}/{path}/config.json: pooling "
-                      f"{' + '.join(map(str, modes)) or 'none'}, wanted one "
-                      f"of {', '.join(_POOLING_NAMES)}; set embed.pooling")
+    raise ConfigError(
+      f"{folder}/{path}/config.json: pooling "
+      f"{' + '.join(map(str, modes)) or 'none'}, wanted one "
+      f"of {', '.join(_POOLING_NAMES)}; set embed.pooling"
+    )
   if not raw.get("include_prompt", True):
-    raise ConfigError(f"{folder}/{path}/config.json: include_prompt=false is "
-                      "not known here; set embed.pooling")
+    raise ConfigError(
+      f"{folder}/{path}/config.json: include_prompt=false is "
+      "not known here; set embed.pooling"
+    )
   return _POOLING_NAMES[modes[0]]

@@ -6,7 +6,7 @@ tokens). `whole` is the definition; `by_positions` and `by_vocabulary` never
 hold [B, L, V], and compute their scores again in the backward pass.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,13 @@ from jaxalign.model.wide import wide
 LOW = -1e30  # a score of no token: its exponential is 0, its slope too
 
 
-def whole(x: jax.Array, weight: jax.Array, target: jax.Array, chunk: int = 0,
-          softcap: float = 0.0) -> jax.Array:
+def whole(
+  x: jax.Array,
+  weight: jax.Array,
+  target: jax.Array,
+  chunk: int = 0,
+  softcap: float = 0.0,
+) -> jax.Array:
   """log p(target) in float32, from all logits at once; the oracle.
 
   Args:
@@ -42,8 +47,13 @@ def _hit(scores, target):
   return jnp.sum(jnp.where(vocab == target[..., None], scores, 0.0), axis=-1)
 
 
-def by_positions(x: jax.Array, weight: jax.Array, target: jax.Array,
-                 chunk: int, softcap: float = 0.0) -> jax.Array:
+def by_positions(
+  x: jax.Array,
+  weight: jax.Array,
+  target: jax.Array,
+  chunk: int,
+  softcap: float = 0.0,
+) -> jax.Array:
   """`whole`, over `chunk` positions at a time: [B, chunk, V] at most."""
   _, length, width = x.shape
   steps = -(-length // min(chunk, length))
@@ -66,8 +76,13 @@ def _rows(x, *shape):
   return jnp.reshape(x, (x.shape[0], *shape), out_sharding=where)
 
 
-def by_vocabulary(x: jax.Array, weight: jax.Array, target: jax.Array,
-                  chunk: int, softcap: float = 0.0) -> jax.Array:
+def by_vocabulary(
+  x: jax.Array,
+  weight: jax.Array,
+  target: jax.Array,
+  chunk: int,
+  softcap: float = 0.0,
+) -> jax.Array:
   """`whole`, over pieces of the vocabulary, with a running logsumexp.
 
   A piece is as large as makes the scores of all positions as many as those of
@@ -82,10 +97,15 @@ def by_vocabulary(x: jax.Array, weight: jax.Array, target: jax.Array,
   steps = min(own, -(-length // min(chunk, length)))
   size = -(-own // steps)
   cut = lambda y, *shape: jnp.reshape(
-      y, (parts, *shape), out_sharding=jax.P(
-          axis, *(None,) * len(shape), reduced=spec.reduced) if axis else None)
-  pieces = jnp.pad(cut(weight, own, width),
-                   ((0, 0), (0, steps * size - own), (0, 0)))
+    y,
+    (parts, *shape),
+    out_sharding=jax.P(axis, *(None,) * len(shape), reduced=spec.reduced)
+    if axis
+    else None,
+  )
+  pieces = jnp.pad(
+    cut(weight, own, width), ((0, 0), (0, steps * size - own), (0, 0))
+  )
   pieces = cut(pieces, steps, size, width).swapaxes(0, 1)
   # The cast back stands inside the loop, which so sums slopes in float32.
   large, dtype = x.astype(wide(x)), x.dtype
@@ -96,8 +116,9 @@ def by_vocabulary(x: jax.Array, weight: jax.Array, target: jax.Array,
     scores = decoder.logits(large.astype(dtype), piece, softcap)  # [B, L, p, c]
     at = step * size + jnp.arange(size)  # in a device's part
     real = at < own  # what fills the last piece is no token
-    ids = jnp.where(real[None, :], at[None, :] + (
-        own * jnp.arange(parts)[:, None]), -1)
+    ids = jnp.where(
+      real[None, :], at[None, :] + (own * jnp.arange(parts)[:, None]), -1
+    )
     scores = jnp.where(real[None, None, None, :], scores, LOW)
     here = ids[None, None] == target[..., None, None]
     hit = hit + jnp.sum(jnp.where(here, scores, 0.0), axis=(2, 3))
@@ -107,8 +128,10 @@ def by_vocabulary(x: jax.Array, weight: jax.Array, target: jax.Array,
   # Laid as the targets are.
   start = jnp.zeros_like(target, wide(x))
   (total, hit), _ = jax.lax.scan(
-      lambda carry, each: (one(carry, *each), None), (start + LOW, start),
-      (pieces, jnp.arange(steps)))
+    lambda carry, each: (one(carry, *each), None),
+    (start + LOW, start),
+    (pieces, jnp.arange(steps)),
+  )
   return hit - total
 
 
@@ -117,9 +140,14 @@ def next_tokens(tokens: jax.Array) -> jax.Array:
   return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
 
-def token_logps(x: jax.Array, weight: jax.Array, tokens: jax.Array,
-                chunk: int = 64, softcap: float = 0.0,
-                head: Callable[..., jax.Array] = by_positions) -> jax.Array:
+def token_logps(
+  x: jax.Array,
+  weight: jax.Array,
+  tokens: jax.Array,
+  chunk: int = 64,
+  softcap: float = 0.0,
+  head: Callable[..., jax.Array] = by_positions,
+) -> jax.Array:
   """log p(tokens[:, t+1] | tokens[:, :t+1]) for every t, in float32.
 
   Args:

@@ -8,19 +8,16 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import sharding
-from jaxalign.model import adapters
-from jaxalign.model import decoder
-from jaxalign.model import families
-from jaxalign.model import safetensors_io
+from jaxalign import artifacts, sharding
+from jaxalign.model import adapters, decoder, families, safetensors_io
 from jaxalign.model.table import Params, Stored
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save(folder: Any, params: Params, m: decoder.ModelConfig,
-         base: str = "") -> None:
+def save(
+  folder: Any, params: Params, m: decoder.ModelConfig, base: str = ""
+) -> None:
   """Writes the adapters; all processes call it, process 0 writes.
 
   ALLoRA and LoRA-SB are a plain LoRA by then: the scale is 1 where it was,
@@ -36,8 +33,9 @@ def save(folder: Any, params: Params, m: decoder.ModelConfig,
     base: the model that these belong to: a folder, a repository's name, or
       `hf:<repo>[@revision]`.
   """
-  own = {n: sharding.fetch(x) for n, x in params.items()
-         if adapters.is_adapter(n)}
+  own = {
+    n: sharding.fetch(x) for n, x in params.items() if adapters.is_adapter(n)
+  }
   if jax.process_index() != 0:
     return
   folder = epath.Path(folder)
@@ -52,29 +50,45 @@ def save(folder: Any, params: Params, m: decoder.ModelConfig,
     if len(parts) > 1:
       fused[_leaf(module)] = len(parts)
     for layer in range(len(a)):
-      at = ("base_model.model."
-            + module.format(layer).removesuffix(".weight"))
+      at = "base_model.model." + module.format(layer).removesuffix(".weight")
       tensors[f"{at}.lora_A.weight"] = np.ascontiguousarray(a[layer])
       tensors[f"{at}.lora_B.weight"] = np.ascontiguousarray(b[layer])
-  with safetensors_io.atomic([folder / WEIGHTS]) as (path,), path.open(
-      "wb") as f:
-    f.write(safetensors_io.header({n: x.shape for n, x in tensors.items()},
-                                  np.dtype(np.float32)))
+  with (
+    safetensors_io.atomic([folder / WEIGHTS]) as (path,),
+    path.open("wb") as f,
+  ):
+    f.write(
+      safetensors_io.header(
+        {n: x.shape for n, x in tensors.items()}, np.dtype(np.float32)
+      )
+    )
     for x in tensors.values():
       f.write(memoryview(x.reshape(-1).view(np.uint8)))
   lora = m.lora
   alpha = lora.rank if lora.variant == "allora" else lora.alpha
   rs = lora.rs and lora.variant != "allora"
-  artifacts.write_json(folder / CONFIG, dict(
-      peft_type="LORA", task_type="CAUSAL_LM", r=lora.rank, lora_alpha=alpha,
-      use_rslora=rs, target_modules=sorted(map(_leaf, modules)),
+  artifacts.write_json(
+    folder / CONFIG,
+    dict(
+      peft_type="LORA",
+      task_type="CAUSAL_LM",
+      r=lora.rank,
+      lora_alpha=alpha,
+      use_rslora=rs,
+      target_modules=sorted(map(_leaf, modules)),
       # A fused module has a multiple of the rank, and the scale of the rest.
       rank_pattern={n: k * lora.rank for n, k in fused.items()},
-      alpha_pattern={n: alpha * (math.sqrt(k) if rs else k)
-                     for n, k in fused.items()},
-      lora_dropout=0.0, bias="none", fan_in_fan_out=False,
-      init_lora_weights=True, inference_mode=True,
-      **_named(base)))
+      alpha_pattern={
+        n: alpha * (math.sqrt(k) if rs else k) for n, k in fused.items()
+      },
+      lora_dropout=0.0,
+      bias="none",
+      fan_in_fan_out=False,
+      init_lora_weights=True,
+      inference_mode=True,
+      **_named(base),
+    ),
+  )
 
 
 def _named(base: str) -> dict[str, str | None]:
@@ -89,12 +103,13 @@ def _named(base: str) -> dict[str, str | None]:
 
 
 def _leaf(module: str) -> str:
-  """"model.layers.{}.self_attn.q_proj.weight" -> "q_proj"."""
+  """ "model.layers.{}.self_attn.q_proj.weight" -> "q_proj"."""
   return module.split(".")[-2]
 
 
-def _module(own: dict[str, np.ndarray], parts: list[tuple[str, Stored]]
-            ) -> tuple[np.ndarray, np.ndarray]:
+def _module(
+  own: dict[str, np.ndarray], parts: list[tuple[str, Stored]]
+) -> tuple[np.ndarray, np.ndarray]:
   """A [T, r, in] and B [T, out, r] of one stored matrix [out, in].
 
   Our flat input and output run as the stored ones do: a weight's axes are
@@ -103,7 +118,7 @@ def _module(own: dict[str, np.ndarray], parts: list[tuple[str, Stored]]
   pairs = [adapters.folded(own, name) for name, _ in parts]
   a = np.concatenate([a.swapaxes(1, 2) for a, _ in pairs], axis=1)
   if parts[0][1].pick is None:
-    (_, b), = pairs
+    ((_, b),) = pairs
     return a, b.swapaxes(1, 2)
   rank = pairs[0][1].shape[1]
   whole = np.zeros((len(a), parts[0][1].shape[0], a.shape[1]), np.float32)

@@ -12,11 +12,8 @@ import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder
-from jaxalign.model import encoder
-from jaxalign.model import families
+from jaxalign.model import decoder, encoder, families, weights
 from jaxalign.model import table as table_lib
-from jaxalign.model import weights
 from jaxalign.model.table import Param, Params, Stored
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -34,8 +31,9 @@ class RewardConfig(NamedTuple):
     return isinstance(self.model, encoder.EncoderConfig)
 
 
-def read_config(folder: Any, dtype: str = "float32",
-                knob: str = "config.rewards.checkpoint") -> RewardConfig:
+def read_config(
+  folder: Any, dtype: str = "float32", knob: str = "config.rewards.checkpoint"
+) -> RewardConfig:
   """The sizes of a sequence classifier of one label.
 
   Args:
@@ -50,12 +48,15 @@ def read_config(folder: Any, dtype: str = "float32",
   named = [str(n) for n in raw.get("architectures") or ()]
   if not any(n.endswith("ForSequenceClassification") for n in named):
     raise ConfigError(
-        f"{folder}/config.json: architectures {named or 'none'}, wanted a "
-        f"reward model, <Family>ForSequenceClassification; set {knob}")
+      f"{folder}/config.json: architectures {named or 'none'}, wanted a "
+      f"reward model, <Family>ForSequenceClassification; set {knob}"
+    )
   labels = len(raw.get("id2label") or {0: "", 1: ""})  # two, unless it says
   if labels != 1:
-    raise ConfigError(f"{folder}/config.json: {labels} labels (id2label), "
-                      f"wanted one, the reward; set {knob}")
+    raise ConfigError(
+      f"{folder}/config.json: {labels} labels (id2label), "
+      f"wanted one, the reward; set {knob}"
+    )
   kind = weights.model_type(folder)
   if kind in encoder.FAMILIES:
     return RewardConfig(encoder.read_config(folder, dtype=dtype), kind)
@@ -68,29 +69,36 @@ def table(r: RewardConfig) -> dict[str, Param]:
   m = r.model
   if not r.encodes:
     return decoder.table(m) | {
-        "score": Param((1, m.width), (None, "width"), 0.02)}
+      "score": Param((1, m.width), (None, "width"), 0.02)
+    }
   d = m.width
   return encoder.table(m) | {
-      "pool": Param((d, d), (None, None), 0.02),
-      "pool_bias": Param((d,), (None,), 0, 0.0),
-      "score": Param((1, d), (None, None), 0.02),
-      "score_bias": Param((1,), (None,), 0, 0.0)}
+    "pool": Param((d, d), (None, None), 0.02),
+    "pool_bias": Param((d,), (None,), 0, 0.0),
+    "score": Param((1, d), (None, None), 0.02),
+    "score_bias": Param((1,), (None,), 0, 0.0),
+  }
 
 
 def stored(r: RewardConfig) -> dict[str, Stored]:
   """Where each parameter lies in a Hugging Face checkpoint."""
   d = r.model.width
-  plain = lambda name, *shape: Stored(name, shape, shape,
-                                      tuple(range(len(shape))))
+  plain = lambda name, *shape: Stored(
+    name, shape, shape, tuple(range(len(shape)))
+  )
   if not r.encodes:
     return families.stored(r.model) | {"score": plain("score.weight", 1, d)}
-  first, last = (("pooler.dense", "classifier") if r.kind == "bert" else
-                 ("classifier.dense", "classifier.out_proj"))
+  first, last = (
+    ("pooler.dense", "classifier")
+    if r.kind == "bert"
+    else ("classifier.dense", "classifier.out_proj")
+  )
   return encoder.stored(r.model) | {
-      "pool": plain(f"{first}.weight", d, d),
-      "pool_bias": plain(f"{first}.bias", d),
-      "score": plain(f"{last}.weight", 1, d),
-      "score_bias": plain(f"{last}.bias", 1)}
+    "pool": plain(f"{first}.weight", d, d),
+    "pool_bias": plain(f"{first}.bias", d),
+    "score": plain(f"{last}.weight", 1, d),
+    "score_bias": plain(f"{last}.bias", 1),
+  }
 
 
 def canonical(r: RewardConfig, name: str) -> str | None:
@@ -102,11 +110,21 @@ def canonical(r: RewardConfig, name: str) -> str | None:
   return None if name.startswith("embeddings.position_ids") else name
 
 
-def load(folder: Any, r: RewardConfig, mesh: jax.sharding.Mesh,
-         dtype: Any = jnp.float32) -> Params:
+def load(
+  folder: Any,
+  r: RewardConfig,
+  mesh: jax.sharding.Mesh,
+  dtype: Any = jnp.float32,
+) -> Params:
   """The parameters on the mesh; raises as `weights.load` does."""
-  return weights.load(folder, table(r), stored(r), mesh, dtype=dtype,
-                      canonical=lambda name: canonical(r, name))
+  return weights.load(
+    folder,
+    table(r),
+    stored(r),
+    mesh,
+    dtype=dtype,
+    canonical=lambda name: canonical(r, name),
+  )
 
 
 def check(r: RewardConfig, mesh: jax.sharding.Mesh) -> None:
@@ -114,9 +132,14 @@ def check(r: RewardConfig, mesh: jax.sharding.Mesh) -> None:
   table_lib.check(table(r), mesh)
 
 
-def rewards(params: Params, tokens: jax.Array, length: jax.Array,
-            answer: jax.Array, r: RewardConfig,
-            place: sharding.Place = sharding.PER_ROW) -> jax.Array:
+def rewards(
+  params: Params,
+  tokens: jax.Array,
+  length: jax.Array,
+  answer: jax.Array,
+  r: RewardConfig,
+  place: sharding.Place = sharding.PER_ROW,
+) -> jax.Array:
   """One number a row.
 
   Args:
@@ -137,8 +160,10 @@ def rewards(params: Params, tokens: jax.Array, length: jax.Array,
     mask = jnp.arange(tokens.shape[1])[None, :] < length[:, None]
     types = answer.astype(jnp.int32) if r.kind == "bert" else None
     x = encoder.forward(params, tokens, mask, r.model, place, types)[:, 0]
-    x = jnp.tanh(jnp.einsum("bd,ed->be", x, weight("pool"),
-                            precision=_HIGHEST) + weight("pool_bias")[None])
+    x = jnp.tanh(
+      jnp.einsum("bd,ed->be", x, weight("pool"), precision=_HIGHEST)
+      + weight("pool_bias")[None]
+    )
     bias = weight("score_bias")[None]
   else:
     x = decoder.forward(params, tokens, r.model, place)

@@ -37,9 +37,13 @@ def _llama3(frequency: np.ndarray, r: Rope, dims: int) -> np.ndarray:
 
 def _yarn(frequency: np.ndarray, r: Rope, dims: int) -> np.ndarray:
   """Peng et al. 2023, "NTK-by-parts": the ramp is over dimensions."""
+
   def dimension(turns):
-    return (dims * math.log(r.original / (turns * 2 * math.pi))
-            / (2 * math.log(r.theta)))
+    return (
+      dims
+      * math.log(r.original / (turns * 2 * math.pi))
+      / (2 * math.log(r.theta))
+    )
 
   first, last = dimension(r.high), dimension(r.low)
   if r.truncate:
@@ -50,26 +54,29 @@ def _yarn(frequency: np.ndarray, r: Rope, dims: int) -> np.ndarray:
 
 
 KINDS = {
-    "default": lambda frequency, r, dims: frequency,
-    "linear": lambda frequency, r, dims: frequency / r.factor,
-    "dynamic": lambda frequency, r, dims: frequency,
-    "llama3": _llama3,
-    "yarn": _yarn,
+  "default": lambda frequency, r, dims: frequency,
+  "linear": lambda frequency, r, dims: frequency / r.factor,
+  "dynamic": lambda frequency, r, dims: frequency,
+  "llama3": _llama3,
+  "yarn": _yarn,
 }
 
 
 def check(r: Rope) -> None:
   """Raises ConfigError for a kind that is not known, or sizes with no sense."""
   if r.kind not in KINDS:
-    raise ConfigError(f"rope_type={r.kind!r} is unknown; known: "
-                      f"{', '.join(KINDS)}")
+    raise ConfigError(
+      f"rope_type={r.kind!r} is unknown; known: {', '.join(KINDS)}"
+    )
   if r.kind in ("llama3", "yarn") and r.original < 1:
-    raise ConfigError(f"rope_type={r.kind!r} needs "
-                      "original_max_position_embeddings")
-  if r.theta <= 1 or r.factor <= 0 or (r.kind == "llama3"
-                                       and r.high <= r.low):
-    raise ConfigError(f"{r}: wanted theta above 1, factor above 0 and "
-                      "high_freq_factor above low_freq_factor")
+    raise ConfigError(
+      f"rope_type={r.kind!r} needs original_max_position_embeddings"
+    )
+  if r.theta <= 1 or r.factor <= 0 or (r.kind == "llama3" and r.high <= r.low):
+    raise ConfigError(
+      f"{r}: wanted theta above 1, factor above 0 and "
+      "high_freq_factor above low_freq_factor"
+    )
 
 
 def frequencies(r: Rope, dims: int) -> np.ndarray:
@@ -85,8 +92,9 @@ def magnitude(r: Rope) -> float:
   return r.magnitude or (0.1 * math.log(r.factor) + 1 if r.factor > 1 else 1.0)
 
 
-def angles(r: Rope, dims: int, positions: jax.Array
-           ) -> tuple[jax.Array, jax.Array]:
+def angles(
+  r: Rope, dims: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine [B, L, dims / 2] float32 at `positions` [B, L]."""
   frequency = jnp.asarray(frequencies(r, dims), jnp.float32)
   angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
@@ -107,5 +115,5 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   cos = cos[(slice(None), slice(None)) + extra].astype(x.dtype)
   sin = sin[(slice(None), slice(None)) + extra].astype(x.dtype)
   half = cos.shape[-1]
-  a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+  a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

@@ -5,13 +5,14 @@ file's size, tensors neither overlap nor leave holes (as the format demands),
 and no name in an index leads out of the folder. Nothing is unpickled.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import math
 import mmap
 import operator
 import os
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 import ml_dtypes
@@ -20,12 +21,35 @@ import numpy as np
 from jaxalign.errors import ConfigError, DataError, WriteError
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-          "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _BITS = dict(
-    F4=4, F6_E2M3=6, F6_E3M2=6, BOOL=8, U8=8, I8=8, F8_E4M3=8, F8_E5M2=8,
-    F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, U16=16, I16=16, F16=16, BF16=16,
-    U32=32, I32=32, F32=32, U64=64, I64=64, F64=64, C64=64)
+  F4=4,
+  F6_E2M3=6,
+  F6_E3M2=6,
+  BOOL=8,
+  U8=8,
+  I8=8,
+  F8_E4M3=8,
+  F8_E5M2=8,
+  F8_E8M0=8,
+  F8_E4M3FNUZ=8,
+  F8_E5M2FNUZ=8,
+  U16=16,
+  I16=16,
+  F16=16,
+  BF16=16,
+  U32=32,
+  I32=32,
+  F32=32,
+  U64=64,
+  I64=64,
+  F64=64,
+  C64=64,
+)
 _MOST_HEADER = 100_000_000  # bytes, as in the format's own reader
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LOCAL, _REMOTE = 1 << 20, 1 << 23  # bytes looked at in one go
@@ -78,11 +102,15 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
     first = f.read(8)
     wants = int.from_bytes(first, "little")
     if len(first) < 8 or wants > size - 8:
-      raise DataError(f"{path} is cut short: its header wants {wants:,} bytes, "
-                      f"the file has {size:,}")
+      raise DataError(
+        f"{path} is cut short: its header wants {wants:,} bytes, "
+        f"the file has {size:,}"
+      )
     if wants > _MOST_HEADER:
-      raise DataError(f"{path} is damaged: its header has {wants:,} bytes, "
-                      f"wanted {_MOST_HEADER:,} or fewer")
+      raise DataError(
+        f"{path} is damaged: its header has {wants:,} bytes, "
+        f"wanted {_MOST_HEADER:,} or fewer"
+      )
     text = f.read(wants)
   start, room, tensors = 8 + wants, size - 8 - wants, {}
   try:
@@ -92,33 +120,55 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
       begin, end = map(operator.index, info["data_offsets"])
       shape = tuple(operator.index(n) for n in info["shape"])
       tensors[name] = Tensor(path, str(info["dtype"]), shape, begin, end)
-  except (ValueError, TypeError, AttributeError, KeyError,
-          RecursionError) as error:
-    raise DataError(f"{path} is damaged: its header cannot be read "
-                    f"({type(error).__name__}: {shown(error)})") from error
+  except (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+  ) as error:
+    raise DataError(
+      f"{path} is damaged: its header cannot be read "
+      f"({type(error).__name__}: {shown(error)})"
+    ) from error
   for name, t in tensors.items():
     if t.dtype not in _BITS:
-      raise DataError(f"{path}: {shown(name)} is {shown(t.dtype)}, wanted one "
-                      f"of {', '.join(FLOATS)}")
-    if (not 0 <= t.begin <= t.end <= room or len(t.shape) > 64 or
-        min(t.shape, default=0) < 0 or
-        math.prod(t.shape) * _BITS[t.dtype] != 8 * (t.end - t.begin)):
-      raise DataError(f"{path} is cut short or damaged at {shown(name)}: "
-                      f"{t.dtype} of shape {shown(t.shape)} in bytes "
-                      f"{t.begin:,} to {t.end:,} of {room:,}")
+      raise DataError(
+        f"{path}: {shown(name)} is {shown(t.dtype)}, wanted one "
+        f"of {', '.join(FLOATS)}"
+      )
+    if (
+      not 0 <= t.begin <= t.end <= room
+      or len(t.shape) > 64
+      or min(t.shape, default=0) < 0
+      or math.prod(t.shape) * _BITS[t.dtype] != 8 * (t.end - t.begin)
+    ):
+      raise DataError(
+        f"{path} is cut short or damaged at {shown(name)}: "
+        f"{t.dtype} of shape {shown(t.shape)} in bytes "
+        f"{t.begin:,} to {t.end:,} of {room:,}"
+      )
   at, before = 0, "the header"
   for name, t in sorted(tensors.items(), key=lambda x: (x[1].begin, x[1].end)):
     if t.begin != at:
-      what = ("overlap" if t.begin < at else
-              f"leave {t.begin - at:,} bytes unnamed between them")
-      raise DataError(f"{path} is damaged: {shown(before)} and {shown(name)} "
-                      f"{what}")
+      what = (
+        "overlap"
+        if t.begin < at
+        else f"leave {t.begin - at:,} bytes unnamed between them"
+      )
+      raise DataError(
+        f"{path} is damaged: {shown(before)} and {shown(name)} {what}"
+      )
     at, before = t.end, name
   if at != room:
-    raise DataError(f"{path} is damaged: {room - at:,} bytes after its last "
-                    "tensor belong to none")
-  return {name: t._replace(begin=start + t.begin, end=start + t.end)
-          for name, t in tensors.items()}
+    raise DataError(
+      f"{path} is damaged: {room - at:,} bytes after its last "
+      "tensor belong to none"
+    )
+  return {
+    name: t._replace(begin=start + t.begin, end=start + t.end)
+    for name, t in tensors.items()
+  }
 
 
 def weights_files(folder: epath.Path) -> list[str]:
@@ -133,9 +183,13 @@ def weights_files(folder: epath.Path) -> list[str]:
   if not _is_file(folder / INDEX):
     found = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
     pickles = [n for n in found if n.endswith(_PICKLES)]
-    hint = (f"; {shown(pickles[0])} is a pickle, which can run code: convert "
-            "it with transformers' save_pretrained, which writes safetensors, "
-            "where you trust it" if pickles else "")
+    hint = (
+      f"; {shown(pickles[0])} is a pickle, which can run code: convert "
+      "it with transformers' save_pretrained, which writes safetensors, "
+      "where you trust it"
+      if pickles
+      else ""
+    )
     raise ConfigError(f"{folder} has no {FILE} and no {INDEX}{hint}")
   return [INDEX, *sorted(set(_read_index(folder).values()))]
 
@@ -146,16 +200,25 @@ def _read_index(folder: epath.Path) -> dict[str, str]:
   try:
     raw = json.loads(path.read_bytes().decode(), object_pairs_hook=_once)
     where = {str(n): operator.add("", f) for n, f in raw["weight_map"].items()}
-  except (ValueError, TypeError, AttributeError, KeyError,
-          RecursionError) as error:
-    raise DataError(f"{path} is damaged: it is no index of tensors "
-                    f"({type(error).__name__}: {shown(error)})") from error
+  except (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+  ) as error:
+    raise DataError(
+      f"{path} is damaged: it is no index of tensors "
+      f"({type(error).__name__}: {shown(error)})"
+    ) from error
   missing = []
   for name in sorted(set(where.values())):
     if name.endswith(_PICKLES):
-      raise DataError(f"{path} names {shown(name)}, a pickle, which can run "
-                      "code: convert it with transformers' save_pretrained, "
-                      "where you trust it")
+      raise DataError(
+        f"{path} names {shown(name)}, a pickle, which can run "
+        "code: convert it with transformers' save_pretrained, "
+        "where you trust it"
+      )
     if not _is_file(_inside(folder, name)):
       missing.append(shown(name))
   if missing:
@@ -169,11 +232,16 @@ def _inside(folder: epath.Path, name: str) -> epath.Path:
   The Hub's cache keeps a snapshot's files as links into its own `blobs`.
   """
   path = folder / name
-  plain = name.endswith((".safetensors", ".json")) and not (
-      set(name) & set("/\\\0:")) and not name.startswith(".")
+  plain = (
+    name.endswith((".safetensors", ".json"))
+    and not (set(name) & set("/\\\0:"))
+    and not name.startswith(".")
+  )
   if not plain:
-    raise DataError(f"{folder / INDEX} names {shown(name)!r}, wanted the plain "
-                    "name of a .safetensors file in its folder")
+    raise DataError(
+      f"{folder / INDEX} names {shown(name)!r}, wanted the plain "
+      "name of a .safetensors file in its folder"
+    )
   if "://" in str(folder):
     return path  # an object store has no links
   root = os.path.realpath(folder)
@@ -182,8 +250,10 @@ def _inside(folder: epath.Path, name: str) -> epath.Path:
   if os.path.basename(os.path.dirname(root)) == "snapshots":
     roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
   if not any(real.startswith(os.path.join(r, "")) for r in roots):
-    raise DataError(f"{path} is a link out of its folder, to {shown(real)}; "
-                    "put the file itself there")
+    raise DataError(
+      f"{path} is a link out of its folder, to {shown(real)}; "
+      "put the file itself there"
+    )
   return path
 
 
@@ -210,22 +280,24 @@ class Checkpoint:
         continue
       for name, t in read_header(folder / file).items():
         if name in self.tensors:
-          wrong.append(f"{shown(name)} is in {self.tensors[name].file.name} "
-                       f"and in {file}")
+          wrong.append(
+            f"{shown(name)} is in {self.tensors[name].file.name} and in {file}"
+          )
         self.tensors[name] = t
     if files[0] == INDEX:
       for name, file in _read_index(folder).items():
         if name not in self.tensors:
           wrong.append(f"{shown(name)} is not in {file}")
         elif self.tensors[name].file.name != file:
-          wrong.append(f"{shown(name)} is in {self.tensors[name].file.name}, "
-                       f"not in {file}")
+          wrong.append(
+            f"{shown(name)} is in {self.tensors[name].file.name}, not in {file}"
+          )
     if wrong:
-      raise DataError(f"{folder / INDEX} is not true of its files: "
-                      f"{listed(wrong)}")
+      raise DataError(
+        f"{folder / INDEX} is not true of its files: {listed(wrong)}"
+      )
 
-  def pieces(self, name: str, view: tuple[int, ...], box: Box
-             ) -> Iterator[Box]:
+  def pieces(self, name: str, view: tuple[int, ...], box: Box) -> Iterator[Box]:
     """Cuts a part of a tensor, seen as `view`, into parts to `read`.
 
     What lies between them in the file, where it is much, is not read.
@@ -261,8 +333,11 @@ class Checkpoint:
       raise DataError(f"{t.file} was cut short while it was read")
     flat = np.frombuffer(data, dtype, high - low, begin)
     return np.lib.stride_tricks.as_strided(
-        flat, [e - b for b, e in box],
-        [n * dtype.itemsize for n in strides], writeable=False)
+      flat,
+      [e - b for b, e in box],
+      [n * dtype.itemsize for n in strides],
+      writeable=False,
+    )
 
 
 def _remote(path: epath.Path) -> bool:
@@ -276,11 +351,12 @@ def _is_file(path: epath.Path) -> bool:
 
 def _strides(view: tuple[int, ...]) -> list[int]:
   """Elements from one index of an axis to the next."""
-  return [math.prod(view[i + 1:]) for i in range(len(view))]
+  return [math.prod(view[i + 1 :]) for i in range(len(view))]
 
 
-def _cut(strides: list[int], box: Box, most: int, gap: int, axis: int
-         ) -> Iterator[Box]:
+def _cut(
+  strides: list[int], box: Box, most: int, gap: int, axis: int
+) -> Iterator[Box]:
   """Parts of a box that each reach over `most` elements or fewer.
 
   Gaps only shrink from one axis to the next, so where the indices of an axis
@@ -293,13 +369,14 @@ def _cut(strides: list[int], box: Box, most: int, gap: int, axis: int
   if axis == len(box):
     yield box
     return
-  inner = 1 + sum((e - 1 - b) * n for (b, e), n in zip(
-      box[axis + 1:], strides[axis + 1:]))
+  inner = 1 + sum(
+    (e - 1 - b) * n for (b, e), n in zip(box[axis + 1 :], strides[axis + 1 :])
+  )
   begin, end = box[axis]
   close = inner <= most and strides[axis] - inner < gap
   step = 1 + (most - inner) // strides[axis] if close else 1
   for at in range(begin, end, step):
-    part = (*box[:axis], (at, min(at + step, end)), *box[axis + 1:])
+    part = (*box[:axis], (at, min(at + step, end)), *box[axis + 1 :])
     if close:
       yield part
     else:
@@ -326,8 +403,10 @@ def split(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
     room -= size
   if len(groups) == 1:
     return {FILE: groups[0]}
-  return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
-          for i, names in enumerate(groups, 1)}
+  return {
+    f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
+    for i, names in enumerate(groups, 1)
+  }
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
@@ -363,7 +442,8 @@ def atomic(paths: Sequence[epath.Path]) -> Iterator[list[epath.Path]]:
         source.unlink(missing_ok=True)
     if isinstance(error, OSError):
       raise WriteError(
-          f"cannot write {paths[0].parent if paths else ''}: "
-          f"{error.strerror or error}; free space or permissions, or another "
-          "--workdir") from error
+        f"cannot write {paths[0].parent if paths else ''}: "
+        f"{error.strerror or error}; free space or permissions, or another "
+        "--workdir"
+      ) from error
     raise

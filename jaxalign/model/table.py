@@ -4,7 +4,8 @@ Init, shardings, restore, import and export all map over a table, so a model
 is one function that returns one and one forward pass over its names.
 """
 
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,30 +54,43 @@ def check(rows: Mapping[str, Param], mesh: jax.sharding.Mesh) -> None:
       parts = sharding.parts(mesh, axis)
       if size % parts:
         raise ConfigError(
-            f"{name}: its axis {axis!r} of {size} does not divide into "
-            f"{parts} parts; change the model's size or config.mesh")
+          f"{name}: its axis {axis!r} of {size} does not divide into "
+          f"{parts} parts; change the model's size or config.mesh"
+        )
 
 
-def init(key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
-         ) -> Params:
+def init(
+  key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
+) -> Params:
   """Draws the parameters in float32, each straight onto its shards."""
   out = {name: sharding.named(mesh, *p.axes) for name, p in rows.items()}
 
   def draw(key):
     keys = jax.random.split(key, len(rows))
     return {
-        name: (jnp.full(p.shape, p.constant, jnp.float32) if p.scale == 0 else
-               p.scale * jax.random.normal(k, p.shape))
-        for k, (name, p) in zip(keys, sorted(rows.items()))}
+      name: (
+        jnp.full(p.shape, p.constant, jnp.float32)
+        if p.scale == 0
+        else p.scale * jax.random.normal(k, p.shape)
+      )
+      for k, (name, p) in zip(keys, sorted(rows.items()))
+    }
 
   # auto_axes: the draw has no operand whose sharding could be propagated.
-  return jax.jit(jax.sharding.auto_axes(
-      draw, out_sharding={n: s.spec for n, s in out.items()}))(key)
+  return jax.jit(
+    jax.sharding.auto_axes(
+      draw, out_sharding={n: s.spec for n, s in out.items()}
+    )
+  )(key)
 
 
-def abstract(rows: Mapping[str, Param], mesh: jax.sharding.Mesh,
-             dtype=jnp.float32) -> Params:
+def abstract(
+  rows: Mapping[str, Param], mesh: jax.sharding.Mesh, dtype=jnp.float32
+) -> Params:
   """Shapes and shardings of the parameters, for restore and compile."""
-  return {name: jax.ShapeDtypeStruct(p.shape, dtype,
-                                     sharding=sharding.named(mesh, *p.axes))
-          for name, p in rows.items()}
+  return {
+    name: jax.ShapeDtypeStruct(
+      p.shape, dtype, sharding=sharding.named(mesh, *p.axes)
+    )
+    for name, p in rows.items()
+  }

@@ -47,22 +47,28 @@ def _write(x, y, i, add=False):
   axis = x.ndim - 2
   if add:
     y = y + _block(x, i)
-  return jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), i * TILE,
-                                             axis)
+  return jax.lax.dynamic_update_slice_in_dim(
+    x, y.astype(x.dtype), i * TILE, axis
+  )
 
 
 def _scores(q, k, i, j, who, how):
   """Capped scores [G, Q, TILE, TILE] float32, LOW where nothing is seen."""
   row, branch, position, window = who
-  s = how.scale * jnp.einsum("gqlc,gsc->gqls", q, k,
-                             preferred_element_type=wide(q))
+  s = how.scale * jnp.einsum(
+    "gqlc,gsc->gqls", q, k, preferred_element_type=wide(q)
+  )
   if how.softcap:
     s = how.softcap * jnp.tanh(s / how.softcap)
   at = lambda x: (_block(x, i)[:, None], _block(x, j)[None, :])
   (row_q, row_k), (own, other), (here, there) = map(at, (row, branch, position))
   distance = here - there
-  seen = ((row_q == row_k) & ((other == 0) | (other == own))
-          & (distance >= 0) & (distance < window))
+  seen = (
+    (row_q == row_k)
+    & ((other == 0) | (other == own))
+    & (distance >= 0)
+    & (distance < window)
+  )
   return jnp.where(seen[None, None], s, LOW)
 
 
@@ -80,16 +86,32 @@ def _forward(q, k, v, who, tiles, how):
     p, kept = jnp.exp(s - new), fresh * jnp.exp(top - new)
     total = kept * total + jnp.sum(p, -1, keepdims=True)
     sums = kept * sums + jnp.einsum(
-        "gqls,gsc->gqlc", p.astype(v.dtype), _block(v, j),
-        preferred_element_type=wide(q))
-    return (_write(y, sums / total, i), _write(lse, new + jnp.log(total), i),
-            new, total, sums)
+      "gqls,gsc->gqlc",
+      p.astype(v.dtype),
+      _block(v, j),
+      preferred_element_type=wide(q),
+    )
+    return (
+      _write(y, sums / total, i),
+      _write(lse, new + jnp.log(total), i),
+      new,
+      total,
+      sums,
+    )
 
   zeros = jnp.zeros((*q.shape[:2], TILE, 1), wide(q))
-  y, lse, *_ = jax.lax.fori_loop(0, count, one, (
+  y, lse, *_ = jax.lax.fori_loop(
+    0,
+    count,
+    one,
+    (
       jnp.zeros(q.shape, wide(q)),
-      jnp.zeros((*q.shape[:3], 1), wide(q)), zeros, zeros,
-      jnp.zeros((*q.shape[:2], TILE, q.shape[3]), wide(q))))
+      jnp.zeros((*q.shape[:3], 1), wide(q)),
+      zeros,
+      zeros,
+      jnp.zeros((*q.shape[:2], TILE, q.shape[3]), wide(q)),
+    ),
+  )
   return y, lse
 
 
@@ -114,18 +136,17 @@ def _attend_backward(how, kept, g):
     qi, kj, vj, gi = _block(q, i), _block(k, j), _block(v, j), _block(g, i)
     s = _scores(qi, kj, i, j, who, how)
     p = jnp.exp(s - _block(lse, i))
-    dp = jnp.einsum("gqlc,gsc->gqls", gi, vj,
-                    preferred_element_type=wide(q))
+    dp = jnp.einsum("gqlc,gsc->gqls", gi, vj, preferred_element_type=wide(q))
     ds = p * (dp - _block(delta, i))
     if how.softcap:
       ds = jnp.where(s > LOW, ds * (1 - (s / how.softcap) ** 2), 0.0)
     ds = (how.scale * ds).astype(q.dtype)
-    product = functools.partial(jnp.einsum,
-                                preferred_element_type=wide(q))
+    product = functools.partial(jnp.einsum, preferred_element_type=wide(q))
     dq = _write(dq, product("gqls,gsc->gqlc", ds, kj), i, add=True)
     dk = _write(dk, product("gqls,gqlc->gsc", ds, qi), j, add=True)
-    dv = _write(dv, product("gqls,gqlc->gsc", p.astype(v.dtype), gi), j,
-                add=True)
+    dv = _write(
+      dv, product("gqls,gqlc->gsc", p.astype(v.dtype), gi), j, add=True
+    )
     return dq, dk, dv
 
   zeros = tuple(jnp.zeros(x.shape, wide(q)) for x in (q, k, v))
@@ -136,10 +157,19 @@ def _attend_backward(how, kept, g):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles,
-           position: jax.Array, *, scale: float, softcap: float,
-           windows: tuple[int, ...], which: jax.Array | None,
-           place: sharding.Place) -> jax.Array:
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  tiles: Tiles,
+  position: jax.Array,
+  *,
+  scale: float,
+  softcap: float,
+  windows: tuple[int, ...],
+  which: jax.Array | None,
+  place: sharding.Place,
+) -> jax.Array:
   """Attention of packed tokens, on each device's own rows and heads.
 
   Args:
@@ -159,14 +189,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles,
 
   def local(q, k, v, position, row, branch, query, key, count, window):
     def one(q, k, v, position, row, branch, query, key, count):
-      y = _attend(jnp.moveaxis(q, 0, 2), jnp.moveaxis(k, 0, 1),
-                  jnp.moveaxis(v, 0, 1), (row, branch, position, window),
-                  (query, key, count[0]), how)
+      y = _attend(
+        jnp.moveaxis(q, 0, 2),
+        jnp.moveaxis(k, 0, 1),
+        jnp.moveaxis(v, 0, 1),
+        (row, branch, position, window),
+        (query, key, count[0]),
+        how,
+      )
       return jnp.moveaxis(y, 2, 0)
+
     rows = (q, k, v, position, row, branch, query, key, count)
     return jnp.stack([one(*(x[s] for x in rows)) for s in range(len(q))])
 
   heads, flat = ("batch", None, "heads", None), ("batch", None)
   return place.local(
-      local, [(*heads, None), heads, heads, *[flat] * 6, ()],
-      (*heads, None))(q, k, v, position, *tiles, window)
+    local, [(*heads, None), heads, heads, *[flat] * 6, ()], (*heads, None)
+  )(q, k, v, position, *tiles, window)

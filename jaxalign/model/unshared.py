@@ -44,8 +44,9 @@ class Copies(NamedTuple):
 
 
 @jax.custom_vjp
-def copies(x: jax.Array, at: jax.Array, first: jax.Array,
-           second: jax.Array) -> jax.Array:
+def copies(
+  x: jax.Array, at: jax.Array, first: jax.Array, second: jax.Array
+) -> jax.Array:
   """x[at] for x [n, ...], at [m]; slots of at that nothing names get no slope.
 
   Args:
@@ -103,8 +104,11 @@ def _chosen(x, at):
 def by_row(fn, x: jax.Array, *index: jax.Array) -> jax.Array:
   """`fn` on every dense row: x [S, n, ...], index [S, m] each, as `fn` is
   `copies` or `originals`."""
-  return jax.vmap(fn)(x, *index) if len(x) > 1 else fn(
-      x[0], *(i[0] for i in index))[None]
+  return (
+    jax.vmap(fn)(x, *index)
+    if len(x) > 1
+    else fn(x[0], *(i[0] for i in index))[None]
+  )
 
 
 def _axes(x):
@@ -112,12 +116,18 @@ def _axes(x):
   return "batch", None, "heads", *[None] * (x.ndim - 3)
 
 
-def take(x: jax.Array, at: jax.Array, first: jax.Array, second: jax.Array,
-         place: sharding.Place) -> jax.Array:
+def take(
+  x: jax.Array,
+  at: jax.Array,
+  first: jax.Array,
+  second: jax.Array,
+  place: sharding.Place,
+) -> jax.Array:
   """`copies` of hidden states x [S, T, D], on each device's own rows."""
   one, rows = ("batch", None), ("batch", None, None)
-  return place.local(lambda *args: by_row(copies, *args),
-                     [rows, one, one, one], rows)(x, at, first, second)
+  return place.local(
+    lambda *args: by_row(copies, *args), [rows, one, one, one], rows
+  )(x, at, first, second)
 
 
 def lay(where: Unshared, position: jax.Array, place: sharding.Place) -> Copies:
@@ -130,17 +140,33 @@ def lay(where: Unshared, position: jax.Array, place: sharding.Place) -> Copies:
   """
   s, a, l = where.token.shape
   token = _shaped(where.token, (s, a * l))
-  at = place.local(lambda x, token: jnp.take_along_axis(x, token, axis=1),
-                   [("batch", None)] * 2, ("batch", None))(position, token)
+  at = place.local(
+    lambda x, token: jnp.take_along_axis(x, token, axis=1),
+    [("batch", None)] * 2,
+    ("batch", None),
+  )(position, token)
   at = _shaped(at, (s * a, l))
   segment = _shaped(where.segment, (s * a, l))
-  return Copies(token, where.first, where.second,
-                attention.Seen(at, at, segment, segment), where.tiles,
-                position)
+  return Copies(
+    token,
+    where.first,
+    where.second,
+    attention.Seen(at, at, segment, segment),
+    where.tiles,
+    position,
+  )
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, where: Copies, *,
-           kernel: str, place: sharding.Place, **how) -> jax.Array:
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  where: Copies,
+  *,
+  kernel: str,
+  place: sharding.Place,
+  **how,
+) -> jax.Array:
   """`attention.attend` of packed tokens.
 
   Args:
@@ -157,27 +183,36 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, where: Copies, *,
     the same), of padding 0.
   """
   if kernel == "tiles":
-    return tiles_lib.attend(q, k, v, where.tiles, where.position, place=place,
-                            **how)
+    return tiles_lib.attend(
+      q, k, v, where.tiles, where.position, place=place, **how
+    )
   token, first, second, seen = where[:4]
   flat, (rows, l) = ("batch", None), seen.q_position.shape
 
   def spread(x):
     axes = _axes(x)
-    y = place.local(lambda *args: by_row(copies, *args),
-                    [axes, flat, flat, flat], axes)(x, token, first, second)
+    y = place.local(
+      lambda *args: by_row(copies, *args), [axes, flat, flat, flat], axes
+    )(x, token, first, second)
     return _shaped(y, (rows, l, *x.shape[2:]))
 
-  y = attention.attend(spread(q), spread(k), spread(v), seen, place=place,
-                       kernel=kernel, **how)
+  y = attention.attend(
+    spread(q), spread(k), spread(v), seen, place=place, kernel=kernel, **how
+  )
   y = _shaped(y, (len(token), -1, *y.shape[2:]))
-  return place.local(lambda *args: by_row(originals, *args),
-                     [_axes(y), flat, flat], _axes(y))(y, first, token)
+  return place.local(
+    lambda *args: by_row(originals, *args), [_axes(y), flat, flat], _axes(y)
+  )(y, first, token)
 
 
 def _shaped(x, shape):
   """Reshapes the rows and slots in front; what lies behind keeps its place."""
   spec = tuple(jax.typeof(x).sharding.spec)
   behind = spec[2:] if x.ndim == len(shape) and x.ndim > 2 else ()
-  return jnp.reshape(x, shape, out_sharding=jax.P(
-      spec[0], *(None,) * (len(shape) - 1 - len(behind)), *behind))
+  return jnp.reshape(
+    x,
+    shape,
+    out_sharding=jax.P(
+      spec[0], *(None,) * (len(shape) - 1 - len(behind)), *behind
+    ),
+  )

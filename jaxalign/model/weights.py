@@ -6,25 +6,21 @@ the shards of this host that want it, so what is held besides the shards is a
 few parts. Writing fetches and writes one stored tensor at a time.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
 import re
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import artifacts, progress, sharding
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.model import decoder
-from jaxalign.model import families
-from jaxalign.model import published
-from jaxalign.model import safetensors_io
 from jaxalign.hub import resolve, resolve_settings
-from jaxalign.model.safetensors_io import FILE, INDEX, Box, Checkpoint, shown
+from jaxalign.model import decoder, families, published, safetensors_io
+from jaxalign.model.safetensors_io import Box, Checkpoint, FILE, INDEX, shown
 from jaxalign.model.table import Param, Params, Stored
 
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers has it
@@ -58,7 +54,7 @@ def _published(name: str, why: str) -> dict[str, Any]:
 
 
 def model_type(folder: Any) -> str:
-  """"llama", "bert", ...: of a folder, or of `hf:<repo>`."""
+  """ "llama", "bert", ...: of a folder, or of `hf:<repo>`."""
   return str(raw_config(folder).get("model_type"))
 
 
@@ -68,15 +64,26 @@ def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
   Raises:
     ConfigError: no config.json, or not one of a known family.
   """
-  return families.config_of(raw_config(folder), dtype, remat,
-                            f"{folder}/config.json")
+  return families.config_of(
+    raw_config(folder), dtype, remat, f"{folder}/config.json"
+  )
 
 
-def load_folder(folder: Any, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
-                dtype: Any = np.float32) -> Params:
+def load_folder(
+  folder: Any,
+  m: decoder.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  dtype: Any = np.float32,
+) -> Params:
   """`load` of a decoder."""
-  return load(folder, decoder.table(m), families.stored(m), mesh, dtype=dtype,
-              canonical=lambda name: families.canonical(m, name))
+  return load(
+    folder,
+    decoder.table(m),
+    families.stored(m),
+    mesh,
+    dtype=dtype,
+    canonical=lambda name: families.canonical(m, name),
+  )
 
 
 class Given(NamedTuple):
@@ -115,16 +122,25 @@ def given(folder: Any) -> Given:
       if not isinstance(generation, dict):
         raise ValueError(f"a {type(generation).__name__}")
     except ValueError as error:
-      raise ConfigError(f"{path} is no JSON object ({error!s:.100}); set "
-                        "config.model.checkpoint") from error
-  return Given(dtype, {n: raw[n] for n in KEPT if raw.get(n) is not None},
-               generation)
+      raise ConfigError(
+        f"{path} is no JSON object ({error!s:.100}); set "
+        "config.model.checkpoint"
+      ) from error
+  return Given(
+    dtype, {n: raw[n] for n in KEPT if raw.get(n) is not None}, generation
+  )
 
 
-def export_folder(folder: Any, params: Params, m: decoder.ModelConfig,
-                  tokenizer: Any, *, dtype: str = "",
-                  shard_bytes: int = SHARD_BYTES, of: Given = Given()
-                  ) -> list[str]:
+def export_folder(
+  folder: Any,
+  params: Params,
+  m: decoder.ModelConfig,
+  tokenizer: Any,
+  *,
+  dtype: str = "",
+  shard_bytes: int = SHARD_BYTES,
+  of: Given = Given(),
+) -> list[str]:
   """`save` of a decoder.
 
   Args:
@@ -138,11 +154,20 @@ def export_folder(folder: Any, params: Params, m: decoder.ModelConfig,
   """
   stops, dtype = list(tokenizer.stops), dtype or of.dtype
   config = families.hf_config(
-      m, tokenizer.bos, stops if len(stops) > 1 else stops[0], dtype)
+    m, tokenizer.bos, stops if len(stops) > 1 else stops[0], dtype
+  )
   config |= {n: x for n, x in of.config.items() if config.get(n) is None}
-  save(folder, params, decoder.table(m), families.stored(m), dtype=dtype,
-       config=config, tokenizer=tokenizer, shard_bytes=shard_bytes,
-       generation=of.generation)
+  save(
+    folder,
+    params,
+    decoder.table(m),
+    families.stored(m),
+    dtype=dtype,
+    config=config,
+    tokenizer=tokenizer,
+    shard_bytes=shard_bytes,
+    generation=of.generation,
+  )
   return ["export"]
 
 
@@ -171,10 +196,15 @@ class _Part(NamedTuple):
   buffer: np.ndarray | None  # None: the numbers are only looked at
 
 
-def load(folder: Any, rows: Mapping[str, Param], stored: Mapping[str, Stored],
-         mesh: jax.sharding.Mesh, *,
-         canonical: Callable[[str], str | None] = lambda name: name,
-         dtype: Any = np.float32) -> Params:
+def load(
+  folder: Any,
+  rows: Mapping[str, Param],
+  stored: Mapping[str, Stored],
+  mesh: jax.sharding.Mesh,
+  *,
+  canonical: Callable[[str], str | None] = lambda name: name,
+  dtype: Any = np.float32,
+) -> Params:
   """Reads a checkpoint onto the mesh; each host reads what its shards need.
 
   Host memory besides the host's own shards: a few parts of a file, 1 MiB each
@@ -200,8 +230,10 @@ def load(folder: Any, rows: Mapping[str, Param], stored: Mapping[str, Stored],
   try:
     return _load(folder, rows, stored, mesh, canonical, dtype)
   except OSError as error:
-    raise DataError(f"{folder} cannot be read ({error.strerror or error}); set "
-                    "config.model.checkpoint") from error
+    raise DataError(
+      f"{folder} cannot be read ({error.strerror or error}); set "
+      "config.model.checkpoint"
+    ) from error
 
 
 def _load(folder, rows, stored, mesh, canonical, dtype) -> Params:
@@ -211,34 +243,49 @@ def _load(folder, rows, stored, mesh, canonical, dtype) -> Params:
   params = {}
   for name, p in rows.items():
     target = sharding.named(mesh, *p.axes)
-    boxes = {device: _bounds(index, p.shape) for device, index in
-             target.addressable_devices_indices_map(p.shape).items()}
-    shards = {box: None if wrong else _aligned(box, dtype)
-              for box in boxes.values()}  # a copy on many devices: one buffer
+    boxes = {
+      device: _bounds(index, p.shape)
+      for device, index in target.addressable_devices_indices_map(
+        p.shape
+      ).items()
+    }
+    shards = {
+      box: None if wrong else _aligned(box, dtype) for box in boxes.values()
+    }  # a copy on many devices: one buffer
     for layer, theirs in found[name]:
-      parts = [_Part(box, buffer) if layer is None else
-               _Part(box[1:], None if wrong else buffer[layer - box[0][0]])
-               for box, buffer in shards.items()
-               if layer is None or box[0][0] <= layer < box[0][1]]
+      parts = [
+        _Part(box, buffer)
+        if layer is None
+        else _Part(box[1:], None if wrong else buffer[layer - box[0][0]])
+        for box, buffer in shards.items()
+        if layer is None or box[0][0] <= layer < box[0][1]
+      ]
       if parts and not _fill(checkpoint, theirs, stored[name], parts):
         spoiled.add(theirs)
     if not wrong:
       params[name] = jax.make_array_from_callback(
-          p.shape, target,
-          lambda index, p=p, shards=shards: shards[_bounds(index, p.shape)])
+        p.shape,
+        target,
+        lambda index, p=p, shards=shards: shards[_bounds(index, p.shape)],
+      )
       params[name].block_until_ready()  # then the buffers may go
-  wrong += [f"{shown(n)} holds NaN or infinity"
-            for n in _anywhere(spoiled, sorted(checkpoint.tensors))]
+  wrong += [
+    f"{shown(n)} holds NaN or infinity"
+    for n in _anywhere(spoiled, sorted(checkpoint.tensors))
+  ]
   if wrong:
-    raise DataError(f"{folder} does not match its config.json: "
-                    f"{safetensors_io.listed(wrong)}")
+    raise DataError(
+      f"{folder} does not match its config.json: {safetensors_io.listed(wrong)}"
+    )
   return params
 
 
-def _match(checkpoint: Checkpoint, rows: Mapping[str, Param],
-           stored: Mapping[str, Stored],
-           canonical: Callable[[str], str | None]
-           ) -> tuple[dict[str, list[tuple[int | None, str]]], list[str]]:
+def _match(
+  checkpoint: Checkpoint,
+  rows: Mapping[str, Param],
+  stored: Mapping[str, Stored],
+  canonical: Callable[[str], str | None],
+) -> tuple[dict[str, list[tuple[int | None, str]]], list[str]]:
   """Our name -> (layer, tensor) of it that can be read; and what is wrong."""
   theirs, wrong = {}, []
   for name in checkpoint.tensors:
@@ -262,13 +309,17 @@ def _match(checkpoint: Checkpoint, rows: Mapping[str, Param],
         used[name] = not problem
       if used[name]:
         found[ours].append((layer, theirs[name]))
-  wrong += [f"{shown(name)} is surplus" for plain, name in
-            sorted(theirs.items()) if plain not in used]
+  wrong += [
+    f"{shown(name)} is surplus"
+    for plain, name in sorted(theirs.items())
+    if plain not in used
+  ]
   return found, wrong
 
 
-def _problem(checkpoint: Checkpoint, found: str | None, wanted: str,
-             s: Stored) -> str:
+def _problem(
+  checkpoint: Checkpoint, found: str | None, wanted: str, s: Stored
+) -> str:
   """What is wrong with a tensor's place, type and shape, if anything."""
   if found is None:
     return f"{wanted} is missing"
@@ -276,8 +327,10 @@ def _problem(checkpoint: Checkpoint, found: str | None, wanted: str,
   if t.shape != s.shape:
     return f"{shown(found)} is {shown(t.shape)}, wanted {s.shape}"
   if t.dtype not in safetensors_io.FLOATS:
-    return (f"{shown(found)} is {t.dtype}, wanted one of "
-            f"{', '.join(safetensors_io.FLOATS)}")
+    return (
+      f"{shown(found)} is {t.dtype}, wanted one of "
+      f"{', '.join(safetensors_io.FLOATS)}"
+    )
   return ""
 
 
@@ -285,18 +338,24 @@ def _name(s: Stored, layer: int | None) -> str:
   return s.name if layer is None else s.name.replace("{}", str(layer))
 
 
-def _fill(checkpoint: Checkpoint, name: str, s: Stored,
-          parts: Sequence[_Part]) -> bool:
+def _fill(
+  checkpoint: Checkpoint, name: str, s: Stored, parts: Sequence[_Part]
+) -> bool:
   """Copies a stored tensor into the parts; False where it is not finite."""
-  hull = [(min(b for b, _ in axis), max(e for _, e in axis))
-          for axis in zip(*(part.box for part in parts))]
+  hull = [
+    (min(b for b, _ in axis), max(e for _, e in axis))
+    for axis in zip(*(part.box for part in parts))
+  ]
   finite = True
   for piece in checkpoint.pieces(name, s.view, _theirs(hull, s)):
     here = _ours(piece, s)
-    common = [[(max(b, c), min(e, f)) for (b, e), (c, f) in zip(here, p.box)]
-              for p in parts]
-    wanted = [(p, box) for p, box in zip(parts, common)
-              if all(b < e for b, e in box)]
+    common = [
+      [(max(b, c), min(e, f)) for (b, e), (c, f) in zip(here, p.box)]
+      for p in parts
+    ]
+    wanted = [
+      (p, box) for p, box in zip(parts, common) if all(b < e for b, e in box)
+    ]
     if not wanted:
       continue
     with np.errstate(invalid="ignore"):  # a signalling NaN
@@ -347,7 +406,7 @@ def _aligned(box: Box, dtype: Any) -> np.ndarray:
   size = int(np.prod(shape)) * np.dtype(dtype).itemsize
   raw = np.empty(size + 64, np.uint8)
   begin = -raw.ctypes.data % 64
-  return raw[begin:begin + size].view(dtype).reshape(shape)
+  return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _anywhere(some: set[str], names: list[str]) -> list[str]:
@@ -355,6 +414,7 @@ def _anywhere(some: set[str], names: list[str]) -> list[str]:
   flags = np.array([n in some for n in names])
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
+
     flags = np.asarray(multihost_utils.process_allgather(flags)).any(0)
   return [n for n, flag in zip(names, flags) if flag]
 
@@ -362,11 +422,18 @@ def _anywhere(some: set[str], names: list[str]) -> list[str]:
 # Out.
 
 
-def save(folder: Any, params: Params, rows: Mapping[str, Param],
-         stored: Mapping[str, Stored], *, config: Mapping[str, Any],
-         tokenizer: Any = None, dtype: str = "float32",
-         shard_bytes: int = SHARD_BYTES,
-         generation: Mapping[str, Any] = {}) -> None:
+def save(
+  folder: Any,
+  params: Params,
+  rows: Mapping[str, Param],
+  stored: Mapping[str, Stored],
+  *,
+  config: Mapping[str, Any],
+  tokenizer: Any = None,
+  dtype: str = "float32",
+  shard_bytes: int = SHARD_BYTES,
+  generation: Mapping[str, Any] = {},
+) -> None:
   """Writes weights, config and tokenizer as transformers loads them.
 
   All processes call it, process 0 writes. The weights have temporary names
@@ -398,8 +465,7 @@ def save(folder: Any, params: Params, rows: Mapping[str, Param],
   paths = [folder / name for name in files] if writes else []
   with safetensors_io.atomic(paths) as temporary:
     for i, names in enumerate(files.values()):
-      with (temporary[i].open("wb") if writes else
-            contextlib.nullcontext()) as f:
+      with temporary[i].open("wb") if writes else contextlib.nullcontext() as f:
         if writes:
           f.write(safetensors_io.header({n: shapes[n] for n in names}, kind))
         for name in names:
@@ -409,33 +475,47 @@ def save(folder: Any, params: Params, rows: Mapping[str, Param],
   if not writes:
     return
   for path in folder.iterdir():
-    if path.name == INDEX or (_OLD.fullmatch(path.name) and
-                              path.name not in files):
+    if path.name == INDEX or (
+      _OLD.fullmatch(path.name) and path.name not in files
+    ):
       path.unlink()  # of an export that was here before
   if len(files) > 1:
-    artifacts.write_json(folder / INDEX, dict(
+    artifacts.write_json(
+      folder / INDEX,
+      dict(
         metadata=dict(total_size=sum(sizes.values())),
-        weight_map={n: file for file, names in files.items() for n in names}))
+        weight_map={n: file for file, names in files.items() for n in names},
+      ),
+    )
   if tokenizer is not None:
     tokenizer.export(folder)
-  named = {n: config[n] for n in ("bos_token_id", "eos_token_id",
-                                  "pad_token_id") if config.get(n) is not None}
-  artifacts.write_json(folder / "generation_config.json", named | dict(
-      generation) | {n: named[n] for n in ("eos_token_id",) if n in named})
+  named = {
+    n: config[n]
+    for n in ("bos_token_id", "eos_token_id", "pad_token_id")
+    if config.get(n) is not None
+  }
+  artifacts.write_json(
+    folder / "generation_config.json",
+    named
+    | dict(generation)
+    | {n: named[n] for n in ("eos_token_id",) if n in named},
+  )
   artifacts.write_json(folder / "config.json", dict(config, dtype=dtype))
 
 
 _Source = list[tuple[Stored, str, int | None]]  # ours by name, and its layer
 
 
-def _sources(rows: Mapping[str, Param], stored: Mapping[str, Stored]
-             ) -> dict[str, _Source]:
+def _sources(
+  rows: Mapping[str, Param], stored: Mapping[str, Stored]
+) -> dict[str, _Source]:
   """Stored name -> the parameters that it is made of; layer by layer."""
   out: dict[str, _Source] = {}
 
   def add(ours, layer):
     out.setdefault(_name(stored[ours], layer), []).append(
-        (stored[ours], ours, layer))
+      (stored[ours], ours, layer)
+    )
 
   stacked = [n for n in rows if "{}" in stored[n].name]
   for ours in rows:
@@ -449,8 +529,9 @@ def _sources(rows: Mapping[str, Param], stored: Mapping[str, Stored]
     picks = {s.pick for s, _, _ in source}
     whole = source[0][0].view[source[0][0].pick[0]] if None not in picks else 1
     if len(source) != whole or len(picks) != whole:
-      raise ValueError(f"{name} is made of {len(source)} parameters, wanted "
-                       f"{whole}")
+      raise ValueError(
+        f"{name} is made of {len(source)} parameters, wanted {whole}"
+      )
   return out
 
 

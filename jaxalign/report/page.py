@@ -1,12 +1,13 @@
 """Markup that escapes by default, numbers as text, and the page's skeleton."""
 
 import base64
+from collections.abc import Iterable, Sequence
 import hashlib
 import html
 import json
 import math
+from typing import Any
 import urllib.parse
-from typing import Any, Iterable, Sequence
 
 MISSING = "–"  # a value that was never measured
 NO_BREAK = "\u00a0"
@@ -26,10 +27,10 @@ class Html(str):
 def _visible() -> dict[int, str]:
   """What stands in for characters that hide, reorder or break text."""
   table = {i: chr(0x2400 + i) for i in range(32) if i not in (9, 10)}
-  table[0x7f] = "\u2421"
-  table.update({i: "\ufffd" for i in range(0x80, 0xa0)})
-  table.update({i: "\ufffd" for i in range(0xd800, 0xe000)})
-  for i in (*range(0x202a, 0x202f), *range(0x2066, 0x206a)):
+  table[0x7F] = "\u2421"
+  table.update({i: "\ufffd" for i in range(0x80, 0xA0)})
+  table.update({i: "\ufffd" for i in range(0xD800, 0xE000)})
+  for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A)):
     table[i] = f"[U+{i:04X}]"  # bidi controls: they can disguise what is read
   return table
 
@@ -67,9 +68,11 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
   None is left out. Names come from code, never from data.
   """
   found = "".join(
-      f' {key.rstrip("_").replace("_", "-")}='
-      f'"{html.escape(plain(value), quote=True)}"'
-      for key, value in attributes.items() if value is not None)
+    f" {key.rstrip('_').replace('_', '-')}="
+    f'"{html.escape(plain(value), quote=True)}"'
+    for key, value in attributes.items()
+    if value is not None
+  )
   if name in _VOID:
     return Html(f"<{name}{found}>")
   return Html(f"<{name}{found}>{join(children)}</{name}>")
@@ -108,7 +111,7 @@ def number(value: Any, digits: int = 3, sign: bool = False) -> str:
   plus = "+" if sign and x > 0 else ""
   if isinstance(value, int) or (x == int(x) and abs(x) >= 100):
     return plus + _minus(f"{int(value):,}")
-  if abs(x) >= 10 ** digits:
+  if abs(x) >= 10**digits:
     return plus + _minus(f"{x:,.0f}")
   if x and abs(x) < 1e-4:
     mantissa, _, power = f"{x:.{digits - 1}e}".partition("e")
@@ -141,7 +144,7 @@ def prefix(value: Any) -> tuple[float, str]:
   # 999.5 already reads as 1,000 with three digits.
   while x >= 999.5 and power < len(PREFIXES) - 1:
     x, power = x / 1000, power + 1
-  return 1000.0 ** power, PREFIXES[power]
+  return 1000.0**power, PREFIXES[power]
 
 
 def engineering(value: Any, unit: str = "FLOP") -> str:
@@ -169,21 +172,38 @@ def absent(what: str) -> Html:
 
 def callout(kind: str, title: Any, items: Sequence[Any]) -> Html:
   """A framed list; `kind` is "warning", "verdict" or "note"."""
-  return tag("div", paragraph(title, kind="callout-title"),
-             tag("ul", *(tag("li", i) for i in items)),
-             class_=f"callout {kind}", role="note")
+  return tag(
+    "div",
+    paragraph(title, kind="callout-title"),
+    tag("ul", *(tag("li", i) for i in items)),
+    class_=f"callout {kind}",
+    role="note",
+  )
 
 
 def figures(items: Sequence[tuple[Any, Any, Any]]) -> Html:
   """Key figures in a row: (value, what it is, a small remark or None)."""
-  return tag("dl", *(
-      tag("div", tag("dt", label), tag("dd", value),
-          *([tag("dd", remark, class_="remark")] if remark else []))
-      for value, label, remark in items), class_="figures")
+  return tag(
+    "dl",
+    *(
+      tag(
+        "div",
+        tag("dt", label),
+        tag("dd", value),
+        *([tag("dd", remark, class_="remark")] if remark else []),
+      )
+      for value, label, remark in items
+    ),
+    class_="figures",
+  )
 
 
-def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str,
-          text: Sequence[int] = ()) -> Html:
+def table(
+  head: Sequence[Any],
+  rows: Sequence[Sequence[Any]],
+  caption: str,
+  text: Sequence[int] = (),
+) -> Html:
   """A table in a container of its own that scrolls sideways.
 
   Args:
@@ -198,29 +218,65 @@ def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str,
     return None if i in left else "n"
 
   # The caption stands outside: it must not scroll away with the columns.
-  return join([paragraph(caption, kind="caption"), tag("div", tag(
-      "table",
-      tag("thead", tag("tr", *(tag("th", h, scope="col", class_=side(i))
-                               for i, h in enumerate(head)))),
-      tag("tbody", *(
-          tag("tr", *(tag("th", cell, scope="row") if i == 0 else
-                      tag("td", cell, class_=side(i))
-                      for i, cell in enumerate(row)))
-          for row in rows)),
-      aria_label=caption),
-      class_="scroll", tabindex="0", role="region", aria_label=caption)])
+  return join(
+    [
+      paragraph(caption, kind="caption"),
+      tag(
+        "div",
+        tag(
+          "table",
+          tag(
+            "thead",
+            tag(
+              "tr",
+              *(
+                tag("th", h, scope="col", class_=side(i))
+                for i, h in enumerate(head)
+              ),
+            ),
+          ),
+          tag(
+            "tbody",
+            *(
+              tag(
+                "tr",
+                *(
+                  tag("th", cell, scope="row")
+                  if i == 0
+                  else tag("td", cell, class_=side(i))
+                  for i, cell in enumerate(row)
+                ),
+              )
+              for row in rows
+            ),
+          ),
+          aria_label=caption,
+        ),
+        class_="scroll",
+        tabindex="0",
+        role="region",
+        aria_label=caption,
+      ),
+    ]
+  )
 
 
 def facts(items: Sequence[tuple[Any, Any]]) -> Html:
   """A list of (name, value), for a card."""
-  return tag("dl", *(tag("div", tag("dt", name), tag("dd", value))
-                     for name, value in items), class_="facts")
+  return tag(
+    "dl",
+    *(tag("div", tag("dt", name), tag("dd", value)) for name, value in items),
+    class_="facts",
+  )
 
 
 def lines_of(found: Any) -> str:
   """A list of lines as one text; "" where it is none."""
-  return "\n".join(x for x in found if isinstance(x, str)) if isinstance(
-      found, (list, tuple)) else ""
+  return (
+    "\n".join(x for x in found if isinstance(x, str))
+    if isinstance(found, (list, tuple))
+    else ""
+  )
 
 
 def text_box(label: Any, text: Any, kind: str = "", limit: int = 1500) -> Html:
@@ -231,21 +287,29 @@ def text_box(label: Any, text: Any, kind: str = "", limit: int = 1500) -> Html:
     words = plain(text).strip("\n")
     cut = len(words) - limit
     shown = words if cut <= 0 else words[:limit]
-    body = tag("pre", shown, tabindex="0", dir="auto",
-               aria_label=plain(label))
+    body = tag("pre", shown, tabindex="0", dir="auto", aria_label=plain(label))
     if cut > 0:
-      body = join([body, tag("p", f"{cut:,} more characters are not shown.",
-                             class_="cut")])
-  return tag("div", tag("p", label, class_="box-label"), body,
-             class_=f"box {kind}".strip())
+      body = join(
+        [
+          body,
+          tag("p", f"{cut:,} more characters are not shown.", class_="cut"),
+        ]
+      )
+  return tag(
+    "div",
+    tag("p", label, class_="box-label"),
+    body,
+    class_=f"box {kind}".strip(),
+  )
 
 
 def figure(chart: Html, caption: Any) -> Html:
   """A chart and its caption."""
   # The container is the chart's own: one around the caption as well would
   # keep the figure counter inside it.
-  return tag("figure", tag("div", chart, class_="fit"),
-             tag("figcaption", caption))
+  return tag(
+    "figure", tag("div", chart, class_="fit"), tag("figcaption", caption)
+  )
 
 
 def grid(*children: Any) -> Html:
@@ -257,8 +321,13 @@ def link(label: Any, path: Any) -> Html:
   """A link to a file beside the page; any other address stays text."""
   address = plain(path)
   parts = address.split("/")
-  beside = (address and not address.startswith("/") and ".." not in parts
-            and "\\" not in address and ":" not in address)
+  beside = (
+    address
+    and not address.startswith("/")
+    and ".." not in parts
+    and "\\" not in address
+    and ":" not in address
+  )
   shown = tag("code", address)
   if beside:
     shown = tag("a", shown, href=urllib.parse.quote(address))
@@ -270,12 +339,12 @@ def data_block(anchor: str, value: Any) -> Html:
 
   Whatever could end the element or begin another is written as an escape.
   """
-  text = json.dumps(value, ensure_ascii=False, allow_nan=False,
-                    separators=(",", ":"))
+  text = json.dumps(
+    value, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+  )
   for raw in "<>&\u2028\u2029":
     text = text.replace(raw, f"\\u{ord(raw):04x}")
-  return Html(f'<script type="application/json" id="{anchor}">{text}'
-              "</script>")
+  return Html(f'<script type="application/json" id="{anchor}">{text}</script>')
 
 
 def section(anchor: str, title: str, *children: Any) -> Html:
@@ -283,10 +352,16 @@ def section(anchor: str, title: str, *children: Any) -> Html:
   return tag("section", tag("h2", title), *children, id=anchor)
 
 
-def document(title: Any, sections: Sequence[tuple[str, str, Html]],
-             lede: Any = None, byline: Sequence[Any] = (),
-             top: Any = Html(""), style: str = "", script: str = "",
-             data: Any = None) -> Html:
+def document(
+  title: Any,
+  sections: Sequence[tuple[str, str, Html]],
+  lede: Any = None,
+  byline: Sequence[Any] = (),
+  top: Any = Html(""),
+  style: str = "",
+  script: str = "",
+  data: Any = None,
+) -> Html:
   """The whole page.
 
   Args:
@@ -307,23 +382,34 @@ def document(title: Any, sections: Sequence[tuple[str, str, Html]],
     policy += f"; script-src 'sha256-{digest.decode()}'"
     scripts = [data_block("data", data), Html(f"<script>{script}</script>")]
   head = tag(
-      "head", tag("meta", charset="utf-8"),
-      tag("meta", http_equiv="Content-Security-Policy", content=policy),
-      tag("meta", name="viewport",
-          content="width=device-width, initial-scale=1"),
-      tag("meta", name="color-scheme", content="light dark"),
-      tag("meta", name="referrer", content="no-referrer"),
-      tag("title", title), tag("style", Html(STYLE + style)))
-  nav = tag("nav", *(tag("a", name, href=f"#{anchor}")
-                     for anchor, name, _ in sections), aria_label="Sections")
+    "head",
+    tag("meta", charset="utf-8"),
+    tag("meta", http_equiv="Content-Security-Policy", content=policy),
+    tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+    tag("meta", name="color-scheme", content="light dark"),
+    tag("meta", name="referrer", content="no-referrer"),
+    tag("title", title),
+    tag("style", Html(STYLE + style)),
+  )
+  nav = tag(
+    "nav",
+    *(tag("a", name, href=f"#{anchor}") for anchor, name, _ in sections),
+    aria_label="Sections",
+  )
   header = tag(
-      "header", tag("h1", title),
-      *([paragraph(lede, kind="lede")] if lede else []),
-      *([paragraph(join(byline, Html(" · ")), kind="byline")]
-        if byline else []))
-  body = tag("body", header, top, nav if len(sections) > 1 else "",
-             tag("main", *(section(a, t, c) for a, t, c in sections)),
-             *scripts)
+    "header",
+    tag("h1", title),
+    *([paragraph(lede, kind="lede")] if lede else []),
+    *([paragraph(join(byline, Html(" · ")), kind="byline")] if byline else []),
+  )
+  body = tag(
+    "body",
+    header,
+    top,
+    nav if len(sections) > 1 else "",
+    tag("main", *(section(a, t, c) for a, t, c in sections)),
+    *scripts,
+  )
   return Html("<!doctype html>\n" + tag("html", head, body, lang="en") + "\n")
 
 

@@ -17,17 +17,21 @@ from jaxalign.errors import ConfigError
 
 def _define(values: Any) -> None:
   from absl import flags
-  flags.DEFINE_string("output", None, "The .parquet of the chosen rows.",
-                      flag_values=values)
+
+  flags.DEFINE_string(
+    "output", None, "The .parquet of the chosen rows.", flag_values=values
+  )
 
 
 def _arm(c: Any) -> Any:
   from jaxalign.job import Arm, budget_of
+
   return Arm(c.select.sampler, budget_of(c.select.budget), c.seed)
 
 
 def _check(values: Any) -> None:
   from jaxalign import pilot
+
   if not values.config.data.source:
     raise ConfigError("no rows; say --config.data.source=pairs.jsonl")
   values.config.train.batch_size = 1  # a subset need not fill a batch
@@ -42,12 +46,12 @@ def _check(values: Any) -> None:
 
 def _work(job: Any, values: Any, argv: list[str]) -> None:
   del argv
-  import jax
   from etils import epath
-  from jaxalign import artifacts
-  from jaxalign import pipeline
-  from jaxalign import progress
+  import jax
+
+  from jaxalign import artifacts, pipeline, progress
   from jaxalign.job import arm_folder
+
   arm = _arm(job.c)
   pipeline.run_selection(job, arm)
   folder = arm_folder(job, arm)
@@ -61,9 +65,15 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
-  return main_lib.command(argv, __doc__, check=_check, work=_work,
-                          arms=lambda c: [_arm(c)], define=_define,
-                          trains=False)
+  return main_lib.command(
+    argv,
+    __doc__,
+    check=_check,
+    work=_work,
+    arms=lambda c: [_arm(c)],
+    define=_define,
+    trains=False,
+  )
 
 
 if __name__ == "__main__":

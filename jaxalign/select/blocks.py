@@ -6,7 +6,8 @@ the budget, and the sampler runs over one block after the other. Rows of two
 blocks are never compared: a near copy in another block is not seen.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +16,20 @@ from jaxalign.errors import ConfigError
 from jaxalign.select import threshold
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers.basic import apportion
-from jaxalign.select.sources import TILE, Source
+from jaxalign.select.sources import Source, TILE
 from jaxalign.select.stream import Chosen
 from jaxalign.select.topk import id_hash, uniform
 
 
-def select(sampler: Callable, source: Source, budget: int, *, seed: int = 0,
-           block_rows: int = 65536, **kwargs: Any) -> Chosen:
+def select(
+  sampler: Callable,
+  source: Source,
+  budget: int,
+  *,
+  seed: int = 0,
+  block_rows: int = 65536,
+  **kwargs: Any,
+) -> Chosen:
   """Rows of every block, by turns: the best of each, then the second of each.
 
   Args:
@@ -34,25 +42,33 @@ def select(sampler: Callable, source: Source, budget: int, *, seed: int = 0,
     **kwargs: of the sampler.
   """
   if block_rows < 1 or not 0 <= budget <= source.n:
-    raise ConfigError(f"block_rows={block_rows} and a budget of {budget} of "
-                      f"{source.n} rows, wanted 1 or more and at most all; set "
-                      "config.select.budget")
+    raise ConfigError(
+      f"block_rows={block_rows} and a budget of {budget} of "
+      f"{source.n} rows, wanted 1 or more and at most all; set "
+      "config.select.budget"
+    )
   count = -(-source.n // block_rows)
   block = np.empty(source.n, np.uint16 if count <= 1 << 16 else np.int64)
   for start in range(0, source.n, TILE):
     stop = min(source.n, start + TILE)
-    block[start:stop] = np.minimum(count - 1, uniform(
-        seed, source.ids(start, stop), "block") * count)
+    block[start:stop] = np.minimum(
+      count - 1, uniform(seed, source.ids(start, stop), "block") * count
+    )
   sizes = np.bincount(block, minlength=count)
   share = apportion(sizes.astype(float), sizes, budget)
-  names = [n for n in (*sampler.needs, *sampler.optional)
-           if n in sampler.needs or n in source.columns]
+  names = [
+    n
+    for n in (*sampler.needs, *sampler.optional)
+    if n in sampler.needs or n in source.columns
+  ]
   rows, score, turn, ids, notes = [], [], [], [], []
   with progress.bar("blocks", count, "blocks") as tick:
     for at in np.flatnonzero(share):
       own = np.flatnonzero(block == at)
-      pool = Pool(np.array(threshold.names(source.ids_at(own))),
-                  {name: _taken(source, name, own) for name in names})
+      pool = Pool(
+        np.array(threshold.names(source.ids_at(own))),
+        {name: _taken(source, name, own) for name in names},
+      )
       found = sampler(seed, pool, int(share[at]), **kwargs)
       rows.append(own[found.rows])
       ids.append(pool.ids[found.rows])
@@ -64,10 +80,13 @@ def select(sampler: Callable, source: Source, budget: int, *, seed: int = 0,
     return Chosen(np.empty(0, np.int64), source.ids(0, 1)[:0], np.empty(0))
   rows, ids = np.concatenate(rows), np.concatenate(ids)
   order = np.lexsort((rows, id_hash(ids), np.concatenate(turn)))
-  notes.append(f"in {count} blocks of about {block_rows} rows: rows of two "
-               "blocks were never compared")
-  return Chosen(rows[order], ids[order], np.concatenate(score)[order],
-                tuple(notes))
+  notes.append(
+    f"in {count} blocks of about {block_rows} rows: rows of two "
+    "blocks were never compared"
+  )
+  return Chosen(
+    rows[order], ids[order], np.concatenate(score)[order], tuple(notes)
+  )
 
 
 def _taken(source: Source, name: str, rows: np.ndarray) -> np.ndarray:
@@ -78,6 +97,5 @@ def _taken(source: Source, name: str, rows: np.ndarray) -> np.ndarray:
   cuts = np.searchsorted(rows, np.append(starts, source.n))
   for start, a, b in zip(starts.tolist(), cuts, cuts[1:]):
     if b > a:
-      parts.append(read(start, min(source.n, start + step))[
-          rows[a:b] - start])
+      parts.append(read(start, min(source.n, start + step))[rows[a:b] - start])
   return np.concatenate(parts)

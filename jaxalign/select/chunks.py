@@ -5,7 +5,7 @@ program, whichever device runs it, and the chunks are added in order, in
 float64, on the host.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def chunk_rows(n: int) -> int:
 def tiles(x: np.ndarray, chunks: int, rows: int) -> np.ndarray:
   """[n, ...] -> [chunks, rows, ...] float32, zeros after the n-th row."""
   out = np.zeros((chunks * rows,) + x.shape[1:], np.float32)
-  out[:len(x)] = x
+  out[: len(x)] = x
   return out.reshape((chunks, rows) + x.shape[1:])
 
 
@@ -45,6 +45,7 @@ def over_chunks(mesh: jax.sharding.Mesh, chunk_fn: Callable, replicated: int):
   have a leading axis of chunks. `lax.map`, not `vmap`: a batched product may
   add in an order that depends on how many chunks a device holds.
   """
+
   def local(*args):
     params, tiles = args[:replicated], args[replicated:]
     return jax.lax.map(lambda tile: chunk_fn(*params, *tile), tiles)
@@ -52,10 +53,14 @@ def over_chunks(mesh: jax.sharding.Mesh, chunk_fn: Callable, replicated: int):
   @jax.jit
   def run(params, tiles):
     return jax.shard_map(
-        local, mesh=mesh,
-        in_specs=((jax.P(),) * replicated
-                  + (sharding.spec("pool"),) * len(tiles)),
-        out_specs=sharding.spec("pool"))(*params, *tiles)
+      local,
+      mesh=mesh,
+      in_specs=(
+        (jax.P(),) * replicated + (sharding.spec("pool"),) * len(tiles)
+      ),
+      out_specs=sharding.spec("pool"),
+    )(*params, *tiles)
+
   return run
 
 
@@ -74,7 +79,7 @@ def by_parts(fn: Callable, *columns: np.ndarray) -> np.ndarray:
   """
   out = np.empty(columns[0].shape, np.float32)
   for start in range(0, len(out), 4096):
-    out[start:start + 4096] = fn(*(c[start:start + 4096] for c in columns))
+    out[start : start + 4096] = fn(*(c[start : start + 4096] for c in columns))
   return out
 
 

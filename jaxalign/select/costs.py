@@ -7,20 +7,22 @@ are counted as one whole sweep. Bytes are of the largest moment: tests compare
 them with what was held.
 """
 
+from collections.abc import Callable
 import math
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxalign.lookup import lookup
-from jaxalign.select import exact
-from jaxalign.select import grams
-from jaxalign.select.samplers import SAMPLERS
-from jaxalign.select.samplers import bradley_terry
+from jaxalign.select import exact, grams
+from jaxalign.select.samplers import (
+  bradley_terry,
+  combine,
+  dedup,
+  geometric,
+  heads,
+  SAMPLERS,
+  submodular,
+)
 from jaxalign.select.samplers import clusters as clusters_lib
-from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import dedup
-from jaxalign.select.samplers import geometric
-from jaxalign.select.samplers import heads
-from jaxalign.select.samplers import submodular
 
 ROW = 200  # bytes of a row's id while it is hashed
 NEWTON = 5  # steps of a head's fit, which starts at another fold's
@@ -57,14 +59,17 @@ class Estimate(NamedTuple):
 
 # Bytes of a row of a column; what is not here is one number a response.
 BYTES = {
-    "embedding": lambda p: 4 * p.r * p.e,
-    "answer_embedding": lambda p: 4 * p.r * p.e,
-    "residual": lambda p: 4 * p.r * p.d,
-    "grams": lambda p: p.r * grams.WIDTH,
-    "overlap": lambda p: 8 * p.r,
-    "held_out_loss": lambda p: 8 * 6,
-    "group": lambda p: 64, "source": lambda p: 64, "topic": lambda p: 8,
-    "label": lambda p: 1, "subset": lambda p: 1,
+  "embedding": lambda p: 4 * p.r * p.e,
+  "answer_embedding": lambda p: 4 * p.r * p.e,
+  "residual": lambda p: 4 * p.r * p.d,
+  "grams": lambda p: p.r * grams.WIDTH,
+  "overlap": lambda p: 8 * p.r,
+  "held_out_loss": lambda p: 8 * 6,
+  "group": lambda p: 64,
+  "source": lambda p: 64,
+  "topic": lambda p: 8,
+  "label": lambda p: 1,
+  "subset": lambda p: 1,
 }
 
 
@@ -94,19 +99,23 @@ def _vectors(p: Pool, pair: str = "mean") -> float:
 
 def _bandwidth(p: Pool) -> float:
   """Of the distances between 512 rows, float64."""
-  return 3 * 8 * min(p.n, 512)**2
+  return 3 * 8 * min(p.n, 512) ** 2
 
 
 def _k_means(p: Pool, k: int, pair: str) -> Work:
   """Ten steps on a sample, all rows once; its copies, and the means."""
   some, rows = min(p.n, max(20_000, 32 * k)), _vectors(p, pair)
-  return Work(0, 2 * k * _width(p, pair) * (10 * some + p.n),
-              rows * max(1 + 5 * some / p.n, 2 + 2 * some / p.n) + ROW * p.n,
-              rows)
+  return Work(
+    0,
+    2 * k * _width(p, pair) * (10 * some + p.n),
+    rows * max(1 + 5 * some / p.n, 2 + 2 * some / p.n) + ROW * p.n,
+    rows,
+  )
 
 
-def _inside(p: Pool, part: Callable[[Pool], Work], blocks: int,
-            pair: str) -> Work:
+def _inside(
+  p: Pool, part: Callable[[Pool], Work], blocks: int, pair: str
+) -> Work:
   """A method on all rows, or inside clusters; the largest is held."""
   if not blocks:
     return part(p)
@@ -114,41 +123,58 @@ def _inside(p: Pool, part: Callable[[Pool], Work], blocks: int,
   most = min(p.n, clusters_lib.most_rows(p.n, blocks))
   mean = part(p._replace(n=p.n / blocks, budget=p.budget / blocks))
   large = part(p._replace(n=most, budget=math.ceil(p.budget * most / p.n)))
-  return Work(first.host + blocks * mean.host,
-              first.devices + blocks * mean.devices,
-              max(first.held, _vectors(p, pair) + ROW * p.n + large.held),
-              max(first.device, large.device))
+  return Work(
+    first.host + blocks * mean.host,
+    first.devices + blocks * mean.devices,
+    max(first.held, _vectors(p, pair) + ROW * p.n + large.held),
+    max(first.device, large.device),
+  )
 
 
-def _density(p: Pool, *, features: int = 1024, pair: str = "mean",
-             **_) -> Work:
+def _density(p: Pool, *, features: int = 1024, pair: str = "mean", **_) -> Work:
   rows = _vectors(p, pair)
-  return Work(0, 4 * p.n * features * _width(p, pair) if features else
-              2 * p.n**2 * _width(p, pair),
-              max(3 * rows + ROW * p.n, rows + _bandwidth(p)),
-              rows + 4 * p.n)
+  return Work(
+    0,
+    4 * p.n * features * _width(p, pair)
+    if features
+    else 2 * p.n**2 * _width(p, pair),
+    max(3 * rows + ROW * p.n, rows + _bandwidth(p)),
+    rows + 4 * p.n,
+  )
 
 
 def _k_center(p: Pool, *, pair: str = "mean", blocks: int = 0, **_) -> Work:
   def part(p):
     rows = _vectors(p, pair)
-    return Work(0, 2 * p.n * p.budget * _width(p, pair),
-                3 * rows + 4 * p.budget * _width(p, pair) + ROW * p.n,
-                rows + 4 * p.n)
+    return Work(
+      0,
+      2 * p.n * p.budget * _width(p, pair),
+      3 * rows + 4 * p.budget * _width(p, pair) + ROW * p.n,
+      rows + 4 * p.n,
+    )
+
   return _inside(p, part, blocks, pair)
 
 
-def _herding(p: Pool, *, pair: str = "mean", features: int = 0,
-             blocks: int = 0, **_) -> Work:
+def _herding(
+  p: Pool, *, pair: str = "mean", features: int = 0, blocks: int = 0, **_
+) -> Work:
   width = 2 * features or _width(p, pair)
 
   def part(p):
     work, rows = 2 * p.n * p.budget * width, 4 * p.n * width
     # A kernel's angles are float64, with their cosines and sines beside.
-    held = max(8 * rows if features else 2 * rows, rows + 4 * 65 * p.n,
-               _bandwidth(p) if features else 0)
-    return (Work(work, 0, held, 0) if geometric._on_host() else
-            Work(0, work, held + rows, rows))
+    held = max(
+      8 * rows if features else 2 * rows,
+      rows + 4 * 65 * p.n,
+      _bandwidth(p) if features else 0,
+    )
+    return (
+      Work(work, 0, held, 0)
+      if geometric._on_host()
+      else Work(0, work, held + rows, rows)
+    )
+
   return _inside(p, part, blocks, pair)
 
 
@@ -156,40 +182,59 @@ def _real(p: Pool, **_) -> Work:
   return Work(2 * p.n * p.e, 0, 6 * 4 * p.n * p.e, 0)
 
 
-def _facility_location(p: Pool, *, pair: str = "mean", epsilon: float = 0.05,
-                       exact: bool | str = "auto", blocks: int = 0, **_
-                       ) -> Work:
+def _facility_location(
+  p: Pool,
+  *,
+  pair: str = "mean",
+  epsilon: float = 0.05,
+  exact: bool | str = "auto",
+  blocks: int = 0,
+  **_,
+) -> Work:
   def part(p):
     rows, work = _vectors(p, pair), 2 * p.n**2 * _width(p, pair)
     if exact is True or (exact == "auto" and p.n <= submodular.EXACT_ROWS):
       kept = 256 + min(submodular._CACHE // p.n, p.n) + submodular._STRIP
       return Work(work, 0, rows + 4 * p.n * kept, 0)
-    return Work(0, work * math.log(1 / epsilon), 2 * rows + ROW * p.n,
-                rows + 8 * p.n)
+    return Work(
+      0, work * math.log(1 / epsilon), 2 * rows + ROW * p.n, rows + 8 * p.n
+    )
+
   return _inside(p, part, blocks, pair)
 
 
 def _dpp(p: Pool, *, pair: str = "mean", blocks: int = 0, **_) -> Work:
   def part(p):
-    return Work(p.n * p.budget**2 + 2 * p.n * p.budget * _width(p, pair), 0,
-                3 * _vectors(p, pair) + max(8 * p.n * p.budget,
-                                            _bandwidth(p)), 0)
+    return Work(
+      p.n * p.budget**2 + 2 * p.n * p.budget * _width(p, pair),
+      0,
+      3 * _vectors(p, pair) + max(8 * p.n * p.budget, _bandwidth(p)),
+      0,
+    )
+
   return _inside(p, part, blocks, pair)
 
 
-def _semdedup(p: Pool, *, clusters: int | str = "auto", pair: str = "mean",
-              **_) -> Work:
+def _semdedup(
+  p: Pool, *, clusters: int | str = "auto", pair: str = "mean", **_
+) -> Work:
   k = dedup.cluster_count(clusters, int(p.n))
   first = _k_means(p, k, pair)
-  return first._replace(host=p.n**2 * _width(p, pair) / k,
-                        held=first.held + 4 * 512**2)
+  return first._replace(
+    host=p.n**2 * _width(p, pair) / k, held=first.held + 4 * 512**2
+  )
 
 
 def _diverse(p: Pool, *, pair: str = "mean", blocks: int = 0, **_) -> Work:
   def part(p):
     rows = _vectors(p, pair)
-    return Work(2 * p.n * p.budget * _width(p, pair), 0,
-                max(2 * rows, rows * (1 + p.budget / p.n) + ROW * p.n), 0)
+    return Work(
+      2 * p.n * p.budget * _width(p, pair),
+      0,
+      max(2 * rows, rows * (1 + p.budget / p.n) + ROW * p.n),
+      0,
+    )
+
   return _inside(p, part, blocks, pair)
 
 
@@ -205,8 +250,9 @@ def _rotated(n: float, width: int, columns: int) -> tuple[float, float]:
   few = columns < n < width
   if not _placed(n, width, columns):
     return 2 * n * width * ((n if few else width) + columns), 0
-  wide = sum((end - start) * (width - start)
-             for start, end in exact.panels(width))
+  wide = sum(
+    (end - start) * (width - start) for start, end in exact.panels(width)
+  )
   return 0, 2 * n * (wide + width * columns)
 
 
@@ -220,11 +266,14 @@ def _heads(p: Pool, *widths: tuple[int, ...]) -> Work:
   parts = {w for head in widths for w in head}
   sides, typical = p.n * p.r, [said, *{p.e} & parts]
   keep = max(1, min(64, int(sides) // 40))
-  turned = [*((p.n, w, heads.COLUMNS) for w in parts if w > heads.COLUMNS),
-            *((sides, w, keep) for w in typical if w > keep)]
+  turned = [
+    *((p.n, w, heads.COLUMNS) for w in parts if w > heads.COLUMNS),
+    *((sides, w, keep) for w in typical if w > keep),
+  ]
   work = [_rotated(*one) for one in turned]
-  fits = (2 * bt.FOLDS * p.n * (1 - 1 / bt.FOLDS) + len(bt.RIDGES)
-          * bt.RIDGE_FOLDS * min(p.n, bt.RIDGE_ROWS) * (1 - 1 / bt.RIDGE_FOLDS))
+  fits = 2 * bt.FOLDS * p.n * (1 - 1 / bt.FOLDS) + len(
+    bt.RIDGES
+  ) * bt.RIDGE_FOLDS * min(p.n, bt.RIDGE_ROWS) * (1 - 1 / bt.RIDGE_FOLDS)
   columns = [sum(min(w, heads.COLUMNS) for w in head) for head in widths]
   newton = sum(fits * NEWTON * 2 * c**2 for c in columns)
   # What is read: counts as float32, the others as float64.
@@ -232,12 +281,16 @@ def _heads(p: Pool, *widths: tuple[int, ...]) -> Work:
   # Put together in float64, mirrored.
   sums = [40 * w**2 for n, w, c in turned if _placed(n, w, c)]
   held = stored + max(
-      # Scaled, less their mean, laid out.
-      3 * 4 * sides * max(typical) + max(sums, default=0),
-      8 * p.n * (sum(min(w, heads.COLUMNS) for w in parts)
-                 + 4.5 * max(columns)))  # side by side, shortened, a fold's
-  return Work(newton + sum(w[0] for w in work), sum(w[1] for w in work), held,
-              max(_placed(*one) for one in turned))
+    # Scaled, less their mean, laid out.
+    3 * 4 * sides * max(typical) + max(sums, default=0),
+    8 * p.n * (sum(min(w, heads.COLUMNS) for w in parts) + 4.5 * max(columns)),
+  )  # side by side, shortened, a fold's
+  return Work(
+    newton + sum(w[0] for w in work),
+    sum(w[1] for w in work),
+    held,
+    max(_placed(*one) for one in turned),
+  )
 
 
 def _crossfit(p: Pool, **_) -> Work:
@@ -247,19 +300,30 @@ def _crossfit(p: Pool, **_) -> Work:
 
 # What every key of SAMPLERS takes.
 COSTS: dict[str, Callable[..., Work]] = {
-    **dict.fromkeys(("random", "stratified", "length_matched"), _drawn),
-    **dict.fromkeys(("isa", "perplexity", "ifd", "selective_dpo", "bees"),
-                    _scores),
-    **dict.fromkeys(("length", "ask_llm", "external_margin",
-                     "implicit_margin"), _few),
-    "real": _real, "density": _density, "k_center": _k_center,
-    "herding": _herding, "facility_location": _facility_location,
-    "dpp": _dpp, "semdedup": _semdedup, "deita": _diverse,
-    "crossfit_lite": lambda p, **_: _heads(p, (grams.WIDTH // 2,)),
-    "crossfit": _crossfit,
+  **dict.fromkeys(("random", "stratified", "length_matched"), _drawn),
+  **dict.fromkeys(
+    ("isa", "perplexity", "ifd", "selective_dpo", "bees"), _scores
+  ),
+  **dict.fromkeys(
+    ("length", "ask_llm", "external_margin", "implicit_margin"), _few
+  ),
+  "real": _real,
+  "density": _density,
+  "k_center": _k_center,
+  "herding": _herding,
+  "facility_location": _facility_location,
+  "dpp": _dpp,
+  "semdedup": _semdedup,
+  "deita": _diverse,
+  "crossfit_lite": lambda p, **_: _heads(p, (grams.WIDTH // 2,)),
+  "crossfit": _crossfit,
 }
-STEPS = {"gate": _scores, "quota": _scores, "dedup": _semdedup,
-         "diverse": _diverse}
+STEPS = {
+  "gate": _scores,
+  "quota": _scores,
+  "dedup": _semdedup,
+  "diverse": _diverse,
+}
 TAKES = ("gate", "quota", "dedup")  # steps that hand on a copy of some rows
 
 
@@ -275,16 +339,27 @@ def of(name: str, pool: Pool, **kwargs: Any) -> Estimate | None:
   bare = [text.partition("(")[0].strip() for text in samplers]
   if {*bare} - {*COSTS} or {s["name"] for s in steps} - {*STEPS}:
     return None
-  bound = [getattr(lookup(SAMPLERS, text, "sampler", "select.sampler"),
-                   "keywords", {}) for text in samplers]
-  found = [STEPS[s["name"]](pool, **{k: v for k, v in s.items()
-                                     if k != "name"}) for s in steps]
-  found += [COSTS[one](pool, **kwargs | words)
-            for one, words in zip(bare, bound)]
-  read = pool.n * sum(BYTES.get(column, lambda p: 8 * p.r)(pool)
-                      for column in combine.named(name).needs)
+  bound = [
+    getattr(lookup(SAMPLERS, text, "sampler", "select.sampler"), "keywords", {})
+    for text in samplers
+  ]
+  found = [
+    STEPS[s["name"]](pool, **{k: v for k, v in s.items() if k != "name"})
+    for s in steps
+  ]
+  found += [
+    COSTS[one](pool, **kwargs | words) for one, words in zip(bare, bound)
+  ]
+  read = pool.n * sum(
+    BYTES.get(column, lambda p: 8 * p.r)(pool)
+    for column in combine.named(name).needs
+  )
   copied = read * any(s["name"] in TAKES for s in steps)
   host = sum(w.host for w in found)
-  return Estimate(host + sum(w.devices for w in found), int(read),
-                  int(copied + max(w.held for w in found)),
-                  int(max(w.device for w in found)), host)
+  return Estimate(
+    host + sum(w.devices for w in found),
+    int(read),
+    int(copied + max(w.held for w in found)),
+    int(max(w.device for w in found)),
+    host,
+  )

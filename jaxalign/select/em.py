@@ -7,8 +7,9 @@ ridge * tr(S_k^-1) / 2 off component k's log-density; with that term the bound
 never falls.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,15 @@ import numpy as np
 from jaxalign import sharding
 from jaxalign.select import exact
 from jaxalign.select.exact import HIGHEST
-from jaxalign.select.gaussians import State, constants_of, factors_of
-from jaxalign.select.gaussians import few_threads, is_low_rank, joint_of
-from jaxalign.select.gaussians import spread_of
+from jaxalign.select.gaussians import (
+  constants_of,
+  factors_of,
+  few_threads,
+  is_low_rank,
+  joint_of,
+  spread_of,
+  State,
+)
 
 # A component's second moment is the difference of two float32 sums in the
 # forms that share a product. Its error, 1e-7 of all rows' moment, may be so
@@ -60,8 +67,12 @@ def _firsts(r, z):
 
 def _distances(u, centres, precisions):
   """[rows, Q], [K, Q], [K, Q] -> [K, rows], squared and weighted."""
-  return jnp.stack([jnp.matmul((u - m[None])**2, d, precision=HIGHEST)
-                    for m, d in zip(centres, precisions)])
+  return jnp.stack(
+    [
+      jnp.matmul((u - m[None]) ** 2, d, precision=HIGHEST)
+      for m, d in zip(centres, precisions)
+    ]
+  )
 
 
 def _shared_tile(params, z, weight, *, second):
@@ -74,9 +85,16 @@ def _shared_tile(params, z, weight, *, second):
     u = jnp.matmul(z, basis, precision=HIGHEST)
     squared = _distances(u, centres, precisions)
   else:
-    squared = jnp.concatenate([_distances(
-        jnp.matmul(z, basis[k], precision=HIGHEST), centres[k:k + 1],
-        precisions[k:k + 1]) for k in range(len(basis))])
+    squared = jnp.concatenate(
+      [
+        _distances(
+          jnp.matmul(z, basis[k], precision=HIGHEST),
+          centres[k : k + 1],
+          precisions[k : k + 1],
+        )
+        for k in range(len(basis))
+      ]
+    )
   joint = constants[:, None] - 0.5 * squared
   r, bound = _posterior(joint, weight)
   sums = dict(count=r.sum(1), first=_firsts(r, z))
@@ -100,8 +118,10 @@ def _full_tile(params, z, weight):
   def moments(part):
     one, mean = part
     y = z - mean[None]
-    return (jnp.matmul(one, y, precision=HIGHEST),
-            exact.gram(one[:, None] * y, y))
+    return (
+      jnp.matmul(one, y, precision=HIGHEST),
+      exact.gram(one[:, None] * y, y),
+    )
 
   first, second = jax.lax.map(moments, (r, means))
   return dict(count=r.sum(1), first=first, second=second), bound
@@ -116,10 +136,10 @@ def _diagonal_tile(params, z, weight):
     mean, one, *rank = part
     y = z - mean[None]
     if not rank:
-      return ((y * one[None])**2).sum(1), None
+      return ((y * one[None]) ** 2).sum(1), None
     f = dot(y, rank[0])
     rest = y - dot(f, rank[1].T)
-    return ((rest * one[None])**2).sum(1) + (f**2).sum(1), f
+    return ((rest * one[None]) ** 2).sum(1) + (f**2).sum(1), f
 
   parts = (means, scale) + ((low, loadings) if low.shape[-1] else ())
   squared, factors = jax.lax.map(distance, parts)
@@ -128,8 +148,11 @@ def _diagonal_tile(params, z, weight):
   def moments(part):
     one, mean, *f = part
     y = z - mean[None]
-    return (dot(one, y), dot(one, y * y),
-            *(exact.product(one[:, None] * y, f[0]) for _ in f))
+    return (
+      dot(one, y),
+      dot(one, y * y),
+      *(exact.product(one[:, None] * y, f[0]) for _ in f),
+    )
 
   parts = (r, means) + ((factors,) if low.shape[-1] else ())
   names = ("first", "second", "cross")
@@ -139,42 +162,58 @@ def _diagonal_tile(params, z, weight):
 def _total_tile(params, z, weight):
   """The Gram of all rows; the weights are 0 or 1."""
   del params
-  return (dict(second=exact.gram(z, z)),
-          weight.reshape(-1, exact.ROUND).sum(1))
+  return (dict(second=exact.gram(z, z)), weight.reshape(-1, exact.ROUND).sum(1))
 
 
-TILES = {"pair": functools.partial(_shared_tile, second=True),
-         "tied": functools.partial(_shared_tile, second=False),
-         "full": _full_tile, "diagonal": _diagonal_tile,
-         "total": _total_tile}
+TILES = {
+  "pair": functools.partial(_shared_tile, second=True),
+  "tied": functools.partial(_shared_tile, second=False),
+  "full": _full_tile,
+  "diagonal": _diagonal_tile,
+  "total": _total_tile,
+}
 
 
 @functools.lru_cache(maxsize=32)
 def program(mesh: jax.sharding.Mesh, kind: str) -> Callable:
   """The jitted sums of a kind of `TILES` on a mesh; compiled once a shape."""
   tile = TILES[kind]
-  return exact.program(mesh, lambda params, z, weight: exact.over_tiles(
-      functools.partial(tile, params), z, weight))
+  return exact.program(
+    mesh,
+    lambda params, z, weight: exact.over_tiles(
+      functools.partial(tile, params), z, weight
+    ),
+  )
 
 
-def _summed(mesh: jax.sharding.Mesh, kind: str, rows: exact.Rows,
-            params: tuple, bounds: dict[str, float]) -> tuple[dict, float]:
+def _summed(
+  mesh: jax.sharding.Mesh,
+  kind: str,
+  rows: exact.Rows,
+  params: tuple,
+  bounds: dict[str, float],
+) -> tuple[dict, float]:
   """Runs a program -> (float64 sums by name, mean log-likelihood per row)."""
   params = tuple(np.asarray(a, np.float32) for a in params)
   scales = {name: exact.scale_of(bound) for name, bound in bounds.items()}
   by_leaf = dict(scales)
   if "second" in scales and kind != "diagonal":
     by_leaf["second"] = (scales["second"],) * len(
-        exact.panels(rows.tiles.shape[-1]))
+      exact.panels(rows.tiles.shape[-1])
+    )
   put = lambda a: sharding.put(mesh, a, *([None] * np.ndim(a)))
   found, bound = program(mesh, kind)(
-      jax.tree.map(put, params), jax.tree.map(put, by_leaf), rows.tiles,
-      rows.weight)
+    jax.tree.map(put, params),
+    jax.tree.map(put, by_leaf),
+    rows.tiles,
+    rows.weight,
+  )
   sums = {}
   for name, scale in scales.items():
     if isinstance(by_leaf[name], tuple):
-      sums[name] = exact.mirrored(tuple(
-          exact.joined(pair, scale) for pair in found[name]))
+      sums[name] = exact.mirrored(
+        tuple(exact.joined(pair, scale) for pair in found[name])
+      )
     else:
       sums[name] = exact.joined(found[name], scale)
   used = exact.chunk_count(rows.n)  # the chunks behind are empty
@@ -192,13 +231,17 @@ def seen(state: State) -> State:
 
 def total_of(mesh: jax.sharding.Mesh, rows: exact.Rows) -> np.ndarray:
   """[P, P]: z^T z of all rows, rounded as a component's Gram is."""
-  return _summed(mesh, "total", rows, (), dict(second=rows.square))[0][
-      "second"]
+  return _summed(mesh, "total", rows, (), dict(second=rows.square))[0]["second"]
 
 
-def sweep(mesh: jax.sharding.Mesh, rows: exact.Rows, state: State,
-          ridge: float, covariance: str,
-          total: np.ndarray | None) -> tuple[Sums, float]:
+def sweep(
+  mesh: jax.sharding.Mesh,
+  rows: exact.Rows,
+  state: State,
+  ridge: float,
+  covariance: str,
+  total: np.ndarray | None,
+) -> tuple[Sums, float]:
   """Sums over all rows, and the mean bound per row.
 
   Args:
@@ -222,8 +265,13 @@ def sweep(mesh: jax.sharding.Mesh, rows: exact.Rows, state: State,
   f = factors_of(state)
   width = state.means.shape[1]
   constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
-  sums, bound = _summed(mesh, "full", rows, (constants, state.means, f.scale),
-                        _bounds(rows, state.means))
+  sums, bound = _summed(
+    mesh,
+    "full",
+    rows,
+    (constants, state.means, f.scale),
+    _bounds(rows, state.means),
+  )
   if covariance == "tied":
     sums["second"] = sums["second"].sum(0)
   return Sums(**sums, cross=np.zeros(state.loadings.shape)), bound
@@ -233,7 +281,7 @@ def _bounds(rows: exact.Rows, means: np.ndarray) -> dict[str, float]:
   """What no chunk's sum about these means can exceed (Cauchy-Schwarz)."""
   size = rows.tiles.shape[1]
   second = 2.1 * (rows.square + size * float((means**2).max()))
-  return dict(count=1.1 * size, first=(size * second)**0.5, second=second)
+  return dict(count=1.1 * size, first=(size * second) ** 0.5, second=second)
 
 
 def _about(sums: dict, means: np.ndarray) -> np.ndarray:
@@ -249,15 +297,20 @@ def _moved(second, first, count, mean):
 
 def _tied_sweep(mesh, rows, state, ridge, total):
   """One product; the scatter is the rest of the total. None: too narrow."""
-  one = state._replace(covariances=state.covariances[:1],
-                       loadings=state.loadings[:1])
+  one = state._replace(
+    covariances=state.covariances[:1], loadings=state.loadings[:1]
+  )
   f = factors_of(one)
   if spread_of(f.scale[0]) > SHARE_LIMIT:
     return None
   width = state.means.shape[1]
   constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
-  params = (constants, f.scale[0], state.means @ f.scale[0],
-            np.ones(state.means.shape))
+  params = (
+    constants,
+    f.scale[0],
+    state.means @ f.scale[0],
+    np.ones(state.means.shape),
+  )
   bounds = _bounds(rows, np.zeros((1, 1)))
   bounds.pop("second")
   sums, bound = _summed(mesh, "tied", rows, params, bounds)
@@ -265,8 +318,12 @@ def _tied_sweep(mesh, rows, state, ridge, total):
   for first, count, mean in zip(sums["first"], sums["count"], state.means):
     outer = np.outer(first, mean)
     second = second - outer - outer.T + count * np.outer(mean, mean)
-  return Sums(sums["count"], _about(sums, state.means), second,
-              np.zeros(state.loadings.shape)), bound
+  return Sums(
+    sums["count"],
+    _about(sums, state.means),
+    second,
+    np.zeros(state.loadings.shape),
+  ), bound
 
 
 def _pair_sweep(mesh, rows, state, ridge, total):
@@ -287,19 +344,34 @@ def _pair_sweep(mesh, rows, state, ridge, total):
   constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
   # Summed by itself is the component that bears a difference less well.
   order = [1, 0] if narrow[1] > narrow[0] else [0, 1]
-  params = (constants[order], basis if basis.ndim == 2 else basis[order],
-            centres[order], precisions[order])
-  sums, bound = _summed(mesh, "pair", rows, params,
-                        _bounds(rows, np.zeros((1, 1))))
-  sums = {name: value[order] if name != "second" else value
-          for name, value in sums.items()}
+  params = (
+    constants[order],
+    basis if basis.ndim == 2 else basis[order],
+    centres[order],
+    precisions[order],
+  )
+  sums, bound = _summed(
+    mesh, "pair", rows, params, _bounds(rows, np.zeros((1, 1)))
+  )
+  sums = {
+    name: value[order] if name != "second" else value
+    for name, value in sums.items()
+  }
   seconds = [None, None]
   seconds[order[0]] = sums["second"]
   seconds[order[1]] = total - sums["second"]
-  second = np.stack([_moved(*each) for each in zip(
-      seconds, sums["first"], sums["count"], state.means)])
-  return Sums(sums["count"], _about(sums, state.means), second,
-              np.zeros(state.loadings.shape)), bound
+  second = np.stack(
+    [
+      _moved(*each)
+      for each in zip(seconds, sums["first"], sums["count"], state.means)
+    ]
+  )
+  return Sums(
+    sums["count"],
+    _about(sums, state.means),
+    second,
+    np.zeros(state.loadings.shape),
+  ), bound
 
 
 def _diagonal_sweep(mesh, rows, state, ridge):
@@ -310,11 +382,20 @@ def _diagonal_sweep(mesh, rows, state, ridge):
   if is_low_rank(state):
     # |f|^2 <= y^T D^-1 y, and f is no longer than its matrix times y.
     least = min(float((f.low**2).sum(1).max()), float((f.scale**2).max()))
-    bounds["cross"] = bounds["second"] * max(width * least, 1e-12)**0.5
-  sums, bound = _summed(mesh, "diagonal", rows, (
-      constants, state.means, f.scale, f.low, state.loadings), bounds)
-  return Sums(sums["count"], sums["first"], sums["second"],
-              sums.get("cross", np.zeros(state.loadings.shape))), bound
+    bounds["cross"] = bounds["second"] * max(width * least, 1e-12) ** 0.5
+  sums, bound = _summed(
+    mesh,
+    "diagonal",
+    rows,
+    (constants, state.means, f.scale, f.low, state.loadings),
+    bounds,
+  )
+  return Sums(
+    sums["count"],
+    sums["first"],
+    sums["second"],
+    sums.get("cross", np.zeros(state.loadings.shape)),
+  ), bound
 
 
 def m_step(sums: Sums, state: State, ridge: float, covariance: str) -> State:
@@ -335,8 +416,9 @@ def m_step(sums: Sums, state: State, ridge: float, covariance: str) -> State:
       covariances = sums.second / n[:, None, None] - outer
     covariances = (covariances + covariances.swapaxes(1, 2)) / 2
     covariances = covariances + ridge * np.eye(shift.shape[1])
-  return State(np.log(n / n.sum()), state.means + shift, covariances,
-               state.loadings)
+  return State(
+    np.log(n / n.sum()), state.means + shift, covariances, state.loadings
+  )
 
 
 def _m_step_low_rank(sums: Sums, state: State, ridge: float) -> State:
@@ -363,16 +445,20 @@ def _m_step_low_rank(sums: Sums, state: State, ridge: float) -> State:
     loadings.append(both[:, :rank])
     means.append(state.means[k] + both[:, rank])
     noise.append(np.maximum((second - (both * left).sum(1)) / n, NOISE))
-  return State(np.log(sums.count / sums.count.sum()), np.stack(means),
-               np.stack(noise), np.stack(loadings))
+  return State(
+    np.log(sums.count / sums.count.sum()),
+    np.stack(means),
+    np.stack(noise),
+    np.stack(loadings),
+  )
 
 
-def operations(n: int, width: int, components: int, covariance: str,
-               rank: int = 0) -> int:
+def operations(
+  n: int, width: int, components: int, covariance: str, rank: int = 0
+) -> int:
   """Multiplications and additions of one iteration's products."""
   square = 2 * n * width**2
-  triangle = 2 * n * sum((e - s) * (width - s)
-                         for s, e in exact.panels(width))
+  triangle = 2 * n * sum((e - s) * (width - s) for s, e in exact.panels(width))
   if covariance == "diag":
     return 8 * components * n * width
   if covariance == "low_rank":
@@ -384,9 +470,13 @@ def operations(n: int, width: int, components: int, covariance: str,
   return components * (square + triangle)
 
 
-def sweep_of(mesh: jax.sharding.Mesh, z: np.ndarray, ridge: float,
-             covariance: str, share: bool = True
-             ) -> Callable[[State], tuple[Sums, float]]:
+def sweep_of(
+  mesh: jax.sharding.Mesh,
+  z: np.ndarray,
+  ridge: float,
+  covariance: str,
+  share: bool = True,
+) -> Callable[[State], tuple[Sums, float]]:
   """Places rows once -> sweep(state); see `sweep`.
 
   Args:
@@ -398,10 +488,12 @@ def sweep_of(mesh: jax.sharding.Mesh, z: np.ndarray, ridge: float,
 
   def run(state: State) -> tuple[Sums, float]:
     nonlocal total
-    shared = share and (covariance == "tied" or (
-        covariance == "full" and len(state.means) == 2))
+    shared = share and (
+      covariance == "tied" or (covariance == "full" and len(state.means) == 2)
+    )
     if shared and total is None:
       total = total_of(mesh, rows)
     with few_threads(z.shape[1]):
       return sweep(mesh, rows, state, ridge, covariance, total)
+
   return run

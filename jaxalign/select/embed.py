@@ -4,27 +4,31 @@ Row-parallel and in fixed tiles, so a row's numbers are the same bits on any
 mesh and under any order of the input (the pool is sorted by record id).
 """
 
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import progress, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import NumericError
-from jaxalign.model import decoder
-from jaxalign.model import logprob
+from jaxalign.model import decoder, logprob
 
 POOLINGS = ("mean", "last", "response")
 # What a pass can yield: name -> whether it has a width, whether it needs the
 # output matrix, and so all layers.
-OUTPUTS = {"embedding": (True, False), "answer_embedding": (True, False),
-           "logp": (False, True), "count": (False, True),
-           "residual": (True, True), "least": (False, True)}
+OUTPUTS = {
+  "embedding": (True, False),
+  "answer_embedding": (True, False),
+  "logp": (False, True),
+  "count": (False, True),
+  "residual": (True, True),
+  "least": (False, True),
+}
 Parts = Sequence[np.ndarray] | None  # row numbers, for each process
 
 
@@ -42,8 +46,14 @@ def headed(outputs: Sequence[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _row_fn(mesh, m: decoder.ModelConfig, outputs: tuple[str, ...],
-            pooling: str, layers: int, chunk: int):
+def _row_fn(
+  mesh,
+  m: decoder.ModelConfig,
+  outputs: tuple[str, ...],
+  pooling: str,
+  layers: int,
+  chunk: int,
+):
   """Jitted `(params, {tokens, mask, length}, {}) -> {output: by row}`."""
   place = sharding.PER_ROW
 
@@ -60,8 +70,9 @@ def _row_fn(mesh, m: decoder.ModelConfig, outputs: tuple[str, ...],
       head = decoder.head(params, m, place).astype(m.dtype)
 
       def total(x):
-        each = logprob.token_logps(x, head, rows["tokens"], chunk,
-                                   m.final_softcap)
+        each = logprob.token_logps(
+          x, head, rows["tokens"], chunk, m.final_softcap
+        )
         sums, count = logprob.sums(each, rows["mask"])
         return jnp.sum(sums), (each, sums, count)
 
@@ -70,15 +81,19 @@ def _row_fn(mesh, m: decoder.ModelConfig, outputs: tuple[str, ...],
         out["residual"] = jnp.sum(slope.astype(jnp.float32), axis=1)
       else:
         each, sums, count = total(x)[1]
-      out |= dict(logp=sums, count=count, least=jnp.min(
-          jnp.where(rows["mask"], each, 0.0), axis=1))
+      out |= dict(
+        logp=sums,
+        count=count,
+        least=jnp.min(jnp.where(rows["mask"], each, 0.0), axis=1),
+      )
     return {name: out[name] for name in outputs}
 
   return decoder.by_row(mesh, m, one_tile)
 
 
-def _pooled(x: jax.Array, rows: dict[str, jax.Array], pooling: str
-            ) -> jax.Array:
+def _pooled(
+  x: jax.Array, rows: dict[str, jax.Array], pooling: str
+) -> jax.Array:
   """[b, L, D] states of `rows` -> [b, D] float32, a key of POOLINGS."""
   position = jnp.arange(x.shape[1])[None, :]
   length = rows["length"][:, None]
@@ -91,16 +106,31 @@ def _pooled(x: jax.Array, rows: dict[str, jax.Array], pooling: str
     where = jnp.where(jnp.any(said, axis=1, keepdims=True), said, where)
   weight = where.astype(jnp.float32)
   # A weighted sum, not a gather: padding of any length leaves the same bits.
-  total = jnp.einsum("bl,bld->bd", weight, x.astype(jnp.float32),
-                     precision=jax.lax.Precision.HIGHEST)
+  total = jnp.einsum(
+    "bl,bld->bd",
+    weight,
+    x.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
   return total / jnp.sum(weight, axis=1, keepdims=True)
 
 
-def pass_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-              rows: tokens_lib.TokenRows, outputs: Sequence[str], *,
-              pooling: str = "mean", layers: int = 0, tile: int = 32,
-              chunk: int = 64, label: str = "embed", ids: Any = None,
-              parts: Parts = None, tick: Any = None) -> dict[str, np.ndarray]:
+def pass_rows(
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  outputs: Sequence[str],
+  *,
+  pooling: str = "mean",
+  layers: int = 0,
+  tile: int = 32,
+  chunk: int = 64,
+  label: str = "embed",
+  ids: Any = None,
+  parts: Parts = None,
+  tick: Any = None,
+) -> dict[str, np.ndarray]:
   """All that is asked for of every row, in one pass.
 
   Args:
@@ -137,47 +167,59 @@ def pass_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
     NumericError: a number that is not finite; names the rows.
   """
   n, outputs = _count(rows, parts), tuple(n for n in OUTPUTS if n in outputs)
-  out = {name: np.zeros((n, m.width) if OUTPUTS[name][0] else n, np.float32)
-         for name in outputs}
+  out = {
+    name: np.zeros((n, m.width) if OUTPUTS[name][0] else n, np.float32)
+    for name in outputs
+  }
   fn = _row_fn(mesh, m, outputs, pooling, layers, chunk)
   _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts, tick)
   return out
 
 
-def score_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-               rows: tokens_lib.TokenRows, **knobs: Any) -> RowScores:
+def score_rows(
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  **knobs: Any,
+) -> RowScores:
   """Embeds every row and sums its response's log-probability, in one pass.
 
   Arguments as of `pass_rows`.
   """
-  return RowScores(**pass_rows(mesh, params, m, rows, RowScores._fields,
-                               **knobs))
+  return RowScores(
+    **pass_rows(mesh, params, m, rows, RowScores._fields, **knobs)
+  )
 
 
-def pool_rows(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-              rows: tokens_lib.TokenRows, **knobs: Any) -> np.ndarray:
+def pool_rows(
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  **knobs: Any,
+) -> np.ndarray:
   """The embedding alone, [n, D] float32; arguments as of `pass_rows`."""
   return pass_rows(mesh, params, m, rows, ("embedding",), **knobs)["embedding"]
 
 
-def row_operations(m: decoder.ModelConfig, length: int,
-                   outputs: Sequence[str], layers: int = 0) -> int:
+def row_operations(
+  m: decoder.ModelConfig, length: int, outputs: Sequence[str], layers: int = 0
+) -> int:
   """Floating-point operations of `pass_rows` on a row of `length` tokens.
 
   Only the first `layers` run where nothing needs the output matrix; a
   residual takes the head once more, and its slope.
   """
   if not headed(outputs):
-    return decoder.operations(
-        m._replace(layers=layers or m.layers), length, 0)
+    return decoder.operations(m._replace(layers=layers or m.layers), length, 0)
   slope = 4 * m.vocab * m.width * length if "residual" in outputs else 0
   return decoder.operations(m, length) + slope
 
 
 def _count(rows: tokens_lib.TokenRows, parts: Parts) -> int:
   """Rows whose numbers this process gets."""
-  return (len(rows.start) if parts is None else
-          len(parts[jax.process_index()]))
+  return len(rows.start) if parts is None else len(parts[jax.process_index()])
 
 
 class _Ways(NamedTuple):
@@ -187,8 +229,9 @@ class _Ways(NamedTuple):
   own: int  # rows of a share in one call
   mine: int  # which share this process makes and keeps
 
-  def calls(self, size_of: list[np.ndarray], size: int
-            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def calls(
+    self, size_of: list[np.ndarray], size: int
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """([k] places in this share, [own] row numbers) of every call of a size.
 
     `size_of` holds the padded length of every row of every share. All
@@ -196,34 +239,38 @@ class _Ways(NamedTuple):
     """
     at_size = [np.flatnonzero(one == size) for one in size_of]
     place, share = at_size[self.mine], self.shares[self.mine]
-    spare = next(one[at[0]] for one, at in zip(self.shares, at_size)
-                 if len(at))
+    spare = next(one[at[0]] for one, at in zip(self.shares, at_size) if len(at))
     for at in range(0, max(map(len, at_size)), self.own):
-      part = place[at:at + self.own]
+      part = place[at : at + self.own]
       # A short last call repeats its first row: shapes stay the same.
       first = share[part[0]] if len(part) else spare
       full = np.full(self.own, first, np.int64)
-      full[:len(part)] = share[part]
+      full[: len(part)] = share[part]
       yield part, full
 
 
 def _buckets(lengths: np.ndarray, longest: int) -> np.ndarray:
   """[n] lengths -> [n] padded lengths."""
   known, which = np.unique(lengths, return_inverse=True)
-  return np.array([tokens_lib.bucket(int(x), longest) for x in known],
-                  np.int64)[which]
+  return np.array(
+    [tokens_lib.bucket(int(x), longest) for x in known], np.int64
+  )[which]
 
 
-def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts,
-                tick) -> None:
+def _over_tiles(
+  mesh, fn, params, m, rows, tile, out, label, ids, parts, tick
+) -> None:
   """Runs `fn` over the rows in length buckets; fills the arrays of `out`."""
   lengths = tokens_lib.lengths(rows)
   longest = tokens_lib.longest(lengths, m.context)
   step = tile * mesh.size
   ways = _Ways([np.arange(len(lengths))], step, 0)
   if parts is not None:
-    ways = _Ways([np.asarray(part, np.int64) for part in parts],
-                 step // len(parts), jax.process_index())
+    ways = _Ways(
+      [np.asarray(part, np.int64) for part in parts],
+      step // len(parts),
+      jax.process_index(),
+    )
   index = ways.shares[ways.mine]
   size_of = [_buckets(lengths[share], longest) for share in ways.shares]
   with contextlib.ExitStack() as stack:
@@ -232,13 +279,15 @@ def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts,
     for size in np.unique(np.concatenate(size_of)):
       waiting = []
       for part, full in ways.calls(size_of, size):
+
         def make(places, full=full, size=int(size)):
           # Only this process's rows are read. Of its own share, the k-th row
           # is for the k-th place that lies on its devices.
           mine = full if parts is not None else full[places]
           tokens, mask = tokens_lib.pad(rows, mine, size)
-          return dict(tokens=tokens, mask=mask,
-                      length=lengths[mine].astype(np.int32))
+          return dict(
+            tokens=tokens, mask=mask, length=lengths[mine].astype(np.int32)
+          )
 
         batch = sharding.put_rows(mesh, (step,), make, "pool")
         waiting.append((part, fn(params, batch, {})))
@@ -246,36 +295,57 @@ def _over_tiles(mesh, fn, params, m, rows, tile, out, label, ids, parts,
           _collect(out, *waiting.pop(0), tick, parts is not None)
       for part, result in waiting:
         _collect(out, part, result, tick, parts is not None)
-  bad = np.flatnonzero(~np.all([
-      # Not by reshape: a process may have no rows of its own.
-      np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
-      for x in out.values()], axis=0))
+  bad = np.flatnonzero(
+    ~np.all(
+      [
+        # Not by reshape: a process may have no rows of its own.
+        np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+        for x in out.values()
+      ],
+      axis=0,
+    )
+  )
   everywhere = len(bad)
   if parts is not None:
     everywhere = sharding.total(len(bad))
   if everywhere:
     bad = index[bad]
     responses = len(lengths) // len(ids) if ids is not None else 1
-    named = "" if ids is None or not len(bad) else " (ids " + ", ".join(
-        str(ids[i // responses]) for i in bad[:8]) + ")"
-    raise NumericError(f"{label}: {everywhere} of {len(lengths)} rows have an "
-                       "embedding or log-probability that is not finite, rows "
-                       f"{bad[:8].tolist()}{named}; look at these records and "
-                       "at the model's weights")
+    named = (
+      ""
+      if ids is None or not len(bad)
+      else " (ids " + ", ".join(str(ids[i // responses]) for i in bad[:8]) + ")"
+    )
+    raise NumericError(
+      f"{label}: {everywhere} of {len(lengths)} rows have an "
+      "embedding or log-probability that is not finite, rows "
+      f"{bad[:8].tolist()}{named}; look at these records and "
+      "at the model's weights"
+    )
 
 
-def _collect(out: dict[str, np.ndarray], part: np.ndarray, result, tick,
-             own: bool = False) -> None:
+def _collect(
+  out: dict[str, np.ndarray], part: np.ndarray, result, tick, own: bool = False
+) -> None:
   fetch = sharding.own_rows if own else sharding.fetch
   for name, into in out.items():
-    into[part] = fetch(result[name])[:len(part)]
+    into[part] = fetch(result[name])[: len(part)]
   tick(len(part))
 
 
-def number_rows(mesh: Any, fn: Any, params: Any, m: Any,
-                rows: tokens_lib.TokenRows, *, tile: int, label: str,
-                ids: Any = None, parts: Parts = None, tick: Any = None
-                ) -> np.ndarray:
+def number_rows(
+  mesh: Any,
+  fn: Any,
+  params: Any,
+  m: Any,
+  rows: tokens_lib.TokenRows,
+  *,
+  tile: int,
+  label: str,
+  ids: Any = None,
+  parts: Parts = None,
+  tick: Any = None,
+) -> np.ndarray:
   """One float32 number a row, [n], of a pass of any model.
 
   Args:
@@ -290,8 +360,11 @@ def number_rows(mesh: Any, fn: Any, params: Any, m: Any,
   return out["number"]
 
 
-def operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
-               logit_rows: int | None = None) -> int:
+def operations(
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  logit_rows: int | None = None,
+) -> int:
   """Floating-point operations of one pass, padding not counted.
 
   `logit_rows` as in `decoder.operations`: 0 where the head does not run.
@@ -299,8 +372,12 @@ def operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
   return _over_rows(rows, lambda s: decoder.operations(m, s, logit_rows))
 
 
-def pass_operations(m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
-                    outputs: Sequence[str], layers: int = 0) -> int:
+def pass_operations(
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  outputs: Sequence[str],
+  layers: int = 0,
+) -> int:
   """`row_operations` of all rows."""
   return _over_rows(rows, lambda s: row_operations(m, s, outputs, layers))
 

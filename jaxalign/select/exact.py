@@ -7,7 +7,8 @@ nothing: no order of them, and so no mesh, can change a bit. What leaves the
 devices is one sum and not one of every chunk.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +53,16 @@ def place(mesh: jax.sharding.Mesh, z: np.ndarray) -> Rows:
   """[n, P] host rows in id order -> `Rows`."""
   n, width = z.shape
   chunks, rows = layout(n, mesh.size)
-  square = max(float((np.float64(z[s:s + rows])**2).sum(0).max())
-               for s in range(0, n, rows))
+  square = max(
+    float((np.float64(z[s : s + rows]) ** 2).sum(0).max())
+    for s in range(0, n, rows)
+  )
 
   def made(places):  # the rows of this process only
     out = np.zeros((len(places), rows, width), np.float32)
     for i, chunk in enumerate(places):
-      part = z[chunk * rows:(chunk + 1) * rows]
-      out[i, :len(part)] = part
+      part = z[chunk * rows : (chunk + 1) * rows]
+      out[i, : len(part)] = part
     at = places[:, None] * rows + np.arange(rows)
     return out, np.float32(at < n)
 
@@ -103,6 +106,7 @@ def program(mesh: jax.sharding.Mesh, fn: Callable) -> Callable:
     numbers for each sum, for `joined`; [chunks, rows / ROUND]). `scales` has
     one of `scale_of` for each sum.
   """
+
   def local(params, scales, tiles, weight):
     def step(total, chunk):
       sums, bound = fn(params, *chunk)
@@ -118,9 +122,13 @@ def program(mesh: jax.sharding.Mesh, fn: Callable) -> Callable:
   def run(params, scales, tiles, weight):
     rows = sharding.spec("pool")
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(jax.P(), jax.P(), rows, rows),
-        out_specs=(jax.P(), rows), check_vma=False)(
-            params, scales, tiles, weight)
+      local,
+      mesh=mesh,
+      in_specs=(jax.P(), jax.P(), rows, rows),
+      out_specs=(jax.P(), rows),
+      check_vma=False,
+    )(params, scales, tiles, weight)
+
   return run
 
 
@@ -137,16 +145,20 @@ def over_tiles(fn: Callable, *arrays: jax.Array) -> tuple[Any, jax.Array]:
   whole = rows // TILE
   parts = []
   if rows % TILE:
-    parts.append(fn(*(a[whole * TILE:] for a in arrays)))
+    parts.append(fn(*(a[whole * TILE :] for a in arrays)))
   if whole:
-    tiled = [a[:whole * TILE].reshape((whole, TILE) + a.shape[1:])
-             for a in arrays]
+    tiled = [
+      a[: whole * TILE].reshape((whole, TILE) + a.shape[1:]) for a in arrays
+    ]
     first, value = fn(*(a[0] for a in tiled))
     if whole > 1:
       first, values = jax.lax.scan(
-          lambda total, tile: (lambda sums, v: (
-              jax.tree.map(jnp.add, total, sums), v))(*fn(*tile)),
-          first, tuple(a[1:] for a in tiled))
+        lambda total, tile: (
+          lambda sums, v: (jax.tree.map(jnp.add, total, sums), v)
+        )(*fn(*tile)),
+        first,
+        tuple(a[1:] for a in tiled),
+      )
       value = jnp.concatenate([value, values.reshape(-1)])
     parts.insert(0, (first, value))
   sums = parts[0][0]
@@ -171,12 +183,16 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
   if min(a.shape[1], b.shape[1]) >= PANEL:
     total = dot(a[:WIDE], b[:WIDE])
     for s in range(WIDE, rows, WIDE):
-      total += dot(a[s:s + WIDE], b[s:s + WIDE])
+      total += dot(a[s : s + WIDE], b[s : s + WIDE])
     return total
   cut = lambda x: x.reshape(rows // ROUND, ROUND, -1)
   a, b = cut(a), cut(b)
-  return jax.lax.scan(lambda total, x: (total + dot(*x), None),
-                      dot(a[0], b[0]), (a[1:], b[1:]), unroll=4)[0]
+  return jax.lax.scan(
+    lambda total, x: (total + dot(*x), None),
+    dot(a[0], b[0]),
+    (a[1:], b[1:]),
+    unroll=4,
+  )[0]
 
 
 def panels(width: int) -> list[tuple[int, int]]:

@@ -74,9 +74,10 @@ def _cholesky(covariances: np.ndarray) -> np.ndarray:
   try:
     return np.linalg.cholesky(covariances)
   except np.linalg.LinAlgError as error:
-    raise NumericError("the covariance of a component is not positive "
-                       f"definite; raise {KNOB}.ridge or lower {KNOB}.pca"
-                       ) from error
+    raise NumericError(
+      "the covariance of a component is not positive "
+      f"definite; raise {KNOB}.ridge or lower {KNOB}.pca"
+    ) from error
 
 
 def factors_of(state: State) -> Factors:
@@ -84,8 +85,10 @@ def factors_of(state: State) -> Factors:
   covariances, w = state.covariances, state.loadings
   if covariances.ndim == 2:
     if not (covariances > 0).all():
-      raise NumericError("a component has no variance in some direction; set "
-                         f"{KNOB}.ridge above 0")
+      raise NumericError(
+        "a component has no variance in some direction; set "
+        f"{KNOB}.ridge above 0"
+      )
     scale = covariances**-0.5
     log_det = np.log(covariances).sum(1)
     trace = (1 / covariances).sum(1)
@@ -102,8 +105,9 @@ def factors_of(state: State) -> Factors:
   lower = _cholesky(covariances)
   log_det = 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)
   unit = np.eye(lower.shape[1])
-  inverse = [scipy.linalg.solve_triangular(one, unit, lower=True)
-             for one in lower]
+  inverse = [
+    scipy.linalg.solve_triangular(one, unit, lower=True) for one in lower
+  ]
   scale = np.stack(inverse).swapaxes(1, 2)
   return Factors(scale, np.zeros(w.shape), log_det, (scale**2).sum((1, 2)))
 
@@ -115,15 +119,23 @@ def joint_of(covariances: np.ndarray) -> Joint:
   inside = scipy.linalg.solve_triangular(lower, inside.T, lower=True)
   values, turn = np.linalg.eigh((inside + inside.T) / 2)
   if not values[0] > 0:
-    raise NumericError("the covariance of a component is not positive "
-                       f"definite; raise {KNOB}.ridge or lower {KNOB}.pca")
+    raise NumericError(
+      "the covariance of a component is not positive "
+      f"definite; raise {KNOB}.ridge or lower {KNOB}.pca"
+    )
   basis = scipy.linalg.solve_triangular(lower, turn, lower=True, trans="T")
   precisions = np.stack([np.ones_like(values), 1 / values])
   log_det = 2 * np.log(np.diagonal(lower)).sum() + np.array(
-      [0.0, np.log(values).sum()])
+    [0.0, np.log(values).sum()]
+  )
   trace = precisions @ (basis**2).sum(0)
-  return Joint(basis, precisions, log_det, trace,
-               np.array([spread_of(basis * np.sqrt(p)) for p in precisions]))
+  return Joint(
+    basis,
+    precisions,
+    log_det,
+    trace,
+    np.array([spread_of(basis * np.sqrt(p)) for p in precisions]),
+  )
 
 
 def spread_of(factor: np.ndarray) -> float:
@@ -134,11 +146,17 @@ def spread_of(factor: np.ndarray) -> float:
   return float(np.linalg.norm(v))
 
 
-def constants_of(log_weights: np.ndarray, log_det: np.ndarray,
-                 trace: np.ndarray, width: int, ridge: float) -> np.ndarray:
+def constants_of(
+  log_weights: np.ndarray,
+  log_det: np.ndarray,
+  trace: np.ndarray,
+  width: int,
+  ridge: float,
+) -> np.ndarray:
   """[K]: all of log(weight * density) that does not depend on the row."""
-  return log_weights - 0.5 * (width * np.log(2 * np.pi) + log_det
-                              + ridge * trace)
+  return log_weights - 0.5 * (
+    width * np.log(2 * np.pi) + log_det + ridge * trace
+  )
 
 
 def log_joint(state: State, z: np.ndarray, project) -> np.ndarray:
@@ -150,15 +168,16 @@ def log_joint(state: State, z: np.ndarray, project) -> np.ndarray:
     project: `project(mean, matrix, z)`, (z - mean) @ matrix in fixed tiles.
   """
   f = factors_of(state)
-  constants = constants_of(state.log_weights, f.log_det, f.trace,
-                           z.shape[1], 0.0)
+  constants = constants_of(
+    state.log_weights, f.log_det, f.trace, z.shape[1], 0.0
+  )
   out = np.empty((len(z), len(constants)))
   for k, mean in enumerate(state.means):
     if f.scale.ndim == 2:
       factor = project(mean, f.low[k], z)
       rest = z - mean - factor @ state.loadings[k].T
-      squared = ((rest * f.scale[k])**2).sum(1) + (factor**2).sum(1)
+      squared = ((rest * f.scale[k]) ** 2).sum(1) + (factor**2).sum(1)
     else:
-      squared = (project(mean, f.scale[k], z)**2).sum(1)
+      squared = (project(mean, f.scale[k], z) ** 2).sum(1)
     out[:, k] = constants[k] - 0.5 * squared
   return out

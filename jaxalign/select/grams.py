@@ -40,11 +40,14 @@ def counts(rows: tokens_lib.TokenRows, width: int = WIDTH) -> np.ndarray:
     place = np.arange(low, high) - rows.offsets[first:last][row]
     said = place >= rows.start[first:last][row]
     pair = said[1:] & said[:-1] & (row[1:] == row[:-1])
-    cell = np.concatenate([
+    cell = np.concatenate(
+      [
         row[said] * width + bucket(ids[said], half),
-        row[1:][pair] * width + half + bucket(
-            (1 << 62) + ids[:-1][pair] * (1 << 31) + ids[1:][pair],
-            half)])
+        row[1:][pair] * width
+        + half
+        + bucket((1 << 62) + ids[:-1][pair] * (1 << 31) + ids[1:][pair], half),
+      ]
+    )
     found = np.bincount(cell, minlength=(last - first) * width)
     out[first:last] = np.minimum(found, 255).reshape(-1, width)
   return out
@@ -55,12 +58,14 @@ def overlap(rows: tokens_lib.TokenRows) -> np.ndarray:
   neighbours in either order, its prompt has too."""
   out = np.zeros((len(rows.start), 2), np.float32)
   for i, start in enumerate(rows.start):
-    ids = np.asarray(rows.ids[rows.offsets[i]:rows.offsets[i + 1]]).tolist()
+    ids = np.asarray(rows.ids[rows.offsets[i] : rows.offsets[i + 1]]).tolist()
     asked, said = ids[:start], ids[start:]
     tokens = set(asked)
     pairs = set(zip(asked, asked[1:])) | set(zip(asked[1:], asked))
-    out[i] = (sum(t in tokens for t in said),
-              sum(p in pairs for p in zip(said, said[1:])))
+    out[i] = (
+      sum(t in tokens for t in said),
+      sum(p in pairs for p in zip(said, said[1:])),
+    )
   return out
 
 
@@ -70,15 +75,18 @@ def surprise(grams: np.ndarray) -> np.ndarray:
   out = np.zeros((len(grams), 2))
   half = grams.shape[1] // 2
   for k in range(2):
-    part = grams[:, k * half:(k + 1) * half]
+    part = grams[:, k * half : (k + 1) * half]
     total = part.sum(axis=0, dtype=np.float64)
     share = np.log((total + 1) / (total.sum() + half))
     out[:, k] = (part @ share) / np.maximum(part.sum(1, dtype=np.float64), 1)
   return out
 
 
-def columns(rows: tokens_lib.TokenRows, responses: int
-            ) -> dict[str, np.ndarray]:
+def columns(
+  rows: tokens_lib.TokenRows, responses: int
+) -> dict[str, np.ndarray]:
   """The pool's `grams` [N, R, W] and `overlap` [N, R, 2]."""
-  return dict(grams=counts(rows).reshape(-1, responses, WIDTH),
-              overlap=overlap(rows).reshape(-1, responses, 2))
+  return dict(
+    grams=counts(rows).reshape(-1, responses, WIDTH),
+    overlap=overlap(rows).reshape(-1, responses, 2),
+  )

@@ -6,10 +6,11 @@ log-likelihood are float64 on the host. (The same bits on every mesh, that is;
 another kind of accelerator or host processor rounds in its own way.)
 """
 
+from collections.abc import Callable
 import io
 import json
+from typing import Any, NamedTuple
 import zipfile
-from typing import Any, Callable, NamedTuple
 
 from etils import epath
 import jax
@@ -17,15 +18,25 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign.errors import ConfigError, CorruptError, NumericError
-from jaxalign.select import em
-from jaxalign.select import gaussians
+from jaxalign.select import em, gaussians
 from jaxalign.select import starts as begin
 from jaxalign.select.gaussians import COVARIANCES, KNOB, State
 from jaxalign.select.scorer import make_scorer
-from jaxalign.select.space import Space, prepare, project
+from jaxalign.select.space import prepare, project, Space
 
-__all__ = ["Mixture", "Space", "assign", "fit", "load", "log_joint",
-           "log_likelihood", "make_scorer", "prepare", "project", "save"]
+__all__ = [
+  "Mixture",
+  "Space",
+  "assign",
+  "fit",
+  "load",
+  "log_joint",
+  "log_likelihood",
+  "make_scorer",
+  "prepare",
+  "project",
+  "save",
+]
 LABELS = "labels"  # components: one Gaussian per label
 
 
@@ -61,8 +72,10 @@ def components_of(value: Any) -> int | str:
   except ValueError:
     count = 0
   if count < 1 or isinstance(value, bool):
-    raise ConfigError(f"select.mixture.components={value}, wanted 1 or more, "
-                      f"or '{LABELS}'; set {KNOB}.components")
+    raise ConfigError(
+      f"select.mixture.components={value}, wanted 1 or more, "
+      f"or '{LABELS}'; set {KNOB}.components"
+    )
   return count
 
 
@@ -75,9 +88,16 @@ def least_rows(covariance: str, width: int, rank: int) -> int:
   return {"full": width + 1, "low_rank": rank + 2}.get(covariance, 2)
 
 
-def _run(sweep: Callable, state: State, space: Space, ridge: float,
-         covariance: str, tol: float, max_iterations: int,
-         rng: np.random.Generator) -> tuple[State, list[float], bool]:
+def _run(
+  sweep: Callable,
+  state: State,
+  space: Space,
+  ridge: float,
+  covariance: str,
+  tol: float,
+  max_iterations: int,
+  rng: np.random.Generator,
+) -> tuple[State, list[float], bool]:
   """EM from one start -> (last state, its trace, whether it converged)."""
   n, width = space.z.shape
   # Fewer rows would leave a bound that is high for the ridge's sake only.
@@ -87,21 +107,27 @@ def _run(sweep: Callable, state: State, space: Space, ridge: float,
     state = em.seen(state)
     sums, bound = sweep(state)
     if not np.isfinite(bound):
-      raise NumericError(f"the likelihood is {bound} at iteration "
-                         f"{len(trace)}; raise {KNOB}.ridge")
+      raise NumericError(
+        f"the likelihood is {bound} at iteration "
+        f"{len(trace)}; raise {KNOB}.ridge"
+      )
     small = int(sums.count.argmin())
     if sums.count[small] < least and max_iterations > 1:
-      found = (f"a component kept {sums.count[small]:.1f} of {n} rows, below "
-               f"the {least} that {covariance} covariances in {width} "
-               "directions need")
+      found = (
+        f"a component kept {sums.count[small]:.1f} of {n} rows, below "
+        f"the {least} that {covariance} covariances in {width} "
+        "directions need"
+      )
       if reseeded:
         raise _Failed(found)
       state = begin.reseed(state, small, space.z, ridge, rng)
       reseeded, trace = True, []
       continue
     if trace and bound < trace[-1] - 1e-6 * (abs(trace[-1]) + width):
-      raise NumericError(f"the likelihood fell from {trace[-1]} to {bound} at "
-                         f"iteration {len(trace)}; raise {KNOB}.ridge")
+      raise NumericError(
+        f"the likelihood fell from {trace[-1]} to {bound} at "
+        f"iteration {len(trace)}; raise {KNOB}.ridge"
+      )
     trace.append(bound)
     converged = len(trace) > 1 and trace[-1] - trace[-2] < tol
     if converged or len(trace) >= max_iterations:
@@ -109,53 +135,79 @@ def _run(sweep: Callable, state: State, space: Space, ridge: float,
     state = em.m_step(sums, state, ridge, covariance)
 
 
-def _check_knobs(covariance: str, starts: int, max_iterations: int,
-                 ridge: float, rank: int) -> None:
+def _check_knobs(
+  covariance: str, starts: int, max_iterations: int, ridge: float, rank: int
+) -> None:
   if covariance not in COVARIANCES:
-    raise ConfigError(f"covariance {covariance!r} is unknown, wanted one of "
-                      f"{', '.join(COVARIANCES)}; set {KNOB}.covariance")
+    raise ConfigError(
+      f"covariance {covariance!r} is unknown, wanted one of "
+      f"{', '.join(COVARIANCES)}; set {KNOB}.covariance"
+    )
   if starts < 1 or max_iterations < 1 or not 0 <= ridge < np.inf:
-    raise ConfigError(f"starts={starts}, max_iterations={max_iterations}, "
-                      f"ridge={ridge}; wanted 1 or more, 1 or more, 0 or more;"
-                      f" set {KNOB}")
+    raise ConfigError(
+      f"starts={starts}, max_iterations={max_iterations}, "
+      f"ridge={ridge}; wanted 1 or more, 1 or more, 0 or more;"
+      f" set {KNOB}"
+    )
   if covariance == "low_rank" and rank < 1:
     raise ConfigError(f"rank is {rank}, wanted 1 or more; set {KNOB}.rank")
 
 
-def _checked_labels(labels: np.ndarray, n: int, components: int | str,
-                    covariance: str) -> tuple[np.ndarray, int]:
+def _checked_labels(
+  labels: np.ndarray, n: int, components: int | str, covariance: str
+) -> tuple[np.ndarray, int]:
   """[n] int64 labels and the number of components they are read as."""
   labels = np.asarray(labels)
   wanted = LABELS if components == LABELS else f"0 to {components} - 1"
-  if (labels.shape != (n,) or labels.dtype.kind not in "biu"
-      or (labels < 0).any()
-      or (components != LABELS and (labels >= components).any())):
-    raise ConfigError(f"labels have shape {labels.shape} and type "
-                      f"{labels.dtype}, wanted [{n}] ints from 0 ({wanted}); "
-                      f"set {KNOB}.components")
+  if (
+    labels.shape != (n,)
+    or labels.dtype.kind not in "biu"
+    or (labels < 0).any()
+    or (components != LABELS and (labels >= components).any())
+  ):
+    raise ConfigError(
+      f"labels have shape {labels.shape} and type "
+      f"{labels.dtype}, wanted [{n}] ints from 0 ({wanted}); "
+      f"set {KNOB}.components"
+    )
   labels = labels.astype(np.int64)
   if components != LABELS:
     return labels, components
   if covariance == "low_rank":
-    raise ConfigError("components='labels' is a closed form, which low_rank "
-                      f"covariances have not; set {KNOB}.covariance to full, "
-                      "tied or diag")
+    raise ConfigError(
+      "components='labels' is a closed form, which low_rank "
+      f"covariances have not; set {KNOB}.covariance to full, "
+      "tied or diag"
+    )
   count = np.bincount(labels)
   if len(count) < 2 or count.min() < 2:
     named = ", ".join(f"{c} of label {i}" for i, c in enumerate(count))
-    raise ConfigError(f"the rows have {named}; one Gaussian per label wants "
-                      "two labels or more and two rows of each; set "
-                      f"{KNOB}.components to a number")
+    raise ConfigError(
+      f"the rows have {named}; one Gaussian per label wants "
+      "two labels or more and two rows of each; set "
+      f"{KNOB}.components to a number"
+    )
   return labels, len(count)
 
 
-def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *,
-        components: int | str = 2, covariance: str = "full",
-        pca: int | str = "auto", ridge: float = 1e-4, rank: int = 8,
-        starts: int = 10, tol: float = 1e-4, max_iterations: int = 100,
-        seed: int = 0, labels: np.ndarray | None = None,
-        space: Space | None = None, share: bool = True,
-        progress: Callable[..., None] | None = None) -> Mixture:
+def fit(
+  mesh: jax.sharding.Mesh,
+  x: np.ndarray,
+  *,
+  components: int | str = 2,
+  covariance: str = "full",
+  pca: int | str = "auto",
+  ridge: float = 1e-4,
+  rank: int = 8,
+  starts: int = 10,
+  tol: float = 1e-4,
+  max_iterations: int = 100,
+  seed: int = 0,
+  labels: np.ndarray | None = None,
+  space: Space | None = None,
+  share: bool = True,
+  progress: Callable[..., None] | None = None,
+) -> Mixture:
   """Fits a Gaussian mixture by EM; the best of several starts is kept.
 
   `ridge` times the pooled covariance of the rows is added to each component's:
@@ -198,16 +250,20 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *,
   _check_knobs(covariance, starts, max_iterations, ridge, rank)
   closed = components == LABELS
   if closed and labels is None:
-    raise ConfigError("components='labels' needs the label of every row; "
-                      f"pass labels or set {KNOB}.components to a number")
+    raise ConfigError(
+      "components='labels' needs the label of every row; "
+      f"pass labels or set {KNOB}.components to a number"
+    )
   if not closed and (isinstance(components, (bool, str)) or components < 1):
-    raise ConfigError(f"components is {components!r}, wanted 1 or more or "
-                      f"'labels'; set {KNOB}.components")
+    raise ConfigError(
+      f"components is {components!r}, wanted 1 or more or "
+      f"'labels'; set {KNOB}.components"
+    )
   if labels is not None:
-    labels, components = _checked_labels(labels, len(x), components,
-                                         covariance)
-  space = space or prepare(mesh, x, pca=pca, covariance=covariance,
-                           components=components)
+    labels, components = _checked_labels(labels, len(x), components, covariance)
+  space = space or prepare(
+    mesh, x, pca=pca, covariance=covariance, components=components
+  )
   n, width = space.z.shape
   rank = max(1, min(rank, width - 1)) if covariance == "low_rank" else 0
   sweep = em.sweep_of(mesh, space.z, ridge, covariance, share)
@@ -216,8 +272,9 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *,
 
   best, bounds, reasons = None, [], []
   for number in range(1 if labels is not None else starts):
-    rng = np.random.Generator(np.random.Philox(
-        key=np.array([seed % 2**64, number], np.uint64)))
+    rng = np.random.Generator(
+      np.random.Philox(key=np.array([seed % 2**64, number], np.uint64))
+    )
     rows, parts = space.z, labels
     if labels is None:
       if n > begin.ROWS:
@@ -228,8 +285,9 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *,
     try:
       if state is None:
         raise _Failed("a component had no rows to start from")
-      result = _run(sweep, state, space, ridge, covariance, tol,
-                    max_iterations, rng)
+      result = _run(
+        sweep, state, space, ridge, covariance, tol, max_iterations, rng
+      )
       bounds.append(result[1][-1])
       if best is None or bounds[-1] > best[1][-1]:
         best = result
@@ -239,31 +297,49 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *,
     if progress:
       progress(1, f"bound {bounds[-1]:.4f}")
   if best is None:
-    raise ConfigError(f"all {len(bounds)} starts failed: {reasons[-1]}; lower "
-                      f"{KNOB}.components or pca, or set covariance to "
-                      "'tied', 'diag' or 'low_rank'")
+    raise ConfigError(
+      f"all {len(bounds)} starts failed: {reasons[-1]}; lower "
+      f"{KNOB}.components or pca, or set covariance to "
+      "'tied', 'diag' or 'low_rank'"
+    )
   state, trace, converged = best
   warnings = []
   if n < 40 * width:
-    warnings.append(f"{n} rows for {width} directions, below 40 per direction:"
-                    f" the mixture may memorise rows; lower {KNOB}.pca")
+    warnings.append(
+      f"{n} rows for {width} directions, below 40 per direction:"
+      f" the mixture may memorise rows; lower {KNOB}.pca"
+    )
   count = n * np.exp(state.log_weights.min())
   least = least_rows(covariance, width, rank)
   if closed and count < least:
-    warnings.append(f"a label has {count:.0f} rows, below the {least} that "
-                    f"{covariance} covariances in {width} directions need: "
-                    f"its covariance is mostly ridge; lower {KNOB}.pca")
+    warnings.append(
+      f"a label has {count:.0f} rows, below the {least} that "
+      f"{covariance} covariances in {width} directions need: "
+      f"its covariance is mostly ridge; lower {KNOB}.pca"
+    )
   if not converged and max_iterations > 1:
-    warnings.append(f"EM stopped after {len(trace)} iterations, still gaining "
-                    f"more than {tol} per row; raise {KNOB}.max_iterations")
+    warnings.append(
+      f"EM stopped after {len(trace)} iterations, still gaining "
+      f"more than {tol} per row; raise {KNOB}.max_iterations"
+    )
   if reasons:
-    warnings.append(f"{len(reasons)} of {len(bounds)} starts failed: "
-                    f"{reasons[-1]}")
+    warnings.append(
+      f"{len(reasons)} of {len(bounds)} starts failed: {reasons[-1]}"
+    )
   volume = -0.5 * np.log(space.variances).sum()
-  return Mixture(space.mean, space.projection, space.variances,
-                 state.log_weights, state.means, state.covariances,
-                 np.array(trace) + volume, np.array(bounds) + volume,
-                 space.explained, warnings, state.loadings)
+  return Mixture(
+    space.mean,
+    space.projection,
+    space.variances,
+    state.log_weights,
+    state.means,
+    state.covariances,
+    np.array(trace) + volume,
+    np.array(bounds) + volume,
+    space.explained,
+    warnings,
+    state.loadings,
+  )
 
 
 # Reading a mixture.
@@ -271,8 +347,9 @@ def fit(mesh: jax.sharding.Mesh, x: np.ndarray, *,
 
 def state_of(mixture: Mixture) -> State:
   """The parameters alone."""
-  return State(mixture.log_weights, mixture.means, mixture.covariances,
-               mixture.loadings)
+  return State(
+    mixture.log_weights, mixture.means, mixture.covariances, mixture.loadings
+  )
 
 
 def log_joint(mixture: Mixture, x: np.ndarray) -> np.ndarray:
@@ -283,11 +360,13 @@ def log_joint(mixture: Mixture, x: np.ndarray) -> np.ndarray:
   """
   x = np.asarray(x)
   if x.ndim != 2 or x.shape[1] != mixture.mean.size:
-    raise ConfigError(f"the mixture wants rows [n, {mixture.mean.size}], found "
-                      f"shape {x.shape}")
+    raise ConfigError(
+      f"the mixture wants rows [n, {mixture.mean.size}], found shape {x.shape}"
+    )
   z = project(mixture.mean, mixture.projection, x)
   return gaussians.log_joint(state_of(mixture), z, project) - (
-      0.5 * np.log(mixture.variances).sum())
+    0.5 * np.log(mixture.variances).sum()
+  )
 
 
 def log_likelihood(mixture: Mixture, x: np.ndarray) -> np.ndarray:
@@ -317,16 +396,24 @@ def load(path: Any) -> Mixture:
     CorruptError: the file is damaged or something else.
   """
   try:
-    with np.load(io.BytesIO(epath.Path(path).read_bytes()),
-                 allow_pickle=False) as arrays:
-      fields = {name: arrays[name] for name in Mixture._fields
-                if name != "loadings"}
+    with np.load(
+      io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False
+    ) as arrays:
+      fields = {
+        name: arrays[name] for name in Mixture._fields if name != "loadings"
+      }
       shape = fields["means"].shape + (0,)  # older files have no loadings
-      fields["loadings"] = (arrays["loadings"] if "loadings" in arrays
-                            else np.zeros(shape))
-      return Mixture(**fields | {
+      fields["loadings"] = (
+        arrays["loadings"] if "loadings" in arrays else np.zeros(shape)
+      )
+      return Mixture(
+        **fields
+        | {
           "explained": float(fields["explained"]),
-          "warnings": json.loads(str(fields["warnings"]))})
+          "warnings": json.loads(str(fields["warnings"])),
+        }
+      )
   except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-    raise CorruptError(f"{path} is not a mixture ({error}); delete it and run "
-                       "the stage again") from error
+    raise CorruptError(
+      f"{path} is not a mixture ({error}); delete it and run the stage again"
+    ) from error

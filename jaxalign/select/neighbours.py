@@ -5,7 +5,8 @@ be the nearest; float64 decides among those. What is held is one block of
 products, and one block of rows at a time where they are read from a file.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,12 +46,14 @@ def unit_rows(pool: Pool, centre_rows: int = 200_000) -> Reader:
   """
   x = pool.embedding
   if x.ndim not in (2, 3):
-    raise ConfigError(f"the embedding has shape {x.shape}, wanted [N, R, E]; "
-                      "look at config.embed")
+    raise ConfigError(
+      f"the embedding has shape {x.shape}, wanted [N, R, E]; "
+      "look at config.embed"
+    )
   some = np.arange(0, len(x), max(1, -(-len(x) // centre_rows)))
   total = np.zeros(x.shape[-1])
   for start in range(0, len(some), BLOCK):
-    total += _flat(x, some[start:start + BLOCK]).sum(axis=0)
+    total += _flat(x, some[start : start + BLOCK]).sum(axis=0)
   centre = total / len(some)
 
   def read(rows):
@@ -59,10 +62,11 @@ def unit_rows(pool: Pool, centre_rows: int = 200_000) -> Reader:
     bad = ~(np.isfinite(norm) & (norm > 1e-12))
     if bad.any():
       raise NumericError(
-          f"{int(bad.sum())} rows have no direction: their embedding is not "
-          f"finite or is the mean of all (ids "
-          f"{', '.join(str(i) for i in pool.ids[rows[bad][:5]])}); look at "
-          "the embedding of those records")
+        f"{int(bad.sum())} rows have no direction: their embedding is not "
+        f"finite or is the mean of all (ids "
+        f"{', '.join(str(i) for i in pool.ids[rows[bad][:5]])}); look at "
+        "the embedding of those records"
+      )
     return np.float32(part / norm[:, None])
 
   return read
@@ -107,11 +111,12 @@ def nearest(read: Reader, queries: np.ndarray, targets: np.ndarray) -> Nearest:
   row = np.full(len(queries), -1, np.int64)
   if not len(queries) or not len(targets):
     return Nearest(row, best)
-  asked = np.concatenate([read(queries[s:s + BLOCK])
-                          for s in range(0, len(queries), BLOCK)])
+  asked = np.concatenate(
+    [read(queries[s : s + BLOCK]) for s in range(0, len(queries), BLOCK)]
+  )
   square = np.einsum("nw,nw->n", asked, asked, dtype=np.float64)
   for start in range(0, len(targets), BLOCK):
-    block = targets[start:start + BLOCK]
+    block = targets[start : start + BLOCK]
     y = read(block)
     places = _thinned(y, block)
     block, y = block[places], y[places]
@@ -122,8 +127,9 @@ def nearest(read: Reader, queries: np.ndarray, targets: np.ndarray) -> Nearest:
     for at in range(0, len(queries), TILE):
       part = slice(at, at + TILE)
       x = asked[part]
-      near = np.concatenate([x, np.ones((len(x), 1), np.float32)],
-                            axis=1) @ folded
+      near = (
+        np.concatenate([x, np.ones((len(x), 1), np.float32)], axis=1) @ folded
+      )
       _own_out(near, queries[part], block)
       low, room = near.min(axis=1).astype(np.float64), slack[part]
       limit = np.minimum(low + room, best[part] - square[part]) + room
@@ -142,11 +148,18 @@ def _own_out(near: np.ndarray, queries: np.ndarray, block: np.ndarray) -> None:
   near[same, place[same]] = np.inf
 
 
-def _decide(x: np.ndarray, y: np.ndarray, block: np.ndarray, i: np.ndarray,
-            j: np.ndarray, best: np.ndarray, row: np.ndarray) -> None:
+def _decide(
+  x: np.ndarray,
+  y: np.ndarray,
+  block: np.ndarray,
+  i: np.ndarray,
+  j: np.ndarray,
+  best: np.ndarray,
+  row: np.ndarray,
+) -> None:
   """Exact distances of the pairs x[i], y[j] left open; keeps the best."""
   for start in range(0, len(i), _PAIRS):
-    a, b = i[start:start + _PAIRS], j[start:start + _PAIRS]
+    a, b = i[start : start + _PAIRS], j[start : start + _PAIRS]
     apart = np.float64(x[a]) - y[b]
     exact, found = np.einsum("nw,nw->n", apart, apart), block[b]
     order = np.lexsort((found, exact, a))
@@ -184,5 +197,9 @@ def wilson(count: int, of: int) -> dict[str, Any]:
   p, scale = count / of, 1 + z * z / of
   middle = (p + z * z / (2 * of)) / scale
   half = z / scale * np.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-  return {"value": p, "low": float(middle - half) if count else 0.0,
-          "high": float(middle + half) if count < of else 1.0, "n": int(of)}
+  return {
+    "value": p,
+    "low": float(middle - half) if count else 0.0,
+    "high": float(middle + half) if count < of else 1.0,
+    "n": int(of),
+  }

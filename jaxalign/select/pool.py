@@ -1,6 +1,7 @@
 """The pool as the samplers see it, and what a sampler hands back."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -8,27 +9,27 @@ from jaxalign.errors import ConfigError, DataError
 
 # What a column looks like; R is 2 for pairs (chosen, rejected), 1 for thumbs.
 SHAPES = {
-    "embedding": "[N, R, E] float32",
-    "answer_embedding": "[N, R, E] float32, the response without its prompt",
-    "log_likelihood": "[N, R] float64, nats",
-    "length": "[N, R] int32, response tokens",
-    "label": "[N] bool, thumbs only",
-    "subset": "[N] bool, the rows that the chosen sampler kept",
-    "topic": "[N], where it is known",
-    "source": "[N] str, where the record came from",
-    "logp": "[N, R] nats, summed over the response, of the reference",
-    "logp_count": "[N, R] response tokens that logp sums",
-    "logp_alone": "[N, R] as logp, without the prompt",
-    "p_yes": "[N, R] from 0 to 1, a judge's answer about each response",
-    "reward": "[N, R] a reward model's or judge's score of each response",
-    "proxy_logp": "[N, R] nats, summed, of a small model tuned on a few pairs",
-    "proxy_ref_logp": "[N, R] as proxy_logp, before that tuning",
-    "residual": "[N, R, D] of the reference: what was said beyond expected",
-    "least": "[N, R] nats, of the response's least likely token",
-    "grams": "[N, R, W] counts of hashed tokens, then of pairs of them",
-    "overlap": "[N, R, 2] tokens and pairs of them that the prompt has too",
-    "group": "[N] str, alike for rows of one prompt",
-    "held_out_loss": "[N, S] nats, of S models; NaN where one saw the row",
+  "embedding": "[N, R, E] float32",
+  "answer_embedding": "[N, R, E] float32, the response without its prompt",
+  "log_likelihood": "[N, R] float64, nats",
+  "length": "[N, R] int32, response tokens",
+  "label": "[N] bool, thumbs only",
+  "subset": "[N] bool, the rows that the chosen sampler kept",
+  "topic": "[N], where it is known",
+  "source": "[N] str, where the record came from",
+  "logp": "[N, R] nats, summed over the response, of the reference",
+  "logp_count": "[N, R] response tokens that logp sums",
+  "logp_alone": "[N, R] as logp, without the prompt",
+  "p_yes": "[N, R] from 0 to 1, a judge's answer about each response",
+  "reward": "[N, R] a reward model's or judge's score of each response",
+  "proxy_logp": "[N, R] nats, summed, of a small model tuned on a few pairs",
+  "proxy_ref_logp": "[N, R] as proxy_logp, before that tuning",
+  "residual": "[N, R, D] of the reference: what was said beyond expected",
+  "least": "[N, R] nats, of the response's least likely token",
+  "grams": "[N, R, W] counts of hashed tokens, then of pairs of them",
+  "overlap": "[N, R, 2] tokens and pairs of them that the prompt has too",
+  "group": "[N] str, alike for rows of one prompt",
+  "held_out_loss": "[N, S] nats, of S models; NaN where one saw the row",
 }
 
 
@@ -49,9 +50,10 @@ class Pool(NamedTuple):
     if name not in self.columns:
       wanted = f" ({SHAPES[name]})" if name in SHAPES else ""
       raise ConfigError(
-          f"the pool has no column {name!r}{wanted}, it has "
-          f"{', '.join(sorted(self.columns)) or 'none'}; a sampler declares "
-          f"what it reads with @needs({name!r}); set config.select.sampler")
+        f"the pool has no column {name!r}{wanted}, it has "
+        f"{', '.join(sorted(self.columns)) or 'none'}; a sampler declares "
+        f"what it reads with @needs({name!r}); set config.select.sampler"
+      )
     return self.columns[name]
 
 
@@ -85,12 +87,16 @@ def checked(found: Selection, n: int, budget: int, name: str) -> Selection:
   elif len(np.unique(rows)) < budget:
     wrong = f"{budget - len(np.unique(rows))} rows twice"
   elif score.shape != (n,) or not np.isfinite(score).all():
-    wrong = (f"a score of shape {score.shape} with "
-             f"{int((~np.isfinite(score)).sum())} numbers not finite")
+    wrong = (
+      f"a score of shape {score.shape} with "
+      f"{int((~np.isfinite(score)).sum())} numbers not finite"
+    )
   if wrong:
-    raise ConfigError(f"sampler {name!r} returned {wrong}, wanted {budget} "
-                      f"different rows of {n} and a finite score of each of "
-                      f"the {n}; mend it, or set config.select.sampler")
+    raise ConfigError(
+      f"sampler {name!r} returned {wrong}, wanted {budget} "
+      f"different rows of {n} and a finite score of each of "
+      f"the {n}; mend it, or set config.select.sampler"
+    )
   return found
 
 
@@ -109,20 +115,25 @@ def make_pool(ids: Any, columns: dict[str, Any]) -> Pool:
   ids = ids[order]
   twice = ids[1:][ids[1:] == ids[:-1]]
   if twice.size:
-    raise DataError(f"record id {str(twice[0])!r} occurs more than once "
-                    f"({twice.size} such rows); ids must be unique")
+    raise DataError(
+      f"record id {str(twice[0])!r} occurs more than once "
+      f"({twice.size} such rows); ids must be unique"
+    )
   table = {}
   for name, column in columns.items():
     column = np.asarray(column)
     if column.ndim == 0 or column.shape[0] != ids.size:
-      raise DataError(f"column {name!r} has shape {column.shape}, wanted "
-                      f"{ids.size} rows, one per id")
+      raise DataError(
+        f"column {name!r} has shape {column.shape}, wanted "
+        f"{ids.size} rows, one per id"
+      )
     table[name] = column[order]
   return Pool(ids, table)
 
 
-def needs(*columns: str, optional: tuple[str, ...] = (),
-          pairs: bool = False) -> Callable[[Callable], Callable]:
+def needs(
+  *columns: str, optional: tuple[str, ...] = (), pairs: bool = False
+) -> Callable[[Callable], Callable]:
   """Declares the pool columns a sampler reads; only those are computed.
 
   Args:
@@ -130,9 +141,11 @@ def needs(*columns: str, optional: tuple[str, ...] = (),
     optional: read where the pool has them, or where a keyword names them.
     pairs: it compares two responses, and refuses rows of one.
   """
+
   def mark(sampler: Callable) -> Callable:
     sampler.needs = columns
     sampler.optional = optional
     sampler.pairs = pairs
     return sampler
+
   return mark

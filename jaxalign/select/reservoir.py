@@ -7,14 +7,14 @@ ids: the same ones in any order and in any shards. Then one pass over tiles
 scores every row on the mesh.
 """
 
+from collections.abc import Iterator, Sequence
 import os
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import progress, sharding
 from jaxalign.errors import NumericError
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
@@ -41,13 +41,14 @@ def choose(store: Store, records: int, scratch: Any) -> np.ndarray:
   hashes = np.lib.format.open_memmap(path, "w+", np.uint64, (store.rows,))
   with progress.bar("reservoir", store.rows) as tick:
     for start, ids in stores.tiles(store, stores.ID, 65536):
-      hashes[start:start + len(ids)] = id_hash(ids, PURPOSE)
+      hashes[start : start + len(ids)] = id_hash(ids, PURPOSE)
       tick(len(ids))
-  parts = lambda: (~hashes[at:at + 65536]
-                   for at in range(0, store.rows, 65536))
+  parts = lambda: (
+    ~hashes[at : at + 65536] for at in range(0, store.rows, 65536)
+  )
   limit, above = threshold.cut(parts, records)
   limit = ~np.uint64(limit)
-  equal = np.flatnonzero(hashes == limit)[:records - above]
+  equal = np.flatnonzero(hashes == limit)[: records - above]
   rows = np.sort(np.append(np.flatnonzero(hashes < limit), equal))
   os.unlink(path)
   return rows
@@ -63,18 +64,20 @@ def gather(store: Store, rows: np.ndarray, path: Any) -> np.ndarray:
   """
   responses, width = store.columns["embedding"].shape
   out = np.lib.format.open_memmap(
-      os.fspath(path), "w+", np.float32, (len(rows) * responses, width))
+    os.fspath(path), "w+", np.float32, (len(rows) * responses, width)
+  )
   step = max(1, (64 << 20) // (4 * responses * width))
   for at in range(0, len(rows), step):
-    x = stores.take(store, "embedding", rows[at:at + step])
-    out[at * responses:(at + len(x)) * responses] = x.reshape(-1, width)
+    x = stores.take(store, "embedding", rows[at : at + step])
+    out[at * responses : (at + len(x)) * responses] = x.reshape(-1, width)
   out.flush()
   del out
   return np.load(os.fspath(path), mmap_mode="r")
 
 
-def _tiles(store: Store, shards: Sequence[int], rows: int
-           ) -> Iterator[tuple[int, np.ndarray]]:
+def _tiles(
+  store: Store, shards: Sequence[int], rows: int
+) -> Iterator[tuple[int, np.ndarray]]:
   """(how many, [rows, E]) of the rows of shards one after the other.
 
   The last tile is filled up with zeros; the dtype is the store's own.
@@ -87,8 +90,8 @@ def _tiles(store: Store, shards: Sequence[int], rows: int
     while at < len(x):
       if tile is None:
         tile, filled = np.zeros((rows, x.shape[1]), x.dtype), 0
-      part = x[at:at + rows - filled]
-      tile[filled:filled + len(part)] = part
+      part = x[at : at + rows - filled]
+      tile[filled : filled + len(part)] = part
       filled, at = filled + len(part), at + len(part)
       if filled == rows:
         yield rows, tile
@@ -97,9 +100,15 @@ def _tiles(store: Store, shards: Sequence[int], rows: int
     yield filled, tile
 
 
-def score(mesh: jax.sharding.Mesh, fits: Sequence[mixtures.Mixture],
-          store: Store, folder: Any, *, fields: dict[str, Any],
-          tile: int = TILE) -> Store:
+def score(
+  mesh: jax.sharding.Mesh,
+  fits: Sequence[mixtures.Mixture],
+  store: Store,
+  folder: Any,
+  *,
+  fields: dict[str, Any],
+  tile: int = TILE,
+) -> Store:
   """The log-likelihood of every row under each mixture, in one pass.
 
   Every process reads the rows of its own shards and writes their scores; a
@@ -119,29 +128,40 @@ def score(mesh: jax.sharding.Mesh, fits: Sequence[mixtures.Mixture],
   responses = store.columns["embedding"].shape[0]
   ids = stores.StoredIds(store)
   out = stores.create(
-      folder, ids, dict(log_likelihood=Column((len(fits), responses))),
-      fields=fields, shard=store.shard)
+    folder,
+    ids,
+    dict(log_likelihood=Column((len(fits), responses))),
+    fields=fields,
+    shard=store.shard,
+  )
   missing = stores.pending(out, ids)
   scorers = [mixtures.make_scorer(mesh, fit) for fit in fits]
   count, me = jax.process_count(), jax.process_index()
   own = tile * mesh.size // count
   group = count * max(1, -(-CALLS * own // (store.shard * responses)))
   rows_of = lambda shard: int(np.diff(store.bounds(shard))[0]) * responses
-  with progress.bar("score", store.rows, done=store.rows - sum(
-      map(rows_of, missing)) // responses) as tick:
+  with progress.bar(
+    "score",
+    store.rows,
+    done=store.rows - sum(map(rows_of, missing)) // responses,
+  ) as tick:
     for at in range(0, len(missing), group):
-      dealt = stores.owned(missing[at:at + group])
+      dealt = stores.owned(missing[at : at + group])
       calls = max(-(-sum(map(rows_of, mine)) // own) for mine in dealt)
       found, waiting = [], []
       own_tiles = _tiles(store, dealt[me], own)
       for _ in range(calls):  # all processes call equally often
         real, x = next(own_tiles, (0, None))
         if x is None:
-          x = np.zeros((own, store.columns["embedding"].shape[1]), np.float32
-                       if store.columns["embedding"].dtype == "float32"
-                       else jax.numpy.bfloat16)
-        placed = sharding.put_rows(mesh, (own * count,), lambda _, x=x: x,
-                                   "pool")
+          x = np.zeros(
+            (own, store.columns["embedding"].shape[1]),
+            np.float32
+            if store.columns["embedding"].dtype == "float32"
+            else jax.numpy.bfloat16,
+          )
+        placed = sharding.put_rows(
+          mesh, (own * count,), lambda _, x=x: x, "pool"
+        )
         waiting.append((real, [fn(placed) for fn in scorers]))
         if len(waiting) > 2:  # keep the device busy, the memory bounded
           found.append(_fetched(*waiting.pop(0)))
@@ -157,24 +177,30 @@ def _fetched(real: int, results: list[jax.Array]) -> np.ndarray:
   return np.stack([sharding.own_rows(x)[:real] for x in results], axis=1)
 
 
-def _write(out: Store, ids: Any, shards: Sequence[int], values: np.ndarray
-           ) -> None:
+def _write(
+  out: Store, ids: Any, shards: Sequence[int], values: np.ndarray
+) -> None:
   """The scores [rows, F] of shards, written; one that is not finite ends it."""
   fits, responses = out.columns["log_likelihood"].shape
   values = values.reshape(-1, responses, fits).swapaxes(1, 2)
   bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2)))
   everywhere = sharding.total(len(bad))
   if everywhere:
-    rows = np.concatenate([np.arange(0)] + [
-        np.arange(*out.bounds(s)) for s in shards])[bad[:5]]
-    named = ", ".join(threshold.names(np.concatenate(
-        [ids[r:r + 1] for r in rows]))) if len(rows) else "of another process"
-    raise NumericError(f"{everywhere} of {out.rows} records have a "
-                       f"log-likelihood that is not finite (ids {named}); look "
-                       "at the embedding of those records")
+    rows = np.concatenate(
+      [np.arange(0)] + [np.arange(*out.bounds(s)) for s in shards]
+    )[bad[:5]]
+    named = (
+      ", ".join(threshold.names(np.concatenate([ids[r : r + 1] for r in rows])))
+      if len(rows)
+      else "of another process"
+    )
+    raise NumericError(
+      f"{everywhere} of {out.rows} records have a "
+      f"log-likelihood that is not finite (ids {named}); look "
+      "at the embedding of those records"
+    )
   start = 0
   for shard in shards:
     stop = start + int(np.diff(out.bounds(shard))[0])
-    stores.write_shard(out, shard, ids,
-                       dict(log_likelihood=values[start:stop]))
+    stores.write_shard(out, shard, ids, dict(log_likelihood=values[start:stop]))
     start = stop

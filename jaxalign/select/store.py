@@ -11,18 +11,17 @@ where the disk is local: what is held is a tile, whatever N is.
   <column>/00012.npy        its rows; "id" is a column too
 """
 
+from collections.abc import Iterable, Iterator
 import hashlib
 import json
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import artifacts, progress, sharding
 from jaxalign.errors import ConfigError, CorruptError
 
 SHARD = 8192  # rows, where nobody says another number
@@ -89,24 +88,48 @@ def _digest_ids(ids: Any, start: int, stop: int) -> str:
   """Of any range in steps, so that no copy of all of them is made."""
   total = hashlib.sha256()
   for at in range(start, stop, 65536):
-    total.update(np.ascontiguousarray(ids[at:min(stop, at + 65536)]).tobytes())
+    total.update(
+      np.ascontiguousarray(ids[at : min(stop, at + 65536)]).tobytes()
+    )
   return total.hexdigest()
 
 
-def _described(rows: int, shard: int, columns: dict[str, Column],
-               fields: dict[str, Any], ids: str) -> dict[str, Any]:
+def _described(
+  rows: int,
+  shard: int,
+  columns: dict[str, Column],
+  fields: dict[str, Any],
+  ids: str,
+) -> dict[str, Any]:
   """What store.json says, less the key."""
-  return json.loads(json.dumps(dict(
-      rows=rows, shard=shard, fields=fields, ids=ids,
-      columns={n: [list(c.shape), c.dtype] for n, c in columns.items()})))
+  return json.loads(
+    json.dumps(
+      dict(
+        rows=rows,
+        shard=shard,
+        fields=fields,
+        ids=ids,
+        columns={n: [list(c.shape), c.dtype] for n, c in columns.items()},
+      )
+    )
+  )
 
 
 def _store(folder: Any, said: dict[str, Any]) -> Store:
-  columns = {n: Column(tuple(shape), dtype)
-             for n, (shape, dtype) in said["columns"].items()}
+  columns = {
+    n: Column(tuple(shape), dtype)
+    for n, (shape, dtype) in said["columns"].items()
+  }
   key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-  return Store(epath.Path(folder), said["rows"], said["shard"], columns,
-               said["fields"], said["ids"], key[:16])
+  return Store(
+    epath.Path(folder),
+    said["rows"],
+    said["shard"],
+    columns,
+    said["fields"],
+    said["ids"],
+    key[:16],
+  )
 
 
 def _read_description(folder: epath.Path) -> dict[str, Any] | None:
@@ -122,27 +145,40 @@ def _read_description(folder: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def _refuse(folder: epath.Path, found: dict[str, Any],
-            wanted: dict[str, Any]) -> None:
+def _refuse(
+  folder: epath.Path, found: dict[str, Any], wanted: dict[str, Any]
+) -> None:
   """Names the first thing in which two descriptions differ."""
-  flat = [{f"fields.{k}": v for k, v in one["fields"].items()}
-          | {k: v for k, v in one.items() if k != "fields"}
-          for one in (found, wanted)]
+  flat = [
+    {f"fields.{k}": v for k, v in one["fields"].items()}
+    | {k: v for k, v in one.items() if k != "fields"}
+    for one in (found, wanted)
+  ]
   for name in sorted(flat[0].keys() | flat[1].keys()):
     was, now = flat[0].get(name), flat[1].get(name)
     if was == now:
       continue
     if name == "ids":
-      raise ConfigError(f"{folder} holds numbers of other records: its ids "
-                        f"have the digest {was[:12]}, these {now[:12]}; use "
-                        "another folder or make it again")
-    raise ConfigError(f"{folder} was made by something else: "
-                      f"{name.removeprefix('fields.')} was {was!r}, now "
-                      f"{now!r}; use another folder or make it again")
+      raise ConfigError(
+        f"{folder} holds numbers of other records: its ids "
+        f"have the digest {was[:12]}, these {now[:12]}; use "
+        "another folder or make it again"
+      )
+    raise ConfigError(
+      f"{folder} was made by something else: "
+      f"{name.removeprefix('fields.')} was {was!r}, now "
+      f"{now!r}; use another folder or make it again"
+    )
 
 
-def create(folder: Any, ids: np.ndarray, columns: dict[str, Column], *,
-           fields: dict[str, Any], shard: int = SHARD) -> Store:
+def create(
+  folder: Any,
+  ids: np.ndarray,
+  columns: dict[str, Column],
+  *,
+  fields: dict[str, Any],
+  shard: int = SHARD,
+) -> Store:
   """Makes a store, or finds the one to go on with.
 
   Args:
@@ -157,16 +193,23 @@ def create(folder: Any, ids: np.ndarray, columns: dict[str, Column], *,
       names the field.
   """
   if shard < 1:
-    raise ConfigError(f"a shard of {shard} rows, wanted 1 or more; set "
-                      "config.embed.shard")
+    raise ConfigError(
+      f"a shard of {shard} rows, wanted 1 or more; set config.embed.shard"
+    )
   for name, column in columns.items():
     if column.dtype not in DTYPES:
-      raise ConfigError(f"column {name} of {column.dtype!r}, wanted one of "
-                        f"{', '.join(DTYPES)}; set config.embed.store_dtype")
+      raise ConfigError(
+        f"column {name} of {column.dtype!r}, wanted one of "
+        f"{', '.join(DTYPES)}; set config.embed.store_dtype"
+      )
   folder, ids = epath.Path(folder), encoded(ids)
-  said = _described(len(ids), shard,
-                    columns | {ID: Column((), ids.dtype.str)}, fields,
-                    _digest_ids(ids, 0, len(ids)))
+  said = _described(
+    len(ids),
+    shard,
+    columns | {ID: Column((), ids.dtype.str)},
+    fields,
+    _digest_ids(ids, 0, len(ids)),
+  )
   found, wanted = _read_description(folder), _store(folder, said)
   if found is not None:
     _refuse(folder, found, said)
@@ -177,8 +220,12 @@ def create(folder: Any, ids: np.ndarray, columns: dict[str, Column], *,
   return wanted
 
 
-def open_store(folder: Any, *, fields: dict[str, Any] | None = None,
-               ids: np.ndarray | None = None) -> Store:
+def open_store(
+  folder: Any,
+  *,
+  fields: dict[str, Any] | None = None,
+  ids: np.ndarray | None = None,
+) -> Store:
   """A finished store, to be read.
 
   Args:
@@ -193,20 +240,27 @@ def open_store(folder: Any, *, fields: dict[str, Any] | None = None,
   folder = epath.Path(folder)
   said = _read_description(folder)
   if said is None:
-    raise CorruptError(f"{folder} holds no store, or store.json is harmed; run "
-                       "the stage that makes it again")
+    raise CorruptError(
+      f"{folder} holds no store, or store.json is harmed; run "
+      "the stage that makes it again"
+    )
   found = _store(folder, said)
   if fields is not None:
     _refuse(folder, said, said | dict(fields=json.loads(json.dumps(fields))))
   if ids is not None:
     ids = encoded(ids)
-    _refuse(folder, said, said | dict(rows=len(ids),
-                                      ids=_digest_ids(ids, 0, len(ids))))
+    _refuse(
+      folder,
+      said,
+      said | dict(rows=len(ids), ids=_digest_ids(ids, 0, len(ids))),
+    )
   missing = [s for s in range(found.shards) if not _side(found, s).exists()]
   if missing:
-    raise CorruptError(f"{folder} lacks {len(missing)} of {found.shards} "
-                       f"shards, {missing[0]:05d} the first; run the stage "
-                       "that makes it again")
+    raise CorruptError(
+      f"{folder} lacks {len(missing)} of {found.shards} "
+      f"shards, {missing[0]:05d} the first; run the stage "
+      "that makes it again"
+    )
   return found
 
 
@@ -221,8 +275,9 @@ def _file(column: str, shard: int) -> str:
   return f"{column}/{shard:05d}.npy"
 
 
-def write_shard(store: Store, shard: int, ids: np.ndarray,
-                arrays: dict[str, np.ndarray]) -> None:
+def write_shard(
+  store: Store, shard: int, ids: np.ndarray, arrays: dict[str, np.ndarray]
+) -> None:
   """Writes a shard; one process does, and nobody else this shard.
 
   Args:
@@ -237,8 +292,10 @@ def write_shard(store: Store, shard: int, ids: np.ndarray,
   for name, column in store.columns.items():
     x = np.asarray(arrays[name])
     if x.shape != (stop - start, *column.shape):
-      raise ValueError(f"column {name} has shape {x.shape}, wanted "
-                       f"{(stop - start, *column.shape)}")
+      raise ValueError(
+        f"column {name} has shape {x.shape}, wanted "
+        f"{(stop - start, *column.shape)}"
+      )
     if column.dtype == "bfloat16":
       x = x.astype(_BFLOAT16, copy=False).view(np.uint16)
     else:
@@ -246,8 +303,13 @@ def write_shard(store: Store, shard: int, ids: np.ndarray,
     path = store.folder / _file(name, shard)
     artifacts.write_array(path, x)
     files[_file(name, shard)] = artifacts.digest(path)
-  side = dict(shard=shard, rows=[start, stop], key=store.key,
-              ids=_digest_ids(arrays[ID], 0, stop - start), files=files)
+  side = dict(
+    shard=shard,
+    rows=[start, stop],
+    key=store.key,
+    ids=_digest_ids(arrays[ID], 0, stop - start),
+    files=files,
+  )
   artifacts.write_json(_side(store, shard), side | dict(digest=_digest(side)))
 
 
@@ -293,6 +355,7 @@ def pending(store: Store, ids: np.ndarray) -> list[int]:
       progress.say(f"  shard {shard:05d}: {why}; doing it again")
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
+
     wanted = np.asarray(multihost_utils.process_allgather(wanted)).sum(0)
   return np.flatnonzero(wanted).tolist()
 
@@ -300,8 +363,9 @@ def pending(store: Store, ids: np.ndarray) -> list[int]:
 # Reading.
 
 
-def _rows(store: Store, column: str, shard: int, start: int, stop: int
-          ) -> np.ndarray:
+def _rows(
+  store: Store, column: str, shard: int, start: int, stop: int
+) -> np.ndarray:
   """Rows `start` to `stop` of a shard, counted from its first."""
   x = artifacts.read_array(store.folder / _file(column, shard))
   if store.columns[column].dtype == "bfloat16":
@@ -319,27 +383,30 @@ def read_rows(store: Store, column: str, start: int, stop: int) -> np.ndarray:
   while at < stop or not parts:
     shard = min(at // store.shard, store.shards - 1)
     first, last = store.bounds(shard)
-    parts.append(_rows(store, column, shard, at - first,
-                       min(stop, last) - first))
+    parts.append(
+      _rows(store, column, shard, at - first, min(stop, last) - first)
+    )
     at = last
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _known(store: Store, column: str) -> None:
   if column not in store.columns:
-    raise ConfigError(f"{store.folder} has no column {column!r}, it has "
-                      f"{', '.join(sorted(store.columns))}")
+    raise ConfigError(
+      f"{store.folder} has no column {column!r}, it has "
+      f"{', '.join(sorted(store.columns))}"
+    )
 
 
-def tiles(store: Store, column: str, rows: int
-          ) -> Iterator[tuple[int, np.ndarray]]:
+def tiles(
+  store: Store, column: str, rows: int
+) -> Iterator[tuple[int, np.ndarray]]:
   """(first row, [rows, ...]) of every tile in order; the last is shorter.
 
   Where the tiles begin depends on N and `rows` alone, not on the shards.
   """
   for start in range(0, store.rows, rows):
-    yield start, read_rows(store, column, start,
-                           min(store.rows, start + rows))
+    yield start, read_rows(store, column, start, min(store.rows, start + rows))
 
 
 def take(store: Store, column: str, index: np.ndarray) -> np.ndarray:
@@ -347,16 +414,19 @@ def take(store: Store, column: str, index: np.ndarray) -> np.ndarray:
   _known(store, column)
   index = np.asarray(index, np.int64)
   shape, dtype = store.columns[column]
-  out = np.empty((len(index), *shape), np.float32 if dtype == "bfloat16"
-                 else dtype)
+  out = np.empty(
+    (len(index), *shape), np.float32 if dtype == "bfloat16" else dtype
+  )
   order = np.argsort(index, kind="stable")
-  cuts = np.searchsorted(index[order],
-                         np.arange(store.shards + 1) * store.shard)
+  cuts = np.searchsorted(
+    index[order], np.arange(store.shards + 1) * store.shard
+  )
   for shard in np.flatnonzero(np.diff(cuts)).tolist():
-    where = order[cuts[shard]:cuts[shard + 1]]
+    where = order[cuts[shard] : cuts[shard + 1]]
     first, last = store.bounds(shard)
     out[where] = _rows(store, column, shard, 0, last - first)[
-        index[where] - first]
+      index[where] - first
+    ]
   return out
 
 
@@ -370,10 +440,11 @@ def read(folder: Any, column: str) -> np.ndarray:
   if store.shards == 1 and store.columns[column].dtype != "bfloat16":
     return read_rows(store, column, 0, store.rows)
   shape, dtype = store.columns[column]
-  out = np.empty((store.rows, *shape), np.float32 if dtype == "bfloat16"
-                 else dtype)
+  out = np.empty(
+    (store.rows, *shape), np.float32 if dtype == "bfloat16" else dtype
+  )
   for start, x in tiles(store, column, store.shard):
-    out[start:start + len(x)] = x
+    out[start : start + len(x)] = x
   return out
 
 

@@ -6,35 +6,44 @@ A sampler that reads all rows at once is refused before it starts, with what it
 would hold, where that is much; `blocks.select` runs it block by block instead.
 """
 
+from collections.abc import Callable, Iterator
 import contextlib
 import inspect
 import math
 import os
 import tempfile
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import progress, sharding
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import threshold
 from jaxalign.select.chunks import over_chunks
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers import SAMPLERS
-from jaxalign.select.samplers import basic
+from jaxalign.select.samplers import basic, SAMPLERS
 from jaxalign.select.samplers import density as densities
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.samplers.values import from_middle, one_side
-from jaxalign.select.sources import TILE, Source
+from jaxalign.select.sources import Source, TILE
 from jaxalign.select.topk import gumbel, uniform
 
 CHUNK = 2048  # rows of one program of `density`; part of the numbers
 HELD = 2 << 30  # bytes of embeddings that a sampler may hold here
 # A row's value is the row's own: top and low rank by it, middle by its rank.
-BY_ROW = ("random", "length", "perplexity", "ifd", "ask_llm", "selective_dpo",
-          "external_margin", "implicit_margin", "bees", "real")
+BY_ROW = (
+  "random",
+  "length",
+  "perplexity",
+  "ifd",
+  "ask_llm",
+  "selective_dpo",
+  "external_margin",
+  "implicit_margin",
+  "bees",
+  "real",
+)
 
 
 class Chosen(NamedTuple):
@@ -46,8 +55,15 @@ class Chosen(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-def select(name: str, source: Source, budget: int, *, seed: int = 0,
-           scratch: Any = None, **kwargs: Any) -> Chosen:
+def select(
+  name: str,
+  source: Source,
+  budget: int,
+  *,
+  seed: int = 0,
+  scratch: Any = None,
+  **kwargs: Any,
+) -> Chosen:
   """The rows that the sampler of this name takes, without holding the pool.
 
   Args:
@@ -64,17 +80,26 @@ def select(name: str, source: Source, budget: int, *, seed: int = 0,
       to be held, or a keyword needs what one pass cannot know.
   """
   if name not in SAMPLERS:
-    raise ConfigError(f"sampler {name!r} is unknown, wanted one of "
-                      f"{', '.join(SAMPLERS)}; set config.select.sampler")
-  known = {p.name for p in inspect.signature(
-      SAMPLERS[name]).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    raise ConfigError(
+      f"sampler {name!r} is unknown, wanted one of "
+      f"{', '.join(SAMPLERS)}; set config.select.sampler"
+    )
+  known = {
+    p.name
+    for p in inspect.signature(SAMPLERS[name]).parameters.values()
+    if p.kind == p.KEYWORD_ONLY
+  }
   if unknown := sorted(set(kwargs) - known):
-    raise ConfigError(f"sampler {name!r} takes no {unknown[0]!r}; it takes "
-                      f"{', '.join(sorted(known)) or 'no keywords'}; set "
-                      "config.select.kwargs")
+    raise ConfigError(
+      f"sampler {name!r} takes no {unknown[0]!r}; it takes "
+      f"{', '.join(sorted(known)) or 'no keywords'}; set "
+      "config.select.kwargs"
+    )
   if not 0 <= budget <= source.n:
-    raise ConfigError(f"cannot take the best {budget} of {source.n} rows; set "
-                      "config.select.budget")
+    raise ConfigError(
+      f"cannot take the best {budget} of {source.n} rows; set "
+      "config.select.budget"
+    )
   with contextlib.ExitStack() as stack:
     if scratch is None:
       scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -90,21 +115,32 @@ def select(name: str, source: Source, budget: int, *, seed: int = 0,
 def _held(name, seed, source, budget, **kwargs) -> Chosen:
   """A sampler that holds what it reads, where that is not too much."""
   sampler = SAMPLERS[name]
-  names = [n for n in (*sampler.needs, *sampler.optional)
-           if n in source.columns]
+  names = [
+    n for n in (*sampler.needs, *sampler.optional) if n in source.columns
+  ]
   readers = [source.ids, *map(source.column, names)]
   held = source.n * sum(read(0, 1).nbytes for read in readers)
   rows_lib.refuse_above(
-      held, HELD, f"{name} reads all {source.n:,} rows at once: the bytes",
-      "use blocks.select(..., block_rows=), "
-      "its blocked form, or a sampler that runs in one pass: isa, density, "
-      f"{', '.join(BY_ROW)}")
+    held,
+    HELD,
+    f"{name} reads all {source.n:,} rows at once: the bytes",
+    "use blocks.select(..., block_rows=), "
+    "its blocked form, or a sampler that runs in one pass: isa, density, "
+    f"{', '.join(BY_ROW)}",
+  )
   ids = np.array(threshold.names(source.ids(0, source.n)))
-  selection = sampler(seed, Pool(ids, {
-      n: np.asarray(source.column(n)(0, source.n)) for n in names}), budget,
-      **kwargs)
-  return Chosen(selection.rows, ids[selection.rows],
-                selection.score[selection.rows], selection.notes)
+  selection = sampler(
+    seed,
+    Pool(ids, {n: np.asarray(source.column(n)(0, source.n)) for n in names}),
+    budget,
+    **kwargs,
+  )
+  return Chosen(
+    selection.rows,
+    ids[selection.rows],
+    selection.score[selection.rows],
+    selection.notes,
+  )
 
 
 class _Scores:
@@ -119,13 +155,13 @@ class _Scores:
     """Writes every part at its first row."""
     with progress.bar(label, len(self.x)) as tick:
       for start, part in parts:
-        self.x[start:start + len(part)] = part
+        self.x[start : start + len(part)] = part
         tick(len(part))
 
   def tiles(self) -> Iterator[np.ndarray]:
     """From the start, in tiles."""
     for start in range(0, len(self.x), TILE):
-      yield self.x[start:start + TILE]
+      yield self.x[start : start + TILE]
 
 
 def _best(scores: _Scores, source: Source, budget: int) -> Chosen:
@@ -150,22 +186,35 @@ def _by_row(name, seed, source, budget, scratch, **kwargs) -> Chosen:
   direction = None
   if "direction" in known:
     direction = kwargs.get("direction", known["direction"].default)
-    kwargs = kwargs | dict(direction=direction if direction != "middle"
-                           else "top")
+    kwargs = kwargs | dict(
+      direction=direction if direction != "middle" else "top"
+    )
   if name == "bees" and isinstance(kwargs.get("high", "tail"), str):
-    raise ConfigError("bees in tiles cannot read a percentile of all margins; "
-                      "set config.select.kwargs.high to a number, the margin "
-                      "that counts as surely right")
+    raise ConfigError(
+      "bees in tiles cannot read a percentile of all margins; "
+      "set config.select.kwargs.high to a number, the margin "
+      "that counts as surely right"
+    )
   if kwargs.get("metric") == "centred":
-    raise ConfigError(f"{name} in tiles takes off no mean of all rows; set "
-                      "config.select.kwargs.metric to 'cosine'")
-  names = tuple(n for n in (*sampler.needs, *sampler.optional)
-                if n in sampler.needs or n in source.columns)
+    raise ConfigError(
+      f"{name} in tiles takes off no mean of all rows; set "
+      "config.select.kwargs.metric to 'cosine'"
+    )
+  names = tuple(
+    n
+    for n in (*sampler.needs, *sampler.optional)
+    if n in sampler.needs or n in source.columns
+  )
   wide = {"embedding", "answer_embedding"} & {*names}
   tile = CHUNK if wide else TILE
   scores = _Scores(source.n, scratch)
-  scores.fill(((start, sampler(seed, part, 0, **kwargs).score)
-               for start, part in source.pools(names, tile)), name)
+  scores.fill(
+    (
+      (start, sampler(seed, part, 0, **kwargs).score)
+      for start, part in source.pools(names, tile)
+    ),
+    name,
+  )
   if direction == "middle":
     return _middle(scores, source, budget)
   return _best(scores, source, budget)
@@ -196,18 +245,23 @@ def _middle(scores: _Scores, source: Source, budget: int) -> Chosen:
       values.append(tile[where])
       start += len(tile)
     rows, values = np.concatenate(rows), np.concatenate(values)
-    _, inverse, counts = np.unique(values, return_inverse=True,
-                                   return_counts=True)
+    _, inverse, counts = np.unique(
+      values, return_inverse=True, return_counts=True
+    )
     score = from_middle(
-        2 * below + (2 * np.cumsum(counts) - counts)[inverse], n)
+      2 * below + (2 * np.cumsum(counts) - counts)[inverse], n
+    )
     # Rows that were not gathered are at least so far from the middle.
     above = below + len(rows)
-    outside = max(from_middle(2 * below - 1, n) if below else -np.inf,
-                  from_middle(2 * above + 1, n) if above < n else -np.inf)
+    outside = max(
+      from_middle(2 * below - 1, n) if below else -np.inf,
+      from_middle(2 * above + 1, n) if above < n else -np.inf,
+    )
     worst = np.partition(score, len(score) - budget)[len(score) - budget]
     if worst > outside or len(rows) == n:
-      found = threshold.best(lambda: [score],
-                             lambda at: source.ids_at(rows[at]), budget)
+      found = threshold.best(
+        lambda: [score], lambda at: source.ids_at(rows[at]), budget
+      )
       return _named(rows[found.rows], found.score, source)
     reach *= 2
 
@@ -215,12 +269,23 @@ def _middle(scores: _Scores, source: Source, budget: int) -> Chosen:
 # What needs a few numbers of all rows.
 
 
-def _isa(seed, source, budget, scratch, *, order="literal", pair_score="sum",
-         soft=0.0, label_quota=None) -> Chosen:
+def _isa(
+  seed,
+  source,
+  budget,
+  scratch,
+  *,
+  order="literal",
+  pair_score="sum",
+  soft=0.0,
+  label_quota=None,
+) -> Chosen:
   """Two passes over the log-likelihoods; three where renormalised or soft."""
   if label_quota is not None:
-    raise ConfigError("isa in tiles keeps no quota of labels; set "
-                      "config.select.label_quota to 0")
+    raise ConfigError(
+      "isa in tiles keeps no quota of labels; set "
+      "config.select.label_quota to 0"
+    )
   basic.check_soft(order, soft)
   by = "magnitude" if order == basic.SOFT else order
 
@@ -230,44 +295,69 @@ def _isa(seed, source, budget, scratch, *, order="literal", pair_score="sum",
 
   entropy = basic.entropy_of(tiles, by)
   scores = _Scores(source.n, scratch)
-  scores.fill(((at * basic.TILE, one_side(basic.change_of(
-      value, entropy, by), pair_score, "pair_score"))
-      for at, value in enumerate(tiles())), "isa")
+  scores.fill(
+    (
+      (
+        at * basic.TILE,
+        one_side(basic.change_of(value, entropy, by), pair_score, "pair_score"),
+      )
+      for at, value in enumerate(tiles())
+    ),
+    "isa",
+  )
   if order == basic.SOFT:
     for at, x in enumerate(scores.tiles()):
-      x[:] = basic.drawn(x, seed, source.ids(at * TILE, at * TILE + len(x)),
-                         pair_score)
+      x[:] = basic.drawn(
+        x, seed, source.ids(at * TILE, at * TILE + len(x)), pair_score
+      )
   if soft:
     mean = sum(float(x.sum()) for x in scores.tiles()) / source.n
-    spread = math.sqrt(sum(float(((x - mean)**2).sum())
-                           for x in scores.tiles()) / source.n)
+    spread = math.sqrt(
+      sum(float(((x - mean) ** 2).sum()) for x in scores.tiles()) / source.n
+    )
     if not spread > 0:
-      raise NumericError("all changes of entropy are equal: there is nothing "
-                         "to weigh; set config.select.pair_score")
+      raise NumericError(
+        "all changes of entropy are equal: there is nothing "
+        "to weigh; set config.select.pair_score"
+      )
     for at, x in enumerate(scores.tiles()):
       start = at * TILE
       x[:] = x / (soft * spread) + gumbel(
-          seed, source.ids(start, start + len(x)), "isa")
+        seed, source.ids(start, start + len(x)), "isa"
+      )
   return _best(scores, source, budget)
 
 
-def _density(seed, source, budget, scratch, *, pair="mean", metric="cosine",
-             bandwidth="median", features=1024) -> Chosen:
+def _density(
+  seed,
+  source,
+  budget,
+  scratch,
+  *,
+  pair="mean",
+  metric="cosine",
+  bandwidth="median",
+  features=1024,
+) -> Chosen:
   """Two passes over the embeddings; see `samplers.density.kernel_density`."""
   if isinstance(features, bool) or int(features) != features or features < 1:
     raise ConfigError(
-        f"features is {features!r}, wanted 1 or more: density in tiles sums no "
-        "kernel over all pairs; set config.select.kwargs.features to 1024")
+      f"features is {features!r}, wanted 1 or more: density in tiles sums no "
+      "kernel over all pairs; set config.select.kwargs.features to 1024"
+    )
   features = int(features)
   some = _some(source)
   centre = _mean(source, pair) if metric == "centred" else None
-  x = _vectors(source.ids_at(some), source.at("embedding", some), pair, metric,
-               centre)
+  x = _vectors(
+    source.ids_at(some), source.at("embedding", some), pair, metric, centre
+  )
   if bandwidth == "median":
     bandwidth = densities.bandwidth_of(x, source.ids_at(some))
   if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:
-    raise ConfigError(f"bandwidth is {bandwidth!r}, wanted 'median' or a "
-                      "number above 0; set config.select.kwargs.bandwidth")
+    raise ConfigError(
+      f"bandwidth is {bandwidth!r}, wanted 'median' or a "
+      "number above 0; set config.select.kwargs.bandwidth"
+    )
   middle = np.float32(x.mean(axis=0, dtype=np.float64))  # any will do
   w = np.float32(densities.frequencies(seed, x.shape[1], features, bandwidth))
   mesh = rows_lib.own_mesh()
@@ -277,11 +367,18 @@ def _density(seed, source, budget, scratch, *, pair="mean", metric="cosine",
     for start, pool in source.pools(("embedding",), wave * CHUNK):
       part = _vectors(pool.ids, pool.embedding, pair, metric, centre) - middle
       tile = np.zeros((wave * CHUNK, part.shape[1]), np.float32)
-      tile[:len(part)] = part
+      tile[: len(part)] = part
       real = (np.arange(len(tile)) < len(part)).astype(np.float32)
-      yield start, len(part), tuple(
-          sharding.put(mesh, a.reshape(wave, CHUNK, *a.shape[1:]), "pool",
-                       *[None] * a.ndim) for a in (tile, real))
+      yield (
+        start,
+        len(part),
+        tuple(
+          sharding.put(
+            mesh, a.reshape(wave, CHUNK, *a.shape[1:]), "pool", *[None] * a.ndim
+          )
+          for a in (tile, real)
+        ),
+      )
 
   with jax.set_mesh(mesh):
     sums = np.zeros((2, *densities._blocks(w).shape[:2]))
@@ -297,8 +394,13 @@ def _density(seed, source, budget, scratch, *, pair="mean", metric="cosine",
     def values():
       for (start, n), out in _ahead(lambda p: run((w, means), p), waves()):
         f = np.float64(out.reshape(-1)[:n]) / features
-        yield start, (-np.log(np.maximum(f, 1 / source.n))
-                      + gumbel(seed, source.ids(start, start + n), "density"))
+        yield (
+          start,
+          (
+            -np.log(np.maximum(f, 1 / source.n))
+            + gumbel(seed, source.ids(start, start + n), "density")
+          ),
+        )
 
     scores = _Scores(source.n, scratch)
     scores.fill(values(), "density")
@@ -335,7 +437,8 @@ def _mean(source: Source, pair: str) -> np.ndarray:
   total = 0.0
   for _, pool in source.pools(("embedding",), CHUNK):
     total = total + rows_lib.vectors(pool, pair, "euclidean").sum(
-        axis=0, dtype=np.float64)
+      axis=0, dtype=np.float64
+    )
   return total / source.n
 
 

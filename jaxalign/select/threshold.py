@@ -6,7 +6,8 @@ Between equal scores the hash of the record id decides, found the same way.
 What is held is the bins and the M rows, never N numbers.
 """
 
-from typing import Callable, Iterable, Iterator, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,8 +56,9 @@ def cut(tiles: Tiles, m: int) -> tuple[int, int]:
   return prefix, above
 
 
-def best(scores: Tiles, ids: Callable[[np.ndarray], np.ndarray], m: int
-         ) -> Best:
+def best(
+  scores: Tiles, ids: Callable[[np.ndarray], np.ndarray], m: int
+) -> Best:
   """The m highest scores: the rows that `topk.top` takes of all at once.
 
   Args:
@@ -75,12 +77,15 @@ def best(scores: Tiles, ids: Callable[[np.ndarray], np.ndarray], m: int
       bad += (start + np.flatnonzero(np.isnan(score))[:6]).tolist()
   if bad:
     named = ", ".join(names(ids(np.array(bad[:5]))))
-    raise NumericError(f"some of {n} rows have a NaN score (ids {named}"
-                       f"{', ...' if len(bad) > 5 else ''}); wanted finite "
-                       "numbers, look at the embedding of those records")
+    raise NumericError(
+      f"some of {n} rows have a NaN score (ids {named}"
+      f"{', ...' if len(bad) > 5 else ''}); wanted finite "
+      "numbers, look at the embedding of those records"
+    )
   if not 0 <= m <= n:
-    raise ConfigError(f"cannot take the best {m} of {n} rows; set "
-                      "config.select.budget")
+    raise ConfigError(
+      f"cannot take the best {m} of {n} rows; set config.select.budget"
+    )
   if m == 0:
     return Best(np.empty(0, np.int64), np.empty(0))
   limit, above = cut(lambda: map(image, scores()), m)
@@ -89,8 +94,8 @@ def best(scores: Tiles, ids: Callable[[np.ndarray], np.ndarray], m: int
 
   def keep(where, score):
     nonlocal filled
-    rows[filled:filled + len(where)] = where
-    kept[filled:filled + len(where)] = score
+    rows[filled : filled + len(where)] = where
+    kept[filled : filled + len(where)] = score
     filled += len(where)
 
   tied = 0
@@ -114,6 +119,7 @@ def _placed(tiles: Tiles) -> Iterator[tuple[int, np.ndarray]]:
 
 def _keep_tied(scores, ids, limit, wanted, tied, keep) -> None:
   """Of the rows whose score's image is `limit`, those of the least hashes."""
+
   def hashed():
     for start, score in _placed(scores):
       where = start + np.flatnonzero(image(score) == limit)
@@ -135,8 +141,9 @@ def _keep_tied(scores, ids, limit, wanted, tied, keep) -> None:
     keep(where[some], score[some])
 
 
-def _ordered(rows: np.ndarray, score: np.ndarray, ids: Callable
-             ) -> tuple[np.ndarray, np.ndarray]:
+def _ordered(
+  rows: np.ndarray, score: np.ndarray, ids: Callable
+) -> tuple[np.ndarray, np.ndarray]:
   """Best first; equal scores by the hash, equal hashes by the row."""
   order = np.argsort(-score, kind="stable")
   rows, score = rows[order], score[order]
@@ -153,5 +160,7 @@ def _ordered(rows: np.ndarray, score: np.ndarray, ids: Callable
 
 def names(ids: np.ndarray) -> list[str]:
   """Record ids, text or bytes, as a person reads them."""
-  return [i.decode(errors="replace") if isinstance(i, bytes) else str(i)
-          for i in ids.tolist()]
+  return [
+    i.decode(errors="replace") if isinstance(i, bytes) else str(i)
+    for i in ids.tolist()
+  ]

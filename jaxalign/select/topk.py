@@ -51,8 +51,9 @@ def gumbel(seed: int, ids: np.ndarray, purpose: str) -> np.ndarray:
   return -np.log(-np.log(uniform(seed, ids, purpose)))
 
 
-def pick(value: np.ndarray, rows: np.ndarray, ids: np.ndarray,
-         tolerance: float = 0.0) -> int:
+def pick(
+  value: np.ndarray, rows: np.ndarray, ids: np.ndarray, tolerance: float = 0.0
+) -> int:
   """Where `value` is highest; the hash of the id decides between equals.
 
   Args:
@@ -92,12 +93,15 @@ def top(score: np.ndarray, ids: np.ndarray, m: int) -> np.ndarray:
   if bad.size:
     named = ", ".join(str(ids[i]) for i in bad[:5])
     more = ", ..." if bad.size > 5 else ""
-    raise NumericError(f"{bad.size} of {score.size} rows have a NaN score "
-                       f"(ids {named}{more}); wanted finite numbers, look at "
-                       "the embedding of those records")
+    raise NumericError(
+      f"{bad.size} of {score.size} rows have a NaN score "
+      f"(ids {named}{more}); wanted finite numbers, look at "
+      "the embedding of those records"
+    )
   if not 0 <= m <= score.size:
-    raise ConfigError(f"cannot take the best {m} of {score.size} rows; set "
-                      "config.select.budget")
+    raise ConfigError(
+      f"cannot take the best {m} of {score.size} rows; set config.select.budget"
+    )
   if m == 0:
     return np.empty(0, np.int64)
   least = np.partition(score, score.size - m)[score.size - m]
@@ -124,21 +128,29 @@ def budget_rows(budget: Any, n: int, batch: int = 1) -> int:
   """
   knob = "; set config.select.budget"
   if isinstance(budget, (bool, np.bool_)) or not isinstance(
-      budget, numbers.Real):
-    raise ConfigError(f"budget is {budget!r}, wanted a share in (0, 1] or a "
-                      f"whole number of rows{knob}")
+    budget, numbers.Real
+  ):
+    raise ConfigError(
+      f"budget is {budget!r}, wanted a share in (0, 1] or a "
+      f"whole number of rows{knob}"
+    )
   if isinstance(budget, numbers.Integral):
     m = int(budget)
     if not 1 <= m <= n:
-      raise ConfigError(f"budget is {m} rows, wanted 1 to {n}, the rows of the "
-                        f"pool{knob}")
+      raise ConfigError(
+        f"budget is {m} rows, wanted 1 to {n}, the rows of the pool{knob}"
+      )
   else:
     if not 0.0 < budget <= 1.0:  # also catches NaN
-      raise ConfigError(f"budget is the share {budget}, wanted above 0 and at "
-                        f"most 1 (a number of rows is written as an int)"
-                        f"{knob}")
+      raise ConfigError(
+        f"budget is the share {budget}, wanted above 0 and at "
+        f"most 1 (a number of rows is written as an int)"
+        f"{knob}"
+      )
     m = int(np.floor(float(budget) * n + 0.5))
   if m < batch:
-    raise ConfigError(f"budget {budget} of {n} rows is {m} rows, below one "
-                      f"batch of {batch}{knob} or config.train.batch_size")
+    raise ConfigError(
+      f"budget {budget} of {n} rows is {m} rows, below one "
+      f"batch of {batch}{knob} or config.train.batch_size"
+    )
   return m

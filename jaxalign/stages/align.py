@@ -1,27 +1,25 @@
 """The align stage: trains the policy of an arm."""
 
+from collections.abc import Callable
 import functools
 import json
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign import artifacts
-from jaxalign import progress
+from jaxalign import artifacts, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import Checkpoints, restore_params
 from jaxalign.errors import DataError
-from jaxalign.job import Arm, Job, arm_folder, lora_of
+from jaxalign.job import Arm, arm_folder, Job, lora_of
 from jaxalign.lookup import edition
-from jaxalign.model import adapters
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.stages import watched
 from jaxalign.stages.ref_logps import like, rows_of, updates_for
-from jaxalign.stages.sft import TRAINED, train
-from jaxalign.train import feed
+from jaxalign.stages.sft import train, TRAINED
+from jaxalign.train import feed, subspace
 from jaxalign.train import step as steps
-from jaxalign.train import subspace
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import unpaired
 
@@ -29,8 +27,9 @@ BASES = "bases"  # LoRA-SB's fixed matrices
 BEST = "best"  # the weights of the best evaluation
 
 
-def _policy_start(job: Job, arm: Arm, folder: Any, loss: Callable,
-                  batch_at: Callable) -> tuple[decoder.Params, decoder.Params]:
+def _policy_start(
+  job: Job, arm: Arm, folder: Any, loss: Callable, batch_at: Callable
+) -> tuple[decoder.Params, decoder.Params]:
   """(trained, frozen) parameters that compute what the reference does."""
   c, m = job.c, job.policy
   if m.lora is None:  # the step donates its state, so it has a copy
@@ -46,10 +45,15 @@ def _policy_start(job: Job, arm: Arm, folder: Any, loss: Callable,
     with Checkpoints(folder / BASES) as saved:
       if saved.latest() is None:
         found = subspace.bases(
-            jax.random.key(arm.seed), m, job.mesh, job.reference,
-            lambda sizes: steps.make_gradients(
-                PRODUCERS[c.train.logps](sizes, c.model.head_chunk), loss),
-            [batch_at(step) for step in range(c.lora.batches)])
+          jax.random.key(arm.seed),
+          m,
+          job.mesh,
+          job.reference,
+          lambda sizes: steps.make_gradients(
+            PRODUCERS[c.train.logps](sizes, c.model.head_chunk), loss
+          ),
+          [batch_at(step) for step in range(c.lora.batches)],
+        )
         saved.save(0, dict(params=found))
     fresh |= bases(job, folder)
   adapters.assert_zero(fresh)
@@ -59,24 +63,36 @@ def _policy_start(job: Job, arm: Arm, folder: Any, loss: Callable,
 
 def bases(job: Job, folder: Any) -> decoder.Params:
   """LoRA-SB's fixed matrices, as `align` saved them."""
-  return restore_params(folder / BASES, {
-      n: x for n, x in decoder.abstract(job.policy, job.mesh).items()
-      if n.endswith((":a", ":b"))})
+  return restore_params(
+    folder / BASES,
+    {
+      n: x
+      for n, x in decoder.abstract(job.policy, job.mesh).items()
+      if n.endswith((":a", ":b"))
+    },
+  )
 
 
 def aligned(job: Job, folder: Any, abstract: Any) -> decoder.Params:
   """What `align` trained and is judged by: the best, the mean, or the last."""
   if job.c.train.best:
     return restore_params(folder / BEST, abstract)
-  return restore_params(folder / TRAINED[0], abstract,
-                        "ema" if job.c.train.ema else "params")
+  return restore_params(
+    folder / TRAINED[0], abstract, "ema" if job.c.train.ema else "params"
+  )
 
 
 def watching(t: Any) -> dict[str, Any]:
   """What `loop.fit` is told of config.train."""
-  return dict(keep=t.keep, background=t.async_save, explode=t.explode,
-              eval_every=t.eval_every, best=t.best, stop_after=t.stop_after,
-              trackers=tuple(t.trackers))
+  return dict(
+    keep=t.keep,
+    background=t.async_save,
+    explode=t.explode,
+    eval_every=t.eval_every,
+    best=t.best,
+    stop_after=t.stop_after,
+    trackers=tuple(t.trackers),
+  )
 
 
 def run_align(job: Job, arm: Arm) -> None:
@@ -92,50 +108,85 @@ def run_align(job: Job, arm: Arm) -> None:
     rows = rows_of(job, arm, total, count)
     if "public" in job.loss.extras:
       rows = rows._replace(
-          ref_public=artifacts.read_array(folder / "ref_public.npy"))
+        ref_public=artifacts.read_array(folder / "ref_public.npy")
+      )
     if "weights" in job.loss.stats:
       rows = rows._replace(weights=artifacts.read_array(folder / "weights.npy"))
     if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
-      raise DataError(f"{folder}/ref_ids.json names other rows than "
-                      "subset.parquet; run with --redo")
+      raise DataError(
+        f"{folder}/ref_ids.json names other rows than "
+        "subset.parquet; run with --redo"
+      )
     loss = job.loss
     if rows.label is not None:
       if len(set(rows.label.tolist())) == 1:
-        progress.say("  warning: all kept rows have the same label; the "
-                     "loss will only push one way")
+        progress.say(
+          "  warning: all kept rows have the same label; the "
+          "loss will only push one way"
+        )
       loss, said = unpaired.weighed(loss, rows.label)
       for line in said:
         progress.say(f"  {line}")
     updates, mismatched = updates_for(job, arm, len(rows.ids)), None
     if "z0" in job.loss.stats:
       mismatched = feed.Mismatched(
-          feed.make_mismatched(rows, updates=updates, seed=arm.seed,
-                               batch=c.train.batch_size, context=m.context),
-          artifacts.read_array(folder / "mismatched_sum.npy"))
+        feed.make_mismatched(
+          rows,
+          updates=updates,
+          seed=arm.seed,
+          batch=c.train.batch_size,
+          context=m.context,
+        ),
+        artifacts.read_array(folder / "mismatched_sum.npy"),
+      )
     measures = watched.measures(job, arm)
-    cost = train(job, folder, f"align {arm.name}", job.policy,
-                  functools.partial(_policy_start, job, arm, folder, loss),
-                  rows, loss, c.train, lr=c.train.lr,
-                  updates=updates, seed=arm.seed, mismatched=mismatched,
-                  optimizer=c.train.optimizer,
-                  layout=c.train.layout, producer=c.train.logps,
-                  trace=tuple(c.profile.steps), extend=watched.extend(job),
-                  online=c.train.reference == "online",
-                  measures={n: x.of for n, x in measures.items()},
-                  **watching(c.train))
+    cost = train(
+      job,
+      folder,
+      f"align {arm.name}",
+      job.policy,
+      functools.partial(_policy_start, job, arm, folder, loss),
+      rows,
+      loss,
+      c.train,
+      lr=c.train.lr,
+      updates=updates,
+      seed=arm.seed,
+      mismatched=mismatched,
+      optimizer=c.train.optimizer,
+      layout=c.train.layout,
+      producer=c.train.logps,
+      trace=tuple(c.profile.steps),
+      extend=watched.extend(job),
+      online=c.train.reference == "online",
+      measures={n: x.of for n, x in measures.items()},
+      **watching(c.train),
+    )
     lines = (folder / TRAINED[1]).read_text().splitlines()
     beside = watched.spent(measures, map(json.loads, lines))
-    return (list(leaves), Cost(cost.operations + beside.operations,
-                               cost.tokens + beside.tokens),
-            dict(updates=len(lines), rows=len(rows.ids),
-                 say=f"{len(lines)} updates")
-            | (dict(evaluating=beside.operations) if measures else {}))
+    return (
+      list(leaves),
+      Cost(cost.operations + beside.operations, cost.tokens + beside.tokens),
+      dict(updates=len(lines), rows=len(rows.ids), say=f"{len(lines)} updates")
+      | (dict(evaluating=beside.operations) if measures else {}),
+    )
 
-  fields = pick(c, "loss", "train", "model.head_chunk", "model.dtype",
-                *watched.reads(c.train),
-                *(["lora"] if lora else [])) | like(arm)
+  fields = pick(
+    c,
+    "loss",
+    "train",
+    "model.head_chunk",
+    "model.dtype",
+    *watched.reads(c.train),
+    *(["lora"] if lora else []),
+  ) | like(arm)
   fields = watched.card_fields(c.train, fields) | edition(c.loss.name)
-  job.run(arm_folder(job, arm), "align", arm.name, make=make, resumes=leaves,
-          fields=fields,
-          inputs=dict(ref_logps=job.key("ref_logps", arm.name),
-                      sft=job.key("sft")))  # it starts from there
+  job.run(
+    arm_folder(job, arm),
+    "align",
+    arm.name,
+    make=make,
+    resumes=leaves,
+    fields=fields,
+    inputs=dict(ref_logps=job.key("ref_logps", arm.name), sft=job.key("sft")),
+  )  # it starts from there

@@ -6,9 +6,8 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost
-from jaxalign.data import reading
-from jaxalign.data import tables
-from jaxalign.job import Arm, Job, arm_folder
+from jaxalign.data import reading, tables
+from jaxalign.job import Arm, arm_folder, Job
 from jaxalign.report.pages import select as page
 from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
@@ -20,8 +19,15 @@ from jaxalign.stages.select import selected_rows
 
 # Read where they are at hand: what the card describes, and what the samplers
 # that cost nothing read.
-COLUMNS = ("length", "label", "topic", "embedding", "answer_embedding", "logp",
-           "logp_count")
+COLUMNS = (
+  "length",
+  "label",
+  "topic",
+  "embedding",
+  "answer_embedding",
+  "logp",
+  "logp_count",
+)
 TEXTS = ("prompt", "chosen", "rejected", "completion")
 
 
@@ -43,9 +49,10 @@ def run_card(job: Job, arm: Arm) -> None:
       return files, Cost(), {}
     rows = job.rows("pool")
     columns = {
-        name: known[name].make(job) for name in COLUMNS
-        if known[name].stage in read
-        and not known[name].lacks(job.c, job.kind)}
+      name: known[name].make(job)
+      for name in COLUMNS
+      if known[name].stage in read and not known[name].lacks(job.c, job.kind)
+    }
     diagnostics = artifacts.read_json(folder / "diagnostics.json")
     mixture = None
     if fitted:
@@ -54,31 +61,54 @@ def run_card(job: Job, arm: Arm) -> None:
     pool = Pool(np.array([r["id"] for r in rows]), columns)
     kept = selected_rows(job, arm)
     score = np.array(tables.read_column(folder / "scores.parquet", "score"))
-    texts = {name: [r[name] for r in rows] for name in TEXTS
-             if name in rows[0]}
+    texts = {name: [r[name] for r in rows] for name in TEXTS if name in rows[0]}
     card, table = cards.examine(
-        pool, Selection(kept, score), mixture, diagnostics, arm.sampler,
-        texts=texts, others=cards.alternatives(
-            pool, len(kept), arm.sampler, arm.seed))
+      pool,
+      Selection(kept, score),
+      mixture,
+      diagnostics,
+      arm.sampler,
+      texts=texts,
+      others=cards.alternatives(pool, len(kept), arm.sampler, arm.seed),
+    )
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
-    card["reading"] = reading.lines(artifacts.read_json(
-        job.shared / "data" / "data_card.json"))
+    card["reading"] = reading.lines(
+      artifacts.read_json(job.shared / "data" / "data_card.json")
+    )
     reasons = cards.reasons(card, table)
     card["reasons"] = "reasons.parquet"
-    tables.write_rows(folder / "reasons.parquet", [
-        dict(id=str(table["id"][i]), rank=int(table["rank"][i]),
-             score=float(table["score"][i]), selected=bool(table["kept"][i]),
-             nearest_kept=str(table["near"][i]) or None,
-             cosine=(float(table["cosine"][i]) if table["near"][i] else None),
-             reason=reasons[i]) for i in range(len(reasons))])
+    tables.write_rows(
+      folder / "reasons.parquet",
+      [
+        dict(
+          id=str(table["id"][i]),
+          rank=int(table["rank"][i]),
+          score=float(table["score"][i]),
+          selected=bool(table["kept"][i]),
+          nearest_kept=str(table["near"][i]) or None,
+          cosine=(float(table["cosine"][i]) if table["near"][i] else None),
+          reason=reasons[i],
+        )
+        for i in range(len(reasons))
+      ],
+    )
     artifacts.write_json(folder / "selection.json", card)
     html = page.render(card, table).encode()
     artifacts.write_bytes(folder / "selection.html", html)
     return files, Cost(), dict(say=f"a page of {len(html) / 1e6:.1f} MB")
 
   inputs = dict(select=job.key("select", arm.name)) | {
-      stage: job.key(stage) for stage, read in (
-          ("embed", "embed" in made), ("mixture", fitted)) if read}
-  job.run(arm_folder(job, arm), "card", arm.name, make=make, redo=True,
-          fields=dict(version=jaxalign.__version__), inputs=inputs)
+    stage: job.key(stage)
+    for stage, read in (("embed", "embed" in made), ("mixture", fitted))
+    if read
+  }
+  job.run(
+    arm_folder(job, arm),
+    "card",
+    arm.name,
+    make=make,
+    redo=True,
+    fields=dict(version=jaxalign.__version__),
+    inputs=inputs,
+  )

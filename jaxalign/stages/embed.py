@@ -6,16 +6,14 @@ and a stage that is asked for later runs alone. A pass stops after the layers
 that its outputs need.
 """
 
+from collections.abc import Callable, Sequence
 import functools
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import embedder
-from jaxalign import hub
-from jaxalign import progress
+from jaxalign import artifacts, embedder, hub, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
 from jaxalign.model import encoder
@@ -27,8 +25,12 @@ CALLS = 32  # of the model at least, between two moments of writing
 # What each stage keeps of a pass, in the order in which a pass is paid for.
 # `logps` is for embeddings of first layers, which need no output matrix;
 # `embed` keeps what it says where all layers run anyway.
-KEEPS = {"embed": ("embedding", "logp", "count"), "logps": ("logp", "count"),
-         "answer": ("answer_embedding",), "residual": ("residual", "least")}
+KEEPS = {
+  "embed": ("embedding", "logp", "count"),
+  "logps": ("logp", "count"),
+  "answer": ("answer_embedding",),
+  "residual": ("residual", "least"),
+}
 
 
 class Stage(NamedTuple):
@@ -44,8 +46,14 @@ class Stage(NamedTuple):
   @property
   def card(self) -> dict[str, Any]:
     """What `artifacts.run` and `begin` ask for."""
-    return dict(folder=self.folder, stage=self.name, fields=self.fields,
-                inputs=self.inputs, resumes=("store",), mends=True)
+    return dict(
+      folder=self.folder,
+      stage=self.name,
+      fields=self.fields,
+      inputs=self.inputs,
+      resumes=("store",),
+      mends=True,
+    )
 
 
 def by_reference(c: Any, stage: str) -> bool:
@@ -60,8 +68,9 @@ def kept(c: Any, stage: str) -> tuple[str, ...]:
   return KEEPS[stage]
 
 
-def shares(c: Any, names: Sequence[str], of: Callable[[tuple[str, ...]], Any]
-           ) -> dict[str, Any]:
+def shares(
+  c: Any, names: Sequence[str], of: Callable[[tuple[str, ...]], Any]
+) -> dict[str, Any]:
   """What each of the reference's stages adds to the pass they share.
 
   Args:
@@ -80,9 +89,15 @@ def shares(c: Any, names: Sequence[str], of: Callable[[tuple[str, ...]], Any]
   return found
 
 
-def over_shards(job: Job, folder: Any, stage: str, fields: dict[str, Any],
-                columns: dict[str, Column], rows_a_call: int,
-                make: Callable[[list[np.ndarray], Callable], dict]) -> list:
+def over_shards(
+  job: Job,
+  folder: Any,
+  stage: str,
+  fields: dict[str, Any],
+  columns: dict[str, Column],
+  rows_a_call: int,
+  make: Callable[[list[np.ndarray], Callable], dict],
+) -> list:
   """Makes the shards of a store that are not there yet.
 
   Args:
@@ -102,40 +117,65 @@ def over_shards(job: Job, folder: Any, stage: str, fields: dict[str, Any],
   return _fill(job, stage, [(folder, fields, columns)], rows_a_call, make)
 
 
-def _fill(job: Job, label: str, wanted: list[tuple[Any, dict, dict]],
-          rows_a_call: int, make: Callable) -> list:
+def _fill(
+  job: Job,
+  label: str,
+  wanted: list[tuple[Any, dict, dict]],
+  rows_a_call: int,
+  make: Callable,
+) -> list:
   """`over_shards` of several stores, (folder, fields, columns) each.
 
   A shard that any of them lacks is made once, and written where it is missing.
   """
   ids, responses = stores.encoded(job.column("pool", "id")), _responses(job)
-  found = [stores.create(folder / "store", ids, columns, fields=fields,
-                         shard=job.c.embed.shard)
-           for folder, fields, columns in wanted]
+  found = [
+    stores.create(
+      folder / "store", ids, columns, fields=fields, shard=job.c.embed.shard
+    )
+    for folder, fields, columns in wanted
+  ]
   lacking = [stores.pending(store, ids) for store in found]
   missing, store = sorted({*sum(lacking, [])}), found[0]
   # Between two writings all devices run many calls, so that few are not full.
-  group = jax.process_count() * max(1, -(
-      -CALLS * rows_a_call
-      // (store.shard * responses * jax.process_count())))
+  group = jax.process_count() * max(
+    1,
+    -(-CALLS * rows_a_call // (store.shard * responses * jax.process_count())),
+  )
   total = responses * store.rows
   done = total - responses * sum(
-      int(np.diff(store.bounds(s))[0]) for s in missing)
+    int(np.diff(store.bounds(s))[0]) for s in missing
+  )
   with progress.bar(label, total, done=done) as tick:
     for at in range(0, len(missing), group):
-      dealt = stores.owned(missing[at:at + group])
-      parts = [np.concatenate([np.arange(0)] + [
-          np.arange(*store.bounds(s)) for s in mine]) for mine in dealt]
-      made = make([(part[:, None] * responses + np.arange(responses))
-                   .reshape(-1) for part in parts], tick)
+      dealt = stores.owned(missing[at : at + group])
+      parts = [
+        np.concatenate(
+          [np.arange(0)] + [np.arange(*store.bounds(s)) for s in mine]
+        )
+        for mine in dealt
+      ]
+      made = make(
+        [
+          (part[:, None] * responses + np.arange(responses)).reshape(-1)
+          for part in parts
+        ],
+        tick,
+      )
       start = 0
       for shard in dealt[jax.process_index()]:
         stop = start + int(np.diff(store.bounds(shard))[0])
         for one, lacks, (_, _, columns) in zip(found, lacking, wanted):
           if shard in lacks:
-            stores.write_shard(one, shard, ids, {
+            stores.write_shard(
+              one,
+              shard,
+              ids,
+              {
                 name: made[name].reshape(-1, *column.shape)[start:stop]
-                for name, column in columns.items()})
+                for name, column in columns.items()
+              },
+            )
         start = stop
   return ["store"]
 
@@ -149,9 +189,13 @@ def run_passes(job: Job, names: Sequence[str]) -> None:
   asked = [_stage(job, name) for name in KEEPS if name in names]
   for at, stage in enumerate(asked):
     make = _foreign if stage.foreign else _by_reference
-    later = [x for x in asked[at + 1:] if not x.foreign]
-    job.run(**stage.card, make=lambda folder, make=make, stage=stage,
-            later=later: make(job, stage, later))
+    later = [x for x in asked[at + 1 :] if not x.foreign]
+    job.run(
+      **stage.card,
+      make=lambda folder, make=make, stage=stage, later=later: make(
+        job, stage, later
+      ),
+    )
 
 
 def _stage(job: Job, name: str) -> Stage:
@@ -163,8 +207,14 @@ def _stage(job: Job, name: str) -> Stage:
     inputs["sft"] = job.key("sft")
   else:
     inputs["model"] = artifacts.told(
-        lambda: artifacts.key_of("embedder", artifacts.digest_tree(
-            hub.resolve(foreign.folder), embedder.digest_names(foreign)), {}))
+      lambda: artifacts.key_of(
+        "embedder",
+        artifacts.digest_tree(
+          hub.resolve(foreign.folder), embedder.digest_names(foreign)
+        ),
+        {},
+      )
+    )
   if name == "embed":
     fields = pick(c, "embed", "model")
   else:
@@ -175,10 +225,19 @@ def _stage(job: Job, name: str) -> Stage:
       fields |= pick(c, "embed.pooling")
     foreign = foreign and embedder.of_answers(foreign)
   width = foreign.model.width if foreign else job.model.width
-  return Stage(name, job.shared / name, {
+  return Stage(
+    name,
+    job.shared / name,
+    {
       output: Column((r, width), c.embed.store_dtype)
-      if embed.OUTPUTS[output][0] else Column((r,))
-      for output in kept(c, name)}, fields, inputs, foreign)
+      if embed.OUTPUTS[output][0]
+      else Column((r,))
+      for output in kept(c, name)
+    },
+    fields,
+    inputs,
+    foreign,
+  )
 
 
 def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
@@ -186,11 +245,15 @@ def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
   c, m, rows = job.c, job.model, job.tokens("pool")
   # Stages that an unfinished pass has paid for, as `begin` below left them.
   before = artifacts.read_card(stage.folder, stage.name).result.get(
-      "beside", [])
+    "beside", []
+  )
   taken = [stage]
   for other in later:
-    if artifacts.begin(**other.card, redo=job.redo, result=dict(
-        beside=[*before, *(x.name for x in taken)])):
+    if artifacts.begin(
+      **other.card,
+      redo=job.redo,
+      result=dict(beside=[*before, *(x.name for x in taken)]),
+    ):
       taken.append(other)
   outputs = sum((kept(c, x.name) for x in taken), ())
   layers, tile = c.embed.layers, c.embed.tile
@@ -205,14 +268,33 @@ def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
   def make(parts, tick):
     model, params, at = loaded()
     return embed.pass_rows(
-        job.mesh, params, model, rows, outputs, pooling=c.embed.pooling,
-        layers=at, tile=tile, chunk=c.model.head_chunk, parts=parts,
-        label=stage.name, ids=job.column("pool", "id"), tick=tick)
+      job.mesh,
+      params,
+      model,
+      rows,
+      outputs,
+      pooling=c.embed.pooling,
+      layers=at,
+      tile=tile,
+      chunk=c.model.head_chunk,
+      parts=parts,
+      label=stage.name,
+      ids=job.column("pool", "id"),
+      tick=tick,
+    )
 
-  files = _fill(job, stage.name, [(x.folder, x.fields | x.inputs, x.columns)
-                                  for x in taken], tile * job.mesh.size, make)
-  spent = shares(c, [*before, stage.name], lambda outputs: (
-      embed.pass_operations(m, rows, outputs, layers)))[stage.name]
+  files = _fill(
+    job,
+    stage.name,
+    [(x.folder, x.fields | x.inputs, x.columns) for x in taken],
+    tile * job.mesh.size,
+    make,
+  )
+  spent = shares(
+    c,
+    [*before, stage.name],
+    lambda outputs: embed.pass_operations(m, rows, outputs, layers),
+  )[stage.name]
   said = dict(say=f"{len(rows.start):,} rows")
   if before:
     said = dict(beside=before, say=f"in one pass with {', '.join(before)}")
@@ -223,13 +305,21 @@ def _foreign(job: Job, stage: Stage, later: list[Stage]) -> tuple:
   """Makes a stage's store by a model that only embeds."""
   del later
   run, operations, tokens = embedder.prepare(job, stage.foreign, stage.folder)
-  (name, column), = stage.columns.items()
-  files = over_shards(job, stage.folder, stage.name,
-                      stage.fields | stage.inputs, {name: column},
-                      job.c.embed.tile * job.mesh.size,
-                      lambda parts, tick: {name: run(parts, tick)})
-  return (files + embedder.files(stage.foreign), Cost(operations, tokens),
-          dict(say=f"{len(job.tokens('pool').start):,} rows"))
+  ((name, column),) = stage.columns.items()
+  files = over_shards(
+    job,
+    stage.folder,
+    stage.name,
+    stage.fields | stage.inputs,
+    {name: column},
+    job.c.embed.tile * job.mesh.size,
+    lambda parts, tick: {name: run(parts, tick)},
+  )
+  return (
+    files + embedder.files(stage.foreign),
+    Cost(operations, tokens),
+    dict(say=f"{len(job.tokens('pool').start):,} rows"),
+  )
 
 
 def _responses(job: Job) -> int:

@@ -1,8 +1,9 @@
 """Measures the reference and the policies on the held-out split."""
 
+from collections.abc import Callable
 import functools
 import json
-from typing import Any, Callable
+from typing import Any
 
 from etils import epath
 import jax
@@ -11,28 +12,36 @@ import numpy as np
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost, pick
 from jaxalign.eval import evaluate
-from jaxalign.job import Arm, Job, arm_folder
-from jaxalign.model import adapters
-from jaxalign.model import decoder
-from jaxalign.model import peft_folder
-from jaxalign.model import weights
+from jaxalign.job import Arm, arm_folder, Job
+from jaxalign.model import adapters, decoder, peft_folder, weights
 from jaxalign.stages.align import aligned, bases
 
 
-def _save_outcome(folder: epath.Path, what: evaluate.Examined,
-                  outcome: evaluate.Outcome) -> list[str]:
+def _save_outcome(
+  folder: epath.Path, what: evaluate.Examined, outcome: evaluate.Outcome
+) -> list[str]:
   """The raw numbers of a policy, so that arms can be compared later."""
   if jax.process_index() == 0:
     artifacts.write_array(folder / "held_out_logp.npy", outcome.logp)
     lines = []
     for k, i in enumerate(what.asked):
       row = what.rows[i]
-      lines.append(json.dumps(dict(
-          id=row["id"], prompt=row["prompt"], target=row["target"],
-          said=outcome.texts[k], ids=outcome.said[k].tolist(),
-          logp=float(outcome.own_logp[k]),
-          reward=(None if outcome.reward is None
-                  else float(outcome.reward[k])))) + "\n")
+      lines.append(
+        json.dumps(
+          dict(
+            id=row["id"],
+            prompt=row["prompt"],
+            target=row["target"],
+            said=outcome.texts[k],
+            ids=outcome.said[k].tolist(),
+            logp=float(outcome.own_logp[k]),
+            reward=(
+              None if outcome.reward is None else float(outcome.reward[k])
+            ),
+          )
+        )
+        + "\n"
+      )
     artifacts.write_bytes(folder / "samples.jsonl", "".join(lines).encode())
   return ["held_out_logp.npy", "samples.jsonl"]
 
@@ -47,88 +56,126 @@ def _load_outcome(folder: Any) -> evaluate.Outcome:
   samples = read_samples(folder)
   reward = np.array([s["reward"] for s in samples], object)
   return evaluate.Outcome(
-      artifacts.read_array(epath.Path(folder) / "held_out_logp.npy"),
-      [np.array(s["ids"], np.int32) for s in samples],
-      [s["said"] for s in samples], np.array([s["logp"] for s in samples]),
-      None if None in reward else reward.astype(float), 0, 0)
+    artifacts.read_array(epath.Path(folder) / "held_out_logp.npy"),
+    [np.array(s["ids"], np.int32) for s in samples],
+    [s["said"] for s in samples],
+    np.array([s["logp"] for s in samples]),
+    None if None in reward else reward.astype(float),
+    0,
+    0,
+  )
 
 
-def _examine(job: Job, params: Any, m: decoder.ModelConfig, seed: int = 0
-             ) -> evaluate.Outcome:
+def _examine(
+  job: Job, params: Any, m: decoder.ModelConfig, seed: int = 0
+) -> evaluate.Outcome:
   c = job.c.eval
   return evaluate.examine(
-      job.mesh, params, m, job.examined, new=c.new_tokens,
-      temperature=c.temperature, seed=c.seed + seed, tile=c.tile,
-      chunk=job.c.model.head_chunk)
+    job.mesh,
+    params,
+    m,
+    job.examined,
+    new=c.new_tokens,
+    temperature=c.temperature,
+    seed=c.seed + seed,
+    tile=c.tile,
+    chunk=job.c.model.head_chunk,
+  )
 
 
 def run_baseline(job: Job) -> None:
   """Measures the reference itself, once for all arms."""
+
   def make(folder):
     outcome = _examine(job, job.reference, job.model)
     files = _save_outcome(folder, job.examined, outcome)
-    metrics = evaluate.measure(job.examined, outcome, outcome,
-                               outcome.own_logp)
+    metrics = evaluate.measure(job.examined, outcome, outcome, outcome.own_logp)
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
     return [*files, "eval.json"], Cost(outcome.operations, outcome.tokens), {}
 
-  job.run(job.shared / "baseline", "baseline", make=make,
-          fields=pick(job.c, "eval"),
-          inputs=dict(data=job.key("data"), sft=job.key("sft")))
+  job.run(
+    job.shared / "baseline",
+    "baseline",
+    make=make,
+    fields=pick(job.c, "eval"),
+    inputs=dict(data=job.key("data"), sft=job.key("sft")),
+  )
 
 
 def policy_of(job: Job, arm: Arm) -> Callable[[], decoder.Params]:
   """A function that reads an aligned policy onto the mesh, once."""
+
   @functools.lru_cache(maxsize=1)
   def policy():
     folder, m = arm_folder(job, arm), job.policy
     found = aligned(
-        job, folder, adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])
+      job, folder, adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
+    )
     if m.lora is None:
       return found
     if m.lora.variant == "lora_sb":
       found |= bases(job, folder)
     return job.reference | found
+
   return policy
 
 
-def run_evaluate(job: Job, arm: Arm, policy: Callable[[], decoder.Params]
-                 ) -> None:
+def run_evaluate(
+  job: Job, arm: Arm, policy: Callable[[], decoder.Params]
+) -> None:
   """Measures the policy on the held-out split."""
+
   def make(folder):
     # Arms of one seed meet the same noise; another seed meets another.
     outcome = _examine(job, policy(), job.policy, arm.seed)
     under = evaluate.score_answers(
-        job.mesh, job.reference, job.model, job.examined, outcome.said,
-        new=job.c.eval.new_tokens, tile=job.c.eval.tile,
-        chunk=job.c.model.head_chunk)
-    metrics = evaluate.measure(job.examined, outcome,
-                               _load_outcome(job.shared / "baseline"), under)
+      job.mesh,
+      job.reference,
+      job.model,
+      job.examined,
+      outcome.said,
+      new=job.c.eval.new_tokens,
+      tile=job.c.eval.tile,
+      chunk=job.c.model.head_chunk,
+    )
+    metrics = evaluate.measure(
+      job.examined, outcome, _load_outcome(job.shared / "baseline"), under
+    )
     files = _save_outcome(folder, job.examined, outcome)
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
     win = metrics.get("win_vs_target")
     say = f"wins {100 * win['value']:.1f} % against the target" if win else ""
-    return ([*files, "eval.json"], Cost(outcome.operations, outcome.tokens),
-            dict(say=say))
+    return (
+      [*files, "eval.json"],
+      Cost(outcome.operations, outcome.tokens),
+      dict(say=say),
+    )
 
-  job.run(arm_folder(job, arm), "evaluate", arm.name, make=make,
-          fields=pick(job.c, "eval"),
-          inputs=dict(align=job.key("align", arm.name),
-                      baseline=job.key("baseline")))
+  job.run(
+    arm_folder(job, arm),
+    "evaluate",
+    arm.name,
+    make=make,
+    fields=pick(job.c, "eval"),
+    inputs=dict(align=job.key("align", arm.name), baseline=job.key("baseline")),
+  )
 
 
-def run_export(job: Job, arm: Arm, policy: Callable[[], decoder.Params]
-               ) -> None:
+def run_export(
+  job: Job, arm: Arm, policy: Callable[[], decoder.Params]
+) -> None:
   """Writes the policy as a Hugging Face folder, and adapters for peft."""
+
   def make(folder):
     if not job.policy.lora:
       job.release_reference()
     params, m = policy(), job.policy
     merged = adapters.Merged(params, m.lora) if m.lora else params
-    files = weights.export_folder(folder / "export", merged, job.model,
-                                  job.tokenizer, dtype=dtype, of=of)
+    files = weights.export_folder(
+      folder / "export", merged, job.model, job.tokenizer, dtype=dtype, of=of
+    )
     if m.lora:
       peft_folder.save(folder / "adapter", params, m, base=given)
       files = [*files, "adapter"]
@@ -138,7 +185,12 @@ def run_export(job: Job, arm: Arm, policy: Callable[[], decoder.Params]
   of = weights.given(given) if given else weights.Given()
   dtype = job.c.export.dtype
   dtype = of.dtype if dtype == "auto" else dtype
-  job.run(arm_folder(job, arm), "export", arm.name, make=make,
-          # As it was written before there was a choice.
-          fields=dict(dtype=dtype) if dtype != "float32" else {},
-          inputs=dict(align=job.key("align", arm.name)))
+  job.run(
+    arm_folder(job, arm),
+    "export",
+    arm.name,
+    make=make,
+    # As it was written before there was a choice.
+    fields=dict(dtype=dtype) if dtype != "float32" else {},
+    inputs=dict(align=job.key("align", arm.name)),
+  )

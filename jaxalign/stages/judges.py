@@ -5,28 +5,25 @@ it gives what `winrate.both_orders` gives of the first answers, with "said"
 and, of an endpoint, "replies".
 """
 
+from collections.abc import Sequence
 import hashlib
 import json
-from typing import Any, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import hub
+from jaxalign import artifacts, hub
 from jaxalign.artifacts import Cost
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.eval import winrate
-from jaxalign.eval.judges import cache
-from jaxalign.eval.judges import endpoint
-from jaxalign.eval.judges import verdicts
+from jaxalign.eval.judges import cache, endpoint, verdicts
 from jaxalign.eval.judges.prompt import Pair
-from jaxalign.job import Arm, Job, arm_folder, kernel_of
+from jaxalign.job import Arm, arm_folder, Job, kernel_of
 from jaxalign.model import reward
-from jaxalign.stages import questions
-from jaxalign.stages import scores
+from jaxalign.stages import questions, scores
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
 REWARDS = "rewards.json"  # of the start's stage: content digest -> reward
@@ -63,16 +60,20 @@ def told(c: Any) -> dict[str, Any]:
 def endpoint_of(c: Any) -> endpoint.Endpoint:
   """The endpoint of config.judge."""
   j = c.judge
-  return endpoint.Endpoint(url=j.endpoint, **{
-      n: j[n] for n in endpoint.Endpoint._fields if n != "url"})
+  return endpoint.Endpoint(
+    url=j.endpoint, **{n: j[n] for n in endpoint.Endpoint._fields if n != "url"}
+  )
 
 
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.judge.checkpoint, with the context it is used at."""
-  r = reward.read_config(c.judge.checkpoint, c.model.dtype,
-                         "config.judge.checkpoint")
-  context = min(r.model.context, c.judge.context or
-                prepare.asked_context(c) or r.model.context)
+  r = reward.read_config(
+    c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
+  )
+  context = min(
+    r.model.context,
+    c.judge.context or prepare.asked_context(c) or r.model.context,
+  )
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -84,26 +85,35 @@ def check(c: Any) -> None:
   j, kind = c.judge, kind_of(c)
   for knob, known in (("kind", KINDS), ("baseline", verdicts.BASELINES)):
     if j[knob] not in known:
-      raise ConfigError(f"judge.{knob}={j[knob]!r} is unknown, wanted one of "
-                        f"{', '.join(known)}; set config.judge.{knob}")
+      raise ConfigError(
+        f"judge.{knob}={j[knob]!r} is unknown, wanted one of "
+        f"{', '.join(known)}; set config.judge.{knob}"
+      )
   if j.kind == "auto" and (j.checkpoint or j.model):
     one = "checkpoint" if j.checkpoint else "model"
     raise ConfigError(
-        f"judge.{one}={j[one]!r} judges nothing while judge.kind is auto; set "
-        f"config.judge.kind={'reward_model' if j.checkpoint else 'endpoint'}")
+      f"judge.{one}={j[one]!r} judges nothing while judge.kind is auto; set "
+      f"config.judge.kind={'reward_model' if j.checkpoint else 'endpoint'}"
+    )
   if kind == "world":
     if c.data.source != "world":
-      raise ConfigError("judge.kind=world needs a source whose true reward is "
-                        f"known, found data.source={c.data.source!r}; set "
-                        "config.judge.kind=reward_model, endpoint or none")
+      raise ConfigError(
+        "judge.kind=world needs a source whose true reward is "
+        f"known, found data.source={c.data.source!r}; set "
+        "config.judge.kind=reward_model, endpoint or none"
+      )
     if j.baseline == "chosen":
-      raise ConfigError("the true reward is measured against the target and "
-                        "the reference; judge.baseline=chosen needs another "
-                        "judge: set config.judge.baseline")
+      raise ConfigError(
+        "the true reward is measured against the target and "
+        "the reference; judge.baseline=chosen needs another "
+        "judge: set config.judge.baseline"
+      )
   if kind == "reward_model":
     if not j.checkpoint:
-      raise ConfigError("judge.kind=reward_model needs a reward model; set "
-                        "config.judge.checkpoint")
+      raise ConfigError(
+        "judge.kind=reward_model needs a reward model; set "
+        "config.judge.checkpoint"
+      )
     reward_config(c)
   if kind == "endpoint":
     endpoint.check_settings(endpoint_of(c))
@@ -118,10 +128,14 @@ def check_ready(job: Job, arms: list[Arm]) -> None:
   if kind_of(c) != "endpoint":
     return
   if "://" in str(job.workdir) and not c.judge.cache:
-    raise ConfigError(f"verdicts are kept in a local file, and {job.workdir} "
-                      "is none; set config.judge.cache to a path")
-  cards = [artifacts.read_card(folder, "judge") for folder in (
-      job.shared / "judge", *(arm_folder(job, a) for a in arms))]
+    raise ConfigError(
+      f"verdicts are kept in a local file, and {job.workdir} "
+      "is none; set config.judge.cache to a path"
+    )
+  cards = [
+    artifacts.read_card(folder, "judge")
+    for folder in (job.shared / "judge", *(arm_folder(job, a) for a in arms))
+  ]
   if any(card is None or not card.finished for card in cards):
     if jax.process_index() == 0:
       endpoint.check(endpoint_of(c))
@@ -138,8 +152,11 @@ def requests_at_most(c: Any, prompts: int, arms: int) -> int:
   """
   own = 1 if c.judge.baseline == "reference" else 0  # the start is no arm
   judged = min(prompts, c.judge.prompts or prompts)
-  return 2 * judged * (arms + 1 - own) + 2 * c.judge.labels + 4 * min(
-      judged, c.judge.controls)
+  return (
+    2 * judged * (arms + 1 - own)
+    + 2 * c.judge.labels
+    + 4 * min(judged, c.judge.controls)
+  )
 
 
 def check_enough(job: Job, arms: list[Arm]) -> None:
@@ -150,9 +167,10 @@ def check_enough(job: Job, arms: list[Arm]) -> None:
   most = requests_at_most(job.c, len(job.examined.asked), len(arms))
   if most > job.c.judge.max_requests:
     raise ConfigError(
-        f"judge.max_requests={job.c.judge.max_requests:,}, and {len(arms)} "
-        f"arms take up to {most:,} requests (two a prompt and arm); set "
-        "config.judge.max_requests, judge.prompts or judge.labels")
+      f"judge.max_requests={job.c.judge.max_requests:,}, and {len(arms)} "
+      f"arms take up to {most:,} requests (two a prompt and arm); set "
+      "config.judge.max_requests, judge.prompts or judge.labels"
+    )
 
 
 # The judges.
@@ -173,10 +191,15 @@ class _Endpoint:
     kept = cache.Verdicts(self.path)
     self.before = kept.requests, kept.tokens
 
-  def __call__(self, rows: Sequence[dict], ours: Sequence[str],
-               theirs: Sequence[str]) -> dict[str, Any]:
-    return self.pairs([Pair(row["prompt"], a.strip(), b.strip())
-                       for row, a, b in zip(rows, ours, theirs)])
+  def __call__(
+    self, rows: Sequence[dict], ours: Sequence[str], theirs: Sequence[str]
+  ) -> dict[str, Any]:
+    return self.pairs(
+      [
+        Pair(row["prompt"], a.strip(), b.strip())
+        for row, a, b in zip(rows, ours, theirs)
+      ]
+    )
 
   def pairs(self, pairs: Sequence[Pair]) -> dict[str, Any]:
     return endpoint.both_orders(self.e, pairs, self.path)
@@ -184,8 +207,9 @@ class _Endpoint:
   def cost(self) -> tuple[Cost, dict[str, Any]]:
     kept = cache.Verdicts(self.path)
     new = kept.requests - self.before[0], kept.tokens - self.before[1]
-    return Cost(0, new[1]), dict(requests=kept.requests, tokens=kept.tokens,
-                                 asked=new[0])
+    return Cost(0, new[1]), dict(
+      requests=kept.requests, tokens=kept.tokens, asked=new[0]
+    )
 
   def keep(self) -> list[str]:
     """What later stages read of this one: nothing, the cache has it all."""
@@ -203,21 +227,31 @@ class _Rewards:
     self.operations = self.tokens = 0
     r = reward_config(job.c)
     if not r.encodes:
-      r = r._replace(model=r.model._replace(
-          attention=kernel_of(job.c, r.model, job.mesh)))
+      r = r._replace(
+        model=r.model._replace(attention=kernel_of(job.c, r.model, job.mesh))
+      )
     reward.check(r, job.mesh)
     self.r, self.given = r, job.c.judge.checkpoint
-    self.params = reward.load(self.given, r, job.mesh, np.dtype(
-        np.float32 if r.encodes else job.c.model.param_dtype))
+    self.params = reward.load(
+      self.given,
+      r,
+      job.mesh,
+      np.dtype(np.float32 if r.encodes else job.c.model.param_dtype),
+    )
     # Of the start, which every arm's answers are compared with.
     found = job.shared / "judge" / REWARDS
-    self.known: dict[str, float] = ({
+    self.known: dict[str, float] = (
+      {
         k: np.nan if x is None else x
-        for k, x in artifacts.read_json(found).items()}
-        if found.exists() else {})
+        for k, x in artifacts.read_json(found).items()
+      }
+      if found.exists()
+      else {}
+    )
 
-  def __call__(self, rows: Sequence[dict], ours: Sequence[str],
-               theirs: Sequence[str]) -> dict[str, Any]:
+  def __call__(
+    self, rows: Sequence[dict], ours: Sequence[str], theirs: Sequence[str]
+  ) -> dict[str, Any]:
     return of_scores(self.scores(rows, ours), self.scores(rows, theirs))
 
   def pairs(self, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -226,10 +260,15 @@ class _Rewards:
 
   def scores(self, rows: Sequence[dict], said: Sequence[str]) -> np.ndarray:
     """[n] float64 rewards; NaN where its tokenizer refuses the text."""
-    keys = [hashlib.sha256(json.dumps([row["prompt"], a]).encode()).hexdigest()
-            for row, a in zip(rows, said)]
-    new = {k: (row | {"answer": a}, "answer")
-           for k, row, a in zip(keys, rows, said) if k not in self.known}
+    keys = [
+      hashlib.sha256(json.dumps([row["prompt"], a]).encode()).hexdigest()
+      for row, a in zip(rows, said)
+    ]
+    new = {
+      k: (row | {"answer": a}, "answer")
+      for k, row, a in zip(keys, rows, said)
+      if k not in self.known
+    }
     if new:
       self.known |= zip(new, self._run(list(new.values())).tolist())
     return np.array([self.known[k] for k in keys], np.float64)
@@ -240,30 +279,37 @@ class _Rewards:
 
     def encoded():
       own = hub.resolve_settings(self.given)
-      made, lost = ((questions.encode_two(own, self.r.model, texts), {})
-                    if self.r.encodes else
-                    questions.readable(own, self.r.model, texts))
+      made, lost = (
+        (questions.encode_two(own, self.r.model, texts), {})
+        if self.r.encodes
+        else questions.readable(own, self.r.model, texts)
+      )
       artifacts.write_json(at / "refused.json", sorted(lost))
       return made
 
     rows = scores.tokens_of(at, encoded)
     self.files.append(at.name)
     out = np.full(len(texts), np.nan)
-    kept = np.setdiff1d(np.arange(len(texts)),
-                        artifacts.read_json(at / "refused.json"))
+    kept = np.setdiff1d(
+      np.arange(len(texts)), artifacts.read_json(at / "refused.json")
+    )
     if len(kept):
-      out[kept] = scores.reward_rows(self.job.mesh, self.params, self.r, rows,
-                                     tile=self.job.c.embed.tile)
+      out[kept] = scores.reward_rows(
+        self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
+      )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-    self.operations += sum(reward.operations(self.r, int(s)) * int(k)
-                           for s, k in zip(sizes, counts))
+    self.operations += sum(
+      reward.operations(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
+    )
     self.tokens += len(rows.ids)
     return out
 
   def keep(self) -> list[str]:
     """Writes all rewards for the stages to come; returns the file's name."""
-    artifacts.write_json(self.folder / REWARDS, {
-        k: None if np.isnan(x) else x for k, x in self.known.items()})
+    artifacts.write_json(
+      self.folder / REWARDS,
+      {k: None if np.isnan(x) else x for k, x in self.known.items()},
+    )
     return [REWARDS]
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
@@ -282,10 +328,13 @@ def of_scores(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
   """
   lost = np.isnan(ours) | np.isnan(theirs)
   won = np.where(lost, np.nan, winrate.wins(ours, theirs))
-  words = {1.0: ("first", "second"), 0.5: ("tie", "tie"),
-           0.0: ("second", "first")}
+  words = {
+    1.0: ("first", "second"),
+    0.5: ("tie", "tie"),
+    0.0: ("second", "first"),
+  }
   return winrate.both_orders(won, won) | dict(
-      said=[words.get(w, (None, None)) for w in won.tolist()],
-      bias=None, consistent=None)  # one at a time: there is no order
-
-
+    said=[words.get(w, (None, None)) for w in won.tolist()],
+    bias=None,
+    consistent=None,
+  )  # one at a time: there is no order

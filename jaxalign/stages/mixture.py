@@ -11,14 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import progress
+from jaxalign import artifacts, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
 from jaxalign.select import card as cards
-from jaxalign.select import em
+from jaxalign.select import em, reservoir
 from jaxalign.select import mixture as mixtures
-from jaxalign.select import reservoir
 from jaxalign.select import store as stores
 
 
@@ -57,55 +55,82 @@ def run_mixture(job: Job) -> None:
       labels = labels if rows is None else labels[rows]
     if closed:
       knobs["labels"] = labels
-    space = mixtures.prepare(job.mesh, x, pca=knobs["pca"],
-                             covariance=knobs["covariance"])
+    space = mixtures.prepare(
+      job.mesh, x, pca=knobs["pca"], covariance=knobs["covariance"]
+    )
     extra = list(range(seed + 1, seed + 1 + refits(c)))
-    with progress.bar("mixture", knobs["starts"] * (2 + len(extra)),
-                      "starts") as tick:
-      fitted = [mixtures.fit(job.mesh, x, seed=s, space=space, progress=tick,
-                             **knobs) for s in [seed, *extra]]
-      halves = cards.held_out(job.mesh, x, seed=seed, responses=r,
-                              progress=tick, **knobs)
+    with progress.bar(
+      "mixture", knobs["starts"] * (2 + len(extra)), "starts"
+    ) as tick:
+      fitted = [
+        mixtures.fit(job.mesh, x, seed=s, space=space, progress=tick, **knobs)
+        for s in [seed, *extra]
+      ]
+      halves = cards.held_out(
+        job.mesh, x, seed=seed, responses=r, progress=tick, **knobs
+      )
     if rows is not None:
-      reservoir.score(job.mesh, fitted, store, folder / "scores",
-                      fields=fields | inputs)
+      reservoir.score(
+        job.mesh, fitted, store, folder / "scores", fields=fields | inputs
+      )
     diagnostics = dict(held_out=halves)
     diagnostics["labels"] = cards.component_labels(fitted[0], x, labels)
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
       if rows is None:
-        artifacts.write_array(folder / "log_likelihood.npy", np.stack([
-            mixtures.log_likelihood(f, x).reshape(-1, r) for f in fitted]))
+        artifacts.write_array(
+          folder / "log_likelihood.npy",
+          np.stack(
+            [mixtures.log_likelihood(f, x).reshape(-1, r) for f in fitted]
+          ),
+        )
       artifacts.write_json(folder / "diagnostics.json", diagnostics)
     kept = fitted[0].means.shape[1]
     # All fits that ran, the one on half the rows too; a start is taken to need
     # as many sweeps as the one that was kept.
-    sweeps = knobs["starts"] * (sum(len(f.trace) for f in fitted)
-                                + len(fitted[0].trace) // 2)
-    operations = (2 * n * width ** 2  # the covariance
-                  + sweeps * em.operations(
-                      n, kept, len(fitted[0].means), knobs["covariance"],
-                      knobs["rank"]))
+    sweeps = knobs["starts"] * (
+      sum(len(f.trace) for f in fitted) + len(fitted[0].trace) // 2
+    )
+    operations = (
+      2 * n * width** 2  # the covariance
+      + sweeps
+      * em.operations(
+        n, kept, len(fitted[0].means), knobs["covariance"], knobs["rank"]
+      )
+    )
     scores = "log_likelihood.npy" if rows is None else "scores"
-    return (["mixture.npz", scores, "diagnostics.json"],
-            Cost(operations), dict(warnings=fitted[0].warnings))
+    return (
+      ["mixture.npz", scores, "diagnostics.json"],
+      Cost(operations),
+      dict(warnings=fitted[0].warnings),
+    )
 
-  card = job.run(job.shared / "mixture", "mixture", make=make, fields=fields,
-                 inputs=inputs, resumes=("scores",), mends=True)
+  card = job.run(
+    job.shared / "mixture",
+    "mixture",
+    make=make,
+    fields=fields,
+    inputs=inputs,
+    resumes=("scores",),
+    mends=True,
+  )
   for warning in card.result["warnings"]:
     progress.say(f"  warning: {warning}")
 
 
-def _rows(store: stores.Store, limit: int, scratch: Any
-          ) -> tuple[np.ndarray | None, np.ndarray]:
+def _rows(
+  store: stores.Store, limit: int, scratch: Any
+) -> tuple[np.ndarray | None, np.ndarray]:
   """The records to fit (None: all), and their rows [n, E] side by side."""
   responses, width = store.columns["embedding"].shape
   if store.rows * responses <= limit:
     stored = stores.read(store, "embedding")
     return None, np.ascontiguousarray(stored.reshape(-1, width))
   records = max(1, limit // responses)
-  progress.say(f"  fitted to {records * responses:,} of "
-               f"{store.rows * responses:,} rows, all are scored")
+  progress.say(
+    f"  fitted to {records * responses:,} of "
+    f"{store.rows * responses:,} rows, all are scored"
+  )
   rows = reservoir.choose(store, records, scratch)
   return rows, reservoir.gather(store, rows, os.path.join(scratch, "x.npy"))
 

@@ -11,27 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import hub
-from jaxalign import recipe
+from jaxalign import artifacts, hub, recipe
 from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import restore_params
 from jaxalign.data import prepare
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.job import Job, kernel_of, lora_of
-from jaxalign.model import adapters
-from jaxalign.model import decoder
-from jaxalign.model import weights
+from jaxalign.model import adapters, decoder, weights
 from jaxalign.select import embed
 from jaxalign.select.store import Column
 from jaxalign.select.topk import uniform
 from jaxalign.stages import columns
 from jaxalign.stages.embed import over_shards
 from jaxalign.stages.scores import digest_of
-from jaxalign.stages.sft import TRAINED, train
-from jaxalign.train import feed
-from jaxalign.train import losses
+from jaxalign.stages.sft import train, TRAINED
+from jaxalign.train import feed, losses
 
 
 class Start(NamedTuple):
@@ -56,17 +51,22 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   m = weights.read_config(given, c.model.dtype, c.model.remat)
   asked = prepare.asked_context(c)
   if asked > m.context:
-    raise ConfigError(f"config.proxy.checkpoint reads {m.context} tokens, "
-                      f"model.context={asked}; set one of them")
-  return m._replace(context=min(asked or reference.context, m.context),
-                    positions=m.context)
+    raise ConfigError(
+      f"config.proxy.checkpoint reads {m.context} tokens, "
+      f"model.context={asked}; set one of them"
+    )
+  return m._replace(
+    context=min(asked or reference.context, m.context), positions=m.context
+  )
 
 
 def check(c: Any) -> None:
   """Raises ConfigError for knobs of the proxies that cannot work."""
   if not c.proxy.models >= 2:
-    raise ConfigError(f"proxy.models={c.proxy.models}, wanted 2 or more: one "
-                      "judges what the other has seen; set config.proxy.models")
+    raise ConfigError(
+      f"proxy.models={c.proxy.models}, wanted 2 or more: one "
+      "judges what the other has seen; set config.proxy.models"
+    )
   feed.check_divides(c.proxy.batch_size, c.proxy.accumulation, "config.proxy")
   _loss(c)
   if not c.proxy.checkpoint:
@@ -75,9 +75,11 @@ def check(c: Any) -> None:
   own = prepare.given_tokenizer(c)
   theirs = load_tokenizer(hub.resolve_settings(c.proxy.checkpoint))
   if own is None or own.pieces() != theirs.pieces():
-    raise ConfigError("config.proxy.checkpoint reads other tokens than the "
-                      "policy; wanted a small model of the same family, set "
-                      "config.proxy.checkpoint")
+    raise ConfigError(
+      "config.proxy.checkpoint reads other tokens than the "
+      "policy; wanted a small model of the same family, set "
+      "config.proxy.checkpoint"
+    )
 
 
 def _loss(c: Any):
@@ -91,8 +93,9 @@ def _start(job: Job) -> Start:
   if c.proxy.checkpoint:
     m = m._replace(attention=kernel_of(c, m, job.mesh))
     decoder.check(m, job.mesh)
-    params = weights.load_folder(c.proxy.checkpoint, m, job.mesh,
-                                 np.dtype(c.model.param_dtype))
+    params = weights.load_folder(
+      c.proxy.checkpoint, m, job.mesh, np.dtype(c.model.param_dtype)
+    )
   else:
     params = job.reference
   if columns.tuned(c):
@@ -102,22 +105,38 @@ def _start(job: Job) -> Start:
     return Start(params, m, read("logp"), read("logp_count"), Cost())
   found, cost = _score(job, params, m, "proxy_ref")
   n = len(job.column("pool", "id"))
-  return Start(params, m, found.logp.reshape(n, -1),
-               found.count.reshape(n, -1), cost)
+  return Start(
+    params, m, found.logp.reshape(n, -1), found.count.reshape(n, -1), cost
+  )
 
 
-def _score(job: Job, params: Any, m: decoder.ModelConfig, label: str
-           ) -> tuple[embed.RowScores, Cost]:
+def _score(
+  job: Job, params: Any, m: decoder.ModelConfig, label: str
+) -> tuple[embed.RowScores, Cost]:
   """One pass over the pool, and what it cost."""
   rows = job.tokens("pool")
   found = embed.score_rows(
-      job.mesh, params, m, rows, tile=job.c.embed.tile,
-      chunk=job.c.model.head_chunk, label=label, ids=job.column("pool", "id"))
+    job.mesh,
+    params,
+    m,
+    rows,
+    tile=job.c.embed.tile,
+    chunk=job.c.model.head_chunk,
+    label=label,
+    ids=job.column("pool", "id"),
+  )
   return found, Cost(embed.operations(m, rows), len(rows.ids))
 
 
-def _tune(job: Job, folder: Any, label: str, start: Start, index: np.ndarray,
-          updates: int, seed: int) -> tuple[decoder.Params, Any]:
+def _tune(
+  job: Job,
+  folder: Any,
+  label: str,
+  start: Start,
+  index: np.ndarray,
+  updates: int,
+  seed: int,
+) -> tuple[decoder.Params, Any]:
   """Tunes on the pairs `index`; goes on from the folder's checkpoints.
 
   Returns:
@@ -131,33 +150,51 @@ def _tune(job: Job, folder: Any, label: str, start: Start, index: np.ndarray,
   def begin(batch_at):
     del batch_at
     if m.lora is None:  # the step donates its state, so it has a copy
-      return {n: jnp.array(x, jnp.float32)
-              for n, x in start.params.items()}, {}
+      return {n: jnp.array(x, jnp.float32) for n, x in start.params.items()}, {}
     fresh = adapters.init(jax.random.key(seed), decoder.table(m), job.mesh)
     trained, fixed = adapters.split(fresh, m.lora)
     return trained, start.params | fixed
 
-  train(job, folder, label, m, begin, rows, _loss(c), p,
-        lr=recipe.LORA_LR if m.lora else p.lr, updates=updates, seed=seed)
+  train(
+    job,
+    folder,
+    label,
+    m,
+    begin,
+    rows,
+    _loss(c),
+    p,
+    lr=recipe.LORA_LR if m.lora else p.lr,
+    updates=updates,
+    seed=seed,
+  )
   tuned = restore_params(
-      folder / "checkpoints",
-      adapters.split(decoder.abstract(m, job.mesh), m.lora)[0])
+    folder / "checkpoints",
+    adapters.split(decoder.abstract(m, job.mesh), m.lora)[0],
+  )
   return (tuned if m.lora is None else start.params | tuned), m
 
 
 def _lora(c: Any) -> adapters.Lora | None:
   """The job's adapters; those with fixed bases as plain ones."""
   lora = lora_of(c)
-  return lora._replace(variant="lora") if (
-      lora and lora.variant == "lora_sb") else lora
+  return (
+    lora._replace(variant="lora")
+    if (lora and lora.variant == "lora_sb")
+    else lora
+  )
 
 
 def training_rows(job: Job, start: Start, index: np.ndarray) -> feed.Rows:
   """The pairs `index` of the pool, with their start's sums."""
   ids = job.column("pool", "id")
-  return feed.Rows([ids[i] for i in index], job.tokens("pool"),
-                   index[:, None] * 2 + np.arange(2), start.sums[index],
-                   start.counts[index])
+  return feed.Rows(
+    [ids[i] for i in index],
+    job.tokens("pool"),
+    index[:, None] * 2 + np.arange(2),
+    start.sums[index],
+    start.counts[index],
+  )
 
 
 def _inputs(job: Job) -> dict[str, str]:
@@ -171,11 +208,29 @@ def _inputs(job: Job) -> dict[str, str]:
 
 
 def _fields(c: Any, *proxy: str) -> dict[str, Any]:
-  recipe = ("batch_size", "accumulation", "lr", "warmup_ratio", "schedule",
-            "clip", "weight_decay", "b2", "save_every", "beta", "seed",
-            "checkpoint", *proxy)
-  return pick(c, *(f"proxy.{n}" for n in recipe), "model", "embed.tile",
-              "embed.shard", *(["lora"] if c.lora.rank else []))
+  recipe = (
+    "batch_size",
+    "accumulation",
+    "lr",
+    "warmup_ratio",
+    "schedule",
+    "clip",
+    "weight_decay",
+    "b2",
+    "save_every",
+    "beta",
+    "seed",
+    "checkpoint",
+    *proxy,
+  )
+  return pick(
+    c,
+    *(f"proxy.{n}" for n in recipe),
+    "model",
+    "embed.tile",
+    "embed.shard",
+    *(["lora"] if c.lora.rank else []),
+  )
 
 
 # One, for the implicit margin.
@@ -192,8 +247,9 @@ def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
   n = len(ids)
   wanted = round(pairs * n) if pairs < 1 else int(pairs)
   m = max(1, min(wanted, n // 2))
-  return np.sort(np.argsort(-uniform(seed, np.asarray(ids), "proxy"),
-                            kind="stable")[:m])
+  return np.sort(
+    np.argsort(-uniform(seed, np.asarray(ids), "proxy"), kind="stable")[:m]
+  )
 
 
 def run_proxy(job: Job) -> None:
@@ -207,27 +263,53 @@ def run_proxy(job: Job) -> None:
     params, m = _tune(job, folder, "proxy", start, index, p.updates, p.seed)
     rows = job.tokens("pool")
     files = over_shards(
-        job, folder, "proxy", fields | inputs,
-        dict(proxy_logp=Column((2,)), proxy_ref_logp=Column((2,))),
-        c.embed.tile * job.mesh.size, lambda parts, tick: dict(
-            proxy_logp=embed.score_rows(
-                job.mesh, params, m, rows, tile=c.embed.tile,
-                chunk=c.model.head_chunk, parts=parts, tick=tick,
-                ids=job.column("pool", "id")).logp,
-            proxy_ref_logp=start.sums.reshape(-1)[
-                parts[jax.process_index()]]))
+      job,
+      folder,
+      "proxy",
+      fields | inputs,
+      dict(proxy_logp=Column((2,)), proxy_ref_logp=Column((2,))),
+      c.embed.tile * job.mesh.size,
+      lambda parts, tick: dict(
+        proxy_logp=embed.score_rows(
+          job.mesh,
+          params,
+          m,
+          rows,
+          tile=c.embed.tile,
+          chunk=c.model.head_chunk,
+          parts=parts,
+          tick=tick,
+          ids=job.column("pool", "id"),
+        ).logp,
+        proxy_ref_logp=start.sums.reshape(-1)[parts[jax.process_index()]],
+      ),
+    )
     operations, tokens = feed.training_cost(
-        m, training_rows(job, start, index), updates=p.updates,
-        batch=p.batch_size, seed=p.seed)
-    parts = (start.cost, Cost(operations, tokens),
-             Cost(embed.operations(m, rows), len(rows.ids)))
-    return ([*files, *TRAINED],
-            Cost(sum(x.operations for x in parts),
-                 sum(x.tokens for x in parts)),
-            dict(rows=len(index), say=f"tuned on {len(index):,} pairs"))
+      m,
+      training_rows(job, start, index),
+      updates=p.updates,
+      batch=p.batch_size,
+      seed=p.seed,
+    )
+    parts = (
+      start.cost,
+      Cost(operations, tokens),
+      Cost(embed.operations(m, rows), len(rows.ids)),
+    )
+    return (
+      [*files, *TRAINED],
+      Cost(sum(x.operations for x in parts), sum(x.tokens for x in parts)),
+      dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
+    )
 
-  job.run(job.shared / "proxy", "proxy", make=make, fields=fields,
-          inputs=inputs, resumes=(*TRAINED, "store"))
+  job.run(
+    job.shared / "proxy",
+    "proxy",
+    make=make,
+    fields=fields,
+    inputs=inputs,
+    resumes=(*TRAINED, "store"),
+  )
 
 
 # Several, for the held-out loss.
@@ -248,11 +330,14 @@ def halves(group: Any, models: int, seed: int) -> np.ndarray:
   Raises:
     DataError: all rows have one prompt.
   """
-  names, of, counts = np.unique(np.asarray(group, np.str_), return_inverse=True,
-                                return_counts=True)
+  names, of, counts = np.unique(
+    np.asarray(group, np.str_), return_inverse=True, return_counts=True
+  )
   if len(names) < 2:
-    raise DataError("the pool has one prompt: it has no halves to tell how "
-                    "hard its pairs are; set config.select.sampler")
+    raise DataError(
+      "the pool has one prompt: it has no halves to tell how "
+      "hard its pairs are; set config.select.sampler"
+    )
   seen = np.zeros((len(of), models), bool)
   for s in range(0, models, 2):
     order = np.argsort(uniform(seed, names, f"half {s // 2}"), kind="stable")
@@ -290,27 +375,52 @@ def run_held_out(job: Job) -> None:
       own = folder / f"model{s}"
       # Counted for every model: a resumed run goes on behind some of them.
       more, many = feed.training_cost(
-          m, training_rows(job, start, index), updates=updates,
-          batch=p.batch_size, seed=p.seed + s)
+        m,
+        training_rows(job, start, index),
+        updates=updates,
+        batch=p.batch_size,
+        seed=p.seed + s,
+      )
       total += more + embed.operations(m, job.tokens("pool"))
       tokens += many + len(job.tokens("pool").ids)
-      if artifacts.agree("done" if (folder / name).exists() else "new"
-                         ) == "new":
-        params, m = _tune(job, own, f"model {s + 1} of {p.models}", start,
-                          index, updates, p.seed + s)
+      if (
+        artifacts.agree("done" if (folder / name).exists() else "new") == "new"
+      ):
+        params, m = _tune(
+          job,
+          own,
+          f"model {s + 1} of {p.models}",
+          start,
+          index,
+          updates,
+          p.seed + s,
+        )
         found, _ = _score(job, params, m, f"model {s + 1} of {p.models}")
         loss = dpo_losses(found.logp.reshape(n, 2), start.sums, p.beta)
         if jax.process_index() == 0:
-          artifacts.write_array(folder / name,
-                                np.where(seen[:, s], np.nan, loss))
+          artifacts.write_array(
+            folder / name, np.where(seen[:, s], np.nan, loss)
+          )
       if jax.process_index() == 0 and own.exists():
         own.rmtree()  # its losses are all that is read
     if jax.process_index() == 0:
-      artifacts.write_array(folder / "held_out_loss.npy", np.stack(
-          [artifacts.read_array(folder / name) for name in names], axis=1))
-    return (["held_out_loss.npy", *names], Cost(total, tokens),
-            dict(say=f"{p.models} models"))
+      artifacts.write_array(
+        folder / "held_out_loss.npy",
+        np.stack(
+          [artifacts.read_array(folder / name) for name in names], axis=1
+        ),
+      )
+    return (
+      ["held_out_loss.npy", *names],
+      Cost(total, tokens),
+      dict(say=f"{p.models} models"),
+    )
 
-  job.run(job.shared / "held_out", "held_out", make=make,
-          resumes=(*names, *(f"model{s}" for s in range(p.models))),
-          fields=_fields(c, "models", "half_updates"), inputs=_inputs(job))
+  job.run(
+    job.shared / "held_out",
+    "held_out",
+    make=make,
+    resumes=(*names, *(f"model{s}" for s in range(p.models))),
+    fields=_fields(c, "models", "half_updates"),
+    inputs=_inputs(job),
+  )

@@ -5,16 +5,17 @@ with a nonce that it does not hold, a hash of the row itself, so that the same
 row is asked the same on every run.
 """
 
+from collections.abc import Sequence
 import hashlib
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxalign.data import chat as chats
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.words import answers_of
 from jaxalign.data.schemas.pairs import turns_of
 from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.data.words import answers_of
 from jaxalign.errors import ConfigError
 
 FIELDS = ("{prompt}", "{response}")
@@ -35,11 +36,15 @@ def check(question: str, answers: Sequence[str]) -> None:
   """Raises ConfigError for a question or verdicts that cannot work."""
   wrong = [f for f in FIELDS if question.count(f) != 1]
   if wrong:
-    raise ConfigError(f"ask.question holds {' and '.join(wrong)} not once; "
-                      "set config.ask.question")
+    raise ConfigError(
+      f"ask.question holds {' and '.join(wrong)} not once; "
+      "set config.ask.question"
+    )
   if len(answers) != 2 or not all(answers) or answers[0] == answers[1]:
-    raise ConfigError(f"ask.answers={tuple(answers)!r}, wanted two words, the "
-                      "good one first; set config.ask.answers")
+    raise ConfigError(
+      f"ask.answers={tuple(answers)!r}, wanted two words, the "
+      "good one first; set config.ask.answers"
+    )
 
 
 def fenced(question: str, name: str, prompt: str, response: str) -> str:
@@ -55,16 +60,23 @@ def fenced(question: str, name: str, prompt: str, response: str) -> str:
     text = "\0".join([str(count), name, prompt, response])
     nonce = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
     count += 1
-  put = {f: f"<{nonce}>\n{text}\n</{nonce}>"
-         for f, text in zip(FIELDS, (prompt, response))}
+  put = {
+    f: f"<{nonce}>\n{text}\n</{nonce}>"
+    for f, text in zip(FIELDS, (prompt, response))
+  }
   first, second = sorted(FIELDS, key=question.index)
   before, _, rest = question.partition(first)
   between, _, after = rest.partition(second)
   return before + put[first] + between + put[second] + after
 
 
-def build(tok: Any, texts: Sequence[tuple[str, str, str]], question: str,
-          answers: tuple[str, str], context: int) -> Questions:
+def build(
+  tok: Any,
+  texts: Sequence[tuple[str, str, str]],
+  question: str,
+  answers: tuple[str, str],
+  context: int,
+) -> Questions:
   """Asks about every answer, in the judge's own tokens and chat template.
 
   A text that does not fit loses: the prompt its beginning, then the answer
@@ -96,8 +108,10 @@ def _build(tok, chat, texts, question, answers, context) -> Questions:
     if chat is None:
       heads = tok.encode_many(whole)
     else:
-      heads = [chat.encode([dict(role="user", content=one)], answers)[0]
-               for one in whole]
+      heads = [
+        chat.encode([dict(role="user", content=one)], answers)[0]
+        for one in whole
+      ]
     return [bos + head + said[0][:k] for head in heads]
 
   if chat is None:  # a text goes on with a space and the word
@@ -108,11 +122,13 @@ def _build(tok, chat, texts, question, answers, context) -> Questions:
   while k < least and said[0][k] == said[1][k]:
     k += 1
   if k == least:
-    raise ConfigError(f"the judge's tokens of {answers[0]!r} and {answers[1]!r}"
-                      " are alike up to where one ends; set config.ask.answers")
+    raise ConfigError(
+      f"the judge's tokens of {answers[0]!r} and {answers[1]!r}"
+      " are alike up to where one ends; set config.ask.answers"
+    )
   ids, short = [], 0
   for at in range(0, len(texts), _CHUNK):
-    part = texts[at:at + _CHUNK]
+    part = texts[at : at + _CHUNK]
     for (name, prompt, response), own in zip(part, encode(*part)):
       short += len(own) > context
       p = tok.encode_many([prompt])[0] if len(own) > context else []
@@ -122,28 +138,35 @@ def _build(tok, chat, texts, question, answers, context) -> Questions:
         ends = min(_LEAST, len(p)), min(_LEAST, len(r))
         if (len(p), len(r)) == ends:
           raise ConfigError(
-              f"a question about row {name} takes {len(own)} tokens, the judge "
-              f"reads {context}; set config.ask.context or config.ask.question")
+            f"a question about row {name} takes {len(own)} tokens, the judge "
+            f"reads {context}; set config.ask.context or config.ask.question"
+          )
         keep = max(ends[0], len(p) - over)  # the prompt first
         over -= len(p) - keep
-        p = p[len(p) - keep:]
-        r = r[:max(ends[1], len(r) - over)]
+        p = p[len(p) - keep :]
+        r = r[: max(ends[1], len(r) - over)]
         own = encode((name, tok.decode(p), tok.decode_response(r)))[0]
       ids.append(np.array(own, np.int32))
-  return Questions(_rows(ids, [len(i) for i in ids]), said[0][k], said[1][k],
-                   short)
+  return Questions(
+    _rows(ids, [len(i) for i in ids]), said[0][k], said[1][k], short
+  )
 
 
-def _rows(ids: list[np.ndarray], start: list[int], cut: Any = None
-          ) -> tokens_lib.TokenRows:
+def _rows(
+  ids: list[np.ndarray], start: list[int], cut: Any = None
+) -> tokens_lib.TokenRows:
   cut = np.zeros(len(ids), np.int32) if cut is None else np.int32(cut)
   return tokens_lib.TokenRows(
-      np.concatenate(ids), np.cumsum([0] + [len(i) for i in ids]),
-      np.array(start, np.int32), cut)
+    np.concatenate(ids),
+    np.cumsum([0] + [len(i) for i in ids]),
+    np.array(start, np.int32),
+    cut,
+  )
 
 
-def encode_chats(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
-                 ) -> tokens_lib.TokenRows:
+def encode_chats(
+  folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
+) -> tokens_lib.TokenRows:
   """Rows for a decoder that gives rewards, as `readable` has them.
 
   Raises:
@@ -153,14 +176,17 @@ def encode_chats(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
   if refused:
     i = min(refused)
     name = f"{texts[i][0]['id']} ({texts[i][1]})"
-    raise ConfigError(f"the reward model cannot read {len(refused)} of "
-                      f"{len(texts)} answers, {name} for one "
-                      f"({refused[i]}); set config.rewards.checkpoint")
+    raise ConfigError(
+      f"the reward model cannot read {len(refused)} of "
+      f"{len(texts)} answers, {name} for one "
+      f"({refused[i]}); set config.rewards.checkpoint"
+    )
   return rows
 
 
-def readable(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
-             ) -> tuple[tokens_lib.TokenRows, dict[int, str]]:
+def readable(
+  folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
+) -> tuple[tokens_lib.TokenRows, dict[int, str]]:
   """Rows for a decoder that gives rewards, each ended by its EOS.
 
   Its tokenizer's template where it has one, else prompt and answer as text.
@@ -175,24 +201,33 @@ def readable(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
   """
   tok = load_tokenizer(folder)
   if tok.template:
-    turns = [row.get("turns") or turns_of(row["prompt"]) or
-             [dict(role="user", content=row["prompt"])] for row, _ in texts]
-    said = [answers_of(row | dict(answers=None), (side,))
-            for row, side in texts]
+    turns = [
+      row.get("turns")
+      or turns_of(row["prompt"])
+      or [dict(role="user", content=row["prompt"])]
+      for row, _ in texts
+    ]
+    said = [
+      answers_of(row | dict(answers=None), (side,)) for row, side in texts
+    ]
     with chats.Chat(tok, tok.template) as chat:
-      rows, _, refused = tokens_lib.encode_dialogues(chat, turns, said,
-                                                     ("response",), m.context,
-                                                     "cut_answer")
+      rows, _, refused = tokens_lib.encode_dialogues(
+        chat, turns, said, ("response",), m.context, "cut_answer"
+      )
   else:
     rows, _, refused = tokens_lib.encode_texts(
-        tok, [row["prompt"] for row, _ in texts],
-        dict(response=[row[side] for row, side in texts]), m.context,
-        "cut_answer")
+      tok,
+      [row["prompt"] for row, _ in texts],
+      dict(response=[row[side] for row, side in texts]),
+      m.context,
+      "cut_answer",
+    )
   return rows, refused
 
 
-def encode_two(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
-               ) -> tokens_lib.TokenRows:
+def encode_two(
+  folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
+) -> tokens_lib.TokenRows:
   """Rows for an encoder that gives rewards: prompt and answer as two texts.
 
   `start` is where the tokens have type 1, as of the second text; the end where
@@ -200,16 +235,19 @@ def encode_two(folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
   an answer that does not fit beside half a context of it, its end.
   """
   from jaxalign.select import texts as texts_lib  # needs `tokenizers`
+
   tok = texts_lib.read_tokenizer(folder, m)
   tok.no_truncation()
   own = tok.num_special_tokens_to_add(True)
   room, ids, start, cut = m.context - own, [], [], []
   for at in range(0, len(texts), 1024):
-    part = texts[at:at + 1024]
-    firsts = tok.encode_batch([row["prompt"] for row, _ in part],
-                              add_special_tokens=False)
-    seconds = tok.encode_batch([row[side] for row, side in part],
-                               add_special_tokens=False)
+    part = texts[at : at + 1024]
+    firsts = tok.encode_batch(
+      [row["prompt"] for row, _ in part], add_special_tokens=False
+    )
+    seconds = tok.encode_batch(
+      [row[side] for row, side in part], add_special_tokens=False
+    )
     for a, b in zip(firsts, seconds):
       lost = len(a.ids) + len(b.ids)
       keep = min(len(a.ids), max(room - len(b.ids), room // 2))

@@ -5,19 +5,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import references
+from jaxalign import artifacts, references
 from jaxalign.artifacts import Cost, pick
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.job import Arm, Job, arm_folder, updates_of
+from jaxalign.job import Arm, arm_folder, Job, updates_of
 from jaxalign.lookup import edition
 from jaxalign.select import embed
 from jaxalign.select import store as stores
 from jaxalign.select.samplers import combine
 from jaxalign.stages import columns
 from jaxalign.stages.select import selected_rows
-from jaxalign.train import feed
-from jaxalign.train import reference
+from jaxalign.train import feed, reference
 
 
 def updates_for(job: Job, arm: Arm, n: int) -> int:
@@ -30,8 +28,9 @@ def like(arm: Arm) -> dict[str, Any]:
   return dict(like=arm.like) if arm.like else {}
 
 
-def rows_of(job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
-            ) -> feed.Rows:
+def rows_of(
+  job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
+) -> feed.Rows:
   """The rows that an arm kept, with the reference's sums [M, R]."""
   index = selected_rows(job, arm)
   ids, tokens = job.column("pool", "id"), job.tokens("pool")
@@ -40,9 +39,13 @@ def rows_of(job: Job, arm: Arm, total: np.ndarray, count: np.ndarray
   if job.kind == "thumbs":
     label = np.array(job.column("pool", "label"))[index]
   return feed.Rows(
-      [ids[i] for i in index], tokens,
-      index[:, None] * responses + np.arange(responses)[None, :],
-      np.asarray(total), np.asarray(count), label)
+    [ids[i] for i in index],
+    tokens,
+    index[:, None] * responses + np.arange(responses)[None, :],
+    np.asarray(total),
+    np.asarray(count),
+    label,
+  )
 
 
 def run_ref_logps(job: Job, arm: Arm) -> None:
@@ -63,16 +66,27 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
 
   def once(rows, index, ids=None):
     return reference.logps(
-        job.mesh, job.reference, m, rows, index, layout=c.train.layout,
-        tile=c.embed.tile, chunk=c.model.head_chunk, producer=c.train.logps,
-        ids=ids)
+      job.mesh,
+      job.reference,
+      m,
+      rows,
+      index,
+      layout=c.train.layout,
+      tile=c.embed.tile,
+      chunk=c.model.head_chunk,
+      producer=c.train.logps,
+      ids=ids,
+    )
 
   def kept(index):
     """(sum, count) [M, R] of the kept rows, and what they cost."""
     if source:
       store = stores.open_store(job.shared / source / "store")
-      return (stores.take(store, "logp", index),
-              stores.take(store, "count", index), Cost())
+      return (
+        stores.take(store, "logp", index),
+        stores.take(store, "count", index),
+        Cost(),
+      )
     tokens, ids = job.tokens("pool"), job.column("pool", "id")
     responses = len(tokens.start) // len(ids)
     which = index[:, None] * responses + np.arange(responses)
@@ -96,21 +110,35 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     tokens = None
     if "z0" in job.loss.stats:
       tokens = feed.make_mismatched(
-          rows, updates=updates_for(job, arm, len(index)), seed=arm.seed,
-          batch=c.train.batch_size, context=m.context)
+        rows,
+        updates=updates_for(job, arm, len(index)),
+        seed=arm.seed,
+        batch=c.train.batch_size,
+        context=m.context,
+      )
       arrays["mismatched_sum"] = np.zeros(len(tokens.start), np.float32)
     if batched:
       found = reference.as_trained(
-          job.mesh, job.reference, m, rows, batch=c.train.batch_size,
-          accumulation=c.train.accumulation, seed=arm.seed,
-          layout=c.train.layout, producer=c.train.logps, tile=c.embed.tile,
-          chunk=c.model.head_chunk, mismatched=tokens)
+        job.mesh,
+        job.reference,
+        m,
+        rows,
+        batch=c.train.batch_size,
+        accumulation=c.train.accumulation,
+        seed=arm.seed,
+        layout=c.train.layout,
+        producer=c.train.logps,
+        tile=c.embed.tile,
+        chunk=c.model.head_chunk,
+        mismatched=tokens,
+      )
       arrays["ref_sum"] = found.ref_sum
       own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
       spent(Cost(embed.operations(m, own), len(own.ids)))
     if "public" in job.loss.extras and (online or batched):
-      arrays["ref_public"] = (found.ref_public if batched else
-                              np.zeros_like(total))
+      arrays["ref_public"] = (
+        found.ref_public if batched else np.zeros_like(total)
+      )
     elif "public" in job.loss.extras:
       arrays["ref_public"], more = references.public_sums(job, rows)
       spent(more)
@@ -118,14 +146,18 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       arrays["weights"], more = references.prompt_weights(job, rows, arm.seed)
       spent(more)
     if tokens is not None and not online:
-      arrays["mismatched_sum"] = found.mismatched if batched else once(
-          tokens, np.arange(len(tokens.start))[:, None])[0][:, 0]
+      arrays["mismatched_sum"] = (
+        found.mismatched
+        if batched
+        else once(tokens, np.arange(len(tokens.start))[:, None])[0][:, 0]
+      )
       spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
     if jax.process_index() == 0:
       for name, x in arrays.items():
         artifacts.write_array(folder / f"{name}.npy", x)
-      artifacts.write_json(folder / "ref_ids.json",
-                           [job.column("pool", "id")[i] for i in index])
+      artifacts.write_json(
+        folder / "ref_ids.json", [job.column("pool", "id")[i] for i in index]
+      )
     return [*(f"{n}.npy" for n in arrays), "ref_ids.json"], cost, {}
 
   fields = dict(loss=c.loss.name, layout=c.train.layout)
@@ -134,15 +166,28 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   if online:
     fields["reference"] = "online"
   if "z0" in job.loss.stats:
-    fields |= pick(c, "train.batch_size", "train.epochs", "train.max_updates",
-                   "train.min_updates") | like(arm)
+    fields |= pick(
+      c,
+      "train.batch_size",
+      "train.epochs",
+      "train.max_updates",
+      "train.min_updates",
+    ) | like(arm)
   if batched:
     fields |= pick(c, "train.batch_size", "train.accumulation", "train.logps")
   read = {stage for stage in {"embed", source} if ("", stage) in job.cards}
   if "embed" not in read:  # whose key names these
     fields |= pick(c, "model")
-  job.run(arm_folder(job, arm), "ref_logps", arm.name, fields=fields,
-          make=make, inputs=dict(select=job.key("select", arm.name),
-                                 # The embedding may be another model's.
-                                 sft=job.key("sft")) | {
-              stage: job.key(stage) for stage in read})
+  job.run(
+    arm_folder(job, arm),
+    "ref_logps",
+    arm.name,
+    fields=fields,
+    make=make,
+    inputs=dict(
+      select=job.key("select", arm.name),
+      # The embedding may be another model's.
+      sft=job.key("sft"),
+    )
+    | {stage: job.key(stage) for stage in read},
+  )

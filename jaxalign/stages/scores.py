@@ -6,25 +6,22 @@ answers without their prompts; `ask`: a question about each row) or other
 weights (`rewards`), so each has a pass of its own, over every row once.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import hub
-from jaxalign import sharding
+from jaxalign import artifacts, hub, sharding
 from jaxalign.artifacts import Cost, pick
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.job import Job, kernel_of
-from jaxalign.model import decoder
-from jaxalign.model import reward
-from jaxalign.model import weights
+from jaxalign.model import decoder, reward, weights
 from jaxalign.select import embed
 from jaxalign.select.store import Column
 from jaxalign.stages import questions
@@ -33,20 +30,33 @@ from jaxalign.stages.embed import over_shards
 SIDES = ("chosen", "rejected", "completion")
 
 
-def by_shard(job: Job, folder: Any, stage: str, made_of: dict[str, Any],
-             name: str, make: Callable) -> list[str]:
+def by_shard(
+  job: Job,
+  folder: Any,
+  stage: str,
+  made_of: dict[str, Any],
+  name: str,
+  make: Callable,
+) -> list[str]:
   """Stores one number a response, from `make(parts, tick)`, shard by shard.
 
   A killed stage goes on at the next shard; see `stages.embed.over_shards`.
   """
   responses = len(job.tokens("pool").start) // len(job.column("pool", "id"))
-  return over_shards(job, folder, stage, made_of, {name: Column((responses,))},
-                     job.c.embed.tile * job.mesh.size,
-                     lambda parts, tick: {name: make(parts, tick)})
+  return over_shards(
+    job,
+    folder,
+    stage,
+    made_of,
+    {name: Column((responses,))},
+    job.c.embed.tile * job.mesh.size,
+    lambda parts, tick: {name: make(parts, tick)},
+  )
 
 
-def tokens_of(folder: Any, make: Callable[[], tokens_lib.TokenRows]
-              ) -> tokens_lib.TokenRows:
+def tokens_of(
+  folder: Any, make: Callable[[], tokens_lib.TokenRows]
+) -> tokens_lib.TokenRows:
   """Token rows that process 0 makes of texts, which it alone reads."""
   if jax.process_index() == 0:
     tokens_lib.save(folder, "tokens", make())
@@ -59,30 +69,41 @@ TOKENS = [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
 
 def digest_of(folder: Any) -> str:
   """The key of a checkpoint: its settings, tokenizer and weights."""
+
   def make():
     path = hub.resolve(folder)
-    names = sorted(p.name for p in path.iterdir() if p.name.endswith(
-        (".json", ".model", ".safetensors", ".jinja")))
-    return artifacts.key_of("checkpoint", artifacts.digest_tree(path, names),
-                            {})
+    names = sorted(
+      p.name
+      for p in path.iterdir()
+      if p.name.endswith((".json", ".model", ".safetensors", ".jinja"))
+    )
+    return artifacts.key_of(
+      "checkpoint", artifacts.digest_tree(path, names), {}
+    )
+
   return artifacts.told(make)
 
 
 # Answers without their prompts.
 
 
-def answers_alone(rows: tokens_lib.TokenRows, start: int
-                  ) -> tokens_lib.TokenRows:
+def answers_alone(
+  rows: tokens_lib.TokenRows, start: int
+) -> tokens_lib.TokenRows:
   """Every row's response behind the token `start`, the same tokens of it."""
   first, ends = rows.offsets[:-1] + rows.start, rows.offsets[1:]
   sizes = ends - first + 1
   offsets = np.concatenate([[0], np.cumsum(sizes)])
   row = np.repeat(np.arange(len(sizes)), sizes)
   place = np.arange(offsets[-1]) - offsets[row]
-  ids = np.where(place == 0, start,
-                 np.asarray(rows.ids)[first[row] + np.maximum(place - 1, 0)])
-  return tokens_lib.TokenRows(ids.astype(np.int32), offsets,
-                              np.ones(len(sizes), np.int32), rows.cut)
+  ids = np.where(
+    place == 0,
+    start,
+    np.asarray(rows.ids)[first[row] + np.maximum(place - 1, 0)],
+  )
+  return tokens_lib.TokenRows(
+    ids.astype(np.int32), offsets, np.ones(len(sizes), np.int32), rows.cut
+  )
 
 
 def run_alone(job: Job) -> None:
@@ -98,17 +119,42 @@ def run_alone(job: Job) -> None:
 
   def make(folder):
     tok = job.tokenizer
-    rows = answers_alone(job.tokens("pool"),
-                         tok.bos if tok.bos >= 0 else tok.eos)
-    files = by_shard(job, folder, "alone", fields | inputs, "logp_alone", (
-        lambda parts, tick: embed.score_rows(
-            job.mesh, job.reference, m, rows, tile=c.embed.tile,
-            chunk=c.model.head_chunk, parts=parts, tick=tick,
-            ids=job.column("pool", "id")).logp))
+    rows = answers_alone(
+      job.tokens("pool"), tok.bos if tok.bos >= 0 else tok.eos
+    )
+    files = by_shard(
+      job,
+      folder,
+      "alone",
+      fields | inputs,
+      "logp_alone",
+      (
+        lambda parts, tick: (
+          embed.score_rows(
+            job.mesh,
+            job.reference,
+            m,
+            rows,
+            tile=c.embed.tile,
+            chunk=c.model.head_chunk,
+            parts=parts,
+            tick=tick,
+            ids=job.column("pool", "id"),
+          ).logp
+        )
+      ),
+    )
     return files, Cost(embed.operations(m, rows), len(rows.ids)), {}
 
-  job.run(job.shared / "alone", "alone", make=make, fields=fields,
-          inputs=inputs, resumes=("store",), mends=True)
+  job.run(
+    job.shared / "alone",
+    "alone",
+    make=make,
+    fields=fields,
+    inputs=inputs,
+    resumes=("store",),
+    mends=True,
+  )
 
 
 # A question about each answer.
@@ -117,6 +163,7 @@ def run_alone(job: Job) -> None:
 @functools.lru_cache(maxsize=4)
 def _yes_fn(mesh: Any, m: decoder.ModelConfig, yes: int, no: int) -> Callable:
   """Jitted pass that gives P(yes) of two tokens behind every row."""
+
   def one_tile(params, rows, shared):
     del shared
     x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
@@ -128,30 +175,52 @@ def _yes_fn(mesh: Any, m: decoder.ModelConfig, yes: int, no: int) -> Callable:
   return decoder.by_row(mesh, m, one_tile)
 
 
-def p_yes(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-          rows: tokens_lib.TokenRows, yes: int, no: int, *, tile: int,
-          ids: Any = None, parts: Any = None, tick: Any = None) -> np.ndarray:
+def p_yes(
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  yes: int,
+  no: int,
+  *,
+  tile: int,
+  ids: Any = None,
+  parts: Any = None,
+  tick: Any = None,
+) -> np.ndarray:
   """[n] float32, exp(l_yes) / (exp(l_yes) + exp(l_no)) behind every row.
 
   Args:
     mesh, params, m, rows, tile, ids, parts, tick: as of `embed.score_rows`.
     yes, no: tokens, whose logits are l_yes and l_no.
   """
-  return embed.number_rows(mesh, _yes_fn(mesh, m, yes, no), params, m, rows,
-                           tile=tile, label="ask", ids=ids, parts=parts,
-                           tick=tick)
+  return embed.number_rows(
+    mesh,
+    _yes_fn(mesh, m, yes, no),
+    params,
+    m,
+    rows,
+    tile=tile,
+    label="ask",
+    ids=ids,
+    parts=parts,
+    tick=tick,
+  )
 
 
-def judge_config(c: Any, reference: decoder.ModelConfig | None
-                 ) -> decoder.ModelConfig:
+def judge_config(
+  c: Any, reference: decoder.ModelConfig | None
+) -> decoder.ModelConfig:
   """The sizes of what is asked: config.ask.checkpoint, or the reference."""
   m = reference
   if c.ask.checkpoint:
     m = weights.read_config(c.ask.checkpoint, c.model.dtype, "none")
   own = m.positions or m.context
   if c.ask.checkpoint and c.ask.context > own:
-    raise ConfigError(f"ask.context={c.ask.context} is more than the {own} of "
-                      "config.ask.checkpoint; set config.ask.context")
+    raise ConfigError(
+      f"ask.context={c.ask.context} is more than the {own} of "
+      "config.ask.checkpoint; set config.ask.context"
+    )
   return m._replace(context=c.ask.context or own, lora=None)
 
 
@@ -161,40 +230,82 @@ def run_ask(job: Job) -> None:
   m = judge_config(c, job.model)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
   inputs = dict(data=job.key("data"))
-  inputs |= (dict(judge=digest_of(given)) if given else
-             dict(sft=job.key("sft")))
+  inputs |= dict(judge=digest_of(given)) if given else dict(sft=job.key("sft"))
   fields = pick(c, "ask", "embed.tile", "embed.shard", "model")
 
   def make(folder):
-    tok = load_tokenizer(hub.resolve_settings(given) if given
-                         else job.shared / "data")
+    tok = load_tokenizer(
+      hub.resolve_settings(given) if given else job.shared / "data"
+    )
 
     def asked():
       rows = job.rows("pool")
       built = questions.build(
-          tok, [(r["id"], r["prompt"], r[side]) for r in rows
-                for side in SIDES if side in r], c.ask.question,
-          tuple(c.ask.answers), m.context)
-      artifacts.write_json(folder / "ask.json", dict(
-          yes=built.yes, no=built.no, shortened=built.shortened))
+        tok,
+        [
+          (r["id"], r["prompt"], r[side])
+          for r in rows
+          for side in SIDES
+          if side in r
+        ],
+        c.ask.question,
+        tuple(c.ask.answers),
+        m.context,
+      )
+      artifacts.write_json(
+        folder / "ask.json",
+        dict(yes=built.yes, no=built.no, shortened=built.shortened),
+      )
       return built.rows
 
     rows = tokens_of(folder, asked)
     told = artifacts.read_json(folder / "ask.json")
-    params = (weights.load_folder(given, m, job.mesh,
-                                  np.dtype(c.model.param_dtype))
-              if given else job.reference)
-    files = by_shard(job, folder, "ask", fields | inputs, "p_yes", (
+    params = (
+      weights.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
+      if given
+      else job.reference
+    )
+    files = by_shard(
+      job,
+      folder,
+      "ask",
+      fields | inputs,
+      "p_yes",
+      (
         lambda parts, tick: p_yes(
-            job.mesh, params, m, rows, told["yes"], told["no"], parts=parts,
-            tile=c.embed.tile, ids=job.column("pool", "id"), tick=tick)))
-    say = (f"{told['shortened']:,} of {len(rows.start):,} were cut to fit"
-           if told["shortened"] else "")
-    return ([*files, *TOKENS, "ask.json"],
-            Cost(embed.operations(m, rows, 1), len(rows.ids)), dict(say=say))
+          job.mesh,
+          params,
+          m,
+          rows,
+          told["yes"],
+          told["no"],
+          parts=parts,
+          tile=c.embed.tile,
+          ids=job.column("pool", "id"),
+          tick=tick,
+        )
+      ),
+    )
+    say = (
+      f"{told['shortened']:,} of {len(rows.start):,} were cut to fit"
+      if told["shortened"]
+      else ""
+    )
+    return (
+      [*files, *TOKENS, "ask.json"],
+      Cost(embed.operations(m, rows, 1), len(rows.ids)),
+      dict(say=say),
+    )
 
-  job.run(job.shared / "ask", "ask", make=make, inputs=inputs, fields=fields,
-          resumes=("store",), mends=True)
+  job.run(
+    job.shared / "ask",
+    "ask",
+    make=make,
+    inputs=inputs,
+    fields=fields,
+    resumes=("store",),
+    mends=True,
+  )
 
 
 # A reward model.
@@ -203,8 +314,10 @@ def run_ask(job: Job) -> None:
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
   r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(r.model.context, c.rewards.context or
-                prepare.asked_context(c) or r.model.context)
+  context = min(
+    r.model.context,
+    c.rewards.context or prepare.asked_context(c) or r.model.context,
+  )
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -212,20 +325,40 @@ def reward_config(c: Any) -> reward.RewardConfig:
 def _reward_fn(mesh: Any, r: reward.RewardConfig) -> Callable:
   def one_tile(params, rows, shared):
     del shared
-    return dict(number=reward.rewards(
-        params, rows["tokens"], rows["length"], rows["mask"], r))
+    return dict(
+      number=reward.rewards(
+        params, rows["tokens"], rows["length"], rows["mask"], r
+      )
+    )
 
   axes = {n: p.axes for n, p in reward.table(r).items()}
   return jax.jit(sharding.per_row(mesh, one_tile, axes))
 
 
-def reward_rows(mesh: Any, params: Any, r: reward.RewardConfig,
-                rows: tokens_lib.TokenRows, *, tile: int, ids: Any = None,
-                parts: Any = None, tick: Any = None) -> np.ndarray:
+def reward_rows(
+  mesh: Any,
+  params: Any,
+  r: reward.RewardConfig,
+  rows: tokens_lib.TokenRows,
+  *,
+  tile: int,
+  ids: Any = None,
+  parts: Any = None,
+  tick: Any = None,
+) -> np.ndarray:
   """[n] float32 rewards of rows that a reward model's tokenizer made."""
-  return embed.number_rows(mesh, _reward_fn(mesh, r), params, r.model, rows,
-                           tile=tile, label="rewards", ids=ids, parts=parts,
-                           tick=tick)
+  return embed.number_rows(
+    mesh,
+    _reward_fn(mesh, r),
+    params,
+    r.model,
+    rows,
+    tile=tile,
+    label="rewards",
+    ids=ids,
+    parts=parts,
+    tick=tick,
+  )
 
 
 def run_rewards(job: Job) -> None:
@@ -233,31 +366,67 @@ def run_rewards(job: Job) -> None:
   c, given = job.c, job.c.rewards.checkpoint
   r = reward_config(c)
   if not r.encodes:
-    r = r._replace(model=r.model._replace(
-        attention=kernel_of(c, r.model, job.mesh)))
+    r = r._replace(
+      model=r.model._replace(attention=kernel_of(c, r.model, job.mesh))
+    )
   reward.check(r, job.mesh)
-  fields = pick(c, "rewards", "embed.tile", "embed.shard", "model.dtype",
-                "model.context", "model.param_dtype")
+  fields = pick(
+    c,
+    "rewards",
+    "embed.tile",
+    "embed.shard",
+    "model.dtype",
+    "model.context",
+    "model.param_dtype",
+  )
   inputs = dict(data=job.key("data"), model=digest_of(given))
 
   def make(folder):
     def encoded():
-      texts = [(row, side) for row in job.rows("pool") for side in SIDES
-               if side in row]
+      texts = [
+        (row, side) for row in job.rows("pool") for side in SIDES if side in row
+      ]
       encode = questions.encode_two if r.encodes else questions.encode_chats
       return encode(hub.resolve_settings(given), r.model, texts)
 
     rows = tokens_of(folder, encoded)
-    params = reward.load(given, r, job.mesh, np.dtype(
-        np.float32 if r.encodes else c.model.param_dtype))
-    files = by_shard(job, folder, "rewards", fields | inputs, "reward", (
+    params = reward.load(
+      given,
+      r,
+      job.mesh,
+      np.dtype(np.float32 if r.encodes else c.model.param_dtype),
+    )
+    files = by_shard(
+      job,
+      folder,
+      "rewards",
+      fields | inputs,
+      "reward",
+      (
         lambda parts, tick: reward_rows(
-            job.mesh, params, r, rows, tile=c.embed.tile, parts=parts,
-            ids=job.column("pool", "id"), tick=tick)))
+          job.mesh,
+          params,
+          r,
+          rows,
+          tile=c.embed.tile,
+          parts=parts,
+          ids=job.column("pool", "id"),
+          tick=tick,
+        )
+      ),
+    )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-    operations = sum(reward.operations(r, int(s)) * int(k)
-                     for s, k in zip(sizes, counts))
+    operations = sum(
+      reward.operations(r, int(s)) * int(k) for s, k in zip(sizes, counts)
+    )
     return [*files, *TOKENS], Cost(operations, len(rows.ids)), {}
 
-  job.run(job.shared / "rewards", "rewards", make=make, fields=fields,
-          inputs=inputs, resumes=("store",), mends=True)
+  job.run(
+    job.shared / "rewards",
+    "rewards",
+    make=make,
+    fields=fields,
+    inputs=inputs,
+    resumes=("store",),
+    mends=True,
+  )

@@ -5,21 +5,16 @@ import json
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign import embedder
-from jaxalign import ledger
-from jaxalign import memory
-from jaxalign import progress
-from jaxalign import rates
+from jaxalign import artifacts, embedder, ledger, memory, progress, rates
 from jaxalign.artifacts import Cost
 from jaxalign.data import tables
 from jaxalign.errors import ConfigError
-from jaxalign.job import Arm, Job, arm_folder, sampler_kwargs
+from jaxalign.job import Arm, arm_folder, Job, sampler_kwargs
 from jaxalign.lookup import edition
 from jaxalign.select import card as cards
 from jaxalign.select import costs
 from jaxalign.select import store as stores
-from jaxalign.select.pool import Pool, checked
+from jaxalign.select.pool import checked, Pool
 from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.topk import budget_rows
@@ -32,8 +27,9 @@ def _kwargs(c, arm, sampler) -> dict:
   return sampler_kwargs(c, sampler) if arm.sampler == c.select.sampler else {}
 
 
-def estimate(job: Job, arm: Arm, rows: int, width: int, residual: int
-             ) -> costs.Estimate | None:
+def estimate(
+  job: Job, arm: Arm, rows: int, width: int, residual: int
+) -> costs.Estimate | None:
   """What an arm's choice takes, all fits of a mixture counted.
 
   Args:
@@ -50,17 +46,28 @@ def estimate(job: Job, arm: Arm, rows: int, width: int, residual: int
   """
   c, sampler = job.c, combine.named(arm.sampler)
   try:
-    found = costs.of(arm.sampler, costs.Pool(
-        rows, width, budget_rows(arm.budget, rows, c.train.batch_size),
-        2 if job.kind == "pairs" else 1, residual), **_kwargs(c, arm, sampler))
+    found = costs.of(
+      arm.sampler,
+      costs.Pool(
+        rows,
+        width,
+        budget_rows(arm.budget, rows, c.train.batch_size),
+        2 if job.kind == "pairs" else 1,
+        residual,
+      ),
+      **_kwargs(c, arm, sampler),
+    )
   except (TypeError, ArithmeticError) as error:
-    raise ConfigError(f"sampler {arm.sampler!r} cannot work with its keywords "
-                      f"({error}); set config.select.kwargs") from error
+    raise ConfigError(
+      f"sampler {arm.sampler!r} cannot work with its keywords "
+      f"({error}); set config.select.kwargs"
+    ) from error
   if found is None or "log_likelihood" not in sampler.needs:
     return found
   fits = 1 + mixture_stage.refits(c)
-  return found._replace(operations=fits * found.operations,
-                        on_host=fits * found.on_host)
+  return found._replace(
+    operations=fits * found.operations, on_host=fits * found.on_host
+  )
 
 
 def hours(job: Job, found: costs.Estimate) -> float:
@@ -83,12 +90,13 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
     found = estimate(job, arm, rows, width, m.width)
     if found and (takes := hours(job, found)) > rows_lib.HOURS:
       raise ConfigError(
-          f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
-          f"choose from {rows:,} rows, {found.operations:.3g} operations, "
-          f"above the {rows_lib.HOURS:g} that a choice may take; "
-          "set config.select.kwargs.blocks where it takes them, "
-          "config.select.budget, or a sampler that runs in one pass, as "
-          "config.select.sampler='density'")
+        f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
+        f"choose from {rows:,} rows, {found.operations:.3g} operations, "
+        f"above the {rows_lib.HOURS:g} that a choice may take; "
+        "set config.select.kwargs.blocks where it takes them, "
+        "config.select.budget, or a sampler that runs in one pass, as "
+        "config.select.sampler='density'"
+      )
 
 
 def run_select(job: Job, arm: Arm) -> None:
@@ -99,10 +107,15 @@ def run_select(job: Job, arm: Arm) -> None:
   uses_mixture = "log_likelihood" in sampler.needs
   chosen_arm = arm._replace(sampler=c.select.sampler)  # it ran before this one
 
-  budget = budget_rows(arm.budget, len(job.column("pool", "id")),
-                       c.train.batch_size)
-  files = ["scores.parquet", "subset.parquet", "diagnostics.json",
-           "config.json"]
+  budget = budget_rows(
+    arm.budget, len(job.column("pool", "id")), c.train.batch_size
+  )
+  files = [
+    "scores.parquet",
+    "subset.parquet",
+    "diagnostics.json",
+    "config.json",
+  ]
 
   def make(folder):
     if jax.process_index() != 0:  # what follows reads the texts of the pool
@@ -119,48 +132,71 @@ def run_select(job: Job, arm: Arm) -> None:
     with ledger.watched() as peak:
       for values in fits:
         extra = {} if values is None else dict(log_likelihood=values)
-        chosen.append(checked(
-            sampler(arm.seed, Pool(ids, columns | extra), budget, **kwargs), n,
-            budget, arm.sampler))
+        chosen.append(
+          checked(
+            sampler(arm.seed, Pool(ids, columns | extra), budget, **kwargs),
+            n,
+            budget,
+            arm.sampler,
+          )
+        )
     wide = lambda *names: max(
-        [columns[name].shape[-1] for name in names if name in columns],
-        default=0)
-    took = estimate(job, arm, n, wide("embedding", "answer_embedding"),
-                    wide("residual"))
+      [columns[name].shape[-1] for name in names if name in columns], default=0
+    )
+    took = estimate(
+      job, arm, n, wide("embedding", "answer_embedding"), wide("residual")
+    )
     selection, diagnostics = chosen[0], {}
     if uses_mixture:
       diagnostics = artifacts.read_json(
-          job.shared / "mixture" / "diagnostics.json")
-      overlaps = [cards.jaccard(selection.rows, other.rows)
-                  for other in chosen[1:]]
+        job.shared / "mixture" / "diagnostics.json"
+      )
+      overlaps = [
+        cards.jaccard(selection.rows, other.rows) for other in chosen[1:]
+      ]
       diagnostics["stability"] = dict(
-          jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None)
+        jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None
+      )
     notes = [*selection.notes, *columns_lib.notes(c, sampler)]
     if copies := _copies([rows[i] for i in selection.rows]):
       notes.append(
-          f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
-          "copies of others; leave them out by "
-          f"select.sampler='dedup(threshold=0.95) | {arm.sampler}'")
+        f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
+        "copies of others; leave them out by "
+        f"select.sampler='dedup(threshold=0.95) | {arm.sampler}'"
+      )
       progress.say(f"  {notes[-1]}")
     if notes:
       diagnostics["notes"] = notes
-    read = columns_lib.before(c, [
-        *columns_lib.stages(c, job.kind, sampler),
-        *["mixture"] * uses_mixture])
+    read = columns_lib.before(
+      c,
+      [*columns_lib.stages(c, job.kind, sampler), *["mixture"] * uses_mixture],
+    )
     source = columns_lib.sums(c, job.kind, sampler)
     sums = None
     if job.kind == "pairs" and source in read:
       sums = stores.read(job.shared / source / "store", "logp")
     _write_selection(folder, rows, selection, fits[0], sums)
     artifacts.write_json(folder / "diagnostics.json", diagnostics)
-    artifacts.write_json(folder / "config.json", json.loads(
-        c.to_json_best_effort()) | dict(arm=arm._asdict()))
-    return files, Cost(int(took.operations) if took else 0), dict(
+    artifacts.write_json(
+      folder / "config.json",
+      json.loads(c.to_json_best_effort()) | dict(arm=arm._asdict()),
+    )
+    return (
+      files,
+      Cost(int(took.operations) if took else 0),
+      dict(
         say=f"{budget:,} of {n:,} rows, {memory.size(peak['held'])} more held",
-        **peak)
+        **peak,
+      ),
+    )
 
-  fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed,
-                batch_size=c.train.batch_size, **kwargs) | edition(arm.sampler)
+  fields = dict(
+    sampler=arm.sampler,
+    budget=arm.budget,
+    seed=arm.seed,
+    batch_size=c.train.batch_size,
+    **kwargs,
+  ) | edition(arm.sampler)
   inputs = dict(data=job.key("data"))
   if uses_mixture:
     inputs["mixture"] = job.key("mixture")
@@ -173,9 +209,14 @@ def run_select(job: Job, arm: Arm) -> None:
 
 def _copies(rows: list[dict]) -> int:
   """Rows whose texts, but for case and spaces, an earlier one has."""
-  seen = {tuple(" ".join(row[n].casefold().split()) for n in (
-      "prompt", "chosen", "rejected", "completion") if n in row)
-          for row in rows}
+  seen = {
+    tuple(
+      " ".join(row[n].casefold().split())
+      for n in ("prompt", "chosen", "rejected", "completion")
+      if n in row
+    )
+    for row in rows
+  }
   return len(rows) - len(seen)
 
 
@@ -191,8 +232,13 @@ def _write_selection(folder, rows, selection, likelihood, sums) -> None:
   kept[selection.rows] = True
   scores = []
   for i, row in enumerate(rows):
-    line = dict(id=row["id"], row=i, score=float(selection.score[i]),
-                rank=int(rank[i]), selected=bool(kept[i]))
+    line = dict(
+      id=row["id"],
+      row=i,
+      score=float(selection.score[i]),
+      rank=int(rank[i]),
+      selected=bool(kept[i]),
+    )
     if likelihood is not None:
       for side, value in enumerate(likelihood[i]):
         line[f"log_likelihood_{side}"] = float(value)
@@ -203,8 +249,10 @@ def _write_selection(folder, rows, selection, likelihood, sums) -> None:
     row = {k: v for k, v in rows[i].items() if k != "group"}
     row |= dict(score=float(selection.score[i]), rank=place)
     if sums is not None:
-      row |= {f"ref_{side}_logps": float(x) for side, x in zip(
-          ("chosen", "rejected"), sums[i])}
+      row |= {
+        f"ref_{side}_logps": float(x)
+        for side, x in zip(("chosen", "rejected"), sums[i])
+      }
     subset.append(row)
   tables.write_rows(folder / "subset.parquet", tables.as_read(subset))
 

@@ -1,6 +1,7 @@
 """What alignment measures while it trains, and what it carries beside it."""
 
-from typing import Any, Callable, Iterable, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +10,13 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate
-from jaxalign.eval import winrate
-from jaxalign.job import WHOLE, Arm, Job, loss_of
-from jaxalign.model import decode
-from jaxalign.model import decoder
+from jaxalign.eval import evaluate, winrate
+from jaxalign.job import Arm, Job, loss_of, WHOLE
+from jaxalign.model import decode, decoder
 from jaxalign.select import embed
 from jaxalign.stages.select import selected_rows
-from jaxalign.train import ema
-from jaxalign.train import online
-from jaxalign.train import trackers
-from jaxalign.train.logps import PRODUCERS, Logps
+from jaxalign.train import ema, online, trackers
+from jaxalign.train.logps import Logps, PRODUCERS
 
 SETS = ("held_out", "kept", "rest", "generations")
 # What is measured, by the kind of set: of answers that rows have, and of those
@@ -32,22 +29,38 @@ OF_A_SET = ("label", "mean_count")
 # Knobs of config.train that change no weights: no card names them.
 BESIDE = ("keep", "async_save", "trackers", "explode", "peak")
 # Knobs that came later, with the value at which a run is as it was before.
-LATER = dict(optimizer="adamw", layout="padded", logps="chunked",
-             reference="stored", ref_sync=0, ema=0.0, eval_every=0, best="",
-             stop_after=0)
+LATER = dict(
+  optimizer="adamw",
+  layout="padded",
+  logps="chunked",
+  reference="stored",
+  ref_sync=0,
+  ema=0.0,
+  eval_every=0,
+  best="",
+  stop_after=0,
+)
 # Knobs that only another one gives a meaning.
-UNDER = dict(ref_mix="ref_sync", eval_sets="eval_every",
-             eval_rows="eval_every", eval_prompts="eval_every")
+UNDER = dict(
+  ref_mix="ref_sync",
+  eval_sets="eval_every",
+  eval_rows="eval_every",
+  eval_prompts="eval_every",
+)
 
 
 def card_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
   """What a card says of config.train: a run of before there was a choice, and
   one whose weights a knob does not touch, go on."""
   out = dict(fields)
-  for name in (*BESIDE, *(n for n, v in LATER.items() if t[n] == v),
-               *(n for n, by in UNDER.items() if not t[by])):
-    for key in [k for k in out if k == f"train.{name}"
-                or k.startswith(f"train.{name}.")]:
+  for name in (
+    *BESIDE,
+    *(n for n, v in LATER.items() if t[n] == v),
+    *(n for n, by in UNDER.items() if not t[by]),
+  ):
+    for key in [
+      k for k in out if k == f"train.{name}" or k.startswith(f"train.{name}.")
+    ]:
       del out[key]
   return out
 
@@ -57,62 +70,97 @@ def check(c: Any) -> None:
   t = c.train
   trackers.check(t.trackers)
   if t.keep < 2:
-    raise ConfigError(f"train.keep={t.keep}, wanted 2 or more: the newest may "
-                      "be damaged; set config.train.keep")
+    raise ConfigError(
+      f"train.keep={t.keep}, wanted 2 or more: the newest may "
+      "be damaged; set config.train.keep"
+    )
   if not 0 <= t.ema < 1:
-    raise ConfigError(f"train.ema={t.ema}, wanted a decay in [0, 1), 0 for "
-                      "none; set config.train.ema")
+    raise ConfigError(
+      f"train.ema={t.ema}, wanted a decay in [0, 1), 0 for "
+      "none; set config.train.ema"
+    )
   if not 0 < t.ref_mix <= 1:
-    raise ConfigError(f"train.ref_mix={t.ref_mix}, wanted a share in (0, 1]; "
-                      "set config.train.ref_mix")
+    raise ConfigError(
+      f"train.ref_mix={t.ref_mix}, wanted a share in (0, 1]; "
+      "set config.train.ref_mix"
+    )
   if 0 < t.explode <= 1:
-    raise ConfigError(f"train.explode={t.explode}, wanted more than 1, or 0 "
-                      "for none; set config.train.explode")
+    raise ConfigError(
+      f"train.explode={t.explode}, wanted more than 1, or 0 "
+      "for none; set config.train.explode"
+    )
   if t.reference == "online" and not loss_of(c).reference:
-    raise ConfigError(f"train.reference='online' runs a reference that "
-                      f"{c.loss.name!r} does not read; set "
-                      "config.train.reference='stored'")
+    raise ConfigError(
+      f"train.reference='online' runs a reference that "
+      f"{c.loss.name!r} does not read; set "
+      "config.train.reference='stored'"
+    )
   if t.ref_sync and t.reference != "online":
-    raise ConfigError(f"train.ref_sync={t.ref_sync} moves the reference, and "
-                      "stored numbers cannot follow; set "
-                      "config.train.reference=online")
+    raise ConfigError(
+      f"train.ref_sync={t.ref_sync} moves the reference, and "
+      "stored numbers cannot follow; set "
+      "config.train.reference=online"
+    )
   if t.ref_sync and c.lora.rank:
-    raise ConfigError(f"train.ref_sync={t.ref_sync} with lora.rank="
-                      f"{c.lora.rank}: the reference is the base, which is "
-                      "frozen; set config.train.ref_sync=0 or config.lora.rank"
-                      "=0")
+    raise ConfigError(
+      f"train.ref_sync={t.ref_sync} with lora.rank="
+      f"{c.lora.rank}: the reference is the base, which is "
+      "frozen; set config.train.ref_sync=0 or config.lora.rank"
+      "=0"
+    )
   for name in t.eval_sets:
     if name not in SETS:
-      raise ConfigError(f"unknown set {name!r}; known: {', '.join(SETS)}; set "
-                        "config.train.eval_sets")
-    if (t.eval_every and name in ("held_out", "generations")
-        and c.data.source != "world" and not c.data.split.held_out):
-      raise ConfigError(f"the set {name!r} has no rows: data.split.held_out=0; "
-                        "set config.data.split.held_out or "
-                        "config.train.eval_sets")
+      raise ConfigError(
+        f"unknown set {name!r}; known: {', '.join(SETS)}; set "
+        "config.train.eval_sets"
+      )
+    if (
+      t.eval_every
+      and name in ("held_out", "generations")
+      and c.data.source != "world"
+      and not c.data.split.held_out
+    ):
+      raise ConfigError(
+        f"the set {name!r} has no rows: data.split.held_out=0; "
+        "set config.data.split.held_out or "
+        "config.train.eval_sets"
+      )
   if t.best and not t.eval_every:
-    raise ConfigError(f"train.best={t.best!r} is measured by evaluations; set "
-                      "config.train.eval_every")
+    raise ConfigError(
+      f"train.best={t.best!r} is measured by evaluations; set "
+      "config.train.eval_every"
+    )
   if t.best and t.best.split("/")[0] not in t.eval_sets:
-    raise ConfigError(f"train.best={t.best!r} is of no set in train.eval_sets="
-                      f"{tuple(t.eval_sets)}; set one of them")
+    raise ConfigError(
+      f"train.best={t.best!r} is of no set in train.eval_sets="
+      f"{tuple(t.eval_sets)}; set one of them"
+    )
   if t.best.startswith("rest/") and (whole := {*c.compare} & {*WHOLE}):
-    raise ConfigError(f"train.best={t.best!r} is of rows that were left out, "
-                      f"and {whole.pop()!r} in config.compare leaves out "
-                      "none; set one of them")
+    raise ConfigError(
+      f"train.best={t.best!r} is of rows that were left out, "
+      f"and {whole.pop()!r} in config.compare leaves out "
+      "none; set one of them"
+    )
   if t.best:
     name, _, value = t.best.partition("/")
     known = measured(c)[name]
     if value not in known:
-      why = (f" (the loss {c.loss.name!r} has no value on a set alone)"
-             if value == "loss" else "")
-      raise ConfigError(f"train.best={t.best!r} is measured by nothing{why}; "
-                        f"of {name!r} there are {', '.join(known)}; set "
-                        "config.train.best")
+      why = (
+        f" (the loss {c.loss.name!r} has no value on a set alone)"
+        if value == "loss"
+        else ""
+      )
+      raise ConfigError(
+        f"train.best={t.best!r} is measured by nothing{why}; "
+        f"of {name!r} there are {', '.join(known)}; set "
+        "config.train.best"
+      )
   if t.stop_after and not t.best:
-    raise ConfigError(f"train.stop_after={t.stop_after} evaluations without "
-                      "what improvement; set config.train.best, "
-                      "\"held_out/accuracy\" for instance")
+    raise ConfigError(
+      f"train.stop_after={t.stop_after} evaluations without "
+      "what improvement; set config.train.best, "
+      '"held_out/accuracy" for instance'
+    )
 
 
 def measured(c: Any) -> dict[str, tuple[str, ...]]:
@@ -142,12 +190,20 @@ def extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
   def extended(state, step):
     if t.ref_sync:
       state = online.begin(state)
-      step = online.with_refresh(step, make(job.policy, chunk),
-                                 every=t.ref_sync, mix=t.ref_mix,
-                                 options=decoder.compiler_options(job.policy))
+      step = online.with_refresh(
+        step,
+        make(job.policy, chunk),
+        every=t.ref_sync,
+        mix=t.ref_mix,
+        options=decoder.compiler_options(job.policy),
+      )
     elif t.reference == "online":
-      step = online.with_reference(step, make(job.model, chunk), job.reference,
-                                   decoder.compiler_options(job.model))
+      step = online.with_reference(
+        step,
+        make(job.model, chunk),
+        job.reference,
+        decoder.compiler_options(job.model),
+      )
     if t.ema:
       state, step = ema.begin(state), ema.keep(step, t.ema)
     return state, step
@@ -162,22 +218,33 @@ class Measure(NamedTuple):
   cost: Callable[[list[dict[str, float]]], Cost]  # of a run's evaluations
 
 
-def spent(measures: dict[str, Measure], lines: Iterable[dict[str, Any]]
-          ) -> Cost:
+def spent(
+  measures: dict[str, Measure], lines: Iterable[dict[str, Any]]
+) -> Cost:
   """What the evaluations of a whole run took, by the lines of its log: the
   same however often the run was stopped and gone on with."""
   total, lines = Cost(), list(lines)
   for name, one in measures.items():
-    cost = one.cost([found for line in lines if (found := {
-        n.removeprefix(f"eval/{name}/"): v for n, v in line.items()
-        if n.startswith(f"eval/{name}/")})])
-    total = Cost(total.operations + cost.operations,
-                 total.tokens + cost.tokens)
+    cost = one.cost(
+      [
+        found
+        for line in lines
+        if (
+          found := {
+            n.removeprefix(f"eval/{name}/"): v
+            for n, v in line.items()
+            if n.startswith(f"eval/{name}/")
+          }
+        )
+      ]
+    )
+    total = Cost(total.operations + cost.operations, total.tokens + cost.tokens)
   return total
 
 
-def planned(c: Any, updates: int, rows: dict[str, int], each: dict[str, int]
-            ) -> dict[str, int]:
+def planned(
+  c: Any, updates: int, rows: dict[str, int], each: dict[str, int]
+) -> dict[str, int]:
   """Split -> rows that pass through the model in the evaluations of a run.
 
   Args:
@@ -192,8 +259,9 @@ def planned(c: Any, updates: int, rows: dict[str, int], each: dict[str, int]
   out = dict(held_out=0, pool=0)
   for name in t.eval_sets if times else ():
     if name == "generations":
-      out["held_out"] += 3 * times * min(t.eval_prompts, c.eval.prompts,
-                                         rows["held_out"])
+      out["held_out"] += (
+        3 * times * min(t.eval_prompts, c.eval.prompts, rows["held_out"])
+      )
     else:  # the reference once
       split = "held_out" if name == "held_out" else "pool"
       out[split] += (times + 1) * min(t.eval_rows, rows[name]) * each[split]
@@ -214,18 +282,27 @@ def measures(job: Job, arm: Arm) -> dict[str, Measure]:
   kept = np.sort(selected_rows(job, arm))
   rest = np.setdiff1d(np.arange(len(job.column("pool", "id"))), kept)
   held_out = np.arange(len(job.column("held_out", "id")))
-  found = dict(held_out=("held_out", held_out), kept=("pool", kept),
-               rest=("pool", rest), generations=("held_out", held_out))
+  found = dict(
+    held_out=("held_out", held_out),
+    kept=("pool", kept),
+    rest=("pool", rest),
+    generations=("held_out", held_out),
+  )
   out = {}
   for name in t.eval_sets:
     split, index = found[name]
     if name == "rest" and not len(index) and not t.best.startswith("rest/"):
       continue
     if not len(index):
-      raise ConfigError(f"the set {name!r} has no rows; set config.data.split "
-                        "or config.train.eval_sets")
-    out[name] = (_generations(job) if name == "generations" else
-                 _answers(job, name, split, index[:t.eval_rows]))
+      raise ConfigError(
+        f"the set {name!r} has no rows; set config.data.split "
+        "or config.train.eval_sets"
+      )
+    out[name] = (
+      _generations(job)
+      if name == "generations"
+      else _answers(job, name, split, index[: t.eval_rows])
+    )
   return out
 
 
@@ -240,8 +317,9 @@ def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
     down: [m] numbers, at least one.
   """
   below = np.sort(down)
-  less, no_more = (np.searchsorted(below, up, side).sum()
-                   for side in ("left", "right"))
+  less, no_more = (
+    np.searchsorted(below, up, side).sum() for side in ("left", "right")
+  )
   pairs = len(up) * len(down)
   return float(less / pairs), float((no_more - less) / pairs)
 
@@ -260,21 +338,32 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   """
   c, tokens = job.c, job.tokens(split)
   each = len(tokens.start) // len(job.column(split, "id"))
-  rows = tokens_lib.take(tokens, (
-      index[:, None] * each + np.arange(each)).reshape(-1))
+  rows = tokens_lib.take(
+    tokens, (index[:, None] * each + np.arange(each)).reshape(-1)
+  )
   label = None
   if each == 1:  # of pairs that were split for the pool these are still pairs
     label = np.array(job.column(split, "label"), bool)[index]
     if len(set(label.tolist())) < 2 and c.train.best in (
-        f"{name}/{n}" for n in ANSWERS):
-      raise ConfigError(f"train.best={c.train.best!r} compares liked with "
-                        f"disliked answers, and the set {name!r} has "
-                        f"{int(label.sum())} liked of {len(label)}; set "
-                        "config.train.best or config.train.eval_rows")
+      f"{name}/{n}" for n in ANSWERS
+    ):
+      raise ConfigError(
+        f"train.best={c.train.best!r} compares liked with "
+        f"disliked answers, and the set {name!r} has "
+        f"{int(label.sum())} liked of {len(label)}; set "
+        "config.train.best or config.train.eval_rows"
+      )
 
   def score(params, m):
-    found = embed.score_rows(job.mesh, params, m, rows, tile=c.eval.tile,
-                             chunk=c.model.head_chunk, label=f"eval {name}")
+    found = embed.score_rows(
+      job.mesh,
+      params,
+      m,
+      rows,
+      tile=c.eval.tile,
+      chunk=c.model.head_chunk,
+      label=f"eval {name}",
+    )
     return found.logp.reshape(-1, each), found.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
@@ -288,12 +377,16 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       width, liked = each, label
       if each == 2 and job.kind == "thumbs":
         width, liked = 1, np.tile([True, False], len(policy))
-      as_logps = lambda x: Logps(*(jnp.asarray(y.reshape(-1, width))
-                                   for y in (x, count)))
-      stats = dict(label=None if liked is None else jnp.asarray(liked),
-                   mean_count=jnp.mean(jnp.asarray(count[:, 0])))
-      out["loss"] = float(np.mean(job.loss(as_logps(policy), as_logps(ref),
-                                           stats)[0]))
+      as_logps = lambda x: Logps(
+        *(jnp.asarray(y.reshape(-1, width)) for y in (x, count))
+      )
+      stats = dict(
+        label=None if liked is None else jnp.asarray(liked),
+        mean_count=jnp.mean(jnp.asarray(count[:, 0])),
+      )
+      out["loss"] = float(
+        np.mean(job.loss(as_logps(policy), as_logps(ref), stats)[0])
+      )
     r = np.float64(policy) - ref
     if label is None:
       up, down = r[:, 0], r[:, 1]
@@ -303,15 +396,18 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       out["chosen_drift"] = float(up.mean())
     if len(up) and len(down):
       out["accuracy"], out["ties"] = (
-          (float(np.mean(up > down)), float(np.mean(up == down)))
-          if label is None else ordered(up, down))
+        (float(np.mean(up > down)), float(np.mean(up == down)))
+        if label is None
+        else ordered(up, down)
+      )
       out["margin"] = float(up.mean() - down.mean())
     return out
 
   def cost(found):  # of the policy each time, of the reference once
     times = len(found) + bool(found)
-    return Cost(times * embed.operations(job.model, rows),
-                times * len(rows.ids))
+    return Cost(
+      times * embed.operations(job.model, rows), times * len(rows.ids)
+    )
 
   return Measure(measure, cost)
 
@@ -326,32 +422,55 @@ def _generations(job: Job) -> Measure:
   policy and one of the reference over what was written.
   """
   c, what = job.c, job.examined
-  what = what._replace(asked=what.asked[:c.train.eval_prompts])
+  what = what._replace(asked=what.asked[: c.train.eval_prompts])
   prompts, tok, k = evaluate.prompts_of(what), what.tokenizer, c.eval
   asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]
   rows = [what.rows[i] for i in what.asked]
 
   def rewards(texts):
-    return np.array([world_lib.reward(what.world, row["prompt"], text)
-                     for row, text in zip(rows, texts)])
+    return np.array(
+      [
+        world_lib.reward(what.world, row["prompt"], text)
+        for row, text in zip(rows, texts)
+      ]
+    )
 
   if what.world is not None:
     target = rewards([row["target"] for row in rows])
 
   def measure(params):
     said = decode.generate(
-        job.mesh, params, job.policy, prompts, new=k.new_tokens,
-        eos=tok.stops, known=min(tok.vocab_size, job.policy.vocab),
-        temperature=k.temperature, seed=k.seed, tile=k.tile,
-        label="eval generations")
-    score = lambda params, m: np.float64(evaluate.score_answers(
-        job.mesh, params, m, what, said, new=k.new_tokens, tile=k.tile,
-        chunk=c.model.head_chunk))
+      job.mesh,
+      params,
+      job.policy,
+      prompts,
+      new=k.new_tokens,
+      eos=tok.stops,
+      known=min(tok.vocab_size, job.policy.vocab),
+      temperature=k.temperature,
+      seed=k.seed,
+      tile=k.tile,
+      label="eval generations",
+    )
+    score = lambda params, m: np.float64(
+      evaluate.score_answers(
+        job.mesh,
+        params,
+        m,
+        what,
+        said,
+        new=k.new_tokens,
+        tile=k.tile,
+        chunk=c.model.head_chunk,
+      )
+    )
     own = score(params, job.policy)
     malformed = won = None
     if what.world is not None:
-      texts = [tok.decode_response(
-          s[:-1] if len(s) and s[-1] in tok.stops else s) for s in said]
+      texts = [
+        tok.decode_response(s[:-1] if len(s) and s[-1] in tok.stops else s)
+        for s in said
+      ]
       own_reward = rewards(texts)
       malformed = own_reward == world_lib.MALFORMED
       won = winrate.wins(own_reward, target)
@@ -362,12 +481,15 @@ def _generations(job: Job) -> Measure:
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
     out["operations"] = 3.0 * embed.operations(
-        job.model, evaluate.answer_rows(asked, said))
+      job.model, evaluate.answer_rows(asked, said)
+    )
     return out
 
   def cost(found):
     written = sum(round(x["length"] * len(asked)) for x in found)
-    return Cost(round(sum(x["operations"] for x in found)),
-                3 * (len(found) * sum(map(len, asked)) + written))
+    return Cost(
+      round(sum(x["operations"] for x in found)),
+      3 * (len(found) * sum(map(len, asked)) + written),
+    )
 
   return Measure(measure, cost)

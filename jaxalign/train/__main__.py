@@ -16,24 +16,27 @@ from jaxalign.errors import ConfigError
 
 def _arm(c: Any) -> Any:
   from jaxalign.job import Arm
+
   return Arm("random", 1.0, c.seed)
 
 
 def _check(values: Any) -> None:
   c = values.config
   if c.data.source == "world":
-    raise ConfigError("data.source=world has rows of its own; say "
-                      "--config.data.source=subset.parquet, or run "
-                      "jaxalign.main")
+    raise ConfigError(
+      "data.source=world has rows of its own; say "
+      "--config.data.source=subset.parquet, or run "
+      "jaxalign.main"
+    )
   if not any(name.startswith("config.data.split.") for name in values):
     c.data.split.update(sft=0.0, pool=1.0, held_out=0.0)
 
 
 def _work(job: Any, values: Any, argv: list[str]) -> None:
   del values, argv
-  from jaxalign import pipeline
-  from jaxalign import progress
+  from jaxalign import pipeline, progress
   from jaxalign.job import arm_folder
+
   arm = _arm(job.c)
   pipeline.run_training(job, arm)
   folder = arm_folder(job, arm)
@@ -44,8 +47,9 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
-  return main_lib.command(argv, __doc__, check=_check, work=_work,
-                          arms=lambda c: [_arm(c)])
+  return main_lib.command(
+    argv, __doc__, check=_check, work=_work, arms=lambda c: [_arm(c)]
+  )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A running mean of the weights, kept beside those that are trained."""
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ def begin(state: Any) -> Any:
 @functools.lru_cache(maxsize=8)
 def _make_mix(decay: float) -> Callable:
   return jax.jit(
-      lambda ema, params: jax.tree.map(
-          lambda e, p: decay * e + (1 - decay) * p, ema, params),
-      donate_argnums=0)
+    lambda ema, params: jax.tree.map(
+      lambda e, p: decay * e + (1 - decay) * p, ema, params
+    ),
+    donate_argnums=0,
+  )
 
 
 def keep(train_step: Callable, decay: float) -> Callable:

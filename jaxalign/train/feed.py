@@ -1,7 +1,8 @@
 """Batches on the mesh: a pure function of the step over tokenized rows."""
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,8 +42,10 @@ class Mismatched(NamedTuple):
 def check_divides(batch: int, accumulation: int, knob: str) -> None:
   """Raises ConfigError where a batch does not divide into micro-batches."""
   if batch < 1 or accumulation < 1 or batch % accumulation:
-    raise ConfigError(f"{knob}.batch_size={batch} does not divide into "
-                      f"{knob}.accumulation={accumulation} micro-batches")
+    raise ConfigError(
+      f"{knob}.batch_size={batch} does not divide into "
+      f"{knob}.accumulation={accumulation} micro-batches"
+    )
 
 
 def check_batch(batch: int, accumulation: int, mesh: Any, knob: str) -> None:
@@ -51,21 +54,24 @@ def check_batch(batch: int, accumulation: int, mesh: Any, knob: str) -> None:
   parts = sharding.parts(mesh, "batch")
   if (batch // accumulation) % parts:
     raise ConfigError(
-        f"a micro-batch of {batch // accumulation} rows ({knob}.batch_size="
-        f"{batch}, {knob}.accumulation={accumulation}) does not divide over "
-        f"fsdp={parts}; change one of them or config.mesh")
+      f"a micro-batch of {batch // accumulation} rows ({knob}.batch_size="
+      f"{batch}, {knob}.accumulation={accumulation}) does not divide over "
+      f"fsdp={parts}; change one of them or config.mesh"
+    )
 
 
-def make_mismatched(rows: Rows, *, updates: int, batch: int, seed: int,
-                    context: int) -> tokens_lib.TokenRows:
+def make_mismatched(
+  rows: Rows, *, updates: int, batch: int, seed: int, context: int
+) -> tokens_lib.TokenRows:
   """The mismatched rows of every step, known in advance: [updates * B]."""
   prompts, answers = [], []
   for step in range(updates):
     own = batches.rows_at(step, len(rows.ids), batch, seed)
     prompts.append(rows.row_of[own, 0])
     answers.append(rows.row_of[batches.rotation(own, len(rows.ids)), 0])
-  return batches.mismatched(rows.tokens, np.concatenate(prompts),
-                            np.concatenate(answers), context)
+  return batches.mismatched(
+    rows.tokens, np.concatenate(prompts), np.concatenate(answers), context
+  )
 
 
 class Layout(NamedTuple):
@@ -75,8 +81,13 @@ class Layout(NamedTuple):
   put: Callable[..., tuple[Any, Any]]  # (ordered index, names) -> tokens, mask
 
 
-def padded(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
-           context: int, known: list[np.ndarray]) -> Layout:
+def padded(
+  mesh: Any,
+  rows: tokens_lib.TokenRows,
+  accumulation: int,
+  context: int,
+  known: list[np.ndarray],
+) -> Layout:
   """Padded on the right, to the bucket of the batch's longest row."""
   del known
   lengths = tokens_lib.lengths(rows)
@@ -92,15 +103,21 @@ def padded(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
       cut = lambda x: x.reshape(len(places), -1, size)
       return cut(tokens), cut(mask)
 
-    return sharding.put_rows(mesh, (accumulation, len(index) // accumulation),
-                             make, None, "batch")
+    return sharding.put_rows(
+      mesh, (accumulation, len(index) // accumulation), make, None, "batch"
+    )
 
   return Layout(lambda index: np.arange(len(index)), put)
 
 
-def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
-           context: int, known: list[np.ndarray],
-           share: bool = True) -> Layout:
+def packed(
+  mesh: Any,
+  rows: tokens_lib.TokenRows,
+  accumulation: int,
+  context: int,
+  known: list[np.ndarray],
+  share: bool = True,
+) -> Layout:
   """Packed, see `train.layout`: a `Packed` for tokens and counts for a mask.
 
   Rows are dealt to micro-batches and devices by length, so they stand in
@@ -126,9 +143,12 @@ def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
     return np.split(index if share else index.reshape(-1, 1), bins)
 
   def needed(index):
-    return packing.largest([packing.need(
-        start[part[:, 0]], (lengths - start)[part], length)
-                            for part in parts_of(index)])
+    return packing.largest(
+      [
+        packing.need(start[part[:, 0]], (lengths - start)[part], length)
+        for part in parts_of(index)
+      ]
+    )
 
   shapes = packing.choose([needed(i[order(i)]) for i in known], SHAPES)
 
@@ -144,27 +164,48 @@ def packed(mesh: Any, rows: tokens_lib.TokenRows, accumulation: int,
 
     def make(places):
       own, kept = parts_of(index), parts_of(least)
-      return jax.tree.map(lambda *x: np.stack(x), *(
-          packing.pack(shape, rows, own[k], kept[k],
-                       names and names[k * m:(k + 1) * m]) for k in places))
+      return jax.tree.map(
+        lambda *x: np.stack(x),
+        *(
+          packing.pack(
+            shape, rows, own[k], kept[k], names and names[k * m : (k + 1) * m]
+          )
+          for k in places
+        ),
+      )
 
     put_rows = lambda rows, make: sharding.put_rows(
-        mesh, (accumulation, rows), make, None, "batch")
-    return (put_rows(devices, make),
-            put_rows(len(index) // accumulation,
-                     lambda places: counts[places, :, None]))
+      mesh, (accumulation, rows), make, None, "batch"
+    )
+    return (
+      put_rows(devices, make),
+      put_rows(
+        len(index) // accumulation, lambda places: counts[places, :, None]
+      ),
+    )
 
   return Layout(order, put)
 
 
-LAYOUTS = {"packed": packed, "padded": padded,
-           "packed_apart": functools.partial(packed, share=False)}
+LAYOUTS = {
+  "packed": packed,
+  "padded": padded,
+  "packed_apart": functools.partial(packed, share=False),
+}
 
 
-def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
-              seed: int, context: int, rate: Callable[[int], float],
-              mismatched: Mismatched | None = None, layout: str = "padded"
-              ) -> tuple[Callable, Callable, Callable]:
+def make_feed(
+  mesh: Any,
+  rows: Rows,
+  *,
+  batch: int,
+  accumulation: int,
+  seed: int,
+  context: int,
+  rate: Callable[[int], float],
+  mismatched: Mismatched | None = None,
+  layout: str = "padded",
+) -> tuple[Callable, Callable, Callable]:
   """Returns `batch_at(step)`, `ids_at(step)` and `tokens_at(step)`.
 
   Few shapes are compiled, whatever the layout, a key of LAYOUTS. A process
@@ -182,28 +223,49 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
     return np.arange(step * batch, (step + 1) * batch)[:, None]
 
   steps = range(min(LOOKED, -(-2 * len(rows.ids) // batch)))
-  main = lay(mesh, rows.tokens, accumulation, context,
-             [rows.row_of[rows_of(s)] for s in steps])
+  main = lay(
+    mesh,
+    rows.tokens,
+    accumulation,
+    context,
+    [rows.row_of[rows_of(s)] for s in steps],
+  )
   if mismatched is not None:
     # One row's prompt and another's answer may be longer than any row.
     steps = range(min(LOOKED, len(mismatched.ref_sum) // batch))
-    other = lay(mesh, mismatched.tokens, accumulation, context,
-                [mismatched_of(s) for s in steps])
+    other = lay(
+      mesh,
+      mismatched.tokens,
+      accumulation,
+      context,
+      [mismatched_of(s) for s in steps],
+    )
 
   def batch_at(step):
     own = rows_of(step)
     own = own[main.order(rows.row_of[own])]
 
     def put(make):
-      return sharding.put_rows(mesh, (accumulation, batch // accumulation),
-                               make, None, "batch")
+      return sharding.put_rows(
+        mesh, (accumulation, batch // accumulation), make, None, "batch"
+      )
 
-    out = put(lambda places: {n: x[own[places]] for n, x in (
-        ("ref_sum", rows.ref_sum), ("ref_count", rows.ref_count),
-        ("label", rows.label), ("weights", rows.weights),
-        ("ref_public", rows.ref_public)) if x is not None})
-    out["tokens"], out["mask"] = main.put(rows.row_of[own],
-                                          [rows.ids[i] for i in own])
+    out = put(
+      lambda places: {
+        n: x[own[places]]
+        for n, x in (
+          ("ref_sum", rows.ref_sum),
+          ("ref_count", rows.ref_count),
+          ("label", rows.label),
+          ("weights", rows.weights),
+          ("ref_public", rows.ref_public),
+        )
+        if x is not None
+      }
+    )
+    out["tokens"], out["mask"] = main.put(
+      rows.row_of[own], [rows.ids[i] for i in own]
+    )
     if mismatched is not None:
       where = mismatched_of(step)
       where = where[other.order(where)]
@@ -220,8 +282,7 @@ def make_feed(mesh: Any, rows: Rows, *, batch: int, accumulation: int,
   return batch_at, ids_at, tokens_at
 
 
-def make_distinct(rows: Rows, *, batch: int, seed: int
-                  ) -> Callable[[int], int]:
+def make_distinct(rows: Rows, *, batch: int, seed: int) -> Callable[[int], int]:
   """Returns `distinct_at(step)`: `tokens_at`, each row's prompt counted once.
 
   What packed rows compute; `tokens_at` counts a pair's prompt with each of its
@@ -237,8 +298,9 @@ def make_distinct(rows: Rows, *, batch: int, seed: int
   return distinct_at
 
 
-def passes(m: decoder.ModelConfig, ahead: bool = False, online: bool = False
-           ) -> tuple[int, int]:
+def passes(
+  m: decoder.ModelConfig, ahead: bool = False, online: bool = False
+) -> tuple[int, int]:
   """What a trained row costs, in forward passes: of products with weights, and
   of attention's.
 
@@ -252,14 +314,22 @@ def passes(m: decoder.ModelConfig, ahead: bool = False, online: bool = False
   return (2 if m.lora else 3) + more, 3 + more
 
 
-def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
-                mismatched: Mismatched | None = None, ahead: bool = False,
-                online: bool = False) -> Callable[[int], int]:
+def make_useful(
+  m: decoder.ModelConfig,
+  rows: Rows,
+  *,
+  batch: int,
+  seed: int,
+  mismatched: Mismatched | None = None,
+  ahead: bool = False,
+  online: bool = False,
+) -> Callable[[int], int]:
   """Returns `useful_at(step)`: operations that an update cannot do without.
 
   `decoder.useful` of its rows, `passes` times, and of the passes beside them
   as in `training_cost`; recomputation is not counted.
   """
+
   def count(token_rows, index, passes=(1, 1)):
     start = np.asarray(token_rows.start, np.int64)
     answers = tokens_lib.lengths(token_rows) - start
@@ -269,18 +339,25 @@ def make_useful(m: decoder.ModelConfig, rows: Rows, *, batch: int, seed: int,
     own = batches.rows_at(step, len(rows.ids), batch, seed)
     total = count(rows.tokens, rows.row_of[own], passes(m, ahead, online))
     if mismatched is not None:
-      total += (1 + online) * count(mismatched.tokens, np.arange(
-          step * batch, (step + 1) * batch)[:, None])
+      total += (1 + online) * count(
+        mismatched.tokens, np.arange(step * batch, (step + 1) * batch)[:, None]
+      )
     return total
 
   return useful_at
 
 
-def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
-                  batch: int, seed: int,
-                  mismatched: tokens_lib.TokenRows | None = None,
-                  ahead: bool = False, online: bool = False
-                  ) -> tuple[int, int]:
+def training_cost(
+  m: decoder.ModelConfig,
+  rows: Rows,
+  *,
+  updates: int,
+  batch: int,
+  seed: int,
+  mismatched: tokens_lib.TokenRows | None = None,
+  ahead: bool = False,
+  online: bool = False,
+) -> tuple[int, int]:
   """(operations, tokens) of a training run: `passes` a row.
 
   A mismatched row costs one forward, `ahead` one more of every row (see
@@ -288,15 +365,17 @@ def training_cost(m: decoder.ModelConfig, rows: Rows, *, updates: int,
   padding and recomputation are not counted. Of the `mismatched` rows, those
   of all steps end to end, the first `updates * batch` ran.
   """
-  seen = np.concatenate([batches.rows_at(s, len(rows.ids), batch, seed)
-                         for s in range(updates)])
+  seen = np.concatenate(
+    [batches.rows_at(s, len(rows.ids), batch, seed) for s in range(updates)]
+  )
   lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
-    total += int(count) * decoder.operations(m, int(size),
-                                             passes=passes(m, ahead, online))
+    total += int(count) * decoder.operations(
+      m, int(size), passes=passes(m, ahead, online)
+    )
   if mismatched is not None:
-    extra = tokens_lib.lengths(mismatched)[:updates * batch]
+    extra = tokens_lib.lengths(mismatched)[: updates * batch]
     tokens += int(extra.sum())
     for size, count in zip(*np.unique(extra, return_counts=True)):
       total += (1 + online) * decoder.operations(m, int(size)) * int(count)

@@ -24,6 +24,7 @@ from jaxalign.errors import DataError
 from jaxalign.model import unshared
 from jaxalign.model.tiles import TILE, Tiles
 
+
 class Packed(NamedTuple):
   """S dense rows, one a device; in a batch behind an axis of micro-batches.
 
@@ -55,11 +56,15 @@ class Shape(NamedTuple):
 def shares(rows: Packed) -> dict[str, jax.Array]:
   """(sum, count) metrics: the share of slots that is padding, and of the
   responses' tokens the share that is not computed, as it was already."""
-  own, again = (jnp.sum(x >= 0, dtype=jnp.float32)
-                for x in (rows.copies.first, rows.copies.second))
+  own, again = (
+    jnp.sum(x >= 0, dtype=jnp.float32)
+    for x in (rows.copies.first, rows.copies.second)
+  )
   size = jnp.float32(rows.tokens.size)
-  return {"perf/padding": jnp.stack([size - own, size]),
-          "perf/shared": jnp.stack([again, own + again])}
+  return {
+    "perf/padding": jnp.stack([size - own, size]),
+    "perf/shared": jnp.stack([again, own + again]),
+  }
 
 
 def holds(shape: Shape, need: Shape) -> bool:
@@ -134,8 +139,9 @@ def tiles_of(where: np.ndarray) -> np.ndarray:
     blocks = [range(a // TILE, -(-b // TILE)) for a, b in parts if b > a]
     for own in blocks:
       for i in own:
-        found.update((i, j) for keys in (blocks[0], own) for j in keys
-                     if j <= i)
+        found.update(
+          (i, j) for keys in (blocks[0], own) for j in keys if j <= i
+        )
   return np.array(sorted(found), np.int32).reshape(-1, 2)
 
 
@@ -149,8 +155,13 @@ def need(prompt: np.ndarray, answers: np.ndarray, length: int) -> Shape:
   """
   rows = first_fit((prompt[:, None] + answers).reshape(-1), length)
   tiles = len(tiles_of(spans(prompt, answers)))
-  return Shape(up(int(prompt.sum() + answers.sum()), TILE),
-               up(int(answers.sum())), len(rows), length, -(-tiles // 16) * 16)
+  return Shape(
+    up(int(prompt.sum() + answers.sum()), TILE),
+    up(int(answers.sum())),
+    len(rows),
+    length,
+    -(-tiles // 16) * 16,
+  )
 
 
 def largest(needs: list[Shape]) -> Shape:
@@ -160,14 +171,20 @@ def largest(needs: list[Shape]) -> Shape:
 
 def larger(need: Shape) -> Shape:
   """A shape for what none holds: by steps of a quarter, so there are few."""
+
   def grown(x):
     size = 16
     while size < x:
       size = up(size * 5 // 4)
     return size
 
-  return Shape(up(grown(need.tokens), TILE), grown(need.targets),
-               -(-need.rows // 4) * 4, need.length, 2 * grown(need.tiles))
+  return Shape(
+    up(grown(need.tokens), TILE),
+    grown(need.targets),
+    -(-need.rows // 4) * 4,
+    need.length,
+    2 * grown(need.tiles),
+  )
 
 
 def cost(shape: Shape) -> float:
@@ -177,8 +194,11 @@ def cost(shape: Shape) -> float:
   is of a Llama of width 512 (a layer multiplies 12 D^2 a token, 2 D a pair, of
   which half is not seen).
   """
-  return (shape.tokens + 0.5 * shape.targets
-          + shape.rows * shape.length * (0.05 + shape.length / 4096))
+  return (
+    shape.tokens
+    + 0.5 * shape.targets
+    + shape.rows * shape.length * (0.05 + shape.length / 4096)
+  )
 
 
 def choose(needs: list[Shape], most: int) -> list[Shape]:
@@ -200,12 +220,22 @@ def choose(needs: list[Shape], most: int) -> list[Shape]:
           total = best[start, k][0] + price
           if total < best.get((end, k + 1), (np.inf,))[0]:
             best[end, k + 1] = (total, best[start, k][1] + [run])
-  return sorted(min((best[n, k] for k in range(1, most + 1)
-                     if (n, k) in best), key=lambda x: x[0])[1], key=cost)
+  return sorted(
+    min(
+      (best[n, k] for k in range(1, most + 1) if (n, k) in best),
+      key=lambda x: x[0],
+    )[1],
+    key=cost,
+  )
 
 
-def pack(shape: Shape, rows: tokens_lib.TokenRows, index: np.ndarray,
-         least: np.ndarray, ids: list[str] | None = None) -> Packed:
+def pack(
+  shape: Shape,
+  rows: tokens_lib.TokenRows,
+  index: np.ndarray,
+  least: np.ndarray,
+  ids: list[str] | None = None,
+) -> Packed:
   """One device's rows, packed; arrays without the axis S.
 
   Args:
@@ -221,7 +251,7 @@ def pack(shape: Shape, rows: tokens_lib.TokenRows, index: np.ndarray,
   m, r = index.shape
   prompt = np.asarray(rows.start)[index[:, 0]].astype(np.int64)
   begin = np.asarray(rows.offsets)[index]
-  answers = (np.asarray(rows.offsets)[index + 1] - begin - prompt[:, None])
+  answers = np.asarray(rows.offsets)[index + 1] - begin - prompt[:, None]
   tokens = np.zeros(shape.tokens, np.int32)
   position = np.zeros(shape.tokens, np.int32)
   source = np.zeros(shape.targets, np.int32)
@@ -234,40 +264,50 @@ def pack(shape: Shape, rows: tokens_lib.TokenRows, index: np.ndarray,
   at = out = 0
   for k in range(m):
     p = int(prompt[k])
-    head = np.asarray(rows.ids[begin[k, 0]:begin[k, 0] + p])
+    head = np.asarray(rows.ids[begin[k, 0] : begin[k, 0] + p])
     for side in range(1, r):
       if not np.array_equal(
-          rows.ids[begin[k, side]:begin[k, side] + p], head) or (
-              rows.start[index[k, side]] != p):
+        rows.ids[begin[k, side] : begin[k, side] + p], head
+      ) or (rows.start[index[k, side]] != p):
         raise DataError(
-            f"row {ids[k] if ids else k}: its responses have different "
-            "prompts, which cannot be computed once; set "
-            "config.train.layout='padded'")
-    tokens[at:at + p], position[at:at + p] = head, np.arange(p)
-    row[at:at + p + int(answers[k].sum())] = k + 1
+          f"row {ids[k] if ids else k}: its responses have different "
+          "prompts, which cannot be computed once; set "
+          "config.train.layout='padded'"
+        )
+    tokens[at : at + p], position[at : at + p] = head, np.arange(p)
+    row[at : at + p + int(answers[k].sum())] = k + 1
     own = np.arange(at, at + p)
     last, at = at + p - 1, at + p
     for side in range(r):
       n = int(answers[k, side])
       first = int(begin[k, side]) + p
-      tokens[at:at + n] = rows.ids[first:first + n]
-      position[at:at + n], branch[at:at + n] = p + np.arange(n), side + 1
+      tokens[at : at + n] = rows.ids[first : first + n]
+      position[at : at + n], branch[at : at + n] = p + np.arange(n), side + 1
       mine = np.arange(at, at + n)
       before = np.concatenate([[last], mine[:-1]])[:n]
       now = slice(out, out + n)
-      source[now], target[now] = before, tokens[at:at + n]
+      source[now], target[now] = before, tokens[at : at + n]
       owner[now] = k * r + side
       public[now] = np.arange(n) < least[k, side]
       uses[np.where(uses[0, before] < 0, 0, 1), before] = np.arange(
-          out, out + n)
+        out, out + n
+      )
       places.append(np.concatenate([own, mine]))
       at, out = at + n, out + n
   listed = tiles_of(spans(prompt, answers))
   query, key = np.zeros((2, shape.tiles), np.int32)
-  query[:len(listed)], key[:len(listed)] = listed.T
+  query[: len(listed)], key[: len(listed)] = listed.T
   tiles = Tiles(row, branch, query, key, np.array([len(listed)], np.int32))
-  return Packed(tokens, position, _copies(shape, places, tiles), source,
-                target, owner, public, *uses)
+  return Packed(
+    tokens,
+    position,
+    _copies(shape, places, tiles),
+    source,
+    target,
+    owner,
+    public,
+    *uses,
+  )
 
 
 def _copies(shape, places, tiles):
@@ -283,6 +323,7 @@ def _copies(shape, places, tiles):
       now = slice(at, at + len(own))
       token[k, now], segment[k, now] = own, number + 1
       where[np.where(where[0, own] < 0, 0, 1), own] = (
-          k * shape.length + np.arange(now.start, now.stop))
+        k * shape.length + np.arange(now.start, now.stop)
+      )
       at = now.stop
   return unshared.Unshared(token, segment, *where, tiles)

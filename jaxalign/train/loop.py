@@ -1,19 +1,18 @@
 """The training loop: one step in flight, metrics of the one before."""
 
+from collections.abc import Callable, Iterable, Mapping
 import contextlib
 import json
 import math
 import os
 import tempfile
 import time
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any
 
 from etils import epath
 import jax
 
-from jaxalign import artifacts
-from jaxalign import interrupt
-from jaxalign import progress
+from jaxalign import artifacts, interrupt, progress
 from jaxalign.checkpoints import Checkpoints
 from jaxalign.errors import ConfigError, NumericError, WriteError
 from jaxalign.train import trackers as trackers_lib
@@ -48,12 +47,15 @@ def _append(path: epath.Path, data: bytes) -> None:
     with open(os.fspath(path), "ab") as file:
       file.write(data)
   except OSError as error:
-    raise WriteError(f"cannot write {path}: {error.strerror or error}; free "
-                     "space or permissions, or another --workdir") from error
+    raise WriteError(
+      f"cannot write {path}: {error.strerror or error}; free "
+      "space or permissions, or another --workdir"
+    ) from error
 
 
-def _write_log(path: epath.Path, lines: list[dict[str, Any]], there: int
-               ) -> None:
+def _write_log(
+  path: epath.Path, lines: list[dict[str, Any]], there: int
+) -> None:
   """Writes the lines of a run, of which the first `there` are in the file.
 
   The first time whole and atomic, which drops what lost steps and a torn line
@@ -66,14 +68,17 @@ def _write_log(path: epath.Path, lines: list[dict[str, Any]], there: int
     _append(path, _text(lines[there:]))
 
 
-def _write_diverged(folder: epath.Path, lines: list[dict[str, Any]],
-                    last: dict[str, Any]) -> epath.Path:
+def _write_diverged(
+  folder: epath.Path, lines: list[dict[str, Any]], last: dict[str, Any]
+) -> epath.Path:
   """Keeps how a run diverged: its lines since the last save, as the log would
   have had them, and `last`, of the update that ended it; null where a number
   is not finite, which JSON cannot say."""
   path = folder / DIVERGED
-  last = {n: None if isinstance(x, float) and not math.isfinite(x) else x
-          for n, x in last.items()}
+  last = {
+    n: None if isinstance(x, float) and not math.isfinite(x) else x
+    for n, x in last.items()
+  }
   if jax.process_index() == 0:
     artifacts.write_bytes(path, _text([*lines, last]))
   return path
@@ -82,24 +87,32 @@ def _write_diverged(folder: epath.Path, lines: list[dict[str, Any]],
 def _items(state: Any) -> dict[str, Any]:
   """Parameters, their mean and the reference apart: evaluation restores one
   alone. What is empty is left out, as in checkpoints of before it was there."""
-  return dict(params=state.params, rest=[
-      state.opt_state, state.step, *([state.delta] if state.delta else [])],
-      **{n: getattr(state, n) for n in ("ema", "ref") if getattr(state, n)})
+  return dict(
+    params=state.params,
+    rest=[state.opt_state, state.step, *([state.delta] if state.delta else [])],
+    **{n: getattr(state, n) for n in ("ema", "ref") if getattr(state, n)},
+  )
 
 
 def _restore(checkpoints: Checkpoints, state: Any, step: int) -> Any:
   """The state of a step, laid as `state` is."""
   shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      _items(state))
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    _items(state),
+  )
   found = checkpoints.restore(step, shapes)
   fresh = type(state)(found.pop("params"), *found.pop("rest"))
   return fresh._replace(**found)
 
 
-def _known_best(bests: Checkpoints, checkpoints: Checkpoints, state: Any,
-                lines: list[dict[str, Any]], start: int, name: str
-                ) -> watch.Best:
+def _known_best(
+  bests: Checkpoints,
+  checkpoints: Checkpoints,
+  state: Any,
+  lines: list[dict[str, Any]],
+  start: int,
+  name: str,
+) -> watch.Best:
   """The best evaluation that the log knows and whose weights are there."""
   for step in sorted(bests.manager.all_steps()):
     if step > start:  # of steps that were lost with a damaged checkpoint
@@ -110,10 +123,13 @@ def _known_best(bests: Checkpoints, checkpoints: Checkpoints, state: Any,
     bests.finish()
     there = start
   if best.step and best.step != there:
-    progress.say(f"  the weights of the best {name}, of step {best.step}, are "
-                 "gone; counting from here on")
-    lines[:] = [{n: x for n, x in line.items() if n != f"eval/{name}"}
-                for line in lines]
+    progress.say(
+      f"  the weights of the best {name}, of step {best.step}, are "
+      "gone; counting from here on"
+    )
+    lines[:] = [
+      {n: x for n, x in line.items() if n != f"eval/{name}"} for line in lines
+    ]
     best = watch.Best(0, 0.0, 0)
   return best
 
@@ -141,17 +157,30 @@ def _trace(folder: epath.Path) -> Callable[[], None]:
   return stop
 
 
-def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
-        ids_at: Callable[[int], list[str]], *, folder: Any, label: str,
-        updates: int, save_every: int, tokens_at: Callable[[int], int],
-        trace: tuple[int, int] = (0, 0),
-        distinct_at: Callable[[int], int] | None = None,
-        useful_at: Callable[[int], int] | None = None,
-        peak: float = 0.0, keep: int = 2, background: bool = False,
-        explode: float = 0.0,
-        evaluations: Mapping[str, Callable[[Any], Mapping[str, float]]] = {},
-        eval_every: int = 0, best: str = "", stop_after: int = 0,
-        trackers: tuple[str, ...] = ()) -> Any:
+def fit(
+  state: Any,
+  train_step: Callable,
+  batch_at: Callable[[int], Any],
+  ids_at: Callable[[int], list[str]],
+  *,
+  folder: Any,
+  label: str,
+  updates: int,
+  save_every: int,
+  tokens_at: Callable[[int], int],
+  trace: tuple[int, int] = (0, 0),
+  distinct_at: Callable[[int], int] | None = None,
+  useful_at: Callable[[int], int] | None = None,
+  peak: float = 0.0,
+  keep: int = 2,
+  background: bool = False,
+  explode: float = 0.0,
+  evaluations: Mapping[str, Callable[[Any], Mapping[str, float]]] = {},
+  eval_every: int = 0,
+  best: str = "",
+  stop_after: int = 0,
+  trackers: tuple[str, ...] = (),
+) -> Any:
   """Runs `updates` updates, or the rest of them, and returns the last state.
 
   Args:
@@ -199,7 +228,8 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
   log_path = folder / "metrics.jsonl"
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(
-        Checkpoints(folder / "checkpoints", keep, background))
+      Checkpoints(folder / "checkpoints", keep, background)
+    )
     start = checkpoints.latest() or 0
     if start:
       state = _restore(checkpoints, state, start)
@@ -237,30 +267,38 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
       if not (math.isfinite(loss) and math.isfinite(norm)):
         wrong = f"loss {loss}, gradient norm {norm} at step {step}"
       elif bound := watch.exploded(lines, loss, explode):
-        wrong = (f"loss {loss:.4g} at step {step} is over {bound:.4g}, "
-                 f"train.explode={explode:g} times what it was (gradient norm "
-                 f"{norm:.4g})")
+        wrong = (
+          f"loss {loss:.4g} at step {step} is over {bound:.4g}, "
+          f"train.explode={explode:g} times what it was (gradient norm "
+          f"{norm:.4g})"
+        )
       named = {"step": step} | {
-          f"train/{n}" if "/" not in n else n: v for n, v in values.items()}
+        f"train/{n}" if "/" not in n else n: v for n, v in values.items()
+      }
       if wrong:
         ids = ids_at(step)
         checkpoints.finish()
         saved = checkpoints.manager.latest_step() or 0
         path = _write_diverged(
-            folder, [x for x in lines if x["step"] >= saved],
-            named | dict(why=wrong, ids=ids))
+          folder,
+          [x for x in lines if x["step"] >= saved],
+          named | dict(why=wrong, ids=ids),
+        )
         tracker.log(step, {n: v for n, v in named.items() if n != "step"})
         raise NumericError(
-            f"{label}: {wrong}; nothing after step {saved} is saved. Rows of "
-            f"the batch: {', '.join(ids[:8])}"
-            f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}; {path} "
-            "has all of them and the updates before; lower the learning rate "
-            "or look at these rows")
+          f"{label}: {wrong}; nothing after step {saved} is saved. Rows of "
+          f"the batch: {', '.join(ids[:8])}"
+          f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}; {path} "
+          "has all of them and the updates before; lower the learning rate "
+          "or look at these rows"
+        )
       now = time.monotonic()
       seconds = max(now - last, 1e-9)
-      perf = {"perf/tokens_per_s": tokens_at(step) / seconds,
-              "perf/rows_per_s": len(ids_at(step)) / seconds,
-              "time": now - began}
+      perf = {
+        "perf/tokens_per_s": tokens_at(step) / seconds,
+        "perf/rows_per_s": len(ids_at(step)) / seconds,
+        "time": now - began,
+      }
       if distinct_at:
         perf["perf/distinct_tokens_per_s"] = distinct_at(step) / seconds
       if useful_at and peak:
@@ -288,22 +326,27 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
       if flying:
         read()
       weights = state.ema or state.params
-      found = {f"eval/{name}/{n}": float(v)
-               for name, measure in evaluations.items()
-               for n, v in measure(weights).items()}
+      found = {
+        f"eval/{name}/{n}": float(v)
+        for name, measure in evaluations.items()
+        for n, v in measure(weights).items()
+      }
       lines[-1] |= found
       alarm("collapse", watch.collapsed(lines))
       tracker.log(step - 1, found)
       if best and f"eval/{best}" not in found:
         raise ConfigError(
-            f"nothing measures {best!r}, known: "
-            f"{', '.join(n.removeprefix('eval/') for n in found)}; set "
-            "config.train.best")
+          f"nothing measures {best!r}, known: "
+          f"{', '.join(n.removeprefix('eval/') for n in found)}; set "
+          "config.train.best"
+        )
       last = time.monotonic()
       return watch.best_of(lines, best) if best else record
 
-    with interrupt.deferred() as requested, progress.bar(
-        label, updates, "steps", start) as tick:
+    with (
+      interrupt.deferred() as requested,
+      progress.bar(label, updates, "steps", start) as tick,
+    ):
       for step in range(start, updates):
         if trace[0] <= step < trace[1] and not traced:
           tracing.callback(_trace(folder / "profile"))
@@ -321,21 +364,26 @@ def fit(state: Any, train_step: Callable, batch_at: Callable[[int], Any],
           better = record.step == done
         enough = stop_after and record.stale >= stop_after
         stop = requested()
-        if (done % save_every == 0 or done == updates or stop or better
-            or enough):
+        if (
+          done % save_every == 0 or done == updates or stop or better or enough
+        ):
           save(done)
         if better:  # behind the state: it is never ahead of what is resumed
           bests.save(done, dict(params=state.ema or state.params))
           last = time.monotonic()
         if enough:
-          progress.say(f"  {label}: {best} was best at step {record.step} "
-                       f"({record.value:.4g}) and not in {record.stale} "
-                       f"evaluations since; ended at step {done}")
+          progress.say(
+            f"  {label}: {best} was best at step {record.step} "
+            f"({record.value:.4g}) and not in {record.stale} "
+            f"evaluations since; ended at step {done}"
+          )
         if stop or enough:
           break  # leaving `deferred` raises
     if best and not record.step:
-      raise NumericError(f"{label}: {best} was finite at no evaluation, so no "
-                         "weights are the best; set config.train.best")
+      raise NumericError(
+        f"{label}: {best} was finite at no evaluation, so no "
+        "weights are the best; set config.train.best"
+      )
     if jax.process_index() == 0:  # of a run that this one has mended
       (folder / DIVERGED).unlink(missing_ok=True)
   return state

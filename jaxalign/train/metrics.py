@@ -21,15 +21,18 @@ def sums_and_counts(metrics: dict[str, Any]) -> dict[str, jax.Array]:
   """
   out = {}
   for name, value in metrics.items():
-    value, weight = value if isinstance(value, tuple) else (
-        value, jnp.ones_like(value))
-    out[name] = jnp.stack([jnp.sum(value.astype(wide(value))),
-                           jnp.sum(weight.astype(wide(value)))])
+    value, weight = (
+      value if isinstance(value, tuple) else (value, jnp.ones_like(value))
+    )
+    out[name] = jnp.stack(
+      [jnp.sum(value.astype(wide(value))), jnp.sum(weight.astype(wide(value)))]
+    )
   return out
 
 
-def beside(policy: Any, ref: Any, label: jax.Array | None, reference: bool
-           ) -> dict[str, Any]:
+def beside(
+  policy: Any, ref: Any, label: jax.Array | None, reference: bool
+) -> dict[str, Any]:
   """Metrics [B] that every loss has: lengths, and the drift from a reference.
 
   "drift/chosen" and "drift/rejected" are policy - ref, summed nats of an

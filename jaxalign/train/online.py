@@ -4,8 +4,9 @@ Stored numbers cost nothing and are the default; a reference that moves cannot
 be stored.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ def begin(state: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def make_fill(logps_fn: Callable, options: tuple[tuple[str, Any], ...] = ()
-              ) -> Callable:
+def make_fill(
+  logps_fn: Callable, options: tuple[tuple[str, Any], ...] = ()
+) -> Callable:
   """Returns `fill(params, batch) -> batch` with the reference's numbers.
 
   Every micro-batch is a forward pass of its own, without a gradient, through
@@ -29,10 +31,11 @@ def make_fill(logps_fn: Callable, options: tuple[tuple[str, Any], ...] = ()
     logps_fn: of the reference, see `step.make_gradients`; batches are those.
     options: the compiler's, as of `step.make_train_step`.
   """
+
   def over(params, tokens, mask):
     return jax.lax.scan(
-        lambda _, micro: (None, logps_fn(params, *micro)), None,
-        (tokens, mask))[1]
+      lambda _, micro: (None, logps_fn(params, *micro)), None, (tokens, mask)
+    )[1]
 
   @jax.jit(compiler_options=dict(options))
   def sums(params, rows, others):
@@ -62,25 +65,37 @@ def make_refresh(every: int, mix: float) -> Callable:
   ref = mix params + (1 - mix) ref; a mix of 1 is its hard update. Between
   them `ref` comes back as it was, bit for bit.
   """
+
   def blend(ref, params):
     return jax.tree.map(lambda r, p: mix * p + (1 - mix) * r, ref, params)
 
   return jax.jit(
-      lambda ref, params, step: jax.lax.cond(
-          step % every == 0, blend, lambda ref, params: ref, ref, params),
-      donate_argnums=0)
+    lambda ref, params, step: jax.lax.cond(
+      step % every == 0, blend, lambda ref, params: ref, ref, params
+    ),
+    donate_argnums=0,
+  )
 
 
-def with_reference(train_step: Callable, logps_fn: Callable, reference: Any,
-                   options: tuple[tuple[str, Any], ...] = ()) -> Callable:
+def with_reference(
+  train_step: Callable,
+  logps_fn: Callable,
+  reference: Any,
+  options: tuple[tuple[str, Any], ...] = (),
+) -> Callable:
   """`train_step` on numbers of a frozen `reference`, found at every update."""
   fill = make_fill(logps_fn, options)
   return lambda state, batch: train_step(state, fill(reference, batch))
 
 
-def with_refresh(train_step: Callable, logps_fn: Callable, *, every: int,
-                 mix: float, options: tuple[tuple[str, Any], ...] = ()
-                 ) -> Callable:
+def with_refresh(
+  train_step: Callable,
+  logps_fn: Callable,
+  *,
+  every: int,
+  mix: float,
+  options: tuple[tuple[str, Any], ...] = (),
+) -> Callable:
   """`train_step` against `state.ref`, which moves to the policy.
 
   Args:
@@ -93,8 +108,7 @@ def with_refresh(train_step: Callable, logps_fn: Callable, *, every: int,
   fill, refresh = make_fill(logps_fn, options), make_refresh(every, mix)
 
   def step(state, batch):
-    after, totals = train_step(state._replace(ref=()),
-                               fill(state.ref, batch))
+    after, totals = train_step(state._replace(ref=()), fill(state.ref, batch))
     ref = refresh(state.ref, after.params, after.step)
     return after._replace(ref=ref), totals
 

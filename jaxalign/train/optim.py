@@ -19,32 +19,47 @@ from jaxalign.model import adapters
 def decay_linear(lr: float, warmup: int, updates: int):
   """Linear from 0 to lr, then linearly to a tenth of it."""
   return optax.join_schedules(
-      [optax.linear_schedule(lr / (warmup + 1), lr, warmup),
-       optax.linear_schedule(lr, 0.1 * lr, max(updates - warmup, 1))], [warmup])
+    [
+      optax.linear_schedule(lr / (warmup + 1), lr, warmup),
+      optax.linear_schedule(lr, 0.1 * lr, max(updates - warmup, 1)),
+    ],
+    [warmup],
+  )
 
 
 def decay_cosine(lr: float, warmup: int, updates: int):
   """Linear from 0 to lr, then a cosine to a tenth of it."""
   return optax.join_schedules(
-      [optax.linear_schedule(lr / (warmup + 1), lr, warmup),
-       optax.cosine_decay_schedule(lr, max(updates - warmup, 1), 0.1)],
-      [warmup])
+    [
+      optax.linear_schedule(lr / (warmup + 1), lr, warmup),
+      optax.cosine_decay_schedule(lr, max(updates - warmup, 1), 0.1),
+    ],
+    [warmup],
+  )
 
 
 def decay_constant(lr: float, warmup: int, updates: int):
   """Linear from 0 to lr, then constant."""
   del updates
   return optax.join_schedules(
-      [optax.linear_schedule(lr / (warmup + 1), lr, warmup),
-       optax.constant_schedule(lr)], [warmup])
+    [
+      optax.linear_schedule(lr / (warmup + 1), lr, warmup),
+      optax.constant_schedule(lr),
+    ],
+    [warmup],
+  )
 
 
-SCHEDULES = {"linear": decay_linear, "cosine": decay_cosine,
-             "constant": decay_constant}
+SCHEDULES = {
+  "linear": decay_linear,
+  "cosine": decay_cosine,
+  "constant": decay_constant,
+}
 
 
-def make_schedule(*, lr: float, updates: int, warmup_ratio: float,
-                  schedule: str) -> optax.Schedule:
+def make_schedule(
+  *, lr: float, updates: int, warmup_ratio: float, schedule: str
+) -> optax.Schedule:
   """Update number -> learning rate; evaluated on the host, once a step.
 
   Args:
@@ -54,14 +69,19 @@ def make_schedule(*, lr: float, updates: int, warmup_ratio: float,
     schedule: a key of SCHEDULES.
   """
   if not lr > 0:
-    raise ConfigError(f"lr={lr}, wanted more than 0; set config.train.lr "
-                      "or config.sft.lr")
+    raise ConfigError(
+      f"lr={lr}, wanted more than 0; set config.train.lr or config.sft.lr"
+    )
   if not 0 <= warmup_ratio < 1:
-    raise ConfigError(f"warmup_ratio={warmup_ratio}, wanted a share in [0, 1);"
-                      " set config.train.warmup_ratio")
+    raise ConfigError(
+      f"warmup_ratio={warmup_ratio}, wanted a share in [0, 1);"
+      " set config.train.warmup_ratio"
+    )
   if schedule not in SCHEDULES:
-    raise ConfigError(f"unknown schedule {schedule!r}; known: "
-                      f"{', '.join(SCHEDULES)}; set config.train.schedule")
+    raise ConfigError(
+      f"unknown schedule {schedule!r}; known: "
+      f"{', '.join(SCHEDULES)}; set config.train.schedule"
+    )
   return SCHEDULES[schedule](lr, int(round(warmup_ratio * updates)), updates)
 
 
@@ -102,12 +122,15 @@ def adafactor(b2: float) -> optax.GradientTransformation:
   """
   del b2
   return optax.chain(
-      optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
-      optax.scale_by_param_block_rms())
+    optax.scale_by_factored_rms(),
+    optax.clip_by_block_rms(1.0),
+    optax.scale_by_param_block_rms(),
+  )
 
 
-def matrix_axes(name: str, shape: tuple[int, ...]
-                ) -> contrib.MuonDimensionNumbers | None:
+def matrix_axes(
+  name: str, shape: tuple[int, ...]
+) -> contrib.MuonDimensionNumbers | None:
   """Which axes of a parameter are a matrix's rows and columns, for Muon.
 
   Attention's and the feed-forward's weights and the adapters' A, B and R, of
@@ -123,8 +146,9 @@ def matrix_axes(name: str, shape: tuple[int, ...]
     cut = len(shape) - 1
   elif first and not part:
     cut = 1 + len(adapters.sizes(weight, shape)[0])
-  return contrib.MuonDimensionNumbers(tuple(range(first, cut)),
-                                      tuple(range(cut, len(shape))))
+  return contrib.MuonDimensionNumbers(
+    tuple(range(first, cut)), tuple(range(cut, len(shape)))
+  )
 
 
 def muon(b2: float) -> optax.GradientTransformation:
@@ -135,33 +159,46 @@ def muon(b2: float) -> optax.GradientTransformation:
   moves about as far as AdamW's at the same rate. What `matrix_axes` calls no
   matrix is AdamW's, of which `b2` is.
   """
+
   def axes(params):
     masked = lambda x: isinstance(x, optax.MaskedNode)
-    return {n: x if masked(x) else matrix_axes(n, x.shape)
-            for n, x in params.items()}
+    return {
+      n: x if masked(x) else matrix_axes(n, x.shape) for n, x in params.items()
+    }
 
   def scaled(updates, params):
     del params
     size = lambda x, of: math.prod(x.shape[i] for i in of)
     return jax.tree.map(
-        lambda x, of: x * 0.2 * math.sqrt(max(size(x, of.reduction_axis),
-                                              size(x, of.output_axis))),
-        updates, axes(updates))
+      lambda x, of: (
+        x
+        * 0.2
+        * math.sqrt(max(size(x, of.reduction_axis), size(x, of.output_axis)))
+      ),
+      updates,
+      axes(updates),
+    )
 
   inner = optax.partition(
-      dict(muon=optax.chain(
-          contrib.scale_by_muon(weight_dimension_numbers=axes),
-          optax.stateless(scaled)), adamw=adamw(b2)),
-      lambda params: {n: "adamw" if a is None else "muon"
-                      for n, a in axes(params).items()})
+    dict(
+      muon=optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=axes),
+        optax.stateless(scaled),
+      ),
+      adamw=adamw(b2),
+    ),
+    lambda params: {
+      n: "adamw" if a is None else "muon" for n, a in axes(params).items()
+    },
+  )
 
   def update(updates, state, params):
     # Fused axes of a sharded matrix have no sharding that could be named: the
     # compiler chooses, and what comes out lies as it lay.
-    spec = jax.tree.map(lambda x: jax.typeof(x).sharding.spec,
-                        (updates, state))
+    spec = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
     return jax.sharding.auto_axes(inner.update, out_sharding=spec)(
-        updates, state, params)
+      updates, state, params
+    )
 
   return optax.GradientTransformation(inner.init, update)
 
@@ -172,16 +209,29 @@ def sgd(b2: float) -> optax.GradientTransformation:
   return optax.identity()
 
 
-OPTIMIZERS = {"adamw": adamw, "lion": lion, "rmsprop": rmsprop,
-              "adafactor": adafactor, "muon": muon, "sgd": sgd}
+OPTIMIZERS = {
+  "adamw": adamw,
+  "lion": lion,
+  "rmsprop": rmsprop,
+  "adafactor": adafactor,
+  "muon": muon,
+  "sgd": sgd,
+}
 # Numbers that each keeps for one that is trained, at least: factors are few.
-MOMENTS = {"adamw": 2, "lion": 1, "rmsprop": 1, "adafactor": 0, "muon": 1,
-           "sgd": 0}
+MOMENTS = {
+  "adamw": 2,
+  "lion": 1,
+  "rmsprop": 1,
+  "adafactor": 0,
+  "muon": 1,
+  "sgd": 0,
+}
 
 
-@functools.lru_cache(maxsize=None)
-def make_optimizer(*, clip: float, weight_decay: float, b2: float,
-                   name: str = "adamw") -> optax.GradientTransformation:
+@functools.cache
+def make_optimizer(
+  *, clip: float, weight_decay: float, b2: float, name: str = "adamw"
+) -> optax.GradientTransformation:
   """An optimizer at a learning rate of 1, with clipping by the global norm.
 
   The step multiplies its updates by the rate of the batch, so arms with other
@@ -195,16 +245,19 @@ def make_optimizer(*, clip: float, weight_decay: float, b2: float,
     name: a key of OPTIMIZERS.
   """
   tx = optax.chain(
-      OPTIMIZERS[name](b2),
-      optax.add_decayed_weights(
-          weight_decay, lambda params: {n: decays(n) for n in params}),
-      optax.scale(-1.0))
+    OPTIMIZERS[name](b2),
+    optax.add_decayed_weights(
+      weight_decay, lambda params: {n: decays(n) for n in params}
+    ),
+    optax.scale(-1.0),
+  )
   return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
 
 
-@functools.lru_cache(maxsize=None)
-def allora(tx: optax.GradientTransformation, eta: float
-           ) -> optax.GradientTransformation:
+@functools.cache
+def allora(
+  tx: optax.GradientTransformation, eta: float
+) -> optax.GradientTransformation:
   """ALLoRA's step sizes, Huang and Balestriero 2024: small rows move faster.
 
   The paper multiplies the gradient of what adds to output i by
@@ -219,14 +272,16 @@ def allora(tx: optax.GradientTransformation, eta: float
     tx: the optimizer whose updates are multiplied.
     eta: the factor at B = 0, > 0.
   """
+
   def scaled(name, u, b):
     if not name.endswith(":b"):
       return u
     size = jnp.sqrt(jnp.sum(b * b, axis=1, keepdims=True))
-    return u * jax.lax.rsqrt(size + 1 / eta ** 2)
+    return u * jax.lax.rsqrt(size + 1 / eta**2)
 
   def update(updates, state, params):
     return {n: scaled(n, u, params[n]) for n, u in updates.items()}, state
 
-  return optax.chain(tx, optax.GradientTransformation(
-      lambda params: optax.EmptyState(), update))
+  return optax.chain(
+    tx, optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  )

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import progress
-from jaxalign import sharding
+from jaxalign import progress, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import decoder
 from jaxalign.select import embed
-from jaxalign.train import feed
+from jaxalign.train import feed, online
 from jaxalign.train import layout as packing
-from jaxalign.train import online
 from jaxalign.train.logps import PRODUCERS
 
 
@@ -30,11 +28,20 @@ def _call(producer: str, m: decoder.ModelConfig, chunk: int):
   return jax.jit(lambda *batch: fn(*batch).sum)
 
 
-def logps(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-          rows: tokens_lib.TokenRows, index: np.ndarray, *, layout: str,
-          tile: int, chunk: int, producer: str = "chunked",
-          label: str = "ref_logps", ids: Any = None
-          ) -> tuple[np.ndarray, np.ndarray]:
+def logps(
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  index: np.ndarray,
+  *,
+  layout: str,
+  tile: int,
+  chunk: int,
+  producer: str = "chunked",
+  label: str = "ref_logps",
+  ids: Any = None,
+) -> tuple[np.ndarray, np.ndarray]:
   """What fixed weights say of every response.
 
   Rows are dealt by length to bins of `tile` responses, a bin to each device a
@@ -66,8 +73,15 @@ def logps(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   counts = np.float32(lengths - rows.start)[index]
   if layout == "padded":
     found = embed.score_rows(
-        mesh, params, m, tokens_lib.take(rows, index.reshape(-1)), tile=tile,
-        chunk=chunk, label=label, ids=ids)
+      mesh,
+      params,
+      m,
+      tokens_lib.take(rows, index.reshape(-1)),
+      tile=tile,
+      chunk=chunk,
+      label=label,
+      ids=ids,
+    )
     return found.logp.reshape(n, r), found.count.reshape(n, r)
   if layout == "packed_apart":
     index = index.reshape(-1, 1)
@@ -81,9 +95,16 @@ def logps(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   of = np.append(np.arange(len(index)), spare)
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
   length = packing.up(tokens_lib.longest(lengths[index], m.context))
-  room = packing.largest([
-      packing.need(np.int64(rows.start)[index[of[one], 0]],
-                   np.int64(answers[of[one]]), length) for one in bins])
+  room = packing.largest(
+    [
+      packing.need(
+        np.int64(rows.start)[index[of[one], 0]],
+        np.int64(answers[of[one]]),
+        length,
+      )
+      for one in bins
+    ]
+  )
   devices = sharding.parts(mesh, "batch")
   calls = np.resize(bins, (-(-len(bins) // devices), devices, own))
   fn, waiting = _call(producer, m, chunk), []
@@ -91,16 +112,27 @@ def logps(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
 
   def put(call):
     def dense(places):
-      return jax.tree.map(lambda *x: np.stack(x), *(
-          packing.pack(room, rows, index[one], np.zeros_like(index[one]),
-                       None if ids is None else [ids[i] for i in one])
-          for one in of[call[places]]))
+      return jax.tree.map(
+        lambda *x: np.stack(x),
+        *(
+          packing.pack(
+            room,
+            rows,
+            index[one],
+            np.zeros_like(index[one]),
+            None if ids is None else [ids[i] for i in one],
+          )
+          for one in of[call[places]]
+        ),
+      )
 
     flat = of[call.reshape(-1)]
-    return (sharding.put_rows(mesh, (devices,), dense, "batch"),
-            sharding.put_rows(mesh, flat.shape,
-                              lambda places: answers[flat[places], :, None],
-                              "batch"))
+    return (
+      sharding.put_rows(mesh, (devices,), dense, "batch"),
+      sharding.put_rows(
+        mesh, flat.shape, lambda places: answers[flat[places], :, None], "batch"
+      ),
+    )
 
   def collect(call, result, tick):
     out[call.reshape(-1)] = sharding.fetch(result)
@@ -113,14 +145,32 @@ def logps(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
         collect(*waiting.pop(0), tick)
     for call, result in waiting:
       collect(call, result, tick)
-  out = _checked(out[:len(index)], mesh, params, m, rows, index, tile=tile,
-                 chunk=chunk, label=label, ids=ids)
+  out = _checked(
+    out[: len(index)],
+    mesh,
+    params,
+    m,
+    rows,
+    index,
+    tile=tile,
+    chunk=chunk,
+    label=label,
+    ids=ids,
+  )
   return out.reshape(n, r), counts
 
 
-def _checked(out: np.ndarray, mesh: Any, params: decoder.Params,
-             m: decoder.ModelConfig, rows: tokens_lib.TokenRows,
-             index: np.ndarray, *, ids: Any, **how: Any) -> np.ndarray:
+def _checked(
+  out: np.ndarray,
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  index: np.ndarray,
+  *,
+  ids: Any,
+  **how: Any,
+) -> np.ndarray:
   """Sums [n, R], all finite; else NumericError names the rows.
 
   What is not finite spreads to the rows packed beside it. Padded rows keep it
@@ -129,8 +179,12 @@ def _checked(out: np.ndarray, mesh: Any, params: decoder.Params,
   bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
   if len(bad):
     out[bad] = embed.score_rows(
-        mesh, params, m, tokens_lib.take(rows, index[bad].reshape(-1)),
-        ids=None if ids is None else [ids[i] for i in bad], **how
+      mesh,
+      params,
+      m,
+      tokens_lib.take(rows, index[bad].reshape(-1)),
+      ids=None if ids is None else [ids[i] for i in bad],
+      **how,
     ).logp.reshape(len(bad), -1)
   return out
 
@@ -143,11 +197,22 @@ class Sums(NamedTuple):
   mismatched: np.ndarray | None  # [updates * B] float32 nats
 
 
-def as_trained(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
-               rows: feed.Rows, *, batch: int, accumulation: int, seed: int,
-               layout: str, producer: str, tile: int, chunk: int,
-               mismatched: tokens_lib.TokenRows | None = None,
-               label: str = "ref_logps") -> Sums:
+def as_trained(
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: feed.Rows,
+  *,
+  batch: int,
+  accumulation: int,
+  seed: int,
+  layout: str,
+  producer: str,
+  tile: int,
+  chunk: int,
+  mismatched: tokens_lib.TokenRows | None = None,
+  label: str = "ref_logps",
+) -> Sums:
   """The sums of every row in the first batch of its training that has it.
 
   In bfloat16 the same row in another batch has another sum, of 100 nats by
@@ -172,13 +237,24 @@ def as_trained(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
   n, r = rows.row_of.shape
   number = np.arange(n, dtype=np.int32)
   # A row's number stands where its sum will: it says where the row went.
-  rows = rows._replace(ref_sum=np.repeat(number[:, None], r, axis=1),
-                       ref_public=np.zeros((n, r), np.float32))
+  rows = rows._replace(
+    ref_sum=np.repeat(number[:, None], r, axis=1),
+    ref_public=np.zeros((n, r), np.float32),
+  )
   feed_of = functools.partial(
-      feed.make_feed, mesh, rows, batch=batch, accumulation=accumulation,
-      seed=seed, context=m.context, rate=lambda step: 0.0, layout=layout)
-  fill = online.make_fill(PRODUCERS[producer](m, chunk),
-                          decoder.compiler_options(m))
+    feed.make_feed,
+    mesh,
+    rows,
+    batch=batch,
+    accumulation=accumulation,
+    seed=seed,
+    context=m.context,
+    rate=lambda step: 0.0,
+    layout=layout,
+  )
+  fill = online.make_fill(
+    PRODUCERS[producer](m, chunk), decoder.compiler_options(m)
+  )
   out = np.full((2, n, r), np.nan, np.float32)
   steps, others, beside = -(-n // batch), 0, None
   if mismatched is not None:
@@ -190,25 +266,44 @@ def as_trained(mesh: Any, params: decoder.Params, m: decoder.ModelConfig,
       one = batch_at(step)
       where = sharding.fetch(one["ref_sum"]).reshape(-1, r)[:, 0]
       fresh = np.isnan(out[0, where, 0])
-      found = fill(params, {k: one[k] for k in (
-          "tokens", "mask", "ref_sum", "ref_public")})
+      found = fill(
+        params, {k: one[k] for k in ("tokens", "mask", "ref_sum", "ref_public")}
+      )
       for kept, name in zip(out, ("ref_sum", "ref_public")):
         kept[where[fresh]] = sharding.fetch(found[name]).reshape(-1, r)[fresh]
       tick(1)
     if others:
-      batch_at = feed_of(mismatched=feed.Mismatched(
-          mismatched, np.arange(len(beside), dtype=np.int32)))[0]
+      batch_at = feed_of(
+        mismatched=feed.Mismatched(
+          mismatched, np.arange(len(beside), dtype=np.int32)
+        )
+      )[0]
     for step in range(others):
       one = batch_at(step)
-      found = fill(params, dict(tokens=one["kl_tokens"], mask=one["kl_mask"],
-                                ref_sum=one["kl_ref_sum"]))
+      found = fill(
+        params,
+        dict(
+          tokens=one["kl_tokens"],
+          mask=one["kl_mask"],
+          ref_sum=one["kl_ref_sum"],
+        ),
+      )
       where = sharding.fetch(one["kl_ref_sum"]).reshape(-1)
       beside[where] = sharding.fetch(found["ref_sum"]).reshape(-1)
       tick(1)
   how = dict(tile=tile, chunk=chunk, label=label)
-  total = _checked(out[0], mesh, params, m, rows.tokens, rows.row_of,
-                   ids=rows.ids, **how)
+  total = _checked(
+    out[0], mesh, params, m, rows.tokens, rows.row_of, ids=rows.ids, **how
+  )
   if mismatched is not None:
-    beside = _checked(beside[:, None], mesh, params, m, mismatched,
-                      np.arange(len(beside))[:, None], ids=None, **how)[:, 0]
+    beside = _checked(
+      beside[:, None],
+      mesh,
+      params,
+      m,
+      mismatched,
+      np.arange(len(beside))[:, None],
+      ids=None,
+      **how,
+    )[:, 0]
   return Sums(total, out[1], beside)

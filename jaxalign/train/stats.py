@@ -4,9 +4,9 @@ A micro-batch cannot know these numbers, and no device can: they are the same
 on every mesh and at every accumulation. None carries a gradient.
 """
 
+from collections.abc import Callable
 import functools
 import inspect
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,10 @@ def make_statistics(logps_fn: Callable, loss_fn: Callable) -> Callable:
   def sums(params, tokens, mask):
     """[A, b, R] sums of all micro-batches."""
     return jax.lax.scan(
-        lambda _, micro: (None, logps_fn(params, *micro).sum), None,
-        (tokens, mask))[1]
+      lambda _, micro: (None, logps_fn(params, *micro).sum),
+      None,
+      (tokens, mask),
+    )[1]
 
   def statistics(params, batch, delta):
     scalars = {}
@@ -72,20 +74,27 @@ def make_statistics(logps_fn: Callable, loss_fn: Callable) -> Callable:
       scalars["z0"] = jnp.maximum(0.0, jnp.mean(policy - batch["kl_ref_sum"]))
     if "mean_count" in wanted:
       first = batch["mask"][:, :, 0]
-      scalars["mean_count"] = (jnp.sum(first, dtype=jnp.float32)
-                               / (first.shape[0] * first.shape[1]))
+      scalars["mean_count"] = jnp.sum(first, dtype=jnp.float32) / (
+        first.shape[0] * first.shape[1]
+      )
     if looks_ahead(loss_fn):
       # Whole on every device: ranks are over all rows.
-      policy, ref = (jax.reshard(x, jax.P()) for x in (
-          sums(params, batch["tokens"], batch["mask"]), batch["ref_sum"]))
+      policy, ref = (
+        jax.reshard(x, jax.P())
+        for x in (
+          sums(params, batch["tokens"], batch["mask"]),
+          batch["ref_sum"],
+        )
+      )
       shape = policy.shape
       policy, ref = (x.reshape(-1, shape[-1]) for x in (policy, ref))
       for name in GLOBAL:
         if name in wanted:
           x = GLOBAL[name](policy, ref)
           rows[name] = jax.reshard(
-              x.reshape(*shape[:2], *x.shape[1:]),
-              sharding.spec(None, "batch", *[None] * (x.ndim - 1)))
+            x.reshape(*shape[:2], *x.shape[1:]),
+            sharding.spec(None, "batch", *[None] * (x.ndim - 1)),
+          )
       if "delta" in wanted:
         delta = update_delta(delta, beta_of(loss_fn) * (policy - ref))
         scalars["delta"] = delta.mean

@@ -1,7 +1,8 @@
 """The train step: one jitted function that donates its state."""
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,19 @@ class TrainState(NamedTuple):
   ref: Any = ()  # a reference that is refreshed, see `train.online`
 
 
-def init_state(params: dict[str, jax.Array], tx: optax.GradientTransformation,
-               loss_fn: Callable | None = None) -> TrainState:
+def init_state(
+  params: dict[str, jax.Array],
+  tx: optax.GradientTransformation,
+  loss_fn: Callable | None = None,
+) -> TrainState:
   """A fresh state around parameters; the optimizer's moments are sharded as
   the parameters are. A loss that reads a running mean has one in the state."""
-  return TrainState(params, jax.jit(tx.init)(params),
-                    jnp.zeros((), jnp.int32), fresh_delta(loss_fn))
+  return TrainState(
+    params,
+    jax.jit(tx.init)(params),
+    jnp.zeros((), jnp.int32),
+    fresh_delta(loss_fn),
+  )
 
 
 def fresh_delta(loss_fn: Callable | None) -> Any:
@@ -42,8 +50,9 @@ def fresh_delta(loss_fn: Callable | None) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable
-                   ) -> Callable:
+def make_gradients(
+  logps_fn: Callable[..., Logps], loss_fn: Callable
+) -> Callable:
   """Returns `gradients(trained, batch, frozen, found) -> (gradients, metrics)`.
 
   Args:
@@ -71,8 +80,13 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable
     ref = Logps(micro["ref_sum"], micro["ref_count"], micro.get("ref_public"))
     stats = scalars | rows
     loss, metrics = loss_fn(policy, ref, stats)
-    metrics = beside(policy, ref, stats.get("label"), getattr(
-        loss_fn, "reference", True)) | dict(preference_loss=loss) | metrics
+    metrics = (
+      beside(
+        policy, ref, stats.get("label"), getattr(loss_fn, "reference", True)
+      )
+      | dict(preference_loss=loss)
+      | metrics
+    )
     metrics["loss"] = loss
     return jnp.sum(loss), sums_and_counts(metrics)
 
@@ -95,17 +109,22 @@ def make_gradients(logps_fn: Callable[..., Logps], loss_fn: Callable
     else:
       start = jax.tree.map(lambda s: jnp.zeros_like(s), one(first))
       grads, totals = jax.lax.scan(
-          lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None),
-          start, micro)[0]
+        lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None),
+        start,
+        micro,
+      )[0]
     return jax.tree.map(lambda g: g / rows, grads), totals
 
   return gradients
 
 
 @functools.lru_cache(maxsize=8)
-def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
-                    tx: optax.GradientTransformation,
-                    options: tuple[tuple[str, Any], ...] = ()) -> Callable:
+def make_train_step(
+  logps_fn: Callable[..., Logps],
+  loss_fn: Callable,
+  tx: optax.GradientTransformation,
+  options: tuple[tuple[str, Any], ...] = (),
+) -> Callable:
   """Returns `train_step(state, batch, frozen={}) -> (state, metrics)`.
 
   `state` is donated. `frozen` are parameters beside `state.params` that the
@@ -125,11 +144,13 @@ def make_train_step(logps_fn: Callable[..., Logps], loss_fn: Callable,
     updates, opt_state = tx.update(grads, state.opt_state, params)
     updates = jax.tree.map(lambda u: batch["lr"] * u, updates)
     totals = totals | {
-        "grad_norm": jnp.stack([optax.tree.norm(grads), jnp.ones(())]),
-        "lr": jnp.stack([batch["lr"], jnp.ones(())])}
+      "grad_norm": jnp.stack([optax.tree.norm(grads), jnp.ones(())]),
+      "lr": jnp.stack([batch["lr"], jnp.ones(())]),
+    }
     if isinstance(batch["tokens"], Packed):
       totals |= shares(batch["tokens"])
-    return TrainState(optax.apply_updates(params, updates), opt_state,
-                      state.step + 1, delta), totals
+    return TrainState(
+      optax.apply_updates(params, updates), opt_state, state.step + 1, delta
+    ), totals
 
   return train_step

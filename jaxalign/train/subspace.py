@@ -13,7 +13,8 @@ narrow matrices (Halko et al. 2011). Those are gradients of adapters: of
 gradient is ever held, only [in, k] and [k, out].
 """
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,21 @@ import numpy as np
 
 from jaxalign import sharding
 from jaxalign.errors import NumericError
-from jaxalign.model import adapters
-from jaxalign.model import decoder
+from jaxalign.model import adapters, decoder
 from jaxalign.model.table import Params
 
 SPARE = 8  # directions beside the r wanted, as Halko et al. advise
 POWERS = 2  # times that the range is multiplied by G G^T
 
 
-def bases(key: jax.Array, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
-          reference: Params, make_gradients: Callable[..., Callable],
-          batches: Sequence[Any]) -> Params:
+def bases(
+  key: jax.Array,
+  m: decoder.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  reference: Params,
+  make_gradients: Callable[..., Callable],
+  batches: Sequence[Any],
+) -> Params:
   """The "...:a" and "...:b" of a model with LoRA-SB, orthonormal, in float32.
 
   Args:
@@ -46,11 +51,19 @@ def bases(key: jax.Array, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
     NumericError: a gradient that is not finite.
   """
   names = adapters.targets(m.lora, decoder.table(m._replace(lora=None)))
-  k = min([m.lora.rank + SPARE, *(min(flat[1:]) for flat in (
-      _flat(decoder.table(m)[n].shape, n) for n in names))])
+  k = min(
+    [
+      m.lora.rank + SPARE,
+      *(
+        min(flat[1:])
+        for flat in (_flat(decoder.table(m)[n].shape, n) for n in names)
+      ),
+    ]
+  )
   sketch = m._replace(lora=adapters.Lora(k, float(k), m.lora.targets))
-  rows = {n: p for n, p in decoder.table(sketch).items()
-          if adapters.is_adapter(n)}
+  rows = {
+    n: p for n, p in decoder.table(sketch).items() if adapters.is_adapter(n)
+  }
   gradients = jax.jit(make_gradients(sketch))
 
   def put(name, x):
@@ -60,8 +73,11 @@ def bases(key: jax.Array, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
   def products(side, other):
     """Mean gradients of one side at 0, the other side given; [T, in, k] of
     "a", [T, out, k] of "b", float64 on every host."""
-    zero = {n: put(n, np.zeros(p.shape, np.float32))
-            for n, p in rows.items() if n.endswith(side)}
+    zero = {
+      n: put(n, np.zeros(p.shape, np.float32))
+      for n, p in rows.items()
+      if n.endswith(side)
+    }
     frozen, total = reference | other, None
     for batch in batches:
       grads = gradients(zero, batch, frozen)[0]
@@ -70,20 +86,30 @@ def bases(key: jax.Array, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
     for name, g in total.items():
       g = sharding.fetch(g).astype(np.float64) / len(batches)
       if not np.isfinite(g).all():
-        raise NumericError(f"{name}: the gradient that LoRA-SB begins with is "
-                           "not finite; look at the first rows of the subset")
-      out[name[:-2]] = (g.reshape(len(g), -1, k) if side == ":a" else
-                        g.reshape(len(g), k, -1).swapaxes(1, 2))
+        raise NumericError(
+          f"{name}: the gradient that LoRA-SB begins with is "
+          "not finite; look at the first rows of the subset"
+        )
+      out[name[:-2]] = (
+        g.reshape(len(g), -1, k)
+        if side == ":a"
+        else g.reshape(len(g), k, -1).swapaxes(1, 2)
+      )
     return out
 
   def across(side, found):
     """Orthonormal columns [T, n, k] of each, as that side of the adapters."""
     q = {n: np.linalg.qr(x)[0] for n, x in found.items()}
-    return q, {n + side: put(n + side, x if side == ":a" else
-                             x.swapaxes(1, 2)) for n, x in q.items()}
+    return q, {
+      n + side: put(n + side, x if side == ":a" else x.swapaxes(1, 2))
+      for n, x in q.items()
+    }
 
-  drawn = {n: p for n, p in adapters.init(
-      key, decoder.table(sketch), mesh).items() if n.endswith(":a")}
+  drawn = {
+    n: p
+    for n, p in adapters.init(key, decoder.table(sketch), mesh).items()
+    if n.endswith(":a")
+  }
   for _ in range(POWERS):
     _, right = across(":b", products(":b", drawn))
     _, drawn = across(":a", products(":a", right))
@@ -91,13 +117,15 @@ def bases(key: jax.Array, m: decoder.ModelConfig, mesh: jax.sharding.Mesh,
   out = {}
   for name, x in products(":a", right).items():  # G Q, [T, in, k]
     left, _, turn = np.linalg.svd(x, full_matrices=False)
-    a = left[..., :m.lora.rank]
-    b = turn[:, :m.lora.rank] @ q[name].swapaxes(1, 2)
+    a = left[..., : m.lora.rank]
+    b = turn[:, : m.lora.rank] @ q[name].swapaxes(1, 2)
     # Singular vectors come in pairs up to a sign: the largest of A is plus.
     at = np.abs(a).argmax(1, keepdims=True)
     sign = np.sign(np.take_along_axis(a, at, 1))
-    for n, v in ((f"{name}:a", a * sign), (f"{name}:b",
-                                           b * sign.swapaxes(1, 2))):
+    for n, v in (
+      (f"{name}:a", a * sign),
+      (f"{name}:b", b * sign.swapaxes(1, 2)),
+    ):
       p = decoder.table(m)[n]
       out[n] = sharding.put(mesh, np.float32(v).reshape(p.shape), *p.axes)
   return out

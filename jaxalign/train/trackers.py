@@ -4,15 +4,15 @@ Each is imported where it is asked for, by process 0 alone. A tracker that
 fails is said once and left out: no run ends because a plot could not be drawn.
 """
 
+from collections.abc import Callable, Mapping
 import os
 import secrets
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 
-from jaxalign import artifacts
-from jaxalign import progress
+from jaxalign import artifacts, progress
 from jaxalign.errors import ConfigError
 
 
@@ -27,8 +27,10 @@ def tensorboard(folder: epath.Path, label: str, start: int) -> Tracker:
   """Event files in `folder`/tensorboard; what a lost run wrote from `start`
   on is purged."""
   import tensorboardX
-  writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"),
-                                      purge_step=start if start else None)
+
+  writer = tensorboardX.SummaryWriter(
+    str(folder / "tensorboard"), purge_step=start if start else None
+  )
 
   def log(step, values):
     for name, value in values.items():
@@ -46,15 +48,22 @@ def wandb(folder: epath.Path, label: str, start: int) -> Tracker:
   path alone is another job's on another machine.
   """
   import wandb as client
+
   kept = folder / "wandb_id"
   if not start or not kept.exists():
     artifacts.write_bytes(kept, secrets.token_hex(8).encode())
   local = None if "://" in str(folder) else str(folder)
-  run = client.init(id=kept.read_text(), name=label, dir=local, resume="allow",
-                    project=os.environ.get("WANDB_PROJECT") or "jaxalign",
-                    group=folder.name)
-  return Tracker(lambda step, values: run.log(dict(values), step=step),
-                 run.finish)
+  run = client.init(
+    id=kept.read_text(),
+    name=label,
+    dir=local,
+    resume="allow",
+    project=os.environ.get("WANDB_PROJECT") or "jaxalign",
+    group=folder.name,
+  )
+  return Tracker(
+    lambda step, values: run.log(dict(values), step=step), run.finish
+  )
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
@@ -64,13 +73,16 @@ def check(names: tuple[str, ...]) -> None:
   """Raises ConfigError for a tracker that nothing here knows."""
   for name in names:
     if name not in TRACKERS:
-      raise ConfigError(f"unknown tracker {name!r}; known: "
-                        f"{', '.join(TRACKERS)} (metrics.jsonl is always "
-                        "written); set config.train.trackers")
+      raise ConfigError(
+        f"unknown tracker {name!r}; known: "
+        f"{', '.join(TRACKERS)} (metrics.jsonl is always "
+        "written); set config.train.trackers"
+      )
 
 
-def open_all(names: tuple[str, ...], folder: Any, label: str, start: int
-             ) -> Tracker:
+def open_all(
+  names: tuple[str, ...], folder: Any, label: str, start: int
+) -> Tracker:
   """All trackers asked for, as one that never raises.
 
   Args:
@@ -86,14 +98,14 @@ def open_all(names: tuple[str, ...], folder: Any, label: str, start: int
     try:
       return act(*args)
     except Exception as error:  # whatever a plotting library may raise
-      progress.say(f"  tracker {name} is left out: "
-                   f"{type(error).__name__}: {error}")
+      progress.say(
+        f"  tracker {name} is left out: {type(error).__name__}: {error}"
+      )
       live.pop(name, None)
 
   if jax.process_index() == 0:
     for name in names:
-      if one := guarded(name, TRACKERS[name], epath.Path(folder), label,
-                        start):
+      if one := guarded(name, TRACKERS[name], epath.Path(folder), label, start):
         live[name] = one
 
   def log(step, values):

@@ -4,9 +4,10 @@ All of it is read from the lines of metrics.jsonl, so a resumed run decides as
 an uninterrupted one.
 """
 
+from collections.abc import Sequence
 import math
 import statistics
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 Lines = Sequence[dict[str, Any]]
 
@@ -37,8 +38,9 @@ def exploded(lines: Lines, loss: float, factor: float) -> float | None:
   if not factor or len(lines) < FIRST:
     return None
   recent = [abs(x["train/loss"]) for x in lines[-RECENT:]]
-  bound = factor * max(abs(lines[0]["train/loss"]), LEAST,
-                       statistics.median(recent))
+  bound = factor * max(
+    abs(lines[0]["train/loss"]), LEAST, statistics.median(recent)
+  )
   return bound if loss > bound else None
 
 
@@ -57,12 +59,14 @@ def displaced(lines: Lines) -> str:
   each = chosen / max(mean("lengths/chosen"), 1.0)
   if each > DRIFT or chosen <= rejected:
     return ""
-  return (f"the chosen answers are {-chosen:.1f} nats less likely than under "
-          f"the reference ({-each:.2f} a token) while the margin grows to "
-          f"{chosen - rejected:.1f}: likelihood displacement, their "
-          "probability goes to answers that are neither. Look at generations "
-          "(config.train.eval_sets), give config.loss.name a likelihood term "
-          "('+0.2*sft') or a larger one, or raise beta")
+  return (
+    f"the chosen answers are {-chosen:.1f} nats less likely than under "
+    f"the reference ({-each:.2f} a token) while the margin grows to "
+    f"{chosen - rejected:.1f}: likelihood displacement, their "
+    "probability goes to answers that are neither. Look at generations "
+    "(config.train.eval_sets), give config.loss.name a likelihood term "
+    "('+0.2*sft') or a larger one, or raise beta"
+  )
 
 
 def collapsed(lines: Lines) -> str:
@@ -71,14 +75,15 @@ def collapsed(lines: Lines) -> str:
   if len(seen) < 2:
     return ""
   first, last = seen[0], seen[-1]
-  bad = lambda x: (1 - x["eval/generations/ended"]
-                   + x["eval/generations/empty"])
+  bad = lambda x: 1 - x["eval/generations/ended"] + x["eval/generations/empty"]
   if bad(last) - bad(first) <= WORSE:
     return ""
-  return (f"{bad(last):.0%} of the generated answers are empty or have no end "
-          f"({bad(first):.0%} at the first evaluation); pair accuracy does not "
-          "show this. Give config.loss.name a likelihood term ('+0.2*sft') or "
-          "a larger one, raise beta, or stop earlier")
+  return (
+    f"{bad(last):.0%} of the generated answers are empty or have no end "
+    f"({bad(first):.0%} at the first evaluation); pair accuracy does not "
+    "show this. Give config.loss.name a likelihood term ('+0.2*sft') or "
+    "a larger one, raise beta, or stop earlier"
+  )
 
 
 class Best(NamedTuple):

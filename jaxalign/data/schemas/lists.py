@@ -4,10 +4,11 @@
 FineGrainedRLHF's four predictions with the six comparisons of them.
 """
 
+from collections.abc import Iterator
 import itertools
-from typing import Any, Iterator
+from typing import Any
 
-from jaxalign.data.schemas.pairs import Refused, Schema, number_of
+from jaxalign.data.schemas.pairs import number_of, Refused, Schema
 from jaxalign.data.schemas.rows import convert_pair
 
 _PREDICTIONS = tuple(f"prediction {i}" for i in range(1, 5))
@@ -17,8 +18,11 @@ def drawn(ranked: list, pairs: str) -> Iterator[tuple]:
   """Which two of some answers, best first, are compared."""
   if pairs == "best_worst":
     return iter([(ranked[0], ranked[-1])] if len(ranked) > 1 else [])
-  return (itertools.pairwise(ranked) if pairs == "adjacent" else
-          itertools.combinations(ranked, 2))
+  return (
+    itertools.pairwise(ranked)
+    if pairs == "adjacent"
+    else itertools.combinations(ranked, 2)
+  )
 
 
 def convert_scored(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
@@ -28,12 +32,17 @@ def convert_scored(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
     if name not in row:
       raise Refused("missing field", name)
     if not isinstance(value, list):
-      raise Refused("null" if value is None else "not a list",
-                    f"{name} is a {type(value).__name__}")
+      raise Refused(
+        "null" if value is None else "not a list",
+        f"{name} is a {type(value).__name__}",
+      )
   if len(answers) != len(scores) or len(answers) < 2:
-    raise Refused("answers without scores" if len(answers) != len(scores)
-                  else "fewer than two answers",
-                  f"{len(answers)} answers, {len(scores)} scores")
+    raise Refused(
+      "answers without scores"
+      if len(answers) != len(scores)
+      else "fewer than two answers",
+      f"{len(answers)} answers, {len(scores)} scores",
+    )
   found = [number_of(dict(scores=s), "scores") for s in scores]
   rated = [(s, a) for s, a in zip(found, answers) if s is not None]
   rated.sort(key=lambda one: -one[0])  # of equal ones as they stand
@@ -48,8 +57,10 @@ def _pair(row: dict, better: tuple, worse: tuple) -> dict[str, Any] | Refused:
     if better[0] == worse[0]:
       raise Refused("tied scores", f"two answers of {better[0]:g}")
     known = {k: v for k, v in row.items() if k not in ("answers", "scores")}
-    return convert_pair(known | dict(chosen=better[1], rejected=worse[1],
-                                     margin=better[0] - worse[0]))
+    return convert_pair(
+      known
+      | dict(chosen=better[1], rejected=worse[1], margin=better[0] - worse[0])
+    )
   except Refused as error:
     return error
 
@@ -72,26 +83,46 @@ def convert_compared(row: dict, pairs: str) -> list[dict[str, Any] | Refused]:
       if code == 0:
         raise Refused("tie", f"{first} and {second}")
       chosen, rejected = (first, second) if code == 1 else (second, first)
-      made.append(convert_pair(dict(
-          prompt=row.get("question"), chosen=row.get(chosen),
-          rejected=row.get(rejected))))
+      made.append(
+        convert_pair(
+          dict(
+            prompt=row.get("question"),
+            chosen=row.get(chosen),
+            rejected=row.get(rejected),
+          )
+        )
+      )
     except Refused as error:
       made.append(error)
   return made
 
 
 SCORED = Schema(
-    "scored_answers",
-    lambda row: (isinstance(row.get("prompt"), (str, list)) and
-                 isinstance(row.get("answers"), list) and
-                 isinstance(row.get("scores"), list)),
-    convert_scored, "pairs", many=True, wants=("prompt", "answers", "scores"),
-    roles=dict(prompt="the prompt", system="the system turn", id="the row's id",
-               answers="the answers", scores="their scores"))
+  "scored_answers",
+  lambda row: (
+    isinstance(row.get("prompt"), (str, list))
+    and isinstance(row.get("answers"), list)
+    and isinstance(row.get("scores"), list)
+  ),
+  convert_scored,
+  "pairs",
+  many=True,
+  wants=("prompt", "answers", "scores"),
+  roles=dict(
+    prompt="the prompt",
+    system="the system turn",
+    id="the row's id",
+    answers="the answers",
+    scores="their scores",
+  ),
+)
 COMPARED = Schema(
-    "fine_grained_rlhf",
-    lambda row: {"question", "preference", *_PREDICTIONS} <= row.keys(),
-    convert_compared, "pairs", many=True,
-    wants=("question", *_PREDICTIONS, "preference"),
-    roles=dict(question="the prompt", preference="which is better") |
-    dict.fromkeys(_PREDICTIONS, "an answer"))
+  "fine_grained_rlhf",
+  lambda row: {"question", "preference", *_PREDICTIONS} <= row.keys(),
+  convert_compared,
+  "pairs",
+  many=True,
+  wants=("question", *_PREDICTIONS, "preference"),
+  roles=dict(question="the prompt", preference="which is better")
+  | dict.fromkeys(_PREDICTIONS, "an answer"),
+)

@@ -8,25 +8,49 @@ dialogue is "\n\nHuman: ...\n\nAssistant: ..." with a system text in front.
 """
 
 import ast
+from collections.abc import Mapping
 import json
 import re
-from typing import Any, Mapping
+from typing import Any
 
 from jaxalign.data.schemas.pairs import ASSISTANT, HUMAN, Refused
 
 Message = dict[str, Any]
 
 _CALL = "function_call"
-ROLES = dict.fromkeys(("user", "human", "prompter"), "user") | dict.fromkeys(
+ROLES = (
+  dict.fromkeys(("user", "human", "prompter"), "user")
+  | dict.fromkeys(
     ("assistant", "gpt", "chatgpt", "bot", "model", "ai", "bing", "bard"),
-    "assistant") | dict.fromkeys(
-        ("tool", "observation", "function", "ipython", "tool_response",
-         "function_response"), "tool") | {
-             "system": "system", "developer": "developer",
-             "function_call": _CALL, "tool_call": _CALL}
+    "assistant",
+  )
+  | dict.fromkeys(
+    (
+      "tool",
+      "observation",
+      "function",
+      "ipython",
+      "tool_response",
+      "function_response",
+    ),
+    "tool",
+  )
+  | {
+    "system": "system",
+    "developer": "developer",
+    "function_call": _CALL,
+    "tool_call": _CALL,
+  }
+)
 # Beside role and content; others hold nothing that a template writes.
-KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning",
-        "thinking")
+KEYS = (
+  "name",
+  "tool_calls",
+  "tool_call_id",
+  "reasoning_content",
+  "reasoning",
+  "thinking",
+)
 _READ = {"role", "from", "content", "value", "function_call", *KEYS}
 TOOLS = "\n\nTool:"
 _LITERAL = 1 << 22  # characters of a Python literal; a longer one is no cell
@@ -44,8 +68,11 @@ def opened(value: Any, field: str) -> Any:
   Raises:
     Refused: it begins as messages do and cannot be read.
   """
-  if not isinstance(value, str) or not _BEGINS.match(value) or not (
-      _KEYS.search(value) and _TEXTS.search(value)):
+  if (
+    not isinstance(value, str)
+    or not _BEGINS.match(value)
+    or not (_KEYS.search(value) and _TEXTS.search(value))
+  ):
     return value
   for read in (json.loads, ast.literal_eval):
     if read is ast.literal_eval and len(value) > _LITERAL:
@@ -55,26 +82,38 @@ def opened(value: Any, field: str) -> Any:
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
       continue
     return found if is_messages(found) else value
-  raise Refused("messages in a text that cannot be read",
-                f"{field} is {value[:60]!r}")
+  raise Refused(
+    "messages in a text that cannot be read", f"{field} is {value[:60]!r}"
+  )
 
 
 def is_messages(value: Any) -> bool:
   """Whether a value is a message, or a list of some."""
   if isinstance(value, dict):
     value = _unzipped(value)
-  return (isinstance(value, list) and bool(value) and
-          all(isinstance(m, dict) and ({"role", "content"} <= m.keys() or
-                                       {"from", "value"} <= m.keys() or
-                                       {"role", "tool_calls"} <= m.keys())
-              for m in value))
+  return (
+    isinstance(value, list)
+    and bool(value)
+    and all(
+      isinstance(m, dict)
+      and (
+        {"role", "content"} <= m.keys()
+        or {"from", "value"} <= m.keys()
+        or {"role", "tool_calls"} <= m.keys()
+      )
+      for m in value
+    )
+  )
 
 
 def _unzipped(value: dict) -> list:
   """A lone message in a list; {"role": [...], "content": [...]} as messages."""
   lists = [item for item in value.values() if isinstance(item, list)]
-  if (len(lists) == len(value) > 1 and len({*map(len, lists)}) == 1
-      and ("role" in value or "from" in value)):
+  if (
+    len(lists) == len(value) > 1
+    and len({*map(len, lists)}) == 1
+    and ("role" in value or "from" in value)
+  ):
     return [dict(zip(value, items)) for items in zip(*lists)]
   return [value]
 
@@ -87,24 +126,33 @@ def messages_of(value: Any, field: str) -> list[Message]:
   if isinstance(value, dict):
     value = _unzipped(value)
   if not isinstance(value, list):
-    raise Refused("not a list of messages",
-                  f"{field} is a {type(value).__name__}")
+    raise Refused(
+      "not a list of messages", f"{field} is a {type(value).__name__}"
+    )
   return [_message(one, field) for one in value]
 
 
 def unread_keys(value: Any) -> set[str]:
   """Keys of messages that hold text and that nothing reads."""
   value = [value] if isinstance(value, dict) else value
-  return {str(key) for one in value if isinstance(one, dict)
-          for key, item in one.items()
-          if key not in _READ and isinstance(item, str) and item.strip()
-          } if isinstance(value, list) else set()
+  return (
+    {
+      str(key)
+      for one in value
+      if isinstance(one, dict)
+      for key, item in one.items()
+      if key not in _READ and isinstance(item, str) and item.strip()
+    }
+    if isinstance(value, list)
+    else set()
+  )
 
 
 def _message(value: Any, field: str) -> Message:
   if not isinstance(value, dict):
-    raise Refused("not a list of messages",
-                  f"{field} holds a {type(value).__name__}")
+    raise Refused(
+      "not a list of messages", f"{field} holds a {type(value).__name__}"
+    )
   role = value.get("role")
   role = value.get("from") if role is None else role
   known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
@@ -112,16 +160,22 @@ def _message(value: Any, field: str) -> Message:
     raise Refused("unknown role", f"{role!r:.40} in {field}")
   text = value.get("content")
   text = value.get("value") if text is None else text
-  out = {key: _without_none(value[key]) for key in KEYS
-         if value.get(key) not in (None, [], "")}
+  out = {
+    key: _without_none(value[key])
+    for key in KEYS
+    if value.get(key) not in (None, [], "")
+  }
   if known == _CALL:
     known, out["tool_calls"], text = "assistant", _calls(text, field), None
   elif isinstance(value.get("function_call"), Mapping):
-    out["tool_calls"] = [dict(type="function", function=_without_none(
-        value["function_call"]))]
+    out["tool_calls"] = [
+      dict(type="function", function=_without_none(value["function_call"]))
+    ]
   if "tool_calls" in out and not (
-      known == "assistant" and isinstance(out["tool_calls"], list) and
-      all(isinstance(call, dict) for call in out["tool_calls"])):
+    known == "assistant"
+    and isinstance(out["tool_calls"], list)
+    and all(isinstance(call, dict) for call in out["tool_calls"])
+  ):
     raise Refused("bad tool call", f"{out['tool_calls']!r:.60} in {field}")
   if text is not None or "tool_calls" not in out:
     text = content_of(text, f"content of {known} in {field}")
@@ -141,13 +195,17 @@ def content_of(value: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, str):
       texts.append(part)
-    elif isinstance(part, Mapping) and isinstance(part.get("text"), str) and (
-        kind in (None, "text", "input_text", "output_text")):
+    elif (
+      isinstance(part, Mapping)
+      and isinstance(part.get("text"), str)
+      and (kind in (None, "text", "input_text", "output_text"))
+    ):
       texts.append(part["text"])
     else:
       name = kind if isinstance(kind, str) else type(part).__name__
-      raise Refused("content is not text", f"a part of type {name!r:.40}, "
-                    f"{where}")
+      raise Refused(
+        "content is not text", f"a part of type {name!r:.40}, {where}"
+      )
   return "".join(texts)
 
 
@@ -158,13 +216,25 @@ def _calls(text: Any, field: str) -> list[dict]:
   except (ValueError, RecursionError):
     found = None
   found = [found] if isinstance(found, dict) else found
-  if not (isinstance(found, list) and found and all(
+  if not (
+    isinstance(found, list)
+    and found
+    and all(
       isinstance(one, dict) and isinstance(one.get("name"), str)
-      for one in found)):
-    raise Refused("bad tool call", f"{text!r:.60} in {field}, wanted JSON with "
-                  "a name and arguments")
-  return [dict(type="function", function=dict(
-      name=one["name"], arguments=one.get("arguments", {}))) for one in found]
+      for one in found
+    )
+  ):
+    raise Refused(
+      "bad tool call",
+      f"{text!r:.60} in {field}, wanted JSON with a name and arguments",
+    )
+  return [
+    dict(
+      type="function",
+      function=dict(name=one["name"], arguments=one.get("arguments", {})),
+    )
+    for one in found
+  ]
 
 
 def tools_of(value: Any) -> list[dict] | None:
@@ -178,8 +248,9 @@ def tools_of(value: Any) -> list[dict] | None:
       raise Refused("bad tools", f"{value[:40]!r} is no JSON") from error
   if value is None or value == [] or value == {}:
     return None
-  if not (isinstance(value, list) and
-          all(isinstance(tool, dict) for tool in value)):
+  if not (
+    isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+  ):
     raise Refused("bad tools", f"{value!r:.60}, wanted a list of schemas")
   return _without_none(value)
 
@@ -195,21 +266,25 @@ def _without_none(value: Any) -> Any:
 
 def is_plain(message: Message) -> bool:
   """Whether a message is its role and its text, and no more."""
-  return (message.keys() == {"role", "content"}
-          and message["content"] is not None)
+  return (
+    message.keys() == {"role", "content"} and message["content"] is not None
+  )
 
 
 def uses_tools(row: Mapping[str, Any]) -> bool:
   """Whether a converted row has tools, calls of them or their answers."""
   return bool(row.get("tools")) or any(
-      m["role"] == "tool" or "tool_calls" in m
-      for m in [*(row.get("turns") or ()), *(row.get("answers") or ())])
+    m["role"] == "tool" or "tool_calls" in m
+    for m in [*(row.get("turns") or ()), *(row.get("answers") or ())]
+  )
 
 
 def text_of_message(message: Message) -> str:
   """What a person reads of a message; calls as JSON after its text."""
-  calls = [json.dumps(call.get("function", call), ensure_ascii=False,
-                      default=str) for call in message.get("tool_calls", ())]
+  calls = [
+    json.dumps(call.get("function", call), ensure_ascii=False, default=str)
+    for call in message.get("tool_calls", ())
+  ]
   return "\n".join([*filter(None, [message["content"]]), *calls])
 
 
@@ -228,8 +303,9 @@ def dialogue(turns: list[Message]) -> str:
         raise Refused("system turn not first", f"message {i + 1}")
       text = content
     elif not content.strip() and message["role"] != "tool":
-      raise Refused("empty prompt",
-                    f"message {i + 1} ({message['role']}) is empty")
+      raise Refused(
+        "empty prompt", f"message {i + 1} ({message['role']}) is empty"
+      )
     else:
       text += f"{marks[message['role']]} {content}"
   return text + ASSISTANT

@@ -8,9 +8,10 @@ has some and `answers` where an answer is more than its text. Where the row has
 scores, `margin` is how much better the chosen side was said to be.
 """
 
+from collections.abc import Callable, Mapping
 import math
 import re
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -25,6 +26,7 @@ class Refused(Exception):
 
 class Schema(NamedTuple):
   """One shape of row: `matches(row)` knows it, `convert(row)` checks it."""
+
   name: str
   matches: Callable[[dict], bool]
   convert: Callable[..., Any]  # a dict or an Undecided; if `many`, a list
@@ -63,8 +65,11 @@ def number_of(row: Mapping, field: str) -> float | None:
       value = float(value)
     except ValueError:
       pass
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or (
-      not math.isfinite(value)):
+  if (
+    isinstance(value, bool)
+    or not isinstance(value, (int, float))
+    or (not math.isfinite(value))
+  ):
     raise Refused("bad score", f"{field} is {value!r:.40}, wanted a number")
   return float(value)
 
@@ -87,8 +92,12 @@ def turns_of(prompt: str) -> list[dict[str, str]] | None:
   system, *parts = re.split(f"({HUMAN}|{ASSISTANT})", prompt)
   turns = [dict(role="system", content=system)] if system.strip() else []
   for marker, text in zip(parts[:-2:2], parts[1:-2:2]):
-    turns.append(dict(role="user" if marker == HUMAN else "assistant",
-                      content=text.removeprefix(" ")))
+    turns.append(
+      dict(
+        role="user" if marker == HUMAN else "assistant",
+        content=text.removeprefix(" "),
+      )
+    )
   return turns
 
 
@@ -103,16 +112,23 @@ def margin_of(row: Mapping[str, Any]) -> float | None:
   inner = row.get("metadata")
   for where in (row, inner if isinstance(inner, Mapping) else {}):
     for name in ("{}_score", "score_{}"):
-      pair = [number_of(where, name.format(side))
-              for side in ("chosen", "rejected")]
+      pair = [
+        number_of(where, name.format(side)) for side in ("chosen", "rejected")
+      ]
       if None not in pair:
         return pair[0] - pair[1]
   return None
 
 
-def make_pair(prompt: str, chosen: str, rejected: str, group: str = "",
-              turns: list[dict] | None = None, margin: float | None = None,
-              **known: Any) -> dict[str, Any]:
+def make_pair(
+  prompt: str,
+  chosen: str,
+  rejected: str,
+  group: str = "",
+  turns: list[dict] | None = None,
+  margin: float | None = None,
+  **known: Any,
+) -> dict[str, Any]:
   """The converted pair, once its two sides are known to differ."""
   if not prompt.strip():
     raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
@@ -121,25 +137,37 @@ def make_pair(prompt: str, chosen: str, rejected: str, group: str = "",
       raise Refused("empty response", f"{side} is {text[:20]!r}")
   if chosen.strip() == rejected.strip():
     raise Refused("chosen equals rejected", f"{chosen[:40]!r}")
-  return dict(prompt=prompt, chosen=chosen, rejected=rejected,
-              group=group or group_of(prompt)) | _known(
-                  turns=turns, margin=margin, **known)
+  return dict(
+    prompt=prompt,
+    chosen=chosen,
+    rejected=rejected,
+    group=group or group_of(prompt),
+  ) | _known(turns=turns, margin=margin, **known)
 
 
 def _known(**values: Any) -> dict[str, Any]:
   return {name: value for name, value in values.items() if value is not None}
 
 
-def make_thumb(prompt: str, completion: str, label: bool, group: str = "",
-               turns: list[dict] | None = None, **known: Any
-               ) -> dict[str, Any]:
+def make_thumb(
+  prompt: str,
+  completion: str,
+  label: bool,
+  group: str = "",
+  turns: list[dict] | None = None,
+  **known: Any,
+) -> dict[str, Any]:
   """The converted single answer, liked or disliked."""
   if not prompt.strip():
     raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
   if not completion.strip():
     raise Refused("empty response", f"completion is {completion[:20]!r}")
-  return dict(prompt=prompt, completion=completion, label=label,
-              group=group or group_of(prompt)) | _known(turns=turns, **known)
+  return dict(
+    prompt=prompt,
+    completion=completion,
+    label=label,
+    group=group or group_of(prompt),
+  ) | _known(turns=turns, **known)
 
 
 def split_dialogue(text: str, side: str) -> tuple[str, str]:

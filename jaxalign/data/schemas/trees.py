@@ -25,8 +25,10 @@ def convert(row: dict, pairs: str = "all") -> list[dict[str, Any] | Refused]:
   if "prompt" not in row:
     raise Refused("missing field", "prompt")
   if not isinstance(root, dict):
-    raise Refused("null" if root is None else "not a tree",
-                  f"prompt is a {type(root).__name__}")
+    raise Refused(
+      "null" if root is None else "not a tree",
+      f"prompt is a {type(root).__name__}",
+    )
   made = []
   todo = [(root, [])]
   while todo:  # a loop: a tree may be deeper than Python's stack
@@ -34,12 +36,15 @@ def convert(row: dict, pairs: str = "all") -> list[dict[str, Any] | Refused]:
     path = before + [_message(node)]
     replies = node.get("replies") or []
     if not isinstance(replies, list) or not all(
-        isinstance(reply, dict) for reply in replies):
+      isinstance(reply, dict) for reply in replies
+    ):
       raise Refused("not a tree", f"replies of {_name(node)!r:.60}")
-    ranked = sorted((r for r in replies if r.get("rank") is not None),
-                    key=_rank)
-    made += [_pair(path, better, worse)
-             for better, worse in drawn(ranked, pairs)]
+    ranked = sorted(
+      (r for r in replies if r.get("rank") is not None), key=_rank
+    )
+    made += [
+      _pair(path, better, worse) for better, worse in drawn(ranked, pairs)
+    ]
     todo += [(reply, path) for reply in reversed(replies)]
   if not made:
     raise Refused("no ranked replies", _name(root))
@@ -54,8 +59,9 @@ def _pair(path: list, better: dict, worse: dict) -> dict[str, Any] | Refused:
       raise Refused("deleted message", name)
     if _rank(better) == _rank(worse):
       raise Refused("tied ranks", name)
-    made = convert_pair(dict(prompt=path, chosen=[_message(better)],
-                             rejected=[_message(worse)]))
+    made = convert_pair(
+      dict(prompt=path, chosen=[_message(better)], rejected=[_message(worse)])
+    )
     return dict(made, id=name if ">" not in (name[:1], name[-1:]) else None)
   except Refused as error:
     return error
@@ -66,8 +72,9 @@ def _message(node: dict) -> dict[str, str]:
   if not isinstance(role, str) or role not in ROLES:
     raise Refused("unknown role", f"{role!r:.40}")
   if not isinstance(text, str):
-    raise Refused("null" if text is None else "not a string",
-                  f"text of {_name(node)!r:.60}")
+    raise Refused(
+      "null" if text is None else "not a string", f"text of {_name(node)!r:.60}"
+    )
   return dict(role=ROLES[role], content=text)
 
 
@@ -88,6 +95,12 @@ def _matches(row: dict) -> bool:
   return isinstance(root, dict) and isinstance(root.get("replies"), list)
 
 
-TREES = Schema("trees", _matches, convert, "pairs", many=True,
-               wants=("prompt",), roles=dict(
-                   prompt="the tree of messages", id="the row's id"))
+TREES = Schema(
+  "trees",
+  _matches,
+  convert,
+  "pairs",
+  many=True,
+  wants=("prompt",),
+  roles=dict(prompt="the tree of messages", id="the row's id"),
+)

@@ -18,12 +18,15 @@ def _line(text: bytes) -> dict[str, Any] | None:
   except ValueError:
     return None
   if not isinstance(found, dict) or not all(
-      isinstance(found.get(k), int) and found[k] >= 0
-      for k in ("requests", "tokens")):
+    isinstance(found.get(k), int) and found[k] >= 0
+    for k in ("requests", "tokens")
+  ):
     return None
-  if "key" in found and (not isinstance(found["key"], str)
-                         or found.get("said", 0) not in _SAID
-                         or not isinstance(found.get("reply", ""), str)):
+  if "key" in found and (
+    not isinstance(found["key"], str)
+    or found.get("said", 0) not in _SAID
+    or not isinstance(found.get("reply", ""), str)
+  ):
     return None
   return found
 
@@ -71,8 +74,9 @@ class Verdicts:
         with open(self.path, "ab") as f:
           f.write(self._start + text)
       except OSError as error:
-        raise WriteError(f"{self.path}: {error}; free some space or choose "
-                         "another workdir") from error
+        raise WriteError(
+          f"{self.path}: {error}; free some space or choose another workdir"
+        ) from error
       self._start = b""
       self.requests += line["requests"]
       self.tokens += line["tokens"]

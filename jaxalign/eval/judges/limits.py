@@ -16,8 +16,15 @@ class Budget:
   still there, and what it did not use is given back.
   """
 
-  def __init__(self, *, max_requests: int, max_total_tokens: int,
-               per_minute: float, requests: int = 0, tokens: int = 0):
+  def __init__(
+    self,
+    *,
+    max_requests: int,
+    max_total_tokens: int,
+    per_minute: float,
+    requests: int = 0,
+    tokens: int = 0,
+  ):
     self.max_requests, self.max_tokens = max_requests, max_total_tokens
     self.requests, self.tokens = requests, tokens
     self._every = 60.0 / per_minute
@@ -32,14 +39,15 @@ class Budget:
     """
     with self._lock:
       for what, used, cap, knob in (
-          ("requests", self.requests + 1, self.max_requests, "max_requests"),
-          ("tokens", self.tokens + most, self.max_tokens,
-           "max_total_tokens")):
+        ("requests", self.requests + 1, self.max_requests, "max_requests"),
+        ("tokens", self.tokens + most, self.max_tokens, "max_total_tokens"),
+      ):
         if used > cap:
           raise ConfigError(
-              f"the judge's cap of {cap} {what} is reached (the next request "
-              f"could make it {used}); the verdicts so far are kept: raise "
-              f"{knob} and start the same command again")
+            f"the judge's cap of {cap} {what} is reached (the next request "
+            f"could make it {used}); the verdicts so far are kept: raise "
+            f"{knob} and start the same command again"
+          )
       self.requests += 1
       self.tokens += most
       start = max(time.monotonic(), self._next)
@@ -65,5 +73,5 @@ def pause(attempt: int, backoff_s: float, asked: str | None) -> float:
   except ValueError:  # a date; the doubling does
     wanted = 0.0
   # Spread out, or many that failed together come back together.
-  doubled = backoff_s * 2.0**min(attempt, 30) * random.uniform(0.5, 1.0)
+  doubled = backoff_s * 2.0 ** min(attempt, 30) * random.uniform(0.5, 1.0)
   return min(_LONGEST_S, max(wanted if wanted > 0 else 0.0, doubled))

@@ -30,8 +30,9 @@ _CLOSING = "Which answer is better? End with the VERDICT line."
 _LINE = re.compile(r"\**VERDICT: ?\**(A|B|TIE)\**\.?", re.IGNORECASE)
 _SAID = {"A": "first", "B": "second", "TIE": "tie"}
 # Verdicts of another wording are other verdicts: part of the cache's key.
-VERSION = hashlib.sha256(repr((SYSTEM, _PARTS, _CLOSING)).encode()
-                         ).hexdigest()[:12]
+VERSION = hashlib.sha256(repr((SYSTEM, _PARTS, _CLOSING)).encode()).hexdigest()[
+  :12
+]
 
 
 class Pair(NamedTuple):
@@ -49,14 +50,18 @@ def messages(pair: Pair) -> list[dict[str, str]]:
     nonce = secrets.token_hex(8)
   # A lone surrogate cannot be sent at all.
   texts = [t.encode("utf-8", "replace").decode() for t in pair]
-  fenced = [f"<{nonce} {name}>\n{text}\n</{nonce} {name}>"
-            for name, text in zip(_PARTS, texts)]
-  return [dict(role="system", content=SYSTEM.format(nonce=nonce)),
-          dict(role="user", content="\n\n".join([*fenced, _CLOSING]))]
+  fenced = [
+    f"<{nonce} {name}>\n{text}\n</{nonce} {name}>"
+    for name, text in zip(_PARTS, texts)
+  ]
+  return [
+    dict(role="system", content=SYSTEM.format(nonce=nonce)),
+    dict(role="user", content="\n\n".join([*fenced, _CLOSING])),
+  ]
 
 
 def parse(reply: str | None) -> str | None:
-  """"first", "second" or "tie"; None where the last line is no verdict.
+  """ "first", "second" or "tie"; None where the last line is no verdict.
 
   Only the last line counts: a judge may quote an answer that holds a verdict
   of its own. Nothing else is searched for a hint; a guess is no verdict.

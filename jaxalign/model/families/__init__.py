@@ -13,20 +13,36 @@ from etils import epath
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.families import gemma, llama, neox
-from jaxalign.model.families.fields import (Family, Raw, read_rope,
-                                            write_rope)
+from jaxalign.model.families.fields import Family, Raw, read_rope, write_rope
 from jaxalign.model.table import Stored
 
-__all__ = ["FAMILIES", "Family", "canonical", "config_of", "hf_config", "of",
-           "read_config", "read_raw", "read_rope", "stored", "write_rope"]
+__all__ = [
+  "FAMILIES",
+  "Family",
+  "canonical",
+  "config_of",
+  "hf_config",
+  "of",
+  "read_config",
+  "read_raw",
+  "read_rope",
+  "stored",
+  "write_rope",
+]
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | neox.FAMILIES
 TEXT_TOWERS = {"gemma3": "gemma3_text"}  # multimodal: the text is read
-_PREFIXES = (("language_model.model.", "model."),  # Gemma 3 with its eyes
-             ("model.language_model.", "model."),
-             ("language_model.lm_head.", "lm_head."))
-_IGNORED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
-            "model.multi_modal_projector.")
+_PREFIXES = (
+  ("language_model.model.", "model."),  # Gemma 3 with its eyes
+  ("model.language_model.", "model."),
+  ("language_model.lm_head.", "lm_head."),
+)
+_IGNORED = (
+  "vision_tower.",
+  "multi_modal_projector.",
+  "model.vision_tower.",
+  "model.multi_modal_projector.",
+)
 _BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -46,23 +62,33 @@ def canonical(m: decoder.ModelConfig, name: str) -> str | None:
     return None
   for old, new in _PREFIXES:
     if name.startswith(old):
-      name = new + name[len(old):]
+      name = new + name[len(old) :]
       break
   if name == "embed_out.weight":  # NeoX's head, in files and in transformers 5
     name = "lm_head.weight"
   return None if m.tied and name == "lm_head.weight" else name
 
 
-def hf_config(m: decoder.ModelConfig, bos: int, eos: Any,
-              dtype: str = "float32") -> dict[str, Any]:
+def hf_config(
+  m: decoder.ModelConfig, bos: int, eos: Any, dtype: str = "float32"
+) -> dict[str, Any]:
   """`config.json` of these sizes, as transformers reads it."""
-  return dict(architectures=[of(m).architecture], model_type=m.family,
-              **of(m).write(m), bos_token_id=bos if bos >= 0 else None,
-              eos_token_id=eos, dtype=dtype)
+  return dict(
+    architectures=[of(m).architecture],
+    model_type=m.family,
+    **of(m).write(m),
+    bos_token_id=bos if bos >= 0 else None,
+    eos_token_id=eos,
+    dtype=dtype,
+  )
 
 
-def config_of(raw: Raw, dtype: str = "float32", remat: str = "none",
-              where: str = "config.json") -> decoder.ModelConfig:
+def config_of(
+  raw: Raw,
+  dtype: str = "float32",
+  remat: str = "none",
+  where: str = "config.json",
+) -> decoder.ModelConfig:
   """The ModelConfig of a parsed config.json.
 
   Raises:
@@ -72,28 +98,42 @@ def config_of(raw: Raw, dtype: str = "float32", remat: str = "none",
   if kind in TEXT_TOWERS:
     raw, kind = dict(raw.get("text_config") or {}), TEXT_TOWERS[kind]
   if kind not in FAMILIES:
-    experts = ("; mixtures of experts are out of scope" if isinstance(kind, str)
-               and ("moe" in kind or "mixtral" in kind) else "")
+    experts = (
+      "; mixtures of experts are out of scope"
+      if isinstance(kind, str) and ("moe" in kind or "mixtral" in kind)
+      else ""
+    )
     raise ConfigError(
-        f"{where}: model_type={kind!r} is unknown{experts}; known: "
-        f"{', '.join([*FAMILIES, *TEXT_TOWERS])}; set config.model.checkpoint")
+      f"{where}: model_type={kind!r} is unknown{experts}; known: "
+      f"{', '.join([*FAMILIES, *TEXT_TOWERS])}; set config.model.checkpoint"
+    )
   family = FAMILIES[kind]
   raw = family.defaults | raw
   for name, value in family.refused.items():
     if (raw.get(name) or value) != value:
-      raise ConfigError(f"{where}: {name}={raw[name]!r} is not read, only "
-                        f"{value!r}")
+      raise ConfigError(
+        f"{where}: {name}={raw[name]!r} is not read, only {value!r}"
+      )
   try:
-    return decoder.ModelConfig(dtype=dtype, remat=remat, family=kind,
-                               **family.read(raw))
+    return decoder.ModelConfig(
+      dtype=dtype, remat=remat, family=kind, **family.read(raw)
+    )
   except ConfigError as error:
-    raise ConfigError(f"{where}: {error}; set config.model.checkpoint"
-                      ) from error
-  except (ValueError, TypeError, AttributeError, KeyError,
-          ZeroDivisionError) as error:
-    raise ConfigError(f"{where} is no config of a {kind} "
-                      f"({type(error).__name__}: {error}); set "
-                      "config.model.checkpoint") from error
+    raise ConfigError(
+      f"{where}: {error}; set config.model.checkpoint"
+    ) from error
+  except (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    ZeroDivisionError,
+  ) as error:
+    raise ConfigError(
+      f"{where} is no config of a {kind} "
+      f"({type(error).__name__}: {error}); set "
+      "config.model.checkpoint"
+    ) from error
 
 
 def read_raw(folder: Any) -> dict[str, Any]:
@@ -104,19 +144,23 @@ def read_raw(folder: Any) -> dict[str, Any]:
   """
   path = epath.Path(folder) / "config.json"
   if not path.exists():
-    raise ConfigError(f"{folder} has no config.json; set config.model."
-                      "checkpoint to a Hugging Face folder")
+    raise ConfigError(
+      f"{folder} has no config.json; set config.model."
+      "checkpoint to a Hugging Face folder"
+    )
   try:
     raw = json.loads(path.read_bytes())
     if not isinstance(raw, dict):
       raise ValueError(f"a {type(raw).__name__}, wanted an object")
   except ValueError as error:
-    raise ConfigError(f"{path} is no JSON object ({error}); set "
-                      "config.model.checkpoint") from error
+    raise ConfigError(
+      f"{path} is no JSON object ({error}); set config.model.checkpoint"
+    ) from error
   return raw
 
 
 def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
   """The ModelConfig of a Hugging Face folder; ConfigError as `config_of`."""
-  return config_of(read_raw(folder), dtype, remat,
-                   str(epath.Path(folder) / "config.json"))
+  return config_of(
+    read_raw(folder), dtype, remat, str(epath.Path(folder) / "config.json")
+  )

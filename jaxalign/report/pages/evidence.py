@@ -21,13 +21,22 @@ def ranking(found: Any) -> Html | str:
     rows = []
     for r in records(one.get("rows")):
       ends = [page.number(r.get(k)) for k in ("from", "to")]
-      rows.append((page.plain(r.get("name")), " to ".join(dict.fromkeys(ends)),
-                   run.measured(_SHARE, r)))
-    blocks.append(page.table(
-        ("Arm", "Ranks left open", "Mean over seeds and prompts, %"), rows,
+      rows.append(
+        (
+          page.plain(r.get("name")),
+          " to ".join(dict.fromkeys(ends)),
+          run.measured(_SHARE, r),
+        )
+      )
+    blocks.append(
+      page.table(
+        ("Arm", "Ranks left open", "Mean over seeds and prompts, %"),
+        rows,
         f"Ranking at {run.budget(one.get('budget'))} of the pool. Arms that "
         "were not told apart, all pairs corrected together (Holm), share "
-        "ranks."))
+        "ranks.",
+      )
+    )
   return page.join([tag("h3", "Ranking"), *blocks]) if blocks else ""
 
 
@@ -40,17 +49,25 @@ def efficiency(found: Any) -> Html | str:
   rows = []
   for one in records(found):
     gain = fields(one.get("gain"))
-    rows.append((
-        page.plain(one.get("name")), page.join([
-            run.shown(_SHARE, gain.get("value"), sign=True, unit=False), " ",
-            tag("small", run.bounds(_SHARE, gain, sign=True)
-                or page.MISSING)]),
+    rows.append(
+      (
+        page.plain(one.get("name")),
+        page.join(
+          [
+            run.shown(_SHARE, gain.get("value"), sign=True, unit=False),
+            " ",
+            tag("small", run.bounds(_SHARE, gain, sign=True) or page.MISSING),
+          ]
+        ),
         page.engineering(one.get("operations")),
-        page.number(one.get("per_tera"), sign=True)))
+        page.number(one.get("per_tera"), sign=True),
+      )
+    )
   if not rows:
     return ""
   return page.table(
-      ("Arm", "Points gained over the start", "Operations",
-       "Points per TFLOP"), rows,
-      "Quality for its cost: selecting, the reference's pass and training "
-      "counted, as if the arm were run alone.")
+    ("Arm", "Points gained over the start", "Operations", "Points per TFLOP"),
+    rows,
+    "Quality for its cost: selecting, the reference's pass and training "
+    "counted, as if the arm were run alone.",
+  )

@@ -8,8 +8,12 @@ from jaxalign.report.pages.run import fields, items, records
 
 SAMPLES = 6  # prompts whose answers are shown
 REASON = 300  # characters of what a judge wrote
-_AGAINST = {"target": "the target", "sft": "the start",
-            "reference": "the start", "chosen": "the chosen answer"}
+_AGAINST = {
+  "target": "the target",
+  "sft": "the start",
+  "reference": "the start",
+  "chosen": "the chosen answer",
+}
 _SAID = {"first": "named it", "second": "named the other", "tie": "tie"}
 
 
@@ -19,7 +23,8 @@ def _won(value: Any) -> str:
   if x is None:
     return "no verdict"
   return ("won" if x > 0.5 else "lost" if x < 0.5 else "tied") + (
-      "" if x in (0, 0.5, 1) else " in one order")
+    "" if x in (0, 0.5, 1) else " in one order"
+  )
 
 
 def _verdict(found: dict, against: str) -> tuple[str, Html | str]:
@@ -33,13 +38,20 @@ def _verdict(found: dict, against: str) -> tuple[str, Html | str]:
   for k, (place, reply) in enumerate(zip(("first", "second"), replies)):
     # In the second order the names of the places are exchanged.
     word = said[k] if k < len(said) else None
-    word = {"first": "second", "second": "first"}.get(word, word) if (
-        k) else word
-    parts.append(page.text_box(
+    word = (
+      {"first": "second", "second": "first"}.get(word, word) if (k) else word
+    )
+    parts.append(
+      page.text_box(
         f"Shown {place}: {_SAID.get(str(word), 'could not be read')}",
-        reply, "said", limit=REASON))
-  return words, tag("details", tag("summary", "What the judge wrote"),
-                    *parts) if parts else ""
+        reply,
+        "said",
+        limit=REASON,
+      )
+    )
+  return words, tag(
+    "details", tag("summary", "What the judge wrote"), *parts
+  ) if parts else ""
 
 
 def section(found: Any, start: str) -> Html:
@@ -54,8 +66,7 @@ def section(found: Any, start: str) -> Html:
     return page.absent("Answers of the policies were not kept or")
   parts = []
   for sample in found[:SAMPLES]:
-    rewards, verdicts = (fields(sample.get(k)) for k in ("rewards",
-                                                         "verdicts"))
+    rewards, verdicts = (fields(sample.get(k)) for k in ("rewards", "verdicts"))
     side = page.plain(sample.get("against") or "target")
     against = _AGAINST.get(side, side)
     texts = [("target", "Target", sample.get("target"))]
@@ -63,8 +74,10 @@ def section(found: Any, start: str) -> Html:
       one = next(iter(verdicts.values()), None)
       texts.append(("chosen", "Chosen", fields(one).get("theirs")))
     texts.append(("sft", start, sample.get("sft")))
-    texts += [(name, page.plain(name), text)
-              for name, text in fields(sample.get("arms")).items()]
+    texts += [
+      (name, page.plain(name), text)
+      for name, text in fields(sample.get("arms")).items()
+    ]
     boxes = []
     for key, label, text in texts:
       reward = rewards.get(key)
@@ -74,15 +87,27 @@ def section(found: Any, start: str) -> Html:
       if not (key == "sft" and side == "reference"):  # itself
         words, reasons = _verdict(fields(verdicts.get(key)), against)
       won = page.finite(fields(verdicts.get(key)).get("won"))
-      kind = "" if not words or won is None or won == 0.5 else (
-          "yes" if won > 0.5 else "no")
-      boxes.append(tag("div", page.text_box(label + words, text, kind,
-                                            limit=800), reasons))
-    parts.append(tag("div", page.text_box("Prompt", sample.get("prompt"),
-                                          limit=800),
-                     page.grid(*boxes), class_="example"))
+      kind = (
+        ""
+        if not words or won is None or won == 0.5
+        else ("yes" if won > 0.5 else "no")
+      )
+      boxes.append(
+        tag("div", page.text_box(label + words, text, kind, limit=800), reasons)
+      )
+    parts.append(
+      tag(
+        "div",
+        page.text_box("Prompt", sample.get("prompt"), limit=800),
+        page.grid(*boxes),
+        class_="example",
+      )
+    )
   if len(found) > SAMPLES:
-    parts.append(page.paragraph(
+    parts.append(
+      page.paragraph(
         f"{len(found) - SAMPLES:,} more prompts are in the job's files.",
-        kind="cut"))
+        kind="cut",
+      )
+    )
   return page.join(parts)

@@ -1,7 +1,8 @@
 """The page over a job that compares several arms, and its plain-text form."""
 
+from collections.abc import Callable, Sequence
 import textwrap
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from jaxalign import progress
 from jaxalign.report import charts, page
@@ -60,31 +61,54 @@ def _top(summary: dict, arms: list[dict]) -> Html:
   verdicts = run.words(summary.get("verdicts"))
   warned = run.words(summary.get("warnings"))
   few = [a for a in arms if not a.get("is_all")]
-  used = sorted({x for x in (page.finite(a.get("rows")) for a in few)
-                 if x is not None})
+  used = sorted(
+    {x for x in (page.finite(a.get("rows")) for a in few) if x is not None}
+  )
   pool = page.finite(counts.get("pool"))
-  tiles = [(page.number(counts.get("pool")), "rows in the pool",
-            f"{page.number(counts.get('held_out'))} held out")]
+  tiles = [
+    (
+      page.number(counts.get("pool")),
+      "rows in the pool",
+      f"{page.number(counts.get('held_out'))} held out",
+    )
+  ]
   if used:
     span = [int(used[0]), int(used[-1])] if len(used) > 1 else [int(used[0])]
     share = " to ".join(page.percent(u / pool) for u in span) if pool else ""
-    tiles.append((" to ".join(page.number(u) for u in span),
-                  "rows in a selection",
-                  f"{share} of the pool" if share else None))
+    tiles.append(
+      (
+        " to ".join(page.number(u) for u in span),
+        "rows in a selection",
+        f"{share} of the pool" if share else None,
+      )
+    )
   seeds = len({repr(a.get("seed")) for a in arms})
   names = len(set(_styles(arms)))
-  tiles.append((page.number(names), "arms" if names != 1 else "arm",
-                f"{seeds} {'seeds' if seeds != 1 else 'seed'}, "
-                f"{len(arms)} {'runs' if len(arms) != 1 else 'run'}"))
-  spent = [x for x in (page.finite(s.get("operations"))
-                       for s in records(ledger.get("stages")))
-           if x is not None]
+  tiles.append(
+    (
+      page.number(names),
+      "arms" if names != 1 else "arm",
+      f"{seeds} {'seeds' if seeds != 1 else 'seed'}, "
+      f"{len(arms)} {'runs' if len(arms) != 1 else 'run'}",
+    )
+  )
+  spent = [
+    x
+    for x in (
+      page.finite(s.get("operations")) for s in records(ledger.get("stages"))
+    )
+    if x is not None
+  ]
   if spent:
     share = page.finite(ledger.get("selection_share"))
     least = "≥ " if len(spent) < len(records(ledger.get("stages"))) else ""
-    tiles.append((least + page.engineering(sum(spent)), "spent in all",
-                  None if share is None else
-                  f"{page.percent(share)} of it on selecting"))
+    tiles.append(
+      (
+        least + page.engineering(sum(spent)),
+        "spent in all",
+        None if share is None else f"{page.percent(share)} of it on selecting",
+      )
+    )
   parts = []
   if verdicts:
     parts.append(page.callout("verdict", "What was found", verdicts))
@@ -109,19 +133,38 @@ def _forest(rows: Sequence[tuple[str, int, dict]], name: str) -> Html:
   """Every arm's value of one metric, against chance where there is one."""
   m = run.metric(name)
   scale = 100.0 if m.share else 1.0
-  placed = [charts.Row(label, f.get("value"), f.get("low"), f.get("high"),
-                       run.measured(m, f), colour)
-            for label, colour, f in rows]
-  many = {_count(f) for _, _, f in rows  # an arm may have no such number
-          if f.get("n") is not None and f.get("value") is not None}
+  placed = [
+    charts.Row(
+      label,
+      f.get("value"),
+      f.get("low"),
+      f.get("high"),
+      run.measured(m, f),
+      colour,
+    )
+    for label, colour, f in rows
+  ]
+  many = {
+    _count(f)
+    for _, _, f in rows  # an arm may have no such number
+    if f.get("n") is not None and f.get("value") is not None
+  }
   caption = f"{m.name}: value and 95 % interval per arm"
   if many:
     caption += f", n = {' / '.join(sorted(many))}"
   if m.chance is not None:
     caption += ". Dashed: no preference"
-  return page.figure(charts.intervals(
-      placed, m.name, run.headed(name), scale=scale, reference=m.chance,
-      reference_label="even" if m.chance is not None else ""), caption + ".")
+  return page.figure(
+    charts.intervals(
+      placed,
+      m.name,
+      run.headed(name),
+      scale=scale,
+      reference=m.chance,
+      reference_label="even" if m.chance is not None else "",
+    ),
+    caption + ".",
+  )
 
 
 def _differences(found: list[dict], colours: dict) -> list[Html]:
@@ -139,29 +182,58 @@ def _differences(found: list[dict], colours: dict) -> list[Html]:
       gap = fields(c.get("difference"))
       label = f"{page.plain(c.get('a'))} − {page.plain(c.get('b'))}"
       text = run.measured(m, gap, sign=True)
-      drawn.append(charts.Row(
-          page.plain(c.get("label")) if title else label, gap.get("value"),
-          gap.get("low"), gap.get("high"), text,
-          colours.get(page.plain(c.get("label" if title else "a")), 6)))
-      rows.append((label, m.name, page.join([
-          run.shown(m, gap.get("value"), sign=True, unit=False), " ",
-          tag("small", run.bounds(m, gap, sign=True) or page.MISSING)]),
-                   page.number(gap.get("n"))))
-    blocks.append(page.figure(charts.intervals(
-        drawn, f"{title or 'Difference'}, {m.name}",
-        f"difference, {unit}" if unit else "difference",
-        scale=100.0 if m.share else 1.0, reference=0.0,
-        reference_label="no difference"),
+      drawn.append(
+        charts.Row(
+          page.plain(c.get("label")) if title else label,
+          gap.get("value"),
+          gap.get("low"),
+          gap.get("high"),
+          text,
+          colours.get(page.plain(c.get("label" if title else "a")), 6),
+        )
+      )
+      rows.append(
+        (
+          label,
+          m.name,
+          page.join(
+            [
+              run.shown(m, gap.get("value"), sign=True, unit=False),
+              " ",
+              tag("small", run.bounds(m, gap, sign=True) or page.MISSING),
+            ]
+          ),
+          page.number(gap.get("n")),
+        )
+      )
+    blocks.append(
+      page.figure(
+        charts.intervals(
+          drawn,
+          f"{title or 'Difference'}, {m.name}",
+          f"difference, {unit}" if unit else "difference",
+          scale=100.0 if m.share else 1.0,
+          reference=0.0,
+          reference_label="no difference",
+        ),
         f"{title + '. ' if title else ''}{m.name}: difference between arms "
         "with its 95 % interval"
         f"{', in percentage points' if m.share else ''}. An interval that "
-        "crosses the dashed line leaves the sign open."))
+        "crosses the dashed line leaves the sign open.",
+      )
+    )
   # The sentences stand below: a column of them is a thread on a phone.
   told = [tag("li", page.plain(c["words"])) for c in found if c.get("words")]
-  return [*blocks, page.table(
+  return [
+    *blocks,
+    page.table(
       ("Difference", "Metric", "Value, points or units", "n"),
-      rows, "Differences between arms.", text=(1,)),
-          tag("ul", *told) if told else page.absent("A verdict in words was")]
+      rows,
+      "Differences between arms.",
+      text=(1,),
+    ),
+    tag("ul", *told) if told else page.absent("A verdict in words was"),
+  ]
 
 
 def _comparison(summary: dict, arms: list[dict]) -> Html:
@@ -173,28 +245,44 @@ def _comparison(summary: dict, arms: list[dict]) -> Html:
   names = run.known(every)
   parts = []
   if names:
-    main = [n for n in ("win_vs_target", "win_vs_chosen", "win_vs_sft",
-                        "accuracy")
-            if n in names] or names[:1]
+    main = [
+      n
+      for n in ("win_vs_target", "win_vs_chosen", "win_vs_sft", "accuracy")
+      if n in names
+    ] or names[:1]
     drawn = []
     for name in main:
-      rows = [(label, colour, fields(run.metrics_of(a).get(name)))
-              for a, (label, colour) in zip(every, looks)]
+      rows = [
+        (label, colour, fields(run.metrics_of(a).get(name)))
+        for a, (label, colour) in zip(every, looks)
+      ]
       drawn.append(_forest([r for r in rows if r[2]], name))
     parts += [drawn[0], page.grid(*drawn[1:])]
-    parts.append(page.table(
+    parts.append(
+      page.table(
         ("Arm", "Rows", "Updates", *(run.headed(n) for n in names)),
-        [(page.plain(a.get("name")), page.number(a.get("rows")),
-          page.number(a.get("updates")),
-          *(run.cell(run.metric(n), run.metrics_of(a).get(n)) for n in names))
-         for a in every], "All metrics, with 95 % intervals below."))
+        [
+          (
+            page.plain(a.get("name")),
+            page.number(a.get("rows")),
+            page.number(a.get("updates")),
+            *(run.cell(run.metric(n), run.metrics_of(a).get(n)) for n in names),
+          )
+          for a in every
+        ],
+        "All metrics, with 95 % intervals below.",
+      )
+    )
   else:
     parts.append(page.absent("How well the arms do was"))
   found = records(summary.get("comparisons"))
   parts.append(tag("h3", "Differences"))
   colours = {name: c for name, c in [*styles, *looks]}
-  parts += _differences(found, colours) if found else [
-      page.absent("Differences between arms were")]
+  parts += (
+    _differences(found, colours)
+    if found
+    else [page.absent("Differences between arms were")]
+  )
   return page.join([*parts, evidence.ranking(summary.get("ranking"))])
 
 
@@ -204,50 +292,77 @@ def _data(found: dict) -> Html:
   counts = fields(found.get("rows"))
   cut = fields(found.get("truncation"))
   refused = fields(found.get("refused"))
-  facts = [("Source", found.get("source")), ("Schema", found.get("schema")),
-           ("Kind", found.get("kind")),
-           ("Records seen", page.number(found.get("seen"))),
-           ("Rows for SFT", page.number(counts.get("sft"))),
-           ("Rows in the pool", page.number(counts.get("pool"))),
-           ("Rows held out", page.number(counts.get("held_out"))),
-           ("Duplicates left out", page.number(found.get("duplicates")))]
-  facts.append(("Over the context", (
-      f"{page.number(cut.get('too_long'))} rows left out, "
-      f"{page.number(cut.get('rows_cut'))} cut; "
-      f"{page.number(cut.get('context'))} tokens, "
-      f"{page.number(cut.get('fits'))} keep 99 % whole")
-                if cut else "not measured"))
+  facts = [
+    ("Source", found.get("source")),
+    ("Schema", found.get("schema")),
+    ("Kind", found.get("kind")),
+    ("Records seen", page.number(found.get("seen"))),
+    ("Rows for SFT", page.number(counts.get("sft"))),
+    ("Rows in the pool", page.number(counts.get("pool"))),
+    ("Rows held out", page.number(counts.get("held_out"))),
+    ("Duplicates left out", page.number(found.get("duplicates"))),
+  ]
+  facts.append(
+    (
+      "Over the context",
+      (
+        f"{page.number(cut.get('too_long'))} rows left out, "
+        f"{page.number(cut.get('rows_cut'))} cut; "
+        f"{page.number(cut.get('context'))} tokens, "
+        f"{page.number(cut.get('fits'))} keep 99 % whole"
+      )
+      if cut
+      else "not measured",
+    )
+  )
   parts = [page.facts(facts)]
   if refused:
-    total = sum(x for x in map(page.finite, refused.values())
-                if x is not None)
-    parts.append(page.table(
+    total = sum(x for x in map(page.finite, refused.values()) if x is not None)
+    parts.append(
+      page.table(
         ("Reason", "Records"),
         [(page.plain(k), page.number(v)) for k, v in refused.items()],
-        f"Refused records, {page.number(int(total))} in all."))
+        f"Refused records, {page.number(int(total))} in all.",
+      )
+    )
   elif found.get("refused") is not None:
     parts.append(page.paragraph("No record was refused."))
   rows = []
   for unit in ("chars", "tokens"):
     for part, value in fields(found.get(unit)).items():
-      rows.append((f"{page.plain(part).capitalize()}, "
-                   f"{'characters' if unit == 'chars' else 'tokens'}",
-                   *run.quantiles(value)))
-  parts.append(page.table(("Text", "5th percentile", "Median",
-                           "95th percentile"), rows, "How long the texts are.")
-               if rows else page.absent("The lengths of the texts were"))
+      rows.append(
+        (
+          f"{page.plain(part).capitalize()}, "
+          f"{'characters' if unit == 'chars' else 'tokens'}",
+          *run.quantiles(value),
+        )
+      )
+  parts.append(
+    page.table(
+      ("Text", "5th percentile", "Median", "95th percentile"),
+      rows,
+      "How long the texts are.",
+    )
+    if rows
+    else page.absent("The lengths of the texts were")
+  )
   if lines := page.lines_of(found.get("reading")):
     parts.append(page.text_box("How the rows were read", lines, limit=8000))
   examples = records(found.get("examples"))
   if examples:
     parts.append(tag("h3", "Rows as read"))
-    for e in examples[:run.EXAMPLES]:
-      parts.append(tag(
-          "div", page.text_box("Prompt", e.get("prompt"), limit=600),
+    for e in examples[: run.EXAMPLES]:
+      parts.append(
+        tag(
+          "div",
+          page.text_box("Prompt", e.get("prompt"), limit=600),
           page.grid(
-              page.text_box("Chosen", e.get("chosen"), "yes", limit=600),
-              page.text_box("Rejected", e.get("rejected"), "no", limit=600)),
-          class_="example"))
+            page.text_box("Chosen", e.get("chosen"), "yes", limit=600),
+            page.text_box("Rejected", e.get("rejected"), "no", limit=600),
+          ),
+          class_="example",
+        )
+      )
   return page.join(parts)
 
 
@@ -259,18 +374,25 @@ def _selections(arms: list[dict]) -> Html:
       continue
     seen.add(colour)
     rows = page.number(arm.get("rows"))
-    parts += [tag("h3", label, ": ", rows, " rows"),
-              run.selection(arm.get("selection"))]
-  return page.join(parts) if parts else page.absent(
-      "What the samplers chose, and how stably, was")
+    parts += [
+      tag("h3", label, ": ", rows, " rows"),
+      run.selection(arm.get("selection")),
+    ]
+  return (
+    page.join(parts)
+    if parts
+    else page.absent("What the samplers chose, and how stably, was")
+  )
 
 
 def _savings(summary: dict, arms: list[dict]) -> list[dict]:
   """The ledger's savings, else those that the arms carry."""
   found = records(fields(summary.get("ledger")).get("saved"))
   return found or [
-      {"arm": a.get("name"), **fields(a.get("saved"))} for a in arms
-      if not a.get("is_all") and fields(a.get("saved"))]
+    {"arm": a.get("name"), **fields(a.get("saved"))}
+    for a in arms
+    if not a.get("is_all") and fields(a.get("saved"))
+  ]
 
 
 def _seconds(value: Any) -> str:
@@ -289,17 +411,31 @@ def _ledger(summary: dict, arms: list[dict]) -> Html:
     parts.append(page.absent("What each stage cost was"))
   share = ledger.get("selection_share")
   if share is not None:
-    parts.append(page.paragraph(
-        f"Selecting took {page.percent(share)} of all operations."))
+    parts.append(
+      page.paragraph(f"Selecting took {page.percent(share)} of all operations.")
+    )
   if saved:
-    parts.append(page.table(
-        ("Arm", "Against", "Saved, counting the SFT stage",
-         "Saved, leaving it out"),
-        [(page.plain(s.get("arm")), page.plain(s.get("against")),
-          run.saving(s.get("with_sft")), run.saving(s.get("without_sft")))
-         for s in saved],
+    parts.append(
+      page.table(
+        (
+          "Arm",
+          "Against",
+          "Saved, counting the SFT stage",
+          "Saved, leaving it out",
+        ),
+        [
+          (
+            page.plain(s.get("arm")),
+            page.plain(s.get("against")),
+            run.saving(s.get("with_sft")),
+            run.saving(s.get("without_sft")),
+          )
+          for s in saved
+        ],
         "Operations saved; below zero the arm cost more than it saved.",
-        text=(1,)))
+        text=(1,),
+      )
+    )
   else:
     parts.append(page.absent("What selecting saves was"))
   return page.join([*parts, evidence.efficiency(summary.get("efficiency"))])
@@ -313,32 +449,60 @@ def _costs(stages: list[dict]) -> list[Html]:
     arm = page.plain(s.get("arm") or "shared by all")
     values = totals.setdefault(arm, [0.0] * len(names))
     values[names.index(page.plain(s.get("stage")))] += (
-        page.finite(s.get("operations")) or 0.0)
+      page.finite(s.get("operations")) or 0.0
+    )
   divisor, letter = page.prefix(max(map(sum, totals.values())))
   chart = charts.bars(
-      [(arm, [v / divisor for v in values], page.engineering(sum(values)))
-       for arm, values in totals.items()], names,
-      "Operations per arm and stage", f"operations, {letter}FLOP")
+    [
+      (arm, [v / divisor for v in values], page.engineering(sum(values)))
+      for arm, values in totals.items()
+    ],
+    names,
+    "Operations per arm and stage",
+    f"operations, {letter}FLOP",
+  )
   unknown = sum(page.finite(s.get("operations")) is None for s in stages)
-  gap = (f" Operations of {unknown} stage{'s' if unknown != 1 else ''} were "
-         "not measured and are missing here." if unknown else "")
+  gap = (
+    f" Operations of {unknown} stage{'s' if unknown != 1 else ''} were "
+    "not measured and are missing here."
+    if unknown
+    else ""
+  )
   figure = page.figure(
-      page.join([charts.legend([(n, i) for i, n in enumerate(names)],
-                               "block"), chart]),
-      "Operations by arm and stage. What several arms share is paid once and "
-      "has a bar of its own." + gap)
+    page.join(
+      [charts.legend([(n, i) for i, n in enumerate(names)], "block"), chart]
+    ),
+    "Operations by arm and stage. What several arms share is paid once and "
+    "has a bar of its own." + gap,
+  )
   table = page.table(
-      ("Stage", "Arm", "Operations", "Predicted", "Tokens", "Time",
-       "Predicted time", "Bytes written"),
-      [(page.plain(s.get("stage")), page.plain(s.get("arm") or "shared"),
+    (
+      "Stage",
+      "Arm",
+      "Operations",
+      "Predicted",
+      "Tokens",
+      "Time",
+      "Predicted time",
+      "Bytes written",
+    ),
+    [
+      (
+        page.plain(s.get("stage")),
+        page.plain(s.get("arm") or "shared"),
         page.engineering(s.get("operations")),
         _predicted(page.engineering, s.get("predicted_operations")),
-        page.number(s.get("tokens")), _seconds(s.get("seconds")),
+        page.number(s.get("tokens")),
+        _seconds(s.get("seconds")),
         _predicted(_seconds, s.get("predicted_seconds")),
-        page.engineering(s.get("bytes"), "B"))
-       for s in stages], "The ledger, stage by stage. Predicted as --dry_run "
-      "does: by the shapes, at an assumed rate, compiling not counted.",
-      text=(1,))
+        page.engineering(s.get("bytes"), "B"),
+      )
+      for s in stages
+    ],
+    "The ledger, stage by stage. Predicted as --dry_run "
+    "does: by the shapes, at an assumed rate, compiling not counted.",
+    text=(1,),
+  )
   if len(stages) > OPEN:
     table = tag("details", tag("summary", "The ledger, stage by stage"), table)
   return [figure, table, *_held(stages)]
@@ -351,13 +515,21 @@ def _held(stages: list[dict]) -> list[Html]:
     return []
   size = lambda count: page.engineering(count, "B")
   table = page.table(
-      ("Arm", "Memory held", "Predicted", "On devices", "Predicted"),
-      [(page.plain(s.get("arm")),
-        *(_predicted(size, s.get(name)) for name in (
-            "held", "predicted_held", "device", "predicted_device")))
-       for s in known], "What choosing added to memory at its largest moment, "
-      "looked at every 10 ms; memory that was free already does not show, nor "
-      "what a device does not say.")
+    ("Arm", "Memory held", "Predicted", "On devices", "Predicted"),
+    [
+      (
+        page.plain(s.get("arm")),
+        *(
+          _predicted(size, s.get(name))
+          for name in ("held", "predicted_held", "device", "predicted_device")
+        ),
+      )
+      for s in known
+    ],
+    "What choosing added to memory at its largest moment, "
+    "looked at every 10 ms; memory that was free already does not show, nor "
+    "what a device does not say.",
+  )
   return [tag("details", tag("summary", "Memory of choosing"), table)]
 
 
@@ -368,28 +540,44 @@ def _predicted(words: Callable[[Any], str], value: Any) -> str:
 def _again(summary: dict) -> Html:
   """How to run it again: command, machine, files."""
   command = summary.get("command")
-  parts = [tag("pre", tag("code", command), class_="command", tabindex="0",
-               aria_label="Command") if command
-           else page.paragraph("The command was not recorded.",
-                               kind="absent")]
+  parts = [
+    tag(
+      "pre",
+      tag("code", command),
+      class_="command",
+      tabindex="0",
+      aria_label="Command",
+    )
+    if command
+    else page.paragraph("The command was not recorded.", kind="absent")
+  ]
   machine = fields(summary.get("machine"))
-  facts = [("jaxalign", summary.get("version")),
-           ("jax", machine.get("jax")), ("Platform", machine.get("platform")),
-           ("Devices", machine.get("devices")), ("Mesh", _mesh(machine))]
+  facts = [
+    ("jaxalign", summary.get("version")),
+    ("jax", machine.get("jax")),
+    ("Platform", machine.get("platform")),
+    ("Devices", machine.get("devices")),
+    ("Mesh", _mesh(machine)),
+  ]
   parts.append(page.facts([(k, v) for k, v in facts if v is not None]))
   files = fields(summary.get("files"))
   if files:
-    parts += [tag("h3", "Files"),
-              tag("ul", *(tag("li", page.link(page.plain(k), v))
-                          for k, v in files.items()))]
+    parts += [
+      tag("h3", "Files"),
+      tag(
+        "ul",
+        *(tag("li", page.link(page.plain(k), v)) for k, v in files.items()),
+      ),
+    ]
   return page.join(parts)
 
 
 def _mesh(machine: dict) -> Any:
   mesh = machine.get("mesh")
   if isinstance(mesh, dict):
-    return " × ".join(f"{page.plain(k)} {page.plain(v)}"
-                      for k, v in mesh.items())
+    return " × ".join(
+      f"{page.plain(k)} {page.plain(v)}" for k, v in mesh.items()
+    )
   return mesh
 
 
@@ -409,29 +597,68 @@ def render(summary: dict) -> str:
   groups = records(summary.get("groups")) or arms
   styles = _styles(arms)
   fit, along = fields(summary.get("fit")), fields(summary.get("along"))
-  byline = [b for b in (
+  byline = [
+    b
+    for b in (
       summary.get("created"),
       f"jaxalign {page.plain(summary['version'])}"
-      if summary.get("version") is not None else None,
-      fields(summary.get("machine")).get("platform")) if b is not None]
-  return str(page.document(
-      summary.get("title") or "jaxalign report", [
-          ("comparison", "Comparison", _comparison(summary, groups)),
-          *([("plateau", "How it grows with data", plateau.section(
-              fit, run.metric(fit.get("metric")).name))] if fit else []),
-          *([("along", "Along one epoch", plateau.section(
-              along, run.metric(along.get("metric")).name))] if along else []),
-          ("data", "Data", _data(fields(summary.get("data")))),
-          ("selection", "Selection", _selections(arms)),
-          ("training", "Training", run.curves(arms, styles)),
-          ("cost", "Cost", _ledger(summary, arms)),
-          *([("judge", "Judge", judges.of_job(summary["judge"]))]
-            if judges.asked(summary.get("judge")) else []),
-          ("samples", "Samples", samples.section(
-              summary.get("samples"),
-              page.plain(_baseline(summary).get("name") or "SFT model"))),
-          ("again", "Run it again", _again(summary))],
-      lede=summary.get("asked"), byline=byline, top=_top(summary, arms)))
+      if summary.get("version") is not None
+      else None,
+      fields(summary.get("machine")).get("platform"),
+    )
+    if b is not None
+  ]
+  return str(
+    page.document(
+      summary.get("title") or "jaxalign report",
+      [
+        ("comparison", "Comparison", _comparison(summary, groups)),
+        *(
+          [
+            (
+              "plateau",
+              "How it grows with data",
+              plateau.section(fit, run.metric(fit.get("metric")).name),
+            )
+          ]
+          if fit
+          else []
+        ),
+        *(
+          [
+            (
+              "along",
+              "Along one epoch",
+              plateau.section(along, run.metric(along.get("metric")).name),
+            )
+          ]
+          if along
+          else []
+        ),
+        ("data", "Data", _data(fields(summary.get("data")))),
+        ("selection", "Selection", _selections(arms)),
+        ("training", "Training", run.curves(arms, styles)),
+        ("cost", "Cost", _ledger(summary, arms)),
+        *(
+          [("judge", "Judge", judges.of_job(summary["judge"]))]
+          if judges.asked(summary.get("judge"))
+          else []
+        ),
+        (
+          "samples",
+          "Samples",
+          samples.section(
+            summary.get("samples"),
+            page.plain(_baseline(summary).get("name") or "SFT model"),
+          ),
+        ),
+        ("again", "Run it again", _again(summary)),
+      ],
+      lede=summary.get("asked"),
+      byline=byline,
+      top=_top(summary, arms),
+    )
+  )
 
 
 def terminal(summary: dict) -> str:
@@ -445,12 +672,18 @@ def terminal(summary: dict) -> str:
   arms = records(summary.get("groups")) or runs
   base = _baseline(summary)
   every = [*arms, *([base] if base else [])]
-  names = [n for n in ("win_vs_target", "win_vs_chosen", "win_vs_sft",
-                       "accuracy", "kl")
-           if n in run.known(every)]
-  heads = {"win_vs_target": "wins/target, %", "win_vs_sft": "wins/ref, %",
-           "win_vs_chosen": "wins/chosen, %",
-           "accuracy": "accuracy, %", "kl": "KL, nats"}
+  names = [
+    n
+    for n in ("win_vs_target", "win_vs_chosen", "win_vs_sft", "accuracy", "kl")
+    if n in run.known(every)
+  ]
+  heads = {
+    "win_vs_target": "wins/target, %",
+    "win_vs_sft": "wins/ref, %",
+    "win_vs_chosen": "wins/chosen, %",
+    "accuracy": "accuracy, %",
+    "kl": "KL, nats",
+  }
 
   def short(name, found):
     found = fields(found)
@@ -465,18 +698,24 @@ def terminal(summary: dict) -> str:
     names = [n for n in names if n != "kl"]
   title = charts.shorten(summary.get("title") or "jaxalign report", COLUMNS)
   text = [title, "=" * len(title)]
-  grid = [["arm", "rows", *(heads[n] for n in names),
-           *(["FLOP"] if cost else [])]]
+  grid = [
+    ["arm", "rows", *(heads[n] for n in names), *(["FLOP"] if cost else [])]
+  ]
   for arm in every:
-    grid.append([charts.shorten(arm.get("name"), 20),
-                 charts.shorten(page.number(arm.get("rows")), 9),
-                 *(charts.shorten(short(n, run.metrics_of(arm).get(n)), 20)
-                   for n in names),
-                 *([page.engineering(arm.get("operations"), "")] if cost
-                   else [])])
+    grid.append(
+      [
+        charts.shorten(arm.get("name"), 20),
+        charts.shorten(page.number(arm.get("rows")), 9),
+        *(
+          charts.shorten(short(n, run.metrics_of(arm).get(n)), 20)
+          for n in names
+        ),
+        *([page.engineering(arm.get("operations"), "")] if cost else []),
+      ]
+    )
   room = 14
   left = len(grid) - 1 - room
-  grid = grid[:room + 1]
+  grid = grid[: room + 1]
   wide = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
   if every:
     for row in grid:
@@ -487,15 +726,22 @@ def terminal(summary: dict) -> str:
       text.append(f"... and more arms ({left}) in the report")
   else:
     text.append("no arm was measured")
-  said = [*(("", page.plain(v)) for v in run.words(summary.get("verdicts"))),
-          *(("Costs more than it saves: ", v)
-            for v in run.overspent(_savings(summary, runs))),
-          *(("Warning: ", page.plain(w))
-            for w in run.words(summary.get("warnings")))]
+  said = [
+    *(("", page.plain(v)) for v in run.words(summary.get("verdicts"))),
+    *(
+      ("Costs more than it saves: ", v)
+      for v in run.overspent(_savings(summary, runs))
+    ),
+    *(("Warning: ", page.plain(w)) for w in run.words(summary.get("warnings"))),
+  ]
   for i, (lead, words) in enumerate(said):
-    lines = textwrap.wrap(f"- {lead}{' '.join(words.split())}", COLUMNS,
-                          subsequent_indent="  ", max_lines=4,
-                          placeholder=" ...")
+    lines = textwrap.wrap(
+      f"- {lead}{' '.join(words.split())}",
+      COLUMNS,
+      subsequent_indent="  ",
+      max_lines=4,
+      placeholder=" ...",
+    )
     if len(text) + len(lines) > LINES - 1:
       text.append(f"... and more remarks ({len(said) - i}) in the report")
       break

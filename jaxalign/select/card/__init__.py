@@ -6,8 +6,9 @@ whether another seed would have chosen others, and whether the mixture has
 memorised its rows or has anything to do with the labels.
 """
 
+from collections.abc import Sequence
 import inspect
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -15,21 +16,38 @@ from scipy import stats
 from jaxalign.errors import JaxalignError, NumericError
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import neighbours
-from jaxalign.select.card import geometry
+from jaxalign.select.card import geometry, shifts
 from jaxalign.select.card import rows as rows_lib
-from jaxalign.select.card import shifts
 from jaxalign.select.card.fits import (
-    auc, component_labels, held_out, jaccard, mixture_summary,
-    normalised_mutual_information, stability)
+  auc,
+  component_labels,
+  held_out,
+  jaccard,
+  mixture_summary,
+  normalised_mutual_information,
+  stability,
+)
 from jaxalign.select.card.rows import ranks, reasons
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.samplers import SAMPLERS, combine
+from jaxalign.select.samplers import combine, SAMPLERS
 from jaxalign.select.topk import id_hash
 
-__all__ = ("about", "alternatives", "auc", "component_labels", "examine",
-           "held_out", "jaccard", "mixture_summary",
-           "normalised_mutual_information", "overlaps", "ranks", "reasons",
-           "selection_card", "stability")
+__all__ = (
+  "about",
+  "alternatives",
+  "auc",
+  "component_labels",
+  "examine",
+  "held_out",
+  "jaccard",
+  "mixture_summary",
+  "normalised_mutual_information",
+  "overlaps",
+  "ranks",
+  "reasons",
+  "selection_card",
+  "stability",
+)
 ALTERNATIVES = ("random", "length", "stratified", "perplexity", "isa", "real")
 EXAMPLES = 10  # of either end of the ranking, in words
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -46,8 +64,9 @@ def lengths(pool: Pool, rows: np.ndarray) -> dict[str, Any]:
   mask[rows] = True
   out = {"quantiles": list(QUANTILES)}
   for name, part in (("chosen", length[mask]), ("rest", length[~mask])):
-    out[name] = ([float(q) for q in np.quantile(part, QUANTILES)]
-                 if part.size else None)
+    out[name] = (
+      [float(q) for q in np.quantile(part, QUANTILES)] if part.size else None
+    )
   return out
 
 
@@ -56,17 +75,22 @@ def topics(pool: Pool, rows: np.ndarray) -> dict[str, Any]:
   names, inverse = np.unique(np.asarray(pool.topic), return_inverse=True)
   everywhere = np.bincount(inverse, minlength=len(names)) / len(inverse)
   chosen = np.bincount(inverse[rows], minlength=len(names)) / max(1, len(rows))
-  return {"topics": len(names), "covered": int((chosen > 0).sum()),
-          "largest_share": float(chosen.max()),
-          "largest_share_in_pool": float(everywhere.max()),
-          "moved": float(np.abs(chosen - everywhere).sum() / 2)}
+  return {
+    "topics": len(names),
+    "covered": int((chosen > 0).sum()),
+    "largest_share": float(chosen.max()),
+    "largest_share_in_pool": float(everywhere.max()),
+    "moved": float(np.abs(chosen - everywhere).sum() / 2),
+  }
 
 
 def label_share(pool: Pool, rows: np.ndarray) -> dict[str, float]:
   """Share of desirable rows among the chosen and in the pool (thumbs)."""
   label = np.asarray(pool.label, bool)
-  return {"chosen": float(label[rows].mean()) if len(rows) else None,
-          "pool": float(label.mean())}
+  return {
+    "chosen": float(label[rows].mean()) if len(rows) else None,
+    "pool": float(label.mean()),
+  }
 
 
 def _summary(pool, selection, mixture, diagnostics, sampler):
@@ -74,16 +98,22 @@ def _summary(pool, selection, mixture, diagnostics, sampler):
   n, rows = len(pool.ids), np.asarray(selection.rows)
   mask = np.zeros(n, bool)
   mask[rows] = True
-  card = {"sampler": sampler, "about": about(sampler),
-          "selected": len(rows), "pool": n,
-          "share": len(rows) / n if n else 0.0}
+  card = {
+    "sampler": sampler,
+    "about": about(sampler),
+    "selected": len(rows),
+    "pool": n,
+    "share": len(rows) / n if n else 0.0,
+  }
   score = np.asarray(selection.score, np.float64)
   for name, part in (("chosen", score[mask]), ("rest", score[~mask])):
     finite = part[np.isfinite(part)]
     card[f"mean_score_{name}"] = float(finite.mean()) if finite.size else None
-  for name, column, describe in (("length", "length", lengths),
-                                 ("topic", "topic", topics),
-                                 ("label_share", "label", label_share)):
+  for name, column, describe in (
+    ("length", "length", lengths),
+    ("topic", "topic", topics),
+    ("label_share", "label", label_share),
+  ):
     if column in pool.columns:
       card[name] = describe(pool, rows)
   if mixture is not None:
@@ -92,8 +122,7 @@ def _summary(pool, selection, mixture, diagnostics, sampler):
   return card
 
 
-def overlaps(selections: dict[str, np.ndarray], n: int
-             ) -> list[dict[str, Any]]:
+def overlaps(selections: dict[str, np.ndarray], n: int) -> list[dict[str, Any]]:
   """Jaccard of every two selections, beside that of random subsets.
 
   Args:
@@ -107,19 +136,28 @@ def overlaps(selections: dict[str, np.ndarray], n: int
   """
   names, out = list(selections), []
   for i, a in enumerate(names):
-    for b in names[i + 1:]:
+    for b in names[i + 1 :]:
       one, other = (np.unique(selections[k]) for k in (a, b))
       both = len(one) + len(other)
-      low, high = (float(stats.hypergeom.ppf(q, n, len(one), len(other)))
-                   for q in (0.025, 0.975))
-      out.append(dict(a=a, b=b, jaccard=jaccard(one, other),
-                      low=low / (both - low) if both > low else 1.0,
-                      high=high / (both - high) if both > high else 1.0))
+      low, high = (
+        float(stats.hypergeom.ppf(q, n, len(one), len(other)))
+        for q in (0.025, 0.975)
+      )
+      out.append(
+        dict(
+          a=a,
+          b=b,
+          jaccard=jaccard(one, other),
+          low=low / (both - low) if both > low else 1.0,
+          high=high / (both - high) if both > high else 1.0,
+        )
+      )
   return out
 
 
-def alternatives(pool: Pool, budget: int, sampler: str = "", seed: int = 0
-                 ) -> dict[str, np.ndarray]:
+def alternatives(
+  pool: Pool, budget: int, sampler: str = "", seed: int = 0
+) -> dict[str, np.ndarray]:
   """What the samplers that cost next to nothing would keep of this pool.
 
   Those of ALTERNATIVES that read nothing the pool has not, at their defaults.
@@ -134,9 +172,13 @@ def alternatives(pool: Pool, budget: int, sampler: str = "", seed: int = 0
   out, own = {}, combine.bare(sampler)
   for name in ALTERNATIVES:
     one = SAMPLERS[name]
-    if (name in own or not set(one.needs) <= set(pool.columns) or
-        (one.pairs and np.ndim(pool.length) > 1 and
-         np.shape(pool.length)[1] != 2)):
+    if (
+      name in own
+      or not set(one.needs) <= set(pool.columns)
+      or (
+        one.pairs and np.ndim(pool.length) > 1 and np.shape(pool.length)[1] != 2
+      )
+    ):
       continue
     try:
       out[name] = one(seed + 1, pool, budget).rows
@@ -151,13 +193,17 @@ def about(sampler: str) -> str:
   return " ".join((inspect.getdoc(x) or "").split("\n")[0] for x in known)
 
 
-def examine(pool: Pool, selection: Selection,
-            mixture: mixtures.Mixture | None = None,
-            diagnostics: dict[str, Any] | None = None, sampler: str = "", *,
-            texts: dict[str, Sequence[str]] | None = None,
-            others: dict[str, np.ndarray] | None = None,
-            limit: int = rows_lib.LIMIT
-            ) -> tuple[dict[str, Any], dict[str, Any]]:
+def examine(
+  pool: Pool,
+  selection: Selection,
+  mixture: mixtures.Mixture | None = None,
+  diagnostics: dict[str, Any] | None = None,
+  sampler: str = "",
+  *,
+  texts: dict[str, Sequence[str]] | None = None,
+  others: dict[str, np.ndarray] | None = None,
+  limit: int = rows_lib.LIMIT,
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """The card of a selection, and the table of its rows for a page.
 
   Args:
@@ -190,8 +236,9 @@ def examine(pool: Pool, selection: Selection,
     some = neighbours.sample(draw, kept, limit * 3 // 4)
     rest = neighbours.sample(draw, np.flatnonzero(~mask), limit - len(some))
     shown = np.sort(np.concatenate([some, rest]))
-  card["shown"] = dict(kept=int(mask[shown].sum()),
-                       left=int((~mask[shown]).sum()))
+  card["shown"] = dict(
+    kept=int(mask[shown].sum()), left=int((~mask[shown]).sum())
+  )
   score = np.asarray(selection.score, np.float64)
   good = score[mask & np.isfinite(score)]
   card["cut"] = float(good.min()) if good.size else None
@@ -200,26 +247,34 @@ def examine(pool: Pool, selection: Selection,
     if "topic" not in columns and n >= 100:
       try:
         columns["topic"] = geometry.clusters(
-            pool, draw, (texts or {}).get("prompt"))
+          pool, draw, (texts or {}).get("prompt")
+        )
         card["topics_are"] = "clusters"
       except NumericError:  # said by `look`
         pass
     seen, places = geometry.look(pool, kept, shown, draw)
     card["geometry"] = seen
     assign = mixture and (lambda x: mixtures.assign(mixture, x))
-    card["spectra"] = geometry.spectra_of(Pool(pool.ids, columns), kept, draw,
-                                          assign)
+    card["spectra"] = geometry.spectra_of(
+      Pool(pool.ids, columns), kept, draw, assign
+    )
   card["shifts"] = shifts.describe(columns, kept)
   if others:
     card["overlaps"] = overlaps({sampler or "this": kept} | others, n)
   table = _table(pool, columns, selection, shown, mask, places, texts)
   said = rows_lib.reasons(card, table)
   order = np.argsort(table["rank"], kind="stable")
-  ends = [*order[:EXAMPLES], *order[max(EXAMPLES, len(order) - EXAMPLES):]]
-  card["examples"] = [dict(
-      id=str(table["id"][i]), rank=int(table["rank"][i]),
-      score=rows_lib.figure(score[shown[i]]), kept=bool(mask[shown[i]]),
-      reason=said[i]) for i in ends]
+  ends = [*order[:EXAMPLES], *order[max(EXAMPLES, len(order) - EXAMPLES) :]]
+  card["examples"] = [
+    dict(
+      id=str(table["id"][i]),
+      rank=int(table["rank"][i]),
+      score=rows_lib.figure(score[shown[i]]),
+      kept=bool(mask[shown[i]]),
+      reason=said[i],
+    )
+    for i in ends
+  ]
   return card, table
 
 
@@ -231,12 +286,17 @@ def _table(pool, columns, selection, shown, mask, places, texts):
   code = np.where(near < 0, 0, np.where(cosine >= geometry.ALIKE, 2, 1))
   code = np.where(mask[shown] & (code > 0), code + 2, code)
   out = dict(
-      row=shown, id=np.asarray(pool.ids)[shown], kept=mask[shown],
-      rank=rows_lib.ranks(pool, selection)[shown],
-      score=np.asarray(selection.score, np.float64)[shown],
-      why=rows_lib.why(selection, len(pool.ids))[shown], near_code=code,
-      near=np.where(near < 0, "", np.asarray(pool.ids)[near]), cosine=cosine,
-      tail=np.zeros(count, np.int64))
+    row=shown,
+    id=np.asarray(pool.ids)[shown],
+    kept=mask[shown],
+    rank=rows_lib.ranks(pool, selection)[shown],
+    score=np.asarray(selection.score, np.float64)[shown],
+    why=rows_lib.why(selection, len(pool.ids))[shown],
+    near_code=code,
+    near=np.where(near < 0, "", np.asarray(pool.ids)[near]),
+    cosine=cosine,
+    tail=np.zeros(count, np.int64),
+  )
   for name in ("x", "y"):
     if name in places:
       out[name] = places[name]
@@ -247,14 +307,19 @@ def _table(pool, columns, selection, shown, mask, places, texts):
   for name in ("label", "source", "topic"):
     if name in columns:
       out[name] = np.asarray(columns[name])[shown]
-  out["texts"] = {name: [values[i] for i in shown]
-                  for name, values in (texts or {}).items()}
+  out["texts"] = {
+    name: [values[i] for i in shown] for name, values in (texts or {}).items()
+  }
   return out
 
 
-def selection_card(pool: Pool, selection: Selection,
-                   mixture: mixtures.Mixture | None = None,
-                   diagnostics: dict[str, Any] | None = None,
-                   sampler: str = "", **options: Any) -> dict[str, Any]:
+def selection_card(
+  pool: Pool,
+  selection: Selection,
+  mixture: mixtures.Mixture | None = None,
+  diagnostics: dict[str, Any] | None = None,
+  sampler: str = "",
+  **options: Any,
+) -> dict[str, Any]:
   """The card of `examine`, without the table of its rows."""
   return examine(pool, selection, mixture, diagnostics, sampler, **options)[0]

@@ -1,6 +1,7 @@
 """How far a mixture can be trusted: other seeds, unseen rows, the labels."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxalign.errors import ConfigError
 from jaxalign.select import mixture as mixtures
+
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
   """Rows in both over rows in either; 1 where both are empty."""
@@ -39,9 +41,13 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
   return float(max(0.0, 2 * information / entropies)) if entropies > 0 else 1.0
 
 
-def stability(mesh: jax.sharding.Mesh, x: np.ndarray,
-              make_selection: Callable[[mixtures.Mixture], np.ndarray],
-              seeds: Any, **fit_options: Any) -> dict[str, Any]:
+def stability(
+  mesh: jax.sharding.Mesh,
+  x: np.ndarray,
+  make_selection: Callable[[mixtures.Mixture], np.ndarray],
+  seeds: Any,
+  **fit_options: Any,
+) -> dict[str, Any]:
   """Jaccard overlap of the selections of mixtures fitted with other seeds.
 
   Args:
@@ -58,20 +64,34 @@ def stability(mesh: jax.sharding.Mesh, x: np.ndarray,
   if len(seeds) < 2:
     raise ConfigError(f"stability compares two or more seeds, found {seeds}")
   if fit_options.get("space") is None:  # the same for every seed
-    options = {k: fit_options[k] for k in ("pca", "covariance", "components")
-               if k in fit_options}
+    options = {
+      k: fit_options[k]
+      for k in ("pca", "covariance", "components")
+      if k in fit_options
+    }
     fit_options["space"] = mixtures.prepare(mesh, x, **options)
-  chosen = [np.asarray(make_selection(mixtures.fit(mesh, x, seed=seed,
-                                                   **fit_options)))
-            for seed in seeds]
-  overlap = [jaccard(a, b) for i, a in enumerate(chosen)
-             for b in chosen[i + 1:]]
-  return {"seeds": seeds, "jaccard_mean": float(np.mean(overlap)),
-          "jaccard_min": float(min(overlap))}
+  chosen = [
+    np.asarray(make_selection(mixtures.fit(mesh, x, seed=seed, **fit_options)))
+    for seed in seeds
+  ]
+  overlap = [
+    jaccard(a, b) for i, a in enumerate(chosen) for b in chosen[i + 1 :]
+  ]
+  return {
+    "seeds": seeds,
+    "jaccard_mean": float(np.mean(overlap)),
+    "jaccard_min": float(min(overlap)),
+  }
 
 
-def held_out(mesh: jax.sharding.Mesh, x: np.ndarray, *, seed: int = 0,
-             responses: int = 1, **fit_options: Any) -> dict[str, float]:
+def held_out(
+  mesh: jax.sharding.Mesh,
+  x: np.ndarray,
+  *,
+  seed: int = 0,
+  responses: int = 1,
+  **fit_options: Any,
+) -> dict[str, float]:
   """Fits on a random half of the records and compares the two halves.
 
   An AUC of 0.5 says that a fitted row looks like any other; towards 1 the
@@ -88,7 +108,7 @@ def held_out(mesh: jax.sharding.Mesh, x: np.ndarray, *, seed: int = 0,
   rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
   order = rng.permutation(records)
   inside = np.zeros(records, bool)
-  inside[order[:records // 2]] = True
+  inside[order[: records // 2]] = True
   inside = np.repeat(inside, responses)
   fit_options.pop("space", None)  # it has seen both halves
   if fit_options.get("labels") is not None:
@@ -96,12 +116,16 @@ def held_out(mesh: jax.sharding.Mesh, x: np.ndarray, *, seed: int = 0,
   fitted = mixtures.fit(mesh, x[inside], seed=seed, **fit_options)
   seen = mixtures.log_likelihood(fitted, x[inside])
   unseen = mixtures.log_likelihood(fitted, x[~inside])
-  return {"auc": auc(seen, unseen), "mean_fitted": float(seen.mean()),
-          "mean_held_out": float(unseen.mean())}
+  return {
+    "auc": auc(seen, unseen),
+    "mean_fitted": float(seen.mean()),
+    "mean_held_out": float(unseen.mean()),
+  }
 
 
-def component_labels(mixture: mixtures.Mixture, x: np.ndarray,
-                     labels: np.ndarray) -> dict[str, float]:
+def component_labels(
+  mixture: mixtures.Mixture, x: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
   """What the components say about labels, such as chosen and rejected.
 
   Args:
@@ -119,19 +143,21 @@ def component_labels(mixture: mixtures.Mixture, x: np.ndarray,
   table = np.zeros((len(mixture.log_weights), label.max() + 1), np.int64)
   np.add.at(table, (component, label), 1)
   matched = table[linear_sum_assignment(-table)].sum()
-  return {"accuracy": float(matched / len(label)),
-          "majority": float(table.sum(0).max() / len(label)),
-          "nmi": normalised_mutual_information(component, label)}
+  return {
+    "accuracy": float(matched / len(label)),
+    "majority": float(table.sum(0).max() / len(label)),
+    "nmi": normalised_mutual_information(component, label),
+  }
 
 
 def mixture_summary(mixture: mixtures.Mixture) -> dict[str, Any]:
   """The fit in numbers: bounds of all starts, the trace of the one kept."""
   return {
-      "components": len(mixture.log_weights),
-      "directions": len(mixture.variances),
-      "variance_explained": float(mixture.explained),
-      "weights": [float(w) for w in np.exp(mixture.log_weights)],
-      "trace": [float(b) for b in mixture.trace],
-      "bounds": [float(b) if np.isfinite(b) else None for b in mixture.bounds],
-      "warnings": list(mixture.warnings),
+    "components": len(mixture.log_weights),
+    "directions": len(mixture.variances),
+    "variance_explained": float(mixture.explained),
+    "weights": [float(w) for w in np.exp(mixture.log_weights)],
+    "trace": [float(b) for b in mixture.trace],
+    "bounds": [float(b) if np.isfinite(b) else None for b in mixture.bounds],
+    "warnings": list(mixture.warnings),
   }

@@ -25,8 +25,9 @@ def cosine(squared: np.ndarray) -> np.ndarray:
   return 1 - np.asarray(squared) / 2
 
 
-def look(pool: Pool, kept: np.ndarray, shown: np.ndarray, draw: np.ndarray
-         ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def look(
+  pool: Pool, kept: np.ndarray, shown: np.ndarray, draw: np.ndarray
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Neighbours, near-duplicates and the map.
 
   Distances are of unit vectors, the mean of a row's responses less the mean
@@ -58,36 +59,49 @@ def _look(pool, kept, shown, draw):
   near = np.full(n, -1, np.int64)
   alike = np.full(n, -np.inf)
   asked = {}
-  for name, rows, limit in (("left", shown[~mask[shown]], WORK),
-                            ("kept", shown[mask[shown]], WORK / 4)):
+  for name, rows, limit in (
+    ("left", shown[~mask[shown]], WORK),
+    ("kept", shown[mask[shown]], WORK / 4),
+  ):
     count = neighbours.affordable(len(rows), m, width, limit)
     some = neighbours.sample(draw, rows, count)
     found = neighbours.nearest(read, some, targets)
     near[some], alike[some] = found.row, cosine(found.squared)
     asked[name] = some
-  card = dict(neighbours=_covered(read, n, draw, asked["left"],
-                                  alike[asked["left"]], mask, width),
-              near_duplicates=_copies(read, n, draw, alike[asked["kept"]],
-                                      m, width))
+  card = dict(
+    neighbours=_covered(
+      read, n, draw, asked["left"], alike[asked["left"]], mask, width
+    ),
+    near_duplicates=_copies(read, n, draw, alike[asked["kept"]], m, width),
+  )
   plane, x, y = _map(read, shown, draw, n)
   return card | dict(map=plane), dict(
-      near=near[shown], cosine=alike[shown], x=x, y=y)
+    near=near[shown], cosine=alike[shown], x=x, y=y
+  )
 
 
 def _covered(read, n, draw, left, alike, mask, width):
   """How near the rows left out are to a kept one; and to a random subset."""
   m = int(mask.sum())
-  quantiles = lambda values: [float(v) for v in np.quantile(
-      values, (0.05, 0.25, 0.5, 0.75, 0.95))]
+  quantiles = lambda values: [
+    float(v) for v in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+  ]
   good = np.isfinite(alike)
-  out = dict(asked=len(left), of=n - m, quantiles=None, random=None,
-             near_copy=neighbours.wilson(
-                 int((alike[good] >= ALIKE).sum()), int(good.sum())))
+  out = dict(
+    asked=len(left),
+    of=n - m,
+    quantiles=None,
+    random=None,
+    near_copy=neighbours.wilson(
+      int((alike[good] >= ALIKE).sum()), int(good.sum())
+    ),
+  )
   if good.any():
     out["quantiles"] = quantiles(alike[good])
   order = np.argsort(draw, kind="stable")
-  rest = order[m:][:neighbours.affordable(
-      min(ASKED, n - m), m, width, WORK / 8)]
+  rest = order[m:][
+    : neighbours.affordable(min(ASKED, n - m), m, width, WORK / 8)
+  ]
   if len(rest) >= 100 and m:
     found = neighbours.nearest(read, np.sort(rest), np.sort(order[:m]))
     out["random"] = quantiles(cosine(found.squared))
@@ -97,20 +111,25 @@ def _covered(read, n, draw, left, alike, mask, width):
 
 def _copies(read, n, draw, alike, m, width):
   """Shares of rows with a near-duplicate: kept, by chance, in the pool."""
-  out = dict(threshold=ALIKE, kept=neighbours.wilson(
-      int((alike >= ALIKE).sum()), len(alike)))
+  out = dict(
+    threshold=ALIKE,
+    kept=neighbours.wilson(int((alike >= ALIKE).sum()), len(alike)),
+  )
   order = np.argsort(draw, kind="stable")
   for name, rows in (("random", order[:m]), ("pool", order)):
-    count = neighbours.affordable(min(len(rows), ASKED), len(rows), width,
-                                  WORK / 8)
+    count = neighbours.affordable(
+      min(len(rows), ASKED), len(rows), width, WORK / 8
+    )
     if count < min(100, len(rows)):
       out[name] = neighbours.wilson(0, 0)
       continue
     # The last of the draw: within the random subset, a sample of it.
-    found = neighbours.nearest(read, np.sort(rows[len(rows) - count:]),
-                               np.sort(rows))
+    found = neighbours.nearest(
+      read, np.sort(rows[len(rows) - count :]), np.sort(rows)
+    )
     out[name] = neighbours.wilson(
-        int((cosine(found.squared) >= ALIKE).sum()), count)
+      int((cosine(found.squared) >= ALIKE).sum()), count
+    )
   return out
 
 
@@ -119,9 +138,13 @@ def _map(read, shown, draw, n):
   some = neighbours.sample(draw, np.arange(n), SPREAD)
   x = read(some)
   plane = spectra.map_plane(x, draw[some])
-  place = np.concatenate([
-      (read(shown[s:s + neighbours.BLOCK]) - plane["mean"])
-      @ plane["directions"] for s in range(0, len(shown), neighbours.BLOCK)])
+  place = np.concatenate(
+    [
+      (read(shown[s : s + neighbours.BLOCK]) - plane["mean"])
+      @ plane["directions"]
+      for s in range(0, len(shown), neighbours.BLOCK)
+    ]
+  )
   card = dict(explained=plane["explained"], directions_from=plane["used"])
   return card, place[:, 0], place[:, 1]
 
@@ -151,10 +174,17 @@ def clusters(pool: Pool, draw: np.ndarray, texts: Any = None) -> np.ndarray:
   size = np.bincount(label, minlength=count)
   place = np.empty(count, np.int64)
   place[np.argsort(-size, kind="stable")] = np.arange(1, count + 1)
-  words = _words([texts[i] for i in some], label[some], count) if (
-      texts is not None) else [""] * count
-  names = np.array([f"cluster {place[k]}" + (f": {words[k]}" if words[k]
-                                             else "") for k in range(count)])
+  words = (
+    _words([texts[i] for i in some], label[some], count)
+    if (texts is not None)
+    else [""] * count
+  )
+  names = np.array(
+    [
+      f"cluster {place[k]}" + (f": {words[k]}" if words[k] else "")
+      for k in range(count)
+    ]
+  )
   return names[label]
 
 
@@ -170,17 +200,20 @@ def _words(texts, label, count):
       total[word] = total.get(word, 0) + c
   out = []
   for k, one in enumerate(seen):
+
     def weight(word):
       inside = one[word] / sizes[k]
       outside = (total[word] - one[word] + 1) / (len(texts) - sizes[k] + 1)
       return inside * np.log(inside / outside)
+
     best = sorted((w for w in one if one[w] > 1), key=lambda w: (-weight(w), w))
     out.append(", ".join(best[:_COMMON]))
   return out
 
 
-def spectra_of(pool: Pool, kept: np.ndarray, draw: np.ndarray,
-               mixture_assign: Any = None) -> dict[str, Any]:
+def spectra_of(
+  pool: Pool, kept: np.ndarray, draw: np.ndarray, mixture_assign: Any = None
+) -> dict[str, Any]:
   """Spectra by label, by component of the mixture and by topic.
 
   Args:
@@ -196,27 +229,35 @@ def spectra_of(pool: Pool, kept: np.ndarray, draw: np.ndarray,
   flat, mean = x.reshape(-1, x.shape[-1]), x.mean(axis=1)
   hashes, sides = draw[some], x.shape[1]
   each = np.repeat(hashes, sides) + np.arange(len(flat)).astype(
-      np.uint64) % np.uint64(sides)
+    np.uint64
+  ) % np.uint64(sides)
   out = dict(rows=len(some))
   if not np.isfinite(flat).all():
     return dict(why="embeddings are not finite")
   if sides == 2:
     out["label"] = spectra.compare(
-        flat, np.tile([0, 1], len(some)), each, ["chosen", "rejected"],
-        paired=True)
+      flat,
+      np.tile([0, 1], len(some)),
+      each,
+      ["chosen", "rejected"],
+      paired=True,
+    )
   elif "label" in pool.columns:
     label = np.asarray(pool.label, bool)[some]
     names = {False: "undesirable", True: "desirable"}
-    out["label"] = spectra.compare(flat, label, each,
-                                   [names[k] for k in np.unique(label)])
+    out["label"] = spectra.compare(
+      flat, label, each, [names[k] for k in np.unique(label)]
+    )
   if mixture_assign is not None:
     group = mixture_assign(flat)
     out["component"] = spectra.compare(
-        flat, group, each, [f"component {k + 1}" for k in np.unique(group)])
+      flat, group, each, [f"component {k + 1}" for k in np.unique(group)]
+    )
   if "topic" in pool.columns:
     out["topic"] = spectra.compare(mean, np.asarray(pool.topic)[some], hashes)
   rows = neighbours.sample(draw, kept, 512)
   y = np.asarray(pool.embedding[rows], np.float32)
   out["kept"] = spectra.kept_rank(
-      y.reshape(len(rows), -1, y.shape[-1]).mean(axis=1), mean)
+    y.reshape(len(rows), -1, y.shape[-1]).mean(axis=1), mean
+  )
   return out

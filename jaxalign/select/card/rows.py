@@ -13,30 +13,38 @@ TAIL = 0.05  # of the pool's lengths, at either end, that is called long, short
 # The parts of a reason. {rank}, {score}, {near} and {cosine} are the row's;
 # the others are the same for all rows.
 WHY = (
-    "Kept at rank {rank}: its score, {score}, is among the {kept} highest of "
-    "{pool}.",
-    "Kept at rank {rank} with a score of {score}. Rows left out score higher: "
-    "more than the score decided (spread, a quota, or chance).",
-    "Left out at rank {rank}: its score, {score}, is below the lowest kept "
-    "one, {cut}.",
-    "Left out at rank {rank}: its score, {score}, is that of the last row "
-    "kept; a hash of the id decided.",
-    "Left out at rank {rank} although its score, {score}, is above the lowest "
-    "kept one, {cut}: more than the score decided.",
-    "Left out at rank {rank}: it has no finite score.",
+  "Kept at rank {rank}: its score, {score}, is among the {kept} highest of "
+  "{pool}.",
+  "Kept at rank {rank} with a score of {score}. Rows left out score higher: "
+  "more than the score decided (spread, a quota, or chance).",
+  "Left out at rank {rank}: its score, {score}, is below the lowest kept "
+  "one, {cut}.",
+  "Left out at rank {rank}: its score, {score}, is that of the last row "
+  "kept; a hash of the id decided.",
+  "Left out at rank {rank} although its score, {score}, is above the lowest "
+  "kept one, {cut}: more than the score decided.",
+  "Left out at rank {rank}: it has no finite score.",
 )
-KINDS = ("kept by its score", "kept for more than its score",
-         "left out by its score", "left out at a tie",
-         "left out despite its score", "no finite score")
+KINDS = (
+  "kept by its score",
+  "kept for more than its score",
+  "left out by its score",
+  "left out at a tie",
+  "left out despite its score",
+  "no finite score",
+)
 NEAR = (
-    "",
-    " The nearest kept row is {near}, at a cosine of {cosine}.",
-    " It nearly repeats the kept row {near} (cosine {cosine}).",
-    " The nearest other kept row is {near}, at a cosine of {cosine}.",
-    " It nearly repeats another kept row, {near} (cosine {cosine}).",
+  "",
+  " The nearest kept row is {near}, at a cosine of {cosine}.",
+  " It nearly repeats the kept row {near} (cosine {cosine}).",
+  " The nearest other kept row is {near}, at a cosine of {cosine}.",
+  " It nearly repeats another kept row, {near} (cosine {cosine}).",
 )
-LENGTH = ("", " Its responses are among the {tail} longest of the pool.",
-          " Its responses are among the {tail} shortest of the pool.")
+LENGTH = (
+  "",
+  " Its responses are among the {tail} longest of the pool.",
+  " Its responses are among the {tail} shortest of the pool.",
+)
 
 
 def ranks(pool: Pool, selection: Selection) -> np.ndarray:
@@ -106,12 +114,22 @@ def shown(value: float | None) -> str:
 def fixed(card: dict[str, Any]) -> dict[str, str]:
   """What the reasons of all rows of a card share."""
   cut = None if card["cut"] is None else figure(card["cut"])
-  return dict(kept=f"{card['selected']:,}", pool=f"{card['pool']:,}",
-              cut=shown(cut), tail=f"{100 * TAIL:.0f} %")
+  return dict(
+    kept=f"{card['selected']:,}",
+    pool=f"{card['pool']:,}",
+    cut=shown(cut),
+    tail=f"{100 * TAIL:.0f} %",
+  )
 
 
-def reason(parts: tuple[int, int, int], common: dict[str, str], rank: int,
-           score: float | None, near: str, cosine: float | None) -> str:
+def reason(
+  parts: tuple[int, int, int],
+  common: dict[str, str],
+  rank: int,
+  score: float | None,
+  near: str,
+  cosine: float | None,
+) -> str:
   """A row's reason in words.
 
   Args:
@@ -123,14 +141,23 @@ def reason(parts: tuple[int, int, int], common: dict[str, str], rank: int,
     cosine: of the two, to four places.
   """
   template = WHY[parts[0]] + NEAR[parts[1]] + LENGTH[parts[2]]
-  return template.format(rank=f"{rank:,}", score=shown(score), near=near,
-                         cosine=shown(cosine), **common)
+  return template.format(
+    rank=f"{rank:,}",
+    score=shown(score),
+    near=near,
+    cosine=shown(cosine),
+    **common,
+  )
 
 
 def reasons(card: dict[str, Any], table: dict[str, Any]) -> list[str]:
   """The reason of every row of a table of `card.examine`."""
   common = fixed(card)
-  lists = [np.asarray(table[k]).tolist() for k in (
-      "why", "near_code", "tail", "rank", "score", "near", "cosine")]
-  return [reason((w, c, t), common, rank, figure(score), near, places(cosine))
-          for w, c, t, rank, score, near, cosine in zip(*lists)]
+  lists = [
+    np.asarray(table[k]).tolist()
+    for k in ("why", "near_code", "tail", "rank", "score", "near", "cosine")
+  ]
+  return [
+    reason((w, c, t), common, rank, figure(score), near, places(cosine))
+    for w, c, t, rank, score, near, cosine in zip(*lists)
+  ]

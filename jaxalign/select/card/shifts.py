@@ -13,8 +13,12 @@ from scipy import stats
 
 DRAWS = 1000  # of random subsets, where no formula is at hand
 LISTED = 12  # values of a column that get a line of their own
-SIZES = ((0.2, "slight"), (0.5, "small"), (0.8, "medium"),
-         (math.inf, "large"))  # Cohen 1988: from 0.2, 0.5 and 0.8
+SIZES = (
+  (0.2, "slight"),
+  (0.5, "small"),
+  (0.8, "medium"),
+  (math.inf, "large"),
+)  # Cohen 1988: from 0.2, 0.5 and 0.8
 
 
 def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
@@ -36,9 +40,16 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   n, m = len(values), len(kept)
   pool = float(values.mean())
   if not 0 < m < n:
-    return dict(pool=pool, kept=pool if m else None, shift=0.0 if m else None,
-                low=None, high=None, p=None, effect=None,
-                said="nothing to compare")
+    return dict(
+      pool=pool,
+      kept=pool if m else None,
+      shift=0.0 if m else None,
+      low=None,
+      high=None,
+      p=None,
+      effect=None,
+      said="nothing to compare",
+    )
   mean = float(values[kept].mean())
   spread = float(values.std(ddof=1))
   error = spread * math.sqrt((1 - m / n) / m)
@@ -48,8 +59,16 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   p = 1.0 if none or not error else math.erfc(abs(shift) / error / 2**0.5)
   effect = 0.0 if none or not spread else shift / spread
   half = 1.959963984540054 * error
-  return dict(pool=pool, kept=mean, shift=shift, low=-half, high=half, p=p,
-              effect=effect, said=_said(p, effect))
+  return dict(
+    pool=pool,
+    kept=mean,
+    shift=shift,
+    low=-half,
+    high=half,
+    p=p,
+    effect=effect,
+    said=_said(p, effect),
+  )
 
 
 def _said(p: float, effect: float) -> str:
@@ -68,8 +87,9 @@ def holm(p: np.ndarray) -> np.ndarray:
   return out
 
 
-def shares(values: np.ndarray, kept: np.ndarray, seed: int = 0
-           ) -> dict[str, Any]:
+def shares(
+  values: np.ndarray, kept: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
   """Shares of a column's values among the kept rows and in the pool.
 
   The count of a value in a random subset is hypergeometric, so its range and
@@ -93,25 +113,34 @@ def shares(values: np.ndarray, kept: np.ndarray, seed: int = 0
   total = np.bincount(inverse, minlength=len(names))
   got = np.bincount(inverse[kept], minlength=len(names))
   order = np.argsort(-total, kind="stable")
-  listed = [(_plain(names[i]), int(total[i]), int(got[i]))
-            for i in order[:LISTED]]
+  listed = [
+    (_plain(names[i]), int(total[i]), int(got[i])) for i in order[:LISTED]
+  ]
   if len(order) > LISTED:
     rest = order[LISTED:]
     listed.append((None, int(total[rest].sum()), int(got[rest].sum())))
   out = dict(values=len(names), covered=int((got > 0).sum()))
-  rows = [dict(value=name, pool=t / n, kept=g / m if m else None,
-               count=g) for name, t, g in listed]
+  rows = [
+    dict(value=name, pool=t / n, kept=g / m if m else None, count=g)
+    for name, t, g in listed
+  ]
   if not 0 < m < n:
-    return out | dict(rows=rows, moved=0.0 if m else None, moved_chance=None,
-                      moved_high=None, moved_p=None)
+    return out | dict(
+      rows=rows,
+      moved=0.0 if m else None,
+      moved_chance=None,
+      moved_high=None,
+      moved_p=None,
+    )
   found = []
   for row, (_, t, g) in zip(rows, listed):
     chance = stats.hypergeom(n, t, m)
     p = min(1.0, 2 * min(chance.cdf(g), chance.sf(g - 1)))
-    row.update(low=float(chance.ppf(0.025)) / m,
-               high=float(chance.ppf(0.975)) / m,
-               effect=2 * (math.asin(math.sqrt(g / m))
-                           - math.asin(math.sqrt(t / n))))
+    row.update(
+      low=float(chance.ppf(0.025)) / m,
+      high=float(chance.ppf(0.975)) / m,
+      effect=2 * (math.asin(math.sqrt(g / m)) - math.asin(math.sqrt(t / n))),
+    )
     found.append(p)
   for row, p in zip(rows, holm(np.array(found))):
     row.update(p=float(p), said=_said(p, row["effect"]))
@@ -120,9 +149,12 @@ def shares(values: np.ndarray, kept: np.ndarray, seed: int = 0
   drawn = rng.multivariate_hypergeometric(total, m, DRAWS, method="marginals")
   chance = np.abs(drawn / m - total / n).sum(axis=1) / 2
   return out | dict(
-      rows=rows, moved=moved, moved_chance=float(chance.mean()),
-      moved_high=float(np.quantile(chance, 0.95)),
-      moved_p=float((1 + (chance >= moved - 1e-12).sum()) / (1 + DRAWS)))
+    rows=rows,
+    moved=moved,
+    moved_chance=float(chance.mean()),
+    moved_high=float(np.quantile(chance, 0.95)),
+    moved_p=float((1 + (chance >= moved - 1e-12).sum()) / (1 + DRAWS)),
+  )
 
 
 def _plain(value: Any) -> Any:
@@ -130,8 +162,9 @@ def _plain(value: Any) -> Any:
   return value.item() if isinstance(value, np.generic) else value
 
 
-def describe(columns: dict[str, np.ndarray], kept: np.ndarray
-             ) -> list[dict[str, Any]]:
+def describe(
+  columns: dict[str, np.ndarray], kept: np.ndarray
+) -> list[dict[str, Any]]:
   """The shifts of all columns that a card compares.
 
   Args:
@@ -142,14 +175,24 @@ def describe(columns: dict[str, np.ndarray], kept: np.ndarray
   found = []
   if "length" in columns:
     length = np.float64(columns["length"]).reshape(len(columns["length"]), -1)
-    found.append(dict(name="response length", unit="tokens", kind="number",
-                      **number(length.mean(axis=1), kept)))
+    found.append(
+      dict(
+        name="response length",
+        unit="tokens",
+        kind="number",
+        **number(length.mean(axis=1), kept),
+      )
+    )
     if length.shape[1] == 2:
-      found.append(dict(name="chosen minus rejected length", unit="tokens",
-                        kind="number",
-                        **number(length[:, 0] - length[:, 1], kept)))
+      found.append(
+        dict(
+          name="chosen minus rejected length",
+          unit="tokens",
+          kind="number",
+          **number(length[:, 0] - length[:, 1], kept),
+        )
+      )
   for name in ("label", "source", "topic"):
     if name in columns:
-      found.append(dict(name=name, kind="share",
-                        **shares(columns[name], kept)))
+      found.append(dict(name=name, kind="share", **shares(columns[name], kept)))
   return found

@@ -6,7 +6,8 @@ compared at equal numbers of rows, and their gap beside that of groups made by
 shuffling: few rows in many dimensions have gaps of their own.
 """
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def participation(gram: np.ndarray) -> float:
   mean = gram.mean(axis=0)
   centred = gram - mean[:, None] - mean[None] + mean.mean()
   square = float(np.einsum("ij,ij->", centred, centred))
-  return float(np.trace(centred)**2 / square) if square > 0 else 0.0
+  return float(np.trace(centred) ** 2 / square) if square > 0 else 0.0
 
 
 def decay(values: np.ndarray) -> float | None:
@@ -66,16 +67,24 @@ def _summary(x: np.ndarray) -> dict[str, Any]:
   share = np.cumsum(values) / total if total > 0 else values
   gram = np.float64(x)
   gram = gram - gram.mean(axis=0)
-  return dict(variance=float(total), effective_rank=effective_rank(values),
-              participation=participation(gram @ gram.T), decay=decay(values),
-              first=float(share[0]) if share.size else None,
-              first_ten=float(share[min(9, len(share) - 1)]),
-              curve=[round(float(s), 4) for s in share[:CURVE]])
+  return dict(
+    variance=float(total),
+    effective_rank=effective_rank(values),
+    participation=participation(gram @ gram.T),
+    decay=decay(values),
+    first=float(share[0]) if share.size else None,
+    first_ten=float(share[min(9, len(share) - 1)]),
+    curve=[round(float(s), 4) for s in share[:CURVE]],
+  )
 
 
-def compare(x: np.ndarray, groups: np.ndarray, draw: np.ndarray,
-            names: Sequence[Any] | None = None, paired: bool = False
-            ) -> dict[str, Any]:
+def compare(
+  x: np.ndarray,
+  groups: np.ndarray,
+  draw: np.ndarray,
+  names: Sequence[Any] | None = None,
+  paired: bool = False,
+) -> dict[str, Any]:
   """The spectra of groups of rows at equal numbers, and the gap of them.
 
   Args:
@@ -93,8 +102,9 @@ def compare(x: np.ndarray, groups: np.ndarray, draw: np.ndarray,
     `gap_chance`, the median of shuffled groups, `gap_high`, their largest but
     one, and `p`. Where fewer than two groups have LEAST rows, `why`.
   """
-  kinds, inverse, counts = np.unique(groups, return_inverse=True,
-                                     return_counts=True)
+  kinds, inverse, counts = np.unique(
+    groups, return_inverse=True, return_counts=True
+  )
   names = [_plain(k) for k in kinds] if names is None else list(names)
   order = np.argsort(-counts, kind="stable")
   good = [k for k in order if counts[k] >= LEAST][:GROUPS]
@@ -111,12 +121,18 @@ def compare(x: np.ndarray, groups: np.ndarray, draw: np.ndarray,
     for k in good:
       rows = np.flatnonzero(inverse == k)
       picked.append(rows[np.argsort(draw[rows], kind="stable")[:used]])
-  described = [dict(name=names[k], rows=int(counts[k]), **_summary(x[rows]))
-               for k, rows in zip(good, picked)]
+  described = [
+    dict(name=names[k], rows=int(counts[k]), **_summary(x[rows]))
+    for k, rows in zip(good, picked)
+  ]
   # What is shuffled has no means of its own: only spectra are compared. One
   # Gram matrix serves all shuffles.
-  both = np.concatenate([np.float32(x[rows] - x[rows].mean(
-      axis=0, dtype=np.float64)) for rows in picked])
+  both = np.concatenate(
+    [
+      np.float32(x[rows] - x[rows].mean(axis=0, dtype=np.float64))
+      for rows in picked
+    ]
+  )
   gram = np.float64(both @ both.T)
   rng = np.random.Generator(np.random.Philox(key=0))
 
@@ -134,9 +150,14 @@ def compare(x: np.ndarray, groups: np.ndarray, draw: np.ndarray,
       mixed = rng.permutation(len(both)).reshape(there.shape)
     chance.append(gap(mixed))
   chance = np.sort(chance)
-  return dict(groups=described, used=used, gap=float(seen),
-              gap_chance=float(np.median(chance)), gap_high=float(chance[-2]),
-              p=float((1 + (chance >= seen).sum()) / (1 + SHUFFLES)))
+  return dict(
+    groups=described,
+    used=used,
+    gap=float(seen),
+    gap_chance=float(np.median(chance)),
+    gap_high=float(chance[-2]),
+    p=float((1 + (chance >= seen).sum()) / (1 + SHUFFLES)),
+  )
 
 
 def kept_rank(kept: np.ndarray, pool: np.ndarray) -> dict[str, Any]:
@@ -154,14 +175,24 @@ def kept_rank(kept: np.ndarray, pool: np.ndarray) -> dict[str, Any]:
     x = np.float64(x)
     return participation(x @ x.T)
 
-  chance = np.sort([rank(pool[rng.choice(len(pool), len(kept), replace=False)])
-                    for _ in range(SHUFFLES)])
-  return dict(used=len(kept), kept=rank(kept), chance=float(np.median(chance)),
-              low=float(chance[0]), high=float(chance[-1]))
+  chance = np.sort(
+    [
+      rank(pool[rng.choice(len(pool), len(kept), replace=False)])
+      for _ in range(SHUFFLES)
+    ]
+  )
+  return dict(
+    used=len(kept),
+    kept=rank(kept),
+    chance=float(np.median(chance)),
+    low=float(chance[0]),
+    high=float(chance[-1]),
+  )
 
 
-def map_plane(x: np.ndarray, draw: np.ndarray, rows: int = 4096
-              ) -> dict[str, Any]:
+def map_plane(
+  x: np.ndarray, draw: np.ndarray, rows: int = 4096
+) -> dict[str, Any]:
   """The first two principal directions, the same on every machine's run.
 
   Args:
@@ -189,8 +220,12 @@ def map_plane(x: np.ndarray, draw: np.ndarray, rows: int = 4096
   top = top * np.where(sign == 0, 1, sign)
   total = max(float(np.maximum(values, 0).sum()), 1e-300)
   values = np.append(np.maximum(values[::-1], 0), [0.0, 0.0])[:2]
-  return dict(mean=mean, directions=top, used=len(some),
-              explained=[float(v) / total for v in values])
+  return dict(
+    mean=mean,
+    directions=top,
+    used=len(some),
+    explained=[float(v) / total for v in values],
+  )
 
 
 def _plain(value: Any) -> Any:

@@ -15,41 +15,43 @@ of samplers. What one takes, which the dry run prints, is a line in
 `select/costs.py`.
 """
 
-from jaxalign.select.samplers import basic
-from jaxalign.select.samplers import crossfit
-from jaxalign.select.samplers import dedup
-from jaxalign.select.samplers import density
-from jaxalign.select.samplers import geometric
-from jaxalign.select.samplers import likelihood
-from jaxalign.select.samplers import margin
-from jaxalign.select.samplers import submodular
+from jaxalign.select.samplers import (
+  basic,
+  crossfit,
+  dedup,
+  density,
+  geometric,
+  likelihood,
+  margin,
+  submodular,
+)
 
 SAMPLERS = {
-    # Draws and likelihood.
-    "random": basic.random,
-    "stratified": basic.stratified,
-    "length_matched": basic.length_matched,
-    "isa": basic.isa,
-    # What a model says of each response.
-    "length": likelihood.length,
-    "perplexity": likelihood.perplexity,
-    "ifd": likelihood.ifd,
-    "ask_llm": likelihood.ask_llm,
-    "selective_dpo": likelihood.selective_dpo,
-    # How far apart the two sides of a pair are.
-    "external_margin": margin.external_margin,
-    "implicit_margin": margin.implicit_margin,
-    "bees": margin.bees,
-    "real": geometric.real,
-    # Where rows lie.
-    "density": density.density,
-    "k_center": geometric.k_center,
-    "herding": geometric.herding,
-    # Sets that cover, and sets without copies.
-    "facility_location": submodular.facility_location,
-    "dpp": submodular.dpp,
-    "semdedup": dedup.semdedup,
-    "deita": dedup.deita,
-    "crossfit": crossfit.crossfit,
-    "crossfit_lite": crossfit.crossfit_lite,
+  # Draws and likelihood.
+  "random": basic.random,
+  "stratified": basic.stratified,
+  "length_matched": basic.length_matched,
+  "isa": basic.isa,
+  # What a model says of each response.
+  "length": likelihood.length,
+  "perplexity": likelihood.perplexity,
+  "ifd": likelihood.ifd,
+  "ask_llm": likelihood.ask_llm,
+  "selective_dpo": likelihood.selective_dpo,
+  # How far apart the two sides of a pair are.
+  "external_margin": margin.external_margin,
+  "implicit_margin": margin.implicit_margin,
+  "bees": margin.bees,
+  "real": geometric.real,
+  # Where rows lie.
+  "density": density.density,
+  "k_center": geometric.k_center,
+  "herding": geometric.herding,
+  # Sets that cover, and sets without copies.
+  "facility_location": submodular.facility_location,
+  "dpp": submodular.dpp,
+  "semdedup": dedup.semdedup,
+  "deita": dedup.deita,
+  "crossfit": crossfit.crossfit,
+  "crossfit_lite": crossfit.crossfit_lite,
 }

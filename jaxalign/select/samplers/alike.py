@@ -9,8 +9,9 @@ from jaxalign.select.pool import Pool
 BANDS, HASHES = 16, 4  # two rows half alike meet in 64 % of cases
 
 
-def _first_of(places: np.ndarray, starts: np.ndarray, order: np.ndarray
-              ) -> np.ndarray:
+def _first_of(
+  places: np.ndarray, starts: np.ndarray, order: np.ndarray
+) -> np.ndarray:
   """[n] of each row, the least of `order` [W] over the columns that it has."""
   return np.minimum.reduceat(order[places], starts)
 
@@ -47,7 +48,7 @@ def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
     leader = first[inverse]
     rows = np.flatnonzero(leader != np.arange(n))
     for at in range(0, len(rows), 8192):
-      some = rows[at:at + 8192]
+      some = rows[at : at + 8192]
       both = (has[some] & has[leader[some]]).sum(axis=1)
       near = both >= alike * (size[some] + size[leader[some]] - both)
       left.append(some[near])
@@ -87,18 +88,22 @@ def notes(pool: Pool, kept: np.ndarray, drawn: np.ndarray) -> list[str]:
 
   More than a fifth have, and more than twice as many as of drawn rows [M].
   """
-  found, usual = (in_copies(copies(pool.grams[np.sort(rows)]))
-                  for rows in (kept, drawn))
+  found, usual = (
+    in_copies(copies(pool.grams[np.sort(rows)])) for rows in (kept, drawn)
+  )
   if found <= max(0.2, 2 * usual):
     return []
-  return [f"warning: {100 * found:.1f} % of the kept rows have a near-copy "
-          f"among them, of random rows {100 * usual:.1f} %: one pattern is "
-          "labelled alike, and no head can tell whether rightly; set "
-          "config.select.kwargs.copies to keep a few of each"]
+  return [
+    f"warning: {100 * found:.1f} % of the kept rows have a near-copy "
+    f"among them, of random rows {100 * usual:.1f} %: one pattern is "
+    "labelled alike, and no head can tell whether rightly; set "
+    "config.select.kwargs.copies to keep a few of each"
+  ]
 
 
-def place_in(code: np.ndarray, score: np.ndarray, hashes: np.ndarray
-             ) -> np.ndarray:
+def place_in(
+  code: np.ndarray, score: np.ndarray, hashes: np.ndarray
+) -> np.ndarray:
   """[N] how many rows of the same code score higher; ties by the hash."""
   order = np.lexsort((hashes, -score, code))
   size = np.bincount(code, minlength=code.max(initial=0) + 1)

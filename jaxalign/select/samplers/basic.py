@@ -1,13 +1,13 @@
 """Random and stratified rows, and ISA: those that change the entropy most."""
 
-from typing import Callable, Iterable, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.select.pool import Pool, Selection, needs
-from jaxalign.select.samplers.values import SIDES, column, one_side
-from jaxalign.select.samplers.values import quantiles
+from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.samplers.values import column, one_side, quantiles, SIDES
 from jaxalign.select.topk import gumbel, id_hash, top, uniform
 
 STRATA = ("source", "label", "length")
@@ -83,16 +83,23 @@ def apportion(shares: np.ndarray, room: np.ndarray, budget: int) -> np.ndarray:
     open_ = open_ & ~full
   given[open_] = np.floor(exact[open_])
   last = budget - int(given.sum())
-  order = np.argsort(-np.where(open_ & (weight > 0), exact - given, -1.0),
-                     kind="stable")
+  order = np.argsort(
+    -np.where(open_ & (weight > 0), exact - given, -1.0), kind="stable"
+  )
   given[order[:last]] += 1
   return given
 
 
 @needs("length", optional=("source", "label"))
-def stratified(seed: int, pool: Pool, budget: int, *,
-               by: str | tuple[str, ...] = STRATA, bins: int = 4,
-               shares: str = "pool") -> Selection:
+def stratified(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  by: str | tuple[str, ...] = STRATA,
+  bins: int = 4,
+  shares: str = "pool",
+) -> Selection:
   """Random rows, a fixed number from each source x label x length; O(N).
 
   Args:
@@ -110,18 +117,24 @@ def stratified(seed: int, pool: Pool, budget: int, *,
     `random` uses too, less 1 for the rows that their stratum had no place for.
   """
   if shares not in ("pool", "equal"):
-    raise ConfigError(f"shares is {shares!r}, wanted 'pool' or 'equal'; set "
-                      "config.select.kwargs.shares")
+    raise ConfigError(
+      f"shares is {shares!r}, wanted 'pool' or 'equal'; set "
+      "config.select.kwargs.shares"
+    )
   if isinstance(bins, bool) or int(bins) != bins or bins < 1:
-    raise ConfigError(f"bins is {bins!r}, wanted 1 or more; set "
-                      "config.select.kwargs.bins")
+    raise ConfigError(
+      f"bins is {bins!r}, wanted 1 or more; set config.select.kwargs.bins"
+    )
   by = (by,) if isinstance(by, str) else tuple(by)
-  unknown = [name for name in by if name not in STRATA
-             and name not in pool.columns]
+  unknown = [
+    name for name in by if name not in STRATA and name not in pool.columns
+  ]
   if unknown:
-    raise ConfigError(f"by names {', '.join(unknown)}, the pool has "
-                      f"{', '.join(sorted(pool.columns))}; set "
-                      "config.select.kwargs.by")
+    raise ConfigError(
+      f"by names {', '.join(unknown)}, the pool has "
+      f"{', '.join(sorted(pool.columns))}; set "
+      "config.select.kwargs.by"
+    )
   group = groups_of(pool, tuple(n for n in by if n in pool.columns), int(bins))
   room = np.bincount(group)
   # Which stratum a lone row goes to where remainders tie must not follow the
@@ -137,14 +150,16 @@ def stratified(seed: int, pool: Pool, budget: int, *,
   ranked = np.lexsort((-score, group))
   place = np.empty(len(score), np.int64)  # of a row within its stratum
   place[ranked] = np.arange(len(score)) - np.repeat(
-      np.cumsum(room) - room, room)
+    np.cumsum(room) - room, room
+  )
   score = np.where(place < count[group], score, score - 1)
   return Selection(top(score, pool.ids, budget), score)
 
 
 @needs("length", "subset")
-def length_matched(seed: int, pool: Pool, budget: int, *, bins: int = 20
-                   ) -> Selection:
+def length_matched(
+  seed: int, pool: Pool, budget: int, *, bins: int = 20
+) -> Selection:
   """Random rows, as long as those of another arm: a control for length.
 
   What a sampler wins by taking longer answers, these rows win too.
@@ -164,15 +179,21 @@ def length_matched(seed: int, pool: Pool, budget: int, *, bins: int = 20
   """
   subset = column(pool, "subset")[:, 0] > 0
   mean = column(pool, "length").mean(axis=1)
-  edges = np.unique(np.quantile(mean[subset], np.arange(1, bins) / bins)
-                    if subset.any() else mean[:0])
+  edges = np.unique(
+    np.quantile(mean[subset], np.arange(1, bins) / bins)
+    if subset.any()
+    else mean[:0]
+  )
   part = np.searchsorted(edges, mean, side="left")
-  count = apportion(np.bincount(part[subset], minlength=bins).astype(float),
-                    np.bincount(part, minlength=bins), budget)
+  count = apportion(
+    np.bincount(part[subset], minlength=bins).astype(float),
+    np.bincount(part, minlength=bins),
+    budget,
+  )
   score = uniform(seed, pool.ids, "random")
   for i in np.unique(part):
     rows = np.flatnonzero(part == i)
-    spare = np.argsort(-score[rows], kind="stable")[count[i]:]
+    spare = np.argsort(-score[rows], kind="stable")[count[i] :]
     score[rows[spare]] -= 1
   return Selection(top(score, pool.ids, budget), score)
 
@@ -204,7 +225,7 @@ def entropy_change(log_likelihood: np.ndarray, order: str) -> np.ndarray:
     NumericError: a value is not finite, or all are equal (no order exists).
   """
   value = np.asarray(log_likelihood, np.float64)
-  tiles = [value[at:at + TILE] for at in range(0, len(value), TILE)]
+  tiles = [value[at : at + TILE] for at in range(0, len(value), TILE)]
   return change_of(value, entropy_of(lambda: tiles, order), order)
 
 
@@ -217,8 +238,9 @@ class Entropy(NamedTuple):
   s: float = 0.0  # sum of p log p
 
 
-def entropy_of(tiles: Callable[[], Iterable[np.ndarray]],
-               order: str) -> Entropy:
+def entropy_of(
+  tiles: Callable[[], Iterable[np.ndarray]], order: str
+) -> Entropy:
   """The scalars of `entropy_change`, in one pass over the rows or two.
 
   Args:
@@ -227,19 +249,24 @@ def entropy_of(tiles: Callable[[], Iterable[np.ndarray]],
     order: "renormalised" takes the second pass.
   """
   if order not in ORDERS:
-    raise ConfigError(f"order {order!r} is unknown, wanted one of "
-                      f"{', '.join(ORDERS)}; set config.select.order")
+    raise ConfigError(
+      f"order {order!r} is unknown, wanted one of "
+      f"{', '.join(ORDERS)}; set config.select.order"
+    )
   low, high, size, bad = np.inf, -np.inf, 0, 0
   for value in tiles():
     size, bad = size + value.size, bad + int((~np.isfinite(value)).sum())
     low, high = min(low, value.min()), max(high, value.max())
   if bad:
-    raise NumericError(f"{bad} of {size} log-likelihoods are not finite; "
-                       "look at the embedding")
+    raise NumericError(
+      f"{bad} of {size} log-likelihoods are not finite; look at the embedding"
+    )
   if not high > low:
-    raise NumericError(f"all {size} log-likelihoods equal {low}; isa "
-                       "cannot rank them, look at the embedding or set "
-                       "config.select.sampler")
+    raise NumericError(
+      f"all {size} log-likelihoods equal {low}; isa "
+      "cannot rank them, look at the embedding or set "
+      "config.select.sampler"
+    )
   z = s = 0.0
   if order == "renormalised":
     for value in tiles():
@@ -262,8 +289,9 @@ def change_of(value: np.ndarray, entropy: Entropy, order: str) -> np.ndarray:
   return -np.log1p(-p / z) + p * (s / z - u) / (z - p)
 
 
-def top_with_quota(score: np.ndarray, pool: Pool, budget: int,
-                   quota: float | str | None) -> np.ndarray:
+def top_with_quota(
+  score: np.ndarray, pool: Pool, budget: int, quota: float | str | None
+) -> np.ndarray:
   """The best rows, with a fixed share of desirable ones where asked for.
 
   Args:
@@ -280,22 +308,26 @@ def top_with_quota(score: np.ndarray, pool: Pool, budget: int,
     return top(score, pool.ids, budget)
   knob = "; set config.select.label_quota"
   if "label" not in pool.columns:
-    raise ConfigError("label_quota needs rows with a label (thumbs), the pool "
-                      f"has none{knob}")
+    raise ConfigError(
+      f"label_quota needs rows with a label (thumbs), the pool has none{knob}"
+    )
   label = np.asarray(pool.label, bool)
   share = label.mean() if quota == "as_pool" else quota
   if isinstance(share, (str, bool)) or not 0.0 <= share <= 1.0:
-    raise ConfigError(f"label_quota is {quota!r}, wanted a share from 0 to 1 "
-                      f"or 'as_pool'{knob}")
+    raise ConfigError(
+      f"label_quota is {quota!r}, wanted a share from 0 to 1 or 'as_pool'{knob}"
+    )
   wanted = int(np.floor(float(share) * budget + 0.5))
   parts = []
   for value, count in ((True, wanted), (False, budget - wanted)):
     rows = np.flatnonzero(label == value)
     if rows.size < count:
       name = "desirable" if value else "undesirable"
-      raise ConfigError(f"label_quota {quota!r} asks for {count} {name} rows, "
-                        f"the pool has {rows.size}{knob} or "
-                        "config.select.budget")
+      raise ConfigError(
+        f"label_quota {quota!r} asks for {count} {name} rows, "
+        f"the pool has {rows.size}{knob} or "
+        "config.select.budget"
+      )
     parts.append(rows[top(score[rows], pool.ids[rows], count)])
   rows = np.sort(np.concatenate(parts))
   return rows[top(score[rows], pool.ids[rows], rows.size)]
@@ -304,30 +336,43 @@ def top_with_quota(score: np.ndarray, pool: Pool, budget: int,
 def check_soft(order: str, soft: float) -> None:
   """Raises ConfigError for a draw that cannot be."""
   if not 0 <= soft < np.inf:
-    raise ConfigError(f"soft is {soft!r}, wanted 0 or more; set "
-                      "config.select.kwargs.soft")
+    raise ConfigError(
+      f"soft is {soft!r}, wanted 0 or more; set config.select.kwargs.soft"
+    )
   if order == SOFT and soft:
-    raise ConfigError(f"order 'soft' draws by the change itself, and soft is "
-                      f"{soft!r}; set config.select.order or "
-                      "config.select.kwargs.soft to 0")
+    raise ConfigError(
+      f"order 'soft' draws by the change itself, and soft is "
+      f"{soft!r}; set config.select.order or "
+      "config.select.kwargs.soft to 0"
+    )
 
 
-def drawn(change: np.ndarray, seed: int, ids: np.ndarray,
-          pair_score: str) -> np.ndarray:
+def drawn(
+  change: np.ndarray, seed: int, ids: np.ndarray, pair_score: str
+) -> np.ndarray:
   """Changes [n] of order "magnitude" as weights of a draw: log w + Gumbel."""
   if (change < 0).any():
-    raise ConfigError(f"pair_score {pair_score!r} makes weights below 0, "
-                      "which order 'soft' cannot draw by; set "
-                      "config.select.pair_score to sum, mean, min or max")
+    raise ConfigError(
+      f"pair_score {pair_score!r} makes weights below 0, "
+      "which order 'soft' cannot draw by; set "
+      "config.select.pair_score to sum, mean, min or max"
+    )
   # The least likely row of all has weight 0: it comes last.
   weight = np.maximum(change, np.finfo(np.float64).tiny)
   return np.log(weight) + gumbel(seed, ids, "isa")
 
 
 @needs("log_likelihood")
-def isa(seed: int, pool: Pool, budget: int, *, order: str = "literal",
-        pair_score: str = "sum", soft: float = 0.0,
-        label_quota: float | str | None = None) -> Selection:
+def isa(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  order: str = "literal",
+  pair_score: str = "sum",
+  soft: float = 0.0,
+  label_quota: float | str | None = None,
+) -> Selection:
   """Rows whose removal changes the data set's entropy most, Khera et al. 2024.
 
   Args:
@@ -362,7 +407,9 @@ def isa(seed: int, pool: Pool, budget: int, *, order: str = "literal",
   if soft:
     spread = score.std()
     if not spread > 0:
-      raise NumericError("all changes of entropy are equal: there is nothing "
-                         "to weigh; set config.select.pair_score")
+      raise NumericError(
+        "all changes of entropy are equal: there is nothing "
+        "to weigh; set config.select.pair_score"
+      )
     score = score / (soft * spread) + gumbel(seed, pool.ids, "isa")
   return Selection(top_with_quota(score, pool, budget, label_quota), score)

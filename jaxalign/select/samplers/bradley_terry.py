@@ -11,10 +11,9 @@ import numpy as np
 import threadpoolctl
 
 from jaxalign.errors import ConfigError
-from jaxalign.select.samplers import habits
-from jaxalign.select.samplers import heads
+from jaxalign.select.samplers import habits, heads
 
-RIDGES = (.001, .004, .015, .06, .25, 1.0, 4.0)  # for one row
+RIDGES = (0.001, 0.004, 0.015, 0.06, 0.25, 1.0, 4.0)  # for one row
 FOLDS, RIDGE_FOLDS, RIDGE_ROWS = 5, 3, 4000
 
 
@@ -32,12 +31,16 @@ class Margins(NamedTuple):
 def _part(block: np.ndarray, group: np.ndarray) -> np.ndarray:
   """[N, R, W] -> [N, P] float64, see `lessons`."""
   part = heads.scaled(habits.differences(block, group))
-  return (heads.principal(part)[0] if part.shape[1] > heads.COLUMNS
-          else np.float64(part))
+  return (
+    heads.principal(part)[0]
+    if part.shape[1] > heads.COLUMNS
+    else np.float64(part)
+  )
 
 
-def lessons(blocks: list[np.ndarray], group: np.ndarray,
-            label: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def lessons(
+  blocks: list[np.ndarray], group: np.ndarray, label: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
   """What a head is fitted to: [N, P] rows, and [N] 1 or -1.
 
   Pairs become differences, single responses what they differ by from others,
@@ -52,16 +55,21 @@ def lessons(blocks: list[np.ndarray], group: np.ndarray,
   return _side_by_side([_part(block, group) for block in blocks], label)
 
 
-def _side_by_side(parts: list[np.ndarray], label: np.ndarray | None
-                  ) -> tuple[np.ndarray, np.ndarray]:
+def _side_by_side(
+  parts: list[np.ndarray], label: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
   x = heads.shortened(np.concatenate(parts, axis=1))
   y = np.ones(len(x)) if label is None else np.where(label, 1.0, -1.0)
   return x, y
 
 
-def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
-            label: np.ndarray | None = None, habit: np.ndarray | None = None
-            ) -> Margins:
+def margins(
+  seed: int,
+  blocks: list[list[np.ndarray]],
+  group: np.ndarray,
+  label: np.ndarray | None = None,
+  habit: np.ndarray | None = None,
+) -> Margins:
   """Out-of-fold margins of every head, at its best ridge and the next larger.
 
   The best ridge has the least out-of-fold loss on the observed labels of some
@@ -78,8 +86,10 @@ def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
   """
   fold = heads.folds(seed, group, FOLDS, "crossfit")
   tuning = heads.folds(seed, group, RIDGE_FOLDS, "crossfit ridge")
-  few = np.flatnonzero(heads.folds(seed, group, 1_000_000, "crossfit rows")
-                       < 1e6 * RIDGE_ROWS / max(len(group), RIDGE_ROWS))
+  few = np.flatnonzero(
+    heads.folds(seed, group, 1_000_000, "crossfit rows")
+    < 1e6 * RIDGE_ROWS / max(len(group), RIDGE_ROWS)
+  )
   chance = float(np.log(2))
   if label is not None:
     share = np.clip(label.mean(), 1e-9, 1 - 1e-9)
@@ -95,7 +105,7 @@ def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
     if habit is not None:  # tenfold, so that the ridge leaves it alone
       x = np.concatenate([habits.without(x, habit), 10 * habit], axis=1)
     i, _ = heads.choose_ridge(x[few], y[few], tuning[few], RIDGES, unread)
-    for ridge in RIDGES[i:i + 2]:
+    for ridge in RIDGES[i : i + 2]:
       margin, loss, _ = heads.out_of_fold(x, y, fold, ridge, unread=unread)
       size = np.median(np.abs(margin))
       found.append(margin / size if size > 0 else margin)
@@ -106,15 +116,26 @@ def margins(seed: int, blocks: list[list[np.ndarray]], group: np.ndarray,
   weight = np.array(gains) if any(gains) else np.ones(len(gains))
   weight /= weight.sum()
   mean = weight @ np.stack(found)
-  spread = np.sqrt(weight @ (np.stack(found) - mean)**2)
-  return Margins(mean, spread / (np.abs(mean) + 0.3), best, chance,
-                 float((mean > 0).mean()), ridges)
+  spread = np.sqrt(weight @ (np.stack(found) - mean) ** 2)
+  return Margins(
+    mean,
+    spread / (np.abs(mean) + 0.3),
+    best,
+    chance,
+    float((mean > 0).mean()),
+    ridges,
+  )
 
 
-def with_own_heads(seed: int, found: Margins, blocks: list[list[np.ndarray]],
-                   group: np.ndarray, label: np.ndarray | None,
-                   habit: np.ndarray | None, code: np.ndarray
-                   ) -> tuple[Margins, set[int]]:
+def with_own_heads(
+  seed: int,
+  found: Margins,
+  blocks: list[list[np.ndarray]],
+  group: np.ndarray,
+  label: np.ndarray | None,
+  habit: np.ndarray | None,
+  code: np.ndarray,
+) -> tuple[Margins, set[int]]:
   """Margins by heads of a slice's own where those predict its labels better.
 
   Better: by `heads.LEAST_GAIN` and two standard errors of the rows'
@@ -135,19 +156,25 @@ def with_own_heads(seed: int, found: Margins, blocks: list[list[np.ndarray]],
     for part in (part for block in blocks for part in block):
       kept[id(part)] = part[rows]
     some = [[kept[id(part)] for part in block] for block in blocks]
-    fit = margins(seed, some, group[rows],
-                  None if label is None else label[rows],
-                  None if habit is None else habit[rows])
+    fit = margins(
+      seed,
+      some,
+      group[rows],
+      None if label is None else label[rows],
+      None if habit is None else habit[rows],
+    )
     gain = found.loss[rows] - fit.loss
     if gain.mean() > heads.LEAST_GAIN + 2 * gain.std() / np.sqrt(len(rows)):
       own.add(int(k))
       mean[rows], spread[rows], loss[rows] = fit.mean, fit.spread, fit.loss
-  return found._replace(mean=mean, spread=spread, loss=loss,
-                        accuracy=float((mean > 0).mean())), own
+  return found._replace(
+    mean=mean, spread=spread, loss=loss, accuracy=float((mean > 0).mean())
+  ), own
 
 
-def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
-            group: np.ndarray) -> np.ndarray:
+def trusted(
+  seed: int, found: Margins, signs: dict[str, np.ndarray], group: np.ndarray
+) -> np.ndarray:
   """[N] from 0 to 1: how often heads agree with labels on rows such as this.
 
   Gradient-boosted trees on what does not change when the two sides are
@@ -162,9 +189,11 @@ def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
   try:
     from sklearn.ensemble import HistGradientBoostingClassifier
   except ImportError as error:
-    raise ConfigError("crossfit's gate needs scikit-learn, which is not "
-                      "installed; pip install scikit-learn, or set "
-                      "config.select.sampler") from error
+    raise ConfigError(
+      "crossfit's gate needs scikit-learn, which is not "
+      "installed; pip install scikit-learn, or set "
+      "config.select.sampler"
+    ) from error
   z = [np.abs(found.mean), found.spread]
   for value in signs.values():
     z.append(value.min(axis=1))
@@ -185,9 +214,15 @@ def trusted(seed: int, found: Margins, signs: dict[str, np.ndarray],
         out[own] = agrees[others].mean()
         continue
       gate = HistGradientBoostingClassifier(
-          max_iter=80, learning_rate=.08, max_leaf_nodes=8,
-          min_samples_leaf=60, l2_regularization=5, early_stopping=False,
-          random_state=0, monotonic_cst=[1] + [0] * (z.shape[1] - 1))
+        max_iter=80,
+        learning_rate=0.08,
+        max_leaf_nodes=8,
+        min_samples_leaf=60,
+        l2_regularization=5,
+        early_stopping=False,
+        random_state=0,
+        monotonic_cst=[1] + [0] * (z.shape[1] - 1),
+      )
       gate.fit(z[others], agrees[others])
       out[own] = gate.predict_proba(z[own])[:, 1]
   return out
@@ -201,6 +236,8 @@ def predictable(found: Margins) -> tuple[bool, str]:
   """
   gain = found.chance - found.loss.mean()
   error = found.loss.std() / np.sqrt(len(found.loss))
-  said = (f"out-of-fold loss {found.loss.mean():.4f} nats, chance "
-          f"{found.chance:.4f}, standard error {error:.4f}")
+  said = (
+    f"out-of-fold loss {found.loss.mean():.4f} nats, chance "
+    f"{found.chance:.4f}, standard error {error:.4f}"
+  )
   return bool(gain > heads.LEAST_GAIN + 2 * error), said

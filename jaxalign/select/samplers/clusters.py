@@ -1,7 +1,7 @@
 """k-means over the rows, and greedy methods run inside its clusters."""
 
+from collections.abc import Callable
 import math
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from jaxalign.select.topk import id_hash, uniform
 _WIDE = 128  # centres compared with the rows at once
 _STEPS = 10  # of Lloyd
 SMALL = 2048  # rows of a cluster that is never too large
-BLOCKS = ("set config.select.kwargs.blocks, or more of them, to run it "
-          "inside clusters")
+BLOCKS = (
+  "set config.select.kwargs.blocks, or more of them, to run it inside clusters"
+)
 
 
 def _closest(centres, squares, x):
@@ -28,32 +29,37 @@ def _closest(centres, squares, x):
     value, index = best
     one, square, start = block
     distance = square[None] - 2 * jnp.einsum(
-        "rw,cw->rc", x, one, precision=jax.lax.Precision.HIGHEST)
+      "rw,cw->rc", x, one, precision=jax.lax.Precision.HIGHEST
+    )
     at = jnp.argmin(distance, axis=1)
     low = jnp.min(distance, axis=1)
     better = low < value
-    return (jnp.where(better, low, value),
-            jnp.where(better, at.astype(jnp.int32) + start, index)), None
+    return (
+      jnp.where(better, low, value),
+      jnp.where(better, at.astype(jnp.int32) + start, index),
+    ), None
 
   blocks = centres.reshape(-1, _WIDE, width)
-  first = (jnp.full_like(x[:, 0], jnp.inf),
-           jnp.zeros_like(x[:, 0], jnp.int32))
+  first = (jnp.full_like(x[:, 0], jnp.inf), jnp.zeros_like(x[:, 0], jnp.int32))
   starts = jnp.arange(len(blocks), dtype=jnp.int32) * _WIDE
-  return jax.lax.scan(compare, first,
-                      (blocks, squares.reshape(-1, _WIDE), starts))[0][1]
+  return jax.lax.scan(
+    compare, first, (blocks, squares.reshape(-1, _WIDE), starts)
+  )[0][1]
 
 
 def assign(placed: rows_lib.Placed, centres: np.ndarray) -> np.ndarray:
   """[N] int64, the nearest of the [K, W] centres; 2NKW operations."""
   more = -len(centres) % _WIDE
-  squares = np.pad((np.float64(centres)**2).sum(1), (0, more),
-                   constant_values=np.inf)
+  squares = np.pad(
+    (np.float64(centres) ** 2).sum(1), (0, more), constant_values=np.inf
+  )
   padded = np.pad(centres, ((0, more), (0, 0)))
   return rows_lib.by_row(_closest, placed, padded, squares).astype(np.int64)
 
 
-def _means(x: np.ndarray, labels: np.ndarray,
-           centres: np.ndarray) -> np.ndarray:
+def _means(
+  x: np.ndarray, labels: np.ndarray, centres: np.ndarray
+) -> np.ndarray:
   """Means of the parts, summed in row order; an empty part stays put."""
   order = np.argsort(labels, kind="stable")
   names, starts = np.unique(labels[order], return_index=True)
@@ -64,8 +70,9 @@ def _means(x: np.ndarray, labels: np.ndarray,
   return out
 
 
-def k_means(x: np.ndarray, ids: np.ndarray, clusters: int,
-            seed: int) -> tuple[np.ndarray, np.ndarray]:
+def k_means(
+  x: np.ndarray, ids: np.ndarray, clusters: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Lloyd's k-means -> labels [N] int64 and centres [K, W] float64.
 
   It starts from rows drawn by a hash of their ids, takes at most ten steps on
@@ -74,11 +81,13 @@ def k_means(x: np.ndarray, ids: np.ndarray, clusters: int,
   """
   n = len(x)
   if isinstance(clusters, bool) or not 1 <= clusters <= n:
-    raise ConfigError(f"{clusters} clusters of {n} rows, wanted 1 to {n}; set "
-                      "config.select.kwargs")
+    raise ConfigError(
+      f"{clusters} clusters of {n} rows, wanted 1 to {n}; set "
+      "config.select.kwargs"
+    )
   draw = np.argsort(uniform(seed, ids, "k_means"), kind="stable")
   centres = np.float64(x[draw[:clusters]])
-  some = np.sort(draw[:max(20_000, 32 * clusters)])
+  some = np.sort(draw[: max(20_000, 32 * clusters)])
   part = x[some]
   placed = rows_lib.place(part)
   labels = None
@@ -123,11 +132,19 @@ def by_pick(what: str, width: int, host: bool) -> Callable:
     width: W of the rows.
   """
   return lambda n, m: rows_lib.refuse_long(
-      2.0 * np.sum(np.float64(n) * m) * width, what, BLOCKS, host=host)
+    2.0 * np.sum(np.float64(n) * m) * width, what, BLOCKS, host=host
+  )
 
 
-def in_blocks(greedy: Callable, x: np.ndarray, ids: np.ndarray, budget: int,
-              blocks: int, seed: int, check: Callable) -> Selection:
+def in_blocks(
+  greedy: Callable,
+  x: np.ndarray,
+  ids: np.ndarray,
+  budget: int,
+  blocks: int,
+  seed: int,
+  check: Callable,
+) -> Selection:
   """Runs a greedy method inside each of `blocks` clusters.
 
   Every cluster gets its share of the budget (largest remainders); nothing is

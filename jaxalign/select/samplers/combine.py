@@ -9,20 +9,19 @@ wherever it names a sampler, the first step first, scores multiplied by "*":
 """
 
 import ast
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxalign import lookup
 from jaxalign.errors import ConfigError, JaxalignError
-from jaxalign.select.pool import SHAPES, Pool, Selection
-from jaxalign.select.samplers import SAMPLERS
-from jaxalign.select.samplers import basic
+from jaxalign.select.pool import Pool, Selection, SHAPES
+from jaxalign.select.samplers import basic, SAMPLERS, values
 from jaxalign.select.samplers import dedup as dedup_lib
 from jaxalign.select.samplers import rows as rows_lib
-from jaxalign.select.samplers import values
 from jaxalign.select.topk import top
 
 Sampler = Callable[..., Selection]
@@ -35,9 +34,11 @@ def take(pool: Pool, rows: np.ndarray) -> Pool:
 
 def _wrap(inner: Sampler, fn: Callable, *columns: str) -> Sampler:
   """fn(inner bound to its keywords, seed, pool, budget) as a sampler."""
+
   @functools.wraps(inner)
   def sampler(seed: int, pool: Pool, budget: int, **kwargs) -> Selection:
     return fn(functools.partial(inner, **kwargs), seed, pool, budget)
+
   sampler.__doc__ = fn.__doc__
   sampler.keywords = getattr(inner, "keywords", {})  # bound, "isa(order=...)"
   sampler.needs = tuple(dict.fromkeys((*inner.needs, *columns)))
@@ -46,22 +47,35 @@ def _wrap(inner: Sampler, fn: Callable, *columns: str) -> Sampler:
   return sampler
 
 
-def _within(inner: Sampler, seed: int, pool: Pool, budget: int,
-            keep: np.ndarray, what: str) -> Selection:
+def _within(
+  inner: Sampler,
+  seed: int,
+  pool: Pool,
+  budget: int,
+  keep: np.ndarray,
+  what: str,
+) -> Selection:
   """Runs a sampler on the rows of a mask; the others rank below them all."""
   rows = np.flatnonzero(keep)
   if rows.size < budget:
-    raise ConfigError(f"{what} leaves {rows.size} of {len(keep)} rows, the "
-                      f"budget wants {budget}; set config.select.budget, or "
-                      f"the {what.split(' ')[0]}")
+    raise ConfigError(
+      f"{what} leaves {rows.size} of {len(keep)} rows, the "
+      f"budget wants {budget}; set config.select.budget, or "
+      f"the {what.split(' ')[0]}"
+    )
   found = inner(seed, take(pool, rows), budget)
   score = np.full(len(keep), found.score.min() - 1)
   score[rows] = found.score
   return Selection(rows[found.rows], score, found.notes)
 
 
-def gate(inner: Sampler, column: str, low: float = 0.0, high: float = 1.0,
-         side: str = "min") -> Sampler:
+def gate(
+  inner: Sampler,
+  column: str,
+  low: float = 0.0,
+  high: float = 1.0,
+  side: str = "min",
+) -> Sampler:
   """Only rows whose value of a column lies between two quantiles.
 
   Args:
@@ -71,20 +85,34 @@ def gate(inner: Sampler, column: str, low: float = 0.0, high: float = 1.0,
     side: of a pair, see `values.one_side`; "min" asks it of both sides.
   """
   if not 0 <= low < high <= 1:
-    raise ConfigError(f"gate on {column!r} from {low} to {high}, wanted two "
-                      "quantiles from 0 to 1, the first below the second")
+    raise ConfigError(
+      f"gate on {column!r} from {low} to {high}, wanted two "
+      "quantiles from 0 to 1, the first below the second"
+    )
 
   def gated(inner, seed, pool, budget):
     """The inner sampler's choice among the rows that pass the gate."""
     value = values.one_side(values.column(pool, column), side)
     rank = values.quantiles(value)
-    return _within(inner, seed, pool, budget, (rank >= low) & (rank <= high),
-                   f"gate on {column!r} from {low} to {high}")
+    return _within(
+      inner,
+      seed,
+      pool,
+      budget,
+      (rank >= low) & (rank <= high),
+      f"gate on {column!r} from {low} to {high}",
+    )
+
   return _wrap(inner, gated, column)
 
 
-def dedup(inner: Sampler, threshold: float = 0.95, pair: str = "mean",
-          metric: str = "cosine", clusters: int | str = "auto") -> Sampler:
+def dedup(
+  inner: Sampler,
+  threshold: float = 0.95,
+  pair: str = "mean",
+  metric: str = "cosine",
+  clusters: int | str = "auto",
+) -> Sampler:
   """Drops near-copies first: SemDeDup with a threshold on the cosine.
 
   Args:
@@ -95,21 +123,31 @@ def dedup(inner: Sampler, threshold: float = 0.95, pair: str = "mean",
     clusters: of the k-means, or "auto".
   """
   if not -1 <= threshold < 1:
-    raise ConfigError(f"dedup above a cosine of {threshold}, wanted -1 or more "
-                      "and below 1")
+    raise ConfigError(
+      f"dedup above a cosine of {threshold}, wanted -1 or more and below 1"
+    )
 
   def deduplicated(inner, seed, pool, budget):
     """The inner sampler's choice among rows that are no near-copies."""
     x = rows_lib.directions(pool, pair, metric)
     alike = dedup_lib.most_alike(
-        x, pool.ids, dedup_lib.cluster_count(clusters, len(x)), seed=0)
-    return _within(inner, seed, pool, budget, alike <= threshold,
-                   f"dedup above a cosine of {threshold}")
+      x, pool.ids, dedup_lib.cluster_count(clusters, len(x)), seed=0
+    )
+    return _within(
+      inner,
+      seed,
+      pool,
+      budget,
+      alike <= threshold,
+      f"dedup above a cosine of {threshold}",
+    )
+
   return _wrap(inner, deduplicated, "embedding")
 
 
-def quota(inner: Sampler, by: str | Sequence[str], shares: Any = "pool",
-          bins: int = 4) -> Sampler:
+def quota(
+  inner: Sampler, by: str | Sequence[str], shares: Any = "pool", bins: int = 4
+) -> Sampler:
   """A fixed share of the budget for each label, source or length.
 
   Args:
@@ -132,26 +170,33 @@ def quota(inner: Sampler, by: str | Sequence[str], shares: Any = "pool",
       first = [column[np.argmax(group == k)].item() for k in range(len(room))]
       unknown = set(shares) - set(first)
       if unknown:
-        raise ConfigError(f"quota names {sorted(map(str, unknown))}, the "
-                          f"pool's {by[0]} has {sorted(map(str, first))}")
+        raise ConfigError(
+          f"quota names {sorted(map(str, unknown))}, the "
+          f"pool's {by[0]} has {sorted(map(str, first))}"
+        )
       weight = np.array([float(shares.get(name, 0)) for name in first])
       if not (weight >= 0).all() or not weight.sum() > 0:
-        raise ConfigError(f"quota gives the shares {dict(shares)}, wanted "
-                          "numbers of 0 or more, one of them above")
+        raise ConfigError(
+          f"quota gives the shares {dict(shares)}, wanted "
+          "numbers of 0 or more, one of them above"
+        )
       weight = weight / weight.sum()
       count = basic.apportion(weight, np.full(len(room), budget), budget)
       short = np.flatnonzero(count > room)
       if short.size:
         k = short[0]
-        raise ConfigError(f"quota asks for {count[k]} rows of {by[0]} "
-                          f"{first[k]!r}, the pool has {room[k]}; set "
-                          "config.select.budget or the shares")
+        raise ConfigError(
+          f"quota asks for {count[k]} rows of {by[0]} "
+          f"{first[k]!r}, the pool has {room[k]}; set "
+          "config.select.budget or the shares"
+        )
     elif shares in ("pool", "equal"):
       weight = np.float64(room) if shares == "pool" else np.ones(len(room))
       count = basic.apportion(weight, room, budget)
     else:
-      raise ConfigError(f"quota has shares {shares!r}, wanted 'pool', 'equal' "
-                        "or a mapping")
+      raise ConfigError(
+        f"quota has shares {shares!r}, wanted 'pool', 'equal' or a mapping"
+      )
     score = np.full(len(pool.ids), np.nan)
     kept = np.zeros(len(pool.ids), bool)
     said, whole = {}, []
@@ -166,22 +211,26 @@ def quota(inner: Sampler, by: str | Sequence[str], shares: Any = "pool",
         found = inner(seed, take(pool, rows), int(count[k]))
       except JaxalignError as error:
         raise type(error)(
-            f"quota by {', '.join(by)}, {count[k]} of {room[k]} rows with "
-            f"{name}: {error}") from error
+          f"quota by {', '.join(by)}, {count[k]} of {room[k]} rows with "
+          f"{name}: {error}"
+        ) from error
       score[rows] = found.score
       kept[rows[found.rows]] = True
       said[name] = found.notes
     notes = _joined_notes(said)
     if whole:
       more = f" and {len(whole) - 5} more" if len(whole) > 5 else ""
-      notes.append(f"quota takes all rows with {'; '.join(whole[:5])}{more}: "
-                   "no sampler ranked them, they come after those it chose")
+      notes.append(
+        f"quota takes all rows with {'; '.join(whole[:5])}{more}: "
+        "no sampler ranked them, they come after those it chose"
+      )
     # What no sampler saw ranks as the last that one chose, and what no place
     # was left for below all that was kept.
     unseen = np.isnan(score)
     score[unseen] = score[kept & ~unseen].min() if said else 0
     score = np.where(kept, score, score - (np.ptp(score) + 1))
     return Selection(top(score, pool.ids, budget), score, tuple(notes))
+
   return _wrap(inner, shared, *by)
 
 
@@ -209,24 +258,31 @@ def _joined_notes(said: Mapping[str, Sequence[str]]) -> list[str]:
         out[note] = None
       else:
         text = note.removeprefix("warning: ")
-        out[f"{note[:len(note) - len(text)]}{name}: {text}"] = None
+        out[f"{note[: len(note) - len(text)]}{name}: {text}"] = None
   return list(out)
 
 
-def diverse(inner: Sampler, threshold: float = 0.9, pair: str = "mean",
-            metric: str = "cosine") -> Sampler:
+def diverse(
+  inner: Sampler,
+  threshold: float = 0.9,
+  pair: str = "mean",
+  metric: str = "cosine",
+) -> Sampler:
   """Down the inner sampler's scores, only rows unlike those kept (DEITA).
 
   Args:
     inner: a sampler by a score; of a greedy one the order is what counts.
     threshold, pair, metric: see `dedup.diverse` and `rows.vectors`.
   """
+
   def spread(inner, seed, pool, budget):
     """The best rows of the inner sampler that are unlike one another."""
     x = rows_lib.directions(pool, pair, metric)
     found = inner(seed, pool, budget)
-    return dedup_lib.diverse(found.score, x, pool.ids, budget, threshold
-                             )._replace(notes=found.notes)
+    return dedup_lib.diverse(
+      found.score, x, pool.ids, budget, threshold
+    )._replace(notes=found.notes)
+
   return _wrap(inner, spread, "embedding")
 
 
@@ -246,15 +302,16 @@ def product(*inner: Sampler) -> Sampler:
     score = sum(np.log(values.quantiles(one.score)) for one in found)
     notes = dict.fromkeys(note for one in found for note in one.notes)
     return values.ranked(score, pool, budget)._replace(notes=tuple(notes))
+
   sampler.needs = tuple(dict.fromkeys(n for one in inner for n in one.needs))
-  sampler.optional = tuple(dict.fromkeys(
-      n for one in inner for n in one.optional))
+  sampler.optional = tuple(
+    dict.fromkeys(n for one in inner for n in one.optional)
+  )
   sampler.pairs = any(one.pairs for one in inner)
   return sampler
 
 
-COMBINATORS = {"gate": gate, "dedup": dedup, "quota": quota,
-               "diverse": diverse}
+COMBINATORS = {"gate": gate, "dedup": dedup, "quota": quota, "diverse": diverse}
 
 
 def compose(sampler: Sampler, steps: Sequence[Mapping[str, Any]]) -> Sampler:
@@ -272,13 +329,16 @@ def compose(sampler: Sampler, steps: Sequence[Mapping[str, Any]]) -> Sampler:
     rest = dict(step)
     name = rest.pop("name", None)
     if name not in COMBINATORS:
-      raise ConfigError(f"unknown step {name!r}, wanted one of "
-                        f"{', '.join(COMBINATORS)}")
+      raise ConfigError(
+        f"unknown step {name!r}, wanted one of {', '.join(COMBINATORS)}"
+      )
     known = list(inspect.signature(COMBINATORS[name]).parameters)[1:]
     unknown = set(rest) - set(known)
     if unknown:
-      raise ConfigError(f"step {name!r} takes no {sorted(unknown)[0]!r}; it "
-                        f"takes {', '.join(known)}")
+      raise ConfigError(
+        f"step {name!r} takes no {sorted(unknown)[0]!r}; it "
+        f"takes {', '.join(known)}"
+      )
     sampler = COMBINATORS[name](sampler, **rest)
   return sampler
 
@@ -298,22 +358,30 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
     ConfigError: an unknown name, step or keyword.
   """
   *steps, last = lookup.parts(name, "|")
-  found = [lookup.lookup(SAMPLERS, part, "sampler", knob)
-           for part in lookup.parts(last, "*")]
+  found = [
+    lookup.lookup(SAMPLERS, part, "sampler", knob)
+    for part in lookup.parts(last, "*")
+  ]
   for part, one in zip(lookup.parts(last, "*"), found):
     if not hasattr(one, "needs"):
-      raise ConfigError(f"sampler {part!r} does not say what it reads; mark "
-                        "the function with jaxalign.select.pool.needs, or set "
-                        f"config.{knob}")
-    if columns := [v for v in getattr(one, "keywords", {}).values()
-                   if isinstance(v, str) and v in SHAPES]:
+      raise ConfigError(
+        f"sampler {part!r} does not say what it reads; mark "
+        "the function with jaxalign.select.pool.needs, or set "
+        f"config.{knob}"
+      )
+    if columns := [
+      v
+      for v in getattr(one, "keywords", {}).values()
+      if isinstance(v, str) and v in SHAPES
+    ]:
       one.needs = tuple(dict.fromkeys((*one.needs, *columns)))
   sampler = found[0] if len(found) == 1 else product(*found)
   try:
     return compose(sampler, [_step(text) for text in steps])
   except (ConfigError, TypeError) as error:
-    raise ConfigError(f"sampler {name!r}: {error}; set config.{knob}"
-                      ) from error
+    raise ConfigError(
+      f"sampler {name!r}: {error}; set config.{knob}"
+    ) from error
 
 
 def links(name: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -324,12 +392,14 @@ def links(name: str) -> tuple[list[dict[str, Any]], list[str]]:
 
 def bare(name: str) -> list[str]:
   """The samplers of a chain without their keywords."""
-  return [part.partition("(")[0].strip()
-          for part in lookup.parts(lookup.parts(name, "|")[-1], "*")]
+  return [
+    part.partition("(")[0].strip()
+    for part in lookup.parts(lookup.parts(name, "|")[-1], "*")
+  ]
 
 
 def _step(text: str) -> dict[str, Any]:
-  """"gate(column=reward, low=0.2)" -> what `compose` takes."""
+  """ "gate(column=reward, low=0.2)" -> what `compose` takes."""
   wrong = ConfigError(f"step {text!r} is not of the form name(keyword=value)")
   try:
     call = ast.parse(text, mode="eval").body
@@ -338,7 +408,8 @@ def _step(text: str) -> dict[str, Any]:
     if call.args or any(k.arg is None for k in call.keywords):
       raise wrong
     return dict(name=call.func.id) | {
-        k.arg: _value(k.value) for k in call.keywords}
+      k.arg: _value(k.value) for k in call.keywords
+    }
   except (SyntaxError, ValueError, AttributeError) as error:
     raise wrong from error
 

@@ -17,14 +17,11 @@ import numpy as np
 from jaxalign import progress
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import grams as grams_lib
-from jaxalign.select.pool import Pool, Selection, needs
-from jaxalign.select.samplers import alike
+from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.samplers import alike, habits, heads
 from jaxalign.select.samplers import bradley_terry as bt
-from jaxalign.select.samplers import habits
-from jaxalign.select.samplers import heads
 from jaxalign.select.samplers.basic import top_with_quota
-from jaxalign.select.samplers.values import column, finite, quantiles
-from jaxalign.select.samplers.values import ranked
+from jaxalign.select.samplers.values import column, finite, quantiles, ranked
 from jaxalign.select.topk import id_hash, uniform
 
 SENTENCE = "reads every label: saves training, not annotation"
@@ -84,8 +81,14 @@ def _lowered(score: np.ndarray, rows: np.ndarray) -> np.ndarray:
   return np.where(kept, score, np.minimum(score - above, least))
 
 
-def _chosen(score: np.ndarray, pool: Pool, budget: int, ways: Ways,
-            pairs: bool, code: np.ndarray | None) -> Selection:
+def _chosen(
+  score: np.ndarray,
+  pool: Pool,
+  budget: int,
+  ways: Ways,
+  pairs: bool,
+  code: np.ndarray | None,
+) -> Selection:
   """The best rows, of thumbs each label's, of slices each slice's."""
   if code is None and pairs:
     return ranked(score, pool, budget)
@@ -94,30 +97,40 @@ def _chosen(score: np.ndarray, pool: Pool, budget: int, ways: Ways,
     rows = top_with_quota(score, pool, budget, quota)
   elif ways.label_quota is not None:
     raise ConfigError(
-        f"slices keeps labels of each slice as they are, and label_quota is "
-        f"{ways.label_quota!r}; set one of config.select.kwargs.slices and "
-        "config.select.kwargs.label_quota")
+      f"slices keeps labels of each slice as they are, and label_quota is "
+      f"{ways.label_quota!r}; set one of config.select.kwargs.slices and "
+      "config.select.kwargs.label_quota"
+    )
   else:
     label = 0 if pairs else np.asarray(pool.label, np.int64)
     rows = habits.by_share(score, pool, budget, 2 * code + label)
   return Selection(rows, _lowered(score, rows))
 
 
-def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
-            ) -> Selection:
+def _select(
+  seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
+) -> Selection:
   if ways.unlearnable not in UNLEARNABLE:
-    raise ConfigError(f"unlearnable is {ways.unlearnable!r}, wanted one of "
-                      f"{', '.join(UNLEARNABLE)}; set "
-                      "config.select.kwargs.unlearnable")
+    raise ConfigError(
+      f"unlearnable is {ways.unlearnable!r}, wanted one of "
+      f"{', '.join(UNLEARNABLE)}; set "
+      "config.select.kwargs.unlearnable"
+    )
   if ways.copies not in (None, "auto") and (
-      isinstance(ways.copies, (bool, str)) or ways.copies != int(ways.copies)
-      or ways.copies < 1):
-    raise ConfigError(f"copies is {ways.copies!r}, wanted 'auto', None, or 1 "
-                      "or more; set config.select.kwargs.copies")
+    isinstance(ways.copies, (bool, str))
+    or ways.copies != int(ways.copies)
+    or ways.copies < 1
+  ):
+    raise ConfigError(
+      f"copies is {ways.copies!r}, wanted 'auto', None, or 1 "
+      "or more; set config.select.kwargs.copies"
+    )
   pairs = sides.blocks[0][0].shape[1] == 2
   if not pairs and "label" not in pool.columns:
-    raise ConfigError("crossfit reads the label of single responses, the pool "
-                      "has none; set config.select.sampler")
+    raise ConfigError(
+      "crossfit reads the label of single responses, the pool "
+      "has none; set config.select.sampler"
+    )
   group = pool.columns.get("group", pool.ids)
   label = None if pairs else np.asarray(pool.label, bool)
   without = habits.named(ways.orthogonal)
@@ -135,41 +148,56 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   else:
     found = shared = bt.margins(seed, sides.blocks, group, label, habit)
     if by:
-      found, own = bt.with_own_heads(seed, shared, sides.blocks, group, label,
-                                    habit, code)
+      found, own = bt.with_own_heads(
+        seed, shared, sides.blocks, group, label, habit, code
+      )
     learnt, said = bt.predictable(found)
-    refused = (f"no head predicts them ({said}); they look shuffled, or the "
-               "features say nothing of them")
+    refused = (
+      f"no head predicts them ({said}); they look shuffled, or the "
+      "features say nothing of them"
+    )
   if learnt:
     q = bt.trusted(seed, found, sides.signs, group)
     score = found.mean * np.maximum(0, 2 * q - 1)
     positive = int((score > 0).sum())
     notes.append(
-        f"heads agree with {100 * found.accuracy:.1f} % of labels ({said}),"
-        f" the gate trusts them by {q.mean():.2f}; {positive:,} of "
-        f"{len(score):,} rows score above 0")
+      f"heads agree with {100 * found.accuracy:.1f} % of labels ({said}),"
+      f" the gate trusts them by {q.mean():.2f}; {positive:,} of "
+      f"{len(score):,} rows score above 0"
+    )
     if positive < budget:
       score = filled(score, q)
-      notes.append(f"warning: the budget of {budget:,} is more than the "
-                   f"{positive:,} rows that score above 0; of the rest more "
-                   "labels are wrong than of random rows; set "
-                   "config.select.budget")
+      notes.append(
+        f"warning: the budget of {budget:,} is more than the "
+        f"{positive:,} rows that score above 0; of the rest more "
+        "labels are wrong than of random rows; set "
+        "config.select.budget"
+      )
   elif ways.unlearnable == "error":
-    raise NumericError(f"crossfit refuses these labels: {refused}; set "
-                       "config.select.sampler, or "
-                       "config.select.kwargs.unlearnable to 'random'")
+    raise NumericError(
+      f"crossfit refuses these labels: {refused}; set "
+      "config.select.sampler, or "
+      "config.select.kwargs.unlearnable to 'random'"
+    )
   else:
     score = drawn(seed, pool, sides.signs)
     notes.append(
-        f"warning: crossfit refuses these labels: {refused}. These rows are "
-        "random ones" + (", the least likely fifth last"
-                         if "log_likelihood" in sides.signs else ""))
+      f"warning: crossfit refuses these labels: {refused}. These rows are "
+      "random ones"
+      + (
+        ", the least likely fifth last"
+        if "log_likelihood" in sides.signs
+        else ""
+      )
+    )
   if like is not None:
     place = alike.place_in(like, score, id_hash(pool.ids))
     spare = place >= most
     score = np.where(spare, score - np.ptp(score) - 1, score)
-    notes.append(f"{int(spare.sum()):,} rows have {most} near-copies "
-                 "or more that score higher, and come last")
+    notes.append(
+      f"{int(spare.sum()):,} rows have {most} near-copies "
+      "or more that score higher, and come last"
+    )
   notes += all_alike
   selection = _chosen(score, pool, budget, ways, pairs, code if by else None)
   if not learnt:
@@ -181,23 +209,37 @@ def _select(seed: int, pool: Pool, budget: int, sides: Sides, ways: Ways
   lost = habits.alone(habits.columns(pool, ("length",), group), y, fold)
   whole = np.arange(len(pool.ids))
   notes.append(
-      ("chosen answers are longer than rejected ones by " if pairs else
-       "liked answers are longer than disliked ones by ")
-      + f"{habits.gap(length, label, kept):+.2f} tokens among the kept, "
-      f"{habits.gap(length, label, whole):+.2f} in the pool; length alone "
-      f"predicts {100 * lost[1]:.1f} % of labels")
-  notes += habits.length_note(lost, found.loss.mean(), found.accuracy,
-                              found.chance, "length" in without)
+    (
+      "chosen answers are longer than rejected ones by "
+      if pairs
+      else "liked answers are longer than disliked ones by "
+    )
+    + f"{habits.gap(length, label, kept):+.2f} tokens among the kept, "
+    f"{habits.gap(length, label, whole):+.2f} in the pool; length alone "
+    f"predicts {100 * lost[1]:.1f} % of labels"
+  )
+  notes += habits.length_note(
+    lost, found.loss.mean(), found.accuracy, found.chance, "length" in without
+  )
   if code is not None and len(names) > 1:
-    notes += habits.slice_notes(code, names, ", ".join(by or ("source",)),
-                                shared.mean > 0, kept, own, bool(by))
-  notes += alike.notes(pool, kept, ranked(uniform(seed, pool.ids, "random"),
-                                          pool, len(kept)).rows)
+    notes += habits.slice_notes(
+      code,
+      names,
+      ", ".join(by or ("source",)),
+      shared.mean > 0,
+      kept,
+      own,
+      bool(by),
+    )
+  notes += alike.notes(
+    pool, kept, ranked(uniform(seed, pool.ids, "random"), pool, len(kept)).rows
+  )
   return _told(selection, *notes)
 
 
-def _copies(pool: Pool, copies: int | str | None, pairs: bool
-            ) -> tuple[int, np.ndarray | None, list[str]]:
+def _copies(
+  pool: Pool, copies: int | str | None, pairs: bool
+) -> tuple[int, np.ndarray | None, list[str]]:
   """How many near-copies may come first, which rows are some, and a note.
 
   None where nobody is to count them: texts of a few words are all alike, and
@@ -211,17 +253,24 @@ def _copies(pool: Pool, copies: int | str | None, pairs: bool
     return int(copies), like, []
   if share <= ALL_ALIKE:
     return COPIES, like, []
-  return 0, None, [f"{100 * share:.0f} % of the rows have near-copies, as "
-                   "texts of a few words do: copies come as other rows do"]
+  return (
+    0,
+    None,
+    [
+      f"{100 * share:.0f} % of the rows have near-copies, as "
+      "texts of a few words do: copies come as other rows do"
+    ],
+  )
 
 
 def _of_one_class(label: np.ndarray | None) -> str:
-  """Why nothing can be learnt of thumbs [N] that are all alike; "" of others.
-  """
+  """Why labels [N] that are all alike teach nothing; "" of others."""
   if label is None or (label.any() and not label.all()):
     return ""
-  return (f"all {len(label):,} rows are {'' if label.all() else 'un'}desirable,"
-          " and heads learn what tells the two labels apart")
+  return (
+    f"all {len(label):,} rows are {'' if label.all() else 'un'}desirable,"
+    " and heads learn what tells the two labels apart"
+  )
 
 
 def _told(selection: Selection, *notes: str) -> Selection:
@@ -236,36 +285,49 @@ def _read(pool: Pool) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   half = grams.shape[2] // 2
   said = np.float32(grams[..., :half])
   length = column(pool, "length")
-  few = np.concatenate([finite(pool.overlap, pool.ids, "overlap"),
-                        length[..., None]], axis=2)
+  few = np.concatenate(
+    [finite(pool.overlap, pool.ids, "overlap"), length[..., None]], axis=2
+  )
   n, r = said.shape[:2]
   common = grams_lib.surprise(grams.reshape(n * r, -1)).reshape(n, r, 2)
-  signs = dict(length=length, tokens=common[..., 0], pairs=common[..., 1],
-               grams=_typical(said), size=np.sqrt((said**2).sum(axis=2)))
+  signs = dict(
+    length=length,
+    tokens=common[..., 0],
+    pairs=common[..., 1],
+    grams=_typical(said),
+    size=np.sqrt((said**2).sum(axis=2)),
+  )
   return said, few, signs
 
 
 def _counts(pool: Pool) -> np.ndarray:
   """`pool.grams`, not copied where they are whole numbers, which are finite."""
   grams = np.asarray(pool.grams)
-  return (grams if grams.dtype.kind in "biu"
-          else finite(grams, pool.ids, "grams"))
+  return (
+    grams if grams.dtype.kind in "biu" else finite(grams, pool.ids, "grams")
+  )
 
 
 def _typical(x: np.ndarray) -> np.ndarray:
   """[N, R, W] -> [N, R]."""
   flat = np.asarray(x.reshape(-1, x.shape[2]), np.float32)
-  return heads.typical(heads.scaled(flat, flat.mean(axis=0, dtype=np.float64))
-                       ).reshape(x.shape[:2])
+  return heads.typical(
+    heads.scaled(flat, flat.mean(axis=0, dtype=np.float64))
+  ).reshape(x.shape[:2])
 
 
 @needs("grams", "overlap", "length", optional=("label", "group", "source"))
-def crossfit_lite(seed: int, pool: Pool, budget: int, *,
-                  label_quota: float | str | None = None,
-                  unlearnable: str = "random",
-                  orthogonal: str | tuple[str, ...] | None = None,
-                  slices: str | tuple[str, ...] | None = None,
-                  copies: int | str | None = "auto") -> Selection:
+def crossfit_lite(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  label_quota: float | str | None = None,
+  unlearnable: str = "random",
+  orthogonal: str | tuple[str, ...] | None = None,
+  slices: str | tuple[str, ...] | None = None,
+  copies: int | str | None = "auto",
+) -> Selection:
   """`crossfit` without a model: one head on counts of tokens, no forward pass.
 
   Args:
@@ -275,19 +337,35 @@ def crossfit_lite(seed: int, pool: Pool, budget: int, *,
     budget, and the keywords: as of `crossfit`.
   """
   said, few, signs = _read(pool)
-  return _select(seed, pool, budget, Sides([[said, few]], signs),
-                 Ways(label_quota, unlearnable, orthogonal, slices, copies))
+  return _select(
+    seed,
+    pool,
+    budget,
+    Sides([[said, few]], signs),
+    Ways(label_quota, unlearnable, orthogonal, slices, copies),
+  )
 
 
-@needs("answer_embedding", "residual", "least", "grams", "overlap", "length",
-       optional=("logp", "logp_count", "log_likelihood", "label", "group",
-                 "source"))
-def crossfit(seed: int, pool: Pool, budget: int, *,
-             label_quota: float | str | None = None,
-             unlearnable: str = "random",
-             orthogonal: str | tuple[str, ...] | None = None,
-             slices: str | tuple[str, ...] | None = None,
-             copies: int | str | None = "auto") -> Selection:
+@needs(
+  "answer_embedding",
+  "residual",
+  "least",
+  "grams",
+  "overlap",
+  "length",
+  optional=("logp", "logp_count", "log_likelihood", "label", "group", "source"),
+)
+def crossfit(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  label_quota: float | str | None = None,
+  unlearnable: str = "random",
+  orthogonal: str | tuple[str, ...] | None = None,
+  slices: str | tuple[str, ...] | None = None,
+  copies: int | str | None = "auto",
+) -> Selection:
   """Rows by out-of-fold margin times a label-blind gate; reads every label.
 
   score = m max(0, 2 q - 1): m the mean margin of three heads (counts of
@@ -337,10 +415,15 @@ def crossfit(seed: int, pool: Pool, budget: int, *,
   if "logp" in pool.columns:
     total, count = column(pool, "logp"), column(pool, "logp_count")
     signs["logp"] = total / np.maximum(count, 1)
-    few = np.concatenate([few, total[..., None], signs["logp"][..., None]],
-                         axis=2)
+    few = np.concatenate(
+      [few, total[..., None], signs["logp"][..., None]], axis=2
+    )
   if "log_likelihood" in pool.columns:
     signs["log_likelihood"] = column(pool, "log_likelihood")
-  return _select(seed, pool, budget, Sides(
-      [[said, few], [residual, few], [said, residual, answer, few]],
-      signs), Ways(label_quota, unlearnable, orthogonal, slices, copies))
+  return _select(
+    seed,
+    pool,
+    budget,
+    Sides([[said, few], [residual, few], [said, residual, answer, few]], signs),
+    Ways(label_quota, unlearnable, orthogonal, slices, copies),
+  )

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxalign import progress
 from jaxalign.errors import ConfigError
-from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers import clusters
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.samplers.values import column, one_side, ranked
@@ -26,8 +26,9 @@ def first_copies(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
   return first
 
 
-def most_alike(x: np.ndarray, ids: np.ndarray, count: int,
-               seed: int) -> np.ndarray:
+def most_alike(
+  x: np.ndarray, ids: np.ndarray, count: int, seed: int
+) -> np.ndarray:
   """Each row's largest cosine with an earlier one of its k-means cluster.
 
   Earlier is less like the centre (of equals, the one with the lower hash), so
@@ -54,29 +55,36 @@ def most_alike(x: np.ndarray, ids: np.ndarray, count: int,
   labels, centres = clusters.k_means(x, ids, count, seed)
   length = np.sqrt((centres**2).sum(1))
   centres = centres / np.where(length, length, 1)[:, None]
-  typical = np.round(np.einsum("nw,nw->n", x, np.float32(centres)[labels],
-                               dtype=np.float64), _DIGITS)
+  typical = np.round(
+    np.einsum("nw,nw->n", x, np.float32(centres)[labels], dtype=np.float64),
+    _DIGITS,
+  )
   own = np.flatnonzero(first_copies(x, ids) == np.arange(len(x)))
   order = own[np.lexsort((id_hash(ids[own]), typical[own], labels[own]))]
   sizes = np.bincount(labels[own], minlength=count)
   most = clusters.most_rows(len(x), count)
   rows_lib.refuse_long(
-      np.sum(np.float64(sizes) * np.minimum(sizes, 2 * most)) * x.shape[1],
-      "comparing the rows of a cluster", "set clusters to 'auto'", host=True)
+    np.sum(np.float64(sizes) * np.minimum(sizes, 2 * most)) * x.shape[1],
+    "comparing the rows of a cluster",
+    "set clusters to 'auto'",
+    host=True,
+  )
   if (sizes > most).any():
-    progress.say(f"  {sizes[sizes > most].sum():,} rows lie in clusters of "
-                 f"more than {most:,}: each is compared with the {most:,} "
-                 "before it only")
+    progress.say(
+      f"  {sizes[sizes > most].sum():,} rows lie in clusters of "
+      f"more than {most:,}: each is compared with the {most:,} "
+      "before it only"
+    )
   out = np.ones(len(x))
   out[own] = -1
   ends = np.append(np.cumsum(sizes), 0)
   for k in range(count):
-    rows = order[ends[k - 1]:ends[k]]
+    rows = order[ends[k - 1] : ends[k]]
     for start in range(0, len(rows), _TILE):
-      mine = rows[start:start + _TILE]
+      mine = rows[start : start + _TILE]
       part, best = x[mine], np.full(len(mine), -1.0)
       for before in range(max(0, start - most), start, _TILE):
-        cosine = part @ x[rows[before:min(start, before + _TILE)]].T
+        cosine = part @ x[rows[before : min(start, before + _TILE)]].T
         np.maximum(best, cosine.max(axis=1), out=best)
       if len(mine) > 1:
         inside = part @ part.T
@@ -91,15 +99,23 @@ def cluster_count(clusters_: int | str, n: int) -> int:
   if clusters_ == "auto":
     return math.ceil(n / 1024)
   if isinstance(clusters_, (str, bool)) or not 1 <= clusters_ <= n:
-    raise ConfigError(f"clusters is {clusters_!r}, wanted 'auto' or 1 to {n}; "
-                      "set config.select.kwargs.clusters")
+    raise ConfigError(
+      f"clusters is {clusters_!r}, wanted 'auto' or 1 to {n}; "
+      "set config.select.kwargs.clusters"
+    )
   return int(clusters_)
 
 
 @needs("embedding")
-def semdedup(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
-             metric: str = "cosine", clusters: int | str = "auto"
-             ) -> Selection:
+def semdedup(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  pair: str = "mean",
+  metric: str = "cosine",
+  clusters: int | str = "auto",
+) -> Selection:
   """The rows that are least a copy of another, Abbas et al. 2023.
 
   SemDeDup drops a row whose cosine with an earlier one of its cluster is
@@ -123,8 +139,13 @@ def semdedup(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
   return ranked(-alike, pool, budget)
 
 
-def diverse(score: np.ndarray, x: np.ndarray, ids: np.ndarray, budget: int,
-            threshold: float) -> Selection:
+def diverse(
+  score: np.ndarray,
+  x: np.ndarray,
+  ids: np.ndarray,
+  budget: int,
+  threshold: float,
+) -> Selection:
   """Rows by score, each unlike all kept before, Liu et al. 2024 (DEITA).
 
   Going down the scores, a row is kept where its largest cosine with the rows
@@ -144,24 +165,28 @@ def diverse(score: np.ndarray, x: np.ndarray, ids: np.ndarray, budget: int,
     of the scores, so that it ranks after all others.
   """
   if not -1 < threshold <= 1:
-    raise ConfigError(f"threshold is {threshold}, wanted a cosine above -1 and "
-                      "at most 1; set config.select.kwargs.threshold")
+    raise ConfigError(
+      f"threshold is {threshold}, wanted a cosine above -1 and "
+      "at most 1; set config.select.kwargs.threshold"
+    )
   rows_lib.refuse_long(
-      2.0 * len(x) * budget * x.shape[1], "keeping rows unlike those kept",
-      "lower config.select.budget, or, of deita, set "
-      "config.select.kwargs.blocks", host=True)
+    2.0 * len(x) * budget * x.shape[1],
+    "keeping rows unlike those kept",
+    "lower config.select.budget, or, of deita, set config.select.kwargs.blocks",
+    host=True,
+  )
   order = top(score, ids, len(score))
   kept, passed = [], np.zeros(len(score), bool)
   vectors = np.empty((budget, x.shape[1]), np.float32)
   for start in range(0, len(order), _TILE):
     if len(kept) == budget:
       break
-    mine = order[start:start + _TILE]
+    mine = order[start : start + _TILE]
     part = x[mine]
     inside = np.round(part @ part.T, _DIGITS)
     near = np.full(len(mine), -1.0)
     for before in range(0, len(kept), _TILE):
-      cosine = part @ vectors[before:min(before + _TILE, len(kept))].T
+      cosine = part @ vectors[before : min(before + _TILE, len(kept))].T
       np.maximum(near, np.round(cosine, _DIGITS).max(axis=1), out=near)
     for at, row in enumerate(mine):
       if len(kept) == budget:
@@ -177,9 +202,17 @@ def diverse(score: np.ndarray, x: np.ndarray, ids: np.ndarray, budget: int,
 
 
 @needs("reward", "embedding")
-def deita(seed: int, pool: Pool, budget: int, *, side: str = "chosen",
-          pair: str = "mean", metric: str = "cosine",
-          threshold: float = 0.9, blocks: int = 0) -> Selection:
+def deita(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  side: str = "chosen",
+  pair: str = "mean",
+  metric: str = "cosine",
+  threshold: float = 0.9,
+  blocks: int = 0,
+) -> Selection:
   """The best rows by reward that are unlike one another; see `diverse`.
 
   DEITA's own score is complexity x quality, of models made for instruction
@@ -201,8 +234,14 @@ def deita(seed: int, pool: Pool, budget: int, *, side: str = "chosen",
   x = rows_lib.directions(pool, pair, metric)
   if blocks:
     return clusters.in_blocks(
-        lambda part, ids, m, rows: diverse(score[rows], part, ids, m,
-                                           threshold).rows,
-        x, pool.ids, budget, blocks, seed,
-        clusters.by_pick("deita", x.shape[1], host=True))
+      lambda part, ids, m, rows: (
+        diverse(score[rows], part, ids, m, threshold).rows
+      ),
+      x,
+      pool.ids,
+      budget,
+      blocks,
+      seed,
+      clusters.by_pick("deita", x.shape[1], host=True),
+    )
   return diverse(score, x, pool.ids, budget, threshold)

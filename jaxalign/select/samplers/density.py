@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select.chunks import ordered_sum
-from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.samplers.values import ranked
 from jaxalign.select.topk import gumbel, uniform
@@ -28,15 +28,18 @@ def bandwidth_of(x: np.ndarray, ids: np.ndarray) -> float:
   upper = distance[np.triu_indices(len(part), 1)]
   median = math.sqrt(max(0.0, np.median(upper))) if upper.size else 0.0
   if not median > 1e-6 * math.sqrt(max(square.max(), 1e-60)):
-    raise NumericError("half of the distances between rows are 0: no bandwidth "
-                       "can be read off them; set "
-                       "config.select.kwargs.bandwidth, or look at the "
-                       "embedding")
+    raise NumericError(
+      "half of the distances between rows are 0: no bandwidth "
+      "can be read off them; set "
+      "config.select.kwargs.bandwidth, or look at the "
+      "embedding"
+    )
   return median
 
 
-def frequencies(seed: int, width: int, features: int,
-                bandwidth: float) -> np.ndarray:
+def frequencies(
+  seed: int, width: int, features: int, bandwidth: float
+) -> np.ndarray:
   """[features, width] normal draws of deviation 1 / bandwidth."""
   rng = np.random.Generator(np.random.Philox(key=int(seed) % 2**64))
   return rng.normal(size=(features, width)) / bandwidth
@@ -54,21 +57,27 @@ def _angles(x, w):
 
 def _feature_sums(w, x, real):
   """Sums over the rows of the cosines and sines: [2, blocks, D / blocks]."""
+
   def block(one):
     a = _angles(x, one)
-    return jnp.stack([jnp.sum(real[:, None] * f(a), axis=0)
-                      for f in (jnp.cos, jnp.sin)])
+    return jnp.stack(
+      [jnp.sum(real[:, None] * f(a), axis=0) for f in (jnp.cos, jnp.sin)]
+    )
+
   return jnp.moveaxis(jax.lax.map(block, _blocks(w)), 1, 0)
 
 
 def _feature_scores(w, means, x, real):
   """[rows] products of each row's features with the means of all."""
   del real
+
   def add(total, block):
     one, cosines, sines = block
     a = _angles(x, one)
-    return total + jnp.sum(jnp.cos(a) * cosines[None]
-                           + jnp.sin(a) * sines[None], axis=1), None
+    return total + jnp.sum(
+      jnp.cos(a) * cosines[None] + jnp.sin(a) * sines[None], axis=1
+    ), None
+
   start = jnp.zeros_like(x[:, 0])
   return jax.lax.scan(add, start, (_blocks(w), means[0], means[1]))[0]
 
@@ -76,13 +85,17 @@ def _feature_scores(w, means, x, real):
 def _kernel_sums(other, real, scale, x, mine):
   """[rows] sums of exp(-|x - y|^2 scale) over the rows of `other`."""
   del mine
-  square = (jnp.sum(x * x, axis=1)[:, None] + jnp.sum(other * other, 1)[None]
-            - 2 * jnp.einsum("rw,pw->rp", x, other, precision=_HIGHEST))
+  square = (
+    jnp.sum(x * x, axis=1)[:, None]
+    + jnp.sum(other * other, 1)[None]
+    - 2 * jnp.einsum("rw,pw->rp", x, other, precision=_HIGHEST)
+  )
   return jnp.sum(jnp.exp(-jnp.maximum(square, 0.0) * scale) * real[None], 1)
 
 
-def kernel_density(x: np.ndarray, bandwidth: float, features: int,
-                   seed: int) -> np.ndarray:
+def kernel_density(
+  x: np.ndarray, bandwidth: float, features: int, seed: int
+) -> np.ndarray:
   """Mean Gaussian kernel of each row with all N, itself among them.
 
   f_i = 1/N sum_j exp(-|x_i - x_j|^2 / (2 h^2)). With D frequencies w_d ~
@@ -111,18 +124,24 @@ def kernel_density(x: np.ndarray, bandwidth: float, features: int,
     f = np.zeros(n)
     for start in range(0, n, _BLOCK):
       part = np.zeros((_BLOCK, x.shape[1]), np.float32)
-      part[:len(x[start:start + _BLOCK])] = x[start:start + _BLOCK]
+      part[: len(x[start : start + _BLOCK])] = x[start : start + _BLOCK]
       real = np.arange(start, start + _BLOCK) < n
-      f += rows_lib.by_row(_kernel_sums, placed, part, real,
-                           0.5 / bandwidth**2)
+      f += rows_lib.by_row(_kernel_sums, placed, part, real, 0.5 / bandwidth**2)
     f /= n
   return np.maximum(np.float64(f), 1 / n)
 
 
 @needs("embedding")
-def density(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
-            metric: str = "cosine", bandwidth: float | str = "median",
-            features: int = 1024) -> Selection:
+def density(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  pair: str = "mean",
+  metric: str = "cosine",
+  bandwidth: float | str = "median",
+  features: int = 1024,
+) -> Selection:
   """Draws rows with probability 1 / density, Sachdeva et al. 2024, Alg. 2.
 
   Without replacement, w_i = 1 / f_i with f the kernel density of
@@ -144,20 +163,30 @@ def density(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
     Selection; the [N] score is -log f plus the row's Gumbel number.
   """
   if isinstance(features, bool) or int(features) != features or features < 0:
-    raise ConfigError(f"features is {features!r}, wanted 0 (exact) or a number "
-                      "of frequencies; set config.select.kwargs.features")
+    raise ConfigError(
+      f"features is {features!r}, wanted 0 (exact) or a number "
+      "of frequencies; set config.select.kwargs.features"
+    )
   x = rows_lib.vectors(pool, pair, metric)
   if not features:
     rows_lib.refuse_above(
-        len(x), EXACT_ROWS, "density over all pairs: the number of rows",
-        "set config.select.kwargs.features to 1024")
+      len(x),
+      EXACT_ROWS,
+      "density over all pairs: the number of rows",
+      "set config.select.kwargs.features to 1024",
+    )
     rows_lib.refuse_long(
-        2.0 * len(x)**2 * x.shape[1], "density over all pairs",
-        "set config.select.kwargs.features to 1024", host=False)
+      2.0 * len(x) ** 2 * x.shape[1],
+      "density over all pairs",
+      "set config.select.kwargs.features to 1024",
+      host=False,
+    )
   if bandwidth == "median":
     bandwidth = bandwidth_of(x, pool.ids)
   if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:
-    raise ConfigError(f"bandwidth is {bandwidth!r}, wanted 'median' or a "
-                      "number above 0; set config.select.kwargs.bandwidth")
+    raise ConfigError(
+      f"bandwidth is {bandwidth!r}, wanted 'median' or a "
+      "number above 0; set config.select.kwargs.bandwidth"
+    )
   f = kernel_density(x, float(bandwidth), int(features), seed)
   return ranked(-np.log(f) + gumbel(seed, pool.ids, "density"), pool, budget)

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.select.pool import Pool, Selection, needs
-from jaxalign.select.samplers import clusters
-from jaxalign.select.samplers import density
+from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.samplers import clusters, density
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.samplers.values import directed, ranked
 from jaxalign.select.topk import id_hash, pick, uniform
@@ -40,8 +39,9 @@ def _on_host() -> bool:
   return jax.default_backend() == "cpu"
 
 
-def _all_products(x: np.ndarray, placed: rows_lib.Placed | None,
-                  w: np.ndarray) -> np.ndarray:
+def _all_products(
+  x: np.ndarray, placed: rows_lib.Placed | None, w: np.ndarray
+) -> np.ndarray:
   """[N, P] float32 products of all rows with each w [P, W]."""
   if placed is None:
     return x @ np.float32(w).T
@@ -63,8 +63,9 @@ class _Distances:
     self.square = np.einsum("nw,nw->n", self.near, self.near)
     self.placed = rows_lib.place(self.near, self.square)
     # Of float32: the product of two rows, their squares, the centring.
-    self.slack = float(2 * (x.shape[1] + 16) * rows_lib.ROUNDING
-                       * self.square.max())
+    self.slack = float(
+      2 * (x.shape[1] + 16) * rows_lib.ROUNDING * self.square.max()
+    )
     self.guess = np.full(len(x), np.inf, np.float32)  # within slack of true
     self.value = np.full(len(x), np.inf)  # exact for the first `seen` chosen
     self.seen = np.zeros(len(x), np.int64)
@@ -80,30 +81,40 @@ class _Distances:
     """Takes the newly chosen rows into the guesses of all rows."""
     for start in range(self.known, self.count, 256):
       part = slice(start, min(start + 256, self.count))
-      found = rows_lib.by_row(_nearest, self.placed,
-                              _padded(self.centres[part]),
-                              _padded(self.square[self.rows[part]]))
+      found = rows_lib.by_row(
+        _nearest,
+        self.placed,
+        _padded(self.centres[part]),
+        _padded(self.square[self.rows[part]]),
+      )
       np.minimum(self.guess, found, out=self.guess)
     self.known = self.count
 
   def exact(self, rows: np.ndarray) -> np.ndarray:
     """[rows] float64 from the rows themselves, where float32 cannot tell."""
     since = int(self.seen[rows].min())
-    chosen = self.rows[since:self.count]
-    about = (self.square[rows][:, None] + self.square[chosen][None]
-             - 2 * self.near[rows] @ self.centres[since:self.count].T)
-    at, of = np.nonzero(about <= np.minimum(
-        about.min(axis=1), self.value[rows])[:, None] + 2 * self.slack)
+    chosen = self.rows[since : self.count]
+    about = (
+      self.square[rows][:, None]
+      + self.square[chosen][None]
+      - 2 * self.near[rows] @ self.centres[since : self.count].T
+    )
+    at, of = np.nonzero(
+      about
+      <= np.minimum(about.min(axis=1), self.value[rows])[:, None]
+      + 2 * self.slack
+    )
     for start in range(0, len(at), 4096):
-      i, j = at[start:start + 4096], of[start:start + 4096]
+      i, j = at[start : start + 4096], of[start : start + 4096]
       apart = np.float64(self.x[rows[i]]) - self.x[chosen[j]]
       np.minimum.at(self.value, rows[i], np.einsum("nw,nw->n", apart, apart))
     self.seen[rows] = self.count
     return self.value[rows]
 
 
-def farthest_first(x: np.ndarray, ids: np.ndarray, budget: int,
-                   first: int) -> tuple[np.ndarray, np.ndarray]:
+def farthest_first(
+  x: np.ndarray, ids: np.ndarray, budget: int, first: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Gonzalez 1985: again and again the row farthest from those chosen.
 
   A distance to the chosen rows only falls as more are chosen, so an old one
@@ -141,8 +152,9 @@ def farthest_first(x: np.ndarray, ids: np.ndarray, budget: int,
       rest = state.guess[left[order[:-size]]].max()
     guess, near = state.guess[active], state.near[active]
     square = state.square[active]
-    while (state.count < budget
-           and guess.max() - state.slack > rest + state.slack):
+    while (
+      state.count < budget and guess.max() - state.slack > rest + state.slack
+    ):
       maybe = np.flatnonzero(guess >= guess.max() - 2 * state.slack)
       value = np.float64(guess[maybe])
       if maybe.size > 1 or value[0] <= 2 * state.slack:
@@ -150,7 +162,7 @@ def farthest_first(x: np.ndarray, ids: np.ndarray, budget: int,
       if value.max() <= tie:  # only copies of chosen rows are left
         more = left[open_[left]]
         more = more[np.lexsort((more, id_hash(ids[more])))]
-        for row in more[:budget - state.count]:
+        for row in more[: budget - state.count]:
           state.choose(row)
           radius.append(0.0)
         break
@@ -171,8 +183,15 @@ def farthest_first(x: np.ndarray, ids: np.ndarray, budget: int,
 
 
 @needs("embedding")
-def k_center(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
-             metric: str = "cosine", blocks: int = 0) -> Selection:
+def k_center(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  pair: str = "mean",
+  metric: str = "cosine",
+  blocks: int = 0,
+) -> Selection:
   """Rows that leave none far from a chosen one, Sener and Savarese 2018.
 
   Greedy: argmax_i min_{j chosen} |x_i - x_j|, which is within twice the best
@@ -200,9 +219,16 @@ def k_center(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
   draw = uniform(seed, pool.ids, "k_center")
   if blocks:
     return clusters.in_blocks(
-        lambda part, ids, m, rows: farthest_first(
-            part, ids, m, int(draw[rows].argmax()))[0],
-        x, pool.ids, budget, blocks, seed, check)
+      lambda part, ids, m, rows: farthest_first(
+        part, ids, m, int(draw[rows].argmax())
+      )[0],
+      x,
+      pool.ids,
+      budget,
+      blocks,
+      seed,
+      check,
+    )
   check(len(x), budget)
   if not budget:
     return clusters.in_order([], len(x))
@@ -254,8 +280,13 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
     step = 0
     while step < ahead:
       row, best, tie = guess[step]
-      error = (2 * (width + 8) * rows_lib.ROUNDING * longest
-               * np.sqrt(path[step] @ path[step]))
+      error = (
+        2
+        * (width + 8)
+        * rows_lib.ROUNDING
+        * longest
+        * np.sqrt(path[step] @ path[step])
+      )
       rivals = np.flatnonzero(outside & (found[:, step] >= best - error - tie))
       if rivals.size:
         rivals = np.append(rivals, row)
@@ -275,9 +306,16 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
 
 
 @needs("embedding")
-def herding(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
-            metric: str = "cosine", features: int = 0,
-            blocks: int = 0) -> Selection:
+def herding(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  pair: str = "mean",
+  metric: str = "cosine",
+  features: int = 0,
+  blocks: int = 0,
+) -> Selection:
   """Rows whose mean stays closest to the pool's: kernel herding.
 
   Chen, Welling and Smola 2010, without replacement; see `herd`. At most 2NMW
@@ -304,24 +342,38 @@ def herding(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
   """
   x = rows_lib.vectors(pool, pair, metric)
   if features:
-    w = density.frequencies(seed, x.shape[1], int(features),
-                            density.bandwidth_of(x, pool.ids))
-    angle = np.concatenate([np.float64(x[i:i + 4096]) @ w.T
-                            for i in range(0, len(x), 4096)])
+    w = density.frequencies(
+      seed, x.shape[1], int(features), density.bandwidth_of(x, pool.ids)
+    )
+    angle = np.concatenate(
+      [np.float64(x[i : i + 4096]) @ w.T for i in range(0, len(x), 4096)]
+    )
     x = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     x = np.float32(x / np.sqrt(features))
   check = clusters.by_pick("herding", x.shape[1], host=_on_host())
   if blocks:
     return clusters.in_blocks(
-        lambda part, ids, m, rows: herd(part, ids, m),
-        x, pool.ids, budget, blocks, seed, check)
+      lambda part, ids, m, rows: herd(part, ids, m),
+      x,
+      pool.ids,
+      budget,
+      blocks,
+      seed,
+      check,
+    )
   check(len(x), budget)
   return clusters.in_order(herd(x, pool.ids, budget), len(x))
 
 
 @needs("answer_embedding", pairs=True)
-def real(seed: int, pool: Pool, budget: int, *, direction: str = "top",
-         metric: str = "cosine") -> Selection:
+def real(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  direction: str = "top",
+  metric: str = "cosine",
+) -> Selection:
   """Pairs whose two responses are least alike, Zhang et al. 2024 (REAL); O(NE).
 
   Score 1 - cos(chosen, rejected); easy pairs to tell apart, so a correct
@@ -341,11 +393,12 @@ def real(seed: int, pool: Pool, budget: int, *, direction: str = "top",
   sides = stored if stored.ndim == 3 else stored[:, None]
   rows_lib.require_pairs(sides)
   n = len(sides)
-  flat = Pool(np.repeat(pool.ids, 2),
-              {"embedding": sides.reshape(2 * n, 1, -1)})
+  flat = Pool(
+    np.repeat(pool.ids, 2), {"embedding": sides.reshape(2 * n, 1, -1)}
+  )
   x = np.float64(rows_lib.vectors(flat, "mean", metric)).reshape(n, 2, -1)
   if metric == "euclidean":
-    value = np.sqrt(((x[:, 0] - x[:, 1])**2).sum(axis=1))
+    value = np.sqrt(((x[:, 0] - x[:, 1]) ** 2).sum(axis=1))
   else:
     value = 1 - (x[:, 0] * x[:, 1]).sum(axis=1)
   return ranked(directed(value, direction), pool, budget)

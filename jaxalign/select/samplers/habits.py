@@ -4,7 +4,7 @@ Numbers for the notes of `crossfit`, which follows the labels, and what takes
 a habit out of its heads.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -43,8 +43,9 @@ def differences(value: np.ndarray, group: np.ndarray) -> np.ndarray:
   return x - np.float32(total / count[:, None])[inverse]
 
 
-def columns(pool: Pool, names: tuple[str, ...], group: np.ndarray
-            ) -> np.ndarray | None:
+def columns(
+  pool: Pool, names: tuple[str, ...], group: np.ndarray
+) -> np.ndarray | None:
   """[N, H] float64 differences in the named columns [N, R]; None of none."""
   if not names:
     return None
@@ -52,15 +53,17 @@ def columns(pool: Pool, names: tuple[str, ...], group: np.ndarray
   for name in names:
     if name not in pool.columns:
       raise ConfigError(
-          f"orthogonal names {name!r}, the pool has "
-          f"{', '.join(sorted(pool.columns))}; set "
-          "config.select.kwargs.orthogonal")
+        f"orthogonal names {name!r}, the pool has "
+        f"{', '.join(sorted(pool.columns))}; set "
+        "config.select.kwargs.orthogonal"
+      )
     value = column(pool, name)
     if value.shape[1] != pool.grams.shape[1]:
       raise ConfigError(
-          f"orthogonal names {name!r} with {value.shape[1]} numbers a row, "
-          f"wanted one for each of {pool.grams.shape[1]} responses; set "
-          "config.select.kwargs.orthogonal")
+        f"orthogonal names {name!r} with {value.shape[1]} numbers a row, "
+        f"wanted one for each of {pool.grams.shape[1]} responses; set "
+        "config.select.kwargs.orthogonal"
+      )
     found.append(value)
   return np.float64(heads.scaled(differences(np.stack(found, 2), group)))
 
@@ -74,16 +77,22 @@ def without(x: np.ndarray, habit: np.ndarray) -> np.ndarray:
   return x - habit @ np.linalg.lstsq(habit, x, rcond=None)[0]
 
 
-def alone(x: np.ndarray, y: np.ndarray, fold: np.ndarray
-          ) -> tuple[float, float]:
+def alone(
+  x: np.ndarray, y: np.ndarray, fold: np.ndarray
+) -> tuple[float, float]:
   """Out-of-fold loss, nats, and accuracy of a head on x [N, H] alone."""
   margin, loss, _ = heads.out_of_fold(x, y, fold, 1e-3)
   # Equal lengths say nothing: half of them are right.
   return float(loss.mean()), float(((margin > 0) + (margin == 0) / 2).mean())
 
 
-def length_note(lost: tuple[float, float], loss: float, accuracy: float,
-                chance: float, cut: bool) -> list[str]:
+def length_note(
+  lost: tuple[float, float],
+  loss: float,
+  accuracy: float,
+  chance: float,
+  cut: bool,
+) -> list[str]:
   """A warning where length alone has ALONE of what the heads gain on chance.
 
   Args:
@@ -94,14 +103,15 @@ def length_note(lost: tuple[float, float], loss: float, accuracy: float,
   gain, most = chance - lost[0], chance - loss
   if cut or gain < max(ALONE * most, heads.LEAST_GAIN):
     return []
-  return [f"warning: length alone predicts {100 * lost[1]:.1f} % of labels, "
-          f"the heads {100 * accuracy:.1f} % ({gain:.3f} of {most:.3f} nats "
-          "below chance): labels that follow length are kept first; if length "
-          "is no merit here, set config.select.kwargs.orthogonal to 'length'"]
+  return [
+    f"warning: length alone predicts {100 * lost[1]:.1f} % of labels, "
+    f"the heads {100 * accuracy:.1f} % ({gain:.3f} of {most:.3f} nats "
+    "below chance): labels that follow length are kept first; if length "
+    "is no merit here, set config.select.kwargs.orthogonal to 'length'"
+  ]
 
 
-def gap(value: np.ndarray, label: np.ndarray | None, rows: np.ndarray
-        ) -> float:
+def gap(value: np.ndarray, label: np.ndarray | None, rows: np.ndarray) -> float:
   """Chosen less rejected, or liked less disliked, mean over some rows."""
   value = value[rows]
   if label is None:
@@ -112,24 +122,34 @@ def gap(value: np.ndarray, label: np.ndarray | None, rows: np.ndarray
   return float(value[liked].mean() - value[~liked].mean())
 
 
-def slice_codes(pool: Pool, names: tuple[str, ...]
-                ) -> tuple[np.ndarray, list[str]]:
+def slice_codes(
+  pool: Pool, names: tuple[str, ...]
+) -> tuple[np.ndarray, list[str]]:
   """[N] int64 which combination of the columns' values a row has; names."""
   for name in names:
     if name not in pool.columns or np.ndim(pool.columns[name]) != 1:
       raise ConfigError(
-          f"slices names {name!r}, which is no [N] column; the pool has "
-          f"{', '.join(sorted(pool.columns))}; set "
-          "config.select.kwargs.slices")
-  text = [", ".join(map(str, row)) for row in
-          zip(*(np.asarray(pool.columns[n]).tolist() for n in names))]
+        f"slices names {name!r}, which is no [N] column; the pool has "
+        f"{', '.join(sorted(pool.columns))}; set "
+        "config.select.kwargs.slices"
+      )
+  text = [
+    ", ".join(map(str, row))
+    for row in zip(*(np.asarray(pool.columns[n]).tolist() for n in names))
+  ]
   found, code = np.unique(np.asarray(text, np.str_), return_inverse=True)
   return code, [str(name) for name in found]
 
 
-def slice_notes(code: np.ndarray, names: list[str], by: str,
-                agrees: np.ndarray, kept: np.ndarray, own: set[int],
-                proportional: bool) -> list[str]:
+def slice_notes(
+  code: np.ndarray,
+  names: list[str],
+  by: str,
+  agrees: np.ndarray,
+  kept: np.ndarray,
+  own: set[int],
+  proportional: bool,
+) -> list[str]:
   """What is said of slices whose labels contradict the shared heads.
 
   A slice does where the heads agree with fewer than half of its labels by two
@@ -149,22 +169,28 @@ def slice_notes(code: np.ndarray, names: list[str], by: str,
     share, got = size[k] / len(code), float((code[kept] == k).mean())
     right = float(agrees[code == k].mean())
     error = np.sqrt(right * (1 - right) / size[k])
-    said = (f"{by} {names[k]!r} ({100 * share:.1f} % of rows): shared heads "
-            f"agree with {100 * right:.1f} % of its labels")
+    said = (
+      f"{by} {names[k]!r} ({100 * share:.1f} % of rows): shared heads "
+      f"agree with {100 * right:.1f} % of its labels"
+    )
     if k in own:
-      notes.append(f"{said}, heads of its own judge it; {100 * got:.1f} % of "
-                   "what is kept")
+      notes.append(
+        f"{said}, heads of its own judge it; {100 * got:.1f} % of what is kept"
+      )
     elif right + 2 * error < 0.5 or got < share / 2 and not proportional:
       notes.append(
-          f"warning: {said}, and it is {100 * got:.1f} % of what is kept: it "
-          "may prefer otherwise, and the majority is followed" + (
-              "" if proportional else
-              f"; set config.select.kwargs.slices to {by!r}"))
+        f"warning: {said}, and it is {100 * got:.1f} % of what is kept: it "
+        "may prefer otherwise, and the majority is followed"
+        + (
+          "" if proportional else f"; set config.select.kwargs.slices to {by!r}"
+        )
+      )
   return notes[:8]
 
 
-def by_share(score: np.ndarray, pool: Pool, budget: int, code: np.ndarray
-             ) -> np.ndarray:
+def by_share(
+  score: np.ndarray, pool: Pool, budget: int, code: np.ndarray
+) -> np.ndarray:
   """The best rows, as many of each code as its share of the pool."""
   room = np.bincount(code)
   rows = []

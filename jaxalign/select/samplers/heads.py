@@ -6,7 +6,7 @@ in fixed chunks; the heads themselves, on 256 columns at most, in float64 on
 the host, rows in id order: no bit depends on the devices.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +30,19 @@ def scaled(x: np.ndarray, center: np.ndarray | None = None) -> np.ndarray:
   if center is not None:
     x -= center.astype(np.float32)
   size = np.sqrt(np.einsum("nw,nw->w", x, x, dtype=np.float64) / len(x))
-  return x * np.where(size > 0, 1 / np.maximum(size, 1e-30), 0.0
-                      ).astype(np.float32)
+  return x * np.where(size > 0, 1 / np.maximum(size, 1e-30), 0.0).astype(
+    np.float32
+  )
 
 
 def _rotate_chunk(basis, x):
   """[W, P], [T, W] -> [T, P]."""
-  return jnp.einsum("tw,wp->tp", x, basis,
-                    precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum("tw,wp->tp", x, basis, precision=jax.lax.Precision.HIGHEST)
 
 
-def principal(x: np.ndarray, columns: int = COLUMNS
-              ) -> tuple[np.ndarray, np.ndarray]:
+def principal(
+  x: np.ndarray, columns: int = COLUMNS
+) -> tuple[np.ndarray, np.ndarray]:
   """The directions in which rows are longest, and the rows along them.
 
   Args:
@@ -64,9 +65,13 @@ def principal(x: np.ndarray, columns: int = COLUMNS
     with jax.set_mesh(mesh):
       gram = space.gram(mesh, x) / n
   last = len(gram) - 1
-  value, vector = scipy.linalg.eigh(
+  value, vector = (
+    scipy.linalg.eigh(
       (gram + gram.T) / 2, subset_by_index=(max(0, last + 1 - columns), last)
-      ) if last >= 0 else (np.zeros(0), gram)
+    )
+    if last >= 0
+    else (np.zeros(0), gram)
+  )
   keep = min(columns, int((value > 1e-6 * value.max(initial=0)).sum()))
   value = value[::-1][:keep]
   vector = vector[:, ::-1][:, :keep]
@@ -79,8 +84,9 @@ def principal(x: np.ndarray, columns: int = COLUMNS
     return vector * (sign * np.sqrt(n * value)), value
   if width <= columns:
     return x.astype(np.float64) @ vector, value
-  return np.float64(rows_lib.by_row(_rotate_chunk, rows_lib.place(x),
-                                    vector)), value
+  return np.float64(
+    rows_lib.by_row(_rotate_chunk, rows_lib.place(x), vector)
+  ), value
 
 
 def shortened(x: np.ndarray) -> np.ndarray:
@@ -102,14 +108,20 @@ def typical(x: np.ndarray) -> np.ndarray:
   """
   keep = max(1, min(64, len(x) // 40))
   along, value = principal(x, keep)
-  rest = np.maximum(np.einsum("nw,nw->n", x, x, dtype=np.float64)
-                    - (along**2).sum(1), 0)
+  rest = np.maximum(
+    np.einsum("nw,nw->n", x, x, dtype=np.float64) - (along**2).sum(1), 0
+  )
   floor = max(rest.mean() / max(1, x.shape[1] - keep), 1e-6)
   return -0.5 * ((along**2 / (value + floor)).sum(1) + rest / floor)
 
 
-def fit(x: np.ndarray, y: np.ndarray, ridge: float, offset: float = 0.0,
-        start: np.ndarray | None = None) -> np.ndarray:
+def fit(
+  x: np.ndarray,
+  y: np.ndarray,
+  ridge: float,
+  offset: float = 0.0,
+  start: np.ndarray | None = None,
+) -> np.ndarray:
   """argmin over b of sum log(1 + exp(-y (x.b + offset))) + ridge/2 |b|^2.
 
   Newton's method, a step halved while it does not descend.
@@ -125,8 +137,7 @@ def fit(x: np.ndarray, y: np.ndarray, ridge: float, offset: float = 0.0,
   b = np.zeros(x.shape[1]) if start is None else start
 
   def loss(b):
-    return (np.logaddexp(0, -y * (x @ b + offset)).sum()
-            + ridge / 2 * b @ b)
+    return np.logaddexp(0, -y * (x @ b + offset)).sum() + ridge / 2 * b @ b
 
   now = loss(b)
   for _ in range(STEPS):
@@ -149,8 +160,7 @@ def fit(x: np.ndarray, y: np.ndarray, ridge: float, offset: float = 0.0,
   return b
 
 
-def folds(seed: int, group: np.ndarray, count: int, purpose: str
-          ) -> np.ndarray:
+def folds(seed: int, group: np.ndarray, count: int, purpose: str) -> np.ndarray:
   """[n] names of groups -> [n] from 0 to count - 1, alike within a group.
 
   A hash of (seed, name): a group stays in its fold whatever other rows come.
@@ -159,9 +169,14 @@ def folds(seed: int, group: np.ndarray, count: int, purpose: str
   return (uniform(seed, names, purpose) * count).astype(np.int64)[inverse]
 
 
-def out_of_fold(x: np.ndarray, y: np.ndarray, fold: np.ndarray, ridge: float,
-                start: np.ndarray | None = None, unread: int = 0
-                ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def out_of_fold(
+  x: np.ndarray,
+  y: np.ndarray,
+  fold: np.ndarray,
+  ridge: float,
+  start: np.ndarray | None = None,
+  unread: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
   """Margins y (x.b) [n], b fitted to the rows of the other folds.
 
   Args:
@@ -194,9 +209,13 @@ def out_of_fold(x: np.ndarray, y: np.ndarray, fold: np.ndarray, ridge: float,
   return margin, loss, b
 
 
-def choose_ridge(x: np.ndarray, y: np.ndarray, fold: np.ndarray,
-                 ridges: Sequence[float], unread: int = 0
-                 ) -> tuple[int, list[float]]:
+def choose_ridge(
+  x: np.ndarray,
+  y: np.ndarray,
+  fold: np.ndarray,
+  ridges: Sequence[float],
+  unread: int = 0,
+) -> tuple[int, list[float]]:
   """Which ridge has the least out-of-fold loss, and the losses of all."""
   losses, start = [0.0] * len(ridges), None
   for i in reversed(range(len(ridges))):  # the smooth one first

@@ -3,14 +3,25 @@
 import numpy as np
 
 from jaxalign.errors import DataError
-from jaxalign.select.pool import Pool, Selection, needs
-from jaxalign.select.samplers.values import column, directed, finite
-from jaxalign.select.samplers.values import one_side, ranked
+from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.samplers.values import (
+  column,
+  directed,
+  finite,
+  one_side,
+  ranked,
+)
 
 
 @needs("length")
-def length(seed: int, pool: Pool, budget: int, *, direction: str = "top",
-           side: str = "chosen") -> Selection:
+def length(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  direction: str = "top",
+  side: str = "chosen",
+) -> Selection:
   """Rows by the number of response tokens; O(N).
 
   Shen 2024 (arXiv 2402.06094): the longest responses are a hard baseline to
@@ -31,15 +42,23 @@ def length(seed: int, pool: Pool, budget: int, *, direction: str = "top",
 def mean_negative_log(logp: np.ndarray, count: np.ndarray) -> np.ndarray:
   """Nats per token, the logarithm of the perplexity."""
   if (count <= 0).any():
-    raise DataError(f"{int((count <= 0).any(axis=1).sum())} rows have a "
-                    "response of no tokens, wanted one or more; set "
-                    "config.model.context")
+    raise DataError(
+      f"{int((count <= 0).any(axis=1).sum())} rows have a "
+      "response of no tokens, wanted one or more; set "
+      "config.model.context"
+    )
   return -logp / count
 
 
 @needs("logp", "logp_count")
-def perplexity(seed: int, pool: Pool, budget: int, *,
-               direction: str = "middle", side: str = "chosen") -> Selection:
+def perplexity(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  direction: str = "middle",
+  side: str = "chosen",
+) -> Selection:
   """Rows by log PPL(y|x) = -log p(y|x) / tokens of the response; O(N).
 
   The logarithm ranks as the perplexity does and does not overflow. The
@@ -53,14 +72,19 @@ def perplexity(seed: int, pool: Pool, budget: int, *,
     side: of a pair; see `values.one_side`.
   """
   del seed
-  value = mean_negative_log(column(pool, "logp"),
-                            column(pool, "logp_count"))
+  value = mean_negative_log(column(pool, "logp"), column(pool, "logp_count"))
   return ranked(directed(one_side(value, side), direction), pool, budget)
 
 
 @needs("logp", "logp_alone", "logp_count")
-def ifd(seed: int, pool: Pool, budget: int, *, direction: str = "middle",
-        side: str = "chosen") -> Selection:
+def ifd(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  direction: str = "middle",
+  side: str = "chosen",
+) -> Selection:
   """Instruction-following difficulty, Li et al. 2024 (arXiv 2308.12032); O(N).
 
   IFD = PPL(y|x) / PPL(y) = exp((log p(y) - log p(y|x)) / tokens): how little
@@ -86,8 +110,14 @@ def ifd(seed: int, pool: Pool, budget: int, *, direction: str = "middle",
 
 
 @needs("p_yes")
-def ask_llm(seed: int, pool: Pool, budget: int, *, direction: str = "top",
-            side: str = "chosen") -> Selection:
+def ask_llm(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  direction: str = "top",
+  side: str = "chosen",
+) -> Selection:
   """Rows by a judge's P(yes), Sachdeva et al. 2024 (arXiv 2402.09668); O(N).
 
   P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)) to "is this a good example?",
@@ -109,14 +139,17 @@ def ask_llm(seed: int, pool: Pool, budget: int, *, direction: str = "top",
   value = column(pool, "p_yes")
   outside = (value < 0) | (value > 1)
   if outside.any():
-    raise DataError(f"p_yes holds {float(value[outside][0])}, wanted "
-                    "probabilities from 0 to 1; look at the judge")
+    raise DataError(
+      f"p_yes holds {float(value[outside][0])}, wanted "
+      "probabilities from 0 to 1; look at the judge"
+    )
   return ranked(directed(one_side(value, side), direction), pool, budget)
 
 
 @needs("held_out_loss")
-def selective_dpo(seed: int, pool: Pool, budget: int, *,
-                  direction: str = "low") -> Selection:
+def selective_dpo(
+  seed: int, pool: Pool, budget: int, *, direction: str = "low"
+) -> Selection:
   """The easiest rows, easy first, Gao et al. 2025 (arXiv 2502.09650); O(N S).
 
   A row's difficulty is its DPO loss, averaged over the models that were not
@@ -136,7 +169,8 @@ def selective_dpo(seed: int, pool: Pool, budget: int, *,
   seen = np.isnan(loss)
   unseen = (~seen).sum(axis=1)
   # A pair that all models were trained on has no held-out loss: NaN, refused.
-  mean = np.where(seen, 0.0, loss).sum(axis=1) / np.where(unseen, unseen,
-                                                          np.nan)
+  mean = np.where(seen, 0.0, loss).sum(axis=1) / np.where(
+    unseen, unseen, np.nan
+  )
   mean = finite(mean, pool.ids, "held_out_loss")
   return ranked(directed(mean, direction), pool, budget)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.select.pool import Pool, Selection, needs
+from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers.values import column, directed, ranked
 
 
@@ -18,16 +18,19 @@ def reward_margin(pool: Pool) -> np.ndarray:
 def log_ratio_margin(pool: Pool, beta: float) -> np.ndarray:
   """[N] m = beta (log pi/ref (chosen) - log pi/ref (rejected)), nats."""
   if not beta > 0:
-    raise ConfigError(f"beta is {beta}, wanted above 0; set "
-                      "config.select.kwargs.beta")
-  ratio = (column(pool, "proxy_logp", pairs=True)
-           - column(pool, "proxy_ref_logp", pairs=True))
+    raise ConfigError(
+      f"beta is {beta}, wanted above 0; set config.select.kwargs.beta"
+    )
+  ratio = column(pool, "proxy_logp", pairs=True) - column(
+    pool, "proxy_ref_logp", pairs=True
+  )
   return beta * (ratio[:, 0] - ratio[:, 1])
 
 
 @needs("reward", pairs=True)
-def external_margin(seed: int, pool: Pool, budget: int, *,
-                    direction: str = "top") -> Selection:
+def external_margin(
+  seed: int, pool: Pool, budget: int, *, direction: str = "top"
+) -> Selection:
   """Pairs by a reward model's margin r(chosen) - r(rejected); O(N).
 
   The literature disagrees on the direction (largest: Deng et al. 2025, arXiv
@@ -45,8 +48,14 @@ def external_margin(seed: int, pool: Pool, budget: int, *,
 
 
 @needs("proxy_logp", "proxy_ref_logp", pairs=True)
-def implicit_margin(seed: int, pool: Pool, budget: int, *, beta: float = 0.1,
-                    direction: str = "top") -> Selection:
+def implicit_margin(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  beta: float = 0.1,
+  direction: str = "top",
+) -> Selection:
   """Pairs by the implicit reward margin of a small tuned model; O(N).
 
   m = beta [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)], with
@@ -61,23 +70,27 @@ def implicit_margin(seed: int, pool: Pool, budget: int, *, beta: float = 0.1,
     direction: "top", "middle" or "low".
   """
   del seed
-  return ranked(directed(log_ratio_margin(pool, beta), direction), pool,
-                budget)
+  return ranked(directed(log_ratio_margin(pool, beta), direction), pool, budget)
 
 
-def clip_bounds(margin: np.ndarray, low: float, high: Any) -> tuple[float,
-                                                                    float]:
+def clip_bounds(
+  margin: np.ndarray, low: float, high: Any
+) -> tuple[float, float]:
   """The two ends (L, U) between which a margin becomes a probability."""
   if high == "tail":
     high = float(np.quantile(margin, 0.99))
     if not high > low:
-      raise NumericError(f"the 99th percentile of a margin is {high:.3g}, not "
-                         f"above {low}: hardly a pair would count as right; "
-                         "set config.select.kwargs.low")
+      raise NumericError(
+        f"the 99th percentile of a margin is {high:.3g}, not "
+        f"above {low}: hardly a pair would count as right; "
+        "set config.select.kwargs.low"
+      )
   if isinstance(high, (str, bool)) or not high > low:
-    raise ConfigError(f"margins are clipped to [{low}, {high}], wanted the "
-                      "first below the second ('tail': the 99th percentile); "
-                      "set config.select.kwargs.low and high")
+    raise ConfigError(
+      f"margins are clipped to [{low}, {high}], wanted the "
+      "first below the second ('tail': the 99th percentile); "
+      "set config.select.kwargs.low and high"
+    )
   return float(low), float(high)
 
 
@@ -99,9 +112,16 @@ def agreement(margins: list[np.ndarray], low: float, high: Any) -> np.ndarray:
 
 
 @needs("reward", "proxy_logp", "proxy_ref_logp", pairs=True)
-def bees(seed: int, pool: Pool, budget: int, *, beta: float = 0.1,
-         low: float = -2.0, high: float | str = "tail",
-         direction: str = "top") -> Selection:
+def bees(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  beta: float = 0.1,
+  low: float = -2.0,
+  high: float | str = "tail",
+  direction: str = "top",
+) -> Selection:
   """Pairs on which two margins agree, Deng et al. 2025 (arXiv 2502.14560).
 
   The external and the implicit margin each become a probability, and the
@@ -118,6 +138,7 @@ def bees(seed: int, pool: Pool, budget: int, *, beta: float = 0.1,
     direction: "top", "middle" or "low".
   """
   del seed
-  score = agreement([reward_margin(pool), log_ratio_margin(pool, beta)], low,
-                    high)
+  score = agreement(
+    [reward_margin(pool), log_ratio_margin(pool, beta)], low, high
+  )
   return ranked(directed(score, direction), pool, budget)

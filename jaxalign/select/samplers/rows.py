@@ -1,16 +1,22 @@
 """The vector of each row that a geometric sampler compares, on the devices."""
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxalign import rates
-from jaxalign import sharding
+from jaxalign import rates, sharding
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.select.chunks import by_parts, chunk_rows, less, over_chunks
-from jaxalign.select.chunks import padded_chunks, tiles
+from jaxalign.select.chunks import (
+  by_parts,
+  chunk_rows,
+  less,
+  over_chunks,
+  padded_chunks,
+  tiles,
+)
 from jaxalign.select.pool import Pool
 
 PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
@@ -22,12 +28,15 @@ HOURS = 24.0  # at the assumed rate, above which a method does not start
 def refuse_above(found: float, limit: float, what: str, advice: str) -> None:
   """Stops a method that cannot scale before it starts, with the number."""
   if found > limit:
-    raise ConfigError(f"{what}, {found:.3g}, is above the {limit:.3g} that "
-                      f"this form is made for; {advice}")
+    raise ConfigError(
+      f"{what}, {found:.3g}, is above the {limit:.3g} that "
+      f"this form is made for; {advice}"
+    )
 
 
-def refuse_long(operations: float, what: str, advice: str, *,
-                host: bool) -> None:
+def refuse_long(
+  operations: float, what: str, advice: str, *, host: bool
+) -> None:
   """Stops a method that would take more than a day before it starts.
 
   Args:
@@ -41,13 +50,15 @@ def refuse_long(operations: float, what: str, advice: str, *,
   hours = seconds / 3600
   if hours > HOURS:
     raise ConfigError(
-        f"{what} would take about {hours:,.0f} hours, {operations:.3g} "
-        f"operations at an assumed {operations / seconds / 1e9:,.0f} GFLOP/s, "
-        f"above the {HOURS:g} hours that a choice may take; {advice}")
+      f"{what} would take about {hours:,.0f} hours, {operations:.3g} "
+      f"operations at an assumed {operations / seconds / 1e9:,.0f} GFLOP/s, "
+      f"above the {HOURS:g} hours that a choice may take; {advice}"
+    )
 
 
-def vectors(pool: Pool, pair: str = "mean",
-            metric: str = "cosine") -> np.ndarray:
+def vectors(
+  pool: Pool, pair: str = "mean", metric: str = "cosine"
+) -> np.ndarray:
   """One vector a row [N, W] float32, from the embeddings of its responses.
 
   Args:
@@ -66,35 +77,54 @@ def vectors(pool: Pool, pair: str = "mean",
     NumericError: a row that is not finite, or of length 0 where lengths are
       scaled; the message names the ids.
   """
-  for value, known, knob in ((pair, PAIRS, "pair"),
-                             (metric, METRICS, "metric")):
+  for value, known, knob in (
+    (pair, PAIRS, "pair"),
+    (metric, METRICS, "metric"),
+  ):
     if value not in known:
-      raise ConfigError(f"{knob} {value!r} is unknown, wanted one of "
-                        f"{', '.join(known)}; set config.select.kwargs.{knob}")
+      raise ConfigError(
+        f"{knob} {value!r} is unknown, wanted one of "
+        f"{', '.join(known)}; set config.select.kwargs.{knob}"
+      )
   x = np.asarray(pool.embedding, np.float32)
   if x.ndim == 2:
     x = x[:, None]
   if x.ndim != 3:
-    raise ConfigError(f"the embedding has shape {x.shape}, wanted [N, R, E]; "
-                      "look at config.embed")
-  _refuse(~np.isfinite(x).all(axis=(1, 2)), pool.ids,
-          "an embedding that is not finite")
+    raise ConfigError(
+      f"the embedding has shape {x.shape}, wanted [N, R, E]; "
+      "look at config.embed"
+    )
+  _refuse(
+    ~np.isfinite(x).all(axis=(1, 2)),
+    pool.ids,
+    "an embedding that is not finite",
+  )
   if x.shape[1] == 1:
     if pair == "difference":
-      raise ConfigError("pair 'difference' reads pairs, the pool has single "
-                        "responses; set config.select.kwargs.pair")
+      raise ConfigError(
+        "pair 'difference' reads pairs, the pool has single "
+        "responses; set config.select.kwargs.pair"
+      )
     x = x[:, 0]
   else:
     chosen, rejected = x[:, 0], x[:, 1]
-    x = {"mean": lambda: (chosen + rejected) / 2, "chosen": lambda: chosen,
-         "rejected": lambda: rejected, "difference": lambda: chosen - rejected,
-         "concat": lambda: np.concatenate([chosen, rejected], axis=1)}[pair]()
+    x = {
+      "mean": lambda: (chosen + rejected) / 2,
+      "chosen": lambda: chosen,
+      "rejected": lambda: rejected,
+      "difference": lambda: chosen - rejected,
+      "concat": lambda: np.concatenate([chosen, rejected], axis=1),
+    }[pair]()
   if metric == "centred":
     x = less(x, x.mean(axis=0, dtype=np.float64))
   if metric != "euclidean":
     norm = lengths(x)
-    _refuse(norm <= 1e-30, pool.ids, "a vector of length 0, which has no "
-            "direction (set config.select.kwargs.metric to 'euclidean')")
+    _refuse(
+      norm <= 1e-30,
+      pool.ids,
+      "a vector of length 0, which has no "
+      "direction (set config.select.kwargs.metric to 'euclidean')",
+    )
     x = by_parts(lambda part, size: part / size[:, None], x, norm)
   return np.ascontiguousarray(x)
 
@@ -102,26 +132,32 @@ def vectors(pool: Pool, pair: str = "mean",
 def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:
   """`vectors` of length 1, for what is made of cosines."""
   if metric == "euclidean":
-    raise ConfigError("this sampler compares cosines; wanted 'cosine' or "
-                      "'centred', set config.select.kwargs.metric")
+    raise ConfigError(
+      "this sampler compares cosines; wanted 'cosine' or "
+      "'centred', set config.select.kwargs.metric"
+    )
   return vectors(pool, pair, metric)
 
 
 def require_pairs(embedding: np.ndarray) -> None:
   """Refuses single responses where the two of a pair are compared."""
   if embedding.shape[1] != 2:
-    raise ConfigError("this sampler compares the two responses of a pair; the "
-                      f"embedding has {embedding.shape[1]} a row; set "
-                      "config.select.sampler")
+    raise ConfigError(
+      "this sampler compares the two responses of a pair; the "
+      f"embedding has {embedding.shape[1]} a row; set "
+      "config.select.sampler"
+    )
 
 
 def _refuse(bad: np.ndarray, ids: np.ndarray, what: str) -> None:
   if bad.any():
     named = ", ".join(str(i) for i in ids[bad][:5])
     more = ", ..." if bad.sum() > 5 else ""
-    raise NumericError(f"{int(bad.sum())} of {len(ids)} rows have {what} (ids "
-                       f"{named}{more}); look at the embedding of those "
-                       "records")
+    raise NumericError(
+      f"{int(bad.sum())} of {len(ids)} rows have {what} (ids "
+      f"{named}{more}); look at the embedding of those "
+      "records"
+    )
 
 
 def lengths(x: np.ndarray) -> np.ndarray:
@@ -176,11 +212,12 @@ def by_chunk(fn: Callable, placed: Placed, *params: Any) -> np.ndarray:
   """
   with jax.set_mesh(placed.mesh):
     out = _program(placed.mesh, fn, len(params))(
-        tuple(np.asarray(p, np.float32) for p in params), placed.tiles)
+      tuple(np.asarray(p, np.float32) for p in params), placed.tiles
+    )
     return sharding.fetch(out)
 
 
 def by_row(fn: Callable, placed: Placed, *params: Any) -> np.ndarray:
   """As `by_chunk`, for a function of rows to rows: [N, ...]."""
   out = by_chunk(fn, placed, *params)
-  return out.reshape(-1, *out.shape[2:])[:placed.n]
+  return out.reshape(-1, *out.shape[2:])[: placed.n]

@@ -1,7 +1,7 @@
 """Sets that cover the pool: facility location, and diverse sets: a DPP."""
 
+from collections.abc import Iterator
 import math
-from typing import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,8 @@ import numpy as np
 
 from jaxalign.errors import ConfigError
 from jaxalign.select.chunks import ordered_sum
-from jaxalign.select.pool import Pool, Selection, needs
-from jaxalign.select.samplers import clusters
-from jaxalign.select.samplers import density
+from jaxalign.select.pool import needs, Pool, Selection
+from jaxalign.select.samplers import clusters, density
 from jaxalign.select.samplers import rows as rows_lib
 from jaxalign.select.samplers.values import column, one_side
 from jaxalign.select.topk import id_hash, pick
@@ -52,21 +51,21 @@ class _Coverage:
     end = self.kept + len(rows)
     keep = end <= len(self.columns) - self.spare
     at = self.kept if keep else len(self.columns) - self.spare
-    out = self.columns[at:at + wide]
+    out = self.columns[at : at + wide]
     np.matmul(self.x[np.resize(rows, wide)], self.x.T, out=out)
     if keep:
       self.slot[rows], self.kept = np.arange(at, end), end
-    return out[:len(rows)]
+    return out[: len(rows)]
 
   def strips(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Places in `rows`, and their cosines, as many as stay in the cache."""
     slot = self.slot[rows]
     known, missing = np.flatnonzero(slot >= 0), np.flatnonzero(slot < 0)
     for start in range(0, len(known), _STRIP):
-      part = known[start:start + _STRIP]
+      part = known[start : start + _STRIP]
       yield part, self.columns[slot[part]]
     for start in range(0, len(missing), _BLOCK):
-      part = missing[start:start + _BLOCK]
+      part = missing[start : start + _BLOCK]
       found = self.similar(rows[part])
       for first in range(0, len(part), _STRIP):
         some = slice(first, first + _STRIP)
@@ -76,7 +75,7 @@ class _Coverage:
     """[rows] float64 sums over i of max(0, cosine_ij - covered_i)."""
     out = np.empty(len(rows))
     for part, cosine in self.strips(rows):
-      more = np.maximum(cosine, self.covered, out=self.buffer[:len(part)])
+      more = np.maximum(cosine, self.covered, out=self.buffer[: len(part)])
       more -= self.covered
       out[part] = more.sum(axis=1, dtype=np.float64)
     return out
@@ -96,7 +95,7 @@ class _Coverage:
     rows = self.changed()
     for part, cosine in self.strips(rows):
       low = self.folded[rows[part]][:, None]
-      less = self.buffer[:len(part)]
+      less = self.buffer[: len(part)]
       np.clip(cosine, low, self.covered[rows[part]][:, None], out=less)
       less -= low
       lost += np.ones(len(part), np.float32) @ less
@@ -106,13 +105,15 @@ class _Coverage:
 
   def take(self, row: int) -> None:
     slot = self.slot[row]
-    cosine = (self.columns[slot] if slot >= 0
-              else self.similar(np.array([row]))[0])
+    cosine = (
+      self.columns[slot] if slot >= 0 else self.similar(np.array([row]))[0]
+    )
     np.maximum(self.covered, cosine, out=self.covered)
 
 
-def lazy_greedy(x: np.ndarray, ids: np.ndarray,
-                budget: int) -> tuple[np.ndarray, np.ndarray]:
+def lazy_greedy(
+  x: np.ndarray, ids: np.ndarray, budget: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Exact greedy facility location, Minoux 1978, many candidates at a time.
 
   A gain only falls as rows are chosen, so an old one is a bound, and rows are
@@ -186,8 +187,9 @@ def _covers(rows, x):
   return _similar(rows, x)[:, 0]
 
 
-def stochastic_greedy(x: np.ndarray, ids: np.ndarray, budget: int, seed: int,
-                      epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+def stochastic_greedy(
+  x: np.ndarray, ids: np.ndarray, budget: int, seed: int, epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
   """Mirzasoleiman et al. 2015: each pick is the best of a random few.
 
   Of ceil(N / M ln(1 / epsilon)) candidates; the expected value is at least (1
@@ -208,35 +210,47 @@ def stochastic_greedy(x: np.ndarray, ids: np.ndarray, budget: int, seed: int,
   while len(chosen) < budget:
     order = order[open_[order]]
     if len(order) < min(few, n - len(chosen)):
-      again = np.argsort(id_hash(ids, f"facility:{int(seed)}:{turn}"),
-                         kind="stable")
+      again = np.argsort(
+        id_hash(ids, f"facility:{int(seed)}:{turn}"), kind="stable"
+      )
       again = again[open_[again]]
       order = np.append(order, again[~np.isin(again, order)])
       turn += 1
     asked, order = order[:few], order[few:]
     state = alone._replace(
-        tiles=(alone.tiles[0], rows_lib.place(covered).tiles[0], real))
+      tiles=(alone.tiles[0], rows_lib.place(covered).tiles[0], real)
+    )
     gain = np.empty(len(asked))
     for start in range(0, len(asked), _BLOCK):
-      part = asked[start:start + _BLOCK]
+      part = asked[start : start + _BLOCK]
       size = max(8, 1 << (len(part) - 1).bit_length())
       found = rows_lib.by_chunk(_gains, state, x[np.resize(part, size)])
-      gain[start:start + _BLOCK] = ordered_sum(found)[:len(part)]
+      gain[start : start + _BLOCK] = ordered_sum(found)[: len(part)]
     best = pick(gain, asked, ids, 1e-6 + 1e-7 * gain.max())
     row = int(asked[best])
     chosen.append(row)
     gained.append(float(gain[best]))
     open_[row] = False
-    np.maximum(covered, rows_lib.by_row(_covers, alone, x[np.resize(row, 8)]),
-               out=covered)
+    np.maximum(
+      covered,
+      rows_lib.by_row(_covers, alone, x[np.resize(row, 8)]),
+      out=covered,
+    )
   return np.array(chosen, np.int64), np.array(gained)
 
 
 @needs("embedding")
-def facility_location(seed: int, pool: Pool, budget: int, *,
-                      pair: str = "mean", metric: str = "cosine",
-                      exact: bool | str = "auto", epsilon: float = 0.05,
-                      blocks: int = 0) -> Selection:
+def facility_location(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  pair: str = "mean",
+  metric: str = "cosine",
+  exact: bool | str = "auto",
+  epsilon: float = 0.05,
+  blocks: int = 0,
+) -> Selection:
   """Rows such that every row of the pool has one like it among them.
 
   Greedy maximum of sum_i max_{j chosen} s_ij with s = (1 + cosine) / 2, at
@@ -263,11 +277,15 @@ def facility_location(seed: int, pool: Pool, budget: int, *,
     ConfigError: more than `rows.HOURS`; the message has the number.
   """
   if not 0 < epsilon < 1:
-    raise ConfigError(f"epsilon is {epsilon}, wanted above 0 and below 1; set "
-                      "config.select.kwargs.epsilon")
+    raise ConfigError(
+      f"epsilon is {epsilon}, wanted above 0 and below 1; set "
+      "config.select.kwargs.epsilon"
+    )
   if exact not in (True, False, "auto"):
-    raise ConfigError(f"exact is {exact!r}, wanted True, False or 'auto'; set "
-                      "config.select.kwargs.exact")
+    raise ConfigError(
+      f"exact is {exact!r}, wanted True, False or 'auto'; set "
+      "config.select.kwargs.exact"
+    )
   x = rows_lib.directions(pool, pair, metric)
   whole = lambda n: exact is True or (exact == "auto" and n <= EXACT_ROWS)
 
@@ -275,9 +293,14 @@ def facility_location(seed: int, pool: Pool, budget: int, *,
     del m
     largest = int(np.max(n))
     rows_lib.refuse_long(
-        2.0 * np.sum(np.float64(n)**2) * x.shape[1]
-        * (1 if whole(largest) else math.log(1 / epsilon)),
-        "facility_location", clusters.BLOCKS, host=whole(largest))
+      2.0
+      * np.sum(np.float64(n) ** 2)
+      * x.shape[1]
+      * (1 if whole(largest) else math.log(1 / epsilon)),
+      "facility_location",
+      clusters.BLOCKS,
+      host=whole(largest),
+    )
 
   def greedy(part, ids, m, rows):
     del rows
@@ -295,8 +318,13 @@ def facility_location(seed: int, pool: Pool, budget: int, *,
 # Determinantal point process.
 
 
-def greedy_map(x: np.ndarray, quality: np.ndarray, ids: np.ndarray,
-               budget: int, bandwidth: float) -> tuple[np.ndarray, np.ndarray]:
+def greedy_map(
+  x: np.ndarray,
+  quality: np.ndarray,
+  ids: np.ndarray,
+  budget: int,
+  bandwidth: float,
+) -> tuple[np.ndarray, np.ndarray]:
   """Greedy maximum of log det L, Chen, Zhang and Zhou 2018.
 
   L_ij = q_i exp(-|x_i - x_j|^2 / (2 h^2)) q_j. d_i^2, how much of row i the
@@ -336,23 +364,32 @@ def greedy_map(x: np.ndarray, quality: np.ndarray, ids: np.ndarray,
     chosen.append(row)
     value.append(left[row])
     open_[row] = False
-    left = np.maximum(left - factor[t]**2, 0)
+    left = np.maximum(left - factor[t] ** 2, 0)
   score = np.minimum(left, value[-1])
   score[chosen] = np.minimum.accumulate(value)
   if len(chosen) < budget:
     rows = np.flatnonzero(open_)
     order = np.lexsort((rows, id_hash(ids[rows]), -quality[rows]))
-    more = rows[order[:budget - len(chosen)]]
+    more = rows[order[: budget - len(chosen)]]
     score[open_] = 0
     chosen += more.tolist()
   return np.array(chosen, np.int64), score
 
 
 @needs("embedding", optional=("reward",))
-def dpp(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
-        metric: str = "cosine", quality: str = "", weight: float = 1.0,
-        side: str = "chosen", bandwidth: float | str = "median",
-        blocks: int = 0) -> Selection:
+def dpp(
+  seed: int,
+  pool: Pool,
+  budget: int,
+  *,
+  pair: str = "mean",
+  metric: str = "cosine",
+  quality: str = "",
+  weight: float = 1.0,
+  side: str = "chosen",
+  bandwidth: float | str = "median",
+  blocks: int = 0,
+) -> Selection:
   """A good and diverse set: greedy MAP of a determinantal point process.
 
   L = q_i S_ij q_j with a Gaussian kernel S (of full rank, so that a budget
@@ -380,10 +417,17 @@ def dpp(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
   def check(n, m):
     n = np.float64(n)
     rows_lib.refuse_above(
-        np.max(n * m), DPP_NUMBERS, "dpp keeps N x M numbers, and N x M",
-        clusters.BLOCKS)
-    rows_lib.refuse_long(np.sum(n * m**2 + 2 * n * m * x.shape[1]), "dpp",
-                         clusters.BLOCKS, host=True)
+      np.max(n * m),
+      DPP_NUMBERS,
+      "dpp keeps N x M numbers, and N x M",
+      clusters.BLOCKS,
+    )
+    rows_lib.refuse_long(
+      np.sum(n * m**2 + 2 * n * m * x.shape[1]),
+      "dpp",
+      clusters.BLOCKS,
+      host=True,
+    )
 
   if not blocks:
     check(len(x), budget)
@@ -395,13 +439,22 @@ def dpp(seed: int, pool: Pool, budget: int, *, pair: str = "mean",
   if bandwidth == "median":
     bandwidth = density.bandwidth_of(x, pool.ids)
   if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:
-    raise ConfigError(f"bandwidth is {bandwidth!r}, wanted 'median' or a "
-                      "number above 0; set config.select.kwargs.bandwidth")
+    raise ConfigError(
+      f"bandwidth is {bandwidth!r}, wanted 'median' or a "
+      "number above 0; set config.select.kwargs.bandwidth"
+    )
   if blocks:
     return clusters.in_blocks(
-        lambda part, ids, m, rows: greedy_map(part, q[rows], ids, m,
-                                              bandwidth)[0],
-        x, pool.ids, budget, blocks, seed, check)
+      lambda part, ids, m, rows: greedy_map(part, q[rows], ids, m, bandwidth)[
+        0
+      ],
+      x,
+      pool.ids,
+      budget,
+      blocks,
+      seed,
+      check,
+    )
   if not budget:
     return clusters.in_order([], len(x))
   return Selection(*greedy_map(x, q, pool.ids, budget, bandwidth))

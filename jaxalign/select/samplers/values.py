@@ -17,9 +17,11 @@ def finite(value: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
   if bad.size:
     named = ", ".join(str(ids[i]) for i in bad[:5])
     more = ", ..." if bad.size > 5 else ""
-    raise NumericError(f"{bad.size} of {len(value)} rows have a {what} that is "
-                       f"not finite (ids {named}{more}); wanted numbers, look "
-                       f"at what made the pool's {what}")
+    raise NumericError(
+      f"{bad.size} of {len(value)} rows have a {what} that is "
+      f"not finite (ids {named}{more}); wanted numbers, look "
+      f"at what made the pool's {what}"
+    )
   return value
 
 
@@ -35,17 +37,19 @@ def column(pool: Pool, name: str, *, pairs: bool = False) -> np.ndarray:
   if value.ndim == 1:
     value = value[:, None]
   if value.ndim != 2:
-    raise ConfigError(f"column {name!r} has shape {value.shape}, wanted "
-                      "[N, R]")
+    raise ConfigError(f"column {name!r} has shape {value.shape}, wanted [N, R]")
   if pairs and value.shape[1] != 2:
-    raise ConfigError(f"this sampler compares the two responses of a pair; "
-                      f"{name!r} has {value.shape[1]} a row; set "
-                      "config.select.sampler")
+    raise ConfigError(
+      f"this sampler compares the two responses of a pair; "
+      f"{name!r} has {value.shape[1]} a row; set "
+      "config.select.sampler"
+    )
   return value
 
 
-def one_side(value: np.ndarray, side: str,
-             knob: str = "kwargs.side") -> np.ndarray:
+def one_side(
+  value: np.ndarray, side: str, knob: str = "kwargs.side"
+) -> np.ndarray:
   """[N, R] numbers of the responses -> [N]; a single one stands for itself.
 
   Args:
@@ -55,20 +59,27 @@ def one_side(value: np.ndarray, side: str,
     knob: of config.select, that holds the side.
   """
   if side not in SIDES:
-    raise ConfigError(f"{knob.split('.')[-1]} {side!r} is unknown, wanted one "
-                      f"of {', '.join(SIDES)}; set config.select.{knob}")
+    raise ConfigError(
+      f"{knob.split('.')[-1]} {side!r} is unknown, wanted one "
+      f"of {', '.join(SIDES)}; set config.select.{knob}"
+    )
   if value.shape[1] == 1 and side != "difference":
     return value[:, 0]
   if value.shape[1] != 2:
-    raise ConfigError(f"{side!r} reads pairs, the pool has {value.shape[1]} "
-                      f"responses per row; set config.select.{knob}")
+    raise ConfigError(
+      f"{side!r} reads pairs, the pool has {value.shape[1]} "
+      f"responses per row; set config.select.{knob}"
+    )
   chosen, rejected = value[:, 0], value[:, 1]
-  return {"chosen": lambda: chosen, "rejected": lambda: rejected,
-          "mean": lambda: (chosen + rejected) / 2,
-          "sum": lambda: chosen + rejected,
-          "min": lambda: np.minimum(chosen, rejected),
-          "max": lambda: np.maximum(chosen, rejected),
-          "difference": lambda: chosen - rejected}[side]()
+  return {
+    "chosen": lambda: chosen,
+    "rejected": lambda: rejected,
+    "mean": lambda: (chosen + rejected) / 2,
+    "sum": lambda: chosen + rejected,
+    "min": lambda: np.minimum(chosen, rejected),
+    "max": lambda: np.maximum(chosen, rejected),
+    "difference": lambda: chosen - rejected,
+  }[side]()
 
 
 def quantiles(value: np.ndarray) -> np.ndarray:
@@ -78,8 +89,7 @@ def quantiles(value: np.ndarray) -> np.ndarray:
 
 def _twice_ranks(value: np.ndarray) -> np.ndarray:
   """[N] int64, twice the rank from 0.5 that equal values share: no rounding."""
-  _, inverse, counts = np.unique(value, return_inverse=True,
-                                 return_counts=True)
+  _, inverse, counts = np.unique(value, return_inverse=True, return_counts=True)
   return (2 * np.cumsum(counts) - counts)[inverse]
 
 
@@ -104,9 +114,11 @@ def directed(value: np.ndarray, direction: str) -> np.ndarray:
       the rows, so that a budget of M takes the M middle ranks.
   """
   if direction not in DIRECTIONS:
-    raise ConfigError(f"direction {direction!r} is unknown, wanted one of "
-                      f"{', '.join(DIRECTIONS)}; set "
-                      "config.select.kwargs.direction")
+    raise ConfigError(
+      f"direction {direction!r} is unknown, wanted one of "
+      f"{', '.join(DIRECTIONS)}; set "
+      "config.select.kwargs.direction"
+    )
   if direction == "middle":
     return from_middle(_twice_ranks(value), len(value))
   return value if direction == "top" else -value

@@ -34,5 +34,8 @@ def public_sums(each: jax.Array, mask: jax.Array) -> jax.Array:
 from jaxalign.train.logps import of_rows  # noqa: E402
 
 # Each reads padded and packed rows alike, see `of_rows.make`.
-PRODUCERS = {"chunked": of_rows.chunked, "vocab": of_rows.vocab,
-             "plain": of_rows.plain}
+PRODUCERS = {
+  "chunked": of_rows.chunked,
+  "vocab": of_rows.vocab,
+  "plain": of_rows.plain,
+}

@@ -1,7 +1,7 @@
 """Policy log-probabilities of padded or packed rows, by any head."""
 
+from collections.abc import Callable
 import functools
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ def _padded(params, tokens, mask, m, chunk, head):
   # Said outright: of one row alone, jax takes the R for the batch.
   rows = jax.typeof(tokens).sharding.spec[0]
   shaped = lambda x, *more: jnp.reshape(
-      x, (b, r, *more), out_sharding=jax.P(rows, *[None] * (1 + len(more))))
+    x, (b, r, *more), out_sharding=jax.P(rows, *[None] * (1 + len(more)))
+  )
   # Compiled away where the loss does not read it.
   public = logps.public_sums(shaped(each, length), mask)
   return logps.Logps(shaped(total), shaped(count), public)
@@ -30,15 +31,21 @@ def _padded(params, tokens, mask, m, chunk, head):
 def _packed(params, rows, counts, m, chunk, head):
   b, r, _ = counts.shape
   s, targets = rows.target.shape
-  x = decoder.forward(params, rows.tokens, m, sharding.SPREAD,
-                      attention.Seen(rows.position, rows.position),
-                      rows.copies)
+  x = decoder.forward(
+    params,
+    rows.tokens,
+    m,
+    sharding.SPREAD,
+    attention.Seen(rows.position, rows.position),
+    rows.copies,
+  )
   # Only what predicts a response token meets the head.
   x = unshared.take(x, rows.source, rows.first, rows.second, sharding.SPREAD)
   weight = decoder.head(params, m, sharding.SPREAD)
   # As many logits at once as of `chunk` positions of every response.
-  each = head(x, weight, rows.target, min(chunk * b * r // s, targets),
-              m.final_softcap)
+  each = head(
+    x, weight, rows.target, min(chunk * b * r // s, targets), m.final_softcap
+  )
   own = rows.owner[..., None] == jnp.arange(b * r // s)[None, None, :]
 
   def summed(each):  # padding has no owner
@@ -46,12 +53,16 @@ def _packed(params, rows, counts, m, chunk, head):
     batch = jax.typeof(counts).sharding.spec[0]
     return jnp.reshape(total, (b, r), out_sharding=jax.P(batch, None))
 
-  return logps.Logps(summed(each), counts[..., 0].astype(jnp.float32),
-                     summed(jnp.where(rows.public, each, 0.0)))
+  return logps.Logps(
+    summed(each),
+    counts[..., 0].astype(jnp.float32),
+    summed(jnp.where(rows.public, each, 0.0)),
+  )
 
 
-def make(head: Callable[..., jax.Array], m: decoder.ModelConfig, chunk: int
-         ) -> Callable[..., "logps.Logps"]:
+def make(
+  head: Callable[..., jax.Array], m: decoder.ModelConfig, chunk: int
+) -> Callable[..., "logps.Logps"]:
   """Returns `logps_fn(params, tokens, mask) -> Logps`, float32 [b, R].
 
   The R responses of a row go through one forward pass. `tokens` and `mask`
@@ -63,6 +74,7 @@ def make(head: Callable[..., jax.Array], m: decoder.ModelConfig, chunk: int
     m: the model's sizes.
     chunk: positions (of each response) whose logits may be held at once.
   """
+
   def logps_fn(params, tokens, mask):
     fn = _packed if isinstance(tokens, layout.Packed) else _padded
     return fn(params, tokens, mask, m, chunk, head)

@@ -12,10 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.train.losses import needs
-from jaxalign.train.losses.common import margin
-from jaxalign.train.losses.common import pair_metrics
-from jaxalign.train.losses.common import ratios
-from jaxalign.train.losses.common import smoothed
+from jaxalign.train.losses.common import margin, pair_metrics, ratios, smoothed
 
 
 def ranks(x: jax.Array) -> jax.Array:
@@ -42,9 +39,12 @@ def matched_ratios(policy: jax.Array, ref: jax.Array) -> jax.Array:
   r of the rank of its rejected r; arguments as of `matched_margins`."""
   r = policy - ref
   chosen, rejected = r[:, 0], r[:, 1]
-  return jax.lax.stop_gradient(jnp.stack(
+  return jax.lax.stop_gradient(
+    jnp.stack(
       [jnp.sort(rejected)[ranks(chosen)], jnp.sort(chosen)[ranks(rejected)]],
-      axis=1))
+      axis=1,
+    )
+  )
 
 
 @needs("pairs", "matched_margins")
@@ -59,8 +59,10 @@ def aot(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   """
   matched = jax.lax.stop_gradient(stats["matched_margins"])
   z = beta * (margin(policy.sum) - matched)
-  return (smoothed(z, label_smoothing),
-          pair_metrics(policy, beta * ratios(policy, ref)))
+  return (
+    smoothed(z, label_smoothing),
+    pair_metrics(policy, beta * ratios(policy, ref)),
+  )
 
 
 @needs("pairs", "matched_ratios")
@@ -76,7 +78,8 @@ def aot_unpaired(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   """
   matched = jax.lax.stop_gradient(stats["matched_ratios"])
   r = ratios(policy, ref)
-  both = (smoothed(beta * (r[:, 0] - matched[:, 0]), label_smoothing)
-          + smoothed(beta * (matched[:, 1] - r[:, 1]), label_smoothing))
+  both = smoothed(beta * (r[:, 0] - matched[:, 0]), label_smoothing) + smoothed(
+    beta * (matched[:, 1] - r[:, 1]), label_smoothing
+  )
   loss = both - jax.lax.stop_gradient(0.5 * both)
   return loss, pair_metrics(policy, beta * r)

@@ -1,12 +1,12 @@
 """Weighted sums of losses, by name: "dpo+0.2*sft" is RPO."""
 
+from collections.abc import Callable
 import inspect
 import math
-from typing import Callable
 
-from jaxalign.errors import ConfigError
 from jaxalign import lookup
-from jaxalign.train.losses import LOSSES, check_keywords
+from jaxalign.errors import ConfigError
+from jaxalign.train.losses import check_keywords, LOSSES
 
 
 def find(name: str) -> Callable:
@@ -26,9 +26,11 @@ def find(name: str) -> Callable:
     *number, key = lookup.parts(term, "*")
     fn = lookup.lookup(LOSSES, key, "loss", "loss.name")
     if not hasattr(fn, "kind"):
-      raise ConfigError(f"loss {key!r} does not say what it reads; mark the "
-                        "function with jaxalign.train.losses.needs, or set "
-                        "config.loss.name")
+      raise ConfigError(
+        f"loss {key!r} does not say what it reads; mark the "
+        "function with jaxalign.train.losses.needs, or set "
+        "config.loss.name"
+      )
     check_keywords(lookup.given(fn), name, "loss.name")
     terms.append((_weight("*".join(number), name) if number else 1.0, key, fn))
   if len(terms) == 1 and terms[0][0] == 1.0:
@@ -42,8 +44,10 @@ def _weight(text, name):
   except ValueError:
     value = math.nan
   if not 0 < value < math.inf:
-    raise ConfigError(f"loss {name!r} has the weight {text!r}, wanted a number "
-                      "above 0, as in 'dpo+0.2*sft'; set config.loss.name")
+    raise ConfigError(
+      f"loss {name!r} has the weight {text!r}, wanted a number "
+      "above 0, as in 'dpo+0.2*sft'; set config.loss.name"
+    )
   return value
 
 
@@ -70,19 +74,32 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
   names = [key.partition("(")[0] for _, key, _ in terms]
   if len(kinds) > 1 and kinds != {"pairs", "rows"}:
     each = ", ".join(f"{key} {fn.kind}" for key, (*_, fn) in zip(names, terms))
-    raise ConfigError(f"losses of different rows cannot be summed ({each}); "
-                      "set config.loss.name")
+    raise ConfigError(
+      f"losses of different rows cannot be summed ({each}); "
+      "set config.loss.name"
+    )
   if len(set(names)) < len(names):
-    raise ConfigError(f"a loss is summed twice ({', '.join(names)}); set "
-                      "config.loss.name")
-  takes = [[p for p in inspect.signature(fn).parameters.values()
-            if p.kind == p.KEYWORD_ONLY] for _, _, fn in terms]
+    raise ConfigError(
+      f"a loss is summed twice ({', '.join(names)}); set config.loss.name"
+    )
+  takes = [
+    [
+      p
+      for p in inspect.signature(fn).parameters.values()
+      if p.kind == p.KEYWORD_ONLY
+    ]
+    for _, _, fn in terms
+  ]
 
   def loss_fn(policy, ref, stats, **kwargs):
     total, prefers, metrics, own = 0.0, 0.0, {}, {}
     for name, (weight, _, fn), known in zip(names, terms, takes):
-      loss, extra = fn(policy, ref, stats, **{
-          p.name: kwargs[p.name] for p in known if p.name in kwargs})
+      loss, extra = fn(
+        policy,
+        ref,
+        stats,
+        **{p.name: kwargs[p.name] for p in known if p.name in kwargs},
+      )
       total = total + weight * loss
       if fn.kind != "rows":
         prefers = prefers + weight * loss
@@ -93,14 +110,24 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
     return total, metrics | own
 
   keywords = {p.name: p for known in reversed(takes) for p in known}
-  positional = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-                for n in ("policy", "ref", "stats")]
+  positional = [
+    inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    for n in ("policy", "ref", "stats")
+  ]
   loss_fn.__signature__ = inspect.Signature(
-      positional + list(keywords.values()))
+    positional + list(keywords.values())
+  )
   loss_fn.terms = tuple(fn for _, _, fn in terms)
-  loss_fn.kind, = kinds if len(kinds) == 1 else ("pairs",)
+  (loss_fn.kind,) = kinds if len(kinds) == 1 else ("pairs",)
   for field in ("stats", "extras"):
-    setattr(loss_fn, field, tuple(dict.fromkeys(
-        item for _, _, fn in terms for item in getattr(fn, field, ()))))
+    setattr(
+      loss_fn,
+      field,
+      tuple(
+        dict.fromkeys(
+          item for _, _, fn in terms for item in getattr(fn, field, ())
+        )
+      ),
+    )
   loss_fn.reference = any(getattr(fn, "reference", True) for _, _, fn in terms)
   return loss_fn

@@ -29,8 +29,7 @@ def mean(sums: jax.Array, logps: Logps) -> jax.Array:
 def smoothed(z: jax.Array, eps: float) -> jax.Array:
   """-(1 - eps) log sigmoid(z) - eps log sigmoid(-z): a logistic loss whose
   labels are wrong with chance eps."""
-  return (-(1 - eps) * jax.nn.log_sigmoid(z)
-          - eps * jax.nn.log_sigmoid(-z))
+  return -(1 - eps) * jax.nn.log_sigmoid(z) - eps * jax.nn.log_sigmoid(-z)
 
 
 def bounded_exp(x: jax.Array) -> jax.Array:
@@ -45,21 +44,26 @@ def pair_metrics(policy: Logps, reward: jax.Array) -> dict[str, Any]:
   """
   gap = margin(reward)
   return {
-      "rewards/chosen": reward[:, 0], "rewards/rejected": reward[:, 1],
-      "rewards/margins": gap,
-      "rewards/accuracies": (gap > 0).astype(jnp.float32),
-      "rewards/ties": (gap == 0).astype(jnp.float32),
-      "logps/chosen": policy.sum[:, 0], "logps/rejected": policy.sum[:, 1]}
+    "rewards/chosen": reward[:, 0],
+    "rewards/rejected": reward[:, 1],
+    "rewards/margins": gap,
+    "rewards/accuracies": (gap > 0).astype(jnp.float32),
+    "rewards/ties": (gap == 0).astype(jnp.float32),
+    "logps/chosen": policy.sum[:, 0],
+    "logps/rejected": policy.sum[:, 1],
+  }
 
 
-def thumb_metrics(policy: Logps, reward: jax.Array,
-                  label: jax.Array) -> dict[str, Any]:
+def thumb_metrics(
+  policy: Logps, reward: jax.Array, label: jax.Array
+) -> dict[str, Any]:
   """Metrics of single answers, as (values, weights): those of one class are 0
   on the other's rows and are averaged over their own class only."""
   up = label.astype(jnp.float32)
   logps = policy.sum[:, 0]
   return {
-      "rewards/chosen": (reward * up, up),
-      "rewards/rejected": (reward * (1 - up), 1 - up),
-      "logps/chosen": (logps * up, up),
-      "logps/rejected": (logps * (1 - up), 1 - up)}
+    "rewards/chosen": (reward * up, up),
+    "rewards/rejected": (reward * (1 - up), 1 - up),
+    "logps/chosen": (logps * up, up),
+    "logps/rejected": (logps * (1 - up), 1 - up),
+  }

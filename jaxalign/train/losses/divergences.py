@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.train.losses import needs
-from jaxalign.train.losses.common import MAX_EXPONENT
-from jaxalign.train.losses.common import margin
-from jaxalign.train.losses.common import pair_metrics
-from jaxalign.train.losses.common import ratios
+from jaxalign.train.losses.common import (
+  margin,
+  MAX_EXPONENT,
+  pair_metrics,
+  ratios,
+)
 
 
 def _expm1(x):
@@ -25,8 +27,10 @@ def _expm1(x):
 
 def _logistic(policy, r, scores, beta):
   """The loss on scores [B, 2]; the rewards logged are beta r, as TRL's."""
-  return (-jax.nn.log_sigmoid(beta * margin(scores)),
-          pair_metrics(policy, beta * r))
+  return (
+    -jax.nn.log_sigmoid(beta * margin(scores)),
+    pair_metrics(policy, beta * r),
+  )
 
 
 @needs("pairs")

@@ -12,9 +12,15 @@ import scipy.optimize
 from jaxalign.errors import DataError
 
 
-def density_ratios(embedding: np.ndarray, label: np.ndarray, *, seed: int = 0,
-                   sample: int = 1024, low: float = 0.5, high: float = 10.0
-                   ) -> np.ndarray:
+def density_ratios(
+  embedding: np.ndarray,
+  label: np.ndarray,
+  *,
+  seed: int = 0,
+  sample: int = 1024,
+  low: float = 0.5,
+  high: float = 10.0,
+) -> np.ndarray:
   """Weights for `bco_udm`, Jung et al. 2024.
 
   p(desirable | prompt) from a balanced logistic regression on at most `sample`
@@ -38,16 +44,23 @@ def density_ratios(embedding: np.ndarray, label: np.ndarray, *, seed: int = 0,
   embedding = np.asarray(embedding, np.float64)
   label = np.asarray(label, bool)
   if label.all() or not label.any():
-    raise DataError(f"all {len(label)} rows have the same label, wanted both; "
-                    "set config.loss.name to 'bco', which matches no prompts")
+    raise DataError(
+      f"all {len(label)} rows have the same label, wanted both; "
+      "set config.loss.name to 'bco', which matches no prompts"
+    )
   if not np.isfinite(embedding).all():
-    raise DataError("prompt embeddings hold NaN or infinity, wanted finite "
-                    "numbers; set config.loss.name to 'bco'")
+    raise DataError(
+      "prompt embeddings hold NaN or infinity, wanted finite "
+      "numbers; set config.loss.name to 'bco'"
+    )
   rng, rows = np.random.default_rng(seed), []
   for side in (True, False):
     at = np.flatnonzero(label == side)
-    rows.append(at if len(at) <= sample else
-                np.sort(rng.choice(at, sample, replace=False)))
+    rows.append(
+      at
+      if len(at) <= sample
+      else np.sort(rng.choice(at, sample, replace=False))
+    )
   rows = np.concatenate(rows)
   weight, bias = fit_logistic(embedding[rows], label[rows])
   p = _sigmoid(embedding @ weight + bias)
@@ -73,8 +86,12 @@ def fit_logistic(x: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, float]:
     return value, np.append(x.T @ slope + w, slope.sum())
 
   found = scipy.optimize.minimize(
-      objective, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B",
-      options=dict(maxiter=1000, ftol=1e-14, gtol=1e-8))
+    objective,
+    np.zeros(x.shape[1] + 1),
+    jac=True,
+    method="L-BFGS-B",
+    options=dict(maxiter=1000, ftol=1e-14, gtol=1e-8),
+  )
   return found.x[:-1], float(found.x[-1])
 
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.train.losses import needs
-from jaxalign.train.losses.common import bounded_exp
-from jaxalign.train.losses.common import margin
-from jaxalign.train.losses.common import mean
-from jaxalign.train.losses.common import pair_metrics
-from jaxalign.train.losses.common import ratios
-from jaxalign.train.losses.common import smoothed
+from jaxalign.train.losses.common import (
+  bounded_exp,
+  margin,
+  mean,
+  pair_metrics,
+  ratios,
+  smoothed,
+)
 
 
 @needs("pairs")
@@ -38,8 +40,10 @@ def dpo(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   """
   del stats
   reward = beta * ratios(policy, ref)
-  return (smoothed(margin(reward), label_smoothing),
-          pair_metrics(policy, reward))
+  return (
+    smoothed(margin(reward), label_smoothing),
+    pair_metrics(policy, reward),
+  )
 
 
 @needs("pairs")
@@ -54,8 +58,9 @@ def robust(policy, ref, stats, *, beta=0.1, label_smoothing=0.1):
   del stats
   reward = beta * ratios(policy, ref)
   z, eps = margin(reward), label_smoothing
-  loss = (-(1 - eps) * jax.nn.log_sigmoid(z)
-          + eps * jax.nn.log_sigmoid(-z)) / (1 - 2 * eps)
+  loss = (-(1 - eps) * jax.nn.log_sigmoid(z) + eps * jax.nn.log_sigmoid(-z)) / (
+    1 - 2 * eps
+  )
   return loss, pair_metrics(policy, reward)
 
 
@@ -125,10 +130,9 @@ def exo(policy, ref, stats, *, beta=0.1, epsilon=1e-3):
   del stats
   reward = beta * ratios(policy, ref)
   z = margin(reward)
-  loss = (jax.nn.sigmoid(z)
-          * (jax.nn.log_sigmoid(z) - jnp.log1p(-epsilon))
-          + jax.nn.sigmoid(-z)
-          * (jax.nn.log_sigmoid(-z) - jnp.log(epsilon)))
+  loss = jax.nn.sigmoid(z) * (
+    jax.nn.log_sigmoid(z) - jnp.log1p(-epsilon)
+  ) + jax.nn.sigmoid(-z) * (jax.nn.log_sigmoid(-z) - jnp.log(epsilon))
   return loss, pair_metrics(policy, reward)
 
 
@@ -143,8 +147,11 @@ def nca(policy, ref, stats, *, beta=0.1):
   del stats
   reward = beta * ratios(policy, ref)
   w, l = reward[:, 0], reward[:, 1]
-  loss = (-jax.nn.log_sigmoid(w) - 0.5 * jax.nn.log_sigmoid(-w)
-          - 0.5 * jax.nn.log_sigmoid(-l))
+  loss = (
+    -jax.nn.log_sigmoid(w)
+    - 0.5 * jax.nn.log_sigmoid(-w)
+    - 0.5 * jax.nn.log_sigmoid(-l)
+  )
   return loss, pair_metrics(policy, reward)
 
 
@@ -160,10 +167,12 @@ def bco_pair(policy, ref, stats, *, beta=0.1):
   """
   delta = jax.lax.stop_gradient(stats["delta"])
   reward = beta * ratios(policy, ref)
-  loss = (-jax.nn.log_sigmoid(reward[:, 0] - delta)
-          - jax.nn.log_sigmoid(-(reward[:, 1] - delta)))
+  loss = -jax.nn.log_sigmoid(reward[:, 0] - delta) - jax.nn.log_sigmoid(
+    -(reward[:, 1] - delta)
+  )
   return loss, pair_metrics(policy, reward) | {
-      "delta": jnp.ones_like(loss) * delta}
+    "delta": jnp.ones_like(loss) * delta
+  }
 
 
 @needs("pairs")
@@ -218,8 +227,9 @@ def discopop(policy, ref, stats, *, beta=0.1, tau=0.05):
   del stats
   reward = beta * ratios(policy, ref)
   z = margin(reward)
-  loss = (-jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z)
-          + bounded_exp(jax.nn.log_sigmoid(z / tau) - z))
+  loss = -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z) + bounded_exp(
+    jax.nn.log_sigmoid(z / tau) - z
+  )
   return loss, pair_metrics(policy, reward)
 
 
@@ -249,7 +259,9 @@ def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
   `Logps.public` [B, 2] holds the sums over the first L tokens.
   """
   del stats
+
   def weighed(x):
     return x.public + tail_weight * (x.sum - x.public)
+
   reward = beta * (weighed(policy) - weighed(ref))
   return -jax.nn.log_sigmoid(margin(reward)), pair_metrics(policy, reward)

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.train.losses import needs
-from jaxalign.train.losses.common import MAX_EXPONENT
-from jaxalign.train.losses.common import margin
-from jaxalign.train.losses.common import mean
-from jaxalign.train.losses.common import pair_metrics
+from jaxalign.train.losses.common import (
+  margin,
+  MAX_EXPONENT,
+  mean,
+  pair_metrics,
+)
 
 # The most certain a mean log-probability may be: log(1 - e^x) ends at x = 0.
 SURE = -1e-7
@@ -83,8 +85,10 @@ def simpo(policy, ref, stats, *, beta=2.0, gamma=0.5):
   """
   del ref, stats
   reward = beta * mean(policy.sum, policy)
-  return (-jax.nn.log_sigmoid(margin(reward) - gamma),
-          pair_metrics(policy, reward))
+  return (
+    -jax.nn.log_sigmoid(margin(reward) - gamma),
+    pair_metrics(policy, reward),
+  )
 
 
 @needs("pairs", reference=False)
@@ -97,11 +101,16 @@ def alphapo(policy, ref, stats, *, beta=2.0, gamma=0.5, alpha=0.25):
   """
   del ref, stats
   l = mean(policy.sum, policy)
-  shaped = l if alpha == 0 else (
-      -jnp.expm1(jnp.minimum(-alpha * l, MAX_EXPONENT)) / alpha)
+  shaped = (
+    l
+    if alpha == 0
+    else (-jnp.expm1(jnp.minimum(-alpha * l, MAX_EXPONENT)) / alpha)
+  )
   reward = beta * shaped
-  return (-jax.nn.log_sigmoid(margin(reward) - gamma),
-          pair_metrics(policy, reward))
+  return (
+    -jax.nn.log_sigmoid(margin(reward) - gamma),
+    pair_metrics(policy, reward),
+  )
 
 
 @needs("pairs", reference=False)

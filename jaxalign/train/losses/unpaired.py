@@ -5,9 +5,10 @@ bool (true: desirable); r = policy - ref over SUMS. Metrics of one class are
 averaged over its own rows only, so a batch of one class is finite.
 """
 
+from collections.abc import Callable
 import functools
 import inspect
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ import numpy as np
 
 from jaxalign.lookup import given
 from jaxalign.train.losses import needs
-from jaxalign.train.losses.common import ratios
-from jaxalign.train.losses.common import thumb_metrics
+from jaxalign.train.losses.common import ratios, thumb_metrics
 
 
 def _sign(label):
@@ -64,16 +64,20 @@ def weighed(loss: Callable, label: np.ndarray) -> tuple[Callable, list[str]]:
     share = up / down if up and down else 1.0
     if BAND[0] - 1e-6 <= share <= BAND[1] + 1e-6:
       return loss, []
-    return loss, [f"warning: {counts} weigh {share:.2f} to 1 with the "
-                  "given weights, wanted 1 to 1.33; set config.loss.kwargs, "
-                  "or leave desirable and undesirable out"]
+    return loss, [
+      f"warning: {counts} weigh {share:.2f} to 1 with the "
+      "given weights, wanted 1 to 1.33; set config.loss.kwargs, "
+      "or leave desirable and undesirable out"
+    ]
   desirable, undesirable = class_weights(up, down)
   if desirable == undesirable == 1:
     return loss, []
   bound = functools.partial(loss, desirable=desirable, undesirable=undesirable)
   bound.__dict__.update(loss.__dict__)
-  return bound, [f"{counts}: a row of the first weighs {desirable:.3f}, of the "
-                 f"second {undesirable:.3f}"]
+  return bound, [
+    f"{counts}: a row of the first weighs {desirable:.3f}, of the "
+    f"second {undesirable:.3f}"
+  ]
 
 
 @needs("thumbs", "label", "z0")
@@ -106,12 +110,14 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
   weight = jnp.where(label, desirable, undesirable)
   loss = weight * jax.nn.sigmoid(-beta * _sign(label) * (r - z0))
   return loss, thumb_metrics(policy, beta * r, label) | {
-      "kl": jnp.ones_like(loss) * z0}
+    "kl": jnp.ones_like(loss) * z0
+  }
 
 
 @needs("thumbs", "label")
-def apo_zero_unpaired(policy, ref, stats, *, beta=0.1, desirable=1.0,
-                      undesirable=1.0):
+def apo_zero_unpaired(
+  policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0
+):
   """APO-zero on thumbs, D'Oosterlinck et al. 2024, eq. 7: KTO with z0 = 0.
 
   Desirable rows w_D (1 - sigmoid(beta r)), undesirable rows
@@ -139,7 +145,8 @@ def bco(policy, ref, stats, *, beta=0.1):
   reward = beta * ratios(policy, ref)[:, 0]
   loss = -jax.nn.log_sigmoid(_sign(label) * (reward - delta))
   return loss, thumb_metrics(policy, reward, label) | {
-      "delta": jnp.ones_like(loss) * delta}
+    "delta": jnp.ones_like(loss) * delta
+  }
 
 
 @needs("thumbs", "label", "delta", "weights")
