@@ -8,7 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 from jaxalign.data import sources
-from jaxalign.data.sources import Where
+from jaxalign.data.json_rows import Where
 from jaxalign.errors import ConfigError, DataError, JaxalignError
 from jaxalign.eval import verdict_codes as codes
 from jaxalign.eval import verdict_layouts as layouts
