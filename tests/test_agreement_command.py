@@ -6,6 +6,7 @@ import json
 
 import hypothesis
 from hypothesis import strategies as st
+from jaxalign.report.pages import agreement as pages
 import pytest
 from sklearn import metrics
 from test_report import paths, PAYLOADS, poisoned
@@ -15,7 +16,6 @@ from jaxalign import agreement as command
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval import agreement, verdict_codes, verdict_tables
 from jaxalign.eval.agreement import Verdict
-from jaxalign.report.pages import agreement as pages
 
 
 def run(*flags):

@@ -3,6 +3,7 @@
 import json
 import types
 
+from jaxalign.report.pages import study as page
 import jobs
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from jaxalign import evidence, recipe, study
 from jaxalign import job as job_lib
 from jaxalign.data import tables
 from jaxalign.job import Arm
-from jaxalign.report.pages import study as page
 
 SEEDS, PROMPTS = 6, 400
 

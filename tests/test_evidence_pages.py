@@ -3,6 +3,7 @@
 import copy
 import json
 
+from jaxalign.report.pages import evidence, judges, plateau
 import pytest
 from test_report import paths, PAYLOADS, poisoned, read
 
@@ -10,7 +11,6 @@ from jaxalign.eval import agreement
 from jaxalign.eval import plateau as fits
 from jaxalign.eval.agreement import Verdict
 from jaxalign.report import page
-from jaxalign.report.pages import evidence, judges, plateau
 
 HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
 OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]

@@ -2,6 +2,7 @@
 
 import json
 
+from jaxalign.report.pages import grid as page
 import jobs
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from jaxalign import grid
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
 from jaxalign.eval import verdict
-from jaxalign.report.pages import grid as page
 
 
 def flags(folder, *more):

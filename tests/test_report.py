@@ -5,10 +5,10 @@ import html.parser
 import math
 import re
 
+from jaxalign.report.pages import run, study
 import pytest
 
 from jaxalign.report import charts, page
-from jaxalign.report.pages import run, study
 
 PAYLOADS = [
   "<script>alert(1)</script>",

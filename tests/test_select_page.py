@@ -5,11 +5,11 @@ import json
 import re
 
 import browser
+from jaxalign.report.pages import select as page
 import numpy as np
 import pytest
 
 from jaxalign.report import page as pages
-from jaxalign.report.pages import select as page
 from jaxalign.select import card
 from jaxalign.select.pool import make_pool, Selection
 

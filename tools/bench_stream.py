@@ -299,6 +299,13 @@ def laws(args) -> None:
     print(f"\nplotted in {args.out}")
 
 
+PLOTS = """{% extends "base.html" %}
+{% set sections = [("laws", "Seconds of CPU by rows")] %}
+{% block laws %}<div class="grid">
+{% for chart, words in figures %}{{ m.figure(chart, words) }}{% endfor %}
+</div>{% endblock %}"""
+
+
 def plots(drawn: list[tuple[str, list[tuple[int, float]], str]]) -> str:
   """A page of a chart a sampler, both axes logarithms: a law is a line."""
   import math
@@ -318,21 +325,18 @@ def plots(drawn: list[tuple[str, list[tuple[int, float]], str]]) -> str:
       "rows, log10",
       "seconds of CPU, log10",
     )
-    figures.append(
-      page.figure(
-        chart,
-        f"{name}: {known[0][1]:.3g} s at "
-        f"{known[0][0]:,} rows, {known[-1][1]:.3g} s at "
-        f"{known[-1][0]:,}; as N to the {slope}",
-      )
+    (first, took), (most, longest) = known[0], known[-1]
+    caption = (
+      f"{name}: {took:.3g} s at {first:,} rows, {longest:.3g} s at {most:,}; "
+      f"as N to the {slope}"
     )
-  return str(
-    page.document(
-      "How every sampler grows",
-      [("laws", "Seconds of CPU by rows", page.grid(*figures))],
-      lede="Both axes are logarithms; the grey line grows as the rows do.",
-      byline=[f"{os.cpu_count()} cores", time.strftime("%Y-%m-%d")],
-    )
+    figures.append((chart, caption))
+  return page.render(
+    page.ENVIRONMENT.from_string(PLOTS),
+    title="How every sampler grows",
+    lede="Both axes are logarithms; the grey line grows as the rows do.",
+    byline=[f"{os.cpu_count()} cores", time.strftime("%Y-%m-%d")],
+    figures=figures,
   )
 
 
