@@ -244,7 +244,7 @@ def bars(
     y, start = 42 * i + 18, 0.0
     for j, value in enumerate(values):
       if value > 0:
-        words = f"{names[j]}: {percent(value / sum(values))} of its operations"
+        words = f"{names[j]}: {percent(value / sum(values))} of its FLOPs"
         inside = _draw("<title>{}, {}</title>", name, words)
         box = axis.x(start), y, axis.x(value), 18
         parts.append(_draw(RECT, *box, f"bar {_colour(j)}", inside))

@@ -1,4 +1,4 @@
-"""Pages from jinja templates: one HTML file each, nothing loaded from elsewhere.
+"""Pages from jinja templates: one HTML file each, which loads nothing.
 
 A template walks JSON as `values.Node`s. Text from data is escaped by jinja and
 made visible by `values.plain`; only templates and `charts` write markup.

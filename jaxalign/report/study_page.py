@@ -179,7 +179,7 @@ def stage_bars(stages: Sequence[Node]) -> tuple[list, list, str]:
   for one in stages:
     arm = plain(one.arm or "shared by all")
     values = totals.setdefault(arm, [0.0] * len(names))
-    values[names.index(plain(one.stage))] += finite(one.operations) or 0.0
+    values[names.index(plain(one.stage))] += finite(one.flops) or 0.0
   divisor, letter = prefix(max(map(sum, totals.values())))
   rows = [
     (arm, [v / divisor for v in values], engineering(sum(values)))
@@ -261,7 +261,7 @@ def overspent(rows: Sequence[Node]) -> list[str]:
       if x < 0:
         found.append(
           f"{row.arm}{against}, {how}: {percent(x)} saved, so it used "
-          f"{percent(-x)} more operations."
+          f"{percent(-x)} more FLOPs."
         )
   return found
 

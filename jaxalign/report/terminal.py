@@ -65,7 +65,7 @@ def study_text(summary: dict[str, Any]) -> str:
   base = study_page.baseline_of(node)
   every = [*(groups or runs), *([base] if base else [])]
   # Of several seeds: what it is for, in place of how far it went.
-  cost = any("operations" in raw(group) for group in groups)
+  cost = any("flops" in raw(group) for group in groups)
   known = page.known(every)
   names = [n for n in HEADS if n in known and not (cost and n == "kl")]
   title = shorten(node.title or "jaxalign report", COLUMNS)
@@ -74,7 +74,7 @@ def study_text(summary: dict[str, Any]) -> str:
   for arm in every[:ARMS]:
     row = [shorten(arm.name, 20), shorten(number(arm.rows), 9)]
     row += [shorten(_metric(arm, n), 20) for n in names]
-    rows.append(row + [engineering(arm.operations, "")] * cost)
+    rows.append(row + [engineering(arm.flops, "")] * cost)
   if every:
     text += [line[:COLUMNS].rstrip() for line in _columns(rows)]
   else:
