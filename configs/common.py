@@ -16,7 +16,7 @@ def base(variant: str = "") -> ConfigDict:
   Args:
     variant: "" for the built-in world; "smoke", the same in two minutes;
       "tiny", in seconds; "hh", real pairs (Anthropic/hh-rlhf); "redundant",
-      "flips", "junk" and "mixed", worlds with trouble in them; "kto", thumbs
+      "flips", "junk" and "mixed", worlds with trouble in them; "kto", unpaired
       and KTO. Variants may be joined by commas: "smoke,flips".
 
   Raises:
@@ -120,7 +120,7 @@ def base(variant: str = "") -> ConfigDict:
   s.budget = 0.1  # a share of the pool (float) or a number of rows (int)
   s.order = "literal"  # isa: "literal", "magnitude", "renormalised", "soft"
   s.pair_score = "sum"  # isa: "sum", "min", "max", "chosen", "difference"
-  s.label_quota = 0.0  # thumbs: share of desirable rows; 0: no quota
+  s.label_quota = 0.0  # unpaired rows: share of desirable rows; 0: no quota
   s.kwargs = ConfigDict()  # more keywords of the sampler
   s.mixture = ConfigDict(
     dict(
@@ -171,7 +171,7 @@ def base(variant: str = "") -> ConfigDict:
   c.loss = ConfigDict()
   # A key of LOSSES, "module:function", or a sum; keywords in brackets. "":
   # "dpo(beta=0.1)" of a checkpoint, "dpo(beta=0.5)+0.2*sft" of a model trained
-  # here, "kto" of single answers. TRL's RPO is "dpo+sft_tokens". Of thumbs the
+  # here, "kto" of single answers. TRL's RPO is "dpo+sft_tokens". Unpaired
   # classes weigh by the counts kept, unless `desirable` or `undesirable` is
   # given.
   c.loss.name = ""
@@ -364,7 +364,7 @@ def _mixed(c: ConfigDict) -> None:
 
 
 def _kto(c: ConfigDict) -> None:
-  """Pairs split into thumbs up and down, KTO."""
+  """Pairs split into single answers, liked and disliked, KTO."""
   c.loss.name = "kto(beta=0.3)"
   c.train.batch_size = 64  # rows, as many answers as 32 pairs
 

@@ -42,7 +42,7 @@ class PolicyOutputs(NamedTuple):
   texts: list[str]  # p answers, as text
   answer_logp: np.ndarray  # [p] nats of the answers under this policy
   reward: np.ndarray | None  # [p] true reward, where the world is known
-  operations: int
+  flops: int
   tokens: int
 
 
@@ -164,14 +164,14 @@ def run_policy(
   )
   texts = answer_texts(tok, answers)
   rows = answer_rows(prompts, answers)
-  operations = embed.operations(m, data.tokens) + 2 * embed.operations(m, rows)
+  flops = embed.flops(m, data.tokens) + 2 * embed.flops(m, rows)
   return PolicyOutputs(
     scored.logp.reshape(len(data.rows), -1),
     answers,
     texts,
     score_answers(mesh, params, m, data, answers, options),
     None if data.world is None else true_rewards(data, texts),
-    operations,
+    flops,
     len(data.tokens.ids) + 2 * len(rows.ids),
   )
 

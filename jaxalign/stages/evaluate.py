@@ -85,7 +85,7 @@ def run_baseline(job: Job) -> None:
     )
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
-    return [*files, "eval.json"], Cost(outcome.operations, outcome.tokens), {}
+    return [*files, "eval.json"], Cost(outcome.flops, outcome.tokens), {}
 
   job.run(
     job.shared / "baseline",
@@ -140,7 +140,7 @@ def run_evaluate(
     say = f"wins {100 * win['value']:.1f} % against the target" if win else ""
     return (
       [*files, "eval.json"],
-      Cost(outcome.operations, outcome.tokens),
+      Cost(outcome.flops, outcome.tokens),
       dict(say=say),
     )
 
