@@ -284,7 +284,7 @@ def _isa(
   if label_quota is not None:
     raise ConfigError(
       "isa in tiles keeps no quota of labels; set "
-      "config.select.label_quota to 0"
+      "config.select.kwargs.label_quota to None"
     )
   basic.check_soft(order, soft)
   by = "magnitude" if order == basic.SOFT else order

@@ -136,7 +136,7 @@ def run_evaluate(
       job.examined,
       outcome.said,
       new=job.c.eval.new_tokens,
-      tile=job.c.eval.tile,
+      tile=job.c.embed.tile,
       chunk=job.c.model.head_chunk,
     )
     metrics = evaluate.measure(
@@ -183,8 +183,7 @@ def run_export(
 
   given = job.c.model.checkpoint
   of = weights.given(given) if given else weights.Given()
-  dtype = job.c.export.dtype
-  dtype = of.dtype if dtype == "auto" else dtype
+  dtype = of.dtype  # as loaded
   job.run(
     arm_folder(job, arm),
     "export",
