@@ -77,8 +77,8 @@ def _examine(
     job.examined,
     new=c.new_tokens,
     temperature=c.temperature,
-    seed=c.seed + seed,
-    tile=c.tile,
+    seed=seed,
+    tile=job.c.embed.tile,
     chunk=job.c.model.head_chunk,
   )
 

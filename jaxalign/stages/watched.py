@@ -448,8 +448,8 @@ def _generations(job: Job) -> Measure:
       eos=tok.stops,
       known=min(tok.vocab_size, job.policy.vocab),
       temperature=k.temperature,
-      seed=k.seed,
-      tile=k.tile,
+      seed=0,
+      tile=c.embed.tile,
       label="eval generations",
     )
     score = lambda params, m: np.float64(
@@ -460,7 +460,7 @@ def _generations(job: Job) -> Measure:
         what,
         said,
         new=k.new_tokens,
-        tile=k.tile,
+        tile=c.embed.tile,
         chunk=c.model.head_chunk,
       )
     )
