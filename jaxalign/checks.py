@@ -274,7 +274,7 @@ def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
       f"job makes{why and f' ({why})'}; it works on arrays of your own "
       f"(jaxalign.select.samplers), or set config.{knob}"
     )
-  if sampler.pairs and kind == "thumbs":
+  if sampler.pairs and kind == "unpaired":
     raise ConfigError(
       f"sampler {name!r} compares the two answers of a pair, "
       f"and {c.loss.name!r} eats single answers; set "

@@ -57,7 +57,7 @@ class Arm(NamedTuple):
 
 
 class Job:
-  """What every stage of a run shares: config, mesh, folders, finished cards.
+  """What every stage of a run shares: config, mesh, folders, finished records.
 
   A class because it caches what is costly to load (tokens, the reference).
   """
@@ -69,17 +69,17 @@ class Job:
     self.c, self.mesh, self.redo = c, mesh, redo
     self.workdir = epath.Path(workdir)
     self.shared = self.workdir / "shared"
-    self.cards: dict[tuple[str, str], artifacts.Card] = {}
+    self.records: dict[tuple[str, str], artifacts.Record] = {}
 
   def run(
     self, folder: Any, stage: str, arm: str = "", **kwargs
-  ) -> artifacts.Card:
+  ) -> artifacts.Record:
     """`artifacts.run`, remembered by (arm, stage) for the ledger."""
     if arm:
       progress.say(f"[{arm}]") if stage == "select" else None
-    card = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
-    self.cards[arm, stage] = card
-    return card
+    record = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
+    self.records[arm, stage] = record
+    return record
 
   @functools.cached_property
   def loss(self) -> Callable:
@@ -103,13 +103,15 @@ class Job:
     """The longest row of this job: as asked for, or as the data stage chose."""
     return (
       prepare.context_of(self.c, self.most)
-      or artifacts.read_json(self.shared / "data" / "data_card.json")["context"]
+      or artifacts.read_json(self.shared / "data" / "data_summary.json")[
+        "context"
+      ]
     )
 
   @property
   def kind(self) -> str:
-    """ "pairs" or "thumbs": what the loss eats."""
-    return "thumbs" if self.loss.kind == "thumbs" else "pairs"
+    """ "pairs" or "unpaired": what the loss eats."""
+    return "unpaired" if self.loss.kind == "unpaired" else "pairs"
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -186,7 +188,7 @@ class Job:
 
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
-    return self.cards[arm, stage].key
+    return self.records[arm, stage].key
 
 
 def loss_of(c: Any) -> Callable:

@@ -22,7 +22,7 @@ def settle(c: Any) -> None:
   if not c.loss.name:
     c.loss.name = (
       "kto"
-      if _kind(c) == "thumbs"
+      if _kind(c) == "unpaired"
       else "dpo(beta=0.1)"
       if given
       else "dpo(beta=0.5)+0.2*sft"

@@ -83,9 +83,9 @@ def spoken(tmp_path, name="work"):
     (folder / "samples.jsonl").write_text(
       "".join(json.dumps(row) + "\n" for row in rows)
     )
-    card = artifacts.read_card(folder, "evaluate")
+    card = artifacts.read_record(folder, "evaluate")
     card.outputs["samples.jsonl"] = artifacts.digest(folder / "samples.jsonl")
-    artifacts._write_card(folder, card)
+    artifacts._write_record(folder, card)
   return work
 
 
@@ -353,8 +353,8 @@ def test_a_reward_model_judges_as_transformers_has_it(tmp_path):
     )
   assert summary["judge"]["arms"][0]["bias"] is None
   assert summary["judge"]["controls"] and summary["judge"]["agreement"]
-  cards = load(work / f"runs/{ISA}/cards/judge.json")
-  assert cards["cost"]["operations"] > 0 and cards["inputs"]["model"]
+  cards = load(work / f"runs/{ISA}/records/judge.json")
+  assert cards["cost"]["flops"] > 0 and cards["inputs"]["model"]
   again = jobs.run(
     work, "judge.kind=reward_model", f"judge.checkpoint={tmp_path}"
   )

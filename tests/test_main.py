@@ -372,7 +372,7 @@ def test_a_sampler_that_reads_what_no_stage_makes(
   assert said in refused(tmp_path / "w", *flags)
 
 
-def test_a_sampler_of_pairs_refuses_thumbs(tmp_path):
+def test_a_sampler_of_pairs_refuses_unpaired(tmp_path):
   assert "compares the two answers" in refused(
     tmp_path, "select.sampler=real", config="kto_sub.py:tiny"
   )

@@ -92,7 +92,7 @@ def run_baseline(job: Job) -> None:
     metrics = evaluate.measure(job.examined, outcome, outcome, outcome.own_logp)
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
-    return [*files, "eval.json"], Cost(outcome.operations, outcome.tokens), {}
+    return [*files, "eval.json"], Cost(outcome.flops, outcome.tokens), {}
 
   job.run(
     job.shared / "baseline",
@@ -149,7 +149,7 @@ def run_evaluate(
     say = f"wins {100 * win['value']:.1f} % against the target" if win else ""
     return (
       [*files, "eval.json"],
-      Cost(outcome.operations, outcome.tokens),
+      Cost(outcome.flops, outcome.tokens),
       dict(say=say),
     )
 

@@ -358,9 +358,9 @@ def described(job: Job, arms: list[Arm]) -> dict[str, Any]:
   if c.judge.baseline != "reference":
     lines.append(dict(name="start", **_line(start, metric)))
   totals = [
-    card.result
-    for (_, stage), card in job.cards.items()
-    if stage == "judge" and "requests" in card.result
+    record.result
+    for (_, stage), record in job.records.items()
+    if stage == "judge" and "requests" in record.result
   ]
   return out | dict(
     arms=lines,

@@ -130,11 +130,11 @@ def check_ready(job: Job, arms: list[Arm]) -> None:
       f"verdicts are kept in a local file, and {job.workdir} "
       "is none; choose a local --workdir"
     )
-  cards = [
-    artifacts.read_card(folder, "judge")
+  records = [
+    artifacts.read_record(folder, "judge")
     for folder in (job.shared / "judge", *(arm_folder(job, a) for a in arms))
   ]
-  if any(card is None or not card.finished for card in cards):
+  if any(record is None or not record.finished for record in records):
     if jax.process_index() == 0:
       endpoint.check(endpoint_of(c))
       endpoint.check_reachable(endpoint_of(c))
@@ -222,7 +222,7 @@ class _Rewards:
 
   def __init__(self, job: Job, folder: Any):
     self.job, self.folder, self.files = job, folder, []
-    self.operations = self.tokens = 0
+    self.flops = self.tokens = 0
     r = reward_config(job.c)
     if not r.encodes:
       r = r._replace(
@@ -296,8 +296,8 @@ class _Rewards:
         self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
       )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-    self.operations += sum(
-      reward.operations(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
+    self.flops += sum(
+      reward.flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )
     self.tokens += len(rows.ids)
     return out
@@ -311,7 +311,7 @@ class _Rewards:
     return [REWARDS]
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
-    return Cost(self.operations, self.tokens), {}
+    return Cost(self.flops, self.tokens), {}
 
 
 JUDGES = {"endpoint": _Endpoint, "reward_model": _Rewards}

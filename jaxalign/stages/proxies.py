@@ -126,7 +126,7 @@ def _score(
     label=label,
     ids=job.column("pool", "id"),
   )
-  return found, Cost(embed.operations(m, rows), len(rows.ids))
+  return found, Cost(embed.flops(m, rows), len(rows.ids))
 
 
 def _tune(
@@ -281,7 +281,7 @@ def run_proxy(job: Job) -> None:
         proxy_ref_logp=start.sums.reshape(-1)[parts[jax.process_index()]],
       ),
     )
-    operations, tokens = feed.training_cost(
+    flops, tokens = feed.training_cost(
       m,
       training_rows(job, start, index),
       updates=p.updates,
@@ -290,12 +290,12 @@ def run_proxy(job: Job) -> None:
     )
     parts = (
       start.cost,
-      Cost(operations, tokens),
-      Cost(embed.operations(m, rows), len(rows.ids)),
+      Cost(flops, tokens),
+      Cost(embed.flops(m, rows), len(rows.ids)),
     )
     return (
       [*files, *TRAINED],
-      Cost(sum(x.operations for x in parts), sum(x.tokens for x in parts)),
+      Cost(sum(x.flops for x in parts), sum(x.tokens for x in parts)),
       dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
     )
 
@@ -364,7 +364,7 @@ def run_held_out(job: Job) -> None:
     start = _start(job)
     n = len(job.column("pool", "id"))
     seen = halves(job.column("pool", "group"), p.models, 0)
-    total, tokens = start.cost.operations, start.cost.tokens
+    total, tokens = start.cost.flops, start.cost.tokens
     for s, name in enumerate(names):
       index = np.flatnonzero(seen[:, s])
       updates = -(-len(index) // c.train.batch_size)
@@ -378,7 +378,7 @@ def run_held_out(job: Job) -> None:
         batch=c.train.batch_size,
         seed=s,
       )
-      total += more + embed.operations(m, job.tokens("pool"))
+      total += more + embed.flops(m, job.tokens("pool"))
       tokens += many + len(job.tokens("pool").ids)
       if (
         artifacts.agree("done" if (folder / name).exists() else "new") == "new"

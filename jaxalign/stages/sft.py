@@ -40,7 +40,7 @@ def run_sft(job: Job) -> None:
         {},
       )
     )
-    job.cards["", "sft"] = artifacts.Card(
+    job.records["", "sft"] = artifacts.Record(
       "sft", key, {}, {}, {}, Cost(), {}, skipped=True
     )
     return
@@ -179,18 +179,18 @@ def train(
       batch=knobs["batch_size"],
       seed=seed,
       mismatched=mismatched,
-      ahead=stats.looks_ahead(loss),
+      ahead=stats.needs_batch_logps(loss),
       online=online,
     ),
   )
-  operations, tokens = feed.training_cost(  # of what was not stopped early
+  flops, tokens = feed.training_cost(  # of what was not stopped early
     m,
     rows,
     updates=int(last.step),
     batch=knobs["batch_size"],
     seed=seed,
     mismatched=mismatched.tokens if mismatched else None,
-    ahead=stats.looks_ahead(loss),
+    ahead=stats.needs_batch_logps(loss),
     online=online,
   )
-  return Cost(operations, tokens)
+  return Cost(flops, tokens)
