@@ -118,7 +118,6 @@ def command_of(values: Any, passed: list[str], cell: Cell) -> list[str]:
     "--config.seeds=1",
     f"--config.seed={k}",
     f"--config.data.seed={k}",
-    f"--config.sft.seed={k}",
     *passed,
     f"--workdir={values.workdir}/{cell.folder}",
   ]

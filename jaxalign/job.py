@@ -192,11 +192,9 @@ class Job:
 
 
 def eval_options(c: Any, seed: int = 0) -> held_out.EvalOptions:
-  """How answers are generated and scored; `seed` is added to eval.seed."""
-  k, chunk = c.eval, c.model.head_chunk
-  return held_out.EvalOptions(
-    k.new_tokens, k.temperature, k.seed + seed, k.tile, chunk
-  )
+  """How answers are generated and scored."""
+  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
+  return held_out.EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)
 
 
 def loss_of(c: Any) -> Callable:
@@ -211,9 +209,8 @@ def lora_of(c: Any) -> adapters.Lora | None:
   k = c.lora
   if not k.rank:
     return None
-  return adapters.Lora(
-    k.rank, float(k.alpha), tuple(k.targets), k.rs, k.variant
-  )
+  rs, variant = k.variant == "rslora", k.variant.removeprefix("rs")
+  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), rs, variant)
 
 
 def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
@@ -235,14 +232,12 @@ def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
     layers=m.layers,
     width=m.width,
     heads=m.heads,
-    kv_heads=m.kv_heads,
-    head_size=m.head_size,
+    kv_heads=m.heads,
+    head_size=m.width // m.heads,
     ff=m.ff,
     vocab=-(-vocab // 64) * 64,
     context=m.context or prepare.own_context(c),
-    rope_theta=m.rope_theta,
-    norm_eps=m.norm_eps,
-    tied=m.tied,
+    tied=True,
     dtype=m.dtype,
     remat=m.remat,
   )
@@ -285,11 +280,7 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
     if p.kind == p.KEYWORD_ONLY
     and p.name not in getattr(sampler, "keywords", ())
   }  # in brackets
-  named = dict(
-    order=c.select.order,
-    pair_score=c.select.pair_score,
-    label_quota=c.select.label_quota or None,
-  )
+  named = dict(order=c.select.order, pair_score=c.select.pair_score)
   kwargs = {n: v for n, v in named.items() if n in known}
   for name, value in c.select.kwargs.to_dict().items():
     if name not in known:

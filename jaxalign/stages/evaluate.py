@@ -174,8 +174,7 @@ def run_export(
 
   given = job.c.model.checkpoint
   of = weights.given(given) if given else weights.Given()
-  dtype = job.c.export.dtype
-  dtype = of.dtype if dtype == "auto" else dtype
+  dtype = of.dtype  # as loaded
   job.run(
     arm_folder(job, arm),
     "export",

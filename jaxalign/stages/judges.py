@@ -26,6 +26,7 @@ from jaxalign.model import reward
 from jaxalign.stages import questions, scores
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
+CONTROLS = 20  # prompts of each control, see eval/judges/controls.py
 REWARDS = "rewards.json"  # of the start's stage: content digest -> reward
 ASKED = ("reward_model", "endpoint")  # those with a stage of their own
 
@@ -61,7 +62,7 @@ def endpoint_of(c: Any) -> Endpoint:
   """The endpoint of config.judge."""
   j = c.judge
   return Endpoint(
-    url=j.endpoint, **{n: j[n] for n in Endpoint._fields if n != "url"}
+    url=j.endpoint, **{n: j[n] for n in Endpoint._fields if n in j}
   )
 
 
@@ -70,10 +71,7 @@ def reward_config(c: Any) -> reward.RewardConfig:
   r = reward.read_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
-  context = min(
-    r.model.context,
-    c.judge.context or prepare.asked_context(c) or r.model.context,
-  )
+  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -127,10 +125,10 @@ def check_ready(job: Job, arms: list[Arm]) -> None:
   c = job.c
   if kind_of(c) != "endpoint":
     return
-  if "://" in str(job.workdir) and not c.judge.cache:
+  if "://" in str(job.workdir):
     raise ConfigError(
       f"verdicts are kept in a local file, and {job.workdir} "
-      "is none; set config.judge.cache to a path"
+      "is none; choose a local --workdir"
     )
   records = [
     artifacts.read_record(folder, "judge")
@@ -155,7 +153,7 @@ def requests_at_most(c: Any, prompts: int, arms: int) -> int:
   return (
     2 * judged * (arms + 1 - own)
     + 2 * c.judge.labels
-    + 4 * min(judged, c.judge.controls)
+    + 4 * min(judged, CONTROLS)
   )
 
 
@@ -178,7 +176,7 @@ def check_enough(job: Job, arms: list[Arm]) -> None:
 
 def cache_of(job: Job) -> str:
   """The file that keeps every verdict paid for."""
-  return job.c.judge.cache or str(job.shared / "verdicts.jsonl")
+  return str(job.shared / "verdicts.jsonl")
 
 
 class _Endpoint:

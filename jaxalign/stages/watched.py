@@ -27,7 +27,7 @@ GENERATED = ("ended", "empty", "malformed", "length", "entropy", "kl")
 # batches of a run (z0, ranks) or of its past (a running mean).
 OF_A_SET = ("label", "mean_count")
 # Knobs of config.train that change no weights: no record names them.
-BESIDE = ("keep", "async_save", "trackers", "explode", "peak")
+BESIDE = ("keep", "trackers", "explode")
 # Knobs that came later, with the value at which a run is as it was before.
 LATER = dict(
   optimizer="adamw",
@@ -360,7 +360,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       params,
       m,
       rows,
-      tile=c.eval.tile,
+      tile=c.embed.tile,
       chunk=c.model.head_chunk,
       label=f"eval {name}",
     )
@@ -439,8 +439,8 @@ def _generations(job: Job) -> Measure:
       eos=tok.stops,
       known=min(tok.vocab_size, job.policy.vocab),
       temperature=k.temperature,
-      seed=k.seed,
-      tile=k.tile,
+      seed=0,
+      tile=c.embed.tile,
       label="eval generations",
     )
     score = lambda params, m: np.float64(
