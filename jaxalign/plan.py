@@ -38,11 +38,11 @@ def _sizes(
   """Rows by split, mean tokens by split, the padded length, and records of the
   pool where a source was read."""
   r = 2 if kind == "pairs" else 1
-  if c.data.assume_rows:
+  if c.data.assume:
     context = prepare.asked_context(c) or _model(c).context
-    mean = min(c.data.assume_tokens or context, context)
+    mean = min(c.data.assume[1] or context, context)
     rows = {
-      n: int(c.data.assume_rows * share)
+      n: int(c.data.assume[0] * share)
       for n, share in prepare.fractions(c).items()
     }
     if r == 1:
@@ -173,7 +173,7 @@ def lines(
       rows["pool"],
       t,
       c.proxy.models,
-      c.proxy.half_updates or -(-rows["pool"] // 2 // c.proxy.batch_size),
+      -(-rows["pool"] // 2 // c.train.batch_size),
     ),
   }
   for stage, flops in scoring.items():
@@ -294,7 +294,7 @@ def _tuning(
   trained = decoder.flops(proxy, t, passes=feed.passes(proxy))
   before = 0 if columns.tuned(c) else 2 * pairs * row
   return before + models * 2 * (
-    pairs * row + updates * c.proxy.batch_size * trained
+    pairs * row + updates * c.train.batch_size * trained
   )
 
 

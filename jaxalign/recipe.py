@@ -33,7 +33,7 @@ def settle(c: Any) -> None:
 
 def _kind(c: Any) -> str:
   """What the rows are; "pairs" if unreadable, which is reported later."""
-  if c.data.assume_rows or not c.data.source:
+  if c.data.assume or not c.data.source:
     return "pairs"
   try:
     return prepare.first_kind(c)

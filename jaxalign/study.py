@@ -392,7 +392,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
         arms={n: s[k]["said"] for n, s in told.items()},
         against=job.c.judge.baseline,
         verdicts={
-          n: {x: s[k][x] for x in ("won", "said", "replies", "theirs")}
+          n: {x: s[k][x] for x in ("outcome", "verdicts", "replies", "theirs")}
           for n, s in said.items()
           if k < len(s)
         },

@@ -211,17 +211,15 @@ def test_a_fence_cannot_be_closed_from_inside():
 
 
 @pytest.mark.parametrize(
-  "question,answers,words",
+  "question,words",
   [
-    ("{prompt}", ("yes", "no"), "{response} not once"),
-    ("{prompt} {response} {prompt}", ("yes", "no"), "{prompt} not once"),
-    ("{prompt} {response}", ("yes",), "wanted two words"),
-    ("{prompt} {response}", ("no", "no"), "wanted two words"),
+    ("{prompt}", "{response} not once"),
+    ("{prompt} {response} {prompt}", "{prompt} not once"),
   ],
 )
-def test_questions_that_cannot_work(question, answers, words):
+def test_questions_that_cannot_work(question, words):
   with pytest.raises(ConfigError, match=words):
-    questions.check(question, answers)
+    questions.check(question)
 
 
 def a_tokenizer():
@@ -526,7 +524,6 @@ def test_whole_jobs_of_every_score(tmp_path):
     "select.sampler=ifd",
     f"compare={ARMS!r}",
     f"rewards.checkpoint={model}",
-    "proxy.beta=0.5",
   )
   ended = jobs.run(*flags)
   assert ended.code == 0, ended

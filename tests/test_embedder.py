@@ -270,8 +270,8 @@ def test_a_production_config_plans_without_the_net(tmp_path, config, most):
     tmp_path / "job",
     "--dry_run",
     "--force",
+    "data.assume=(71924,500)",
     config=config,
-    *("data.assume_rows=71924", "data.assume_tokens=500"),
   )
   assert ended.code == 0, ended.err
   assert "122,270" in ended.out or "61,135" in ended.out

@@ -89,6 +89,20 @@ def spoken(tmp_path, name="work"):
   return work
 
 
+def asked_with(monkeypatch, **settings):
+  """Changes what no config sets of how an endpoint is asked."""
+  real = judges.endpoint_of
+  monkeypatch.setattr(
+    judges, "endpoint_of", lambda c: real(c)._replace(**settings)
+  )
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+  """No pause before a request is sent again."""
+  asked_with(monkeypatch, backoff_s=0.01)
+
+
 def asking(server, *more):
   """The knobs of a job whose judge is the scripted server."""
   return (
@@ -97,7 +111,6 @@ def asking(server, *more):
     "judge.model=m",
     "judge.key_env=JUDGE_KEY",
     "judge.per_minute=60000.0",
-    "judge.backoff_s=0.01",
     *more,
   )
 
@@ -195,7 +208,9 @@ def test_a_finished_job_needs_neither_key_nor_server(
   assert len(server.seen) == asked + 8  # four pairs in two orders
 
 
-def test_a_job_that_was_cut_off_goes_on(server, tmp_path):  # noqa: F811
+def test_a_job_that_was_cut_off_goes_on(  # noqa: F811
+  server, tmp_path, monkeypatch
+):
   server.reply = by_quality
   work = spoken(tmp_path)
   cut = jobs.run(work, *asking(server, "judge.max_requests=60"))
@@ -203,7 +218,9 @@ def test_a_job_that_was_cut_off_goes_on(server, tmp_path):  # noqa: F811
   assert not server.seen  # known before anything was asked
   busy = (500, {}, json.dumps(dict(error=dict(message="busy", type="t"))))
   server.script = [None] * 40 + [busy] * 500
-  cut = jobs.run(work, *asking(server, "judge.retries=1", "judge.workers=1"))
+  with monkeypatch.context() as patched:
+    asked_with(patched, retries=1, workers=1)
+    cut = jobs.run(work, *asking(server))
   assert cut.code == 75, cut
   server.script = []
   ended = jobs.run(work, *asking(server))
@@ -405,7 +422,7 @@ def verdict_files(root, prompts):
     folder = root / ("shared/judge" if not name else f"runs/{name}")
     folder.mkdir(parents=True)
     (folder / "verdicts.jsonl").write_text(
-      "".join(json.dumps(dict(id=i, won=w)) + "\n" for i, w in rows)
+      "".join(json.dumps(dict(id=i, outcome=w)) + "\n" for i, w in rows)
     )
   from configs import common
 

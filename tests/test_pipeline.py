@@ -45,7 +45,6 @@ CHANGED = {  # a knob -> the stages of the isa arm that it changes
   "model.vocab_size=500": EVERY,
   "model.context=31": EVERY,
   "sft.lr=0.1": EVERY[1:],
-  "sft.seed=1": EVERY[1:],
   "model.ff=32": EVERY[1:],
   "embed.pooling=last": ["embed", "mixture", *ARM],
   "select.mixture.components=3": ["mixture", *ARM],

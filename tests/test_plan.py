@@ -339,7 +339,6 @@ def test_stages_that_samplers_read_are_planned_by_hand():
     "ifd",
     ("ask_llm", "implicit_margin", "selective_dpo"),
     proxy__models=6,
-    proxy__half_updates=0,
     ask__context=384,
   )
   found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}

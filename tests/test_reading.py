@@ -420,8 +420,8 @@ def test_a_template_that_refuses_rows_counts_them(tmp_path):
   lost = jobs.lines(folder / "rejected.jsonl")
   assert {r["line"] for r in lost} == {*range(2, 21, 2)}
   assert all("System role" in r["detail"] for r in lost)
-  with pytest.raises(DataError, match="System role.*config.data.on_bad_rows"):
-    made(tmp_path, rows, data__on_bad_rows="error", **given)
+  with pytest.raises(DataError, match="System role.*data.max_bad_fraction"):
+    made(tmp_path, rows, data__max_bad_fraction=0.0, **given)
   with pytest.raises(DataError, match="System role.*max_bad_fraction"):
     made(tmp_path, rows, data__max_bad_fraction=0.4, **given)
   folder, summary = made(tmp_path, rows, name="j", data__system="join", **given)

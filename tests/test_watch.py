@@ -733,7 +733,7 @@ def test_what_is_off_is_on_no_card():
   c.train.update(best="held_out/loss", eval_sets=("held_out", "generations"))
   assert watched.reads(c.train) == ()
   c.train.update(best="", eval_sets=("held_out",), eval_every=0)
-  c.train.update(keep=5, async_save=True, trackers=("wandb",), explode=9.0)
+  c.train.update(keep=5, trackers=("wandb",), explode=9.0)
   assert set(watched.card_fields(c.train, pick(c, "train"))) == old
   c.train.update(
     ema=0.9, reference="online", ref_sync=4, eval_every=2, best="rest/loss"

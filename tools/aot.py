@@ -257,7 +257,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
     name=c.train.optimizer,
   )
   if m.lora and m.lora.variant == "allora":
-    tx = optim.allora(tx, c.lora.eta)
+    tx = optim.allora(tx, 4.0)
   return m, dict(
     loss=loss_of(c),
     tx=tx,

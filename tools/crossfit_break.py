@@ -305,7 +305,7 @@ def measured(pool: pools.Pool, facts: dict, rows: np.ndarray) -> dict:
 def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
   """A line for each case and arm."""
   c = common.base()
-  c.data.seed = c.sft.seed = seed
+  c.data.seed = seed
   c.data.world.pool_rows = args.rows
   c.sft.updates = c.sft.save_every = args.updates
   arms = args.arms.split(";")

@@ -217,12 +217,14 @@ def _load(
     names,
     schema=c.data.schema,
     limit=most,
-    on_bad_rows=c.data.on_bad_rows,
+    on_bad_rows="skip" if c.data.max_bad_fraction else "error",
     max_bad_fraction=c.data.max_bad_fraction,
     fields=c.data.fields.to_dict(),
     answer_pairs=c.data.answer_pairs,
-    on_tied_scores=c.data.on_tied_scores,
-    on_contradicting_scores=c.data.on_contradicting_scores,
+    on_tied_scores="skip" if "tied" in c.data.skip else "keep",
+    on_contradicting_scores=(
+      "skip" if "contradicting" in c.data.skip else "keep"
+    ),
     choice=choice_of(c),
     caps=tuple(caps),
     weights=tuple(weights),
@@ -520,13 +522,13 @@ def _check_late(
   too_long = [r for r in late if r["reason"].endswith("too long")]
   first = (
     (too_long if c.data.too_long == "error" else [])
-    + (late if c.data.on_bad_rows == "error" else [])
+    + (late if not c.data.max_bad_fraction else [])
   )[:1]
   for row in first:
     knob = (
       "config.data.too_long"
-      if row in too_long and c.data.on_bad_rows != "error"
-      else "config.data.on_bad_rows"
+      if row in too_long and c.data.max_bad_fraction
+      else "config.data.max_bad_fraction"
     )
     raise DataError(
       f"{row['file']}:{row['line']}: id {row['id']}: "

@@ -63,10 +63,10 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     (
       "against_scores",
       "pairs whose rejected answer scores higher than the "
-      "chosen one (config.data.on_contradicting_scores='skip' leaves them "
+      "chosen one (config.data.skip=('contradicting',) leaves them "
       "out)",
     ),
-    ("tied_scores", "pairs with equal scores (config.data.on_tied_scores)"),
+    ("tied_scores", "pairs with equal scores (config.data.skip=('tied',))"),
     ("contradicted", "pairs whose reverse is there too: A over B and B over A"),
     (
       "shared_ids",

@@ -438,7 +438,7 @@ def _type_of(value: Any) -> str:
 def _at_once(where: Where, own: str | None, error: Refused) -> DataError:
   return DataError(
     f"{_at(where)}: id {own or '(none)'}: {error}; repair the "
-    "row, or set config.data.on_bad_rows='skip'"
+    "row, or set config.data.max_bad_fraction"
   )
 
 

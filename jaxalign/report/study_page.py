@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.core.intervals import Z
 from jaxalign.report import charts, page
 from jaxalign.report.charts import Row, Series
 from jaxalign.report.page import interval_row
@@ -41,7 +42,6 @@ CURVES = {
 }
 # b per percent of the data, fitted to table 2 of Khera et al. 2024.
 PAPER = {"HH": 0.290, "UF": 0.069}  # UF: UltraFeedback
-_Z = 1.959963984540054  # a standard error drawn as a 95 % interval
 
 Style = tuple[str, int]  # name and colour of a line
 
@@ -200,7 +200,7 @@ def plateau_series(found: Node) -> tuple[list[Series], bool]:
     band = [(p, min(v), max(v)) for p, v in zip(at, seen)]
   else:
     whole = [p for p in zip(x, y, se) if None not in p]
-    band = sorted((p, v - _Z * e, v + _Z * e) for p, v, e in whole)
+    band = sorted((p, v - Z * e, v + Z * e) for p, v, e in whole)
   means = [(p, sum(v) / len(v)) for p, v in zip(at, seen)]
   series = [Series("measured", means, 0, band)]
   r, a, b = (finite(found[k].value) for k in "rab")

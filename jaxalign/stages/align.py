@@ -24,6 +24,7 @@ from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import unpaired
 
 BASES = "bases"  # LoRA-SB's fixed matrices
+GRADIENT_BATCHES = 4  # that LoRA-SB estimates the first gradient from
 BEST = "best"  # the weights of the best evaluation
 
 
@@ -52,7 +53,7 @@ def _policy_start(
           lambda sizes: steps.make_gradients(
             PRODUCERS[c.train.logps](sizes, c.model.head_chunk), loss
           ),
-          [batch_at(step) for step in range(c.lora.batches)],
+          [batch_at(step) for step in range(GRADIENT_BATCHES)],
         )
         saved.save(0, dict(params=found))
     fresh |= bases(job, folder)
@@ -86,7 +87,6 @@ def watching(t: Any) -> dict[str, Any]:
   """What `loop.fit` is told of config.train."""
   return dict(
     keep=t.keep,
-    background=t.async_save,
     explode=t.explode,
     eval_every=t.eval_every,
     best=t.best,

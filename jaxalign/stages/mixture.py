@@ -31,7 +31,7 @@ def run_mixture(job: Job) -> None:
   """Fits the mixture, and what the record needs to know of it."""
   c = job.c
   knobs = c.select.mixture.to_dict()
-  seed, limit = knobs.pop("seed"), knobs.pop("reservoir")
+  limit = knobs.pop("reservoir")
   fields = pick(c, "select.mixture", "select.stability_seeds")
   inputs = dict(embed=job.key("embed"))
   if str(knobs["pca"]).isdigit():  # a flag gives text, as the default is text
@@ -58,16 +58,16 @@ def run_mixture(job: Job) -> None:
     space = mixtures.prepare(
       job.mesh, x, pca=knobs["pca"], covariance=knobs["covariance"]
     )
-    extra = list(range(seed + 1, seed + 1 + refits(c)))
+    extra = list(range(1, 1 + refits(c)))
     with progress.bar(
       "mixture", knobs["starts"] * (2 + len(extra)), "starts"
     ) as tick:
       fitted = [
         mixtures.fit(job.mesh, x, seed=s, space=space, progress=tick, **knobs)
-        for s in [seed, *extra]
+        for s in [0, *extra]
       ]
       halves = reports.held_out(
-        job.mesh, x, seed=seed, responses=r, progress=tick, **knobs
+        job.mesh, x, seed=0, responses=r, progress=tick, **knobs
       )
     if rows is not None:
       reservoir.score(
@@ -93,10 +93,7 @@ def run_mixture(job: Job) -> None:
     )
     flops = (
       2 * n * width** 2  # the covariance
-      + sweeps
-      * em.flops(
-        n, kept, len(fitted[0].means), knobs["covariance"], knobs["rank"]
-      )
+      + sweeps * em.flops(n, kept, len(fitted[0].means), knobs["covariance"])
     )
     scores = "log_likelihood.npy" if rows is None else "scores"
     return (

@@ -249,7 +249,7 @@ def run_ask(job: Job) -> None:
           if side in r
         ],
         c.ask.question,
-        tuple(c.ask.answers),
+        questions.ANSWERS,
         m.context,
       )
       artifacts.write_json(
@@ -314,10 +314,7 @@ def run_ask(job: Job) -> None:
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
   r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(
-    r.model.context,
-    c.rewards.context or prepare.asked_context(c) or r.model.context,
-  )
+  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
 

@@ -306,7 +306,7 @@ def top_with_quota(
   """
   if quota is None:
     return top(score, pool.ids, budget)
-  knob = "; set config.select.label_quota"
+  knob = "; set config.select.kwargs.label_quota"
   if "label" not in pool.columns:
     raise ConfigError(
       f"label_quota needs rows with a label (unpaired), the pool has none{knob}"
