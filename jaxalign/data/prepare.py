@@ -1,4 +1,4 @@
-"""The data stage: a source becomes splits, a tokenizer, tokens and a card."""
+"""The data stage: a source becomes splits, a tokenizer and tokens."""
 
 import ast
 import collections
@@ -43,8 +43,8 @@ class SplitRows:
   """The rows of a config, split, before any of them is tokenized."""
 
   splits: dict[str, list[dict]]
-  card: dict[str, Any]
-  kind: str  # "pairs" or "thumbs"
+  summary: dict[str, Any]
+  kind: str  # "pairs" or "unpaired"
   refused: list[dict]
   where: Mapping[str, Where]  # id -> where a row stands
 
@@ -158,10 +158,10 @@ def _from_world(c: Any, folder: epath.Path) -> SplitRows:
     refused += [_refusal(row, why, name, where) for row in twice]
     splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
     seen |= {r["prompt"] for r in splits[name]}
-  card = records.data_card(loaded["pool"], splits)
-  card |= dict(source="world", readings=[])
-  card["seen"] = sum(len(rows) for rows in made.values())
-  return SplitRows(splits, card, "pairs", refused, {})
+  summary = records.data_summary(loaded["pool"], splits)
+  summary |= dict(source="world", readings=[])
+  summary["seen"] = sum(len(rows) for rows in made.values())
+  return SplitRows(splits, summary, "pairs", refused, {})
 
 
 def fractions(c: Any) -> dict[str, float]:
@@ -195,12 +195,10 @@ def load_sources(
   options = records.LoadOptions(
     schema=d.schema,
     limit=min(filter(None, (limit, d.limit)), default=0),
-    on_bad_rows=d.on_bad_rows,
     max_bad_fraction=d.max_bad_fraction,
     fields=d.fields.to_dict(),
     answer_pairs=d.answer_pairs,
-    on_tied_scores=d.on_tied_scores,
-    on_contradicting_scores=d.on_contradicting_scores,
+    skip=tuple(d.skip),
     choice=choice_of(c),
     caps=() if held_out else tuple(d.caps),
     weights=() if held_out else tuple(d.weights),
@@ -240,9 +238,9 @@ def read_splits(c: Any, limit: int = 0) -> SplitRows:
   sft = [_imitated(row, answer) for row in liked]
   for row in splits["held_out"]:
     row["target"] = row.get("chosen") or row["completion"]
-  card = records.data_card(loaded, splits)
+  summary = records.data_summary(loaded, splits)
   splits = splits | dict(sft=sft)
-  return SplitRows(splits, card, loaded.kind, refused, where)
+  return SplitRows(splits, summary, loaded.kind, refused, where)
 
 
 def _imitated(row: dict, answer: str) -> dict[str, Any]:
@@ -266,7 +264,7 @@ def _refusal(
 
 
 def first_kind(c: Any) -> str:
-  """ "pairs" or "thumbs": what the first rows of the source are."""
+  """ "pairs" or "unpaired": what the first rows of the source are."""
   return "pairs" if is_world(c) else load_sources(c, limit=20).kind
 
 
@@ -295,9 +293,9 @@ def make_data(
   Args:
     c: the config.
     folder: gets sft, pool and held_out as parquet and as tokens, the
-      tokenizer, `rejected.jsonl` and `data_card.json`.
+      tokenizer, `rejected.jsonl` and `data_summary.json`.
     most: longest row that the model can take, in tokens.
-    wanted: "pairs" or "thumbs", what the loss compares.
+    wanted: "pairs" or "unpaired", what the loss compares.
     writes: false on all processes but the first.
 
   Raises:
@@ -309,7 +307,7 @@ def make_data(
     found = _from_world(c, folder) if is_world(c) else read_splits(c)
   except records.TooManyRefused as error:
     raise _named(error, folder) from error
-  splits, card = _as_wanted(c, found, wanted), found.card
+  splits, summary = _as_wanted(c, found, wanted), found.summary
   needed = _needed_splits(c)
   for name in needed:
     if not splits[name]:
@@ -332,12 +330,12 @@ def make_data(
     tokens_lib.save(folder, name, rows)
     splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
     if name == "pool":
-      card["tokens"] = _token_counts(rows)
-      card["shown"] = decoded_rows(tok, splits[name], rows)
+      summary["tokens"] = _token_counts(rows)
+      summary["shown"] = decoded_rows(tok, splits[name], rows)
   refused = found.refused + late
   n, fits = sum(map(len, encoded.values())), 0
   fits = max(report["fits"] for report in truncation.values())
-  _check_late(c, card, late, refused, folder, rows=n, fits=fits)
+  _check_late(c, summary, late, refused, folder, rows=n, fits=fits)
   for name in needed:
     if not splits[name]:
       raise _empty_after_truncation(name, late, truncation[name])
@@ -347,9 +345,9 @@ def make_data(
       progress.say(f"  {line}")
     tables.write_rows(folder / f"{name}.parquet", splits[name])
   tables.write_refused(folder / "rejected.jsonl", refused)
-  card |= dict(
+  summary |= dict(
     refused=len(refused),
-    kept=card["seen"] - len(refused),
+    kept=summary["seen"] - len(refused),
     refused_by_reason=records.count_reasons(refused),
     first_refused=_first_by_reason(refused),
     kind=wanted,
@@ -361,9 +359,9 @@ def make_data(
     template=encoder.description,
     warnings=encoder.warnings,
   )
-  artifacts.write_json(folder / "data_card.json", card)
+  artifacts.write_json(folder / "data_summary.json", summary)
   names = [path.name for path in folder.iterdir()]
-  names = [n for n in names if n != "cards" and ".tmp-" not in n]
+  names = [n for n in names if n != "records" and ".tmp-" not in n]
   if not is_world(c):
     names = [n for n in names if not n.startswith("world_")]  # of a failed try
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
@@ -376,18 +374,18 @@ def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, list[dict]]:
   Held-out pairs stay pairs.
   """
   splits = found.splits
-  if found.kind == "thumbs" and wanted == "pairs":
+  if found.kind == "unpaired" and wanted == "pairs":
     raise DataError(
-      f"{found.card['source']} holds single answers with thumbs, but the loss "
-      f"{c.loss.name!r} compares two answers; set config.loss.name, to 'kto' "
-      "for instance"
+      f"{found.summary['source']} holds single answers (unpaired), but the "
+      f"loss {c.loss.name!r} compares two answers; set config.loss.name, to "
+      "'kto' for instance"
     )
-  if found.kind == "pairs" and wanted == "thumbs":
-    splits = splits | dict(pool=records.pairs_to_thumbs(splits["pool"]))
+  if found.kind == "pairs" and wanted == "unpaired":
+    splits = splits | dict(pool=records.pairs_to_unpaired(splits["pool"]))
     n = len(splits["pool"])
-    progress.say(f"  pairs split into {n:,} thumbs for {c.loss.name}")
+    progress.say(f"  pairs split into {n:,} answers for {c.loss.name}")
   labels = {row.get("label") for row in splits["pool"]}
-  if wanted == "thumbs" and len(labels) == 1:
+  if wanted == "unpaired" and len(labels) == 1:
     progress.say(
       f"  warning: all {len(splits['pool']):,} rows of the pool are "
       f"{'liked' if labels.pop() else 'disliked'}; {c.loss.name} will only "
@@ -410,15 +408,15 @@ def _needed_splits(c: Any) -> list[str]:
 
 def _empty(name: str, found: SplitRows) -> DataError:
   hint = "; more rows are needed, or set config.data.split"
-  if name == "sft" and found.kind == "thumbs":
+  if name == "sft" and found.kind == "unpaired":
     hint = (
       ", and disliked answers are not imitated; more rows are needed, or set "
       "config.model.checkpoint"
     )
-  card = found.card
+  summary = found.summary
   return DataError(
-    f"the {name} split of {card['source']} is empty ({card['kept']} rows kept "
-    f"of {card['seen']}){hint}"
+    f"the {name} split of {summary['source']} is empty ({summary['kept']} "
+    f"rows kept of {summary['seen']}){hint}"
   )
 
 
@@ -453,7 +451,7 @@ def _first_by_reason(refused: list[dict]) -> dict[str, str]:
 
 def _check_late(
   c: Any,
-  card: dict,
+  summary: dict,
   late: list[dict],
   refused: list[dict],
   folder: epath.Path,
@@ -464,22 +462,22 @@ def _check_late(
   """Rows that a template or the context refused count as any others do.
 
   Args:
-    c, card, refused, folder: of the data stage.
+    c, summary, refused, folder: of the data stage.
     late: those of `refused` that were left out of the last `rows` rows.
     rows: of all splits; two for a pair that was split into single answers.
     fits: the context that keeps 99 % of them.
   """
   too_long = [r for r in late if r["reason"].endswith("too long")]
   wrong = too_long if c.data.too_long == "error" else []
-  for row in (wrong + (late if c.data.on_bad_rows == "error" else []))[:1]:
-    knob = "on_bad_rows"
-    if row in too_long and c.data.on_bad_rows != "error":
+  for row in (wrong + (late if not c.data.max_bad_fraction else []))[:1]:
+    knob = "max_bad_fraction"
+    if row in too_long and c.data.max_bad_fraction:
       knob = "too_long"
     raise DataError(
       f"{row['file']}:{row['line']}: id {row['id']}: {row['reason']}: "
       f"{row['detail']}; repair the row, or set config.data.{knob}"
     )
-  before = (len(refused) - len(late)) / card["seen"]
+  before = (len(refused) - len(late)) / summary["seen"]
   share = before + (1 - before) * len(late) / max(rows, 1)
   if not late or share <= c.data.max_bad_fraction or is_world(c):
     return
@@ -488,8 +486,8 @@ def _check_late(
     longer = f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
   reasons = records.count_reasons(refused).items()
   error = records.TooManyRefused(
-    f"{card['source']}: {share:.0%} of {card['seen']} rows refused, more than "
-    f"the share {c.data.max_bad_fraction} allowed: "
+    f"{summary['source']}: {share:.0%} of {summary['seen']} rows refused, more "
+    f"than the share {c.data.max_bad_fraction} allowed: "
     f"{', '.join(f'{n} {reason}' for reason, n in reasons)}; {one['file']}:"
     f"{one['line']}: {one['reason']}: {one['detail']}; set "
     "config.data.max_bad_fraction, config.data.template or "
@@ -555,31 +553,31 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
     raise ConfigError("the built-in world is not read from a file")
   found = read_splits(c, PEEKED)
   splits = found.splits
-  card = found.card | dict(first_refused=_first_by_reason(found.refused))
+  summary = found.summary | dict(first_refused=_first_by_reason(found.refused))
   name = next((n for n in ("pool", "held_out", "sft") if splits[n]), "pool")
   few = splits[name][:TOKENIZED]
   tok = given_tokenizer(c)
   if tok is None:
     names = ("id", "prompt", *ANSWERS)
     texts = [{k: row[k] for k in names if k in row} for row in few[:SHOWN]]
-    card |= dict(template=NO_TEMPLATE, shown=texts)
-    return found, summary_lines(card)
+    summary |= dict(template=NO_TEMPLATE, shown=texts)
+    return found, summary_lines(summary)
   with RowEncoder(c, tok, splits) as encoder:
     encoded = encoder.encode(few)
   fits = tokens_lib.context_for(tokens_lib.needed(tok, encoded), most)
   context = asked_context(c) or fits
   rows, _, lost = encoder.fit(few, encoded, context, too_long(c))
   late = [_refusal(few[i], w, name, found.where) for i, w in lost.items()]
-  card["template"] = encoder.description
-  card["sample"] = dict(
+  summary["template"] = encoder.description
+  summary["sample"] = dict(
     rows=len(few),
     fits=fits,
     first_refused=_first_by_reason(late),
     refused_by_reason=collections.Counter(r["reason"] for r in late),
   )
   kept = [row for i, row in enumerate(few) if i not in lost]
-  card["shown"] = decoded_rows(tok, kept, rows)
-  return found, summary_lines(card)
+  summary["shown"] = decoded_rows(tok, kept, rows)
+  return found, summary_lines(summary)
 
 
 def _token_counts(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:

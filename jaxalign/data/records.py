@@ -28,7 +28,7 @@ from jaxalign.data.schemas import (
 from jaxalign.data.schemas.choices import Undecided
 from jaxalign.data.schemas.convert import (
   convert_pair,
-  convert_thumbs,
+  convert_unpaired,
   flipped,
   is_read,
 )
@@ -71,14 +71,13 @@ class LoadOptions:
     schema: a key of SCHEMAS, "module:function" (a convert of your own, which
       may return a list), or "auto": that of the first row that has one's shape.
     limit: rows of each source to read, good or bad; 0 for all.
-    on_bad_rows: "skip" counts and keeps the reason; "error" stops at the first.
-    max_bad_fraction: a larger fraction of rows refused is an error.
+    max_bad_fraction: a larger fraction of rows refused is an error; 0 stops at
+      the first.
     fields: what a schema reads -> where the row has it, see `mapping.remap`;
       empty: rows are read as they are.
     answer_pairs: of several answers to a prompt, one of ANSWER_PAIRS.
-    on_tied_scores: "keep" pairs whose scores are equal, or "skip" them.
-    on_contradicting_scores: the same of pairs whose rejected answer scores
-      higher than the chosen one.
+    skip: pairs to leave out: those whose scores are "tied", or "contradicting"
+      (the rejected answer scores higher than the chosen one).
     choice: what the codes of a choice or a label mean, see
       `choices.check_choice`.
     caps: rows of each source at most; 0: all.
@@ -88,12 +87,10 @@ class LoadOptions:
 
   schema: str = "auto"
   limit: int = 0
-  on_bad_rows: str = "skip"
   max_bad_fraction: float = 0.5
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
   answer_pairs: str = "all"
-  on_tied_scores: str = "keep"
-  on_contradicting_scores: str = "keep"
+  skip: Sequence[str] = ()
   choice: Any = ""
   caps: Sequence[int] = ()
   weights: Sequence[float] = ()
@@ -101,17 +98,11 @@ class LoadOptions:
 
   def check(self, sources: Sequence[str]) -> None:
     """Raises ConfigError for a value that no reading of `sources` can take."""
-    for knob, known in (
-      ("on_bad_rows", ("skip", "error")),
-      ("answer_pairs", ANSWER_PAIRS),
-      ("on_tied_scores", ("keep", "skip")),
-      ("on_contradicting_scores", ("keep", "skip")),
-    ):
-      if (value := getattr(self, knob)) not in known:
-        raise ConfigError(
-          f"{knob} is {value!r}, wanted {' or '.join(known)}; set "
-          f"config.data.{knob}"
-        )
+    if self.answer_pairs not in ANSWER_PAIRS:
+      raise ConfigError(
+        f"answer_pairs is {self.answer_pairs!r}, wanted "
+        f"{' or '.join(ANSWER_PAIRS)}; set config.data.answer_pairs"
+      )
     check_fields(self.fields)
     choices.check_choice(self.choice)
     check_shares(sources, self.caps, self.weights)
@@ -132,7 +123,7 @@ class SourceReading(NamedTuple):
 class Loaded:
   """What the sources held: seen == len(rows) + len(refused) + left_out."""
 
-  kind: str  # "pairs" or "thumbs"
+  kind: str  # "pairs" or "unpaired"
   schema: str
   rows: list[dict]  # by id: id, prompt, chosen, rejected | completion, label;
   #   group; where there are any turns, answers, tools, margin, source
@@ -174,12 +165,12 @@ def load_records(
     for where, own, row in reader.converted():
       try:
         row = scores.checked(row, where)
-        its_kind = "pairs" if "chosen" in row else "thumbs"
+        its_kind = "pairs" if "chosen" in row else "unpaired"
         kind = kind or its_kind
         if its_kind != kind:
           raise Refused("mixed kinds", f"{its_kind} among {kind}")
       except Refused as error:
-        if options.on_bad_rows == "error":
+        if not options.max_bad_fraction:
           raise _bad_row(where, own, error) from error
         refused.append(refusal(where, own, error))
         continue
@@ -263,12 +254,12 @@ class _Scores:
     if margin is None:
       return row
     self.tied += margin == 0
-    if margin == 0 and options.on_tied_scores == "skip":
+    if margin == 0 and "tied" in options.skip:
       raise Refused("tied scores", "")
     if margin < 0:
       self.against += 1
       self.against_at = self.against_at or _at(where)
-      if options.on_contradicting_scores == "skip":
+      if "contradicting" in options.skip:
         raise Refused("scores against the label", f"margin {margin:g}")
     return row
 
@@ -371,7 +362,7 @@ class _SourceReader:
     for where, row in progress.counted(self._rows, f"read {self.name}"):
       self.seen += 1
       for own, fresh, source in self._convert(where, row):
-        if isinstance(fresh, Refused) and self.options.on_bad_rows == "error":
+        if isinstance(fresh, Refused) and not self.options.max_bad_fraction:
           raise _bad_row(where, own, fresh) from fresh
         entries.append((where, own, fresh, source))
     rule = self.options.choice or layouts.known_rule(self.fields)
@@ -486,7 +477,7 @@ def _canonical(fresh: dict) -> dict[str, Any]:
     fresh["prompt"], fresh["rejected"]
     made = convert_pair(fresh)
   else:
-    row = convert_thumbs(fresh | dict(label=bool(fresh["label"])))
+    row = convert_unpaired(fresh | dict(label=bool(fresh["label"])))
     made = row.make("liked" if fresh["label"] else "disliked")
   return made | {k: str(fresh[k]) for k in ("id",) if fresh.get(k)}
 
@@ -530,7 +521,7 @@ def _assign_ids(rows: list[dict]) -> tuple[int, int]:
 def _bad_row(where: Where, own: str | None, error: Refused) -> DataError:
   return DataError(
     f"{_at(where)}: id {own or '(none)'}: {error}; repair the row, or set "
-    "config.data.on_bad_rows='skip'"
+    "config.data.max_bad_fraction"
   )
 
 
@@ -583,8 +574,8 @@ def split(
   return parts
 
 
-def pairs_to_thumbs(rows: Iterable[dict]) -> list[dict]:
-  """Each pair as two thumbs rows: chosen liked, rejected disliked."""
+def pairs_to_unpaired(rows: Iterable[dict]) -> list[dict]:
+  """Each pair as two unpaired rows: chosen liked, rejected disliked."""
   out = []
   for row in rows:
     for k, side in enumerate(("chosen", "rejected")):
@@ -597,7 +588,7 @@ def pairs_to_thumbs(rows: Iterable[dict]) -> list[dict]:
   return sorted(out, key=lambda row: row["id"])
 
 
-def data_card(
+def data_summary(
   loaded: Loaded, splits: Mapping[str, list[dict]]
 ) -> dict[str, Any]:
   """What was read and kept, as JSON: counts, lengths, refusals, splits."""
@@ -607,7 +598,7 @@ def data_card(
     prompt=_quantiles([len(row["prompt"]) for row in rows]),
     response=_quantiles([len(row[side]) for row in rows for side in sides]),
   )
-  card = dict(
+  summary = dict(
     source=loaded.source,
     kind=loaded.kind,
     schema=loaded.schema,
@@ -625,11 +616,11 @@ def data_card(
     left_out=loaded.left_out,
   )
   if any(row.get("margin") is not None for row in rows):
-    card |= dict(tied_scores=loaded.tied, against_scores=loaded.against)
-    card["against_at"] = loaded.against_at
-  if loaded.kind == "thumbs":
-    card["liked"] = sum(row["label"] for row in rows)
-  return card
+    summary |= dict(tied_scores=loaded.tied, against_scores=loaded.against)
+    summary["against_at"] = loaded.against_at
+  if loaded.kind == "unpaired":
+    summary["liked"] = sum(row["label"] for row in rows)
+  return summary
 
 
 def _quantiles(values: list[int]) -> dict[str, float]:

@@ -10,11 +10,11 @@ from jaxalign.data.tokens import TokenRows
 SHOWN = 2  # rows that are shown as they were understood
 _AGAINST = (
   "pairs whose rejected answer scores higher than the chosen one "
-  "(config.data.on_contradicting_scores='skip' leaves them out)"
+  "(config.data.skip=('contradicting',) leaves them out)"
 )
 _COUNTS = dict(
   against_scores=_AGAINST,
-  tied_scores="pairs with equal scores (config.data.on_tied_scores)",
+  tied_scores="pairs with equal scores (config.data.skip=('tied',))",
   contradicted="pairs whose reverse is there too: A over B and B over A",
   shared_ids="rows that share an id with another: told apart by their content",
   duplicates="rows whose whole content an earlier one has",
@@ -40,10 +40,10 @@ def decoded_rows(
   return out
 
 
-def summary_lines(card: Mapping[str, Any]) -> list[str]:
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
   """What a person should see of how rows were read, a line each."""
-  lines, read = [], bool(card.get("readings"))
-  for one in card.get("readings", ()):
+  lines, read = [], bool(summary.get("readings"))
+  for one in summary.get("readings", ()):
     kept, seen = one["kept"], one["seen"]
     rows = f"{kept:,} rows kept of {seen:,}"
     if kept > seen:
@@ -57,35 +57,35 @@ def summary_lines(card: Mapping[str, Any]) -> list[str]:
     if left:
       names = [f"{x['column']} ({x['type']})" for x in left]
       lines.append(f"  not read: {', '.join(names)}")
-  if card.get("refused") and read:
-    lines.append(f"refused: {card['refused']:,} of {card['seen']:,} rows")
-    lines += _reasons(card)
+  if summary.get("refused") and read:
+    lines.append(f"refused: {summary['refused']:,} of {summary['seen']:,} rows")
+    lines += _reasons(summary)
   for name, text in _COUNTS.items():
-    if card.get(name):
-      first = card.get("against_at") if name == "against_scores" else ""
+    if summary.get(name):
+      first = summary.get("against_at") if name == "against_scores" else ""
       first = f"; first at {first}" if first else ""
-      lines.append(f"{card[name]:,} {text}{first}")
-  if read and card.get("template"):
-    lines.append(card["template"])
-  if sample := card.get("sample"):
+      lines.append(f"{summary[name]:,} {text}{first}")
+  if read and summary.get("template"):
+    lines.append(summary["template"])
+  if sample := summary.get("sample"):
     lines.append(
       f"of the first {sample['rows']:,} rows, tokenized: "
       f"{sum(sample['refused_by_reason'].values()):,} refused; a context of "
       f"{sample['fits']:,} keeps 99 % of the others"
     )
     lines += _reasons(sample)
-  for i, row in enumerate(card.get("shown", ()) if read else (), 1):
+  for i, row in enumerate(summary.get("shown", ()) if read else (), 1):
     lines.append(f"row {i}, id {row['id']}, as its tokens decode:")
     names = [n for n in ("prompt", *ANSWERS, "label") if n in row]
     lines += [f"  {name:<10} {_clipped(row[name])}" for name in names]
   return lines
 
 
-def _reasons(card: Mapping[str, Any]) -> list[str]:
+def _reasons(summary: Mapping[str, Any]) -> list[str]:
   """A line for each reason, with where it was met first."""
-  first = card.get("first_refused", {})
+  first = summary.get("first_refused", {})
   where = {reason: f": {text}" for reason, text in first.items() if text}
-  counts = card["refused_by_reason"].items()
+  counts = summary["refused_by_reason"].items()
   return [f"  {n:,} {reason}{where.get(reason, '')}" for reason, n in counts]
 
 

@@ -9,7 +9,7 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import tables
 from jaxalign.data.summary import summary_lines
 from jaxalign.job import Arm, arm_folder, Job
-from jaxalign.report.pages import select as page
+from jaxalign.report import select_page
 from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool, Selection
@@ -37,7 +37,7 @@ def run_card(job: Job, arm: Arm) -> None:
 
   A page, so it is made again where what it shows is another (no --redo).
   """
-  made = {stage for name, stage in job.cards if not name}
+  made = {stage for name, stage in job.records if not name}
   # Not where another arm fitted one, or asked for a column: what comes and goes
   # beside this arm must not change its page.
   sampler, known = combine.named(arm.sampler), columns_lib.known(job.c)
@@ -75,7 +75,7 @@ def run_card(job: Job, arm: Arm) -> None:
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
     card["reading"] = summary_lines(
-      artifacts.read_json(job.shared / "data" / "data_card.json")
+      artifacts.read_json(job.shared / "data" / "data_summary.json")
     )
     reasons = cards.reasons(card, table)
     card["reasons"] = "reasons.parquet"
@@ -95,7 +95,7 @@ def run_card(job: Job, arm: Arm) -> None:
       ],
     )
     artifacts.write_json(folder / "selection.json", card)
-    html = page.render(card, table).encode()
+    html = select_page.selection_html(card, table).encode()
     artifacts.write_bytes(folder / "selection.html", html)
     return files, Cost(), dict(say=f"a page of {len(html) / 1e6:.1f} MB")
 

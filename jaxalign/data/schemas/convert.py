@@ -26,7 +26,7 @@ from jaxalign.data.schemas.schema import (
   ASSISTANT,
   group_of,
   make_pair,
-  make_thumb,
+  make_unpaired,
   margin_of,
   number_of,
   Refused,
@@ -286,7 +286,7 @@ def convert_choice(row: dict) -> Undecided:
   return Undecided(code, make, SIDES, names, scores)
 
 
-def convert_thumbs(row: dict) -> Undecided:
+def convert_unpaired(row: dict) -> Undecided:
   """A prompt and one answer, or a dialogue that ends in it, and a label."""
   if row.get("label") is None:
     raise Refused("null" if "label" in row else "missing field", "label")
@@ -304,7 +304,7 @@ def convert_thumbs(row: dict) -> Undecided:
   prompt, [answer], group, known = answers_in(row, ("completion",))
 
   def make(label):
-    return make_thumb(prompt, answer, label == "liked", group, **known)
+    return make_unpaired(prompt, answer, label == "liked", group, **known)
 
   return Undecided(row["label"], make, LABELS)
 
@@ -352,7 +352,7 @@ def _is_implicit(row: dict) -> bool:
   return not _has_messages(row) and ASSISTANT in row["chosen"] + row["rejected"]
 
 
-def _is_chat_thumbs(row: dict) -> bool:
+def _is_chat_unpaired(row: dict) -> bool:
   if "completion" in row:
     return "label" in row and _is_chat(row, "completion")
   return "label" in row and _has_messages(row, ("messages",))
@@ -379,7 +379,7 @@ _PAIR = _SHARED | _roles(
   "chosen rejected chosen_score rejected_score score_chosen score_rejected "
   "margin metadata ref_chosen_logps ref_rejected_logps score rank"
 )
-_THUMB = _SHARED | _roles(
+_UNPAIRED = _SHARED | _roles(
   "completion label ref_chosen_logps ref_rejected_logps score rank"
 )
 _CHOICE = _SHARED | _roles(
@@ -410,24 +410,24 @@ CHAT_PAIRS = Schema(
   lambda row: _is_chat(row, "chosen", "rejected"),
   roles=_PAIR,
 )
-THUMBS = Schema(
-  "thumbs",
-  convert_thumbs,
+UNPAIRED = Schema(
+  "unpaired",
+  convert_unpaired,
   ("prompt", "completion", "label"),
   lambda row: (
     _texts_in(row, "prompt", "completion")
     and "label" in row
     and not _is_chat(row, "completion")
   ),
-  roles=_THUMB,
+  roles=_UNPAIRED,
   code="label",
 )
-CHAT_THUMBS = Schema(
-  "chat_thumbs",
-  convert_thumbs,
+CHAT_UNPAIRED = Schema(
+  "chat_unpaired",
+  convert_unpaired,
   ("messages", "label"),
-  _is_chat_thumbs,
-  roles=_THUMB | dict(messages="the prompt and the answer"),
+  _is_chat_unpaired,
+  roles=_UNPAIRED | dict(messages="the prompt and the answer"),
   code="label",
 )
 CHOICES = Schema(

@@ -12,7 +12,7 @@ from jaxalign.data.schemas.choices import BY_SCORE, Undecided
 from jaxalign.data.schemas.convert import (
   convert_choice,
   convert_pair,
-  convert_thumbs,
+  convert_unpaired,
 )
 from jaxalign.data.schemas.mapping import (
   has_path,
@@ -113,7 +113,7 @@ LAYOUTS = {
     strength="reward_difference",
   ),
   "halos_binary": Layout(
-    dict(prompt="prompt", completion="output", label="label"), convert_thumbs
+    dict(prompt="prompt", completion="output", label="label"), convert_unpaired
   ),
   "openai_preference": Layout(
     dict(

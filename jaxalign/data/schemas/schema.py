@@ -146,7 +146,7 @@ def make_pair(
   return row | _known(group or group_of(prompt), known)
 
 
-def make_thumb(
+def make_unpaired(
   prompt: str, completion: str, label: bool, group: str = "", **known: Any
 ) -> dict[str, Any]:
   """The converted single answer, liked or disliked."""
