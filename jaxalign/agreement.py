@@ -235,7 +235,7 @@ def run(argv: list[str]) -> None:
   values = parse(argv)
   from jaxalign import artifacts
   from jaxalign.eval import rating_codes, rating_layouts, rating_tables
-  from jaxalign.report.pages import agreement as pages
+  from jaxalign.report import raters_page, terminal
 
   choice = rating_codes.parse_choice(values.choice)
   fields = rating_layouts.parse_fields(values.fields)
@@ -244,15 +244,17 @@ def run(argv: list[str]) -> None:
   table = rating_tables.read_ratings(
     names, choice, list(filter(None, values.raters)), fields
   )
-  progress.say(pages.reading(table.files))
+  progress.say(terminal.reading_text(table.files))
   found = measure(table, *_sides(values, files, table))
-  progress.say(pages.terminal(found))
+  progress.say(terminal.agreement_text(found))
   if values.output:
     try:
       if values.output.endswith(".json"):
         artifacts.write_json(values.output, found)
       else:
-        artifacts.write_bytes(values.output, pages.render(found).encode())
+        artifacts.write_bytes(
+          values.output, raters_page.agreement_html(found).encode()
+        )
     except WriteError as error:
       raise WriteError(str(error).replace("--workdir", "--output")) from error
     progress.say(f"\npage: {values.output}")

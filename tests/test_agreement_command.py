@@ -15,7 +15,7 @@ from jaxalign import agreement as command
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval import interrater, rating_codes, rating_tables
 from jaxalign.eval.interrater import Verdict
-from jaxalign.report.pages import agreement as pages
+from jaxalign.report import raters_page, terminal
 
 
 def run(*flags):
@@ -860,9 +860,9 @@ def measured(folder, payload="x"):
 )
 def test_nothing_from_a_table_becomes_markup(payload, tmp_path):
   found = measured(tmp_path, payload)
-  parsed(pages.render(found))
-  parsed(pages.render(poisoned(found, payload)))
-  text = pages.reading(found["files"]) + pages.terminal(found)
+  parsed(raters_page.agreement_html(found))
+  parsed(raters_page.agreement_html(poisoned(found, payload)))
+  text = terminal.reading_text(found["files"]) + terminal.agreement_text(found)
   assert "\x1b" not in text and "\u202e" not in text
 
 
@@ -875,6 +875,6 @@ def test_any_leaf_of_a_page_may_be_missing_or_odd(tmp_path):
       for key in path[:-1]:
         holder = holder[key]
       holder[path[-1]] = leaf
-      pages.render(found)
+      raters_page.agreement_html(found)
   for odd in (None, {}, [], "x", 5):
-    assert "Agreement of raters" in pages.render(odd)
+    assert "Agreement of raters" in raters_page.agreement_html(odd)
