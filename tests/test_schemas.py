@@ -253,7 +253,7 @@ def test_public_layouts_give_the_pair_that_their_people_meant(name, tmp_path):
   path.write_text(json.dumps(row) + "\n")
   loaded = load(str(path), max_bad_fraction=0.9)
   assert loaded.schema == name
-  assert loaded.kind == ("pairs" if "chosen" in want else "thumbs")
+  assert loaded.kind == ("pairs" if "chosen" in want else "unpaired")
   [fresh] = loaded.rows
   assert {k: v for k, v in fresh.items() if k != "id"} == want
   told = {c["column"]: c["became"] for c in loaded.readings[0].columns}
