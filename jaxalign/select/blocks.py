@@ -15,7 +15,7 @@ from jaxalign import progress
 from jaxalign.errors import ConfigError
 from jaxalign.select import threshold
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers.basic import apportion
+from jaxalign.select.samplers.draws import apportion
 from jaxalign.select.sources import Source, TILE
 from jaxalign.select.stream import Chosen
 from jaxalign.select.topk import id_hash, uniform

@@ -22,9 +22,10 @@ from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import threshold
 from jaxalign.select.chunks import over_chunks
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers import basic, SAMPLERS
 from jaxalign.select.samplers import density as densities
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers import isa as isa_lib
+from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers import vectors as rows_lib
 from jaxalign.select.samplers.values import from_middle, one_side
 from jaxalign.select.sources import Source, TILE
 from jaxalign.select.topk import gumbel, uniform
@@ -286,28 +287,30 @@ def _isa(
       "isa in tiles keeps no quota of labels; set "
       "config.select.label_quota to 0"
     )
-  basic.check_soft(order, soft)
-  by = "magnitude" if order == basic.SOFT else order
+  isa_lib.check_soft(order, soft)
+  by = "magnitude" if order == isa_lib.SOFT else order
 
   def tiles():
-    for _, pool in source.pools(("log_likelihood",), basic.TILE):
+    for _, pool in source.pools(("log_likelihood",), isa_lib.CHUNK):
       yield np.asarray(pool.log_likelihood, np.float64)
 
-  entropy = basic.entropy_of(tiles, by)
+  entropy = isa_lib.entropy_of(tiles, by)
   scores = _Scores(source.n, scratch)
   scores.fill(
     (
       (
-        at * basic.TILE,
-        one_side(basic.change_of(value, entropy, by), pair_score, "pair_score"),
+        at * isa_lib.CHUNK,
+        one_side(
+          isa_lib.change_of(value, entropy, by), pair_score, "pair_score", ""
+        ),
       )
       for at, value in enumerate(tiles())
     ),
     "isa",
   )
-  if order == basic.SOFT:
+  if order == isa_lib.SOFT:
     for at, x in enumerate(scores.tiles()):
-      x[:] = basic.drawn(
+      x[:] = isa_lib.drawn(
         x, seed, source.ids(at * TILE, at * TILE + len(x)), pair_score
       )
   if soft:
@@ -352,7 +355,7 @@ def _density(
     source.ids_at(some), source.at("embedding", some), pair, metric, centre
   )
   if bandwidth == "median":
-    bandwidth = densities.bandwidth_of(x, source.ids_at(some))
+    bandwidth = densities.median_distance(x, source.ids_at(some))
   if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:
     raise ConfigError(
       f"bandwidth is {bandwidth!r}, wanted 'median' or a "
@@ -420,7 +423,7 @@ def _ahead(run: Callable, waves: Iterator) -> Iterator:
 
 
 def _some(source: Source) -> np.ndarray:
-  """The 512 rows by which `densities.bandwidth_of` measures, ascending."""
+  """The 512 rows by which `densities.median_distance` measures, ascending."""
   best: list = [np.empty(0), np.empty(0, np.int64)]
   for start in range(0, source.n, TILE):
     stop = min(source.n, start + TILE)
