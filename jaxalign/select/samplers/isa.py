@@ -1,8 +1,5 @@
 """ISA, information-based sample addition: rows that change the entropy most."""
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
-
 import numpy as np
 
 from jaxalign.errors import ConfigError, NumericError
@@ -42,64 +39,34 @@ def entropy_change(log_likelihood: np.ndarray, order: str) -> np.ndarray:
   Raises:
     NumericError: a value is not finite, or all are equal (no order exists).
   """
-  value = np.asarray(log_likelihood, np.float64)
-  chunks = [value[at : at + CHUNK] for at in range(0, len(value), CHUNK)]
-  return change_of(value, entropy_of(lambda: chunks, order), order)
-
-
-class Entropy(NamedTuple):
-  """What the change of one row's entropy needs to know of all rows."""
-
-  low: float  # of the log-likelihoods, nats
-  high: float
-  z: float = 1.0  # sum of p
-  s: float = 0.0  # sum of p log p
-
-
-def entropy_of(
-  chunks: Callable[[], Iterable[np.ndarray]], order: str
-) -> Entropy:
-  """The scalars of `entropy_change`, in one pass over the rows or two.
-
-  Args:
-    chunks: gives the log-likelihoods from the start, [CHUNK, ...] float64 and
-      a last one that may be shorter: sums are added by chunk, in order.
-    order: "renormalised" takes the second pass.
-  """
   require(order in ORDERS, "order", order, (*ORDERS, SOFT), knob="")
-  low, high, size, bad = np.inf, -np.inf, 0, 0
-  for value in chunks():
-    size, bad = size + value.size, bad + int((~np.isfinite(value)).sum())
-    low, high = min(low, value.min()), max(high, value.max())
+  value = np.asarray(log_likelihood, np.float64)
+  bad = int((~np.isfinite(value)).sum())
   if bad:
     raise NumericError(
-      f"{bad} of {size} log-likelihoods are not finite; look at the embedding"
+      f"{bad} of {value.size} log-likelihoods are not finite; look at the "
+      "embedding"
     )
+  low, high = value.min(initial=np.inf), value.max(initial=-np.inf)
   if not high > low:
     raise NumericError(
-      f"all {size} log-likelihoods equal {low}; isa cannot rank them, look at "
-      "the embedding or set config.select.sampler"
+      f"all {value.size} log-likelihoods equal {low}; isa cannot rank them, "
+      "look at the embedding or set config.select.sampler"
     )
-  z = s = 0.0
-  if order == "renormalised":
-    for value in chunks():
-      u = (value - low) / (high - low)
-      p = np.exp(u)
-      z, s = z + p.sum(), s + (p * u).sum()
-  return Entropy(float(low), float(high), float(z) or 1.0, float(s))
-
-
-def change_of(value: np.ndarray, entropy: Entropy, order: str) -> np.ndarray:
-  """[...] log-likelihoods -> [...] changes; see `entropy_change`."""
-  u = (value - entropy.low) / (entropy.high - entropy.low)
+  u = (value - low) / (high - low)
   p = np.exp(u)
   t = p * u
   if order == "literal":
     return -t
   if order == "magnitude":
     return t
-  z, s = entropy.z, entropy.s
+  z, s = _sum(p), _sum(t)
   return -np.log1p(-p / z) + p * (s / z - u) / (z - p)
+
+
+def _sum(x: np.ndarray) -> float:
+  """By chunk, in order: one rounding, however many rows there are."""
+  return sum(float(x[i : i + CHUNK].sum()) for i in range(0, len(x), CHUNK))
 
 
 def top_with_quota(
@@ -141,30 +108,6 @@ def top_with_quota(
   return rows[top(score[rows], pool.ids[rows], rows.size)]
 
 
-def check_soft(order: str, soft: float) -> None:
-  """Raises ConfigError for a draw that cannot be."""
-  require(0 <= soft < np.inf, "soft", soft, "0 or more")
-  if order == SOFT and soft:
-    raise ConfigError(
-      f"order 'soft' draws by the change itself, and soft is {soft!r}; set "
-      "config.select.order or config.select.kwargs.soft to 0"
-    )
-
-
-def drawn(
-  change: np.ndarray, seed: int, ids: np.ndarray, pair_score: str
-) -> np.ndarray:
-  """Changes [n] of order "magnitude" as weights of a draw: log w + Gumbel."""
-  if (change < 0).any():
-    raise ConfigError(
-      f"pair_score {pair_score!r} makes weights below 0, which order 'soft' "
-      "cannot draw by; set config.select.pair_score to sum, mean, min or max"
-    )
-  # The least likely row of all has weight 0: it comes last.
-  weight = np.maximum(change, np.finfo(np.float64).tiny)
-  return np.log(weight) + gumbel(seed, ids, "isa")
-
-
 @needs("log_likelihood", cost=of_scores)
 def isa(
   seed: int,
@@ -199,12 +142,24 @@ def isa(
     Selection; the [N] score is the (combined) change of entropy, nats; of a
     draw, the logarithm of the weight plus the row's Gumbel number.
   """
-  check_soft(order, soft)
-  value = np.asarray(pool.log_likelihood, np.float64)
-  change = entropy_change(value, "magnitude" if order == SOFT else order)
-  score = one_side(change, pair_score, "pair_score", knob="")
+  require(0 <= soft < np.inf, "soft", soft, "0 or more")
+  if order == SOFT and soft:
+    raise ConfigError(
+      f"order 'soft' draws by the change itself, and soft is {soft!r}; set "
+      "config.select.order or config.select.kwargs.soft to 0"
+    )
+  by = "magnitude" if order == SOFT else order
+  score = entropy_change(pool.log_likelihood, by)
+  score = one_side(score, pair_score, "pair_score", knob="")
   if order == SOFT:
-    score = drawn(score, seed, pool.ids, pair_score)
+    if (score < 0).any():
+      raise ConfigError(
+        f"pair_score {pair_score!r} makes weights below 0, which order 'soft' "
+        "cannot draw by; set config.select.pair_score to sum, mean, min or max"
+      )
+    # The least likely row of all has weight 0: it comes last.
+    weight = np.maximum(score, np.finfo(np.float64).tiny)
+    score = np.log(weight) + gumbel(seed, pool.ids, "isa")
   if soft:
     spread = score.std()
     if not spread > 0:

@@ -126,26 +126,19 @@ def _twice_ranks(value: np.ndarray) -> np.ndarray:
   return (2 * np.cumsum(counts) - counts)[inverse]
 
 
-def from_middle(twice: np.ndarray | int, n: int) -> np.ndarray:
-  """Minus how far ranks of n rows are from the median's, as a fraction of n.
-
-  Whole numbers, twice the rank, so that rows equally far below and above the
-  median score exactly alike.
-  """
-  return -np.abs(twice - n) / (2 * n)
-
-
 def directed(value: np.ndarray, direction: str) -> np.ndarray:
   """[N] values -> [N] scores, higher is selected first.
 
   Args:
     value: [N] float64, finite.
-    direction: "top" (the value itself), "low" (its negative), or "middle": by
-      rank, so that a budget of M takes the M middle ranks.
+    direction: "top" (the value itself), "low" (its negative), or "middle":
+      minus how far its rank is from the median's, as a fraction of N, so that
+      a budget of M takes the M middle ranks. Ranks are whole numbers: rows
+      equally far below and above the median score exactly alike.
   """
   require(direction in DIRECTIONS, "direction", direction, DIRECTIONS)
   if direction == "middle":
-    return from_middle(_twice_ranks(value), len(value))
+    return -np.abs(_twice_ranks(value) - len(value)) / (2 * len(value))
   return value if direction == "top" else -value
 
 
