@@ -49,7 +49,7 @@ def test_sampler(outside):
     assert "length" in sampler.needs
     got = checked(sampler(0, pool, 40), 200, 40, name)
     assert rejected[got.rows].max() <= np.delete(rejected, got.rows).min()
-    assert costs.estimate(sampler, sizes).operations > 0
+    assert costs.estimate(sampler, sizes).flops > 0
   both = combine.named("my_sampler:shortest * ask_llm")
   assert both.needs == ("length", "p_yes")
   # The plan says of one without a cost that it is not known.

@@ -1,4 +1,4 @@
-"""What choosing rows costs: the sizes of a pool in, operations and bytes out.
+"""What choosing rows costs: the sizes of a pool in, flops and bytes out.
 
 A sampler's cost stands beside it, `@needs(..., cost=fn)`: `fn(sizes,
 **keywords) -> Work` counts multiply-adds x 2 by the equations that its
@@ -28,8 +28,8 @@ class Sizes(NamedTuple):
 class Work(NamedTuple):
   """What one step of a selection takes, beside its columns."""
 
-  host: float = 0  # operations on the host
-  devices: float = 0  # operations on the devices
+  host: float = 0  # flops on the host
+  devices: float = 0  # flops on the devices
   held: float = 0  # bytes on the host
   device: float = 0  # bytes on all devices together
 
@@ -37,11 +37,11 @@ class Work(NamedTuple):
 class Estimate(NamedTuple):
   """What a sampler takes beside the stages that make its columns."""
 
-  operations: float
+  flops: float
   read: int  # bytes of its columns, from disk
   held: int  # bytes on the host beside those columns
   device: int  # bytes on all devices together; 0: it runs on the host
-  on_host: float = 0.0  # of the operations
+  on_host: float = 0.0  # of the flops
 
 
 # Bytes of a row of a column; what is not here is one number a response.
@@ -66,7 +66,7 @@ def of_ranks(p: Sizes, **_: Any) -> Work:
 
 
 def of_scores(p: Sizes, **_: Any) -> Work:
-  """Of a few operations on each number; the score and its ranks."""
+  """Of a few flops on each number; the score and its ranks."""
   return Work(8 * p.n * p.r, held=40 * p.r * p.n)
 
 
@@ -76,7 +76,7 @@ def of_draws(p: Sizes, **_: Any) -> Work:
 
 
 def one_after_another(*steps: Work) -> Work:
-  """Operations add up; of bytes the largest step counts."""
+  """Flops add up; of bytes the largest step counts."""
   host, devices, held, device = zip(*steps)
   return Work(sum(host), sum(devices), max(held), max(device))
 

@@ -86,7 +86,7 @@ def top_with_quota(
   """
   if quota is None:
     return top(score, pool.ids, budget)
-  wanted = "rows with a label (thumbs), the pool has none"
+  wanted = "rows with a label (unpaired feedback), the pool has none"
   require("label" in pool.columns, "label_quota", quota, wanted, knob="")
   label = np.asarray(pool.label, bool)
   fraction = label.mean() if quota == "as_pool" else quota
@@ -135,8 +135,8 @@ def isa(
       replacement with weights exp(change / (soft x standard deviation of the
       changes)): small is nearly hard, large nearly random. Not with order
       "soft", whose weights have no scale.
-    label_quota: for thumbs, the fraction of desirable rows among those kept,
-      or "as_pool"; None lets the score decide.
+    label_quota: the fraction of desirable rows among unpaired ones that are
+      kept, or "as_pool"; None lets the score decide.
 
   Returns:
     Selection; the [N] score is the (combined) change of entropy, nats; of a

@@ -90,9 +90,9 @@ def one_side(
   """[N, R] numbers of the responses -> [N]; a single one stands for itself.
 
   Args:
-    value: R is 2 for pairs (chosen, rejected) and 1 for thumbs.
-    side: one of SIDES; "difference" is chosen minus rejected. Of thumbs all
-      others are the one response.
+    value: R is 2 for pairs (chosen, rejected) and 1 for unpaired rows.
+    side: one of SIDES; "difference" is chosen minus rejected. Of an unpaired
+      row all others are the one response.
     name, knob: of the keyword, see `require`.
   """
   require(side in SIDES, name, side, SIDES, knob)
