@@ -20,7 +20,7 @@ from jaxalign.rates import rate_of
 from jaxalign.select import costs, embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns, proxies, scores, select, watched
 from jaxalign.stages import embed as passes
@@ -492,7 +492,7 @@ def _show_samplers(
       f"{memory.size(cost.device)} on the devices"
       + (
         "; a job refuses so long a choice"
-        if select.hours(job, cost) > rows_lib.HOURS
+        if select.hours(job, cost) > vectors_lib.HOURS
         else ""
       )
     )
