@@ -254,7 +254,7 @@ def test_the_boundary_where_a_template_opens_a_thought(folder):
   Nor is it of the answer that has a thought beside one that has none.
   """
   source = BUILT_IN["chatml"].replace(
-    "assistant\n' }}", "assistant\n<think>' }}"
+    "assistant\\n' }}", "assistant\\n<think>' }}"
   )
   tok = load_tokenizer(folder)
   with Chat(tok, source) as one:

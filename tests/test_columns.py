@@ -223,7 +223,7 @@ def test_questions_that_cannot_work(question, words):
 
 def a_tokenizer():
   texts = ["is the answer good to know yes or no " * 3] * 20
-  return tokenizer_lib.Tokenizer.from_bytes(
+  return tokenizer_lib.Tokenizer(
     tokenizer_lib.train_tokenizer(texts, 320)
   )
 

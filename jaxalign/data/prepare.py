@@ -282,7 +282,7 @@ def _tokenizer(c: Any, splits: dict) -> Tokenizer:
   for row in splits["pool"]:
     answers = [row[n] for n in ("chosen", "completion") if n in row]
     texts += [row["prompt"] + answer for answer in answers]
-  return Tokenizer.from_bytes(train_tokenizer(texts, c.model.vocab_size))
+  return Tokenizer(train_tokenizer(texts, c.model.vocab_size))
 
 
 def make_data(
