@@ -223,9 +223,7 @@ def test_questions_that_cannot_work(question, words):
 
 def a_tokenizer():
   texts = ["is the answer good to know yes or no " * 3] * 20
-  return tokenizer_lib.Tokenizer(
-    tokenizer_lib.train_tokenizer(texts, 320)
-  )
+  return tokenizer_lib.Tokenizer(tokenizer_lib.train_tokenizer(texts, 320))
 
 
 def test_a_question_is_cut_in_its_texts_alone():

@@ -10,7 +10,7 @@ from test_records import load, put
 
 from configs import common
 from jaxalign import recipe
-from jaxalign.data import prepare, special, tables, tokens
+from jaxalign.data import data_stage, prepare, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.select import __main__ as select_main
@@ -64,7 +64,7 @@ def made(tmp_path, rows, name="a", **knobs):
   folder = tmp_path / name
   folder.mkdir(exist_ok=True)
   prepare.check_source(c)
-  prepare.make_data(
+  data_stage.make_data(
     c, epath.Path(folder), most=512, wanted="pairs", writes=True
   )
   return folder, json.loads((folder / "data_summary.json").read_text())

@@ -16,6 +16,7 @@ from jaxalign import progress
 from jaxalign.data import records, tables
 from jaxalign.data.schemas import SCHEMAS
 from jaxalign.data.schemas.schema import Refused
+from jaxalign.data.summary import data_summary
 from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
 
 
@@ -159,7 +160,7 @@ def test_scores_against_the_label_are_counted_or_skipped(tmp_path):
   loaded = load(path)
   assert (loaded.against, loaded.tied, len(loaded.rows)) == (2, 1, 5)
   assert loaded.against_at == f"{path}:3"
-  summary = records.data_summary(loaded, {})
+  summary = data_summary(loaded, {})
   assert (summary["against_scores"], summary["tied_scores"]) == (2, 1)
   loaded = load(path, skip=("contradicting",))
   assert loaded.against == 2 and len(loaded.rows) == 3
@@ -528,7 +529,7 @@ def test_the_card_counts(tmp_path):
   ] + [dict(pair(0), chosen="")]
   loaded = load(put(tmp_path / "a.jsonl", rows))
   parts = records.split(loaded.rows, dict(pool=0.9, eval=0.1), 0)
-  summary = records.data_summary(loaded, parts)
+  summary = data_summary(loaded, parts)
   assert json.loads(json.dumps(summary)) == summary
   assert summary["characters"]["prompt"] == dict(p5=6.0, p50=51.0, p95=96.0)
   assert summary["rows_by_split"] == {k: len(v) for k, v in parts.items()}
@@ -645,7 +646,7 @@ def test_real_scores(shared):
   skipped = load(path, skip=("tied",))
   assert len(skipped.rows) == 994 - 110
   assert skipped.counts["tied scores"] == 110
-  assert records.data_summary(loaded, {})["tied_scores"] == 110
+  assert data_summary(loaded, {})["tied_scores"] == 110
 
 
 @pytest.mark.parametrize(

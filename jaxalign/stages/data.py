@@ -4,7 +4,7 @@ import jax
 
 from jaxalign import artifacts, progress
 from jaxalign.artifacts import pick
-from jaxalign.data import prepare
+from jaxalign.data import data_stage, prepare
 from jaxalign.data.summary import summary_lines
 from jaxalign.job import Job
 from jaxalign.model import decoder
@@ -31,7 +31,7 @@ def run_data(job: Job) -> None:
     "data",
     fields=fields,
     inputs={},
-    make=lambda folder: prepare.make_data(
+    make=lambda folder: data_stage.make_data(
       c, folder, most=job.most, wanted=job.kind, writes=jax.process_index() == 0
     ),
   )
