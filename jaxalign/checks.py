@@ -22,7 +22,7 @@ from jaxalign.job import (
   sizes,
   WHOLE,
 )
-from jaxalign.model import decoder, weights
+from jaxalign.model import decoder, hf
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
 from jaxalign.select.samplers import basic, combine
@@ -114,7 +114,7 @@ CHOICES = {
   "select.mixture.covariance": mixtures.COVARIANCES,
   "data.on_bad_rows": ("skip", "error"),
   "model.param_dtype": decoder.DTYPES,
-  "export.dtype": ("auto", *weights.DTYPES),
+  "export.dtype": ("auto", *hf.DTYPES),
   "embed.store_dtype": stores.DTYPES,
   "train.optimizer": tuple(optim.OPTIMIZERS),
   "train.reference": ("stored", "online"),
@@ -358,7 +358,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   if trains:
     _check_alignment(c, loss)
   m = _model(c, planned)
-  decoder.check(m, sharding.nowhere())
+  decoder.check_model(m, sharding.nowhere())
   embedder.choose(c, m._replace(lora=None))
   for part, name in ((c.sft, "config.sft"),) + (
     ((c.train, "config.train"),) if trains else ()
@@ -439,7 +439,7 @@ def validate_on(
     )
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
-  decoder.check(m, job.mesh)
+  decoder.check_model(m, job.mesh)
   if trains and (context := prepare.asked_context(c)):
     memory.check_fits(
       host.step_memory(c, m, job.mesh, context, job.kind),
@@ -452,10 +452,10 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
   """The model's sizes; raises where it cannot be read or exported."""
   m, tokenizer = None, None
   if c.model.checkpoint:
-    m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
     prepare.context_of(c, m.context)
     if not planned:
-      weights.weights_file(c.model.checkpoint)
+      hf.weights_file(c.model.checkpoint)
   try:
     tokenizer = prepare.given_tokenizer(c)
   except ConfigError:

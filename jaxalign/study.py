@@ -17,6 +17,7 @@ from jaxalign.data import batches, reading, tables
 from jaxalign.data import world as world_lib
 from jaxalign.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.report.pages import run as run_page
 from jaxalign.report.pages import study as study_page
 from jaxalign.select import embed
@@ -259,7 +260,7 @@ def _subset_tokens(job: Job, arm: Arm) -> int:
   sizes = np.diff(tokens.offsets)[rows]
   return int(
     sum(
-      decoder.operations(m, int(s)) * int(n)
+      decoder_flops(m, int(s)) * int(n)
       for s, n in zip(*np.unique(sizes, return_counts=True))
     )
   )

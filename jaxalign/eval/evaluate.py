@@ -148,18 +148,15 @@ def examine(
     mesh, params, m, what.tokens, tile=tile, chunk=chunk, label="score held-out"
   )
   prompts = prompts_of(what)
-  said = decode.generate(
-    mesh,
-    params,
-    m,
-    prompts,
-    new=new,
-    eos=tok.stops,
-    known=min(tok.vocab_size, m.vocab),
-    temperature=temperature,
+  options = decode.GenerateOptions(
+    new,
+    tok.stops,
+    min(tok.vocab_size, m.vocab),
+    decode.Sampling(temperature),
     seed=seed,
     tile=tile,
   )
+  said = decode.generate(mesh, params, m, prompts, options)
   own = score_answers(
     mesh, params, m, what, said, new=new, tile=tile, chunk=chunk
   )

@@ -23,6 +23,7 @@ from jaxalign.eval.judges import cache, endpoint, verdicts
 from jaxalign.eval.judges.prompt import Pair
 from jaxalign.job import Arm, arm_folder, Job, kernel_of
 from jaxalign.model import reward
+from jaxalign.model.flops import reward_flops
 from jaxalign.stages import questions, scores
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
@@ -230,7 +231,7 @@ class _Rewards:
       r = r._replace(
         model=r.model._replace(attention=kernel_of(job.c, r.model, job.mesh))
       )
-    reward.check(r, job.mesh)
+    reward.check_reward(r, job.mesh)
     self.r, self.given = r, job.c.judge.checkpoint
     self.params = reward.load(
       self.given,
@@ -299,7 +300,7 @@ class _Rewards:
       )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
     self.operations += sum(
-      reward.operations(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
+      reward_flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )
     self.tokens += len(rows.ids)
     return out

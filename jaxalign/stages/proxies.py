@@ -18,7 +18,7 @@ from jaxalign.data import prepare
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.job import Job, kernel_of, lora_of
-from jaxalign.model import adapters, decoder, weights
+from jaxalign.model import adapters, decoder, hf
 from jaxalign.select import embed
 from jaxalign.select.store import Column
 from jaxalign.select.topk import uniform
@@ -48,7 +48,7 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   given = c.proxy.checkpoint
   if not given:
     return reference._replace(lora=None)
-  m = weights.read_config(given, c.model.dtype, c.model.remat)
+  m = hf.read_config(given, c.model.dtype, c.model.remat)
   asked = prepare.asked_context(c)
   if asked > m.context:
     raise ConfigError(
@@ -92,8 +92,8 @@ def _start(job: Job) -> Start:
   m = config_of(c, job.model)
   if c.proxy.checkpoint:
     m = m._replace(attention=kernel_of(c, m, job.mesh))
-    decoder.check(m, job.mesh)
-    params = weights.load_folder(
+    decoder.check_model(m, job.mesh)
+    params = hf.load_folder(
       c.proxy.checkpoint, m, job.mesh, np.dtype(c.model.param_dtype)
     )
   else:

@@ -438,20 +438,18 @@ def _generations(job: Job) -> Measure:
   if what.world is not None:
     target = rewards([row["target"] for row in rows])
 
+  options = decode.GenerateOptions(
+    k.new_tokens,
+    tok.stops,
+    min(tok.vocab_size, job.policy.vocab),
+    decode.Sampling(k.temperature),
+    seed=k.seed,
+    tile=k.tile,
+    label="eval generations",
+  )
+
   def measure(params):
-    said = decode.generate(
-      job.mesh,
-      params,
-      job.policy,
-      prompts,
-      new=k.new_tokens,
-      eos=tok.stops,
-      known=min(tok.vocab_size, job.policy.vocab),
-      temperature=k.temperature,
-      seed=k.seed,
-      tile=k.tile,
-      label="eval generations",
-    )
+    said = decode.generate(job.mesh, params, job.policy, prompts, options)
     score = lambda params, m: np.float64(
       evaluate.score_answers(
         job.mesh,

@@ -21,8 +21,7 @@ import numpy as np
 
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
-from jaxalign.model import unshared
-from jaxalign.model.tiles import TILE, Tiles
+from jaxalign.model.packed import Copies, TILE, Tiles
 
 
 class Packed(NamedTuple):
@@ -34,7 +33,7 @@ class Packed(NamedTuple):
 
   tokens: jax.Array  # [S, T] int32 ids
   position: jax.Array  # [S, T] int32, in the sequence
-  copies: unshared.Unshared
+  copies: Copies
   source: jax.Array  # [S, U] int32: the token that predicts a response token
   target: jax.Array  # [S, U] int32: the id to predict
   owner: jax.Array  # [S, U] int32: which of the row's responses; -1: none
@@ -326,4 +325,4 @@ def _copies(shape, places, tiles):
         k * shape.length + np.arange(now.start, now.stop)
       )
       at = now.stop
-  return unshared.Unshared(token, segment, *where, tiles)
+  return Copies(token, segment, *where, tiles)

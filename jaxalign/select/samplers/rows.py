@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import rates, sharding
+from jaxalign import sharding
+from jaxalign.core import devices
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select.chunks import (
   by_parts,
@@ -46,7 +47,7 @@ def refuse_long(
     host: it runs in NumPy; else on this process's devices. Either at the
       rate that the dry run assumes.
   """
-  seconds = rates.seconds(operations, operations * host, own_mesh())
+  seconds = devices.seconds_for(operations, operations * host, own_mesh())
   hours = seconds / 3600
   if hours > HOURS:
     raise ConfigError(
