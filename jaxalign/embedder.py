@@ -218,7 +218,7 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
 
   Returns:
     `run(parts, tick) -> [n, E]` float32, this process's part of the rows; and
-    the operations and tokens of all rows.
+    the flops and tokens of all rows.
   """
   c, ids = job.c, job.column("pool", "id")
   if isinstance(e.model, encoder.EncoderConfig):
@@ -262,10 +262,10 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
       tick=tick,
     )
 
-  return pooled, embed.operations(e.model, rows, 0), len(rows.ids)
+  return pooled, embed.flops(e.model, rows, 0), len(rows.ids)
 
 
-def operations(e: Embedder, tokens: int) -> int:
+def flops(e: Embedder, tokens: int) -> int:
   """Floating-point operations of one row through a model that only embeds."""
   if isinstance(e.model, encoder.EncoderConfig):
     return encoder_flops(e.model, min(tokens, e.model.context))

@@ -16,7 +16,7 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.train import optim
 
 CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
-RESPONSES = dict(pairs=2, thumbs=1)  # of a row of each kind
+RESPONSES = dict(pairs=2, unpaired=1)  # of a row of each kind
 SAMPLED = 256  # rows whose tokens are counted, batches that are dealt
 
 
@@ -30,7 +30,7 @@ def row_sizes(
 
   Args:
     c: the config.
-    kind: "pairs" or "thumbs", of the job.
+    kind: "pairs" or "unpaired", of the job.
     sample: records of the pool, or none.
     mean: tokens of a row where there is no sample.
     length: the longest row.
@@ -63,7 +63,7 @@ def row_sizes(
       prompt = np.array(prompt) + more - len(tok.encode(text))
   prompt = np.minimum(np.array(prompt), max(length // 2, 1))
   answers = np.minimum(np.array(answers), length - prompt[:, None])
-  if len(sides) > r:  # thumbs of pairs
+  if len(sides) > r:  # unpaired rows of pairs
     return np.repeat(prompt, len(sides)), answers.reshape(-1, 1)
   return prompt, answers
 

@@ -287,7 +287,7 @@ def test_sizes_that_cannot_work_are_refused(change, words):
     decoder.check_model(SIZES["gqa2-untied"]._replace(**change), mesh)
 
 
-def test_operations_agree_with_the_compiler():
+def test_flops_agree_with_the_compiler():
   """Counted multiply-adds within 3 % of XLA's (norms and softmax are not)."""
   m = decoder.ModelConfig(
     layers=1,

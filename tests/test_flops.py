@@ -1,4 +1,4 @@
-"""The formulas of operations are the products that a step's program holds.
+"""The formulas of flops are the products that a step's program holds.
 
 Every dot_general of a jaxpr is counted by its shapes, a scan's body as often as
 it runs, and the sum is the formula's to the last multiplication: of a forward

@@ -8,7 +8,6 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
   python tools/bench.py samplers         # greedy ones beside NumPy and peers
   python tools/bench.py mixture          # EM beside scikit-learn, share of peak
-  python tools/bench.py stream           # 10^6 and 10^7 rows from disk
 
 Each subcommand runs the program as a person would, in fresh processes, and
 prints what it saw; nothing is asserted away. `encoder` runs both libraries in
@@ -89,7 +88,6 @@ def seeds(args) -> None:
         f"--workdir={folder}",
         f"--config.seed={seed}",
         f"--config.data.seed={seed}",
-        f"--config.sft.seed={seed}",
       )
       summary = json.loads((pathlib.Path(folder) / "summary.json").read_text())
     sft = summary["baseline"]["win_vs_target"]["value"]
@@ -519,13 +517,6 @@ def mixture(args) -> None:
   bench_mixture.mixture(args)
 
 
-def stream(_) -> None:
-  """Selection from disk, its memory and time; see tools/bench_stream.py."""
-  import bench_stream
-
-  bench_stream.main(["run"])
-
-
 def train() -> None:
   """Alignment beside TRL; its flags are those of tools/bench_train.py."""
   sys.path.insert(0, str(ROOT))
@@ -548,7 +539,6 @@ def main() -> None:
       "encoder",
       "samplers",
       "mixture",
-      "stream",
       "select_only",
     ],
   )
@@ -573,7 +563,6 @@ def main() -> None:
     encoder=encoder,
     samplers=samplers,
     mixture=mixture,
-    stream=stream,
     select_only=select_only,
   )[args.what](args)
 

@@ -1,1 +1,1 @@
-"""What every room stands on: config, files, devices, errors."""
+"""What every room stands on: errors, configs, artifacts, statistics."""

@@ -204,7 +204,7 @@ def pool_rows(
   return pass_rows(mesh, params, m, rows, ("embedding",), **knobs)["embedding"]
 
 
-def row_operations(
+def row_flops(
   m: decoder.ModelConfig, length: int, outputs: Sequence[str], layers: int = 0
 ) -> int:
   """Floating-point operations of `pass_rows` on a row of `length` tokens.
@@ -361,26 +361,26 @@ def number_rows(
   return out["number"]
 
 
-def operations(
+def flops(
   m: decoder.ModelConfig,
   rows: tokens_lib.TokenRows,
   logit_rows: int | None = None,
 ) -> int:
   """Floating-point operations of one pass, padding not counted.
 
-  `logit_rows` as in `decoder.operations`: 0 where the head does not run.
+  `logit_rows` as in `decoder_flops`: 0 where the head does not run.
   """
   return _over_rows(rows, lambda s: decoder_flops(m, s, logit_rows))
 
 
-def pass_operations(
+def pass_flops(
   m: decoder.ModelConfig,
   rows: tokens_lib.TokenRows,
   outputs: Sequence[str],
   layers: int = 0,
 ) -> int:
-  """`row_operations` of all rows."""
-  return _over_rows(rows, lambda s: row_operations(m, s, outputs, layers))
+  """`row_flops` of all rows."""
+  return _over_rows(rows, lambda s: row_flops(m, s, outputs, layers))
 
 
 def _over_rows(rows: tokens_lib.TokenRows, of_length: Callable) -> int:
