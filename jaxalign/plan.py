@@ -22,7 +22,7 @@ from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.select import costs, embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns, proxies, scores, select, watched
 from jaxalign.stages import embed as passes
@@ -491,7 +491,7 @@ def _show_samplers(
       f"{memory.size(cost.device)} on the devices"
       + (
         "; a job refuses so long a choice"
-        if select.hours(job, cost) > rows_lib.HOURS
+        if select.hours(job, cost) > vectors_lib.HOURS
         else ""
       )
     )
