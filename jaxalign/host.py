@@ -55,7 +55,7 @@ def row_sizes(
     prompt = count(tok.encode_many([row["prompt"] for row in sample]))
     answers = [count(tok.encode_responses(each)) for each in texts]
     turns = any(row.get("turns") for row in sample)
-    source = chats.choose(c.data.template, tok, turns)
+    source = chats.template_source(c.data.template, tok, turns)
     if source is not None:  # what it writes around a question, once
       text = sample[0]["prompt"]
       with chats.Chat(tok, source) as chat:

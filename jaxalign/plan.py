@@ -57,13 +57,13 @@ def _sizes(
     )
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
-  found, said = prepare.peek(c, _model(c).context)
+  found, said = prepare.preview(c, _model(c).context)
   for line in said:
     progress.say(f"  {line}")
   splits, read = found.splits, found.summary["seen"]
   rows = {n: len(x) for n, x in splits.items()}
   names = prepare.sources_of(c)
-  counted = [sources.count(name, prepare.PEEKED) for name in names]
+  counted = [sources.count_rows(name, prepare.PEEKED) for name in names]
   total = sum(n for n, _ in counted)
   if c.data.limit:
     total = min(total, c.data.limit * len(names))
