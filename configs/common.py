@@ -129,8 +129,7 @@ def base(variant: str = "") -> ConfigDict:
       covariance="full",
       pca="auto",
       ridge=1e-4,
-      rank=8,
-      starts=10,  # rank: of covariance="low_rank"
+      starts=10,
       tol=1e-4,
       max_iterations=100,
       seed=0,
