@@ -443,7 +443,7 @@ def summed_up(
         name=label,
         seeds=[a.seed for a in runs],
         metrics=metrics,
-        operations=float(np.mean([spent[a.name]["total"] for a in runs])),
+        flops=float(np.mean([spent[a.name]["total"] for a in runs])),
       )
     )
   return out
@@ -452,17 +452,14 @@ def summed_up(
 def efficiency(
   groups: list[dict], against_start: list[dict]
 ) -> list[dict[str, Any]]:
-  """What each arm gained over its start, for the operations it took alone."""
+  """What each arm gained over its start, for the flops it took alone."""
   gains = {one["a"]: one["difference"] for one in against_start}
   return [
     dict(
       name=g["name"],
       gain=gains[g["name"]],
-      operations=g["operations"],
-      per_tera=100
-      * gains[g["name"]]["value"]
-      * 1e12
-      / max(g["operations"], 1.0),
+      flops=g["flops"],
+      per_tera=100 * gains[g["name"]]["value"] * 1e12 / max(g["flops"], 1.0),
     )
     for g in groups
     if g["name"] in gains
@@ -478,7 +475,7 @@ def weigh(
     job: the run.
     arms: its arms, the chosen sampler first.
     described: what the report shows of each.
-    spent: operations of each arm on its own, by its name.
+    spent: flops of each arm on its own, by its name.
 
   Returns:
     "comparisons", "verdicts" and "warnings"; of several seeds also "groups",

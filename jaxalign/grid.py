@@ -118,7 +118,6 @@ def command_of(values: Any, passed: list[str], cell: Cell) -> list[str]:
     "--config.seeds=1",
     f"--config.seed={k}",
     f"--config.data.seed={k}",
-    f"--config.sft.seed={k}",
     *passed,
     f"--workdir={values.workdir}/{cell.folder}",
   ]
@@ -221,7 +220,7 @@ def outcomes(
       rows=arm["rows"],
       sampler="all" if arm["is_all"] else arm["sampler"],
       budget=arm["budget"],
-      operations=cost,
+      flops=cost,
       everything=summary["ledger"]["everything"],
       malformed=arm["metrics"]["malformed"]["value"],
     )
@@ -278,9 +277,7 @@ def summarise(values: Any, cells: list[Cell]) -> dict[str, Any]:
           win=intervals.student(np.array([r["value"] for r in runs])),
           values={c.seed: r["value"] for c, r in zip(mine, runs)},
           prompts=min(r["prompts"] for r in runs),
-          cost=float(
-            np.mean([r["operations"] / r["everything"] for r in runs])
-          ),
+          cost=float(np.mean([r["flops"] / r["everything"] for r in runs])),
           malformed=float(np.mean([r["malformed"] for r in runs])),
           **{
             n: float(np.mean([k[n] for k in kept]))

@@ -57,7 +57,7 @@ class Arm(NamedTuple):
 
 
 class Job:
-  """What every stage of a run shares: config, mesh, folders, finished cards.
+  """What every stage of a run shares: config, mesh, folders, finished records.
 
   A class because it caches what is costly to load (tokens, the reference).
   """
@@ -69,17 +69,17 @@ class Job:
     self.c, self.mesh, self.redo = c, mesh, redo
     self.workdir = epath.Path(workdir)
     self.shared = self.workdir / "shared"
-    self.cards: dict[tuple[str, str], artifacts.Card] = {}
+    self.records: dict[tuple[str, str], artifacts.Record] = {}
 
   def run(
     self, folder: Any, stage: str, arm: str = "", **kwargs
-  ) -> artifacts.Card:
+  ) -> artifacts.Record:
     """`artifacts.run`, remembered by (arm, stage) for the ledger."""
     if arm:
       progress.say(f"[{arm}]") if stage == "select" else None
-    card = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
-    self.cards[arm, stage] = card
-    return card
+    record = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
+    self.records[arm, stage] = record
+    return record
 
   @functools.cached_property
   def loss(self) -> Callable:
@@ -103,13 +103,15 @@ class Job:
     """The longest row of this job: as asked for, or as the data stage chose."""
     return (
       prepare.context_of(self.c, self.most)
-      or artifacts.read_json(self.shared / "data" / "data_card.json")["context"]
+      or artifacts.read_json(self.shared / "data" / "data_summary.json")[
+        "context"
+      ]
     )
 
   @property
   def kind(self) -> str:
-    """ "pairs" or "thumbs": what the loss eats."""
-    return "thumbs" if self.loss.kind == "thumbs" else "pairs"
+    """ "pairs" or "unpaired": what the loss eats."""
+    return "unpaired" if self.loss.kind == "unpaired" else "pairs"
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -186,7 +188,7 @@ class Job:
 
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
-    return self.cards[arm, stage].key
+    return self.records[arm, stage].key
 
 
 def loss_of(c: Any) -> Callable:
@@ -201,9 +203,8 @@ def lora_of(c: Any) -> adapters.Lora | None:
   k = c.lora
   if not k.rank:
     return None
-  return adapters.Lora(
-    k.rank, float(k.alpha), tuple(k.targets), k.rs, k.variant
-  )
+  rs, variant = k.variant == "rslora", k.variant.removeprefix("rs")
+  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), rs, variant)
 
 
 def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
@@ -225,14 +226,12 @@ def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
     layers=m.layers,
     width=m.width,
     heads=m.heads,
-    kv_heads=m.kv_heads,
-    head_size=m.head_size,
+    kv_heads=m.heads,
+    head_size=m.width // m.heads,
     ff=m.ff,
     vocab=-(-vocab // 64) * 64,
     context=m.context or prepare.own_context(c),
-    rope_theta=m.rope_theta,
-    norm_eps=m.norm_eps,
-    tied=m.tied,
+    tied=True,
     dtype=m.dtype,
     remat=m.remat,
   )
@@ -275,11 +274,7 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
     if p.kind == p.KEYWORD_ONLY
     and p.name not in getattr(sampler, "keywords", ())
   }  # in brackets
-  named = dict(
-    order=c.select.order,
-    pair_score=c.select.pair_score,
-    label_quota=c.select.label_quota or None,
-  )
+  named = dict(order=c.select.order, pair_score=c.select.pair_score)
   kwargs = {n: v for n, v in named.items() if n in known}
   for name, value in c.select.kwargs.to_dict().items():
     if name not in known:

@@ -13,8 +13,8 @@ from jaxalign.train import feed
 from jaxalign.train.losses import matching
 
 
-def public_sums(job: Job, rows: feed.Rows) -> tuple[np.ndarray, Cost]:
-  """The reference's `Logps.public`, [M, R] nats, and what it cost.
+def common_prefix_sums(job: Job, rows: feed.Rows) -> tuple[np.ndarray, Cost]:
+  """The reference's `Logps.common_prefix`, [M, R] nats, and what it cost.
 
   A response's first tokens do not see the rest: they are scored by the pass
   of all log-probabilities on rows that end there. The shortest of a row is
@@ -24,15 +24,15 @@ def public_sums(job: Job, rows: feed.Rows) -> tuple[np.ndarray, Cost]:
   counts = tokens_lib.lengths(rows.tokens)[rows.row_of] - starts
   shortest = counts.min(axis=1, keepdims=True)
   longer = counts > shortest
-  public = np.array(rows.ref_sum, np.float32)
+  common_prefix = np.array(rows.ref_sum, np.float32)
   if not longer.any():
-    return public, Cost()
+    return common_prefix, Cost()
   heads = tokens_lib.shorten(
     tokens_lib.take(rows.tokens, rows.row_of[longer]),
     (starts + shortest)[longer],
   )
   c = job.c
-  public[longer] = embed.score_rows(
+  common_prefix[longer] = embed.score_rows(
     job.mesh,
     job.reference,
     job.model,
@@ -41,7 +41,7 @@ def public_sums(job: Job, rows: feed.Rows) -> tuple[np.ndarray, Cost]:
     chunk=c.model.head_chunk,
     label="ref_logps",
   ).logp
-  return public, Cost(embed.operations(job.model, heads), len(heads.ids))
+  return common_prefix, Cost(embed.flops(job.model, heads), len(heads.ids))
 
 
 def prompt_weights(
@@ -68,5 +68,5 @@ def prompt_weights(
   )
   return (
     matching.density_ratios(x, rows.label, seed=seed),
-    Cost(embed.operations(job.model, prompts, 0), len(prompts.ids)),
+    Cost(embed.flops(job.model, prompts, 0), len(prompts.ids)),
   )

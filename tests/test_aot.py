@@ -173,14 +173,17 @@ def test_the_compiled_batch_is_what_a_run_feeds(
     np.full(n, prompt, np.int32),
     np.zeros(n, np.int32),
   )
-  zeros, thumbs = np.zeros((8, responses), np.float32), loss.kind == "thumbs"
+  zeros, unpaired = (
+    np.zeros((8, responses), np.float32),
+    loss.kind == "unpaired",
+  )
   rows = feed.Rows(
     [str(i) for i in range(8)],
     tokens,
     np.arange(n).reshape(8, responses),
     zeros,
     zeros,
-    np.zeros(8, bool) if thumbs else None,
+    np.zeros(8, bool) if unpaired else None,
   )
   batch_at, _, _ = feed.make_feed(
     mesh,
@@ -191,7 +194,7 @@ def test_the_compiled_batch_is_what_a_run_feeds(
     context=context,
     rate=lambda step: 1e-3,
     layout=layout,
-    mismatched=feed.Mismatched(tokens, zeros[:, 0]) if thumbs else None,
+    mismatched=feed.Mismatched(tokens, zeros[:, 0]) if unpaired else None,
   )
   assumed = aot.abstract_batch(
     mesh, loss, 8, context, accumulation, layout=layout

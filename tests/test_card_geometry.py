@@ -417,7 +417,7 @@ def test_a_large_pool_is_sampled():
   assert got["shown"] == {"kept": 10, "left": 50}
 
 
-def test_neighbours_stay_within_their_operations(monkeypatch):
+def test_neighbours_stay_within_their_flops(monkeypatch):
   pool = make()
   monkeypatch.setattr(geometry, "WORK", 2.0 * 40 * 8 * 50)  # 50 of 120
   got, table = card.examine(pool, Selection(np.arange(40), np.arange(160.0)))

@@ -316,11 +316,11 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   np.testing.assert_array_equal(got, wanted)
 
 
-def test_operations_count_each_token_once():
+def test_flops_count_each_token_once():
   said = [np.arange(3), np.arange(5)]
   asked = [np.arange(4), np.arange(2)]
-  assert decode.operations(MODEL, asked, said) == (
-    decoder.operations(MODEL, 7, 3) + decoder.operations(MODEL, 7, 5)
+  assert decode.flops(MODEL, asked, said) == (
+    decoder.flops(MODEL, 7, 3) + decoder.flops(MODEL, 7, 5)
   )
 
 

@@ -74,7 +74,7 @@ def gained():
     dict(
       name="isa-0.1",
       gain=dict(value=0.1, low=0.05, high=0.15, n=5),
-      operations=2e12,
+      flops=2e12,
       per_tera=5.0,
     )
   ]

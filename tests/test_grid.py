@@ -41,7 +41,6 @@ def test_the_command_of_a_job(tmp_path):
     "--config.seeds=1",
     "--config.seed=3",
     "--config.data.seed=3",
-    "--config.sft.seed=3",
     "--config.train.epochs=1",
     f"--workdir={tmp_path}/junk/seed3",
   ):

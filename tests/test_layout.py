@@ -136,9 +136,11 @@ def test_every_token_is_where_it_should_be(r):
   assert x.position[: len(flat)].tolist() == positions
   # Every response is predicted token by token, from the token before it.
   owned = {}
-  for s, t, o, public in zip(x.source, x.target, x.owner, x.public):
+  for s, t, o, common_prefix in zip(
+    x.source, x.target, x.owner, x.common_prefix
+  ):
     if o >= 0:
-      owned.setdefault(int(o), []).append((int(s), int(t), bool(public)))
+      owned.setdefault(int(o), []).append((int(s), int(t), bool(common_prefix)))
   at = 0
   for k, (p, *more) in enumerate(pairs):
     last, at = at + len(p) - 1, at + len(p)
@@ -248,13 +250,13 @@ def run_fn(m, head, chunk, r):
 
   def total(params, tokens, mask, weight):
     out = producer(params, tokens, mask)
-    return jnp.sum(weight * out.sum + 0.3 * out.public), out
+    return jnp.sum(weight * out.sum + 0.3 * out.common_prefix), out
 
   return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
-  """{id: [R, 3] sum, count, public} and the slopes, of one whole batch."""
+  """{id: [R, 3] sum, count, common_prefix} and the slopes, of a whole batch."""
   pairs = pairs or examples()
   batch_at, _, _ = feed_of(
     pairs, mesh=mesh, layout=kind, accumulation=accumulation

@@ -587,9 +587,9 @@ def bco_step():
 
 
 def bco_run(mesh, folder, killed_at=None):
-  """`run` on the same tokens as thumbs."""
+  """`run` on the same tokens as unpaired rows."""
   one = rows()
-  thumbs = feed.Rows(
+  unpaired = feed.Rows(
     [f"row-{i:02d}" for i in range(22)],
     one.tokens,
     np.arange(22)[:, None],
@@ -599,7 +599,7 @@ def bco_run(mesh, folder, killed_at=None):
   )
   batch_at, ids_at, tokens_at = feed.make_feed(
     mesh,
-    thumbs,
+    unpaired,
     batch=4,
     accumulation=2,
     seed=3,

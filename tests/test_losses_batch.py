@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.train import losses
-from jaxalign.train.logps import Logps, public_sums
+from jaxalign.train.logps import common_prefix_sums, Logps
 from jaxalign.train.losses import combine, GLOBAL, LOSSES, matching, unpaired
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -206,7 +206,7 @@ def test_density_ratios_refuse(x, label, said):
     matching.density_ratios(x, label)
 
 
-# LD-DPO's public sums.
+# LD-DPO's common_prefix sums.
 
 
 def test_public_sums_are_over_the_shorter_answer_s_length():
@@ -224,19 +224,21 @@ def test_public_sums_are_over_the_shorter_answer_s_length():
     ]
   )
   np.testing.assert_array_equal(
-    public_sums(jnp.asarray(each), jnp.asarray(mask)), [[3, 24], [32, 1]]
+    common_prefix_sums(jnp.asarray(each), jnp.asarray(mask)), [[3, 24], [32, 1]]
   )
 
 
 def test_ld_dpo_between_its_ends_is_dpo_and_its_public_part():
   p, q = pairs()
   policy, ref = as_logps(p), as_logps(q)
-  policy, ref = (x._replace(public=0.6 * x.sum) for x in (policy, ref))
+  policy, ref = (x._replace(common_prefix=0.6 * x.sum) for x in (policy, ref))
   got = lambda a: LOSSES["ld_dpo"](policy, ref, {}, tail_weight=a)[0]
   np.testing.assert_allclose(
     got(1.0), LOSSES["dpo"](policy, ref, {})[0], rtol=2e-5
   )
-  only = LOSSES["dpo"](*(x._replace(sum=x.public) for x in (policy, ref)), {})
+  only = LOSSES["dpo"](
+    *(x._replace(sum=x.common_prefix) for x in (policy, ref)), {}
+  )
   np.testing.assert_allclose(got(0.0), only[0], rtol=2e-5)
 
 
@@ -260,11 +262,11 @@ def test_rpo_is_dpo_and_a_share_of_sft():
 def test_a_sum_declares_all_that_its_terms_need():
   """MPO; the rewards logged are the first term's."""
   fn = combine.find("0.8*ld_dpo+0.2*bco_pair+1e-2*sft_tokens")
-  assert fn.stats == ("delta", "mean_count") and fn.extras == ("public",)
+  assert fn.stats == ("delta", "mean_count") and fn.extras == ("common_prefix",)
   assert fn.kind == "pairs" and fn.reference
   assert not combine.find("cpo+sft").reference
   assert combine.find("2*sft+sft_tokens").kind == "rows"
-  assert combine.find("2*kto").kind == "thumbs"
+  assert combine.find("2*kto").kind == "unpaired"
   keywords = {
     n: p.default
     for n, p in inspect.signature(fn).parameters.items()
@@ -273,7 +275,7 @@ def test_a_sum_declares_all_that_its_terms_need():
   assert keywords == dict(beta=0.1, tail_weight=0.5)
   p, q = pairs()
   policy, ref = (
-    as_logps(x)._replace(public=jnp.asarray(x) * 0.5) for x in (p, q)
+    as_logps(x)._replace(common_prefix=jnp.asarray(x) * 0.5) for x in (p, q)
   )
   stats = dict(delta=jnp.float32(0.2), mean_count=jnp.float32(4.0))
   loss, metrics = fn(policy, ref, stats, beta=0.3, tail_weight=0.1)
@@ -363,7 +365,11 @@ def test_classes_weigh_by_the_rows_that_are_kept(up, down, wanted):
     rtol=1e-5,
   )
   assert bool(said) == (tuple(wanted) != (1, 1))
-  assert (loss.kind, loss.stats, loss.reference) == ("thumbs", kto.stats, True)
+  assert (loss.kind, loss.stats, loss.reference) == (
+    "unpaired",
+    kto.stats,
+    True,
+  )
 
 
 def test_given_weights_of_classes_stay_and_are_judged():
@@ -378,7 +384,7 @@ def test_given_weights_of_classes_stay_and_are_judged():
     found, said = unpaired.weighed(loss, label)
     assert found is loss and bool(said) == warned
   assert (
-    "20 thumbs up and 10 down weigh 0.67 to 1"
+    "20 liked answers and 10 disliked weigh 0.67 to 1"
     in unpaired.weighed(
       losses.bind(combine.find("kto(undesirable=3)"), "", {}), label
     )[1][0]
@@ -392,8 +398,8 @@ def test_given_weights_of_classes_stay_and_are_judged():
     ("kto(desirable=much)", "desirable='much'"),
     ("dpo(bta=1)", "'bta=1' is no keyword"),
     ("dpo(beta=1)+dpo(beta=2)", "summed twice"),
-    ("dpo+kto", "dpo pairs, kto thumbs"),
-    ("kto+sft", "kto thumbs, sft rows"),
+    ("dpo+kto", "dpo pairs, kto unpaired"),
+    ("kto+sft", "kto unpaired, sft rows"),
     ("dpo+x*sft", "weight 'x'"),
     ("-1*dpo", "weight '-1'"),
     ("0*dpo", "weight '0'"),

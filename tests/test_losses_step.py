@@ -32,7 +32,7 @@ from jaxalign import checks, sharding
 from jaxalign.errors import ConfigError
 from jaxalign.train import losses, stats
 from jaxalign.train import step as steps
-from jaxalign.train.logps import Logps, PRODUCERS, public_sums
+from jaxalign.train.logps import common_prefix_sums, Logps, PRODUCERS
 from jaxalign.train.losses import combine, LOSSES
 from jaxalign.train.metrics import divide
 
@@ -53,7 +53,7 @@ def table(params, tokens, mask):
   return Logps(
     jnp.sum(each * mask, -1),
     jnp.sum(mask, -1, dtype=jnp.float32),
-    public_sums(each, mask),
+    common_prefix_sums(each, mask),
   )
 
 
@@ -68,16 +68,16 @@ def table_params():
 
 
 def sums_of(model, tokens, mask):
-  """float64 sums and public sums [rows, R] of the policy at the start."""
-  total, public = np.zeros((2, *tokens.shape[:2]))
+  """float64 sums, whole and of the common prefix, [rows, R], at the start."""
+  total, common_prefix = np.zeros((2, *tokens.shape[:2]))
   shortest = mask.sum(-1).min(1)
   for i in np.ndindex(total.shape):
     if model == "decoder":
       each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
     else:
       each = -np.logaddexp(0, np.float64(table_params())[tokens[i]])[mask[i]]
-    total[i], public[i] = each.sum(), each[: shortest[i[0]]].sum()
-  return total, public
+    total[i], common_prefix[i] = each.sum(), each[: shortest[i[0]]].sum()
+  return total, common_prefix
 
 
 @functools.lru_cache
@@ -85,9 +85,11 @@ def data(model, columns, noise):
   """(batch, Example) of 16 rows whose reference is so noisy a policy."""
   rng = np.random.default_rng(columns)
   tokens, mask = rows_of(ROWS, columns, 8)
-  policy, public = sums_of(model, tokens, mask)
+  policy, common_prefix = sums_of(model, tokens, mask)
   ref = np.float32(policy + rng.normal(0, noise, policy.shape))
-  ref_public = np.float32(public + rng.normal(0, noise, policy.shape))
+  ref_common_prefix = np.float32(
+    common_prefix + rng.normal(0, noise, policy.shape)
+  )
   label = rng.random(ROWS) < 0.4
   weights = np.float32(rng.uniform(0.5, 10.0, ROWS))
   kl_tokens, kl_mask = rows_of(ROWS, 1, 9)
@@ -97,7 +99,7 @@ def data(model, columns, noise):
     tokens=tokens,
     mask=mask,
     ref_sum=ref,
-    ref_public=ref_public,
+    ref_common_prefix=ref_common_prefix,
     ref_count=np.float32(mask.sum(-1)),
     label=label,
     weights=weights,
@@ -109,8 +111,8 @@ def data(model, columns, noise):
     policy,
     np.float64(ref),
     np.float64(mask.sum(-1)),
-    public,
-    np.float64(ref_public),
+    common_prefix,
+    np.float64(ref_common_prefix),
     label,
     np.float64(weights),
     z0=max(0.0, (kl - kl_ref).mean()),
@@ -123,7 +125,7 @@ def data(model, columns, noise):
 def own(fn, batch):
   """What of a batch the feed would carry for this loss."""
   left = {"weights", "label"} - set(fn.stats)
-  left |= set() if "public" in fn.extras else {"ref_public"}
+  left |= set() if "common_prefix" in fn.extras else {"ref_common_prefix"}
   return {
     n: v
     for n, v in batch.items()
@@ -140,7 +142,7 @@ def step_of(model, name):
 
 
 def columns_of(fn):
-  return 1 if fn.kind == "thumbs" else 2
+  return 1 if fn.kind == "unpaired" else 2
 
 
 @functools.lru_cache
@@ -205,8 +207,8 @@ def test_the_running_mean_has_the_beta_of_its_own_term():
     fn = combine.find(name)
     assert stats.beta_of(losses.bind(fn, name, {})) == 0.1
     assert stats.beta_of(losses.bind(fn, name, dict(beta=0.3))) == 0.3
-  assert not stats.looks_ahead(combine.find("dpo+sft_tokens"))
-  assert stats.looks_ahead(combine.find("aot+sft"))
+  assert not stats.needs_batch_logps(combine.find("dpo+sft_tokens"))
+  assert stats.needs_batch_logps(combine.find("aot+sft"))
 
 
 EACH = [

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.train.logps import Logps, public_sums
+from jaxalign.train.logps import common_prefix_sums, Logps
 from jaxalign.train.losses import combine, GLOBAL, LOSSES, unpaired
 
 # torch, transformers and trl warn of their own futures.
@@ -69,7 +69,7 @@ def logps(each, mask):
   return Logps(
     jnp.sum(each * mask, -1),
     jnp.sum(mask, -1).astype(each.dtype),
-    public_sums(each, mask),
+    common_prefix_sums(each, mask),
   )
 
 
@@ -685,7 +685,7 @@ def test_trl_s_orpo_of_certain_answers_is_not_a_number(trl):
 
 
 def test_bco_without_a_delta_is_bco_pair_s_two_halves(trl):
-  """TRL 1.16 has BCO for pairs only; each answer is a row with a thumb."""
+  """TRL 1.16 has BCO for pairs only; each answer is a row with a label."""
   rows = rows_of()
   split = Rows(
     each=rows.each.reshape(-1, 1, LENGTH),

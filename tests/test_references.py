@@ -56,7 +56,7 @@ def make(mesh, responses):
 
 def test_public_sums_end_where_the_shorter_answer_does(mesh):
   job, rows, tokens, mask = make(mesh, 2)
-  public, cost = references.public_sums(job, rows)
+  common_prefix, cost = references.common_prefix_sums(job, rows)
   counts = mask.sum(-1)
   assert (
     (counts[:, 0] < counts[:, 1]).any()
@@ -64,23 +64,23 @@ def test_public_sums_end_where_the_shorter_answer_does(mesh):
     < (counts[:, 0] > counts[:, 1]).any()
   )
   seen = 0
-  for i in np.ndindex(public.shape):
+  for i in np.ndindex(common_prefix.shape):
     each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
     shortest = counts[i[0]].min()
-    assert public[i] == pytest.approx(each[:shortest].sum(), abs=1e-5)
+    assert common_prefix[i] == pytest.approx(each[:shortest].sum(), abs=1e-5)
     if counts[i] == shortest:
-      assert public[i] == rows.ref_sum[i]
+      assert common_prefix[i] == rows.ref_sum[i]
     else:
-      assert abs(public[i] - rows.ref_sum[i]) > 0.1
+      assert abs(common_prefix[i] - rows.ref_sum[i]) > 0.1
       seen += mask[i].argmax() + shortest  # prompt and shared tokens
-  assert cost.tokens == seen > 0 < cost.operations
+  assert cost.tokens == seen > 0 < cost.flops
 
 
 def test_public_sums_of_equal_lengths_cost_nothing(mesh):
   job, rows, _, _ = make(mesh, 1)
-  public, cost = references.public_sums(job, rows)
-  np.testing.assert_array_equal(public, rows.ref_sum)
-  assert cost.operations == 0
+  common_prefix, cost = references.common_prefix_sums(job, rows)
+  np.testing.assert_array_equal(common_prefix, rows.ref_sum)
+  assert cost.flops == 0
 
 
 def test_prompt_weights_see_no_answer(mesh):

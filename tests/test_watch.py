@@ -152,10 +152,10 @@ def test_an_online_reference_is_the_stored_one(mesh, layout, name):
     )
     for k, i in enumerate(ones[1](step)):
       i = int(i[4:])
-      total[i], public[i] = host(found.sum)[k], host(found.public)[k]
+      total[i], public[i] = host(found.sum)[k], host(found.common_prefix)[k]
   assert (total < 0).all()
-  stored = rows._replace(ref_sum=total, ref_public=public)
-  blank = rows._replace(ref_sum=0 * total, ref_public=0 * public)
+  stored = rows._replace(ref_sum=total, ref_common_prefix=public)
+  blank = rows._replace(ref_sum=0 * total, ref_common_prefix=0 * public)
   loss = bind(LOSSES[name], name, {})
   logs = []
   for given, reads in ((stored, None), (blank, reference)):
@@ -209,7 +209,7 @@ def test_kto_s_mismatched_rows_are_filled_too(alone):
   ):
     np.testing.assert_array_equal(got[name], 0.5 * (x * mask).sum(-1))
   np.testing.assert_array_equal(got["ref_count"], (tokens > 2).sum(-1))
-  assert "ref_public" not in got and got["lr"] == 0.5
+  assert "ref_common_prefix" not in got and got["lr"] == 0.5
 
 
 # Killed with all of it on.
@@ -620,13 +620,13 @@ def test_drift_and_lengths_are_sums_and_counts():
     "lengths/rejected": [4, 2],
   }
   first = lambda x: Logps(x.sum[:, 1:], x.count[:, 1:])
-  thumbs = {
+  unpaired = {
     n: x.tolist()
     for n, x in sums_and_counts(
       beside(first(policy), first(ref), jnp.array([False, True]), True)
     ).items()
   }
-  assert thumbs == {
+  assert unpaired == {
     "drift/chosen": [0, 1],
     "drift/rejected": [-2, 1],
     "lengths/chosen": [1, 1],
@@ -733,7 +733,7 @@ def test_what_is_off_is_on_no_card():
   c.train.update(best="held_out/loss", eval_sets=("held_out", "generations"))
   assert watched.reads(c.train) == ()
   c.train.update(best="", eval_sets=("held_out",), eval_every=0)
-  c.train.update(keep=5, async_save=True, trackers=("wandb",), explode=9.0)
+  c.train.update(keep=5, trackers=("wandb",), explode=9.0)
   assert set(watched.card_fields(c.train, pick(c, "train"))) == old
   c.train.update(
     ema=0.9, reference="online", ref_sync=4, eval_every=2, best="rest/loss"

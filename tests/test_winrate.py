@@ -161,7 +161,7 @@ def test_prompts_are_asked_once_and_in_order(capsys):
   assert "1 held-out prompts of over 8 tokens" in capsys.readouterr().out
 
 
-def test_thumbs_are_paired_by_rank():
+def test_unpaired_are_paired_by_rank():
   what = evaluate.Examined(
     [dict(label=x) for x in (True, False, False, True, True)],
     None,

@@ -174,12 +174,12 @@ def abstract_batch(
     lr=jax.ShapeDtypeStruct((), jnp.float32),
   )
   batch["tokens"], batch["mask"] = tokens_and_mask()
-  if loss.kind == "thumbs":
+  if loss.kind == "unpaired":
     batch["label"] = array(jnp.bool_, *shape[:2])
   if "weights" in loss.stats:
     batch["weights"] = array(jnp.float32, *shape[:2])
   if "public" in getattr(loss, "extras", ()):
-    batch["ref_public"] = batch["ref_sum"]
+    batch["ref_common_prefix"] = batch["ref_sum"]
   if "z0" in loss.stats:
     batch["kl_tokens"], batch["kl_mask"] = tokens_and_mask()
     batch["kl_ref_sum"] = batch["ref_sum"]
@@ -257,7 +257,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
     name=c.train.optimizer,
   )
   if m.lora and m.lora.variant == "allora":
-    tx = optim.allora(tx, c.lora.eta)
+    tx = optim.allora(tx, 4.0)
   return m, dict(
     loss=loss_of(c),
     tx=tx,

@@ -180,7 +180,6 @@ def main() -> None:
       "--config.train.epochs=100",
       "--config.embed.tile=16",
       f"--config.eval.new_tokens={args.new}",
-      "--config.eval.tile=64",
     ],
     cwd=ROOT,
     check=True,

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
   texts: list[str]  # p answers, as text
   own_logp: np.ndarray  # [p] nats of the answers under this policy
   reward: np.ndarray | None  # [p] true reward, where the world is known
-  operations: int
+  flops: int
   tokens: int
 
 
@@ -182,7 +182,7 @@ def examine(
     texts,
     own,
     reward,
-    embed.operations(m, what.tokens) + 2 * embed.operations(m, rows),
+    embed.flops(m, what.tokens) + 2 * embed.flops(m, rows),
     len(what.tokens.ids) + 2 * len(rows.ids),
   )
 
@@ -241,7 +241,7 @@ def measure(
 
 
 def as_pairs(what: Examined, policy: np.ndarray, ref: np.ndarray):
-  """Pairs as they are; thumbs as the i-th liked beside the i-th disliked."""
+  """Pairs as they are; unpaired as the i-th liked beside the i-th disliked."""
   if policy.shape[1] == 2:
     return policy, ref
   label = np.array([r["label"] for r in what.rows])

@@ -55,8 +55,8 @@ def factors_of(g: Gaussians, ridge: float = 0.0) -> Factors:
   if g.covariances.ndim == 2:
     if not (g.covariances > 0).all():
       raise NumericError(
-        "a component has no variance in some direction; set "
-        f"{KNOB}.ridge above 0"
+        "a component has no variance in some direction; lower "
+        f"{KNOB}.pca or raise the ridge"
       )
     scale = g.covariances**-0.5
     log_det, trace = np.log(g.covariances).sum(1), (scale**2).sum(1)
@@ -66,7 +66,7 @@ def factors_of(g: Gaussians, ridge: float = 0.0) -> Factors:
     except np.linalg.LinAlgError as error:
       raise NumericError(
         "the covariance of a component is not positive "
-        f"definite; raise {KNOB}.ridge or lower {KNOB}.pca"
+        f"definite; lower {KNOB}.pca or raise the ridge"
       ) from error
     invert = functools.partial(scipy.linalg.solve_triangular, lower=True)
     scale = np.stack([invert(one, np.eye(width)).T for one in lower])
@@ -215,7 +215,7 @@ def reseeded(g: Gaussians, k: int, mean: np.ndarray, ridge: float) -> Gaussians:
   return Gaussians(np.log(weights / weights.sum()), means, covariances)
 
 
-def operations(n: int, width: int, components: int, kind: str) -> int:
+def flops(n: int, width: int, components: int, kind: str) -> int:
   """Floating-point operations of one iteration's products."""
   if kind == "diag":
     return 8 * components * n * width

@@ -154,7 +154,7 @@ def _run(
     if not np.isfinite(bound):
       raise NumericError(
         f"the likelihood is {bound} at iteration "
-        f"{len(trace)}; raise {KNOB}.ridge"
+        f"{len(trace)}; lower {KNOB}.pca or raise the ridge"
       )
     small = int(moments.count.argmin())
     if moments.count[small] < least and options.max_iterations > 1:
@@ -170,7 +170,7 @@ def _run(
     if trace and bound < trace[-1] - 1e-6 * (abs(trace[-1]) + width):
       raise NumericError(
         f"the likelihood fell from {trace[-1]} to {bound} at "
-        f"iteration {len(trace)}; raise {KNOB}.ridge"
+        f"iteration {len(trace)}; lower {KNOB}.pca or raise the ridge"
       )
     trace.append(bound)
     converged = len(trace) > 1 and trace[-1] - trace[-2] < options.tol
@@ -337,7 +337,7 @@ def _warnings(
   if not run.converged and options.max_iterations > 1:
     out.append(
       f"EM stopped after {len(run.trace)} iterations, still gaining "
-      f"more than {options.tol} per row; raise {KNOB}.max_iterations"
+      f"more than {options.tol} per row; raise max_iterations"
     )
   return out
 

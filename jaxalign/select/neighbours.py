@@ -96,7 +96,7 @@ def _thinned(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def nearest(read: Reader, queries: np.ndarray, targets: np.ndarray) -> Nearest:
   """The nearest target of each query, never the row itself.
 
-  2 Q T W operations in float32. Of targets at exactly the same distance the
+  2 Q T W flops in float32. Of targets at exactly the same distance the
   one with the lowest row number (the first id) is given.
 
   Args:
@@ -176,7 +176,7 @@ def work(queries: int, targets: int, width: int) -> float:
 
 
 def affordable(queries: int, targets: int, width: int, limit: float) -> int:
-  """How many of the queries stay within `limit` operations."""
+  """How many of the queries stay within `limit` flops."""
   each = work(1, max(1, targets), width)
   return int(min(queries, limit // each))
 

@@ -24,6 +24,7 @@ from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import unpaired
 
 BASES = "bases"  # LoRA-SB's fixed matrices
+GRADIENT_BATCHES = 4  # that LoRA-SB estimates the first gradient from
 BEST = "best"  # the weights of the best evaluation
 
 
@@ -52,7 +53,7 @@ def _policy_start(
           lambda sizes: steps.make_gradients(
             PRODUCERS[c.train.logps](sizes, c.model.head_chunk), loss
           ),
-          [batch_at(step) for step in range(c.lora.batches)],
+          [batch_at(step) for step in range(GRADIENT_BATCHES)],
         )
         saved.save(0, dict(params=found))
     fresh |= bases(job, folder)
@@ -86,7 +87,6 @@ def watching(t: Any) -> dict[str, Any]:
   """What `loop.fit` is told of config.train."""
   return dict(
     keep=t.keep,
-    background=t.async_save,
     explode=t.explode,
     eval_every=t.eval_every,
     best=t.best,
@@ -106,9 +106,9 @@ def run_align(job: Job, arm: Arm) -> None:
     total = artifacts.read_array(folder / "ref_sum.npy")
     count = artifacts.read_array(folder / "ref_count.npy")
     rows = rows_of(job, arm, total, count)
-    if "public" in job.loss.extras:
+    if "common_prefix" in job.loss.extras:
       rows = rows._replace(
-        ref_public=artifacts.read_array(folder / "ref_public.npy")
+        ref_common_prefix=artifacts.read_array(folder / "ref_common_prefix.npy")
       )
     if "weights" in job.loss.stats:
       rows = rows._replace(weights=artifacts.read_array(folder / "weights.npy"))
@@ -166,9 +166,9 @@ def run_align(job: Job, arm: Arm) -> None:
     beside = watched.spent(measures, map(json.loads, lines))
     return (
       list(leaves),
-      Cost(cost.operations + beside.operations, cost.tokens + beside.tokens),
+      Cost(cost.flops + beside.flops, cost.tokens + beside.tokens),
       dict(updates=len(lines), rows=len(rows.ids), say=f"{len(lines)} updates")
-      | (dict(evaluating=beside.operations) if measures else {}),
+      | (dict(evaluating=beside.flops) if measures else {}),
     )
 
   fields = pick(

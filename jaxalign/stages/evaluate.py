@@ -77,8 +77,8 @@ def _examine(
     job.examined,
     new=c.new_tokens,
     temperature=c.temperature,
-    seed=c.seed + seed,
-    tile=c.tile,
+    seed=seed,
+    tile=job.c.embed.tile,
     chunk=job.c.model.head_chunk,
   )
 
@@ -92,7 +92,7 @@ def run_baseline(job: Job) -> None:
     metrics = evaluate.measure(job.examined, outcome, outcome, outcome.own_logp)
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
-    return [*files, "eval.json"], Cost(outcome.operations, outcome.tokens), {}
+    return [*files, "eval.json"], Cost(outcome.flops, outcome.tokens), {}
 
   job.run(
     job.shared / "baseline",
@@ -136,7 +136,7 @@ def run_evaluate(
       job.examined,
       outcome.said,
       new=job.c.eval.new_tokens,
-      tile=job.c.eval.tile,
+      tile=job.c.embed.tile,
       chunk=job.c.model.head_chunk,
     )
     metrics = evaluate.measure(
@@ -149,7 +149,7 @@ def run_evaluate(
     say = f"wins {100 * win['value']:.1f} % against the target" if win else ""
     return (
       [*files, "eval.json"],
-      Cost(outcome.operations, outcome.tokens),
+      Cost(outcome.flops, outcome.tokens),
       dict(say=say),
     )
 
@@ -183,8 +183,7 @@ def run_export(
 
   given = job.c.model.checkpoint
   of = weights.given(given) if given else weights.Given()
-  dtype = job.c.export.dtype
-  dtype = of.dtype if dtype == "auto" else dtype
+  dtype = of.dtype  # as loaded
   job.run(
     arm_folder(job, arm),
     "export",

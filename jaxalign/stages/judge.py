@@ -23,24 +23,25 @@ from jaxalign.eval.judges import controls, verdicts
 from jaxalign.job import Arm, arm_folder, Job
 from jaxalign.stages import scores
 from jaxalign.stages.evaluate import read_samples
-from jaxalign.stages.judges import ASKED, JUDGES, kind_of, name_of, of_scores
+from jaxalign.stages.judges import (
+  ASKED,
+  CONTROLS,
+  JUDGES,
+  kind_of,
+  name_of,
+  of_scores,
+)
 
 _VERDICT = ("judge.kind", "judge.baseline", "judge.prompts")
 _OF = {
   "reward_model": (
     "judge.checkpoint",
-    "judge.context",
     "embed.tile",
     "model.context",
     "model.dtype",
     "model.param_dtype",
   ),
-  "endpoint": (
-    "judge.endpoint",
-    "judge.model",
-    "judge.temperature",
-    "judge.max_tokens",
-  ),
+  "endpoint": ("judge.endpoint", "judge.model"),
 }
 
 
@@ -186,7 +187,7 @@ def run_judge_start(job: Job) -> None:
         if c.judge.baseline == "reference"
         else judge(what.rows, what.start, what.theirs)
       )
-      k = c.judge.controls
+      k = CONTROLS
       held = (
         controls.of_judge(
           name_of(c),
@@ -234,7 +235,7 @@ def run_judge_start(job: Job) -> None:
     job.shared / "judge",
     "judge",
     make=make,
-    fields=_fields(job, "judge.labels", "judge.controls"),
+    fields=_fields(job, "judge.labels"),
     inputs=_inputs(job, data=job.key("data"), baseline=job.key("baseline")),
   )
 
@@ -357,9 +358,9 @@ def described(job: Job, arms: list[Arm]) -> dict[str, Any]:
   if c.judge.baseline != "reference":
     lines.append(dict(name="start", **_line(start, metric)))
   totals = [
-    card.result
-    for (_, stage), card in job.cards.items()
-    if stage == "judge" and "requests" in card.result
+    record.result
+    for (_, stage), record in job.records.items()
+    if stage == "judge" and "requests" in record.result
   ]
   return out | dict(
     arms=lines,

@@ -26,6 +26,7 @@ from jaxalign.model import reward
 from jaxalign.stages import questions, scores
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
+CONTROLS = 20  # prompts of each control, see eval/judges/controls.py
 REWARDS = "rewards.json"  # of the start's stage: content digest -> reward
 ASKED = ("reward_model", "endpoint")  # those with a stage of their own
 
@@ -61,7 +62,7 @@ def endpoint_of(c: Any) -> endpoint.Endpoint:
   """The endpoint of config.judge."""
   j = c.judge
   return endpoint.Endpoint(
-    url=j.endpoint, **{n: j[n] for n in endpoint.Endpoint._fields if n != "url"}
+    url=j.endpoint, **{n: j[n] for n in endpoint.Endpoint._fields if n in j}
   )
 
 
@@ -70,10 +71,7 @@ def reward_config(c: Any) -> reward.RewardConfig:
   r = reward.read_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
-  context = min(
-    r.model.context,
-    c.judge.context or prepare.asked_context(c) or r.model.context,
-  )
+  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -127,16 +125,16 @@ def check_ready(job: Job, arms: list[Arm]) -> None:
   c = job.c
   if kind_of(c) != "endpoint":
     return
-  if "://" in str(job.workdir) and not c.judge.cache:
+  if "://" in str(job.workdir):
     raise ConfigError(
       f"verdicts are kept in a local file, and {job.workdir} "
-      "is none; set config.judge.cache to a path"
+      "is none; choose a local --workdir"
     )
-  cards = [
-    artifacts.read_card(folder, "judge")
+  records = [
+    artifacts.read_record(folder, "judge")
     for folder in (job.shared / "judge", *(arm_folder(job, a) for a in arms))
   ]
-  if any(card is None or not card.finished for card in cards):
+  if any(record is None or not record.finished for record in records):
     if jax.process_index() == 0:
       endpoint.check(endpoint_of(c))
       endpoint.check_reachable(endpoint_of(c))
@@ -155,7 +153,7 @@ def requests_at_most(c: Any, prompts: int, arms: int) -> int:
   return (
     2 * judged * (arms + 1 - own)
     + 2 * c.judge.labels
-    + 4 * min(judged, c.judge.controls)
+    + 4 * min(judged, CONTROLS)
   )
 
 
@@ -178,7 +176,7 @@ def check_enough(job: Job, arms: list[Arm]) -> None:
 
 def cache_of(job: Job) -> str:
   """The file that keeps every verdict paid for."""
-  return job.c.judge.cache or str(job.shared / "verdicts.jsonl")
+  return str(job.shared / "verdicts.jsonl")
 
 
 class _Endpoint:
@@ -224,7 +222,7 @@ class _Rewards:
 
   def __init__(self, job: Job, folder: Any):
     self.job, self.folder, self.files = job, folder, []
-    self.operations = self.tokens = 0
+    self.flops = self.tokens = 0
     r = reward_config(job.c)
     if not r.encodes:
       r = r._replace(
@@ -298,8 +296,8 @@ class _Rewards:
         self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
       )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-    self.operations += sum(
-      reward.operations(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
+    self.flops += sum(
+      reward.flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )
     self.tokens += len(rows.ids)
     return out
@@ -313,7 +311,7 @@ class _Rewards:
     return [REWARDS]
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
-    return Cost(self.operations, self.tokens), {}
+    return Cost(self.flops, self.tokens), {}
 
 
 JUDGES = {"endpoint": _Endpoint, "reward_model": _Rewards}

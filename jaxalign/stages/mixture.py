@@ -1,4 +1,4 @@
-"""The mixture stage: the fit, and what the card needs to know of it.
+"""The mixture stage: the fit, and what the record needs to know of it.
 
 From config.select.mixture.reservoir rows on, the mixture is fitted to so many
 of them. The parameters vary as one over the square root of the rows they were
@@ -17,7 +17,7 @@ import numpy as np
 from jaxalign import artifacts, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
-from jaxalign.select import card as cards
+from jaxalign.select import card as reports
 from jaxalign.select import em
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
@@ -33,24 +33,21 @@ def options_of(c: Any) -> mixtures.MixtureOptions:
     components=components,
     covariance=k.covariance,
     pca=int(k.pca) if str(k.pca).isdigit() else k.pca,
-    ridge=k.ridge,
     starts=1 if closed else k.starts,
-    tol=k.tol,
-    max_iterations=k.max_iterations,
   )
 
 
 def refits(c: Any) -> int:
-  """Fits beside the chosen one, which the card compares; a closed form is the
+  """Fits beside the chosen one, which the record compares; a closed form is the
   same under every seed."""
   closed = mixtures.components_of(c.select.mixture.components)
   return 0 if closed == mixtures.LABELS else c.select.stability_seeds
 
 
 def run_mixture(job: Job) -> None:
-  """Fits the mixture, and what the card needs to know of it."""
+  """Fits the mixture, and what the record needs to know of it."""
   c = job.c
-  options, seed = options_of(c), c.select.mixture.seed
+  options = options_of(c)
 
   def make(folder):
     embedding = stores.read(job.shared / "embed" / "store", "embedding")
@@ -64,7 +61,7 @@ def run_mixture(job: Job) -> None:
         labels = np.array(job.column("pool", "label"))[records]
       given = labels if options.components == mixtures.LABELS else None
       space = mixtures.whiten(job.mesh, x, options)
-      seeds = range(seed, seed + 1 + refits(c))
+      seeds = range(1 + refits(c))
       with progress.bar(
         "mixture", options.starts * (len(seeds) + 1), "starts"
       ) as tick:
@@ -73,10 +70,8 @@ def run_mixture(job: Job) -> None:
           mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
           for s in seeds
         ]
-        halves = cards.held_out(
-          job.mesh, x, options, seed=seed, responses=r, **knobs
-        )
-      matches = cards.component_labels(fitted[0], x, labels)
+        halves = reports.held_out(job.mesh, x, options, responses=r, **knobs)
+      matches = reports.component_labels(fitted[0], x, labels)
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
       scores = [mixtures.log_likelihood(f, flat).reshape(n, r) for f in fitted]
@@ -86,18 +81,18 @@ def run_mixture(job: Job) -> None:
       )
     return (
       ["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
-      Cost(_operations(len(x), width, fitted, options)),
+      Cost(_flops(len(x), width, fitted, options)),
       dict(warnings=fitted[0].warnings),
     )
 
-  card = job.run(
+  record = job.run(
     job.shared / "mixture",
     "mixture",
     make=make,
     fields=pick(c, "select.mixture", "select.stability_seeds"),
     inputs=dict(embed=job.key("embed")),
   )
-  for warning in card.result["warnings"]:
+  for warning in record.result["warnings"]:
     progress.say(f"  warning: {warning}")
 
 
@@ -125,7 +120,7 @@ def _rows(
   return out
 
 
-def _operations(
+def _flops(
   n: int,
   width: int,
   fitted: list[mixtures.Mixture],
@@ -137,7 +132,7 @@ def _operations(
     sum(len(f.trace) for f in fitted) + len(fitted[0].trace) // 2
   )
   components, directions = fitted[0].means.shape
-  return 2 * n * width**2 + sweeps * em.operations(
+  return 2 * n * width**2 + sweeps * em.flops(
     n, directions, components, options.covariance
   )
 

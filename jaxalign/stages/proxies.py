@@ -28,6 +28,8 @@ from jaxalign.stages.scores import digest_of
 from jaxalign.stages.sft import train, TRAINED
 from jaxalign.train import feed, losses
 
+BETA = 0.1  # of their DPO
+
 
 class Start(NamedTuple):
   """What the proxies are tuned from."""
@@ -67,7 +69,6 @@ def check(c: Any) -> None:
       f"proxy.models={c.proxy.models}, wanted 2 or more: one "
       "judges what the other has seen; set config.proxy.models"
     )
-  feed.check_divides(c.proxy.batch_size, c.proxy.accumulation, "config.proxy")
   _loss(c)
   if not c.proxy.checkpoint:
     return
@@ -83,7 +84,7 @@ def check(c: Any) -> None:
 
 
 def _loss(c: Any):
-  return losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=c.proxy.beta))
+  return losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=BETA))
 
 
 def _start(job: Job) -> Start:
@@ -125,7 +126,7 @@ def _score(
     label=label,
     ids=job.column("pool", "id"),
   )
-  return found, Cost(embed.operations(m, rows), len(rows.ids))
+  return found, Cost(embed.flops(m, rows), len(rows.ids))
 
 
 def _tune(
@@ -163,7 +164,7 @@ def _tune(
     begin,
     rows,
     _loss(c),
-    p,
+    c.train.to_dict(),
     lr=recipe.LORA_LR if m.lora else p.lr,
     updates=updates,
     seed=seed,
@@ -211,21 +212,17 @@ def _fields(c: Any, *proxy: str) -> dict[str, Any]:
   recipe = (
     "batch_size",
     "accumulation",
-    "lr",
     "warmup_ratio",
     "schedule",
     "clip",
     "weight_decay",
     "b2",
     "save_every",
-    "beta",
-    "seed",
-    "checkpoint",
-    *proxy,
   )
   return pick(
     c,
-    *(f"proxy.{n}" for n in recipe),
+    *(f"train.{n}" for n in recipe),
+    *(f"proxy.{n}" for n in ("lr", "checkpoint", *proxy)),
     "model",
     "embed.tile",
     "embed.shard",
@@ -259,8 +256,8 @@ def run_proxy(job: Job) -> None:
 
   def make(folder):
     start = _start(job)
-    index = drawn(job.column("pool", "id"), p.pairs, p.seed)
-    params, m = _tune(job, folder, "proxy", start, index, p.updates, p.seed)
+    index = drawn(job.column("pool", "id"), p.pairs, 0)
+    params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
     rows = job.tokens("pool")
     files = over_shards(
       job,
@@ -284,21 +281,21 @@ def run_proxy(job: Job) -> None:
         proxy_ref_logp=start.sums.reshape(-1)[parts[jax.process_index()]],
       ),
     )
-    operations, tokens = feed.training_cost(
+    flops, tokens = feed.training_cost(
       m,
       training_rows(job, start, index),
       updates=p.updates,
-      batch=p.batch_size,
-      seed=p.seed,
+      batch=c.train.batch_size,
+      seed=0,
     )
     parts = (
       start.cost,
-      Cost(operations, tokens),
-      Cost(embed.operations(m, rows), len(rows.ids)),
+      Cost(flops, tokens),
+      Cost(embed.flops(m, rows), len(rows.ids)),
     )
     return (
       [*files, *TRAINED],
-      Cost(sum(x.operations for x in parts), sum(x.tokens for x in parts)),
+      Cost(sum(x.flops for x in parts), sum(x.tokens for x in parts)),
       dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
     )
 
@@ -366,11 +363,11 @@ def run_held_out(job: Job) -> None:
   def make(folder):
     start = _start(job)
     n = len(job.column("pool", "id"))
-    seen = halves(job.column("pool", "group"), p.models, p.seed)
-    total, tokens = start.cost.operations, start.cost.tokens
+    seen = halves(job.column("pool", "group"), p.models, 0)
+    total, tokens = start.cost.flops, start.cost.tokens
     for s, name in enumerate(names):
       index = np.flatnonzero(seen[:, s])
-      updates = p.half_updates or -(-len(index) // p.batch_size)
+      updates = -(-len(index) // c.train.batch_size)
       m = start.model._replace(lora=_lora(c))
       own = folder / f"model{s}"
       # Counted for every model: a resumed run goes on behind some of them.
@@ -378,25 +375,19 @@ def run_held_out(job: Job) -> None:
         m,
         training_rows(job, start, index),
         updates=updates,
-        batch=p.batch_size,
-        seed=p.seed + s,
+        batch=c.train.batch_size,
+        seed=s,
       )
-      total += more + embed.operations(m, job.tokens("pool"))
+      total += more + embed.flops(m, job.tokens("pool"))
       tokens += many + len(job.tokens("pool").ids)
       if (
         artifacts.agree("done" if (folder / name).exists() else "new") == "new"
       ):
         params, m = _tune(
-          job,
-          own,
-          f"model {s + 1} of {p.models}",
-          start,
-          index,
-          updates,
-          p.seed + s,
+          job, own, f"model {s + 1} of {p.models}", start, index, updates, s
         )
         found, _ = _score(job, params, m, f"model {s + 1} of {p.models}")
-        loss = dpo_losses(found.logp.reshape(n, 2), start.sums, p.beta)
+        loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
         if jax.process_index() == 0:
           artifacts.write_array(
             folder / name, np.where(seen[:, s], np.nan, loss)
@@ -421,6 +412,6 @@ def run_held_out(job: Job) -> None:
     "held_out",
     make=make,
     resumes=(*names, *(f"model{s}" for s in range(p.models))),
-    fields=_fields(c, "models", "half_updates"),
+    fields=_fields(c, "models"),
     inputs=_inputs(job),
   )

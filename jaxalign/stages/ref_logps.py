@@ -24,7 +24,7 @@ def updates_for(job: Job, arm: Arm, n: int) -> int:
 
 
 def like(arm: Arm) -> dict[str, Any]:
-  """What a card says of an arm trained as long as another budget."""
+  """What a record says of an arm trained as long as another budget."""
   return dict(like=arm.like) if arm.like else {}
 
 
@@ -36,7 +36,7 @@ def rows_of(
   ids, tokens = job.column("pool", "id"), job.tokens("pool")
   responses = len(tokens.start) // len(ids)
   label = None
-  if job.kind == "thumbs":
+  if job.kind == "unpaired":
     label = np.array(job.column("pool", "label"))[index]
   return feed.Rows(
     [ids[i] for i in index],
@@ -60,7 +60,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   c, m = job.c, job.model
   online = c.train.reference == "online"  # train computes what costs a pass
   source = columns.sums(c, job.kind, combine.named(arm.sampler))
-  if ("", source) not in job.cards:  # training alone runs no such pass
+  if ("", source) not in job.records:  # training alone runs no such pass
     source = ""
   batched = not (columns.exact(c) or online) and job.loss.reference
 
@@ -95,7 +95,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       return np.zeros_like(counts), counts, Cost()
     total, count = once(tokens, which, [ids[i] for i in index])
     rows = tokens_lib.take(tokens, which.reshape(-1))
-    return total, count, Cost(embed.operations(m, rows), len(rows.ids))
+    return total, count, Cost(embed.flops(m, rows), len(rows.ids))
 
   def make(folder):
     index = selected_rows(job, arm)
@@ -105,7 +105,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
 
     def spent(more):
       nonlocal cost
-      cost = Cost(cost.operations + more.operations, cost.tokens + more.tokens)
+      cost = Cost(cost.flops + more.flops, cost.tokens + more.tokens)
 
     tokens = None
     if "z0" in job.loss.stats:
@@ -134,13 +134,15 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       )
       arrays["ref_sum"] = found.ref_sum
       own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
-      spent(Cost(embed.operations(m, own), len(own.ids)))
-    if "public" in job.loss.extras and (online or batched):
-      arrays["ref_public"] = (
-        found.ref_public if batched else np.zeros_like(total)
+      spent(Cost(embed.flops(m, own), len(own.ids)))
+    if "common_prefix" in job.loss.extras and (online or batched):
+      arrays["ref_common_prefix"] = (
+        found.ref_common_prefix if batched else np.zeros_like(total)
       )
-    elif "public" in job.loss.extras:
-      arrays["ref_public"], more = references.public_sums(job, rows)
+    elif "common_prefix" in job.loss.extras:
+      arrays["ref_common_prefix"], more = references.common_prefix_sums(
+        job, rows
+      )
       spent(more)
     if "weights" in job.loss.stats:
       arrays["weights"], more = references.prompt_weights(job, rows, arm.seed)
@@ -151,7 +153,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
         if batched
         else once(tokens, np.arange(len(tokens.start))[:, None])[0][:, 0]
       )
-      spent(Cost(embed.operations(m, tokens), len(tokens.ids)))
+      spent(Cost(embed.flops(m, tokens), len(tokens.ids)))
     if jax.process_index() == 0:
       for name, x in arrays.items():
         artifacts.write_array(folder / f"{name}.npy", x)
@@ -175,7 +177,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     ) | like(arm)
   if batched:
     fields |= pick(c, "train.batch_size", "train.accumulation", "train.logps")
-  read = {stage for stage in {"embed", source} if ("", stage) in job.cards}
+  read = {stage for stage in {"embed", source} if ("", stage) in job.records}
   if "embed" not in read:  # whose key names these
     fields |= pick(c, "model")
   job.run(

@@ -17,6 +17,15 @@ from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 
 TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
+ALLORA_ETA = 4.0  # an update's factor where B is 0
+RECIPE = dict(  # of the SFT model; the rest stands in config.sft
+  accumulation=1,
+  warmup_ratio=0.05,
+  schedule="cosine",
+  clip=1.0,
+  weight_decay=0.01,
+  b2=0.98,
+)
 
 
 def run_sft(job: Job) -> None:
@@ -31,7 +40,7 @@ def run_sft(job: Job) -> None:
         {},
       )
     )
-    job.cards["", "sft"] = artifacts.Card(
+    job.records["", "sft"] = artifacts.Record(
       "sft", key, {}, {}, {}, Cost(), {}, skipped=True
     )
     return
@@ -55,7 +64,7 @@ def run_sft(job: Job) -> None:
       np.zeros((n, 1), np.float32),
       np.ones((n, 1), np.float32),
     )
-    params = decoder.init(jax.random.key(c.sft.seed), m, mesh)
+    params = decoder.init(jax.random.key(c.data.seed), m, mesh)
     cost = train(
       job,
       folder,
@@ -64,10 +73,10 @@ def run_sft(job: Job) -> None:
       lambda _: (params, {}),
       rows,
       LOSSES["sft"],
-      c.sft,
+      RECIPE | c.sft.to_dict(),
       lr=c.sft.lr,
       updates=c.sft.updates,
-      seed=c.sft.seed,
+      seed=c.data.seed,
     )
     return list(TRAINED), cost, {}
 
@@ -112,24 +121,24 @@ def train(
   """
   c, mesh = job.c, job.mesh
   tx = optim.make_optimizer(
-    clip=knobs.clip,
-    b2=knobs.b2,
-    weight_decay=knobs.weight_decay,
+    clip=knobs["clip"],
+    b2=knobs["b2"],
+    weight_decay=knobs["weight_decay"],
     name=optimizer,
   )
   if m.lora and m.lora.variant == "allora":
-    tx = optim.allora(tx, c.lora.eta)
+    tx = optim.allora(tx, ALLORA_ETA)
   rate = optim.make_schedule(
     lr=lr,
     updates=updates,
-    warmup_ratio=knobs.warmup_ratio,
-    schedule=knobs.schedule,
+    warmup_ratio=knobs["warmup_ratio"],
+    schedule=knobs["schedule"],
   )
   batch_at, ids_at, tokens_at = feed.make_feed(
     mesh,
     rows,
-    batch=knobs.batch_size,
-    accumulation=knobs.accumulation,
+    batch=knobs["batch_size"],
+    accumulation=knobs["accumulation"],
     seed=seed,
     context=m.context,
     rate=rate,
@@ -155,33 +164,33 @@ def train(
     folder=folder,
     label=label,
     updates=updates,
-    save_every=knobs.save_every,
+    save_every=knobs["save_every"],
     tokens_at=tokens_at,
     evaluations={
       n: functools.partial(lambda f, p: f(p | frozen), f)
       for n, f in measures.items()
     },
     **dict(explode=c.train.explode) | fit,
-    peak=mesh.size * peaks.peak_of(mesh.devices.flat[0], c.train.peak),
-    distinct_at=feed.make_distinct(rows, batch=knobs.batch_size, seed=seed),
+    peak=mesh.size * peaks.peak_of(mesh.devices.flat[0]),
+    distinct_at=feed.make_distinct(rows, batch=knobs["batch_size"], seed=seed),
     useful_at=feed.make_useful(
       m,
       rows,
-      batch=knobs.batch_size,
+      batch=knobs["batch_size"],
       seed=seed,
       mismatched=mismatched,
-      ahead=stats.looks_ahead(loss),
+      ahead=stats.needs_batch_logps(loss),
       online=online,
     ),
   )
-  operations, tokens = feed.training_cost(  # of what was not stopped early
+  flops, tokens = feed.training_cost(  # of what was not stopped early
     m,
     rows,
     updates=int(last.step),
-    batch=knobs.batch_size,
+    batch=knobs["batch_size"],
     seed=seed,
     mismatched=mismatched.tokens if mismatched else None,
-    ahead=stats.looks_ahead(loss),
+    ahead=stats.needs_batch_logps(loss),
     online=online,
   )
-  return Cost(operations, tokens)
+  return Cost(flops, tokens)

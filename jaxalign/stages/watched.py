@@ -26,8 +26,8 @@ GENERATED = ("ended", "empty", "malformed", "length", "entropy", "kl")
 # What a loss may read and still have a value on a set: the others are of the
 # batches of a run (z0, ranks) or of its past (a running mean).
 OF_A_SET = ("label", "mean_count")
-# Knobs of config.train that change no weights: no card names them.
-BESIDE = ("keep", "async_save", "trackers", "explode", "peak")
+# Knobs of config.train that change no weights: no record names them.
+BESIDE = ("keep", "trackers", "explode")
 # Knobs that came later, with the value at which a run is as it was before.
 LATER = dict(
   optimizer="adamw",
@@ -50,7 +50,7 @@ UNDER = dict(
 
 
 def card_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
-  """What a card says of config.train: a run of before there was a choice, and
+  """What a record says of config.train: a run of before there was a choice, and
   one whose weights a knob does not touch, go on."""
   out = dict(fields)
   for name in (
@@ -238,7 +238,7 @@ def spent(
         )
       ]
     )
-    total = Cost(total.operations + cost.operations, total.tokens + cost.tokens)
+    total = Cost(total.flops + cost.flops, total.tokens + cost.tokens)
   return total
 
 
@@ -327,14 +327,14 @@ def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
 def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   """Measures the answers that rows have, against the reference.
 
-  With r = policy - ref, nats: "chosen_drift", the mean r of chosen (of thumbs:
+  With r = policy - ref, nats: "chosen_drift", the mean r of chosen (unpaired:
   liked) answers; "accuracy", the share of pairs whose chosen one has the larger
   r, "ties" apart, as in training: 0 and 1 before the first update; "margin",
-  the mean of r chosen - r rejected. Of thumbs a pair is any liked answer
+  the mean of r chosen - r rejected. Of unpaired rows a pair is any liked answer
   beside any disliked one. "loss" is that of the rows as one batch.
 
   Raises:
-    ConfigError: thumbs of one label where config.train.best needs both.
+    ConfigError: unpaired rows of one label where config.train.best needs both.
   """
   c, tokens = job.c, job.tokens(split)
   each = len(tokens.start) // len(job.column(split, "id"))
@@ -360,7 +360,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       params,
       m,
       rows,
-      tile=c.eval.tile,
+      tile=c.embed.tile,
       chunk=c.model.head_chunk,
       label=f"eval {name}",
     )
@@ -375,7 +375,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
     out = {}
     if _has_value(job.loss):
       width, liked = each, label
-      if each == 2 and job.kind == "thumbs":
+      if each == 2 and job.kind == "unpaired":
         width, liked = 1, np.tile([True, False], len(policy))
       as_logps = lambda x: Logps(
         *(jnp.asarray(y.reshape(-1, width)) for y in (x, count))
@@ -405,9 +405,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
 
   def cost(found):  # of the policy each time, of the reference once
     times = len(found) + bool(found)
-    return Cost(
-      times * embed.operations(job.model, rows), times * len(rows.ids)
-    )
+    return Cost(times * embed.flops(job.model, rows), times * len(rows.ids))
 
   return Measure(measure, cost)
 
@@ -418,7 +416,7 @@ def _generations(job: Job) -> Measure:
   Beside their health "entropy", nats a token, and "kl" from the reference,
   nats an answer: means over the policy's own samples, so exact in expectation
   at temperature 1. In the built-in world "win_vs_target", by its true reward.
-  "operations" is what it took, for the ledger: writing, and a pass of the
+  "flops" is what it took, for the ledger: writing, and a pass of the
   policy and one of the reference over what was written.
   """
   c, what = job.c, job.examined
@@ -448,8 +446,8 @@ def _generations(job: Job) -> Measure:
       eos=tok.stops,
       known=min(tok.vocab_size, job.policy.vocab),
       temperature=k.temperature,
-      seed=k.seed,
-      tile=k.tile,
+      seed=0,
+      tile=c.embed.tile,
       label="eval generations",
     )
     score = lambda params, m: np.float64(
@@ -460,7 +458,7 @@ def _generations(job: Job) -> Measure:
         what,
         said,
         new=k.new_tokens,
-        tile=k.tile,
+        tile=c.embed.tile,
         chunk=c.model.head_chunk,
       )
     )
@@ -480,7 +478,7 @@ def _generations(job: Job) -> Measure:
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
-    out["operations"] = 3.0 * embed.operations(
+    out["flops"] = 3.0 * embed.flops(
       job.model, evaluate.answer_rows(asked, said)
     )
     return out
@@ -488,7 +486,7 @@ def _generations(job: Job) -> Measure:
   def cost(found):
     written = sum(round(x["length"] * len(asked)) for x in found)
     return Cost(
-      round(sum(x["operations"] for x in found)),
+      round(sum(x["flops"] for x in found)),
       3 * (len(found) * sum(map(len, asked)) + written),
     )
 

@@ -26,9 +26,9 @@ class Rows(NamedTuple):
   row_of: np.ndarray  # [M, R] int: which tokenized row a response is
   ref_sum: np.ndarray  # [M, R] float32 nats of the reference
   ref_count: np.ndarray  # [M, R] float32
-  label: np.ndarray | None = None  # [M] bool, thumbs
+  label: np.ndarray | None = None  # [M] bool, unpaired rows
   # For the losses that read them, see `jaxalign.references`:
-  ref_public: np.ndarray | None = None  # [M, R] float32 nats
+  ref_common_prefix: np.ndarray | None = None  # [M, R] float32 nats
   weights: np.ndarray | None = None  # [M] float32
 
 
@@ -258,7 +258,7 @@ def make_feed(
           ("ref_count", rows.ref_count),
           ("label", rows.label),
           ("weights", rows.weights),
-          ("ref_public", rows.ref_public),
+          ("ref_common_prefix", rows.ref_common_prefix),
         )
         if x is not None
       }
@@ -307,7 +307,7 @@ def passes(
   Its own, one for the gradients of the activations and one for those of the
   weights; frozen weights have none, but both operands of attention move. The
   adapters' own products, about r / D of a pass, are not counted. `ahead`: a
-  pass more, see `stats.looks_ahead`; `online`: one more, the reference's, see
+  pass more, see `stats.needs_batch_logps`; `online`: the reference's too, see
   `train.online`.
   """
   more = ahead + online
@@ -324,7 +324,7 @@ def make_useful(
   ahead: bool = False,
   online: bool = False,
 ) -> Callable[[int], int]:
-  """Returns `useful_at(step)`: operations that an update cannot do without.
+  """Returns `useful_at(step)`: flops that an update cannot do without.
 
   `decoder.useful` of its rows, `passes` times, and of the passes beside them
   as in `training_cost`; recomputation is not counted.
@@ -358,10 +358,10 @@ def training_cost(
   ahead: bool = False,
   online: bool = False,
 ) -> tuple[int, int]:
-  """(operations, tokens) of a training run: `passes` a row.
+  """(flops, tokens) of a training run: `passes` a row.
 
   A mismatched row costs one forward, `ahead` one more of every row (see
-  `stats.looks_ahead`), `online` one more of every row and mismatched row;
+  `stats.needs_batch_logps`), `online` one more of every row and mismatched row;
   padding and recomputation are not counted. Of the `mismatched` rows, those
   of all steps end to end, the first `updates * batch` ran.
   """
@@ -371,12 +371,12 @@ def training_cost(
   lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
-    total += int(count) * decoder.operations(
+    total += int(count) * decoder.flops(
       m, int(size), passes=passes(m, ahead, online)
     )
   if mismatched is not None:
     extra = tokens_lib.lengths(mismatched)[: updates * batch]
     tokens += int(extra.sum())
     for size, count in zip(*np.unique(extra, return_counts=True)):
-      total += (1 + online) * decoder.operations(m, int(size)) * int(count)
+      total += (1 + online) * decoder.flops(m, int(size)) * int(count)
   return total, tokens

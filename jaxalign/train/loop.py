@@ -200,7 +200,7 @@ def fit(
       goes on inside begins there. (0, 0): none.
     distinct_at: the same with a pair's prompt counted once, as packed rows
       compute it, for "perf/distinct_tokens_per_s".
-    useful_at: operations of a step, for "perf/mfu".
+    useful_at: flops of a step, for "perf/mfu".
     peak: FLOP/s of all devices together; 0: not known, no "perf/mfu".
     keep: checkpoints that are left, see `Checkpoints`.
     background: whether they are written while training goes on.

@@ -41,8 +41,8 @@ def make_fill(
   def sums(params, rows, others):
     found = over(params, *rows)
     out = dict(ref_sum=found.sum, ref_count=found.count)
-    if found.public is not None:
-      out["ref_public"] = found.public
+    if found.common_prefix is not None:
+      out["ref_common_prefix"] = found.common_prefix
     if others is not None:
       out["kl_ref_sum"] = over(params, *others).sum
     return out

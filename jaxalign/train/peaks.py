@@ -16,14 +16,9 @@ PEAKS = {
 }
 
 
-def peak_of(device: Any, given: float = 0.0) -> float:
-  """FLOP/s of a device; 0 where it is not known.
-
-  Args:
-    device: a jax device.
-    given: `config.train.peak`, taken at its word where it is not 0.
-  """
-  return given or next(
+def peak_of(device: Any) -> float:
+  """FLOP/s of a device; 0 where it is not known."""
+  return next(
     (
       rate
       for start, rate in PEAKS.items()

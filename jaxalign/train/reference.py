@@ -193,7 +193,7 @@ class Sums(NamedTuple):
   """What a frozen reference says of the rows of a training."""
 
   ref_sum: np.ndarray  # [M, R] float32 nats
-  ref_public: np.ndarray  # [M, R] float32 nats
+  ref_common_prefix: np.ndarray  # [M, R] float32 nats
   mismatched: np.ndarray | None  # [updates * B] float32 nats
 
 
@@ -239,7 +239,7 @@ def as_trained(
   # A row's number stands where its sum will: it says where the row went.
   rows = rows._replace(
     ref_sum=np.repeat(number[:, None], r, axis=1),
-    ref_public=np.zeros((n, r), np.float32),
+    ref_common_prefix=np.zeros((n, r), np.float32),
   )
   feed_of = functools.partial(
     feed.make_feed,
@@ -267,9 +267,10 @@ def as_trained(
       where = sharding.fetch(one["ref_sum"]).reshape(-1, r)[:, 0]
       fresh = np.isnan(out[0, where, 0])
       found = fill(
-        params, {k: one[k] for k in ("tokens", "mask", "ref_sum", "ref_public")}
+        params,
+        {k: one[k] for k in ("tokens", "mask", "ref_sum", "ref_common_prefix")},
       )
-      for kept, name in zip(out, ("ref_sum", "ref_public")):
+      for kept, name in zip(out, ("ref_sum", "ref_common_prefix")):
         kept[where[fresh]] = sharding.fetch(found[name]).reshape(-1, r)[fresh]
       tick(1)
     if others:

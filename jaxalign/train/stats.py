@@ -17,12 +17,12 @@ from jaxalign.train.losses.unpaired import update_delta
 
 # Statistics and fields of Logps that a job computes; no loss may ask for more.
 STATS = ("label", "weights", "z0", "delta", "mean_count", *GLOBAL)
-EXTRAS = ("public",)
+EXTRAS = ("common_prefix",)
 # Those that take the policy's sums of every row, a forward pass of their own.
 AHEAD = ("delta", *GLOBAL)
 
 
-def looks_ahead(loss_fn: Callable) -> bool:
+def needs_batch_logps(loss_fn: Callable) -> bool:
   """Whether a step runs the policy over its whole batch before the loss."""
   return any(name in AHEAD for name in getattr(loss_fn, "stats", ()))
 
@@ -77,7 +77,7 @@ def make_statistics(logps_fn: Callable, loss_fn: Callable) -> Callable:
       scalars["mean_count"] = jnp.sum(first, dtype=jnp.float32) / (
         first.shape[0] * first.shape[1]
       )
-    if looks_ahead(loss_fn):
+    if needs_batch_logps(loss_fn):
       # Whole on every device: ranks are over all rows.
       policy, ref = (
         jax.reshard(x, jax.P())

@@ -15,7 +15,7 @@ from jaxalign.train.metrics import beside, sums_and_counts
 from jaxalign.train.stats import make_statistics
 
 # What of a batch a micro-batch reads beside its statistics.
-MICRO = ("tokens", "mask", "ref_sum", "ref_count", "ref_public")
+MICRO = ("tokens", "mask", "ref_sum", "ref_count", "ref_common_prefix")
 
 
 class TrainState(NamedTuple):
@@ -67,7 +67,7 @@ def make_gradients(
   A batch is a dict of arrays, A micro-batches of b rows each: "tokens" and
   "mask" [A, b, R, L], "ref_sum" and "ref_count" [A, b, R];
   "lr", the scalar learning rate of this update; for a loss that
-  needs them "label" and "weights" [A, b], "ref_public" [A, b, R], and for z0
+  needs them "label", "weights" [A, b], "ref_common_prefix" [A, b, R], for z0
   "kl_tokens", "kl_mask" [A, b, 1, L], "kl_ref_sum" [A, b, 1]. Gradients are
   sums over rows, accumulated in float32 by a scan and divided once by A * b:
   equal to the large batch. `found` is the (scalars, rows) of `make_statistics`
@@ -77,7 +77,9 @@ def make_gradients(
 
   def objective(trained, frozen, micro, rows, scalars):
     policy = logps_fn(trained | frozen, micro["tokens"], micro["mask"])
-    ref = Logps(micro["ref_sum"], micro["ref_count"], micro.get("ref_public"))
+    ref = Logps(
+      micro["ref_sum"], micro["ref_count"], micro.get("ref_common_prefix")
+    )
     stats = scalars | rows
     loss, metrics = loss_fn(policy, ref, stats)
     metrics = (

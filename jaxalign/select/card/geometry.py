@@ -13,7 +13,7 @@ from jaxalign.select.samplers import clusters as clusters_lib
 
 ALIKE = 0.95  # a cosine from which two rows are near-duplicates
 ASKED = 2000  # rows whose neighbours stand for the pool's or a random subset's
-WORK = 2e12  # operations that neighbours may take; then rows are sampled
+WORK = 2e12  # flops that neighbours may take; then rows are sampled
 SPREAD = 4096  # rows that spectra and the map are of
 CLUSTERS = 12  # that stand for topics where rows have none
 _COMMON = 3  # words that name a cluster

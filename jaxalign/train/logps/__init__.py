@@ -11,10 +11,12 @@ class Logps(NamedTuple):
 
   sum: jax.Array  # [B, R] nats, over response tokens with their EOS
   count: jax.Array  # [B, R] response tokens, at least 1
-  public: jax.Array | None = None  # [B, R] nats, see `public_sums` (LD-DPO)
+  common_prefix: jax.Array | None = (
+    None  # [B, R] nats, see `common_prefix_sums` (LD-DPO)
+  )
 
 
-def public_sums(each: jax.Array, mask: jax.Array) -> jax.Array:
+def common_prefix_sums(each: jax.Array, mask: jax.Array) -> jax.Array:
   """Sums over the first min(counts) response tokens of every response.
 
   Args:
@@ -22,7 +24,7 @@ def public_sums(each: jax.Array, mask: jax.Array) -> jax.Array:
     mask: [B, R, L], 1 on response tokens.
 
   Returns:
-    [B, R] nats: `Logps.public`. The shortest response's is its whole sum.
+    [B, R] nats: `Logps.common_prefix`. The shortest's is its whole sum.
   """
   mask = mask.astype(each.dtype)
   place = jnp.cumsum(mask, axis=-1)  # 1 on the first response token

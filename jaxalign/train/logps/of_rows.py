@@ -24,8 +24,8 @@ def _padded(params, tokens, mask, m, chunk, head):
     x, (b, r, *more), out_sharding=jax.P(rows, *[None] * (1 + len(more)))
   )
   # Compiled away where the loss does not read it.
-  public = logps.public_sums(shaped(each, length), mask)
-  return logps.Logps(shaped(total), shaped(count), public)
+  common_prefix = logps.common_prefix_sums(shaped(each, length), mask)
+  return logps.Logps(shaped(total), shaped(count), common_prefix)
 
 
 def _packed(params, rows, counts, m, chunk, head):
@@ -56,7 +56,7 @@ def _packed(params, rows, counts, m, chunk, head):
   return logps.Logps(
     summed(each),
     counts[..., 0].astype(jnp.float32),
-    summed(jnp.where(rows.public, each, 0.0)),
+    summed(jnp.where(rows.common_prefix, each, 0.0)),
   )
 
 

@@ -27,7 +27,7 @@ def needs(
   """Declares the rows a loss eats and what it reads beside sums and counts.
 
   Args:
-    kind: "pairs" ([B, 2]), "thumbs" ([B, 1] and a label) or "rows" ([B, R]).
+    kind: "pairs" ([B, 2]), "unpaired" ([B, 1] and a label) or "rows" ([B, R]).
     *stats: keys of `stats`: "label" [B] bool; "z0", a scalar in nats; "delta",
       a scalar reward (`unpaired.update_delta`); "weights" [B]
       (`matching.density_ratios`); "mean_count", the mean number of tokens of

@@ -54,7 +54,7 @@ def pair_metrics(policy: Logps, reward: jax.Array) -> dict[str, Any]:
   }
 
 
-def thumb_metrics(
+def unpaired_metrics(
   policy: Logps, reward: jax.Array, label: jax.Array
 ) -> dict[str, Any]:
   """Metrics of single answers, as (values, weights): those of one class are 0

@@ -1,6 +1,6 @@
 """Density ratios of prompts: BCO's underlying distribution matching.
 
-Desirable and undesirable answers of thumbs data often come from other prompts;
+Liked and disliked answers of unpaired data often come from other prompts;
 a classifier on the prompts' embeddings tells how much, and undesirable rows are
 weighed as if they had the desirable rows' prompts. Host NumPy, float64: the
 same numbers on every mesh.

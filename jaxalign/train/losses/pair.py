@@ -248,20 +248,20 @@ def dpop(policy, ref, stats, *, beta=0.1, penalty=50.0):
   return -jax.nn.log_sigmoid(z), pair_metrics(policy, beta * r)
 
 
-@needs("pairs", extras=("public",))
+@needs("pairs", extras=("common_prefix",))
 def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
   """Length-desensitised DPO, Liu et al. 2024.
 
   DPO on sums whose tokens past L = min(n_w, n_l) weigh alpha = `tail_weight`
-  in [0, 1]: public + alpha (sum - public), of policy AND reference, so that
+  in [0, 1]: common_prefix + alpha (sum - common_prefix), of both, so that
   the start is ln 2; LLaMA-Factory weighs the policy only. 1 is DPO, 0 drops
   the tail. alpha is applied here, never to stored log-probabilities.
-  `Logps.public` [B, 2] holds the sums over the first L tokens.
+  `Logps.common_prefix` [B, 2] holds the sums over the first L tokens.
   """
   del stats
 
   def weighed(x):
-    return x.public + tail_weight * (x.sum - x.public)
+    return x.common_prefix + tail_weight * (x.sum - x.common_prefix)
 
   reward = beta * (weighed(policy) - weighed(ref))
   return -jax.nn.log_sigmoid(margin(reward)), pair_metrics(policy, reward)

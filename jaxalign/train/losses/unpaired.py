@@ -1,4 +1,4 @@
-"""Losses on single answers with a thumb up or down.
+"""Losses on single answers, liked or disliked.
 
 Every one takes Logps [B, 1] of policy and reference and stats["label"] [B]
 bool (true: desirable); r = policy - ref over SUMS. Metrics of one class are
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxalign.lookup import given
 from jaxalign.train.losses import needs
-from jaxalign.train.losses.common import ratios, thumb_metrics
+from jaxalign.train.losses.common import ratios, unpaired_metrics
 
 
 def _sign(label):
@@ -56,7 +56,7 @@ def weighed(loss: Callable, label: np.ndarray) -> tuple[Callable, list[str]]:
     return loss, []
   up = int(np.sum(label))
   down = len(label) - up
-  counts = f"{up:,} thumbs up and {down:,} down"
+  counts = f"{up:,} liked answers and {down:,} disliked"
   have = given(loss)
   if have.keys() & {"desirable", "undesirable"}:
     up *= have.get("desirable", 1.0)
@@ -80,7 +80,7 @@ def weighed(loss: Callable, label: np.ndarray) -> tuple[Callable, list[str]]:
   ]
 
 
-@needs("thumbs", "label", "z0")
+@needs("unpaired", "label", "z0")
 def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
   """Kahneman-Tversky optimisation, Ethayarajh et al. 2024, eq. 8.
 
@@ -96,9 +96,9 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
       gradient, from every micro-batch of the step (HALOs and TRL take it
       from one device's micro-batch).
     beta: > 0.
-    desirable: weight of thumbs up; a job that is given neither takes
+    desirable: weight of liked answers; a job that is given neither takes
       `class_weights` of the rows it kept.
-    undesirable: weight of thumbs down.
+    undesirable: weight of disliked answers.
 
   Returns:
     [B] loss, and [B] metrics (rewards of one class are 0 on the other's rows
@@ -109,16 +109,16 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
   r = ratios(policy, ref)[:, 0]
   weight = jnp.where(label, desirable, undesirable)
   loss = weight * jax.nn.sigmoid(-beta * _sign(label) * (r - z0))
-  return loss, thumb_metrics(policy, beta * r, label) | {
+  return loss, unpaired_metrics(policy, beta * r, label) | {
     "kl": jnp.ones_like(loss) * z0
   }
 
 
-@needs("thumbs", "label")
+@needs("unpaired", "label")
 def apo_zero_unpaired(
   policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0
 ):
-  """APO-zero on thumbs, D'Oosterlinck et al. 2024, eq. 7: KTO with z0 = 0.
+  """APO-zero on unpaired, D'Oosterlinck et al. 2024, eq. 7: KTO with z0 = 0.
 
   Desirable rows w_D (1 - sigmoid(beta r)), undesirable rows
   w_U sigmoid(beta r), sums; no mismatched answers, so no second pass. TRL's
@@ -128,10 +128,10 @@ def apo_zero_unpaired(
   r = ratios(policy, ref)[:, 0]
   weight = jnp.where(label, desirable, undesirable)
   loss = weight * jax.nn.sigmoid(-beta * _sign(label) * r)
-  return loss, thumb_metrics(policy, beta * r, label)
+  return loss, unpaired_metrics(policy, beta * r, label)
 
 
-@needs("thumbs", "label", "delta")
+@needs("unpaired", "label", "delta")
 def bco(policy, ref, stats, *, beta=0.1):
   """Binary classifier optimisation, Jung et al. 2024.
 
@@ -144,12 +144,12 @@ def bco(policy, ref, stats, *, beta=0.1):
   delta = jax.lax.stop_gradient(stats["delta"])
   reward = beta * ratios(policy, ref)[:, 0]
   loss = -jax.nn.log_sigmoid(_sign(label) * (reward - delta))
-  return loss, thumb_metrics(policy, reward, label) | {
+  return loss, unpaired_metrics(policy, reward, label) | {
     "delta": jnp.ones_like(loss) * delta
   }
 
 
-@needs("thumbs", "label", "delta", "weights")
+@needs("unpaired", "label", "delta", "weights")
 def bco_udm(policy, ref, stats, *, beta=0.1):
   """BCO with underlying distribution matching, Jung et al. 2024.
 
