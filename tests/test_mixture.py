@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 
 import emitters
 import jax
@@ -20,7 +21,8 @@ from jaxalign.select import em, exact, mixture, whiten
 from jaxalign.select.mixture import MixtureOptions
 from jaxalign.select.pool import make_pool
 from jaxalign.select.samplers import SAMPLERS
-from jaxalign.select.topk import top
+from jaxalign.select.topk import id_hash, top
+from jaxalign.stages import mixture as mixture_stage
 
 KINDS = em.COVARIANCES
 GIVEN = ("seed", "labels", "space")  # of `fit`; the rest are options
@@ -393,6 +395,18 @@ def test_saved_and_loaded(wide, tmp_path):
   path.write_bytes(path.read_bytes()[:200])
   with pytest.raises(CorruptError, match="mixture.npz"):
     mixture.load(path)
+
+
+def test_a_large_pool_is_fitted_to_the_least_hashes_of_its_ids():
+  ids = [f"é{i}" for i in range(500)]
+  job = types.SimpleNamespace(column=lambda split, name: ids)
+  hashes = id_hash(np.array(ids), "reservoir")
+  wanted = np.sort(np.argsort(hashes, kind="stable")[:100])
+  np.testing.assert_array_equal(mixture_stage._records(job, 100), wanted)
+  np.testing.assert_array_equal(mixture_stage._records(job, 500), range(500))
+  x = np.random.default_rng(0).normal(size=(500, 2, 3)).astype(np.float32)
+  got = mixture_stage._rows(x, wanted)
+  np.testing.assert_array_equal(got, x[wanted].reshape(-1, 3))
 
 
 # The same bits everywhere.

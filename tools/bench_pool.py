@@ -42,7 +42,7 @@ def made(mesh, params, m, rows, outputs, *, parts, tick, **_):
   x[number % 3 == 0] += 0.5
   tick(len(number))
   return dict.fromkeys(outputs, x[:, 0]) | dict(embedding=x)
-if "isa" in sys.argv[1]:
+if "--config.select.sampler=isa" in sys.argv:
   embed.pass_rows = made
 sys.exit(select.main(sys.argv))
 """
@@ -89,8 +89,8 @@ def _memory(pid: int) -> dict[str, float]:
 def _run(source: pathlib.Path, sampler: str, folder: pathlib.Path) -> dict:
   """One selection: its seconds, and the peaks of its memory."""
   command = [
-    *(sys.executable, "-c", CHILD, f"--config.select.sampler={sampler}"),
-    f"--config={ROOT}/configs/select.py",
+    *(sys.executable, "-c", CHILD, f"--config={ROOT}/configs/select.py"),
+    f"--config.select.sampler={sampler}",
     f"--config.data.source={source}",
     "--config.select.budget=0.05",
     f"--output={folder}/{sampler}.parquet",

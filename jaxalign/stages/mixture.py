@@ -7,8 +7,6 @@ taken are those with the least hashes of their ids: the same ones in any order
 of the input. Every row is scored.
 """
 
-import os
-import tempfile
 from typing import Any
 
 import jax
@@ -53,25 +51,24 @@ def run_mixture(job: Job) -> None:
     embedding = stores.read(job.shared / "embed" / "store", "embedding")
     n, r, width = embedding.shape
     flat = embedding.reshape(-1, width)  # the sides of a pair are rows
-    with tempfile.TemporaryDirectory() as scratch:
-      records = _records(job, max(1, c.select.mixture.reservoir // r))
-      x = flat if len(records) == n else _rows(embedding, records, scratch)
-      labels = np.tile([1, 0], len(records))
-      if r == 1:
-        labels = np.array(job.column("pool", "label"))[records]
-      given = labels if options.components == mixtures.LABELS else None
-      space = mixtures.whiten(job.mesh, x, options)
-      seeds = range(1 + refits(c))
-      with progress.bar(
-        "mixture", options.starts * (len(seeds) + 1), "starts"
-      ) as tick:
-        knobs = dict(labels=given, progress=tick)
-        fitted = [
-          mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
-          for s in seeds
-        ]
-        halves = reports.held_out(job.mesh, x, options, responses=r, **knobs)
-      matches = reports.component_labels(fitted[0], x, labels)
+    records = _records(job, max(1, c.select.mixture.reservoir // r))
+    x = flat if len(records) == n else _rows(embedding, records)
+    labels = np.tile([1, 0], len(records))
+    if r == 1:
+      labels = np.array(job.column("pool", "label"))[records]
+    given = labels if options.components == mixtures.LABELS else None
+    space = mixtures.whiten(job.mesh, x, options)
+    seeds = range(1 + refits(c))
+    with progress.bar(
+      "mixture", options.starts * (len(seeds) + 1), "starts"
+    ) as tick:
+      knobs = dict(labels=given, progress=tick)
+      fitted = [
+        mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
+        for s in seeds
+      ]
+      halves = reports.held_out(job.mesh, x, options, responses=r, **knobs)
+    matches = reports.component_labels(fitted[0], x, labels)
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
       scores = [mixtures.log_likelihood(f, flat).reshape(n, r) for f in fitted]
@@ -106,18 +103,13 @@ def _records(job: Job, most: int) -> np.ndarray:
   return np.sort(np.argsort(hashes, kind="stable")[:most])
 
 
-def _rows(
-  embedding: np.ndarray, records: np.ndarray, scratch: str
-) -> np.ndarray:
+def _rows(embedding: np.ndarray, records: np.ndarray) -> np.ndarray:
   """The rows of these records [n, E] float32, mapped from a scratch file."""
   _, r, width = embedding.shape
-  shape = len(records) * r, width
-  path = os.path.join(scratch, "rows.npy")
-  out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+  out = stores.scratch((len(records), r, width))
   for at in range(0, len(records), 4096):
-    part = embedding[records[at : at + 4096]].reshape(-1, width)
-    out[at * r : at * r + len(part)] = part
-  return out
+    out[at : at + 4096] = embedding[records[at : at + 4096]]
+  return out.reshape(-1, width)
 
 
 def _flops(
