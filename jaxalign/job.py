@@ -15,7 +15,7 @@ from jaxalign.data import batches, prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate
+from jaxalign.eval import held_out
 from jaxalign.model import adapters, attention, decoder, weights
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import losses
@@ -175,20 +175,26 @@ class Job:
     self.__dict__.pop("reference", None)
 
   @functools.cached_property
-  def examined(self) -> evaluate.Examined:
+  def examined(self) -> held_out.EvalSet:
     """The held-out split, ready to be measured on."""
     rows, tokens = self.rows("held_out"), self.tokens("held_out")
     room = self.model.context - self.c.eval.new_tokens
     if prepare.too_long(self.c) == "cut":
       room = self.model.context  # as the rows are cut, so are the prompts
-    asked = evaluate.choose_prompts(rows, tokens, self.c.eval.prompts, room)
-    return evaluate.Examined(
+    asked = held_out.choose_prompts(rows, tokens, self.c.eval.prompts, room)
+    return held_out.EvalSet(
       rows, tokens, asked, self.tokenizer, prepare.world_of(self.c)
     )
 
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
     return self.records[arm, stage].key
+
+
+def eval_options(c: Any, seed: int = 0) -> held_out.EvalOptions:
+  """How answers are generated and scored."""
+  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
+  return held_out.EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)
 
 
 def loss_of(c: Any) -> Callable:

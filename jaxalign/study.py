@@ -17,8 +17,7 @@ from jaxalign.data import batches, reading, tables
 from jaxalign.data import world as world_lib
 from jaxalign.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.model import decoder
-from jaxalign.report.pages import run as run_page
-from jaxalign.report.pages import study as study_page
+from jaxalign.report import study_page
 from jaxalign.select import embed
 from jaxalign.select.samplers import combine
 from jaxalign.stages import columns, judge, judges
@@ -90,7 +89,7 @@ def run_page_of(job: Job, arm: Arm) -> None:
   def make(folder):
     if jax.process_index() == 0:
       artifacts.write_bytes(
-        folder / "report.html", run_page.render(describe(job, arm)).encode()
+        folder / "report.html", study_page.arm_html(describe(job, arm)).encode()
       )
     return ["report.html"], Cost(), {}
 
@@ -124,7 +123,7 @@ def run_report(
         folder / "config.json", json.loads(job.c.to_json_best_effort())
       )
       artifacts.write_bytes(
-        folder / "report.html", study_page.render(summary).encode()
+        folder / "report.html", study_page.study_html(summary).encode()
       )
       if curve:
         artifacts.write_json(folder / "fit.json", summary["fit"])
@@ -393,7 +392,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
         arms={n: s[k]["said"] for n, s in told.items()},
         against=job.c.judge.baseline,
         verdicts={
-          n: {x: s[k][x] for x in ("won", "said", "replies", "theirs")}
+          n: {x: s[k][x] for x in ("outcome", "verdicts", "replies", "theirs")}
           for n, s in said.items()
           if k < len(s)
         },

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from jaxalign import artifacts, sharding
+from jaxalign.core import intervals
 from jaxalign.data import tokenizer as tokenizers
-from jaxalign.eval import intervals
 from jaxalign.model import decode, weights
 
 NAMES = (

@@ -8,7 +8,7 @@ from jaxalign import artifacts
 from jaxalign.artifacts import Cost
 from jaxalign.data import reading, tables
 from jaxalign.job import Arm, arm_folder, Job
-from jaxalign.report.pages import select as page
+from jaxalign.report import select_page
 from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool, Selection
@@ -94,7 +94,7 @@ def run_card(job: Job, arm: Arm) -> None:
       ],
     )
     artifacts.write_json(folder / "selection.json", card)
-    html = page.render(card, table).encode()
+    html = select_page.selection_html(card, table).encode()
     artifacts.write_bytes(folder / "selection.html", html)
     return files, Cost(), dict(say=f"a page of {len(html) / 1e6:.1f} MB")
 
