@@ -220,13 +220,7 @@ def _check_values(c: Any) -> None:
       "and, above it, the one after the last, or (0, 0); set "
       "config.profile.steps"
     )
-  if mixtures.components_of(c.select.mixture.components) == mixtures.LABELS:
-    if c.select.mixture.covariance == "low_rank":
-      raise ConfigError(
-        "select.mixture.components='labels' is a closed form, "
-        "which low_rank covariances have not; set "
-        "config.select.mixture.covariance"
-      )
+  mixtures.components_of(c.select.mixture.components)
   for name, known in CHOICES.items():
     value = pick(c, name)[name]
     if value not in known:

@@ -20,7 +20,7 @@ from jaxalign.errors import ConfigError, DataError
 from jaxalign.job import Job, kernel_of, lora_of
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.select import embed
-from jaxalign.select.store import Column
+from jaxalign.select.store import ArraySpec
 from jaxalign.select.topk import uniform
 from jaxalign.stages import columns
 from jaxalign.stages.embed import over_shards
@@ -264,7 +264,7 @@ def run_proxy(job: Job) -> None:
       folder,
       "proxy",
       fields | inputs,
-      dict(proxy_logp=Column((2,)), proxy_ref_logp=Column((2,))),
+      dict(proxy_logp=ArraySpec((2,)), proxy_ref_logp=ArraySpec((2,))),
       c.embed.tile * job.mesh.size,
       lambda parts, tick: dict(
         proxy_logp=embed.score_rows(

@@ -24,7 +24,7 @@ from jaxalign.job import Job, kernel_of
 from jaxalign.model import decoder, hf, reward
 from jaxalign.model.flops import reward_flops
 from jaxalign.select import embed
-from jaxalign.select.store import Column
+from jaxalign.select.store import ArraySpec
 from jaxalign.stages import questions
 from jaxalign.stages.embed import over_shards
 
@@ -49,7 +49,7 @@ def by_shard(
     folder,
     stage,
     made_of,
-    {name: Column((responses,))},
+    {name: ArraySpec((responses,))},
     job.c.embed.tile * job.mesh.size,
     lambda parts, tick: {name: make(parts, tick)},
   )
