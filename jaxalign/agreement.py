@@ -177,7 +177,7 @@ def measure(
   """All numbers of a table.
 
   Args:
-    table: as from `eval.verdict_tables.read`.
+    table: as from `eval.rating_tables.read_ratings`.
     judges: raters held against the majority of the humans; may be none.
     humans: may be none.
 
@@ -234,14 +234,14 @@ def run(argv: list[str]) -> None:
   """Everything after the first line of output."""
   values = parse(argv)
   from jaxalign import artifacts
-  from jaxalign.eval import verdict_codes, verdict_layouts, verdict_tables
+  from jaxalign.eval import rating_codes, rating_layouts, rating_tables
   from jaxalign.report import raters_page, terminal
 
-  choice = verdict_codes.parse_choice(values.choice)
-  fields = verdict_layouts.parse_fields(values.fields)
+  choice = rating_codes.parse_choice(values.choice)
+  fields = rating_layouts.parse_fields(values.fields)
   files = _files(values)
   names = list(dict.fromkeys(n for some in files.values() for n in some))
-  table = verdict_tables.read(
+  table = rating_tables.read_ratings(
     names, choice, list(filter(None, values.raters)), fields
   )
   progress.say(terminal.reading_text(table.files))
