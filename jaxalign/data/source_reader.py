@@ -45,33 +45,21 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
-  """How rows are read; each is the knob of its name in config.data.
+  """How rows are read: the knobs of config.data, by their names.
 
-  Attributes:
-    schema: a key of SCHEMAS, "module:function" (a convert of your own, which
-      may return a list), or "auto": that of the first row that has one's shape.
-    limit: rows of each source to read, good or bad; 0 for all.
-    max_bad_fraction: a larger fraction of rows refused is an error; 0 stops at
-      the first.
-    fields: what a schema reads -> where the row has it, see `mapping.remap`;
-      empty: rows are read as they are.
-    answer_pairs: of several answers to a prompt, one of ANSWER_PAIRS.
-    skip: pairs to leave out: those whose scores are "tied", or "contradicting"
-      (the rejected answer scores higher than the chosen one).
-    choice: what the codes of a choice or a label mean, see
-      `choices.check_choice`.
-    caps: rows of each source at most; 0: all.
-    weights: of each source in the rows kept; (): as they come.
-    seed: which rows stay within a cap or a weight.
+  `schema` may be a key of SCHEMAS, "module:function" (a convert of your own,
+  which may return a list), or "auto": that of the first row that has one's
+  shape. `caps` and `weights` are of each source, `seed` says which rows stay
+  within them.
   """
 
   schema: str = "auto"
-  limit: int = 0
-  max_bad_fraction: float = 0.5
+  limit: int = 0  # rows of each source to read, good or bad; 0: all
+  max_bad_fraction: float = 0.5  # of rows refused; 0: the first is an error
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  answer_pairs: str = "all"
-  skip: Sequence[str] = ()
-  choice: Any = ""
+  answer_pairs: str = "all"  # one of ANSWER_PAIRS
+  skip: Sequence[str] = ()  # "tied", "contradicting": pairs by their scores
+  choice: Any = ""  # see `choices.check_choice`
   caps: Sequence[int] = ()
   weights: Sequence[float] = ()
   seed: int = 0

@@ -73,21 +73,6 @@ class Encoding:
     files: name -> bytes of that.
   """
 
-  bos: int
-  own_bos: int
-  eos: int
-  stops: tuple[int, ...]
-  pad: int
-  specials: dict[str, int]
-  added: dict[str, int]
-  names: dict[str, str]
-  template: str | None
-  tool_template: str | None
-  vocab_size: int
-  digest: str
-  files: dict[str, bytes]
-  prefixes_each: bool
-
   def ends_with(self, eos: int) -> None:
     """From now on rows end with `eos`; what ended them still stops."""
     self.eos = eos

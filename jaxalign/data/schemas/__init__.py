@@ -6,18 +6,7 @@ from jaxalign.errors import DataError
 
 SCHEMAS: dict[str, Schema] = {
   schema.name: schema
-  for schema in (
-    *layouts.SCHEMAS,
-    ranked.COMPARED,
-    convert.EXPLICIT,
-    convert.IMPLICIT,
-    convert.CHAT_PAIRS,
-    convert.UNPAIRED,
-    convert.CHAT_UNPAIRED,
-    ranked.TREES,
-    convert.CHOICES,
-    ranked.SCORED,
-  )
+  for schema in (*layouts.SCHEMAS, *convert.SCHEMAS, *ranked.SCHEMAS)
 }
 BUILT_IN = frozenset(SCHEMAS)  # what others return is checked once more
 
