@@ -129,255 +129,169 @@ def test_llmbar_s_judges_in_both_orders(shared, tmp_path):
 
 # Every layout: rows -> verdicts, the item and names as the layout has them.
 
+
+def cell(text):
+  """A cell as JSON, or as the word that it is."""
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
+
+
+def rows(head, *lines, **same):
+  """Rows of cells between bars under a head of columns; `same` in all."""
+  names = head.split()
+  cells = [[cell(c.strip()) for c in line.split("|")] for line in lines]
+  return [same | dict(zip(names, row, strict=True)) for row in cells]
+
+
 ONE, TWO = "pair 0001 answer 1", "pair 0001 answer 2"
+
+
+def verdicts(*lines):
+  """(item, first, second, rater, verdict) of words; 1 and 2 are answers."""
+  names = {"1": ONE, "2": TWO, "_": " ", "none": None}
+  out = set()
+  for line in lines:
+    item, first, second, *more = line.split()
+    rater, verdict = (names.get(w, w.replace("_", " ")) for w in more)
+    shown = (names.get(w, w.replace("_", " ")) for w in (first, second))
+    out.add((item.replace("_", " "), *shown, rater, verdict))
+  return out
+
+
+PAIR = dict(prompt="p", response_a="a", response_b="b")
+SIDES = dict(first="m", second="k")
 TALK = lambda text: [
   dict(role="user", content="hello"),
   dict(role="assistant", content=text),
 ]
 LAYOUTS = {
   "long": (
-    [
-      dict(item=7, first="m", second="k", rater="ann", verdict="first"),
-      dict(item=7, first="k", second="m", rater="ann", verdict="A"),
-      dict(item=7, first="m", second="k", rater="ben", verdict="tie"),
-      dict(item=8, first="m", second="k", rater="ben", verdict=None),
-    ],
-    {
-      ("7", "m", "k", "ann", "first"),
-      ("7", "k", "m", "ann", "first"),
-      ("7", "m", "k", "ben", "tie"),
-    },
+    rows(
+      "item first second rater verdict",
+      "7|m|k|ann|first",
+      "7|k|m|ann|A",
+      "7|m|k|ben|tie",
+      "8|m|k|ben|null",
+    ),
+    verdicts("7 m k ann first", "7 k m ann first", "7 m k ben tie"),
   ),
   "long, the winner's name": (
-    [
-      dict(
-        question_id="q",
-        model_a="gpt 4",
-        model_b="llama",
-        judge="x",
-        winner="GPT-4",
-      ),
-      dict(
-        question_id="q",
-        model_a="llama",
-        model_b="gpt 4",
-        judge="y",
-        winner="gpt 4",
-      ),
-    ],
-    {
-      ("q", "gpt 4", "llama", "x", "first"),
-      ("q", "llama", "gpt 4", "y", "second"),
-    },
+    rows(
+      "model_a model_b judge winner",
+      "gpt 4|llama|x|GPT-4",
+      "llama|gpt 4|y|gpt 4",
+      question_id="q",
+    ),
+    verdicts("q gpt_4 llama x first", "q llama gpt_4 y second"),
   ),
   "Chatbot Arena": (
-    [
-      dict(
-        question_id="q",
-        model_a="m",
-        model_b="k",
-        judge=f"u{i}",
-        turn=2,
-        conversation_a=TALK("aaa"),
-        conversation_b=TALK("b"),
-        winner=w,
-      )
-      for i, w in enumerate(("model_b", "tie (bothbad)", "model_a"))
-    ],
-    {
-      ("q / 2", "m", "k", "u0", "second"),
-      ("q / 2", "m", "k", "u1", "tie"),
-      ("q / 2", "m", "k", "u2", "first"),
-    },
+    rows(
+      "judge winner",
+      "u0|model_b",
+      "u1|tie (bothbad)",
+      "u2|model_a",
+      **dict(question_id="q", model_a="m", model_b="k", turn=2),
+      **dict(conversation_a=TALK("aaa"), conversation_b=TALK("b")),
+    ),
+    verdicts("q_/_2 m k u0 second", "q_/_2 m k u1 tie", "q_/_2 m k u2 first"),
   ),
   "AlpacaEval": (
-    [
-      dict(
-        instruction="q",
-        output_1="a",
-        output_2="b",
-        generator_1="m",
-        generator_2="k",
-        annotator=r,
-        preference=p,
-      )
-      for r, p in (("x", 1.0), ("y", 2.0), ("z", 1.5))
-    ],
-    {
-      ("q", "m", "k", "x", "first"),
-      ("q", "m", "k", "y", "second"),
-      ("q", "m", "k", "z", "tie"),
-    },
+    rows(
+      "annotator preference",
+      *("x|1.0", "y|2.0", "z|1.5"),
+      **dict(instruction="q", output_1="a", output_2="b"),
+      **dict(generator_1="m", generator_2="k"),
+    ),
+    verdicts("q m k x first", "q m k y second", "q m k z tie"),
   ),
   "OpenAI's comparisons of summaries": (
-    [
-      dict(
-        info=dict(id="t", post="p"),
-        worker=w,
-        choice=c,
-        summaries=[dict(text="one", policy="s"), dict(text="two", policy="s")],
-      )
-      for w, c in (("x", 0), ("y", 1))
-    ],
-    {("t", ONE, TWO, "x", "first"), ("t", ONE, TWO, "y", "second")},
+    rows(
+      "worker choice",
+      *("x|0", "y|1"),
+      info=dict(id="t", post="p"),
+      summaries=[dict(text="one", policy="s"), dict(text="two", policy="s")],
+    ),
+    verdicts("t 1 2 x first", "t 1 2 y second"),
   ),
   "long, whose id numbers the rows": (
-    [
-      dict(
-        id=100 + i,
-        prompt="p",
-        response_a="a",
-        response_b="b",
-        rater=r,
-        verdict=v,
-      )
-      for i, (r, v) in enumerate((("x", "A"), ("y", "B")))
-    ],
-    {("p", ONE, TWO, "x", "first"), ("p", ONE, TWO, "y", "second")},
+    rows("id rater verdict", "100|x|A", "101|y|B", **PAIR),
+    verdicts("p 1 2 x first", "p 1 2 y second"),
   ),
   "long, of one rater": (  # an id that may stand in other files
-    [
-      dict(
-        id=i, prompt="p", response_a="a", response_b="b", rater="x", verdict=v
-      )
-      for i, v in enumerate("AB")
-    ],
-    {("0", ONE, TWO, "x", "first"), ("1", ONE, TWO, "x", "second")},
+    rows("id verdict", "0|A", "1|B", rater="x", **PAIR),
+    verdicts("0 1 2 x first", "1 1 2 x second"),
   ),
   "wide, PandaLM's": (
-    [
-      dict(
-        idx=3,
-        response1="a",
-        response2="b",
-        annotator1=0,
-        annotator2=2,
-        annotator3=1,
-      )
-    ],
-    {
-      ("3", ONE, TWO, "annotator1", "tie"),
-      ("3", ONE, TWO, "annotator2", "second"),
-      ("3", ONE, TWO, "annotator3", "first"),
-    },
+    rows(
+      "idx response1 response2 annotator1 annotator2 annotator3", "3|a|b|0|2|1"
+    ),
+    verdicts(
+      *("3 1 2 annotator1 tie", "3 1 2 annotator2 second"),
+      "3 1 2 annotator3 first",
+    ),
   ),
   "wide, by words": (
-    [
-      dict(prompt="p", ann="A", ben="model_b", note="x"),
-      dict(prompt="q", ann="[[C]]", ben="", note="A"),
-      dict(prompt="r", ann="[[B]]", ben="Model A", note=None),
-    ],
-    {
-      ("p", ONE, TWO, "ann", "first"),
-      ("p", ONE, TWO, "ben", "second"),
-      ("q", ONE, TWO, "ann", "tie"),
-      ("r", ONE, TWO, "ann", "second"),
-      ("r", ONE, TWO, "ben", "first"),
-    },
+    rows(
+      "prompt ann ben note",
+      *("p|A|model_b|x", "q|[[C]]||A", "r|[[B]]|Model A|null"),
+    ),
+    verdicts(
+      *("p 1 2 ann first", "p 1 2 ben second", "q 1 2 ann tie"),
+      *("r 1 2 ann second", "r 1 2 ben first"),
+    ),
   ),
   "wide, 1 and 2": (
-    [dict(id=1, rater_1=1, rater_2="2"), dict(id=2, rater_1=2.0, rater_2="1")],
+    rows("id rater_1 rater_2", '1|1|"2"', '2|2.0|"1"'),
     {
-      ("1", ONE, TWO, "rater_1", "first"),
-      ("1", ONE, TWO, "rater_2", "second"),
-      ("2", ONE, TWO, "rater_1", "second"),
-      ("2", ONE, TWO, "rater_2", "first"),
+      (i, ONE, TWO, rater, verdict)
+      for i, words in (("1", ("first", "second")), ("2", ("second", "first")))
+      for rater, verdict in zip(("rater_1", "rater_2"), words)
     },
   ),
   "wide, signed strength": (
-    [
-      dict(prompt=p, response_1="a", response_2="b", preference_strength=s)
-      for p, s in (("p", -3), ("q", 0), ("r", 1))
-    ],
-    {
-      ("p", ONE, TWO, "votes", "first"),
-      ("q", ONE, TWO, "votes", "tie"),
-      ("r", ONE, TWO, "votes", "second"),
-    },
+    rows(
+      "prompt preference_strength",
+      *("p|-3", "q|0", "r|1"),
+      **dict(response_1="a", response_2="b"),
+    ),
+    verdicts("p 1 2 votes first", "q 1 2 votes tie", "r 1 2 votes second"),
   ),
   "MT-bench, both orders": (
-    [
-      dict(
-        question_id=81,
-        turn=1,
-        model_1="m",
-        model_2="k",
-        judge=["gpt-4", "pair-v2"],
-        g1_winner="model_1",
-        g2_winner="model_2",
-      ),
-      dict(
-        question_id=82,
-        turn=1,
-        model_1="m",
-        model_2="k",
-        judge=["gpt-4", "pair-v2"],
-        g1_winner="tie",
-        g2_winner="error",
-      ),
-    ],
+    rows(
+      "question_id g1_winner g2_winner",
+      *("81|model_1|model_2", "82|tie|error"),
+      **dict(turn=1, model_1="m", model_2="k", judge=["gpt-4", "pair-v2"]),
+    ),
     # In the second game model_2 stands first, and is meant by its name.
-    {
-      ("81 / 1", "m", "k", "gpt-4 pair-v2", "first"),
-      ("81 / 1", "k", "m", "gpt-4 pair-v2", "first"),
-      ("82 / 1", "m", "k", "gpt-4 pair-v2", "tie"),
-      ("82 / 1", "k", "m", "gpt-4 pair-v2", None),
-    },
+    verdicts(
+      *("81_/_1 m k gpt-4_pair-v2 first", "81_/_1 k m gpt-4_pair-v2 first"),
+      *("82_/_1 m k gpt-4_pair-v2 tie", "82_/_1 k m gpt-4_pair-v2 none"),
+    ),
   ),
   "LLMBar, both orders": (
-    [
-      dict(
-        input="p",
-        output_1="a",
-        output_2="b",
-        label=2,
-        results=[
-          {"swap = False": dict(winner="2"), "swap = True": dict(winner="1")}
-        ],
-      ),
-      dict(
-        input="q",
-        output_1="a",
-        output_2="b",
-        label=1,
-        results=[{"swap = False": dict(winner=None)}],
-      ),
-    ],
-    {
-      ("p", ONE, TWO, "label", "second"),
-      ("p", ONE, TWO, "votes", "second"),
-      ("p", TWO, ONE, "votes", "second"),
-      ("q", ONE, TWO, "label", "first"),
-      ("q", ONE, TWO, "votes", None),
-    },
+    rows(
+      "input label results",
+      'p|2|[{"swap = False": {"winner": "2"}, "swap = True": {"winner": "1"}}]',
+      'q|1|[{"swap = False": {"winner": null}}]',
+      **dict(output_1="a", output_2="b"),
+    ),
+    verdicts(
+      *("p 1 2 label second", "p 1 2 votes second", "p 2 1 votes second"),
+      *("q 1 2 label first", "q 1 2 votes none"),
+    ),
   ),
   "verdicts.jsonl, both orders": (
-    [
-      dict(
-        id="i",
-        prompt="p",
-        ours="a",
-        theirs="b",
-        outcome=0.5,
-        verdicts=["first", "first"],
-        replies=[],
-      ),
-      dict(
-        id="j",
-        prompt="p",
-        ours="a",
-        theirs="b",
-        outcome=None,
-        verdicts=["second", None],
-        replies=[],
-      ),
-    ],
-    {
-      ("i", ONE, TWO, "votes", "first"),
-      ("i", TWO, ONE, "votes", "first"),
-      ("j", ONE, TWO, "votes", "second"),
-      ("j", TWO, ONE, "votes", None),
-    },
+    rows(
+      "id outcome verdicts",
+      *('i|0.5|["first", "first"]', 'j|null|["second", null]'),
+      **dict(prompt="p", ours="a", theirs="b", replies=[]),
+    ),
+    verdicts(
+      *("i 1 2 votes first", "i 2 1 votes first"),
+      *("j 1 2 votes second", "j 2 1 votes none"),
+    ),
   ),
 }
 
