@@ -14,8 +14,7 @@ import numpy as np
 from jaxalign import artifacts, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
-from jaxalign.select import card as reports
-from jaxalign.select import em, reservoir
+from jaxalign.select import em, mixture_checks, reservoir
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
 
@@ -66,7 +65,7 @@ def run_mixture(job: Job) -> None:
         mixtures.fit(job.mesh, x, seed=s, space=space, progress=tick, **knobs)
         for s in [0, *extra]
       ]
-      halves = reports.held_out(
+      halves = mixture_checks.held_out(
         job.mesh, x, seed=0, responses=r, progress=tick, **knobs
       )
     if rows is not None:
@@ -74,7 +73,9 @@ def run_mixture(job: Job) -> None:
         job.mesh, fitted, store, folder / "scores", fields=fields | inputs
       )
     diagnostics = dict(held_out=halves)
-    diagnostics["labels"] = reports.component_labels(fitted[0], x, labels)
+    diagnostics["labels"] = mixture_checks.component_labels(
+      fitted[0], x, labels
+    )
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
       if rows is None:
