@@ -13,10 +13,12 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts, embedder, evidence, ledger, pipeline, plan
 from jaxalign.artifacts import Cost
-from jaxalign.data import batches, reading, tables
+from jaxalign.data import batches, tables
 from jaxalign.data import world as world_lib
+from jaxalign.data.summary import summary_lines
 from jaxalign.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.report import study_page
 from jaxalign.select import embed
 from jaxalign.select.samplers import combine
@@ -256,7 +258,7 @@ def _subset_tokens(job: Job, arm: Arm) -> int:
   sizes = np.diff(tokens.offsets)[rows]
   return int(
     sum(
-      decoder.flops(m, int(s)) * int(n)
+      decoder_flops(m, int(s)) * int(n)
       for s, n in zip(*np.unique(sizes, return_counts=True))
     )
   )
@@ -571,7 +573,7 @@ def _data(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
       context=cut["context"],
       fits=cut["fits"],
     ),
-    reading=reading.lines(summary),
+    reading=summary_lines(summary),
     examples=[
       {k: v for k, v in row.items() if k != "group"}
       for row in job.rows("pool")[:2]

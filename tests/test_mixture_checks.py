@@ -24,7 +24,7 @@ def two_clusters(n=600, width=6, apart=6.0, seed=0):
 
 def test_components_against_labels(mesh):
   x, label = two_clusters()
-  fitted = mixture.fit(mesh, x, starts=2)
+  fitted = mixture.fit(mesh, x, mixture.MixtureOptions(starts=2))
   found = mixture_checks.component_labels(fitted, x, label)
   assert found["accuracy"] > 0.99 and found["nmi"] > 0.95
   assert found["majority"] == 0.5
@@ -37,16 +37,20 @@ def test_held_out_notices_memorised_rows(mesh):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(400, 40)).astype(np.float32)
   x[:, :2] *= 3  # else PCA itself prefers directions where fitted rows vary
-  close = mixture_checks.held_out(mesh, x, pca=40, starts=1, responses=2)
+  close = mixture_checks.held_out(
+    mesh, x, mixture.MixtureOptions(pca=40, starts=1), responses=2
+  )
   assert close["auc"] > 0.75
   assert close["mean_fitted"] > close["mean_held_out"] + 5
-  wide = mixture_checks.held_out(mesh, x, pca=2, starts=1, responses=2)
+  wide = mixture_checks.held_out(
+    mesh, x, mixture.MixtureOptions(pca=2, starts=1), responses=2
+  )
   assert abs(wide["auc"] - 0.5) < 0.08
 
 
 def test_the_summary_of_a_fit_is_json(mesh):
   x, _ = two_clusters(n=80)
-  fitted = mixture.fit(mesh, x, starts=2)
+  fitted = mixture.fit(mesh, x, mixture.MixtureOptions(starts=2))
   summary = mixture_checks.mixture_summary(fitted)
   got = json.loads(json.dumps(summary, allow_nan=False))
   assert len(got["bounds"]) == 2 and len(got["trace"]) == len(fitted.trace)

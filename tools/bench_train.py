@@ -55,17 +55,17 @@ def prepare(args, folder: pathlib.Path) -> None:
 
   from jaxalign import sharding
   from jaxalign.data import records, tokenizer, tokens
-  from jaxalign.model import decoder, weights
+  from jaxalign.data.encode import encode_texts
+  from jaxalign.model import decoder, hf
 
-  rows = records.load(
-    args.data, schema="auto", limit=0, on_bad_rows="skip", max_bad_fraction=0.5
-  ).rows
+  rows = records.load_records(args.data).rows
   rows = [r for r in rows if r["prompt"]]
   texts = [r["prompt"] + r["chosen"] for r in rows]
-  tok = tokenizer.Tokenizer(tokenizer.train(texts[:1500], 4096))
-  encoded, _, refused = tokens.encode_pairs(
+  tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(texts[:1500], 4096))
+  encoded, _, refused = encode_texts(
     tok,
-    *([r[k] for r in rows] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in rows],
+    {k: [r[k] for r in rows] for k in ("chosen", "rejected")},
     context=1 << 14,
   )
   both = tokens.lengths(encoded).reshape(-1, 2)
@@ -110,7 +110,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), m, mesh)
-    weights.export_folder(folder / "export", params, m, tok)
+    hf.export_folder(folder / "export", params, m, tok)
   print(
     f"Llama of {decoder.parameter_count(m):,} parameters, vocabulary {vocab}",
     flush=True,
@@ -144,8 +144,9 @@ def ours(args) -> None:
   import numpy as np
 
   from jaxalign import sharding
-  from jaxalign.data import tokenizer, tokens
-  from jaxalign.model import weights
+  from jaxalign.data import tokenizer
+  from jaxalign.data.encode import encode_texts
+  from jaxalign.model import hf
   from jaxalign.train import feed, losses, optim
   from jaxalign.train import reference as reference_lib
   from jaxalign.train import step as steps
@@ -157,18 +158,19 @@ def ours(args) -> None:
   folder = pathlib.Path(args.workdir)
   pairs = json.loads((folder / "pairs.json").read_text())
   n = len(pairs)
-  m = weights.read_config(folder / "export", "float32", "none")
+  m = hf.read_config(folder / "export", "float32", "none")
   m = m._replace(context=args.context, attention="tiles")
   tok = tokenizer.load_tokenizer(folder / "export")
-  encoded, _, refused = tokens.encode_pairs(
+  encoded, _, refused = encode_texts(
     tok,
-    *([p[k] for p in pairs] for k in ("prompt", "chosen", "rejected")),
+    [p["prompt"] for p in pairs],
+    {k: [p[k] for p in pairs] for k in ("chosen", "rejected")},
     context=args.context,
   )
   assert not refused
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
-    params = weights.load_folder(folder / "export", m, mesh)
+    params = hf.load_folder(folder / "export", m, mesh)
     rows = feed.Rows(
       [str(i) for i in range(n)],
       encoded,

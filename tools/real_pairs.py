@@ -62,7 +62,7 @@ KEPT = 0.1  # of the training pairs, where bad ones are injected
 
 def embedded(args) -> tuple[list[dict], dict[str, np.ndarray], list]:
   """Rows, their two embeddings [N, 2, E], and token ids of the answers."""
-  rows = records.load(args.data).rows
+  rows = records.load_records(args.data).rows
   if args.limit:
     rows = rows[: args.limit]
   from jaxalign.select import texts
@@ -132,7 +132,7 @@ def pool_of(rows, x, words, index) -> tuple:
   text = x["text"][index]
   flat = np.ascontiguousarray(text.reshape(-1, text.shape[-1]), np.float32)
   with jax.set_mesh(mesh):
-    fitted = mixtures.fit(mesh, flat, starts=3, seed=0)
+    fitted = mixtures.fit(mesh, flat, mixtures.MixtureOptions(starts=3))
   counts = grams.columns(
     token_rows([w for i in index for w in (words[2 * i], words[2 * i + 1])]), 2
   )

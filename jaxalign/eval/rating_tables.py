@@ -8,8 +8,8 @@ import re
 from typing import Any, NamedTuple
 
 from jaxalign.data import sources
+from jaxalign.data.json_rows import Where
 from jaxalign.data.schemas.choices import WORDS
-from jaxalign.data.sources import Where
 from jaxalign.errors import ConfigError, DataError, JaxalignError
 from jaxalign.eval import rating_codes, rating_layouts
 from jaxalign.eval.interrater import Pair, Verdict

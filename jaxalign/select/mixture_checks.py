@@ -1,5 +1,6 @@
 """How far a mixture can be trusted: on unseen rows, and of the labels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ from jaxalign.select import mixture as mixtures
 def held_out(
   mesh: jax.sharding.Mesh,
   x: np.ndarray,
+  options: mixtures.MixtureOptions,
   *,
   seed: int = 0,
   responses: int = 1,
-  **fit_options: Any,
+  labels: np.ndarray | None = None,
+  progress: Callable[..., None] | None = None,
 ) -> dict[str, float]:
   """Fits on a random half of the records and compares the two halves.
 
@@ -26,19 +29,19 @@ def held_out(
   Args:
     mesh: as for `mixture.fit`.
     x: [n, E] rows, the `responses` of one record next to each other.
+    options: of `mixture.fit`, as `labels` and `progress` are.
     seed: of the halves and of the fit.
     responses: R; all rows of a record go to the same half.
-    **fit_options: of `mixture.fit`.
   """
   records = len(x) // responses
   rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
   inside = np.zeros(records, bool)
   inside[rng.permutation(records)[: records // 2]] = True
   inside = np.repeat(inside, responses)
-  fit_options.pop("space", None)  # it has seen both halves
-  if fit_options.get("labels") is not None:
-    fit_options["labels"] = fit_options["labels"][inside]
-  fitted = mixtures.fit(mesh, x[inside], seed=seed, **fit_options)
+  labels = labels if labels is None else labels[inside]
+  fitted = mixtures.fit(
+    mesh, x[inside], options, seed=seed, labels=labels, progress=progress
+  )
   seen = mixtures.log_likelihood(fitted, x[inside])
   unseen = mixtures.log_likelihood(fitted, x[~inside])
   half = np.repeat([1, 0], [len(seen), len(unseen)])

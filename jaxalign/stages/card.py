@@ -6,7 +6,8 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost
-from jaxalign.data import reading, tables
+from jaxalign.data import tables
+from jaxalign.data.summary import summary_lines
 from jaxalign.job import Arm, arm_folder, Job
 from jaxalign.report import select_page
 from jaxalign.select import mixture as mixtures
@@ -76,7 +77,7 @@ def run_card(job: Job, arm: Arm) -> None:
     )
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
-    card["reading"] = reading.lines(
+    card["reading"] = summary_lines(
       artifacts.read_json(job.shared / "data" / "data_summary.json")
     )
     reasons = reasons_lib.sentences(card, table)
