@@ -82,11 +82,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     """(sum, count) [M, R] of the kept rows, and what they cost."""
     if source:
       store = stores.open_store(job.shared / source / "store")
-      return (
-        stores.take(store, "logp", index),
-        stores.take(store, "count", index),
-        Cost(),
-      )
+      logp, count = (stores.read(store, name) for name in ("logp", "count"))
+      return np.array(logp[index]), np.array(count[index]), Cost()
     tokens, ids = job.tokens("pool"), job.column("pool", "id")
     responses = len(tokens.start) // len(ids)
     which = index[:, None] * responses + np.arange(responses)
