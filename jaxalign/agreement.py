@@ -21,9 +21,15 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
+from absl import flags
+
+from jaxalign import artifacts, progress
 from jaxalign import main as main_lib
-from jaxalign import progress
+from jaxalign.data import sources
 from jaxalign.errors import ConfigError, WriteError
+from jaxalign.eval import interrater, rating_codes, rating_layouts
+from jaxalign.eval.rating_tables import RatingTable, read_ratings
+from jaxalign.report import raters_page, terminal
 
 # What a pair's fields are called here: there, first and second are texts.
 _FIELDS = dict(
@@ -33,122 +39,94 @@ _FIELDS = dict(
   second="second_text",
   choice="verdict",
 )
-_RATERS = 100  # told one by one, those with most verdicts
+_TEXT = dict(
+  output="A page (.html), or the numbers (.json); none by default.",
+  choice="What codes mean: a dict with first, second and tie; `labels`: "
+  "compare labels as they stand; `names`: a verdict is the winner's name.",
+  fields="Columns of other names: a dict of item, prompt, first, second, "
+  "first_text, second_text, rater and verdict.",
+)
+_LISTS = dict(
+  raters="Columns that hold verdicts, one for each rater.",
+  judges="Raters to be held against the humans, or files of theirs.",
+  humans="Raters whose majority is the truth, or files of theirs.",
+)
+_FILES = "A file or a glob; may be repeated: files are joined by item."
+_RATERS = 100  # shown one by one, those with most verdicts
 
 
 def parse(argv: list[str]) -> Any:
   """The flags; a wrong one raises ConfigError."""
-  from absl import flags
-
   values = flags.FlagValues()
-  flags.DEFINE_multi_string(
-    "data",
-    [],
-    "A file or a glob; may be repeated: files are joined by item.",
-    flag_values=values,
-  )
-  text = dict(
-    output="A page (.html), or the numbers (.json); none by default.",
-    choice="What codes mean: a dict with first, second and tie; `labels`: "
-    "compare labels as they stand; `names`: a verdict is the winner's "
-    "name.",
-    fields="Columns of other names: a dict of item, prompt, first, second, "
-    "first_text, second_text, rater and verdict.",
-  )
-  for name, words in text.items():
+  flags.DEFINE_multi_string("data", [], _FILES, flag_values=values)
+  for name, words in _TEXT.items():
     flags.DEFINE_string(name, None, words, flag_values=values)
-  for name, words in dict(
-    raters="Columns that hold verdicts, one for each rater.",
-    judges="Raters to be held against the humans, or files of theirs.",
-    humans="Raters whose majority is the truth, or files of theirs.",
-  ).items():
+  for name, words in _LISTS.items():
     flags.DEFINE_list(name, [], words, flag_values=values)
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
-  argv = _with_config(argv)
-  main_lib.parse_plain(values, argv, __doc__)
+  config = [a for a in argv[1:] if re.match("--?config[.=]", a)]
+  main_lib.parse_plain(values, [a for a in argv if a not in config], __doc__)
+  if config:
+    data = main_lib._parse([argv[0], *config], __doc__).config.data.to_dict()
+    _add_config(values, data)
   if values.output and not values.output.endswith((".html", ".json")):
     raise ConfigError(f"--output={values.output}, wanted a .html or a .json")
   return values
 
 
-def _with_config(argv: list[str]) -> list[str]:
-  """The flags with those of a config put in this command's own words."""
-  config = [a for a in argv[1:] if re.match("--?config[.=]", a)]
-  if not config:
-    return argv
-  d = main_lib._parse([argv[0], *config], __doc__).config.data
-  own = [a for a in argv if a not in config]
-  has = lambda name: any(re.match(f"--?{name}(=|$)", a) for a in own)
-  if d.source != "world" and not has("data"):
-    names = [d.source] if isinstance(d.source, str) else list(d.source)
-    own += [f"--data={name}" for name in names]
-  if d.get("choice") and not has("choice"):
-    choice = (
-      d.choice
-      if isinstance(d.choice, str)
-      else {
-        k: list(v) if isinstance(v, (list, tuple)) else v
-        for k, v in dict(d.choice).items()
-      }
-    )
-    own.append(f"--choice={choice}")
-  fields = {_FIELDS[k]: v for k, v in dict(d.fields).items() if k in _FIELDS}
-  if fields and not has("fields"):
-    own.append(f"--fields={fields}")
-  return own
+def _add_config(values: Any, data: dict[str, Any]) -> None:
+  """Takes from a config's `data` what no flag says."""
+  source, fields = data["source"], data["fields"]
+  if source != "world" and not values.data:
+    values.data = [source] if isinstance(source, str) else list(source)
+  if data["choice"] and not values.choice:
+    values.choice = str(data["choice"])
+  fields = {_FIELDS[k]: v for k, v in fields.items() if k in _FIELDS}
+  if fields and not values.fields:
+    values.fields = str(fields)
 
 
 def _files(values: Any) -> dict[str, list[str]]:
-  """The files of each flag; what --judges and --humans name beside raters."""
-  from jaxalign.data import sources
-
-  found = dict(data=list(values.data))
+  """The files of each flag; --judges and --humans name raters, or files."""
+  files = dict(data=list(values.data))
   for flag in ("judges", "humans"):
-    found[flag] = [
+    files[flag] = [
       n for n in values[flag].value if n.endswith(sources.EXTENSIONS)
     ]
-  if not any(found.values()):
+  if not any(files.values()):
     raise ConfigError("no table; say --data=votes.jsonl")
-  return found
+  return files
+
+
+def _named(
+  values: Any, flag: str, files: list[str], table: RatingTable, known: list[str]
+) -> list[str]:
+  """The raters that --judges or --humans names, those of its files as well."""
+  role = {"judges": "human", "humans": "judge"}[flag]  # that they have not
+  names = [n for n in values[flag].value if n and n not in files]
+  for name in names:
+    if name not in known:
+      raise ConfigError(
+        f"--{flag}={name}: no such rater; the tables have "
+        f"{', '.join(known[:20])}"
+      )
+  paths = {p for name in files for p in sources.source_files(name) or [name]}
+  for file in table.files:
+    if file["name"] in paths:
+      names += [r for r in file["raters"] if table.roles.get(r) != role]
+  return list(dict.fromkeys(names))
 
 
 def _sides(
-  values: Any, files: dict[str, list[str]], table: Any
+  values: Any, files: dict[str, list[str]], table: RatingTable
 ) -> tuple[list[str], list[str]]:
-  """Judges and humans: as told, else as the layouts have it."""
-  from jaxalign.data import sources
-
+  """Judges and humans: as the flags have it, else as the layouts do."""
   known = list(dict.fromkeys([*(r.rater for r in table.rows), *table.votes]))
-  out = {}
-  for flag, role in (("judges", "judge"), ("humans", "human")):
-    mine = {
-      where
-      for name in files[flag]
-      for where in sources.source_files(name) or [name]
-    }
-    other = "human" if role == "judge" else "judge"
-    told = [n for n in values[flag].value if n and n not in files[flag]]
-    for name in told:
-      if name not in known:
-        raise ConfigError(
-          f"--{flag}={name}: no such rater; the tables have "
-          f"{', '.join(known[:20])}"
-        )
-    out[role] = list(
-      dict.fromkeys(
-        told
-        + [
-          rater
-          for file in table.files
-          if file["name"] in mine
-          for rater in file["raters"]
-          if table.roles.get(rater) != other
-        ]
-      )
-    )
-  judges, humans = out["judge"], out["human"]
-  twice = set(judges) & set(humans)
-  if twice:
+  judges, humans = (
+    _named(values, flag, files[flag], table, known)
+    for flag in ("judges", "humans")
+  )
+  if twice := set(judges) & set(humans):
     raise ConfigError(
       f"{', '.join(sorted(twice))}: a judge and a human; set "
       "--judges or --humans"
@@ -158,12 +136,12 @@ def _sides(
       "--judges and --humans compare verdicts, and "
       "--choice=labels reads none; give what the codes mean"
     )
-  told = judges or humans
-  rest = [r for r in known if r not in told]
-  of = lambda role: [r for r in rest if table.roles.get(r) == role]
-  judges = judges or of("judge") or (rest if told else [])
-  humans = humans or of("human") or (rest if told else [])
-  if not told:  # nobody asked for a comparison: only where there can be one
+  given = [*judges, *humans]
+  rest = [r for r in known if r not in given]
+  others = rest if given else []
+  of = lambda role: [r for r in rest if table.roles.get(r) == role] or others
+  judges, humans = judges or of("judge"), humans or of("human")
+  if not given:  # nobody asked for a comparison: only where there can be one
     pair = lambda r: (r.item, *sorted((r.first, r.second)))
     truth = {pair(r) for r in table.rows if r.rater in humans}
     shared = {r.rater for r in table.rows if pair(r) in truth}
@@ -172,22 +150,20 @@ def _sides(
 
 
 def measure(
-  table: Any, judges: Sequence[str], humans: Sequence[str]
+  table: RatingTable, judges: Sequence[str], humans: Sequence[str]
 ) -> dict[str, Any]:
   """All numbers of a table.
 
   Args:
-    table: as from `eval.rating_tables.read_ratings`.
+    table: as from `rating_tables.read_ratings`.
     judges: raters held against the majority of the humans; may be none.
     humans: may be none.
 
   Returns:
     {"files", "raters": one dict each, "more": raters left out of it, "among":
-    `eval.interrater.among` of all, "judged": `eval.interrater.judged` or None,
-    "labels": whether labels were compared as they stand}.
+    `interrater.among` of all, "judged": `interrater.judged` or None, "labels":
+    whether labels were compared as they stand}.
   """
-  from jaxalign.eval import interrater
-
   rows = collections.defaultdict(list)
   for row in table.rows:
     rows[row.rater].append(row)
@@ -196,27 +172,24 @@ def measure(
     r: interrater.labels(w, "drop") for r, w in winners.items()
   }
   count = lambda r: len(rows[r]) if r in rows else len(votes[r])
-  kept = set(sorted(votes, key=lambda r: -count(r))[:_RATERS])
+  kept = sorted(votes, key=lambda r: -count(r))[:_RATERS]
   raters = []
-  for name in votes:
-    if name not in kept:
+  for name in sorted(kept, key=list(votes).index):
+    role = "judge" if name in judges else "human" if name in humans else ""
+    one = dict(name=name, verdicts=count(name), pairs=len(votes[name]))
+    raters.append(one | dict(role=role))
+    if name not in rows:
       continue
-    one = dict(
-      name=name,
-      verdicts=count(name),
-      pairs=len(votes[name]),
-      role=("judge" if name in judges else "human" if name in humans else ""),
+    verdicts = [row.verdict for row in rows[name]]
+    raters[-1] |= dict(
+      unparsable=verdicts.count(None),
+      ties=verdicts.count("tie"),
+      orders=interrater.order_effects(rows[name], name),
+      lengths=None,
     )
-    if name in rows:
-      one |= dict(
-        unparsable=sum(r.verdict is None for r in rows[name]),
-        ties=sum(r.verdict == "tie" for r in rows[name]),
-        orders=interrater.order_effects(rows[name], name),
-        lengths=interrater.length_bias(winners[name], table.sizes)
-        if table.sizes
-        else None,
-      )
-    raters.append(one)
+    if table.sizes:
+      lengths = interrater.length_bias(winners[name], table.sizes)
+      raters[-1]["lengths"] = lengths
   judged = None
   if judges and humans and table.rows:
     judged = interrater.judged(table.rows, judges, humans, table.sizes or None)
@@ -233,31 +206,30 @@ def measure(
 def run(argv: list[str]) -> None:
   """Everything after the first line of output."""
   values = parse(argv)
-  from jaxalign import artifacts
-  from jaxalign.eval import rating_codes, rating_layouts, rating_tables
-  from jaxalign.report import raters_page, terminal
-
   choice = rating_codes.parse_choice(values.choice)
   fields = rating_layouts.parse_fields(values.fields)
   files = _files(values)
   names = list(dict.fromkeys(n for some in files.values() for n in some))
-  table = rating_tables.read_ratings(
-    names, choice, list(filter(None, values.raters)), fields
-  )
+  raters = list(filter(None, values.raters))
+  table = read_ratings(names, choice, raters, fields)
   progress.say(terminal.reading_text(table.files))
   found = measure(table, *_sides(values, files, table))
   progress.say(terminal.agreement_text(found))
   if values.output:
-    try:
-      if values.output.endswith(".json"):
-        artifacts.write_json(values.output, found)
-      else:
-        artifacts.write_bytes(
-          values.output, raters_page.agreement_html(found).encode()
-        )
-    except WriteError as error:
-      raise WriteError(str(error).replace("--workdir", "--output")) from error
+    _write(values.output, found)
     progress.say(f"\npage: {values.output}")
+
+
+def _write(path: str, found: dict[str, Any]) -> None:
+  """Writes the page or the numbers."""
+  try:
+    if path.endswith(".json"):
+      artifacts.write_json(path, found)
+    else:
+      page = raters_page.agreement_html(found)
+      artifacts.write_bytes(path, page.encode())
+  except WriteError as error:
+    raise WriteError(str(error).replace("--workdir", "--output")) from error
 
 
 def main(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ from jaxalign.data import world as world_lib
 from jaxalign.data.chat import check_template, read_template
 from jaxalign.data.schemas.choices import check_choice
 from jaxalign.data.schemas.mapping import check_fields
+from jaxalign.data.source_reader import check_shares, LoadOptions
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 from jaxalign.errors import ConfigError
 
@@ -62,7 +63,7 @@ def check_source(c: Any) -> None:
         f"config.data.{knob}"
       )
   names = sources_of(c)
-  records.check_shares(names, c.data.caps, c.data.weights)
+  check_shares(names, c.data.caps, c.data.weights)
   if is_world(c):
     world_of(c)
     if c.data.held_out:
@@ -133,7 +134,7 @@ def load_sources(
     held_out: those of its held-out file instead, without caps and weights.
   """
   d = c.data
-  options = records.LoadOptions(
+  options = LoadOptions(
     schema=d.schema,
     limit=min(filter(None, (limit, d.limit)), default=0),
     max_bad_fraction=d.max_bad_fraction,

@@ -77,11 +77,7 @@ def _solve(
 ) -> tuple[float, np.ndarray]:
   """Weighted sum of squares and the two linear numbers, given the shape.
 
-  Args:
-    name: a key of CURVES.
-    shape: b or k.
-    points: to fit to.
-    fixed: (0 for a or 1 for r, its value), for a profile.
+  For a profile one is `fixed`: (0 for a or 1 for r, its value).
   """
   x, y, w, (low, high) = points
   basis = np.stack(CURVES[name].weights(x, shape), axis=1)

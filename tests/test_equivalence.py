@@ -30,31 +30,35 @@ def one(a, b, **kwargs):
   return equivalence.compare([(a, b)], **kwargs)[0]
 
 
-def test_six_points_are_found_in_19_of_20():
-  rng = np.random.default_rng(0)
-  found = [one(*study(rng, (0.06 / 0.95, 0)))["verdict"] for _ in range(20)]
-  assert found.count("better") >= 19, found
+def verdicts(seed, times, *gains_and_sizes, **kwargs):
+  rng = np.random.default_rng(seed)
+  return [
+    one(*study(rng, *gains_and_sizes), **kwargs)["verdict"]
+    for _ in range(times)
+  ]
 
 
-def test_zero_is_not_found_in_19_of_20():
-  rng = np.random.default_rng(1)
-  found = [one(*study(rng, (0, 0)))["verdict"] for _ in range(20)]
-  assert sum(v in ("better", "worse") for v in found) <= 1, found
+SIX, EXTREMES = (0.06 / 0.95, 0), ("better", "worse")
+FALSE_300 = 0.05 * 300 + 3 * np.sqrt(300 * 0.05 * 0.95)
+FALSE_150 = 0.05 * 150 + 3 * np.sqrt(150 * 0.05 * 0.95)
 
 
-def test_the_rates_over_many_studies():
-  """The level is kept over many: 5 % of 300, give or take three errors."""
-  rng = np.random.default_rng(2)
-  wrong = sum(
-    one(*study(rng, (0, 0), 6, 100))["verdict"] in ("better", "worse")
-    for _ in range(300)
-  )
-  assert wrong <= 0.05 * 300 + 3 * np.sqrt(300 * 0.05 * 0.95)
-  power = sum(
-    one(*study(rng, (0.06 / 0.95, 0)))["verdict"] == "better"
-    for _ in range(100)
-  )
-  assert power >= 95
+@pytest.mark.parametrize(
+  "verdict,least,most,args",
+  [
+    (("better",), 19, 20, (0, 20, SIX)),  # six points are found
+    (EXTREMES, 0, 1, (1, 20, (0, 0))),  # zero is not
+    # The level is kept over many: 5 % of them, give or take three errors.
+    (EXTREMES, 0, FALSE_300, (2, 300, (0, 0), 6, 100)),
+    (("better",), 95, 100, (2, 100, SIX)),
+    # True differences of the margin itself: the worst case of equivalence.
+    (("equal",), 0, FALSE_150, (4, 150, (0.02 / 0.95, 0), 20, 1000, 0.01)),
+    (("equal",), 9, 10, (4, 10, (0, 0), 40, 2000, 0.01)),
+  ],
+)
+def test_verdicts_are_as_often_right_as_they_claim(verdict, least, most, args):
+  found = verdicts(*args)
+  assert least <= sum(v in verdict for v in found) <= most, found
 
 
 def test_many_comparisons_stay_honest():
@@ -66,20 +70,6 @@ def test_many_comparisons_stay_honest():
     out = equivalence.compare([(a, arms[0]) for a in arms[1:]])
     loud += any(o["verdict"] in ("better", "worse") for o in out)
   assert loud <= 100 * 0.05 + 3 * np.sqrt(100 * 0.05 * 0.95)
-
-
-def test_a_margin_of_difference_is_rarely_called_equal():
-  """True differences of the margin itself: the worst case of equivalence."""
-  rng = np.random.default_rng(4)
-  equal = sum(
-    one(*study(rng, (0.02 / 0.95, 0), 20, 1000, 0.01))["verdict"] == "equal"
-    for _ in range(150)
-  )
-  assert equal <= 150 * 0.05 + 3 * np.sqrt(150 * 0.05 * 0.95)
-  equal = [
-    one(*study(rng, (0, 0), 40, 2000, 0.01))["verdict"] for _ in range(10)
-  ]
-  assert equal.count("equal") >= 9
 
 
 def test_the_tests_by_hand():
@@ -199,26 +189,17 @@ def test_a_difference_too_small_to_count_is_still_told(gain):
 def test_a_study_of_the_size_needed_tells():
   """Power as promised: at the size asked for, both answers are found."""
   rng = np.random.default_rng(10)
-  a, b = study(rng, (0, 0), 5, 100, 0.02)
-  out = one(a, b, margin=0.05)
+  out = one(*study(rng, (0, 0), 5, 100, 0.02), margin=0.05)
   assert out["verdict"] == "cannot tell", out["words"]
   need = out["needed"]
   assert f"To tell 5 points: {need['seeds']} seeds" in out["words"]
   size = (need["seeds"], need["prompts"], 0.02)
-  differ = np.mean(
-    [
-      one(*study(rng, (0.05 / 0.95, 0), *size), margin=0.05)["verdict"]
-      == "better"
+  for gain, verdict in ((0.05 / 0.95, "better"), (0, "equal")):
+    found = [
+      one(*study(rng, (gain, 0), *size), margin=0.05)["verdict"]
       for _ in range(60)
     ]
-  )
-  equal = np.mean(
-    [
-      one(*study(rng, (0, 0), *size), margin=0.05)["verdict"] == "equal"
-      for _ in range(60)
-    ]
-  )
-  assert min(differ, equal) > 0.6, (differ, equal)  # 0.8, one spread's luck
+    assert found.count(verdict) > 0.6 * 60  # 0.8, one spread's luck
 
 
 def test_needed_grows_what_stands_in_the_way():
@@ -232,15 +213,13 @@ def test_needed_grows_what_stands_in_the_way():
 
   by_seed = need(seeds=0.03**2)
   assert by_seed["seeds"] > 5 and by_seed["prompts"] == 100
-  # Student's t for a mean of S seeds, by its own search.
-  s = 6
-  while stats.t.ppf(0.975, s - 1) + stats.t.ppf(0.8, s - 1) > 0.02 / (
-    0.03 / np.sqrt(s)
-  ) or stats.t.ppf(0.95, s - 1) + stats.t.ppf(0.9, s - 1) > 0.02 / (
-    0.03 / np.sqrt(s)
-  ):
-    s += 1
-  assert by_seed["seeds"] == s
+
+  def enough(s):  # Student's t for a mean of S seeds
+    t = lambda q: stats.t.ppf(q, s - 1)
+    limit = 0.02 / (0.03 / np.sqrt(s))
+    return max(t(0.975) + t(0.8), t(0.95) + t(0.9)) <= limit
+
+  assert by_seed["seeds"] == next(s for s in range(6, 1000) if enough(s))
   by_prompt = need(prompts=0.3**2)
   assert by_prompt["seeds"] == 5 and by_prompt["prompts"] > 1000
   both = need(seeds=0.03**2, prompts=0.3**2)
