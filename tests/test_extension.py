@@ -7,9 +7,9 @@ import numpy as np
 import pools as make_pools
 import pytest
 
+from jaxalign.core.errors import DataError
 from jaxalign.data import schemas
 from jaxalign.data.records import load_records, LoadOptions
-from jaxalign.errors import DataError
 from jaxalign.select import costs
 from jaxalign.select.pool import checked
 from jaxalign.select.samplers import combine

@@ -25,12 +25,12 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = (
   "import sys\n{hook}\nfrom jaxalign.select import __main__ as select\n"
-  "from jaxalign import main\nmain.start(select.main)\n"
+  "from jaxalign.cli import main\nmain.start(select.main)\n"
 )
 FAIL = (
-  "from jaxalign.data import data_stage\nreal = data_stage.make_data\n"
+  "from jaxalign.data import build_data\nreal = build_data.make_data\n"
   "def make(*a, **k):\n  real(*a, **k)\n  raise ZeroDivisionError\n"
-  "data_stage.make_data = make\n"
+  "build_data.make_data = make\n"
 )
 
 

@@ -5,7 +5,8 @@ import contextlib
 import hashlib
 from typing import Any
 
-from jaxalign import hub
+from jaxalign.core import hub
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import records, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
@@ -14,7 +15,6 @@ from jaxalign.data.schemas.choices import check_choice
 from jaxalign.data.schemas.mapping import check_fields
 from jaxalign.data.source_reader import check_shares, LoadOptions
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
-from jaxalign.errors import ConfigError
 
 _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
 _KNOWN = dict(

@@ -13,6 +13,7 @@ import json
 
 import numpy as np
 
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import refusals
 from jaxalign.data.json_rows import Where
 from jaxalign.data.refusals import TooManyRefused
@@ -26,7 +27,6 @@ from jaxalign.data.source_reader import (
   SourceReading,
 )
 from jaxalign.data.tables import MESSAGES
-from jaxalign.errors import ConfigError
 
 # An id is a digest of these: what else is kept of a row may grow.
 _CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "group")

@@ -6,10 +6,10 @@ from typing import Any
 
 from etils import epath
 
+from jaxalign.core.errors import DataError
 from jaxalign.data import tables
 from jaxalign.data.json_rows import Where
 from jaxalign.data.schemas.schema import Refused
-from jaxalign.errors import DataError
 
 
 class TooManyRefused(DataError):

@@ -5,7 +5,9 @@ import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
-from jaxalign import progress
+from jaxalign.core import progress
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.lookup import lookup
 from jaxalign.data.json_rows import BadRow, Where
 from jaxalign.data.schemas import (
   BUILT_IN,
@@ -26,8 +28,6 @@ from jaxalign.data.schemas.mapping import check_fields, remap, roles_of
 from jaxalign.data.schemas.messages import is_messages, unread_keys
 from jaxalign.data.schemas.schema import ANSWER_PAIRS
 from jaxalign.data.sources import read_rows
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.lookup import lookup
 
 _PEEK = 1000  # rows looked at before "no schema fits" is believed
 
