@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Fast
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import chat, tokens
 from jaxalign.data.chat import BUILT_IN, Chat
-from jaxalign.data.encode import answers_of, encode_dialogues, encode_texts
+from jaxalign.data.encode import answers_of, dialogues_to_ids, encode_texts
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused, turns_of
 from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
@@ -658,14 +658,14 @@ def test_rows_of_dialogues(folder):
   end, begin = tok.specials["<|im_end|>"], tok.specials["<|im_start|>"]
   system = [dict(role="system", content="<|begin|>" * 9)]
   with Chat(tok, BUILT_IN["chatml"]) as one:
-    rows, report, refused = encode_dialogues(
+    ids = dialogues_to_ids(
       one,
       [ASK, system + ASK, ASK, ASK],
       [["yes", "no"], ["x " * 400, "y"], ["same", "same"], ["a", "b"]],
-      ("chosen", "rejected"),
-      160,
-      "cut_answer",
     )
+  rows, report, refused = tokens.fit_rows(
+    tok, ids, ("chosen", "rejected"), 160, "cut_answer", history=True
+  )
   assert {i: w.reason for i, w in refused.items()} == {2: "identical tokens"}
   assert report["rows"] == 6
   assert report["tokens_cut_by_side"]["chosen"] > 300
