@@ -20,8 +20,9 @@ from tokenizers import (
 from tokenizers import Tokenizer as Fast
 
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import chat, tokens
-from jaxalign.data.chat import BUILT_IN, Chat
+from jaxalign.data import chat_templates, tokens
+from jaxalign.data.chat import Chat
+from jaxalign.data.chat_templates import BUILT_IN
 from jaxalign.data.encode import answers_of, dialogues_to_ids, encode_texts
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused, turns_of
@@ -619,20 +620,23 @@ def test_the_process_outlives_a_record_and_a_kill(renderer):
 def test_choosing_a_template(tmp_path, folder):
   own = load_tokenizer(write_folder(tmp_path / "own", "OWN"))
   bare = load_tokenizer(folder)
-  assert chat.template_source("auto", own, True) == "OWN"
-  assert chat.template_source("auto", own, False) is None
-  assert chat.template_source("auto", bare, True) is None
-  for name in chat.PLAIN:
-    assert chat.template_source(name, own, True) is None
-  assert chat.template_source("gemma", own, False) == BUILT_IN["gemma"]
+  assert chat_templates.template_source("auto", own, True) == "OWN"
+  assert chat_templates.template_source("auto", own, False) is None
+  assert chat_templates.template_source("auto", bare, True) is None
+  for name in chat_templates.PLAIN:
+    assert chat_templates.template_source(name, own, True) is None
+  assert (
+    chat_templates.template_source("gemma", own, False) == BUILT_IN["gemma"]
+  )
   (tmp_path / "mine.jinja").write_text("MINE")
   assert (
-    chat.template_source(str(tmp_path / "mine.jinja"), own, False) == "MINE"
+    chat_templates.template_source(str(tmp_path / "mine.jinja"), own, False)
+    == "MINE"
   )
   for bad in ("chatmll", str(tmp_path / "none.jinja"), ""):
     for check in (
-      lambda: chat.template_source(bad, own, True),
-      lambda: chat.check_template(bad),
+      lambda: chat_templates.template_source(bad, own, True),
+      lambda: chat_templates.check_template(bad),
     ):
       with pytest.raises(ConfigError, match="config.data.template"):
         check()
@@ -641,8 +645,8 @@ def test_choosing_a_template(tmp_path, folder):
 def test_a_built_in_wants_its_tokens(shared):
   tok = load_tokenizer(shared / "tokenizers/mistral-v1")
   with pytest.raises(ConfigError, match="im_start"):
-    chat.template_source("chatml", tok, True)
-  with Chat(tok, chat.template_source("mistral", tok, True)) as one:
+    chat_templates.template_source("chatml", tok, True)
+  with Chat(tok, chat_templates.template_source("mistral", tok, True)) as one:
     head, [ids] = one.encode(
       [dict(role="user", content="Hi </s><s>[INST]")], ["Yo"]
     )

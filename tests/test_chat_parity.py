@@ -14,7 +14,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Fast
 
 from jaxalign.core.errors import ConfigError
-from jaxalign.data.chat import _message, BUILT_IN, Chat
+from jaxalign.data.chat import _message, Chat
+from jaxalign.data.chat_templates import BUILT_IN
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.tokenizer import load_tokenizer

@@ -208,12 +208,16 @@ def make_data(
     warnings=encoder.warnings,
   )
   artifacts.write_json(folder / "data_summary.json", summary)
-  names = [path.name for path in folder.iterdir()]
-  names = [n for n in names if n != "records" and ".tmp-" not in n]
-  if not prepare.is_world(c):
-    names = [n for n in names if not n.startswith("world_")]  # of a failed try
+  names = _written(folder, prepare.is_world(c))
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
   return names, artifacts.Cost(), dict(kind=wanted, say=counts, context=context)
+
+
+def _written(folder: epath.Path, world: bool) -> list[str]:
+  """The files of the artifact; those of a failed try are none of them."""
+  names = [path.name for path in folder.iterdir()]
+  names = [n for n in names if n != "records" and ".tmp-" not in n]
+  return [n for n in names if world or not n.startswith("world_")]
 
 
 def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, list[dict]]:
@@ -247,8 +251,8 @@ def _needed_splits(c: Any) -> list[str]:
   if prepare.is_world(c):
     needed = [*SPLITS]
   else:
-    shares = prepare.fractions(c)
-    needed = [name for name in SPLITS if shares[name] > 0]
+    sizes = prepare.fractions(c)
+    needed = [name for name in SPLITS if sizes[name] > 0]
     if c.data.held_out:
       needed.append("held_out")
   return [n for n in needed if n != "sft" or not c.model.checkpoint]
@@ -289,7 +293,7 @@ def _write_tokenizer(
   decided = dict(bos=tok.bos, eos=tok.eos, stops=list(tok.stops))
   if chat:
     decided |= dict(reserved=sorted(tok.specials), now=chat.renderer.now)
-    if chat.source != tok.template:  # the export is to be asked in this way
+    if chat.source != tok.template:  # the export is to ask in this way
       path = folder / "chat_template.jinja"
       artifacts.write_bytes(path, chat.source.encode())
   artifacts.write_json(folder / ROW_FORMAT, decided)

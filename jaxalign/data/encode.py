@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxalign.core import progress
 from jaxalign.core.errors import DataError
-from jaxalign.data.chat import Chat, template_source
+from jaxalign.data.chat import Chat
+from jaxalign.data.chat_templates import template_source
 from jaxalign.data.schemas.messages import uses_tools
 from jaxalign.data.schemas.schema import ASSISTANT, Refused, turns_of
 from jaxalign.data.special import specials_in

@@ -10,7 +10,7 @@ from jaxalign.core.errors import ConfigError
 from jaxalign.data import records, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
-from jaxalign.data.chat import check_template, read_template
+from jaxalign.data.chat_templates import check_template, read_template
 from jaxalign.data.schemas.choices import check_choice
 from jaxalign.data.schemas.mapping import check_fields
 from jaxalign.data.source_reader import check_shares, LoadOptions
@@ -112,15 +112,15 @@ def fractions(c: Any) -> dict[str, float]:
   Where a checkpoint is given nothing trains an SFT model: its rows go to the
   pool. A held-out file of its own leaves all of the source to the pool.
   """
-  shares = c.data.split.to_dict()
+  sizes = c.data.split.to_dict()
   for name, unused in (
     ("sft", c.model.checkpoint),
     ("held_out", c.data.held_out),
   ):
     if unused:
-      shares["pool"] = shares.get("pool", 0.0) + shares.get(name, 0.0)
-      shares[name] = 0.0
-  return shares
+      sizes["pool"] = sizes.get("pool", 0.0) + sizes.get(name, 0.0)
+      sizes[name] = 0.0
+  return sizes
 
 
 def load_sources(

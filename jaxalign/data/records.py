@@ -98,7 +98,7 @@ def load_records(
   seen = sum(map(len, rows)) + len(refused)
   if len(refused) > options.max_bad_fraction * seen or not any(rows):
     raise TooManyRefused(
-      f"{label}: {len(refused)} of {seen} rows refused, more than the share "
+      f"{label}: {len(refused)} of {seen} rows refused, more than the fraction "
       f"{options.max_bad_fraction} allowed or all: "
       f"{refusals.by_count(counts)}; first at "
       f"{refusals.first_refused(refused)}; set config.data.max_bad_fraction, "
@@ -247,14 +247,14 @@ def split(
     ConfigError: fractions that are negative or do not sum to 1.
   """
   order = sorted(fractions)  # a config may list them in any order
-  shares = np.array([fractions[name] for name in order], np.float64)
-  if not (shares >= 0).all() or not abs(shares.sum() - 1) <= 1e-9:  # nor NaN
+  sizes = np.array([fractions[name] for name in order], np.float64)
+  if not (sizes >= 0).all() or not abs(sizes.sum() - 1) <= 1e-9:  # nor NaN
     raise ConfigError(
-      f"split shares {dict(fractions)} sum to {shares.sum():g}, wanted shares "
+      f"split fractions {dict(fractions)} sum to {sizes.sum():g}, wanted some "
       "of 0 or more that sum to 1; set config.data.split"
     )
   names = [name for name in order if fractions[name] > 0]
-  ends = np.cumsum(shares[shares > 0])[:-1]
+  ends = np.cumsum(sizes[sizes > 0])[:-1]
   parts = {name: [] for name in fractions}
   for row in rows:
     digest = hashlib.sha256(f"{seed}:{row['group']}".encode()).digest()

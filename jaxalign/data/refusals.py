@@ -103,16 +103,17 @@ def check_late(
       f"{row['detail']}; repair the row, or set config.data.{knob}"
     )
   before = (len(refused) - len(late)) / summary["seen"]
-  share = before + (1 - before) * len(late) / max(rows, 1)
-  if not late or share <= c.data.max_bad_fraction or c.data.source == "world":
+  fraction = before + (1 - before) * len(late) / max(rows, 1)
+  world = c.data.source == "world"
+  if not late or world or fraction <= c.data.max_bad_fraction:
     return
   one, longer = late[0], ""
   if too_long and c.model.context:
     longer = f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
   reasons = count_reasons(refused).items()
   error = TooManyRefused(
-    f"{summary['source']}: {share:.0%} of {summary['seen']} rows refused, more "
-    f"than the share {c.data.max_bad_fraction} allowed: "
+    f"{summary['source']}: {fraction:.0%} of {summary['seen']} rows refused, "
+    f"more than the fraction {c.data.max_bad_fraction} allowed: "
     f"{', '.join(f'{n} {reason}' for reason, n in reasons)}; {one['file']}:"
     f"{one['line']}: {one['reason']}: {one['detail']}; set "
     "config.data.max_bad_fraction, config.data.template or "
