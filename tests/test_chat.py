@@ -28,17 +28,10 @@ from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused, turns_of
 from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
 
-MARKERS = [
-  "<|begin|>",
-  "<|end|>",
-  "<|im_start|>",
-  "<|im_end|>",
-  "<|start_header_id|>",
-  "<|end_header_id|>",
-  "<|eot_id|>",
-  "<start_of_turn>",
-  "<end_of_turn>",
-]
+MARKERS = (
+  "<|begin|> <|end|> <|im_start|> <|im_end|> <|start_header_id|> "
+  "<|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+).split()
 LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -138,12 +138,10 @@ def test_field_names_and_codes_on_the_command_line(tmp_path):
     dict(q=dict(text=f"what is {i}?"), a=f"good {i}", b=f"bad {i}", c=0)
     for i in range(20)
   ]
-  named = [
-    "data.fields.prompt=q.text",
-    "data.fields.first=a",
-    "data.fields.second=b",
-    "data.fields.choice=c",
-  ]
+  named = (
+    "data.fields.prompt=q.text data.fields.first=a data.fields.second=b "
+    "data.fields.choice=c"
+  ).split()
   ended, _ = select(tmp_path, rows, *named)
   assert ended.code == 65 and "c holds '0' (20 rows)" in ended.err
   assert "--config.data.choice=" in ended.err

@@ -724,18 +724,9 @@ _plain = st.one_of(
 )
 _message = st.dictionaries(
   st.sampled_from(
-    [
-      "role",
-      "from",
-      "content",
-      "value",
-      "tool_calls",
-      "name",
-      "function_call",
-      "text",
-      "replies",
-      "rank",
-    ]
+    (
+      "role from content value tool_calls name function_call text replies rank"
+    ).split()
   ),
   st.one_of(
     _plain,
