@@ -214,7 +214,7 @@ def test_kto_adds_a_pass_of_its_mismatched_rows(alone):
   cost = feed.training_cost(
     MODEL, rows, updates=1, batch=BATCH, seed=0, mismatched=other.tokens
   )[0]
-  real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
+  real = tokens_lib.row_lengths(other.tokens)  # the formula counts no padding
   assert cost == own + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())
 
 
@@ -269,7 +269,7 @@ def test_an_online_reference_adds_a_pass(alone, rank):
   cost = lambda **more: feed.training_cost(
     MODEL, rows, **seen, mismatched=other.tokens, **more
   )[0]
-  real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
+  real = tokens_lib.row_lengths(other.tokens)  # the formula counts no padding
   assert cost(online=True) - cost() == (
     BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
     + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())

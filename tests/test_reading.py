@@ -319,11 +319,11 @@ def test_several_sources_of_a_config(tmp_path):
 
 def test_a_checkpoint_leaves_no_row_to_an_sft_model(tmp_path):
   c = common.base()
-  assert prepare.fractions(c) == dict(sft=0.25, pool=0.6, held_out=0.15)
+  assert prepare.split_fractions(c) == dict(sft=0.25, pool=0.6, held_out=0.15)
   c.model.checkpoint = "x"
-  assert prepare.fractions(c) == dict(sft=0.0, pool=0.85, held_out=0.15)
+  assert prepare.split_fractions(c) == dict(sft=0.0, pool=0.85, held_out=0.15)
   c.data.held_out = "y"
-  assert prepare.fractions(c) == dict(sft=0.0, pool=1.0, held_out=0.0)
+  assert prepare.split_fractions(c) == dict(sft=0.0, pool=1.0, held_out=0.0)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class SplitRows:
 
 def _from_world(c: Any, folder: epath.Path) -> SplitRows:
   """The world's rows, written as text and read back like any other source."""
-  made = world_lib.generate(prepare.world_of(c), c.data.seed)
+  made = world_lib.generate_rows(prepare.world_of(c), c.data.seed)
   names, targets, loaded = ("prompt", "chosen", "rejected"), {}, {}
   for split in ("pool", "held_out"):
     path = folder / f"world_{split}.jsonl"
@@ -79,7 +79,9 @@ def _from_world(c: Any, folder: epath.Path) -> SplitRows:
 def read_splits(c: Any, limit: int = 0) -> SplitRows:
   """Rows of files or of a hub, checked, refused with reasons, and split."""
   loaded = prepare.load_sources(c, limit)
-  splits = records.split(loaded.rows, prepare.fractions(c), c.data.seed)
+  splits = records.split_rows(
+    loaded.rows, prepare.split_fractions(c), c.data.seed
+  )
   refused, where = list(loaded.refused), dict(loaded.where)
   if c.data.held_out:
     held = prepare.load_sources(c, limit, held_out=True)
@@ -164,7 +166,7 @@ def make_data(
     encoded = {name: encoder.encode(splits[name]) for name in SPLITS}
   context = c.model.context or min(most, prepare.own_context(c))
   if c.model.checkpoint and not c.model.context:
-    sizes = tokens_lib.needed(tok, itertools.chain(*encoded.values()))
+    sizes = tokens_lib.whole_lengths(tok, itertools.chain(*encoded.values()))
     context = tokens_lib.context_for(sizes, most)
   truncation, late = {}, []
   for name in SPLITS:
@@ -175,7 +177,7 @@ def make_data(
       late.append(
         refusals.refused_later(splits[name][i], why, name, found.where)
       )
-    tokens_lib.save(folder, name, rows)
+    tokens_lib.save_rows(folder, name, rows)
     splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
     if name == "pool":
       summary["tokens"] = _token_counts(rows)
@@ -251,7 +253,7 @@ def _needed_splits(c: Any) -> list[str]:
   if prepare.is_world(c):
     needed = [*SPLITS]
   else:
-    sizes = prepare.fractions(c)
+    sizes = prepare.split_fractions(c)
     needed = [name for name in SPLITS if sizes[name] > 0]
     if c.data.held_out:
       needed.append("held_out")
@@ -325,7 +327,7 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
     return found, summary_lines(summary)
   with RowEncoder(c, tok, splits) as encoder:
     encoded = encoder.encode(few)
-  fits = tokens_lib.context_for(tokens_lib.needed(tok, encoded), most)
+  fits = tokens_lib.context_for(tokens_lib.whole_lengths(tok, encoded), most)
   context = prepare.asked_context(c) or fits
   rows, _, lost = encoder.fit(few, encoded, context, prepare.too_long(c))
   late = [
@@ -346,7 +348,7 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
 
 def _token_counts(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:
   """Quantiles (0.05, 0.5, 0.95) of the tokens of prompts and responses."""
-  counts = dict(prompt=rows.start, response=tokens_lib.lengths(rows))
+  counts = dict(prompt=rows.start, response=tokens_lib.row_lengths(rows))
   counts["response"] = counts["response"] - rows.start
   quantiles = {
     n: np.quantile(x, (0.05, 0.5, 0.95)) if len(x) else []

@@ -103,10 +103,10 @@ def world_of(c: Any) -> world_lib.World | None:
   """The built-in world of a config, None for other sources."""
   if not is_world(c):
     return None
-  return world_lib.build(c.data.world.to_dict(), c.data.seed)
+  return world_lib.build_world(c.data.world.to_dict(), c.data.seed)
 
 
-def fractions(c: Any) -> dict[str, float]:
+def split_fractions(c: Any) -> dict[str, float]:
   """The fractions of the splits that a job has use for.
 
   Where a checkpoint is given nothing trains an SFT model: its rows go to the

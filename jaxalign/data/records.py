@@ -230,7 +230,7 @@ def _assign_ids(rows: list[dict]) -> tuple[int, int]:
   return sum(n - 1 for n in times.values()), shared
 
 
-def split(
+def split_rows(
   rows: Iterable[dict], fractions: Mapping[str, float], seed: int
 ) -> dict[str, list[dict]]:
   """Rows by split, whole groups only, whatever order the rows are in.

@@ -28,7 +28,7 @@ _LEAST = dict(
   pool_rows=1,
   held_out_rows=1,
 )
-# What no config sets; an experiment of its own may, see `build`.
+# What no config sets; an experiment of its own may, see `build_world`.
 _FIXED = dict(
   clusters=8,
   openers=8,
@@ -68,7 +68,7 @@ def _words(count: int) -> list[str]:
   return [pool[i] for i in order[:count]]
 
 
-def build(knobs: dict[str, Any], seed: int) -> World:
+def build_world(knobs: dict[str, Any], seed: int) -> World:
   """Draws the truth of the world; the same knobs and seed, the same world.
 
   Args:
@@ -212,7 +212,7 @@ def _distinct(world, rng, prompt, make):
   return first, second
 
 
-def generate(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
+def generate_rows(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
   """Rows of the three splits: `sft`, `pool` and `held_out`.
 
   Returns:

@@ -48,7 +48,7 @@ def _sizes(
     mean = min(c.data.assume[1] or context, context)
     rows = {
       n: int(c.data.assume[0] * share)
-      for n, share in prepare.fractions(c).items()
+      for n, share in prepare.split_fractions(c).items()
     }
     if r == 1:
       rows["pool"] *= 2  # unpaired rows of pairs

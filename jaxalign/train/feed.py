@@ -91,16 +91,16 @@ def padded(
 ) -> Layout:
   """Padded on the right, to the bucket of the batch's longest row."""
   del known
-  lengths = tokens_lib.lengths(rows)
-  longest = tokens_lib.longest(lengths, context)
+  lengths = tokens_lib.row_lengths(rows)
+  longest = tokens_lib.longest_row(lengths, context)
 
   def put(index, names=None):
     del names
     # Every process pads to the same bucket, from the lengths of all rows.
-    size = tokens_lib.bucket(int(lengths[index].max()), longest)
+    size = tokens_lib.padded_length(int(lengths[index].max()), longest)
 
     def make(places):
-      tokens, mask = tokens_lib.pad(rows, index[places].reshape(-1), size)
+      tokens, mask = tokens_lib.pad_rows(rows, index[places].reshape(-1), size)
       cut = lambda x: x.reshape(len(places), -1, size)
       return cut(tokens), cut(mask)
 
@@ -126,10 +126,13 @@ def packed(
   shape holds has a larger one of its own. Unless they `share` it, every
   response has a prompt of its own.
   """
-  lengths, start = tokens_lib.lengths(rows), np.asarray(rows.start, np.int64)
+  lengths, start = (
+    tokens_lib.row_lengths(rows),
+    np.asarray(rows.start, np.int64),
+  )
   devices = sharding.parts(mesh, "batch")
   bins = accumulation * devices
-  length = packing.up(tokens_lib.longest(lengths, context))
+  length = packing.up(tokens_lib.longest_row(lengths, context))
 
   def sizes(index):
     """[B] tokens of every row."""
@@ -214,7 +217,7 @@ def make_feed(
   `train.step.make_gradients` for the arrays of a batch; `rate` gives the
   learning rate of a step.
   """
-  lengths = tokens_lib.lengths(rows.tokens)
+  lengths = tokens_lib.row_lengths(rows.tokens)
   lay = LAYOUTS[layout]
 
   def rows_of(step):
@@ -289,7 +292,7 @@ def make_distinct(rows: Rows, *, batch: int, seed: int) -> Callable[[int], int]:
   What packed rows compute; `tokens_at` counts a pair's prompt with each of its
   answers, as padded rows do.
   """
-  lengths = tokens_lib.lengths(rows.tokens)
+  lengths = tokens_lib.row_lengths(rows.tokens)
   start = np.asarray(rows.tokens.start, np.int64)
 
   def distinct_at(step):
@@ -333,7 +336,7 @@ def make_useful(
 
   def count(token_rows, index, passes=(1, 1)):
     start = np.asarray(token_rows.start, np.int64)
-    answers = tokens_lib.lengths(token_rows) - start
+    answers = tokens_lib.row_lengths(token_rows) - start
     return useful_flops(m, start[index[:, 0]], answers[index], passes)
 
   def useful_at(step):
@@ -369,14 +372,14 @@ def training_cost(
   seen = np.concatenate(
     [batches.rows_at(s, len(rows.ids), batch, seed) for s in range(updates)]
   )
-  lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
+  lengths = tokens_lib.row_lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
     total += int(count) * decoder_flops(
       m, int(size), passes=passes(m, ahead, online)
     )
   if mismatched is not None:
-    extra = tokens_lib.lengths(mismatched)[: updates * batch]
+    extra = tokens_lib.row_lengths(mismatched)[: updates * batch]
     tokens += int(extra.sum())
     for size, count in zip(*np.unique(extra, return_counts=True)):
       total += (1 + online) * decoder_flops(m, int(size)) * int(count)

@@ -167,7 +167,7 @@ def check_memory(job: Job, arms: list[Arm]) -> None:
     return
   rows, n = job.tokens("pool"), len(job.column("pool", "id"))
   start = np.int64(rows.start)
-  answers = (tokens_lib.lengths(rows) - start).reshape(n, -1)
+  answers = (tokens_lib.row_lengths(rows) - start).reshape(n, -1)
   held = host_memory(
     job, job.policy, arms, n, start.reshape(n, -1)[:, 0], answers
   )

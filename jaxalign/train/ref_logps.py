@@ -88,10 +88,12 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     responses = len(tokens.start) // len(ids)
     which = index[:, None] * responses + np.arange(responses)
     if not job.loss.reference or online or batched:
-      counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[which])
+      counts = np.float32(
+        (tokens_lib.row_lengths(tokens) - tokens.start)[which]
+      )
       return np.zeros_like(counts), counts, Cost()
     total, count = once(tokens, which, [ids[i] for i in index])
-    rows = tokens_lib.take(tokens, which.reshape(-1))
+    rows = tokens_lib.take_rows(tokens, which.reshape(-1))
     return total, count, Cost(embed.flops(m, rows), len(rows.ids))
 
   def make(folder):
@@ -130,7 +132,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
         mismatched=tokens,
       )
       arrays["ref_sum"] = found.ref_sum
-      own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
+      own = tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
       spent(Cost(embed.flops(m, own), len(own.ids)))
     if "common_prefix" in job.loss.extras and (online or batched):
       arrays["ref_common_prefix"] = (

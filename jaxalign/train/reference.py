@@ -69,14 +69,14 @@ def logps(
       that shares them.
   """
   n, r = index.shape
-  lengths = tokens_lib.lengths(rows)
+  lengths = tokens_lib.row_lengths(rows)
   counts = np.float32(lengths - rows.start)[index]
   if layout == "padded":
     found = embed.score_rows(
       mesh,
       params,
       m,
-      tokens_lib.take(rows, index.reshape(-1)),
+      tokens_lib.take_rows(rows, index.reshape(-1)),
       tile=tile,
       chunk=chunk,
       label=label,
@@ -94,7 +94,7 @@ def logps(
   spare = np.full(-len(index) % own, np.argmin(sizes))
   of = np.append(np.arange(len(index)), spare)
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
-  length = packing.up(tokens_lib.longest(lengths[index], m.context))
+  length = packing.up(tokens_lib.longest_row(lengths[index], m.context))
   room = packing.largest(
     [
       packing.need(
@@ -182,7 +182,7 @@ def _checked(
       mesh,
       params,
       m,
-      tokens_lib.take(rows, index[bad].reshape(-1)),
+      tokens_lib.take_rows(rows, index[bad].reshape(-1)),
       ids=None if ids is None else [ids[i] for i in bad],
       **how,
     ).logp.reshape(len(bad), -1)

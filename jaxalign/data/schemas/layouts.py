@@ -27,7 +27,7 @@ _DECIDED_BY = ("first", "second", "choice")
 _STRENGTH = ("strength", "first_id", "second_id", "first_score", "second_score")
 
 
-class Layout(NamedTuple):
+class PublicLayout(NamedTuple):
   """One public layout."""
 
   columns: str  # "target=path" pairs; a path where a row of the set has it
@@ -43,66 +43,66 @@ class Layout(NamedTuple):
 
 _SCORES = ("first_score", "second_score")
 LAYOUTS = {
-  "pku_saferlhf": Layout(
+  "pku_saferlhf": PublicLayout(
     "prompt=prompt first=response_0 second=response_1 "
     "choice=better_response_id",
     rule=_FROM_0,
   ),
-  "shp": Layout(
+  "shp": PublicLayout(
     "prompt=history first=human_ref_A second=human_ref_B choice=labels "
     "first_score=score_A second_score=score_B",
     rule=_FIRST_IS_1,
     optional=_SCORES,
   ),
-  "helpsteer2": Layout(
+  "helpsteer2": PublicLayout(
     "prompt=prompt first=response_1 second=response_2 "
     "choice=preference_strength strength=preference_strength",
     rule=_SIGNED,
   ),
-  "helpsteer3": Layout(
+  "helpsteer3": PublicLayout(
     "messages=context first=response1 second=response2 "
     "choice=overall_preference strength=overall_preference",
     rule=_SIGNED,
   ),
-  "chatbot_arena": Layout(
+  "chatbot_arena": PublicLayout(
     "first=conversation_a second=conversation_b choice=winner "
     "first_id=model_a second_id=model_b",
     optional=("first_id", "second_id"),
   ),
-  "summarize_from_feedback": Layout(
+  "summarize_from_feedback": PublicLayout(
     "prompt=info.post first=summaries.0.text second=summaries.1.text "
     "choice=choice",
     rule=_FROM_0,
   ),
-  "webgpt": Layout(
+  "webgpt": PublicLayout(
     "prompt=question.full_text first=answer_0 second=answer_1 "
     "first_score=score_0 second_score=score_1",
     rule=BY_SCORE,
   ),
-  "halos_pairs": Layout(
+  "halos_pairs": PublicLayout(
     "prompt=prompt first=output_A second=output_B choice=label "
     "strength=reward_difference",
     rule=_FIRST_IS_1,
     optional=("strength",),
   ),
-  "halos_binary": Layout(
+  "halos_binary": PublicLayout(
     "prompt=prompt completion=output label=label", convert_unpaired
   ),
-  "openai_preference": Layout(
+  "openai_preference": PublicLayout(
     "messages=input.messages tools=input.tools chosen=preferred_output "
     "rejected=non_preferred_output",
     convert_pair,
     optional=("tools",),
   ),
-  "orca_dpo": Layout(
+  "orca_dpo": PublicLayout(
     "system=system prompt=question chosen=chosen rejected=rejected",
     convert_pair,
   ),
-  "argilla_orca": Layout(
+  "argilla_orca": PublicLayout(
     "system=system prompt=input chosen=chosen rejected=rejected", convert_pair
   ),
-  "spin": Layout("chosen=real rejected=generated", convert_pair),
-  "ultrafeedback": Layout(
+  "spin": PublicLayout("chosen=real rejected=generated", convert_pair),
+  "ultrafeedback": PublicLayout(
     "prompt=instruction answers=completions.*.response "
     "scores=completions.*.overall_score",
     convert_scored,
@@ -118,7 +118,7 @@ def _deciding(fields: Mapping[str, str]) -> tuple[str | None, ...]:
   return tuple(fields.get(target) for target in _DECIDED_BY)
 
 
-def _known(fields: Mapping[str, str]) -> Layout | None:
+def _known(fields: Mapping[str, str]) -> PublicLayout | None:
   """The layout whose answers and code a mapping names."""
   named = _deciding(fields)
   return next(
@@ -139,7 +139,7 @@ def known_strength(fields: Mapping[str, str]) -> dict[str, str]:
   return {t: more[t] for t in _STRENGTH if t in more and t not in fields}
 
 
-def _schema(name: str, layout: Layout) -> Schema:
+def _schema(name: str, layout: PublicLayout) -> Schema:
   fields = layout.fields
   needed = [path for t, path in fields.items() if t not in layout.optional]
   codes = [fields[t] for t in ("choice", "label", "first_score") if t in fields]
