@@ -124,15 +124,9 @@ def check_settings(e: Endpoint) -> None:
       f"the judge's url {e.url} would carry the key in the clear; use https, "
       'or key_env="" for a server that wants none'
     )
-  positive = "max_tokens timeout_s per_minute workers max_requests"
-  for name in [*positive.split(), "max_total_tokens"]:
+  for name in ("per_minute", "max_requests"):
     if not getattr(e, name) > 0:
       raise ConfigError(f"judge.{name} is {getattr(e, name)}, wanted above 0")
-  if e.retries < 0 or e.backoff_s < 0:
-    raise ConfigError(
-      f"judge.retries {e.retries} and judge.backoff_s "
-      f"{e.backoff_s}, wanted at least 0"
-    )
 
 
 def check_key(e: Endpoint) -> None:
