@@ -300,7 +300,7 @@ def between(a: Winners, b: Winners) -> dict[str, dict[str, Any]]:
 
 
 def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
-  """Some raters beside each other, two by two and all together.
+  """Agreement of raters, two by two and all together.
 
   Args:
     votes: rater -> label by pair, as from `labels`; None is a gap.
@@ -393,7 +393,7 @@ def judged(
   humans: Sequence[str],
   sizes: Lengths | None = None,
 ) -> dict[str, Any]:
-  """All there is to say of some judges beside some humans.
+  """All measures of some judges against some humans.
 
   Args:
     rows: the table.

@@ -60,7 +60,7 @@ _LONGEST_S = 60.0  # between two attempts
 
 
 class Endpoint(NamedTuple):
-  """Which judge, and how hard it may be asked."""
+  """Which judge, and how many requests it may be sent."""
 
   model: str
   url: str = "https://api.openai.com/v1"
@@ -139,7 +139,7 @@ def check_key(e: Endpoint) -> None:
 
 
 def check_reachable(e: Endpoint, timeout_s: float = 5.0) -> None:
-  """Opens a connection and closes it: nothing is asked, nothing is paid.
+  """Opens a connection and closes it: no request is sent, nothing is paid.
 
   Behind a proxy, which alone knows what it reaches, nothing is tried.
 

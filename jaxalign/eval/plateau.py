@@ -1,6 +1,6 @@
 """How win rate grows with data: a plateau, or growth with no end in sight.
 
-R(x) = r - (r - a) exp(-b x), Khera et al. 2024, equation 1, is fitted beside a
+R(x) = r - (r - a) exp(-b x), Khera et al. 2024, equation 1, is fitted next to a
 power law, a logarithm and a straight line, and is believed only if the points
 themselves bound it.
 

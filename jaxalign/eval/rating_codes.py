@@ -1,4 +1,4 @@
-"""What the words and codes of raters mean: known, given by the user, or asked.
+"""What the words and codes of raters mean: known, or given by the user.
 
 Words are certain (`A`, `model_b`, `first`, `tie`), so are the codes 1 and 2
 where there is no third, and those of a known layout. No other is guessed: 0
