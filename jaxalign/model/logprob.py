@@ -113,7 +113,9 @@ def by_vocabulary(
   @jax.checkpoint
   def one(carry, weights, step):
     total, hit = carry
-    scores = decoder.logits(large.astype(dtype), weights, softcap)  # [B, L, p, c]
+    scores = decoder.logits(
+      large.astype(dtype), weights, softcap
+    )  # [B, L, p, c]
     at = step * size + jnp.arange(size)  # in a device's part
     real = at < own  # what fills the last chunk is no token
     ids = jnp.where(
