@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import interrater, rating_tables
 from jaxalign.eval.interrater import Verdict
 from jaxalign.eval.rating_codes import Choice

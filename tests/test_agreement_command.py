@@ -11,8 +11,8 @@ from sklearn import metrics
 from test_report import paths, PAYLOADS, poisoned
 from test_report import read as parsed
 
-from jaxalign import agreement as command
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.cli import agreement as command
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import interrater, rating_codes, rating_tables
 from jaxalign.eval.interrater import Verdict
 from jaxalign.report import raters_page, terminal

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from jaxalign.core import intervals
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import equivalence
 from jaxalign.eval.equivalence import ArmOutcomes as Arm
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxalign.errors import ConfigError, RestartError
+from jaxalign.core.errors import ConfigError, RestartError
 from jaxalign.eval import interrater, judge_endpoint, judging
 from jaxalign.eval.judge_endpoint import (
   digest,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn import linear_model
 
+from jaxalign.core.errors import DataError
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as worlds
-from jaxalign.errors import DataError
 from jaxalign.eval import held_out, winrate
 
 EOS = 2

@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import progress
-from jaxalign.core import intervals
+from jaxalign.core import intervals, progress
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
+from jaxalign.embed import passes as embed
 from jaxalign.eval import winrate
 from jaxalign.model import decode
-from jaxalign.select import embed
 
 
 class EvalSet(NamedTuple):

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data.schemas.choices import WORDS
-from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval.rating_codes import code_of_cell, literal
 
 FIELDS = "item prompt first second first_text second_text rater verdict".split()
