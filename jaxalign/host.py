@@ -120,7 +120,9 @@ def host_memory(
     chunk=c.model.head_chunk,
     tile=min(c.embed.tile, len(answers) * answers.shape[1]),
     frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
-    moments=optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync),
+    moments=optim.OPTIMIZERS[t.optimizer].moments
+    + bool(t.ema)
+    + bool(t.ref_sync),
     reference=t.reference == "online" or bool(t.eval_every),
     arms=len(arms),
   )
@@ -139,7 +141,7 @@ def step_memory(
     frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
     rows=c.train.batch_size * responses // c.train.accumulation,
     moments=(
-      optim.MOMENTS[c.train.optimizer]
+      optim.OPTIMIZERS[c.train.optimizer].moments
       + bool(c.train.ema)
       + bool(c.train.ref_sync)
     ),

@@ -25,7 +25,8 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns, proxies, scores, select, watched
 from jaxalign.stages import embed as passes
 from jaxalign.stages import mixture as mixture_stage
-from jaxalign.train import feed, stats
+from jaxalign.train import feed
+from jaxalign.train.statistics import needs_batch_logps
 
 READING = 1e9  # bytes a second from a disk
 SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
@@ -236,7 +237,7 @@ def lines(
       m,
       int(tokens["pool"]),
       passes=feed.passes(
-        m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online
+        m._replace(lora=lora_of(c)), needs_batch_logps(job.loss), online
       ),
     )
     seen = watched.planned(
@@ -432,7 +433,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
     m,
     t,
     passes=feed.passes(
-      m._replace(lora=lora_of(c)), stats.looks_ahead(job.loss), online
+      m._replace(lora=lora_of(c)), needs_batch_logps(job.loss), online
     ),
   )
   # A mismatched row passes through the policy and the reference, at every

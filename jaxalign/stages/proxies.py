@@ -25,8 +25,11 @@ from jaxalign.select.topk import uniform
 from jaxalign.stages import columns
 from jaxalign.stages.embed import over_shards
 from jaxalign.stages.scores import digest_of
-from jaxalign.stages.sft import train, TRAINED
-from jaxalign.train import feed, losses
+from jaxalign.stages.sft import TRAINED
+from jaxalign.train import losses
+from jaxalign.train.feed import check_divides, training_cost, TrainRows
+from jaxalign.train.loop import TrainOptions
+from jaxalign.train.trainer import Recipe, train
 
 
 class Start(NamedTuple):
@@ -67,7 +70,7 @@ def check(c: Any) -> None:
       f"proxy.models={c.proxy.models}, wanted 2 or more: one "
       "judges what the other has seen; set config.proxy.models"
     )
-  feed.check_divides(c.proxy.batch_size, c.proxy.accumulation, "config.proxy")
+  check_divides(c.proxy.batch_size, c.proxy.accumulation, "config.proxy")
   _loss(c)
   if not c.proxy.checkpoint:
     return
@@ -155,24 +158,32 @@ def _tune(
     trained, fixed = adapters.split(fresh, m.lora)
     return trained, start.params | fixed
 
-  train(
-    job,
-    folder,
-    label,
-    m,
-    begin,
-    rows,
-    _loss(c),
-    p,
-    lr=recipe.LORA_LR if m.lora else p.lr,
-    updates=updates,
-    seed=seed,
+  how = _recipe(c, m, updates, seed)
+  t = c.train
+  options = TrainOptions(
+    folder, label, updates, p.save_every, explode=t.explode, peak=t.peak
   )
+  train(job.mesh, m, begin, rows, _loss(c), how, options)
   tuned = restore_params(
     folder / "checkpoints",
     adapters.split(decoder.abstract(m, job.mesh), m.lora)[0],
   )
   return (tuned if m.lora is None else start.params | tuned), m
+
+
+def _recipe(c: Any, m: decoder.ModelConfig, updates: int, seed: int) -> Recipe:
+  lr = recipe.LORA_LR if m.lora else c.proxy.lr
+  return Recipe.of(c, c.proxy, lr=lr, updates=updates, seed=seed)
+
+
+def _tuning_cost(
+  job: Job, start: Start, index: np.ndarray, updates: int, seed: int
+) -> Cost:
+  """What `_tune` costs."""
+  m = start.model._replace(lora=_lora(job.c))
+  batching = _recipe(job.c, m, updates, seed).batching(m)
+  rows = training_rows(job, start, index)
+  return Cost(*training_cost(m, rows, batching, updates))
 
 
 def _lora(c: Any) -> adapters.Lora | None:
@@ -185,10 +196,10 @@ def _lora(c: Any) -> adapters.Lora | None:
   )
 
 
-def training_rows(job: Job, start: Start, index: np.ndarray) -> feed.Rows:
+def training_rows(job: Job, start: Start, index: np.ndarray) -> TrainRows:
   """The pairs `index` of the pool, with their start's sums."""
   ids = job.column("pool", "id")
-  return feed.Rows(
+  return TrainRows(
     [ids[i] for i in index],
     job.tokens("pool"),
     index[:, None] * 2 + np.arange(2),
@@ -284,16 +295,9 @@ def run_proxy(job: Job) -> None:
         proxy_ref_logp=start.sums.reshape(-1)[parts[jax.process_index()]],
       ),
     )
-    operations, tokens = feed.training_cost(
-      m,
-      training_rows(job, start, index),
-      updates=p.updates,
-      batch=p.batch_size,
-      seed=p.seed,
-    )
     parts = (
       start.cost,
-      Cost(operations, tokens),
+      _tuning_cost(job, start, index, p.updates, p.seed),
       Cost(embed.operations(m, rows), len(rows.ids)),
     )
     return (
@@ -374,15 +378,9 @@ def run_held_out(job: Job) -> None:
       m = start.model._replace(lora=_lora(c))
       own = folder / f"model{s}"
       # Counted for every model: a resumed run goes on behind some of them.
-      more, many = feed.training_cost(
-        m,
-        training_rows(job, start, index),
-        updates=updates,
-        batch=p.batch_size,
-        seed=p.seed + s,
-      )
-      total += more + embed.operations(m, job.tokens("pool"))
-      tokens += many + len(job.tokens("pool").ids)
+      more = _tuning_cost(job, start, index, updates, p.seed + s)
+      total += more.operations + embed.operations(m, job.tokens("pool"))
+      tokens += more.tokens + len(job.tokens("pool").ids)
       if (
         artifacts.agree("done" if (folder / name).exists() else "new") == "new"
       ):
