@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.select import pool as pools
-from jaxalign.select import threshold, topk
+from jaxalign.select import topk
 
 
 def ids_of(n):
@@ -141,9 +141,6 @@ def test_pool_sorts_and_names_what_is_missing():
     pools.make_pool(["a", "b"], {"length": np.zeros(3)})
 
 
-# The threshold over tiles.
-
-
 def hashed(ids):
   """blake2b of each id, keyed as an empty salt is, big-endian."""
   key = hashlib.blake2b(b"", digest_size=32).digest()
@@ -181,58 +178,12 @@ def scores_of(kind, n, rng):
 
 
 @pytest.mark.parametrize("kind", ["plain", "rounded", "equal", "wild"])
-@pytest.mark.parametrize("tile", [1, 97, 2000])
-def test_a_threshold_over_tiles_takes_what_a_sort_takes(kind, tile):
-  n, rng = 601, np.random.default_rng(3)
-  ids, score = ids_of(n), scores_of(kind, n, rng)
+def test_the_best_are_those_of_a_sort(kind):
+  n = 601
+  ids, score = ids_of(n), scores_of(kind, n, np.random.default_rng(3))
   order = np.lexsort((np.arange(n), hashed(ids), -score))
   for m in (0, 1, 60, 300, n - 1, n):
-    found = threshold.best(
-      lambda: (score[at : at + tile] for at in range(0, n, tile)),
-      lambda rows: np.char.encode(ids[rows]),
-      m,
-    )
-    assert found.rows.tolist() == order[:m].tolist()
-    assert found.score.tolist() == score[order[:m]].tolist()
     assert topk.top(score, ids, m).tolist() == order[:m].tolist()
-
-
-def test_where_hashes_agree_the_first_rows_are_taken(monkeypatch):
-  monkeypatch.setattr(
-    threshold, "id_hash", lambda ids: np.full(len(ids), 7, np.uint64)
-  )
-  found = threshold.best(
-    lambda: iter([np.zeros(5), np.zeros(6)]), lambda rows: rows, 7
-  )
-  assert found.rows.tolist() == list(range(7))
-
-
-def test_the_image_keeps_the_order_of_all_floats():
-  rng = np.random.default_rng(0)
-  x = rng.integers(0, 2**64, 4000, np.uint64).view(np.float64)
-  x = np.sort(x[np.isfinite(x)])
-  number = threshold.image(x)
-  assert (np.diff(number.astype(object)) >= 0).all()
-  assert threshold.image(np.array([-0.0]))[0] == threshold.image(np.zeros(1))
-
-
-def test_the_cut_counts_what_is_above():
-  rng = np.random.default_rng(1)
-  x = rng.integers(0, 50, 900).astype(np.uint64) << np.uint64(30)
-  for m in (1, 400, 900):
-    limit, above = threshold.cut(lambda: iter(np.array_split(x, 7)), m)
-    assert limit == np.sort(x)[::-1][m - 1] and above == (x > limit).sum()
-
-
-def test_a_nan_in_a_tile_is_named():
-  score = np.zeros(50)
-  score[31] = np.nan
-  with pytest.raises(NumericError, match="row-000031"):
-    threshold.best(
-      lambda: np.array_split(score, 4),
-      lambda rows: np.char.encode(ids_of(50)[rows]),
-      3,
-    )
 
 
 def test_an_id_in_bytes_is_the_same_id():

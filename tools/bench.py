@@ -8,7 +8,6 @@ r"""The figures of BENCHMARKS.md, as lines of Markdown.
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
   python tools/bench.py samplers         # greedy ones beside NumPy and peers
   python tools/bench.py mixture          # EM beside scikit-learn, share of peak
-  python tools/bench.py stream           # 10^6 and 10^7 rows from disk
 
 Each subcommand runs the program as a person would, in fresh processes, and
 prints what it saw; nothing is asserted away. `encoder` runs both libraries in
@@ -519,13 +518,6 @@ def mixture(args) -> None:
   bench_mixture.mixture(args)
 
 
-def stream(_) -> None:
-  """Selection from disk, its memory and time; see tools/bench_stream.py."""
-  import bench_stream
-
-  bench_stream.main(["run"])
-
-
 def train() -> None:
   """Alignment beside TRL; its flags are those of tools/bench_train.py."""
   sys.path.insert(0, str(ROOT))
@@ -548,7 +540,6 @@ def main() -> None:
       "encoder",
       "samplers",
       "mixture",
-      "stream",
       "select_only",
     ],
   )
@@ -573,7 +564,6 @@ def main() -> None:
     encoder=encoder,
     samplers=samplers,
     mixture=mixture,
-    stream=stream,
     select_only=select_only,
   )[args.what](args)
 

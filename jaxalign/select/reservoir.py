@@ -18,7 +18,6 @@ from jaxalign import progress, sharding
 from jaxalign.errors import NumericError
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
-from jaxalign.select import threshold
 from jaxalign.select.store import Column, Store
 from jaxalign.select.topk import id_hash
 
@@ -27,31 +26,21 @@ CALLS = 16  # of the mesh at least, between two moments of writing
 PURPOSE = "reservoir"
 
 
-def choose(store: Store, records: int, scratch: Any) -> np.ndarray:
+def choose(store: Store, records: int) -> np.ndarray:
   """[records] int64, ascending: those with the least hashes of their ids.
 
   Args:
     store: of the records.
     records: at most so many.
-    scratch: a folder on a local disk, for the hashes.
   """
   if records >= store.rows:
     return np.arange(store.rows)
-  path = os.path.join(os.fspath(scratch), "hashes.npy")
-  hashes = np.lib.format.open_memmap(path, "w+", np.uint64, (store.rows,))
+  hashes = np.empty(store.rows, np.uint64)
   with progress.bar("reservoir", store.rows) as tick:
     for start, ids in stores.tiles(store, stores.ID, 65536):
       hashes[start : start + len(ids)] = id_hash(ids, PURPOSE)
       tick(len(ids))
-  parts = lambda: (
-    ~hashes[at : at + 65536] for at in range(0, store.rows, 65536)
-  )
-  limit, above = threshold.cut(parts, records)
-  limit = ~np.uint64(limit)
-  equal = np.flatnonzero(hashes == limit)[: records - above]
-  rows = np.sort(np.append(np.flatnonzero(hashes < limit), equal))
-  os.unlink(path)
-  return rows
+  return np.sort(np.argsort(hashes, kind="stable")[:records])
 
 
 def gather(store: Store, rows: np.ndarray, path: Any) -> np.ndarray:
@@ -190,7 +179,7 @@ def _write(
       [np.arange(0)] + [np.arange(*out.bounds(s)) for s in shards]
     )[bad[:5]]
     named = (
-      ", ".join(threshold.names(np.concatenate([ids[r : r + 1] for r in rows])))
+      ", ".join(ids[r : r + 1][0].decode(errors="replace") for r in rows)
       if len(rows)
       else "of another process"
     )

@@ -131,7 +131,7 @@ def _rows(
     f"  fitted to {records * responses:,} of "
     f"{store.rows * responses:,} rows, all are scored"
   )
-  rows = reservoir.choose(store, records, scratch)
+  rows = reservoir.choose(store, records)
   return rows, reservoir.gather(store, rows, os.path.join(scratch, "x.npy"))
 
 
