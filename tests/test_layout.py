@@ -16,7 +16,8 @@ from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
 from jaxalign.model import decoder
-from jaxalign.train import feed, layout
+from jaxalign.train import feed
+from jaxalign.train import packing as layout
 from jaxalign.train.logps import PRODUCERS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -66,23 +67,15 @@ def feed_of(
 ):
   n, r = len(pairs), len(pairs[0]) - 1
   rng = np.random.default_rng(7)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [f"r{i}" for i in range(n)],
     rows_of(pairs),
     np.arange(n * r).reshape(n, r),
     np.float32(rng.normal(-20, 4, (n, r))),
     np.ones((n, r), np.float32),
   )
-  return feed.make_feed(
-    mesh,
-    rows,
-    batch=batch,
-    accumulation=accumulation,
-    seed=seed,
-    context=64,
-    rate=lambda step: 1e-3,
-    layout=layout,
-  )
+  batching = feed.Batching(batch, seed, accumulation, 64, layout)
+  return feed.Feed(mesh, rows, batching, lambda step: 1e-3)
 
 
 def make_mesh(fsdp, tensor):
@@ -248,7 +241,7 @@ def run_fn(m, head, chunk, r):
 
   def total(params, tokens, mask, weight):
     out = producer(params, tokens, mask)
-    return jnp.sum(weight * out.sum + 0.3 * out.public), out
+    return jnp.sum(weight * out.sum + 0.3 * out.common_prefix), out
 
   return jax.jit(jax.value_and_grad(total, has_aux=True))
 
@@ -256,10 +249,9 @@ def run_fn(m, head, chunk, r):
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
   """{id: [R, 3] sum, count, public} and the slopes, of one whole batch."""
   pairs = pairs or examples()
-  batch_at, _, _ = feed_of(
+  batch = feed_of(
     pairs, mesh=mesh, layout=kind, accumulation=accumulation
-  )
-  batch = batch_at(0)
+  ).batch_at(0)
   with jax.set_mesh(mesh):
     where, found, slopes = on_mesh(mesh, m), {}, None
     names = {
@@ -271,16 +263,15 @@ def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
       )
     }
     for a in range(accumulation):
-      micro = jax.tree.map(
-        lambda x: x[a], {n: x for n, x in batch.items() if n != "lr"}
-      )
-      weight = jnp.cos(micro["ref_sum"])  # goes with the pair, wherever it is
+      micro = jax.tree.map(lambda x: x[a], batch.micro())
+      weight = jnp.cos(micro.ref.sum)  # goes with the pair, wherever it is
       (_, out), g = run_fn(m, head, 5, len(pairs[0]) - 1)(
-        where, micro["tokens"], micro["mask"], weight
+        where, micro.tokens, micro.mask, weight
       )
       slopes = g if slopes is None else jax.tree.map(jnp.add, slopes, g)
       for key, *row in zip(
-        np.asarray(micro["ref_sum"])[:, 0], *map(np.asarray, out)
+        np.asarray(micro.ref.sum)[:, 0],
+        *map(np.asarray, (out.sum, out.count, out.common_prefix)),
       ):
         found[names[float(key)]] = np.stack(row, -1)
     assert len(found) == len(pairs)

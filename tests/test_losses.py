@@ -6,13 +6,14 @@ nothing of the losses; an `Example` holds what they and the losses read.
 
 import dataclasses
 
+from flat import matched
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.train.logps import Logps
-from jaxalign.train.losses import GLOBAL, LOSSES
+from jaxalign.train.batch import Logps
+from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide, sums_and_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -72,7 +73,8 @@ def inputs(x, dtype):
     mean_count=cast(x.mean_count),
   )
   if x.p.shape[1] == 2:
-    stats |= {n: fn(policy.sum, ref.sum) for n, fn in GLOBAL.items()}
+    names = ("matched_margins", "matched_ratios")
+    stats |= {n: matched(n, policy.sum, ref.sum) for n in names}
   return policy, ref, stats
 
 
@@ -320,7 +322,7 @@ def test_value_and_slope_are_the_equation_s(name, kwargs):
     assert wanted.shape == loss.shape == x.label.shape
     assert loss.dtype == jnp.float64
     np.testing.assert_allclose(loss, wanted, rtol=1e-10, atol=1e-10)
-    for field, got in (("p", grads.sum), ("public_p", grads.public)):
+    for field, got in (("p", grads.sum), ("public_p", grads.common_prefix)):
       want = slopes(oracle, x, field, kwargs)
       scale = max(1.0, np.abs(want).max())
       np.testing.assert_allclose(
@@ -539,8 +541,8 @@ def test_the_contract(name):
   policy, ref, stats = inputs(x, jnp.float32)
   assert set(fn.stats) <= set(stats)
   stats = {n: stats[n] for n in fn.stats}
-  if "public" not in fn.extras:
-    policy, ref = policy._replace(public=None), ref._replace(public=None)
+  if "common_prefix" not in fn.extras:
+    policy, ref = (x.replace(common_prefix=None) for x in (policy, ref))
 
   def run(rows):
     cut = lambda a: a[rows] if a.ndim else a

@@ -30,10 +30,11 @@ from test_step import (
 from configs import common
 from jaxalign import checks, sharding
 from jaxalign.errors import ConfigError
-from jaxalign.train import losses, stats
+from jaxalign.train import losses, row_columns, statistics
 from jaxalign.train import step as steps
-from jaxalign.train.logps import Logps, PRODUCERS, public_sums
-from jaxalign.train.losses import combine, LOSSES
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import common_prefix_sums, PRODUCERS
+from jaxalign.train.losses import find, LOSSES
 from jaxalign.train.metrics import divide
 
 ROWS, RATE, VOCAB = 16, 1e-4, 32
@@ -53,7 +54,7 @@ def table(params, tokens, mask):
   return Logps(
     jnp.sum(each * mask, -1),
     jnp.sum(mask, -1, dtype=jnp.float32),
-    public_sums(each, mask),
+    common_prefix_sums(each, mask),
   )
 
 
@@ -97,7 +98,7 @@ def data(model, columns, noise):
     tokens=tokens,
     mask=mask,
     ref_sum=ref,
-    ref_public=ref_public,
+    ref_common_prefix=ref_public,
     ref_count=np.float32(mask.sum(-1)),
     label=label,
     weights=weights,
@@ -123,7 +124,7 @@ def data(model, columns, noise):
 def own(fn, batch):
   """What of a batch the feed would carry for this loss."""
   left = {"weights", "label"} - set(fn.stats)
-  left |= set() if "public" in fn.extras else {"ref_public"}
+  left |= set() if "common_prefix" in fn.extras else {"ref_common_prefix"}
   return {
     n: v
     for n, v in batch.items()
@@ -134,7 +135,7 @@ def own(fn, batch):
 @functools.lru_cache
 def step_of(model, name):
   tx = optax.sgd(1.0, momentum=0.9)  # its state is the gradient
-  fn = losses.bind(combine.find(name), name, {})
+  fn = losses.bind(find(name), name, {})
   logps_fn = PRODUCERS["chunked"](MODEL, 6) if model == "decoder" else table
   return fn, steps.make_train_step(logps_fn, fn, tx), tx
 
@@ -149,16 +150,14 @@ def run(model, name, shape, accumulation, noise, count):
   fn, train_step, tx = step_of(model, name)
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
-    batch = cut(
-      mesh, own(fn, data(model, columns_of(fn), noise)[0]), accumulation
-    )
+    rows = own(fn, data(model, columns_of(fn), noise)[0])
+    batch = cut(mesh, rows, accumulation, RATE)
     state, seen = steps.init_state(parameters(model, mesh), tx, fn), []
     for _ in range(count):
-      state, totals = train_step(state, batch | dict(lr=np.float32(RATE)))
+      state, totals = train_step(state, batch)
       seen.append(jax.device_get(totals))
-    return seen, jax.device_get(
-      (optax.tree.get(state.opt_state, "trace"), state.params, state.delta)
-    )
+    trace = optax.tree.get(state.opt_state, "trace")
+    return seen, jax.device_get((trace, state.params, state.statistics))
 
 
 def equation(name, x):
@@ -171,11 +170,10 @@ def equation(name, x):
 
 def test_no_loss_asks_for_more_than_a_step_computes():
   for name, fn in LOSSES.items():
-    assert set(fn.stats) <= set(stats.STATS), name
-    assert set(fn.extras) <= set(stats.EXTRAS), name
+    row_columns.check_reads(fn, name)
     bound = losses.bind(fn, name, {})
     if "delta" in fn.stats:
-      assert stats.beta_of(bound) == stats.beta_of(fn) == 0.1
+      assert statistics.beta_of(bound) == statistics.beta_of(fn) == 0.1
 
 
 def asks_for_more(policy, ref, stats):
@@ -202,11 +200,11 @@ def test_a_loss_that_asks_for_more_is_refused_before_anything_runs():
 def test_the_running_mean_has_the_beta_of_its_own_term():
   """Of a sum each term keeps its default; one that is given reaches all."""
   for name in ("dpo_norm+bco_pair", "bco_pair+dpo_norm"):
-    fn = combine.find(name)
-    assert stats.beta_of(losses.bind(fn, name, {})) == 0.1
-    assert stats.beta_of(losses.bind(fn, name, dict(beta=0.3))) == 0.3
-  assert not stats.looks_ahead(combine.find("dpo+sft_tokens"))
-  assert stats.looks_ahead(combine.find("aot+sft"))
+    fn = find(name)
+    assert statistics.beta_of(losses.bind(fn, name, {})) == 0.1
+    assert statistics.beta_of(losses.bind(fn, name, dict(beta=0.3))) == 0.3
+  assert not statistics.needs_batch_logps(find("dpo+sft_tokens"))
+  assert statistics.needs_batch_logps(find("aot+sft"))
 
 
 EACH = [
@@ -267,8 +265,8 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
   model, name, shape, accumulation
 ):
   """1e-4 of the largest gradient: float32 sums in another order."""
-  seen, (trace, params, delta) = run(model, name, (1, 1), 1, 2.0, 2)
-  again, (trace2, params2, delta2) = run(
+  seen, (trace, params, states) = run(model, name, (1, 1), 1, 2.0, 2)
+  again, (trace2, params2, states2) = run(
     model, name, shape, accumulation, 2.0, 2
   )
   _, x = data(model, columns_of(LOSSES[name]), 2.0)
@@ -287,6 +285,7 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
     np.testing.assert_allclose(trace2[n], g, rtol=0, atol=1e-4 * largest)
     np.testing.assert_allclose(params2[n], params[n], rtol=0, atol=1e-6)
   if "delta" in LOSSES[name].stats:
+    delta, delta2 = states["delta"], states2["delta"]
     assert delta.count == delta2.count == 2 * x.r.size
     first = 0.1 * x.r.mean()  # the second step moved by 1e-4 of a gradient
     assert delta.mean == pytest.approx(first, rel=0.2)
@@ -296,4 +295,4 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
       float(delta.mean), rel=1e-6
     )
   else:
-    assert delta == ()
+    assert states == states2 == {}

@@ -93,9 +93,8 @@ def _computed(
   cost = lambda x: Cost(embed.operations(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
-    other = make_mismatched(
-      rows, batching, updates_for(job, arm, len(rows.ids))
-    )
+    updates = updates_for(job, arm, len(rows.ids))
+    other = make_mismatched(rows, batching, updates)
     arrays["mismatched_sum"] = np.zeros(len(other.start), np.float32)
   if source:
     store = stores.open_store(job.shared / source / "store")

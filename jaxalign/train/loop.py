@@ -188,9 +188,8 @@ class _Run:
     loss, norm = values["loss"], values["grad_norm"]
     named = {n if "/" in n else f"train/{n}": v for n, v in values.items()}
     if not (math.isfinite(loss) and math.isfinite(norm)):
-      self._fail(
-        step, named, f"loss {loss}, gradient norm {norm} at step {step}"
-      )
+      why = f"loss {loss}, gradient norm {norm} at step {step}"
+      self._fail(step, named, why)
     if bound := logs.exploded(self.log.lines, loss, self.o.explode):
       self._fail(
         step,

@@ -88,22 +88,22 @@ def check_reads(loss: Callable, name: str) -> None:
 
 
 def density_ratios(
-  embedding: np.ndarray, label: np.ndarray, *, seed: int = 0, most: int = 1024
+  embedding: np.ndarray, label: np.ndarray, *, seed: int = 0, sample: int = 1024
 ) -> np.ndarray:
   """Weights for `bco_udm`: underlying distribution matching, Jung et al. 2024.
 
   Desirable and undesirable answers often come from other prompts; a classifier
   on the prompts' embeddings says how much, and undesirable rows are weighed as
   if they had the desirable rows' prompts. p(desirable | prompt) is a balanced
-  logistic regression on at most `most` prompts of each class, in float64 on the
-  host; u = clip(p / (1 - p + 1e-8), 0.5, 10), 1 on desirable rows. TRL draws
+  logistic regression on at most `sample` prompts of each class, in float64 on
+  the host; u = clip(p / (1 - p + 1e-8), 0.5, 10), 1 on desirable rows. TRL draws
   its sample with replacement and fits alike.
 
   Args:
     embedding: [N, E] of the prompts, finite.
     label: [N] bool, true: desirable.
     seed: of the sample; unused where a class fits whole.
-    most: rows of a class in the sample.
+    sample: rows of a class at most.
 
   Returns:
     [N] float32.
@@ -128,8 +128,8 @@ def density_ratios(
   rng, rows = np.random.default_rng(seed), []
   for side in (True, False):
     at = np.flatnonzero(label == side)
-    if len(at) > most:
-      at = np.sort(rng.choice(at, most, replace=False))
+    if len(at) > sample:
+      at = np.sort(rng.choice(at, sample, replace=False))
     rows.append(at)
   rows = np.concatenate(rows)
   model = LogisticRegression(class_weight="balanced", tol=1e-10, max_iter=1000)

@@ -34,9 +34,7 @@ def peak_of(device: Any, given: float = 0.0) -> float:
     given: `config.train.peak`, taken at its word where it is not 0.
   """
   kind = device.device_kind.lower()
-  known = (
-    rate for name, rate in PEAKS.items() if kind.startswith(name.lower())
-  )
+  known = (r for n, r in PEAKS.items() if kind.startswith(n.lower()))
   return given or next(known, 0.0)
 
 

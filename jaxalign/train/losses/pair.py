@@ -359,8 +359,9 @@ def aot_unpaired(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   ranks k of cDPO's form at beta (W_k - L_k), sums. A row is in two terms, of
   its chosen and of its rejected answer's rank: its value is half of each, its
   gradient all of each, so that means over the batch and their gradients are
-  the sorted loss's. stats["matched_ratios"] [B, 2] as of `statistics.matched_ratios`.
-  TRL sorts a device's micro-batch. At the start ln 2.
+  the sorted loss's. stats["matched_ratios"] [B, 2] is
+  `statistics.matched_ratios`. TRL sorts a device's micro-batch. At the start
+  ln 2.
   """
   matched = jax.lax.stop_gradient(stats["matched_ratios"])
   r = ratios(policy, ref)

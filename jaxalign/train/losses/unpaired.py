@@ -137,8 +137,8 @@ def bco(policy, ref, stats, *, beta=0.1):
 
   Desirable rows -log sigmoid(beta r - delta), undesirable rows
   -log sigmoid(-(beta r - delta)), sums; stats["delta"] is the running mean of
-  all rewards beta r, of this batch too (`statistics.delta`), without gradient. TRL
-  updates it once a micro-batch. At the start (delta 0) ln 2.
+  all rewards beta r, of this batch too (`statistics.delta`), without gradient.
+  TRL updates it once a micro-batch. At the start (delta 0) ln 2.
   """
   label = stats["label"]
   delta = jax.lax.stop_gradient(stats["delta"])
