@@ -129,7 +129,7 @@ def test_every_token_is_where_it_should_be(r):
   assert x.position[: len(flat)].tolist() == positions
   # Every response is predicted token by token, from the token before it.
   owned = {}
-  for s, t, o, public in zip(x.source, x.target, x.owner, x.public):
+  for s, t, o, public in zip(x.source, x.target, x.owner, x.in_prefix):
     if o >= 0:
       owned.setdefault(int(o), []).append((int(s), int(t), bool(public)))
   at = 0

@@ -631,7 +631,7 @@ def test_the_slope_at_a_kink_is_zero():
 
   def grad(name, ref, **kwargs):
     fn = lambda p: jnp.sum(
-      LOSSES[name](policy._replace(sum=p), ref, {}, **kwargs)[0]
+      LOSSES[name](policy.replace(sum=p), ref, {}, **kwargs)[0]
     )
     return np.asarray(jax.grad(fn)(policy.sum))
 

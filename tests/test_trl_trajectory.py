@@ -349,9 +349,7 @@ def twenty(rank, shape, accumulation, permuted=False):
   tx = optim.make_optimizer(clip=1.0, weight_decay=DECAY, b2=B2)
   with jax.set_mesh(mesh):
     batching = feed.Batching(16, SEED, accumulation, 32, "packed")
-    batch_at = feed.Feed(
-      mesh, some_rows(), batching, rate_of(1e-3, 20)
-    ).batch_at
+    fed = feed.Feed(mesh, some_rows(), batching, rate_of(1e-3, 20))
     train_step = steps.make_train_step(PRODUCERS["chunked"](m, 8), bound, tx)
     trained, frozen = start(mesh, m)
     state, seen = steps.init_state(trained, tx, bound), []

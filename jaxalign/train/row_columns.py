@@ -95,8 +95,8 @@ def density_ratios(
   Desirable and undesirable answers often come from other prompts; a classifier
   on the prompts' embeddings says how much, and undesirable rows are weighed as
   if they had the desirable rows' prompts. p(desirable | prompt) is a balanced
-  logistic regression on at most `sample` prompts of each class, in float64 on
-  the host; u = clip(p / (1 - p + 1e-8), 0.5, 10), 1 on desirable rows. TRL draws
+  logistic regression on at most `sample` prompts of each class, in float64
+  on the host; u = clip(p / (1 - p + 1e-8), 0.5, 10), 1 on desirable rows. TRL draws
   its sample with replacement and fits alike.
 
   Args:
