@@ -1,7 +1,7 @@
 r"""KTO on the tenth of the answers that ISA ranks first, in the built-in world.
 
-Pairs are split into thumbs up and down; rows are ranked alone, without a
-label quota, as in the paper.
+Pairs are split into single answers, liked and disliked; rows are ranked alone,
+without a label quota, as in the paper.
 
   python -m jaxalign.main --config=configs/kto_sub.py --workdir=runs/kto_sub
 """

@@ -183,17 +183,17 @@ def measure(
 
   Returns:
     {"files", "raters": one dict each, "more": raters left out of it, "among":
-    `eval.agreement.among` of all, "judged": `eval.agreement.judged` or None,
+    `eval.interrater.among` of all, "judged": `eval.interrater.judged` or None,
     "labels": whether labels were compared as they stand}.
   """
-  from jaxalign.eval import agreement
+  from jaxalign.eval import interrater
 
   rows = collections.defaultdict(list)
   for row in table.rows:
     rows[row.rater].append(row)
-  winners = {r: agreement.settled(rows[r], r) for r in rows}
+  winners = {r: interrater.settle_orders(rows[r], r) for r in rows}
   votes = table.votes or {
-    r: agreement.labels(w, "drop") for r, w in winners.items()
+    r: interrater.labels(w, "drop") for r, w in winners.items()
   }
   count = lambda r: len(rows[r]) if r in rows else len(votes[r])
   kept = set(sorted(votes, key=lambda r: -count(r))[:_RATERS])
@@ -209,22 +209,22 @@ def measure(
     )
     if name in rows:
       one |= dict(
-        unparsable=sum(r.said is None for r in rows[name]),
-        ties=sum(r.said == "tie" for r in rows[name]),
-        orders=agreement.orders(rows[name], name),
-        lengths=agreement.length_bias(winners[name], table.sizes)
+        unparsable=sum(r.verdict is None for r in rows[name]),
+        ties=sum(r.verdict == "tie" for r in rows[name]),
+        orders=interrater.order_effects(rows[name], name),
+        lengths=interrater.length_bias(winners[name], table.sizes)
         if table.sizes
         else None,
       )
     raters.append(one)
   judged = None
   if judges and humans and table.rows:
-    judged = agreement.judged(table.rows, judges, humans, table.sizes or None)
+    judged = interrater.judged(table.rows, judges, humans, table.sizes or None)
   return dict(
     files=table.files,
     raters=raters,
     more=len(votes) - len(kept),
-    among=agreement.among(votes),
+    among=interrater.among(votes),
     judged=judged,
     labels=bool(table.votes),
   )

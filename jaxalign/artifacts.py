@@ -1,11 +1,11 @@
-"""What a stage leaves on disk, the card beside it, and when it is skipped.
+"""What a stage leaves on disk, the record beside it, and when it is skipped.
 
 A stage is described by the config fields it depends on and by the keys of the
-stages it reads; the hash of that description is its own key. Its card also
+stages it reads; the hash of that description is its own key. Its record also
 holds a digest of every byte it wrote, and of itself. A later run with the same
 description and unharmed bytes skips the stage; harmed bytes make that stage
 run again; another description is an error that names the field, unless `redo`
-is given. The card is written before the stage starts, too: what a killed run
+is given. The record is written before the stage starts, too: what a killed run
 left is gone on from only by a run with the same description.
 """
 
@@ -28,21 +28,21 @@ from jaxalign import interrupt, progress, sharding
 from jaxalign.errors import ConfigError, WriteError
 
 VERSION = 2  # raise when a stage's files change their meaning
-DAMAGED = "damaged"  # the key of a card whose own bytes are not those written
+DAMAGED = "damaged"  # the key of a record whose own bytes are not those written
 
 
 @dataclasses.dataclass
 class Cost:
   """What a stage really cost."""
 
-  operations: int = 0  # floating-point, counted from the shapes that ran
+  flops: int = 0  # floating-point, counted from the shapes that ran
   tokens: int = 0  # through the model, padding not counted
   seconds: float = 0.0
   bytes: int = 0  # written
 
 
 @dataclasses.dataclass
-class Card:
+class Record:
   """The record of one finished stage; `key` names what made it."""
 
   stage: str
@@ -274,7 +274,7 @@ def flatten(value: Any, prefix: str) -> dict[str, Any]:
 
 
 def pick(c: Any, *names: str) -> dict[str, Any]:
-  """The named parts of a config, flat: what a stage's card records."""
+  """The named parts of a config, flat: what a stage's record records."""
   out = {}
   for name in names:
     value = c
@@ -284,53 +284,57 @@ def pick(c: Any, *names: str) -> dict[str, Any]:
   return out
 
 
-def _card_path(folder: Any, stage: str) -> epath.Path:
-  return epath.Path(folder) / "cards" / f"{stage}.json"
+def _record_path(folder: Any, stage: str) -> epath.Path:
+  return epath.Path(folder) / "records" / f"{stage}.json"
 
 
-def _write_card(folder: Any, card: Card) -> None:
-  raw = dataclasses.asdict(card)
+def _write_record(folder: Any, record: Record) -> None:
+  raw = dataclasses.asdict(record)
   raw.pop("skipped")
-  write_json(_card_path(folder, card.stage), raw | {"digest": _digest_of(raw)})
+  write_json(
+    _record_path(folder, record.stage), raw | {"digest": _digest_of(raw)}
+  )
 
 
 def _digest_of(raw: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
-def read_card(folder: Any, stage: str) -> Card | None:
-  """The card of a stage, None where there is none.
+def read_record(folder: Any, stage: str) -> Record | None:
+  """The record of a stage, None where there is none.
 
-  A card whose bytes are not those written has the key `DAMAGED`, and one that
+  A record whose bytes are not those written has the key `DAMAGED`, and one that
   names files outside its folder too: nobody's files are removed by its word.
   """
-  path = _card_path(folder, stage)
+  path = _record_path(folder, stage)
   if not path.exists():
     return None
   try:
-    if leads_out(folder, f"cards/{stage}.json"):
+    if leads_out(folder, f"records/{stage}.json"):
       raise ValueError("it is a link")
     raw = read_json(path)
     if raw.pop("digest") != _digest_of(raw):
       raise ValueError("its digest is another one")
-    card = Card(**{**raw, "cost": Cost(**raw["cost"])})
-    for name, wanted in card.outputs.items():
+    record = Record(**{**raw, "cost": Cost(**raw["cost"])})
+    for name, wanted in record.outputs.items():
       if not _plain(name):  # links are seen where the bytes are
         raise ValueError("it names what is not in its folder")
       if wanted.keys() != {"sha256", "bytes"}:
         raise ValueError("it does not say what was written")
-    card.fields.keys(), card.inputs.keys(), card.result.keys()
-    if card.stage != stage or not isinstance(card.cost.seconds, (int, float)):
+    record.fields.keys(), record.inputs.keys(), record.result.keys()
+    if record.stage != stage or not isinstance(
+      record.cost.seconds, (int, float)
+    ):
       raise ValueError("it is another stage's")
-    return card
+    return record
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    return Card(stage, DAMAGED, {}, {}, {}, Cost(), {})
+    return Record(stage, DAMAGED, {}, {}, {}, Cost(), {})
 
 
 def changed(
-  old: Card, fields: dict[str, Any], inputs: dict[str, str]
+  old: Record, fields: dict[str, Any], inputs: dict[str, str]
 ) -> list[str]:
-  """What differs between a card and what is wanted now, in words."""
+  """What differs between a record and what is wanted now, in words."""
   out = [
     f"{n} was {old.fields.get(n)!r}, now {fields.get(n)!r}"
     for n in sorted(old.fields.keys() | fields.keys())
@@ -353,11 +357,11 @@ def run(
   redo: bool = False,
   resumes: tuple[str, ...] = (),
   mends: bool = False,
-) -> Card:
+) -> Record:
   """Runs a stage, or finds it finished.
 
   Args:
-    folder: where its files and its card live.
+    folder: where its files and its record live.
     stage: the stage's name.
     fields: the config values it depends on, flat.
     inputs: stage name -> key of every artifact it reads.
@@ -375,7 +379,7 @@ def run(
     RestartError: SIGTERM came while several processes were between stages.
   """
   folder = epath.Path(folder)
-  card, found, status = _look(
+  record, found, status = _look(
     folder, stage, fields, inputs, redo, resumes, mends
   )
   if status == "done":
@@ -386,23 +390,23 @@ def run(
     )
     return found
   if found and status == "unfinished":
-    card.result = found.result  # what `begin` said of it
-  _enter(folder, card, found, status, resumes)
+    record.result = found.result  # what `begin` said of it
+  _enter(folder, record, found, status, resumes)
   progress.say(f"{stage}: ...")
   start = time.monotonic()
   files, cost, result = make(folder)
   sharding.barrier(f"after {stage}")
   cost.seconds = time.monotonic() - start
   if jax.process_index() == 0:
-    card.outputs = digest_tree(folder, files)
-    cost.bytes = sum(o["bytes"] for o in card.outputs.values())
-  card.cost, card.result, card.finished = cost, result, True
+    record.outputs = digest_tree(folder, files)
+    cost.bytes = sum(o["bytes"] for o in record.outputs.values())
+  record.cost, record.result, record.finished = cost, result, True
   if jax.process_index() == 0:
-    _write_card(folder, card)
-  sharding.barrier(f"card of {stage}")
+    _write_record(folder, record)
+  sharding.barrier(f"record of {stage}")
   note = f", {result['say']}" if result.get("say") else ""
   progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
-  return card
+  return record
 
 
 def begin(
@@ -422,19 +426,19 @@ def begin(
 
   Args:
     folder, stage, fields, inputs, redo, resumes, mends: as of `run`.
-    result: what its card says until it is finished; `make` may read it.
+    result: what its record says until it is finished; `make` may read it.
 
   Returns:
     Whether anything is missing of it; False: it is finished and whole.
   """
   folder = epath.Path(folder)
-  card, found, status = _look(
+  record, found, status = _look(
     folder, stage, fields, inputs, redo, resumes, mends
   )
   if status == "done":
     return False
-  card.result = result
-  _enter(folder, card, found, status, resumes)
+  record.result = result
+  _enter(folder, record, found, status, resumes)
   return True
 
 
@@ -446,16 +450,16 @@ def _look(
   redo: bool,
   resumes: tuple[str, ...],
   mends: bool,
-) -> tuple[Card, Card | None, str]:
-  """The card to be written, the one that is there, and what there is to do."""
+) -> tuple[Record, Record | None, str]:
+  """The record to be written, the one that is there, and what is to be done."""
   fields = json.loads(json.dumps(fields))  # as it will be read back
   key = key_of(stage, fields, inputs)
-  card = Card(stage, key, fields, inputs, {}, Cost(), {}, finished=False)
-  found = read_card(folder, stage)
+  record = Record(stage, key, fields, inputs, {}, Cost(), {}, finished=False)
+  found = read_record(folder, stage)
   status, bad = "new", []
   if found is not None:
     if found.key == DAMAGED:
-      bad = ["its card has other bytes than were written"]
+      bad = ["its record has other bytes than were written"]
     elif (
       found.key == key
       and not found.finished
@@ -491,7 +495,7 @@ def _look(
     status = "unfinished"
   status = agree(status)
   if status == "changed":
-    found = found or card  # a shared disk may show it to process 0 first
+    found = found or record  # a shared disk may show it to process 0 first
     words = "; ".join(changed(found, fields, inputs)[:4]) or "another version"
     if not redo:
       part = "" if found.finished else "an unfinished "
@@ -502,17 +506,17 @@ def _look(
     progress.say(f"{stage}: {words}; running again")
   if status == "harmed":
     progress.say(f"{stage}: {'; '.join(bad)}; doing this stage again")
-  return card, found, status
+  return record, found, status
 
 
 def _enter(
   folder: epath.Path,
-  card: Card,
-  found: Card | None,
+  record: Record,
+  found: Record | None,
   status: str,
   resumes: tuple[str, ...],
 ) -> None:
-  """Clears the folder of what is no longer true, and writes the card."""
+  """Clears the folder of what is no longer true, and writes the record."""
   interrupt.check()
   if jax.process_index() == 0:
     gone_on = status == "unfinished"
@@ -521,8 +525,8 @@ def _enter(
       found.outputs if found and not gone_on else {},
       () if gone_on else resumes,
     )
-    _write_card(folder, card)
-  sharding.barrier(f"before {card.stage}")
+    _write_record(folder, record)
+  sharding.barrier(f"before {record.stage}")
 
 
 def _holds(path: epath.Path) -> bool:
@@ -537,16 +541,16 @@ def _make_room(
 
   Args:
     folder: of the stage.
-    outputs: files that this stage wrote, from its card.
+    outputs: files that this stage wrote, from its record.
     resumes: files and folders that it would go on from.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for name in {n.split("/")[0] for n in outputs} | {*resumes}:
       _remove(folder / name)
-    # A link would have the card written, and so replaced, somewhere else.
-    if leads_out(folder, "cards"):
-      _remove(folder / "cards")
+    # A link would have the record written, and so replaced, somewhere else.
+    if leads_out(folder, "records"):
+      _remove(folder / "records")
     # An object store has no folder before it has a file.
     for path in folder.iterdir() if folder.exists() else ():
       if ".tmp-" in path.name:  # a killed run's half-written file

@@ -217,7 +217,7 @@ class Checkpoints:
 def restore_params(folder: Any, abstract: Any, name: str = "params") -> Any:
   """One tree of the newest step under a folder, "params" for instance.
 
-  Their bytes were verified by the card of the stage that wrote them.
+  Their bytes were verified by the record of the stage that wrote them.
   """
   with Checkpoints(folder) as checkpoints:
     step = max(checkpoints.manager.all_steps())

@@ -42,29 +42,18 @@ COUNTS = (
   "model.layers",
   "model.width",
   "model.heads",
-  "model.kv_heads",
-  "model.head_size",
   "model.ff",
   "model.head_chunk",
   "eval.prompts",
   "eval.new_tokens",
-  "eval.tile",
   "select.mixture.starts",
-  "select.mixture.max_iterations",
-  "select.mixture.rank",
   "select.mixture.reservoir",
   "train.eval_rows",
   "train.eval_prompts",
-  "lora.batches",
   "seeds",
   "train.min_updates",
   "proxy.updates",
   "proxy.models",
-  "proxy.save_every",
-  "proxy.batch_size",
-  "proxy.accumulation",
-  "judge.max_tokens",
-  "judge.workers",
   "train.keep",
 )
 NOT_NEGATIVE = (
@@ -73,10 +62,7 @@ NOT_NEGATIVE = (
   "data.limit",
   "eval.temperature",
   "train.clip",
-  "sft.clip",
-  "select.mixture.ridge",
   "lora.rank",
-  "train.peak",
   "train.ref_sync",
   "train.eval_every",
   "train.stop_after",
@@ -84,38 +70,23 @@ NOT_NEGATIVE = (
   "ask.context",
   "judge.prompts",
   "judge.labels",
-  "judge.controls",
-  "judge.context",
-  "judge.temperature",
-  "rewards.context",
-  "proxy.half_updates",
-  "proxy.clip",
   "train.weight_decay",
-  "sft.weight_decay",
-  "proxy.weight_decay",
 )
-SHARES = ("train.b2", "sft.b2", "proxy.b2")  # in [0, 1): 1 keeps all for ever
+SHARES = ("train.b2",)  # in [0, 1): 1 keeps all for ever
 PARTS = (
   "data.world.redundancy",
   "data.world.flips",
   "data.world.junk",
-  "data.world.corrupt",
   "data.max_bad_fraction",
   "data.split",
   "train.warmup_ratio",
-  "sft.warmup_ratio",
-  "proxy.warmup_ratio",
   "train.ref_mix",
-  "select.label_quota",
 )  # in [0, 1]
-POSITIVE = ("model.norm_eps", "model.rope_theta", "data.world.temperature")
 CHOICES = {
   "select.order": (*basic.ORDERS, basic.SOFT),
   "select.pair_score": basic.PAIR_SCORES,
   "select.mixture.covariance": mixtures.COVARIANCES,
-  "data.on_bad_rows": ("skip", "error"),
   "model.param_dtype": decoder.DTYPES,
-  "export.dtype": ("auto", *weights.DTYPES),
   "embed.store_dtype": stores.DTYPES,
   "train.optimizer": tuple(optim.OPTIMIZERS),
   "train.reference": ("stored", "online"),
@@ -127,7 +98,6 @@ CHOICES = {
 # Knobs that are lists, of what; a config file or a flag may hold anything.
 LISTS = {
   "compare": str,
-  "ask.answers": str,
   "train.trackers": str,
   "train.eval_sets": str,
   "lora.targets": str,
@@ -135,6 +105,8 @@ LISTS = {
   "pilot.budgets": float,
   "profile.steps": int,
   "data.caps": int,
+  "data.assume": int,
+  "data.skip": str,
   "data.weights": float,
 }
 # Numbers whose own checks say more than "is no finite number".
@@ -148,7 +120,7 @@ TOLD = (
 )
 LARGEST = 1 << 53  # of a whole number: beyond, a float loses count
 # How many there may be of what a plan lists one by one, or draws.
-MOST = {"seeds": 10_000, "pilot.seeds": 10_000, "data.world.clusters": 1 << 20}
+MOST = {"seeds": 10_000, "pilot.seeds": 10_000}
 
 
 def _check_kinds(c: Any) -> None:
@@ -220,17 +192,27 @@ def _check_values(c: Any) -> None:
       raise ConfigError(
         f"{name}={value}, wanted a share from 0 to 1; set config.{name}"
       )
-  for name, value in pick(c, *POSITIVE).items():
-    if not value > 0:
-      raise ConfigError(
-        f"{name}={value}, wanted more than 0; set config.{name}"
-      )
   pca = str(c.select.mixture.pca)
   if pca != "auto" and not re.fullmatch("[0-9]{1,9}", pca):
     raise ConfigError(
       f"select.mixture.pca={_shown(pca)}, wanted auto or a "
       "number of directions (0: all); set "
       "config.select.mixture.pca"
+    )
+  if c.model.width % c.model.heads:
+    raise ConfigError(
+      f"model.width={c.model.width} is no multiple of "
+      f"model.heads={c.model.heads}; set one of them"
+    )
+  if c.data.assume and (len(c.data.assume) != 2 or min(c.data.assume) < 0):
+    raise ConfigError(
+      f"data.assume={tuple(c.data.assume)}, wanted (rows, tokens of a row), "
+      "0 tokens for the context; set config.data.assume"
+    )
+  if unknown := set(c.data.skip) - {"tied", "contradicting"}:
+    raise ConfigError(
+      f"data.skip has {', '.join(sorted(unknown))}, wanted tied or "
+      "contradicting; set config.data.skip"
     )
   steps = tuple(c.profile.steps)
   if len(steps) != 2 or steps != (0, 0) and not 0 <= steps[0] < steps[1]:
@@ -253,7 +235,7 @@ def _check_values(c: Any) -> None:
         f"{name}={value!r} is unknown, wanted one of "
         f"{', '.join(known)}; set config.{name}"
       )
-  budgets = (*c.pilot.budgets, c.pilot.at, *c.budgets)
+  budgets = (*c.pilot.budgets, *c.budgets)
   if c.select.budget != pilot.AUTO:
     budgets += (c.select.budget,)
   pilot.check(c)
@@ -293,7 +275,7 @@ def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
       f"job makes{why and f' ({why})'}; it works on arrays of your own "
       f"(jaxalign.select.samplers), or set config.{knob}"
     )
-  if sampler.pairs and kind == "thumbs":
+  if sampler.pairs and kind == "unpaired":
     raise ConfigError(
       f"sampler {name!r} compares the two answers of a pair, "
       f"and {c.loss.name!r} eats single answers; set "
@@ -310,7 +292,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
     for stage in columns.stages(c, kind, combine.named(name))
   }
   if "ask" in asked:
-    questions.check(c.ask.question, c.ask.answers)
+    questions.check(c.ask.question)
     scores.judge_config(c, m)
   if "rewards" in asked:
     scores.reward_config(c)
@@ -321,12 +303,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
         "config.proxy.pairs"
       )
     proxies.check(c)
-    optim.make_schedule(
-      lr=c.proxy.lr,
-      updates=10,
-      schedule=c.proxy.schedule,
-      warmup_ratio=c.proxy.warmup_ratio,
-    )
+    _check_recipe(c.train, c.proxy.lr)  # theirs, but for the rate
 
 
 def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
@@ -343,7 +320,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   """
   recipe.settle(c)
   _check_values(c)
-  if not (planned and c.data.assume_rows):
+  if not (planned and c.data.assume):
     prepare.check_source(c)
   judges.check(c)
   sampler = combine.named(c.select.sampler)
@@ -361,17 +338,20 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   m = _model(c, planned)
   decoder.check(m, sharding.nowhere())
   embedder.choose(c, m._replace(lora=None))
-  for part, name in ((c.sft, "config.sft"),) + (
-    ((c.train, "config.train"),) if trains else ()
-  ):
-    feed.check_divides(part.batch_size, part.accumulation, name)
-    optim.make_schedule(
-      lr=part.lr,
-      updates=10,
-      schedule=part.schedule,
-      warmup_ratio=part.warmup_ratio,
-    )
+  optim.make_schedule(
+    lr=c.sft.lr, updates=10, schedule="cosine", warmup_ratio=0.05
+  )
+  if trains:
+    _check_recipe(c.train, c.train.lr)
   _check_stages(c, loss.kind, m._replace(lora=None))
+
+
+def _check_recipe(t: Any, lr: float) -> None:
+  """Raises ConfigError for a batch or a schedule that cannot be."""
+  feed.check_divides(t.batch_size, t.accumulation, "config.train")
+  optim.make_schedule(
+    lr=lr, updates=10, schedule=t.schedule, warmup_ratio=t.warmup_ratio
+  )
 
 
 def _check_alignment(c: Any, loss: Any) -> None:
@@ -391,10 +371,6 @@ def _check_alignment(c: Any, loss: Any) -> None:
   for name in c.compare:
     if name not in WHOLE:
       _check_columns(c, name, loss.kind, "compare")
-  if c.lora.rank and not c.lora.eta > 0:
-    raise ConfigError(
-      f"lora.eta={c.lora.eta}, wanted more than 0; set config.lora.eta"
-    )
   watched.check(c)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
@@ -412,19 +388,16 @@ def validate_on(
     trains: as of `validate`.
   """
   c, job.force = job.c, force
-  for part, name in ((c.sft, "config.sft"),) + (
-    ((c.train, "config.train"),) if trains else ()
-  ):
-    feed.check_batch(part.batch_size, part.accumulation, job.mesh, name)
+  feed.check_batch(c.sft.batch_size, 1, job.mesh, "config.sft")
   asked = {
     stage
     for name in (c.select.sampler, *c.compare)
     if name not in WHOLE
     for stage in columns.stages(c, job.kind, combine.named(name))
   }
-  if asked & {"proxy", "held_out"}:
+  if trains or asked & {"proxy", "held_out"}:
     feed.check_batch(
-      c.proxy.batch_size, c.proxy.accumulation, job.mesh, "config.proxy"
+      c.train.batch_size, c.train.accumulation, job.mesh, "config.train"
     )
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))

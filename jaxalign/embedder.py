@@ -217,7 +217,7 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
 
   Returns:
     `run(parts, tick) -> [n, E]` float32, this process's part of the rows; and
-    the operations and tokens of all rows.
+    the flops and tokens of all rows.
   """
   c, ids = job.c, job.column("pool", "id")
   if isinstance(e.model, encoder.EncoderConfig):
@@ -241,7 +241,7 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
       tick(len(index))
       return np.split(x, ends[:-1])[jax.process_index()]
 
-    return (encoded, sum(encoder.operations(m, s) for s in sizes), sum(sizes))
+    return (encoded, sum(encoder.flops(m, s) for s in sizes), sum(sizes))
   if jax.process_index() == 0:
     tokens_lib.save(folder, "tokens", encode(e, job.rows("pool")))
   sharding.barrier("embedder's tokens")
@@ -261,11 +261,11 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
       tick=tick,
     )
 
-  return pooled, embed.operations(e.model, rows, 0), len(rows.ids)
+  return pooled, embed.flops(e.model, rows, 0), len(rows.ids)
 
 
-def operations(e: Embedder, tokens: int) -> int:
+def flops(e: Embedder, tokens: int) -> int:
   """Floating-point operations of one row through a model that only embeds."""
   if isinstance(e.model, encoder.EncoderConfig):
-    return encoder.operations(e.model, min(tokens, e.model.context))
-  return decoder.operations(e.model, min(tokens, e.model.context), 0)
+    return encoder.flops(e.model, min(tokens, e.model.context))
+  return decoder.flops(e.model, min(tokens, e.model.context), 0)

@@ -29,7 +29,7 @@ def row_sizes(
 
   Args:
     c: the config.
-    kind: "pairs" or "thumbs", of the job.
+    kind: "pairs" or "unpaired", of the job.
     sample: records of the pool, or none.
     mean: tokens of a row where there is no sample.
     length: the longest row.
@@ -66,7 +66,7 @@ def row_sizes(
       prompt = np.array(prompt) + more - len(tok.encode(text))
   prompt = np.minimum(np.array(prompt), max(length // 2, 1))
   answers = np.minimum(np.array(answers), length - prompt[:, None])
-  if len(sides) > r:  # thumbs of pairs
+  if len(sides) > r:  # unpaired rows of pairs
     return np.repeat(prompt, len(sides)), answers.reshape(-1, 1)
   return prompt, answers
 

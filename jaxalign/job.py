@@ -15,7 +15,7 @@ from jaxalign.data import batches, prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate
+from jaxalign.eval import held_out
 from jaxalign.model import adapters, attention, decoder, weights
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import losses
@@ -56,7 +56,7 @@ class Arm(NamedTuple):
 
 
 class Job:
-  """What every stage of a run shares: config, mesh, folders, finished cards.
+  """What every stage of a run shares: config, mesh, folders, finished records.
 
   A class because it caches what is costly to load (tokens, the reference).
   """
@@ -68,17 +68,17 @@ class Job:
     self.c, self.mesh, self.redo = c, mesh, redo
     self.workdir = epath.Path(workdir)
     self.shared = self.workdir / "shared"
-    self.cards: dict[tuple[str, str], artifacts.Card] = {}
+    self.records: dict[tuple[str, str], artifacts.Record] = {}
 
   def run(
     self, folder: Any, stage: str, arm: str = "", **kwargs
-  ) -> artifacts.Card:
+  ) -> artifacts.Record:
     """`artifacts.run`, remembered by (arm, stage) for the ledger."""
     if arm:
       progress.say(f"[{arm}]") if stage == "select" else None
-    card = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
-    self.cards[arm, stage] = card
-    return card
+    record = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
+    self.records[arm, stage] = record
+    return record
 
   @functools.cached_property
   def loss(self) -> Callable:
@@ -102,13 +102,15 @@ class Job:
     """The longest row of this job: as asked for, or as the data stage chose."""
     return (
       prepare.context_of(self.c, self.most)
-      or artifacts.read_json(self.shared / "data" / "data_card.json")["context"]
+      or artifacts.read_json(self.shared / "data" / "data_summary.json")[
+        "context"
+      ]
     )
 
   @property
   def kind(self) -> str:
-    """ "pairs" or "thumbs": what the loss eats."""
-    return "thumbs" if self.loss.kind == "thumbs" else "pairs"
+    """ "pairs" or "unpaired": what the loss eats."""
+    return "unpaired" if self.loss.kind == "unpaired" else "pairs"
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -172,20 +174,26 @@ class Job:
     self.__dict__.pop("reference", None)
 
   @functools.cached_property
-  def examined(self) -> evaluate.Examined:
+  def examined(self) -> held_out.EvalSet:
     """The held-out split, ready to be measured on."""
     rows, tokens = self.rows("held_out"), self.tokens("held_out")
     room = self.model.context - self.c.eval.new_tokens
     if prepare.too_long(self.c) == "cut":
       room = self.model.context  # as the rows are cut, so are the prompts
-    asked = evaluate.choose_prompts(rows, tokens, self.c.eval.prompts, room)
-    return evaluate.Examined(
+    asked = held_out.choose_prompts(rows, tokens, self.c.eval.prompts, room)
+    return held_out.EvalSet(
       rows, tokens, asked, self.tokenizer, prepare.world_of(self.c)
     )
 
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
-    return self.cards[arm, stage].key
+    return self.records[arm, stage].key
+
+
+def eval_options(c: Any, seed: int = 0) -> held_out.EvalOptions:
+  """How answers are generated and scored."""
+  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
+  return held_out.EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)
 
 
 def loss_of(c: Any) -> Callable:
@@ -200,9 +208,8 @@ def lora_of(c: Any) -> adapters.Lora | None:
   k = c.lora
   if not k.rank:
     return None
-  return adapters.Lora(
-    k.rank, float(k.alpha), tuple(k.targets), k.rs, k.variant
-  )
+  rs, variant = k.variant == "rslora", k.variant.removeprefix("rs")
+  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), rs, variant)
 
 
 def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
@@ -224,14 +231,12 @@ def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
     layers=m.layers,
     width=m.width,
     heads=m.heads,
-    kv_heads=m.kv_heads,
-    head_size=m.head_size,
+    kv_heads=m.heads,
+    head_size=m.width // m.heads,
     ff=m.ff,
     vocab=-(-vocab // 64) * 64,
     context=m.context or prepare.own_context(c),
-    rope_theta=m.rope_theta,
-    norm_eps=m.norm_eps,
-    tied=m.tied,
+    tied=True,
     dtype=m.dtype,
     remat=m.remat,
   )
@@ -274,11 +279,7 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
     if p.kind == p.KEYWORD_ONLY
     and p.name not in getattr(sampler, "keywords", ())
   }  # in brackets
-  named = dict(
-    order=c.select.order,
-    pair_score=c.select.pair_score,
-    label_quota=c.select.label_quota or None,
-  )
+  named = dict(order=c.select.order, pair_score=c.select.pair_score)
   kwargs = {n: v for n, v in named.items() if n in known}
   for name, value in c.select.kwargs.to_dict().items():
     if name not in known:

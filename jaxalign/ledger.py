@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxalign.artifacts import Card, Cost
+from jaxalign.artifacts import Cost, Record
 
 SELECTION = (
   "embed",
@@ -31,7 +31,7 @@ SELECTION = (
 )
 
 
-def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
+def stages(records: dict[tuple[str, str], Record]) -> list[dict[str, Any]]:
   """One line a stage: what ran, for which arm, and what it took.
 
   With "held" and "device" where the stage was `watched`.
@@ -40,18 +40,18 @@ def stages(cards: dict[tuple[str, str], Card]) -> list[dict[str, Any]]:
     dict(
       stage=stage,
       arm=arm,
-      operations=card.cost.operations,
-      tokens=card.cost.tokens,
-      seconds=card.cost.seconds,
-      bytes=card.cost.bytes,
-      skipped=card.skipped,
+      flops=record.cost.flops,
+      tokens=record.cost.tokens,
+      seconds=record.cost.seconds,
+      bytes=record.cost.bytes,
+      skipped=record.skipped,
     )
     | {
-      name: card.result[name]
+      name: record.result[name]
       for name in ("held", "device")
-      if name in card.result
+      if name in record.result
     }
-    for (arm, stage), card in cards.items()
+    for (arm, stage), record in records.items()
   ]
 
 
@@ -105,7 +105,7 @@ def watched() -> Iterator[dict[str, int | None]]:
     thread.join()
 
 
-def arm_operations(
+def arm_flops(
   *, stages: dict[str, int], reference: int, ref_logps: int, align: int
 ) -> dict[str, int]:
   """Operations of one arm on its own.
@@ -132,7 +132,7 @@ def arm_operations(
 
 
 def saved(arm: int, everything: int, sft: int) -> dict[str, float]:
-  """Share of operations saved against aligning on everything.
+  """Share of flops saved against aligning on everything.
 
   Negative where selecting costs more than it saves.
 
@@ -152,6 +152,6 @@ def total(lines: list[dict[str, Any]]) -> Cost:
   return Cost(
     *(
       sum(line[name] for line in lines)
-      for name in ("operations", "tokens", "seconds", "bytes")
+      for name in ("flops", "tokens", "seconds", "bytes")
     )
   )

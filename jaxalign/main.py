@@ -296,7 +296,7 @@ def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
 
 def ran(job) -> bool:
   """Whether a stage of this run was not found finished."""
-  return any(not card.skipped for card in job.cards.values())
+  return any(not card.skipped for card in job.records.values())
 
 
 def command(

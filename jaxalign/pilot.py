@@ -22,6 +22,7 @@ from jaxalign.job import Arm, Job, updates_of
 from jaxalign.select.topk import budget_rows
 
 AUTO = "auto"
+MARGIN = 0.02  # of the plateau: wins that a smaller budget may give up
 DIRECTIONS = ("top", "middle", "low")
 _OPEN = re.compile(r"\bdirection\s*=\s*auto\b")
 
@@ -56,7 +57,7 @@ def configs(c: Any) -> dict[str, Any]:
   if _OPEN.search(c.select.sampler):
     names = [with_direction(c.select.sampler, d) for d in DIRECTIONS]
     found["directions"] = _changed(
-      c, names[0], c.pilot.at, (), (*names[1:], "random")
+      c, names[0], at(c), (), (*names[1:], "random")
     )
   if c.select.budget == AUTO:
     found["budgets"] = _changed(
@@ -67,6 +68,11 @@ def configs(c: Any) -> dict[str, Any]:
       (),
     )
   return found
+
+
+def at(c: Any) -> float:
+  """The budget at which directions are compared: the middle one."""
+  return sorted(c.pilot.budgets)[len(c.pilot.budgets) // 2]
 
 
 def _changed(
@@ -111,11 +117,6 @@ def check(c: Any) -> None:
       raise ConfigError(
         "select.budget='auto' settles one budget; set config.budgets=()"
       )
-    if not 0 < c.pilot.margin < 1:
-      raise ConfigError(
-        f"pilot.margin={c.pilot.margin}, wanted a share of "
-        "wins between 0 and 1; set config.pilot.margin"
-      )
 
 
 def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
@@ -142,7 +143,7 @@ def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
     raise ConfigError(
       f"the pilot would take {spent:.0%} of the updates of aligning on "
       f"everything, above {job.c.pilot.most:.0%}; lower "
-      "config.pilot.budgets, config.pilot.at or config.pilot.seeds, or "
+      "config.pilot.budgets or config.pilot.seeds, or "
       "raise config.pilot.most"
     )
   if "directions" in due:
@@ -209,7 +210,7 @@ def _best_direction(c: Any, summary: dict[str, Any]) -> tuple[str, str]:
     else "; none was above random: this score may have nothing to say here"
   )
   return best, (
-    f"A pilot at {c.pilot.at:.1%} of the pool ({c.pilot.seeds} seeds; "
+    f"A pilot at {at(c):.1%} of the pool ({c.pilot.seeds} seeds; "
     f"pilot/directions/report.html has the intervals) chose {best}: "
     f"{listed} %{below}."
   )
@@ -227,7 +228,7 @@ def _advice(job: Job, summary: dict[str, Any], share: float) -> tuple[int, str]:
       "raise config.pilot.seeds or config.eval.prompts, or set "
       f"config.select.budget; see {job.workdir}/{page}"
     )
-  near = plateau.enough(fit, 100 * c.pilot.margin)
+  near = plateau.enough(fit, 100 * MARGIN)
   least = max(min(fit["rows"]), c.train.batch_size)
   rows = min(n, max(least, int(np.ceil(near["value"] / 100 * n))))
   whole = updates_of(c, Arm("random", 1.0, 0), n, n)
@@ -253,7 +254,7 @@ def _advice(job: Job, summary: dict[str, Any], share: float) -> tuple[int, str]:
   )
   return rows, (
     f"A pilot ({page}) puts the plateau at {fit['r']['value']:.1f} % and "
-    f"within {100 * c.pilot.margin:g} points of it at {near['value']:.1f} % "
+    f"within {100 * MARGIN:g} points of it at {near['value']:.1f} % "
     f"of the pool (95 % interval {near['low']:.1f} to {top}{beyond}): "
     f"{rows:,} of {n:,} rows are kept. Of the updates of aligning on "
     f"everything the pilot took {share:.0%} and these take {takes:.0%}: "

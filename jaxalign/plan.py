@@ -1,7 +1,7 @@
 """The dry run: stages, sizes, memory and time, before anything is computed.
 
 Operations follow from the shapes; token counts of files are estimated from
-their characters; times are operations over an assumed sustained rate, and are
+their characters; times are flops over an assumed sustained rate, and are
 called estimates. The ledger of the finished job is what to trust.
 """
 
@@ -39,15 +39,15 @@ def _sizes(
   """Rows by split, mean tokens by split, the padded length, and records of the
   pool where a source was read."""
   r = 2 if kind == "pairs" else 1
-  if c.data.assume_rows:
+  if c.data.assume:
     context = prepare.asked_context(c) or _model(c).context
-    mean = min(c.data.assume_tokens or context, context)
+    mean = min(c.data.assume[1] or context, context)
     rows = {
-      n: int(c.data.assume_rows * share)
+      n: int(c.data.assume[0] * share)
       for n, share in prepare.fractions(c).items()
     }
     if r == 1:
-      rows["pool"] *= 2  # thumbs of pairs
+      rows["pool"] *= 2  # unpaired rows of pairs
     return rows, dict.fromkeys(rows, float(mean)), context, []
   if prepare.is_world(c):
     w = c.data.world
@@ -59,7 +59,7 @@ def _sizes(
   found, said = prepare.peek(c, _model(c).context)
   for line in said:
     progress.say(f"  {line}")
-  splits, read = found.splits, found.card["seen"]
+  splits, read = found.splits, found.summary["seen"]
   rows = {n: len(x) for n, x in splits.items()}
   names = prepare.sources_of(c)
   counted = [sources.count(name, prepare.PEEKED) for name in names]
@@ -73,7 +73,7 @@ def _sizes(
       f"{total:,}, and the plan counts on them all"
     )
     rows = {n: int(x * total / read) for n, x in rows.items()}
-  if found.kind == "pairs" and kind == "thumbs":
+  if found.kind == "pairs" and kind == "unpaired":
     rows["pool"] *= 2
   texts = [
     len(x["prompt"]) + len(x[s])
@@ -96,7 +96,7 @@ class Line(NamedTuple):
   arm: str  # "" where all arms share it
   count: int
   unit: str  # of the count
-  operations: float
+  flops: float
   seconds: float
   held: int | None = None  # bytes on the host, where they are known
   device: int | None = None  # bytes on all devices
@@ -122,18 +122,18 @@ def lines(
   c, m = job.c, _model(job.c)
   r = 2 if job.kind == "pairs" else 1
   rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
-  one = lambda split: decoder.operations(m, int(tokens[split]))
+  one = lambda split: decoder.flops(m, int(tokens[split]))
   out = []
 
-  def add(stage, count, unit, operations, arm="", seconds=None, **held):
+  def add(stage, count, unit, flops, arm="", seconds=None, **held):
     out.append(
       Line(
         stage,
         arm,
         count,
         unit,
-        operations,
-        operations / rate if seconds is None else seconds,
+        flops,
+        flops / rate if seconds is None else seconds,
         **held,
       )
     )
@@ -164,9 +164,9 @@ def lines(
   for stage, each in _passes(c, m, chosen, ran, t).items():
     add(stage, answers, "rows", answers * each)
   scoring = {  # what a column of the pool takes, beside those passes
-    "alone": lambda: answers * decoder.operations(m, t // 2 + 1),
+    "alone": lambda: answers * decoder.flops(m, t // 2 + 1),
     "ask": lambda: _ask(c, m, answers, t),
-    "rewards": lambda: answers * reward.operations(scores.reward_config(c), t),
+    "rewards": lambda: answers * reward.flops(scores.reward_config(c), t),
     "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
     "held_out": lambda: _tuning(
       c,
@@ -174,12 +174,12 @@ def lines(
       rows["pool"],
       t,
       c.proxy.models,
-      c.proxy.half_updates or -(-rows["pool"] // 2 // c.proxy.batch_size),
+      -(-rows["pool"] // 2 // c.train.batch_size),
     ),
   }
-  for stage, operations in scoring.items():
+  for stage, flops in scoring.items():
     if stage in asked:
-      add(stage, answers, "rows", operations())
+      add(stage, answers, "rows", flops())
   if any("log_likelihood" in x.needs for x in samplers.values()):
     k = mixtures.components_of(c.select.mixture.components)
     starts = 1 if k == mixtures.LABELS else c.select.mixture.starts
@@ -206,9 +206,9 @@ def lines(
         "select",
         rows["pool"],
         "rows",
-        cost.operations,
+        cost.flops,
         arm.name,
-        rates.seconds(cost.operations, cost.on_host, job.mesh)
+        rates.seconds(cost.flops, cost.on_host, job.mesh)
         + cost.read / READING
         + rows["pool"] * SECONDS_A_ROW,
         held=cost.held,
@@ -233,7 +233,7 @@ def lines(
         stored + passed,
         arm.name,
       )
-    trained = decoder.operations(
+    trained = decoder.flops(
       m,
       int(tokens["pool"]),
       passes=feed.passes(
@@ -271,15 +271,11 @@ def _passes(
   What the reference runs is one pass; each stage has what it adds.
   """
   found = passes.shares(
-    c,
-    names,
-    lambda outputs: embed.row_operations(m, t, outputs, c.embed.layers),
+    c, names, lambda outputs: embed.row_flops(m, t, outputs, c.embed.layers)
   )
   for name in (n for n in names if not passes.by_reference(c, n)):
     texts = embedder.of_answers(chosen) if name == "answer" else chosen
-    found[name] = embedder.operations(
-      chosen, t // 2 + 1 if texts.answers else t
-    )
+    found[name] = embedder.flops(chosen, t // 2 + 1 if texts.answers else t)
   return {n: found[n] for n in passes.KEEPS if n in found}
 
 
@@ -287,7 +283,7 @@ def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
   """Of P(yes): the question, two pairs of fences and the row, one logit."""
   judge = scores.judge_config(c, m)
   asked = t + (len(c.ask.question) + 4 * 16) / CHARACTERS_PER_TOKEN
-  return answers * decoder.operations(judge, min(int(asked), judge.context), 1)
+  return answers * decoder.flops(judge, min(int(asked), judge.context), 1)
 
 
 def _tuning(
@@ -295,11 +291,11 @@ def _tuning(
 ) -> float:
   """Of tuned proxies: three passes of every update, one over the pool each."""
   proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
-  row = decoder.operations(proxy, t)
-  trained = decoder.operations(proxy, t, passes=feed.passes(proxy))
+  row = decoder.flops(proxy, t)
+  trained = decoder.flops(proxy, t, passes=feed.passes(proxy))
   before = 0 if columns.tuned(c) else 2 * pairs * row
   return before + models * 2 * (
-    pairs * row + updates * c.proxy.batch_size * trained
+    pairs * row + updates * c.train.batch_size * trained
   )
 
 
@@ -320,7 +316,7 @@ def beside(
   """The ledger's lines with what was predicted for them, where it was.
 
   Predicted from the sizes that the data turned out to have, at the assumed
-  rate of the devices: `predicted_operations` and `predicted_seconds`, and of
+  rate of the devices: `predicted_flops` and `predicted_seconds`, and of
   a choice `predicted_held` and `predicted_device`, bytes.
   """
   splits = {n: job.tokens(n) for n in ("sft", "pool", "held_out")}
@@ -333,10 +329,7 @@ def beside(
     out.append(
       line
       | (
-        dict(
-          predicted_operations=int(was.operations),
-          predicted_seconds=was.seconds,
-        )
+        dict(predicted_flops=int(was.flops), predicted_seconds=was.seconds)
         if was
         else {}
       )
@@ -375,12 +368,12 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   for x in found:
     progress.say(
       f"  {f'{x.stage} {x.arm}'.strip():<28}{x.count:>9,} "
-      f"{x.unit:<8}{x.operations:>10.2e} operations  about "
+      f"{x.unit:<8}{x.flops:>10.2e} flops  about "
       f"{progress.duration(x.seconds)}"
     )
-  total = sum(x.operations for x in found)
+  total = sum(x.flops for x in found)
   progress.say(
-    f"  {'in all':<28}{'':>18}{total:>10.2e} operations  about "
+    f"  {'in all':<28}{'':>18}{total:>10.2e} flops  about "
     f"{progress.duration(sum(x.seconds for x in found))} at an "
     f"assumed {rate / 1e9:,.0f} GFLOP/s, compiling not counted"
   )
@@ -388,7 +381,7 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   if not trains:
     return
   selecting = sum(
-    x.operations for x in _choosing(job, arms[0], found, m, tokens["pool"])
+    x.flops for x in _choosing(job, arms[0], found, m, tokens["pool"])
   )
   everything = aligning_all(job, m, rows["pool"], int(tokens["pool"]))
   reference = (
@@ -429,7 +422,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   """
   c, answers = job.c, rows * (2 if job.kind == "pairs" else 1)
   online = c.train.reference == "online"
-  trained = decoder.operations(
+  trained = decoder.flops(
     m,
     t,
     passes=feed.passes(
@@ -442,7 +435,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   stored = job.loss.reference and not online
   return answers * (
     c.train.epochs * trained
-    + decoder.operations(m, t) * (c.train.epochs * mismatched + stored)
+    + decoder.flops(m, t) * (c.train.epochs * mismatched + stored)
   )
 
 
@@ -470,8 +463,7 @@ def _choosing(
     x
     if x.stage not in alone
     else x._replace(
-      operations=x.count * alone[x.stage],
-      seconds=x.count * alone[x.stage] / rate,
+      flops=x.count * alone[x.stage], seconds=x.count * alone[x.stage] / rate
     )
     for x in found
     if not x.arm
@@ -506,7 +498,7 @@ def _show_samplers(
       )
     )
     progress.say(
-      f"  choosing by {arm.label}: {sum(x.operations for x in parts):.2e} "
-      f"operations ({', '.join(x.stage for x in parts)}), about "
+      f"  choosing by {arm.label}: {sum(x.flops for x in parts):.2e} "
+      f"flops ({', '.join(x.stage for x in parts)}), about "
       f"{progress.duration(sum(x.seconds for x in parts))}; {says}"
     )

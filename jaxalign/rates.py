@@ -17,22 +17,22 @@ RATES = {
 
 
 def rate_of(device: Any) -> float:
-  """Assumed sustained operations per second of a device."""
+  """Assumed sustained flops per second of a device."""
   for start, rate in RATES.items():
     if device.device_kind.lower().startswith(start.lower()):
       return rate
   return RATES["cpu"]
 
 
-def seconds(operations: float, on_host: float, mesh: Any) -> float:
+def seconds(flops: float, on_host: float, mesh: Any) -> float:
   """Assumed time of a choice, which the first process's devices make.
 
   Args:
-    operations: of all of it.
+    flops: of all of it.
     on_host: of them, those in NumPy.
     mesh: of the job.
   """
   devices = mesh.local_mesh.devices
-  return on_host / RATES["cpu"] + (operations - on_host) / (
+  return on_host / RATES["cpu"] + (flops - on_host) / (
     devices.size * rate_of(devices.flat[0])
   )

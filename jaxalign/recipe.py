@@ -22,7 +22,7 @@ def settle(c: Any) -> None:
   if not c.loss.name:
     c.loss.name = (
       "kto"
-      if _kind(c) == "thumbs"
+      if _kind(c) == "unpaired"
       else "dpo(beta=0.1)"
       if given
       else "dpo(beta=0.5)+0.2*sft"
@@ -33,7 +33,7 @@ def settle(c: Any) -> None:
 
 def _kind(c: Any) -> str:
   """What the rows are; "pairs" if unreadable, which is reported later."""
-  if c.data.assume_rows or not c.data.source:
+  if c.data.assume or not c.data.source:
     return "pairs"
   try:
     return prepare.first_kind(c)

@@ -105,7 +105,7 @@ def run_page_of(job: Job, arm: Arm) -> None:
     inputs={
       name: job.key(name, arm.name)
       for name in ("evaluate", "judge")
-      if (arm.name, name) in job.cards
+      if (arm.name, name) in job.records
     },
   )
 
@@ -149,7 +149,7 @@ def run_report(
     | judges.told(job.c)
     | (dict(notes=list(notes)) if notes else {}),
     inputs={a.name: job.key(REPORT, a.name) for a in arms}
-    | {name: job.key(name) for name in ("judge",) if ("", name) in job.cards},
+    | {name: job.key(name) for name in ("judge",) if ("", name) in job.records},
   )
 
 
@@ -163,33 +163,31 @@ def _costs(job: Job, arms: list[Arm]) -> dict[str, Any]:
     if s
   ]
   lines = ledger.stages(
-    {k: card for k, card in job.cards.items() if k[1] != REPORT}
+    {k: card for k, card in job.records.items() if k[1] != REPORT}
   )
   lines = plan.beside(job, arms, lines)
   total = ledger.total(lines)
-  selecting = sum(
-    x["operations"] for x in lines if x["stage"] in ledger.SELECTION
-  )
+  selecting = sum(x["flops"] for x in lines if x["stage"] in ledger.SELECTION)
   return dict(
     stages=lines,
     arms=by_arm,
     saved=shares,
     everything=whole,
     total=vars(total),
-    selection_share=selecting / max(total.operations, 1),
+    selection_share=selecting / max(total.flops, 1),
     parameters=decoder.parameter_count(job.model),
   )
 
 
 def _spent(job: Job, stage: str, arm: str = "") -> int:
-  card = job.cards.get((arm, stage))
-  return card.cost.operations if card else 0
+  card = job.records.get((arm, stage))
+  return card.cost.flops if card else 0
 
 
 def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
   sampler = combine.named(arm.sampler)
-  align = job.cards.get((arm.name, "align"))
+  align = job.records.get((arm.name, "align"))
   read = columns.before(
     job.c,
     [
@@ -202,9 +200,9 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   own = passes.shares(
     job.c,
     read,
-    lambda outputs: embed.pass_operations(job.model, tokens, outputs, layers),
+    lambda outputs: embed.pass_flops(job.model, tokens, outputs, layers),
   )
-  return ledger.arm_operations(
+  return ledger.arm_flops(
     stages={stage: own.get(stage, _spent(job, stage)) for stage in read}
     | dict(select=_spent(job, "select", arm.name)),
     # An embedder of its own, or products narrower than float32: the pass over
@@ -238,7 +236,7 @@ def _reference_pass(job: Job) -> int:
   if not _reads_ahead(job):
     return 0
   if embedder.alone(job.c):
-    return embed.operations(job.model, job.tokens("pool"))
+    return embed.flops(job.model, job.tokens("pool"))
   return _spent(job, "embed")
 
 
@@ -260,7 +258,7 @@ def _subset_tokens(job: Job, arm: Arm) -> int:
   sizes = np.diff(tokens.offsets)[rows]
   return int(
     sum(
-      decoder.operations(m, int(s)) * int(n)
+      decoder.flops(m, int(s)) * int(n)
       for s, n in zip(*np.unique(sizes, return_counts=True))
     )
   )
@@ -397,7 +395,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
         arms={n: s[k]["said"] for n, s in told.items()},
         against=job.c.judge.baseline,
         verdicts={
-          n: {x: s[k][x] for x in ("won", "said", "replies", "theirs")}
+          n: {x: s[k][x] for x in ("outcome", "verdicts", "replies", "theirs")}
           for n, s in said.items()
           if k < len(s)
         },
@@ -410,7 +408,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
 def describe(job: Job, arm: Arm) -> dict[str, Any]:
   """What the report shows of one arm, from the artifacts alone."""
   folder = arm_folder(job, arm)
-  align = job.cards[arm.name, "align"]
+  align = job.records[arm.name, "align"]
   metrics = judge.metrics_in(job.c, folder, folder)
   return dict(
     details=metrics.pop("details", None),
@@ -432,7 +430,7 @@ def describe(job: Job, arm: Arm) -> dict[str, Any]:
 def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
   """Everything the report shows, from the artifacts alone."""
   c = job.c
-  data = artifacts.read_json(job.shared / "data" / "data_card.json")
+  data = artifacts.read_json(job.shared / "data" / "data_summary.json")
   costs = _costs(job, arms)
   described = [describe(job, arm) for arm in arms]
   for one in described:  # of an arm's own page
@@ -440,8 +438,8 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
   found = evidence.weigh(job, arms, described, costs["arms"])
   verdicts = found["verdicts"]
   warnings = found["warnings"]
-  if ("", "mixture") in job.cards:
-    warnings += job.cards["", "mixture"].result["warnings"]
+  if ("", "mixture") in job.records:
+    warnings += job.records["", "mixture"].result["warnings"]
   cut = data["truncation"]["pool"]
   lost = cut["rows_cut"] / cut["rows"] + cut["too_long"] / data["seen"]
   if lost > 0.2:
@@ -472,7 +470,7 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
     if share["without_sft"] >= 0:  # a loss is told by the pages themselves
       verdicts.append(
         f"With the selection counted, {share['arm']} saves "
-        f"{100 * share['without_sft']:.0f} % of the operations of aligning "
+        f"{100 * share['without_sft']:.0f} % of the flops of aligning "
         "on everything with the same recipe."
       )
   pool = data["rows_by_split"]["pool"]
@@ -510,7 +508,7 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
       {
         "summary": "summary.json",
         "config": "config.json",
-        "data card": "shared/data/data_card.json",
+        "data summary": "shared/data/data_summary.json",
       },
       **{f"{a.name}": f"runs/{a.name}/" for a in arms},
     ),
@@ -556,27 +554,27 @@ def _baseline(job: Job) -> dict[str, Any]:
   return dict(name=evidence.start_of(job)) | metrics
 
 
-def _data(job: Job, card: dict[str, Any]) -> dict[str, Any]:
-  """The data card in the words of the report."""
+def _data(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
+  """The data summary in the words of the report."""
   quantiles = lambda q: [q["p5"], q["p50"], q["p95"]] if q else None
-  cut = card["truncation"]["pool"]
+  cut = summary["truncation"]["pool"]
   return dict(
-    source=card["source"],
-    schema=card["schema"],
-    kind=card["kind"],
-    seen=card["seen"],
-    rows=card["rows_by_split"],
-    refused=card["refused_by_reason"],
-    duplicates=card["duplicates"],
-    chars={k: quantiles(v) for k, v in card["characters"].items()},
-    tokens=card.get("tokens"),
+    source=summary["source"],
+    schema=summary["schema"],
+    kind=summary["kind"],
+    seen=summary["seen"],
+    rows=summary["rows_by_split"],
+    refused=summary["refused_by_reason"],
+    duplicates=summary["duplicates"],
+    chars={k: quantiles(v) for k, v in summary["characters"].items()},
+    tokens=summary.get("tokens"),
     truncation=dict(
       rows_cut=cut["rows_cut"],
       too_long=cut["too_long"],
       context=cut["context"],
       fits=cut["fits"],
     ),
-    reading=reading.lines(card),
+    reading=reading.lines(summary),
     examples=[
       {k: v for k, v in row.items() if k != "group"}
       for row in job.rows("pool")[:2]

@@ -120,12 +120,12 @@ def copy(workdir: Any) -> pathlib.Path:
 
 
 def unfinish(workdir: Any, arm: str, *stages: str) -> None:
-  """Removes what stages of an arm ("": shared) wrote, and their cards."""
+  """Removes what stages of an arm ("": shared) wrote, and their records."""
   for stage in stages:
     at = pathlib.Path(workdir) / (f"runs/{arm}" if arm else f"shared/{stage}")
-    card = artifacts.read_card(at, stage)
-    artifacts._make_room(artifacts.epath.Path(at), card.outputs, ())
-    (at / "cards" / f"{stage}.json").unlink()
+    record = artifacts.read_record(at, stage)
+    artifacts._make_room(artifacts.epath.Path(at), record.outputs, ())
+    (at / "records" / f"{stage}.json").unlink()
 
 
 def parameters(stage_folder: Any, step: int = 0) -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ from test_report import read as parsed
 
 from jaxalign import agreement as command
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import agreement, verdict_codes, verdict_tables
-from jaxalign.eval.agreement import Verdict
+from jaxalign.eval import interrater, verdict_codes, verdict_tables
+from jaxalign.eval.interrater import Verdict
 from jaxalign.report.pages import agreement as pages
 
 
@@ -123,7 +123,7 @@ def test_llmbar_s_judges_in_both_orders(shared, tmp_path):
     for r, s in [("label", "first" if row["label"] == 1 else "second")]
   ]
   assert raters["label"]["orders"]["first"] == json.loads(
-    json.dumps(agreement.orders(rows, "label")["first"])
+    json.dumps(interrater.order_effects(rows, "label")["first"])
   )
 
 
@@ -358,8 +358,8 @@ LAYOUTS = {
         prompt="p",
         ours="a",
         theirs="b",
-        won=0.5,
-        said=["first", "first"],
+        outcome=0.5,
+        verdicts=["first", "first"],
         replies=[],
       ),
       dict(
@@ -367,8 +367,8 @@ LAYOUTS = {
         prompt="p",
         ours="a",
         theirs="b",
-        won=None,
-        said=["second", None],
+        outcome=None,
+        verdicts=["second", None],
         replies=[],
       ),
     ],
@@ -439,7 +439,7 @@ def test_answers_without_names_are_told_apart_by_their_texts(tmp_path):
     Verdict("1", *third, "j", "first"),
   ]
   assert found.sizes[("1", ONE, TWO)] == (9.0, 1.0)
-  assert agreement.orders(found.rows, "j")["consistent"]["value"] == 1
+  assert interrater.order_effects(found.rows, "j")["consistent"]["value"] == 1
 
 
 def test_lengths_follow_the_models_not_the_columns(tmp_path):
@@ -605,7 +605,7 @@ def test_a_word_that_may_be_a_name_or_a_place_is_asked_for(tmp_path, capsys):
     ("names", "second"),
     ("{'first': ['A'], 'second': ['B']}", "first"),
   ):
-    assert {r.said for r in table(tmp_path, rows, choice).rows} == {word}
+    assert {r.verdict for r in table(tmp_path, rows, choice).rows} == {word}
 
 
 def test_a_few_words_that_are_no_verdict_are_counted_not_guessed(

@@ -173,15 +173,18 @@ def test_the_compiled_batch_is_what_a_run_feeds(
     np.full(n, prompt, np.int32),
     np.zeros(n, np.int32),
   )
-  zeros, thumbs = np.zeros((8, responses), np.float32), loss.kind == "thumbs"
+  zeros, unpaired = (
+    np.zeros((8, responses), np.float32),
+    loss.kind == "unpaired",
+  )
   rows = feed.TrainRows(
     [str(i) for i in range(8)],
     tokens,
     np.arange(n).reshape(8, responses),
     zeros,
     zeros,
-    np.zeros(8, bool) if thumbs else None,
-    mismatched=feed.MismatchedRows(tokens, zeros[:, 0]) if thumbs else None,
+    np.zeros(8, bool) if unpaired else None,
+    mismatched=feed.MismatchedRows(tokens, zeros[:, 0]) if unpaired else None,
   )
   batching = feed.Batching(8, 0, accumulation, context, layout)
   batch_at = feed.Feed(mesh, rows, batching, lambda step: 1e-3).batch_at

@@ -1,4 +1,4 @@
-"""Stages, their cards, their bytes; locks; files written whole."""
+"""Stages, their records, their bytes; locks; files written whole."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ def stage(
   resumes=(),
   fail=None,
 ):
-  """Runs a stage of two files; returns its card, and how often it ran."""
+  """Runs a stage of two files; returns its record, and how often it ran."""
   ran = []
 
   def make(folder):
@@ -38,7 +38,7 @@ def stage(
     artifacts.write_bytes(folder / "other", content * 2)
     return ["part", "other"], artifacts.Cost(7), dict(rows=3)
 
-  card = artifacts.run(
+  record = artifacts.run(
     folder,
     "one",
     fields=fields or dict(a=1),
@@ -47,16 +47,16 @@ def stage(
     redo=redo,
     resumes=resumes,
   )
-  return card, len(ran)
+  return record, len(ran)
 
 
 def test_a_stage_runs_once(tmp_path, capsys):
-  card, ran = stage(tmp_path)
-  assert ran == 1 and not card.skipped and card.finished
-  assert card.cost.operations == 7 and card.cost.bytes == 15
+  record, ran = stage(tmp_path)
+  assert ran == 1 and not record.skipped and record.finished
+  assert record.cost.flops == 7 and record.cost.bytes == 15
   again, ran = stage(tmp_path)
   assert ran == 0 and again.skipped and again.result == dict(rows=3)
-  assert again.key == card.key and again.outputs == card.outputs
+  assert again.key == record.key and again.outputs == record.outputs
   assert "finished before" in capsys.readouterr().out
 
 
@@ -75,7 +75,7 @@ def test_another_config_is_refused_until_redo(tmp_path, change, words):
   for word in (words, "--redo", "--workdir", str(tmp_path)):
     assert word in str(caught.value)
   assert (tmp_path / "other").read_bytes() == b"firstfirst"  # nothing touched
-  card, ran = stage(tmp_path, **change, redo=True, content=b"second")
+  record, ran = stage(tmp_path, **change, redo=True, content=b"second")
   assert ran == 1 and (tmp_path / "other").read_bytes() == b"secondsecond"
   assert stage(tmp_path, **change)[1] == 0
 
@@ -98,16 +98,16 @@ def test_harmed_files_are_made_again(tmp_path, capsys, harm, said):
 
 
 def test_every_bit_of_a_card_counts(tmp_path, capsys):
-  """A card is not believed unless its own digest agrees."""
+  """A record is not believed unless its own digest agrees."""
   stage(tmp_path)
-  path = tmp_path / "cards" / "one.json"
+  path = tmp_path / "records" / "one.json"
   whole = path.read_bytes()
   rng = np.random.default_rng(0)
   for at in rng.choice(len(whole), 40, replace=False):
     data = bytearray(whole)
     data[at] ^= 1 << int(rng.integers(8))
     path.write_bytes(bytes(data))
-    found = artifacts.read_card(tmp_path, "one")
+    found = artifacts.read_record(tmp_path, "one")
     raw = None
     try:
       raw = json.loads(bytes(data))
@@ -120,7 +120,7 @@ def test_every_bit_of_a_card_counts(tmp_path, capsys):
   assert stage(tmp_path)[1] == int(raw != json.loads(whole))
   path.write_bytes(whole[:40])
   assert stage(tmp_path)[1] == 1
-  assert "its card has other bytes" in capsys.readouterr().out
+  assert "its record has other bytes" in capsys.readouterr().out
 
 
 def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
@@ -129,7 +129,7 @@ def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
   """A killed sft must not hand its checkpoint to another learning rate."""
   with pytest.raises(KeyboardInterrupt):
     stage(tmp_path, fail=KeyboardInterrupt())
-  assert not artifacts.read_card(tmp_path, "one").finished
+  assert not artifacts.read_record(tmp_path, "one").finished
   seen = []
 
   def look(folder):
@@ -174,7 +174,7 @@ def test_a_stage_that_failed_with_nothing_to_lose_may_change(tmp_path):
 
 def test_leftovers_without_a_card_are_not_gone_on_from(tmp_path):
   stage(tmp_path, resumes=("part",))
-  (tmp_path / "cards" / "one.json").unlink()
+  (tmp_path / "records" / "one.json").unlink()
 
   def look(folder):
     assert not (folder / "part").exists()
@@ -187,10 +187,10 @@ def test_leftovers_without_a_card_are_not_gone_on_from(tmp_path):
 
 def test_half_written_files_are_swept(tmp_path):
   (tmp_path / ".other.tmp-4242").write_bytes(b"half")
-  card, _ = stage(tmp_path)
+  record, _ = stage(tmp_path)
   names = sorted(p.name for p in tmp_path.iterdir())
-  assert names == ["cards", "other", "part"]
-  assert sorted(card.outputs) == ["other", "part/file"]
+  assert names == ["other", "part", "records"]
+  assert sorted(record.outputs) == ["other", "part/file"]
 
 
 @pytest.fixture
@@ -212,8 +212,8 @@ def outside(tmp_path):
 
 
 def forge(folder, **change):
-  """Rewrites a card's facts, its own digest included."""
-  path = folder / "cards/one.json"
+  """Rewrites a record's facts, its own digest included."""
+  path = folder / "records/one.json"
   raw = json.loads(path.read_text()) | change
   raw.pop("digest")
   raw["digest"] = artifacts._digest_of(raw)
@@ -266,25 +266,25 @@ def test_a_record_that_names_what_is_not_its_own(
     lambda path: read.append(os.path.realpath(path)) or real(path),
   )
   assert "link" in name or (
-    artifacts.read_card(folder, "one").key == artifacts.DAMAGED
+    artifacts.read_record(folder, "one").key == artifacts.DAMAGED
   )
-  card, ran = stage(folder, resumes=("part",))
-  assert ran == 1 and set(card.outputs) == {"part/file", "other"}
+  record, ran = stage(folder, resumes=("part",))
+  assert ran == 1 and set(record.outputs) == {"part/file", "other"}
   assert not [path for path in read if str(outside) in path]
   assert stage(folder)[1] == 0
 
 
 @pytest.mark.parametrize("fields", [None, dict(a=2)])
 def test_links_in_place_of_what_a_stage_made(tmp_path, outside, fields):
-  """Removed as links, whether they stand for a file, a folder or the cards."""
+  """Removed as links, whether of a file, a folder or the records."""
   folder = tmp_path / "stage"
   stage(folder)
   jobs.shutil.rmtree(folder / "part")
   (folder / "part").symlink_to(outside / "deep")
   (folder / "other").unlink()
   (folder / "other").symlink_to(outside / "mine")
-  card, ran = stage(folder, fields, redo=bool(fields))
-  assert ran == 1 and card.outputs["part/file"]["bytes"] == 5
+  record, ran = stage(folder, fields, redo=bool(fields))
+  assert ran == 1 and record.outputs["part/file"]["bytes"] == 5
   assert not (folder / "part").is_symlink()
   assert not (folder / "other").is_symlink()
   assert stage(folder, fields)[1] == 0
@@ -312,13 +312,13 @@ def test_an_unfinished_stage_does_not_go_on_from_a_link(tmp_path, outside):
 def test_cards_that_lie_elsewhere_are_not_believed(tmp_path, outside):
   folder = tmp_path / "stage"
   stage(folder)
-  (tmp_path / "cards").mkdir()
-  (folder / "cards/one.json").rename(tmp_path / "cards/one.json")
-  (folder / "cards").rmdir()
-  (folder / "cards").symlink_to(tmp_path / "cards")
-  before = (tmp_path / "cards/one.json").read_bytes()
-  assert stage(folder)[1] == 1 and not (folder / "cards").is_symlink()
-  assert (tmp_path / "cards/one.json").read_bytes() == before
+  (tmp_path / "records").mkdir()
+  (folder / "records/one.json").rename(tmp_path / "records/one.json")
+  (folder / "records").rmdir()
+  (folder / "records").symlink_to(tmp_path / "records")
+  before = (tmp_path / "records/one.json").read_bytes()
+  assert stage(folder)[1] == 1 and not (folder / "records").is_symlink()
+  assert (tmp_path / "records/one.json").read_bytes() == before
   assert stage(folder)[1] == 0
 
 
@@ -357,14 +357,14 @@ def test_a_manifest_names_only_its_own_files(tmp_path, outside):
 def test_a_record_of_wrong_types_is_damaged(tmp_path, change):
   stage(tmp_path)
   forge(tmp_path, **change)
-  assert artifacts.read_card(tmp_path, "one").key == artifacts.DAMAGED
+  assert artifacts.read_record(tmp_path, "one").key == artifacts.DAMAGED
   assert stage(tmp_path)[1] == 1
 
 
 def test_a_record_that_is_no_record(tmp_path):
   for text in ("", "null", "[]", "3", "{}", "[" * 99_999, '"\\ud800"', "\xff"):
     stage(tmp_path)
-    (tmp_path / "cards/one.json").write_text(text, encoding="latin-1")
+    (tmp_path / "records/one.json").write_text(text, encoding="latin-1")
     assert stage(tmp_path)[1] == 1
 
 
@@ -615,33 +615,33 @@ def test_a_flipped_bit_in_the_arrays_of_a_finished_stage(tmp_path):
 
 def test_a_flipped_bit_in_a_card(tmp_path):
   work = jobs.copy(tmp_path / "work")
-  path = work / "shared/embed/cards/embed.json"
+  path = work / "shared/embed/records/embed.json"
   whole = path.read_text()
   path.write_text(whole.replace('"embed.tile": 8', '"embed.tile": 9'))
   assert path.read_text() != whole
-  only(work, ["embed"], "its card")
+  only(work, ["embed"], "its record")
 
 
 def test_a_flipped_bit_in_a_checkpoint_that_is_gone_on_from(tmp_path):
   """Orbax restores such bytes without a word; their digests tell."""
   work = jobs.copy(tmp_path / "work")
-  card = work / "shared/sft/cards/sft.json"
-  found = artifacts.read_card(work / "shared/sft", "sft")
+  record = work / "shared/sft/records/sft.json"
+  found = artifacts.read_record(work / "shared/sft", "sft")
   found.finished, found.outputs = False, {}
-  artifacts._write_card(work / "shared/sft", found)
+  artifacts._write_record(work / "shared/sft", found)
   flip(checkpoint_file(work))
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended) == ["sft"]
   assert "checkpoint 6" in ended.out and "going on from step 4" in ended.out
   assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
-  assert card.exists()
+  assert record.exists()
 
 
 def test_all_checkpoints_damaged_starts_over(tmp_path):
   work = jobs.copy(tmp_path / "work")
-  found = artifacts.read_card(work / "shared/sft", "sft")
+  found = artifacts.read_record(work / "shared/sft", "sft")
   found.finished, found.outputs = False, {}
-  artifacts._write_card(work / "shared/sft", found)
+  artifacts._write_record(work / "shared/sft", found)
   for step in ("4", "6"):
     flip(checkpoint_file(work, step))
   ended = jobs.run(work)

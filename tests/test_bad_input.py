@@ -52,14 +52,14 @@ def write(path, rows):
 
 
 def read_data(workdir, path, *more, config="dpo_sub.py:tiny"):
-  """Runs the data stage on a file; (Ended, card, rejected rows)."""
+  """Runs the data stage on a file; (Ended, summary, rejected rows)."""
   ended = jobs.run(workdir, f"data.source={path}", *SMALL, *more, config=config)
   folder = pathlib.Path(workdir) / "shared/data"
   if ended.code is not None:
     return ended, None, None
   return (
     ended,
-    json.loads((folder / "data_card.json").read_text()),
+    json.loads((folder / "data_summary.json").read_text()),
     jobs.lines(folder / "rejected.jsonl"),
   )
 
@@ -125,8 +125,8 @@ def test_a_changed_file_is_another_config(tmp_path):
   write(path, [pair(i) for i in range(61)])
   ended, _, _ = read_data(tmp_path / "w", path)
   assert ended.code == 64 and "source_digest was" in ended.err
-  ended, card, _ = read_data(tmp_path / "w", path, "--redo")
-  assert ended.code is None and card["seen"] == 61
+  ended, summary, _ = read_data(tmp_path / "w", path, "--redo")
+  assert ended.code is None and summary["seen"] == 61
 
 
 # Rows.
@@ -149,17 +149,17 @@ BAD = {  # reason -> a row
 def test_a_bad_row_is_named_counted_and_skipped(tmp_path, reason):
   rows = [pair(i) for i in range(1, 60)]
   path = write(tmp_path / "x.jsonl", [*rows[:20], BAD[reason], *rows[20:]])
-  ended, card, rejected = read_data(tmp_path / "w", path)
+  ended, summary, rejected = read_data(tmp_path / "w", path)
   assert ended.code is None, ended
-  assert card["refused_by_reason"] == {reason: 1}
-  assert (card["seen"], card["kept"], card["refused"]) == (60, 59, 1)
+  assert summary["refused_by_reason"] == {reason: 1}
+  assert (summary["seen"], summary["kept"], summary["refused"]) == (60, 59, 1)
   assert rejected[0]["file"] == str(path) and rejected[0]["line"] == 21
   assert rejected[0]["reason"] == reason and rejected[0]["detail"]
   assert "60 rows" in ended.out and f"1 {reason}" in ended.out
   # Or it stops the job, with the same place and reason.
-  ended, _, _ = read_data(tmp_path / "v", path, "data.on_bad_rows=error")
+  ended, _, _ = read_data(tmp_path / "v", path, "data.max_bad_fraction=0.0")
   assert ended.code == 65 and f"{path}:21" in ended.err
-  assert reason in ended.err and "config.data.on_bad_rows" in ended.err
+  assert reason in ended.err and "config.data.max_bad_fraction" in ended.err
 
 
 def test_prompts_that_differ_between_the_sides(tmp_path):
@@ -171,11 +171,11 @@ def test_prompts_that_differ_between_the_sides(tmp_path):
     for i in range(60)
   ]
   rows[7]["rejected"] = IMPLICIT.format("what was 7", " who knows")
-  ended, card, rejected = read_data(
+  ended, summary, rejected = read_data(
     tmp_path / "w", write(tmp_path / "x.jsonl", rows)
   )
-  assert ended.code is None and card["schema"] == "implicit_pairs"
-  assert card["refused_by_reason"] == {"prompts differ": 1}
+  assert ended.code is None and summary["schema"] == "implicit_pairs"
+  assert summary["refused_by_reason"] == {"prompts differ": 1}
   assert rejected[0]["line"] == 8 and "'is 7" in rejected[0]["detail"]
 
 
@@ -183,13 +183,13 @@ def test_duplicate_ids_and_contents(tmp_path):
   rows = [pair(i, id=f"r{i}") for i in range(60)]
   rows[9]["id"] = "r3"
   path = write(tmp_path / "x.jsonl", rows)
-  ended, card, rejected = read_data(tmp_path / "w", path)
-  assert card["refused"] == 0 and card["shared_ids"] == 2
+  ended, summary, rejected = read_data(tmp_path / "w", path)
+  assert summary["refused"] == 0 and summary["shared_ids"] == 2
   assert "2 rows that share an id with another" in ended.out
   # The same content twice is kept, and counted.
   rows = [pair(i) for i in range(60)] + [pair(5)]
-  ended, card, _ = read_data(tmp_path / "v", write(path, rows))
-  assert card["duplicates"] == 1 and card["refused"] == 0
+  ended, summary, _ = read_data(tmp_path / "v", write(path, rows))
+  assert summary["duplicates"] == 1 and summary["refused"] == 0
 
 
 def test_too_many_bad_rows(tmp_path):
@@ -206,10 +206,10 @@ def test_too_many_bad_rows(tmp_path):
   assert [r["line"] for r in jobs.lines(listed)] == list(range(41, 82))
   assert {r["reason"] for r in jobs.lines(listed)} == {"empty response"}
   # With more of them allowed the same command goes on, and counts once.
-  ended, card, rejected = read_data(
+  ended, summary, rejected = read_data(
     tmp_path / "w", path, "data.max_bad_fraction=0.9"
   )
-  assert ended.code is None and card["refused"] == len(rejected) == 41
+  assert ended.code is None and summary["refused"] == len(rejected) == 41
 
 
 def test_every_bad_row_at_once_adds_up(tmp_path):
@@ -224,17 +224,21 @@ def test_every_bad_row_at_once_adds_up(tmp_path):
       pair(72, chosen="x" * 300 + "a", rejected="x" * 300 + "b"),
     ],
   )
-  ended, card, rejected = read_data(tmp_path / "w", path)
+  ended, summary, rejected = read_data(tmp_path / "w", path)
   assert ended.code is None
   reasons = [r["reason"] for r in rejected]
-  assert sorted(set(reasons)) == sorted(card["refused_by_reason"])
-  for reason, count in card["refused_by_reason"].items():
+  assert sorted(set(reasons)) == sorted(summary["refused_by_reason"])
+  for reason, count in summary["refused_by_reason"].items():
     assert reasons.count(reason) == count
   assert (
-    card["refused"] == len(rejected) == sum(card["refused_by_reason"].values())
+    summary["refused"]
+    == len(rejected)
+    == sum(summary["refused_by_reason"].values())
   )
-  assert card["seen"] == card["kept"] + card["refused"] == 59 + len(BAD) + 3
-  assert sum(card["rows_by_split"].values()) == card["kept"]
+  assert (
+    summary["seen"] == summary["kept"] + summary["refused"] == 59 + len(BAD) + 3
+  )
+  assert sum(summary["rows_by_split"].values()) == summary["kept"]
 
 
 def test_the_worlds_rows_add_up(tmp_path):
@@ -244,7 +248,6 @@ def test_the_worlds_rows_add_up(tmp_path):
     "data.world.arguments=1",
     "data.world.argument_words=2",
     "data.world.topics=2",
-    "data.world.forms=3",
   )
   assert ended.code is None or "split" in ended.err
   ended = jobs.run(
@@ -255,12 +258,12 @@ def test_the_worlds_rows_add_up(tmp_path):
   )
   assert ended.code is None, ended
   folder = tmp_path / "w/shared/data"
-  card = json.loads((folder / "data_card.json").read_text())
+  summary = json.loads((folder / "data_summary.json").read_text())
   rejected = jobs.lines(folder / "rejected.jsonl")
-  assert card["refused_by_reason"]["prompt of another split"] > 0
-  assert card["refused"] == len(rejected)
-  assert card["seen"] == card["kept"] + card["refused"] == 400
-  assert sum(card["rows_by_split"].values()) == card["kept"]
+  assert summary["refused_by_reason"]["prompt of another split"] > 0
+  assert summary["refused"] == len(rejected)
+  assert summary["seen"] == summary["kept"] + summary["refused"] == 400
+  assert sum(summary["rows_by_split"].values()) == summary["kept"]
   splits = [
     {r["prompt"] for r in tables.read_table(folder / f"{n}.parquet")}
     for n in ("sft", "pool", "held_out")
@@ -282,8 +285,8 @@ def test_a_killed_data_stage_counts_once(tmp_path, monkeypatch):
   monkeypatch.setattr(tables, "write_rows", die)
   assert read_data(tmp_path / "w", path)[0].code == 130
   monkeypatch.setattr(tables, "write_rows", real)
-  _, card, rejected = read_data(tmp_path / "w", path)
-  assert len(rejected) == card["refused"] == 1
+  _, summary, rejected = read_data(tmp_path / "w", path)
+  assert len(rejected) == summary["refused"] == 1
 
 
 # Lengths.
@@ -296,23 +299,25 @@ def test_a_question_is_never_cut_and_rows_too_long_are_counted(tmp_path):
   for i in range(10, 14):
     rows[i]["chosen"] = " ".join(f"{k} of {3 * k}" for k in range(90))
   path = write(tmp_path / "x.jsonl", rows)
-  ended, card, rejected = read_data(tmp_path / "v", path, "data.too_long=drop")
-  assert ended.code is None and card["refused_by_reason"] == {"too long": 14}
+  ended, summary, rejected = read_data(
+    tmp_path / "v", path, "data.too_long=drop"
+  )
+  assert ended.code is None and summary["refused_by_reason"] == {"too long": 14}
   assert {r["line"] for r in rejected} == {*range(1, 15)}
   assert "too long for the context of 32 and left out" in ended.out
   assert "keeps 99 % whole" in ended.out
-  ended, card, rejected = read_data(tmp_path / "t", path)  # by itself: "cut"
+  ended, summary, rejected = read_data(tmp_path / "t", path)  # by itself: "cut"
   assert ended.code is None and not rejected
-  cut = [card["truncation"][name] for name in ("sft", "pool", "held_out")]
+  cut = [summary["truncation"][name] for name in ("sft", "pool", "held_out")]
   assert sum(c["rows_cut_by_side"]["prompt"] for c in cut) >= 10
   ended, _, _ = read_data(tmp_path / "u", path, "data.too_long=error")
   assert ended.code == 65 and "config.data.too_long" in ended.err
-  ended, card, rejected = read_data(
+  ended, summary, rejected = read_data(
     tmp_path / "w", path, "data.too_long=cut_answer"
   )
   assert ended.code is None
-  assert card["refused_by_reason"] == {"question too long": 10}
-  cut = [card["truncation"][name] for name in ("sft", "pool", "held_out")]
+  assert summary["refused_by_reason"] == {"question too long": 10}
+  cut = [summary["truncation"][name] for name in ("sft", "pool", "held_out")]
   assert (
     sum(
       c["rows_cut_by_side"].get("chosen", 0)
@@ -341,18 +346,18 @@ def test_pairs_that_truncation_makes_equal_are_refused(tmp_path):
   long = " ".join(f"{k} of {3 * k}" for k in range(90))
   for row in rows[:20]:  # some of them land in the pool
     row |= dict(chosen=long + " yes", rejected=long + " no")
-  _, card, rejected = read_data(
+  _, summary, rejected = read_data(
     tmp_path / "w", write(tmp_path / "x.jsonl", rows)
   )
   reason = "identical after truncation"
-  assert 0 < card["refused_by_reason"][reason] == len(rejected) <= 20
+  assert 0 < summary["refused_by_reason"][reason] == len(rejected) <= 20
   assert {(r["reason"], r["split"]) for r in rejected} <= {
     (reason, "pool"),
     (reason, "held_out"),
   }
-  assert card["seen"] == card["kept"] + len(rejected) == 80
-  assert sum(card["rows_by_split"].values()) == card["kept"]
-  assert card["truncation"]["sft"]["rows_cut_by_side"]["response"] == (
+  assert summary["seen"] == summary["kept"] + len(rejected) == 80
+  assert sum(summary["rows_by_split"].values()) == summary["kept"]
+  assert summary["truncation"]["sft"]["rows_cut_by_side"]["response"] == (
     20 - len(rejected)
   )  # imitated as far as they go
 
@@ -367,31 +372,31 @@ def test_too_few_rows_for_three_splits(tmp_path):
 # Thumbs.
 
 
-def test_thumbs_with_a_pair_loss(tmp_path):
+def test_unpaired_with_a_pair_loss(tmp_path):
   path = write(tmp_path / "x.jsonl", [thumb(i, i % 2) for i in range(60)])
   ended, _, _ = read_data(tmp_path / "w", path, "loss.name=dpo(beta=0.1)")
-  assert ended.code == 65 and "single answers with thumbs" in ended.err
+  assert ended.code == 65 and "single answers (unpaired)" in ended.err
   assert "'dpo(beta" in ended.err and "config.loss.name" in ended.err
-  ended, card, _ = read_data(tmp_path / "v", path)  # no loss named: KTO
-  assert ended.code is None and card["kind"] == "thumbs"
+  ended, summary, _ = read_data(tmp_path / "v", path)  # no loss named: KTO
+  assert ended.code is None and summary["kind"] == "unpaired"
 
 
 def test_pairs_with_kto_are_split_and_it_is_said(tmp_path):
   path = write(tmp_path / "x.jsonl", [pair(i) for i in range(60)])
-  ended, card, _ = read_data(tmp_path / "w", path, config="kto_sub.py:tiny")
-  assert ended.code is None and card["kind"] == "thumbs"
+  ended, summary, _ = read_data(tmp_path / "w", path, config="kto_sub.py:tiny")
+  assert ended.code is None and summary["kind"] == "unpaired"
   pool = tables.read_table(tmp_path / "w/shared/data/pool.parquet")
-  assert f"pairs split into {len(pool)} thumbs for kto" in ended.out
+  assert f"pairs split into {len(pool)} answers for kto" in ended.out
   assert sum(r["label"] for r in pool) * 2 == len(pool)
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_thumbs_of_one_label_are_warned_of(tmp_path, label):
+def test_unpaired_of_one_label_are_warned_of(tmp_path, label):
   """Disliked answers are nothing to imitate, so those need a checkpoint."""
   path = write(tmp_path / "x.jsonl", [thumb(i, label) for i in range(60)])
-  ended, card, _ = read_data(tmp_path / "w", path, config="kto_sub.py:tiny")
+  ended, summary, _ = read_data(tmp_path / "w", path, config="kto_sub.py:tiny")
   if label:
-    assert ended.code is None and card["liked"] == 60
+    assert ended.code is None and summary["liked"] == 60
     assert "warning: all" in ended.out and "liked" in ended.out
   else:
     assert ended.code == 65 and "sft split" in ended.err
@@ -455,9 +460,7 @@ def test_weights_that_are_not_finite(tmp_path, whole):
 
 def test_a_loss_that_is_not_finite(tmp_path, whole):
   """Names the rows of the batch; nothing from that step on is saved."""
-  ended = jobs.run(
-    tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0", "sft.save_every=1"
-  )
+  ended = jobs.run(tmp_path, "sft.lr=1e30", "sft.save_every=1")
   assert ended.code == 76, ended
   folder = tmp_path / "shared/sft/checkpoints"
   saved = sorted(p.name for p in folder.iterdir())
@@ -472,8 +475,6 @@ def test_a_loss_that_is_not_finite(tmp_path, whole):
     line["step"] for line in jobs.lines(tmp_path / "shared/sft/metrics.jsonl")
   ] == [0]
   # The same again: it goes on from the good step and finds the same.
-  again = jobs.run(
-    tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0", "sft.save_every=1"
-  )
+  again = jobs.run(tmp_path, "sft.lr=1e30", "sft.save_every=1")
   assert again.code == 76 and "going on from step 1" in again.out
   assert again.err == ended.err

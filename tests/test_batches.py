@@ -325,6 +325,6 @@ def test_the_cost_counts_what_was_seen():
   other = np.diff(kl.offsets)
   assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
   assert total == (
-    sum(3 * k * decoder.operations(m, size[i]) for i, k in seen.items())
-    + sum(decoder.operations(m, int(x)) for x in other)
+    sum(3 * k * decoder.flops(m, size[i]) for i, k in seen.items())
+    + sum(decoder.flops(m, int(x)) for x in other)
   )

@@ -118,7 +118,7 @@ def test_data_and_checkpoint_on_a_bucket(store, monkeypatch):
   other = jobs.differences(jobs.outcome(at), jobs.outcome(store / "work"))
   named = {
     "config.json",
-    "data_card.json",
+    "data_summary.json",
     "report.json",
     "data.json",
     ".lock",
@@ -131,7 +131,7 @@ def test_data_and_checkpoint_on_a_bucket(store, monkeypatch):
     n.split("/")[-1]
     for n in other
     if "/profile/" not in n
-    and "/cards/" not in n
+    and "/records/" not in n
     and not ("/store/" in n and n.endswith(".json"))
   } <= named, other
   for work in (at, store / "work"):  # the trace is where it belongs

@@ -211,17 +211,15 @@ def test_a_fence_cannot_be_closed_from_inside():
 
 
 @pytest.mark.parametrize(
-  "question,answers,words",
+  "question,words",
   [
-    ("{prompt}", ("yes", "no"), "{response} not once"),
-    ("{prompt} {response} {prompt}", ("yes", "no"), "{prompt} not once"),
-    ("{prompt} {response}", ("yes",), "wanted two words"),
-    ("{prompt} {response}", ("no", "no"), "wanted two words"),
+    ("{prompt}", "{response} not once"),
+    ("{prompt} {response} {prompt}", "{prompt} not once"),
   ],
 )
-def test_questions_that_cannot_work(question, answers, words):
+def test_questions_that_cannot_work(question, words):
   with pytest.raises(ConfigError, match=words):
-    questions.check(question, answers)
+    questions.check(question)
 
 
 def a_tokenizer():
@@ -309,7 +307,7 @@ def test_a_proxy_of_its_own_needs_no_reference(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   c.proxy.checkpoint = str(tmp_path)
   job = jobs.job_lib.Job(c, None, tmp_path)
-  job.cards["", "data"] = artifacts.Card(
+  job.records["", "data"] = artifacts.Record(
     "data", "key of data", {}, {}, {}, artifacts.Cost(), {}
   )
   assert "sft" not in columns.before(c, ["proxy"])
@@ -526,7 +524,6 @@ def test_whole_jobs_of_every_score(tmp_path):
     "select.sampler=ifd",
     f"compare={ARMS!r}",
     f"rewards.checkpoint={model}",
-    "proxy.beta=0.5",
   )
   ended = jobs.run(*flags)
   assert ended.code == 0, ended
@@ -535,9 +532,7 @@ def test_whole_jobs_of_every_score(tmp_path):
   summary = json.loads((work / "summary.json").read_text())
   arms = summary["ledger"]["arms"]
   spent = {
-    s["stage"]: s["operations"]
-    for s in summary["ledger"]["stages"]
-    if not s["arm"]
+    s["stage"]: s["flops"] for s in summary["ledger"]["stages"] if not s["arm"]
   }
   wanted = dict(
     ifd=("embed", "alone"),
@@ -549,7 +544,7 @@ def test_whole_jobs_of_every_score(tmp_path):
   )
   for name, stages in wanted.items():
     (own,) = [
-      s["operations"]
+      s["flops"]
       for s in summary["ledger"]["stages"]
       if (s["stage"], s["arm"]) == ("select", f"{name}-0.1-seed0")
     ]
@@ -597,7 +592,7 @@ def test_whole_jobs_of_every_score(tmp_path):
     ("held_out", 1.2),
   ):
     line = lines[stage, ""]
-    share = line["predicted_operations"] / line["operations"]
+    share = line["predicted_flops"] / line["flops"]
     assert 1 / factor < share < factor, (stage, share)
     assert line["predicted_seconds"] > 0
   again = jobs.run(*flags)
@@ -623,9 +618,9 @@ def test_a_killed_half_goes_on_and_matches(tmp_path):
     np.load(tmp_path / "whole" / name), np.load(tmp_path / "killed" / name)
   )
   card = lambda at: json.loads(
-    (tmp_path / at / ("shared/held_out/cards/held_out.json")).read_text()
+    (tmp_path / at / ("shared/held_out/records/held_out.json")).read_text()
   )["cost"]
-  assert card("whole")["operations"] == card("killed")["operations"]
+  assert card("whole")["flops"] == card("killed")["flops"]
 
 
 @pytest.mark.slow

@@ -28,14 +28,14 @@ def test_every_sampler_and_step_says_what_it_costs():
   for p in SIZES:
     for name, sampler in SAMPLERS.items():
       got = costs.of(name, p)
-      assert got.operations > 0 and got.held > 0 and got.device >= 0
+      assert got.flops > 0 and got.held > 0 and got.device >= 0
       assert (got.read > 0) == bool(sampler.needs)
   assert costs.of("my_module:mine", SIZES[0]) is None
   assert costs.of("dedup | my_module:mine", SIZES[0]) is None
 
 
 def by_the_equations(p):
-  """The methods' operations, multiply-adds x 2; N, d, k as in the papers."""
+  """The methods' flops, multiply-adds x 2; N, d, k as in the papers."""
   n, d, k = p.n, p.e, p.budget
   parts = math.ceil(n / 1024)
   some = min(n, max(20_000, 32 * parts))
@@ -62,21 +62,21 @@ def by_the_equations(p):
 
 
 @pytest.mark.parametrize("p", SIZES)
-def test_operations_follow_the_equations(p):
+def test_flops_follow_the_equations(p):
   for name, wanted in by_the_equations(p).items():
     np.testing.assert_allclose(
-      costs.of(name, p).operations, wanted, rtol=1e-12, err_msg=name
+      costs.of(name, p).flops, wanted, rtol=1e-12, err_msg=name
     )
   # A score is ranked, whatever its width.
   for name in ("random", "isa", "ifd", "bees", "ask_llm", "selective_dpo"):
-    assert costs.of(name, p).operations <= 100 * p.n
+    assert costs.of(name, p).flops <= 100 * p.n
 
 
 def counted(fn, *arrays):
   return multiplied(jax.make_jaxpr(fn)(*arrays).jaxpr)
 
 
-def test_operations_are_the_products_of_the_programs():
+def test_flops_are_the_products_of_the_programs():
   """Of those that run on the devices, from their jaxprs."""
   n, e = 96, 12
   f32 = lambda *shape: np.zeros(shape, np.float32)
@@ -86,9 +86,9 @@ def test_operations_are_the_products_of_the_programs():
   found = counted(density._feature_scores, w, means, x, real)
   p = costs.Pool(n, e, 10)
   # The second pass also adds up 1,024 features a row, which is no product.
-  assert sums + found == costs.of("density", p).operations
+  assert sums + found == costs.of("density", p).flops
   one = counted(geometric._nearest, f32(10, e), f32(10), x, real)
-  assert one == costs.of("k_center", p).operations
+  assert one == costs.of("k_center", p).flops
 
 
 def test_what_is_placed_is_on_the_devices():
@@ -105,7 +105,7 @@ def test_what_is_placed_is_on_the_devices():
   at = lambda n, **kwargs: costs.of(
     "facility_location", costs.Pool(n, 8, 50), **kwargs
   )
-  assert at(20_000).device == 0 and at(20_000).on_host == at(20_000).operations
+  assert at(20_000).device == 0 and at(20_000).on_host == at(20_000).flops
   assert at(20_001).device == 20_001 * 40 and at(20_001).on_host == 0
   # The 512 MiB of columns are kept by the exact form alone.
   assert at(20_000).held > 2**29 and at(20_001).held < 2**23
@@ -174,9 +174,7 @@ def test_blocks_are_counted(name):
   # k-means beside: 8 centres with 16,000 rows, ten times, and once more.
   found = 2 * 8 * 64 * 11 * 16_000
   parts = dict(dpp=16_000 * 1600**2 / 64 + 2 * 16_000 * 1600 * 64 / 8)
-  assert cut.operations == pytest.approx(
-    found + parts.get(name, whole.operations / 8)
-  )
+  assert cut.flops == pytest.approx(found + parts.get(name, whole.flops / 8))
   assert cut.device >= 16_000 * 64 * 4
   if name in ("dpp", "facility_location"):
     assert cut.held < whole.held
@@ -187,7 +185,7 @@ def test_blocks_are_counted(name):
 
 def test_keywords_change_what_is_said():
   p = SIZES[0]
-  of = lambda name, **kwargs: costs.of(name, p, **kwargs).operations
+  of = lambda name, **kwargs: costs.of(name, p, **kwargs).flops
   assert of("density(features=256)") * 4 == of("density")
   assert of("density", features=0) == 2 * 5000**2 * 64
   assert of("k_center", pair="concat") == 2 * of("k_center")
@@ -253,8 +251,8 @@ def test_heads_multiply_about_what_is_said(name, n, monkeypatch):
   )
   said = sum(sum(costs._rotated(a, w, c)) for a, w, c in turned if w > c)
   assert said == rotations > 0
-  assert got.operations - rotations == pytest.approx(sum(fits), rel=1.0)
-  assert got.operations - rotations > sum(fits) / 2
+  assert got.flops - rotations == pytest.approx(sum(fits), rel=1.0)
+  assert got.flops - rotations > sum(fits) / 2
 
 
 def test_wide_features_are_turned_on_the_devices():
@@ -263,7 +261,7 @@ def test_wide_features_are_turned_on_the_devices():
   assert lite.device == 4 * 20_000 * 512 + 8 * 512**2
   wide = costs.of("crossfit", costs.Pool(10_000, 4096, 100, 2, 4096))
   assert wide.device == 4 * 20_000 * 4096 + 8 * 4096**2 < wide.held
-  assert 0 < wide.on_host < wide.operations
+  assert 0 < wide.on_host < wide.flops
 
 
 @pytest.mark.parametrize(
@@ -300,12 +298,10 @@ def test_a_chain_costs_the_sum_of_its_links():
   p = SIZES[0]
   one = lambda name: costs.of(name, p)
   got = one("dedup(threshold=0.9) | gate(column=reward, low=0.1) | k_center")
-  scores = one("random").operations
-  assert got.operations == (
-    one("semdedup").operations + scores + one("k_center").operations
-  )
+  scores = one("random").flops
+  assert got.flops == (one("semdedup").flops + scores + one("k_center").flops)
   # Rows that are left are copied, with all columns.
   assert got.held == got.read + max(one("semdedup").held, one("k_center").held)
   assert got.read == one("k_center").read + 16 * p.n  # the gate's reward
   both = one("ask_llm * external_margin")
-  assert both.operations == 2 * scores and both.read == 32 * p.n
+  assert both.flops == 2 * scores and both.read == 32 * p.n

@@ -34,7 +34,7 @@ N = 1500
 
 
 @functools.cache
-def world(seed=3, n=N, thumbs=False, **knobs):
+def world(seed=3, n=N, unpaired=False, **knobs):
   """A pool of the built-in world, tokenised by words; reward [n, 2] beside."""
   k = (
     common.base().data.world.to_dict()
@@ -71,8 +71,8 @@ def world(seed=3, n=N, thumbs=False, **knobs):
   group = np.array([r["prompt"] for r in rows])
   names = [f"{i * 7919 % n:05d}" for i in range(n)]
   length = (np.diff(tokens.offsets) - tokens.start).astype(np.int32)
-  features = grams.columns(tokens, 1 if thumbs else 2)
-  if thumbs:
+  features = grams.columns(tokens, 1 if unpaired else 2)
+  if unpaired:
     names = [f"{name}/{side}" for name in names for side in "cr"]
     columns = dict(
       length=length[:, None],
@@ -389,9 +389,9 @@ def test_a_label_turned_around_changes_only_the_sign_of_its_score():
   assert np.corrcoef(before.score[~which], after.score[~which])[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("thumbs", [False, True])
-def test_shuffled_labels_are_refused(thumbs):
-  pool, _ = world(thumbs=thumbs)
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_shuffled_labels_are_refused(unpaired):
+  pool, _ = world(unpaired=unpaired)
   n = len(pool.ids)
   for seed in range(2):
     which = np.random.default_rng(seed).random(n) < 0.5
@@ -402,7 +402,7 @@ def test_shuffled_labels_are_refused(thumbs):
     assert got.notes[0] == f"crossfit {crossfit.SENTENCE}"
     assert got.notes[1].startswith("warning: crossfit refuses these labels")
     drawn = SAMPLERS["random"](seed, pool, n).rows
-    if thumbs:  # as in the pool
+    if unpaired:  # as in the pool
       label = shuffled.label[drawn]
       liked = round(100 * label.mean())
       drawn = np.concatenate(
@@ -543,8 +543,8 @@ def test_too_few_positive_scores_are_said_and_filled():
 
 
 @pytest.mark.slow
-def test_thumbs_keep_their_ratio_and_wrong_labels_stay_out():
-  pool, reward = world(thumbs=True)
+def test_unpaired_keep_their_ratio_and_wrong_labels_stay_out():
+  pool, reward = world(unpaired=True)
   turn = np.random.default_rng(0).random(2 * N) < 0.2
   noisy = turned(pool, turn)
   got = SAMPLERS["crossfit_lite"](0, noisy, 300)
@@ -562,9 +562,9 @@ def test_thumbs_keep_their_ratio_and_wrong_labels_stay_out():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("thumbs", [False, True])
-def test_the_order_of_the_rows_and_the_devices_change_nothing(thumbs):
-  pool, _ = world(n=400, thumbs=thumbs)
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_the_order_of_the_rows_and_the_devices_change_nothing(unpaired):
+  pool, _ = world(n=400, unpaired=unpaired)
   n = len(pool.ids)
   order = np.random.default_rng(1).permutation(n)
   again = pools.make_pool(
@@ -780,8 +780,8 @@ def test_a_minority_is_told_and_keeps_its_share_by_slices():
 
 
 @pytest.mark.slow
-def test_slices_keep_both_labels_of_thumbs():
-  pool, _ = world(thumbs=True)
+def test_slices_keep_both_labels_of_unpaired():
+  pool, _ = world(unpaired=True)
   few = np.random.default_rng(0).random(2 * N) < 0.3
   pool = with_columns(turned(pool, few), source=np.where(few, "few", "many"))
   got = SAMPLERS["crossfit_lite"](0, pool, 300, slices="source")
@@ -887,15 +887,15 @@ def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
     f"{100 * share():.0f} % of the rows have near-copies, as texts of a "
     "few words do: copies come as other rows do" in got.notes
   )
-  # Of thumbs nobody counts by himself.
-  liked, _ = world(n=200, thumbs=True)
+  # Of unpaired rows nobody counts by himself.
+  liked, _ = world(n=200, unpaired=True)
   grams_ = np.asarray(liked.grams).copy()
   grams_[:100] = np.repeat(grams_[:25], 4, axis=0)
-  thumbs = lambda **kwargs: (
+  unpaired = lambda **kwargs: (
     SAMPLERS[name](0, with_columns(liked, grams=grams_), 40, **kwargs).score
   )
-  np.testing.assert_array_equal(thumbs(), thumbs(copies=None))
-  assert not np.array_equal(thumbs(), thumbs(copies=2))
+  np.testing.assert_array_equal(unpaired(), unpaired(copies=None))
+  assert not np.array_equal(unpaired(), unpaired(copies=2))
 
 
 def test_a_head_never_saw_a_near_copy():
@@ -1042,8 +1042,8 @@ def test_rows_that_a_quota_passes_over_come_down_to_the_lowest_kept():
   np.testing.assert_array_equal(crossfit._lowered(score, np.arange(5)), score)
 
 
-def test_thumbs_and_a_lone_source_are_spoken_of_as_such():
-  pool, _ = world(thumbs=True)
+def test_unpaired_and_a_lone_source_are_spoken_of_as_such():
+  pool, _ = world(unpaired=True)
   one = with_columns(pool, source=np.full(len(pool.ids), "web"))
   got = SAMPLERS["crossfit_lite"](0, one, 300)
   liked = pool.label[got.rows]

@@ -11,7 +11,7 @@ from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate
+from jaxalign.eval import held_out
 from jaxalign.model import decode, decoder, weights
 from jaxalign.select import embed
 
@@ -292,7 +292,7 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   longs = [p for p in prompts() if len(p) > 16]
   ids = np.concatenate([np.append(p[:23], EOS) for p in longs])
   sizes = [min(len(p), 23) + 1 for p in longs]
-  what = evaluate.Examined(
+  what = held_out.EvalSet(
     [{}] * len(longs),
     tokens_lib.TokenRows(
       ids.astype(np.int32),
@@ -306,21 +306,21 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   )
   where = on_mesh(alone, MODEL, params())
   said = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
-  got = evaluate.score_answers(
-    alone, where, MODEL, what, said, new=8, tile=4, chunk=64
+  got = held_out.score_answers(
+    alone, where, MODEL, what, said, held_out.EvalOptions(8, 1.0, 0, 4, 64)
   )
-  rows = evaluate.answer_rows(
+  rows = held_out.answer_rows(
     [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said
   )
   wanted = embed.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
   np.testing.assert_array_equal(got, wanted)
 
 
-def test_operations_count_each_token_once():
+def test_flops_count_each_token_once():
   said = [np.arange(3), np.arange(5)]
   asked = [np.arange(4), np.arange(2)]
-  assert decode.operations(MODEL, asked, said) == (
-    decoder.operations(MODEL, 7, 3) + decoder.operations(MODEL, 7, 5)
+  assert decode.flops(MODEL, asked, said) == (
+    decoder.flops(MODEL, 7, 3) + decoder.flops(MODEL, 7, 5)
   )
 
 

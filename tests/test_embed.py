@@ -194,13 +194,11 @@ def test_together_alone_and_on_another_mesh_the_same_bits():
     )
 
 
-def test_operations_of_a_pass_are_those_of_its_outputs():
+def test_flops_of_a_pass_are_those_of_its_outputs():
   t, d, v = 10, 16, 32
   layer = 2 * t * (2 * d * d + 2 * d * 8 + 3 * d * 24) + 4 * d * t * t
   head = 2 * d * v * t
-  count = lambda *outputs, layers=0: embed.row_operations(
-    MODEL, t, outputs, layers
-  )
+  count = lambda *outputs, layers=0: embed.row_flops(MODEL, t, outputs, layers)
   assert count("embedding") == count("answer_embedding") == 2 * layer
   assert count("embedding", "answer_embedding", layers=1) == layer
   assert count("embedding", "logp", "count") == 2 * layer + head
@@ -210,7 +208,7 @@ def test_operations_of_a_pass_are_those_of_its_outputs():
     == count(*embed.OUTPUTS, layers=1)
     == (2 * layer + 3 * head)
   )  # the head again, and its slope
-  assert embed.pass_operations(
+  assert embed.pass_flops(
     MODEL, token_rows([([1] * 4, [2] * 6)] * 3), ("residual",)
   ) == (3 * count("residual"))
 
@@ -224,6 +222,6 @@ def test_rows_that_are_not_finite_are_named():
   assert str(bad) in str(caught.value)
 
 
-def test_operations_count_every_row():
-  wanted = sum(decoder.operations(MODEL, len(p) + len(r)) for p, r in rows())
-  assert embed.operations(MODEL, token_rows(rows())) == wanted
+def test_flops_count_every_row():
+  wanted = sum(decoder.flops(MODEL, len(p) + len(r)) for p, r in rows())
+  assert embed.flops(MODEL, token_rows(rows())) == wanted

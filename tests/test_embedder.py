@@ -119,10 +119,10 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   assert first["train/preference_loss"] == pytest.approx(np.log(2), abs=1e-5)
   # The ledger: half the layers, no head; then the kept rows by the whole.
   cards = {
-    s: json.loads((folder / at).read_text())["cost"]["operations"]
+    s: json.loads((folder / at).read_text())["cost"]["flops"]
     for s, at in (
-      ("embed", "shared/embed/cards/embed.json"),
-      ("ref", "runs/isa-0.1-seed0/cards/ref_logps.json"),
+      ("embed", "shared/embed/records/embed.json"),
+      ("ref", "runs/isa-0.1-seed0/records/ref_logps.json"),
     )
   }
   sizes = tokens_lib.lengths(rows)
@@ -135,7 +135,7 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   )
   summary = json.loads((folder / "summary.json").read_text())["ledger"]
   (drawn,) = [
-    s["operations"]
+    s["flops"]
     for s in summary["stages"]
     if (s["stage"], s["arm"]) == ("select", "random-0.1-seed0")
   ]
@@ -210,10 +210,10 @@ def test_an_encoder_embeds(whole, tmp_path):
   assert x.shape[:2] == (160, 2) and np.isfinite(x).all()
   # Another reference is no other embedding, but other log-probs and a start.
   card = lambda path: json.loads((folder / path).read_text())
-  sft = card("shared/sft/cards/sft.json")["key"]
+  sft = card("shared/sft/records/sft.json")["key"]
   for stage in ("ref_logps", "align"):
     assert (
-      card(f"runs/real-0.1-seed0/cards/{stage}.json")["inputs"]["sft"] == sft
+      card(f"runs/real-0.1-seed0/records/{stage}.json")["inputs"]["sft"] == sft
     )
   y = store.read(folder / "shared/answer/store", "answer_embedding")
   # Chosen first, then rejected, of every row in order: by transformers. Of
@@ -270,8 +270,8 @@ def test_a_production_config_plans_without_the_net(tmp_path, config, most):
     tmp_path / "job",
     "--dry_run",
     "--force",
+    "data.assume=(71924,500)",
     config=config,
-    *("data.assume_rows=71924", "data.assume_tokens=500"),
   )
   assert ended.code == 0, ended.err
   assert "122,270" in ended.out or "61,135" in ended.out
@@ -297,12 +297,12 @@ def passes_of(monkeypatch):
 
 
 def spent(folder, *stages):
-  return [operations(folder / "shared" / s, s) for s in stages]
+  return [flops(folder / "shared" / s, s) for s in stages]
 
 
-def operations(folder, stage):
-  return json.loads((folder / f"cards/{stage}.json").read_text())["cost"][
-    "operations"
+def flops(folder, stage):
+  return json.loads((folder / f"records/{stage}.json").read_text())["cost"][
+    "flops"
   ]
 
 
@@ -334,8 +334,8 @@ def test_first_layers_and_all_that_the_last_says_come_of_one_pass(
   )
   assert (
     json.loads(
-      (arm_of(folder, "crossfit") / "cards/ref_logps.json").read_text()
-    )["cost"]["operations"]
+      (arm_of(folder, "crossfit") / "records/ref_logps.json").read_text()
+    )["cost"]["flops"]
     == 0
   )
   # What each adds: a layer; a layer and the head; nothing; the head's slope.
@@ -350,16 +350,14 @@ def test_first_layers_and_all_that_the_last_says_come_of_one_pass(
   assert spent(folder, *KEEPS) == [layer, layer + head, 0, 2 * head]
   arms = json.loads((folder / "summary.json").read_text())["ledger"]["arms"]
   costs = arms["crossfit-0.1-seed0"]
-  both = operations(arm_of(folder, "crossfit"), "select") + (
-    2 * layer + 3 * head
-  )
+  both = flops(arm_of(folder, "crossfit"), "select") + (2 * layer + 3 * head)
   assert (costs["select"], costs["reference"]) == (both, 0)
   # Another sampler's arm finds its column there; alone it had cost a layer.
   more = jobs.run(folder, TWO, *flags, "compare=('crossfit','real')")
   assert more.code == 0 and not {*jobs.did(more)} & {*KEEPS}, more
   assert len(seen) == 1
   arms = json.loads((folder / "summary.json").read_text())["ledger"]["arms"]
-  choice = operations(arm_of(folder, "real"), "select")
+  choice = flops(arm_of(folder, "real"), "select")
   assert arms["real-0.1-seed0"]["select"] == choice + layer
   assert arms["crossfit-0.1-seed0"]["select"] == both
 
@@ -411,11 +409,13 @@ def test_a_pass_that_is_killed_goes_on_in_all_its_stores(tmp_path):
   )
   assert (count("embed"), count("answer"), count("residual")) == (5, 5, 4)
   # Once more, between the stages: the first has finished, no other.
-  hook = jobs.kill_when("artifacts._write_card", at=5)
+  hook = jobs.kill_when("artifacts._write_record", at=5)
   ended = jobs.wait(jobs.start(work, *flags, hook=hook))
   assert ended.code == -9
-  assert artifacts.read_card(work / "shared/embed", "embed").finished
-  assert not artifacts.read_card(work / "shared/residual", "residual").finished
+  assert artifacts.read_record(work / "shared/embed", "embed").finished
+  assert not artifacts.read_record(
+    work / "shared/residual", "residual"
+  ).finished
   ended = jobs.run(work, *flags)
   assert ended.code == 0 and "embed" not in jobs.did(ended), ended
   assert not jobs.differences(
@@ -440,7 +440,7 @@ def test_a_loss_without_a_reference_pays_for_no_pass_of_it(tmp_path):
   assert before["arms"][name]["reference"] > 0
   assert found["arms"][name]["reference"] == 0
   # One forward and its backward: what is left is the whole pool's one pass.
-  assert before["everything"] - found["everything"] == operations(
+  assert before["everything"] - found["everything"] == flops(
     work / "shared/embed", "embed"
   )
 

@@ -301,13 +301,13 @@ def test_lengths_to_pad_to(context):
   assert (np.diff(wide) <= wide[:-1] / 4).all()
 
 
-def test_sizes_and_operations_by_hand():
+def test_sizes_and_flops_by_hand():
   m = encoder.EncoderConfig(6, 384, 12, 1536, 30522, 512, 256)
   assert count(encoder.table(m)) == 22_713_216 - 384 * 384 - 384  # no pooler
   layer = 10 * (4 * 384 * 384 + 2 * 384 * 1536) + 2 * 10 * 10 * 384
-  assert encoder.operations(m, 10) == 6 * 2 * layer
-  assert texts_lib.operations(m, np.array([10, 3, 10])) == (
-    2 * encoder.operations(m, 10) + encoder.operations(m, 3)
+  assert encoder.flops(m, 10) == 6 * 2 * layer
+  assert texts_lib.flops(m, np.array([10, 3, 10])) == (
+    2 * encoder.flops(m, 10) + encoder.flops(m, 3)
   )
 
 

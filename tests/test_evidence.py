@@ -204,7 +204,7 @@ def test_the_curve_reads_the_right_rows():
 
 
 def test_quality_for_its_cost_by_hand():
-  groups = [dict(name="isa-0.1", operations=2e12)]
+  groups = [dict(name="isa-0.1", flops=2e12)]
   gain = dict(value=0.3, low=0.2, high=0.4)
   (one,) = evidence.efficiency(groups, [dict(a="isa-0.1", difference=gain)])
   assert one["per_tera"] == pytest.approx(15.0) and one["gain"] == gain
@@ -286,12 +286,12 @@ def test_a_plateau_end_to_end(tmp_path):
   assert [w for w in fit["words"] if "Parts of 10 % and more" in w]
   costs = load(tmp_path / "summary.json")["ledger"]
   (embedding,) = [
-    x["operations"] for x in costs["stages"] if x["stage"] == "embed"
+    x["flops"] for x in costs["stages"] if x["stage"] == "embed"
   ]  # all but the draws themselves
-  drawn = [x["operations"] for x in costs["stages"] if x["stage"] == "select"]
+  drawn = [x["flops"] for x in costs["stages"] if x["stage"] == "select"]
   assert drawn == [8 * 160 * 2] * len(drawn)
   assert costs["selection_share"] == pytest.approx(
-    (embedding + sum(drawn)) / sum(x["operations"] for x in costs["stages"])
+    (embedding + sum(drawn)) / sum(x["flops"] for x in costs["stages"])
   )
   assert {x["arm"] for x in costs["saved"]} == {
     f"random-{b}-seed0" for b in ("0.05", "0.1", "0.25")

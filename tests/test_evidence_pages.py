@@ -6,9 +6,9 @@ import json
 import pytest
 from test_report import paths, PAYLOADS, poisoned, read
 
-from jaxalign.eval import agreement
+from jaxalign.eval import interrater
 from jaxalign.eval import plateau as fits
-from jaxalign.eval.agreement import Verdict
+from jaxalign.eval.interrater import Verdict
 from jaxalign.report import page
 from jaxalign.report.pages import evidence, judges, plateau
 
@@ -29,7 +29,9 @@ def judged():
     for k, rater in enumerate(("ann", "ben", "gpt"))
     for names in (("m", "k"), ("k", "m"))
   ]
-  return json.loads(json.dumps(agreement.judged(rows, ["gpt"], ["ann", "ben"])))
+  return json.loads(
+    json.dumps(interrater.judged(rows, ["gpt"], ["ann", "ben"]))
+  )
 
 
 def control(passed=True):
@@ -74,7 +76,7 @@ def gained():
     dict(
       name="isa-0.1",
       gain=dict(value=0.1, low=0.05, high=0.15, n=5),
-      operations=2e12,
+      flops=2e12,
       per_tera=5.0,
     )
   ]
@@ -117,7 +119,7 @@ def test_seeds_share_a_line():
 def test_judges_are_told_under_every_rule():
   found = judged()
   said = text(judges.section(found, control()))
-  for rule in agreement.UNPARSABLE.values():
+  for rule in interrater.UNPARSABLE.values():
     assert rule in said
   value = found["judges"]["gpt"]["against"]["drop"]["kappa"]["value"]
   assert page.number(value) in said

@@ -211,7 +211,7 @@ def test_a_job_ends_with_its_code_though_nobody_listens(tmp_path, shell):
   )
   assert done.returncode == 64
   assert "1000 rows" in done.stderr or "2>&-" in shell
-  assert (tmp_path / "subset.jaxalign/shared/data/data_card.json").exists()
+  assert (tmp_path / "subset.jaxalign/shared/data/data_summary.json").exists()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The formulas of operations are the products that a step's program holds.
+"""The formulas of flops are the products that a step's program holds.
 
 Every dot_general of a jaxpr is counted by its shapes, a scan's body as often as
 it runs, and the sum is the formula's to the last multiplication: of a forward
@@ -192,8 +192,8 @@ def test_a_forward_pass(alone, m):
 
   found = dots(jax.make_jaxpr(fn)(decoder.abstract(m, alone), tokens).jaxpr)
   assert found == by_hand(m, 60, 3 * 20 * 20, 60)
-  assert found == 3 * decoder.operations(m, 20)
-  assert decoder.operations(m, 20, 1) == by_hand(m, 20, 400, 1)
+  assert found == 3 * decoder.flops(m, 20)
+  assert decoder.flops(m, 20, 1) == by_hand(m, 20, 400, 1)
 
 
 @pytest.mark.parametrize("loss,r", [("dpo", 2), ("apo_zero_unpaired", 1)])
@@ -377,6 +377,4 @@ def test_the_compiler_counts_as_much(alone, monkeypatch, width):
     .compile()
     .cost_analysis()
   )
-  assert 3 * 2 * decoder.operations(m, 64) == pytest.approx(
-    cost["flops"], rel=0.03
-  )
+  assert 3 * 2 * decoder.flops(m, 64) == pytest.approx(cost["flops"], rel=0.03)

@@ -78,9 +78,9 @@ def test_only_the_passes_that_training_reads(
   assert jobs.did(ended) == ["data", "select", "ref_logps", "align", "export"]
   assert not (tmp_path / "shared" / "embed").exists()
   card = json.loads(
-    next(tmp_path.glob("runs/*/cards/ref_logps.json")).read_text()
+    next(tmp_path.glob("runs/*/records/ref_logps.json")).read_text()
   )
-  assert bool(card["cost"]["operations"]) == bool(passes)
+  assert bool(card["cost"]["flops"]) == bool(passes)
   sums = np.load(next(tmp_path.glob("runs/*/ref_sum.npy")))
   assert (sums < 0).all() if passes else not sums.any()
 

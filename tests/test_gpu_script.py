@@ -38,7 +38,7 @@ def measure(monkeypatch):
 
 
 def by_hand(m, length):
-  """Useful operations of one row, pair of query and key by pair."""
+  """Useful flops of one row, pair of query and key by pair."""
   d, h, g, c = m["width"], m["heads"], m["kv_heads"], m["head_size"]
   pairs = sum(1 for i in range(length) for j in range(length) if j <= i)
   matrices = d * h * c + 2 * d * g * c + h * c * d + 3 * d * m["ff"]
@@ -48,7 +48,7 @@ def by_hand(m, length):
   )
 
 
-def test_useful_operations_by_hand(measure):
+def test_useful_flops_by_hand(measure):
   sizes = dict(
     layers=3, width=24, heads=6, kv_heads=2, head_size=5, ff=40, vocab=70
   )
@@ -87,7 +87,7 @@ def test_a_failure_leaves_a_line_and_the_rest(measure, tmp_path, capsys):
   section = measure.Section("x", tmp_path, 10, {})
   section.peaks = dict(published=None, measured=100.0)
   assert section.attempt("bad", lambda: 1 // 0) is None
-  section.add("good", "us", [4.0, 1.0, 2.0], operations=50, tokens=8)
+  section.add("good", "us", [4.0, 1.0, 2.0], flops=50, tokens=8)
   kept = json.loads((tmp_path / "x.json").read_text())
   assert kept["failures"][0].startswith("bad: ZeroDivisionError")
   row = kept["rows"][0]
@@ -115,14 +115,14 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
     assert found[name]["settings"]["toy"]
     for row in found[name]["rows"]:
       assert 0 < row["low"] <= row["seconds"] <= row["high"]
-      if row["operations"]:
+      if row["flops"]:
         assert row["of_measured"] == pytest.approx(
-          row["operations"] / row["seconds"] / found[name]["peaks"]["measured"]
+          row["flops"] / row["seconds"] / found[name]["peaks"]["measured"]
         )
   assert all(x["holds"] for x in found["attention"]["settings"]["equality"])
   assert len(found["attention"]["settings"]["equality"]) == 7
   assert any("TRL skipped" in x for x in found["dpo"]["notes"])
-  # Ours took turns with theirs, over the same operations.
+  # Ours took turns with theirs, over the same flops.
   settings = found["train"]["settings"]
   rows, length = settings["rows"], settings["length"]
   turns = [
@@ -130,11 +130,11 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
   ]
   assert {r["who"].split(",")[0] for r in turns} == {"jaxalign", "transformers"}
   for row in turns:
-    assert row["operations"] == 3 * rows * by_hand(settings["model"], length)
+    assert row["flops"] == 3 * rows * by_hand(settings["model"], length)
     assert row["tokens"] == rows * length
   # Both responses of every pair.
   settings = found["dpo"]["settings"]
-  assert found["dpo"]["rows"][0]["operations"] == (
+  assert found["dpo"]["rows"][0]["flops"] == (
     3 * settings["rows"] * by_hand(settings["model"], length)
   )
   again = subprocess.run(

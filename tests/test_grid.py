@@ -10,7 +10,7 @@ from scipy import stats
 from jaxalign import grid
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
-from jaxalign.eval import verdict
+from jaxalign.eval import equivalence
 from jaxalign.report.pages import grid as page
 
 
@@ -41,7 +41,6 @@ def test_the_command_of_a_job(tmp_path):
     "--config.seeds=1",
     "--config.seed=3",
     "--config.data.seed=3",
-    "--config.sft.seed=3",
     "--config.train.epochs=1",
     f"--workdir={tmp_path}/junk/seed3",
   ):
@@ -154,10 +153,12 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
     a, b = (
       rng.binomial(500, np.clip(r, 0, 1)) / 500 for r in (rate + own, rate)
     )
-    as_arm = lambda name, v: verdict.Arm(
+    as_arm = lambda name, v: equivalence.ArmOutcomes(
       name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1)
     )
-    (one,) = verdict.compare_nested([(as_arm("a", a), as_arm("b", b))])
+    (one,) = equivalence.compare(
+      [(as_arm("a", a), as_arm("b", b))], nested=True
+    )
     d = one["difference"]
     covered.append(d["low"] <= effect <= d["high"])
     verdicts.append(one["verdict"])

@@ -129,7 +129,7 @@ def test_tokens_are_counted_as_the_template_has_them():
   prompt, answers = host.row_sizes(c, "pairs", rows, 0, 32)
   assert prompt.tolist() == [11] * 3
   assert answers.tolist() == [[21, 3]] * 3
-  prompt, answers = host.row_sizes(c, "thumbs", rows, 0, 32)
+  prompt, answers = host.row_sizes(c, "unpaired", rows, 0, 32)
   assert len(prompt) == 6 and answers.shape == (6, 1)
 
 

@@ -83,10 +83,24 @@ def spoken(tmp_path, name="work"):
     (folder / "samples.jsonl").write_text(
       "".join(json.dumps(row) + "\n" for row in rows)
     )
-    card = artifacts.read_card(folder, "evaluate")
+    card = artifacts.read_record(folder, "evaluate")
     card.outputs["samples.jsonl"] = artifacts.digest(folder / "samples.jsonl")
-    artifacts._write_card(folder, card)
+    artifacts._write_record(folder, card)
   return work
+
+
+def asked_with(monkeypatch, **settings):
+  """Changes what no config sets of how an endpoint is asked."""
+  real = judges.endpoint_of
+  monkeypatch.setattr(
+    judges, "endpoint_of", lambda c: real(c)._replace(**settings)
+  )
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+  """No pause before a request is sent again."""
+  asked_with(monkeypatch, backoff_s=0.01)
 
 
 def asking(server, *more):
@@ -97,7 +111,6 @@ def asking(server, *more):
     "judge.model=m",
     "judge.key_env=JUDGE_KEY",
     "judge.per_minute=60000.0",
-    "judge.backoff_s=0.01",
     *more,
   )
 
@@ -195,7 +208,9 @@ def test_a_finished_job_needs_neither_key_nor_server(
   assert len(server.seen) == asked + 8  # four pairs in two orders
 
 
-def test_a_job_that_was_cut_off_goes_on(server, tmp_path):  # noqa: F811
+def test_a_job_that_was_cut_off_goes_on(  # noqa: F811
+  server, tmp_path, monkeypatch
+):
   server.reply = by_quality
   work = spoken(tmp_path)
   cut = jobs.run(work, *asking(server, "judge.max_requests=60"))
@@ -203,7 +218,9 @@ def test_a_job_that_was_cut_off_goes_on(server, tmp_path):  # noqa: F811
   assert not server.seen  # known before anything was asked
   busy = (500, {}, json.dumps(dict(error=dict(message="busy", type="t"))))
   server.script = [None] * 40 + [busy] * 500
-  cut = jobs.run(work, *asking(server, "judge.retries=1", "judge.workers=1"))
+  with monkeypatch.context() as patched:
+    asked_with(patched, retries=1, workers=1)
+    cut = jobs.run(work, *asking(server))
   assert cut.code == 75, cut
   server.script = []
   ended = jobs.run(work, *asking(server))
@@ -336,8 +353,8 @@ def test_a_reward_model_judges_as_transformers_has_it(tmp_path):
     )
   assert summary["judge"]["arms"][0]["bias"] is None
   assert summary["judge"]["controls"] and summary["judge"]["agreement"]
-  cards = load(work / f"runs/{ISA}/cards/judge.json")
-  assert cards["cost"]["operations"] > 0 and cards["inputs"]["model"]
+  cards = load(work / f"runs/{ISA}/records/judge.json")
+  assert cards["cost"]["flops"] > 0 and cards["inputs"]["model"]
   again = jobs.run(
     work, "judge.kind=reward_model", f"judge.checkpoint={tmp_path}"
   )
@@ -405,7 +422,7 @@ def verdict_files(root, prompts):
     folder = root / ("shared/judge" if not name else f"runs/{name}")
     folder.mkdir(parents=True)
     (folder / "verdicts.jsonl").write_text(
-      "".join(json.dumps(dict(id=i, won=w)) + "\n" for i, w in rows)
+      "".join(json.dumps(dict(id=i, outcome=w)) + "\n" for i, w in rows)
     )
   from configs import common
 

@@ -1,4 +1,4 @@
-"""What is counted, by hand: a two-stage job, operations, a training run."""
+"""What is counted, by hand: a two-stage job, flops, a training run."""
 
 import pathlib
 import time
@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 
 from jaxalign import ledger, sharding
-from jaxalign.artifacts import Card, Cost
+from jaxalign.artifacts import Cost, Record
 from jaxalign.data.tokens import TokenRows
 from jaxalign.model import decoder
 from jaxalign.select import embed
 from jaxalign.train import feed
 
 
-def card(stage, cost, skipped=False):
-  return Card(stage, "key", {}, {}, {}, cost, {}, skipped=skipped)
+def record(stage, cost, skipped=False):
+  return Record(stage, "key", {}, {}, {}, cost, {}, skipped=skipped)
 
 
 def test_two_stages_by_hand():
-  cards = {
-    ("", "embed"): card("embed", Cost(600, 30, 1.5, 4000), True),
-    ("isa-0.1-seed0", "align"): card("align", Cost(450, 9, 2.25, 100)),
+  records = {
+    ("", "embed"): record("embed", Cost(600, 30, 1.5, 4000), True),
+    ("isa-0.1-seed0", "align"): record("align", Cost(450, 9, 2.25, 100)),
   }
-  lines = ledger.stages(cards)
+  lines = ledger.stages(records)
   assert lines == [
     dict(
       stage="embed",
       arm="",
-      operations=600,
+      flops=600,
       tokens=30,
       seconds=1.5,
       bytes=4000,
@@ -39,7 +39,7 @@ def test_two_stages_by_hand():
     dict(
       stage="align",
       arm="isa-0.1-seed0",
-      operations=450,
+      flops=450,
       tokens=9,
       seconds=2.25,
       bytes=100,
@@ -64,9 +64,9 @@ def test_what_a_piece_of_work_adds_to_memory():
   assert peak["held"] < 2**24
   with pytest.raises(ValueError), ledger.watched():
     raise ValueError("no thread is left behind")
-  cards = {("a", "select"): card("select", Cost(7))}
-  cards["a", "select"].result.update(peak, say="words")
-  (line,) = ledger.stages(cards)
+  records = {("a", "select"): record("select", Cost(7))}
+  records["a", "select"].result.update(peak, say="words")
+  (line,) = ledger.stages(records)
   assert line["held"] == peak["held"] and line["device"] is None
   assert "say" not in line
 
@@ -91,7 +91,7 @@ COSTS = dict(reference=60, ref_logps=0, align=180)
   ],
 )
 def test_an_arm_alone(stages, select, reference, total):
-  assert ledger.arm_operations(stages=stages, **COSTS) == dict(
+  assert ledger.arm_flops(stages=stages, **COSTS) == dict(
     select=select, reference=reference, align=180, total=total
   )
 
@@ -101,9 +101,7 @@ def test_an_arm_alone(stages, select, reference, total):
   [(dict(embed=600, mixture=50), 40, 870), (dict(), 100, 280)],
 )
 def test_mismatched_rows_are_always_counted(stages, reference, total):
-  assert ledger.arm_operations(
-    stages=stages, **COSTS | dict(ref_logps=40)
-  ) == dict(
+  assert ledger.arm_flops(stages=stages, **COSTS | dict(ref_logps=40)) == dict(
     select=sum(stages.values()), reference=reference, align=180, total=total
   )
 
@@ -120,7 +118,7 @@ def test_savings_with_and_without_sft():
 
 def test_selecting_can_cost_more_than_it_saves():
   # Half the rows, but the fit alone is twice the training.
-  arm = ledger.arm_operations(
+  arm = ledger.arm_flops(
     stages=dict(embed=600, mixture=4000), reference=300, ref_logps=0, align=900
   )
   share = ledger.saved(arm["total"], 2400, 2400)
@@ -180,7 +178,7 @@ MODELS = [
 
 @pytest.mark.parametrize("m", MODELS)
 @pytest.mark.parametrize("length", [1, 5, 16])
-def test_operations_are_the_dot_generals_of_the_forward_pass(m, length):
+def test_flops_are_the_dot_generals_of_the_forward_pass(m, length):
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
 
   def forward(params, tokens):
@@ -200,12 +198,12 @@ def test_operations_are_the_dot_generals_of_the_forward_pass(m, length):
     )
     counted = multiplied(jax.make_jaxpr(forward)(*args).jaxpr)
     trained = multiplied(jax.make_jaxpr(jax.value_and_grad(total))(*args).jaxpr)
-  assert counted == 3 * decoder.operations(m, length)
+  assert counted == 3 * decoder.flops(m, length)
   # Backward multiplies each product twice more: 3 x, nothing recomputed.
   assert trained == 3 * counted
 
 
-def test_operations_by_hand_and_without_the_head():
+def test_flops_by_hand_and_without_the_head():
   m = decoder.ModelConfig(
     layers=2,
     width=4,
@@ -221,9 +219,9 @@ def test_operations_by_hand_and_without_the_head():
   # The head: 4 x 10 a position.
   for length in (1, 5):
     layers = 2 * (2 * 84 * length + 2 * 8 * length**2)
-    assert decoder.operations(m, length) == layers + 2 * 40 * length
-    assert decoder.operations(m, length, 0) == layers
-    assert decoder.operations(m, length, 1) == layers + 80
+    assert decoder.flops(m, length) == layers + 2 * 40 * length
+    assert decoder.flops(m, length, 0) == layers
+    assert decoder.flops(m, length, 1) == layers + 80
 
 
 def rows_of(lengths):
@@ -250,7 +248,7 @@ def test_a_training_run_is_three_forward_passes():
   )
   # One row of L tokens: 336 L + 32 L^2 in the layers and 80 L in the head.
   one = {3: 1536, 5: 2880, 7: 4480}
-  assert {n: decoder.operations(m, n) for n in one} == one
+  assert {n: decoder.flops(m, n) for n in one} == one
   # Three rows of one response, of 3, 5 and 7 tokens, each seen twice.
   rows = feed.TrainRows(
     list("abc"),
@@ -270,7 +268,7 @@ def test_a_training_run_is_three_forward_passes():
   assert 3 * forward == 53376
   # Selection's one pass over the same rows, and KTO's mismatched rows: each
   # is a forward pass alone.
-  assert embed.operations(m, rows.tokens) == 8896
+  assert embed.flops(m, rows.tokens) == 8896
   assert feed.training_cost(m, with_other([5, 5, 3]), *seen) == (
     3 * forward + 2 * 2880 + 1536,
     43,

@@ -553,9 +553,9 @@ def bco_step():
 
 
 def bco_run(mesh, folder, killed_at=None):
-  """`run` on the same tokens as thumbs."""
+  """`run` on the same tokens as unpaired."""
   one = rows()
-  thumbs = feed.TrainRows(
+  unpaired = feed.TrainRows(
     [f"row-{i:02d}" for i in range(22)],
     one.tokens,
     np.arange(22)[:, None],
@@ -563,7 +563,7 @@ def bco_run(mesh, folder, killed_at=None):
     one.ref_count.reshape(22, 1),
     np.arange(22) % 3 == 0,
   )
-  fed = feed_of(mesh, thumbs, accumulation=2)
+  fed = feed_of(mesh, unpaired, accumulation=2)
   batch_at = fed.batch_at
 
   def at(step):

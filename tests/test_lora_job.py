@@ -109,7 +109,6 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, monkeypatch, variant):
     (("lora.rank=-1",), "lora.rank=-1, wanted 0 or more"),
     (("lora.rank=2", "lora.variant=dora"), "lora.variant='dora' is unknown"),
     (("lora.rank=2", "train.lr=-1.0"), "config.train.lr"),
-    (("lora.rank=2", "lora.eta=0.0"), "lora.eta=0.0"),
     (("model.param_dtype=int8",), "model.param_dtype='int8' is unknown"),
   ],
 )

@@ -26,8 +26,8 @@ class Example:
   p: np.ndarray  # policy
   q: np.ndarray  # reference
   n: np.ndarray
-  public_p: np.ndarray
-  public_q: np.ndarray
+  common_prefix_p: np.ndarray
+  common_prefix_q: np.ndarray
   label: np.ndarray
   weights: np.ndarray
   z0: float = 1.5
@@ -63,8 +63,8 @@ def example(columns, spread=8.0, rows=32):
 def inputs(x, dtype):
   """(policy, ref, stats) of an example, as a step would hand them over."""
   cast = lambda a: jnp.asarray(a, dtype)
-  policy = Logps(cast(x.p), cast(x.n), cast(x.public_p))
-  ref = Logps(cast(x.q), cast(x.n), cast(x.public_q))
+  policy = Logps(cast(x.p), cast(x.n), cast(x.common_prefix_p))
+  ref = Logps(cast(x.q), cast(x.n), cast(x.common_prefix_q))
   stats = dict(
     label=jnp.asarray(x.label),
     weights=cast(x.weights),
@@ -79,7 +79,7 @@ def inputs(x, dtype):
 
 
 def columns_of(name):
-  return 1 if LOSSES[name].kind == "thumbs" else 2
+  return 1 if LOSSES[name].kind == "unpaired" else 2
 
 
 # The oracles: [N] values, from the equations.
@@ -175,8 +175,8 @@ def dpop(x, beta=0.1, penalty=50.0):
 
 def ld_dpo(x, beta=0.1, tail_weight=0.5):
   a = tail_weight
-  p = (1 - a) * x.public_p + a * x.p
-  q = (1 - a) * x.public_q + a * x.q
+  p = (1 - a) * x.common_prefix_p + a * x.p
+  q = (1 - a) * x.common_prefix_q + a * x.q
   return -ls(beta * gap(p - q))
 
 
@@ -322,7 +322,10 @@ def test_value_and_slope_are_the_equation_s(name, kwargs):
     assert wanted.shape == loss.shape == x.label.shape
     assert loss.dtype == jnp.float64
     np.testing.assert_allclose(loss, wanted, rtol=1e-10, atol=1e-10)
-    for field, got in (("p", grads.sum), ("public_p", grads.common_prefix)):
+    for field, got in (
+      ("p", grads.sum),
+      ("common_prefix_p", grads.common_prefix),
+    ):
       want = slopes(oracle, x, field, kwargs)
       scale = max(1.0, np.abs(want).max())
       np.testing.assert_allclose(
@@ -364,7 +367,11 @@ START = dict(
 def test_where_policy_is_reference(name):
   x = example(columns_of(name))
   x = x.replace(
-    q=x.p, public_q=x.public_p, z0=0.0, delta=0.0, weights=np.ones(32)
+    q=x.p,
+    common_prefix_q=x.common_prefix_p,
+    z0=0.0,
+    delta=0.0,
+    weights=np.ones(32),
   )
   for beta in (0.1, 7.0):
     kwargs = dict(beta=beta)
@@ -469,7 +476,7 @@ def test_metrics_of_pairs(name):
   x = example(2)
   x.p[:3] = x.q[:3] = x.p[:3, :1]  # ties, whatever the reward
   x.n[:3] = 5.0
-  x.public_p[:3] = x.public_q[:3] = x.p[:3] / 2
+  x.common_prefix_p[:3] = x.common_prefix_q[:3] = x.p[:3] / 2
   kwargs = {} if name == "slic" else BETA
   kind = next((k for k, names in REWARDS.items() if name in names), "ratios")
   reward = {
@@ -480,7 +487,7 @@ def test_metrics_of_pairs(name):
     "ratios": 0.3 * x.r,
   }[kind]
   if name == "ld_dpo":
-    reward = 0.15 * (x.r + x.public_p - x.public_q)
+    reward = 0.15 * (x.r + x.common_prefix_p - x.common_prefix_q)
   _, metrics = LOSSES[name](*inputs(x, jnp.float32), **kwargs)
   wanted = {
     "rewards/chosen": reward[:, 0],
@@ -504,7 +511,7 @@ def test_metrics_of_pairs(name):
 
 
 @pytest.mark.parametrize(
-  "name", [n for n in LOSSES if LOSSES[n].kind == "thumbs"]
+  "name", [n for n in LOSSES if LOSSES[n].kind == "unpaired"]
 )
 def test_metrics_of_thumbs_are_over_their_own_class(name):
   x = example(1)
@@ -536,7 +543,7 @@ def test_the_contract(name):
   that do not depend on how the batch is cut; undeclared statistics and extras
   are not read."""
   fn = LOSSES[name]
-  assert fn.kind in ("pairs", "thumbs", "rows")
+  assert fn.kind in ("pairs", "unpaired", "rows")
   x = example(columns_of(name))
   policy, ref, stats = inputs(x, jnp.float32)
   assert set(fn.stats) <= set(stats)

@@ -211,7 +211,7 @@ def test_density_ratios_refuse(x, label, said):
 # LD-DPO's public sums.
 
 
-def test_public_sums_are_over_the_shorter_answer_s_length():
+def test_common_prefix_sums_are_over_the_shorter_answer_s_length():
   """Responses of 3 and 2 tokens, then of 1 and 4, after prompts."""
   each = np.float32(
     [
@@ -268,7 +268,7 @@ def test_a_sum_declares_all_that_its_terms_need():
   assert fn.kind == "pairs" and fn.reference
   assert not find("cpo+sft").reference
   assert find("2*sft+sft_tokens").kind == "rows"
-  assert find("2*kto").kind == "thumbs"
+  assert find("2*kto").kind == "unpaired"
   keywords = {
     n: p.default
     for n, p in inspect.signature(fn).parameters.items()
@@ -367,7 +367,11 @@ def test_classes_weigh_by_the_rows_that_are_kept(up, down, wanted):
     rtol=1e-5,
   )
   assert bool(said) == (tuple(wanted) != (1, 1))
-  assert (loss.kind, loss.stats, loss.reference) == ("thumbs", kto.stats, True)
+  assert (loss.kind, loss.stats, loss.reference) == (
+    "unpaired",
+    kto.stats,
+    True,
+  )
 
 
 def test_given_weights_of_classes_stay_and_are_judged():
@@ -382,7 +386,7 @@ def test_given_weights_of_classes_stay_and_are_judged():
     found, said = unpaired.with_class_weights(loss, label)
     assert found is loss and bool(said) == warned
   assert (
-    "20 thumbs up and 10 down weigh 0.67 to 1"
+    "20 liked answers and 10 disliked weigh 0.67 to 1"
     in unpaired.with_class_weights(
       losses.bind(find("kto(undesirable=3)"), "", {}), label
     )[1]
@@ -396,8 +400,8 @@ def test_given_weights_of_classes_stay_and_are_judged():
     ("kto(desirable=much)", "desirable='much'"),
     ("dpo(bta=1)", "'bta=1' is no keyword"),
     ("dpo(beta=1)+dpo(beta=2)", "summed twice"),
-    ("dpo+kto", "dpo pairs, kto thumbs"),
-    ("kto+sft", "kto thumbs, sft rows"),
+    ("dpo+kto", "dpo pairs, kto unpaired"),
+    ("kto+sft", "kto unpaired, sft rows"),
     ("dpo+x*sft", "weight 'x'"),
     ("-1*dpo", "weight '-1'"),
     ("0*dpo", "weight '0'"),

@@ -141,7 +141,7 @@ def step_of(model, name):
 
 
 def columns_of(fn):
-  return 1 if fn.kind == "thumbs" else 2
+  return 1 if fn.kind == "unpaired" else 2
 
 
 @functools.lru_cache

@@ -306,7 +306,7 @@ def test_a_wrong_knob_ends_both_alike(tmp_path, knob, said):
 
 
 def test_a_loss_that_is_not_finite_ends_both_alike(tmp_path):
-  for ended in trouble(tmp_path, "sft.lr=1e30", "sft.warmup_ratio=0.0"):
+  for ended in trouble(tmp_path, "sft.lr=1e30"):
     assert ended.code == 76 and "Rows of the batch: sft-" in ended.err
 
 

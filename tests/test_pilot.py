@@ -72,7 +72,7 @@ def test_directions_of_a_name():
     "length(direction=low)",
     "random",
   )
-  assert one.select.budget == c.pilot.at
+  assert one.select.budget == 0.04
   assert found["budgets"].budgets == c.pilot.budgets
 
 
@@ -81,7 +81,6 @@ def test_directions_of_a_name():
   [
     (dict(select_sampler="dedup | length(direction=auto)"), "no chain"),
     (dict(select_budget="auto", pilot_budgets=(0.1, 0.2, 0.3)), "four"),
-    (dict(select_budget="auto", pilot_margin=2.0), "share of wins"),
     (dict(select_sampler=ISA, pilot_seeds=0), "1 or more"),
     (dict(compare=("random", "ifd(direction=auto)")), "alone can be settled"),
   ],
@@ -101,7 +100,9 @@ def test_the_best_direction_is_the_best_mean():
     return dict(sampler=sampler, metrics=dict(win_vs_ref=dict(value=value)))
 
   names = [pilot.with_direction(ISA, d) for d in pilot.DIRECTIONS]
-  c = ConfigDict(dict(select=dict(sampler=ISA), pilot=dict(at=0.1, seeds=2)))
+  c = ConfigDict(
+    dict(select=dict(sampler=ISA), pilot=dict(budgets=(0.1,), seeds=2))
+  )
   for shift, wish in ((0.0, False), (0.3, True)):
     summary = dict(
       comparisons=[dict(metric="win_vs_ref")],
@@ -131,12 +132,7 @@ def test_no_plateau_no_advice(tmp_path):
     pilot._advice(job, dict(fit=fit), 0.1)
 
 
-TINY = (
-  "compare=()",
-  "pilot.budgets=(0.05,0.1,0.2,0.4)",
-  "pilot.seeds=1",
-  "pilot.at=0.1",
-)
+TINY = ("compare=()", "pilot.budgets=(0.05,0.1,0.2,0.4)", "pilot.seeds=1")
 
 
 def test_a_pilot_above_its_bound_is_refused(tmp_path):

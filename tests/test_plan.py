@@ -244,13 +244,11 @@ def said(tmp_path_factory):
 
 
 def stages_of(text):
-  """Stage -> (count, unit, operations), as printed."""
+  """Stage -> (count, unit, flops), as printed."""
   return {
-    name.strip(): (int(count.replace(",", "")), unit, float(operations))
-    for name, count, unit, operations in re.findall(
-      r"^  (\S.{27}) *([\d,]+) (\w+) +(\S+) operations  about",
-      text,
-      re.MULTILINE,
+    name.strip(): (int(count.replace(",", "")), unit, float(flops))
+    for name, count, unit, flops in re.findall(
+      r"^  (\S.{27}) *([\d,]+) (\w+) +(\S+) flops  about", text, re.MULTILINE
     )
   }
 
@@ -266,7 +264,7 @@ def test_a_dry_run_prints_the_whole_job(said):
   # A tenth is 400 pairs: 12.5 batches of 32 an epoch, three epochs.
   assert stages["align isa-0.1-seed0"][:2] == (38, "updates")
   assert stages["align all-1-seed0"][:2] == (125, "updates")
-  total = float(re.search(r"in all +(\S+) operations", text)[1])
+  total = float(re.search(r"in all +(\S+) flops", text)[1])
   np.testing.assert_allclose(
     total, sum(s[2] for s in stages.values()), rtol=0.02
   )
@@ -278,7 +276,7 @@ def test_a_dry_run_prints_the_whole_job(said):
     rtol=0.02,
   )
   # Before anything runs, what choosing takes, of every sampler.
-  chosen = dict(re.findall(r"choosing by (\S+): (\S+) operations", text))
+  chosen = dict(re.findall(r"choosing by (\S+): (\S+) flops", text))
   assert list(chosen) == ["isa-0.1", "random-0.1", "all-1"]
   np.testing.assert_allclose(
     float(chosen["isa-0.1"]),
@@ -341,30 +339,27 @@ def test_stages_that_samplers_read_are_planned_by_hand():
     "ifd",
     ("ask_llm", "implicit_margin", "selective_dpo"),
     proxy__models=6,
-    proxy__half_updates=0,
     ask__context=384,
   )
   found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
   # Width 32, one layer, 2 heads of 16, 64 between; 512 pieces.
   layer = 2 * (4 * 32 * 32 + 3 * 32 * 64)
   row = lambda t, logits: layer * t + 4 * 32 * t * t + 2 * 32 * 512 * logits
-  assert found["embed", ""].operations == 320 * row(14, 14)
-  assert found["alone", ""].operations == 320 * row(8, 8)
+  assert found["embed", ""].flops == 320 * row(14, 14)
+  assert found["alone", ""].flops == 320 * row(8, 8)
   question = int(14 + (len(job.c.ask.question) + 64) / 3)
-  assert found["ask", ""].operations == 320 * row(question, 1)
+  assert found["ask", ""].flops == 320 * row(question, 1)
   # Four updates of eight pairs, forward and backward; the pool once.
-  assert found["proxy", ""].operations == (3 * 4 * 16 + 320) * row(14, 14)
+  assert found["proxy", ""].flops == (3 * 4 * 16 + 320) * row(14, 14)
   # Six models, each once over its half, 80 pairs, and once over the pool.
-  assert found["held_out", ""].operations == 6 * (3 * 10 * 16 + 320) * row(
-    14, 14
-  )
+  assert found["held_out", ""].flops == 6 * (3 * 10 * 16 + 320) * row(14, 14)
   assert ("mixture", "") not in found and ("rewards", "") not in found
   for arm in arms:
     assert found["select", arm.name].seconds > 0
     assert found["select", arm.name].held > 0
   rate = plan.rate_of(job.mesh.devices.flat[0])
   np.testing.assert_allclose(
-    found["proxy", ""].seconds * rate, found["proxy", ""].operations
+    found["proxy", ""].seconds * rate, found["proxy", ""].flops
   )
 
 
@@ -431,7 +426,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
     got.on_host, work / 50
   )
-  assert got.operations < work / 10 and got.device == 4 * 200_000 * 32
+  assert got.flops < work / 10 and got.device == 4 * 200_000 * 32
 
 
 def test_a_closed_form_is_fitted_once():
@@ -452,7 +447,7 @@ def test_a_closed_form_is_fitted_once():
   )
   # All rows, and the half that is scored on the other.
   assert (many["mixture"].count, once["mixture"].count) == (10 * 5, 2)
-  assert many["select"].operations == 4 * once["select"].operations > 0
+  assert many["select"].flops == 4 * once["select"].flops > 0
 
 
 def test_a_word_for_a_number_is_named_before_anything_runs():
@@ -467,7 +462,7 @@ def test_a_word_for_a_number_is_named_before_anything_runs():
 def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   tmp_path, monkeypatch
 ):
-  """160 pairs, 16 of them kept, 32 numbers: 2 * 160 * 16 * 32 operations."""
+  """160 pairs, 16 of them kept, 32 numbers: 2 * 160 * 16 * 32 flops."""
   run = lambda *more: jobs.run(
     tmp_path / "work", "select.sampler=k_center", "compare=()", *more
   )
@@ -478,7 +473,7 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   ended = run()
   assert ended.code == 64 and re.search(
     r"'k_center' would take about 6 hours to choose from 160 rows, 1.64e\+05 "
-    r"operations, above the 5.68\d* .*blocks.*budget.*density",
+    r"flops, above the 5.68\d* .*blocks.*budget.*density",
     ended.err,
   )
   made = sorted(p.name for p in (tmp_path / "work/shared").iterdir())
@@ -504,11 +499,11 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
   wanted = dict(embed=2 * layer + head, answer=0, residual=2 * head)
   if layers:
     wanted = dict(embed=layer, logps=layer + head, answer=0, residual=2 * head)
-  got = {s: found[s, ""].operations for s in passes.KEEPS if (s, "") in found}
+  got = {s: found[s, ""].flops for s in passes.KEEPS if (s, "") in found}
   assert got == {s: 320 * x for s, x in wanted.items()}
   # What an arm alone would take, and not what others have left of it.
   alone = lambda arm: {
-    x.stage: x.operations
+    x.stage: x.flops
     for x in plan._choosing(
       job, arm, [*found.values()], plan._model(job.c), 14.0
     )
@@ -519,9 +514,7 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
   assert alone(arms[1]) == dict(answer=320 * layer * (1 if layers else 2))
   # Proxies start from what the pass has said; so do the kept rows of arms
   # that read it.
-  assert found["proxy", ""].operations == (3 * 4 * 16 + 320) * (
-    2 * layer + head
-  )
+  assert found["proxy", ""].flops == (3 * 4 * 16 + 320) * (2 * layer + head)
   rows = {arm.sampler: ("ref_logps", arm.name) in found for arm in arms}
   assert rows == dict(crossfit=False, real=bool(layers), implicit_margin=False)
 
@@ -545,6 +538,4 @@ def test_a_reward_model_and_small_proxies_are_planned(tmp_path):
   job, arms = a_job("external_margin", rewards__checkpoint=str(tmp_path))
   found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
   layer = 2 * (4 * 8 * 8 + 2 * 8 * 12) * 14 + 4 * 8 * 14 * 14
-  assert found["rewards", ""].operations == 320 * (
-    2 * layer + 2 * 8 * 8 + 2 * 8
-  )
+  assert found["rewards", ""].flops == 320 * (2 * layer + 2 * 8 * 8 + 2 * 8)

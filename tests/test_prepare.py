@@ -14,7 +14,7 @@ from jaxalign.errors import ConfigError, DataError
 
 
 def made(tmp_path, source, context=8192, wanted="pairs", **data):
-  """What the data stage leaves of a source: (folder, card)."""
+  """What the data stage leaves of a source: (folder, summary)."""
   c = common.base()
   c.data.source = str(source)
   c.data.limit = 120
@@ -28,15 +28,15 @@ def made(tmp_path, source, context=8192, wanted="pairs", **data):
     c, folder, most=context, wanted=wanted, writes=True
   )
   assert {*names} >= {"tokenizer.json", special.ROW_FORMAT, "pool.parquet"}
-  return folder, json.loads((folder / "data_card.json").read_text())
+  return folder, json.loads((folder / "data_summary.json").read_text())
 
 
 @pytest.mark.parametrize(
   "name, wanted",
   [
     ("llamafactory/dpo_en_demo.json", "pairs"),
-    ("llamafactory/dpo_en_demo.json", "thumbs"),
-    ("llamafactory/kto_en_demo.json", "thumbs"),
+    ("llamafactory/dpo_en_demo.json", "unpaired"),
+    ("llamafactory/kto_en_demo.json", "unpaired"),
     ("oasst/en_100_tree.jsonl", "pairs"),
     ("hh-harmless/pairs.jsonl.gz", "pairs"),
   ],
@@ -45,7 +45,7 @@ def test_conversations_are_written_in_the_models_own_template(
   tmp_path, shared, capsys, name, wanted
 ):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
-  folder, card = made(tmp_path, shared / "data" / name, wanted=wanted)
+  folder, summary = made(tmp_path, shared / "data" / name, wanted=wanted)
   tok = load_tokenizer(folder)  # as every later stage reads it
   start, end = tok.specials["<|im_start|>"], tok.specials["<|im_end|>"]
   assert tok.eos == end and tok.specials["<|end|>"] in tok.stops
@@ -65,7 +65,7 @@ def test_conversations_are_written_in_the_models_own_template(
           assert turn["content"] in tok.decode(ids)
         assert said[-1] == end
   assert "pool: " in capsys.readouterr().out
-  assert card["truncation"]["pool"]["rows_cut"] >= 0
+  assert summary["truncation"]["pool"]["rows_cut"] >= 0
   for file in ("tokenizer.json", "tokenizer_config.json"):
     assert (folder / file).read_bytes() == (
       tmp_path / "tok" / file
@@ -91,10 +91,10 @@ def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
   tmp_path, shared
 ):
   write_folder(tmp_path / "tok", BUILT_IN["chatml"])
-  folder, card = made(
+  folder, summary = made(
     tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz", template="none"
   )
-  assert card["template"].startswith("no template")
+  assert summary["template"].startswith("no template")
   tok = load_tokenizer(folder)
   assert tok.eos == tok.specials["<|end|>"]
   pool = tables.read_table(folder / "pool.parquet")
@@ -104,12 +104,12 @@ def test_plain_text_is_wrapped_as_turns_unless_it_is_to_be_left_alone(
   assert all(row["margin"] is not None for row in pool)
   # By itself or by name: a plain prompt is the user's turn.
   for name, said in (("auto", "the tokenizer's own"), ("chatml", "chatml")):
-    folder, card = made(
+    folder, summary = made(
       tmp_path, shared / "data/ultrafeedback/pairs.jsonl.gz", template=name
     )
     assert (
-      card["template"].startswith(f"chat template: {said}; ")
-      and "wrapped" in card["template"]
+      summary["template"].startswith(f"chat template: {said}; ")
+      and "wrapped" in summary["template"]
     )
     encoded = tokens.load_rows(folder, "pool")
     for i in range(0, 40, 2):

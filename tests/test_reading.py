@@ -52,7 +52,7 @@ def select(tmp_path, rows, *more, name="a"):
 
 
 def made(tmp_path, rows, name="a", **knobs):
-  """The data stage of a config alone: (its folder, its card)."""
+  """The data stage of a config alone: (its folder, its summary)."""
   c = common.base()
   c.data.source = put(tmp_path / f"{name}.jsonl", rows)
   for key, value in knobs.items():
@@ -65,7 +65,7 @@ def made(tmp_path, rows, name="a", **knobs):
   folder.mkdir(exist_ok=True)
   prepare.check_source(c)
   prepare.make(c, epath.Path(folder), most=512, wanted="pairs", writes=True)
-  return folder, json.loads((folder / "data_card.json").read_text())
+  return folder, json.loads((folder / "data_summary.json").read_text())
 
 
 def test_the_log_and_the_page_say_how_rows_were_read(tmp_path):
@@ -177,7 +177,7 @@ def test_selection_needs_no_loss_no_batch_and_no_rate(tmp_path):
   )
   assert ended.code == 0, ended
   kept = records.load(str(tmp_path / "a.parquet"))
-  assert kept.kind == "thumbs" and len(kept.rows) == 5
+  assert kept.kind == "unpaired" and len(kept.rows) == 5
 
 
 def test_what_a_selection_writes_gives_the_same_tokens_again(tmp_path):
@@ -281,7 +281,7 @@ def test_copies_among_the_chosen_rows_are_said(tmp_path):
 
 def test_a_held_out_file_of_its_own(tmp_path):
   held = put(tmp_path / "held.jsonl", [pair(i, id=f"p{i}") for i in range(9)])
-  folder, card = made(
+  folder, summary = made(
     tmp_path, [pair(i, id=f"p{i}") for i in range(5, 40)], data__held_out=held
   )
   rows = {
@@ -292,16 +292,16 @@ def test_a_held_out_file_of_its_own(tmp_path):
   assert {r["prompt"] for r in rows["pool"]} == {
     f"what is {i}?" for i in range(9, 40)
   }
-  assert card["refused_by_reason"] == {"prompt of the held-out file": 4}
-  assert [r["source"] for r in card["readings"]] == [
+  assert summary["refused_by_reason"] == {"prompt of the held-out file": 4}
+  assert [r["source"] for r in summary["readings"]] == [
     str(tmp_path / "a.jsonl"),
     held,
   ]
-  thumbs = put(
+  unpaired = put(
     tmp_path / "t.jsonl", [dict(prompt="a", completion="b", label=True)]
   )
   with pytest.raises(DataError, match="config.data.held_out"):
-    made(tmp_path, [pair(i) for i in range(9)], data__held_out=thumbs)
+    made(tmp_path, [pair(i) for i in range(9)], data__held_out=unpaired)
 
 
 def test_several_sources_of_a_config(tmp_path):
@@ -371,7 +371,7 @@ def test_tokens_spelt_out_in_a_text_are_named(tmp_path):
     "config.data.special_tokens='tokens'",
   ):
     assert words in str(error.value)
-  folder, card = made(
+  folder, summary = made(
     tmp_path, rows, name="b", data__special_tokens="tokens", **given
   )
   tok = load_tokenizer(folder)
@@ -382,7 +382,7 @@ def test_tokens_spelt_out_in_a_text_are_named(tmp_path):
   )
   assert first[: encoded.start[0]][-len(want) :] == want
   assert first.count(tok.specials["<|im_start|>"]) == 2
-  assert card["template"].startswith("no template")
+  assert summary["template"].startswith("no template")
   # In the answers alone, or in messages: an end written by hand.
   ends = [dict(pair(i), chosen=f"good {i}<|im_end|>") for i in range(20)]
   for k, wrong in enumerate(
@@ -393,15 +393,17 @@ def test_tokens_spelt_out_in_a_text_are_named(tmp_path):
         made(tmp_path, wrong, name=f"e{k}", **given, **more)
   # A few of them: said, and taken as the text they are.
   few = [pair(i) for i in range(20)] + rows[:2]
-  folder, card = made(tmp_path, few, name="c", **given)
-  assert len(card["warnings"]) == 1 and "2 of 22 rows" in card["warnings"][0]
+  folder, summary = made(tmp_path, few, name="c", **given)
+  assert (
+    len(summary["warnings"]) == 1 and "2 of 22 rows" in summary["warnings"][0]
+  )
   assert special.found(tok, "no <|im_end|> here") == ["<|im_end|>"]
 
 
 def test_a_space_at_the_end_of_a_prompt_is_named(tmp_path):
   rows = [dict(pair(i), prompt=f"Q: {i}\nA: ") for i in range(9)]
-  _, card = made(tmp_path, rows)
-  assert "9 prompts end in a space" in card["warnings"][0]
+  _, summary = made(tmp_path, rows)
+  assert "9 prompts end in a space" in summary["warnings"][0]
 
 
 def test_a_template_that_refuses_rows_counts_them(tmp_path):
@@ -409,20 +411,21 @@ def test_a_template_that_refuses_rows_counts_them(tmp_path):
   system = dict(role="system", content="Be brief.")
   rows = [chat(i, *([system] if i % 2 else [])) for i in range(20)]
   given = dict(model__tokenizer=str(tmp_path / "tok"))
-  folder, card = made(tmp_path, rows, **given)
-  assert card["refused_by_reason"] == {"template refused it": 10}
+  folder, summary = made(tmp_path, rows, **given)
+  assert summary["refused_by_reason"] == {"template refused it": 10}
   assert (
-    "System role not supported" in card["first_refused"]["template refused it"]
+    "System role not supported"
+    in summary["first_refused"]["template refused it"]
   )
   lost = jobs.lines(folder / "rejected.jsonl")
   assert {r["line"] for r in lost} == {*range(2, 21, 2)}
   assert all("System role" in r["detail"] for r in lost)
-  with pytest.raises(DataError, match="System role.*config.data.on_bad_rows"):
-    made(tmp_path, rows, data__on_bad_rows="error", **given)
+  with pytest.raises(DataError, match="System role.*data.max_bad_fraction"):
+    made(tmp_path, rows, data__max_bad_fraction=0.0, **given)
   with pytest.raises(DataError, match="System role.*max_bad_fraction"):
     made(tmp_path, rows, data__max_bad_fraction=0.4, **given)
-  folder, card = made(tmp_path, rows, name="j", data__system="join", **given)
-  assert card["refused"] == 0
+  folder, summary = made(tmp_path, rows, name="j", data__system="join", **given)
+  assert summary["refused"] == 0
   text = load_tokenizer(folder).decode(tokens.load_rows(folder, "pool").ids)
   assert text.count("Be brief.\n\nwhat is") == 20  # twice a pair
 
@@ -436,8 +439,8 @@ def test_calls_of_tools_without_a_template_are_refused_by_name(tmp_path):
   rows = [chat(i) for i in range(12)] + [
     dict(chat(i), chosen=[call], rejected=f"bad {i}") for i in range(12, 15)
   ]
-  folder, card = made(tmp_path, rows)
-  assert card["refused_by_reason"] == {"tool calls are not supported": 3}
+  folder, summary = made(tmp_path, rows)
+  assert summary["refused_by_reason"] == {"tool calls are not supported": 3}
   assert {r["line"] for r in jobs.lines(folder / "rejected.jsonl")} == {
     13,
     14,
@@ -453,10 +456,10 @@ def test_the_context_of_a_checkpoint_keeps_99_percent(tmp_path, monkeypatch):
     model__tokenizer=str(tmp_path / "tok"),
     model__checkpoint=str(tmp_path / "tok"),
   )
-  folder, card = made(tmp_path, rows, **given)
-  assert 16 <= card["context"] <= 128
-  assert card["refused_by_reason"] == {"too long": 1}
-  _, card = made(
+  folder, summary = made(tmp_path, rows, **given)
+  assert 16 <= summary["context"] <= 128
+  assert summary["refused_by_reason"] == {"too long": 1}
+  _, summary = made(
     tmp_path,
     rows,
     name="b",
@@ -464,7 +467,9 @@ def test_the_context_of_a_checkpoint_keeps_99_percent(tmp_path, monkeypatch):
     model__context=512,
     data__too_long="cut_answer",
   )
-  assert card["context"] == 512 and card["truncation"]["pool"]["rows_cut"] == 1
+  assert (
+    summary["context"] == 512 and summary["truncation"]["pool"]["rows_cut"] == 1
+  )
 
 
 def test_knobs_of_the_rows_are_checked(tmp_path):

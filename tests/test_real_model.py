@@ -78,7 +78,7 @@ def test_a_hundred_real_rows_from_file_to_answers(tmp_path, shared):
   # Its recipe is a pretrained model's, its context what the rows take.
   config = json.loads((arm / "config.json").read_text())
   assert config["loss"]["name"] == "dpo(beta=0.1)"
-  card = json.loads((work / "shared/data/data_card.json").read_text())
+  card = json.loads((work / "shared/data/data_summary.json").read_text())
   assert card["refused"] == 0 and card["context"] <= 192
   adapter = json.loads((arm / "adapter/adapter_config.json").read_text())
   assert adapter["base_model_name_or_path"] == str(model)

@@ -157,8 +157,8 @@ def test_scores_against_the_label_are_counted_or_skipped(tmp_path):
   loaded = records.load(path)
   assert (loaded.against, loaded.tied, len(loaded.rows)) == (2, 1, 5)
   assert loaded.against_at == f"{path}:3"
-  card = records.data_card(loaded, {})
-  assert (card["against_scores"], card["tied_scores"]) == (2, 1)
+  summary = records.data_summary(loaded, {})
+  assert (summary["against_scores"], summary["tied_scores"]) == (2, 1)
   loaded = records.load(path, on_contradicting_scores="skip")
   assert loaded.against == 2 and len(loaded.rows) == 3
   assert loaded.counts == {"scores against the label": 2}
@@ -201,17 +201,17 @@ def test_codes_are_settled_over_the_whole_column(tmp_path):
 
 
 def test_a_few_odd_codes_are_rows_refused(tmp_path):
-  thumbs = [
+  unpaired = [
     dict(prompt=f"p{i}", completion="a", label=i % 2 == 0) for i in range(30)
   ]
   for odd in (1.5, "9" * 5000, "maybe"):
     loaded = records.load(
-      put(tmp_path / "a.jsonl", [*thumbs, dict(thumbs[0], label=odd)])
+      put(tmp_path / "a.jsonl", [*unpaired, dict(unpaired[0], label=odd)])
     )
     assert loaded.counts == {"bad label": 1} and len(loaded.rows) == 30
   with pytest.raises(DataError, match="data.choice"):
     records.load(
-      put(tmp_path / "b.jsonl", [*thumbs, *[dict(thumbs[0], label=5)] * 10])
+      put(tmp_path / "b.jsonl", [*unpaired, *[dict(unpaired[0], label=5)] * 10])
     )
 
 
@@ -473,11 +473,11 @@ def test_splits_have_their_shares_and_seeds_differ():
       records.split(rows, shares, 0)
 
 
-def test_thumbs_of_pairs(tmp_path):
+def test_unpaired_of_pairs(tmp_path):
   loaded = records.load(
     put(tmp_path / "a.jsonl", [pair(1, id="b"), pair(2, id="a")])
   )
-  assert records.pairs_to_thumbs(loaded.rows) == [
+  assert records.pairs_to_unpaired(loaded.rows) == [
     dict(id="a/chosen", prompt="p2", completion="c2", label=True, group="p2"),
     dict(
       id="a/rejected", prompt="p2", completion="r2", label=False, group="p2"
@@ -498,9 +498,9 @@ def test_tables_read_back_equal_and_are_whole_or_absent(tmp_path, monkeypatch):
   tables.write_rows(path, rows)
   assert path.read_bytes() == before
   assert [p.name for p in path.parent.iterdir()] == ["rows.parquet"]
-  thumbs = records.pairs_to_thumbs(rows[:3])
-  tables.write_rows(str(path), thumbs)
-  assert tables.read_table(str(path)) == thumbs
+  unpaired = records.pairs_to_unpaired(rows[:3])
+  tables.write_rows(str(path), unpaired)
+  assert tables.read_table(str(path)) == unpaired
   tables.write_rows(path, [])
   assert tables.read_table(path) == []
   path.write_bytes(before[:-30])
@@ -532,13 +532,13 @@ def test_the_card_counts(tmp_path):
   ] + [dict(pair(0), chosen="")]
   loaded = records.load(put(tmp_path / "a.jsonl", rows))
   parts = records.split(loaded.rows, dict(pool=0.9, eval=0.1), 0)
-  card = records.data_card(loaded, parts)
-  assert json.loads(json.dumps(card)) == card
-  assert card["characters"]["prompt"] == dict(p5=6.0, p50=51.0, p95=96.0)
-  assert card["rows_by_split"] == {k: len(v) for k, v in parts.items()}
-  assert sum(card["rows_by_split"].values()) == 101 == card["kept"]
-  assert card["refused_by_reason"] == {"empty response": 1}
-  assert (card["schema"], card["duplicates"]) == ("explicit_pairs", 0)
+  summary = records.data_summary(loaded, parts)
+  assert json.loads(json.dumps(summary)) == summary
+  assert summary["characters"]["prompt"] == dict(p5=6.0, p50=51.0, p95=96.0)
+  assert summary["rows_by_split"] == {k: len(v) for k, v in parts.items()}
+  assert sum(summary["rows_by_split"].values()) == 101 == summary["kept"]
+  assert summary["refused_by_reason"] == {"empty response": 1}
+  assert (summary["schema"], summary["duplicates"]) == ("explicit_pairs", 0)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_the_card_counts(tmp_path):
       {"chosen equals rejected": 4, "empty response": 2},
     ),
     ("llamafactory/dpo_en_demo.json", "chat_pairs", 300, {}),
-    ("llamafactory/kto_en_demo.json", "chat_thumbs", 300, {}),
+    ("llamafactory/kto_en_demo.json", "chat_unpaired", 300, {}),
     ("oasst/en_100_tree.jsonl", "trees", 754, {}),
   ],
 )
@@ -649,7 +649,7 @@ def test_real_scores(shared):
   skipped = records.load(path, on_tied_scores="skip")
   assert len(skipped.rows) == 994 - 110
   assert skipped.counts["tied scores"] == 110
-  assert records.data_card(loaded, {})["tied_scores"] == 110
+  assert records.data_summary(loaded, {})["tied_scores"] == 110
 
 
 @pytest.mark.parametrize(

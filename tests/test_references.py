@@ -45,7 +45,7 @@ def make(mesh, responses):
   return frozen, rows, tokens, mask
 
 
-def test_public_sums_end_where_the_shorter_answer_does(mesh):
+def test_common_prefix_sums_end_where_the_shorter_answer_does(mesh):
   frozen, rows, tokens, mask = make(mesh, 2)
   public, cost = row_columns.common_prefix(frozen, rows, 0)
   counts = mask.sum(-1)
@@ -64,14 +64,14 @@ def test_public_sums_end_where_the_shorter_answer_does(mesh):
     else:
       assert abs(public[i] - rows.ref_sum[i]) > 0.1
       seen += mask[i].argmax() + shortest  # prompt and shared tokens
-  assert cost.tokens == seen > 0 < cost.operations
+  assert cost.tokens == seen > 0 < cost.flops
 
 
-def test_public_sums_of_equal_lengths_cost_nothing(mesh):
+def test_common_prefix_sums_of_equal_lengths_cost_nothing(mesh):
   frozen, rows, _, _ = make(mesh, 1)
   public, cost = row_columns.common_prefix(frozen, rows, 0)
   np.testing.assert_array_equal(public, rows.ref_sum)
-  assert cost.operations == 0
+  assert cost.flops == 0
 
 
 def test_prompt_weights_see_no_answer(mesh):

@@ -203,16 +203,14 @@ def summary():
     dict(
       stage="sft",
       arm=None,
-      operations=4.2e15,
+      flops=4.2e15,
       tokens=1.2e6,
       seconds=612,
       bytes=4.4e8,
     )
   ]
   stages += [
-    dict(
-      stage="train", arm=a, operations=9e14, tokens=2e5, seconds=71, bytes=4e8
-    )
+    dict(stage="train", arm=a, flops=9e14, tokens=2e5, seconds=71, bytes=4e8)
     for a in ("isa", "all")
   ]
   return dict(
@@ -480,7 +478,7 @@ def test_a_negative_saving_is_a_warning(summary, where):
 
 
 def test_an_unknown_cost_is_said(summary):
-  summary["ledger"]["stages"][0]["operations"] = math.nan
+  summary["ledger"]["stages"][0]["flops"] = math.nan
   text = "".join(read(study.render(summary)).text).replace("\u00a0", " ")
   assert "Operations of 1 stage were not measured" in text
   assert "≥ 1.80 PFLOP" in text

@@ -97,7 +97,7 @@ def test_killed_three_times_and_gone_on_from(tmp_path):
   work = tmp_path / "work"
   points = [
     ("checkpoints.Checkpoints.save", 2),
-    ("artifacts._write_card", 4),
+    ("artifacts._write_record", 4),
     ("checkpoints.Checkpoints.save", 1),
   ]
   ended = []
@@ -116,13 +116,13 @@ def test_killed_three_times_and_gone_on_from(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_each_write_of_sft(before_sft, monkeypatch):
-  """The log, a checkpoint, its digests, the card: wherever, nothing is lost."""
+  """The log, a checkpoint, its digests, the record: nothing is lost."""
   work = before_sft
   calls = at_write(monkeypatch, 0, None)
   assert jobs.run(work).code == 0
   monkeypatch.undo()
   sft = [i for i, path in enumerate(calls) if "/sft/" in str(path)]
-  assert sft == list(range(8))  # card, (log, digests) of 3 saves, card
+  assert sft == list(range(8))  # record, (log, digests) of 3 saves, record
   for at in sft:
     jobs.unfinish(work, "", "sft")
     at_write(monkeypatch, at + 1, stop)
@@ -233,9 +233,9 @@ def test_a_signal_from_outside(tmp_path, number, code):
 @pytest.mark.slow
 @pytest.mark.parametrize("at", (2, 5, 9, 16, 28))
 def test_killed_after_each_card(tmp_path, at):
-  """SIGKILL just after a card is written, at a stage's start or its end."""
+  """SIGKILL just after a record is written, at a stage's start or its end."""
   jobs.finished()
-  hook = jobs.kill_when("artifacts._write_card", at)
+  hook = jobs.kill_when("artifacts._write_record", at)
   ended = jobs.wait(jobs.start(tmp_path, hook=hook))
   assert ended.code == -signal.SIGKILL
   assert jobs.run(tmp_path).code == 0

@@ -144,7 +144,7 @@ def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   assert np.ptp(wanted) > 0.5  # rows differ by more than an error
 
 
-def test_operations_are_the_dot_generals():
+def test_flops_are_the_dot_generals():
   from test_ledger import multiplied
 
   m = reward.decoder.ModelConfig(
@@ -182,7 +182,7 @@ def test_operations_are_the_dot_generals():
         np.full(3, 5),
         np.zeros((3, 5), bool),
       )
-    assert multiplied(traced.jaxpr) == 3 * reward.operations(r, 5)
+    assert multiplied(traced.jaxpr) == 3 * reward.flops(r, 5)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_pair_scores_by_hand(order, pair_score):
   assert list(got.rows) == list(np.argsort(-wanted)[:60])
 
 
-def test_thumbs_difference_and_pairs_quota_are_refused():
+def test_unpaired_difference_and_pairs_quota_are_refused():
   with pytest.raises(ConfigError, match="1 responses"):
     SAMPLERS["isa"](0, make_pool(1), 5, pair_score="difference")
   with pytest.raises(ConfigError, match="label_quota"):

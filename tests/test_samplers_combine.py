@@ -19,7 +19,7 @@ from jaxalign.stages import columns
 
 N = 300
 POOL = make_pools.make(2, N)
-THUMBS = make_pools.make(1, N)
+UNPAIRED = make_pools.make(1, N)
 ISA = SAMPLERS["isa"]
 MADE = {
   "gate": combine.gate(ISA, "reward", 0.2),
@@ -99,11 +99,11 @@ def test_quota_by_label_is_the_quota_of_isa():
 
   for share, quota in ((0.5, 0.5), (0.25, 0.25)):
     made = combine.quota(ISA, "label", {True: share, False: 1 - share})
-    got = made(0, THUMBS, 80)
-    own = ISA(0, THUMBS, 80, label_quota=quota)
+    got = made(0, UNPAIRED, 80)
+    own = ISA(0, UNPAIRED, 80, label_quota=quota)
     assert set(got.rows) == set(own.rows)
   with pytest.raises(ConfigError, match="160 rows of label True, .* has 8"):
-    combine.quota(ISA, "label", {True: 1.0})(0, THUMBS, 160)
+    combine.quota(ISA, "label", {True: 1.0})(0, UNPAIRED, 160)
 
 
 def test_quota_counts_by_hand():

@@ -229,7 +229,7 @@ def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
   SAMPLERS["dpp"](0, pool, 60, blocks=8, bandwidth=1.0)
 
 
-CALLS = [  # operations of 5 picks of 240 rows of 12 numbers
+CALLS = [  # flops of 5 picks of 240 rows of 12 numbers
   ("k_center", {}, 2 * N * 5 * 12),
   ("herding", {}, 2 * N * 5 * 12),
   ("herding", dict(features=30), 2 * N * 5 * 60),
@@ -247,9 +247,9 @@ CALLS = [  # operations of 5 picks of 240 rows of 12 numbers
 ]
 
 
-@pytest.mark.parametrize("name,kwargs,operations", CALLS)
+@pytest.mark.parametrize("name,kwargs,flops", CALLS)
 def test_what_takes_days_says_so_before_it_starts(
-  name, kwargs, operations, monkeypatch
+  name, kwargs, flops, monkeypatch
 ):
   pool = make_clusters(N)
   rows = clusters.rows_lib
@@ -258,15 +258,13 @@ def test_what_takes_days_says_so_before_it_starts(
     name == "facility_location" and "exact" not in kwargs
   )
   rate = 1000 * (1 if host else len(jax.devices()))
-  hours = operations / rate / 3600
+  hours = flops / rate / 3600
   monkeypatch.setattr(rows, "HOURS", hours * 1.001)
   SAMPLERS[name](0, pool, 5, **kwargs)
   monkeypatch.setattr(rows, "HOURS", hours / 1.001)
   with pytest.raises(
     ConfigError,
-    match=(
-      f"{hours:,.0f} hours, {operations:.3g} operations".replace("+", ".")
-    ),
+    match=(f"{hours:,.0f} hours, {flops:.3g} flops".replace("+", ".")),
   ):
     SAMPLERS[name](0, pool, 5, **kwargs)
   # Its blocked form is offered, and does with less.
@@ -289,7 +287,7 @@ def test_what_runs_in_days_by_default():
   with pytest.raises(
     ConfigError,
     match=(
-      "k_center would take about 71 hours, 7.68e.15 operations at an assumed "
+      "k_center would take about 71 hours, 7.68e.15 flops at an assumed "
       "30 GFLOP/s, above the 24 hours .*blocks"
     ),
   ):
@@ -435,10 +433,10 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
   assert near.sum() > 60 and (got[near] > 0.99).mean() > 0.8
   assert "240 rows lie in clusters of more than 12:" in capsys.readouterr().out
   # And that is what is asked of the hours: 240 rows with 12 before each.
-  rows, operations = clusters.rows_lib, 2 * 240 * 12 * x.shape[1]
+  rows, flops = clusters.rows_lib, 2 * 240 * 12 * x.shape[1]
   monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1.0))
   for factor in (1.001, 1 / 1.001):
-    monkeypatch.setattr(rows, "HOURS", operations / 3600 * factor)
+    monkeypatch.setattr(rows, "HOURS", flops / 3600 * factor)
     if factor > 1:
       dedup.most_alike(np.float32(x), pool.ids, 3, 0)
     else:

@@ -193,13 +193,13 @@ GOOD = {
   "choices": dict(prompt="2+2=", first="5", second="4", choice="B"),
   "explicit_pairs": dict(prompt="2+2=", chosen="4", rejected="5"),
   "implicit_pairs": dict(chosen=HH + " I think", rejected=HH + " I thought"),
-  "thumbs": dict(prompt="2+2=", completion="4", label=True),
+  "unpaired": dict(prompt="2+2=", completion="4", label=True),
   "chat_pairs": dict(
     prompt=ASK,
     chosen=[turn("assistant", "So")],
     rejected=[turn("assistant", "No")],
   ),
-  "chat_thumbs": dict(messages=ASK + [turn("assistant", "So")], label=False),
+  "chat_unpaired": dict(messages=ASK + [turn("assistant", "So")], label=False),
   "scored_answers": dict(prompt="Hi", answers=["good", "bad"], scores=[2, 1.5]),
 } | {name: row for name, (row, _) in LAYOUTS.items()}
 
@@ -285,9 +285,9 @@ def test_a_spoilt_field_is_refused_and_never_crashes(name, value):
     # A whole dialogue needs no prompt; names, scores and extras need not be.
     assert field in {
       "chat_pairs": ("prompt",),
-      "thumbs": ("label",),
+      "unpaired": ("label",),
       "halos_binary": ("label",),
-      "chat_thumbs": ("label",),
+      "chat_unpaired": ("label",),
       "shp": ("score_A", "score_B", "labels"),
       "pku_saferlhf": ("safer_response_id", "better_response_id"),
       "helpsteer2": ("preference_strength",),
@@ -326,7 +326,7 @@ def test_chat_renders_the_same_text_as_the_dialogue():
   )
   system = turn("system", "Be brief.")
   fresh = converted(
-    "chat_thumbs",
+    "chat_unpaired",
     dict(messages=[system] + ASK + [turn("assistant", "So")], label=1),
   )
   assert fresh == dict(
@@ -397,7 +397,7 @@ def test_all_the_ways_to_write_a_chat_pair_agree():
     dict(completion=ASK + [yes], label=0),
     dict(messages=ASK + [yes], label=0),
   ):
-    assert converted("chat_thumbs", row) == dict(
+    assert converted("chat_unpaired", row) == dict(
       prompt=HH, completion=" So", label=False, group="Hi", turns=ASK
     )
 
@@ -692,11 +692,11 @@ def test_a_rule_says_what_codes_mean():
   ],
 )
 def test_labels(label, want):
-  row = dict(GOOD["thumbs"], label=label)
+  row = dict(GOOD["unpaired"], label=label)
   if want is None:
-    assert refused("thumbs", row) in ("bad label", "asked")
+    assert refused("unpaired", row) in ("bad label", "asked")
   else:
-    assert converted("thumbs", row)["label"] is want
+    assert converted("unpaired", row)["label"] is want
 
 
 def test_an_unknown_shape_lists_what_was_found_and_what_each_schema_wants():

@@ -244,7 +244,7 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
   assert len(shards(work)) == 10
   for name, x in wanted.items():
     np.testing.assert_array_equal(stores.read(whole, name), x)
-  card = json.loads((work / "shared/embed/cards/embed.json").read_text())
+  card = json.loads((work / "shared/embed/records/embed.json").read_text())
   assert "store/embedding/00009.npy" in card["outputs"]
   flipped = whole / "logp/00007.npy"
   data = bytearray(flipped.read_bytes())
@@ -265,7 +265,7 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
   np.testing.assert_array_equal(
     stores.read(whole, "embedding"), rounded(wanted["embedding"])
   )
-  assert artifacts.read_card(work / "shared/embed", "embed").finished
+  assert artifacts.read_record(work / "shared/embed", "embed").finished
 
 
 OWN = (

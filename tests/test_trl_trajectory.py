@@ -158,7 +158,7 @@ def dpo(trl, mesh, folder, m, params, tok, pool, **how):
 
 
 def kto(trl, mesh, folder, m, params, tok, pool, **how):
-  """The same of thumbs, with TRL's choice of mismatched answers: the row
+  """The same of unpaired rows, with TRL's choice of mismatched answers: the row
   before, in the batch. A mismatched row that no context holds is refused by
   neither side, so the context must have room."""
   n = len(pool)

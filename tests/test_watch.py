@@ -215,7 +215,6 @@ def everything(mesh, folder, killed_at=None, **changes):
   fed.batch_at = at
   options = test_loop.options_of(
     folder,
-    background=True,
     keep=3,
     explode=50.0,
     evaluations=dict(held_out=measure_of()),
@@ -363,7 +362,7 @@ def test_an_exploding_loss_stops_with_its_rows(alone, tmp_path):
     return loop.fit(state, step, fed, options)
 
   with pytest.raises(NumericError) as caught:
-    run(tmp_path / "a", explode=4.0, background=True)
+    run(tmp_path / "a", explode=4.0)
   text = str(caught.value)
   assert "at step 13 is over " in text and "train.explode=4 times" in text
   assert "nothing after step 13 is saved" in text
@@ -565,13 +564,13 @@ def test_drift_and_lengths_are_sums_and_counts():
     "lengths/rejected": [4, 2],
   }
   first = lambda x: Logps(x.sum[:, 1:], x.count[:, 1:])
-  thumbs = {
+  unpaired = {
     n: x.tolist()
     for n, x in sums_and_counts(
       common_metrics(first(policy), first(ref), jnp.array([False, True]), True)
     ).items()
   }
-  assert thumbs == {
+  assert unpaired == {
     "drift/chosen": [0, 1],
     "drift/rejected": [-2, 1],
     "lengths/chosen": [1, 1],
@@ -649,15 +648,15 @@ def test_knobs_that_cannot_work_are_named(changes, words):
   assert words in str(caught.value)
 
 
-def test_what_is_off_is_on_no_card():
+def test_what_is_off_is_on_no_record():
   from configs import common
   from jaxalign.artifacts import pick
 
   c = common.base()
-  idle = {"keep", "async_save", "trackers", "explode", "peak", "ref_mix"}
+  idle = {"keep", "trackers", "explode", "ref_mix"}
   idle |= {"eval_sets", "eval_rows", "eval_prompts"}
   old = {f"train.{n}" for n in c.train if n not in idle}
-  assert set(watched.card_fields(c.train, pick(c, "train"))) == old
+  assert set(watched.record_fields(c.train, pick(c, "train"))) == old
   assert watched.reads(c.train) == ()
   c.train.update(best="generations/kl", eval_sets=("generations",))
   assert watched.reads(c.train) == ()  # never measured
@@ -666,11 +665,11 @@ def test_what_is_off_is_on_no_card():
   c.train.update(best="held_out/loss", eval_sets=("held_out", "generations"))
   assert watched.reads(c.train) == ()
   c.train.update(best="", eval_sets=("held_out",), eval_every=0)
-  c.train.update(keep=5, async_save=True, trackers=("wandb",), explode=9.0)
-  assert set(watched.card_fields(c.train, pick(c, "train"))) == old
+  c.train.update(keep=5, trackers=("wandb",), explode=9.0)
+  assert set(watched.record_fields(c.train, pick(c, "train"))) == old
   c.train.update(
     ema=0.9, reference="online", ref_sync=4, eval_every=2, best="rest/loss"
   )
-  more = set(watched.card_fields(c.train, pick(c, "train"))) - old
+  more = set(watched.record_fields(c.train, pick(c, "train"))) - old
   more = {x.split(".")[1] for x in more}
   assert more == {"ref_mix", "eval_sets", "eval_rows", "eval_prompts"}

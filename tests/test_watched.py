@@ -64,7 +64,7 @@ def job_of(mesh, loss="dpo", label=LABEL):
   job.model = job.policy = MODEL
   job.reference = params_of(mesh, 0)
   rows = pools.pairs_of_tokens(np.random.default_rng(1), N, 16, (2, 6), (1, 6))
-  if job.kind == "thumbs":
+  if job.kind == "unpaired":
     rows = tokens_lib.take(rows, np.arange(N) * 2)
   columns = dict(id=[f"r{i}" for i in range(N)], label=label)
   job.tokens = lambda split: rows
@@ -137,7 +137,7 @@ def test_pairs_are_measured_with_ties_apart(alone):
     assert found[name] == pytest.approx(value, abs=1e-4), name
 
 
-def test_thumbs_are_every_liked_answer_beside_every_disliked_one(alone):
+def test_unpaired_are_every_liked_answer_beside_every_disliked_one(alone):
   job = job_of(alone, "kto")
   policy = params_of(alone, 3)
   found, r = answers_of(job).of(policy), ratios(job, policy)[:, 0]
@@ -155,8 +155,8 @@ def test_thumbs_are_every_liked_answer_beside_every_disliked_one(alone):
   assert found["chosen_drift"] == pytest.approx(np.mean(up), abs=1e-4)
 
 
-def test_held_out_pairs_of_thumbs_are_pairs(alone):
-  """A pool's pairs are split for a loss of thumbs, the held-out ones are not;
+def test_held_out_pairs_of_unpaired_are_pairs(alone):
+  """A pool's pairs are split for a loss of unpaired, the held-out ones are not;
   the loss is that of both answers by themselves."""
   job, pairs = job_of(alone, "apo_zero_unpaired"), job_of(alone)
   job.tokens, job.column = (
@@ -316,14 +316,14 @@ def test_a_job_that_watches_everything(tmp_path, config):
   known = watched.measured(c)
   for name in watched.SETS:
     have = {n.split("/")[2] for n in found[0] if n.startswith(f"eval/{name}/")}
-    assert have - {"operations"} == set(known[name])
+    assert have - {"flops"} == set(known[name])
   # The best weights hang on how answers are written.
-  fields = artifacts.read_card(arm, "align").fields
+  fields = artifacts.read_record(arm, "align").fields
   assert fields["eval.temperature"] == 1.0 and fields["eval.new_tokens"] == 8
   refused = jobs.run(tmp_path, *flags, "eval.temperature=0.5", config=config)
   assert refused.code == 64 and "eval.temperature was 1.0" in refused.err
   # Training, with the reference's passes; and what watching took.
-  card = artifacts.read_card(arm, "align")
+  card = artifacts.read_record(arm, "align")
   job = Job(common.base("tiny"), None, tmp_path)
   if "kto" in config:
     job.c = c
@@ -343,10 +343,10 @@ def test_a_job_that_watches_everything(tmp_path, config):
     other = feed.make_mismatched(rows, batching, updates)
     rows = rows._replace(mismatched=feed.MismatchedRows(other, None))
   train, _ = feed.training_cost(m, rows, batching, updates, online=True)
-  said = round(sum(x["eval/generations/operations"] for x in found))
+  said = round(sum(x["eval/generations/flops"] for x in found))
   lengths = tokens_lib.lengths(tokens)
   held = tokens_lib.lengths(job.tokens("held_out"))
-  of = lambda sizes: sum(decoder.operations(m, int(n)) for n in sizes)
+  of = lambda sizes: sum(decoder.flops(m, int(n)) for n in sizes)
   place = np.array([place[n] for n in ids])
   kept = np.sort(place)[:24]
   rest = np.setdiff1d(np.arange(len(lengths) // each), place)[:24]
@@ -355,13 +355,11 @@ def test_a_job_that_watches_everything(tmp_path, config):
     for x in (kept, rest)
   )
   assert card.result["evaluating"] == said + 3 * scored
-  assert card.cost.operations == train + said + 3 * scored
+  assert card.cost.flops == train + said + 3 * scored
   assert said > 0
   # The plan says about as much of the whole stage.
   ledger = json.loads((tmp_path / "summary.json").read_text())["ledger"]
   (line,) = [x for x in ledger["stages"] if x["stage"] == "align"]
-  assert line["predicted_operations"] == pytest.approx(
-    line["operations"], rel=0.2
-  )
+  assert line["predicted_flops"] == pytest.approx(line["flops"], rel=0.2)
   # What an arm costs beside another is without its evaluations.
   assert ledger["arms"][arm.name]["align"] == train

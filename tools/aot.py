@@ -53,6 +53,7 @@ from jaxalign.train.batch import Batch, Logps, MismatchedBatch
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, find
 from jaxalign.train.statistics import init_statistics
+from jaxalign.train.trainer import ALLORA_ETA
 from tools.aot_text import (
   collectives,
   compile_lowered,
@@ -172,7 +173,7 @@ def abstract_batch(
   sums = array(jnp.float32, *shape)
   prefix = sums if "common_prefix" in getattr(loss, "extras", ()) else None
   ref, columns, label, other = Logps(sums, sums, prefix), {}, None, None
-  if loss.kind == "thumbs":
+  if loss.kind == "unpaired":
     label = array(jnp.bool_, *shape[:2])
   if "weights" in loss.stats:
     columns["weights"] = array(jnp.float32, *shape[:2])
@@ -251,7 +252,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
     name=c.train.optimizer,
   )
   if m.lora and m.lora.variant == "allora":
-    tx = optim.allora(tx, c.lora.eta)
+    tx = optim.allora(tx, ALLORA_ETA)
   return m, dict(
     loss=loss_of(c),
     tx=tx,

@@ -5,7 +5,7 @@ r"""Compiles the mixture for TPUs that are not there, and predicts its time.
 
 One EM iteration of two full Gaussians over a reservoir of 10^7 rows, and one
 scoring pass of 10^9 rows that come in tiles of bfloat16, both 4,096 wide.
-Needs libtpu (the aot extra) and no TPU. The time is the larger of operations
+Needs libtpu (the aot extra) and no TPU. The time is the larger of flops
 over the peak and of bytes over the memory's rate: predicted, not measured.
 """
 
@@ -79,19 +79,19 @@ def compiled_scoring(mesh, tile, width):
   )
 
 
-def line(name, compiled, chips, kind, operations, moved, steps, said):
-  """A row of the table: memory, operations and the roofline of a chip."""
+def line(name, compiled, chips, kind, flops, moved, steps, said):
+  """A row of the table: memory, flops and the roofline of a chip."""
   flops, rate, memory = CHIPS[kind]
   held = compiled.memory_analysis()
   arguments = held.argument_size_in_bytes
   temporaries = held.temp_size_in_bytes
   counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-  compute = PASSES * operations / chips / flops * steps
+  compute = PASSES * flops / chips / flops * steps
   memory_time = moved / chips / rate * steps
   print(
     f"| {name} | {arguments / 2**20:,.0f} | {temporaries / 2**20:,.0f} | "
     f"{100 * (arguments + temporaries) / memory:.0f} % | "
-    f"{operations * steps:.2e} | {counted:.2e} ({said}) | "
+    f"{flops * steps:.2e} | {counted:.2e} ({said}) | "
     f"{max(compute, memory_time):,.2f} s "
     f"({'products' if compute > memory_time else 'memory'}) |",
     flush=True,
@@ -125,7 +125,7 @@ def main(argv):
     f"{args.topology}, {chips} chips, libtpu; {width} wide, K = 2, full; "
     f"float32 products of {PASSES} bfloat16 passes\n\n"
     "| what | arguments, MiB a chip | temporaries | of its memory | "
-    "operations, all chips, by hand | the compiler's count, one chip | "
+    "flops, all chips, by hand | the compiler's count, one chip | "
     "predicted time |\n|---|---|---|---|---|---|---|"
   )
   with jax.set_mesh(mesh):
@@ -136,7 +136,7 @@ def main(argv):
       compiled,
       chips,
       kind,
-      em.operations(args.reservoir, width, 2, "full"),
+      em.flops(args.reservoir, width, 2, "full"),
       # Rows are read for two products and a Gram; sums once a chunk.
       4 * padded * width * 6
       + exact.chunk_count(args.reservoir) * width**2 * 4 * 5,

@@ -88,7 +88,6 @@ def seeds(args) -> None:
         f"--workdir={folder}",
         f"--config.seed={seed}",
         f"--config.data.seed={seed}",
-        f"--config.sft.seed={seed}",
       )
       summary = json.loads((pathlib.Path(folder) / "summary.json").read_text())
     sft = summary["baseline"]["win_vs_target"]["value"]

@@ -147,7 +147,7 @@ def mixture(args) -> None:
     return wall, cpu, peer
 
   peak = _peak(mesh)
-  work = em.operations(n, width, 2, "full")
+  work = em.flops(n, width, 2, "full")
   seen, steps = [], args.sweeps or sweeps
   for turn in range(args.count):
     high = peak()
@@ -194,7 +194,7 @@ def mixture(args) -> None:
   print(
     f"| share of the float32 peak ({mid(lambda s: s[8]):.0f} GFLOP/s) | "
     f"{100 * mid(lambda s: s[6]):.0f} % | {100 * mid(lambda s: s[7]):.0f} "
-    f"% | {work:.2e} operations | 60 % |"
+    f"% | {work:.2e} flops | 60 % |"
   )
 
   # What they found, after the same iterations and at the same parameters.

@@ -27,7 +27,7 @@ largest true margins. The cases differ from "clean" in one thing:
   small         500 pairs in all, 25 % of labels turned around
   other         25 % of labels turned around; embeddings and residuals are of
                 another model, one that was never trained
-  thumbs        25 % of labels turned around, then single rows with thumbs
+  unpaired      25 % of labels turned around, then single rows
 
 Where crossfit has a keyword against a case it is run with and without, and
 the two that ask for no column also where nothing is wrong: orthogonal=length;
@@ -36,7 +36,7 @@ slices=source or topic; and copies=None, without what "auto" does by default.
 
 Of what is kept: the share whose label disagrees with the true reward (of the
 row's own source or topic; a thumb is wrong where a pair would be), the share
-of junk, tokens by which the chosen answer is longer (of thumbs: than a
+of junk, tokens by which the chosen answer is longer (of unpaired rows: than a
 disliked one), how much oftener the favoured opener is in the chosen answer
 than in the rejected, the share of the minority. No policy is trained: this
 says what is kept, not what it is worth. crossfit reads every label: it saves
@@ -75,7 +75,7 @@ from jaxalign.select import pool as pools  # noqa: E402
 from jaxalign.select.samplers import combine  # noqa: E402
 
 SMALL = 500
-FLIPS = ("flips", "small", "other", "thumbs")
+FLIPS = ("flips", "small", "other", "unpaired")
 ARMS = "random;external_margin;crossfit_lite;crossfit"
 MENDS = dict(
   clean=("orthogonal=length", "copies=None"),  # what they cost
@@ -258,7 +258,7 @@ def pool_of(case: Case, name: str, texts: dict, columns: dict) -> tuple:
     table["topic"] = case.topic
   table["style"] = style  # for who suspects that word
   table["reward"] = case.truth
-  if name == "thumbs":
+  if name == "unpaired":
     two = lambda x: np.repeat(x, 2, axis=0)
     table = {
       k: two(v) if v.ndim == 1 else v.reshape(2 * n, 1, *v.shape[2:])
@@ -305,7 +305,7 @@ def measured(pool: pools.Pool, facts: dict, rows: np.ndarray) -> dict:
 def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
   """A line for each case and arm."""
   c = common.base()
-  c.data.seed = c.sft.seed = seed
+  c.data.seed = seed
   c.data.world.pool_rows = args.rows
   c.sft.updates = c.sft.save_every = args.updates
   arms = args.arms.split(";")
@@ -346,7 +346,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
       ]
       for arm in tried:
         sampler = combine.named(arm)
-        if sampler.pairs and name == "thumbs":
+        if sampler.pairs and name == "unpaired":
           continue
         start = time.monotonic()
         found = sampler(seed, pool, n // 10)
@@ -370,7 +370,7 @@ def main() -> None:
     "--cases",
     default="clean,flips,junk,length,opener,"
     "minority,unnamed,topics,junk_fixed,junk_copies,xor,"
-    "small,other,thumbs",
+    "small,other,unpaired rows",
   )
   parser.add_argument(
     "--arms", default=ARMS, help="samplers, with ; between them"

@@ -48,7 +48,7 @@ CONDITIONS = {
 def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
   """Shares of the whole pool and of what each sampler keeps, by its name."""
   c = common.base()
-  c.data.seed = c.sft.seed = seed
+  c.data.seed = seed
   c.data.world.update(pool_rows=args.rows, **knobs)
   c.sft.updates = c.sft.save_every = args.updates
   mesh = sharding.make_mesh(c.mesh, jax.devices())

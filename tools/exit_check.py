@@ -114,8 +114,6 @@ def end(
       "model.layers=1",
       "model.width=32",
       "model.heads=2",
-      "model.kv_heads=2",
-      "model.head_size=16",
       "model.ff=64",
       "train.batch_size=8",
     )

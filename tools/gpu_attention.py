@@ -187,12 +187,12 @@ def attention_section(section, mesh) -> None:
         "forward and backward" if backward else "forward",
         who,
         seconds,
-        operations=causal * (3 if backward else 1),
+        flops=causal * (3 if backward else 1),
       )
   if peer:
     release(peer)
   section.note(
-    "operations: the causal half, with three segments too (which "
+    "flops: the causal half, with three segments too (which "
     "need less); backward twice forward: the scores, which "
     "flash attention computes again, are not counted again"
   )

@@ -41,7 +41,7 @@ def forward_section(section, mesh) -> None:
   peaks_of(section, "bfloat16")
   rows = 2 if TOY else 8
   settle(section, rows)
-  operations = rows * measure.useful(MODEL, LENGTH)
+  flops = rows * measure.useful(MODEL, LENGTH)
   bare = rows * measure.useful(MODEL, LENGTH, 0)
   weights = decoder.init(jax.random.key(0), MODEL, mesh)
   tokens = tokens_of(mesh, (rows, 1))
@@ -79,17 +79,11 @@ def forward_section(section, mesh) -> None:
     return lambda: run(half, tokens[:, 0])
 
   ours = {
-    f"{OURS}, bfloat16 weights": (
-      lambda: logps(MODEL, half, CHUNK),
-      operations,
-    ),
-    f"{OURS}, float32 weights": (
-      lambda: logps(MODEL, weights, CHUNK),
-      operations,
-    ),
+    f"{OURS}, bfloat16 weights": (lambda: logps(MODEL, half, CHUNK), flops),
+    f"{OURS}, float32 weights": (lambda: logps(MODEL, weights, CHUNK), flops),
     f"{OURS}, head in chunks of {CHUNK // 8}": (
       lambda: logps(MODEL, half, CHUNK // 8),
-      operations,
+      flops,
     ),
     f"{OURS}, without the head": (hidden, bare),
   }
@@ -124,7 +118,7 @@ def forward_section(section, mesh) -> None:
         name,
         seconds,
         tokens=rows * LENGTH,
-        operations=counts.get(name, operations),
+        flops=counts.get(name, flops),
       )
   if not section.rows:  # nobody to take turns with
     for name, seconds in measure.alternate(sides, REPEATS).items():
@@ -133,7 +127,7 @@ def forward_section(section, mesh) -> None:
         name,
         seconds,
         tokens=rows * LENGTH,
-        operations=counts[name],
+        flops=counts[name],
       )
   if peer:
     release(peer)
@@ -165,7 +159,7 @@ class Step:
       logps_fn, bind(LOSSES[loss], loss, {}), tx
     )
     self.state = steps.init_state(params, tx)
-    self.operations = 3 * rows * responses * measure.useful(self.m, LENGTH)
+    self.flops = 3 * rows * responses * measure.useful(self.m, LENGTH)
     self.tokens = rows * responses * LENGTH
     self.first = divide(jax.device_get(self()))
 
@@ -181,9 +175,7 @@ def try_step(section, mesh, what: str, *args, repeats: int = 2):
     step = Step(mesh, *args)
     side = measure.clock(step, CALLS)
     seconds = [side() for _ in range(repeats)]
-    section.add(
-      what, OURS, seconds, operations=step.operations, tokens=step.tokens
-    )
+    section.add(what, OURS, seconds, flops=step.flops, tokens=step.tokens)
     return min(seconds), step
 
   return section.attempt(what, run)
@@ -227,7 +219,7 @@ def train_section(section, mesh) -> None:
   settle(section, rows)
   section.note(
     "train step: make_train_step with the sft loss, float32 state "
-    "donated, clip and AdamW inside; useful operations 3 x forward"
+    "donated, clip and AdamW inside; useful flops 3 x forward"
   )
   best = variants(section, mesh, "sft", rows)
   if best is None:
@@ -286,7 +278,7 @@ def train_section(section, mesh) -> None:
         f"train step, {int(share * rows)} rows",
         name,
         seconds,
-        operations=int(share * step.operations),
+        flops=int(share * step.flops),
         tokens=int(share * step.tokens),
       )
   if peer:
@@ -338,7 +330,7 @@ def dpo_section(section, mesh) -> None:
           f"dpo step, {pairs} pairs",
           f"TRL {theirs['trl']}",
           theirs["seconds"],
-          operations=count[0],
+          flops=count[0],
           tokens=count[1],
         )
       except RuntimeError as error:

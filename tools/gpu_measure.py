@@ -1,8 +1,8 @@
-"""Clocks, peaks, operations and tables of tools/gpu.py.
+"""Clocks, peaks, flops and tables of tools/gpu.py.
 
 A figure is the median of several repeats with their range; each repeat runs a
 few calls and waits for the last. Compiling and a first call lie outside the
-clock. "Useful" operations are those the mathematics needs: causal attention is
+clock. "Useful" flops are those the mathematics needs: causal attention is
 counted as the half that is not masked, the head is counted on every position,
 the embedding lookup is not, and nothing that is recomputed counts.
 """
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from jaxalign.model import decoder
 
-# Published dense peaks, operations a second: (bfloat16 on the matrix units,
+# Published dense peaks, flops a second: (bfloat16 on the matrix units,
 # float32 without them), by the start of the card's name, longest first.
 PEAKS = {
   "NVIDIA H100 PCIe": (756e12, 51e12),
@@ -50,13 +50,13 @@ def published(kind: str) -> tuple[float | None, float | None]:
 def useful(
   m: decoder.ModelConfig, length: int, logit_rows: int | None = None
 ) -> int:
-  """Useful operations of one forward pass over one row, see the docstring.
+  """Useful flops of one forward pass over one row, see the docstring.
 
-  `decoder.operations` counts the full square of attention, 4 H C L^2 a layer;
+  `decoder.flops` counts the full square of attention, 4 H C L^2 a layer;
   causal needs L (L + 1) / 2 of the L^2 products of a query and a key.
   """
   masked = 2 * m.heads * m.head_size * length * (length - 1)
-  return decoder.operations(m, length, logit_rows) - m.layers * masked
+  return decoder.flops(m, length, logit_rows) - m.layers * masked
 
 
 # Time.
@@ -208,7 +208,7 @@ class Section:
   """Rows, notes and failures of one section; written to a file as they come.
 
   Attributes:
-    name: of the section. peaks: "published" and "measured" operations a
+    name: of the section. peaks: "published" and "measured" flops a
     second that the rows' fractions are of.
   """
 
@@ -230,11 +230,11 @@ class Section:
     who: str,
     seconds: list[float],
     *,
-    operations: float = 0,
+    flops: float = 0,
     tokens: int = 0,
     **more: Any,
   ) -> dict:
-    """One row; `operations` and `tokens` are of the one call timed."""
+    """One row; `flops` and `tokens` are of the one call timed."""
     middle = statistics.median(seconds)
     row = dict(
       what=what,
@@ -243,12 +243,12 @@ class Section:
       low=min(seconds),
       high=max(seconds),
       repeats=len(seconds),
-      operations=operations,
+      flops=flops,
       tokens=tokens,
       **more,
     )
     for name, peak in self.peaks.items():
-      row[f"of_{name}"] = operations / middle / peak if peak else None
+      row[f"of_{name}"] = flops / middle / peak if peak else None
     self.rows.append(row)
     self.save()
     if len(self.rows) == 1:
@@ -300,10 +300,10 @@ def as_line(row: dict[str, Any]) -> str:
 
   def share(name):
     value = row.get(f"of_{name}")
-    return f"{100 * value:.1f} %" if value and row["operations"] else "-"
+    return f"{100 * value:.1f} %" if value and row["flops"] else "-"
 
   ms = [1e3 * row[n] for n in ("seconds", "low", "high")]
-  rate = row["operations"] / row["seconds"] / 1e12
+  rate = row["flops"] / row["seconds"] / 1e12
   return (
     f"| {row['what']} | {row['who']} | {ms[0]:.3f} ({ms[1]:.3f} to "
     f"{ms[2]:.3f}; {row['repeats']}) | {f'{rate:.2f}' if rate else '-'} "

@@ -81,7 +81,7 @@ def pieces(section, mesh, rows: int, chunk: int) -> None:
       ),
     ),
   }
-  for name, (run, times, operations, args) in parts.items():
+  for name, (run, times, flops, args) in parts.items():
     side = section.attempt(
       name, lambda: measure.clock(lambda: run(*args), CALLS)
     )
@@ -91,7 +91,7 @@ def pieces(section, mesh, rows: int, chunk: int) -> None:
         f"{name}, {times} x forward and backward",
         OURS,
         seconds,
-        operations=times * operations,
+        flops=times * flops,
       )
   del parts, x
 

@@ -31,7 +31,7 @@ def mixture_section(section, mesh) -> None:
   x[: n // 2, :8] += 3.0
   space = spaces.Space(np.zeros(width), np.eye(width), np.ones(width), 1.0, x)
   ridge = 1e-4
-  operations = em.operations(n, width, k, "full")
+  flops = em.flops(n, width, k, "full")
 
   def iterations():
     state = gaussians.State(
@@ -56,7 +56,7 @@ def mixture_section(section, mesh) -> None:
       "in float64 on the host)",
       OURS,
       seconds,
-      operations=operations,
+      flops=flops,
     )
 
   section.attempt("iteration", iterations)
@@ -73,7 +73,7 @@ def mixture_section(section, mesh) -> None:
       "fit, one start, two sweeps, whole (k-means too)",
       OURS,
       [time.perf_counter() - start],
-      operations=2 * operations,
+      flops=2 * flops,
     )
     section.note(
       f"bound per row {found.trace[0]:.3f}, then {found.trace[1]:.3f}"
@@ -92,12 +92,12 @@ def mixture_section(section, mesh) -> None:
       "device; eigenvectors and float64 projection on the host)",
       OURS,
       [time.perf_counter() - start],
-      operations=2 * n * width**2,
+      flops=2 * n * width**2,
     )
 
   section.attempt("reduction", reduce)
   section.note(
-    f"operations of a sweep: {operations:.3e}, K {k}, n {n}, P "
+    f"flops of a sweep: {flops:.3e}, K {k}, n {n}, P "
     f"{width}: the products with the rows for both distances, "
     "and the upper triangle of one weighted Gram"
   )
@@ -165,7 +165,7 @@ def embed_section(section, mesh) -> None:
           np.ones(len(lengths), np.int32),
           np.zeros(len(lengths), np.int32),
         )
-        operations = sum(
+        flops = sum(
           measure.useful(MODEL, int(n), None if logit_rows is None else 0)
           for n in lengths
         )
@@ -179,7 +179,7 @@ def embed_section(section, mesh) -> None:
           f"{what}, {len(lengths)} {name}",
           OURS,
           seconds,
-          operations=operations,
+          flops=flops,
           tokens=int(offsets[-1]),
         )
 

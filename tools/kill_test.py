@@ -49,7 +49,7 @@ def outcome(workdir: str | os.PathLike) -> dict[str, str]:
       data = json.dumps(
         [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
       ).encode()
-    elif path.parent.name == "cards":
+    elif path.parent.name == "records":
       card = json.loads(data)
       card["cost"].pop("seconds"), card["cost"].pop("bytes")
       if card["stage"] == "select":  # memory as it was measured

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from jaxalign import artifacts, sharding
+from jaxalign.core import intervals
 from jaxalign.data import tokenizer as tokenizers
-from jaxalign.eval import intervals
 from jaxalign.model import decode, weights
 
 NAMES = (
@@ -180,7 +180,6 @@ def main() -> None:
       "--config.train.epochs=100",
       "--config.embed.tile=16",
       f"--config.eval.new_tokens={args.new}",
-      "--config.eval.tile=64",
     ],
     cwd=ROOT,
     check=True,

@@ -1,4 +1,4 @@
-"""The data stage: a source becomes splits, a tokenizer, tokens and a card."""
+"""The data stage: a source becomes splits, a tokenizer and tokens."""
 
 import ast
 import collections
@@ -35,8 +35,8 @@ class Rows(NamedTuple):
   """The rows of a config, split, before any of them is tokenized."""
 
   splits: dict[str, list[dict]]
-  card: dict[str, Any]
-  kind: str  # "pairs" or "thumbs"
+  summary: dict[str, Any]
+  kind: str  # "pairs" or "unpaired"
   refused: list[dict]
   where: Mapping[str, sources.Where] = {}  # id -> where a row stands
 
@@ -171,11 +171,11 @@ def _from_world(c: Any, folder: epath.Path) -> Rows:
     ]
     splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
     seen |= {r["prompt"] for r in splits[name]}
-  card = records.data_card(loaded["pool"], splits)
-  card |= dict(
+  summary = records.data_summary(loaded["pool"], splits)
+  summary |= dict(
     seen=sum(len(rows) for rows in made.values()), source="world", readings=[]
   )
-  return Rows(splits, card, "pairs", refused)
+  return Rows(splits, summary, "pairs", refused)
 
 
 def fractions(c: Any) -> dict[str, float]:
@@ -217,12 +217,14 @@ def _load(
     names,
     schema=c.data.schema,
     limit=most,
-    on_bad_rows=c.data.on_bad_rows,
+    on_bad_rows="skip" if c.data.max_bad_fraction else "error",
     max_bad_fraction=c.data.max_bad_fraction,
     fields=c.data.fields.to_dict(),
     answer_pairs=c.data.answer_pairs,
-    on_tied_scores=c.data.on_tied_scores,
-    on_contradicting_scores=c.data.on_contradicting_scores,
+    on_tied_scores="skip" if "tied" in c.data.skip else "keep",
+    on_contradicting_scores=(
+      "skip" if "contradicting" in c.data.skip else "keep"
+    ),
     choice=choice_of(c),
     caps=tuple(caps),
     weights=tuple(weights),
@@ -260,7 +262,7 @@ def read(c: Any, limit: int = 0) -> Rows:
     loaded = loaded._replace(seen=loaded.seen + found.seen)
   sft = []
   for row in splits["sft"]:
-    if loaded.kind == "thumbs" and not row["label"]:
+    if loaded.kind == "unpaired" and not row["label"]:
       continue  # a disliked answer is nothing to imitate
     answer = row["chosen" if loaded.kind == "pairs" else "completion"]
     sft.append(
@@ -272,8 +274,10 @@ def read(c: Any, limit: int = 0) -> Rows:
     )
   for row in splits["held_out"]:
     row["target"] = row.get("chosen") or row["completion"]
-  card = records.data_card(loaded._replace(readings=tuple(readings)), splits)
-  return Rows(splits | dict(sft=sft), card, loaded.kind, refused, where)
+  summary = records.data_summary(
+    loaded._replace(readings=tuple(readings)), splits
+  )
+  return Rows(splits | dict(sft=sft), summary, loaded.kind, refused, where)
 
 
 def _refusal(
@@ -296,7 +300,7 @@ def _refusal(
 
 
 def first_kind(c: Any) -> str:
-  """ "pairs" or "thumbs": what the first rows of the source are."""
+  """ "pairs" or "unpaired": what the first rows of the source are."""
   return "pairs" if is_world(c) else load(c, limit=20).kind
 
 
@@ -320,9 +324,9 @@ def _tokenizer(c: Any, splits: dict) -> Tokenizer:
   return Tokenizer.from_bytes(train(texts, c.model.vocab_size))
 
 
-def _as_thumbs(splits: dict) -> dict:
-  """Pool pairs become two thumbs each; held-out pairs stay pairs."""
-  return splits | dict(pool=records.pairs_to_thumbs(splits["pool"]))
+def _as_unpaired(splits: dict) -> dict:
+  """Pool pairs become two unpaired rows each; held-out pairs stay pairs."""
+  return splits | dict(pool=records.pairs_to_unpaired(splits["pool"]))
 
 
 def make(
@@ -333,9 +337,9 @@ def make(
   Args:
     c: the config.
     folder: gets sft, pool and held_out as parquet and as tokens, the
-      tokenizer, `rejected.jsonl` and `data_card.json`.
+      tokenizer, `rejected.jsonl` and `data_summary.json`.
     most: longest row that the model can take, in tokens.
-    wanted: "pairs" or "thumbs", what the loss compares.
+    wanted: "pairs" or "unpaired", what the loss compares.
     writes: false on all processes but the first.
 
   Raises:
@@ -345,21 +349,21 @@ def make(
     return [], artifacts.Cost(), {}
   world = is_world(c)
   try:
-    splits, card, kind, refused, where = (
+    splits, summary, kind, refused, where = (
       _from_world(c, folder) if world else read(c)
     )
   except records.TooManyRefused as error:
     raise _named(error, folder) from error
-  if kind == "thumbs" and wanted == "pairs":
+  if kind == "unpaired" and wanted == "pairs":
     raise DataError(
-      f"{card['source']} holds single answers with thumbs, but "
+      f"{summary['source']} holds single answers (unpaired), but "
       f"the loss {c.loss.name!r} compares two answers; set "
       "config.loss.name, to 'kto' for instance"
     )
-  if kind == "pairs" and wanted == "thumbs":
-    splits = _as_thumbs(splits)
+  if kind == "pairs" and wanted == "unpaired":
+    splits = _as_unpaired(splits)
     progress.say(
-      f"  pairs split into {len(splits['pool']):,} thumbs for {c.loss.name}"
+      f"  pairs split into {len(splits['pool']):,} answers for {c.loss.name}"
     )
   shares = fractions(c)
   needed = [
@@ -374,14 +378,14 @@ def make(
       hint = (
         ", and disliked answers are not imitated; more rows are needed, "
         "or set config.model.checkpoint"
-        if name == "sft" and kind == "thumbs"
+        if name == "sft" and kind == "unpaired"
         else "; more rows are needed, or set config.data.split"
       )
       raise DataError(
-        f"the {name} split of {card['source']} is empty "
-        f"({card['kept']} rows kept of {card['seen']}){hint}"
+        f"the {name} split of {summary['source']} is empty "
+        f"({summary['kept']} rows kept of {summary['seen']}){hint}"
       )
-  if wanted == "thumbs":
+  if wanted == "unpaired":
     labels = {r["label"] for r in splits["pool"]}
     if len(labels) == 1:
       progress.say(
@@ -418,12 +422,12 @@ def make(
       tokens_lib.save(folder, name, rows)
       splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
       if name == "pool":
-        card["tokens"] = _token_card(rows)
-        card["shown"] = reading.shown(tok, splits[name], rows)
+        summary["tokens"] = _token_card(rows)
+        summary["shown"] = reading.shown(tok, splits[name], rows)
     refused = refused + late
     _check_late(
       c,
-      card,
+      summary,
       late,
       refused,
       folder,
@@ -448,15 +452,15 @@ def make(
   counts = dict(
     sorted(collections.Counter(r["reason"] for r in refused).items())
   )
-  card |= dict(
+  summary |= dict(
     refused=len(refused),
-    kept=card["seen"] - len(refused),
+    kept=summary["seen"] - len(refused),
     refused_by_reason=counts,
     first_refused=_firsts(refused),
   )
   for name in SPLITS:
     tables.write_rows(folder / f"{name}.parquet", splits[name])
-  card |= dict(
+  summary |= dict(
     kind=wanted,
     source_kind=kind,
     truncation=truncation,
@@ -466,11 +470,11 @@ def make(
     template=words.said,
     warnings=words.warnings,
   )
-  artifacts.write_json(folder / "data_card.json", card)
+  artifacts.write_json(folder / "data_summary.json", summary)
   names = [
     p.name
     for p in folder.iterdir()
-    if p.name != "cards"
+    if p.name != "records"
     and ".tmp-" not in p.name
     and (world or not p.name.startswith("world_"))
   ]  # of a failed try
@@ -498,7 +502,7 @@ def _firsts(refused: list[dict]) -> dict[str, str]:
 
 def _check_late(
   c: Any,
-  card: dict,
+  summary: dict,
   late: list[dict],
   refused: list[dict],
   folder: epath.Path,
@@ -508,7 +512,7 @@ def _check_late(
   """Rows that a template or the context refused count as any others do.
 
   Args:
-    c, card, refused, folder: of the data stage.
+    c, summary, refused, folder: of the data stage.
     late: those of `refused` that were left out of the last `rows` rows.
     rows: of all splits; two for a pair that was split into single answers.
     fits: the context that keeps 99 % of them.
@@ -518,13 +522,13 @@ def _check_late(
   too_long = [r for r in late if r["reason"].endswith("too long")]
   first = (
     (too_long if c.data.too_long == "error" else [])
-    + (late if c.data.on_bad_rows == "error" else [])
+    + (late if not c.data.max_bad_fraction else [])
   )[:1]
   for row in first:
     knob = (
       "config.data.too_long"
-      if row in too_long and c.data.on_bad_rows != "error"
-      else "config.data.on_bad_rows"
+      if row in too_long and c.data.max_bad_fraction
+      else "config.data.max_bad_fraction"
     )
     raise DataError(
       f"{row['file']}:{row['line']}: id {row['id']}: "
@@ -532,7 +536,7 @@ def _check_late(
       f"{knob}"
     )
   counts = collections.Counter(r["reason"] for r in refused)
-  before = (len(refused) - len(late)) / card["seen"]
+  before = (len(refused) - len(late)) / summary["seen"]
   share = before + (1 - before) * len(late) / rows
   if share > c.data.max_bad_fraction and not is_world(c):
     one = late[0]
@@ -543,7 +547,7 @@ def _check_late(
     )
     raise _named(
       records.TooManyRefused(
-        f"{card['source']}: {share:.0%} of {card['seen']} rows refused, "
+        f"{summary['source']}: {share:.0%} of {summary['seen']} rows refused, "
         f"more than the share {c.data.max_bad_fraction} allowed: "
         f"{reading.counted(counts)}; {one['file']}:{one['line']}: "
         f"{one['reason']}: {one['detail']}; set config.data.max_bad_fraction, "
@@ -601,14 +605,16 @@ def peek(c: Any, most: int) -> tuple[Rows, list[str]]:
     raise ConfigError("the built-in world is not read from a file")
   found = read(c, PEEKED)
   splits = found.splits
-  card = found.card | dict(first_refused=_firsts(found.refused))
+  summary = found.summary | dict(first_refused=_firsts(found.refused))
   name = next((n for n in ("pool", "held_out", "sft") if splits[n]), "pool")
   few = splits[name][:TOKENIZED]
   tok = given_tokenizer(c)
   if tok is None:
-    card["template"] = "no template: rows are tokenized as the texts they are"
+    summary["template"] = (
+      "no template: rows are tokenized as the texts they are"
+    )
     names = ("id", "prompt", *reading.ANSWERS)
-    card["shown"] = [
+    summary["shown"] = [
       {k: row[k] for k in names if k in row} for row in few[: reading.SHOWN]
     ]
   else:
@@ -625,20 +631,20 @@ def peek(c: Any, most: int) -> tuple[Rows, list[str]]:
         history=bool(words.chat),
         special=words.special,
       )
-      card["template"] = words.said
+      summary["template"] = words.said
       late = [
         _refusal(few[i], why, name, found.where) for i, why in lost.items()
       ]
-      card["sample"] = dict(
+      summary["sample"] = dict(
         rows=len(few),
         fits=fits,
         first_refused=_firsts(late),
         refused_by_reason=collections.Counter(r["reason"] for r in late),
       )
-      card["shown"] = reading.shown(
+      summary["shown"] = reading.shown(
         tok, [r for i, r in enumerate(few) if i not in lost], rows
       )
-  return found, reading.lines(card)
+  return found, reading.lines(summary)
 
 
 def _token_card(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:

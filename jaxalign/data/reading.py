@@ -31,10 +31,10 @@ def shown(
   return out
 
 
-def lines(card: Mapping[str, Any]) -> list[str]:
+def lines(summary: Mapping[str, Any]) -> list[str]:
   """What a person should see of how rows were read, a line each."""
   lines = []
-  for one in card.get("readings", ()):
+  for one in summary.get("readings", ()):
     kept = (
       f"{one['gave']:,} rows kept of {one['seen']:,}"
       if one["gave"] <= one["seen"]
@@ -56,17 +56,17 @@ def lines(card: Mapping[str, Any]) -> list[str]:
     lines.append("  columns: " + "; ".join(told))
     if left:
       lines.append(f"  not read: {', '.join(left)}")
-  if card.get("refused") and card.get("readings"):
-    lines.append(f"refused: {card['refused']:,} of {card['seen']:,} rows")
-    lines += _reasons(card)
+  if summary.get("refused") and summary.get("readings"):
+    lines.append(f"refused: {summary['refused']:,} of {summary['seen']:,} rows")
+    lines += _reasons(summary)
   for name, text in (
     (
       "against_scores",
       "pairs whose rejected answer scores higher than the "
-      "chosen one (config.data.on_contradicting_scores='skip' leaves them "
+      "chosen one (config.data.skip=('contradicting',) leaves them "
       "out)",
     ),
-    ("tied_scores", "pairs with equal scores (config.data.on_tied_scores)"),
+    ("tied_scores", "pairs with equal scores (config.data.skip=('tied',))"),
     ("contradicted", "pairs whose reverse is there too: A over B and B over A"),
     (
       "shared_ids",
@@ -75,14 +75,14 @@ def lines(card: Mapping[str, Any]) -> list[str]:
     ("duplicates", "rows whose whole content an earlier one has"),
     ("left_out", "rows left out by config.data.caps and weights"),
   ):
-    if card.get(name):
-      first = card.get("against_at") if name == "against_scores" else ""
+    if summary.get(name):
+      first = summary.get("against_at") if name == "against_scores" else ""
       lines.append(
-        f"{card[name]:,} {text}" + (f"; first at {first}" if first else "")
+        f"{summary[name]:,} {text}" + (f"; first at {first}" if first else "")
       )
-  if card.get("readings") and card.get("template"):
-    lines.append(card["template"])
-  if sample := card.get("sample"):
+  if summary.get("readings") and summary.get("template"):
+    lines.append(summary["template"])
+  if sample := summary.get("sample"):
     lines.append(
       f"of the first {sample['rows']:,} rows, tokenized: "
       f"{sum(sample['refused_by_reason'].values()):,} refused; a "
@@ -90,7 +90,7 @@ def lines(card: Mapping[str, Any]) -> list[str]:
     )
     lines += _reasons(sample)
   for i, row in enumerate(
-    card.get("shown", ()) if card.get("readings") else (), 1
+    summary.get("shown", ()) if summary.get("readings") else (), 1
   ):
     lines.append(f"row {i}, id {row['id']}, as its tokens decode:")
     for name in ("prompt", *ANSWERS, "label"):
@@ -100,11 +100,11 @@ def lines(card: Mapping[str, Any]) -> list[str]:
   return lines
 
 
-def _reasons(card: Mapping[str, Any]) -> list[str]:
+def _reasons(summary: Mapping[str, Any]) -> list[str]:
   """A line for each reason, with where it was met first."""
   out = []
-  for reason, n in card["refused_by_reason"].items():
-    first = card.get("first_refused", {}).get(reason, "")
+  for reason, n in summary["refused_by_reason"].items():
+    first = summary.get("first_refused", {}).get(reason, "")
     out.append(f"  {n:,} {reason}" + (f": {first}" if first else ""))
   return out
 

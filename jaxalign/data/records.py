@@ -28,7 +28,7 @@ from jaxalign.data.schemas.messages import is_messages, unread_keys
 from jaxalign.data.schemas.pairs import ANSWER_PAIRS
 from jaxalign.data.schemas.rows import (
   convert_pair,
-  convert_thumbs,
+  convert_unpaired,
   flipped,
   is_read,
 )
@@ -65,7 +65,7 @@ class Reading(NamedTuple):
 class Loaded(NamedTuple):
   """What the sources held: seen == len(rows) + len(refused) + left_out."""
 
-  kind: str  # "pairs" or "thumbs"
+  kind: str  # "pairs" or "unpaired"
   schema: str
   rows: list[dict]  # by id: id, prompt, chosen, rejected | completion, label;
   #   group; where there are any turns, answers, tools, margin, source
@@ -169,7 +169,7 @@ def load(
             raise Refused("tied scores", "")
           if margin < 0 and on_contradicting_scores == "skip":
             raise Refused("scores against the label", f"margin {margin:g}")
-        its_kind = "pairs" if "chosen" in fresh else "thumbs"
+        its_kind = "pairs" if "chosen" in fresh else "unpaired"
         kind = kind or its_kind
         if its_kind != kind:
           raise Refused("mixed kinds", f"{its_kind} among {kind}")
@@ -438,7 +438,7 @@ def _type_of(value: Any) -> str:
 def _at_once(where: Where, own: str | None, error: Refused) -> DataError:
   return DataError(
     f"{_at(where)}: id {own or '(none)'}: {error}; repair the "
-    "row, or set config.data.on_bad_rows='skip'"
+    "row, or set config.data.max_bad_fraction"
   )
 
 
@@ -509,7 +509,7 @@ def _own_row(fresh: dict) -> dict[str, Any]:
     fresh["prompt"], fresh["rejected"]
     made = convert_pair(fresh)
   else:
-    made = convert_thumbs(fresh | dict(label=bool(fresh["label"]))).make(
+    made = convert_unpaired(fresh | dict(label=bool(fresh["label"]))).make(
       "liked" if fresh["label"] else "disliked"
     )
   return made | {k: str(fresh[k]) for k in ("id",) if fresh.get(k)}
@@ -612,8 +612,8 @@ def split(
   return parts
 
 
-def pairs_to_thumbs(rows: Iterable[dict]) -> list[dict]:
-  """Each pair as two thumbs rows: chosen liked, rejected disliked."""
+def pairs_to_unpaired(rows: Iterable[dict]) -> list[dict]:
+  """Each pair as two unpaired rows: chosen liked, rejected disliked."""
   return sorted(
     (
       dict(
@@ -636,7 +636,7 @@ def pairs_to_thumbs(rows: Iterable[dict]) -> list[dict]:
   )
 
 
-def data_card(
+def data_summary(
   loaded: Loaded, splits: Mapping[str, list[dict]]
 ) -> dict[str, Any]:
   """What was read and kept, as JSON: counts, lengths, refusals, splits."""
@@ -647,7 +647,7 @@ def data_card(
     prompt=[len(row["prompt"]) for row in loaded.rows],
     response=[len(row[side]) for row in loaded.rows for side in responses],
   )
-  card = dict(
+  summary = dict(
     source=loaded.source,
     kind=loaded.kind,
     schema=loaded.schema,
@@ -660,21 +660,21 @@ def data_card(
     rows_by_split={name: len(rows) for name, rows in splits.items()},
     characters={name: _quantiles(values) for name, values in lengths.items()},
   )
-  card |= dict(
+  summary |= dict(
     readings=[r._asdict() for r in loaded.readings],
     contradicted=loaded.contradicted,
     shared_ids=loaded.shared_ids,
     left_out=loaded.left_out,
   )
   if any(row.get("margin") is not None for row in loaded.rows):
-    card |= dict(
+    summary |= dict(
       tied_scores=loaded.tied,
       against_scores=loaded.against,
       against_at=loaded.against_at,
     )
-  if loaded.kind == "thumbs":
-    card["liked"] = sum(row["label"] for row in loaded.rows)
-  return card
+  if loaded.kind == "unpaired":
+    summary["liked"] = sum(row["label"] for row in loaded.rows)
+  return summary
 
 
 def _quantiles(values: list[int]) -> dict[str, float]:

@@ -22,17 +22,21 @@ from jaxalign.errors import ConfigError
 MALFORMED = -5.0
 _LEAST = dict(
   topics=1,
-  clusters=1,
   arguments=1,
   argument_words=2,
-  openers=1,
-  closers=1,
-  fillers=1,
-  forms=1,
   sft_rows=0,
   pool_rows=1,
   held_out_rows=1,
-  temperature=1e-6,
+)
+# What no config sets; an experiment of its own may, see `build`.
+_FIXED = dict(
+  clusters=8,
+  openers=8,
+  closers=6,
+  fillers=4,
+  forms=12,
+  corrupt=0.25,  # chance that a candidate gets an argument wrong
+  temperature=0.5,  # of the Bradley-Terry labels
 )
 OPERATIONS = ("copy", "reverse", "sort", "shift")
 
@@ -68,12 +72,12 @@ def build(knobs: dict[str, Any], seed: int) -> World:
   """Draws the truth of the world; the same knobs and seed, the same world.
 
   Args:
-    knobs: `config.data.world`: topics, clusters, arguments, argument_words,
-      openers, closers, fillers, forms, corrupt, temperature, redundancy,
-      flips, junk, and the row counts sft_rows, pool_rows, held_out_rows.
+    knobs: `config.data.world`: topics, arguments, argument_words, redundancy,
+      flips, junk, and the row counts sft_rows, pool_rows, held_out_rows; it may
+      hold other values of `_FIXED` too.
     seed: any integer.
   """
-  k = dict(knobs)
+  k = _FIXED | dict(knobs)
   for name, least in _LEAST.items():
     if k[name] < least:
       raise ConfigError(

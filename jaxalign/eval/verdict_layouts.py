@@ -325,12 +325,12 @@ def _known(
       rater=rater,
       forgiving=True,
     )
-  if has("id", "prompt", "ours", "theirs", "said"):
+  if has("id", "prompt", "ours", "theirs", "verdicts"):
     return TableLayout(
       "a judge's verdicts in both orders (verdicts.jsonl)",
       (
-        VerdictColumn("said.0", stem, "judge"),
-        VerdictColumn("said.1", stem, "judge", True),
+        VerdictColumn("verdicts.0", stem, "judge"),
+        VerdictColumn("verdicts.1", stem, "judge", True),
       ),
       item=("id",),
       prompt=("prompt",),

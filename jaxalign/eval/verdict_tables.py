@@ -12,7 +12,7 @@ from jaxalign.data.sources import Where
 from jaxalign.errors import ConfigError, DataError, JaxalignError
 from jaxalign.eval import verdict_codes as codes
 from jaxalign.eval import verdict_layouts as layouts
-from jaxalign.eval.agreement import Pair, Verdict
+from jaxalign.eval.interrater import Pair, Verdict
 from jaxalign.eval.verdict_codes import Choice
 from jaxalign.eval.verdict_layouts import TableLayout, VerdictColumn
 

@@ -112,7 +112,7 @@ def check(lora: Lora, rows: Mapping[str, Param]) -> None:
   if lora.variant not in VARIANTS:
     raise ConfigError(
       f"lora.variant={lora.variant!r} is unknown; known: "
-      f"{', '.join(VARIANTS)}; set config.lora.variant"
+      f"{', '.join(VARIANTS)}, rslora; set config.lora.variant"
     )
   if lora.rank < 1:
     raise ConfigError(

@@ -334,11 +334,11 @@ def _slots(
   return [rows for rows in found if rows]
 
 
-def operations(
+def flops(
   m: decoder.ModelConfig, prompts: list[np.ndarray], said: list[np.ndarray]
 ) -> int:
   """Floating-point operations of a generation, counting each token once."""
   return sum(
-    decoder.operations(m, len(p) + len(s), logit_rows=len(s))
+    decoder.flops(m, len(p) + len(s), logit_rows=len(s))
     for p, s in zip(prompts, said)
   )

@@ -509,7 +509,7 @@ def per_token(m: ModelConfig) -> int:
   return 2 * (d * h * c * 2 + d * g * c * 2 + (2 + m.gated) * d * f)
 
 
-def operations(
+def flops(
   m: ModelConfig,
   length: int,
   logit_rows: int | None = None,

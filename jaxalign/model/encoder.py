@@ -356,7 +356,7 @@ def pool(x: jax.Array, mask: jax.Array, m: EncoderConfig) -> jax.Array:
   return y
 
 
-def operations(m: EncoderConfig, length: int) -> int:
+def flops(m: EncoderConfig, length: int) -> int:
   """Multiply-adds x 2 of one row of `length` tokens, lookups not counted."""
   per_token = 2 * (4 * m.width * m.width + 2 * m.width * m.ff)
   return m.layers * (per_token * length + 4 * m.width * length * length)

@@ -174,9 +174,9 @@ def rewards(
   return (y + bias)[:, 0]
 
 
-def operations(r: RewardConfig, length: int) -> int:
+def flops(r: RewardConfig, length: int) -> int:
   """Multiply-adds x 2 of one row of `length` tokens, lookups not counted."""
   d = r.model.width
   if r.encodes:
-    return encoder.operations(r.model, length) + 2 * d * d + 2 * d
-  return decoder.operations(r.model, length, 0) + 2 * d
+    return encoder.flops(r.model, length) + 2 * d * d + 2 * d
+  return decoder.flops(r.model, length, 0) + 2 * d

@@ -477,7 +477,7 @@ def bars(
         parts.append(
           tag(
             "rect",
-            tag("title", f"{page.plain(name)}, {part} of its operations"),
+            tag("title", f"{page.plain(name)}, {part} of its flops"),
             x=_at(start / top),
             y=y,
             width=_at(value / top),

@@ -41,8 +41,8 @@ class Pool(NamedTuple):
 class Work(NamedTuple):
   """What one step of a choice takes."""
 
-  host: float  # operations on the host
-  devices: float  # operations on the devices
+  host: float  # flops on the host
+  devices: float  # flops on the devices
   held: float  # bytes on the host beside the columns
   device: float  # bytes on all devices together
 
@@ -50,11 +50,11 @@ class Work(NamedTuple):
 class Estimate(NamedTuple):
   """What a sampler takes beside the stages that make its columns."""
 
-  operations: float
+  flops: float
   read: int  # bytes of its columns, from disk
   held: int  # bytes on the host beside those columns
   device: int  # bytes on all devices together; 0: it runs on the host
-  on_host: float = 0.0  # of the operations
+  on_host: float = 0.0  # of the flops
 
 
 # Bytes of a row of a column; what is not here is one number a response.
@@ -74,7 +74,7 @@ BYTES = {
 
 
 def _scores(p: Pool, **_) -> Work:
-  """A few operations on each number; the score and its ranks."""
+  """A few flops on each number; the score and its ranks."""
   return Work(8 * p.n * p.r, 0, 40 * p.r * p.n, 0)
 
 

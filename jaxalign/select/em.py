@@ -453,7 +453,7 @@ def _m_step_low_rank(sums: Sums, state: State, ridge: float) -> State:
   )
 
 
-def operations(
+def flops(
   n: int, width: int, components: int, covariance: str, rank: int = 0
 ) -> int:
   """Multiplications and additions of one iteration's products."""

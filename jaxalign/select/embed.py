@@ -203,7 +203,7 @@ def pool_rows(
   return pass_rows(mesh, params, m, rows, ("embedding",), **knobs)["embedding"]
 
 
-def row_operations(
+def row_flops(
   m: decoder.ModelConfig, length: int, outputs: Sequence[str], layers: int = 0
 ) -> int:
   """Floating-point operations of `pass_rows` on a row of `length` tokens.
@@ -212,9 +212,9 @@ def row_operations(
   residual takes the head once more, and its slope.
   """
   if not headed(outputs):
-    return decoder.operations(m._replace(layers=layers or m.layers), length, 0)
+    return decoder.flops(m._replace(layers=layers or m.layers), length, 0)
   slope = 4 * m.vocab * m.width * length if "residual" in outputs else 0
-  return decoder.operations(m, length) + slope
+  return decoder.flops(m, length) + slope
 
 
 def _count(rows: tokens_lib.TokenRows, parts: Parts) -> int:
@@ -360,26 +360,26 @@ def number_rows(
   return out["number"]
 
 
-def operations(
+def flops(
   m: decoder.ModelConfig,
   rows: tokens_lib.TokenRows,
   logit_rows: int | None = None,
 ) -> int:
   """Floating-point operations of one pass, padding not counted.
 
-  `logit_rows` as in `decoder.operations`: 0 where the head does not run.
+  `logit_rows` as in `decoder.flops`: 0 where the head does not run.
   """
-  return _over_rows(rows, lambda s: decoder.operations(m, s, logit_rows))
+  return _over_rows(rows, lambda s: decoder.flops(m, s, logit_rows))
 
 
-def pass_operations(
+def pass_flops(
   m: decoder.ModelConfig,
   rows: tokens_lib.TokenRows,
   outputs: Sequence[str],
   layers: int = 0,
 ) -> int:
-  """`row_operations` of all rows."""
-  return _over_rows(rows, lambda s: row_operations(m, s, outputs, layers))
+  """`row_flops` of all rows."""
+  return _over_rows(rows, lambda s: row_flops(m, s, outputs, layers))
 
 
 def _over_rows(rows: tokens_lib.TokenRows, of_length: Callable) -> int:

@@ -6,7 +6,7 @@ products, and one block of rows at a time where they are read from a file.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def _thinned(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def nearest(read: Reader, queries: np.ndarray, targets: np.ndarray) -> Nearest:
   """The nearest target of each query, never the row itself.
 
-  2 Q T W operations in float32. Of targets at exactly the same distance the
+  2 Q T W flops in float32. Of targets at exactly the same distance the
   one with the lowest row number (the first id) is given.
 
   Args:
@@ -176,7 +176,7 @@ def work(queries: int, targets: int, width: int) -> float:
 
 
 def affordable(queries: int, targets: int, width: int, limit: float) -> int:
-  """How many of the queries stay within `limit` operations."""
+  """How many of the queries stay within `limit` flops."""
   each = work(1, max(1, targets), width)
   return int(min(queries, limit // each))
 
@@ -187,19 +187,3 @@ def sample(hashes: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     return np.sort(rows)
   order = np.argsort(hashes[rows], kind="stable")
   return np.sort(rows[order[:count]])
-
-
-def wilson(count: int, of: int) -> dict[str, Any]:
-  """A share with its 95 % interval, Wilson 1927; None where `of` is 0."""
-  if not of:
-    return {"value": None, "low": None, "high": None, "n": 0}
-  z = 1.959963984540054
-  p, scale = count / of, 1 + z * z / of
-  middle = (p + z * z / (2 * of)) / scale
-  half = z / scale * np.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-  return {
-    "value": p,
-    "low": float(middle - half) if count else 0.0,
-    "high": float(middle + half) if count < of else 1.0,
-    "n": int(of),
-  }

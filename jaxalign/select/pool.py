@@ -7,13 +7,13 @@ import numpy as np
 
 from jaxalign.errors import ConfigError, DataError
 
-# What a column looks like; R is 2 for pairs (chosen, rejected), 1 for thumbs.
+# What a column looks like; R is 2 for pairs (chosen, rejected), 1 for unpaired.
 SHAPES = {
   "embedding": "[N, R, E] float32",
   "answer_embedding": "[N, R, E] float32, the response without its prompt",
   "log_likelihood": "[N, R] float64, nats",
   "length": "[N, R] int32, response tokens",
-  "label": "[N] bool, thumbs only",
+  "label": "[N] bool, unpaired rows only",
   "subset": "[N] bool, the rows that the chosen sampler kept",
   "topic": "[N], where it is known",
   "source": "[N] str, where the record came from",

@@ -199,9 +199,9 @@ def _collect(out: np.ndarray, part: np.ndarray, result, tick) -> None:
   tick(len(part))
 
 
-def operations(m: encoder.EncoderConfig, lengths: np.ndarray) -> int:
+def flops(m: encoder.EncoderConfig, lengths: np.ndarray) -> int:
   """Floating-point operations of rows of these lengths, no padding."""
   each, counts = np.unique(lengths, return_counts=True)
   return int(
-    sum(encoder.operations(m, int(s)) * int(c) for s, c in zip(each, counts))
+    sum(encoder.flops(m, int(s)) * int(c) for s, c in zip(each, counts))
   )

@@ -26,6 +26,7 @@ from jaxalign.train.losses.unpaired import with_class_weights
 from jaxalign.train.step import make_gradients
 from jaxalign.train.trainer import Recipe, train
 
+GRADIENT_BATCHES = 4  # that LoRA-SB estimates the first gradient from
 BASES = "bases"  # LoRA-SB's fixed matrices
 BEST = "best"  # the weights of the best evaluation
 
@@ -54,7 +55,7 @@ def _policy_start(
           job.mesh,
           job.reference,
           lambda sizes: make_gradients(producer(sizes, chunk), loss),
-          [batch_at(step) for step in range(c.lora.batches)],
+          [batch_at(step) for step in range(GRADIENT_BATCHES)],
         )
         saved.save(0, dict(params=found))
     fresh |= bases(job, folder)
@@ -89,7 +90,6 @@ def _options(
     updates,
     t.save_every,
     t.keep,
-    background=t.async_save,
     explode=t.explode,
     evaluations=evaluations,
     eval_every=t.eval_every,
@@ -97,7 +97,6 @@ def _options(
     stop_after=t.stop_after,
     trackers=tuple(t.trackers),
     trace=tuple(job.c.profile.steps),
-    peak=t.peak,
   )
 
 
@@ -149,9 +148,9 @@ def run_align(job: Job, arm: Arm) -> None:
     result = dict(updates=len(lines), rows=len(rows.ids))
     result["say"] = f"{len(lines)} updates"
     if measures:
-      result["evaluating"] = beside.operations
-    operations = cost.operations + beside.operations
-    return list(leaves), Cost(operations, cost.tokens + beside.tokens), result
+      result["evaluating"] = beside.flops
+    flops = cost.flops + beside.flops
+    return list(leaves), Cost(flops, cost.tokens + beside.tokens), result
 
   fields = pick(
     c,
@@ -162,7 +161,7 @@ def run_align(job: Job, arm: Arm) -> None:
     *watched.reads(c.train),
     *(["lora"] if lora else []),
   ) | like(arm)
-  fields = watched.card_fields(c.train, fields) | edition(c.loss.name)
+  fields = watched.record_fields(c.train, fields) | edition(c.loss.name)
   job.run(
     arm_folder(job, arm),
     "align",

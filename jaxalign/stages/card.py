@@ -36,7 +36,7 @@ def run_card(job: Job, arm: Arm) -> None:
 
   A page, so it is made again where what it shows is another (no --redo).
   """
-  made = {stage for name, stage in job.cards if not name}
+  made = {stage for name, stage in job.records if not name}
   # Not where another arm fitted one, or asked for a column: what comes and goes
   # beside this arm must not change its page.
   sampler, known = combine.named(arm.sampler), columns_lib.known(job.c)
@@ -74,7 +74,7 @@ def run_card(job: Job, arm: Arm) -> None:
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
     card["reading"] = reading.lines(
-      artifacts.read_json(job.shared / "data" / "data_card.json")
+      artifacts.read_json(job.shared / "data" / "data_summary.json")
     )
     reasons = cards.reasons(card, table)
     card["reasons"] = "reasons.parquet"

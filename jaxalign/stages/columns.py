@@ -107,17 +107,17 @@ def _of_records(c: Any, kind: str) -> str:
 
 def _of_pairs(c: Any, kind: str) -> str:
   del c
-  return "DPO compares two answers" if kind == "thumbs" else ""
+  return "DPO compares two answers" if kind == "unpaired" else ""
 
 
-def _of_thumbs(c: Any, kind: str) -> str:
+def _of_unpaired(c: Any, kind: str) -> str:
   del c
-  return "" if kind == "thumbs" else "a pair has no label"
+  return "" if kind == "unpaired" else "a pair has no label"
 
 
 COLUMNS = {
   "length": Column(_length),
-  "label": Column(_of_rows("label"), lacks=_of_thumbs),
+  "label": Column(_of_rows("label"), lacks=_of_unpaired),
   "group": Column(_of_rows("group")),
   "topic": Column(_topic, lacks=_of_world),
   "grams": Column(_grams("grams")),

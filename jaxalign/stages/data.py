@@ -36,7 +36,7 @@ def run_data(job: Job) -> None:
   )
   if jax.process_index() == 0:
     for line in reading.lines(
-      artifacts.read_json(job.shared / "data" / "data_card.json")
+      artifacts.read_json(job.shared / "data" / "data_summary.json")
     ):
       progress.say(f"  {line}")
   progress.say(

@@ -44,7 +44,7 @@ class Stage(NamedTuple):
   foreign: embedder.Embedder | None  # what runs, where the reference does not
 
   @property
-  def card(self) -> dict[str, Any]:
+  def record(self) -> dict[str, Any]:
     """What `artifacts.run` and `begin` ask for."""
     return dict(
       folder=self.folder,
@@ -76,10 +76,10 @@ def shares(
   Args:
     c: the config.
     names: stages; those that the reference does not run are left out.
-    of: outputs -> operations of a pass for them.
+    of: outputs -> flops of a pass for them.
 
   Returns:
-    Stage -> operations, in the order of KEEPS; their sum is the pass.
+    Stage -> flops, in the order of KEEPS; their sum is the pass.
   """
   found, outputs, spent = {}, (), 0
   for name in (n for n in KEEPS if n in names and by_reference(c, n)):
@@ -183,15 +183,15 @@ def _fill(
 def run_passes(job: Job, names: Sequence[str]) -> None:
   """Runs the stages `names` of KEEPS, those of the reference in one pass.
 
-  The first that is not finished makes the others' files too. Its card has the
-  seconds of the pass; the operations stand by what each stage adds.
+  The first that is not finished makes the others' files too. Its record has the
+  seconds of the pass; the flops stand by what each stage adds.
   """
   asked = [_stage(job, name) for name in KEEPS if name in names]
   for at, stage in enumerate(asked):
     make = _foreign if stage.foreign else _by_reference
     later = [x for x in asked[at + 1 :] if not x.foreign]
     job.run(
-      **stage.card,
+      **stage.record,
       make=lambda folder, make=make, stage=stage, later=later: make(
         job, stage, later
       ),
@@ -244,13 +244,13 @@ def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
   """Makes a stage's store, and those of the `later` that are not finished."""
   c, m, rows = job.c, job.model, job.tokens("pool")
   # Stages that an unfinished pass has paid for, as `begin` below left them.
-  before = artifacts.read_card(stage.folder, stage.name).result.get(
+  before = artifacts.read_record(stage.folder, stage.name).result.get(
     "beside", []
   )
   taken = [stage]
   for other in later:
     if artifacts.begin(
-      **other.card,
+      **other.record,
       redo=job.redo,
       result=dict(beside=[*before, *(x.name for x in taken)]),
     ):
@@ -293,7 +293,7 @@ def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
   spent = shares(
     c,
     [*before, stage.name],
-    lambda outputs: embed.pass_operations(m, rows, outputs, layers),
+    lambda outputs: embed.pass_flops(m, rows, outputs, layers),
   )[stage.name]
   said = dict(say=f"{len(rows.start):,} rows")
   if before:
@@ -304,7 +304,7 @@ def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
 def _foreign(job: Job, stage: Stage, later: list[Stage]) -> tuple:
   """Makes a stage's store by a model that only embeds."""
   del later
-  run, operations, tokens = embedder.prepare(job, stage.foreign, stage.folder)
+  run, flops, tokens = embedder.prepare(job, stage.foreign, stage.folder)
   ((name, column),) = stage.columns.items()
   files = over_shards(
     job,
@@ -317,7 +317,7 @@ def _foreign(job: Job, stage: Stage, later: list[Stage]) -> tuple:
   )
   return (
     files + embedder.files(stage.foreign),
-    Cost(operations, tokens),
+    Cost(flops, tokens),
     dict(say=f"{len(job.tokens('pool').start):,} rows"),
   )
 

@@ -1,8 +1,8 @@
 """The judges that a config can name: what each says of pairs of answers.
 
 A judge is made by `judge(job, folder)` and called as (rows, answers, others):
-it gives what `winrate.both_orders` gives of the first answers, with "said"
-and, of an endpoint, "replies".
+it gives what `winrate.both_orders` gives of the first answers, with
+"verdicts"and, of an endpoint, "replies".
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,15 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.eval import winrate
-from jaxalign.eval.judges import cache, endpoint, verdicts
-from jaxalign.eval.judges.prompt import Pair
+from jaxalign.eval import judge_endpoint, winrate
+from jaxalign.eval.judge_endpoint import Endpoint, Pair
+from jaxalign.eval.verdict_cache import VerdictCache
 from jaxalign.job import Arm, arm_folder, Job, kernel_of
 from jaxalign.model import reward
 from jaxalign.stages import questions, scores
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
+CONTROLS = 20  # prompts of each control, see eval/judges/controls.py
 REWARDS = "rewards.json"  # of the start's stage: content digest -> reward
 ASKED = ("reward_model", "endpoint")  # those with a stage of their own
 
@@ -57,11 +58,11 @@ def told(c: Any) -> dict[str, Any]:
   return found
 
 
-def endpoint_of(c: Any) -> endpoint.Endpoint:
+def endpoint_of(c: Any) -> Endpoint:
   """The endpoint of config.judge."""
   j = c.judge
-  return endpoint.Endpoint(
-    url=j.endpoint, **{n: j[n] for n in endpoint.Endpoint._fields if n != "url"}
+  return Endpoint(
+    url=j.endpoint, **{n: j[n] for n in Endpoint._fields if n in j}
   )
 
 
@@ -70,10 +71,7 @@ def reward_config(c: Any) -> reward.RewardConfig:
   r = reward.read_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
-  context = min(
-    r.model.context,
-    c.judge.context or prepare.asked_context(c) or r.model.context,
-  )
+  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -83,7 +81,7 @@ def reward_config(c: Any) -> reward.RewardConfig:
 def check(c: Any) -> None:
   """Raises ConfigError for a judge that can never work; nothing is sent."""
   j, kind = c.judge, kind_of(c)
-  for knob, known in (("kind", KINDS), ("baseline", verdicts.BASELINES)):
+  for knob, known in (("kind", KINDS), ("baseline", winrate.BASELINES)):
     if j[knob] not in known:
       raise ConfigError(
         f"judge.{knob}={j[knob]!r} is unknown, wanted one of "
@@ -116,7 +114,7 @@ def check(c: Any) -> None:
       )
     reward_config(c)
   if kind == "endpoint":
-    endpoint.check_settings(endpoint_of(c))
+    judge_endpoint.check_settings(endpoint_of(c))
 
 
 def check_ready(job: Job, arms: list[Arm]) -> None:
@@ -127,19 +125,19 @@ def check_ready(job: Job, arms: list[Arm]) -> None:
   c = job.c
   if kind_of(c) != "endpoint":
     return
-  if "://" in str(job.workdir) and not c.judge.cache:
+  if "://" in str(job.workdir):
     raise ConfigError(
       f"verdicts are kept in a local file, and {job.workdir} "
-      "is none; set config.judge.cache to a path"
+      "is none; choose a local --workdir"
     )
-  cards = [
-    artifacts.read_card(folder, "judge")
+  records = [
+    artifacts.read_record(folder, "judge")
     for folder in (job.shared / "judge", *(arm_folder(job, a) for a in arms))
   ]
-  if any(card is None or not card.finished for card in cards):
+  if any(record is None or not record.finished for record in records):
     if jax.process_index() == 0:
-      endpoint.check(endpoint_of(c))
-      endpoint.check_reachable(endpoint_of(c))
+      judge_endpoint.check_key(endpoint_of(c))
+      judge_endpoint.check_reachable(endpoint_of(c))
 
 
 def requests_at_most(c: Any, prompts: int, arms: int) -> int:
@@ -155,7 +153,7 @@ def requests_at_most(c: Any, prompts: int, arms: int) -> int:
   return (
     2 * judged * (arms + 1 - own)
     + 2 * c.judge.labels
-    + 4 * min(judged, c.judge.controls)
+    + 4 * min(judged, CONTROLS)
   )
 
 
@@ -164,7 +162,7 @@ def check_enough(job: Job, arms: list[Arm]) -> None:
   data is read, before anything is trained."""
   if kind_of(job.c) != "endpoint":
     return
-  most = requests_at_most(job.c, len(job.examined.asked), len(arms))
+  most = requests_at_most(job.c, len(job.examined.prompt_rows), len(arms))
   if most > job.c.judge.max_requests:
     raise ConfigError(
       f"judge.max_requests={job.c.judge.max_requests:,}, and {len(arms)} "
@@ -178,7 +176,7 @@ def check_enough(job: Job, arms: list[Arm]) -> None:
 
 def cache_of(job: Job) -> str:
   """The file that keeps every verdict paid for."""
-  return job.c.judge.cache or str(job.shared / "verdicts.jsonl")
+  return str(job.shared / "verdicts.jsonl")
 
 
 class _Endpoint:
@@ -188,7 +186,7 @@ class _Endpoint:
     del folder
     self.files: list[str] = []
     self.e, self.path = endpoint_of(job.c), cache_of(job)
-    kept = cache.Verdicts(self.path)
+    kept = VerdictCache(self.path)
     self.before = kept.requests, kept.tokens
 
   def __call__(
@@ -202,10 +200,10 @@ class _Endpoint:
     )
 
   def pairs(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-    return endpoint.both_orders(self.e, pairs, self.path)
+    return judge_endpoint.judge_both_orders(self.e, pairs, self.path)
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
-    kept = cache.Verdicts(self.path)
+    kept = VerdictCache(self.path)
     new = kept.requests - self.before[0], kept.tokens - self.before[1]
     return Cost(0, new[1]), dict(
       requests=kept.requests, tokens=kept.tokens, asked=new[0]
@@ -224,7 +222,7 @@ class _Rewards:
 
   def __init__(self, job: Job, folder: Any):
     self.job, self.folder, self.files = job, folder, []
-    self.operations = self.tokens = 0
+    self.flops = self.tokens = 0
     r = reward_config(job.c)
     if not r.encodes:
       r = r._replace(
@@ -298,8 +296,8 @@ class _Rewards:
         self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
       )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-    self.operations += sum(
-      reward.operations(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
+    self.flops += sum(
+      reward.flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )
     self.tokens += len(rows.ids)
     return out
@@ -313,7 +311,7 @@ class _Rewards:
     return [REWARDS]
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
-    return Cost(self.operations, self.tokens), {}
+    return Cost(self.flops, self.tokens), {}
 
 
 JUDGES = {"endpoint": _Endpoint, "reward_model": _Rewards}
@@ -334,7 +332,7 @@ def of_scores(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     0.0: ("second", "first"),
   }
   return winrate.both_orders(won, won) | dict(
-    said=[words.get(w, (None, None)) for w in won.tolist()],
+    verdicts=[words.get(w, (None, None)) for w in won.tolist()],
     bias=None,
     consistent=None,
   )  # one at a time: there is no order

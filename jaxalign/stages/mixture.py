@@ -1,4 +1,4 @@
-"""The mixture stage: the fit, and what the card says of it.
+"""The mixture stage: the fit, and what the record says of it.
 
 From config.select.mixture.reservoir rows on, the mixture is fitted to so many
 of them and the scores of all are a store, made in one pass over tiles.
@@ -14,24 +14,24 @@ import numpy as np
 from jaxalign import artifacts, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
-from jaxalign.select import card as cards
+from jaxalign.select import card as reports
 from jaxalign.select import em, reservoir
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
 
 
 def refits(c: Any) -> int:
-  """Fits beside the chosen one, which the card compares; a closed form is the
+  """Fits beside the chosen one, which the record compares; a closed form is the
   same under every seed."""
   closed = mixtures.components_of(c.select.mixture.components)
   return 0 if closed == mixtures.LABELS else c.select.stability_seeds
 
 
 def run_mixture(job: Job) -> None:
-  """Fits the mixture, and what the card needs to know of it."""
+  """Fits the mixture, and what the record needs to know of it."""
   c = job.c
   knobs = c.select.mixture.to_dict()
-  seed, limit = knobs.pop("seed"), knobs.pop("reservoir")
+  limit = knobs.pop("reservoir")
   fields = pick(c, "select.mixture", "select.stability_seeds")
   inputs = dict(embed=job.key("embed"))
   if str(knobs["pca"]).isdigit():  # a flag gives text, as the default is text
@@ -58,23 +58,23 @@ def run_mixture(job: Job) -> None:
     space = mixtures.prepare(
       job.mesh, x, pca=knobs["pca"], covariance=knobs["covariance"]
     )
-    extra = list(range(seed + 1, seed + 1 + refits(c)))
+    extra = list(range(1, 1 + refits(c)))
     with progress.bar(
       "mixture", knobs["starts"] * (2 + len(extra)), "starts"
     ) as tick:
       fitted = [
         mixtures.fit(job.mesh, x, seed=s, space=space, progress=tick, **knobs)
-        for s in [seed, *extra]
+        for s in [0, *extra]
       ]
-      halves = cards.held_out(
-        job.mesh, x, seed=seed, responses=r, progress=tick, **knobs
+      halves = reports.held_out(
+        job.mesh, x, seed=0, responses=r, progress=tick, **knobs
       )
     if rows is not None:
       reservoir.score(
         job.mesh, fitted, store, folder / "scores", fields=fields | inputs
       )
     diagnostics = dict(held_out=halves)
-    diagnostics["labels"] = cards.component_labels(fitted[0], x, labels)
+    diagnostics["labels"] = reports.component_labels(fitted[0], x, labels)
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
       if rows is None:
@@ -91,21 +91,18 @@ def run_mixture(job: Job) -> None:
     sweeps = knobs["starts"] * (
       sum(len(f.trace) for f in fitted) + len(fitted[0].trace) // 2
     )
-    operations = (
+    flops = (
       2 * n * width** 2  # the covariance
-      + sweeps
-      * em.operations(
-        n, kept, len(fitted[0].means), knobs["covariance"], knobs["rank"]
-      )
+      + sweeps * em.flops(n, kept, len(fitted[0].means), knobs["covariance"])
     )
     scores = "log_likelihood.npy" if rows is None else "scores"
     return (
       ["mixture.npz", scores, "diagnostics.json"],
-      Cost(operations),
+      Cost(flops),
       dict(warnings=fitted[0].warnings),
     )
 
-  card = job.run(
+  record = job.run(
     job.shared / "mixture",
     "mixture",
     make=make,
@@ -114,7 +111,7 @@ def run_mixture(job: Job) -> None:
     resumes=("scores",),
     mends=True,
   )
-  for warning in card.result["warnings"]:
+  for warning in record.result["warnings"]:
     progress.say(f"  warning: {warning}")
 
 

@@ -27,9 +27,20 @@ from jaxalign.stages.embed import over_shards
 from jaxalign.stages.scores import digest_of
 from jaxalign.stages.sft import TRAINED
 from jaxalign.train import losses
-from jaxalign.train.feed import check_divides, training_cost, TrainRows
+from jaxalign.train.feed import training_cost, TrainRows
 from jaxalign.train.loop import TrainOptions
 from jaxalign.train.trainer import Recipe, train
+
+BETA = 0.1  # of their DPO
+KNOBS = (  # of config.train, for them too
+  "batch_size",
+  "accumulation",
+  "warmup_ratio",
+  "schedule",
+  "clip",
+  "weight_decay",
+  "b2",
+)
 
 
 class Start(NamedTuple):
@@ -70,8 +81,6 @@ def check(c: Any) -> None:
       f"proxy.models={c.proxy.models}, wanted 2 or more: one "
       "judges what the other has seen; set config.proxy.models"
     )
-  check_divides(c.proxy.batch_size, c.proxy.accumulation, "config.proxy")
-  _loss(c)
   if not c.proxy.checkpoint:
     return
   config_of(c, None)
@@ -85,8 +94,8 @@ def check(c: Any) -> None:
     )
 
 
-def _loss(c: Any):
-  return losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=c.proxy.beta))
+def _loss():
+  return losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=BETA))
 
 
 def _start(job: Job) -> Start:
@@ -128,7 +137,7 @@ def _score(
     label=label,
     ids=job.column("pool", "id"),
   )
-  return found, Cost(embed.operations(m, rows), len(rows.ids))
+  return found, Cost(embed.flops(m, rows), len(rows.ids))
 
 
 def _tune(
@@ -146,7 +155,7 @@ def _tune(
     The tuned parameters and their sizes (with adapters where the job has
     them).
   """
-  c, p = job.c, job.c.proxy
+  c = job.c
   m = start.model._replace(lora=_lora(c))
   rows = training_rows(job, start, index)
 
@@ -158,12 +167,10 @@ def _tune(
     trained, fixed = adapters.split(fresh, m.lora)
     return trained, start.params | fixed
 
-  how = _recipe(c, m, updates, seed)
-  t = c.train
-  options = TrainOptions(
-    folder, label, updates, p.save_every, explode=t.explode, peak=t.peak
-  )
-  train(job.mesh, m, begin, rows, _loss(c), how, options)
+  t, how = c.train, _recipe(c, m, updates, seed)
+  options = TrainOptions(folder, label, updates, t.save_every)
+  options = options._replace(explode=t.explode)
+  train(job.mesh, m, begin, rows, _loss(), how, options)
   tuned = restore_params(
     folder / "checkpoints",
     adapters.split(decoder.abstract(m, job.mesh), m.lora)[0],
@@ -173,7 +180,9 @@ def _tune(
 
 def _recipe(c: Any, m: decoder.ModelConfig, updates: int, seed: int) -> Recipe:
   lr = recipe.LORA_LR if m.lora else c.proxy.lr
-  return Recipe.of(c, c.proxy, lr=lr, updates=updates, seed=seed)
+  knobs = {n: c.train[n] for n in KNOBS}
+  more = dict(updates=updates, seed=seed, head_chunk=c.model.head_chunk)
+  return Recipe(lr=lr, **knobs, **more)
 
 
 def _tuning_cost(
@@ -219,24 +228,10 @@ def _inputs(job: Job) -> dict[str, str]:
 
 
 def _fields(c: Any, *proxy: str) -> dict[str, Any]:
-  recipe = (
-    "batch_size",
-    "accumulation",
-    "lr",
-    "warmup_ratio",
-    "schedule",
-    "clip",
-    "weight_decay",
-    "b2",
-    "save_every",
-    "beta",
-    "seed",
-    "checkpoint",
-    *proxy,
-  )
   return pick(
     c,
-    *(f"proxy.{n}" for n in recipe),
+    *(f"train.{n}" for n in (*KNOBS, "save_every")),
+    *(f"proxy.{n}" for n in ("lr", "checkpoint", *proxy)),
     "model",
     "embed.tile",
     "embed.shard",
@@ -270,8 +265,8 @@ def run_proxy(job: Job) -> None:
 
   def make(folder):
     start = _start(job)
-    index = drawn(job.column("pool", "id"), p.pairs, p.seed)
-    params, m = _tune(job, folder, "proxy", start, index, p.updates, p.seed)
+    index = drawn(job.column("pool", "id"), p.pairs, 0)
+    params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
     rows = job.tokens("pool")
     files = over_shards(
       job,
@@ -297,12 +292,12 @@ def run_proxy(job: Job) -> None:
     )
     parts = (
       start.cost,
-      _tuning_cost(job, start, index, p.updates, p.seed),
-      Cost(embed.operations(m, rows), len(rows.ids)),
+      _tuning_cost(job, start, index, p.updates, 0),
+      Cost(embed.flops(m, rows), len(rows.ids)),
     )
     return (
       [*files, *TRAINED],
-      Cost(sum(x.operations for x in parts), sum(x.tokens for x in parts)),
+      Cost(sum(x.flops for x in parts), sum(x.tokens for x in parts)),
       dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
     )
 
@@ -370,31 +365,25 @@ def run_held_out(job: Job) -> None:
   def make(folder):
     start = _start(job)
     n = len(job.column("pool", "id"))
-    seen = halves(job.column("pool", "group"), p.models, p.seed)
-    total, tokens = start.cost.operations, start.cost.tokens
+    seen = halves(job.column("pool", "group"), p.models, 0)
+    total, tokens = start.cost.flops, start.cost.tokens
     for s, name in enumerate(names):
       index = np.flatnonzero(seen[:, s])
-      updates = p.half_updates or -(-len(index) // p.batch_size)
+      updates = -(-len(index) // c.train.batch_size)
       m = start.model._replace(lora=_lora(c))
       own = folder / f"model{s}"
       # Counted for every model: a resumed run goes on behind some of them.
-      more = _tuning_cost(job, start, index, updates, p.seed + s)
-      total += more.operations + embed.operations(m, job.tokens("pool"))
+      more = _tuning_cost(job, start, index, updates, s)
+      total += more.flops + embed.flops(m, job.tokens("pool"))
       tokens += more.tokens + len(job.tokens("pool").ids)
       if (
         artifacts.agree("done" if (folder / name).exists() else "new") == "new"
       ):
         params, m = _tune(
-          job,
-          own,
-          f"model {s + 1} of {p.models}",
-          start,
-          index,
-          updates,
-          p.seed + s,
+          job, own, f"model {s + 1} of {p.models}", start, index, updates, s
         )
         found, _ = _score(job, params, m, f"model {s + 1} of {p.models}")
-        loss = dpo_losses(found.logp.reshape(n, 2), start.sums, p.beta)
+        loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
         if jax.process_index() == 0:
           artifacts.write_array(
             folder / name, np.where(seen[:, s], np.nan, loss)
@@ -419,6 +408,6 @@ def run_held_out(job: Job) -> None:
     "held_out",
     make=make,
     resumes=(*names, *(f"model{s}" for s in range(p.models))),
-    fields=_fields(c, "models", "half_updates"),
+    fields=_fields(c, "models"),
     inputs=_inputs(job),
   )

@@ -21,6 +21,7 @@ from jaxalign.errors import ConfigError
 FIELDS = ("{prompt}", "{response}")
 _CHUNK = 1024  # texts tokenized at once
 _LEAST = 4  # tokens of a text that a question leaves of it, if it had them
+ANSWERS = ("yes", "no")  # the good one first
 
 
 class Questions(NamedTuple):
@@ -32,18 +33,13 @@ class Questions(NamedTuple):
   shortened: int  # rows whose texts did not fit whole
 
 
-def check(question: str, answers: Sequence[str]) -> None:
-  """Raises ConfigError for a question or verdicts that cannot work."""
+def check(question: str) -> None:
+  """Raises ConfigError for a question that cannot work."""
   wrong = [f for f in FIELDS if question.count(f) != 1]
   if wrong:
     raise ConfigError(
       f"ask.question holds {' and '.join(wrong)} not once; "
       "set config.ask.question"
-    )
-  if len(answers) != 2 or not all(answers) or answers[0] == answers[1]:
-    raise ConfigError(
-      f"ask.answers={tuple(answers)!r}, wanted two words, the "
-      "good one first; set config.ask.answers"
     )
 
 
@@ -124,7 +120,7 @@ def _build(tok, chat, texts, question, answers, context) -> Questions:
   if k == least:
     raise ConfigError(
       f"the judge's tokens of {answers[0]!r} and {answers[1]!r}"
-      " are alike up to where one ends; set config.ask.answers"
+      " are alike up to where one ends; set config.ask.checkpoint"
     )
   ids, short = [], 0
   for at in range(0, len(texts), _CHUNK):

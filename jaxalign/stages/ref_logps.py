@@ -36,7 +36,7 @@ def updates_for(job: Job, arm: Arm, n: int) -> int:
 
 
 def like(arm: Arm) -> dict[str, Any]:
-  """What a card says of an arm trained as long as another budget."""
+  """What a record says of an arm trained as long as another budget."""
   return dict(like=arm.like) if arm.like else {}
 
 
@@ -55,7 +55,7 @@ def rows_of(job: Job, arm: Arm) -> TrainRows:
   row_of = index[:, None] * responses + np.arange(responses)
   counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[row_of])
   label = None
-  if job.kind == "thumbs":
+  if job.kind == "unpaired":
     label = np.array(job.column("pool", "label"))[index]
   ids = [ids[i] for i in index]
   return TrainRows(ids, tokens, row_of, np.zeros_like(counts), counts, label)
@@ -71,7 +71,7 @@ def reference_of(job: Job) -> Reference:
 def _pass_over_pool(job: Job, arm: Arm) -> str:
   """The stage that has the reference's sums of the pool already; "": none."""
   stage = columns.sums(job.c, job.kind, combine.named(arm.sampler))
-  return stage if ("", stage) in job.cards else ""
+  return stage if ("", stage) in job.records else ""
 
 
 def _batched(job: Job) -> bool:
@@ -90,7 +90,7 @@ def _computed(
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
   own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
-  cost = lambda x: Cost(embed.operations(m, x), len(x.ids))
+  cost = lambda x: Cost(embed.flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
     updates = updates_for(job, arm, len(rows.ids))
@@ -151,11 +151,11 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
       for name, x in arrays.items():
         artifacts.write_array(folder / f"{name}.npy", x)
       artifacts.write_json(folder / "ref_ids.json", rows.ids)
-    operations, tokens = (
-      sum(getattr(x, n) for x in costs) for n in ("operations", "tokens")
+    flops, tokens = (
+      sum(getattr(x, n) for x in costs) for n in ("flops", "tokens")
     )
     files = [*(f"{n}.npy" for n in arrays), "ref_ids.json"]
-    return files, Cost(operations, tokens), {}
+    return files, Cost(flops, tokens), {}
 
   fields = dict(loss=c.loss.name, layout=c.train.layout)
   if edition(c.loss.name):  # one from outside may be edited to read more
@@ -167,7 +167,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     fields |= pick(c, *(f"train.{n}" for n in knobs)) | like(arm)
   if _batched(job):
     fields |= pick(c, "train.batch_size", "train.accumulation", "train.logps")
-  read = {stage for stage in {"embed", source} if ("", stage) in job.cards}
+  read = {stage for stage in {"embed", source} if ("", stage) in job.records}
   if "embed" not in read:  # whose key names these
     fields |= pick(c, "model")
   # The embedding may be another model's: the reference is an input too.

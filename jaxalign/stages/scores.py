@@ -144,7 +144,7 @@ def run_alone(job: Job) -> None:
         )
       ),
     )
-    return files, Cost(embed.operations(m, rows), len(rows.ids)), {}
+    return files, Cost(embed.flops(m, rows), len(rows.ids)), {}
 
   job.run(
     job.shared / "alone",
@@ -249,7 +249,7 @@ def run_ask(job: Job) -> None:
           if side in r
         ],
         c.ask.question,
-        tuple(c.ask.answers),
+        questions.ANSWERS,
         m.context,
       )
       artifacts.write_json(
@@ -293,7 +293,7 @@ def run_ask(job: Job) -> None:
     )
     return (
       [*files, *TOKENS, "ask.json"],
-      Cost(embed.operations(m, rows, 1), len(rows.ids)),
+      Cost(embed.flops(m, rows, 1), len(rows.ids)),
       dict(say=say),
     )
 
@@ -314,10 +314,7 @@ def run_ask(job: Job) -> None:
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
   r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(
-    r.model.context,
-    c.rewards.context or prepare.asked_context(c) or r.model.context,
-  )
+  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
 
@@ -416,10 +413,8 @@ def run_rewards(job: Job) -> None:
       ),
     )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-    operations = sum(
-      reward.operations(r, int(s)) * int(k) for s, k in zip(sizes, counts)
-    )
-    return [*files, *TOKENS], Cost(operations, len(rows.ids)), {}
+    flops = sum(reward.flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
+    return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
 
   job.run(
     job.shared / "rewards",

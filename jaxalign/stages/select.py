@@ -65,14 +65,12 @@ def estimate(
   if found is None or "log_likelihood" not in sampler.needs:
     return found
   fits = 1 + mixture_stage.refits(c)
-  return found._replace(
-    operations=fits * found.operations, on_host=fits * found.on_host
-  )
+  return found._replace(flops=fits * found.flops, on_host=fits * found.on_host)
 
 
 def hours(job: Job, found: costs.Estimate) -> float:
   """Assumed time of a choice itself, on this mesh and its host."""
-  return rates.seconds(found.operations, found.on_host, job.mesh) / 3600
+  return rates.seconds(found.flops, found.on_host, job.mesh) / 3600
 
 
 def check_hours(job: Job, arms: list[Arm]) -> None:
@@ -91,7 +89,7 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
     if found and (takes := hours(job, found)) > rows_lib.HOURS:
       raise ConfigError(
         f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
-        f"choose from {rows:,} rows, {found.operations:.3g} operations, "
+        f"choose from {rows:,} rows, {found.flops:.3g} flops, "
         f"above the {rows_lib.HOURS:g} that a choice may take; "
         "set config.select.kwargs.blocks where it takes them, "
         "config.select.budget, or a sampler that runs in one pass, as "
@@ -183,7 +181,7 @@ def run_select(job: Job, arm: Arm) -> None:
     )
     return (
       files,
-      Cost(int(took.operations) if took else 0),
+      Cost(int(took.flops) if took else 0),
       dict(
         say=f"{budget:,} of {n:,} rows, {memory.size(peak['held'])} more held",
         **peak,

@@ -12,6 +12,14 @@ from jaxalign.train.loop import TrainOptions
 from jaxalign.train.losses import LOSSES
 from jaxalign.train.trainer import Recipe, train
 
+RECIPE = dict(  # of the SFT model; the rest stands in config.sft
+  accumulation=1,
+  warmup_ratio=0.05,
+  schedule="cosine",
+  clip=1.0,
+  weight_decay=0.01,
+  b2=0.98,
+)
 TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
 
 
@@ -27,22 +35,17 @@ def run_sft(job: Job) -> None:
         {},
       )
     )
-    job.cards["", "sft"] = artifacts.Card(
+    job.records["", "sft"] = artifacts.Record(
       "sft", key, {}, {}, {}, Cost(), {}, skipped=True
     )
     return
 
   def make(folder):
-    params = decoder.init(jax.random.key(c.sft.seed), m, job.mesh)
-    options = TrainOptions(
-      folder,
-      "sft",
-      c.sft.updates,
-      c.sft.save_every,
-      explode=c.train.explode,
-      peak=c.train.peak,
-    )
-    recipe = Recipe.of(c, c.sft)
+    params = decoder.init(jax.random.key(c.data.seed), m, job.mesh)
+    updates, every, explode = c.sft.updates, c.sft.save_every, c.train.explode
+    options = TrainOptions(folder, "sft", updates, every, explode=explode)
+    knobs = RECIPE | c.sft.to_dict()
+    recipe = Recipe.of(knobs, seed=c.data.seed, head_chunk=c.model.head_chunk)
     begin = lambda _: (params, {})
     rows = _rows(job)
     cost = train(job.mesh, m, begin, rows, LOSSES["sft"], recipe, options)

@@ -10,8 +10,8 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate, winrate
-from jaxalign.job import Arm, Job, loss_of, WHOLE
+from jaxalign.eval import held_out, winrate
+from jaxalign.job import Arm, eval_options, Job, loss_of, WHOLE
 from jaxalign.model import decode, decoder
 from jaxalign.select import embed
 from jaxalign.stages.select import selected_rows
@@ -29,8 +29,8 @@ GENERATED = ("ended", "empty", "malformed", "length", "entropy", "kl")
 # What a loss may read and still have a value on a set: the others are of the
 # batches of a run (z0, ranks) or of its past (a running mean).
 OF_A_SET = ("label", "mean_count")
-# Knobs of config.train that change no weights: no card names them.
-BESIDE = ("keep", "async_save", "trackers", "explode", "peak")
+# Knobs of config.train that change no weights: no record names them.
+BESIDE = ("keep", "trackers", "explode")
 # Knobs that only another one gives a meaning.
 UNDER = dict(
   ref_mix="ref_sync",
@@ -40,7 +40,7 @@ UNDER = dict(
 )
 
 
-def card_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
+def record_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
   """`fields` without the knobs of config.train that touch no weights."""
   idle = (*BESIDE, *(n for n, by in UNDER.items() if not t[by]))
   idle = {f"train.{n}" for n in idle}
@@ -209,7 +209,7 @@ def spent(
         )
       ]
     )
-    total = Cost(total.operations + cost.operations, total.tokens + cost.tokens)
+    total = Cost(total.flops + cost.flops, total.tokens + cost.tokens)
   return total
 
 
@@ -298,14 +298,14 @@ def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
 def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   """Measures the answers that rows have, against the reference.
 
-  With r = policy - ref, nats: "chosen_drift", the mean r of chosen (of thumbs:
+  With r = policy - ref, nats: "chosen_drift", the mean r of chosen (unpaired:
   liked) answers; "accuracy", the share of pairs whose chosen one has the larger
   r, "ties" apart, as in training: 0 and 1 before the first update; "margin",
-  the mean of r chosen - r rejected. Of thumbs a pair is any liked answer
+  the mean of r chosen - r rejected. Of unpaired rows a pair is any liked answer
   beside any disliked one. "loss" is that of the rows as one batch.
 
   Raises:
-    ConfigError: thumbs of one label where config.train.best needs both.
+    ConfigError: unpaired rows of one label where config.train.best needs both.
   """
   c, tokens = job.c, job.tokens(split)
   each = len(tokens.start) // len(job.column(split, "id"))
@@ -331,7 +331,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       params,
       m,
       rows,
-      tile=c.eval.tile,
+      tile=c.embed.tile,
       chunk=c.model.head_chunk,
       label=f"eval {name}",
     )
@@ -346,7 +346,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
     out = {}
     if _has_value(job.loss):
       width, liked = each, label
-      if each == 2 and job.kind == "thumbs":
+      if each == 2 and job.kind == "unpaired":
         width, liked = 1, np.tile([True, False], len(policy))
       as_logps = lambda x: Logps(
         *(jnp.asarray(y.reshape(-1, width)) for y in (x, count))
@@ -376,9 +376,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
 
   def cost(found):  # of the policy each time, of the reference once
     times = len(found) + bool(found)
-    return Cost(
-      times * embed.operations(job.model, rows), times * len(rows.ids)
-    )
+    return Cost(times * embed.flops(job.model, rows), times * len(rows.ids))
 
   return Measure(measure, cost)
 
@@ -389,25 +387,18 @@ def _generations(job: Job) -> Measure:
   Beside their health "entropy", nats a token, and "kl" from the reference,
   nats an answer: means over the policy's own samples, so exact in expectation
   at temperature 1. In the built-in world "win_vs_target", by its true reward.
-  "operations" is what it took, for the ledger: writing, and a pass of the
+  "flops" is what it took, for the ledger: writing, and a pass of the
   policy and one of the reference over what was written.
   """
   c, what = job.c, job.examined
-  what = what._replace(asked=what.asked[: c.train.eval_prompts])
-  prompts, tok, k = evaluate.prompts_of(what), what.tokenizer, c.eval
+  what = what._replace(prompt_rows=what.prompt_rows[: c.train.eval_prompts])
+  prompts, tok, k = held_out.prompts_of(what), what.tokenizer, c.eval
   asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]
-  rows = [what.rows[i] for i in what.asked]
-
-  def rewards(texts):
-    return np.array(
-      [
-        world_lib.reward(what.world, row["prompt"], text)
-        for row, text in zip(rows, texts)
-      ]
-    )
+  options = eval_options(c)
 
   if what.world is not None:
-    target = rewards([row["target"] for row in rows])
+    targets = [what.rows[i]["target"] for i in what.prompt_rows]
+    target = held_out.true_rewards(what, targets)
 
   def measure(params):
     said = decode.generate(
@@ -419,47 +410,34 @@ def _generations(job: Job) -> Measure:
       eos=tok.stops,
       known=min(tok.vocab_size, job.policy.vocab),
       temperature=k.temperature,
-      seed=k.seed,
-      tile=k.tile,
+      seed=0,
+      tile=c.embed.tile,
       label="eval generations",
     )
     score = lambda params, m: np.float64(
-      evaluate.score_answers(
-        job.mesh,
-        params,
-        m,
-        what,
-        said,
-        new=k.new_tokens,
-        tile=k.tile,
-        chunk=c.model.head_chunk,
-      )
+      held_out.score_answers(job.mesh, params, m, what, said, options)
     )
     own = score(params, job.policy)
     malformed = won = None
     if what.world is not None:
-      texts = [
-        tok.decode_response(s[:-1] if len(s) and s[-1] in tok.stops else s)
-        for s in said
-      ]
-      own_reward = rewards(texts)
+      own_reward = held_out.true_rewards(what, held_out.answer_texts(tok, said))
       malformed = own_reward == world_lib.MALFORMED
       won = winrate.wins(own_reward, target)
-    health = winrate.generation_health(said, tok.stops, malformed)
+    health = held_out.generation_health(said, tok.stops, malformed)
     out = {n: float(x["value"]) for n, x in health.items()}
     out["entropy"] = float(-own.sum() / max(sum(map(len, said)), 1))
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
-    out["operations"] = 3.0 * embed.operations(
-      job.model, evaluate.answer_rows(asked, said)
+    out["flops"] = 3.0 * embed.flops(
+      job.model, held_out.answer_rows(asked, said)
     )
     return out
 
   def cost(found):
     written = sum(round(x["length"] * len(asked)) for x in found)
     return Cost(
-      round(sum(x["operations"] for x in found)),
+      round(sum(x["flops"] for x in found)),
       3 * (len(found) * sum(map(len, asked)) + written),
     )
 

@@ -40,7 +40,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   arm = _arm(job.c)
   pipeline.run_training(job, arm)
   folder = arm_folder(job, arm)
-  if (arm.name, "evaluate") in job.cards:
+  if (arm.name, "evaluate") in job.records:
     progress.say(f"measures: {folder}/eval.json")
   progress.say(f"policy: {folder}/export")
 

@@ -330,7 +330,7 @@ def training_cost(
   ahead: bool = False,
   online: bool = False,
 ) -> tuple[int, int]:
-  """(operations, tokens) of a training run: `passes` a row.
+  """(flops, tokens) of a training run: `passes` a row.
 
   A mismatched row costs one forward, `ahead` one more of every row, `online`
   one more of every row and mismatched row; padding and recomputation are not
@@ -347,5 +347,5 @@ def training_cost(
   for sizes, times in ran:
     tokens += int(sizes.sum())
     for size, count in zip(*np.unique(sizes, return_counts=True)):
-      total += int(count) * decoder.operations(m, int(size), passes=times)
+      total += int(count) * decoder.flops(m, int(size), passes=times)
   return total, tokens

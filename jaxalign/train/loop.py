@@ -30,7 +30,6 @@ class TrainOptions(NamedTuple):
     updates: updates in all.
     save_every: updates between checkpoints.
     keep: checkpoints that are left, see `Checkpoints`.
-    background: whether they are written while training goes on.
     explode: a loss over so many times what it was ends the run, see
       `log.exploded`; 0: only one that is not finite does.
     evaluations: name of a set -> `measure(params)` -> {name: value}, the same
@@ -44,7 +43,6 @@ class TrainOptions(NamedTuple):
     trackers: keys of `trackers.TRACKERS`.
     trace: steps to profile, the first and the one after the last; a run that
       is resumed inside begins there. (0, 0): none.
-    peak: FLOP/s of a device, for "perf/mfu"; 0: by its name.
   """
 
   folder: Any
@@ -52,7 +50,6 @@ class TrainOptions(NamedTuple):
   updates: int
   save_every: int
   keep: int = 2
-  background: bool = False
   explode: float = 0.0
   evaluations: Mapping[str, Callable[[Any], Mapping[str, float]]] = {}
   eval_every: int = 0
@@ -60,7 +57,6 @@ class TrainOptions(NamedTuple):
   stop_after: int = 0
   trackers: tuple[str, ...] = ()
   trace: tuple[int, int] = (0, 0)
-  peak: float = 0.0
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -112,9 +108,9 @@ class _Run:
 
   def __init__(self, stack, state, feed, options, ideal_seconds):
     self.o, self.feed, self.ideal_seconds = options, feed, ideal_seconds
-    folder, background = epath.Path(options.folder), options.background
+    folder = epath.Path(options.folder)
     self.checkpoints = stack.enter_context(
-      Checkpoints(folder / "checkpoints", options.keep, background)
+      Checkpoints(folder / "checkpoints", options.keep)
     )
     self.start = self.checkpoints.latest() or 0
     if self.start:
@@ -125,9 +121,7 @@ class _Run:
     self.record = logs.NONE
     if options.best:
       # Two: the older one is there while the newer one is written.
-      self.bests = stack.enter_context(
-        Checkpoints(folder / "best", 2, background)
-      )
+      self.bests = stack.enter_context(Checkpoints(folder / "best", 2))
       self.record = self._known_best()
     self.began = self.last = time.monotonic()
     self.flying = None  # (step, totals) whose metrics are not read yet

@@ -39,7 +39,7 @@ def common_prefix(
     (starts + shortest)[longer],
   )
   sums[longer] = reference.score(heads).logp
-  return sums, Cost(embed.operations(reference.model, heads), len(heads.ids))
+  return sums, Cost(embed.flops(reference.model, heads), len(heads.ids))
 
 
 def prompt_weights(
@@ -57,7 +57,7 @@ def prompt_weights(
   mesh, params, m, tile = reference[:4]
   how = dict(pooling="mean", tile=tile, label=reference.label, ids=rows.ids)
   x = embed.pool_rows(mesh, params, m, prompts, **how)
-  cost = Cost(embed.operations(m, prompts, 0), len(prompts.ids))
+  cost = Cost(embed.flops(m, prompts, 0), len(prompts.ids))
   return density_ratios(x, rows.label, seed=seed), cost
 
 
@@ -95,9 +95,9 @@ def density_ratios(
   Desirable and undesirable answers often come from other prompts; a classifier
   on the prompts' embeddings says how much, and undesirable rows are weighed as
   if they had the desirable rows' prompts. p(desirable | prompt) is a balanced
-  logistic regression on at most `sample` prompts of each class, in float64
-  on the host; u = clip(p / (1 - p + 1e-8), 0.5, 10), 1 on desirable rows. TRL draws
-  its sample with replacement and fits alike.
+  logistic regression on at most `sample` prompts of each class, in float64 on
+  the host; u = clip(p / (1 - p + 1e-8), 0.5, 10), 1 on desirable rows. TRL
+  draws its sample with replacement and fits alike.
 
   Args:
     embedding: [N, E] of the prompts, finite.

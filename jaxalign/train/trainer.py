@@ -12,6 +12,7 @@ from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.statistics import needs_batch_logps
 
+ALLORA_ETA = 4.0  # an update's factor where B is 0
 # Published dense bfloat16 FLOP/s of one device, by the start of its kind.
 PEAKS = {
   "TPU v4": 275e12,
@@ -26,16 +27,11 @@ PEAKS = {
 }
 
 
-def peak_of(device: Any, given: float = 0.0) -> float:
-  """FLOP/s of a device; 0 where it is not known.
-
-  Args:
-    device: a jax device.
-    given: `config.train.peak`, taken at its word where it is not 0.
-  """
+def peak_of(device: Any) -> float:
+  """FLOP/s of a device; 0 where it is not known."""
   kind = device.device_kind.lower()
   known = (r for n, r in PEAKS.items() if kind.startswith(n.lower()))
-  return given or next(known, 0.0)
+  return next(known, 0.0)
 
 
 class Recipe(NamedTuple):
@@ -55,14 +51,12 @@ class Recipe(NamedTuple):
   optimizer: str = "adamw"
   layout: str = "padded"
   logps: str = "chunked"
-  eta: float = 0.0  # of ALLoRA
   online: bool = False  # whether every update has a pass of the reference
 
   @classmethod
-  def of(cls, c: Any, knobs: Any, **more: Any) -> "Recipe":
-    """The recipe of a part of the config: sft, train or proxy."""
+  def of(cls, knobs: Any, **more: Any) -> "Recipe":
+    """The recipe of some knobs, others left out."""
     known = {n: knobs[n] for n in cls._fields if n in knobs}
-    known |= dict(head_chunk=c.model.head_chunk, eta=c.lora.eta)
     return cls(**known | more)
 
   def batching(self, m: decoder.ModelConfig) -> feeds.Batching:
@@ -75,7 +69,7 @@ class Recipe(NamedTuple):
     decay = dict(clip=self.clip, weight_decay=self.weight_decay, b2=self.b2)
     tx = optim.make_optimizer(**decay, name=self.optimizer)
     if m.lora and m.lora.variant == "allora":
-      tx = optim.allora(tx, self.eta)
+      tx = optim.allora(tx, ALLORA_ETA)
     rate = optim.make_schedule(
       lr=self.lr,
       updates=self.updates,
@@ -127,7 +121,7 @@ def train(
     n: functools.partial(whole, f) for n, f in options.evaluations.items()
   }
   more = needs_batch_logps(loss), recipe.online
-  peak = mesh.size * peak_of(mesh.devices.flat[0], options.peak)
+  peak = mesh.size * peak_of(mesh.devices.flat[0])
 
   def ideal_seconds(step):
     if not peak:

@@ -17,7 +17,7 @@ from jaxalign.data.schemas.pairs import Refused, Schema
 from jaxalign.data.schemas.rows import (
   convert_choice,
   convert_pair,
-  convert_thumbs,
+  convert_unpaired,
 )
 
 _SIGNED = {"first": [-3, -2, -1], "second": [1, 2, 3], "tie": [0]}
@@ -130,8 +130,8 @@ LAYOUTS = (
   Layout(
     "halos_binary",
     dict(prompt="prompt", completion="output", label="label"),
-    convert_thumbs,
-    kind="thumbs",
+    convert_unpaired,
+    kind="unpaired",
   ),
   Layout(
     "openai_preference",

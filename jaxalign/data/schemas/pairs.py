@@ -30,7 +30,7 @@ class Schema(NamedTuple):
   name: str
   matches: Callable[[dict], bool]
   convert: Callable[..., Any]  # a dict or an Undecided; if `many`, a list
-  kind: str  # "pairs" or "thumbs"
+  kind: str  # "pairs" or "unpaired"
   many: bool = False  # `convert(row, pairs)` with one of ANSWER_PAIRS
   wants: tuple[str, ...] = ()  # columns it cannot do without
   roles: Mapping[str, str] = {}  # column -> what it becomes
@@ -149,7 +149,7 @@ def _known(**values: Any) -> dict[str, Any]:
   return {name: value for name, value in values.items() if value is not None}
 
 
-def make_thumb(
+def make_unpaired(
   prompt: str,
   completion: str,
   label: bool,

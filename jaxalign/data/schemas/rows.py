@@ -24,7 +24,7 @@ from jaxalign.data.schemas.pairs import (
   ASSISTANT,
   group_of,
   make_pair,
-  make_thumb,
+  make_unpaired,
   margin_of,
   number_of,
   Refused,
@@ -365,7 +365,7 @@ def convert_choice(row: dict) -> Undecided:
   )
 
 
-def convert_thumbs(row: dict) -> Undecided:
+def convert_unpaired(row: dict) -> Undecided:
   """A prompt and one answer, or a dialogue that ends in it, and a label."""
   if "label" not in row:
     raise Refused("missing field", "label")
@@ -388,7 +388,7 @@ def convert_thumbs(row: dict) -> Undecided:
     )
   return Undecided(
     row["label"],
-    lambda label: make_thumb(
+    lambda label: make_unpaired(
       sides.prompt,
       sides.answers[0],
       label == "liked",
@@ -452,7 +452,7 @@ _PAIR = (
   | OURS
   | dict(chosen="the chosen answer", rejected="the rejected answer")
 )
-_THUMB = _SHARED | OURS | dict(completion="the answer", label="its label")
+_UNPAIRED = _SHARED | OURS | dict(completion="the answer", label="its label")
 _CHOICE = _SHARED | dict(
   first="one answer",
   second="the other answer",
@@ -496,21 +496,21 @@ CHAT_PAIRS = Schema(
   wants=("chosen", "rejected"),
   roles=_PAIR,
 )
-THUMBS = Schema(
-  "thumbs",
+UNPAIRED = Schema(
+  "unpaired",
   lambda row: (
     _texts_in(row, "prompt", "completion")
     and "label" in row
     and not _chat(row, "completion")
   ),
-  convert_thumbs,
-  "thumbs",
+  convert_unpaired,
+  "unpaired",
   wants=("prompt", "completion", "label"),
-  roles=_THUMB,
+  roles=_UNPAIRED,
   code="label",
 )
-CHAT_THUMBS = Schema(
-  "chat_thumbs",
+CHAT_UNPAIRED = Schema(
+  "chat_unpaired",
   lambda row: (
     "label" in row
     and (
@@ -520,10 +520,10 @@ CHAT_THUMBS = Schema(
       and is_messages(opened_or_none(row.get("messages")))
     )
   ),
-  convert_thumbs,
-  "thumbs",
+  convert_unpaired,
+  "unpaired",
   wants=("messages", "label"),
-  roles=_THUMB | dict(messages="the prompt and the answer"),
+  roles=_UNPAIRED | dict(messages="the prompt and the answer"),
   code="label",
 )
 CHOICES = Schema(

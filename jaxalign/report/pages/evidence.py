@@ -41,7 +41,7 @@ def ranking(found: Any) -> Html | str:
 
 
 def efficiency(found: Any) -> Html | str:
-  """What each arm gained over the start, for the operations it took alone.
+  """What each arm gained over the start, for the flops it took alone.
 
   Args:
     found: as `evidence.efficiency` returns it.
@@ -59,7 +59,7 @@ def efficiency(found: Any) -> Html | str:
             tag("small", run.bounds(_SHARE, gain, sign=True) or page.MISSING),
           ]
         ),
-        page.engineering(one.get("operations")),
+        page.engineering(one.get("flops")),
         page.number(one.get("per_tera"), sign=True),
       )
     )

@@ -133,11 +133,11 @@ def _frontier(world: dict) -> Html:
     charts.lines(
       series,
       "Quality for its cost",
-      "% of the operations of everything",
+      "% of the flops of everything",
       "win rate, %",
       scale=100.0,
     ),
-    "Each arm's mean win rate against its operations, selecting counted; "
+    "Each arm's mean win rate against its flops, selecting counted; "
     "the line joins the arms that no cheaper one beats.",
   )
 

@@ -13,7 +13,7 @@ MEASURES = ("Cohen's kappa", "Scott's pi", "Krippendorff's alpha")
 
 
 def beyond_chance(found: Any) -> list[Html | str]:
-  """The cells of MEASURES, from what `eval.agreement.compared` returns."""
+  """The cells of MEASURES, from what `eval.interrater.compared` returns."""
   return [
     run.cell(_PLAIN, fields(found).get(name))
     for name in ("kappa", "pi", "alpha")
@@ -124,8 +124,8 @@ def section(found: Any, controls: Any = None) -> Html:
   """The blocks on all judges of a job.
 
   Args:
-    found: as `eval.agreement.judged` returns it, perhaps from a file.
-    controls: {judge: as `eval.judges.controls.controls` returns it}, or None.
+    found: as `eval.interrater.judged` returns it, perhaps from a file.
+    controls: {judge: as `eval.judging.controls` returns it}, or None.
   """
   found, controls = fields(found), fields(controls)
   judges = fields(found.get("judges"))

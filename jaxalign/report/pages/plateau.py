@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.core import intervals
 from jaxalign.report import charts, page
 from jaxalign.report.page import Html, tag
 from jaxalign.report.pages import run
 from jaxalign.report.pages.run import fields, items
 
 _SAMPLES = 60  # points of the drawn curve
-_Z = 1.959963984540054  # a standard error drawn as a 95 % interval
 # b per percent of the data, fitted to table 2 of Khera et al. 2024.
 PAPER = {"HH": 0.290, "UF": 0.069}  # UF: UltraFeedback
 _NAMES = {
@@ -85,7 +85,7 @@ def _chart(found: dict, scale: float, name: str) -> Html:
     band = [(p, min(v), max(v)) for p, v in zip(at, seen)]
   else:
     band = sorted(
-      (p, v - _Z * e, v + _Z * e)
+      (p, v - intervals.Z * e, v + intervals.Z * e)
       for p, v, e in zip(x, y, se)
       if None not in (p, v, e)
     )

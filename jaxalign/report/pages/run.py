@@ -504,7 +504,7 @@ def overspent(rows: Sequence[dict]) -> list[str]:
         found.append(
           f"{page.plain(row.get('arm'))}{against}, {how}: "
           f"{page.percent(x)} saved, so it used "
-          f"{page.percent(-x)} more operations."
+          f"{page.percent(-x)} more flops."
         )
   return found
 

@@ -31,8 +31,8 @@ def _verdict(found: dict, against: str) -> tuple[str, Html | str]:
   """(what stands beside the answer's name, what the judge wrote)."""
   if not found:
     return "", ""
-  words = f" · {_won(found.get('won'))} against {against}"
-  said = items(found.get("said"))
+  words = f" · {_won(found.get('outcome'))} against {against}"
+  said = items(found.get("verdicts"))
   replies = items(found.get("replies"))
   parts = []
   for k, (place, reply) in enumerate(zip(("first", "second"), replies)):
@@ -86,7 +86,7 @@ def section(found: Any, start: str) -> Html:
       words, reasons = "", ""
       if not (key == "sft" and side == "reference"):  # itself
         words, reasons = _verdict(fields(verdicts.get(key)), against)
-      won = page.finite(fields(verdicts.get(key)).get("won"))
+      won = page.finite(fields(verdicts.get(key)).get("outcome"))
       kind = (
         ""
         if not words or won is None or won == 0.5

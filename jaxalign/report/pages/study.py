@@ -95,7 +95,7 @@ def _top(summary: dict, arms: list[dict]) -> Html:
   spent = [
     x
     for x in (
-      page.finite(s.get("operations")) for s in records(ledger.get("stages"))
+      page.finite(s.get("flops")) for s in records(ledger.get("stages"))
     )
     if x is not None
   ]
@@ -412,7 +412,7 @@ def _ledger(summary: dict, arms: list[dict]) -> Html:
   share = ledger.get("selection_share")
   if share is not None:
     parts.append(
-      page.paragraph(f"Selecting took {page.percent(share)} of all operations.")
+      page.paragraph(f"Selecting took {page.percent(share)} of all flops.")
     )
   if saved:
     parts.append(
@@ -449,7 +449,7 @@ def _costs(stages: list[dict]) -> list[Html]:
     arm = page.plain(s.get("arm") or "shared by all")
     values = totals.setdefault(arm, [0.0] * len(names))
     values[names.index(page.plain(s.get("stage")))] += (
-      page.finite(s.get("operations")) or 0.0
+      page.finite(s.get("flops")) or 0.0
     )
   divisor, letter = page.prefix(max(map(sum, totals.values())))
   chart = charts.bars(
@@ -459,9 +459,9 @@ def _costs(stages: list[dict]) -> list[Html]:
     ],
     names,
     "Operations per arm and stage",
-    f"operations, {letter}FLOP",
+    f"flops, {letter}FLOP",
   )
-  unknown = sum(page.finite(s.get("operations")) is None for s in stages)
+  unknown = sum(page.finite(s.get("flops")) is None for s in stages)
   gap = (
     f" Operations of {unknown} stage{'s' if unknown != 1 else ''} were "
     "not measured and are missing here."
@@ -490,8 +490,8 @@ def _costs(stages: list[dict]) -> list[Html]:
       (
         page.plain(s.get("stage")),
         page.plain(s.get("arm") or "shared"),
-        page.engineering(s.get("operations")),
-        _predicted(page.engineering, s.get("predicted_operations")),
+        page.engineering(s.get("flops")),
+        _predicted(page.engineering, s.get("predicted_flops")),
         page.number(s.get("tokens")),
         _seconds(s.get("seconds")),
         _predicted(_seconds, s.get("predicted_seconds")),
@@ -693,7 +693,7 @@ def terminal(summary: dict) -> str:
       return value if found else page.MISSING
     return f"{value} {run.bounds(run.metric(name), found)}"
 
-  cost = [g for g in records(summary.get("groups")) if "operations" in g]
+  cost = [g for g in records(summary.get("groups")) if "flops" in g]
   if cost:  # of several seeds: what it is for, in place of how far it went
     names = [n for n in names if n != "kl"]
   title = charts.shorten(summary.get("title") or "jaxalign report", COLUMNS)
@@ -710,7 +710,7 @@ def terminal(summary: dict) -> str:
           charts.shorten(short(n, run.metrics_of(arm).get(n)), 20)
           for n in names
         ),
-        *([page.engineering(arm.get("operations"), "")] if cost else []),
+        *([page.engineering(arm.get("flops"), "")] if cost else []),
       ]
     )
   room = 14

@@ -85,7 +85,7 @@ def topics(pool: Pool, rows: np.ndarray) -> dict[str, Any]:
 
 
 def label_share(pool: Pool, rows: np.ndarray) -> dict[str, float]:
-  """Share of desirable rows among the chosen and in the pool (thumbs)."""
+  """Share of desirable rows among the chosen and in the pool (unpaired)."""
   label = np.asarray(pool.label, bool)
   return {
     "chosen": float(label[rows].mean()) if len(rows) else None,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.core import intervals
 from jaxalign.errors import NumericError
 from jaxalign.select import neighbours
 from jaxalign.select.card import spectra
@@ -13,7 +14,7 @@ from jaxalign.select.samplers import clusters as clusters_lib
 
 ALIKE = 0.95  # a cosine from which two rows are near-duplicates
 ASKED = 2000  # rows whose neighbours stand for the pool's or a random subset's
-WORK = 2e12  # operations that neighbours may take; then rows are sampled
+WORK = 2e12  # flops that neighbours may take; then rows are sampled
 SPREAD = 4096  # rows that spectra and the map are of
 CLUSTERS = 12  # that stand for topics where rows have none
 _COMMON = 3  # words that name a cluster
@@ -92,7 +93,7 @@ def _covered(read, n, draw, left, alike, mask, width):
     of=n - m,
     quantiles=None,
     random=None,
-    near_copy=neighbours.wilson(
+    near_copy=intervals.wilson(
       int((alike[good] >= ALIKE).sum()), int(good.sum())
     ),
   )
@@ -113,7 +114,7 @@ def _copies(read, n, draw, alike, m, width):
   """Shares of rows with a near-duplicate: kept, by chance, in the pool."""
   out = dict(
     threshold=ALIKE,
-    kept=neighbours.wilson(int((alike >= ALIKE).sum()), len(alike)),
+    kept=intervals.wilson(int((alike >= ALIKE).sum()), len(alike)),
   )
   order = np.argsort(draw, kind="stable")
   for name, rows in (("random", order[:m]), ("pool", order)):
@@ -121,13 +122,13 @@ def _copies(read, n, draw, alike, m, width):
       min(len(rows), ASKED), len(rows), width, WORK / 8
     )
     if count < min(100, len(rows)):
-      out[name] = neighbours.wilson(0, 0)
+      out[name] = intervals.wilson(0, 0)
       continue
     # The last of the draw: within the random subset, a sample of it.
     found = neighbours.nearest(
       read, np.sort(rows[len(rows) - count :]), np.sort(rows)
     )
-    out[name] = neighbours.wilson(
+    out[name] = intervals.wilson(
       int((cosine(found.squared) >= ALIKE).sum()), count
     )
   return out

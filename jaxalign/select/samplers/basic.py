@@ -306,10 +306,10 @@ def top_with_quota(
   """
   if quota is None:
     return top(score, pool.ids, budget)
-  knob = "; set config.select.label_quota"
+  knob = "; set config.select.kwargs.label_quota"
   if "label" not in pool.columns:
     raise ConfigError(
-      f"label_quota needs rows with a label (thumbs), the pool has none{knob}"
+      f"label_quota needs rows with a label (unpaired), the pool has none{knob}"
     )
   label = np.asarray(pool.label, bool)
   share = label.mean() if quota == "as_pool" else quota
@@ -391,7 +391,7 @@ def isa(
       replacement with weights exp(change / (soft x standard deviation of the
       changes)): small is nearly hard, large nearly random. Not with order
       "soft", whose weights have no scale.
-    label_quota: for thumbs, the share of desirable rows among those chosen,
+    label_quota: for unpaired, the share of desirable rows among those chosen,
       or "as_pool"; None lets the score decide.
 
   Returns:

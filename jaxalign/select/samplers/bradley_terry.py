@@ -50,7 +50,7 @@ def lessons(
     blocks: parts [N, R, W] side by side; one wider than `heads.COLUMNS` is
       rotated and cut to them.
     group: [N] names of prompts.
-    label: [N] bool of thumbs; None for pairs.
+    label: [N] bool of unpaired rows; None for pairs.
   """
   return _side_by_side([_part(block, group) for block in blocks], label)
 
@@ -80,7 +80,7 @@ def margins(
     seed: of the folds.
     blocks: of each head, parts [N, R, W].
     group: [N] names of prompts.
-    label: [N] bool of thumbs; None for pairs.
+    label: [N] bool of unpaired rows; None for pairs.
     habit: [N, H] what no head may use: features are taken without what it
       explains of them, and it explains what it can of the labels.
   """

@@ -48,7 +48,7 @@ def _closest(centres, squares, x):
 
 
 def assign(placed: rows_lib.Placed, centres: np.ndarray) -> np.ndarray:
-  """[N] int64, the nearest of the [K, W] centres; 2NKW operations."""
+  """[N] int64, the nearest of the [K, W] centres; 2NKW flops."""
   more = -len(centres) % _WIDE
   squares = np.pad(
     (np.float64(centres) ** 2).sum(1), (0, more), constant_values=np.inf
@@ -77,7 +77,7 @@ def k_means(
 
   It starts from rows drawn by a hash of their ids, takes at most ten steps on
   a sample of max(20,000, 32 K) rows, and then assigns every row: 2NKW
-  operations and no more than N x 128 numbers at once.
+  flops and no more than N x 128 numbers at once.
   """
   n = len(x)
   if isinstance(clusters, bool) or not 1 <= clusters <= n:

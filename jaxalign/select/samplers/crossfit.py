@@ -31,7 +31,7 @@ ALL_ALIKE = 0.5  # share of rows with near-copies, above which nobody counts
 
 
 class Sides(NamedTuple):
-  """What is known of each response; R is 2 for pairs, 1 for thumbs."""
+  """What is known of each response; R is 2 for pairs, 1 for unpaired rows."""
 
   blocks: list[list[np.ndarray]]  # of each head: parts [N, R, W]
   signs: dict[str, np.ndarray]  # [N, R] numbers that the gate reads
@@ -89,7 +89,7 @@ def _chosen(
   pairs: bool,
   code: np.ndarray | None,
 ) -> Selection:
-  """The best rows, of thumbs each label's, of slices each slice's."""
+  """The best rows, of unpaired rows each label's, of slices each slice's."""
   if code is None and pairs:
     return ranked(score, pool, budget)
   if code is None:
@@ -333,7 +333,7 @@ def crossfit_lite(
   Args:
     seed: of the folds, and of the rows where it falls back to random ones.
     pool: `grams` [N, R, W], `overlap` [N, R, 2], `length` [N, R]; `group` [N]
-      where it has it (rows of one prompt share it), `label` [N] of thumbs.
+      where it has it (rows of one prompt share it), `label` [N] of unpaired.
     budget, and the keywords: as of `crossfit`.
   """
   said, few, signs = _read(pool)
@@ -382,7 +382,7 @@ def crossfit(
       [N, R] where it has them.
     budget: M, at most N. Where fewer rows score above 0 a warning says so,
       and the others come as `filled` has them.
-    label_quota: for thumbs, the share of desirable rows among those chosen;
+    label_quota: for unpaired, the share of desirable rows among those chosen;
       None: what it is in the pool.
     unlearnable: where no head predicts the labels better than chance (they
       may be shuffled, or all alike): "random" rows, see `drawn`, with a
@@ -393,12 +393,12 @@ def crossfit(
       explain of the features.
     slices: columns [N], "source" for instance, whose rows may be labelled by
       another taste: each combination of values keeps its share of the pool,
-      of thumbs of both labels, and is judged by heads of its own where those
+      of unpaired of both labels, and is judged by heads of its own where those
       predict its labels better; see `with_own_heads`.
     copies: at most so many rows of a set of near-copies, see `alike.copies`,
       come before all others; and heads never saw a copy of what they judge.
       One pattern that is always labelled alike would fill the subset
-      otherwise. "auto": 2 of pairs, and None of thumbs, and where more than
+      otherwise. "auto": 2 of pairs, and None of unpaired, and where more than
       half of the rows have copies, as texts of a few words do; None: copies
       are not looked for.
 

@@ -33,7 +33,7 @@ def most_alike(
 
   Earlier is less like the centre (of equals, the one with the lower hash), so
   that what stands for a group of near-copies is its least typical member. 2 N
-  K W operations for the clusters and N^2 W / K inside; 512 x 512 numbers.
+  K W flops for the clusters and N^2 W / K inside; 512 x 512 numbers.
 
   Exact copies are found first, whatever their number. In a cluster that still
   has more rows than `clusters.most_rows`, about 2 N / K, a row is compared
@@ -151,7 +151,7 @@ def diverse(
   Going down the scores, a row is kept where its largest cosine with the rows
   kept so far is below the threshold, until there are M. Where the pool ends
   first, the best of the rows passed over make up the number. 2 N M W
-  operations at most, M x 512 numbers.
+  flops at most, M x 512 numbers.
 
   Args:
     score: [N] float64, finite.

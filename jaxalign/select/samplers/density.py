@@ -101,13 +101,13 @@ def kernel_density(
   f_i = 1/N sum_j exp(-|x_i - x_j|^2 / (2 h^2)). With D frequencies w_d ~
   N(0, 1/h^2), the kernel is the mean of cos(w_d (x - y)), so f_i = 1/D sum_d
   [cos(w_d x_i) C_d + sin(w_d x_i) S_d] with C and S the means over all rows:
-  Rahimi and Recht 2007. Two passes, 4NDW operations, D numbers kept; its
+  Rahimi and Recht 2007. Two passes, 4NDW flops, D numbers kept; its
   standard error is at most 1 / sqrt(2D).
 
   Args:
     x: [N, W] float32.
     bandwidth: h > 0.
-    features: D; 0 sums the kernel over all pairs, 2N^2W operations.
+    features: D; 0 sums the kernel over all pairs, 2N^2W flops.
     seed: of the frequencies.
 
   Returns:

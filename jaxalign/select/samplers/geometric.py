@@ -195,7 +195,7 @@ def k_center(
   """Rows that leave none far from a chosen one, Sener and Savarese 2018.
 
   Greedy: argmax_i min_{j chosen} |x_i - x_j|, which is within twice the best
-  radius. At most 2NMW operations, in products of matrices, and N + 1,024 W
+  radius. At most 2NMW flops, in products of matrices, and N + 1,024 W
   numbers beside the rows; see `farthest_first`. It hunts outliers.
 
   Args:
@@ -319,7 +319,7 @@ def herding(
   """Rows whose mean stays closest to the pool's: kernel herding.
 
   Chen, Welling and Smola 2010, without replacement; see `herd`. At most 2NMW
-  operations, in products of matrices, and 64N numbers beside the rows.
+  flops, in products of matrices, and 64N numbers beside the rows.
 
   Args:
     seed: of the random features and of the blocks; unused without.

@@ -34,24 +34,22 @@ def refuse_above(found: float, limit: float, what: str, advice: str) -> None:
     )
 
 
-def refuse_long(
-  operations: float, what: str, advice: str, *, host: bool
-) -> None:
+def refuse_long(flops: float, what: str, advice: str, *, host: bool) -> None:
   """Stops a method that would take more than a day before it starts.
 
   Args:
-    operations: of all that is to run.
+    flops: of all that is to run.
     what: the method, for the message.
     advice: what scales in its place.
     host: it runs in NumPy; else on this process's devices. Either at the
       rate that the dry run assumes.
   """
-  seconds = rates.seconds(operations, operations * host, own_mesh())
+  seconds = rates.seconds(flops, flops * host, own_mesh())
   hours = seconds / 3600
   if hours > HOURS:
     raise ConfigError(
-      f"{what} would take about {hours:,.0f} hours, {operations:.3g} "
-      f"operations at an assumed {operations / seconds / 1e9:,.0f} GFLOP/s, "
+      f"{what} would take about {hours:,.0f} hours, {flops:.3g} "
+      f"flops at an assumed {flops / seconds / 1e9:,.0f} GFLOP/s, "
       f"above the {HOURS:g} hours that a choice may take; {advice}"
     )
 

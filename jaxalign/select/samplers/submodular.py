@@ -194,7 +194,7 @@ def stochastic_greedy(
 
   Of ceil(N / M ln(1 / epsilon)) candidates; the expected value is at least (1
   - 1/e - epsilon) of the best. They are the next in an order by a hash of
-  (seed, round, id). In all 2 N^2 W ln(1 / epsilon) operations, on the
+  (seed, round, id). In all 2 N^2 W ln(1 / epsilon) flops, on the
   devices, and N x 256 numbers at once.
 
   Returns:
@@ -255,9 +255,9 @@ def facility_location(
 
   Greedy maximum of sum_i max_{j chosen} s_ij with s = (1 + cosine) / 2, at
   least 1 - 1/e of the best set. Exact for up to 20,000 rows: at most a few
-  times 2 N^2 W operations, and at most 512 MiB of similarities are kept.
+  times 2 N^2 W flops, and at most 512 MiB of similarities are kept.
   Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W ln(1 / epsilon)
-  operations whatever the budget.
+  flops whatever the budget.
 
   Args:
     seed: of the candidates and blocks; unused where exact.
@@ -330,7 +330,7 @@ def greedy_map(
   L_ij = q_i exp(-|x_i - x_j|^2 / (2 h^2)) q_j. d_i^2, how much of row i the
   chosen leave unexplained, starts as L_ii; the pick j is its argmax; then e_i
   = (L_ji - <c_j, c_i>) / d_j, c_i grows by e_i and d_i^2 falls by e_i^2: the
-  next row of a Cholesky factor. N M^2 + 2 N M W operations, N M numbers. Rows
+  next row of a Cholesky factor. N M^2 + 2 N M W flops, N M numbers. Rows
   that the chosen explain to one part in 10^10 follow by quality.
 
   Args:

@@ -53,9 +53,9 @@ def one_side(
   """[N, R] numbers of the responses -> [N]; a single one stands for itself.
 
   Args:
-    value: R is 2 for pairs (chosen, rejected) and 1 for thumbs.
+    value: R is 2 for pairs (chosen, rejected) and 1 for unpaired rows.
     side: "chosen", "rejected", "mean", "sum", "min", "max" or "difference"
-      (chosen minus rejected); of thumbs all but the last are the one response.
+      (chosen minus rejected); unpaired: all but the last are the one response.
     knob: of config.select, that holds the side.
   """
   if side not in SIDES:

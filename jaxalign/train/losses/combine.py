@@ -98,8 +98,8 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
     A loss whose kind, stats, extras and keywords are those of its terms.
 
   Raises:
-    ConfigError: pairs, thumbs and imitation do not mix; "rows" mix with pairs
-      only: of thumbs an undesirable answer would be imitated too.
+    ConfigError: pairs, unpaired and imitation do not mix; "rows" mix with pairs
+      only: of unpaired rows an undesirable answer would be imitated too.
   """
   names = [key.partition("(")[0] for _, key, _ in terms]
   each = [marks(fn) for *_, fn in terms]

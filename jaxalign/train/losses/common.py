@@ -18,7 +18,7 @@ def needs(
   """Declares the rows of a loss and what it reads beside sums and counts.
 
   Args:
-    kind: "pairs" ([B, 2]), "thumbs" ([B, 1] and a label) or "rows" ([B, R]).
+    kind: "pairs" ([B, 2]), "unpaired" ([B, 1] and a label) or "rows" ([B, R]).
     *stats: keys of `stats`: "label" [B] bool; columns of the rows,
       `reference.COLUMNS`; and statistics of the whole batch of an update,
       `statistics.STATISTICS`, which carry no gradient.

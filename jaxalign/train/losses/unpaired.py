@@ -1,4 +1,4 @@
-"""Losses on single answers with a thumb up or down.
+"""Losses on single answers, liked or disliked.
 
 Every one takes Logps [B, 1] of policy and reference and stats["label"] [B]
 bool (true: desirable); r = policy - ref over SUMS. Metrics of one class are
@@ -56,7 +56,7 @@ def with_class_weights(
     return loss, ""
   up = int(np.sum(label))
   down = len(label) - up
-  counts = f"{up:,} thumbs up and {down:,} down"
+  counts = f"{up:,} liked answers and {down:,} disliked"
   have = given(loss)
   if have.keys() & CLASS_WEIGHTS:
     up *= have.get("desirable", 1.0)
@@ -80,7 +80,7 @@ def with_class_weights(
   )
 
 
-@needs("thumbs", "label", "z0")
+@needs("unpaired", "label", "z0")
 def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
   """Kahneman-Tversky optimisation, Ethayarajh et al. 2024, eq. 8.
 
@@ -96,9 +96,9 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
       gradient, from every micro-batch of the step (HALOs and TRL take it
       from one device's micro-batch).
     beta: > 0.
-    desirable: weight of thumbs up; a job that is given neither takes
+    desirable: weight of liked answers; a job that is given neither takes
       `class_weights` of the rows it kept.
-    undesirable: weight of thumbs down.
+    undesirable: weight of disliked answers.
 
   Returns:
     [B] loss, and [B] metrics (rewards of one class are 0 on the other's rows
@@ -114,11 +114,11 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
   }
 
 
-@needs("thumbs", "label")
+@needs("unpaired", "label")
 def apo_zero_unpaired(
   policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0
 ):
-  """APO-zero on thumbs, D'Oosterlinck et al. 2024, eq. 7: KTO with z0 = 0.
+  """APO-zero on unpaired, D'Oosterlinck et al. 2024, eq. 7: KTO with z0 = 0.
 
   Desirable rows w_D (1 - sigmoid(beta r)), undesirable rows
   w_U sigmoid(beta r), sums; no mismatched answers, so no second pass. TRL's
@@ -131,7 +131,7 @@ def apo_zero_unpaired(
   return loss, unpaired_metrics(policy, beta * r, label)
 
 
-@needs("thumbs", "label", "delta")
+@needs("unpaired", "label", "delta")
 def bco(policy, ref, stats, *, beta=0.1):
   """Binary classifier optimisation, Jung et al. 2024.
 
@@ -149,7 +149,7 @@ def bco(policy, ref, stats, *, beta=0.1):
   }
 
 
-@needs("thumbs", "label", "delta", "weights")
+@needs("unpaired", "label", "delta", "weights")
 def bco_udm(policy, ref, stats, *, beta=0.1):
   """BCO with underlying distribution matching, Jung et al. 2024.
 
