@@ -15,7 +15,7 @@ from jaxalign import artifacts, checkpoints, interrupt, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import NumericError, RestartError
 from jaxalign.model import decoder
-from jaxalign.train import feed, loop, optim
+from jaxalign.train import feed, log, loop, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import find, LOSSES
@@ -228,23 +228,24 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
 
     return call
 
-  def torn(path, lines, there):
-    real(path, lines, there)
+  real = log.Log.write
+
+  def torn(self):
+    there = self.written
+    real(self)
     if there:
-      with open(path, "rb+") as file:
-        file.truncate(os.path.getsize(path) - 40)
+      with open(self.path, "rb+") as file:
+        file.truncate(os.path.getsize(self.path) - 40)
       raise Killed
 
   with monkeypatch.context() as patch:
-    real = loop._write_log
-    patch.setattr(
-      loop, "_write_log", torn if where == "torn" else dying("log", real)
-    )
+    write_log = torn if where == "torn" else dying("log", real)
+    patch.setattr(log.Log, "write", write_log)
     digests = dying("manifest", artifacts.write_bytes)
 
     def write(path, data):
-      log = str(path).endswith("metrics.jsonl")
-      return (artifacts_write if log else digests)(path, data)
+      in_log = str(path).endswith("metrics.jsonl")
+      return (artifacts_write if in_log else digests)(path, data)
 
     artifacts_write = artifacts.write_bytes
     patch.setattr(artifacts, "write_bytes", write)

@@ -133,13 +133,14 @@ def run_align(job: Job, arm: Arm) -> None:
     measures = watched.measures(job, arm)
     evaluations = {n: x.of for n, x in measures.items()}
     online = c.train.reference == "online"
+    how = dict(updates=updates, seed=arm.seed, head_chunk=c.model.head_chunk)
     cost = train(
       job.mesh,
       job.policy,
       functools.partial(_policy_start, job, arm, folder, loss),
       rows,
       loss,
-      Recipe.of(c, c.train, updates=updates, seed=arm.seed, online=online),
+      Recipe.of(c.train, **how, online=online),
       _options(job, arm, folder, updates, evaluations),
       watched.extend(job),
     )

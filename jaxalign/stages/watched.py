@@ -98,32 +98,33 @@ def _mistakes(c: Any) -> Iterable[tuple[Any, str]]:
       f"the set {name!r} has no rows: data.split.held_out=0; set "
       "config.data.split.held_out or config.train.eval_sets",
     )
-  yield (
-    t.best and not t.eval_every,
-    f"train.best={t.best!r} is measured by evaluations; set "
-    "config.train.eval_every",
-  )
-  name, _, value = t.best.partition("/")
-  yield (
-    t.best and name not in t.eval_sets,
-    f"train.best={t.best!r} is of no set in train.eval_sets="
-    f"{tuple(t.eval_sets)}; set one of them",
-  )
-  whole = [x for x in c.compare if x in WHOLE]
-  yield (
-    name == "rest" and whole,
-    f"train.best={t.best!r} is of rows that were left out, and "
-    f"{''.join(whole[:1])!r} in config.compare leaves out none; set one of "
-    "them",
-  )
-  known = measured(c).get(name, ())
-  why = f" (the loss {c.loss.name!r} has no value on a set alone)"
-  yield (
-    t.best and value not in known,
-    f"train.best={t.best!r} is measured by nothing"
-    f"{why if value == 'loss' else ''}; of {name!r} there are "
-    f"{', '.join(known)}; set config.train.best",
-  )
+  if t.best:
+    yield (
+      not t.eval_every,
+      f"train.best={t.best!r} is measured by evaluations; set "
+      "config.train.eval_every",
+    )
+    name, _, value = t.best.partition("/")
+    yield (
+      name not in t.eval_sets,
+      f"train.best={t.best!r} is of no set in train.eval_sets="
+      f"{tuple(t.eval_sets)}; set one of them",
+    )
+    whole = [x for x in c.compare if x in WHOLE]
+    yield (
+      name == "rest" and whole,
+      f"train.best={t.best!r} is of rows that were left out, and "
+      f"{''.join(whole[:1])!r} in config.compare leaves out none; set one of "
+      "them",
+    )
+    known = measured(c).get(name, ())
+    why = f" (the loss {c.loss.name!r} has no value on a set alone)"
+    yield (
+      value not in known,
+      f"train.best={t.best!r} is measured by nothing"
+      f"{why if value == 'loss' else ''}; of {name!r} there are "
+      f"{', '.join(known)}; set config.train.best",
+    )
   yield (
     t.stop_after and not t.best,
     f"train.stop_after={t.stop_after} evaluations without what improvement; "

@@ -62,15 +62,8 @@ class Log:
       return
     if not done or "://" in str(self.path):  # object stores cannot append
       artifacts.write_bytes(self.path, _text(self.lines))
-      return
-    try:
-      with open(os.fspath(self.path), "ab") as file:
-        file.write(_text(new))
-    except OSError as error:
-      raise WriteError(
-        f"cannot write {self.path}: {error.strerror or error}; free "
-        "space or permissions, or another --workdir"
-      ) from error
+    else:
+      _append(self.path, _text(new))
 
   def write_diverged(self, since: int, last: dict[str, Any]) -> None:
     """Keeps how a run diverged in diverged.jsonl.
@@ -83,6 +76,18 @@ class Log:
     kept = [x for x in self.lines if x["step"] >= since]
     if jax.process_index() == 0:
       artifacts.write_bytes(self.diverged, _text([*kept, last]))
+
+
+def _append(path: epath.Path, data: bytes) -> None:
+  """Writes at the end of a local file."""
+  try:
+    with open(os.fspath(path), "ab") as file:
+      file.write(data)
+  except OSError as error:
+    raise WriteError(
+      f"cannot write {path}: {error.strerror or error}; free space or "
+      "permissions, or another --workdir"
+    ) from error
 
 
 def _text(lines: Iterable[dict[str, Any]]) -> bytes:
