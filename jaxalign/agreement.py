@@ -177,7 +177,7 @@ def measure(
   """All numbers of a table.
 
   Args:
-    table: as from `eval.verdict_tables.read`.
+    table: as from `eval.rating_tables.read_ratings`.
     judges: raters held against the majority of the humans; may be none.
     humans: may be none.
 
@@ -234,25 +234,27 @@ def run(argv: list[str]) -> None:
   """Everything after the first line of output."""
   values = parse(argv)
   from jaxalign import artifacts
-  from jaxalign.eval import verdict_codes, verdict_layouts, verdict_tables
-  from jaxalign.report.pages import agreement as pages
+  from jaxalign.eval import rating_codes, rating_layouts, rating_tables
+  from jaxalign.report import raters_page, terminal
 
-  choice = verdict_codes.parse_choice(values.choice)
-  fields = verdict_layouts.parse_fields(values.fields)
+  choice = rating_codes.parse_choice(values.choice)
+  fields = rating_layouts.parse_fields(values.fields)
   files = _files(values)
   names = list(dict.fromkeys(n for some in files.values() for n in some))
-  table = verdict_tables.read(
+  table = rating_tables.read_ratings(
     names, choice, list(filter(None, values.raters)), fields
   )
-  progress.say(pages.reading(table.files))
+  progress.say(terminal.reading_text(table.files))
   found = measure(table, *_sides(values, files, table))
-  progress.say(pages.terminal(found))
+  progress.say(terminal.agreement_text(found))
   if values.output:
     try:
       if values.output.endswith(".json"):
         artifacts.write_json(values.output, found)
       else:
-        artifacts.write_bytes(values.output, pages.render(found).encode())
+        artifacts.write_bytes(
+          values.output, raters_page.agreement_html(found).encode()
+        )
     except WriteError as error:
       raise WriteError(str(error).replace("--workdir", "--output")) from error
     progress.say(f"\npage: {values.output}")

@@ -25,7 +25,7 @@ from jaxalign.job import (
 from jaxalign.model import decoder, weights
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
-from jaxalign.select.samplers import basic, combine
+from jaxalign.select.samplers import combine, isa, values
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns, judges, proxies, questions, scores, watched
 from jaxalign.train import feed, optim
@@ -83,8 +83,8 @@ PARTS = (
   "train.ref_mix",
 )  # in [0, 1]
 CHOICES = {
-  "select.order": (*basic.ORDERS, basic.SOFT),
-  "select.pair_score": basic.PAIR_SCORES,
+  "select.order": (*isa.ORDERS, isa.SOFT),
+  "select.pair_score": values.SIDES,
   "select.mixture.covariance": mixtures.COVARIANCES,
   "model.param_dtype": decoder.DTYPES,
   "embed.store_dtype": stores.DTYPES,

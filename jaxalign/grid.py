@@ -396,7 +396,7 @@ def main(argv: list[str]) -> int:
     from etils import epath
 
     from jaxalign import artifacts, progress
-    from jaxalign.report.pages import grid as page
+    from jaxalign.report import study_page, terminal
 
     values, passed = parse(argv)
     cells = cells_of(values)
@@ -404,8 +404,10 @@ def main(argv: list[str]) -> int:
     summary = json.loads(json.dumps(summarise(values, cells)))
     folder = epath.Path(values.workdir)
     artifacts.write_json(folder / "grid.json", summary)
-    artifacts.write_bytes(folder / "grid.html", page.render(summary).encode())
-    progress.say(page.terminal(summary))
+    artifacts.write_bytes(
+      folder / "grid.html", study_page.grid_html(summary).encode()
+    )
+    progress.say(terminal.grid_text(summary))
     progress.say(f"report: {folder}/grid.html")
     status = next(iter(failed.values()), 0)
 

@@ -56,7 +56,7 @@ def row_sizes(
     answers = [
       [len(x) + 1 for x in tok.encode_responses(texts)] for texts in said
     ]
-    source = chats.choose(
+    source = chats.template_source(
       c.data.template, tok, any(row.get("turns") for row in sample)
     )
     if source is not None:  # what it writes around a question, once

@@ -20,7 +20,7 @@ from jaxalign.rates import rate_of
 from jaxalign.select import costs, embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns, proxies, scores, select, watched
 from jaxalign.stages import embed as passes
@@ -56,13 +56,13 @@ def _sizes(
     )
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
-  found, said = prepare.peek(c, _model(c).context)
+  found, said = prepare.preview(c, _model(c).context)
   for line in said:
     progress.say(f"  {line}")
   splits, read = found.splits, found.summary["seen"]
   rows = {n: len(x) for n, x in splits.items()}
   names = prepare.sources_of(c)
-  counted = [sources.count(name, prepare.PEEKED) for name in names]
+  counted = [sources.count_rows(name, prepare.PEEKED) for name in names]
   total = sum(n for n, _ in counted)
   if c.data.limit:
     total = min(total, c.data.limit * len(names))
@@ -493,7 +493,7 @@ def _show_samplers(
       f"{memory.size(cost.device)} on the devices"
       + (
         "; a job refuses so long a choice"
-        if select.hours(job, cost) > rows_lib.HOURS
+        if select.hours(job, cost) > vectors_lib.HOURS
         else ""
       )
     )

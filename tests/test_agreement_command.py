@@ -13,9 +13,9 @@ from test_report import read as parsed
 
 from jaxalign import agreement as command
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import interrater, verdict_codes, verdict_tables
+from jaxalign.eval import interrater, rating_codes, rating_tables
 from jaxalign.eval.interrater import Verdict
-from jaxalign.report.pages import agreement as pages
+from jaxalign.report import raters_page, terminal
 
 
 def run(*flags):
@@ -29,8 +29,8 @@ def written(folder, rows, name="votes.jsonl"):
 
 
 def table(folder, rows, choice=None, **kwargs):
-  return verdict_tables.read(
-    [str(written(folder, rows))], verdict_codes.parse_choice(choice), **kwargs
+  return rating_tables.read_ratings(
+    [str(written(folder, rows))], rating_codes.parse_choice(choice), **kwargs
   )
 
 
@@ -412,7 +412,8 @@ def test_a_table_is_the_same_in_every_kind_of_file(tmp_path):
   files[3].write_bytes(gzip.compress((tmp_path / "votes.jsonl").read_bytes()))
   for path in files:
     assert (
-      verdict_tables.read([str(path)], verdict_codes.Choice()).rows == wanted
+      rating_tables.read_ratings([str(path)], rating_codes.Choice()).rows
+      == wanted
     ), path
 
 
@@ -508,9 +509,9 @@ def test_an_item_without_texts_that_stands_for_two_pairs_is_refused(tmp_path):
   written(
     tmp_path, [dict(id=1, verdict="A"), dict(id=2, verdict="B")], "j.jsonl"
   )
-  found = verdict_tables.read(
+  found = rating_tables.read_ratings(
     [str(tmp_path / "votes.jsonl"), str(tmp_path / "j.jsonl")],
-    verdict_codes.Choice(),
+    rating_codes.Choice(),
   )
   assert [r.item for r in found.rows if r.rater == "j"] == ["2"]
   assert sum(found.files[1]["refused"].values()) == 1
@@ -859,9 +860,9 @@ def measured(folder, payload="x"):
 )
 def test_nothing_from_a_table_becomes_markup(payload, tmp_path):
   found = measured(tmp_path, payload)
-  parsed(pages.render(found))
-  parsed(pages.render(poisoned(found, payload)))
-  text = pages.reading(found["files"]) + pages.terminal(found)
+  parsed(raters_page.agreement_html(found))
+  parsed(raters_page.agreement_html(poisoned(found, payload)))
+  text = terminal.reading_text(found["files"]) + terminal.agreement_text(found)
   assert "\x1b" not in text and "\u202e" not in text
 
 
@@ -874,6 +875,6 @@ def test_any_leaf_of_a_page_may_be_missing_or_odd(tmp_path):
       for key in path[:-1]:
         holder = holder[key]
       holder[path[-1]] = leaf
-      pages.render(found)
+      raters_page.agreement_html(found)
   for odd in (None, {}, [], "x", 5):
-    assert "Agreement of raters" in pages.render(odd)
+    assert "Agreement of raters" in raters_page.agreement_html(odd)

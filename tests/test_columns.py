@@ -15,6 +15,7 @@ from jaxalign import artifacts, sharding
 from jaxalign.data import tables
 from jaxalign.data import tokenizer as tokenizer_lib
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.encode import encode_texts
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.model import decoder, weights
 from jaxalign.model import reward as reward_lib
@@ -135,9 +136,7 @@ def test_a_real_model_says_what_transformers_says(shared):
   tok = tokenizer_lib.load_tokenizer(folder)
   prompts = ["Once upon a time, there was a", "Lily and Tom went to the park."]
   answers = [" little girl who had a red ball.", " They saw a big dog"]
-  rows, _, _ = tokens_lib.encode_texts(
-    tok, prompts, dict(response=answers), 128
-  )
+  rows, _, _ = encode_texts(tok, prompts, dict(response=answers), 128)
   asked = questions.build(
     tok,
     [(str(i), p, a) for i, (p, a) in enumerate(zip(prompts, answers))],
@@ -224,7 +223,9 @@ def test_questions_that_cannot_work(question, words):
 
 def a_tokenizer():
   texts = ["is the answer good to know yes or no " * 3] * 20
-  return tokenizer_lib.Tokenizer.from_bytes(tokenizer_lib.train(texts, 320))
+  return tokenizer_lib.Tokenizer.from_bytes(
+    tokenizer_lib.train_tokenizer(texts, 320)
+  )
 
 
 def test_a_question_is_cut_in_its_texts_alone():

@@ -11,7 +11,7 @@ from jaxalign import grid
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
 from jaxalign.eval import equivalence
-from jaxalign.report.pages import grid as page
+from jaxalign.report import study_page, terminal
 
 
 def flags(folder, *more):
@@ -124,9 +124,9 @@ def test_differences_are_paired_by_seed(tmp_path):
   d = np.mean([told[w][2] - told[w][0] for w in told], axis=0)
   assert np.isclose(pooled["difference"]["value"], d.mean())
   assert pooled["cells"] == 10
-  html = page.render(json.loads(json.dumps(found)))
+  html = study_page.grid_html(json.loads(json.dumps(found)))
   assert "isa-0.1" in html and "better" in html
-  assert "isa-0.1" in page.terminal(found)
+  assert "isa-0.1" in terminal.grid_text(found)
 
 
 def test_a_missing_job_is_named_and_another_seed_refused(tmp_path):
@@ -136,7 +136,7 @@ def test_a_missing_job_is_named_and_another_seed_refused(tmp_path):
   found = grid.summarise(values, cells)
   assert found["missing"] == ["junk/seed3", "natural/seed4", "junk/seed4"]
   assert found["worlds"][0]["verdicts"][0]["verdict"] == "withheld"
-  assert page.render(json.loads(json.dumps(found)))
+  assert study_page.grid_html(json.loads(json.dumps(found)))
   summary = grid.read(tmp_path, cells)[cells[0]]
   with pytest.raises(DataError, match="no win rate of seed 9"):
     grid.outcomes(summary, 9, "natural/seed3")

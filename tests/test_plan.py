@@ -469,7 +469,7 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   rates = plan.rates
   monkeypatch.setattr(rates, "RATES", dict(cpu=1.0))
   hours = 2 * 160 * 16 * 32 / 8 / 3600  # on eight devices
-  monkeypatch.setattr(plan.rows_lib, "HOURS", hours / 1.001)
+  monkeypatch.setattr(plan.vectors_lib, "HOURS", hours / 1.001)
   ended = run()
   assert ended.code == 64 and re.search(
     r"'k_center' would take about 6 hours to choose from 160 rows, 1.64e\+05 "
@@ -480,7 +480,7 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   assert made == ["data"]  # no model was trained, no row embedded
   said = run("--dry_run")
   assert said.code == 0 and "a job refuses so long a choice" in said.out
-  monkeypatch.setattr(plan.rows_lib, "HOURS", hours * 1.001)
+  monkeypatch.setattr(plan.vectors_lib, "HOURS", hours * 1.001)
   said = run("--dry_run")
   assert said.code == 0 and "refuses" not in said.out
 

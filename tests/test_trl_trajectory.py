@@ -19,6 +19,7 @@ from jaxalign import sharding
 from jaxalign.data import batches, records
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.encode import encode_texts
 from jaxalign.model import adapters, decoder, weights
 from jaxalign.select import embed
 from jaxalign.train import feed, loop, optim
@@ -136,9 +137,10 @@ def same_tokens(tokens, at, row, names):
 
 def dpo(trl, mesh, folder, m, params, tok, pool, **how):
   """The gaps of a run on pairs, all of which fit the context."""
-  tokens, _, refused = tokens_lib.encode_pairs(
+  tokens, _, refused = encode_texts(
     tok,
-    *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in pool],
+    {k: [r[k] for r in pool] for k in ("chosen", "rejected")},
     m.context,
   )
   assert not refused and not tokens.cut.any()
@@ -164,9 +166,13 @@ def kto(trl, mesh, folder, m, params, tok, pool, **how):
   n = len(pool)
   label = np.random.default_rng(1).random(n) < 0.5
   said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]
-  tokens, _ = tokens_lib.encode_rows(
-    tok, [r["prompt"] for r in pool], said, m.context
-  )
+  tokens = encode_texts(
+    tok,
+    [r["prompt"] for r in pool],
+    dict(response=said),
+    m.context,
+    "cut_answer",
+  ).rows
   assert not tokens.cut.any()
   total, count = reference(mesh, m, params, tokens, (n, 1))
   taken = order(n, how["batch"], how["updates"])
@@ -242,16 +248,13 @@ MANY = dict(batch=2, updates=STEPS, lr=1e-4, beta=0.1)
 def real_pairs(shared, tok, most):
   """Pairs of two rows of `most` tokens at most, and (read, refused, longer)
   of what went."""
-  read = records.load(
-    str(shared / "data/hh-harmless/pairs.jsonl.gz"),
-    schema="auto",
-    limit=0,
-    on_bad_rows="skip",
-    max_bad_fraction=0.5,
+  read = records.load_records(
+    str(shared / "data/hh-harmless/pairs.jsonl.gz")
   ).rows
-  tokens, _, refused = tokens_lib.encode_pairs(
+  tokens, _, refused = encode_texts(
     tok,
-    *([r[k] for r in read] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in read],
+    {k: [r[k] for r in read] for k in ("chosen", "rejected")},
     1 << 14,
   )
   left = [r for i, r in enumerate(read) if i not in refused]

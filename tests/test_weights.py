@@ -29,7 +29,7 @@ transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
 TEXTS = ["bako ti ruda\n\nmo", " ti ruda bako 12", "ruda", "ma\u00df \u2603 mo"]
-TOK = tokenizers.Tokenizer(tokenizers.train(TEXTS * 9, 300))
+TOK = tokenizers.Tokenizer(tokenizers.train_tokenizer(TEXTS * 9, 300))
 SMALL = decoder.ModelConfig(
   layers=2,
   width=16,

@@ -55,17 +55,17 @@ def prepare(args, folder: pathlib.Path) -> None:
 
   from jaxalign import sharding
   from jaxalign.data import records, tokenizer, tokens
+  from jaxalign.data.encode import encode_texts
   from jaxalign.model import decoder, weights
 
-  rows = records.load(
-    args.data, schema="auto", limit=0, on_bad_rows="skip", max_bad_fraction=0.5
-  ).rows
+  rows = records.load_records(args.data).rows
   rows = [r for r in rows if r["prompt"]]
   texts = [r["prompt"] + r["chosen"] for r in rows]
-  tok = tokenizer.Tokenizer(tokenizer.train(texts[:1500], 4096))
-  encoded, _, refused = tokens.encode_pairs(
+  tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(texts[:1500], 4096))
+  encoded, _, refused = encode_texts(
     tok,
-    *([r[k] for r in rows] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in rows],
+    {k: [r[k] for r in rows] for k in ("chosen", "rejected")},
     context=1 << 14,
   )
   both = tokens.lengths(encoded).reshape(-1, 2)
@@ -144,7 +144,8 @@ def ours(args) -> None:
   import numpy as np
 
   from jaxalign import sharding
-  from jaxalign.data import tokenizer, tokens
+  from jaxalign.data import tokenizer
+  from jaxalign.data.encode import encode_texts
   from jaxalign.model import weights
   from jaxalign.train import feed, losses, optim
   from jaxalign.train import step as steps
@@ -160,9 +161,10 @@ def ours(args) -> None:
   m = weights.read_config(folder / "export", "float32", "none")
   m = m._replace(context=args.context, attention="tiles")
   tok = tokenizer.load_tokenizer(folder / "export")
-  encoded, _, refused = tokens.encode_pairs(
+  encoded, _, refused = encode_texts(
     tok,
-    *([p[k] for p in pairs] for k in ("prompt", "chosen", "rejected")),
+    [p["prompt"] for p in pairs],
+    {k: [p[k] for p in pairs] for k in ("chosen", "rejected")},
     context=args.context,
   )
   assert not refused

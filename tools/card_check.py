@@ -121,7 +121,7 @@ def rows(args) -> None:
 def timing(args) -> None:
   """Seconds, memory and bytes of the card of a made-up pool of pairs."""
   sys.path.insert(0, str(ROOT))
-  from jaxalign.report.pages import select as page
+  from jaxalign.report import select_page
   from jaxalign.select import card, neighbours
   from jaxalign.select.pool import Pool
   from jaxalign.select.samplers import SAMPLERS
@@ -168,7 +168,7 @@ def timing(args) -> None:
     f"{peak():.2f} GiB, the embedding {x.nbytes / 2**30:.2f}"
   )
   start = time.monotonic()
-  html = page.render(out, table).encode()
+  html = select_page.selection_html(out, table).encode()
   print(
     f"page {time.monotonic() - start:.1f} s, {len(html) / 1e6:.1f} MB; "
     f"load {os.getloadavg()[0]:.1f}"

@@ -66,6 +66,7 @@ from jaxalign import (
 )
 from jaxalign.data import tokens as tokens_lib  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
+from jaxalign.data.encode import encode_texts
 from jaxalign.model import decoder  # noqa: E402
 from jaxalign.select import (
   embed,  # noqa: E402
@@ -203,7 +204,7 @@ def columns_of(
 ) -> dict[str, np.ndarray]:
   """Every column that crossfit reads, of responses [n, ...]."""
   c = job.c
-  rows, _, left_out = tokens_lib.encode_texts(
+  rows, _, left_out = encode_texts(
     job.tokenizer,
     [q for q, _ in texts],
     dict(response=[a for _, a in texts]),

@@ -62,7 +62,7 @@ KEPT = 0.1  # of the training pairs, where bad ones are injected
 
 def embedded(args) -> tuple[list[dict], dict[str, np.ndarray], list]:
   """Rows, their two embeddings [N, 2, E], and token ids of the answers."""
-  rows = records.load(args.data).rows
+  rows = records.load_records(args.data).rows
   if args.limit:
     rows = rows[: args.limit]
   from jaxalign.select import texts

@@ -9,7 +9,7 @@ from jaxalign import artifacts
 from jaxalign.artifacts import Cost, pick
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.job import Arm, arm_folder, Job, updates_of
-from jaxalign.lookup import edition
+from jaxalign.lookup import source_digests
 from jaxalign.select import embed
 from jaxalign.select import store as stores
 from jaxalign.select.samplers import combine
@@ -158,7 +158,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     return files, Cost(flops, tokens), {}
 
   fields = dict(loss=c.loss.name, layout=c.train.layout)
-  if edition(c.loss.name):  # one from outside may be edited to read more
+  if source_digests(c.loss.name):  # one from outside may be edited to read more
     fields["reads"] = [*job.loss.stats, *job.loss.extras, job.loss.reference]
   if c.train.reference == "online":
     fields["reference"] = "online"

@@ -169,7 +169,7 @@ def alternatives(
     seed: of draws; the sampler's own plus one, so that `random` is another
       draw.
   """
-  out, own = {}, combine.bare(sampler)
+  out, own = {}, combine.sampler_names(sampler)
   for name in ALTERNATIVES:
     one = SAMPLERS[name]
     if (
@@ -189,7 +189,7 @@ def alternatives(
 
 def about(sampler: str) -> str:
   """The first sentence of what each sampler of a chain says of itself."""
-  known = [SAMPLERS[n] for n in combine.bare(sampler) if n in SAMPLERS]
+  known = [SAMPLERS[n] for n in combine.sampler_names(sampler) if n in SAMPLERS]
   return " ".join((inspect.getdoc(x) or "").split("\n")[0] for x in known)
 
 

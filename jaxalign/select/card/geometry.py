@@ -10,7 +10,7 @@ from jaxalign.errors import NumericError
 from jaxalign.select import neighbours
 from jaxalign.select.card import spectra
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers import clusters as clusters_lib
+from jaxalign.select.samplers import kmeans
 
 ALIKE = 0.95  # a cosine from which two rows are near-duplicates
 ASKED = 2000  # rows whose neighbours stand for the pool's or a random subset's
@@ -165,7 +165,7 @@ def clusters(pool: Pool, draw: np.ndarray, texts: Any = None) -> np.ndarray:
   read, n = neighbours.unit_rows(pool), len(pool.ids)
   some = neighbours.sample(draw, np.arange(n), 20_000)
   count = min(CLUSTERS, max(1, len(some) // 50))
-  _, centres = clusters_lib.k_means(read(some), pool.ids[some], count, 0)
+  _, centres = kmeans.k_means(read(some), pool.ids[some], count, 0)
   label = np.empty(n, np.int64)
   square = (centres**2).sum(axis=1)
   for start in range(0, n, neighbours.BLOCK):

@@ -18,7 +18,7 @@ from jaxalign.errors import ConfigError
 from jaxalign.train.losses import pair, reference_free, unpaired
 from jaxalign.train.losses.combine import (
   bind,
-  check_keywords,
+  check_ranges,
   weight_of,
   weighted_sum,
 )
@@ -78,17 +78,15 @@ def find(name: str) -> Callable:
       rows of different kinds.
   """
   terms = []
-  for term in lookup.parts(name, "+"):
-    *number, key = lookup.parts(term, "*")
-    fn = lookup.lookup(LOSSES, key, "loss", "loss.name")
+  for *factors, term in lookup.parse(name, "+", "loss", "loss.name"):
+    fn = lookup.find(LOSSES, term, "loss", "loss.name")
     if not hasattr(fn, "kind"):
       raise ConfigError(
-        f"loss {key!r} does not say what it reads; mark the function with "
-        "jaxalign.train.losses.needs, or set config.loss.name"
+        f"loss {str(term)!r} does not say what it reads; mark the function "
+        "with jaxalign.train.losses.needs, or set config.loss.name"
       )
-    check_keywords(lookup.given(fn), name, "loss.name")
-    weight = weight_of("*".join(number), name) if number else 1.0
-    terms.append((weight, key, fn))
+    check_ranges(lookup.bound_keywords(fn), name, "loss.name")
+    terms.append((weight_of(factors, name), term.name, fn))
   if len(terms) == 1 and terms[0][0] == 1.0:
     return terms[0][2]
   return weighted_sum(terms)

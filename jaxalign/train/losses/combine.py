@@ -7,6 +7,7 @@ import math
 from numbers import Real
 from typing import Any
 
+from jaxalign import lookup
 from jaxalign.errors import ConfigError
 from jaxalign.train.losses.common import marks
 
@@ -26,7 +27,7 @@ LIMITS = {
 }
 
 
-def check_keywords(kwargs: dict[str, Any], name: str, knob: str) -> None:
+def check_ranges(kwargs: dict[str, Any], name: str, knob: str) -> None:
   """Raises ConfigError for a keyword outside its range; see LIMITS."""
   for key, value in kwargs.items():
     holds, wanted = LIMITS.get(key, (lambda x: True, ""))
@@ -34,12 +35,6 @@ def check_keywords(kwargs: dict[str, Any], name: str, knob: str) -> None:
       raise ConfigError(
         f"loss {name!r} got {key}={value!r}, wanted {wanted}; set config.{knob}"
       )
-
-
-def keywords(fn: Callable) -> list[inspect.Parameter]:
-  """The keyword-only parameters of a loss."""
-  known = inspect.signature(fn).parameters.values()
-  return [p for p in known if p.kind == p.KEYWORD_ONLY]
 
 
 def bind(fn: Callable, name: str, kwargs: dict[str, Any]) -> Callable:
@@ -55,31 +50,26 @@ def bind(fn: Callable, name: str, kwargs: dict[str, Any]) -> Callable:
   Raises:
     ConfigError: a keyword the loss does not take, or outside its range.
   """
-  known = [p.name for p in keywords(fn)]
-  for key in kwargs:
-    if key not in known:
-      raise ConfigError(
-        f"loss {name!r} takes no {key!r}; it takes "
-        f"{', '.join(known) or 'no keywords'}; set config.loss.kwargs"
-      )
-  check_keywords(kwargs, name, "loss.kwargs")
+  known = lookup.keywords(fn)
+  lookup.check_keywords(kwargs, known, f"loss {name!r}", "loss.kwargs")
+  check_ranges(kwargs, name, "loss.kwargs")
   bound = functools.partial(fn, **kwargs)
   bound.__dict__.update(marks(fn))
   return bound
 
 
-def weight_of(text: str, name: str) -> float:
-  """The weight of a term of the loss `name`."""
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0 < value < math.inf:
-    raise ConfigError(
-      f"loss {name!r} has the weight {text!r}, wanted a number "
-      "above 0, as in 'dpo+0.2*sft'; set config.loss.name"
-    )
-  return value
+def weight_of(factors: list[lookup.Term | float], name: str) -> float:
+  """The one number before a term of the loss `name`, or 1."""
+  if not factors:
+    return 1.0
+  weight = factors[0] if len(factors) == 1 else None
+  if isinstance(weight, float) and 0 < weight < math.inf:
+    return weight
+  text = "*".join(f"{x:g}" if isinstance(x, float) else str(x) for x in factors)
+  raise ConfigError(
+    f"loss {name!r} has the weight {text!r}, wanted a number above 0, as in "
+    "'dpo+0.2*sft'; set config.loss.name"
+  )
 
 
 def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
@@ -101,7 +91,7 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
     ConfigError: pairs, unpaired and imitation do not mix; "rows" mix with pairs
       only: of unpaired rows an undesirable answer would be imitated too.
   """
-  names = [key.partition("(")[0] for _, key, _ in terms]
+  names = [key for _, key, _ in terms]
   each = [marks(fn) for *_, fn in terms]
   kinds = {x["kind"] for x in each}
   if len(kinds) > 1 and kinds != {"pairs", "rows"}:
@@ -114,12 +104,12 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
     raise ConfigError(
       f"a loss is summed twice ({', '.join(names)}); set config.loss.name"
     )
-  takes = [keywords(fn) for *_, fn in terms]
+  takes = [lookup.keywords(fn) for *_, fn in terms]
 
   def loss_fn(policy, ref, stats, **kwargs):
     total, prefers, metrics, own = 0.0, 0.0, {}, {}
     for name, (weight, _, fn), known in zip(names, terms, takes):
-      given = {p.name: kwargs[p.name] for p in known if p.name in kwargs}
+      given = {n: kwargs[n] for n in known if n in kwargs}
       loss, extra = fn(policy, ref, stats, **given)
       total = total + weight * loss
       if fn.kind != "rows":
@@ -131,7 +121,7 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
     return total, metrics | own
 
   positional = list(inspect.signature(loss_fn).parameters.values())[:3]
-  named = {p.name: p for known in reversed(takes) for p in known}
+  named = {n: p for known in reversed(takes) for n, p in known.items()}
   loss_fn.__signature__ = inspect.Signature([*positional, *named.values()])
   loss_fn.terms = tuple(fn for *_, fn in terms)
   loss_fn.kind = "pairs" if len(kinds) > 1 else min(kinds)

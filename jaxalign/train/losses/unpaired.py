@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.lookup import given
-from jaxalign.train.losses.combine import keywords
+from jaxalign.lookup import bound_keywords, keywords
 from jaxalign.train.losses.common import marks, needs, ratios, unpaired_metrics
 
 
@@ -52,12 +51,12 @@ def with_class_weights(
     The loss, and a line for a person: the weights, or that given ones leave
     the band of `class_weights`; "" for neither.
   """
-  if not CLASS_WEIGHTS <= {p.name for p in keywords(loss)}:
+  if not CLASS_WEIGHTS <= keywords(loss).keys():
     return loss, ""
   up = int(np.sum(label))
   down = len(label) - up
   counts = f"{up:,} liked answers and {down:,} disliked"
-  have = given(loss)
+  have = bound_keywords(loss)
   if have.keys() & CLASS_WEIGHTS:
     up *= have.get("desirable", 1.0)
     down *= have.get("undesirable", 1.0)

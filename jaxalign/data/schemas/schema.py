@@ -9,11 +9,13 @@ scores, `margin` is how much better the chosen side was said to be.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ANSWER_PAIRS = ("all", "adjacent", "best_worst")
 
 
 class Refused(Exception):
@@ -24,21 +26,36 @@ class Refused(Exception):
     self.reason, self.detail = reason, detail
 
 
-class Schema(NamedTuple):
-  """One shape of row: `matches(row)` knows it, `convert(row)` checks it."""
+@dataclasses.dataclass(frozen=True)
+class Schema:
+  """One shape of row.
+
+  Attributes:
+    name: as in `config.data.schema`.
+    convert: row -> a dict (prompt, chosen and rejected, or completion and
+      label), an `Undecided`, or a list of dicts; raises Refused.
+    wants: the columns it cannot do without.
+    matches: whether a row has this shape; None: it has all that it `wants`.
+    many: `convert(row, pairs)` returns a list; `pairs`: one of ANSWER_PAIRS.
+    roles: column -> what it becomes, in words.
+    rule: what the codes of a choice mean, where that is known.
+    code: the column that holds them.
+  """
 
   name: str
-  matches: Callable[[dict], bool]
-  convert: Callable[..., Any]  # a dict or an Undecided; if `many`, a list
-  kind: str  # "pairs" or "unpaired"
-  many: bool = False  # `convert(row, pairs)` with one of ANSWER_PAIRS
-  wants: tuple[str, ...] = ()  # columns it cannot do without
-  roles: Mapping[str, str] = {}  # column -> what it becomes
-  rule: Any = None  # what the codes of a choice mean, where that is known
-  code: str = "choice"  # the column that holds them
+  convert: Callable[..., Any]
+  wants: tuple[str, ...] = ()
+  matches: Callable[[dict], bool] | None = None
+  many: bool = False
+  roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  rule: Any = None
+  code: str = "choice"
 
-
-ANSWER_PAIRS = ("all", "adjacent", "best_worst")
+  def fits(self, row: dict) -> bool:
+    """Whether a row has this shape."""
+    if self.matches is None:
+      return all(name in row for name in self.wants)
+    return self.matches(row)
 
 
 def text_of(row: Mapping, field: str, empty: str = "empty response") -> str:
@@ -50,9 +67,13 @@ def text_of(row: Mapping, field: str, empty: str = "empty response") -> str:
     raise Refused("null", field)
   if not isinstance(value, str):
     raise Refused("not a string", f"{field} is a {type(value).__name__}")
-  if not value.strip():
-    raise Refused(empty, f"{field} is {value[:20]!r}")
-  return value
+  return _not_blank(value, field, empty)
+
+
+def _not_blank(text: str, name: str, empty: str = "empty response") -> str:
+  if not text.strip():
+    raise Refused(empty, f"{name} is {text[:20]!r}")
+  return text
 
 
 def number_of(row: Mapping, field: str) -> float | None:
@@ -65,13 +86,28 @@ def number_of(row: Mapping, field: str) -> float | None:
       value = float(value)
     except ValueError:
       pass
-  if (
-    isinstance(value, bool)
-    or not isinstance(value, (int, float))
-    or (not math.isfinite(value))
-  ):
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value):
     raise Refused("bad score", f"{field} is {value!r:.40}, wanted a number")
   return float(value)
+
+
+def margin_of(row: Mapping[str, Any]) -> float | None:
+  """chosen_score - rejected_score, or None where the row has not both.
+
+  They may be called score_chosen and score_rejected, or stand in `metadata`;
+  or the row holds a `margin` itself.
+  """
+  if (margin := number_of(row, "margin")) is not None:
+    return margin
+  inner = row.get("metadata")
+  for where in (row, inner if isinstance(inner, Mapping) else {}):
+    for name in ("{}_score", "score_{}"):
+      chosen = number_of(where, name.format("chosen"))
+      rejected = number_of(where, name.format("rejected"))
+      if chosen is not None and rejected is not None:
+        return chosen - rejected
+  return None
 
 
 def group_of(prompt: str) -> str:
@@ -92,82 +128,36 @@ def turns_of(prompt: str) -> list[dict[str, str]] | None:
   system, *parts = re.split(f"({HUMAN}|{ASSISTANT})", prompt)
   turns = [dict(role="system", content=system)] if system.strip() else []
   for marker, text in zip(parts[:-2:2], parts[1:-2:2]):
-    turns.append(
-      dict(
-        role="user" if marker == HUMAN else "assistant",
-        content=text.removeprefix(" "),
-      )
-    )
+    role = "user" if marker == HUMAN else "assistant"
+    turns.append(dict(role=role, content=text.removeprefix(" ")))
   return turns
 
 
-def margin_of(row: Mapping[str, Any]) -> float | None:
-  """chosen_score - rejected_score, or None where the row has not both.
-
-  They may be called score_chosen and score_rejected, or stand in `metadata`;
-  or the row holds a `margin` itself.
-  """
-  if (margin := number_of(row, "margin")) is not None:
-    return margin
-  inner = row.get("metadata")
-  for where in (row, inner if isinstance(inner, Mapping) else {}):
-    for name in ("{}_score", "score_{}"):
-      pair = [
-        number_of(where, name.format(side)) for side in ("chosen", "rejected")
-      ]
-      if None not in pair:
-        return pair[0] - pair[1]
-  return None
-
-
 def make_pair(
-  prompt: str,
-  chosen: str,
-  rejected: str,
-  group: str = "",
-  turns: list[dict] | None = None,
-  margin: float | None = None,
-  **known: Any,
+  prompt: str, chosen: str, rejected: str, group: str = "", **known: Any
 ) -> dict[str, Any]:
-  """The converted pair, once its two sides are known to differ."""
-  if not prompt.strip():
-    raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
-  for side, text in (("chosen", chosen), ("rejected", rejected)):
-    if not text.strip():
-      raise Refused("empty response", f"{side} is {text[:20]!r}")
+  """The converted pair; of `known` (turns, margin ...) what is not None."""
+  _not_blank(prompt, "prompt", "empty prompt")
+  _not_blank(chosen, "chosen")
+  _not_blank(rejected, "rejected")
   if chosen.strip() == rejected.strip():
     raise Refused("chosen equals rejected", f"{chosen[:40]!r}")
-  return dict(
-    prompt=prompt,
-    chosen=chosen,
-    rejected=rejected,
-    group=group or group_of(prompt),
-  ) | _known(turns=turns, margin=margin, **known)
-
-
-def _known(**values: Any) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if value is not None}
+  row = dict(prompt=prompt, chosen=chosen, rejected=rejected)
+  return row | _known(group or group_of(prompt), known)
 
 
 def make_unpaired(
-  prompt: str,
-  completion: str,
-  label: bool,
-  group: str = "",
-  turns: list[dict] | None = None,
-  **known: Any,
+  prompt: str, completion: str, label: bool, group: str = "", **known: Any
 ) -> dict[str, Any]:
   """The converted single answer, liked or disliked."""
-  if not prompt.strip():
-    raise Refused("empty prompt", f"prompt is {prompt[:20]!r}")
-  if not completion.strip():
-    raise Refused("empty response", f"completion is {completion[:20]!r}")
-  return dict(
-    prompt=prompt,
-    completion=completion,
-    label=label,
-    group=group or group_of(prompt),
-  ) | _known(turns=turns, **known)
+  _not_blank(prompt, "prompt", "empty prompt")
+  _not_blank(completion, "completion")
+  row = dict(prompt=prompt, completion=completion, label=label)
+  return row | _known(group or group_of(prompt), known)
+
+
+def _known(group: str, known: dict[str, Any]) -> dict[str, Any]:
+  return dict(group=group) | {k: v for k, v in known.items() if v is not None}
 
 
 def split_dialogue(text: str, side: str) -> tuple[str, str]:

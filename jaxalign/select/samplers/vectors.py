@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxalign import rates, sharding
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.errors import ConfigError
 from jaxalign.select.chunks import (
   by_parts,
   chunk_rows,
@@ -17,20 +17,23 @@ from jaxalign.select.chunks import (
   padded_chunks,
   tiles,
 )
+from jaxalign.select.costs import Sizes
 from jaxalign.select.pool import Pool
+from jaxalign.select.samplers.values import refuse_rows, require
 
 PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
 METRICS = ("cosine", "centred", "euclidean")
 ROUNDING = 2.0**-24  # of one float32 operation
 HOURS = 24.0  # at the assumed rate, above which a method does not start
+_LOOK = "look at the embedding of those records"
 
 
 def refuse_above(found: float, limit: float, what: str, advice: str) -> None:
   """Stops a method that cannot scale before it starts, with the number."""
   if found > limit:
     raise ConfigError(
-      f"{what}, {found:.3g}, is above the {limit:.3g} that "
-      f"this form is made for; {advice}"
+      f"{what}, {found:.3g}, is above the {limit:.3g} that this form is made "
+      f"for; {advice}"
     )
 
 
@@ -54,6 +57,11 @@ def refuse_long(flops: float, what: str, advice: str, *, host: bool) -> None:
     )
 
 
+def width_of(p: Sizes, pair: str = "mean") -> int:
+  """W of `vectors`."""
+  return p.e * (2 if pair == "concat" and p.r == 2 else 1)
+
+
 def vectors(
   pool: Pool, pair: str = "mean", metric: str = "cosine"
 ) -> np.ndarray:
@@ -63,9 +71,8 @@ def vectors(
     pool: `pool.embedding` [N, R, E], finite.
     pair: of a pair's two sides: their "mean" (both count alike, as in the sum
       that is the default of `isa`), "chosen", "rejected", "difference"
-      (chosen minus rejected: what a pair teaches, and another method: it
-      shares few picks with the others), or "concat" (W = 2E). A single
-      response stands for itself.
+      (chosen minus rejected: what a pair teaches, which shares few picks with
+      the others), or "concat" (W = 2E). A single response stands for itself.
     metric: "cosine" scales every vector to length 1, so that a product is a
       cosine and a distance ranks as one; "centred" takes off the mean of the
       pool first (the hidden states of a language model share one large
@@ -75,33 +82,23 @@ def vectors(
     NumericError: a row that is not finite, or of length 0 where lengths are
       scaled; the message names the ids.
   """
-  for value, known, knob in (
-    (pair, PAIRS, "pair"),
-    (metric, METRICS, "metric"),
-  ):
-    if value not in known:
-      raise ConfigError(
-        f"{knob} {value!r} is unknown, wanted one of "
-        f"{', '.join(known)}; set config.select.kwargs.{knob}"
-      )
+  require(pair in PAIRS, "pair", pair, PAIRS)
+  require(metric in METRICS, "metric", metric, METRICS)
   x = np.asarray(pool.embedding, np.float32)
   if x.ndim == 2:
     x = x[:, None]
   if x.ndim != 3:
     raise ConfigError(
-      f"the embedding has shape {x.shape}, wanted [N, R, E]; "
-      "look at config.embed"
+      f"the embedding has shape {x.shape}, wanted [N, R, E]; look at "
+      "config.embed"
     )
-  _refuse(
-    ~np.isfinite(x).all(axis=(1, 2)),
-    pool.ids,
-    "an embedding that is not finite",
-  )
+  bad = ~np.isfinite(x).all(axis=(1, 2))
+  refuse_rows(bad, pool.ids, "an embedding that is not finite", _LOOK)
   if x.shape[1] == 1:
     if pair == "difference":
       raise ConfigError(
-        "pair 'difference' reads pairs, the pool has single "
-        "responses; set config.select.kwargs.pair"
+        "pair 'difference' reads pairs, the pool has single responses; set "
+        "config.select.kwargs.pair"
       )
     x = x[:, 0]
   else:
@@ -117,45 +114,16 @@ def vectors(
     x = less(x, x.mean(axis=0, dtype=np.float64))
   if metric != "euclidean":
     norm = lengths(x)
-    _refuse(
-      norm <= 1e-30,
-      pool.ids,
-      "a vector of length 0, which has no "
-      "direction (set config.select.kwargs.metric to 'euclidean')",
-    )
+    advice = f"set config.select.kwargs.metric to 'euclidean', or {_LOOK}"
+    refuse_rows(norm <= 1e-30, pool.ids, "a vector of length 0", advice)
     x = by_parts(lambda part, size: part / size[:, None], x, norm)
   return np.ascontiguousarray(x)
 
 
 def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:
   """`vectors` of length 1, for what is made of cosines."""
-  if metric == "euclidean":
-    raise ConfigError(
-      "this sampler compares cosines; wanted 'cosine' or "
-      "'centred', set config.select.kwargs.metric"
-    )
+  require(metric != "euclidean", "metric", metric, METRICS[:2])
   return vectors(pool, pair, metric)
-
-
-def require_pairs(embedding: np.ndarray) -> None:
-  """Refuses single responses where the two of a pair are compared."""
-  if embedding.shape[1] != 2:
-    raise ConfigError(
-      "this sampler compares the two responses of a pair; the "
-      f"embedding has {embedding.shape[1]} a row; set "
-      "config.select.sampler"
-    )
-
-
-def _refuse(bad: np.ndarray, ids: np.ndarray, what: str) -> None:
-  if bad.any():
-    named = ", ".join(str(i) for i in ids[bad][:5])
-    more = ", ..." if bad.sum() > 5 else ""
-    raise NumericError(
-      f"{int(bad.sum())} of {len(ids)} rows have {what} (ids "
-      f"{named}{more}); look at the embedding of those "
-      "records"
-    )
 
 
 def lengths(x: np.ndarray) -> np.ndarray:
@@ -208,11 +176,10 @@ def by_chunk(fn: Callable, placed: Placed, *params: Any) -> np.ndarray:
     placed: the rows.
     *params: float32 arrays that every chunk sees whole.
   """
+  params = tuple(np.asarray(p, np.float32) for p in params)
   with jax.set_mesh(placed.mesh):
-    out = _program(placed.mesh, fn, len(params))(
-      tuple(np.asarray(p, np.float32) for p in params), placed.tiles
-    )
-    return sharding.fetch(out)
+    run = _program(placed.mesh, fn, len(params))
+    return sharding.fetch(run(params, placed.tiles))
 
 
 def by_row(fn: Callable, placed: Placed, *params: Any) -> np.ndarray:
