@@ -16,7 +16,7 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.eval import held_out
-from jaxalign.model import adapters, attention, decoder, weights
+from jaxalign.model import adapters, attention, decoder, hf
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import losses
 
@@ -90,7 +90,7 @@ class Job:
     """The longest row that the model can take, in tokens."""
     c = self.c.model
     own = (
-      weights.read_config(c.checkpoint, c.dtype, c.remat).context
+      hf.read_config(c.checkpoint, c.dtype, c.remat).context
       if c.checkpoint
       else c.context or prepare.own_context(self.c)
     )
@@ -122,19 +122,19 @@ class Job:
     """The sizes of the reference."""
     c = self.c.model
     if c.checkpoint:
-      m = weights.read_config(c.checkpoint, c.dtype, c.remat)
+      m = hf.read_config(c.checkpoint, c.dtype, c.remat)
       m = m._replace(context=self.context, positions=m.context)
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
     m = m._replace(attention=kernel_of(self.c, m, self.mesh))
-    decoder.check(m, self.mesh)
+    decoder.check_model(m, self.mesh)
     return m
 
   @functools.cached_property
   def policy(self) -> decoder.ModelConfig:
     """The sizes of the policy: the reference's, with adapters or without."""
     m = self.model._replace(lora=lora_of(self.c))
-    decoder.check(m, self.mesh)
+    decoder.check_model(m, self.mesh)
     return m
 
   @functools.cache
@@ -160,7 +160,7 @@ class Job:
     """The frozen reference's parameters, on the mesh."""
     dtype = np.dtype(self.c.model.param_dtype)
     if self.c.model.checkpoint:
-      return weights.load_folder(
+      return hf.load_folder(
         self.c.model.checkpoint, self.model, self.mesh, dtype
       )
     params = restore_params(

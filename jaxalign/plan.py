@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import embedder, host, memory, progress, rates
+from jaxalign import embedder, host, memory, progress
+from jaxalign.core import devices
+from jaxalign.core.devices import sustained_flops
 from jaxalign.data import prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.host import CHARACTERS_PER_TOKEN
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
-from jaxalign.model import decoder, reward, weights
-from jaxalign.rates import rate_of
+from jaxalign.model import decoder, hf
+from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.select import costs, embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
@@ -104,7 +106,7 @@ class Line(NamedTuple):
 
 def _model(c: Any) -> decoder.ModelConfig:
   if c.model.checkpoint:
-    return weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    return hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
   return sizes(c, c.model.vocab_size)
 
 
@@ -121,8 +123,8 @@ def lines(
   """
   c, m = job.c, _model(job.c)
   r = 2 if job.kind == "pairs" else 1
-  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
-  one = lambda split: decoder.flops(m, int(tokens[split]))
+  rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
+  one = lambda split: decoder_flops(m, int(tokens[split]))
   out = []
 
   def add(stage, count, unit, flops, arm="", seconds=None, **held):
@@ -164,9 +166,9 @@ def lines(
   for stage, each in _passes(c, m, chosen, ran, t).items():
     add(stage, answers, "rows", answers * each)
   scoring = {  # what a column of the pool takes, beside those passes
-    "alone": lambda: answers * decoder.flops(m, t // 2 + 1),
+    "alone": lambda: answers * decoder_flops(m, t // 2 + 1),
     "ask": lambda: _ask(c, m, answers, t),
-    "rewards": lambda: answers * reward.flops(scores.reward_config(c), t),
+    "rewards": lambda: answers * reward_flops(scores.reward_config(c), t),
     "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
     "held_out": lambda: _tuning(
       c,
@@ -208,7 +210,7 @@ def lines(
         "rows",
         cost.flops,
         arm.name,
-        rates.seconds(cost.flops, cost.on_host, job.mesh)
+        devices.seconds_for(cost.flops, cost.on_host, job.mesh)
         + cost.read / READING
         + rows["pool"] * SECONDS_A_ROW,
         held=cost.held,
@@ -233,7 +235,7 @@ def lines(
         stored + passed,
         arm.name,
       )
-    trained = decoder.flops(
+    trained = decoder_flops(
       m,
       int(tokens["pool"]),
       passes=feed.passes(
@@ -283,7 +285,7 @@ def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
   """Of P(yes): the question, two pairs of fences and the row, one logit."""
   judge = scores.judge_config(c, m)
   asked = t + (len(c.ask.question) + 4 * 16) / CHARACTERS_PER_TOKEN
-  return answers * decoder.flops(judge, min(int(asked), judge.context), 1)
+  return answers * decoder_flops(judge, min(int(asked), judge.context), 1)
 
 
 def _tuning(
@@ -291,8 +293,8 @@ def _tuning(
 ) -> float:
   """Of tuned proxies: three passes of every update, one over the pool each."""
   proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
-  row = decoder.flops(proxy, t)
-  trained = decoder.flops(proxy, t, passes=feed.passes(proxy))
+  row = decoder_flops(proxy, t)
+  trained = decoder_flops(proxy, t, passes=feed.passes(proxy))
   before = 0 if columns.tuned(c) else 2 * pairs * row
   return before + models * 2 * (
     pairs * row + updates * c.train.batch_size * trained
@@ -353,8 +355,8 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   c = job.c
   rows, tokens, length, sample = _sizes(c, job.kind)
   m = _model(c)
-  decoder.check(m, job.mesh)
-  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
+  decoder.check_model(m, job.mesh)
+  rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
   found = [
     x
     for x in lines(job, arms, rows, tokens)
@@ -398,12 +400,9 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   held = host.step_memory(c, policy, job.mesh, length, job.kind)
   progress.say(f"  memory a device, training: {memory.words(held)}")
   if job.mesh.devices.flat[0].platform == "cpu":
-    progress.say(
-      "  "
-      + host.planned(
-        job, policy, arms, rows["pool"], sample, tokens["pool"], length
-      )
-    )
+    sizes = host.row_sizes(c, job.kind, sample, tokens["pool"], length)
+    line = host.planned(job, policy, arms, rows["pool"], sizes)
+    progress.say(f"  {line}")
   progress.say(
     f"  {decoder.parameter_count(m):,} parameters, mesh "
     f"{dict(job.mesh.shape)} of "
@@ -422,7 +421,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   """
   c, answers = job.c, rows * (2 if job.kind == "pairs" else 1)
   online = c.train.reference == "online"
-  trained = decoder.flops(
+  trained = decoder_flops(
     m,
     t,
     passes=feed.passes(
@@ -435,7 +434,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   stored = job.loss.reference and not online
   return answers * (
     c.train.epochs * trained
-    + decoder.flops(m, t) * (c.train.epochs * mismatched + stored)
+    + decoder_flops(m, t) * (c.train.epochs * mismatched + stored)
   )
 
 
@@ -458,7 +457,7 @@ def _choosing(
     [n for n in read if n in passes.KEEPS],
     int(tokens),
   )
-  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
+  rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
   return [
     x
     if x.stage not in alone

@@ -18,6 +18,7 @@ from jaxalign.data import world as world_lib
 from jaxalign.data.summary import summary_lines
 from jaxalign.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.report import study_page
 from jaxalign.select import embed
 from jaxalign.select.samplers import combine
@@ -258,7 +259,7 @@ def _subset_tokens(job: Job, arm: Arm) -> int:
   sizes = np.diff(tokens.offsets)[rows]
   return int(
     sum(
-      decoder.flops(m, int(s)) * int(n)
+      decoder_flops(m, int(s)) * int(n)
       for s, n in zip(*np.unique(sizes, return_counts=True))
     )
   )

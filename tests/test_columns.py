@@ -17,7 +17,7 @@ from jaxalign.data import tokenizer as tokenizer_lib
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.model import decoder, weights
+from jaxalign.model import decoder, hf, weights
 from jaxalign.model import reward as reward_lib
 from jaxalign.select import embed
 from jaxalign.select import store as stores
@@ -144,10 +144,10 @@ def test_a_real_model_says_what_transformers_says(shared):
     ("yes", "no"),
     512,
   )
-  m = weights.read_config(folder, "float32", "none")._replace(context=512)
+  m = hf.read_config(folder, "float32", "none")._replace(context=512)
   mesh = a_mesh(1, 1)
   with jax.set_mesh(mesh):
-    params = weights.load_folder(folder, m, mesh)
+    params = hf.load_folder(folder, m, mesh)
     run = lambda r: embed.score_rows(mesh, params, m, r, tile=2, chunk=16)
     whole, alone = run(rows), run(scores.answers_alone(rows, tok.bos))
     yes = scores.p_yes(mesh, params, m, asked.rows, asked.yes, asked.no, tile=2)
@@ -442,7 +442,11 @@ def a_reward_model(folder):
       for n, p in reward_lib.table(r).items()
     }
     weights.save(
-      folder, params, reward_lib.table(r), reward_lib.stored(r), config=config
+      folder,
+      params,
+      reward_lib.table(r),
+      reward_lib.stored(r),
+      weights.Export(config),
     )
   return folder
 

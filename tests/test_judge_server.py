@@ -21,7 +21,7 @@ from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.eval import judge_endpoint
 from jaxalign.eval.judge_endpoint import Pair
-from jaxalign.model import weights
+from jaxalign.model import hf
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +32,12 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 def export(shared, folder):
   """stories260K as a folder of transformers', with a template for chats."""
   source = shared / "models" / "stories260K"
-  m = weights.read_config(source, "float32", "none")
+  m = hf.read_config(source, "float32", "none")
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    weights.export_folder(
+    hf.export_folder(
       folder,
-      weights.load_folder(source, m, mesh),
+      hf.load_folder(source, m, mesh),
       m,
       tokenizers.load_tokenizer(source),
     )

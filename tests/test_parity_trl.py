@@ -14,7 +14,7 @@ from jaxalign.data import batches
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import world as worlds
 from jaxalign.data.encode import encode_texts
-from jaxalign.model import decoder, weights
+from jaxalign.model import decoder, hf
 from jaxalign.select import embed
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
@@ -333,7 +333,7 @@ def order(n):
 
 def test_five_steps_of_dpo(trl, alone, tmp_path):
   pool, tok = data()
-  weights.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
+  hf.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
   prompts, chosen, rejected = (
     [r[k] for r in pool] for k in ("prompt", "chosen", "rejected")
   )
@@ -381,7 +381,7 @@ def test_five_steps_of_dpo(trl, alone, tmp_path):
 def test_five_steps_of_kto(trl, alone, tmp_path):
   """With TRL's choice of mismatched answers: the row before, in the batch."""
   pool, tok = data()
-  weights.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
+  hf.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
   n = len(pool)
   label = np.random.default_rng(1).random(n) < 0.5
   said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]

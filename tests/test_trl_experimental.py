@@ -14,7 +14,7 @@ import test_trl_float64 as wide
 import test_trl_trajectory as runs
 
 from jaxalign.data.encode import encode_texts
-from jaxalign.model import weights
+from jaxalign.model import hf
 from jaxalign.train import feed
 from jaxalign.train.losses import bind, find
 
@@ -47,7 +47,7 @@ def test_twenty_steps(trl, alone, tmp_path, case):
   pool, tok = harness.data()
   if case == "orpo":
     pool = [row | dict(prompt="") for row in pool]
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
   )
   tokens, _, refused = encode_texts(

@@ -18,7 +18,7 @@ from jaxalign import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
-from jaxalign.model import weights
+from jaxalign.model import hf
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -105,7 +105,7 @@ def loss_of(name):
 @pytest.mark.parametrize("name", tables.DPO)
 def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
   pool, tok = harness.data()
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
   )
   tokens, _, refused = encode_texts(
@@ -149,7 +149,7 @@ def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
 def test_every_loss_of_kto_trainer(trl, alone, tmp_path, name):
   """With TRL's choice of mismatched answers: the row before, in the batch."""
   pool, tok = harness.data()
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
   )
   n = len(pool)

@@ -20,7 +20,7 @@ from jaxalign.data import batches, records
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
-from jaxalign.model import adapters, decoder, weights
+from jaxalign.model import adapters, decoder, hf
 from jaxalign.select import embed
 from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps
@@ -230,7 +230,7 @@ def test_twenty_steps(trl, alone, tmp_path, run):
   of a summed log-probability, and 1e-6 of a loss."""
   pool, tok = harness.data()
   m = harness.MODEL
-  weights.export_folder(tmp_path / "export", harness.fresh(alone), m, tok)
+  hf.export_folder(tmp_path / "export", harness.fresh(alone), m, tok)
   found, log = run(
     trl, alone, tmp_path, m, harness.fresh(alone), tok, pool, **TWENTY
   )
@@ -278,10 +278,10 @@ def test_steps_on_real_pairs(trl, alone, shared, tmp_path, run, most):
   at most 256 tokens; 2.3e-6, 1.9e-5 and 1.9e-4, and 1.4e-4 of z0.
   """
   folder = shared / "models" / "stories260K"
-  m = weights.read_config(folder, "float32", "none")._replace(attention="tiles")
+  m = hf.read_config(folder, "float32", "none")._replace(attention="tiles")
   tok = tokenizers.load_tokenizer(folder)
-  load = lambda: weights.load_folder(folder, m, alone)
-  weights.export_folder(tmp_path / "export", load(), m, tok)
+  load = lambda: hf.load_folder(folder, m, alone)
+  hf.export_folder(tmp_path / "export", load(), m, tok)
   pairs, counts = real_pairs(shared, tok, most)
   print(len(pairs), counts)
   found, log = run(trl, alone, tmp_path, m, load(), tok, pairs[:150], **MANY)

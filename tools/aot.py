@@ -46,7 +46,7 @@ from jaxalign import memory, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.job import lora_of, loss_of
-from jaxalign.model import adapters, attention, decoder, weights
+from jaxalign.model import adapters, attention, decoder, hf
 from jaxalign.train import feed, optim, packing
 from jaxalign.train import step as steps
 from jaxalign.train.batch import Batch, Logps, MismatchedBatch
@@ -241,7 +241,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   c = module.get_config(variant)
-  m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+  m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
   m = m._replace(
     context=c.model.context, lora=lora_of(c), attention=c.model.attention
   )
@@ -350,7 +350,7 @@ def compile_step(
       length=length,
     )
   )
-  decoder.check(m, mesh)
+  decoder.check_model(m, mesh)
   feed.check_batch(rows, accumulation, mesh, "step")
   batch = abstract_batch(
     mesh, loss, rows, length, accumulation, layout=layout, prompt=prompt
@@ -379,11 +379,13 @@ def compile_step(
     planned=memory.train_step(
       m,
       mesh,
-      rows=int(np.prod(batch.ref.sum.shape[1:])),
-      length=length,
-      chunk=chunk,
-      moments=moments,
-      frozen_size=jnp.dtype(frozen).itemsize,
+      memory.StepShape(
+        rows=int(np.prod(batch.ref.sum.shape[1:])),
+        length=length,
+        chunk=chunk,
+        moments=moments,
+        frozen_size=jnp.dtype(frozen).itemsize,
+      ),
     ),
     temp_bytes=compiled.memory.temp_size_in_bytes,
     collectives=collectives(program),

@@ -3,8 +3,8 @@ r"""Compiles the mixture for TPUs that are not there, and predicts its time.
   python tools/aot_select.py --topology=v5e:16x16
   python tools/aot_select.py --topology=v5p:4x4x4
 
-One EM iteration of two full Gaussians over a reservoir of 10^7 rows, and one
-scoring pass of 10^9 rows that come in tiles of bfloat16, both 4,096 wide.
+One EM iteration of two full Gaussians over a reservoir of 10^7 rows, 4,096
+wide.
 Needs libtpu (the aot extra) and no TPU. The time is the larger of flops
 over the peak and of bytes over the memory's rate: predicted, not measured.
 """
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
-from jaxalign.select import em, exact, scorer
+from jaxalign.select import em, exact
 
 # Of a chip, by the vendor: bfloat16 FLOP/s, bytes/s of its memory, its bytes.
 CHIPS = {"v5e": (197e12, 819e9, 16e9), "v5p": (459e12, 2765e9, 95e9)}
@@ -48,12 +48,9 @@ def compiled_iteration(mesh, n, width):
   """The sums of one iteration over all rows, as `em` runs them."""
   chunks, rows = exact.layout(n, mesh.size)
   one = lambda *shape: shaped(mesh, shape, jnp.float32, *[None] * len(shape))
-  basis = (width, width) if width <= em.JOINT_WIDTH else (2, width, width)
-  params = one(2), one(*basis), one(2, width), one(2, width)
-  scales = dict(
-    count=one(), first=one(), second=(one(),) * len(exact.panels(width))
-  )
-  lowered = em.program(mesh, "pair").lower(
+  params = one(2), one(2, width), one(2, width, width)
+  scales = dict(count=one(), first=one(), second=one())
+  lowered = exact.program(mesh, em._chunk_moments).lower(
     params,
     scales,
     shaped(mesh, (chunks, rows, width), jnp.float32, "pool", None, None),
@@ -62,31 +59,14 @@ def compiled_iteration(mesh, n, width):
   return lowered.compile(), chunks * rows
 
 
-def compiled_scoring(mesh, tile, width):
-  """One tile of the scoring pass: two full Gaussians, one basis."""
-  one = lambda *shape: shaped(mesh, shape, jnp.float32, *[None] * len(shape))
-  params = dict(
-    mean=one(width),
-    basis=one(width, width),
-    centres=one(2, width),
-    precisions=one(2, width),
-    constants=one(2),
-  )
-  return (
-    scorer.scoring(mesh)
-    .lower(params, shaped(mesh, (tile, width), jnp.bfloat16, "pool", None))
-    .compile()
-  )
-
-
 def line(name, compiled, chips, kind, flops, moved, steps, said):
   """A row of the table: memory, flops and the roofline of a chip."""
-  flops, rate, memory = CHIPS[kind]
+  speed, rate, memory = CHIPS[kind]
   held = compiled.memory_analysis()
   arguments = held.argument_size_in_bytes
   temporaries = held.temp_size_in_bytes
   counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-  compute = PASSES * flops / chips / flops * steps
+  compute = PASSES * flops / chips / speed * steps
   memory_time = moved / chips / rate * steps
   print(
     f"| {name} | {arguments / 2**20:,.0f} | {temporaries / 2**20:,.0f} | "
@@ -103,10 +83,8 @@ def main(argv):
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--topology", default="v5e:16x16")
-  parser.add_argument("--rows", type=int, default=10**9)
   parser.add_argument("--reservoir", type=int, default=10**7)
   parser.add_argument("--width", type=int, default=4096)
-  parser.add_argument("--tile", type=int, default=8192, help="rows of a chip")
   args = parser.parse_args(argv[1:])
   kind = args.topology.split(":")[0]
   if kind not in CHIPS:
@@ -137,32 +115,13 @@ def main(argv):
       chips,
       kind,
       em.flops(args.reservoir, width, 2, "full"),
-      # Rows are read for two products and a Gram; sums once a chunk.
-      4 * padded * width * 6
-      + exact.chunk_count(args.reservoir) * width**2 * 4 * 5,
+      # Rows are read for two products and two Grams; sums once a chunk.
+      4 * padded * width * 8
+      + exact.layout(args.reservoir, chips)[0] * width**2 * 4 * 10,
       1,
       "a loop's body once",
     )
-    tile = args.tile * chips
-    compiled = compiled_scoring(mesh, tile, width)
-    steps = -(-args.rows // tile)
-    block = scorer.BLOCK_ACCELERATOR
-    line(
-      f"scoring {args.rows:.0e} rows, {steps:,} tiles of {tile:,}",
-      compiled,
-      chips,
-      kind,
-      2 * tile * width**2,
-      tile * width * (2 + 4 * 4) + tile / block * 4 * width**2,
-      steps,
-      "a block of a tile",
-    )
-  print(
-    f"\ncompiled in {time.monotonic() - start:.0f} s; rows of one pass: "
-    f"{2 * args.rows * width / 1e12:.1f} TB of bfloat16, "
-    f"{2 * args.rows * width / chips / 1e9:.1f} GB a chip to be fed, "
-    "which is not in the predicted time"
-  )
+  print(f"\ncompiled in {time.monotonic() - start:.0f} s")
   return 0
 
 

@@ -87,7 +87,7 @@ def mixture(args) -> None:
   import threadpoolctl
 
   from jaxalign import sharding
-  from jaxalign.select import em, starts
+  from jaxalign.select import em, whiten
   from jaxalign.select import mixture as mixtures
 
   n, width, sweeps = args.rows, args.width, 20
@@ -95,7 +95,9 @@ def mixture(args) -> None:
   x, truth = _rows(n, width)
   wrong = np.random.default_rng(2).random(n) < 0.3  # the start is not the end
   labels = np.where(wrong, 1 - truth, truth)
-  wall, cpu, space = _clocked(lambda: mixtures.prepare(mesh, x, pca=0))
+  wall, cpu, space = _clocked(
+    lambda: whiten.whiten(mesh, x, mixtures.MixtureOptions(pca=0))
+  )
   print(
     f"{n:,} x {width}, full, K = 2, {sweeps} iterations, tol 0, ridge 0, "
     f"the same start; {mesh.size} {jax.default_backend()} device(s), "
@@ -105,16 +107,16 @@ def mixture(args) -> None:
     f"; load {os.getloadavg()[0]:.1f}"
   )
   print(f"whitening: {wall:.2f} s ({cpu:.2f} of CPU)")
-  some = space.z[: starts.ROWS] * np.sqrt(space.variances)
+  some = space.z[: mixtures.START_ROWS] * np.sqrt(space.variances)
   wall, cpu, _ = _clocked(
-    lambda: starts.k_means(some, 2, np.random.default_rng(0))
+    lambda: mixtures._k_means(some, 2, np.random.default_rng(0))
   )
   print(
-    f"k-means++ and {starts.LLOYD_STEPS} Lloyd steps on "
+    f"k-means++ and {mixtures.LLOYD_STEPS} Lloyd steps on "
     f"{len(some):,} rows: {wall:.2f} s ({cpu:.2f} of CPU)"
   )
   wall, cpu, start = _clocked(
-    lambda: starts.partition(space.z, labels, 2, 0.0, "full", 0)
+    lambda: em.partition(space.z, labels, 2, 0.0, "full")
   )
   print(
     f"parameters of a partition: {wall:.2f} s ({cpu:.2f} of CPU)", flush=True
@@ -125,17 +127,17 @@ def mixture(args) -> None:
     space.mean + state.means @ back,
     back.T @ state.covariances @ back,
   )
-  wall, cpu, sweep = _clocked(lambda: em.sweep_of(mesh, space.z, 0.0, "full"))
+  wall, cpu, sweep = _clocked(lambda: em.sweep_of(mesh, space.z, 0.0))
   print(f"rows placed: {wall:.2f} s ({cpu:.2f} of CPU)")
-  wall, cpu, _ = _clocked(lambda: sweep(em.seen(start)))
-  print(f"compilation, and the Gram of all rows: {wall:.2f} s")
+  wall, cpu, _ = _clocked(lambda: sweep(em.rounded(start)))
+  print(f"compilation: {wall:.2f} s")
 
   def ours():
     state = start
     for _ in range(sweeps):
-      state = em.seen(state)
-      sums, bound = sweep(state)
-      state = em.m_step(sums, state, 0.0, "full")
+      state = em.rounded(state)
+      moments, bound = sweep(state)
+      state = em.m_step(moments, state.means, 0.0, False)
     return state, bound
 
   def theirs(dtype, steps):
@@ -203,25 +205,15 @@ def mixture(args) -> None:
     space.mean,
     space.projection,
     space.variances,
-    *state[:3],
+    *state,
     np.zeros(1),
     np.zeros(1),
     1.0,
     [],
-    state.loadings,
   )
   wall, cpu, value = _clocked(lambda: mixtures.log_likelihood(fitted, x))
   print(
     f"float64 log-likelihood of all rows, jaxalign: {wall:.2f} s "
-    f"({cpu:.2f} of CPU)"
-  )
-  score = mixtures.make_scorer(mesh, fitted)
-  pad = -n % mesh.size
-  tile = sharding.put(mesh, np.concatenate([x, x[:pad]]), "pool", None)
-  score(tile).block_until_ready()
-  wall, cpu, single = _clocked(lambda: np.asarray(score(tile))[:n])
-  print(
-    f"float32 log-likelihood of all rows, the tile scorer: {wall:.2f} s "
     f"({cpu:.2f} of CPU)"
   )
   peer = _peer("full", x, original(state), 1, np.float64)
@@ -255,7 +247,6 @@ def mixture(args) -> None:
     )
 
   line("same parameters, `log_likelihood` (float64)", value, same)
-  line("same parameters, tile scorer (float32)", np.float64(single), same)
   if steps == sweeps:
     line(
       f"after {sweeps} iterations each, float32 sums",

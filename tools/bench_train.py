@@ -56,7 +56,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   from jaxalign import sharding
   from jaxalign.data import records, tokenizer, tokens
   from jaxalign.data.encode import encode_texts
-  from jaxalign.model import decoder, weights
+  from jaxalign.model import decoder, hf
 
   rows = records.load_records(args.data).rows
   rows = [r for r in rows if r["prompt"]]
@@ -110,7 +110,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), m, mesh)
-    weights.export_folder(folder / "export", params, m, tok)
+    hf.export_folder(folder / "export", params, m, tok)
   print(
     f"Llama of {decoder.parameter_count(m):,} parameters, vocabulary {vocab}",
     flush=True,
@@ -146,7 +146,7 @@ def ours(args) -> None:
   from jaxalign import sharding
   from jaxalign.data import tokenizer
   from jaxalign.data.encode import encode_texts
-  from jaxalign.model import weights
+  from jaxalign.model import hf
   from jaxalign.train import feed, losses, optim
   from jaxalign.train import step as steps
   from jaxalign.train.logps import PRODUCERS
@@ -158,7 +158,7 @@ def ours(args) -> None:
   folder = pathlib.Path(args.workdir)
   pairs = json.loads((folder / "pairs.json").read_text())
   n = len(pairs)
-  m = weights.read_config(folder / "export", "float32", "none")
+  m = hf.read_config(folder / "export", "float32", "none")
   m = m._replace(context=args.context, attention="tiles")
   tok = tokenizer.load_tokenizer(folder / "export")
   encoded, _, refused = encode_texts(
@@ -170,7 +170,7 @@ def ours(args) -> None:
   assert not refused
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
-    params = weights.load_folder(folder / "export", m, mesh)
+    params = hf.load_folder(folder / "export", m, mesh)
     rows = feed.TrainRows(
       [str(i) for i in range(n)],
       encoded,

@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from jaxalign import sharding
-from jaxalign.model import decoder, families, logprob, weights
+from jaxalign.model import decoder, families, hf, logprob
 
 ROWS, LENGTH = 8, 128
 SIZES = dict(
@@ -76,10 +76,10 @@ def ours(
   folder: str, tokens: np.ndarray, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """Logits [B, L, V] and summed log-probabilities [B]."""
-  m = weights.read_config(folder, dtype, "none")
+  m = hf.read_config(folder, dtype, "none")
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    params = weights.load_folder(folder, m, mesh)
+    params = hf.load_folder(folder, m, mesh)
 
     @jax.jit
     def run(params, tokens):
@@ -136,7 +136,7 @@ def main() -> None:
       save(family, folder)
       row(family, folder, SIZES["vocab_size"])
   if args.checkpoint:
-    m = weights.read_config(args.checkpoint, "float32", "none")
+    m = hf.read_config(args.checkpoint, "float32", "none")
     row(pathlib.Path(args.checkpoint).name, args.checkpoint, m.vocab)
 
 

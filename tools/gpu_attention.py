@@ -50,15 +50,9 @@ def seen_of(mesh, rows: int, length: int, segments: bool) -> attention.Seen:
 
 def attend(kernel: str, seen, window: int, size: int):
   """(q, k, v) -> values, through the model's own door."""
+  spec = attention.Attention(kernel, size**-0.5, windows=(window,))
   return lambda q, k, v: attention.attend(
-    q,
-    k,
-    v,
-    seen,
-    kernel=kernel,
-    scale=size**-0.5,
-    windows=(window,),
-    place=sharding.SPREAD,
+    q, k, v, seen, spec, None, sharding.SPREAD
   )
 
 

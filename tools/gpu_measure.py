@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 
 # Published dense peaks, flops a second: (bfloat16 on the matrix units,
 # float32 without them), by the start of the card's name, longest first.
@@ -52,11 +53,11 @@ def useful(
 ) -> int:
   """Useful flops of one forward pass over one row, see the docstring.
 
-  `decoder.flops` counts the full square of attention, 4 H C L^2 a layer;
+  `decoder_flops` counts the full square of attention, 4 H C L^2 a layer;
   causal needs L (L + 1) / 2 of the L^2 products of a query and a key.
   """
   masked = 2 * m.heads * m.head_size * length * (length - 1)
-  return decoder.flops(m, length, logit_rows) - m.layers * masked
+  return decoder_flops(m, length, logit_rows) - m.layers * masked
 
 
 # Time.

@@ -11,8 +11,7 @@ import numpy as np
 
 from jaxalign.data.tokens import TokenRows
 from jaxalign.model import decoder
-from jaxalign.select import em, embed, gaussians, mixture
-from jaxalign.select import space as spaces
+from jaxalign.select import em, embed, mixture, whiten
 
 
 def mixture_section(section, mesh) -> None:
@@ -29,27 +28,27 @@ def mixture_section(section, mesh) -> None:
   rng = np.random.default_rng(0)
   x = rng.standard_normal((n, width), np.float32)
   x[: n // 2, :8] += 3.0
-  space = spaces.Space(np.zeros(width), np.eye(width), np.ones(width), 1.0, x)
+  space = whiten.Space(np.zeros(width), np.eye(width), np.ones(width), 1.0, x)
   ridge = 1e-4
   flops = em.flops(n, width, k, "full")
 
   def iterations():
-    state = gaussians.State(
+    state = em.Gaussians(
       np.log(np.full(k, 1 / k)),
       np.float64(x[:k]),
       np.stack([np.eye(width)] * k),
-      np.zeros((k, width, 0)),
     )
-    sweep = em.sweep_of(mesh, x, ridge, "full")
-    sweep(state)  # compiles, and sums the Gram of all rows
+    sweep = em.sweep_of(mesh, x, ridge)
+    sweep(state)  # compiles
 
     seconds = []
     for _ in range(REPEATS):
       if seconds and section.left() < 90 and not TOY:
         break
       start = time.perf_counter()
-      sums, _ = sweep(em.seen(state))
-      state = em.m_step(sums, em.seen(state), ridge, "full")
+      state = em.rounded(state)
+      moments, _ = sweep(state)
+      state = em.m_step(moments, state.means, ridge, False)
       seconds.append(time.perf_counter() - start)
     section.add(
       "EM iteration, whole (sums on the device, M-step and factors "
@@ -66,9 +65,8 @@ def mixture_section(section, mesh) -> None:
       section.note("no time for a whole fit")
       return
     start = time.perf_counter()
-    found = mixture.fit(
-      mesh, x, components=k, starts=1, tol=-1.0, max_iterations=2, space=space
-    )
+    options = mixture.MixtureOptions(k, starts=1, tol=-1.0, max_iterations=2)
+    found = mixture.fit(mesh, x, options, space=space)
     section.add(
       "fit, one start, two sweeps, whole (k-means too)",
       OURS,
@@ -86,7 +84,7 @@ def mixture_section(section, mesh) -> None:
       section.note("no time for the reduction to 64 directions")
       return
     start = time.perf_counter()
-    spaces.prepare(mesh, x, pca="auto")
+    whiten.whiten(mesh, x, mixture.MixtureOptions())
     section.add(
       "reduction to at most 64 directions, whole (Gram matrix on the "
       "device; eigenvectors and float64 projection on the host)",
@@ -99,7 +97,7 @@ def mixture_section(section, mesh) -> None:
   section.note(
     f"flops of a sweep: {flops:.3e}, K {k}, n {n}, P "
     f"{width}: the products with the rows for both distances, "
-    "and the upper triangle of one weighted Gram"
+    "and the upper triangles of both weighted Grams"
   )
 
 
@@ -108,13 +106,8 @@ def sums_exact(section, mesh) -> None:
   n, width = (256, 16) if TOY else (4096, 256)
   rng = np.random.default_rng(3)
   x = rng.standard_normal((n, width), np.float32)
-  state = gaussians.State(
-    np.zeros(1),
-    np.zeros((1, width)),
-    np.eye(width)[None],
-    np.zeros((1, width, 0)),
-  )
-  sums, _ = em.sweep_of(mesh, x, 0.0, "full")(state)
+  state = em.Gaussians(np.zeros(1), np.zeros((1, width)), np.eye(width)[None])
+  sums, _ = em.sweep_of(mesh, x, 0.0)(state)
   exact = np.float64(x).T @ np.float64(x)
   error = np.linalg.norm(sums.second[0] - exact) / np.linalg.norm(exact)
   section.note(f"second moments beside float64: relative error {error:.1e}")

@@ -132,7 +132,7 @@ def pool_of(rows, x, words, index) -> tuple:
   text = x["text"][index]
   flat = np.ascontiguousarray(text.reshape(-1, text.shape[-1]), np.float32)
   with jax.set_mesh(mesh):
-    fitted = mixtures.fit(mesh, flat, starts=3, seed=0)
+    fitted = mixtures.fit(mesh, flat, mixtures.MixtureOptions(starts=3))
   counts = grams.columns(
     token_rows([w for i in index for w in (words[2 * i], words[2 * i + 1])]), 2
   )

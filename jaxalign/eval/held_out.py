@@ -150,18 +150,15 @@ def run_policy(
     mesh, params, m, data.tokens, tile=tile, chunk=chunk, label="score held-out"
   )
   prompts = prompts_of(data)
-  answers = decode.generate(
-    mesh,
-    params,
-    m,
-    prompts,
-    new=options.new_tokens,
-    eos=tok.stops,
-    known=min(tok.vocab_size, m.vocab),
-    temperature=options.temperature,
+  generation = decode.GenerateOptions(
+    options.new_tokens,
+    tok.stops,
+    min(tok.vocab_size, m.vocab),
+    decode.Sampling(options.temperature),
     seed=options.seed,
     tile=tile,
   )
+  answers = decode.generate(mesh, params, m, prompts, generation)
   texts = answer_texts(tok, answers)
   rows = answer_rows(prompts, answers)
   flops = embed.flops(m, data.tokens) + 2 * embed.flops(m, rows)

@@ -111,10 +111,10 @@ def shift_rows(rows: Sequence[Node], column: Any) -> list[Row]:
     )
     if None not in (kept, pool, low, high):
       colour = charts.MUTED if row.said == "within chance" else 1
-      gap = kept - pool
-      words = page.shown(gap, sign=True)
+      gap, low, high = (100 * (v - pool) for v in (kept, low, high))
+      words = page.shown(kept - pool, sign=True)
       name = value_name(row.value, column)
-      drawn.append(Row(name, gap, low - pool, high - pool, words, colour))
+      drawn.append(Row(name, gap, low, high, words, colour))
   return drawn
 
 
@@ -126,10 +126,16 @@ def p_value(value: Any) -> str:
   return "< 0.001" if x < 0.001 else number(x, 2)
 
 
+def _percents(curve: Node) -> list[tuple[int, float]]:
+  """The points of a curve of fractions."""
+  found = map(finite, curve)
+  return [(i, y and 100 * y) for i, y in enumerate(found, 1)]
+
+
 def spectrum_series(groups: Sequence[Node]) -> list[Series]:
   """The variance held by the first directions, a line a group."""
   return [
-    Series(group.name, list(enumerate(group.curve, 1)), i)
+    Series(group.name, _percents(group.curve), i)
     for i, group in enumerate(groups[:6])
   ]
 

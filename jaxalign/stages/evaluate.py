@@ -13,7 +13,7 @@ from jaxalign import artifacts
 from jaxalign.artifacts import Cost, pick
 from jaxalign.eval import held_out
 from jaxalign.job import Arm, arm_folder, eval_options, Job
-from jaxalign.model import adapters, decoder, peft_folder, weights
+from jaxalign.model import adapters, decoder, hf
 from jaxalign.stages.align import aligned, bases
 
 
@@ -164,16 +164,16 @@ def run_export(
       job.release_reference()
     params, m = policy(), job.policy
     merged = adapters.Merged(params, m.lora) if m.lora else params
-    files = weights.export_folder(
+    files = hf.export_folder(
       folder / "export", merged, job.model, job.tokenizer, dtype=dtype, of=of
     )
     if m.lora:
-      peft_folder.save(folder / "adapter", params, m, base=given)
+      hf.save_adapters(folder / "adapter", params, m, base=given)
       files = [*files, "adapter"]
     return files, Cost(), dict(say=f"weights in {dtype}")
 
   given = job.c.model.checkpoint
-  of = weights.given(given) if given else weights.Given()
+  of = hf.given(given) if given else hf.Given()
   dtype = of.dtype  # as loaded
   job.run(
     arm_folder(job, arm),

@@ -23,6 +23,7 @@ from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
 from jaxalign.job import Arm, arm_folder, Job, kernel_of
 from jaxalign.model import reward
+from jaxalign.model.flops import reward_flops
 from jaxalign.stages import questions, scores
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
@@ -228,7 +229,7 @@ class _Rewards:
       r = r._replace(
         model=r.model._replace(attention=kernel_of(job.c, r.model, job.mesh))
       )
-    reward.check(r, job.mesh)
+    reward.check_reward(r, job.mesh)
     self.r, self.given = r, job.c.judge.checkpoint
     self.params = reward.load(
       self.given,
@@ -297,7 +298,7 @@ class _Rewards:
       )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
     self.flops += sum(
-      reward.flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
+      reward_flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )
     self.tokens += len(rows.ids)
     return out

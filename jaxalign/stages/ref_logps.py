@@ -99,9 +99,8 @@ def _computed(
   if source:
     store = stores.open_store(job.shared / source / "store")
     index = selected_rows(job, arm)
-    for name in ("ref_sum", "ref_count"):
-      of = dict(ref_sum="logp", ref_count="count")[name]
-      arrays[name] = stores.take(store, of, index)
+    for name, of in dict(ref_sum="logp", ref_count="count").items():
+      arrays[name] = np.array(stores.read(store, of)[index])
   if batched:
     if other is not None:
       other_rows = MismatchedRows(other, arrays["mismatched_sum"])

@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 
-from jaxalign import artifacts, embedder, ledger, memory, progress, rates
+from jaxalign import artifacts, embedder, ledger, memory, progress
 from jaxalign.artifacts import Cost
+from jaxalign.core import devices
 from jaxalign.data import tables
 from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, arm_folder, Job, sampler_kwargs
@@ -70,7 +71,7 @@ def estimate(
 
 def hours(job: Job, found: costs.Estimate) -> float:
   """Assumed time of a choice itself, on this mesh and its host."""
-  return rates.seconds(found.flops, found.on_host, job.mesh) / 3600
+  return devices.seconds_for(found.flops, found.on_host, job.mesh) / 3600
 
 
 def check_hours(job: Job, arms: list[Arm]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from jaxalign import artifacts, hub
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
-from jaxalign.model import decoder, weights
+from jaxalign.model import decoder, hf
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.loop import TrainOptions
 from jaxalign.train.losses import LOSSES
@@ -31,7 +31,7 @@ def run_sft(job: Job) -> None:
     key = artifacts.told(
       lambda: artifacts.key_of(
         "checkpoint",
-        artifacts.digest_tree(hub.resolve(given), weights.digest_names(given)),
+        artifacts.digest_tree(hub.resolve(given), hf.digest_names(given)),
         {},
       )
     )

@@ -396,25 +396,21 @@ def _generations(job: Job) -> Measure:
   prompts, tok, k = held_out.prompts_of(what), what.tokenizer, c.eval
   asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]
   options = eval_options(c)
+  generation = decode.GenerateOptions(
+    k.new_tokens,
+    tok.stops,
+    min(tok.vocab_size, job.policy.vocab),
+    decode.Sampling(k.temperature),
+    tile=c.embed.tile,
+    label="eval generations",
+  )
 
   if what.world is not None:
     targets = [what.rows[i]["target"] for i in what.prompt_rows]
     target = held_out.true_rewards(what, targets)
 
   def measure(params):
-    said = decode.generate(
-      job.mesh,
-      params,
-      job.policy,
-      prompts,
-      new=k.new_tokens,
-      eos=tok.stops,
-      known=min(tok.vocab_size, job.policy.vocab),
-      temperature=k.temperature,
-      seed=0,
-      tile=c.embed.tile,
-      label="eval generations",
-    )
+    said = decode.generate(job.mesh, params, job.policy, prompts, generation)
     score = lambda params, m: np.float64(
       held_out.score_answers(job.mesh, params, m, what, said, options)
     )

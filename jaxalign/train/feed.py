@@ -12,6 +12,7 @@ from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops, useful_flops
 from jaxalign.train import packing
 from jaxalign.train.batch import Batch, Logps, MismatchedBatch
 
@@ -305,14 +306,14 @@ def useful_cost(
 ) -> int:
   """Operations that an update cannot do without.
 
-  `decoder.useful` of its rows, `passes` times, and of the passes beside them
+  `useful_flops` of its rows, `passes` times, and of the passes beside them
   as in `training_cost`; recomputation is not counted.
   """
 
   def count(token_rows, index, passes=(1, 1)):
     start = np.asarray(token_rows.start, np.int64)
     answers = tokens_lib.lengths(token_rows) - start
-    return decoder.useful(m, start[index[:, 0]], answers[index], passes)
+    return useful_flops(m, start[index[:, 0]], answers[index], passes)
 
   own = rows.row_of[batching.rows_at(step, len(rows.ids))]
   total = count(rows.tokens, own, passes(m, ahead, online))
@@ -347,5 +348,5 @@ def training_cost(
   for sizes, times in ran:
     tokens += int(sizes.sum())
     for size, count in zip(*np.unique(sizes, return_counts=True)):
-      total += int(count) * decoder.flops(m, int(size), passes=times)
+      total += int(count) * decoder_flops(m, int(size), passes=times)
   return total, tokens

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.model.wide import wide
+from jaxalign.model.parameters import wide
 from jaxalign.train.batch import Logps
 from jaxalign.train.packing import Packed
 

@@ -5,6 +5,7 @@ import functools
 from typing import Any, NamedTuple
 
 from jaxalign.artifacts import Cost
+from jaxalign.core import devices
 from jaxalign.model import decoder
 from jaxalign.train import feed as feeds
 from jaxalign.train import loop, optim
@@ -13,25 +14,6 @@ from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.statistics import needs_batch_logps
 
 ALLORA_ETA = 4.0  # an update's factor where B is 0
-# Published dense bfloat16 FLOP/s of one device, by the start of its kind.
-PEAKS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v6": 918e12,
-  "TPU7x": 2307e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA A100": 312e12,
-}
-
-
-def peak_of(device: Any) -> float:
-  """FLOP/s of a device; 0 where it is not known."""
-  kind = device.device_kind.lower()
-  known = (r for n, r in PEAKS.items() if kind.startswith(n.lower()))
-  return next(known, 0.0)
 
 
 class Recipe(NamedTuple):
@@ -121,7 +103,7 @@ def train(
     n: functools.partial(whole, f) for n, f in options.evaluations.items()
   }
   more = needs_batch_logps(loss), recipe.online
-  peak = mesh.size * peak_of(mesh.devices.flat[0])
+  peak = mesh.size * devices.peak_flops(mesh.devices.flat[0])
 
   def ideal_seconds(step):
     if not peak:

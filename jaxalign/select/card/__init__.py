@@ -25,7 +25,6 @@ from jaxalign.select.card.fits import (
   jaccard,
   mixture_summary,
   normalised_mutual_information,
-  stability,
 )
 from jaxalign.select.card.rows import ranks, reasons
 from jaxalign.select.pool import Pool, Selection
@@ -46,7 +45,6 @@ __all__ = (
   "ranks",
   "reasons",
   "selection_card",
-  "stability",
 )
 ALTERNATIVES = ("random", "length", "stratified", "perplexity", "isa", "real")
 EXAMPLES = 10  # of either end of the ranking, in words
@@ -212,8 +210,8 @@ def examine(
       spectra and a map; rows without a topic are then given clusters.
     selection: the rows and the score of all.
     mixture: described where one was fitted.
-    diagnostics: results of `stability`, `held_out`, `component_labels` by
-      name; stored as they are.
+    diagnostics: results of `held_out` and `component_labels` by name;
+      stored as they are.
     sampler: its name.
     texts: name -> [N] str, shown on the page.
     others: name -> row numbers that other samplers kept of the same pool.

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 from scipy.special import expit
 
-from jaxalign.select import exact, space
+from jaxalign.select import exact
 from jaxalign.select.costs import Work
 from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import uniform
@@ -64,7 +64,7 @@ def principal(
   else:
     mesh = vectors_lib.own_mesh()
     with jax.set_mesh(mesh):
-      gram = space.gram(mesh, x) / n
+      gram = exact.gram_of(mesh, x) / n
   last = len(gram) - 1
   value, vector = (
     scipy.linalg.eigh(

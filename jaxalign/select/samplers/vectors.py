@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import rates, sharding
+from jaxalign import sharding
+from jaxalign.core import devices
 from jaxalign.errors import ConfigError
 from jaxalign.select.chunks import (
   by_parts,
@@ -47,7 +48,7 @@ def refuse_long(flops: float, what: str, advice: str, *, host: bool) -> None:
     host: it runs in NumPy; else on this process's devices. Either at the
       rate that the dry run assumes.
   """
-  seconds = rates.seconds(flops, flops * host, own_mesh())
+  seconds = devices.seconds_for(flops, flops * host, own_mesh())
   hours = seconds / 3600
   if hours > HOURS:
     raise ConfigError(

@@ -5,11 +5,11 @@ is one function that returns one and one forward pass over its names.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
@@ -41,13 +41,23 @@ class Stored(NamedTuple):
   order: tuple[int, ...]  # our axis i is axis order[i] of what pick leaves
   pick: tuple[int, int] | None = None
 
+  @classmethod
+  def plain(cls, name: str, *shape: int) -> "Stored":
+    """A tensor that is the parameter as it stands."""
+    return cls(name, shape, shape, tuple(range(len(shape))))
+
 
 def count(rows: Mapping[str, Param]) -> int:
   """Number of parameters."""
-  return sum(int(np.prod(p.shape)) for p in rows.values())
+  return sum(math.prod(p.shape) for p in rows.values())
 
 
-def check(rows: Mapping[str, Param], mesh: jax.sharding.Mesh) -> None:
+def layers_of(by_name: Mapping[str, Any]) -> dict[str, Any]:
+  """The stacked parameters (or rows) alone, as a scan takes them."""
+  return {n: x for n, x in by_name.items() if n.startswith("layers/")}
+
+
+def check_mesh(rows: Mapping[str, Param], mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError where an axis does not divide over the mesh."""
   for name, p in rows.items():
     for size, axis in zip(p.shape, p.axes):
@@ -59,38 +69,41 @@ def check(rows: Mapping[str, Param], mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def init(
+def init_params(
   key: jax.Array, rows: Mapping[str, Param], mesh: jax.sharding.Mesh
 ) -> Params:
   """Draws the parameters in float32, each straight onto its shards."""
-  out = {name: sharding.named(mesh, *p.axes) for name, p in rows.items()}
+  specs = {n: sharding.named(mesh, *p.axes).spec for n, p in rows.items()}
+
+  def one(key, p):
+    if p.scale == 0:
+      return jnp.full(p.shape, p.constant, jnp.float32)
+    return p.scale * jax.random.normal(key, p.shape)
 
   def draw(key):
     keys = jax.random.split(key, len(rows))
-    return {
-      name: (
-        jnp.full(p.shape, p.constant, jnp.float32)
-        if p.scale == 0
-        else p.scale * jax.random.normal(k, p.shape)
-      )
-      for k, (name, p) in zip(keys, sorted(rows.items()))
-    }
+    return {n: one(k, p) for k, (n, p) in zip(keys, sorted(rows.items()))}
 
   # auto_axes: the draw has no operand whose sharding could be propagated.
-  return jax.jit(
-    jax.sharding.auto_axes(
-      draw, out_sharding={n: s.spec for n, s in out.items()}
-    )
-  )(key)
+  return jax.jit(jax.sharding.auto_axes(draw, out_sharding=specs))(key)
 
 
-def abstract(
-  rows: Mapping[str, Param], mesh: jax.sharding.Mesh, dtype=jnp.float32
+def abstract_params(
+  rows: Mapping[str, Param], mesh: jax.sharding.Mesh, dtype: Any = jnp.float32
 ) -> Params:
   """Shapes and shardings of the parameters, for restore and compile."""
-  return {
-    name: jax.ShapeDtypeStruct(
-      p.shape, dtype, sharding=sharding.named(mesh, *p.axes)
-    )
-    for name, p in rows.items()
-  }
+
+  def one(p):
+    where = sharding.named(mesh, *p.axes)
+    return jax.ShapeDtypeStruct(p.shape, dtype, sharding=where)
+
+  return {name: one(p) for name, p in rows.items()}
+
+
+def wide(*values: Any) -> Any:
+  """The dtype of sums over `values`: float32, or float64 where one is that.
+
+  Float64 is for tests beside a peer, under jax's x64 mode with a ModelConfig
+  whose dtype is "float64"; no job runs in it, so no config may name it.
+  """
+  return jnp.result_type(jnp.float32, *values)
