@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
-from jaxalign.model import attention, decoder, logprob, unshared
+from jaxalign.model import attention, decoder, logprob, packed
 from jaxalign.train.batch import Logps
 from jaxalign.train.packing import Packed
 
@@ -53,7 +53,7 @@ def _packed(params, rows, counts, m, chunk, head):
   spread = sharding.SPREAD
   x = decoder.forward(params, rows.tokens, m, spread, seen, rows.copies)
   # Only what predicts a response token meets the head.
-  x = unshared.take(x, rows.source, rows.first, rows.second, spread)
+  x = packed.take(x, rows.source, rows.first, rows.second, spread)
   weight = decoder.head(params, m, spread)
   # As many logits at once as of `chunk` positions of every response.
   chunk = min(chunk * b * r // s, targets)
