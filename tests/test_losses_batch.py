@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.train import losses, statistics
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import common_prefix_sums

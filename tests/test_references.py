@@ -13,8 +13,8 @@ from test_step import (
   token_rows,
 )
 
-from jaxalign.errors import DataError
-from jaxalign.select import embed
+from jaxalign.core.errors import DataError
+from jaxalign.embed import passes as embed
 from jaxalign.train import feed, row_columns
 from jaxalign.train.reference import Reference
 

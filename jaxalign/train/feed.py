@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops, useful_flops
 from jaxalign.train import packing

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from jaxalign import artifacts
-from jaxalign.errors import WriteError
+from jaxalign.core import artifacts
+from jaxalign.core.errors import WriteError
 
 Lines = Sequence[dict[str, Any]]
 

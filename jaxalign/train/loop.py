@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from jaxalign import artifacts, interrupt, progress
-from jaxalign.checkpoints import Checkpoints
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import artifacts, interrupt, progress
+from jaxalign.core.checkpoints import Checkpoints
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.train import log as logs
 from jaxalign.train import trackers
 from jaxalign.train.feed import Feed

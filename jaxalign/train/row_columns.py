@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.artifacts import Cost
+from jaxalign.core.artifacts import Cost
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.select import embed
+from jaxalign.embed import passes as embed
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.reference import Reference
 from jaxalign.train.statistics import STATISTICS

@@ -14,7 +14,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.train.batch import Batch
 from jaxalign.train.losses.common import margin
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
-from jaxalign.artifacts import Cost
 from jaxalign.core import devices
+from jaxalign.core.artifacts import Cost
 from jaxalign.model import decoder
 from jaxalign.train import feed as feeds
 from jaxalign.train import loop, optim

@@ -13,8 +13,8 @@ Throughout, with sums over response tokens (their EOS included),
 
 from collections.abc import Callable
 
-from jaxalign import lookup
-from jaxalign.errors import ConfigError
+from jaxalign.core import lookup
+from jaxalign.core.errors import ConfigError
 from jaxalign.train.losses import pair, reference_free, unpaired
 from jaxalign.train.losses.combine import (
   bind,

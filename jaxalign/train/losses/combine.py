@@ -7,8 +7,8 @@ import math
 from numbers import Real
 from typing import Any
 
-from jaxalign import lookup
-from jaxalign.errors import ConfigError
+from jaxalign.core import lookup
+from jaxalign.core.errors import ConfigError
 from jaxalign.train.losses.common import marks
 
 # Keywords mean the same in every loss; so do their ranges.

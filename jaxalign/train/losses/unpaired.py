@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.lookup import bound_keywords, keywords
+from jaxalign.core.lookup import bound_keywords, keywords
 from jaxalign.train.losses.common import marks, needs, ratios, unpaired_metrics
 
 
