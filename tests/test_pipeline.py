@@ -10,12 +10,12 @@ import safetensors.numpy
 import test_report
 
 from configs import common
-from jaxalign import artifacts
+from jaxalign.core import artifacts
 from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
+from jaxalign.embed import store
 from jaxalign.model import hf
 from jaxalign.report import study_page
-from jaxalign.select import store
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]

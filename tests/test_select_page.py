@@ -11,8 +11,9 @@ import test_report
 
 from jaxalign.report import page, select_page
 from jaxalign.report.nodes import visible
-from jaxalign.select import card
+from jaxalign.select import selection_report
 from jaxalign.select.pool import make_pool, Selection
+from jaxalign.select.selection_report import reasons
 
 N = 240
 HOSTILE = [
@@ -61,13 +62,13 @@ def make(n=N, sides=2):
   texts = {k: [words(k, i) for i in range(n)] for k in SIDES[: sides + 1]}
   score = rng.normal(size=n) * 10.0 ** rng.integers(-6, 6, n)
   score[3] = -np.inf
-  out, table = card.examine(
+  out, table = selection_report.describe(
     pool,
     Selection(np.argsort(-score)[:60], score),
     sampler="isa",
     texts=texts,
     diagnostics=DIAGNOSTICS,
-    others=card.alternatives(pool, 60),
+    others=selection_report.alternatives(pool, 60),
   )
   out["overlaps"][0]["a"] = "</td><script>"
   return out | dict(sampler="</title><script>", mixture=MIXTURE), table
@@ -133,7 +134,7 @@ def test_texts_are_cut_to_the_size_of_the_page(monkeypatch):
 def test_a_record_with_little_on_it_still_renders():
   pool = make_pool(["a", "b", "c"], {})
   for rows in (np.arange(1), np.arange(3), np.empty(0, np.int64)):
-    out, table = card.examine(pool, Selection(rows, np.zeros(3)))
+    out, table = selection_report.describe(pool, Selection(rows, np.zeros(3)))
     document = select_page.selection_html(out, table)
     assert "not measured" in document
     read(document)
@@ -319,13 +320,13 @@ def test_filters_and_reset(opened, made):
 
 def test_a_row_says_its_reason_and_leads_to_its_neighbour(opened, made):
   out, table = made
-  reasons = card.reasons(out, table)
+  said = reasons.sentences(out, table)
   for place in (0, 5, 59, 60, 61, N - 1):
     i = int(np.argsort(table["rank"])[place])
     scroll(opened, 32 * place)
     click(opened, f'[data-row="{i}"]')
     assert text(opened, "#detail h3") == table["id"][i]
-    assert text(opened, "#detail .reason") == reasons[i]
+    assert text(opened, "#detail .reason") == said[i]
     shown = [visible(t[i].strip()) for t in table["texts"].values()]
     assert texts(opened, "#detail pre")[:3] == shown
     click(opened, "#detail .near")
@@ -420,7 +421,7 @@ def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
   score = rng.normal(size=n)
   long = {k: [f"{k} {i} " + "words " * 60 for i in range(n)] for k in SIDES}
   selection = Selection(np.argsort(-score)[:10_000], score)
-  made = card.examine(pool, selection, texts=long)
+  made = selection_report.describe(pool, selection, texts=long)
   document = select_page.selection_html(*made)
   assert len(document.encode()) < 32e6
   (tmp_path / "large.html").write_text(document)
