@@ -156,7 +156,7 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
     as_arm = lambda name, v: equivalence.ArmOutcomes(
       name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1)
     )
-    (one,) = equivalence.compare(
+    (one,) = equivalence.compare_arms(
       [(as_arm("a", a), as_arm("b", b))], nested=True
     )
     d = one["difference"]

@@ -347,7 +347,7 @@ def _verdicts(arms: list[dict], baseline: str) -> list[dict[str, Any]]:
     [
       dict(v, label=a["label"])
       for v, (a, _) in zip(
-        equivalence.compare(
+        equivalence.compare_arms(
           [(as_arm(a), as_arm(b)) for a, b in pairs], nested=True
         ),
         pairs,
