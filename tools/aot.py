@@ -44,14 +44,15 @@ import numpy as np
 from configs import common
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import lora_of, loss_of
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import adapters, attention, decoder, hf, memory
+from jaxalign.model.job import lora_of
 from jaxalign.train import feed, optim
 from jaxalign.train import layout as packing
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, combine
+from jaxalign.train.losses.combine import loss_of
 from tools.aot_text import (
   collectives,
   compile_lowered,

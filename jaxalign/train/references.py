@@ -6,9 +6,9 @@ It is computed once an arm, by the `ref_logps` stage, and stored by row.
 import numpy as np
 
 from jaxalign.core.artifacts import Cost
-from jaxalign.core.job import Job
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import passes as embed
+from jaxalign.model.job import Job
 from jaxalign.train import feed
 from jaxalign.train.losses import matching
 

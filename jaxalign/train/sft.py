@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxalign.core import artifacts, devices, hub
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.job import Job
 from jaxalign.model import decoder, hf
+from jaxalign.model.job import Job
 from jaxalign.train import feed, loop, optim, stats
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 import inspect
 import math
+from typing import Any
 
 from jaxalign.core import lookup
 from jaxalign.core.errors import ConfigError
-from jaxalign.train.losses import check_keywords, LOSSES
+from jaxalign.train.losses import bind, check_keywords, LOSSES
 
 
 def find(name: str) -> Callable:
@@ -130,3 +131,8 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
     )
   loss_fn.reference = any(getattr(fn, "reference", True) for _, _, fn in terms)
   return loss_fn
+
+
+def loss_of(c: Any) -> Callable:
+  """The loss of a config with its keywords bound; they are checked."""
+  return bind(find(c.loss.name), c.loss.name, c.loss.kwargs.to_dict())
