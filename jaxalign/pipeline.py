@@ -35,7 +35,7 @@ from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.train.align import run_align
 from jaxalign.train.host_memory import check_memory
-from jaxalign.train.losses.combine import loss_of
+from jaxalign.train.losses import loss_of
 from jaxalign.train.proxies import run_held_out, run_proxy
 from jaxalign.train.ref_logps import run_ref_logps
 from jaxalign.train.sft import run_sft
