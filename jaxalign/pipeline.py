@@ -12,7 +12,7 @@ import jax
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import pick
-from jaxalign.data import prepare, recipe
+from jaxalign.data import build_data, prepare, recipe
 from jaxalign.data.summary import summary_lines
 from jaxalign.embed.over_pool import KEEPS, run_passes
 from jaxalign.embed.scores import run_alone, run_ask, run_rewards
@@ -68,7 +68,7 @@ def run_data(job: Job) -> None:
     "data",
     fields=fields,
     inputs={},
-    make=lambda folder: prepare.make_data(
+    make=lambda folder: build_data.make_data(
       c, folder, most=job.most, wanted=job.kind, writes=jax.process_index() == 0
     ),
   )
