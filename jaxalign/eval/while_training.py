@@ -321,8 +321,8 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   With r = policy - ref, nats: "chosen_drift", the mean r of chosen (unpaired:
   liked) answers; "accuracy", the fraction of pairs whose chosen one has the
   larger r, "ties" apart, as in training: 0 and 1 before the first update;
-  "margin", the mean of r chosen - r rejected. Of unpaired rows a pair is any liked answer
-  beside any disliked one. "loss" is that of the rows as one batch.
+  "margin", the mean of r chosen - r rejected. Of unpaired rows a pair is any
+  liked answer beside any disliked one. "loss" is that of the rows as one batch.
 
   Raises:
     ConfigError: unpaired rows of one label where config.train.best needs both.
