@@ -60,7 +60,7 @@ _LONGEST_S = 60.0  # between two attempts
 
 
 class Endpoint(NamedTuple):
-  """Which judge, and how hard it may be asked."""
+  """Which judge, and how many requests it may be sent."""
 
   model: str
   url: str = "https://api.openai.com/v1"
@@ -124,15 +124,9 @@ def check_settings(e: Endpoint) -> None:
       f"the judge's url {e.url} would carry the key in the clear; use https, "
       'or key_env="" for a server that wants none'
     )
-  positive = "max_tokens timeout_s per_minute workers max_requests"
-  for name in [*positive.split(), "max_total_tokens"]:
+  for name in ("per_minute", "max_requests"):
     if not getattr(e, name) > 0:
       raise ConfigError(f"judge.{name} is {getattr(e, name)}, wanted above 0")
-  if e.retries < 0 or e.backoff_s < 0:
-    raise ConfigError(
-      f"judge.retries {e.retries} and judge.backoff_s "
-      f"{e.backoff_s}, wanted at least 0"
-    )
 
 
 def check_key(e: Endpoint) -> None:
@@ -145,7 +139,7 @@ def check_key(e: Endpoint) -> None:
 
 
 def check_reachable(e: Endpoint, timeout_s: float = 5.0) -> None:
-  """Opens a connection and closes it: nothing is asked, nothing is paid.
+  """Opens a connection and closes it: no request is sent, nothing is paid.
 
   Behind a proxy, which alone knows what it reaches, nothing is tried.
 
@@ -166,7 +160,7 @@ def check_reachable(e: Endpoint, timeout_s: float = 5.0) -> None:
     ) from error
 
 
-def digest(e: Endpoint, pair: Pair) -> str:
+def pair_digest(e: Endpoint, pair: Pair) -> str:
   """What a verdict depends on, hashed: judge, wording, question, answers."""
   what = [VERSION, e.url, e.model, e.temperature, e.max_tokens, *pair]
   return hashlib.sha256(json.dumps(what).encode()).hexdigest()
@@ -237,7 +231,7 @@ def _attempt(client: Any, e: Endpoint, pair: Pair, most: int) -> _Attempt:
     return str(text).replace(key, "[key]") if key else str(text)
 
   def answered(verdict, tokens, ended, reply):
-    line = dict(key=digest(e, pair), verdict=verdict, requests=1)
+    line = dict(key=pair_digest(e, pair), verdict=verdict, requests=1)
     more = dict(tokens=tokens, model=e.model, ended=ended, reply=reply)
     return _Attempt(line | more)
 
@@ -344,7 +338,7 @@ def judge_pairs(
   """
   check_settings(e)
   cache = VerdictCache(path)
-  keys = [digest(e, pair) for pair in pairs]
+  keys = [pair_digest(e, pair) for pair in pairs]
   new = {k: p for k, p in zip(keys, pairs) if k not in cache.verdicts}
   if new:
     check_key(e)
@@ -410,6 +404,7 @@ def judge_both_orders(
     verdicts=list(zip(verdicts[:n], verdicts[n:])),
     cost=cost,
     replies=[
-      tuple(replies[digest(e, p)] for p in both) for both in zip(pairs, swapped)
+      tuple(replies[pair_digest(e, p)] for p in both)
+      for both in zip(pairs, swapped)
     ],
   )
