@@ -1,7 +1,9 @@
 """Pages from jinja templates: one HTML file each, which loads nothing.
 
 A template walks JSON as `nodes.Node`s. Text from data is escaped by jinja and
-made visible by `nodes.visible`; only templates and `charts` write markup.
+made visible by `nodes.visible`. A template may call every function of `nodes`,
+`charts` and this module, of a module that calls `expose`, and, as `m`, the
+macros of `macros.html`; a name that does not exist stops it.
 """
 
 import base64
