@@ -129,10 +129,9 @@ def gap(found: Any, m: Metric = PERCENT) -> Markup:
   return Markup("{} <small>{}</small>").format(*words)
 
 
-def scaled(value: Any, scale: float) -> str:
-  """A finite number times `scale`; "" of anything else."""
-  x = finite(value)
-  return "" if x is None else nodes.number(scale * x)
+def finite_number(value: Any, otherwise: str = MISSING) -> str:
+  """A finite number, or what stands in its place."""
+  return otherwise if finite(value) is None else nodes.number(value)
 
 
 def span(found: Node, words: Callable[..., str], **options: Any) -> str:
