@@ -146,7 +146,7 @@ def test_family(outside, monkeypatch):
     sliding_window=5,
     hidden_act="gelu_pytorch_tanh",
   )
-  mesh = test_families.one_device()
+  mesh = test_families.make_mesh()
   test_families.compare("starcoder2", keywords, mesh)
 
 

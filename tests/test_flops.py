@@ -13,6 +13,7 @@ import flat
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
+from models import sized
 import numpy as np
 import pytest
 
@@ -25,18 +26,9 @@ from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 
-MODEL = decoder.ModelConfig(
-  layers=3,
-  width=16,
-  heads=4,
-  kv_heads=2,
-  head_size=6,
-  ff=40,
-  vocab=48,
-  context=32,
-  attention="plain",
-)
+MODEL = sized(3, 16, 4, 2, 6, 40, 48, 32, attention="plain")
 BATCH, LENGTH = 4, 12
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def dots(jaxpr):
@@ -72,13 +64,6 @@ def by_hand(m, tokens, squares, logits):
   return 2 * (
     m.layers * (dense * tokens + 2 * h * c * squares) + d * m.vocab * logits
   )
-
-
-@pytest.fixture(autouse=True)
-def alone():
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    yield mesh
 
 
 def lengths_of(r, even):
