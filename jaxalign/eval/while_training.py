@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core.artifacts import Cost
+from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
+from jaxalign.core.stage import Made
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.embed import passes as embed
@@ -16,8 +17,9 @@ from jaxalign.eval.held_out import eval_options
 from jaxalign.model import decode, decoder
 from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
-from jaxalign.train import online
+from jaxalign.train import align, online
 from jaxalign.train import step as steps
+from jaxalign.train.align import Watched
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import loss_of
@@ -440,3 +442,21 @@ def _generations(job: Job) -> Measure:
     )
 
   return Measure(measure, cost)
+
+
+def watched(job: Job, arm: Arm) -> Watched:
+  """What is evaluated while the policy of an arm is trained."""
+  found = measures(job, arm)
+  return Watched(found, extend(job), lambda lines: spent(found, lines))
+
+
+def make_aligned(job: Job, arm: Arm, folder: Any) -> Made:
+  """The align stage: trains a policy, and evaluates it meanwhile."""
+  return align.make_policy(job, arm, folder, watched(job, arm))
+
+
+def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
+  """The fields of `align`, those that decide which weights are best too."""
+  t = job.c.train
+  fields = align.align_fields(job, arm) | pick(job.c, *reads(t))
+  return record_fields(t, fields)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.stage import Made
 from jaxalign.embed import store as stores
 from jaxalign.model.job import Job
 from jaxalign.select import em, mixture_checks
@@ -41,57 +42,47 @@ def refits(c: Any) -> int:
   return 0 if closed == mixtures.LABELS else c.select.stability_seeds
 
 
-def run_mixture(job: Job) -> None:
-  """Fits the mixture, and what the record needs to know of it."""
+def make_mixture(job: Job, arm: None, folder: Any) -> Made:
+  """Fits the mixture, and what the selection report needs to know of it."""
   c = job.c
   options = options_of(c)
-
-  def make(folder):
-    embedding = stores.read(job.shared / "embed" / "store", "embedding")
-    n, r, width = embedding.shape
-    flat = embedding.reshape(-1, width)  # the sides of a pair are rows
-    records = _records(job, max(1, c.select.mixture.reservoir // r))
-    x = flat if len(records) == n else _rows(embedding, records)
-    labels = np.tile([1, 0], len(records))
-    if r == 1:
-      labels = np.array(job.column("pool", "label"))[records]
-    given = labels if options.components == mixtures.LABELS else None
-    space = mixtures.whiten(job.mesh, x, options)
-    seeds = range(1 + refits(c))
-    with progress.bar(
-      "mixture", options.starts * (len(seeds) + 1), "starts"
-    ) as tick:
-      knobs = dict(labels=given, progress=tick)
-      fitted = [
-        mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
-        for s in seeds
-      ]
-      halves = mixture_checks.held_out(
-        job.mesh, x, options, responses=r, **knobs
-      )
-    matches = mixture_checks.component_labels(fitted[0], x, labels)
-    if jax.process_index() == 0:
-      mixtures.save(fitted[0], folder / "mixture.npz")
-      scores = [mixtures.log_likelihood(f, flat).reshape(n, r) for f in fitted]
-      artifacts.write_array(folder / "log_likelihood.npy", np.stack(scores))
-      artifacts.write_json(
-        folder / "diagnostics.json", dict(held_out=halves, labels=matches)
-      )
-    return (
-      ["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
-      Cost(_flops(len(x), width, fitted, options)),
-      dict(warnings=fitted[0].warnings),
+  embedding = stores.read(job.shared / "embed" / "store", "embedding")
+  n, r, width = embedding.shape
+  flat = embedding.reshape(-1, width)  # the sides of a pair are rows
+  records = _records(job, max(1, c.select.mixture.reservoir // r))
+  x = flat if len(records) == n else _rows(embedding, records)
+  labels = np.tile([1, 0], len(records))
+  if r == 1:
+    labels = np.array(job.column("pool", "label"))[records]
+  given = labels if options.components == mixtures.LABELS else None
+  space = mixtures.whiten(job.mesh, x, options)
+  seeds = range(1 + refits(c))
+  with progress.bar(
+    "mixture", options.starts * (len(seeds) + 1), "starts"
+  ) as tick:
+    knobs = dict(labels=given, progress=tick)
+    fitted = [
+      mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
+      for s in seeds
+    ]
+    halves = mixture_checks.held_out(job.mesh, x, options, responses=r, **knobs)
+  matches = mixture_checks.component_labels(fitted[0], x, labels)
+  if jax.process_index() == 0:
+    mixtures.save(fitted[0], folder / "mixture.npz")
+    scores = [mixtures.log_likelihood(f, flat).reshape(n, r) for f in fitted]
+    artifacts.write_array(folder / "log_likelihood.npy", np.stack(scores))
+    artifacts.write_json(
+      folder / "diagnostics.json", dict(held_out=halves, labels=matches)
     )
-
-  record = job.run(
-    job.shared / "mixture",
-    "mixture",
-    make=make,
-    fields=pick(c, "select.mixture", "select.stability_seeds"),
-    inputs=dict(embed=job.key("embed")),
+  return (
+    ["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
+    Cost(_flops(len(x), width, fitted, options)),
+    dict(warnings=fitted[0].warnings),
   )
-  for warning in record.result["warnings"]:
-    progress.say(f"  warning: {warning}")
+
+
+def mixture_fields(job: Job, arm: None) -> dict[str, Any]:
+  return pick(job.c, "select.mixture", "select.stability_seeds")
 
 
 def _records(job: Job, most: int) -> np.ndarray:

@@ -94,7 +94,7 @@ def _in_world(job: Job, arms: list[Arm]) -> Told:
 def _judged(job: Job, arms: list[Arm]) -> Told:
   """By the judge that was asked."""
   rows = {a.name: read_verdicts(arm_folder(job, a)) for a in arms}
-  rows[start_of(job)] = read_verdicts(job.shared / "judge")
+  rows[start_of(job)] = read_verdicts(job.shared / "judged_reference")
   prompts = [row["id"] for row in rows[start_of(job)]]
   for name, found in rows.items():
     if [row["id"] for row in found] != prompts:

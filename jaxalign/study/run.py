@@ -14,6 +14,7 @@ import jaxalign
 from jaxalign import pipeline
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost
+from jaxalign.core.stage import Made, Stage
 from jaxalign.data import batches, tables
 from jaxalign.data import world as world_lib
 from jaxalign.data.summary import summary_lines
@@ -76,10 +77,8 @@ def run(job: Job, command: str, notes: Sequence[str] = ()) -> dict[str, Any]:
     The summary, as in `summary.json`.
   """
   arms = arms_of(job.c)
-  pipeline.run_shared(job, arms)
-  for arm in arms:
-    pipeline.run_arm(job, arm)
-    run_page_of(job, arm)
+  job.stages[REPORT] = PAGE
+  pipeline.run(job, arms, (*pipeline.STUDY, REPORT))
   run_report(job, arms, command, notes)
   if jax.process_index() != 0:
     return {}
@@ -92,72 +91,54 @@ def run(job: Job, command: str, notes: Sequence[str] = ()) -> dict[str, Any]:
 # which command made it, and when.
 
 
-def run_page_of(job: Job, arm: Arm) -> None:
+def _make_page(job: Job, arm: Arm, folder: Any) -> Made:
   """The page of one arm, beside its artifacts."""
+  html = study_page.arm_html(describe(job, arm))
+  artifacts.write_bytes(folder / "report.html", html.encode())
+  return ["report.html"], Cost(), {}
 
-  def make(folder):
-    if jax.process_index() == 0:
-      artifacts.write_bytes(
-        folder / "report.html", study_page.arm_html(describe(job, arm)).encode()
-      )
-    return ["report.html"], Cost(), {}
 
-  job.run(
-    arm_folder(job, arm),
-    REPORT,
-    arm.name,
-    make=make,
-    redo=True,
-    fields=dict(version=jaxalign.__version__) | judges.told(job.c),
-    inputs={
-      name: job.key(name, arm.name)
-      for name in ("evaluate", "judge")
-      if (arm.name, name) in job.records
-    },
-  )
+def _page_needs(job: Job, arm: Arm) -> list[str]:
+  return pipeline.reached(job, ("evaluate", "judge"))
+
+
+def _page_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
+  return dict(version=jaxalign.__version__) | judges.told(job.c)
+
+
+_PAGE = dict(alone=True, remakes=True)
+PAGE = Stage(REPORT, _make_page, _page_needs, _page_fields, True, **_PAGE)
 
 
 def run_report(
   job: Job, arms: list[Arm], command: str, notes: Sequence[str] = ()
 ) -> None:
   """The page over all arms, and the summary that it is made from."""
-  curve = bool(evidence.curve_arms(job, arms))
 
-  def make(folder):
-    if jax.process_index() == 0:
-      summary = summarise(job, arms, command)
-      summary["verdicts"] = [*notes, *summary["verdicts"]]
-      artifacts.write_json(folder / "summary.json", summary)
-      artifacts.write_json(
-        folder / "config.json", json.loads(job.c.to_json_best_effort())
-      )
-      artifacts.write_bytes(
-        folder / "report.html", study_page.study_html(summary).encode()
-      )
-      if curve:
-        artifacts.write_json(folder / "fit.json", summary["fit"])
+  def make(job, arm, folder):
+    summary = summarise(job, arms, command)
+    summary["verdicts"] = [*notes, *summary["verdicts"]]
+    config = json.loads(job.c.to_json_best_effort())
+    artifacts.write_json(folder / "summary.json", summary)
+    artifacts.write_json(folder / "config.json", config)
+    html = study_page.study_html(summary)
+    artifacts.write_bytes(folder / "report.html", html.encode())
+    files = ["summary.json", "config.json", "report.html"]
+    if evidence.curve_arms(job, arms):
+      artifacts.write_json(folder / "fit.json", summary["fit"])
+      files.append("fit.json")
+    return files, Cost(), {}
+
+  def fields(job, arm):
+    named = dict(arms=[a.name for a in arms])
     return (
-      [
-        "summary.json",
-        "config.json",
-        "report.html",
-        *(["fit.json"] if curve else []),
-      ],
-      Cost(),
-      {},
+      _page_fields(job, arm) | named | (dict(notes=[*notes]) if notes else {})
     )
 
-  job.run(
-    job.workdir,
-    REPORT,
-    make=make,
-    redo=True,
-    fields=dict(version=jaxalign.__version__, arms=[a.name for a in arms])
-    | judges.told(job.c)
-    | (dict(notes=list(notes)) if notes else {}),
-    inputs={a.name: job.key(REPORT, a.name) for a in arms}
-    | {name: job.key(name) for name in ("judge",) if ("", name) in job.records},
-  )
+  pages = [(REPORT, arm) for arm in arms]
+  judged = ["judged_reference"] * (("", "judged_reference") in job.records)
+  stage = Stage(REPORT, make, lambda *_: [*pages, *judged], fields, **_PAGE)
+  job.run(stage, folder=job.workdir)
 
 
 def _costs(job: Job, arms: list[Arm]) -> dict[str, Any]:
@@ -378,7 +359,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
     {
       n: judge.read_verdicts(folder)
       for n, folder in (
-        ("sft", job.shared / "judge"),
+        ("sft", job.shared / "judged_reference"),
         *((a.name, arm_folder(job, a)) for a in arms),
       )
     }
@@ -555,7 +536,7 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
 def _baseline(job: Job) -> dict[str, Any]:
   """The start and its metrics."""
   metrics = judge.metrics_in(
-    job.c, job.shared / "baseline", job.shared / "judge"
+    job.c, job.shared / "baseline", job.shared / "judged_reference"
   )
   metrics.pop("details", None)
   return dict(name=evidence.start_of(job)) | metrics
