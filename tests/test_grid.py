@@ -171,8 +171,10 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
 
 
 def test_faults_are_wrong_labels_and_junk():
-  world = world_lib.build(jobs.common.base("tiny").data.world.to_dict(), 0)
-  rows = [dict(r) for r in world_lib.generate(world, 0)["pool"][:40]]
+  world = world_lib.build_world(
+    jobs.common.base("tiny").data.world.to_dict(), 0
+  )
+  rows = [dict(r) for r in world_lib.generate_rows(world, 0)["pool"][:40]]
   for row in rows:  # all right
     a, b = (
       world_lib.reward(world, row["prompt"], row[s])

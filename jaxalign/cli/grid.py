@@ -243,7 +243,7 @@ def truth(workdir: Any, cell: Cell, label: str) -> dict[str, float] | None:
   rows = tables.read_table(path)
   if not rows or "chosen" not in rows[0]:
     return None
-  world = world_lib.build(data["world"], data["seed"])
+  world = world_lib.build_world(data["world"], data["seed"])
   return world_lib.faults(world, rows)
 
 

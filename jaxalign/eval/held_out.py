@@ -197,7 +197,7 @@ def policy_metrics(
     )
   out |= generation_health(policy.answers, data.tokenizer.stops, malformed)
   out["accuracy"] = accuracy(*as_pairs(data, policy.logp, reference.logp))
-  count = tokens_lib.lengths(data.tokens) - data.tokens.start
+  count = tokens_lib.row_lengths(data.tokens) - data.tokens.start
   out["likelihood_accuracy"] = likelihood_accuracy(
     *as_pairs(data, policy.logp, count.reshape(policy.logp.shape))
   )

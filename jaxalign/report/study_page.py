@@ -182,16 +182,14 @@ def stage_bars(stages: Sequence[Node]) -> tuple[list, list, str]:
 
 def plateau_series(found: Node) -> tuple[list[Series], bool]:
   """What was measured with the fitted curves; whether points are repeated."""
-  x, y = ([charts.drawable(v) for v in found[k]] for k in "xy")
-  points = [p for p in zip(x, y) if None not in p]
-  at = sorted({p for p, _ in points})
-  seen = [[v for p, v in points if p == q] for q in at]
+  points, _ = charts.pairs(list(zip(found.x, found.y)))
+  at = sorted({x for x, _ in points})
+  seen = [[y for x, y in points if x == place] for place in at]
   repeated = len(at) < len(points)
-  band = [(p, min(v), max(v)) for p, v in zip(at, seen)] if repeated else []
-  means = [(p, sum(v) / len(v)) for p, v in zip(at, seen)]
+  band = [(x, min(y), max(y)) for x, y in zip(at, seen)] if repeated else []
+  means = [(x, sum(y) / len(y)) for x, y in zip(at, seen)]
   series = [Series("measured", means, 0, band)]
-  r, a = (charts.drawable(found[k].value) for k in "ra")
-  b = finite(found.b.value)
+  r, a, b = (charts.drawable(found[k].value) for k in "rab")
   if points and None not in (r, a, b):
     drawn = np.linspace(0.0, at[-1], 60)
     rates = {"plateau": b} | {f"paper, {k}": rate for k, rate in PAPER.items()}
