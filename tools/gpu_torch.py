@@ -17,8 +17,6 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-if os.environ.get("JAXALIGN_WHEELS"):  # behind what is installed
-  sys.path.append(os.environ["JAXALIGN_WHEELS"])
 
 import torch  # noqa: E402
 
@@ -59,19 +57,6 @@ def llama(r, dtype):
 
 def ids_of(r):
   return torch.randint(0, r["vocab"], (r["rows"], r["length"]), device=DEVICE)
-
-
-def forward(r):
-  """Logits of every position; no gradients, weights in bfloat16."""
-  model, ids = llama(r, torch.bfloat16).eval(), ids_of(r)
-  if r["compile"]:
-    model.compile()
-
-  @torch.no_grad()
-  def run():
-    return model(ids, use_cache=False).logits
-
-  return run
 
 
 def train(r):
@@ -239,7 +224,6 @@ DO = dict(
   hello=hello,
   release=release,
   trl_dpo=trl_dpo,
-  forward=lambda r: timed(r, forward),
   train=lambda r: timed(r, train),
   attention=lambda r: timed(r, attention),
 )
