@@ -6,10 +6,9 @@ r"""The figures of a GPU, as lines of Markdown and as JSON.
 
 Sections: attention (cuDNN's numbers beside plain's, and its time), train (how
 much of the card a Llama uses, beside transformers on the same card), dpo (a
-step on pairs, beside TRL where it is installed), mixture and embed (the
-selection). jax and torch take turns in two processes. Several sections run in
-a process each, so that what one leaves on the card is gone before the next. A
-section that fails says so and the next one runs; so does a part of one. What
+step on pairs), mixture (the selection). jax and torch take turns in two
+processes. Several sections run in a process each, so that what one leaves on
+the card is gone before the next. What fails says so, and the rest runs. What
 counts as useful is said in tools/gpu_measure.py. Nothing is downloaded.
 
 A toy run's figures say nothing of a GPU: its attention is XLA's.
@@ -23,7 +22,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -40,9 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import sharding
-from jaxalign.data.tokens import TokenRows
 from jaxalign.model import attention, decoder
-from jaxalign.select import em, embed, gaussians, mixture
+from jaxalign.select import em, gaussians, mixture
 from jaxalign.select import space as spaces
 from jaxalign.train import optim
 from jaxalign.train import step as steps
@@ -335,23 +332,6 @@ def dpo_section(section, mesh) -> None:
     section.note(f"loss of the first step: ln 2 within {gap:.1e}")
     if gap > 1e-3:
       section.failures.append(f"the first loss is {gap} from ln 2")
-  peer = peer_of(section) if step else None
-  if not peer:
-    return
-  skip, some = (1, 3) if TOY else (3, 13)
-  request = dict(do="trl_dpo", pairs=pairs, steps=some, skip=skip)
-  request |= dict(zip(SHAPE, SIZES), length=LENGTH)
-  with tempfile.TemporaryDirectory() as folder:
-    try:
-      theirs = peer.ask(section.left(), folder=folder, **request)
-    except RuntimeError as error:
-      if "ModuleNotFoundError" in str(error) or "ImportError" in str(error):
-        section.note(f"TRL skipped, it is not installed: {error}")
-      else:
-        section.failures.append(f"TRL: {error}")
-      return
-  who = f"TRL {theirs['trl']}"
-  section.add(f"dpo step, {pairs} pairs", who, theirs["seconds"], **step.counts)
 
 
 # Selection.
@@ -418,51 +398,11 @@ def sums_exact(section, mesh) -> None:
     section.failures.append(f"second moments are {error:.1e} off: TF32?")
 
 
-def embed_section(section, mesh) -> None:
-  peaks_of(section, "bfloat16")
-  tile, calls = (2, 3) if TOY else (16, 8)
-  settle(section, tile)
-  halved = lambda p: jax.tree.map(lambda w: w.astype(jnp.bfloat16), p)
-  params = jax.jit(halved)(decoder.init(jax.random.key(0), MODEL, mesh))
-  rng = np.random.default_rng(0)
-  draws = rng.lognormal(math.log(LENGTH / 5), 0.7, 4 * tile * calls)
-  full = np.full(tile * calls, LENGTH)
-  mixed = np.clip(draws, 8, LENGTH).astype(int)
-  pool = lambda rows: embed.pool_rows(
-    mesh, params, MODEL, rows, pooling="mean", tile=tile
-  )
-  score = lambda rows: embed.score_rows(
-    mesh, params, MODEL, rows, tile=tile, chunk=CHUNK
-  )
-  for what, run, lengths, logit_rows in (
-    ("embedding, full rows", pool, full, 0),
-    ("embedding, rows of mixed length", pool, mixed, 0),
-    ("embedding and log-probability, full rows", score, full, None),
-  ):
-
-    def one():
-      ends, n = np.concatenate([[0], np.cumsum(lengths)]), len(lengths)
-      ids = rng.integers(0, MODEL.vocab, ends[-1]).astype(np.int32)
-      rows = TokenRows(ids, ends, np.ones(n, np.int32), np.zeros(n, np.int32))
-      run(rows)  # compiles every bucket
-      seconds = []
-      for _ in range(2):
-        start = time.perf_counter()
-        run(rows)
-        seconds.append(time.perf_counter() - start)
-      flops = sum(measure.useful(MODEL, int(s), logit_rows) for s in lengths)
-      section.add(f"{what}, {n}", OURS, seconds, flops=flops, tokens=len(ids))
-
-    section.attempt(what, one)
-  section.note("host and transfers inside the clock; padding is not useful")
-
-
 SECTIONS = {  # name: (function, seconds it should take at most on a GPU)
   "attention": (attention_section, 200),
   "train": (train_section, 480),
   "dpo": (dpo_section, 180),
   "mixture": (mixture_section, 200),
-  "embed": (embed_section, 150),
 }
 
 

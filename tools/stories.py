@@ -29,42 +29,10 @@ from jaxalign.data import tokenizer as tokenizers
 from jaxalign.eval import intervals
 from jaxalign.model import decode, weights
 
-NAMES = (
-  "Max",
-  "Spot",
-  "Rex",
-  "Tim",
-  "Ben",
-  "Sam",
-  "Tom",
-  "Bob",
-  "Lily",
-  "Sue",
-  "Mia",
-  "Jack",
-  "Buddy",
-  "Lucy",
-  "Fluffy",
-  "Daisy",
-)
-KINDS = (
-  "little",
-  "big",
-  "small",
-  "brown",
-  "white",
-  "funny",
-  "old",
-  "good",
-  "kind",
-  "brave",
-  "shy",
-  "loud",
-  "fast",
-  "lazy",
-  "pretty",
-  "black",
-)
+NAMES = "Max Spot Rex Tim Ben Sam Tom Bob Lily Sue Mia Jack Buddy Lucy Fluffy"
+NAMES = (*NAMES.split(), "Daisy")
+KINDS = "little big small brown white funny old good kind brave shy loud fast"
+KINDS = (*KINDS.split(), "lazy", "pretty", "black")
 HAPPY = re.compile(
   r"\b(happy|happily|smil\w*|laugh\w*|hug\w*|proud|joy|fun|"
   r"glad|love\w*)\b"
