@@ -177,23 +177,23 @@ def measure(
   """All numbers of a table.
 
   Args:
-    table: as from `eval.verdict_tables.read`.
+    table: as from `eval.rating_tables.read_ratings`.
     judges: raters held against the majority of the humans; may be none.
     humans: may be none.
 
   Returns:
     {"files", "raters": one dict each, "more": raters left out of it, "among":
-    `eval.agreement.among` of all, "judged": `eval.agreement.judged` or None,
+    `eval.interrater.among` of all, "judged": `eval.interrater.judged` or None,
     "labels": whether labels were compared as they stand}.
   """
-  from jaxalign.eval import agreement
+  from jaxalign.eval import interrater
 
   rows = collections.defaultdict(list)
   for row in table.rows:
     rows[row.rater].append(row)
-  winners = {r: agreement.settled(rows[r], r) for r in rows}
+  winners = {r: interrater.settle_orders(rows[r], r) for r in rows}
   votes = table.votes or {
-    r: agreement.labels(w, "drop") for r, w in winners.items()
+    r: interrater.labels(w, "drop") for r, w in winners.items()
   }
   count = lambda r: len(rows[r]) if r in rows else len(votes[r])
   kept = set(sorted(votes, key=lambda r: -count(r))[:_RATERS])
@@ -209,22 +209,22 @@ def measure(
     )
     if name in rows:
       one |= dict(
-        unparsable=sum(r.said is None for r in rows[name]),
-        ties=sum(r.said == "tie" for r in rows[name]),
-        orders=agreement.orders(rows[name], name),
-        lengths=agreement.length_bias(winners[name], table.sizes)
+        unparsable=sum(r.verdict is None for r in rows[name]),
+        ties=sum(r.verdict == "tie" for r in rows[name]),
+        orders=interrater.order_effects(rows[name], name),
+        lengths=interrater.length_bias(winners[name], table.sizes)
         if table.sizes
         else None,
       )
     raters.append(one)
   judged = None
   if judges and humans and table.rows:
-    judged = agreement.judged(table.rows, judges, humans, table.sizes or None)
+    judged = interrater.judged(table.rows, judges, humans, table.sizes or None)
   return dict(
     files=table.files,
     raters=raters,
     more=len(votes) - len(kept),
-    among=agreement.among(votes),
+    among=interrater.among(votes),
     judged=judged,
     labels=bool(table.votes),
   )
@@ -234,25 +234,27 @@ def run(argv: list[str]) -> None:
   """Everything after the first line of output."""
   values = parse(argv)
   from jaxalign import artifacts
-  from jaxalign.eval import verdict_codes, verdict_layouts, verdict_tables
-  from jaxalign.report.pages import agreement as pages
+  from jaxalign.eval import rating_codes, rating_layouts, rating_tables
+  from jaxalign.report import raters_page, terminal
 
-  choice = verdict_codes.parse_choice(values.choice)
-  fields = verdict_layouts.parse_fields(values.fields)
+  choice = rating_codes.parse_choice(values.choice)
+  fields = rating_layouts.parse_fields(values.fields)
   files = _files(values)
   names = list(dict.fromkeys(n for some in files.values() for n in some))
-  table = verdict_tables.read(
+  table = rating_tables.read_ratings(
     names, choice, list(filter(None, values.raters)), fields
   )
-  progress.say(pages.reading(table.files))
+  progress.say(terminal.reading_text(table.files))
   found = measure(table, *_sides(values, files, table))
-  progress.say(pages.terminal(found))
+  progress.say(terminal.agreement_text(found))
   if values.output:
     try:
       if values.output.endswith(".json"):
         artifacts.write_json(values.output, found)
       else:
-        artifacts.write_bytes(values.output, pages.render(found).encode())
+        artifacts.write_bytes(
+          values.output, raters_page.agreement_html(found).encode()
+        )
     except WriteError as error:
       raise WriteError(str(error).replace("--workdir", "--output")) from error
     progress.say(f"\npage: {values.output}")

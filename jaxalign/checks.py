@@ -22,10 +22,10 @@ from jaxalign.job import (
   sizes,
   WHOLE,
 )
-from jaxalign.model import decoder, weights
+from jaxalign.model import decoder, hf
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
-from jaxalign.select.samplers import basic, combine
+from jaxalign.select.samplers import combine, isa, values
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns, judges, proxies, questions, scores, watched
 from jaxalign.train import feed, optim, stats
@@ -82,8 +82,8 @@ PARTS = (
   "train.ref_mix",
 )  # in [0, 1]
 CHOICES = {
-  "select.order": (*basic.ORDERS, basic.SOFT),
-  "select.pair_score": basic.PAIR_SCORES,
+  "select.order": (*isa.ORDERS, isa.SOFT),
+  "select.pair_score": values.SIDES,
   "select.mixture.covariance": mixtures.COVARIANCES,
   "model.param_dtype": decoder.DTYPES,
   "embed.store_dtype": stores.DTYPES,
@@ -220,13 +220,7 @@ def _check_values(c: Any) -> None:
       "and, above it, the one after the last, or (0, 0); set "
       "config.profile.steps"
     )
-  if mixtures.components_of(c.select.mixture.components) == mixtures.LABELS:
-    if c.select.mixture.covariance == "low_rank":
-      raise ConfigError(
-        "select.mixture.components='labels' is a closed form, "
-        "which low_rank covariances have not; set "
-        "config.select.mixture.covariance"
-      )
+  mixtures.components_of(c.select.mixture.components)
   for name, known in CHOICES.items():
     value = pick(c, name)[name]
     if value not in known:
@@ -335,7 +329,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   if trains:
     _check_alignment(c, loss)
   m = _model(c, planned)
-  decoder.check(m, sharding.nowhere())
+  decoder.check_model(m, sharding.nowhere())
   embedder.choose(c, m._replace(lora=None))
   optim.make_schedule(
     lr=c.sft.lr, updates=10, schedule="cosine", warmup_ratio=0.05
@@ -412,7 +406,7 @@ def validate_on(
     )
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
-  decoder.check(m, job.mesh)
+  decoder.check_model(m, job.mesh)
   if trains and (context := prepare.asked_context(c)):
     memory.check_fits(
       host.step_memory(c, m, job.mesh, context, job.kind),
@@ -425,10 +419,10 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
   """The model's sizes; raises where it cannot be read or exported."""
   m, tokenizer = None, None
   if c.model.checkpoint:
-    m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
     prepare.context_of(c, m.context)
     if not planned:
-      weights.weights_file(c.model.checkpoint)
+      hf.weights_file(c.model.checkpoint)
   try:
     tokenizer = prepare.given_tokenizer(c)
   except ConfigError:

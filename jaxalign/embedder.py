@@ -18,7 +18,8 @@ from jaxalign import hub, progress, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder, encoder, families, published, weights
+from jaxalign.model import decoder, encoder, families, hf, weights
+from jaxalign.model.flops import decoder_flops, encoder_flops
 from jaxalign.select import embed
 
 
@@ -60,7 +61,7 @@ def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
       kind of model has not.
   """
   given, layers, pooling = c.embed.checkpoint, c.embed.layers, c.embed.pooling
-  kind = weights.model_type(given) if given else ""
+  kind = hf.model_type(given) if given else ""
   if kind in encoder.FAMILIES:
     if layers:
       raise ConfigError(
@@ -78,7 +79,7 @@ def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
   if by_reference(c):
     m = first_layers(reference, layers) if layers else reference
     return Embedder(m, "", pooling, alone(c))
-  m = weights.read_config(given, c.model.dtype, "none")
+  m = hf.read_config(given, c.model.dtype, "none")
   m = m._replace(
     context=min(m.context, c.model.context), attention=reference.attention
   )
@@ -100,7 +101,7 @@ def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
   try:
     return encoder.read_config(given, pooling=pooling)
   except ConfigError:
-    if (raw := published.CONFIGS.get(given)) is None:
+    if (raw := families.PUBLISHED.get(given)) is None:
       raise
     return encoder.EncoderConfig(  # to plan with
       layers=raw["num_hidden_layers"],
@@ -241,7 +242,7 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
       tick(len(index))
       return np.split(x, ends[:-1])[jax.process_index()]
 
-    return (encoded, sum(encoder.flops(m, s) for s in sizes), sum(sizes))
+    return (encoded, sum(encoder_flops(m, s) for s in sizes), sum(sizes))
   if jax.process_index() == 0:
     tokens_lib.save(folder, "tokens", encode(e, job.rows("pool")))
   sharding.barrier("embedder's tokens")
@@ -267,5 +268,5 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
 def flops(e: Embedder, tokens: int) -> int:
   """Floating-point operations of one row through a model that only embeds."""
   if isinstance(e.model, encoder.EncoderConfig):
-    return encoder.flops(e.model, min(tokens, e.model.context))
-  return decoder.flops(e.model, min(tokens, e.model.context), 0)
+    return encoder_flops(e.model, min(tokens, e.model.context))
+  return decoder_flops(e.model, min(tokens, e.model.context), 0)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign import along, artifacts
+from jaxalign.core import intervals
 from jaxalign.data import batches
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
-from jaxalign.eval import evaluate, intervals, plateau, verdict, winrate
-from jaxalign.eval.judges import verdicts as judging
+from jaxalign.eval import equivalence, held_out, plateau, winrate
+from jaxalign.eval.equivalence import ArmOutcomes
 from jaxalign.job import Arm, arm_folder, Job
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import judges
@@ -83,7 +84,7 @@ def _in_world(job: Job, arms: list[Arm]) -> Told:
   else:
     against, theirs = "reference", rewards[start_of(job)]
   return Told(
-    judging.BASELINES[job.c.judge.baseline][0],
+    winrate.BASELINES[job.c.judge.baseline][0],
     f"win rate against the {against}",
     [s["id"] for s in start],
     {n: winrate.wins(x, theirs) for n, x in rewards.items()},
@@ -101,14 +102,14 @@ def _judged(job: Job, arms: list[Arm]) -> Told:
         f"{name} was judged on other prompts than the "
         f"{start_of(job)}; --redo, or use another --workdir"
       )
-  metric, against = judging.BASELINES[job.c.judge.baseline]
+  metric, against = winrate.BASELINES[job.c.judge.baseline]
   return Told(
     metric,
     f"win rate against {against}, by {judges.name_of(job.c)}",
     prompts,
     {
       name: np.array(
-        [np.nan if row["won"] is None else row["won"] for row in found],
+        [np.nan if row["outcome"] is None else row["outcome"] for row in found],
         np.float64,
       )
       for name, found in rows.items()
@@ -128,7 +129,7 @@ def _read(*won: np.ndarray) -> np.ndarray:
 
 def _right(job: Job, folder: Any) -> np.ndarray:
   """[n] 1, 0.5 or 0: whether the implicit reward prefers the chosen side."""
-  policy, ref = evaluate.as_pairs(
+  policy, ref = held_out.as_pairs(
     job.examined,
     artifacts.read_array(folder / "held_out_logp.npy"),
     artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"),
@@ -145,14 +146,14 @@ def paired(told: Told, names: list[str], start: str) -> list[dict[str, Any]]:
   out = []
   for a, b in pairs:
     read = _read(told.won[a], told.won[b])
-    diff = intervals.difference(told.won[a][read], told.won[b][read])
-    words = intervals.in_words(a, b, diff, told.unit)
-    if 0 < diff["n"] < verdict.MIN_PROMPTS:
+    diff = intervals.paired_difference(told.won[a][read], told.won[b][read])
+    words = equivalence.one_seed_sentence(a, b, diff, told.unit)
+    if 0 < diff["n"] < equivalence.MIN_PROMPTS:
       words = (
         f"{a} against {b}: {100 * diff['value']:+.1f} points of "
         f"{told.unit} (95 % interval {100 * diff['low']:+.1f} to "
         f"{100 * diff['high']:+.1f}, n = {diff['n']}). No verdict: it "
-        f"needs at least {verdict.MIN_PROMPTS} prompts."
+        f"needs at least {equivalence.MIN_PROMPTS} prompts."
       )
     out.append(dict(a=a, b=b, metric=told.metric, difference=diff, words=words))
   return out
@@ -213,10 +214,10 @@ def compared(
 
 def _arms(
   told: Told, groups: dict[str, list[Arm]], start: str
-) -> dict[str, verdict.Arm]:
+) -> dict[str, ArmOutcomes]:
   """The outcomes by seed and prompt; the start is one, met by every seed."""
   out = {
-    label: verdict.Arm(
+    label: ArmOutcomes(
       label,
       [a.seed for a in runs],
       told.prompts,
@@ -226,13 +227,13 @@ def _arms(
   }
   if start in told.won:
     seeds = next(iter(out.values())).seeds
-    out[start] = verdict.Arm(
+    out[start] = ArmOutcomes(
       start, seeds, told.prompts, np.tile(told.won[start], (len(seeds), 1))
     )
   return out
 
 
-def _both(a: verdict.Arm, b: verdict.Arm) -> tuple[verdict.Arm, verdict.Arm]:
+def _both(a: ArmOutcomes, b: ArmOutcomes) -> tuple[ArmOutcomes, ArmOutcomes]:
   """Two arms on the prompts that were read of both, whatever the seed."""
   read = _read(a.outcome, b.outcome)
   if read.all():
@@ -251,7 +252,7 @@ def verdicts(
   arms = _arms(told, groups, start)
 
   def judged(pairs):
-    found = verdict.compare(
+    found = equivalence.compare(
       [_both(arms[a], arms[b]) for a, b, *_ in pairs], unit=told.unit
     )
     return [
@@ -274,9 +275,9 @@ def _over_cells(outcome: np.ndarray) -> dict[str, Any]:
   Cells that are all alike show no spread; then the prompts alone bound it.
   """
   outcome = outcome[:, _read(outcome)]
-  found = intervals.crossed(outcome)
+  found = intervals.crossed_mean(outcome)
   if found["low"] is None or np.ptp(outcome) == 0:
-    bounds = intervals.share(outcome.mean(axis=0))
+    bounds = intervals.proportion(outcome.mean(axis=0))
     return found | dict(low=bounds["low"], high=bounds["high"])
   return found | dict(low=max(0.0, found["low"]), high=min(1.0, found["high"]))
 
@@ -286,7 +287,7 @@ def _over_seeds(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
   values = [one["value"] for one in runs]
   if len(set(values)) == 1:  # no spread to see: one run's own interval
     return {k: runs[0].get(k) for k in ("value", "low", "high", "n")}
-  found = intervals.student(values)
+  found = intervals.t_mean(values)
   found["seeds"] = found["n"]
   if name in NOT_SHARES:
     return found
@@ -318,7 +319,7 @@ def ranking(told: Told, groups: dict[str, list[Arm]]) -> list[dict[str, Any]]:
   better = set()
   for (a, b), one in zip(
     pairs,
-    verdict.compare(
+    equivalence.compare(
       [_both(arms[a], arms[b]) for a, b in pairs], unit=told.unit
     ),
   ):

@@ -129,13 +129,13 @@ def encode(tok: Any, prompts: list[Any], template: str) -> list[Any]:
   import numpy as np
 
   from jaxalign.data import chat
-  from jaxalign.data.schemas.pairs import Refused
+  from jaxalign.data.schemas.schema import Refused
 
   turns = [
     p if isinstance(p, list) else [dict(role="user", content=p)]
     for p in prompts
   ]
-  source = chat.choose(template, tok, conversational=True)
+  source = chat.template_source(template, tok, conversational=True)
   if source is None:
     return [
       np.array(
@@ -177,14 +177,14 @@ def run(argv: list[str]) -> None:
   from jaxalign import artifacts, sharding
   from jaxalign.data import tokenizer as tokenizers
   from jaxalign.hub import resolve
-  from jaxalign.model import decode, decoder, weights
+  from jaxalign.model import decode, decoder, hf
 
   prompts = list(values.prompt) or read_prompts(values.input)
   if not prompts:
     raise DataError(f"{values.input} holds no prompt")
   sampling = decode.Sampling(values.temperature, values.top_k, values.top_p)
-  m = weights.read_config(values.checkpoint, values.dtype, "none")
-  decode.check(sampling, m.vocab)
+  m = hf.read_config(values.checkpoint, values.dtype, "none")
+  decode.check_sampling(sampling, m.vocab)
   if values.new_tokens >= m.context:
     raise ConfigError(
       f"--new_tokens={values.new_tokens} leaves no room for a "
@@ -201,23 +201,19 @@ def run(argv: list[str]) -> None:
         f"{m.context:,}; shorten it, or set --new_tokens"
       )
   mesh = sharding.make_mesh(dict(fsdp=values.fsdp, tensor=values.tensor))
-  decoder.check(m, mesh)
+  decoder.check_model(m, mesh)
   with jax.set_mesh(mesh):
-    said = decode.generate(
-      mesh,
-      weights.load_folder(folder, m, mesh),
-      m,
-      asked,
-      new=values.new_tokens,
-      eos=tok.stops,
-      known=min(tok.vocab_size, m.vocab),
-      temperature=sampling.temperature,
-      top_k=sampling.top_k,
-      top_p=sampling.top_p,
+    options = decode.GenerateOptions(
+      values.new_tokens,
+      tok.stops,
+      min(tok.vocab_size, m.vocab),
+      sampling,
       seed=values.seed,
       tile=values.tile,
       answers=values.answers,
     )
+    params = hf.load_folder(folder, m, mesh)
+    said = decode.generate(mesh, params, m, asked, options)
   rows, n = [], values.answers
   for i, ids in enumerate(said):
     ended = bool(len(ids)) and int(ids[-1]) in tok.stops

@@ -251,7 +251,7 @@ def summarise(values: Any, cells: list[Cell]) -> dict[str, Any]:
   """All that the page shows, from the jobs' artifacts alone."""
   import numpy as np
 
-  from jaxalign.eval import intervals
+  from jaxalign.core import intervals
 
   found = read(values.workdir, cells)
   worlds = []
@@ -274,7 +274,7 @@ def summarise(values: Any, cells: list[Cell]) -> dict[str, Any]:
           sampler=runs[0]["sampler"],
           budget=runs[0]["budget"],
           rows=runs[0]["rows"],
-          win=intervals.student(np.array([r["value"] for r in runs])),
+          win=intervals.t_mean(np.array([r["value"] for r in runs])),
           values={c.seed: r["value"] for c, r in zip(mine, runs)},
           prompts=min(r["prompts"] for r in runs),
           cost=float(np.mean([r["flops"] / r["everything"] for r in runs])),
@@ -291,7 +291,7 @@ def summarise(values: Any, cells: list[Cell]) -> dict[str, Any]:
         world=world,
         seeds=[c.seed for c in mine],
         arms=arms,
-        start=intervals.student(np.array(start)) if start else None,
+        start=intervals.t_mean(np.array(start)) if start else None,
         verdicts=_verdicts(arms, values.baseline),
       )
     )
@@ -329,7 +329,7 @@ def _verdicts(arms: list[dict], baseline: str) -> list[dict[str, Any]]:
   """Each arm against the baseline at its budget, corrected together."""
   import numpy as np
 
-  from jaxalign.eval import verdict
+  from jaxalign.eval import equivalence
 
   def as_arm(one):
     seeds = list(one["values"])
@@ -338,14 +338,18 @@ def _verdicts(arms: list[dict], baseline: str) -> list[dict[str, Any]]:
       one["prompts"],
       axis=1,
     )
-    return verdict.Arm(one["label"], seeds, range(one["prompts"]), outcome)
+    return equivalence.ArmOutcomes(
+      one["label"], seeds, range(one["prompts"]), outcome
+    )
 
   pairs = _pairs(arms, baseline)
   return (
     [
       dict(v, label=a["label"])
       for v, (a, _) in zip(
-        verdict.compare_nested([(as_arm(a), as_arm(b)) for a, b in pairs]),
+        equivalence.compare(
+          [(as_arm(a), as_arm(b)) for a, b in pairs], nested=True
+        ),
         pairs,
       )
     ]
@@ -359,7 +363,7 @@ def _pooled(worlds: list[dict], baseline: str) -> list[dict[str, Any]]:
   first: they share nothing but the seed, and are one draw all the same."""
   import numpy as np
 
-  from jaxalign.eval import intervals
+  from jaxalign.core import intervals
 
   by_label: dict[str, dict[int, list[float]]] = {}
   cells: dict[str, list[float]] = {}
@@ -372,7 +376,7 @@ def _pooled(worlds: list[dict], baseline: str) -> list[dict[str, Any]]:
   return [
     dict(
       label=label,
-      difference=intervals.student(
+      difference=intervals.t_mean(
         np.array([np.mean(d) for d in seeds.values()])
       ),
       cells=len(cells[label]),
@@ -392,7 +396,7 @@ def main(argv: list[str]) -> int:
     from etils import epath
 
     from jaxalign import artifacts, progress
-    from jaxalign.report.pages import grid as page
+    from jaxalign.report import study_page, terminal
 
     values, passed = parse(argv)
     cells = cells_of(values)
@@ -400,8 +404,10 @@ def main(argv: list[str]) -> int:
     summary = json.loads(json.dumps(summarise(values, cells)))
     folder = epath.Path(values.workdir)
     artifacts.write_json(folder / "grid.json", summary)
-    artifacts.write_bytes(folder / "grid.html", page.render(summary).encode())
-    progress.say(page.terminal(summary))
+    artifacts.write_bytes(
+      folder / "grid.html", study_page.grid_html(summary).encode()
+    )
+    progress.say(terminal.grid_text(summary))
     progress.say(f"report: {folder}/grid.html")
     status = next(iter(failed.values()), 0)
 

@@ -16,6 +16,7 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.train import optim
 
 CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
+RESPONSES = dict(pairs=2, unpaired=1)  # of a row of each kind
 SAMPLED = 256  # rows whose tokens are counted, batches that are dealt
 
 
@@ -34,13 +35,13 @@ def row_sizes(
     mean: tokens of a row where there is no sample.
     length: the longest row.
   """
-  r = 2 if kind == "pairs" else 1
+  r = RESPONSES[kind]
   if not sample:
     mean = max(2, round(mean))
     return np.array([mean // 2]), np.full((1, r), mean - mean // 2)
   sample = sample[:SAMPLED]
   sides = ("chosen", "rejected") if "chosen" in sample[0] else ("completion",)
-  said = [[row[side] for side in sides] for row in sample]
+  texts = [[row[side] for side in sides] for row in sample]
   try:
     tok = prepare.given_tokenizer(c)
   except ConfigError:  # of a checkpoint that is planned with from afar
@@ -48,17 +49,13 @@ def row_sizes(
   if tok is None:
     count = lambda text: int(len(text) / CHARACTERS_PER_TOKEN) + 1
     prompt = [count(row["prompt"]) for row in sample]
-    answers = [[count(text) for text in texts] for texts in said]
+    answers = [[count(text) for text in each] for each in texts]
   else:
-    prompt = [
-      len(x) + 1 for x in tok.encode_many([row["prompt"] for row in sample])
-    ]
-    answers = [
-      [len(x) + 1 for x in tok.encode_responses(texts)] for texts in said
-    ]
-    source = chats.choose(
-      c.data.template, tok, any(row.get("turns") for row in sample)
-    )
+    count = lambda all_ids: [len(ids) + 1 for ids in all_ids]
+    prompt = count(tok.encode_many([row["prompt"] for row in sample]))
+    answers = [count(tok.encode_responses(each)) for each in texts]
+    turns = any(row.get("turns") for row in sample)
+    source = chats.template_source(c.data.template, tok, turns)
     if source is not None:  # what it writes around a question, once
       text = sample[0]["prompt"]
       with chats.Chat(tok, source) as chat:
@@ -69,14 +66,6 @@ def row_sizes(
   if len(sides) > r:  # unpaired rows of pairs
     return np.repeat(prompt, len(sides)), answers.reshape(-1, 1)
   return prompt, answers
-
-
-def _updates(c: Any, arms: list[Arm], pool: int) -> int:
-  """Updates of the longest arm."""
-  return max(
-    updates_of(c, arm, budget_rows(arm.budget, pool, c.train.batch_size), pool)
-    for arm in arms
-  )
 
 
 def host_memory(
@@ -97,53 +86,47 @@ def host_memory(
     prompt: [n] tokens of the prompts of the pool's rows, or of some.
     answers: [n, R] tokens of their answers.
   """
-  c, t, packed = job.c, job.c.train, job.c.train.layout != "padded"
-  size, draw = t.batch_size // t.accumulation, np.random.default_rng(0)
-  each = prompt + answers.sum(1)
-  updates = _updates(c, arms, pool)
+  c, t, draw = job.c, job.c.train, np.random.default_rng(0)
+  size, each = t.batch_size // t.accumulation, prompt + answers.sum(1)
+  kept = lambda arm: budget_rows(arm.budget, pool, t.batch_size)
+  updates = max(updates_of(c, arm, kept(arm), pool) for arm in arms)
   longest = int((prompt[:, None] + answers).max())
   if t.layout == "packed_apart":
     each = each + prompt * (answers.shape[1] - 1)
-  tokens = answers.shape[1] * size * longest  # padded
-  if packed:  # the largest of a few batches
+  tokens = 0
+  if t.layout != "padded":  # the largest of a few batches
     tokens = max(
       int(draw.choice(each, size, size > len(each)).sum())
       for _ in range(min(SAMPLED, updates * t.accumulation))
     )
+  shape = memory.StepShape(
+    rows=size * answers.shape[1], length=longest, packed=tokens, **_held(c)
+  )
   return memory.on_host(
     m,
     job.mesh,
-    tokens=tokens,
-    packed=packed,
-    rows=size * answers.shape[1],
-    length=longest,
-    chunk=c.model.head_chunk,
+    shape,
     tile=min(c.embed.tile, len(answers) * answers.shape[1]),
-    frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
-    moments=optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync),
     reference=t.reference == "online" or bool(t.eval_every),
     arms=len(arms),
   )
+
+
+def _held(c: Any) -> dict[str, int]:
+  """What a config says of a `StepShape`, whatever the rows."""
+  t = c.train
+  moments = optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync)
+  size = jnp.dtype(c.model.param_dtype).itemsize
+  return dict(chunk=c.model.head_chunk, frozen_size=size, moments=moments)
 
 
 def step_memory(
   c: Any, m: decoder.ModelConfig, mesh: Any, length: int, kind: str
 ) -> dict[str, int]:
   """`memory.train_step` of the alignment that a config asks for."""
-  responses = 2 if kind == "pairs" else 1
-  return memory.train_step(
-    m,
-    mesh,
-    length=length,
-    chunk=c.model.head_chunk,
-    frozen_size=jnp.dtype(c.model.param_dtype).itemsize,
-    rows=c.train.batch_size * responses // c.train.accumulation,
-    moments=(
-      optim.MOMENTS[c.train.optimizer]
-      + bool(c.train.ema)
-      + bool(c.train.ref_sync)
-    ),
-  )
+  rows = c.train.batch_size * RESPONSES[kind] // c.train.accumulation
+  shape = memory.StepShape(rows, length, **_held(c))
+  return memory.train_step(m, mesh, shape)
 
 
 def planned(
@@ -151,27 +134,19 @@ def planned(
   m: decoder.ModelConfig,
   arms: list[Arm],
   pool: int,
-  sample: list[dict[str, Any]],
-  mean: float,
-  length: int,
+  sizes: tuple[np.ndarray, np.ndarray],
 ) -> str:
   """The line of a plan on what a job takes of a CPU's host at its peak.
 
   Args:
-    job: the run.
-    m: sizes of the policy.
-    arms: its arms.
-    pool: rows of the pool.
-    sample, mean, length: as of `row_sizes`.
+    job, m, arms, pool: as of `host_memory`.
+    sizes: tokens of prompts and of answers, as from `row_sizes`.
   """
-  held = host_memory(
-    job, m, arms, pool, *row_sizes(job.c, job.kind, sample, mean, length)
-  )
+  held = host_memory(job, m, arms, pool, *sizes)
   free = memory.available()
+  rest = f"; {memory.size(free)} are free" if free else ""
   return (
-    "peak memory of this host, above jax alone: "
-    + memory.words(held)
-    + (f"; {memory.size(free)} are free" if free else "")
+    f"peak memory of this host, above jax alone: {memory.words(held)}{rest}"
   )
 
 
@@ -195,5 +170,5 @@ def check_memory(job: Job, arms: list[Arm]) -> None:
   held = host_memory(
     job, job.policy, arms, n, start.reshape(n, -1)[:, 0], answers
   )
-  if said := memory.check_host(held, memory.available(), job.force):
-    progress.say(f"  {said}")
+  if warning := memory.check_host(held, memory.available(), job.force):
+    progress.say(f"  {warning}")

@@ -15,8 +15,8 @@ from jaxalign.data import batches, prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate
-from jaxalign.model import adapters, attention, decoder, weights
+from jaxalign.eval import held_out
+from jaxalign.model import adapters, attention, decoder, hf
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import losses
 from jaxalign.train.losses import combine
@@ -91,7 +91,7 @@ class Job:
     """The longest row that the model can take, in tokens."""
     c = self.c.model
     own = (
-      weights.read_config(c.checkpoint, c.dtype, c.remat).context
+      hf.read_config(c.checkpoint, c.dtype, c.remat).context
       if c.checkpoint
       else c.context or prepare.own_context(self.c)
     )
@@ -123,19 +123,19 @@ class Job:
     """The sizes of the reference."""
     c = self.c.model
     if c.checkpoint:
-      m = weights.read_config(c.checkpoint, c.dtype, c.remat)
+      m = hf.read_config(c.checkpoint, c.dtype, c.remat)
       m = m._replace(context=self.context, positions=m.context)
     else:
       m = sizes(self.c, self.tokenizer.vocab_size)
     m = m._replace(attention=kernel_of(self.c, m, self.mesh))
-    decoder.check(m, self.mesh)
+    decoder.check_model(m, self.mesh)
     return m
 
   @functools.cached_property
   def policy(self) -> decoder.ModelConfig:
     """The sizes of the policy: the reference's, with adapters or without."""
     m = self.model._replace(lora=lora_of(self.c))
-    decoder.check(m, self.mesh)
+    decoder.check_model(m, self.mesh)
     return m
 
   @functools.cache
@@ -161,7 +161,7 @@ class Job:
     """The frozen reference's parameters, on the mesh."""
     dtype = np.dtype(self.c.model.param_dtype)
     if self.c.model.checkpoint:
-      return weights.load_folder(
+      return hf.load_folder(
         self.c.model.checkpoint, self.model, self.mesh, dtype
       )
     params = restore_params(
@@ -175,20 +175,26 @@ class Job:
     self.__dict__.pop("reference", None)
 
   @functools.cached_property
-  def examined(self) -> evaluate.Examined:
+  def examined(self) -> held_out.EvalSet:
     """The held-out split, ready to be measured on."""
     rows, tokens = self.rows("held_out"), self.tokens("held_out")
     room = self.model.context - self.c.eval.new_tokens
     if prepare.too_long(self.c) == "cut":
       room = self.model.context  # as the rows are cut, so are the prompts
-    asked = evaluate.choose_prompts(rows, tokens, self.c.eval.prompts, room)
-    return evaluate.Examined(
+    asked = held_out.choose_prompts(rows, tokens, self.c.eval.prompts, room)
+    return held_out.EvalSet(
       rows, tokens, asked, self.tokenizer, prepare.world_of(self.c)
     )
 
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
     return self.records[arm, stage].key
+
+
+def eval_options(c: Any, seed: int = 0) -> held_out.EvalOptions:
+  """How answers are generated and scored."""
+  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
+  return held_out.EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)
 
 
 def loss_of(c: Any) -> Callable:

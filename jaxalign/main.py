@@ -355,13 +355,13 @@ def _arms(c):
 def _study(job, values, argv: list[str]) -> None:
   """All arms, the summary and its page."""
   from jaxalign import pilot, progress, study
-  from jaxalign.report.pages import study as study_page
+  from jaxalign.report import terminal
 
   command_line = study.command_line(argv)
   notes = pilot.settle(job, lambda small: study.run(small, command_line))
   summary = study.run(job, command_line, notes)
   progress.say("")
-  progress.say(study_page.terminal(summary))
+  progress.say(terminal.study_text(summary))
   if not ran(job):
     progress.say("everything was finished before; nothing was computed")
   progress.say(f"report: {values.workdir}/report.html")

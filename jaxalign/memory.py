@@ -1,72 +1,46 @@
 """What a job holds, of a device and of a host, told before it compiles."""
 
+import math
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax.numpy as jnp
-import numpy as np
 
 from jaxalign import sharding
+from jaxalign.core.devices import GIB, memory_of
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
+from jaxalign.model.decoder import ModelConfig
+from jaxalign.model.parameters import layers_of
 
-# Memory of one device, by the start of its kind, where it does not say itself
-# (a TPU that is not there); bytes, as published.
-GIB = 2**30
 MIB = 2**20
-SIZES = {
-  "TPU v4": 32 * GIB,
-  "TPU v5 lite": 16 * GIB,
-  "TPU v5e": 16 * GIB,
-  "TPU v5": 95 * GIB,
-  "TPU v6": 32 * GIB,
-  "TPU7x": 96 * GIB,
-  "TPU v7": 96 * GIB,
-}
 # What a job on a CPU holds beside its arrays, above an interpreter that has
 # started jax: libraries, tables and texts; what the compiler leaves behind, and
 # with every arm once more (measured by tools/job_checks.py memory).
 LIBRARIES, PROGRAMS, PROGRAMS_AN_ARM = 240 * MIB, 650 * MIB, 60 * MIB
+_STATE = ("parameters", "gradients", "optimizer")
 
 
-def size_of(device: Any) -> int | None:
-  """Bytes of a device's memory; None where it is not known (a CPU's)."""
-  try:
-    stats = device.memory_stats() or {}
-  except Exception:  # a device that is only described has none
-    stats = {}
-  if "bytes_limit" in stats:
-    return int(stats["bytes_limit"])
-  for start, size in SIZES.items():
-    if device.device_kind.lower().startswith(start.lower()):
-      return size
-  return None
+class StepShape(NamedTuple):
+  """The sizes of a train step that its memory depends on."""
+
+  rows: int  # responses of one micro-batch
+  length: int  # their padded length
+  chunk: int  # positions of the head at once
+  frozen_size: int = 4  # bytes of a number that adapters leave as it is
+  moments: int = 2  # what the optimizer keeps, see `optim.MOMENTS`
+  packed: int = 0  # tokens of a packed micro-batch; 0: it is padded
+
+  def tokens(self, parts: int) -> int:
+    """Of one of `parts` devices, the rows whole."""
+    padded = -(-self.rows // parts) * self.length
+    return -(-self.packed // parts) or padded
 
 
-def train_step(
-  m: decoder.ModelConfig,
-  mesh: Any,
-  *,
-  rows: int,
-  length: int,
-  chunk: int,
-  frozen_size: int = 4,
-  moments: int = 2,
-  packed: int = 0,
-) -> dict[str, int]:
+def train_step(m: ModelConfig, mesh: Any, shape: StepShape) -> dict[str, int]:
   """Bytes a device of one train step, by what they hold.
-
-  Args:
-    m: the model's sizes.
-    mesh: the mesh.
-    rows: responses of one micro-batch.
-    length: their padded length.
-    chunk: positions of the head at once.
-    frozen_size: bytes of a number that adapters leave as it is.
-    moments: what the optimizer keeps, see `optim.MOMENTS`.
-    packed: tokens of a micro-batch that is packed; 0: as many as padded.
 
   Returns:
     "parameters", "gradients" and "optimizer" (float32 moments) of what is
@@ -78,51 +52,43 @@ def train_step(
   """
   held = trained = 0
   for name, p in decoder.table(m).items():
-    parts = np.prod([sharding.parts(mesh, a) for a in p.axes if a] or [1])
-    numbers = int(np.prod(p.shape)) // int(parts)
+    cut = math.prod(sharding.parts(mesh, a) for a in p.axes if a)
+    numbers = math.prod(p.shape) // cut
     moves = m.lora is None or name[-2:] in (":a", ":b", ":r")
-    held += (4 if moves else frozen_size) * numbers
+    held += (4 if moves else shape.frozen_size) * numbers
     trained += 4 * numbers if moves else 0
-  local = -(-rows // sharding.parts(mesh, "batch"))
-  tensor = sharding.parts(mesh, "heads")
+  batch, tensor = sharding.parts(mesh, "batch"), sharding.parts(mesh, "heads")
   size = jnp.dtype(m.dtype).itemsize
-  tokens = -(-packed // sharding.parts(mesh, "batch")) or local * length
-  wide = (2 + m.gated) * m.ff
+  tokens, length = shape.tokens(batch), shape.length
+  heads, ff = m.heads * m.head_size, (2 + m.gated) * m.ff
+  dots = (2 * heads + (1 + m.gated) * m.ff) // tensor
   per_token = {
-    "none": 6 * m.width + (4 * m.heads * m.head_size + wide) // tensor,
-    "dots": 4 * m.width
-    + (2 * m.heads * m.head_size + (1 + m.gated) * m.ff) // tensor,
+    "none": 6 * m.width + (4 * heads + ff) // tensor,
+    "dots": 4 * m.width + dots,
     "full": m.width,
   }
   # Of attention, a token; a flash kernel never holds them.
-  scores = (
-    m.heads // tensor * length
-    if m.attention == "plain" or (m.attention == "tiles" and not packed)
-    else 0
+  whole = m.attention == "plain" or (
+    m.attention == "tiles" and not shape.packed
   )
+  scores = m.heads // tensor * length if whole else 0
   activations = m.layers * tokens * per_token[m.remat] * size
   # Whole weights of one layer, and their gradients in float32.
-  layer = (
-    (size + 4)
-    * sum(
-      int(np.prod(p.shape[1:]))
-      for p in decoder.layers_of(decoder.table(m)).values()
-    )
-    // tensor
-  )
+  rows = layers_of(decoder.table(m)).values()
+  numbers = sum(math.prod(p.shape[1:]) for p in rows)
+  layer = (size + 4) * numbers // tensor
   if m.remat == "none":
     activations += m.layers * tokens * 2 * 4 * scores
   else:
     layer += tokens * (per_token["none"] * size + scores * (4 + size))
-  logits = 2 * 4 * local * min(chunk, length) * m.vocab // tensor
-  head = (
-    _head_bytes(m, size, frozen_size) * m.vocab * m.width // tensor
-    + 2 * 4 * tokens * m.width
-  )  # what it reads and its slope, float32
+  local = -(-shape.rows // batch)
+  logits = 2 * 4 * local * min(shape.chunk, length) * m.vocab // tensor
+  head = _head_bytes(m, size, shape.frozen_size) * m.vocab * m.width // tensor
+  head += 2 * 4 * tokens * m.width  # what it reads and its slope, float32
   return dict(
     parameters=held,
     gradients=trained,
-    optimizer=moments * trained,
+    optimizer=shape.moments * trained,
     activations=activations,
     logits=logits,
     workspace=max(layer - logits, head),
@@ -144,17 +110,10 @@ def _head_bytes(m, size, frozen_size):
 
 
 def on_host(
-  m: decoder.ModelConfig,
+  m: ModelConfig,
   mesh: Any,
-  *,
-  tokens: int,
-  packed: bool,
-  rows: int,
-  length: int,
-  chunk: int,
+  shape: StepShape,
   tile: int,
-  frozen_size: int = 4,
-  moments: int = 2,
   reference: bool = False,
   arms: int = 1,
 ) -> dict[str, int]:
@@ -164,45 +123,30 @@ def on_host(
   rows, whichever is more.
 
   Args:
-    m, mesh, rows, length, chunk, frozen_size, moments: as of `train_step`.
-    tokens: of the largest micro-batch.
-    packed: whether it is packed.
+    m: the model's sizes.
+    mesh: the mesh.
+    shape: of the train step, of its largest micro-batch.
     tile: rows that a device runs at once where there is no gradient.
     reference: whether its weights stay beside a policy that is trained whole.
     arms: trained one after the other.
   """
-  here = sum(
-    d.process_index == mesh.devices.flat[0].process_index
-    for d in mesh.devices.flat
-  )
-  step = train_step(
-    m,
-    mesh,
-    rows=rows,
-    length=length,
-    chunk=chunk,
-    frozen_size=frozen_size,
-    moments=moments,
-    packed=tokens if packed else 0,
-  )
-  local = tokens / sharding.parts(mesh, "batch")
-  wide = (2 + m.gated) * m.ff
+  own = mesh.devices.flat[0].process_index
+  here = sum(d.process_index == own for d in mesh.devices.flat)
+  step = train_step(m, mesh, shape)
+  tokens = shape.packed or shape.rows * shape.length
+  ff = (2 + m.gated) * m.ff
   if m.remat == "none":  # the compiler for CPUs keeps them twice, as measured
-    step["activations"] += int(4 * m.layers * local * wide)
-  numbers = decoder.parameter_count(m._replace(lora=None))
+    local = tokens / sharding.parts(mesh, "batch")
+    step["activations"] += int(4 * m.layers * local * ff)
+  weights = shape.frozen_size * decoder.parameter_count(m._replace(lora=None))
   if reference and m.lora is None:
-    step["reference"] = frozen_size * numbers // here
-  mean = tokens / rows
-  scores = 0 if packed else 2 * m.heads * length
+    step["reference"] = weights // here
+  scores = 0 if shape.packed else 2 * m.heads * shape.length
+  each = 6 * m.width + 4 * m.heads * m.head_size + 2 * ff + scores
   forward = dict(
-    parameters=frozen_size * numbers // here,
-    activations=int(
-      4
-      * tile
-      * mean
-      * (6 * m.width + 4 * m.heads * m.head_size + 2 * wide + scores)
-    ),
-    logits=8 * tile * min(chunk, length) * m.vocab,
+    parameters=weights // here,
+    activations=int(4 * tile * (tokens / shape.rows) * each),
+    logits=8 * tile * min(shape.chunk, shape.length) * m.vocab,
   )
   most = max(step, forward, key=lambda x: sum(x.values()))
   return dict(
@@ -224,15 +168,13 @@ def available() -> int | None:
     except OSError:
       return ""
 
-  found = [
-    int(x) * 1024
-    for x in re.findall(
-      r"^MemAvailable:\s+(\d+) kB", text("/proc/meminfo"), re.MULTILINE
-    )
-  ]
-  for controllers, path in re.findall(
+  line = r"^MemAvailable:\s+(\d+) kB"
+  free = re.findall(line, text("/proc/meminfo"), re.MULTILINE)
+  free = [int(x) * 1024 for x in free]
+  groups = re.findall(
     r"^\d+:(.*?):(/.*)$", text("/proc/self/cgroup"), re.MULTILINE
-  ):
+  )
+  for controllers, path in groups:
     root, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
     if controllers:  # the first version of control groups
       if "memory" not in controllers.split(","):
@@ -242,17 +184,17 @@ def available() -> int | None:
     while True:
       most, now = (text(f"{root}{path.rstrip('/')}/{n}").strip() for n in names)
       if most.isdigit() and now.isdigit() and int(most) < 1 << 60:
-        found.append(max(0, int(most) - int(now)))
+        free.append(max(0, int(most) - int(now)))
       if path in ("/", ""):
         break
       path = os.path.dirname(path)
-  return min(found, default=None)
+  return min(free, default=None)
 
 
 def check_host(
   held: dict[str, int], free: int | None, force: bool = False
 ) -> str:
-  """What to say where a host has less than `on_host` plans; "": enough.
+  """A warning where a host has less than `on_host` plans; "": enough.
 
   Raises:
     ConfigError: not even the weights, their gradients and moments and half of
@@ -261,7 +203,7 @@ def check_host(
   planned = sum(held.values())
   if free is None or planned <= free:
     return ""
-  said = (
+  found = (
     f"this job is planned to take {size(planned)} at its peak "
     f"({words(held)}), and {size(free)} of memory are free"
   )
@@ -270,27 +212,28 @@ def check_host(
     "config.train.accumulation, config.model.remat='full', "
     "config.lora.rank"
   )
-  sure = sum(
-    held.get(n, 0)
-    for n in ("parameters", "gradients", "optimizer", "reference", "libraries")
-  )
-  if sure + (planned - sure) // 2 > free and not force:
-    raise ConfigError(f"{said}; set {helps}; --force tries all the same")
-  return f"warning: {said}; {helps} take less"
+  if _surely(held, *_STATE, "reference", "libraries") > free and not force:
+    raise ConfigError(f"{found}; set {helps}; --force tries all the same")
+  return f"warning: {found}; {helps} take less"
+
+
+def _surely(held: dict[str, int], *certain: str) -> int:
+  """What is certain, and half of the estimates."""
+  sure = sum(held.get(n, 0) for n in certain)
+  return sure + (sum(held.values()) - sure) // 2
 
 
 def words(held: dict[str, int]) -> str:
   """ "parameters 1.0 MiB, ...; together 3.2 MiB"."""
-  unit, name = (GIB, "GiB") if sum(held.values()) >= GIB else (2**20, "MiB")
-  return (
-    ", ".join(f"{k} {v / unit:,.1f}" for k, v in held.items())
-    + f"; together {sum(held.values()) / unit:,.1f} {name}"
-  )
+  together = sum(held.values())
+  unit, name = (GIB, "GiB") if together >= GIB else (MIB, "MiB")
+  each = ", ".join(f"{k} {v / unit:,.1f}" for k, v in held.items())
+  return f"{each}; together {together / unit:,.1f} {name}"
 
 
 def size(count: int) -> str:
   """ "1.5 GiB", "20.0 MiB" or "3.1 KiB"."""
-  for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+  for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
     if count >= unit:
       return f"{count / unit:,.1f} {name}"
   return f"{count / 2**10:,.1f} KiB"
@@ -302,14 +245,12 @@ def check_fits(held: dict[str, int], device: Any, force: bool = False) -> None:
   Only what is certain counts against it: state and gradients, and half of the
   estimates (they were up to 28 % above the compiler's own).
   """
-  size = size_of(device)
-  sure = sum(held[n] for n in ("parameters", "gradients", "optimizer"))
-  needed = sure + (sum(held.values()) - sure) // 2
-  if size is None or needed <= size or force:
+  memory = memory_of(device)
+  if memory is None or _surely(held, *_STATE) <= memory or force:
     return
   raise ConfigError(
     f"training needs about {sum(held.values()) / GIB:,.1f} GiB a device "
-    f"({words(held)}), a {device.device_kind} has {size / GIB:,.1f} GiB; "
+    f"({words(held)}), a {device.device_kind} has {memory / GIB:,.1f} GiB; "
     "raise config.mesh.fsdp or tensor (more devices), "
     "config.train.accumulation, set config.model.remat='full', a smaller "
     "config.model.head_chunk, or config.lora.rank; --force tries all the "

@@ -10,17 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import embedder, host, memory, progress, rates
+from jaxalign import embedder, host, memory, progress
+from jaxalign.core import devices
+from jaxalign.core.devices import sustained_flops
 from jaxalign.data import prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.host import CHARACTERS_PER_TOKEN
 from jaxalign.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
-from jaxalign.model import decoder, reward, weights
-from jaxalign.rates import rate_of
+from jaxalign.model import decoder, hf
+from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.select import costs, embed
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns, proxies, scores, select, watched
 from jaxalign.stages import embed as passes
@@ -55,13 +57,13 @@ def _sizes(
     )
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
-  found, said = prepare.peek(c, _model(c).context)
+  found, said = prepare.preview(c, _model(c).context)
   for line in said:
     progress.say(f"  {line}")
   splits, read = found.splits, found.summary["seen"]
   rows = {n: len(x) for n, x in splits.items()}
   names = prepare.sources_of(c)
-  counted = [sources.count(name, prepare.PEEKED) for name in names]
+  counted = [sources.count_rows(name, prepare.PEEKED) for name in names]
   total = sum(n for n, _ in counted)
   if c.data.limit:
     total = min(total, c.data.limit * len(names))
@@ -103,7 +105,7 @@ class Line(NamedTuple):
 
 def _model(c: Any) -> decoder.ModelConfig:
   if c.model.checkpoint:
-    return weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+    return hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
   return sizes(c, c.model.vocab_size)
 
 
@@ -120,8 +122,8 @@ def lines(
   """
   c, m = job.c, _model(job.c)
   r = 2 if job.kind == "pairs" else 1
-  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
-  one = lambda split: decoder.flops(m, int(tokens[split]))
+  rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
+  one = lambda split: decoder_flops(m, int(tokens[split]))
   out = []
 
   def add(stage, count, unit, flops, arm="", seconds=None, **held):
@@ -163,9 +165,9 @@ def lines(
   for stage, each in _passes(c, m, chosen, ran, t).items():
     add(stage, answers, "rows", answers * each)
   scoring = {  # what a column of the pool takes, beside those passes
-    "alone": lambda: answers * decoder.flops(m, t // 2 + 1),
+    "alone": lambda: answers * decoder_flops(m, t // 2 + 1),
     "ask": lambda: _ask(c, m, answers, t),
-    "rewards": lambda: answers * reward.flops(scores.reward_config(c), t),
+    "rewards": lambda: answers * reward_flops(scores.reward_config(c), t),
     "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
     "held_out": lambda: _tuning(
       c,
@@ -207,7 +209,7 @@ def lines(
         "rows",
         cost.flops,
         arm.name,
-        rates.seconds(cost.flops, cost.on_host, job.mesh)
+        devices.seconds_for(cost.flops, cost.on_host, job.mesh)
         + cost.read / READING
         + rows["pool"] * SECONDS_A_ROW,
         held=cost.held,
@@ -232,7 +234,7 @@ def lines(
         stored + passed,
         arm.name,
       )
-    trained = decoder.flops(
+    trained = decoder_flops(
       m,
       int(tokens["pool"]),
       passes=feed.passes(
@@ -282,7 +284,7 @@ def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
   """Of P(yes): the question, two pairs of fences and the row, one logit."""
   judge = scores.judge_config(c, m)
   asked = t + (len(c.ask.question) + 4 * 16) / CHARACTERS_PER_TOKEN
-  return answers * decoder.flops(judge, min(int(asked), judge.context), 1)
+  return answers * decoder_flops(judge, min(int(asked), judge.context), 1)
 
 
 def _tuning(
@@ -290,8 +292,8 @@ def _tuning(
 ) -> float:
   """Of tuned proxies: three passes of every update, one over the pool each."""
   proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
-  row = decoder.flops(proxy, t)
-  trained = decoder.flops(proxy, t, passes=feed.passes(proxy))
+  row = decoder_flops(proxy, t)
+  trained = decoder_flops(proxy, t, passes=feed.passes(proxy))
   before = 0 if columns.tuned(c) else 2 * pairs * row
   return before + models * 2 * (
     pairs * row + updates * c.train.batch_size * trained
@@ -352,8 +354,8 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   c = job.c
   rows, tokens, length, sample = _sizes(c, job.kind)
   m = _model(c)
-  decoder.check(m, job.mesh)
-  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
+  decoder.check_model(m, job.mesh)
+  rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
   found = [
     x
     for x in lines(job, arms, rows, tokens)
@@ -397,12 +399,9 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
   held = host.step_memory(c, policy, job.mesh, length, job.kind)
   progress.say(f"  memory a device, training: {memory.words(held)}")
   if job.mesh.devices.flat[0].platform == "cpu":
-    progress.say(
-      "  "
-      + host.planned(
-        job, policy, arms, rows["pool"], sample, tokens["pool"], length
-      )
-    )
+    sizes = host.row_sizes(c, job.kind, sample, tokens["pool"], length)
+    line = host.planned(job, policy, arms, rows["pool"], sizes)
+    progress.say(f"  {line}")
   progress.say(
     f"  {decoder.parameter_count(m):,} parameters, mesh "
     f"{dict(job.mesh.shape)} of "
@@ -421,7 +420,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   """
   c, answers = job.c, rows * (2 if job.kind == "pairs" else 1)
   online = c.train.reference == "online"
-  trained = decoder.flops(
+  trained = decoder_flops(
     m,
     t,
     passes=feed.passes(
@@ -434,7 +433,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   stored = job.loss.reference and not online
   return answers * (
     c.train.epochs * trained
-    + decoder.flops(m, t) * (c.train.epochs * mismatched + stored)
+    + decoder_flops(m, t) * (c.train.epochs * mismatched + stored)
   )
 
 
@@ -457,7 +456,7 @@ def _choosing(
     [n for n in read if n in passes.KEEPS],
     int(tokens),
   )
-  rate = rate_of(job.mesh.devices.flat[0]) * job.mesh.size
+  rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
   return [
     x
     if x.stage not in alone
@@ -492,7 +491,7 @@ def _show_samplers(
       f"{memory.size(cost.device)} on the devices"
       + (
         "; a job refuses so long a choice"
-        if select.hours(job, cost) > rows_lib.HOURS
+        if select.hours(job, cost) > vectors_lib.HOURS
         else ""
       )
     )

@@ -13,12 +13,13 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts, embedder, evidence, ledger, pipeline, plan
 from jaxalign.artifacts import Cost
-from jaxalign.data import batches, reading, tables
+from jaxalign.data import batches, tables
 from jaxalign.data import world as world_lib
+from jaxalign.data.summary import summary_lines
 from jaxalign.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.model import decoder
-from jaxalign.report.pages import run as run_page
-from jaxalign.report.pages import study as study_page
+from jaxalign.model.flops import decoder_flops
+from jaxalign.report import study_page
 from jaxalign.select import embed
 from jaxalign.select.samplers import combine
 from jaxalign.stages import columns, judge, judges
@@ -90,7 +91,7 @@ def run_page_of(job: Job, arm: Arm) -> None:
   def make(folder):
     if jax.process_index() == 0:
       artifacts.write_bytes(
-        folder / "report.html", run_page.render(describe(job, arm)).encode()
+        folder / "report.html", study_page.arm_html(describe(job, arm)).encode()
       )
     return ["report.html"], Cost(), {}
 
@@ -124,7 +125,7 @@ def run_report(
         folder / "config.json", json.loads(job.c.to_json_best_effort())
       )
       artifacts.write_bytes(
-        folder / "report.html", study_page.render(summary).encode()
+        folder / "report.html", study_page.study_html(summary).encode()
       )
       if curve:
         artifacts.write_json(folder / "fit.json", summary["fit"])
@@ -257,7 +258,7 @@ def _subset_tokens(job: Job, arm: Arm) -> int:
   sizes = np.diff(tokens.offsets)[rows]
   return int(
     sum(
-      decoder.flops(m, int(s)) * int(n)
+      decoder_flops(m, int(s)) * int(n)
       for s, n in zip(*np.unique(sizes, return_counts=True))
     )
   )
@@ -393,7 +394,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
         arms={n: s[k]["said"] for n, s in told.items()},
         against=job.c.judge.baseline,
         verdicts={
-          n: {x: s[k][x] for x in ("won", "said", "replies", "theirs")}
+          n: {x: s[k][x] for x in ("outcome", "verdicts", "replies", "theirs")}
           for n, s in said.items()
           if k < len(s)
         },
@@ -572,7 +573,7 @@ def _data(job: Job, summary: dict[str, Any]) -> dict[str, Any]:
       context=cut["context"],
       fits=cut["fits"],
     ),
-    reading=reading.lines(summary),
+    reading=summary_lines(summary),
     examples=[
       {k: v for k, v in row.items() if k != "group"}
       for row in job.rows("pool")[:2]

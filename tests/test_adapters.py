@@ -201,7 +201,7 @@ def test_a_target_that_matches_nothing_lists_what_there_is():
 def test_adapters_that_cannot_work(change, words):
   lora = adapters.Lora(RANK)._replace(**change)
   with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
-    decoder.check(M._replace(lora=lora), sharding.nowhere())
+    decoder.check_model(M._replace(lora=lora), sharding.nowhere())
 
 
 # The start.

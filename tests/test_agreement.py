@@ -8,8 +8,8 @@ import pytest
 from sklearn import metrics
 
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import agreement
-from jaxalign.eval.agreement import Verdict
+from jaxalign.eval import interrater
+from jaxalign.eval.interrater import Verdict
 
 
 def pandalm(shared):
@@ -76,7 +76,7 @@ def swapped(rows, seed=0):
   turn = np.random.default_rng(seed).random(len(rows)) < 0.5
   other = {"first": "second", "second": "first", "tie": "tie", None: None}
   return [
-    Verdict(r.item, r.second, r.first, r.rater, other[r.said]) if t else r
+    Verdict(r.item, r.second, r.first, r.rater, other[r.verdict]) if t else r
     for r, t in zip(rows, turn)
   ]
 
@@ -88,7 +88,7 @@ HUMANS = ["annotator1", "annotator2", "annotator3"]
 def test_pandalm_to_the_last_digit_printed(shared, turned):
   rows = pandalm(shared)
   rows = swapped(rows) if turned else rows
-  out = agreement.judged(rows, ["gpt-3.5-turbo"], HUMANS)
+  out = interrater.judged(rows, ["gpt-3.5-turbo"], HUMANS)
   between = out["humans"]["between"]
   assert [f"{v['kappa']['value']:.3f}" for v in between.values()] == [
     "0.852",
@@ -115,14 +115,14 @@ def test_pandalm_to_the_last_digit_printed(shared, turned):
 
 def test_llmbar_to_the_last_digit_printed(shared):
   rows = llmbar(shared)
-  out = agreement.judged(rows, ["GPT-4", "PaLM2"], ["label"])
+  out = interrater.judged(rows, ["GPT-4", "PaLM2"], ["label"])
   gpt4 = out["judges"]["GPT-4"]
   assert f"{gpt4['orders']['kappa']['value']:.3f}" == "0.939"
   assert gpt4["orders"]["consistent"]["value"] == 0.97
   assert out["judges"]["PaLM2"]["unparsable"] == 6
   assert out["judges"]["PaLM2"]["orders"]["unparsable"]["value"] == 0.03
   # A pair whose two orders disagree is a tie, which the label never is.
-  winners = agreement.settled(rows, "GPT-4")
+  winners = interrater.settle_orders(rows, "GPT-4")
   assert sum(w == "" for w in winners.values()) == 3
 
 
@@ -136,16 +136,17 @@ def random_rows(seed, n=200, raters=("a", "b", "c")):
   return rows
 
 
-@pytest.mark.parametrize("rule", agreement.UNPARSABLE)
+@pytest.mark.parametrize("rule", interrater.UNPARSABLE)
 @pytest.mark.parametrize("seed", range(3))
 def test_kappa_is_scikit_learn_s(rule, seed):
   rows = random_rows(seed)
-  a, b = (agreement.settled(rows, r) for r in "ab")
-  found = agreement.cohen_kappa(*agreement.matched(a, b, rule))
+  a, b = (interrater.settle_orders(rows, r) for r in "ab")
+  found = interrater.between(a, b)[rule]["kappa"]
   xs, ys = [], []
   for i in range(200):
     said = [
-      next(r.said for r in rows if r.item == i and r.rater == w) for w in "ab"
+      next(r.verdict for r in rows if r.item == i and r.rater == w)
+      for w in "ab"
     ]
     if rule == "drop" and None in said:
       continue
@@ -182,7 +183,7 @@ def test_alpha_is_that_of_the_coincidence_matrix(seed):
     np.array(["x", "y", "z", None], object), (80, 4), p=[0.4, 0.2, 0.1, 0.3]
   )
   units[:40] = units[:40, :1]  # some agreement
-  found = agreement.krippendorff_alpha(units.tolist())
+  found = interrater.krippendorff_alpha(units.tolist())
   assert found["value"] == pytest.approx(
     coincidence_alpha(units.tolist()), abs=1e-12
   )
@@ -199,7 +200,7 @@ def test_alpha_of_krippendorff_s_own_example():
   units = list(
     zip(*[[None if w == "." else w for w in line.split()] for line in table])
   )
-  found = agreement.krippendorff_alpha(units)
+  found = interrater.krippendorff_alpha(units)
   assert f"{found['value']:.3f}" == "0.743"
   assert (found["units"], found["labels"]) == (11, 40)
 
@@ -226,7 +227,7 @@ def alpha_from_the_equation(units):
 def test_alpha_by_hand():
   """Units ab, aa, bb, b.: o_ab = 1 twice, so 1 - (6 - 1) 2 / (2 * 3 * 3)."""
   units = [["a", "b"], ["a", "a"], ["b", "b"], ["b", None]]
-  found = agreement.krippendorff_alpha(units)
+  found = interrater.krippendorff_alpha(units)
   assert found["value"] == pytest.approx(1 - 10 / 18, abs=1e-15)
   assert (found["units"], found["labels"]) == (3, 6)
   assert found["value"] == pytest.approx(alpha_from_the_equation(units))
@@ -238,7 +239,7 @@ def test_alpha_of_pandalm_from_the_file_alone(shared):
   units = [[row[f"annotator{i}"] for i in (1, 2, 3)] for row in rows]
   assert f"{coincidence_alpha(units):.4f}" == "0.8642"
   assert f"{alpha_from_the_equation(units):.4f}" == "0.8642"
-  found = agreement.judged(pandalm(shared), ["gpt-3.5-turbo"], HUMANS)
+  found = interrater.judged(pandalm(shared), ["gpt-3.5-turbo"], HUMANS)
   alpha = found["humans"]["alpha"]
   assert alpha["value"] == pytest.approx(coincidence_alpha(units), abs=1e-12)
   assert alpha["low"] < 0.8642 < alpha["high"]
@@ -263,9 +264,12 @@ def test_coin_flippers_have_no_agreement():
       )
       for r in "abc"
     ]
-  found = agreement.judged(rows, ["a"], ["b", "c"])
-  three = agreement.among(
-    {r: agreement.labels(agreement.settled(rows, r), "drop") for r in "abc"}
+  found = interrater.judged(rows, ["a"], ["b", "c"])
+  three = interrater.among(
+    {
+      r: interrater.labels(interrater.settle_orders(rows, r), "drop")
+      for r in "abc"
+    }
   )
   for alpha in (found["humans"]["alpha"], three["alpha"]):
     assert abs(alpha["value"]) < 0.05
@@ -276,8 +280,8 @@ def test_scott_s_pi_by_hand():
   """[[45, 15], [25, 15]]: kappa .130435, pi .120879."""
   xs = [0] * 60 + [1] * 40
   ys = [0] * 45 + [1] * 15 + [0] * 25 + [1] * 15
-  assert f"{agreement.cohen_kappa(xs, ys)['value']:.6f}" == "0.130435"
-  found = agreement.scott_pi(xs, ys)
+  assert f"{interrater.cohen_kappa(xs, ys)['value']:.6f}" == "0.130435"
+  found = interrater.scott_pi(xs, ys)
   # Observed .6; shares (60 + 70) / 200 and (40 + 30) / 200.
   chance = 0.65**2 + 0.35**2
   assert found["value"] == pytest.approx((0.6 - chance) / (1 - chance))
@@ -289,8 +293,8 @@ def test_scott_s_pi_by_hand():
 def test_pi_is_alpha_of_two_raters_but_for_the_size_of_the_sample(seed):
   """Krippendorff: with n labels, 1 - alpha = (1 - pi) (n - 1) / n."""
   rows = random_rows(seed)
-  a, b = (agreement.settled(rows, r) for r in "ab")
-  for rule, found in agreement.between(a, b).items():
+  a, b = (interrater.settle_orders(rows, r) for r in "ab")
+  for rule, found in interrater.between(a, b).items():
     n = found["alpha"]["labels"]
     assert 1 - found["alpha"]["value"] == pytest.approx(
       (1 - found["pi"]["value"]) * (n - 1) / n, abs=1e-12
@@ -310,7 +314,7 @@ def test_intervals_cover_what_they_should():
   rng, inside = np.random.default_rng(3), dict.fromkeys(truth, 0)
   for _ in range(200):
     cells = rng.choice(9, 150, p=table.ravel())
-    found = agreement.compared(
+    found = interrater.compared(
       *(
         {(i, "k", "m"): int(w) for i, w in enumerate(side)}
         for side in (cells // 3, cells % 3)
@@ -326,7 +330,7 @@ def test_pairs_of_one_item_are_drawn_together():
   rng = np.random.default_rng(0)
   xs = rng.integers(0, 3, 60).tolist()
   ys = [x if keep else 2 - x for x, keep in zip(xs, rng.random(60) < 0.7)]
-  for measure in (agreement.cohen_kappa, agreement.scott_pi):
+  for measure in (interrater.cohen_kappa, interrater.scott_pi):
     one = measure(xs, ys)
     many = measure(xs * 10, ys * 10, list(range(60)) * 10)
     alone = measure(xs * 10, ys * 10)
@@ -334,11 +338,11 @@ def test_pairs_of_one_item_are_drawn_together():
     assert many["low"] == pytest.approx(one["low"], abs=0.02)
     assert alone["high"] - alone["low"] < 0.5 * (many["high"] - many["low"])
   units = list(zip(xs, ys, xs))
-  one = agreement.krippendorff_alpha(units)
-  many = agreement.krippendorff_alpha(units * 10, list(range(60)) * 10)
+  one = interrater.krippendorff_alpha(units)
+  many = interrater.krippendorff_alpha(units * 10, list(range(60)) * 10)
   assert many["low"] == pytest.approx(one["low"], abs=0.02)
   # One item alone varies with nothing: no interval, rather than one of zero.
-  assert agreement.cohen_kappa([0, 1, 1], [0, 1, 0], ["i"] * 3)["low"] is None
+  assert interrater.cohen_kappa([0, 1, 1], [0, 1, 0], ["i"] * 3)["low"] is None
 
 
 def test_only_raters_who_share_a_pair_are_compared(monkeypatch):
@@ -349,12 +353,12 @@ def test_only_raters_who_share_a_pair_are_compared(monkeypatch):
     "c": {pair(1): 0, pair(2): 1},
     "d": {pair(3): 1},
   }
-  found = agreement.among(votes)
+  found = interrater.among(votes)
   assert list(found["between"]) == ["a / b", "a / c"]
   assert (found["pairs"], found["more"]) == (4, 0)
   assert (found["alpha"]["units"], found["alpha"]["labels"]) == (2, 4)
-  monkeypatch.setattr(agreement, "PAIRS_OF_RATERS", 1)
-  assert agreement.among(votes)["more"] == 1
+  monkeypatch.setattr(interrater, "PAIRS_OF_RATERS", 1)
+  assert interrater.among(votes)["more"] == 1
 
 
 def test_length_bias_by_hand():
@@ -376,19 +380,19 @@ def test_length_bias_by_hand():
     (2, "k", "m"): "m",
     (4, "k", "m"): "m",
   }
-  found = agreement.length_bias(winners, sizes, truth)
+  found = interrater.length_bias(winners, sizes, truth)
   # Winners of unequal answers: longer, longer, shorter; errors: 0 and 2.
   assert (found["longer"]["value"], found["longer"]["n"]) == (2 / 3, 3)
   assert (found["errors"]["value"], found["errors"]["n"]) == (0.5, 2)
   assert found["n"] == 5
-  assert agreement.length_bias({}, sizes)["longer"]["value"] is None
+  assert interrater.length_bias({}, sizes)["longer"]["value"] is None
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_the_models_changes_nothing(seed):
   rows = random_rows(seed)
-  one = agreement.judged(rows, ["a"], ["b", "c"])
-  two = agreement.judged(swapped(rows, seed), ["a"], ["b", "c"])
+  one = interrater.judged(rows, ["a"], ["b", "c"])
+  two = interrater.judged(swapped(rows, seed), ["a"], ["b", "c"])
   # How often the first place won is about the order, all else is not.
   for out in (one, two):
     out["judges"]["a"]["orders"].pop("first")
@@ -407,11 +411,11 @@ def test_orders_by_hand():
     for i, words in enumerate(said)
     for names, word in zip((("m", "k"), ("k", "m")), words)
   ]
-  out = agreement.orders(rows, "j")
+  out = interrater.order_effects(rows, "j")
   assert out["consistent"]["value"] == pytest.approx(2 / 3)
   assert out["first"]["value"] == pytest.approx(4 / 5)  # of 5 with a winner
   assert out["unparsable"]["value"] == 1 / 8
-  assert agreement.settled(rows, "j") == {
+  assert interrater.settle_orders(rows, "j") == {
     (0, "k", "m"): "",
     (1, "k", "m"): "m",
     (2, "k", "m"): "",
@@ -425,9 +429,9 @@ def test_a_judge_that_always_names_the_first():
     for i in range(40)
     for names in (("m", "k"), ("k", "m"))
   ]
-  out = agreement.orders(rows, "j")
+  out = interrater.order_effects(rows, "j")
   assert out["first"]["value"] == 1.0 and out["consistent"]["value"] == 0.0
-  assert set(agreement.settled(rows, "j").values()) == {""}
+  assert set(interrater.settle_orders(rows, "j").values()) == {""}
 
 
 def test_a_judge_that_cannot_be_read():
@@ -436,7 +440,7 @@ def test_a_judge_that_cannot_be_read():
     for i in range(4)
     for r, s in (("j", None), ("h", "first"))
   ]
-  out = agreement.judged(rows, ["j"], ["h"])["judges"]["j"]
+  out = interrater.judged(rows, ["j"], ["h"])["judges"]["j"]
   assert out["unparsable"] == 4
   assert out["against"]["drop"]["agreement"]["n"] == 0
   assert out["against"]["drop"]["kappa"]["value"] is None
@@ -467,18 +471,20 @@ def test_a_judge_that_cannot_be_read():
 def test_the_majority_is_the_plurality_and_a_tie_where_two_lead(votes, winner):
   pair = (0, "k", "m")
   words = [{"-": "", ".": None}.get(v, v) for v in votes]
-  found = agreement.majority([{pair: w} for w in words] or [{pair: None}])
+  found = interrater.majority([{pair: w} for w in words] or [{pair: None}])
   assert found == {pair: winner}
 
 
-@pytest.mark.parametrize("measure", [agreement.cohen_kappa, agreement.scott_pi])
+@pytest.mark.parametrize(
+  "measure", [interrater.cohen_kappa, interrater.scott_pi]
+)
 def test_one_label_only_has_no_kappa(measure):
   assert measure([1, 1, 1], [1, 1, 1]) == dict(
     value=None, low=None, high=None, n=3
   )
   assert measure([], []) == dict(value=None, low=None, high=None, n=0)
-  assert agreement.krippendorff_alpha([[1, 1], [1, 1]])["value"] is None
-  assert agreement.krippendorff_alpha([])["value"] is None
+  assert interrater.krippendorff_alpha([[1, 1], [1, 1]])["value"] is None
+  assert interrater.krippendorff_alpha([])["value"] is None
 
 
 @pytest.mark.parametrize(
@@ -496,11 +502,11 @@ def test_one_label_only_has_no_kappa(measure):
 )
 def test_tables_that_cannot_be_right(rows, words):
   with pytest.raises(DataError, match=words):
-    agreement.judged(
+    interrater.judged(
       rows, ["j"], ["h"] if any(r.rater == "h" for r in rows) else ["j"]
     )
 
 
 def test_an_unknown_rule():
   with pytest.raises(ConfigError, match="tie, drop, own"):
-    agreement.matched({}, {}, "guess")
+    interrater.labels({}, "guess")

@@ -13,9 +13,9 @@ from test_report import read as parsed
 
 from jaxalign import agreement as command
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import agreement, verdict_codes, verdict_tables
-from jaxalign.eval.agreement import Verdict
-from jaxalign.report.pages import agreement as pages
+from jaxalign.eval import interrater, rating_codes, rating_tables
+from jaxalign.eval.interrater import Verdict
+from jaxalign.report import raters_page, terminal
 
 
 def run(*flags):
@@ -29,8 +29,8 @@ def written(folder, rows, name="votes.jsonl"):
 
 
 def table(folder, rows, choice=None, **kwargs):
-  return verdict_tables.read(
-    [str(written(folder, rows))], verdict_codes.parse_choice(choice), **kwargs
+  return rating_tables.read_ratings(
+    [str(written(folder, rows))], rating_codes.parse_choice(choice), **kwargs
   )
 
 
@@ -123,7 +123,7 @@ def test_llmbar_s_judges_in_both_orders(shared, tmp_path):
     for r, s in [("label", "first" if row["label"] == 1 else "second")]
   ]
   assert raters["label"]["orders"]["first"] == json.loads(
-    json.dumps(agreement.orders(rows, "label")["first"])
+    json.dumps(interrater.order_effects(rows, "label")["first"])
   )
 
 
@@ -358,8 +358,8 @@ LAYOUTS = {
         prompt="p",
         ours="a",
         theirs="b",
-        won=0.5,
-        said=["first", "first"],
+        outcome=0.5,
+        verdicts=["first", "first"],
         replies=[],
       ),
       dict(
@@ -367,8 +367,8 @@ LAYOUTS = {
         prompt="p",
         ours="a",
         theirs="b",
-        won=None,
-        said=["second", None],
+        outcome=None,
+        verdicts=["second", None],
         replies=[],
       ),
     ],
@@ -412,7 +412,8 @@ def test_a_table_is_the_same_in_every_kind_of_file(tmp_path):
   files[3].write_bytes(gzip.compress((tmp_path / "votes.jsonl").read_bytes()))
   for path in files:
     assert (
-      verdict_tables.read([str(path)], verdict_codes.Choice()).rows == wanted
+      rating_tables.read_ratings([str(path)], rating_codes.Choice()).rows
+      == wanted
     ), path
 
 
@@ -439,7 +440,7 @@ def test_answers_without_names_are_told_apart_by_their_texts(tmp_path):
     Verdict("1", *third, "j", "first"),
   ]
   assert found.sizes[("1", ONE, TWO)] == (9.0, 1.0)
-  assert agreement.orders(found.rows, "j")["consistent"]["value"] == 1
+  assert interrater.order_effects(found.rows, "j")["consistent"]["value"] == 1
 
 
 def test_lengths_follow_the_models_not_the_columns(tmp_path):
@@ -508,9 +509,9 @@ def test_an_item_without_texts_that_stands_for_two_pairs_is_refused(tmp_path):
   written(
     tmp_path, [dict(id=1, verdict="A"), dict(id=2, verdict="B")], "j.jsonl"
   )
-  found = verdict_tables.read(
+  found = rating_tables.read_ratings(
     [str(tmp_path / "votes.jsonl"), str(tmp_path / "j.jsonl")],
-    verdict_codes.Choice(),
+    rating_codes.Choice(),
   )
   assert [r.item for r in found.rows if r.rater == "j"] == ["2"]
   assert sum(found.files[1]["refused"].values()) == 1
@@ -605,7 +606,7 @@ def test_a_word_that_may_be_a_name_or_a_place_is_asked_for(tmp_path, capsys):
     ("names", "second"),
     ("{'first': ['A'], 'second': ['B']}", "first"),
   ):
-    assert {r.said for r in table(tmp_path, rows, choice).rows} == {word}
+    assert {r.verdict for r in table(tmp_path, rows, choice).rows} == {word}
 
 
 def test_a_few_words_that_are_no_verdict_are_counted_not_guessed(
@@ -859,9 +860,9 @@ def measured(folder, payload="x"):
 )
 def test_nothing_from_a_table_becomes_markup(payload, tmp_path):
   found = measured(tmp_path, payload)
-  parsed(pages.render(found))
-  parsed(pages.render(poisoned(found, payload)))
-  text = pages.reading(found["files"]) + pages.terminal(found)
+  parsed(raters_page.agreement_html(found))
+  parsed(raters_page.agreement_html(poisoned(found, payload)))
+  text = terminal.reading_text(found["files"]) + terminal.agreement_text(found)
   assert "\x1b" not in text and "\u202e" not in text
 
 
@@ -874,6 +875,6 @@ def test_any_leaf_of_a_page_may_be_missing_or_odd(tmp_path):
       for key in path[:-1]:
         holder = holder[key]
       holder[path[-1]] = leaf
-      pages.render(found)
+      raters_page.agreement_html(found)
   for odd in (None, {}, [], "x", 5):
-    assert "Agreement of raters" in pages.render(odd)
+    assert "Agreement of raters" in raters_page.agreement_html(odd)

@@ -281,7 +281,9 @@ def test_the_head_of_a_plan_by_hand():
     (m._replace(dtype="bfloat16", lora=lora), 4, 4 + 2),
   ):
     held = memory.train_step(
-      config, one, rows=2, length=6, chunk=6, frozen_size=frozen
+      config,
+      one,
+      memory.StepShape(rows=2, length=6, chunk=6, frozen_size=frozen),
     )
     assert held["workspace"] == each * 4000 + hidden
     assert held["logits"] == 2 * 4 * 12 * 1000
@@ -320,7 +322,7 @@ def test_the_plan_is_near_what_a_compiler_set_aside(
     )
   mesh = jax.sharding.AbstractMesh((fsdp, tensor), sharding.AXES)
   held = memory.train_step(
-    model, mesh, rows=rows, length=model.context, **sizes
+    model, mesh, memory.StepShape(rows=rows, length=model.context, **sizes)
   )
   planned = (
     sum(held[k] for k in ("gradients", "activations", "logits", "workspace"))

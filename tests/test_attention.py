@@ -140,7 +140,10 @@ def on_mesh(mesh, q, k, v, dy, segments, **how):
   return values_and_gradients(
     mesh,
     lambda q, k, v: attention.attend(
-      q, k, v, seen_of(q.shape[1], segments), place=sharding.SPREAD, **how
+      *(q, k, v, seen_of(q.shape[1], segments)),
+      attention.Attention(**how),
+      None,
+      sharding.SPREAD,
     ),
     q,
     k,
@@ -234,10 +237,9 @@ def test_whole_rows_on_each_device(kernel):
       k,
       v,
       seen_of(128, segments),
-      kernel=kernel,
-      scale=0.1,
-      windows=(30,),
-      place=sharding.PER_ROW,
+      attention.Attention(kernel, 0.1, windows=(30,)),
+      None,
+      sharding.PER_ROW,
     )
 
   y = jax.jit(sharding.per_row(mesh, rows_of, {}))(
@@ -263,11 +265,9 @@ def test_layers_of_several_kinds_in_one_scan(kernel):
         k,
         v,
         seen_of(128),
-        kernel=kernel,
-        scale=0.125,
-        windows=windows,
-        which=which,
-        place=sharding.SPREAD,
+        attention.Attention(kernel, 0.125, windows=windows),
+        which,
+        sharding.SPREAD,
       )
       return x + y, None
 
@@ -312,11 +312,9 @@ def test_a_cache_is_read_at_its_positions(kernel):
       k,
       v,
       attention.Seen(q_position, k_position),
-      kernel=kernel,
-      scale=0.4,
-      softcap=2.0,
-      windows=(3,),
-      place=sharding.PER_ROW,
+      attention.Attention(kernel, 0.4, 2.0, (3,)),
+      None,
+      sharding.PER_ROW,
     )
 
   y = read(q, k, v, q_position, k_position)
@@ -331,7 +329,7 @@ def test_a_query_that_may_look_nowhere_stays_finite():
     found = values_and_gradients(
       mesh,
       lambda *a: attention.attend(
-        *a, seen, kernel="plain", scale=1.0, place=sharding.SPREAD
+        *a, seen, attention.Attention("plain", 1.0), None, sharding.SPREAD
       ),
       *draw(6, 8, 4),
     )
@@ -439,10 +437,9 @@ def test_lowered_for_a_gpu_it_is_cudnns(window, segmented, monkeypatch):
       k,
       v,
       seen_of(256, segments if segmented else None),
-      kernel="cudnn",
-      scale=0.25,
-      windows=(window,),
-      place=sharding.SPREAD,
+      attention.Attention("cudnn", 0.25, windows=(window,)),
+      None,
+      sharding.SPREAD,
     )
     return jnp.sum(y.astype(jnp.float32))
 
@@ -476,7 +473,7 @@ def test_lowered_for_a_gpu_it_is_cudnns(window, segmented, monkeypatch):
 # locked and its flags are read once.
 
 COMPILE = """
-import functools, json
+import json
 from tools import aot
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
@@ -496,13 +493,13 @@ def compiled(topology, fsdp, tensor, kernel, *, rows, length, groups, heads,
     slots = jnp.arange(length)[None]
     seen = attention.Seen(slots, slots,
                           *([segments] * 2 if segmented else ()))
-    look = functools.partial(
-        attention.attend, seen=seen, kernel=kernel, scale=size ** -0.5,
-        softcap=softcap, windows=windows, place=sharding.SPREAD)
+    spec = attention.Attention(kernel, size ** -0.5, softcap, windows)
+    look = lambda q, k, v, kind=None: attention.attend(
+        q, k, v, seen, spec, kind, sharding.SPREAD)
     if not layers:
       y = look(q, k, v)
     else:
-      body = jax.checkpoint(lambda x, kind: (x + look(x, k, v, which=kind),
+      body = jax.checkpoint(lambda x, kind: (x + look(x, k, v, kind),
                                              None), prevent_cse=False)
       y = jax.lax.scan(body, q, jnp.arange(layers) % len(windows))[0]
     return jnp.sum(y * dy)

@@ -13,6 +13,7 @@ from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.train import feed
 
 sizes = st.integers(1, 40)
@@ -339,6 +340,6 @@ def test_the_cost_counts_what_was_seen():
   other = np.diff(kl.offsets)
   assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
   assert total == (
-    sum(3 * k * decoder.flops(m, size[i]) for i, k in seen.items())
-    + sum(decoder.flops(m, int(x)) for x in other)
+    sum(3 * k * decoder_flops(m, size[i]) for i, k in seen.items())
+    + sum(decoder_flops(m, int(x)) for x in other)
   )

@@ -7,7 +7,6 @@ import pytest
 from sklearn import metrics
 
 from jaxalign import sharding
-from jaxalign.errors import ConfigError
 from jaxalign.select import card, mixture
 from jaxalign.select.pool import Pool, Selection
 
@@ -48,7 +47,7 @@ def test_jaccard():
 
 def test_components_against_labels(mesh):
   x, label = two_clusters()
-  fitted = mixture.fit(mesh, x, starts=2)
+  fitted = mixture.fit(mesh, x, mixture.MixtureOptions(starts=2))
   found = card.component_labels(fitted, x, label)
   assert found["accuracy"] > 0.99 and found["nmi"] > 0.95
   assert found["majority"] == 0.5
@@ -61,25 +60,15 @@ def test_held_out_notices_memorised_rows(mesh):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(400, 40)).astype(np.float32)
   x[:, :2] *= 3  # else PCA itself prefers directions where fitted rows vary
-  close = card.held_out(mesh, x, pca=40, starts=1, responses=2)
+  close = card.held_out(
+    mesh, x, mixture.MixtureOptions(pca=40, starts=1), responses=2
+  )
   assert close["auc"] > 0.75
   assert close["mean_fitted"] > close["mean_held_out"] + 5
-  wide = card.held_out(mesh, x, pca=2, starts=1, responses=2)
-  assert abs(wide["auc"] - 0.5) < 0.08
-
-
-def test_stability(mesh):
-  x, _ = two_clusters()
-  lowest = lambda m: np.argsort(mixture.log_likelihood(m, x))[:60]
-  found = card.stability(mesh, x, lowest, [0, 1, 2], starts=2)
-  assert found["jaccard_min"] > 0.9 and found["seeds"] == [0, 1, 2]
-  rng = np.random.default_rng(0)
-  found = card.stability(
-    mesh, x, lambda m: rng.choice(600, 60), [0, 1], starts=1
+  wide = card.held_out(
+    mesh, x, mixture.MixtureOptions(pca=2, starts=1), responses=2
   )
-  assert found["jaccard_mean"] < 0.3
-  with pytest.raises(ConfigError, match="two or more seeds"):
-    card.stability(mesh, x, lowest, [0])
+  assert abs(wide["auc"] - 0.5) < 0.08
 
 
 def test_selection_card_is_json(mesh):
@@ -92,7 +81,7 @@ def test_selection_card_is_json(mesh):
   rows = np.arange(0, 32, 8)  # topic 0, undesirable, short
   score = np.where(np.isin(np.arange(80), rows), 2.0, -1.0)
   score[79] = -np.inf
-  fitted = mixture.fit(mesh, x, starts=2)
+  fitted = mixture.fit(mesh, x, mixture.MixtureOptions(starts=2))
   got = json.loads(
     json.dumps(
       card.selection_card(

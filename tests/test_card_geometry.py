@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign import errors, sharding
+from jaxalign.core import intervals
 from jaxalign.select import card, neighbours
 from jaxalign.select.card import geometry, shifts, spectra
 from jaxalign.select.card import rows as rows_lib
@@ -69,14 +70,14 @@ def test_nearest_of_nothing_and_of_copies():
 
 def test_wilson_interval():
   # Of 10 in 50: by hand, with z = 1.96 to six digits.
-  got = neighbours.wilson(10, 50)
+  got = intervals.wilson(10, 50)
   z = 1.959963984540054
   roots = np.roots([1 + z * z / 50, -(0.4 + z * z / 50), 0.04])
   assert got["value"] == 0.2
   np.testing.assert_allclose(sorted(roots), [got["low"], got["high"]])
-  assert neighbours.wilson(0, 9)["low"] == 0.0
-  assert neighbours.wilson(9, 9)["high"] == 1.0
-  assert neighbours.wilson(0, 0)["value"] is None
+  assert intervals.wilson(0, 9)["low"] == 0.0
+  assert intervals.wilson(9, 9)["high"] == 1.0
+  assert intervals.wilson(0, 0)["value"] is None
 
 
 def unit(embedding):

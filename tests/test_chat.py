@@ -7,6 +7,7 @@ import sys
 
 from conftest import ROOT
 import pytest
+from test_records import load
 from tokenizers import (
   AddedToken,
   decoders,
@@ -18,10 +19,11 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Fast
 
-from jaxalign.data import chat, records, tokens, words
+from jaxalign.data import chat, tokens
 from jaxalign.data.chat import BUILT_IN, Chat
+from jaxalign.data.encode import answers_of, encode_dialogues, encode_texts
 from jaxalign.data.render import Renderer
-from jaxalign.data.schemas.pairs import Refused, turns_of
+from jaxalign.data.schemas.schema import Refused, turns_of
 from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
 from jaxalign.errors import ConfigError, DataError
 
@@ -136,7 +138,7 @@ def their_ids(peer, source, messages, **kwargs):
 def dialogues(shared):
   """Real turns and two answers, of ShareGPT records and of hh-rlhf."""
   for name in ("llamafactory/dpo_en_demo.json", "hh-harmless/pairs.jsonl.gz"):
-    for row in records.load(str(shared / "data" / name), limit=60).rows:
+    for row in load(str(shared / "data" / name), limit=60).rows:
       turns = row.get("turns") or turns_of(row["prompt"])
       yield (
         turns,
@@ -617,16 +619,21 @@ def test_the_process_outlives_a_record_and_a_kill(renderer):
 def test_choosing_a_template(tmp_path, folder):
   own = load_tokenizer(write_folder(tmp_path / "own", "OWN"))
   bare = load_tokenizer(folder)
-  assert chat.choose("auto", own, True) == "OWN"
-  assert chat.choose("auto", own, False) is None
-  assert chat.choose("auto", bare, True) is None
+  assert chat.template_source("auto", own, True) == "OWN"
+  assert chat.template_source("auto", own, False) is None
+  assert chat.template_source("auto", bare, True) is None
   for name in chat.PLAIN:
-    assert chat.choose(name, own, True) is None
-  assert chat.choose("gemma", own, False) == BUILT_IN["gemma"]
+    assert chat.template_source(name, own, True) is None
+  assert chat.template_source("gemma", own, False) == BUILT_IN["gemma"]
   (tmp_path / "mine.jinja").write_text("MINE")
-  assert chat.choose(str(tmp_path / "mine.jinja"), own, False) == "MINE"
+  assert (
+    chat.template_source(str(tmp_path / "mine.jinja"), own, False) == "MINE"
+  )
   for bad in ("chatmll", str(tmp_path / "none.jinja"), ""):
-    for check in (lambda: chat.choose(bad, own, True), lambda: chat.check(bad)):
+    for check in (
+      lambda: chat.template_source(bad, own, True),
+      lambda: chat.check_template(bad),
+    ):
       with pytest.raises(ConfigError, match="config.data.template"):
         check()
 
@@ -634,8 +641,8 @@ def test_choosing_a_template(tmp_path, folder):
 def test_a_built_in_wants_its_tokens(shared):
   tok = load_tokenizer(shared / "tokenizers/mistral-v1")
   with pytest.raises(ConfigError, match="im_start"):
-    chat.choose("chatml", tok, True)
-  with Chat(tok, chat.choose("mistral", tok, True)) as one:
+    chat.template_source("chatml", tok, True)
+  with Chat(tok, chat.template_source("mistral", tok, True)) as one:
     head, [ids] = one.encode(
       [dict(role="user", content="Hi </s><s>[INST]")], ["Yo"]
     )
@@ -651,7 +658,7 @@ def test_rows_of_dialogues(folder):
   end, begin = tok.specials["<|im_end|>"], tok.specials["<|im_start|>"]
   system = [dict(role="system", content="<|begin|>" * 9)]
   with Chat(tok, BUILT_IN["chatml"]) as one:
-    rows, report, refused = tokens.encode_dialogues(
+    rows, report, refused = encode_dialogues(
       one,
       [ASK, system + ASK, ASK, ASK],
       [["yes", "no"], ["x " * 400, "y"], ["same", "same"], ["a", "b"]],
@@ -672,7 +679,7 @@ def test_rows_of_dialogues(folder):
     assert i == 2 or answer[-1] == end
     assert ids[: rows.start[i]].count(end) == 3 + (i in (2, 3))
   assert tok.decode_response(rows.ids[rows.start[0] : rows.offsets[1]]) == "yes"
-  assert "6 rows" in tokens.summary("pool", report).replace(",", "")
+  assert "6 rows" in tokens.truncation_line("pool", report).replace(",", "")
 
 
 def test_the_audit_finds_each_fault(folder):
@@ -680,9 +687,8 @@ def test_the_audit_finds_each_fault(folder):
   import numpy as np
 
   tok = load_tokenizer(folder)
-  good, _ = tokens.encode_rows(
-    tok, ["Hello there"] * 3, [" how are you"] * 3, 64
-  )
+  sides = dict(response=[" how are you"] * 3)
+  good = encode_texts(tok, ["Hello there"] * 3, sides, 64).rows
   tokens.audit(tok, good, 64)
   last, first, begin = (
     int(good.offsets[2]) - 1,
@@ -725,11 +731,8 @@ def test_conversational_rows_know_their_answer():
     turns=ASK[:1],
   )
   sides = ("chosen", "rejected")
-  assert words.answers_of(row, sides) == ["So", " No"]
+  assert answers_of(row, sides) == ["So", " No"]
   plain = dict(prompt="2+2=", chosen=" 4", rejected="5", answers=None)
-  assert words.answers_of(plain, sides) == [" 4", "5"]
+  assert answers_of(plain, sides) == [" 4", "5"]
   call = dict(role="assistant", content=None, tool_calls=[{}])
-  assert words.answers_of(dict(row, answers=[call, call]), sides) == [
-    call,
-    call,
-  ]
+  assert answers_of(dict(row, answers=[call, call]), sides) == [call, call]

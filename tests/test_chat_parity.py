@@ -9,13 +9,13 @@ import struct
 
 import pytest
 from test_chat import dialogues, train_bytes
+from test_records import load
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Fast
 
-from jaxalign.data import records
 from jaxalign.data.chat import _message, BUILT_IN, Chat
 from jaxalign.data.render import Renderer
-from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
 
@@ -412,7 +412,7 @@ def test_smollm2_itself(tmp_path, shared):
   peer.save_pretrained(tmp_path)
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   tok = load_tokenizer(tmp_path)
-  rows = records.load(
+  rows = load(
     str(shared / "data/llamafactory/dpo_en_demo.json"), limit=300
   ).rows
   assert len(rows) == 300

@@ -15,8 +15,9 @@ from jaxalign import artifacts, sharding
 from jaxalign.data import tables
 from jaxalign.data import tokenizer as tokenizer_lib
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.encode import encode_texts
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.model import decoder, weights
+from jaxalign.model import decoder, hf, weights
 from jaxalign.model import reward as reward_lib
 from jaxalign.select import embed
 from jaxalign.select import store as stores
@@ -135,9 +136,7 @@ def test_a_real_model_says_what_transformers_says(shared):
   tok = tokenizer_lib.load_tokenizer(folder)
   prompts = ["Once upon a time, there was a", "Lily and Tom went to the park."]
   answers = [" little girl who had a red ball.", " They saw a big dog"]
-  rows, _, _ = tokens_lib.encode_texts(
-    tok, prompts, dict(response=answers), 128
-  )
+  rows, _, _ = encode_texts(tok, prompts, dict(response=answers), 128)
   asked = questions.build(
     tok,
     [(str(i), p, a) for i, (p, a) in enumerate(zip(prompts, answers))],
@@ -145,10 +144,10 @@ def test_a_real_model_says_what_transformers_says(shared):
     ("yes", "no"),
     512,
   )
-  m = weights.read_config(folder, "float32", "none")._replace(context=512)
+  m = hf.read_config(folder, "float32", "none")._replace(context=512)
   mesh = a_mesh(1, 1)
   with jax.set_mesh(mesh):
-    params = weights.load_folder(folder, m, mesh)
+    params = hf.load_folder(folder, m, mesh)
     run = lambda r: embed.score_rows(mesh, params, m, r, tile=2, chunk=16)
     whole, alone = run(rows), run(scores.answers_alone(rows, tok.bos))
     yes = scores.p_yes(mesh, params, m, asked.rows, asked.yes, asked.no, tile=2)
@@ -224,7 +223,9 @@ def test_questions_that_cannot_work(question, words):
 
 def a_tokenizer():
   texts = ["is the answer good to know yes or no " * 3] * 20
-  return tokenizer_lib.Tokenizer.from_bytes(tokenizer_lib.train(texts, 320))
+  return tokenizer_lib.Tokenizer.from_bytes(
+    tokenizer_lib.train_tokenizer(texts, 320)
+  )
 
 
 def test_a_question_is_cut_in_its_texts_alone():
@@ -441,7 +442,11 @@ def a_reward_model(folder):
       for n, p in reward_lib.table(r).items()
     }
     weights.save(
-      folder, params, reward_lib.table(r), reward_lib.stored(r), config=config
+      folder,
+      params,
+      reward_lib.table(r),
+      reward_lib.stored(r),
+      weights.Export(config),
     )
   return folder
 

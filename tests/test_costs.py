@@ -10,28 +10,48 @@ import pytest
 from test_ledger import multiplied
 
 from jaxalign.select import costs
+from jaxalign.select.pool import needs
 from jaxalign.select.samplers import (
-  clusters,
   combine,
   density,
   geometric,
   heads,
   SAMPLERS,
+  vectors,
 )
 
-SIZES = [costs.Pool(5000, 64, 500, 2, 48), costs.Pool(30_000, 384, 900, 1, 48)]
+SIZES = [
+  costs.Sizes(5000, 64, 500, 2, 48),
+  costs.Sizes(30_000, 384, 900, 1, 48),
+]
+
+
+def cost_of(name, sizes, **kwargs):
+  return costs.estimate(combine.named(name), sizes, **kwargs)
+
+
+@needs("length")
+def without_cost(seed, pool, budget):
+  return SAMPLERS["random"](seed, pool, budget)
 
 
 def test_every_sampler_and_step_says_what_it_costs():
-  assert set(costs.COSTS) == set(SAMPLERS)
-  assert set(costs.STEPS) == set(combine.COMBINATORS)
+  for step in ("gate(column=reward)", "dedup", "quota(by=label)", "diverse"):
+    for p in SIZES:
+      assert cost_of(f"{step} | random", p).held > 0
   for p in SIZES:
     for name, sampler in SAMPLERS.items():
-      got = costs.of(name, p)
+      got = cost_of(name, p)
       assert got.flops > 0 and got.held > 0 and got.device >= 0
       assert (got.read > 0) == bool(sampler.needs)
-  assert costs.of("my_module:mine", SIZES[0]) is None
-  assert costs.of("dedup | my_module:mine", SIZES[0]) is None
+  for name in (
+    "{}",
+    "dedup | {}",
+    "isa * {}",
+    "gate(column=reward) | {} * isa",
+  ):
+    mine = name.format(f"{__name__}:without_cost")
+    assert cost_of(mine, SIZES[0]) is None
 
 
 def by_the_equations(p):
@@ -65,11 +85,11 @@ def by_the_equations(p):
 def test_flops_follow_the_equations(p):
   for name, wanted in by_the_equations(p).items():
     np.testing.assert_allclose(
-      costs.of(name, p).flops, wanted, rtol=1e-12, err_msg=name
+      cost_of(name, p).flops, wanted, rtol=1e-12, err_msg=name
     )
   # A score is ranked, whatever its width.
   for name in ("random", "isa", "ifd", "bees", "ask_llm", "selective_dpo"):
-    assert costs.of(name, p).flops <= 100 * p.n
+    assert cost_of(name, p).flops <= 100 * p.n
 
 
 def counted(fn, *arrays):
@@ -84,26 +104,26 @@ def test_flops_are_the_products_of_the_programs():
   sums = counted(density._feature_sums, w, x, real)
   means = f32(2, 8, 128)
   found = counted(density._feature_scores, w, means, x, real)
-  p = costs.Pool(n, e, 10)
+  p = costs.Sizes(n, e, 10)
   # The second pass also adds up 1,024 features a row, which is no product.
-  assert sums + found == costs.of("density", p).flops
+  assert sums + found == cost_of("density", p).flops
   one = counted(geometric._nearest, f32(10, e), f32(10), x, real)
-  assert one == costs.of("k_center", p).flops
+  assert one == cost_of("k_center", p).flops
 
 
 def test_what_is_placed_is_on_the_devices():
-  p = costs.Pool(700, 8, 50)
-  assert costs.of("facility_location", p).device == 0
-  assert costs.of("facility_location(exact=False)", p).device == 700 * 10 * 4
-  placed = clusters.rows_lib.place(np.zeros((700, 8), np.float32))
+  p = costs.Sizes(700, 8, 50)
+  assert cost_of("facility_location", p).device == 0
+  assert cost_of("facility_location(exact=False)", p).device == 700 * 10 * 4
+  placed = vectors.place(np.zeros((700, 8), np.float32))
   assert (
-    costs.of("semdedup", p).device
+    cost_of("semdedup", p).device
     == 700 * 8 * 4
     <= sum(t.nbytes for t in placed.tiles)
   )
   # Exact up to 20,000 rows of a block, and on the host; drawn above.
-  at = lambda n, **kwargs: costs.of(
-    "facility_location", costs.Pool(n, 8, 50), **kwargs
+  at = lambda n, **kwargs: cost_of(
+    "facility_location", costs.Sizes(n, 8, 50), **kwargs
   )
   assert at(20_000).device == 0 and at(20_000).on_host == at(20_000).flops
   assert at(20_001).device == 20_001 * 40 and at(20_001).on_host == 0
@@ -149,7 +169,7 @@ def held(name, n, e, d=64):
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
-  return peak, costs.of(name, costs.Pool(n, e, n // 20, 2, d)).held
+  return peak, cost_of(name, costs.Sizes(n, e, n // 20, 2, d)).held
 
 
 @pytest.mark.parametrize("name,n,e", MEASURED)
@@ -168,9 +188,9 @@ def test_crossfit_holds_about_what_is_said():
   "name", ["k_center", "herding", "dpp", "deita", "facility_location"]
 )
 def test_blocks_are_counted(name):
-  p = costs.Pool(16_000, 64, 1600, 2, 64)
-  whole, cut = costs.of(name, p), costs.of(f"{name}(blocks=8)", p)
-  assert cut == costs.of(name, p, blocks=8)
+  p = costs.Sizes(16_000, 64, 1600, 2, 64)
+  whole, cut = cost_of(name, p), cost_of(f"{name}(blocks=8)", p)
+  assert cut == cost_of(name, p, blocks=8)
   # k-means beside: 8 centres with 16,000 rows, ten times, and once more.
   found = 2 * 8 * 64 * 11 * 16_000
   parts = dict(dpp=16_000 * 1600**2 / 64 + 2 * 16_000 * 1600 * 64 / 8)
@@ -185,7 +205,7 @@ def test_blocks_are_counted(name):
 
 def test_keywords_change_what_is_said():
   p = SIZES[0]
-  of = lambda name, **kwargs: costs.of(name, p, **kwargs).flops
+  of = lambda name, **kwargs: cost_of(name, p, **kwargs).flops
   assert of("density(features=256)") * 4 == of("density")
   assert of("density", features=0) == 2 * 5000**2 * 64
   assert of("k_center", pair="concat") == 2 * of("k_center")
@@ -240,7 +260,7 @@ def test_heads_multiply_about_what_is_said(name, n, monkeypatch):
     )[1],
   )
   SAMPLERS[name](0, pool, 30)
-  got = costs.of(name, costs.Pool(n, 32, 30, 2, 32))
+  got = cost_of(name, costs.Sizes(n, 32, 30, 2, 32))
   # Where rows are as many as columns, the upper triangle in its panels: of
   # 512 columns two, 3/4 of the square; of 32 one.
   square = {512: 0.75 * 512, 32: 32}
@@ -249,17 +269,18 @@ def test_heads_multiply_about_what_is_said(name, n, monkeypatch):
     for a, w, c in turned
     if w > c
   )
-  said = sum(sum(costs._rotated(a, w, c)) for a, w, c in turned if w > c)
+  works = [heads.principal_work(*x) for x in turned if x[1] > x[2]]
+  said = sum(work.host + work.devices for work in works)
   assert said == rotations > 0
   assert got.flops - rotations == pytest.approx(sum(fits), rel=1.0)
   assert got.flops - rotations > sum(fits) / 2
 
 
 def test_wide_features_are_turned_on_the_devices():
-  lite = costs.of("crossfit_lite", costs.Pool(10_000, 64, 100, 2, 64))
+  lite = cost_of("crossfit_lite", costs.Sizes(10_000, 64, 100, 2, 64))
   # Both sides' counts, for `typical`; half their products, twice four bytes.
   assert lite.device == 4 * 20_000 * 512 + 8 * 512**2
-  wide = costs.of("crossfit", costs.Pool(10_000, 4096, 100, 2, 4096))
+  wide = cost_of("crossfit", costs.Sizes(10_000, 4096, 100, 2, 4096))
   assert wide.device == 4 * 20_000 * 4096 + 8 * 4096**2 < wide.held
   assert 0 < wide.on_host < wide.flops
 
@@ -291,12 +312,12 @@ def test_bytes_read_are_those_of_the_columns(name):
     ).nbytes
     for n in SAMPLERS[name].needs
   )
-  assert costs.of(name, costs.Pool(64, 8, 9, 2, 8)).read == wanted
+  assert cost_of(name, costs.Sizes(64, 8, 9, 2, 8)).read == wanted
 
 
 def test_a_chain_costs_the_sum_of_its_links():
   p = SIZES[0]
-  one = lambda name: costs.of(name, p)
+  one = lambda name: cost_of(name, p)
   got = one("dedup(threshold=0.9) | gate(column=reward, low=0.1) | k_center")
   scores = one("random").flops
   assert got.flops == (one("semdedup").flops + scores + one("k_center").flops)

@@ -25,6 +25,7 @@ from jaxalign.select.samplers import (
   alike,
   bradley_terry,
   crossfit,
+  draws,
   habits,
   heads,
   SAMPLERS,
@@ -826,7 +827,7 @@ def test_copies_are_the_rows_that_share_half_their_words():
   both = alike.joined(group, code)
   assert both[0] == both[20] == both[40] == both[50]
   assert len(set(both)) == 65 - 25 - 1
-  place = alike.place_in(
+  place = draws.place_in_group(
     np.array([0, 1, 0, 0]), np.array([1.0, 5, 3, 1]), np.array([7, 7, 7, 2])
   )
   np.testing.assert_array_equal(place, [2, 0, 0, 1])

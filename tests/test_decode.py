@@ -11,11 +11,13 @@ from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate
-from jaxalign.model import decode, decoder, weights
+from jaxalign.eval import held_out
+from jaxalign.model import decode, decoder, hf
+from jaxalign.model.flops import decoder_flops, generate_flops
 from jaxalign.select import embed
 
 BOS, EOS = 1, 2
+GREEDY = decode.Sampling(0)
 
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -33,21 +35,16 @@ def test_a_real_model_says_the_published_tokens(shape, shared):
     dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
   )
   folder = shared / "models/stories260K"
-  m = weights.read_config(folder, "float32", "none")
+  m = hf.read_config(folder, "float32", "none")
   tok = tokenizers.Tokenizer.load(folder)
   wanted = (folder / "greedy_257_tokens.txt").read_text()
   with jax.set_mesh(mesh):
-    (said,) = decode.generate(
-      mesh,
-      weights.load_folder(folder, m, mesh),
-      m,
-      [np.array([tok.bos])],
-      new=256,
-      eos=tok.eos,
-      known=tok.vocab_size,
-      temperature=0,
-      tile=1,
+    params = hf.load_folder(folder, m, mesh)
+    options = decode.GenerateOptions(
+      256, tok.eos, tok.vocab_size, GREEDY, tile=1
     )
+    prompts = [np.array([tok.bos])]
+    (said,) = decode.generate(mesh, params, m, prompts, options)
   assert len(said) == 256
   assert tok.decode(said) == wanted
   assert said.tolist() == tok.encode(wanted)
@@ -107,21 +104,18 @@ def alone():
     yield m
 
 
-def run_chain(mesh, count, **changes):
-  kwargs = dict(new=6, eos=EOS, known=KNOWN, temperature=2.0, tile=512)
-  return decode.generate(
-    mesh,
-    on_mesh(mesh, CHAIN, chain_params()),
-    CHAIN,
-    [np.array([BOS])] * count,
-    **kwargs | changes,
-  )
+def run_chain(mesh, count, *sampling, **changes):
+  sampling = decode.Sampling(*sampling or [2.0])
+  options = decode.GenerateOptions(6, EOS, KNOWN, sampling, tile=512)
+  params, prompts = on_mesh(mesh, CHAIN, chain_params()), [np.array([BOS])]
+  options = options._replace(**changes)
+  return decode.generate(mesh, params, CHAIN, prompts * count, options)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
 def test_frequencies_are_the_softmax_s(alone, temperature):
   """Chi-square of both tokens: the second given the first."""
-  said = run_chain(alone, 8192, temperature=temperature)
+  said = run_chain(alone, 8192, temperature)
   odds = chain_odds(temperature)
   first = np.array([s[0] for s in said])
   count = np.bincount(first, minlength=10)
@@ -226,18 +220,10 @@ def say(shape, temperature):
     dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
   )
   with jax.set_mesh(mesh):
-    return decode.generate(
-      mesh,
-      on_mesh(mesh, MODEL, params()),
-      MODEL,
-      prompts(),
-      new=8,
-      eos=EOS,
-      known=30,
-      tile=4,
-      temperature=temperature,
-      seed=3,
-    )
+    how = decode.Sampling(temperature)
+    options = decode.GenerateOptions(8, EOS, 30, how, seed=3, tile=4)
+    where = on_mesh(mesh, MODEL, params())
+    return decode.generate(mesh, where, MODEL, prompts(), options)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +270,8 @@ def test_long_prompts_keep_bos_and_their_end():
 @pytest.mark.parametrize("new", [0, 24, 30])
 def test_new_tokens_that_leave_no_room(alone, new):
   with pytest.raises(ConfigError, match="set config.eval.new_tokens"):
-    decode.generate(alone, {}, MODEL, prompts(), new=new, eos=EOS, known=30)
+    options = decode.GenerateOptions(new, EOS, 30)
+    decode.generate(alone, {}, MODEL, prompts(), options)
 
 
 def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
@@ -292,7 +279,7 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   longs = [p for p in prompts() if len(p) > 16]
   ids = np.concatenate([np.append(p[:23], EOS) for p in longs])
   sizes = [min(len(p), 23) + 1 for p in longs]
-  what = evaluate.Examined(
+  what = held_out.EvalSet(
     [{}] * len(longs),
     tokens_lib.TokenRows(
       ids.astype(np.int32),
@@ -306,10 +293,10 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   )
   where = on_mesh(alone, MODEL, params())
   said = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
-  got = evaluate.score_answers(
-    alone, where, MODEL, what, said, new=8, tile=4, chunk=64
+  got = held_out.score_answers(
+    alone, where, MODEL, what, said, held_out.EvalOptions(8, 1.0, 0, 4, 64)
   )
-  rows = evaluate.answer_rows(
+  rows = held_out.answer_rows(
     [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said
   )
   wanted = embed.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
@@ -319,8 +306,8 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
 def test_flops_count_each_token_once():
   said = [np.arange(3), np.arange(5)]
   asked = [np.arange(4), np.arange(2)]
-  assert decode.flops(MODEL, asked, said) == (
-    decoder.flops(MODEL, 7, 3) + decoder.flops(MODEL, 7, 5)
+  assert generate_flops(MODEL, asked, said) == (
+    decoder_flops(MODEL, 7, 3) + decoder_flops(MODEL, 7, 5)
   )
 
 
@@ -339,7 +326,7 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(top_k, top_p):
   if top_p < 1:
     wanted = logits_process.TopPLogitsWarper(top_p)(None, wanted)
   mine = np.asarray(
-    decode.kept(jnp.asarray(scores), decode.Sampling(1.0, top_k, top_p))
+    decode.keep_likely(jnp.asarray(scores), decode.Sampling(1.0, top_k, top_p))
   )
   # Among ties transformers sorts the other way, so only their number counts.
   for got, want, row in zip(mine > -1e29, np.isfinite(wanted.numpy()), scores):
@@ -348,7 +335,7 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(top_k, top_p):
 
 
 def test_only_the_kept_tokens_are_drawn(alone):
-  said = run_chain(alone, 4096, temperature=0.9, top_k=3, new=1)
+  said = run_chain(alone, 4096, 0.9, 3, new=1)
   odds = chain_odds(0.9)[BOS]
   best = np.argsort(-odds)[:3]
   count = np.bincount([s[0] for s in said], minlength=10)
@@ -376,7 +363,7 @@ def test_any_of_several_stops_ends_an_answer(alone):
 )
 def test_sampling_with_no_sense_is_refused(alone, change, words):
   with pytest.raises(ConfigError, match=words):
-    run_chain(alone, 1, **change)
+    run_chain(alone, 1, *decode.Sampling()._replace(**change))
 
 
 def test_answers_to_one_prompt_are_those_of_as_many_rows(mesh, monkeypatch):
@@ -398,12 +385,12 @@ def test_answers_to_one_prompt_are_those_of_as_many_rows(mesh, monkeypatch):
 
   monkeypatch.setattr(decode, "_prefill_fn", counted)
   weights = on_mesh(mesh, MODEL, params())
-  run = lambda prompts, **more: [
-    x.tolist()
-    for x in decode.generate(
-      mesh, weights, MODEL, prompts, new=6, eos=2, known=30, seed=4, **more
-    )
-  ]
+
+  def run(prompts, **more):
+    options = decode.GenerateOptions(6, 2, 30, seed=4, **more)
+    answers = decode.generate(mesh, weights, MODEL, prompts, options)
+    return [x.tolist() for x in answers]
+
   apart = run([p for p in prompts for _ in range(5)], tile=3)
   assert len({tuple(x) for x in apart[:5]}) > 1  # the noise is each row's own
   for tile in (1, 3, 8):

@@ -10,6 +10,7 @@ import pytest
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder, logprob
+from jaxalign.model.flops import decoder_flops
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -283,7 +284,7 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
 def test_sizes_that_cannot_work_are_refused(change, words):
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
   with pytest.raises(ConfigError, match=words):
-    decoder.check(SIZES["gqa2-untied"]._replace(**change), mesh)
+    decoder.check_model(SIZES["gqa2-untied"]._replace(**change), mesh)
 
 
 def test_flops_agree_with_the_compiler():
@@ -317,6 +318,6 @@ def test_flops_agree_with_the_compiler():
       .compile()
       .cost_analysis()
     )
-  assert decoder.flops(m, 64) == pytest.approx(cost["flops"], rel=0.03)
+  assert decoder_flops(m, 64) == pytest.approx(cost["flops"], rel=0.03)
   # The head on fewer positions costs exactly that much less.
-  assert decoder.flops(m, 64) - decoder.flops(m, 64, 10) == 54 * 2 * 128 * 1024
+  assert decoder_flops(m, 64) - decoder_flops(m, 64, 10) == 54 * 2 * 128 * 1024

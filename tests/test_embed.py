@@ -11,6 +11,7 @@ from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import NumericError
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.select import embed
 
 MODEL = decoder.ModelConfig(
@@ -223,5 +224,5 @@ def test_rows_that_are_not_finite_are_named():
 
 
 def test_flops_count_every_row():
-  wanted = sum(decoder.flops(MODEL, len(p) + len(r)) for p, r in rows())
+  wanted = sum(decoder_flops(MODEL, len(p) + len(r)) for p, r in rows())
   assert embed.flops(MODEL, token_rows(rows())) == wanted

@@ -17,7 +17,7 @@ from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder, weights
+from jaxalign.model import decoder, hf
 from jaxalign.select import embed, store
 from jaxalign.stages.embed import KEEPS
 
@@ -86,7 +86,7 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     export = arm_of(whole) / "export"
-    m = weights.read_config(export, "float32", "none")._replace(context=32)
+    m = hf.read_config(export, "float32", "none")._replace(context=32)
     job = jobs.job_lib.Job(c, mesh, whole)
     params = {
       n: w[:1] if n.startswith("layers/") else w

@@ -19,7 +19,8 @@ import tokenizers
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.model import encoder, weights
-from jaxalign.model.table import count
+from jaxalign.model.flops import encoder_flops
+from jaxalign.model.parameters import count
 from jaxalign.select import texts as texts_lib
 
 transformers = pytest.importorskip("transformers")
@@ -305,9 +306,9 @@ def test_sizes_and_flops_by_hand():
   m = encoder.EncoderConfig(6, 384, 12, 1536, 30522, 512, 256)
   assert count(encoder.table(m)) == 22_713_216 - 384 * 384 - 384  # no pooler
   layer = 10 * (4 * 384 * 384 + 2 * 384 * 1536) + 2 * 10 * 10 * 384
-  assert encoder.flops(m, 10) == 6 * 2 * layer
+  assert encoder_flops(m, 10) == 6 * 2 * layer
   assert texts_lib.flops(m, np.array([10, 3, 10])) == (
-    2 * encoder.flops(m, 10) + encoder.flops(m, 3)
+    2 * encoder_flops(m, 10) + encoder_flops(m, 3)
   )
 
 

@@ -12,7 +12,7 @@ from jaxalign import evidence, recipe, study
 from jaxalign import job as job_lib
 from jaxalign.data import tables
 from jaxalign.job import Arm
-from jaxalign.report.pages import study as page
+from jaxalign.report import terminal
 
 SEEDS, PROMPTS = 6, 400
 
@@ -230,7 +230,7 @@ def test_a_fair_test_end_to_end(tmp_path):
   assert all(x["verdict"] == "withheld" for x in summary["comparisons"])
   assert any("fewer than the 50" in w for w in summary["warnings"])
   assert "isa-0.1 against random-0.1" in ended.out
-  said = page.terminal(summary).splitlines()
+  said = terminal.study_text(summary).splitlines()
   assert len(said) <= 25 and any("all-1-as-0.1" in x for x in said)
   assert said[2].split()[-1] == "FLOP"  # selecting counted
   html = (tmp_path / "report.html").read_text()

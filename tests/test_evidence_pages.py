@@ -6,15 +6,40 @@ import json
 import pytest
 from test_report import paths, PAYLOADS, poisoned, read
 
-from jaxalign.eval import agreement
+from jaxalign.eval import interrater
 from jaxalign.eval import plateau as fits
-from jaxalign.eval.agreement import Verdict
-from jaxalign.report import page
-from jaxalign.report.pages import evidence, judges, plateau
+from jaxalign.eval.interrater import Verdict
+from jaxalign.report import page, study_page, values
+from jaxalign.report.values import Node
 
 HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
 OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]
 X = [0, 10, 25, 50, 75, 100]
+
+
+def drawn(template, **data):
+  """What a macro of a template makes of this JSON."""
+  data = {name: Node(value) for name, value in data.items()}
+  return page.ENVIRONMENT.from_string(template).render(data)
+
+
+def plateau(found):
+  template = "{% import 'plateau.html' as t %}{{ t.plateau(found) }}"
+  return drawn(template, found=found)
+
+
+def judges(found, controls=None):
+  template = """{% import 'judges.html' as t -%}
+  {{ t.against_humans(found, entries(controls)) }}"""
+  return drawn(template, found=found, controls=controls)
+
+
+def ranking(found):
+  return study_page.study_html({"ranking": found})
+
+
+def efficiency(found):
+  return study_page.study_html({"efficiency": found})
 
 
 def fit(y=HH, **kwargs):
@@ -29,7 +54,9 @@ def judged():
     for k, rater in enumerate(("ann", "ben", "gpt"))
     for names in (("m", "k"), ("k", "m"))
   ]
-  return json.loads(json.dumps(agreement.judged(rows, ["gpt"], ["ann", "ben"])))
+  return json.loads(
+    json.dumps(interrater.judged(rows, ["gpt"], ["ann", "ben"]))
+  )
 
 
 def control(passed=True):
@@ -85,7 +112,7 @@ def text(found):
 
 
 def test_the_plateau_is_told_with_its_numbers_and_its_doubt():
-  said = text(plateau.section(fit()))
+  said = text(plateau(fit()))
   assert "A plateau is identified" in said and "82.2" in said
   assert "0.290" in said and "power law" in said
   assert fits.RECIPE in said  # b is the recipe's as much as the data's
@@ -93,59 +120,60 @@ def test_the_plateau_is_told_with_its_numbers_and_its_doubt():
 
 
 def test_no_plateau_is_said_so():
-  said = text(plateau.section(fit(OASST)))
+  said = text(plateau(fit(OASST)))
   assert "Plateau not identified" in said and "no bound" in said
   assert "A plateau is identified" not in said
 
 
 def test_shares_are_shown_in_percent():
   found = fit([v / 100 for v in HH], bounds=(0, 1), se=[0.02] * 6)
-  said = text(plateau.section(found))
+  said = text(plateau(found))
   assert "82.2" in said and "Band: 95 % of each point" in said
 
 
 def test_seeds_share_a_line():
   found = fits.fit(X * 2, HH + [v - 1 for v in HH])
-  shown = plateau.section(found)
+  shown = plateau(found)
   assert "band: all seeds" in text(shown)
   assert (
     str(read(shown).seen).count("'polyline'") == 4
   )  # and the fitted, and two
-  assert f"{fit()['b']['value']:.3f}" == f"{plateau.PAPER['HH']:.3f}"
+  assert f"{fit()['b']['value']:.3f}" == f"{study_page.PAPER['HH']:.3f}"
 
 
 def test_judges_are_told_under_every_rule():
   found = judged()
-  said = text(judges.section(found, control()))
-  for rule in agreement.UNPARSABLE.values():
+  said = text(judges(found, control()))
+  for rule in interrater.UNPARSABLE.values():
     assert rule in said
   value = found["judges"]["gpt"]["against"]["drop"]["kappa"]["value"]
-  assert page.number(value) in said
+  assert values.number(value) in said
   assert "ann / ben" in said and "it holds" in said
 
 
 @pytest.mark.parametrize("passed", [True, False, None])
 def test_a_failed_control_is_a_warning(passed):
-  found = judges.section(judged(), control(passed))
+  found = judges(judged(), control(passed))
   kinds = [a.get("class") for _, a in read(found).seen]
   assert ("callout warning" in kinds) == (passed is not True)
 
 
 def test_ranks_and_quality_for_cost_are_told_as_numbers():
-  said = text(evidence.ranking(ranked()))
+  said = text(ranking(ranked()))
   assert "1 to 2" in said and "60.0 [50.0, 70.0]" in said and "Holm" in said
   assert "2 to 2" not in said  # one rank is one number
-  said = text(evidence.efficiency(gained()))
+  said = text(efficiency(gained()))
   assert (
     "+10.0 [+5.0, +15.0]" in said
-    and "2.00 TFLOP" in said.replace(page.NO_BREAK, " ")
+    and "2.00 TFLOP" in said.replace(values.NO_BREAK, " ")
     and "+5.00" in said
   )
   for odd in (None, [], {}, "x", [3]):
-    assert evidence.ranking(odd) == evidence.efficiency(odd) == ""
+    assert "Ranking" not in text(ranking(odd))
+    assert "Quality for its cost" not in text(efficiency(odd))
 
 
-@pytest.mark.parametrize("section", [plateau.section, judges.section])
+@pytest.mark.parametrize("section", [plateau, judges])
 @pytest.mark.parametrize(
   "odd",
   [
@@ -171,12 +199,7 @@ def set_at(value, path, leaf):
 
 @pytest.mark.parametrize(
   "make,section",
-  [
-    (fit, plateau.section),
-    (judged, judges.section),
-    (ranked, evidence.ranking),
-    (gained, evidence.efficiency),
-  ],
+  [(fit, plateau), (judged, judges), (ranked, ranking), (gained, efficiency)],
 )
 def test_any_leaf_may_be_missing_or_odd(make, section):
   whole = make()
@@ -189,13 +212,13 @@ def test_any_leaf_may_be_missing_or_odd(make, section):
 
 @pytest.mark.parametrize("payload", PAYLOADS[::4])
 def test_nothing_from_data_becomes_markup(payload):
-  read(plateau.section(poisoned(fit(), payload)))
-  read(evidence.ranking(poisoned(ranked(), payload)))
-  read(evidence.efficiency(poisoned(gained(), payload)))
+  read(plateau(poisoned(fit(), payload)))
+  read(ranking(poisoned(ranked(), payload)))
+  read(efficiency(poisoned(gained(), payload)))
   found = judged()
   found["judges"][payload] = found["judges"].pop("gpt")
   read(
-    judges.section(
+    judges(
       poisoned(found, payload), {payload: poisoned(control()["gpt"], payload)}
     )
   )

@@ -12,7 +12,8 @@ import pytest
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder, families, logprob, rope
+from jaxalign.model import decoder, families, hf, logprob
+from jaxalign.model.attention import Rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -351,7 +352,7 @@ def test_older_files_are_read_as_transformers_reads_them():
     theirs.layer_types
   )
   assert m.windows == (1024, 0) and m.tied
-  assert m.ropes == (rope.Rope(1e4), rope.Rope(1e6, "linear", 8.0))
+  assert m.ropes == (Rope(1e4), Rope(1e6, "linear", 8.0))
   assert m.context == theirs.max_position_embeddings
   name = "language_model.model.layers.3.mlp.up_proj.weight"
   assert families.canonical(m, name) == "model.layers.3.mlp.up_proj.weight"
@@ -413,7 +414,7 @@ def test_what_is_not_known_is_named(raw, words):
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
   with pytest.raises(ConfigError, match="has no config.json"):
-    families.read_config(tmp_path, "float32", "none")
+    hf.read_config(tmp_path, "float32", "none")
   (tmp_path / "config.json").write_text("[1]")
   with pytest.raises(ConfigError, match="a list, wanted an object"):
-    families.read_config(tmp_path, "float32", "none")
+    hf.read_config(tmp_path, "float32", "none")

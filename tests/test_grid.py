@@ -10,8 +10,8 @@ from scipy import stats
 from jaxalign import grid
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
-from jaxalign.eval import verdict
-from jaxalign.report.pages import grid as page
+from jaxalign.eval import equivalence
+from jaxalign.report import study_page, terminal
 
 
 def flags(folder, *more):
@@ -124,9 +124,9 @@ def test_differences_are_paired_by_seed(tmp_path):
   d = np.mean([told[w][2] - told[w][0] for w in told], axis=0)
   assert np.isclose(pooled["difference"]["value"], d.mean())
   assert pooled["cells"] == 10
-  html = page.render(json.loads(json.dumps(found)))
+  html = study_page.grid_html(json.loads(json.dumps(found)))
   assert "isa-0.1" in html and "better" in html
-  assert "isa-0.1" in page.terminal(found)
+  assert "isa-0.1" in terminal.grid_text(found)
 
 
 def test_a_missing_job_is_named_and_another_seed_refused(tmp_path):
@@ -136,7 +136,7 @@ def test_a_missing_job_is_named_and_another_seed_refused(tmp_path):
   found = grid.summarise(values, cells)
   assert found["missing"] == ["junk/seed3", "natural/seed4", "junk/seed4"]
   assert found["worlds"][0]["verdicts"][0]["verdict"] == "withheld"
-  assert page.render(json.loads(json.dumps(found)))
+  assert study_page.grid_html(json.loads(json.dumps(found)))
   summary = grid.read(tmp_path, cells)[cells[0]]
   with pytest.raises(DataError, match="no win rate of seed 9"):
     grid.outcomes(summary, 9, "natural/seed3")
@@ -153,10 +153,12 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
     a, b = (
       rng.binomial(500, np.clip(r, 0, 1)) / 500 for r in (rate + own, rate)
     )
-    as_arm = lambda name, v: verdict.Arm(
+    as_arm = lambda name, v: equivalence.ArmOutcomes(
       name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1)
     )
-    (one,) = verdict.compare_nested([(as_arm("a", a), as_arm("b", b))])
+    (one,) = equivalence.compare(
+      [(as_arm("a", a), as_arm("b", b))], nested=True
+    )
     d = one["difference"]
     covered.append(d["low"] <= effect <= d["high"])
     verdicts.append(one["verdict"])

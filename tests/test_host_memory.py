@@ -26,7 +26,7 @@ M = decoder.ModelConfig(
   attention="tiles",
 )
 GIB = 2**30
-SIZES = dict(tokens=30, packed=True, rows=6, length=5, chunk=2, tile=2)
+SHAPE = memory.StepShape(rows=6, length=5, chunk=2, packed=30)
 
 
 def one():
@@ -35,28 +35,32 @@ def one():
 
 def test_a_whole_policy_and_its_reference():
   """Weights, gradients and two moments; the reference where it stays."""
-  held = memory.on_host(M, one(), **SIZES)
+  held = memory.on_host(M, one(), SHAPE, tile=2)
   numbers = 2 * 92 + 44  # as in test_plan
   assert held["parameters"] == held["gradients"] == 4 * numbers
   assert held["optimizer"] == 8 * numbers and "reference" not in held
-  both = memory.on_host(M, one(), **SIZES, reference=True, frozen_size=2)
+  shape = SHAPE._replace(frozen_size=2)
+  both = memory.on_host(M, one(), shape, tile=2, reference=True)
   assert both["reference"] == 2 * numbers
   lora = memory.on_host(
-    M._replace(lora=adapters.Lora(1)), one(), **SIZES, reference=True
+    M._replace(lora=adapters.Lora(1)), one(), SHAPE, tile=2, reference=True
   )
   assert "reference" not in lora  # it is the frozen base
   assert lora["gradients"] < held["gradients"]
 
 
 def test_packed_rows_hold_their_own_tokens_and_no_scores():
-  by = lambda **more: memory.on_host(M, one(), **SIZES | more)["activations"]
-  assert by(tokens=15) * 2 == by(tokens=30)
+  def by(packed):
+    shape = SHAPE._replace(packed=packed)
+    return memory.on_host(M, one(), shape, tile=2)["activations"]
+
+  assert by(15) * 2 == by(30)
   scores = 2 * 30 * 2 * 4 * 2 * 5  # layers, tokens, float32 twice, heads, keys
-  assert by(packed=False) == by() + scores
+  assert by(0) == by(30) + scores  # padded
 
 
 def test_a_pass_over_many_rows_may_be_the_peak():
-  held = memory.on_host(M, one(), **SIZES | dict(tile=4096))
+  held = memory.on_host(M, one(), SHAPE, tile=4096)
   assert "gradients" not in held
   assert held["logits"] == 8 * 4096 * 2 * 10
 
@@ -135,7 +139,7 @@ def test_tokens_are_counted_as_the_template_has_them():
 
 @pytest.mark.slow
 def test_a_job_takes_about_what_it_plans():
-  """A short world: within a third; `tools/job_checks.py memory` has the others."""
+  """A short world, within a third; `job_checks.py memory` has the others."""
   sys.path.insert(0, str(jobs.ROOT))
   from tools import job_checks
 

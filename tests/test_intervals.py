@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from jaxalign.eval import held_out, intervals
+from jaxalign.core import intervals
+from jaxalign.eval import equivalence, held_out
 
 Z = 1.959963984540054
 
@@ -20,7 +21,7 @@ def covered(make, truth, n=4000, seed=0):
 
 @pytest.mark.parametrize("p,n", [(0.5, 40), (0.14, 100), (0.9, 64), (0.5, 512)])
 def test_a_share_s_interval_covers_95_percent(p, n):
-  rate = covered(lambda rng: intervals.share(rng.random(n) < p), p)
+  rate = covered(lambda rng: intervals.proportion(rng.random(n) < p), p)
   assert 0.93 < rate < 0.97, rate
 
 
@@ -29,7 +30,7 @@ def test_a_difference_s_interval_covers_95_percent(n):
   def paired(rng):  # the prompt moves both, as in an evaluation
     easy = rng.random(n)
     a, b = rng.random((2, n)) < np.stack([easy * 0.9, easy * 0.6])
-    return intervals.difference(a, b)
+    return intervals.paired_difference(a, b)
 
   rate = covered(paired, 0.45 - 0.30)
   assert 0.93 < rate < 0.97, rate
@@ -43,7 +44,7 @@ def test_a_macro_s_interval_covers_95_percent(least, most):
   groups = rng.choice(64, 400, p=zipf / zipf.sum())
   p = rng.uniform(least, most, 64)
   rate = covered(
-    lambda rng: intervals.macro(
+    lambda rng: intervals.macro_mean(
       (rng.random(400) < p[groups]).astype(float), groups
     ),
     p[np.unique(groups)].mean(),
@@ -54,16 +55,18 @@ def test_a_macro_s_interval_covers_95_percent(least, most):
 
 def test_ties_count_one_half_and_never_narrow_the_interval():
   def with_ties(rng):
-    return intervals.share(rng.choice([0.0, 0.5, 1.0], 80, p=[0.3, 0.4, 0.3]))
+    return intervals.proportion(
+      rng.choice([0.0, 0.5, 1.0], 80, p=[0.3, 0.4, 0.3])
+    )
 
   rate = covered(with_ties, 0.5)
   assert rate > 0.95  # wide, never narrow
-  assert intervals.share(np.full(10, 0.5))["value"] == 0.5
+  assert intervals.proportion(np.full(10, 0.5))["value"] == 0.5
 
 
 def test_wilson_by_hand():
   """8 of 10: (0.8 + z^2/20 +- z sqrt(0.016 + z^2/400)) / (1 + z^2/10)."""
-  found = intervals.share(np.repeat([1, 0], [8, 2]))
+  found = intervals.proportion(np.repeat([1, 0], [8, 2]))
   center, half = 0.8 + Z**2 / 20, Z * np.sqrt(0.016 + Z**2 / 400)
   assert found["n"] == 10 and found["value"] == 0.8
   np.testing.assert_allclose(
@@ -72,7 +75,10 @@ def test_wilson_by_hand():
     rtol=1e-12,
   )
   # None of 10 and all of 10 still have a width, and stay in [0, 1].
-  none, all_ = intervals.share(np.zeros(10)), intervals.share(np.ones(10))
+  none, all_ = (
+    intervals.proportion(np.zeros(10)),
+    intervals.proportion(np.ones(10)),
+  )
   assert none["low"] == 0 and 0.2 < none["high"] < 0.4
   assert all_["high"] == 1 and 0.6 < all_["low"] < 0.8
 
@@ -87,39 +93,39 @@ def test_mean_by_hand():
 
 
 def test_difference_keeps_the_sign():
-  found = intervals.difference([1, 1, 0.5, 1], [0, 1, 0, 0])
+  found = intervals.paired_difference([1, 1, 0.5, 1], [0, 1, 0, 0])
   assert found["value"] == 0.625
-  assert intervals.difference([0, 0], [1, 0.5])["value"] == -0.75
+  assert intervals.paired_difference([0, 0], [1, 0.5])["value"] == -0.75
 
 
 def test_macro_by_hand():
   """Means 1/2 and 1; squares 1/2 + 0 and the 1/4 put on, over 3 + 1."""
   values = np.array([0.0, 1.0, 1.0, 1.0, 1.0])
   groups = np.array(["a", "a", "b", "b", "b"])
-  found = intervals.macro(values, groups)
+  found = intervals.macro_mean(values, groups)
   assert found["value"] == 0.75 and found["n"] == 5
   half = Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3)) / 2
   np.testing.assert_allclose(
     [found["low"], found["high"]], [0.75 - half, 1.0], rtol=1e-12
   )
   # A group of one counts like any other.
-  found = intervals.macro(np.append(values, 0.0), np.append(groups, "c"))
+  found = intervals.macro_mean(np.append(values, 0.0), np.append(groups, "c"))
   assert found["value"] == pytest.approx(0.5)
   half = Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3 + 1)) / 3
   np.testing.assert_allclose(found["high"], 0.5 + half, rtol=1e-12)
   # Nothing but groups of one: the largest variance, 1/4.
-  found = intervals.macro(np.array([0.0, 1.0]), np.array([1, 2]))
+  found = intervals.macro_mean(np.array([0.0, 1.0]), np.array([1, 2]))
   np.testing.assert_allclose([found["low"], found["high"]], [0, 1])
 
 
 def test_difference_by_hand():
   """Differences 1, 1, 0 with +1 and -1: mean 2/5, variance 4/5 - 4/25."""
-  found = intervals.difference([1, 1, 1], [0, 0, 1])
+  found = intervals.paired_difference([1, 1, 1], [0, 0, 1])
   half = Z * np.sqrt((4 / 5 - 4 / 25) / 5)
   assert found["value"] == pytest.approx(2 / 3) and found["n"] == 3
   np.testing.assert_allclose(found["low"], 2 / 5 - half, rtol=1e-12)
   assert found["high"] == 1.0
-  other = intervals.difference([0, 0, 1], [1, 1, 1])
+  other = intervals.paired_difference([0, 0, 1], [1, 1, 1])
   np.testing.assert_allclose(
     [-other["high"], -other["low"], -other["value"]],
     [found["low"], found["high"], found["value"]],
@@ -133,10 +139,10 @@ def test_one_number_has_no_interval():
 @pytest.mark.parametrize(
   "make",
   [
-    intervals.share,
+    intervals.proportion,
     intervals.mean,
-    lambda x: intervals.difference(x, x),
-    lambda x: intervals.macro(x, x),
+    lambda x: intervals.paired_difference(x, x),
+    lambda x: intervals.macro_mean(x, x),
   ],
 )
 def test_nothing_measured_is_none_and_is_json(make):
@@ -158,8 +164,8 @@ def test_a_sentence_says_what_the_interval_says():
   for _ in range(300):
     shift, n = rng.normal(0, 0.15), int(rng.integers(2, 200))
     a = np.clip(np.round(rng.random(n) + shift), 0, 1)
-    diff = intervals.difference(a, rng.random(n) < 0.5)
-    text = intervals.in_words("isa", "random", diff, "win rate")
+    diff = intervals.paired_difference(a, rng.random(n) < 0.5)
+    text = equivalence.one_seed_sentence("isa", "random", diff, "win rate")
     holds = diff["low"] <= 0 <= diff["high"]
     assert claims(text) != holds, text
     assert ("No difference shown" in text) == holds
@@ -183,24 +189,28 @@ def test_a_sentence_says_what_the_interval_says():
 )
 def test_the_ends_of_an_interval_belong_to_it(low, high, words):
   diff = dict(value=0.05 if high > 0 else -0.1, low=low, high=high, n=9)
-  assert intervals.in_words("isa", "all", diff, "win rate").startswith(words)
+  assert equivalence.one_seed_sentence(
+    "isa", "all", diff, "win rate"
+  ).startswith(words)
 
 
 def test_too_little_to_claim_anything():
   """One prompt, or prompts that all agree, have no measured spread."""
-  assert "not measured" in intervals.in_words(
-    "isa", "all", intervals.difference([], []), "win rate"
+  assert "not measured" in equivalence.one_seed_sentence(
+    "isa", "all", intervals.paired_difference([], []), "win rate"
   )
   for n in (1, 2, 3):
-    diff = intervals.difference(np.ones(n), np.zeros(n))
-    assert not claims(intervals.in_words("isa", "all", diff, "win rate")), n
+    diff = intervals.paired_difference(np.ones(n), np.zeros(n))
+    assert not claims(
+      equivalence.one_seed_sentence("isa", "all", diff, "win rate")
+    ), n
     json.dumps(diff, allow_nan=False)
 
 
 def test_many_that_all_agree_may_be_claimed():
-  diff = intervals.difference(np.ones(200), np.zeros(200))
+  diff = intervals.paired_difference(np.ones(200), np.zeros(200))
   assert diff["low"] < diff["value"] or diff["high"] > diff["value"]
-  assert claims(intervals.in_words("isa", "all", diff, "win rate"))
+  assert claims(equivalence.one_seed_sentence("isa", "all", diff, "win rate"))
 
 
 # Held-out measures.
@@ -237,18 +247,18 @@ def test_sampled_kl_is_policy_minus_reference():
 
 def test_student_by_hand():
   """1, 2, 6: mean 3, sd sqrt(7); t of 2 degrees is (2q - 1) / sqrt(2q(1-q))."""
-  found = intervals.student([1.0, 2.0, 6.0])
+  found = intervals.t_mean([1.0, 2.0, 6.0])
   half = 0.95 / np.sqrt(2 * 0.975 * 0.025) * np.sqrt(7 / 3)
   np.testing.assert_allclose(
     [found["low"], found["high"]], [3 - half, 3 + half], rtol=1e-12
   )
-  assert intervals.student([4.0]) == dict(value=4.0, low=None, high=None, n=1)
-  assert intervals.student([])["n"] == 0
+  assert intervals.t_mean([4.0]) == dict(value=4.0, low=None, high=None, n=1)
+  assert intervals.t_mean([])["n"] == 0
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_student_covers_95_percent_where_a_bootstrap_does_not(seeds):
-  rate = covered(lambda rng: intervals.student(rng.normal(0, 1, seeds)), 0.0)
+  rate = covered(lambda rng: intervals.t_mean(rng.normal(0, 1, seeds)), 0.0)
   assert 0.94 < rate < 0.96, rate
 
   def percentile(rng):
@@ -275,7 +285,7 @@ def two_way(rng, s, p, seed_sd, prompt_sd):
 def test_crossed_covers_93_to_97_of_1000_draws(s, p, seed_sd, prompt_sd):
   """The built-in world's spreads; seeds alone would claim far too much."""
   rate = covered(
-    lambda rng: intervals.crossed(two_way(rng, s, p, seed_sd, prompt_sd)),
+    lambda rng: intervals.crossed_mean(two_way(rng, s, p, seed_sd, prompt_sd)),
     0.5,
     n=1000,
   )
@@ -286,16 +296,18 @@ def test_crossed_covers_where_seeds_alone_do_not():
   def draw(rng):
     return two_way(rng, 10, 200, 0.024, 0.25)
 
-  rate = covered(lambda rng: intervals.crossed(draw(rng)), 0.5, n=1000)
+  rate = covered(lambda rng: intervals.crossed_mean(draw(rng)), 0.5, n=1000)
   assert 0.93 <= rate <= 0.97, rate
-  alone = covered(lambda rng: intervals.student(draw(rng).mean(1)), 0.5, n=1000)
+  alone = covered(lambda rng: intervals.t_mean(draw(rng).mean(1)), 0.5, n=1000)
   assert alone < 0.85, alone
 
 
 def test_crossed_never_claims_less_than_there_is():
   """No luck of seeds at all: the interval is wide, never narrow."""
   rate = covered(
-    lambda rng: intervals.crossed(two_way(rng, 5, 100, 0.0, 0.0)), 0.5, n=1000
+    lambda rng: intervals.crossed_mean(two_way(rng, 5, 100, 0.0, 0.0)),
+    0.5,
+    n=1000,
   )
   assert rate > 0.95, rate
 
@@ -303,7 +315,7 @@ def test_crossed_never_claims_less_than_there_is():
 def test_spread_by_hand():
   """Two seeds, three prompts, worked as a two-way table of variance."""
   v = np.array([[1.0, 0.0, 1.0], [0.5, 0.0, 0.0]])
-  found = intervals.spread(v)
+  found = intervals.two_way_spread(v)
   rows, columns, m = [2 / 3, 1 / 6], [0.75, 0, 0.5], 2.5 / 6
   ms_s = 3 * sum((r - m) ** 2 for r in rows) / 1
   ms_p = 2 * sum((c - m) ** 2 for c in columns) / 2
@@ -331,13 +343,13 @@ def test_the_prompts_part_is_that_of_a_bootstrap():
   rng = np.random.default_rng(0)
   v = two_way(rng, 6, 300, 0.05, 0.2)
   drawn = [v[:, rng.integers(0, 300, 300)].mean() for _ in range(4000)]
-  found = intervals.spread(v)
+  found = intervals.two_way_spread(v)
   assert np.var(drawn) == pytest.approx(
     (found.prompts + found.noise / 6) / 300, rel=0.1
   )
 
 
 def test_crossed_of_one_seed_has_no_interval():
-  found = intervals.crossed(np.array([[1.0, 0.0]]))
+  found = intervals.crossed_mean(np.array([[1.0, 0.0]]))
   assert found == dict(value=0.5, low=None, high=None, n=1, prompts=2)
-  json.dumps(intervals.crossed(np.ones((3, 4))), allow_nan=False)
+  json.dumps(intervals.crossed_mean(np.ones((3, 4))), allow_nan=False)

@@ -422,7 +422,7 @@ def verdict_files(root, prompts):
     folder = root / ("shared/judge" if not name else f"runs/{name}")
     folder.mkdir(parents=True)
     (folder / "verdicts.jsonl").write_text(
-      "".join(json.dumps(dict(id=i, won=w)) + "\n" for i, w in rows)
+      "".join(json.dumps(dict(id=i, outcome=w)) + "\n" for i, w in rows)
     )
   from configs import common
 

@@ -19,9 +19,9 @@ import pytest
 
 from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
-from jaxalign.eval.judges import endpoint
-from jaxalign.eval.judges.prompt import Pair
-from jaxalign.model import weights
+from jaxalign.eval import judge_endpoint
+from jaxalign.eval.judge_endpoint import Pair
+from jaxalign.model import hf
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +32,12 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 def export(shared, folder):
   """stories260K as a folder of transformers', with a template for chats."""
   source = shared / "models" / "stories260K"
-  m = weights.read_config(source, "float32", "none")
+  m = hf.read_config(source, "float32", "none")
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    weights.export_folder(
+    hf.export_folder(
       folder,
-      weights.load_folder(source, m, mesh),
+      hf.load_folder(source, m, mesh),
       m,
       tokenizers.load_tokenizer(source),
     )
@@ -94,7 +94,7 @@ def served(shared, tmp_path, monkeypatch):
 
 def test_what_a_real_server_says_is_counted_and_kept(served, tmp_path):
   url, model = served
-  e = endpoint.Endpoint(
+  e = judge_endpoint.Endpoint(
     model=model,
     url=url,
     key_env="JUDGE_KEY",
@@ -108,12 +108,12 @@ def test_what_a_real_server_says_is_counted_and_kept(served, tmp_path):
     for n in ("two", "ten")
   ]
   path = tmp_path / "verdicts.jsonl"
-  out = endpoint.both_orders(e, pairs, path)
+  out = judge_endpoint.judge_both_orders(e, pairs, path)
   cost = out["cost"]
-  assert (cost["verdicts"], cost["asked"], cost["requests"]) == (4, 4, 4)
+  assert (cost["verdicts"], cost["new"], cost["requests"]) == (4, 4, 4)
   assert cost["unparsable"] == 4 and out["unparsable"]["value"] == 1
-  assert np.isnan(out["won"]).all()  # counted, never guessed
+  assert np.isnan(out["outcomes"]).all()  # counted, never guessed
   assert cost["tokens"] > 4 * 100  # as the server counted them
   assert KEY not in path.read_text()
-  again = endpoint.both_orders(e, pairs, path)["cost"]
-  assert (again["asked"], again["unparsable"]) == (0, 4)
+  again = judge_endpoint.judge_both_orders(e, pairs, path)["cost"]
+  assert (again["new"], again["unparsable"]) == (0, 4)

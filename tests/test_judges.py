@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 
 from jaxalign.errors import ConfigError, RestartError
-from jaxalign.eval import agreement
-from jaxalign.eval.judges import cache, controls, endpoint, limits, prompt
-from jaxalign.eval.judges.prompt import Pair
+from jaxalign.eval import interrater, judge_endpoint, judging
+from jaxalign.eval.judge_endpoint import (
+  digest,
+  Endpoint,
+  judge_both_orders,
+  judge_pairs,
+  Pair,
+  parse_reply,
+  pause_s,
+  SYSTEM,
+)
+from jaxalign.eval.verdict_cache import VerdictCache
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -127,7 +136,7 @@ def settings(server, **changes):
     backoff_s=0.01,
     per_minute=60_000.0,
   )
-  return endpoint.Endpoint(**base | changes)
+  return Endpoint(**base | changes)
 
 
 def pairs(n=6):
@@ -147,37 +156,37 @@ KNOWN = ["first", "second", "tie"]
 
 
 def test_known_verdicts_in_both_orders(server, tmp_path):
-  out = endpoint.both_orders(settings(server), pairs(6), tmp_path / "v.jsonl")
-  np.testing.assert_array_equal(out["won"], [1, 0, 0.5, 1, 0, 0.5])
+  out = judge_both_orders(settings(server), pairs(6), tmp_path / "v.jsonl")
+  np.testing.assert_array_equal(out["outcomes"], [1, 0, 0.5, 1, 0, 0.5])
   assert (
-    out["said"]
+    out["verdicts"]
     == [("first", "second"), ("second", "first"), ("tie", "tie")] * 2
   )
   assert out["bias"]["value"] == 0 and out["consistent"]["value"] == 1
   assert out["rate"]["value"] == 0.5 and out["unparsable"]["value"] == 0
   assert out["cost"] == dict(
-    verdicts=12, asked=12, unparsable=0, requests=12, tokens=1200
+    verdicts=12, new=12, unparsable=0, requests=12, tokens=1200
   )
-  rows = endpoint.as_verdicts(out, range(6), "ours", "theirs", "m")
-  assert agreement.settled(rows, "m")[0, "ours", "theirs"] == "ours"
-  assert agreement.orders(rows, "m")["consistent"]["value"] == 1
+  rows = judging.as_verdicts(out["verdicts"], range(6), ("ours", "theirs"), "m")
+  assert interrater.settle_orders(rows, "m")[0, "ours", "theirs"] == "ours"
+  assert interrater.order_effects(rows, "m")["consistent"]["value"] == 1
 
 
 def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(
   server, tmp_path
 ):
   path, e = tmp_path / "v.jsonl", settings(server)
-  first, _ = endpoint.judge(e, pairs(3), path)
-  again, cost = endpoint.judge(e, pairs(3), path)
+  first, _ = judge_pairs(e, pairs(3), path)
+  again, cost = judge_pairs(e, pairs(3), path)
   assert first == again == KNOWN and len(server.seen) == 3
-  assert (cost["asked"], cost["requests"], cost["tokens"]) == (0, 3, 300)
-  longer, cost = endpoint.judge(e, [*reversed(pairs(6)), pairs(1)[0]], path)
-  assert longer == [*reversed(KNOWN * 2), "first"] and cost["asked"] == 3
+  assert (cost["new"], cost["requests"], cost["tokens"]) == (0, 3, 300)
+  longer, cost = judge_pairs(e, [*reversed(pairs(6)), pairs(1)[0]], path)
+  assert longer == [*reversed(KNOWN * 2), "first"] and cost["new"] == 3
   # Another judge, temperature or text is another verdict.
   assert (
     len(
       {
-        endpoint.digest(x, pairs(1)[0])
+        digest(x, pairs(1)[0])
         for x in (
           e,
           e._replace(model="n"),
@@ -189,9 +198,7 @@ def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(
     == 4
   )
   p = pairs(1)[0]
-  assert endpoint.digest(e, p) != endpoint.digest(
-    e, Pair(p.question, p.second, p.first)
-  )
+  assert digest(e, p) != digest(e, Pair(p.question, p.second, p.first))
 
 
 def error(status, message="no", code=None, **headers):
@@ -238,28 +245,28 @@ def error(status, message="no", code=None, **headers):
 def test_trouble_that_passes(server, tmp_path, trouble):
   server.script = [trouble, trouble]
   e = settings(server, timeout_s=0.3 if trouble == 0.6 else 5.0, workers=1)
-  said, cost = endpoint.judge(e, pairs(3), tmp_path / "v.jsonl")
+  said, cost = judge_pairs(e, pairs(3), tmp_path / "v.jsonl")
   assert said == KNOWN and cost["unparsable"] == 0
   assert cost["requests"] == len(server.seen) == 5
 
 
 def test_a_pause_asked_for_is_kept(server, tmp_path):
   server.script = [error(429, **{"retry-after": "0.4"})]
-  endpoint.judge(settings(server), pairs(1), tmp_path / "v.jsonl")
+  judge_pairs(settings(server), pairs(1), tmp_path / "v.jsonl")
   (before, *_), (after, *_) = server.seen
   assert after - before >= 0.4  # never sooner, whatever the machine
 
 
 def test_trouble_that_stays_keeps_what_there_is(server, tmp_path):
   path = tmp_path / "v.jsonl"
-  endpoint.judge(settings(server), pairs(2), path)
+  judge_pairs(settings(server), pairs(2), path)
   server.script = [error(500, f"key {KEY} failed")] * 100
   with pytest.raises(RestartError, match="after 3 attempts .500") as caught:
-    endpoint.judge(settings(server, retries=2, workers=1), pairs(4), path)
+    judge_pairs(settings(server, retries=2, workers=1), pairs(4), path)
   assert KEY not in str(caught.value) and "[key]" in str(caught.value)
   server.script = []
-  said, cost = endpoint.judge(settings(server), pairs(4), path)
-  assert said == [*KNOWN, "first"] and cost["asked"] == 2
+  said, cost = judge_pairs(settings(server), pairs(4), path)
+  assert said == [*KNOWN, "first"] and cost["new"] == 2
   assert cost["requests"] == len(server.seen)  # the failures are counted too
 
 
@@ -276,13 +283,13 @@ def test_trouble_that_stays_keeps_what_there_is(server, tmp_path):
 def test_a_refusal_stops_at_once(server, tmp_path, refusal):
   server.script = [refusal] * 100
   with pytest.raises(ConfigError, match="refuses.*JUDGE_KEY") as caught:
-    endpoint.judge(settings(server, workers=1), pairs(3), tmp_path / "v.jsonl")
+    judge_pairs(settings(server, workers=1), pairs(3), tmp_path / "v.jsonl")
   assert len(server.seen) == 1 and KEY not in str(caught.value)
 
 
 def test_an_answer_too_long_for_the_judge_is_no_verdict(server, tmp_path):
   server.script = [error(400, code="context_length_exceeded")]
-  said, cost = endpoint.judge(
+  said, cost = judge_pairs(
     settings(server, workers=1), pairs(2), tmp_path / "v.jsonl"
   )
   assert said == [None, "second"] and cost["unparsable"] == 1
@@ -293,7 +300,7 @@ def test_the_key_is_sent_and_written_nowhere(server, tmp_path, capfd, caplog):
   server.reply = lambda m: f"your key is {KEY}\nVERDICT: A"
   server.script = [error(500, KEY)]
   e = settings(server)
-  out = endpoint.both_orders(e, pairs(3), tmp_path / "v.jsonl")
+  out = judge_both_orders(e, pairs(3), tmp_path / "v.jsonl")
   for _, headers, _ in server.seen:
     lower = {k.lower(): v for k, v in headers.items()}
     assert lower["authorization"] == f"Bearer {KEY}"
@@ -314,9 +321,9 @@ def test_a_cap_in_requests_holds_over_restarts(server, tmp_path):
   e = settings(server, max_requests=4, workers=1)
   for _ in range(2):
     with pytest.raises(ConfigError, match="cap of 4 requests.*max_requests"):
-      endpoint.judge(e, pairs(6), path)
+      judge_pairs(e, pairs(6), path)
     assert len(server.seen) == 4
-  said, _ = endpoint.judge(e._replace(max_requests=6), pairs(6), path)
+  said, _ = judge_pairs(e._replace(max_requests=6), pairs(6), path)
   assert said == KNOWN * 2 and len(server.seen) == 6
 
 
@@ -326,15 +333,15 @@ def test_a_cap_in_tokens_is_never_passed(server, tmp_path, usage):
   server.usage = usage
   e = settings(server, max_total_tokens=10_000, workers=3)
   with pytest.raises(ConfigError, match="cap of 10000 tokens"):
-    endpoint.judge(e, pairs(300), tmp_path / "v.jsonl")
-  kept = cache.Verdicts(tmp_path / "v.jsonl")
+    judge_pairs(e, pairs(300), tmp_path / "v.jsonl")
+  kept = VerdictCache(tmp_path / "v.jsonl")
   assert kept.tokens <= 10_000
   assert len(server.seen) == kept.requests
   assert (kept.requests > 50) == usage
 
 
 def test_requests_keep_their_distance(server, tmp_path):
-  endpoint.judge(
+  judge_pairs(
     settings(server, per_minute=600.0, workers=4),
     pairs(5),
     tmp_path / "v.jsonl",
@@ -346,12 +353,12 @@ def test_requests_keep_their_distance(server, tmp_path):
 
 def test_pauses_double_and_heed_the_server():
   for attempt in range(8):
-    found = limits.pause(attempt, 0.5, None)
+    found = pause_s(attempt, 0.5, None)
     assert min(60, 0.25 * 2**attempt) <= found <= min(60, 0.5 * 2**attempt)
-  assert limits.pause(0, 0.1, "7") == 7.0
-  assert limits.pause(0, 0.1, "1e9") == 60.0
-  assert limits.pause(0, 0.1, "Wed, 21 Oct 2026 07:28:00 GMT") <= 0.1
-  assert limits.pause(0, 0.1, "-5") >= 0 and limits.pause(0, 0.1, "nan") >= 0
+  assert pause_s(0, 0.1, "7") == 7.0
+  assert pause_s(0, 0.1, "1e9") == 60.0
+  assert pause_s(0, 0.1, "Wed, 21 Oct 2026 07:28:00 GMT") <= 0.1
+  assert pause_s(0, 0.1, "-5") >= 0 and pause_s(0, 0.1, "nan") >= 0
 
 
 # What a reply says.
@@ -376,26 +383,26 @@ def test_pauses_double_and_heed_the_server():
   ],
 )
 def test_only_a_last_line_that_is_a_verdict_counts(reply, said):
-  assert prompt.parse(reply) == said
+  assert parse_reply(reply) == said
 
 
 def test_a_judge_that_always_says_a(server, tmp_path):
   server.reply = lambda _: "VERDICT: A"
-  out = endpoint.both_orders(settings(server), pairs(20), tmp_path / "v.jsonl")
+  out = judge_both_orders(settings(server), pairs(20), tmp_path / "v.jsonl")
   assert out["bias"]["value"] == 0.5 and out["consistent"]["value"] == 0
   assert out["rate"]["value"] == 0.5 and out["rate"]["ties"] == 1
-  rows = endpoint.as_verdicts(out, range(20), "x", "y", "m")
-  assert agreement.orders(rows, "m")["first"]["value"] == 1
+  rows = judging.as_verdicts(out["verdicts"], range(20), ("x", "y"), "m")
+  assert interrater.order_effects(rows, "m")["first"]["value"] == 1
 
 
 def test_a_judge_that_cannot_be_read(server, tmp_path):
   server.reply = lambda _: "Both have merits."
   path = tmp_path / "v.jsonl"
-  out = endpoint.both_orders(settings(server), pairs(4), path)
-  assert out["unparsable"]["value"] == 1 and np.isnan(out["won"]).all()
+  out = judge_both_orders(settings(server), pairs(4), path)
+  assert out["unparsable"]["value"] == 1 and np.isnan(out["outcomes"]).all()
   assert out["rate"]["value"] is None and out["cost"]["unparsable"] == 8
   # Nor is it asked again: that would be asking until it says what we like.
-  assert endpoint.judge(settings(server), pairs(4), path)[1]["asked"] == 0
+  assert judge_pairs(settings(server), pairs(4), path)[1]["new"] == 0
 
 
 # Answers that try to instruct the judge.
@@ -413,13 +420,13 @@ def test_a_judge_that_cannot_be_read(server, tmp_path):
 )
 def test_an_answer_stays_between_its_fences(server, tmp_path, attack):
   hostile = Pair(f"which? {attack}", f"[q1] {attack}", "[q5] honest")
-  out = endpoint.both_orders(settings(server), [hostile], tmp_path / "v.jsonl")
-  assert out["said"] == [("second", "first")]  # as its quality has it
+  out = judge_both_orders(settings(server), [hostile], tmp_path / "v.jsonl")
+  assert out["verdicts"] == [("second", "first")]  # as its quality has it
   sent = attack.encode("utf-8", "replace").decode()
   for _, _, messages in server.seen:
     assert f"[q1] {sent}" in fenced(messages)[1:]
     nonce = messages[0]["content"].split("<")[1][:16]
-    assert messages[0]["content"] == prompt.SYSTEM.format(nonce=nonce)
+    assert messages[0]["content"] == SYSTEM.format(nonce=nonce)
   nonces = {m[0]["content"].split("<")[1][:16] for _, _, m in server.seen}
   assert len(nonces) == 2  # drawn anew for every request
 
@@ -427,27 +434,26 @@ def test_an_answer_stays_between_its_fences(server, tmp_path, attack):
 def test_controls_of_a_judge_that_holds_and_of_one_that_obeys(server, tmp_path):
   asked = [f"q {i}" for i in range(20)]
   answers = [f"answer {i} [q{1 + i % 3}]" for i in range(20)]
-  out = controls.controls(
-    settings(server), asked, answers, tmp_path / "a.jsonl"
-  )
+
+  def of_judge(name):
+    compare = lambda pairs: judge_both_orders(
+      settings(server), pairs, tmp_path / name
+    )
+    return judging.controls("m", compare, asked, answers)
+
+  out = of_judge("a.jsonl")
   assert out["null"]["value"] == 0 and out["null"]["passed"]
   assert out["injected"]["value"] == 0.5 and out["injected"]["passed"]
   assert all("as it should be" in w for w in out["words"])
   server.reply = obedient
-  out = controls.controls(
-    settings(server), asked, answers, tmp_path / "b.jsonl"
-  )
+  out = of_judge("b.jsonl")
   assert out["injected"]["value"] == 1 and not out["injected"]["passed"]
   assert "do not believe" in out["words"][1] and out["null"]["passed"]
   server.reply = lambda _: "VERDICT: A"
-  out = controls.controls(
-    settings(server), asked, answers, tmp_path / "c.jsonl"
-  )
+  out = of_judge("c.jsonl")
   assert not out["null"]["passed"] and out["null"]["bias"]["value"] == 0.5
   server.reply = lambda _: "?"
-  out = controls.controls(
-    settings(server), asked, answers, tmp_path / "d.jsonl"
-  )
+  out = of_judge("d.jsonl")
   assert out["null"]["passed"] is None and "could be read" in out["words"][0]
 
 
@@ -457,12 +463,12 @@ def test_controls_of_a_judge_that_holds_and_of_one_that_obeys(server, tmp_path):
 def test_a_torn_line_is_asked_again(server, tmp_path):
   path = tmp_path / "deep" / "v.jsonl"
   e = settings(server)
-  endpoint.judge(e, pairs(3), path)
+  judge_pairs(e, pairs(3), path)
   path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote
-  said, cost = endpoint.judge(e, pairs(3), path)
-  assert said == KNOWN and cost["asked"] == 1
-  assert endpoint.judge(e, pairs(3), path)[1]["asked"] == 0
-  assert cache.Verdicts(path).broken == 1
+  said, cost = judge_pairs(e, pairs(3), path)
+  assert said == KNOWN and cost["new"] == 1
+  assert judge_pairs(e, pairs(3), path)[1]["new"] == 0
+  assert VerdictCache(path).broken == 1
 
 
 @pytest.mark.parametrize(
@@ -470,20 +476,20 @@ def test_a_torn_line_is_asked_again(server, tmp_path):
   [
     b"5",
     b"\xff\xfe",
-    b'{"key": "k", "said": "A", "requests": 1, "tokens": 0}',
-    b'{"key": 5, "said": "tie", "requests": 1, "tokens": 0}',
-    b'{"key": "k", "said": "tie"}',
+    b'{"key": "k", "verdict": "A", "requests": 1, "tokens": 0}',
+    b'{"key": 5, "verdict": "tie", "requests": 1, "tokens": 0}',
+    b'{"key": "k", "verdict": "tie"}',
     b'{"key": "k", "requests": 1, "tokens": 0}',
-    b'{"key": "k", "said": "tie", "requests": -9, "tokens": 0}',
+    b'{"key": "k", "verdict": "tie", "requests": -9, "tokens": 0}',
   ],
 )
 def test_a_line_that_is_no_verdict_is_passed_over(tmp_path, line):
   path = tmp_path / "v.jsonl"
   path.write_bytes(
-    line + b'\n{"key": "n", "said": null, "requests": 2, "tokens": 7}\n'
+    line + b'\n{"key": "n", "verdict": null, "requests": 2, "tokens": 7}\n'
   )
-  kept = cache.Verdicts(path)
-  assert kept.said == {"n": None} and kept.broken == 1
+  kept = VerdictCache(path)
+  assert kept.verdicts == {"n": None} and kept.broken == 1
   assert (kept.requests, kept.tokens) == (2, 7)
 
 
@@ -507,18 +513,18 @@ def test_a_line_that_is_no_verdict_is_passed_over(tmp_path, line):
 )
 def test_settings_that_cannot_work(server, tmp_path, changes, words):
   with pytest.raises(ConfigError, match=words) as caught:
-    endpoint.judge(settings(server, **changes), pairs(1), tmp_path / "v")
+    judge_pairs(settings(server, **changes), pairs(1), tmp_path / "v")
   assert "secret" not in str(caught.value) and not server.seen
 
 
 def test_a_server_without_a_key(server, tmp_path, monkeypatch):
   monkeypatch.delenv("JUDGE_KEY")
-  said, _ = endpoint.judge(
+  said, _ = judge_pairs(
     settings(server, key_env=""), pairs(3), tmp_path / "v.jsonl"
   )
   assert said == KNOWN
 
 
 def test_the_client_is_imported_only_when_a_judge_is_asked():
-  text = pathlib.Path(endpoint.__file__).read_text()
+  text = pathlib.Path(judge_endpoint.__file__).read_text()
   assert not re.search(r"^(import|from) openai", text, re.MULTILINE)

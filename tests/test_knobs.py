@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs import common, dpo_sub, kto_sub
-from jaxalign.data.schemas.fields import TARGETS
+from jaxalign.data.schemas.mapping import TARGETS
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.train.losses import LOSSES
 

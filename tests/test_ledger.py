@@ -12,6 +12,7 @@ from jaxalign import ledger, sharding
 from jaxalign.artifacts import Cost, Record
 from jaxalign.data.tokens import TokenRows
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.select import embed
 from jaxalign.train import feed
 
@@ -198,7 +199,7 @@ def test_flops_are_the_dot_generals_of_the_forward_pass(m, length):
     )
     counted = multiplied(jax.make_jaxpr(forward)(*args).jaxpr)
     trained = multiplied(jax.make_jaxpr(jax.value_and_grad(total))(*args).jaxpr)
-  assert counted == 3 * decoder.flops(m, length)
+  assert counted == 3 * decoder_flops(m, length)
   # Backward multiplies each product twice more: 3 x, nothing recomputed.
   assert trained == 3 * counted
 
@@ -219,9 +220,9 @@ def test_flops_by_hand_and_without_the_head():
   # The head: 4 x 10 a position.
   for length in (1, 5):
     layers = 2 * (2 * 84 * length + 2 * 8 * length**2)
-    assert decoder.flops(m, length) == layers + 2 * 40 * length
-    assert decoder.flops(m, length, 0) == layers
-    assert decoder.flops(m, length, 1) == layers + 80
+    assert decoder_flops(m, length) == layers + 2 * 40 * length
+    assert decoder_flops(m, length, 0) == layers
+    assert decoder_flops(m, length, 1) == layers + 80
 
 
 def rows_of(lengths):
@@ -248,7 +249,7 @@ def test_a_training_run_is_three_forward_passes():
   )
   # One row of L tokens: 336 L + 32 L^2 in the layers and 80 L in the head.
   one = {3: 1536, 5: 2880, 7: 4480}
-  assert {n: decoder.flops(m, n) for n in one} == one
+  assert {n: decoder_flops(m, n) for n in one} == one
   # Three rows of one response, of 3, 5 and 7 tokens, each seen twice.
   rows = feed.Rows(
     list("abc"),

@@ -7,7 +7,7 @@ import pytest
 from sklearn import linear_model
 
 from jaxalign.errors import DataError
-from jaxalign.eval import lengths
+from jaxalign.eval import winrate
 
 
 def planted(rng, n, quality, slope):
@@ -26,7 +26,7 @@ def test_the_fit_is_scikit_learn_s(seed, quality, slope):
   d = ours - theirs
   peer = linear_model.LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000)
   peer.fit((d / d.std())[:, None], won)
-  found = lengths.controlled(won, ours, theirs)
+  found = winrate.at_equal_length(won, ours, theirs)
   assert found["slope"]["value"] == pytest.approx(peer.coef_[0, 0], abs=1e-5)
   assert found["value"] == pytest.approx(
     peer.predict_proba([[0.0]])[0, 1], abs=1e-6
@@ -53,7 +53,7 @@ def test_ties_are_halves():
   won[rng.random(300) < 0.3] = 0.5
   d = ours - theirs
   v, variance = newton(won, d / d.std())
-  found = lengths.controlled(won, ours, theirs)
+  found = winrate.at_equal_length(won, ours, theirs)
   half = 1.959963984540054 * np.sqrt(variance[0, 0])
   np.testing.assert_allclose(
     [found[k] for k in ("value", "low", "high")],
@@ -66,10 +66,10 @@ def test_ties_are_halves():
 
 def test_length_that_buys_wins_is_taken_out():
   won, ours, theirs = planted(np.random.default_rng(4), 4000, 0.0, 1.5)
-  found = lengths.controlled(won, ours, theirs)
+  found = winrate.at_equal_length(won, ours, theirs)
   assert found["raw"]["low"] > 0.54  # looks better
   assert found["low"] < 0.5 < found["high"]  # and is not
-  other = lengths.controlled(1 - won, theirs, ours)
+  other = winrate.at_equal_length(1 - won, theirs, ours)
   assert other["value"] == pytest.approx(1 - found["value"])
   assert other["slope"]["value"] == pytest.approx(found["slope"]["value"])
 
@@ -79,14 +79,14 @@ def test_the_interval_covers_95_percent():
   hits = []
   for _ in range(1000):
     won, ours, theirs = planted(rng, 200, 0.4, 0.8)
-    found = lengths.controlled(won, ours, theirs)
+    found = winrate.at_equal_length(won, ours, theirs)
     hits.append(found["low"] <= 1 / (1 + np.exp(-0.4)) <= found["high"])
   assert 0.93 <= np.mean(hits) <= 0.97, np.mean(hits)
 
 
 def test_equal_lengths_leave_the_raw_rate():
   won = np.repeat([1.0, 0.0], [7, 3])
-  found = lengths.controlled(won, np.full(10, 5), np.full(10, 5))
+  found = winrate.at_equal_length(won, np.full(10, 5), np.full(10, 5))
   assert found["value"] == 0.7 and found["low"] == found["raw"]["low"]
 
 
@@ -101,7 +101,7 @@ def test_equal_lengths_leave_the_raw_rate():
   ],
 )
 def test_what_cannot_be_told_is_not(won, ours, why):
-  found = lengths.controlled(won, ours, np.full(len(won), 5))
+  found = winrate.at_equal_length(won, ours, np.full(len(won), 5))
   assert found["value"] is None and why in found["why"]
   assert found["raw"]["n"] == len(won)
   json.dumps(found, allow_nan=False)
@@ -118,4 +118,4 @@ def test_what_cannot_be_told_is_not(won, ours, why):
 )
 def test_arrays_that_cannot_be_right(won, ours, words):
   with pytest.raises(DataError, match=words):
-    lengths.controlled(won, ours, ours)
+    winrate.at_equal_length(won, ours, ours)

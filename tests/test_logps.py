@@ -14,10 +14,12 @@ import pytest
 from test_layout import examples, make_mesh, MODEL, on_mesh, rows_of
 from test_ledger import multiplied
 
+from jaxalign.core import devices
 from jaxalign.data import batches
 from jaxalign.model import adapters, decoder
+from jaxalign.model.flops import decoder_flops, layer_flops, useful_flops
 from jaxalign.select import embed
-from jaxalign.train import feed, losses, peaks
+from jaxalign.train import feed, losses
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
@@ -310,7 +312,7 @@ def brute(m, prompt, answers):
 def test_useful_flops_by_hand():
   prompt, answers = np.array([3, 5]), np.array([[2, 4], [1, 6]])
   for m in (MODEL, MODEL._replace(gated=False, layers=3)):
-    assert decoder.useful(m, prompt, answers) == brute(
+    assert useful_flops(m, prompt, answers) == brute(
       m, prompt.tolist(), answers.tolist()
     )
   rows = feed.Rows(
@@ -335,11 +337,9 @@ def test_packed_flops_are_the_dot_generals():
     )
   _, a, l = rows.copies.token.shape
   dense, said = rows.tokens.size, rows.target.size
-  square = a * (decoder.flops(m, l, 0) - m.layers * decoder.per_token(m) * l)
+  square = a * (decoder_flops(m, l, 0) - m.layers * layer_flops(m) * l)
   assert multiplied(jaxpr.jaxpr) == (
-    m.layers * decoder.per_token(m) * dense
-    + square
-    + 2 * m.width * m.vocab * said
+    m.layers * layer_flops(m) * dense + square + 2 * m.width * m.vocab * said
   )
 
 
@@ -347,7 +347,7 @@ def test_a_peak_is_told_or_known_or_none():
   class Device:
     device_kind = "TPU v5 lite"
 
-  assert peaks.peak_of(Device()) == 197e12
+  assert devices.peak_flops(Device()) == 197e12
   Device.device_kind = "TPU v5p"
-  assert peaks.peak_of(Device()) == 459e12
-  assert peaks.peak_of(jax.devices()[0]) == 0.0
+  assert devices.peak_flops(Device()) == 459e12
+  assert devices.peak_flops(jax.devices()[0]) == 0.0

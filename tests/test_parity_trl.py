@@ -12,9 +12,9 @@ import pytest
 from jaxalign import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokenizer as tokenizers
-from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as worlds
-from jaxalign.model import decoder, weights
+from jaxalign.data.encode import encode_texts
+from jaxalign.model import decoder, hf
 from jaxalign.select import embed
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
@@ -211,7 +211,9 @@ def data():
   world = worlds.build(knobs, 0)
   rows = worlds.generate(world, 0)
   texts = [r["prompt"] + r["response"] for r in rows["sft"]]
-  return rows["pool"], tokenizers.Tokenizer(tokenizers.train(texts, 400))
+  return rows["pool"], tokenizers.Tokenizer(
+    tokenizers.train_tokenizer(texts, 400)
+  )
 
 
 MODEL = decoder.ModelConfig(
@@ -338,12 +340,12 @@ def order(n):
 
 def test_five_steps_of_dpo(trl, alone, tmp_path):
   pool, tok = data()
-  weights.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
+  hf.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
   prompts, chosen, rejected = (
     [r[k] for r in pool] for k in ("prompt", "chosen", "rejected")
   )
-  tokens, _, refused = tokens_lib.encode_pairs(
-    tok, prompts, chosen, rejected, 32
+  tokens, _, refused = encode_texts(
+    tok, prompts, dict(chosen=chosen, rejected=rejected), 32
   )
   assert not refused
   scores = embed.score_rows(alone, fresh(alone), MODEL, tokens, tile=8, chunk=8)
@@ -386,11 +388,13 @@ def test_five_steps_of_dpo(trl, alone, tmp_path):
 def test_five_steps_of_kto(trl, alone, tmp_path):
   """With TRL's choice of mismatched answers: the row before, in the batch."""
   pool, tok = data()
-  weights.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
+  hf.export_folder(tmp_path / "export", fresh(alone), MODEL, tok)
   n = len(pool)
   label = np.random.default_rng(1).random(n) < 0.5
   said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]
-  tokens, _ = tokens_lib.encode_rows(tok, [r["prompt"] for r in pool], said, 32)
+  tokens = encode_texts(
+    tok, [r["prompt"] for r in pool], dict(response=said), 32, "cut_answer"
+  ).rows
   scores = embed.score_rows(alone, fresh(alone), MODEL, tokens, tile=8, chunk=8)
   before = np.roll(order(n).reshape(STEPS, BATCH), 1, axis=1).ravel()
   other = batches.mismatched(tokens, order(n), before, 32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalign import sharding
-from jaxalign.model import adapters, decoder, families, peft_folder, weights
+from jaxalign.model import adapters, decoder, families, hf, weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -97,12 +97,12 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
         params,
         decoder.table(sizes(family)),
         families.stored(m),
-        config=families.hf_config(m, 1, 2),
+        weights.Export(families.hf_config(m, 1, 2)),
       )
 
     save("base", {n: x for n, x in params.items() if ":" not in n})
     save("merged", adapters.Merged(params, lora))
-    peft_folder.save(tmp_path / "adapter", params, m, base="some/base")
+    hf.save_adapters(tmp_path / "adapter", params, m, base="some/base")
   wanted = ours(m, host)
   load = transformers.AutoModelForCausalLM.from_pretrained
   merged = theirs(load(tmp_path / "merged", dtype=torch.float32))
@@ -142,7 +142,7 @@ def test_the_base_is_named_as_peft_finds_it(tmp_path, given, name, revision):
     if ":" in n
   }
   with jax.set_mesh(make_mesh()):
-    peft_folder.save(
+    hf.save_adapters(
       tmp_path, {n: jax.device_put(x) for n, x in rows.items()}, m, base=given
     )
   found = peft.PeftConfig.from_pretrained(tmp_path)
@@ -152,6 +152,6 @@ def test_the_base_is_named_as_peft_finds_it(tmp_path, given, name, revision):
 def test_a_base_folder_is_found_from_anywhere(tmp_path, monkeypatch):
   (tmp_path / "base").mkdir()
   monkeypatch.chdir(tmp_path)
-  assert peft_folder._named("base") == dict(
+  assert hf._base_of("base") == dict(
     base_model_name_or_path=str(tmp_path / "base")
   )

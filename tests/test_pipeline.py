@@ -12,7 +12,7 @@ from configs import common
 from jaxalign import artifacts
 from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
-from jaxalign.model import weights
+from jaxalign.model import hf
 from jaxalign.select import store
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
@@ -244,8 +244,7 @@ def test_the_export_holds_the_trained_parameters(job):
     start = jobs.parameters(job / "shared/sft")
     assert (start["embed"] != params["embed"]).any()  # it did train
     assert (
-      weights.read_config(job / f"runs/{arm}/export", "float32", "none").width
-      == 32
+      hf.read_config(job / f"runs/{arm}/export", "float32", "none").width == 32
     )
 
 

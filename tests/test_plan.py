@@ -16,6 +16,7 @@ import pytest
 from configs import common
 from jaxalign import job as job_lib
 from jaxalign import memory, plan, sharding, study
+from jaxalign.core import devices
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.stages import embed as passes
@@ -41,7 +42,9 @@ def on_one_device(tree):
 
 def test_memory_of_the_state_is_what_a_device_holds():
   mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
-  held = memory.train_step(M, mesh, rows=16, length=16, chunk=8)
+  held = memory.train_step(
+    M, mesh, memory.StepShape(rows=16, length=16, chunk=8)
+  )
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), M, mesh)
@@ -65,7 +68,7 @@ def test_memory_of_a_step_by_hand():
     remat="full",
   )
   one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  held = memory.train_step(m, one, rows=6, length=5, chunk=2)
+  held = memory.train_step(m, one, memory.StepShape(rows=6, length=5, chunk=2))
   # A layer: q, o 4x4, k, v 4x2, three of 4x3, two norms of 4: 92. The table is
   # 10x4 and tied, the last norm 4.
   assert held["parameters"] == 4 * (2 * 92 + 44)
@@ -81,7 +84,7 @@ def test_memory_of_a_step_by_hand():
   assert held["logits"] == 2 * 4 * 6 * 2 * 10
   assert held["workspace"] + held["logits"] == 9016
   wide = memory.train_step(
-    m._replace(vocab=200), one, rows=6, length=5, chunk=2
+    m._replace(vocab=200), one, memory.StepShape(rows=6, length=5, chunk=2)
   )
   assert (
     wide["workspace"] + wide["logits"]
@@ -90,7 +93,9 @@ def test_memory_of_a_step_by_hand():
   )
   # Rematerialisation keeps less and needs more at once.
   kept = {
-    r: memory.train_step(m._replace(remat=r), one, rows=6, length=5, chunk=2)
+    r: memory.train_step(
+      m._replace(remat=r), one, memory.StepShape(rows=6, length=5, chunk=2)
+    )
     for r in decoder.REMAT
   }
   assert (
@@ -100,7 +105,9 @@ def test_memory_of_a_step_by_hand():
   )
   assert kept["none"]["workspace"] < kept["full"]["workspace"]
   half = memory.train_step(
-    m._replace(dtype="bfloat16"), one, rows=6, length=5, chunk=2
+    m._replace(dtype="bfloat16"),
+    one,
+    memory.StepShape(rows=6, length=5, chunk=2),
   )
   assert half["activations"] == held["activations"] // 2
   assert half["parameters"] == held["parameters"]
@@ -115,7 +122,7 @@ def test_the_mesh_divides_memory():
         dict(fsdp=shape[0], tensor=shape[1]),
         jax.devices()[: shape[0] * shape[1]],
       ),
-      **sizes,
+      memory.StepShape(**sizes),
     )
     for shape in ((1, 1), (4, 1), (4, 2))
   }
@@ -133,9 +140,9 @@ def test_the_mesh_divides_memory():
 )
 def test_the_memory_of_a_device(kind, size):
   device = types.SimpleNamespace(device_kind=kind)
-  assert memory.size_of(device) == (size and size * 2**30)
+  assert devices.memory_of(device) == (size and size * 2**30)
   device.memory_stats = lambda: dict(bytes_limit=7)
-  assert memory.size_of(device) == 7
+  assert devices.memory_of(device) == 7
 
 
 def test_what_cannot_fit_is_refused_with_its_parts():
@@ -173,12 +180,13 @@ def test_what_cannot_fit_is_refused_with_its_parts():
     ("TPU v4", 110e12),
     ("NVIDIA H200", 396e12),
     ("NVIDIA A100-SXM4-80GB", 125e12),
-    ("cpu", plan.rates.RATES["cpu"]),
-    ("a kind that is not known", plan.rates.RATES["cpu"]),
+    ("cpu", devices.CPU),
+    ("a kind that is not known", devices.CPU),
   ],
 )
 def test_the_rate_of_a_device(kind, rate):
-  assert plan.rate_of(types.SimpleNamespace(device_kind=kind)) == rate
+  device = types.SimpleNamespace(device_kind=kind)
+  assert devices.sustained_flops(device) == pytest.approx(rate, rel=0.003)
 
 
 def dry_run(folder, *flags):
@@ -357,7 +365,7 @@ def test_stages_that_samplers_read_are_planned_by_hand():
   for arm in arms:
     assert found["select", arm.name].seconds > 0
     assert found["select", arm.name].held > 0
-  rate = plan.rate_of(job.mesh.devices.flat[0])
+  rate = devices.sustained_flops(job.mesh.devices.flat[0])
   np.testing.assert_allclose(
     found["proxy", ""].seconds * rate, found["proxy", ""].flops
   )
@@ -406,11 +414,12 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   rest = 200_000 * (plan.SECONDS_A_ROW + 2 * 4 * 32 / plan.READING)
   names = ("facility_location", "facility_location(exact=True)")
   drawn, exact = seconds(*a_job(names[0], names[1:])).values()
-  work, rate = 2 * 200_000**2 * 32, plan.rates.RATES["cpu"]
+  work, rate = 2 * 200_000**2 * 32, devices.CPU
   np.testing.assert_allclose(drawn - rest, work * np.log(20) / rate)
   np.testing.assert_allclose(exact - rest, work / rate)
   # On an accelerator the drawn form is faster, the exact one is not.
-  monkeypatch.setattr(plan.rates, "rate_of", lambda device: 100 * rate)
+  fast = lambda device: 100 * rate
+  monkeypatch.setattr(devices, "sustained_flops", fast)
   fast, same = seconds(*a_job(names[0], names[1:])).values()
   np.testing.assert_allclose(fast - rest, work * np.log(20) / rate / 100)
   assert same == exact
@@ -466,10 +475,9 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   run = lambda *more: jobs.run(
     tmp_path / "work", "select.sampler=k_center", "compare=()", *more
   )
-  rates = plan.rates
-  monkeypatch.setattr(rates, "RATES", dict(cpu=1.0))
+  monkeypatch.setattr(devices, "CPU", 1.0)
   hours = 2 * 160 * 16 * 32 / 8 / 3600  # on eight devices
-  monkeypatch.setattr(plan.rows_lib, "HOURS", hours / 1.001)
+  monkeypatch.setattr(plan.vectors_lib, "HOURS", hours / 1.001)
   ended = run()
   assert ended.code == 64 and re.search(
     r"'k_center' would take about 6 hours to choose from 160 rows, 1.64e\+05 "
@@ -480,7 +488,7 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   assert made == ["data"]  # no model was trained, no row embedded
   said = run("--dry_run")
   assert said.code == 0 and "a job refuses so long a choice" in said.out
-  monkeypatch.setattr(plan.rows_lib, "HOURS", hours * 1.001)
+  monkeypatch.setattr(plan.vectors_lib, "HOURS", hours * 1.001)
   said = run("--dry_run")
   assert said.code == 0 and "refuses" not in said.out
 

@@ -24,7 +24,7 @@ def made(tmp_path, source, context=8192, wanted="pairs", **data):
     c.data[name] = value
   folder = epath.Path(tmp_path / "data")
   folder.mkdir(exist_ok=True)
-  names, _, result = prepare.make(
+  names, _, result = prepare.make_data(
     c, folder, most=context, wanted=wanted, writes=True
   )
   assert {*names} >= {"tokenizer.json", special.ROW_FORMAT, "pool.parquet"}

@@ -6,11 +6,11 @@ from etils import epath
 import jobs
 import pytest
 from test_chat import BUILT_IN, write_folder
-from test_records import put
+from test_records import load, put
 
 from configs import common
 from jaxalign import recipe
-from jaxalign.data import prepare, records, special, tables, tokens
+from jaxalign.data import prepare, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.select import __main__ as select_main
@@ -64,7 +64,9 @@ def made(tmp_path, rows, name="a", **knobs):
   folder = tmp_path / name
   folder.mkdir(exist_ok=True)
   prepare.check_source(c)
-  prepare.make(c, epath.Path(folder), most=512, wanted="pairs", writes=True)
+  prepare.make_data(
+    c, epath.Path(folder), most=512, wanted="pairs", writes=True
+  )
   return folder, json.loads((folder / "data_summary.json").read_text())
 
 
@@ -176,7 +178,7 @@ def test_selection_needs_no_loss_no_batch_and_no_rate(tmp_path):
     "train.epochs=0",
   )
   assert ended.code == 0, ended
-  kept = records.load(str(tmp_path / "a.parquet"))
+  kept = load(str(tmp_path / "a.parquet"))
   assert kept.kind == "unpaired" and len(kept.rows) == 5
 
 
@@ -397,7 +399,7 @@ def test_tokens_spelt_out_in_a_text_are_named(tmp_path):
   assert (
     len(summary["warnings"]) == 1 and "2 of 22 rows" in summary["warnings"][0]
   )
-  assert special.found(tok, "no <|im_end|> here") == ["<|im_end|>"]
+  assert special.specials_in(tok, "no <|im_end|> here") == ["<|im_end|>"]
 
 
 def test_a_space_at_the_end_of_a_prompt_is_named(tmp_path):

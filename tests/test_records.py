@@ -15,7 +15,7 @@ import pytest
 from jaxalign import progress
 from jaxalign.data import records, tables
 from jaxalign.data.schemas import SCHEMAS
-from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.schemas.schema import Refused
 from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
 
 
@@ -31,6 +31,10 @@ def put(path, rows):
     encoding="utf-8",
   )
   return str(path)
+
+
+def load(source, **options):
+  return records.load_records(source, records.LoadOptions(**options))
 
 
 def own_schema(row):
@@ -51,9 +55,9 @@ def test_the_order_of_the_input_does_not_matter(tmp_path):
     + [pair(i, id=f"own{i}") for i in range(20, 25)]
     + [pair(9, id=77)]
   )
-  first = records.load(put(tmp_path / "a.jsonl", rows))
+  first = load(put(tmp_path / "a.jsonl", rows))
   random.Random(0).shuffle(rows)
-  again = records.load(put(tmp_path / "b.jsonl", rows))
+  again = load(put(tmp_path / "b.jsonl", rows))
   assert again.rows == first.rows
   ids = [row["id"] for row in first.rows]
   assert ids == sorted(set(ids)) and len(ids) == 28
@@ -65,9 +69,9 @@ def test_the_order_of_the_input_does_not_matter(tmp_path):
 
 
 def test_ids_follow_the_content_not_other_fields(tmp_path):
-  one = records.load(put(tmp_path / "a.jsonl", [pair(1, note="x")])).rows
-  two = records.load(put(tmp_path / "b.jsonl", [pair(1)])).rows
-  three = records.load(put(tmp_path / "c.jsonl", [dict(pair(1), chosen="C")]))
+  one = load(put(tmp_path / "a.jsonl", [pair(1, note="x")])).rows
+  two = load(put(tmp_path / "b.jsonl", [pair(1)])).rows
+  three = load(put(tmp_path / "c.jsonl", [dict(pair(1), chosen="C")]))
   assert one == two and set(one[0]) == {
     "id",
     "prompt",
@@ -95,7 +99,7 @@ def test_nothing_is_dropped_uncounted(tmp_path):
     pair(9),
   ]
   source = put(tmp_path / "a.jsonl", rows)
-  loaded = records.load(source, max_bad_fraction=0.6)
+  loaded = load(source, max_bad_fraction=0.6)
   assert loaded.seen == 12 == len(loaded.rows) + len(loaded.refused)
   assert loaded.counts == {
     "bad id": 2,
@@ -123,11 +127,9 @@ def test_error_mode_names_the_row(tmp_path):
     tmp_path / "a.jsonl", [pair(0), dict(pair(1, id="x"), chosen="")]
   )
   with pytest.raises(DataError) as error:
-    records.load(source, on_bad_rows="error")
+    load(source, max_bad_fraction=0)
   for word in (f"{source}:2", "id x", "empty response"):
     assert word in str(error.value)
-  with pytest.raises(ConfigError, match="on_bad_rows"):
-    records.load(source, on_bad_rows="ignore")
 
 
 def test_ids_of_a_prompt_are_told_apart_whatever_the_order(tmp_path):
@@ -135,17 +137,17 @@ def test_ids_of_a_prompt_are_told_apart_whatever_the_order(tmp_path):
     pair(0, id="prompt-0"),
     pair(50, id="own"),
   ]
-  first = records.load(put(tmp_path / "a.jsonl", rows))
+  first = load(put(tmp_path / "a.jsonl", rows))
   assert first.shared_ids == 10 and first.duplicates == 1
   assert len({row["id"] for row in first.rows}) == 11
   assert "own" in {row["id"] for row in first.rows}
   random.Random(1).shuffle(rows)
-  assert records.load(put(tmp_path / "b.jsonl", rows)).rows == first.rows
+  assert load(put(tmp_path / "b.jsonl", rows)).rows == first.rows
 
 
 def test_pairs_and_their_reverse_are_counted(tmp_path):
   rows = [pair(0), dict(pair(0), chosen="r0", rejected="c0"), pair(1)]
-  assert records.load(put(tmp_path / "a.jsonl", rows)).contradicted == 2
+  assert load(put(tmp_path / "a.jsonl", rows)).contradicted == 2
 
 
 def test_scores_against_the_label_are_counted_or_skipped(tmp_path):
@@ -154,16 +156,16 @@ def test_scores_against_the_label_are_counted_or_skipped(tmp_path):
     for i, s in enumerate((-2, 0, 3, 1, -1))
   ]
   path = put(tmp_path / "a.jsonl", rows)
-  loaded = records.load(path)
+  loaded = load(path)
   assert (loaded.against, loaded.tied, len(loaded.rows)) == (2, 1, 5)
   assert loaded.against_at == f"{path}:3"
   summary = records.data_summary(loaded, {})
   assert (summary["against_scores"], summary["tied_scores"]) == (2, 1)
-  loaded = records.load(path, on_contradicting_scores="skip")
+  loaded = load(path, skip=("contradicting",))
   assert loaded.against == 2 and len(loaded.rows) == 3
   assert loaded.counts == {"scores against the label": 2}
   # Or the scores say which answer won.
-  loaded = records.load(path, choice="higher score wins")
+  loaded = load(path, choice="higher score wins")
   assert loaded.counts == {"tied scores": 1}
   assert {
     row["prompt"]: (row["chosen"], row["margin"]) for row in loaded.rows
@@ -181,7 +183,7 @@ def test_codes_are_settled_over_the_whole_column(tmp_path):
   ]
   named = dict(prompt="q", first="one", second="two", choice="won")
   path = put(tmp_path / "a.jsonl", rows)
-  loaded = records.load(path, fields=named)
+  loaded = load(path, fields=named)
   assert {(r["chosen"][0], int(r["prompt"][1:]) % 2) for r in loaded.rows} == {
     ("a", 0),
     ("b", 1),
@@ -189,8 +191,8 @@ def test_codes_are_settled_over_the_whole_column(tmp_path):
   rows.append(dict(rows[0], won=0))  # one row more, and nothing is certain
   path = put(tmp_path / "b.jsonl", rows)
   with pytest.raises(DataError, match="won holds '1' .3 rows.*data.choice="):
-    records.load(path, fields=named)
-  loaded = records.load(
+    load(path, fields=named)
+  loaded = load(
     path, fields=named, choice={"first": [2], "second": [1], "tie": [0]}
   )
   assert {(r["chosen"][0], int(r["prompt"][1:]) % 2) for r in loaded.rows} == {
@@ -205,12 +207,12 @@ def test_a_few_odd_codes_are_rows_refused(tmp_path):
     dict(prompt=f"p{i}", completion="a", label=i % 2 == 0) for i in range(30)
   ]
   for odd in (1.5, "9" * 5000, "maybe"):
-    loaded = records.load(
+    loaded = load(
       put(tmp_path / "a.jsonl", [*unpaired, dict(unpaired[0], label=odd)])
     )
     assert loaded.counts == {"bad label": 1} and len(loaded.rows) == 30
   with pytest.raises(DataError, match="data.choice"):
-    records.load(
+    load(
       put(tmp_path / "b.jsonl", [*unpaired, *[dict(unpaired[0], label=5)] * 10])
     )
 
@@ -226,21 +228,21 @@ def test_several_sources_with_caps_and_weights(tmp_path):
       for i in range(20)
     ],
   )
-  loaded = records.load([one, two])
-  assert [(r.source, r.schema, r.gave, r.seen) for r in loaded.readings] == [
+  loaded = load([one, two])
+  assert [(r.source, r.schema, r.kept, r.seen) for r in loaded.readings] == [
     (one, "explicit_pairs", 40, 40),
     (two, "chat_pairs", 20, 20),
   ]
   assert {row["source"] for row in loaded.rows} == {one, two}
   assert loaded.schema == "explicit_pairs, chat_pairs"
-  count = lambda **kw: [r.gave for r in records.load([one, two], **kw).readings]
+  count = lambda **kw: [r.kept for r in load([one, two], **kw).readings]
   assert count(caps=(10, 0)) == [10, 20]
   assert count(weights=(1, 1)) == [20, 20]
   assert count(weights=(3.0, 1.0)) == [40, 13]
   assert count(caps=(0, 5), weights=(2, 1)) == [10, 5]
-  capped = records.load([one, two], caps=(10, 0))
+  capped = load([one, two], caps=(10, 0))
   assert capped.left_out == 30 and capped.seen == 60
-  swapped = records.load([two, one], caps=(0, 10))
+  swapped = load([two, one], caps=(0, 10))
   assert swapped.rows == capped.rows  # whatever order they are named in
   for bad in (
     dict(caps=(1,)),
@@ -249,11 +251,11 @@ def test_several_sources_with_caps_and_weights(tmp_path):
     dict(weights=(float("nan"), 1)),
   ):
     with pytest.raises(ConfigError, match="config.data."):
-      records.load([one, two], **bad)
+      load([one, two], **bad)
   thumb = put(
     tmp_path / "c.jsonl", [dict(prompt="a", completion="b", label=True)]
   )
-  assert records.load([one, thumb]).counts == {"mixed kinds": 1}
+  assert load([one, thumb]).counts == {"mixed kinds": 1}
 
 
 def test_what_became_of_every_column_is_known(tmp_path):
@@ -271,7 +273,7 @@ def test_what_became_of_every_column_is_known(tmp_path):
     )
     for i in range(3)
   ]
-  [reading] = records.load(put(tmp_path / "a.jsonl", rows)).readings
+  [reading] = load(put(tmp_path / "a.jsonl", rows)).readings
   assert {c["column"]: (c["type"], c["became"]) for c in reading.columns} == {
     "prompt": ("text", "the prompt"),
     "chosen": ("text", "the chosen answer"),
@@ -293,11 +295,11 @@ def test_what_became_of_every_column_is_known(tmp_path):
       rejected="b",
     )
   ]
-  [reading] = records.load(put(tmp_path / "b.jsonl", rows)).readings
+  [reading] = load(put(tmp_path / "b.jsonl", rows)).readings
   assert [
     c["column"] for c in reading.columns if c["became"] == "not read"
   ] == ["messages: lang"]
-  [reading] = records.load(
+  [reading] = load(
     put(tmp_path / "c.jsonl", [dict(q=dict(text="q"), a="a", b="b", c="c")]),
     fields=dict(prompt="q.text", chosen="a", rejected="b"),
   ).readings
@@ -321,9 +323,7 @@ def test_a_function_of_a_fork_may_return_several_pairs(tmp_path):
     tmp_path / "a.jsonl",
     [dict(id="x", q="hi", best="a", others=["b", "c", "a"])],
   )
-  loaded = records.load(
-    path, schema=f"{__name__}:own_list", max_bad_fraction=0.9
-  )
+  loaded = load(path, schema=f"{__name__}:own_list", max_bad_fraction=0.9)
   assert {(r["chosen"], r["rejected"]) for r in loaded.rows} == {
     ("a", "b"),
     ("a", "c"),
@@ -354,10 +354,10 @@ def test_rows_of_chats_come_back_as_they_were_written(tmp_path):
       pair(3, source="here"),
     )
   ):
-    first = records.load(put(tmp_path / f"{i}.jsonl", [row]))
+    first = load(put(tmp_path / f"{i}.jsonl", [row]))
     path = tmp_path / f"{i}.parquet"
     tables.write_rows(path, tables.as_read(first.rows))
-    again = records.load(str(path))
+    again = load(str(path))
     assert again.rows == first.rows
     [was] = tables.as_read(first.rows)
     if i < 3 and i != 1:
@@ -373,28 +373,28 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     dict(pair(i), chosen="") for i in range(6)
   ]
   source = put(tmp_path / "a.jsonl", rows)
-  assert len(records.load(source, max_bad_fraction=0.5).rows) == 6
+  assert len(load(source, max_bad_fraction=0.5).rows) == 6
   with pytest.raises(DataError, match="empty response 6"):
-    records.load(source, max_bad_fraction=0.49)
+    load(source, max_bad_fraction=0.49)
   source = put(tmp_path / "b.jsonl", rows[6:])
   with pytest.raises(DataError):  # none left, whatever is allowed
-    records.load(source, schema="explicit_pairs", max_bad_fraction=1.0)
+    load(source, schema="explicit_pairs", max_bad_fraction=1.0)
   with pytest.raises(DataError, match="none of the first 3"):
-    records.load(put(tmp_path / "c.jsonl", ["{", "{", "{"]))
+    load(put(tmp_path / "c.jsonl", ["{", "{", "{"]))
 
 
 def test_schema_by_name_by_shape_and_of_a_fork(tmp_path):
   late = put(tmp_path / "a.jsonl", ["{", dict(prompt=None), pair(1), pair(2)])
-  loaded = records.load(late)
+  loaded = load(late)
   assert (loaded.schema, loaded.kind, loaded.seen) == (
     "explicit_pairs",
     "pairs",
     4,
   )
   with pytest.raises(DataError, match="question"):
-    records.load(put(tmp_path / "b.jsonl", [dict(question="?")]))
+    load(put(tmp_path / "b.jsonl", [dict(question="?")]))
   with pytest.raises(ConfigError, match="explicit_pairs"):
-    records.load(late, schema="explicit_pear")
+    load(late, schema="explicit_pear")
   own = put(
     tmp_path / "c.jsonl",
     [
@@ -404,33 +404,31 @@ def test_schema_by_name_by_shape_and_of_a_fork(tmp_path):
       dict(q="b", a="b", b="c", id="z"),
     ],
   )
-  loaded = records.load(own, schema=f"{__name__}:own_schema")
+  loaded = load(own, schema=f"{__name__}:own_schema")
   assert loaded.kind == "pairs" and loaded.rows[1] == dict(
     id="z", prompt="b", chosen="b", rejected="c", group="b"
   )
   assert loaded.counts == {"not wanted": 1, "chosen equals rejected": 1}
   for row in (dict(q="a"), dict(other=1)):  # it fails on the result; itself
     with pytest.raises(DataError, match="config.data.schema") as error:
-      records.load(
-        put(tmp_path / "d.jsonl", [row]), schema=f"{__name__}:wrong_schema"
-      )
+      load(put(tmp_path / "d.jsonl", [row]), schema=f"{__name__}:wrong_schema")
     assert "d.jsonl:1" in str(error.value)
 
 
 def test_limit(tmp_path, monkeypatch, capsys):
   source = put(tmp_path / "a.jsonl", [pair(i) for i in range(9)])
-  assert records.load(source, limit=4).seen == 4
+  assert load(source, limit=4).seen == 4
   monkeypatch.setattr(progress, "_BAR_AFTER_S", 0)
   monkeypatch.setattr(progress, "_LINE_EVERY_S", 0)
   capsys.readouterr()
-  assert records.load(source, limit=3).seen == 3  # and it says how far it is
+  assert load(source, limit=3).seen == 3  # and it says how far it is
   said = capsys.readouterr().out.splitlines()
   assert [line.split(" rows, ")[0] for line in said] == [
     f"  read {source} {n}" for n in (1, 2, 3)
   ]
   assert all(line.endswith("/s") for line in said)
   with pytest.raises(ConfigError, match="limit"):
-    records.load(source, limit=-1)
+    load(source, limit=-1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -474,9 +472,7 @@ def test_splits_have_their_shares_and_seeds_differ():
 
 
 def test_unpaired_of_pairs(tmp_path):
-  loaded = records.load(
-    put(tmp_path / "a.jsonl", [pair(1, id="b"), pair(2, id="a")])
-  )
+  loaded = load(put(tmp_path / "a.jsonl", [pair(1, id="b"), pair(2, id="a")]))
   assert records.pairs_to_unpaired(loaded.rows) == [
     dict(id="a/chosen", prompt="p2", completion="c2", label=True, group="p2"),
     dict(
@@ -530,7 +526,7 @@ def test_the_card_counts(tmp_path):
     dict(prompt="p" * n, chosen="c" * n, rejected="r", id=str(n))
     for n in range(1, 102)
   ] + [dict(pair(0), chosen="")]
-  loaded = records.load(put(tmp_path / "a.jsonl", rows))
+  loaded = load(put(tmp_path / "a.jsonl", rows))
   parts = records.split(loaded.rows, dict(pool=0.9, eval=0.1), 0)
   summary = records.data_summary(loaded, parts)
   assert json.loads(json.dumps(summary)) == summary
@@ -563,7 +559,7 @@ def test_the_card_counts(tmp_path):
   ],
 )
 def test_real_data(shared, name, schema, kept, counts):
-  loaded = records.load(str(shared / "data" / name))
+  loaded = load(str(shared / "data" / name))
   assert (loaded.schema, len(loaded.rows), loaded.counts) == (
     schema,
     kept,
@@ -573,7 +569,7 @@ def test_real_data(shared, name, schema, kept, counts):
 
 
 def test_real_refusals_are_the_known_rows(shared):
-  loaded = records.load(str(shared / "data/hh-harmless/pairs.jsonl.gz"))
+  loaded = load(str(shared / "data/hh-harmless/pairs.jsonl.gz"))
   assert [
     row["line"] - 1
     for row in loaded.refused
@@ -588,14 +584,14 @@ def test_real_refusals_are_the_known_rows(shared):
     if row["chosen"] == row["rejected"]
     or "" in (row["chosen"], row["rejected"])
   }
-  assert {row["line"] for row in records.load(str(path)).refused} == bad
+  assert {row["line"] for row in load(str(path)).refused} == bad
 
 
 def test_real_messages_keep_their_text(shared):
   path = shared / "data/llamafactory/dpo_en_demo.json"
   with open(path, encoding="utf-8") as file:
     raw = json.load(file)
-  loaded = records.load(str(path))
+  loaded = load(str(path))
   got = collections.Counter(
     (row["chosen"], row["rejected"]) for row in loaded.rows
   )
@@ -614,8 +610,8 @@ def test_real_messages_keep_their_text(shared):
 
 def test_real_trees_by_neighbours(shared):
   path = str(shared / "data/oasst/en_100_tree.jsonl")
-  every = records.load(path)
-  near = records.load(path, answer_pairs="adjacent")
+  every = load(path)
+  near = load(path, answer_pairs="adjacent")
   assert (len(every.rows), len(near.rows)) == (754, 429)
   ids = {row["id"] for row in every.rows}
   assert len(ids) == 754 and {row["id"] for row in near.rows} <= ids
@@ -625,7 +621,7 @@ def test_real_trees_by_neighbours(shared):
     better, worse = row["id"].split(">")
     assert better != worse
   with pytest.raises(ConfigError, match="config.data.answer_pairs"):
-    records.load(path, answer_pairs="some")
+    load(path, answer_pairs="some")
 
 
 def test_real_scores(shared):
@@ -643,10 +639,10 @@ def test_real_scores(shared):
     row["metadata"]["score_chosen"] - row["metadata"]["score_rejected"]
     for row in good
   ]
-  loaded = records.load(path)
+  loaded = load(path)
   assert sorted(row["margin"] for row in loaded.rows) == sorted(want)
   assert loaded.tied == want.count(0) == 110
-  skipped = records.load(path, on_tied_scores="skip")
+  skipped = load(path, skip=("tied",))
   assert len(skipped.rows) == 994 - 110
   assert skipped.counts["tied scores"] == 110
   assert records.data_summary(loaded, {})["tied_scores"] == 110
@@ -691,14 +687,14 @@ def test_real_scores(shared):
 )
 def test_real_data_of_other_names(shared, name, fields, schema, kept, counts):
   path = str(shared / "data" / name)
-  loaded = records.load(path, fields=fields)
+  loaded = load(path, fields=fields)
   assert (loaded.schema, len(loaded.rows), loaded.counts) == (
     schema,
     kept,
     counts,
   )
   with pytest.raises(DataError, match="config.data.fields"):
-    records.load(path, fields=dict(prompt="nowhere"))
+    load(path, fields=dict(prompt="nowhere"))
 
 
 _words = st.sampled_from(
@@ -768,7 +764,7 @@ def test_no_row_whatever_it_holds_is_more_than_refused(rows, schema):
   with tempfile.TemporaryDirectory() as folder:
     path = put(pathlib.Path(folder) / "a.jsonl", rows)
     try:
-      loaded = records.load(path, schema=schema, max_bad_fraction=1.0)
+      loaded = load(path, schema=schema, max_bad_fraction=1.0)
     except DataError:
       return
     assert loaded.seen == len(loaded.rows) + len(loaded.refused)
@@ -781,4 +777,4 @@ def test_no_row_whatever_it_holds_is_more_than_refused(rows, schema):
     tables.write_rows(
       pathlib.Path(folder) / "a.parquet", tables.as_read(loaded.rows)
     )
-    records.load(str(pathlib.Path(folder) / "a.parquet"))
+    load(str(pathlib.Path(folder) / "a.parquet"))

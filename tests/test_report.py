@@ -5,10 +5,11 @@ import html.parser
 import math
 import re
 
+import jinja2
 import pytest
 
-from jaxalign.report import charts, page
-from jaxalign.report.pages import run, study
+from jaxalign.report import charts, page, study_page, terminal, values
+from jaxalign.report.values import Node
 
 PAYLOADS = [
   "<script>alert(1)</script>",
@@ -158,14 +159,12 @@ def make_arm(name, sampler, win, seed=0, is_all=False):
       "rewards/accuracies": [[s, 0.6] for s in range(1, 4)],
     },
     selection={
-      "how differs": {
-        "length": {"selected": [9, 40, 90], "rest": [5, 30, 80]},
-        "topics": {"selected": 57, "pool": 64},
-        "score_histogram": {
-          "edges": [0.0, 0.5, 1.0],
-          "selected": [1, 9],
-          "rest": [70, 20],
-        },
+      "length": {"selected": [9, 40, 90], "rest": [5, 30, 80]},
+      "topics": {"selected": 57, "pool": 64},
+      "score_histogram": {
+        "edges": [0.0, 0.5, 1.0],
+        "selected": [1, 9],
+        "rest": [70, 20],
       },
       "stability": {"jaccard": [0.91, 0.89], "mean": 0.9},
       "mixture": dict(
@@ -328,21 +327,24 @@ def test_payload_stays_text(summary, payload):
     "high": payload,
     "n": payload,
   }
-  for document in (study.render(evil), run.render(evil["arms"][0])):
+  for document in (
+    study_page.study_html(evil),
+    study_page.arm_html(evil["arms"][0]),
+  ):
     reader = read(document)
     text = "\n".join(reader.text)
-    assert page.plain(payload) in text
+    assert values.plain(payload) in text
     # An attribute holds it whole, too, where one does.
     assert "onerror" not in {n for _, a in reader.seen for n in a}
-  said = study.terminal(evil)
+  said = terminal.study_text(evil)
   assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said)
 
 
 def test_each_field_alone_may_be_a_payload(summary):
   payload = "\"'><script>alert(1)</script>"
   for path in paths(summary):
-    read(study.render(put(summary, path, payload)))
-    study.terminal(put(summary, path, payload))
+    read(study_page.study_html(put(summary, path, payload)))
+    terminal.study_text(put(summary, path, payload))
 
 
 def test_free_text_is_all_there(summary):
@@ -362,7 +364,7 @@ def test_free_text_is_all_there(summary):
       inner[path[-1]] = f"<mark {i}> & text"
       marked.setdefault("_", []).append(f"<mark {i}> & text")
   wanted = marked.pop("_")
-  text = "\n".join(read(study.render(marked)).text)
+  text = "\n".join(read(study_page.study_html(marked)).text)
   assert len(wanted) > 30
   assert [w for w in wanted if w not in text] == []
 
@@ -392,21 +394,21 @@ def test_leaves_may_be_odd(summary, odd):
     if i % len(ODD) == odd:
       for new in (ODD[odd], ODD[odd - 5]):
         alone = put(summary, path, new)
-        read(study.render(alone))
-        study.terminal(alone)
-  read(study.render(changed))
-  study.terminal(changed)
+        read(study_page.study_html(alone))
+        terminal.study_text(alone)
+  read(study_page.study_html(changed))
+  terminal.study_text(changed)
 
 
 def test_any_part_may_be_absent(summary):
   inner = {path[:i] for path in paths(summary) for i in range(1, len(path))}
   for path in inner:
     for new in (None, "x"):
-      read(study.render(put(summary, path, new)))
+      read(study_page.study_html(put(summary, path, new)))
   for key in summary:
     less = {k: v for k, v in summary.items() if k != key}
-    read(study.render(less))
-    study.terminal(less)
+    read(study_page.study_html(less))
+    terminal.study_text(less)
 
 
 @pytest.mark.parametrize(
@@ -414,14 +416,17 @@ def test_any_part_may_be_absent(summary):
   [{}, {"arms": []}, {"arms": None}, {"arms": [{}]}, {"arms": [None]}, None],
 )
 def test_nothing_measured_is_said(nothing):
-  text = "".join(read(study.render(nothing)).text)
+  text = "".join(read(study_page.study_html(nothing)).text)
   assert text.count("not measured in this job") >= 8
-  assert study.terminal(nothing)
-  read(run.render({}))
+  assert terminal.study_text(nothing)
+  read(study_page.arm_html({}))
 
 
 def test_nothing_is_loaded(summary):
-  for document in (study.render(summary), run.render(summary["arms"][0])):
+  for document in (
+    study_page.study_html(summary),
+    study_page.arm_html(summary["arms"][0]),
+  ):
     assert "http://" not in document and "https://" not in document
     for word in (
       " src=",
@@ -445,7 +450,9 @@ def test_nothing_is_loaded(summary):
 
 
 def test_page_shows_what_was_found(summary):
-  text = "".join(read(study.render(summary)).text).replace("\u00a0", " ")
+  text = "".join(read(study_page.study_html(summary)).text).replace(
+    "\u00a0", " "
+  )
   for words in (
     "A tenth is enough.",
     "63.7 [61.7, 65.7]",
@@ -469,18 +476,20 @@ def test_a_negative_saving_is_a_warning(summary, where):
   else:
     summary["ledger"] = None
     summary["arms"][0]["saved"]["with_sft"] = -0.124
-  document = study.render(summary).replace("\u00a0", " ")
+  document = study_page.study_html(summary).replace("\u00a0", " ")
   assert 'class="callout warning"' in document
   assert "Selecting cost more than it saved" in document
   assert "−12.4 % saved" in document
   assert '<span class="minus">−12.4 %</span>' in document
-  assert "Costs more than it saves" in study.terminal(summary)
+  assert "Costs more than it saves" in terminal.study_text(summary)
 
 
 def test_an_unknown_cost_is_said(summary):
   summary["ledger"]["stages"][0]["flops"] = math.nan
-  text = "".join(read(study.render(summary)).text).replace("\u00a0", " ")
-  assert "Operations of 1 stage were not measured" in text
+  text = "".join(read(study_page.study_html(summary)).text).replace(
+    "\u00a0", " "
+  )
+  assert "FLOPs of 1 stage were not measured" in text
   assert "≥ 1.80 PFLOP" in text
 
 
@@ -488,28 +497,11 @@ def test_seeds_of_a_sampler_share_a_colour(summary):
   arms = [
     make_arm(f"{s}-{i}", s, 0.6, i) for s in ("isa", "random") for i in range(3)
   ]
-  assert [s for s in study._styles(arms)] == [("isa", 0)] * 3 + [
-    ("random", 1)
-  ] * 3
+  assert [s for s in study_page.styles([Node(a) for a in arms])] == [
+    ("isa", 0)
+  ] * 3 + [("random", 1)] * 3
   summary["arms"] = arms
-  read(study.render(summary))
-
-
-def test_card_of_select_is_understood():
-  card = {
-    "sampler": "isa",
-    "length": {"chosen": [1, 2, 3, 4, 5], "rest": [2, 3, 4, 5, 6]},
-    "topic": {"topics": 64, "covered": 57},
-    "mixture": {"components": 2, "directions": 12, "warnings": ["w"]},
-    "diagnostics": {
-      "stability": {"jaccard_mean": 0.77},
-      "held_out": {"auc": 0.61, "mean_fitted": -3.0, "mean_held_out": -4.0},
-      "component_labels": {"accuracy": 0.52, "nmi": 0.03},
-    },
-  }
-  text = "".join(read(run.render({"name": "a", "selection": card})).text)
-  for words in ("0.770", "0.610", "57 of the pool's 64", "3 [1, 5]", "12"):
-    assert words in text.replace("00", "0") or words in text, words
+  read(study_page.study_html(summary))
 
 
 @pytest.mark.parametrize("arms", [0, 1, 3, 60])
@@ -519,19 +511,26 @@ def test_terminal_fits(summary, arms):
     for i in range(arms)
   ]
   summary["verdicts"] = ["A verdict in many words. " * 30] * 20
-  lines = study.terminal(summary).split("\n")
+  lines = terminal.study_text(summary).split("\n")
   assert len(lines) <= 25
   assert max(map(len, lines)) <= 80
 
 
-def test_html_marker_is_not_catching():
-  safe = page.tag("b", "<i>")
-  assert safe == "<b>&lt;i&gt;</b>"
-  assert page.esc(safe) is safe
-  # Glued to anything with +, it is text again.
-  assert page.esc(safe + "<i>").startswith("&lt;b&gt;")
-  assert page.tag("p", x='"<&') == '<p x="&quot;&lt;&amp;"></p>'
-  assert page.tag("p", title=page.Html('"')) == '<p title="&quot;"></p>'
+def test_only_templates_write_markup():
+  draw = page.ENVIRONMENT.from_string('{{ x }}|{{ x ~ "<u>" }}|<p a="{{ x }}">')
+  once = "&lt;i&gt;&#34;"
+  assert draw.render(x='<i>"') == f'{once}|{once}&lt;u&gt;|<p a="{once}">'
+  assert draw.render(x=Node(None)) == '–|–&lt;u&gt;|<p a="–">'
+  with pytest.raises(jinja2.UndefinedError):  # a misspelt name
+    draw.render(y=1)
+
+
+def test_a_node_is_nothing_where_nothing_is():
+  node = Node({"a": [1, {"b": "x"}], "items": 3})
+  assert node.a[1].b == "x" and node["items"] == node.items == 3
+  for odd in (node.c, node.a.b, node.a[5], node.a[0].b.c, node["a"]["b"]):
+    assert odd == None and not odd and list(odd) == []  # noqa: E711
+    assert str(odd) == "–" and len(odd) == 0
 
 
 @pytest.mark.parametrize(
@@ -552,16 +551,16 @@ def test_html_marker_is_not_catching():
   ],
 )
 def test_number(value, words):
-  assert page.number(value) == words
+  assert values.number(value) == words
 
 
 def test_units():
-  assert page.percent(0.6374) == "63.7\u00a0%"
-  assert page.percent(-0.0001) == "0.0\u00a0%"
-  assert page.engineering(3.4e15) == "3.40\u00a0PFLOP"
-  assert page.engineering(999.9e12) == "1.00\u00a0PFLOP"
-  assert page.engineering(12, "B") == "12\u00a0B"
-  assert page.engineering(None) == "–"
+  assert values.percent(0.6374) == "63.7\u00a0%"
+  assert values.percent(-0.0001) == "0.0\u00a0%"
+  assert values.engineering(3.4e15) == "3.40\u00a0PFLOP"
+  assert values.engineering(999.9e12) == "1.00\u00a0PFLOP"
+  assert values.engineering(12, "B") == "12\u00a0B"
+  assert values.engineering(None) == "–"
 
 
 @pytest.mark.parametrize(
@@ -581,7 +580,8 @@ def test_units():
   ],
 )
 def test_only_files_beside_the_page_are_links(address, live):
-  assert ("<a " in page.link("name", address)) == live
+  draw = page.ENVIRONMENT.from_string("{{ m.link('name', address) }}")
+  assert ("<a " in draw.render(address=address)) == live
 
 
 def test_ticks_are_round():

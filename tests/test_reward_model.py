@@ -12,6 +12,7 @@ from jaxalign import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.model import reward
+from jaxalign.model.flops import reward_flops
 from jaxalign.stages import questions, scores
 
 transformers = pytest.importorskip("transformers")
@@ -135,7 +136,7 @@ def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   mesh = sharding.make_mesh(
     dict(fsdp=shape[0], tensor=shape[1]), jax.devices()[: shape[0] * shape[1]]
   )
-  reward.check(r, mesh)
+  reward.check_reward(r, mesh)
   with jax.set_mesh(mesh):
     params = reward.load(tmp_path, r, mesh)
     got = scores.reward_rows(mesh, params, r, rows, tile=2)
@@ -182,7 +183,7 @@ def test_flops_are_the_dot_generals():
         np.full(3, 5),
         np.zeros((3, 5), bool),
       )
-    assert multiplied(traced.jaxpr) == 3 * reward.flops(r, 5)
+    assert multiplied(traced.jaxpr) == 3 * reward_flops(r, 5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import pool as pools
 from jaxalign.select import topk
-from jaxalign.select.samplers import basic, SAMPLERS
+from jaxalign.select.samplers import isa, SAMPLERS, values
 
 N = 500
 
@@ -51,10 +51,10 @@ LOOP = 2000  # rows of the loop over all rows
 @pytest.fixture(scope="module")
 def oracle():
   values = make_pool(1, LOOP).log_likelihood[:, 0]
-  return {order: naive(values, order) for order in basic.ORDERS}
+  return {order: naive(values, order) for order in isa.ORDERS}
 
 
-@pytest.mark.parametrize("order", basic.ORDERS)
+@pytest.mark.parametrize("order", isa.ORDERS)
 def test_isa_equals_the_loop(order, oracle):
   pool = make_pool(1, LOOP)
   got = SAMPLERS["isa"](0, pool, 50, order=order)
@@ -62,7 +62,7 @@ def test_isa_equals_the_loop(order, oracle):
   np.testing.assert_allclose(got.score, oracle[order], rtol=0, atol=1e-12)
   assert list(got.rows) == list(np.argsort(-oracle[order])[:50])
   # A flipped sign, or one reading for another, fails here.
-  for other in basic.ORDERS:
+  for other in isa.ORDERS:
     if other != order:
       assert set(got.rows) != set(np.argsort(-oracle[other])[:50])
   assert set(got.rows) != set(np.argsort(oracle[order])[:50])
@@ -74,7 +74,7 @@ def test_isa_orders_pick_rare_dense_and_middle(oracle):
   rank = pool.log_likelihood[:, 0].argsort().argsort() / (N - 1)
   pick = {
     order: rank[SAMPLERS["isa"](0, pool, 50, order=order).rows]
-    for order in basic.ORDERS
+    for order in isa.ORDERS
   }
   assert pick["literal"].max() < 0.11
   assert pick["magnitude"].min() > 0.89
@@ -101,7 +101,7 @@ def test_a_soft_isa_draws_by_the_weights():
 
 def test_renormalised_keeps_its_digits_where_subtraction_loses_them():
   value = np.random.default_rng(3).normal(size=200_000)
-  change = basic.entropy_change(value, "renormalised")
+  change = isa.entropy_change(value, "renormalised")
   u = (value - value.min()) / np.ptp(value)
   p = np.exp(u)
   m = (p * u).sum() / p.sum()
@@ -110,8 +110,8 @@ def test_renormalised_keeps_its_digits_where_subtraction_loses_them():
   assert np.unique(change).size > 199_990
 
 
-@pytest.mark.parametrize("order", basic.ORDERS)
-@pytest.mark.parametrize("pair_score", basic.PAIR_SCORES)
+@pytest.mark.parametrize("order", isa.ORDERS)
+@pytest.mark.parametrize("pair_score", values.SIDES)
 def test_pair_scores_by_hand(order, pair_score):
   pool = make_pool(2)
   flat = naive(pool.log_likelihood.reshape(-1).tolist(), order)
@@ -181,7 +181,7 @@ def test_a_shift_and_scale_of_the_likelihood_change_no_row():
     pool.ids,
     pool.columns | {"log_likelihood": 2.0 * pool.log_likelihood + 64.0},
   )
-  for order in basic.ORDERS:
+  for order in isa.ORDERS:
     a = SAMPLERS["isa"](0, pool, 70, order=order)
     b = SAMPLERS["isa"](0, moved, 70, order=order)
     assert set(a.rows) == set(b.rows)
@@ -322,10 +322,10 @@ def test_a_quota_is_rounded_to_the_nearest_row(quota, liked):
   may be used up to its last row, and not beyond."""
   label = np.array([True] * 4 + [False] * 6)
   pool = pools.Pool(np.array([f"r{i}" for i in range(10)]), dict(label=label))
-  rows = basic.top_with_quota(np.arange(10.0), pool, 5, quota)
+  rows = isa.top_with_quota(np.arange(10.0), pool, 5, quota)
   assert label[rows].sum() == liked
   with pytest.raises(ConfigError, match="5 desirable rows, the pool has 4"):
-    basic.top_with_quota(np.arange(10.0), pool, 5, 1.0)
+    isa.top_with_quota(np.arange(10.0), pool, 5, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from test_samplers_sets import naive_diverse, planted
 from configs import common
 from jaxalign import job
 from jaxalign.errors import ConfigError, NumericError
+from jaxalign.lookup import Term
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import combine, crossfit, dedup, SAMPLERS
 from jaxalign.stages import columns
@@ -30,9 +31,9 @@ MADE = {
   "all": combine.compose(
     ISA,
     [
-      dict(name="gate", column="reward", low=0.2),
-      dict(name="dedup", threshold=0.9),
-      dict(name="quota", by="source", shares="equal"),
+      Term("gate", dict(column="reward", low=0.2)),
+      Term("dedup", dict(threshold=0.9)),
+      Term("quota", dict(by="source", shares="equal")),
     ],
   ),
 }
@@ -282,8 +283,8 @@ def test_the_first_step_sees_the_whole_pool():
   made = combine.compose(
     SAMPLERS["random"],
     [
-      dict(name="gate", column="reward", low=0.5, side="chosen"),
-      dict(name="gate", column="p_yes", low=0.5, side="chosen"),
+      Term("gate", dict(column="reward", low=0.5, side="chosen")),
+      Term("gate", dict(column="p_yes", low=0.5, side="chosen")),
     ],
   )
   best = np.argsort(-POOL.reward[:, 0])[: N // 2]
@@ -291,9 +292,9 @@ def test_the_first_step_sees_the_whole_pool():
   assert set(made(0, POOL, N // 4).rows) == set(best)
   assert made.needs == ("p_yes", "reward")
   with pytest.raises(ConfigError, match="unknown step 'sieve'"):
-    combine.compose(ISA, [dict(name="sieve")])
+    combine.compose(ISA, [Term("sieve", {})])
   with pytest.raises(ConfigError, match="takes no 'lower'"):
-    combine.compose(ISA, [dict(name="gate", column="reward", lower=0.1)])
+    combine.compose(ISA, [Term("gate", dict(column="reward", lower=0.1))])
 
 
 # By name, as a config has them.
@@ -403,8 +404,8 @@ def test_columns_that_keywords_name_are_made():
     ("gate(low=0.1) | isa", "column"),
     ("gate(column=__import__('os')) | isa", "name.keyword=value."),
     ("1 + 1 | isa", "name.keyword=value."),
-    ("gate(column=reward) | is", "did you mean 'isa'"),
-    ("dedup | ", "unknown sampler ''"),
+    ("gate(column=reward) | isaa", "did you mean 'isa'"),
+    ("dedup | ", "cannot be read"),
     ("ask_llm * nothing", "unknown sampler 'nothing'"),
     ("gate(column=reward, low=2) | isa", "two quantiles"),
   ],

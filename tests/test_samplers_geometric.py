@@ -8,7 +8,7 @@ import pytest
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import topk
-from jaxalign.select.samplers import density, geometric, rows, SAMPLERS
+from jaxalign.select.samplers import density, geometric, SAMPLERS, vectors
 
 N, W = 300, 12
 GEOMETRIC = [
@@ -46,11 +46,11 @@ def by_hand(pool, pair="mean", metric="cosine"):
   return x
 
 
-@pytest.mark.parametrize("pair", rows.PAIRS)
-@pytest.mark.parametrize("metric", rows.METRICS)
+@pytest.mark.parametrize("pair", vectors.PAIRS)
+@pytest.mark.parametrize("metric", vectors.METRICS)
 def test_vectors(pair, metric):
   pool = clusters()
-  got = rows.vectors(pool, pair, metric)
+  got = vectors.vectors(pool, pair, metric)
   assert got.dtype == np.float32
   np.testing.assert_allclose(
     got, by_hand(pool, pair, metric), rtol=1e-4, atol=1e-6
@@ -149,7 +149,9 @@ def test_bandwidth():
   x = by_hand(pool)
   distance = np.linalg.norm(x[:, None] - x[None], axis=2)
   median = np.median(distance[np.triu_indices(N, 1)])
-  assert density.bandwidth_of(np.float32(x), pool.ids) == pytest.approx(median)
+  assert density.median_distance(np.float32(x), pool.ids) == pytest.approx(
+    median
+  )
   for bad in (0.0, -1.0, "wide", float("nan")):
     with pytest.raises(ConfigError, match="kwargs.bandwidth"):
       SAMPLERS["density"](0, pool, 5, bandwidth=bad)
@@ -177,7 +179,7 @@ def naive_k_center(x, first, m):
 
 
 @pytest.mark.parametrize("active", [4, 32, 1024])
-@pytest.mark.parametrize("pair", rows.PAIRS)
+@pytest.mark.parametrize("pair", vectors.PAIRS)
 def test_k_center_equals_the_loop(active, pair, monkeypatch):
   monkeypatch.setattr(geometric, "ACTIVE", active)
   pool = clusters()
@@ -239,7 +241,7 @@ def naive_herding(x, m):
 
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("active", [4, 1024])
-@pytest.mark.parametrize("metric", rows.METRICS)
+@pytest.mark.parametrize("metric", vectors.METRICS)
 def test_herding_equals_the_loop(active, metric, on_host, monkeypatch):
   monkeypatch.setattr(geometric, "ACTIVE", active)
   monkeypatch.setattr(geometric, "_on_host", lambda: on_host)
@@ -260,7 +262,7 @@ def test_herding_equals_the_loop(active, metric, on_host, monkeypatch):
 def test_herding_in_a_gaussian_kernel():
   pool = clusters()
   x = np.float32(by_hand(pool))
-  h = density.bandwidth_of(x, pool.ids)
+  h = density.median_distance(x, pool.ids)
   angle = np.float64(x) @ density.frequencies(1, W, 64, h).T
   phi = np.concatenate([np.cos(angle), np.sin(angle)], axis=1) / 8
   got = SAMPLERS["herding"](1, pool, 60, features=64)

@@ -10,9 +10,9 @@ from test_samplers_geometric import clusters as make_clusters
 from jaxalign.errors import ConfigError
 from jaxalign.select import topk
 from jaxalign.select.samplers import (
-  clusters,
   combine,
   dedup,
+  kmeans,
   SAMPLERS,
   submodular,
 )
@@ -28,7 +28,7 @@ def test_assign_is_the_nearest_centre_over_blocks_of_centres():
   x = rng.normal(size=(500, 6)).astype(np.float32)
   centres = rng.normal(size=(300, 6))  # more than one block
   wanted = ((np.float64(x)[:, None] - centres[None]) ** 2).sum(2).argmin(1)
-  got = clusters.assign(clusters.rows_lib.place(x), centres)
+  got = kmeans.assign(kmeans.vectors_lib.place(x), centres)
   np.testing.assert_array_equal(got, wanted)
 
 
@@ -40,7 +40,7 @@ def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
   ids = np.array([f"r{i:04d}" for i in range(400)])
   cost = []
   for seed in range(6):
-    labels, centres = clusters.k_means(x, ids, 4, seed)
+    labels, centres = kmeans.k_means(x, ids, 4, seed)
     for k in range(4):
       np.testing.assert_allclose(
         centres[k], np.float64(x[labels == k]).mean(0), atol=1e-5
@@ -51,7 +51,7 @@ def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
     rel=1e-4,
   )
   with pytest.raises(ConfigError, match="401 clusters of 400"):
-    clusters.k_means(x, ids, 401, 0)
+    kmeans.k_means(x, ids, 401, 0)
 
 
 # Facility location.
@@ -154,7 +154,7 @@ def test_blocks_run_inside_clusters_with_their_share(name):
   pool = make_clusters(N)
   x = np.float32(by_hand(pool))
   got = SAMPLERS[name](0, pool, 50, blocks=4)
-  labels, _ = clusters.k_means(x, pool.ids, 4, 0)
+  labels, _ = kmeans.k_means(x, pool.ids, 4, 0)
   kept = np.bincount(labels[got.rows], minlength=4)
   assert (abs(kept - np.bincount(labels) * 50 / N) < 1).all()
   if name == "facility_location":
@@ -184,28 +184,28 @@ def test_blocks_run_inside_clusters_with_their_share(name):
 def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
   ids = np.array([f"r{i:05d}" for i in range(9000)])
   labels = np.where(np.arange(9000) % 10 == 0, np.arange(9000) // 3000, 3)
-  got = clusters.cut(labels, ids, clusters.most_rows(9000, 4))
-  assert clusters.most_rows(9000, 4) == 4500
-  assert clusters.most_rows(9000, 90) == clusters.SMALL
+  got = kmeans.split_large(labels, ids, kmeans.most_rows(9000, 4))
+  assert kmeans.most_rows(9000, 4) == 4500
+  assert kmeans.most_rows(9000, 90) == kmeans.SMALL
   # 8,100 rows are two pieces of 4,050, by turns in the order of the hashes.
   np.testing.assert_array_equal(got[labels < 3], labels[labels < 3])
   large = np.flatnonzero(labels == 3)
   turn = np.argsort(np.argsort(topk.id_hash(ids[large])))
   np.testing.assert_array_equal(got[large], np.where(turn % 2, 4, 3))
   # 3 of 2,700 rows, and no label is used twice.
-  small = clusters.cut(labels, ids, 2700)
+  small = kmeans.split_large(labels, ids, 2700)
   assert sorted(np.bincount(small)) == [300] * 3 + [2700] * 3
-  both = clusters.cut(np.arange(9000) % 2, ids, 2000)  # two large ones
+  both = kmeans.split_large(np.arange(9000) % 2, ids, 2000)  # two large ones
   assert (np.bincount(both) == 1500).all() and both.max() == 5
   mixed = np.random.default_rng(0).permutation(9000)
-  again = clusters.cut(labels[mixed], ids[mixed], 2700)
+  again = kmeans.split_large(labels[mixed], ids[mixed], 2700)
   np.testing.assert_array_equal(again, small[mixed])
-  np.testing.assert_array_equal(clusters.cut(labels, ids, 8100), labels)
+  np.testing.assert_array_equal(kmeans.split_large(labels, ids, 8100), labels)
 
 
 def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
   """Four fifths of the rows are one: k-means puts them into one cluster."""
-  monkeypatch.setattr(clusters, "SMALL", 1)
+  monkeypatch.setattr(kmeans, "SMALL", 1)
   pool = make_clusters(N)
   x = pool.embedding.copy()
   x[np.arange(N) % 5 > 0] = x[1]
@@ -252,7 +252,7 @@ def test_what_takes_days_says_so_before_it_starts(
   name, kwargs, flops, monkeypatch
 ):
   pool = make_clusters(N)
-  rows = clusters.rows_lib
+  rows = kmeans.vectors_lib
   monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1000.0))
   host = name in ("dpp", "deita", "semdedup", "herding") or (
     name == "facility_location" and "exact" not in kwargs
@@ -280,9 +280,9 @@ def test_what_takes_days_says_so_before_it_starts(
 
 def test_what_runs_in_days_by_default():
   """30 GFLOP/s for a day: a million rows of 384 numbers, a tenth kept."""
-  rows = clusters.rows_lib
+  rows = kmeans.vectors_lib
   assert rows.HOURS == 24
-  check = clusters.by_pick("k_center", 384, host=True)
+  check = kmeans.refuse_long_picks("k_center", 384, host=True)
   check(1_000_000, 100_000)
   with pytest.raises(
     ConfigError,
@@ -389,7 +389,7 @@ def test_a_budget_of_nothing_is_an_empty_selection(name, blocks):
 
 def test_copies_beyond_a_clusters_size_are_all_found(monkeypatch, capsys):
   """Four fifths of the rows are copies of one, in a cluster of 400."""
-  monkeypatch.setattr(clusters, "SMALL", 1)
+  monkeypatch.setattr(kmeans, "SMALL", 1)
   monkeypatch.setattr(dedup, "_TILE", 8)
   n = 500
   pool = make_pools.make(2, n, width=16)
@@ -404,7 +404,7 @@ def test_copies_beyond_a_clusters_size_are_all_found(monkeypatch, capsys):
   assert (got[lost] == 1).all() and (np.delete(got, lost) < 0.999).all()
   # As if nothing had been cut: the loop over all rows of a cluster.
   assert "before it only" not in capsys.readouterr().out
-  monkeypatch.setattr(clusters, "SMALL", n)
+  monkeypatch.setattr(kmeans, "SMALL", n)
   np.testing.assert_array_equal(dedup.most_alike(unit, pool.ids, 10, 0), got)
 
 
@@ -416,9 +416,9 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
   tile, most = 4, 12
   monkeypatch.setattr(dedup, "_TILE", tile)
   whole = dedup.most_alike(np.float32(x), pool.ids, 3, 0)
-  monkeypatch.setattr(clusters, "most_rows", lambda n, k: most)
+  monkeypatch.setattr(kmeans, "most_rows", lambda n, k: most)
   got = dedup.most_alike(np.float32(x), pool.ids, 3, 0)
-  labels, centres = clusters.k_means(np.float32(x), pool.ids, 3, 0)
+  labels, centres = kmeans.k_means(np.float32(x), pool.ids, 3, 0)
   wanted = np.empty(N)
   for k in range(3):
     rows = np.flatnonzero(labels == k)
@@ -433,7 +433,7 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
   assert near.sum() > 60 and (got[near] > 0.99).mean() > 0.8
   assert "240 rows lie in clusters of more than 12:" in capsys.readouterr().out
   # And that is what is asked of the hours: 240 rows with 12 before each.
-  rows, flops = clusters.rows_lib, 2 * 240 * 12 * x.shape[1]
+  rows, flops = kmeans.vectors_lib, 2 * 240 * 12 * x.shape[1]
   monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1.0))
   for factor in (1.001, 1 / 1.001):
     monkeypatch.setattr(rows, "HOURS", flops / 3600 * factor)
@@ -450,7 +450,7 @@ def test_semdedup_equals_the_loop(count, tile, monkeypatch):
   monkeypatch.setattr(dedup, "_TILE", tile)
   pool = planted()
   x = by_hand(pool)
-  labels, centres = clusters.k_means(np.float32(x), pool.ids, count, 3)
+  labels, centres = kmeans.k_means(np.float32(x), pool.ids, count, 3)
   wanted = np.empty(N)
   for i in range(N):
     centre = centres[labels[i]] / np.linalg.norm(centres[labels[i]])

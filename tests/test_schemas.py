@@ -4,11 +4,13 @@ import gzip
 import json
 
 import pytest
+from test_records import load
 
-from jaxalign.data import records, schemas
-from jaxalign.data.schemas import choices, fields, Refused, SCHEMAS, trees
+from jaxalign.data import schemas
+from jaxalign.data.schemas import choices, mapping, Refused, SCHEMAS
 from jaxalign.data.schemas.choices import Undecided
-from jaxalign.data.schemas.pairs import margin_of, turns_of
+from jaxalign.data.schemas.ranked import convert_tree
+from jaxalign.data.schemas.schema import margin_of, turns_of
 from jaxalign.errors import ConfigError, DataError
 
 
@@ -209,8 +211,8 @@ def converted(name, row, pairs="all"):
   schema = SCHEMAS[name]
   fresh = schema.convert(row, pairs) if schema.many else schema.convert(row)
   if isinstance(fresh, Undecided):
-    table = choices.decide([fresh], "", "choice", schema.rule)
-    side = choices.settled(fresh, table, schema.rule)
+    table = choices.meanings([fresh], schema.rule, "choice")
+    side = choices.side_of(fresh, table, schema.rule)
     if side is None:
       raise Refused("bad code", repr(fresh.code))
     fresh = fresh.make(side)
@@ -229,8 +231,8 @@ def refused(name, row):
 def test_contract_of_every_schema(name):
   """Each good row fits its own schema only, and converts to the right keys."""
   row = GOOD[name]
-  assert [s.name for s in SCHEMAS.values() if s.matches(row)] == [name]
-  assert schemas.detect(dict(row, other=3)).name == name
+  assert [s.name for s in SCHEMAS.values() if s.fits(row)] == [name]
+  assert schemas.detect_schema(dict(row, other=3)).name == name
   assert {*SCHEMAS[name].wants} <= row.keys() | {"choice"}
   before = json.dumps(row)
   fresh = converted(name, row)
@@ -240,9 +242,7 @@ def test_contract_of_every_schema(name):
   if name == "trees":
     assert fresh.pop("id") == "a>b"
   assert fresh.keys() - {"turns", "margin"} == {"prompt", "group"} | (
-    {"chosen", "rejected"}
-    if SCHEMAS[name].kind == "pairs"
-    else {"completion", "label"}
+    {"chosen", "rejected"} if "chosen" in fresh else {"completion", "label"}
   )
 
 
@@ -251,8 +251,9 @@ def test_public_layouts_give_the_pair_that_their_people_meant(name, tmp_path):
   row, want = LAYOUTS[name]
   path = tmp_path / "rows.jsonl"
   path.write_text(json.dumps(row) + "\n")
-  loaded = records.load(str(path), max_bad_fraction=0.9)
-  assert loaded.schema == name and loaded.kind == SCHEMAS[name].kind
+  loaded = load(str(path), max_bad_fraction=0.9)
+  assert loaded.schema == name
+  assert loaded.kind == ("pairs" if "chosen" in want else "unpaired")
   [fresh] = loaded.rows
   assert {k: v for k, v in fresh.items() if k != "id"} == want
   told = {c["column"]: c["became"] for c in loaded.readings[0].columns}
@@ -382,7 +383,7 @@ def test_all_the_ways_to_write_a_chat_pair_agree():
       rejected=[no],
     ),
   ):
-    assert schemas.detect(row).name == "chat_pairs", row
+    assert schemas.detect_schema(row).name == "chat_pairs", row
     assert converted("chat_pairs", row) == want, row
   short = dict(prompt="Hi", chosen=[yes], rejected=[no])
   assert converted("chat_pairs", short) == dict(
@@ -411,7 +412,7 @@ def test_a_system_text_is_the_system_turn_wherever_it_stands():
     dict(prompt=want, chosen="4", rejected="5"),
     dict(prompt=want, system="Be kind.", chosen="4", rejected="5"),
   ):
-    fresh = converted(schemas.detect(row).name, row)
+    fresh = converted(schemas.detect_schema(row).name, row)
     assert fresh["turns"] == want, row
     assert fresh["prompt"] == "Be kind.\n\nHuman: 2+2=\n\nAssistant:"
   fresh = converted(
@@ -602,10 +603,10 @@ def test_what_a_code_says_by_itself(code, want):
     row = row._replace(names=("the first text", "the second text"))
   if want is None:
     with pytest.raises(DataError, match="config.data.choice"):
-      choices.decide([row], "", "choice")
+      choices.meanings([row], "", "choice")
   else:
-    table = choices.decide([row], "", "choice")
-    assert choices.settled(row, table, "") == want
+    table = choices.meanings([row], "", "choice")
+    assert choices.side_of(row, table, "") == want
 
 
 @pytest.mark.parametrize(
@@ -630,20 +631,20 @@ def test_a_column_of_codes_is_certain_or_asked(codes, want):
   rows = [Undecided(code, None) for code in codes for _ in range(3)]
   if want is None:
     with pytest.raises(DataError) as error:
-      choices.decide(rows, "", "the column c")
+      choices.meanings(rows, "", "the column c")
     assert "the column c holds" in str(error.value)
     assert "--config.data.choice=" in str(error.value)
     return
-  table = choices.decide(rows, "", "choice")
-  assert " ".join(choices.settled(r, table, "") for r in rows[::3]) == want
+  table = choices.meanings(rows, "", "choice")
+  assert " ".join(choices.side_of(r, table, "") for r in rows[::3]) == want
 
 
 def test_a_rule_says_what_codes_mean():
   rule = {"first": [1, "yes"], "second": ["0"], "tie": [9]}
-  choices.check(rule)
+  choices.check_choice(rule)
   rows = [Undecided(c, None) for c in ("1", 0.0, 9, "Yes", 3)]
-  table = choices.decide(rows, rule, "choice")
-  assert [choices.settled(r, table, rule) for r in rows] == [
+  table = choices.meanings(rows, rule, "choice")
+  assert [choices.side_of(r, table, rule) for r in rows] == [
     "first",
     "second",
     "tie",
@@ -658,10 +659,10 @@ def test_a_rule_says_what_codes_mean():
     {"first": [1], "second": ["1"]},
   ):
     with pytest.raises(ConfigError, match="config.data.choice"):
-      choices.check(bad) if bad else choices.check({"first": 1})
+      choices.check_choice(bad) if bad else choices.check_choice({"first": 1})
   row = dict(prompt="q", first="a", second="b", first_score=1, second_score="2")
   fresh = SCHEMAS["choices"].convert(row)
-  assert choices.settled(fresh, {}, choices.BY_SCORE) == "second"
+  assert choices.side_of(fresh, {}, choices.BY_SCORE) == "second"
   assert fresh.make("second")["margin"] == 1.0
   with pytest.raises(Refused, match="tie"):
     fresh.make("tie")
@@ -701,7 +702,7 @@ def test_labels(label, want):
 
 def test_an_unknown_shape_lists_what_was_found_and_what_each_schema_wants():
   with pytest.raises(DataError) as error:
-    schemas.detect(dict(question="q", chosen="a", rejected="b", score=3))
+    schemas.detect_schema(dict(question="q", chosen="a", rejected="b", score=3))
   for word in (
     "question (str)",
     "score (int)",
@@ -712,7 +713,7 @@ def test_an_unknown_shape_lists_what_was_found_and_what_each_schema_wants():
   ):
     assert word in str(error.value)
   with pytest.raises(DataError):
-    schemas.detect({})
+    schemas.detect_schema({})
 
 
 def test_real_dialogues_split_at_the_marker_never_inside_a_word(shared):
@@ -721,7 +722,7 @@ def test_real_dialogues_split_at_the_marker_never_inside_a_word(shared):
     rows = [json.loads(line) for line in file]
   refusals, alike = {}, 0
   for i, row in enumerate(rows):
-    assert schemas.detect(row).name == "implicit_pairs"
+    assert schemas.detect_schema(row).name == "implicit_pairs"
     try:
       fresh = converted("implicit_pairs", row)
     except Refused as error:
@@ -790,11 +791,11 @@ def test_a_tree_gives_every_ranked_pair_or_every_neighbour():
       ],
     )
   )
-  names = lambda pairs: [row["id"] for row in trees.convert(tree, pairs)]
+  names = lambda pairs: [row["id"] for row in convert_tree(tree, pairs)]
   assert names("all") == ["a>b", "a>c", "b>c", "y>x"]
   assert names("adjacent") == ["a>b", "b>c", "y>x"]
   assert names("best_worst") == ["a>c", "y>x"]
-  deep = trees.convert(tree)[-1]
+  deep = convert_tree(tree, "all")[-1]
   assert deep == dict(
     id="y>x",
     prompt="\n\nHuman: Hi\n\nAssistant: text a\n\nHuman: And?\n\nAssistant:",
@@ -809,7 +810,9 @@ def test_a_tree_gives_every_ranked_pair_or_every_neighbour():
   )
   reasons = lambda *replies: [
     one.reason if isinstance(one, Refused) else one["id"]
-    for one in trees.convert(dict(prompt=node("q", "Hi", replies=replies)))
+    for one in convert_tree(
+      dict(prompt=node("q", "Hi", replies=replies)), "all"
+    )
   ]
   assert reasons(say("a", 0), say("b", 0)) == ["tied ranks"]
   assert reasons(say("a", 0), say("b", 1, deleted=True)) == ["deleted message"]
@@ -832,17 +835,17 @@ def test_a_tree_gives_every_ranked_pair_or_every_neighbour():
 
 def test_a_mapping_renames_and_digs():
   row = dict(a=dict(b=["x", dict(c="deep")]), q="?", extra=1)
-  assert fields.remap(
+  assert mapping.remap(
     row, dict(prompt="q", chosen="a.b.1.c", rejected="a.b.0")
   ) == dict(prompt="?", chosen="deep", rejected="x")
   assert (
-    fields.remap(row, dict(prompt="q.x", chosen="a.b.7", rejected="a.z")) == {}
+    mapping.remap(row, dict(prompt="q.x", chosen="a.b.7", rejected="a.z")) == {}
   )
   rows = dict(x=[dict(t="a"), dict(t="b"), dict(u=1)])
-  assert fields.remap(rows, dict(answers="x.*.t")) == dict(
+  assert mapping.remap(rows, dict(answers="x.*.t")) == dict(
     answers=["a", "b", None]
   )
-  fields.check_fields(dict(prompt="a.b"))
+  mapping.check_fields(dict(prompt="a.b"))
   for bad in (
     dict(promt="q"),
     dict(prompt=""),
@@ -850,4 +853,4 @@ def test_a_mapping_renames_and_digs():
     dict(prompt=3),
   ):
     with pytest.raises(ConfigError, match="config.data.fields"):
-      fields.check_fields(bad)
+      mapping.check_fields(bad)

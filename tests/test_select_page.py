@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxalign.report import page as pages
-from jaxalign.report.pages import select as page
+from jaxalign.report import select_page as page
+from jaxalign.report.values import plain
 from jaxalign.select import card
 from jaxalign.select.pool import make_pool, Selection
 
@@ -107,11 +108,11 @@ def read(document):
 @pytest.mark.parametrize("sides", [1, 2])
 def test_the_page_is_closed_and_whole(sides):
   out, table = make(200, sides)
-  document = page.render(out, table)
+  document = page.selection_html(out, table)
   reader = read(document)
   (kind, data), (_, code) = reader.scripts  # the data and our own, no other
   assert kind == {"type": "application/json", "id": "data"}
-  assert code == page._file("select.js")
+  assert code == (pages.TEMPLATES / "select.js").read_text()
   found = json.loads(data)
   assert len(found["id"]) == 200
   assert re.search("[<>&\u2028\u2029]", data) is None
@@ -127,7 +128,7 @@ def test_the_page_is_closed_and_whole(sides):
     assert attributes.get("href", "#").startswith("#")
   # A text says what it said, but for what hides or reorders.
   i = int(np.flatnonzero(table["id"] == "r0000")[0])
-  assert found["texts"][0]["at"][i] == pages.plain(table["texts"]["prompt"][i])
+  assert found["texts"][0]["at"][i] == plain(table["texts"]["prompt"][i])
 
 
 def test_texts_are_cut_to_the_size_of_the_page(monkeypatch):
@@ -143,7 +144,7 @@ def test_a_card_with_little_on_it_still_renders():
   pool = make_pool(["a", "b", "c"], {})
   for rows in (np.arange(1), np.arange(3), np.empty(0, np.int64)):
     out, table = card.examine(pool, Selection(rows, np.zeros(3)))
-    document = page.render(out, table)
+    document = page.selection_html(out, table)
     assert "not measured" in document
     read(document)
 
@@ -158,7 +159,7 @@ def tab(made, tmp_path_factory):
       f"needs a Chromium: none of {', '.join(browser.NAMES)} is installed"
     )
   path = tmp_path_factory.mktemp("page") / "selection.html"
-  path.write_text(page.render(*made), encoding="utf-8")
+  path.write_text(page.selection_html(*made), encoding="utf-8")
   with browser.page() as found:
     found.path = path
     yield found
@@ -250,7 +251,7 @@ def test_a_click_on_a_head_sorts(opened, made, key):
     )
     # Missing values last both ways; of equals, the better rank first.
     text = (
-      [pages.plain(v) for v in values]
+      [plain(v) for v in values]
       if values.dtype.kind == "U"
       else (values.tolist())
     )
@@ -277,7 +278,7 @@ def test_the_cells_say_what_the_table_says(opened, made):
     assert float(row[2].replace("−", "-")) == float(f"{table['score'][i]:.6g}")
     assert row[3] == table["id"][i]
     assert float(row[5]) == pytest.approx(table["cosine"][i], abs=6e-4)
-    assert row[-1] == pages.plain(table["texts"]["prompt"][i].strip())
+    assert row[-1] == plain(table["texts"]["prompt"][i].strip())
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_search_finds_just_the_rows_that_hold_all_words(opened, made, words):
   for i in range(N):
     hay = "\n".join(
       [table["id"][i], str(table["source"][i]), str(table["topic"][i])]
-      + [pages.plain(t[i].strip()) for t in table["texts"].values()]
+      + [plain(t[i].strip()) for t in table["texts"].values()]
     )
     hay = unicodedata.normalize("NFC", hay).lower()
     parts = unicodedata.normalize("NFC", words).lower().split()
@@ -353,7 +354,7 @@ def test_filters_and_reset(opened, made):
       f"[...document.getElementById('f-{name}').options]"
       ".map(o => [o.value, o.textContent])"
     )
-    column = np.array([pages.plain(v) for v in table[name]])
+    column = np.array([plain(v) for v in table[name]])
     assert len(options) == len(set(column)) + 1
     value, words = options[1]
     choose(opened, name, value)
@@ -383,7 +384,7 @@ def test_a_row_says_its_reason_and_leads_to_its_neighbour(opened, made):
       "[...document.querySelectorAll('#detail pre')]"
       ".slice(0, 3).map(e => e.textContent)"
     )
-    assert texts == [pages.plain(t[i].strip()) for t in table["texts"].values()]
+    assert texts == [plain(t[i].strip()) for t in table["texts"].values()]
     opened.run("document.querySelector('#detail .near').click()")
     assert (
       opened.run("document.querySelector('#detail h3').textContent")
@@ -513,7 +514,7 @@ def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
     k: [f"{k} {i} " + "words " * 60 for i in range(n)]
     for k in ("prompt", "chosen", "rejected")
   }
-  document = page.render(
+  document = page.selection_html(
     *card.examine(
       pool, Selection(np.argsort(-score)[:10_000], score), texts=texts
     )

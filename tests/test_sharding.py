@@ -231,9 +231,9 @@ def test_a_size_that_does_not_divide_is_refused(
   change, name, axis, size, parts
 ):
   m = M._replace(**change)
-  decoder.check(m, mesh_of(1, 1))
+  decoder.check_model(m, mesh_of(1, 1))
   with pytest.raises(ConfigError) as error:
-    decoder.check(m, mesh_of(4, 2))
+    decoder.check_model(m, mesh_of(4, 2))
   assert str(error.value) == (
     f"{name}: its axis {axis!r} of {size} does not divide into {parts} "
     "parts; change the model's size or config.mesh"

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxalign.data import sources
-from jaxalign.data.sources import BadRow, read_rows
+from jaxalign.data import json_rows, sources
+from jaxalign.data.json_rows import BadRow
+from jaxalign.data.schemas.messages import messages_of
+from jaxalign.data.sources import read_rows
 from jaxalign.errors import ConfigError, DataError
 
 ROWS = [
@@ -112,7 +114,7 @@ def test_odd_but_legal_text_survives(tmp_path):
 
 
 def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000)
+  monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
   data = b'{"a": "' + b"x" * 12_345 + b'"}\n{"a": 2}\n'
   found = list(read_rows(put(tmp_path / "a.jsonl.gz", gzip.compress(data))))
   assert found[0][1].reason == "row too long"
@@ -120,7 +122,7 @@ def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
 
 
 def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "MAX_JSON_BYTES", 1000)
+  monkeypatch.setattr(json_rows, "MAX_JSON_BYTES", 1000)
   rows = b'[{"a": 1}, ' + b" " * 9999 + b'{"a": 2}]'
   source = put(tmp_path / "a.json.gz", gzip.compress(b'{"x": ' + rows + b"}"))
   with pytest.raises(DataError, match="jsonl"):
@@ -128,8 +130,8 @@ def test_a_json_file_too_large_is_refused(tmp_path, monkeypatch):
   # A list is read piece by piece: only its rows have to be held.
   source = put(tmp_path / "b.json.gz", gzip.compress(rows))
   assert rows_of(source) == [dict(a=1), dict(a=2)]
-  monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 20)
-  monkeypatch.setattr(sources, "_BLOCK", 1 << 10)
+  monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1 << 20)
+  monkeypatch.setattr(json_rows, "BLOCK", 1 << 10)
   source = put(tmp_path / "c.json", b'[{"a": "' + b"x" * (5 << 20) + b'"}]')
   with pytest.raises(DataError, match="jsonl"):
     rows_of(source)
@@ -383,7 +385,10 @@ def test_a_tfds_dataset_of_array_records(tmp_path):
   builder.download_and_prepare()
   source = f"tfds:{builder.data_dir}"
   for name in (source, f"{source}:train"):
-    assert sorted(rows_of(name), key=lambda row: row["score"]) == want
+    rows = sorted(rows_of(name), key=lambda row: row["score"])
+    for row in rows:  # TFDS has a dict of lists
+      row["messages"] = messages_of(row["messages"], "messages")
+    assert rows == want
   assert len(rows_of(f"{source}:train[:2]")) == 2
   assert sources.source_digest(source) == sources.source_digest(source)
   assert ("tensorflow" in sys.modules) == before

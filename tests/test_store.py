@@ -1,11 +1,12 @@
-"""The store: shards with digests, gone on with, mended, refused, read."""
+"""The store: shards with digests, resumed, repaired, refused, read."""
 
 import json
 import pathlib
+import shutil
 import signal
 import time
 
-import jax.numpy as jnp
+import bucket
 import jobs
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ import pytest
 from jaxalign import artifacts
 from jaxalign.errors import ConfigError, CorruptError
 from jaxalign.select import store as stores
-from jaxalign.select.store import Column
+from jaxalign.select.store import ArraySpec
 
 N, SHARD = 23, 5
 IDS = np.array([f"é{i:03d}" for i in range(N)])
-COLUMNS = dict(embedding=Column((2, 3), "bfloat16"), logp=Column((2,)))
+COLUMNS = dict(embedding=ArraySpec((2, 3), "bfloat16"), logp=ArraySpec((2,)))
 FIELDS = dict(model="a", layers=2)
 
 
@@ -60,43 +61,17 @@ def rounded(x):
 def test_columns_come_back(store):
   x = arrays()
   assert store.shards == 5 and store.bounds(4) == (20, 23)
+  assert store.sizes([1, 4]) == [5, 3]
   np.testing.assert_array_equal(stores.read(store.folder, "logp"), x["logp"])
   got = stores.read(store.folder, "embedding")
   assert got.dtype == np.float32
   np.testing.assert_array_equal(got, rounded(x["embedding"]))
-  ids = stores.read(store, "id")
-  assert [i.decode() for i in ids.tolist()] == IDS.tolist()
-  assert stores.read_rows(store, "embedding", 3, 4).dtype == jnp.bfloat16
+  for name in COLUMNS:  # nothing is held: files are mapped
+    assert isinstance(stores.read(store, name), np.memmap)
+  plain = np.load(store.folder / "logp.npy")  # what anybody reads
+  np.testing.assert_array_equal(plain, x["logp"])
   with pytest.raises(ConfigError, match="no column 'colour', it has"):
     stores.read(store, "colour")
-
-
-@pytest.mark.parametrize("rows", [1, 4, 5, 7, 23, 99])
-def test_tiles_do_not_see_the_shards(store, rows):
-  seen = list(stores.tiles(store, "logp", rows))
-  assert [start for start, _ in seen] == list(range(0, N, rows))
-  np.testing.assert_array_equal(
-    np.concatenate([x for _, x in seen]), arrays()["logp"]
-  )
-
-
-def test_rows_in_any_order(store):
-  index = np.array([22, 0, 7, 7, 4, 5])
-  np.testing.assert_array_equal(
-    stores.take(store, "logp", index), arrays()["logp"][index]
-  )
-  np.testing.assert_array_equal(
-    stores.take(store, "embedding", index),
-    rounded(arrays()["embedding"])[index],
-  )
-  assert stores.take(store, "logp", np.arange(0)).shape == (0, 2)
-
-
-def test_a_tile_is_a_map_of_the_file(store):
-  x = stores.read_rows(store, "embedding", 6, 9)
-  while not isinstance(x, np.memmap):
-    assert x.base is not None
-    x = x.base
 
 
 def test_what_is_whole_is_not_made_again(tmp_path):
@@ -118,36 +93,50 @@ def files(store):
   )
 
 
-@pytest.mark.parametrize("harm", ["bit", "short", "gone"])
-def test_a_harmed_shard_is_the_only_one_made_again(store, harm, capsys):
+@pytest.mark.parametrize("how", ["bit", "short", "gone"])
+def test_damaged_rows_alone_are_made_again(store, how, capsys):
   before = {name: (store.folder / name).read_bytes() for name in files(store)}
-  assert len(before) == 5 * 4  # three columns, the ids, and their digests
+  assert len(before) == 2 + 5  # two columns, and the digests of five shards
   rng = np.random.default_rng(4)
   for name, data in before.items():
     path, data = store.folder / name, bytearray(data)
-    if harm == "bit":
-      data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(data[: len(data) // 2] if harm == "short" else data)
-    if harm == "gone":
+    side = name.startswith("shards/")
+    at = int(rng.integers(0 if side else 128, len(data)))
+    if how == "bit":
+      data[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data[:at] if how == "short" else data)
+    if how == "gone":
       path.unlink()
-    shard = int(name.split("/")[1][:5])
-    assert stores.pending(store, IDS) == [shard], name
-    said = capsys.readouterr().out
-    if not (harm == "gone" and name.startswith("shards/")):
-      assert f"shard {shard:05d}: " in said and "doing it again" in said
-    fill(store, [shard])
+    row = (at - 128) * N // (len(data) - 128)  # a row's bytes are even
+    first = 0 if how == "gone" else row // SHARD
+    wanted = [first] if how == "bit" else [*range(first, 5)]
+    if side:
+      wanted = [int(name.split("/")[1][:5])]
+    assert create(store.folder) == store
+    assert stores.pending(store, IDS) == wanted, name
+    told = capsys.readouterr().out
+    if not (how == "gone" and side):
+      assert f"shard {wanted[0]:05d}: " in told and "doing it again" in told
+    fill(store, wanted)
     assert path.read_bytes() == before[name]
     assert stores.pending(store, IDS) == []
 
 
-def test_a_harmed_description_is_written_again(store):
-  path = store.folder / "store.json"
-  data = path.read_bytes()
-  path.write_bytes(data.replace(b'"layers": 2', b'"layers": 3'))
-  with pytest.raises(CorruptError, match="store.json is harmed"):
-    stores.open_store(store.folder)
-  again = create(store.folder)
-  assert stores.pending(again, IDS) == [] and path.read_bytes() == data
+def test_a_damaged_header_or_description_is_written_again(store):
+  for name, old, new in (
+    ("store.json", b'"layers": 2', b'"layers": 3'),
+    ("logp.npy", b"<f4", b"<f8"),
+  ):
+    path = store.folder / name
+    data = path.read_bytes()
+    path.write_bytes(data.replace(old, new))
+    if name == "store.json":
+      with pytest.raises(CorruptError, match="store.json is damaged"):
+        stores.open_store(store.folder)
+    else:
+      assert stores.pending(store, IDS) == [0, 1, 2, 3, 4]
+    again = create(store.folder)
+    assert stores.pending(again, IDS) == [] and path.read_bytes() == data
 
 
 @pytest.mark.parametrize(
@@ -158,7 +147,10 @@ def test_a_harmed_description_is_written_again(store):
     (dict(ids=IDS[:-1]), "other records|rows was 23, now 22"),
     (dict(ids=np.append(IDS[:-1], "z")), "other records"),
     (dict(shard=6), "shard was 5, now 6"),
-    (dict(columns=COLUMNS | dict(logp=Column((3,)))), r"columns was .*\[2\]"),
+    (
+      dict(columns=COLUMNS | dict(logp=ArraySpec((3,)))),
+      r"columns was .*\[2\]",
+    ),
   ],
 )
 def test_another_description_is_refused_by_its_field(store, changes, words):
@@ -170,30 +162,32 @@ def test_another_description_is_refused_by_its_field(store, changes, words):
   }
 
 
-def test_a_reader_refuses_other_models_and_other_records(store):
-  assert stores.open_store(store.folder, fields=FIELDS, ids=IDS) == store
-  with pytest.raises(ConfigError, match="model was 'a', now 'b'"):
-    stores.open_store(store.folder, fields=FIELDS | dict(model="b"))
-  with pytest.raises(ConfigError, match="other records"):
-    stores.open_store(store.folder, ids=IDS[::-1])
-
-
 def test_bad_knobs():
   with pytest.raises(ConfigError, match="config.embed.shard"):
     create("nowhere", shard=0)
   with pytest.raises(ConfigError, match="config.embed.store_dtype"):
-    create("nowhere", columns=dict(x=Column((), "int7")))
+    create("nowhere", columns=dict(x=ArraySpec((), "int7")))
 
 
 def test_shards_of_another_store_do_not_count(store, tmp_path):
   """A side file copied from a store of another model is no proof."""
   other = create(tmp_path / "other", fields=dict(model="b"))
-  for path in pathlib.Path(store.folder).rglob("*"):
-    if path.is_file() and path.name != "store.json":
-      to = other.folder / path.relative_to(store.folder)
-      to.parent.mkdir(parents=True, exist_ok=True)
-      to.write_bytes(path.read_bytes())
+  shutil.copytree(store.folder / "shards", other.folder / "shards")
+  for name in COLUMNS:
+    shutil.copy(store.folder / f"{name}.npy", other.folder / f"{name}.npy")
   assert stores.pending(other, IDS) == [0, 1, 2, 3, 4]
+
+
+def test_a_store_in_a_bucket_is_the_same(store, tmp_path, monkeypatch):
+  bucket.mount(tmp_path / "far", monkeypatch.setattr)
+  far = create("gs://b/s")
+  fill(far, [0, 2, 3, 4])
+  assert stores.pending(far, IDS) == [1]
+  fill(far, [1])
+  for name in COLUMNS:
+    got = stores.read("gs://b/s", name)
+    np.testing.assert_array_equal(got, stores.read(store, name))
+    assert isinstance(got, np.memmap)  # a scratch file, not memory
 
 
 # The embed stage.
@@ -218,12 +212,12 @@ def test_an_embed_stage_killed_goes_on_at_the_next_shard(tmp_path):
   assert shards(work) == [f"{s:05d}.json" for s in range(4)]
   times = {
     p: p.stat().st_mtime_ns
-    for p in work.glob("shared/embed/store/*/0000[0-3].*")
+    for p in work.glob("shared/embed/store/shards/0000[0-3].*")
   }
   time.sleep(0.01)
   ended = jobs.run(work, *SMALL)
   assert ended.code == 0, ended
-  assert len(shards(work)) == 10 and len(times) == 4 * 5
+  assert len(shards(work)) == 10 and len(times) == 4
   assert times == {p: p.stat().st_mtime_ns for p in times}
   assert not jobs.differences(
     jobs.outcome(tmp_path / "wanted"), jobs.outcome(work)
@@ -245,19 +239,19 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
   for name, x in wanted.items():
     np.testing.assert_array_equal(stores.read(whole, name), x)
   card = json.loads((work / "shared/embed/records/embed.json").read_text())
-  assert "store/embedding/00009.npy" in card["outputs"]
-  flipped = whole / "logp/00007.npy"
+  assert "store/embedding.npy" in card["outputs"]
+  flipped = whole / "logp.npy"
   data = bytearray(flipped.read_bytes())
-  data[-2] ^= 4
+  data[128 + 7 * 16 * 8] ^= 4  # two float32 a record: the first of shard 7
   flipped.write_bytes(data)
   others = {
     p: p.stat().st_mtime_ns
-    for p in whole.rglob("*.npy")
+    for p in whole.rglob("*.json")
     if "00007" not in p.name
   }
   ended = jobs.run(work, *SMALL)
   assert ended.code == 0 and jobs.did(ended) == ["embed"]
-  assert "store/logp/00007.npy has other bytes" in ended.out
+  assert "shard 00007: logp has other bytes" in ended.out
   assert others == {p: p.stat().st_mtime_ns for p in others}
   np.testing.assert_array_equal(stores.read(whole, "logp"), wanted["logp"])
   ended = jobs.run(work, *SMALL, "embed.store_dtype=bfloat16", "--redo")
@@ -300,16 +294,10 @@ def test_two_processes_write_their_own_shards(tmp_path):
   jobs.together(tmp_path / "two", *flags, hooks={0: hook(0), 1: hook(1)})
   jobs.wait(jobs.start(tmp_path / "one", *flags, hook=hook(2)))
   first, second, all_ = (json.loads(pathlib.Path(n).read_text()) for n in notes)
-  for name in ("store", "scores"):
-    mine, other, whole = (
-      [s for which, s in one if which == name] for one in (first, second, all_)
-    )
-    assert mine == list(range(0, 10, 2)) and other == list(range(1, 10, 2))
-    assert whole == list(range(10))
-  for name in ("embed/store", "mixture/scores"):
-    one, two = (tmp_path / work / "shared" / name for work in ("one", "two"))
-    files = sorted(p.relative_to(one) for p in one.rglob("*.*"))
-    assert len(files) == 10 * (5 if name == "embed/store" else 3) + 1
-    for path in files:
-      if path.name != "store.json":
-        assert (one / path).read_bytes() == (two / path).read_bytes(), path
+  written = [[shard for _, shard in one] for one in (first, second, all_)]
+  assert written == [[*range(0, 10, 2)], [*range(1, 10, 2)], [*range(10)]]
+  one, two = tmp_path / "one/shared", tmp_path / "two/shared"
+  files = sorted(p.relative_to(one) for p in one.glob("embed/store/*.npy"))
+  assert len(files) == 3
+  for path in [*files, "mixture/log_likelihood.npy"]:
+    assert (one / path).read_bytes() == (two / path).read_bytes(), path

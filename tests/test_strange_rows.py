@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_records import load
 
-from jaxalign.data import records, sources
-from jaxalign.data.sources import BadRow, read_rows
+from jaxalign.data import formats, json_rows, sources
+from jaxalign.data.json_rows import BadRow
+from jaxalign.data.sources import read_rows
 from jaxalign.errors import DataError, JaxalignError
 
 GOOD = dict(prompt="q ", chosen="good a", rejected="bad b")
@@ -132,7 +134,7 @@ def test_a_list_is_the_same_however_it_is_read(tmp_path, monkeypatch, block):
     )
     for i in range(20)
   ]
-  monkeypatch.setattr(sources, "_BLOCK", block)
+  monkeypatch.setattr(json_rows, "BLOCK", block)
   for text in (
     json.dumps(rows),
     json.dumps(rows, ensure_ascii=False, indent=2),
@@ -346,7 +348,7 @@ def test_a_large_row_group_is_read_page_by_page(tmp_path):
   )
   size = (tmp_path / "a.parquet").stat().st_size
   with open(tmp_path / "a.parquet", "rb") as file:
-    rows = sources._parquet("a.parquet", counted := Counted(file))
+    rows = formats.read_parquet("a.parquet", counted := Counted(file))
     for _ in range(300):
       next(rows)
     rows.close()
@@ -392,7 +394,7 @@ def test_a_hugging_face_dataset_of_strange_rows(tmp_path, monkeypatch):
   assert rows[2]["prompt"] == "c" and rows[2]["day"] == datetime.date(
     1970, 1, 6
   )
-  assert sources.count(f"hf:{tmp_path}/data") == (3, True)
+  assert sources.count_rows(f"hf:{tmp_path}/data") == (3, True)
 
 
 # How many.
@@ -407,17 +409,19 @@ def test_small_sources_are_counted(tmp_path):
     ("d.csv", b"a,b\n" + b"1,2\n" * 7 + b"3\n"),
   ):
     source = put(tmp_path / name, data)
-    assert sources.count(source) == sources.count(source, 3) == (8, True)
+    assert (
+      sources.count_rows(source) == sources.count_rows(source, 3) == (8, True)
+    )
   pq.write_table(pa.table(dict(a=list(range(8)))), tmp_path / "e.parquet")
-  assert sources.count(str(tmp_path / "e.parquet")) == (8, True)
+  assert sources.count_rows(str(tmp_path / "e.parquet")) == (8, True)
   put(tmp_path / "f.jsonl", LINE)
-  assert sources.count(str(tmp_path / "*.jsonl")) == (9, True)
+  assert sources.count_rows(str(tmp_path / "*.jsonl")) == (9, True)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "jsonl.gz"])
 def test_large_sources_are_estimated(tmp_path, monkeypatch, kind):
   monkeypatch.setattr(sources, "_ENOUGH", 1 << 16)
-  monkeypatch.setattr(sources, "_BLOCK", 1 << 12)
+  monkeypatch.setattr(json_rows, "BLOCK", 1 << 12)
   rows = [
     dict(a=i, b=f"{i * 7919 % 104729:06}" * (1 + i % 5)) for i in range(30_000)
   ]
@@ -431,11 +435,14 @@ def test_large_sources_are_estimated(tmp_path, monkeypatch, kind):
       tmp_path / f"{name}.{kind}",
       gzip.compress(data) if kind.endswith("gz") else data,
     )
-  found, exact = sources.count(str(tmp_path / f"*.{kind}"), 1000)
+  found, exact = sources.count_rows(str(tmp_path / f"*.{kind}"), 1000)
   assert not exact and abs(found / 60_000 - 1) < (
     0.35 if kind.endswith("gz") else 0.1
   )
-  assert sources.count(str(tmp_path / f"*.{kind}"), 10**9) == (60_000, True)
+  assert sources.count_rows(str(tmp_path / f"*.{kind}"), 10**9) == (
+    60_000,
+    True,
+  )
 
 
 @pytest.mark.parametrize(
@@ -469,7 +476,7 @@ def test_a_load_goes_on(tmp_path, field, value):
   old = json.dumps(rows[3][field])
   lines[3] = lines[3].replace(f'"{field}": {old}', f'"{field}": {value}')
   source = put(tmp_path / "a.jsonl", "\n".join(lines).encode())
-  loaded = records.load(source)
+  loaded = load(source)
   assert len(loaded.rows) >= 4 and loaded.seen == 5
   with pytest.raises(JaxalignError):
-    records.load(put(tmp_path / "b.jsonl", lines[3].encode() * 2))
+    load(put(tmp_path / "b.jsonl", lines[3].encode() * 2))

@@ -13,7 +13,7 @@ import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign.data import tokenizer
-from jaxalign.data.tokenizer import Tokenizer, train
+from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
 from jaxalign.errors import ConfigError
 
 RNG = random.Random(0)
@@ -66,7 +66,7 @@ text = st.text(st.characters(codec="utf-8"), max_size=30) | st.lists(
 
 @pytest.fixture(scope="module")
 def small():
-  return Tokenizer(tokenizer.train(TEXTS, 1000))
+  return Tokenizer(tokenizer.train_tokenizer(TEXTS, 1000))
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_each_word_of_a_closed_vocabulary_is_one_piece(small):
 
 
 def test_training_is_deterministic(small):
-  assert tokenizer.train(TEXTS, 1000, seed=3) == small.proto
+  assert tokenizer.train_tokenizer(TEXTS, 1000, seed=3) == small.proto
   assert Tokenizer.from_bytes(small.proto).digest == small.digest
-  other = Tokenizer(tokenizer.train(TEXTS[:200], 1000))
+  other = Tokenizer(tokenizer.train_tokenizer(TEXTS[:200], 1000))
   assert other.digest != small.digest
 
 
@@ -164,12 +164,12 @@ def test_what_cannot_be_a_tokenizer(tmp_path, small):
     Tokenizer.load(tmp_path / "nowhere")
   for size, texts in ((100, TEXTS), (1000, []), (1000, ["", "\0"])):
     with pytest.raises(ConfigError, match="vocab_size"):
-      tokenizer.train(texts, size)
+      tokenizer.train_tokenizer(texts, size)
 
 
 def test_rare_characters_are_bytes_when_the_vocabulary_is_small():
   texts = ["common words here " * 50 + chr(0x4E00 + i) for i in range(500)]
-  tok = Tokenizer(tokenizer.train(texts, 400))
+  tok = Tokenizer(tokenizer.train_tokenizer(texts, 400))
   assert tok.vocab_size <= 400
   assert tok.decode(tok.encode(texts[7])) == texts[7]
   assert len(tok.encode(" common")) == 1
@@ -179,7 +179,7 @@ def test_rare_characters_are_bytes_when_the_vocabulary_is_small():
 def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
   transformers = pytest.importorskip("transformers")
   tok = (
-    Tokenizer(tokenizer.train(real_texts[:400], 2000))
+    Tokenizer(tokenizer.train_tokenizer(real_texts[:400], 2000))
     if name == "trained"
     else Tokenizer.load(shared / name)
   )
@@ -259,7 +259,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("size", [261, 300, 1024])
 def test_more_characters_than_pieces_are_spelt_in_bytes(script, size):
   texts = SCRIPTS[script]
-  tok = Tokenizer.from_bytes(train(texts, size))
+  tok = Tokenizer.from_bytes(train_tokenizer(texts, size))
   assert 259 < tok.vocab_size <= size + 1  # the space always has a piece
   everything = [text for rows in SCRIPTS.values() for text in rows[:20]]
   for text in [*everything, " two  spaces ", "\ttab\nline\r\n", "a\u2581b"]:
@@ -271,7 +271,7 @@ def test_more_characters_than_pieces_are_spelt_in_bytes(script, size):
 @pytest.mark.parametrize("texts", [["\n\n"], ["\r\n", ""], ["\ud800"]])
 def test_what_cannot_be_trained_on_is_said_in_our_words(texts):
   with pytest.raises(ConfigError, match="config.model.vocab_size") as error:
-    train(texts, 1024)
+    train_tokenizer(texts, 1024)
   assert not re.search(r"\.cc|INTERNAL|pybind|C\+\+", str(error.value))
 
 
@@ -301,4 +301,4 @@ def test_a_common_space_leaves_the_model_as_it_was():
   )
   want = spm_pb2.ModelProto.FromString(out.getvalue())
   want.trainer_spec.model_prefix = "jaxalign"
-  assert spm_pb2.ModelProto.FromString(train(text, 300)) == want
+  assert spm_pb2.ModelProto.FromString(train_tokenizer(text, 300)) == want

@@ -211,7 +211,7 @@ def test_difference_2_a_response_continues(tmp_path, shared):
 
 
 def test_difference_3_the_letter_that_stands_for_a_space(shared):
-  ours = SentencePieceTokenizer(tokenizer.train(["a b c"] * 9, 300))
+  ours = SentencePieceTokenizer(tokenizer.train_tokenizer(["a b c"] * 9, 300))
   assert ours.decode(ours.encode("a\u2581b")) == "a\u2581b"
   theirs = load_tokenizer(shared / MODELS["mistral"])
   assert theirs.decode(theirs.encode("a\u2581b")) == "a b"
@@ -271,7 +271,7 @@ def test_a_template_decides_on_the_bos(tmp_path):
 def test_a_trained_tokenizer_is_exported_with_a_template(tmp_path):
   """The template writes no BOS; as text the tokenizer still begins with one."""
   transformers = pytest.importorskip("transformers")
-  tok = tokenizer.Tokenizer(tokenizer.train(["a b c d"] * 9, 300))
+  tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(["a b c d"] * 9, 300))
   with Chat(tok, BUILT_IN["zephyr"]):
     assert tok.bos == -1
     tok.export(tmp_path)
@@ -286,13 +286,13 @@ def test_special_tokens_in_texts_are_found(tmp_path, shared):
     (shared / "tokenizers/mistral-v1", "</s>", "<unk>"),
   ):
     tok = load_tokenizer(folder)
-    assert special.found(tok, f"x {b}y{a} {b}") == [b, a]
-    assert special.found(tok, "<|x|> <s a <| </ s>") == []
-    assert special.found(tok, "") == []
+    assert special.specials_in(tok, f"x {b}y{a} {b}") == [b, a]
+    assert special.specials_in(tok, "<|x|> <s a <| </ s>") == []
+    assert special.specials_in(tok, "") == []
   tok = load_tokenizer(tmp_path / "a")
-  assert special.found(tok, "<think>") == []
+  assert special.specials_in(tok, "<think>") == []
   tok.reserve(["<think>"])
-  assert special.found(tok, "<think>") == ["<think>"]
+  assert special.specials_in(tok, "<think>") == ["<think>"]
 
 
 def test_any_of_many_texts_is_the_longest():

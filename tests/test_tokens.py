@@ -10,10 +10,28 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign.data import tokens
-from jaxalign.data.tokenizer import Tokenizer, train
+from jaxalign.data.encode import encode_texts
+from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
 from jaxalign.errors import ConfigError, CorruptError
 
-SMALL = Tokenizer(train(["\n\nHuman: bako ti\n\nAssistant: ruda mo"] * 9, 400))
+SMALL = Tokenizer(
+  train_tokenizer(["\n\nHuman: bako ti\n\nAssistant: ruda mo"] * 9, 400)
+)
+
+
+def encode_pairs(tok, prompts, chosen, rejected, *how):
+  sides = dict(chosen=chosen, rejected=rejected)
+  return encode_texts(tok, prompts, sides, *how)
+
+
+def encode_rows(tok, prompts, responses, context):
+  sides = dict(response=responses)
+  rows, report, refused = encode_texts(
+    tok, prompts, sides, context, "cut_answer"
+  )
+  assert not refused
+  return rows, report
+
 
 texts = st.text(st.sampled_from("bakotirudm \n\u2581\U0001f600"), max_size=40)
 
@@ -57,7 +75,7 @@ def by_hand(tok, prompt, sides, context, too_long):
 @example([("bako" * 30, "ti" * 30, "a")], 12, "cut_answer")
 def test_pairs_follow_the_rule(triples, context, too_long):
   prompts, chosen, rejected = ([t[k] for t in triples] for k in range(3))
-  rows, report, refused = tokens.encode_pairs(
+  rows, report, refused = encode_pairs(
     SMALL, prompts, chosen, rejected, context, too_long
   )
   want, left_out, sizes = [], {}, []
@@ -103,7 +121,7 @@ def test_promises_of_every_row(pairs, context):
   if not pairs:
     return
   prompts, responses = zip(*pairs)
-  rows, report = tokens.encode_rows(SMALL, prompts, responses, context)
+  rows, report = encode_rows(SMALL, prompts, responses, context)
   sizes = tokens.lengths(rows)
   assert sizes.max() <= context
   length = tokens.bucket(int(sizes.max()), context)
@@ -135,7 +153,7 @@ def test_promises_of_every_row(pairs, context):
 
 def test_pairs_alike_after_the_cut_are_refused_and_counted():
   long = " bako" * 30
-  rows, report, refused = tokens.encode_pairs(
+  rows, report, refused = encode_pairs(
     SMALL,
     ["ti", "ti", "ti"],
     [" a", long + " mo", " b"],
@@ -161,7 +179,7 @@ def test_many_rows_keep_their_numbers():
   same = {7, 1500, 2499}
   chosen = [" a" for _ in range(n)]
   rejected = [" a" if i in same else f" {i}" for i in range(n)]
-  rows, _, refused = tokens.encode_pairs(SMALL, prompts, chosen, rejected, 64)
+  rows, _, refused = encode_pairs(SMALL, prompts, chosen, rejected, 64)
   assert {i: w.reason for i, w in refused.items()} == {
     i: "identical tokens" for i in sorted(same)
   }
@@ -175,7 +193,7 @@ def test_a_huge_answer_hurts_its_own_row_alone():
   prompts = ["ti bako"] * 9
   chosen = [" mo" * (500 if i == 4 else 3) for i in range(9)]
   for too_long, left in (("drop", 8), ("cut_answer", 9)):
-    rows, report, refused = tokens.encode_pairs(
+    rows, report, refused = encode_pairs(
       SMALL, prompts, chosen, [" ruda"] * 9, 24, too_long
     )
     assert len(rows.start) == 2 * left and len({*rows.start.tolist()}) == 1
@@ -189,7 +207,7 @@ def test_a_huge_answer_hurts_its_own_row_alone():
 def test_a_small_model_of_ones_own_is_given_what_fits():
   prompt = " bako" * 20
   n = len(SMALL.encode(prompt))
-  rows, report, _ = tokens.encode_pairs(
+  rows, report, _ = encode_pairs(
     SMALL, [prompt], [" ti" * 3], [" mo"], n, "cut"
   )
   assert rows.start[0] == rows.start[1] < n
@@ -200,7 +218,7 @@ def test_a_small_model_of_ones_own_is_given_what_fits():
   )
   assert row(rows, 0)[-1] == row(rows, 1)[-1] == SMALL.eos
   assert report["rows_cut_by_side"] == dict(prompt=1, chosen=0, rejected=0)
-  rows, report, _ = tokens.encode_pairs(
+  rows, report, _ = encode_pairs(
     SMALL, [prompt], [" ti" * 40], [" mo"], 24, "cut"
   )
   assert rows.start.tolist() == [9, 9] and row(rows, 0)[-1] != SMALL.eos
@@ -211,7 +229,7 @@ def test_the_context_that_keeps_99_percent():
   sizes = np.array([20] * 98 + [30, 5000])
   assert tokens.context_for(sizes, 8192) == 32
   assert tokens.context_for(sizes, 24) == 24
-  assert tokens.context_for(sizes[:99], 8192, share=1.0) == 32
+  assert tokens.context_for(sizes[:99], 8192, fraction=1.0) == 32
   assert tokens.context_for(np.array([3]), 8192) == 16
 
 
@@ -232,7 +250,7 @@ def test_the_mask_begins_where_the_response_does(shared, name):
   cuts = [text.rindex("\n\nAssistant:") + 12 for text in raw]
   prompts = [text[:cut] for text, cut in zip(raw, cuts)]
   responses = [text[cut:] for text, cut in zip(raw, cuts)]
-  rows, report = tokens.encode_rows(tok, prompts, responses, 4096)
+  rows, report = encode_rows(tok, prompts, responses, 4096)
   assert report["rows_cut"] == 0
   for i, (prompt, response) in enumerate(zip(prompts, responses)):
     ids, start = row(rows, i), rows.start[i]
@@ -254,7 +272,7 @@ def test_the_mask_begins_where_the_response_does(shared, name):
 def test_golden_ids():
   """The whole row, piece by piece."""
   pieces = SMALL.pieces()
-  rows, _ = tokens.encode_rows(
+  rows, _ = encode_rows(
     SMALL, ["\n\nHuman: bako ti\n\nAssistant:"], [" ruda mo"], 64
   )
   assert [pieces[i] for i in row(rows, 0)] == [
@@ -279,21 +297,21 @@ def test_a_model_without_bos_gets_none():
   proto.trainer_spec.bos_piece = "<absent>"
   tok = Tokenizer(proto.SerializeToString())
   assert tok.bos == -1
-  rows, _ = tokens.encode_rows(tok, ["ti"], [" mo" * 40], 16)
+  rows, _ = encode_rows(tok, ["ti"], [" mo" * 40], 16)
   head = tok.encode("ti", begins=True)
   assert row(rows, 0)[: len(head)] == head == tok.encode("ti")
   assert len(row(rows, 0)) == 16 and rows.start[0] == len(head)
 
 
 def test_text_cannot_place_a_control():
-  rows, _ = tokens.encode_rows(SMALL, ["<s>a</s>"], [" </s><s>"], 64)
+  rows, _ = encode_rows(SMALL, ["<s>a</s>"], [" </s><s>"], 64)
   ids = row(rows, 0)
   assert ids.count(SMALL.bos) == 1 and ids.count(SMALL.eos) == 1
   assert SMALL.decode(ids) == "<s>a</s> </s><s>"
 
 
 def test_pad_takes_any_rows_in_any_order():
-  rows, _ = tokens.encode_rows(SMALL, ["ti", "mo mo", ""], [" a", "", " b"], 64)
+  rows, _ = encode_rows(SMALL, ["ti", "mo mo", ""], [" a", "", " b"], 64)
   index = np.array([2, 0, 0, 1])
   ids, mask = tokens.pad(rows, index, 32)
   for k, i in enumerate(index):
@@ -319,17 +337,17 @@ def test_shortened_rows_are_the_heads_of_rows():
 
 
 def test_no_rows_at_all():
-  rows, report, refused = tokens.encode_pairs(SMALL, [], [], [], 64)
+  rows, report, refused = encode_pairs(SMALL, [], [], [], 64)
   assert (len(rows.ids), rows.offsets.tolist(), refused) == (0, [0], {})
   assert report["rows"] == report["too_long"] == 0
   with pytest.raises(ValueError, match="prompts"):
-    tokens.encode_rows(SMALL, ["a"], [], 64)
+    encode_rows(SMALL, ["a"], [], 64)
 
 
 def test_a_context_too_short_names_the_knob():
   for context in (0, 1, 9):
     with pytest.raises(ConfigError, match="model.context"):
-      tokens.encode_rows(SMALL, ["a"], ["b"], context)
+      encode_rows(SMALL, ["a"], ["b"], context)
 
 
 def test_buckets():
@@ -344,7 +362,7 @@ def test_buckets():
 
 
 def test_saved_rows_come_back_mapped(tmp_path):
-  rows, _ = tokens.encode_rows(SMALL, ["ti", "mo"], [" a", " ruda"], 64)
+  rows, _ = encode_rows(SMALL, ["ti", "mo"], [" a", " ruda"], 64)
   tokens.save(tmp_path / "new", "pool", rows)
   back = tokens.load_rows(str(tmp_path / "new"), "pool")
   assert all(
@@ -353,13 +371,13 @@ def test_saved_rows_come_back_mapped(tmp_path):
   assert isinstance(back.ids, np.memmap)
   got, want = (tokens.pad(r, np.array([1, 0]), 16) for r in (back, rows))
   assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
-  empty = tokens.encode_rows(SMALL, [], [], 64)[0]
+  empty = encode_rows(SMALL, [], [], 64)[0]
   tokens.save(tmp_path / "new", "none", empty)
   assert tokens.load_rows(tmp_path / "new", "none").offsets.tolist() == [0]
 
 
 def test_damaged_files_are_named(tmp_path):
-  rows, _ = tokens.encode_rows(SMALL, ["ti", "mo"], [" a", " ruda"], 64)
+  rows, _ = encode_rows(SMALL, ["ti", "mo"], [" a", " ruda"], 64)
   tokens.save(tmp_path, "a", rows)
   ids = tmp_path / "a.ids.npy"
   whole = ids.read_bytes()

@@ -13,8 +13,8 @@ import test_parity_trl as harness
 import test_trl_float64 as wide
 import test_trl_trajectory as runs
 
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import weights
+from jaxalign.data.encode import encode_texts
+from jaxalign.model import hf
 from jaxalign.train import feed
 from jaxalign.train.losses import bind, combine
 
@@ -47,12 +47,13 @@ def test_twenty_steps(trl, alone, tmp_path, case):
   pool, tok = harness.data()
   if case == "orpo":
     pool = [row | dict(prompt="") for row in pool]
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
   )
-  tokens, _, refused = tokens_lib.encode_pairs(
+  tokens, _, refused = encode_texts(
     tok,
-    *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in pool],
+    {k: [r[k] for r in pool] for k in ("chosen", "rejected")},
     wide.MODEL.context,
   )
   assert not refused

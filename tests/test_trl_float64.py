@@ -17,7 +17,8 @@ import test_trl_trajectory as runs
 from jaxalign import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import weights
+from jaxalign.data.encode import encode_texts
+from jaxalign.model import hf
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -113,12 +114,13 @@ def loss_of(name):
 @pytest.mark.parametrize("name", tables.DPO)
 def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
   pool, tok = harness.data()
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
   )
-  tokens, _, refused = tokens_lib.encode_pairs(
+  tokens, _, refused = encode_texts(
     tok,
-    *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in pool],
+    {k: [r[k] for r in pool] for k in ("chosen", "rejected")},
     MODEL.context,
   )
   assert not refused
@@ -156,15 +158,19 @@ def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
 def test_every_loss_of_kto_trainer(trl, alone, tmp_path, name):
   """With TRL's choice of mismatched answers: the row before, in the batch."""
   pool, tok = harness.data()
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "export", harness.fresh(alone), harness.MODEL, tok
   )
   n = len(pool)
   label = np.random.default_rng(1).random(n) < 0.5
   said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]
-  tokens, _ = tokens_lib.encode_rows(
-    tok, [r["prompt"] for r in pool], said, MODEL.context
-  )
+  tokens = encode_texts(
+    tok,
+    [r["prompt"] for r in pool],
+    dict(response=said),
+    MODEL.context,
+    "cut_answer",
+  ).rows
   taken = runs.order(n, HOW["batch"], HOW["updates"])
   before = np.roll(taken.reshape(-1, HOW["batch"]), 1, axis=1).ravel()
   other = batches.mismatched(tokens, taken, before, MODEL.context)

@@ -19,7 +19,8 @@ from jaxalign import sharding
 from jaxalign.data import batches, records
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import adapters, decoder, weights
+from jaxalign.data.encode import encode_texts
+from jaxalign.model import adapters, decoder, hf
 from jaxalign.select import embed
 from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps
@@ -167,9 +168,10 @@ def same_tokens(tokens, at, row, names):
 
 def dpo(trl, mesh, folder, m, params, tok, pool, **how):
   """The gaps of a run on pairs, all of which fit the context."""
-  tokens, _, refused = tokens_lib.encode_pairs(
+  tokens, _, refused = encode_texts(
     tok,
-    *([r[k] for r in pool] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in pool],
+    {k: [r[k] for r in pool] for k in ("chosen", "rejected")},
     m.context,
   )
   assert not refused and not tokens.cut.any()
@@ -195,9 +197,13 @@ def kto(trl, mesh, folder, m, params, tok, pool, **how):
   n = len(pool)
   label = np.random.default_rng(1).random(n) < 0.5
   said = [r["chosen"] if up else r["rejected"] for r, up in zip(pool, label)]
-  tokens, _ = tokens_lib.encode_rows(
-    tok, [r["prompt"] for r in pool], said, m.context
-  )
+  tokens = encode_texts(
+    tok,
+    [r["prompt"] for r in pool],
+    dict(response=said),
+    m.context,
+    "cut_answer",
+  ).rows
   assert not tokens.cut.any()
   total, count = reference(mesh, m, params, tokens, (n, 1))
   taken = order(n, how["batch"], how["updates"])
@@ -255,7 +261,7 @@ def test_twenty_steps(trl, alone, tmp_path, run):
   of a summed log-probability, and 1e-6 of a loss."""
   pool, tok = harness.data()
   m = harness.MODEL
-  weights.export_folder(tmp_path / "export", harness.fresh(alone), m, tok)
+  hf.export_folder(tmp_path / "export", harness.fresh(alone), m, tok)
   found, log = run(
     trl, alone, tmp_path, m, harness.fresh(alone), tok, pool, **TWENTY
   )
@@ -273,16 +279,13 @@ MANY = dict(batch=2, updates=STEPS, lr=1e-4, beta=0.1)
 def real_pairs(shared, tok, most):
   """Pairs of two rows of `most` tokens at most, and (read, refused, longer)
   of what went."""
-  read = records.load(
-    str(shared / "data/hh-harmless/pairs.jsonl.gz"),
-    schema="auto",
-    limit=0,
-    on_bad_rows="skip",
-    max_bad_fraction=0.5,
+  read = records.load_records(
+    str(shared / "data/hh-harmless/pairs.jsonl.gz")
   ).rows
-  tokens, _, refused = tokens_lib.encode_pairs(
+  tokens, _, refused = encode_texts(
     tok,
-    *([r[k] for r in read] for k in ("prompt", "chosen", "rejected")),
+    [r["prompt"] for r in read],
+    {k: [r[k] for r in read] for k in ("chosen", "rejected")},
     1 << 14,
   )
   left = [r for i, r in enumerate(read) if i not in refused]
@@ -306,10 +309,10 @@ def test_steps_on_real_pairs(trl, alone, shared, tmp_path, run, most):
   at most 256 tokens; 2.3e-6, 1.9e-5 and 1.9e-4, and 1.4e-4 of z0.
   """
   folder = shared / "models" / "stories260K"
-  m = weights.read_config(folder, "float32", "none")._replace(attention="tiles")
+  m = hf.read_config(folder, "float32", "none")._replace(attention="tiles")
   tok = tokenizers.load_tokenizer(folder)
-  load = lambda: weights.load_folder(folder, m, alone)
-  weights.export_folder(tmp_path / "export", load(), m, tok)
+  load = lambda: hf.load_folder(folder, m, alone)
+  hf.export_folder(tmp_path / "export", load(), m, tok)
   pairs, counts = real_pairs(shared, tok, most)
   print(len(pairs), counts)
   found, log = run(trl, alone, tmp_path, m, load(), tok, pairs[:150], **MANY)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxalign.core import intervals
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import intervals, verdict
-from jaxalign.eval.verdict import Arm
+from jaxalign.eval import equivalence
+from jaxalign.eval.equivalence import ArmOutcomes as Arm
 
 
 def study(rng, gains, seeds=10, prompts=400, sd=0.024):
@@ -26,7 +27,7 @@ def study(rng, gains, seeds=10, prompts=400, sd=0.024):
 
 
 def one(a, b, **kwargs):
-  return verdict.compare([(a, b)], **kwargs)[0]
+  return equivalence.compare([(a, b)], **kwargs)[0]
 
 
 def test_six_points_are_found_in_19_of_20():
@@ -62,7 +63,7 @@ def test_many_comparisons_stay_honest():
   loud = 0
   for _ in range(100):
     arms = study(rng, [0] * 11, 6, 100)
-    out = verdict.compare([(a, arms[0]) for a in arms[1:]])
+    out = equivalence.compare([(a, arms[0]) for a in arms[1:]])
     loud += any(o["verdict"] in ("better", "worse") for o in out)
   assert loud <= 100 * 0.05 + 3 * np.sqrt(100 * 0.05 * 0.95)
 
@@ -116,10 +117,10 @@ def test_the_tests_by_hand():
 
 def test_holm_by_hand():
   np.testing.assert_allclose(
-    verdict.holm([0.04, 0.01, 0.03, 0.9]), [0.09, 0.04, 0.09, 0.9]
+    intervals.holm([0.04, 0.01, 0.03, 0.9]), [0.09, 0.04, 0.09, 0.9]
   )
-  np.testing.assert_allclose(verdict.holm([0.6, 0.7]), [1.0, 1.0])
-  assert verdict.holm([]).shape == (0,)
+  np.testing.assert_allclose(intervals.holm([0.6, 0.7]), [1.0, 1.0])
+  assert intervals.holm([]).shape == (0,)
 
 
 def test_the_order_of_prompts_and_seeds_changes_nothing():
@@ -162,7 +163,7 @@ def test_the_verdict_and_the_words_agree():
   for _ in range(60):
     gain, seeds = rng.choice([0, 0.01, 0.08]), int(rng.choice([5, 12, 40]))
     arms = study(rng, (gain, 0, 0), seeds, 600, 0.01)
-    for out in verdict.compare([(arms[0], arms[1]), (arms[2], arms[1])]):
+    for out in equivalence.compare([(arms[0], arms[1]), (arms[2], arms[1])]):
       said = out["verdict"]
       seen.add(said)
       start = dict(
@@ -225,7 +226,7 @@ def test_needed_grows_what_stands_in_the_way():
     base = dict(
       value=0.0, error=0.1, freedom=5.0, seeds=0.0, prompts=0.0, noise=0.0
     )
-    return verdict.needed(
+    return equivalence.needed(
       intervals.Spread(**(base | parts)), 5, 100, 0.02, 0.05
     )
 
@@ -281,4 +282,4 @@ def test_knobs_that_cannot_work():
     one(a, b, margin=2)
   with pytest.raises(ConfigError, match="level"):
     one(a, b, level=0.0)
-  assert verdict.compare([]) == []
+  assert equivalence.compare([]) == []

@@ -21,6 +21,7 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, arm_folder, Job, sizes
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 from jaxalign.stages import watched
 from jaxalign.train import feed
 from jaxalign.train.losses import bind, LOSSES
@@ -349,7 +350,7 @@ def test_a_job_that_watches_everything(tmp_path, config):
   said = round(sum(x["eval/generations/flops"] for x in found))
   lengths = tokens_lib.lengths(tokens)
   held = tokens_lib.lengths(job.tokens("held_out"))
-  of = lambda sizes: sum(decoder.flops(m, int(n)) for n in sizes)
+  of = lambda sizes: sum(decoder_flops(m, int(n)) for n in sizes)
   place = np.array([place[n] for n in ids])
   kept = np.sort(place)[:24]
   rest = np.setdiff1d(np.arange(len(lengths) // each), place)[:24]

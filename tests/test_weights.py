@@ -22,14 +22,14 @@ import safetensors.numpy
 from jaxalign import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.errors import ConfigError, DataError
-from jaxalign.model import decoder, safetensors_io, weights
-from jaxalign.model.table import Param, Stored
+from jaxalign.model import decoder, hf, safetensors_io, weights
+from jaxalign.model.parameters import Param, Stored
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
 TEXTS = ["bako ti ruda\n\nmo", " ti ruda bako 12", "ruda", "ma\u00df \u2603 mo"]
-TOK = tokenizers.Tokenizer(tokenizers.train(TEXTS * 9, 300))
+TOK = tokenizers.Tokenizer(tokenizers.train_tokenizer(TEXTS * 9, 300))
 SMALL = decoder.ModelConfig(
   layers=2,
   width=16,
@@ -83,9 +83,7 @@ def theirs(folder, tokens):
 def test_an_export_is_loaded_by_transformers_offline(mesh, tmp_path, tied):
   m = SMALL._replace(tied=tied)
   params = random_params(m, mesh)
-  assert weights.export_folder(tmp_path / "export", params, m, TOK) == [
-    "export"
-  ]
+  assert hf.export_folder(tmp_path / "export", params, m, TOK) == ["export"]
   folder = str(tmp_path / "export")
   tokens = np.random.default_rng(1).integers(0, m.vocab, (4, 16))
   np.testing.assert_allclose(
@@ -100,8 +98,8 @@ def test_an_export_is_loaded_by_transformers_offline(mesh, tmp_path, tied):
   said = json.loads((tmp_path / "export/generation_config.json").read_text())
   assert said == dict(bos_token_id=TOK.bos, eos_token_id=TOK.eos)
   # And by us: the sizes, and every bit.
-  assert weights.read_config(folder, "float32", "none") == m
-  back = weights.load_folder(folder, m, mesh)
+  assert hf.read_config(folder, "float32", "none") == m
+  back = hf.load_folder(folder, m, mesh)
   for n, w in params.items():
     np.testing.assert_array_equal(back[n], w, err_msg=n)
     assert back[n].sharding == w.sharding, n
@@ -109,8 +107,8 @@ def test_an_export_is_loaded_by_transformers_offline(mesh, tmp_path, tied):
 
 def test_a_real_checkpoint_in_and_out(mesh, shared, tmp_path):
   folder = shared / "models/stories260K"
-  m = weights.read_config(folder, "float32", "none")
-  params = weights.load_folder(folder, m, mesh)
+  m = hf.read_config(folder, "float32", "none")
+  params = hf.load_folder(folder, m, mesh)
   tok = tokenizers.Tokenizer.load(folder)
   text = (folder / "greedy_257_tokens.txt").read_text()
   tokens = np.array(tok.encode(text, begins=True)[:64]).reshape(4, 16)
@@ -118,7 +116,7 @@ def test_a_real_checkpoint_in_and_out(mesh, shared, tmp_path):
   np.testing.assert_allclose(
     logits, theirs(str(folder), tokens), rtol=0, atol=1e-4
   )
-  weights.export_folder(tmp_path, params, m, tok)
+  hf.export_folder(tmp_path, params, m, tok)
   np.testing.assert_allclose(
     theirs(str(tmp_path), tokens),
     theirs(str(folder), tokens),
@@ -146,20 +144,18 @@ def test_an_export_in_many_files(mesh, tmp_path, dtype):
       )
       for n, w in params.items()
     }
-  weights.export_folder(tmp_path, params, SMALL, TOK)  # replaced by the next
-  weights.export_folder(
-    tmp_path, params, SMALL, TOK, dtype=dtype, shard_bytes=6_000
-  )
+  hf.export_folder(tmp_path, params, SMALL, TOK)  # replaced by the next
+  hf.export_folder(tmp_path, params, SMALL, TOK, dtype=dtype, shard_bytes=6_000)
   files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
   assert len(files) > 3 and files[0] == (
     f"model-00001-of-{len(files):05d}.safetensors"
   )
-  assert weights.digest_names(tmp_path) == [
+  assert hf.digest_names(tmp_path) == [
     "config.json",
     "model.safetensors.index.json",
     *files,
   ]
-  assert weights.weights_file(tmp_path).name == "model.safetensors.index.json"
+  assert hf.weights_file(tmp_path).name == "model.safetensors.index.json"
   index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
   kept = {
     n: w
@@ -179,33 +175,31 @@ def test_an_export_in_many_files(mesh, tmp_path, dtype):
     rtol=0,
     atol=1e-4,
   )
-  back = weights.load_folder(tmp_path, SMALL, mesh)
+  back = hf.load_folder(tmp_path, SMALL, mesh)
   for n, w in params.items():
     np.testing.assert_array_equal(back[n], w, err_msg=n)
-  half = weights.load_folder(tmp_path, SMALL, mesh, dtype=ml_dtypes.bfloat16)
+  half = hf.load_folder(tmp_path, SMALL, mesh, dtype=ml_dtypes.bfloat16)
   for n, w in params.items():
     np.testing.assert_array_equal(
       half[n], np.asarray(w).astype(ml_dtypes.bfloat16), err_msg=n
     )
   # And back to one file, of which nothing else is left.
-  weights.export_folder(tmp_path, params, SMALL, TOK)
+  hf.export_folder(tmp_path, params, SMALL, TOK)
   assert [p.name for p in tmp_path.glob("*safetensors*")] == [
     "model.safetensors"
   ]
 
 
 def test_files_that_transformers_has_spread(mesh, tmp_path):
-  weights.export_folder(
-    tmp_path / "one", random_params(SMALL, mesh), SMALL, TOK
-  )
+  hf.export_folder(tmp_path / "one", random_params(SMALL, mesh), SMALL, TOK)
   peer = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "one", local_files_only=True
   )
   peer.save_pretrained(tmp_path / "many", max_shard_size="15KB")
   assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
-  m = weights.read_config(tmp_path / "many", "float32", "none")
-  params = weights.load_folder(tmp_path / "many", m, mesh)
-  for n, w in weights.load_folder(tmp_path / "one", SMALL, mesh).items():
+  m = hf.read_config(tmp_path / "many", "float32", "none")
+  params = hf.load_folder(tmp_path / "many", m, mesh)
+  for n, w in hf.load_folder(tmp_path / "one", SMALL, mesh).items():
     np.testing.assert_array_equal(params[n], w, err_msg=n)
 
 
@@ -256,7 +250,7 @@ def test_fused_tensors_in_and_out(mesh, tmp_path):
   for n, w in want.items():
     np.testing.assert_array_equal(params[n], w, err_msg=n)
     assert params[n].sharding == sharding.named(mesh, *ROWS[n].axes)
-  weights.save(tmp_path / "out", params, ROWS, STORED, config={})
+  weights.save(tmp_path / "out", params, ROWS, STORED, weights.Export({}))
   back = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
   assert sorted(back) == sorted(tensors)
   for n, w in tensors.items():
@@ -264,7 +258,11 @@ def test_fused_tensors_in_and_out(mesh, tmp_path):
   some = {n: s for n, s in STORED.items() if n != "layers/k"}
   with pytest.raises(ValueError, match="qkv is made of 2 parameters, wanted 3"):
     weights.save(
-      tmp_path / "x", params, {n: ROWS[n] for n in some}, some, config={}
+      tmp_path / "x",
+      params,
+      {n: ROWS[n] for n in some},
+      some,
+      weights.Export({}),
     )
 
 
@@ -348,9 +346,9 @@ def test_google_storage_in_and_out(mesh, bucket):
     n: sharding.put(mesh, np.float32(w), *ROWS[n].axes) for n, w in want.items()
   }
   weights.save(
-    "gs://b/x", params, ROWS, STORED, config=dict(a=1), shard_bytes=600
+    "gs://b/x", params, ROWS, STORED, weights.Export(dict(a=1), shard_bytes=600)
   )
-  names = weights.digest_names("gs://b/x")
+  names = hf.digest_names("gs://b/x")
   assert len(names) > 4
   back = weights.load("gs://b/x", ROWS, STORED, mesh)
   for n, w in want.items():
@@ -371,7 +369,7 @@ def test_only_the_bytes_of_a_shard_are_read(bucket, monkeypatch):
   begin = found.tensors["w"].begin
   buffers = [np.zeros((2, wide), np.float32) for _ in range(2)]
   parts = [
-    weights._Part(((2 * i, 2 * i + 2), (0, wide)), b)
+    weights._Shard(((2 * i, 2 * i + 2), (0, wide)), b)
     for i, b in zip((1, 2), buffers)
   ]
   stored = Stored("w", x.shape, x.shape, (0, 1))
@@ -386,8 +384,8 @@ def test_only_the_bytes_of_a_shard_are_read(bucket, monkeypatch):
     "w",
     stored,
     [
-      weights._Part(((0, 2), (0, 1000)), buffers[0]),
-      weights._Part(((6, 8), (0, 1000)), buffers[1]),
+      weights._Shard(((0, 2), (0, 1000)), buffers[0]),
+      weights._Shard(((6, 8), (0, 1000)), buffers[1]),
     ],
   )
   assert bucket == [(begin, 2 * wide * 4), (begin + 6 * wide * 4, 2 * wide * 4)]
@@ -404,7 +402,7 @@ import numpy as np
 from jaxalign import sharding
 from jaxalign.errors import DataError
 from jaxalign.model import weights
-from jaxalign.model.table import Param, Stored
+from jaxalign.model.parameters import Param, Stored
 
 folder, port, process, count = sys.argv[1], *map(int, sys.argv[2:])
 if count > 1:
@@ -447,8 +445,8 @@ with jax.set_mesh(mesh):
   own = sum(s.data.nbytes for w in params.values()
             for s in w.addressable_shards)
   print("measured", peak[0] - before, own, flush=True)
-  weights.save(folder + "-out", params, rows, stored, config={},
-               dtype="bfloat16", shard_bytes=120_000_000)
+  weights.save(folder + "-out", params, rows, stored, weights.Export(
+      {}, dtype="bfloat16", shard_bytes=120_000_000))
   sharding.barrier("after")
   try:
     weights.load(folder + "-nan", rows, stored, mesh)
@@ -542,7 +540,7 @@ def test_host_memory_stays_below_shards_and_a_tensor(tmp_path, processes):
 
 @pytest.fixture
 def folder(tmp_path, alone):
-  weights.export_folder(tmp_path, random_params(SMALL, alone), SMALL, TOK)
+  hf.export_folder(tmp_path, random_params(SMALL, alone), SMALL, TOK)
   return tmp_path
 
 
@@ -571,7 +569,7 @@ def header(folder, change):
 
 
 def read(folder):
-  return weights.read_config(folder, "float32", "none")
+  return hf.read_config(folder, "float32", "none")
 
 
 def test_no_config(tmp_path):
@@ -610,7 +608,7 @@ def test_a_missing_file_and_a_pickle(folder, alone):
     ConfigError,
     match=("has no model.safetensors and no model.safetensors.index.json$"),
   ):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
   (folder / "pytorch_model.bin").write_bytes(pickle.dumps(1))
   with pytest.raises(
     ConfigError,
@@ -619,7 +617,7 @@ def test_a_missing_file_and_a_pickle(folder, alone):
       "transformers' save_pretrained"
     ),
   ):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 0.5, -1])
@@ -628,7 +626,7 @@ def test_a_file_cut_short(folder, alone, keep):
   data = path.read_bytes()
   path.write_bytes(data[: int(keep * len(data)) if keep == 0.5 else keep])
   with pytest.raises(DataError, match="model.safetensors is cut short"):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
 
 
 def test_a_header_that_claims_the_world(folder, alone):
@@ -641,14 +639,14 @@ def test_a_header_that_claims_the_world(folder, alone):
 
   header(folder, shape)
   with pytest.raises(DataError, match="damaged at model.norm.weight"):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
   path = folder / "model.safetensors"
   path.write_bytes(struct.pack("<Q", 10**18) + b"{}")
   with pytest.raises(DataError, match="its header wants 1,000,000,000,000"):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
   # A config may claim as much; nothing of that size is allocated.
   with pytest.raises(DataError):
-    weights.load_folder(folder, SMALL._replace(vocab=10**12), alone)
+    hf.load_folder(folder, SMALL._replace(vocab=10**12), alone)
   assert time.monotonic() - began < 2
 
 
@@ -664,7 +662,7 @@ def test_a_header_that_claims_the_world(folder, alone):
 def test_a_header_that_makes_no_sense(folder, alone, change):
   header(folder, lambda raw: raw["model.norm.weight"].update(change))
   with pytest.raises(DataError, match="damaged at model.norm.weight"):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
 
 
 @pytest.mark.parametrize(
@@ -682,7 +680,7 @@ def test_a_header_that_makes_no_sense(folder, alone, change):
 def test_a_header_of_the_wrong_kind(folder, alone, change):
   header(folder, lambda raw: raw["model.norm.weight"].update(change))
   with pytest.raises(DataError, match="safetensors is damaged: its header"):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
 
 
 @pytest.mark.parametrize(
@@ -701,7 +699,7 @@ def test_a_header_that_is_no_header(folder, alone, text):
     struct.pack("<Q", len(text)) + text
   )
   with pytest.raises(DataError, match="model.safetensors"):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
 
 
 def test_a_kind_of_number_that_is_not_read(folder, alone):
@@ -711,7 +709,7 @@ def test_a_kind_of_number_that_is_not_read(folder, alone):
   with pytest.raises(
     DataError, match="model.norm.weight is F64, wanted one of F32, F16, BF16"
   ):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
 
 
 def test_everything_that_does_not_match_is_listed_at_once(folder, alone):
@@ -727,7 +725,7 @@ def test_everything_that_does_not_match_is_listed_at_once(folder, alone):
 
   rewrite(folder, spoil)
   with pytest.raises(DataError) as caught:
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
   for words in (
     "model.layers.1.mlp.up_proj.weight is missing",
     "model.layers.7.extra.weight is surplus",
@@ -747,13 +745,13 @@ def test_a_long_list_is_cut_and_counted(folder, alone):
     ),
   )
   with pytest.raises(DataError, match="x19 is surplus; and 5 more$"):
-    weights.load_folder(folder, SMALL, alone)
+    hf.load_folder(folder, SMALL, alone)
   with pytest.raises(DataError, match="wanted \\(1000000000000, 16\\)"):
-    weights.load_folder(folder, SMALL._replace(vocab=10**12), alone)
+    hf.load_folder(folder, SMALL._replace(vocab=10**12), alone)
 
 
 def test_half_precision_and_old_buffers_are_read(folder, alone):
-  exact = weights.load_folder(folder, SMALL, alone)
+  exact = hf.load_folder(folder, SMALL, alone)
 
   def halve(tensors):
     for n, kind in (
@@ -766,7 +764,7 @@ def test_half_precision_and_old_buffers_are_read(folder, alone):
     )
 
   rewrite(folder, halve)
-  got = weights.load_folder(folder, SMALL, alone)
+  got = hf.load_folder(folder, SMALL, alone)
   assert all(w.dtype == np.float32 for w in got.values())
   np.testing.assert_allclose(got["norm"], exact["norm"], rtol=1e-3)
   np.testing.assert_allclose(got["head"], exact["head"], rtol=1e-2)
@@ -775,7 +773,7 @@ def test_half_precision_and_old_buffers_are_read(folder, alone):
   rewrite(
     folder, lambda t: t.pop("model.layers.0.self_attn.rotary_emb.inv_freq")
   )
-  tied = weights.load_folder(folder, SMALL._replace(tied=True), alone)
+  tied = hf.load_folder(folder, SMALL._replace(tied=True), alone)
   assert "head" not in tied
 
 
@@ -785,7 +783,7 @@ def test_half_precision_and_old_buffers_are_read(folder, alone):
 )
 def test_an_export_keeps_what_the_checkpoint_said(tmp_path, alone, dtype, key):
   """Its dtype, PAD and generation config; EOS with the template's end."""
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "given", random_params(SMALL, alone), SMALL, TOK, dtype=dtype
   )
   path = tmp_path / "given/config.json"
@@ -808,12 +806,12 @@ def test_an_export_keeps_what_the_checkpoint_said(tmp_path, alone, dtype, key):
       )
     )
   )
-  of = weights.given(tmp_path / "given")
+  of = hf.given(tmp_path / "given")
   assert of.dtype == dtype
-  params = weights.load_folder(tmp_path / "given", SMALL, alone)
+  params = hf.load_folder(tmp_path / "given", SMALL, alone)
   tok = tokenizers.Tokenizer(TOK.proto)
   tok.ends_with(9)
-  weights.export_folder(tmp_path / "out", params, SMALL, tok, of=of)
+  hf.export_folder(tmp_path / "out", params, SMALL, tok, of=of)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "out", local_files_only=True, dtype="auto"
   )
@@ -830,9 +828,9 @@ def test_an_export_keeps_what_the_checkpoint_said(tmp_path, alone, dtype, key):
     5,
     [9, TOK.eos],
   )
-  for n, x in weights.load_folder(tmp_path / "out", SMALL, alone).items():
+  for n, x in hf.load_folder(tmp_path / "out", SMALL, alone).items():
     np.testing.assert_array_equal(x, params[n], err_msg=n)
-  weights.export_folder(
+  hf.export_folder(
     tmp_path / "wide", params, SMALL, tok, of=of, dtype="float32"
   )
-  assert weights.given(tmp_path / "wide").dtype == "float32"
+  assert hf.given(tmp_path / "wide").dtype == "float32"

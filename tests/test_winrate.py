@@ -5,7 +5,7 @@ import pytest
 
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as worlds
-from jaxalign.eval import evaluate, winrate
+from jaxalign.eval import held_out, winrate
 
 EOS = 2
 
@@ -16,18 +16,19 @@ def test_wins_by_hand():
   )
 
 
-def test_rates_by_hand():
-  """Topic a: won, tied; topic b: lost. Micro 1/2, macro (3/4 + 0) / 2."""
-  out = winrate.rates([2.0, 1.0, 0.0], [1.0, 1.0, 1.0], ["a", "a", "b"])
-  assert out["micro"]["value"] == 0.5 and out["micro"]["n"] == 3
-  assert out["micro"]["ties"] == pytest.approx(1 / 3)
-  assert out["macro"]["value"] == 0.375
-  assert set(winrate.rates([1.0], [0.0], None)) == {"micro"}
+def test_win_metrics_by_hand():
+  """Topic a: won, tied; topic b: lost. Mean 1/2, of topics (3/4 + 0) / 2."""
+  args = ("target", winrate.wins([2.0, 1.0, 0.0], [1.0] * 3), "abc", "abc")
+  out, _ = winrate.win_metrics(*args, ["a", "a", "b"])
+  assert out["win_vs_target"]["value"] == 0.5 and out["win_vs_target"]["n"] == 3
+  assert out["win_vs_target"]["ties"] == pytest.approx(1 / 3)
+  assert out["win_vs_target_macro"]["value"] == 0.375
+  assert "win_vs_target_macro" not in winrate.win_metrics(*args, None)[0]
 
 
 def test_a_policy_against_itself_wins_half():
   score = np.random.default_rng(0).normal(size=50)
-  out = winrate.rates(score, score, None)["micro"]
+  out = winrate.win_rate(winrate.wins(score, score))
   assert out["value"] == 0.5 and out["ties"] == 1.0
   assert out["low"] < 0.5 < out["high"]
 
@@ -35,7 +36,7 @@ def test_a_policy_against_itself_wins_half():
 def test_the_two_sides_add_up():
   a, b = np.random.default_rng(1).integers(0, 4, (2, 200))
   ours, theirs = (
-    winrate.rates(x, y, x % 3)["micro"] for x, y in ((a, b), (b, a))
+    winrate.win_rate(winrate.wins(x, y)) for x, y in ((a, b), (b, a))
   )
   assert ours["value"] + theirs["value"] == pytest.approx(1.0)
   assert ours["ties"] == theirs["ties"] == np.mean(a == b)
@@ -48,12 +49,12 @@ def test_generation_health_by_hand():
     np.array([5, 5, 5]),
     np.array([], np.int32),
   ]
-  out = winrate.generation_health(said, EOS, None)
+  out = held_out.generation_health(said, EOS, None)
   assert out["ended"]["value"] == 0.5
   assert out["empty"]["value"] == 0.5
   assert out["malformed"]["value"] == 0.75  # empty, or without an end
   assert out["length"]["value"] == 7 / 4
-  out = winrate.generation_health(said, EOS, np.array([1, 0, 0, 0], bool))
+  out = held_out.generation_health(said, EOS, np.array([1, 0, 0, 0], bool))
   assert out["malformed"]["value"] == 0.25  # the grammar knows better
 
 
@@ -84,7 +85,7 @@ class Ids:
 
 
 def outcome(logp, reward, own):
-  return evaluate.Outcome(
+  return held_out.PolicyOutputs(
     np.asarray(logp),
     [np.array([7, EOS])] * len(reward),
     [""] * len(reward),
@@ -104,10 +105,10 @@ def test_measure_by_hand():
     np.full(2 * len(rows), 2, np.int32),
     np.zeros(2 * len(rows), np.int32),
   )
-  asked = evaluate.choose_prompts(rows, every, 4, 8)
+  asked = held_out.choose_prompts(rows, every, 4, 8)
   assert len({rows[i]["prompt"] for i in asked}) == len(asked) == 4
   n = len(rows)
-  what = evaluate.Examined(rows, every, asked, Ids(), world)
+  what = held_out.EvalSet(rows, every, asked, Ids(), world)
   target = [
     worlds.reward(world, rows[i]["prompt"], rows[i]["target"]) for i in asked
   ]
@@ -119,7 +120,7 @@ def test_measure_by_hand():
     [-3.0, -3.0, -3.0, -3.0],
   )
   base = outcome(ref, [target[0], target[1], target[2], -6.0], [0.0] * 4)
-  out = evaluate.measure(what, policy, base, np.array([-4.0] * 4))
+  out = held_out.policy_metrics(what, policy, base, np.array([-4.0] * 4))
   assert out["win_vs_target"]["value"] == 1.5 / 4
   assert out["win_vs_sft"]["value"] == 2.5 / 4
   assert out["accuracy"]["value"] == 0.75 and out["accuracy"]["n"] == 4
@@ -152,7 +153,7 @@ def test_prompts_are_asked_once_and_in_order(capsys):
   every = tokens_lib.TokenRows(
     np.zeros(0, np.int32), np.zeros(13, np.int64), start, np.zeros(12, np.int32)
   )
-  choose = lambda most, room: evaluate.choose_prompts(
+  choose = lambda most, room: held_out.choose_prompts(
     rows, every, most, room
   ).tolist()
   assert choose(10, 16) == [0, 1, 3, 5] and choose(2, 16) == [0, 1]
@@ -162,7 +163,7 @@ def test_prompts_are_asked_once_and_in_order(capsys):
 
 
 def test_unpaired_are_paired_by_rank():
-  what = evaluate.Examined(
+  what = held_out.EvalSet(
     [dict(label=x) for x in (True, False, False, True, True)],
     None,
     np.zeros(0),
@@ -170,7 +171,7 @@ def test_unpaired_are_paired_by_rank():
     None,
   )
   policy = np.array([[10.0], [20.0], [30.0], [40.0], [50.0]])
-  a, b = evaluate.as_pairs(what, policy, policy + 1)
+  a, b = held_out.as_pairs(what, policy, policy + 1)
   np.testing.assert_array_equal(a, [[10, 20], [40, 30]])
   np.testing.assert_array_equal(b, [[11, 21], [41, 31]])
 
@@ -178,7 +179,7 @@ def test_unpaired_are_paired_by_rank():
 def test_answers_are_scored_after_the_prompts_that_were_asked():
   prompts = [np.array([1, 5, 6]), np.array([1, 7])]
   said = [np.array([8, EOS]), np.array([9, 9, EOS])]
-  rows = evaluate.answer_rows(prompts, said)
+  rows = held_out.answer_rows(prompts, said)
   assert rows.ids.tolist() == [1, 5, 6, 8, EOS, 1, 7, 9, 9, EOS]
   assert rows.offsets.tolist() == [0, 5, 10]
   assert rows.start.tolist() == [3, 2]
@@ -187,7 +188,7 @@ def test_answers_are_scored_after_the_prompts_that_were_asked():
     [8, EOS],
     [9, 9, EOS],
   ]
-  what = evaluate.Examined(
+  what = held_out.EvalSet(
     [{}, {}, {}],
     tokens_lib.TokenRows(
       np.arange(18, dtype=np.int32),
@@ -200,17 +201,17 @@ def test_answers_are_scored_after_the_prompts_that_were_asked():
     None,
   )
   # Two rows a record: the prompt is that of the first.
-  assert [p.tolist() for p in evaluate.prompts_of(what)] == [[0], [12]]
+  assert [p.tolist() for p in held_out.prompts_of(what)] == [[0], [12]]
 
 
 # A judge's outcomes.
 
 
 def test_outcomes_by_hand():
-  out = winrate.outcomes([1, 1, 0.5, 0])
+  out = winrate.outcome_rates([1, 1, 0.5, 0])
   assert [out[k]["value"] for k in ("won", "tied", "lost")] == [0.5, 0.25, 0.25]
   assert out["decided"]["value"] == pytest.approx(2 / 3)
-  assert winrate.outcomes([0.5])["decided"]["n"] == 0
+  assert winrate.outcome_rates([0.5])["decided"]["n"] == 0
 
 
 def test_groups_stand_largest_first():
@@ -223,7 +224,7 @@ def test_groups_stand_largest_first():
 def test_both_orders_by_hand():
   nan = np.nan
   out = winrate.both_orders([1, 1, 0.5, nan, 1], [1, 0, 0.5, 1, 0.5])
-  np.testing.assert_array_equal(out["won"], [1, 0.5, 0.5, nan, 0.75])
+  np.testing.assert_array_equal(out["outcomes"], [1, 0.5, 0.5, nan, 0.75])
   assert out["rate"]["value"] == 2.75 / 4 and out["rate"]["n"] == 4
   assert out["rate"]["ties"] == 0.5 and out["consistent"]["value"] == 0.5
   assert out["bias"]["value"] == (0 + 0.5 + 0 + 0.25) / 4

@@ -46,7 +46,7 @@ from jaxalign import memory, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.job import lora_of, loss_of
-from jaxalign.model import adapters, attention, decoder, weights
+from jaxalign.model import adapters, attention, decoder, hf
 from jaxalign.train import feed, optim
 from jaxalign.train import layout as packing
 from jaxalign.train import step as steps
@@ -255,7 +255,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   c = module.get_config(variant)
-  m = weights.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
+  m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
   m = m._replace(
     context=c.model.context, lora=lora_of(c), attention=c.model.attention
   )
@@ -339,7 +339,7 @@ def compile_step(
     length=length,
   )
   m = m._replace(attention=kernel)
-  decoder.check(m, mesh)
+  decoder.check_model(m, mesh)
   feed.check_batch(s["rows"], s["accumulation"], mesh, "step")
   how = {k: s[k] for k in ("accumulation", "layout", "prompt")}
   batch = abstract_batch(mesh, loss, s["rows"], length, **how)
@@ -356,9 +356,7 @@ def compile_step(
   program = instructions(compiled.text)
   tensor = sharding.parts(mesh, "vocab")
   where = dict(positions=positions_of(batch, mesh), tensor=tensor)
-  planned = memory.train_step(
-    m,
-    mesh,
+  shape = memory.StepShape(
     rows=int(np.prod(batch["ref_sum"].shape[1:])),
     length=length,
     chunk=s["chunk"],
@@ -372,7 +370,7 @@ def compile_step(
     parameters=decoder.parameter_count(m),
     argument_bytes=compiled.memory.argument_size_in_bytes,
     expected_bytes=held_bytes((state, batch, fixed)),
-    planned=planned,
+    planned=memory.train_step(m, mesh, shape),
     temp_bytes=compiled.memory.temp_size_in_bytes,
     collectives=collectives(program),
     whole_gathers=whole_gathers(program, m, tensor),

@@ -1,7 +1,12 @@
-r"""How the time of every sampler grows with the rows of the pool.
+r"""Selection from large pools: time and memory a row, and growth of samplers.
 
+  python tools/bench_pool.py memory --rows 200000 2000000
   python tools/bench_pool.py laws --limit=60 --count=2
 
+`memory` writes made-up pairs of short texts, runs `python -m jaxalign.select`
+on them in a process of its own and prints its seconds, and the peaks of its
+anonymous and file-backed memory (/proc/<pid>/status, every 20 ms). For `isa`
+the embedding is made up, not computed: what is measured is the selection.
 `laws` times every sampler on rows that are held, with a tenth of them to keep:
 the best of --count, so that from two on nothing that is compiled counts.
 """
@@ -9,21 +14,143 @@ the best of --count, so that from two on nothing that is compiled counts.
 import argparse
 import os
 import pathlib
+import subprocess
 import sys
+import tempfile
 import time
+
+import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WIDTH = 384
+LIMIT = 4096  # MiB of anonymous memory that a selection may take
+ISA = (  # a reference that is hardly trained, and made-up embeddings
+  "--config.sft.updates=2",
+  "--config.model.layers=1",
+  f"--config.model.width={WIDTH}",
+)
+CHILD = """
+import sys
+import numpy as np
+from jaxalign.select import __main__ as select, embed
+def made(mesh, params, m, rows, outputs, *, parts, tick, **_):
+  number = parts[0]
+  rng = np.random.default_rng(int(number[0]))
+  x = rng.standard_normal((len(number), m.width), np.float32)
+  x *= np.float32(1 / np.sqrt(1 + np.arange(m.width)))
+  x[number % 3 == 0] += 0.5
+  tick(len(number))
+  return dict.fromkeys(outputs, x[:, 0]) | dict(embedding=x)
+if "--config.select.sampler=isa" in sys.argv:
+  embed.pass_rows = made
+sys.exit(select.main(sys.argv))
+"""
+
+
+def write_pairs(path: pathlib.Path, n: int) -> None:
+  """n pairs of short texts; the better answers have words of their own."""
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  letters = np.array([*"abcdefghijklmnopqrstuvwxyz"])
+  rng = np.random.default_rng(0)
+  words = np.array(["".join(w) for w in rng.choice(letters, (5000, 5))])
+  writer = None
+  for start in range(0, n, 50_000):
+    count = min(50_000, n - start)
+    text = lambda size, first: [
+      " ".join(words[(first + 4000 * u**2).astype(int)])
+      for u in rng.random((count, size))
+    ]
+    columns = dict(
+      prompt=text(8, 0), chosen=text(10, 0), rejected=text(12, 400)
+    )
+    table = pa.table(columns)
+    writer = writer or pq.ParquetWriter(path, table.schema)
+    writer.write_table(table)
+  writer.close()
+
+
+def _memory(pid: int) -> dict[str, float]:
+  """Anonymous and file-backed memory of a process, MiB."""
+  try:
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+  except OSError:
+    return {}
+  found = dict(line.split(":", 1) for line in lines)
+  return {
+    name: int(found[name].split()[0]) / 1024
+    for name in ("RssAnon", "RssFile")
+    if name in found
+  }
+
+
+def _run(source: pathlib.Path, sampler: str, folder: pathlib.Path) -> dict:
+  """One selection: its seconds, and the peaks of its memory."""
+  command = [
+    *(sys.executable, "-c", CHILD, f"--config={ROOT}/configs/select.py"),
+    f"--config.select.sampler={sampler}",
+    f"--config.data.source={source}",
+    "--config.select.budget=0.05",
+    f"--output={folder}/{sampler}.parquet",
+    *(ISA if sampler == "isa" else ()),
+  ]
+  peak, start = {"RssAnon": 0.0, "RssFile": 0.0}, time.monotonic()
+  env = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+  with open(folder / f"{sampler}.log", "w", encoding="utf-8") as log:
+    child = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    while child.poll() is None:
+      for name, value in _memory(child.pid).items():
+        peak[name] = max(peak[name], value)
+      time.sleep(0.02)
+  if child.returncode:
+    raise SystemExit((folder / f"{sampler}.log").read_text()[-3000:])
+  return peak | dict(seconds=time.monotonic() - start)
+
+
+def memory(args) -> None:
+  """A table of both sizes; ends with 1 where one is above the limits."""
+  print(
+    f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores\n\n"
+    "| sampler | rows | seconds | microseconds a row | anonymous MiB, peak | "
+    "file-backed MiB, peak |\n|---|---|---|---|---|---|"
+  )
+  bad = []
+  with tempfile.TemporaryDirectory(dir=args.folder or None) as scratch:
+    scratch, each = pathlib.Path(scratch), {}
+    for n in args.rows:
+      source = scratch / f"{n}.parquet"
+      write_pairs(source, n)
+      for sampler in args.only or SAMPLERS:
+        folder = scratch / f"{n}-{len(each)}"
+        folder.mkdir()
+        found = _run(source, sampler, folder)
+        each[sampler, n] = 1e6 * found["seconds"] / n
+        print(
+          f"| {sampler} | {n:,} | {found['seconds']:.0f} | "
+          f"{each[sampler, n]:.0f} | {found['RssAnon']:.0f} | "
+          f"{found['RssFile']:.0f} |",
+          flush=True,
+        )
+        if args.keep:
+          print((folder / f"{sampler}.log").read_text())
+        if found["RssAnon"] > LIMIT:
+          bad.append(f"{sampler} at {n:,}: memory")
+        if each[sampler, n] > 1.5 * each[sampler, args.rows[0]]:
+          bad.append(f"{sampler} at {n:,}: time a row")
+  print("\nabove the limits: " + ("; ".join(bad) or "nothing"))
+  raise SystemExit(bool(bad))
+
+
+SAMPLERS = ("random", "length", "dedup", "crossfit_lite", "isa")
 
 
 def laws(args) -> None:
   """Seconds of every sampler at four sizes, and the exponent."""
   import importlib
 
-  import numpy as np
-
-  from jaxalign.select.samplers import SAMPLERS
+  from jaxalign.select.samplers import SAMPLERS as every
 
   sys.path.insert(0, str(ROOT / "tests"))
   pools = importlib.import_module("pools")
@@ -34,7 +161,7 @@ def laws(args) -> None:
     "the |\n"
     "|---|---|---|---|---|---|---|"
   )
-  for name, sampler in SAMPLERS.items():
+  for name, sampler in every.items():
     if args.only and name not in args.only:
       continue
     seconds, spent = [], 0.0
@@ -60,10 +187,8 @@ def laws(args) -> None:
         seconds.append(min(times))
       if spent > args.limit:
         break
-    known = [(n, s) for n, s in zip(sizes, seconds) if not isinstance(s, str)]
-    slope = "-"
-    if len(known) > 1:
-      slope = f"{np.log2(known[-1][1] / known[-2][1]):.2f}"
+    known = [s for s in seconds if not isinstance(s, str)]
+    slope = f"{np.log2(known[-1] / known[-2]):.2f}" if len(known) > 1 else "-"
     cells = [s if isinstance(s, str) else f"{s:.3g} s" for s in seconds]
     cells += ["not run"] * (len(sizes) - len(cells))
     print(
@@ -74,12 +199,17 @@ def laws(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("what", choices=["laws"])
+  parser.add_argument("what", choices=["memory", "laws"])
+  sizes = [200_000, 2_000_000]
+  parser.add_argument("--rows", type=int, nargs="+", default=sizes)
+  parser.add_argument("--only", nargs="*", default=[])
+  parser.add_argument("--folder", default="", help="for the made-up pairs")
+  parser.add_argument("--keep", action="store_true", help="print the logs")
   parser.add_argument("--least", type=int, default=1000)
   parser.add_argument("--count", type=int, default=1)
   parser.add_argument("--limit", type=float, default=60.0)
-  parser.add_argument("--only", nargs="*", default=[])
-  laws(parser.parse_args(argv))
+  args = parser.parse_args(argv)
+  dict(memory=memory, laws=laws)[args.what](args)
 
 
 if __name__ == "__main__":

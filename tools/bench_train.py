@@ -63,6 +63,12 @@ TRL = {
 }
 
 
+def columns(pairs: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
+  """Prompts, and the answers by side, as `encode_texts` takes them."""
+  take = lambda name: [p[name] for p in pairs]
+  return take(TEXTS[0]), {name: take(name) for name in TEXTS[1:]}
+
+
 def prepare(args, folder: pathlib.Path) -> None:
   """Pairs that fit the context, a tokenizer of them, a fresh model's export."""
   import jax
@@ -70,13 +76,13 @@ def prepare(args, folder: pathlib.Path) -> None:
 
   from jaxalign import sharding
   from jaxalign.data import records, tokenizer, tokens
-  from jaxalign.model import decoder, weights
+  from jaxalign.data.encode import encode_texts
+  from jaxalign.model import decoder, hf
 
-  rows = [r for r in records.load(args.data).rows if r["prompt"]]
+  rows = [r for r in records.load_records(args.data).rows if r["prompt"]]
   texts = [r["prompt"] + r["chosen"] for r in rows]
-  tok = tokenizer.Tokenizer(tokenizer.train(texts[:1500], 4096))
-  columns = [[r[k] for r in rows] for k in TEXTS]
-  encoded, _, refused = tokens.encode_pairs(tok, *columns, context=1 << 14)
+  tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(texts[:1500], 4096))
+  encoded, _, refused = encode_texts(tok, *columns(rows), context=1 << 14)
   both = tokens.lengths(encoded).reshape(-1, 2)
   kept = [r for i, r in enumerate(rows) if i not in refused]
   # TRL lets an answer's first token merge with its prompt's last one.
@@ -105,7 +111,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), m, mesh)
-    weights.export_folder(folder / "export", params, m, tok)
+    hf.export_folder(folder / "export", params, m, tok)
   print(
     f"Llama of {decoder.parameter_count(m):,} parameters, vocabulary {vocab}",
     flush=True,
@@ -138,8 +144,9 @@ def ours(args) -> None:
   import numpy as np
 
   from jaxalign import sharding
-  from jaxalign.data import tokenizer, tokens
-  from jaxalign.model import weights
+  from jaxalign.data import tokenizer
+  from jaxalign.data.encode import encode_texts
+  from jaxalign.model import hf
   from jaxalign.train import feed, losses, optim
   from jaxalign.train import reference as reference_lib
   from jaxalign.train import step as steps
@@ -151,15 +158,14 @@ def ours(args) -> None:
   folder = pathlib.Path(args.workdir)
   pairs = json.loads((folder / "pairs.json").read_text())
   n = len(pairs)
-  m = weights.read_config(folder / "export", "float32", "none")
+  m = hf.read_config(folder / "export", "float32", "none")
   m = m._replace(context=args.context, attention="tiles")
   tok = tokenizer.load_tokenizer(folder / "export")
-  columns = [[p[k] for p in pairs] for k in TEXTS]
-  encoded, _, refused = tokens.encode_pairs(tok, *columns, context=args.context)
+  encoded, _, refused = encode_texts(tok, *columns(pairs), context=args.context)
   assert not refused
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
-    params = weights.load_folder(folder / "export", m, mesh)
+    params = hf.load_folder(folder / "export", m, mesh)
     rows = feed.Rows(
       [str(i) for i in range(n)],
       encoded,

@@ -39,8 +39,7 @@ import numpy as np
 
 from jaxalign import sharding
 from jaxalign.model import attention, decoder
-from jaxalign.select import em, gaussians, mixture
-from jaxalign.select import space as spaces
+from jaxalign.select import em, mixture, whiten
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -153,15 +152,9 @@ def seen_of(mesh, rows: int, length: int, segments: bool) -> attention.Seen:
 
 def attend(kernel: str, seen, window: int, size: int):
   """(q, k, v) -> values, through the model's own door."""
+  spec = attention.Attention(kernel, size**-0.5, windows=(window,))
   return lambda q, k, v: attention.attend(
-    q,
-    k,
-    v,
-    seen,
-    kernel=kernel,
-    scale=size**-0.5,
-    windows=(window,),
-    place=sharding.SPREAD,
+    q, k, v, seen, spec, None, sharding.SPREAD
   )
 
 
@@ -344,22 +337,22 @@ def mixture_section(section, mesh) -> None:
   section.attempt("sums beside float64", lambda: sums_exact(section, mesh))
   x = np.random.default_rng(0).standard_normal((n, width), np.float32)
   x[: n // 2, :8] += 3.0
-  space = spaces.Space(np.zeros(width), np.eye(width), np.ones(width), 1.0, x)
+  space = whiten.Space(np.zeros(width), np.eye(width), np.ones(width), 1.0, x)
   flops = em.flops(n, width, k, "full")
 
   def iterations():
-    state = gaussians.State(
+    state = em.Gaussians(
       np.log(np.full(k, 1 / k)),
       np.float64(x[:k]),
       np.stack([np.eye(width)] * k),
-      np.zeros((k, width, 0)),
     )
-    sweep, seconds = em.sweep_of(mesh, x, 1e-4, "full"), []
-    sweep(state)  # compiles, and sums the Gram of all rows
+    sweep, seconds = em.sweep_of(mesh, x, 1e-4), []
+    sweep(state)  # compiles
     while len(seconds) < REPEATS and (section.left() > 90 or TOY):
       start = time.perf_counter()
-      sums, _ = sweep(em.seen(state))
-      state = em.m_step(sums, em.seen(state), 1e-4, "full")
+      state = em.rounded(state)
+      moments, _ = sweep(state)
+      state = em.m_step(moments, state.means, 1e-4, False)
       seconds.append(time.perf_counter() - start)
     section.add("EM iteration, whole", OURS, seconds, flops=flops)
 
@@ -370,10 +363,10 @@ def mixture_section(section, mesh) -> None:
     section.add(f"{what}, whole", OURS, [seconds], flops=count)
 
   def fit():
-    few = dict(components=k, starts=1, tol=-1.0, max_iterations=2)
-    mixture.fit(mesh, x, space=space, **few)
+    few = mixture.MixtureOptions(k, starts=1, tol=-1.0, max_iterations=2)
+    mixture.fit(mesh, x, few, space=space)
 
-  reduce = lambda: spaces.prepare(mesh, x, pca="auto")
+  reduce = lambda: whiten.whiten(mesh, x, mixture.MixtureOptions())
   section.attempt("iteration", iterations)
   section.attempt("fit", lambda: once("fit of two sweeps", fit, 2 * flops))
   reduction = "reduction to at most 64 directions"
@@ -384,13 +377,8 @@ def sums_exact(section, mesh) -> None:
   """The device's second moments beside NumPy's; TF32 would be 3e-4 off."""
   n, width = (256, 16) if TOY else (4096, 256)
   x = np.random.default_rng(3).standard_normal((n, width), np.float32)
-  state = gaussians.State(
-    np.zeros(1),
-    np.zeros((1, width)),
-    np.eye(width)[None],
-    np.zeros((1, width, 0)),
-  )
-  sums, _ = em.sweep_of(mesh, x, 0.0, "full")(state)
+  state = em.Gaussians(np.zeros(1), np.zeros((1, width)), np.eye(width)[None])
+  sums, _ = em.sweep_of(mesh, x, 0.0)(state)
   exact = np.float64(x).T @ np.float64(x)
   error = np.linalg.norm(sums.second[0] - exact) / np.linalg.norm(exact)
   section.note(f"second moments beside float64: relative error {error:.1e}")

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops
 
 # Published dense peaks, FLOP/s: (bfloat16 on the matrix units, float32 without
 # them), by the start of the card's name, longest first.
@@ -53,11 +54,11 @@ def useful(
 ) -> int:
   """Useful FLOPs of one forward pass over one row, see the docstring.
 
-  `decoder.flops` counts the full square of attention, 4 H C L^2 a layer;
+  `decoder_flops` counts the full square of attention, 4 H C L^2 a layer;
   causal needs L (L + 1) / 2 of the L^2 products of a query and a key.
   """
   masked = 2 * m.heads * m.head_size * length * (length - 1)
-  return decoder.flops(m, length, logit_rows) - m.layers * masked
+  return decoder_flops(m, length, logit_rows) - m.layers * masked
 
 
 def clock(run: Callable[[], Any], calls: int) -> Callable[[], float]:

@@ -211,9 +211,9 @@ class Kind(NamedTuple):
 
 
 FAIL = (
-  "from jaxalign.data import prepare\nreal = prepare.make\n"
+  "from jaxalign.data import prepare\nreal = prepare.make_data\n"
   "def make(*a, **k):\n  real(*a, **k)\n  raise ZeroDivisionError\n"
-  "prepare.make = make\n"
+  "prepare.make_data = make\n"
 )
 KINDS = {
   "good end": Kind(0),

@@ -25,9 +25,9 @@ import jax
 import numpy as np
 
 from jaxalign import artifacts, sharding
+from jaxalign.core import intervals
 from jaxalign.data import tokenizer as tokenizers
-from jaxalign.eval import intervals
-from jaxalign.model import decode, weights
+from jaxalign.model import decode, hf
 
 NAMES = "Max Spot Rex Tim Ben Sam Tom Bob Lily Sue Mia Jack Buddy Lucy Fluffy"
 NAMES = (*NAMES.split(), "Daisy")
@@ -68,23 +68,17 @@ def distinct_trigrams(stories: list[list[int]]) -> float:
 
 def tell(checkpoint: str, new: int, each: int) -> list[dict]:
   """`each` stories a beginning, as texts, by the given model."""
-  m = weights.read_config(checkpoint, "float32", "none")
+  m = hf.read_config(checkpoint, "float32", "none")
   tok = tokenizers.load_tokenizer(checkpoint)
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   asked = [p for p in beginnings() for _ in range(each)]
   with jax.set_mesh(mesh):
-    said = decode.generate(
-      mesh,
-      weights.load_folder(checkpoint, m, mesh),
-      m,
-      [np.array(tok.encode(p, begins=True)) for p in asked],
-      new=new,
-      eos=tok.eos,
-      known=tok.vocab_size,
-      temperature=1.0,
-      seed=1,
-      tile=64,
+    params = hf.load_folder(checkpoint, m, mesh)
+    prompts = [np.array(tok.encode(p, begins=True)) for p in asked]
+    options = decode.GenerateOptions(
+      new, tok.eos, tok.vocab_size, seed=1, tile=64
     )
+    said = decode.generate(mesh, params, m, prompts, options)
   return [
     dict(prompt=p, text=tok.decode_response(s).rstrip())
     for p, s in zip(asked, said)

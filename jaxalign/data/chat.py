@@ -20,7 +20,7 @@ from etils import epath
 
 from jaxalign.data.marks import HALF, Marks
 from jaxalign.data.render import Renderer
-from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.special import any_of
 from jaxalign.errors import ConfigError
 
@@ -80,7 +80,9 @@ _WANTS = {
 }
 
 
-def choose(template: str, tok: Any, conversational: bool) -> str | None:
+def template_source(
+  template: str, tok: Any, conversational: bool
+) -> str | None:
   """The source of the template to use; None for the record's own text.
 
   Args:
@@ -105,16 +107,16 @@ def choose(template: str, tok: Any, conversational: bool) -> str | None:
         f"template {template!r} writes; {_KNOB}"
       )
     return BUILT_IN[template]
-  return read_file(template).decode("utf-8", "replace")
+  return read_template(template).decode("utf-8", "replace")
 
 
-def check(template: str) -> None:
+def check_template(template: str) -> None:
   """Raises ConfigError where no template can come of the knob's value."""
   if template != "auto" and template not in PLAIN + tuple(BUILT_IN):
-    read_file(template)
+    read_template(template)
 
 
-def read_file(template: str) -> bytes:
+def read_template(template: str) -> bytes:
   """The bytes of a .jinja file."""
   if not isinstance(template, str) or not template.endswith(".jinja"):
     raise ConfigError(

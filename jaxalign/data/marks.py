@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from jaxalign.data import special
-from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.schemas.schema import Refused
 
 HALF = ""  # what `found` calls a text that begins or ends like a token
 # Values that templates write beside their own tokens; of others (the names

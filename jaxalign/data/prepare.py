@@ -4,41 +4,49 @@ import ast
 import collections
 from collections.abc import Mapping
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 import numpy as np
 
 from jaxalign import artifacts, hub, progress
-from jaxalign.data import chat as chats
-from jaxalign.data import reading, records, sources, special, tables
+from jaxalign.data import records, sources, tables
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data import words as words_lib
 from jaxalign.data import world as world_lib
-from jaxalign.data.schemas import choices
-from jaxalign.data.schemas.fields import check_fields
-from jaxalign.data.schemas.pairs import Refused
-from jaxalign.data.tokenizer import load_tokenizer, Tokenizer, train
+from jaxalign.data.chat import Chat, check_template, read_template
+from jaxalign.data.encode import ANSWERS, NO_TEMPLATE, RowEncoder
+from jaxalign.data.json_rows import Where
+from jaxalign.data.schemas.choices import check_choice
+from jaxalign.data.schemas.mapping import check_fields
+from jaxalign.data.schemas.schema import Refused
+from jaxalign.data.special import ROW_FORMAT
+from jaxalign.data.summary import decoded_rows, SHOWN, summary_lines
+from jaxalign.data.tokenizer import load_tokenizer, Tokenizer, train_tokenizer
 from jaxalign.errors import ConfigError, DataError
 
 SPLITS = ("sft", "pool", "held_out")
-SPECIAL = ("auto", "text", "tokens")  # what special tokens in a text are
-SYSTEM = ("turn", "join")  # what becomes of a system turn
 PEEKED, TOKENIZED = 10_000, 300  # rows that a dry run reads; and tokenizes
 _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
+_KNOWN = dict(
+  too_long=("", *tokens_lib.TOO_LONG),
+  special_tokens=("auto", "text", "tokens"),  # what they are in a text
+  system=("turn", "join"),  # what becomes of a system turn
+)
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SplitRows:
   """The rows of a config, split, before any of them is tokenized."""
 
   splits: dict[str, list[dict]]
   summary: dict[str, Any]
   kind: str  # "pairs" or "unpaired"
   refused: list[dict]
-  where: Mapping[str, sources.Where] = {}  # id -> where a row stands
+  where: Mapping[str, Where]  # id -> where a row stands
 
 
 def sources_of(c: Any) -> list[str]:
@@ -52,9 +60,8 @@ def sources_of(c: Any) -> list[str]:
   names = [*value] if isinstance(value, (list, tuple)) else []
   if not names or not all(isinstance(n, str) and n for n in names):
     raise ConfigError(
-      f"data.source={value!r:.80}, wanted a path, a glob, "
-      "hf:<name>, tfds:<name>, or a list of these; set "
-      "config.data.source"
+      f"data.source={value!r:.80}, wanted a path, a glob, hf:<name>, "
+      "tfds:<name>, or a list of these; set config.data.source"
     )
   if len(names) > 1 and "world" in names:
     raise ConfigError(
@@ -71,18 +78,14 @@ def is_world(c: Any) -> bool:
 
 def check_source(c: Any) -> None:
   """Raises where the source is of no known kind, or no file is there."""
-  chats.check(c.data.template)
-  choices.check(choice_of(c))
+  check_template(c.data.template)
+  check_choice(choice_of(c))
   check_fields(c.data.fields.to_dict())
-  for knob, known in (
-    ("too_long", ("", *tokens_lib.TOO_LONG)),
-    ("special_tokens", SPECIAL),
-    ("system", SYSTEM),
-  ):
+  for knob, known in _KNOWN.items():
     if c.data[knob] not in known:
       raise ConfigError(
-        f"data.{knob}={c.data[knob]!r}, wanted one of "
-        f"{', '.join(known)}; set config.data.{knob}"
+        f"data.{knob}={c.data[knob]!r}, wanted one of {', '.join(known)}; set "
+        f"config.data.{knob}"
       )
   names = sources_of(c)
   records.check_shares(names, c.data.caps, c.data.weights)
@@ -90,8 +93,8 @@ def check_source(c: Any) -> None:
     world_of(c)
     if c.data.held_out:
       raise ConfigError(
-        "data.held_out beside the built-in world, which holds "
-        "out rows of its own; set config.data.source"
+        "data.held_out beside the built-in world, which holds out rows of its "
+        "own; set config.data.source"
       )
     return
   for name in names + [c.data.held_out] * bool(c.data.held_out):
@@ -117,7 +120,7 @@ def fingerprint(c: Any) -> str:
     for name, data in sorted(tok.files.items()):
       digest.update(f"{name} {len(data)}\n".encode() + data)
   if c.data.template.endswith(".jinja"):
-    digest.update(chats.read_file(c.data.template))
+    digest.update(read_template(c.data.template))
   return digest.hexdigest()
 
 
@@ -128,180 +131,141 @@ def world_of(c: Any) -> world_lib.World | None:
   return world_lib.build(c.data.world.to_dict(), c.data.seed)
 
 
-def _from_world(c: Any, folder: epath.Path) -> Rows:
+def _from_world(c: Any, folder: epath.Path) -> SplitRows:
   """The world's rows, written as text and read back like any other source."""
-  world = world_of(c)
-  made = world_lib.generate(world, c.data.seed)
-  targets = {
-    (r["prompt"], r["chosen"], r["rejected"]): r["target"]
-    for r in made["held_out"]
-  }
-  loaded = {}
-  for name in ("pool", "held_out"):
-    path = folder / f"world_{name}.jsonl"
-    artifacts.write_bytes(
-      path,
-      "".join(
-        json.dumps({k: r[k] for k in ("prompt", "chosen", "rejected")}) + "\n"
-        for r in made[name]
-      ).encode(),
-    )
-    loaded[name] = records.load(str(path))
+  made = world_lib.generate(world_of(c), c.data.seed)
+  names, targets, loaded = ("prompt", "chosen", "rejected"), {}, {}
+  for split in ("pool", "held_out"):
+    path = folder / f"world_{split}.jsonl"
+    lines = [json.dumps({k: r[k] for k in names}) + "\n" for r in made[split]]
+    artifacts.write_bytes(path, "".join(lines).encode())
+    loaded[split] = records.load_records(str(path))
   splits = {name: one.rows for name, one in loaded.items()}
+  for row in made["held_out"]:
+    targets[tuple(row[k] for k in names)] = row["target"]
   for row in splits["held_out"]:
-    row["target"] = targets[row["prompt"], row["chosen"], row["rejected"]]
+    row["target"] = targets[tuple(row[k] for k in names)]
   splits["sft"] = [
-    dict(r, id=f"sft-{i:06d}", group=r["prompt"])
-    for i, r in enumerate(made["sft"])
+    dict(row, id=f"sft-{i:06d}", group=row["prompt"])
+    for i, row in enumerate(made["sft"])
   ]
   refused = [*loaded["pool"].refused, *loaded["held_out"].refused]
   seen = {r["prompt"] for r in splits["pool"]}
+  where = {r["id"]: Where("world", None) for x in splits.values() for r in x}
   for name in ("held_out", "sft"):  # no prompt is in two splits
-    refused += [
-      dict(
-        file="world",
-        line=None,
-        id=r["id"],
-        split=name,
-        reason="prompt of another split",
-        detail="",
-      )
-      for r in splits[name]
-      if r["prompt"] in seen
-    ]
+    twice = [r for r in splits[name] if r["prompt"] in seen]
+    why = Refused("prompt of another split")
+    refused += [_refusal(row, why, name, where) for row in twice]
     splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
     seen |= {r["prompt"] for r in splits[name]}
   summary = records.data_summary(loaded["pool"], splits)
-  summary |= dict(
-    seen=sum(len(rows) for rows in made.values()), source="world", readings=[]
-  )
-  return Rows(splits, summary, "pairs", refused)
+  summary |= dict(source="world", readings=[])
+  summary["seen"] = sum(len(rows) for rows in made.values())
+  return SplitRows(splits, summary, "pairs", refused, {})
 
 
 def fractions(c: Any) -> dict[str, float]:
-  """The shares of the splits that a job has use for.
+  """The fractions of the splits that a job has use for.
 
-  Where a checkpoint is given nothing trains an SFT model: its share goes to
-  the pool. A held-out file of its own leaves all of the source to the pool.
+  Where a checkpoint is given nothing trains an SFT model: its rows go to the
+  pool. A held-out file of its own leaves all of the source to the pool.
   """
   shares = c.data.split.to_dict()
-  unused = [
-    name
-    for name, not_here in (
-      ("sft", c.model.checkpoint),
-      ("held_out", c.data.held_out),
-    )
-    if not_here
-  ]
-  for name in unused:
-    shares["pool"] = shares.get("pool", 0.0) + shares.get(name, 0.0)
-    shares[name] = 0.0
+  for name, unused in (
+    ("sft", c.model.checkpoint),
+    ("held_out", c.data.held_out),
+  ):
+    if unused:
+      shares["pool"] = shares.get("pool", 0.0) + shares.get(name, 0.0)
+      shares[name] = 0.0
   return shares
 
 
-def load(c: Any, limit: int = 0) -> records.Loaded:
+def load_sources(
+  c: Any, limit: int = 0, held_out: bool = False
+) -> records.Loaded:
   """The rows of a config's sources, by the rules of config.data.
 
   Args:
     c: the config.
     limit: of each source read so many rows, where the config says no less.
+    held_out: those of its held-out file instead, without caps and weights.
   """
-  return _load(c, sources_of(c), limit, c.data.caps, c.data.weights)
-
-
-def _load(
-  c: Any, names: list[str], limit: int = 0, caps: Any = (), weights: Any = ()
-) -> records.Loaded:
-  most = min(filter(None, (limit, c.data.limit)), default=0)
-  return records.load(
-    names,
-    schema=c.data.schema,
-    limit=most,
-    on_bad_rows="skip" if c.data.max_bad_fraction else "error",
-    max_bad_fraction=c.data.max_bad_fraction,
-    fields=c.data.fields.to_dict(),
-    answer_pairs=c.data.answer_pairs,
-    on_tied_scores="skip" if "tied" in c.data.skip else "keep",
-    on_contradicting_scores=(
-      "skip" if "contradicting" in c.data.skip else "keep"
-    ),
+  d = c.data
+  options = records.LoadOptions(
+    schema=d.schema,
+    limit=min(filter(None, (limit, d.limit)), default=0),
+    max_bad_fraction=d.max_bad_fraction,
+    fields=d.fields.to_dict(),
+    answer_pairs=d.answer_pairs,
+    skip=tuple(d.skip),
     choice=choice_of(c),
-    caps=tuple(caps),
-    weights=tuple(weights),
-    seed=c.data.seed,
+    caps=() if held_out else tuple(d.caps),
+    weights=() if held_out else tuple(d.weights),
+    seed=d.seed,
   )
+  names = [d.held_out] if held_out else sources_of(c)
+  return records.load_records(names, options)
 
 
-def read(c: Any, limit: int = 0) -> Rows:
+def read_splits(c: Any, limit: int = 0) -> SplitRows:
   """Rows of files or of a hub, checked, refused with reasons, and split."""
-  loaded = load(c, limit)
+  loaded = load_sources(c, limit)
   splits = records.split(loaded.rows, fractions(c), c.data.seed)
   refused, where = list(loaded.refused), dict(loaded.where)
-  readings = list(loaded.readings)
   if c.data.held_out:
-    found = _load(c, [c.data.held_out], limit)
-    if found.kind != loaded.kind:
+    held = load_sources(c, limit, held_out=True)
+    if held.kind != loaded.kind:
       raise DataError(
-        f"{c.data.held_out} holds {found.kind}, {loaded.source} "
-        f"holds {loaded.kind}; set config.data.held_out"
+        f"{c.data.held_out} holds {held.kind}, {loaded.source} holds "
+        f"{loaded.kind}; set config.data.held_out"
       )
-    held = {row["id"]: row for row in found.rows}
-    groups = {row["group"] for row in found.rows}
+    groups = {row["group"] for row in held.rows}
+    why = Refused("prompt of the held-out file")
     for name in ("pool", "sft"):  # what is measured on is not trained on
-      refused += [
-        _refusal(row, Refused("prompt of the held-out file"), name, where)
-        for row in splits[name]
-        if row["group"] in groups
-      ]
+      lost = [row for row in splits[name] if row["group"] in groups]
+      refused += [_refusal(row, why, name, where) for row in lost]
       splits[name] = [r for r in splits[name] if r["group"] not in groups]
-    names = {i: f"held-{i}" for i in held}
-    where |= {names[i]: found.where[i] for i in held}
-    splits["held_out"] = [dict(row, id=names[i]) for i, row in held.items()]
-    refused += found.refused
-    readings += found.readings
-    loaded = loaded._replace(seen=loaded.seen + found.seen)
-  sft = []
-  for row in splits["sft"]:
-    if loaded.kind == "unpaired" and not row["label"]:
-      continue  # a disliked answer is nothing to imitate
-    answer = row["chosen" if loaded.kind == "pairs" else "completion"]
-    sft.append(
-      dict(
-        id=row["id"], prompt=row["prompt"], response=answer, group=row["group"]
-      )
-      | {k: row[k] for k in ("turns", "tools") if k in row}
-      | {k: row[k] and row[k][:1] for k in ("answers",) if k in row}
-    )
+    where |= {f"held-{name}": at for name, at in held.where.items()}
+    splits["held_out"] = [dict(r, id=f"held-{r['id']}") for r in held.rows]
+    refused += held.refused
+    seen = loaded.seen + held.seen
+    readings = loaded.readings + held.readings
+    loaded = dataclasses.replace(loaded, seen=seen, readings=readings)
+  answer = "chosen" if loaded.kind == "pairs" else "completion"
+  # A disliked answer is nothing to imitate.
+  liked = [row for row in splits["sft"] if row.get("label", True)]
+  sft = [_imitated(row, answer) for row in liked]
   for row in splits["held_out"]:
     row["target"] = row.get("chosen") or row["completion"]
-  summary = records.data_summary(
-    loaded._replace(readings=tuple(readings)), splits
-  )
-  return Rows(splits | dict(sft=sft), summary, loaded.kind, refused, where)
+  summary = records.data_summary(loaded, splits)
+  splits = splits | dict(sft=sft)
+  return SplitRows(splits, summary, loaded.kind, refused, where)
+
+
+def _imitated(row: dict, answer: str) -> dict[str, Any]:
+  """A row of the sft split: one answer to imitate."""
+  out = dict(id=row["id"], prompt=row["prompt"], response=row[answer])
+  out |= {k: row[k] for k in ("group", "turns", "tools") if k in row}
+  if "answers" in row:
+    out["answers"] = row["answers"] and row["answers"][:1]
+  return out
 
 
 def _refusal(
-  row: dict, error: Refused, split: str, where: Mapping[str, sources.Where]
+  row: dict, error: Refused, split: str, where: Mapping[str, Where]
 ) -> dict[str, Any]:
   """A row left out after it was read, with the file and line it stands at."""
-  at = (
-    where.get(row["id"])
-    or where.get(row["id"].rpartition("/")[0])
-    or sources.Where("", None)
-  )
-  return dict(
-    file=at.file,
-    line=at.line,
-    id=row["id"],
-    split=split,
-    reason=error.reason,
-    detail=error.detail,
-  )
+  name = row["id"]
+  pair = name.rpartition("/")[0]  # of a pair that was split into two
+  at = where.get(name) or where.get(pair) or Where("", None)
+  at = dict(file=at.file, line=at.line, id=name, split=split)
+  return at | dict(reason=error.reason, detail=error.detail)
 
 
 def first_kind(c: Any) -> str:
   """ "pairs" or "unpaired": what the first rows of the source are."""
-  return "pairs" if is_world(c) else load(c, limit=20).kind
+  return "pairs" if is_world(c) else load_sources(c, limit=20).kind
 
 
 def given_tokenizer(c: Any) -> Tokenizer | None:
@@ -315,21 +279,13 @@ def _tokenizer(c: Any, splits: dict) -> Tokenizer:
   if (given := given_tokenizer(c)) is not None:
     return given
   texts = [r["prompt"] + r["response"] for r in splits["sft"]]
-  texts += [
-    r["prompt"] + r[side]
-    for r in splits["pool"]
-    for side in ("chosen", "completion")
-    if side in r
-  ]
-  return Tokenizer.from_bytes(train(texts, c.model.vocab_size))
+  for row in splits["pool"]:
+    answers = [row[n] for n in ("chosen", "completion") if n in row]
+    texts += [row["prompt"] + answer for answer in answers]
+  return Tokenizer.from_bytes(train_tokenizer(texts, c.model.vocab_size))
 
 
-def _as_unpaired(splits: dict) -> dict:
-  """Pool pairs become two unpaired rows each; held-out pairs stay pairs."""
-  return splits | dict(pool=records.pairs_to_unpaired(splits["pool"]))
-
-
-def make(
+def make_data(
   c: Any, folder: epath.Path, *, most: int, wanted: str, writes: bool
 ) -> tuple[list[str], artifacts.Cost, dict[str, Any]]:
   """Builds the data artifact.
@@ -347,139 +303,134 @@ def make(
   """
   if not writes:
     return [], artifacts.Cost(), {}
-  world = is_world(c)
   try:
-    splits, summary, kind, refused, where = (
-      _from_world(c, folder) if world else read(c)
-    )
+    found = _from_world(c, folder) if is_world(c) else read_splits(c)
   except records.TooManyRefused as error:
     raise _named(error, folder) from error
-  if kind == "unpaired" and wanted == "pairs":
-    raise DataError(
-      f"{summary['source']} holds single answers (unpaired), but "
-      f"the loss {c.loss.name!r} compares two answers; set "
-      "config.loss.name, to 'kto' for instance"
-    )
-  if kind == "pairs" and wanted == "unpaired":
-    splits = _as_unpaired(splits)
-    progress.say(
-      f"  pairs split into {len(splits['pool']):,} answers for {c.loss.name}"
-    )
-  shares = fractions(c)
-  needed = [
-    name
-    for name in SPLITS
-    if world or shares[name] > 0 or name == "held_out" and c.data.held_out
-  ]
-  if c.model.checkpoint and "sft" in needed:
-    needed.remove("sft")
+  splits, summary = _as_wanted(c, found, wanted), found.summary
+  needed = _needed_splits(c)
   for name in needed:
     if not splits[name]:
-      hint = (
-        ", and disliked answers are not imitated; more rows are needed, "
-        "or set config.model.checkpoint"
-        if name == "sft" and kind == "unpaired"
-        else "; more rows are needed, or set config.data.split"
-      )
-      raise DataError(
-        f"the {name} split of {summary['source']} is empty "
-        f"({summary['kept']} rows kept of {summary['seen']}){hint}"
-      )
-  if wanted == "unpaired":
-    labels = {r["label"] for r in splits["pool"]}
-    if len(labels) == 1:
-      progress.say(
-        f"  warning: all {len(splits['pool']):,} rows of the pool "
-        f"are {'liked' if labels.pop() else 'disliked'}; "
-        f"{c.loss.name} will only push one way"
-      )
+      raise _empty(name, found)
   tok = _tokenizer(c, splits)
-  with contextlib.ExitStack() as stack:
-    words = words_lib.Words(c, tok, splits, stack)
-    _write_tokenizer(folder, tok, words.chat)
-    parts = {name: words.parts(splits[name]) for name in SPLITS}
-    context = c.model.context or (
-      tokens_lib.context_for(
-        tokens_lib.needed(tok, itertools.chain(*parts.values())), most
-      )
-      if c.model.checkpoint
-      else min(most, own_context(c))
+  with RowEncoder(c, tok, splits) as encoder:
+    _write_tokenizer(folder, tok, encoder.chat)
+    encoded = {name: encoder.encode(splits[name]) for name in SPLITS}
+  context = c.model.context or min(most, own_context(c))
+  if c.model.checkpoint and not c.model.context:
+    sizes = tokens_lib.needed(tok, itertools.chain(*encoded.values()))
+    context = tokens_lib.context_for(sizes, most)
+  truncation, late = {}, []
+  for name in SPLITS:
+    rows, truncation[name], lost = encoder.fit(
+      splits[name], encoded[name], context, too_long(c)
     )
-    truncation, late = {}, []
-    for name in SPLITS:
-      rows, truncation[name], lost = tokens_lib.place(
-        tok,
-        parts[name],
-        words.names(splits[name]),
-        context,
-        too_long(c),
-        history=words.chat is not None,
-        special=words.special,
-      )
-      late += [
-        _refusal(splits[name][i], why, name, where) for i, why in lost.items()
-      ]
-      tokens_lib.save(folder, name, rows)
-      splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
-      if name == "pool":
-        summary["tokens"] = _token_card(rows)
-        summary["shown"] = reading.shown(tok, splits[name], rows)
-    refused = refused + late
-    _check_late(
-      c,
-      summary,
-      late,
-      refused,
-      folder,
-      sum(map(len, parts.values())),
-      max(t["fits"] for t in truncation.values()),
-    )
-    for name in needed:
-      if not splits[name]:
-        why = collections.Counter(
-          r["reason"] for r in late if r["split"] == name
-        ).most_common(1)
-        raise DataError(
-          f"no row of the {name} split is left after truncation to {context} "
-          f"tokens (most were refused: {why[0][0] if why else 'none'}; a "
-          f"context of {truncation[name]['fits']:,} keeps 99 % of them); "
-          "raise config.model.context, or set config.data.template"
-        )
+    for i, why in lost.items():
+      late.append(_refusal(splits[name][i], why, name, found.where))
+    tokens_lib.save(folder, name, rows)
+    splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
+    if name == "pool":
+      summary["tokens"] = _token_counts(rows)
+      summary["shown"] = decoded_rows(tok, splits[name], rows)
+  refused = found.refused + late
+  n, fits = sum(map(len, encoded.values())), 0
+  fits = max(report["fits"] for report in truncation.values())
+  _check_late(c, summary, late, refused, folder, rows=n, fits=fits)
+  for name in needed:
+    if not splits[name]:
+      raise _empty_after_truncation(name, late, truncation[name])
   for name in SPLITS:
     if truncation[name]["rows"] or truncation[name]["too_long"]:
-      progress.say(f"  {tokens_lib.summary(name, truncation[name])}")
+      line = tokens_lib.truncation_line(name, truncation[name])
+      progress.say(f"  {line}")
+    tables.write_rows(folder / f"{name}.parquet", splits[name])
   tables.write_refused(folder / "rejected.jsonl", refused)
-  counts = dict(
-    sorted(collections.Counter(r["reason"] for r in refused).items())
-  )
   summary |= dict(
     refused=len(refused),
     kept=summary["seen"] - len(refused),
-    refused_by_reason=counts,
-    first_refused=_firsts(refused),
-  )
-  for name in SPLITS:
-    tables.write_rows(folder / f"{name}.parquet", splits[name])
-  summary |= dict(
+    refused_by_reason=records.count_reasons(refused),
+    first_refused=_first_by_reason(refused),
     kind=wanted,
-    source_kind=kind,
+    source_kind=found.kind,
     truncation=truncation,
     rows_by_split={n: len(splits[n]) for n in SPLITS},
     vocab=tok.vocab_size,
     context=context,
-    template=words.said,
-    warnings=words.warnings,
+    template=encoder.description,
+    warnings=encoder.warnings,
   )
   artifacts.write_json(folder / "data_summary.json", summary)
-  names = [
-    p.name
-    for p in folder.iterdir()
-    if p.name != "records"
-    and ".tmp-" not in p.name
-    and (world or not p.name.startswith("world_"))
-  ]  # of a failed try
+  names = [path.name for path in folder.iterdir()]
+  names = [n for n in names if n != "records" and ".tmp-" not in n]
+  if not is_world(c):
+    names = [n for n in names if not n.startswith("world_")]  # of a failed try
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
   return names, artifacts.Cost(), dict(kind=wanted, say=counts, context=context)
+
+
+def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, list[dict]]:
+  """The splits as the loss compares them: pool pairs may become two rows each.
+
+  Held-out pairs stay pairs.
+  """
+  splits = found.splits
+  if found.kind == "unpaired" and wanted == "pairs":
+    raise DataError(
+      f"{found.summary['source']} holds single answers (unpaired), but the "
+      f"loss {c.loss.name!r} compares two answers; set config.loss.name, to "
+      "'kto' for instance"
+    )
+  if found.kind == "pairs" and wanted == "unpaired":
+    splits = splits | dict(pool=records.pairs_to_unpaired(splits["pool"]))
+    n = len(splits["pool"])
+    progress.say(f"  pairs split into {n:,} answers for {c.loss.name}")
+  labels = {row.get("label") for row in splits["pool"]}
+  if wanted == "unpaired" and len(labels) == 1:
+    progress.say(
+      f"  warning: all {len(splits['pool']):,} rows of the pool are "
+      f"{'liked' if labels.pop() else 'disliked'}; {c.loss.name} will only "
+      "push one way"
+    )
+  return dict(splits)
+
+
+def _needed_splits(c: Any) -> list[str]:
+  """The splits that must not be empty."""
+  if is_world(c):
+    needed = [*SPLITS]
+  else:
+    shares = fractions(c)
+    needed = [name for name in SPLITS if shares[name] > 0]
+    if c.data.held_out:
+      needed.append("held_out")
+  return [n for n in needed if n != "sft" or not c.model.checkpoint]
+
+
+def _empty(name: str, found: SplitRows) -> DataError:
+  hint = "; more rows are needed, or set config.data.split"
+  if name == "sft" and found.kind == "unpaired":
+    hint = (
+      ", and disliked answers are not imitated; more rows are needed, or set "
+      "config.model.checkpoint"
+    )
+  summary = found.summary
+  return DataError(
+    f"the {name} split of {summary['source']} is empty ({summary['kept']} "
+    f"rows kept of {summary['seen']}){hint}"
+  )
+
+
+def _empty_after_truncation(
+  name: str, late: list[dict], report: dict[str, Any]
+) -> DataError:
+  reasons = collections.Counter(r["reason"] for r in late if r["split"] == name)
+  most = reasons.most_common(1)
+  return DataError(
+    f"no row of the {name} split is left after truncation to "
+    f"{report['context']} tokens (most were refused: "
+    f"{most[0][0] if most else 'none'}; a context of {report['fits']:,} keeps "
+    "99 % of them); raise config.model.context, or set config.data.template"
+  )
 
 
 def _named(error: records.TooManyRefused, folder: epath.Path) -> DataError:
@@ -488,15 +439,13 @@ def _named(error: records.TooManyRefused, folder: epath.Path) -> DataError:
   return DataError(f"{error}; {path} names them all")
 
 
-def _firsts(refused: list[dict]) -> dict[str, str]:
+def _first_by_reason(refused: list[dict]) -> dict[str, str]:
   """reason -> where it was met first, and its words."""
   out = {}
   for row in refused:
     line = f" line {row['line']}" if row.get("line") else ""
-    out.setdefault(
-      row["reason"],
-      f"first{line}, {row['detail'] or 'id ' + str(row['id'])}"[:200],
-    )
+    what = row["detail"] or f"id {row['id']}"
+    out.setdefault(row["reason"], f"first{line}, {what}"[:200])
   return out
 
 
@@ -506,6 +455,7 @@ def _check_late(
   late: list[dict],
   refused: list[dict],
   folder: epath.Path,
+  *,
   rows: int,
   fits: int,
 ) -> None:
@@ -517,45 +467,34 @@ def _check_late(
     rows: of all splits; two for a pair that was split into single answers.
     fits: the context that keeps 99 % of them.
   """
-  if not late:
-    return
   too_long = [r for r in late if r["reason"].endswith("too long")]
-  first = (
-    (too_long if c.data.too_long == "error" else [])
-    + (late if not c.data.max_bad_fraction else [])
-  )[:1]
-  for row in first:
-    knob = (
-      "config.data.too_long"
-      if row in too_long and c.data.max_bad_fraction
-      else "config.data.max_bad_fraction"
-    )
+  wrong = too_long if c.data.too_long == "error" else []
+  for row in (wrong + (late if not c.data.max_bad_fraction else []))[:1]:
+    knob = "max_bad_fraction"
+    if row in too_long and c.data.max_bad_fraction:
+      knob = "too_long"
     raise DataError(
-      f"{row['file']}:{row['line']}: id {row['id']}: "
-      f"{row['reason']}: {row['detail']}; repair the row, or set "
-      f"{knob}"
+      f"{row['file']}:{row['line']}: id {row['id']}: {row['reason']}: "
+      f"{row['detail']}; repair the row, or set config.data.{knob}"
     )
-  counts = collections.Counter(r["reason"] for r in refused)
   before = (len(refused) - len(late)) / summary["seen"]
-  share = before + (1 - before) * len(late) / rows
-  if share > c.data.max_bad_fraction and not is_world(c):
-    one = late[0]
-    longer = (
-      f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
-      if too_long and c.model.context
-      else ""
-    )
-    raise _named(
-      records.TooManyRefused(
-        f"{summary['source']}: {share:.0%} of {summary['seen']} rows refused, "
-        f"more than the share {c.data.max_bad_fraction} allowed: "
-        f"{reading.counted(counts)}; {one['file']}:{one['line']}: "
-        f"{one['reason']}: {one['detail']}; set config.data.max_bad_fraction, "
-        f"config.data.template or config.model.context{longer}",
-        refused,
-      ),
-      folder,
-    )
+  share = before + (1 - before) * len(late) / max(rows, 1)
+  if not late or share <= c.data.max_bad_fraction or is_world(c):
+    return
+  one, longer = late[0], ""
+  if too_long and c.model.context:
+    longer = f" (now {c.model.context:,}; {fits:,} keep 99 % of the rows)"
+  reasons = records.count_reasons(refused).items()
+  error = records.TooManyRefused(
+    f"{summary['source']}: {share:.0%} of {summary['seen']} rows refused, more "
+    f"than the share {c.data.max_bad_fraction} allowed: "
+    f"{', '.join(f'{n} {reason}' for reason, n in reasons)}; {one['file']}:"
+    f"{one['line']}: {one['reason']}: {one['detail']}; set "
+    "config.data.max_bad_fraction, config.data.template or "
+    f"config.model.context{longer}",
+    refused,
+  )
+  raise _named(error, folder)
 
 
 def too_long(c: Any) -> str:
@@ -577,8 +516,18 @@ def asked_context(c: Any) -> int:
   return c.model.context or (0 if c.model.checkpoint else own_context(c))
 
 
+def context_of(c: Any, model_context: int) -> int:
+  """`asked_context`, at most what the model was made for."""
+  if c.model.checkpoint and c.model.context > model_context:
+    raise ConfigError(
+      f"model.context={c.model.context} is more than the checkpoint's "
+      f"{model_context}; set config.model.context"
+    )
+  return asked_context(c)
+
+
 def _write_tokenizer(
-  folder: epath.Path, tok: Tokenizer, chat: chats.Chat | None
+  folder: epath.Path, tok: Tokenizer, chat: Chat | None
 ) -> None:
   """The tokenizer's own files, and what was decided about its rows."""
   tok.save(folder)
@@ -586,13 +535,12 @@ def _write_tokenizer(
   if chat:
     decided |= dict(reserved=sorted(tok.specials), now=chat.renderer.now)
     if chat.source != tok.template:  # the export is to be asked in this way
-      artifacts.write_bytes(
-        folder / "chat_template.jinja", chat.source.encode()
-      )
-  artifacts.write_json(folder / special.ROW_FORMAT, decided)
+      path = folder / "chat_template.jinja"
+      artifacts.write_bytes(path, chat.source.encode())
+  artifacts.write_json(folder / ROW_FORMAT, decided)
 
 
-def peek(c: Any, most: int) -> tuple[Rows, list[str]]:
+def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
   """The first rows of a config's sources, and how they are read.
 
   Nothing is trained: without a tokenizer the rows are shown as their texts.
@@ -603,65 +551,41 @@ def peek(c: Any, most: int) -> tuple[Rows, list[str]]:
   """
   if is_world(c):
     raise ConfigError("the built-in world is not read from a file")
-  found = read(c, PEEKED)
+  found = read_splits(c, PEEKED)
   splits = found.splits
-  summary = found.summary | dict(first_refused=_firsts(found.refused))
+  summary = found.summary | dict(first_refused=_first_by_reason(found.refused))
   name = next((n for n in ("pool", "held_out", "sft") if splits[n]), "pool")
   few = splits[name][:TOKENIZED]
   tok = given_tokenizer(c)
   if tok is None:
-    summary["template"] = (
-      "no template: rows are tokenized as the texts they are"
-    )
-    names = ("id", "prompt", *reading.ANSWERS)
-    summary["shown"] = [
-      {k: row[k] for k in names if k in row} for row in few[: reading.SHOWN]
-    ]
-  else:
-    with contextlib.ExitStack() as stack:
-      words = words_lib.Words(c, tok, splits, stack)
-      parts = words.parts(few)
-      fits = tokens_lib.context_for(tokens_lib.needed(tok, parts), most)
-      rows, _, lost = tokens_lib.place(
-        tok,
-        parts,
-        words.names(few),
-        asked_context(c) or fits,
-        too_long(c),
-        history=bool(words.chat),
-        special=words.special,
-      )
-      summary["template"] = words.said
-      late = [
-        _refusal(few[i], why, name, found.where) for i, why in lost.items()
-      ]
-      summary["sample"] = dict(
-        rows=len(few),
-        fits=fits,
-        first_refused=_firsts(late),
-        refused_by_reason=collections.Counter(r["reason"] for r in late),
-      )
-      summary["shown"] = reading.shown(
-        tok, [r for i, r in enumerate(few) if i not in lost], rows
-      )
-  return found, reading.lines(summary)
+    names = ("id", "prompt", *ANSWERS)
+    texts = [{k: row[k] for k in names if k in row} for row in few[:SHOWN]]
+    summary |= dict(template=NO_TEMPLATE, shown=texts)
+    return found, summary_lines(summary)
+  with RowEncoder(c, tok, splits) as encoder:
+    encoded = encoder.encode(few)
+  fits = tokens_lib.context_for(tokens_lib.needed(tok, encoded), most)
+  context = asked_context(c) or fits
+  rows, _, lost = encoder.fit(few, encoded, context, too_long(c))
+  late = [_refusal(few[i], w, name, found.where) for i, w in lost.items()]
+  summary["template"] = encoder.description
+  summary["sample"] = dict(
+    rows=len(few),
+    fits=fits,
+    first_refused=_first_by_reason(late),
+    refused_by_reason=collections.Counter(r["reason"] for r in late),
+  )
+  kept = [row for i, row in enumerate(few) if i not in lost]
+  summary["shown"] = decoded_rows(tok, kept, rows)
+  return found, summary_lines(summary)
 
 
-def _token_card(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:
-  answer = tokens_lib.lengths(rows) - rows.start
-  return {
-    name: [float(q) for q in np.quantile(x, (0.05, 0.5, 0.95))]
-    if len(x)
-    else []
-    for name, x in (("prompt", rows.start), ("response", answer))
+def _token_counts(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:
+  """Quantiles (0.05, 0.5, 0.95) of the tokens of prompts and responses."""
+  counts = dict(prompt=rows.start, response=tokens_lib.lengths(rows))
+  counts["response"] = counts["response"] - rows.start
+  quantiles = {
+    n: np.quantile(x, (0.05, 0.5, 0.95)) if len(x) else []
+    for n, x in counts.items()
   }
-
-
-def context_of(c: Any, model_context: int) -> int:
-  """`asked_context`, at most what the model was made for."""
-  if c.model.checkpoint and c.model.context > model_context:
-    raise ConfigError(
-      f"model.context={c.model.context} is more than the "
-      f"checkpoint's {model_context}; set config.model.context"
-    )
-  return asked_context(c)
+  return {name: [float(q) for q in x] for name, x in quantiles.items()}

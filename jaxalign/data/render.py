@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any
 
-from jaxalign.data.schemas.pairs import Refused
+from jaxalign.data.schemas.schema import Refused
 from jaxalign.errors import ConfigError
 
 SECONDS = 10.0  # one record; a real template takes a thousandth of that

@@ -102,7 +102,7 @@ class Encoding:
     return "".join(out)
 
 
-def found(tok: Encoding, text: str) -> list[str]:
+def specials_in(tok: Encoding, text: str) -> list[str]:
   """The special tokens of a tokenizer that are spelt out in a text, each once.
 
   They are characters there, and no tokens: see `tokenizer.py`.
@@ -142,7 +142,7 @@ def any_of(texts: Iterable[str]) -> str:
 EMPTY = Settings({}, dict.fromkeys(_NAMES), set(), {}, None, (), None, {})
 
 
-def read(folder: epath.PathLike) -> Settings:
+def read_settings(folder: epath.PathLike) -> Settings:
   """The settings of a folder.
 
   Raises:

@@ -9,13 +9,22 @@ import io
 import json
 
 from etils import epath
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jaxalign import artifacts
 from jaxalign.data.schemas.messages import is_plain
-from jaxalign.data.schemas.pairs import ASSISTANT
+from jaxalign.data.schemas.schema import ASSISTANT
 from jaxalign.errors import CorruptError
 
 MESSAGES = ("turns", "answers", "tools")
+_SIDES = ("chosen", "rejected", "completion")
+
+
+def _to_json(row: dict, names: Iterable[str]) -> dict:
+  texts = {n: row[n] for n in names if n in row}
+  dump = lambda value: value and json.dumps(value, ensure_ascii=False)
+  return row | {name: dump(value) for name, value in texts.items()}
 
 
 def write_rows(path: epath.PathLike, rows: list[dict]) -> None:
@@ -24,33 +33,14 @@ def write_rows(path: epath.PathLike, rows: list[dict]) -> None:
   Raises:
     WriteError: the disk is full or the folder cannot be written.
   """
-  import pyarrow as pa
-  import pyarrow.parquet as pq
-
-  rows = [
-    row
-    | {
-      n: row[n] and json.dumps(row[n], ensure_ascii=False)
-      for n in MESSAGES
-      if n in row
-    }
-    for row in rows
-  ]
-  table = (
-    pa.Table.from_pylist(rows)
-    if rows
-    else pa.table(
-      {name: pa.array([], pa.string()) for name in ("id", "prompt", "group")}
-    )
-  )
+  if rows:
+    table = pa.Table.from_pylist([_to_json(row, MESSAGES) for row in rows])
+  else:
+    names = ("id", "prompt", "group")
+    table = pa.table({name: pa.array([], pa.string()) for name in names})
+  options = dict(compression="zstd", row_group_size=4096)
   buffer = io.BytesIO()
-  pq.write_table(
-    table,
-    buffer,
-    compression="zstd",
-    row_group_size=4096,
-    write_page_checksum=True,
-  )
+  pq.write_table(table, buffer, write_page_checksum=True, **options)
   artifacts.write_bytes(path, buffer.getvalue())
 
 
@@ -66,32 +56,23 @@ def as_read(rows: list[dict]) -> list[dict]:
     return rows
   out, plain = [], True
   for row in rows:
-    names = [n for n in ("chosen", "rejected", "completion") if n in row]
-    marked = row["prompt"].endswith(ASSISTANT)
+    names = [n for n in _SIDES if n in row]
+    space = " " if row["prompt"].endswith(ASSISTANT) else ""
+    texts = [row[n].removeprefix(space) for n in names]
     answers = row.get("answers") or [
-      dict(
-        role="assistant", content=row[n].removeprefix(" ") if marked else row[n]
-      )
-      for n in names
+      dict(role="assistant", content=text) for text in texts
     ]
-    made = dict(prompt=row["turns"]) | {
-      n: [message] for n, message in zip(names, answers)
-    }
+    made = dict(prompt=row["turns"]) | {n: [m] for n, m in zip(names, answers)}
     plain = plain and all(is_plain(m) for x in made.values() for m in x)
-    out.append(
-      {k: v for k, v in row.items() if k not in ("turns", "answers")} | made
-    )
-  if plain:
-    return out
-  return [
-    {
-      k: json.dumps(v, ensure_ascii=False)
-      if k in ("prompt", "chosen", "rejected", "completion")
-      else v
-      for k, v in row.items()
-    }
-    for row in out
-  ]
+    kept = {k: v for k, v in row.items() if k not in ("turns", "answers")}
+    out.append(kept | made)
+  return out if plain else [_to_json(r, ("prompt", *_SIDES)) for r in out]
+
+
+def _read(path: epath.PathLike, columns: list[str] | None = None) -> pa.Table:
+  with epath.Path(path).open("rb") as file:
+    table = pq.ParquetFile(file, page_checksum_verification=True)
+    return table.read(columns)
 
 
 def read_table(path: epath.PathLike) -> list[dict]:
@@ -100,22 +81,16 @@ def read_table(path: epath.PathLike) -> list[dict]:
   Raises:
     CorruptError: missing, truncated, or no parquet file.
   """
-  import pyarrow as pa
-  import pyarrow.parquet as pq
-
   try:
-    with epath.Path(path).open("rb") as file:
-      rows = (
-        pq.ParquetFile(file, page_checksum_verification=True).read().to_pylist()
-      )
-    return [
-      row | {n: json.loads(row[n]) for n in MESSAGES if row.get(n) is not None}
-      for row in rows
-    ]
+    rows = _read(path).to_pylist()
+    for row in rows:
+      texts = {n: row[n] for n in MESSAGES if row.get(n) is not None}
+      row |= {name: json.loads(text) for name, text in texts.items()}
+    return rows
   except (pa.ArrowException, OSError, ValueError) as error:
     raise CorruptError(
-      f"table {path} cannot be read: {str(error)[:200]}; "
-      "delete it and run the data stage again"
+      f"table {path} cannot be read: {str(error)[:200]}; delete it and run the "
+      "data stage again"
     ) from error
 
 
@@ -125,29 +100,17 @@ def read_column(path: epath.PathLike, name: str) -> list:
   Raises:
     CorruptError: missing, truncated, or no parquet file.
   """
-  import pyarrow as pa
-  import pyarrow.parquet as pq
-
   try:
-    with epath.Path(path).open("rb") as file:
-      return (
-        pq.ParquetFile(file, page_checksum_verification=True)
-        .read([name])
-        .column(name)
-        .to_pylist()
-      )
+    return _read(path, [name]).column(name).to_pylist()
   except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
     raise CorruptError(
-      f"column {name} of {path} cannot be read: "
-      f"{str(error)[:200]}; delete it and run the stage that "
-      "wrote it again"
+      f"column {name} of {path} cannot be read: {str(error)[:200]}; delete it "
+      "and run the stage that wrote it again"
     ) from error
 
 
 def column_names(path: epath.PathLike) -> list[str]:
   """The names of the columns that `write_rows` wrote."""
-  import pyarrow.parquet as pq
-
   with epath.Path(path).open("rb") as file:
     return pq.ParquetFile(file).schema_arrow.names
 

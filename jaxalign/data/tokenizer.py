@@ -191,7 +191,7 @@ class SentencePieceTokenizer(special.Encoding):
       raise ConfigError(
         f"tokenizer {path} cannot be read ({error}); {_KNOB}"
       ) from error
-    return cls(proto, f"tokenizer {path}", special.read(path.parent))
+    return cls(proto, f"tokenizer {path}", special.read_settings(path.parent))
 
   @classmethod
   def from_bytes(cls, proto: bytes) -> "SentencePieceTokenizer":
@@ -441,7 +441,7 @@ def load_tokenizer(
         f"tokenizer.model; it has {there or 'no files'}; "
         f"{_KNOB}"
       )
-    settings = special.read(folder)
+    settings = special.read_settings(folder)
     if names[0].endswith(".json"):
       if names[0] != "tokenizer.json":
         raise ConfigError(
@@ -459,7 +459,9 @@ def load_tokenizer(
   )
 
 
-def train(texts: Iterable[str], vocab_size: int, seed: int = 0) -> bytes:
+def train_tokenizer(
+  texts: Iterable[str], vocab_size: int, seed: int = 0
+) -> bytes:
   """A byte-fallback BPE model of `texts`, as the bytes of tokenizer.model.
 
   Nothing is normalised, so decode(encode(x)) == x for every x, newlines

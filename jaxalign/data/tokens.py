@@ -1,4 +1,4 @@
-"""Text to token rows and response masks: the one place where it happens.
+"""Token rows and response masks: what a row is made of, cut and checked.
 
 A row is [BOS] + prompt + response + [EOS]. Prompt and response are tokenised
 apart, so the mask's boundary is the text's boundary and a token's. A row over
@@ -7,28 +7,20 @@ cut answer must not be taught to stop there. A question is cut, on the left, for
 a small model trained on the spot alone ("cut"). `audit` checks every row.
 """
 
-from __future__ import annotations  # a tokenizer is only named here
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 import io
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
 
-from jaxalign import artifacts, progress
-from jaxalign.data.chat import Chat
-from jaxalign.data.schemas.pairs import Refused
+from jaxalign import artifacts
+from jaxalign.data.schemas.schema import Refused
 from jaxalign.errors import ConfigError, CorruptError, DataError
-
-if TYPE_CHECKING:  # rows of tokens are read where no tokenizer is installed
-  from jaxalign.data.tokenizer import Tokenizer
 
 LEAST_CONTEXT = 10  # BOS, a short question and a token of the answer
 TOO_LONG = ("drop", "cut_answer", "cut", "error")  # what becomes of such a row
 KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out, by "cut"
-_KEPT = 0.99  # the share of rows that a context chosen from the rows keeps
-_CHUNK = 1024  # texts tokenised between two ticks of the bar
 _FIELDS = dict(ids=np.int32, offsets=np.int64, start=np.int32, cut=np.int32)
 
 
@@ -41,234 +33,57 @@ class TokenRows(NamedTuple):
   cut: np.ndarray  # int32 [n]: tokens of the row that did not fit
 
 
-class Parts(NamedTuple):
+class Encoded(NamedTuple):
   """A row before it is known what fits: ids without a BOS."""
 
   prompt: np.ndarray  # int32
   answers: list[np.ndarray]  # int32, each ended by the EOS
 
 
-def encode_rows(
-  tok: Tokenizer,
-  prompts: Sequence[str],
-  responses: Sequence[str],
-  context: int,
-  too_long: str = "cut_answer",
-) -> tuple[TokenRows, dict[str, Any]]:
-  """n rows of one prompt and one response each.
+class Fitted(NamedTuple):
+  """What `fit_rows` made: R rows of each of the m that were kept."""
 
-  Args:
-    tok: the tokenizer; its BOS and EOS are written here and nowhere else.
-    prompts, responses: n texts each; a row's text is prompt + response.
-    context: the most tokens a row may have, BOS and EOS included.
-    too_long: "cut_answer" or "drop".
-
-  Returns:
-    TokenRows of n rows, and a report of what was cut.
-
-  Raises:
-    ConfigError: the context has no room for a prompt and a response.
-    DataError: a row that was left out.
-  """
-  rows, report, refused = encode_texts(
-    tok, prompts, dict(response=responses), context, too_long
-  )
-  if refused:
-    first = min(refused)
-    raise DataError(f"row {first}: {refused[first]}; remove the row")
-  return rows, report
+  rows: TokenRows  # m * R rows: [chosen 0, rejected 0, chosen 1, ...]
+  report: dict[str, Any]  # counts of what was cut and left out
+  refused: dict[int, Refused]  # number of a row left out -> why
 
 
-def encode_pairs(
-  tok: Tokenizer,
-  prompts: Sequence[str],
-  chosen: Sequence[str],
-  rejected: Sequence[str],
-  context: int,
-  too_long: str = "drop",
-) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
-  """Two rows per pair, of one and the same prompt.
-
-  Args:
-    tok, prompts, context, too_long: as in `encode_rows`.
-    chosen, rejected: n texts each.
-
-  Returns:
-    TokenRows of the m pairs kept, 2m rows in the order [chosen 0, rejected 0,
-    chosen 1, ...]; the report; and for each of the n - m pairs left out its
-    number and why.
-  """
-  return encode_texts(
-    tok, prompts, dict(chosen=chosen, rejected=rejected), context, too_long
-  )
-
-
-def encode_texts(
-  tok: Tokenizer,
-  prompts: Sequence[str],
-  sides: Mapping[str, Sequence[str]],
-  context: int,
-  too_long: str = "drop",
-) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
-  """R rows per prompt, one of each side; see `encode_pairs`."""
-  return place(
-    tok,
-    parts_of_texts(tok, prompts, list(sides.values())),
-    list(sides),
-    context,
-    too_long,
-  )
-
-
-def encode_dialogues(
-  chat: Chat,
-  turns: Sequence[list[dict[str, Any]]],
-  answers: Sequence[Sequence[Any]],
-  names: Sequence[str],
-  context: int,
-  too_long: str = "drop",
-) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
-  """R rows per dialogue, in the words of a chat template.
-
-  Args:
-    chat: the tokenizer and its template.
-    turns: of n prompts, messages.
-    answers: R answers to each prompt; of two, alike ones are left out.
-    names: what the R answers are called in the report.
-    context, too_long: as in `encode_rows`.
-
-  Returns:
-    TokenRows of the m dialogues kept, R rows each; the report; and for each
-    dialogue left out its number and why.
-  """
-  return place(
-    chat.tok,
-    parts_of_dialogues(chat, turns, answers),
-    names,
-    context,
-    too_long,
-    history=True,
-  )
-
-
-def parts_of_dialogues(
-  chat: Chat,
-  turns: Sequence[list[dict[str, Any]]],
-  answers: Sequence[Sequence[Any]],
-  tools: Sequence[Any] | None = None,
-) -> list[Parts | Refused]:
-  """Ids of every dialogue, or why the template will not have it.
-
-  Args:
-    chat, turns, answers: as in `encode_dialogues`; an answer is a text or a
-      message.
-    tools: of each dialogue, or None.
-  """
-  out: list[Parts | Refused] = []
-  with progress.bar("tokenize", len(turns)) as tick:
-    for i, (asked, said) in enumerate(zip(turns, answers, strict=True)):
-      more = {} if not tools or not tools[i] else dict(tools=tools[i])
-      try:
-        out.append(_parts(chat.tok, *chat.encode(asked, said, **more)))
-      except Refused as error:
-        out.append(error)
-      if i % _CHUNK == _CHUNK - 1:
-        tick(_CHUNK)
-  return out
-
-
-def parts_of_texts(
-  tok: Tokenizer,
-  prompts: Sequence[str],
-  sides: Sequence[Sequence[str]],
-  special: bool = False,
-) -> list[Parts | Refused]:
-  """Ids of every row of texts.
-
-  Args:
-    tok: the tokenizer.
-    prompts: n texts.
-    sides: R lists of n answers.
-    special: special tokens that are spelt out in a text are those tokens.
-  """
-  if any(len(side) != len(prompts) for side in sides):
-    raise ValueError(
-      f"{len(prompts)} prompts, but {[len(side) for side in sides]} responses"
-    )
-  heads_of, tails_of = tok.encode_many, tok.encode_responses
-  if special:
-    heads_of = tails_of = lambda texts: [tok.encode_rendered(t) for t in texts]
-  out: list[Parts | Refused] = []
-  with progress.bar("tokenize", len(prompts)) as tick:
-    for first in range(0, len(prompts), _CHUNK):
-      part = slice(first, first + _CHUNK)
-      heads = heads_of(prompts[part])
-      tails = [tails_of(side[part]) for side in sides]
-      out += [
-        _parts(tok, head[head[:1] == [tok.bos] :] if special else head, answers)
-        for head, answers in zip(heads, zip(*tails))
-      ]
-      tick(len(heads))
-  return out
-
-
-def _parts(
-  tok: Tokenizer, prompt: Sequence[int], answers: Sequence[Sequence[int]]
-) -> Parts:
-  return Parts(
-    np.array(prompt, np.int32),
-    [
-      np.array(
-        [*answer, *[tok.eos] * (not len(answer) or answer[-1] != tok.eos)],
-        np.int32,
-      )
-      for answer in answers
-    ],
-  )
-
-
-def needed(tok: Tokenizer, parts: Iterable[Parts | Refused]) -> np.ndarray:
+def needed(tok: Any, encoded: Iterable[Encoded | Refused]) -> np.ndarray:
   """Tokens that every row takes whole, its longest answer; int64 [n]."""
-  bos = tok.bos >= 0
-  return np.array(
-    [
-      bos + len(p.prompt) + max(map(len, p.answers))
-      for p in parts
-      if not isinstance(p, Refused)
-    ],
-    np.int64,
-  )
+  rows = [row for row in encoded if not isinstance(row, Refused)]
+  sizes = [len(row.prompt) + max(map(len, row.answers)) for row in rows]
+  return np.array(sizes, np.int64) + (tok.bos >= 0)
 
 
-def context_for(sizes: np.ndarray, most: int, share: float = _KEPT) -> int:
-  """The least context, in steps of 8 tokens, that keeps a share of the rows.
+def context_for(sizes: np.ndarray, most: int, fraction: float = 0.99) -> int:
+  """The least context, in steps of 8 tokens, that keeps a fraction of the rows.
 
   Args:
     sizes: [n] tokens, see `needed`.
     most: what the model was made for.
-    share: of the rows, at least.
+    fraction: of the rows, at least.
   """
   if not len(sizes):
     return min(LEAST_CONTEXT, most)
-  at = max(0, int(np.ceil(share * len(sizes))) - 1)
+  at = max(0, int(np.ceil(fraction * len(sizes))) - 1)
   return int(min(most, max(16, -(-int(np.sort(sizes)[at]) // 8) * 8)))
 
 
-def place(
-  tok: Tokenizer,
-  parts: Sequence[Parts | Refused],
+def fit_rows(
+  tok: Any,
+  encoded: Sequence[Encoded | Refused],
   names: Sequence[str],
   context: int,
   too_long: str = "drop",
   *,
   history: bool = False,
   special: bool = False,
-) -> tuple[TokenRows, dict[str, Any], dict[int, Refused]]:
+) -> Fitted:
   """Rows of ids: the BOS, the prompt, an answer and its EOS.
 
   Args:
-    tok: for its BOS and EOS.
-    parts: n rows.
+    tok: for its BOS and EOS, which are written here and nowhere else.
+    encoded: n rows.
     names: what the R answers are called in the report.
     context: most tokens of a row.
     too_long: "cut_answer" cuts an answer on the right, "cut" before that the
@@ -276,75 +91,75 @@ def place(
       so is, but for "cut", one whose question leaves no room for an answer.
     history, special: see `audit`.
 
-  Returns:
-    The rows; the report; and why each of those left out was.
+  Raises:
+    ConfigError: the context has no room for a prompt and a response.
   """
-  bos = [tok.bos] if tok.bos >= 0 else []
   if context < LEAST_CONTEXT:
     raise ConfigError(
-      f"a context of {context} tokens holds no prompt and "
-      f"response, wanted {LEAST_CONTEXT} or more; set "
-      "config.model.context"
+      f"a context of {context} tokens holds no prompt and response, wanted "
+      f"{LEAST_CONTEXT} or more; set config.model.context"
     )
+  bos = np.array([tok.bos] * (tok.bos >= 0), np.int32)
   ids, start, cut, refused = [], [], [], {}
-  least = KEEP_PROMPT if too_long == "cut" else 1 << 40
-  for i, part in enumerate(parts):
-    if isinstance(part, Refused):
-      refused[i] = part
+  for i, row in enumerate(encoded):
+    try:
+      keep, room = _room(row, context, len(bos), too_long)
+    except Refused as error:
+      refused[i] = error
       continue
-    head, answers = part
-    longest = max(map(len, answers))
-    keep = min(
-      len(head), max(context - len(bos) - longest, min(least, len(head)))
-    )
-    room = context - len(bos) - keep
-    if longest > room and (too_long not in ("cut", "cut_answer") or room < 1):
-      refused[i] = Refused(
-        "too long" if too_long != "cut_answer" else "question too long",
-        f"{len(bos) + len(head) + longest:,} tokens, "
-        f"{len(bos) + len(head):,} of them the question; the context has "
-        f"{context:,}",
-      )
-      continue
-    if len(answers) == 2 and np.array_equal(
-      answers[0][:room], answers[1][:room]
-    ):
-      refused[i] = Refused(
-        "identical after truncation" if longest > room else "identical tokens",
-        "chosen and rejected",
-      )
-      continue
-    if not bos and not len(head):
-      refused[i] = Refused(
-        "empty prompt",
-        "and the tokenizer has no BOS: nothing to predict the first token from",
-      )
-      continue
-    prompt = np.concatenate([np.array(bos, np.int32), head[len(head) - keep :]])
-    for answer in answers:
+    lost = len(row.prompt) - keep
+    prompt = np.concatenate([bos, row.prompt[lost:]])
+    for answer in row.answers:
       ids.append(np.concatenate([prompt, answer[:room]]))
       start.append(len(prompt))
-      cut.append((len(head) - keep, max(0, len(answer) - room)))
-  offsets = np.cumsum([0] + [len(row) for row in ids], dtype=np.int64)
+      cut.append((lost, max(0, len(answer) - room)))
   cuts = np.array(cut, np.int64).reshape(-1, 2)
   rows = TokenRows(
-    np.concatenate(ids) if ids else np.zeros(0, np.int32),
-    offsets,
+    np.concatenate([np.zeros(0, np.int32), *ids]),
+    np.cumsum([0] + [len(row) for row in ids], dtype=np.int64),
     np.array(start, np.int32),
     cuts.sum(1).astype(np.int32),
   )
   audit(tok, rows, context, cut=cuts[:, 1], history=history, special=special)
   report = _report(rows, cuts, list(names), context)
   report["prompts_refused"] = len(refused)
-  report["too_long"] = sum(
-    r.reason in ("too long", "question too long") for r in refused.values()
-  )
-  report["fits"] = context_for(needed(tok, parts), 1 << 40)
-  return rows, report, refused
+  long = [r for r in refused.values() if r.reason.endswith("too long")]
+  report["too_long"] = len(long)
+  report["fits"] = context_for(needed(tok, encoded), 1 << 40)
+  return Fitted(rows, report, refused)
+
+
+def _room(
+  row: Encoded | Refused, context: int, bos: int, too_long: str
+) -> tuple[int, int]:
+  """How many tokens of the prompt stay, and how many of each answer."""
+  if isinstance(row, Refused):
+    raise row
+  head, longest = len(row.prompt), max(map(len, row.answers))
+  least = min(head, KEEP_PROMPT) if too_long == "cut" else head
+  keep = min(head, max(context - bos - longest, least))
+  room = context - bos - keep
+  if longest > room and (too_long not in ("cut", "cut_answer") or room < 1):
+    reason = "question too long" if too_long == "cut_answer" else "too long"
+    raise Refused(
+      reason,
+      f"{bos + head + longest:,} tokens, {bos + head:,} of them the question; "
+      f"the context has {context:,}",
+    )
+  sides = [answer[:room] for answer in row.answers]
+  if len(sides) == 2 and np.array_equal(*sides):
+    how = "after truncation" if longest > room else "tokens"
+    raise Refused(f"identical {how}", "chosen and rejected")
+  if not bos and not head:
+    raise Refused(
+      "empty prompt",
+      "and the tokenizer has no BOS: nothing to predict the first token from",
+    )
+  return keep, room
 
 
 def audit(
-  tok: Tokenizer,
+  tok: Any,
   rows: TokenRows,
   context: int,
   *,
@@ -370,31 +185,30 @@ def audit(
   row = np.repeat(np.arange(n), size)
   place = np.arange(len(rows.ids)) - rows.offsets[row]
   answer = place >= rows.start[row]
-  ended = rows.ids[rows.offsets[1:] - 1] == tok.eos
-  is_eos = rows.ids == tok.eos
+  is_eos, is_bos = rows.ids == tok.eos, rows.ids == tok.bos
+  ended = is_eos[rows.offsets[1:] - 1]
+  was_cut = (rows.cut if cut is None else cut) > 0
   count = lambda what: np.bincount(row[what], minlength=n)
+  apart = tok.bos != tok.eos and not special and not history
   wrong = {
     "empty": (rows.start < 1) | (rows.start >= size),
     "over the context": size > context,
   }
   if not special:
-    wrong["ended though cut, or not though whole"] = ended == (
-      (rows.cut if cut is None else cut) > 0
-    )
+    wrong["ended though cut, or not though whole"] = ended == was_cut
     wrong["an EOS inside"] = count(is_eos & answer) != ended
   if tok.bos >= 0:
-    is_bos = rows.ids == tok.bos
     wrong["without a BOS"] = ~is_bos[rows.offsets[:-1]]
-    if tok.bos != tok.eos and not special and not history:
-      wrong["a BOS inside"] = count(is_bos & (place > 0)) > 0
-  if not history and not special and tok.bos != tok.eos:
+  if tok.bos >= 0 and apart:
+    wrong["a BOS inside"] = count(is_bos & (place > 0)) > 0
+  if apart:
     wrong["an EOS in the prompt"] = count(is_eos & ~answer) > 0
   for what, where in wrong.items():
     if where.any():
       i = int(np.flatnonzero(where)[0])
+      first = rows.ids[rows.offsets[i] :][:8].tolist()
       raise DataError(
-        f"token row {i}: {what} ({int(where.sum())} rows; "
-        f"{rows.ids[rows.offsets[i] :][:8].tolist()}...); set "
+        f"token row {i}: {what} ({int(where.sum())} rows; {first}...); set "
         "config.data.template or config.model.tokenizer"
       )
 
@@ -403,12 +217,11 @@ def _report(
   rows: TokenRows, cuts: np.ndarray, sides: list[str], context: int
 ) -> dict[str, Any]:
   """Rows and tokens cut; the prompt that two sides share counts once."""
-  n, r = len(rows.start), len(sides)
-  by_side = dict(prompt=cuts[::r, 0]) | {
-    side: cuts[k::r, 1] for k, side in enumerate(sides)
-  }
+  r = len(sides)
+  by_side = dict(prompt=cuts[::r, 0])
+  by_side |= {side: cuts[k::r, 1] for k, side in enumerate(sides)}
   return dict(
-    rows=n,
+    rows=len(rows.start),
     tokens=len(rows.ids),
     context=context,
     rows_cut=int((rows.cut > 0).sum()),
@@ -417,22 +230,20 @@ def _report(
   )
 
 
-def summary(name: str, report: dict[str, Any]) -> str:
+def truncation_line(name: str, report: dict[str, Any]) -> str:
   """One line of a report: what of a split was too long for the context."""
   parts = [f"{name}: {report['rows']:,} rows of {report['tokens']:,} tokens"]
+  cut = report["rows_cut_by_side"]
   if report["rows_cut"]:
-    sides = ", ".join(
-      f"{side} {report['rows_cut_by_side'][side]:,} ({lost:,} tokens)"
-      for side, lost in report["tokens_cut_by_side"].items()
-      if lost
-    )
-    parts.append(f"cut: {sides}")
+    lost = report["tokens_cut_by_side"].items()
+    sides = [f"{side} {cut[side]:,} ({n:,} tokens)" for side, n in lost if n]
+    parts.append(f"cut: {', '.join(sides)}")
   if report["too_long"]:
     parts.append(
       f"{report['too_long']:,} too long for the context of "
       f"{report['context']:,} and left out"
     )
-  if report["rows_cut"] or report["too_long"]:
+  if len(parts) > 1:
     parts.append(f"a context of {report['fits']:,} keeps 99 % whole")
   return ", ".join(parts)
 
@@ -472,28 +283,20 @@ def pad(
 def take(rows: TokenRows, index: np.ndarray) -> TokenRows:
   """Rows `index` [m] alone, in that order."""
   index = np.asarray(index, np.int64)
-  sizes = lengths(rows)[index]
-  offsets = np.concatenate([[0], np.cumsum(sizes)])
+  offsets = np.concatenate([[0], np.cumsum(lengths(rows)[index])])
   ids = [rows.ids[rows.offsets[i] : rows.offsets[i + 1]] for i in index]
-  return TokenRows(
-    np.concatenate(ids) if ids else np.zeros(0, np.int32),
-    offsets,
-    rows.start[index],
-    rows.cut[index],
-  )
+  ids = np.concatenate([np.zeros(0, np.int32), *ids])
+  return TokenRows(ids, offsets, rows.start[index], rows.cut[index])
 
 
 def shorten(rows: TokenRows, sizes: np.ndarray) -> TokenRows:
   """The first `sizes` [n] tokens of every row, at most all of them."""
-  kept = np.minimum(sizes, lengths(rows))
-  row = np.repeat(np.arange(len(kept)), lengths(rows))
+  size = lengths(rows)
+  kept = np.minimum(sizes, size)
+  row = np.repeat(np.arange(len(kept)), size)
   place = np.arange(len(rows.ids)) - rows.offsets[row]
-  return TokenRows(
-    rows.ids[place < kept[row]],
-    np.concatenate([[0], np.cumsum(kept)]),
-    rows.start,
-    rows.cut + lengths(rows) - kept,
-  )
+  ids, offsets = rows.ids[place < kept[row]], np.append(0, np.cumsum(kept))
+  return TokenRows(ids, offsets, rows.start, rows.cut + size - kept)
 
 
 def bucket(length: int, context: int) -> int:
@@ -519,14 +322,10 @@ def save(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
   """Writes `rows` as four .npy files, `<name>.ids.npy` and so on."""
   for field, kind in _FIELDS.items():
     buffer = io.BytesIO()
-    np.save(
-      buffer,
-      np.ascontiguousarray(getattr(rows, field), kind),
-      allow_pickle=False,
-    )
-    artifacts.write_bytes(
-      epath.Path(folder) / f"{name}.{field}.npy", buffer.getvalue()
-    )
+    array = np.ascontiguousarray(getattr(rows, field), kind)
+    np.save(buffer, array, allow_pickle=False)
+    path = epath.Path(folder) / f"{name}.{field}.npy"
+    artifacts.write_bytes(path, buffer.getvalue())
 
 
 def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
@@ -535,6 +334,7 @@ def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
   Raises:
     CorruptError: a file is missing, damaged, or does not fit the others.
   """
+  again = "and run the data stage again"
   arrays = {}
   for field, kind in _FIELDS.items():
     path = epath.Path(folder) / f"{name}.{field}.npy"
@@ -545,27 +345,20 @@ def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
         array = np.load(str(path), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
       raise CorruptError(
-        f"token file {path} cannot be read: {error}; delete "
-        "it and run the data stage again"
+        f"token file {path} cannot be read: {error}; delete it {again}"
       ) from error
     if array.ndim != 1 or array.dtype != kind:
       raise CorruptError(
-        f"token file {path} is {array.dtype}"
-        f"{list(array.shape)}, wanted {kind.__name__} [n]; "
-        "delete it and run the data stage again"
+        f"token file {path} is {array.dtype}{list(array.shape)}, wanted "
+        f"{kind.__name__} [n]; delete it {again}"
       )
     arrays[field] = array
   rows = TokenRows(**arrays)
-  n = len(rows.start)
-  if (
-    len(rows.offsets) != n + 1
-    or len(rows.cut) != n
-    or rows.offsets[0]
-    or rows.offsets[-1] != len(rows.ids)
-  ):
+  n, ends = len(rows.start), rows.offsets[[0, -1]].tolist()
+  sizes = [len(rows.offsets) - 1, len(rows.cut)]
+  if sizes != [n, n] or ends != [0, len(rows.ids)]:
     raise CorruptError(
-      f"token files {folder}/{name}.*.npy do not fit each "
-      f"other ({n} rows, {len(rows.ids)} tokens); delete "
-      "them and run the data stage again"
+      f"token files {folder}/{name}.*.npy do not fit each other ({n} rows, "
+      f"{len(rows.ids)} tokens); delete them {again}"
     )
   return rows

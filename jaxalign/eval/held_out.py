@@ -1,10 +1,228 @@
-"""Measures on pairs that no training row shares a prompt with."""
+"""One policy on the held-out split: generation, win rate, accuracy, KL."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.eval import intervals
+from jaxalign import progress
+from jaxalign.core import intervals
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import world as world_lib
+from jaxalign.eval import winrate
+from jaxalign.model import decode
+from jaxalign.select import embed
+
+
+class EvalSet(NamedTuple):
+  """The held-out split, tokenized."""
+
+  rows: list[dict[str, Any]]  # n records, with "prompt" and "target"
+  tokens: tokens_lib.TokenRows  # n * R rows
+  prompt_rows: np.ndarray  # [p] numbers of the rows that are generated from
+  tokenizer: Any
+  world: world_lib.World | None
+
+
+class EvalOptions(NamedTuple):
+  """How answers are generated and scored."""
+
+  new_tokens: int  # at most, of an answer
+  temperature: float  # of the sampling; 0 is greedy
+  seed: int  # the same for every policy: prompts and noise are paired
+  tile: int  # rows a device runs at once
+  chunk: int  # positions of the head at once
+
+
+class PolicyOutputs(NamedTuple):
+  """Raw numbers of one policy; metrics are computed from these."""
+
+  logp: np.ndarray  # [n, R] float32 nats of the held-out responses
+  answers: list[np.ndarray]  # p answers, as ids
+  texts: list[str]  # p answers, as text
+  answer_logp: np.ndarray  # [p] nats of the answers under this policy
+  reward: np.ndarray | None  # [p] true reward, where the world is known
+  flops: int
+  tokens: int
+
+
+def choose_prompts(
+  rows: list[dict[str, Any]], tokens: tokens_lib.TokenRows, most: int, room: int
+) -> np.ndarray:
+  """The first `most` rows with different prompts, in id order.
+
+  Args:
+    rows: n records.
+    tokens: n * R rows.
+    most: prompts at most.
+    room: tokens that a prompt may take; a longer one is never cut but left
+      out, and a line says how many were.
+  """
+  seen, chosen, long = set(), [], 0
+  responses = len(tokens.start) // max(1, len(rows))
+  for i, row in enumerate(rows):
+    if row["prompt"] in seen or len(chosen) == most:
+      continue
+    seen.add(row["prompt"])
+    if tokens.start[responses * i] > room:
+      long += 1
+    else:
+      chosen.append(i)
+  if long:
+    progress.say(
+      f"  {long:,} held-out prompts of over {room:,} tokens leave "
+      "no room for an answer and are not generated from; raise "
+      "config.model.context or lower config.eval.new_tokens"
+    )
+  return np.array(chosen, np.int64)
+
+
+def prompts_of(data: EvalSet) -> list[np.ndarray]:
+  """Token ids of the prompts generated from, each with its BOS."""
+  index = data.prompt_rows * (len(data.tokens.start) // len(data.rows))
+  starts = zip(data.tokens.offsets[index], data.tokens.start[index])
+  return [np.asarray(data.tokens.ids[a : a + s]) for a, s in starts]
+
+
+def answer_rows(
+  prompts: list[np.ndarray], answers: list[np.ndarray]
+) -> tokens_lib.TokenRows:
+  """Prompts with generated answers, as rows to be scored."""
+  ids = [
+    np.concatenate([p, a]).astype(np.int32) for p, a in zip(prompts, answers)
+  ]
+  return tokens_lib.TokenRows(
+    np.concatenate(ids),
+    np.cumsum([0] + [len(x) for x in ids]),
+    np.array([len(p) for p in prompts], np.int32),
+    np.zeros(len(ids), np.int32),
+  )
+
+
+def score_answers(
+  mesh: Any,
+  params: Any,
+  m: Any,
+  data: EvalSet,
+  answers: list[np.ndarray],
+  options: EvalOptions,
+) -> np.ndarray:
+  """[p] nats of given answers to the prompts of `data`, under `params`.
+
+  The prompts are cut as generation cut them to make room for new tokens.
+  """
+  new, tile, chunk = options.new_tokens, options.tile, options.chunk
+  prompts = [decode.fitting(p, m, new) for p in prompts_of(data)]
+  rows = answer_rows(prompts, answers)
+  return embed.score_rows(
+    mesh, params, m, rows, tile=tile, chunk=chunk, label="score answers"
+  ).logp
+
+
+def true_rewards(data: EvalSet, texts: Sequence[str]) -> np.ndarray:
+  """[p] rewards of answers to the prompts of a world's eval set."""
+  prompts = [data.rows[i]["prompt"] for i in data.prompt_rows]
+  reward = world_lib.reward
+  return np.array([reward(data.world, p, t) for p, t in zip(prompts, texts)])
+
+
+def answer_texts(tokenizer: Any, answers: list[np.ndarray]) -> list[str]:
+  """Answers as texts, without the token that ends them."""
+  stops = tokenizer.stops
+  ended = lambda a: len(a) and a[-1] in stops
+  return [tokenizer.decode_response(a[:-1] if ended(a) else a) for a in answers]
+
+
+def run_policy(
+  mesh: Any, params: Any, m: Any, data: EvalSet, options: EvalOptions
+) -> PolicyOutputs:
+  """Generates from the prompts, and scores the responses of both.
+
+  Args:
+    mesh: the mesh.
+    params: the policy, on the mesh.
+    m: its sizes.
+    data: the held-out split.
+    options: of generation and scoring.
+  """
+  tok, tile, chunk = data.tokenizer, options.tile, options.chunk
+  scored = embed.score_rows(
+    mesh, params, m, data.tokens, tile=tile, chunk=chunk, label="score held-out"
+  )
+  prompts = prompts_of(data)
+  generation = decode.GenerateOptions(
+    options.new_tokens,
+    tok.stops,
+    min(tok.vocab_size, m.vocab),
+    decode.Sampling(options.temperature),
+    seed=options.seed,
+    tile=tile,
+  )
+  answers = decode.generate(mesh, params, m, prompts, generation)
+  texts = answer_texts(tok, answers)
+  rows = answer_rows(prompts, answers)
+  flops = embed.flops(m, data.tokens) + 2 * embed.flops(m, rows)
+  return PolicyOutputs(
+    scored.logp.reshape(len(data.rows), -1),
+    answers,
+    texts,
+    score_answers(mesh, params, m, data, answers, options),
+    None if data.world is None else true_rewards(data, texts),
+    flops,
+    len(data.tokens.ids) + 2 * len(rows.ids),
+  )
+
+
+def policy_metrics(
+  data: EvalSet,
+  policy: PolicyOutputs,
+  reference: PolicyOutputs,
+  answers_under_reference: np.ndarray,
+) -> dict[str, Any]:
+  """The metrics of one policy, as `eval.json` holds them.
+
+  Args:
+    data: the held-out split.
+    policy: its outputs.
+    reference: the frozen reference's outputs on the same prompts.
+    answers_under_reference: [p] nats of the policy's answers under it.
+
+  Returns:
+    {name: {"value", "low", "high", "n"}}; where the truth is known also
+    "details": the win rate's outcomes apart, by topic, and at equal length.
+  """
+  malformed, out = None, {}
+  if data.world is not None:
+    malformed = policy.reward == world_lib.MALFORMED
+    rows = [data.rows[i] for i in data.prompt_rows]
+    topics = [world_lib.topic(data.world, row["prompt"]) for row in rows]
+    targets = [row["target"] for row in rows]
+    outcomes = winrate.wins(policy.reward, true_rewards(data, targets))
+    out, out["details"] = winrate.win_metrics(
+      "target", outcomes, policy.texts, targets, np.array(topics)
+    )
+    out["win_vs_sft"] = winrate.win_rate(
+      winrate.wins(policy.reward, reference.reward)
+    )
+  out |= generation_health(policy.answers, data.tokenizer.stops, malformed)
+  out["accuracy"] = accuracy(*as_pairs(data, policy.logp, reference.logp))
+  count = tokens_lib.lengths(data.tokens) - data.tokens.start
+  out["likelihood_accuracy"] = likelihood_accuracy(
+    *as_pairs(data, policy.logp, count.reshape(policy.logp.shape))
+  )
+  out["kl"] = sampled_kl(policy.answer_logp, answers_under_reference)
+  return out
+
+
+def as_pairs(data: EvalSet, policy: np.ndarray, ref: np.ndarray):
+  """Pairs as they are; unpaired rows as the i-th good and the i-th bad."""
+  if policy.shape[1] == 2:
+    return policy, ref
+  label = np.array([r["label"] for r in data.rows])
+  good, bad = np.flatnonzero(label), np.flatnonzero(~label)
+  n = min(len(good), len(bad))
+  rows = np.stack([good[:n], bad[:n]], axis=1)
+  return policy[rows, 0], ref[rows, 0]
 
 
 def accuracy(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
@@ -15,14 +233,14 @@ def accuracy(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     ref: [n, 2] of the reference.
 
   Returns:
-    {"value", "low", "high", "n"} over the untied pairs, and "ties", the share
-    of pairs with equal rewards (all of them before the first update).
+    {"value", "low", "high", "n"} over the untied pairs, and "ties", the
+    fraction of pairs with equal rewards (all of them before the first update).
   """
   margin = np.asarray(policy, np.float64) - np.asarray(ref, np.float64)
   margin = margin[:, 0] - margin[:, 1]
   tied = margin == 0
-  out = intervals.share((margin[~tied] > 0).astype(float))
-  return out | {"ties": float(tied.mean()) if len(tied) else 0.0}
+  ties = float(tied.mean()) if len(tied) else 0.0
+  return intervals.proportion(margin[~tied] > 0) | dict(ties=ties)
 
 
 def likelihood_accuracy(
@@ -38,8 +256,8 @@ def likelihood_accuracy(
     count: [n, 2] response tokens.
   """
   mean = np.asarray(policy, np.float64) / np.asarray(count, np.float64)
-  tied = mean[:, 0] == mean[:, 1]
-  return intervals.share((mean[:, 0] > mean[:, 1])[~tied].astype(float))
+  untied = mean[mean[:, 0] != mean[:, 1]]
+  return intervals.proportion(untied[:, 0] > untied[:, 1])
 
 
 def sampled_kl(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
@@ -50,3 +268,31 @@ def sampled_kl(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     ref: [n] the reference's of the same samples.
   """
   return intervals.mean(np.asarray(policy, np.float64) - np.asarray(ref))
+
+
+def generation_health(
+  answers: list[np.ndarray],
+  eos: int | Sequence[int],
+  malformed: np.ndarray | None,
+) -> dict[str, Any]:
+  """Malformed, unended and empty answers, and their length.
+
+  Pair accuracy can rise while generation collapses, so this is always
+  measured.
+
+  Args:
+    answers: n arrays of generated ids.
+    eos: the id that ends an answer, or several.
+    malformed: [n] bool where the data's own grammar can tell, else None: then
+      an answer counts as malformed when it is empty or has no end.
+  """
+  stops = set(np.atleast_1d(eos).tolist())
+  ended = np.array([len(a) > 0 and a[-1] in stops for a in answers])
+  empty = np.array([len(a) == 0 or a[0] in stops for a in answers])
+  bad = (empty | ~ended) if malformed is None else malformed
+  return dict(
+    malformed=intervals.proportion(bad),
+    ended=intervals.proportion(ended),
+    empty=intervals.proportion(empty),
+    length=intervals.mean(np.array([len(a) for a in answers])),
+  )

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 import fnmatch
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import sharding
 from jaxalign.errors import ConfigError, NumericError
-from jaxalign.model import table as table_lib
-from jaxalign.model.table import Param, Params
+from jaxalign.model.parameters import Param, Params
 
 # "lora": Hu et al. 2021, without its dropout (with it the policy would not
 #   start as the reference).
@@ -66,23 +66,13 @@ def targets(lora: Lora, names: Iterable[str]) -> list[str]:
   Raises:
     ConfigError: a pattern that matches nothing; lists what there is.
   """
-  there = [
-    n
-    for n in names
-    if n.startswith("layers/") and n.removeprefix("layers/") in LINEAR
-  ]
-  called = {
-    n: (n.removeprefix("layers/"), *LINEAR[n.removeprefix("layers/")][1])
-    for n in there
-  }
+  short = lambda name: name.removeprefix("layers/")
+  there = [n for n in names if n.startswith("layers/") and short(n) in LINEAR]
+  called = {n: (short(n), *LINEAR[short(n)][1]) for n in there}
   found = set()
   for pattern in lora.targets:
-    hit = {
-      n
-      for n in there
-      if pattern == EVERY
-      or any(fnmatch.fnmatchcase(name, pattern) for name in called[n])
-    }
+    match = lambda name, p=pattern: p == EVERY or fnmatch.fnmatchcase(name, p)
+    hit = {n for n in there if any(map(match, called[n]))}
     if not hit:
       listed = ", ".join(
         f"{ours} ({' or '.join(theirs)})" for ours, *theirs in called.values()
@@ -107,7 +97,7 @@ def sizes(
   return shape[1:cut], shape[cut:]
 
 
-def check(lora: Lora, rows: Mapping[str, Param]) -> None:
+def check_lora(lora: Lora, rows: Mapping[str, Param]) -> None:
   """Raises ConfigError for values that cannot work on a table."""
   if lora.variant not in VARIANTS:
     raise ConfigError(
@@ -135,21 +125,17 @@ def check(lora: Lora, rows: Mapping[str, Param]) -> None:
 def rows(lora: Lora, base: Mapping[str, Param]) -> dict[str, Param]:
   """The adapters' rows of a table: a [T, in, r], b [T, r, out], and of
   LoRA-SB r [T, r, r]; their axes are the weight's, the rank is whole."""
-  out = {}
+  out, r = {}, lora.rank
   for name in targets(lora, base):
     p = base[name]
     into, outof = sizes(name, p.shape)
     t, cut = p.shape[0], 1 + len(into)
-    out[f"{name}:a"] = Param(
-      (t, *into, lora.rank),
-      (*p.axes[:cut], None),
-      1 / math.sqrt(3 * math.prod(into)),
-    )
-    out[f"{name}:b"] = Param(
-      (t, lora.rank, *outof), (None, None, *p.axes[cut:]), 0, 0.0
-    )
+    scale = 1 / math.sqrt(3 * math.prod(into))
+    out[f"{name}:a"] = Param((t, *into, r), (*p.axes[:cut], None), scale)
+    axes = (None, None, *p.axes[cut:])
+    out[f"{name}:b"] = Param((t, r, *outof), axes, 0, 0.0)
     if lora.variant == "lora_sb":
-      out[f"{name}:r"] = Param((t, lora.rank, lora.rank), (None,) * 3, 0, 0.0)
+      out[f"{name}:r"] = Param((t, r, r), (None,) * 3, 0, 0.0)
   return out
 
 
@@ -183,32 +169,26 @@ def init(
     mesh: to lay them on.
   """
   own = {n: p for n, p in rows.items() if is_adapter(n)}
-  specs = {n: s.sharding.spec for n, s in table_lib.abstract(own, mesh).items()}
+  specs = {n: sharding.named(mesh, *p.axes).spec for n, p in own.items()}
+
+  def one(key, p):
+    if not p.scale:
+      return jnp.zeros(p.shape, jnp.float32)
+    bound = math.sqrt(3) * p.scale
+    return jax.random.uniform(key, p.shape, jnp.float32, -bound, bound)
 
   def draw(key):
-    out = {}
-    for k, (name, p) in zip(
-      jax.random.split(key, len(own)), sorted(own.items())
-    ):
-      bound = math.sqrt(3) * p.scale
-      out[name] = (
-        jax.random.uniform(k, p.shape, jnp.float32, -bound, bound)
-        if p.scale
-        else jnp.zeros(p.shape, jnp.float32)
-      )
-    return out
+    keys = jax.random.split(key, len(own))
+    return {n: one(k, p) for k, (n, p) in zip(keys, sorted(own.items()))}
 
   return jax.jit(jax.sharding.auto_axes(draw, out_sharding=specs))(key)
 
 
 def assert_zero(params: Mapping[str, jax.Array]) -> None:
   """Raises NumericError where adapters do not start as no change at all."""
-  last = (":r",) if any(n.endswith(":r") for n in params) else (":b",)
-  moved = [
-    n
-    for n, x in params.items()
-    if n.endswith(last) and float(jnp.max(jnp.abs(x))) != 0.0
-  ]
+  last = ":r" if any(n.endswith(":r") for n in params) else ":b"
+  zero = lambda x: float(jnp.max(jnp.abs(x))) == 0.0
+  moved = [n for n, x in params.items() if n.endswith(last) and not zero(x)]
   if moved:
     raise NumericError(
       f"adapters {', '.join(moved)} are not 0 at the start: "
@@ -224,8 +204,8 @@ def apply(
   r: jax.Array | None,
   b: jax.Array,
   *,
-  out_sharding=None,
-  precision=None,
+  out_sharding: Any = None,
+  precision: Any = None,
 ) -> jax.Array:
   """scale * ((x A) R) B beside the product that `equation` names.
 
@@ -244,12 +224,11 @@ def apply(
   inner = "".join(i for i in weight if i in into)
   outer = "".join(i for i in weight if i in out)
   multiply = functools.partial(jnp.einsum, precision=precision)
-  h = multiply(f"{into},{inner}r->blr", x, a, out_sharding=out_sharding)
+  landed = functools.partial(multiply, out_sharding=out_sharding)
+  h = landed(f"{into},{inner}r->blr", x, a)
   if r is not None:
     h = multiply("blr,rs->bls", h, r)
-  return multiply(
-    f"blr,r{outer}->{out}", factor * h, b, out_sharding=out_sharding
-  )
+  return landed(f"blr,r{outer}->{out}", factor * h, b)
 
 
 # A model without adapters, of one with them.
@@ -257,14 +236,11 @@ def apply(
 
 @functools.partial(jax.jit, static_argnames=("factor",))
 def _merged(w, a, r, b, factor):
-  n = a.ndim - 2
-  inner, outer = "defg"[:n], "opq"[: b.ndim - 2]
-  exact = jax.lax.Precision.HIGHEST
+  inner, outer = "defg"[: a.ndim - 2], "opq"[: b.ndim - 2]
+  exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
   if r is not None:
-    b = jnp.einsum(f"trs,ts{outer}->tr{outer}", r, b, precision=exact)
-  delta = jnp.einsum(
-    f"t{inner}r,tr{outer}->t{inner}{outer}", a, b, precision=exact
-  )
+    b = exact(f"trs,ts{outer}->tr{outer}", r, b)
+  delta = exact(f"t{inner}r,tr{outer}->t{inner}{outer}", a, b)
   return (w.astype(jnp.float32) + factor * delta).astype(w.dtype)
 
 
@@ -284,13 +260,8 @@ class Merged(Mapping):
       raise KeyError(name)
     if f"{name}:a" not in p:
       return p[name]
-    return _merged(
-      p[name],
-      p[f"{name}:a"],
-      p.get(f"{name}:r"),
-      p[f"{name}:b"],
-      scale(self.lora),
-    )
+    a, r, b = (p.get(f"{name}:{side}") for side in "arb")
+    return _merged(p[name], a, r, b, scale(self.lora))
 
   def __iter__(self) -> Iterator[str]:
     return (n for n in self.params if not is_adapter(n))

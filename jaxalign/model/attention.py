@@ -1,4 +1,4 @@
-"""Attention by platform: fused kernels on TPU and GPU, plain elsewhere.
+"""Rotary positions, and attention by platform: fused kernels or plain.
 
 All kernels answer the same question: softmax(cap(scale q.k)) v over the keys
 that `Seen` lets a query look at. `plain` holds the [L, S] scores and follows
@@ -13,14 +13,127 @@ splash among them `scale q`.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model.wide import wide
+from jaxalign.model.parameters import wide
+
+# Rotary positions.
+
+
+class Rope(NamedTuple):
+  """One rotary embedding, with the names of `rope_parameters` in config.json.
+
+  `kind` is a key of ROPES; "dynamic" equals "default" up to the length that
+  the model was made for, and longer rows are refused.
+  """
+
+  theta: float = 10000.0
+  kind: str = "default"
+  factor: float = 1.0
+  low: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
+  high: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
+  original: int = 0  # original_max_position_embeddings
+  magnitude: float = 0.0  # yarn: attention_factor; 0: its own formula
+  truncate: bool = True  # yarn: whole dimensions as the ramp's ends
+
+
+def _llama3(frequency, r, dims):
+  """Long waves slowed by `factor`, short ones kept, a ramp between."""
+  del dims
+  turns = r.original * frequency / (2 * np.pi)  # in the original context
+  ramp = np.clip((turns - r.low) / (r.high - r.low), 0, 1)
+  return frequency * (ramp + (1 - ramp) / r.factor)
+
+
+def _yarn(frequency, r, dims):
+  """Peng et al. 2023, "NTK-by-parts": the ramp is over dimensions."""
+
+  def dimension(turns):
+    wave = math.log(r.original / (turns * 2 * math.pi))
+    return dims * wave / (2 * math.log(r.theta))
+
+  first, last = dimension(r.high), dimension(r.low)
+  if r.truncate:
+    first, last = math.floor(first), math.ceil(last)
+  first, last = max(first, 0), min(last, dims - 1)
+  ramp = np.clip((np.arange(dims // 2) - first) / max(last - first, 1e-3), 0, 1)
+  return frequency * (1 - ramp + ramp / r.factor)
+
+
+# (frequencies [dims / 2] float64, Rope, dims) -> slowed frequencies
+ROPES = {
+  "default": lambda frequency, r, dims: frequency,
+  "linear": lambda frequency, r, dims: frequency / r.factor,
+  "dynamic": lambda frequency, r, dims: frequency,
+  "llama3": _llama3,
+  "yarn": _yarn,
+}
+
+
+def check_rope(r: Rope) -> None:
+  """Raises ConfigError for a kind that is not known, or sizes with no sense."""
+  if r.kind not in ROPES:
+    known = ", ".join(ROPES)
+    raise ConfigError(f"rope_type={r.kind!r} is unknown; known: {known}")
+  if r.kind in ("llama3", "yarn") and r.original < 1:
+    raise ConfigError(
+      f"rope_type={r.kind!r} needs original_max_position_embeddings"
+    )
+  if r.theta <= 1 or r.factor <= 0 or (r.kind == "llama3" and r.high <= r.low):
+    raise ConfigError(
+      f"{r}: wanted theta above 1, factor above 0 and "
+      "high_freq_factor above low_freq_factor"
+    )
+
+
+def frequencies(r: Rope, dims: int) -> np.ndarray:
+  """Angle per position [dims / 2], float64, of `dims` rotated dimensions."""
+  base = r.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+  return ROPES[r.kind](base, r, dims)
+
+
+def magnitude(r: Rope) -> float:
+  """What yarn multiplies sine and cosine by; 1 for the others."""
+  if r.kind != "yarn":
+    return 1.0
+  return r.magnitude or (0.1 * math.log(r.factor) + 1 if r.factor > 1 else 1.0)
+
+
+def angles(
+  r: Rope, dims: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine [B, L, dims / 2] float32 at `positions` [B, L]."""
+  frequency = jnp.asarray(frequencies(r, dims), jnp.float32)
+  angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
+  scale = magnitude(r)
+  return scale * jnp.cos(angle), scale * jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the first dimensions of the last axis, half against half.
+
+  Args:
+    x: [B, L, ..., C].
+    cos: [B or 1, L, dims / 2], as from `angles`; dimensions from `dims` on
+      pass unturned.
+    sin: the same shape.
+  """
+  extra = (None,) * (x.ndim - 3)
+  cos = cos[(slice(None), slice(None)) + extra].astype(x.dtype)
+  sin = sin[(slice(None), slice(None)) + extra].astype(x.dtype)
+  half = cos.shape[-1]
+  a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+# Attention.
 
 FAR = 2**30  # the position of a slot that holds nothing; no window is as long
 GPU = ("gpu", "cuda")  # JAX says gpu; lowering for one says cuda
@@ -33,6 +146,25 @@ class Seen(NamedTuple):
   k_position: jax.Array  # [B or 1, S] int32; a slot that holds nothing: FAR
   q_segment: jax.Array | None = None  # [B, L] int32; None: one segment
   k_segment: jax.Array | None = None  # [B, S] int32
+
+
+class Attention(NamedTuple):
+  """How a model attends: what is the same for all of its layers."""
+
+  kernel: str  # a key of KERNELS, as from `resolve`
+  scale: float  # multiplies q.k
+  softcap: float = (
+    0.0  # scores become softcap * tanh(scores / softcap); 0: none
+  )
+  windows: tuple[int, ...] = (0,)  # keys a query reaches, by kind; 0: all
+
+
+def window_of(spec: Attention, kind: jax.Array | None) -> int | jax.Array:
+  """Keys in reach in a layer of that kind; where windows differ, 0 is FAR."""
+  if kind is None:
+    return spec.windows[0]
+  reach = jnp.asarray([w or FAR for w in spec.windows])
+  return jax.lax.dynamic_index_in_dim(reach, kind, keepdims=False)
 
 
 def mask(seen: Seen, window: int | jax.Array = 0) -> jax.Array:
@@ -51,23 +183,17 @@ def mask(seen: Seen, window: int | jax.Array = 0) -> jax.Array:
   return ok
 
 
-def _plain(q, k, v, seen, *, scale, softcap, windows, which, place):
+def _plain(q, k, v, seen, spec, kind, place):
   del place  # any: einsum finds its shardings
-  if which is None:
-    (window,) = windows
-  else:
-    window = jax.lax.dynamic_index_in_dim(
-      jnp.asarray([w or FAR for w in windows]), which, keepdims=False
-    )
-  scores = scale * jnp.einsum(
+  scores = spec.scale * jnp.einsum(
     "blgqc,bsgc->bgqls", q, k, preferred_element_type=wide(q)
   )
-  if softcap:
-    scores = softcap * jnp.tanh(scores / softcap)
+  if spec.softcap:
+    scores = spec.softcap * jnp.tanh(scores / spec.softcap)
   # A finite floor: a padding query that may look nowhere stays finite.
-  scores = jnp.where(mask(seen, window)[:, None, None], scores, -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("bgqls,bsgc->blgqc", weights, v)
+  ok = mask(seen, window_of(spec, kind))[:, None, None]
+  weights = jax.nn.softmax(jnp.where(ok, scores, -1e30), axis=-1)
+  return jnp.einsum("bgqls,bsgc->blgqc", weights.astype(v.dtype), v)
 
 
 def blocks(length: int) -> tuple[int, int]:
@@ -83,7 +209,7 @@ def blocks(length: int) -> tuple[int, int]:
   return padded, block
 
 
-def _splash(q, k, v, segments, *, scale, softcap, window):
+def _splash(q, k, v, segments, spec, window):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   rows, length, groups, per_group, size = q.shape
@@ -92,24 +218,16 @@ def _splash(q, k, v, segments, *, scale, softcap, window):
   # What is padded comes after all else, so no query sees it; a padded query
   # sees itself, so it is finite.
   extra = padded - length
-  causal = (
-    splash.LocalMask(shape, (window - 1, 0), 0)
-    if window
-    else splash.CausalMask(shape)
-  )
+  causal = splash.CausalMask(shape)
+  if window:
+    causal = splash.LocalMask(shape, (window - 1, 0), 0)
+  names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([causal] * (groups * per_group)),
-    block_sizes=splash.BlockSizes(
-      block_q=block,
-      block_kv=block,
-      block_q_dkv=block,
-      block_kv_dkv=block,
-      block_q_dq=block,
-      block_kv_dq=block,
-    ),
+    block_sizes=splash.BlockSizes(**{f"block_{n}": block for n in names}),
     head_shards=1,
     q_seq_shards=1,
-    attn_logits_soft_cap=softcap or None,
+    attn_logits_soft_cap=spec.softcap or None,
     interpret=sharding.platform() != "tpu",
   )
 
@@ -121,18 +239,16 @@ def _splash(q, k, v, segments, *, scale, softcap, window):
     segments = splash.SegmentIds(
       *(jnp.pad(s, ((0, 0), (0, extra))) for s in segments)
     )
-  q = (scale * q.astype(jnp.float32)).astype(q.dtype)
+  q = (spec.scale * q.astype(jnp.float32)).astype(q.dtype)
   y = jax.vmap(kernel)(by_head(q), by_head(k), by_head(v), segments)
   y = jnp.swapaxes(y[:, :, :length], 1, 2)
   return y.reshape(rows, length, groups, per_group, size)
 
 
-def _cudnn(
-  q, k, v, segments, *, scale, softcap, window, implementation="cudnn"
-):
-  if softcap:
+def _cudnn(q, k, v, segments, spec, window, implementation="cudnn"):
+  if spec.softcap:
     raise ConfigError(
-      f"cuDNN's attention has no soft cap, found {softcap}; "
+      f"cuDNN's attention has no soft cap, found {spec.softcap}; "
       "set model.attention to auto or plain"
     )
   rows, length, groups, per_group, size = q.shape
@@ -148,7 +264,7 @@ def _cudnn(
     k,
     v,
     mask=seen,
-    scale=scale,
+    scale=spec.scale,
     is_causal=True,
     local_window_size=reach,
     implementation=implementation,
@@ -156,34 +272,22 @@ def _cudnn(
   return y.reshape(rows, length, groups, per_group, size)
 
 
-def _on_shards(kernel, q, k, v, seen, *, scale, softcap, windows, which, place):
+def _on_shards(kernel, q, k, v, seen, spec, kind, place):
   """A fused kernel on each device's own rows and heads."""
   length = q.shape[1]
   # A window as long as the row is none; kinds that agree need no switch.
-  reach = [w if w < length else 0 for w in windows]
+  reach = [w if w < length else 0 for w in spec.windows]
   kinds = sorted(set(reach))
-  args, axes = (
-    [q, k, v],
-    [
-      ("batch", None, "heads", None, None),
-      ("batch", None, "heads", None),
-      ("batch", None, "heads", None),
-    ],
-  )
+  branches = [functools.partial(kernel, spec=spec, window=w) for w in kinds]
+  queries = ("batch", None, "heads", None, None)
+  args, axes = [q, k, v], [queries, queries[:4], queries[:4]]
   if seen.q_segment is not None:
     args += [seen.q_segment, seen.k_segment]
     axes += [("batch", None)] * 2
   if len(kinds) > 1:
-    args.append(
-      jax.lax.dynamic_index_in_dim(
-        jnp.asarray([kinds.index(w) for w in reach]), which, keepdims=False
-      )
-    )
+    branch = jnp.asarray([kinds.index(w) for w in reach])
+    args.append(jax.lax.dynamic_index_in_dim(branch, kind, keepdims=False))
     axes.append(())
-  branches = [
-    functools.partial(kernel, scale=scale, softcap=softcap, window=w)
-    for w in kinds
-  ]
 
   def local(q, k, v, *rest):
     segments = rest[:2] if seen.q_segment is not None else None
@@ -191,12 +295,12 @@ def _on_shards(kernel, q, k, v, seen, *, scale, softcap, windows, which, place):
       return branches[0](q, k, v, segments)
     return jax.lax.switch(rest[-1], branches, q, k, v, segments)
 
-  return place.local(local, axes, axes[0])(*args)
+  return place.local(local, axes, queries)(*args)
 
 
 KERNELS = {
   "plain": _plain,
-  "tiles": _plain,  # of packed tokens `tiles.attend`
+  "tiles": _plain,  # of packed tokens `packed.attend`
   "splash": functools.partial(_on_shards, _splash),
   "cudnn": functools.partial(_on_shards, _cudnn),
 }
@@ -207,13 +311,9 @@ def attend(
   k: jax.Array,
   v: jax.Array,
   seen: Seen,
-  *,
-  kernel: str,
-  scale: float,
-  softcap: float = 0.0,
-  windows: tuple[int, ...] = (0,),
-  which: jax.Array | None = None,
-  place: Any,
+  spec: Attention,
+  kind: jax.Array | None,
+  place: sharding.Place,
 ) -> jax.Array:
   """Grouped-query attention with a float32 softmax.
 
@@ -221,15 +321,12 @@ def attend(
     q: [B, L, G, Q, C].
     k: [B, S, G, C].
     v: [B, S, G, C].
-    seen: what each query may look at.
-    kernel: a key of KERNELS, as from `resolve`; the module's docstring says
-      what the fused ones require of `seen`. Where S is not L, a cache is
+    seen: what each query may look at; the module's docstring says what the
+      fused kernels require of it.
+    spec: kernel, scale, soft cap and windows. Where S is not L, a cache is
       read, and plain is used. Off a TPU splash is interpreted: for tests.
-    scale: multiplies q.k.
-    softcap: 0, or scores become softcap * tanh(scores / softcap).
-    windows: of each kind of layer, how many keys a query reaches, its own
-      among them; 0 is all.
-    which: the kind of this layer, a scalar int32; None where there is one.
+    kind: of this layer, a scalar int32 into `spec.windows`; None where all
+      layers are alike.
     place: `sharding.SPREAD` under jit on the mesh, `sharding.PER_ROW` inside
       `sharding.per_row`.
 
@@ -237,19 +334,8 @@ def attend(
     [B, L, G, Q, C] in v's dtype. A query that may look nowhere gets a finite
     value of no meaning, and gives finite gradients.
   """
-  if q.shape[1] != k.shape[1]:
-    kernel = "plain"
-  return KERNELS[kernel](
-    q,
-    k,
-    v,
-    seen,
-    scale=scale,
-    softcap=softcap,
-    windows=windows,
-    which=which,
-    place=place,
-  )
+  kernel = spec.kernel if q.shape[1] == k.shape[1] else "plain"
+  return KERNELS[kernel](q, k, v, seen, spec, kind, place)
 
 
 def resolve(
@@ -274,24 +360,19 @@ def resolve(
     platform: as from `sharding.platform`.
     head_size: C.
     dtype: of q, k and v.
-    softcap: as of `attend`.
+    softcap: as of `Attention`.
     length: of the longest row; None: long.
 
   Raises:
     ConfigError: an unknown kernel, or one that cannot run here.
   """
-  bits = jnp.dtype(dtype).itemsize * 8
+  short = jnp.dtype(dtype).itemsize == 2
+  eights = head_size % 8 == 0
   if kernel == "auto":
     if platform == "tpu" and (length is None or length >= 256):
       return "splash"
-    if (
-      platform in GPU
-      and bits == 16
-      and not softcap
-      and head_size <= 128
-      and head_size % 8 == 0
-    ):
-      return "cudnn"
+    if platform in GPU and short and not softcap and eights:
+      return "cudnn" if head_size <= 128 else "plain"
     return "tiles" if platform == "cpu" else "plain"
   problem = ""
   if kernel not in KERNELS:
@@ -302,9 +383,9 @@ def resolve(
     problem = f"runs on an NVIDIA GPU, found {platform}"
   elif kernel == "cudnn" and softcap:
     problem = f"has no soft cap, the model's is {softcap}"
-  elif kernel == "cudnn" and bits != 16:
+  elif kernel == "cudnn" and not short:
     problem = f"wants bfloat16, model.dtype is {jnp.dtype(dtype)}"
-  elif kernel == "cudnn" and (head_size > 256 or head_size % 8):
+  elif kernel == "cudnn" and (head_size > 256 or not eights):
     problem = (
       "wants heads of a multiple of 8, at most 256 (128 before "
       f"Hopper), the model's are {head_size}"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxalign import sharding
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.hub import resolve_settings
-from jaxalign.model.table import Param, Params, Stored
+from jaxalign.model.parameters import Param, Params, Stored
 
 
 class EncoderConfig(NamedTuple):
@@ -354,12 +354,6 @@ def pool(x: jax.Array, mask: jax.Array, m: EncoderConfig) -> jax.Array:
     length = jnp.sqrt(jnp.sum(y * y, axis=-1, keepdims=True))
     y = y / jnp.maximum(length, 1e-12)
   return y
-
-
-def flops(m: EncoderConfig, length: int) -> int:
-  """Multiply-adds x 2 of one row of `length` tokens, lookups not counted."""
-  per_token = 2 * (4 * m.width * m.width + 2 * m.width * m.ff)
-  return m.layers * (per_token * length + 4 * m.width * length * length)
 
 
 def read_config(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.model import decoder
-from jaxalign.model.wide import wide
+from jaxalign.model.parameters import wide
 
 LOW = -1e30  # a score of no token: its exponential is 0, its slope too
 

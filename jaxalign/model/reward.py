@@ -5,6 +5,7 @@ gives. A decoder's is `score . x` of the last token's state x after the final
 norm; an encoder's is `w . tanh(W x + b) + c` of the first token's state.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,8 @@ import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign.errors import ConfigError
-from jaxalign.model import decoder, encoder, families, weights
-from jaxalign.model import table as table_lib
-from jaxalign.model.table import Param, Params, Stored
+from jaxalign.model import decoder, encoder, families, hf, weights
+from jaxalign.model.parameters import check_mesh, Param, Params, Stored
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -44,7 +44,7 @@ def read_config(
   Raises:
     ConfigError: no classifier, or one of another number of labels.
   """
-  raw = weights.raw_config(folder)
+  raw = hf.raw_config(folder)
   named = [str(n) for n in raw.get("architectures") or ()]
   if not any(n.endswith("ForSequenceClassification") for n in named):
     raise ConfigError(
@@ -57,7 +57,7 @@ def read_config(
       f"{folder}/config.json: {labels} labels (id2label), "
       f"wanted one, the reward; set {knob}"
     )
-  kind = weights.model_type(folder)
+  kind = hf.model_type(folder)
   if kind in encoder.FAMILIES:
     return RewardConfig(encoder.read_config(folder, dtype=dtype), kind)
   m = families.config_of(raw, dtype, "none", f"{folder}/config.json")
@@ -83,16 +83,12 @@ def table(r: RewardConfig) -> dict[str, Param]:
 def stored(r: RewardConfig) -> dict[str, Stored]:
   """Where each parameter lies in a Hugging Face checkpoint."""
   d = r.model.width
-  plain = lambda name, *shape: Stored(
-    name, shape, shape, tuple(range(len(shape)))
-  )
+  plain = Stored.plain
   if not r.encodes:
     return families.stored(r.model) | {"score": plain("score.weight", 1, d)}
-  first, last = (
-    ("pooler.dense", "classifier")
-    if r.kind == "bert"
-    else ("classifier.dense", "classifier.out_proj")
-  )
+  first, last = "classifier.dense", "classifier.out_proj"
+  if r.kind == "bert":
+    first, last = "pooler.dense", "classifier"
   return encoder.stored(r.model) | {
     "pool": plain(f"{first}.weight", d, d),
     "pool_bias": plain(f"{first}.bias", d),
@@ -117,19 +113,15 @@ def load(
   dtype: Any = jnp.float32,
 ) -> Params:
   """The parameters on the mesh; raises as `weights.load` does."""
+  rule = functools.partial(canonical, r)
   return weights.load(
-    folder,
-    table(r),
-    stored(r),
-    mesh,
-    dtype=dtype,
-    canonical=lambda name: canonical(r, name),
+    folder, table(r), stored(r), mesh, canonical=rule, dtype=dtype
   )
 
 
-def check(r: RewardConfig, mesh: jax.sharding.Mesh) -> None:
+def check_reward(r: RewardConfig, mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError where a size does not fit the mesh."""
-  table_lib.check(table(r), mesh)
+  check_mesh(table(r), mesh)
 
 
 def rewards(
@@ -172,11 +164,3 @@ def rewards(
     bias = jnp.zeros((1, 1), jnp.float32)
   y = jnp.einsum("bd,cd->bc", x, weight("score"), precision=_HIGHEST)
   return (y + bias)[:, 0]
-
-
-def flops(r: RewardConfig, length: int) -> int:
-  """Multiply-adds x 2 of one row of `length` tokens, lookups not counted."""
-  d = r.model.width
-  if r.encodes:
-    return encoder.flops(r.model, length) + 2 * d * d + 2 * d
-  return decoder.flops(r.model, length, 0) + 2 * d

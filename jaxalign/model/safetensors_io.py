@@ -1,8 +1,12 @@
-"""Checkpoints of safetensors files: what they hold, parts of it, and writing.
+"""Checkpoints of safetensors files: what they hold, chunks of it, and writing.
 
 Files come from strangers. A header is believed only where it agrees with the
 file's size, tensors neither overlap nor leave holes (as the format demands),
 and no name in an index leads out of the folder. Nothing is unpickled.
+
+The `safetensors` package reads whole local files by their own shapes and writes
+what is held in memory; here chunks of fused tensors are read, from object
+stores too, tensors are written one by one, and errors name the tensor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,30 +30,16 @@ FLOATS = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_BITS = dict(
-  F4=4,
-  F6_E2M3=6,
-  F6_E3M2=6,
-  BOOL=8,
-  U8=8,
-  I8=8,
-  F8_E4M3=8,
-  F8_E5M2=8,
-  F8_E8M0=8,
-  F8_E4M3FNUZ=8,
-  F8_E5M2FNUZ=8,
-  U16=16,
-  I16=16,
-  F16=16,
-  BF16=16,
-  U32=32,
-  I32=32,
-  F32=32,
-  U64=64,
-  I64=64,
-  F64=64,
-  C64=64,
-)
+_BITS = {
+  4: "F4",
+  6: "F6_E2M3 F6_E3M2",
+  8: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+  16: "U16 I16 F16 BF16",
+  32: "U32 I32 F32",
+  64: "U64 I64 F64 C64",
+}
+_BITS = {name: bits for bits, names in _BITS.items() for name in names.split()}
+_UNREADABLE = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
 _MOST_HEADER = 100_000_000  # bytes, as in the format's own reader
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LOCAL, _REMOTE = 1 << 20, 1 << 23  # bytes looked at in one go
@@ -112,7 +102,7 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
         f"wanted {_MOST_HEADER:,} or fewer"
       )
     text = f.read(wants)
-  start, room, tensors = 8 + wants, size - 8 - wants, {}
+  start, tensors = 8 + wants, {}
   try:
     header = json.loads(text.decode(), object_pairs_hook=_once)
     header.pop("__metadata__", None)
@@ -120,29 +110,30 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
       begin, end = map(operator.index, info["data_offsets"])
       shape = tuple(operator.index(n) for n in info["shape"])
       tensors[name] = Tensor(path, str(info["dtype"]), shape, begin, end)
-  except (
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    RecursionError,
-  ) as error:
+  except _UNREADABLE as error:
     raise DataError(
       f"{path} is damaged: its header cannot be read "
       f"({type(error).__name__}: {shown(error)})"
     ) from error
+  _check_header(path, tensors, size - start)
+  return {
+    name: t._replace(begin=start + t.begin, end=start + t.end)
+    for name, t in tensors.items()
+  }
+
+
+def _check_header(path, tensors: dict[str, Tensor], room: int) -> None:
+  """Raises DataError where the tensors do not fill `room` bytes once."""
   for name, t in tensors.items():
     if t.dtype not in _BITS:
       raise DataError(
         f"{path}: {shown(name)} is {shown(t.dtype)}, wanted one "
         f"of {', '.join(FLOATS)}"
       )
-    if (
-      not 0 <= t.begin <= t.end <= room
-      or len(t.shape) > 64
-      or min(t.shape, default=0) < 0
-      or math.prod(t.shape) * _BITS[t.dtype] != 8 * (t.end - t.begin)
-    ):
+    inside = 0 <= t.begin <= t.end <= room
+    shaped = len(t.shape) <= 64 and min(t.shape, default=0) >= 0
+    bits = 8 * (t.end - t.begin)
+    if not (inside and shaped and math.prod(t.shape) * _BITS[t.dtype] == bits):
       raise DataError(
         f"{path} is cut short or damaged at {shown(name)}: "
         f"{t.dtype} of shape {shown(t.shape)} in bytes "
@@ -151,11 +142,8 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
   at, before = 0, "the header"
   for name, t in sorted(tensors.items(), key=lambda x: (x[1].begin, x[1].end)):
     if t.begin != at:
-      what = (
-        "overlap"
-        if t.begin < at
-        else f"leave {t.begin - at:,} bytes unnamed between them"
-      )
+      what = f"leave {t.begin - at:,} bytes unnamed between them"
+      what = "overlap" if t.begin < at else what
       raise DataError(
         f"{path} is damaged: {shown(before)} and {shown(name)} {what}"
       )
@@ -165,10 +153,6 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
       f"{path} is damaged: {room - at:,} bytes after its last "
       "tensor belong to none"
     )
-  return {
-    name: t._replace(begin=start + t.begin, end=start + t.end)
-    for name, t in tensors.items()
-  }
 
 
 def weights_files(folder: epath.Path) -> list[str]:
@@ -200,13 +184,7 @@ def _read_index(folder: epath.Path) -> dict[str, str]:
   try:
     raw = json.loads(path.read_bytes().decode(), object_pairs_hook=_once)
     where = {str(n): operator.add("", f) for n, f in raw["weight_map"].items()}
-  except (
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    RecursionError,
-  ) as error:
+  except _UNREADABLE as error:
     raise DataError(
       f"{path} is damaged: it is no index of tensors "
       f"({type(error).__name__}: {shown(error)})"
@@ -275,30 +253,26 @@ class Checkpoint:
     self._maps: dict[epath.Path, mmap.mmap] = {}  # of local files
     self._open: tuple[Any, Any] = (None, None)  # the remote file read last
     files, wrong = weights_files(folder), []
+    lies_in = lambda name: self.tensors[name].file.name
     for file in files:
-      if file == INDEX:
-        continue
-      for name, t in read_header(folder / file).items():
+      header = {} if file == INDEX else read_header(folder / file)
+      for name, t in header.items():
         if name in self.tensors:
-          wrong.append(
-            f"{shown(name)} is in {self.tensors[name].file.name} and in {file}"
-          )
+          wrong.append(f"{shown(name)} is in {lies_in(name)} and in {file}")
         self.tensors[name] = t
-    if files[0] == INDEX:
-      for name, file in _read_index(folder).items():
-        if name not in self.tensors:
-          wrong.append(f"{shown(name)} is not in {file}")
-        elif self.tensors[name].file.name != file:
-          wrong.append(
-            f"{shown(name)} is in {self.tensors[name].file.name}, not in {file}"
-          )
+    index = _read_index(folder) if files[0] == INDEX else {}
+    for name, file in index.items():
+      if name not in self.tensors:
+        wrong.append(f"{shown(name)} is not in {file}")
+      elif lies_in(name) != file:
+        wrong.append(f"{shown(name)} is in {lies_in(name)}, not in {file}")
     if wrong:
       raise DataError(
         f"{folder / INDEX} is not true of its files: {listed(wrong)}"
       )
 
-  def pieces(self, name: str, view: tuple[int, ...], box: Box) -> Iterator[Box]:
-    """Cuts a part of a tensor, seen as `view`, into parts to `read`.
+  def chunks(self, name: str, view: tuple[int, ...], box: Box) -> Iterator[Box]:
+    """Cuts a box of a tensor, seen as `view`, into boxes to `read`.
 
     What lies between them in the file, where it is much, is not read.
     """
@@ -308,7 +282,7 @@ class Checkpoint:
     return _cut(_strides(view), box, most, _GAP // size, 0)
 
   def read(self, name: str, view: tuple[int, ...], box: Box) -> np.ndarray:
-    """One part, in the file's own type, read-only: a map of a local file.
+    """One box, in the file's own type, read-only: a map of a local file.
 
     Raises:
       DataError: the file is shorter than its header was.
@@ -357,7 +331,7 @@ def _strides(view: tuple[int, ...]) -> list[int]:
 def _cut(
   strides: list[int], box: Box, most: int, gap: int, axis: int
 ) -> Iterator[Box]:
-  """Parts of a box that each reach over `most` elements or fewer.
+  """Boxes that make up a box and each reach over `most` elements or fewer.
 
   Gaps only shrink from one axis to the next, so where the indices of an axis
   lie close, those of the axes after it do too.
@@ -376,11 +350,11 @@ def _cut(
   close = inner <= most and strides[axis] - inner < gap
   step = 1 + (most - inner) // strides[axis] if close else 1
   for at in range(begin, end, step):
-    part = (*box[:axis], (at, min(at + step, end)), *box[axis + 1 :])
+    chunk = (*box[:axis], (at, min(at + step, end)), *box[axis + 1 :])
     if close:
-      yield part
+      yield chunk
     else:
-      yield from _cut(strides, part, most, gap, axis + 1)
+      yield from _cut(strides, chunk, most, gap, axis + 1)
 
 
 # Writing.

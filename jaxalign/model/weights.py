@@ -1,14 +1,14 @@
-"""Weights to and from a Hugging Face folder: straight onto the mesh, and back.
+"""Weights to and from files of safetensors: straight onto the mesh, and back.
 
 A table of `Stored` says where each parameter lies. Reading walks the stored
-tensors in small parts of their files and copies each part into the buffers of
+tensors in small chunks of their files and copies each chunk into the buffers of
 the shards of this host that want it, so what is held besides the shards is a
-few parts. Writing fetches and writes one stored tensor at a time.
+few chunks. Writing fetches and writes one stored tensor at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
-import functools
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -16,180 +16,21 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign import artifacts, progress, sharding
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.hub import resolve, resolve_settings
-from jaxalign.model import decoder, families, published, safetensors_io
+from jaxalign import artifacts, sharding
+from jaxalign.errors import DataError
+from jaxalign.hub import resolve
+from jaxalign.model import safetensors_io
+from jaxalign.model.parameters import Param, Params, Stored
 from jaxalign.model.safetensors_io import Box, Checkpoint, FILE, INDEX, shown
-from jaxalign.model.table import Param, Params, Stored
 
 SHARD_BYTES = 5 * 10**9  # of one exported file, as transformers has it
 _OLD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|" + re.escape(FILE))
 
 
-# A decoder.
-
-
-def raw_config(folder: Any) -> dict[str, Any]:
-  """The parsed config.json of a folder, or of `hf:<repo>`.
-
-  A repository that cannot be had is planned with as it was published, where
-  this code knows it; its weights are asked for later, and then it matters.
-
-  Raises:
-    ConfigError: there is none.
-  """
-  try:
-    return families.read_raw(resolve_settings(folder))
-  except ConfigError as error:
-    if str(folder) not in published.CONFIGS:
-      raise
-    return _published(str(folder), str(error).partition(";")[0])
-
-
-@functools.lru_cache
-def _published(name: str, why: str) -> dict[str, Any]:
-  progress.say(f"  {why}; its sizes are taken as they were published")
-  return published.CONFIGS[name]
-
-
-def model_type(folder: Any) -> str:
-  """ "llama", "bert", ...: of a folder, or of `hf:<repo>`."""
-  return str(raw_config(folder).get("model_type"))
-
-
-def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
-  """The sizes of a Hugging Face folder, or of `hf:<repo>`.
-
-  Raises:
-    ConfigError: no config.json, or not one of a known family.
-  """
-  return families.config_of(
-    raw_config(folder), dtype, remat, f"{folder}/config.json"
-  )
-
-
-def load_folder(
-  folder: Any,
-  m: decoder.ModelConfig,
-  mesh: jax.sharding.Mesh,
-  dtype: Any = np.float32,
-) -> Params:
-  """`load` of a decoder."""
-  return load(
-    folder,
-    decoder.table(m),
-    families.stored(m),
-    mesh,
-    dtype=dtype,
-    canonical=lambda name: families.canonical(m, name),
-  )
-
-
-class Given(NamedTuple):
-  """What an export keeps of the checkpoint that it began from."""
-
-  dtype: str = "float32"  # of its weights
-  config: Mapping[str, Any] = {}  # of KEPT what its config.json has
-  generation: Mapping[str, Any] = {}  # its generation_config.json
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-KEPT = ("bos_token_id", "pad_token_id")
-
-
-def given(folder: Any) -> Given:
-  """Of a Hugging Face folder, or `hf:<repo>`: how it stores and generates.
-
-  Raises:
-    ConfigError: no config.json, or a file that is no JSON object.
-  """
-  folder = resolve(folder)
-  raw = families.read_raw(folder)
-  raw = dict(raw.get("text_config") or {}) | raw  # of a multimodal one
-  dtype = str(raw.get("dtype") or raw.get("torch_dtype")).split(".")[-1]
-  if dtype not in DTYPES:  # then as most of its bytes are
-    names = {name: kind.name for name, kind in safetensors_io.FLOATS.items()}
-    bytes_of: dict[str, int] = {}
-    for t in Checkpoint(folder).tensors.values():
-      name = names.get(t.dtype, "float32")
-      bytes_of[name] = bytes_of.get(name, 0) + t.end - t.begin
-    dtype = max(bytes_of, key=bytes_of.get, default="float32")
-  path, generation = folder / "generation_config.json", {}
-  if path.exists():
-    try:
-      generation = artifacts.read_json(path)
-      if not isinstance(generation, dict):
-        raise ValueError(f"a {type(generation).__name__}")
-    except ValueError as error:
-      raise ConfigError(
-        f"{path} is no JSON object ({error!s:.100}); set "
-        "config.model.checkpoint"
-      ) from error
-  return Given(
-    dtype, {n: raw[n] for n in KEPT if raw.get(n) is not None}, generation
-  )
-
-
-def export_folder(
-  folder: Any,
-  params: Params,
-  m: decoder.ModelConfig,
-  tokenizer: Any,
-  *,
-  dtype: str = "",
-  shard_bytes: int = SHARD_BYTES,
-  of: Given = Given(),
-) -> list[str]:
-  """`save` of a decoder.
-
-  Args:
-    folder, params, tokenizer, shard_bytes: as of `save`.
-    m: the model's sizes.
-    dtype: one of DTYPES, of the file; "": as `of`.
-    of: the checkpoint that it began from.
-
-  Returns:
-    The names of the files written (by process 0).
-  """
-  stops, dtype = list(tokenizer.stops), dtype or of.dtype
-  config = families.hf_config(
-    m, tokenizer.bos, stops if len(stops) > 1 else stops[0], dtype
-  )
-  config |= {n: x for n, x in of.config.items() if config.get(n) is None}
-  save(
-    folder,
-    params,
-    decoder.table(m),
-    families.stored(m),
-    dtype=dtype,
-    config=config,
-    tokenizer=tokenizer,
-    shard_bytes=shard_bytes,
-    generation=of.generation,
-  )
-  return ["export"]
-
-
-def weights_file(folder: Any) -> epath.Path:
-  """`model.safetensors` of a folder, or its index.
-
-  Raises:
-    ConfigError: neither is there.
-  """
-  folder = resolve(folder)
-  return folder / safetensors_io.weights_files(folder)[0]
-
-
-def digest_names(folder: Any) -> list[str]:
-  """The files, by name, that a model is read from: config, index, weights."""
-  return ["config.json", *safetensors_io.weights_files(resolve(folder))]
-
-
 # In.
 
 
-class _Part(NamedTuple):
+class _Shard(NamedTuple):
   """A shard, or one layer of it, that waits for its numbers."""
 
   box: Box  # of our parameter, or of its layer
@@ -207,8 +48,8 @@ def load(
 ) -> Params:
   """Reads a checkpoint onto the mesh; each host reads what its shards need.
 
-  Host memory besides the host's own shards: a few parts of a file, 1 MiB each
-  (8 MiB from an object store, whose parts are whole rows of the file: where a
+  Host memory besides the host's own shards: a few chunks of a file, 1 MiB each
+  (8 MiB from an object store, whose chunks are whole rows of the file: where a
   mesh cuts the file's last axis, it reads the columns between too). On a CPU
   the shards are the buffers that were read into.
 
@@ -243,41 +84,35 @@ def _load(folder, rows, stored, mesh, canonical, dtype) -> Params:
   params = {}
   for name, p in rows.items():
     target = sharding.named(mesh, *p.axes)
-    boxes = {
-      device: _bounds(index, p.shape)
-      for device, index in target.addressable_devices_indices_map(
-        p.shape
-      ).items()
-    }
-    shards = {
-      box: None if wrong else _aligned(box, dtype) for box in boxes.values()
-    }  # a copy on many devices: one buffer
+    indices = target.addressable_devices_indices_map(p.shape).values()
+    boxes = {_bounds(index, p.shape) for index in indices}
+    # A copy on many devices: one buffer.
+    whole = {box: None if wrong else _aligned(box, dtype) for box in boxes}
     for layer, theirs in found[name]:
-      parts = [
-        _Part(box, buffer)
-        if layer is None
-        else _Part(box[1:], None if wrong else buffer[layer - box[0][0]])
-        for box, buffer in shards.items()
-        if layer is None or box[0][0] <= layer < box[0][1]
-      ]
-      if parts and not _fill(checkpoint, theirs, stored[name], parts):
+      shards = _of_layer(whole, layer)
+      if shards and not _fill(checkpoint, theirs, stored[name], shards):
         spoiled.add(theirs)
     if not wrong:
-      params[name] = jax.make_array_from_callback(
-        p.shape,
-        target,
-        lambda index, p=p, shards=shards: shards[_bounds(index, p.shape)],
-      )
+      shard = lambda index, p=p, whole=whole: whole[_bounds(index, p.shape)]
+      params[name] = jax.make_array_from_callback(p.shape, target, shard)
       params[name].block_until_ready()  # then the buffers may go
-  wrong += [
-    f"{shown(n)} holds NaN or infinity"
-    for n in _anywhere(spoiled, sorted(checkpoint.tensors))
-  ]
+  spoiled = _anywhere(spoiled, sorted(checkpoint.tensors))
+  wrong += [f"{shown(n)} holds NaN or infinity" for n in spoiled]
   if wrong:
-    raise DataError(
-      f"{folder} does not match its config.json: {safetensors_io.listed(wrong)}"
-    )
+    problems = safetensors_io.listed(wrong)
+    raise DataError(f"{folder} does not match its config.json: {problems}")
   return params
+
+
+def _of_layer(whole, layer: int | None) -> list[_Shard]:
+  """Of box -> buffer what holds a layer; None: not stacked, all of it."""
+  if layer is None:
+    return [_Shard(box, buffer) for box, buffer in whole.items()]
+  return [
+    _Shard(box[1:], None if buffer is None else buffer[layer - box[0][0]])
+    for box, buffer in whole.items()
+    if box[0][0] <= layer < box[0][1]
+  ]
 
 
 def _match(
@@ -309,28 +144,19 @@ def _match(
         used[name] = not problem
       if used[name]:
         found[ours].append((layer, theirs[name]))
-  wrong += [
-    f"{shown(name)} is surplus"
-    for plain, name in sorted(theirs.items())
-    if plain not in used
-  ]
-  return found, wrong
+  surplus = sorted(theirs.keys() - used.keys())
+  return found, wrong + [f"{shown(theirs[n])} is surplus" for n in surplus]
 
 
-def _problem(
-  checkpoint: Checkpoint, found: str | None, wanted: str, s: Stored
-) -> str:
+def _problem(checkpoint, found, wanted: str, s: Stored) -> str:
   """What is wrong with a tensor's place, type and shape, if anything."""
   if found is None:
     return f"{wanted} is missing"
-  t = checkpoint.tensors[found]
+  t, known = checkpoint.tensors[found], safetensors_io.FLOATS
   if t.shape != s.shape:
     return f"{shown(found)} is {shown(t.shape)}, wanted {s.shape}"
-  if t.dtype not in safetensors_io.FLOATS:
-    return (
-      f"{shown(found)} is {t.dtype}, wanted one of "
-      f"{', '.join(safetensors_io.FLOATS)}"
-    )
+  if t.dtype not in known:
+    return f"{shown(found)} is {t.dtype}, wanted one of {', '.join(known)}"
   return ""
 
 
@@ -339,34 +165,27 @@ def _name(s: Stored, layer: int | None) -> str:
 
 
 def _fill(
-  checkpoint: Checkpoint, name: str, s: Stored, parts: Sequence[_Part]
+  checkpoint: Checkpoint, name: str, s: Stored, shards: Sequence[_Shard]
 ) -> bool:
-  """Copies a stored tensor into the parts; False where it is not finite."""
-  hull = [
-    (min(b for b, _ in axis), max(e for _, e in axis))
-    for axis in zip(*(part.box for part in parts))
-  ]
+  """Copies a stored tensor into the shards; False where it is not finite."""
+  axes = zip(*(shard.box for shard in shards))
+  hull = [(min(b for b, _ in x), max(e for _, e in x)) for x in map(list, axes)]
   finite = True
-  for piece in checkpoint.pieces(name, s.view, _theirs(hull, s)):
-    here = _ours(piece, s)
-    common = [
-      [(max(b, c), min(e, f)) for (b, e), (c, f) in zip(here, p.box)]
-      for p in parts
-    ]
-    wanted = [
-      (p, box) for p, box in zip(parts, common) if all(b < e for b, e in box)
-    ]
+  for chunk in checkpoint.chunks(name, s.view, _theirs(hull, s)):
+    here = _ours(chunk, s)
+    wanted = [(shard, _common(here, shard.box)) for shard in shards]
+    wanted = [(x, box) for x, box in wanted if all(b < e for b, e in box)]
     if not wanted:
       continue
     with np.errstate(invalid="ignore"):  # a signalling NaN
-      x = np.asarray(checkpoint.read(name, s.view, piece), np.float32)
+      x = np.asarray(checkpoint.read(name, s.view, chunk), np.float32)
     finite = finite and bool(np.isfinite(x).all())
     if s.pick:
       x = x[(slice(None),) * s.pick[0] + (0,)]
     x = x.transpose(s.order)
-    for part, box in wanted:
-      if part.buffer is not None:
-        part.buffer[_slices(box, part.box)] = x[_slices(box, here)]
+    for shard, box in wanted:
+      if shard.buffer is not None:
+        shard.buffer[_slices(box, shard.box)] = x[_slices(box, here)]
   return finite
 
 
@@ -386,7 +205,11 @@ def _ours(box: Box, s: Stored) -> Box:
   return tuple(left[i] for i in s.order)
 
 
-def _slices(box: Sequence[tuple[int, int]], base: Box) -> tuple[slice, ...]:
+def _common(one: Box, other: Box) -> Box:
+  return tuple((max(b, c), min(e, f)) for (b, e), (c, f) in zip(one, other))
+
+
+def _slices(box: Box, base: Box) -> tuple[slice, ...]:
   """A box as an index of what begins where `base` does."""
   return tuple(slice(b - c, e - c) for (b, e), (c, _) in zip(box, base))
 
@@ -422,48 +245,50 @@ def _anywhere(some: set[str], names: list[str]) -> list[str]:
 # Out.
 
 
+class Export(NamedTuple):
+  """What stands beside the weights of a written folder, and how they lie."""
+
+  config: Mapping[str, Any]  # of config.json; its `dtype` is set by ours
+  tokenizer: Any = None  # has an `export(folder)`
+  dtype: str = "float32"  # of the file: one of hf.DTYPES
+  shard_bytes: int = SHARD_BYTES  # beyond which there are several files
+  generation: Mapping[str, Any] = {}  # of generation_config.json; see `save`
+
+
 def save(
   folder: Any,
-  params: Params,
+  params: Mapping[str, jax.Array],
   rows: Mapping[str, Param],
   stored: Mapping[str, Stored],
-  *,
-  config: Mapping[str, Any],
-  tokenizer: Any = None,
-  dtype: str = "float32",
-  shard_bytes: int = SHARD_BYTES,
-  generation: Mapping[str, Any] = {},
+  export: Export,
 ) -> None:
   """Writes weights, config and tokenizer as transformers loads them.
 
   All processes call it, process 0 writes. The weights have temporary names
   until the last byte; config.json, without which nothing reads the folder,
-  comes last.
+  comes last. generation_config.json has the config's BOS, EOS and PAD; a BOS
+  and a PAD that `export.generation` names stay.
 
   Args:
     folder: made where it is not there; older weights in it are replaced.
     params: the parameters.
     rows: their table.
     stored: where each goes.
-    config: of config.json; its `dtype` is set here.
-    tokenizer: what has an `export(folder)`, or None.
-    dtype: one of DTYPES, of the file.
-    shard_bytes: of tensors in a file, beyond which there are several.
-    generation: of generation_config.json beside BOS, EOS and PAD; a BOS and
-      a PAD that it names stay.
+    export: what else is written.
 
   Raises:
     WriteError: the folder cannot be written.
   """
   folder = epath.Path(folder)
-  kind = np.dtype(dtype)
+  kind = np.dtype(export.dtype)
   sources = _sources(rows, stored)
   shapes = {n: source[0][0].shape for n, source in sources.items()}
-  sizes = {n: int(np.prod(x)) * kind.itemsize for n, x in shapes.items()}
-  files = safetensors_io.split(sizes, shard_bytes)
+  sizes = {n: math.prod(x) * kind.itemsize for n, x in shapes.items()}
+  files = safetensors_io.split(sizes, export.shard_bytes)
   writes = jax.process_index() == 0
-  paths = [folder / name for name in files] if writes else []
-  with safetensors_io.atomic(paths) as temporary:
+  with safetensors_io.atomic(
+    [folder / n for n in files if writes]
+  ) as temporary:
     for i, names in enumerate(files.values()):
       with temporary[i].open("wb") if writes else contextlib.nullcontext() as f:
         if writes:
@@ -474,33 +299,23 @@ def save(
             f.write(memoryview(x.reshape(-1).view(np.uint8)))
   if not writes:
     return
-  for path in folder.iterdir():
-    if path.name == INDEX or (
-      _OLD.fullmatch(path.name) and path.name not in files
-    ):
-      path.unlink()  # of an export that was here before
+  for path in folder.iterdir():  # of an export that was here before
+    old = _OLD.fullmatch(path.name) and path.name not in files
+    if path.name == INDEX or old:
+      path.unlink()
   if len(files) > 1:
-    artifacts.write_json(
-      folder / INDEX,
-      dict(
-        metadata=dict(total_size=sum(sizes.values())),
-        weight_map={n: file for file, names in files.items() for n in names},
-      ),
-    )
-  if tokenizer is not None:
-    tokenizer.export(folder)
-  named = {
-    n: config[n]
-    for n in ("bos_token_id", "eos_token_id", "pad_token_id")
-    if config.get(n) is not None
-  }
-  artifacts.write_json(
-    folder / "generation_config.json",
-    named
-    | dict(generation)
-    | {n: named[n] for n in ("eos_token_id",) if n in named},
-  )
-  artifacts.write_json(folder / "config.json", dict(config, dtype=dtype))
+    where = {n: file for file, names in files.items() for n in names}
+    total = dict(total_size=sum(sizes.values()))
+    artifacts.write_json(folder / INDEX, dict(metadata=total, weight_map=where))
+  if export.tokenizer is not None:
+    export.tokenizer.export(folder)
+  ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+  ids = {n: export.config[n] for n in ids if export.config.get(n) is not None}
+  eos = {n: x for n, x in ids.items() if n == "eos_token_id"}
+  generation = {**ids, **export.generation, **eos}
+  artifacts.write_json(folder / "generation_config.json", generation)
+  config = dict(export.config, dtype=export.dtype)
+  artifacts.write_json(folder / "config.json", config)
 
 
 _Source = list[tuple[Stored, str, int | None]]  # ours by name, and its layer
@@ -513,9 +328,8 @@ def _sources(
   out: dict[str, _Source] = {}
 
   def add(ours, layer):
-    out.setdefault(_name(stored[ours], layer), []).append(
-      (stored[ours], ours, layer)
-    )
+    s = stored[ours]
+    out.setdefault(_name(s, layer), []).append((s, ours, layer))
 
   stacked = [n for n in rows if "{}" in stored[n].name]
   for ours in rows:
@@ -540,7 +354,7 @@ def _layer(x: jax.Array, i: jax.Array) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-def _gather(params: Params, source: _Source, dtype: np.dtype) -> np.ndarray:
+def _gather(params, source: _Source, dtype: np.dtype) -> np.ndarray:
   """One stored tensor on the host, of its parameters."""
   out = None
   for s, ours, layer in source:

@@ -5,35 +5,81 @@ padding, so a chart fills any width while its text keeps its size. Every chart
 is one <svg role="img"> with an aria-label, a <title> and a <desc>.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import math
 from typing import Any, NamedTuple
 
-from jaxalign.report import page
-from jaxalign.report.page import finite, Html, tag
+from markupsafe import Markup
+
+from jaxalign.report.values import finite, Node, number, percent, plain, shorten
 
 COLOURS = 7  # --c0 .. --c6 in the style sheet; dashes tell them apart too
 MUTED = -1  # the colour of a baseline
 
 
 class Row(NamedTuple):
-  """One row of an interval plot: where it lies and what is said of it."""
+  """One row of an interval plot: where it lies and its numbers in words."""
 
-  label: str
+  label: Any
   value: Any
   low: Any = None
   high: Any = None
-  text: str = ""  # the numbers in words, on the right
+  text: str = ""
   colour: int = 0
 
 
 class Series(NamedTuple):
   """One line: points (x, y), and bounds (x, low, high) if it has a band."""
 
-  name: str
+  name: Any
   points: Sequence[Any]
   colour: int = 0
-  band: Sequence[Any] | None = None
+  band: Sequence[Any] = ()
+
+
+# Markup; `_draw` escapes every value.
+LINE = '<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"></line>'
+TEXT = '<text x="{}" y="{}" class="{}" text-anchor="{}">{}</text>'
+RECT = '<rect x="{}" y="{}" width="{}" height="{}" class="{}">{}</rect>'
+DOT = '<circle cx="{}" cy="{}" r="{}" class="{}"></circle>'
+BAND = '<polygon points="{}" class="band {}"></polygon>'
+GROUP = '<g class="{}"><title>{}</title>{}</g>'
+CURVE = """<polyline points="{}" class="{}" vector-effect="non-scaling-stroke">
+</polyline>"""
+# Stretched to the width, but for the strokes.
+STRETCHED = """<svg x="0" y="0" width="100%" height="{0}" class="stretch"
+viewBox="0 0 1000 {0}" preserveAspectRatio="none">{1}</svg>"""
+AT_THE_END = '<svg x="100%" y="{:.1f}" overflow="visible">{}{}</svg>'
+CHART = """<svg class="chart {}" style="height:{}px" role="img"
+aria-label="{}"><title>{}</title><desc>{}</desc>{}</svg>"""
+KEY = """<li><svg width="{}" height="12" aria-hidden="true">{}</svg>
+<span>{}</span></li>"""
+
+
+def _draw(template: str, *values: Any) -> Markup:
+  fits = lambda v: isinstance(v, (Markup, int, float))
+  return Markup(template).format(*(v if fits(v) else plain(v) for v in values))
+
+
+def _text(x, y, words, kind="dim", anchor="middle") -> Markup:
+  return _draw(TEXT, x, y, kind, anchor, words)
+
+
+def _chart(kind: str, height: int, title: str, desc: str, parts) -> Markup:
+  inside, name = Markup().join(parts), f"{title}. {desc}"
+  return _draw(CHART, kind, height + 72, name, title, desc, inside)
+
+
+def _empty(title: str, why: str = "no data") -> Markup:
+  return _chart("plot", 40, title, why, [_text("50%", 20, why)])
+
+
+def _colour(colour: int) -> str:
+  return "cm" if colour < 0 else f"c{colour % COLOURS}"
+
+
+def _curve(colour: int) -> str:
+  return f"curve d{max(colour, 0) % 4} {_colour(colour)}"
 
 
 def drawable(value: Any, scale: float = 1.0) -> float | None:
@@ -44,18 +90,8 @@ def drawable(value: Any, scale: float = 1.0) -> float | None:
   return found * scale
 
 
-def _class(colour: int) -> str:
-  return "cm" if colour < 0 else f"c{colour % COLOURS}"
-
-
-def _curve(colour: int) -> str:
-  return f"curve d{colour % 4 if colour > 0 else 0} {_class(colour)}"
-
-
-def shorten(text: Any, limit: int) -> str:
-  """At most `limit` characters, the last an ellipsis where some were cut."""
-  words = " ".join(page.plain(text).split())
-  return words if len(words) <= limit else words[: limit - 1] + "…"
+def _lengths(values: Any) -> list[float]:
+  return [max(0.0, drawable(v) or 0.0) for v in Node(values)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> tuple[list[float], int]:
@@ -63,112 +99,80 @@ def ticks(low: float, high: float, count: int = 5) -> tuple[list[float], int]:
   span = high - low
   if not (math.isfinite(span) and span > 0):
     return [], 0
-  raw = span / max(count, 1)
+  raw = span / count
   power = 10.0 ** math.floor(math.log10(raw))
   # The round step nearest in ratio: 1, 2 and 5 meet at their means.
-  step = power * (
-    1
-    if raw < 1.4142 * power
-    else 2
-    if raw < 3.1623 * power
-    else 5
-    if raw < 7.0711 * power
-    else 10
-  )
+  means = ((1, 2**0.5), (2, 10**0.5), (5, 50**0.5))
+  step = power * next((s for s, most in means if raw < most * power), 10)
   first = math.ceil(low / step - 1e-9)
   last = math.floor(high / step + 1e-9)
   decimals = max(0, -math.floor(math.log10(step) + 1e-9))
   return [i * step for i in range(first, last + 1)], decimals
 
 
-def _range(values: Sequence[float], pad: float = 0.06) -> tuple[float, float]:
-  """Bounds a little wider than the values; never of no width."""
-  low, high = min(values), max(values)
-  # Beyond this the float is too coarse, or its span overflows: spread by hand.
-  if not high - low > 1e-9 * max(abs(low), abs(high)):
-    wide = abs(low) * 0.1 or 1.0
-    return low - wide, high + wide
-  space = (high - low) * pad
-  return low - space, high + space
-
-
 def _tick(value: float, decimals: int) -> str:
   """A tick's label; the ends of the float range fall back to an exponent."""
   if abs(value) >= 1e7 or decimals > 6:
-    return page.number(value)
+    return number(value)
   text = f"{value:,.{decimals}f}"
   zero = not text.strip("-0.,")
   return text.lstrip("-") if zero else text.replace("-", "−")
 
 
-def _at(share: float) -> str:
-  return f"{100 * share:.2f}%"
+class Axis(NamedTuple):
+  """A scale from `low` to a higher `high`."""
+
+  low: float
+  high: float
+
+  @classmethod
+  def around(cls, values: Iterable[float | None]) -> "Axis":
+    """A little wider than the values; never of no width."""
+    found = [v for v in values if v is not None]
+    low, high = min(found), max(found)
+    # Beyond this floats are too coarse, or the span overflows.
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
+      wide = abs(low) * 0.1 or 1.0
+      return cls(low - wide, high + wide)
+    return cls(low - 0.06 * (high - low), high + 0.06 * (high - low))
+
+  def at(self, value: float) -> float:
+    return (value - self.low) / (self.high - self.low)
+
+  def x(self, value: float) -> str:
+    return f"{100 * self.at(value):.2f}%"
+
+  def y(self, value: float, height: float) -> float:
+    return round(height * (self.high - value) / (self.high - self.low), 1)
+
+  def across(self, height: int, label: str, rules: bool = False) -> Markup:
+    """Ticks, or rules over the whole height, and what is measured."""
+    marks, decimals = ticks(*self, 5 if rules else 4)
+    end, kind = (0, "rule") if rules else (height + 4, "base")
+    parts = [_draw(LINE, "0%", height, "100%", height, "base")]
+    parts.append(_text("50%", height + 36, label))
+    for mark in marks:
+      x = self.x(mark)
+      parts.append(_draw(LINE, x, height, x, end, kind))
+      parts.append(_text(x, height + 17, _tick(mark, decimals)))
+    return Markup().join(parts)
+
+  def down(self, height: int, label: str) -> Markup:
+    """Rules over the whole width with their labels, and what is measured."""
+    marks, decimals = ticks(*self)
+    parts = [_text(-40, -14, label, anchor="start")]
+    for mark in marks:
+      y = self.y(mark, height)
+      parts.append(_draw(LINE, "0%", y, "100%", y, "rule"))
+      parts.append(_text(-8, y + 4, _tick(mark, decimals), anchor="end"))
+    return Markup().join(parts)
 
 
-def _line(x1, y1, x2, y2, kind: str) -> Html:
-  return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
-
-
-def _text(
-  x, y, words: Any, kind: str | None = None, anchor: str | None = None
-) -> Html:
-  return tag("text", words, x=x, y=y, class_=kind, text_anchor=anchor)
-
-
-def _svg(
-  kind: str, height: float, pads: int, title: str, desc: str, *children: Any
-) -> Html:
-  """The frame; `pads` is the padding above and below that `kind` has."""
-  return tag(
-    "svg",
-    tag("title", title),
-    tag("desc", desc),
-    *children,
-    class_=f"chart {kind}",
-    style=f"height:{height + pads:.0f}px",
-    role="img",
-    aria_label=f"{title}. {desc}".strip(),
-  )
-
-
-def empty(title: str, why: str = "no data") -> Html:
-  """What stands in the place of a chart that has nothing to draw."""
-  return _svg(
-    "plot", 40, 72, title, why, _text("50%", 20, why, "dim", "middle")
-  )
-
-
-def _across(low: float, high: float, height: float, label: str) -> Html:
-  """The horizontal axis: rules, tick labels, and what is measured."""
-  marks, decimals = ticks(low, high, 5)
-  parts = []
-  for mark in marks:
-    x = _at((mark - low) / (high - low))
-    parts += [
-      _line(x, 0, x, height, "rule"),
-      _text(x, height + 16, _tick(mark, decimals), "dim", "middle"),
-    ]
-  parts += [
-    _line("0%", height, "100%", height, "base"),
-    _text("50%", height + 35, label, "dim", "middle"),
-  ]
-  return page.join(parts)
-
-
-def _side(share: float) -> str:
-  """The anchor that keeps words near an edge inside the drawing."""
-  return "start" if share < 0.15 else "end" if share > 0.85 else "middle"
-
-
-def _words(label: str, text: str, y: float) -> Html:
+def _words(label: Any, text: str, y: float) -> Markup:
   """A row's name and its numbers, which the style sheet puts in place."""
-  return page.join(
-    [
-      tag("rect", x=0, y=y - 24, width="100%", height=17, class_="veil"),
-      _text("0%", y, shorten(label, 24), "who halo"),
-      _text("100%", y, text, "what halo"),
-    ]
-  )
+  veil = _draw(RECT, 0, y - 24, "100%", 17, "veil", "")
+  name = _text("0%", y, shorten(label, 24), "who halo", "")
+  return veil + name + _text("100%", y, text, "what halo", "")
 
 
 def intervals(
@@ -179,96 +183,140 @@ def intervals(
   scale: float = 1.0,
   reference: float | None = None,
   reference_label: str = "",
-  desc: str = "",
-) -> Html:
+) -> Markup:
   """A forest plot: a point and its interval per row.
 
   Args:
-    rows: one per line, top first; one without a finite value keeps its words.
+    rows: top first; one without a finite value keeps its words.
     title: what is shown.
     label: the quantity and its unit, under the axis.
     scale: what values are multiplied by for the axis (100 for percent).
     reference: a value to draw a dashed line at, before scaling.
     reference_label: what that line is.
-    desc: the long description; by default the rows in words.
   """
-  placed = [
-    (r, *(drawable(v, scale) for v in (r.value, r.low, r.high))) for r in rows
-  ]
-  seen = [v for _, *values in placed for v in values if v is not None]
-  if not seen:
-    return empty(title)
+  placed = [[drawable(v, scale) for v in row[1:4]] for row in rows]
   mark = drawable(reference, scale)
-  low, high = _range(seen + ([] if mark is None else [mark]))
-  pitch = 36
-  height = pitch * len(rows)
-
-  def at(value):
-    return (value - low) / (high - low)
-
-  parts = [_across(low, high, height, label)]
+  if all(v is None for place in placed for v in place):
+    return _empty(title)
+  axis = Axis.around([mark, *sum(placed, [])])
+  height = 36 * len(rows)
+  parts = [axis.across(height, label, rules=True)]
   if mark is not None:
-    x = _at(at(mark))
-    parts += [
-      _line(x, -4, x, height, "ref"),
-      _text(x, -9, reference_label, "dim", _side(at(mark))),
-    ]
-  for i, (row, value, lower, upper) in enumerate(placed):
+    x, at = axis.x(mark), axis.at(mark)  # words near an edge stay inside
+    anchor = "start" if at < 0.15 else "end" if at > 0.85 else "middle"
+    parts.append(_draw(LINE, x, -4, x, height, "ref"))
+    parts.append(_text(x, -9, reference_label, anchor=anchor))
+  for i, (row, (value, low, high)) in enumerate(zip(rows, placed)):
     # A little under the middle: on a phone the words stand above the mark.
-    y = pitch * (i + 0.5) + 5
-    inside = [tag("title", f"{page.plain(row.label)}: {row.text}")]
-    if lower is not None and upper is not None:
-      inside.append(_line(_at(at(lower)), y, _at(at(upper)), y, "mark"))
+    inside, y = _words(row.label, row.text, 36 * i + 23), 36 * i + 23
     if value is not None:
-      inside.append(tag("circle", cx=_at(at(value)), cy=y, r=5, class_="dot"))
-    inside.append(_words(row.label, row.text, y))
-    parts.append(tag("g", *inside, class_=_class(row.colour)))
-  desc = desc or "; ".join(f"{page.plain(r.label)} {r.text}" for r in rows)
-  return _svg("rows", height, 72, title, desc, *parts)
+      inside = _draw(DOT, axis.x(value), y, 5, "dot") + inside
+    if None not in (low, high):
+      ends = axis.x(low), y, axis.x(high), y
+      inside = _draw(LINE, *ends, "mark") + inside
+    name = f"{plain(row.label)}: {row.text}"
+    parts.append(_draw(GROUP, _colour(row.colour), name, inside))
+  desc = "; ".join(f"{plain(row.label)} {row.text}" for row in rows)
+  return _chart("rows", height, title, desc, parts)
 
 
-def thin(
-  points: Sequence[tuple[float, float]], limit: int = 75
-) -> tuple[list[tuple[float, float]], int]:
-  """Means of k neighbours, so that about `limit` points stay, and k."""
-  k = max(1, math.ceil(len(points) / limit))
-  groups = [points[i : i + k] for i in range(0, len(points), k)]
-  return [
-    (math.fsum(x for x, _ in g) / len(g), math.fsum(y for _, y in g) / len(g))
-    for g in groups
-  ], k
+def bars(
+  rows: Sequence[tuple[Any, Sequence[Any], str]],
+  names: Sequence[str],
+  title: str,
+  label: str,
+) -> Markup:
+  """Stacked horizontal bars on one scale.
+
+  Args:
+    rows: (name of the bar, one value per part, the words beside it).
+    names: of the parts, in the order of their colours.
+    title: what is shown.
+    label: the quantity and its unit, under the axis.
+  """
+  sizes = [_lengths(values) for _, values, _ in rows]
+  top = max(map(math.fsum, sizes), default=0.0)
+  if not (top > 0 and math.isfinite(top)):
+    return _empty(title)
+  axis, height = Axis(0.0, top), 42 * len(rows)
+  parts = [axis.across(height, label, rules=True)]
+  for i, ((name, _, text), values) in enumerate(zip(rows, sizes)):
+    y, start = 42 * i + 18, 0.0
+    for j, value in enumerate(values):
+      if value > 0:
+        words = f"{names[j]}: {percent(value / sum(values))} of its FLOPs"
+        inside = _draw("<title>{}, {}</title>", name, words)
+        box = axis.x(start), y, axis.x(value), 18
+        parts.append(_draw(RECT, *box, f"bar {_colour(j)}", inside))
+      start += value
+    parts.append(_words(name, text, y + 8))
+  desc = "; ".join(f"{plain(name)} {text}" for name, _, text in rows)
+  return _chart("rows", height, title, desc, parts)
+
+
+def histogram(
+  edges: Any, selected: Any, rest: Any, title: str, label: str
+) -> Markup:
+  """The scores of the selected rows over those of the rest.
+
+  Each of the two is scaled to its own total, since one is much smaller; a bin
+  of unequal width is drawn at its fraction, not its density.
+
+  Args:
+    edges: n + 1 rising bin edges.
+    selected: n counts.
+    rest: n counts.
+    title: what is shown.
+    label: the quantity on x, with its unit.
+  """
+  edges = [drawable(e) for e in Node(edges)]
+  counts = {"rest": _lengths(rest), "picked": _lengths(selected)}
+  bins = list(zip(edges, edges[1:]))
+  good = bins and None not in edges and all(a < b for a, b in bins)
+  whole = all(len(c) == len(bins) for c in counts.values())
+  if not (good and whole and any(map(any, counts.values()))):
+    return _empty(title)
+  total = {kind: math.fsum(c) for kind, c in counts.items()}
+  tall = {k: [100 * v / (total[k] or 1) for v in c] for k, c in counts.items()}
+  x, y = Axis(edges[0], edges[-1]), Axis(0, 1.08 * max(map(max, tall.values())))
+  height = 160
+  parts = [y.down(height, "fraction of rows, %")]
+  for kind, values in tall.items():
+    for (a, b), v in zip(bins, values):
+      wide, top = f"{100 * (x.at(b) - x.at(a)):.2f}%", y.y(v, height)
+      box = x.x(a), top, wide, round(height - top, 1)
+      parts += [_draw(RECT, *box, kind, "")] if v > 0 else []
+  parts.append(x.across(height, label))
+  desc = (
+    f"{total['picked']:,.0f} selected rows and {total['rest']:,.0f} others "
+    f"between {number(edges[0])} and {number(edges[-1])}"
+  )
+  return _chart("plot", height, title, desc, parts)
 
 
 def pairs(points: Any) -> tuple[list[tuple[float, float]], int]:
   """The finite (x, y) of a curve by x, and how many were not finite."""
-  found, lost = [], 0
-  for point in points or ():
-    try:
-      x, y = (drawable(v) for v in point)
-    except (TypeError, ValueError):
-      x = y = None
-    if x is None or y is None:
-      lost += 1
-    else:
-      found.append((x, y))
-  return sorted(found), lost
+  every = [tuple(map(drawable, Node(p))) for p in Node(points)]
+  found = [p for p in every if len(p) == 2 and None not in p]
+  return sorted(found), len(every) - len(found)
 
 
-def _lost(count: int) -> str:
-  return f"{count:,} non-finite value{'s' if count != 1 else ''}"
+def thin(points: Sequence[Any], limit: int = 75) -> tuple[list[Any], int]:
+  """Means of k neighbours, so that about `limit` points stay, and k."""
+  k = max(1, math.ceil(len(points) / limit))
+  groups = [points[i : i + k] for i in range(0, len(points), k)]
+  mean = lambda values: math.fsum(values) / len(values)
+  return [tuple(map(mean, zip(*group))) for group in groups], k
 
 
-def _spread(places: list[float], gap: float, top: float) -> list[float]:
-  """The places, in order, moved apart to `gap` and kept above `top`."""
-  order = sorted(range(len(places)), key=lambda i: places[i])
-  moved = list(places)
-  for before, i in zip(order, order[1:]):
-    moved[i] = max(moved[i], moved[before] + gap)
-  limit = top
-  for i in reversed(order):
-    moved[i] = min(moved[i], limit)
-    limit = moved[i] - gap
-  return moved
+def _spread(places: dict[Any, float], gap: float, limit: float) -> None:
+  """Moves the places apart to `gap`, in order, and keeps them below `limit`."""
+  order = sorted(places, key=places.get)
+  for before, key in zip(order, order[1:]):
+    places[key] = max(places[key], places[before] + gap)
+  for key in reversed(order):
+    places[key] = min(places[key], limit)
+    limit = places[key] - gap
 
 
 def lines(
@@ -279,343 +327,81 @@ def lines(
   *,
   scale: float = 1.0,
   reference: float | None = None,
-  desc: str = "",
-) -> Html:
+) -> Markup:
   """Lines over a shared x, with bands where given and names at their ends.
 
   Series of one name and colour (seeds of an arm) are named once. Points that
   are not finite are left out, and the chart says how many.
 
   Args:
-    series: the lines; `band` holds (x, low, high).
+    series: the lines.
     title: what is shown.
     x_label: what x is, with its unit.
     y_label: what y is, with its unit.
     scale: what y is multiplied by (100 for percent).
     reference: a y to draw a dashed line at, before scaling.
-    desc: the long description; by default where each line starts and ends.
   """
-  cleaned, lost = [], 0
-  for s in series:
-    points, missing = pairs(s.points)
+  drawn, xs, ys, lost = [], [], [drawable(reference, scale)], 0
+  for one in series:
+    points, missing = pairs(list(one.points))
+    points = [(x, y * scale) for x, y in thin(points)[0]]
+    band = [(x, *(drawable(v, scale) for v in ends)) for x, *ends in one.band]
+    band = [b for b in band if None not in b]
     lost += missing
-    points, _ = thin(points)
-    band = [
-      b
-      for b in ([drawable(v) for v in b] for b in s.band or ())
-      if len(b) == 3 and None not in b
-    ]
     if points:
-      cleaned.append(
-        (
-          s,
-          [(x, y * scale) for x, y in points],
-          [(x, a * scale, b * scale) for x, a, b in band],
-        )
-      )
-  if not cleaned:
-    return empty(title, f"no data: {_lost(lost)}" if lost else "no data")
-  xs = [x for _, ps, _ in cleaned for x, _ in ps]
-  ys = [y for _, ps, _ in cleaned for _, y in ps]
-  ys += [v for _, _, bs in cleaned for _, *ab in bs for v in ab]
-  mark = drawable(reference, scale)
-  y0, y1 = _range(ys + ([] if mark is None else [mark]))
-  x0, x1 = (min(xs), max(xs)) if max(xs) > min(xs) else _range(xs)
-  height = 190
-
-  def across(x):
-    return (x - x0) / (x1 - x0)
-
-  def down(y):
-    return height * (y1 - y) / (y1 - y0)
-
-  marks, decimals = ticks(y0, y1, 5)
-  parts = []
-  for m in marks:
-    parts += [
-      _line("0%", down(m), "100%", down(m), "rule"),
-      _text(-8, down(m) + 4, _tick(m, decimals), "dim", "end"),
-    ]
-  marks, decimals = ticks(x0, x1, 4)
-  for m in marks:
-    parts += [
-      _line(_at(across(m)), height, _at(across(m)), height + 4, "base"),
-      _text(_at(across(m)), height + 18, _tick(m, decimals), "dim", "middle"),
-    ]
-  parts += [
-    _line("0%", height, "100%", height, "base"),
-    _text("50%", height + 36, x_label, "dim", "middle"),
-    _text(-40, -14, y_label, "dim", "start"),
-  ]
-  if mark is not None:
-    parts.append(_line("0%", down(mark), "100%", down(mark), "ref"))
-
-  drawn, ends = [], {}
-  for s, _, band in cleaned:
+      drawn.append((one, points, band))
+      xs += [x for x, _ in points]
+      ys += [y for p in (*points, *band) for y in p[1:]]
+  left_out = f"{lost:,} non-finite value{'s' if lost != 1 else ''}"
+  if not drawn:
+    return _empty(title, f"no data: {left_out}" if lost else "no data")
+  height, y = 190, Axis.around(ys)
+  x = Axis(min(xs), max(xs)) if max(xs) > min(xs) else Axis.around(xs)
+  place = lambda p: f"{1000 * x.at(p[0]):.1f},{y.y(p[1], height)}"
+  path = lambda points: " ".join(map(place, points))
+  parts = [y.down(height, y_label), x.across(height, x_label)]
+  if ys[0] is not None:
+    at = y.y(ys[0], height)
+    parts.append(_draw(LINE, "0%", at, "100%", at, "ref"))
+  bands, curves, ends = [], [], {}
+  for one, points, band in drawn:
     if len(band) > 1:
-      outline = [(x, high) for x, _, high in band]
-      outline += [(x, low) for x, low, _ in reversed(band)]
-      drawn.append(
-        tag(
-          "polygon",
-          points=_path(outline, across, down),
-          class_=f"band {_class(s.colour)}",
-        )
-      )
-  for s, points, _ in cleaned:
+      outline = [(a, high) for a, _, high in band]
+      outline += [(a, low) for a, low, _ in reversed(band)]
+      bands.append(_draw(BAND, path(outline), _colour(one.colour)))
     if len(points) > 1:
-      drawn.append(
-        tag(
-          "polyline",
-          points=_path(points, across, down),
-          class_=_curve(s.colour),
-          vector_effect="non-scaling-stroke",
-        )
-      )
+      curves.append(_draw(CURVE, path(points), _curve(one.colour)))
     else:
-      parts.append(
-        tag(
-          "circle",
-          cx=_at(across(points[0][0])),
-          cy=f"{down(points[0][1]):.1f}",
-          r=4,
-          class_=f"dot {_class(s.colour)}",
-        )
-      )
-    ends.setdefault((s.name, s.colour), []).append(down(points[-1][1]))
-  # Stretched to the width; the strokes are told not to stretch with it.
-  parts.append(
-    tag(
-      "svg",
-      *drawn,
-      x=0,
-      y=0,
-      width="100%",
-      height=height,
-      viewBox=f"0 0 1000 {height}",
-      preserveAspectRatio="none",
-      class_="stretch",
-    )
-  )
-  named = len(ends) > 1 and len(ends) <= 12
-  if named:
-    heights = _spread([sum(v) / len(v) for v in ends.values()], 14, height)
-    for (name, colour), y in zip(ends, heights):
-      parts.append(
-        tag(
-          "g",
-          tag("title", name),
-          tag(
-            "svg",
-            _line(4, 0, 20, 0, _curve(colour)),
-            x="100%",
-            y=f"{y:.1f}",
-            overflow="visible",
-          ),
-          tag(
-            "svg",
-            _text(25, 4, shorten(name, 14)),
-            x="100%",
-            y=f"{y:.1f}",
-            overflow="visible",
-          ),
-          class_="direct",
-        )
-      )
-  if lost:
-    parts.append(
-      _text("100%", 12, f"{_lost(lost)} left out", "dim halo", "end")
-    )
-  desc = desc or "; ".join(
-    f"{page.plain(s.name)} from {page.number(ps[0][1])} to "
-    f"{page.number(ps[-1][1])}"
-    for s, ps, _ in cleaned
+      spot = x.x(points[0][0]), y.y(points[0][1], height), 4
+      parts.append(_draw(DOT, *spot, f"dot {_colour(one.colour)}"))
+    end = ends.setdefault((plain(one.name), one.colour), [])
+    end.append(y.y(points[-1][1], height))
+  parts.append(_draw(STRETCHED, height, Markup().join(bands + curves)))
+  if named := 1 < len(ends) <= 12:
+    places = {key: sum(found) / len(found) for key, found in ends.items()}
+    _spread(places, 14, height)
+    for (name, colour), at in places.items():
+      stroke = _draw(LINE, 4, 0, 20, 0, _curve(colour))
+      words = _text(25, 4, shorten(name, 14), "", "")
+      label = _draw(AT_THE_END, at, stroke, words)
+      parts.append(_draw(GROUP, "direct", name, label))
+  desc = "; ".join(
+    f"{plain(one.name)} from {number(p[0][1])} to {number(p[-1][1])}"
+    for one, p, _ in drawn
   )
   if lost:
-    desc += f"; {_lost(lost)} left out"
-  return _svg(
-    "plot named" if named else "plot", height, 72, title, desc, *parts
-  )
+    parts.append(_text("100%", 12, f"{left_out} left out", "dim halo", "end"))
+    desc += f"; {left_out} left out"
+  return _chart("plot named" if named else "plot", height, title, desc, parts)
 
 
-def _path(points, across, down) -> str:
-  return " ".join(f"{1000 * across(x):.1f},{down(y):.1f}" for x, y in points)
-
-
-def bars(
-  rows: Sequence[tuple[str, Sequence[Any], str]],
-  names: Sequence[str],
-  title: str,
-  label: str,
-  *,
-  desc: str = "",
-) -> Html:
-  """Stacked horizontal bars on one scale.
-
-  Args:
-    rows: (name of the bar, one value per part, the words beside it).
-    names: of the parts, in the order of their colours.
-    title: what is shown.
-    label: the quantity and its unit, under the axis.
-    desc: the long description; by default the rows in words.
-  """
-  sizes = [
-    [max(0.0, drawable(v) or 0.0) for v in values] for _, values, _ in rows
-  ]
-  top = max((math.fsum(v) for v in sizes), default=0.0)
-  if not (top > 0 and math.isfinite(top)):
-    return empty(title)
-  pitch = 42
-  height = pitch * len(rows)
-  parts = [_across(0.0, top, height, label)]
-  for i, ((name, _, text), values) in enumerate(zip(rows, sizes)):
-    y = pitch * i + 18
-    start = 0.0
-    for j, value in enumerate(values):
-      if value > 0:
-        part = f"{page.plain(names[j])}: {page.percent(value / sum(values))}"
-        parts.append(
-          tag(
-            "rect",
-            tag("title", f"{page.plain(name)}, {part} of its flops"),
-            x=_at(start / top),
-            y=y,
-            width=_at(value / top),
-            height=18,
-            class_=f"bar {_class(j)}",
-          )
-        )
-      start += value
-    parts.append(_words(name, text, y + 8))
-  desc = desc or "; ".join(f"{page.plain(n)} {t}" for n, _, t in rows)
-  return _svg("rows", height, 72, title, desc, *parts)
-
-
-def histogram(
-  edges: Sequence[Any],
-  selected: Sequence[Any],
-  rest: Sequence[Any],
-  title: str,
-  label: str,
-  *,
-  desc: str = "",
-) -> Html:
-  """The scores of the selected rows over those of the rest.
-
-  Each of the two is scaled to its own total, since one is much smaller; a bin
-  of unequal width is drawn at its share, not its density.
-
-  Args:
-    edges: n + 1 rising bin edges.
-    selected: n counts.
-    rest: n counts.
-    title: what is shown.
-    label: the quantity on x, with its unit.
-    desc: the long description.
-  """
-  edges = [drawable(e) for e in edges or ()]
-  counts = [
-    [max(0.0, drawable(v) or 0.0) for v in c or ()] for c in (rest, selected)
-  ]
-  totals = [math.fsum(c) for c in counts]
-  good = (
-    len(edges) > 1
-    and None not in edges
-    and all(a < b for a, b in zip(edges, edges[1:]))
-    and all(len(c) == len(edges) - 1 for c in counts)
-    and sum(totals) > 0
-  )
-  if not good:
-    return empty(title)
-  shares = [
-    [100 * v / t if t else 0.0 for v in c] for c, t in zip(counts, totals)
-  ]
-  top = max(max(s) for s in shares) * 1.08
-  height = 160
-  x0, x1 = edges[0], edges[-1]
-  parts = []
-  marks, decimals = ticks(0.0, top, 4)
-  for m in marks:
-    y = height * (1 - m / top)
-    parts += [
-      _line("0%", y, "100%", y, "rule"),
-      _text(-8, y + 4, _tick(m, decimals), "dim", "end"),
-    ]
-  for kind, values in zip(("rest", "picked"), shares):
-    for a, b, v in zip(edges, edges[1:], values):
-      if v > 0:
-        parts.append(
-          tag(
-            "rect",
-            x=_at((a - x0) / (x1 - x0)),
-            y=f"{height * (1 - v / top):.1f}",
-            width=_at((b - a) / (x1 - x0)),
-            height=f"{height * v / top:.1f}",
-            class_=kind,
-          )
-        )
-  marks, decimals = ticks(x0, x1, 5)
-  for m in marks:
-    x = _at((m - x0) / (x1 - x0))
-    parts += [
-      _line(x, height, x, height + 4, "base"),
-      _text(x, height + 18, _tick(m, decimals), "dim", "middle"),
-    ]
-  parts += [
-    _line("0%", height, "100%", height, "base"),
-    _text("50%", height + 36, label, "dim", "middle"),
-    _text(-40, -14, "share of rows, %", "dim", "start"),
-  ]
-  desc = desc or (
-    f"{totals[1]:,.0f} selected rows and {totals[0]:,.0f} others "
-    f"between {page.number(x0)} and {page.number(x1)}"
-  )
-  return _svg("plot", height, 72, title, desc, *parts)
-
-
-def legend(names: Sequence[tuple[str, int]], shape: str = "line") -> Html:
-  """What each colour means; (name, colour) each, "line" or "block"."""
+def legend(names: Sequence[tuple[Any, int | str]]) -> Markup:
+  """What each colour, or class of an area, means; (name, either) each."""
   items = []
   for name, colour in names:
-    if shape == "line":
-      mark = _line(1, 6, 27, 6, _curve(colour))
+    if isinstance(colour, str):
+      mark, width = _draw(RECT, 0, 0, 14, 12, colour, ""), 14
     else:
-      mark = tag(
-        "rect", x=0, y=0, width=14, height=12, class_=f"bar {_class(colour)}"
-      )
-    items.append(
-      tag(
-        "li",
-        tag(
-          "svg",
-          mark,
-          width=28 if shape == "line" else 14,
-          height=12,
-          aria_hidden="true",
-        ),
-        tag("span", name),
-      )
-    )
-  return tag("ul", *items, class_="key")
-
-
-def overlay_legend() -> Html:
-  """What the two fills of `histogram` mean."""
-  return tag(
-    "ul",
-    *(
-      tag(
-        "li",
-        tag(
-          "svg",
-          tag("rect", x=1, y=1, width=12, height=10, class_=kind),
-          width=14,
-          height=12,
-          aria_hidden="true",
-        ),
-        tag("span", name),
-      )
-      for name, kind in (("selected", "picked"), ("the rest", "rest"))
-    ),
-    class_="key",
-  )
+      mark, width = _draw(LINE, 1, 6, 27, 6, _curve(colour)), 28
+    items.append(_draw(KEY, width, mark, name))
+  return _draw('<ul class="key">{}</ul>', Markup().join(items))

@@ -1,499 +1,223 @@
-"""One EM iteration of each structure: sums on the mesh, parameters on the host.
+"""One EM iteration of K Gaussians: sums on the mesh, parameters on the host.
 
-The ridge adds `ridge` times the pooled covariance to each covariance (the
-pooled covariance is the identity after whitening). It is the exact M-step for
-rows blurred by Gaussian noise of that covariance, whose E-step takes
-ridge * tr(S_k^-1) / 2 off component k's log-density; with that term the bound
-never falls.
+Rows are whitened, so the pooled covariance is the identity and the ridge adds
+`ridge` to every variance. That is the exact M-step for rows blurred by
+Gaussian noise of that covariance, whose E-step takes ridge * tr(S_k^-1) / 2
+off component k's log-density; with that term the bound never falls.
 """
 
 from collections.abc import Callable
+import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
+import threadpoolctl
 
-from jaxalign import sharding
+from jaxalign.errors import NumericError
 from jaxalign.select import exact
 from jaxalign.select.exact import HIGHEST
-from jaxalign.select.gaussians import (
-  constants_of,
-  factors_of,
-  few_threads,
-  is_low_rank,
-  joint_of,
-  spread_of,
-  State,
-)
 
-# A component's second moment is the difference of two float32 sums in the
-# forms that share a product. Its error, 1e-7 of all rows' moment, may be so
-# many times larger beside the component's own narrowest direction.
-SHARE_LIMIT = 1000.0
-# Up to this width one product gives both distances, at the price of the
-# host's eigenvectors in each iteration; wider, two products cost less.
-JOINT_WIDTH = 1024
-# A low-rank component's own noise is at least this share of the pooled
-# variance. The M-step under this bound is the unbounded one cut off there, so
-# the likelihood still never falls.
-NOISE = 1e-3
+COVARIANCES = ("full", "tied", "diag")
+KNOB = "config.select.mixture"
+TILE = 4096  # rows of one product on the host
 
 
-class Sums(NamedTuple):
+class Gaussians(NamedTuple):
+  """The parameters, float64."""
+
+  log_weights: np.ndarray  # [K]
+  means: np.ndarray  # [K, P]
+  covariances: np.ndarray  # [K, P, P]; [K, P] where diagonal
+
+
+class Factors(NamedTuple):
+  """What a density needs: log(weight * density) = constant - |y F|^2 / 2."""
+
+  constants: np.ndarray  # [K]
+  scale: np.ndarray  # [K, P, P], F with F F^T the precision; [K, P] its axes
+
+
+class Moments(NamedTuple):
   """Sums over rows about each component's present mean, float64."""
 
   count: np.ndarray  # [K], sum of r
   first: np.ndarray  # [K, P], sum of r y, y = z - mean
-  second: np.ndarray  # [K, P, P] or [K, P], sum of r y y^T; [P, P] where tied
-  cross: np.ndarray  # [K, P, q], sum of r y f^T, of low rank
+  second: np.ndarray  # [K, P, P], sum of r y y^T; [K, P] where diagonal
 
 
-# On the device: a tile's log joint [K, rows], then its sums.
-
-
-def _posterior(joint, weight):
-  """[K, rows] log joint -> responsibilities, [rows / ROUND] log-likelihood."""
-  log_likelihood = jax.nn.logsumexp(joint, axis=0)
-  r = jnp.exp(joint - log_likelihood[None]) * weight[None]
-  return r, (log_likelihood * weight).reshape(-1, exact.ROUND).sum(1)
-
-
-def _firsts(r, z):
-  """[K, P]: a vector times a matrix for each component; never cut."""
-  return jnp.stack([jnp.matmul(one, z, precision=HIGHEST) for one in r])
-
-
-def _distances(u, centres, precisions):
-  """[rows, Q], [K, Q], [K, Q] -> [K, rows], squared and weighted."""
-  return jnp.stack(
-    [
-      jnp.matmul((u - m[None]) ** 2, d, precision=HIGHEST)
-      for m, d in zip(centres, precisions)
-    ]
-  )
-
-
-def _shared_tile(params, z, weight, *, second):
-  """One product for all distances; the Gram of component 0 where wanted.
-
-  A basis [K, P, P] is one for each component instead.
-  """
-  constants, basis, centres, precisions = params
-  if basis.ndim == 2:
-    u = jnp.matmul(z, basis, precision=HIGHEST)
-    squared = _distances(u, centres, precisions)
+def factors_of(g: Gaussians, ridge: float = 0.0) -> Factors:
+  """Raises NumericError for a covariance that is not positive definite."""
+  width = g.means.shape[1]
+  if g.covariances.ndim == 2:
+    if not (g.covariances > 0).all():
+      raise NumericError(
+        "a component has no variance in some direction; lower "
+        f"{KNOB}.pca or raise the ridge"
+      )
+    scale = g.covariances**-0.5
+    log_det, trace = np.log(g.covariances).sum(1), (scale**2).sum(1)
   else:
-    squared = jnp.concatenate(
-      [
-        _distances(
-          jnp.matmul(z, basis[k], precision=HIGHEST),
-          centres[k : k + 1],
-          precisions[k : k + 1],
-        )
-        for k in range(len(basis))
-      ]
-    )
-  joint = constants[:, None] - 0.5 * squared
-  r, bound = _posterior(joint, weight)
-  sums = dict(count=r.sum(1), first=_firsts(r, z))
-  if second:
-    sums["second"] = exact.gram(r[0][:, None] * z, z)
-  return sums, bound
+    try:
+      lower = np.linalg.cholesky(g.covariances)
+    except np.linalg.LinAlgError as error:
+      raise NumericError(
+        "the covariance of a component is not positive "
+        f"definite; lower {KNOB}.pca or raise the ridge"
+      ) from error
+    invert = functools.partial(scipy.linalg.solve_triangular, lower=True)
+    scale = np.stack([invert(one, np.eye(width)).T for one in lower])
+    log_det = 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)
+    trace = (scale**2).sum((1, 2))
+  rest = width * np.log(2 * np.pi) + log_det + ridge * trace
+  return Factors(g.log_weights - 0.5 * rest, scale)
 
 
-def _full_tile(params, z, weight):
-  """A product and a Gram for each component, about its own mean."""
+def log_joint(factors: Factors, means: np.ndarray, z: np.ndarray) -> np.ndarray:
+  """[n, P] whitened rows -> [n, K] float64 log(weight * density), nats."""
+  white = lambda y, f: y * f if f.ndim == 1 else y @ f
+  squared = [
+    (white(z - mean, f) ** 2).sum(1) for mean, f in zip(means, factors.scale)
+  ]
+  return factors.constants - 0.5 * np.stack(squared, axis=1)
+
+
+@functools.cache
+def _libraries() -> threadpoolctl.ThreadpoolController:
+  return threadpoolctl.ThreadpoolController()
+
+
+def few_threads(width: int) -> contextlib.AbstractContextManager:
+  """One thread for the host's algebra of up to 1,024 directions.
+
+  It takes milliseconds; OpenBLAS's threads that wait for a core which others
+  hold were seen to take a hundred times as long. No number of cores can then
+  change a bit either.
+  """
+  if width > 1024:
+    return contextlib.nullcontext()
+  return _libraries().limit(limits=1, user_api="blas")
+
+
+def _chunk_moments(params, z, weight):
+  """A chunk's moments, and its log-likelihood by `exact.ROUND` rows."""
   constants, means, scale = params
+  dot = functools.partial(jnp.matmul, precision=HIGHEST)
+  diagonal = scale.ndim == 2
 
-  def distance(part):
-    mean, one = part
-    white = jnp.matmul(z - mean[None], one, precision=HIGHEST)
+  def distance(component):
+    mean, factor = component
+    y = z - mean[None]
+    white = y * factor[None] if diagonal else dot(y, factor)
     return (white**2).sum(1)
 
   joint = constants[:, None] - 0.5 * jax.lax.map(distance, (means, scale))
-  r, bound = _posterior(joint, weight)
+  log_likelihood = jax.nn.logsumexp(joint, axis=0)
+  r = jnp.exp(joint - log_likelihood[None]) * weight[None]
 
-  def moments(part):
-    one, mean = part
+  def moments(component):
+    r, mean = component
     y = z - mean[None]
-    return (
-      jnp.matmul(one, y, precision=HIGHEST),
-      exact.gram(one[:, None] * y, y),
-    )
+    second = dot(r, y * y) if diagonal else exact.gram(r[:, None] * y, y)
+    return dot(r, y), second
 
   first, second = jax.lax.map(moments, (r, means))
+  bound = (log_likelihood * weight).reshape(-1, exact.ROUND).sum(1)
   return dict(count=r.sum(1), first=first, second=second), bound
 
 
-def _diagonal_tile(params, z, weight):
-  """Diagonal covariances, with loadings [K, P, q] where q is above 0."""
-  constants, means, scale, low, loadings = params
-  dot = functools.partial(jnp.matmul, precision=HIGHEST)
+def sweep_of(
+  mesh: jax.sharding.Mesh, z: np.ndarray, ridge: float
+) -> Callable[[Gaussians], tuple[Moments, float]]:
+  """Places whitened rows [n, P] once -> sweep(g): their moments under g, and
+  the mean bound per row, nats. The means of g are as `rounded` leaves them."""
+  rows = exact.place(mesh, z)
+  size = rows.x.shape[1]
 
-  def distance(part):
-    mean, one, *rank = part
-    y = z - mean[None]
-    if not rank:
-      return ((y * one[None]) ** 2).sum(1), None
-    f = dot(y, rank[0])
-    rest = y - dot(f, rank[1].T)
-    return ((rest * one[None]) ** 2).sum(1) + (f**2).sum(1), f
+  def sweep(g: Gaussians) -> tuple[Moments, float]:
+    with few_threads(z.shape[1]):
+      factors = factors_of(g, ridge)
+    # What no chunk's sum about these means can exceed (Cauchy-Schwarz).
+    second = 2.1 * (rows.square + size * float((g.means**2).max()))
+    bounds = dict(count=1.1 * size, first=(size * second) ** 0.5, second=second)
+    params = factors.constants, g.means, factors.scale
+    sums, bound = exact.sums(mesh, _chunk_moments, rows, params, bounds)
+    return Moments(**sums), bound / rows.n
 
-  parts = (means, scale) + ((low, loadings) if low.shape[-1] else ())
-  squared, factors = jax.lax.map(distance, parts)
-  r, bound = _posterior(constants[:, None] - 0.5 * squared, weight)
-
-  def moments(part):
-    one, mean, *f = part
-    y = z - mean[None]
-    return (
-      dot(one, y),
-      dot(one, y * y),
-      *(exact.product(one[:, None] * y, f[0]) for _ in f),
-    )
-
-  parts = (r, means) + ((factors,) if low.shape[-1] else ())
-  names = ("first", "second", "cross")
-  return dict(zip(names, jax.lax.map(moments, parts)), count=r.sum(1)), bound
+  return sweep
 
 
-def _total_tile(params, z, weight):
-  """The Gram of all rows; the weights are 0 or 1."""
-  del params
-  return (dict(second=exact.gram(z, z)), weight.reshape(-1, exact.ROUND).sum(1))
+def rounded(g: Gaussians) -> Gaussians:
+  """With its means as float32 holds them: moments are about those."""
+  return g._replace(means=np.float64(np.float32(g.means)))
 
 
-TILES = {
-  "pair": functools.partial(_shared_tile, second=True),
-  "tied": functools.partial(_shared_tile, second=False),
-  "full": _full_tile,
-  "diagonal": _diagonal_tile,
-  "total": _total_tile,
-}
-
-
-@functools.lru_cache(maxsize=32)
-def program(mesh: jax.sharding.Mesh, kind: str) -> Callable:
-  """The jitted sums of a kind of `TILES` on a mesh; compiled once a shape."""
-  tile = TILES[kind]
-  return exact.program(
-    mesh,
-    lambda params, z, weight: exact.over_tiles(
-      functools.partial(tile, params), z, weight
-    ),
-  )
-
-
-def _summed(
-  mesh: jax.sharding.Mesh,
-  kind: str,
-  rows: exact.Rows,
-  params: tuple,
-  bounds: dict[str, float],
-) -> tuple[dict, float]:
-  """Runs a program -> (float64 sums by name, mean log-likelihood per row)."""
-  params = tuple(np.asarray(a, np.float32) for a in params)
-  scales = {name: exact.scale_of(bound) for name, bound in bounds.items()}
-  by_leaf = dict(scales)
-  if "second" in scales and kind != "diagonal":
-    by_leaf["second"] = (scales["second"],) * len(
-      exact.panels(rows.tiles.shape[-1])
-    )
-  put = lambda a: sharding.put(mesh, a, *([None] * np.ndim(a)))
-  found, bound = program(mesh, kind)(
-    jax.tree.map(put, params),
-    jax.tree.map(put, by_leaf),
-    rows.tiles,
-    rows.weight,
-  )
-  sums = {}
-  for name, scale in scales.items():
-    if isinstance(by_leaf[name], tuple):
-      sums[name] = exact.mirrored(
-        tuple(exact.joined(pair, scale) for pair in found[name])
-      )
-    else:
-      sums[name] = exact.joined(found[name], scale)
-  used = exact.chunk_count(rows.n)  # the chunks behind are empty
-  values = sharding.fetch(bound)[:used].astype(np.float64)
-  return sums, float(values.sum() / rows.n)
-
-
-# On the host, float64.
-
-
-def seen(state: State) -> State:
-  """The state with its means as float32 holds them: sums are about those."""
-  return state._replace(means=np.float64(np.float32(state.means)))
-
-
-def total_of(mesh: jax.sharding.Mesh, rows: exact.Rows) -> np.ndarray:
-  """[P, P]: z^T z of all rows, rounded as a component's Gram is."""
-  return _summed(mesh, "total", rows, (), dict(second=rows.square))[0]["second"]
-
-
-def sweep(
-  mesh: jax.sharding.Mesh,
-  rows: exact.Rows,
-  state: State,
-  ridge: float,
-  covariance: str,
-  total: np.ndarray | None,
-) -> tuple[Sums, float]:
-  """Sums over all rows, and the mean bound per row.
-
-  Args:
-    mesh: as of `rows`.
-    rows: whitened, centred.
-    state: means as `seen` leaves them.
-    ridge: >= 0.
-    covariance: one of `gaussians.COVARIANCES`.
-    total: of `total_of`; None computes every component's Gram by itself.
-  """
-  if covariance in ("diag", "low_rank"):
-    return _diagonal_sweep(mesh, rows, state, ridge)
-  if total is not None and covariance == "tied":
-    found = _tied_sweep(mesh, rows, state, ridge, total)
-    if found:
-      return found
-  if total is not None and covariance == "full" and len(state.means) == 2:
-    found = _pair_sweep(mesh, rows, state, ridge, total)
-    if found:
-      return found
-  f = factors_of(state)
-  width = state.means.shape[1]
-  constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
-  sums, bound = _summed(
-    mesh,
-    "full",
-    rows,
-    (constants, state.means, f.scale),
-    _bounds(rows, state.means),
-  )
-  if covariance == "tied":
-    sums["second"] = sums["second"].sum(0)
-  return Sums(**sums, cross=np.zeros(state.loadings.shape)), bound
-
-
-def _bounds(rows: exact.Rows, means: np.ndarray) -> dict[str, float]:
-  """What no chunk's sum about these means can exceed (Cauchy-Schwarz)."""
-  size = rows.tiles.shape[1]
-  second = 2.1 * (rows.square + size * float((means**2).max()))
-  return dict(count=1.1 * size, first=(size * second) ** 0.5, second=second)
-
-
-def _about(sums: dict, means: np.ndarray) -> np.ndarray:
-  """[K, P]: sums of r z -> sums of r (z - mean)."""
-  return sums["first"] - sums["count"][:, None] * means
-
-
-def _moved(second, first, count, mean):
-  """Sum of r z z^T -> sum of r y y^T, y = z - mean."""
-  outer = np.outer(first, mean)
-  return second - outer - outer.T + count * np.outer(mean, mean)
-
-
-def _tied_sweep(mesh, rows, state, ridge, total):
-  """One product; the scatter is the rest of the total. None: too narrow."""
-  one = state._replace(
-    covariances=state.covariances[:1], loadings=state.loadings[:1]
-  )
-  f = factors_of(one)
-  if spread_of(f.scale[0]) > SHARE_LIMIT:
-    return None
-  width = state.means.shape[1]
-  constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
-  params = (
-    constants,
-    f.scale[0],
-    state.means @ f.scale[0],
-    np.ones(state.means.shape),
-  )
-  bounds = _bounds(rows, np.zeros((1, 1)))
-  bounds.pop("second")
-  sums, bound = _summed(mesh, "tied", rows, params, bounds)
-  second = total
-  for first, count, mean in zip(sums["first"], sums["count"], state.means):
-    outer = np.outer(first, mean)
-    second = second - outer - outer.T + count * np.outer(mean, mean)
-  return Sums(
-    sums["count"],
-    _about(sums, state.means),
-    second,
-    np.zeros(state.loadings.shape),
-  ), bound
-
-
-def _pair_sweep(mesh, rows, state, ridge, total):
-  """One Gram for two components, mostly one product. None: too narrow."""
-  width = state.means.shape[1]
-  if width <= JOINT_WIDTH:
-    f = joint_of(state.covariances)
-    basis, centres, precisions = f.basis, state.means @ f.basis, f.precisions
-    spread = f.spread
-  else:
-    f = factors_of(state)
-    basis, precisions = f.scale, np.ones(state.means.shape)
-    centres = np.stack([m @ s for m, s in zip(state.means, f.scale)])
-    spread = np.array([spread_of(s) for s in f.scale])
-  narrow = spread / np.exp(state.log_weights)
-  if narrow.max() > SHARE_LIMIT:
-    return None
-  constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
-  # Summed by itself is the component that bears a difference less well.
-  order = [1, 0] if narrow[1] > narrow[0] else [0, 1]
-  params = (
-    constants[order],
-    basis if basis.ndim == 2 else basis[order],
-    centres[order],
-    precisions[order],
-  )
-  sums, bound = _summed(
-    mesh, "pair", rows, params, _bounds(rows, np.zeros((1, 1)))
-  )
-  sums = {
-    name: value[order] if name != "second" else value
-    for name, value in sums.items()
-  }
-  seconds = [None, None]
-  seconds[order[0]] = sums["second"]
-  seconds[order[1]] = total - sums["second"]
-  second = np.stack(
-    [
-      _moved(*each)
-      for each in zip(seconds, sums["first"], sums["count"], state.means)
-    ]
-  )
-  return Sums(
-    sums["count"],
-    _about(sums, state.means),
-    second,
-    np.zeros(state.loadings.shape),
-  ), bound
-
-
-def _diagonal_sweep(mesh, rows, state, ridge):
-  f = factors_of(state)
-  width = state.means.shape[1]
-  constants = constants_of(state.log_weights, f.log_det, f.trace, width, ridge)
-  bounds = _bounds(rows, state.means)
-  if is_low_rank(state):
-    # |f|^2 <= y^T D^-1 y, and f is no longer than its matrix times y.
-    least = min(float((f.low**2).sum(1).max()), float((f.scale**2).max()))
-    bounds["cross"] = bounds["second"] * max(width * least, 1e-12) ** 0.5
-  sums, bound = _summed(
-    mesh,
-    "diagonal",
-    rows,
-    (constants, state.means, f.scale, f.low, state.loadings),
-    bounds,
-  )
-  return Sums(
-    sums["count"],
-    sums["first"],
-    sums["second"],
-    sums.get("cross", np.zeros(state.loadings.shape)),
-  ), bound
-
-
-def m_step(sums: Sums, state: State, ridge: float, covariance: str) -> State:
-  """New parameters from sums about the present means."""
-  n = sums.count
-  if covariance == "low_rank":
-    return _m_step_low_rank(sums, state, ridge)
-  shift = sums.first / n[:, None]
-  if covariance == "diag":
-    covariances = sums.second / n[:, None] - shift**2
+def m_step(
+  moments: Moments, means: np.ndarray, ridge: float, tied: bool
+) -> Gaussians:
+  """New parameters from moments about the present means [K, P]."""
+  n, shift = moments.count, moments.first / moments.count[:, None]
+  if moments.second.ndim == 2:
+    covariances = moments.second / n[:, None] - shift**2
     covariances = np.maximum(covariances, 0) + ridge
   else:
     outer = shift[:, :, None] * shift[:, None, :]
-    if covariance == "tied":
-      inner = (sums.second - np.tensordot(n, outer, 1)) / n.sum()
-      covariances = np.broadcast_to(inner, outer.shape)
-    else:
-      covariances = sums.second / n[:, None, None] - outer
+    covariances = moments.second / n[:, None, None] - outer
+    if tied:
+      pooled = np.tensordot(n / n.sum(), covariances, 1)
+      covariances = np.broadcast_to(pooled, outer.shape)
     covariances = (covariances + covariances.swapaxes(1, 2)) / 2
     covariances = covariances + ridge * np.eye(shift.shape[1])
-  return State(
-    np.log(n / n.sum()), state.means + shift, covariances, state.loadings
-  )
+  return Gaussians(np.log(n / n.sum()), means + shift, covariances)
 
 
-def _m_step_low_rank(sums: Sums, state: State, ridge: float) -> State:
-  """The M-step of a mixture of factor analysers.
-
-  Ghahramani and Hinton 1996, with the mean as the loading of a constant
-  factor: y = W f + m + noise, E[f | y] = B y with B = W^T Sigma^-1.
-  Rows blurred by the ridge add count * ridge to the moments of y.
-  """
-  count, width, rank = sums.cross.shape
-  means, noise, loadings = [], [], []
-  for k in range(count):
-    d, w, n = state.covariances[k], state.loadings[k], sums.count[k]
-    scaled = w / d[:, None]
-    inner = np.eye(rank) + w.T @ scaled
-    b = np.linalg.solve(inner, scaled.T)  # [q, P]
-    cross = sums.cross[k] + n * ridge * b.T
-    second = sums.second[k] + n * ridge  # of the diagonal
-    f = b @ sums.first[k]
-    moment = n * (np.eye(rank) - b @ w) + b @ cross
-    left = np.concatenate([cross, sums.first[k][:, None]], axis=1)
-    right = np.block([[moment, f[:, None]], [f[None], np.array([[n]])]])
-    both = np.linalg.solve(right, left.T).T  # [P, q + 1], W and m
-    loadings.append(both[:, :rank])
-    means.append(state.means[k] + both[:, rank])
-    noise.append(np.maximum((second - (both * left).sum(1)) / n, NOISE))
-  return State(
-    np.log(sums.count / sums.count.sum()),
-    np.stack(means),
-    np.stack(noise),
-    np.stack(loadings),
-  )
-
-
-def flops(
-  n: int, width: int, components: int, covariance: str, rank: int = 0
-) -> int:
-  """Multiplications and additions of one iteration's products."""
-  square = 2 * n * width**2
-  triangle = 2 * n * sum((e - s) * (width - s) for s, e in exact.panels(width))
-  if covariance == "diag":
-    return 8 * components * n * width
-  if covariance == "low_rank":
-    return components * n * width * (8 + 6 * rank)
-  if covariance == "tied":
-    return square
-  if components == 2:
-    return (1 + (width > JOINT_WIDTH)) * square + triangle
-  return components * (square + triangle)
-
-
-def sweep_of(
-  mesh: jax.sharding.Mesh,
-  z: np.ndarray,
-  ridge: float,
-  covariance: str,
-  share: bool = True,
-) -> Callable[[State], tuple[Sums, float]]:
-  """Places rows once -> sweep(state); see `sweep`.
+def partition(
+  z: np.ndarray, labels: np.ndarray, components: int, ridge: float, kind: str
+) -> Gaussians | None:
+  """The maximum of the likelihood where each row's component is known, plus
+  the ridge; None where a component has no rows.
 
   Args:
-    share: lets two full, or all tied, components share products where that
-      is accurate enough (`SHARE_LIMIT`).
+    z: [n, P] whitened rows.
+    labels: [n] from 0 to K - 1.
+    components: K.
+    ridge: added to every variance.
+    kind: one of COVARIANCES.
   """
-  rows = exact.place(mesh, z)
-  total: Any = None
+  width, diagonal = z.shape[1], kind == "diag"
+  count = np.bincount(labels, minlength=components).astype(np.float64)
+  if not count.all():
+    return None
+  first = np.zeros((components, width))
+  second = np.zeros((components,) + (width,) * (1 if diagonal else 2))
+  for start in range(0, len(z), TILE):
+    part = np.float64(z[start : start + TILE])
+    here = labels[start : start + TILE]
+    for k in range(components):
+      own = part[here == k]
+      first[k] += own.sum(0)
+      second[k] += (own**2).sum(0) if diagonal else own.T @ own
+  moments = Moments(count, first, second)
+  return m_step(moments, np.zeros(first.shape), ridge, kind == "tied")
 
-  def run(state: State) -> tuple[Sums, float]:
-    nonlocal total
-    shared = share and (
-      covariance == "tied" or (covariance == "full" and len(state.means) == 2)
-    )
-    if shared and total is None:
-      total = total_of(mesh, rows)
-    with few_threads(z.shape[1]):
-      return sweep(mesh, rows, state, ridge, covariance, total)
 
-  return run
+def reseeded(g: Gaussians, k: int, mean: np.ndarray, ridge: float) -> Gaussians:
+  """Component k begins again at a row, as wide as all the rows."""
+  means, covariances = g.means.copy(), g.covariances.copy()
+  wide = np.full(len(mean), 1 + ridge)
+  means[k] = mean
+  covariances[k] = wide if covariances.ndim == 2 else np.diag(wide)
+  weights = np.exp(g.log_weights)
+  weights[k] = 1 / len(weights)
+  return Gaussians(np.log(weights / weights.sum()), means, covariances)
+
+
+def flops(n: int, width: int, components: int, kind: str) -> int:
+  """Floating-point operations of one iteration's products."""
+  if kind == "diag":
+    return 8 * components * n * width
+  triangle = sum((e - s) * (width - s) for s, e in exact.panels(width))
+  return 2 * components * n * (width**2 + triangle)

@@ -17,6 +17,7 @@ from jaxalign import progress, sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import NumericError
 from jaxalign.model import decoder, logprob
+from jaxalign.model.flops import decoder_flops
 
 POOLINGS = ("mean", "last", "response")
 # What a pass can yield: name -> whether it has a width, whether it needs the
@@ -212,9 +213,9 @@ def row_flops(
   residual takes the head once more, and its slope.
   """
   if not headed(outputs):
-    return decoder.flops(m._replace(layers=layers or m.layers), length, 0)
+    return decoder_flops(m._replace(layers=layers or m.layers), length, 0)
   slope = 4 * m.vocab * m.width * length if "residual" in outputs else 0
-  return decoder.flops(m, length) + slope
+  return decoder_flops(m, length) + slope
 
 
 def _count(rows: tokens_lib.TokenRows, parts: Parts) -> int:
@@ -367,9 +368,9 @@ def flops(
 ) -> int:
   """Floating-point operations of one pass, padding not counted.
 
-  `logit_rows` as in `decoder.flops`: 0 where the head does not run.
+  `logit_rows` as in `decoder_flops`: 0 where the head does not run.
   """
-  return _over_rows(rows, lambda s: decoder.flops(m, s, logit_rows))
+  return _over_rows(rows, lambda s: decoder_flops(m, s, logit_rows))
 
 
 def pass_flops(

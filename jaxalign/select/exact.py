@@ -1,13 +1,14 @@
-"""Sums over chunks of rows that come out alike in whatever order they ran.
+"""Sums over rows whose bits depend neither on the mesh nor on the order.
 
 The rows lie in chunks in id order, and each chunk's sums are one float32
 program, whichever device runs it. A chunk's sum is then cut into two whole
 numbers, so that adding chunks, on one device and over all of them, rounds
-nothing: no order of them, and so no mesh, can change a bit. What leaves the
-devices is one sum and not one of every chunk.
+nothing. What leaves the devices is one sum and not one of every chunk.
 """
 
 from collections.abc import Callable
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,27 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import sharding
+from jaxalign.select import chunks
 
 ROUND = 64  # rows of a chunk are a multiple of it
-TILE = 2048  # rows that go through E-step and sums while they are in cache
+ROWS = 2048  # of a chunk: what stays in a CPU's cache from first use to last
+CHUNKS = (64, 1024)  # at least for a pod's chips; at most for the whole numbers
 PANEL = 192  # columns from which products over WIDE rows are never cut
 WIDE = 256
 LIMB = 20  # bits of a whole number that one chunk fills, of 31
+WAVE = 1 << 16  # rows of a Gram that lie on the devices at once
 HIGHEST = jax.lax.Precision.HIGHEST  # a TPU would multiply in bfloat16
 
 
-class Rows(NamedTuple):
+class RowChunks(NamedTuple):
   """Rows on the mesh, in chunks; n of them are real."""
 
-  tiles: jax.Array  # [chunks, rows, P] float32
+  x: jax.Array  # [chunks, rows, P] float32
   weight: jax.Array  # [chunks, rows] float32, 1 of a real row, else 0
   n: int
   square: float  # the largest sum of squares of one column in one chunk
-
-
-def chunk_count(n: int) -> int:
-  """Chunks of n rows: enough for a pod's chips where the rows are many."""
-  return 64 if n <= 1 << 21 else 1024
 
 
 def layout(n: int, devices: int) -> tuple[int, int]:
@@ -44,30 +43,31 @@ def layout(n: int, devices: int) -> tuple[int, int]:
   A device has at least two chunks, some of them empty: XLA unrolls a loop of
   one step and may then fuse it otherwise.
   """
-  count = chunk_count(n)
-  rows = -(-n // (count * ROUND)) * ROUND
+  few, many = CHUNKS
+  rows = ROUND * math.ceil(max(min(n / few, ROWS), n / many) / ROUND)
+  count = -(-n // rows)
   return max(2, -(-count // devices)) * devices, rows
 
 
-def place(mesh: jax.sharding.Mesh, z: np.ndarray) -> Rows:
-  """[n, P] host rows in id order -> `Rows`."""
-  n, width = z.shape
-  chunks, rows = layout(n, mesh.size)
+def place(mesh: jax.sharding.Mesh, x: np.ndarray) -> RowChunks:
+  """[n, P] host rows in id order -> `RowChunks`."""
+  n, width = x.shape
+  count, rows = layout(n, mesh.size)
   square = max(
-    float((np.float64(z[s : s + rows]) ** 2).sum(0).max())
+    float((np.float64(x[s : s + rows]) ** 2).sum(0).max())
     for s in range(0, n, rows)
   )
 
   def made(places):  # the rows of this process only
     out = np.zeros((len(places), rows, width), np.float32)
     for i, chunk in enumerate(places):
-      part = z[chunk * rows : (chunk + 1) * rows]
+      part = x[chunk * rows : (chunk + 1) * rows]
       out[i, : len(part)] = part
     at = places[:, None] * rows + np.arange(rows)
     return out, np.float32(at < n)
 
-  tiles, weight = sharding.put_rows(mesh, (chunks,), made, "pool")
-  return Rows(tiles, weight, n, square)
+  placed, weight = sharding.put_rows(mesh, (count,), made, "pool")
+  return RowChunks(placed, weight, n, square)
 
 
 def scale_of(bound: float) -> np.float32:
@@ -87,84 +87,83 @@ def _cut(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
   return whole.astype(jnp.int32), low.astype(jnp.int32)
 
 
-def joined(pair: tuple[jax.Array, jax.Array], scale: Any) -> np.ndarray:
+def _joined(pair: tuple[jax.Array, jax.Array], scale: Any) -> np.ndarray:
   """The float64 sum that two whole numbers stand for."""
   high, low = (sharding.fetch(a).astype(np.float64) for a in pair)
   return (high + low / 2.0**LIMB) / (2.0**LIMB * np.float64(scale))
 
 
+@functools.lru_cache(maxsize=32)
 def program(mesh: jax.sharding.Mesh, fn: Callable) -> Callable:
   """Jits the sums of fn over all chunks.
 
   Args:
     mesh: the mesh.
-    fn: `fn(params, tile [rows, P], weight [rows])` -> (tree of float32 sums,
-      [rows / ROUND] log-likelihoods).
+    fn: `fn(params, chunk [rows, P], weight [rows])` -> (tree of float32 sums,
+      [rows / ROUND] values that are kept apart).
 
   Returns:
-    run(params, scales, tiles, weight) -> (the tree with a pair of whole
-    numbers for each sum, for `joined`; [chunks, rows / ROUND]). `scales` has
-    one of `scale_of` for each sum.
+    run(params, scales, chunks, weight) -> (the tree with a pair of whole
+    numbers for each sum; [chunks, rows / ROUND]). `scales` has a number of
+    `scale_of` by name.
   """
 
-  def local(params, scales, tiles, weight):
+  def local(params, scales, x, weight):
+    def cut_sums(chunk):
+      found, value = fn(params, *chunk)
+      for name, scale in scales.items():
+        cut = functools.partial(_cut, scale=scale)
+        found[name] = jax.tree.map(cut, found[name])
+      return found, value
+
     def step(total, chunk):
-      sums, bound = fn(params, *chunk)
-      parts = jax.tree.map(_cut, sums, scales)
-      return jax.tree.map(jnp.add, total, parts), bound
+      parts, value = cut_sums(chunk)
+      return jax.tree.map(jnp.add, total, parts), value
 
-    like = jax.eval_shape(lambda: fn(params, tiles[0], weight[0])[0])
-    zero = jax.tree.map(lambda a: (jnp.zeros(a.shape, jnp.int32),) * 2, like)
-    total, bound = jax.lax.scan(step, zero, (tiles, weight))
-    return jax.lax.psum(total, sharding.AXES), bound
+    like = jax.eval_shape(cut_sums, (x[0], weight[0]))[0]
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    total, value = jax.lax.scan(step, zero, (x, weight))
+    return jax.lax.psum(total, sharding.AXES), value
 
-  @jax.jit
-  def run(params, scales, tiles, weight):
-    rows = sharding.spec("pool")
-    return jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=(jax.P(), jax.P(), rows, rows),
-      out_specs=(jax.P(), rows),
-      check_vma=False,
-    )(params, scales, tiles, weight)
-
-  return run
+  rows = sharding.spec("pool")
+  run = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(jax.P(), jax.P(), rows, rows),
+    out_specs=(jax.P(), rows),
+    check_vma=False,
+  )
+  return jax.jit(run)
 
 
-def over_tiles(fn: Callable, *arrays: jax.Array) -> tuple[Any, jax.Array]:
-  """fn's sums over a chunk, TILE rows at a time; its rows' values joined.
+def sums(
+  mesh: jax.sharding.Mesh,
+  fn: Callable,
+  rows: RowChunks,
+  params: tuple,
+  bounds: dict[str, float],
+) -> tuple[dict[str, np.ndarray], float]:
+  """Runs `program` -> (float64 sums by name, the sum of the values apart).
 
   Args:
-    fn: tiles -> (tree of sums, [rows / ROUND] values).
-    *arrays: [rows, ...], rows a multiple of ROUND.
+    mesh: as of `rows`.
+    fn: as of `program`; its sums are a dict, a Gram the tuple of `gram`.
+    rows: as of `place`.
+    params: arrays, rounded to float32 and put on every device.
+    bounds: by name, what no chunk's sum can exceed in size.
   """
-  if sharding.platform() != "cpu":  # nothing to keep in a cache
-    return fn(*arrays)
-  rows = arrays[0].shape[0]
-  whole = rows // TILE
-  parts = []
-  if rows % TILE:
-    parts.append(fn(*(a[whole * TILE :] for a in arrays)))
-  if whole:
-    tiled = [
-      a[: whole * TILE].reshape((whole, TILE) + a.shape[1:]) for a in arrays
-    ]
-    first, value = fn(*(a[0] for a in tiled))
-    if whole > 1:
-      first, values = jax.lax.scan(
-        lambda total, tile: (
-          lambda sums, v: (jax.tree.map(jnp.add, total, sums), v)
-        )(*fn(*tile)),
-        first,
-        tuple(a[1:] for a in tiled),
-      )
-      value = jnp.concatenate([value, values.reshape(-1)])
-    parts.insert(0, (first, value))
-  sums = parts[0][0]
-  for more, _ in parts[1:]:
-    sums = jax.tree.map(jnp.add, sums, more)
-  return sums, jnp.concatenate([value for _, value in parts])
+  put = lambda a: sharding.put(mesh, np.float32(a), *[None] * np.ndim(a))
+  scales = {name: scale_of(bound) for name, bound in bounds.items()}
+  found, values = program(mesh, fn)(
+    jax.tree.map(put, params), jax.tree.map(put, scales), rows.x, rows.weight
+  )
+  out = {}
+  for name, scale in scales.items():
+    if isinstance(found[name][0], tuple):
+      out[name] = _mirrored([_joined(pair, scale) for pair in found[name]])
+    else:
+      out[name] = _joined(found[name], scale)
+  return out, math.fsum(sharding.fetch(values).ravel().tolist())
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -179,20 +178,15 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
   dot = lambda x, y: jnp.einsum("tp,tq->pq", x, y, precision=HIGHEST)
   if sharding.platform() != "cpu":
     return dot(a, b)
-  rows = a.shape[0]
   if min(a.shape[1], b.shape[1]) >= PANEL:
     total = dot(a[:WIDE], b[:WIDE])
-    for s in range(WIDE, rows, WIDE):
+    for s in range(WIDE, a.shape[0], WIDE):
       total += dot(a[s : s + WIDE], b[s : s + WIDE])
     return total
-  cut = lambda x: x.reshape(rows // ROUND, ROUND, -1)
+  cut = lambda x: x.reshape(-1, ROUND, x.shape[1])
   a, b = cut(a), cut(b)
-  return jax.lax.scan(
-    lambda total, x: (total + dot(*x), None),
-    dot(a[0], b[0]),
-    (a[1:], b[1:]),
-    unroll=4,
-  )[0]
+  add = lambda total, part: (total + dot(*part), None)
+  return jax.lax.scan(add, dot(a[0], b[0]), (a[1:], b[1:]), unroll=4)[0]
 
 
 def panels(width: int) -> list[tuple[int, int]]:
@@ -207,12 +201,39 @@ def gram(a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(product(a[:, s:e], b[:, s:]) for s, e in panels(a.shape[1]))
 
 
-def mirrored(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+def _mirrored(parts: list[np.ndarray]) -> np.ndarray:
   """What `gram` returned, on the host -> symmetric [..., P, P]."""
   width = parts[0].shape[-1]
   out = np.zeros(parts[0].shape[:-2] + (width, width))
   for (s, e), part in zip(panels(width), parts):
     out[..., s:e, s:] = part
-  upper = np.triu(np.ones((width, width), bool))
-  out = np.where(upper, out, 0.0)
-  return out + out.swapaxes(-1, -2) - out * np.eye(width)
+  upper = np.triu(out)
+  return upper + np.triu(out, 1).swapaxes(-1, -2)
+
+
+def _gram_chunk(params, x, weight):
+  del params
+  return dict(gram=gram(x, x)), weight.reshape(-1, ROUND).sum(1)
+
+
+def gram_of(
+  mesh: jax.sharding.Mesh, x: np.ndarray, mean: np.ndarray | None = None
+) -> np.ndarray:
+  """Sum of outer products [E, E]: float32 chunks, exactly added.
+
+  Rows pass in waves, so the devices never hold more than a wave of them.
+
+  Args:
+    mesh: the mesh.
+    x: [n, E] float32.
+    mean: [E] float64 that rows are less by; None: nothing.
+  """
+  total = np.zeros((x.shape[1],) * 2)
+  for start in range(0, len(x), WAVE):
+    part = x[start : start + WAVE]
+    if mean is not None:
+      part = chunks.less(part, mean)
+    rows = place(mesh, part)
+    bounds = dict(gram=rows.square)
+    total += sums(mesh, _gram_chunk, rows, (), bounds)[0]["gram"]
+  return total

@@ -6,7 +6,7 @@ products, and one block of rows at a time where they are read from a file.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -187,19 +187,3 @@ def sample(hashes: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     return np.sort(rows)
   order = np.argsort(hashes[rows], kind="stable")
   return np.sort(rows[order[:count]])
-
-
-def wilson(count: int, of: int) -> dict[str, Any]:
-  """A share with its 95 % interval, Wilson 1927; None where `of` is 0."""
-  if not of:
-    return {"value": None, "low": None, "high": None, "n": 0}
-  z = 1.959963984540054
-  p, scale = count / of, 1 + z * z / of
-  middle = (p + z * z / (2 * of)) / scale
-  half = z / scale * np.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-  return {
-    "value": p,
-    "low": float(middle - half) if count else 0.0,
-    "high": float(middle + half) if count < of else 1.0,
-    "n": int(of),
-  }

@@ -132,7 +132,10 @@ def make_pool(ids: Any, columns: dict[str, Any]) -> Pool:
 
 
 def needs(
-  *columns: str, optional: tuple[str, ...] = (), pairs: bool = False
+  *columns: str,
+  optional: tuple[str, ...] = (),
+  pairs: bool = False,
+  cost: Callable | None = None,
 ) -> Callable[[Callable], Callable]:
   """Declares the pool columns a sampler reads; only those are computed.
 
@@ -140,12 +143,14 @@ def needs(
     *columns: read whatever its keywords are.
     optional: read where the pool has them, or where a keyword names them.
     pairs: it compares two responses, and refuses rows of one.
+    cost: (`costs.Sizes`, its keywords) -> `costs.Work`, for the plan.
   """
 
   def mark(sampler: Callable) -> Callable:
     sampler.needs = columns
     sampler.optional = optional
     sampler.pairs = pairs
+    sampler.cost = cost
     return sampler
 
   return mark

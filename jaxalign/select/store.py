@@ -1,19 +1,27 @@
-"""Columns of rows by record id, in shards with one writer and a digest each.
+"""Columns of the pool on disk: arrays that readers map, in shards with digests.
 
-A shard is a fixed range of rows in id order. Its columns are .npy files; the
-small file written after them holds their digests and that of the shard's ids,
-so a shard is whole or it is not there. A run that was killed goes on at the
-first shard that is missing or harmed, and reading maps a shard into memory
-where the disk is local: what is held is a tile, whatever N is.
+A shard is a fixed range of rows in id order with one writer. A small file
+written after its rows holds their digests and that of the shard's ids, so a
+shard is whole or it is not there: a run that was killed resumes at the first
+shard that is missing or damaged. On a disk a column is one .npy file, of which
+a reader maps what it reads; in a bucket, where no file can be written in
+ranges, it is one file a shard.
 
   store.json                what made it, how many rows, which columns
   shards/00012.json         digests of shard 12, written last
-  <column>/00012.npy        its rows; "id" is a column too
+  <column>.npy              all rows; in a bucket <column>/00012.npy
+
+Not tensorstore or zarr: what they hand out is read into memory, and samplers
+take NumPy arrays; nor do they say which rows are damaged.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 import hashlib
+import io
 import json
+import math
+import os
+import tempfile
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -22,19 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import artifacts, progress, sharding
-from jaxalign.errors import ConfigError, CorruptError
+from jaxalign.errors import ConfigError, CorruptError, WriteError
 
 SHARD = 8192  # rows, where nobody says another number
 DTYPES = ("float32", "bfloat16")
-ID = "id"
 _BFLOAT16 = np.dtype(jnp.bfloat16)  # a .npy file holds its bits as uint16
 
 
-class Column(NamedTuple):
+class ArraySpec(NamedTuple):
   """What one row of a column looks like."""
 
   shape: tuple[int, ...]  # without the axis of rows
-  dtype: str = "float32"  # a NumPy name, or "bfloat16"
+  dtype: str = "float32"  # or "bfloat16"
 
 
 class Store(NamedTuple):
@@ -43,8 +50,8 @@ class Store(NamedTuple):
   folder: epath.Path
   rows: int  # N
   shard: int  # rows of a shard; the last has what is left
-  columns: dict[str, Column]
-  fields: dict[str, Any]  # what made it: model, data, knobs
+  columns: dict[str, ArraySpec]
+  fields: dict[str, Any]  # what made it: model, data, options
   ids: str  # digest of all record ids, in order
   key: str  # of all this; every shard's file repeats it
 
@@ -58,89 +65,45 @@ class Store(NamedTuple):
     start = shard * self.shard
     return start, min(self.rows, start + self.shard)
 
+  def sizes(self, shards: Iterable[int]) -> list[int]:
+    """The rows of some shards."""
+    return [stop - start for start, stop in map(self.bounds, shards)]
+
 
 def encoded(ids: Any) -> np.ndarray:
-  """[N] record ids -> [N] UTF-8 bytes of one width; bytes stay as they are."""
+  """[N] record ids -> [N] UTF-8 bytes of one width."""
   if getattr(ids, "dtype", None) is not None and ids.dtype.kind == "S":
     return ids
   out = [str(i).encode() for i in ids]
   return np.array(out, f"S{max(map(len, out), default=1) or 1}")
 
 
-class StoredIds:
-  """The ids of a store, [N] bytes, read when they are sliced.
-
-  A class because it stands where an array of N would.
-  """
-
-  def __init__(self, store: Store):
-    self.store, self.dtype = store, np.dtype(store.columns[ID].dtype)
-
-  def __len__(self) -> int:
-    return self.store.rows
-
-  def __getitem__(self, where: slice) -> np.ndarray:
-    start, stop, _ = where.indices(self.store.rows)
-    return read_rows(self.store, ID, start, stop)
+def _digest(x: Any) -> str:
+  """Of an array's bytes, or of a JSON value."""
+  if isinstance(x, np.ndarray):
+    return hashlib.sha256(np.ascontiguousarray(x).data).hexdigest()
+  return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_ids(ids: Any, start: int, stop: int) -> str:
-  """Of any range in steps, so that no copy of all of them is made."""
-  total = hashlib.sha256()
-  for at in range(start, stop, 65536):
-    total.update(
-      np.ascontiguousarray(ids[at : min(stop, at + 65536)]).tobytes()
-    )
-  return total.hexdigest()
-
-
-def _described(
-  rows: int,
-  shard: int,
-  columns: dict[str, Column],
-  fields: dict[str, Any],
-  ids: str,
-) -> dict[str, Any]:
-  """What store.json says, less the key."""
-  return json.loads(
-    json.dumps(
-      dict(
-        rows=rows,
-        shard=shard,
-        fields=fields,
-        ids=ids,
-        columns={n: [list(c.shape), c.dtype] for n, c in columns.items()},
-      )
-    )
-  )
-
-
-def _store(folder: Any, said: dict[str, Any]) -> Store:
+def _store(folder: Any, description: dict[str, Any]) -> Store:
   columns = {
-    n: Column(tuple(shape), dtype)
-    for n, (shape, dtype) in said["columns"].items()
+    name: ArraySpec(tuple(shape), dtype)
+    for name, (shape, dtype) in description["columns"].items()
   }
-  key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-  return Store(
-    epath.Path(folder),
-    said["rows"],
-    said["shard"],
-    columns,
-    said["fields"],
-    said["ids"],
-    key[:16],
-  )
+  given = {k: description[k] for k in ("rows", "shard", "fields", "ids")}
+  key = _digest(description)[:16]
+  return Store(epath.Path(folder), columns=columns, key=key, **given)
 
 
 def _read_description(folder: epath.Path) -> dict[str, Any] | None:
-  """What store.json says; None where it is absent or harmed."""
+  """What store.json says; None where it is absent or damaged."""
   path = folder / "store.json"
   if not path.exists():
     return None
   try:
-    said = artifacts.read_json(path)
-    key = said.pop("key")
-    return said if _store(folder, said).key == key else None
+    found = artifacts.read_json(path)
+    key = found.pop("key")
+    return found if _store(folder, found).key == key else None
   except (ValueError, KeyError, TypeError, AttributeError):
     return None
 
@@ -149,43 +112,38 @@ def _refuse(
   folder: epath.Path, found: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
   """Names the first thing in which two descriptions differ."""
-  flat = [
-    {f"fields.{k}": v for k, v in one["fields"].items()}
-    | {k: v for k, v in one.items() if k != "fields"}
-    for one in (found, wanted)
-  ]
-  for name in sorted(flat[0].keys() | flat[1].keys()):
-    was, now = flat[0].get(name), flat[1].get(name)
-    if was == now:
+  was, now = (one | one["fields"] for one in (found, wanted))
+  for name in sorted((was.keys() | now.keys()) - {"fields"}):
+    a, b = was.get(name), now.get(name)
+    if a == b:
       continue
     if name == "ids":
       raise ConfigError(
         f"{folder} holds numbers of other records: its ids "
-        f"have the digest {was[:12]}, these {now[:12]}; use "
+        f"have the digest {a[:12]}, these {b[:12]}; use "
         "another folder or make it again"
       )
     raise ConfigError(
-      f"{folder} was made by something else: "
-      f"{name.removeprefix('fields.')} was {was!r}, now "
-      f"{now!r}; use another folder or make it again"
+      f"{folder} was made by something else: {name} was {a!r}, now {b!r}; "
+      "use another folder or make it again"
     )
 
 
 def create(
   folder: Any,
   ids: np.ndarray,
-  columns: dict[str, Column],
+  columns: dict[str, ArraySpec],
   *,
   fields: dict[str, Any],
   shard: int = SHARD,
 ) -> Store:
-  """Makes a store, or finds the one to go on with.
+  """Makes a store, or finds the one to resume.
 
   Args:
     folder: of the store alone; all processes call.
-    ids: [N] record ids, sorted; bytes as of `encoded` (a memory map may be).
-    columns: name -> what a row looks like; "id" is added.
-    fields: JSON values that name what makes the numbers: model, data, knobs.
+    ids: [N] record ids, sorted; see `encoded`.
+    columns: name -> what a row looks like.
+    fields: JSON values that name what makes the numbers: model, data, options.
     shard: rows of a shard.
 
   Raises:
@@ -203,65 +161,109 @@ def create(
         f"{', '.join(DTYPES)}; set config.embed.store_dtype"
       )
   folder, ids = epath.Path(folder), encoded(ids)
-  said = _described(
-    len(ids),
-    shard,
-    columns | {ID: Column((), ids.dtype.str)},
-    fields,
-    _digest_ids(ids, 0, len(ids)),
-  )
-  found, wanted = _read_description(folder), _store(folder, said)
+  description = dict(rows=len(ids), shard=shard, fields=fields, columns=columns)
+  description = json.loads(json.dumps(description | dict(ids=_digest(ids))))
+  found, wanted = _read_description(folder), _store(folder, description)
   if found is not None:
-    _refuse(folder, found, said)
+    _refuse(folder, found, description)
   sharding.barrier("store is looked at")
-  if found is None and jax.process_index() == 0:
-    artifacts.write_json(folder / "store.json", said | dict(key=wanted.key))
+  if jax.process_index() == 0:
+    if found is None:
+      artifacts.write_json(
+        folder / "store.json", description | dict(key=wanted.key)
+      )
+    for name in columns:
+      _make_room(wanted, name)
   sharding.barrier("store is there")
   return wanted
 
 
-def open_store(
-  folder: Any,
-  *,
-  fields: dict[str, Any] | None = None,
-  ids: np.ndarray | None = None,
-) -> Store:
+def open_store(folder: Any) -> Store:
   """A finished store, to be read.
-
-  Args:
-    folder: where it is.
-    fields: what it must have been made of; None: anything.
-    ids: the records it must be of; None: any.
 
   Raises:
     CorruptError: there is no store, or it lacks shards.
-    ConfigError: it was made by another model or of other records.
   """
   folder = epath.Path(folder)
-  said = _read_description(folder)
-  if said is None:
+  found = _read_description(folder)
+  if found is None:
     raise CorruptError(
-      f"{folder} holds no store, or store.json is harmed; run "
+      f"{folder} holds no store, or store.json is damaged; run "
       "the stage that makes it again"
     )
-  found = _store(folder, said)
-  if fields is not None:
-    _refuse(folder, said, said | dict(fields=json.loads(json.dumps(fields))))
-  if ids is not None:
-    ids = encoded(ids)
-    _refuse(
-      folder,
-      said,
-      said | dict(rows=len(ids), ids=_digest_ids(ids, 0, len(ids))),
-    )
-  missing = [s for s in range(found.shards) if not _side(found, s).exists()]
+  store = _store(folder, found)
+  missing = [s for s in range(store.shards) if not _side(store, s).exists()]
   if missing:
     raise CorruptError(
-      f"{folder} lacks {len(missing)} of {found.shards} "
+      f"{folder} lacks {len(missing)} of {store.shards} "
       f"shards, {missing[0]:05d} the first; run the stage "
       "that makes it again"
     )
-  return found
+  return store
+
+
+# Where the rows of a column lie.
+
+
+def _in_bucket(store: Store) -> bool:
+  return "://" in str(store.folder)
+
+
+def _layout(store: Store, name: str) -> tuple[bytes, np.dtype, tuple]:
+  """The header of a column's .npy file, its dtype and its shape."""
+  spec = store.columns[name]
+  dtype = np.dtype("uint16" if spec.dtype == "bfloat16" else spec.dtype)
+  shape = (store.rows, *spec.shape)
+  header = io.BytesIO()
+  about = dict(descr=dtype.str, fortran_order=False, shape=shape)
+  np.lib.format.write_array_header_1_0(header, about)
+  return header.getvalue(), dtype, shape
+
+
+def _make_room(store: Store, name: str) -> None:
+  """A file with room for all rows; those that are there stay."""
+  if _in_bucket(store):
+    return
+  header, dtype, shape = _layout(store, name)
+  path = os.fspath(store.folder / f"{name}.npy")
+  with open(path, "r+b" if os.path.exists(path) else "w+b") as file:
+    file.write(header)
+    file.truncate(len(header) + dtype.itemsize * math.prod(shape))
+
+
+def _write_rows(store: Store, name: str, shard: int, x: np.ndarray) -> None:
+  """The rows of one shard, as the file holds them."""
+  if _in_bucket(store):
+    path = store.folder / name / f"{shard:05d}.npy"
+    return artifacts.write_array(path, x)
+  header, dtype, shape = _layout(store, name)
+  row = dtype.itemsize * math.prod(shape[1:])
+  path = os.fspath(store.folder / f"{name}.npy")
+  try:
+    with open(path, "r+b") as file:
+      file.seek(len(header) + row * store.bounds(shard)[0])
+      file.write(np.ascontiguousarray(x).data)
+  except OSError as error:
+    raise WriteError(
+      f"cannot write {path}: {error.strerror or error}; free "
+      "space or permissions, or another --workdir"
+    ) from error
+  return None
+
+
+def _read_rows(store: Store, name: str, shard: int) -> np.ndarray:
+  """The rows of one shard, as the file holds them; ValueError if it has not
+  the size it should have."""
+  start, stop = store.bounds(shard)
+  _, dtype, shape = _layout(store, name)
+  if _in_bucket(store):
+    x = artifacts.read_array(store.folder / name / f"{shard:05d}.npy")
+    shape = (stop - start, *shape[1:])
+  else:
+    x = artifacts.read_array(store.folder / f"{name}.npy")
+  if x.shape != shape or x.dtype != dtype:
+    raise ValueError(f"{name} is {x.dtype}{list(x.shape)}")
+  return x if _in_bucket(store) else x[start:stop]
 
 
 # Shards.
@@ -269,10 +271,6 @@ def open_store(
 
 def _side(store: Store, shard: int) -> epath.Path:
   return store.folder / "shards" / f"{shard:05d}.json"
-
-
-def _file(column: str, shard: int) -> str:
-  return f"{column}/{shard:05d}.npy"
 
 
 def write_shard(
@@ -287,37 +285,31 @@ def write_shard(
     arrays: column -> [rows of the shard, ...], float32 or the column's dtype.
   """
   start, stop = store.bounds(shard)
-  files = {}
-  arrays = arrays | {ID: np.asarray(encoded(ids)[start:stop])}
-  for name, column in store.columns.items():
+  digests = {}
+  for name, spec in store.columns.items():
     x = np.asarray(arrays[name])
-    if x.shape != (stop - start, *column.shape):
+    if x.shape != (stop - start, *spec.shape):
       raise ValueError(
         f"column {name} has shape {x.shape}, wanted "
-        f"{(stop - start, *column.shape)}"
+        f"{(stop - start, *spec.shape)}"
       )
-    if column.dtype == "bfloat16":
+    if spec.dtype == "bfloat16":
       x = x.astype(_BFLOAT16, copy=False).view(np.uint16)
     else:
-      x = x.astype(column.dtype, copy=False)
-    path = store.folder / _file(name, shard)
-    artifacts.write_array(path, x)
-    files[_file(name, shard)] = artifacts.digest(path)
+      x = x.astype(spec.dtype, copy=False)
+    _write_rows(store, name, shard, x)
+    digests[name] = _digest(x)
   side = dict(
     shard=shard,
     rows=[start, stop],
     key=store.key,
-    ids=_digest_ids(arrays[ID], 0, stop - start),
-    files=files,
+    ids=_digest(encoded(ids)[start:stop]),
+    columns=digests,
   )
   artifacts.write_json(_side(store, shard), side | dict(digest=_digest(side)))
 
 
-def _digest(side: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(side, sort_keys=True).encode()).hexdigest()
-
-
-def harm(store: Store, shard: int, ids: np.ndarray) -> str | None:
+def damage(store: Store, shard: int, ids: np.ndarray) -> str | None:
   """Why a shard has to be made: "" where it is absent, None where it is whole.
 
   Every byte of the shard is read.
@@ -331,13 +323,19 @@ def harm(store: Store, shard: int, ids: np.ndarray) -> str | None:
       raise ValueError("digest")
     if side["key"] != store.key:
       return "is of another store"
-    files, seen = side["files"], side["ids"]
+    if side["ids"] != _digest(encoded(ids)[slice(*store.bounds(shard))]):
+      return "is of other records"
+    digests = dict(side["columns"])
   except (ValueError, KeyError, TypeError, AttributeError):
-    return "has other bytes than were written"
-  if seen != _digest_ids(encoded(ids), *store.bounds(shard)):
-    return "is of other records"
-  bad = artifacts.harmed(store.folder, files)
-  return bad[0] if bad else None
+    return "its record has other bytes than were written"
+  for name in store.columns:
+    try:
+      if _digest(_read_rows(store, name, shard)) == digests.get(name):
+        continue
+    except (ValueError, OSError, EOFError):
+      pass
+    return f"{name} has other bytes than were written"
+  return None
 
 
 def pending(store: Store, ids: np.ndarray) -> list[int]:
@@ -349,7 +347,7 @@ def pending(store: Store, ids: np.ndarray) -> list[int]:
   ids, mine = encoded(ids), jax.process_index()
   wanted = np.zeros(store.shards, np.int32)
   for shard in range(mine, store.shards, jax.process_count()):
-    why = harm(store, shard, ids)
+    why = damage(store, shard, ids)
     wanted[shard] = why is not None
     if why:
       progress.say(f"  shard {shard:05d}: {why}; doing it again")
@@ -360,95 +358,39 @@ def pending(store: Store, ids: np.ndarray) -> list[int]:
   return np.flatnonzero(wanted).tolist()
 
 
+def owned(shards: Iterable[int]) -> list[list[int]]:
+  """Shards -> those of every process: one writer each, dealt in turn."""
+  shards, count = list(shards), jax.process_count()
+  return [shards[process::count] for process in range(count)]
+
+
 # Reading.
 
 
-def _rows(
-  store: Store, column: str, shard: int, start: int, stop: int
-) -> np.ndarray:
-  """Rows `start` to `stop` of a shard, counted from its first."""
-  x = artifacts.read_array(store.folder / _file(column, shard))
-  if store.columns[column].dtype == "bfloat16":
-    x = x.view(_BFLOAT16)
-  return x[start:stop]
+def scratch(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+  """An array in a file of no name, gone with it: no anonymous memory."""
+  with tempfile.TemporaryFile() as file:
+    return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def read_rows(store: Store, column: str, start: int, stop: int) -> np.ndarray:
-  """Rows `start` to `stop` [n, ...] of a column, in its own dtype.
+def read(folder: Any, column: str) -> np.ndarray:
+  """A whole column [N, ...] float32, mapped: what is held is what is touched.
 
-  Within one shard of a local disk it is a view of the file.
+  One of bfloat16, or in a bucket, is copied to a scratch file first.
   """
-  _known(store, column)
-  parts, at = [], start
-  while at < stop or not parts:
-    shard = min(at // store.shard, store.shards - 1)
-    first, last = store.bounds(shard)
-    parts.append(
-      _rows(store, column, shard, at - first, min(stop, last) - first)
-    )
-    at = last
-  return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _known(store: Store, column: str) -> None:
+  store = folder if isinstance(folder, Store) else open_store(folder)
   if column not in store.columns:
     raise ConfigError(
       f"{store.folder} has no column {column!r}, it has "
       f"{', '.join(sorted(store.columns))}"
     )
-
-
-def tiles(
-  store: Store, column: str, rows: int
-) -> Iterator[tuple[int, np.ndarray]]:
-  """(first row, [rows, ...]) of every tile in order; the last is shorter.
-
-  Where the tiles begin depends on N and `rows` alone, not on the shards.
-  """
-  for start in range(0, store.rows, rows):
-    yield start, read_rows(store, column, start, min(store.rows, start + rows))
-
-
-def take(store: Store, column: str, index: np.ndarray) -> np.ndarray:
-  """Rows `index` [n] of a column, in that order; floats become float32."""
-  _known(store, column)
-  index = np.asarray(index, np.int64)
-  shape, dtype = store.columns[column]
-  out = np.empty(
-    (len(index), *shape), np.float32 if dtype == "bfloat16" else dtype
-  )
-  order = np.argsort(index, kind="stable")
-  cuts = np.searchsorted(
-    index[order], np.arange(store.shards + 1) * store.shard
-  )
-  for shard in np.flatnonzero(np.diff(cuts)).tolist():
-    where = order[cuts[shard] : cuts[shard + 1]]
-    first, last = store.bounds(shard)
-    out[where] = _rows(store, column, shard, 0, last - first)[
-      index[where] - first
-    ]
+  spec = store.columns[column]
+  if spec.dtype == "float32" and not _in_bucket(store) and store.rows:
+    return artifacts.read_array(store.folder / f"{column}.npy")
+  shape = store.rows, *spec.shape
+  out = scratch(shape) if math.prod(shape) else np.zeros(shape, np.float32)
+  for shard in range(store.shards):
+    x = _read_rows(store, column, shard)
+    x = x.view(_BFLOAT16) if spec.dtype == "bfloat16" else x
+    out[slice(*store.bounds(shard))] = x
   return out
-
-
-def read(folder: Any, column: str) -> np.ndarray:
-  """A whole column [N, ...], for who holds all rows; bfloat16 as float32.
-
-  A column of one shard stays a map of its file.
-  """
-  store = folder if isinstance(folder, Store) else open_store(folder)
-  _known(store, column)
-  if store.shards == 1 and store.columns[column].dtype != "bfloat16":
-    return read_rows(store, column, 0, store.rows)
-  shape, dtype = store.columns[column]
-  out = np.empty(
-    (store.rows, *shape), np.float32 if dtype == "bfloat16" else dtype
-  )
-  for start, x in tiles(store, column, store.shard):
-    out[start : start + len(x)] = x
-  return out
-
-
-def owned(shards: Iterable[int]) -> list[list[int]]:
-  """Shards -> those of every process: one writer each, dealt in turn."""
-  shards, count = list(shards), jax.process_count()
-  return [shards[process::count] for process in range(count)]

@@ -17,7 +17,8 @@ from jaxalign import progress, sharding
 from jaxalign.errors import ConfigError, DataError, NumericError
 from jaxalign.hub import resolve_settings
 from jaxalign.model import encoder, weights
-from jaxalign.model.table import Params
+from jaxalign.model.flops import encoder_flops
+from jaxalign.model.parameters import Params
 
 _CHUNK = 1024  # texts tokenised between two ticks of the bar
 _SPARE = 128  # rows a table may have beyond its tokenizer (rounded up sizes)
@@ -203,5 +204,5 @@ def flops(m: encoder.EncoderConfig, lengths: np.ndarray) -> int:
   """Floating-point operations of rows of these lengths, no padding."""
   each, counts = np.unique(lengths, return_counts=True)
   return int(
-    sum(encoder.flops(m, int(s)) * int(c) for s, c in zip(each, counts))
+    sum(encoder_flops(m, int(s)) * int(c) for s, c in zip(each, counts))
   )

@@ -13,7 +13,7 @@ from jaxalign.artifacts import Cost, pick
 from jaxalign.checkpoints import Checkpoints, restore_params
 from jaxalign.errors import DataError
 from jaxalign.job import Arm, arm_folder, Job, lora_of
-from jaxalign.lookup import edition
+from jaxalign.lookup import source_digests
 from jaxalign.model import adapters, decoder
 from jaxalign.stages import watched
 from jaxalign.stages.ref_logps import like, rows_of, updates_for
@@ -180,7 +180,7 @@ def run_align(job: Job, arm: Arm) -> None:
     *watched.reads(c.train),
     *(["lora"] if lora else []),
   ) | like(arm)
-  fields = watched.card_fields(c.train, fields) | edition(c.loss.name)
+  fields = watched.card_fields(c.train, fields) | source_digests(c.loss.name)
   job.run(
     arm_folder(job, arm),
     "align",

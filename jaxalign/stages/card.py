@@ -6,9 +6,10 @@ import numpy as np
 import jaxalign
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost
-from jaxalign.data import reading, tables
+from jaxalign.data import tables
+from jaxalign.data.summary import summary_lines
 from jaxalign.job import Arm, arm_folder, Job
-from jaxalign.report.pages import select as page
+from jaxalign.report import select_page
 from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.pool import Pool, Selection
@@ -73,7 +74,7 @@ def run_card(job: Job, arm: Arm) -> None:
     )
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
-    card["reading"] = reading.lines(
+    card["reading"] = summary_lines(
       artifacts.read_json(job.shared / "data" / "data_summary.json")
     )
     reasons = cards.reasons(card, table)
@@ -94,7 +95,7 @@ def run_card(job: Job, arm: Arm) -> None:
       ],
     )
     artifacts.write_json(folder / "selection.json", card)
-    html = page.render(card, table).encode()
+    html = select_page.selection_html(card, table).encode()
     artifacts.write_bytes(folder / "selection.html", html)
     return files, Cost(), dict(say=f"a page of {len(html) / 1e6:.1f} MB")
 

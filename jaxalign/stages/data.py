@@ -4,7 +4,8 @@ import jax
 
 from jaxalign import artifacts, progress
 from jaxalign.artifacts import pick
-from jaxalign.data import prepare, reading
+from jaxalign.data import prepare
+from jaxalign.data.summary import summary_lines
 from jaxalign.job import Job
 from jaxalign.model import decoder
 
@@ -30,12 +31,12 @@ def run_data(job: Job) -> None:
     "data",
     fields=fields,
     inputs={},
-    make=lambda folder: prepare.make(
+    make=lambda folder: prepare.make_data(
       c, folder, most=job.most, wanted=job.kind, writes=jax.process_index() == 0
     ),
   )
   if jax.process_index() == 0:
-    for line in reading.lines(
+    for line in summary_lines(
       artifacts.read_json(job.shared / "data" / "data_summary.json")
     ):
       progress.say(f"  {line}")

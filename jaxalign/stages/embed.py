@@ -19,7 +19,7 @@ from jaxalign.job import Job
 from jaxalign.model import encoder
 from jaxalign.select import embed
 from jaxalign.select import store as stores
-from jaxalign.select.store import Column
+from jaxalign.select.store import ArraySpec
 
 CALLS = 32  # of the model at least, between two moments of writing
 # What each stage keeps of a pass, in the order in which a pass is paid for.
@@ -38,7 +38,7 @@ class Stage(NamedTuple):
 
   name: str
   folder: Any
-  columns: dict[str, Column]  # of its store
+  columns: dict[str, ArraySpec]  # of its store
   fields: dict[str, Any]
   inputs: dict[str, str]
   foreign: embedder.Embedder | None  # what runs, where the reference does not
@@ -94,7 +94,7 @@ def over_shards(
   folder: Any,
   stage: str,
   fields: dict[str, Any],
-  columns: dict[str, Column],
+  columns: dict[str, ArraySpec],
   rows_a_call: int,
   make: Callable[[list[np.ndarray], Callable], dict],
 ) -> list:
@@ -143,41 +143,32 @@ def _fill(
     -(-CALLS * rows_a_call // (store.shard * responses * jax.process_count())),
   )
   total = responses * store.rows
-  done = total - responses * sum(
-    int(np.diff(store.bounds(s))[0]) for s in missing
-  )
+  done = total - responses * sum(store.sizes(missing))
   with progress.bar(label, total, done=done) as tick:
     for at in range(0, len(missing), group):
       dealt = stores.owned(missing[at : at + group])
-      parts = [
-        np.concatenate(
-          [np.arange(0)] + [np.arange(*store.bounds(s)) for s in mine]
-        )
-        for mine in dealt
-      ]
-      made = make(
-        [
-          (part[:, None] * responses + np.arange(responses)).reshape(-1)
-          for part in parts
-        ],
-        tick,
-      )
-      start = 0
-      for shard in dealt[jax.process_index()]:
-        stop = start + int(np.diff(store.bounds(shard))[0])
+      made = make([_token_rows(store, mine, responses) for mine in dealt], tick)
+      start, mine = 0, dealt[jax.process_index()]
+      for shard, size in zip(mine, store.sizes(mine)):
+        part = slice(start, start + size)
         for one, lacks, (_, _, columns) in zip(found, lacking, wanted):
           if shard in lacks:
-            stores.write_shard(
-              one,
-              shard,
-              ids,
-              {
-                name: made[name].reshape(-1, *column.shape)[start:stop]
-                for name, column in columns.items()
-              },
-            )
-        start = stop
+            arrays = {
+              name: made[name].reshape(-1, *column.shape)[part]
+              for name, column in columns.items()
+            }
+            stores.write_shard(one, shard, ids, arrays)
+        start += size
   return ["store"]
+
+
+def _token_rows(
+  store: stores.Store, shards: list[int], responses: int
+) -> np.ndarray:
+  """The numbers of the token rows of some shards."""
+  records = [np.arange(*store.bounds(s)) for s in shards]
+  records = np.concatenate([np.arange(0), *records])
+  return (records[:, None] * responses + np.arange(responses)).reshape(-1)
 
 
 def run_passes(job: Job, names: Sequence[str]) -> None:
@@ -229,9 +220,9 @@ def _stage(job: Job, name: str) -> Stage:
     name,
     job.shared / name,
     {
-      output: Column((r, width), c.embed.store_dtype)
+      output: ArraySpec((r, width), c.embed.store_dtype)
       if embed.OUTPUTS[output][0]
-      else Column((r,))
+      else ArraySpec((r,))
       for output in kept(c, name)
     },
     fields,

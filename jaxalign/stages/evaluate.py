@@ -11,20 +11,20 @@ import numpy as np
 
 from jaxalign import artifacts
 from jaxalign.artifacts import Cost, pick
-from jaxalign.eval import evaluate
-from jaxalign.job import Arm, arm_folder, Job
-from jaxalign.model import adapters, decoder, peft_folder, weights
+from jaxalign.eval import held_out
+from jaxalign.job import Arm, arm_folder, eval_options, Job
+from jaxalign.model import adapters, decoder, hf
 from jaxalign.stages.align import aligned, bases
 
 
 def _save_outcome(
-  folder: epath.Path, what: evaluate.Examined, outcome: evaluate.Outcome
+  folder: epath.Path, what: held_out.EvalSet, outcome: held_out.PolicyOutputs
 ) -> list[str]:
   """The raw numbers of a policy, so that arms can be compared later."""
   if jax.process_index() == 0:
     artifacts.write_array(folder / "held_out_logp.npy", outcome.logp)
     lines = []
-    for k, i in enumerate(what.asked):
+    for k, i in enumerate(what.prompt_rows):
       row = what.rows[i]
       lines.append(
         json.dumps(
@@ -33,8 +33,8 @@ def _save_outcome(
             prompt=row["prompt"],
             target=row["target"],
             said=outcome.texts[k],
-            ids=outcome.said[k].tolist(),
-            logp=float(outcome.own_logp[k]),
+            ids=outcome.answers[k].tolist(),
+            logp=float(outcome.answer_logp[k]),
             reward=(
               None if outcome.reward is None else float(outcome.reward[k])
             ),
@@ -52,10 +52,10 @@ def read_samples(folder: Any) -> list[dict[str, Any]]:
   return [json.loads(line) for line in text.splitlines()]
 
 
-def _load_outcome(folder: Any) -> evaluate.Outcome:
+def _load_outcome(folder: Any) -> held_out.PolicyOutputs:
   samples = read_samples(folder)
   reward = np.array([s["reward"] for s in samples], object)
-  return evaluate.Outcome(
+  return held_out.PolicyOutputs(
     artifacts.read_array(epath.Path(folder) / "held_out_logp.npy"),
     [np.array(s["ids"], np.int32) for s in samples],
     [s["said"] for s in samples],
@@ -68,18 +68,9 @@ def _load_outcome(folder: Any) -> evaluate.Outcome:
 
 def _examine(
   job: Job, params: Any, m: decoder.ModelConfig, seed: int = 0
-) -> evaluate.Outcome:
-  c = job.c.eval
-  return evaluate.examine(
-    job.mesh,
-    params,
-    m,
-    job.examined,
-    new=c.new_tokens,
-    temperature=c.temperature,
-    seed=seed,
-    tile=job.c.embed.tile,
-    chunk=job.c.model.head_chunk,
+) -> held_out.PolicyOutputs:
+  return held_out.run_policy(
+    job.mesh, params, m, job.examined, eval_options(job.c, seed)
   )
 
 
@@ -89,7 +80,9 @@ def run_baseline(job: Job) -> None:
   def make(folder):
     outcome = _examine(job, job.reference, job.model)
     files = _save_outcome(folder, job.examined, outcome)
-    metrics = evaluate.measure(job.examined, outcome, outcome, outcome.own_logp)
+    metrics = held_out.policy_metrics(
+      job.examined, outcome, outcome, outcome.answer_logp
+    )
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
     return [*files, "eval.json"], Cost(outcome.flops, outcome.tokens), {}
@@ -129,17 +122,15 @@ def run_evaluate(
   def make(folder):
     # Arms of one seed meet the same noise; another seed meets another.
     outcome = _examine(job, policy(), job.policy, arm.seed)
-    under = evaluate.score_answers(
+    under = held_out.score_answers(
       job.mesh,
       job.reference,
       job.model,
       job.examined,
-      outcome.said,
-      new=job.c.eval.new_tokens,
-      tile=job.c.embed.tile,
-      chunk=job.c.model.head_chunk,
+      outcome.answers,
+      eval_options(job.c),
     )
-    metrics = evaluate.measure(
+    metrics = held_out.policy_metrics(
       job.examined, outcome, _load_outcome(job.shared / "baseline"), under
     )
     files = _save_outcome(folder, job.examined, outcome)
@@ -173,16 +164,16 @@ def run_export(
       job.release_reference()
     params, m = policy(), job.policy
     merged = adapters.Merged(params, m.lora) if m.lora else params
-    files = weights.export_folder(
+    files = hf.export_folder(
       folder / "export", merged, job.model, job.tokenizer, dtype=dtype, of=of
     )
     if m.lora:
-      peft_folder.save(folder / "adapter", params, m, base=given)
+      hf.save_adapters(folder / "adapter", params, m, base=given)
       files = [*files, "adapter"]
     return files, Cost(), dict(say=f"weights in {dtype}")
 
   given = job.c.model.checkpoint
-  of = weights.given(given) if given else weights.Given()
+  of = hf.given(given) if given else hf.Given()
   dtype = of.dtype  # as loaded
   job.run(
     arm_folder(job, arm),

@@ -19,7 +19,7 @@ from jaxalign import artifacts
 from jaxalign.artifacts import pick
 from jaxalign.data import world as world_lib
 from jaxalign.errors import DataError
-from jaxalign.eval.judges import controls, verdicts
+from jaxalign.eval import judging, winrate
 from jaxalign.job import Arm, arm_folder, Job
 from jaxalign.stages import scores
 from jaxalign.stages.evaluate import read_samples
@@ -60,8 +60,8 @@ class Shown(NamedTuple):
 def shown(job: Job) -> Shown:
   """The first judge.prompts of the prompts asked, in id order."""
   c, what = job.c, job.examined
-  n = min(len(what.asked), c.judge.prompts or len(what.asked))
-  rows = [what.rows[i] for i in what.asked[:n]]
+  n = min(len(what.prompt_rows), c.judge.prompts or len(what.prompt_rows))
+  rows = [what.rows[i] for i in what.prompt_rows[:n]]
   start = answers(job.shared / "baseline", rows)
   side = c.judge.baseline
   if side == "chosen" and "chosen" not in rows[0]:
@@ -122,14 +122,14 @@ def _inputs(job: Job, **more: str) -> dict[str, str]:
 
 def _row(row: dict, ours: str, theirs: str, found: dict, k: int) -> dict:
   """One line of verdicts.jsonl."""
-  won = float(found["won"][k])
+  outcome = float(found["outcomes"][k])
   return dict(
     id=row["id"],
     prompt=row["prompt"],
     ours=ours,
     theirs=theirs,
-    won=None if np.isnan(won) else won,
-    said=list(found["said"][k]),
+    outcome=None if np.isnan(outcome) else outcome,
+    verdicts=list(found["verdicts"][k]),
     replies=list(found["replies"][k]) if "replies" in found else [],
   )
 
@@ -144,9 +144,9 @@ def _write(
   baseline: str,
 ) -> list[str]:
   """verdicts.jsonl and judge.json of one policy."""
-  metrics, details = verdicts.measured(
+  metrics, details = winrate.win_metrics(
     baseline,
-    found["won"],
+    found["outcomes"],
     [a.strip() for a in ours],
     [a.strip() for a in what.theirs],
     what.groups,
@@ -155,10 +155,10 @@ def _write(
     metrics=metrics | judged.pop("beside", {}),
     details=details,
     prompts=len(ours),
-    read=int((~np.isnan(found["won"])).sum()),
+    read=int((~np.isnan(found["outcomes"])).sum()),
     **{k: found[k] for k in ("bias", "consistent", "unparsable")},
   )
-  judged["doubts"] = verdicts.doubts(name, judged)
+  judged["doubts"] = judging.doubts(name, judged)
   lines = [
     _row(row, a, b, found, k)
     for k, (row, a, b) in enumerate(zip(what.rows, ours, what.theirs))
@@ -189,7 +189,7 @@ def run_judge_start(job: Job) -> None:
       )
       k = CONTROLS
       held = (
-        controls.of_judge(
+        judging.controls(
           name_of(c),
           judge.pairs,
           [row["prompt"] for row in what.rows[:k]],
@@ -201,13 +201,13 @@ def run_judge_start(job: Job) -> None:
       said = judge(
         pairs,
         *([row[side] for row in pairs] for side in ("chosen", "rejected")),
-      )["said"]
+      )["verdicts"]
       if jax.process_index() == 0:
         if found is None:
           n = len(what.rows)
           found = of_scores(np.zeros(n), np.zeros(n)) | dict(replies=[()] * n)
         agree = (
-          verdicts.against_labels(
+          judging.against_labels(
             name_of(c), said, _truth(job, pairs), [row["id"] for row in pairs]
           )
           if pairs
@@ -287,7 +287,7 @@ def run_judge(job: Job, arm: Arm) -> None:
           if rate["value"] is None
           else (
             f"wins {100 * rate['value']:.1f} % against "
-            f"{verdicts.BASELINES[c.judge.baseline][1]}"
+            f"{winrate.BASELINES[c.judge.baseline][1]}"
           )
         )
         return [*files, *judge.files], cost, dict(told, say=say)
@@ -309,7 +309,8 @@ def run_judge(job: Job, arm: Arm) -> None:
 
 
 def read_verdicts(folder: Any) -> list[dict[str, Any]]:
-  """One dict a judged prompt: id, prompt, ours, theirs, won, said, replies."""
+  """One dict a judged prompt: id, prompt, ours, theirs, outcome,
+  verdicts, replies."""
   text = (epath.Path(folder) / "verdicts.jsonl").read_text()
   return [json.loads(line) for line in text.splitlines()]
 
@@ -346,7 +347,7 @@ def metrics_in(c: Any, folder: Any, judged: Any) -> dict[str, Any]:
 def described(job: Job, arms: list[Arm]) -> dict[str, Any]:
   """What the report says of the judge, from the artifacts alone."""
   c, kind = job.c, kind_of(job.c)
-  metric, against = verdicts.BASELINES[c.judge.baseline]
+  metric, against = winrate.BASELINES[c.judge.baseline]
   out = dict(kind=kind, name=name_of(c), metric=metric, against=against)
   if kind not in ASKED:
     return out

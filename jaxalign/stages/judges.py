@@ -1,8 +1,8 @@
 """The judges that a config can name: what each says of pairs of answers.
 
 A judge is made by `judge(job, folder)` and called as (rows, answers, others):
-it gives what `winrate.both_orders` gives of the first answers, with "said"
-and, of an endpoint, "replies".
+it gives what `winrate.both_orders` gives of the first answers, with
+"verdicts"and, of an endpoint, "replies".
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,12 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
-from jaxalign.eval import winrate
-from jaxalign.eval.judges import cache, endpoint, verdicts
-from jaxalign.eval.judges.prompt import Pair
+from jaxalign.eval import judge_endpoint, winrate
+from jaxalign.eval.judge_endpoint import Endpoint, Pair
+from jaxalign.eval.verdict_cache import VerdictCache
 from jaxalign.job import Arm, arm_folder, Job, kernel_of
 from jaxalign.model import reward
+from jaxalign.model.flops import reward_flops
 from jaxalign.stages import questions, scores
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
@@ -58,11 +59,11 @@ def told(c: Any) -> dict[str, Any]:
   return found
 
 
-def endpoint_of(c: Any) -> endpoint.Endpoint:
+def endpoint_of(c: Any) -> Endpoint:
   """The endpoint of config.judge."""
   j = c.judge
-  return endpoint.Endpoint(
-    url=j.endpoint, **{n: j[n] for n in endpoint.Endpoint._fields if n in j}
+  return Endpoint(
+    url=j.endpoint, **{n: j[n] for n in Endpoint._fields if n in j}
   )
 
 
@@ -81,7 +82,7 @@ def reward_config(c: Any) -> reward.RewardConfig:
 def check(c: Any) -> None:
   """Raises ConfigError for a judge that can never work; nothing is sent."""
   j, kind = c.judge, kind_of(c)
-  for knob, known in (("kind", KINDS), ("baseline", verdicts.BASELINES)):
+  for knob, known in (("kind", KINDS), ("baseline", winrate.BASELINES)):
     if j[knob] not in known:
       raise ConfigError(
         f"judge.{knob}={j[knob]!r} is unknown, wanted one of "
@@ -114,7 +115,7 @@ def check(c: Any) -> None:
       )
     reward_config(c)
   if kind == "endpoint":
-    endpoint.check_settings(endpoint_of(c))
+    judge_endpoint.check_settings(endpoint_of(c))
 
 
 def check_ready(job: Job, arms: list[Arm]) -> None:
@@ -136,8 +137,8 @@ def check_ready(job: Job, arms: list[Arm]) -> None:
   ]
   if any(record is None or not record.finished for record in records):
     if jax.process_index() == 0:
-      endpoint.check(endpoint_of(c))
-      endpoint.check_reachable(endpoint_of(c))
+      judge_endpoint.check_key(endpoint_of(c))
+      judge_endpoint.check_reachable(endpoint_of(c))
 
 
 def requests_at_most(c: Any, prompts: int, arms: int) -> int:
@@ -162,7 +163,7 @@ def check_enough(job: Job, arms: list[Arm]) -> None:
   data is read, before anything is trained."""
   if kind_of(job.c) != "endpoint":
     return
-  most = requests_at_most(job.c, len(job.examined.asked), len(arms))
+  most = requests_at_most(job.c, len(job.examined.prompt_rows), len(arms))
   if most > job.c.judge.max_requests:
     raise ConfigError(
       f"judge.max_requests={job.c.judge.max_requests:,}, and {len(arms)} "
@@ -186,7 +187,7 @@ class _Endpoint:
     del folder
     self.files: list[str] = []
     self.e, self.path = endpoint_of(job.c), cache_of(job)
-    kept = cache.Verdicts(self.path)
+    kept = VerdictCache(self.path)
     self.before = kept.requests, kept.tokens
 
   def __call__(
@@ -200,10 +201,10 @@ class _Endpoint:
     )
 
   def pairs(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-    return endpoint.both_orders(self.e, pairs, self.path)
+    return judge_endpoint.judge_both_orders(self.e, pairs, self.path)
 
   def cost(self) -> tuple[Cost, dict[str, Any]]:
-    kept = cache.Verdicts(self.path)
+    kept = VerdictCache(self.path)
     new = kept.requests - self.before[0], kept.tokens - self.before[1]
     return Cost(0, new[1]), dict(
       requests=kept.requests, tokens=kept.tokens, asked=new[0]
@@ -228,7 +229,7 @@ class _Rewards:
       r = r._replace(
         model=r.model._replace(attention=kernel_of(job.c, r.model, job.mesh))
       )
-    reward.check(r, job.mesh)
+    reward.check_reward(r, job.mesh)
     self.r, self.given = r, job.c.judge.checkpoint
     self.params = reward.load(
       self.given,
@@ -297,7 +298,7 @@ class _Rewards:
       )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
     self.flops += sum(
-      reward.flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
+      reward_flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )
     self.tokens += len(rows.ids)
     return out
@@ -332,7 +333,7 @@ def of_scores(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     0.0: ("second", "first"),
   }
   return winrate.both_orders(won, won) | dict(
-    said=[words.get(w, (None, None)) for w in won.tolist()],
+    verdicts=[words.get(w, (None, None)) for w in won.tolist()],
     bias=None,
     consistent=None,
   )  # one at a time: there is no order

@@ -1,11 +1,12 @@
-"""The mixture stage: the fit, and what the record says of it.
+"""The mixture stage: the fit, and what the record needs to know of it.
 
 From config.select.mixture.reservoir rows on, the mixture is fitted to so many
-of them and the scores of all are a store, made in one pass over tiles.
+of them. The parameters vary as one over the square root of the rows they were
+fitted to, so more would change nothing that a selection can see. The records
+taken are those with the least hashes of their ids: the same ones in any order
+of the input. Every row is scored.
 """
 
-import os
-import tempfile
 from typing import Any
 
 import jax
@@ -15,9 +16,23 @@ from jaxalign import artifacts, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
 from jaxalign.select import card as reports
-from jaxalign.select import em, reservoir
+from jaxalign.select import em
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
+from jaxalign.select.topk import id_hash
+
+
+def options_of(c: Any) -> mixtures.MixtureOptions:
+  """`config.select.mixture`, of which a flag may have given text."""
+  k = c.select.mixture
+  components = mixtures.components_of(k.components)
+  closed = components == mixtures.LABELS
+  return mixtures.MixtureOptions(
+    components=components,
+    covariance=k.covariance,
+    pca=int(k.pca) if str(k.pca).isdigit() else k.pca,
+    starts=1 if closed else k.starts,
+  )
 
 
 def refits(c: Any) -> int:
@@ -30,75 +45,40 @@ def refits(c: Any) -> int:
 def run_mixture(job: Job) -> None:
   """Fits the mixture, and what the record needs to know of it."""
   c = job.c
-  knobs = c.select.mixture.to_dict()
-  limit = knobs.pop("reservoir")
-  fields = pick(c, "select.mixture", "select.stability_seeds")
-  inputs = dict(embed=job.key("embed"))
-  if str(knobs["pca"]).isdigit():  # a flag gives text, as the default is text
-    knobs["pca"] = int(knobs["pca"])
-  knobs["components"] = mixtures.components_of(knobs["components"])
-  closed = knobs["components"] == mixtures.LABELS
-  if closed:
-    knobs["starts"] = 1
+  options = options_of(c)
 
   def make(folder):
-    store = stores.open_store(job.shared / "embed" / "store")
-    with tempfile.TemporaryDirectory() as scratch:
-      return fitted_to(folder, store, *_rows(store, limit, scratch))
-
-  def fitted_to(folder, store, rows, x):
-    r, (n, width) = store.columns["embedding"].shape[0], x.shape
-    if r == 2:
-      labels = np.tile([1, 0], n // 2)
-    else:
-      labels = np.array(job.column("pool", "label"))
-      labels = labels if rows is None else labels[rows]
-    if closed:
-      knobs["labels"] = labels
-    space = mixtures.prepare(
-      job.mesh, x, pca=knobs["pca"], covariance=knobs["covariance"]
-    )
-    extra = list(range(1, 1 + refits(c)))
+    embedding = stores.read(job.shared / "embed" / "store", "embedding")
+    n, r, width = embedding.shape
+    flat = embedding.reshape(-1, width)  # the sides of a pair are rows
+    records = _records(job, max(1, c.select.mixture.reservoir // r))
+    x = flat if len(records) == n else _rows(embedding, records)
+    labels = np.tile([1, 0], len(records))
+    if r == 1:
+      labels = np.array(job.column("pool", "label"))[records]
+    given = labels if options.components == mixtures.LABELS else None
+    space = mixtures.whiten(job.mesh, x, options)
+    seeds = range(1 + refits(c))
     with progress.bar(
-      "mixture", knobs["starts"] * (2 + len(extra)), "starts"
+      "mixture", options.starts * (len(seeds) + 1), "starts"
     ) as tick:
+      knobs = dict(labels=given, progress=tick)
       fitted = [
-        mixtures.fit(job.mesh, x, seed=s, space=space, progress=tick, **knobs)
-        for s in [0, *extra]
+        mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
+        for s in seeds
       ]
-      halves = reports.held_out(
-        job.mesh, x, seed=0, responses=r, progress=tick, **knobs
-      )
-    if rows is not None:
-      reservoir.score(
-        job.mesh, fitted, store, folder / "scores", fields=fields | inputs
-      )
-    diagnostics = dict(held_out=halves)
-    diagnostics["labels"] = reports.component_labels(fitted[0], x, labels)
+      halves = reports.held_out(job.mesh, x, options, responses=r, **knobs)
+    matches = reports.component_labels(fitted[0], x, labels)
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
-      if rows is None:
-        artifacts.write_array(
-          folder / "log_likelihood.npy",
-          np.stack(
-            [mixtures.log_likelihood(f, x).reshape(-1, r) for f in fitted]
-          ),
-        )
-      artifacts.write_json(folder / "diagnostics.json", diagnostics)
-    kept = fitted[0].means.shape[1]
-    # All fits that ran, the one on half the rows too; a start is taken to need
-    # as many sweeps as the one that was kept.
-    sweeps = knobs["starts"] * (
-      sum(len(f.trace) for f in fitted) + len(fitted[0].trace) // 2
-    )
-    flops = (
-      2 * n * width** 2  # the covariance
-      + sweeps * em.flops(n, kept, len(fitted[0].means), knobs["covariance"])
-    )
-    scores = "log_likelihood.npy" if rows is None else "scores"
+      scores = [mixtures.log_likelihood(f, flat).reshape(n, r) for f in fitted]
+      artifacts.write_array(folder / "log_likelihood.npy", np.stack(scores))
+      artifacts.write_json(
+        folder / "diagnostics.json", dict(held_out=halves, labels=matches)
+      )
     return (
-      ["mixture.npz", scores, "diagnostics.json"],
-      Cost(flops),
+      ["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
+      Cost(_flops(len(x), width, fitted, options)),
       dict(warnings=fitted[0].warnings),
     )
 
@@ -106,35 +86,49 @@ def run_mixture(job: Job) -> None:
     job.shared / "mixture",
     "mixture",
     make=make,
-    fields=fields,
-    inputs=inputs,
-    resumes=("scores",),
-    mends=True,
+    fields=pick(c, "select.mixture", "select.stability_seeds"),
+    inputs=dict(embed=job.key("embed")),
   )
   for warning in record.result["warnings"]:
     progress.say(f"  warning: {warning}")
 
 
-def _rows(
-  store: stores.Store, limit: int, scratch: Any
-) -> tuple[np.ndarray | None, np.ndarray]:
-  """The records to fit (None: all), and their rows [n, E] side by side."""
-  responses, width = store.columns["embedding"].shape
-  if store.rows * responses <= limit:
-    stored = stores.read(store, "embedding")
-    return None, np.ascontiguousarray(stored.reshape(-1, width))
-  records = max(1, limit // responses)
-  progress.say(
-    f"  fitted to {records * responses:,} of "
-    f"{store.rows * responses:,} rows, all are scored"
+def _records(job: Job, most: int) -> np.ndarray:
+  """The records to fit, ascending."""
+  ids = job.column("pool", "id")
+  if len(ids) <= most:
+    return np.arange(len(ids))
+  progress.say(f"  fitted to {most:,} of {len(ids):,} records, all are scored")
+  hashes = id_hash(ids, "reservoir")
+  return np.sort(np.argsort(hashes, kind="stable")[:most])
+
+
+def _rows(embedding: np.ndarray, records: np.ndarray) -> np.ndarray:
+  """The rows of these records [n, E] float32, mapped from a scratch file."""
+  _, r, width = embedding.shape
+  out = stores.scratch((len(records), r, width))
+  for at in range(0, len(records), 4096):
+    out[at : at + 4096] = embedding[records[at : at + 4096]]
+  return out.reshape(-1, width)
+
+
+def _flops(
+  n: int,
+  width: int,
+  fitted: list[mixtures.Mixture],
+  options: mixtures.MixtureOptions,
+) -> int:
+  """Of all fits that ran, the one on half the rows too; a start is taken to
+  need as many sweeps as the one that was kept."""
+  sweeps = options.starts * (
+    sum(len(f.trace) for f in fitted) + len(fitted[0].trace) // 2
   )
-  rows = reservoir.choose(store, records)
-  return rows, reservoir.gather(store, rows, os.path.join(scratch, "x.npy"))
+  components, directions = fitted[0].means.shape
+  return 2 * n * width**2 + sweeps * em.flops(
+    n, directions, components, options.covariance
+  )
 
 
 def likelihoods(job: Job) -> np.ndarray:
   """[F, N, R] nats of all rows under each fit, the chosen one first."""
-  folder = job.shared / "mixture"
-  if (folder / "log_likelihood.npy").exists():
-    return artifacts.read_array(folder / "log_likelihood.npy")
-  return stores.read(folder / "scores", "log_likelihood").swapaxes(0, 1)
+  return artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")

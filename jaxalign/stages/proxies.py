@@ -18,9 +18,9 @@ from jaxalign.data import prepare
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError, DataError
 from jaxalign.job import Job, kernel_of, lora_of
-from jaxalign.model import adapters, decoder, weights
+from jaxalign.model import adapters, decoder, hf
 from jaxalign.select import embed
-from jaxalign.select.store import Column
+from jaxalign.select.store import ArraySpec
 from jaxalign.select.topk import uniform
 from jaxalign.stages import columns
 from jaxalign.stages.embed import over_shards
@@ -50,7 +50,7 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   given = c.proxy.checkpoint
   if not given:
     return reference._replace(lora=None)
-  m = weights.read_config(given, c.model.dtype, c.model.remat)
+  m = hf.read_config(given, c.model.dtype, c.model.remat)
   asked = prepare.asked_context(c)
   if asked > m.context:
     raise ConfigError(
@@ -93,8 +93,8 @@ def _start(job: Job) -> Start:
   m = config_of(c, job.model)
   if c.proxy.checkpoint:
     m = m._replace(attention=kernel_of(c, m, job.mesh))
-    decoder.check(m, job.mesh)
-    params = weights.load_folder(
+    decoder.check_model(m, job.mesh)
+    params = hf.load_folder(
       c.proxy.checkpoint, m, job.mesh, np.dtype(c.model.param_dtype)
     )
   else:
@@ -264,7 +264,7 @@ def run_proxy(job: Job) -> None:
       folder,
       "proxy",
       fields | inputs,
-      dict(proxy_logp=Column((2,)), proxy_ref_logp=Column((2,))),
+      dict(proxy_logp=ArraySpec((2,)), proxy_ref_logp=ArraySpec((2,))),
       c.embed.tile * job.mesh.size,
       lambda parts, tick: dict(
         proxy_logp=embed.score_rows(

@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxalign.data import chat as chats
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.schemas.pairs import turns_of
+from jaxalign.data.encode import answers_of, encode_dialogues, encode_texts
+from jaxalign.data.schemas.schema import turns_of
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.data.words import answers_of
 from jaxalign.errors import ConfigError
 
 FIELDS = ("{prompt}", "{response}")
@@ -207,11 +207,11 @@ def readable(
       answers_of(row | dict(answers=None), (side,)) for row, side in texts
     ]
     with chats.Chat(tok, tok.template) as chat:
-      rows, _, refused = tokens_lib.encode_dialogues(
+      rows, _, refused = encode_dialogues(
         chat, turns, said, ("response",), m.context, "cut_answer"
       )
   else:
-    rows, _, refused = tokens_lib.encode_texts(
+    rows, _, refused = encode_texts(
       tok,
       [row["prompt"] for row, _ in texts],
       dict(response=[row[side] for row, side in texts]),

@@ -9,7 +9,7 @@ from jaxalign import artifacts, references
 from jaxalign.artifacts import Cost, pick
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.job import Arm, arm_folder, Job, updates_of
-from jaxalign.lookup import edition
+from jaxalign.lookup import source_digests
 from jaxalign.select import embed
 from jaxalign.select import store as stores
 from jaxalign.select.samplers import combine
@@ -82,11 +82,8 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     """(sum, count) [M, R] of the kept rows, and what they cost."""
     if source:
       store = stores.open_store(job.shared / source / "store")
-      return (
-        stores.take(store, "logp", index),
-        stores.take(store, "count", index),
-        Cost(),
-      )
+      logp, count = (stores.read(store, name) for name in ("logp", "count"))
+      return np.array(logp[index]), np.array(count[index]), Cost()
     tokens, ids = job.tokens("pool"), job.column("pool", "id")
     responses = len(tokens.start) // len(ids)
     which = index[:, None] * responses + np.arange(responses)
@@ -163,7 +160,7 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     return [*(f"{n}.npy" for n in arrays), "ref_ids.json"], cost, {}
 
   fields = dict(loss=c.loss.name, layout=c.train.layout)
-  if edition(c.loss.name):  # one from outside may be edited to read more
+  if source_digests(c.loss.name):  # one from outside may be edited to read more
     fields["reads"] = [*job.loss.stats, *job.loss.extras, job.loss.reference]
   if online:
     fields["reference"] = "online"

@@ -21,9 +21,10 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.errors import ConfigError
 from jaxalign.job import Job, kernel_of
-from jaxalign.model import decoder, reward, weights
+from jaxalign.model import decoder, hf, reward
+from jaxalign.model.flops import reward_flops
 from jaxalign.select import embed
-from jaxalign.select.store import Column
+from jaxalign.select.store import ArraySpec
 from jaxalign.stages import questions
 from jaxalign.stages.embed import over_shards
 
@@ -48,7 +49,7 @@ def by_shard(
     folder,
     stage,
     made_of,
-    {name: Column((responses,))},
+    {name: ArraySpec((responses,))},
     job.c.embed.tile * job.mesh.size,
     lambda parts, tick: {name: make(parts, tick)},
   )
@@ -214,7 +215,7 @@ def judge_config(
   """The sizes of what is asked: config.ask.checkpoint, or the reference."""
   m = reference
   if c.ask.checkpoint:
-    m = weights.read_config(c.ask.checkpoint, c.model.dtype, "none")
+    m = hf.read_config(c.ask.checkpoint, c.model.dtype, "none")
   own = m.positions or m.context
   if c.ask.checkpoint and c.ask.context > own:
     raise ConfigError(
@@ -261,7 +262,7 @@ def run_ask(job: Job) -> None:
     rows = tokens_of(folder, asked)
     told = artifacts.read_json(folder / "ask.json")
     params = (
-      weights.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
+      hf.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
       if given
       else job.reference
     )
@@ -366,7 +367,7 @@ def run_rewards(job: Job) -> None:
     r = r._replace(
       model=r.model._replace(attention=kernel_of(c, r.model, job.mesh))
     )
-  reward.check(r, job.mesh)
+  reward.check_reward(r, job.mesh)
   fields = pick(
     c,
     "rewards",
@@ -413,7 +414,7 @@ def run_rewards(job: Job) -> None:
       ),
     )
     sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
-    flops = sum(reward.flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
+    flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
     return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
 
   job.run(

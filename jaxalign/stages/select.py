@@ -5,18 +5,19 @@ import json
 import jax
 import numpy as np
 
-from jaxalign import artifacts, embedder, ledger, memory, progress, rates
+from jaxalign import artifacts, embedder, ledger, memory, progress
 from jaxalign.artifacts import Cost
+from jaxalign.core import devices
 from jaxalign.data import tables
 from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, arm_folder, Job, sampler_kwargs
-from jaxalign.lookup import edition
+from jaxalign.lookup import source_digests
 from jaxalign.select import card as cards
 from jaxalign.select import costs
 from jaxalign.select import store as stores
 from jaxalign.select.pool import checked, Pool
 from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns as columns_lib
 from jaxalign.stages import mixture as mixture_stage
@@ -46,9 +47,9 @@ def estimate(
   """
   c, sampler = job.c, combine.named(arm.sampler)
   try:
-    found = costs.of(
-      arm.sampler,
-      costs.Pool(
+    found = costs.estimate(
+      sampler,
+      costs.Sizes(
         rows,
         width,
         budget_rows(arm.budget, rows, c.train.batch_size),
@@ -70,7 +71,7 @@ def estimate(
 
 def hours(job: Job, found: costs.Estimate) -> float:
   """Assumed time of a choice itself, on this mesh and its host."""
-  return rates.seconds(found.flops, found.on_host, job.mesh) / 3600
+  return devices.seconds_for(found.flops, found.on_host, job.mesh) / 3600
 
 
 def check_hours(job: Job, arms: list[Arm]) -> None:
@@ -86,11 +87,11 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
   width = embedder.choose(job.c, m).model.width
   for arm in arms:
     found = estimate(job, arm, rows, width, m.width)
-    if found and (takes := hours(job, found)) > rows_lib.HOURS:
+    if found and (takes := hours(job, found)) > vectors_lib.HOURS:
       raise ConfigError(
         f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
         f"choose from {rows:,} rows, {found.flops:.3g} flops, "
-        f"above the {rows_lib.HOURS:g} that a choice may take; "
+        f"above the {vectors_lib.HOURS:g} that a choice may take; "
         "set config.select.kwargs.blocks where it takes them, "
         "config.select.budget, or a sampler that runs in one pass, as "
         "config.select.sampler='density'"
@@ -194,7 +195,7 @@ def run_select(job: Job, arm: Arm) -> None:
     seed=arm.seed,
     batch_size=c.train.batch_size,
     **kwargs,
-  ) | edition(arm.sampler)
+  ) | source_digests(arm.sampler)
   inputs = dict(data=job.key("data"))
   if uses_mixture:
     inputs["mixture"] = job.key("mixture")

@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxalign import artifacts, hub
 from jaxalign.artifacts import Cost, pick
+from jaxalign.core import devices
 from jaxalign.job import Job
-from jaxalign.model import decoder, weights
-from jaxalign.train import feed, loop, optim, peaks, stats
+from jaxalign.model import decoder, hf
+from jaxalign.train import feed, loop, optim, stats
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
@@ -36,7 +37,7 @@ def run_sft(job: Job) -> None:
     key = artifacts.told(
       lambda: artifacts.key_of(
         "checkpoint",
-        artifacts.digest_tree(hub.resolve(given), weights.digest_names(given)),
+        artifacts.digest_tree(hub.resolve(given), hf.digest_names(given)),
         {},
       )
     )
@@ -171,7 +172,7 @@ def train(
       for n, f in measures.items()
     },
     **dict(explode=c.train.explode) | fit,
-    peak=mesh.size * peaks.peak_of(mesh.devices.flat[0]),
+    peak=mesh.size * devices.peak_flops(mesh.devices.flat[0]),
     distinct_at=feed.make_distinct(rows, batch=knobs["batch_size"], seed=seed),
     useful_at=feed.make_useful(
       m,

@@ -10,8 +10,8 @@ from jaxalign.artifacts import Cost
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.errors import ConfigError
-from jaxalign.eval import evaluate, winrate
-from jaxalign.job import Arm, Job, loss_of, WHOLE
+from jaxalign.eval import held_out, winrate
+from jaxalign.job import Arm, eval_options, Job, loss_of, WHOLE
 from jaxalign.model import decode, decoder
 from jaxalign.select import embed
 from jaxalign.stages.select import selected_rows
@@ -420,66 +420,42 @@ def _generations(job: Job) -> Measure:
   policy and one of the reference over what was written.
   """
   c, what = job.c, job.examined
-  what = what._replace(asked=what.asked[: c.train.eval_prompts])
-  prompts, tok, k = evaluate.prompts_of(what), what.tokenizer, c.eval
+  what = what._replace(prompt_rows=what.prompt_rows[: c.train.eval_prompts])
+  prompts, tok, k = held_out.prompts_of(what), what.tokenizer, c.eval
   asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]
-  rows = [what.rows[i] for i in what.asked]
-
-  def rewards(texts):
-    return np.array(
-      [
-        world_lib.reward(what.world, row["prompt"], text)
-        for row, text in zip(rows, texts)
-      ]
-    )
+  options = eval_options(c)
+  generation = decode.GenerateOptions(
+    k.new_tokens,
+    tok.stops,
+    min(tok.vocab_size, job.policy.vocab),
+    decode.Sampling(k.temperature),
+    tile=c.embed.tile,
+    label="eval generations",
+  )
 
   if what.world is not None:
-    target = rewards([row["target"] for row in rows])
+    targets = [what.rows[i]["target"] for i in what.prompt_rows]
+    target = held_out.true_rewards(what, targets)
 
   def measure(params):
-    said = decode.generate(
-      job.mesh,
-      params,
-      job.policy,
-      prompts,
-      new=k.new_tokens,
-      eos=tok.stops,
-      known=min(tok.vocab_size, job.policy.vocab),
-      temperature=k.temperature,
-      seed=0,
-      tile=c.embed.tile,
-      label="eval generations",
-    )
+    said = decode.generate(job.mesh, params, job.policy, prompts, generation)
     score = lambda params, m: np.float64(
-      evaluate.score_answers(
-        job.mesh,
-        params,
-        m,
-        what,
-        said,
-        new=k.new_tokens,
-        tile=c.embed.tile,
-        chunk=c.model.head_chunk,
-      )
+      held_out.score_answers(job.mesh, params, m, what, said, options)
     )
     own = score(params, job.policy)
     malformed = won = None
     if what.world is not None:
-      texts = [
-        tok.decode_response(s[:-1] if len(s) and s[-1] in tok.stops else s)
-        for s in said
-      ]
-      own_reward = rewards(texts)
+      own_reward = held_out.true_rewards(what, held_out.answer_texts(tok, said))
       malformed = own_reward == world_lib.MALFORMED
       won = winrate.wins(own_reward, target)
-    health = winrate.generation_health(said, tok.stops, malformed)
+    health = held_out.generation_health(said, tok.stops, malformed)
     out = {n: float(x["value"]) for n, x in health.items()}
     out["entropy"] = float(-own.sum() / max(sum(map(len, said)), 1))
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
     out["flops"] = 3.0 * embed.flops(
-      job.model, evaluate.answer_rows(asked, said)
+      job.model, held_out.answer_rows(asked, said)
     )
     return out
 

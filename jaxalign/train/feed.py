@@ -12,6 +12,7 @@ from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
+from jaxalign.model.flops import decoder_flops, useful_flops
 from jaxalign.train import layout as packing
 
 SHAPES = 4  # packed shapes that a run compiles, where its data lets it
@@ -326,14 +327,14 @@ def make_useful(
 ) -> Callable[[int], int]:
   """Returns `useful_at(step)`: flops that an update cannot do without.
 
-  `decoder.useful` of its rows, `passes` times, and of the passes beside them
+  `useful_flops` of its rows, `passes` times, and of the passes beside them
   as in `training_cost`; recomputation is not counted.
   """
 
   def count(token_rows, index, passes=(1, 1)):
     start = np.asarray(token_rows.start, np.int64)
     answers = tokens_lib.lengths(token_rows) - start
-    return decoder.useful(m, start[index[:, 0]], answers[index], passes)
+    return useful_flops(m, start[index[:, 0]], answers[index], passes)
 
   def useful_at(step):
     own = batches.rows_at(step, len(rows.ids), batch, seed)
@@ -371,12 +372,12 @@ def training_cost(
   lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
   total, tokens = 0, int(lengths.sum())
   for size, count in zip(*np.unique(lengths, return_counts=True)):
-    total += int(count) * decoder.flops(
+    total += int(count) * decoder_flops(
       m, int(size), passes=passes(m, ahead, online)
     )
   if mismatched is not None:
     extra = tokens_lib.lengths(mismatched)[: updates * batch]
     tokens += int(extra.sum())
     for size, count in zip(*np.unique(extra, return_counts=True)):
-      total += (1 + online) * decoder.flops(m, int(size)) * int(count)
+      total += (1 + online) * decoder_flops(m, int(size)) * int(count)
   return total, tokens

@@ -5,7 +5,7 @@ a device's tokens lie end to end in one dense row, [prompt | chosen |
 rejected] and so on. A rejected answer's positions go on from the prompt's end,
 and the prompt's last token predicts the first token of both answers. For
 attention the sequences prompt + answer are packed by first-fit into rows as
-long as the longest (`model.unshared`), and the tiles of the dense row that
+long as the longest (`model.packed`), and the tiles of the dense row that
 hold anything are listed (`model.tiles`). All of it is NumPy, on lengths.
 
 Shapes are static: a few are chosen from the data, and a step takes the first
@@ -21,8 +21,7 @@ import numpy as np
 
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.errors import DataError
-from jaxalign.model import unshared
-from jaxalign.model.tiles import TILE, Tiles
+from jaxalign.model.packed import Copies, TILE, Tiles
 
 
 class Packed(NamedTuple):
@@ -34,7 +33,7 @@ class Packed(NamedTuple):
 
   tokens: jax.Array  # [S, T] int32 ids
   position: jax.Array  # [S, T] int32, in the sequence
-  copies: unshared.Unshared
+  copies: Copies
   source: jax.Array  # [S, U] int32: the token that predicts a response token
   target: jax.Array  # [S, U] int32: the id to predict
   owner: jax.Array  # [S, U] int32: which of the row's responses; -1: none
@@ -328,4 +327,4 @@ def _copies(shape, places, tiles):
         k * shape.length + np.arange(now.start, now.stop)
       )
       at = now.stop
-  return unshared.Unshared(token, segment, *where, tiles)
+  return Copies(token, segment, *where, tiles)

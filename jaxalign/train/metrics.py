@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.model.wide import wide
+from jaxalign.model.parameters import wide
 
 
 def sums_and_counts(metrics: dict[str, Any]) -> dict[str, jax.Array]:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxalign import sharding
 from jaxalign.errors import NumericError
 from jaxalign.model import adapters, decoder
-from jaxalign.model.table import Params
+from jaxalign.model.parameters import Params
 
 SPARE = 8  # directions beside the r wanted, as Halko et al. advise
 POWERS = 2  # times that the range is multiplied by G G^T

@@ -1,29 +1,30 @@
 """The shapes of row that are understood, by name; a new one is one line."""
 
-from jaxalign.data.schemas import layouts, lists, rows, trees
-from jaxalign.data.schemas.pairs import Refused, Schema
+from jaxalign.data.schemas import convert, layouts, ranked
+from jaxalign.data.schemas.schema import Refused, Schema
 from jaxalign.errors import DataError
 
 SCHEMAS: dict[str, Schema] = {
   schema.name: schema
   for schema in (
     *layouts.SCHEMAS,
-    lists.COMPARED,
-    rows.EXPLICIT,
-    rows.IMPLICIT,
-    rows.CHAT_PAIRS,
-    rows.UNPAIRED,
-    rows.CHAT_UNPAIRED,
-    trees.TREES,
-    rows.CHOICES,
-    lists.SCORED,
+    ranked.COMPARED,
+    convert.EXPLICIT,
+    convert.IMPLICIT,
+    convert.CHAT_PAIRS,
+    convert.UNPAIRED,
+    convert.CHAT_UNPAIRED,
+    ranked.TREES,
+    convert.CHOICES,
+    ranked.SCORED,
   )
 }
+BUILT_IN = frozenset(SCHEMAS)  # what others return is checked once more
 
-__all__ = ["SCHEMAS", "Refused", "Schema", "detect"]
+__all__ = ["BUILT_IN", "SCHEMAS", "Refused", "Schema", "detect_schema"]
 
 
-def detect(row: dict) -> Schema:
+def detect_schema(row: dict) -> Schema:
   """The first schema that `row` has the shape of.
 
   Raises:
@@ -31,27 +32,17 @@ def detect(row: dict) -> Schema:
       columns it wants and which of them are not there.
   """
   for schema in SCHEMAS.values():
-    if schema.matches(row):
+    if schema.fits(row):
       return schema
-  found = ", ".join(
-    f"{key} ({type(value).__name__})" for key, value in list(row.items())[:12]
-  )
-  lacks = {
-    name: [w for w in schema.wants if w not in row]
-    for name, schema in SCHEMAS.items()
-  }
-  near = sorted(
-    SCHEMAS, key=lambda name: len(lacks[name]) / len(SCHEMAS[name].wants)
-  )
-  wanted = "; ".join(
-    f"{name} wants {', '.join(SCHEMAS[name].wants)}"
-    + (
-      f" (missing: {', '.join(lacks[name])})"
-      if lacks[name]
-      else " (of another kind)"
-    )
-    for name in near
-  )
+  columns = list(row.items())[:12]
+  found = ", ".join(f"{k} ({type(value).__name__})" for k, value in columns)
+  told = []
+  for schema in SCHEMAS.values():
+    lacks = [w for w in schema.wants if w not in row]
+    why = f"missing: {', '.join(lacks)}" if lacks else "of another kind"
+    text = f"{schema.name} wants {', '.join(schema.wants)} ({why})"
+    told.append((len(lacks) / max(len(schema.wants), 1), text))
+  wanted = "; ".join(text for _, text in sorted(told, key=lambda x: x[0]))
   raise DataError(
     f"no schema fits a row with the fields {found or '(none)'}. {wanted}. "
     "Where only the names differ say so, "

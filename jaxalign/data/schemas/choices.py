@@ -15,104 +15,44 @@ from jaxalign.errors import ConfigError, DataError
 SIDES = ("first", "second", "tie")
 LABELS = ("liked", "disliked")
 BY_SCORE = "higher score wins"
-_TIES = (
-  "tie",
-  "ties",
-  "tied",
-  "tie_(bothbad)",
-  "tie(bothbad)",
-  "tie_bothbad",
-  "both",
-  "bothbad",
-  "both_bad",
-  "both_good",
-  "neither",
-  "draw",
-  "equal",
-  "same",
-  "a=b",
-  "b=a",
+ANSWER_NAMES = tuple(
+  "model answer response output assistant completion candidate summary option "
+  "conversation chat text human_ref system".split()
 )
-_FIRST = ("first", "a", "left", "a>b", "a>>b", "b<a", "b<<a")
-_SECOND = ("second", "b", "right", "b>a", "b>>a", "a<b", "a<<b")
-ANSWER_NAMES = (
-  "model",
-  "answer",
-  "response",
-  "output",
-  "assistant",
-  "completion",
-  "candidate",
-  "summary",
-  "option",
-  "conversation",
-  "chat",
-  "text",
-  "human_ref",
-  "system",
-)
-WORDS = (
-  {
-    word: side
-    for side, words in zip(SIDES, (_FIRST, _SECOND, _TIES))
-    for word in words
-  }
-  | {
-    f"{name}{mark}{letter}": side
-    for name in ANSWER_NAMES
-    for mark in ("_", "")
-    for letter, side in (("a", "first"), ("b", "second"))
-  }
-  | {
-    f"{side}_{name}": side
-    for name in ANSWER_NAMES
-    for side in ("first", "second")
-  }
-)
-_NUMBERED = re.compile(rf"(?:{'|'.join(ANSWER_NAMES)})_?([012])")
-LABEL_WORDS = {
-  word: label
-  for label, words in (
-    (
-      "liked",
-      (
-        "true",
-        "thumbs_up",
-        "thumbsup",
-        "up",
-        "like",
-        "liked",
-        "good",
-        "positive",
-        "pos",
-        "desirable",
-        "chosen",
-        "upvote",
-        "+1",
-        "👍",
-      ),
-    ),
-    (
-      "disliked",
-      (
-        "false",
-        "thumbs_down",
-        "thumbsdown",
-        "down",
-        "dislike",
-        "disliked",
-        "bad",
-        "negative",
-        "neg",
-        "undesirable",
-        "rejected",
-        "downvote",
-        "👎",
-      ),
-    ),
-  )
-  for word in words
+_SIDE_WORDS = {
+  "first": "first a left a>b a>>b b<a b<<a",
+  "second": "second b right b>a b>>a a<b a<<b",
+  "tie": (
+    "tie ties tied tie_(bothbad) tie(bothbad) tie_bothbad both bothbad "
+    "both_bad both_good neither draw equal same a=b b=a"
+  ),
 }
+_LABEL_WORDS = {
+  "liked": (
+    "true thumbs_up thumbsup up like liked good positive pos desirable chosen "
+    "upvote +1 \N{THUMBS UP SIGN}"
+  ),
+  "disliked": (
+    "false thumbs_down thumbsdown down dislike disliked bad negative neg "
+    "undesirable rejected downvote \N{THUMBS DOWN SIGN}"
+  ),
+}
+
+
+def _by_word(table: Mapping[str, str]) -> dict[str, str]:
+  return {word: side for side, text in table.items() for word in text.split()}
+
+
+LABEL_WORDS = _by_word(_LABEL_WORDS)
+WORDS = _by_word(_SIDE_WORDS)
+for _name in ANSWER_NAMES:  # model_a, modelb, first_model ...
+  for _side, _letter in (("first", "a"), ("second", "b")):
+    WORDS |= dict.fromkeys(
+      (f"{_name}_{_letter}", f"{_name}{_letter}", f"{_side}_{_name}"), _side
+    )
+_NUMBERED = re.compile(rf"(?:{'|'.join(ANSWER_NAMES)})_?([012])")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_SURE_LABELS = ({"0"}, {"1"}, {"0", "1"}, {"-1", "1"}, {"-1"})
 
 
 class Undecided(NamedTuple):
@@ -129,73 +69,57 @@ def code_of(value: Any) -> str:
   """A code as text: 1, 1.0 and "1" are one, and so are "Model A", "model_a"."""
   if isinstance(value, bool):
     return str(value).lower()
-  if (
-    isinstance(value, float)
-    and value == value
-    and abs(value) < 1e15
-    and (value == int(value))
-  ):
+  if isinstance(value, float) and abs(value) < 1e15 and value.is_integer():
     value = int(value)
-  text = (
-    re.sub(r"[\s-]+", "_", str(value).strip().strip("[]").lower())
-    if isinstance(value, str)
-    else str(value)
-  )
+  text = str(value)
+  if isinstance(value, str):
+    text = re.sub(r"[\s-]+", "_", text.strip().strip("[]").lower())
   number = re.fullmatch(r"_?(\d+)(?:\.0+)?", text)
   if number:
     return ("-" if text.startswith("_") else "") + number[1]
   return text
 
 
-def check(rule: Any) -> None:
+def check_choice(rule: Any) -> None:
   """Raises ConfigError for a `data.choice` that says nothing."""
   if rule in ("", None, BY_SCORE):
     return
-  known = SIDES + LABELS
-  if (
-    not isinstance(rule, Mapping)
-    or not rule
-    or not all(
-      side in known and isinstance(codes, (list, tuple))
-      for side, codes in rule.items()
-    )
-  ):
+  entries = rule.items() if isinstance(rule, Mapping) else ()
+  known = [side in SIDES + LABELS for side, _ in entries]
+  listed = [isinstance(codes, (list, tuple)) for _, codes in entries]
+  if not entries or not all(known + listed):
     raise ConfigError(
       f"data.choice={rule!r:.80}, wanted {{'first': [codes], 'second': "
       "[codes], 'tie': [codes]}, of single answers {'liked': [codes], "
       f"'disliked': [codes]}}, or {BY_SCORE!r}; set config.data.choice"
     )
-  codes = [code_of(code) for found in rule.values() for code in found]
+  codes = [code_of(code) for codes in rule.values() for code in codes]
   if twice := [c for c, n in collections.Counter(codes).items() if n > 1]:
     raise ConfigError(
-      f"data.choice gives the code {twice[0]!r} two meanings; "
-      "set config.data.choice"
+      f"data.choice gives the code {twice[0]!r} two meanings; set "
+      "config.data.choice"
     )
 
 
-def by_name(row: Undecided) -> str | None:
+def _by_name(row: Undecided) -> str | None:
   """The side that a code names: a model's name, an id, or the text itself."""
   hits = [
     side
     for side, name in zip(SIDES, row.names)
-    if name is not None
+    if isinstance(name, (str, int))
     and not isinstance(name, bool)
-    and isinstance(name, (str, int))
     and code_of(name) == code_of(row.code)
   ]
   return hits[0] if len(hits) == 1 else None
 
 
-def decide(
-  rows: list[Undecided], rule: Any, column: str, known: Any = None
-) -> dict[str, str]:
+def meanings(rows: list[Undecided], rule: Any, column: str) -> dict[str, str]:
   """What every code of a column means.
 
   Args:
     rows: of the whole source; all of one column.
-    rule: `data.choice`, "" where nothing was said.
+    rule: `data.choice` or that of a known layout; empty where nothing was said.
     column: its name, for the message.
-    known: the rule of a known layout.
 
   Returns:
     code -> one of SIDES, or of LABELS; a code that is not there is refused.
@@ -203,75 +127,53 @@ def decide(
   Raises:
     DataError: codes whose meaning is not certain; names them and the knob.
   """
-  rule = rule or known
   if rule and rule != BY_SCORE:
-    return {
-      code_of(code): side for side, codes in rule.items() for code in codes
-    }
+    return {code_of(x): side for side, codes in rule.items() for x in codes}
   labels = bool(rows) and rows[0].sides == LABELS
-  counts = collections.Counter(
-    code_of(row.code)
-    for row in rows
-    if row.code is not None and by_name(row) is None
-  )
-  table = {
-    c: w for c in counts if (w := (LABEL_WORDS if labels else WORDS).get(c))
-  }
-  numbers = {c for c in counts if re.fullmatch(r"-?\d+(\.\d+)?", c)}
-  if labels and numbers in ({"0"}, {"1"}, {"0", "1"}, {"-1", "1"}, {"-1"}):
+  known = [row for row in rows if row.code is not None and not _by_name(row)]
+  counts = collections.Counter(code_of(row.code) for row in known)
+  words = LABEL_WORDS if labels else WORDS
+  table = {code: words[code] for code in counts if code in words}
+  numbers = {code for code in counts if _NUMBER.fullmatch(code)}
+  named = {c: m[1] for c in counts if (m := _NUMBERED.fullmatch(c))}
+  pair = {*named.values()} or numbers
+  if labels and numbers in _SURE_LABELS:
     table |= {c: "liked" if c == "1" else "disliked" for c in numbers}
-  elif not labels:
-    named = {c: m[1] for c in counts if (m := _NUMBERED.fullmatch(c))}
-    pair = {*named.values()} or numbers
-    if pair == {"1", "2"} or named and pair == {"0", "1"}:
-      low = min(pair)
-      table |= {
-        c: "first" if n == low else "second"
-        for c, n in (named or dict.fromkeys(numbers)).items()
-        for n in [n or c]
-      }
+  elif not labels and (pair == {"1", "2"} or named and pair == {"0", "1"}):
+    for code in named or numbers:
+      low = named.get(code, code) == min(pair)
+      table[code] = "first" if low else "second"
   unknown = {c: n for c, n in counts.items() if c not in table}
-  asked = [
-    c
-    for c in unknown
-    if c in numbers
-    or not labels
-    and (c in ("true", "false") or _NUMBERED.fullmatch(c))
-  ]
+  doubtful = numbers if labels else {*numbers, *named, "true", "false"}
+  in_doubt = sum(n for code, n in unknown.items() if code in doubtful)
   # A few odd codes among certain ones are rows refused, not a column in doubt.
-  if (
-    unknown
-    and not table
-    or sum(counts[c] for c in asked) * 10 > sum(counts.values())
-  ):
-    found = ", ".join(
-      f"{c!r:.30} ({n:,} rows)"
-      for c, n in collections.Counter(unknown).most_common(6)
-    )
-    few = sorted(
-      (int(c) if re.fullmatch(r"-?\d{1,18}", c) else c for c in unknown),
-      key=lambda c: (isinstance(c, str), c),
-    )[:2]
-    few += ["..."] * (2 - len(few))
-    one, two = LABELS if labels else SIDES[:2]
-    tie = "" if labels else ", 'tie': []"
-    raise DataError(
-      f"{column} holds {found}, and what that means is not certain; say it: "
-      f"--config.data.choice=\"{{'{one}': [{few[0]!r}], '{two}': "
-      f'[{few[1]!r}]{tie}}}" or the other way round'
-    )
+  if unknown and not table or in_doubt * 10 > sum(counts.values()):
+    raise _uncertain(collections.Counter(unknown), labels, column)
   return table
 
 
-def settled(row: Undecided, table: Mapping[str, str], rule: Any) -> str | None:
+def _uncertain(
+  unknown: collections.Counter, labels: bool, column: str
+) -> DataError:
+  most = unknown.most_common(6)
+  found = ", ".join(f"{code!r:.30} ({n:,} rows)" for code, n in most)
+  codes = [int(c) if re.fullmatch(r"-?\d{1,18}", c) else c for c in unknown]
+  few = sorted(codes, key=lambda code: (isinstance(code, str), code))[:2]
+  few += ["..."] * (2 - len(few))
+  one, two = LABELS if labels else SIDES[:2]
+  tie = "" if labels else ", 'tie': []"
+  return DataError(
+    f"{column} holds {found}, and what that means is not certain; say it: "
+    f"--config.data.choice=\"{{'{one}': [{few[0]!r}], '{two}': "
+    f'[{few[1]!r}]{tie}}}" or the other way round'
+  )
+
+
+def side_of(row: Undecided, table: Mapping[str, str], rule: Any) -> str | None:
   """The side that a row's code means; None where it means none."""
-  if rule == BY_SCORE and row.sides == SIDES:
-    first, second = row.scores
-    return (
-      None
-      if first is None or second is None
-      else (
-        "tie" if first == second else "first" if first > second else "second"
-      )
-    )
-  return by_name(row) or table.get(code_of(row.code))
+  if rule != BY_SCORE or row.sides != SIDES:
+    return _by_name(row) or table.get(code_of(row.code))
+  first, second = row.scores
+  if first is None or second is None:
+    return None
+  return "tie" if first == second else "first" if first > second else "second"

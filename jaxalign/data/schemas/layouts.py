@@ -1,111 +1,100 @@
 """Public layouts whose columns, and what their codes mean, are known.
 
-Each is a mapping onto the names that `rows` reads; what a code means comes
+Each is a mapping onto the names that `convert` reads; what a code means comes
 from the data set's own description, and holds too where `data.fields` names
 the same columns.
 """
 
-from collections.abc import Mapping
-import json
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxalign.data.schemas.choices import BY_SCORE, Undecided
-from jaxalign.data.schemas.fields import has_path, remap
-from jaxalign.data.schemas.lists import convert_scored
-from jaxalign.data.schemas.messages import messages_of, opened
-from jaxalign.data.schemas.pairs import Refused, Schema
-from jaxalign.data.schemas.rows import (
+from jaxalign.data.schemas.convert import (
   convert_choice,
   convert_pair,
   convert_unpaired,
 )
+from jaxalign.data.schemas.mapping import (
+  has_path,
+  remap,
+  ROLES,
+  roles_of,
+  TARGETS,
+)
+from jaxalign.data.schemas.messages import from_json, messages_of, opened
+from jaxalign.data.schemas.ranked import convert_scored
+from jaxalign.data.schemas.schema import Refused, Schema
 
 _SIGNED = {"first": [-3, -2, -1], "second": [1, 2, 3], "tie": [0]}
 _FROM_0 = {"first": [0], "second": [1]}
 _FIRST_IS_1 = {"first": [1], "second": [0]}
+_FROM_1_OR_TIE = {"first": [1], "second": [2], "tie": [0]}
+_DECIDED_BY = ("first", "second", "choice")
+_STRENGTH = ("strength", "first_id", "second_id", "first_score", "second_score")
 
 
 class Layout(NamedTuple):
   """One public layout."""
 
-  name: str
   fields: Mapping[str, str]  # target -> path in the row
-  convert: Any = convert_choice
+  convert: Callable[..., Any] = convert_choice
   rule: Any = None  # what its codes mean
   optional: tuple[str, ...] = ()  # targets that a row may lack
-  kind: str = "pairs"
-  many: bool = False
 
 
-LAYOUTS = (
-  Layout(
-    "pku_saferlhf",
-    dict(
-      prompt="prompt",
-      first="response_0",
-      second="response_1",
-      choice="better_response_id",
-    ),
-    rule=_FROM_0,
+def _choice(
+  first: str, second: str, choice: str, rule: Any = None, **more: str
+) -> Layout:
+  """Two answers and the code of the better one."""
+  fields = more | dict(first=first, second=second, choice=choice)
+  fields = {target: fields[target] for target in TARGETS if target in fields}
+  return Layout(fields, convert_choice, rule, _STRENGTH)
+
+
+LAYOUTS = {
+  "pku_saferlhf": _choice(
+    "response_0", "response_1", "better_response_id", _FROM_0, prompt="prompt"
   ),
-  Layout(
-    "shp",
-    dict(
-      prompt="history",
-      first="human_ref_A",
-      second="human_ref_B",
-      choice="labels",
-      first_score="score_A",
-      second_score="score_B",
-    ),
-    rule=_FIRST_IS_1,
-    optional=("first_score", "second_score"),
+  "shp": _choice(
+    "human_ref_A",
+    "human_ref_B",
+    "labels",
+    _FIRST_IS_1,
+    prompt="history",
+    first_score="score_A",
+    second_score="score_B",
   ),
-  Layout(
-    "helpsteer2",
-    dict(
-      prompt="prompt",
-      first="response_1",
-      second="response_2",
-      choice="preference_strength",
-      strength="preference_strength",
-    ),
-    rule=_SIGNED,
+  "helpsteer2": _choice(
+    "response_1",
+    "response_2",
+    "preference_strength",
+    _SIGNED,
+    prompt="prompt",
+    strength="preference_strength",
   ),
-  Layout(
-    "helpsteer3",
-    dict(
-      messages="context",
-      first="response1",
-      second="response2",
-      choice="overall_preference",
-      strength="overall_preference",
-    ),
-    rule=_SIGNED,
+  "helpsteer3": _choice(
+    "response1",
+    "response2",
+    "overall_preference",
+    _SIGNED,
+    messages="context",
+    strength="overall_preference",
   ),
-  Layout(
-    "chatbot_arena",
-    dict(
-      first="conversation_a",
-      second="conversation_b",
-      choice="winner",
-      first_id="model_a",
-      second_id="model_b",
-    ),
-    optional=("first_id", "second_id"),
+  "chatbot_arena": _choice(
+    "conversation_a",
+    "conversation_b",
+    "winner",
+    first_id="model_a",
+    second_id="model_b",
   ),
-  Layout(
-    "summarize_from_feedback",
-    dict(
-      prompt="info.post",
-      first="summaries.0.text",
-      second="summaries.1.text",
-      choice="choice",
-    ),
-    rule=_FROM_0,
+  "summarize_from_feedback": _choice(
+    "summaries.0.text",
+    "summaries.1.text",
+    "choice",
+    _FROM_0,
+    prompt="info.post",
   ),
-  Layout(
-    "webgpt",
+  "webgpt": Layout(
     dict(
       prompt="question.full_text",
       first="answer_0",
@@ -115,26 +104,18 @@ LAYOUTS = (
     ),
     rule=BY_SCORE,
   ),
-  Layout(
-    "halos_pairs",
-    dict(
-      prompt="prompt",
-      first="output_A",
-      second="output_B",
-      choice="label",
-      strength="reward_difference",
-    ),
-    rule=_FIRST_IS_1,
-    optional=("strength",),
+  "halos_pairs": _choice(
+    "output_A",
+    "output_B",
+    "label",
+    _FIRST_IS_1,
+    prompt="prompt",
+    strength="reward_difference",
   ),
-  Layout(
-    "halos_binary",
-    dict(prompt="prompt", completion="output", label="label"),
-    convert_unpaired,
-    kind="unpaired",
+  "halos_binary": Layout(
+    dict(prompt="prompt", completion="output", label="label"), convert_unpaired
   ),
-  Layout(
-    "openai_preference",
+  "openai_preference": Layout(
     dict(
       messages="input.messages",
       tools="input.tools",
@@ -144,148 +125,79 @@ LAYOUTS = (
     convert_pair,
     optional=("tools",),
   ),
-  Layout(
-    "orca_dpo",
+  "orca_dpo": Layout(
     dict(
       system="system", prompt="question", chosen="chosen", rejected="rejected"
     ),
     convert_pair,
   ),
-  Layout(
-    "argilla_orca",
+  "argilla_orca": Layout(
     dict(system="system", prompt="input", chosen="chosen", rejected="rejected"),
     convert_pair,
   ),
-  Layout("spin", dict(chosen="real", rejected="generated"), convert_pair),
-  Layout(
-    "ultrafeedback",
+  "spin": Layout(dict(chosen="real", rejected="generated"), convert_pair),
+  "ultrafeedback": Layout(
     dict(
       prompt="instruction",
       answers="completions.*.response",
       scores="completions.*.overall_score",
     ),
     convert_scored,
-    many=True,
   ),
-)
+}
 # Other columns of the same sets that hold codes of the same meaning.
 _ALIKE = {("response_0", "response_1", "safer_response_id"): _FROM_0} | {
-  ("response1", "response2", f"annotator{i}"): {
-    "first": [1],
-    "second": [2],
-    "tie": [0],
-  }
-  for i in (1, 2, 3)
+  ("response1", "response2", f"annotator{i}"): _FROM_1_OR_TIE for i in (1, 2, 3)
 }  # PandaLM
+
+
+def _deciding(fields: Mapping[str, str]) -> tuple[str | None, ...]:
+  return tuple(fields.get(target) for target in _DECIDED_BY)
+
+
+def _known(fields: Mapping[str, str]) -> Layout | None:
+  """The layout whose answers and code a mapping names."""
+  named = _deciding(fields)
+  return next(
+    (x for x in LAYOUTS.values() if named == _deciding(x.fields)), None
+  )
 
 
 def known_rule(fields: Mapping[str, str]) -> Any:
   """The rule of the known layout whose columns a mapping names, or None."""
-  named = tuple(fields.get(t) for t in ("first", "second", "choice"))
-  if named in _ALIKE:
-    return _ALIKE[named]
-  return next(
-    (
-      x.rule
-      for x in LAYOUTS
-      if x.rule
-      and named == tuple(x.fields.get(t) for t in ("first", "second", "choice"))
-    ),
-    None,
-  )
+  layout = _known(fields)
+  return _ALIKE.get(_deciding(fields), layout and layout.rule)
 
 
 def known_strength(fields: Mapping[str, str]) -> dict[str, str]:
   """What a known layout reads beside the columns that a mapping names."""
-  named = tuple(fields.get(t) for t in ("first", "second", "choice"))
-  found = next(
-    (
-      x.fields
-      for x in LAYOUTS
-      if named == tuple(x.fields.get(t) for t in ("first", "second", "choice"))
-    ),
-    {},
-  )
-  return {
-    t: path
-    for t, path in found.items()
-    if t in ("strength", "first_id", "second_id", "first_score", "second_score")
-    and t not in fields
-  }
+  layout = _known(fields)
+  more = layout.fields if layout else {}
+  return {t: more[t] for t in _STRENGTH if t in more and t not in fields}
 
 
-_ROLES = dict(
-  prompt="the prompt",
-  messages="the prompt",
-  system="the system turn",
-  tools="the tools",
-  first="one answer",
-  second="the other answer",
-  choice="which is better",
-  strength="the margin",
-  chosen="the chosen answer",
-  rejected="the rejected answer",
-  first_score="the margin",
-  second_score="the margin",
-  first_id="the first answer's name",
-  second_id="the second answer's name",
-  completion="the answer",
-  label="its label",
-  answers="the answers",
-  scores="their scores",
-  id="the row's id",
-  source="the row's source",
-)
-
-
-def roles_of(fields: Mapping[str, str]) -> dict[str, str]:
-  """Column -> what it becomes, of a mapping of targets to paths."""
-  roles: dict[str, str] = {}
-  for target, path in fields.items():
-    column, role = path.split(".")[0], _ROLES.get(target, target)
-    role += f" ({path})" if "." in path else ""
-    have = roles.get(column, "")
-    roles[column] = (
-      have if role in have else ", ".join(filter(None, [have, role]))
-    )
-  return roles
-
-
-def _schema(layout: Layout) -> Schema:
-  needed = [
-    path
-    for target, path in layout.fields.items()
-    if target not in layout.optional
-  ]
-  code = next(
-    (
-      layout.fields[t]
-      for t in ("choice", "label", "first_score")
-      if t in layout.fields
-    ),
-    "choice",
-  )
+def _schema(name: str, layout: Layout) -> Schema:
+  fields = layout.fields
+  needed = [path for t, path in fields.items() if t not in layout.optional]
+  codes = [fields[t] for t in ("choice", "label", "first_score") if t in fields]
 
   def convert(row, *pairs):
-    fields = dict(layout.fields)
-    fields |= {n: n for n in ("id", "source", "group") if n in row}
-    return layout.convert(remap(row, fields), *pairs)
+    kept = {n: n for n in ("id", "source", "group") if n in row}
+    return layout.convert(remap(row, fields | kept), *pairs)
 
   return Schema(
-    layout.name,
-    lambda row: all(has_path(row, path) for path in needed),
+    name,
     convert,
-    layout.kind,
-    layout.many,
-    wants=tuple(dict.fromkeys(path.split(".")[0] for path in needed)),
-    roles=roles_of(layout.fields)
-    | dict(id="the row's id", source="the row's source"),
+    tuple(dict.fromkeys(path.split(".")[0] for path in needed)),
+    lambda row: all(has_path(row, path) for path in needed),
+    many=layout.convert is convert_scored,
+    roles=roles_of(fields | dict(id="id", source="source")),
     rule=layout.rule,
-    code=code,
+    code=[*codes, "choice"][0],
   )
 
 
-def _convert_swift(row: dict) -> dict[str, Any] | Undecided:
+def _convert_swift(row: dict) -> dict[str, Any]:
   """messages that end in the chosen answer, and the rejected one beside."""
   chosen = messages_of(row.get("messages"), "messages")
   if not chosen or chosen[-1]["role"] != "assistant":
@@ -293,33 +205,26 @@ def _convert_swift(row: dict) -> dict[str, Any] | Undecided:
   if "rejected_response" not in row:
     raise Refused("missing field", "rejected_response")
   rejected = opened(row["rejected_response"], "rejected_response")
-  known = {
-    k: v
-    for k, v in row.items()
-    if k in ("id", "source", "system", "tools", "margin")
-  }
-  return convert_pair(
-    known | dict(prompt=chosen[:-1], chosen=chosen[-1:], rejected=rejected)
-  )
+  names = ("id", "source", "system", "tools", "margin")
+  sides = dict(prompt=chosen[:-1], chosen=chosen[-1:], rejected=rejected)
+  return convert_pair({n: row[n] for n in names if n in row} | sides)
+
+
+def _is_swift(row: dict) -> bool:
+  rejected = row.get("rejected_response")
+  return isinstance(rejected, (str, list)) and bool(row.get("messages"))
 
 
 SWIFT = Schema(
   "ms_swift",
-  lambda row: (
-    isinstance(row.get("rejected_response"), (str, list))
-    and bool(row.get("messages"))
-  ),
   _convert_swift,
-  "pairs",
-  wants=("messages", "rejected_response"),
+  ("messages", "rejected_response"),
+  _is_swift,
   roles=dict(
     messages="the prompt and the chosen answer",
     rejected_response="the rejected answer",
-    system="the system turn",
-    tools="the tools",
-    id="the row's id",
-    source="the row's source",
-  ),
+  )
+  | {name: ROLES[name] for name in ("system", "tools", "id", "source")},
 )
 
 
@@ -328,52 +233,33 @@ def _convert_lmsys(row: dict) -> Undecided:
   for name in LMSYS.wants:
     if name not in row:
       raise Refused("missing field", name)
-  lists = {}
+  texts = []
   for name in ("prompt", "response_a", "response_b"):
-    lists[name] = _list_of(row[name], name)
-    if len(lists[name]) != 1:
+    value = from_json(row[name])
+    if not isinstance(value, list):
+      raise Refused("not a list", f"{name} is no list of texts")
+    if len(value) != 1:
       raise Refused(
         "several turns",
-        f"{len(lists[name])} in {name}: the two "
-        "dialogues differ before their last answer",
+        f"{len(value)} in {name}: the two dialogues differ before their last "
+        "answer",
       )
-  won = [
-    name
-    for name in ("winner_model_a", "winner_model_b", "winner_tie")
-    if row[name] in (1, "1", True)
+    texts += value
+  wins = [
+    side for name, side in _ONE_HOT.items() if row[name] in (1, "1", True)
   ]
-  if len(won) != 1:
-    raise Refused("bad choice", f"{len(won)} winners, wanted one")
-  return convert_choice(
-    dict(
-      prompt=lists["prompt"][0],
-      first=lists["response_a"][0],
-      second=lists["response_b"][0],
-      choice=dict(
-        winner_model_a="first", winner_model_b="second", winner_tie="tie"
-      )[won[0]],
-    )
-    | {k: row[k] for k in ("id",) if k in row}
-  )
+  if len(wins) != 1:
+    raise Refused("bad choice", f"{len(wins)} winners, wanted one")
+  fields = dict(zip(("prompt", "first", "second"), texts), choice=wins[0])
+  return convert_choice(fields | {k: row[k] for k in ("id",) if k in row})
 
 
-def _list_of(value: Any, name: str) -> list:
-  try:
-    value = json.loads(value) if isinstance(value, str) else value
-  except (ValueError, RecursionError):
-    value = None
-  if not isinstance(value, list):
-    raise Refused("not a list", f"{name} is no list of texts")
-  return value
-
-
-_ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
+_ONE_HOT = dict(winner_model_a="first", winner_model_b="second")
+_ONE_HOT |= dict(winner_tie="tie")
 LMSYS = Schema(
   "lmsys_arena",
-  lambda row: {"prompt", "response_a", "response_b", *_ONE_HOT} <= row.keys(),
   _convert_lmsys,
-  "pairs",
-  wants=("prompt", "response_a", "response_b", *_ONE_HOT),
+  ("prompt", "response_a", "response_b", *_ONE_HOT),
   roles=dict(
     prompt="the prompt",
     response_a="one answer",
@@ -383,4 +269,4 @@ LMSYS = Schema(
   | dict.fromkeys(_ONE_HOT, "which is better"),
 )
 
-SCHEMAS = (*map(_schema, LAYOUTS), SWIFT, LMSYS)
+SCHEMAS = (*(_schema(*item) for item in LAYOUTS.items()), SWIFT, LMSYS)

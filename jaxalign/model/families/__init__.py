@@ -13,20 +13,28 @@ from etils import epath
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.families import gemma, llama, neox
-from jaxalign.model.families.fields import Family, Raw, read_rope, write_rope
-from jaxalign.model.table import Stored
+from jaxalign.model.families.fields import (
+  Family,
+  Raw,
+  read_rope,
+  stored_under,
+  write_rope,
+)
+from jaxalign.model.families.published import PUBLISHED
+from jaxalign.model.parameters import Stored
 
 __all__ = [
   "FAMILIES",
   "Family",
+  "PUBLISHED",
   "canonical",
   "config_of",
   "hf_config",
-  "of",
-  "read_config",
+  "read_json_object",
   "read_raw",
   "read_rope",
   "stored",
+  "stored_under",
   "write_rope",
 ]
 
@@ -43,17 +51,14 @@ _IGNORED = (
   "model.vision_tower.",
   "model.multi_modal_projector.",
 )
+_BROKEN = ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError
 _BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-
-
-def of(m: decoder.ModelConfig) -> Family:
-  """The family of a model."""
-  return FAMILIES[m.family]
 
 
 def stored(m: decoder.ModelConfig) -> dict[str, Stored]:
   """Where each parameter of `decoder.table(m)` lies in a checkpoint."""
-  return of(m).stored(m._replace(lora=None))  # adapters have a folder apart
+  plain = m._replace(lora=None)  # adapters have a folder apart
+  return FAMILIES[m.family].stored(plain)
 
 
 def canonical(m: decoder.ModelConfig, name: str) -> str | None:
@@ -73,10 +78,11 @@ def hf_config(
   m: decoder.ModelConfig, bos: int, eos: Any, dtype: str = "float32"
 ) -> dict[str, Any]:
   """`config.json` of these sizes, as transformers reads it."""
+  family = FAMILIES[m.family]
   return dict(
-    architectures=[of(m).architecture],
+    architectures=[family.architecture],
     model_type=m.family,
-    **of(m).write(m),
+    **family.write(m),
     bos_token_id=bos if bos >= 0 else None,
     eos_token_id=eos,
     dtype=dtype,
@@ -122,13 +128,7 @@ def config_of(
     raise ConfigError(
       f"{where}: {error}; set config.model.checkpoint"
     ) from error
-  except (
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    ZeroDivisionError,
-  ) as error:
+  except _BROKEN as error:
     raise ConfigError(
       f"{where} is no config of a {kind} "
       f"({type(error).__name__}: {error}); set "
@@ -148,19 +148,21 @@ def read_raw(folder: Any) -> dict[str, Any]:
       f"{folder} has no config.json; set config.model."
       "checkpoint to a Hugging Face folder"
     )
+  return read_json_object(path)
+
+
+def read_json_object(path: epath.Path) -> dict[str, Any]:
+  """A file of a checkpoint that holds a JSON object.
+
+  Raises:
+    ConfigError: it does not.
+  """
   try:
     raw = json.loads(path.read_bytes())
     if not isinstance(raw, dict):
       raise ValueError(f"a {type(raw).__name__}, wanted an object")
   except ValueError as error:
     raise ConfigError(
-      f"{path} is no JSON object ({error}); set config.model.checkpoint"
+      f"{path} is no JSON object ({error!s:.100}); set config.model.checkpoint"
     ) from error
   return raw
-
-
-def read_config(folder: Any, dtype: str, remat: str) -> decoder.ModelConfig:
-  """The ModelConfig of a Hugging Face folder; ConfigError as `config_of`."""
-  return config_of(
-    read_raw(folder), dtype, remat, str(epath.Path(folder) / "config.json")
-  )

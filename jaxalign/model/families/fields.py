@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
-from jaxalign.model import rope as rope_lib
-from jaxalign.model.rope import Rope
-from jaxalign.model.table import Stored
+from jaxalign.model.attention import check_rope, Rope, ROPES
+from jaxalign.model.decoder import ModelConfig
+from jaxalign.model.parameters import Stored
 
 Raw = Mapping[str, Any]  # config.json
+Fields = dict[str, Any]
 
 
 class Family(NamedTuple):
@@ -18,9 +19,9 @@ class Family(NamedTuple):
 
   architecture: str  # what transformers calls the class
   defaults: Raw  # of fields that a file may leave out, as in transformers
-  read: Callable[[Raw], dict[str, Any]]  # -> fields of ModelConfig
-  write: Callable[[decoder.ModelConfig], dict[str, Any]]  # -> fields of a file
-  stored: Callable[[decoder.ModelConfig], dict[str, Stored]]
+  read: Callable[[Raw], Fields]  # -> fields of ModelConfig
+  write: Callable[[ModelConfig], Fields]  # -> fields of config.json
+  stored: Callable[[ModelConfig], dict[str, Stored]]
   refused: Raw = {}  # field -> the only value that is read
 
 
@@ -42,43 +43,35 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 def read_rope(raw: Raw, theta: float, context: int) -> Rope:
   """One `rope_parameters` (in older files `rope_scaling`) of a config."""
   kind = raw.get("rope_type", raw.get("type", "default"))
-  if kind not in rope_lib.KINDS:
-    raise ConfigError(
-      f"rope_type={kind!r} is unknown; known: {', '.join(rope_lib.KINDS)}"
-    )
-  theta = float(raw.get("rope_theta") or theta)
-  factor, low, high, original, magnitude = 1.0, 1.0, 4.0, 0, 0.0
+  if kind not in ROPES:
+    known = ", ".join(ROPES)
+    raise ConfigError(f"rope_type={kind!r} is unknown; known: {known}")
+  rope = Rope(float(raw.get("rope_theta") or theta), kind)
   if kind in ("llama3", "yarn"):
     original = int(raw.get("original_max_position_embeddings") or context)
+    rope = rope._replace(original=original)
   if kind != "default":
-    factor = float(raw.get("factor") or context / original)
+    factor = float(raw.get("factor") or context / rope.original)
+    rope = rope._replace(factor=factor)
   if kind == "llama3":
     low, high = float(raw["low_freq_factor"]), float(raw["high_freq_factor"])
+    rope = rope._replace(low=low, high=high)
   if kind == "yarn":
-    low = float(raw.get("beta_slow") or 1)
-    high = float(raw.get("beta_fast") or 32)
+    low, high = raw.get("beta_slow") or 1, raw.get("beta_fast") or 32
     magnitude = float(raw.get("attention_factor") or 0.0)
     above, below = raw.get("mscale"), raw.get("mscale_all_dim")
-    if not magnitude and above and below and factor > 1:
-      log = 0.1 * math.log(factor)
+    if not magnitude and above and below and rope.factor > 1:
+      log = 0.1 * math.log(rope.factor)
       magnitude = (above * log + 1) / (below * log + 1)
-  rope = Rope(
-    theta,
-    kind,
-    factor,
-    low,
-    high,
-    original,
-    magnitude,
-    bool(raw.get("truncate", True)),
-  )
-  rope_lib.check(rope)
+    rope = rope._replace(low=float(low), high=float(high), magnitude=magnitude)
+  rope = rope._replace(truncate=bool(raw.get("truncate", True)))
+  check_rope(rope)
   return rope
 
 
-def write_rope(r: Rope) -> dict[str, Any]:
+def write_rope(r: Rope) -> Fields:
   """The inverse of `read_rope`."""
-  out: dict[str, Any] = dict(rope_theta=r.theta, rope_type=r.kind)
+  out: Fields = dict(rope_theta=r.theta, rope_type=r.kind)
   if r.kind != "default":
     out["factor"] = r.factor
   if r.kind == "llama3":
@@ -92,26 +85,32 @@ def write_rope(r: Rope) -> dict[str, Any]:
   return out
 
 
-def rope_fields(rope: Rope) -> dict[str, Any]:
+def rope_fields(rope: Rope) -> Fields:
   """ModelConfig's `rope_theta` and `ropes` of one rope for all layers."""
   plain = rope == Rope(rope.theta)
   return dict(rope_theta=rope.theta, ropes=() if plain else (rope,))
 
 
-def one_rope(raw: Raw) -> dict[str, Any]:
+def one_rope(raw: Raw) -> Fields:
   """`rope_fields` of a config that has one rope, in either spelling."""
-  given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  return rope_fields(
-    read_rope(
-      given, raw.get("rope_theta", 10000.0), int(raw["max_position_embeddings"])
-    )
-  )
+  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+  theta, context = raw.get("rope_theta", 1e4), raw["max_position_embeddings"]
+  return rope_fields(read_rope(rope, theta, int(context)))
+
+
+def write_one_rope(m: ModelConfig) -> Fields:
+  """The inverse of `one_rope`, for new and older readers."""
+  rope = decoder.ropes(m)[0]
+  out: Fields = dict(rope_theta=rope.theta, rope_parameters=write_rope(rope))
+  if rope.kind != "default":  # where transformers before 5 looks
+    out["rope_scaling"] = out["rope_parameters"]
+  return out
 
 
 # Windows by kind of layer.
 
 
-def windows_of(types: list[str], window: int | None) -> dict[str, Any]:
+def read_windows(types: list[str], window: int | None) -> Fields:
   """`kinds` and `windows` of a list of layer types; kind 0 is the window's."""
   unknown = sorted(set(types) - {SLIDING, FULL})
   if unknown:
@@ -122,29 +121,27 @@ def windows_of(types: list[str], window: int | None) -> dict[str, Any]:
     )
   if len(set(types)) < 2:
     return dict(windows=(int(window) if types[0] == SLIDING else 0,))
-  return dict(
-    windows=(int(window), 0), kinds=tuple(int(t == FULL) for t in types)
-  )
+  kinds = tuple(int(t == FULL) for t in types)
+  return dict(windows=(int(window), 0), kinds=kinds)
 
 
-def layer_types_of(m: decoder.ModelConfig) -> list[str]:
-  """The inverse of `windows_of`: a type for every layer."""
+def write_windows(m: ModelConfig) -> Fields:
+  """The inverse of `read_windows`: a type for every layer."""
   kinds = m.kinds or (0,) * m.layers
-  return [SLIDING if m.windows[k] else FULL for k in kinds]
+  types = [SLIDING if m.windows[k] else FULL for k in kinds]
+  return dict(layer_types=types, sliding_window=max(m.windows) or None)
 
 
 # Sizes.
 
 
-def sizes_of(raw: Raw) -> dict[str, Any]:
+def read_sizes(raw: Raw) -> Fields:
   """The sizes and constants that every family spells alike."""
-  heads = int(raw["num_attention_heads"])
-  width = int(raw["hidden_size"])
+  heads, width = int(raw["num_attention_heads"]), int(raw["hidden_size"])
   act = raw.get("hidden_activation") or raw.get("hidden_act")
   if act not in ACTS:
-    raise ConfigError(
-      f"hidden_act={act!r} is unknown; known: {', '.join(ACTS)}"
-    )
+    known = ", ".join(ACTS)
+    raise ConfigError(f"hidden_act={act!r} is unknown; known: {known}")
   return dict(
     layers=int(raw["num_hidden_layers"]),
     width=width,
@@ -160,8 +157,8 @@ def sizes_of(raw: Raw) -> dict[str, Any]:
   )
 
 
-def write_sizes(m: decoder.ModelConfig) -> dict[str, Any]:
-  """The inverse of `sizes_of`."""
+def write_sizes(m: ModelConfig) -> Fields:
+  """The inverse of `read_sizes`."""
   act = {"gelu_tanh": "gelu_pytorch_tanh"}.get(m.act, m.act)
   return dict(
     hidden_size=m.width,
@@ -178,37 +175,25 @@ def write_sizes(m: decoder.ModelConfig) -> dict[str, Any]:
   )
 
 
-def write_one_rope(m: decoder.ModelConfig) -> dict[str, Any]:
-  """The inverse of `one_rope`, for new and older readers."""
-  rope = decoder.ropes(m)[0]
-  out: dict[str, Any] = dict(
-    rope_theta=rope.theta, rope_parameters=write_rope(rope)
-  )
-  if rope.kind != "default":  # where transformers before 5 looks
-    out["rope_scaling"] = out["rope_parameters"]
-  return out
-
-
 # Names of tensors.
 
 
 def stored_under(
   prefix: str,
-  m: decoder.ModelConfig,
-  top: Mapping[str, tuple],
-  flat: Mapping[str, tuple],
+  m: ModelConfig,
+  top: Mapping[str, Stored],
+  layer: Mapping[str, Stored],
 ) -> dict[str, Stored]:
   """Where the parameters lie, of those that `decoder.table(m)` has.
 
   Args:
     prefix: of the tensors of a layer, `<prefix>.layers.<i>.`.
     m: the model's sizes.
-    top: ours -> the fields of `Stored`.
-    flat: the same of one layer, ours without "layers/", theirs without prefix.
+    top: by our name.
+    layer: of one layer; ours without "layers/", theirs without the prefix.
   """
-  known = {n: Stored(*row) for n, row in top.items()}
-  known |= {
-    f"layers/{n}": Stored(f"{prefix}.layers.{{}}.{row[0]}", *row[1:])
-    for n, row in flat.items()
-  }
+  known = dict(top)
+  for name, s in layer.items():
+    theirs = f"{prefix}.layers.{{}}.{s.name}"
+    known[f"layers/{name}"] = s._replace(name=theirs)
   return {name: known[name] for name in decoder.table(m)}

@@ -25,7 +25,6 @@ from jaxalign.select.card.fits import (
   jaccard,
   mixture_summary,
   normalised_mutual_information,
-  stability,
 )
 from jaxalign.select.card.rows import ranks, reasons
 from jaxalign.select.pool import Pool, Selection
@@ -46,7 +45,6 @@ __all__ = (
   "ranks",
   "reasons",
   "selection_card",
-  "stability",
 )
 ALTERNATIVES = ("random", "length", "stratified", "perplexity", "isa", "real")
 EXAMPLES = 10  # of either end of the ranking, in words
@@ -169,7 +167,7 @@ def alternatives(
     seed: of draws; the sampler's own plus one, so that `random` is another
       draw.
   """
-  out, own = {}, combine.bare(sampler)
+  out, own = {}, combine.sampler_names(sampler)
   for name in ALTERNATIVES:
     one = SAMPLERS[name]
     if (
@@ -189,7 +187,7 @@ def alternatives(
 
 def about(sampler: str) -> str:
   """The first sentence of what each sampler of a chain says of itself."""
-  known = [SAMPLERS[n] for n in combine.bare(sampler) if n in SAMPLERS]
+  known = [SAMPLERS[n] for n in combine.sampler_names(sampler) if n in SAMPLERS]
   return " ".join((inspect.getdoc(x) or "").split("\n")[0] for x in known)
 
 
@@ -212,8 +210,8 @@ def examine(
       spectra and a map; rows without a topic are then given clusters.
     selection: the rows and the score of all.
     mixture: described where one was fitted.
-    diagnostics: results of `stability`, `held_out`, `component_labels` by
-      name; stored as they are.
+    diagnostics: results of `held_out` and `component_labels` by name;
+      stored as they are.
     sampler: its name.
     texts: name -> [N] str, shown on the page.
     others: name -> row numbers that other samplers kept of the same pool.

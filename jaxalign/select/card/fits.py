@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from jaxalign.errors import ConfigError
 from jaxalign.select import mixture as mixtures
 
 
@@ -41,56 +40,15 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
   return float(max(0.0, 2 * information / entropies)) if entropies > 0 else 1.0
 
 
-def stability(
-  mesh: jax.sharding.Mesh,
-  x: np.ndarray,
-  make_selection: Callable[[mixtures.Mixture], np.ndarray],
-  seeds: Any,
-  **fit_options: Any,
-) -> dict[str, Any]:
-  """Jaccard overlap of the selections of mixtures fitted with other seeds.
-
-  Args:
-    mesh: as for `mixture.fit`.
-    x: [n, E] rows.
-    make_selection: Mixture -> the row numbers chosen with it.
-    seeds: two or more ints; each is one fit.
-    **fit_options: of `mixture.fit`, all but `seed`.
-
-  Returns:
-    The seeds, and the least and the mean Jaccard over all pairs of them.
-  """
-  seeds = [int(seed) for seed in seeds]
-  if len(seeds) < 2:
-    raise ConfigError(f"stability compares two or more seeds, found {seeds}")
-  if fit_options.get("space") is None:  # the same for every seed
-    options = {
-      k: fit_options[k]
-      for k in ("pca", "covariance", "components")
-      if k in fit_options
-    }
-    fit_options["space"] = mixtures.prepare(mesh, x, **options)
-  chosen = [
-    np.asarray(make_selection(mixtures.fit(mesh, x, seed=seed, **fit_options)))
-    for seed in seeds
-  ]
-  overlap = [
-    jaccard(a, b) for i, a in enumerate(chosen) for b in chosen[i + 1 :]
-  ]
-  return {
-    "seeds": seeds,
-    "jaccard_mean": float(np.mean(overlap)),
-    "jaccard_min": float(min(overlap)),
-  }
-
-
 def held_out(
   mesh: jax.sharding.Mesh,
   x: np.ndarray,
+  options: mixtures.MixtureOptions,
   *,
   seed: int = 0,
   responses: int = 1,
-  **fit_options: Any,
+  labels: np.ndarray | None = None,
+  progress: Callable[..., None] | None = None,
 ) -> dict[str, float]:
   """Fits on a random half of the records and compares the two halves.
 
@@ -100,9 +58,9 @@ def held_out(
   Args:
     mesh: as for `mixture.fit`.
     x: [n, E] rows, the `responses` of one record next to each other.
+    options: of `mixture.fit`, as `labels` and `progress` are.
     seed: of the halves and of the fit.
     responses: R; all rows of a record go to the same half.
-    **fit_options: of `mixture.fit`.
   """
   records = len(x) // responses
   rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
@@ -110,10 +68,10 @@ def held_out(
   inside = np.zeros(records, bool)
   inside[order[: records // 2]] = True
   inside = np.repeat(inside, responses)
-  fit_options.pop("space", None)  # it has seen both halves
-  if fit_options.get("labels") is not None:
-    fit_options["labels"] = fit_options["labels"][inside]
-  fitted = mixtures.fit(mesh, x[inside], seed=seed, **fit_options)
+  labels = labels if labels is None else labels[inside]
+  fitted = mixtures.fit(
+    mesh, x[inside], options, seed=seed, labels=labels, progress=progress
+  )
   seen = mixtures.log_likelihood(fitted, x[inside])
   unseen = mixtures.log_likelihood(fitted, x[~inside])
   return {

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.core import intervals
 from jaxalign.errors import NumericError
 from jaxalign.select import neighbours
 from jaxalign.select.card import spectra
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers import clusters as clusters_lib
+from jaxalign.select.samplers import kmeans
 
 ALIKE = 0.95  # a cosine from which two rows are near-duplicates
 ASKED = 2000  # rows whose neighbours stand for the pool's or a random subset's
@@ -92,7 +93,7 @@ def _covered(read, n, draw, left, alike, mask, width):
     of=n - m,
     quantiles=None,
     random=None,
-    near_copy=neighbours.wilson(
+    near_copy=intervals.wilson(
       int((alike[good] >= ALIKE).sum()), int(good.sum())
     ),
   )
@@ -113,7 +114,7 @@ def _copies(read, n, draw, alike, m, width):
   """Shares of rows with a near-duplicate: kept, by chance, in the pool."""
   out = dict(
     threshold=ALIKE,
-    kept=neighbours.wilson(int((alike >= ALIKE).sum()), len(alike)),
+    kept=intervals.wilson(int((alike >= ALIKE).sum()), len(alike)),
   )
   order = np.argsort(draw, kind="stable")
   for name, rows in (("random", order[:m]), ("pool", order)):
@@ -121,13 +122,13 @@ def _copies(read, n, draw, alike, m, width):
       min(len(rows), ASKED), len(rows), width, WORK / 8
     )
     if count < min(100, len(rows)):
-      out[name] = neighbours.wilson(0, 0)
+      out[name] = intervals.wilson(0, 0)
       continue
     # The last of the draw: within the random subset, a sample of it.
     found = neighbours.nearest(
       read, np.sort(rows[len(rows) - count :]), np.sort(rows)
     )
-    out[name] = neighbours.wilson(
+    out[name] = intervals.wilson(
       int((cosine(found.squared) >= ALIKE).sum()), count
     )
   return out
@@ -164,7 +165,7 @@ def clusters(pool: Pool, draw: np.ndarray, texts: Any = None) -> np.ndarray:
   read, n = neighbours.unit_rows(pool), len(pool.ids)
   some = neighbours.sample(draw, np.arange(n), 20_000)
   count = min(CLUSTERS, max(1, len(some) // 50))
-  _, centres = clusters_lib.k_means(read(some), pool.ids[some], count, 0)
+  _, centres = kmeans.k_means(read(some), pool.ids[some], count, 0)
   label = np.empty(n, np.int64)
   square = (centres**2).sum(axis=1)
   for start in range(0, n, neighbours.BLOCK):

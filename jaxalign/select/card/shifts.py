@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from jaxalign.core import intervals
+
 DRAWS = 1000  # of random subsets, where no formula is at hand
 LISTED = 12  # values of a column that get a line of their own
 SIZES = (
@@ -58,7 +60,7 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   none = abs(shift) <= 1e-12 * max(1.0, abs(pool))
   p = 1.0 if none or not error else math.erfc(abs(shift) / error / 2**0.5)
   effect = 0.0 if none or not spread else shift / spread
-  half = 1.959963984540054 * error
+  half = intervals.Z * error
   return dict(
     pool=pool,
     kept=mean,
@@ -76,15 +78,6 @@ def _said(p: float, effect: float) -> str:
   if p >= 0.05:
     return "within chance"
   return next(word for limit, word in SIZES if abs(effect) < limit)
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-  """p of several tests, corrected together, Holm 1979."""
-  order = np.argsort(p, kind="stable")
-  steps = np.asarray(p)[order] * (len(p) - np.arange(len(p)))
-  out = np.empty(len(p))
-  out[order] = np.minimum(1.0, np.maximum.accumulate(steps))
-  return out
 
 
 def shares(
@@ -142,7 +135,7 @@ def shares(
       effect=2 * (math.asin(math.sqrt(g / m)) - math.asin(math.sqrt(t / n))),
     )
     found.append(p)
-  for row, p in zip(rows, holm(np.array(found))):
+  for row, p in zip(rows, intervals.holm(found)):
     row.update(p=float(p), said=_said(p, row["effect"]))
   moved = float(np.abs(got / m - total / n).sum() / 2)
   rng = np.random.Generator(np.random.Philox(key=seed % 2**64))

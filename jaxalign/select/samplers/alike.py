@@ -99,14 +99,3 @@ def notes(pool: Pool, kept: np.ndarray, drawn: np.ndarray) -> list[str]:
     "labelled alike, and no head can tell whether rightly; set "
     "config.select.kwargs.copies to keep a few of each"
   ]
-
-
-def place_in(
-  code: np.ndarray, score: np.ndarray, hashes: np.ndarray
-) -> np.ndarray:
-  """[N] how many rows of the same code score higher; ties by the hash."""
-  order = np.lexsort((hashes, -score, code))
-  size = np.bincount(code, minlength=code.max(initial=0) + 1)
-  out = np.empty(len(code), np.int64)
-  out[order] = np.arange(len(code)) - np.repeat(np.cumsum(size) - size, size)
-  return out

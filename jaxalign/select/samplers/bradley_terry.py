@@ -11,10 +11,13 @@ import numpy as np
 import threadpoolctl
 
 from jaxalign.errors import ConfigError
+from jaxalign.select import grams
+from jaxalign.select.costs import Sizes, Work
 from jaxalign.select.samplers import habits, heads
 
 RIDGES = (0.001, 0.004, 0.015, 0.06, 0.25, 1.0, 4.0)  # for one row
 FOLDS, RIDGE_FOLDS, RIDGE_ROWS = 5, 3, 4000
+NEWTON = 5  # steps of a fit that starts at another fold's, for the plan
 
 
 class Margins(NamedTuple):
@@ -124,6 +127,37 @@ def margins(
     chance,
     float((mean > 0).mean()),
     ridges,
+  )
+
+
+def heads_work(p: Sizes, *widths: tuple[int, ...]) -> Work:
+  """Heads, each on parts of these widths, which are rotated once.
+
+  Then Newton steps of each head at two ridges in every fold; the search for
+  the best ridge runs on some 4,000 rows.
+  """
+  tokens, sides = grams.WIDTH // 2, p.n * p.r
+  parts = {w for head in widths for w in head}
+  typical, keep = [tokens, *{p.e} & parts], max(1, min(64, int(sides) // 40))
+  wide = [(p.n, w, heads.COLUMNS) for w in parts if w > heads.COLUMNS]
+  wide += [(sides, w, keep) for w in typical if w > keep]
+  turned = [heads.principal_work(*one) for one in wide]
+  few = min(p.n, RIDGE_ROWS)
+  fits = 2 * FOLDS * p.n * (1 - 1 / FOLDS)
+  fits += len(RIDGES) * RIDGE_FOLDS * few * (1 - 1 / RIDGE_FOLDS)
+  columns = [sum(min(w, heads.COLUMNS) for w in head) for head in widths]
+  newton = sum(fits * NEWTON * 2 * c**2 for c in columns)
+  # What is read: counts as float32, the others as float64. Then what is
+  # scaled, less its mean and laid out, sums in float64; or the heads' rows.
+  stored = sides * (4 * tokens + 8 * sum(parts - {tokens}))
+  sums = [40 * w**2 for (_, w, _), t in zip(wide, turned) if t.device]
+  laid = 3 * 4 * sides * max(typical) + max(sums, default=0)
+  whole = sum(min(w, heads.COLUMNS) for w in parts)
+  return Work(
+    newton + sum(t.host for t in turned),
+    sum(t.devices for t in turned),
+    stored + max(laid, 8 * p.n * (whole + 4.5 * max(columns))),
+    max((t.device for t in turned), default=0),
   )
 
 

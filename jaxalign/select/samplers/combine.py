@@ -8,7 +8,6 @@ wherever it names a sampler, the first step first, scores multiplied by "*":
   c.compare = ("quota(by=source, shares=equal) | ask_llm * external_margin",)
 """
 
-import ast
 from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
@@ -18,10 +17,12 @@ import numpy as np
 
 from jaxalign import lookup
 from jaxalign.errors import ConfigError, JaxalignError
+from jaxalign.select.costs import of_scores, one_after_another, Sizes, Work
 from jaxalign.select.pool import Pool, Selection, SHAPES
-from jaxalign.select.samplers import basic, SAMPLERS, values
 from jaxalign.select.samplers import dedup as dedup_lib
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select.samplers import SAMPLERS, values
+from jaxalign.select.samplers.draws import apportion, groups_of
+from jaxalign.select.samplers.vectors import directions
 from jaxalign.select.topk import top
 
 Sampler = Callable[..., Selection]
@@ -32,8 +33,41 @@ def take(pool: Pool, rows: np.ndarray) -> Pool:
   return Pool(pool.ids[rows], {k: v[rows] for k, v in pool.columns.items()})
 
 
-def _wrap(inner: Sampler, fn: Callable, *columns: str) -> Sampler:
-  """fn(inner bound to its keywords, seed, pool, budget) as a sampler."""
+def _union(samplers: Sequence[Sampler], mark: str, *more: str) -> tuple:
+  names = [n for one in samplers for n in getattr(one, mark)]
+  return tuple(dict.fromkeys((*names, *more)))
+
+
+def _total_cost(samplers: Sequence[Sampler]) -> Callable[..., Work] | None:
+  """What all of them take together; None where one does not say."""
+  if any(getattr(one, "cost", None) is None for one in samplers):
+    return None
+
+  def cost(sizes: Sizes, **kwargs: Any) -> Work:
+    works = [
+      one.cost(sizes, **kwargs | getattr(one, "keywords", {}))
+      for one in samplers
+    ]
+    return one_after_another(*works)
+
+  return cost
+
+
+def _wrap(
+  inner: Sampler,
+  fn: Callable,
+  *columns: str,
+  cost: Callable = of_scores,
+  copies_rows: bool = True,
+) -> Sampler:
+  """fn(inner bound to its keywords, seed, pool, budget) as a sampler.
+
+  Args:
+    inner, fn: see above.
+    *columns: that fn reads.
+    cost: of fn.
+    copies_rows: whether the inner one is handed a copy of some rows.
+  """
 
   @functools.wraps(inner)
   def sampler(seed: int, pool: Pool, budget: int, **kwargs) -> Selection:
@@ -41,9 +75,13 @@ def _wrap(inner: Sampler, fn: Callable, *columns: str) -> Sampler:
 
   sampler.__doc__ = fn.__doc__
   sampler.keywords = getattr(inner, "keywords", {})  # bound, "isa(order=...)"
-  sampler.needs = tuple(dict.fromkeys((*inner.needs, *columns)))
-  sampler.optional = tuple(inner.optional)
-  sampler.pairs = inner.pairs
+  sampler.needs = _union([inner], "needs", *columns)
+  both = _total_cost([inner])
+  if both is not None:
+    sampler.cost = lambda sizes, **kwargs: one_after_another(
+      cost(sizes), both(sizes, **kwargs)
+    )
+  sampler.copies_rows = copies_rows or getattr(inner, "copies_rows", False)
   return sampler
 
 
@@ -59,9 +97,8 @@ def _within(
   rows = np.flatnonzero(keep)
   if rows.size < budget:
     raise ConfigError(
-      f"{what} leaves {rows.size} of {len(keep)} rows, the "
-      f"budget wants {budget}; set config.select.budget, or "
-      f"the {what.split(' ')[0]}"
+      f"{what} leaves {rows.size} of {len(keep)} rows, the budget wants "
+      f"{budget}; set config.select.budget, or the {what.split(' ')[0]}"
     )
   found = inner(seed, take(pool, rows), budget)
   score = np.full(len(keep), found.score.min() - 1)
@@ -84,24 +121,18 @@ def gate(
     low, high: quantiles of the pool; 0.2 and 1 leave out the lowest fifth.
     side: of a pair, see `values.one_side`; "min" asks it of both sides.
   """
+  what = f"gate on {column!r} from {low} to {high}"
   if not 0 <= low < high <= 1:
     raise ConfigError(
-      f"gate on {column!r} from {low} to {high}, wanted two "
-      "quantiles from 0 to 1, the first below the second"
+      f"{what}, wanted two quantiles from 0 to 1, the first below the second"
     )
 
   def gated(inner, seed, pool, budget):
     """The inner sampler's choice among the rows that pass the gate."""
     value = values.one_side(values.column(pool, column), side)
     rank = values.quantiles(value)
-    return _within(
-      inner,
-      seed,
-      pool,
-      budget,
-      (rank >= low) & (rank <= high),
-      f"gate on {column!r} from {low} to {high}",
-    )
+    keep = (rank >= low) & (rank <= high)
+    return _within(inner, seed, pool, budget, keep, what)
 
   return _wrap(inner, gated, column)
 
@@ -119,30 +150,24 @@ def dedup(
     inner: chooses among the rows that are left.
     threshold: a row is dropped where its cosine with an earlier one of its
       cluster is above this; see `dedup.most_alike`.
-    pair, metric: see `rows.vectors`.
+    pair, metric: see `vectors.vectors`.
     clusters: of the k-means, or "auto".
   """
+  what = f"dedup above a cosine of {threshold}"
   if not -1 <= threshold < 1:
-    raise ConfigError(
-      f"dedup above a cosine of {threshold}, wanted -1 or more and below 1"
-    )
+    raise ConfigError(f"{what}, wanted -1 or more and below 1")
 
   def deduplicated(inner, seed, pool, budget):
     """The inner sampler's choice among rows that are no near-copies."""
-    x = rows_lib.directions(pool, pair, metric)
-    alike = dedup_lib.most_alike(
-      x, pool.ids, dedup_lib.cluster_count(clusters, len(x)), seed=0
-    )
-    return _within(
-      inner,
-      seed,
-      pool,
-      budget,
-      alike <= threshold,
-      f"dedup above a cosine of {threshold}",
-    )
+    x = directions(pool, pair, metric)
+    count = dedup_lib.cluster_count(clusters, len(x))
+    keep = dedup_lib.most_alike(x, pool.ids, count, seed=0) <= threshold
+    return _within(inner, seed, pool, budget, keep, what)
 
-  return _wrap(inner, deduplicated, "embedding")
+  cost = functools.partial(
+    dedup_lib.semdedup_work, clusters=clusters, pair=pair
+  )
+  return _wrap(inner, deduplicated, "embedding", cost=cost)
 
 
 def quota(
@@ -161,77 +186,78 @@ def quota(
 
   def shared(inner, seed, pool, budget):
     """The inner sampler's choice within each group, by quota."""
-    group = basic.groups_of(pool, by, bins)
-    room = np.bincount(group)
-    if isinstance(shares, Mapping):
-      if len(by) != 1:
-        raise ConfigError(f"quota gives shares for {by}, wanted one column")
-      column = np.asarray(getattr(pool, by[0]))
-      first = [column[np.argmax(group == k)].item() for k in range(len(room))]
-      unknown = set(shares) - set(first)
-      if unknown:
-        raise ConfigError(
-          f"quota names {sorted(map(str, unknown))}, the "
-          f"pool's {by[0]} has {sorted(map(str, first))}"
-        )
-      weight = np.array([float(shares.get(name, 0)) for name in first])
-      if not (weight >= 0).all() or not weight.sum() > 0:
-        raise ConfigError(
-          f"quota gives the shares {dict(shares)}, wanted "
-          "numbers of 0 or more, one of them above"
-        )
-      weight = weight / weight.sum()
-      count = basic.apportion(weight, np.full(len(room), budget), budget)
-      short = np.flatnonzero(count > room)
-      if short.size:
-        k = short[0]
-        raise ConfigError(
-          f"quota asks for {count[k]} rows of {by[0]} "
-          f"{first[k]!r}, the pool has {room[k]}; set "
-          "config.select.budget or the shares"
-        )
-    elif shares in ("pool", "equal"):
-      weight = np.float64(room) if shares == "pool" else np.ones(len(room))
-      count = basic.apportion(weight, room, budget)
-    else:
-      raise ConfigError(
-        f"quota has shares {shares!r}, wanted 'pool', 'equal' or a mapping"
-      )
+    group = groups_of(pool, by, bins)
+    count = _quotas(pool, group, by, shares, budget)
     score = np.full(len(pool.ids), np.nan)
     kept = np.zeros(len(pool.ids), bool)
-    said, whole = {}, []
+    notes, whole = {}, []
     for k in np.flatnonzero(count):
       rows = np.flatnonzero(group == k)
       name = _group_name(pool, by, rows)
-      if count[k] == room[k]:
+      if count[k] == len(rows):
         kept[rows] = True
-        whole.append(f"{name} ({room[k]})")
+        whole.append(f"{name} ({len(rows)})")
         continue
       try:
         found = inner(seed, take(pool, rows), int(count[k]))
       except JaxalignError as error:
         raise type(error)(
-          f"quota by {', '.join(by)}, {count[k]} of {room[k]} rows with "
+          f"quota by {', '.join(by)}, {count[k]} of {len(rows)} rows with "
           f"{name}: {error}"
         ) from error
       score[rows] = found.score
       kept[rows[found.rows]] = True
-      said[name] = found.notes
-    notes = _joined_notes(said)
+      notes[name] = found.notes
+    lines = _joined_notes(notes)
     if whole:
       more = f" and {len(whole) - 5} more" if len(whole) > 5 else ""
-      notes.append(
-        f"quota takes all rows with {'; '.join(whole[:5])}{more}: "
-        "no sampler ranked them, they come after those it chose"
+      lines.append(
+        f"quota takes all rows with {'; '.join(whole[:5])}{more}: no sampler "
+        "ranked them, they come after those it chose"
       )
     # What no sampler saw ranks as the last that one chose, and what no place
     # was left for below all that was kept.
     unseen = np.isnan(score)
-    score[unseen] = score[kept & ~unseen].min() if said else 0
+    score[unseen] = score[kept & ~unseen].min() if notes else 0
     score = np.where(kept, score, score - (np.ptp(score) + 1))
-    return Selection(top(score, pool.ids, budget), score, tuple(notes))
+    return Selection(top(score, pool.ids, budget), score, tuple(lines))
 
   return _wrap(inner, shared, *by)
+
+
+def _quotas(pool, group, by, shares, budget):
+  """[G] rows to take of each group; see `quota`."""
+  room = np.bincount(group)
+  if isinstance(shares, str) and shares in ("pool", "equal"):
+    weight = np.float64(room) if shares == "pool" else np.ones(len(room))
+    return apportion(weight, room, budget)
+  if not isinstance(shares, Mapping):
+    raise ConfigError(
+      f"quota has shares {shares!r}, wanted 'pool', 'equal' or a mapping"
+    )
+  if len(by) != 1:
+    raise ConfigError(f"quota gives shares for {by}, wanted one column")
+  column = np.asarray(getattr(pool, by[0]))
+  names = [column[np.argmax(group == k)].item() for k in range(len(room))]
+  if unknown := set(shares) - set(names):
+    raise ConfigError(
+      f"quota names {sorted(map(str, unknown))}, the pool's {by[0]} has "
+      f"{sorted(map(str, names))}"
+    )
+  weight = np.array([float(shares.get(name, 0)) for name in names])
+  if not (weight >= 0).all() or not weight.sum() > 0:
+    raise ConfigError(
+      f"quota gives the shares {dict(shares)}, wanted numbers of 0 or more, "
+      "one of them above"
+    )
+  every = np.full(len(room), budget)
+  count = apportion(weight / weight.sum(), every, budget)
+  for k in np.flatnonzero(count > room)[:1]:
+    raise ConfigError(
+      f"quota asks for {count[k]} rows of {by[0]} {names[k]!r}, the pool has "
+      f"{room[k]}; set config.select.budget or the shares"
+    )
+  return count
 
 
 def _group_name(pool: Pool, by: Sequence[str], rows: np.ndarray) -> str:
@@ -247,19 +273,17 @@ def _group_name(pool: Pool, by: Sequence[str], rows: np.ndarray) -> str:
   return ", ".join(parts)
 
 
-def _joined_notes(said: Mapping[str, Sequence[str]]) -> list[str]:
-  """Notes by group: once what all say, the others with the group's name."""
-  every = [set(notes) for notes in said.values()]
+def _joined_notes(by_group: Mapping[str, Sequence[str]]) -> list[str]:
+  """Notes by group: once those of all, the others with the group's name."""
+  every = [set(notes) for notes in by_group.values()]
   common = set.intersection(*every) if every else set()
-  out = {}
-  for name, notes in said.items():
+  out = []
+  for name, notes in by_group.items():
     for note in notes:
-      if note in common:
-        out[note] = None
-      else:
-        text = note.removeprefix("warning: ")
-        out[f"{note[: len(note) - len(text)]}{name}: {text}"] = None
-  return list(out)
+      text = note.removeprefix("warning: ")
+      mark = note[: len(note) - len(text)]
+      out.append(note if note in common else f"{mark}{name}: {text}")
+  return list(dict.fromkeys(out))
 
 
 def diverse(
@@ -272,18 +296,18 @@ def diverse(
 
   Args:
     inner: a sampler by a score; of a greedy one the order is what counts.
-    threshold, pair, metric: see `dedup.diverse` and `rows.vectors`.
+    threshold, pair, metric: see `dedup.diverse` and `vectors.vectors`.
   """
 
   def spread(inner, seed, pool, budget):
     """The best rows of the inner sampler that are unlike one another."""
-    x = rows_lib.directions(pool, pair, metric)
+    x = directions(pool, pair, metric)
     found = inner(seed, pool, budget)
-    return dedup_lib.diverse(
-      found.score, x, pool.ids, budget, threshold
-    )._replace(notes=found.notes)
+    kept = dedup_lib.diverse(found.score, x, pool.ids, budget, threshold)
+    return kept._replace(notes=found.notes)
 
-  return _wrap(inner, spread, "embedding")
+  cost = functools.partial(dedup_lib.diverse_work, pair=pair)
+  return _wrap(inner, spread, "embedding", cost=cost, copies_rows=False)
 
 
 def product(*inner: Sampler) -> Sampler:
@@ -303,43 +327,30 @@ def product(*inner: Sampler) -> Sampler:
     notes = dict.fromkeys(note for one in found for note in one.notes)
     return values.ranked(score, pool, budget)._replace(notes=tuple(notes))
 
-  sampler.needs = tuple(dict.fromkeys(n for one in inner for n in one.needs))
-  sampler.optional = tuple(
-    dict.fromkeys(n for one in inner for n in one.optional)
-  )
+  sampler.needs = _union(inner, "needs")
+  sampler.optional = _union(inner, "optional")
   sampler.pairs = any(one.pairs for one in inner)
+  sampler.cost = _total_cost(inner)
   return sampler
 
 
 COMBINATORS = {"gate": gate, "dedup": dedup, "quota": quota, "diverse": diverse}
 
 
-def compose(sampler: Sampler, steps: Sequence[Mapping[str, Any]]) -> Sampler:
+def compose(sampler: Sampler, steps: Sequence[lookup.Term]) -> Sampler:
   """A sampler behind some steps, the first of which sees the whole pool.
-
-  Args:
-    sampler: chooses from what the steps leave.
-    steps: mappings with the `name` of a combinator and its keywords, as
-      dict(name="gate", column="log_likelihood", low=0.1).
 
   Raises:
     ConfigError: an unknown name or keyword.
   """
-  for step in reversed(steps):
-    rest = dict(step)
-    name = rest.pop("name", None)
+  for name, kwargs in reversed(steps):
     if name not in COMBINATORS:
       raise ConfigError(
         f"unknown step {name!r}, wanted one of {', '.join(COMBINATORS)}"
       )
     known = list(inspect.signature(COMBINATORS[name]).parameters)[1:]
-    unknown = set(rest) - set(known)
-    if unknown:
-      raise ConfigError(
-        f"step {name!r} takes no {sorted(unknown)[0]!r}; it "
-        f"takes {', '.join(known)}"
-      )
-    sampler = COMBINATORS[name](sampler, **rest)
+    lookup.check_keywords(kwargs, known, f"step {name!r}", "select.sampler")
+    sampler = COMBINATORS[name](sampler, **kwargs)
   return sampler
 
 
@@ -351,75 +362,45 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
   Args:
     name: what `lookup` takes; "a * b", the `product` of some; with steps in
       front, "step(keyword=value) | sampler", keys of COMBINATORS, the first
-      of which sees the whole pool. A value is a Python literal or a word.
+      of which sees the whole pool.
     knob: the config field that holds the name.
 
   Raises:
     ConfigError: an unknown name, step or keyword.
   """
-  *steps, last = lookup.parts(name, "|")
-  found = [
-    lookup.lookup(SAMPLERS, part, "sampler", knob)
-    for part in lookup.parts(last, "*")
-  ]
-  for part, one in zip(lookup.parts(last, "*"), found):
+  *steps, last = lookup.parse(name, "|", "sampler", knob)
+  found = []
+  for term in last:
+    one = lookup.find(SAMPLERS, term, "sampler", knob)
     if not hasattr(one, "needs"):
       raise ConfigError(
-        f"sampler {part!r} does not say what it reads; mark "
-        "the function with jaxalign.select.pool.needs, or set "
-        f"config.{knob}"
+        f"sampler {str(term)!r} does not say what it reads; mark the function "
+        f"with jaxalign.select.pool.needs, or set config.{knob}"
       )
-    if columns := [
-      v
-      for v in getattr(one, "keywords", {}).values()
-      if isinstance(v, str) and v in SHAPES
-    ]:
-      one.needs = tuple(dict.fromkeys((*one.needs, *columns)))
+    words = getattr(one, "keywords", {}).values()
+    columns = [v for v in words if isinstance(v, str) and v in SHAPES]
+    if columns:
+      one.needs = _union([one], "needs", *columns)
+    found.append(one)
   sampler = found[0] if len(found) == 1 else product(*found)
   try:
-    return compose(sampler, [_step(text) for text in steps])
+    return compose(sampler, [_step(part) for part in steps])
   except (ConfigError, TypeError) as error:
     raise ConfigError(
       f"sampler {name!r}: {error}; set config.{knob}"
     ) from error
 
 
-def links(name: str) -> tuple[list[dict[str, Any]], list[str]]:
-  """The steps of a chain, as `compose` takes them, and its samplers' texts."""
-  *steps, last = lookup.parts(name, "|")
-  return [_step(text) for text in steps], lookup.parts(last, "*")
+def _step(factors: list[lookup.Term | float]) -> lookup.Term:
+  if len(factors) == 1 and isinstance(factors[0], lookup.Term):
+    return factors[0]
+  said = " * ".join(map(str, factors))
+  raise ConfigError(f"step {said!r} is not of the form name(keyword=value)")
 
 
-def bare(name: str) -> list[str]:
-  """The samplers of a chain without their keywords."""
-  return [
-    part.partition("(")[0].strip()
-    for part in lookup.parts(lookup.parts(name, "|")[-1], "*")
-  ]
-
-
-def _step(text: str) -> dict[str, Any]:
-  """ "gate(column=reward, low=0.2)" -> what `compose` takes."""
-  wrong = ConfigError(f"step {text!r} is not of the form name(keyword=value)")
-  try:
-    call = ast.parse(text, mode="eval").body
-    if isinstance(call, ast.Name):
-      return dict(name=call.id)
-    if call.args or any(k.arg is None for k in call.keywords):
-      raise wrong
-    return dict(name=call.func.id) | {
-      k.arg: _value(k.value) for k in call.keywords
-    }
-  except (SyntaxError, ValueError, AttributeError) as error:
-    raise wrong from error
-
-
-def _value(node: ast.expr) -> Any:
-  """A literal in which words need no quotes."""
-  if isinstance(node, ast.Name):
-    return node.id
-  if isinstance(node, (ast.Tuple, ast.List)):
-    return tuple(_value(part) for part in node.elts)
-  if isinstance(node, ast.Dict):
-    return {_value(k): _value(v) for k, v in zip(node.keys, node.values)}
-  return ast.literal_eval(node)
+def sampler_names(name: str) -> list[str]:
+  """The samplers of a chain without their steps and keywords."""
+  if not name:
+    return []
+  last = lookup.parse(name, "|", "sampler", "select.sampler")[-1]
+  return [term.name for term in last if isinstance(term, lookup.Term)]

@@ -17,10 +17,12 @@ import numpy as np
 from jaxalign import progress
 from jaxalign.errors import ConfigError, NumericError
 from jaxalign.select import grams as grams_lib
+from jaxalign.select.costs import Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers import alike, habits, heads
 from jaxalign.select.samplers import bradley_terry as bt
-from jaxalign.select.samplers.basic import top_with_quota
+from jaxalign.select.samplers.draws import place_in_group
+from jaxalign.select.samplers.isa import top_with_quota
 from jaxalign.select.samplers.values import column, finite, quantiles, ranked
 from jaxalign.select.topk import id_hash, uniform
 
@@ -191,7 +193,7 @@ def _select(
       )
     )
   if like is not None:
-    place = alike.place_in(like, score, id_hash(pool.ids))
+    place = place_in_group(like, score, id_hash(pool.ids))
     spare = place >= most
     score = np.where(spare, score - np.ptp(score) - 1, score)
     notes.append(
@@ -316,7 +318,17 @@ def _typical(x: np.ndarray) -> np.ndarray:
   ).reshape(x.shape[:2])
 
 
-@needs("grams", "overlap", "length", optional=("label", "group", "source"))
+def _lite_work(p: Sizes, **_) -> Work:
+  return bt.heads_work(p, (grams_lib.WIDTH // 2,))
+
+
+@needs(
+  "grams",
+  "overlap",
+  "length",
+  optional=("label", "group", "source"),
+  cost=_lite_work,
+)
 def crossfit_lite(
   seed: int,
   pool: Pool,
@@ -346,6 +358,11 @@ def crossfit_lite(
   )
 
 
+def _crossfit_work(p: Sizes, **_) -> Work:
+  tokens = grams_lib.WIDTH // 2
+  return bt.heads_work(p, (tokens,), (p.d,), (tokens, p.d, p.e))
+
+
 @needs(
   "answer_embedding",
   "residual",
@@ -354,6 +371,7 @@ def crossfit_lite(
   "overlap",
   "length",
   optional=("logp", "logp_count", "log_likelihood", "label", "group", "source"),
+  cost=_crossfit_work,
 )
 def crossfit(
   seed: int,

@@ -6,11 +6,17 @@ import math
 import numpy as np
 
 from jaxalign import progress
-from jaxalign.errors import ConfigError
+from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
-from jaxalign.select.samplers import clusters
-from jaxalign.select.samplers import rows as rows_lib
-from jaxalign.select.samplers.values import column, one_side, ranked
+from jaxalign.select.samplers import kmeans
+from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.samplers.values import (
+  column,
+  is_count,
+  one_side,
+  ranked,
+  require,
+)
 from jaxalign.select.topk import id_hash, top
 
 _TILE = 512  # rows compared at once
@@ -36,7 +42,7 @@ def most_alike(
   K W flops for the clusters and N^2 W / K inside; 512 x 512 numbers.
 
   Exact copies are found first, whatever their number. In a cluster that still
-  has more rows than `clusters.most_rows`, about 2 N / K, a row is compared
+  has more rows than `kmeans.most_rows`, about 2 N / K, a row is compared
   with only so many before it: near-copies that are further apart in that
   order are not seen, and a line says so.
 
@@ -52,7 +58,7 @@ def most_alike(
   Raises:
     ConfigError: more than `rows.HOURS`; the message has the number.
   """
-  labels, centres = clusters.k_means(x, ids, count, seed)
+  labels, centres = kmeans.k_means(x, ids, count, seed)
   length = np.sqrt((centres**2).sum(1))
   centres = centres / np.where(length, length, 1)[:, None]
   typical = np.round(
@@ -62,8 +68,8 @@ def most_alike(
   own = np.flatnonzero(first_copies(x, ids) == np.arange(len(x)))
   order = own[np.lexsort((id_hash(ids[own]), typical[own], labels[own]))]
   sizes = np.bincount(labels[own], minlength=count)
-  most = clusters.most_rows(len(x), count)
-  rows_lib.refuse_long(
+  most = kmeans.most_rows(len(x), count)
+  vectors_lib.refuse_long(
     np.sum(np.float64(sizes) * np.minimum(sizes, 2 * most)) * x.shape[1],
     "comparing the rows of a cluster",
     "set clusters to 'auto'",
@@ -94,19 +100,25 @@ def most_alike(
   return np.clip(np.round(out, _DIGITS), -1, 1)
 
 
-def cluster_count(clusters_: int | str, n: int) -> int:
+def cluster_count(clusters: int | str, n: int) -> int:
   """K: a number, or "auto", one for every 1,024 rows."""
-  if clusters_ == "auto":
+  if clusters == "auto":
     return math.ceil(n / 1024)
-  if isinstance(clusters_, (str, bool)) or not 1 <= clusters_ <= n:
-    raise ConfigError(
-      f"clusters is {clusters_!r}, wanted 'auto' or 1 to {n}; "
-      "set config.select.kwargs.clusters"
-    )
-  return int(clusters_)
+  holds = is_count(clusters) and clusters <= n
+  require(holds, "clusters", clusters, f"'auto' or 1 to {n}")
+  return int(clusters)
 
 
-@needs("embedding")
+def semdedup_work(
+  p: Sizes, *, clusters: int | str = "auto", pair: str = "mean", **_
+) -> Work:
+  k, width = cluster_count(clusters, int(p.n)), vectors_lib.width_of(p, pair)
+  first = kmeans.k_means_work(p, k, width)
+  held = first.held + 4 * _TILE**2
+  return first._replace(host=p.n**2 * width / k, held=held)
+
+
+@needs("embedding", cost=semdedup_work)
 def semdedup(
   seed: int,
   pool: Pool,
@@ -125,16 +137,16 @@ def semdedup(
 
   Args:
     seed: of the k-means.
-    pool: `pool.embedding` [N, R, E].
+    pool: `embedding` [N, R, E].
     budget: M, at most N.
-    pair: which vector stands for a pair; see `rows.vectors`.
+    pair: see `vectors.vectors`.
     metric: "cosine" or "centred".
     clusters: K, or "auto", one for every 1,024 rows.
 
   Returns:
     Selection; the [N] score is minus the cosine of `most_alike`.
   """
-  x = rows_lib.directions(pool, pair, metric)
+  x = vectors_lib.directions(pool, pair, metric)
   alike = most_alike(x, pool.ids, cluster_count(clusters, len(x)), seed)
   return ranked(-alike, pool, budget)
 
@@ -164,12 +176,9 @@ def diverse(
     Selection; the score of a row that was passed over is lowered by the range
     of the scores, so that it ranks after all others.
   """
-  if not -1 < threshold <= 1:
-    raise ConfigError(
-      f"threshold is {threshold}, wanted a cosine above -1 and "
-      "at most 1; set config.select.kwargs.threshold"
-    )
-  rows_lib.refuse_long(
+  wanted = "a cosine above -1 and at most 1"
+  require(-1 < threshold <= 1, "threshold", threshold, wanted)
+  vectors_lib.refuse_long(
     2.0 * len(x) * budget * x.shape[1],
     "keeping rows unlike those kept",
     "lower config.select.budget, or, of deita, set config.select.kwargs.blocks",
@@ -201,7 +210,16 @@ def diverse(
   return Selection(top(lowered, ids, budget), lowered)
 
 
-@needs("reward", "embedding")
+def _diverse_work(p: Sizes, width: int, **_) -> Work:
+  rows = 4 * p.n * width
+  held = max(2 * rows, rows * (1 + p.budget / p.n) + ID_BYTES * p.n)
+  return Work(2 * p.n * p.budget * width, held=held)
+
+
+diverse_work = kmeans.cost_in_blocks(_diverse_work)
+
+
+@needs("reward", "embedding", cost=diverse_work)
 def deita(
   seed: int,
   pool: Pool,
@@ -220,28 +238,22 @@ def deita(
 
   Args:
     seed: of the blocks, else unused.
-    pool: `pool.reward` [N, R], `pool.embedding` [N, R, E].
+    pool: `reward` [N, R], `embedding` [N, R, E].
     budget: M, at most N.
     side: of a pair's reward; see `values.one_side`.
-    pair: which vector stands for a pair; see `rows.vectors`.
+    pair: see `vectors.vectors`.
     metric: "cosine" or "centred".
     threshold: rows at least this alike (cosine) to a kept one are passed over.
-    blocks: above 0, the method runs inside as many k-means clusters, and the
-      score is 1 down to 1/M, 0 for the others: the best of each cluster come
-      first, then the second of each.
+    blocks: above 0, the method runs inside as many k-means clusters, see
+      `kmeans.run_greedy`.
   """
   score = one_side(column(pool, "reward"), side)
-  x = rows_lib.directions(pool, pair, metric)
-  if blocks:
-    return clusters.in_blocks(
-      lambda part, ids, m, rows: (
-        diverse(score[rows], part, ids, m, threshold).rows
-      ),
-      x,
-      pool.ids,
-      budget,
-      blocks,
-      seed,
-      clusters.by_pick("deita", x.shape[1], host=True),
-    )
-  return diverse(score, x, pool.ids, budget, threshold)
+  x = vectors_lib.directions(pool, pair, metric)
+
+  def greedy(x, ids, m, rows):
+    return diverse(score[rows], x, ids, m, threshold)
+
+  check = kmeans.refuse_long_picks("deita", x.shape[1], host=True)
+  return kmeans.run_greedy(
+    greedy, x, pool, budget, blocks=blocks, seed=seed, check=check
+  )

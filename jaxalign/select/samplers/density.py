@@ -6,11 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.errors import ConfigError, NumericError
-from jaxalign.select.chunks import ordered_sum
+from jaxalign.errors import NumericError
+from jaxalign.select.chunks import less, ordered_sum
+from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
-from jaxalign.select.samplers import rows as rows_lib
-from jaxalign.select.samplers.values import ranked
+from jaxalign.select.samplers.values import is_count, ranked, require
+from jaxalign.select.samplers.vectors import (
+  by_chunk,
+  by_row,
+  place,
+  refuse_above,
+  refuse_long,
+  vectors,
+  width_of,
+)
 from jaxalign.select.topk import gumbel, uniform
 
 EXACT_ROWS = 200_000  # N^2 kernels are computed up to here
@@ -18,7 +27,7 @@ _BLOCK = 256  # rows compared with all others at once, where exact
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def bandwidth_of(x: np.ndarray, ids: np.ndarray) -> float:
+def median_distance(x: np.ndarray, ids: np.ndarray) -> float:
   """The median distance between 512 rows, chosen by a hash of their ids."""
   some = np.argsort(uniform(0, ids, "bandwidth"), kind="stable")[:512]
   part = np.float64(x[np.sort(some)])
@@ -29,12 +38,21 @@ def bandwidth_of(x: np.ndarray, ids: np.ndarray) -> float:
   median = math.sqrt(max(0.0, np.median(upper))) if upper.size else 0.0
   if not median > 1e-6 * math.sqrt(max(square.max(), 1e-60)):
     raise NumericError(
-      "half of the distances between rows are 0: no bandwidth "
-      "can be read off them; set "
-      "config.select.kwargs.bandwidth, or look at the "
-      "embedding"
+      "half of the distances between rows are 0: no bandwidth can be read off "
+      "them; set config.select.kwargs.bandwidth, or look at the embedding"
     )
   return median
+
+
+def check_bandwidth(
+  bandwidth: float | str, x: np.ndarray, ids: np.ndarray
+) -> float:
+  """A number above 0; "median" is the median distance between 512 rows."""
+  if bandwidth == "median":
+    bandwidth = median_distance(x, ids)
+  holds = not isinstance(bandwidth, (str, bool)) and 0 < bandwidth < np.inf
+  require(holds, "bandwidth", bandwidth, "'median' or a number above 0")
+  return float(bandwidth)
 
 
 def frequencies(
@@ -114,24 +132,41 @@ def kernel_density(
     [N] float64, at least 1/N, which is the kernel of a row with itself.
   """
   n = len(x)
-  x = rows_lib.less(x, x.mean(axis=0, dtype=np.float64))
-  placed = rows_lib.place(x, np.ones(n))
+  x = less(x, x.mean(axis=0, dtype=np.float64))
+  placed = place(x, np.ones(n))
   if features:
     w = frequencies(seed, x.shape[1], features, bandwidth)
-    means = ordered_sum(rows_lib.by_chunk(_feature_sums, placed, w)) / n
-    f = rows_lib.by_row(_feature_scores, placed, w, means) / features
+    means = ordered_sum(by_chunk(_feature_sums, placed, w)) / n
+    f = by_row(_feature_scores, placed, w, means) / features
   else:
     f = np.zeros(n)
     for start in range(0, n, _BLOCK):
       part = np.zeros((_BLOCK, x.shape[1]), np.float32)
       part[: len(x[start : start + _BLOCK])] = x[start : start + _BLOCK]
       real = np.arange(start, start + _BLOCK) < n
-      f += rows_lib.by_row(_kernel_sums, placed, part, real, 0.5 / bandwidth**2)
+      f += by_row(_kernel_sums, placed, part, real, 0.5 / bandwidth**2)
     f /= n
   return np.maximum(np.float64(f), 1 / n)
 
 
-@needs("embedding")
+def bandwidth_bytes(p: Sizes) -> float:
+  """Of the distances between 512 rows, float64."""
+  return 3 * 8 * min(p.n, 512) ** 2
+
+
+def _density_work(
+  p: Sizes, *, features: int = 1024, pair: str = "mean", **_
+) -> Work:
+  width = width_of(p, pair)
+  rows = 4 * p.n * width
+  return Work(
+    devices=4 * p.n * features * width if features else 2 * p.n**2 * width,
+    held=max(3 * rows + ID_BYTES * p.n, rows + bandwidth_bytes(p)),
+    device=rows + 4 * p.n,
+  )
+
+
+@needs("embedding", cost=_density_work)
 def density(
   seed: int,
   pool: Pool,
@@ -151,10 +186,9 @@ def density(
 
   Args:
     seed: of the draw and of the frequencies.
-    pool: `pool.embedding` [N, R, E].
+    pool: `embedding` [N, R, E].
     budget: M, at most N.
-    pair: which vector stands for a pair; see `rows.vectors`.
-    metric: "cosine", "centred" or "euclidean".
+    pair, metric: see `vectors.vectors`.
     bandwidth: h, or "median", the median distance between 512 rows.
     features: D random Fourier features; 0 is the exact sum, for up to 200,000
       rows.
@@ -162,31 +196,14 @@ def density(
   Returns:
     Selection; the [N] score is -log f plus the row's Gumbel number.
   """
-  if isinstance(features, bool) or int(features) != features or features < 0:
-    raise ConfigError(
-      f"features is {features!r}, wanted 0 (exact) or a number "
-      "of frequencies; set config.select.kwargs.features"
-    )
-  x = rows_lib.vectors(pool, pair, metric)
+  wanted = "0 (exact) or a number of frequencies"
+  require(is_count(features, 0), "features", features, wanted)
+  x = vectors(pool, pair, metric)
   if not features:
-    rows_lib.refuse_above(
-      len(x),
-      EXACT_ROWS,
-      "density over all pairs: the number of rows",
-      "set config.select.kwargs.features to 1024",
-    )
-    rows_lib.refuse_long(
-      2.0 * len(x) ** 2 * x.shape[1],
-      "density over all pairs",
-      "set config.select.kwargs.features to 1024",
-      host=False,
-    )
-  if bandwidth == "median":
-    bandwidth = bandwidth_of(x, pool.ids)
-  if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:
-    raise ConfigError(
-      f"bandwidth is {bandwidth!r}, wanted 'median' or a "
-      "number above 0; set config.select.kwargs.bandwidth"
-    )
-  f = kernel_density(x, float(bandwidth), int(features), seed)
+    what = "density over all pairs"
+    advice = "set config.select.kwargs.features to 1024"
+    refuse_above(len(x), EXACT_ROWS, f"{what}: the number of rows", advice)
+    refuse_long(2.0 * len(x) ** 2 * x.shape[1], what, advice, host=False)
+  bandwidth = check_bandwidth(bandwidth, x, pool.ids)
+  f = kernel_density(x, bandwidth, int(features), seed)
   return ranked(-np.log(f) + gumbel(seed, pool.ids, "density"), pool, budget)

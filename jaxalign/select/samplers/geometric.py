@@ -1,4 +1,4 @@
-"""Rows by where they lie: k-center, herding, and the distance in a pair.
+"""Rows by where they lie: k-center and herding.
 
 Both greedy methods take one row after the other and are exact: a pick is
 decided in float64 on the host. The devices only say, in float32 and with a
@@ -9,10 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.select.chunks import less
+from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
-from jaxalign.select.samplers import clusters, density
-from jaxalign.select.samplers import rows as rows_lib
-from jaxalign.select.samplers.values import directed, ranked
+from jaxalign.select.samplers.density import (
+  bandwidth_bytes,
+  frequencies,
+  median_distance,
+)
+from jaxalign.select.samplers.kmeans import (
+  cost_in_blocks,
+  refuse_long_picks,
+  run_greedy,
+)
+from jaxalign.select.samplers.values import in_order
+from jaxalign.select.samplers.vectors import (
+  by_row,
+  lengths,
+  place,
+  Placed,
+  ROUNDING,
+  vectors,
+)
 from jaxalign.select.topk import id_hash, pick, uniform
 
 ACTIVE = 1024  # rows that are kept up to date after every pick
@@ -40,12 +58,12 @@ def _on_host() -> bool:
 
 
 def _all_products(
-  x: np.ndarray, placed: rows_lib.Placed | None, w: np.ndarray
+  x: np.ndarray, placed: Placed | None, w: np.ndarray
 ) -> np.ndarray:
   """[N, P] float32 products of all rows with each w [P, W]."""
   if placed is None:
     return x @ np.float32(w).T
-  return rows_lib.by_row(_products, placed, _padded(w))
+  return by_row(_products, placed, _padded(w))
 
 
 def _padded(x: np.ndarray) -> np.ndarray:
@@ -59,13 +77,11 @@ class _Distances:
 
   def __init__(self, x: np.ndarray, budget: int):
     self.x, self.mean = x, x.mean(axis=0, dtype=np.float64)
-    self.near = rows_lib.less(x, self.mean)
+    self.near = less(x, self.mean)
     self.square = np.einsum("nw,nw->n", self.near, self.near)
-    self.placed = rows_lib.place(self.near, self.square)
+    self.placed = place(self.near, self.square)
     # Of float32: the product of two rows, their squares, the centring.
-    self.slack = float(
-      2 * (x.shape[1] + 16) * rows_lib.ROUNDING * self.square.max()
-    )
+    self.slack = float(2 * (x.shape[1] + 16) * ROUNDING * self.square.max())
     self.guess = np.full(len(x), np.inf, np.float32)  # within slack of true
     self.value = np.full(len(x), np.inf)  # exact for the first `seen` chosen
     self.seen = np.zeros(len(x), np.int64)
@@ -81,7 +97,7 @@ class _Distances:
     """Takes the newly chosen rows into the guesses of all rows."""
     for start in range(self.known, self.count, 256):
       part = slice(start, min(start + 256, self.count))
-      found = rows_lib.by_row(
+      found = by_row(
         _nearest,
         self.placed,
         _padded(self.centres[part]),
@@ -182,7 +198,16 @@ def farthest_first(
   return state.rows, np.sqrt(score)
 
 
-@needs("embedding")
+def _k_center_work(p: Sizes, width: int, **_) -> Work:
+  rows = 4 * p.n * width
+  return Work(
+    devices=2 * p.n * p.budget * width,
+    held=3 * rows + 4 * p.budget * width + ID_BYTES * p.n,
+    device=rows + 4 * p.n,
+  )
+
+
+@needs("embedding", cost=cost_in_blocks(_k_center_work))
 def k_center(
   seed: int,
   pool: Pool,
@@ -200,39 +225,29 @@ def k_center(
 
   Args:
     seed: of the first row.
-    pool: `pool.embedding` [N, R, E].
+    pool: `embedding` [N, R, E].
     budget: M, at most N.
-    pair: which vector stands for a pair; see `rows.vectors`.
-    metric: "cosine", "centred" or "euclidean".
+    pair, metric: see `vectors.vectors`.
     blocks: above 0, the method runs inside as many k-means clusters.
 
   Returns:
     Selection in the order of the picks; the [N] score is the distance to the
     rows chosen before (of a row that was not: to the nearest chosen). In
-    blocks it is 1 down to 1/M, and 0 for the others.
+    blocks see `kmeans.run_greedy`.
 
   Raises:
-    ConfigError: more than `rows.HOURS`; the message has the number.
+    ConfigError: more than `vectors.HOURS`; the message has the number.
   """
-  x = rows_lib.vectors(pool, pair, metric)
-  check = clusters.by_pick("k_center", x.shape[1], host=False)
+  x = vectors(pool, pair, metric)
   draw = uniform(seed, pool.ids, "k_center")
-  if blocks:
-    return clusters.in_blocks(
-      lambda part, ids, m, rows: farthest_first(
-        part, ids, m, int(draw[rows].argmax())
-      )[0],
-      x,
-      pool.ids,
-      budget,
-      blocks,
-      seed,
-      check,
-    )
-  check(len(x), budget)
-  if not budget:
-    return clusters.in_order([], len(x))
-  return Selection(*farthest_first(x, pool.ids, budget, int(draw.argmax())))
+
+  def greedy(x, ids, m, rows):
+    return Selection(*farthest_first(x, ids, m, int(draw[rows].argmax())))
+
+  check = refuse_long_picks("k_center", x.shape[1], host=False)
+  return run_greedy(
+    greedy, x, pool, budget, blocks=blocks, seed=seed, check=check
+  )
 
 
 def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
@@ -252,9 +267,9 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
     [M] int64 row numbers in the order of the picks.
   """
   n, width = x.shape
-  placed = None if _on_host() else rows_lib.place(x)
+  placed = None if _on_host() else place(x)
   mean = x.mean(axis=0, dtype=np.float64)
-  longest = rows_lib.lengths(x).max()
+  longest = lengths(x).max()
   open_ = np.ones(n, bool)
   chosen, w, guesses = [], mean.copy(), 8
   standing = _all_products(x, placed, w[None])[:, 0]
@@ -281,11 +296,7 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
     while step < ahead:
       row, best, tie = guess[step]
       error = (
-        2
-        * (width + 8)
-        * rows_lib.ROUNDING
-        * longest
-        * np.sqrt(path[step] @ path[step])
+        2 * (width + 8) * ROUNDING * longest * np.sqrt(path[step] @ path[step])
       )
       rivals = np.flatnonzero(outside & (found[:, step] >= best - error - tie))
       if rivals.size:
@@ -305,7 +316,18 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
   return np.array(chosen, np.int64)
 
 
-@needs("embedding")
+def _herding_work(p: Sizes, width: int, features: int = 0, **_) -> Work:
+  width = 2 * features or width
+  work, rows = 2 * p.n * p.budget * width, 4 * p.n * width
+  # A kernel's angles are float64, with their cosines and sines beside.
+  kernel = bandwidth_bytes(p) if features else 0
+  held = max(rows * (8 if features else 2), rows + 4 * 65 * p.n, kernel)
+  if _on_host():
+    return Work(work, held=held)
+  return Work(devices=work, held=held + rows, device=rows)
+
+
+@needs("embedding", cost=cost_in_blocks(_herding_work))
 def herding(
   seed: int,
   pool: Pool,
@@ -323,10 +345,9 @@ def herding(
 
   Args:
     seed: of the random features and of the blocks; unused without.
-    pool: `pool.embedding` [N, R, E].
+    pool: `embedding` [N, R, E].
     budget: M, at most N.
-    pair: which vector stands for a pair; see `rows.vectors`.
-    metric: "cosine", "centred" or "euclidean".
+    pair, metric: see `vectors.vectors`.
     features: 0 for the linear kernel (the mean is matched); D for a Gaussian
       kernel of median bandwidth through D random Fourier features (W = 2D):
       the whole distribution is matched.
@@ -338,67 +359,22 @@ def herding(
     to 1/M for the last, and 0 for the others.
 
   Raises:
-    ConfigError: more than `rows.HOURS`; the message has the number.
+    ConfigError: more than `vectors.HOURS`; the message has the number.
   """
-  x = rows_lib.vectors(pool, pair, metric)
+  x = vectors(pool, pair, metric)
   if features:
-    w = density.frequencies(
-      seed, x.shape[1], int(features), density.bandwidth_of(x, pool.ids)
-    )
+    bandwidth = median_distance(x, pool.ids)
+    w = frequencies(seed, x.shape[1], int(features), bandwidth)
     angle = np.concatenate(
       [np.float64(x[i : i + 4096]) @ w.T for i in range(0, len(x), 4096)]
     )
     x = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     x = np.float32(x / np.sqrt(features))
-  check = clusters.by_pick("herding", x.shape[1], host=_on_host())
-  if blocks:
-    return clusters.in_blocks(
-      lambda part, ids, m, rows: herd(part, ids, m),
-      x,
-      pool.ids,
-      budget,
-      blocks,
-      seed,
-      check,
-    )
-  check(len(x), budget)
-  return clusters.in_order(herd(x, pool.ids, budget), len(x))
 
+  def greedy(x, ids, m, rows):
+    return in_order(herd(x, ids, m), len(x))
 
-@needs("answer_embedding", pairs=True)
-def real(
-  seed: int,
-  pool: Pool,
-  budget: int,
-  *,
-  direction: str = "top",
-  metric: str = "cosine",
-) -> Selection:
-  """Pairs whose two responses are least alike, Zhang et al. 2024 (REAL); O(NE).
-
-  Score 1 - cos(chosen, rejected); easy pairs to tell apart, so a correct
-  label is likelier. The prompt, which would pull the two together, is not in
-  these embeddings: they are means over the response's tokens.
-
-  Args:
-    seed: unused.
-    pool: `pool.answer_embedding` [N, 2, E].
-    budget: M, at most N.
-    direction: "top" (unlike), "middle" or "low" (alike).
-    metric: "cosine"; "centred" takes off the mean of all responses first;
-      "euclidean" scores the distance itself.
-  """
-  del seed
-  stored = np.asarray(pool.answer_embedding)
-  sides = stored if stored.ndim == 3 else stored[:, None]
-  rows_lib.require_pairs(sides)
-  n = len(sides)
-  flat = Pool(
-    np.repeat(pool.ids, 2), {"embedding": sides.reshape(2 * n, 1, -1)}
+  check = refuse_long_picks("herding", x.shape[1], host=_on_host())
+  return run_greedy(
+    greedy, x, pool, budget, blocks=blocks, seed=seed, check=check
   )
-  x = np.float64(rows_lib.vectors(flat, "mean", metric)).reshape(n, 2, -1)
-  if metric == "euclidean":
-    value = np.sqrt(((x[:, 0] - x[:, 1]) ** 2).sum(axis=1))
-  else:
-    value = 1 - (x[:, 0] * x[:, 1]).sum(axis=1)
-  return ranked(directed(value, direction), pool, budget)

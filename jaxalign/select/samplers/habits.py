@@ -11,7 +11,7 @@ import numpy as np
 from jaxalign.errors import ConfigError
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import heads
-from jaxalign.select.samplers.basic import apportion
+from jaxalign.select.samplers.draws import apportion
 from jaxalign.select.samplers.values import column
 from jaxalign.select.topk import top
 

@@ -14,8 +14,9 @@ import numpy as np
 import scipy.linalg
 from scipy.special import expit
 
-from jaxalign.select import space
-from jaxalign.select.samplers import rows as rows_lib
+from jaxalign.select import exact
+from jaxalign.select.costs import Work
+from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import uniform
 
 COLUMNS = 256  # of one head; wider features are rotated and cut to these
@@ -61,9 +62,9 @@ def principal(
   elif width <= columns:
     gram = x.T.astype(np.float64) @ x / n
   else:
-    mesh = rows_lib.own_mesh()
+    mesh = vectors_lib.own_mesh()
     with jax.set_mesh(mesh):
-      gram = space.gram(mesh, x) / n
+      gram = exact.gram_of(mesh, x) / n
   last = len(gram) - 1
   value, vector = (
     scipy.linalg.eigh(
@@ -85,8 +86,27 @@ def principal(
   if width <= columns:
     return x.astype(np.float64) @ vector, value
   return np.float64(
-    rows_lib.by_row(_rotate_chunk, rows_lib.place(x), vector)
+    vectors_lib.by_row(_rotate_chunk, vectors_lib.place(x), vector)
   ), value
+
+
+def _placed_bytes(n: float, width: int, columns: int) -> float:
+  """Bytes that `principal` puts on the devices: rows, and of half the products
+  of columns two whole numbers each."""
+  on_host = width <= columns or columns < n < width
+  return 0 if on_host else 4 * n * width + 8 * width**2
+
+
+def principal_work(n: float, width: int, columns: int) -> Work:
+  """What `principal` multiplies, and holds on the devices."""
+  device = _placed_bytes(n, width, columns)
+  if not device:
+    few = columns < n < width
+    return Work(2 * n * width * ((n if few else width) + columns))
+  upper = sum(
+    (end - start) * (width - start) for start, end in exact.panels(width)
+  )
+  return Work(devices=2 * n * (upper + width * columns), device=device)
 
 
 def shortened(x: np.ndarray) -> np.ndarray:

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.errors import ConfigError
 from jaxalign.select.chunks import ordered_sum
+from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
-from jaxalign.select.samplers import clusters, density
-from jaxalign.select.samplers import rows as rows_lib
-from jaxalign.select.samplers.values import column, one_side
+from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.samplers.density import bandwidth_bytes, check_bandwidth
+from jaxalign.select.samplers.kmeans import BLOCKS, cost_in_blocks, run_greedy
+from jaxalign.select.samplers.values import column, in_order, one_side, require
 from jaxalign.select.topk import id_hash, pick
 
 EXACT_ROWS = 20_000  # above, facility location draws its candidates
@@ -101,7 +102,7 @@ class _Coverage:
       lost += np.ones(len(part), np.float32) @ less
     self.folded = self.covered.copy()
     # No term is negative, so float32 is off by a share: it stays a bound.
-    return lost * (1 - 2 * _STRIP * rows_lib.ROUNDING)
+    return lost * (1 - 2 * _STRIP * vectors_lib.ROUNDING)
 
   def take(self, row: int) -> None:
     slot = self.slot[row]
@@ -203,8 +204,8 @@ def stochastic_greedy(
   n = len(x)
   few = min(n, math.ceil(n / max(1, budget) * math.log(1 / epsilon)))
   covered, ones = np.zeros(n, np.float32), np.ones(n, np.float32)
-  alone = rows_lib.place(x)
-  real = rows_lib.place(ones).tiles[0]
+  alone = vectors_lib.place(x)
+  real = vectors_lib.place(ones).tiles[0]
   chosen, gained, turn, order = [], [], 0, np.empty(0, np.int64)
   open_ = np.ones(n, bool)
   while len(chosen) < budget:
@@ -218,13 +219,13 @@ def stochastic_greedy(
       turn += 1
     asked, order = order[:few], order[few:]
     state = alone._replace(
-      tiles=(alone.tiles[0], rows_lib.place(covered).tiles[0], real)
+      tiles=(alone.tiles[0], vectors_lib.place(covered).tiles[0], real)
     )
     gain = np.empty(len(asked))
     for start in range(0, len(asked), _BLOCK):
       part = asked[start : start + _BLOCK]
       size = max(8, 1 << (len(part) - 1).bit_length())
-      found = rows_lib.by_chunk(_gains, state, x[np.resize(part, size)])
+      found = vectors_lib.by_chunk(_gains, state, x[np.resize(part, size)])
       gain[start : start + _BLOCK] = ordered_sum(found)[: len(part)]
     best = pick(gain, asked, ids, 1e-6 + 1e-7 * gain.max())
     row = int(asked[best])
@@ -233,13 +234,29 @@ def stochastic_greedy(
     open_[row] = False
     np.maximum(
       covered,
-      rows_lib.by_row(_covers, alone, x[np.resize(row, 8)]),
+      vectors_lib.by_row(_covers, alone, x[np.resize(row, 8)]),
       out=covered,
     )
   return np.array(chosen, np.int64), np.array(gained)
 
 
-@needs("embedding")
+def _is_exact(exact: bool | str, n: float) -> bool:
+  return exact is True or (exact == "auto" and n <= EXACT_ROWS)
+
+
+def _facility_work(
+  p: Sizes, width: int, exact: bool | str = "auto", epsilon: float = 0.05, **_
+) -> Work:
+  rows, work = 4 * p.n * width, 2 * p.n**2 * width
+  if _is_exact(exact, p.n):
+    kept = 256 + min(_CACHE // p.n, p.n) + _STRIP
+    return Work(work, held=rows + 4 * p.n * kept)
+  work *= math.log(1 / epsilon)
+  held = 2 * rows + ID_BYTES * p.n
+  return Work(devices=work, held=held, device=rows + 8 * p.n)
+
+
+@needs("embedding", cost=cost_in_blocks(_facility_work))
 def facility_location(
   seed: int,
   pool: Pool,
@@ -261,9 +278,9 @@ def facility_location(
 
   Args:
     seed: of the candidates and blocks; unused where exact.
-    pool: `pool.embedding` [N, R, E].
+    pool: `embedding` [N, R, E].
     budget: M, at most N.
-    pair: which vector stands for a pair; see `rows.vectors`.
+    pair: see `vectors.vectors`.
     metric: "cosine" or "centred".
     exact: True, False, or "auto", up to 20,000 rows (of a block).
     epsilon: of the drawn candidates, above 0 and below 1.
@@ -274,45 +291,29 @@ def facility_location(
     to 1/M for the last, and 0 for the others, whose gains are never computed.
 
   Raises:
-    ConfigError: more than `rows.HOURS`; the message has the number.
+    ConfigError: more than `vectors.HOURS`; the message has the number.
   """
-  if not 0 < epsilon < 1:
-    raise ConfigError(
-      f"epsilon is {epsilon}, wanted above 0 and below 1; set "
-      "config.select.kwargs.epsilon"
-    )
-  if exact not in (True, False, "auto"):
-    raise ConfigError(
-      f"exact is {exact!r}, wanted True, False or 'auto'; set "
-      "config.select.kwargs.exact"
-    )
-  x = rows_lib.directions(pool, pair, metric)
-  whole = lambda n: exact is True or (exact == "auto" and n <= EXACT_ROWS)
+  require(0 < epsilon < 1, "epsilon", epsilon, "above 0 and below 1")
+  known = exact in (True, False, "auto")
+  require(known, "exact", exact, "True, False or 'auto'")
+  x = vectors_lib.directions(pool, pair, metric)
 
   def check(n, m):
-    del m
-    largest = int(np.max(n))
-    rows_lib.refuse_long(
-      2.0
-      * np.sum(np.float64(n) ** 2)
-      * x.shape[1]
-      * (1 if whole(largest) else math.log(1 / epsilon)),
-      "facility_location",
-      clusters.BLOCKS,
-      host=whole(largest),
-    )
+    host = _is_exact(exact, int(np.max(n)))
+    work = 2.0 * np.sum(np.float64(n) ** 2) * x.shape[1]
+    work *= 1 if host else math.log(1 / epsilon)
+    vectors_lib.refuse_long(work, "facility_location", BLOCKS, host=host)
 
   def greedy(part, ids, m, rows):
-    del rows
-    if whole(len(part)):
-      return lazy_greedy(part, ids, m)[0]
-    return stochastic_greedy(part, ids, m, seed, epsilon)[0]
+    if _is_exact(exact, len(part)):
+      picks, _ = lazy_greedy(part, ids, m)
+    else:
+      picks, _ = stochastic_greedy(part, ids, m, seed, epsilon)
+    return in_order(picks, len(part))
 
-  if blocks:
-    return clusters.in_blocks(greedy, x, pool.ids, budget, blocks, seed, check)
-  check(len(x), budget)
-  rows = greedy(x, pool.ids, budget, None)
-  return clusters.in_order(rows, len(x))
+  return run_greedy(
+    greedy, x, pool, budget, blocks=blocks, seed=seed, check=check
+  )
 
 
 # Determinantal point process.
@@ -376,7 +377,15 @@ def greedy_map(
   return np.array(chosen, np.int64), score
 
 
-@needs("embedding", optional=("reward",))
+def _dpp_work(p: Sizes, width: int, **_) -> Work:
+  numbers = max(8 * p.n * p.budget, bandwidth_bytes(p))
+  return Work(
+    p.n * p.budget**2 + 2 * p.n * p.budget * width,
+    held=3 * 4 * p.n * width + numbers,
+  )
+
+
+@needs("embedding", optional=("reward",), cost=cost_in_blocks(_dpp_work))
 def dpp(
   seed: int,
   pool: Pool,
@@ -398,10 +407,9 @@ def dpp(
 
   Args:
     seed: of the blocks, else unused.
-    pool: `pool.embedding` [N, R, E]; the column that `quality` names.
+    pool: `embedding` [N, R, E]; the column that `quality` names.
     budget: M; N x M is at most 10^9 (in blocks: of the largest).
-    pair: which vector stands for a pair; see `rows.vectors`.
-    metric: "cosine", "centred" or "euclidean".
+    pair, metric: see `vectors.vectors`.
     quality: "" for none, or a column [N, R], "reward" for instance.
     weight: of the quality against diversity.
     side: of a pair's quality; see `values.one_side`.
@@ -412,49 +420,23 @@ def dpp(
     Selection in the order of the picks; the [N] score is what the rows before
     it left unexplained (in blocks: 1 down to 1/M, 0 for the others).
   """
-  x = rows_lib.vectors(pool, pair, metric)
-
-  def check(n, m):
-    n = np.float64(n)
-    rows_lib.refuse_above(
-      np.max(n * m),
-      DPP_NUMBERS,
-      "dpp keeps N x M numbers, and N x M",
-      clusters.BLOCKS,
-    )
-    rows_lib.refuse_long(
-      np.sum(n * m**2 + 2 * n * m * x.shape[1]),
-      "dpp",
-      clusters.BLOCKS,
-      host=True,
-    )
-
-  if not blocks:
-    check(len(x), budget)
+  x = vectors_lib.vectors(pool, pair, metric)
   q = np.ones(len(x))
   if quality:
     value = one_side(column(pool, quality), side)
-    spread = value.std()
-    q = np.exp(weight * (value - value.mean()) / (spread or 1.0))
-  if bandwidth == "median":
-    bandwidth = density.bandwidth_of(x, pool.ids)
-  if isinstance(bandwidth, (str, bool)) or not 0 < bandwidth < np.inf:
-    raise ConfigError(
-      f"bandwidth is {bandwidth!r}, wanted 'median' or a "
-      "number above 0; set config.select.kwargs.bandwidth"
-    )
-  if blocks:
-    return clusters.in_blocks(
-      lambda part, ids, m, rows: greedy_map(part, q[rows], ids, m, bandwidth)[
-        0
-      ],
-      x,
-      pool.ids,
-      budget,
-      blocks,
-      seed,
-      check,
-    )
-  if not budget:
-    return clusters.in_order([], len(x))
-  return Selection(*greedy_map(x, q, pool.ids, budget, bandwidth))
+    q = np.exp(weight * (value - value.mean()) / (value.std() or 1.0))
+  bandwidth = check_bandwidth(bandwidth, x, pool.ids)
+
+  def check(n, m):
+    n = np.float64(n)
+    what = "dpp keeps N x M numbers, and N x M"
+    vectors_lib.refuse_above(np.max(n * m), DPP_NUMBERS, what, BLOCKS)
+    work = np.sum(n * m**2 + 2 * n * m * x.shape[1])
+    vectors_lib.refuse_long(work, "dpp", BLOCKS, host=True)
+
+  def greedy(part, ids, m, rows):
+    return Selection(*greedy_map(part, q[rows], ids, m, bandwidth))
+
+  return run_greedy(
+    greedy, x, pool, budget, blocks=blocks, seed=seed, check=check
+  )

@@ -1,4 +1,7 @@
-"""From a column of the pool to one finite number a row, and its ranking."""
+"""From columns of the pool to one finite number a row, and its ranking."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,18 +13,53 @@ DIRECTIONS = ("top", "middle", "low")
 SIDES = ("chosen", "rejected", "mean", "sum", "min", "max", "difference")
 
 
+def require(
+  holds: bool,
+  name: str,
+  value: Any,
+  wanted: str | Sequence[str],
+  knob: str = "kwargs.",
+) -> None:
+  """Raises ConfigError where a sampler's keyword is not what it may be.
+
+  Args:
+    holds: whether it is.
+    name, value: of the keyword.
+    wanted: in words, or the values that it may have.
+    knob: what stands before the name in config.select.
+  """
+  if not holds:
+    if not isinstance(wanted, str):
+      wanted = f"one of {', '.join(wanted)}"
+    raise ConfigError(
+      f"{name} is {value!r}, wanted {wanted}; set config.select.{knob}{name}"
+    )
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+  """Whether a keyword is a whole number, `least` or more."""
+  if isinstance(value, (bool, str)):
+    return False
+  return int(value) == value and value >= least
+
+
+def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
+  """Raises NumericError that names the ids of `bad` [N] rows, if any."""
+  if bad.any():
+    named = ", ".join(str(i) for i in ids[bad][:5])
+    more = ", ..." if bad.sum() > 5 else ""
+    raise NumericError(
+      f"{int(bad.sum())} of {len(ids)} rows have {what} (ids {named}{more}); "
+      f"{advice}"
+    )
+
+
 def finite(value: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
   """[N, ...] as float64; a row with a NaN or an infinity is refused by id."""
   value = np.asarray(value, np.float64)
-  bad = np.flatnonzero(~np.isfinite(value).reshape(len(value), -1).all(axis=1))
-  if bad.size:
-    named = ", ".join(str(ids[i]) for i in bad[:5])
-    more = ", ..." if bad.size > 5 else ""
-    raise NumericError(
-      f"{bad.size} of {len(value)} rows have a {what} that is "
-      f"not finite (ids {named}{more}); wanted numbers, look "
-      f"at what made the pool's {what}"
-    )
+  bad = ~np.isfinite(value).reshape(len(value), -1).all(axis=1)
+  advice = f"wanted numbers, look at what made the pool's {what}"
+  refuse_rows(bad, ids, f"a {what} that is not finite", advice)
   return value
 
 
@@ -40,35 +78,30 @@ def column(pool: Pool, name: str, *, pairs: bool = False) -> np.ndarray:
     raise ConfigError(f"column {name!r} has shape {value.shape}, wanted [N, R]")
   if pairs and value.shape[1] != 2:
     raise ConfigError(
-      f"this sampler compares the two responses of a pair; "
-      f"{name!r} has {value.shape[1]} a row; set "
-      "config.select.sampler"
+      f"this sampler compares the two responses of a pair; {name!r} has "
+      f"{value.shape[1]} a row; set config.select.sampler"
     )
   return value
 
 
 def one_side(
-  value: np.ndarray, side: str, knob: str = "kwargs.side"
+  value: np.ndarray, side: str, name: str = "side", knob: str = "kwargs."
 ) -> np.ndarray:
   """[N, R] numbers of the responses -> [N]; a single one stands for itself.
 
   Args:
     value: R is 2 for pairs (chosen, rejected) and 1 for unpaired rows.
-    side: "chosen", "rejected", "mean", "sum", "min", "max" or "difference"
-      (chosen minus rejected); unpaired: all but the last are the one response.
-    knob: of config.select, that holds the side.
+    side: one of SIDES; "difference" is chosen minus rejected. Of an unpaired
+      row all others are the one response.
+    name, knob: of the keyword, see `require`.
   """
-  if side not in SIDES:
-    raise ConfigError(
-      f"{knob.split('.')[-1]} {side!r} is unknown, wanted one "
-      f"of {', '.join(SIDES)}; set config.select.{knob}"
-    )
+  require(side in SIDES, name, side, SIDES, knob)
   if value.shape[1] == 1 and side != "difference":
     return value[:, 0]
   if value.shape[1] != 2:
     raise ConfigError(
-      f"{side!r} reads pairs, the pool has {value.shape[1]} "
-      f"responses per row; set config.select.{knob}"
+      f"{side!r} reads pairs, the pool has {value.shape[1]} responses per "
+      f"row; set config.select.{knob}{name}"
     )
   chosen, rejected = value[:, 0], value[:, 1]
   return {
@@ -93,34 +126,19 @@ def _twice_ranks(value: np.ndarray) -> np.ndarray:
   return (2 * np.cumsum(counts) - counts)[inverse]
 
 
-def from_middle(twice: np.ndarray | int, n: int) -> np.ndarray:
-  """Minus how far ranks of n rows are from the median's, as a share of n.
-
-  Args:
-    twice: whole numbers, twice the rank from 0.5: rows that are as far below
-      the median as others above it score exactly what those do.
-    n: above 0.
-  """
-  return -np.abs(twice - n) / (2 * n)
-
-
 def directed(value: np.ndarray, direction: str) -> np.ndarray:
   """[N] values -> [N] scores, higher is selected first.
 
   Args:
     value: [N] float64, finite.
     direction: "top" (the value itself), "low" (its negative), or "middle":
-      minus the distance of the row's rank from the median rank, as a share of
-      the rows, so that a budget of M takes the M middle ranks.
+      minus how far its rank is from the median's, as a fraction of N, so that
+      a budget of M takes the M middle ranks. Ranks are whole numbers: rows
+      equally far below and above the median score exactly alike.
   """
-  if direction not in DIRECTIONS:
-    raise ConfigError(
-      f"direction {direction!r} is unknown, wanted one of "
-      f"{', '.join(DIRECTIONS)}; set "
-      "config.select.kwargs.direction"
-    )
+  require(direction in DIRECTIONS, "direction", direction, DIRECTIONS)
   if direction == "middle":
-    return from_middle(_twice_ranks(value), len(value))
+    return -np.abs(_twice_ranks(value) - len(value)) / (2 * len(value))
   return value if direction == "top" else -value
 
 
@@ -128,3 +146,10 @@ def ranked(score: np.ndarray, pool: Pool, budget: int) -> Selection:
   """The best rows of a score, ties by a hash of the id."""
   score = np.asarray(score, np.float64)
   return Selection(top(score, pool.ids, budget), score)
+
+
+def in_order(rows: np.ndarray, n: int) -> Selection:
+  """Picks without a score of their own: 1 down to 1/M, 0 for the others."""
+  rows, score = np.asarray(rows, np.int64), np.zeros(n)
+  score[rows] = 1 - np.arange(len(rows)) / max(1, len(rows))
+  return Selection(rows, score)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
-from jaxalign.model import attention, decoder, logprob, unshared
+from jaxalign.model import attention, decoder, logprob, packed
 from jaxalign.train import layout, logps
 
 
@@ -40,7 +40,7 @@ def _packed(params, rows, counts, m, chunk, head):
     rows.copies,
   )
   # Only what predicts a response token meets the head.
-  x = unshared.take(x, rows.source, rows.first, rows.second, sharding.SPREAD)
+  x = packed.take(x, rows.source, rows.first, rows.second, sharding.SPREAD)
   weight = decoder.head(params, m, sharding.SPREAD)
   # As many logits at once as of `chunk` positions of every response.
   each = head(

@@ -22,33 +22,32 @@ def find(name: str) -> Callable:
       rows of different kinds.
   """
   terms = []
-  for term in lookup.parts(name, "+"):
-    *number, key = lookup.parts(term, "*")
-    fn = lookup.lookup(LOSSES, key, "loss", "loss.name")
+  for *weights, term in lookup.parse(name, "+", "loss", "loss.name"):
+    fn = lookup.find(LOSSES, term, "loss", "loss.name")
     if not hasattr(fn, "kind"):
       raise ConfigError(
-        f"loss {key!r} does not say what it reads; mark the "
-        "function with jaxalign.train.losses.needs, or set "
-        "config.loss.name"
+        f"loss {str(term)!r} does not say what it reads; mark the function "
+        "with jaxalign.train.losses.needs, or set config.loss.name"
       )
-    check_keywords(lookup.given(fn), name, "loss.name")
-    terms.append((_weight("*".join(number), name) if number else 1.0, key, fn))
+    check_keywords(lookup.bound_keywords(fn), name, "loss.name")
+    terms.append((_weight(weights, name), term.name, fn))
   if len(terms) == 1 and terms[0][0] == 1.0:
     return terms[0][2]
   return weighted_sum(terms)
 
 
-def _weight(text, name):
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0 < value < math.inf:
-    raise ConfigError(
-      f"loss {name!r} has the weight {text!r}, wanted a number "
-      "above 0, as in 'dpo+0.2*sft'; set config.loss.name"
-    )
-  return value
+def _weight(factors: list[lookup.Term | float], name: str) -> float:
+  """The one number before a loss, or 1."""
+  if not factors:
+    return 1.0
+  weight = factors[0] if len(factors) == 1 else None
+  if isinstance(weight, float) and 0 < weight < math.inf:
+    return weight
+  text = "*".join(f"{x:g}" if isinstance(x, float) else str(x) for x in factors)
+  raise ConfigError(
+    f"loss {name!r} has the weight {text!r}, wanted a number above 0, as in "
+    "'dpo+0.2*sft'; set config.loss.name"
+  )
 
 
 def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
@@ -71,7 +70,7 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
       only: of unpaired rows an undesirable answer would be imitated too.
   """
   kinds = {fn.kind for _, _, fn in terms}
-  names = [key.partition("(")[0] for _, key, _ in terms]
+  names = [key for _, key, _ in terms]
   if len(kinds) > 1 and kinds != {"pairs", "rows"}:
     each = ", ".join(f"{key} {fn.kind}" for key, (*_, fn) in zip(names, terms))
     raise ConfigError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.lookup import given
+from jaxalign.lookup import bound_keywords
 from jaxalign.train.losses import needs
 from jaxalign.train.losses.common import ratios, unpaired_metrics
 
@@ -57,7 +57,7 @@ def weighed(loss: Callable, label: np.ndarray) -> tuple[Callable, list[str]]:
   up = int(np.sum(label))
   down = len(label) - up
   counts = f"{up:,} liked answers and {down:,} disliked"
-  have = given(loss)
+  have = bound_keywords(loss)
   if have.keys() & {"desirable", "undesirable"}:
     up *= have.get("desirable", 1.0)
     down *= have.get("undesirable", 1.0)

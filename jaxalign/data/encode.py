@@ -1,0 +1,278 @@
+"""Rows become tokens: by a chat template, or as the texts they are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxalign import progress
+from jaxalign.data.chat import Chat, template_source
+from jaxalign.data.schemas.messages import uses_tools
+from jaxalign.data.schemas.schema import ASSISTANT, Refused, turns_of
+from jaxalign.data.special import specials_in
+from jaxalign.data.tokens import Encoded, fit_rows, Fitted
+from jaxalign.errors import DataError
+
+ANSWERS = ("chosen", "rejected", "completion", "response")
+NO_TEMPLATE = "no template: rows are tokenized as the texts they are"
+_CHUNK = 1024  # texts tokenised between two ticks of the bar
+
+
+def encode_texts(
+  tok: Any,
+  prompts: Sequence[str],
+  sides: Mapping[str, Sequence[str]],
+  context: int,
+  too_long: str = "drop",
+) -> Fitted:
+  """R rows per prompt, one of each side.
+
+  Args:
+    tok: the tokenizer.
+    prompts: n texts; a row's text is prompt + answer.
+    sides: the R answers by name, n texts each.
+    context: the most tokens a row may have, BOS and EOS included.
+    too_long: see `fit_rows`.
+  """
+  encoded = texts_to_ids(tok, prompts, list(sides.values()))
+  return fit_rows(tok, encoded, list(sides), context, too_long)
+
+
+def encode_dialogues(
+  chat: Chat,
+  turns: Sequence[list[dict[str, Any]]],
+  answers: Sequence[Sequence[Any]],
+  names: Sequence[str],
+  context: int,
+  too_long: str = "drop",
+) -> Fitted:
+  """R rows per dialogue, in the words of a chat template.
+
+  Args:
+    chat: the tokenizer and its template.
+    turns: of n prompts, messages.
+    answers: R answers to each prompt; of two, alike ones are left out.
+    names: what the R answers are called in the report.
+    context, too_long: as in `encode_texts`.
+  """
+  ids = dialogues_to_ids(chat, turns, answers)
+  return fit_rows(chat.tok, ids, names, context, too_long, history=True)
+
+
+def dialogues_to_ids(
+  chat: Chat,
+  turns: Sequence[list[dict[str, Any]]],
+  answers: Sequence[Sequence[Any]],
+  tools: Sequence[Any] | None = None,
+) -> list[Encoded | Refused]:
+  """Ids of every dialogue, or why the template will not have it.
+
+  Args:
+    chat, turns, answers: as in `encode_dialogues`; an answer is a text or a
+      message.
+    tools: of each dialogue, or None.
+  """
+  out: list[Encoded | Refused] = []
+  tools = tools or [None] * len(turns)
+  with progress.bar("tokenize", len(turns)) as tick:
+    for asked, answer, tool in zip(turns, answers, tools, strict=True):
+      try:
+        ids = chat.encode(asked, answer, tool or None)
+        out.append(_with_eos(chat.tok, *ids))
+      except Refused as error:
+        out.append(error)
+      if len(out) % _CHUNK == 0:
+        tick(_CHUNK)
+  return out
+
+
+def texts_to_ids(
+  tok: Any,
+  prompts: Sequence[str],
+  sides: Sequence[Sequence[str]],
+  special: bool = False,
+) -> list[Encoded | Refused]:
+  """Ids of every row of texts.
+
+  Args:
+    tok: the tokenizer.
+    prompts: n texts.
+    sides: R lists of n answers.
+    special: special tokens that are spelt out in a text are those tokens.
+  """
+  if any(len(side) != len(prompts) for side in sides):
+    sizes = [len(side) for side in sides]
+    raise ValueError(f"{len(prompts)} prompts, but {sizes} responses")
+  heads_of, tails_of = tok.encode_many, tok.encode_responses
+  if special:
+    heads_of = tails_of = lambda texts: [tok.encode_rendered(t) for t in texts]
+  out: list[Encoded | Refused] = []
+  with progress.bar("tokenize", len(prompts)) as tick:
+    for first in range(0, len(prompts), _CHUNK):
+      chunk = slice(first, first + _CHUNK)
+      heads = heads_of(prompts[chunk])
+      if special:  # the row's BOS is written with the row
+        heads = [head[head[:1] == [tok.bos] :] for head in heads]
+      tails = zip(*(tails_of(side[chunk]) for side in sides))
+      out += [_with_eos(tok, *row) for row in zip(heads, tails)]
+      tick(len(heads))
+  return out
+
+
+def _with_eos(
+  tok: Any, prompt: Sequence[int], answers: Sequence[Sequence[int]]
+) -> Encoded:
+  ended = [
+    [*answer, tok.eos] if not answer or answer[-1] != tok.eos else answer
+    for answer in answers
+  ]
+  return Encoded(
+    np.array(prompt, np.int32), [np.array(ids, np.int32) for ids in ended]
+  )
+
+
+class RowEncoder:
+  """How the rows of a config become tokens.
+
+  A class because what it found in the rows decides, and is said.
+
+  Attributes:
+    chat: the template, or None.
+    special: whether special tokens in a text are read as such.
+    description, warnings: sentences for a person.
+  """
+
+  def __init__(self, c: Any, tok: Any, splits: dict[str, list[dict]]):
+    self.c, self.tok, self.warnings, self.chat = c, tok, [], None
+    self.special = c.data.special_tokens == "tokens"
+    source = template_source(c.data.template, tok, True)
+    every = [row for rows in splits.values() for row in rows]
+    texts = [row for row in every if not row.get("turns")]
+    if self.special and source is not None and texts:
+      if 2 * len(self._spelt(texts)) > len(texts):
+        source = None  # the texts hold the template already
+    # A tokenizer that is trained here makes nothing of "<s>" in a text.
+    given = c.model.tokenizer or c.model.checkpoint
+    if c.data.special_tokens == "auto" and given:
+      self._warn_of_specials(every, wraps=bool(source and texts))
+    self.description = NO_TEMPLATE
+    if source is None:
+      self._warn_of_spaces(texts)
+    else:
+      mode = "tokens" if self.special else "text"
+      self.chat = Chat(tok, source, special_tokens=mode)
+      self.warnings += self.chat.warnings
+      own = c.data.template == "auto"
+      name = "the tokenizer's own" if own else c.data.template
+      self.description = f"chat template: {name}"
+      if texts:
+        self.description += (
+          f"; {len(texts):,} rows of plain text are wrapped as turns "
+          "(data.template='none' leaves them alone)"
+        )
+      for row in texts:
+        user = dict(role="user", content=row["prompt"])
+        row["turns"] = turns_of(row["prompt"]) or [user]
+    for text in self.warnings:
+      progress.say(f"  warning: {text}")
+
+  def __enter__(self) -> "RowEncoder":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    if self.chat:
+      self.chat.renderer.close()
+
+  def fit(
+    self, rows: list[dict], encoded: list, context: int, too_long: str
+  ) -> Fitted:
+    """The token rows of what `encode` made of some rows."""
+    names, history = answer_names(rows), self.chat is not None
+    options = dict(history=history, special=self.special)
+    return fit_rows(self.tok, encoded, names, context, too_long, **options)
+
+  def encode(self, rows: list[dict]) -> list[Encoded | Refused]:
+    """Ids of every row, or why there are none."""
+    names = answer_names(rows)
+    if self.chat:
+      turns = [self._turns(row) for row in rows]
+      answers = [answers_of(row, names) for row in rows]
+      tools = [row.get("tools") for row in rows]
+      return dialogues_to_ids(self.chat, turns, answers, tools)
+    prompts = [row["prompt"] for row in rows]
+    sides = [[row[name] for row in rows] for name in names]
+    ids = texts_to_ids(self.tok, prompts, sides, self.special)
+    no_tools = Refused(
+      "tool calls are not supported",
+      "without a chat template; set config.model.checkpoint or "
+      "config.data.template",
+    )
+    return [no_tools if uses_tools(r) else row for r, row in zip(rows, ids)]
+
+  def _turns(self, row: dict) -> list[dict]:
+    """The prompt's turns, a system turn joined to the user's if so wished."""
+    system, *rest = row["turns"]
+    if self.c.data.system != "join" or system["role"] != "system":
+      return row["turns"]
+    for i, turn in enumerate(rest):
+      if turn["role"] == "user":
+        text = f"{system['content']}\n\n{turn['content']}"
+        return [*rest[:i], turn | dict(content=text), *rest[i + 1 :]]
+    return row["turns"]
+
+  def _spelt(self, rows: list[dict]) -> list[tuple[dict, list[str]]]:
+    """The rows in whose texts special tokens are written out, and which."""
+    texts = [
+      "\n".join([r["prompt"], *(r[n] for n in ANSWERS if n in r)]) for r in rows
+    ]
+    found = [(row, specials_in(self.tok, x)) for row, x in zip(rows, texts)]
+    return [(row, names) for row, names in found if names]
+
+  def _warn_of_specials(self, rows: list[dict], wraps: bool) -> None:
+    """Names special tokens that are spelt out.
+
+    Raises:
+      DataError: in most of the rows, so that their text is not what is meant.
+    """
+    spelt = self._spelt(rows)
+    if not spelt:
+      return
+    names = sorted({name for _, found in spelt for name in found})
+    twice = ", and the template would be written around them a second time"
+    what = (
+      f"{len(spelt):,} of {len(rows):,} rows have special tokens of the "
+      f"tokenizer in their text ({', '.join(names[:6])}), id "
+      f"{spelt[0][0]['id']} for one; as text they are spelt in pieces"
+      f"{twice if wraps else ''}. Give messages without them (a list of role "
+      "and content), or read them as tokens as TRL does, "
+      "config.data.special_tokens='tokens'"
+    )
+    if len(spelt) * 2 > len(rows):
+      raise DataError(f"{what}; 'text' takes them as they are")
+    self.warnings.append(what)
+
+  def _warn_of_spaces(self, rows: list[dict]) -> None:
+    """A space at a prompt's end is a token of its own, which no model saw."""
+    ends = [row for row in rows if row["prompt"].endswith((" ", "\t"))]
+    if ends:
+      self.warnings.append(
+        f"{len(ends):,} prompts end in a space (id {ends[0]['id']} for one), "
+        "which most tokenizers put before the next word: move it to the "
+        "beginning of the answers"
+      )
+
+
+def answer_names(rows: list[dict]) -> tuple[str, ...]:
+  """What the answers of these rows are called."""
+  return tuple(n for n in ANSWERS if n in rows[0]) if rows else ("response",)
+
+
+def answers_of(row: dict, names: Sequence[str]) -> list[Any]:
+  """The answers of a row for a template: texts, or messages with calls.
+
+  The space in front of a dialogue's answer belongs to its text marker.
+  """
+  if row.get("answers"):
+    return list(row["answers"])
+  space = " " if row["prompt"].endswith(ASSISTANT) else ""
+  return [row[name].removeprefix(space) for name in names]

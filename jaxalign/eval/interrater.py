@@ -1,0 +1,463 @@
+"""Inter-rater agreement: judges with humans, with each other, with themselves.
+
+The table is a list of `Verdict`: who compared which two answers, shown in
+which order, and what the verdict was. Rows of one pair are matched whatever
+order the two models stand in, and every measure takes one label a pair: -1 for
+the model first in the alphabet, 0 for a tie, 1 for the other. A winner's name
+is no label: it means another thing on the next pair.
+
+Kappa, pi and alpha are own code, in sums over items, because their intervals
+take 2,000 draws of those sums; scikit-learn's kappa takes one list of labels.
+"""
+
+import collections
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxalign.core import intervals
+from jaxalign.errors import ConfigError, DataError
+from jaxalign.eval import winrate
+
+UNPARSABLE = {
+  "tie": "an unparsable verdict counts as a tie",
+  "drop": "an unparsable verdict is left out",
+  "own": "unparsable is a label of its own, right where both are unparsable",
+}
+_DRAWS = 2000
+_CELLS = 1 << 22  # numbers drawn at once: 32 MB
+PAIRS_OF_RATERS = 200  # compared one by one, those with most in common first
+
+
+class Verdict(NamedTuple):
+  """One rater's verdict on one pair of answers."""
+
+  item: Hashable  # of the prompt
+  first: str  # the model whose answer was shown first
+  second: str
+  rater: str
+  verdict: str | None  # "first", "second", "tie"; None: could not be read
+
+
+Pair = tuple[Hashable, str, str]  # item, and the two models in sorted order
+Winners = Mapping[Pair, str | None]  # "": a tie; None: could not be read
+Lengths = Mapping[Pair, tuple[float, float]]  # of the answers of the two models
+
+
+def by_order(
+  rows: Iterable[Verdict], rater: str
+) -> dict[Pair, dict[bool, str | None]]:
+  """A rater's verdicts by pair, then by order, as the name of the winner.
+
+  Returns:
+    {(item, a, b): {shown with a first: winner}} with a < b; the winner is a,
+    b, "" for a tie, or None where the verdict could not be read.
+
+  Raises:
+    DataError: a word that is no verdict, a model against itself, or one pair
+      judged twice in the same order.
+  """
+  out: dict[Pair, dict[bool, str | None]] = {}
+  for row in rows:
+    if row.rater != rater:
+      continue
+    if row.first == row.second or not row.first or not row.second:
+      raise DataError(
+        f"verdict of {rater} on item {row.item!r} compares {row.first!r} with "
+        f"{row.second!r}, wanted two models with different names"
+      )
+    winners = {"first": row.first, "second": row.second, "tie": "", None: None}
+    if row.verdict not in winners:
+      raise DataError(
+        f"verdict of {rater} on item {row.item!r} is {row.verdict!r}, wanted "
+        "'first', 'second', 'tie', or None where it could not be read"
+      )
+    a, b = sorted((row.first, row.second))
+    orders = out.setdefault((row.item, a, b), {})
+    if (row.first == a) in orders:
+      raise DataError(
+        f"{rater} judged item {row.item!r}, {row.first} before "
+        f"{row.second}, twice; keep one of the two rows"
+      )
+    orders[row.first == a] = winners[row.verdict]
+  return out
+
+
+def settle_orders(rows: Iterable[Verdict], rater: str) -> dict:
+  """Winners by pair: of two orders, what both say, else a tie.
+
+  Unparsable in one order is settled by the other; in both, it is None.
+  """
+  out = {}
+  for pair, orders in by_order(rows, rater).items():
+    read = {w for w in orders.values() if w is not None}
+    out[pair] = None if not read else read.pop() if len(read) == 1 else ""
+  return out
+
+
+def majority(votes: Sequence[Winners]) -> dict[Pair, str | None]:
+  """The winner with most votes: the plurality, a tie where two lead.
+
+  A pair that some rater did not judge, or whose verdict could not be read, is
+  settled by the others.
+  """
+  counts: dict = collections.defaultdict(collections.Counter)
+  for winners in votes:
+    for pair, winner in winners.items():
+      counts[pair].update([] if winner is None else [winner])
+  out: dict[Pair, str | None] = {}
+  for pair, count in counts.items():
+    top = count.most_common(2)
+    tied = len(top) == 2 and top[0][1] == top[1][1]
+    out[pair] = None if not top else "" if tied else top[0][0]
+  return out
+
+
+def labels(winners: Winners, unparsable: str) -> dict[Pair, Any]:
+  """What the measures compare, by pair: -1 (the model first in the alphabet),
+  0 (tie) or 1.
+
+  Args:
+    winners: as from `settle_orders` or `majority`.
+    unparsable: a key of UNPARSABLE: None becomes 0 ("tie"), stays None, a gap
+      ("drop"), or becomes the label "unparsable" ("own").
+  """
+  if unparsable not in UNPARSABLE:
+    raise ConfigError(
+      f"unknown rule for unparsable verdicts {unparsable!r}; "
+      f"known: {', '.join(UNPARSABLE)}"
+    )
+  unread = {"tie": 0, "drop": None, "own": "unparsable"}[unparsable]
+  return {
+    pair: {None: unread, "": 0, pair[1]: -1, pair[2]: 1}[winner]
+    for pair, winner in winners.items()
+  }
+
+
+# Measures beyond chance, for nominal labels.
+
+
+def _numbered(values: Iterable[Any]) -> dict[Any, int]:
+  """Each different value and its number."""
+  return {w: i for i, w in enumerate(dict.fromkeys(values))}
+
+
+def _kappa(sums: np.ndarray, chance: Callable) -> np.ndarray:
+  """(observed - chance) / (1 - chance), NaN where chance is 1.
+
+  Args:
+    sums: [..., 1 + 2 c]: pairs with equal labels, then how often each rater
+      used each label.
+    chance: of the fractions [..., c] of the two raters' labels.
+  """
+  x, y = np.split(sums[..., 1:], 2, axis=-1)
+  n = x.sum(-1)
+  expected = chance(x / n[..., None], y / n[..., None])
+  with np.errstate(invalid="ignore", divide="ignore"):
+    kappa = (sums[..., 0] / n - expected) / (1 - expected)
+  return np.where(expected < 1, kappa, np.nan)
+
+
+def _alpha(sums: np.ndarray) -> np.ndarray:
+  """[...] alpha from [..., c + 1]: labels by kind, and what was observed."""
+  total, observed = sums[..., :-1], sums[..., -1]
+  n = total.sum(-1)
+  differ = n * n - (total * total).sum(-1)
+  with np.errstate(invalid="ignore", divide="ignore"):
+    return np.where(differ > 0, 1 - (n - 1) * observed / differ, np.nan)
+
+
+def _with_interval(
+  rows: np.ndarray, items: Sequence[Any] | None, measure: Callable
+) -> dict[str, float | None]:
+  """A measure and its percentile interval over items.
+
+  Items that add the same to the sums are drawn together, so that a million
+  items cost no more than the few kinds there are of them.
+
+  Args:
+    rows: [n, s] what each pair adds to the sums.
+    items: [n] that pairs belong to; None: every pair is an item.
+    measure: [draws, s] sums -> [draws].
+  """
+  value = float(measure(rows.sum(0)))
+  if np.isnan(value):
+    return dict(value=None, low=None, high=None)
+  if items is not None:
+    number = _numbered(items)
+    sums = np.zeros((len(number), rows.shape[1]))
+    np.add.at(sums, np.array([number[i] for i in items]), rows)
+    rows = sums
+  n = len(rows)
+  kinds, times = np.unique(rows, axis=0, return_counts=True)
+  rng = np.random.default_rng(0)
+  chunk = max(1, _CELLS // max(kinds.shape))
+  sizes = [min(chunk, _DRAWS - at) for at in range(0, _DRAWS, chunk)]
+  draw = lambda size: rng.multinomial(n, times / n, size) @ kinds
+  drawn = np.concatenate([measure(draw(size)) for size in sizes])
+  drawn = drawn[~np.isnan(drawn)]
+  if n < 2 or not len(drawn):  # one item varies with nothing
+    return dict(value=value, low=None, high=None)
+  low, high = np.quantile(drawn, [0.025, 0.975])
+  return dict(value=value, low=float(low), high=float(high))
+
+
+def _of_two(
+  xs: Sequence[Any],
+  ys: Sequence[Any],
+  items: Sequence[Any] | None,
+  chance: Callable,
+) -> dict[str, Any]:
+  """A measure of two raters' labels, see `_kappa`."""
+  if not len(xs):
+    return intervals.estimate(None)
+  number = _numbered([*xs, *ys])
+  x, y = (np.array([number[w] for w in side]) for side in (xs, ys))
+  unit = np.eye(len(number))
+  rows = np.concatenate([(x == y)[:, None], unit[x], unit[y]], axis=1)
+  found = _with_interval(rows, items, lambda sums: _kappa(sums, chance))
+  return found | dict(n=len(xs))
+
+
+def cohen_kappa(
+  xs: Sequence[Any], ys: Sequence[Any], items: Sequence[Any] | None = None
+) -> dict[str, Any]:
+  """Agreement beyond chance of two raters, nominal labels (Cohen 1960).
+
+  The interval is a percentile bootstrap over the items, 2,000 draws.
+
+  Args:
+    xs: a label of each pair.
+    ys: the other rater's.
+    items: what each pair belongs to: pairs of one item are drawn together.
+      None: every pair is an item.
+
+  Returns:
+    {"value", "low", "high", "n"}; value None where nothing was judged, or
+    where both used one and the same label (chance alone agrees always).
+  """
+  return _of_two(xs, ys, items, lambda x, y: (x * y).sum(-1))
+
+
+def scott_pi(
+  xs: Sequence[Any], ys: Sequence[Any], items: Sequence[Any] | None = None
+) -> dict[str, Any]:
+  """Agreement beyond chance, where chance has one distribution of labels.
+
+  Scott 1955: chance is sum_k ((x_k + y_k) / 2)^2 with x_k, y_k the fractions of
+  label k of the two raters, where Cohen's kappa takes sum_k x_k y_k. So two
+  raters with different habits, one of whom calls more ties, lose by it: pi is
+  at most kappa. Arguments, interval and result as of `cohen_kappa`.
+  """
+  return _of_two(xs, ys, items, lambda x, y: (((x + y) / 2) ** 2).sum(-1))
+
+
+def krippendorff_alpha(
+  units: Iterable[Sequence[Any]], items: Sequence[Any] | None = None
+) -> dict[str, Any]:
+  """Krippendorff's alpha, nominal, any number of raters, gaps allowed.
+
+  1 - observed / expected disagreement, where a unit of m labels counts each
+  ordered pair of its labels 1 / (m - 1) times (Krippendorff 2011). A label
+  must mean the same in every unit, as those of `labels` do: the expected
+  disagreement pools them over all units. The interval is a percentile
+  bootstrap over the items, 2,000 draws.
+
+  Args:
+    units: the labels each unit got; None is a gap. A unit with fewer than two
+      labels says nothing and is left out.
+    items: what each unit belongs to, see `cohen_kappa`.
+
+  Returns:
+    {"value", "low", "high", "units", "labels"}; value None where all labels
+    are the same.
+  """
+  units = [[w for w in unit if w is not None] for unit in units]
+  kept = [i for i, unit in enumerate(units) if len(unit) > 1]
+  if not kept:
+    return dict(value=None, low=None, high=None, units=0, labels=0)
+  number = _numbered(w for i in kept for w in units[i])
+  rows = np.zeros((len(kept), len(number) + 1))
+  for row, i in zip(rows, kept):
+    np.add.at(row, [number[w] for w in units[i]], 1)
+  counts, m = rows[:, :-1], rows.sum(-1)
+  rows[:, -1] = (m * m - (counts * counts).sum(-1)) / (m - 1)
+  items = None if items is None else [items[i] for i in kept]
+  found = _with_interval(rows, items, _alpha)
+  return found | dict(units=len(kept), labels=int(m.sum()))
+
+
+# Tables of raters.
+
+
+def compared(a: Mapping[Pair, Any], b: Mapping[Pair, Any]) -> dict[str, Any]:
+  """Fraction of equal labels, kappa, pi and alpha of two raters.
+
+  Args:
+    a: label by pair, as from `labels`; None is a gap.
+    b: the same of another rater. Intervals are over items, the first field of
+      a pair.
+  """
+  both = [
+    (x, b[pair], pair[0])
+    for pair, x in a.items()
+    if x is not None and b.get(pair) is not None
+  ]
+  xs, ys, items = zip(*both) if both else ((), (), ())
+  return dict(
+    agreement=intervals.proportion([x == y for x, y in zip(xs, ys)]),
+    kappa=cohen_kappa(xs, ys, items),
+    pi=scott_pi(xs, ys, items),
+    alpha=krippendorff_alpha(list(zip(xs, ys)), items),
+  )
+
+
+def between(a: Winners, b: Winners) -> dict[str, dict[str, Any]]:
+  """`compared` of two raters under each rule for the unparsable."""
+  return {
+    rule: dict(rule=words) | compared(labels(a, rule), labels(b, rule))
+    for rule, words in UNPARSABLE.items()
+  }
+
+
+def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
+  """Some raters beside each other, two by two and all together.
+
+  Args:
+    votes: rater -> label by pair, as from `labels`; None is a gap.
+
+  Returns:
+    {"pairs": labelled by anyone; "between": {"x / y": `compared`}, those two
+    who share a pair, at most PAIRS_OF_RATERS; "more": how many two are left
+    out; "alpha": `krippendorff_alpha` over all raters}.
+  """
+  units: dict[Pair, dict[str, Any]] = collections.defaultdict(dict)
+  for rater, given in votes.items():
+    for pair, label in given.items():
+      if label is not None:
+        units[pair][rater] = label
+  common = collections.Counter(
+    two for unit in units.values() for two in itertools.combinations(unit, 2)
+  )
+  place = _numbered(votes)
+  kept = sorted(two for two, _ in common.most_common(PAIRS_OF_RATERS))
+  kept.sort(key=lambda two: [place[r] for r in two])
+  given = [list(unit.values()) for unit in units.values()]
+  return dict(
+    pairs=len(units),
+    more=len(common) - len(kept),
+    between={f"{x} / {y}": compared(votes[x], votes[y]) for x, y in kept},
+    alpha=krippendorff_alpha(given, [pair[0] for pair in units]),
+  )
+
+
+def order_effects(rows: Iterable[Verdict], rater: str) -> dict[str, Any]:
+  """Whether a rater's verdicts stay when the two answers change places.
+
+  Returns:
+    "consistent": fraction of pairs, readable in both orders, with one verdict;
+    "kappa": between the two orders; "first": fraction of all verdicts with a
+    winner that named the answer shown first (0.5: no position bias; its
+    interval takes verdicts as independent); "unparsable": of all verdicts.
+  """
+  table = by_order(rows, rater)
+  cells = [
+    (winner, None if not winner else (winner == pair[1]) == a_first)
+    for pair, orders in table.items()
+    for a_first, winner in orders.items()
+  ]
+  one_order = lambda a_first: labels(
+    {pair: o[a_first] for pair, o in table.items() if a_first in o}, "drop"
+  )
+  both = compared(one_order(True), one_order(False))
+  return dict(
+    consistent=both["agreement"],
+    kappa=both["kappa"],
+    first=intervals.proportion([f for _, f in cells if f is not None]),
+    unparsable=intervals.proportion([w is None for w, _ in cells]),
+  )
+
+
+def length_bias(
+  winners: Winners, sizes: Lengths, truth: Winners | None = None
+) -> dict[str, Any]:
+  """Whether a rater likes the longer answer, and errs towards it.
+
+  Args:
+    winners: of the rater, as from `settle_orders`.
+    sizes: lengths of the answers.
+    truth: what is held against the rater, as from `majority`.
+
+  Returns:
+    As `winrate.length_preference`; with `truth`, "errors": the fraction of the
+    pairs where it and the truth name different winners in which it named the
+    longer.
+  """
+
+  def preference(pairs: list[Pair]) -> dict[str, Any]:
+    outcome = lambda pair: {pair[1]: 1.0, "": 0.5, pair[2]: 0.0}[winners[pair]]
+    rows = [(outcome(pair), *sizes[pair]) for pair in pairs]
+    columns = np.array(rows, np.float64).reshape(-1, 3).T
+    return winrate.length_preference(*columns)
+
+  pairs = [p for p, w in winners.items() if w is not None and p in sizes]
+  out = preference(pairs)
+  if truth is not None:
+    errs = lambda p: winners[p] and truth.get(p) and winners[p] != truth[p]
+    out["errors"] = preference([p for p in pairs if errs(p)])["longer"]
+  return out
+
+
+def judged(
+  rows: Sequence[Verdict],
+  judges: Sequence[str],
+  humans: Sequence[str],
+  sizes: Lengths | None = None,
+) -> dict[str, Any]:
+  """All there is to say of some judges beside some humans.
+
+  Args:
+    rows: the table.
+    judges: raters to be judged.
+    humans: raters they are held against; may be one (an objective label).
+    sizes: lengths of the two answers by pair; or None.
+
+  Returns:
+    {"humans": `among` them, an unparsable verdict a gap,
+     "judges": {judge: {"against": `between` with the majority of the humans,
+     "orders": `order_effects`, "unparsable": number of verdicts, and where
+     there are sizes "lengths": `length_bias`}}}.
+
+  Raises:
+    DataError: a rater without a row, or a judge with no pair a human judged.
+  """
+  table: dict[str, list[Verdict]] = collections.defaultdict(list)
+  for row in rows:
+    table[row.rater].append(row)
+  for rater in (*judges, *humans):
+    if rater not in table:
+      raise DataError(
+        f"no verdict of rater {rater!r}; the table has "
+        f"{', '.join(sorted(table)) or 'no rows'}"
+      )
+  votes = {h: settle_orders(table[h], h) for h in humans}
+  truth = majority(list(votes.values()))
+  out = {h: labels(winners, "drop") for h, winners in votes.items()}
+  out = dict(humans=among(out), judges={})
+  for judge in judges:
+    winners = settle_orders(table[judge], judge)
+    if not winners.keys() & truth.keys():
+      raise DataError(
+        f"{judge!r} judged no pair that {', '.join(humans)} judged; do the "
+        "tables name items and models alike?"
+      )
+    out["judges"][judge] = dict(
+      against=between(truth, winners),
+      orders=order_effects(table[judge], judge),
+      unparsable=sum(row.verdict is None for row in table[judge]),
+    )
+    if sizes is not None:
+      out["judges"][judge]["lengths"] = length_bias(winners, sizes, truth)
+  return out

@@ -1,1 +1,0 @@
-"""Judges that are not the built-in world: a model behind an endpoint."""

@@ -1,1 +1,0 @@
-"""The pages: `study` compares the arms of a job, `run` shows one arm."""

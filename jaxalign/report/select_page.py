@@ -1,0 +1,174 @@
+"""The page of a selection: its rows to search and sort, a map, the figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxalign.report import charts, page
+from jaxalign.report.charts import Row, Series
+from jaxalign.report.values import finite, MISSING, Node, number, plain, raw
+from jaxalign.select.card import rows as rows_lib
+from jaxalign.select.card.geometry import ALIKE
+
+TEXTS = 12_000_000  # characters of text a page holds, divided among its rows
+LEAST, MOST = 90, 1500  # characters of one row
+PLANE = 1000  # places on the map, from side to side
+EDGE = 0.001  # fraction of the rows that may lie outside the map, at its border
+SIDES = {
+  "prompt": ("Prompt", ""),
+  "chosen": ("Chosen", "yes"),
+  "rejected": ("Rejected", "no"),
+  "completion": ("Response", ""),
+}
+NAMES = {"False": "undesirable", "True": "desirable"}
+
+
+def _coded(values: Sequence[Any], label: bool) -> dict[str, Any]:
+  """A column as its distinct values, the commonest first, and places."""
+  text = [plain(v) for v in values]
+  found, inverse, counts = np.unique(
+    text, return_inverse=True, return_counts=True
+  )
+  order = np.argsort(-counts, kind="stable")
+  place = np.argsort(order)
+  names = [str(found[i]) for i in order]
+  if label:
+    names = [NAMES.get(name, name) for name in names]
+  return {"names": names, "at": place[inverse].tolist()}
+
+
+def _places(values: np.ndarray) -> list[int]:
+  """Coordinates as whole numbers; the outermost rows stand at the border."""
+  values = np.asarray(values, np.float64)
+  low, high = np.quantile(values, [EDGE, 1 - EDGE])
+  span = high - low if high > low else 1.0
+  low, span = low - 0.02 * span, 1.04 * span
+  places = np.round(PLANE * (values - low) / span)
+  return np.clip(places, 0, PLANE).astype(int).tolist()
+
+
+def _cut(value: Any, limit: int) -> str:
+  """A text of at most `limit` characters; what hides or reorders is shown."""
+  if value is None:
+    return ""
+  text = str(value).strip()
+  shown = plain(text[:limit])
+  whole = len(text) <= limit and len(shown) <= limit
+  return shown if whole else shown[: limit - 1] + "…"
+
+
+def payload(record: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+  """The columns of `card.examine` as the script of the page reads them."""
+  n = len(table["id"])
+  column = lambda name: np.asarray(table[name]).tolist()
+  out = dict(
+    selected=record["selected"],
+    common=rows_lib.fixed(record),
+    words=dict(why=rows_lib.WHY, near=rows_lib.NEAR, length=rows_lib.LENGTH),
+    copy=[2, 4],
+    id=[plain(i) for i in table["id"]],
+    score=[rows_lib.figure(float(v)) for v in column("score")],
+    **{k: column(k) for k in ("rank", "why", "near_code", "tail")},
+  )
+  if any(table["near"]):
+    place = {name: i for i, name in enumerate(column("id"))}
+    near = [place.get(k, plain(k)) if k else -1 for k in column("near")]
+    out["near"] = near
+    out["cosine"] = [rows_lib.places(float(v)) for v in column("cosine")]
+  if "x" in table:
+    out["x"], out["y"] = _places(table["x"]), _places(table["y"])
+  if "length" in table:
+    out["length"] = np.round(table["length"], 1).tolist()
+  for name in ("label", "source", "topic"):
+    if name in table:
+      out[name] = _coded(table[name], name == "label")
+  texts = table.get("texts") or {}
+  room = int(min(MOST, max(LEAST, TEXTS / max(1, n)))) // max(1, len(texts))
+  out["texts"] = []
+  for key, values in texts.items():
+    name, kind = SIDES.get(key, (key, ""))
+    at = [_cut(v, room) for v in values]
+    out["texts"].append(dict(name=name, kind=kind, at=at))
+  return out
+
+
+def value_name(value: Any, column: Any) -> str:
+  """A value of a column in words."""
+  if raw(value) is None:
+    return "all others"
+  return (
+    NAMES.get(str(value), plain(value)) if column == "label" else plain(value)
+  )
+
+
+def shift_rows(rows: Sequence[Node], column: Any) -> list[Row]:
+  """Kept minus pool of every value, beside where random subsets lie."""
+  drawn = []
+  for row in rows:
+    kept, pool, low, high = (
+      finite(row[k]) for k in ("kept", "pool", "low", "high")
+    )
+    if None not in (kept, pool, low, high):
+      colour = charts.MUTED if row.said == "within chance" else 1
+      gap = kept - pool
+      words = page.shown(gap, sign=True)
+      name = value_name(row.value, column)
+      drawn.append(Row(name, gap, low - pool, high - pool, words, colour))
+  return drawn
+
+
+def p_value(value: Any) -> str:
+  """A probability; a very small one as a bound."""
+  x = finite(value)
+  if x is None:
+    return MISSING
+  return "< 0.001" if x < 0.001 else number(x, 2)
+
+
+def spectrum_series(groups: Sequence[Node]) -> list[Series]:
+  """The variance held by the first directions, a line a group."""
+  return [
+    Series(group.name, list(enumerate(group.curve, 1)), i)
+    for i, group in enumerate(groups[:6])
+  ]
+
+
+def mixture_facts(record: Node) -> dict[str, Any]:
+  """The mixture of a selection under the names of a job's summary."""
+  found = dict(page.entries(record.mixture))
+  held_out, labels = record.diagnostics.held_out, record.diagnostics.labels
+  return found and found | dict(
+    pca=found.get("directions"),
+    in_fit=held_out.mean_fitted,
+    held_out=held_out.mean_held_out,
+    auc=held_out.auc,
+    label_accuracy=labels.accuracy,
+    nmi=labels.nmi,
+  )
+
+
+def selection_html(record: dict[str, Any], rows: dict[str, Any]) -> str:
+  """The page of a selection; its texts are cut to TEXTS characters in all.
+
+  Args:
+    record: as `select.card.examine` returns it.
+    rows: the table that it returns beside it.
+  """
+  data, node = payload(record, rows), Node(record)
+  reasons = [(i, rows_lib.KINDS[i]) for i in sorted(set(data["why"]))]
+  document = page.render(
+    "select.html",
+    record=node,
+    mixture=Node(mixture_facts(node)),
+    data=data,
+    script=page.source("select.js"),
+    reasons=reasons,
+    alike=ALIKE,
+  )
+  size = f"{number(len(document.encode()) / 1e6)} MB"
+  words = "rows on this page"
+  return document.replace(f"{words}</p>", f"{words} · {size}</p>", 1)
+
+
+page.expose(value_name, shift_rows, p_value, spectrum_series)
