@@ -1,10 +1,11 @@
-"""The sections on the plateau and on the judges, whole or askew."""
+"""Sections that not every job has, whole or askew: the plateau, judges,
+ranks, quality for its cost, and answers with verdicts."""
 
 import copy
 import json
 
 import pytest
-from test_report import paths, PAYLOADS, poisoned, read
+from test_report import interval, paths, PAYLOADS, poisoned, put, read
 
 from jaxalign.eval import interrater
 from jaxalign.eval import plateau as fits
@@ -15,31 +16,6 @@ from jaxalign.report.values import Node
 HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
 OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]
 X = [0, 10, 25, 50, 75, 100]
-
-
-def drawn(template, **data):
-  """What a macro of a template makes of this JSON."""
-  data = {name: Node(value) for name, value in data.items()}
-  return page.ENVIRONMENT.from_string(template).render(data)
-
-
-def plateau(found):
-  template = "{% import 'plateau.html' as t %}{{ t.plateau(found) }}"
-  return drawn(template, found=found)
-
-
-def judges(found, controls=None):
-  template = """{% import 'judges.html' as t -%}
-  {{ t.against_humans(found, entries(controls)) }}"""
-  return drawn(template, found=found, controls=controls)
-
-
-def ranking(found):
-  return study_page.study_html({"ranking": found})
-
-
-def efficiency(found):
-  return study_page.study_html({"efficiency": found})
 
 
 def fit(y=HH, **kwargs):
@@ -54,171 +30,184 @@ def judged():
     for k, rater in enumerate(("ann", "ben", "gpt"))
     for names in (("m", "k"), ("k", "m"))
   ]
-  return json.loads(
-    json.dumps(interrater.judged(rows, ["gpt"], ["ann", "ben"]))
-  )
+  found = interrater.judged(rows, ["gpt"], ["ann", "ben"])
+  return json.loads(json.dumps(found))
 
 
 def control(passed=True):
-  share = dict(value=0.0, low=0.0, high=0.1, n=20, passed=passed)
-  return {
-    "gpt": dict(
-      null=share, injected=share | dict(passed=True), words=["gpt: it holds."]
-    )
-  }
+  null = interval(0.0) | dict(passed=passed)
+  held = interval(0.0) | dict(passed=True)
+  return {"gpt": dict(null=null, injected=held, words=["gpt: it holds."])}
+
+
+def job_judge():
+  cells = ("rate", "equal_length", "unparsable", "bias", "consistent")
+  outcomes = {k: interval(0.3) for k in ("won", "tied", "lost")}
+  arm = dict(name="isa", outcomes=outcomes, read=98, prompts=100)
+  return dict(
+    kind="endpoint",
+    name="a judge",
+    against="the target",
+    arms=[arm | {k: interval(0.6) for k in cells}],
+    controls=control(),
+    agreement=judged(),
+    cost=dict(requests=12, tokens=3400),
+    doubts=["isa: a doubt"],
+  )
 
 
 def ranked():
+  row = lambda name, value, first: (
+    dict(name=name, rank=first, to=2, **interval(value, 0.1)) | {"from": first}
+  )
   return [
-    dict(
-      budget=0.1,
-      rows=[
-        dict(
-          name="isa-0.1",
-          value=0.6,
-          low=0.5,
-          high=0.7,
-          n=5,
-          rank=1,
-          **{"from": 1, "to": 2},
-        ),
-        dict(
-          name="random-0.1",
-          value=0.5,
-          low=0.4,
-          high=0.6,
-          n=5,
-          rank=2,
-          **{"from": 2, "to": 2},
-        ),
-      ],
-    )
+    dict(budget=0.1, rows=[row("isa-0.1", 0.6, 1), row("random-0.1", 0.5, 2)])
   ]
 
 
 def gained():
   return [
-    dict(
-      name="isa-0.1",
-      gain=dict(value=0.1, low=0.05, high=0.15, n=5),
-      flops=2e12,
-      per_tera=5.0,
-    )
+    dict(name="isa-0.1", gain=interval(0.1, 0.05), flops=2e12, per_tera=5.0)
   ]
 
 
-def text(found):
-  return " ".join(" ".join(read(found).text).split())
+def answers():
+  verdict = lambda outcome, *verdicts: dict(
+    outcome=outcome,
+    verdicts=list(verdicts),
+    replies=["A because", "B because"],
+    theirs="their words",
+  )
+  return [
+    dict(
+      prompt="q " * 1000,
+      target="t",
+      sft="s",
+      arms={"isa": "an answer", "all": None},
+      against="chosen",
+      rewards={"target": 1.2, "isa": 0.7},
+      verdicts={
+        "isa": verdict(0.75, "first", "second"),
+        "sft": verdict(0, "second", None),
+        "all": verdict(None, None, None),
+      },
+    )
+  ] * 8
 
 
-def test_the_plateau_is_told_with_its_numbers_and_its_doubt():
-  said = text(plateau(fit()))
-  assert "A plateau is identified" in said and "82.2" in said
-  assert "0.290" in said and "power law" in said
-  assert fits.RECIPE in said  # b is the recipe's as much as the data's
-  assert "no bound" not in said
+def drawn(template, name, found):
+  """What a macro of a template makes of this JSON."""
+  template = f"{{% import '{name}.html' as t %}}{{{{ t.{template} }}}}"
+  return page.ENVIRONMENT.from_string(template).render(found=Node(found))
 
 
-def test_no_plateau_is_said_so():
-  said = text(plateau(fit(OASST)))
-  assert "Plateau not identified" in said and "no bound" in said
-  assert "A plateau is identified" not in said
+# The JSON of each section, and how it is drawn.
+SECTIONS = {
+  "plateau": (fit, lambda x: drawn("plateau(found)", "plateau", x)),
+  "judges": (judged, lambda x: drawn("against_humans(found, [])", "judges", x)),
+  "judge": (job_judge, lambda x: drawn("of_job(found)", "judges", x)),
+  "answers": (
+    answers,
+    lambda x: drawn("samples(records(found), 'SFT')", "samples", x),
+  ),
+  "ranking": (ranked, lambda x: study_page.study_html({"ranking": x})),
+  "efficiency": (gained, lambda x: study_page.study_html({"efficiency": x})),
+}
 
 
-def test_shares_are_shown_in_percent():
-  found = fit([v / 100 for v in HH], bounds=(0, 1), se=[0.02] * 6)
-  said = text(plateau(found))
-  assert "82.2" in said and "Band: 95 % of each point" in said
+def text(section, found):
+  document = read(SECTIONS[section][1](found))
+  return " ".join(" ".join(document.text).replace("\u00a0", " ").split())
 
 
-def test_seeds_share_a_line():
-  found = fits.fit(X * 2, HH + [v - 1 for v in HH])
-  shown = plateau(found)
-  assert "band: all seeds" in text(shown)
-  assert (
-    str(read(shown).seen).count("'polyline'") == 4
-  )  # and the fitted, and two
+IN_PERCENT = fit([v / 100 for v in HH], bounds=(0, 1), se=[0.02] * 6)
+SEEDS = fits.fit(X * 2, HH + [v - 1 for v in HH])
+RULES = "|".join(interrater.UNPARSABLE.values())
+# What is said of which JSON, and what is not.
+SAID = [
+  ("plateau", fit(), "A plateau is identified|82.2|power law", "no bound"),
+  ("plateau", fit(), f"0.290|{fits.RECIPE}", "seeds"),
+  ("plateau", fit(OASST), "Plateau not identified|no bound", "A plateau is"),
+  ("plateau", IN_PERCENT, "82.2|Band: 95 % of each point", "seeds"),
+  ("plateau", SEEDS, "band: all seeds", "no bound"),
+  ("judges", judged(), f"{RULES}|ann / ben", "it holds"),
+  ("judge", job_judge(), "it holds|a judge, compared answers with", "tied"),
+  ("judge", job_judge(), "a doubt|12 requests", "not measured"),
+  ("ranking", ranked(), "1 to 2|60.0 [50.0, 70.0]|Holm", "2 to 2"),
+  ("efficiency", gained(), "+10.0 [+5.0, +15.0]|2.00 TFLOP|+5.00", "−"),
+  ("answers", answers(), "isa · reward 0.700 · won in one order", "tied"),
+  ("answers", answers(), "SFT · lost against the chosen answer", "tied"),
+  ("answers", answers(), "all · no verdict against|their words", "tied"),
+  (
+    "answers",
+    answers(),
+    "first: named it A because Shown second: named it",
+    "tied",
+  ),
+  (
+    "answers",
+    answers(),
+    "named the other A because Shown second: could",
+    "tied",
+  ),
+  ("answers", answers(), "1,200 more characters|2 more prompts are in", "tied"),
+]
+
+
+@pytest.mark.parametrize("section, found, words, never", SAID)
+def test_a_section_says_what_was_found(section, found, words, never):
+  shown = text(section, found)
+  assert [w for w in words.split("|") if w not in shown] == []
+  assert never not in shown
+
+
+def test_a_plateau_is_drawn_beside_the_paper_s():
+  found = read(SECTIONS["plateau"][1](SEEDS))
+  # What was measured, the fitted curve, and two of the paper.
+  assert [tag for tag, _ in found.seen].count("polyline") == 4
   assert f"{fit()['b']['value']:.3f}" == f"{study_page.PAPER['HH']:.3f}"
 
 
-def test_judges_are_told_under_every_rule():
+def test_the_kappa_of_a_judge_is_the_measured_one():
   found = judged()
-  said = text(judges(found, control()))
-  for rule in interrater.UNPARSABLE.values():
-    assert rule in said
   value = found["judges"]["gpt"]["against"]["drop"]["kappa"]["value"]
-  assert values.number(value) in said
-  assert "ann / ben" in said and "it holds" in said
+  assert values.number(value) in text("judges", found)
 
 
 @pytest.mark.parametrize("passed", [True, False, None])
 def test_a_failed_control_is_a_warning(passed):
-  found = judges(judged(), control(passed))
-  kinds = [a.get("class") for _, a in read(found).seen]
+  found = job_judge() | dict(controls=control(passed), doubts=[])
+  seen = read(SECTIONS["judge"][1](found)).seen
+  kinds = [a.get("class") for _, a in seen]
   assert ("callout warning" in kinds) == (passed is not True)
 
 
-def test_ranks_and_quality_for_cost_are_told_as_numbers():
-  said = text(ranking(ranked()))
-  assert "1 to 2" in said and "60.0 [50.0, 70.0]" in said and "Holm" in said
-  assert "2 to 2" not in said  # one rank is one number
-  said = text(efficiency(gained()))
-  assert (
-    "+10.0 [+5.0, +15.0]" in said
-    and "2.00 TFLOP" in said.replace(values.NO_BREAK, " ")
-    and "+5.00" in said
-  )
-  for odd in (None, [], {}, "x", [3]):
-    assert "Ranking" not in text(ranking(odd))
-    assert "Quality for its cost" not in text(efficiency(odd))
+ODD = [None, {}, [], "x", 5, [3], {"judges": {"a": 1}}]
+ODD += [{"r": 1, "x": [1, "a"], "y": None}, {"bounds": [None], "words": 3}]
 
 
-@pytest.mark.parametrize("section", [plateau, judges])
-@pytest.mark.parametrize(
-  "odd",
-  [
-    None,
-    {},
-    [],
-    "x",
-    5,
-    {"judges": {"a": 1}},
-    {"r": 1, "x": [1, "a"], "y": None},
-    {"bounds": [None], "words": 3},
-  ],
-)
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("odd", ODD)
 def test_what_is_not_there_is_said_not_to_be(section, odd):
-  assert text(section(odd))
+  shown = text(section, odd)
+  assert shown and "Ranking" not in shown and "Quality for" not in shown
 
 
-def set_at(value, path, leaf):
-  for key in path[:-1]:
-    value = value[key]
-  value[path[-1]] = leaf
-
-
-@pytest.mark.parametrize(
-  "make,section",
-  [(fit, plateau), (judged, judges), (ranked, ranking), (gained, efficiency)],
-)
-def test_any_leaf_may_be_missing_or_odd(make, section):
-  whole = make()
+@pytest.mark.parametrize("section", SECTIONS)
+def test_any_leaf_may_be_missing_or_odd(section):
+  make, draw = SECTIONS[section]
+  whole = make()[:1] if section == "answers" else make()
   for path in paths(whole):
     for leaf in (None, "x", float("nan"), 1e308, [], {}):
-      found = copy.deepcopy(whole)
-      set_at(found, path, leaf)
-      section(found)
+      draw(put(whole, path, leaf))
 
 
 @pytest.mark.parametrize("payload", PAYLOADS[::4])
 def test_nothing_from_data_becomes_markup(payload):
-  read(plateau(poisoned(fit(), payload)))
-  read(ranking(poisoned(ranked(), payload)))
-  read(efficiency(poisoned(gained(), payload)))
-  found = judged()
-  found["judges"][payload] = found["judges"].pop("gpt")
-  read(
-    judges(
-      poisoned(found, payload), {payload: poisoned(control()["gpt"], payload)}
-    )
-  )
+  for make, draw in SECTIONS.values():
+    read(draw(poisoned(make(), payload)))
+  named = copy.deepcopy(job_judge())
+  judges = named["agreement"]["judges"]
+  judges[payload] = judges.pop("gpt")
+  named["controls"] = {payload: named["controls"]["gpt"]}
+  read(SECTIONS["judge"][1](poisoned(named, payload)))

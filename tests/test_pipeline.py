@@ -274,7 +274,7 @@ def test_the_pages_and_the_summary(job):
       assert x["flops"] == x["predicted_flops"]
       assert 0 <= x["held"] < 2**30 and x["predicted_held"] > 0
       assert x["device"] is None and x["predicted_device"] == 0
-  assert "Memory of choosing" in (job / "report.html").read_text()
+  assert "Memory of selecting" in (job / "report.html").read_text()
   for path in (job / "report.html", *job.glob("runs/*/report.html")):
     text = path.read_text()
     assert ISA in text or RANDOM in text

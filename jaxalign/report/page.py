@@ -27,12 +27,12 @@ class Metric(NamedTuple):
   name: str
   fraction: bool = True
   unit: str = ""
-  chance: float | None = None  # what no preference at all would give
+  even: bool = False  # whether 1/2 means no preference at all
 
 
 PERCENT, PLAIN = Metric(""), Metric("", fraction=False)
 METRICS = {
-  f"win_vs_{side}{suffix}": Metric(f"Wins against the {name}{how}", chance=0.5)
+  f"win_vs_{side}{suffix}": Metric(f"Wins against the {name}{how}", even=True)
   for suffix, how in (
     ("", ""),
     ("_macro", ", mean over groups"),
@@ -45,10 +45,10 @@ METRICS = {
     ("chosen", "chosen answer"),
   )
 } | {
-  "win_rate": Metric("Win rate", chance=0.5),
-  "accuracy": Metric("Preference accuracy, held out", chance=0.5),
+  "win_rate": Metric("Win rate", even=True),
+  "accuracy": Metric("Preference accuracy, held out", even=True),
   "likelihood_accuracy": Metric(
-    "Chosen likelier per token, no reference", chance=0.5
+    "Chosen likelier per token, no reference", even=True
   ),
   "malformed": Metric("Malformed answers"),
   "ended": Metric("Answers that ended"),
@@ -170,7 +170,9 @@ def interval_row(
   sign: bool = False,
 ) -> charts.Row:
   """A value and its interval as a row of a forest plot."""
-  ends = (found[k] for k in ("value", "low", "high"))
+  ends = [charts.drawable(found[k]) for k in ("value", "low", "high")]
+  if m.fraction:
+    ends = [end and 100 * end for end in ends]
   return charts.Row(label, *ends, measured(found, m, sign), colour)
 
 
@@ -209,7 +211,8 @@ ENVIRONMENT = jinja2.Environment(
 
 def expose(*functions: Callable) -> None:
   """Lets templates call these, and use them as filters."""
-  names = {function.__name__: function for function in functions}
+  name = lambda f: f.name if hasattr(f, "name") else f.__name__  # a macro
+  names = {name(function): function for function in functions}
   ENVIRONMENT.globals |= names
   ENVIRONMENT.filters |= names
 
@@ -236,7 +239,10 @@ expose(
   source,
   zip,
 )
-expose(charts.intervals, charts.lines, charts.bars, charts.histogram)
-expose(charts.legend)
+expose(charts.colour_class, charts.curve_class, charts.ticks)
+expose(charts.intervals_of, charts.stacks_of, charts.histogram_of)
+expose(charts.lines_of)
 ENVIRONMENT.globals |= dict(PLAIN=PLAIN, MISSING=MISSING)
+draw = ENVIRONMENT.get_template("charts.html").module  # SVG of each chart
+expose(draw.intervals, draw.lines, draw.bars, draw.histogram, draw.legend)
 ENVIRONMENT.globals["m"] = ENVIRONMENT.get_template("macros.html").module

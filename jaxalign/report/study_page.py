@@ -1,7 +1,7 @@
 """The pages of a job and of one arm: what their templates show, and charts."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,22 +23,25 @@ from jaxalign.report.values import (
   records,
 )
 
-# Title, unit, whether it is a fraction, and the value of no preference.
+
+class Curve(NamedTuple):
+  """How a training curve is named; one in percent is logged as a fraction."""
+
+  title: str
+  unit: str = ""
+  even: float | None = None  # the value of no preference
+  even_words: str = ""
+
+
 CURVES = {
-  "train/loss": ("Training loss", "loss", False, None),
-  "rewards/margins": (
-    "Reward margin, chosen minus rejected",
-    "nats",
-    False,
-    0.0,
+  "train/loss": Curve("Training loss", "loss"),
+  "rewards/margins": Curve(
+    "Reward margin, chosen minus rejected", "nats", 0.0, "no margin at all"
   ),
-  "rewards/accuracies": ("Pairs ranked as labelled", "% of pairs", True, 0.5),
-  "logps/chosen": (
-    "Log-probability of the chosen response",
-    "nats",
-    False,
-    None,
+  "rewards/accuracies": Curve(
+    "Pairs ranked as labelled", "% of pairs", 50.0, "no preference"
   ),
+  "logps/chosen": Curve("Log-probability of the chosen response", "nats"),
 }
 # b per percent of the data, fitted to table 2 of Khera et al. 2024.
 PAPER = {"HH": 0.290, "UF": 0.069}  # UF: UltraFeedback
@@ -73,66 +76,55 @@ def _line_name(group: list[Node]) -> str:
 
 
 def _over_seeds(
-  group: list[list[tuple[float, float]]], style: Style, lost: int
+  group: list[tuple[list, int]], name: str, colour: int
 ) -> list[Series]:
   """The mean of an arm's seeds in a band of their range, where x agrees."""
   # A point that is not finite goes along, to be counted and said.
-  gaps = [(None, None)] * lost
-  full = [points for points in group if points]
-  if len(full) < 2 or len({tuple(x for x, _ in ps) for ps in full}) > 1:
-    name, colour = style
-    group = [group[0] + gaps, *group[1:]]
-    return [Series(name, points, colour) for points in group]
+  gaps = [(None, None)] * sum(lost for _, lost in group)
+  full = [points for points, _ in group if points]
+  if len(full) < 2 or len({tuple(x for x, _ in one) for one in full}) > 1:
+    lines = [points for points, _ in group]
+    lines[0] = lines[0] + gaps
+    return [Series(name, points, colour) for points in lines]
   x = [x for x, _ in full[0]]
   y = np.array([[y for _, y in points] for points in full])
-  mean, low, high = y.mean(0), y.min(0), y.max(0)
-  points = list(zip(x, mean.tolist())) + gaps
-  band = list(zip(x, low.tolist(), high.tolist()))
-  return [Series(style[0], points, style[1], band)]
+  band = list(zip(x, y.min(0).tolist(), y.max(0).tolist()))
+  return [Series(name, [*zip(x, y.mean(0).tolist()), *gaps], colour, band)]
 
 
 def curve_charts(
   arms: Sequence[Node], looks: Sequence[Style]
-) -> list[tuple[Any, str]]:
-  """Every curve of the arms, a chart and its caption each."""
+) -> list[tuple[tuple, str]]:
+  """Every curve of the arms: the arguments of its chart, and its caption."""
   read = [
     {name: charts.pairs(points) for name, points in entries(arm.curves)}
     for arm in arms
   ]
-  names = {name for one in read for name in one}
-  ends = [max((p[-1][0] for p, _ in r.values() if p), default=0) for r in read]
+  ends = [max([0] + [p[-1][0] for p, _ in r.values() if p]) for r in read]
   lengths = [end for end in ends if end > 0]
   # Arms of very different length share an axis of progress, not of steps.
   relative = bool(lengths) and max(lengths) > 3 * min(lengths)
   x_label = "updates done, % of the arm's own" if relative else "update"
-  out = []
+  names, out = {name for one in read for name in one}, []
   for name in [n for n in CURVES if n in names] + sorted(names - set(CURVES)):
-    title, unit, fraction, even = CURVES.get(
-      name, (plain(name), "", False, None)
-    )
-    groups, merged = {}, 1
+    known, groups, merged = CURVES.get(name) or Curve(plain(name)), {}, 1
+    up = 100 if known.unit.startswith("%") else 1
     for found, style, end in zip(read, looks, ends):
       points, lost = found.get(name, ([], 0))
       points, k = charts.thin(points)
       merged = max(merged, k)
-      if relative and end > 0:
-        points = [(100 * x / end, y) for x, y in points]
-      group = groups.setdefault(style, [[], 0])
-      group[0].append(points)
-      group[1] += lost
-    series = []
-    for style, (group, lost) in groups.items():
-      series += _over_seeds(group, style, lost)
-    caption = f"{title}."
+      across = 100 / end if relative and end > 0 else 1
+      points = [(across * x, up * y) for x, y in points]
+      groups.setdefault(style, []).append((points, lost))
+    series = [s for look, g in groups.items() for s in _over_seeds(g, *look)]
+    caption = f"{known.title}."
     if len(set(looks)) < len(looks):
       caption += " Lines: mean over seeds; bands: all seeds."
-    if even is not None:
-      caption += f" Dashed: no {'preference' if fraction else 'margin at all'}."
+    if known.even is not None:
+      caption += f" Dashed: {known.even_words}."
     if merged > 1:
       caption += f" A point is the mean of up to {merged} logged values."
-    chart = charts.lines(
-      series, title, x_label, unit, scale=100 if fraction else 1, reference=even
-    )
+    chart = series, known.title, x_label, known.unit, known.even
     out.append((chart, caption))
   return out
 
@@ -189,9 +181,11 @@ def stage_bars(stages: Sequence[Node]) -> tuple[list, list, str]:
   return list(zip(names, kinds)), rows, letter
 
 
-def plateau_series(found: Node) -> tuple[list[Series], bool]:
+def plateau_series(found: Node, scale: float) -> tuple[list[Series], bool]:
   """What was measured with the fitted curves; whether points are repeated."""
-  x, y, se = ([finite(v) for v in found[k]] for k in ("x", "y", "se"))
+  scaled = lambda v: (v := charts.drawable(v)) and scale * v
+  x = [charts.drawable(v) for v in found.x]
+  y, se = ([scaled(v) for v in found[k]] for k in ("y", "se"))
   points = [p for p in zip(x, y) if None not in p]
   at = sorted({p for p, _ in points})
   seen = [[v for p, v in points if p == q] for q in at]
@@ -203,7 +197,8 @@ def plateau_series(found: Node) -> tuple[list[Series], bool]:
     band = sorted((p, v - Z * e, v + Z * e) for p, v, e in whole)
   means = [(p, sum(v) / len(v)) for p, v in zip(at, seen)]
   series = [Series("measured", means, 0, band)]
-  r, a, b = (finite(found[k].value) for k in "rab")
+  r, a = (scaled(found[k].value) for k in "ra")
+  b = finite(found.b.value)
   if points and None not in (r, a, b):
     drawn = np.linspace(0.0, at[-1], 60)
     rates = {"plateau": b} | {f"paper, {k}": rate for k, rate in PAPER.items()}
@@ -219,15 +214,12 @@ def frontier(arms: Sequence[Node]) -> list[Series]:
   """Win rate against cost, and the line of arms that no cheaper one beats."""
   spots = [(finite(a.cost), finite(a.win.value), plain(a.label)) for a in arms]
   spots = sorted(s for s in spots if None not in s[:2])
-  best, corners = -np.inf, []
-  for cost, value, _ in spots:
-    if value > best:
-      corners.append((100 * cost, value))
-      best = value
-  singles = [
-    Series(name, [(100 * cost, value)], i)
-    for i, (cost, value, name) in enumerate(spots)
-  ]
+  corners, singles = [], []
+  for i, (cost, value, name) in enumerate(spots):
+    point = (100 * cost, 100 * value)
+    singles.append(Series(name, [point], i))
+    if all(point[1] > y for _, y in corners):
+      corners.append(point)
   return [Series("frontier", corners, charts.MUTED), *singles]
 
 

@@ -10,10 +10,11 @@ from jaxalign.data import tables
 from jaxalign.data.summary import summary_lines
 from jaxalign.job import Arm, arm_folder, Job
 from jaxalign.report import select_page
-from jaxalign.select import card as cards
 from jaxalign.select import mixture as mixtures
+from jaxalign.select import selection_report
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.samplers import combine
+from jaxalign.select.selection_report import reasons as reasons_lib
 from jaxalign.stages import columns as columns_lib
 from jaxalign.stages import mixture as mixture_stage
 from jaxalign.stages.select import selected_rows
@@ -63,21 +64,23 @@ def run_card(job: Job, arm: Arm) -> None:
     kept = selected_rows(job, arm)
     score = np.array(tables.read_column(folder / "scores.parquet", "score"))
     texts = {name: [r[name] for r in rows] for name in TEXTS if name in rows[0]}
-    card, table = cards.examine(
+    card, table = selection_report.describe(
       pool,
       Selection(kept, score),
-      mixture,
-      diagnostics,
       arm.sampler,
+      mixture=mixture,
+      diagnostics=diagnostics,
       texts=texts,
-      others=cards.alternatives(pool, len(kept), arm.sampler, arm.seed),
+      others=selection_report.alternatives(
+        pool, len(kept), arm.sampler, arm.seed
+      ),
     )
     if mixture is not None:
       card["mixture"]["covariance"] = job.c.select.mixture.covariance
     card["reading"] = summary_lines(
       artifacts.read_json(job.shared / "data" / "data_summary.json")
     )
-    reasons = cards.reasons(card, table)
+    reasons = reasons_lib.sentences(card, table)
     card["reasons"] = "reasons.parquet"
     tables.write_rows(
       folder / "reasons.parquet",

@@ -15,8 +15,7 @@ import numpy as np
 from jaxalign import artifacts, progress
 from jaxalign.artifacts import Cost, pick
 from jaxalign.job import Job
-from jaxalign.select import card as reports
-from jaxalign.select import em
+from jaxalign.select import em, mixture_checks
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import store as stores
 from jaxalign.select.topk import id_hash
@@ -67,8 +66,10 @@ def run_mixture(job: Job) -> None:
         mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
         for s in seeds
       ]
-      halves = reports.held_out(job.mesh, x, options, responses=r, **knobs)
-    matches = reports.component_labels(fitted[0], x, labels)
+      halves = mixture_checks.held_out(
+        job.mesh, x, options, responses=r, **knobs
+      )
+    matches = mixture_checks.component_labels(fitted[0], x, labels)
     if jax.process_index() == 0:
       mixtures.save(fitted[0], folder / "mixture.npz")
       scores = [mixtures.log_likelihood(f, flat).reshape(n, r) for f in fitted]

@@ -12,12 +12,12 @@ from jaxalign.data import tables
 from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, arm_folder, Job, sampler_kwargs
 from jaxalign.lookup import source_digests
-from jaxalign.select import card as cards
-from jaxalign.select import costs
+from jaxalign.select import costs, selection_report
 from jaxalign.select import store as stores
 from jaxalign.select.pool import checked, Pool
 from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.selection_report import reasons
 from jaxalign.select.topk import budget_rows
 from jaxalign.stages import columns as columns_lib
 from jaxalign.stages import mixture as mixture_stage
@@ -151,7 +151,8 @@ def run_select(job: Job, arm: Arm) -> None:
         job.shared / "mixture" / "diagnostics.json"
       )
       overlaps = [
-        cards.jaccard(selection.rows, other.rows) for other in chosen[1:]
+        selection_report.jaccard(selection.rows, other.rows)
+        for other in chosen[1:]
       ]
       diagnostics["stability"] = dict(
         jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None
@@ -226,7 +227,7 @@ def _write_selection(folder, rows, selection, likelihood, sums) -> None:
   columns that TRL reads in place of a reference pass.
   """
   ids = np.array([row["id"] for row in rows])
-  rank = cards.ranks(Pool(ids, {}), selection) - 1
+  rank = reasons.ranks(Pool(ids, {}), selection) - 1
   kept = np.zeros(len(rows), bool)
   kept[selection.rows] = True
   scores = []

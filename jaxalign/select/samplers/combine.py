@@ -399,8 +399,9 @@ def _step(factors: list[lookup.Term | float]) -> lookup.Term:
 
 
 def sampler_names(name: str) -> list[str]:
-  """The samplers of a chain without their steps and keywords."""
-  if not name:
+  """The samplers of a chain without steps and keywords; of other texts none."""
+  try:
+    last = lookup.parse(name, "|", "sampler", "select.sampler")[-1]
+  except ConfigError:
     return []
-  last = lookup.parse(name, "|", "sampler", "select.sampler")[-1]
   return [term.name for term in last if isinstance(term, lookup.Term)]

@@ -7,7 +7,6 @@ import numpy as np
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.topk import top
 
-LIMIT = 100_000  # rows that a page holds
 TAIL = 0.05  # of the pool's lengths, at either end, that is called long, short
 
 # The parts of a reason. {rank}, {score}, {near} and {cosine} are the row's;
@@ -68,8 +67,8 @@ def why(selection: Selection, n: int) -> np.ndarray:
   kept = np.zeros(n, bool)
   kept[selection.rows] = True
   finite = np.isfinite(score)
-  cut = score[kept & finite].min() if (kept & finite).any() else np.inf
-  best_left = score[~kept & finite].max() if (~kept & finite).any() else -np.inf
+  cut = score[kept & finite].min(initial=np.inf)
+  best_left = score[~kept & finite].max(initial=-np.inf)
   out = np.full(n, 2)
   out[~kept & (score == cut)] = 3
   out[~kept & (score > cut)] = 4
@@ -96,12 +95,12 @@ def figure(value: float) -> float | None:
   return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
-def places(cosine: float) -> float | None:
+def rounded_cosine(cosine: float) -> float | None:
   """A cosine to four places; None of -inf."""
   return round(cosine, 4) if np.isfinite(cosine) else None
 
 
-def shown(value: float | None) -> str:
+def in_script(value: float | None) -> str:
   """`figure` as text, in just the way that JavaScript writes it."""
   if value is None:
     return "none"
@@ -111,53 +110,25 @@ def shown(value: float | None) -> str:
   return str(int(value)) if value == int(value) else repr(float(value))
 
 
-def fixed(card: dict[str, Any]) -> dict[str, str]:
-  """What the reasons of all rows of a card share."""
-  cut = None if card["cut"] is None else figure(card["cut"])
+def shared_words(report: dict[str, Any]) -> dict[str, str]:
+  """What the reasons of all rows of a report share."""
+  cut = None if report["cut"] is None else figure(report["cut"])
   return dict(
-    kept=f"{card['selected']:,}",
-    pool=f"{card['pool']:,}",
-    cut=shown(cut),
+    kept=f"{report['selected']:,}",
+    pool=f"{report['pool']:,}",
+    cut=in_script(cut),
     tail=f"{100 * TAIL:.0f} %",
   )
 
 
-def reason(
-  parts: tuple[int, int, int],
-  common: dict[str, str],
-  rank: int,
-  score: float | None,
-  near: str,
-  cosine: float | None,
-) -> str:
-  """A row's reason in words.
-
-  Args:
-    parts: places in WHY, NEAR and LENGTH.
-    common: of `fixed`.
-    rank: from 1.
-    score: of `figure`.
-    near: the id of the nearest kept row.
-    cosine: of the two, to four places.
-  """
-  template = WHY[parts[0]] + NEAR[parts[1]] + LENGTH[parts[2]]
-  return template.format(
-    rank=f"{rank:,}",
-    score=shown(score),
-    near=near,
-    cosine=shown(cosine),
-    **common,
-  )
-
-
-def reasons(card: dict[str, Any], table: dict[str, Any]) -> list[str]:
-  """The reason of every row of a table of `card.examine`."""
-  common = fixed(card)
-  lists = [
-    np.asarray(table[k]).tolist()
-    for k in ("why", "near_code", "tail", "rank", "score", "near", "cosine")
-  ]
-  return [
-    reason((w, c, t), common, rank, figure(score), near, places(cosine))
-    for w, c, t, rank, score, near, cosine in zip(*lists)
-  ]
+def sentences(report: dict[str, Any], table: dict[str, Any]) -> list[str]:
+  """The reason of every row of a table of `selection_report.describe`."""
+  shared, out = shared_words(report), []
+  names = ("why", "near_code", "tail", "rank", "score", "near", "cosine")
+  columns = [np.asarray(table[name]).tolist() for name in names]
+  for reason, near_code, tail, rank, score, near, cosine in zip(*columns):
+    template = WHY[reason] + NEAR[near_code] + LENGTH[tail]
+    own = dict(rank=f"{rank:,}", score=in_script(figure(score)), near=near)
+    words = own | dict(cosine=in_script(rounded_cosine(cosine))) | shared
+    out.append(template.format(**words))
+  return out

@@ -9,10 +9,14 @@ import pytest
 
 from jaxalign import errors, sharding
 from jaxalign.core import intervals
-from jaxalign.select import card, neighbours
-from jaxalign.select.card import geometry, shifts, spectra
-from jaxalign.select.card import rows as rows_lib
+from jaxalign.select import neighbours, selection_report
 from jaxalign.select.pool import make_pool, Pool, Selection
+from jaxalign.select.selection_report import (
+  neighbourhood,
+  reasons,
+  shifts,
+  spectra,
+)
 from jaxalign.select.topk import id_hash
 
 
@@ -135,7 +139,7 @@ def test_what_is_said_of_a_shift():
 def test_shares_beside_every_subset():
   label = np.array(list("aaaabbbccd"))
   kept = np.array([0, 1, 2, 7])  # a a a c
-  got = shifts.shares(label, kept)
+  got = shifts.fractions(label, kept)
   assert [r["value"] for r in got["rows"]] == ["a", "b", "c", "d"]
   assert (got["values"], got["covered"]) == (4, 2)
   subsets = list(itertools.combinations(range(10), 4))
@@ -172,13 +176,13 @@ def test_shares_beside_every_subset():
 
 
 def test_the_least_p_of_what_moved():
-  got = shifts.shares(np.arange(200) < 100, np.arange(100))
+  got = shifts.fractions(np.arange(200) < 100, np.arange(100))
   assert got["moved"] == 0.5 and got["moved_p"] == 1 / (1 + shifts.DRAWS)
 
 
 def test_many_values_are_gathered():
   values = np.repeat(np.arange(40), np.arange(40, 0, -1))
-  got = shifts.shares(values, np.arange(0, len(values), 7))
+  got = shifts.fractions(values, np.arange(0, len(values), 7))
   assert len(got["rows"]) == shifts.LISTED + 1
   assert got["rows"][-1]["value"] is None
   for key in ("pool", "kept"):
@@ -250,21 +254,20 @@ def test_kept_rows_in_one_direction_have_less_rank():
   assert "why" in spectra.kept_rank(pool[:5], pool)
 
 
-def test_the_plane_of_the_map():
+@pytest.mark.parametrize("n,width", [(60, 9), (9, 60)])
+def test_the_plane_of_the_map(n, width):
   rng = np.random.default_rng(0)
-  for n, width in ((60, 9), (9, 60)):
-    x = rng.normal(size=(n, width)) * (1 + np.arange(width))
-    got = spectra.map_plane(x, np.arange(n, dtype=np.uint64))
-    _, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    np.testing.assert_allclose(
-      np.abs((got["directions"] * v[:2].T).sum(0)), 1.0
-    )
-    np.testing.assert_allclose(got["explained"], s[:2] ** 2 / (s**2).sum())
-    peak = np.abs(got["directions"]).argmax(axis=0)
-    assert (got["directions"][peak, [0, 1]] > 0).all()
+  x = rng.normal(size=(n, width)) * (1 + np.arange(width))
+  got = spectra.principal_plane(x)
+  _, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
+  np.testing.assert_allclose(np.abs((got.components_ * v[:2]).sum(1)), 1.0)
+  explained = got.explained_variance_ratio_
+  np.testing.assert_allclose(explained, s[:2] ** 2 / (s**2).sum())
+  peak = np.abs(got.components_).argmax(axis=1)
+  assert (got.components_[[0, 1], peak] > 0).all()
 
 
-# The whole card.
+# The whole report.
 
 
 def make(n=160, seed=0, sides=2):
@@ -281,11 +284,13 @@ def make(n=160, seed=0, sides=2):
   )
 
 
-def test_a_card_beside_float64():
+def test_a_report_beside_float64():
   pool = make()
   score = np.random.default_rng(1).normal(size=160)
   kept = np.argsort(-score)[:40]
-  got, table = card.examine(pool, Selection(kept, score), sampler="random")
+  got, table = selection_report.describe(
+    pool, Selection(kept, score), sampler="random"
+  )
   json.dumps(got, allow_nan=False)
   x, mask = unit(pool.embedding), np.isin(np.arange(160), kept)
   cosine = x @ x.T
@@ -321,11 +326,11 @@ def test_a_card_beside_float64():
   np.testing.assert_array_equal(table["rank"][order], np.arange(1, 161))
   assert got["cut"] == score[kept].min()
   assert got["shown"] == {"kept": 40, "left": 120}
-  said = card.reasons(got, table)
+  said = reasons.sentences(got, table)
   i = int(order[40])
   assert said[i].startswith(
     "Left out at rank 41: its score, "
-    f"{rows_lib.shown(rows_lib.figure(score[i]))}, is below"
+    f"{reasons.in_script(reasons.figure(score[i]))}, is below"
   )
   assert str(table["near"][i]) in said[i]
   assert all(("Kept at" in s) == k for s, k in zip(said, mask))
@@ -351,7 +356,7 @@ def test_a_card_beside_float64():
   assert len(got["examples"]) == 20 and got["examples"][0]["rank"] == 1
 
 
-def test_the_card_of_rows_in_another_order_is_the_same():
+def test_the_report_of_rows_in_another_order_is_the_same():
   pool = make()
   score = np.round(np.random.default_rng(1).normal(size=160), 1)  # ties
   kept = np.argsort(-score, kind="stable")[:40]
@@ -359,31 +364,31 @@ def test_the_card_of_rows_in_another_order_is_the_same():
   again = make_pool(
     pool.ids[turn], {k: v[turn] for k, v in pool.columns.items()}
   )
-  one = card.examine(pool, Selection(kept, score))
-  two = card.examine(again, Selection(kept, score))
+  one = selection_report.describe(pool, Selection(kept, score))
+  two = selection_report.describe(again, Selection(kept, score))
   assert json.dumps(one[0]) == json.dumps(two[0])
   np.testing.assert_array_equal(one[1]["x"], two[1]["x"])
 
 
-def test_the_card_is_the_same_on_any_mesh(mesh):
+def test_the_report_is_the_same_on_any_mesh(mesh):
   pool, score = make(), np.random.default_rng(1).normal(size=160)
-  del mesh  # it is the current one; the other card is made on all devices
+  del mesh  # it is the current one; the other report is made on all devices
   picked = Selection(np.argsort(-score)[:40], score)
-  here = card.examine(pool, picked)
+  here = selection_report.describe(pool, picked)
   with jax.set_mesh(sharding.make_mesh(dict(fsdp=8, tensor=1))):
-    there = card.examine(pool, picked)
+    there = selection_report.describe(pool, picked)
   assert json.dumps(here[0]) == json.dumps(there[0])
 
 
 def test_the_reasons():
   pool = Pool(np.array(list("abcdefg")), {})
   score = np.array([5.0, 4, 3, 3, 6, -np.inf, 1e-5])
-  why = rows_lib.why(Selection(np.array([0, 2]), score), 7)
+  why = reasons.why(Selection(np.array([0, 2]), score), 7)
   np.testing.assert_array_equal(why, [1, 4, 1, 3, 4, 5, 2])
-  why = rows_lib.why(Selection(np.array([4, 0, 1]), score), 7)
+  why = reasons.why(Selection(np.array([4, 0, 1]), score), 7)
   np.testing.assert_array_equal(why, [0, 0, 2, 2, 0, 5, 2])
   np.testing.assert_array_equal(
-    rows_lib.ranks(pool, Selection(np.array([2, 0]), score))[
+    reasons.ranks(pool, Selection(np.array([2, 0]), score))[
       [2, 0, 4, 1, 3, 6, 5]
     ],
     np.arange(1, 8),
@@ -397,31 +402,35 @@ def test_the_reasons():
     (0.0, "0"),
     (-1.34087125, "-1.34087"),
   ):
-    assert rows_lib.shown(rows_lib.figure(value)) == words
-  assert rows_lib.shown(rows_lib.figure(np.nan)) == "none"
+    assert reasons.in_script(reasons.figure(value)) == words
+  assert reasons.in_script(reasons.figure(np.nan)) == "none"
 
 
 def test_a_large_pool_is_sampled():
   pool = make()
   score = np.arange(160.0)
   kept = np.arange(159, 39, -1)
-  got, table = card.examine(pool, Selection(kept, score), limit=60)
+  got, table = selection_report.describe(pool, Selection(kept, score), limit=60)
   assert (
     got["shown"]
     == {"kept": 45, "left": 15}
     == {"kept": int(table["kept"].sum()), "left": int((~table["kept"]).sum())}
   )
-  again = card.examine(pool, Selection(kept, score), limit=60)[1]
+  again = selection_report.describe(pool, Selection(kept, score), limit=60)[1]
   np.testing.assert_array_equal(table["id"], again["id"])
   assert got["geometry"]["neighbours"]["asked"] == 15
-  got, table = card.examine(pool, Selection(kept[:10], score), limit=60)
+  got, table = selection_report.describe(
+    pool, Selection(kept[:10], score), limit=60
+  )
   assert got["shown"] == {"kept": 10, "left": 50}
 
 
 def test_neighbours_stay_within_their_flops(monkeypatch):
   pool = make()
-  monkeypatch.setattr(geometry, "WORK", 2.0 * 40 * 8 * 50)  # 50 of 120
-  got, table = card.examine(pool, Selection(np.arange(40), np.arange(160.0)))
+  monkeypatch.setattr(neighbourhood, "WORK", 2.0 * 40 * 8 * 50)  # 50 of 120
+  got, table = selection_report.describe(
+    pool, Selection(np.arange(40), np.arange(160.0))
+  )
   near = got["geometry"]["neighbours"]
   assert (near["asked"], near["of"]) == (50, 120)
   assert (table["near"][~table["kept"]] != "").sum() == 50
@@ -434,7 +443,7 @@ def test_an_embedding_without_directions_is_said(harm):
   if harm == "nan":
     x = pool.embedding.copy()
     x[3, 0, 0] = np.nan
-  got, table = card.examine(
+  got, table = selection_report.describe(
     Pool(pool.ids, pool.columns | {"embedding": x}),
     Selection(np.arange(9), np.zeros(160)),
   )
@@ -456,7 +465,7 @@ def test_clusters_are_named_by_their_words():
     np.array([f"{i:03d}" for i in range(400)]),
     {"embedding": x.astype(np.float32)},
   )
-  names = geometry.clusters(pool, np.arange(400, dtype=np.uint64), texts)
+  names = neighbourhood.clusters(pool, np.arange(400, dtype=np.uint64), texts)
   for k, word in enumerate(("volcano", "violin")):
     assert {word in n for n in names[kind == k]} == {True}
   assert any(n.startswith("cluster 1: ") for n in names)
@@ -464,34 +473,82 @@ def test_clusters_are_named_by_their_words():
 
 def test_overlaps_and_alternatives():
   a, b = np.arange(10), np.arange(5, 15)
-  (got,) = card.overlaps({"a": a, "b": b}, 100)
+  (got,) = selection_report.overlaps({"a": a, "b": b}, 100)
   assert (got["a"], got["b"], got["jaccard"]) == ("a", "b", 5 / 15)
   # Of 10 and 10 in 100, no shared row has a chance of 0.33, at most 3 of 0.99
   # and at most 2 of 0.94.
   assert (got["low"], got["high"]) == (0.0, 3 / 17)
-  wide = card.overlaps({"a": np.arange(60), "b": np.arange(30, 90)}, 100)[0]
+  wide = selection_report.overlaps(
+    {"a": np.arange(60), "b": np.arange(30, 90)}, 100
+  )[0]
   shared = np.array([wide["low"], wide["high"]])
   shared = 120 * shared / (1 + shared)  # of 120 - k, k are shared
   np.testing.assert_allclose(shared, np.round(shared))
   assert 0 < wide["low"] < 36 / 84 < wide["high"] < 1
   rng = np.random.default_rng(0)
   drawn = [
-    card.jaccard(rng.choice(100, 10, False), rng.choice(100, 10, False))
+    selection_report.jaccard(
+      rng.choice(100, 10, False), rng.choice(100, 10, False)
+    )
     for _ in range(4000)
   ]
   assert np.mean(np.array(drawn) < got["low"]) <= 0.025 + 0.01
   assert np.mean(np.array(drawn) > got["high"]) <= 0.025 + 0.01
   pool = make()
-  assert set(card.alternatives(pool, 20, "length")) == {"random", "stratified"}
+  assert set(selection_report.alternatives(pool, 20, "length")) == {
+    "random",
+    "stratified",
+  }
   pool.columns["answer_embedding"] = pool.embedding
-  found = card.alternatives(pool, 20, "length")
+  found = selection_report.alternatives(pool, 20, "length")
   assert set(found) == {"random", "stratified", "real"}
   assert all(len(rows) == 20 for rows in found.values())
-  assert card.about("random").startswith("Uniformly drawn rows")
-  assert card.about("mine:own") == ""
-  assert card.about("gate(column=reward) | random() * mine:own").startswith(
-    "Uniformly drawn rows"
-  )
-  assert "length" not in card.alternatives(
+  assert selection_report.about("random").startswith("Uniformly drawn rows")
+  assert selection_report.about("mine:own") == ""
+  assert selection_report.about(
+    "gate(column=reward) | random() * mine:own"
+  ).startswith("Uniformly drawn rows")
+  assert "length" not in selection_report.alternatives(
     pool, 20, "dedup(threshold=0.9) | length(direction=low) * random"
   )
+
+
+def test_a_report_is_json_and_counts_lengths_topics_and_labels():
+  length = np.arange(80, dtype=np.int32)[:, None]
+  pool = Pool(
+    np.array([f"{i:03d}" for i in range(80)]),
+    {"length": length, "label": np.arange(80) % 2 == 1},
+  )
+  pool.columns["topic"] = np.arange(80) % 8
+  rows = np.arange(0, 32, 8)  # topic 0, undesirable, short
+  score = np.where(np.isin(np.arange(80), rows), 2.0, -1.0)
+  score[79] = -np.inf
+  report, _ = selection_report.describe(
+    pool, Selection(rows, score), "isa", diagnostics={"held_out": {"auc": 0.5}}
+  )
+  got = json.loads(json.dumps(report, allow_nan=False))
+  assert got["sampler"] == "isa" and got["share"] == 0.05
+  assert (got["selected"], got["pool"], got["cut"]) == (4, 80, 2.0)
+  assert got["topic"] == {"topics": 8, "covered": 1}
+  topic = next(s for s in got["shifts"] if s["name"] == "topic")
+  assert topic["moved"] == 0.875 and topic["rows"][0]["pool"] == 0.125
+  assert got["label_share"] == {"chosen": 0.0, "pool": 0.5}
+  assert got["length"]["chosen"][2] == 12.0
+  rest = np.setdiff1d(np.arange(80), rows)
+  assert got["length"]["rest"][2] == np.median(rest)
+  assert got["diagnostics"]["held_out"]["auc"] == 0.5
+
+
+@pytest.mark.parametrize("rows", [np.arange(2), np.empty(0, np.int64)])
+def test_a_report_of_everything_and_of_nothing(rows):
+  pool = Pool(
+    np.array(["a", "b"]),
+    {"length": np.ones((2, 2)), "label": np.array([True, False])},
+  )
+  got, _ = selection_report.describe(pool, Selection(rows, np.zeros(2)))
+  json.dumps(got, allow_nan=False)
+
+
+def test_jaccard():
+  assert selection_report.jaccard(np.array([1, 2, 3]), np.array([3, 4])) == 0.25
+  assert selection_report.jaccard(np.array([]), np.array([])) == 1.0

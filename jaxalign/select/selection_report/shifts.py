@@ -80,10 +80,10 @@ def _said(p: float, effect: float) -> str:
   return next(word for limit, word in SIZES if abs(effect) < limit)
 
 
-def shares(
+def fractions(
   values: np.ndarray, kept: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-  """Shares of a column's values among the kept rows and in the pool.
+  """Fractions of a column's values among the kept rows and in the pool.
 
   The count of a value in a random subset is hypergeometric, so its range and
   its p are exact; the p of the values are corrected together (Holm). How much
@@ -107,7 +107,7 @@ def shares(
   got = np.bincount(inverse[kept], minlength=len(names))
   order = np.argsort(-total, kind="stable")
   listed = [
-    (_plain(names[i]), int(total[i]), int(got[i])) for i in order[:LISTED]
+    (names[i].item(), int(total[i]), int(got[i])) for i in order[:LISTED]
   ]
   if len(order) > LISTED:
     rest = order[LISTED:]
@@ -150,42 +150,28 @@ def shares(
   )
 
 
-def _plain(value: Any) -> Any:
-  """A NumPy scalar as JSON holds it."""
-  return value.item() if isinstance(value, np.generic) else value
-
-
-def describe(
+def all_shifts(
   columns: dict[str, np.ndarray], kept: np.ndarray
 ) -> list[dict[str, Any]]:
-  """The shifts of all columns that a card compares.
+  """The shifts of all columns that a report compares.
 
   Args:
     columns: of N rows; `length` [N, R] tokens, `label` [N] bool, `source` and
       `topic` [N] where they are known.
     kept: [M] row numbers.
   """
-  found = []
+  found, numbers = [], {}
   if "length" in columns:
     length = np.float64(columns["length"]).reshape(len(columns["length"]), -1)
-    found.append(
-      dict(
-        name="response length",
-        unit="tokens",
-        kind="number",
-        **number(length.mean(axis=1), kept),
-      )
-    )
+    numbers["response length"] = length.mean(axis=1)
     if length.shape[1] == 2:
-      found.append(
-        dict(
-          name="chosen minus rejected length",
-          unit="tokens",
-          kind="number",
-          **number(length[:, 0] - length[:, 1], kept),
-        )
-      )
+      gap = length[:, 0] - length[:, 1]
+      numbers["chosen minus rejected length"] = gap
+  for name, values in numbers.items():
+    about = dict(name=name, unit="tokens", kind="number")
+    found.append(about | number(values, kept))
   for name in ("label", "source", "topic"):
     if name in columns:
-      found.append(dict(name=name, kind="share", **shares(columns[name], kept)))
+      about = dict(name=name, kind="share")
+      found.append(about | fractions(columns[name], kept))
   return found

@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.decomposition import PCA
+
+from jaxalign.select import neighbours
+from jaxalign.select.pool import Pool
 
 ROWS = 2048  # of all groups together; more are sampled
 LEAST = 32  # rows that a group needs
 GROUPS = 8  # the largest are described
 SHUFFLES = 39  # so that a gap above all of them has p = 0.025
 CURVE = 64  # directions of the curve that is kept
+SAMPLED = 4096  # rows that stand for the pool
 
 
 def eigenvalues(x: np.ndarray) -> np.ndarray:
@@ -61,7 +66,7 @@ def decay(values: np.ndarray) -> float | None:
   return float((at * np.log(values[:count])).sum() / (at**2).sum())
 
 
-def _summary(x: np.ndarray) -> dict[str, Any]:
+def _figures(x: np.ndarray) -> dict[str, Any]:
   values = eigenvalues(x)
   total = values.sum()
   share = np.cumsum(values) / total if total > 0 else values
@@ -105,7 +110,7 @@ def compare(
   kinds, inverse, counts = np.unique(
     groups, return_inverse=True, return_counts=True
   )
-  names = [_plain(k) for k in kinds] if names is None else list(names)
+  names = kinds.tolist() if names is None else list(names)
   order = np.argsort(-counts, kind="stable")
   good = [k for k in order if counts[k] >= LEAST][:GROUPS]
   if len(good) < 2:
@@ -122,7 +127,7 @@ def compare(
       rows = np.flatnonzero(inverse == k)
       picked.append(rows[np.argsort(draw[rows], kind="stable")[:used]])
   described = [
-    dict(name=names[k], rows=int(counts[k]), **_summary(x[rows]))
+    dict(name=names[k], rows=int(counts[k]), **_figures(x[rows]))
     for k, rows in zip(good, picked)
   ]
   # What is shuffled has no means of its own: only spectra are compared. One
@@ -190,43 +195,62 @@ def kept_rank(kept: np.ndarray, pool: np.ndarray) -> dict[str, Any]:
   )
 
 
-def map_plane(
-  x: np.ndarray, draw: np.ndarray, rows: int = 4096
+def principal_plane(x: np.ndarray) -> PCA:
+  """The first two principal directions of rows [n, E], the same every run.
+
+  Each has its largest coordinate positive.
+  """
+  solver = "full" if len(x) < x.shape[1] else "covariance_eigh"
+  return PCA(min(2, *x.shape), svd_solver=solver).fit(np.float64(x))
+
+
+def spectra_of(
+  pool: Pool, kept: np.ndarray, draw: np.ndarray, mixture_assign: Any = None
 ) -> dict[str, Any]:
-  """The first two principal directions, the same on every machine's run.
+  """Spectra by label, by component of the mixture and by topic.
 
   Args:
-    x: [n, E] rows.
-    draw: [n] hashes: the directions are of the `rows` with the lowest.
-    rows: see `draw`.
-
-  Returns:
-    `mean` [E], `directions` [E, 2] each with its largest coordinate positive,
-    `explained`, the shares of variance, and `used` rows.
+    pool: with `embedding` [N, R, E]; `label` and `topic` where it has them.
+    kept: [M] row numbers.
+    draw: [N] hashes, of what is sampled.
+    mixture_assign: [n, E] rows -> [n] components, where one was fitted.
   """
-  some = np.sort(np.argsort(draw, kind="stable")[:rows])
-  part = np.float64(x[some])
-  mean = part.mean(axis=0)
-  part = part - mean
-  wide = len(part) < part.shape[1]
-  values, vectors = np.linalg.eigh(part @ part.T if wide else part.T @ part)
-  top = vectors[:, ::-1][:, :2]
-  top = part.T @ top if wide else top
-  norm = np.sqrt((top**2).sum(axis=0))
-  top = top / np.where(norm > 0, norm, 1)
-  if top.shape[1] < 2:
-    top = np.concatenate([top, np.zeros_like(top)], axis=1)[:, :2]
-  sign = np.sign(top[np.abs(top).argmax(axis=0), [0, 1]])
-  top = top * np.where(sign == 0, 1, sign)
-  total = max(float(np.maximum(values, 0).sum()), 1e-300)
-  values = np.append(np.maximum(values[::-1], 0), [0.0, 0.0])[:2]
-  return dict(
-    mean=mean,
-    directions=top,
-    used=len(some),
-    explained=[float(v) / total for v in values],
+  n = len(pool.ids)
+  some = neighbours.sample(draw, np.arange(n), SAMPLED)
+  x = np.asarray(pool.embedding[some], np.float32)
+  x = x.reshape(len(some), -1, x.shape[-1])
+  flat, mean = x.reshape(-1, x.shape[-1]), x.mean(axis=1)
+  hashes, sides = draw[some], x.shape[1]
+  each = np.repeat(hashes, sides) + np.arange(len(flat)).astype(
+    np.uint64
+  ) % np.uint64(sides)
+  out = dict(rows=len(some))
+  if not np.isfinite(flat).all():
+    return dict(why="embeddings are not finite")
+  if sides == 2:
+    out["label"] = compare(
+      flat,
+      np.tile([0, 1], len(some)),
+      each,
+      ["chosen", "rejected"],
+      paired=True,
+    )
+  elif "label" in pool.columns:
+    label = np.asarray(pool.label, bool)[some]
+    names = {False: "undesirable", True: "desirable"}
+    out["label"] = compare(
+      flat, label, each, [names[k] for k in np.unique(label)]
+    )
+  if mixture_assign is not None:
+    group = mixture_assign(flat)
+    out["component"] = compare(
+      flat, group, each, [f"component {k + 1}" for k in np.unique(group)]
+    )
+  if "topic" in pool.columns:
+    out["topic"] = compare(mean, np.asarray(pool.topic)[some], hashes)
+  rows = neighbours.sample(draw, kept, 512)
+  y = np.asarray(pool.embedding[rows], np.float32)
+  out["kept"] = kept_rank(
+    y.reshape(len(rows), -1, y.shape[-1]).mean(axis=1), mean
   )
-
-
-def _plain(value: Any) -> Any:
-  return value.item() if isinstance(value, np.generic) else value
+  return out
