@@ -10,10 +10,11 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxalign import recipe, sharding
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.data import recipe
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder
-from jaxalign.select import embed
 from jaxalign.train import optim, subspace
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import memory, sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data.tokens import TokenRows
-from jaxalign.errors import ConfigError
-from jaxalign.model import adapters, decoder
+from jaxalign.model import adapters, decoder, memory
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
 from jaxalign.train.layout import Packed
@@ -443,7 +443,7 @@ CONTROL = """
 import jax, jax.numpy as jnp
 from tools import aot
 from jax.experimental import topologies
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import decoder
 m = decoder.ModelConfig(layers=6, width=512, heads=8, kv_heads=4, head_size=64,
                         ff=1024, vocab=4000, context=256)

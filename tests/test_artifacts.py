@@ -11,9 +11,10 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign import artifacts, errors, pipeline
-from jaxalign.checkpoints import Checkpoints
-from jaxalign.job import arm_folder
+from jaxalign import pipeline
+from jaxalign.core import artifacts, errors
+from jaxalign.core.checkpoints import Checkpoints
+from jaxalign.core.job import arm_folder
 
 
 def stage(
@@ -453,7 +454,7 @@ def full_disk(tmp_path):
   "hook",
   [
     "",  # seen before the save
-    "from jaxalign import checkpoints\n"  # seen by orbax in the midst of it
+    "from jaxalign.core import checkpoints\n"  # by orbax, amid it
     "checkpoints.Checkpoints._check_space = lambda *_: None\n",
   ],
   ids=["before", "during"],

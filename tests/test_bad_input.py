@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxalign.core.job import Job
 from jaxalign.data import tables
 from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.job import Job
-from jaxalign.select import embed
+from jaxalign.embed import passes as embed
 from jaxalign.train import feed
 
 SMALL = (

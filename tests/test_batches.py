@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.train import feed

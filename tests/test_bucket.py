@@ -13,9 +13,9 @@ import bucket
 import jobs
 import pytest
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
+from jaxalign.core.job import Job
 from jaxalign.data import sources
-from jaxalign.job import Job
 
 ARM = "isa-0.1-seed0"
 

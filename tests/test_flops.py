@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import adapters, decoder
 from jaxalign.model.flops import decoder_flops

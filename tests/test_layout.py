@@ -12,9 +12,9 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import DataError
 from jaxalign.model import decoder
 from jaxalign.train import feed, layout
 from jaxalign.train.logps import PRODUCERS

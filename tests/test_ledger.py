@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import ledger, sharding
-from jaxalign.artifacts import Cost, Record
+from jaxalign.core import sharding
+from jaxalign.core.artifacts import Cost, Record
 from jaxalign.data.tokens import TokenRows
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.select import embed
+from jaxalign.study import ledger
 from jaxalign.train import feed
 
 

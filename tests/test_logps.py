@@ -16,9 +16,9 @@ from test_ledger import multiplied
 
 from jaxalign.core import devices
 from jaxalign.data import batches
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder
 from jaxalign.model.flops import decoder_flops, layer_flops, useful_flops
-from jaxalign.select import embed
 from jaxalign.train import feed, losses
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import artifacts, checkpoints, interrupt, sharding
+from jaxalign.core import artifacts, checkpoints, interrupt, sharding
+from jaxalign.core.errors import NumericError, RestartError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import NumericError, RestartError
 from jaxalign.model import decoder
 from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps

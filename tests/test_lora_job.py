@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxalign import checkpoints
+from jaxalign.core import checkpoints
 from jaxalign.model import safetensors_io
 
 ISA = "isa-0.1-seed0"

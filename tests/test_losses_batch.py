@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.train import losses
 from jaxalign.train.logps import common_prefix_sums, Logps
 from jaxalign.train.losses import combine, GLOBAL, LOSSES, matching, unpaired

@@ -28,8 +28,9 @@ from test_step import (
 )
 
 from configs import common
-from jaxalign import checks, sharding
-from jaxalign.errors import ConfigError
+from jaxalign.cli import checks
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.train import losses, stats
 from jaxalign.train import step as steps
 from jaxalign.train.logps import common_prefix_sums, Logps, PRODUCERS

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.select import mixture, mixture_checks
 
 

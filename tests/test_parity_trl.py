@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import world as worlds
 from jaxalign.data.encode import encode_texts
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder, hf
-from jaxalign.select import embed
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import Logps, PRODUCERS

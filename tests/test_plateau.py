@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import plateau
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.study import plateau
 
 X = np.array([0, 10, 25, 50, 75, 100.0])
 PAPER = {  # table 2, Khera et al. 2024

@@ -12,8 +12,8 @@ import pytest
 from test_layout import examples, make_mesh, MODEL, on_mesh, rows_of, SIZES
 from test_layout import params as weights
 
-from jaxalign import sharding
-from jaxalign.errors import DataError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import DataError, NumericError
 from jaxalign.model import decoder
 from jaxalign.train import reference
 

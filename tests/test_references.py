@@ -16,10 +16,9 @@ from test_step import (
   token_rows,
 )
 
-from jaxalign import references
-from jaxalign.errors import DataError
-from jaxalign.select import embed
-from jaxalign.train import feed
+from jaxalign.core.errors import DataError
+from jaxalign.embed import passes as embed
+from jaxalign.train import feed, references
 from jaxalign.train.losses import matching
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

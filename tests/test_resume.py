@@ -7,7 +7,7 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign import artifacts, checkpoints
+from jaxalign.core import artifacts, checkpoints
 from jaxalign.train import loop
 
 ISA = "isa-0.1-seed0"
@@ -96,9 +96,9 @@ def test_killed_three_times_and_gone_on_from(tmp_path):
   jobs.finished()  # compiles
   work = tmp_path / "work"
   points = [
-    ("checkpoints.Checkpoints.save", 2),
-    ("artifacts._write_record", 4),
-    ("checkpoints.Checkpoints.save", 1),
+    ("core.checkpoints:Checkpoints.save", 2),
+    ("core.artifacts:_write_record", 4),
+    ("core.checkpoints:Checkpoints.save", 1),
   ]
   ended = []
   for point, at in points:
@@ -235,7 +235,7 @@ def test_a_signal_from_outside(tmp_path, number, code):
 def test_killed_after_each_card(tmp_path, at):
   """SIGKILL just after a record is written, at a stage's start or its end."""
   jobs.finished()
-  hook = jobs.kill_when("artifacts._write_record", at)
+  hook = jobs.kill_when("core.artifacts:_write_record", at)
   ended = jobs.wait(jobs.start(tmp_path, hook=hook))
   assert ended.code == -signal.SIGKILL
   assert jobs.run(tmp_path).code == 0

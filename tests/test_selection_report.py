@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import errors, sharding
-from jaxalign.core import intervals
+from jaxalign.core import errors, intervals, sharding
 from jaxalign.select import neighbours, selection_report
 from jaxalign.select.pool import make_pool, Pool, Selection
 from jaxalign.select.selection_report import (

@@ -10,10 +10,10 @@ import optax
 import oracle
 import pytest
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder
-from jaxalign.select import embed
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import Logps, PRODUCERS

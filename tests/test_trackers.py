@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.train import trackers
 
 

@@ -14,7 +14,7 @@ import test_parity_trl as harness
 import test_parity_trl_losses as tables
 import test_trl_trajectory as runs
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts

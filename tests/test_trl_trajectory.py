@@ -15,13 +15,13 @@ import pools
 import pytest
 import test_parity_trl as harness
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import batches, records
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder, hf
-from jaxalign.select import embed
 from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS

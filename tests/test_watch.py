@@ -10,10 +10,10 @@ import pytest
 import test_loop
 from test_loop import Killed, MODEL, UPDATES
 
-from jaxalign import checkpoints, sharding
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import checkpoints, sharding
+from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder
-from jaxalign.stages import watched
 from jaxalign.train import ema, feed, loop, online, watch
 from jaxalign.train import step as steps
 from jaxalign.train.logps import Logps, PRODUCERS
@@ -706,7 +706,7 @@ def test_knobs_that_cannot_work_are_named(changes, words):
 
 def test_what_is_off_is_on_no_card():
   from configs import common
-  from jaxalign.artifacts import pick
+  from jaxalign.core.artifacts import pick
 
   c = common.base()
   c.train.layout = "padded"

@@ -15,14 +15,14 @@ import pytest
 import test_flops
 
 from configs import common
-from jaxalign import artifacts, recipe
-from jaxalign.data import tables
+from jaxalign.core import artifacts
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.job import Arm, arm_folder, Job, sizes
+from jaxalign.data import recipe, tables
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
-from jaxalign.job import Arm, arm_folder, Job, sizes
+from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.stages import watched
 from jaxalign.train import feed
 from jaxalign.train.losses import bind, LOSSES
 
@@ -110,7 +110,7 @@ def ratios(job, params):
 
 @pytest.fixture
 def alone():
-  from jaxalign import sharding
+  from jaxalign.core import sharding
 
   m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(m):

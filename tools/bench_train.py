@@ -74,7 +74,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   import jax
   import numpy as np
 
-  from jaxalign import sharding
+  from jaxalign.core import sharding
   from jaxalign.data import records, tokenizer, tokens
   from jaxalign.data.encode import encode_texts
   from jaxalign.model import decoder, hf
@@ -143,7 +143,7 @@ def ours(args) -> None:
   import jax
   import numpy as np
 
-  from jaxalign import sharding
+  from jaxalign.core import sharding
   from jaxalign.data import tokenizer
   from jaxalign.data.encode import encode_texts
   from jaxalign.model import hf

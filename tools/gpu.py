@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import attention, decoder
 from jaxalign.select import em, mixture, whiten
 from jaxalign.train import optim

@@ -47,14 +47,14 @@ TIMES = (
 PAGES = ("report.html", "summary.json", ".lock")
 RUN = (
   "import sys\n{hook}\nfrom {module} import main as command\n"
-  "from jaxalign import main\nmain.start(command)\n"
+  "from jaxalign.cli import main\nmain.start(command)\n"
 )
 
 
 def start(
   flags: list[str],
   *,
-  module: str = "jaxalign.main",
+  module: str = "jaxalign.cli.main",
   hook: str = "",
   code: str = "",
   env: dict[str, str] = {},
@@ -281,7 +281,7 @@ def end(
       f"--output={folder}/subset.parquet",
       *flags,
     ],
-    module="jaxalign.select.__main__",
+    module="jaxalign.cli.select",
     hook=kind.hook,
     env=dict(TMPDIR=str(temporary), JAX_PLATFORMS="cpu")
     | (dict(OMP_NUM_THREADS="1") if single else {}),
@@ -354,7 +354,7 @@ def measure(
   """(planned, taken) bytes of one of the jobs, with `more` flags."""
   module, flags = "main", ["--config=configs/dpo_sub.py:smoke"]
   if name != "world":
-    module, flags = "train.__main__", ["--config=configs/dpo_sub.py"]
+    module, flags = "train", ["--config=configs/dpo_sub.py"]
     flags += [
       f"--config.data.source={rows}",
       f"--config.model.checkpoint={checkpoint}",
@@ -365,7 +365,7 @@ def measure(
       f"--config.lora.rank={8 * (name == 'lora')}",
     ]
   flags += [*more, "--config.compile_cache="]
-  code = COMMAND.format(f"jaxalign.{module}")
+  code = COMMAND.format(f"jaxalign.cli.{module}")
   with tempfile.TemporaryDirectory() as folder:
     plan = _printed(code, [*flags, "--dry_run"])
     took = _peak(code, [*flags, f"--workdir={folder}/job"])

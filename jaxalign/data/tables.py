@@ -12,10 +12,10 @@ from etils import epath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
+from jaxalign.core.errors import CorruptError
 from jaxalign.data.schemas.messages import is_plain
 from jaxalign.data.schemas.schema import ASSISTANT
-from jaxalign.errors import CorruptError
 
 MESSAGES = ("turns", "answers", "tools")
 _SIDES = ("chosen", "rejected", "completion")

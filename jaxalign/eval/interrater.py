@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.core import intervals
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import winrate
 
 UNPARSABLE = {
@@ -49,11 +49,7 @@ Lengths = Mapping[Pair, tuple[float, float]]  # of the answers of the two models
 def by_order(
   rows: Iterable[Verdict], rater: str
 ) -> dict[Pair, dict[bool, str | None]]:
-  """A rater's verdicts by pair, then by order, as the name of the winner.
-
-  Returns:
-    {(item, a, b): {shown with a first: winner}} with a < b; the winner is a,
-    b, "" for a tie, or None where the verdict could not be read.
+  """A rater's winners: {(item, a, b): {shown with a first: winner}}, a < b.
 
   Raises:
     DataError: a word that is no verdict, a model against itself, or one pair
@@ -75,13 +71,13 @@ def by_order(
         "'first', 'second', 'tie', or None where it could not be read"
       )
     a, b = sorted((row.first, row.second))
-    orders = out.setdefault((row.item, a, b), {})
-    if (row.first == a) in orders:
+    orders, a_first = out.setdefault((row.item, a, b), {}), row.first == a
+    if a_first in orders:
       raise DataError(
         f"{rater} judged item {row.item!r}, {row.first} before "
         f"{row.second}, twice; keep one of the two rows"
       )
-    orders[row.first == a] = winners[row.verdict]
+    orders[a_first] = winners[row.verdict]
   return out
 
 
@@ -147,10 +143,8 @@ def _numbered(values: Iterable[Any]) -> dict[Any, int]:
 def _kappa(sums: np.ndarray, chance: Callable) -> np.ndarray:
   """(observed - chance) / (1 - chance), NaN where chance is 1.
 
-  Args:
-    sums: [..., 1 + 2 c]: pairs with equal labels, then how often each rater
-      used each label.
-    chance: of the fractions [..., c] of the two raters' labels.
+  `sums` [..., 1 + 2 c] are pairs with equal labels, then how often each rater
+  used each label; `chance` is of the fractions [..., c] of their labels.
   """
   x, y = np.split(sums[..., 1:], 2, axis=-1)
   n = x.sum(-1)
@@ -172,15 +166,10 @@ def _alpha(sums: np.ndarray) -> np.ndarray:
 def _with_interval(
   rows: np.ndarray, items: Sequence[Any] | None, measure: Callable
 ) -> dict[str, float | None]:
-  """A measure and its percentile interval over items.
+  """A measure of sums over [n, s] rows, and its bootstrap over their items.
 
   Items that add the same to the sums are drawn together, so that a million
   items cost no more than the few kinds there are of them.
-
-  Args:
-    rows: [n, s] what each pair adds to the sums.
-    items: [n] that pairs belong to; None: every pair is an item.
-    measure: [draws, s] sums -> [draws].
   """
   value = float(measure(rows.sum(0)))
   if np.isnan(value):
@@ -293,12 +282,9 @@ def krippendorff_alpha(
 
 
 def compared(a: Mapping[Pair, Any], b: Mapping[Pair, Any]) -> dict[str, Any]:
-  """Fraction of equal labels, kappa, pi and alpha of two raters.
+  """Fraction of equal labels, kappa, pi and alpha of two raters' `labels`.
 
-  Args:
-    a: label by pair, as from `labels`; None is a gap.
-    b: the same of another rater. Intervals are over items, the first field of
-      a pair.
+  Intervals are over items, the first field of a pair.
   """
   both = [
     (x, b[pair], pair[0])

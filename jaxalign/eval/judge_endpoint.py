@@ -28,8 +28,8 @@ import urllib.request
 
 import numpy as np
 
-from jaxalign import progress
-from jaxalign.errors import ConfigError, RestartError
+from jaxalign.core import progress
+from jaxalign.core.errors import ConfigError, RestartError
 from jaxalign.eval import winrate
 from jaxalign.eval.verdict_cache import VerdictCache
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import re
 from typing import Any, NamedTuple
 
+from jaxalign.core.errors import ConfigError
 from jaxalign.data.schemas.choices import ANSWER_NAMES, SIDES, WORDS
-from jaxalign.errors import ConfigError
 
 LABELS = "labels"  # compare the labels as they stand
 NAMES = "names"  # a verdict is the name of the winner

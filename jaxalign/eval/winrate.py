@@ -17,7 +17,7 @@ import numpy as np
 from scipy import optimize, special
 
 from jaxalign.core import intervals
-from jaxalign.errors import DataError
+from jaxalign.core.errors import DataError
 
 # What answers are compared with -> the metric, and the same in words.
 BASELINES = {

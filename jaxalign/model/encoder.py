@@ -14,9 +14,9 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.hub import resolve_settings
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.hub import resolve_settings
 from jaxalign.model.parameters import Param, Params, Stored
 
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops, useful_flops
 from jaxalign.train import layout as packing
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
   ref_sum: np.ndarray  # [M, R] float32 nats of the reference
   ref_count: np.ndarray  # [M, R] float32
   label: np.ndarray | None = None  # [M] bool, unpaired rows
-  # For the losses that read them, see `jaxalign.references`:
+  # For the losses that read them, see `jaxalign.train.references`:
   ref_common_prefix: np.ndarray | None = None  # [M, R] float32 nats
   weights: np.ndarray | None = None  # [M] float32
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.core.errors import DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import DataError
 from jaxalign.model.packed import Copies, TILE, Tiles
 
 

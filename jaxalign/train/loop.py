@@ -12,9 +12,9 @@ from typing import Any
 from etils import epath
 import jax
 
-from jaxalign import artifacts, interrupt, progress
-from jaxalign.checkpoints import Checkpoints
-from jaxalign.errors import ConfigError, NumericError, WriteError
+from jaxalign.core import artifacts, interrupt, progress
+from jaxalign.core.checkpoints import Checkpoints
+from jaxalign.core.errors import ConfigError, NumericError, WriteError
 from jaxalign.train import trackers as trackers_lib
 from jaxalign.train import watch
 from jaxalign.train.metrics import divide

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import adapters
 
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import progress, sharding
+from jaxalign.core import progress, sharding
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
-from jaxalign.select import embed
 from jaxalign.train import feed, online
 from jaxalign.train import layout as packing
 from jaxalign.train.logps import PRODUCERS

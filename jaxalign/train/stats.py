@@ -11,7 +11,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.train.losses import GLOBAL
 from jaxalign.train.losses.unpaired import update_delta
 

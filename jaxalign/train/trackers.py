@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from jaxalign import artifacts, progress
-from jaxalign.errors import ConfigError
+from jaxalign.core import artifacts, progress
+from jaxalign.core.errors import ConfigError
 
 
 class Tracker(NamedTuple):

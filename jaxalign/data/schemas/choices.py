@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import re
 from typing import Any, NamedTuple
 
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 
 SIDES = ("first", "second", "tie")
 LABELS = ("liked", "disliked")

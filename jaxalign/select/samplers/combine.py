@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import lookup
-from jaxalign.errors import ConfigError, JaxalignError
+from jaxalign.core import lookup
+from jaxalign.core.errors import ConfigError, JaxalignError
 from jaxalign.select.costs import of_scores, one_after_another, Sizes, Work
 from jaxalign.select.pool import Pool, Selection, SHAPES
 from jaxalign.select.samplers import dedup as dedup_lib

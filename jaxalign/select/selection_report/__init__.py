@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from jaxalign.errors import JaxalignError, NumericError
+from jaxalign.core.errors import JaxalignError, NumericError
 from jaxalign.select import mixture as mixtures
 from jaxalign.select import neighbours
 from jaxalign.select.mixture_checks import mixture_summary

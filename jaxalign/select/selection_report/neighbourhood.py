@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.core import intervals
-from jaxalign.errors import NumericError
+from jaxalign.core.errors import NumericError
 from jaxalign.select import neighbours
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import kmeans

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import attention, decoder, logprob, packed
 from jaxalign.train import layout, logps
 

@@ -18,7 +18,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 
 
 def needs(

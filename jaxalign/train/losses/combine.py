@@ -4,8 +4,8 @@ from collections.abc import Callable
 import inspect
 import math
 
-from jaxalign import lookup
-from jaxalign.errors import ConfigError
+from jaxalign.core import lookup
+from jaxalign.core.errors import ConfigError
 from jaxalign.train.losses import check_keywords, LOSSES
 
 

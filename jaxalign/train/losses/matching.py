@@ -9,7 +9,7 @@ same numbers on every mesh.
 import numpy as np
 import scipy.optimize
 
-from jaxalign.errors import DataError
+from jaxalign.core.errors import DataError
 
 
 def density_ratios(

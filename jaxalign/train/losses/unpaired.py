@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.lookup import bound_keywords
+from jaxalign.core.lookup import bound_keywords
 from jaxalign.train.losses import needs
 from jaxalign.train.losses.common import ratios, unpaired_metrics
 
