@@ -4,6 +4,7 @@ training that moves on every mesh."""
 import functools
 
 from conftest import token_rows
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,9 +305,9 @@ def batch_of(mesh, ref, lr=0.0):
     ref_sum=np.float32(ref),
     ref_count=np.float32(mask.sum(-1)),
   )
-  return {
-    n: sharding.put(mesh, x[None], None, "batch") for n, x in arrays.items()
-  } | dict(lr=np.float32(lr))
+  put = lambda x: sharding.put(mesh, x[None], None, "batch")
+  on_mesh = {n: put(x) for n, x in arrays.items()}
+  return flat.batch_of(**on_mesh, lr=np.float32(lr))
 
 
 @functools.lru_cache

@@ -633,7 +633,7 @@ def test_a_flipped_bit_in_a_checkpoint_that_is_gone_on_from(tmp_path):
   flip(checkpoint_file(work))
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended) == ["sft"]
-  assert "checkpoint 6" in ended.out and "going on from step 4" in ended.out
+  assert "checkpoint 6" in ended.out and "resumed from step 4" in ended.out
   assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
   assert record.exists()
 
@@ -646,7 +646,7 @@ def test_all_checkpoints_damaged_starts_over(tmp_path):
   for step in ("4", "6"):
     flip(checkpoint_file(work, step))
   ended = jobs.run(work)
-  assert ended.code == 0 and "going on from" not in ended.out
+  assert ended.code == 0 and "resumed from" not in ended.out
   for step in (4, 6):
     assert f"checkpoint {step}" in ended.out
   assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))

@@ -476,5 +476,5 @@ def test_a_loss_that_is_not_finite(tmp_path, whole):
   ] == [0]
   # The same again: it goes on from the good step and finds the same.
   again = jobs.run(tmp_path, "sft.lr=1e30", "sft.save_every=1")
-  assert again.code == 76 and "going on from step 1" in again.out
+  assert again.code == 76 and "resumed from step 1" in again.out
   assert again.err == ended.err

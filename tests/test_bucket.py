@@ -75,7 +75,7 @@ def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
   assert jobs.run("gs://b/work").code is None
   monkeypatch.setattr(bucket.Mirrored, "save", real)
   ended = jobs.run("gs://b/work")
-  assert ended.code == 0 and f"align {ARM}: going on from step 2" in ended.out
+  assert ended.code == 0 and f"align {ARM}: resumed from step 2" in ended.out
   wanted = jobs.outcome(jobs.finished())
   wanted.pop(".lock", None)
   assert not jobs.differences(wanted, jobs.outcome(store / "work"))

@@ -394,7 +394,7 @@ def test_sigterm_to_one_process_saves_in_both(tmp_path):
   assert len(saved) == 1 and 0 < saved[0] < 30
   first, second = trouble(tmp_path, *flags, hooks={0: ONLY_SFT, 1: ONLY_SFT})
   assert (first.code, second.code) == (0, 0), (first, second)
-  assert f"going on from step {saved[0]}" in first.out
+  assert f"resumed from step {saved[0]}" in first.out
   assert len(jobs.lines(tmp_path / "shared/sft/metrics.jsonl")) == 40
 
 
@@ -417,7 +417,7 @@ def test_a_job_killed_in_both_is_gone_on_from(tmp_path, together, given):
   assert {e.code for e in ended} <= {-signal.SIGKILL, 75, -signal.SIGABRT}
   first, second = jobs.together(tmp_path / "work", flag)
   assert (first.code, second.code) == (0, 0), (first, second)
-  assert "align isa-0.1-seed0: going on from step 2" in first.out
+  assert "align isa-0.1-seed0: resumed from step 2" in first.out
   assert not jobs.differences(
     jobs.outcome(together[0]), jobs.outcome(tmp_path / "work")
   )

@@ -32,9 +32,10 @@ from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine, isa, values
 from jaxalign.select.topk import budget_rows
 from jaxalign.study import pilot
-from jaxalign.train import feed, optim, proxies, stats
+from jaxalign.train import feed, optim, proxies
 from jaxalign.train import host_memory as host
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.row_columns import check_reads
 
 # Knobs that count something there must be at least one of, or may be none.
 COUNTS = (
@@ -359,19 +360,7 @@ def _check_alignment(c: Any, loss: Any) -> None:
       f"loss {c.loss.name!r} prefers nothing: it cannot align; "
       "set config.loss.name"
     )
-  unknown = [
-    x
-    for known, asked in ((stats.STATS, loss.stats), (stats.EXTRAS, loss.extras))
-    for x in asked
-    if x not in known
-  ]
-  if unknown:
-    raise ConfigError(
-      f"loss {c.loss.name!r} asks for {', '.join(unknown)}, "
-      "which no step computes (known: "
-      f"{', '.join(stats.STATS + stats.EXTRAS)}); set "
-      "config.loss.name"
-    )
+  check_reads(loss, c.loss.name)
   if "z0" in loss.stats and c.train.batch_size < 2:
     raise ConfigError(
       f"loss {c.loss.name!r} mismatches the answers of a "

@@ -19,7 +19,6 @@ from jaxalign.eval import held_out
 from jaxalign.model import adapters, attention, decoder, hf
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import losses
-from jaxalign.train.losses import combine
 
 WHOLE = ("all", "all_short")  # names in c.compare that leave nothing out
 
@@ -200,7 +199,7 @@ def eval_options(c: Any, seed: int = 0) -> held_out.EvalOptions:
 def loss_of(c: Any) -> Callable:
   """The loss of a config with its keywords bound; they are checked."""
   return losses.bind(
-    combine.find(c.loss.name), c.loss.name, c.loss.kwargs.to_dict()
+    losses.find(c.loss.name), c.loss.name, c.loss.kwargs.to_dict()
   )
 
 

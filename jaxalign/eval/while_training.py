@@ -15,8 +15,11 @@ from jaxalign.embed import passes as embed
 from jaxalign.eval import held_out, winrate
 from jaxalign.model import decode, decoder
 from jaxalign.select.choose import selected_rows
-from jaxalign.train import ema, online, trackers
-from jaxalign.train.logps import Logps, PRODUCERS
+from jaxalign.train import online
+from jaxalign.train import step as steps
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.trackers import check_trackers
 
 SETS = ("held_out", "kept", "rest", "generations")
 # What is measured, by the kind of set: of answers that rows have, and of those
@@ -28,18 +31,6 @@ GENERATED = ("ended", "empty", "malformed", "length", "entropy", "kl")
 OF_A_SET = ("label", "mean_count")
 # Knobs of config.train that change no weights: no record names them.
 BESIDE = ("keep", "trackers", "explode")
-# Knobs that came later, with the value at which a run is as it was before.
-LATER = dict(
-  optimizer="adamw",
-  layout="padded",
-  logps="chunked",
-  reference="stored",
-  ref_sync=0,
-  ema=0.0,
-  eval_every=0,
-  best="",
-  stop_after=0,
-)
 # Knobs that only another one gives a meaning.
 UNDER = dict(
   ref_mix="ref_sync",
@@ -49,118 +40,104 @@ UNDER = dict(
 )
 
 
-def card_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
-  """What a record says of config.train: a run of before there was a choice, and
-  one whose weights a knob does not touch, go on."""
-  out = dict(fields)
-  for name in (
-    *BESIDE,
-    *(n for n, v in LATER.items() if t[n] == v),
-    *(n for n, by in UNDER.items() if not t[by]),
-  ):
-    for key in [
-      k for k in out if k == f"train.{name}" or k.startswith(f"train.{name}.")
-    ]:
-      del out[key]
-  return out
+def record_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
+  """`fields` without the knobs of config.train that touch no weights."""
+  idle = (*BESIDE, *(n for n, by in UNDER.items() if not t[by]))
+  idle = {f"train.{n}" for n in idle}
+  return {k: v for k, v in fields.items() if k not in idle}
+
+
+def _mistakes(c: Any) -> Iterable[tuple[Any, str]]:
+  """(holds, message) of knobs of config.train that cannot work together."""
+  t = c.train
+  yield (
+    t.keep < 2,
+    f"train.keep={t.keep}, wanted 2 or more: the newest may be damaged; set "
+    "config.train.keep",
+  )
+  yield (
+    not 0 <= t.ema < 1,
+    f"train.ema={t.ema}, wanted a decay in [0, 1), 0 for none; set "
+    "config.train.ema",
+  )
+  yield (
+    not 0 < t.ref_mix <= 1,
+    f"train.ref_mix={t.ref_mix}, wanted a fraction in (0, 1]; set "
+    "config.train.ref_mix",
+  )
+  yield (
+    0 < t.explode <= 1,
+    f"train.explode={t.explode}, wanted more than 1, or 0 for none; set "
+    "config.train.explode",
+  )
+  yield (
+    t.reference == "online" and not loss_of(c).reference,
+    f"train.reference='online' runs a reference that {c.loss.name!r} does not "
+    "read; set config.train.reference='stored'",
+  )
+  yield (
+    t.ref_sync and t.reference != "online",
+    f"train.ref_sync={t.ref_sync} moves the reference, and stored numbers "
+    "cannot follow; set config.train.reference=online",
+  )
+  yield (
+    t.ref_sync and c.lora.rank,
+    f"train.ref_sync={t.ref_sync} with lora.rank={c.lora.rank}: the reference "
+    "is the base, which is frozen; set config.train.ref_sync=0 or "
+    "config.lora.rank=0",
+  )
+  split = c.data.source == "world" or c.data.split.held_out
+  for name in t.eval_sets:
+    yield (
+      name not in SETS,
+      f"unknown set {name!r}; known: {', '.join(SETS)}; set "
+      "config.train.eval_sets",
+    )
+    yield (
+      t.eval_every and name in ("held_out", "generations") and not split,
+      f"the set {name!r} has no rows: data.split.held_out=0; set "
+      "config.data.split.held_out or config.train.eval_sets",
+    )
+  if t.best:
+    yield (
+      not t.eval_every,
+      f"train.best={t.best!r} is measured by evaluations; set "
+      "config.train.eval_every",
+    )
+    name, _, value = t.best.partition("/")
+    yield (
+      name not in t.eval_sets,
+      f"train.best={t.best!r} is of no set in train.eval_sets="
+      f"{tuple(t.eval_sets)}; set one of them",
+    )
+    whole = [x for x in c.compare if x in WHOLE]
+    yield (
+      name == "rest" and whole,
+      f"train.best={t.best!r} is of rows that were left out, and "
+      f"{''.join(whole[:1])!r} in config.compare leaves out none; set one of "
+      "them",
+    )
+    known = measured(c).get(name, ())
+    why = f" (the loss {c.loss.name!r} has no value on a set alone)"
+    yield (
+      value not in known,
+      f"train.best={t.best!r} is measured by nothing"
+      f"{why if value == 'loss' else ''}; of {name!r} there are "
+      f"{', '.join(known)}; set config.train.best",
+    )
+  yield (
+    t.stop_after and not t.best,
+    f"train.stop_after={t.stop_after} evaluations without what improvement; "
+    'set config.train.best, "held_out/accuracy" for instance',
+  )
 
 
 def check(c: Any) -> None:
   """Raises ConfigError for knobs of config.train that cannot work together."""
-  t = c.train
-  trackers.check(t.trackers)
-  if t.keep < 2:
-    raise ConfigError(
-      f"train.keep={t.keep}, wanted 2 or more: the newest may "
-      "be damaged; set config.train.keep"
-    )
-  if not 0 <= t.ema < 1:
-    raise ConfigError(
-      f"train.ema={t.ema}, wanted a decay in [0, 1), 0 for "
-      "none; set config.train.ema"
-    )
-  if not 0 < t.ref_mix <= 1:
-    raise ConfigError(
-      f"train.ref_mix={t.ref_mix}, wanted a share in (0, 1]; "
-      "set config.train.ref_mix"
-    )
-  if 0 < t.explode <= 1:
-    raise ConfigError(
-      f"train.explode={t.explode}, wanted more than 1, or 0 "
-      "for none; set config.train.explode"
-    )
-  if t.reference == "online" and not loss_of(c).reference:
-    raise ConfigError(
-      f"train.reference='online' runs a reference that "
-      f"{c.loss.name!r} does not read; set "
-      "config.train.reference='stored'"
-    )
-  if t.ref_sync and t.reference != "online":
-    raise ConfigError(
-      f"train.ref_sync={t.ref_sync} moves the reference, and "
-      "stored numbers cannot follow; set "
-      "config.train.reference=online"
-    )
-  if t.ref_sync and c.lora.rank:
-    raise ConfigError(
-      f"train.ref_sync={t.ref_sync} with lora.rank="
-      f"{c.lora.rank}: the reference is the base, which is "
-      "frozen; set config.train.ref_sync=0 or config.lora.rank"
-      "=0"
-    )
-  for name in t.eval_sets:
-    if name not in SETS:
-      raise ConfigError(
-        f"unknown set {name!r}; known: {', '.join(SETS)}; set "
-        "config.train.eval_sets"
-      )
-    if (
-      t.eval_every
-      and name in ("held_out", "generations")
-      and c.data.source != "world"
-      and not c.data.split.held_out
-    ):
-      raise ConfigError(
-        f"the set {name!r} has no rows: data.split.held_out=0; "
-        "set config.data.split.held_out or "
-        "config.train.eval_sets"
-      )
-  if t.best and not t.eval_every:
-    raise ConfigError(
-      f"train.best={t.best!r} is measured by evaluations; set "
-      "config.train.eval_every"
-    )
-  if t.best and t.best.split("/")[0] not in t.eval_sets:
-    raise ConfigError(
-      f"train.best={t.best!r} is of no set in train.eval_sets="
-      f"{tuple(t.eval_sets)}; set one of them"
-    )
-  if t.best.startswith("rest/") and (whole := {*c.compare} & {*WHOLE}):
-    raise ConfigError(
-      f"train.best={t.best!r} is of rows that were left out, "
-      f"and {whole.pop()!r} in config.compare leaves out "
-      "none; set one of them"
-    )
-  if t.best:
-    name, _, value = t.best.partition("/")
-    known = measured(c)[name]
-    if value not in known:
-      why = (
-        f" (the loss {c.loss.name!r} has no value on a set alone)"
-        if value == "loss"
-        else ""
-      )
-      raise ConfigError(
-        f"train.best={t.best!r} is measured by nothing{why}; "
-        f"of {name!r} there are {', '.join(known)}; set "
-        "config.train.best"
-      )
-  if t.stop_after and not t.best:
-    raise ConfigError(
-      f"train.stop_after={t.stop_after} evaluations without "
-      "what improvement; set config.train.best, "
-      '"held_out/accuracy" for instance'
-    )
+  check_trackers(c.train.trackers)
+  for holds, message in _mistakes(c):
+    if holds:
+      raise ConfigError(message)
 
 
 def measured(c: Any) -> dict[str, tuple[str, ...]]:
@@ -184,28 +161,23 @@ def reads(t: Any) -> tuple[str, ...]:
 def extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
   """Returns `(state, train_step) -> (state, train_step)` with an online
   reference and a running mean of the weights, as config.train asks."""
-  t, chunk = job.c.train, job.c.model.head_chunk
-  make = PRODUCERS[t.logps]
+  t = job.c.train
+
+  def producer(m):
+    logps_fn = PRODUCERS[t.logps](m, job.c.model.head_chunk)
+    return logps_fn, decoder.compiler_options(m)
 
   def extended(state, step):
     if t.ref_sync:
-      state = online.begin(state)
-      step = online.with_refresh(
-        step,
-        make(job.policy, chunk),
-        every=t.ref_sync,
-        mix=t.ref_mix,
-        options=decoder.compiler_options(job.policy),
-      )
+      state = online.begin_refresh(state)
+      logps_fn, options = producer(job.policy)
+      how = dict(every=t.ref_sync, mix=t.ref_mix, options=options)
+      step = online.with_refresh(step, logps_fn, **how)
     elif t.reference == "online":
-      step = online.with_reference(
-        step,
-        make(job.model, chunk),
-        job.reference,
-        decoder.compiler_options(job.model),
-      )
+      logps_fn, options = producer(job.model)
+      step = online.with_reference(step, logps_fn, job.reference, options)
     if t.ema:
-      state, step = ema.begin(state), ema.keep(step, t.ema)
+      state, step = steps.begin_ema(state), steps.keep_ema(step, t.ema)
     return state, step
 
   return extended

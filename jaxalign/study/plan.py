@@ -28,9 +28,10 @@ from jaxalign.select import mixture as mixtures
 from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.topk import budget_rows
-from jaxalign.train import feed, proxies, stats
+from jaxalign.train import feed, proxies
 from jaxalign.train import host_memory as host
 from jaxalign.train.host_memory import CHARACTERS_PER_TOKEN
+from jaxalign.train.statistics import needs_batch_logps
 
 READING = 1e9  # bytes a second from a disk
 SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
@@ -241,7 +242,7 @@ def lines(
       m,
       int(tokens["pool"]),
       passes=feed.passes(
-        m._replace(lora=lora_of(c)), stats.needs_batch_logps(job.loss), online
+        m._replace(lora=lora_of(c)), needs_batch_logps(job.loss), online
       ),
     )
     seen = watched.planned(
@@ -427,7 +428,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
     m,
     t,
     passes=feed.passes(
-      m._replace(lora=lora_of(c)), stats.needs_batch_logps(job.loss), online
+      m._replace(lora=lora_of(c)), needs_batch_logps(job.loss), online
     ),
   )
   # A mismatched row passes through the policy and the reference, at every

@@ -31,7 +31,8 @@ from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
 from jaxalign.select.samplers import combine
 from jaxalign.study import evidence, ledger, plan
-from jaxalign.train import feed, stats
+from jaxalign.train import feed
+from jaxalign.train.statistics import needs_batch_logps
 
 REPORT = "report"  # the stage that writes a page
 CURVES = (
@@ -278,7 +279,7 @@ def _whole_pool(job: Job, reference: int) -> int:
   c, tokens = job.c.train, job.tokens("pool")
   n = len(job.column("pool", "id"))
   responses = len(tokens.start) // n
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [""] * n,
     tokens,
     np.arange(n)[:, None] * responses + np.arange(responses),
@@ -288,11 +289,12 @@ def _whole_pool(job: Job, reference: int) -> int:
   updates = batches.updates(
     n, c.batch_size, c.epochs, c.max_updates, c.min_updates
   )
+  batching = feed.Batching(c.batch_size, job.c.seed)
   cost = lambda m, **more: feed.training_cost(
-    m, rows, updates=updates, batch=c.batch_size, seed=job.c.seed, **more
+    m, rows, batching, updates, **more
   )[0]
   align = cost(
-    job.policy, ahead=stats.needs_batch_logps(job.loss), online=_online(job)
+    job.policy, ahead=needs_batch_logps(job.loss), online=_online(job)
   )
   if "z0" in job.loss.stats:
     align += 2 * cost(job.policy._replace(lora=None)) // 3

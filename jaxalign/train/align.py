@@ -16,15 +16,18 @@ from jaxalign.core.job import Arm, arm_folder, Job, lora_of
 from jaxalign.core.lookup import source_digests
 from jaxalign.eval import while_training as watched
 from jaxalign.model import adapters, decoder
-from jaxalign.train import feed, subspace
-from jaxalign.train import step as steps
+from jaxalign.train import subspace
+from jaxalign.train.feed import TrainRows
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import unpaired
-from jaxalign.train.ref_logps import like, rows_of, updates_for
-from jaxalign.train.sft import train, TRAINED
+from jaxalign.train.loop import TrainOptions
+from jaxalign.train.losses.unpaired import with_class_weights
+from jaxalign.train.ref_logps import like, stored_rows, updates_for
+from jaxalign.train.sft import TRAINED
+from jaxalign.train.step import make_gradients
+from jaxalign.train.trainer import Recipe, train
 
-BASES = "bases"  # LoRA-SB's fixed matrices
 GRADIENT_BATCHES = 4  # that LoRA-SB estimates the first gradient from
+BASES = "bases"  # LoRA-SB's fixed matrices
 BEST = "best"  # the weights of the best evaluation
 
 
@@ -43,6 +46,7 @@ def _policy_start(
     return params, {}
   fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m), job.mesh)
   if m.lora.variant == "lora_sb":
+    producer, chunk = PRODUCERS[c.train.logps], c.model.head_chunk
     with Checkpoints(folder / BASES) as saved:
       if saved.latest() is None:
         found = subspace.bases(
@@ -50,9 +54,7 @@ def _policy_start(
           m,
           job.mesh,
           job.reference,
-          lambda sizes: steps.make_gradients(
-            PRODUCERS[c.train.logps](sizes, c.model.head_chunk), loss
-          ),
+          lambda sizes: make_gradients(producer(sizes, chunk), loss),
           [batch_at(step) for step in range(GRADIENT_BATCHES)],
         )
         saved.save(0, dict(params=found))
@@ -64,112 +66,92 @@ def _policy_start(
 
 def bases(job: Job, folder: Any) -> decoder.Params:
   """LoRA-SB's fixed matrices, as `align` saved them."""
-  return restore_params(
-    folder / BASES,
-    {
-      n: x
-      for n, x in decoder.abstract(job.policy, job.mesh).items()
-      if n.endswith((":a", ":b"))
-    },
-  )
+  shapes = decoder.abstract(job.policy, job.mesh)
+  fixed = {n: x for n, x in shapes.items() if n.endswith((":a", ":b"))}
+  return restore_params(folder / BASES, fixed)
 
 
 def aligned(job: Job, folder: Any, abstract: Any) -> decoder.Params:
   """What `align` trained and is judged by: the best, the mean, or the last."""
   if job.c.train.best:
     return restore_params(folder / BEST, abstract)
-  return restore_params(
-    folder / TRAINED[0], abstract, "ema" if job.c.train.ema else "params"
-  )
+  name = "ema" if job.c.train.ema else "params"
+  return restore_params(folder / TRAINED[0], abstract, name)
 
 
-def watching(t: Any) -> dict[str, Any]:
-  """What `loop.fit` is told of config.train."""
-  return dict(
-    keep=t.keep,
+def _options(
+  job: Job, arm: Arm, folder: Any, updates: int, evaluations: dict
+) -> TrainOptions:
+  """What config.train asks of the loop."""
+  t = job.c.train
+  return TrainOptions(
+    folder,
+    f"align {arm.name}",
+    updates,
+    t.save_every,
+    t.keep,
     explode=t.explode,
+    evaluations=evaluations,
     eval_every=t.eval_every,
     best=t.best,
     stop_after=t.stop_after,
     trackers=tuple(t.trackers),
+    trace=tuple(job.c.profile.steps),
   )
+
+
+def _loss_on(job: Job, rows: TrainRows) -> Callable:
+  """The loss, its classes weighed by the kept rows."""
+  if rows.label is None:
+    return job.loss
+  if len(set(rows.label.tolist())) == 1:
+    progress.say(
+      "  warning: all kept rows have the same label; the loss will only push "
+      "one way"
+    )
+  loss, weights = with_class_weights(job.loss, rows.label)
+  if weights:
+    progress.say(f"  {weights}")
+  return loss
 
 
 def run_align(job: Job, arm: Arm) -> None:
   """Trains the policy on the kept rows, from the reference."""
-  c, m = job.c, job.model
+  c = job.c
   lora = lora_of(c)
   leaves = TRAINED + ((BASES,) if lora and lora.variant == "lora_sb" else ())
   leaves += (BEST,) if c.train.best else ()
 
   def make(folder):
-    total = artifacts.read_array(folder / "ref_sum.npy")
-    count = artifacts.read_array(folder / "ref_count.npy")
-    rows = rows_of(job, arm, total, count)
-    if "common_prefix" in job.loss.extras:
-      rows = rows._replace(
-        ref_common_prefix=artifacts.read_array(folder / "ref_common_prefix.npy")
-      )
-    if "weights" in job.loss.stats:
-      rows = rows._replace(weights=artifacts.read_array(folder / "weights.npy"))
+    rows = stored_rows(job, arm, folder)
     if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
       raise DataError(
         f"{folder}/ref_ids.json names other rows than "
         "subset.parquet; run with --redo"
       )
-    loss = job.loss
-    if rows.label is not None:
-      if len(set(rows.label.tolist())) == 1:
-        progress.say(
-          "  warning: all kept rows have the same label; the "
-          "loss will only push one way"
-        )
-      loss, said = unpaired.weighed(loss, rows.label)
-      for line in said:
-        progress.say(f"  {line}")
-    updates, mismatched = updates_for(job, arm, len(rows.ids)), None
-    if "z0" in job.loss.stats:
-      mismatched = feed.Mismatched(
-        feed.make_mismatched(
-          rows,
-          updates=updates,
-          seed=arm.seed,
-          batch=c.train.batch_size,
-          context=m.context,
-        ),
-        artifacts.read_array(folder / "mismatched_sum.npy"),
-      )
+    loss, updates = _loss_on(job, rows), updates_for(job, arm, len(rows.ids))
     measures = watched.measures(job, arm)
+    evaluations = {n: x.of for n, x in measures.items()}
+    online = c.train.reference == "online"
+    how = dict(updates=updates, seed=arm.seed, head_chunk=c.model.head_chunk)
     cost = train(
-      job,
-      folder,
-      f"align {arm.name}",
+      job.mesh,
       job.policy,
       functools.partial(_policy_start, job, arm, folder, loss),
       rows,
       loss,
-      c.train,
-      lr=c.train.lr,
-      updates=updates,
-      seed=arm.seed,
-      mismatched=mismatched,
-      optimizer=c.train.optimizer,
-      layout=c.train.layout,
-      producer=c.train.logps,
-      trace=tuple(c.profile.steps),
-      extend=watched.extend(job),
-      online=c.train.reference == "online",
-      measures={n: x.of for n, x in measures.items()},
-      **watching(c.train),
+      Recipe.of(c.train, **how, online=online),
+      _options(job, arm, folder, updates, evaluations),
+      watched.extend(job),
     )
     lines = (folder / TRAINED[1]).read_text().splitlines()
     beside = watched.spent(measures, map(json.loads, lines))
-    return (
-      list(leaves),
-      Cost(cost.flops + beside.flops, cost.tokens + beside.tokens),
-      dict(updates=len(lines), rows=len(rows.ids), say=f"{len(lines)} updates")
-      | (dict(evaluating=beside.flops) if measures else {}),
-    )
+    result = dict(updates=len(lines), rows=len(rows.ids))
+    result["say"] = f"{len(lines)} updates"
+    if measures:
+      result["evaluating"] = beside.flops
+    flops = cost.flops + beside.flops
+    return list(leaves), Cost(flops, cost.tokens + beside.tokens), result
 
   fields = pick(
     c,
@@ -180,7 +162,7 @@ def run_align(job: Job, arm: Arm) -> None:
     *watched.reads(c.train),
     *(["lora"] if lora else []),
   ) | like(arm)
-  fields = watched.card_fields(c.train, fields) | source_digests(c.loss.name)
+  fields = watched.record_fields(c.train, fields) | source_digests(c.loss.name)
   job.run(
     arm_folder(job, arm),
     "align",
@@ -189,4 +171,4 @@ def run_align(job: Job, arm: Arm) -> None:
     resumes=leaves,
     fields=fields,
     inputs=dict(ref_logps=job.key("ref_logps", arm.name), sft=job.key("sft")),
-  )  # it starts from there
+  )

@@ -115,7 +115,8 @@ def host_memory(
 def _held(c: Any) -> dict[str, int]:
   """What a config says of a `StepShape`, whatever the rows."""
   t = c.train
-  moments = optim.MOMENTS[t.optimizer] + bool(t.ema) + bool(t.ref_sync)
+  moments = optim.OPTIMIZERS[t.optimizer].moments
+  moments += bool(t.ema) + bool(t.ref_sync)
   size = jnp.dtype(c.model.param_dtype).itemsize
   return dict(chunk=c.model.head_chunk, frozen_size=size, moments=moments)
 

@@ -25,10 +25,22 @@ from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.select import columns
 from jaxalign.select.topk import uniform
-from jaxalign.train import feed, losses
-from jaxalign.train.sft import train, TRAINED
+from jaxalign.train import losses
+from jaxalign.train.feed import training_cost, TrainRows
+from jaxalign.train.loop import TrainOptions
+from jaxalign.train.sft import TRAINED
+from jaxalign.train.trainer import Recipe, train
 
 BETA = 0.1  # of their DPO
+KNOBS = (  # of config.train, for them too
+  "batch_size",
+  "accumulation",
+  "warmup_ratio",
+  "schedule",
+  "clip",
+  "weight_decay",
+  "b2",
+)
 
 
 class Start(NamedTuple):
@@ -69,7 +81,6 @@ def check(c: Any) -> None:
       f"proxy.models={c.proxy.models}, wanted 2 or more: one "
       "judges what the other has seen; set config.proxy.models"
     )
-  _loss(c)
   if not c.proxy.checkpoint:
     return
   config_of(c, None)
@@ -83,7 +94,7 @@ def check(c: Any) -> None:
     )
 
 
-def _loss(c: Any):
+def _loss():
   return losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=BETA))
 
 
@@ -144,7 +155,7 @@ def _tune(
     The tuned parameters and their sizes (with adapters where the job has
     them).
   """
-  c, p = job.c, job.c.proxy
+  c = job.c
   m = start.model._replace(lora=_lora(c))
   rows = training_rows(job, start, index)
 
@@ -156,24 +167,32 @@ def _tune(
     trained, fixed = adapters.split(fresh, m.lora)
     return trained, start.params | fixed
 
-  train(
-    job,
-    folder,
-    label,
-    m,
-    begin,
-    rows,
-    _loss(c),
-    c.train.to_dict(),
-    lr=recipe.LORA_LR if m.lora else p.lr,
-    updates=updates,
-    seed=seed,
-  )
+  t, how = c.train, _recipe(c, m, updates, seed)
+  options = TrainOptions(folder, label, updates, t.save_every)
+  options = options._replace(explode=t.explode)
+  train(job.mesh, m, begin, rows, _loss(), how, options)
   tuned = restore_params(
     folder / "checkpoints",
     adapters.split(decoder.abstract(m, job.mesh), m.lora)[0],
   )
   return (tuned if m.lora is None else start.params | tuned), m
+
+
+def _recipe(c: Any, m: decoder.ModelConfig, updates: int, seed: int) -> Recipe:
+  lr = recipe.LORA_LR if m.lora else c.proxy.lr
+  knobs = {n: c.train[n] for n in KNOBS}
+  more = dict(updates=updates, seed=seed, head_chunk=c.model.head_chunk)
+  return Recipe(lr=lr, **knobs, **more)
+
+
+def _tuning_cost(
+  job: Job, start: Start, index: np.ndarray, updates: int, seed: int
+) -> Cost:
+  """What `_tune` costs."""
+  m = start.model._replace(lora=_lora(job.c))
+  batching = _recipe(job.c, m, updates, seed).batching(m)
+  rows = training_rows(job, start, index)
+  return Cost(*training_cost(m, rows, batching, updates))
 
 
 def _lora(c: Any) -> adapters.Lora | None:
@@ -186,10 +205,10 @@ def _lora(c: Any) -> adapters.Lora | None:
   )
 
 
-def training_rows(job: Job, start: Start, index: np.ndarray) -> feed.Rows:
+def training_rows(job: Job, start: Start, index: np.ndarray) -> TrainRows:
   """The pairs `index` of the pool, with their start's sums."""
   ids = job.column("pool", "id")
-  return feed.Rows(
+  return TrainRows(
     [ids[i] for i in index],
     job.tokens("pool"),
     index[:, None] * 2 + np.arange(2),
@@ -209,19 +228,9 @@ def _inputs(job: Job) -> dict[str, str]:
 
 
 def _fields(c: Any, *proxy: str) -> dict[str, Any]:
-  recipe = (
-    "batch_size",
-    "accumulation",
-    "warmup_ratio",
-    "schedule",
-    "clip",
-    "weight_decay",
-    "b2",
-    "save_every",
-  )
   return pick(
     c,
-    *(f"train.{n}" for n in recipe),
+    *(f"train.{n}" for n in (*KNOBS, "save_every")),
     *(f"proxy.{n}" for n in ("lr", "checkpoint", *proxy)),
     "model",
     "embed.tile",
@@ -281,16 +290,9 @@ def run_proxy(job: Job) -> None:
         proxy_ref_logp=start.sums.reshape(-1)[parts[jax.process_index()]],
       ),
     )
-    flops, tokens = feed.training_cost(
-      m,
-      training_rows(job, start, index),
-      updates=p.updates,
-      batch=c.train.batch_size,
-      seed=0,
-    )
     parts = (
       start.cost,
-      Cost(flops, tokens),
+      _tuning_cost(job, start, index, p.updates, 0),
       Cost(embed.flops(m, rows), len(rows.ids)),
     )
     return (
@@ -371,15 +373,9 @@ def run_held_out(job: Job) -> None:
       m = start.model._replace(lora=_lora(c))
       own = folder / f"model{s}"
       # Counted for every model: a resumed run goes on behind some of them.
-      more, many = feed.training_cost(
-        m,
-        training_rows(job, start, index),
-        updates=updates,
-        batch=c.train.batch_size,
-        seed=s,
-      )
-      total += more + embed.flops(m, job.tokens("pool"))
-      tokens += many + len(job.tokens("pool").ids)
+      more = _tuning_cost(job, start, index, updates, s)
+      total += more.flops + embed.flops(m, job.tokens("pool"))
+      tokens += more.tokens + len(job.tokens("pool").ids)
       if (
         artifacts.agree("done" if (folder / name).exists() else "new") == "new"
       ):

@@ -1,23 +1,17 @@
-"""The reference: given, or trained; and how a stage trains."""
-
-from collections.abc import Callable
-import functools
-from typing import Any
+"""The sft stage: trains the reference, where no checkpoint is given."""
 
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, devices, hub
+from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.job import Job
 from jaxalign.model import decoder, hf
-from jaxalign.train import feed, loop, optim, stats
-from jaxalign.train import step as steps
-from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.feed import TrainRows
+from jaxalign.train.loop import TrainOptions
 from jaxalign.train.losses import LOSSES
+from jaxalign.train.trainer import Recipe, train
 
-TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
-ALLORA_ETA = 4.0  # an update's factor where B is 0
 RECIPE = dict(  # of the SFT model; the rest stands in config.sft
   accumulation=1,
   warmup_ratio=0.05,
@@ -26,11 +20,12 @@ RECIPE = dict(  # of the SFT model; the rest stands in config.sft
   weight_decay=0.01,
   b2=0.98,
 )
+TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
 
 
 def run_sft(job: Job) -> None:
   """Trains the reference, where no checkpoint is given."""
-  c, m, mesh = job.c, job.model, job.mesh
+  c, m = job.c, job.model
   if c.model.checkpoint:
     given = c.model.checkpoint
     key = artifacts.told(
@@ -46,38 +41,14 @@ def run_sft(job: Job) -> None:
     return
 
   def make(folder):
-    split, tokens = "sft", job.tokens("sft")
-    rows = np.arange(len(tokens.start))
-    if not len(rows):  # data.split.sft is 0: the pool's better answers
-      split, tokens = "pool", job.tokens("pool")
-      rows = np.arange(len(tokens.start))
-      if job.kind == "pairs":
-        rows = rows[::2]
-      else:
-        rows = rows[np.array(job.column("pool", "label"), bool)]
-    ids = job.column(split, "id")
-    n, each = len(rows), len(tokens.start) // len(ids)
-    rows = feed.Rows(
-      [ids[i // each] for i in rows],
-      tokens,
-      rows[:, None],
-      np.zeros((n, 1), np.float32),
-      np.ones((n, 1), np.float32),
-    )
-    params = decoder.init(jax.random.key(c.data.seed), m, mesh)
-    cost = train(
-      job,
-      folder,
-      "sft",
-      m,
-      lambda _: (params, {}),
-      rows,
-      LOSSES["sft"],
-      RECIPE | c.sft.to_dict(),
-      lr=c.sft.lr,
-      updates=c.sft.updates,
-      seed=c.data.seed,
-    )
+    params = decoder.init(jax.random.key(c.data.seed), m, job.mesh)
+    updates, every, explode = c.sft.updates, c.sft.save_every, c.train.explode
+    options = TrainOptions(folder, "sft", updates, every, explode=explode)
+    knobs = RECIPE | c.sft.to_dict()
+    recipe = Recipe.of(knobs, seed=c.data.seed, head_chunk=c.model.head_chunk)
+    begin = lambda _: (params, {})
+    rows = _rows(job)
+    cost = train(job.mesh, m, begin, rows, LOSSES["sft"], recipe, options)
     return list(TRAINED), cost, {}
 
   job.run(
@@ -90,107 +61,19 @@ def run_sft(job: Job) -> None:
   )
 
 
-def train(
-  job: Job,
-  folder: Any,
-  label: str,
-  m: decoder.ModelConfig,
-  begin: Callable,
-  rows: feed.Rows,
-  loss: Callable,
-  knobs: Any,
-  *,
-  lr: float,
-  updates: int,
-  seed: int,
-  optimizer: str = "adamw",
-  layout: str = "padded",
-  producer: str = "chunked",
-  mismatched: feed.Mismatched | None = None,
-  online: bool = False,
-  extend: Callable = lambda state, step: (state, step),
-  measures: dict[str, Callable] = {},
-  **fit: Any,
-) -> Cost:
-  """Trains in `folder`. Shared by sft, align and proxies.
-
-  `begin(batch_at)` returns the parameters to train and those beside them that
-  stay; `extend` and `measures` are those of `stages.watched`, `online` says
-  that every update has a pass of the reference, and `fit` is what else
-  `loop.fit` is told. The cost is without what `measures` take.
-  """
-  c, mesh = job.c, job.mesh
-  tx = optim.make_optimizer(
-    clip=knobs["clip"],
-    b2=knobs["b2"],
-    weight_decay=knobs["weight_decay"],
-    name=optimizer,
-  )
-  if m.lora and m.lora.variant == "allora":
-    tx = optim.allora(tx, ALLORA_ETA)
-  rate = optim.make_schedule(
-    lr=lr,
-    updates=updates,
-    warmup_ratio=knobs["warmup_ratio"],
-    schedule=knobs["schedule"],
-  )
-  batch_at, ids_at, tokens_at = feed.make_feed(
-    mesh,
-    rows,
-    batch=knobs["batch_size"],
-    accumulation=knobs["accumulation"],
-    seed=seed,
-    context=m.context,
-    rate=rate,
-    mismatched=mismatched,
-    layout=layout,
-  )
-  train_step = steps.make_train_step(
-    PRODUCERS[producer](m, c.model.head_chunk),
-    loss,
-    tx,
-    decoder.compiler_options(m),
-  )
-  params, frozen = begin(batch_at)
-  state, step = extend(
-    steps.init_state(params, tx, loss),
-    lambda state, batch: train_step(state, batch, frozen),
-  )
-  last = loop.fit(
-    state,
-    step,
-    batch_at,
-    ids_at,
-    folder=folder,
-    label=label,
-    updates=updates,
-    save_every=knobs["save_every"],
-    tokens_at=tokens_at,
-    evaluations={
-      n: functools.partial(lambda f, p: f(p | frozen), f)
-      for n, f in measures.items()
-    },
-    **dict(explode=c.train.explode) | fit,
-    peak=mesh.size * devices.peak_flops(mesh.devices.flat[0]),
-    distinct_at=feed.make_distinct(rows, batch=knobs["batch_size"], seed=seed),
-    useful_at=feed.make_useful(
-      m,
-      rows,
-      batch=knobs["batch_size"],
-      seed=seed,
-      mismatched=mismatched,
-      ahead=stats.needs_batch_logps(loss),
-      online=online,
-    ),
-  )
-  flops, tokens = feed.training_cost(  # of what was not stopped early
-    m,
-    rows,
-    updates=int(last.step),
-    batch=knobs["batch_size"],
-    seed=seed,
-    mismatched=mismatched.tokens if mismatched else None,
-    ahead=stats.needs_batch_logps(loss),
-    online=online,
-  )
-  return Cost(flops, tokens)
+def _rows(job: Job) -> TrainRows:
+  """The sft split; without one, the pool's better answers."""
+  split, tokens = "sft", job.tokens("sft")
+  rows = np.arange(len(tokens.start))
+  if not len(rows):  # data.split.sft is 0
+    split, tokens = "pool", job.tokens("pool")
+    rows = np.arange(len(tokens.start))
+    if job.kind == "pairs":
+      rows = rows[::2]
+    else:
+      rows = rows[np.array(job.column("pool", "label"), bool)]
+  ids = job.column(split, "id")
+  each = len(tokens.start) // len(ids)
+  none, one = np.zeros((len(rows), 1), np.float32), np.ones((len(rows), 1))
+  ids = [ids[i // each] for i in rows]
+  return TrainRows(ids, tokens, rows[:, None], none, np.float32(one))

@@ -37,9 +37,7 @@ class Packed(NamedTuple):
   source: jax.Array  # [S, U] int32: the token that predicts a response token
   target: jax.Array  # [S, U] int32: the id to predict
   owner: jax.Array  # [S, U] int32: which of the row's responses; -1: none
-  common_prefix: (
-    jax.Array
-  )  # [S, U] bool: among the first min(counts) of its response
+  in_prefix: jax.Array  # [S, U] bool: of the first min(counts) of its response
   first: jax.Array  # [S, T] int32: which prediction a token makes; -1: none
   second: jax.Array  # [S, T] int32: its other one (a prompt's last token)
 
@@ -243,7 +241,7 @@ def pack(
     shape: holds them.
     rows: the tokenized rows.
     index: [m, R] which row each response is; R is 1 or 2.
-    least: [m, R] how many tokens of a response are `common_prefix`.
+    least: [m, R] how many tokens of a response are `in_prefix`.
     ids: names of the m rows, for an error.
 
   Raises:
@@ -259,7 +257,7 @@ def pack(
   target = np.zeros(shape.targets, np.int32)
   row, branch = np.zeros((2, shape.tokens), np.int32)
   owner = np.full(shape.targets, -1, np.int32)
-  common_prefix = np.zeros(shape.targets, bool)
+  in_prefix = np.zeros(shape.targets, bool)
   uses = np.full((2, shape.tokens), -1, np.int32)
   places = []  # of every sequence: where its tokens lie
   at = out = 0
@@ -289,7 +287,7 @@ def pack(
       now = slice(out, out + n)
       source[now], target[now] = before, tokens[at : at + n]
       owner[now] = k * r + side
-      common_prefix[now] = np.arange(n) < least[k, side]
+      in_prefix[now] = np.arange(n) < least[k, side]
       uses[np.where(uses[0, before] < 0, 0, 1), before] = np.arange(
         out, out + n
       )
@@ -306,7 +304,7 @@ def pack(
     source,
     target,
     owner,
-    common_prefix,
+    in_prefix,
     *uses,
   )
 

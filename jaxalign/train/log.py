@@ -1,13 +1,21 @@
-"""What a run is watched for: explosion, displacement, no more improvement.
+"""metrics.jsonl: read, written, and what a run is warned or stopped by.
 
-All of it is read from the lines of metrics.jsonl, so a resumed run decides as
-an uninterrupted one.
+Explosion, displacement and the end of improvement are read from its lines, so
+a resumed run decides as an uninterrupted one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import json
 import math
+import os
 import statistics
 from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+
+from jaxalign.core import artifacts
+from jaxalign.core.errors import WriteError
 
 Lines = Sequence[dict[str, Any]]
 
@@ -19,6 +27,71 @@ DRIFT = -0.1  # nats a chosen token: it has become a tenth less likely
 WORSE = 0.1  # more answers without an end, or empty, than at first
 # Measures, by their last name, of which less is better.
 LOWER = ("loss", "ties", "malformed", "empty", "kl")
+
+
+class Log:
+  """The lines of a run, in memory and in its metrics.jsonl.
+
+  A class because it knows how many of them the file has already.
+  """
+
+  def __init__(self, folder: epath.Path, until: int):
+    """Reads the lines of steps before `until`: later ones are of lost steps."""
+    self.path, self.lines = folder / "metrics.jsonl", []
+    self.diverged = folder / "diverged.jsonl"
+    self.written = 0  # lines that this run has put into the file
+    text = self.path.read_text() if self.path.exists() else ""
+    for line in text.splitlines():
+      try:
+        line = json.loads(line)
+        if line["step"] < until:
+          self.lines.append(line)
+      except (ValueError, KeyError):
+        break  # a torn last line of a killed run
+
+  def write(self) -> None:
+    """Writes the lines that are not in the file yet.
+
+    The first time whole and atomic, which drops what lost steps and a torn line
+    have left; then at the end, so that a save costs what is new. A kill may
+    tear the last line; it belongs to a step that no checkpoint has.
+    """
+    new, done = self.lines[self.written :], self.written
+    self.written = len(self.lines)
+    if jax.process_index():
+      return
+    if not done or "://" in str(self.path):  # object stores cannot append
+      artifacts.write_bytes(self.path, _text(self.lines))
+    else:
+      _append(self.path, _text(new))
+
+  def write_diverged(self, since: int, last: dict[str, Any]) -> None:
+    """Keeps how a run diverged in diverged.jsonl.
+
+    Its lines from step `since` on and `last`, of the update that ended it; null
+    where a number is not finite, which JSON cannot say.
+    """
+    bad = lambda x: isinstance(x, float) and not math.isfinite(x)
+    last = {n: None if bad(x) else x for n, x in last.items()}
+    kept = [x for x in self.lines if x["step"] >= since]
+    if jax.process_index() == 0:
+      artifacts.write_bytes(self.diverged, _text([*kept, last]))
+
+
+def _append(path: epath.Path, data: bytes) -> None:
+  """Writes at the end of a local file."""
+  try:
+    with open(os.fspath(path), "ab") as file:
+      file.write(data)
+  except OSError as error:
+    raise WriteError(
+      f"cannot write {path}: {error.strerror or error}; free space or "
+      "permissions, or another --workdir"
+    ) from error
+
+
+def _text(lines: Iterable[dict[str, Any]]) -> bytes:
+  return "".join(json.dumps(x, sort_keys=True) + "\n" for x in lines).encode()
 
 
 def exploded(lines: Lines, loss: float, factor: float) -> float | None:
@@ -86,7 +159,7 @@ def collapsed(lines: Lines) -> str:
   )
 
 
-class Best(NamedTuple):
+class BestEvaluation(NamedTuple):
   """The best evaluation so far."""
 
   step: int  # updates done; 0: none
@@ -94,23 +167,25 @@ class Best(NamedTuple):
   stale: int  # evaluations since
 
 
-def best_of(lines: Lines, name: str, since: int = 0) -> Best:
+NONE = BestEvaluation(0, 0.0, 0)
+
+
+def best_of(lines: Lines, name: str) -> BestEvaluation:
   """The first of the best values of a measure; one that is not finite is none.
 
   Args:
     lines: as they stand in metrics.jsonl.
     name: "held_out/accuracy"; of the last names in LOWER less is better.
-    since: updates done before which nothing counts.
   """
   sign = -1.0 if name.split("/")[-1] in LOWER else 1.0
-  best = Best(0, 0.0, 0)
+  best = NONE
   for line in lines:
     value = line.get(f"eval/{name}")
-    if value is None or line["step"] + 1 < since:
+    if value is None:
       continue
     finite = math.isfinite(value)
     if finite and (not best.step or sign * value > sign * best.value):
-      best = Best(line["step"] + 1, value, 0)
+      best = BestEvaluation(line["step"] + 1, value, 0)
     elif best.step:
       best = best._replace(stale=best.stale + 1)
   return best
