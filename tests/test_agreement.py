@@ -12,6 +12,7 @@ from jaxalign.eval import interrater, rating_tables
 from jaxalign.eval.interrater import Verdict
 from jaxalign.eval.rating_codes import Choice
 
+beyond = interrater.beyond_chance
 KM = (("m", "k"), ("k", "m"))  # two models, in both orders
 
 
@@ -170,8 +171,8 @@ def test_scott_s_pi_by_hand():
   """[[45, 15], [25, 15]]: kappa .130435, pi .120879."""
   xs = [0] * 60 + [1] * 40
   ys = [0] * 45 + [1] * 15 + [0] * 25 + [1] * 15
-  assert f"{interrater.cohen_kappa(xs, ys)['value']:.6f}" == "0.130435"
-  found = interrater.scott_pi(xs, ys)
+  assert f"{beyond('kappa', xs, ys)['value']:.6f}" == "0.130435"
+  found = beyond("pi", xs, ys)
   # Observed .6; fractions (60 + 70) / 200 and (40 + 30) / 200.
   chance = 0.65**2 + 0.35**2
   assert found["value"] == pytest.approx((0.6 - chance) / (1 - chance))
@@ -218,10 +219,10 @@ def test_pairs_of_one_item_are_drawn_together():
   xs = rng.integers(0, 3, 60).tolist()
   ys = [x if keep else 2 - x for x, keep in zip(xs, rng.random(60) < 0.7)]
   items = list(range(60)) * 10
-  for measure in (interrater.cohen_kappa, interrater.scott_pi):
-    one = measure(xs, ys)
-    many = measure(xs * 10, ys * 10, items)
-    alone = measure(xs * 10, ys * 10)
+  for measure in ("kappa", "pi"):
+    one = beyond(measure, xs, ys)
+    many = beyond(measure, xs * 10, ys * 10, items)
+    alone = beyond(measure, xs * 10, ys * 10)
     assert many["value"] == pytest.approx(one["value"])
     assert many["low"] == pytest.approx(one["low"], abs=0.02)
     assert alone["high"] - alone["low"] < 0.5 * (many["high"] - many["low"])
@@ -230,7 +231,7 @@ def test_pairs_of_one_item_are_drawn_together():
   many = interrater.krippendorff_alpha(units * 10, items)
   assert many["low"] == pytest.approx(one["low"], abs=0.02)
   # One item alone varies with nothing: no interval, rather than one of zero.
-  assert interrater.cohen_kappa([0, 1, 1], [0, 1, 0], ["i"] * 3)["low"] is None
+  assert beyond("kappa", [0, 1, 1], [0, 1, 0], ["i"] * 3)["low"] is None
 
 
 def test_only_raters_who_share_a_pair_are_compared(monkeypatch):
@@ -331,13 +332,11 @@ def test_the_majority_is_the_plurality_and_a_tie_where_two_lead(votes, winner):
   assert interrater.majority([{pair: w} for w in winners]) == {pair: winner}
 
 
-@pytest.mark.parametrize(
-  "measure", [interrater.cohen_kappa, interrater.scott_pi]
-)
+@pytest.mark.parametrize("measure", ["kappa", "pi"])
 def test_one_label_only_has_no_kappa(measure):
   none = dict(value=None, low=None, high=None)
-  assert measure([1, 1, 1], [1, 1, 1]) == none | dict(n=3)
-  assert measure([], []) == none | dict(n=0)
+  assert beyond(measure, [1, 1, 1], [1, 1, 1]) == none | dict(n=3)
+  assert beyond(measure, [], []) == none | dict(n=0)
   assert interrater.krippendorff_alpha([[1, 1], [1, 1]])["value"] is None
   assert interrater.krippendorff_alpha([])["value"] is None
 

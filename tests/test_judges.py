@@ -451,9 +451,8 @@ def test_a_line_that_is_no_verdict_is_passed_over(path, line):
     (dict(url="https://x/v1?key=secret"), "holds a user"),
     (dict(url="http://example.com/v1"), "in the clear"),
     (dict(key_env="NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE, found none"),
-    (dict(workers=0), "workers is 0"),
-    (dict(per_minute=0), "per_minute"),
-    (dict(retries=-1), "at least 0"),
+    (dict(per_minute=0), "per_minute is 0"),
+    (dict(max_requests=0), "max_requests is 0"),
   ],
 )
 def test_settings_that_cannot_work(server, path, changes, words):

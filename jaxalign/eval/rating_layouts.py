@@ -86,23 +86,17 @@ class TableLayout(NamedTuple):
     return self.texts or self.names or ("the first answer", "the second answer")
 
 
-def _step(row: Any, step: str) -> tuple[bool, Any]:
-  """Whether a dict or list has a place of this name, and what stands there."""
-  if isinstance(row, dict) and step in row:
-    return True, row[step]
-  if isinstance(row, list) and step.isdecimal() and len(step) < 9:
-    if int(step) < len(row):
-      return True, row[int(step)]
-  return False, None
-
-
 def _find(row: Any, path: str) -> tuple[bool, Any]:
+  """Whether a row has a place of this path, and what stands there."""
   if isinstance(row, dict) and path in row:
     return True, row[path]
-  there = True
   for step in path.split("."):
-    there, row = _step(row, step)
-  return there, row
+    number = isinstance(row, list) and step.isdecimal()
+    try:
+      row = row[int(step) if number else step]
+    except (KeyError, IndexError, TypeError, ValueError):
+      return False, None
+  return True, row
 
 
 def at(row: Any, path: str) -> Any:
@@ -206,60 +200,57 @@ def _item(columns: Sequence[str], fields: Fields) -> tuple[str, ...]:
 # Layouts known as a whole.
 
 
-def _both(
-  first: str, second: str, identity: bool = False
-) -> tuple[VerdictColumn, VerdictColumn]:
+def _both(first: str, second: str, identity: bool = False):
   """A judge's columns of the two orders."""
   column = VerdictColumn(first, "", "judge", False, identity)
   return column, column._replace(path=second, swapped=True)
 
 
+def _layout(name: str, columns: tuple = (), **paths: Any) -> TableLayout:
+  """A layout whose paths are given as text; a judge's is forgiving."""
+  paths = {
+    k: tuple(v.split()) if isinstance(v, str) and k != "rater" else v
+    for k, v in paths.items()
+  }
+  return TableLayout(name, columns, forgiving="judge" in name, **paths)
+
+
 _ORDERS = "a judge's verdicts in both orders ({})".format
 # By columns that all have to be there. A rater without a name is the file's.
 _KNOWN = {
-  "results output_1 output_2": TableLayout(
-    _ORDERS("LLMBar"),
-    (),  # as many as there are results
-    texts=("output_1", "output_2"),
-    prompt=("input",),
-    known=_ONE_TWO,
-    forgiving=True,
+  "results output_1 output_2": _layout(  # columns: as many as there are results
+    _ORDERS("LLMBar"), texts="output_1 output_2", prompt="input", known=_ONE_TWO
   ),
-  "question_id model_1 model_2 g1_winner g2_winner": TableLayout(
+  "question_id model_1 model_2 g1_winner g2_winner": _layout(
     _ORDERS("MT-bench"),
     _both("g1_winner", "g2_winner", True),
-    item=("question_id", "turn"),
-    names=("model_1", "model_2"),
+    item="question_id turn",
+    names="model_1 model_2",
     rater="judge",
-    forgiving=True,
   ),
-  "id prompt ours theirs verdicts": TableLayout(
+  "id prompt ours theirs verdicts": _layout(
     _ORDERS("verdicts.jsonl"),
     _both("verdicts.0", "verdicts.1"),
-    item=("id",),
-    prompt=("prompt",),
-    texts=("ours", "theirs"),
-    forgiving=True,
+    item="id",
+    prompt="prompt",
+    texts="ours theirs",
   ),
-  "summaries choice worker": TableLayout(
+  "summaries choice worker": _layout(
     "comparisons of summaries (OpenAI)",
     (VerdictColumn("choice", "", "human"),),
-    item=("info.id",),
-    prompt=("info.post",),
+    item="info.id",
+    prompt="info.post",
     rater="worker",
-    texts=("summaries.0.text", "summaries.1.text"),
+    texts="summaries.0.text summaries.1.text",
     known={"0": "first", "1": "second"},
   ),
-  "gpt_result idx": TableLayout(
+  "gpt_result idx": _layout(
     "a judge's verdicts (PandaLM)",
     (VerdictColumn("gpt_result", "", "judge"),),
-    item=("idx",),
+    item="idx",
     known=_ONE_TWO,
-    forgiving=True,
   ),
 }
-
-
 _SWAPS = {"swap = False", "swap = True"}
 
 

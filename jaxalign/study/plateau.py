@@ -1,6 +1,6 @@
 """How win rate grows with data: a plateau, or growth with no end in sight.
 
-R(x) = r - (r - a) exp(-b x), Khera et al. 2024, equation 1, is fitted beside a
+R(x) = r - (r - a) exp(-b x), Khera et al. 2024, equation 1, is fitted next to a
 power law, a logarithm and a straight line, and is believed only if the points
 themselves bound it.
 
@@ -27,6 +27,7 @@ RECIPE = (
   "so it compares data sets only under one recipe."
 )
 LEAST = 4  # different x that a curve of three numbers is fitted to
+_PERCENT = (0.0, 100.0)  # least and most of r and a
 _GRID = 81  # values of the shape searched before it is refined
 
 
@@ -63,65 +64,39 @@ CURVES: dict[str, _Curve] = {
 }
 
 
-class _Points(NamedTuple):
-  """What a curve is fitted to."""
-
-  x: np.ndarray  # [n] percent of the data
-  y: np.ndarray  # [n] win rate
-  w: np.ndarray  # [n] weights
-  bounds: tuple[float, float]  # of a and r, for the plateau alone
-
-
 def _solve(
-  name: str, shape: float, points: _Points, fixed: tuple | None = None
+  name: str,
+  shape: float,
+  x: np.ndarray,
+  y: np.ndarray,
+  fixed: tuple[int, float] | None = None,
 ) -> tuple[float, np.ndarray]:
-  """Weighted sum of squares and the two linear numbers, given the shape.
+  """Sum of squares and the two linear numbers, given the shape.
 
   For a profile one is `fixed`: (0 for a or 1 for r, its value).
   """
-  x, y, w, (low, high) = points
   basis = np.stack(CURVES[name].weights(x, shape), axis=1)
-  basis = basis * np.sqrt(w)[:, None]
-  aim = y * np.sqrt(w)
+  low, high = _PERCENT
 
   def miss(numbers: np.ndarray) -> float:
-    return float(((aim - basis @ numbers) ** 2).sum())
+    return float(((y - basis @ numbers) ** 2).sum())
 
   def held(which: int, value: float) -> np.ndarray:
     column = basis[:, 1 - which]
     norm = column @ column
     # A column of zeros: that number has no say at these points.
-    other = column @ (aim - value * basis[:, which]) / norm if norm > 0 else 0
+    other = column @ (y - value * basis[:, which]) / norm if norm > 0 else 0
     other = min(max(other, low), high)
     return np.array([value, other] if which == 0 else [other, value])
 
   if fixed is not None:
     found = held(*fixed)
     return miss(found), found
-  found = np.linalg.lstsq(basis, aim, rcond=None)[0]
+  found = np.linalg.lstsq(basis, y, rcond=None)[0]
   if name == "plateau" and not (low <= found.min() and found.max() <= high):
     # A sum of squares is convex: its least in the box is on an edge.
-    found = min((held(i, v) for i in (0, 1) for v in (low, high)), key=miss)
+    found = min((held(i, v) for i in (0, 1) for v in _PERCENT), key=miss)
   return miss(found), found
-
-
-def _best(
-  name: str, points: _Points, fixed: tuple | None = None
-) -> tuple[float, float, np.ndarray]:
-  """(sum of squares, shape, linear numbers) of the best fit."""
-  grid = CURVES[name].shapes(points.x.max())
-
-  def cost(log_shape: float) -> float:
-    return _solve(name, float(np.exp(log_shape)), points, fixed)[0]
-
-  costs = [cost(s) for s in np.log(grid)]
-  i = int(np.argmin(costs))
-  shape = float(grid[i])
-  if 0 < i < len(grid) - 1:
-    found = _least(cost, *np.log(grid[[i - 1, i + 1]]), xatol=1e-10)
-    shape = float(np.exp(found.x)) if found.fun <= costs[i] else shape
-  missed, numbers = _solve(name, shape, points, fixed)
-  return missed, shape, numbers
 
 
 def _least(cost: Callable, low: float, high: float, xatol: float) -> Any:
@@ -129,6 +104,25 @@ def _least(cost: Callable, low: float, high: float, xatol: float) -> Any:
   return optimize.minimize_scalar(
     cost, bounds=(low, high), method="bounded", options=dict(xatol=xatol)
   )
+
+
+def _best(
+  name: str,
+  x: np.ndarray,
+  y: np.ndarray,
+  fixed: tuple[int, float] | None = None,
+) -> tuple[float, float, np.ndarray]:
+  """(sum of squares, shape, linear numbers) of the best fit."""
+  grid = CURVES[name].shapes(x.max())
+  cost = lambda log_shape: _solve(name, np.exp(log_shape), x, y, fixed)[0]
+  costs = [cost(s) for s in np.log(grid)]
+  i = int(np.argmin(costs))
+  shape = float(grid[i])
+  if 0 < i < len(grid) - 1:
+    found = _least(cost, *np.log(grid[[i - 1, i + 1]]), xatol=1e-10)
+    shape = float(np.exp(found.x)) if found.fun <= costs[i] else shape
+  missed, numbers = _solve(name, shape, x, y, fixed)
+  return missed, shape, numbers
 
 
 def _crossing(
@@ -144,87 +138,62 @@ def _crossing(
   return None
 
 
-def _held_out_error(name: str, points: _Points) -> float:
+def _held_out_error(name: str, x: np.ndarray, y: np.ndarray) -> float:
   """Root mean square error at each x when the fit has not seen it.
 
   All but the smallest: the point without data is always measured, and a curve
   with no point near it may say anything there.
   """
-  x, y, w, _ = points
-  missed, weight = 0.0, 0.0
+  errors = []
   for left_out in np.unique(x)[1:]:
     out = x == left_out
-    rest = points._replace(x=x[~out], y=y[~out], w=w[~out])
-    _, shape, found = _best(name, rest)
+    _, shape, found = _best(name, x[~out], y[~out])
     predicted = np.stack(CURVES[name].weights(x[out], shape), axis=1) @ found
-    missed += float((w[out] * (y[out] - predicted) ** 2).sum())
-    weight += float(w[out].sum())
-  return float(np.sqrt(missed / weight))
+    errors.append(y[out] - predicted)
+  return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
 
 
-def _significant(least: float, points: _Points, known: bool) -> float:
+def _significant(least: float, y: np.ndarray) -> float:
   """The sum of squares above which a value is outside its 95 % interval."""
-  freedom = len(points.y) - 3
-  scale = least / freedom
-  if known:
-    return least + max(1.0, scale) * stats.chi2.ppf(0.95, 1)
-  # The unknown variance is paid for by F in place of chi-squared. An exact
-  # fit still rounds: below that there is nothing to compare.
-  floor = 1e-12 * float((points.w * points.y**2).sum())
-  return least + max(scale, floor) * stats.f.ppf(0.95, 1, freedom)
+  freedom = len(y) - 3
+  # An exact fit still rounds: below that there is nothing to compare.
+  scale = max(least / freedom, 1e-12 * float((y * y).sum()))
+  return least + scale * stats.f.ppf(0.95, 1, freedom)
 
 
-def _points(
-  x: Sequence[float],
-  y: Sequence[float],
-  se: Sequence[float] | None,
-  bounds: tuple[float, float],
-) -> _Points:
-  """The points, checked; see `fit`."""
+def _checked(
+  x: Sequence[float], y: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-  error = np.ones_like(y) if se is None else np.asarray(se, np.float64)
-  if not x.shape == y.shape == error.shape or x.ndim != 1:
+  if x.shape != y.shape or x.ndim != 1:
     raise DataError(
-      f"plateau: {x.shape} data fractions, {y.shape} win rates and "
-      f"{error.shape} errors, wanted one of each a point"
+      f"plateau: {x.shape} data fractions and {y.shape} win rates, wanted one "
+      "of each a point"
     )
-  if not bounds[0] < bounds[1]:
-    raise ConfigError(f"plateau: bounds {bounds}, wanted (least, most)")
-  finite = all(np.isfinite(v).all() for v in (x, y, error))
-  if not finite or (x < 0).any() or (error <= 0).any():
+  if not (np.isfinite(x).all() and np.isfinite(y).all()) or (x < 0).any():
     raise DataError(
-      "plateau: wanted finite win rates, data fractions of at "
-      "least 0 and standard errors above 0; found "
-      f"x {x.tolist()}, y {y.tolist()}, se {error.tolist()}"
+      "plateau: wanted finite win rates and data fractions of at least 0; "
+      f"found x {x.tolist()}, y {y.tolist()}"
     )
-  if (y < bounds[0]).any() or (y > bounds[1]).any():
+  if (y < _PERCENT[0]).any() or (y > _PERCENT[1]).any():
     raise DataError(
-      f"plateau: win rates {y.tolist()} leave the bounds "
-      f"{bounds}; set bounds to the unit they are in"
+      f"plateau: win rates {y.tolist()} leave the bounds {_PERCENT}; wanted "
+      "percent"
     )
   if (distinct := len(np.unique(x))) < LEAST:
     raise DataError(
       f"plateau: {distinct} different data fractions, wanted at "
       f"least {LEAST}: the curve alone has three numbers; add budgets"
     )
-  return _Points(x, y, 1 / error**2, bounds)
+  return x, y
 
 
-def fit(
-  x: Sequence[float],
-  y: Sequence[float],
-  se: Sequence[float] | None = None,
-  *,
-  bounds: tuple[float, float] = (0.0, 100.0),
-) -> dict[str, Any]:
+def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
   """Fits the plateau, bounds its numbers, and weighs it against the others.
 
   Args:
     x: [n] percent of the data; one x may come several times (seeds).
     y: [n] win rate, percent.
-    se: [n] standard errors of y, in its unit; None: all alike, unknown. Given,
-      they are believed, and widened where the curve misses by more than them.
-    bounds: least and most of r and a; (0, 1) where win rates are fractions.
 
   Returns:
     "r", "a", "b": {"value", "low", "high"}; a bound of None was not reached,
@@ -234,45 +203,40 @@ def fit(
     "curves": {name: {"formula", "numbers", "r2", "held_out"}}, the error of
       predicting each x but the smallest from the others, in the unit of y.
     "best": the curve with the least held-out error.
-    "x", "y", "se", "bounds": as given.
+    "x", "y": as given.
     "words": what may be said, a list of sentences.
 
   Raises:
     DataError: fewer than four different x, or numbers that are none.
-    ConfigError: bounds the wrong way round.
   """
-  points = _points(x, y, se, bounds)
-  least, b, (a, r) = _best("plateau", points)
-  most = _significant(least, points, se is not None)
+  x, y = _checked(x, y)
+  least, b, (a, r) = _best("plateau", x, y)
+  most = _significant(least, y)
   out: dict[str, Any] = {}
   for which, name, value in ((1, "r", r), (0, "a", a)):
-    profile = lambda v, i=which: _best("plateau", points, (i, v))[0]
-    ends = (_crossing(profile, float(value), end, most) for end in bounds)
-    out[name] = dict(zip(("value", "low", "high"), (float(value), *ends)))
-  profile = lambda log_b: _solve("plateau", float(np.exp(log_b)), points)[0]
-  shapes = CURVES["plateau"].shapes(points.x.max())
-  ends = [
-    _crossing(profile, np.log(b), end, most) for end in np.log(shapes[[0, -1]])
-  ]
-  low, high = (None if end is None else float(np.exp(end)) for end in ends)
-  out["b"] = dict(value=b, low=low, high=high)
-  _, ys, w, _ = points
-  total = float((w * (ys - np.average(ys, weights=w)) ** 2).sum())
+    profile = lambda v, i=which: _best("plateau", x, y, (i, v))[0]
+    low, high = (_crossing(profile, float(value), e, most) for e in _PERCENT)
+    out[name] = dict(value=float(value), low=low, high=high)
+  profile = lambda log_b: _solve("plateau", np.exp(log_b), x, y)[0]
+  ends = np.log(CURVES["plateau"].shapes(x.max())[[0, -1]])
+  low, high = (_crossing(profile, np.log(b), end, most) for end in ends)
+  exp = lambda end: None if end is None else float(np.exp(end))
+  out["b"] = dict(value=b, low=exp(low), high=exp(high))
+  total = float(((y - y.mean()) ** 2).sum())
   out["curves"] = {
     name: dict(
       formula=curve.formula,
       numbers=curve.numbers,
-      r2=1 - _best(name, points)[0] / total if total > 0 else None,
-      held_out=_held_out_error(name, points),
+      r2=1 - _best(name, x, y)[0] / total if total > 0 else None,
+      held_out=_held_out_error(name, x, y),
     )
     for name, curve in CURVES.items()
   }
   out["best"] = min(out["curves"], key=lambda n: out["curves"][n]["held_out"])
   bounded = None not in (out["b"]["low"], out["r"]["low"], out["r"]["high"])
   # Without a gain there is nothing for b to be the rate of.
-  out["identified"] = bool(r > a and bounded and out["r"]["low"] > float(a))
-  out |= dict(x=points.x.tolist(), y=ys.tolist(), bounds=list(bounds))
-  out["se"] = None if se is None else np.asarray(se, np.float64).tolist()
+  out["identified"] = bool(r > a and bounded and out["r"]["low"] > a)
+  out |= dict(x=x.tolist(), y=y.tolist())
   return out | dict(words=_sentences(out))
 
 
@@ -309,20 +273,19 @@ def enough(fit: dict[str, Any], margin: float) -> dict[str, Any]:
   """
   if not margin > 0:
     raise ConfigError(f"margin {margin} of win rate, wanted above 0")
-  points = _points(fit["x"], fit["y"], fit["se"], tuple(fit["bounds"]))
-  x, y, w, (low, high) = points
-  least, b, (a, r) = _best("plateau", points)
-  most = _significant(least, points, fit["se"] is not None)
+  x, y = np.asarray(fit["x"]), np.asarray(fit["y"])
+  least, b, (a, r) = _best("plateau", x, y)
+  most = _significant(least, y)
   value = float(np.log((r - a) / margin) / b) if r - a > margin else 0.0
 
   def missed(log_gain: Any, log_x: float) -> np.ndarray:
     gain = np.exp(np.atleast_1d(log_gain))[:, None]
     lost = gain * np.exp(-np.log(gain / margin) / np.exp(log_x) * x)
-    top = np.average(y + lost, axis=1, weights=w)[:, None]
-    top = np.minimum(np.maximum(top, low + gain), high)
-    return (w * (y - top + lost) ** 2).sum(1)
+    top = (y + lost).mean(axis=1, keepdims=True)
+    top = np.minimum(np.maximum(top, _PERCENT[0] + gain), _PERCENT[1])
+    return ((y - top + lost) ** 2).sum(1)
 
-  gains = np.linspace(np.log(margin) + 1e-6, np.log(high - low), 81)
+  gains = np.linspace(np.log(margin) + 1e-6, np.log(np.ptp(_PERCENT)), _GRID)
 
   def profile(log_x: float) -> float:
     costs = missed(gains, log_x)
