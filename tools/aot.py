@@ -352,7 +352,7 @@ def compile_step(
   tensor = sharding.parts(mesh, "vocab")
   where = dict(positions=positions_of(batch, mesh), tensor=tensor)
   shape = memory.StepShape(
-    rows=int(np.prod(batch["ref_sum"].shape[1:])),
+    rows=int(np.prod(batch.ref.sum.shape[1:])),
     length=length,
     chunk=s["chunk"],
     moments=s["moments"],
@@ -365,21 +365,7 @@ def compile_step(
     parameters=decoder.parameter_count(m),
     argument_bytes=compiled.memory.argument_size_in_bytes,
     expected_bytes=held_bytes((state, batch, fixed)),
-<<<<<<< HEAD
     planned=memory.train_step(m, mesh, shape),
-=======
-    planned=memory.train_step(
-      m,
-      mesh,
-      memory.StepShape(
-        rows=int(np.prod(batch.ref.sum.shape[1:])),
-        length=length,
-        chunk=chunk,
-        moments=moments,
-        frozen_size=jnp.dtype(frozen).itemsize,
-      ),
-    ),
->>>>>>> main
     temp_bytes=compiled.memory.temp_size_in_bytes,
     collectives=collectives(program),
     whole_gathers=whole_gathers(program, m, tensor),

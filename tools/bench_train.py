@@ -193,24 +193,9 @@ def ours(args) -> None:
       lambda p, t, k: jax.lax.map(lambda micro: producer(p, *micro).sum, (t, k))
     )
     state = steps.init_state(jax.tree.map(lambda x: x + 0, params), tx, dpo)
-<<<<<<< HEAD
-    at, _, count_at = feed.make_feed(
-      mesh,
-      rows,
-      batch=args.batch,
-      accumulation=args.micro,
-      seed=0,
-      context=args.context,
-      rate=lambda step: 1e-6,
-      layout=layout,
-    )
-    updates = n // args.batch
-=======
     batching = feed.Batching(args.batch, 0, args.micro, args.context, layout)
     fed = feed.Feed(mesh, rows, batching, lambda step: 1e-6)
-    at = fed.batch_at
-    updates, losses_seen = n // args.batch, []
->>>>>>> main
+    at, updates = fed.batch_at, n // args.batch
 
     def update(step):
       nonlocal state
@@ -222,16 +207,8 @@ def ours(args) -> None:
       return totals
 
     def turn():
-<<<<<<< HEAD
       jax.block_until_ready([update(s) for s in range(updates)])
-      return dict(tokens=sum(count_at(s) for s in range(updates)), once=once)
-=======
-      seen = [update(s) for s in range(updates)]
-      losses_seen.append(float(seen[-1]["loss"][0] / seen[-1]["loss"][1]))
-      return dict(
-        tokens=sum(fed.tokens_at(s) for s in range(updates)), once=once
-      )
->>>>>>> main
+      return dict(tokens=sum(map(fed.tokens_at, range(updates))), once=once)
 
     shapes, begin = set(), time.monotonic()
     for s in range(updates):  # every shape once

@@ -42,6 +42,7 @@ from jaxalign.model import attention, decoder
 from jaxalign.select import em, mixture, whiten
 from jaxalign.train import optim
 from jaxalign.train import step as steps
+from jaxalign.train.batch import Batch
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.metrics import divide
@@ -256,8 +257,8 @@ class Step:
     params = decoder.init(jax.random.key(0), m, mesh)
     # Computed once, as for a run: the reference is the first policy.
     ref = jax.jit(lambda p, t, k: logps_fn(p, t, k))(params, tokens[0], mask[0])
-    self.batch = dict(tokens=tokens, mask=mask, lr=np.float32(1e-5))
-    self.batch |= dict(ref_sum=ref.sum[None], ref_count=ref.count[None])
+    ref = jax.tree.map(lambda x: x[None], ref)
+    self.batch = Batch(tokens, mask, ref, lr=np.float32(1e-5))
     tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
     bound = bind(LOSSES[loss], loss, {})
     self.step = steps.make_train_step(logps_fn, bound, tx)
