@@ -83,7 +83,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   texts = [r["prompt"] + r["chosen"] for r in rows]
   tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(texts[:1500], 4096))
   encoded, _, refused = encode_texts(tok, *columns(rows), context=1 << 14)
-  both = tokens.lengths(encoded).reshape(-1, 2)
+  both = tokens.row_lengths(encoded).reshape(-1, 2)
   kept = [r for i, r in enumerate(rows) if i not in refused]
   # TRL lets an answer's first token merge with its prompt's last one.
   length = lambda text: len(tok.encode_rendered(text)) + 2
