@@ -38,8 +38,8 @@ def world(seed=3, n=N, unpaired=False, **knobs):
     | dict(pool_rows=n, sft_rows=0, held_out_rows=1)
     | knobs
   )
-  made = world_lib.build(k, seed)
-  rows = world_lib.generate(made, seed)["pool"]
+  made = world_lib.build_world(k, seed)
+  rows = world_lib.generate_rows(made, seed)["pool"]
   vocab, ids, start, offsets = {}, [], [], [0]
   for row in rows:
     for side in ("chosen", "rejected"):

@@ -59,13 +59,13 @@ sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
 from jaxalign import pipeline
-from jaxalign.core import job as job_lib  # noqa: E402
 from jaxalign.core import progress, sharding
 from jaxalign.data import tokens as tokens_lib  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
 from jaxalign.data.encode import encode_texts
 from jaxalign.embed import passes as embed
 from jaxalign.model import decoder  # noqa: E402
+from jaxalign.model import job as job_lib  # noqa: E402
 from jaxalign.select import grams
 from jaxalign.select import pool as pools  # noqa: E402
 from jaxalign.select.samplers import combine  # noqa: E402
@@ -118,7 +118,7 @@ def make(name: str, world: world_lib.World, seed: int, count: int) -> Case:
   The two answers of a row, and what draws its label, are alike in all cases.
   """
   n = SMALL if name == "small" else count
-  rows = world_lib.generate(world, seed)["pool"][:n]
+  rows = world_lib.generate_rows(world, seed)["pool"][:n]
   rng = np.random.default_rng([seed, 7])
   draw, flip, odd, junk = rng.random((4, count))[:, :n]
   said = [(r["chosen"], r["rejected"]) for r in rows]
@@ -208,7 +208,7 @@ def columns_of(
   assert not left_out, "a text is longer than the context"
   counts = grams.columns(rows, 1)
   out = dict(
-    length=(tokens_lib.lengths(rows) - rows.start).astype(np.int32),
+    length=(tokens_lib.row_lengths(rows) - rows.start).astype(np.int32),
     grams=counts["grams"][:, 0],
     overlap=counts["overlap"][:, 0],
   )
@@ -309,11 +309,11 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
   mesh = sharding.make_mesh(c.mesh, jax.devices())
   lines = []
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-    job = job_lib.Job(c, mesh, folder)
+    job = pipeline.make_job(c, mesh, folder)
     pipeline.run_data(job)
     if "residual" in wanted:
       pipeline.run_sft(job)
-    world = world_lib.build(c.data.world.to_dict(), seed)
+    world = world_lib.build_world(c.data.world.to_dict(), seed)
     cases = {
       name: make(name, world, seed, args.rows) for name in args.cases.split(",")
     }

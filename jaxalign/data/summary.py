@@ -4,7 +4,10 @@ from collections.abc import Mapping
 import json
 from typing import Any
 
+import numpy as np
+
 from jaxalign.data.encode import ANSWERS
+from jaxalign.data.records import Loaded
 from jaxalign.data.tokens import TokenRows
 
 SHOWN = 2  # rows that are shown as they were understood
@@ -20,6 +23,48 @@ _COUNTS = dict(
   duplicates="rows whose whole content an earlier one has",
   left_out="rows left out by config.data.caps and weights",
 )
+
+
+def data_summary(
+  loaded: Loaded, splits: Mapping[str, list[dict]]
+) -> dict[str, Any]:
+  """What was read and kept, as JSON: counts, lengths, refusals, splits."""
+  rows = loaded.rows
+  sides = ("chosen", "rejected") if loaded.kind == "pairs" else ("completion",)
+  characters = dict(
+    prompt=_quantiles([len(row["prompt"]) for row in rows]),
+    response=_quantiles([len(row[side]) for row in rows for side in sides]),
+  )
+  summary = dict(
+    source=loaded.source,
+    kind=loaded.kind,
+    schema=loaded.schema,
+    seen=loaded.seen,
+    kept=len(rows),
+    refused=len(loaded.refused),
+    refused_by_reason=loaded.counts,
+    duplicates=loaded.duplicates,
+    groups=len({row["group"] for row in rows}),
+    rows_by_split={name: len(part) for name, part in splits.items()},
+    characters=characters,
+    readings=[r._asdict() for r in loaded.readings],
+    contradicted=loaded.contradicted,
+    shared_ids=loaded.shared_ids,
+    left_out=loaded.left_out,
+  )
+  if any(row.get("margin") is not None for row in rows):
+    summary |= dict(tied_scores=loaded.tied, against_scores=loaded.against)
+    summary["against_at"] = loaded.against_at
+  if loaded.kind == "unpaired":
+    summary["liked"] = sum(row["label"] for row in rows)
+  return summary
+
+
+def _quantiles(values: list[int]) -> dict[str, float]:
+  if not values:
+    return {}
+  low, middle, high = np.percentile(values, [5, 50, 95])
+  return dict(p5=float(low), p50=float(middle), p95=float(high))
 
 
 def decoded_rows(

@@ -17,7 +17,6 @@ import numpy as np
 from jaxalign.core import artifacts, hub, sharding
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import Job, kernel_of
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
@@ -27,6 +26,7 @@ from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import decoder, hf, reward
 from jaxalign.model.flops import reward_flops
+from jaxalign.model.job import Job, kernel_of
 
 SIDES = ("chosen", "rejected", "completion")
 
@@ -60,7 +60,7 @@ def tokens_of(
 ) -> tokens_lib.TokenRows:
   """Token rows that process 0 makes of texts, which it alone reads."""
   if jax.process_index() == 0:
-    tokens_lib.save(folder, "tokens", make())
+    tokens_lib.save_rows(folder, "tokens", make())
   sharding.barrier("tokens of a stage")
   return tokens_lib.load_rows(folder, "tokens")
 
@@ -413,7 +413,7 @@ def run_rewards(job: Job) -> None:
         )
       ),
     )
-    sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
+    sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
     flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
     return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
 

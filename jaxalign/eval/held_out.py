@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.core import intervals, progress
+from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.embed import passes as embed
 from jaxalign.eval import winrate
 from jaxalign.model import decode
+from jaxalign.model.job import Job
 
 
 class EvalSet(NamedTuple):
@@ -197,7 +199,7 @@ def policy_metrics(
     )
   out |= generation_health(policy.answers, data.tokenizer.stops, malformed)
   out["accuracy"] = accuracy(*as_pairs(data, policy.logp, reference.logp))
-  count = tokens_lib.lengths(data.tokens) - data.tokens.start
+  count = tokens_lib.row_lengths(data.tokens) - data.tokens.start
   out["likelihood_accuracy"] = likelihood_accuracy(
     *as_pairs(data, policy.logp, count.reshape(policy.logp.shape))
   )
@@ -256,7 +258,7 @@ def sampled_kl(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
 
   Both are [n] summed log-probabilities of the samples, nats.
   """
-  return intervals.mean(np.asarray(policy, np.float64) - np.asarray(ref))
+  return intervals.normal_mean(np.asarray(policy, np.float64) - np.asarray(ref))
 
 
 def generation_health(
@@ -283,5 +285,24 @@ def generation_health(
     malformed=intervals.proportion(bad),
     ended=intervals.proportion(ended),
     empty=intervals.proportion(empty),
-    length=intervals.mean(np.array([len(a) for a in answers])),
+    length=intervals.normal_mean(np.array([len(a) for a in answers])),
   )
+
+
+def eval_set(job: Job) -> EvalSet:
+  """The held-out split, ready to be measured on; made once a job."""
+  if "eval_set" not in job.kept:
+    rows, tokens = job.rows("held_out"), job.tokens("held_out")
+    room = job.model.context - job.c.eval.new_tokens
+    if prepare.too_long(job.c) == "cut":
+      room = job.model.context  # as the rows are cut, so are the prompts
+    asked = choose_prompts(rows, tokens, job.c.eval.prompts, room)
+    world = prepare.world_of(job.c)
+    job.kept["eval_set"] = EvalSet(rows, tokens, asked, job.tokenizer, world)
+  return job.kept["eval_set"]
+
+
+def eval_options(c: Any, seed: int = 0) -> EvalOptions:
+  """How answers are generated and scored."""
+  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
+  return EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)

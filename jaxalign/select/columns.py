@@ -13,12 +13,12 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.errors import DataError
-from jaxalign.core.job import Job
 from jaxalign.data import prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.embed import embedder
 from jaxalign.embed import store as stores
+from jaxalign.model.job import Job
 from jaxalign.select import grams
 from jaxalign.select.samplers import combine
 
@@ -35,7 +35,7 @@ class Column(NamedTuple):
 
 def _length(job: Job) -> np.ndarray:
   tokens = job.tokens("pool")
-  lengths = tokens_lib.lengths(tokens) - tokens.start
+  lengths = tokens_lib.row_lengths(tokens) - tokens.start
   return lengths.reshape(len(job.column("pool", "id")), -1).astype(np.int32)
 
 

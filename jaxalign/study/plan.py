@@ -12,8 +12,7 @@ import numpy as np
 
 from jaxalign.core import devices, progress
 from jaxalign.core.devices import sustained_flops
-from jaxalign.core.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
-from jaxalign.data import prepare, sources
+from jaxalign.data import build_data, prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import embedder, scores
 from jaxalign.embed import over_pool as passes
@@ -21,6 +20,7 @@ from jaxalign.embed import passes as embed
 from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder, hf, memory
 from jaxalign.model.flops import decoder_flops, reward_flops
+from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
 from jaxalign.select import choose as select
 from jaxalign.select import columns, costs
 from jaxalign.select import fit_mixture as mixture_stage
@@ -31,6 +31,7 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.train import feed, proxies
 from jaxalign.train import host_memory as host
 from jaxalign.train.host_memory import CHARACTERS_PER_TOKEN
+from jaxalign.train.ref_logps import updates_of
 from jaxalign.train.statistics import needs_batch_logps
 
 READING = 1e9  # bytes a second from a disk
@@ -49,7 +50,7 @@ def _sizes(
     mean = min(c.data.assume[1] or context, context)
     rows = {
       n: int(c.data.assume[0] * share)
-      for n, share in prepare.fractions(c).items()
+      for n, share in prepare.split_fractions(c).items()
     }
     if r == 1:
       rows["pool"] *= 2  # unpaired rows of pairs
@@ -61,13 +62,13 @@ def _sizes(
     )
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
-  found, said = prepare.preview(c, _model(c).context)
+  found, said = build_data.preview(c, _model(c).context)
   for line in said:
     progress.say(f"  {line}")
   splits, read = found.splits, found.summary["seen"]
   rows = {n: len(x) for n, x in splits.items()}
   names = prepare.sources_of(c)
-  counted = [sources.count_rows(name, prepare.PEEKED) for name in names]
+  counted = [sources.count_rows(name, build_data.PEEKED) for name in names]
   total = sum(n for n, _ in counted)
   if c.data.limit:
     total = min(total, c.data.limit * len(names))

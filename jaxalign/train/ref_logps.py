@@ -7,14 +7,16 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.job import Arm, arm_folder, Job, updates_of
 from jaxalign.core.lookup import source_digests
+from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import passes as embed
 from jaxalign.embed import store as stores
+from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
 from jaxalign.select.samplers import combine
+from jaxalign.select.topk import budget_rows
 from jaxalign.train.feed import (
   Batching,
   make_mismatched,
@@ -53,7 +55,7 @@ def rows_of(job: Job, arm: Arm) -> TrainRows:
   ids, tokens = job.column("pool", "id"), job.tokens("pool")
   responses = len(tokens.start) // len(ids)
   row_of = index[:, None] * responses + np.arange(responses)
-  counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[row_of])
+  counts = np.float32((tokens_lib.row_lengths(tokens) - tokens.start)[row_of])
   label = None
   if job.kind == "unpaired":
     label = np.array(job.column("pool", "label"))[index]
@@ -89,7 +91,7 @@ def _computed(
   source, batched = _pass_over_pool(job, arm), _batched(job)
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
-  own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
+  own = tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
   cost = lambda x: Cost(embed.flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
@@ -178,6 +180,19 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     fields=fields,
     make=make,
     inputs=inputs | {stage: job.key(stage) for stage in read},
+  )
+
+
+def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
+  """Updates of an arm that kept `rows` of a pool of so many rows."""
+  if arm.like:
+    rows = budget_rows(arm.like, pool, c.train.batch_size)
+  return batches.updates(
+    rows,
+    c.train.batch_size,
+    c.train.epochs,
+    c.train.max_updates,
+    c.train.min_updates,
   )
 
 
