@@ -9,6 +9,7 @@ The compiler's own count says the same within 3 %.
 import functools
 import math
 
+import flat
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
@@ -87,14 +88,8 @@ def rows_of(r, even):
     np.repeat(prompt, r).astype(np.int32),
     np.zeros(len(ids), np.int32),
   )
-  zero = np.zeros((BATCH, r), np.float32)
-  return feed.TrainRows(
-    [f"r{i}" for i in range(BATCH)],
-    tokens,
-    np.arange(BATCH * r).reshape(BATCH, r),
-    zero,
-    zero + 1,
-    np.arange(BATCH) % 2 == 0 if r == 1 else None,
+  return flat.train_rows(
+    tokens, r, label=np.arange(BATCH) % 2 == 0 if r == 1 else None
   )
 
 

@@ -48,14 +48,9 @@ def memory_of(device: Any) -> int | None:
   return int(stats.get("bytes_limit", 0)) or known(device).memory
 
 
-def peak_flops(device: Any, given: float = 0.0) -> float:
-  """Peak FLOP/s of a device; 0 where it is not known.
-
-  Args:
-    device: a jax device.
-    given: `config.train.peak`, taken at its word where it is not 0.
-  """
-  return given or known(device).peak
+def peak_flops(device: Any) -> float:
+  """Peak FLOP/s of a device; 0 where it is not known."""
+  return known(device).peak
 
 
 def sustained_flops(device: Any) -> float:
