@@ -114,7 +114,7 @@ STAGES = (
     "judged_reference",
     judge_stage.make_judged_reference,
     needs("data", "baseline"),
-    judge_stage.judge_fields("judge.labels", "judge.controls"),
+    judge_stage.judged_reference_fields,
   ),
   # Of each arm.
   Stage(
@@ -162,7 +162,7 @@ STAGES = (
     "judge",
     judge_stage.make_judged_policy,
     needs("evaluate", "baseline", "judged_reference"),
-    judge_stage.judge_fields(),
+    judge_stage.judge_fields,
     **_arm,
   ),
   Stage(

@@ -12,7 +12,7 @@ import tokenizers
 
 from configs import common
 from jaxalign.cli.select import main as select_main
-from jaxalign.core import artifacts, sharding
+from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tables
 from jaxalign.data import tokenizer as tokenizer_lib
@@ -309,14 +309,10 @@ def test_a_proxy_of_its_own_needs_no_reference(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   c.proxy.checkpoint = str(tmp_path)
   job = jobs.pipeline.make_job(c, None, tmp_path)
-  job.records["", "data"] = artifacts.Record(
-    "data", "key of data", {}, {}, {}, artifacts.Cost(), {}
-  )
   assert "sft" not in columns.before(c, ["proxy"])
-  assert columns.without_reference(c) >= {"proxy", "held_out"}
-  assert proxies._inputs(job) == dict(
-    data="key of data", model=scores.digest_of(tmp_path)
-  )
+  assert proxies.proxy_needs(job, None) == ["data"]
+  found = proxies.proxy_fields()(job, None)
+  assert found["proxy"] == scores.digest_of(tmp_path)
 
 
 def test_the_held_out_loss_is_that_of_dpo():

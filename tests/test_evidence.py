@@ -267,7 +267,7 @@ def test_a_fair_test_end_to_end(tmp_path):
   assert more.code == 0
   assert jobs.did(more) == [
     "select",
-    "card",
+    "selection_report",
     "ref_logps",
     "align",
     "evaluate",

@@ -420,7 +420,7 @@ def test_the_true_reward_is_only_of_the_world():
 def verdict_files(root, prompts):
   """Arms with verdicts on these prompts: name -> [(id, won)]."""
   for name, rows in prompts.items():
-    folder = root / ("shared/judge" if not name else f"runs/{name}")
+    folder = root / ("shared/judged_reference" if not name else f"runs/{name}")
     folder.mkdir(parents=True)
     (folder / "verdicts.jsonl").write_text(
       "".join(json.dumps(dict(id=i, outcome=w)) + "\n" for i, w in rows)

@@ -7,7 +7,7 @@ pairs), and `judge` of every arm. Where one ran, its win rates stand in place
 of the evaluation's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import json
 from typing import Any, NamedTuple
 
@@ -109,17 +109,16 @@ def labelled(job: Job) -> list[dict[str, Any]]:
 # The stages.
 
 
-def judge_fields(*more: str) -> Callable[[Job, Arm | None], dict[str, Any]]:
-  """The fields of a stage of the judge."""
+def judge_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
+  """What of the config verdicts depend on."""
+  found = pick(job.c, *_VERDICT, *_OF[kind_of(job.c)])
+  if kind_of(job.c) == "reward_model":
+    found["checkpoint"] = scores.digest_of(job.c.judge.checkpoint)
+  return found
 
-  def fields(job, arm):
-    found = pick(job.c, *_VERDICT, *_OF[kind_of(job.c)], *more)
-    given = job.c.judge.checkpoint
-    if kind_of(job.c) == "reward_model":
-      found["checkpoint"] = scores.digest_of(given)
-    return found
 
-  return fields
+def judged_reference_fields(job: Job, arm: None) -> dict[str, Any]:
+  return judge_fields(job, arm) | pick(job.c, "judge.labels")
 
 
 def _row(row: dict, ours: str, theirs: str, found: dict, k: int) -> dict:

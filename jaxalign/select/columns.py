@@ -280,20 +280,6 @@ def before(c: Any, names: list[str]) -> list[str]:
   return sorted({*names, *(reads[n] for n in names if reads.get(n))})
 
 
-def without_reference(c: Any) -> set[str]:
-  """The stages that run models of their own alone."""
-  own = not embedder.by_reference(c)
-  given = dict(
-    embed=own,
-    answer=own,
-    rewards=True,
-    ask=c.ask.checkpoint,
-    proxy=c.proxy.checkpoint,
-    held_out=c.proxy.checkpoint,
-  )
-  return {stage for stage, folder in given.items() if folder}
-
-
 def notes(c: Any, sampler: Callable) -> tuple[str, ...]:
   """What stands beside a selection that read what no real data tells."""
   table = known(c)

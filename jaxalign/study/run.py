@@ -137,7 +137,9 @@ def run_report(
 
   pages = [(REPORT, arm) for arm in arms]
   judged = ["judged_reference"] * (("", "judged_reference") in job.records)
-  stage = Stage(REPORT, make, lambda *_: [*pages, *judged], fields, **_PAGE)
+  needs = lambda *_: [*pages, *judged]
+  own = dict(volatile=("summary.json", "report.html", "config.json"))  # a time
+  stage = Stage(REPORT, make, needs, fields, **_PAGE, **own)
   job.run(stage, folder=job.workdir)
 
 
