@@ -4,11 +4,13 @@ import json
 
 import jax
 import numpy as np
+import pyarrow as pa
 
 from jaxalign import artifacts, embedder, ledger, memory, progress
 from jaxalign.artifacts import Cost
 from jaxalign.core import devices
 from jaxalign.data import tables
+from jaxalign.data.row_table import RowTable
 from jaxalign.errors import ConfigError
 from jaxalign.job import Arm, arm_folder, Job, sampler_kwargs
 from jaxalign.lookup import source_digests
@@ -119,11 +121,10 @@ def run_select(job: Job, arm: Arm) -> None:
   def make(folder):
     if jax.process_index() != 0:  # what follows reads the texts of the pool
       return files, Cost(), {}
-    rows, columns = job.rows("pool"), columns_lib.gather(job, sampler)
-    n = len(rows)
+    ids = np.array(job.column("pool", "id"))
+    columns, n = columns_lib.gather(job, sampler), len(ids)
     if "subset" in sampler.needs:
       columns["subset"] = np.isin(np.arange(n), selected_rows(job, chosen_arm))
-    ids = np.array([r["id"] for r in rows])
     fits = [None]
     if uses_mixture:
       fits = mixture_stage.likelihoods(job)
@@ -157,7 +158,9 @@ def run_select(job: Job, arm: Arm) -> None:
         jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None
       )
     notes = [*selection.notes, *columns_lib.notes(c, sampler)]
-    if copies := _copies([rows[i] for i in selection.rows]):
+    pool = job.shared / "data" / "pool.parquet"
+    kept = tables.read_some(pool, selection.rows)
+    if copies := _copies(kept):
       notes.append(
         f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
         "copies of others; leave them out by "
@@ -174,7 +177,8 @@ def run_select(job: Job, arm: Arm) -> None:
     sums = None
     if job.kind == "pairs" and source in read:
       sums = stores.read(job.shared / source / "store", "logp")
-    _write_selection(folder, rows, selection, fits[0], sums)
+    _write_scores(folder, ids, selection, fits[0])
+    _write_subset(folder, kept, selection, sums)
     artifacts.write_json(folder / "diagnostics.json", diagnostics)
     artifacts.write_json(
       folder / "config.json",
@@ -206,7 +210,7 @@ def run_select(job: Job, arm: Arm) -> None:
   job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
 
 
-def _copies(rows: list[dict]) -> int:
+def _copies(rows: RowTable) -> int:
   """Rows whose texts, but for case and spaces, an earlier one has."""
   seen = {
     tuple(
@@ -219,45 +223,44 @@ def _copies(rows: list[dict]) -> int:
   return len(rows) - len(seen)
 
 
-def _write_selection(folder, rows, selection, likelihood, sums) -> None:
-  """scores.parquet of all rows, subset.parquet of the kept ones.
+def _write_scores(folder, ids, selection, likelihood) -> None:
+  """scores.parquet of all rows."""
+  n, kept = len(ids), np.zeros(len(ids), bool)
+  kept[selection.rows] = True
+  columns = dict(
+    id=ids.tolist(),
+    row=np.arange(n),
+    score=np.asarray(selection.score, np.float64),
+    rank=cards.ranks(Pool(ids, {}), selection) - 1,
+    selected=kept,
+  )
+  if likelihood is not None:
+    for side in range(likelihood.shape[1]):
+      columns[f"log_likelihood_{side}"] = np.float64(likelihood[:, side])
+  tables.write_rows(folder / "scores.parquet", RowTable(pa.table(columns)))
+
+
+def _write_subset(folder, kept, selection, sums) -> None:
+  """subset.parquet of the kept rows, best first.
 
   `sums` are the reference's log-probabilities [N, 2], where they are known:
   columns that TRL reads in place of a reference pass.
   """
-  ids = np.array([row["id"] for row in rows])
-  rank = cards.ranks(Pool(ids, {}), selection) - 1
-  kept = np.zeros(len(rows), bool)
-  kept[selection.rows] = True
-  scores = []
-  for i, row in enumerate(rows):
-    line = dict(
-      id=row["id"],
-      row=i,
-      score=float(selection.score[i]),
-      rank=int(rank[i]),
-      selected=bool(kept[i]),
-    )
-    if likelihood is not None:
-      for side, value in enumerate(likelihood[i]):
-        line[f"log_likelihood_{side}"] = float(value)
-    scores.append(line)
-  tables.write_rows(folder / "scores.parquet", scores)
-  subset = []
-  for place, i in enumerate(selection.rows):
-    row = {k: v for k, v in rows[i].items() if k != "group"}
-    row |= dict(score=float(selection.score[i]), rank=place)
-    if sums is not None:
-      row |= {
-        f"ref_{side}_logps": float(x)
-        for side, x in zip(("chosen", "rejected"), sums[i])
-      }
-    subset.append(row)
-  tables.write_rows(folder / "subset.parquet", tables.as_read(subset))
+
+  def scored():
+    for rank, (i, row) in enumerate(zip(selection.rows, kept)):
+      del row["group"]
+      row |= dict(score=float(selection.score[i]), rank=rank)
+      if sums is not None:
+        names = "ref_chosen_logps", "ref_rejected_logps"
+        row |= {name: float(x) for name, x in zip(names, sums[i])}
+      yield row
+
+  rows = tables.as_read(RowTable.of(scored()))
+  tables.write_rows(folder / "subset.parquet", rows)
 
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   """Row numbers of the pool that an arm kept, best first."""
-  where = {name: i for i, name in enumerate(job.column("pool", "id"))}
   kept = tables.read_column(arm_folder(job, arm) / "subset.parquet", "id")
-  return np.array([where[name] for name in kept])
+  return np.searchsorted(np.array(job.column("pool", "id")), kept)
