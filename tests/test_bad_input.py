@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import shutil
 
 import jobs
 import numpy as np
@@ -410,7 +411,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
   tmp_path, monkeypatch, whole
 ):
   work = jobs.copy(tmp_path / "work")
-  (work / "shared/embed/store/embedding/00000.npy").unlink()
+  shutil.rmtree(work / "shared/embed/store/shards")
   real = embed._collect
 
   def poison(out, part, result, tick, own):
@@ -423,7 +424,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
   pool = tables.read_table(work / "shared/data/pool.parquet")
   assert ended.code == 76 and "1 of 320 rows" in ended.err
   assert f"rows [7] (ids {pool[3]['id']})" in ended.err
-  assert not (work / "shared/embed/store/embedding/00000.npy").exists()
+  assert not list((work / "shared/embed/store/shards").glob("*"))
   monkeypatch.setattr(embed, "_collect", real)
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended) == ["embed"]

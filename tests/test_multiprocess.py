@@ -119,8 +119,8 @@ def test_the_same_rows_are_chosen_everywhere(together, alone, arm):
 @pytest.mark.parametrize(
   "file",
   [
-    "embed/store/embedding/00000.npy",
-    "embed/store/logp/00000.npy",
+    "embed/store/embedding.npy",
+    "embed/store/logp.npy",
     "mixture/log_likelihood.npy",
     "baseline/samples.jsonl",
     "baseline/held_out_logp.npy",
