@@ -2,7 +2,7 @@ r"""How win rate grows with data: random parts of the pool, from 1 % to all.
 
 Each part is a run of its own, not a checkpoint of a longer one; those of one
 seed are nested, since a smaller random part is the start of a larger one. The
-curve is fitted beside curves without a plateau (jaxalign/eval/plateau.py) and
+curve is fitted beside curves without a plateau (jaxalign/study/plateau.py) and
 written to fit.json.
 
   python -m jaxalign.main --config=configs/plateau.py --workdir=runs/plateau

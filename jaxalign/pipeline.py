@@ -6,29 +6,29 @@ then for each arm select -> card -> ref_logps -> align -> evaluate -> (judge)
 each other.
 """
 
-from jaxalign.host import check_memory
-from jaxalign.job import Arm, Job
-from jaxalign.select.samplers import combine
-from jaxalign.select.topk import budget_rows
-from jaxalign.stages import columns
-from jaxalign.stages.align import run_align
-from jaxalign.stages.card import run_card
-from jaxalign.stages.data import run_data
-from jaxalign.stages.embed import KEEPS, run_passes
-from jaxalign.stages.evaluate import (
+from jaxalign.core.job import Arm, Job
+from jaxalign.data.data_stage import run_data
+from jaxalign.embed.over_pool import KEEPS, run_passes
+from jaxalign.embed.scores import run_alone, run_ask, run_rewards
+from jaxalign.eval.judge_kinds import check_enough, check_ready
+from jaxalign.eval.judge_stage import run_judge, run_judge_start
+from jaxalign.eval.policies import (
   policy_of,
   run_baseline,
   run_evaluate,
   run_export,
 )
-from jaxalign.stages.judge import run_judge, run_judge_start
-from jaxalign.stages.judges import check_enough, check_ready
-from jaxalign.stages.mixture import run_mixture
-from jaxalign.stages.proxies import run_held_out, run_proxy
-from jaxalign.stages.ref_logps import run_ref_logps
-from jaxalign.stages.scores import run_alone, run_ask, run_rewards
-from jaxalign.stages.select import check_hours, run_select
-from jaxalign.stages.sft import run_sft
+from jaxalign.report.selection_stage import run_card
+from jaxalign.select import columns
+from jaxalign.select.choose import check_hours, run_select
+from jaxalign.select.fit_mixture import run_mixture
+from jaxalign.select.samplers import combine
+from jaxalign.select.topk import budget_rows
+from jaxalign.train.align import run_align
+from jaxalign.train.host_memory import check_memory
+from jaxalign.train.proxies import run_held_out, run_proxy
+from jaxalign.train.ref_logps import run_ref_logps
+from jaxalign.train.sft import run_sft
 
 
 def _samplers(arms: list[Arm]) -> list:

@@ -13,7 +13,7 @@ from typing import Any
 from etils.epath import backend
 import fsspec
 
-from jaxalign import checkpoints
+from jaxalign.core import checkpoints
 from jaxalign.train import loop
 
 

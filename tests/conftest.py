@@ -116,7 +116,7 @@ def shared():
 @pytest.fixture(params=[(1, 1), (4, 2)], ids=["1x1", "4x2"])
 def mesh(request):
   """The current mesh: one device, then eight; a test must agree on both."""
-  from jaxalign import sharding
+  from jaxalign.core import sharding
 
   fsdp, tensor = request.param
   devices = jax.devices()[: fsdp * tensor]

@@ -20,18 +20,14 @@ import emitters
 import jax
 import numpy as np
 
-from jaxalign import (
-  artifacts,
-  interrupt,
-  main,
-  pipeline,
-  sharding,
-  study,  # noqa: F401
-)
-from jaxalign import job as job_lib
-from jaxalign.checkpoints import Checkpoints
+from jaxalign import pipeline
+from jaxalign.cli import main
+from jaxalign.core import artifacts, interrupt, sharding
+from jaxalign.core import job as job_lib
+from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.model import decoder
+from jaxalign.study import run as study  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -171,7 +167,7 @@ def start(
     config: the config file and variant.
   """
   code = (
-    f"import os, signal, sys\n{hook}\nfrom jaxalign import main\n"
+    f"import os, signal, sys\n{hook}\nfrom jaxalign.cli import main\n"
     "main.start(main.main)\n"
   )
   return subprocess.Popen(
@@ -199,8 +195,8 @@ def kill_at_shard(shard: int, stage: str = "") -> str:
   """A hook: SIGKILL before a shard of a stage's store is written."""
   return (
     "import os, signal\n"
-    "from jaxalign.select import store\n"
-    "from jaxalign.stages import embed\n"
+    "from jaxalign.embed import store\n"
+    "from jaxalign.embed import over_pool as embed\n"
     "embed.CALLS = 0\n"
     "real = store.write_shard\n"
     "def dying(s, shard, *a):\n"
@@ -213,11 +209,13 @@ def kill_at_shard(shard: int, stage: str = "") -> str:
 
 def kill_when(point: str, at: int = 1, number: str = "SIGKILL") -> str:
   """A hook that sends this process a signal just after the n-th call of a
-  function, given as "module.function" or "module.Class.method"."""
-  module, *names = point.split(".")
+  function, given as "room.module:function" or "room.module:Class.method"."""
+  module, names = point.split(":")
+  names = names.split(".")
   holder = ".".join(["module", *names[:-1]])
   return (
-    f"from jaxalign import {module} as module\n"
+    "import importlib\n"
+    f"module = importlib.import_module('jaxalign.{module}')\n"
     f"calls, holder, name = [], {holder}, {names[-1]!r}\n"
     "real = getattr(holder, name)\n"
     "def hooked(*args, **kwargs):\n"

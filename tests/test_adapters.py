@@ -4,16 +4,18 @@ training that moves on every mesh."""
 import functools
 
 from conftest import token_rows
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
-from jaxalign import recipe, sharding
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.data import recipe
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder
-from jaxalign.select import embed
 from jaxalign.train import optim, subspace
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -303,9 +305,9 @@ def batch_of(mesh, ref, lr=0.0):
     ref_sum=np.float32(ref),
     ref_count=np.float32(mask.sum(-1)),
   )
-  return {
-    n: sharding.put(mesh, x[None], None, "batch") for n, x in arrays.items()
-  } | dict(lr=np.float32(lr))
+  put = lambda x: sharding.put(mesh, x[None], None, "batch")
+  on_mesh = {n: put(x) for n, x in arrays.items()}
+  return flat.batch_of(**on_mesh, lr=np.float32(lr))
 
 
 @functools.lru_cache

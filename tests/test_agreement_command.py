@@ -11,8 +11,8 @@ from sklearn import metrics
 from test_report import paths, PAYLOADS, poisoned
 from test_report import read as parsed
 
-from jaxalign import agreement as command
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.cli import agreement as command
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import interrater, rating_codes, rating_tables
 from jaxalign.eval.interrater import Verdict
 from jaxalign.report import raters_page, terminal
@@ -67,30 +67,24 @@ def test_pandalm_s_three_raters(shared, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", ["--data", "--judges"])
 def test_pandalm_s_judge_beside_the_humans(shared, tmp_path, flag, capsys):
+  """The figures themselves are tested in test_agreement.py."""
   folder = shared / "data/pandalm"
-  found = numbers(
-    tmp_path,
-    f"--data={folder}/testset-v1.json",
-    f"{flag}={folder}/gpt-3.5-turbo-testset-v1.json",
+  judge = f"{flag}={folder}/gpt-3.5-turbo-testset-v1.json"
+  found = numbers(tmp_path, f"--data={folder}/testset-v1.json", judge)
+  table = rating_tables.read_ratings(
+    [str(folder / f"{n}testset-v1.json") for n in ("", "gpt-3.5-turbo-")],
+    rating_codes.Choice(),
   )
-  judge = found["judged"]["judges"]["gpt-3.5-turbo"]
-  assert {
-    rule: (f"{v['agreement']['value']:.4f}", f"{v['kappa']['value']:.4f}")
-    for rule, v in judge["against"].items()
-  } == {
-    "tie": ("0.7107", "0.4958"),
-    "drop": ("0.7156", "0.4929"),
-    "own": ("0.6977", "0.4755"),
-  }
-  assert judge["unparsable"] == 25
-  assert f"{found['judged']['humans']['alpha']['value']:.4f}" == "0.8642"
+  humans = ["annotator1", "annotator2", "annotator3"]
+  wanted = interrater.judged(table.rows, ["gpt-3.5-turbo"], humans, table.sizes)
+  assert found["judged"] == json.loads(json.dumps(wanted))
   assert "25 verdicts could not be read: 'garbage'" in capsys.readouterr().out
   # Lengths, from the file: 993 pairs whose answers are both texts.
-  rows = json.loads((folder / "testset-v1.json").read_text())
   longer = decided = 0
-  for row in rows:
-    if isinstance(row["response1"], str) and isinstance(row["response2"], str):
-      one, two = (len(row[k].strip()) for k in ("response1", "response2"))
+  for row in json.loads((folder / "testset-v1.json").read_text()):
+    texts = row["response1"], row["response2"]
+    if all(isinstance(text, str) for text in texts):
+      one, two = (len(text.strip()) for text in texts)
       if row["annotator1"] and one != two:
         decided += 1
         longer += (row["annotator1"] == 1) == (one > two)
@@ -102,282 +96,203 @@ def test_pandalm_s_judge_beside_the_humans(shared, tmp_path, flag, capsys):
 
 def test_llmbar_s_judges_in_both_orders(shared, tmp_path):
   folder = shared / "data/llmbar-natural"
-  found = numbers(
-    tmp_path, f"--data={folder}/judge-*.json", f"--data={folder}/dataset.json"
-  )
+  files = [f"{folder}/judge-*.json", f"{folder}/dataset.json"]
+  found = numbers(tmp_path, *(f"--data={name}" for name in files))
   raters = {r["name"]: r for r in found["raters"]}
   assert set(raters) == {"GPT-4", "ChatGPT", "LLaMA2", "PaLM2", "label"}
   orders = raters["GPT-4"]["orders"]
   assert f"{orders['kappa']['value']:.3f}" == "0.939"
   assert orders["consistent"]["value"] == 0.97
   assert raters["PaLM2"]["unparsable"] == 6
+  assert raters["PaLM2"]["orders"]["unparsable"]["value"] == 0.03
   assert raters["label"]["verdicts"] == 100  # said in all five files
   assert raters["label"]["role"] == "human"
   assert set(found["judged"]["judges"]) == set(raters) - {"label"}
-  # The same as the table made by hand in tests/test_agreement.py.
-  rows = [
-    Verdict(i, "1", "2", r, s)
-    for i, row in enumerate(
-      json.loads((folder / "judge-GPT-4.json").read_text())
-    )
-    for r, s in [("label", "first" if row["label"] == 1 else "second")]
-  ]
-  assert raters["label"]["orders"]["first"] == json.loads(
-    json.dumps(interrater.order_effects(rows, "label")["first"])
-  )
+  # A pair whose two orders disagree is a tie, which the label never is.
+  table = rating_tables.read_ratings(files, rating_codes.Choice())
+  winners = interrater.settle_orders(table.rows, "GPT-4")
+  assert list(winners.values()).count("") == 3
+  # The same as a table made by hand.
+  wanted = []
+  for name in ("GPT-4", "ChatGPT", "LLaMA2", "PaLM2"):
+    for row in json.loads((folder / f"judge-{name}.json").read_text()):
+      item = row["input"].strip()
+      label = "first" if row["label"] == 1 else "second"
+      wanted.append((item, "1", "2", "label", label))
+      for both in row["results"]:
+        for swap, shown in ((False, ("1", "2")), (True, ("2", "1"))):
+          winner = both[f"swap = {swap}"]["winner"]  # "1" in either order
+          place = winner and ("first" if winner == shown[0] else "second")
+          wanted.append((item, *shown, name, place))
+  plain = [(r.item, r.first[-1], r.second[-1], *r[3:]) for r in table.rows]
+  assert set(plain) == set(wanted)
 
 
 # Every layout: rows -> verdicts, the item and names as the layout has them.
 
+
+def cell(text):
+  """A cell as JSON, or as the word that it is."""
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
+
+
+def cells(head, *lines, **same):
+  """Rows of cells between bars under a head of columns; `same` in all."""
+  names = head.split()
+  found = [[cell(c.strip()) for c in line.split("|")] for line in lines]
+  return [same | dict(zip(names, row, strict=True)) for row in found]
+
+
 ONE, TWO = "pair 0001 answer 1", "pair 0001 answer 2"
+
+
+def verdicts(*lines):
+  """(item, first, second, rater, verdict) of words; 1 and 2 are answers."""
+  names = {"1": ONE, "2": TWO, "_": " ", "none": None}
+  out = set()
+  for line in lines:
+    item, first, second, *more = line.split()
+    rater, verdict = (names.get(w, w.replace("_", " ")) for w in more)
+    shown = (names.get(w, w.replace("_", " ")) for w in (first, second))
+    out.add((item.replace("_", " "), *shown, rater, verdict))
+  return out
+
+
+PAIR = dict(prompt="p", response_a="a", response_b="b")
+SIDES = dict(first="m", second="k")
 TALK = lambda text: [
   dict(role="user", content="hello"),
   dict(role="assistant", content=text),
 ]
 LAYOUTS = {
   "long": (
-    [
-      dict(item=7, first="m", second="k", rater="ann", verdict="first"),
-      dict(item=7, first="k", second="m", rater="ann", verdict="A"),
-      dict(item=7, first="m", second="k", rater="ben", verdict="tie"),
-      dict(item=8, first="m", second="k", rater="ben", verdict=None),
-    ],
-    {
-      ("7", "m", "k", "ann", "first"),
-      ("7", "k", "m", "ann", "first"),
-      ("7", "m", "k", "ben", "tie"),
-    },
+    cells(
+      "item first second rater verdict",
+      "7|m|k|ann|first",
+      "7|k|m|ann|A",
+      "7|m|k|ben|tie",
+      "8|m|k|ben|null",
+    ),
+    verdicts("7 m k ann first", "7 k m ann first", "7 m k ben tie"),
   ),
   "long, the winner's name": (
-    [
-      dict(
-        question_id="q",
-        model_a="gpt 4",
-        model_b="llama",
-        judge="x",
-        winner="GPT-4",
-      ),
-      dict(
-        question_id="q",
-        model_a="llama",
-        model_b="gpt 4",
-        judge="y",
-        winner="gpt 4",
-      ),
-    ],
-    {
-      ("q", "gpt 4", "llama", "x", "first"),
-      ("q", "llama", "gpt 4", "y", "second"),
-    },
+    cells(
+      "model_a model_b judge winner",
+      "gpt 4|llama|x|GPT-4",
+      "llama|gpt 4|y|gpt 4",
+      question_id="q",
+    ),
+    verdicts("q gpt_4 llama x first", "q llama gpt_4 y second"),
   ),
   "Chatbot Arena": (
-    [
-      dict(
-        question_id="q",
-        model_a="m",
-        model_b="k",
-        judge=f"u{i}",
-        turn=2,
-        conversation_a=TALK("aaa"),
-        conversation_b=TALK("b"),
-        winner=w,
-      )
-      for i, w in enumerate(("model_b", "tie (bothbad)", "model_a"))
-    ],
-    {
-      ("q / 2", "m", "k", "u0", "second"),
-      ("q / 2", "m", "k", "u1", "tie"),
-      ("q / 2", "m", "k", "u2", "first"),
-    },
+    cells(
+      "judge winner",
+      "u0|model_b",
+      "u1|tie (bothbad)",
+      "u2|model_a",
+      **dict(question_id="q", model_a="m", model_b="k", turn=2),
+      **dict(conversation_a=TALK("aaa"), conversation_b=TALK("b")),
+    ),
+    verdicts("q_/_2 m k u0 second", "q_/_2 m k u1 tie", "q_/_2 m k u2 first"),
   ),
   "AlpacaEval": (
-    [
-      dict(
-        instruction="q",
-        output_1="a",
-        output_2="b",
-        generator_1="m",
-        generator_2="k",
-        annotator=r,
-        preference=p,
-      )
-      for r, p in (("x", 1.0), ("y", 2.0), ("z", 1.5))
-    ],
-    {
-      ("q", "m", "k", "x", "first"),
-      ("q", "m", "k", "y", "second"),
-      ("q", "m", "k", "z", "tie"),
-    },
+    cells(
+      "annotator preference",
+      *("x|1.0", "y|2.0", "z|1.5"),
+      **dict(instruction="q", output_1="a", output_2="b"),
+      **dict(generator_1="m", generator_2="k"),
+    ),
+    verdicts("q m k x first", "q m k y second", "q m k z tie"),
   ),
   "OpenAI's comparisons of summaries": (
-    [
-      dict(
-        info=dict(id="t", post="p"),
-        worker=w,
-        choice=c,
-        summaries=[dict(text="one", policy="s"), dict(text="two", policy="s")],
-      )
-      for w, c in (("x", 0), ("y", 1))
-    ],
-    {("t", ONE, TWO, "x", "first"), ("t", ONE, TWO, "y", "second")},
+    cells(
+      "worker choice",
+      *("x|0", "y|1"),
+      info=dict(id="t", post="p"),
+      summaries=[dict(text="one", policy="s"), dict(text="two", policy="s")],
+    ),
+    verdicts("t 1 2 x first", "t 1 2 y second"),
   ),
   "long, whose id numbers the rows": (
-    [
-      dict(
-        id=100 + i,
-        prompt="p",
-        response_a="a",
-        response_b="b",
-        rater=r,
-        verdict=v,
-      )
-      for i, (r, v) in enumerate((("x", "A"), ("y", "B")))
-    ],
-    {("p", ONE, TWO, "x", "first"), ("p", ONE, TWO, "y", "second")},
+    cells("id rater verdict", "100|x|A", "101|y|B", **PAIR),
+    verdicts("p 1 2 x first", "p 1 2 y second"),
   ),
   "long, of one rater": (  # an id that may stand in other files
-    [
-      dict(
-        id=i, prompt="p", response_a="a", response_b="b", rater="x", verdict=v
-      )
-      for i, v in enumerate("AB")
-    ],
-    {("0", ONE, TWO, "x", "first"), ("1", ONE, TWO, "x", "second")},
+    cells("id verdict", "0|A", "1|B", rater="x", **PAIR),
+    verdicts("0 1 2 x first", "1 1 2 x second"),
   ),
   "wide, PandaLM's": (
-    [
-      dict(
-        idx=3,
-        response1="a",
-        response2="b",
-        annotator1=0,
-        annotator2=2,
-        annotator3=1,
-      )
-    ],
-    {
-      ("3", ONE, TWO, "annotator1", "tie"),
-      ("3", ONE, TWO, "annotator2", "second"),
-      ("3", ONE, TWO, "annotator3", "first"),
-    },
+    cells(
+      "idx response1 response2 annotator1 annotator2 annotator3", "3|a|b|0|2|1"
+    ),
+    verdicts(
+      *("3 1 2 annotator1 tie", "3 1 2 annotator2 second"),
+      "3 1 2 annotator3 first",
+    ),
   ),
   "wide, by words": (
-    [
-      dict(prompt="p", ann="A", ben="model_b", note="x"),
-      dict(prompt="q", ann="[[C]]", ben="", note="A"),
-      dict(prompt="r", ann="[[B]]", ben="Model A", note=None),
-    ],
-    {
-      ("p", ONE, TWO, "ann", "first"),
-      ("p", ONE, TWO, "ben", "second"),
-      ("q", ONE, TWO, "ann", "tie"),
-      ("r", ONE, TWO, "ann", "second"),
-      ("r", ONE, TWO, "ben", "first"),
-    },
+    cells(
+      "prompt ann ben note",
+      *("p|A|model_b|x", "q|[[C]]||A", "r|[[B]]|Model A|null"),
+    ),
+    verdicts(
+      *("p 1 2 ann first", "p 1 2 ben second", "q 1 2 ann tie"),
+      *("r 1 2 ann second", "r 1 2 ben first"),
+    ),
   ),
   "wide, 1 and 2": (
-    [dict(id=1, rater_1=1, rater_2="2"), dict(id=2, rater_1=2.0, rater_2="1")],
+    cells("id rater_1 rater_2", '1|1|"2"', '2|2.0|"1"'),
     {
-      ("1", ONE, TWO, "rater_1", "first"),
-      ("1", ONE, TWO, "rater_2", "second"),
-      ("2", ONE, TWO, "rater_1", "second"),
-      ("2", ONE, TWO, "rater_2", "first"),
+      (i, ONE, TWO, rater, verdict)
+      for i, words in (("1", ("first", "second")), ("2", ("second", "first")))
+      for rater, verdict in zip(("rater_1", "rater_2"), words)
     },
   ),
   "wide, signed strength": (
-    [
-      dict(prompt=p, response_1="a", response_2="b", preference_strength=s)
-      for p, s in (("p", -3), ("q", 0), ("r", 1))
-    ],
-    {
-      ("p", ONE, TWO, "votes", "first"),
-      ("q", ONE, TWO, "votes", "tie"),
-      ("r", ONE, TWO, "votes", "second"),
-    },
+    cells(
+      "prompt preference_strength",
+      *("p|-3", "q|0", "r|1"),
+      **dict(response_1="a", response_2="b"),
+    ),
+    verdicts("p 1 2 votes first", "q 1 2 votes tie", "r 1 2 votes second"),
   ),
   "MT-bench, both orders": (
-    [
-      dict(
-        question_id=81,
-        turn=1,
-        model_1="m",
-        model_2="k",
-        judge=["gpt-4", "pair-v2"],
-        g1_winner="model_1",
-        g2_winner="model_2",
-      ),
-      dict(
-        question_id=82,
-        turn=1,
-        model_1="m",
-        model_2="k",
-        judge=["gpt-4", "pair-v2"],
-        g1_winner="tie",
-        g2_winner="error",
-      ),
-    ],
+    cells(
+      "question_id g1_winner g2_winner",
+      *("81|model_1|model_2", "82|tie|error"),
+      **dict(turn=1, model_1="m", model_2="k", judge=["gpt-4", "pair-v2"]),
+    ),
     # In the second game model_2 stands first, and is meant by its name.
-    {
-      ("81 / 1", "m", "k", "gpt-4 pair-v2", "first"),
-      ("81 / 1", "k", "m", "gpt-4 pair-v2", "first"),
-      ("82 / 1", "m", "k", "gpt-4 pair-v2", "tie"),
-      ("82 / 1", "k", "m", "gpt-4 pair-v2", None),
-    },
+    verdicts(
+      *("81_/_1 m k gpt-4_pair-v2 first", "81_/_1 k m gpt-4_pair-v2 first"),
+      *("82_/_1 m k gpt-4_pair-v2 tie", "82_/_1 k m gpt-4_pair-v2 none"),
+    ),
   ),
   "LLMBar, both orders": (
-    [
-      dict(
-        input="p",
-        output_1="a",
-        output_2="b",
-        label=2,
-        results=[
-          {"swap = False": dict(winner="2"), "swap = True": dict(winner="1")}
-        ],
-      ),
-      dict(
-        input="q",
-        output_1="a",
-        output_2="b",
-        label=1,
-        results=[{"swap = False": dict(winner=None)}],
-      ),
-    ],
-    {
-      ("p", ONE, TWO, "label", "second"),
-      ("p", ONE, TWO, "votes", "second"),
-      ("p", TWO, ONE, "votes", "second"),
-      ("q", ONE, TWO, "label", "first"),
-      ("q", ONE, TWO, "votes", None),
-    },
+    cells(
+      "input label results",
+      'p|2|[{"swap = False": {"winner": "2"}, "swap = True": {"winner": "1"}}]',
+      'q|1|[{"swap = False": {"winner": null}}]',
+      **dict(output_1="a", output_2="b"),
+    ),
+    verdicts(
+      *("p 1 2 label second", "p 1 2 votes second", "p 2 1 votes second"),
+      *("q 1 2 label first", "q 1 2 votes none"),
+    ),
   ),
   "verdicts.jsonl, both orders": (
-    [
-      dict(
-        id="i",
-        prompt="p",
-        ours="a",
-        theirs="b",
-        outcome=0.5,
-        verdicts=["first", "first"],
-        replies=[],
-      ),
-      dict(
-        id="j",
-        prompt="p",
-        ours="a",
-        theirs="b",
-        outcome=None,
-        verdicts=["second", None],
-        replies=[],
-      ),
-    ],
-    {
-      ("i", ONE, TWO, "votes", "first"),
-      ("i", TWO, ONE, "votes", "first"),
-      ("j", ONE, TWO, "votes", "second"),
-      ("j", TWO, ONE, "votes", None),
-    },
+    cells(
+      "id outcome verdicts",
+      *('i|0.5|["first", "first"]', 'j|null|["second", null]'),
+      **dict(prompt="p", ours="a", theirs="b", replies=[]),
+    ),
+    verdicts(
+      *("i 1 2 votes first", "i 2 1 votes first"),
+      *("j 1 2 votes second", "j 2 1 votes none"),
+    ),
   ),
 }
 
@@ -396,15 +311,16 @@ def test_a_table_is_the_same_in_every_kind_of_file(tmp_path):
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  rows = [
-    dict(item=i, first="m", second="k", rater=r, verdict=v)
+  lines = [
+    f"{i}|{r}|{v}"
     for i, words in enumerate(("AB", "BA", "AA", "BB"))
     for r, v in zip(("ann", "ben"), words)
   ]
+  rows = cells("item rater verdict", *lines, **SIDES)
   wanted = table(tmp_path, rows).rows
   files = [tmp_path / n for n in ("a.csv", "a.json", "a.parquet", "a.jsonl.gz")]
   files[0].write_text(
-    "item,first,second,rater,verdict\n"
+    "first,second,item,rater,verdict\n"
     + "".join(",".join(map(str, row.values())) + "\n" for row in rows)
   )
   files[1].write_text(json.dumps(rows))
@@ -444,30 +360,10 @@ def test_answers_without_names_are_told_apart_by_their_texts(tmp_path):
 
 
 def test_lengths_follow_the_models_not_the_columns(tmp_path):
-  found = table(
-    tmp_path,
-    [
-      dict(
-        item=1,
-        model_a="m",
-        model_b="k",
-        response_a="mmmm",
-        response_b="k",
-        rater="j",
-        verdict="A",
-      ),
-      dict(
-        item=1,
-        model_a="k",
-        model_b="m",
-        response_a="k",
-        response_b="mmmm",
-        rater="j",
-        verdict="A",
-      ),
-    ],
-  )
-  assert found.sizes == {("1", "k", "m"): (1.0, 4.0)}
+  head = "model_a model_b response_a response_b"
+  lines = ("m|k|mmmm|k", "k|m|k|mmmm")
+  rows = cells(head, *lines, item=1, rater="j", verdict="A")
+  assert table(tmp_path, rows).sizes == {("1", "k", "m"): (1.0, 4.0)}
 
 
 def test_files_are_joined_by_item_and_named_apart(tmp_path):
@@ -710,14 +606,16 @@ def test_a_column_of_free_text_holds_no_labels(tmp_path):
     table(tmp_path, rows, "labels", raters=["ann", "ben"])
 
 
+NAMED = [  # rows whose columns have names of their own
+  dict(qid=i, one="a" * i, two="b", who=r, vote=v)
+  for i in range(1, 4)
+  for r, v in zip("xy", "AB")
+]
+
+
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 def test_a_config_s_rows_are_read_as_for_selecting(tmp_path):
-  rows = [
-    dict(qid=i, one="a" * i, two="b", who=r, vote=v)
-    for i in range(1, 4)
-    for r, v in zip("xy", "AB")
-  ]
-  path = written(tmp_path, rows)
+  path = written(tmp_path, NAMED)
   fields = dict(id="qid", first="one", second="two", choice="vote")
   found = numbers(
     tmp_path,
@@ -731,25 +629,11 @@ def test_a_config_s_rows_are_read_as_for_selecting(tmp_path):
 
 
 def test_any_columns_may_be_named(tmp_path):
-  rows = [
-    dict(qid=i, one="a" * i, two="b", who=r, vote=v)
-    for i in range(1, 4)
-    for r, v in zip("xy", "AB")
-  ]
-  found = table(
-    tmp_path,
-    rows,
-    fields=dict(
-      item="qid",
-      first_text="one",
-      second_text="two",
-      rater="who",
-      verdict="vote",
-    ),
-  )
-  assert len(found.rows) == 6 and found.rows[0] == Verdict(
-    "1", ONE, TWO, "x", "first"
-  )
+  names = dict(item="qid", first_text="one", second_text="two")
+  names |= dict(rater="who", verdict="vote")
+  found = table(tmp_path, NAMED, fields=names)
+  assert len(found.rows) == 6
+  assert found.rows[0] == Verdict("1", ONE, TWO, "x", "first")
   assert found.sizes["3", ONE, TWO] == (3.0, 1.0)
 
 

@@ -6,11 +6,11 @@ import jobs
 import numpy as np
 import pytest
 
+from jaxalign.cli import select as select_main
+from jaxalign.cli import train as train_main
 from jaxalign.data import tables
-from jaxalign.select import __main__ as select_main
 from jaxalign.select.pool import make_pool, Selection
 from jaxalign.select.samplers import SAMPLERS
-from jaxalign.train import __main__ as train_main
 
 
 @pytest.fixture

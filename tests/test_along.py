@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import plateau as config
-from jaxalign import along
-from jaxalign.job import Arm
+from jaxalign.core.job import Arm
+from jaxalign.study import along
 
 SHARES = (10, 20, 40, 60, 80, 100)
 

@@ -11,9 +11,7 @@ import jobs
 import pytest
 
 from configs import common
-from jaxalign import main
-from jaxalign.select import __main__ as select
-from jaxalign.train import __main__ as train
+from jaxalign.cli import main, select, train
 
 KNOBS = [
   *sorted(jobs.artifacts.flatten(common.base("tiny"), "")),

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import memory, sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data.tokens import TokenRows
-from jaxalign.errors import ConfigError
-from jaxalign.model import adapters, decoder
+from jaxalign.model import adapters, decoder, memory
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
-from jaxalign.train.layout import Packed
 from jaxalign.train.losses import LOSSES
+from jaxalign.train.packing import Packed
 
 sys.path.insert(0, str(ROOT))
 from tools import aot  # noqa: E402
@@ -177,30 +177,22 @@ def test_the_compiled_batch_is_what_a_run_feeds(
     np.zeros((8, responses), np.float32),
     loss.kind == "unpaired",
   )
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [str(i) for i in range(8)],
     tokens,
     np.arange(n).reshape(8, responses),
     zeros,
     zeros,
     np.zeros(8, bool) if unpaired else None,
+    mismatched=feed.MismatchedRows(tokens, zeros[:, 0]) if unpaired else None,
   )
-  batch_at, _, _ = feed.make_feed(
-    mesh,
-    rows,
-    batch=8,
-    accumulation=accumulation,
-    seed=0,
-    context=context,
-    rate=lambda step: 1e-3,
-    layout=layout,
-    mismatched=feed.Mismatched(tokens, zeros[:, 0]) if unpaired else None,
-  )
+  batching = feed.Batching(8, 0, accumulation, context, layout)
+  batch_at = feed.Feed(mesh, rows, batching, lambda step: 1e-3).batch_at
   assumed = aot.abstract_batch(
     mesh, loss, 8, context, accumulation, layout=layout
   )
   same_arrays(batch_at(0), assumed)
-  assert isinstance(assumed["tokens"], Packed) == (layout != "padded")
+  assert isinstance(assumed.tokens, Packed) == (layout != "padded")
   each = 8 * responses // accumulation // 4  # responses of a device
   assert aot.positions_of(assumed, mesh)[0] == each * (
     127 if layout == "padded" else 96
@@ -443,7 +435,7 @@ CONTROL = """
 import jax, jax.numpy as jnp
 from tools import aot
 from jax.experimental import topologies
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import decoder
 m = decoder.ModelConfig(layers=6, width=512, heads=8, kv_heads=4, head_size=64,
                         ff=1024, vocab=4000, context=256)

@@ -11,9 +11,10 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign import artifacts, errors, pipeline
-from jaxalign.checkpoints import Checkpoints
-from jaxalign.job import arm_folder
+from jaxalign import pipeline
+from jaxalign.core import artifacts, errors
+from jaxalign.core.checkpoints import Checkpoints
+from jaxalign.core.job import arm_folder
 
 
 def stage(
@@ -451,7 +452,7 @@ def full_disk(tmp_path):
   "hook",
   [
     "",  # seen before the save
-    "from jaxalign import checkpoints\n"  # seen by orbax in the midst of it
+    "from jaxalign.core import checkpoints\n"  # by orbax, amid it
     "checkpoints.Checkpoints._check_space = lambda *_: None\n",
   ],
   ids=["before", "during"],
@@ -630,7 +631,7 @@ def test_a_flipped_bit_in_a_checkpoint_that_is_gone_on_from(tmp_path):
   flip(checkpoint_file(work))
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended) == ["sft"]
-  assert "checkpoint 6" in ended.out and "going on from step 4" in ended.out
+  assert "checkpoint 6" in ended.out and "resumed from step 4" in ended.out
   assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))
   assert record.exists()
 
@@ -643,7 +644,7 @@ def test_all_checkpoints_damaged_starts_over(tmp_path):
   for step in ("4", "6"):
     flip(checkpoint_file(work, step))
   ended = jobs.run(work)
-  assert ended.code == 0 and "going on from" not in ended.out
+  assert ended.code == 0 and "resumed from" not in ended.out
   for step in (4, 6):
     assert f"checkpoint {step}" in ended.out
   assert not jobs.differences(jobs.outcome(jobs.finished()), jobs.outcome(work))

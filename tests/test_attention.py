@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import attention
 
 B, G, Q = 4, 2, 2
@@ -477,7 +477,7 @@ import json
 from tools import aot
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import attention
 
 def compiled(topology, fsdp, tensor, kernel, *, rows, length, groups, heads,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxalign.core.job import Job
 from jaxalign.data import tables
 from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.job import Job
-from jaxalign.select import embed
+from jaxalign.embed import passes as embed
 from jaxalign.train import feed
 
 SMALL = (
@@ -477,5 +477,5 @@ def test_a_loss_that_is_not_finite(tmp_path, whole):
   ] == [0]
   # The same again: it goes on from the good step and finds the same.
   again = jobs.run(tmp_path, "sft.lr=1e30", "sft.save_every=1")
-  assert again.code == 76 and "going on from step 1" in again.out
+  assert again.code == 76 and "resumed from step 1" in again.out
   assert again.err == ended.err

@@ -2,16 +2,17 @@
 
 import collections
 
+import flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.train import feed
@@ -188,7 +189,7 @@ def test_mismatched_rows_read_no_token_before_they_are_padded():
 
 def rows_of(label=None):
   n = len(EXAMPLE)
-  return feed.Rows(
+  return feed.TrainRows(
     [f"r{i}" for i in range(n)],
     token_rows(EXAMPLE),
     np.arange(n)[:, None],
@@ -201,7 +202,7 @@ def rows_of(label=None):
 def test_the_mismatched_rows_of_every_step():
   """Prompt i with an answer j != i of the very same step (pitfalls 1, 4)."""
   rows = rows_of()
-  out = feed.make_mismatched(rows, updates=4, batch=3, seed=5, context=64)
+  out = feed.make_mismatched(rows, feed.Batching(3, 5, context=64), 4)
   assert len(out.start) == 12
   for step in range(4):
     own = batches.rows_at(step, 7, 3, 5)
@@ -219,41 +220,28 @@ def test_the_mismatched_rows_of_every_step():
 # The arrays of a batch.
 
 
-def make_feed(mesh, rows, **changes):
-  return feed.make_feed(
-    mesh,
-    rows,
-    **(
-      dict(
-        batch=8,
-        accumulation=1,
-        seed=5,
-        context=64,
-        rate=lambda step: 0.5 + step,
-      )
-      | changes
-    ),
-  )
+def make_feed(mesh, rows, batch=8, accumulation=1):
+  batching = feed.Batching(batch, 5, accumulation, 64)
+  return feed.Feed(mesh, rows, batching, lambda step: 0.5 + step)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_batch_holds_the_rows_of_its_step(mesh, accumulation):
   label = np.arange(7) % 3 == 0
   rows = rows_of(label)
-  mismatched = feed.Mismatched(
-    feed.make_mismatched(rows, updates=3, batch=8, seed=5, context=64),
+  mismatched = feed.MismatchedRows(
+    feed.make_mismatched(rows, feed.Batching(8, 5, context=64), 3),
     np.float32(np.arange(24)),
   )
-  batch_at, ids_at, tokens_at = make_feed(
-    mesh, rows, mismatched=mismatched, accumulation=accumulation
-  )
+  rows = rows._replace(mismatched=mismatched)
+  fed = make_feed(mesh, rows, accumulation=accumulation)
   for step in (2, 0):
     own = batches.rows_at(step, 7, 8, 5)
-    b = batch_at(step)
+    b = flat.arrays_of(fed.batch_at(step))
     shape = (accumulation, 8 // accumulation)
     assert b["lr"] == 0.5 + step
-    assert ids_at(step) == [f"r{i}" for i in own]
-    assert tokens_at(step) == sum(
+    assert fed.ids_at(step) == [f"r{i}" for i in own]
+    assert fed.tokens_at(step) == sum(
       len(EXAMPLE[i][0] + EXAMPLE[i][1]) for i in own
     )
     for n, x in b.items():
@@ -290,13 +278,11 @@ def test_mismatched_rows_longer_than_any_row_are_fed():
     rows.tokens, np.array([1, 3]), np.array([3, 1]), context=64
   )
   assert np.diff(tokens.offsets).max() > tokens_lib.lengths(rows.tokens).max()
-  batch_at, _, _ = make_feed(
-    mesh,
-    rows,
-    batch=2,
-    mismatched=feed.Mismatched(tokens, np.zeros(2, np.float32)),
+  rows = rows._replace(
+    mismatched=feed.MismatchedRows(tokens, np.zeros(2, np.float32))
   )
-  assert np.asarray(batch_at(0)["kl_tokens"])[0, 0, 0, :23].tolist() == (
+  kl = make_feed(mesh, rows, batch=2).batch_at(0).mismatched
+  assert np.asarray(kl.tokens)[0, 0, 0, :23].tolist() == (
     EXAMPLE[1][0] + EXAMPLE[3][1]
   )
 
@@ -329,14 +315,14 @@ def test_the_cost_counts_what_was_seen():
     vocab=8,
     context=64,
   )
-  kl = feed.make_mismatched(rows, updates=5, batch=3, seed=5, context=64)
+  batching = feed.Batching(3, 5, context=64)
+  kl = feed.make_mismatched(rows, batching, 5)
   seen = collections.Counter(
     np.concatenate([batches.rows_at(s, 7, 3, 5) for s in range(5)]).tolist()
   )
   size = [len(p + r) for p, r in EXAMPLE]
-  total, tokens = feed.training_cost(
-    m, rows, updates=5, batch=3, seed=5, mismatched=kl
-  )
+  rows = rows._replace(mismatched=feed.MismatchedRows(kl, None))
+  total, tokens = feed.training_cost(m, rows, batching, 5)
   other = np.diff(kl.offsets)
   assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
   assert total == (

@@ -13,10 +13,10 @@ import bucket
 import jobs
 import pytest
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
+from jaxalign.core.job import Job
 from jaxalign.data import sources
-from jaxalign.job import Job
-from jaxalign.select import store as stores
+from jaxalign.embed import store as stores
 
 ARM = "isa-0.1-seed0"
 
@@ -86,7 +86,7 @@ def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
   assert jobs.run("gs://b/work").code is None
   monkeypatch.setattr(bucket.Mirrored, "save", real)
   ended = jobs.run("gs://b/work")
-  assert ended.code == 0 and f"align {ARM}: going on from step 2" in ended.out
+  assert ended.code == 0 and f"align {ARM}: resumed from step 2" in ended.out
   wanted = jobs.outcome(jobs.finished())
   wanted.pop(".lock", None)
   assert not differences(wanted, store / "work")

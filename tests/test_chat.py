@@ -19,13 +19,13 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Fast
 
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import chat, tokens
 from jaxalign.data.chat import BUILT_IN, Chat
 from jaxalign.data.encode import answers_of, encode_dialogues, encode_texts
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused, turns_of
 from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
-from jaxalign.errors import ConfigError, DataError
 
 MARKERS = [
   "<|begin|>",
@@ -555,7 +555,7 @@ def test_a_hostile_template_is_refused(renderer, source):
 BOMBS = """
 import resource
 from jaxalign.data.render import Renderer
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 with Renderer() as renderer:
   for factor in ("10**9", "10**12", "(10**9)"):
     try:

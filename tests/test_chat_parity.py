@@ -13,11 +13,11 @@ from test_records import load
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Fast
 
+from jaxalign.core.errors import ConfigError
 from jaxalign.data.chat import _message, BUILT_IN, Chat
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.errors import ConfigError
 
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import artifacts, checkpoints, sharding
-from jaxalign.errors import WriteError
+from jaxalign.core import artifacts, checkpoints, sharding
+from jaxalign.core.errors import WriteError
 
 SIZES = dict(w=(64, 32), b=(32,))
 

@@ -11,19 +11,21 @@ import pytest
 import tokenizers
 
 from configs import common
-from jaxalign import artifacts, sharding
+from jaxalign.cli.select import main as select_main
+from jaxalign.core import artifacts, sharding
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tables
 from jaxalign.data import tokenizer as tokenizer_lib
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.embed import passes as embed
+from jaxalign.embed import questions, scores
+from jaxalign.embed import store as stores
 from jaxalign.model import decoder, hf, weights
 from jaxalign.model import reward as reward_lib
-from jaxalign.select import embed
-from jaxalign.select import store as stores
-from jaxalign.select.__main__ import main as select_main
+from jaxalign.select import columns
 from jaxalign.select.samplers import combine, SAMPLERS
-from jaxalign.stages import columns, proxies, questions, scores
+from jaxalign.train import proxies
 
 WORDS = "the cat dog runs sleeps fast slow under over tree house".split()
 MODEL = decoder.ModelConfig(
@@ -609,15 +611,15 @@ def test_a_killed_half_goes_on_and_matches(tmp_path):
   flags = ("select.sampler=selective_dpo", "compare=()", "proxy.models=4")
   whole = jobs.run(tmp_path / "whole", *flags)
   assert whole.code == 0, whole
-  hook = "import jaxalign.stages.proxies\n" + jobs.kill_when(
-    "stages.proxies._score", at=2
+  hook = "import jaxalign.train.proxies\n" + jobs.kill_when(
+    "train.proxies:_score", at=2
   )
   killed = jobs.wait(jobs.start(tmp_path / "killed", *flags, hook=hook))
   assert killed.code == -9
   left = tmp_path / "killed/shared/held_out"
   assert (left / "loss0.npy").exists() and not (left / "loss1.npy").exists()
   ended = jobs.run(tmp_path / "killed", *flags)
-  assert ended.code == 0 and "going on from step 2" in ended.out, ended
+  assert ended.code == 0 and "resumed from step 2" in ended.out, ended
   name = "shared/held_out/held_out_loss.npy"
   np.testing.assert_array_equal(
     np.load(tmp_path / "whole" / name), np.load(tmp_path / "killed" / name)

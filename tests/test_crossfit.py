@@ -14,12 +14,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from configs import common
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
-from jaxalign.select import embed, grams
+from jaxalign.select import grams
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import (
   alike,

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
+from jaxalign.embed import passes as embed
 from jaxalign.eval import held_out
 from jaxalign.model import decode, decoder, hf
 from jaxalign.model.flops import decoder_flops, generate_flops
-from jaxalign.select import embed
 
 BOS, EOS = 1, 2
 GREEDY = decode.Sampling(0)

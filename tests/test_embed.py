@@ -7,12 +7,12 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import NumericError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import NumericError
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.select import embed
 
 MODEL = decoder.ModelConfig(
   layers=2,

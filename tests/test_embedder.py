@@ -12,14 +12,15 @@ import pytest
 import tokenizers
 
 from configs import common
-from jaxalign import artifacts, embedder, sharding
+from jaxalign.core import artifacts, sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.errors import ConfigError
+from jaxalign.embed import embedder, store
+from jaxalign.embed import passes as embed
+from jaxalign.embed.over_pool import KEEPS
 from jaxalign.model import decoder, hf
-from jaxalign.select import embed, store
-from jaxalign.stages.embed import KEEPS
 
 TWO = "model.layers=2"
 
@@ -409,7 +410,7 @@ def test_a_pass_that_is_killed_goes_on_in_all_its_stores(tmp_path):
   )
   assert (count("embed"), count("answer"), count("residual")) == (5, 5, 4)
   # Once more, between the stages: the first has finished, no other.
-  hook = jobs.kill_when("artifacts._write_record", at=5)
+  hook = jobs.kill_when("core.artifacts:_write_record", at=5)
   ended = jobs.wait(jobs.start(work, *flags, hook=hook))
   assert ended.code == -9
   assert artifacts.read_record(work / "shared/embed", "embed").finished

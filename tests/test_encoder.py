@@ -16,12 +16,12 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError, DataError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, DataError, NumericError
+from jaxalign.embed import texts as texts_lib
 from jaxalign.model import encoder, weights
 from jaxalign.model.flops import encoder_flops
 from jaxalign.model.parameters import count
-from jaxalign.select import texts as texts_lib
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from jaxalign import evidence, recipe, study
-from jaxalign import job as job_lib
-from jaxalign.data import tables
-from jaxalign.job import Arm
+from jaxalign.core import job as job_lib
+from jaxalign.core.job import Arm
+from jaxalign.data import recipe, tables
 from jaxalign.report import terminal
+from jaxalign.study import evidence
+from jaxalign.study import run as study  # noqa: F401
 
 SEEDS, PROMPTS = 6, 400
 

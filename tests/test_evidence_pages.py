@@ -8,10 +8,10 @@ import pytest
 from test_report import interval, paths, PAYLOADS, poisoned, put, read
 
 from jaxalign.eval import interrater
-from jaxalign.eval import plateau as fits
 from jaxalign.eval.interrater import Verdict
 from jaxalign.report import page, study_page, values
 from jaxalign.report.values import Node
+from jaxalign.study import plateau as fits
 
 HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
 OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]

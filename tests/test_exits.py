@@ -11,11 +11,12 @@ import tempfile
 import jobs
 import pytest
 
-from jaxalign import artifacts, pipeline
+from jaxalign import pipeline
+from jaxalign.core import artifacts
 from tools import exit_check
 
 CALL = (
-  "import sys\nfrom jaxalign import main\n"
+  "import sys\nfrom jaxalign.cli import main\n"
   "def run(argv):\n  {body}\nmain.start(run)\n"
 )
 
@@ -92,7 +93,7 @@ return 65
     ("raise KeyboardInterrupt", 130, "error: "),
     ("1 / 0", 1, "ZeroDivisionError"),
     (
-      "import jaxalign.errors as e\nraise e.RestartError('again')",
+      "import jaxalign.core.errors as e\nraise e.RestartError('again')",
       75,
       "error: again\n",
     ),
@@ -131,7 +132,7 @@ LINES = "for i in range(20_000): print('line', i)\nreturn 65"
   [
     LINES,
     LINES.replace("20_000", "3"),
-    "from jaxalign import errors, progress\n"
+    "from jaxalign.core import errors, progress\n"
     "for i in range(9999):\n"
     "  progress.say(f'line {i}')\n"
     "with progress.bar('x', 9) as tick: tick()\n"
@@ -162,7 +163,7 @@ return 0""",
 
 def test_a_character_that_the_terminal_lacks():
   code, out, _ = call(
-    "from jaxalign import progress\n"
+    "from jaxalign.core import progress\n"
     "progress.say('caf\\u00e9 \\U0001f600 \\ud800')\n"
     "return 0",
     PYTHONIOENCODING="ascii",

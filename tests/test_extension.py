@@ -1,11 +1,13 @@
 """What a fork adds from outside the package: one function, one name."""
 
+import importlib
 import textwrap
 
 import numpy as np
 import pools as make_pools
 import pytest
 
+from jaxalign.model import families
 from jaxalign.select import costs
 from jaxalign.select.pool import checked
 from jaxalign.select.samplers import combine
@@ -54,3 +56,54 @@ def test_sampler(outside):
   assert both.needs == ("length", "p_yes")
   # The plan says of one without a cost that it is not known.
   assert costs.estimate(combine.named("my_sampler:uncounted"), sizes) is None
+
+
+FAMILY = """
+from jaxalign.model.families import Family
+from jaxalign.model.families.fields import (
+  one_rope, read_sizes, write_one_rope, write_sizes)
+from jaxalign.model.families.llama import llama_stored
+
+def read(raw):
+  bias = bool(raw["use_bias"])
+  sizes = read_sizes(dict(raw, layer_norm_eps=raw["norm_epsilon"]))
+  return sizes | one_rope(raw) | dict(
+    norm="layer", gated=False, qkv_bias=bias, out_bias=bias, ff_bias=bias,
+    windows=(int(raw["sliding_window"] or 0),))
+
+def write(m):
+  own = dict(norm_epsilon=m.norm_eps, use_bias=m.qkv_bias)
+  window = dict(sliding_window=m.windows[0] or None)
+  return write_sizes(m) | write_one_rope(m) | own | window
+
+def stored(m):
+  rows = llama_stored(m._replace(norm="rms"))
+  for name, s in list(rows.items()):
+    theirs = s.name.replace("up_proj", "c_fc").replace("down_proj", "c_proj")
+    rows[name] = s._replace(name=theirs)
+    if name.endswith("norm"):
+      bias = theirs.replace(".weight", ".bias")
+      rows[f"{name}_bias"] = s._replace(name=bias)
+  return rows
+
+starcoder2 = Family("Starcoder2ForCausalLM", {}, read, write, stored)
+"""
+
+
+def test_family(outside, monkeypatch):
+  """One entry: config both ways, logits and gradients as transformers'."""
+  test_families = pytest.importorskip("test_families")
+  outside("my_family", FAMILY)
+  entry = importlib.import_module("my_family").starcoder2
+  monkeypatch.setitem(families.FAMILIES, "starcoder2", entry)
+  sizes = test_families.sizes(group=2, kv_heads=2, head_size=4)
+  keywords = dict(
+    sizes,
+    hidden_size=16,
+    norm_epsilon=1e-3,
+    use_bias=True,
+    sliding_window=5,
+    hidden_act="gelu_pytorch_tanh",
+  )
+  mesh = test_families.one_device()
+  test_families.compare("starcoder2", keywords, mesh)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder, families, hf, logprob
 from jaxalign.model.attention import Rope
 

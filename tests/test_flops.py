@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import adapters, decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.train import feed, online, optim
+from jaxalign.train import feed, online, optim, statistics
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
@@ -103,7 +103,7 @@ def rows_of(r, even):
     np.zeros(len(ids), np.int32),
   )
   zero = np.zeros((BATCH, r), np.float32)
-  return feed.Rows(
+  return feed.TrainRows(
     [f"r{i}" for i in range(BATCH)],
     tokens,
     np.arange(BATCH * r).reshape(BATCH, r),
@@ -113,18 +113,25 @@ def rows_of(r, even):
   )
 
 
-def batch_of(mesh, rows, layout, mismatched=None):
-  return feed.make_feed(
-    mesh,
-    rows,
-    batch=BATCH,
-    accumulation=1,
-    seed=0,
-    context=MODEL.context,
-    rate=lambda step: 1e-3,
-    layout=layout,
-    mismatched=mismatched,
-  )[0](0)
+BATCHING = feed.Batching(BATCH, 0, context=MODEL.context)
+
+
+def batch_of(mesh, rows, layout):
+  return feed.Feed(mesh, rows, BATCHING._replace(layout=layout)).batch_at(0)
+
+
+def with_mismatched(rows):
+  tokens = feed.make_mismatched(rows, BATCHING, 1)
+  other = feed.MismatchedRows(tokens, np.zeros(BATCH, np.float32))
+  return rows._replace(mismatched=other)
+
+
+def cost_of(m, rows, **more):
+  return feed.training_cost(m, rows, BATCHING, 1, **more)[0]
+
+
+def useful_of(m, rows, **more):
+  return feed.useful_cost(m, rows, BATCHING, 0, **more)
 
 
 def counted(mesh, m, batch, loss, head="plain", against=None):
@@ -140,7 +147,7 @@ def counted(mesh, m, batch, loss, head="plain", against=None):
     trained,
     jax.eval_shape(tx.init, trained),
     jax.ShapeDtypeStruct((), jnp.int32),
-    steps.fresh_delta(LOSSES[loss]),
+    statistics.init_statistics(LOSSES[loss]),
   )
   if against is None:
     return dots(jax.make_jaxpr(step)(state, batch, frozen).jaxpr)
@@ -195,25 +202,18 @@ def test_a_step_on_padded_rows_is_three_passes(alone, loss, r):
   rows = rows_of(r, even=True)
   found = counted(alone, MODEL, batch_of(alone, rows, "padded"), loss)
   assert found == 3 * BATCH * r * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
-  assert (
-    found == feed.training_cost(MODEL, rows, updates=1, batch=BATCH, seed=0)[0]
-  )
+  assert found == cost_of(MODEL, rows)
 
 
 def test_kto_adds_a_pass_of_its_mismatched_rows(alone):
-  rows = rows_of(1, even=True)
-  other = feed.Mismatched(
-    feed.make_mismatched(rows, updates=1, batch=BATCH, seed=0, context=32),
-    np.zeros(BATCH, np.float32),
-  )
-  batch = batch_of(alone, rows, "padded", other)
-  size = batch["kl_tokens"].shape[-1]
+  rows = with_mismatched(rows_of(1, even=True))
+  other = rows.mismatched
+  batch = batch_of(alone, rows, "padded")
+  size = batch.mismatched.tokens.shape[-1]
   found = counted(alone, MODEL, batch, "kto")
   own = 3 * BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
   assert found == own + BATCH * by_hand(MODEL, size, size**2, size)
-  cost = feed.training_cost(
-    MODEL, rows, updates=1, batch=BATCH, seed=0, mismatched=other.tokens
-  )[0]
+  cost = cost_of(MODEL, rows)
   real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
   assert cost == own + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())
 
@@ -221,12 +221,7 @@ def test_kto_adds_a_pass_of_its_mismatched_rows(alone):
 def test_a_loss_that_looks_ahead_adds_a_pass(alone):
   rows = rows_of(2, even=True)
   found = counted(alone, MODEL, batch_of(alone, rows, "padded"), "aot")
-  assert (
-    found
-    == feed.training_cost(
-      MODEL, rows, updates=1, batch=BATCH, seed=0, ahead=True
-    )[0]
-  )
+  assert found == cost_of(MODEL, rows, ahead=True)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -234,31 +229,22 @@ def test_an_online_reference_adds_a_pass(alone, rank):
   """Of its own weights, without adapters; of KTO's mismatched rows too."""
   m = MODEL._replace(lora=adapters.Lora(rank=rank) if rank else None)
   rows = rows_of(2, even=True)
-  seen = dict(updates=1, batch=BATCH, seed=0)
   batch = batch_of(alone, rows, "padded")
   stored = counted(alone, m, batch, "dpo")
   found = counted(alone, m, batch, "dpo", against=MODEL)
   one = 2 * BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
   assert found == stored + one
-  cost = feed.training_cost(m, rows, **seen)
-  assert feed.training_cost(m, rows, **seen, online=True) == (
-    cost[0] + one,
-    cost[1],
-  )
-  useful = lambda rows, m=m, **more: feed.make_useful(
-    m, rows, batch=BATCH, seed=0, **more
-  )(0)
-  plain = useful(rows, MODEL)
-  assert 3 * (useful(rows, online=True) - useful(rows)) == plain
+  cost, tokens = feed.training_cost(m, rows, BATCHING, 1)
+  with_reference = feed.training_cost(m, rows, BATCHING, 1, online=True)
+  assert with_reference == (cost + one, tokens)
+  more = useful_of(m, rows, online=True) - useful_of(m, rows)
+  assert 3 * more == useful_of(MODEL, rows)
   if rank:
     return
-  rows = rows_of(1, even=True)
-  other = feed.Mismatched(
-    feed.make_mismatched(rows, updates=1, batch=BATCH, seed=0, context=32),
-    np.zeros(BATCH, np.float32),
-  )
-  batch = batch_of(alone, rows, "padded", other)
-  size = batch["kl_tokens"].shape[-1]
+  rows = with_mismatched(rows_of(1, even=True))
+  other = rows.mismatched
+  batch = batch_of(alone, rows, "padded")
+  size = batch.mismatched.tokens.shape[-1]
   more = counted(alone, MODEL, batch, "kto", against=MODEL) - counted(
     alone, MODEL, batch, "kto"
   )
@@ -266,26 +252,23 @@ def test_an_online_reference_adds_a_pass(alone, rank):
     by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
     + by_hand(MODEL, size, size**2, size)
   )
-  cost = lambda **more: feed.training_cost(
-    MODEL, rows, **seen, mismatched=other.tokens, **more
-  )[0]
+  cost = lambda **more: cost_of(MODEL, rows, **more)
   real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
   assert cost(online=True) - cost() == (
     BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
     + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())
   )
-  with_kl = lambda **more: useful(rows, mismatched=other, **more)
-  assert with_kl(online=True) - with_kl() == (
-    useful(rows) // 3 + with_kl() - useful(rows)
-  )
+  with_kl = lambda **more: useful_of(m, rows, **more)
+  own = useful_of(m, rows._replace(mismatched=None))
+  assert with_kl(online=True) - with_kl() == own // 3 + with_kl() - own
 
 
 def test_a_window_s_queries_see_no_further_back(alone):
   """By the mask that attention has, query by query."""
   m = MODEL._replace(windows=(0, 4), kinds=(1, 0, 1))
   prompt, answers = lengths_of(2, even=False)
-  full = feed.make_useful(MODEL, rows_of(2, even=False), batch=BATCH, seed=0)(0)
-  found = feed.make_useful(m, rows_of(2, even=False), batch=BATCH, seed=0)(0)
+  full = useful_of(MODEL, rows_of(2, even=False))
+  found = useful_of(m, rows_of(2, even=False))
   hidden = 0
   for p, own in zip(prompt.tolist(), answers.tolist()):
     places = [*range(p), *(p + i for n in own for i in range(n))]
@@ -312,7 +295,7 @@ def test_packed_rows_compute_what_their_shape_holds(alone, r):
   rows = rows_of(r, even=False)
   batch = batch_of(alone, rows, "packed")
   loss = "dpo" if r == 2 else "apo_zero_unpaired"
-  x = jax.tree.map(lambda x: x.shape[1:], batch["tokens"])
+  x = jax.tree.map(lambda x: x.shape[1:], batch.tokens)
   slots, places = math.prod(x.tokens), math.prod(x.target)
   _, a, l = x.copies.token
   found = counted(alone, MODEL, batch, loss)
@@ -326,7 +309,7 @@ def test_packed_rows_compute_what_their_shape_holds(alone, r):
   useful = 3 * by_hand(
     MODEL, int(prompt.sum() + answers.sum()), seen, int(answers.sum())
   )
-  assert feed.make_useful(MODEL, rows, batch=BATCH, seed=0)(0) == useful
+  assert useful_of(MODEL, rows) == useful
   assert useful < found
 
 
@@ -349,11 +332,11 @@ def test_adapters_spare_the_gradients_of_frozen_weights(alone):
   ]
   small = 2 * m.layers * LENGTH * sum(2 * (i + o) for i, o in ends)
   square = 2 * m.layers * 2 * h * c * LENGTH**2
-  formula = feed.training_cost(m, rows, updates=1, batch=BATCH, seed=0)[0]
+  formula = cost_of(m, rows)
   assert formula == n * (square + 2 * by_hand(m, LENGTH, LENGTH**2, LENGTH))
   assert found == formula + 3 * n * small
-  useful = feed.make_useful(m, rows, batch=BATCH, seed=0)(0)
-  seen = feed.make_useful(MODEL, rows, batch=BATCH, seed=0)(0) // 3
+  useful = useful_of(m, rows)
+  seen = useful_of(MODEL, rows) // 3
   prompt, answers = lengths_of(2, even=True)
   pairs = sum(
     p * (p + 1) // 2 + sum(p * a + a * (a + 1) // 2 for a in own)

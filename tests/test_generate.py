@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from jaxalign import generate
+from jaxalign.cli import generate
 
 
 def run(*flags):

@@ -6,7 +6,7 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign.train import __main__ as train_main
+from jaxalign.cli import train as train_main
 
 
 @pytest.fixture(scope="module")

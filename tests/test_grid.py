@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxalign import grid
+from jaxalign.cli import grid
+from jaxalign.core.errors import DataError
 from jaxalign.data import world as world_lib
-from jaxalign.errors import DataError
 from jaxalign.eval import equivalence
 from jaxalign.report import study_page, terminal
 

@@ -9,10 +9,11 @@ import jax
 import jobs
 import pytest
 
-from jaxalign import host, memory, sharding
-from jaxalign.errors import ConfigError
-from jaxalign.model import adapters, decoder
-from jaxalign.train import __main__ as train_main
+from jaxalign.cli import train as train_main
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
+from jaxalign.model import adapters, decoder, memory
+from jaxalign.train import host_memory as host
 
 M = decoder.ModelConfig(
   layers=2,

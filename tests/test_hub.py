@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from jaxalign import hub
-from jaxalign.errors import ConfigError
+from jaxalign.core import hub
+from jaxalign.core.errors import ConfigError
 
 pytest.importorskip("huggingface_hub")
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -104,8 +104,8 @@ def server():
 
 ASK = """
 import sys
-from jaxalign.errors import ConfigError
-from jaxalign import hub
+from jaxalign.core.errors import ConfigError
+from jaxalign.core import hub
 try:
   for name in sys.argv[2:]:
     print(getattr(hub, sys.argv[1])(name))

@@ -13,26 +13,30 @@ Z = 1.959963984540054
 
 
 def covered(make, truth, n=4000, seed=0):
-  """Share of `n` simulated intervals that hold the truth."""
+  """Fraction of `n` simulated intervals that hold the truth."""
   rng = np.random.default_rng(seed)
   found = [make(rng) for _ in range(n)]
   return np.mean([f["low"] <= truth <= f["high"] for f in found])
 
 
-@pytest.mark.parametrize("p,n", [(0.5, 40), (0.14, 100), (0.9, 64), (0.5, 512)])
-def test_a_share_s_interval_covers_95_percent(p, n):
-  rate = covered(lambda rng: intervals.proportion(rng.random(n) < p), p)
-  assert 0.93 < rate < 0.97, rate
+def paired(rng, n):
+  """The prompt moves both, as in an evaluation."""
+  easy = rng.random(n)
+  a, b = rng.random((2, n)) < np.stack([easy * 0.9, easy * 0.6])
+  return intervals.paired_difference(a, b)
 
 
-@pytest.mark.parametrize("n", [40, 60, 400])
-def test_a_difference_s_interval_covers_95_percent(n):
-  def paired(rng):  # the prompt moves both, as in an evaluation
-    easy = rng.random(n)
-    a, b = rng.random((2, n)) < np.stack([easy * 0.9, easy * 0.6])
-    return intervals.paired_difference(a, b)
+def coin(p, n):
+  return lambda rng: intervals.proportion(rng.random(n) < p), p
 
-  rate = covered(paired, 0.45 - 0.30)
+
+@pytest.mark.parametrize(
+  "make,truth",
+  [coin(0.5, 40), coin(0.14, 100), coin(0.9, 64), coin(0.5, 512)]
+  + [(lambda rng, n=n: paired(rng, n), 0.15) for n in (40, 60, 400)],
+)
+def test_an_interval_covers_95_percent(make, truth):
+  rate = covered(make, truth)
   assert 0.93 < rate < 0.97, rate
 
 
@@ -43,25 +47,20 @@ def test_a_macro_s_interval_covers_95_percent(least, most):
   zipf = 1 / np.arange(1, 65)
   groups = rng.choice(64, 400, p=zipf / zipf.sum())
   p = rng.uniform(least, most, 64)
-  rate = covered(
-    lambda rng: intervals.macro_mean(
-      (rng.random(400) < p[groups]).astype(float), groups
-    ),
-    p[np.unique(groups)].mean(),
-    n=2000,
-  )
+  make = lambda rng: intervals.macro_mean(rng.random(400) < p[groups], groups)
+  rate = covered(make, p[np.unique(groups)].mean(), n=2000)
   assert 0.90 < rate < 0.98, rate
 
 
 def test_ties_count_one_half_and_never_narrow_the_interval():
-  def with_ties(rng):
-    return intervals.proportion(
-      rng.choice([0.0, 0.5, 1.0], 80, p=[0.3, 0.4, 0.3])
-    )
-
-  rate = covered(with_ties, 0.5)
+  outcomes = lambda rng: rng.choice([0.0, 0.5, 1.0], 80, p=[0.3, 0.4, 0.3])
+  rate = covered(lambda rng: intervals.proportion(outcomes(rng)), 0.5)
   assert rate > 0.95  # wide, never narrow
   assert intervals.proportion(np.full(10, 0.5))["value"] == 0.5
+
+
+def ends(found):
+  return [found["low"], found["high"]]
 
 
 def test_wilson_by_hand():
@@ -69,53 +68,47 @@ def test_wilson_by_hand():
   found = intervals.proportion(np.repeat([1, 0], [8, 2]))
   center, half = 0.8 + Z**2 / 20, Z * np.sqrt(0.016 + Z**2 / 400)
   assert found["n"] == 10 and found["value"] == 0.8
-  np.testing.assert_allclose(
-    [found["low"], found["high"]],
-    np.array([center - half, center + half]) / (1 + Z**2 / 10),
-    rtol=1e-12,
-  )
+  wanted = np.array([center - half, center + half]) / (1 + Z**2 / 10)
+  np.testing.assert_allclose(ends(found), wanted, rtol=1e-12)
   # None of 10 and all of 10 still have a width, and stay in [0, 1].
-  none, all_ = (
-    intervals.proportion(np.zeros(10)),
-    intervals.proportion(np.ones(10)),
+  (low, high), (least, most) = (
+    ends(intervals.proportion(np.full(10, x))) for x in (0, 1)
   )
-  assert none["low"] == 0 and 0.2 < none["high"] < 0.4
-  assert all_["high"] == 1 and 0.6 < all_["low"] < 0.8
+  assert low == 0 and 0.2 < high < 0.4 and 0.6 < least < 0.8 and most == 1
 
 
-def test_mean_by_hand():
-  found = intervals.mean(np.array([1.0, 2.0, 6.0]))  # sd sqrt(7), n 3
-  half = Z * np.sqrt(7 / 3)
-  assert found["value"] == 3.0 and found["n"] == 3
-  np.testing.assert_allclose(
-    [found["low"], found["high"]], [3 - half, 3 + half], rtol=1e-12
-  )
+# Means 1/2 and 1; squares 1/2 + 0 and the 1/4 put on, over 3 + 1.
+VALUES, GROUPS = [0.0, 1.0, 1.0, 1.0, 1.0], list("aabbb")
 
 
-def test_difference_keeps_the_sign():
-  found = intervals.paired_difference([1, 1, 0.5, 1], [0, 1, 0, 0])
-  assert found["value"] == 0.625
-  assert intervals.paired_difference([0, 0], [1, 0.5])["value"] == -0.75
-
-
-def test_macro_by_hand():
-  """Means 1/2 and 1; squares 1/2 + 0 and the 1/4 put on, over 3 + 1."""
-  values = np.array([0.0, 1.0, 1.0, 1.0, 1.0])
-  groups = np.array(["a", "a", "b", "b", "b"])
-  found = intervals.macro_mean(values, groups)
-  assert found["value"] == 0.75 and found["n"] == 5
-  half = Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3)) / 2
-  np.testing.assert_allclose(
-    [found["low"], found["high"]], [0.75 - half, 1.0], rtol=1e-12
-  )
-  # A group of one counts like any other.
-  found = intervals.macro_mean(np.append(values, 0.0), np.append(groups, "c"))
-  assert found["value"] == pytest.approx(0.5)
-  half = Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3 + 1)) / 3
-  np.testing.assert_allclose(found["high"], 0.5 + half, rtol=1e-12)
-  # Nothing but groups of one: the largest variance, 1/4.
-  found = intervals.macro_mean(np.array([0.0, 1.0]), np.array([1, 2]))
-  np.testing.assert_allclose([found["low"], found["high"]], [0, 1])
+@pytest.mark.parametrize(
+  "found,value,half,n",
+  [
+    (intervals.mean([1.0, 2.0, 6.0]), 3.0, Z * np.sqrt(7 / 3), 3),
+    (
+      intervals.macro_mean(VALUES, GROUPS),
+      *(0.75, Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3)) / 2, 5),
+    ),
+    # A group of one counts like any other.
+    (
+      intervals.macro_mean([*VALUES, 0.0], [*GROUPS, "c"]),
+      *(0.5, Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3 + 1)) / 3, 6),
+    ),
+    # Nothing but groups of one: the largest variance, 1/4.
+    (intervals.macro_mean([0.0, 1.0], [1, 2]), 0.5, 1.0, 2),
+    # 1, 2, 6: sd sqrt(7); t of 2 degrees is (2q - 1) / sqrt(2q(1-q)).
+    (
+      intervals.t_mean([1.0, 2.0, 6.0]),
+      *(3.0, 0.95 / np.sqrt(2 * 0.975 * 0.025) * np.sqrt(7 / 3), 3),
+    ),
+  ],
+)
+def test_means_by_hand(found, value, half, n):
+  assert found["value"] == pytest.approx(value) and found["n"] == n
+  wanted = [value - half, value + half]
+  if value < 1:
+    wanted = np.clip(wanted, 0, 1)
+  np.testing.assert_allclose(ends(found), wanted, rtol=1e-12, atol=1e-15)
 
 
 def test_difference_by_hand():
@@ -123,17 +116,18 @@ def test_difference_by_hand():
   found = intervals.paired_difference([1, 1, 1], [0, 0, 1])
   half = Z * np.sqrt((4 / 5 - 4 / 25) / 5)
   assert found["value"] == pytest.approx(2 / 3) and found["n"] == 3
-  np.testing.assert_allclose(found["low"], 2 / 5 - half, rtol=1e-12)
-  assert found["high"] == 1.0
+  np.testing.assert_allclose(ends(found), [2 / 5 - half, 1.0], rtol=1e-12)
   other = intervals.paired_difference([0, 0, 1], [1, 1, 1])
-  np.testing.assert_allclose(
-    [-other["high"], -other["low"], -other["value"]],
-    [found["low"], found["high"], found["value"]],
-  )
+  np.testing.assert_allclose(ends(other), [-1.0, half - 2 / 5])
+  assert other["value"] == -found["value"]
+  found = intervals.paired_difference([1, 1, 0.5, 1], [0, 1, 0, 0])
+  assert found["value"] == 0.625
+  assert intervals.paired_difference([0, 0], [1, 0.5])["value"] == -0.75
 
 
-def test_one_number_has_no_interval():
-  assert intervals.mean([4.0]) == dict(value=4.0, low=None, high=None, n=1)
+@pytest.mark.parametrize("make", [intervals.mean, intervals.t_mean])
+def test_one_number_has_no_interval(make):
+  assert make([4.0]) == dict(value=4.0, low=None, high=None, n=1)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +135,7 @@ def test_one_number_has_no_interval():
   [
     intervals.proportion,
     intervals.mean,
+    intervals.t_mean,
     lambda x: intervals.paired_difference(x, x),
     lambda x: intervals.macro_mean(x, x),
   ],
@@ -245,17 +240,6 @@ def test_sampled_kl_is_policy_minus_reference():
 # Over seeds.
 
 
-def test_student_by_hand():
-  """1, 2, 6: mean 3, sd sqrt(7); t of 2 degrees is (2q - 1) / sqrt(2q(1-q))."""
-  found = intervals.t_mean([1.0, 2.0, 6.0])
-  half = 0.95 / np.sqrt(2 * 0.975 * 0.025) * np.sqrt(7 / 3)
-  np.testing.assert_allclose(
-    [found["low"], found["high"]], [3 - half, 3 + half], rtol=1e-12
-  )
-  assert intervals.t_mean([4.0]) == dict(value=4.0, low=None, high=None, n=1)
-  assert intervals.t_mean([])["n"] == 0
-
-
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_student_covers_95_percent_where_a_bootstrap_does_not(seeds):
   rate = covered(lambda rng: intervals.t_mean(rng.normal(0, 1, seeds)), 0.0)
@@ -278,38 +262,30 @@ def two_way(rng, s, p, seed_sd, prompt_sd):
   return (rng.random((s, p)) < chance).astype(float)
 
 
-@pytest.mark.parametrize("s,p", [(5, 100), (10, 100), (5, 512), (10, 512)])
+SPREADS = [(0.024, 0.1), (0.034, 0.2), (0.05, 0.1)]  # the built-in world's
+
+
 @pytest.mark.parametrize(
-  "seed_sd,prompt_sd", [(0.024, 0.1), (0.034, 0.2), (0.05, 0.1)]
+  "size,spread,least,most",
+  [
+    (size, spread, 0.93, 0.97)
+    for size in ((5, 100), (10, 100), (5, 512), (10, 512))
+    for spread in SPREADS
+  ]
+  + [((10, 200), (0.024, 0.25), 0.93, 0.97)]
+  # No luck of seeds at all: the interval is wide, never narrow.
+  + [((5, 100), (0.0, 0.0), 0.95, 1.0)],
 )
-def test_crossed_covers_93_to_97_of_1000_draws(s, p, seed_sd, prompt_sd):
-  """The built-in world's spreads; seeds alone would claim far too much."""
-  rate = covered(
-    lambda rng: intervals.crossed_mean(two_way(rng, s, p, seed_sd, prompt_sd)),
-    0.5,
-    n=1000,
-  )
-  assert 0.93 <= rate <= 0.97, rate
+def test_crossed_covers_what_it_claims(size, spread, least, most):
+  make = lambda rng: intervals.crossed_mean(two_way(rng, *size, *spread))
+  rate = covered(make, 0.5, n=1000)
+  assert least <= rate <= most, rate
 
 
-def test_crossed_covers_where_seeds_alone_do_not():
-  def draw(rng):
-    return two_way(rng, 10, 200, 0.024, 0.25)
-
-  rate = covered(lambda rng: intervals.crossed_mean(draw(rng)), 0.5, n=1000)
-  assert 0.93 <= rate <= 0.97, rate
-  alone = covered(lambda rng: intervals.t_mean(draw(rng).mean(1)), 0.5, n=1000)
-  assert alone < 0.85, alone
-
-
-def test_crossed_never_claims_less_than_there_is():
-  """No luck of seeds at all: the interval is wide, never narrow."""
-  rate = covered(
-    lambda rng: intervals.crossed_mean(two_way(rng, 5, 100, 0.0, 0.0)),
-    0.5,
-    n=1000,
-  )
-  assert rate > 0.95, rate
+def test_seeds_alone_do_not_cover():
+  alone = lambda rng: two_way(rng, 10, 200, 0.024, 0.25).mean(1)
+  rate = covered(lambda rng: intervals.t_mean(alone(rng)), 0.5, n=1000)
+  assert rate < 0.85, rate
 
 
 def test_spread_by_hand():
@@ -319,14 +295,8 @@ def test_spread_by_hand():
   rows, columns, m = [2 / 3, 1 / 6], [0.75, 0, 0.5], 2.5 / 6
   ms_s = 3 * sum((r - m) ** 2 for r in rows) / 1
   ms_p = 2 * sum((c - m) ** 2 for c in columns) / 2
-  ms_e = (
-    sum(
-      (v[i, j] - rows[i] - columns[j] + m) ** 2
-      for i in range(2)
-      for j in range(3)
-    )
-    / 2
-  )
+  rest = v - np.array(rows)[:, None] - np.array(columns) + m
+  ms_e = (rest**2).sum() / 2
   assert ms_s > ms_e and ms_p > ms_e
   assert found.value == pytest.approx(m)
   assert found.noise == pytest.approx(ms_e)

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.select.pool import make_pool
 from jaxalign.select.samplers import SAMPLERS
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.eval import judge_endpoint
 from jaxalign.eval.judge_endpoint import Pair

@@ -12,11 +12,12 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import DataError
 from jaxalign.model import decoder
-from jaxalign.train import feed, layout
+from jaxalign.train import feed
+from jaxalign.train import packing as layout
 from jaxalign.train.logps import PRODUCERS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -66,23 +67,15 @@ def feed_of(
 ):
   n, r = len(pairs), len(pairs[0]) - 1
   rng = np.random.default_rng(7)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [f"r{i}" for i in range(n)],
     rows_of(pairs),
     np.arange(n * r).reshape(n, r),
     np.float32(rng.normal(-20, 4, (n, r))),
     np.ones((n, r), np.float32),
   )
-  return feed.make_feed(
-    mesh,
-    rows,
-    batch=batch,
-    accumulation=accumulation,
-    seed=seed,
-    context=64,
-    rate=lambda step: 1e-3,
-    layout=layout,
-  )
+  batching = feed.Batching(batch, seed, accumulation, 64, layout)
+  return feed.Feed(mesh, rows, batching, lambda step: 1e-3)
 
 
 def make_mesh(fsdp, tensor):
@@ -136,11 +129,9 @@ def test_every_token_is_where_it_should_be(r):
   assert x.position[: len(flat)].tolist() == positions
   # Every response is predicted token by token, from the token before it.
   owned = {}
-  for s, t, o, common_prefix in zip(
-    x.source, x.target, x.owner, x.common_prefix
-  ):
+  for s, t, o, public in zip(x.source, x.target, x.owner, x.in_prefix):
     if o >= 0:
-      owned.setdefault(int(o), []).append((int(s), int(t), bool(common_prefix)))
+      owned.setdefault(int(o), []).append((int(s), int(t), bool(public)))
   at = 0
   for k, (p, *more) in enumerate(pairs):
     last, at = at + len(p) - 1, at + len(p)
@@ -256,12 +247,11 @@ def run_fn(m, head, chunk, r):
 
 
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
-  """{id: [R, 3] sum, count, common_prefix} and the slopes, of a whole batch."""
+  """{id: [R, 3] sum, count, public} and the slopes, of one whole batch."""
   pairs = pairs or examples()
-  batch_at, _, _ = feed_of(
+  batch = feed_of(
     pairs, mesh=mesh, layout=kind, accumulation=accumulation
-  )
-  batch = batch_at(0)
+  ).batch_at(0)
   with jax.set_mesh(mesh):
     where, found, slopes = on_mesh(mesh, m), {}, None
     names = {
@@ -273,16 +263,15 @@ def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
       )
     }
     for a in range(accumulation):
-      micro = jax.tree.map(
-        lambda x: x[a], {n: x for n, x in batch.items() if n != "lr"}
-      )
-      weight = jnp.cos(micro["ref_sum"])  # goes with the pair, wherever it is
+      micro = jax.tree.map(lambda x: x[a], batch.micro())
+      weight = jnp.cos(micro.ref.sum)  # goes with the pair, wherever it is
       (_, out), g = run_fn(m, head, 5, len(pairs[0]) - 1)(
-        where, micro["tokens"], micro["mask"], weight
+        where, micro.tokens, micro.mask, weight
       )
       slopes = g if slopes is None else jax.tree.map(jnp.add, slopes, g)
       for key, *row in zip(
-        np.asarray(micro["ref_sum"])[:, 0], *map(np.asarray, out)
+        np.asarray(micro.ref.sum)[:, 0],
+        *map(np.asarray, (out.sum, out.count, out.common_prefix)),
       ):
         found[names[float(key)]] = np.stack(row, -1)
     assert len(found) == len(pairs)

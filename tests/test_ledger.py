@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import ledger, sharding
-from jaxalign.artifacts import Cost, Record
+from jaxalign.core import sharding
+from jaxalign.core.artifacts import Cost, Record
 from jaxalign.data.tokens import TokenRows
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.select import embed
+from jaxalign.study import ledger
 from jaxalign.train import feed
 
 
@@ -251,39 +252,42 @@ def test_a_training_run_is_three_forward_passes():
   one = {3: 1536, 5: 2880, 7: 4480}
   assert {n: decoder_flops(m, n) for n in one} == one
   # Three rows of one response, of 3, 5 and 7 tokens, each seen twice.
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     list("abc"),
     rows_of([3, 5, 7]),
     np.arange(3)[:, None],
     np.zeros((3, 1), np.float32),
     np.ones((3, 1), np.float32),
   )
-  seen = dict(updates=2, batch=3, seed=0)
+  seen = feed.Batching(3, 0), 2
+  with_other = lambda sizes: rows._replace(
+    mismatched=feed.MismatchedRows(rows_of(sizes), None)
+  )
   forward = 2 * (1536 + 2880 + 4480)  # 17,792
-  assert feed.training_cost(m, rows, **seen) == (3 * forward, 30)
+  assert feed.training_cost(m, rows, *seen) == (3 * forward, 30)
   # The policy runs over its whole batch first.
-  assert feed.training_cost(m, rows, **seen, ahead=True) == (4 * forward, 30)
+  assert feed.training_cost(m, rows, *seen, ahead=True) == (4 * forward, 30)
   assert 3 * forward == 53376
   # Selection's one pass over the same rows, and KTO's mismatched rows: each
   # is a forward pass alone.
   assert embed.flops(m, rows.tokens) == 8896
-  assert feed.training_cost(m, rows, **seen, mismatched=rows_of([5, 5, 3])) == (
+  assert feed.training_cost(m, with_other([5, 5, 3]), *seen) == (
     3 * forward + 2 * 2880 + 1536,
     43,
   )
   # Of a run that ended after one of its two updates, those of that one.
   assert feed.training_cost(
-    m, rows, updates=1, batch=3, seed=0, mismatched=rows_of([5, 5, 3] * 2)
+    m, with_other([5, 5, 3] * 2), feed.Batching(3, 0), 1
   ) == (3 * forward // 2 + 2 * 2880 + 1536, 15 + 13)
   # Two responses a row: the pair (3, 7), twice in two updates of one pair.
-  pairs = feed.Rows(
+  pairs = feed.TrainRows(
     ["a"],
     rows_of([3, 5, 7]),
     np.array([[0, 2]]),
     np.zeros((1, 2), np.float32),
     np.ones((1, 2), np.float32),
   )
-  assert feed.training_cost(m, pairs, updates=2, batch=1, seed=0) == (
+  assert feed.training_cost(m, pairs, feed.Batching(1, 0), 2) == (
     3 * 2 * (1536 + 4480),
     20,
   )

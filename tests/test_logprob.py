@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import decoder, logprob
 from jaxalign.train.logps import PRODUCERS

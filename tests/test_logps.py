@@ -16,9 +16,9 @@ from test_ledger import multiplied
 
 from jaxalign.core import devices
 from jaxalign.data import batches
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder
 from jaxalign.model.flops import decoder_flops, layer_flops, useful_flops
-from jaxalign.select import embed
 from jaxalign.train import feed, losses
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -32,7 +32,7 @@ BATCH, SEED = 16, 3
 
 @functools.lru_cache
 def scored(r):
-  """A reference near the policy: its sums and common_prefix sums, [n, R]."""
+  """A reference near the policy: sums, and of common prefixes, [n, R]."""
   rng = np.random.default_rng(r)
   n = len(examples(r=r))
   total = rng.normal(-20, 4, (n, r))
@@ -40,38 +40,30 @@ def scored(r):
 
 
 def feed_of(mesh, fn, layout, accumulation):
-  """(batch_at, ids_at) of 16 rows with all that a loss may read."""
+  """Of 16 rows with all that a loss may read."""
   r = 1 if fn.kind == "unpaired" else 2
-  pairs, (total, common_prefix) = examples(r=r), scored(r)
+  pairs, (total, prefix) = examples(r=r), scored(r)
   n, rng = len(pairs), np.random.default_rng(4)
   tokens = rows_of(pairs)
-  rows = feed.Rows(
+  label = rng.random(n) < 0.5 if r == 1 else None
+  columns = dict(common_prefix=prefix) if "common_prefix" in fn.extras else {}
+  if "weights" in fn.stats:
+    columns["weights"] = np.float32(rng.uniform(0.5, 3, n))
+  rows = feed.TrainRows(
     [f"r{i}" for i in range(n)],
     tokens,
     np.arange(n * r).reshape(n, r),
     total,
     np.float32([[len(a) for a in more] for _, *more in pairs]),
-    rng.random(n) < 0.5 if r == 1 else None,
-    common_prefix if "common_prefix" in fn.extras else None,
-    np.float32(rng.uniform(0.5, 3, n)) if "weights" in fn.stats else None,
+    label,
+    columns,
   )
-  other = None
+  batching = feed.Batching(BATCH, SEED, accumulation, 64, layout)
   if "z0" in fn.stats:
-    spliced = feed.make_mismatched(
-      rows, updates=2, batch=BATCH, seed=SEED, context=64
-    )
-    other = feed.Mismatched(spliced, np.float32(rng.normal(-30, 1, 2 * BATCH)))
-  return feed.make_feed(
-    mesh,
-    rows,
-    batch=BATCH,
-    accumulation=accumulation,
-    seed=SEED,
-    context=64,
-    rate=lambda step: 1e-3,
-    mismatched=other,
-    layout=layout,
-  )
+    spliced = feed.make_mismatched(rows, batching, 2)
+    sums = np.float32(rng.normal(-30, 1, 2 * BATCH))
+    rows = rows._replace(mismatched=feed.MismatchedRows(spliced, sums))
+  return feed.Feed(mesh, rows, batching, lambda step: 1e-3)
 
 
 @functools.lru_cache
@@ -84,8 +76,8 @@ def run(name, head, layout, shape, accumulation, m=MODEL):
   fn, gradients = gradients_of(name, head, m)
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
-    batch_at = feed_of(mesh, fn, layout, accumulation)[0]
-    grads, totals = gradients(on_mesh(mesh, m), batch_at(0), {})
+    batch = feed_of(mesh, fn, layout, accumulation).batch_at(0)
+    grads, totals = gradients(on_mesh(mesh, m), batch, {})
     return jax.device_get(grads), divide(jax.device_get(totals))
 
 
@@ -172,17 +164,17 @@ def test_windows_and_caps_are_by_position(kernel, change):
 def test_a_batch_is_a_function_of_its_step():
   mesh = make_mesh(4, 2)
   for name in ("dpo", "kto"):
-    batch_at, ids_at, tokens_at = feed_of(mesh, LOSSES[name], "packed", 2)
-    again, _, _ = feed_of(mesh, LOSSES[name], "packed", 2)
+    fed = feed_of(mesh, LOSSES[name], "packed", 2)
+    again = feed_of(mesh, LOSSES[name], "packed", 2).batch_at
     again(1)  # whatever came before
     for step in (0, 1):
-      a, b = batch_at(step), again(step)
+      a, b = fed.batch_at(step), again(step)
       assert jax.tree.structure(a) == jax.tree.structure(b)
       jax.tree.map(np.testing.assert_array_equal, a, b)
       own = batches.rows_at(step, 16, BATCH, SEED)
-      assert ids_at(step) == [f"r{i}" for i in own]
+      assert fed.ids_at(step) == [f"r{i}" for i in own]
       total, _ = scored(1 if name == "kto" else 2)
-      assert sorted(np.ravel(a["ref_sum"])) == sorted(np.ravel(total))
+      assert sorted(np.ravel(a.ref.sum)) == sorted(np.ravel(total))
 
 
 def test_the_start_is_ln_2_in_packed_rows(mesh):
@@ -192,25 +184,17 @@ def test_the_start_is_ln_2_in_packed_rows(mesh):
   tokens = rows_of(pairs)
   found = embed.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
   n = len(pairs)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [str(i) for i in range(n)],
     tokens,
     np.arange(2 * n).reshape(n, 2),
     found.logp.reshape(n, 2),
     found.count.reshape(n, 2),
   )
-  batch_at, _, _ = feed.make_feed(
-    mesh,
-    rows,
-    batch=BATCH,
-    accumulation=1,
-    seed=0,
-    context=64,
-    rate=lambda step: 1e-3,
-    layout="packed",
-  )
+  batching = feed.Batching(BATCH, 0, context=64, layout="packed")
+  batch = feed.Feed(mesh, rows, batching).batch_at(0)
   _, gradients = gradients_of("dpo", "chunked")
-  _, totals = gradients(on_mesh(mesh), batch_at(0), {})
+  _, totals = gradients(on_mesh(mesh), batch, {})
   means = divide(jax.device_get(totals))
   assert abs(means["preference_loss"] - np.log(2)) < 1e-6
   assert abs(means["rewards/margins"]) < 2e-6
@@ -221,7 +205,7 @@ def test_what_is_shared_and_padded_is_told():
   fn, _ = gradients_of("dpo", "chunked")
   tx = optax.sgd(0.0)
   train_step = steps.make_train_step(PRODUCERS["chunked"](MODEL, 5), fn, tx)
-  batch = feed_of(mesh, fn, "packed", 1)[0](0)
+  batch = feed_of(mesh, fn, "packed", 1).batch_at(0)
   with jax.set_mesh(mesh):
     _, totals = train_step(steps.init_state(on_mesh(mesh), tx), batch)
   means = divide(jax.device_get(totals))
@@ -230,7 +214,7 @@ def test_what_is_shared_and_padded_is_told():
   assert means["perf/shared"] == pytest.approx(
     prompts / (2 * prompts + answers)
   )
-  slots = batch["tokens"].tokens.size
+  slots = batch.tokens.tokens.size
   assert means["perf/padding"] == pytest.approx(1 - (prompts + answers) / slots)
 
 
@@ -253,7 +237,7 @@ def test_only_the_plain_head_holds_all_logits(head, layout):
   mesh = make_mesh(1, 1)
   m = MODEL._replace(layers=1, vocab=1021)  # no size but the vocabulary's
   pairs = [(p, a * 6, b * 6) for p, a, b in examples(n=BATCH)]
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [str(i) for i in range(BATCH)],
     rows_of(pairs),
     np.arange(2 * BATCH).reshape(-1, 2),
@@ -261,20 +245,9 @@ def test_only_the_plain_head_holds_all_logits(head, layout):
     np.ones((BATCH, 2), np.float32),
   )
   with jax.set_mesh(mesh):
-    batch_at, _, _ = feed.make_feed(
-      mesh,
-      rows,
-      batch=BATCH,
-      accumulation=1,
-      seed=0,
-      context=64,
-      rate=lambda step: 1e-3,
-      layout=layout,
-    )
-    batch = batch_at(0)
-    scored = (
-      batch["tokens"].target if layout == "packed" else batch["tokens"]
-    ).size
+    batching = feed.Batching(BATCH, 0, context=64, layout=layout)
+    batch = feed.Feed(mesh, rows, batching).batch_at(0)
+    scored = (batch.tokens.target if layout == "packed" else batch.tokens).size
     gradients = jax.jit(
       steps.make_gradients(
         PRODUCERS[head](m, 4), losses.bind(LOSSES["dpo"], "dpo", {})
@@ -290,7 +263,7 @@ def test_only_the_plain_head_holds_all_logits(head, layout):
   assert (max(sizes) >= scored * 1021) == (head == "plain"), max(sizes)
 
 
-# Operations.
+# FLOPs.
 
 
 def brute(m, prompt, answers):
@@ -315,23 +288,23 @@ def test_useful_flops_by_hand():
     assert useful_flops(m, prompt, answers) == brute(
       m, prompt.tolist(), answers.tolist()
     )
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     ["a", "b"],
     rows_of([([7] * 3, [8] * 2, [9] * 4), ([7] * 5, [8], [9] * 6)]),
     np.arange(4).reshape(2, 2),
     np.zeros((2, 2), np.float32),
     np.ones((2, 2), np.float32),
   )
-  useful_at = feed.make_useful(MODEL, rows, batch=2, seed=0)
-  assert useful_at(0) == 3 * brute(MODEL, [3, 5], [[2, 4], [1, 6]])
+  found = feed.useful_cost(MODEL, rows, feed.Batching(2, 0), 0)
+  assert found == 3 * brute(MODEL, [3, 5], [[2, 4], [1, 6]])
 
 
 def test_packed_flops_are_the_dot_generals():
   """Dense layers on T tokens, attention on its rows, the head on U states."""
   mesh, m = make_mesh(1, 1), MODEL._replace(attention="plain")
   with jax.set_mesh(mesh):
-    batch = feed_of(mesh, LOSSES["dpo"], "packed", 1)[0](0)
-    rows, mask = jax.tree.map(lambda x: x[0], (batch["tokens"], batch["mask"]))
+    batch = feed_of(mesh, LOSSES["dpo"], "packed", 1).batch_at(0)
+    rows, mask = jax.tree.map(lambda x: x[0], (batch.tokens, batch.mask))
     jaxpr = jax.make_jaxpr(PRODUCERS["plain"](m, 0))(
       decoder.abstract(m, mesh), rows, mask
     )

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxalign.errors import ConfigError
-from jaxalign.lookup import lookup, source_digests
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.lookup import lookup, source_digests
 from jaxalign.select.samplers import combine, SAMPLERS
 
 

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import artifacts, checkpoints, interrupt, sharding
+from jaxalign.core import artifacts, checkpoints, interrupt, sharding
+from jaxalign.core.errors import NumericError, RestartError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import NumericError, RestartError
 from jaxalign.model import decoder
-from jaxalign.train import feed, loop, optim
+from jaxalign.train import feed, log, loop, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import combine, LOSSES
+from jaxalign.train.losses import find, LOSSES
 
 MODEL = decoder.ModelConfig(
   layers=1,
@@ -31,7 +31,8 @@ MODEL = decoder.ModelConfig(
   context=12,
 )
 UPDATES, SAVE_EVERY = 6, 2
-TIMES = ("time", "perf/tokens_per_s", "perf/rows_per_s")
+RATES = ("tokens_per_s", "distinct_tokens_per_s", "rows_per_s")
+TIMES = ("time", *(f"perf/{n}" for n in RATES))
 
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -51,7 +52,7 @@ def rows():
     np.array([len(i) - 2 for i in ids], np.int32),
     np.zeros(22, np.int32),
   )
-  return feed.Rows(
+  return feed.TrainRows(
     [f"row-{i:02d}" for i in range(11)],
     tokens,
     np.arange(22).reshape(11, 2),
@@ -64,7 +65,7 @@ def rows():
 def train_step():
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   return steps.make_train_step(
-    PRODUCERS["chunked"](MODEL, 5), combine.find("dpo+0.2*sft"), tx
+    PRODUCERS["chunked"](MODEL, 5), find("dpo+0.2*sft"), tx
   ), tx
 
 
@@ -85,37 +86,37 @@ def fresh(mesh):
 
 def run(mesh, folder, at=None, asked=None, **changes):
   """`loop.fit`; `at(step)` is called before a batch is made."""
-  batch_at, ids_at, tokens_at = feed.make_feed(
-    mesh,
-    rows(),
-    batch=4,
-    accumulation=1,
-    seed=3,
-    context=12,
-    rate=lambda step: 0.01 * (step + 1),
-  )
+  fed = feed_of(mesh)
+  batch_at = fed.batch_at
 
   def watched(step):
     if asked is not None:
       asked.append(step)
     return (at and at(step, batch_at)) or batch_at(step)
 
-  return loop.fit(
-    fresh(mesh),
-    train_step()[0],
-    watched,
-    ids_at,
-    **(
-      dict(
-        folder=folder,
-        label="align",
-        updates=UPDATES,
-        save_every=SAVE_EVERY,
-        tokens_at=tokens_at,
-      )
-      | changes
-    ),
-  )
+  fed.batch_at = watched
+  options = options_of(folder)._replace(**changes)
+  return loop.fit(fresh(mesh), train_step()[0], fed, options)
+
+
+def options_of(folder, **changes):
+  options = loop.TrainOptions(folder, "align", UPDATES, SAVE_EVERY)
+  return options._replace(**changes)
+
+
+def feed_of(mesh, of=None, accumulation=1):
+  batching = feed.Batching(4, 3, accumulation, 12)
+  rate = lambda step: 0.01 * (step + 1)
+  return feed.Feed(mesh, of or rows(), batching, rate)
+
+
+def reference_of(batch, change):
+  """The batch with another reference: `change(sums)` works in place."""
+  sums = np.asarray(batch.ref.sum).copy()
+  change(sums)
+  mesh = batch.ref.sum.sharding.mesh
+  sums = sharding.put(mesh, sums, None, "batch")
+  return batch.replace(ref=batch.ref.replace(sum=sums))
 
 
 def log_of(folder):
@@ -227,23 +228,24 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
 
     return call
 
-  def torn(path, lines, there):
-    real(path, lines, there)
+  real = log.Log.write
+
+  def torn(self):
+    there = self.written
+    real(self)
     if there:
-      with open(path, "rb+") as file:
-        file.truncate(os.path.getsize(path) - 40)
+      with open(self.path, "rb+") as file:
+        file.truncate(os.path.getsize(self.path) - 40)
       raise Killed
 
   with monkeypatch.context() as patch:
-    real = loop._write_log
-    patch.setattr(
-      loop, "_write_log", torn if where == "torn" else dying("log", real)
-    )
+    write_log = torn if where == "torn" else dying("log", real)
+    patch.setattr(log.Log, "write", write_log)
     digests = dying("manifest", artifacts.write_bytes)
 
     def write(path, data):
-      log = str(path).endswith("metrics.jsonl")
-      return (artifacts_write if log else digests)(path, data)
+      in_log = str(path).endswith("metrics.jsonl")
+      return (artifacts_write if in_log else digests)(path, data)
 
     artifacts_write = artifacts.write_bytes
     patch.setattr(artifacts, "write_bytes", write)
@@ -347,8 +349,8 @@ def test_writing_is_in_no_update_s_time(alone, tmp_path, monkeypatch):
     clock[0] += 1
 
   monkeypatch.setattr(checkpoints.Checkpoints, "save", slow)
-  distinct = feed.make_distinct(rows(), batch=4, seed=3)
-  run(alone, tmp_path, at, save_every=3, distinct_at=distinct)
+  distinct = feed_of(alone).distinct_at
+  run(alone, tmp_path, at, save_every=3)
   lines = [
     json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
   ]
@@ -371,19 +373,12 @@ def test_a_prompt_is_counted_once_or_with_each_answer():
     np.zeros(4, np.int32),
   )
   zero = np.zeros((2, 2), np.float32)
-  pairs = feed.Rows(["a", "b"], tokens, np.arange(4).reshape(2, 2), zero, zero)
-  assert feed.make_distinct(pairs, batch=2, seed=0)(0) == 3 + 5 + 5 + 4
+  pairs = feed.TrainRows(
+    ["a", "b"], tokens, np.arange(4).reshape(2, 2), zero, zero
+  )
   one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  tokens_at = feed.make_feed(
-    one,
-    pairs,
-    batch=2,
-    accumulation=1,
-    seed=0,
-    context=12,
-    rate=lambda step: 0.0,
-  )[2]
-  assert tokens_at(0) == 25
+  fed = feed.Feed(one, pairs, feed.Batching(2, 0, context=12))
+  assert (fed.distinct_at(0), fed.tokens_at(0)) == (3 + 5 + 5 + 4, 25)
 
 
 # The profile.
@@ -415,25 +410,15 @@ def test_a_profile_is_begun_and_ended_wherever_a_run_is(alone, tmp_path):
 def test_nan_is_named_and_nothing_after_it_is_kept(golden, alone, tmp_path, k):
   def at(step, batch_at):
     if step == k:
-      batch = batch_at(step)
-      bad = np.asarray(batch["ref_sum"]).copy()
-      bad[0, 1, 0] = np.nan
-      return batch | dict(ref_sum=sharding.put(alone, bad, None, "batch"))
+      nan = lambda sums: sums.__setitem__((0, 1, 0), np.nan)
+      return reference_of(batch_at(step), nan)
 
   with pytest.raises(NumericError) as caught:
     run(alone, tmp_path, at)
   text, kept = str(caught.value), SAVE_EVERY * (k // SAVE_EVERY)
   assert f"align: loss nan, gradient norm nan at step {k}; " in text
   assert f"nothing after step {kept} is saved" in text
-  batch_at, ids_at, _ = feed.make_feed(
-    alone,
-    rows(),
-    batch=4,
-    accumulation=1,
-    seed=3,
-    context=12,
-    rate=lambda step: 0.0,
-  )
+  ids_at = feed_of(alone).ids_at
   assert ", ".join(ids_at(k)) in text and caught.value.exit_code == 76
   assert max(saved(tmp_path), default=0) == kept
   if kept:
@@ -464,27 +449,9 @@ def test_an_infinite_gradient_stops_a_finite_loss(alone, tmp_path):
     state, totals = real(state, batch)
     return state, totals | {"grad_norm": np.array([np.inf, 1.0])}
 
-  batch_at, ids_at, tokens_at = feed.make_feed(
-    alone,
-    rows(),
-    batch=4,
-    accumulation=1,
-    seed=3,
-    context=12,
-    rate=lambda step: 0.01,
-  )
+  options = options_of(tmp_path, updates=2, save_every=1)
   with pytest.raises(NumericError, match="gradient norm inf at step 0"):
-    loop.fit(
-      fresh(alone),
-      broken,
-      batch_at,
-      ids_at,
-      folder=tmp_path,
-      label="align",
-      updates=2,
-      save_every=1,
-      tokens_at=tokens_at,
-    )
+    loop.fit(fresh(alone), broken, feed_of(alone), options)
   assert saved(tmp_path) == []
 
 
@@ -523,7 +490,7 @@ def test_one_flipped_bit_falls_back_a_save(golden, alone, tmp_path, capsys):
   same(run(alone, tmp_path, asked=asked), tmp_path, golden)
   said = capsys.readouterr().out
   assert "checkpoint 4 in" in said and "damaged" in said
-  assert "align: going on from step 2" in said
+  assert "align: resumed from step 2" in said
   assert asked == [2, 3, 4, 5]
 
 
@@ -587,9 +554,9 @@ def bco_step():
 
 
 def bco_run(mesh, folder, killed_at=None):
-  """`run` on the same tokens as unpaired rows."""
+  """`run` on the same tokens as unpaired."""
   one = rows()
-  unpaired = feed.Rows(
+  unpaired = feed.TrainRows(
     [f"row-{i:02d}" for i in range(22)],
     one.tokens,
     np.arange(22)[:, None],
@@ -597,53 +564,27 @@ def bco_run(mesh, folder, killed_at=None):
     one.ref_count.reshape(22, 1),
     np.arange(22) % 3 == 0,
   )
-  batch_at, ids_at, tokens_at = feed.make_feed(
-    mesh,
-    unpaired,
-    batch=4,
-    accumulation=2,
-    seed=3,
-    context=12,
-    rate=lambda step: 0.01 * (step + 1),
-  )
+  fed = feed_of(mesh, unpaired, accumulation=2)
+  batch_at = fed.batch_at
 
   def at(step):
     if step == killed_at:
       raise Killed
     return batch_at(step)
 
+  fed.batch_at = at
   train_step, tx = bco_step()
   state = steps.init_state(fresh(mesh).params, tx, LOSSES["bco"])
-  return loop.fit(
-    state,
-    train_step,
-    at,
-    ids_at,
-    folder=folder,
-    label="align",
-    updates=UPDATES,
-    save_every=SAVE_EVERY,
-    tokens_at=tokens_at,
-  )
+  return loop.fit(state, train_step, fed, options_of(folder))
 
 
 def test_a_killed_run_keeps_its_running_mean(alone, tmp_path):
   state = jax.device_get(bco_run(alone, tmp_path / "whole"))
   log = log_of(tmp_path / "whole")
-  assert state.delta.count == 4 * UPDATES
-  assert log[-1]["train/delta"] == float(state.delta.mean)
+  assert state.statistics["delta"].count == 4 * UPDATES
+  assert log[-1]["train/delta"] == float(state.statistics["delta"].mean)
   assert len({x["train/delta"] for x in log}) == UPDATES
   with pytest.raises(Killed):
     bco_run(alone, tmp_path / "killed", 5)
   again = bco_run(alone, tmp_path / "killed")
   same(again, tmp_path / "killed", (state, log))
-
-
-def test_checkpoints_of_other_losses_are_as_they_were(alone):
-  """A run begun before there was a running mean goes on."""
-  state = fresh(alone)
-  assert state.delta == ()
-  assert list(map(type, loop._items(state)["rest"])) == [
-    type(state.opt_state),
-    type(state.step),
-  ]

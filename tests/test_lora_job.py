@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxalign import checkpoints
+from jaxalign.core import checkpoints
 from jaxalign.model import safetensors_io
 
 ISA = "isa-0.1-seed0"
@@ -91,7 +91,7 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, monkeypatch, variant):
   assert jobs.run(work, *knobs).code is None
   monkeypatch.undo()
   ended = jobs.run(work, *knobs)
-  assert ended.code == 0 and "going on from step 2" in ended.out
+  assert ended.code == 0 and "resumed from step 2" in ended.out
   one, other = saved(whole), saved(work)
   assert set(one) == set(other)
   for n in one:

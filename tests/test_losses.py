@@ -6,13 +6,14 @@ nothing of the losses; an `Example` holds what they and the losses read.
 
 import dataclasses
 
+from flat import matched
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.train.logps import Logps
-from jaxalign.train.losses import GLOBAL, LOSSES
+from jaxalign.train.batch import Logps
+from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide, sums_and_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -20,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 @dataclasses.dataclass
 class Example:
-  """float64 [N, R] sums, common_prefix sums and counts; statistics."""
+  """float64 [N, R] sums, public sums and counts; statistics."""
 
   p: np.ndarray  # policy
   q: np.ndarray  # reference
   n: np.ndarray
   common_prefix_p: np.ndarray
-  public_q: np.ndarray
+  common_prefix_q: np.ndarray
   label: np.ndarray
   weights: np.ndarray
   z0: float = 1.5
@@ -63,7 +64,7 @@ def inputs(x, dtype):
   """(policy, ref, stats) of an example, as a step would hand them over."""
   cast = lambda a: jnp.asarray(a, dtype)
   policy = Logps(cast(x.p), cast(x.n), cast(x.common_prefix_p))
-  ref = Logps(cast(x.q), cast(x.n), cast(x.public_q))
+  ref = Logps(cast(x.q), cast(x.n), cast(x.common_prefix_q))
   stats = dict(
     label=jnp.asarray(x.label),
     weights=cast(x.weights),
@@ -72,7 +73,8 @@ def inputs(x, dtype):
     mean_count=cast(x.mean_count),
   )
   if x.p.shape[1] == 2:
-    stats |= {n: fn(policy.sum, ref.sum) for n, fn in GLOBAL.items()}
+    names = ("matched_margins", "matched_ratios")
+    stats |= {n: matched(n, policy.sum, ref.sum) for n in names}
   return policy, ref, stats
 
 
@@ -174,7 +176,7 @@ def dpop(x, beta=0.1, penalty=50.0):
 def ld_dpo(x, beta=0.1, tail_weight=0.5):
   a = tail_weight
   p = (1 - a) * x.common_prefix_p + a * x.p
-  q = (1 - a) * x.public_q + a * x.q
+  q = (1 - a) * x.common_prefix_q + a * x.q
   return -ls(beta * gap(p - q))
 
 
@@ -365,7 +367,11 @@ START = dict(
 def test_where_policy_is_reference(name):
   x = example(columns_of(name))
   x = x.replace(
-    q=x.p, public_q=x.common_prefix_p, z0=0.0, delta=0.0, weights=np.ones(32)
+    q=x.p,
+    common_prefix_q=x.common_prefix_p,
+    z0=0.0,
+    delta=0.0,
+    weights=np.ones(32),
   )
   for beta in (0.1, 7.0):
     kwargs = dict(beta=beta)
@@ -470,7 +476,7 @@ def test_metrics_of_pairs(name):
   x = example(2)
   x.p[:3] = x.q[:3] = x.p[:3, :1]  # ties, whatever the reward
   x.n[:3] = 5.0
-  x.common_prefix_p[:3] = x.public_q[:3] = x.p[:3] / 2
+  x.common_prefix_p[:3] = x.common_prefix_q[:3] = x.p[:3] / 2
   kwargs = {} if name == "slic" else BETA
   kind = next((k for k, names in REWARDS.items() if name in names), "ratios")
   reward = {
@@ -481,7 +487,7 @@ def test_metrics_of_pairs(name):
     "ratios": 0.3 * x.r,
   }[kind]
   if name == "ld_dpo":
-    reward = 0.15 * (x.r + x.common_prefix_p - x.public_q)
+    reward = 0.15 * (x.r + x.common_prefix_p - x.common_prefix_q)
   _, metrics = LOSSES[name](*inputs(x, jnp.float32), **kwargs)
   wanted = {
     "rewards/chosen": reward[:, 0],
@@ -507,7 +513,7 @@ def test_metrics_of_pairs(name):
 @pytest.mark.parametrize(
   "name", [n for n in LOSSES if LOSSES[n].kind == "unpaired"]
 )
-def test_metrics_of_unpaired_are_over_their_own_class(name):
+def test_metrics_of_thumbs_are_over_their_own_class(name):
   x = example(1)
   for label in (x.label, np.full(32, True), np.full(32, False)):
     x = x.replace(label=label)
@@ -543,10 +549,7 @@ def test_the_contract(name):
   assert set(fn.stats) <= set(stats)
   stats = {n: stats[n] for n in fn.stats}
   if "common_prefix" not in fn.extras:
-    policy, ref = (
-      policy._replace(common_prefix=None),
-      ref._replace(common_prefix=None),
-    )
+    policy, ref = (x.replace(common_prefix=None) for x in (policy, ref))
 
   def run(rows):
     cut = lambda a: a[rows] if a.ndim else a
@@ -635,7 +638,7 @@ def test_the_slope_at_a_kink_is_zero():
 
   def grad(name, ref, **kwargs):
     fn = lambda p: jnp.sum(
-      LOSSES[name](policy._replace(sum=p), ref, {}, **kwargs)[0]
+      LOSSES[name](policy.replace(sum=p), ref, {}, **kwargs)[0]
     )
     return np.asarray(jax.grad(fn)(policy.sum))
 

@@ -2,15 +2,18 @@
 
 import inspect
 
+from flat import matched as matched_by
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.train import losses
-from jaxalign.train.logps import common_prefix_sums, Logps
-from jaxalign.train.losses import combine, GLOBAL, LOSSES, matching, unpaired
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.train import losses, statistics
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import common_prefix_sums
+from jaxalign.train.losses import combine, find, LOSSES, unpaired
+from jaxalign.train.row_columns import density_ratios
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -67,7 +70,7 @@ def test_aot_is_the_sorted_loss_over_any_cut(name, kwargs):
     step[at] = 1e-5
     wanted[at] = (of(p + step) - of(p - step)) / 2e-5
   with jax.enable_x64(True):
-    matched = GLOBAL[stat](jnp.asarray(p), jnp.asarray(q))
+    matched = matched_by(stat, jnp.asarray(p), jnp.asarray(q))
 
     def part(sums, rows):
       loss, _ = LOSSES[name](
@@ -87,19 +90,19 @@ def test_aot_of_a_row_is_the_one_at_its_rank():
   """Margins 5, 1, 3 and the reference's 2, 9, 4: by rank 9, 2, 4."""
   p = np.array([[-1.0, -6.0], [-1.0, -2.0], [-1.0, -4.0]])
   q = np.array([[-1.0, -3.0], [-1.0, -10.0], [-1.0, -5.0]])
-  matched = GLOBAL["matched_margins"](jnp.asarray(p), jnp.asarray(q))
+  matched = matched_by("matched_margins", jnp.asarray(p), jnp.asarray(q))
   np.testing.assert_array_equal(matched, [9.0, 2.0, 4.0])
   loss, _ = LOSSES["aot"](
     as_logps(p), as_logps(q), dict(matched_margins=matched), beta=1.0
   )
   np.testing.assert_allclose(loss, -log_sigmoid([-4.0, -1.0, -1.0]), rtol=1e-6)
   # r: chosen 0, 0, 0; rejected -3, 8, 1. Each side's value of the same rank.
-  matched = GLOBAL["matched_ratios"](jnp.asarray(p), jnp.asarray(q))
+  matched = matched_by("matched_ratios", jnp.asarray(p), jnp.asarray(q))
   np.testing.assert_array_equal(matched, [[-3, 0], [1, 0], [8, 0]])
 
 
 def test_ranks_give_ties_to_the_row_that_comes_first():
-  ranks = losses.aot.ranks(jnp.float32([2.0, 1.0, 2.0, 0.0]))
+  ranks = statistics.ranks(jnp.float32([2.0, 1.0, 2.0, 0.0]))
   np.testing.assert_array_equal(ranks, [2, 1, 3, 0])
 
 
@@ -120,8 +123,7 @@ def test_no_gradient_runs_through_what_is_matched():
         LOSSES[name](as_logps(sums), as_logps(q), {stat: matched})[0]
       )
 
-    assert (jax.grad(total, 1)(p, GLOBAL[stat](p, q)) == 0).all()
-    assert (jax.grad(lambda x: jnp.sum(GLOBAL[stat](x, q)))(p) == 0).all()
+    assert (jax.grad(total, 1)(p, matched_by(stat, p, q)) == 0).all()
 
 
 # BCO's delta.
@@ -132,21 +134,21 @@ def test_delta_is_the_mean_of_every_reward_so_far():
   rewards = rng.normal(3, 2, 70)
   with jax.enable_x64(True):
     for cuts in ((70,), (1, 30, 70), (64, 66, 70)):
-      delta, start = unpaired.init_delta(), 0
+      delta, start = statistics.init_mean(), 0
       assert delta.mean == 0
       for end in cuts:
-        delta = unpaired.update_delta(delta, jnp.asarray(rewards[start:end]))
+        delta = statistics.update_mean(delta, jnp.asarray(rewards[start:end]))
         np.testing.assert_allclose(delta.mean, rewards[:end].mean(), rtol=1e-12)
         start = end
       assert delta.count == 70
-  pairs_too = unpaired.update_delta(
-    unpaired.init_delta(), jnp.float32([[1.0, 2.0], [4.0, 5.0]])
+  pairs_too = statistics.update_mean(
+    statistics.init_mean(), jnp.float32([[1.0, 2.0], [4.0, 5.0]])
   )
-  assert pairs_too == (3.0, 4.0)
+  assert (pairs_too.mean, pairs_too.count) == (3.0, 4.0)
 
 
 def test_no_gradient_runs_through_delta():
-  fn = lambda r: unpaired.update_delta(unpaired.init_delta(), r).mean
+  fn = lambda r: statistics.update_mean(statistics.init_mean(), r).mean
   assert (jax.grad(fn)(jnp.float32([1.0, 2.0])) == 0).all()
 
 
@@ -162,7 +164,7 @@ def prompts(rows=300, width=6, shift=0.7):
 def test_density_ratios_are_scikit_learn_s():
   linear = pytest.importorskip("sklearn.linear_model")
   x, label = prompts()
-  ours = matching.density_ratios(x, label)
+  ours = density_ratios(x, label)
   theirs = linear.LogisticRegression(
     class_weight="balanced", tol=1e-10, max_iter=5000
   ).fit(x, label)
@@ -177,10 +179,10 @@ def test_density_ratios_are_scikit_learn_s():
 
 def test_density_ratios_take_a_sample_of_each_class():
   x, label = prompts(2000)
-  whole = matching.density_ratios(x, label, sample=10000)
-  some = matching.density_ratios(x, label, sample=400, seed=1)
-  again = matching.density_ratios(x, label, sample=400, seed=1)
-  other = matching.density_ratios(x, label, sample=400, seed=2)
+  whole = density_ratios(x, label, sample=10000)
+  some = density_ratios(x, label, sample=400, seed=1)
+  again = density_ratios(x, label, sample=400, seed=1)
+  other = density_ratios(x, label, sample=400, seed=2)
   np.testing.assert_array_equal(some, again)
   assert (some != other).any() and (some != whole).any()
   inner = (whole > 0.5) & (whole < 10) & (some > 0.5) & (some < 10) & ~label
@@ -189,7 +191,7 @@ def test_density_ratios_take_a_sample_of_each_class():
 
 def test_prompts_of_one_distribution_weigh_one():
   x, label = prompts(4000, shift=0.0)
-  rest = matching.density_ratios(x, label, sample=4000)[~label]
+  rest = density_ratios(x, label, sample=4000)[~label]
   assert abs(rest.mean() - 1) < 0.05
 
 
@@ -203,13 +205,13 @@ def test_prompts_of_one_distribution_weigh_one():
 )
 def test_density_ratios_refuse(x, label, said):
   with pytest.raises(DataError, match=said):
-    matching.density_ratios(x, label)
+    density_ratios(x, label)
 
 
-# LD-DPO's common_prefix sums.
+# LD-DPO's public sums.
 
 
-def test_public_sums_are_over_the_shorter_answer_s_length():
+def test_common_prefix_sums_are_over_the_shorter_answer_s_length():
   """Responses of 3 and 2 tokens, then of 1 and 4, after prompts."""
   each = np.float32(
     [
@@ -231,13 +233,13 @@ def test_public_sums_are_over_the_shorter_answer_s_length():
 def test_ld_dpo_between_its_ends_is_dpo_and_its_public_part():
   p, q = pairs()
   policy, ref = as_logps(p), as_logps(q)
-  policy, ref = (x._replace(common_prefix=0.6 * x.sum) for x in (policy, ref))
+  policy, ref = (x.replace(common_prefix=0.6 * x.sum) for x in (policy, ref))
   got = lambda a: LOSSES["ld_dpo"](policy, ref, {}, tail_weight=a)[0]
   np.testing.assert_allclose(
     got(1.0), LOSSES["dpo"](policy, ref, {})[0], rtol=2e-5
   )
   only = LOSSES["dpo"](
-    *(x._replace(sum=x.common_prefix) for x in (policy, ref)), {}
+    *(x.replace(sum=x.common_prefix) for x in (policy, ref)), {}
   )
   np.testing.assert_allclose(got(0.0), only[0], rtol=2e-5)
 
@@ -247,7 +249,7 @@ def test_ld_dpo_between_its_ends_is_dpo_and_its_public_part():
 
 def test_rpo_is_dpo_and_a_share_of_sft():
   p, q = pairs()
-  fn = combine.find("dpo + 0.2*sft")
+  fn = find("dpo + 0.2*sft")
   loss, metrics = fn(as_logps(p), as_logps(q), {}, beta=0.3)
   one, of_dpo = LOSSES["dpo"](as_logps(p), as_logps(q), {}, beta=0.3)
   two, of_sft = LOSSES["sft"](as_logps(p), None, {})
@@ -261,12 +263,12 @@ def test_rpo_is_dpo_and_a_share_of_sft():
 
 def test_a_sum_declares_all_that_its_terms_need():
   """MPO; the rewards logged are the first term's."""
-  fn = combine.find("0.8*ld_dpo+0.2*bco_pair+1e-2*sft_tokens")
+  fn = find("0.8*ld_dpo+0.2*bco_pair+1e-2*sft_tokens")
   assert fn.stats == ("delta", "mean_count") and fn.extras == ("common_prefix",)
   assert fn.kind == "pairs" and fn.reference
-  assert not combine.find("cpo+sft").reference
-  assert combine.find("2*sft+sft_tokens").kind == "rows"
-  assert combine.find("2*kto").kind == "unpaired"
+  assert not find("cpo+sft").reference
+  assert find("2*sft+sft_tokens").kind == "rows"
+  assert find("2*kto").kind == "unpaired"
   keywords = {
     n: p.default
     for n, p in inspect.signature(fn).parameters.items()
@@ -275,7 +277,7 @@ def test_a_sum_declares_all_that_its_terms_need():
   assert keywords == dict(beta=0.1, tail_weight=0.5)
   p, q = pairs()
   policy, ref = (
-    as_logps(x)._replace(common_prefix=jnp.asarray(x) * 0.5) for x in (p, q)
+    as_logps(x).replace(common_prefix=jnp.asarray(x) * 0.5) for x in (p, q)
   )
   stats = dict(delta=jnp.float32(0.2), mean_count=jnp.float32(4.0))
   loss, metrics = fn(policy, ref, stats, beta=0.3, tail_weight=0.1)
@@ -296,7 +298,7 @@ def test_a_sum_declares_all_that_its_terms_need():
 def test_a_keyword_not_given_keeps_each_term_s_default():
   p, q = pairs()
   policy, ref = as_logps(p), as_logps(q)
-  loss, _ = combine.find("simpo+dpo")(policy, ref, {})
+  loss, _ = find("simpo+dpo")(policy, ref, {})
   wanted = (
     LOSSES["simpo"](policy, None, {}, beta=2.0)[0]
     + LOSSES["dpo"](policy, ref, {}, beta=0.1)[0]
@@ -305,11 +307,11 @@ def test_a_keyword_not_given_keeps_each_term_s_default():
 
 
 def test_a_name_alone_is_the_table_s_function():
-  assert combine.find("exo") is LOSSES["exo"]
-  assert combine.find("1*exo") is LOSSES["exo"]
+  assert find("exo") is LOSSES["exo"]
+  assert find("1*exo") is LOSSES["exo"]
   path = "jaxalign.train.losses.pair:nca"
-  assert combine.find(path) is LOSSES["nca"]
-  assert combine.find(f"0.5*{path}+sft").kind == "pairs"
+  assert find(path) is LOSSES["nca"]
+  assert find(f"0.5*{path}+sft").kind == "pairs"
 
 
 def test_a_keyword_in_brackets_is_of_one_term():
@@ -320,18 +322,18 @@ def test_a_keyword_in_brackets_is_of_one_term():
     0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.3, label_smoothing=0.1)[0]
     + LOSSES["ipo"](policy, ref, {}, beta=1.0)[0]
   )
-  loss, metrics = losses.bind(combine.find(name), name, {})(policy, ref, {})
+  loss, metrics = losses.bind(find(name), name, {})(policy, ref, {})
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
   assert {"loss/dpo", "loss/ipo"} <= set(metrics)
   assert "preference_loss" not in metrics  # it is the loss
   # What the config gives to all terms goes over it.
-  both = losses.bind(combine.find(name), name, dict(beta=0.2))
+  both = losses.bind(find(name), name, dict(beta=0.2))
   wanted = (
     0.5 * LOSSES["dpo"](policy, ref, {}, beta=0.2, label_smoothing=0.1)[0]
     + LOSSES["ipo"](policy, ref, {}, beta=0.2)[0]
   )
   np.testing.assert_allclose(both(policy, ref, {})[0], wanted, rtol=1e-6)
-  alone = losses.bind(combine.find("orpo"), "orpo", {})
+  alone = losses.bind(find("orpo"), "orpo", {})
   np.testing.assert_array_equal(
     alone(policy, ref, {})[0], LOSSES["orpo"](policy, ref, {}, beta=0.1)[0]
   )
@@ -354,7 +356,7 @@ def test_classes_weigh_by_the_rows_that_are_kept(up, down, wanted):
   assert unpaired.class_weights(up, down) == pytest.approx(wanted)
   label = np.arange(up + down) < up
   kto = losses.bind(LOSSES["kto"], "kto", dict(beta=0.5))
-  loss, said = unpaired.weighed(kto, label)
+  loss, said = unpaired.with_class_weights(kto, label)
   stats = dict(label=jnp.array([True, False]), z0=jnp.float32(0.1))
   r = np.array([[0.4], [-0.3]])
   got = loss(as_logps(r), as_logps(0 * r), stats)[0]
@@ -380,14 +382,14 @@ def test_given_weights_of_classes_stay_and_are_judged():
     ("0.5*apo_zero_unpaired(undesirable=3)", {}, True),
     ("bco", {}, False),
   ):
-    loss = losses.bind(combine.find(name), name, kwargs)
-    found, said = unpaired.weighed(loss, label)
+    loss = losses.bind(find(name), name, kwargs)
+    found, said = unpaired.with_class_weights(loss, label)
     assert found is loss and bool(said) == warned
   assert (
     "20 liked answers and 10 disliked weigh 0.67 to 1"
-    in unpaired.weighed(
-      losses.bind(combine.find("kto(undesirable=3)"), "", {}), label
-    )[1][0]
+    in unpaired.with_class_weights(
+      losses.bind(find("kto(undesirable=3)"), "", {}), label
+    )[1]
   )
 
 
@@ -414,7 +416,7 @@ def test_given_weights_of_classes_stay_and_are_judged():
 )
 def test_sums_that_cannot_be(name, said):
   with pytest.raises(ConfigError, match=said) as raised:
-    combine.find(name)
+    find(name)
   assert "config.loss.name" in str(raised.value)
 
 
@@ -448,7 +450,7 @@ def test_sums_that_cannot_be(name, said):
 )
 def test_keywords_that_cannot_be(name, kwargs, said):
   with pytest.raises(ConfigError, match=said) as raised:
-    losses.bind(combine.find(name), name, kwargs)
+    losses.bind(find(name), name, kwargs)
   assert "config.loss.kwargs" in str(raised.value)
 
 
@@ -460,7 +462,7 @@ def test_every_keyword_has_limits_that_its_default_meets(name):
     for n, p in inspect.signature(fn).parameters.items()
     if p.kind == p.KEYWORD_ONLY
   }
-  assert set(kwargs) <= set(losses.LIMITS)
+  assert set(kwargs) <= set(combine.LIMITS)
   bound = losses.bind(fn, name, kwargs)
   assert all(
     getattr(bound, f) == getattr(fn, f)

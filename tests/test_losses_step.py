@@ -28,12 +28,14 @@ from test_step import (
 )
 
 from configs import common
-from jaxalign import checks, sharding
-from jaxalign.errors import ConfigError
-from jaxalign.train import losses, stats
+from jaxalign.cli import checks
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
+from jaxalign.train import losses, row_columns, statistics
 from jaxalign.train import step as steps
-from jaxalign.train.logps import common_prefix_sums, Logps, PRODUCERS
-from jaxalign.train.losses import combine, LOSSES
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import common_prefix_sums, PRODUCERS
+from jaxalign.train.losses import find, LOSSES
 from jaxalign.train.metrics import divide
 
 ROWS, RATE, VOCAB = 16, 1e-4, 32
@@ -68,16 +70,16 @@ def table_params():
 
 
 def sums_of(model, tokens, mask):
-  """float64 sums, whole and of the common prefix, [rows, R], at the start."""
-  total, common_prefix = np.zeros((2, *tokens.shape[:2]))
+  """float64 sums and public sums [rows, R] of the policy at the start."""
+  total, public = np.zeros((2, *tokens.shape[:2]))
   shortest = mask.sum(-1).min(1)
   for i in np.ndindex(total.shape):
     if model == "decoder":
       each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
     else:
       each = -np.logaddexp(0, np.float64(table_params())[tokens[i]])[mask[i]]
-    total[i], common_prefix[i] = each.sum(), each[: shortest[i[0]]].sum()
-  return total, common_prefix
+    total[i], public[i] = each.sum(), each[: shortest[i[0]]].sum()
+  return total, public
 
 
 @functools.lru_cache
@@ -85,11 +87,9 @@ def data(model, columns, noise):
   """(batch, Example) of 16 rows whose reference is so noisy a policy."""
   rng = np.random.default_rng(columns)
   tokens, mask = rows_of(ROWS, columns, 8)
-  policy, common_prefix = sums_of(model, tokens, mask)
+  policy, public = sums_of(model, tokens, mask)
   ref = np.float32(policy + rng.normal(0, noise, policy.shape))
-  ref_common_prefix = np.float32(
-    common_prefix + rng.normal(0, noise, policy.shape)
-  )
+  ref_public = np.float32(public + rng.normal(0, noise, policy.shape))
   label = rng.random(ROWS) < 0.4
   weights = np.float32(rng.uniform(0.5, 10.0, ROWS))
   kl_tokens, kl_mask = rows_of(ROWS, 1, 9)
@@ -99,7 +99,7 @@ def data(model, columns, noise):
     tokens=tokens,
     mask=mask,
     ref_sum=ref,
-    ref_common_prefix=ref_common_prefix,
+    ref_common_prefix=ref_public,
     ref_count=np.float32(mask.sum(-1)),
     label=label,
     weights=weights,
@@ -111,8 +111,8 @@ def data(model, columns, noise):
     policy,
     np.float64(ref),
     np.float64(mask.sum(-1)),
-    common_prefix,
-    np.float64(ref_common_prefix),
+    public,
+    np.float64(ref_public),
     label,
     np.float64(weights),
     z0=max(0.0, (kl - kl_ref).mean()),
@@ -136,7 +136,7 @@ def own(fn, batch):
 @functools.lru_cache
 def step_of(model, name):
   tx = optax.sgd(1.0, momentum=0.9)  # its state is the gradient
-  fn = losses.bind(combine.find(name), name, {})
+  fn = losses.bind(find(name), name, {})
   logps_fn = PRODUCERS["chunked"](MODEL, 6) if model == "decoder" else table
   return fn, steps.make_train_step(logps_fn, fn, tx), tx
 
@@ -151,16 +151,14 @@ def run(model, name, shape, accumulation, noise, count):
   fn, train_step, tx = step_of(model, name)
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
-    batch = cut(
-      mesh, own(fn, data(model, columns_of(fn), noise)[0]), accumulation
-    )
+    rows = own(fn, data(model, columns_of(fn), noise)[0])
+    batch = cut(mesh, rows, accumulation, RATE)
     state, seen = steps.init_state(parameters(model, mesh), tx, fn), []
     for _ in range(count):
-      state, totals = train_step(state, batch | dict(lr=np.float32(RATE)))
+      state, totals = train_step(state, batch)
       seen.append(jax.device_get(totals))
-    return seen, jax.device_get(
-      (optax.tree.get(state.opt_state, "trace"), state.params, state.delta)
-    )
+    trace = optax.tree.get(state.opt_state, "trace")
+    return seen, jax.device_get((trace, state.params, state.statistics))
 
 
 def equation(name, x):
@@ -173,11 +171,10 @@ def equation(name, x):
 
 def test_no_loss_asks_for_more_than_a_step_computes():
   for name, fn in LOSSES.items():
-    assert set(fn.stats) <= set(stats.STATS), name
-    assert set(fn.extras) <= set(stats.EXTRAS), name
+    row_columns.check_reads(fn, name)
     bound = losses.bind(fn, name, {})
     if "delta" in fn.stats:
-      assert stats.beta_of(bound) == stats.beta_of(fn) == 0.1
+      assert statistics.beta_of(bound) == statistics.beta_of(fn) == 0.1
 
 
 def asks_for_more(policy, ref, stats):
@@ -204,11 +201,11 @@ def test_a_loss_that_asks_for_more_is_refused_before_anything_runs():
 def test_the_running_mean_has_the_beta_of_its_own_term():
   """Of a sum each term keeps its default; one that is given reaches all."""
   for name in ("dpo_norm+bco_pair", "bco_pair+dpo_norm"):
-    fn = combine.find(name)
-    assert stats.beta_of(losses.bind(fn, name, {})) == 0.1
-    assert stats.beta_of(losses.bind(fn, name, dict(beta=0.3))) == 0.3
-  assert not stats.needs_batch_logps(combine.find("dpo+sft_tokens"))
-  assert stats.needs_batch_logps(combine.find("aot+sft"))
+    fn = find(name)
+    assert statistics.beta_of(losses.bind(fn, name, {})) == 0.1
+    assert statistics.beta_of(losses.bind(fn, name, dict(beta=0.3))) == 0.3
+  assert not statistics.needs_batch_logps(find("dpo+sft_tokens"))
+  assert statistics.needs_batch_logps(find("aot+sft"))
 
 
 EACH = [
@@ -269,8 +266,8 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
   model, name, shape, accumulation
 ):
   """1e-4 of the largest gradient: float32 sums in another order."""
-  seen, (trace, params, delta) = run(model, name, (1, 1), 1, 2.0, 2)
-  again, (trace2, params2, delta2) = run(
+  seen, (trace, params, states) = run(model, name, (1, 1), 1, 2.0, 2)
+  again, (trace2, params2, states2) = run(
     model, name, shape, accumulation, 2.0, 2
   )
   _, x = data(model, columns_of(LOSSES[name]), 2.0)
@@ -289,6 +286,7 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
     np.testing.assert_allclose(trace2[n], g, rtol=0, atol=1e-4 * largest)
     np.testing.assert_allclose(params2[n], params[n], rtol=0, atol=1e-6)
   if "delta" in LOSSES[name].stats:
+    delta, delta2 = states["delta"], states2["delta"]
     assert delta.count == delta2.count == 2 * x.r.size
     first = 0.1 * x.r.mean()  # the second step moved by 1e-4 of a gradient
     assert delta.mean == pytest.approx(first, rel=0.2)
@@ -298,4 +296,4 @@ def test_two_steps_are_the_same_on_every_mesh_and_cut(
       float(delta.mean), rel=1e-6
     )
   else:
-    assert delta == ()
+    assert states == states2 == {}

@@ -10,8 +10,10 @@ import jax
 import jobs
 import pytest
 
-from jaxalign import main, pipeline, study
-from jaxalign.errors import ConfigError
+from jaxalign import pipeline
+from jaxalign.cli import main
+from jaxalign.core.errors import ConfigError
+from jaxalign.study import run as study  # noqa: F401
 
 
 def refused(tmp_path, *flags, config="dpo_sub.py:tiny"):
@@ -129,7 +131,7 @@ def test_the_first_checks_start_no_backend():
   """Once one is started, a process can no longer join others."""
   code = (
     "from configs import common\n"
-    "from jaxalign import checks\n"
+    "from jaxalign.cli import checks\n"
     "from jax._src import xla_bridge\n"
     "checks.validate(common.base('tiny'))\n"
     "assert not xla_bridge.backends_are_initialized()\n"

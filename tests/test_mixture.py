@@ -15,14 +15,14 @@ import pytest
 import scipy.stats
 from sklearn.mixture import GaussianMixture
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError, CorruptError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, CorruptError, NumericError
 from jaxalign.select import em, exact, mixture, whiten
+from jaxalign.select import fit_mixture as mixture_stage
 from jaxalign.select.mixture import MixtureOptions
 from jaxalign.select.pool import make_pool
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.select.topk import id_hash, top
-from jaxalign.stages import mixture as mixture_stage
 
 KINDS = em.COVARIANCES
 GIVEN = ("seed", "labels", "space")  # of `fit`; the rest are options
@@ -536,7 +536,7 @@ import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 sys.path[:0] = sys.argv[3:5]
 import test_mixture
-from jaxalign import sharding
+from jaxalign.core import sharding
 mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
 assert jax.device_count() == 8 and jax.local_device_count() == 4
 chosen, _ = test_mixture.choose(mesh, *test_mixture.near_ties())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
 from jaxalign.data import tables
 
 ARMS = ("isa-0.1-seed0", "random-0.1-seed0")
@@ -27,7 +27,7 @@ def given():
 
 # Every writer's last call; of a store each process writes its own shards.
 NO_WRITES = (
-  "from jaxalign import artifacts\n"
+  "from jaxalign.core import artifacts\n"
   "write = artifacts.write_bytes\n"
   "def refuse(path, data):\n"
   "  assert '/store/' in str(path), f'wrote {path}'\n"
@@ -41,7 +41,7 @@ NO_WRITES = (
 NOTES = """
 import atexit, json
 import numpy as np
-from jaxalign import progress
+from jaxalign.core import progress
 from jaxalign.data import tables, tokens
 stage, read, whole = [""], [], []
 def saying(text, say=progress.say):
@@ -320,9 +320,9 @@ def test_a_second_job_of_two_is_refused_in_both(tmp_path):
 def broken(act):
   """A hook for trouble while the pool is embedded."""
   return (
-    "from jaxalign.select import embed\n"
+    "from jaxalign.embed import passes\n"
     f"def broken(*_): {act}\n"
-    "embed._collect = broken\n"
+    "passes._collect = broken\n"
   )
 
 
@@ -366,7 +366,7 @@ def test_trouble_in_one_process_ends_the_other(
 def term(stage):
   """A hook that sends a process SIGTERM as a stage begins."""
   return (
-    "from jaxalign import progress\n"
+    "from jaxalign.core import progress\n"
     "say = progress.say\n"
     "def saying(text):\n"
     f"  if text == '{stage}: ...': os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -394,7 +394,7 @@ def test_sigterm_to_one_process_saves_in_both(tmp_path):
   assert len(saved) == 1 and 0 < saved[0] < 30
   first, second = trouble(tmp_path, *flags, hooks={0: ONLY_SFT, 1: ONLY_SFT})
   assert (first.code, second.code) == (0, 0), (first, second)
-  assert f"going on from step {saved[0]}" in first.out
+  assert f"resumed from step {saved[0]}" in first.out
   assert len(jobs.lines(tmp_path / "shared/sft/metrics.jsonl")) == 40
 
 
@@ -411,13 +411,13 @@ def test_a_job_killed_in_both_is_gone_on_from(tmp_path, together, given):
   """In the first arm's training; it ends as the one that nobody killed."""
   flag, hook = (
     f"model.checkpoint={given}",
-    jobs.kill_when("checkpoints.Checkpoints.save", 1),
+    jobs.kill_when("core.checkpoints:Checkpoints.save", 1),
   )
   ended = trouble(tmp_path / "work", flag, hooks={0: hook, 1: hook})
   assert {e.code for e in ended} <= {-signal.SIGKILL, 75, -signal.SIGABRT}
   first, second = jobs.together(tmp_path / "work", flag)
   assert (first.code, second.code) == (0, 0), (first, second)
-  assert "align isa-0.1-seed0: going on from step 2" in first.out
+  assert "align isa-0.1-seed0: resumed from step 2" in first.out
   assert not jobs.differences(
     jobs.outcome(together[0]), jobs.outcome(tmp_path / "work")
   )

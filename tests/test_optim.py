@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import adapters, decoder
 from jaxalign.train import optim
 

@@ -9,9 +9,9 @@ import oracle
 import pytest
 from test_embed import MODEL, params, rows, SIZES, token_rows
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.embed import passes as embed
 from jaxalign.model import attention, decoder, logprob
-from jaxalign.select import embed
 
 
 @functools.lru_cache

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import world as worlds
 from jaxalign.data.encode import encode_texts
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder, hf
-from jaxalign.select import embed
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
-from jaxalign.train.logps import Logps, PRODUCERS
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide, sums_and_counts
 
@@ -248,22 +249,14 @@ def fresh(mesh):
   }
 
 
-def our_run(mesh, rows, loss, mismatched=None):
+def our_run(mesh, rows, loss):
   """Metrics of each step, through the feed and the train step."""
   bound = functools.partial(LOSSES[loss], beta=BETA)
   bound.kind, bound.stats = LOSSES[loss].kind, LOSSES[loss].stats
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.999)
   train_step = steps.make_train_step(PRODUCERS["chunked"](MODEL, 8), bound, tx)
-  batch_at, _, _ = feed.make_feed(
-    mesh,
-    rows,
-    batch=BATCH,
-    accumulation=1,
-    seed=7,
-    context=32,
-    rate=lambda step: 5e-3,
-    mismatched=mismatched,
-  )
+  batching = feed.Batching(BATCH, 7, context=32)
+  batch_at = feed.Feed(mesh, rows, batching, lambda step: 5e-3).batch_at
   state, seen = steps.init_state(fresh(mesh), tx), []
   for step in range(STEPS):
     state, totals = train_step(state, batch_at(step))
@@ -352,7 +345,7 @@ def test_five_steps_of_dpo(trl, alone, tmp_path):
   n = len(pool)
   ours = our_run(
     alone,
-    feed.Rows(
+    feed.TrainRows(
       [str(i) for i in range(n)],
       tokens,
       np.arange(2 * n).reshape(n, 2),
@@ -403,16 +396,16 @@ def test_five_steps_of_kto(trl, alone, tmp_path):
   ).logp
   ours = our_run(
     alone,
-    feed.Rows(
+    feed.TrainRows(
       [str(i) for i in range(n)],
       tokens,
       np.arange(n)[:, None],
       scores.logp[:, None],
       scores.count[:, None],
       label,
+      mismatched=feed.MismatchedRows(other, other_ref),
     ),
     "kto",
-    feed.Mismatched(other, other_ref),
   )
   theirs, prepared = their_run(
     trl,

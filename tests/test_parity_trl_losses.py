@@ -14,13 +14,16 @@ import inspect
 import textwrap
 import types
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.train.logps import common_prefix_sums, Logps
-from jaxalign.train.losses import combine, GLOBAL, LOSSES, unpaired
+from jaxalign.train import statistics
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import common_prefix_sums
+from jaxalign.train.losses import find, LOSSES
 
 # torch, transformers and trl warn of their own futures.
 pytestmark = [
@@ -75,11 +78,12 @@ def logps(each, mask):
 
 def ours(name, rows, stats=(), **kwargs):
   """(mean loss, its gradient by every token's log-prob, metrics)."""
-  fn, ref = combine.find(name), logps(jnp.asarray(rows.ref), rows.mask)
+  fn, ref = find(name), logps(jnp.asarray(rows.ref), rows.mask)
   stats = dict(stats, mean_count=rows.mask[:, 0].sum() / len(rows.mask))
   if rows.mask.shape[1] == 2:
     sums = logps(jnp.asarray(rows.each), rows.mask).sum
-    stats |= {n: of(sums, ref.sum) for n, of in GLOBAL.items()}
+    names = ("matched_margins", "matched_ratios")
+    stats |= {n: flat.matched(n, sums, ref.sum) for n in names}
 
   def mean(each):
     loss, metrics = fn(logps(each, rows.mask), ref, stats, **kwargs)
@@ -685,7 +689,7 @@ def test_trl_s_orpo_of_certain_answers_is_not_a_number(trl):
 
 
 def test_bco_without_a_delta_is_bco_pair_s_two_halves(trl):
-  """TRL 1.16 has BCO for pairs only; each answer is a row with a label."""
+  """TRL 1.16 has BCO for pairs only; each answer is a row with a thumb."""
   rows = rows_of()
   split = Rows(
     each=rows.each.reshape(-1, 1, LENGTH),
@@ -711,14 +715,14 @@ def test_losses_of_bco_trainer(trl):
   accelerator = trainer_of().accelerator
   accelerator.use_distributed = False
   running = bco.RunningMoments(accelerator)
-  delta = unpaired.init_delta()
+  delta = statistics.init_mean()
   for step in range(3):
     rng = np.random.default_rng(step)
     label = rng.random(8) < 0.5
     policy = rng.normal(-30, 5, (8, 1))
     ref = policy + rng.normal(step, 4, (8, 1))
     weights = rng.uniform(0.5, 10, 8)
-    delta = unpaired.update_delta(delta, jnp.asarray(0.3 * (policy - ref)))
+    delta = statistics.update_mean(delta, jnp.asarray(0.3 * (policy - ref)))
     stats = dict(
       label=jnp.asarray(label), delta=delta.mean, weights=jnp.asarray(weights)
     )

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import adapters, decoder, families, hf, weights
 
 torch = pytest.importorskip("torch")

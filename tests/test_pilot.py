@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from jaxalign import pilot
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.eval import plateau
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.study import pilot, plateau
 
 ISA = "length(direction=auto)"
 

@@ -9,11 +9,11 @@ import pytest
 import safetensors.numpy
 
 from configs import common
-from jaxalign import artifacts
+from jaxalign.core import artifacts
 from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
+from jaxalign.embed import store
 from jaxalign.model import hf
-from jaxalign.select import store
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]

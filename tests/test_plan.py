@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from configs import common
-from jaxalign import job as job_lib
-from jaxalign import memory, plan, sharding, study
-from jaxalign.core import devices
-from jaxalign.errors import ConfigError
-from jaxalign.model import decoder
-from jaxalign.stages import embed as passes
+from jaxalign.core import devices, sharding
+from jaxalign.core import job as job_lib
+from jaxalign.core.errors import ConfigError
+from jaxalign.embed import over_pool as passes
+from jaxalign.model import decoder, memory
+from jaxalign.study import plan
+from jaxalign.study import run as study  # noqa: F401
 from jaxalign.train import optim
 from jaxalign.train import step as steps
 

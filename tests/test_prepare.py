@@ -8,9 +8,9 @@ import pytest
 from test_chat import BUILT_IN, write_folder
 
 from configs import common
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import prepare, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.errors import ConfigError, DataError
 
 
 def made(tmp_path, source, context=8192, wanted="pairs", **data):

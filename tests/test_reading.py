@@ -9,11 +9,10 @@ from test_chat import BUILT_IN, write_folder
 from test_records import load, put
 
 from configs import common
-from jaxalign import recipe
-from jaxalign.data import prepare, special, tables, tokens
+from jaxalign.cli import select as select_main
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.data import prepare, recipe, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.select import __main__ as select_main
 
 SPLIT = ("data.split.sft=0.0", "data.split.pool=1.0", "data.split.held_out=0.0")
 

@@ -12,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
-from jaxalign import progress
+from jaxalign.core import progress
+from jaxalign.core.errors import (
+  ConfigError,
+  CorruptError,
+  DataError,
+  WriteError,
+)
 from jaxalign.data import records, tables
 from jaxalign.data.schemas import SCHEMAS
 from jaxalign.data.schemas.schema import Refused
-from jaxalign.errors import ConfigError, CorruptError, DataError, WriteError
 
 
 def pair(i, **other):

@@ -12,10 +12,11 @@ import pytest
 from test_layout import examples, make_mesh, MODEL, on_mesh, rows_of, SIZES
 from test_layout import params as weights
 
-from jaxalign import sharding
-from jaxalign.errors import DataError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import DataError, NumericError
 from jaxalign.model import decoder
 from jaxalign.train import reference
+from jaxalign.train.reference import Reference, reference_logps
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -39,24 +40,17 @@ def run(
   order=None,
   params=None,
   m=MODEL,
-  **more,
+  ids=None,
+  producer="chunked",
 ):
   pairs, mesh = pairs_of(r), mesh or make_mesh(1, 1)
   index = np.arange(len(pairs) * r).reshape(-1, r)
   if order is not None:
     index = index[order]
   with jax.set_mesh(mesh):
-    return reference.logps(
-      mesh,
-      on_mesh(mesh) if params is None else params,
-      m,
-      rows_of(pairs),
-      index,
-      layout=layout,
-      tile=tile,
-      chunk=5,
-      **more,
-    )
+    params = on_mesh(mesh) if params is None else params
+    frozen = Reference(mesh, params, m, tile, 5, producer)
+    return reference_logps(frozen, rows_of(pairs), index, layout, ids)
 
 
 @pytest.mark.parametrize("r", [1, 2])
@@ -109,7 +103,7 @@ def test_fewer_rows_than_a_bin():
 
 
 def test_one_program_whatever_the_rows():
-  call = reference._call("chunked", MODEL, 5)
+  call = reference._sums("chunked", MODEL, 5)
   call.clear_cache()
   run(2, tile=4)
   assert call._cache_size() == 1
@@ -118,27 +112,14 @@ def test_one_program_whatever_the_rows():
 def test_prompts_that_differ_are_named():
   rows = rows_of([([5, 6], [7]), ([5, 9], [8, 8])])
   mesh = make_mesh(1, 1)
-  how = dict(tile=4, chunk=5, ids=["b"])
   with jax.set_mesh(mesh):
-    with pytest.raises(DataError, match="row b: its responses have different"):
-      reference.logps(
-        mesh,
-        on_mesh(mesh),
-        MODEL,
-        rows,
-        np.array([[0, 1]]),
-        layout="packed",
-        **how,
-      )
-    total, _ = reference.logps(
-      mesh,
-      on_mesh(mesh),
-      MODEL,
-      rows,
-      np.array([[0, 1]]),
-      layout="packed_apart",
-      **how,
+    frozen = Reference(mesh, on_mesh(mesh), MODEL, 4, 5)
+    score = lambda layout: reference_logps(
+      frozen, rows, np.array([[0, 1]]), layout, ["b"]
     )
+    with pytest.raises(DataError, match="row b: its responses have different"):
+      score("packed")
+    total, _ = score("packed_apart")
   assert np.isfinite(total).all()
 
 

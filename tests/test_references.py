@@ -1,8 +1,5 @@
 """What losses read of the kept rows, against a NumPy Llama and by hand."""
 
-import types
-
-import ml_collections
 import numpy as np
 import oracle
 import pytest
@@ -16,26 +13,20 @@ from test_step import (
   token_rows,
 )
 
-from jaxalign import references
-from jaxalign.errors import DataError
-from jaxalign.select import embed
-from jaxalign.train import feed
-from jaxalign.train.losses import matching
+from jaxalign.core.errors import DataError
+from jaxalign.embed import passes as embed
+from jaxalign.train import feed, row_columns
+from jaxalign.train.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def make(mesh, responses):
-  """(what of a job is read, rows in another order than their tokens, tokens
-  and mask of those rows)."""
+  """(the reference, rows in another order than their tokens, tokens and mask
+  of those rows)."""
   tokens, mask = rows_of(8, responses, 7)
   order = np.array([5, 0, 7, 2, 3])
-  c = ml_collections.ConfigDict(
-    dict(embed=dict(tile=2), model=dict(head_chunk=5))
-  )
-  job = types.SimpleNamespace(
-    c=c, mesh=mesh, model=MODEL, reference=on_mesh(mesh)
-  )
+  frozen = Reference(mesh, on_mesh(mesh), MODEL, tile=2, chunk=5)
   tokens[:, :, 0] = 1
   all_rows = token_rows(tokens, mask)
   tokens, mask = tokens[order], mask[order]
@@ -43,7 +34,7 @@ def make(mesh, responses):
   for i in np.ndindex(ref.shape):
     each = oracle.token_logps(real_params(), tokens[i], **SIZES)
     ref[i] = each[mask[i]].sum()
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [f"row-{i}" for i in order],
     all_rows,
     order[:, None] * responses + np.arange(responses),
@@ -51,12 +42,12 @@ def make(mesh, responses):
     np.float32(mask.sum(-1)),
     np.array([True, False, True, False, False]),
   )
-  return job, rows, tokens, mask
+  return frozen, rows, tokens, mask
 
 
-def test_public_sums_end_where_the_shorter_answer_does(mesh):
-  job, rows, tokens, mask = make(mesh, 2)
-  common_prefix, cost = references.common_prefix_sums(job, rows)
+def test_common_prefix_sums_end_where_the_shorter_answer_does(mesh):
+  frozen, rows, tokens, mask = make(mesh, 2)
+  public, cost = row_columns.common_prefix(frozen, rows, 0)
   counts = mask.sum(-1)
   assert (
     (counts[:, 0] < counts[:, 1]).any()
@@ -64,35 +55,35 @@ def test_public_sums_end_where_the_shorter_answer_does(mesh):
     < (counts[:, 0] > counts[:, 1]).any()
   )
   seen = 0
-  for i in np.ndindex(common_prefix.shape):
+  for i in np.ndindex(public.shape):
     each = oracle.token_logps(real_params(), tokens[i], **SIZES)[mask[i]]
     shortest = counts[i[0]].min()
-    assert common_prefix[i] == pytest.approx(each[:shortest].sum(), abs=1e-5)
+    assert public[i] == pytest.approx(each[:shortest].sum(), abs=1e-5)
     if counts[i] == shortest:
-      assert common_prefix[i] == rows.ref_sum[i]
+      assert public[i] == rows.ref_sum[i]
     else:
-      assert abs(common_prefix[i] - rows.ref_sum[i]) > 0.1
+      assert abs(public[i] - rows.ref_sum[i]) > 0.1
       seen += mask[i].argmax() + shortest  # prompt and shared tokens
   assert cost.tokens == seen > 0 < cost.flops
 
 
-def test_public_sums_of_equal_lengths_cost_nothing(mesh):
-  job, rows, _, _ = make(mesh, 1)
-  common_prefix, cost = references.common_prefix_sums(job, rows)
-  np.testing.assert_array_equal(common_prefix, rows.ref_sum)
+def test_common_prefix_sums_of_equal_lengths_cost_nothing(mesh):
+  frozen, rows, _, _ = make(mesh, 1)
+  public, cost = row_columns.common_prefix(frozen, rows, 0)
+  np.testing.assert_array_equal(public, rows.ref_sum)
   assert cost.flops == 0
 
 
 def test_prompt_weights_see_no_answer(mesh):
   """Other answers to the same prompts leave the same weights."""
-  job, rows, tokens, mask = make(mesh, 1)
-  weights, cost = references.prompt_weights(job, rows, 4)
+  frozen, rows, tokens, mask = make(mesh, 1)
+  weights, cost = row_columns.prompt_weights(frozen, rows, 4)
   other = rows.tokens.ids.copy()
   for i, start in enumerate(rows.tokens.start):
     at = slice(rows.tokens.offsets[i] + start, rows.tokens.offsets[i + 1])
     other[at] = (other[at] + 7) % 32
-  again, _ = references.prompt_weights(
-    job, rows._replace(tokens=rows.tokens._replace(ids=other)), 4
+  again, _ = row_columns.prompt_weights(
+    frozen, rows._replace(tokens=rows.tokens._replace(ids=other)), 4
   )
   np.testing.assert_array_equal(weights, again)
   prompts = [tokens[i, 0, : mask[i, 0].argmax()] for i in range(5)]
@@ -103,12 +94,13 @@ def test_prompt_weights_see_no_answer(mesh):
   for i, p in enumerate(prompts):
     flat[i, 0, : len(p)], on[i, 0, len(p) - 1] = p, True
   x = embed.pool_rows(
-    mesh, job.reference, MODEL, token_rows(flat, on), pooling="mean", tile=2
+    mesh, frozen.params, MODEL, token_rows(flat, on), pooling="mean", tile=2
   )
   np.testing.assert_allclose(
-    weights, matching.density_ratios(x, rows.label), rtol=1e-4
+    weights, row_columns.density_ratios(x, rows.label), rtol=1e-4
   )
   assert (weights[rows.label] == 1).all()
   assert (weights[~rows.label] != 1).all()
   with pytest.raises(DataError, match="config.loss.name to 'bco'"):
-    references.prompt_weights(job, rows._replace(label=np.full(5, True)), 4)
+    rows = rows._replace(label=np.full(5, True))
+    row_columns.prompt_weights(frozen, rows, 4)

@@ -7,8 +7,8 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign import artifacts, checkpoints
-from jaxalign.train import loop
+from jaxalign.core import artifacts, checkpoints
+from jaxalign.train import log, loop
 
 ISA = "isa-0.1-seed0"
 
@@ -56,7 +56,7 @@ def at_call(monkeypatch, holder, name, at, act):
 def at_write(monkeypatch, at, act):
   """`at_call` of the n-th write, whole or at the end of the log."""
   calls = []
-  for holder, name in ((artifacts, "write_bytes"), (loop, "_append")):
+  for holder, name in ((artifacts, "write_bytes"), (log, "_append")):
 
     def hooked(path, data, real=getattr(holder, name)):
       calls.append(path)
@@ -96,21 +96,21 @@ def test_killed_three_times_and_gone_on_from(tmp_path):
   jobs.finished()  # compiles
   work = tmp_path / "work"
   points = [
-    ("checkpoints.Checkpoints.save", 2),
-    ("artifacts._write_record", 4),
-    ("checkpoints.Checkpoints.save", 1),
+    ("core.checkpoints:Checkpoints.save", 2),
+    ("core.artifacts:_write_record", 4),
+    ("core.checkpoints:Checkpoints.save", 1),
   ]
   ended = []
   for point, at in points:
     ended.append(jobs.wait(jobs.start(work, hook=jobs.kill_when(point, at))))
     assert ended[-1].code == -signal.SIGKILL, ended[-1]
   assert jobs.did(ended[0]) == ["data", "sft"]
-  assert "sft: going on from step 4" in ended[1].out
+  assert "sft: resumed from step 4" in ended[1].out
   assert jobs.did(ended[1]) == ["sft", "embed"]
   assert jobs.did(ended[2])[-1] == "align"
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended)[0] == "align"
-  assert f"align {ISA}: going on from step 2" in ended.out
+  assert f"align {ISA}: resumed from step 2" in ended.out
   same(work)
 
 
@@ -132,8 +132,8 @@ def test_killed_at_each_write_of_sft(before_sft, monkeypatch):
     assert ended.code == 0 and jobs.did(ended) == ["sft"]
     # A checkpoint without its digests is not believed.
     good = max(0, 2 * ((at - 1) // 2))
-    assert ("going on from" in ended.out) == bool(good), (at, ended)
-    assert not good or f"going on from step {good}" in ended.out
+    assert ("resumed from" in ended.out) == bool(good), (at, ended)
+    assert not good or f"resumed from step {good}" in ended.out
     assert ("was never finished" in ended.out) == (at in (2, 4, 6))
     same(work)
 
@@ -160,7 +160,7 @@ def test_a_signal_in_training_saves_and_stops(
   monkeypatch.undo()
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended)[0] == stage
-  assert "going on from step 3" in ended.out
+  assert "resumed from step 3" in ended.out
   same(work)
 
 
@@ -175,7 +175,7 @@ def test_a_signal_in_the_last_step_is_not_lost(before_sft, monkeypatch):
   assert jobs.run(before_sft).code == 75
   monkeypatch.undo()
   ended = jobs.run(before_sft)
-  assert ended.code == 0 and "going on from step 6" in ended.out
+  assert ended.code == 0 and "resumed from step 6" in ended.out
   same(before_sft)
 
 
@@ -204,7 +204,7 @@ def test_another_config_does_not_go_on_from_a_killed_run(tmp_path, monkeypatch):
   assert "sft.lr was 0.5, now 0.002" in ended.err and "--redo" in ended.err
   monkeypatch.setattr(jobs.pipeline, "run_passes", stop)
   ended = jobs.run(tmp_path, "--redo")
-  assert ended.code is None and "going on from" not in ended.out
+  assert ended.code is None and "resumed from" not in ended.out
   monkeypatch.undo()  # where this test runs alone, the finished job is to come
   wanted = jobs.parameters(jobs.finished() / "shared/sft")
   for name, x in jobs.parameters(tmp_path / "shared/sft").items():
@@ -235,7 +235,7 @@ def test_a_signal_from_outside(tmp_path, number, code):
 def test_killed_after_each_card(tmp_path, at):
   """SIGKILL just after a record is written, at a stage's start or its end."""
   jobs.finished()
-  hook = jobs.kill_when("artifacts._write_record", at)
+  hook = jobs.kill_when("core.artifacts:_write_record", at)
   ended = jobs.wait(jobs.start(tmp_path, hook=hook))
   assert ended.code == -signal.SIGKILL
   assert jobs.run(tmp_path).code == 0

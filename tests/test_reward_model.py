@@ -8,12 +8,12 @@ import pytest
 from test_encoder import VOCAB
 import tokenizers
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.embed import questions, scores
 from jaxalign.model import reward
 from jaxalign.model.flops import reward_flops
-from jaxalign.stages import questions, scores
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxalign.errors import ConfigError, DataError, WriteError
+from jaxalign.core.errors import ConfigError, DataError, WriteError
 from jaxalign.model import safetensors_io as io
 
 INDEX = "model.safetensors.index.json"

@@ -8,7 +8,7 @@ import numpy as np
 import pools as tests_pools
 import pytest
 
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select import pool as pools
 from jaxalign.select import topk
 from jaxalign.select.samplers import isa, SAMPLERS, values

@@ -11,12 +11,12 @@ from test_samplers_geometric import by_hand
 from test_samplers_sets import naive_diverse, planted
 
 from configs import common
-from jaxalign import job
-from jaxalign.errors import ConfigError, NumericError
-from jaxalign.lookup import Term
+from jaxalign.core import job
+from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.core.lookup import Term
+from jaxalign.select import columns
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import combine, crossfit, dedup, SAMPLERS
-from jaxalign.stages import columns
 
 N = 300
 POOL = make_pools.make(2, N)

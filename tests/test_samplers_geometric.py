@@ -5,8 +5,8 @@ import numpy as np
 import pools as make_pools
 import pytest
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select import topk
 from jaxalign.select.samplers import density, geometric, SAMPLERS, vectors
 

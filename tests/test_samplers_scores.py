@@ -8,7 +8,7 @@ import pools as make_pools
 import pytest
 import scipy.stats
 
-from jaxalign.errors import ConfigError, DataError, NumericError
+from jaxalign.core.errors import ConfigError, DataError, NumericError
 from jaxalign.select import pool as pools
 from jaxalign.select import topk
 from jaxalign.select.samplers import draws, SAMPLERS, scores, values

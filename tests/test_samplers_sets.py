@@ -7,7 +7,7 @@ import pytest
 from test_samplers_geometric import by_hand
 from test_samplers_geometric import clusters as make_clusters
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.select import topk
 from jaxalign.select.samplers import (
   combine,

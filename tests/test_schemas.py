@@ -6,12 +6,12 @@ import json
 import pytest
 from test_records import load
 
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import schemas
 from jaxalign.data.schemas import choices, mapping, Refused, SCHEMAS
 from jaxalign.data.schemas.choices import Undecided
 from jaxalign.data.schemas.ranked import convert_tree
 from jaxalign.data.schemas.schema import margin_of, turns_of
-from jaxalign.errors import ConfigError, DataError
 
 
 def turn(role, content, **other):

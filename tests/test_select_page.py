@@ -11,8 +11,9 @@ import pytest
 from jaxalign.report import page as pages
 from jaxalign.report import select_page as page
 from jaxalign.report.values import plain
-from jaxalign.select import card
+from jaxalign.select import selection_report
 from jaxalign.select.pool import make_pool, Selection
+from jaxalign.select.selection_report import reasons
 
 N = 240
 HOSTILE = [
@@ -58,13 +59,13 @@ def make(n=N, sides=2):
   score = rng.normal(size=n) * 10.0 ** rng.integers(-6, 6, n)
   score[3] = -np.inf
   kept = np.argsort(-score)[:60]
-  out, table = card.examine(
+  out, table = selection_report.describe(
     pool,
     Selection(kept, score),
     sampler="</title><script>",
     texts=at,
     diagnostics={"notes": ["warning: <script>x</script>", "a <b>note</b>"]},
-    others=card.alternatives(pool, 60),
+    others=selection_report.alternatives(pool, 60),
   )
   return out, table
 
@@ -143,7 +144,7 @@ def test_texts_are_cut_to_the_size_of_the_page(monkeypatch):
 def test_a_card_with_little_on_it_still_renders():
   pool = make_pool(["a", "b", "c"], {})
   for rows in (np.arange(1), np.arange(3), np.empty(0, np.int64)):
-    out, table = card.examine(pool, Selection(rows, np.zeros(3)))
+    out, table = selection_report.describe(pool, Selection(rows, np.zeros(3)))
     document = page.selection_html(out, table)
     assert "not measured" in document
     read(document)
@@ -364,7 +365,7 @@ def test_filters_and_reset(opened, made):
 
 def test_a_row_says_its_reason_and_leads_to_its_neighbour(opened, made):
   out, table = made
-  said = card.reasons(out, table)
+  said = reasons.sentences(out, table)
   rank = np.asarray(table["rank"])
   for place in (0, 5, 59, 60, 61, N - 1):
     i = int(np.argsort(rank)[place])
@@ -515,7 +516,7 @@ def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
     for k in ("prompt", "chosen", "rejected")
   }
   document = page.selection_html(
-    *card.examine(
+    *selection_report.describe(
       pool, Selection(np.argsort(-score)[:10_000], score), texts=texts
     )
   )

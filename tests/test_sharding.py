@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder, logprob
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import json_rows, sources
 from jaxalign.data.json_rows import BadRow
 from jaxalign.data.schemas.messages import messages_of
 from jaxalign.data.sources import read_rows
-from jaxalign.errors import ConfigError, DataError
 
 ROWS = [
   dict(prompt=f"p{i}", chosen=f"good {i} \u00e9\U0001f600", rejected=f"r{i}")

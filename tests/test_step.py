@@ -3,6 +3,7 @@
 import functools
 
 from conftest import token_rows
+from flat import batch_of
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +11,14 @@ import optax
 import oracle
 import pytest
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder
-from jaxalign.select import embed
 from jaxalign.train import optim
 from jaxalign.train import step as steps
-from jaxalign.train.logps import Logps, PRODUCERS
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import combine, LOSSES
 from jaxalign.train.metrics import divide
 
@@ -57,14 +59,12 @@ def make_mesh(fsdp, tensor):
   )
 
 
-def cut(mesh, arrays, accumulation):
+def cut(mesh, arrays, accumulation, lr=0.0):
   """Host arrays [rows, ...] -> a batch of micro-batches on the mesh."""
-  return {
-    n: sharding.put(
-      mesh, x.reshape(accumulation, -1, *x.shape[1:]), None, "batch"
-    )
-    for n, x in arrays.items()
-  }
+  shaped = lambda x: x.reshape(accumulation, -1, *x.shape[1:])
+  put = lambda x: sharding.put(mesh, shaped(x), None, "batch")
+  on_mesh = {n: put(x) for n, x in arrays.items()}
+  return batch_of(**on_mesh, lr=np.float32(lr))
 
 
 def rows_of(rows, responses, seed, vocab=32):
@@ -182,9 +182,7 @@ def toy_run(mesh, loss, batch, accumulation, count=1, lr=0.05, **kwargs):
   params = {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}
   state, seen = steps.init_state(params, tx), []
   for _ in range(count):
-    state, totals = train_step(
-      state, cut(mesh, batch, accumulation) | {"lr": np.float32(lr)}
-    )
+    state, totals = train_step(state, cut(mesh, batch, accumulation, lr))
     seen.append({n: np.asarray(x) for n, x in totals.items()})
   return seen, jax.device_get(state.params), first_moment(state.opt_state)
 
@@ -369,9 +367,7 @@ def test_the_update_is_the_rule_s_at_the_batch_s_rate(mesh, name, clip, decay):
   )
   lrs = [0.1, 0.03, 0.2]
   for lr in lrs:
-    state, totals = train_step(
-      state, cut(mesh, batch, 2) | {"lr": np.float32(lr)}
-    )
+    state, totals = train_step(state, cut(mesh, batch, 2, lr))
     assert totals["lr"][0] == np.float32(lr)
   assert int(state.step) == 3
   wanted = descend(
@@ -420,7 +416,7 @@ def test_moments_are_counted(name):
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.1, b2=B2, name=name)
   state = tx.init({"w": np.zeros((256, 256), np.float32)})
   kept = sum(x.size for x in jax.tree.leaves(state)) / 256**2
-  assert round(kept) == optim.MOMENTS[name]
+  assert round(kept) == optim.OPTIMIZERS[name].moments
 
 
 def test_weight_decay_is_for_matrices_alone():
@@ -497,7 +493,7 @@ def test_short_runs_reach_the_peak_and_stay_positive(schedule, updates, warmup):
   [
     (dict(lr=0.0), "lr=0.0, wanted more than 0"),
     (dict(lr=float("nan")), "lr=nan"),
-    (dict(warmup_ratio=1.0), "warmup_ratio=1.0, wanted a share"),
+    (dict(warmup_ratio=1.0), "warmup_ratio=1.0, wanted a fraction"),
     (dict(warmup_ratio=-0.1), "warmup_ratio=-0.1"),
     (dict(schedule="flat"), "unknown schedule 'flat'; known: linear"),
   ],
@@ -597,8 +593,7 @@ def real_run(name, shape, accumulation, count, batch=None):
     state, seen = steps.init_state(on_mesh(mesh), tx), []
     for t in range(count):
       state, totals = train_step(
-        state,
-        cut(mesh, batch, accumulation) | {"lr": np.float32(1e-3 * (t + 1))},
+        state, cut(mesh, batch, accumulation, 1e-3 * (t + 1))
       )
       seen.append({n: np.asarray(x) for n, x in totals.items()})
     return seen, jax.device_get(state.params), first_moment(state.opt_state)
@@ -754,7 +749,7 @@ def test_a_batch_of_one_pair_on_one_device(accumulation):
       ref_count=put(np.ones(tokens.shape[:3], np.float32)),
     )
     grads, _ = jax.jit(steps.make_gradients(logps_fn, LOSSES["dpo"]))(
-      params, batch, {}
+      params, batch_of(**batch), {}
     )
     one = jax.jit(
       jax.grad(

@@ -11,10 +11,10 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign import artifacts
-from jaxalign.errors import ConfigError, CorruptError
-from jaxalign.select import store as stores
-from jaxalign.select.store import ArraySpec
+from jaxalign.core import artifacts
+from jaxalign.core.errors import ConfigError, CorruptError
+from jaxalign.embed import store as stores
+from jaxalign.embed.store import ArraySpec
 
 N, SHARD = 23, 5
 IDS = np.array([f"é{i:03d}" for i in range(N)])
@@ -265,7 +265,7 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
 OWN = (
   "import json\n"
   "from jaxalign import pipeline\n"
-  "from jaxalign.select import store\n"
+  "from jaxalign.embed import store\n"
   "real, wrote = store.write_shard, []\n"
   "def noted(s, shard, *a):\n"
   "  wrote.append([s.folder.name, shard])\n"

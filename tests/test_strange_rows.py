@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_records import load
 
+from jaxalign.core.errors import DataError, JaxalignError
 from jaxalign.data import formats, json_rows, sources
 from jaxalign.data.json_rows import BadRow
 from jaxalign.data.sources import read_rows
-from jaxalign.errors import DataError, JaxalignError
 
 GOOD = dict(prompt="q ", chosen="good a", rejected="bad b")
 LINE = json.dumps(GOOD).encode()

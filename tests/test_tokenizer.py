@@ -12,9 +12,9 @@ import pytest
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import tokenizer
 from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
-from jaxalign.errors import ConfigError
 
 RNG = random.Random(0)
 WORDS = sorted(

@@ -11,11 +11,11 @@ import pytest
 import sentencepiece as spm
 from test_chat import write_folder
 
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import special, tokenizer
 from jaxalign.data.chat import BUILT_IN, Chat
 from jaxalign.data.fast_tokenizer import FastTokenizer
 from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
-from jaxalign.errors import ConfigError
 
 MODELS = {
   "stories": "models/stories260K/tokenizer.model",

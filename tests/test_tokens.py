@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
+from jaxalign.core.errors import ConfigError, CorruptError
 from jaxalign.data import tokens
 from jaxalign.data.encode import encode_texts
 from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
-from jaxalign.errors import ConfigError, CorruptError
 
 SMALL = Tokenizer(
   train_tokenizer(["\n\nHuman: bako ti\n\nAssistant: ruda mo"] * 9, 400)

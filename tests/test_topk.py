@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from jaxalign.errors import ConfigError, DataError, NumericError
+from jaxalign.core.errors import ConfigError, DataError, NumericError
 from jaxalign.select import pool as pools
 from jaxalign.select import topk
 

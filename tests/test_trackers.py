@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.train import trackers
 
 
@@ -152,4 +152,4 @@ def test_wandb_is_told_the_run_and_its_numbers(tmp_path, monkeypatch):
 
 def test_an_unknown_tracker_names_the_knob():
   with pytest.raises(ConfigError, match="'mlflow'.*config.train.trackers"):
-    trackers.check(("mlflow",))
+    trackers.check_trackers(("mlflow",))

@@ -16,7 +16,7 @@ import test_trl_trajectory as runs
 from jaxalign.data.encode import encode_texts
 from jaxalign.model import hf
 from jaxalign.train import feed
-from jaxalign.train.losses import bind, combine
+from jaxalign.train.losses import bind, find
 
 pytestmark = wide.pytestmark
 trl, alone, float64 = harness.trl, harness.alone, wide.float64  # fixtures
@@ -58,7 +58,7 @@ def test_twenty_steps(trl, alone, tmp_path, case):
   )
   assert not refused
   n, how = len(pool), wide.HOW | dict(batch=batch)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [str(i) for i in range(n)],
     tokens,
     np.arange(2 * n).reshape(n, 2),
@@ -78,7 +78,7 @@ def test_twenty_steps(trl, alone, tmp_path, case):
     for k, side in enumerate(("chosen", "rejected")):
       at = tokens.offsets[2 * i + k : 2 * i + k + 2]
       assert tokens.ids[at[0] : at[1]].tolist() == row[f"{side}_input_ids"]
-  bound = bind(combine.find(loss), loss, dict(beta=how["beta"]))
+  bound = bind(find(loss), loss, dict(beta=how["beta"]))
   found = runs.gaps(wide.ours(alone, rows, bound, batch=batch), theirs, names)
   runs.within(found, wide.LIMITS, 1e-5)
   assert abs(float(theirs[-1]["loss"]) - float(theirs[0]["loss"])) > 0.02

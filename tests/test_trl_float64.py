@@ -14,7 +14,7 @@ import test_parity_trl as harness
 import test_parity_trl_losses as tables
 import test_trl_trajectory as runs
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
@@ -70,22 +70,13 @@ def reference(mesh, tokens, responses):
   return np.asarray(found.sum), np.asarray(found.count)
 
 
-def ours(mesh, rows, loss, mismatched=None, batch=HOW["batch"]):
+def ours(mesh, rows, loss, batch=HOW["batch"]):
   """Metrics of every step, through the feed and the train step of a job."""
   tx = optim.make_optimizer(clip=1.0, weight_decay=runs.DECAY, b2=runs.B2)
   train_step = steps.make_train_step(PRODUCERS["chunked"](MODEL, 8), loss, tx)
   rate = runs.rate_of(HOW["lr"], HOW["updates"])
-  batch_at, _, _ = feed.make_feed(
-    mesh,
-    rows,
-    batch=batch,
-    accumulation=1,
-    seed=runs.SEED,
-    context=MODEL.context,
-    rate=rate,
-    mismatched=mismatched,
-    layout="packed",
-  )
+  batching = feed.Batching(batch, runs.SEED, 1, MODEL.context, "packed")
+  batch_at = feed.Feed(mesh, rows, batching, rate).batch_at
   state, seen = steps.init_state(fresh(mesh), tx, loss), []
   for step in range(HOW["updates"]):
     state, totals = train_step(state, batch_at(step))
@@ -125,7 +116,7 @@ def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
   )
   assert not refused
   n = len(pool)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [str(i) for i in range(n)],
     tokens,
     np.arange(2 * n).reshape(n, 2),
@@ -174,14 +165,16 @@ def test_every_loss_of_kto_trainer(trl, alone, tmp_path, name):
   taken = runs.order(n, HOW["batch"], HOW["updates"])
   before = np.roll(taken.reshape(-1, HOW["batch"]), 1, axis=1).ravel()
   other = batches.mismatched(tokens, taken, before, MODEL.context)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [str(i) for i in range(n)],
     tokens,
     np.arange(n)[:, None],
     *reference(alone, tokens, 1),
     label,
   )
-  mismatched = feed.Mismatched(other, reference(alone, other, 1)[0][:, 0])
+  if name == "kto":
+    sums = reference(alone, other, 1)[0][:, 0]
+    rows = rows._replace(mismatched=feed.MismatchedRows(other, sums))
   mine = tables.KTO[name]
   loss = bind(LOSSES[mine], mine, dict(beta=HOW["beta"]))
   theirs, _ = runs.theirs(
@@ -197,9 +190,5 @@ def test_every_loss_of_kto_trainer(trl, alone, tmp_path, name):
     **HOW,
   )
   names = [n for n in runs.THUMB if n != "kl" or name == "kto"]
-  found = runs.gaps(
-    ours(alone, rows, loss, mismatched if name == "kto" else None),
-    theirs,
-    names,
-  )
+  found = runs.gaps(ours(alone, rows, loss), theirs, names)
   runs.within(found, LIMITS, 1e-5)

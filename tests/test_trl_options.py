@@ -15,7 +15,7 @@ import ml_collections
 import pytest
 
 from configs import common
-from jaxalign.train.losses import combine, LOSSES
+from jaxalign.train.losses import find, LOSSES
 
 # torch, transformers and trl warn of their own futures.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -170,13 +170,13 @@ def test_every_loss_of_trl_has_a_name_of_ours():
   found = {code(a): code(b) for a, b in tables()[tuple(NAMES)]}
   assert len(named) >= 15 and set(found) == wanted
   assert set(found.values()) <= set(LOSSES)
-  combine.find("0.8*dpo+0.2*bco_pair+sft_tokens")  # as the page writes it
+  find("0.8*dpo+0.2*bco_pair+sft_tokens")  # as the page writes it
 
 
 def test_a_row_too_many_or_too_few_is_seen(monkeypatch):
   """The checks above, on a page that is wrong."""
   page = PAGE.read_text()
-  for find, put, check in (
+  for old, put, check in (
     (
       "| `ld_alpha` |",
       "| `ld_beta` |",
@@ -203,10 +203,10 @@ def test_a_row_too_many_or_too_few_is_seen(monkeypatch):
       test_every_loss_of_trl_has_a_name_of_ours,
     ),
   ):
-    assert page.count(find) == 1, find
+    assert page.count(old) == 1, old
 
     class Changed:
-      read_text = staticmethod(lambda: page.replace(find, put))
+      read_text = staticmethod(lambda: page.replace(old, put))
 
     with monkeypatch.context() as m:
       m.setitem(globals(), "PAGE", Changed)

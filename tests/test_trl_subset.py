@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
   """A finished little job with one arm."""
-  from jaxalign import main
+  from jaxalign.cli import main
 
   folder = tmp_path_factory.mktemp("job")
   flags = [

@@ -15,13 +15,13 @@ import pools
 import pytest
 import test_parity_trl as harness
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.data import batches, records
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
+from jaxalign.embed import passes as embed
 from jaxalign.model import adapters, decoder, hf
-from jaxalign.select import embed
 from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
@@ -65,46 +65,15 @@ def order(n, batch, updates):
   )
 
 
-def ours(
-  mesh,
-  folder,
-  m,
-  params,
-  rows,
-  loss,
-  *,
-  batch,
-  updates,
-  lr,
-  beta,
-  mismatched=None,
-):
+def ours(mesh, folder, m, params, rows, loss, *, batch, updates, lr, beta):
   """The log of a run of the loop, a dict a step."""
   bound = bind(LOSSES[loss], loss, dict(beta=beta))
   tx = optim.make_optimizer(clip=1.0, weight_decay=DECAY, b2=B2)
   train_step = steps.make_train_step(PRODUCERS["chunked"](m, 64), bound, tx)
-  batch_at, ids_at, tokens_at = feed.make_feed(
-    mesh,
-    rows,
-    batch=batch,
-    accumulation=1,
-    seed=SEED,
-    context=m.context,
-    rate=rate_of(lr, updates),
-    mismatched=mismatched,
-    layout="packed",
-  )
-  loop.fit(
-    steps.init_state(params, tx, bound),
-    train_step,
-    batch_at,
-    ids_at,
-    folder=folder / "ours",
-    label="align",
-    updates=updates,
-    save_every=updates,
-    tokens_at=tokens_at,
-  )
+  batching = feed.Batching(batch, SEED, 1, m.context, "packed")
+  fed = feed.Feed(mesh, rows, batching, rate_of(lr, updates))
+  options = loop.TrainOptions(folder / "ours", "align", updates, updates)
+  loop.fit(steps.init_state(params, tx, bound), train_step, fed, options)
   return [
     json.loads(x)
     for x in (folder / "ours" / "metrics.jsonl").read_text().splitlines()
@@ -176,7 +145,7 @@ def dpo(trl, mesh, folder, m, params, tok, pool, **how):
   )
   assert not refused and not tokens.cut.any()
   n, shape = len(pool), (len(pool), 2)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     [str(i) for i in range(n)],
     tokens,
     np.arange(2 * n).reshape(shape),
@@ -229,16 +198,16 @@ def kto(trl, mesh, folder, m, params, tok, pool, **how):
     folder,
     m,
     params,
-    feed.Rows(
+    feed.TrainRows(
       [str(i) for i in range(n)],
       tokens,
       np.arange(n)[:, None],
       total,
       count,
       label,
+      mismatched=feed.MismatchedRows(other, other_ref),
     ),
     "kto",
-    mismatched=feed.Mismatched(other, other_ref),
     **how,
   )
   assert max(x["train/kl"] for x in a) > 0.01
@@ -341,7 +310,7 @@ def some_rows():
   in another order each step, so that one packed shape is compiled."""
   rng = np.random.default_rng(2)
   tokens = pools.pairs_of_tokens(rng, 16, 32, (1, 10), (1, 8))
-  return feed.Rows(
+  return feed.TrainRows(
     [f"r{i}" for i in range(16)],
     tokens,
     np.arange(32).reshape(16, 2),
@@ -382,21 +351,13 @@ def twenty(rank, shape, accumulation, permuted=False):
   bound = bind(LOSSES["dpo"], "dpo", dict(beta=0.5))
   tx = optim.make_optimizer(clip=1.0, weight_decay=DECAY, b2=B2)
   with jax.set_mesh(mesh):
-    batch_at, _, _ = feed.make_feed(
-      mesh,
-      some_rows(),
-      batch=16,
-      accumulation=accumulation,
-      seed=SEED,
-      context=32,
-      rate=rate_of(1e-3, 20),
-      layout="packed",
-    )
+    batching = feed.Batching(16, SEED, accumulation, 32, "packed")
+    fed = feed.Feed(mesh, some_rows(), batching, rate_of(1e-3, 20))
     train_step = steps.make_train_step(PRODUCERS["chunked"](m, 8), bound, tx)
     trained, frozen = start(mesh, m)
     state, seen = steps.init_state(trained, tx, bound), []
     for step in range(20):
-      state, totals = train_step(state, batch_at(step), frozen)
+      state, totals = train_step(state, fed.batch_at(step), frozen)
       seen.append(divide(jax.device_get(totals)))
     return seen, jax.device_get(state.params)
 

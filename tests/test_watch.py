@@ -2,6 +2,7 @@
 
 import functools
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +11,17 @@ import pytest
 import test_loop
 from test_loop import Killed, MODEL, UPDATES
 
-from jaxalign import checkpoints, sharding
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import checkpoints, sharding
+from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder
-from jaxalign.stages import watched
-from jaxalign.train import ema, feed, loop, online, watch
+from jaxalign.train import feed, log, loop, online
 from jaxalign.train import step as steps
-from jaxalign.train.logps import Logps, PRODUCERS
+from jaxalign.train.batch import Logps
+from jaxalign.train.log import best_of, BestEvaluation
+from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, LOSSES
-from jaxalign.train.metrics import beside, divide, sums_and_counts
+from jaxalign.train.metrics import common_metrics, divide, sums_and_counts
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -36,25 +39,13 @@ def producer():
   return PRODUCERS["chunked"](MODEL, 5)
 
 
-def feed_of(mesh):
-  return feed.make_feed(
-    mesh,
-    test_loop.rows(),
-    batch=4,
-    accumulation=1,
-    seed=3,
-    context=12,
-    rate=lambda step: 0.01 * (step + 1),
-  )
-
-
 def extended(mesh):
   """A state and a step with a mean, and a reference that is refreshed."""
-  state = ema.begin(online.begin(test_loop.fresh(mesh)))
+  state = steps.begin_ema(online.begin_refresh(test_loop.fresh(mesh)))
   step = online.with_refresh(
     test_loop.train_step()[0], producer(), every=EVERY, mix=MIX
   )
-  return state, ema.keep(step, DECAY)
+  return state, steps.keep_ema(step, DECAY)
 
 
 def host(x):
@@ -66,7 +57,7 @@ def host(x):
 
 def test_the_mean_and_the_reference_follow_their_equations(mesh):
   state, step = extended(mesh)
-  batch_at, _, _ = feed_of(mesh)
+  batch_at = test_loop.feed_of(mesh).batch_at
   start = {n: np.float64(x) for n, x in host(state.params).items()}
   mean, ref = dict(start), dict(start)
   for k in range(4):
@@ -88,11 +79,11 @@ def test_the_mean_and_the_reference_follow_their_equations(mesh):
 
 
 def test_a_whole_refresh_starts_the_loss_anew(alone):
-  state = online.begin(test_loop.fresh(alone))
+  state = online.begin_refresh(test_loop.fresh(alone))
   step = online.with_refresh(
     test_loop.train_step()[0], producer(), every=2, mix=1.0
   )
-  batch_at, _, _ = feed_of(alone)
+  batch_at = test_loop.feed_of(alone).batch_at
   seen = []
   for k in range(5):
     state, totals = step(state, batch_at(k))
@@ -105,7 +96,7 @@ def shared_rows():
   rng = np.random.default_rng(1)
   tokens = pools.pairs_of_tokens(rng, 11, 16, (2, 6), (1, 6))
   counts = np.float32(np.diff(tokens.offsets) - tokens.start).reshape(11, 2)
-  return feed.Rows(
+  return feed.TrainRows(
     [f"row-{i:02d}" for i in range(11)],
     tokens,
     np.arange(22).reshape(11, 2),
@@ -134,28 +125,20 @@ def test_an_online_reference_is_the_stored_one(mesh, layout, name):
     )
     for n, p in decoder.table(MODEL).items()
   }
-  ones = feed.make_feed(
-    mesh,
-    rows,
-    batch=8,
-    accumulation=1,
-    seed=0,
-    context=12,
-    rate=lambda step: 0.0,
-  )
+  ones = feed.Feed(mesh, rows, feed.Batching(8, 0, context=12))
   total, public = np.zeros((11, 2), np.float32), np.zeros((11, 2), np.float32)
   for step in range(4):
-    batch = ones[0](step)
-    found = jax.jit(producer())(
-      reference,
-      *(jax.tree.map(lambda x: x[0], batch[n]) for n in ("tokens", "mask")),
-    )
-    for k, i in enumerate(ones[1](step)):
+    batch = ones.batch_at(step)
+    one = jax.tree.map(lambda x: x[0], (batch.tokens, batch.mask))
+    found = jax.jit(producer())(reference, *one)
+    for k, i in enumerate(ones.ids_at(step)):
       i = int(i[4:])
       total[i], public[i] = host(found.sum)[k], host(found.common_prefix)[k]
   assert (total < 0).all()
-  stored = rows._replace(ref_sum=total, ref_common_prefix=public)
-  blank = rows._replace(ref_sum=0 * total, ref_common_prefix=0 * public)
+  given = lambda total, public: rows._replace(
+    ref_sum=total, columns=dict(common_prefix=public)
+  )
+  stored, blank = given(total, public), given(0 * total, 0 * public)
   loss = bind(LOSSES[name], name, {})
   logs = []
   for given, reads in ((stored, None), (blank, reference)):
@@ -164,16 +147,8 @@ def test_an_online_reference_is_the_stored_one(mesh, layout, name):
     )
     if reads is not None:
       train_step = online.with_reference(train_step, producer(), reads)
-    batch_at, _, _ = feed.make_feed(
-      mesh,
-      given,
-      batch=4,
-      accumulation=1,
-      seed=3,
-      context=12,
-      rate=lambda step: 0.01,
-      layout=layout,
-    )
+    batching = feed.Batching(4, 3, context=12, layout=layout)
+    batch_at = feed.Feed(mesh, given, batching, lambda step: 0.01).batch_at
     state = test_loop.fresh(mesh)
     logs.append([])
     for k in range(3):
@@ -192,17 +167,17 @@ def test_kto_s_mismatched_rows_are_filled_too(alone):
   )
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 9, (3, 2, 1, 5))
-  batch = dict(
+  batch = flat.batch_of(
     tokens=tokens,
     mask=tokens > 2,
     kl_tokens=tokens + 1,
     kl_mask=tokens > 4,
     ref_sum=None,
-    ref_count=None,
     kl_ref_sum=None,
     lr=0.5,
   )
   got = online.make_fill(logps_fn)(jnp.float32(0.5), batch)
+  got = flat.arrays_of(got)
   for name, x, mask in (
     ("ref_sum", tokens, tokens > 2),
     ("kl_ref_sum", tokens + 1, tokens > 4),
@@ -228,8 +203,8 @@ def measure_of(asked=None):
 
 
 def everything(mesh, folder, killed_at=None, **changes):
-  batch_at, ids_at, tokens_at = feed_of(mesh)
-  asked = []
+  fed = test_loop.feed_of(mesh)
+  batch_at, asked = fed.batch_at, []
 
   def at(step):
     if step == killed_at:
@@ -237,28 +212,16 @@ def everything(mesh, folder, killed_at=None, **changes):
     asked.append(step)
     return batch_at(step)
 
-  state, step = extended(mesh)
-  out = loop.fit(
-    state,
-    step,
-    at,
-    ids_at,
-    **dict(
-      folder=folder,
-      label="align",
-      updates=UPDATES,
-      save_every=2,
-      tokens_at=tokens_at,
-      background=True,
-      keep=3,
-      explode=50.0,
-      evaluations=dict(held_out=measure_of()),
-      eval_every=1,
-      best="held_out/loss",
-    )
-    | changes,
-  )
-  return host(out), asked
+  fed.batch_at = at
+  options = test_loop.options_of(
+    folder,
+    keep=3,
+    explode=50.0,
+    evaluations=dict(held_out=measure_of()),
+    eval_every=1,
+    best="held_out/loss",
+  )._replace(**changes)
+  return host(loop.fit(*extended(mesh), fed, options)), asked
 
 
 def files(folder):
@@ -381,32 +344,25 @@ def test_a_measure_that_nothing_has_is_named(alone, tmp_path):
 
 
 def test_an_exploding_loss_stops_with_its_rows(alone, tmp_path):
-  batch_at, ids_at, tokens_at = feed_of(alone)
+  fed = test_loop.feed_of(alone)
+  batch_at, ids_at = fed.batch_at, fed.ids_at
+
+  def worse(sums):
+    sums[0, 0] += [500, -500]
 
   def at(step):
     batch = batch_at(step)
-    if step == 13:
-      bad = np.asarray(batch["ref_sum"]).copy()
-      bad[0, 0] += [500, -500]
-      return batch | dict(ref_sum=sharding.put(alone, bad, None, "batch"))
-    return batch
+    return test_loop.reference_of(batch, worse) if step == 13 else batch
+
+  fed.batch_at = at
 
   def run(folder, **more):
-    return loop.fit(
-      test_loop.fresh(alone),
-      test_loop.train_step()[0],
-      at,
-      ids_at,
-      folder=folder,
-      label="align",
-      updates=16,
-      save_every=1,
-      tokens_at=tokens_at,
-      **more,
-    )
+    options = test_loop.options_of(folder, updates=16, save_every=1, **more)
+    state, step = test_loop.fresh(alone), test_loop.train_step()[0]
+    return loop.fit(state, step, fed, options)
 
   with pytest.raises(NumericError) as caught:
-    run(tmp_path / "a", explode=4.0, background=True)
+    run(tmp_path / "a", explode=4.0)
   text = str(caught.value)
   assert "at step 13 is over " in text and "train.explode=4 times" in text
   assert "nothing after step 13 is saved" in text
@@ -427,22 +383,22 @@ def lines_of(name, values, **more):
 
 def test_explosion_is_against_the_start_and_the_recent_median():
   of = functools.partial(lines_of, "train/loss")
-  assert watch.exploded(of([1.7] * 9), 1e9, 3.0) is None  # too few
-  assert watch.exploded(of([1.7] * 10), 5.2, 3.0) == pytest.approx(5.1)
-  assert watch.exploded(of([1.7] * 10), 5.0, 3.0) is None
-  assert watch.exploded(of([1.7] * 10), 5.2, 0.0) is None
+  assert log.exploded(of([1.7] * 9), 1e9, 3.0) is None  # too few
+  assert log.exploded(of([1.7] * 10), 5.2, 3.0) == pytest.approx(5.1)
+  assert log.exploded(of([1.7] * 10), 5.0, 3.0) is None
+  assert log.exploded(of([1.7] * 10), 5.2, 0.0) is None
   fitted = of([1.7] + [0.001] * 60)
-  assert watch.exploded(fitted, 5.0, 3.0) is None
-  assert watch.exploded(fitted, 5.2, 3.0) == pytest.approx(5.1)
+  assert log.exploded(fitted, 5.0, 3.0) is None
+  assert log.exploded(fitted, 5.2, 3.0) == pytest.approx(5.1)
   # Losses about 0, and below it.
   for value in (0.0, 1e-9, -0.3):
-    assert watch.exploded(of([value] * 60), 2.9, 3.0) is None
-    assert watch.exploded(of([value] * 60), 3.1, 3.0) == pytest.approx(3.0)
-  assert watch.exploded(of([-9.0] * 60), 26.9, 3.0) is None
-  assert watch.exploded(of([-9.0] * 60), -500.0, 3.0) is None  # it got better
+    assert log.exploded(of([value] * 60), 2.9, 3.0) is None
+    assert log.exploded(of([value] * 60), 3.1, 3.0) == pytest.approx(3.0)
+  assert log.exploded(of([-9.0] * 60), 26.9, 3.0) is None
+  assert log.exploded(of([-9.0] * 60), -500.0, 3.0) is None  # it got better
   risen = of([0.7] * 5 + [4.0] * 60)  # only the newest fifty
-  assert watch.exploded(risen, 11.9, 3.0) is None
-  assert watch.exploded(risen, 12.1, 3.0) == pytest.approx(12.0)
+  assert log.exploded(risen, 11.9, 3.0) is None
+  assert log.exploded(risen, 12.1, 3.0) == pytest.approx(12.0)
 
 
 def test_a_long_log_is_not_read_at_every_update():
@@ -456,9 +412,9 @@ def test_a_long_log_is_not_read_at_every_update():
 
   asked = []
   lines = Lines(lines_of("train/loss", [2.0] * 100))
-  assert watch.exploded(lines, 41.0, 20.0) == 40.0
+  assert log.exploded(lines, 41.0, 20.0) == 40.0
   assert asked == [slice(-50, None), 0] or asked == [0, slice(-50, None)]
-  assert watch.exploded(lines, 41.0, 0.0) is None and len(asked) == 2
+  assert log.exploded(lines, 41.0, 0.0) is None and len(asked) == 2
 
 
 def test_the_default_lets_hard_batches_pass_and_ends_what_runs_away():
@@ -468,8 +424,8 @@ def test_the_default_lets_hard_batches_pass_and_ends_what_runs_away():
   of = functools.partial(lines_of, "train/loss")
   for start in (np.log(2), 0.5, 1.0, 7.0, 25.0, 0.0, -2.0):
     lines = of([start] * 12)
-    assert watch.exploded(lines, abs(start) * 8 + 5, factor) is None
-    assert watch.exploded(lines, 1e4, factor)
+    assert log.exploded(lines, abs(start) * 8 + 5, factor) is None
+    assert log.exploded(lines, 1e4, factor)
 
 
 # Alarms.
@@ -484,7 +440,7 @@ def drifting(chosen, rejected, length=10.0, n=20):
 
 
 def test_likelihood_displacement_is_said_in_words():
-  text = watch.displaced(drifting(-12.0, -30.0))
+  text = log.displaced(drifting(-12.0, -30.0))
   assert "12.0 nats less likely than under the reference (1.20 a token)" in text
   assert "margin grows to 18.0" in text and "displacement" in text
   for quiet in (
@@ -495,10 +451,8 @@ def test_likelihood_displacement_is_said_in_words():
     drifting(-12.0, -30.0, length=200.0),
     [],
   ):
-    assert watch.displaced(quiet) == ""
-  assert (
-    watch.displaced(drifting(5.0, -30.0, n=9) + drifting(-12.0, -30.0)) != ""
-  )
+    assert log.displaced(quiet) == ""
+  assert log.displaced(drifting(5.0, -30.0, n=9) + drifting(-12.0, -30.0)) != ""
 
 
 def test_a_collapse_is_said_in_words():
@@ -506,22 +460,22 @@ def test_a_collapse_is_said_in_words():
     {"step": k, "eval/generations/ended": x, "eval/generations/empty": 0.0}
     for k, x in enumerate(ended)
   ]
-  assert watch.collapsed(of(0.9, 0.85)) == "" == watch.collapsed(of(0.1))
-  text = watch.collapsed(of(0.9, 0.9, 0.5))
+  assert log.collapsed(of(0.9, 0.85)) == "" == log.collapsed(of(0.1))
+  text = log.collapsed(of(0.9, 0.9, 0.5))
   assert text.startswith("50% of the generated answers") and "(10% at" in text
 
 
 def test_the_best_is_the_first_of_equals_and_knows_its_direction():
-  log = [
+  lines = [
     dict(
       step=k,
       **({} if v is None else {"eval/rest/accuracy": v, "eval/rest/loss": v}),
     )
     for k, v in enumerate([None, 0.5, None, 0.7, 0.7, 0.6])
   ]
-  assert watch.best_of(log, "rest/accuracy") == watch.Best(4, 0.7, 2)
-  assert watch.best_of(log, "rest/loss") == watch.Best(2, 0.5, 3)
-  assert watch.best_of(log, "kept/loss") == watch.Best(0, 0.0, 0)
+  assert best_of(lines, "rest/accuracy") == BestEvaluation(4, 0.7, 2)
+  assert best_of(lines, "rest/loss") == BestEvaluation(2, 0.5, 3)
+  assert best_of(lines, "kept/loss") == BestEvaluation(0, 0.0, 0)
 
 
 def test_what_is_not_finite_is_not_the_best():
@@ -534,15 +488,15 @@ def test_what_is_not_finite_is_not_the_best():
   nan, inf = float("nan"), float("inf")
   for bad in (nan, inf, -inf):
     for name, best in (
-      ("accuracy", watch.Best(3, 0.9, 0)),
-      ("loss", watch.Best(2, 0.5, 1)),
+      ("accuracy", BestEvaluation(3, 0.9, 0)),
+      ("loss", BestEvaluation(2, 0.5, 1)),
     ):
-      assert watch.best_of(of(bad, 0.5, 0.9), f"rest/{name}") == best
+      assert best_of(of(bad, 0.5, 0.9), f"rest/{name}") == best
     # Behind a best one it is an evaluation without a better one.
-    assert watch.best_of(of(0.5, bad, 0.4), "rest/accuracy") == watch.Best(
+    assert best_of(of(0.5, bad, 0.4), "rest/accuracy") == BestEvaluation(
       1, 0.5, 2
     )
-    assert watch.best_of(of(bad, bad), "rest/loss") == watch.Best(0, 0.0, 0)
+    assert best_of(of(bad, bad), "rest/loss") == BestEvaluation(0, 0.0, 0)
 
 
 def test_the_weights_after_a_measure_that_is_not_finite(alone, tmp_path):
@@ -581,18 +535,8 @@ def test_an_alarm_is_said_once_and_marked_at_every_step(
       "lengths/chosen": np.array([8.0, 2.0]),
     }
 
-  batch_at, ids_at, tokens_at = feed_of(alone)
-  loop.fit(
-    test_loop.fresh(alone),
-    falling,
-    batch_at,
-    ids_at,
-    folder=tmp_path,
-    label="align",
-    updates=23,
-    save_every=100,
-    tokens_at=tokens_at,
-  )
+  options = test_loop.options_of(tmp_path, updates=23, save_every=100)
+  loop.fit(test_loop.fresh(alone), falling, test_loop.feed_of(alone), options)
   out = capsys.readouterr().out
   assert out.count("likelihood displacement") == 1
   assert "align, step 19: the chosen answers are 10.0 nats" in out
@@ -611,7 +555,7 @@ def test_drift_and_lengths_are_sums_and_counts():
   ref = Logps(jnp.array([[-4.0, -7.0], [-4.5, -4.0]]), policy.count)
   pairs = {
     n: x.tolist()
-    for n, x in sums_and_counts(beside(policy, ref, None, True)).items()
+    for n, x in sums_and_counts(common_metrics(policy, ref, None, True)).items()
   }
   assert pairs == {
     "drift/chosen": [0.5, 2],
@@ -623,7 +567,7 @@ def test_drift_and_lengths_are_sums_and_counts():
   unpaired = {
     n: x.tolist()
     for n, x in sums_and_counts(
-      beside(first(policy), first(ref), jnp.array([False, True]), True)
+      common_metrics(first(policy), first(ref), jnp.array([False, True]), True)
     ).items()
   }
   assert unpaired == {
@@ -632,7 +576,7 @@ def test_drift_and_lengths_are_sums_and_counts():
     "lengths/chosen": [1, 1],
     "lengths/rejected": [3, 1],
   }
-  assert "drift/chosen" not in beside(policy, ref, None, False)
+  assert "drift/chosen" not in common_metrics(policy, ref, None, False)
 
 
 # Knobs.
@@ -704,27 +648,15 @@ def test_knobs_that_cannot_work_are_named(changes, words):
   assert words in str(caught.value)
 
 
-def test_what_is_off_is_on_no_card():
+def test_what_is_off_is_on_no_record():
   from configs import common
-  from jaxalign.artifacts import pick
+  from jaxalign.core.artifacts import pick
 
   c = common.base()
-  c.train.layout = "padded"
-  old = {
-    "train.accumulation",
-    "train.b2",
-    "train.batch_size",
-    "train.clip",
-    "train.epochs",
-    "train.lr",
-    "train.max_updates",
-    "train.min_updates",
-    "train.save_every",
-    "train.schedule",
-    "train.warmup_ratio",
-    "train.weight_decay",
-  }
-  assert set(watched.card_fields(c.train, pick(c, "train"))) == old
+  idle = {"keep", "trackers", "explode", "ref_mix"}
+  idle |= {"eval_sets", "eval_rows", "eval_prompts"}
+  old = {f"train.{n}" for n in c.train if n not in idle}
+  assert set(watched.record_fields(c.train, pick(c, "train"))) == old
   assert watched.reads(c.train) == ()
   c.train.update(best="generations/kl", eval_sets=("generations",))
   assert watched.reads(c.train) == ()  # never measured
@@ -734,19 +666,10 @@ def test_what_is_off_is_on_no_card():
   assert watched.reads(c.train) == ()
   c.train.update(best="", eval_sets=("held_out",), eval_every=0)
   c.train.update(keep=5, trackers=("wandb",), explode=9.0)
-  assert set(watched.card_fields(c.train, pick(c, "train"))) == old
+  assert set(watched.record_fields(c.train, pick(c, "train"))) == old
   c.train.update(
     ema=0.9, reference="online", ref_sync=4, eval_every=2, best="rest/loss"
   )
-  more = set(watched.card_fields(c.train, pick(c, "train"))) - old
-  assert {x.split(".")[1] for x in more} == {
-    "ema",
-    "reference",
-    "ref_sync",
-    "ref_mix",
-    "eval_every",
-    "eval_sets",
-    "eval_rows",
-    "eval_prompts",
-    "best",
-  }
+  more = set(watched.record_fields(c.train, pick(c, "train"))) - old
+  more = {x.split(".")[1] for x in more}
+  assert more == {"ref_mix", "eval_sets", "eval_rows", "eval_prompts"}

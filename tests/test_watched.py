@@ -15,14 +15,14 @@ import pytest
 import test_flops
 
 from configs import common
-from jaxalign import artifacts, recipe
-from jaxalign.data import tables
+from jaxalign.core import artifacts
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.job import Arm, arm_folder, Job, sizes
+from jaxalign.data import recipe, tables
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
-from jaxalign.job import Arm, arm_folder, Job, sizes
+from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.stages import watched
 from jaxalign.train import feed
 from jaxalign.train.losses import bind, LOSSES
 
@@ -110,7 +110,7 @@ def ratios(job, params):
 
 @pytest.fixture
 def alone():
-  from jaxalign import sharding
+  from jaxalign.core import sharding
 
   m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(m):
@@ -332,21 +332,18 @@ def test_a_job_that_watches_everything(tmp_path, config):
   ids = artifacts.read_json(arm / "ref_ids.json")
   place = {n: i for i, n in enumerate(job.column("pool", "id"))}
   each = len(tokens.start) // len(place)
-  rows = feed.Rows(
+  rows = feed.TrainRows(
     ids,
     tokens,
     np.array([place[n] for n in ids])[:, None] * each + np.arange(each),
     None,
     None,
   )
-  other = None
+  batching = feed.Batching(16, 0, context=32)
   if each == 1:
-    other = feed.make_mismatched(
-      rows, updates=updates, batch=16, seed=0, context=32
-    )
-  train, _ = feed.training_cost(
-    m, rows, updates=updates, batch=16, seed=0, mismatched=other, online=True
-  )
+    other = feed.make_mismatched(rows, batching, updates)
+    rows = rows._replace(mismatched=feed.MismatchedRows(other, None))
+  train, _ = feed.training_cost(m, rows, batching, updates, online=True)
   said = round(sum(x["eval/generations/flops"] for x in found))
   lengths = tokens_lib.lengths(tokens)
   held = tokens_lib.lengths(job.tokens("held_out"))

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tokenizer as tokenizers
-from jaxalign.errors import ConfigError, DataError
 from jaxalign.model import decoder, hf, safetensors_io, weights
 from jaxalign.model.parameters import Param, Stored
 
@@ -399,8 +399,8 @@ import sys, threading, time
 import jax
 import ml_dtypes
 import numpy as np
-from jaxalign import sharding
-from jaxalign.errors import DataError
+from jaxalign.core import sharding
+from jaxalign.core.errors import DataError
 from jaxalign.model import weights
 from jaxalign.model.parameters import Param, Stored
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from configs import common
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.data import world as worlds
-from jaxalign.errors import ConfigError
 
 
 def knobs(**changes):

@@ -42,16 +42,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from jaxalign import memory, sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.job import lora_of, loss_of
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
-from jaxalign.job import lora_of, loss_of
-from jaxalign.model import adapters, attention, decoder, hf
-from jaxalign.train import feed, optim
-from jaxalign.train import layout as packing
+from jaxalign.model import adapters, attention, decoder, hf, memory
+from jaxalign.train import feed, optim, packing
 from jaxalign.train import step as steps
+from jaxalign.train.batch import Batch, Logps, MismatchedBatch
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import bind, combine
+from jaxalign.train.losses import bind, find
+from jaxalign.train.statistics import init_statistics
+from jaxalign.train.trainer import ALLORA_ETA
 from tools.aot_text import (
   collectives,
   compile_lowered,
@@ -129,8 +131,8 @@ def abstract_batch(
   *,
   layout: str = "packed",
   prompt: int = 0,
-) -> dict[str, Any]:
-  """The arrays that `feed.make_feed` hands to a step, without their values.
+) -> Batch:
+  """The arrays that `feed.Feed` hands to a step, without their values.
 
   Args:
     mesh: the mesh.
@@ -168,34 +170,27 @@ def abstract_batch(
       lambda x: array(x.dtype, accumulation, devices, *x.shape), one
     ), array(jnp.int32, *shape, 1)
 
-  batch = dict(
-    ref_sum=array(jnp.float32, *shape),
-    ref_count=array(jnp.float32, *shape),
-    lr=jax.ShapeDtypeStruct((), jnp.float32),
-  )
-  batch["tokens"], batch["mask"] = tokens_and_mask()
+  sums = array(jnp.float32, *shape)
+  prefix = sums if "common_prefix" in getattr(loss, "extras", ()) else None
+  ref, columns, label, other = Logps(sums, sums, prefix), {}, None, None
   if loss.kind == "unpaired":
-    batch["label"] = array(jnp.bool_, *shape[:2])
+    label = array(jnp.bool_, *shape[:2])
   if "weights" in loss.stats:
-    batch["weights"] = array(jnp.float32, *shape[:2])
-  if "public" in getattr(loss, "extras", ()):
-    batch["ref_common_prefix"] = batch["ref_sum"]
+    columns["weights"] = array(jnp.float32, *shape[:2])
   if "z0" in loss.stats:
-    batch["kl_tokens"], batch["kl_mask"] = tokens_and_mask()
-    batch["kl_ref_sum"] = batch["ref_sum"]
-  return batch
+    other = MismatchedBatch(*tokens_and_mask(), sums)
+  lr = jax.ShapeDtypeStruct((), jnp.float32)
+  return Batch(*tokens_and_mask(), ref, label, columns, other, lr)
 
 
-def positions_of(batch: dict[str, Any], mesh: jax.sharding.Mesh) -> range:
+def positions_of(batch: Batch, mesh: jax.sharding.Mesh) -> range:
   """Positions of a chip that predict a token, to those the head fills up to."""
-  if isinstance(batch["tokens"], packing.Packed):
-    a, s, targets = batch["tokens"].target.shape
+  if isinstance(batch.tokens, packing.Packed):
+    a, s, targets = batch.tokens.target.shape
     least = s // sharding.parts(mesh, "batch") * targets
     return range(least, least + targets // 16 + 1)
-  rows = int(np.prod(batch["tokens"].shape[1:3])) // sharding.parts(
-    mesh, "batch"
-  )
-  length = batch["tokens"].shape[-1]
+  rows = int(np.prod(batch.tokens.shape[1:3])) // sharding.parts(mesh, "batch")
+  length = batch.tokens.shape[-1]
   return range(rows * (length - 1), rows * length + 1)
 
 
@@ -220,7 +215,7 @@ def abstract_state(
     params,
     jax.tree.map(placed, jax.eval_shape(tx.init, params)),
     jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-    jax.tree.map(placed, jax.eval_shape(lambda: steps.fresh_delta(loss))),
+    jax.tree.map(placed, jax.eval_shape(lambda: init_statistics(loss))),
   )
 
 
@@ -257,7 +252,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
     name=c.train.optimizer,
   )
   if m.lora and m.lora.variant == "allora":
-    tx = optim.allora(tx, 4.0)
+    tx = optim.allora(tx, ALLORA_ETA)
   return m, dict(
     loss=loss_of(c),
     tx=tx,
@@ -267,7 +262,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
     accumulation=c.train.accumulation,
     layout=c.train.layout,
     producer=c.train.logps,
-    moments=optim.MOMENTS[c.train.optimizer],
+    moments=optim.OPTIMIZERS[c.train.optimizer].moments,
     frozen=c.model.param_dtype,
   )
 
@@ -275,7 +270,7 @@ def of_config(path: str) -> tuple[decoder.ModelConfig, dict[str, Any]]:
 def of_flags(loss: str) -> dict[str, Any]:
   """A loss by its name and the default config's optimizer, as `of_config`."""
   c = common.base()
-  fn = bind(combine.find(loss), loss, {})
+  fn = bind(find(loss), loss, {})
   return dict(
     loss=fn,
     tx=optim.make_optimizer(
@@ -385,7 +380,7 @@ def compile_step(
       m,
       mesh,
       memory.StepShape(
-        rows=int(np.prod(batch["ref_sum"].shape[1:])),
+        rows=int(np.prod(batch.ref.sum.shape[1:])),
         length=length,
         chunk=chunk,
         moments=moments,

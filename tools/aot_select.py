@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.select import em, exact
 
 # Of a chip, by the vendor: bfloat16 FLOP/s, bytes/s of its memory, its bytes.

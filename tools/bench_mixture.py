@@ -33,7 +33,7 @@ def _peak(mesh, size=4096):
   import jax.numpy as jnp
   import numpy as np
 
-  from jaxalign import sharding
+  from jaxalign.core import sharding
 
   rng = np.random.default_rng(1)
   a = sharding.put(
@@ -86,7 +86,7 @@ def mixture(args) -> None:
   import sklearn
   import threadpoolctl
 
-  from jaxalign import sharding
+  from jaxalign.core import sharding
   from jaxalign.select import em, whiten
   from jaxalign.select import mixture as mixtures
 

@@ -53,7 +53,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   import jax
   import numpy as np
 
-  from jaxalign import sharding
+  from jaxalign.core import sharding
   from jaxalign.data import records, tokenizer, tokens
   from jaxalign.data.encode import encode_texts
   from jaxalign.model import decoder, hf
@@ -143,14 +143,14 @@ def ours(args) -> None:
   import jax
   import numpy as np
 
-  from jaxalign import sharding
+  from jaxalign.core import sharding
   from jaxalign.data import tokenizer
   from jaxalign.data.encode import encode_texts
   from jaxalign.model import hf
   from jaxalign.train import feed, losses, optim
-  from jaxalign.train import reference as reference_lib
   from jaxalign.train import step as steps
   from jaxalign.train.logps import PRODUCERS
+  from jaxalign.train.reference import Reference, reference_logps
 
   jax.devices()
   idle = resident()
@@ -171,7 +171,7 @@ def ours(args) -> None:
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
     params = hf.load_folder(folder / "export", m, mesh)
-    rows = feed.Rows(
+    rows = feed.TrainRows(
       [str(i) for i in range(n)],
       encoded,
       np.arange(2 * n).reshape(n, 2),
@@ -180,9 +180,8 @@ def ours(args) -> None:
     )
 
     def score():
-      return reference_lib.logps(
-        mesh, params, m, encoded, rows.row_of, layout=layout, tile=32, chunk=64
-      )
+      frozen = Reference(mesh, params, m, tile=32, chunk=64)
+      return reference_logps(frozen, encoded, rows.row_of, layout)
 
     once = 0.0
     if not online:
@@ -199,34 +198,30 @@ def ours(args) -> None:
       lambda p, t, k: jax.lax.map(lambda micro: producer(p, *micro).sum, (t, k))
     )
     state = steps.init_state(jax.tree.map(lambda x: x + 0, params), tx, dpo)
-    at, _, count_at = feed.make_feed(
-      mesh,
-      rows,
-      batch=args.batch,
-      accumulation=args.micro,
-      seed=0,
-      context=args.context,
-      rate=lambda step: 1e-6,
-      layout=layout,
-    )
+    batching = feed.Batching(args.batch, 0, args.micro, args.context, layout)
+    fed = feed.Feed(mesh, rows, batching, lambda step: 1e-6)
+    at = fed.batch_at
     updates, losses_seen = n // args.batch, []
 
     def update(step):
       nonlocal state
       batch = at(step)
       if online:
-        batch["ref_sum"] = reference(params, batch["tokens"], batch["mask"])
+        sums = reference(params, batch.tokens, batch.mask)
+        batch = batch.replace(ref=batch.ref.replace(sum=sums))
       state, totals = train_step(state, batch)
       return totals
 
     def turn():
       seen = [update(s) for s in range(updates)]
       losses_seen.append(float(seen[-1]["loss"][0] / seen[-1]["loss"][1]))
-      return dict(tokens=sum(count_at(s) for s in range(updates)), once=once)
+      return dict(
+        tokens=sum(fed.tokens_at(s) for s in range(updates)), once=once
+      )
 
     shapes, begin = set(), time.monotonic()
     for s in range(updates):  # every shape once
-      key = str(jax.tree.map(lambda x: x.shape, at(s)["tokens"]))
+      key = str(jax.tree.map(lambda x: x.shape, at(s).tokens))
       if key not in shapes:
         shapes.add(key)
         jax.block_until_ready(update(s))

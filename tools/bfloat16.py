@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import decoder, families, hf, logprob
 
 ROWS, LENGTH = 8, 128

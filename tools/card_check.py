@@ -122,7 +122,7 @@ def timing(args) -> None:
   """Seconds, memory and bytes of the card of a made-up pool of pairs."""
   sys.path.insert(0, str(ROOT))
   from jaxalign.report import select_page
-  from jaxalign.select import card, neighbours
+  from jaxalign.select import neighbours, selection_report
   from jaxalign.select.pool import Pool
   from jaxalign.select.samplers import SAMPLERS
 
@@ -161,7 +161,9 @@ def timing(args) -> None:
   )
   peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   before, start, cpu = peak(), time.monotonic(), time.process_time()
-  out, table = card.examine(pool, picked, sampler="length", texts=texts)
+  out, table = selection_report.describe(
+    pool, picked, sampler="length", texts=texts
+  )
   print(
     f"card {time.monotonic() - start:.1f} s, of CPU "
     f"{time.process_time() - cpu:.1f}; peak memory {before:.2f} -> "

@@ -58,20 +58,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from jaxalign import job as job_lib  # noqa: E402
-from jaxalign import (
-  pipeline,  # noqa: E402
-  progress,  # noqa: E402
-  sharding,  # noqa: E402
-)
+from jaxalign import pipeline
+from jaxalign.core import job as job_lib  # noqa: E402
+from jaxalign.core import progress, sharding
 from jaxalign.data import tokens as tokens_lib  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
 from jaxalign.data.encode import encode_texts
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder  # noqa: E402
-from jaxalign.select import (
-  embed,  # noqa: E402
-  grams,  # noqa: E402
-)
+from jaxalign.select import grams
 from jaxalign.select import pool as pools  # noqa: E402
 from jaxalign.select.samplers import combine  # noqa: E402
 

@@ -28,15 +28,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from jaxalign import job as job_lib  # noqa: E402
-from jaxalign import (
-  pipeline,  # noqa: E402
-  progress,  # noqa: E402
-  sharding,  # noqa: E402
-)
+from jaxalign import pipeline
+from jaxalign.core import job as job_lib  # noqa: E402
+from jaxalign.core import progress, sharding
 from jaxalign.data import prepare  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
-from jaxalign.stages.select import selected_rows  # noqa: E402
+from jaxalign.select.choose import selected_rows  # noqa: E402
 
 CONDITIONS = {
   "clean": {},

@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = (
   "import sys\n{hook}\nfrom jaxalign.select import __main__ as select\n"
-  "from jaxalign import main\nmain.start(select.main)\n"
+  "from jaxalign.cli import main\nmain.start(select.main)\n"
 )
 FAIL = (
   "from jaxalign.data import prepare\nreal = prepare.make_data\n"

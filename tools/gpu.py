@@ -31,7 +31,7 @@ from gpu_selection import embed_section, mixture_section
 import gpu_setup  # first: it sets what jax reads when it is imported
 import jax
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import attention
 
 SECTIONS = {  # name: (function, seconds it should take at most on a GPU)

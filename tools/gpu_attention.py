@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import attention
 
 CASES = {  # name: (groups, queries of a group, head size, window, segments)

@@ -31,6 +31,7 @@ import numpy as np
 from jaxalign.model import decoder, logprob
 from jaxalign.train import optim
 from jaxalign.train import step as steps
+from jaxalign.train.batch import Batch
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import bind, LOSSES
 from jaxalign.train.metrics import divide
@@ -151,13 +152,8 @@ class Step:
     params = decoder.init(jax.random.key(0), self.m, mesh)
     # Computed once, as for a run: the reference is the first policy.
     ref = jax.jit(lambda p, t, k: logps_fn(p, t, k))(params, tokens[0], mask[0])
-    self.batch = dict(
-      tokens=tokens,
-      mask=mask,
-      ref_sum=ref.sum[None],
-      ref_count=ref.count[None],
-      lr=np.float32(1e-5),
-    )
+    ref = jax.tree.map(lambda x: x[None], ref)
+    self.batch = Batch(tokens, mask, ref, lr=np.float32(1e-5))
     tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
     self.step = steps.make_train_step(
       logps_fn, bind(LOSSES[loss], loss, {}), tx

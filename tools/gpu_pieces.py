@@ -104,7 +104,7 @@ def pieces(section, mesh, rows: int, chunk: int) -> None:
   @jax.jit(donate_argnames=("state",))
   def update(state, gradients):
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-    return state._replace(
+    return state.replace(
       opt_state=opt_state,
       params=jax.tree.map(lambda p, u: p + 1e-5 * u, state.params, updates),
     )

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.data.tokens import TokenRows
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
-from jaxalign.select import em, embed, mixture, whiten
+from jaxalign.select import em, mixture, whiten
 
 
 def mixture_section(section, mesh) -> None:

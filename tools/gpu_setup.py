@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import decoder
 
 OURS, THEIRS = "jaxalign", "transformers, SDPA"

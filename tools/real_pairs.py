@@ -32,13 +32,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 
-from jaxalign import (
-  progress,  # noqa: E402
-  sharding,  # noqa: E402
-)
+from jaxalign.core import progress, sharding
+from jaxalign.core.lookup import lookup  # noqa: E402
 from jaxalign.data import records  # noqa: E402
 from jaxalign.data import tokens as tokens_lib  # noqa: E402
-from jaxalign.lookup import lookup  # noqa: E402
 from jaxalign.select import grams  # noqa: E402
 from jaxalign.select import mixture as mixtures  # noqa: E402
 from jaxalign.select.pool import make_pool  # noqa: E402
@@ -65,7 +62,7 @@ def embedded(args) -> tuple[list[dict], dict[str, np.ndarray], list]:
   rows = records.load_records(args.data).rows
   if args.limit:
     rows = rows[: args.limit]
-  from jaxalign.select import texts
+  from jaxalign.embed import texts
 
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   sides = ("chosen", "rejected")

@@ -24,8 +24,7 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 
-from jaxalign import artifacts, sharding
-from jaxalign.core import intervals
+from jaxalign.core import artifacts, intervals, sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.model import decode, hf
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from etils import epath
 
+from jaxalign.core.errors import ConfigError
 from jaxalign.data.marks import HALF, Marks
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.special import any_of
-from jaxalign.errors import ConfigError
 
 _KNOB = "set config.data.template"
 PLAIN = ("dialogue", "none")  # the record's own text, no template

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import progress
+from jaxalign.core import progress
+from jaxalign.core.errors import DataError
 from jaxalign.data.chat import Chat, template_source
 from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas.messages import uses_tools
 from jaxalign.data.schemas.schema import ASSISTANT, Refused, turns_of
 from jaxalign.data.special import specials_in
 from jaxalign.data.tokens import Encoded, EncodedRows, fit_rows, Fitted
-from jaxalign.errors import DataError
 
 ANSWERS = ("chosen", "rejected", "completion", "response")
 NO_TEMPLATE = "no template: rows are tokenized as the texts they are"

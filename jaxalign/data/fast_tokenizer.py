@@ -9,9 +9,9 @@ from typing import Any
 from etils import epath
 import tokenizers
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import special
-from jaxalign.errors import ConfigError
 
 _KNOB = "set config.model.tokenizer"
 

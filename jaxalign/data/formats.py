@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxalign.core.errors import DataError
 from jaxalign.data import json_rows
 from jaxalign.data.json_rows import BadRow, lone_surrogate, RowIterator, Where
-from jaxalign.errors import DataError
 
 
 def read_csv(name: str, file: BinaryIO) -> RowIterator:

@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxalign.errors import DataError
+from jaxalign.core.errors import DataError
 
 MAX_ROW_BYTES = 1 << 26  # of one row; a longer one is a bomb, not a record
 MAX_JSON_BYTES = 1 << 31  # of a .json file that is an object, held whole

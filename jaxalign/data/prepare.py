@@ -13,7 +13,8 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from jaxalign import artifacts, hub, progress
+from jaxalign.core import artifacts, hub, progress
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import records, sources, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
@@ -27,7 +28,6 @@ from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.special import ROW_FORMAT
 from jaxalign.data.summary import decoded_rows, SHOWN, summary_lines
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer, train_tokenizer
-from jaxalign.errors import ConfigError, DataError
 
 SPLITS = ("sft", "pool", "held_out")
 PEEKED, TOKENIZED = 10_000, 300  # rows that a dry run reads; and tokenizes

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import progress
+from jaxalign.core import progress
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.lookup import lookup
 from jaxalign.data.json_rows import BadRow, Where
 from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas import (
@@ -38,8 +40,6 @@ from jaxalign.data.schemas.mapping import check_fields, remap, roles_of
 from jaxalign.data.schemas.messages import is_messages, unread_keys
 from jaxalign.data.schemas.schema import ANSWER_PAIRS
 from jaxalign.data.sources import read_rows
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.lookup import lookup
 
 _PEEK = 1000  # rows looked at before "no schema fits" is believed
 # An id is a digest of these: what else is kept of a row may grow.

@@ -18,8 +18,8 @@ import sys
 import time
 from typing import Any
 
+from jaxalign.core.errors import ConfigError
 from jaxalign.data.schemas.schema import Refused
-from jaxalign.errors import ConfigError
 
 SECONDS = 10.0  # one record; a real template takes a thousandth of that
 MEMORY = 1 << 29  # bytes of address space

@@ -16,9 +16,9 @@ import zlib
 
 from etils import epath
 
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import formats
 from jaxalign.data.json_rows import BadRow, RowIterator, Where
-from jaxalign.errors import ConfigError, DataError
 
 EXTENSIONS = (*formats.READERS, ".jsonl.gz", ".json.gz", ".csv.gz")
 _KNOB = "set config.data.source"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 
 _KNOB = "set config.model.tokenizer"
 ROW_FORMAT = "row_format.json"  # written by the data stage: what it decided

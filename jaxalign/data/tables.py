@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
+from jaxalign.core.errors import CorruptError
 from jaxalign.data.row_table import messages_to_json, RowTable
 from jaxalign.data.schemas.messages import is_plain
 from jaxalign.data.schemas.schema import ASSISTANT
-from jaxalign.errors import CorruptError
 
 _SIDES = ("chosen", "rejected", "completion")
 _GROUP = 4096  # rows of a row group

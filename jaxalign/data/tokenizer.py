@@ -32,10 +32,10 @@ from etils import epath
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import special
 from jaxalign.data.fast_tokenizer import FastTokenizer
-from jaxalign.errors import ConfigError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # piece types

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from jaxalign import artifacts
+from jaxalign.core import artifacts
+from jaxalign.core.errors import ConfigError, CorruptError, DataError
 from jaxalign.data.schemas.schema import Refused
-from jaxalign.errors import ConfigError, CorruptError, DataError
 
 LEAST_CONTEXT = 10  # BOS, a short question and a token of the answer
 TOO_LONG = ("drop", "cut_answer", "cut", "error")  # what becomes of such a row

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 
 MALFORMED = -5.0
 _LEAST = dict(

@@ -15,8 +15,8 @@ import numpy as np
 from scipy import special, stats
 
 from jaxalign.core import intervals
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.core.intervals import Spread
-from jaxalign.errors import ConfigError, DataError
 
 MIN_SEEDS = 5  # fewer do not show their own spread
 MIN_PROMPTS = 30

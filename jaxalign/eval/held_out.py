@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign import progress
-from jaxalign.core import intervals
+from jaxalign.core import intervals, progress
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
+from jaxalign.embed import passes as embed
 from jaxalign.eval import winrate
 from jaxalign.model import decode
-from jaxalign.select import embed
 
 
 class EvalSet(NamedTuple):
@@ -136,15 +135,7 @@ def answer_texts(tokenizer: Any, answers: list[np.ndarray]) -> list[str]:
 def run_policy(
   mesh: Any, params: Any, m: Any, data: EvalSet, options: EvalOptions
 ) -> PolicyOutputs:
-  """Generates from the prompts, and scores the responses of both.
-
-  Args:
-    mesh: the mesh.
-    params: the policy, on the mesh.
-    m: its sizes.
-    data: the held-out split.
-    options: of generation and scoring.
-  """
+  """Scores the held-out responses, generates answers, and scores those."""
   tok, tile, chunk = data.tokenizer, options.tile, options.chunk
   scored = embed.score_rows(
     mesh, params, m, data.tokens, tile=tile, chunk=chunk, label="score held-out"
@@ -183,8 +174,8 @@ def policy_metrics(
 
   Args:
     data: the held-out split.
-    policy: its outputs.
-    reference: the frozen reference's outputs on the same prompts.
+    policy: outputs of the policy.
+    reference: outputs of the frozen reference on the same prompts.
     answers_under_reference: [p] nats of the policy's answers under it.
 
   Returns:
@@ -263,9 +254,7 @@ def likelihood_accuracy(
 def sampled_kl(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
   """KL(policy || reference) a response, from the policy's own samples.
 
-  Args:
-    policy: [n] summed log-probabilities of the samples, nats.
-    ref: [n] the reference's of the same samples.
+  Both are [n] summed log-probabilities of the samples, nats.
   """
   return intervals.mean(np.asarray(policy, np.float64) - np.asarray(ref))
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.core import intervals
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import winrate
 
 UNPARSABLE = {
@@ -49,11 +49,7 @@ Lengths = Mapping[Pair, tuple[float, float]]  # of the answers of the two models
 def by_order(
   rows: Iterable[Verdict], rater: str
 ) -> dict[Pair, dict[bool, str | None]]:
-  """A rater's verdicts by pair, then by order, as the name of the winner.
-
-  Returns:
-    {(item, a, b): {shown with a first: winner}} with a < b; the winner is a,
-    b, "" for a tie, or None where the verdict could not be read.
+  """A rater's winners: {(item, a, b): {shown with a first: winner}}, a < b.
 
   Raises:
     DataError: a word that is no verdict, a model against itself, or one pair
@@ -75,13 +71,13 @@ def by_order(
         "'first', 'second', 'tie', or None where it could not be read"
       )
     a, b = sorted((row.first, row.second))
-    orders = out.setdefault((row.item, a, b), {})
-    if (row.first == a) in orders:
+    orders, a_first = out.setdefault((row.item, a, b), {}), row.first == a
+    if a_first in orders:
       raise DataError(
         f"{rater} judged item {row.item!r}, {row.first} before "
         f"{row.second}, twice; keep one of the two rows"
       )
-    orders[row.first == a] = winners[row.verdict]
+    orders[a_first] = winners[row.verdict]
   return out
 
 
@@ -147,10 +143,8 @@ def _numbered(values: Iterable[Any]) -> dict[Any, int]:
 def _kappa(sums: np.ndarray, chance: Callable) -> np.ndarray:
   """(observed - chance) / (1 - chance), NaN where chance is 1.
 
-  Args:
-    sums: [..., 1 + 2 c]: pairs with equal labels, then how often each rater
-      used each label.
-    chance: of the fractions [..., c] of the two raters' labels.
+  `sums` [..., 1 + 2 c] are pairs with equal labels, then how often each rater
+  used each label; `chance` is of the fractions [..., c] of their labels.
   """
   x, y = np.split(sums[..., 1:], 2, axis=-1)
   n = x.sum(-1)
@@ -172,15 +166,10 @@ def _alpha(sums: np.ndarray) -> np.ndarray:
 def _with_interval(
   rows: np.ndarray, items: Sequence[Any] | None, measure: Callable
 ) -> dict[str, float | None]:
-  """A measure and its percentile interval over items.
+  """A measure of sums over [n, s] rows, and its bootstrap over their items.
 
   Items that add the same to the sums are drawn together, so that a million
   items cost no more than the few kinds there are of them.
-
-  Args:
-    rows: [n, s] what each pair adds to the sums.
-    items: [n] that pairs belong to; None: every pair is an item.
-    measure: [draws, s] sums -> [draws].
   """
   value = float(measure(rows.sum(0)))
   if np.isnan(value):
@@ -204,31 +193,28 @@ def _with_interval(
   return dict(value=value, low=float(low), high=float(high))
 
 
-def _of_two(
+# How often two raters agree by chance, of the fractions of their labels.
+_CHANCE = {
+  "kappa": lambda x, y: (x * y).sum(-1),  # Cohen 1960
+  "pi": lambda x, y: (((x + y) / 2) ** 2).sum(-1),  # Scott 1955
+}
+
+
+def beyond_chance(
+  measure: str,
   xs: Sequence[Any],
   ys: Sequence[Any],
-  items: Sequence[Any] | None,
-  chance: Callable,
+  items: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
-  """A measure of two raters' labels, see `_kappa`."""
-  if not len(xs):
-    return intervals.estimate(None)
-  number = _numbered([*xs, *ys])
-  x, y = (np.array([number[w] for w in side]) for side in (xs, ys))
-  unit = np.eye(len(number))
-  rows = np.concatenate([(x == y)[:, None], unit[x], unit[y]], axis=1)
-  found = _with_interval(rows, items, lambda sums: _kappa(sums, chance))
-  return found | dict(n=len(xs))
+  """Agreement of two raters beyond chance, nominal labels.
 
-
-def cohen_kappa(
-  xs: Sequence[Any], ys: Sequence[Any], items: Sequence[Any] | None = None
-) -> dict[str, Any]:
-  """Agreement beyond chance of two raters, nominal labels (Cohen 1960).
-
-  The interval is a percentile bootstrap over the items, 2,000 draws.
+  Chance is sum_k x_k y_k for Cohen's kappa, with x_k and y_k the fractions of
+  label k, and sum_k ((x_k + y_k) / 2)^2 for Scott's pi: so two raters with
+  different habits, one of whom calls more ties, lose by it, and pi is at most
+  kappa. The interval is a percentile bootstrap over the items, 2,000 draws.
 
   Args:
+    measure: "kappa" or "pi".
     xs: a label of each pair.
     ys: the other rater's.
     items: what each pair belongs to: pairs of one item are drawn together.
@@ -238,20 +224,14 @@ def cohen_kappa(
     {"value", "low", "high", "n"}; value None where nothing was judged, or
     where both used one and the same label (chance alone agrees always).
   """
-  return _of_two(xs, ys, items, lambda x, y: (x * y).sum(-1))
-
-
-def scott_pi(
-  xs: Sequence[Any], ys: Sequence[Any], items: Sequence[Any] | None = None
-) -> dict[str, Any]:
-  """Agreement beyond chance, where chance has one distribution of labels.
-
-  Scott 1955: chance is sum_k ((x_k + y_k) / 2)^2 with x_k, y_k the fractions of
-  label k of the two raters, where Cohen's kappa takes sum_k x_k y_k. So two
-  raters with different habits, one of whom calls more ties, lose by it: pi is
-  at most kappa. Arguments, interval and result as of `cohen_kappa`.
-  """
-  return _of_two(xs, ys, items, lambda x, y: (((x + y) / 2) ** 2).sum(-1))
+  if not len(xs):
+    return intervals.estimate(None)
+  number = _numbered([*xs, *ys])
+  x, y = (np.array([number[w] for w in side]) for side in (xs, ys))
+  unit = np.eye(len(number))
+  rows = np.concatenate([(x == y)[:, None], unit[x], unit[y]], axis=1)
+  value = lambda sums: _kappa(sums, _CHANCE[measure])
+  return _with_interval(rows, items, value) | dict(n=len(xs))
 
 
 def krippendorff_alpha(
@@ -268,7 +248,7 @@ def krippendorff_alpha(
   Args:
     units: the labels each unit got; None is a gap. A unit with fewer than two
       labels says nothing and is left out.
-    items: what each unit belongs to, see `cohen_kappa`.
+    items: what each unit belongs to, see `beyond_chance`.
 
   Returns:
     {"value", "low", "high", "units", "labels"}; value None where all labels
@@ -293,12 +273,9 @@ def krippendorff_alpha(
 
 
 def compared(a: Mapping[Pair, Any], b: Mapping[Pair, Any]) -> dict[str, Any]:
-  """Fraction of equal labels, kappa, pi and alpha of two raters.
+  """Fraction of equal labels, kappa, pi and alpha of two raters' `labels`.
 
-  Args:
-    a: label by pair, as from `labels`; None is a gap.
-    b: the same of another rater. Intervals are over items, the first field of
-      a pair.
+  Intervals are over items, the first field of a pair.
   """
   both = [
     (x, b[pair], pair[0])
@@ -308,8 +285,8 @@ def compared(a: Mapping[Pair, Any], b: Mapping[Pair, Any]) -> dict[str, Any]:
   xs, ys, items = zip(*both) if both else ((), (), ())
   return dict(
     agreement=intervals.proportion([x == y for x, y in zip(xs, ys)]),
-    kappa=cohen_kappa(xs, ys, items),
-    pi=scott_pi(xs, ys, items),
+    kappa=beyond_chance("kappa", xs, ys, items),
+    pi=beyond_chance("pi", xs, ys, items),
     alpha=krippendorff_alpha(list(zip(xs, ys)), items),
   )
 
@@ -323,7 +300,7 @@ def between(a: Winners, b: Winners) -> dict[str, dict[str, Any]]:
 
 
 def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
-  """Some raters beside each other, two by two and all together.
+  """Agreement of raters, two by two and all together.
 
   Args:
     votes: rater -> label by pair, as from `labels`; None is a gap.
@@ -416,7 +393,7 @@ def judged(
   humans: Sequence[str],
   sizes: Lengths | None = None,
 ) -> dict[str, Any]:
-  """All there is to say of some judges beside some humans.
+  """All measures of some judges against some humans.
 
   Args:
     rows: the table.

@@ -1,4 +1,4 @@
-"""What the words and codes of raters mean: known, given by the user, or asked.
+"""What the words and codes of raters mean: known, or given by the user.
 
 Words are certain (`A`, `model_b`, `first`, `tie`), so are the codes 1 and 2
 where there is no third, and those of a known layout. No other is guessed: 0
@@ -10,12 +10,11 @@ from collections.abc import Mapping
 import re
 from typing import Any, NamedTuple
 
-from jaxalign.data.schemas.choices import ANSWER_NAMES, SIDES, WORDS
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
+from jaxalign.data.schemas.choices import SIDES, sides_by_number, WORDS
 
 LABELS = "labels"  # compare the labels as they stand
 NAMES = "names"  # a verdict is the name of the winner
-_NAMED = re.compile(rf"(?:{'|'.join(ANSWER_NAMES)})_?([012])")
 _NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?")
 _LOST = 0.2  # of a column's verdicts that may be no known word
 _EXAMPLE = "--choice=\"{'first': [...], 'second': [...], 'tie': [...]}\""
@@ -96,17 +95,6 @@ def parse_choice(text: str | None) -> Choice:
   return Choice(codes)
 
 
-def _by_number(codes: Mapping[str, int]) -> dict[str, str]:
-  """The sides of codes that count the answers, and hold no third number."""
-  named = {c: m[1] for c in codes if (m := _NAMED.fullmatch(c))}
-  numbers = {c: c for c in codes if _NUMBER.fullmatch(c)}
-  for low, high in [("1", "2"), ("0", "1")] if named else [("1", "2")]:
-    found = named or numbers
-    if set(found.values()) == {low, high}:
-      return {c: "first" if n == low else "second" for c, n in found.items()}
-  return {}
-
-
 def meaning(
   counts: Mapping[str, int],
   choice: Choice,
@@ -127,11 +115,12 @@ def meaning(
   Raises:
     ConfigError: a code whose meaning is not certain.
   """
+  by_number, doubtful = sides_by_number(counts)
   ways = {
     "--choice": choice.codes,
     "the layout": known,
     "the word": WORDS,
-    "the answers' number": _by_number(counts),
+    "the answers' number": by_number,
   }
   sides, used = {}, set()
   for code in counts:
@@ -139,11 +128,8 @@ def meaning(
     sides[code] = way and ways[way][code]
     used |= {way} - {None}
   lost = {code: n for code, n in counts.items() if not sides[code]}
-  doubtful = lambda c: (
-    _NUMBER.fullmatch(c) or _NAMED.fullmatch(c) or c in ("true", "false")
-  )
   many = sum(lost.values()) > _LOST * sum(counts.values())
-  doubt = any(map(doubtful, lost)) and not choice.codes
+  doubt = doubtful & lost.keys() and not choice.codes
   if doubt or many and not forgiving:
     raise ConfigError(
       f"{where}: the meaning of {_listed(lost)} is not certain; say it with "

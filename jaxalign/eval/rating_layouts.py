@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data.schemas.choices import WORDS
-from jaxalign.errors import ConfigError, DataError
 from jaxalign.eval.rating_codes import code_of_cell, literal
 
 FIELDS = "item prompt first second first_text second_text rater verdict".split()
@@ -86,23 +86,17 @@ class TableLayout(NamedTuple):
     return self.texts or self.names or ("the first answer", "the second answer")
 
 
-def _step(row: Any, step: str) -> tuple[bool, Any]:
-  """Whether a dict or list has a place of this name, and what stands there."""
-  if isinstance(row, dict) and step in row:
-    return True, row[step]
-  if isinstance(row, list) and step.isdecimal() and len(step) < 9:
-    if int(step) < len(row):
-      return True, row[int(step)]
-  return False, None
-
-
 def _find(row: Any, path: str) -> tuple[bool, Any]:
+  """Whether a row has a place of this path, and what stands there."""
   if isinstance(row, dict) and path in row:
     return True, row[path]
-  there = True
   for step in path.split("."):
-    there, row = _step(row, step)
-  return there, row
+    number = isinstance(row, list) and step.isdecimal()
+    try:
+      row = row[int(step) if number else step]
+    except (KeyError, IndexError, TypeError, ValueError):
+      return False, None
+  return True, row
 
 
 def at(row: Any, path: str) -> Any:
@@ -206,87 +200,95 @@ def _item(columns: Sequence[str], fields: Fields) -> tuple[str, ...]:
 # Layouts known as a whole.
 
 
-def _is_both_orders(row: Any) -> bool:
-  results = at(row, "results")
-  return isinstance(results, list) and any(
-    isinstance(r, dict) and {"swap = False", "swap = True"} & r.keys()
-    for r in results
-  )
+def _both(first: str, second: str, identity: bool = False):
+  """A judge's columns of the two orders."""
+  column = VerdictColumn(first, "", "judge", False, identity)
+  return column, column._replace(path=second, swapped=True)
 
 
-def _llmbar(columns: Sequence[str], rows: Rows, stem: str) -> TableLayout:
-  name = re.sub(r"^judge[-_]", "", stem)
-  most = max(len(r["results"]) for r in rows if _is_both_orders(r))
+def _layout(name: str, columns: tuple = (), **paths: Any) -> TableLayout:
+  """A layout whose paths are given as text; a judge's is forgiving."""
+  paths = {
+    k: tuple(v.split()) if isinstance(v, str) and k != "rater" else v
+    for k, v in paths.items()
+  }
+  return TableLayout(name, columns, forgiving="judge" in name, **paths)
+
+
+_ORDERS = "a judge's verdicts in both orders ({})".format
+# By columns that all have to be there. A rater without a name is the file's.
+_KNOWN = {
+  "results output_1 output_2": _layout(  # columns: as many as there are results
+    _ORDERS("LLMBar"), texts="output_1 output_2", prompt="input", known=_ONE_TWO
+  ),
+  "question_id model_1 model_2 g1_winner g2_winner": _layout(
+    _ORDERS("MT-bench"),
+    _both("g1_winner", "g2_winner", True),
+    item="question_id turn",
+    names="model_1 model_2",
+    rater="judge",
+  ),
+  "id prompt ours theirs verdicts": _layout(
+    _ORDERS("verdicts.jsonl"),
+    _both("verdicts.0", "verdicts.1"),
+    item="id",
+    prompt="prompt",
+    texts="ours theirs",
+  ),
+  "summaries choice worker": _layout(
+    "comparisons of summaries (OpenAI)",
+    (VerdictColumn("choice", "", "human"),),
+    item="info.id",
+    prompt="info.post",
+    rater="worker",
+    texts="summaries.0.text summaries.1.text",
+    known={"0": "first", "1": "second"},
+  ),
+  "gpt_result idx": _layout(
+    "a judge's verdicts (PandaLM)",
+    (VerdictColumn("gpt_result", "", "judge"),),
+    item="idx",
+    known=_ONE_TWO,
+  ),
+}
+_SWAPS = {"swap = False", "swap = True"}
+
+
+def _llmbar_columns(
+  columns: Sequence[str], rows: Rows
+) -> tuple[VerdictColumn, ...]:
+  """Both orders of every result, and the label; none in other tables."""
+  most = 0
+  for results in (at(row, "results") for row in rows):
+    both = lambda r: isinstance(r, dict) and r.keys() & _SWAPS
+    if isinstance(results, list) and any(map(both, results)):
+      most = max(most, len(results))
   path = "results.{}.swap = {}.winner".format
   found = [
-    VerdictColumn(path(i, swap), name, "judge", swap, True)
+    column
     for i in range(min(most, 100))
-    for swap in (False, True)
+    for column in _both(path(i, False), path(i, True), True)
   ]
-  if "label" in columns:
+  if found and "label" in columns:
     found.append(VerdictColumn("label", "label", "human"))
-  return TableLayout(
-    "a judge's verdicts in both orders (LLMBar)",
-    tuple(found),
-    texts=("output_1", "output_2"),
-    prompt=("input",),
-    known=_ONE_TWO,
-    forgiving=True,
-  )
+  return tuple(found)
 
 
 def _known_layout(
   columns: Sequence[str], rows: Rows, stem: str
 ) -> TableLayout | None:
-  """A layout known as a whole."""
-  has = lambda names: set(names.split()) <= set(columns)
-  both = "a judge's verdicts in both orders ({})".format
-  if has("results output_1 output_2") and any(map(_is_both_orders, rows)):
-    return _llmbar(columns, rows, stem)
-  if has("question_id model_1 model_2 g1_winner g2_winner"):
-    rater = "judge" if has("judge") else ""
-    column = lambda path, swapped: VerdictColumn(
-      path, "" if rater else stem, "judge", swapped, True
-    )
-    return TableLayout(
-      both("MT-bench"),
-      (column("g1_winner", False), column("g2_winner", True)),
-      item=("question_id", *(("turn",) if has("turn") else ())),
-      names=("model_1", "model_2"),
-      rater=rater,
-      forgiving=True,
-    )
-  if has("id prompt ours theirs verdicts"):
-    return TableLayout(
-      both("verdicts.jsonl"),
-      (
-        VerdictColumn("verdicts.0", stem, "judge"),
-        VerdictColumn("verdicts.1", stem, "judge", True),
-      ),
-      item=("id",),
-      prompt=("prompt",),
-      texts=("ours", "theirs"),
-      forgiving=True,
-    )
-  if has("summaries choice worker"):
-    return TableLayout(
-      "comparisons of summaries (OpenAI)",
-      (VerdictColumn("choice", "", "human"),),
-      item=("info.id",),
-      prompt=("info.post",),
-      rater="worker",
-      texts=("summaries.0.text", "summaries.1.text"),
-      known={"0": "first", "1": "second"},
-    )
-  if has("gpt_result idx"):
-    name = stem.removesuffix("-testset-v1")
-    return TableLayout(
-      "a judge's verdicts (PandaLM)",
-      (VerdictColumn("gpt_result", name, "judge"),),
-      item=("idx",),
-      known=_ONE_TWO,
-      forgiving=True,
-    )
+  """A layout known as a whole, that has all its columns."""
+  stem = re.sub(r"^judge[-_]|-testset-v1$", "", stem)
+  for names, layout in _KNOWN.items():
+    if not set(names.split()) <= set(columns):
+      continue
+    found = layout.columns or _llmbar_columns(columns, rows)
+    rater = layout.rater if layout.rater in columns else ""
+    if not rater:
+      found = tuple(c._replace(rater=c.rater or stem) for c in found)
+    if found:
+      item = [c for c in layout.item if c != "turn" or c in columns]
+      return layout._replace(columns=found, rater=rater, item=tuple(item))
   return None
 
 
@@ -306,10 +308,8 @@ def _with_known_codes(
   if layout.texts == ("output_1", "output_2"):
     if {"generator_1", "generator_2", "preference"} <= set(columns):
       return is_known("AlpacaEval", _ONE_TWO | {"0": "tie", "1.5": "tie"})
-  if layout.texts and paths in (
-    ["preference_strength"],
-    ["overall_preference"],
-  ):
+  strengths = (["preference_strength"], ["overall_preference"])
+  if layout.texts and paths in strengths:
     return is_known("HelpSteer", _SIGNED)
   return layout
 

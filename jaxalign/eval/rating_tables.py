@@ -7,10 +7,10 @@ import os
 import re
 from typing import Any, NamedTuple
 
+from jaxalign.core.errors import ConfigError, DataError, JaxalignError
 from jaxalign.data import sources
 from jaxalign.data.json_rows import Where
 from jaxalign.data.schemas.choices import WORDS
-from jaxalign.errors import ConfigError, DataError, JaxalignError
 from jaxalign.eval import rating_codes, rating_layouts
 from jaxalign.eval.interrater import Pair, Verdict
 from jaxalign.eval.rating_codes import Choice, code_of_cell, Meaning

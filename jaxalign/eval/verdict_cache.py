@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from jaxalign.errors import ConfigError, WriteError
+from jaxalign.core.errors import ConfigError, WriteError
 
 _VERDICTS = ("first", "second", "tie", None)
 _SHOWN = 600  # characters of a reply that are kept in memory, to be shown

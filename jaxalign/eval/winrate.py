@@ -17,7 +17,7 @@ import numpy as np
 from scipy import optimize, special
 
 from jaxalign.core import intervals
-from jaxalign.errors import DataError
+from jaxalign.core.errors import DataError
 
 # What answers are compared with -> the metric, and the same in words.
 BASELINES = {
@@ -164,7 +164,7 @@ def _checked(
 def at_equal_length(
   outcomes: np.ndarray, ours: np.ndarray, theirs: np.ndarray
 ) -> dict[str, Any]:
-  """The win rate at equal length, beside the raw one.
+  """The win rate at equal length, and the raw one.
 
   The interval is that of c, from the sandwich variance (a tie counts one half
   and varies less than a coin), carried to the win rate.
@@ -240,7 +240,7 @@ def length_preference(
 ) -> dict[str, Any]:
   """Whether a rater likes the longer of two answers.
 
-  A rater may be right to: length is a bias only beside another rater, or
+  A rater may be right to: length is a bias only against another rater, or
   where the two answers are known to be equally good.
 
   Args:
@@ -251,7 +251,7 @@ def length_preference(
   Returns:
     {"longer": `proportion` of the verdicts that name a winner, the answers not
     equally long, in which the longer won; "slope": as of `at_equal_length`,
-    None with "why" where it cannot be told; "n": pairs}.
+    None with "why" where it is not known; "n": pairs}.
   """
   w, ours, theirs = _checked(outcomes, ours, theirs)
   fit = at_equal_length(w, ours, theirs)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.model.parameters import Param, Params
 
 # "lora": Hu et al. 2021, without its dropout (with it the policy would not

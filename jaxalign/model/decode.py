@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import progress, sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import progress, sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.attention import FAR, Seen
 from jaxalign.model.decoder import ModelConfig

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import adapters, attention, parameters
 from jaxalign.model.attention import Attention, Rope, Seen
 from jaxalign.model.packed import attend_packed, Copies, PackedSeen, see_packed

@@ -8,16 +8,17 @@ its own rows and nothing is gathered.
 
 from collections.abc import Mapping
 import json
+import math
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError, DataError
-from jaxalign.hub import resolve_settings
-from jaxalign.model.parameters import Param, Params, Stored
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.hub import resolve_settings
+from jaxalign.model.parameters import layers_of, Param, Params, Stored
 
 
 class EncoderConfig(NamedTuple):
@@ -74,12 +75,7 @@ POOLINGS = {
   ),
 }
 # What sentence-transformers calls them, in its new files and in its old ones.
-_POOLING_NAMES = {
-  "mean": "mean",
-  "cls": "cls",
-  "lasttoken": "last",
-  "max": "max",
-}
+_POOLING_NAMES = dict(mean="mean", cls="cls", lasttoken="last", max="max")
 _OLD_POOLING_NAMES = {
   "pooling_mode_mean_tokens": "mean",
   "pooling_mode_cls_token": "cls",
@@ -93,101 +89,70 @@ _OLD_POOLING_NAMES = {
 def table(m: EncoderConfig) -> dict[str, Param]:
   """Name -> shape, logical axes and initial scale of every parameter."""
   t, d, h, c, f = m.layers, m.width, m.heads, m.width // m.heads, m.ff
-  shapes = {
-    "embed": (m.vocab, d),
-    "positions": (m.positions, d),
-    "types": (m.types, d),
-    "norm": (d,),
-    "norm_bias": (d,),
-    "layers/wq": (t, d, h, c),
-    "layers/bq": (t, h, c),
-    "layers/wk": (t, d, h, c),
-    "layers/bk": (t, h, c),
-    "layers/wv": (t, d, h, c),
-    "layers/bv": (t, h, c),
-    "layers/wo": (t, h, c, d),
-    "layers/bo": (t, d),
-    "layers/attention_norm": (t, d),
-    "layers/attention_norm_bias": (t, d),
-    "layers/w_up": (t, d, f),
-    "layers/b_up": (t, f),
-    "layers/w_down": (t, f, d),
-    "layers/b_down": (t, d),
-    "layers/ff_norm": (t, d),
-    "layers/ff_norm_bias": (t, d),
-  }
+  rows = {}
 
-  def row(name, shape):
-    last = name.rpartition("/")[2]
+  def matrix(name, *shape):
+    rows[name] = Param(shape, (None,) * len(shape), 0.02)
+
+  def linear(name, into, out):
+    matrix(f"layers/w{name}", t, *into, *out)
+    rows[f"layers/b{name}"] = Param((t, *out), (None,) * (1 + len(out)), 0, 0.0)
+
+  def norm(name, *shape):
     axes = (None,) * len(shape)
-    if last.endswith("_bias") or last.startswith("b"):
-      return Param(shape, axes, 0, 0.0)
-    return Param(shape, axes, 0 if last.endswith("norm") else 0.02)
+    rows[name] = Param(shape, axes, 0)
+    rows[f"{name}_bias"] = Param(shape, axes, 0, 0.0)
 
-  return {name: row(name, shape) for name, shape in shapes.items()}
+  matrix("embed", m.vocab, d)
+  matrix("positions", m.positions, d)
+  matrix("types", m.types, d)
+  norm("norm", d)
+  for name in "qkv":
+    linear(name, (d,), (h, c))
+  linear("o", (h, c), (d,))
+  norm("layers/attention_norm", t, d)
+  linear("_up", (d,), (f,))
+  linear("_down", (f,), (d,))
+  norm("layers/ff_norm", t, d)
+  return rows
 
 
 def stored(m: EncoderConfig) -> dict[str, Stored]:
   """Where each parameter lies in a Hugging Face checkpoint."""
   d, h, c, f = m.width, m.heads, m.width // m.heads, m.ff
+  at = "encoder.layer.{}."
   rows = {}
 
   def plain(name, theirs, *shape):
-    rows[name] = Stored(theirs, shape, shape, tuple(range(len(shape))))
+    rows[name] = Stored.plain(f"embeddings.{theirs}", *shape)
 
-  def linear(weight, bias, theirs, view, order, out):
-    shape = {"w": (d, d), "up": (f, d), "down": (d, f)}[out[0]]
-    rows[weight] = Stored(f"{theirs}.weight", shape, view, order)
-    rows[bias] = Stored(
-      f"{theirs}.bias", shape[:1], out[1], tuple(range(len(out[1])))
-    )
+  def norm(name, theirs):
+    rows[name] = Stored.plain(f"{theirs}.weight", d)
+    rows[f"{name}_bias"] = Stored.plain(f"{theirs}.bias", d)
 
-  plain("embed", "embeddings.word_embeddings.weight", m.vocab, d)
-  plain("positions", "embeddings.position_embeddings.weight", m.positions, d)
-  plain("types", "embeddings.token_type_embeddings.weight", m.types, d)
-  plain("norm", "embeddings.LayerNorm.weight", d)
-  plain("norm_bias", "embeddings.LayerNorm.bias", d)
-  at = "encoder.layer.{}."
+  def linear(name, theirs, out, into, order):
+    shape = math.prod(out), math.prod(into)
+    weight = Stored(f"{at}{theirs}.weight", shape, (*out, *into), order)
+    bias = Stored(f"{at}{theirs}.bias", shape[:1], out, tuple(range(len(out))))
+    rows[f"layers/w{name}"], rows[f"layers/b{name}"] = weight, bias
+
+  plain("embed", "word_embeddings.weight", m.vocab, d)
+  plain("positions", "position_embeddings.weight", m.positions, d)
+  plain("types", "token_type_embeddings.weight", m.types, d)
+  norm("norm", "embeddings.LayerNorm")
   for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value")):
-    linear(
-      f"layers/w{ours}",
-      f"layers/b{ours}",
-      f"{at}attention.self.{theirs}",
-      (h, c, d),
-      (2, 0, 1),
-      ("w", (h, c)),
-    )
-  linear(
-    "layers/wo",
-    "layers/bo",
-    f"{at}attention.output.dense",
-    (d, h, c),
-    (1, 2, 0),
-    ("w", (d,)),
-  )
-  linear(
-    "layers/w_up",
-    "layers/b_up",
-    f"{at}intermediate.dense",
-    (f, d),
-    (1, 0),
-    ("up", (f,)),
-  )
-  linear(
-    "layers/w_down",
-    "layers/b_down",
-    f"{at}output.dense",
-    (d, f),
-    (1, 0),
-    ("down", (d,)),
-  )
-  for ours, theirs in (
-    ("attention_norm", "attention.output.LayerNorm"),
-    ("ff_norm", "output.LayerNorm"),
-  ):
-    plain(f"layers/{ours}", f"{at}{theirs}.weight", d)
-    plain(f"layers/{ours}_bias", f"{at}{theirs}.bias", d)
+    linear(ours, f"attention.self.{theirs}", (h, c), (d,), (2, 0, 1))
+  linear("o", "attention.output.dense", (d,), (h, c), (1, 2, 0))
+  linear("_up", "intermediate.dense", (f,), (d,), (1, 0))
+  linear("_down", "output.dense", (d,), (f,), (1, 0))
+  norm("layers/attention_norm", f"{at}attention.output.LayerNorm")
+  norm("layers/ff_norm", f"{at}output.LayerNorm")
   return rows
+
+
+_UNUSED = tuple(
+  "pooler. cls. lm_head. classifier. embeddings.position_ids".split()
+)
 
 
 def canonical(name: str) -> str | None:
@@ -198,14 +163,7 @@ def canonical(name: str) -> str | None:
   """
   for prefix in ("bert.", "roberta."):
     name = name.removeprefix(prefix)
-  unused = (
-    "pooler.",
-    "cls.",
-    "lm_head.",
-    "classifier.",
-    "embeddings.position_ids",
-  )
-  return None if name.startswith(unused) else name
+  return None if name.startswith(_UNUSED) else name
 
 
 def layer_norm(
@@ -219,43 +177,27 @@ def layer_norm(
   return y * scale.reshape(shape) + bias.reshape(shape)
 
 
-def attention(q, k, v, mask) -> jax.Array:
-  """Attention both ways, softmax in float32.
+def _multiply(equation, x, y):
+  """In the operands' dtype, summed in float32."""
+  # A TPU multiplies float32 in bfloat16 unless told not to.
+  exact = jax.lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
+  wide = dict(precision=exact, preferred_element_type=jnp.float32)
+  return jnp.einsum(equation, x, y, **wide)
 
-  Args:
-    q: [B, H, L, C].
-    k: [B, H, L, C].
-    v: [B, H, L, C].
-    mask: [B, L] bool, true where there is a token.
 
-  Returns:
-    [B, H, L, C].
+def _attend(q, k, v, mask) -> jax.Array:
+  """Attention both ways of [B, H, L, C] each, softmax in float32.
+
+  `mask` is [B, L] bool, true where there is a token.
   """
   scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-  scores = jnp.einsum(
-    "bhlc,bhsc->bhls",
-    q * scale,
-    k,
-    precision=_precision(q.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  scores = _multiply("bhlc,bhsc->bhls", q * scale, k)
   scores = scores + jnp.where(mask, 0.0, -1e30)[:, None, None]
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   # Divided after the product: C numbers a query instead of L.
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  out = jnp.einsum(
-    "bhls,bhsc->bhlc",
-    weights.astype(v.dtype),
-    v,
-    precision=_precision(v.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  out = _multiply("bhls,bhsc->bhlc", weights.astype(v.dtype), v)
   return (out / total).astype(v.dtype)
-
-
-def _precision(dtype):
-  # A TPU multiplies float32 in bfloat16 unless told not to.
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def block(
@@ -285,14 +227,11 @@ def block(
   def linear(x, name, inner, outer):
     # Flat matrices: one large product instead of many small ones.
     w = weight(f"w{name}").reshape(inner, outer).astype(dtype)
-    y = jnp.einsum(
-      "nd,df->nf",
-      x.astype(dtype),
-      w,
-      precision=_precision(dtype),
-      preferred_element_type=jnp.float32,
-    )
+    y = _multiply("nd,df->nf", x.astype(dtype), w)
     return y + weight(f"b{name}").reshape(1, outer)
+
+  def norm(x, name):
+    return layer_norm(x, weight(name), weight(f"{name}_bias"), m.norm_eps)
 
   def split(y):
     y = y.astype(dtype).reshape(batch, length, heads, c)
@@ -300,14 +239,12 @@ def block(
 
   x = x.reshape(batch * length, d)
   q, k, v = (split(linear(x, name, d, d)) for name in "qkv")
-  y = attention(q, k, v, mask).transpose(0, 2, 1, 3)
+  y = _attend(q, k, v, mask).transpose(0, 2, 1, 3)
   x = x + linear(y.reshape(batch * length, d), "o", d, d)
-  x = layer_norm(
-    x, weight("attention_norm"), weight("attention_norm_bias"), m.norm_eps
-  )
+  x = norm(x, "attention_norm")
   y = ACTS[m.act](linear(x, "_up", d, m.ff))
   x = x + linear(y, "_down", m.ff, d)
-  x = layer_norm(x, weight("ff_norm"), weight("ff_norm_bias"), m.norm_eps)
+  x = norm(x, "ff_norm")
   return x.reshape(batch, length, d)
 
 
@@ -335,16 +272,13 @@ def forward(
   length = tokens.shape[1]
   x = place.lookup(params["embed"], tokens).astype(jnp.float32)
   x = x + params["positions"][m.offset : m.offset + length][None]
-  x = x + (
-    params["types"][0][None, None]
-    if types is None
-    else place.lookup(params["types"], types)
-  )
+  if types is None:
+    x = x + params["types"][0][None, None]
+  else:
+    x = x + place.lookup(params["types"], types)
   x = layer_norm(x, params["norm"], params["norm_bias"], m.norm_eps)
-  layers = {n: w for n, w in params.items() if n.startswith("layers/")}
-  return jax.lax.scan(
-    lambda x, layer: (block(x, layer, mask, m, place), None), x, layers
-  )[0]
+  body = lambda x, layer: (block(x, layer, mask, m, place), None)
+  return jax.lax.scan(body, x, layers_of(params))[0]
 
 
 def pool(x: jax.Array, mask: jax.Array, m: EncoderConfig) -> jax.Array:
@@ -398,7 +332,7 @@ def read_config(
     context=context or m.context,
     normalize=m.normalize if normalize is None else bool(normalize),
   )
-  check(m)
+  _check(m)
   return m
 
 
@@ -437,18 +371,9 @@ def _sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
   )
 
 
-def check(m: EncoderConfig) -> None:
+def _check(m: EncoderConfig) -> None:
   """Raises ConfigError where a size or a name does not fit."""
-  for name in (
-    "layers",
-    "width",
-    "heads",
-    "ff",
-    "vocab",
-    "positions",
-    "context",
-    "types",
-  ):
+  for name in "layers width heads ff vocab positions context types".split():
     if getattr(m, name) < 1:
       raise ConfigError(f"encoder: {name}={getattr(m, name)}, wanted 1 or more")
   if m.width % m.heads:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxalign import artifacts, progress, sharding
-from jaxalign.errors import ConfigError
-from jaxalign.hub import resolve, resolve_settings
+from jaxalign.core import artifacts, progress, sharding
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.hub import resolve, resolve_settings
 from jaxalign.model import adapters, decoder, families, safetensors_io, weights
 from jaxalign.model.parameters import Params, Stored
 from jaxalign.model.safetensors_io import Checkpoint

@@ -83,9 +83,9 @@ def by_vocabulary(
   chunk: int,
   softcap: float = 0.0,
 ) -> jax.Array:
-  """`whole`, over pieces of the vocabulary, with a running logsumexp.
+  """`whole`, over chunks of the vocabulary, with a running logsumexp.
 
-  A piece is as large as makes the scores of all positions as many as those of
+  A chunk is as large as makes the scores of all positions as many as those of
   `chunk` positions and the whole vocabulary; a vocabulary over several
   devices is cut on each.
   """
@@ -103,19 +103,21 @@ def by_vocabulary(
     if axis
     else None,
   )
-  pieces = jnp.pad(
+  cuts = jnp.pad(
     cut(weight, own, width), ((0, 0), (0, steps * size - own), (0, 0))
   )
-  pieces = cut(pieces, steps, size, width).swapaxes(0, 1)
+  cuts = cut(cuts, steps, size, width).swapaxes(0, 1)
   # The cast back stands inside the loop, which so sums slopes in float32.
   large, dtype = x.astype(wide(x)), x.dtype
 
   @jax.checkpoint
-  def one(carry, piece, step):
+  def one(carry, weights, step):
     total, hit = carry
-    scores = decoder.logits(large.astype(dtype), piece, softcap)  # [B, L, p, c]
+    scores = decoder.logits(
+      large.astype(dtype), weights, softcap
+    )  # [B, L, p, c]
     at = step * size + jnp.arange(size)  # in a device's part
-    real = at < own  # what fills the last piece is no token
+    real = at < own  # what fills the last chunk is no token
     ids = jnp.where(
       real[None, :], at[None, :] + (own * jnp.arange(parts)[:, None]), -1
     )
@@ -130,7 +132,7 @@ def by_vocabulary(
   (total, hit), _ = jax.lax.scan(
     lambda carry, each: (one(carry, *each), None),
     (start + LOW, start),
-    (pieces, jnp.arange(steps)),
+    (cuts, jnp.arange(steps)),
   )
   return hit - total
 

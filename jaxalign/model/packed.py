@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.model import attention
 from jaxalign.model.attention import Attention, FAR, Seen
 from jaxalign.model.parameters import wide

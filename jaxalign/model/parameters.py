@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign import sharding
-from jaxalign.errors import ConfigError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 
 Params = dict[str, jax.Array]
 

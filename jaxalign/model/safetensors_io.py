@@ -22,7 +22,7 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
-from jaxalign.errors import ConfigError, DataError, WriteError
+from jaxalign.core.errors import ConfigError, DataError, WriteError
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {

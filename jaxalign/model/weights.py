@@ -16,9 +16,9 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign import artifacts, sharding
-from jaxalign.errors import DataError
-from jaxalign.hub import resolve
+from jaxalign.core import artifacts, sharding
+from jaxalign.core.errors import DataError
+from jaxalign.core.hub import resolve
 from jaxalign.model import safetensors_io
 from jaxalign.model.parameters import Param, Params, Stored
 from jaxalign.model.safetensors_io import Box, Checkpoint, FILE, INDEX, shown

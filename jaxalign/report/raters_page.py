@@ -46,7 +46,7 @@ def agreement_html(found: dict[str, Any]) -> str:
   """The page.
 
   Args:
-    found: as `jaxalign.agreement.measure` returns it, perhaps from a file.
+    found: as `jaxalign.cli.agreement.measure` returns it, perhaps from a file.
   """
   node = Node(found)
   return page.render(

@@ -8,8 +8,8 @@ import numpy as np
 from jaxalign.report import charts, page
 from jaxalign.report.charts import Row, Series
 from jaxalign.report.values import finite, MISSING, Node, number, plain, raw
-from jaxalign.select.card import rows as rows_lib
-from jaxalign.select.card.geometry import ALIKE
+from jaxalign.select.selection_report import reasons
+from jaxalign.select.selection_report.neighbourhood import ALIKE
 
 TEXTS = 12_000_000  # characters of text a page holds, divided among its rows
 LEAST, MOST = 90, 1500  # characters of one row
@@ -59,23 +59,23 @@ def _cut(value: Any, limit: int) -> str:
 
 
 def payload(record: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-  """The columns of `card.examine` as the script of the page reads them."""
+  """The table of `selection_report.describe` as the page's script reads it."""
   n = len(table["id"])
   column = lambda name: np.asarray(table[name]).tolist()
   out = dict(
     selected=record["selected"],
-    common=rows_lib.fixed(record),
-    words=dict(why=rows_lib.WHY, near=rows_lib.NEAR, length=rows_lib.LENGTH),
+    common=reasons.shared_words(record),
+    words=dict(why=reasons.WHY, near=reasons.NEAR, length=reasons.LENGTH),
     copy=[2, 4],
     id=[plain(i) for i in table["id"]],
-    score=[rows_lib.figure(float(v)) for v in column("score")],
+    score=[reasons.figure(float(v)) for v in column("score")],
     **{k: column(k) for k in ("rank", "why", "near_code", "tail")},
   )
   if any(table["near"]):
     place = {name: i for i, name in enumerate(column("id"))}
     near = [place.get(k, plain(k)) if k else -1 for k in column("near")]
     out["near"] = near
-    out["cosine"] = [rows_lib.places(float(v)) for v in column("cosine")]
+    out["cosine"] = [reasons.rounded_cosine(float(v)) for v in column("cosine")]
   if "x" in table:
     out["x"], out["y"] = _places(table["x"]), _places(table["y"])
   if "length" in table:
@@ -158,18 +158,18 @@ def selection_html(record: dict[str, Any], rows: dict[str, Any]) -> str:
   """The page of a selection; its texts are cut to TEXTS characters in all.
 
   Args:
-    record: as `select.card.examine` returns it.
+    record: as `selection_report.describe` returns it.
     rows: the table that it returns beside it.
   """
   data, node = payload(record, rows), Node(record)
-  reasons = [(i, rows_lib.KINDS[i]) for i in sorted(set(data["why"]))]
+  kinds = [(i, reasons.KINDS[i]) for i in sorted(set(data["why"]))]
   document = page.render(
     "select.html",
     record=node,
     mixture=Node(mixture_facts(node)),
     data=data,
     script=page.source("select.js"),
-    reasons=reasons,
+    reasons=kinds,
     alike=ALIKE,
   )
   size = f"{number(len(document.encode()) / 1e6)} MB"

@@ -144,7 +144,7 @@ def _agreed(found: Node) -> list[str]:
 
 
 def agreement_text(found: dict[str, Any]) -> str:
-  """All numbers of a table of raters, as `jaxalign.agreement.measure` gives."""
+  """All numbers of a table of raters, from `cli.agreement.measure`."""
   node = Node(found)
   head = ["same, %", "kappa", "Scott's pi", "alpha", "pairs"]
   out = ["", raters_page.alpha_sentence(node)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import math
 from typing import Any
 
-from jaxalign import progress
+from jaxalign.core import progress
 
 MISSING = "–"  # a value that was never measured
 NO_BREAK = "\u00a0"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 
 CHUNKS = 64  # of rows; fixed, so that no sum depends on the device count
 BLOCK = 32  # rows of a chunk are a multiple of it

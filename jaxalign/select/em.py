@@ -17,7 +17,7 @@ import numpy as np
 import scipy.linalg
 import threadpoolctl
 
-from jaxalign.errors import NumericError
+from jaxalign.core.errors import NumericError
 from jaxalign.select import exact
 from jaxalign.select.exact import HIGHEST
 

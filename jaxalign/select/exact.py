@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
 from jaxalign.select import chunks
 
 ROUND = 64  # rows of a chunk are a multiple of it

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.select.store import scratch
+from jaxalign.embed.store import scratch
 
 WIDTH = 1024  # columns; the first half counts tokens, the second pairs
 _BLOCK = 4096  # rows of tokens counted at once

@@ -19,8 +19,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign import artifacts
-from jaxalign.errors import ConfigError, CorruptError, NumericError
+from jaxalign.core import artifacts
+from jaxalign.core.errors import ConfigError, CorruptError, NumericError
 from jaxalign.select import em
 from jaxalign.select.em import COVARIANCES, Gaussians, KNOB
 from jaxalign.select.whiten import (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select.pool import Pool
 
 BLOCK = 4096  # rows that are compared with a tile at once

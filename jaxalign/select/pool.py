@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 
 # What a column looks like; R is 2 for pairs (chosen, rejected), 1 for unpaired.
 SHAPES = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError, NumericError
 
 
 def id_hash(ids: np.ndarray, salt: str = "") -> np.ndarray:

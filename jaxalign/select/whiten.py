@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select import exact
 from jaxalign.select.em import KNOB, TILE
 

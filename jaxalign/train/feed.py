@@ -7,19 +7,27 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import sharding
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops, useful_flops
-from jaxalign.train import layout as packing
+from jaxalign.train import packing
+from jaxalign.train.batch import Batch, Logps, MismatchedBatch
 
 SHAPES = 4  # packed shapes that a run compiles, where its data lets it
 LOOKED = 256  # steps at most that they are chosen from
 
 
-class Rows(NamedTuple):
+class MismatchedRows(NamedTuple):
+  """KTO's prompt-and-other-answer rows, all steps end to end."""
+
+  tokens: tokens_lib.TokenRows  # updates * B rows
+  ref_sum: np.ndarray  # [updates * B] float32 nats
+
+
+class TrainRows(NamedTuple):
   """M training rows of R responses each."""
 
   ids: list[str]  # [M]
@@ -27,17 +35,28 @@ class Rows(NamedTuple):
   row_of: np.ndarray  # [M, R] int: which tokenized row a response is
   ref_sum: np.ndarray  # [M, R] float32 nats of the reference
   ref_count: np.ndarray  # [M, R] float32
-  label: np.ndarray | None = None  # [M] bool, unpaired rows
-  # For the losses that read them, see `jaxalign.references`:
-  ref_common_prefix: np.ndarray | None = None  # [M, R] float32 nats
-  weights: np.ndarray | None = None  # [M] float32
+  label: np.ndarray | None = None  # [M] bool, unpaired feedback
+  # For the losses that read them, by name: see `row_columns.COLUMNS`.
+  columns: dict[str, np.ndarray] = {}
+  mismatched: MismatchedRows | None = None
 
 
-class Mismatched(NamedTuple):
-  """KTO's prompt-and-other-answer rows, all steps end to end."""
+class Batching(NamedTuple):
+  """How rows become batches."""
 
-  tokens: tokens_lib.TokenRows  # updates * B rows
-  ref_sum: np.ndarray  # [updates * B] float32 nats
+  batch: int  # rows of an update, over all devices
+  seed: int  # of their order
+  accumulation: int = 1  # micro-batches that an update is cut into
+  context: int = 0  # the longest row that the model takes, in tokens
+  layout: str = "padded"  # a key of LAYOUTS
+
+  def rows_at(self, step: int, n: int) -> np.ndarray:
+    """[batch] row numbers of a step, of n."""
+    return batches.rows_at(step, n, self.batch, self.seed)
+
+  def mismatched_at(self, step: int) -> np.ndarray:
+    """[batch] numbers of a step's mismatched rows."""
+    return np.arange(step * self.batch, (step + 1) * self.batch)
 
 
 def check_divides(batch: int, accumulation: int, knob: str) -> None:
@@ -62,20 +81,17 @@ def check_batch(batch: int, accumulation: int, mesh: Any, knob: str) -> None:
 
 
 def make_mismatched(
-  rows: Rows, *, updates: int, batch: int, seed: int, context: int
+  rows: TrainRows, batching: Batching, updates: int
 ) -> tokens_lib.TokenRows:
   """The mismatched rows of every step, known in advance: [updates * B]."""
-  prompts, answers = [], []
-  for step in range(updates):
-    own = batches.rows_at(step, len(rows.ids), batch, seed)
-    prompts.append(rows.row_of[own, 0])
-    answers.append(rows.row_of[batches.rotation(own, len(rows.ids)), 0])
-  return batches.mismatched(
-    rows.tokens, np.concatenate(prompts), np.concatenate(answers), context
-  )
+  n = len(rows.ids)
+  own = [batching.rows_at(step, n) for step in range(updates)]
+  other = [batches.rotation(x, n) for x in own]
+  prompts, answers = (rows.row_of[np.concatenate(x), 0] for x in (own, other))
+  return batches.mismatched(rows.tokens, prompts, answers, batching.context)
 
 
-class Layout(NamedTuple):
+class BatchLayout(NamedTuple):
   """How the tokens of a batch lie; rows are given as index [B, R]."""
 
   order: Callable[[np.ndarray], np.ndarray]  # index -> [B], as they stand
@@ -85,14 +101,13 @@ class Layout(NamedTuple):
 def padded(
   mesh: Any,
   rows: tokens_lib.TokenRows,
-  accumulation: int,
-  context: int,
+  batching: Batching,
   known: list[np.ndarray],
-) -> Layout:
+) -> BatchLayout:
   """Padded on the right, to the bucket of the batch's longest row."""
   del known
   lengths = tokens_lib.lengths(rows)
-  longest = tokens_lib.longest(lengths, context)
+  longest = tokens_lib.longest(lengths, batching.context)
 
   def put(index, names=None):
     del names
@@ -104,22 +119,19 @@ def padded(
       cut = lambda x: x.reshape(len(places), -1, size)
       return cut(tokens), cut(mask)
 
-    return sharding.put_rows(
-      mesh, (accumulation, len(index) // accumulation), make, None, "batch"
-    )
+    return _put(mesh, batching.accumulation, len(index), make)
 
-  return Layout(lambda index: np.arange(len(index)), put)
+  return BatchLayout(lambda index: np.arange(len(index)), put)
 
 
 def packed(
   mesh: Any,
   rows: tokens_lib.TokenRows,
-  accumulation: int,
-  context: int,
+  batching: Batching,
   known: list[np.ndarray],
   share: bool = True,
-) -> Layout:
-  """Packed, see `train.layout`: a `Packed` for tokens and counts for a mask.
+) -> BatchLayout:
+  """Packed, see `train.packing`: a `Packed` for tokens, counts for a mask.
 
   Rows are dealt to micro-batches and devices by length, so they stand in
   another order. Shapes are chosen from the `known` steps; a later one that no
@@ -127,29 +139,23 @@ def packed(
   response has a prompt of its own.
   """
   lengths, start = tokens_lib.lengths(rows), np.asarray(rows.start, np.int64)
+  answers = lengths - start
   devices = sharding.parts(mesh, "batch")
-  bins = accumulation * devices
-  length = packing.up(tokens_lib.longest(lengths, context))
-
-  def sizes(index):
-    """[B] tokens of every row."""
-    if not share:
-      return lengths[index].sum(1)
-    return start[index[:, 0]] + (lengths - start)[index].sum(1)
+  bins = batching.accumulation * devices
+  longest = packing.up(tokens_lib.longest(lengths, batching.context))
 
   def order(index):
-    return packing.deal(sizes(index), bins).reshape(-1)
+    sizes = lengths[index].sum(1)
+    if share:
+      sizes = start[index[:, 0]] + answers[index].sum(1)
+    return packing.deal(sizes, bins).reshape(-1)
 
-  def parts_of(index):  # of every device and micro-batch
+  def split(index):  # of every device and micro-batch
     return np.split(index if share else index.reshape(-1, 1), bins)
 
   def needed(index):
-    return packing.largest(
-      [
-        packing.need(start[part[:, 0]], (lengths - start)[part], length)
-        for part in parts_of(index)
-      ]
-    )
+    need = lambda part: packing.need(start[part[:, 0]], answers[part], longest)
+    return packing.largest([need(part) for part in split(index)])
 
   shapes = packing.choose([needed(i[order(i)]) for i in known], SHAPES)
 
@@ -160,32 +166,30 @@ def packed(
 
   def put(index, names=None):
     shape, m = shape_of(index), len(index) // bins
-    counts = (lengths - start)[index].astype(np.int32)
+    counts = answers[index].astype(np.int32)
     least = np.broadcast_to(counts.min(1, keepdims=True), counts.shape)
+    own, kept = split(index), split(least)
 
-    def make(places):
-      own, kept = parts_of(index), parts_of(least)
-      return jax.tree.map(
-        lambda *x: np.stack(x),
-        *(
-          packing.pack(
-            shape, rows, own[k], kept[k], names and names[k * m : (k + 1) * m]
-          )
-          for k in places
-        ),
-      )
+    def dense(k):
+      named = names and names[k * m : (k + 1) * m]
+      return packing.pack(shape, rows, own[k], kept[k], named)
 
-    put_rows = lambda rows, make: sharding.put_rows(
-      mesh, (accumulation, rows), make, None, "batch"
+    make = lambda places: jax.tree.map(
+      lambda *x: np.stack(x), *(dense(k) for k in places)
     )
+    count = lambda places: counts[places, :, None]
     return (
-      put_rows(devices, make),
-      put_rows(
-        len(index) // accumulation, lambda places: counts[places, :, None]
-      ),
+      _put(mesh, batching.accumulation, bins, make),
+      _put(mesh, batching.accumulation, len(index), count),
     )
 
-  return Layout(order, put)
+  return BatchLayout(order, put)
+
+
+def _put(mesh, accumulation, n, make):
+  """n rows on the mesh, [A, n / A, ...]; `make(places)` gives some of them."""
+  shape = accumulation, n // accumulation
+  return sharding.put_rows(mesh, shape, make, None, "batch")
 
 
 LAYOUTS = {
@@ -195,108 +199,85 @@ LAYOUTS = {
 }
 
 
-def make_feed(
-  mesh: Any,
-  rows: Rows,
-  *,
-  batch: int,
-  accumulation: int,
-  seed: int,
-  context: int,
-  rate: Callable[[int], float],
-  mismatched: Mismatched | None = None,
-  layout: str = "padded",
-) -> tuple[Callable, Callable, Callable]:
-  """Returns `batch_at(step)`, `ids_at(step)` and `tokens_at(step)`.
+class Feed:
+  """The batches of a training, each a pure function of its step.
 
-  Few shapes are compiled, whatever the layout, a key of LAYOUTS. A process
-  reads the tokens of its own devices' rows alone. See
-  `train.step.make_gradients` for the arrays of a batch; `rate` gives the
-  learning rate of a step.
+  Few shapes are compiled, whatever the layout. A process reads the tokens of
+  its own devices' rows alone. A class because its layouts look at many steps
+  once, to choose shapes from.
   """
-  lengths = tokens_lib.lengths(rows.tokens)
-  lay = LAYOUTS[layout]
 
-  def rows_of(step):
-    return batches.rows_at(step, len(rows.ids), batch, seed)
+  def __init__(
+    self,
+    mesh: Any,
+    rows: TrainRows,
+    batching: Batching,
+    rate: Callable[[int], float] = lambda step: 0.0,
+  ):
+    """`rate` gives the learning rate of a step."""
+    self.mesh, self.rows, self.batching, self.rate = mesh, rows, batching, rate
+    self.lengths = tokens_lib.lengths(rows.tokens)
+    make = functools.partial(LAYOUTS[batching.layout], mesh)
+    steps = range(min(LOOKED, -(-2 * len(rows.ids) // batching.batch)))
+    known = [self.index_at(s) for s in steps]
+    self._layout, self._other = make(rows.tokens, batching, known), None
+    if rows.mismatched is not None:
+      # One row's prompt and another's answer may be longer than any row.
+      tokens, sums = rows.mismatched
+      steps = range(min(LOOKED, len(sums) // batching.batch))
+      known = [batching.mismatched_at(s)[:, None] for s in steps]
+      self._other = make(tokens, batching, known)
 
-  def mismatched_of(step):
-    return np.arange(step * batch, (step + 1) * batch)[:, None]
+  def rows_at(self, step: int) -> np.ndarray:
+    """[B] row numbers of a step."""
+    return self.batching.rows_at(step, len(self.rows.ids))
 
-  steps = range(min(LOOKED, -(-2 * len(rows.ids) // batch)))
-  main = lay(
-    mesh,
-    rows.tokens,
-    accumulation,
-    context,
-    [rows.row_of[rows_of(s)] for s in steps],
-  )
-  if mismatched is not None:
-    # One row's prompt and another's answer may be longer than any row.
-    steps = range(min(LOOKED, len(mismatched.ref_sum) // batch))
-    other = lay(
-      mesh,
-      mismatched.tokens,
-      accumulation,
-      context,
-      [mismatched_of(s) for s in steps],
-    )
+  def index_at(self, step: int) -> np.ndarray:
+    """[B, R] tokenized rows of a step."""
+    return self.rows.row_of[self.rows_at(step)]
 
-  def batch_at(step):
-    own = rows_of(step)
-    own = own[main.order(rows.row_of[own])]
+  def ids_at(self, step: int) -> list[str]:
+    """Record ids of a step."""
+    return [self.rows.ids[i] for i in self.rows_at(step)]
 
-    def put(make):
-      return sharding.put_rows(
-        mesh, (accumulation, batch // accumulation), make, None, "batch"
-      )
+  def tokens_at(self, step: int) -> int:
+    """Tokens of a step, a pair's prompt counted with each of its answers."""
+    return int(self.lengths[self.index_at(step)].sum())
 
-    out = put(
-      lambda places: {
-        n: x[own[places]]
-        for n, x in (
-          ("ref_sum", rows.ref_sum),
-          ("ref_count", rows.ref_count),
-          ("label", rows.label),
-          ("weights", rows.weights),
-          ("ref_common_prefix", rows.ref_common_prefix),
-        )
-        if x is not None
-      }
-    )
-    out["tokens"], out["mask"] = main.put(
-      rows.row_of[own], [rows.ids[i] for i in own]
-    )
-    if mismatched is not None:
-      where = mismatched_of(step)
-      where = where[other.order(where)]
-      out["kl_tokens"], out["kl_mask"] = other.put(where)
-      out["kl_ref_sum"] = put(lambda places: mismatched.ref_sum[where[places]])
-    return out | dict(lr=np.float32(rate(step)))
+  def distinct_at(self, step: int) -> int:
+    """Tokens of a step, each row's prompt counted once, as packed rows do."""
+    index, start = self.index_at(step), np.int64(self.rows.tokens.start)
+    answers = (self.lengths - start)[index].sum()
+    return int(start[index[:, 0]].sum() + answers)
 
-  def ids_at(step):
-    return [rows.ids[i] for i in rows_of(step)]
+  def batch_at(self, step: int) -> Batch:
+    """The batch of a step, on the mesh."""
+    rows, own = self.rows, self.rows_at(step)
+    own = own[self._layout.order(rows.row_of[own])]
+    known = dict(sum=rows.ref_sum, count=rows.ref_count, label=rows.label)
+    known = {n: x for n, x in known.items() if x is not None} | rows.columns
+    found = self._put(lambda at: {n: x[own[at]] for n, x in known.items()})
+    names = [rows.ids[i] for i in own]
+    tokens, mask = self._layout.put(rows.row_of[own], names)
+    prefix = found.pop("common_prefix", None)
+    ref = Logps(found.pop("sum"), found.pop("count"), prefix)
+    label, lr = found.pop("label", None), np.float32(self.rate(step))
+    other = self._mismatched(step)
+    return Batch(tokens, mask, ref, label, found, other, lr)
 
-  def tokens_at(step):
-    return int(lengths[rows.row_of[rows_of(step)]].sum())
+  def _mismatched(self, step):
+    if self._other is None:
+      return None
+    where = self.batching.mismatched_at(step)[:, None]
+    where = where[self._other.order(where)]
+    tokens, mask = self._other.put(where)
+    sums = self.rows.mismatched.ref_sum
+    sums = self._put(lambda places: sums[where[places]])
+    return MismatchedBatch(tokens, mask, sums)
 
-  return batch_at, ids_at, tokens_at
-
-
-def make_distinct(rows: Rows, *, batch: int, seed: int) -> Callable[[int], int]:
-  """Returns `distinct_at(step)`: `tokens_at`, each row's prompt counted once.
-
-  What packed rows compute; `tokens_at` counts a pair's prompt with each of its
-  answers, as padded rows do.
-  """
-  lengths = tokens_lib.lengths(rows.tokens)
-  start = np.asarray(rows.tokens.start, np.int64)
-
-  def distinct_at(step):
-    index = rows.row_of[batches.rows_at(step, len(rows.ids), batch, seed)]
-    return int(start[index[:, 0]].sum() + (lengths - start)[index].sum())
-
-  return distinct_at
+  def _put(self, make):
+    b = self.batching
+    return _put(self.mesh, b.accumulation, b.batch, make)
 
 
 def passes(
@@ -308,24 +289,22 @@ def passes(
   Its own, one for the gradients of the activations and one for those of the
   weights; frozen weights have none, but both operands of attention move. The
   adapters' own products, about r / D of a pass, are not counted. `ahead`: a
-  pass more, see `stats.needs_batch_logps`; `online`: the reference's too, see
-  `train.online`.
+  pass more, see `statistics.needs_batch_logps`; `online`: one more, the
+  reference's, see `train.online`.
   """
   more = ahead + online
   return (2 if m.lora else 3) + more, 3 + more
 
 
-def make_useful(
+def useful_cost(
   m: decoder.ModelConfig,
-  rows: Rows,
-  *,
-  batch: int,
-  seed: int,
-  mismatched: Mismatched | None = None,
+  rows: TrainRows,
+  batching: Batching,
+  step: int,
   ahead: bool = False,
   online: bool = False,
-) -> Callable[[int], int]:
-  """Returns `useful_at(step)`: flops that an update cannot do without.
+) -> int:
+  """Operations that an update cannot do without.
 
   `useful_flops` of its rows, `passes` times, and of the passes beside them
   as in `training_cost`; recomputation is not counted.
@@ -336,48 +315,38 @@ def make_useful(
     answers = tokens_lib.lengths(token_rows) - start
     return useful_flops(m, start[index[:, 0]], answers[index], passes)
 
-  def useful_at(step):
-    own = batches.rows_at(step, len(rows.ids), batch, seed)
-    total = count(rows.tokens, rows.row_of[own], passes(m, ahead, online))
-    if mismatched is not None:
-      total += (1 + online) * count(
-        mismatched.tokens, np.arange(step * batch, (step + 1) * batch)[:, None]
-      )
-    return total
-
-  return useful_at
+  own = rows.row_of[batching.rows_at(step, len(rows.ids))]
+  total = count(rows.tokens, own, passes(m, ahead, online))
+  if rows.mismatched is not None:
+    other = batching.mismatched_at(step)[:, None]
+    total += (1 + online) * count(rows.mismatched.tokens, other)
+  return total
 
 
 def training_cost(
   m: decoder.ModelConfig,
-  rows: Rows,
-  *,
+  rows: TrainRows,
+  batching: Batching,
   updates: int,
-  batch: int,
-  seed: int,
-  mismatched: tokens_lib.TokenRows | None = None,
   ahead: bool = False,
   online: bool = False,
 ) -> tuple[int, int]:
   """(flops, tokens) of a training run: `passes` a row.
 
-  A mismatched row costs one forward, `ahead` one more of every row (see
-  `stats.needs_batch_logps`), `online` one more of every row and mismatched row;
-  padding and recomputation are not counted. Of the `mismatched` rows, those
-  of all steps end to end, the first `updates * batch` ran.
+  A mismatched row costs one forward, `ahead` one more of every row, `online`
+  one more of every row and mismatched row; padding and recomputation are not
+  counted. Of the mismatched rows, those of all steps end to end, the first
+  `updates * batch` ran.
   """
-  seen = np.concatenate(
-    [batches.rows_at(s, len(rows.ids), batch, seed) for s in range(updates)]
-  )
-  lengths = tokens_lib.lengths(rows.tokens)[rows.row_of[seen]].reshape(-1)
-  total, tokens = 0, int(lengths.sum())
-  for size, count in zip(*np.unique(lengths, return_counts=True)):
-    total += int(count) * decoder_flops(
-      m, int(size), passes=passes(m, ahead, online)
-    )
-  if mismatched is not None:
-    extra = tokens_lib.lengths(mismatched)[: updates * batch]
-    tokens += int(extra.sum())
-    for size, count in zip(*np.unique(extra, return_counts=True)):
-      total += (1 + online) * decoder_flops(m, int(size)) * int(count)
+  seen = [batching.rows_at(s, len(rows.ids)) for s in range(updates)]
+  lengths = tokens_lib.lengths(rows.tokens)
+  ran = [(lengths[rows.row_of[np.concatenate(seen)]], passes(m, ahead, online))]
+  if rows.mismatched is not None:
+    other = tokens_lib.lengths(rows.mismatched.tokens)
+    ran.append((other[: updates * batching.batch], (1 + online,) * 2))
+  total = tokens = 0
+  for sizes, times in ran:
+    tokens += int(sizes.sum())
+    for size, count in zip(*np.unique(sizes, return_counts=True)):
+      total += int(count) * decoder_flops(m, int(size), passes=times)
   return total, tokens

@@ -1,137 +1,79 @@
 """The training loop: one step in flight, metrics of the one before."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
-import json
 import math
-import os
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 
-from jaxalign import artifacts, interrupt, progress
-from jaxalign.checkpoints import Checkpoints
-from jaxalign.errors import ConfigError, NumericError, WriteError
-from jaxalign.train import trackers as trackers_lib
-from jaxalign.train import watch
+from jaxalign.core import artifacts, interrupt, progress
+from jaxalign.core.checkpoints import Checkpoints
+from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.train import log as logs
+from jaxalign.train import trackers
+from jaxalign.train.feed import Feed
 from jaxalign.train.metrics import divide
-
-DIVERGED = "diverged.jsonl"  # how a run came to an end that nobody wanted
-
-
-def _read_log(path: epath.Path, until: int) -> list[dict[str, Any]]:
-  """The lines of steps before `until`: later ones belong to lost steps."""
-  if not path.exists():
-    return []
-  kept = []
-  for text in path.read_text().splitlines():
-    try:
-      line = json.loads(text)
-      if line["step"] < until:
-        kept.append(line)
-    except (ValueError, KeyError):
-      break  # a torn last line of a killed run
-  return kept
+from jaxalign.train.step import TrainState
 
 
-def _text(lines: Iterable[dict[str, Any]]) -> bytes:
-  return "".join(json.dumps(x, sort_keys=True) + "\n" for x in lines).encode()
+class TrainOptions(NamedTuple):
+  """How long a run is, what it keeps, and what it is watched by.
 
-
-def _append(path: epath.Path, data: bytes) -> None:
-  """Writes at the end of a local file."""
-  try:
-    with open(os.fspath(path), "ab") as file:
-      file.write(data)
-  except OSError as error:
-    raise WriteError(
-      f"cannot write {path}: {error.strerror or error}; free "
-      "space or permissions, or another --workdir"
-    ) from error
-
-
-def _write_log(
-  path: epath.Path, lines: list[dict[str, Any]], there: int
-) -> None:
-  """Writes the lines of a run, of which the first `there` are in the file.
-
-  The first time whole and atomic, which drops what lost steps and a torn line
-  have left; then at the end, so that a save costs what is new. A kill may tear
-  the last line; it belongs to a step that no checkpoint has.
+  Args:
+    folder: gets `checkpoints/` and `metrics.jsonl`, `best/`, and where the
+      run diverged `diverged.jsonl`.
+    label: what the progress bar says.
+    updates: updates in all.
+    save_every: updates between checkpoints.
+    keep: checkpoints that are left, see `Checkpoints`.
+    explode: a loss over so many times what it was ends the run, see
+      `log.exploded`; 0: only one that is not finite does.
+    evaluations: name of a set -> `measure(params)` -> {name: value}, the same
+      on every process; params are the running mean where there is one. Logged
+      as "eval/<set>/<name>" in the line of the last update before.
+    eval_every: updates between evaluations, and one at the end; 0: none.
+    best: "<set>/<name>": the weights of its best evaluation are kept in
+      `best/`; of the names in `log.LOWER` less is better.
+    stop_after: evaluations without a better `best` after which the run ends;
+      0: it runs to its end.
+    trackers: keys of `trackers.TRACKERS`.
+    trace: steps to profile, the first and the one after the last; a run that
+      is resumed inside begins there. (0, 0): none.
   """
-  if not there or "://" in str(path):  # object stores cannot append
-    artifacts.write_bytes(path, _text(lines))
-  else:
-    _append(path, _text(lines[there:]))
+
+  folder: Any
+  label: str
+  updates: int
+  save_every: int
+  keep: int = 2
+  explode: float = 0.0
+  evaluations: Mapping[str, Callable[[Any], Mapping[str, float]]] = {}
+  eval_every: int = 0
+  best: str = ""
+  stop_after: int = 0
+  trackers: tuple[str, ...] = ()
+  trace: tuple[int, int] = (0, 0)
 
 
-def _write_diverged(
-  folder: epath.Path, lines: list[dict[str, Any]], last: dict[str, Any]
-) -> epath.Path:
-  """Keeps how a run diverged: its lines since the last save, as the log would
-  have had them, and `last`, of the update that ended it; null where a number
-  is not finite, which JSON cannot say."""
-  path = folder / DIVERGED
-  last = {
-    n: None if isinstance(x, float) and not math.isfinite(x) else x
-    for n, x in last.items()
-  }
-  if jax.process_index() == 0:
-    artifacts.write_bytes(path, _text([*lines, last]))
-  return path
-
-
-def _items(state: Any) -> dict[str, Any]:
+def _items(state: TrainState) -> dict[str, Any]:
   """Parameters, their mean and the reference apart: evaluation restores one
-  alone. What is empty is left out, as in checkpoints of before it was there."""
-  return dict(
-    params=state.params,
-    rest=[state.opt_state, state.step, *([state.delta] if state.delta else [])],
-    **{n: getattr(state, n) for n in ("ema", "ref") if getattr(state, n)},
-  )
+  alone. What is empty is left out."""
+  rest = dict(opt=state.opt_state, step=state.step, stats=state.statistics)
+  weights = dict(params=state.params, ema=state.ema, ref=state.ref)
+  return dict(rest=rest) | {n: x for n, x in weights.items() if x}
 
 
-def _restore(checkpoints: Checkpoints, state: Any, step: int) -> Any:
+def _restore(checkpoints: Checkpoints, state: TrainState, step: int):
   """The state of a step, laid as `state` is."""
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    _items(state),
-  )
-  found = checkpoints.restore(step, shapes)
-  fresh = type(state)(found.pop("params"), *found.pop("rest"))
-  return fresh._replace(**found)
-
-
-def _known_best(
-  bests: Checkpoints,
-  checkpoints: Checkpoints,
-  state: Any,
-  lines: list[dict[str, Any]],
-  start: int,
-  name: str,
-) -> watch.Best:
-  """The best evaluation that the log knows and whose weights are there."""
-  for step in sorted(bests.manager.all_steps()):
-    if step > start:  # of steps that were lost with a damaged checkpoint
-      bests.delete(step)
-  best, there = watch.best_of(lines, name), bests.latest()
-  if best.step and best.step == start and there != start:
-    bests.save(start, dict(params=state.ema or state.params))
-    bests.finish()
-    there = start
-  if best.step and best.step != there:
-    progress.say(
-      f"  the weights of the best {name}, of step {best.step}, are "
-      "gone; counting from here on"
-    )
-    lines[:] = [
-      {n: x for n, x in line.items() if n != f"eval/{name}"} for line in lines
-    ]
-    best = watch.Best(0, 0.0, 0)
-  return best
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  found = checkpoints.restore(step, jax.tree.map(shape, _items(state)))
+  rest = found.pop("rest")
+  rest = rest["opt"], rest["step"], rest["stats"]
+  return TrainState(found.pop("params"), *rest, **found)
 
 
 def _trace(folder: epath.Path) -> Callable[[], None]:
@@ -157,64 +99,187 @@ def _trace(folder: epath.Path) -> Callable[[], None]:
   return stop
 
 
+class _Run:
+  """A run between two of its steps.
+
+  A class because it has a step in flight: the metrics of an update are read
+  after the next one was sent off.
+  """
+
+  def __init__(self, stack, state, feed, options, ideal_seconds):
+    self.o, self.feed, self.ideal_seconds = options, feed, ideal_seconds
+    folder = epath.Path(options.folder)
+    self.checkpoints = stack.enter_context(
+      Checkpoints(folder / "checkpoints", options.keep)
+    )
+    self.start = self.checkpoints.latest() or 0
+    if self.start:
+      state = _restore(self.checkpoints, state, self.start)
+      progress.say(f"  {options.label}: resumed from step {self.start}")
+    self.state = state
+    self.log = logs.Log(folder, self.start)
+    self.record = logs.NONE
+    if options.best:
+      # Two: the older one is there while the newer one is written.
+      self.bests = stack.enter_context(Checkpoints(folder / "best", 2))
+      self.record = self._known_best()
+    self.began = self.last = time.monotonic()
+    self.flying = None  # (step, totals) whose metrics are not read yet
+    self.warned = set()
+
+  @property
+  def weights(self):
+    """What is evaluated: the running mean, where there is one."""
+    return self.state.ema or self.state.params
+
+  @property
+  def ended(self):
+    """Whether `best` has not been beaten for long enough."""
+    return bool(self.o.stop_after) and self.record.stale >= self.o.stop_after
+
+  def _known_best(self):
+    """The best evaluation that the log knows and whose weights are there."""
+    name, log, start = self.o.best, self.log, self.start
+    for step in sorted(self.bests.manager.all_steps()):
+      if step > start:  # of steps that were lost with a damaged checkpoint
+        self.bests.delete(step)
+    best, there = logs.best_of(log.lines, name), self.bests.latest()
+    if best.step and best.step == start and there != start:
+      self.bests.save(start, dict(params=self.weights))
+      self.bests.finish()
+      there = start
+    if best.step == (there or 0) or not best.step:
+      return best
+    progress.say(
+      f"  the weights of the best {name}, of step {best.step}, are "
+      "gone; counting from here on"
+    )
+    for line in log.lines:
+      line.pop(f"eval/{name}", None)
+    return logs.NONE
+
+  def open_tracker(self, stack):
+    """Opens the trackers, closed with the stack."""
+    o = self.o
+    self.tracker = trackers.open_all(o.trackers, o.folder, o.label, self.start)
+    stack.callback(self.tracker.close)
+
+  def _warn(self, kind, text):
+    """Says a warning once; every line that has it is marked."""
+    if text and kind not in self.warned:
+      step = self.log.lines[-1]["step"]
+      progress.say(f"  {self.o.label}, step {step}: {text}")
+    if text:
+      self.log.lines[-1][f"alarm/{kind}"] = 1.0
+      self.warned.add(kind)
+
+  def read(self):
+    """Reads and logs the metrics of the step in flight; returns its loss."""
+    if not self.flying:
+      return None
+    (step, totals), self.flying = self.flying, None
+    values = divide(jax.device_get(totals))
+    loss, norm = values["loss"], values["grad_norm"]
+    named = {n if "/" in n else f"train/{n}": v for n, v in values.items()}
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+      why = f"loss {loss}, gradient norm {norm} at step {step}"
+      self._fail(step, named, why)
+    if bound := logs.exploded(self.log.lines, loss, self.o.explode):
+      self._fail(
+        step,
+        named,
+        f"loss {loss:.4g} at step {step} is over {bound:.4g}, train.explode="
+        f"{self.o.explode:g} times what it was (gradient norm {norm:.4g})",
+      )
+    line = {"step": step} | named | self._performance(step)
+    self.log.lines.append(line)
+    self._warn("displacement", logs.displaced(self.log.lines))
+    self.tracker.log(step, line)
+    return loss
+
+  def _performance(self, step):
+    now, feed = time.monotonic(), self.feed
+    seconds, self.last = max(now - self.last, 1e-9), now
+    out = {
+      "perf/tokens_per_s": feed.tokens_at(step) / seconds,
+      "perf/distinct_tokens_per_s": feed.distinct_at(step) / seconds,
+      "perf/rows_per_s": len(feed.ids_at(step)) / seconds,
+      "time": now - self.began,
+    }
+    if ideal := self.ideal_seconds(step):
+      out["perf/mfu"] = ideal / seconds
+    return out
+
+  def _fail(self, step, named, why):
+    """Keeps how the run diverged, and raises NumericError."""
+    ids = self.feed.ids_at(step)
+    self.checkpoints.finish()
+    saved = self.checkpoints.manager.latest_step() or 0
+    last = {"step": step} | named | dict(why=why, ids=ids)
+    self.log.write_diverged(saved, last)
+    self.tracker.log(step, named)
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    raise NumericError(
+      f"{self.o.label}: {why}; nothing after step {saved} is saved. Rows of "
+      f"the batch: {', '.join(ids[:8])}{more}; {self.log.diverged} has all of "
+      "them and the updates before; lower the learning rate or look at these "
+      "rows"
+    )
+
+  def save(self, step):
+    """Saves the state, and the log first."""
+    self.read()  # a state is saved only after its metrics were seen finite
+    self.log.write()  # first: a resumed run drops lines too many
+    self.checkpoints.save(step, _items(self.state))
+    self.last = time.monotonic()  # the next update's time is its own
+
+  def save_best(self, step):
+    """Keeps the weights; after `save`: they are never ahead of the state."""
+    self.bests.save(step, dict(params=self.weights))
+    self.last = time.monotonic()
+
+  def evaluate(self, done):
+    """Measures on every set; whether the newest is the best."""
+    self.read()
+    found = {
+      f"eval/{name}/{n}": float(v)
+      for name, measure in self.o.evaluations.items()
+      for n, v in measure(self.weights).items()
+    }
+    self.log.lines[-1] |= found
+    self._warn("collapse", logs.collapsed(self.log.lines))
+    self.tracker.log(done - 1, found)
+    self.last = time.monotonic()
+    best = self.o.best
+    if not best:
+      return False
+    if f"eval/{best}" not in found:
+      raise ConfigError(
+        f"nothing measures {best!r}, known: "
+        f"{', '.join(n.removeprefix('eval/') for n in found)}; set "
+        "config.train.best"
+      )
+    self.record = logs.best_of(self.log.lines, best)
+    return self.record.step == done
+
+
 def fit(
-  state: Any,
+  state: TrainState,
   train_step: Callable,
-  batch_at: Callable[[int], Any],
-  ids_at: Callable[[int], list[str]],
-  *,
-  folder: Any,
-  label: str,
-  updates: int,
-  save_every: int,
-  tokens_at: Callable[[int], int],
-  trace: tuple[int, int] = (0, 0),
-  distinct_at: Callable[[int], int] | None = None,
-  useful_at: Callable[[int], int] | None = None,
-  peak: float = 0.0,
-  keep: int = 2,
-  background: bool = False,
-  explode: float = 0.0,
-  evaluations: Mapping[str, Callable[[Any], Mapping[str, float]]] = {},
-  eval_every: int = 0,
-  best: str = "",
-  stop_after: int = 0,
-  trackers: tuple[str, ...] = (),
-) -> Any:
-  """Runs `updates` updates, or the rest of them, and returns the last state.
+  feed: Feed,
+  options: TrainOptions,
+  ideal_seconds: Callable[[int], float] = lambda step: 0.0,
+) -> TrainState:
+  """Runs `options.updates` updates, or the rest of them; the last state.
 
   Args:
-    state: a fresh TrainState; replaced by the newest verified checkpoint.
+    state: a fresh one; replaced by the newest verified checkpoint.
     train_step: `(state, batch) -> (state, (sum, count) metrics)`; donates.
-    batch_at: a pure function of the step, so that a resumed run sees the very
+    feed: a pure function of the step, so that a resumed run sees the very
       batches of an uninterrupted one.
-    ids_at: record ids of a step's batch, to name them in an error.
-    folder: gets `checkpoints/` and `metrics.jsonl`, `best/`, and where the
-      run diverged `diverged.jsonl`.
-    label: what the progress bar says.
-    updates: updates in all.
-    save_every: updates between checkpoints.
-    tokens_at: non-padding tokens of a step's batch, a pair's prompt counted
-      with each of its answers, for "perf/tokens_per_s".
-    trace: steps to profile, the first and the one after the last; a run that
-      goes on inside begins there. (0, 0): none.
-    distinct_at: the same with a pair's prompt counted once, as packed rows
-      compute it, for "perf/distinct_tokens_per_s".
-    useful_at: flops of a step, for "perf/mfu".
-    peak: FLOP/s of all devices together; 0: not known, no "perf/mfu".
-    keep: checkpoints that are left, see `Checkpoints`.
-    background: whether they are written while training goes on.
-    explode: a loss over so many times what it was ends the run, see
-      `watch.exploded`; 0: only one that is not finite does.
-    evaluations: name of a set -> `measure(params)` -> {name: value}, the same
-      on every process; params are the running mean where there is one. Logged
-      as "eval/<set>/<name>" in the line of the last update before.
-    eval_every: updates between evaluations, and one at the end; 0: none.
-    best: "<set>/<name>": the weights of its best evaluation are kept in
-      `best/`; of the names in `watch.LOWER` less is better.
-    stop_after: evaluations without a better `best` after which the run ends;
-      0: it runs to its end.
-    trackers: keys of `trackers.TRACKERS`.
+    options: see `TrainOptions`.
+    ideal_seconds: of a step on devices at their peak, for "perf/mfu"; 0: not
+      known.
 
   Raises:
     NumericError: a loss or gradient norm that is not finite, or a loss that
@@ -224,166 +289,51 @@ def fit(
     RestartError: SIGTERM came (KeyboardInterrupt: SIGINT); the state is
       saved.
   """
-  folder = epath.Path(folder)
-  log_path = folder / "metrics.jsonl"
+  o = options
   with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(
-      Checkpoints(folder / "checkpoints", keep, background)
-    )
-    start = checkpoints.latest() or 0
-    if start:
-      state = _restore(checkpoints, state, start)
-      progress.say(f"  {label}: going on from step {start}")
-    lines = _read_log(log_path, start)
-    record = watch.Best(0, 0.0, 0)
-    if best:
-      # Two: the older one is there while the newer one is written.
-      bests = stack.enter_context(Checkpoints(folder / "best", 2, background))
-      record = _known_best(bests, checkpoints, state, lines, start, best)
-    if stop_after and record.stale >= stop_after:
-      return state
-    tracker = trackers_lib.open_all(trackers, folder, label, start)
-    stack.callback(tracker.close)
+    run = _Run(stack, state, feed, o, ideal_seconds)
+    if run.ended:
+      return run.state
+    run.open_tracker(stack)
     tracing = stack.enter_context(contextlib.ExitStack())
     traced = False
-    began = last = time.monotonic()
-    flying = None  # (step, totals) whose metrics are not read yet
-    written = 0  # lines that this run has put into the log
-    warned = set()
-
-    def alarm(kind, text):
-      if text and kind not in warned:
-        progress.say(f"  {label}, step {lines[-1]['step']}: {text}")
-      if text:
-        lines[-1][f"alarm/{kind}"] = 1.0
-        warned.add(kind)
-
-    def read():
-      nonlocal flying, last
-      step, totals = flying
-      values = divide(jax.device_get(totals))
-      loss, norm = values["loss"], values["grad_norm"]
-      wrong = ""
-      if not (math.isfinite(loss) and math.isfinite(norm)):
-        wrong = f"loss {loss}, gradient norm {norm} at step {step}"
-      elif bound := watch.exploded(lines, loss, explode):
-        wrong = (
-          f"loss {loss:.4g} at step {step} is over {bound:.4g}, "
-          f"train.explode={explode:g} times what it was (gradient norm "
-          f"{norm:.4g})"
-        )
-      named = {"step": step} | {
-        f"train/{n}" if "/" not in n else n: v for n, v in values.items()
-      }
-      if wrong:
-        ids = ids_at(step)
-        checkpoints.finish()
-        saved = checkpoints.manager.latest_step() or 0
-        path = _write_diverged(
-          folder,
-          [x for x in lines if x["step"] >= saved],
-          named | dict(why=wrong, ids=ids),
-        )
-        tracker.log(step, {n: v for n, v in named.items() if n != "step"})
-        raise NumericError(
-          f"{label}: {wrong}; nothing after step {saved} is saved. Rows of "
-          f"the batch: {', '.join(ids[:8])}"
-          f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}; {path} "
-          "has all of them and the updates before; lower the learning rate "
-          "or look at these rows"
-        )
-      now = time.monotonic()
-      seconds = max(now - last, 1e-9)
-      perf = {
-        "perf/tokens_per_s": tokens_at(step) / seconds,
-        "perf/rows_per_s": len(ids_at(step)) / seconds,
-        "time": now - began,
-      }
-      if distinct_at:
-        perf["perf/distinct_tokens_per_s"] = distinct_at(step) / seconds
-      if useful_at and peak:
-        perf["perf/mfu"] = useful_at(step) / (seconds * peak)
-      last = now
-      lines.append(named | perf)
-      alarm("displacement", watch.displaced(lines))
-      tracker.log(step, lines[-1])
-      flying = None
-      return loss
-
-    def save(step):
-      nonlocal last, written
-      if flying:
-        read()  # a state is saved only after its metrics were seen finite
-      if jax.process_index() == 0:  # first: a resumed run drops lines too many
-        _write_log(log_path, lines, written)
-      written = len(lines)
-      checkpoints.save(step, _items(state))
-      last = time.monotonic()  # the next update's time is its own
-
-    def evaluate(step):
-      """Measures on every set; the record afterwards."""
-      nonlocal last
-      if flying:
-        read()
-      weights = state.ema or state.params
-      found = {
-        f"eval/{name}/{n}": float(v)
-        for name, measure in evaluations.items()
-        for n, v in measure(weights).items()
-      }
-      lines[-1] |= found
-      alarm("collapse", watch.collapsed(lines))
-      tracker.log(step - 1, found)
-      if best and f"eval/{best}" not in found:
-        raise ConfigError(
-          f"nothing measures {best!r}, known: "
-          f"{', '.join(n.removeprefix('eval/') for n in found)}; set "
-          "config.train.best"
-        )
-      last = time.monotonic()
-      return watch.best_of(lines, best) if best else record
-
     with (
       interrupt.deferred() as requested,
-      progress.bar(label, updates, "steps", start) as tick,
+      progress.bar(o.label, o.updates, "steps", run.start) as tick,
     ):
-      for step in range(start, updates):
-        if trace[0] <= step < trace[1] and not traced:
-          tracing.callback(_trace(folder / "profile"))
+      for step in range(run.start, o.updates):
+        if o.trace[0] <= step < o.trace[1] and not traced:
+          tracing.callback(_trace(epath.Path(o.folder) / "profile"))
           traced = True
-        state, totals = train_step(state, batch_at(step))
-        loss = read() if flying else None
-        flying = (step, totals)
-        if step == trace[1] - 1:
+        run.state, totals = train_step(run.state, feed.batch_at(step))
+        loss = run.read()
+        run.flying = step, totals
+        if step == o.trace[1] - 1:
           jax.block_until_ready(totals)
           tracing.close()  # as leaving does, wherever the run ends
         tick(1, f"loss {loss:.3f}" if loss is not None else "")
-        done, better = step + 1, False
-        if eval_every and (done % eval_every == 0 or done == updates):
-          record = evaluate(done)
-          better = record.step == done
-        enough = stop_after and record.stale >= stop_after
-        stop = requested()
-        if (
-          done % save_every == 0 or done == updates or stop or better or enough
-        ):
-          save(done)
-        if better:  # behind the state: it is never ahead of what is resumed
-          bests.save(done, dict(params=state.ema or state.params))
-          last = time.monotonic()
-        if enough:
+        done = step + 1
+        last, better = done == o.updates, False
+        if o.eval_every and (done % o.eval_every == 0 or last):
+          better = run.evaluate(done)
+        stop = requested() or run.ended
+        if done % o.save_every == 0 or last or stop or better:
+          run.save(done)
+        if better:
+          run.save_best(done)
+        if run.ended:
           progress.say(
-            f"  {label}: {best} was best at step {record.step} "
-            f"({record.value:.4g}) and not in {record.stale} "
+            f"  {o.label}: {o.best} was best at step {run.record.step} "
+            f"({run.record.value:.4g}) and not in {run.record.stale} "
             f"evaluations since; ended at step {done}"
           )
-        if stop or enough:
+        if stop:
           break  # leaving `deferred` raises
-    if best and not record.step:
+    if o.best and not run.record.step:
       raise NumericError(
-        f"{label}: {best} was finite at no evaluation, so no "
+        f"{o.label}: {o.best} was finite at no evaluation, so no "
         "weights are the best; set config.train.best"
       )
     if jax.process_index() == 0:  # of a run that this one has mended
-      (folder / DIVERGED).unlink(missing_ok=True)
-  return state
+      run.log.diverged.unlink(missing_ok=True)
+  return run.state

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.model.parameters import wide
+from jaxalign.train.batch import Logps
+from jaxalign.train.packing import Packed
 
 
 def sums_and_counts(metrics: dict[str, Any]) -> dict[str, jax.Array]:
@@ -21,17 +23,15 @@ def sums_and_counts(metrics: dict[str, Any]) -> dict[str, jax.Array]:
   """
   out = {}
   for name, value in metrics.items():
-    value, weight = (
-      value if isinstance(value, tuple) else (value, jnp.ones_like(value))
-    )
-    out[name] = jnp.stack(
-      [jnp.sum(value.astype(wide(value))), jnp.sum(weight.astype(wide(value)))]
-    )
+    if not isinstance(value, tuple):
+      value = value, jnp.ones_like(value)
+    kind = wide(value[0])
+    out[name] = jnp.stack([jnp.sum(x.astype(kind)) for x in value])
   return out
 
 
-def beside(
-  policy: Any, ref: Any, label: jax.Array | None, reference: bool
+def common_metrics(
+  policy: Logps, ref: Logps, label: jax.Array | None, reference: bool
 ) -> dict[str, Any]:
   """Metrics [B] that every loss has: lengths, and the drift from a reference.
 
@@ -41,8 +41,8 @@ def beside(
   difference. "lengths/..." are response tokens.
 
   Args:
-    policy: Logps [B, 2], chosen then rejected, or [B, 1].
-    ref: Logps of the reference.
+    policy: [B, 2], chosen then rejected, or [B, 1].
+    ref: of the reference.
     label: [B] bool of single answers; None: of pairs, or of chosen answers.
     reference: whether `ref` is one; without there is no drift.
   """
@@ -59,6 +59,18 @@ def beside(
     for side, column in zip(("chosen", "rejected"), range(value.shape[1])):
       out[f"{name}/{side}"] = value[:, column]
   return out
+
+
+def packing_metrics(rows: Packed) -> dict[str, jax.Array]:
+  """(sum, count) metrics: the fraction of slots that is padding, and of the
+  responses' tokens the fraction that is shared, so computed once."""
+  copies = rows.copies.first, rows.copies.second
+  own, again = (jnp.sum(x >= 0, dtype=jnp.float32) for x in copies)
+  size = jnp.float32(rows.tokens.size)
+  return {
+    "perf/padding": jnp.stack([size - own, size]),
+    "perf/shared": jnp.stack([again, own + again]),
+  }
 
 
 def divide(totals: dict[str, Any]) -> dict[str, float]:

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxalign.train.batch import Batch
+from jaxalign.train.step import TrainState
 
-def begin(state: Any) -> Any:
+
+def begin_refresh(state: TrainState) -> TrainState:
   """A fresh state whose reference is a copy of its own parameters."""
-  return state._replace(ref=jax.tree.map(jnp.copy, state.params))
+  return state.replace(ref=jax.tree.map(jnp.copy, state.params))
 
 
 @functools.lru_cache(maxsize=8)
@@ -28,31 +31,28 @@ def make_fill(
   the numbers, bit for bit.
 
   Args:
-    logps_fn: of the reference, see `step.make_gradients`; batches are those.
+    logps_fn: of the reference, see `step.make_gradients`.
     options: the compiler's, as of `step.make_train_step`.
   """
 
   def over(params, tokens, mask):
-    return jax.lax.scan(
-      lambda _, micro: (None, logps_fn(params, *micro)), None, (tokens, mask)
-    )[1]
+    each = lambda _, micro: (None, logps_fn(params, *micro))
+    return jax.lax.scan(each, None, (tokens, mask))[1]
 
   @jax.jit(compiler_options=dict(options))
   def sums(params, rows, others):
-    found = over(params, *rows)
-    out = dict(ref_sum=found.sum, ref_count=found.count)
-    if found.common_prefix is not None:
-      out["ref_common_prefix"] = found.common_prefix
-    if others is not None:
-      out["kl_ref_sum"] = over(params, *others).sum
-    return out
+    other = None if others is None else over(params, *others).sum
+    return over(params, *rows), other
 
-  def fill(params, batch):
-    others = None
-    if "kl_tokens" in batch:
-      others = batch["kl_tokens"], batch["kl_mask"]
-    found = sums(params, (batch["tokens"], batch["mask"]), others)
-    return batch | {n: x for n, x in found.items() if n in batch}
+  def fill(params, batch: Batch) -> Batch:
+    kl = batch.mismatched
+    others = None if kl is None else (kl.tokens, kl.mask)
+    ref, other = sums(params, (batch.tokens, batch.mask), others)
+    if batch.ref.common_prefix is None:
+      ref = ref.replace(common_prefix=None)
+    if kl is not None:
+      kl = kl.replace(ref_sum=other)
+    return batch.replace(ref=ref, mismatched=kl)
 
   return fill
 
@@ -69,12 +69,11 @@ def make_refresh(every: int, mix: float) -> Callable:
   def blend(ref, params):
     return jax.tree.map(lambda r, p: mix * p + (1 - mix) * r, ref, params)
 
-  return jax.jit(
-    lambda ref, params, step: jax.lax.cond(
-      step % every == 0, blend, lambda ref, params: ref, ref, params
-    ),
-    donate_argnums=0,
-  )
+  def refresh(ref, params, step):
+    stay = lambda ref, params: ref
+    return jax.lax.cond(step % every == 0, blend, stay, ref, params)
+
+  return jax.jit(refresh, donate_argnums=0)
 
 
 def with_reference(
@@ -102,14 +101,15 @@ def with_refresh(
     train_step: `(state, batch) -> (state, metrics)`.
     logps_fn: of policy and reference alike.
     every: updates between refreshes, at least 1 (the paper's tau; TRL's 512).
-    mix: share of the policy, in (0, 1] (the paper's alpha; TRL's 0.6).
+    mix: fraction of the policy, in (0, 1] (the paper's alpha; TRL's 0.6).
     options: the compiler's.
   """
   fill, refresh = make_fill(logps_fn, options), make_refresh(every, mix)
 
   def step(state, batch):
-    after, totals = train_step(state._replace(ref=()), fill(state.ref, batch))
+    filled = fill(state.ref, batch)
+    after, totals = train_step(state.replace(ref=()), filled)
     ref = refresh(state.ref, after.params, after.step)
-    return after._replace(ref=ref), totals
+    return after.replace(ref=ref), totals
 
   return step

@@ -4,56 +4,24 @@ A warm-up in steps never ends on a small subset: 150 steps are more than the
 93 updates of a 3.5 % subset (selection is what this code is for).
 """
 
+from collections.abc import Callable
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import adapters
 
-
-def decay_linear(lr: float, warmup: int, updates: int):
-  """Linear from 0 to lr, then linearly to a tenth of it."""
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(lr / (warmup + 1), lr, warmup),
-      optax.linear_schedule(lr, 0.1 * lr, max(updates - warmup, 1)),
-    ],
-    [warmup],
-  )
-
-
-def decay_cosine(lr: float, warmup: int, updates: int):
-  """Linear from 0 to lr, then a cosine to a tenth of it."""
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(lr / (warmup + 1), lr, warmup),
-      optax.cosine_decay_schedule(lr, max(updates - warmup, 1), 0.1),
-    ],
-    [warmup],
-  )
-
-
-def decay_constant(lr: float, warmup: int, updates: int):
-  """Linear from 0 to lr, then constant."""
-  del updates
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(lr / (warmup + 1), lr, warmup),
-      optax.constant_schedule(lr),
-    ],
-    [warmup],
-  )
-
-
+# What follows the warm-up: (peak rate, updates left) -> schedule.
 SCHEDULES = {
-  "linear": decay_linear,
-  "cosine": decay_cosine,
-  "constant": decay_constant,
+  "linear": lambda lr, left: optax.linear_schedule(lr, 0.1 * lr, left),
+  "cosine": lambda lr, left: optax.cosine_decay_schedule(lr, left, 0.1),
+  "constant": lambda lr, left: optax.constant_schedule(lr),
 }
 
 
@@ -62,10 +30,13 @@ def make_schedule(
 ) -> optax.Schedule:
   """Update number -> learning rate; evaluated on the host, once a step.
 
+  It rises from near 0 to `lr`, and then decays linearly or by a cosine to a
+  tenth of it, or stays.
+
   Args:
     lr: peak learning rate, > 0.
     updates: optimizer updates in the whole run.
-    warmup_ratio: share of `updates` spent warming up, in [0, 1).
+    warmup_ratio: fraction of `updates` spent warming up, in [0, 1).
     schedule: a key of SCHEDULES.
   """
   if not lr > 0:
@@ -74,15 +45,18 @@ def make_schedule(
     )
   if not 0 <= warmup_ratio < 1:
     raise ConfigError(
-      f"warmup_ratio={warmup_ratio}, wanted a share in [0, 1);"
-      " set config.train.warmup_ratio"
+      f"warmup_ratio={warmup_ratio}, wanted a fraction in [0, 1); "
+      "set config.train.warmup_ratio"
     )
   if schedule not in SCHEDULES:
     raise ConfigError(
       f"unknown schedule {schedule!r}; known: "
       f"{', '.join(SCHEDULES)}; set config.train.schedule"
     )
-  return SCHEDULES[schedule](lr, int(round(warmup_ratio * updates)), updates)
+  warmup = int(round(warmup_ratio * updates))
+  rise = optax.linear_schedule(lr / (warmup + 1), lr, warmup)
+  after = SCHEDULES[schedule](lr, max(updates - warmup, 1))
+  return optax.join_schedules([rise, after], [warmup])
 
 
 def decays(name: str) -> bool:
@@ -115,7 +89,7 @@ def rmsprop(b2: float) -> optax.GradientTransformation:
 def adafactor(b2: float) -> optax.GradientTransformation:
   """Shazeer and Stern 2018: row and column sums in place of second moments.
 
-  As `optax.adafactor`: the rate is a share of each parameter's own size, the
+  As `optax.adafactor`: the rate is relative to each parameter's own size, the
   second moment decays by 1 - t^-0.8 (`b2` is not read), nothing is averaged,
   and a parameter's update is held at a root mean square of 1; a stack of
   layers is one parameter, of which dimensions under 128 are not factored.
@@ -162,34 +136,27 @@ def muon(b2: float) -> optax.GradientTransformation:
 
   def axes(params):
     masked = lambda x: isinstance(x, optax.MaskedNode)
-    return {
-      n: x if masked(x) else matrix_axes(n, x.shape) for n, x in params.items()
-    }
+    found = lambda n, x: x if masked(x) else matrix_axes(n, x.shape)
+    return {n: found(n, x) for n, x in params.items()}
 
-  def scaled(updates, params):
-    del params
-    size = lambda x, of: math.prod(x.shape[i] for i in of)
-    return jax.tree.map(
-      lambda x, of: (
-        x
-        * 0.2
-        * math.sqrt(max(size(x, of.reduction_axis), size(x, of.output_axis)))
-      ),
-      updates,
-      axes(updates),
-    )
+  def kinds(params):
+    found = axes(params).items()
+    return {n: "adamw" if a is None else "muon" for n, a in found}
+
+  def scaled(x, of):
+    sides = of.reduction_axis, of.output_axis
+    sizes = (math.prod(x.shape[i] for i in side) for side in sides)
+    return x * 0.2 * math.sqrt(max(sizes))
 
   inner = optax.partition(
     dict(
       muon=optax.chain(
         contrib.scale_by_muon(weight_dimension_numbers=axes),
-        optax.stateless(scaled),
+        optax.stateless(lambda u, _: jax.tree.map(scaled, u, axes(u))),
       ),
       adamw=adamw(b2),
     ),
-    lambda params: {
-      n: "adamw" if a is None else "muon" for n, a in axes(params).items()
-    },
+    kinds,
   )
 
   def update(updates, state, params):
@@ -209,22 +176,20 @@ def sgd(b2: float) -> optax.GradientTransformation:
   return optax.identity()
 
 
+class Optimizer(NamedTuple):
+  """An optimizer, and the numbers that it keeps for one that is trained."""
+
+  make: Callable[[float], optax.GradientTransformation]  # of b2
+  moments: int  # at least: factors are few
+
+
 OPTIMIZERS = {
-  "adamw": adamw,
-  "lion": lion,
-  "rmsprop": rmsprop,
-  "adafactor": adafactor,
-  "muon": muon,
-  "sgd": sgd,
-}
-# Numbers that each keeps for one that is trained, at least: factors are few.
-MOMENTS = {
-  "adamw": 2,
-  "lion": 1,
-  "rmsprop": 1,
-  "adafactor": 0,
-  "muon": 1,
-  "sgd": 0,
+  "adamw": Optimizer(adamw, 2),
+  "lion": Optimizer(lion, 1),
+  "rmsprop": Optimizer(rmsprop, 1),
+  "adafactor": Optimizer(adafactor, 0),
+  "muon": Optimizer(muon, 1),
+  "sgd": Optimizer(sgd, 0),
 }
 
 
@@ -244,11 +209,10 @@ def make_optimizer(
     b2: decay of the moment that the optimizer keeps longest.
     name: a key of OPTIMIZERS.
   """
+  decayed = lambda params: {n: decays(n) for n in params}
   tx = optax.chain(
-    OPTIMIZERS[name](b2),
-    optax.add_decayed_weights(
-      weight_decay, lambda params: {n: decays(n) for n in params}
-    ),
+    OPTIMIZERS[name].make(b2),
+    optax.add_decayed_weights(weight_decay, decayed),
     optax.scale(-1.0),
   )
   return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx

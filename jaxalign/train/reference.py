@@ -3,7 +3,7 @@
 In the layout that training has: a prompt is computed once for all its answers
 and hardly anything is padding. Padded rows go through `embed.score_rows`.
 Where products are narrower than float32 a row's sum depends on what is
-computed beside it: `as_trained` runs the very batches of the training.
+computed beside it: `logps_as_trained` runs the very batches of the training.
 """
 
 import functools
@@ -12,132 +12,116 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import progress, sharding
+from jaxalign.core import progress, sharding
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
-from jaxalign.select import embed
-from jaxalign.train import feed, online
-from jaxalign.train import layout as packing
+from jaxalign.train import online, packing
+from jaxalign.train.batch import Batch, Logps
+from jaxalign.train.feed import Batching, Feed, MismatchedRows, TrainRows
 from jaxalign.train.logps import PRODUCERS
 
 
+class Reference(NamedTuple):
+  """Weights that do not change, and how they are run."""
+
+  mesh: Any  # the current one
+  params: decoder.Params  # on the mesh
+  model: decoder.ModelConfig
+  tile: int  # responses a device runs at once
+  chunk: int  # positions of the head at once
+  producer: str = "chunked"  # a key of PRODUCERS, for the packed layouts
+  label: str = "ref_logps"  # what the progress bar says
+
+  def score(self, rows: tokens_lib.TokenRows, ids: Any = None):
+    """`embed.score_rows`, which names the `ids` of what is not finite."""
+    how = dict(tile=self.tile, chunk=self.chunk, label=self.label, ids=ids)
+    return embed.score_rows(self.mesh, self.params, self.model, rows, **how)
+
+
 @functools.lru_cache(maxsize=8)
-def _call(producer: str, m: decoder.ModelConfig, chunk: int):
+def _sums(producer, m, chunk):
   """Jitted `(params, Packed, counts) -> [b, R]` sums."""
   fn = PRODUCERS[producer](m, chunk)
   return jax.jit(lambda *batch: fn(*batch).sum)
 
 
-def logps(
-  mesh: Any,
-  params: decoder.Params,
-  m: decoder.ModelConfig,
+def reference_logps(
+  reference: Reference,
   rows: tokens_lib.TokenRows,
   index: np.ndarray,
-  *,
   layout: str,
-  tile: int,
-  chunk: int,
-  producer: str = "chunked",
-  label: str = "ref_logps",
   ids: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """What fixed weights say of every response.
+  """(sums [M, R] nats, counts [M, R]) of every response, float32.
 
   Rows are dealt by length to bins of `tile` responses, a bin to each device a
   call, so bins do not depend on the mesh.
 
   Args:
-    mesh: the current mesh.
-    params: on the mesh.
-    m: the model's sizes.
+    reference: the weights.
     rows: tokenized rows.
     index: [M, R] int, which of them each response is.
-    layout: "packed", "packed_apart" or "padded", as of `train.feed`.
-    tile: responses a device runs at once.
-    chunk: positions of the head at once.
-    producer: a key of PRODUCERS, for the packed layouts.
-    label: what the progress bar says.
+    layout: a key of `feed.LAYOUTS`.
     ids: [M] record ids, to name in an error.
-
-  Returns:
-    (sums [M, R] nats, counts [M, R] of response tokens), float32.
 
   Raises:
     NumericError: a sum that is not finite; names the rows.
     DataError: responses of one row that have different prompts, and a layout
       that shares them.
   """
-  n, r = index.shape
-  lengths = tokens_lib.lengths(rows)
-  counts = np.float32(lengths - rows.start)[index]
+  shape = index.shape
   if layout == "padded":
-    found = embed.score_rows(
-      mesh,
-      params,
-      m,
-      tokens_lib.take(rows, index.reshape(-1)),
-      tile=tile,
-      chunk=chunk,
-      label=label,
-      ids=ids,
-    )
-    return found.logp.reshape(n, r), found.count.reshape(n, r)
+    found = reference.score(tokens_lib.take(rows, index.reshape(-1)), ids)
+    return found.logp.reshape(shape), found.count.reshape(shape)
+  counts = np.float32(tokens_lib.lengths(rows) - rows.start)[index]
   if layout == "packed_apart":
     index = index.reshape(-1, 1)
-    ids = None if ids is None else np.repeat(ids, r)
-  shape, each = index.shape, index.shape[1]
-  own = min(max(1, tile // each), len(index))
-  answers = counts.astype(np.int32).reshape(shape)
-  sizes = np.int64(rows.start)[index[:, 0]] + answers.sum(1)
+    ids = None if ids is None else np.repeat(ids, shape[1])
+  out = _packed_sums(reference, rows, index, ids)
+  out = _finite(reference, out, rows, index, ids)
+  return out.reshape(shape), counts
+
+
+def _packed_sums(reference, rows, index, ids):
+  """[n, R] sums of packed rows, finite or not."""
+  mesh, params, m, tile, chunk, producer, label = reference
+  n, each = index.shape
+  own = min(max(1, tile // each), n)
+  start, lengths = np.int64(rows.start), tokens_lib.lengths(rows)
+  answers = (lengths - start)[index]
+  sizes = start[index[:, 0]] + answers.sum(1)
   # What is short of a whole bin is the shortest row, again.
-  spare = np.full(-len(index) % own, np.argmin(sizes))
-  of = np.append(np.arange(len(index)), spare)
+  of = np.append(np.arange(n), np.full(-n % own, np.argmin(sizes)))
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
   length = packing.up(tokens_lib.longest(lengths[index], m.context))
-  room = packing.largest(
-    [
-      packing.need(
-        np.int64(rows.start)[index[of[one], 0]],
-        np.int64(answers[of[one]]),
-        length,
-      )
-      for one in bins
-    ]
-  )
+  need = lambda b: packing.need(start[index[b, 0]], answers[b], length)
+  room = packing.largest([need(of[one]) for one in bins])
   devices = sharding.parts(mesh, "batch")
   calls = np.resize(bins, (-(-len(bins) // devices), devices, own))
-  fn, waiting = _call(producer, m, chunk), []
   out = np.zeros((len(of), each), np.float32)
 
-  def put(call):
-    def dense(places):
-      return jax.tree.map(
-        lambda *x: np.stack(x),
-        *(
-          packing.pack(
-            room,
-            rows,
-            index[one],
-            np.zeros_like(index[one]),
-            None if ids is None else [ids[i] for i in one],
-          )
-          for one in of[call[places]]
-        ),
-      )
+  def dense(one):
+    named = None if ids is None else [ids[i] for i in one]
+    none = np.zeros_like(index[one])
+    return packing.pack(room, rows, index[one], none, named)
 
+  def put(call):
     flat = of[call.reshape(-1)]
+    make = lambda places: jax.tree.map(
+      lambda *x: np.stack(x), *map(dense, of[call[places]])
+    )
+    count = lambda places: answers.astype(np.int32)[flat[places], :, None]
     return (
-      sharding.put_rows(mesh, (devices,), dense, "batch"),
-      sharding.put_rows(
-        mesh, flat.shape, lambda places: answers[flat[places], :, None], "batch"
-      ),
+      sharding.put_rows(mesh, (devices,), make, "batch"),
+      sharding.put_rows(mesh, flat.shape, count, "batch"),
     )
 
   def collect(call, result, tick):
     out[call.reshape(-1)] = sharding.fetch(result)
     tick(call.size)
 
+  fn, waiting = _sums(producer, m, chunk), []
   with progress.bar(label, calls.size) as tick:
     for call in calls:
       waiting.append((call, fn(params, *put(call))))
@@ -145,32 +129,10 @@ def logps(
         collect(*waiting.pop(0), tick)
     for call, result in waiting:
       collect(call, result, tick)
-  out = _checked(
-    out[: len(index)],
-    mesh,
-    params,
-    m,
-    rows,
-    index,
-    tile=tile,
-    chunk=chunk,
-    label=label,
-    ids=ids,
-  )
-  return out.reshape(n, r), counts
+  return out[:n]
 
 
-def _checked(
-  out: np.ndarray,
-  mesh: Any,
-  params: decoder.Params,
-  m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
-  index: np.ndarray,
-  *,
-  ids: Any,
-  **how: Any,
-) -> np.ndarray:
+def _finite(reference, out, rows, index, ids=None):
   """Sums [n, R], all finite; else NumericError names the rows.
 
   What is not finite spreads to the rows packed beside it. Padded rows keep it
@@ -178,41 +140,15 @@ def _checked(
   """
   bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
   if len(bad):
-    out[bad] = embed.score_rows(
-      mesh,
-      params,
-      m,
-      tokens_lib.take(rows, index[bad].reshape(-1)),
-      ids=None if ids is None else [ids[i] for i in bad],
-      **how,
-    ).logp.reshape(len(bad), -1)
+    ids = None if ids is None else [ids[i] for i in bad]
+    taken = tokens_lib.take(rows, index[bad].reshape(-1))
+    out[bad] = reference.score(taken, ids).logp.reshape(len(bad), -1)
   return out
 
 
-class Sums(NamedTuple):
-  """What a frozen reference says of the rows of a training."""
-
-  ref_sum: np.ndarray  # [M, R] float32 nats
-  ref_common_prefix: np.ndarray  # [M, R] float32 nats
-  mismatched: np.ndarray | None  # [updates * B] float32 nats
-
-
-def as_trained(
-  mesh: Any,
-  params: decoder.Params,
-  m: decoder.ModelConfig,
-  rows: feed.Rows,
-  *,
-  batch: int,
-  accumulation: int,
-  seed: int,
-  layout: str,
-  producer: str,
-  tile: int,
-  chunk: int,
-  mismatched: tokens_lib.TokenRows | None = None,
-  label: str = "ref_logps",
-) -> Sums:
+def logps_as_trained(
+  reference: Reference, rows: TrainRows, batching: Batching
+) -> tuple[Logps, np.ndarray | None]:
   """The sums of every row in the first batch of its training that has it.
 
   In bfloat16 the same row in another batch has another sum, of 100 nats by
@@ -220,91 +156,57 @@ def as_trained(
   the very sums of its own batch, bit for bit.
 
   Args:
-    mesh: the current mesh.
-    params: on the mesh.
-    m: the model's sizes.
+    reference: the weights; `tile` is of the rows that are not finite.
     rows: what is trained on; the reference's sums of it are not read.
-    batch, accumulation, seed, layout: as of `feed.make_feed`.
-    producer: a key of PRODUCERS.
-    tile: rows a device runs at once where one of them is not finite.
-    chunk: positions of the head at once.
-    mismatched: the mismatched rows of all steps, or None.
-    label: what the progress bar says.
+    batching: as of the training.
+
+  Returns:
+    Logps [M, R] with the sums of common prefixes, and those of mismatched
+    rows, [updates * B] or None.
 
   Raises:
     NumericError: a sum that is not finite; names the rows.
   """
   n, r = rows.row_of.shape
-  number = np.arange(n, dtype=np.int32)
+  mesh, params, m, _, chunk, producer, label = reference
+  other = rows.mismatched and rows.mismatched.tokens
   # A row's number stands where its sum will: it says where the row went.
+  number = np.arange(n, dtype=np.int32)
   rows = rows._replace(
     ref_sum=np.repeat(number[:, None], r, axis=1),
-    ref_common_prefix=np.zeros((n, r), np.float32),
-  )
-  feed_of = functools.partial(
-    feed.make_feed,
-    mesh,
-    rows,
-    batch=batch,
-    accumulation=accumulation,
-    seed=seed,
-    context=m.context,
-    rate=lambda step: 0.0,
-    layout=layout,
+    columns=dict(common_prefix=np.zeros((n, r), np.float32)),
+    mismatched=None,
   )
   fill = online.make_fill(
     PRODUCERS[producer](m, chunk), decoder.compiler_options(m)
   )
-  out = np.full((2, n, r), np.nan, np.float32)
-  steps, others, beside = -(-n // batch), 0, None
-  if mismatched is not None:
-    beside = np.zeros(len(mismatched.start), np.float32)
-    others = len(beside) // batch
+  total, prefix = np.full((2, n, r), np.nan, np.float32)
+  steps, others, beside = -(-n // batching.batch), 0, None
+  if other is not None:
+    beside = np.zeros(len(other.start), np.float32)
+    others = len(beside) // batching.batch
   with progress.bar(label, steps + others, "batches") as tick:
-    batch_at = feed_of()[0]
+    feed = Feed(mesh, rows, batching)
     for step in range(steps):
-      one = batch_at(step)
-      where = sharding.fetch(one["ref_sum"]).reshape(-1, r)[:, 0]
-      fresh = np.isnan(out[0, where, 0])
-      found = fill(
-        params,
-        {k: one[k] for k in ("tokens", "mask", "ref_sum", "ref_common_prefix")},
-      )
-      for kept, name in zip(out, ("ref_sum", "ref_common_prefix")):
-        kept[where[fresh]] = sharding.fetch(found[name]).reshape(-1, r)[fresh]
+      batch = feed.batch_at(step)
+      where = sharding.fetch(batch.ref.sum).reshape(-1, r)[:, 0]
+      fresh = np.isnan(total[where, 0])
+      ref = fill(params, batch).ref
+      for kept, x in ((total, ref.sum), (prefix, ref.common_prefix)):
+        kept[where[fresh]] = sharding.fetch(x).reshape(-1, r)[fresh]
       tick(1)
     if others:
-      batch_at = feed_of(
-        mismatched=feed.Mismatched(
-          mismatched, np.arange(len(beside), dtype=np.int32)
-        )
-      )[0]
+      number = np.arange(len(beside), dtype=np.int32)
+      rows = rows._replace(mismatched=MismatchedRows(other, number))
+      feed = Feed(mesh, rows, batching)
     for step in range(others):
-      one = batch_at(step)
-      found = fill(
-        params,
-        dict(
-          tokens=one["kl_tokens"],
-          mask=one["kl_mask"],
-          ref_sum=one["kl_ref_sum"],
-        ),
-      )
-      where = sharding.fetch(one["kl_ref_sum"]).reshape(-1)
-      beside[where] = sharding.fetch(found["ref_sum"]).reshape(-1)
+      kl = feed.batch_at(step).mismatched
+      ref = fill(params, Batch(kl.tokens, kl.mask, Logps(kl.ref_sum))).ref
+      where = sharding.fetch(kl.ref_sum).reshape(-1)
+      beside[where] = sharding.fetch(ref.sum).reshape(-1)
       tick(1)
-  how = dict(tile=tile, chunk=chunk, label=label)
-  total = _checked(
-    out[0], mesh, params, m, rows.tokens, rows.row_of, ids=rows.ids, **how
-  )
-  if mismatched is not None:
-    beside = _checked(
-      beside[:, None],
-      mesh,
-      params,
-      m,
-      mismatched,
-      np.arange(len(beside))[:, None],
-      ids=None,
-      **how,
-    )[:, 0]
-  return Sums(total, out[1], beside)
+  total = _finite(reference, total, rows.tokens, rows.row_of, rows.ids)
+  if other is not None:
+    index = np.arange(len(beside))[:, None]
+    beside = _finite(reference, beside[:, None], other, index)[:, 0]
+  return Logps(total, rows.ref_count, prefix), beside

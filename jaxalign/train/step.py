@@ -2,31 +2,34 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.train.layout import Packed, shares
-from jaxalign.train.logps import Logps
-from jaxalign.train.losses.unpaired import init_delta
-from jaxalign.train.metrics import beside, sums_and_counts
-from jaxalign.train.stats import make_statistics
+from jaxalign.train.batch import Batch, Logps
+from jaxalign.train.metrics import (
+  common_metrics,
+  packing_metrics,
+  sums_and_counts,
+)
+from jaxalign.train.packing import Packed
+from jaxalign.train.statistics import init_statistics, make_statistics
 
-# What of a batch a micro-batch reads beside its statistics.
-MICRO = ("tokens", "mask", "ref_sum", "ref_count", "ref_common_prefix")
 
+@struct.dataclass
+class TrainState:
+  """Everything a run needs to be resumed."""
 
-class TrainState(NamedTuple):
-  """Everything a run needs to go on: parameters, optimizer, step."""
-
-  params: dict[str, jax.Array]
+  params: dict[str, jax.Array]  # that are trained
   opt_state: Any
   step: jax.Array  # int32 scalar: updates done
-  delta: Any = ()  # BCO's `Delta`; of other losses nothing
-  ema: Any = ()  # running mean of the parameters, see `train.ema`
-  ref: Any = ()  # a reference that is refreshed, see `train.online`
+  # States of the running statistics of the loss, see `statistics.STATISTICS`.
+  statistics: dict[str, Any] = struct.field(default_factory=dict)
+  ema: Any = ()  # running mean of the parameters, see `keep_ema`
+  ref: Any = ()  # a reference that is refreshed, see `online.with_refresh`
 
 
 def init_state(
@@ -35,18 +38,9 @@ def init_state(
   loss_fn: Callable | None = None,
 ) -> TrainState:
   """A fresh state around parameters; the optimizer's moments are sharded as
-  the parameters are. A loss that reads a running mean has one in the state."""
-  return TrainState(
-    params,
-    jax.jit(tx.init)(params),
-    jnp.zeros((), jnp.int32),
-    fresh_delta(loss_fn),
-  )
-
-
-def fresh_delta(loss_fn: Callable | None) -> Any:
-  """The `Delta` that a loss begins with; () for one that reads none."""
-  return init_delta() if "delta" in getattr(loss_fn, "stats", ()) else ()
+  the parameters are."""
+  opt_state, step = jax.jit(tx.init)(params), jnp.zeros((), jnp.int32)
+  return TrainState(params, opt_state, step, init_statistics(loss_fn))
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,50 +49,35 @@ def make_gradients(
 ) -> Callable:
   """Returns `gradients(trained, batch, frozen, found) -> (gradients, metrics)`.
 
+  The parameters are `trained | frozen`, two dicts with no name in common;
+  gradients are those of `trained`, no other is formed. They are sums over rows,
+  accumulated in float32 by a scan over the micro-batches of a `Batch` and
+  divided once by A * b: equal to the large batch. `found` is the (scalars,
+  rows) of `make_statistics` on this batch; None: as at the start of a run.
+
   Args:
-    logps_fn: `(params, tokens [b, R, L], mask [b, R, L]) -> Logps [b, R]`; of
-      packed rows see `layout.Packed`.
+    logps_fn: `(params, tokens, mask) -> Logps [b, R]`, see `logps.PRODUCERS`.
     loss_fn: `(policy, ref, stats) -> ([b], metrics)`, from LOSSES with its
       keywords bound; `loss_fn.stats` lists the statistics it needs.
-
-  The parameters are `trained | frozen`, two dicts with no name in common;
-  gradients are those of `trained`, no other is formed.
-
-  A batch is a dict of arrays, A micro-batches of b rows each: "tokens" and
-  "mask" [A, b, R, L], "ref_sum" and "ref_count" [A, b, R];
-  "lr", the scalar learning rate of this update; for a loss that
-  needs them "label", "weights" [A, b], "ref_common_prefix" [A, b, R], for z0
-  "kl_tokens", "kl_mask" [A, b, 1, L], "kl_ref_sum" [A, b, 1]. Gradients are
-  sums over rows, accumulated in float32 by a scan and divided once by A * b:
-  equal to the large batch. `found` is the (scalars, rows) of `make_statistics`
-  on this batch; None: as at the start of a run.
   """
   statistics = make_statistics(logps_fn, loss_fn)
+  reads_reference = getattr(loss_fn, "reference", True)
 
   def objective(trained, frozen, micro, rows, scalars):
-    policy = logps_fn(trained | frozen, micro["tokens"], micro["mask"])
-    ref = Logps(
-      micro["ref_sum"], micro["ref_count"], micro.get("ref_common_prefix")
-    )
-    stats = scalars | rows
-    loss, metrics = loss_fn(policy, ref, stats)
-    metrics = (
-      beside(
-        policy, ref, stats.get("label"), getattr(loss_fn, "reference", True)
-      )
-      | dict(preference_loss=loss)
-      | metrics
-    )
-    metrics["loss"] = loss
+    policy = logps_fn(trained | frozen, micro.tokens, micro.mask)
+    stats = scalars | rows | micro.columns | dict(label=micro.label)
+    loss, metrics = loss_fn(policy, micro.ref, stats)
+    common = common_metrics(policy, micro.ref, micro.label, reads_reference)
+    metrics = common | dict(preference_loss=loss) | metrics | dict(loss=loss)
     return jnp.sum(loss), sums_and_counts(metrics)
 
   def gradients(trained, batch, frozen, found=None):
     if found is None:
-      found = statistics(trained | frozen, batch, fresh_delta(loss_fn))[:2]
+      states = init_statistics(loss_fn)
+      found = statistics(trained | frozen, batch, states)[:2]
     scalars, by_row = found
-    micro = {n: x for n, x in batch.items() if n in MICRO}, by_row
-    count = batch["ref_sum"].shape[0]
-    rows = count * batch["ref_sum"].shape[1]
+    micro = batch.micro(), by_row
+    count, rows = batch.ref.sum.shape[:2]
     grad_fn = jax.value_and_grad(objective, has_aux=True)
 
     def one(m):
@@ -109,13 +88,10 @@ def make_gradients(
     if count == 1:
       grads, totals = one(first)
     else:
-      start = jax.tree.map(lambda s: jnp.zeros_like(s), one(first))
-      grads, totals = jax.lax.scan(
-        lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None),
-        start,
-        micro,
-      )[0]
-    return jax.tree.map(lambda g: g / rows, grads), totals
+      add = lambda sums, m: (jax.tree.map(jnp.add, sums, one(m)), None)
+      start = jax.tree.map(jnp.zeros_like, one(first))
+      (grads, totals), _ = jax.lax.scan(add, start, micro)
+    return jax.tree.map(lambda g: g / (count * rows), grads), totals
 
   return gradients
 
@@ -131,28 +107,64 @@ def make_train_step(
 
   `state` is donated. `frozen` are parameters beside `state.params` that the
   step only reads, the base of adapters for instance; they are not donated, so
-  that the reference may be these very arrays. `tx` is the optimizer, `options`
-  are the compiler's (`decoder.compiler_options`); for the rest see
-  `make_gradients`.
+  that the reference may be these very arrays.
+
+  Args:
+    logps_fn, loss_fn: as of `make_gradients`.
+    tx: the optimizer, at a learning rate of 1.
+    options: the compiler's, `decoder.compiler_options`.
   """
   statistics = make_statistics(logps_fn, loss_fn)
   gradients = make_gradients(logps_fn, loss_fn)
 
   @jax.jit(donate_argnames=("state",), compiler_options=dict(options))
-  def train_step(state: TrainState, batch, frozen={}):  # read, never written
+  def train_step(state: TrainState, batch: Batch, frozen={}):  # never written
     params = state.params
-    *found, delta = statistics(params | frozen, batch, state.delta)
+    *found, states = statistics(params | frozen, batch, state.statistics)
     grads, totals = gradients(params, batch, frozen, found)
     updates, opt_state = tx.update(grads, state.opt_state, params)
-    updates = jax.tree.map(lambda u: batch["lr"] * u, updates)
+    updates = jax.tree.map(lambda u: batch.lr * u, updates)
     totals = totals | {
       "grad_norm": jnp.stack([optax.tree.norm(grads), jnp.ones(())]),
-      "lr": jnp.stack([batch["lr"], jnp.ones(())]),
+      "lr": jnp.stack([batch.lr, jnp.ones(())]),
     }
-    if isinstance(batch["tokens"], Packed):
-      totals |= shares(batch["tokens"])
-    return TrainState(
-      optax.apply_updates(params, updates), opt_state, state.step + 1, delta
-    ), totals
+    if isinstance(batch.tokens, Packed):
+      totals |= packing_metrics(batch.tokens)
+    params = optax.apply_updates(params, updates)
+    return TrainState(params, opt_state, state.step + 1, states), totals
 
   return train_step
+
+
+def begin_ema(state: TrainState) -> TrainState:
+  """A fresh state whose running mean is its own parameters."""
+  return state.replace(ema=jax.tree.map(jnp.copy, state.params))
+
+
+@functools.lru_cache(maxsize=8)
+def _make_mix(decay):
+  def mix(ema, params):
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+
+  return jax.jit(mix, donate_argnums=0)
+
+
+def keep_ema(train_step: Callable, decay: float) -> Callable:
+  """`train_step` that also moves `state.ema`, by
+  ema = decay ema + (1 - decay) params after every update, in float32.
+
+  The mean starts at the first weights, so nothing is corrected for a start at
+  zero; a short run wants a small decay: 0.99 remembers about 100 updates. Of
+  adapters A and B are averaged apart, which is not the mean of their product.
+
+  Args:
+    train_step: `(state, batch) -> (state, metrics)`.
+    decay: in (0, 1).
+  """
+  mix = _make_mix(decay)
+
+  def step(state, batch):
+    after, totals = train_step(state.replace(ema=()), batch)
+    return after.replace(ema=mix(state.ema, after.params)), totals
+
+  return step

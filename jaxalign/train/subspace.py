@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import sharding
-from jaxalign.errors import NumericError
+from jaxalign.core import sharding
+from jaxalign.core.errors import NumericError
 from jaxalign.model import adapters, decoder
 from jaxalign.model.parameters import Params
 

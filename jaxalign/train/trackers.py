@@ -1,7 +1,7 @@
 """Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases.
 
-Each is imported where it is asked for, by process 0 alone. A tracker that
-fails is said once and left out: no run ends because a plot could not be drawn.
+Each is imported where it is named, by process 0 alone. A tracker that
+fails is named once and left out: no run ends because a plot could not be drawn.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from jaxalign import artifacts, progress
-from jaxalign.errors import ConfigError
+from jaxalign.core import artifacts, progress
+from jaxalign.core.errors import ConfigError
 
 
 class Tracker(NamedTuple):
@@ -61,37 +61,35 @@ def wandb(folder: epath.Path, label: str, start: int) -> Tracker:
     project=os.environ.get("WANDB_PROJECT") or "jaxalign",
     group=folder.name,
   )
-  return Tracker(
-    lambda step, values: run.log(dict(values), step=step), run.finish
-  )
+  log = lambda step, values: run.log(dict(values), step=step)
+  return Tracker(log, run.finish)
 
 
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
-def check(names: tuple[str, ...]) -> None:
+def check_trackers(names: tuple[str, ...]) -> None:
   """Raises ConfigError for a tracker that nothing here knows."""
   for name in names:
     if name not in TRACKERS:
       raise ConfigError(
-        f"unknown tracker {name!r}; known: "
-        f"{', '.join(TRACKERS)} (metrics.jsonl is always "
-        "written); set config.train.trackers"
+        f"unknown tracker {name!r}; known: {', '.join(TRACKERS)} "
+        "(metrics.jsonl is always written); set config.train.trackers"
       )
 
 
 def open_all(
   names: tuple[str, ...], folder: Any, label: str, start: int
 ) -> Tracker:
-  """All trackers asked for, as one that never raises.
+  """All trackers of a run, as one that never raises.
 
   Args:
     names: keys of TRACKERS.
     folder: of the stage.
     label: what the run is called.
-    start: the step it goes on from; what is later was never kept.
+    start: the step it is resumed from; what is later was never kept.
   """
-  check(names)
+  check_trackers(names)
   live = {}
 
   def guarded(name, act, *args):
@@ -103,10 +101,10 @@ def open_all(
       )
       live.pop(name, None)
 
-  if jax.process_index() == 0:
-    for name in names:
-      if one := guarded(name, TRACKERS[name], epath.Path(folder), label, start):
-        live[name] = one
+  for name in names if jax.process_index() == 0 else ():
+    one = guarded(name, TRACKERS[name], epath.Path(folder), label, start)
+    if one:
+      live[name] = one
 
   def log(step, values):
     for name, one in list(live.items()):

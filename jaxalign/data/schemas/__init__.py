@@ -1,8 +1,8 @@
 """The shapes of row that are understood, by name; a new one is one line."""
 
+from jaxalign.core.errors import DataError
 from jaxalign.data.schemas import convert, layouts, ranked
 from jaxalign.data.schemas.schema import Refused, Schema
-from jaxalign.errors import DataError
 
 SCHEMAS: dict[str, Schema] = {
   schema.name: schema

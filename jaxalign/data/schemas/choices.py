@@ -6,11 +6,11 @@ column's codes mean is settled once all of them are known, for all rows alike.
 """
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import re
 from typing import Any, NamedTuple
 
-from jaxalign.errors import ConfigError, DataError
+from jaxalign.core.errors import ConfigError, DataError
 
 SIDES = ("first", "second", "tie")
 LABELS = ("liked", "disliked")
@@ -113,6 +113,22 @@ def _by_name(row: Undecided) -> str | None:
   return hits[0] if len(hits) == 1 else None
 
 
+def sides_by_number(codes: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+  """Sides of codes that count the answers, with no third number among them.
+
+  Returns:
+    code -> side, and the codes that may count them or say something else.
+  """
+  numbers = {c: c for c in codes if _NUMBER.fullmatch(c)}
+  named = {c: m[1] for c in codes if (m := _NUMBERED.fullmatch(c))}
+  found, sides = named or numbers, {}
+  pair = set(found.values())
+  if pair == {"1", "2"} or named and pair == {"0", "1"}:
+    low = min(pair)
+    sides = {c: "first" if n == low else "second" for c, n in found.items()}
+  return sides, {*numbers, *named, "true", "false"}
+
+
 def meanings(rows: list[Undecided], rule: Any, column: str) -> dict[str, str]:
   """What every code of a column means.
 
@@ -134,17 +150,14 @@ def meanings(rows: list[Undecided], rule: Any, column: str) -> dict[str, str]:
   counts = collections.Counter(code_of(row.code) for row in known)
   words = LABEL_WORDS if labels else WORDS
   table = {code: words[code] for code in counts if code in words}
+  by_number, doubtful = sides_by_number(counts)
   numbers = {code for code in counts if _NUMBER.fullmatch(code)}
-  named = {c: m[1] for c in counts if (m := _NUMBERED.fullmatch(c))}
-  pair = {*named.values()} or numbers
   if labels and numbers in _SURE_LABELS:
     table |= {c: "liked" if c == "1" else "disliked" for c in numbers}
-  elif not labels and (pair == {"1", "2"} or named and pair == {"0", "1"}):
-    for code in named or numbers:
-      low = named.get(code, code) == min(pair)
-      table[code] = "first" if low else "second"
+  elif not labels:
+    table |= by_number
   unknown = {c: n for c, n in counts.items() if c not in table}
-  doubtful = numbers if labels else {*numbers, *named, "true", "false"}
+  doubtful = numbers if labels else doubtful
   in_doubt = sum(n for code, n in unknown.items() if code in doubtful)
   # A few odd codes among certain ones are rows refused, not a column in doubt.
   if unknown and not table or in_doubt * 10 > sum(counts.values()):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 
 TARGETS = tuple(
   "id group source prompt system messages conversations tools chosen rejected "

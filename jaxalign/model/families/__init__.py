@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.families import gemma, llama, neox
 from jaxalign.model.families.fields import (

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.attention import check_rope, Rope, ROPES
 from jaxalign.model.decoder import ModelConfig

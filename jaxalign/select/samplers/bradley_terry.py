@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import threadpoolctl
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.select import grams
 from jaxalign.select.costs import Sizes, Work
 from jaxalign.select.samplers import habits, heads

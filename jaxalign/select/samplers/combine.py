@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import lookup
-from jaxalign.errors import ConfigError, JaxalignError
+from jaxalign.core import lookup
+from jaxalign.core.errors import ConfigError, JaxalignError
 from jaxalign.select.costs import of_scores, one_after_another, Sizes, Work
 from jaxalign.select.pool import Pool, Selection, SHAPES
 from jaxalign.select.samplers import dedup as dedup_lib
@@ -399,8 +399,9 @@ def _step(factors: list[lookup.Term | float]) -> lookup.Term:
 
 
 def sampler_names(name: str) -> list[str]:
-  """The samplers of a chain without their steps and keywords."""
-  if not name:
+  """The samplers of a chain without steps and keywords; of other texts none."""
+  try:
+    last = lookup.parse(name, "|", "sampler", "select.sampler")[-1]
+  except ConfigError:
     return []
-  last = lookup.parse(name, "|", "sampler", "select.sampler")[-1]
   return [term.name for term in last if isinstance(term, lookup.Term)]

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxalign import progress
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core import progress
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select import grams as grams_lib
 from jaxalign.select.costs import Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection

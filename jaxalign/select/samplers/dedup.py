@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from jaxalign import progress
+from jaxalign.core import progress
 from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers import kmeans

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.errors import NumericError
+from jaxalign.core.errors import NumericError
 from jaxalign.select.chunks import less, ordered_sum
 from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.select.pool import Pool
 from jaxalign.select.samplers import heads
 from jaxalign.select.samplers.draws import apportion

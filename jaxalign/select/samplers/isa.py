@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select.costs import of_scores
 from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers.values import one_side, require

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.errors import ConfigError
+from jaxalign.core.errors import ConfigError
 from jaxalign.select.costs import ID_BYTES, one_after_another, Sizes, Work
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.samplers import vectors as vectors_lib

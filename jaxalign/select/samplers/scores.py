@@ -6,7 +6,7 @@ Each is O(N). `direction` is of `values.directed`, which end is kept, and
 
 import numpy as np
 
-from jaxalign.errors import ConfigError, DataError, NumericError
+from jaxalign.core.errors import ConfigError, DataError, NumericError
 from jaxalign.select.costs import of_ranks, of_scores, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
 from jaxalign.select.samplers.values import (

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.topk import top
 

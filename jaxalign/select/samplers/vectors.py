@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import sharding
-from jaxalign.core import devices
-from jaxalign.errors import ConfigError
+from jaxalign.core import devices, sharding
+from jaxalign.core.errors import ConfigError
 from jaxalign.select.chunks import (
   by_parts,
   chunk_rows,

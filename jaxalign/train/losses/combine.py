@@ -1,43 +1,65 @@
-"""Weighted sums of losses, by name: "dpo+0.2*sft" is RPO."""
+"""Keywords of losses, bound and checked, and weighted sums of losses."""
 
 from collections.abc import Callable
+import functools
 import inspect
 import math
+from numbers import Real
+from typing import Any
 
-from jaxalign import lookup
-from jaxalign.errors import ConfigError
-from jaxalign.train.losses import check_keywords, LOSSES
+from jaxalign.core import lookup
+from jaxalign.core.errors import ConfigError
+from jaxalign.train.losses.common import marks
+
+# Keywords mean the same in every loss; so do their ranges.
+LIMITS = {
+  "beta": (lambda x: 0 < x < math.inf, "more than 0"),
+  "label_smoothing": (lambda x: 0 <= x < 0.5, "0 or more, less than 0.5"),
+  "epsilon": (lambda x: 0 < x < 0.5, "more than 0, less than 0.5"),
+  "tau": (lambda x: 0 < x < math.inf, "more than 0"),
+  "tail_weight": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+  "alpha": (math.isfinite, "a finite number"),
+  "gamma": (math.isfinite, "a finite number"),
+  **dict.fromkeys(
+    ("penalty", "nll_weight", "room", "desirable", "undesirable"),
+    (lambda x: 0 <= x < math.inf, "0 or more"),
+  ),
+}
 
 
-def find(name: str) -> Callable:
-  """The loss a config names: a key of LOSSES, "module:function", or a sum.
+def check_ranges(kwargs: dict[str, Any], name: str, knob: str) -> None:
+  """Raises ConfigError for a keyword outside its range; see LIMITS."""
+  for key, value in kwargs.items():
+    holds, wanted = LIMITS.get(key, (lambda x: True, ""))
+    if key in LIMITS and (not isinstance(value, Real) or not holds(value)):
+      raise ConfigError(
+        f"loss {name!r} got {key}={value!r}, wanted {wanted}; set config.{knob}"
+      )
 
-  "0.8*dpo+0.2*bco_pair+sft" is that weighted sum (MPO); a weight of 1 need not
-  be written. "dpo(beta=0.5)+sft" binds a keyword of one term. See
-  `weighted_sum` for keywords of all.
+
+def bind(fn: Callable, name: str, kwargs: dict[str, Any]) -> Callable:
+  """A loss with its keywords bound and its declarations kept.
+
+  Those given here go over what stands in the brackets of the name.
+
+  Args:
+    fn: from `losses.find`.
+    name: config.loss.name, for messages.
+    kwargs: config.loss.kwargs.
 
   Raises:
-    ConfigError: an unknown loss or keyword, a function without the marks of
-      `needs`, a keyword out of its range, a weight that is none, or losses on
-      rows of different kinds.
+    ConfigError: a keyword the loss does not take, or outside its range.
   """
-  terms = []
-  for *weights, term in lookup.parse(name, "+", "loss", "loss.name"):
-    fn = lookup.find(LOSSES, term, "loss", "loss.name")
-    if not hasattr(fn, "kind"):
-      raise ConfigError(
-        f"loss {str(term)!r} does not say what it reads; mark the function "
-        "with jaxalign.train.losses.needs, or set config.loss.name"
-      )
-    check_keywords(lookup.bound_keywords(fn), name, "loss.name")
-    terms.append((_weight(weights, name), term.name, fn))
-  if len(terms) == 1 and terms[0][0] == 1.0:
-    return terms[0][2]
-  return weighted_sum(terms)
+  known = lookup.keywords(fn)
+  lookup.check_keywords(kwargs, known, f"loss {name!r}", "loss.kwargs")
+  check_ranges(kwargs, name, "loss.kwargs")
+  bound = functools.partial(fn, **kwargs)
+  bound.__dict__.update(marks(fn))
+  return bound
 
 
-def _weight(factors: list[lookup.Term | float], name: str) -> float:
-  """The one number before a loss, or 1."""
+def weight_of(factors: list[lookup.Term | float], name: str) -> float:
+  """The one number before a term of the loss `name`, or 1."""
   if not factors:
     return 1.0
   weight = factors[0] if len(factors) == 1 else None
@@ -69,36 +91,26 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
     ConfigError: pairs, unpaired and imitation do not mix; "rows" mix with pairs
       only: of unpaired rows an undesirable answer would be imitated too.
   """
-  kinds = {fn.kind for _, _, fn in terms}
   names = [key for _, key, _ in terms]
+  each = [marks(fn) for *_, fn in terms]
+  kinds = {x["kind"] for x in each}
   if len(kinds) > 1 and kinds != {"pairs", "rows"}:
-    each = ", ".join(f"{key} {fn.kind}" for key, (*_, fn) in zip(names, terms))
+    listed = ", ".join(f"{n} {x['kind']}" for n, x in zip(names, each))
     raise ConfigError(
-      f"losses of different rows cannot be summed ({each}); "
+      f"losses of different rows cannot be summed ({listed}); "
       "set config.loss.name"
     )
   if len(set(names)) < len(names):
     raise ConfigError(
       f"a loss is summed twice ({', '.join(names)}); set config.loss.name"
     )
-  takes = [
-    [
-      p
-      for p in inspect.signature(fn).parameters.values()
-      if p.kind == p.KEYWORD_ONLY
-    ]
-    for _, _, fn in terms
-  ]
+  takes = [lookup.keywords(fn) for *_, fn in terms]
 
   def loss_fn(policy, ref, stats, **kwargs):
     total, prefers, metrics, own = 0.0, 0.0, {}, {}
     for name, (weight, _, fn), known in zip(names, terms, takes):
-      loss, extra = fn(
-        policy,
-        ref,
-        stats,
-        **{p.name: kwargs[p.name] for p in known if p.name in kwargs},
-      )
+      given = {n: kwargs[n] for n in known if n in kwargs}
+      loss, extra = fn(policy, ref, stats, **given)
       total = total + weight * loss
       if fn.kind != "rows":
         prefers = prefers + weight * loss
@@ -108,25 +120,13 @@ def weighted_sum(terms: list[tuple[float, str, Callable]]) -> Callable:
       own["preference_loss"] = prefers
     return total, metrics | own
 
-  keywords = {p.name: p for known in reversed(takes) for p in known}
-  positional = [
-    inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    for n in ("policy", "ref", "stats")
-  ]
-  loss_fn.__signature__ = inspect.Signature(
-    positional + list(keywords.values())
-  )
-  loss_fn.terms = tuple(fn for _, _, fn in terms)
-  (loss_fn.kind,) = kinds if len(kinds) == 1 else ("pairs",)
+  positional = list(inspect.signature(loss_fn).parameters.values())[:3]
+  named = {n: p for known in reversed(takes) for n, p in known.items()}
+  loss_fn.__signature__ = inspect.Signature([*positional, *named.values()])
+  loss_fn.terms = tuple(fn for *_, fn in terms)
+  loss_fn.kind = "pairs" if len(kinds) > 1 else min(kinds)
   for field in ("stats", "extras"):
-    setattr(
-      loss_fn,
-      field,
-      tuple(
-        dict.fromkeys(
-          item for _, _, fn in terms for item in getattr(fn, field, ())
-        )
-      ),
-    )
-  loss_fn.reference = any(getattr(fn, "reference", True) for _, _, fn in terms)
+    found = dict.fromkeys(name for x in each for name in x[field])
+    setattr(loss_fn, field, tuple(found))
+  loss_fn.reference = any(x["reference"] for x in each)
   return loss_fn

@@ -1,14 +1,47 @@
-"""What losses share: ratios, per-token means, the metrics they log."""
+"""What losses share: their marks, ratios, means a token, and metrics."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.train.logps import Logps
+from jaxalign.train.batch import Logps
 
 # exp of more than this leaves float32 once it is multiplied by anything.
 MAX_EXPONENT = 80.0
+
+
+def needs(
+  kind: str, *stats: str, extras: tuple[str, ...] = (), reference: bool = True
+) -> Callable:
+  """Declares the rows of a loss and what it reads beside sums and counts.
+
+  Args:
+    kind: "pairs" ([B, 2]), "unpaired" ([B, 1] and a label) or "rows" ([B, R]).
+    *stats: keys of `stats`: "label" [B] bool; columns of the rows,
+      `reference.COLUMNS`; and statistics of the whole batch of an update,
+      `statistics.STATISTICS`, which carry no gradient.
+    extras: fields of Logps beside sum and count, of policy and reference.
+    reference: whether `ref` is read at all.
+  """
+
+  def mark(fn):
+    fn.kind, fn.stats = kind, stats
+    fn.extras, fn.reference = extras, reference
+    return fn
+
+  return mark
+
+
+def marks(fn: Callable) -> dict[str, Any]:
+  """What `needs` declared of a loss."""
+  return dict(
+    kind=fn.kind,
+    stats=fn.stats,
+    extras=getattr(fn, "extras", ()),
+    reference=getattr(fn, "reference", True),
+  )
 
 
 def ratios(policy: Logps, ref: Logps) -> jax.Array:
@@ -35,6 +68,11 @@ def smoothed(z: jax.Array, eps: float) -> jax.Array:
 def bounded_exp(x: jax.Array) -> jax.Array:
   """exp(min(x, 80)): finite in float32; past 80 constant, gradient 0."""
   return jnp.exp(jnp.minimum(x, MAX_EXPONENT))
+
+
+def bounded_expm1(x: jax.Array) -> jax.Array:
+  """e^x - 1 with the exponent held at 80, where float32 still is finite."""
+  return jnp.expm1(jnp.minimum(x, MAX_EXPONENT))
 
 
 def pair_metrics(policy: Logps, reward: jax.Array) -> dict[str, Any]:

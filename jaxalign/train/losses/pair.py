@@ -9,11 +9,12 @@ makes of r. "At the start" is where policy equals reference: r = 0 exactly.
 import jax
 import jax.numpy as jnp
 
-from jaxalign.train.losses import needs
 from jaxalign.train.losses.common import (
   bounded_exp,
+  bounded_expm1,
   margin,
   mean,
+  needs,
   pair_metrics,
   ratios,
   smoothed,
@@ -160,7 +161,7 @@ def bco_pair(policy, ref, stats, *, beta=0.1):
   """Binary classifier optimisation on pairs, Jung et al. 2024.
 
   -log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)), sums.
-  stats["delta"] is the running mean of all rewards (`unpaired.update_delta`),
+  stats["delta"] is the running mean of all rewards (`statistics.delta`),
   without gradient. TRL's "bco_pair" has delta = 0 always; EasyDeL takes the
   batch's mean and lets the gradient through; LLaMA-Factory a running mean. At
   the start (delta 0) 2 ln 2.
@@ -253,7 +254,7 @@ def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
   """Length-desensitised DPO, Liu et al. 2024.
 
   DPO on sums whose tokens past L = min(n_w, n_l) weigh alpha = `tail_weight`
-  in [0, 1]: common_prefix + alpha (sum - common_prefix), of both, so that
+  in [0, 1]: prefix + alpha (sum - prefix), of policy AND reference, so that
   the start is ln 2; LLaMA-Factory weighs the policy only. 1 is DPO, 0 drops
   the tail. alpha is applied here, never to stored log-probabilities.
   `Logps.common_prefix` [B, 2] holds the sums over the first L tokens.
@@ -265,3 +266,107 @@ def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
 
   reward = beta * (weighed(policy) - weighed(ref))
   return -jax.nn.log_sigmoid(margin(reward)), pair_metrics(policy, reward)
+
+
+# DPO under other divergences than the reverse KL: Wang et al. 2024 (f-DPO).
+#
+# -log sigmoid(beta (s(r_w) - s(r_l))) with s = f' of the divergence at exp(r),
+# over sums, up to a constant that no difference sees; s(r) = r is plain DPO.
+# Those with an exponential are shifted to s(0) = 0, which keeps float32 exact
+# near the start. At the start ln 2. TRL lets an f-divergence into hinge, IPO,
+# EXO, robust and DiscoPOP too; the paper derives the logistic form only, and
+# so do these.
+
+
+def _logistic(policy, r, scores, beta):
+  """The loss on scores [B, 2]; the rewards logged are beta r, as TRL's."""
+  return (
+    -jax.nn.log_sigmoid(beta * margin(scores)),
+    pair_metrics(policy, beta * r),
+  )
+
+
+@needs("pairs")
+def dpo_forward_kl(policy, ref, stats, *, beta=0.1):
+  """f-DPO with the forward KL: s(r) = 1 - e^-r.
+
+  An answer far less likely than under the reference dominates. The exponent
+  is held at 80 nats, past which the slope is 0; TRL's is not held and ends in
+  infinity.
+  """
+  del stats
+  r = ratios(policy, ref)
+  return _logistic(policy, r, -bounded_expm1(-r), beta)
+
+
+@needs("pairs")
+def dpo_js(policy, ref, stats, *, beta=0.1):
+  """f-DPO with the Jensen-Shannon divergence: s(r) = log sigmoid(r).
+
+  Bounded above: nothing is gained by ever more likely answers.
+  """
+  del stats
+  r = ratios(policy, ref)
+  return _logistic(policy, r, jax.nn.log_sigmoid(r), beta)
+
+
+@needs("pairs")
+def dpo_alpha(policy, ref, stats, *, beta=0.1, alpha=0.5):
+  """f-DPO with the alpha divergence: s(r) = (e^((a - 1) r) - 1) / (a - 1).
+
+  a = `alpha`, 0.5 as TRL: 1 is the reverse KL, the limit, where this is
+  plain DPO; 0 is the forward KL. The exponent is held at 80.
+  """
+  del stats
+  r, power = ratios(policy, ref), alpha - 1
+  scores = r if power == 0 else bounded_expm1(power * r) / power
+  return _logistic(policy, r, scores, beta)
+
+
+# Alignment by optimal transport: pairs sorted over the global batch.
+#
+# Sorting couples rows, so a micro-batch alone cannot know its value: sorted on
+# one device's rows, as TRL does, the loss depends on how the batch is cut. Here
+# a step takes the log-probabilities of its whole global batch first, without
+# gradient, and `statistics.matched_*` tells every row which value of the other
+# side has its rank. Ranks are constant almost everywhere, so the gradient of
+# the sorted loss is each row's own, and sums over rows add up over any cut.
+
+
+@needs("pairs", "matched_margins")
+def aot(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
+  """Alignment by optimal transport, paired: Melnyk et al. 2024.
+
+  With P = sort(policy_w - policy_l) and R = sort(ref_w - ref_l) over the
+  GLOBAL batch, the mean over ranks k of cDPO's form at beta (P_k - R_k), sums.
+  A row's value is the one at its policy margin's rank; stats
+  ["matched_margins"] [B] is R there. TRL sorts a device's micro-batch. At the
+  start ln 2.
+  """
+  matched = jax.lax.stop_gradient(stats["matched_margins"])
+  z = beta * (margin(policy.sum) - matched)
+  return (
+    smoothed(z, label_smoothing),
+    pair_metrics(policy, beta * ratios(policy, ref)),
+  )
+
+
+@needs("pairs", "matched_ratios")
+def aot_unpaired(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
+  """Alignment by optimal transport, unpaired: Melnyk et al. 2024.
+
+  With W = sort(r_w) and L = sort(r_l) over the GLOBAL batch, the mean over
+  ranks k of cDPO's form at beta (W_k - L_k), sums. A row is in two terms, of
+  its chosen and of its rejected answer's rank: its value is half of each, its
+  gradient all of each, so that means over the batch and their gradients are
+  the sorted loss's. stats["matched_ratios"] [B, 2] is
+  `statistics.matched_ratios`. TRL sorts a device's micro-batch. At the start
+  ln 2.
+  """
+  matched = jax.lax.stop_gradient(stats["matched_ratios"])
+  r = ratios(policy, ref)
+  both = smoothed(beta * (r[:, 0] - matched[:, 0]), label_smoothing) + smoothed(
+    beta * (matched[:, 1] - r[:, 1]), label_smoothing
+  )
+  loss = both - jax.lax.stop_gradient(0.5 * both)
+  return loss, pair_metrics(policy, beta * r)

@@ -8,11 +8,11 @@ start" is special.
 import jax
 import jax.numpy as jnp
 
-from jaxalign.train.losses import needs
 from jaxalign.train.losses.common import (
   margin,
   MAX_EXPONENT,
   mean,
+  needs,
   pair_metrics,
 )
 

@@ -7,16 +7,13 @@ averaged over its own rows only, so a batch of one class is finite.
 
 from collections.abc import Callable
 import functools
-import inspect
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.lookup import bound_keywords
-from jaxalign.train.losses import needs
-from jaxalign.train.losses.common import ratios, unpaired_metrics
+from jaxalign.core.lookup import bound_keywords, keywords
+from jaxalign.train.losses.common import marks, needs, ratios, unpaired_metrics
 
 
 def _sign(label):
@@ -24,6 +21,7 @@ def _sign(label):
 
 
 BAND = 1.0, 4 / 3  # of desirable * n_up / (undesirable * n_down)
+CLASS_WEIGHTS = {"desirable", "undesirable"}
 
 
 def class_weights(up: int, down: int) -> tuple[float, float]:
@@ -40,7 +38,9 @@ def class_weights(up: int, down: int) -> tuple[float, float]:
   return max(1.0, low * down / up), max(1.0, up / (high * down))
 
 
-def weighed(loss: Callable, label: np.ndarray) -> tuple[Callable, list[str]]:
+def with_class_weights(
+  loss: Callable, label: np.ndarray
+) -> tuple[Callable, str]:
   """A loss with the weights of its classes set by the rows it will see.
 
   Args:
@@ -48,36 +48,35 @@ def weighed(loss: Callable, label: np.ndarray) -> tuple[Callable, list[str]]:
     label: [M] bool of the kept rows, true: desirable.
 
   Returns:
-    The loss, and lines for a person: the weights, or that given ones leave
-    the band of `class_weights`.
+    The loss, and a line for a person: the weights, or that given ones leave
+    the band of `class_weights`; "" for neither.
   """
-  known = inspect.signature(loss).parameters
-  if not {"desirable", "undesirable"} <= set(known):
-    return loss, []
+  if not CLASS_WEIGHTS <= keywords(loss).keys():
+    return loss, ""
   up = int(np.sum(label))
   down = len(label) - up
   counts = f"{up:,} liked answers and {down:,} disliked"
   have = bound_keywords(loss)
-  if have.keys() & {"desirable", "undesirable"}:
+  if have.keys() & CLASS_WEIGHTS:
     up *= have.get("desirable", 1.0)
     down *= have.get("undesirable", 1.0)
-    share = up / down if up and down else 1.0
-    if BAND[0] - 1e-6 <= share <= BAND[1] + 1e-6:
-      return loss, []
-    return loss, [
-      f"warning: {counts} weigh {share:.2f} to 1 with the "
-      "given weights, wanted 1 to 1.33; set config.loss.kwargs, "
-      "or leave desirable and undesirable out"
-    ]
+    ratio = up / down if up and down else 1.0
+    if BAND[0] - 1e-6 <= ratio <= BAND[1] + 1e-6:
+      return loss, ""
+    return loss, (
+      f"warning: {counts} weigh {ratio:.2f} to 1 with the given weights, "
+      "wanted 1 to 1.33; set config.loss.kwargs, or leave desirable and "
+      "undesirable out"
+    )
   desirable, undesirable = class_weights(up, down)
   if desirable == undesirable == 1:
-    return loss, []
+    return loss, ""
   bound = functools.partial(loss, desirable=desirable, undesirable=undesirable)
-  bound.__dict__.update(loss.__dict__)
-  return bound, [
-    f"{counts}: a row of the first weighs {desirable:.3f}, of the "
-    f"second {undesirable:.3f}"
-  ]
+  bound.__dict__.update(marks(loss))
+  return bound, (
+    f"{counts}: a row of the first weighs {desirable:.3f}, of the second "
+    f"{undesirable:.3f}"
+  )
 
 
 @needs("unpaired", "label", "z0")
@@ -137,8 +136,8 @@ def bco(policy, ref, stats, *, beta=0.1):
 
   Desirable rows -log sigmoid(beta r - delta), undesirable rows
   -log sigmoid(-(beta r - delta)), sums; stats["delta"] is the running mean of
-  all rewards beta r, of this batch too (`update_delta`), without gradient. TRL
-  updates it once a micro-batch. At the start (delta 0) ln 2.
+  all rewards beta r, of this batch too (`statistics.delta`), without gradient.
+  TRL updates it once a micro-batch. At the start (delta 0) ln 2.
   """
   label = stats["label"]
   delta = jax.lax.stop_gradient(stats["delta"])
@@ -154,40 +153,9 @@ def bco_udm(policy, ref, stats, *, beta=0.1):
   """BCO with underlying distribution matching, Jung et al. 2024.
 
   `bco` with undesirable rows weighed by stats["weights"] [B], the density
-  ratio of their prompts (`matching.density_ratios`); desirable rows weigh 1,
+  ratio of their prompts (`row_columns.density_ratios`); desirable rows weigh 1,
   whatever their weight says. At the start ln 2 times the weight.
   """
   loss, metrics = bco(policy, ref, stats, beta=beta)
   weight = jax.lax.stop_gradient(stats["weights"])
   return jnp.where(stats["label"], 1.0, weight) * loss, metrics
-
-
-class Delta(NamedTuple):
-  """BCO's running mean of rewards: a state, saved with the optimizer's."""
-
-  mean: jax.Array  # scalar, of every reward so far
-  count: jax.Array  # scalar, rewards so far
-
-
-def init_delta() -> Delta:
-  """No rewards yet: delta 0."""
-  return Delta(jnp.zeros(()), jnp.zeros(()))
-
-
-def update_delta(delta: Delta, rewards: jax.Array) -> Delta:
-  """The running mean with the rewards of one more global batch.
-
-  Exact and weighted by counts, as TRL's RunningMoments: any cut of the same
-  rewards ends at the same mean. Call it before the loss, in training only.
-  In float32 counts are exact up to 2^24 rewards; beyond, the mean stands
-  nearly still anyway.
-
-  Args:
-    delta: of the batches before.
-    rewards: beta r of every row of the batch, of both classes (of pairs: both
-      answers), any shape, at least one.
-  """
-  rewards = jax.lax.stop_gradient(rewards)
-  count = delta.count + rewards.size
-  step = jnp.sum(rewards - delta.mean) / count
-  return Delta(delta.mean + step, count)

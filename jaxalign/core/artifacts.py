@@ -1,0 +1,594 @@
+"""What a stage leaves on disk, the record beside it, and when it is skipped.
+
+A stage is described by the config fields it depends on and by the keys of the
+stages it reads; the hash of that description is its own key. Its record also
+holds a digest of every byte it wrote, and of itself. A later run with the same
+description and unharmed bytes skips the stage; harmed bytes make that stage
+run again; another description is an error that names the field, unless `redo`
+is given. The record is written before the stage starts, too: what a killed run
+left is gone on from only by a run with the same description.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from typing import Any, IO
+
+from etils import epath
+import jax
+import numpy as np
+
+from jaxalign.core import interrupt, progress, sharding
+from jaxalign.core.errors import ConfigError, WriteError
+
+VERSION = 2  # raise when a stage's files change their meaning
+DAMAGED = "damaged"  # the key of a record whose own bytes are not those written
+
+
+@dataclasses.dataclass
+class Cost:
+  """What a stage really cost."""
+
+  flops: int = 0  # floating-point, counted from the shapes that ran
+  tokens: int = 0  # through the model, padding not counted
+  seconds: float = 0.0
+  bytes: int = 0  # written
+
+
+@dataclasses.dataclass
+class Record:
+  """The record of one finished stage; `key` names what made it."""
+
+  stage: str
+  key: str
+  fields: dict[str, Any]
+  inputs: dict[str, str]
+  outputs: dict[str, dict[str, Any]]  # relative path -> {sha256, bytes}
+  cost: Cost
+  result: dict[str, Any]  # small facts that later stages or pages read
+  finished: bool = True  # false from a stage's start to its end
+  skipped: bool = False  # true where this run found it finished
+
+
+def write_bytes(path: Any, data: bytes) -> None:
+  """Writes a file whole or not at all; see `write_through`."""
+  write_through(path, lambda file: file.write(data))
+
+
+def write_through(path: Any, write: Callable[[IO[bytes]], Any]) -> None:
+  """Writes a file whole or not at all: a temporary name, then a rename.
+
+  Args:
+    path: of the file.
+    write: is handed the open file.
+
+  Raises:
+    WriteError: the folder is read-only, the disk is full, and the like.
+  """
+  path = epath.Path(path)
+  temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+      write(file)
+    temporary.replace(path)
+  except BaseException as error:  # a signal too leaves no half of a file
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    if not isinstance(error, OSError):
+      raise
+    raise WriteError(
+      f"cannot write {path}: {error.strerror or error}; free "
+      "space or permissions, or another --workdir"
+    ) from error
+
+
+def write_json(path: Any, value: Any) -> None:
+  """JSON, indented, atomic; NaN is refused rather than written as bad JSON."""
+  write_bytes(
+    path,
+    (
+      json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    ).encode(),
+  )
+
+
+def read_json(path: Any) -> Any:
+  """Reads JSON."""
+  return json.loads(epath.Path(path).read_text())
+
+
+def write_array(path: Any, x: np.ndarray) -> None:
+  """Writes .npy, atomic."""
+  x = np.asarray(x)
+  write_through(path, lambda file: np.save(file, x, allow_pickle=False))
+
+
+def read_array(path: Any) -> np.ndarray:
+  """Reads .npy, mapped into memory where the file is local."""
+  path = epath.Path(path)
+  if "://" not in str(path):
+    return np.load(os.fspath(path), allow_pickle=False, mmap_mode="r")
+  import io
+
+  return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+
+
+def digest(path: Any) -> dict[str, Any]:
+  """{sha256, bytes} of one file, read in blocks."""
+  total, size = hashlib.sha256(), 0
+  with epath.Path(path).open("rb") as f:
+    while block := f.read(1 << 20):
+      total.update(block)
+      size += len(block)
+  return dict(sha256=total.hexdigest(), bytes=size)
+
+
+def digest_tree(
+  folder: Any, only: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
+  """Relative path -> {sha256, bytes} of files under a folder.
+
+  Args:
+    folder: where to look.
+    only: relative files or folders; everything by default.
+  """
+  folder = epath.Path(folder)
+  found = {}
+
+  def walk(path, name):
+    if name and leads_out(folder, name):
+      return  # what a link shows is not this folder's
+    if path.is_dir():
+      for child in sorted(path.iterdir(), key=lambda p: p.name):
+        walk(child, f"{name}/{child.name}" if name else child.name)
+    elif ".tmp-" not in path.name:
+      found[name] = digest(path)
+
+  for name in only if only is not None else [""]:
+    walk(folder / name if name else folder, name)
+  return found
+
+
+def harmed(folder: Any, outputs: dict[str, dict[str, Any]]) -> list[str]:
+  """The files that are missing or whose bytes are not those written.
+
+  No file outside the folder is looked at, whatever the names say.
+  """
+  bad = []
+  for name, wanted in outputs.items():
+    if leads_out(folder, name):
+      bad.append(f"{name[:200]!a} leads out of its folder")
+      continue
+    path = epath.Path(folder) / name
+    if not path.exists():
+      bad.append(f"{name} is missing")
+    elif digest(path) != wanted:
+      bad.append(f"{name} has other bytes than were written")
+  return bad
+
+
+def leads_out(folder: Any, name: Any) -> bool:
+  """Whether a name that stands in a file is none of a file in a folder.
+
+  Names are relative, without "..", and no link on their way leaves the
+  folder; the folder itself may be a link.
+  """
+  if not _plain(name):
+    return True
+  if "://" in str(folder):
+    return False  # an object store has no links
+  root = os.path.realpath(folder)
+  real = os.path.realpath(os.path.join(root, name))
+  return not real.startswith(os.path.join(root, ""))
+
+
+def _plain(name: Any) -> bool:
+  """Whether a name is relative and has no "..", whatever is on the disk."""
+  return (
+    isinstance(name, str)
+    and not set(name) & {"\0", "\\"}
+    and not {"", ".", ".."} & set(name.split("/"))
+  )
+
+
+def _remove(path: epath.Path) -> None:
+  """Removes a file, a folder with all in it, or a link alone."""
+  if "://" not in str(path) and os.path.islink(path):
+    os.unlink(path)
+  elif path.is_dir():
+    path.rmtree()
+  else:
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(workdir: Any) -> Iterator[None]:
+  """Holds a workdir for this job; process 0 does it for all.
+
+  The kernel's lock on `.lock` ends with the process, however it ends, so no
+  lock is ever stale; the text inside only says whose it is. Object stores
+  have no such locks: nothing is held there.
+
+  Raises:
+    WriteError: another job holds it, or the workdir cannot be made.
+  """
+  workdir, mine, owner = epath.Path(workdir), None, None
+  if jax.process_index() == 0 and "://" not in str(workdir):
+    mine, owner = _take(workdir)
+  try:
+    if agree("harmed" if owner is not None else "done") == "harmed":
+      raise WriteError(
+        f"{workdir} is in use by another job ({owner or '?'}); "
+        "wait for it, stop it, or set another --workdir"
+      )
+    yield
+  finally:
+    if mine is not None:
+      mine.close()
+
+
+def _take(workdir: epath.Path) -> tuple[Any, str | None]:
+  """The locked file (None where there are no locks), and who else has it."""
+  path = workdir / ".lock"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(os.fspath(path), "a+", encoding="utf-8")
+  except OSError as error:
+    raise WriteError(
+      f"cannot make {path}: {error.strerror or error}; set --workdir"
+    ) from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read(200).strip() or "it has not said which"
+    file.close()
+    return None, owner
+  except OSError as error:
+    progress.say(
+      f"{path} cannot be locked ({error.strerror or error}); see "
+      "to it that no other job uses this workdir"
+    )
+  return file, None
+
+
+def key_of(stage: str, fields: dict[str, Any], inputs: dict[str, str]) -> str:
+  """The hash of everything a stage depends on."""
+  text = json.dumps([stage, VERSION, fields, inputs], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(value: Any, prefix: str) -> dict[str, Any]:
+  """A nested config -> {"dotted.name": plain value}, tuples as lists."""
+  if hasattr(value, "items"):
+    out = {}
+    for name, child in value.items():
+      out |= flatten(child, f"{prefix}.{name}" if prefix else str(name))
+    return out
+  if isinstance(value, (tuple, list)):
+    return {prefix: [v for v in value]}
+  return {prefix: value}
+
+
+def pick(c: Any, *names: str) -> dict[str, Any]:
+  """The named parts of a config, flat: what a stage's record records."""
+  out = {}
+  for name in names:
+    value = c
+    for part in name.split("."):
+      value = value[part]
+    out |= flatten(value, name)
+  return out
+
+
+def _record_path(folder: Any, stage: str) -> epath.Path:
+  return epath.Path(folder) / "records" / f"{stage}.json"
+
+
+def _write_record(folder: Any, record: Record) -> None:
+  raw = dataclasses.asdict(record)
+  raw.pop("skipped")
+  write_json(
+    _record_path(folder, record.stage), raw | {"digest": _digest_of(raw)}
+  )
+
+
+def _digest_of(raw: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(folder: Any, stage: str) -> Record | None:
+  """The record of a stage, None where there is none.
+
+  A record whose bytes are not those written has the key `DAMAGED`, and one that
+  names files outside its folder too: nobody's files are removed by its word.
+  """
+  path = _record_path(folder, stage)
+  if not path.exists():
+    return None
+  try:
+    if leads_out(folder, f"records/{stage}.json"):
+      raise ValueError("it is a link")
+    raw = read_json(path)
+    if raw.pop("digest") != _digest_of(raw):
+      raise ValueError("its digest is another one")
+    record = Record(**{**raw, "cost": Cost(**raw["cost"])})
+    for name, wanted in record.outputs.items():
+      if not _plain(name):  # links are seen where the bytes are
+        raise ValueError("it names what is not in its folder")
+      if wanted.keys() != {"sha256", "bytes"}:
+        raise ValueError("it does not say what was written")
+    record.fields.keys(), record.inputs.keys(), record.result.keys()
+    if record.stage != stage or not isinstance(
+      record.cost.seconds, (int, float)
+    ):
+      raise ValueError("it is another stage's")
+    return record
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    return Record(stage, DAMAGED, {}, {}, {}, Cost(), {})
+
+
+def changed(
+  old: Record, fields: dict[str, Any], inputs: dict[str, str]
+) -> list[str]:
+  """What differs between a record and what is wanted now, in words."""
+  out = [
+    f"{n} was {old.fields.get(n)!r}, now {fields.get(n)!r}"
+    for n in sorted(old.fields.keys() | fields.keys())
+    if old.fields.get(n) != fields.get(n)
+  ]
+  return out + [
+    f"its input {n} is another one"
+    for n in sorted(old.inputs.keys() | inputs.keys())
+    if old.inputs.get(n) != inputs.get(n)
+  ]
+
+
+def run(
+  folder: Any,
+  stage: str,
+  *,
+  fields: dict[str, Any],
+  inputs: dict[str, str],
+  make: Callable[[epath.Path], tuple],
+  redo: bool = False,
+  resumes: tuple[str, ...] = (),
+  mends: bool = False,
+) -> Record:
+  """Runs a stage, or finds it finished.
+
+  Args:
+    folder: where its files and its record live.
+    stage: the stage's name.
+    fields: the config values it depends on, flat.
+    inputs: stage name -> key of every artifact it reads.
+    make: `make(folder) -> (files, Cost, result)`; `files` are relative names
+      of files or folders. Every process calls it; only process 0 may write
+      shared files.
+    redo: run again, instead of refusing, where the description changed.
+    resumes: files or folders that an unfinished run leaves and `make` goes on
+      from; removed unless the same description made them.
+    mends: `make` checks every byte of what it goes on from: where only that
+      is harmed it is left to `make`, which does the harmed part alone.
+
+  Raises:
+    ConfigError: the folder holds this stage made from another description.
+    RestartError: SIGTERM came while several processes were between stages.
+  """
+  folder = epath.Path(folder)
+  record, found, status = _look(
+    folder, stage, fields, inputs, redo, resumes, mends
+  )
+  if status == "done":
+    found.skipped = True
+    progress.say(
+      f"{stage}: finished before "
+      f"({progress.duration(found.cost.seconds)}), skipped"
+    )
+    return found
+  if found and status == "unfinished":
+    record.result = found.result  # what `begin` said of it
+  _enter(folder, record, found, status, resumes)
+  progress.say(f"{stage}: ...")
+  start = time.monotonic()
+  files, cost, result = make(folder)
+  sharding.barrier(f"after {stage}")
+  cost.seconds = time.monotonic() - start
+  if jax.process_index() == 0:
+    record.outputs = digest_tree(folder, files)
+    cost.bytes = sum(o["bytes"] for o in record.outputs.values())
+  record.cost, record.result, record.finished = cost, result, True
+  if jax.process_index() == 0:
+    _write_record(folder, record)
+  sharding.barrier(f"record of {stage}")
+  note = f", {result['say']}" if result.get("say") else ""
+  progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
+  return record
+
+
+def begin(
+  folder: Any,
+  stage: str,
+  *,
+  fields: dict[str, Any],
+  inputs: dict[str, str],
+  result: dict[str, Any],
+  redo: bool = False,
+  resumes: tuple[str, ...] = (),
+  mends: bool = False,
+) -> bool:
+  """Marks a stage as begun, for another stage that makes its files too.
+
+  `run` then finds it unfinished and goes on from those files.
+
+  Args:
+    folder, stage, fields, inputs, redo, resumes, mends: as of `run`.
+    result: what its record says until it is finished; `make` may read it.
+
+  Returns:
+    Whether anything is missing of it; False: it is finished and whole.
+  """
+  folder = epath.Path(folder)
+  record, found, status = _look(
+    folder, stage, fields, inputs, redo, resumes, mends
+  )
+  if status == "done":
+    return False
+  record.result = result
+  _enter(folder, record, found, status, resumes)
+  return True
+
+
+def _look(
+  folder: epath.Path,
+  stage: str,
+  fields: dict[str, Any],
+  inputs: dict[str, str],
+  redo: bool,
+  resumes: tuple[str, ...],
+  mends: bool,
+) -> tuple[Record, Record | None, str]:
+  """The record to be written, the one that is there, and what is to be done."""
+  fields = json.loads(json.dumps(fields))  # as it will be read back
+  key = key_of(stage, fields, inputs)
+  record = Record(stage, key, fields, inputs, {}, Cost(), {}, finished=False)
+  found = read_record(folder, stage)
+  status, bad = "new", []
+  if found is not None:
+    if found.key == DAMAGED:
+      bad = ["its record has other bytes than were written"]
+    elif (
+      found.key == key
+      and not found.finished
+      and (links := [name for name in resumes if leads_out(folder, name)])
+    ):
+      bad = [f"{name} is a link out of its folder" for name in links]
+    elif found.key == key and found.finished and jax.process_index() == 0:
+      bad = harmed(folder, found.outputs)
+    if bad:
+      status = "harmed"
+    elif (
+      found.key != key
+      and not found.finished
+      and not any(_holds(folder / name) for name in resumes)
+    ):
+      status = "new"  # a run that failed early has left nothing to lose
+    elif found.key != key:
+      status = "changed"
+    elif found.finished:
+      status = "done"
+    else:
+      status = "unfinished"
+  if (
+    status == "harmed"
+    and found.key == key
+    and mends
+    and all(what.split("/")[0] in resumes for what in bad)
+  ):
+    progress.say(
+      f"{stage}: {'; '.join(bad[:4])}; doing this stage again where "
+      "it is harmed"
+    )
+    status = "unfinished"
+  status = agree(status)
+  if status == "changed":
+    found = found or record  # a shared disk may show it to process 0 first
+    words = "; ".join(changed(found, fields, inputs)[:4]) or "another version"
+    if not redo:
+      part = "" if found.finished else "an unfinished "
+      raise ConfigError(
+        f"{folder} holds {part}{stage} made from another config: {words}. "
+        "Use another --workdir, or --redo to replace it"
+      )
+    progress.say(f"{stage}: {words}; running again")
+  if status == "harmed":
+    progress.say(f"{stage}: {'; '.join(bad)}; doing this stage again")
+  return record, found, status
+
+
+def _enter(
+  folder: epath.Path,
+  record: Record,
+  found: Record | None,
+  status: str,
+  resumes: tuple[str, ...],
+) -> None:
+  """Clears the folder of what is no longer true, and writes the record."""
+  interrupt.check()
+  if jax.process_index() == 0:
+    gone_on = status == "unfinished"
+    _make_room(
+      folder,
+      found.outputs if found and not gone_on else {},
+      () if gone_on else resumes,
+    )
+    _write_record(folder, record)
+  sharding.barrier(f"before {record.stage}")
+
+
+def _holds(path: epath.Path) -> bool:
+  """Whether a file is there, or a folder with something in it."""
+  return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _make_room(
+  folder: epath.Path, outputs: dict[str, Any], resumes: tuple[str, ...]
+) -> None:
+  """Makes the folder, and removes from it what is no longer true.
+
+  Args:
+    folder: of the stage.
+    outputs: files that this stage wrote, from its record.
+    resumes: files and folders that it would go on from.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in {n.split("/")[0] for n in outputs} | {*resumes}:
+      _remove(folder / name)
+    # A link would have the record written, and so replaced, somewhere else.
+    if leads_out(folder, "records"):
+      _remove(folder / "records")
+    # An object store has no folder before it has a file.
+    for path in folder.iterdir() if folder.exists() else ():
+      if ".tmp-" in path.name:  # a killed run's half-written file
+        _remove(path)
+  except OSError as error:
+    raise WriteError(
+      f"cannot make {folder}: {error.strerror or error}; set --workdir"
+    ) from error
+
+
+def told(make: Callable[[], str]) -> str:
+  """The text that `make` gives process 0, which alone calls it, on all."""
+  if jax.process_count() == 1:
+    return make()
+  from jax.experimental import multihost_utils
+
+  text = np.zeros(256, np.uint8)
+  if jax.process_index() == 0:
+    data = make().encode()
+    text[: len(data)] = np.frombuffer(data, np.uint8)
+  text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+  return text.tobytes().rstrip(b"\0").decode()
+
+
+def agree(status: str) -> str:
+  """Process 0's word, on every process."""
+  if jax.process_count() == 1:
+    return status
+  from jax.experimental import multihost_utils
+
+  names = ("new", "unfinished", "changed", "harmed", "done")
+  return names[
+    int(multihost_utils.broadcast_one_to_all(np.int32(names.index(status))))
+  ]

@@ -1,0 +1,296 @@
+"""What every stage of a run shares, and one arm of it."""
+
+from collections.abc import Callable
+import functools
+import inspect
+import re
+from typing import Any, NamedTuple
+
+from etils import epath
+import numpy as np
+
+from jaxalign.core import artifacts, progress
+from jaxalign.core.checkpoints import restore_params
+from jaxalign.core.errors import ConfigError
+from jaxalign.data import batches, prepare, recipe, tables
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
+from jaxalign.eval import held_out
+from jaxalign.model import adapters, attention, decoder, hf
+from jaxalign.select.topk import budget_rows
+from jaxalign.train import losses
+
+WHOLE = ("all", "all_short")  # names in c.compare that leave nothing out
+
+
+class Arm(NamedTuple):
+  """One sampler at one budget and seed, and where it lives."""
+
+  sampler: str
+  budget: float | int
+  seed: int
+  like: float | int = 0  # trained as long as this budget is; 0: as its own
+
+  @property
+  def label(self) -> str:
+    """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
+    name = self.sampler.replace(":", ".").replace("|", "-then-")
+    name = (
+      "all"
+      if self.is_all
+      else re.sub(r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
+    )
+    return f"{name}-{self.budget:g}" + (
+      f"-as-{self.like:g}" if self.like else ""
+    )
+
+  @property
+  def name(self) -> str:
+    """ "isa-0.1-seed0", its folder."""
+    return f"{self.label}-seed{self.seed}"
+
+  @property
+  def is_all(self) -> bool:
+    """Whether nothing was left out."""
+    return self.budget == 1.0 and isinstance(self.budget, float)
+
+
+class Job:
+  """What every stage of a run shares: config, mesh, folders, finished records.
+
+  A class because it caches what is costly to load (tokens, the reference).
+  """
+
+  force = False  # whether a job that should not fit is tried all the same
+
+  def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
+    recipe.settle(c)
+    self.c, self.mesh, self.redo = c, mesh, redo
+    self.workdir = epath.Path(workdir)
+    self.shared = self.workdir / "shared"
+    self.records: dict[tuple[str, str], artifacts.Record] = {}
+
+  def run(
+    self, folder: Any, stage: str, arm: str = "", **kwargs
+  ) -> artifacts.Record:
+    """`artifacts.run`, remembered by (arm, stage) for the ledger."""
+    if arm:
+      progress.say(f"[{arm}]") if stage == "select" else None
+    record = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
+    self.records[arm, stage] = record
+    return record
+
+  @functools.cached_property
+  def loss(self) -> Callable:
+    """The loss with its keywords bound."""
+    return loss_of(self.c)
+
+  @functools.cached_property
+  def most(self) -> int:
+    """The longest row that the model can take, in tokens."""
+    c = self.c.model
+    own = (
+      hf.read_config(c.checkpoint, c.dtype, c.remat).context
+      if c.checkpoint
+      else c.context or prepare.own_context(self.c)
+    )
+    prepare.context_of(self.c, own)
+    return own
+
+  @functools.cached_property
+  def context(self) -> int:
+    """The longest row of this job: as asked for, or as the data stage chose."""
+    return (
+      prepare.context_of(self.c, self.most)
+      or artifacts.read_json(self.shared / "data" / "data_summary.json")[
+        "context"
+      ]
+    )
+
+  @property
+  def kind(self) -> str:
+    """ "pairs" or "unpaired": what the loss eats."""
+    return "unpaired" if self.loss.kind == "unpaired" else "pairs"
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """The data stage's tokenizer."""
+    return load_tokenizer(self.shared / "data")
+
+  @functools.cached_property
+  def model(self) -> decoder.ModelConfig:
+    """The sizes of the reference."""
+    c = self.c.model
+    if c.checkpoint:
+      m = hf.read_config(c.checkpoint, c.dtype, c.remat)
+      m = m._replace(context=self.context, positions=m.context)
+    else:
+      m = sizes(self.c, self.tokenizer.vocab_size)
+    m = m._replace(attention=kernel_of(self.c, m, self.mesh))
+    decoder.check_model(m, self.mesh)
+    return m
+
+  @functools.cached_property
+  def policy(self) -> decoder.ModelConfig:
+    """The sizes of the policy: the reference's, with adapters or without."""
+    m = self.model._replace(lora=lora_of(self.c))
+    decoder.check_model(m, self.mesh)
+    return m
+
+  @functools.cache
+  def column(self, split: str, name: str) -> list:
+    """One column of a split's records, "id" for instance; no text is read."""
+    return tables.read_column(self.shared / "data" / f"{split}.parquet", name)
+
+  @functools.cache
+  def rows(self, split: str) -> list[dict]:
+    """The records of a split with their texts, in id order.
+
+    Only where text is written or shown; of the pool, by process 0 alone.
+    """
+    return tables.read_table(self.shared / "data" / f"{split}.parquet")
+
+  @functools.cache
+  def tokens(self, split: str) -> tokens_lib.TokenRows:
+    """The tokenized rows of a split; two a pair."""
+    return tokens_lib.load_rows(self.shared / "data", split)
+
+  @functools.cached_property
+  def reference(self) -> decoder.Params:
+    """The frozen reference's parameters, on the mesh."""
+    dtype = np.dtype(self.c.model.param_dtype)
+    if self.c.model.checkpoint:
+      return hf.load_folder(
+        self.c.model.checkpoint, self.model, self.mesh, dtype
+      )
+    params = restore_params(
+      self.shared / "sft" / "checkpoints",
+      decoder.abstract(self.model, self.mesh),
+    )
+    return {n: x.astype(dtype) for n, x in params.items()}
+
+  def release_reference(self) -> None:
+    """Lets go of the reference's weights; who asks next reads them again."""
+    self.__dict__.pop("reference", None)
+
+  @functools.cached_property
+  def examined(self) -> held_out.EvalSet:
+    """The held-out split, ready to be measured on."""
+    rows, tokens = self.rows("held_out"), self.tokens("held_out")
+    room = self.model.context - self.c.eval.new_tokens
+    if prepare.too_long(self.c) == "cut":
+      room = self.model.context  # as the rows are cut, so are the prompts
+    asked = held_out.choose_prompts(rows, tokens, self.c.eval.prompts, room)
+    return held_out.EvalSet(
+      rows, tokens, asked, self.tokenizer, prepare.world_of(self.c)
+    )
+
+  def key(self, stage: str, arm: str = "") -> str:
+    """The key of a finished stage."""
+    return self.records[arm, stage].key
+
+
+def eval_options(c: Any, seed: int = 0) -> held_out.EvalOptions:
+  """How answers are generated and scored."""
+  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
+  return held_out.EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)
+
+
+def loss_of(c: Any) -> Callable:
+  """The loss of a config with its keywords bound; they are checked."""
+  return losses.bind(
+    losses.find(c.loss.name), c.loss.name, c.loss.kwargs.to_dict()
+  )
+
+
+def lora_of(c: Any) -> adapters.Lora | None:
+  """The adapters of a config; None: all weights are trained."""
+  k = c.lora
+  if not k.rank:
+    return None
+  rs, variant = k.variant == "rslora", k.variant.removeprefix("rs")
+  return adapters.Lora(k.rank, float(k.alpha), tuple(k.targets), rs, variant)
+
+
+def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
+  """The attention kernel that config.model.attention means on a mesh."""
+  return attention.resolve(
+    c.model.attention,
+    mesh.devices.flat[0].platform,
+    head_size=m.head_size,
+    dtype=m.dtype,
+    softcap=m.softcap,
+    length=m.context,
+  )
+
+
+def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
+  """The model that `sft` trains; its table is rounded up to 64 rows."""
+  m = c.model
+  return decoder.ModelConfig(
+    layers=m.layers,
+    width=m.width,
+    heads=m.heads,
+    kv_heads=m.heads,
+    head_size=m.width // m.heads,
+    ff=m.ff,
+    vocab=-(-vocab // 64) * 64,
+    context=m.context or prepare.own_context(c),
+    tied=True,
+    dtype=m.dtype,
+    remat=m.remat,
+  )
+
+
+def budget_of(value: Any) -> float | int:
+  """400.0 is 400 rows: a flag cannot say whether it means a float."""
+  if isinstance(value, float) and value > 1 and value == int(value):
+    return int(value)
+  return value
+
+
+def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
+  """Updates of an arm that kept `rows` of a pool of so many rows."""
+  if arm.like:
+    rows = budget_rows(arm.like, pool, c.train.batch_size)
+  return batches.updates(
+    rows,
+    c.train.batch_size,
+    c.train.epochs,
+    c.train.max_updates,
+    c.train.min_updates,
+  )
+
+
+def arm_folder(job: Job, arm: Arm) -> epath.Path:
+  """runs/<sampler>-<budget>-seed<k> under the workdir."""
+  return job.workdir / "runs" / arm.name
+
+
+def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
+  """The keywords of config.select that this sampler takes, checked.
+
+  Those that say what the sampler does by itself are left out: an arm is the
+  same whether or not the config's keywords are meant for it.
+  """
+  known = {
+    p.name: p.default
+    for p in inspect.signature(sampler).parameters.values()
+    if p.kind == p.KEYWORD_ONLY
+    and p.name not in getattr(sampler, "keywords", ())
+  }  # in brackets
+  named = dict(order=c.select.order, pair_score=c.select.pair_score)
+  kwargs = {n: v for n, v in named.items() if n in known}
+  for name, value in c.select.kwargs.to_dict().items():
+    if name not in known:
+      raise ConfigError(
+        f"sampler {c.select.sampler!r} takes no {name!r}; it "
+        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
+        "set config.select.kwargs"
+      )
+    kwargs[name] = value
+  return {
+    n: v
+    for n, v in kwargs.items()
+    if not (type(v) is type(known[n]) and v == known[n])
+  }

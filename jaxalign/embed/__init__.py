@@ -1,0 +1,1 @@
+"""The forward passes over a pool, and the store that keeps them."""

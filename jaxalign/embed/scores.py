@@ -1,0 +1,428 @@
+"""Passes over the pool in other words: answers alone, questions, rewards.
+
+What can share a pass does, in `stages.embed`: embeddings, log-probs and
+residuals of the reference. The stages here run other tokens (`alone`: the
+answers without their prompts; `ask`: a question about each row) or other
+weights (`rewards`), so each has a pass of its own, over every row once.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.core import artifacts, hub, sharding
+from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.job import Job, kernel_of
+from jaxalign.data import prepare
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.embed import passes as embed
+from jaxalign.embed import questions
+from jaxalign.embed.over_pool import over_shards
+from jaxalign.embed.store import ArraySpec
+from jaxalign.model import decoder, hf, reward
+from jaxalign.model.flops import reward_flops
+
+SIDES = ("chosen", "rejected", "completion")
+
+
+def by_shard(
+  job: Job,
+  folder: Any,
+  stage: str,
+  made_of: dict[str, Any],
+  name: str,
+  make: Callable,
+) -> list[str]:
+  """Stores one number a response, from `make(parts, tick)`, shard by shard.
+
+  A killed stage goes on at the next shard; see `stages.embed.over_shards`.
+  """
+  responses = len(job.tokens("pool").start) // len(job.column("pool", "id"))
+  return over_shards(
+    job,
+    folder,
+    stage,
+    made_of,
+    {name: ArraySpec((responses,))},
+    job.c.embed.tile * job.mesh.size,
+    lambda parts, tick: {name: make(parts, tick)},
+  )
+
+
+def tokens_of(
+  folder: Any, make: Callable[[], tokens_lib.TokenRows]
+) -> tokens_lib.TokenRows:
+  """Token rows that process 0 makes of texts, which it alone reads."""
+  if jax.process_index() == 0:
+    tokens_lib.save(folder, "tokens", make())
+  sharding.barrier("tokens of a stage")
+  return tokens_lib.load_rows(folder, "tokens")
+
+
+TOKENS = [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
+
+
+def digest_of(folder: Any) -> str:
+  """The key of a checkpoint: its settings, tokenizer and weights."""
+
+  def make():
+    path = hub.resolve(folder)
+    names = sorted(
+      p.name
+      for p in path.iterdir()
+      if p.name.endswith((".json", ".model", ".safetensors", ".jinja"))
+    )
+    return artifacts.key_of(
+      "checkpoint", artifacts.digest_tree(path, names), {}
+    )
+
+  return artifacts.told(make)
+
+
+# Answers without their prompts.
+
+
+def answers_alone(
+  rows: tokens_lib.TokenRows, start: int
+) -> tokens_lib.TokenRows:
+  """Every row's response behind the token `start`, the same tokens of it."""
+  first, ends = rows.offsets[:-1] + rows.start, rows.offsets[1:]
+  sizes = ends - first + 1
+  offsets = np.concatenate([[0], np.cumsum(sizes)])
+  row = np.repeat(np.arange(len(sizes)), sizes)
+  place = np.arange(offsets[-1]) - offsets[row]
+  ids = np.where(
+    place == 0,
+    start,
+    np.asarray(rows.ids)[first[row] + np.maximum(place - 1, 0)],
+  )
+  return tokens_lib.TokenRows(
+    ids.astype(np.int32), offsets, np.ones(len(sizes), np.int32), rows.cut
+  )
+
+
+def run_alone(job: Job) -> None:
+  """What the reference gives each answer without its prompt (IFD).
+
+  The first token is predicted from the BOS; of a tokenizer that has none,
+  from the EOS, behind which such models begin a text.
+  """
+  c, m = job.c, job.model
+
+  fields = pick(c, "embed.tile", "embed.shard", "model")
+  inputs = dict(data=job.key("data"), sft=job.key("sft"))
+
+  def make(folder):
+    tok = job.tokenizer
+    rows = answers_alone(
+      job.tokens("pool"), tok.bos if tok.bos >= 0 else tok.eos
+    )
+    files = by_shard(
+      job,
+      folder,
+      "alone",
+      fields | inputs,
+      "logp_alone",
+      (
+        lambda parts, tick: (
+          embed.score_rows(
+            job.mesh,
+            job.reference,
+            m,
+            rows,
+            tile=c.embed.tile,
+            chunk=c.model.head_chunk,
+            parts=parts,
+            tick=tick,
+            ids=job.column("pool", "id"),
+          ).logp
+        )
+      ),
+    )
+    return files, Cost(embed.flops(m, rows), len(rows.ids)), {}
+
+  job.run(
+    job.shared / "alone",
+    "alone",
+    make=make,
+    fields=fields,
+    inputs=inputs,
+    resumes=("store",),
+    mends=True,
+  )
+
+
+# A question about each answer.
+
+
+@functools.lru_cache(maxsize=4)
+def _yes_fn(mesh: Any, m: decoder.ModelConfig, yes: int, no: int) -> Callable:
+  """Jitted pass that gives P(yes) of two tokens behind every row."""
+
+  def one_tile(params, rows, shared):
+    del shared
+    x = decoder.forward(params, rows["tokens"], m, sharding.PER_ROW)
+    last = jnp.take_along_axis(x, (rows["length"] - 1)[:, None, None], axis=1)
+    head = decoder.head(params, m, sharding.PER_ROW)
+    two = decoder.logits(last, head[jnp.array([yes, no])], m.final_softcap)
+    return dict(number=jax.nn.sigmoid(two[:, 0, 0] - two[:, 0, 1]))
+
+  return decoder.by_row(mesh, m, one_tile)
+
+
+def p_yes(
+  mesh: Any,
+  params: decoder.Params,
+  m: decoder.ModelConfig,
+  rows: tokens_lib.TokenRows,
+  yes: int,
+  no: int,
+  *,
+  tile: int,
+  ids: Any = None,
+  parts: Any = None,
+  tick: Any = None,
+) -> np.ndarray:
+  """[n] float32, exp(l_yes) / (exp(l_yes) + exp(l_no)) behind every row.
+
+  Args:
+    mesh, params, m, rows, tile, ids, parts, tick: as of `embed.score_rows`.
+    yes, no: tokens, whose logits are l_yes and l_no.
+  """
+  return embed.number_rows(
+    mesh,
+    _yes_fn(mesh, m, yes, no),
+    params,
+    m,
+    rows,
+    tile=tile,
+    label="ask",
+    ids=ids,
+    parts=parts,
+    tick=tick,
+  )
+
+
+def judge_config(
+  c: Any, reference: decoder.ModelConfig | None
+) -> decoder.ModelConfig:
+  """The sizes of what is asked: config.ask.checkpoint, or the reference."""
+  m = reference
+  if c.ask.checkpoint:
+    m = hf.read_config(c.ask.checkpoint, c.model.dtype, "none")
+  own = m.positions or m.context
+  if c.ask.checkpoint and c.ask.context > own:
+    raise ConfigError(
+      f"ask.context={c.ask.context} is more than the {own} of "
+      "config.ask.checkpoint; set config.ask.context"
+    )
+  return m._replace(context=c.ask.context or own, lora=None)
+
+
+def run_ask(job: Job) -> None:
+  """P(yes) of a question about every answer of the pool (Ask-LLM)."""
+  c, given = job.c, job.c.ask.checkpoint
+  m = judge_config(c, job.model)
+  m = m._replace(attention=kernel_of(c, m, job.mesh))
+  inputs = dict(data=job.key("data"))
+  inputs |= dict(judge=digest_of(given)) if given else dict(sft=job.key("sft"))
+  fields = pick(c, "ask", "embed.tile", "embed.shard", "model")
+
+  def make(folder):
+    tok = load_tokenizer(
+      hub.resolve_settings(given) if given else job.shared / "data"
+    )
+
+    def asked():
+      rows = job.rows("pool")
+      built = questions.build(
+        tok,
+        [
+          (r["id"], r["prompt"], r[side])
+          for r in rows
+          for side in SIDES
+          if side in r
+        ],
+        c.ask.question,
+        questions.ANSWERS,
+        m.context,
+      )
+      artifacts.write_json(
+        folder / "ask.json",
+        dict(yes=built.yes, no=built.no, shortened=built.shortened),
+      )
+      return built.rows
+
+    rows = tokens_of(folder, asked)
+    told = artifacts.read_json(folder / "ask.json")
+    params = (
+      hf.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
+      if given
+      else job.reference
+    )
+    files = by_shard(
+      job,
+      folder,
+      "ask",
+      fields | inputs,
+      "p_yes",
+      (
+        lambda parts, tick: p_yes(
+          job.mesh,
+          params,
+          m,
+          rows,
+          told["yes"],
+          told["no"],
+          parts=parts,
+          tile=c.embed.tile,
+          ids=job.column("pool", "id"),
+          tick=tick,
+        )
+      ),
+    )
+    say = (
+      f"{told['shortened']:,} of {len(rows.start):,} were cut to fit"
+      if told["shortened"]
+      else ""
+    )
+    return (
+      [*files, *TOKENS, "ask.json"],
+      Cost(embed.flops(m, rows, 1), len(rows.ids)),
+      dict(say=say),
+    )
+
+  job.run(
+    job.shared / "ask",
+    "ask",
+    make=make,
+    inputs=inputs,
+    fields=fields,
+    resumes=("store",),
+    mends=True,
+  )
+
+
+# A reward model.
+
+
+def reward_config(c: Any) -> reward.RewardConfig:
+  """The sizes of config.rewards.checkpoint, with the context it is used at."""
+  r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
+  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
+  return r._replace(model=r.model._replace(context=context))
+
+
+@functools.lru_cache(maxsize=4)
+def _reward_fn(mesh: Any, r: reward.RewardConfig) -> Callable:
+  def one_tile(params, rows, shared):
+    del shared
+    return dict(
+      number=reward.rewards(
+        params, rows["tokens"], rows["length"], rows["mask"], r
+      )
+    )
+
+  axes = {n: p.axes for n, p in reward.table(r).items()}
+  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+
+
+def reward_rows(
+  mesh: Any,
+  params: Any,
+  r: reward.RewardConfig,
+  rows: tokens_lib.TokenRows,
+  *,
+  tile: int,
+  ids: Any = None,
+  parts: Any = None,
+  tick: Any = None,
+) -> np.ndarray:
+  """[n] float32 rewards of rows that a reward model's tokenizer made."""
+  return embed.number_rows(
+    mesh,
+    _reward_fn(mesh, r),
+    params,
+    r.model,
+    rows,
+    tile=tile,
+    label="rewards",
+    ids=ids,
+    parts=parts,
+    tick=tick,
+  )
+
+
+def run_rewards(job: Job) -> None:
+  """What config.rewards.checkpoint gives every answer of the pool."""
+  c, given = job.c, job.c.rewards.checkpoint
+  r = reward_config(c)
+  if not r.encodes:
+    r = r._replace(
+      model=r.model._replace(attention=kernel_of(c, r.model, job.mesh))
+    )
+  reward.check_reward(r, job.mesh)
+  fields = pick(
+    c,
+    "rewards",
+    "embed.tile",
+    "embed.shard",
+    "model.dtype",
+    "model.context",
+    "model.param_dtype",
+  )
+  inputs = dict(data=job.key("data"), model=digest_of(given))
+
+  def make(folder):
+    def encoded():
+      texts = [
+        (row, side) for row in job.rows("pool") for side in SIDES if side in row
+      ]
+      encode = questions.encode_two if r.encodes else questions.encode_chats
+      return encode(hub.resolve_settings(given), r.model, texts)
+
+    rows = tokens_of(folder, encoded)
+    params = reward.load(
+      given,
+      r,
+      job.mesh,
+      np.dtype(np.float32 if r.encodes else c.model.param_dtype),
+    )
+    files = by_shard(
+      job,
+      folder,
+      "rewards",
+      fields | inputs,
+      "reward",
+      (
+        lambda parts, tick: reward_rows(
+          job.mesh,
+          params,
+          r,
+          rows,
+          tile=c.embed.tile,
+          parts=parts,
+          ids=job.column("pool", "id"),
+          tick=tick,
+        )
+      ),
+    )
+    sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
+    flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
+    return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
+
+  job.run(
+    job.shared / "rewards",
+    "rewards",
+    make=make,
+    fields=fields,
+    inputs=inputs,
+    resumes=("store",),
+    mends=True,
+  )

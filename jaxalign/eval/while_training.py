@@ -1,0 +1,441 @@
+"""What alignment measures while it trains, and what it carries beside it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.core.artifacts import Cost
+from jaxalign.core.errors import ConfigError
+from jaxalign.core.job import Arm, eval_options, Job, loss_of, WHOLE
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import world as world_lib
+from jaxalign.embed import passes as embed
+from jaxalign.eval import held_out, winrate
+from jaxalign.model import decode, decoder
+from jaxalign.select.choose import selected_rows
+from jaxalign.train import online
+from jaxalign.train import step as steps
+from jaxalign.train.batch import Logps
+from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.trackers import check_trackers
+
+SETS = ("held_out", "kept", "rest", "generations")
+# What is measured, by the kind of set: of answers that rows have, and of those
+# that the policy writes. `measured` says what a config has beside them.
+ANSWERS = ("accuracy", "ties", "margin", "chosen_drift")
+GENERATED = ("ended", "empty", "malformed", "length", "entropy", "kl")
+# What a loss may read and still have a value on a set: the others are of the
+# batches of a run (z0, ranks) or of its past (a running mean).
+OF_A_SET = ("label", "mean_count")
+# Knobs of config.train that change no weights: no record names them.
+BESIDE = ("keep", "trackers", "explode")
+# Knobs that only another one gives a meaning.
+UNDER = dict(
+  ref_mix="ref_sync",
+  eval_sets="eval_every",
+  eval_rows="eval_every",
+  eval_prompts="eval_every",
+)
+
+
+def record_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
+  """`fields` without the knobs of config.train that touch no weights."""
+  idle = (*BESIDE, *(n for n, by in UNDER.items() if not t[by]))
+  idle = {f"train.{n}" for n in idle}
+  return {k: v for k, v in fields.items() if k not in idle}
+
+
+def _mistakes(c: Any) -> Iterable[tuple[Any, str]]:
+  """(holds, message) of knobs of config.train that cannot work together."""
+  t = c.train
+  yield (
+    t.keep < 2,
+    f"train.keep={t.keep}, wanted 2 or more: the newest may be damaged; set "
+    "config.train.keep",
+  )
+  yield (
+    not 0 <= t.ema < 1,
+    f"train.ema={t.ema}, wanted a decay in [0, 1), 0 for none; set "
+    "config.train.ema",
+  )
+  yield (
+    not 0 < t.ref_mix <= 1,
+    f"train.ref_mix={t.ref_mix}, wanted a fraction in (0, 1]; set "
+    "config.train.ref_mix",
+  )
+  yield (
+    0 < t.explode <= 1,
+    f"train.explode={t.explode}, wanted more than 1, or 0 for none; set "
+    "config.train.explode",
+  )
+  yield (
+    t.reference == "online" and not loss_of(c).reference,
+    f"train.reference='online' runs a reference that {c.loss.name!r} does not "
+    "read; set config.train.reference='stored'",
+  )
+  yield (
+    t.ref_sync and t.reference != "online",
+    f"train.ref_sync={t.ref_sync} moves the reference, and stored numbers "
+    "cannot follow; set config.train.reference=online",
+  )
+  yield (
+    t.ref_sync and c.lora.rank,
+    f"train.ref_sync={t.ref_sync} with lora.rank={c.lora.rank}: the reference "
+    "is the base, which is frozen; set config.train.ref_sync=0 or "
+    "config.lora.rank=0",
+  )
+  split = c.data.source == "world" or c.data.split.held_out
+  for name in t.eval_sets:
+    yield (
+      name not in SETS,
+      f"unknown set {name!r}; known: {', '.join(SETS)}; set "
+      "config.train.eval_sets",
+    )
+    yield (
+      t.eval_every and name in ("held_out", "generations") and not split,
+      f"the set {name!r} has no rows: data.split.held_out=0; set "
+      "config.data.split.held_out or config.train.eval_sets",
+    )
+  if t.best:
+    yield (
+      not t.eval_every,
+      f"train.best={t.best!r} is measured by evaluations; set "
+      "config.train.eval_every",
+    )
+    name, _, value = t.best.partition("/")
+    yield (
+      name not in t.eval_sets,
+      f"train.best={t.best!r} is of no set in train.eval_sets="
+      f"{tuple(t.eval_sets)}; set one of them",
+    )
+    whole = [x for x in c.compare if x in WHOLE]
+    yield (
+      name == "rest" and whole,
+      f"train.best={t.best!r} is of rows that were left out, and "
+      f"{''.join(whole[:1])!r} in config.compare leaves out none; set one of "
+      "them",
+    )
+    known = measured(c).get(name, ())
+    why = f" (the loss {c.loss.name!r} has no value on a set alone)"
+    yield (
+      value not in known,
+      f"train.best={t.best!r} is measured by nothing"
+      f"{why if value == 'loss' else ''}; of {name!r} there are "
+      f"{', '.join(known)}; set config.train.best",
+    )
+  yield (
+    t.stop_after and not t.best,
+    f"train.stop_after={t.stop_after} evaluations without what improvement; "
+    'set config.train.best, "held_out/accuracy" for instance',
+  )
+
+
+def check(c: Any) -> None:
+  """Raises ConfigError for knobs of config.train that cannot work together."""
+  check_trackers(c.train.trackers)
+  for holds, message in _mistakes(c):
+    if holds:
+      raise ConfigError(message)
+
+
+def measured(c: Any) -> dict[str, tuple[str, ...]]:
+  """Set -> the names of what is measured on it, each a config.train.best."""
+  answers = ANSWERS + ("loss",) * _has_value(loss_of(c))
+  wins = ("win_vs_target",) if c.data.source == "world" else ()
+  return dict.fromkeys(SETS[:3], answers) | dict(generations=GENERATED + wins)
+
+
+def _has_value(loss: Callable) -> bool:
+  """Whether a loss can be computed on a set of rows alone."""
+  return set(loss.stats) <= set(OF_A_SET) and not loss.extras
+
+
+def reads(t: Any) -> tuple[str, ...]:
+  """The parts of a config that decide, beside config.train, which weights are
+  the best: those of generation, where generations are what they are best at."""
+  return ("eval",) if t.eval_every and t.best.startswith("generations/") else ()
+
+
+def extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
+  """Returns `(state, train_step) -> (state, train_step)` with an online
+  reference and a running mean of the weights, as config.train asks."""
+  t = job.c.train
+
+  def producer(m):
+    logps_fn = PRODUCERS[t.logps](m, job.c.model.head_chunk)
+    return logps_fn, decoder.compiler_options(m)
+
+  def extended(state, step):
+    if t.ref_sync:
+      state = online.begin_refresh(state)
+      logps_fn, options = producer(job.policy)
+      how = dict(every=t.ref_sync, mix=t.ref_mix, options=options)
+      step = online.with_refresh(step, logps_fn, **how)
+    elif t.reference == "online":
+      logps_fn, options = producer(job.model)
+      step = online.with_reference(step, logps_fn, job.reference, options)
+    if t.ema:
+      state, step = steps.begin_ema(state), steps.keep_ema(step, t.ema)
+    return state, step
+
+  return extended
+
+
+class Measure(NamedTuple):
+  """What is measured on a set, and what that takes."""
+
+  of: Callable[[Any], dict[str, float]]  # whole parameters -> {name: value}
+  cost: Callable[[list[dict[str, float]]], Cost]  # of a run's evaluations
+
+
+def spent(
+  measures: dict[str, Measure], lines: Iterable[dict[str, Any]]
+) -> Cost:
+  """What the evaluations of a whole run took, by the lines of its log: the
+  same however often the run was stopped and gone on with."""
+  total, lines = Cost(), list(lines)
+  for name, one in measures.items():
+    cost = one.cost(
+      [
+        found
+        for line in lines
+        if (
+          found := {
+            n.removeprefix(f"eval/{name}/"): v
+            for n, v in line.items()
+            if n.startswith(f"eval/{name}/")
+          }
+        )
+      ]
+    )
+    total = Cost(total.flops + cost.flops, total.tokens + cost.tokens)
+  return total
+
+
+def planned(
+  c: Any, updates: int, rows: dict[str, int], each: dict[str, int]
+) -> dict[str, int]:
+  """Split -> rows that pass through the model in the evaluations of a run.
+
+  Args:
+    c: the config.
+    updates: of the run.
+    rows: records of "held_out", "kept" and "rest".
+    each: tokenized rows of a record of "held_out" and of "pool", which are two
+      and one where pairs are split for the pool.
+  """
+  t = c.train
+  times = -(-updates // t.eval_every) if t.eval_every else 0
+  out = dict(held_out=0, pool=0)
+  for name in t.eval_sets if times else ():
+    if name == "generations":
+      out["held_out"] += (
+        3 * times * min(t.eval_prompts, c.eval.prompts, rows["held_out"])
+      )
+    else:  # the reference once
+      split = "held_out" if name == "held_out" else "pool"
+      out[split] += (times + 1) * min(t.eval_rows, rows[name]) * each[split]
+  return out
+
+
+def measures(job: Job, arm: Arm) -> dict[str, Measure]:
+  """Name of a set -> what is measured on it, see `measured`.
+
+  "held_out", "kept" (what is trained on) and "rest" (what was left out): the
+  first config.train.eval_rows of each, in id order; an arm of all rows has no
+  "rest". "generations": answers to the first config.train.eval_prompts
+  held-out prompts, always with one noise.
+  """
+  t = job.c.train
+  if not t.eval_every:
+    return {}
+  kept = np.sort(selected_rows(job, arm))
+  rest = np.setdiff1d(np.arange(len(job.column("pool", "id"))), kept)
+  held_out = np.arange(len(job.column("held_out", "id")))
+  found = dict(
+    held_out=("held_out", held_out),
+    kept=("pool", kept),
+    rest=("pool", rest),
+    generations=("held_out", held_out),
+  )
+  out = {}
+  for name in t.eval_sets:
+    split, index = found[name]
+    if name == "rest" and not len(index) and not t.best.startswith("rest/"):
+      continue
+    if not len(index):
+      raise ConfigError(
+        f"the set {name!r} has no rows; set config.data.split "
+        "or config.train.eval_sets"
+      )
+    out[name] = (
+      _generations(job)
+      if name == "generations"
+      else _answers(job, name, split, index[: t.eval_rows])
+    )
+  return out
+
+
+def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
+  """(share of pairs whose first is larger, share of ties), over all pairs.
+
+  Every number of `up` beside every one of `down`, by ranks: the first share
+  and half of the second are the area under the ROC curve.
+
+  Args:
+    up: [n] numbers, at least one.
+    down: [m] numbers, at least one.
+  """
+  below = np.sort(down)
+  less, no_more = (
+    np.searchsorted(below, up, side).sum() for side in ("left", "right")
+  )
+  pairs = len(up) * len(down)
+  return float(less / pairs), float((no_more - less) / pairs)
+
+
+def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
+  """Measures the answers that rows have, against the reference.
+
+  With r = policy - ref, nats: "chosen_drift", the mean r of chosen (unpaired:
+  liked) answers; "accuracy", the share of pairs whose chosen one has the larger
+  r, "ties" apart, as in training: 0 and 1 before the first update; "margin",
+  the mean of r chosen - r rejected. Of unpaired rows a pair is any liked answer
+  beside any disliked one. "loss" is that of the rows as one batch.
+
+  Raises:
+    ConfigError: unpaired rows of one label where config.train.best needs both.
+  """
+  c, tokens = job.c, job.tokens(split)
+  each = len(tokens.start) // len(job.column(split, "id"))
+  rows = tokens_lib.take(
+    tokens, (index[:, None] * each + np.arange(each)).reshape(-1)
+  )
+  label = None
+  if each == 1:  # of pairs that were split for the pool these are still pairs
+    label = np.array(job.column(split, "label"), bool)[index]
+    if len(set(label.tolist())) < 2 and c.train.best in (
+      f"{name}/{n}" for n in ANSWERS
+    ):
+      raise ConfigError(
+        f"train.best={c.train.best!r} compares liked with "
+        f"disliked answers, and the set {name!r} has "
+        f"{int(label.sum())} liked of {len(label)}; set "
+        "config.train.best or config.train.eval_rows"
+      )
+
+  def score(params, m):
+    found = embed.score_rows(
+      job.mesh,
+      params,
+      m,
+      rows,
+      tile=c.embed.tile,
+      chunk=c.model.head_chunk,
+      label=f"eval {name}",
+    )
+    return found.logp.reshape(-1, each), found.count.reshape(-1, each)
+
+  known = []  # of the reference: one pass, at the first evaluation
+
+  def measure(params):
+    if not known:
+      known.append(score(job.reference, job.model)[0])
+    (policy, count), ref = score(params, job.policy), known[0]
+    out = {}
+    if _has_value(job.loss):
+      width, liked = each, label
+      if each == 2 and job.kind == "unpaired":
+        width, liked = 1, np.tile([True, False], len(policy))
+      as_logps = lambda x: Logps(
+        *(jnp.asarray(y.reshape(-1, width)) for y in (x, count))
+      )
+      stats = dict(
+        label=None if liked is None else jnp.asarray(liked),
+        mean_count=jnp.mean(jnp.asarray(count[:, 0])),
+      )
+      out["loss"] = float(
+        np.mean(job.loss(as_logps(policy), as_logps(ref), stats)[0])
+      )
+    r = np.float64(policy) - ref
+    if label is None:
+      up, down = r[:, 0], r[:, 1]
+    else:
+      up, down = r[label, 0], r[~label, 0]
+    if len(up):
+      out["chosen_drift"] = float(up.mean())
+    if len(up) and len(down):
+      out["accuracy"], out["ties"] = (
+        (float(np.mean(up > down)), float(np.mean(up == down)))
+        if label is None
+        else ordered(up, down)
+      )
+      out["margin"] = float(up.mean() - down.mean())
+    return out
+
+  def cost(found):  # of the policy each time, of the reference once
+    times = len(found) + bool(found)
+    return Cost(times * embed.flops(job.model, rows), times * len(rows.ids))
+
+  return Measure(measure, cost)
+
+
+def _generations(job: Job) -> Measure:
+  """Measures answers that the policy writes.
+
+  Beside their health "entropy", nats a token, and "kl" from the reference,
+  nats an answer: means over the policy's own samples, so exact in expectation
+  at temperature 1. In the built-in world "win_vs_target", by its true reward.
+  "flops" is what it took, for the ledger: writing, and a pass of the
+  policy and one of the reference over what was written.
+  """
+  c, what = job.c, job.examined
+  what = what._replace(prompt_rows=what.prompt_rows[: c.train.eval_prompts])
+  prompts, tok, k = held_out.prompts_of(what), what.tokenizer, c.eval
+  asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]
+  options = eval_options(c)
+  generation = decode.GenerateOptions(
+    k.new_tokens,
+    tok.stops,
+    min(tok.vocab_size, job.policy.vocab),
+    decode.Sampling(k.temperature),
+    tile=c.embed.tile,
+    label="eval generations",
+  )
+
+  if what.world is not None:
+    targets = [what.rows[i]["target"] for i in what.prompt_rows]
+    target = held_out.true_rewards(what, targets)
+
+  def measure(params):
+    said = decode.generate(job.mesh, params, job.policy, prompts, generation)
+    score = lambda params, m: np.float64(
+      held_out.score_answers(job.mesh, params, m, what, said, options)
+    )
+    own = score(params, job.policy)
+    malformed = won = None
+    if what.world is not None:
+      own_reward = held_out.true_rewards(what, held_out.answer_texts(tok, said))
+      malformed = own_reward == world_lib.MALFORMED
+      won = winrate.wins(own_reward, target)
+    health = held_out.generation_health(said, tok.stops, malformed)
+    out = {n: float(x["value"]) for n, x in health.items()}
+    out["entropy"] = float(-own.sum() / max(sum(map(len, said)), 1))
+    out["kl"] = float(np.mean(own - score(job.reference, job.model)))
+    if won is not None:
+      out["win_vs_target"] = float(np.mean(won))
+    out["flops"] = 3.0 * embed.flops(
+      job.model, held_out.answer_rows(asked, said)
+    )
+    return out
+
+  def cost(found):
+    written = sum(round(x["length"] * len(asked)) for x in found)
+    return Cost(
+      round(sum(x["flops"] for x in found)),
+      3 * (len(found) * sum(map(len, asked)) + written),
+    )
+
+  return Measure(measure, cost)

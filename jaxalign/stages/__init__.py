@@ -1,1 +1,0 @@
-"""The stages of a job, a file each; `pipeline` knows their order."""

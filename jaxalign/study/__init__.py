@@ -1,0 +1,1 @@
+"""Many arms, and what they allow one to say."""

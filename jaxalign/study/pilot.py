@@ -1,0 +1,263 @@
+"""Small studies that settle what a config leaves open, before the large one.
+
+`select.budget="auto"`: the chosen sampler at a few small budgets, a curve
+through them, and the least budget whose predicted win rate is near enough to
+its plateau. `direction=auto` in the sampler's name: top, middle and low at one
+small budget, and the best of them. Each is a study of its own under
+<workdir>/pilot, with its page; the shared stages are the large study's.
+"""
+
+from collections.abc import Callable
+import re
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from jaxalign import pipeline
+from jaxalign.core import artifacts, progress
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.job import Arm, Job, updates_of
+from jaxalign.select.topk import budget_rows
+from jaxalign.study import plateau
+
+AUTO = "auto"
+MARGIN = 0.02  # of the plateau: wins that a smaller budget may give up
+DIRECTIONS = ("top", "middle", "low")
+_OPEN = re.compile(r"\bdirection\s*=\s*auto\b")
+
+
+def is_open(c: Any) -> bool:
+  """Whether a pilot is due."""
+  return c.select.budget == AUTO or bool(_OPEN.search(c.select.sampler))
+
+
+def with_direction(name: str, direction: str) -> str:
+  """ "ifd(direction=auto)" -> "ifd(direction=low)"."""
+  return _OPEN.sub(f"direction={direction}", name)
+
+
+def refuse(c: Any, command: str) -> None:
+  """For commands that train no policy to compare, or one only."""
+  if is_open(c):
+    raise ConfigError(
+      f"{command} cannot settle what a pilot must: set "
+      "config.select.budget to a number and the direction in "
+      "config.select.sampler, or run jaxalign.main"
+    )
+
+
+def configs(c: Any) -> dict[str, Any]:
+  """The configs of the pilots that are due, by the name of their folder.
+
+  Where both are, the budgets' is of an open direction still: "top" stands in
+  until the other pilot has settled it.
+  """
+  found = {}
+  if _OPEN.search(c.select.sampler):
+    names = [with_direction(c.select.sampler, d) for d in DIRECTIONS]
+    found["directions"] = _changed(
+      c, names[0], at(c), (), (*names[1:], "random")
+    )
+  if c.select.budget == AUTO:
+    found["budgets"] = _changed(
+      c,
+      with_direction(c.select.sampler, "top"),
+      c.pilot.budgets[-1],
+      c.pilot.budgets,
+      (),
+    )
+  return found
+
+
+def at(c: Any) -> float:
+  """The budget at which directions are compared: the middle one."""
+  return sorted(c.pilot.budgets)[len(c.pilot.budgets) // 2]
+
+
+def _changed(
+  c: Any, sampler: str, budget: float, budgets: tuple, compare: tuple
+) -> Any:
+  out = ml_collections.ConfigDict(c.to_dict(), type_safe=False)
+  out.select.sampler, out.select.budget = sampler, budget
+  out.budgets, out.compare, out.seeds = budgets, compare, c.pilot.seeds
+  out.lock()
+  return out
+
+
+def check(c: Any) -> None:
+  """Raises ConfigError for knobs of a pilot that cannot work."""
+  if _OPEN.search(c.select.sampler) and not re.fullmatch(
+    r"[\w:.]+\(.*\)", c.select.sampler
+  ):
+    raise ConfigError(
+      f"select.sampler={c.select.sampler!r}: direction=auto is "
+      "settled for one sampler, no chain; set "
+      "config.select.sampler"
+    )
+  for name in c.compare:
+    if _OPEN.search(name):
+      raise ConfigError(
+        f"compare has {name!r}: the direction of "
+        "select.sampler alone can be settled; set a direction "
+        "in config.compare"
+      )
+  if c.pilot.seeds < 1:
+    raise ConfigError(
+      f"pilot.seeds={c.pilot.seeds}, wanted 1 or more; set config.pilot.seeds"
+    )
+  if c.select.budget == AUTO:
+    if len(set(c.pilot.budgets)) < plateau.LEAST:
+      raise ConfigError(
+        f"pilot.budgets={tuple(c.pilot.budgets)}, wanted four "
+        "different ones or more: a curve has three numbers; "
+        "set config.pilot.budgets"
+      )
+    if c.budgets:
+      raise ConfigError(
+        "select.budget='auto' settles one budget; set config.budgets=()"
+      )
+
+
+def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
+  """Runs the pilots that are due, and sets in `job.c` what they settle.
+
+  Args:
+    job: its config is changed, the workdir's stages are not.
+    study: `study(job)` runs all arms of a pilot and writes its summary.
+
+  Returns:
+    What may be said of it, sentences for the large study's report.
+
+  Raises:
+    ConfigError: a pilot that takes more than config.pilot.most of what it
+      could save.
+    DataError: a curve whose plateau the pilot's points do not bound.
+  """
+  due = configs(job.c)
+  if not due:
+    return []
+  pipeline.run_data(job)
+  said, spent = [], sum(_share(job, c) for c in due.values())
+  if spent > job.c.pilot.most:
+    raise ConfigError(
+      f"the pilot would take {spent:.0%} of the updates of aligning on "
+      f"everything, above {job.c.pilot.most:.0%}; lower "
+      "config.pilot.budgets or config.pilot.seeds, or "
+      "raise config.pilot.most"
+    )
+  if "directions" in due:
+    progress.say(f"pilot of directions: {job.workdir}/pilot/directions")
+    summary = _run(job, "directions", due["directions"], study)
+    sampler, words = _best_direction(job.c, summary)
+    _set(job.c, sampler=sampler)
+    said.append(words)
+  if "budgets" in due:
+    progress.say(f"pilot of budgets: {job.workdir}/pilot/budgets")
+    summary = _run(job, "budgets", configs(job.c)["budgets"], study)
+    rows, words = _advice(job, summary, spent)
+    _set(job.c, budget=rows)
+    said.append(words)
+  for words in said:
+    progress.say(words)
+  return said
+
+
+def _set(c: Any, **values: Any) -> None:
+  with c.unlocked(), c.ignore_type():
+    for name, value in values.items():
+      setattr(c.select, name, value)
+
+
+def _share(job: Job, c: Any) -> float:
+  """Updates of a pilot's arms over those of everything."""
+  n = len(job.column("pool", "id"))
+  whole = updates_of(c, Arm("random", 1.0, 0), n, n)
+  total = 0
+  for budget in c.budgets or (c.select.budget,):
+    rows = budget_rows(budget, n, c.train.batch_size)
+    total += updates_of(c, Arm("random", budget, 0), rows, n)
+  return total * (1 + len(c.compare)) * c.seeds / whole
+
+
+def _run(
+  job: Job, name: str, c: Any, study: Callable[[Job], Any]
+) -> dict[str, Any]:
+  """The summary of a pilot; a job of its own over the same shared stages."""
+  small = Job(c, job.mesh, job.workdir / "pilot" / name, job.redo)
+  small.shared = job.shared
+  study(small)
+  return artifacts.read_json(small.workdir / "summary.json")
+
+
+def _best_direction(c: Any, summary: dict[str, Any]) -> tuple[str, str]:
+  """The sampler with the direction of the best mean, and what was seen."""
+  means: dict[str, list[float]] = {}
+  metric = summary["comparisons"][0]["metric"]
+  for arm in summary["arms"]:
+    value = arm["metrics"][metric]["value"]
+    means.setdefault(arm["sampler"], []).append(value)
+  names = [with_direction(c.select.sampler, d) for d in DIRECTIONS]
+  mean = {n: float(np.mean(means[n])) for n in (*names, "random")}
+  best = max(names, key=mean.__getitem__)
+  listed = ", ".join(
+    f"{d} {100 * mean[n]:.1f}"
+    for d, n in zip((*DIRECTIONS, "random"), (*names, "random"))
+  )
+  below = (
+    ""
+    if mean[best] > mean["random"]
+    else "; none was above random: this score may have nothing to say here"
+  )
+  return best, (
+    f"A pilot at {at(c):.1%} of the pool ({c.pilot.seeds} seeds; "
+    f"pilot/directions/report.html has the intervals) chose {best}: "
+    f"{listed} %{below}."
+  )
+
+
+def _advice(job: Job, summary: dict[str, Any], share: float) -> tuple[int, str]:
+  """Rows to keep and a sentence, from the curve of the pilot."""
+  c, fit = job.c, summary["fit"]
+  n = len(job.column("pool", "id"))
+  page = "pilot/budgets/report.html"
+  if not fit["identified"]:
+    raise DataError(
+      "select.budget='auto': the pilot's points do not bound a plateau, so "
+      "no budget can be advised; add larger ones to config.pilot.budgets, "
+      "raise config.pilot.seeds or config.eval.prompts, or set "
+      f"config.select.budget; see {job.workdir}/{page}"
+    )
+  near = plateau.enough(fit, 100 * MARGIN)
+  least = max(min(fit["rows"]), c.train.batch_size)
+  rows = min(n, max(least, int(np.ceil(near["value"] / 100 * n))))
+  whole = updates_of(c, Arm("random", 1.0, 0), n, n)
+  takes = updates_of(c, Arm("random", rows, 0), rows, n) / whole
+  saved = 1 - takes - share
+  if jax.process_index() == 0:
+    artifacts.write_json(
+      job.workdir / "pilot" / "advice.json",
+      dict(
+        rows=rows,
+        share=rows / n,
+        near=near,
+        pilot_updates=share,
+        updates=takes,
+        saved=saved,
+      ),
+    )
+  top = "no bound" if near["high"] is None else f"{near['high']:.1f} %"
+  beyond = (
+    ", beyond the largest share measured"
+    if near["value"] > max(fit["x"])
+    else ""
+  )
+  return rows, (
+    f"A pilot ({page}) puts the plateau at {fit['r']['value']:.1f} % and "
+    f"within {100 * MARGIN:g} points of it at {near['value']:.1f} % "
+    f"of the pool (95 % interval {near['low']:.1f} to {top}{beyond}): "
+    f"{rows:,} of {n:,} rows are kept. Of the updates of aligning on "
+    f"everything the pilot took {share:.0%} and these take {takes:.0%}: "
+    + (f"{saved:.0%} are saved." if saved > 0 else "nothing is saved.")
+  )

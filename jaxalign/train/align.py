@@ -1,0 +1,174 @@
+"""The align stage: trains the policy of an arm."""
+
+from collections.abc import Callable
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.core import artifacts, progress
+from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.checkpoints import Checkpoints, restore_params
+from jaxalign.core.errors import DataError
+from jaxalign.core.job import Arm, arm_folder, Job, lora_of
+from jaxalign.core.lookup import source_digests
+from jaxalign.eval import while_training as watched
+from jaxalign.model import adapters, decoder
+from jaxalign.train import subspace
+from jaxalign.train.feed import TrainRows
+from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.loop import TrainOptions
+from jaxalign.train.losses.unpaired import with_class_weights
+from jaxalign.train.ref_logps import like, stored_rows, updates_for
+from jaxalign.train.sft import TRAINED
+from jaxalign.train.step import make_gradients
+from jaxalign.train.trainer import Recipe, train
+
+GRADIENT_BATCHES = 4  # that LoRA-SB estimates the first gradient from
+BASES = "bases"  # LoRA-SB's fixed matrices
+BEST = "best"  # the weights of the best evaluation
+
+
+def _policy_start(
+  job: Job, arm: Arm, folder: Any, loss: Callable, batch_at: Callable
+) -> tuple[decoder.Params, decoder.Params]:
+  """(trained, frozen) parameters that compute what the reference does."""
+  c, m = job.c, job.policy
+  if m.lora is None:  # the step donates its state, so it has a copy
+    reference, params = dict(job.reference), {}
+    if c.train.reference != "online":  # its numbers are stored
+      job.release_reference()
+    while reference:  # one copied, one let go: never both whole
+      name, x = reference.popitem()
+      params[name] = jnp.array(x, jnp.float32).block_until_ready()
+    return params, {}
+  fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m), job.mesh)
+  if m.lora.variant == "lora_sb":
+    producer, chunk = PRODUCERS[c.train.logps], c.model.head_chunk
+    with Checkpoints(folder / BASES) as saved:
+      if saved.latest() is None:
+        found = subspace.bases(
+          jax.random.key(arm.seed),
+          m,
+          job.mesh,
+          job.reference,
+          lambda sizes: make_gradients(producer(sizes, chunk), loss),
+          [batch_at(step) for step in range(GRADIENT_BATCHES)],
+        )
+        saved.save(0, dict(params=found))
+    fresh |= bases(job, folder)
+  adapters.assert_zero(fresh)
+  trained, fixed = adapters.split(fresh, m.lora)
+  return trained, job.reference | fixed
+
+
+def bases(job: Job, folder: Any) -> decoder.Params:
+  """LoRA-SB's fixed matrices, as `align` saved them."""
+  shapes = decoder.abstract(job.policy, job.mesh)
+  fixed = {n: x for n, x in shapes.items() if n.endswith((":a", ":b"))}
+  return restore_params(folder / BASES, fixed)
+
+
+def aligned(job: Job, folder: Any, abstract: Any) -> decoder.Params:
+  """What `align` trained and is judged by: the best, the mean, or the last."""
+  if job.c.train.best:
+    return restore_params(folder / BEST, abstract)
+  name = "ema" if job.c.train.ema else "params"
+  return restore_params(folder / TRAINED[0], abstract, name)
+
+
+def _options(
+  job: Job, arm: Arm, folder: Any, updates: int, evaluations: dict
+) -> TrainOptions:
+  """What config.train asks of the loop."""
+  t = job.c.train
+  return TrainOptions(
+    folder,
+    f"align {arm.name}",
+    updates,
+    t.save_every,
+    t.keep,
+    explode=t.explode,
+    evaluations=evaluations,
+    eval_every=t.eval_every,
+    best=t.best,
+    stop_after=t.stop_after,
+    trackers=tuple(t.trackers),
+    trace=tuple(job.c.profile.steps),
+  )
+
+
+def _loss_on(job: Job, rows: TrainRows) -> Callable:
+  """The loss, its classes weighed by the kept rows."""
+  if rows.label is None:
+    return job.loss
+  if len(set(rows.label.tolist())) == 1:
+    progress.say(
+      "  warning: all kept rows have the same label; the loss will only push "
+      "one way"
+    )
+  loss, weights = with_class_weights(job.loss, rows.label)
+  if weights:
+    progress.say(f"  {weights}")
+  return loss
+
+
+def run_align(job: Job, arm: Arm) -> None:
+  """Trains the policy on the kept rows, from the reference."""
+  c = job.c
+  lora = lora_of(c)
+  leaves = TRAINED + ((BASES,) if lora and lora.variant == "lora_sb" else ())
+  leaves += (BEST,) if c.train.best else ()
+
+  def make(folder):
+    rows = stored_rows(job, arm, folder)
+    if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
+      raise DataError(
+        f"{folder}/ref_ids.json names other rows than "
+        "subset.parquet; run with --redo"
+      )
+    loss, updates = _loss_on(job, rows), updates_for(job, arm, len(rows.ids))
+    measures = watched.measures(job, arm)
+    evaluations = {n: x.of for n, x in measures.items()}
+    online = c.train.reference == "online"
+    how = dict(updates=updates, seed=arm.seed, head_chunk=c.model.head_chunk)
+    cost = train(
+      job.mesh,
+      job.policy,
+      functools.partial(_policy_start, job, arm, folder, loss),
+      rows,
+      loss,
+      Recipe.of(c.train, **how, online=online),
+      _options(job, arm, folder, updates, evaluations),
+      watched.extend(job),
+    )
+    lines = (folder / TRAINED[1]).read_text().splitlines()
+    beside = watched.spent(measures, map(json.loads, lines))
+    result = dict(updates=len(lines), rows=len(rows.ids))
+    result["say"] = f"{len(lines)} updates"
+    if measures:
+      result["evaluating"] = beside.flops
+    flops = cost.flops + beside.flops
+    return list(leaves), Cost(flops, cost.tokens + beside.tokens), result
+
+  fields = pick(
+    c,
+    "loss",
+    "train",
+    "model.head_chunk",
+    "model.dtype",
+    *watched.reads(c.train),
+    *(["lora"] if lora else []),
+  ) | like(arm)
+  fields = watched.record_fields(c.train, fields) | source_digests(c.loss.name)
+  job.run(
+    arm_folder(job, arm),
+    "align",
+    arm.name,
+    make=make,
+    resumes=leaves,
+    fields=fields,
+    inputs=dict(ref_logps=job.key("ref_logps", arm.name), sft=job.key("sft")),
+  )

@@ -1,0 +1,413 @@
+"""Small policies tuned by DPO, that say how hard or how clear each pair is.
+
+`proxy`: one, tuned on a few pairs; its log-ratios against its own start are
+the implicit margin. `held_out`: several, each tuned on half of the prompts;
+their losses on the other half are how hard a pair is.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.core import artifacts, hub
+from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.checkpoints import restore_params
+from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.job import Job, kernel_of, lora_of
+from jaxalign.data import prepare, recipe
+from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.embed import passes as embed
+from jaxalign.embed.over_pool import over_shards
+from jaxalign.embed.scores import digest_of
+from jaxalign.embed.store import ArraySpec
+from jaxalign.model import adapters, decoder, hf
+from jaxalign.select import columns
+from jaxalign.select.topk import uniform
+from jaxalign.train import losses
+from jaxalign.train.feed import training_cost, TrainRows
+from jaxalign.train.loop import TrainOptions
+from jaxalign.train.sft import TRAINED
+from jaxalign.train.trainer import Recipe, train
+
+BETA = 0.1  # of their DPO
+KNOBS = (  # of config.train, for them too
+  "batch_size",
+  "accumulation",
+  "warmup_ratio",
+  "schedule",
+  "clip",
+  "weight_decay",
+  "b2",
+)
+
+
+class Start(NamedTuple):
+  """What the proxies are tuned from."""
+
+  params: decoder.Params
+  model: decoder.ModelConfig  # without adapters
+  sums: np.ndarray  # [N, 2] float32 nats of every pool pair
+  counts: np.ndarray  # [N, 2] float32
+  cost: Cost  # of the pass that gave them; nothing where they were there
+
+
+def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
+  """The sizes of what is tuned: config.proxy.checkpoint, or the reference.
+
+  Raises:
+    ConfigError: a checkpoint that cannot read the pool's tokens.
+  """
+  given = c.proxy.checkpoint
+  if not given:
+    return reference._replace(lora=None)
+  m = hf.read_config(given, c.model.dtype, c.model.remat)
+  asked = prepare.asked_context(c)
+  if asked > m.context:
+    raise ConfigError(
+      f"config.proxy.checkpoint reads {m.context} tokens, "
+      f"model.context={asked}; set one of them"
+    )
+  return m._replace(
+    context=min(asked or reference.context, m.context), positions=m.context
+  )
+
+
+def check(c: Any) -> None:
+  """Raises ConfigError for knobs of the proxies that cannot work."""
+  if not c.proxy.models >= 2:
+    raise ConfigError(
+      f"proxy.models={c.proxy.models}, wanted 2 or more: one "
+      "judges what the other has seen; set config.proxy.models"
+    )
+  if not c.proxy.checkpoint:
+    return
+  config_of(c, None)
+  own = prepare.given_tokenizer(c)
+  theirs = load_tokenizer(hub.resolve_settings(c.proxy.checkpoint))
+  if own is None or own.pieces() != theirs.pieces():
+    raise ConfigError(
+      "config.proxy.checkpoint reads other tokens than the "
+      "policy; wanted a small model of the same family, set "
+      "config.proxy.checkpoint"
+    )
+
+
+def _loss():
+  return losses.bind(losses.LOSSES["dpo"], "dpo", dict(beta=BETA))
+
+
+def _start(job: Job) -> Start:
+  """Loads what is tuned, and its own log-probabilities of the pool."""
+  c = job.c
+  m = config_of(c, job.model)
+  if c.proxy.checkpoint:
+    m = m._replace(attention=kernel_of(c, m, job.mesh))
+    decoder.check_model(m, job.mesh)
+    params = hf.load_folder(
+      c.proxy.checkpoint, m, job.mesh, np.dtype(c.model.param_dtype)
+    )
+  else:
+    params = job.reference
+  if columns.tuned(c):
+    # The reference's pass ran these very weights.
+    table = columns.known(c)
+    read = lambda name: np.asarray(table[name].make(job), np.float32)
+    return Start(params, m, read("logp"), read("logp_count"), Cost())
+  found, cost = _score(job, params, m, "proxy_ref")
+  n = len(job.column("pool", "id"))
+  return Start(
+    params, m, found.logp.reshape(n, -1), found.count.reshape(n, -1), cost
+  )
+
+
+def _score(
+  job: Job, params: Any, m: decoder.ModelConfig, label: str
+) -> tuple[embed.RowScores, Cost]:
+  """One pass over the pool, and what it cost."""
+  rows = job.tokens("pool")
+  found = embed.score_rows(
+    job.mesh,
+    params,
+    m,
+    rows,
+    tile=job.c.embed.tile,
+    chunk=job.c.model.head_chunk,
+    label=label,
+    ids=job.column("pool", "id"),
+  )
+  return found, Cost(embed.flops(m, rows), len(rows.ids))
+
+
+def _tune(
+  job: Job,
+  folder: Any,
+  label: str,
+  start: Start,
+  index: np.ndarray,
+  updates: int,
+  seed: int,
+) -> tuple[decoder.Params, Any]:
+  """Tunes on the pairs `index`; goes on from the folder's checkpoints.
+
+  Returns:
+    The tuned parameters and their sizes (with adapters where the job has
+    them).
+  """
+  c = job.c
+  m = start.model._replace(lora=_lora(c))
+  rows = training_rows(job, start, index)
+
+  def begin(batch_at):
+    del batch_at
+    if m.lora is None:  # the step donates its state, so it has a copy
+      return {n: jnp.array(x, jnp.float32) for n, x in start.params.items()}, {}
+    fresh = adapters.init(jax.random.key(seed), decoder.table(m), job.mesh)
+    trained, fixed = adapters.split(fresh, m.lora)
+    return trained, start.params | fixed
+
+  t, how = c.train, _recipe(c, m, updates, seed)
+  options = TrainOptions(folder, label, updates, t.save_every)
+  options = options._replace(explode=t.explode)
+  train(job.mesh, m, begin, rows, _loss(), how, options)
+  tuned = restore_params(
+    folder / "checkpoints",
+    adapters.split(decoder.abstract(m, job.mesh), m.lora)[0],
+  )
+  return (tuned if m.lora is None else start.params | tuned), m
+
+
+def _recipe(c: Any, m: decoder.ModelConfig, updates: int, seed: int) -> Recipe:
+  lr = recipe.LORA_LR if m.lora else c.proxy.lr
+  knobs = {n: c.train[n] for n in KNOBS}
+  more = dict(updates=updates, seed=seed, head_chunk=c.model.head_chunk)
+  return Recipe(lr=lr, **knobs, **more)
+
+
+def _tuning_cost(
+  job: Job, start: Start, index: np.ndarray, updates: int, seed: int
+) -> Cost:
+  """What `_tune` costs."""
+  m = start.model._replace(lora=_lora(job.c))
+  batching = _recipe(job.c, m, updates, seed).batching(m)
+  rows = training_rows(job, start, index)
+  return Cost(*training_cost(m, rows, batching, updates))
+
+
+def _lora(c: Any) -> adapters.Lora | None:
+  """The job's adapters; those with fixed bases as plain ones."""
+  lora = lora_of(c)
+  return (
+    lora._replace(variant="lora")
+    if (lora and lora.variant == "lora_sb")
+    else lora
+  )
+
+
+def training_rows(job: Job, start: Start, index: np.ndarray) -> TrainRows:
+  """The pairs `index` of the pool, with their start's sums."""
+  ids = job.column("pool", "id")
+  return TrainRows(
+    [ids[i] for i in index],
+    job.tokens("pool"),
+    index[:, None] * 2 + np.arange(2),
+    start.sums[index],
+    start.counts[index],
+  )
+
+
+def _inputs(job: Job) -> dict[str, str]:
+  c = job.c
+  if c.proxy.checkpoint:  # where nothing else reads the reference it never ran
+    return dict(data=job.key("data"), model=digest_of(c.proxy.checkpoint))
+  inputs = dict(data=job.key("data"), sft=job.key("sft"))
+  if stage := columns.tuned(c):
+    inputs[stage] = job.key(stage)
+  return inputs
+
+
+def _fields(c: Any, *proxy: str) -> dict[str, Any]:
+  return pick(
+    c,
+    *(f"train.{n}" for n in (*KNOBS, "save_every")),
+    *(f"proxy.{n}" for n in ("lr", "checkpoint", *proxy)),
+    "model",
+    "embed.tile",
+    "embed.shard",
+    *(["lora"] if c.lora.rank else []),
+  )
+
+
+# One, for the implicit margin.
+
+
+def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
+  """[M] row numbers, ascending, of the pairs that the proxy is tuned on.
+
+  Args:
+    ids: [N] record ids; a hash of each decides, so their order does not.
+    pairs: a number, or a share below 1; at most half of the pool.
+    seed: another seed draws others.
+  """
+  n = len(ids)
+  wanted = round(pairs * n) if pairs < 1 else int(pairs)
+  m = max(1, min(wanted, n // 2))
+  return np.sort(
+    np.argsort(-uniform(seed, np.asarray(ids), "proxy"), kind="stable")[:m]
+  )
+
+
+def run_proxy(job: Job) -> None:
+  """A policy tuned by DPO on a few pairs, and what it says of the pool."""
+  c, p = job.c, job.c.proxy
+  fields, inputs = _fields(c, "pairs", "updates"), _inputs(job)
+
+  def make(folder):
+    start = _start(job)
+    index = drawn(job.column("pool", "id"), p.pairs, 0)
+    params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
+    rows = job.tokens("pool")
+    files = over_shards(
+      job,
+      folder,
+      "proxy",
+      fields | inputs,
+      dict(proxy_logp=ArraySpec((2,)), proxy_ref_logp=ArraySpec((2,))),
+      c.embed.tile * job.mesh.size,
+      lambda parts, tick: dict(
+        proxy_logp=embed.score_rows(
+          job.mesh,
+          params,
+          m,
+          rows,
+          tile=c.embed.tile,
+          chunk=c.model.head_chunk,
+          parts=parts,
+          tick=tick,
+          ids=job.column("pool", "id"),
+        ).logp,
+        proxy_ref_logp=start.sums.reshape(-1)[parts[jax.process_index()]],
+      ),
+    )
+    parts = (
+      start.cost,
+      _tuning_cost(job, start, index, p.updates, 0),
+      Cost(embed.flops(m, rows), len(rows.ids)),
+    )
+    return (
+      [*files, *TRAINED],
+      Cost(sum(x.flops for x in parts), sum(x.tokens for x in parts)),
+      dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
+    )
+
+  job.run(
+    job.shared / "proxy",
+    "proxy",
+    make=make,
+    fields=fields,
+    inputs=inputs,
+    resumes=(*TRAINED, "store"),
+  )
+
+
+# Several, for the held-out loss.
+
+
+def halves(group: Any, models: int, seed: int) -> np.ndarray:
+  """[N, S] bool, true where model s is tuned on the row.
+
+  Models come in twos that see opposite halves, so that every row is new to
+  half of them. A prompt's rows are all seen or all new: what one of them
+  tells, it would tell of the others.
+
+  Args:
+    group: [N] str, alike for rows of one prompt.
+    models: S, 2 or more.
+    seed: of the halves.
+
+  Raises:
+    DataError: all rows have one prompt.
+  """
+  names, of, counts = np.unique(
+    np.asarray(group, np.str_), return_inverse=True, return_counts=True
+  )
+  if len(names) < 2:
+    raise DataError(
+      "the pool has one prompt: it has no halves to tell how "
+      "hard its pairs are; set config.select.sampler"
+    )
+  seen = np.zeros((len(of), models), bool)
+  for s in range(0, models, 2):
+    order = np.argsort(uniform(seed, names, f"half {s // 2}"), kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    first = np.zeros(len(names), bool)
+    first[order] = before < len(of) / 2
+    if first.all():  # one prompt is more than half of the pool
+      first[order[-1]] = False
+    seen[:, s] = first[of]
+    if s + 1 < models:
+      seen[:, s + 1] = ~first[of]
+  return seen
+
+
+def dpo_losses(policy: np.ndarray, ref: np.ndarray, beta: float) -> np.ndarray:
+  """[N] float64 nats, -log sigmoid(beta (D_policy - D_ref)) of [N, 2] sums."""
+  margin = (np.float64(policy) - np.float64(ref)) @ np.array([1.0, -1.0])
+  return np.logaddexp(0.0, -beta * margin)
+
+
+def run_held_out(job: Job) -> None:
+  """The DPO loss of every pair under models that have not seen its prompt."""
+  c, p = job.c, job.c.proxy
+  names = [f"loss{s}.npy" for s in range(p.models)]
+
+  def make(folder):
+    start = _start(job)
+    n = len(job.column("pool", "id"))
+    seen = halves(job.column("pool", "group"), p.models, 0)
+    total, tokens = start.cost.flops, start.cost.tokens
+    for s, name in enumerate(names):
+      index = np.flatnonzero(seen[:, s])
+      updates = -(-len(index) // c.train.batch_size)
+      m = start.model._replace(lora=_lora(c))
+      own = folder / f"model{s}"
+      # Counted for every model: a resumed run goes on behind some of them.
+      more = _tuning_cost(job, start, index, updates, s)
+      total += more.flops + embed.flops(m, job.tokens("pool"))
+      tokens += more.tokens + len(job.tokens("pool").ids)
+      if (
+        artifacts.agree("done" if (folder / name).exists() else "new") == "new"
+      ):
+        params, m = _tune(
+          job, own, f"model {s + 1} of {p.models}", start, index, updates, s
+        )
+        found, _ = _score(job, params, m, f"model {s + 1} of {p.models}")
+        loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
+        if jax.process_index() == 0:
+          artifacts.write_array(
+            folder / name, np.where(seen[:, s], np.nan, loss)
+          )
+      if jax.process_index() == 0 and own.exists():
+        own.rmtree()  # its losses are all that is read
+    if jax.process_index() == 0:
+      artifacts.write_array(
+        folder / "held_out_loss.npy",
+        np.stack(
+          [artifacts.read_array(folder / name) for name in names], axis=1
+        ),
+      )
+    return (
+      ["held_out_loss.npy", *names],
+      Cost(total, tokens),
+      dict(say=f"{p.models} models"),
+    )
+
+  job.run(
+    job.shared / "held_out",
+    "held_out",
+    make=make,
+    resumes=(*names, *(f"model{s}" for s in range(p.models))),
+    fields=_fields(c, "models"),
+    inputs=_inputs(job),
+  )

@@ -1,0 +1,197 @@
+"""The ref_logps stage: what the reference says of the rows an arm kept."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.core import artifacts
+from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.job import Arm, arm_folder, Job, updates_of
+from jaxalign.core.lookup import source_digests
+from jaxalign.data import tokens as tokens_lib
+from jaxalign.embed import passes as embed
+from jaxalign.embed import store as stores
+from jaxalign.select import columns
+from jaxalign.select.choose import selected_rows
+from jaxalign.select.samplers import combine
+from jaxalign.train.feed import (
+  Batching,
+  make_mismatched,
+  MismatchedRows,
+  TrainRows,
+)
+from jaxalign.train.reference import (
+  logps_as_trained,
+  Reference,
+  reference_logps,
+)
+from jaxalign.train.row_columns import COLUMNS, columns_of, EXTRAS
+from jaxalign.train.statistics import needs_mismatched
+
+
+def updates_for(job: Job, arm: Arm, n: int) -> int:
+  """How long an arm of n rows trains."""
+  return updates_of(job.c, arm, n, len(job.column("pool", "id")))
+
+
+def like(arm: Arm) -> dict[str, Any]:
+  """What a record says of an arm trained as long as another budget."""
+  return dict(like=arm.like) if arm.like else {}
+
+
+def batching_of(job: Job, arm: Arm) -> Batching:
+  """How the kept rows of an arm become batches."""
+  t = job.c.train
+  cut = t.batch_size, arm.seed, t.accumulation
+  return Batching(*cut, job.model.context, t.layout)
+
+
+def rows_of(job: Job, arm: Arm) -> TrainRows:
+  """The rows that an arm kept, without the reference's sums."""
+  index = selected_rows(job, arm)
+  ids, tokens = job.column("pool", "id"), job.tokens("pool")
+  responses = len(tokens.start) // len(ids)
+  row_of = index[:, None] * responses + np.arange(responses)
+  counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[row_of])
+  label = None
+  if job.kind == "unpaired":
+    label = np.array(job.column("pool", "label"))[index]
+  ids = [ids[i] for i in index]
+  return TrainRows(ids, tokens, row_of, np.zeros_like(counts), counts, label)
+
+
+def reference_of(job: Job) -> Reference:
+  """The reference of a job, as it is run ahead of training."""
+  c = job.c
+  how = c.embed.tile, c.model.head_chunk, c.train.logps
+  return Reference(job.mesh, job.reference, job.model, *how)
+
+
+def _pass_over_pool(job: Job, arm: Arm) -> str:
+  """The stage that has the reference's sums of the pool already; "": none."""
+  stage = columns.sums(job.c, job.kind, combine.named(arm.sampler))
+  return stage if ("", stage) in job.records else ""
+
+
+def _batched(job: Job) -> bool:
+  """Whether sums depend on the batch, see `logps_as_trained`."""
+  online = job.c.train.reference == "online"
+  return job.loss.reference and not (columns.exact(job.c) or online)
+
+
+def _computed(
+  job: Job, arm: Arm, rows: TrainRows
+) -> tuple[dict[str, np.ndarray], list[Cost]]:
+  """The arrays of `run_ref_logps` by name, and what they cost."""
+  c, m = job.c, job.model
+  online = c.train.reference == "online"  # train computes what costs a pass
+  source, batched = _pass_over_pool(job, arm), _batched(job)
+  batching, names = batching_of(job, arm), columns_of(job.loss)
+  arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
+  own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
+  cost = lambda x: Cost(embed.flops(m, x), len(x.ids))
+  costs, other = [], None
+  if needs_mismatched(job.loss):
+    updates = updates_for(job, arm, len(rows.ids))
+    other = make_mismatched(rows, batching, updates)
+    arrays["mismatched_sum"] = np.zeros(len(other.start), np.float32)
+  if source:
+    store = stores.open_store(job.shared / source / "store")
+    index = selected_rows(job, arm)
+    for name, of in dict(ref_sum="logp", ref_count="count").items():
+      arrays[name] = np.array(stores.read(store, of)[index])
+  if batched:
+    if other is not None:
+      other_rows = MismatchedRows(other, arrays["mismatched_sum"])
+      rows = rows._replace(mismatched=other_rows)
+    found, sums = logps_as_trained(reference_of(job), rows, batching)
+    arrays |= dict(ref_sum=found.sum, common_prefix=found.common_prefix)
+    costs.append(cost(own))
+  elif job.loss.reference and not online and not source:
+    arrays["ref_sum"], arrays["ref_count"] = reference_logps(
+      reference_of(job), rows.tokens, rows.row_of, c.train.layout, rows.ids
+    )
+    costs.append(cost(own))
+  rows = rows._replace(ref_sum=arrays["ref_sum"], mismatched=None)
+  for name in names:
+    if name in EXTRAS and online:
+      arrays[name] = np.zeros_like(rows.ref_sum)
+    elif name not in arrays:
+      arrays[name], more = COLUMNS[name](reference_of(job), rows, arm.seed)
+      costs.append(more)
+  if other is not None and not online:
+    if not batched:
+      index = np.arange(len(other.start))[:, None]
+      sums, _ = reference_logps(reference_of(job), other, index, c.train.layout)
+      sums = sums[:, 0]
+    arrays["mismatched_sum"] = sums
+    costs.append(cost(other))
+  kept = "ref_sum", "ref_count", "mismatched_sum", *names
+  return {n: x for n, x in arrays.items() if n in kept}, costs
+
+
+def run_ref_logps(job: Job, arm: Arm) -> None:
+  """The reference's (sum, count) of the kept rows, by id.
+
+  Where a pass over the pool ran the same weights over the same rows its numbers
+  are looked up; KTO's mismatched rows always need a pass of their own, and so
+  do the columns that a loss reads. A loss that reads no reference is given
+  zeros where numbers would cost a pass. Where products are narrower than
+  float32 nothing is looked up: see `logps_as_trained`.
+  """
+  c = job.c
+  source = _pass_over_pool(job, arm)
+
+  def make(folder):
+    rows = rows_of(job, arm)
+    arrays, costs = _computed(job, arm, rows)
+    if jax.process_index() == 0:
+      for name, x in arrays.items():
+        artifacts.write_array(folder / f"{name}.npy", x)
+      artifacts.write_json(folder / "ref_ids.json", rows.ids)
+    flops, tokens = (
+      sum(getattr(x, n) for x in costs) for n in ("flops", "tokens")
+    )
+    files = [*(f"{n}.npy" for n in arrays), "ref_ids.json"]
+    return files, Cost(flops, tokens), {}
+
+  fields = dict(loss=c.loss.name, layout=c.train.layout)
+  if source_digests(c.loss.name):  # one from outside may be edited to read more
+    fields["reads"] = [*job.loss.stats, *job.loss.extras, job.loss.reference]
+  if c.train.reference == "online":
+    fields["reference"] = "online"
+  if needs_mismatched(job.loss):
+    knobs = "batch_size", "epochs", "max_updates", "min_updates"
+    fields |= pick(c, *(f"train.{n}" for n in knobs)) | like(arm)
+  if _batched(job):
+    fields |= pick(c, "train.batch_size", "train.accumulation", "train.logps")
+  read = {stage for stage in {"embed", source} if ("", stage) in job.records}
+  if "embed" not in read:  # whose key names these
+    fields |= pick(c, "model")
+  # The embedding may be another model's: the reference is an input too.
+  inputs = dict(select=job.key("select", arm.name), sft=job.key("sft"))
+  job.run(
+    arm_folder(job, arm),
+    "ref_logps",
+    arm.name,
+    fields=fields,
+    make=make,
+    inputs=inputs | {stage: job.key(stage) for stage in read},
+  )
+
+
+def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
+  """The rows that an arm kept, with all that `run_ref_logps` wrote of them."""
+  read = lambda name: artifacts.read_array(folder / f"{name}.npy")
+  rows = rows_of(job, arm)._replace(
+    ref_sum=read("ref_sum"),
+    ref_count=read("ref_count"),
+    columns={name: read(name) for name in columns_of(job.loss)},
+  )
+  if not needs_mismatched(job.loss):
+    return rows
+  updates = updates_for(job, arm, len(rows.ids))
+  tokens = make_mismatched(rows, batching_of(job, arm), updates)
+  mismatched = MismatchedRows(tokens, read("mismatched_sum"))
+  return rows._replace(mismatched=mismatched)

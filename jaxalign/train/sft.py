@@ -1,0 +1,79 @@
+"""The sft stage: trains the reference, where no checkpoint is given."""
+
+import jax
+import numpy as np
+
+from jaxalign.core import artifacts, hub
+from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.job import Job
+from jaxalign.model import decoder, hf
+from jaxalign.train.feed import TrainRows
+from jaxalign.train.loop import TrainOptions
+from jaxalign.train.losses import LOSSES
+from jaxalign.train.trainer import Recipe, train
+
+RECIPE = dict(  # of the SFT model; the rest stands in config.sft
+  accumulation=1,
+  warmup_ratio=0.05,
+  schedule="cosine",
+  clip=1.0,
+  weight_decay=0.01,
+  b2=0.98,
+)
+TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
+
+
+def run_sft(job: Job) -> None:
+  """Trains the reference, where no checkpoint is given."""
+  c, m = job.c, job.model
+  if c.model.checkpoint:
+    given = c.model.checkpoint
+    key = artifacts.told(
+      lambda: artifacts.key_of(
+        "checkpoint",
+        artifacts.digest_tree(hub.resolve(given), hf.digest_names(given)),
+        {},
+      )
+    )
+    job.records["", "sft"] = artifacts.Record(
+      "sft", key, {}, {}, {}, Cost(), {}, skipped=True
+    )
+    return
+
+  def make(folder):
+    params = decoder.init(jax.random.key(c.data.seed), m, job.mesh)
+    updates, every, explode = c.sft.updates, c.sft.save_every, c.train.explode
+    options = TrainOptions(folder, "sft", updates, every, explode=explode)
+    knobs = RECIPE | c.sft.to_dict()
+    recipe = Recipe.of(knobs, seed=c.data.seed, head_chunk=c.model.head_chunk)
+    begin = lambda _: (params, {})
+    rows = _rows(job)
+    cost = train(job.mesh, m, begin, rows, LOSSES["sft"], recipe, options)
+    return list(TRAINED), cost, {}
+
+  job.run(
+    job.shared / "sft",
+    "sft",
+    make=make,
+    resumes=TRAINED,
+    fields=pick(c, "sft", "model"),
+    inputs=dict(data=job.key("data")),
+  )
+
+
+def _rows(job: Job) -> TrainRows:
+  """The sft split; without one, the pool's better answers."""
+  split, tokens = "sft", job.tokens("sft")
+  rows = np.arange(len(tokens.start))
+  if not len(rows):  # data.split.sft is 0
+    split, tokens = "pool", job.tokens("pool")
+    rows = np.arange(len(tokens.start))
+    if job.kind == "pairs":
+      rows = rows[::2]
+    else:
+      rows = rows[np.array(job.column("pool", "label"), bool)]
+  ids = job.column(split, "id")
+  each = len(tokens.start) // len(ids)
+  none, one = np.zeros((len(rows), 1), np.float32), np.ones((len(rows), 1))
+  ids = [ids[i // each] for i in rows]
+  return TrainRows(ids, tokens, rows[:, None], none, np.float32(one))

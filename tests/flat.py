@@ -1,0 +1,51 @@
+"""A training batch as flat arrays: from their names to a `Batch`, and back."""
+
+from typing import Any
+
+from jaxalign.train.batch import Batch, Logps, MismatchedBatch
+from jaxalign.train.statistics import STATISTICS, Whole
+
+
+def batch_of(
+  tokens: Any,
+  mask: Any,
+  ref_sum: Any,
+  ref_count: Any = None,
+  ref_common_prefix: Any = None,
+  label: Any = None,
+  lr: Any = 0.0,
+  kl_tokens: Any = None,
+  kl_mask: Any = None,
+  kl_ref_sum: Any = None,
+  **columns: Any,
+) -> Batch:
+  """The batch of these arrays; others are columns of its rows."""
+  other = None
+  if kl_tokens is not None:
+    other = MismatchedBatch(kl_tokens, kl_mask, kl_ref_sum)
+  ref = Logps(ref_sum, ref_count, ref_common_prefix)
+  return Batch(tokens, mask, ref, label, columns, other, lr)
+
+
+def arrays_of(batch: Batch) -> dict[str, Any]:
+  """The arrays of a batch by those names."""
+  out = dict(
+    tokens=batch.tokens,
+    mask=batch.mask,
+    ref_sum=batch.ref.sum,
+    ref_count=batch.ref.count,
+    ref_common_prefix=batch.ref.common_prefix,
+    label=batch.label,
+    lr=batch.lr,
+    **batch.columns,
+  )
+  if batch.mismatched is not None:
+    kl = batch.mismatched
+    out |= dict(kl_tokens=kl.tokens, kl_mask=kl.mask, kl_ref_sum=kl.ref_sum)
+  return {n: x for n, x in out.items() if x is not None}
+
+
+def matched(name: str, policy: Any, ref: Any) -> Any:
+  """A statistic of STATISTICS that reads the sums [N, R] of a whole batch."""
+  whole = Whole(None, None, None, policy, ref)
+  return STATISTICS[name].compute(whole)
