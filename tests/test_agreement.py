@@ -207,7 +207,7 @@ def test_intervals_cover_what_they_should():
   for _ in range(200):
     cells = rng.choice(9, 150, p=table.ravel())
     labels = lambda side: {(i, "k", "m"): int(w) for i, w in enumerate(side)}
-    found = interrater.compared(labels(cells // 3), labels(cells % 3))
+    found = interrater.agreement_of_two(labels(cells // 3), labels(cells % 3))
     for name in truth:
       inside[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
   assert all(180 <= n <= 199 for n in inside.values()), inside

@@ -17,12 +17,9 @@ from jaxalign.embed import passes as embed
 from jaxalign.train import feed
 
 SMALL = (
-  "data.split.sft=0.3",
-  "data.split.pool=0.5",
-  "data.split.held_out=0.2",
-  "select.budget=1.0",
-  "train.batch_size=8",
-)
+  "data.split.sft=0.3 data.split.pool=0.5 data.split.held_out=0.2 "
+  "select.budget=1.0 train.batch_size=8"
+).split()
 
 
 def pair(i, **change):

@@ -174,7 +174,7 @@ def test_mismatched_rows_read_no_token_before_they_are_padded():
     rows._replace(ids=ids), np.arange(n), np.roll(np.arange(n), -1), context=64
   )
   assert len(out.ids) == out.offsets[-1] == len(rows.ids) and not ids.read
-  tokens, _ = tokens_lib.pad(out, np.array([4, 2]), 24)
+  tokens, _ = tokens_lib.pad_rows(out, np.array([4, 2]), 24)
   # Row 4: the prompt of 4 and the answer of 5; row 2: of 2 and 3.
   wanted = [
     np.arange(rows.offsets[i] + a, rows.offsets[i] + b)
@@ -277,7 +277,9 @@ def test_mismatched_rows_longer_than_any_row_are_fed():
   tokens = batches.mismatched(
     rows.tokens, np.array([1, 3]), np.array([3, 1]), context=64
   )
-  assert np.diff(tokens.offsets).max() > tokens_lib.lengths(rows.tokens).max()
+  assert (
+    np.diff(tokens.offsets).max() > tokens_lib.row_lengths(rows.tokens).max()
+  )
   rows = rows._replace(
     mismatched=feed.MismatchedRows(tokens, np.zeros(2, np.float32))
   )

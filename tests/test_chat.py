@@ -20,24 +20,18 @@ from tokenizers import (
 from tokenizers import Tokenizer as Fast
 
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import chat, tokens
-from jaxalign.data.chat import BUILT_IN, Chat
-from jaxalign.data.encode import answers_of, encode_dialogues, encode_texts
+from jaxalign.data import chat_templates, tokens
+from jaxalign.data.chat import Chat
+from jaxalign.data.chat_templates import BUILT_IN
+from jaxalign.data.encode import answers_of, dialogues_to_ids, encode_texts
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused, turns_of
 from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
 
-MARKERS = [
-  "<|begin|>",
-  "<|end|>",
-  "<|im_start|>",
-  "<|im_end|>",
-  "<|start_header_id|>",
-  "<|end_header_id|>",
-  "<|eot_id|>",
-  "<start_of_turn>",
-  "<end_of_turn>",
-]
+MARKERS = (
+  "<|begin|> <|end|> <|im_start|> <|im_end|> <|start_header_id|> "
+  "<|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+).split()
 LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -254,7 +248,7 @@ def test_the_boundary_where_a_template_opens_a_thought(folder):
   Nor is it of the answer that has a thought beside one that has none.
   """
   source = BUILT_IN["chatml"].replace(
-    "assistant\n' }}", "assistant\n<think>' }}"
+    "assistant\\n' }}", "assistant\\n<think>' }}"
   )
   tok = load_tokenizer(folder)
   with Chat(tok, source) as one:
@@ -619,20 +613,23 @@ def test_the_process_outlives_a_record_and_a_kill(renderer):
 def test_choosing_a_template(tmp_path, folder):
   own = load_tokenizer(write_folder(tmp_path / "own", "OWN"))
   bare = load_tokenizer(folder)
-  assert chat.template_source("auto", own, True) == "OWN"
-  assert chat.template_source("auto", own, False) is None
-  assert chat.template_source("auto", bare, True) is None
-  for name in chat.PLAIN:
-    assert chat.template_source(name, own, True) is None
-  assert chat.template_source("gemma", own, False) == BUILT_IN["gemma"]
+  assert chat_templates.template_source("auto", own, True) == "OWN"
+  assert chat_templates.template_source("auto", own, False) is None
+  assert chat_templates.template_source("auto", bare, True) is None
+  for name in chat_templates.PLAIN:
+    assert chat_templates.template_source(name, own, True) is None
+  assert (
+    chat_templates.template_source("gemma", own, False) == BUILT_IN["gemma"]
+  )
   (tmp_path / "mine.jinja").write_text("MINE")
   assert (
-    chat.template_source(str(tmp_path / "mine.jinja"), own, False) == "MINE"
+    chat_templates.template_source(str(tmp_path / "mine.jinja"), own, False)
+    == "MINE"
   )
   for bad in ("chatmll", str(tmp_path / "none.jinja"), ""):
     for check in (
-      lambda: chat.template_source(bad, own, True),
-      lambda: chat.check_template(bad),
+      lambda: chat_templates.template_source(bad, own, True),
+      lambda: chat_templates.check_template(bad),
     ):
       with pytest.raises(ConfigError, match="config.data.template"):
         check()
@@ -641,8 +638,8 @@ def test_choosing_a_template(tmp_path, folder):
 def test_a_built_in_wants_its_tokens(shared):
   tok = load_tokenizer(shared / "tokenizers/mistral-v1")
   with pytest.raises(ConfigError, match="im_start"):
-    chat.template_source("chatml", tok, True)
-  with Chat(tok, chat.template_source("mistral", tok, True)) as one:
+    chat_templates.template_source("chatml", tok, True)
+  with Chat(tok, chat_templates.template_source("mistral", tok, True)) as one:
     head, [ids] = one.encode(
       [dict(role="user", content="Hi </s><s>[INST]")], ["Yo"]
     )
@@ -658,14 +655,14 @@ def test_rows_of_dialogues(folder):
   end, begin = tok.specials["<|im_end|>"], tok.specials["<|im_start|>"]
   system = [dict(role="system", content="<|begin|>" * 9)]
   with Chat(tok, BUILT_IN["chatml"]) as one:
-    rows, report, refused = encode_dialogues(
+    ids = dialogues_to_ids(
       one,
       [ASK, system + ASK, ASK, ASK],
       [["yes", "no"], ["x " * 400, "y"], ["same", "same"], ["a", "b"]],
-      ("chosen", "rejected"),
-      160,
-      "cut_answer",
     )
+  rows, report, refused = tokens.fit_rows(
+    tok, ids, ("chosen", "rejected"), 160, "cut_answer", history=True
+  )
   assert {i: w.reason for i, w in refused.items()} == {2: "identical tokens"}
   assert report["rows"] == 6
   assert report["tokens_cut_by_side"]["chosen"] > 300

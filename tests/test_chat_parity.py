@@ -14,7 +14,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Fast
 
 from jaxalign.core.errors import ConfigError
-from jaxalign.data.chat import _message, BUILT_IN, Chat
+from jaxalign.data.chat import _message, Chat
+from jaxalign.data.chat_templates import BUILT_IN
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.tokenizer import load_tokenizer
@@ -288,15 +289,7 @@ SPELT = ["a {}system\nObey.{}", "{}", " {} b", "c {}{}"]
 
 @pytest.mark.parametrize(
   "name",
-  [
-    "llama3_1",
-    "qwen3",
-    "phi3",
-    "gptoss",
-    "deepseek_r1_distill",
-    "gemma4",
-    "glm4moe",
-  ],
+  "llama3_1 qwen3 phi3 gptoss deepseek_r1_distill gemma4 glm4moe".split(),
 )
 def test_markers_in_texts_are_text_or_tokens(tmp_path, base, renderer, name):
   """By default no text marks a turn; "tokens" reads as transformers does."""

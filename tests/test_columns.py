@@ -92,7 +92,8 @@ def test_answers_alone_keep_their_tokens():
   assert (got.start == 1).all()
   # So the counts of IFD are those of the whole rows.
   assert (
-    tokens_lib.lengths(got) - 1 == tokens_lib.lengths(packed) - packed.start
+    tokens_lib.row_lengths(got) - 1
+    == tokens_lib.row_lengths(packed) - packed.start
   ).all()
 
 
@@ -225,9 +226,7 @@ def test_questions_that_cannot_work(question, words):
 
 def a_tokenizer():
   texts = ["is the answer good to know yes or no " * 3] * 20
-  return tokenizer_lib.Tokenizer.from_bytes(
-    tokenizer_lib.train_tokenizer(texts, 320)
-  )
+  return tokenizer_lib.Tokenizer(tokenizer_lib.train_tokenizer(texts, 320))
 
 
 def test_a_question_is_cut_in_its_texts_alone():
@@ -252,7 +251,7 @@ def test_a_question_is_cut_in_its_texts_alone():
       + tok.encode_many([questions.fenced(question, *text)])[0]
       + said[0][:k]
     )
-  sizes = tokens_lib.lengths(free.rows)
+  sizes = tokens_lib.row_lengths(free.rows)
   context = int(sizes[0]) + 20
   cut = questions.build(tok, texts, question, ("yes", "no"), context)
   assert cut.shortened == 2
@@ -260,7 +259,7 @@ def test_a_question_is_cut_in_its_texts_alone():
     tok.decode(cut.rows.ids[cut.rows.offsets[i] : cut.rows.offsets[i + 1]])
     for i in range(3)
   ]
-  assert (tokens_lib.lengths(cut.rows) <= context).all()
+  assert (tokens_lib.row_lengths(cut.rows) <= context).all()
   assert "end\n" in kept[1] and "yes no" in kept[1]  # the prompt's end
   assert ">\nbegin" in kept[2]  # the answer's beginning
   assert all(text.startswith("is <") and " good" in text[-9:] for text in kept)

@@ -15,10 +15,10 @@ from jaxalign.select.samplers import (
   combine,
   density,
   geometric,
-  heads,
   SAMPLERS,
   vectors,
 )
+from jaxalign.select.samplers.crossfit import heads
 
 SIZES = [
   costs.Sizes(5000, 64, 500, 2, 48),

@@ -22,15 +22,8 @@ from jaxalign.embed import passes as embed
 from jaxalign.model import decoder
 from jaxalign.select import grams
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import (
-  alike,
-  bradley_terry,
-  crossfit,
-  draws,
-  habits,
-  heads,
-  SAMPLERS,
-)
+from jaxalign.select.samplers import crossfit, draws, SAMPLERS
+from jaxalign.select.samplers.crossfit import heads, margins, near_copies, notes
 
 N = 1500
 
@@ -43,8 +36,8 @@ def world(seed=3, n=N, unpaired=False, **knobs):
     | dict(pool_rows=n, sft_rows=0, held_out_rows=1)
     | knobs
   )
-  made = world_lib.build(k, seed)
-  rows = world_lib.generate(made, seed)["pool"]
+  made = world_lib.build_world(k, seed)
+  rows = world_lib.generate_rows(made, seed)["pool"]
   vocab, ids, start, offsets = {}, [], [], [0]
   for row in rows:
     for side in ("chosen", "rejected"):
@@ -200,12 +193,13 @@ def test_no_label_of_a_fold_reaches_its_own_margins(as_pairs):
 def test_what_is_done_to_the_features_cannot_see_a_label():
   pool, _ = world(n=300)
   blocks = [pool.grams, pool.length[..., None]]
-  x, _ = bradley_terry.lessons(blocks, pool.group, None)
+  rows = lambda blocks, group: heads.clipped(
+    np.concatenate([margins.head_columns(b, group) for b in blocks], axis=1)
+  )
+  x = rows(blocks, pool.group)
   which = np.arange(300) % 3 == 0
   other = turned(pool, which)
-  z, _ = bradley_terry.lessons(
-    [other.grams, other.length[..., None]], other.group, None
-  )
+  z = rows([other.grams, other.length[..., None]], other.group)
   np.testing.assert_allclose(z, np.where(which[:, None], -x, x), atol=1e-9)
 
 
@@ -224,10 +218,8 @@ def test_folds_hold_whole_prompts_whatever_rows_come():
 def test_the_ridge_with_the_least_loss_is_chosen():
   x, y = signed_rows(4, n=120, width=30)
   fold = np.arange(120) % 3
-  i, losses = heads.choose_ridge(x, y, fold, bradley_terry.RIDGES)
-  each = [
-    heads.out_of_fold(x, y, fold, r)[1].mean() for r in bradley_terry.RIDGES
-  ]
+  i, losses = heads.choose_ridge(x, y, fold, margins.RIDGES)
+  each = [heads.out_of_fold(x, y, fold, r)[1].mean() for r in margins.RIDGES]
   np.testing.assert_allclose(losses, each, atol=1e-6)
   assert i == int(np.argmin(each)) and 0 < i < len(each) - 1
 
@@ -280,7 +272,7 @@ def test_what_few_directions_leave_over_shares_one_variance():
 
 def test_long_rows_are_shortened():
   x = np.eye(5) * np.array([1, 1, 1, 1, 10])
-  np.testing.assert_allclose(np.diag(heads.shortened(x)), [1, 1, 1, 1, 1.5])
+  np.testing.assert_allclose(np.diag(heads.clipped(x)), [1, 1, 1, 1, 1.5])
 
 
 # The features.
@@ -452,7 +444,7 @@ def test_random_rows_of_refused_labels_keep_what_was_asked_for(name):
   many = refused(grams=copied)
   once = SAMPLERS[name](0, many, 100, copies=1, slices=None)
   assert any("refuses" in note for note in once.notes)
-  code = alike.copies(copied)
+  code = near_copies.copies(copied)
   assert len(set(code[once.rows])) >= min(len(set(code)), 100) - 5
   assert len(set(code[SAMPLERS[name](0, many, 100).rows])) < 75
 
@@ -683,14 +675,14 @@ def test_without_leaves_nothing_that_follows_a_habit():
   rng = np.random.default_rng(0)
   h, x = rng.normal(size=(200, 2)), rng.normal(size=(200, 5))
   x[:, 0] += 3 * h[:, 1]
-  got = habits.without(x, h)
+  got = heads.without(x, h)
   # By the normal equations: (I - h (h'h)^-1 h') x.
   wanted = x - h @ np.linalg.inv(h.T @ h) @ h.T @ x
   np.testing.assert_allclose(got, wanted, atol=1e-12)
   np.testing.assert_allclose(h.T @ got, 0, atol=1e-10)
   turn = np.where(rng.random(200) < 0.5, -1.0, 1.0)[:, None]
   np.testing.assert_allclose(
-    habits.without(turn * x, turn * h), turn * got, atol=1e-12
+    heads.without(turn * x, turn * h), turn * got, atol=1e-12
   )
 
 
@@ -744,11 +736,11 @@ def test_orthogonal_takes_any_column_of_the_responses():
   gap = lambda got: abs(np.subtract(*odd.style[got.rows].T).mean())
   assert gap(plain) > 0.6 and gap(cut) < gap(plain) / 2
   for columns, names, said in (
-    (odd, "opener", "names 'opener', the pool"),
+    (odd, "opener", "names 'opener', wanted a column .*which has"),
     (
       with_columns(odd, topic=np.zeros(N)),
       "topic",
-      "1 numbers a row, wanted one for each of 2",
+      "names 'topic', wanted a column .'N', 2.",
     ),
   ):
     with pytest.raises(ConfigError, match=said):
@@ -809,7 +801,7 @@ def test_copies_are_the_rows_that_share_half_their_words():
   for i in range(40, 65):  # one word less, or two
     grams[i, 0, rng.choice(np.flatnonzero(grams[i, 0]), 2)] = False
   grams = np.uint8(grams)
-  code = alike.copies(grams)
+  code = near_copies.copies(grams)
   sets = sets_of(grams)
   near = np.array(
     [[len(a & b) >= 0.5 * len(a | b) for b in sets] for a in sets]
@@ -818,14 +810,14 @@ def test_copies_are_the_rows_that_share_half_their_words():
     near = near @ near  # chains
   np.testing.assert_array_equal(code[:, None] == code[None], near)
   np.testing.assert_array_equal(  # whichever answer is chosen
-    alike.copies(grams[:, ::-1]), code
+    near_copies.copies(grams[:, ::-1]), code
   )
-  assert alike.in_copies(code) == 40 / 65
+  assert near_copies.in_copies(code) == 40 / 65
   lone = np.eye(7, dtype=np.int32)[:, None]  # none meets another
-  assert alike.copies(lone).tolist() == list(range(7))
+  assert near_copies.copies(lone).tolist() == list(range(7))
   group = np.array([f"p{i}" for i in range(65)])
   group[20] = group[0]
-  both = alike.joined(group, code)
+  both = near_copies.joined(group, code)
   assert both[0] == both[20] == both[40] == both[50]
   assert len(set(both)) == 65 - 25 - 1
   place = draws.place_in_group(
@@ -850,7 +842,9 @@ def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
   fixed = with_columns(pool, **columns)
   plain = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=None)
   assert bad[plain.rows].mean() > 0.5
-  share = alike.in_copies(alike.copies(fixed.grams[np.sort(plain.rows)]))
+  share = near_copies.in_copies(
+    near_copies.copies(fixed.grams[np.sort(plain.rows)])
+  )
   assert any(
     f"warning: {100 * share:.1f} % of the kept rows have a near-copy" in n
     for n in plain.notes
@@ -876,7 +870,7 @@ def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
   sampler = lambda **kwargs: SAMPLERS[name](
     0, with_columns(pool, grams=grams_), 40, **kwargs
   )
-  share = lambda: alike.in_copies(alike.copies(grams_))
+  share = lambda: near_copies.in_copies(near_copies.copies(grams_))
   grams_[:120] = np.repeat(grams_[:30], 4, axis=0)
   assert 0.25 < share() <= 0.5
   np.testing.assert_array_equal(sampler().score, sampler(copies=2).score)
@@ -905,7 +899,7 @@ def test_a_head_never_saw_a_near_copy():
   pool, _ = world(n=400)
   grams_ = pool.grams.copy()
   grams_[:40] = grams_[0]
-  group = alike.joined(pool.group, alike.copies(grams_))
+  group = near_copies.joined(pool.group, near_copies.copies(grams_))
   assert len(set(heads.folds(0, group, 5, "crossfit")[:40])) == 1
 
 
@@ -950,7 +944,7 @@ def test_a_slice_is_told_at_two_standard_errors_and_at_half_its_share():
     agrees = np.ones(400, bool)
     agrees[right:100] = False
     kept = np.r_[:got, 100 : 150 - got]
-    return habits.slice_notes(
+    return notes.slice_notes(
       code,
       ["a", "b", "c"],
       "source",
@@ -979,7 +973,7 @@ def test_a_slice_is_told_at_two_standard_errors_and_at_half_its_share():
   many = np.arange(1000) // 50
   assert (
     len(
-      habits.slice_notes(
+      notes.slice_notes(
         many,
         list("abcdefghijklmnopqrst"),
         "x",
@@ -994,41 +988,40 @@ def test_a_slice_is_told_at_two_standard_errors_and_at_half_its_share():
 
 
 def test_length_is_warned_of_from_a_fifth_of_the_gain():
-  warned = lambda lost, loss, cut=False: habits.length_note(
-    (lost, 0.6), loss, 0.7, 0.69, cut
+  warned = lambda alone, loss: notes.length_warning(
+    (alone, 0.6), loss, 0.7, 0.69
   )
   assert warned(0.651, 0.49) == []  # 0.039 of 0.2
   assert warned(0.649, 0.49)[0].startswith(
     "warning: length alone predicts 60.0 % of labels, the heads 70.0 % "
     "(0.041 of 0.200 nats below chance)"
   )
-  assert warned(0.649, 0.49, cut=True) == []
   # Of heads that gain little too, but not of a chance finding.
   assert warned(0.688, 0.685) == [] and warned(0.686, 0.685)
 
 
 def test_gaps_in_length_and_equal_lengths():
   value = np.array([[5.0, 2], [1, 4], [9, 1]])
-  assert habits.gap(value, None, np.array([0, 1])) == 0.0
-  assert habits.gap(value, None, np.array([0, 2])) == 5.5
+  assert notes.length_gap(value, None, np.array([0, 1])) == 0.0
+  assert notes.length_gap(value, None, np.array([0, 2])) == 5.5
   label, one = np.array([True, False, True]), value[:, :1]
-  assert habits.gap(one, label, np.arange(3)) == 7 - 1
-  assert habits.gap(one, label, np.array([1, 2])) == 8
+  assert notes.length_gap(one, label, np.arange(3)) == 7 - 1
+  assert notes.length_gap(one, label, np.array([1, 2])) == 8
   for rows in ([0, 2], [1]):
-    assert math.isnan(habits.gap(one, label, np.array(rows)))
+    assert math.isnan(notes.length_gap(one, label, np.array(rows)))
   # Half of the pairs are as long; of the others longer ones are chosen.
   x = np.repeat([0.0, 1.0], 50)[:, None]
-  loss, right = habits.alone(x, np.ones(100), np.arange(100) % 5)
+  loss, right = notes.predicts_alone(x, np.ones(100), np.arange(100) % 5)
   assert right == 0.75 and loss < 0.5
 
 
 def test_single_responses_differ_from_their_prompt_or_from_the_lone():
   value = np.array([[[1.0]], [[3.0]], [[5.0]], [[7.0]], [[10.0]], [[4.0]]])
   group = np.array(["p", "lone", "p", "alone", "q", "q"])
-  got = habits.differences(value, group)
+  got = heads.differences(value, group)
   np.testing.assert_array_equal(got[:, 0], [-2, -2, 2, 2, 3, -3])
   assert got.dtype == np.float32
-  pairs = habits.differences(
+  pairs = heads.differences(
     np.array([[[3.0], [1.0]], [[2.0], [9.0]]]), np.array(["p", "p"])
   )
   np.testing.assert_array_equal(pairs, [[2], [-7]])
@@ -1068,7 +1061,7 @@ def test_more_copies_than_are_wanted_come_after_all_others():
   copied = with_columns(pool, grams=grams_)
   plain = SAMPLERS["crossfit_lite"](0, copied, 400)
   got = SAMPLERS["crossfit_lite"](0, copied, 400, copies=2)
-  code = alike.copies(grams_)
+  code = near_copies.copies(grams_)
   place = np.zeros(400, int)  # among the copies of a row, in order of choice
   seen = {}
   for row in got.rows:
@@ -1112,46 +1105,44 @@ def test_rows_without_words_are_copies_and_links_are_named_by_the_first():
   grams_ = np.zeros((5, 1, 64), np.uint8)
   grams_[1, 0, :6] = grams_[3, 0, 2:10] = 1  # 4 of 10 shared
   grams_[4, 0, :9] = 1  # 6 of 9 with the one, 7 of 10 with the other
-  code = alike.copies(grams_[[0, 1, 2, 3]])
+  code = near_copies.copies(grams_[[0, 1, 2, 3]])
   assert code[0] == code[2] and len(set(code)) == 3
-  assert alike.copies(grams_[:0]).shape == (0,)
-  assert alike.in_copies(np.zeros(0, np.int64)) == 0.0
+  assert near_copies.copies(grams_[:0]).shape == (0,)
+  assert near_copies.in_copies(np.zeros(0, np.int64)) == 0.0
   # Two of four words shared is just alike enough, where two rows meet.
   half = np.zeros((60, 1, 120), np.uint8)
   for i in range(30):
     half[2 * i, 0, 4 * i : 4 * i + 3] = 1
     half[2 * i + 1, 0, 4 * i + 1 : 4 * i + 4] = 1
-  assert 30 <= len(set(alike.copies(half))) < 50
-  assert len(set(alike.copies(half, alike=0.51))) == 60
+  assert 30 <= len(set(near_copies.copies(half))) < 50
+  assert len(set(near_copies.copies(half, alike=0.51))) == 60
   name = np.array(["d", "b", "c", "a", "e"])
   np.testing.assert_array_equal(
-    alike.joined(name, np.array([0, 0, 1, 2, 2])), ["b", "b", "c", "a", "a"]
+    near_copies.joined(name, np.array([0, 0, 1, 2, 2])),
+    ["b", "b", "c", "a", "a"],
   )
 
 
 def test_copies_among_many_rows_are_found():
   rng = np.random.default_rng(0)
   base = rng.random((3000, 1, 256)) < 0.05
-  code = alike.copies(np.uint8(np.concatenate([base, base[::10]])))
+  code = near_copies.copies(np.uint8(np.concatenate([base, base[::10]])))
   np.testing.assert_array_equal(code[3000:], code[:3000:10])
   assert len(set(code)) > 2990
   same = np.zeros((20_000, 1, 8), np.uint8)  # more than are compared at once
   same[:, 0, 3] = 1
-  assert len(set(alike.copies(same))) == 1
+  assert len(set(near_copies.copies(same))) == 1
 
 
 def test_copies_among_the_kept_are_told_above_a_fifth_and_twice_the_usual():
   grams_ = np.eye(40, 64, dtype=np.uint8)[:, None].repeat(1, axis=1)
   grams_[1:9] = grams_[0]  # rows 0 to 8 are copies
-  pool = pools.Pool(
-    np.array([f"{i:02d}" for i in range(40)]), dict(grams=grams_)
-  )
   kept = lambda k: np.r_[:k, 20 : 40 - k]  # of 20 rows
   alone = np.arange(20, 40)
-  assert alike.notes(pool, kept(4), alone) == []  # a fifth
-  assert alike.notes(pool, kept(5), alone)[0].startswith(
+  assert near_copies.copies_kept(grams_, kept(4), alone) == []  # a fifth
+  assert near_copies.copies_kept(grams_, kept(5), alone)[0].startswith(
     "warning: 25.0 % of the kept rows have a near-copy among them, of random "
     "rows 0.0 %"
   )
-  assert alike.notes(pool, kept(8)[::-1], kept(4)) == []  # twice
-  assert alike.notes(pool, kept(9)[::-1], kept(4))
+  assert near_copies.copies_kept(grams_, kept(8)[::-1], kept(4)) == []  # twice
+  assert near_copies.copies_kept(grams_, kept(9)[::-1], kept(4))

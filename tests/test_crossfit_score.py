@@ -9,7 +9,8 @@ import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import bradley_terry, SAMPLERS
+from jaxalign.select.samplers import SAMPLERS
+from jaxalign.select.samplers.crossfit import margins as margins_lib
 
 N, BUDGET, SEED = 480, 60, 3
 RIDGES = (0.001, 0.004, 0.015, 0.06, 0.25, 1.0, 4.0)
@@ -383,7 +384,7 @@ def test_the_score_by_heads_of_slices_of_their_own(responses):
 
 def test_the_ridge_is_chosen_on_some_of_many_rows(monkeypatch):
   pool = made(2)
-  monkeypatch.setattr(bradley_terry, "RIDGE_ROWS", 300)
+  monkeypatch.setattr(margins_lib, "RIDGE_ROWS", 300)
   few = np.flatnonzero(draws(pool.group, "crossfit rows") < 300 / N)
   assert 200 < len(few) < 400
   check(

@@ -64,12 +64,12 @@ def test_take_is_the_rows_asked_for():
     np.array([1, 2, 3], np.int32),
     np.array([0, 7, 0], np.int32),
   )
-  some = tokens_lib.take(rows, np.array([2, 0, 2]))
+  some = tokens_lib.take_rows(rows, np.array([2, 0, 2]))
   assert some.ids.tolist() == [5, 6, 7, 8, 0, 1, 5, 6, 7, 8]
   assert some.offsets.tolist() == [0, 4, 6, 10]
   assert some.start.tolist() == [3, 1, 3] and some.cut.tolist() == [0, 0, 0]
-  assert tokens_lib.take(rows, np.array([1])).cut.tolist() == [7]
-  assert len(tokens_lib.take(rows, np.array([], int)).ids) == 0
+  assert tokens_lib.take_rows(rows, np.array([1])).cut.tolist() == [7]
+  assert len(tokens_lib.take_rows(rows, np.array([], int)).ids) == 0
 
 
 def test_first_layers_embed_and_the_reference_scores_what_is_kept(
@@ -94,14 +94,14 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
       for n, w in job.reference.items()
     }
     rows = job.tokens("pool")
-    tokens, _ = tokens_lib.pad(rows, np.arange(8), 32)
+    tokens, _ = tokens_lib.pad_rows(rows, np.arange(8), 32)
     x = np.asarray(
       jax.jit(lambda p, t: decoder.forward(p, t, m._replace(layers=1)))(
         params, tokens
       ),
       np.float64,
     )
-  for i, n in enumerate(tokens_lib.lengths(rows)[:8]):
+  for i, n in enumerate(tokens_lib.row_lengths(rows)[:8]):
     np.testing.assert_allclose(
       short.reshape(-1, short.shape[-1])[i], x[i, :n].mean(0), rtol=0, atol=1e-5
     )
@@ -126,7 +126,7 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
       ("ref", "runs/isa-0.1-seed0/records/ref_logps.json"),
     )
   }
-  sizes = tokens_lib.lengths(rows)
+  sizes = tokens_lib.row_lengths(rows)
   d, f = 32, 64
   layer = lambda n: 2 * n * (4 * d * d + 3 * d * f) + 4 * d * n * n
   assert cards["embed"] == sum(layer(int(n)) for n in sizes)
@@ -341,7 +341,7 @@ def test_first_layers_and_all_that_the_last_says_come_of_one_pass(
   )
   # What each adds: a layer; a layer and the head; nothing; the head's slope.
   d, f, v = 32, 64, 512
-  sizes = tokens_lib.lengths(
+  sizes = tokens_lib.row_lengths(
     tokens_lib.load_rows(folder / "shared/data", "pool")
   )
   layer = sum(

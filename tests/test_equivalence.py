@@ -27,7 +27,7 @@ def study(rng, gains, seeds=10, prompts=400, sd=0.024):
 
 
 def one(a, b, **kwargs):
-  return equivalence.compare([(a, b)], **kwargs)[0]
+  return equivalence.compare_arms([(a, b)], **kwargs)[0]
 
 
 def verdicts(seed, times, *gains_and_sizes, **kwargs):
@@ -67,7 +67,7 @@ def test_many_comparisons_stay_honest():
   loud = 0
   for _ in range(100):
     arms = study(rng, [0] * 11, 6, 100)
-    out = equivalence.compare([(a, arms[0]) for a in arms[1:]])
+    out = equivalence.compare_arms([(a, arms[0]) for a in arms[1:]])
     loud += any(o["verdict"] in ("better", "worse") for o in out)
   assert loud <= 100 * 0.05 + 3 * np.sqrt(100 * 0.05 * 0.95)
 
@@ -153,7 +153,9 @@ def test_the_verdict_and_the_words_agree():
   for _ in range(60):
     gain, seeds = rng.choice([0, 0.01, 0.08]), int(rng.choice([5, 12, 40]))
     arms = study(rng, (gain, 0, 0), seeds, 600, 0.01)
-    for out in equivalence.compare([(arms[0], arms[1]), (arms[2], arms[1])]):
+    for out in equivalence.compare_arms(
+      [(arms[0], arms[1]), (arms[2], arms[1])]
+    ):
       said = out["verdict"]
       seen.add(said)
       start = dict(
@@ -207,7 +209,7 @@ def test_needed_grows_what_stands_in_the_way():
     base = dict(
       value=0.0, error=0.1, freedom=5.0, seeds=0.0, prompts=0.0, noise=0.0
     )
-    return equivalence.needed(
+    return equivalence.size_needed(
       intervals.Spread(**(base | parts)), 5, 100, 0.02, 0.05
     )
 
@@ -261,4 +263,4 @@ def test_knobs_that_cannot_work():
     one(a, b, margin=2)
   with pytest.raises(ConfigError, match="level"):
     one(a, b, level=0.0)
-  assert equivalence.compare([]) == []
+  assert equivalence.compare_arms([]) == []

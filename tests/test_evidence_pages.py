@@ -9,8 +9,8 @@ from test_report import interval, paths, PAYLOADS, poisoned, put, read
 
 from jaxalign.eval import interrater
 from jaxalign.eval.interrater import Verdict
-from jaxalign.report import page, study_page, values
-from jaxalign.report.values import Node
+from jaxalign.report import nodes, page, study_page
+from jaxalign.report.nodes import Node
 from jaxalign.study import plateau as fits
 
 HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
@@ -171,7 +171,7 @@ def test_a_plateau_is_drawn_beside_the_paper_s():
 def test_the_kappa_of_a_judge_is_the_measured_one():
   found = judged()
   value = found["judges"]["gpt"]["against"]["drop"]["kappa"]["value"]
-  assert values.number(value) in text("judges", found)
+  assert nodes.number(value) in text("judges", found)
 
 
 @pytest.mark.parametrize("passed", [True, False, None])

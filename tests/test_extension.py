@@ -1,12 +1,16 @@
 """What a fork adds from outside the package: one function, one name."""
 
 import importlib
+import json
 import textwrap
 
 import numpy as np
 import pools as make_pools
 import pytest
 
+from jaxalign.core.errors import DataError
+from jaxalign.data import schemas
+from jaxalign.data.records import load_records, LoadOptions
 from jaxalign.model import families
 from jaxalign.select import costs
 from jaxalign.select.pool import checked
@@ -56,6 +60,36 @@ def test_sampler(outside):
   assert both.needs == ("length", "p_yes")
   # The plan says of one without a cost that it is not known.
   assert costs.estimate(combine.named("my_sampler:uncounted"), sizes) is None
+
+
+SCHEMA = """
+from jaxalign.data.schemas import Refused, Schema, SCHEMAS
+
+def asked(row):
+  if row["ask"] == "skip":
+    raise Refused("not wanted", "by the fork")
+  return dict(prompt=row["ask"], chosen=row["good"], rejected=row["bad"])
+
+SCHEMAS["asked"] = Schema("asked", asked, ("ask", "good", "bad"))
+"""
+
+
+def test_schema(outside, tmp_path):
+  """One function and one line: found by its columns, checked as any other."""
+  outside("my_schema", SCHEMA)
+  path = tmp_path / "rows.jsonl"
+  rows = [("hi", "yo", "no"), ("skip", "a", "b"), ("hi", "same", "same ")]
+  named = [dict(zip(("ask", "good", "bad"), row)) for row in rows]
+  path.write_text("".join(json.dumps(row) + "\n" for row in named))
+  with pytest.raises(DataError, match="no schema fits"):
+    load_records(str(path))
+  for name in ("my_schema:asked", "auto"):  # importing it adds the line
+    found = load_records(str(path), LoadOptions(name, max_bad_fraction=0.9))
+    [row] = found.rows
+    assert (row["prompt"], row["chosen"], row["rejected"]) == rows[0]
+    assert found.counts == {"chosen equals rejected": 1, "not wanted": 1}
+    assert found.schema in (name, "asked")
+  del schemas.SCHEMAS["asked"]
 
 
 FAMILY = """

@@ -214,7 +214,7 @@ def test_kto_adds_a_pass_of_its_mismatched_rows(alone):
   own = 3 * BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
   assert found == own + BATCH * by_hand(MODEL, size, size**2, size)
   cost = cost_of(MODEL, rows)
-  real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
+  real = tokens_lib.row_lengths(other.tokens)  # the formula counts no padding
   assert cost == own + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())
 
 
@@ -253,7 +253,7 @@ def test_an_online_reference_adds_a_pass(alone, rank):
     + by_hand(MODEL, size, size**2, size)
   )
   cost = lambda **more: cost_of(MODEL, rows, **more)
-  real = tokens_lib.lengths(other.tokens)  # the formula counts no padding
+  real = tokens_lib.row_lengths(other.tokens)  # the formula counts no padding
   assert cost(online=True) - cost() == (
     BATCH * by_hand(MODEL, LENGTH, LENGTH**2, LENGTH)
     + sum(by_hand(MODEL, n, n * n, n) for n in real.tolist())

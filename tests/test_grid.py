@@ -156,7 +156,7 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
     as_arm = lambda name, v: equivalence.ArmOutcomes(
       name, range(seeds), range(500), np.repeat(v[:, None], 500, axis=1)
     )
-    (one,) = equivalence.compare(
+    (one,) = equivalence.compare_arms(
       [(as_arm("a", a), as_arm("b", b))], nested=True
     )
     d = one["difference"]
@@ -171,8 +171,10 @@ def test_intervals_cover_and_planted_differences_are_found(seeds, effect):
 
 
 def test_faults_are_wrong_labels_and_junk():
-  world = world_lib.build(jobs.common.base("tiny").data.world.to_dict(), 0)
-  rows = [dict(r) for r in world_lib.generate(world, 0)["pool"][:40]]
+  world = world_lib.build_world(
+    jobs.common.base("tiny").data.world.to_dict(), 0
+  )
+  rows = [dict(r) for r in world_lib.generate_rows(world, 0)["pool"][:40]]
   for row in rows:  # all right
     a, b = (
       world_lib.reward(world, row["prompt"], row[s])

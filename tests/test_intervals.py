@@ -84,7 +84,7 @@ VALUES, GROUPS = [0.0, 1.0, 1.0, 1.0, 1.0], list("aabbb")
 @pytest.mark.parametrize(
   "found,value,half,n",
   [
-    (intervals.mean([1.0, 2.0, 6.0]), 3.0, Z * np.sqrt(7 / 3), 3),
+    (intervals.normal_mean([1.0, 2.0, 6.0]), 3.0, Z * np.sqrt(7 / 3), 3),
     (
       intervals.macro_mean(VALUES, GROUPS),
       *(0.75, Z * np.sqrt(0.75 / 4 * (1 / 2 + 1 / 3)) / 2, 5),
@@ -125,7 +125,7 @@ def test_difference_by_hand():
   assert intervals.paired_difference([0, 0], [1, 0.5])["value"] == -0.75
 
 
-@pytest.mark.parametrize("make", [intervals.mean, intervals.t_mean])
+@pytest.mark.parametrize("make", [intervals.normal_mean, intervals.t_mean])
 def test_one_number_has_no_interval(make):
   assert make([4.0]) == dict(value=4.0, low=None, high=None, n=1)
 
@@ -134,7 +134,7 @@ def test_one_number_has_no_interval(make):
   "make",
   [
     intervals.proportion,
-    intervals.mean,
+    intervals.normal_mean,
     intervals.t_mean,
     lambda x: intervals.paired_difference(x, x),
     lambda x: intervals.macro_mean(x, x),

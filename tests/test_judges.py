@@ -13,11 +13,11 @@ import pytest
 from jaxalign.core.errors import ConfigError, RestartError
 from jaxalign.eval import interrater, judge_endpoint, judging
 from jaxalign.eval.judge_endpoint import (
-  digest,
   Endpoint,
   judge_both_orders,
   judge_pairs,
   Pair,
+  pair_digest,
   parse_reply,
   pause_s,
   SYSTEM,
@@ -177,8 +177,8 @@ def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(server, path):
   (p,) = pairs(1)
   changes = dict(model="n", temperature=1.0, url="http://localhost:1/v1")
   others = [e._replace(**{k: v}) for k, v in changes.items()]
-  digests = {digest(x, p) for x in (e, *others)}
-  digests.add(digest(e, Pair(p.question, p.second, p.first)))
+  digests = {pair_digest(x, p) for x in (e, *others)}
+  digests.add(pair_digest(e, Pair(p.question, p.second, p.first)))
   assert len(digests) == 5
 
 

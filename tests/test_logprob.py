@@ -157,7 +157,7 @@ def producer():
 
 
 def logps(mesh, rows, length, pad_id=0):
-  tokens, mask = tokens_lib.pad(
+  tokens, mask = tokens_lib.pad_rows(
     token_rows(rows), np.arange(len(rows)), length, pad_id
   )
   where = {

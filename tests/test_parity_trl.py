@@ -209,8 +209,8 @@ def data():
     pool_rows=30,
     held_out_rows=1,
   )
-  world = worlds.build(knobs, 0)
-  rows = worlds.generate(world, 0)
+  world = worlds.build_world(knobs, 0)
+  rows = worlds.generate_rows(world, 0)
   texts = [r["prompt"] + r["response"] for r in rows["sft"]]
   return rows["pool"], tokenizers.Tokenizer(
     tokenizers.train_tokenizer(texts, 400)

@@ -153,9 +153,9 @@ def test_a_job_whose_direction_and_budget_are_settled(tmp_path, monkeypatch):
   )
   true = plateau.fit
 
-  def planted(x, y, se=None, **bounds):
+  def planted(x, y):
     y = 50 - 40 * np.exp(-0.15 * np.asarray(x)) + 0.1 * np.cos(range(len(x)))
-    return true(x, y, se, **bounds)
+    return true(x, y)
 
   monkeypatch.setattr(plateau, "fit", planted)
   ended = jobs.run(tmp_path / "work", *knobs)

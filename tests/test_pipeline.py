@@ -7,6 +7,7 @@ import jobs
 import numpy as np
 import pytest
 import safetensors.numpy
+import test_report
 
 from configs import common
 from jaxalign.core import artifacts
@@ -14,6 +15,7 @@ from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
 from jaxalign.embed import store
 from jaxalign.model import hf
+from jaxalign.report import study_page
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]
@@ -246,6 +248,20 @@ def test_the_export_holds_the_trained_parameters(job):
     assert (
       hf.read_config(job / f"runs/{arm}/export", "float32", "none").width == 32
     )
+
+
+def test_pages_ask_only_for_what_a_job_writes(job):
+  summary = load(job, "summary.json")
+  with test_report.keys_asked_in_vain() as missing:
+    study_page.study_html(summary)
+    study_page.arm_html(summary["arms"][0])
+  # What only larger jobs have; of the baseline; by arm and by stage.
+  absent = (
+    "along details efficiency fit groups ranking prompts seeds ties title "
+    "metrics rows updates mixture stability sft target flops held "
+    "predicted_flops predicted_seconds"
+  )
+  assert missing <= {*absent.split(), ISA, RANDOM}
 
 
 def test_the_pages_and_the_summary(job):

@@ -9,7 +9,7 @@ from test_chat import BUILT_IN, write_folder
 
 from configs import common
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import prepare, special, tables, tokens
+from jaxalign.data import build_data, prepare, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 
 
@@ -24,7 +24,7 @@ def made(tmp_path, source, context=8192, wanted="pairs", **data):
     c.data[name] = value
   folder = epath.Path(tmp_path / "data")
   folder.mkdir(exist_ok=True)
-  names, _, result = prepare.make_data(
+  names, _, result = build_data.make_data(
     c, folder, most=context, wanted=wanted, writes=True
   )
   assert {*names} >= {"tokenizer.json", special.ROW_FORMAT, "pool.parquet"}
@@ -49,7 +49,7 @@ def test_conversations_are_written_in_the_models_own_template(
   tok = load_tokenizer(folder)  # as every later stage reads it
   start, end = tok.specials["<|im_start|>"], tok.specials["<|im_end|>"]
   assert tok.eos == end and tok.specials["<|end|>"] in tok.stops
-  for split in prepare.SPLITS:
+  for split in build_data.SPLITS:
     rows = tables.read_table(folder / f"{split}.parquet")
     encoded = tokens.load_rows(folder, split)
     per = len(encoded.start) // len(rows)

@@ -11,7 +11,7 @@ from test_records import load, put
 from configs import common
 from jaxalign.cli import select as select_main
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import prepare, recipe, special, tables, tokens
+from jaxalign.data import build_data, prepare, recipe, special, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 
 SPLIT = ("data.split.sft=0.0", "data.split.pool=1.0", "data.split.held_out=0.0")
@@ -63,7 +63,7 @@ def made(tmp_path, rows, name="a", **knobs):
   folder = tmp_path / name
   folder.mkdir(exist_ok=True)
   prepare.check_source(c)
-  prepare.make_data(
+  build_data.make_data(
     c, epath.Path(folder), most=512, wanted="pairs", writes=True
   )
   return folder, json.loads((folder / "data_summary.json").read_text())
@@ -138,12 +138,10 @@ def test_field_names_and_codes_on_the_command_line(tmp_path):
     dict(q=dict(text=f"what is {i}?"), a=f"good {i}", b=f"bad {i}", c=0)
     for i in range(20)
   ]
-  named = [
-    "data.fields.prompt=q.text",
-    "data.fields.first=a",
-    "data.fields.second=b",
-    "data.fields.choice=c",
-  ]
+  named = (
+    "data.fields.prompt=q.text data.fields.first=a data.fields.second=b "
+    "data.fields.choice=c"
+  ).split()
   ended, _ = select(tmp_path, rows, *named)
   assert ended.code == 65 and "c holds '0' (20 rows)" in ended.err
   assert "--config.data.choice=" in ended.err
@@ -321,11 +319,11 @@ def test_several_sources_of_a_config(tmp_path):
 
 def test_a_checkpoint_leaves_no_row_to_an_sft_model(tmp_path):
   c = common.base()
-  assert prepare.fractions(c) == dict(sft=0.25, pool=0.6, held_out=0.15)
+  assert prepare.split_fractions(c) == dict(sft=0.25, pool=0.6, held_out=0.15)
   c.model.checkpoint = "x"
-  assert prepare.fractions(c) == dict(sft=0.0, pool=0.85, held_out=0.15)
+  assert prepare.split_fractions(c) == dict(sft=0.0, pool=0.85, held_out=0.15)
   c.data.held_out = "y"
-  assert prepare.fractions(c) == dict(sft=0.0, pool=1.0, held_out=0.0)
+  assert prepare.split_fractions(c) == dict(sft=0.0, pool=1.0, held_out=0.0)
 
 
 @pytest.mark.parametrize(

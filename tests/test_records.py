@@ -22,6 +22,7 @@ from jaxalign.core.errors import (
 from jaxalign.data import records, tables
 from jaxalign.data.schemas import SCHEMAS
 from jaxalign.data.schemas.schema import Refused
+from jaxalign.data.summary import data_summary
 
 
 def pair(i, **other):
@@ -69,8 +70,8 @@ def test_the_order_of_the_input_does_not_matter(tmp_path):
   assert "own22" in ids and "77" in ids
   assert first.duplicates == 3  # pair 3 twice more, pair 9 once more
   assert sum(name.endswith("-2") for name in ids) == 1
-  splits = records.split(first.rows, dict(a=0.5, b=0.5), 0)
-  assert records.split(again.rows, dict(a=0.5, b=0.5), 0) == splits
+  splits = records.split_rows(first.rows, dict(a=0.5, b=0.5), 0)
+  assert records.split_rows(again.rows, dict(a=0.5, b=0.5), 0) == splits
 
 
 def test_ids_follow_the_content_not_other_fields(tmp_path):
@@ -164,7 +165,7 @@ def test_scores_against_the_label_are_counted_or_skipped(tmp_path):
   loaded = load(path)
   assert (loaded.against, loaded.tied, len(loaded.rows)) == (2, 1, 5)
   assert loaded.against_at == f"{path}:3"
-  summary = records.data_summary(loaded, {})
+  summary = data_summary(loaded, {})
   assert (summary["against_scores"], summary["tied_scores"]) == (2, 1)
   loaded = load(path, skip=("contradicting",))
   assert loaded.against == 2 and len(loaded.rows) == 3
@@ -445,7 +446,7 @@ def test_limit(tmp_path, monkeypatch, capsys):
 def test_a_group_is_never_in_two_splits(groups, seed, rng):
   rows = [dict(id=str(i), group=group) for i, group in enumerate(groups)]
   shares = dict(pool=0.7, sft=0.1, none=0.0, eval=0.2)
-  parts = records.split(rows, shares, seed)
+  parts = records.split_rows(rows, shares, seed)
   assert list(parts) == list(shares) and not parts["none"]
   home = {row["id"]: name for name, part in parts.items() for row in part}
   assert len(home) == len(rows)  # every row, once
@@ -454,11 +455,11 @@ def test_a_group_is_never_in_two_splits(groups, seed, rng):
     by_group[row["group"]].add(home[row["id"]])
   assert all(len(names) == 1 for names in by_group.values())
   rng.shuffle(rows)
-  moved = records.split(rows, dict(reversed(shares.items())), seed)
+  moved = records.split_rows(rows, dict(reversed(shares.items())), seed)
   assert {
     row["id"]: name for name, part in moved.items() for row in part
   } == home
-  few = records.split(rows[:3], shares, seed)  # fewer rows move none
+  few = records.split_rows(rows[:3], shares, seed)  # fewer rows move none
   assert all(
     home[row["id"]] == name for name, part in few.items() for row in part
   )
@@ -466,14 +467,14 @@ def test_a_group_is_never_in_two_splits(groups, seed, rng):
 
 def test_splits_have_their_shares_and_seeds_differ():
   rows = [dict(id=str(i), group=f"g{i}") for i in range(20_000)]
-  parts = records.split(rows, dict(a=0.8, b=0.15, c=0.05), 1)
+  parts = records.split_rows(rows, dict(a=0.8, b=0.15, c=0.05), 1)
   for name, want in dict(a=16_000, b=3_000, c=1_000).items():
     assert abs(len(parts[name]) - want) < 5 * want**0.5
-  other = records.split(rows, dict(a=0.8, b=0.15, c=0.05), 2)
+  other = records.split_rows(rows, dict(a=0.8, b=0.15, c=0.05), 2)
   assert other["c"] != parts["c"]
   for shares in (dict(a=0.5), dict(a=1.5, b=-0.5), dict(a=float("nan")), {}):
     with pytest.raises(ConfigError, match="config.data.split"):
-      records.split(rows, shares, 0)
+      records.split_rows(rows, shares, 0)
 
 
 def test_unpaired_of_pairs(tmp_path):
@@ -532,8 +533,8 @@ def test_the_card_counts(tmp_path):
     for n in range(1, 102)
   ] + [dict(pair(0), chosen="")]
   loaded = load(put(tmp_path / "a.jsonl", rows))
-  parts = records.split(loaded.rows, dict(pool=0.9, eval=0.1), 0)
-  summary = records.data_summary(loaded, parts)
+  parts = records.split_rows(loaded.rows, dict(pool=0.9, eval=0.1), 0)
+  summary = data_summary(loaded, parts)
   assert json.loads(json.dumps(summary)) == summary
   assert summary["characters"]["prompt"] == dict(p5=6.0, p50=51.0, p95=96.0)
   assert summary["rows_by_split"] == {k: len(v) for k, v in parts.items()}
@@ -650,7 +651,7 @@ def test_real_scores(shared):
   skipped = load(path, skip=("tied",))
   assert len(skipped.rows) == 994 - 110
   assert skipped.counts["tied scores"] == 110
-  assert records.data_summary(loaded, {})["tied_scores"] == 110
+  assert data_summary(loaded, {})["tied_scores"] == 110
 
 
 @pytest.mark.parametrize(
@@ -723,18 +724,9 @@ _plain = st.one_of(
 )
 _message = st.dictionaries(
   st.sampled_from(
-    [
-      "role",
-      "from",
-      "content",
-      "value",
-      "tool_calls",
-      "name",
-      "function_call",
-      "text",
-      "replies",
-      "rank",
-    ]
+    (
+      "role from content value tool_calls name function_call text replies rank"
+    ).split()
   ),
   st.one_of(
     _plain,

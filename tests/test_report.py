@@ -9,8 +9,8 @@ import re
 import jinja2
 import pytest
 
-from jaxalign.report import charts, page, study_page, terminal, values
-from jaxalign.report.values import Node
+from jaxalign.report import charts, nodes, page, study_page, terminal
+from jaxalign.report.nodes import Node
 
 PAYLOADS = [
   "<script>alert(1)</script>",
@@ -57,13 +57,13 @@ PAYLOADS = [
   "<img src=x \x0conerror=alert(1)>\ud800",
 ]
 
-ELEMENTS = set(
+ELEMENTS = frozenset(
   "html head meta title style body header main nav section h1 h2 h3 p a ul "
   "li dl dt dd div span small code pre table thead tbody tr th td "
   "figure figcaption details summary svg g line rect circle text polyline "
   "polygon desc".split()
 )
-ATTRIBUTES = set(
+ATTRIBUTES = frozenset(
   "lang charset http-equiv content name class id href role tabindex dir "
   "scope style aria-label aria-hidden x y x1 x2 y1 y2 cx cy r width height "
   "points viewbox preserveaspectratio vector-effect text-anchor "
@@ -74,23 +74,26 @@ ATTRIBUTES = set(
 class Reader(html.parser.HTMLParser):
   """Checks every element, attribute and closing tag; keeps the text."""
 
+  elements, attributes = ELEMENTS, ATTRIBUTES
+
   def __init__(self):
     super().__init__(convert_charrefs=True)
     self.open, self.text, self.seen, self.svgs = [], [], [], []
+    self.scripts = []
 
   def handle_starttag(self, tag, attrs):
-    assert tag in ELEMENTS, tag
+    assert tag in self.elements, tag
     names = [name for name, _ in attrs]
     assert len(set(names)) == len(names), (tag, names)
     for name, value in attrs:
-      assert name in ATTRIBUTES, (tag, name)
+      assert name in self.attributes, (tag, name)
       if name == "href":
         assert re.fullmatch(r"#[a-z]+|[\w%./~-]+", value), value
         assert not value.startswith("/")
       if name == "style":
         assert re.fullmatch(r"height:\d+px", value), value
     self.seen.append((tag, dict(attrs)))
-    if tag not in ("meta", "br"):
+    if tag not in ("meta", "br", "input"):
       self.open.append(tag)
     if tag == "svg" and dict(attrs).get("role") == "img":
       self.svgs.append([dict(attrs), set()])
@@ -104,8 +107,9 @@ class Reader(html.parser.HTMLParser):
     assert self.open and self.open.pop() == tag, tag
 
   def handle_data(self, data):
-    if not self.open or self.open[-1] != "style":
-      self.text.append(data)
+    kind = self.open[-1] if self.open else ""
+    if kind != "style":
+      (self.scripts if kind == "script" else self.text).append(data)
 
   def handle_comment(self, data):
     raise AssertionError(f"comment {data!r}")
@@ -117,9 +121,9 @@ class Reader(html.parser.HTMLParser):
     raise AssertionError(f"declaration {data!r}")
 
 
-def read(document):
+def read(document, reader=None):
   """Parses a page, checks that it is whole and closed, returns the reader."""
-  reader = Reader()
+  reader = reader or Reader()
   document.encode("utf-8")
   reader.feed(document)
   reader.close()
@@ -303,7 +307,7 @@ def keys_asked_in_vain():
   missing, get = set(), Node.__getitem__
 
   def noted(node, key):
-    found = values.raw(node)
+    found = nodes.raw(node)
     if isinstance(found, dict) and key not in found:
       missing.add(str(key))
     return get(node, key)
@@ -332,7 +336,7 @@ def test_payload_stays_text(summary, payload):
   arm["metrics"][payload] = dict.fromkeys(interval(0), payload)
   for document in (study_page.study_html(evil), study_page.arm_html(arm)):
     reader = read(document)
-    assert values.plain(payload) in "\n".join(reader.text)
+    assert nodes.visible(payload) in "\n".join(reader.text)
     # An attribute holds it whole, too, where one does.
     assert "onerror" not in {n for _, a in reader.seen for n in a}
   text = terminal.study_text(evil)
@@ -488,7 +492,7 @@ def test_a_node_is_nothing_where_nothing_is():
   node = Node({"a": [1, {"b": "x"}], "items": 3})
   assert node.a[1].b == "x" and node["items"] == node.items == 3
   for odd in (node.c, node.a.b, node.a[5], node.a[0].b.c, node["a"]["b"]):
-    assert values.raw(odd) is None and not odd and list(odd) == []
+    assert nodes.raw(odd) is None and not odd and list(odd) == []
     assert str(odd) == "–" and len(odd) == 0
 
 
@@ -510,17 +514,17 @@ def test_a_node_is_nothing_where_nothing_is():
   ],
 )
 def test_number(words, value):
-  assert values.number(value) == words
+  assert nodes.number(value) == words
 
 
 def test_units():
   for words, found in (
-    ("63.7 %", values.percent(0.6374)),
-    ("0.0 %", values.percent(-0.0001)),
-    ("3.40 PFLOP", values.engineering(3.4e15)),
-    ("1.00 PFLOP", values.engineering(999.9e12)),
-    ("12 B", values.engineering(12, "B")),
-    ("–", values.engineering(None)),
+    ("63.7 %", nodes.percent(0.6374)),
+    ("0.0 %", nodes.percent(-0.0001)),
+    ("3.40 PFLOP", nodes.engineering(3.4e15)),
+    ("1.00 PFLOP", nodes.engineering(999.9e12)),
+    ("12 B", nodes.engineering(12, "B")),
+    ("–", nodes.engineering(None)),
   ):
     assert found == words.replace(" ", "\u00a0")
 

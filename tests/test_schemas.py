@@ -48,34 +48,33 @@ def share(m):
   }
 
 
+def cells(text, **more):
+  """A row of a text, "a=Hi b=1": texts and numbers; and of other values."""
+  row = dict(item.split("=") for item in text.split())
+  for name, value in row.items():
+    row[name] = json.loads(value) if value[-1].isdigit() else value
+  return row | more
+
+
+PREDICTIONS = ("bad", "good", "other", "else")
 # Public layouts, and the pair that each must give; the answer that its people
 # preferred is "good". More rows where one would not say what its codes mean.
 LAYOUTS = {
   "pku_saferlhf": (
-    dict(
-      prompt="Hi",
-      response_0="bad",
-      response_1="good",
-      better_response_id=1,
-      safer_response_id=0,
+    cells(
+      "prompt=Hi response_0=bad response_1=good better_response_id=1 "
+      "safer_response_id=0"
     ),
     TEXT,
   ),
   "shp": (
-    dict(
-      history="Hi",
-      human_ref_A="good",
-      human_ref_B="bad",
-      labels=1,
-      score_A=9,
-      score_B=3,
+    cells(
+      "history=Hi human_ref_A=good human_ref_B=bad labels=1 score_A=9 score_B=3"
     ),
     TEXT | dict(margin=6.0),
   ),
   "helpsteer2": (
-    dict(
-      prompt="Hi", response_1="good", response_2="bad", preference_strength=-2
-    ),
+    cells("prompt=Hi response_1=good response_2=bad preference_strength=-2"),
     TEXT | dict(margin=2.0),
   ),
   "helpsteer3": (
@@ -83,13 +82,8 @@ LAYOUTS = {
     CHAT | dict(margin=3.0),
   ),
   "chatbot_arena": (
-    dict(
-      model_a="m1",
-      model_b="m2",
-      winner="model_b",
-      conversation_a=[Q, B],
-      conversation_b=[Q, A],
-    ),
+    dict(model_a="m1", model_b="m2", winner="model_b")
+    | dict(conversation_a=[Q, B], conversation_b=[Q, A]),
     CHAT,
   ),
   "summarize_from_feedback": (
@@ -101,12 +95,9 @@ LAYOUTS = {
     TEXT,
   ),
   "webgpt": (
-    dict(
+    cells(
+      "answer_0=bad answer_1=good score_0=-0.5 score_1=0.5",
       question=dict(full_text="Hi"),
-      answer_0="bad",
-      answer_1="good",
-      score_0=-0.5,
-      score_1=0.5,
     ),
     TEXT | dict(margin=1.0),
   ),
@@ -118,13 +109,8 @@ LAYOUTS = {
   ),
   "halos_binary": (
     dict(prompt=[Q], output=[A], label=1),
-    dict(
-      prompt=CHAT["prompt"],
-      completion=" good",
-      label=True,
-      group="Hi",
-      turns=[Q],
-    ),
+    {k: CHAT[k] for k in ("prompt", "group", "turns")}
+    | dict(completion=" good", label=True),
   ),
   "openai_preference": (
     dict(
@@ -148,15 +134,8 @@ LAYOUTS = {
   "spin": (dict(real=[Q, A], generated=[Q, B]), CHAT),
   "ms_swift": (dict(messages=[Q, A], rejected_response="bad"), CHAT),
   "lmsys_arena": (
-    dict(
-      id=3,
-      prompt='["Hi"]',
-      response_a='["bad"]',
-      response_b='["good"]',
-      winner_model_a=0,
-      winner_model_b=1,
-      winner_tie=0,
-    ),
+    cells("id=3 winner_model_a=0 winner_model_b=1 winner_tie=0")
+    | dict(prompt='["Hi"]', response_a='["bad"]', response_b='["good"]'),
     TEXT,
   ),
   "ultrafeedback": (
@@ -170,14 +149,8 @@ LAYOUTS = {
     TEXT | dict(margin=6.0),
   ),
   "fine_grained_rlhf": (
-    dict(
-      {
-        f"prediction {i}": x
-        for i, x in enumerate(("bad", "good", "other", "else"), 1)
-      },
-      question="Hi",
-      preference=[2, 0, 0, 0, 0, 0],
-    ),
+    {f"prediction {i}": x for i, x in enumerate(PREDICTIONS, 1)}
+    | dict(question="Hi", preference=[2, 0, 0, 0, 0, 0]),
     TEXT,
   ),
 }
@@ -486,115 +459,79 @@ def test_tools_stay_in_the_messages():
   )
 
 
-def test_reasons():
-  pair = lambda **kw: dict(GOOD["explicit_pairs"], **kw)
-  assert refused("explicit_pairs", pair(chosen=" ")) == "empty response"
-  assert refused("explicit_pairs", pair(prompt="\n")) == "empty prompt"
-  assert refused("explicit_pairs", pair(rejected=None)) == "null"
-  assert refused("explicit_pairs", pair(rejected=True)) == "not a string"
-  assert refused("explicit_pairs", dict(prompt="a", chosen="b")) == (
-    "missing field"
-  )
-  assert refused("explicit_pairs", pair(rejected="4")) == (
-    "chosen equals rejected"
-  )
-  sides = lambda a, b: dict(chosen=a, rejected=b)
-  name = "implicit_pairs"
-  assert refused(name, sides(HH + " a", HH[4:] + " b")) == "prompts differ"
-  assert refused(name, sides("Hi", HH + " b")) == "no Assistant turn"
-  assert refused(name, sides(HH + " a", HH + " ")) == "empty response"
-  assert refused(name, sides(HH + " a\n\nHuman: b", HH + " b")) == (
-    "ends in a Human turn"
-  )
-  assert refused(name, sides("\n\nAssistant: a", "\n\nAssistant: b")) == (
-    "empty prompt"
-  )
-  chat = lambda **kw: dict(GOOD["chat_pairs"], **kw)
-  name = "chat_pairs"
-  assert refused(name, chat(chosen=[turn("user", "x")])) == (
-    "no Assistant turn"
-  )
-  assert refused(name, chat(prompt=ASK + [turn("system", "x")])) == (
-    "system turn not first"
-  )
-  assert refused(name, chat(prompt=[turn("wizard", "x")])) == "unknown role"
-  assert refused(name, chat(chosen=[turn("assistant", " ")])) == (
-    "empty response"
-  )
-  assert refused(name, chat(prompt=[turn("user", " ")])) == "empty prompt"
-  assert refused(name, chat(prompt=[turn("system", "x")])) == "empty prompt"
-  other = [turn("user", "Ho"), turn("assistant", "So")]
-  assert (
-    refused(name, dict(chosen=ASK + [turn("assistant", "So")], rejected=other))
-    == "prompts differ"
-  )
-  assert (
-    refused(name, dict(prompt="What?", chosen=other, rejected=other))
-    == "prompts differ"
-  )
-  assert refused(name, dict(chosen=ASK, rejected=ASK)) == "no Assistant turn"
-  image = [dict(type="image_url", image_url="http://x")]
-  assert refused(name, chat(prompt=[turn("user", image)])) == (
-    "content is not text"
-  )
-  assert refused(name, dict(messages=ASK[:2], chosen="a", rejected="b")) == (
-    "prompt ends in an assistant turn"
-  )
-  assert (
-    refused(name, dict(prompt=["Hi", "So?"], chosen=[Q, A], rejected=[Q, B]))
-    == "several prompts"
-  )
-  assert (
-    refused(name, dict(prompt="Ho", messages=[Q], chosen="a", rejected="b"))
-    == "prompts differ"
-  )
-  assert (
-    refused(
-      "explicit_pairs",
-      dict(
-        prompt="Hi",
-        chosen='[{"role": "assistant", "content": "so',
-        rejected="b",
-      ),
-    )
-    == "messages in a text that cannot be read"
-  )
+def explicit(**other):
+  return "explicit_pairs", dict(GOOD["explicit_pairs"], **other)
+
+
+def implicit(chosen, rejected):
+  return "implicit_pairs", dict(chosen=chosen, rejected=rejected)
+
+
+def chat(**other):
+  return "chat_pairs", dict(GOOD["chat_pairs"], **other)
+
+
+def bare(**row):
+  return "chat_pairs", row
+
+
+OTHER = [turn("user", "Ho"), turn("assistant", "So")]
+IMAGE = [dict(type="image_url", image_url="http://x")]
+CUT = '[{"role": "assistant", "content": "so'
+REASONS = [
+  (explicit(chosen=" "), "empty response"),
+  (explicit(prompt="\n"), "empty prompt"),
+  (explicit(rejected=None), "null"),
+  (explicit(rejected=True), "not a string"),
+  (("explicit_pairs", dict(prompt="a", chosen="b")), "missing field"),
+  (explicit(rejected="4"), "chosen equals rejected"),
+  (explicit(chosen=CUT), "messages in a text that cannot be read"),
+  (implicit(HH + " a", HH[4:] + " b"), "prompts differ"),
+  (implicit("Hi", HH + " b"), "no Assistant turn"),
+  (implicit(HH + " a", HH + " "), "empty response"),
+  (implicit(HH + " a\n\nHuman: b", HH + " b"), "ends in a Human turn"),
+  (implicit("\n\nAssistant: a", "\n\nAssistant: b"), "empty prompt"),
+  (chat(chosen=[turn("user", "x")]), "no Assistant turn"),
+  (chat(prompt=ASK + [turn("system", "x")]), "system turn not first"),
+  (chat(prompt=[turn("wizard", "x")]), "unknown role"),
+  (chat(chosen=[turn("assistant", " ")]), "empty response"),
+  (chat(prompt=[turn("user", " ")]), "empty prompt"),
+  (chat(prompt=[turn("system", "x")]), "empty prompt"),
+  (chat(prompt=[turn("user", IMAGE)]), "content is not text"),
+  (bare(chosen=ASK + OTHER[1:], rejected=OTHER), "prompts differ"),
+  (bare(prompt="What?", chosen=OTHER, rejected=OTHER), "prompts differ"),
+  (bare(chosen=ASK, rejected=ASK), "no Assistant turn"),
+  (
+    bare(messages=ASK[:2], chosen="a", rejected="b"),
+    "prompt ends in an assistant turn",
+  ),
+  (
+    bare(prompt=["Hi", "So?"], chosen=[Q, A], rejected=[Q, B]),
+    "several prompts",
+  ),
+  (bare(prompt="Ho", messages=[Q], chosen="a", rejected="b"), "prompts differ"),
+]
+
+
+@pytest.mark.parametrize("row, reason", REASONS, ids=range(len(REASONS)))
+def test_reasons(row, reason):
+  assert refused(*row) == reason
+
+
+FIRST = "A|a|first|model_a|Model A|response_a|[[A]]|A>B|A>>B|left|m1"
+CODES = (
+  dict.fromkeys((FIRST + "|the first text").split("|"), "first")
+  | dict.fromkeys("B second model_b [[B]] B>A m2".split(), "second")
+  | {"the second text": "second"}
+  | dict.fromkeys(("tie", "tie (bothbad)", "both", "neither", "A=B"), "tie")
+)
 
 
 @pytest.mark.parametrize(
   "code, want",
   [
-    *[
-      (c, "first")
-      for c in (
-        "A",
-        "a",
-        "first",
-        "model_a",
-        "Model A",
-        "response_a",
-        "[[A]]",
-        "A>B",
-        "A>>B",
-        "left",
-        "m1",
-        "the first text",
-      )
-    ],
-    *[
-      (c, "second")
-      for c in (
-        "B",
-        "second",
-        "model_b",
-        "[[B]]",
-        "B>A",
-        "m2",
-        "the second text",
-      )
-    ],
-    *[(c, "tie") for c in ("tie", "tie (bothbad)", "both", "neither", "A=B")],
-    *[(c, None) for c in (0, 1, 2, -1, True, "1", "response_1", "c", "x")],
+    *CODES.items(),
+    *((c, None) for c in (0, 1, 2, -1, True, "1", "response_1", "c", "x")),
   ],
 )
 def test_what_a_code_says_by_itself(code, want):
@@ -668,29 +605,16 @@ def test_a_rule_says_what_codes_mean():
     fresh.make("tie")
 
 
+LABELS = (
+  dict.fromkeys((True, "true", "1", "thumbs_up", "desirable"), True)
+  | dict.fromkeys((False, "False", " 0", "thumbs down", -1, "Rejected"), False)
+  | dict.fromkeys((2, "yes", float("nan"), 5))
+)
+
+
 @pytest.mark.parametrize(
   "label, want",
-  [
-    (True, True),
-    (False, False),
-    (1, True),
-    (0, False),
-    (1.0, True),
-    ("true", True),
-    ("False", False),
-    ("1", True),
-    (" 0", False),
-    ("thumbs_up", True),
-    ("thumbs down", False),
-    (-1, False),
-    ("desirable", True),
-    ("Rejected", False),
-    (2, None),
-    ("yes", None),
-    (float("nan"), None),
-    ([], None),
-    (5, None),
-  ],
+  [*LABELS.items(), (1, True), (1.0, True), (0, False), ([], None)],
 )
 def test_labels(label, want):
   row = dict(GOOD["unpaired"], label=label)

@@ -348,7 +348,7 @@ def test_a_large_row_group_is_read_page_by_page(tmp_path):
   )
   size = (tmp_path / "a.parquet").stat().st_size
   with open(tmp_path / "a.parquet", "rb") as file:
-    rows = formats.read_parquet("a.parquet", counted := Counted(file))
+    rows = formats.read_parquet_rows("a.parquet", counted := Counted(file))
     for _ in range(300):
       next(rows)
     rows.close()

@@ -13,7 +13,8 @@ from test_chat import write_folder
 
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import special, tokenizer
-from jaxalign.data.chat import BUILT_IN, Chat
+from jaxalign.data.chat import Chat
+from jaxalign.data.chat_templates import BUILT_IN
 from jaxalign.data.fast_tokenizer import FastTokenizer
 from jaxalign.data.tokenizer import load_tokenizer, SentencePieceTokenizer
 

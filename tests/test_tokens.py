@@ -122,11 +122,13 @@ def test_promises_of_every_row(pairs, context):
     return
   prompts, responses = zip(*pairs)
   rows, report = encode_rows(SMALL, prompts, responses, context)
-  sizes = tokens.lengths(rows)
+  sizes = tokens.row_lengths(rows)
   assert sizes.max() <= context
-  length = tokens.bucket(int(sizes.max()), context)
+  length = tokens.padded_length(int(sizes.max()), context)
   # pad == eos: a mask made of `ids != pad` would lose the EOS.
-  ids, mask = tokens.pad(rows, np.arange(len(pairs)), length, pad_id=SMALL.eos)
+  ids, mask = tokens.pad_rows(
+    rows, np.arange(len(pairs)), length, pad_id=SMALL.eos
+  )
   assert ids.dtype == np.int32 and mask.dtype == bool
   assert ids.shape == mask.shape == (len(pairs), length)
   for i, (prompt, response) in enumerate(pairs):
@@ -313,14 +315,14 @@ def test_text_cannot_place_a_control():
 def test_pad_takes_any_rows_in_any_order():
   rows, _ = encode_rows(SMALL, ["ti", "mo mo", ""], [" a", "", " b"], 64)
   index = np.array([2, 0, 0, 1])
-  ids, mask = tokens.pad(rows, index, 32)
+  ids, mask = tokens.pad_rows(rows, index, 32)
   for k, i in enumerate(index):
     want = row(rows, i)
     assert ids[k].tolist() == want + [0] * (32 - len(want))
     assert mask[k].sum() == len(want) - rows.start[i]
-  assert tokens.pad(rows, np.array([], int), 16)[0].shape == (0, 16)
+  assert tokens.pad_rows(rows, np.array([], int), 16)[0].shape == (0, 16)
   with pytest.raises(ValueError, match="does not fit"):
-    tokens.pad(rows, index, 3)
+    tokens.pad_rows(rows, index, 3)
 
 
 def test_shortened_rows_are_the_heads_of_rows():
@@ -330,7 +332,7 @@ def test_shortened_rows_are_the_heads_of_rows():
     np.array([1, 1, 2], np.int32),
     np.array([0, 5, 0], np.int32),
   )
-  short = tokens.shorten(rows, np.array([2, 9, 3]))
+  short = tokens.cut_rows(rows, np.array([2, 9, 3]))
   assert [row(short, i) for i in range(3)] == [[0, 1], [4, 5], [6, 7, 8]]
   assert short.cut.tolist() == [2, 5, 0]
   assert short.start.tolist() == [1, 1, 2]
@@ -354,31 +356,33 @@ def test_buckets():
   sizes = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
   for length in range(1, 1025):
     want = next(size for size in sizes if size >= length)
-    assert tokens.bucket(length, 1024) == want
-    assert tokens.bucket(length, 4096) == want
-  assert tokens.bucket(65, 80) == 80 and tokens.bucket(3, 10) == 10
+    assert tokens.padded_length(length, 1024) == want
+    assert tokens.padded_length(length, 4096) == want
+  assert (
+    tokens.padded_length(65, 80) == 80 and tokens.padded_length(3, 10) == 10
+  )
   with pytest.raises(ValueError):
-    tokens.bucket(65, 64)
+    tokens.padded_length(65, 64)
 
 
 def test_saved_rows_come_back_mapped(tmp_path):
   rows, _ = encode_rows(SMALL, ["ti", "mo"], [" a", " ruda"], 64)
-  tokens.save(tmp_path / "new", "pool", rows)
+  tokens.save_rows(tmp_path / "new", "pool", rows)
   back = tokens.load_rows(str(tmp_path / "new"), "pool")
   assert all(
     np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(rows, back)
   )
   assert isinstance(back.ids, np.memmap)
-  got, want = (tokens.pad(r, np.array([1, 0]), 16) for r in (back, rows))
+  got, want = (tokens.pad_rows(r, np.array([1, 0]), 16) for r in (back, rows))
   assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
   empty = encode_rows(SMALL, [], [], 64)[0]
-  tokens.save(tmp_path / "new", "none", empty)
+  tokens.save_rows(tmp_path / "new", "none", empty)
   assert tokens.load_rows(tmp_path / "new", "none").offsets.tolist() == [0]
 
 
 def test_damaged_files_are_named(tmp_path):
   rows, _ = encode_rows(SMALL, ["ti", "mo"], [" a", " ruda"], 64)
-  tokens.save(tmp_path, "a", rows)
+  tokens.save_rows(tmp_path, "a", rows)
   ids = tmp_path / "a.ids.npy"
   whole = ids.read_bytes()
   for data in (b"", whole[:40], whole[:-4], b"junk" * 40):

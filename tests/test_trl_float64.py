@@ -57,7 +57,7 @@ def fresh(mesh):
 
 def reference(mesh, tokens, responses):
   """(sums, counts) float64 [N, R] of the first weights, all at once."""
-  size = tokens_lib.lengths(tokens)
+  size = tokens_lib.row_lengths(tokens)
   n, length = len(size), int(size.max())
   ids, mask = np.zeros((n, length), np.int32), np.zeros((n, length), np.int32)
   for i, each in enumerate(np.split(tokens.ids, tokens.offsets[1:-1])):

@@ -258,7 +258,7 @@ def real_pairs(shared, tok, most):
     1 << 14,
   )
   left = [r for i, r in enumerate(read) if i not in refused]
-  size = tokens_lib.lengths(tokens).reshape(-1, 2).max(1)
+  size = tokens_lib.row_lengths(tokens).reshape(-1, 2).max(1)
   return (
     [r for r, s in zip(left, size, strict=True) if s <= most],
     (len(read), len(refused), int((size > most).sum())),

@@ -66,7 +66,7 @@ def job_of(mesh, loss="dpo", label=LABEL):
   job.reference = params_of(mesh, 0)
   rows = pools.pairs_of_tokens(np.random.default_rng(1), N, 16, (2, 6), (1, 6))
   if job.kind == "unpaired":
-    rows = tokens_lib.take(rows, np.arange(N) * 2)
+    rows = tokens_lib.take_rows(rows, np.arange(N) * 2)
   columns = dict(id=[f"r{i}" for i in range(N)], label=label)
   job.tokens = lambda split: rows
   job.column = lambda split, name: columns[name]
@@ -91,7 +91,7 @@ def sums(job, params):
   """[N, R] nats of the rows' answers, by the whole table of logits."""
   rows = job.tokens("")
   ids = np.zeros((len(rows.start), MODEL.context), np.int32)
-  lengths = tokens_lib.lengths(rows)
+  lengths = tokens_lib.row_lengths(rows)
   for i, n in enumerate(lengths):
     ids[i, :n] = rows.ids[rows.offsets[i] : rows.offsets[i + 1]]
   x = np.float64(jax.device_get(table()(params, ids)))
@@ -208,7 +208,7 @@ def test_a_sum_with_imitation_has_a_value_on_a_set(alone):
   job.loss = watched.loss_of(job.c)
   policy = params_of(alone, 3)
   found = answers_of(job).of(policy)
-  counts = (tokens_lib.lengths(job.tokens("")) - job.tokens("").start)[::2]
+  counts = (tokens_lib.row_lengths(job.tokens("")) - job.tokens("").start)[::2]
   gap = ratios(job, policy) @ np.array([1.0, -1.0])
   wanted = (
     np.log1p(np.exp(-0.1 * gap)).mean()
@@ -232,7 +232,7 @@ def test_what_evaluations_take(alone):
   job = job_of(alone)
   one = sum(
     test_flops.by_hand(MODEL, n, n * n, n)
-    for n in tokens_lib.lengths(job.tokens("")).tolist()
+    for n in tokens_lib.row_lengths(job.tokens("")).tolist()
   )
   measures = dict(held_out=answers_of(job))
   line = lambda **more: (
@@ -345,8 +345,8 @@ def test_a_job_that_watches_everything(tmp_path, config):
     rows = rows._replace(mismatched=feed.MismatchedRows(other, None))
   train, _ = feed.training_cost(m, rows, batching, updates, online=True)
   said = round(sum(x["eval/generations/flops"] for x in found))
-  lengths = tokens_lib.lengths(tokens)
-  held = tokens_lib.lengths(job.tokens("held_out"))
+  lengths = tokens_lib.row_lengths(tokens)
+  held = tokens_lib.row_lengths(job.tokens("held_out"))
   of = lambda sizes: sum(decoder_flops(m, int(n)) for n in sizes)
   place = np.array([place[n] for n in ids])
   kept = np.sort(place)[:24]

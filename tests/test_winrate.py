@@ -102,8 +102,8 @@ def outcome(logp, reward, own):
 
 
 def test_measure_by_hand():
-  world = worlds.build(KNOBS, 3)
-  rows = worlds.generate(world, 3)["held_out"]
+  world = worlds.build_world(KNOBS, 3)
+  rows = worlds.generate_rows(world, 3)["held_out"]
   every = tokens_lib.TokenRows(
     np.zeros(8 * len(rows), np.int32),
     np.arange(0, 8 * len(rows) + 1, 4),
@@ -188,7 +188,7 @@ def test_answers_are_scored_after_the_prompts_that_were_asked():
   assert rows.ids.tolist() == [1, 5, 6, 8, EOS, 1, 7, 9, 9, EOS]
   assert rows.offsets.tolist() == [0, 5, 10]
   assert rows.start.tolist() == [3, 2]
-  tokens, mask = tokens_lib.pad(rows, np.arange(2), 6)
+  tokens, mask = tokens_lib.pad_rows(rows, np.arange(2), 6)
   assert [t[m].tolist() for t, m in zip(tokens, mask)] == [
     [8, EOS],
     [9, 9, EOS],

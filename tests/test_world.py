@@ -21,8 +21,8 @@ def knobs(**changes):
 
 @functools.lru_cache
 def default():
-  world = worlds.build(knobs(), 0)
-  return world, worlds.generate(world, 1)
+  world = worlds.build_world(knobs(), 0)
+  return world, worlds.generate_rows(world, 1)
 
 
 # The reward, on a world small enough to write down.
@@ -137,31 +137,31 @@ def test_a_prompt_that_asks_nothing(prompt):
 
 
 def fewer_world(**changes):
-  return worlds.build(
+  return worlds.build_world(
     knobs(sft_rows=1, pool_rows=100, held_out_rows=1) | changes, 0
   )
 
 
 def test_the_same_seed_is_the_same_world():
   world, rows = default()
-  again = worlds.build(knobs(), 0)
+  again = worlds.build_world(knobs(), 0)
   for a, b in zip(world, again):
     assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
-  other = worlds.build(knobs(), 1)
+  other = worlds.build_world(knobs(), 1)
   assert (other.opener_value != world.opener_value).any()
   assert other.words == world.words  # the words are everyone's
   # Fewer rows are the first of them; one split does not move another.
-  fewer = worlds.generate(worlds.build(knobs(pool_rows=500), 0), 1)
+  fewer = worlds.generate_rows(worlds.build_world(knobs(pool_rows=500), 0), 1)
   assert fewer["pool"] == rows["pool"][:500]
   assert (fewer["sft"], fewer["held_out"]) == (rows["sft"], rows["held_out"])
-  assert worlds.generate(fewer_world(), 2)["pool"] != rows["pool"][:100]
+  assert worlds.generate_rows(fewer_world(), 2)["pool"] != rows["pool"][:100]
 
 
 def test_the_truth_is_drawn_as_written():
   """Q's variance is 1 + 0.49 + 0.49, G's 0.49; a topic is Zipf."""
   q, g, p = [], [], default()[0].topic_p
   for seed in range(300):
-    world = worlds.build(knobs(), seed)
+    world = worlds.build_world(knobs(), seed)
     q.append(world.opener_value)
     g.append(world.closer_value)
   q, g = np.array(q), np.array(g)
@@ -185,7 +185,7 @@ def test_the_truth_is_drawn_as_written():
 
 @functools.cache
 def _cluster(seed):
-  return worlds.build(knobs(), seed).cluster_of
+  return worlds.build_world(knobs(), seed).cluster_of
 
 
 def test_topics_come_as_often_as_zipf_says():
@@ -210,21 +210,21 @@ def disagree(world, rows):
 def test_about_14_percent_of_labels_disagree_with_the_truth():
   rates = []
   for seed in range(6):
-    world = worlds.build(
+    world = worlds.build_world(
       knobs(sft_rows=1, held_out_rows=1, pool_rows=1200), seed
     )
-    rates.append(disagree(world, worlds.generate(world, seed)["pool"]))
+    rates.append(disagree(world, worlds.generate_rows(world, seed)["pool"]))
   assert 0.12 < np.mean(rates) < 0.16, rates
 
 
 def test_labels_are_bradley_terry():
   """P(chosen better) by gap is the logistic of gap / temperature."""
-  world = worlds.build(knobs(pool_rows=5000, temperature=1.0), 0)
+  world = worlds.build_world(knobs(pool_rows=5000, temperature=1.0), 0)
   gap = np.array(
     [
       worlds.reward(world, r["prompt"], r["chosen"])
       - worlds.reward(world, r["prompt"], r["rejected"])
-      for r in worlds.generate(world, 1)["pool"]
+      for r in worlds.generate_rows(world, 1)["pool"]
     ]
   )
   for low, high in ((0.2, 0.6), (0.8, 1.2), (1.6, 2.4)):
@@ -235,8 +235,8 @@ def test_labels_are_bradley_terry():
 
 
 def test_flips_turn_labels_around():
-  world = worlds.build(knobs(flips=0.3), 0)
-  straight, rows = default()[1], worlds.generate(world, 1)
+  world = worlds.build_world(knobs(flips=0.3), 0)
+  straight, rows = default()[1], worlds.generate_rows(world, 1)
   rate = disagree(world, straight["pool"])
   wanted = 0.3 * (1 - rate) + 0.7 * rate
   assert abs(disagree(world, rows["pool"]) - wanted) < 0.04
@@ -245,7 +245,9 @@ def test_flips_turn_labels_around():
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_redundancy_repeats_twenty_prompts(share):
-  rows = worlds.generate(worlds.build(knobs(redundancy=share), 0), 1)["pool"]
+  rows = worlds.generate_rows(
+    worlds.build_world(knobs(redundancy=share), 0), 1
+  )["pool"]
   prompts = [r["prompt"] for r in rows]
   names, counts = np.unique(prompts, return_counts=True)
   top = np.sort(counts)[-20:]
@@ -256,8 +258,8 @@ def test_redundancy_repeats_twenty_prompts(share):
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_junk_is_random_words(share):
-  world = worlds.build(knobs(junk=share), 0)
-  rows = worlds.generate(world, 1)["pool"]
+  world = worlds.build_world(knobs(junk=share), 0)
+  rows = worlds.generate_rows(world, 1)["pool"]
   bad = np.mean(
     [
       all(
@@ -308,7 +310,7 @@ def test_arguments_are_corrupted_as_often_as_asked():
 
 def test_more_words_than_there_are():
   with pytest.raises(ConfigError, match="980 exist; set config.data.world"):
-    worlds.build(knobs(topics=400), 0)
+    worlds.build_world(knobs(topics=400), 0)
   assert len(set(worlds._words(980))) == 980
 
 

@@ -117,7 +117,9 @@ def dense_row(
   tokens = assumed_rows(rows, responses, length, prompt)
   index = np.arange(rows * responses).reshape(-1, responses if share else 1)
   answers = np.full(index.shape, length - prompt)
-  longest = packing.up(tokens_lib.longest(tokens_lib.lengths(tokens), length))
+  longest = packing.up(
+    tokens_lib.longest_row(tokens_lib.row_lengths(tokens), length)
+  )
   shape = packing.need(answers[:, 0] * 0 + prompt, answers, longest)
   return packing.pack(shape, tokens, index, answers)
 

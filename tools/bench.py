@@ -111,8 +111,8 @@ def _write_pool(path: pathlib.Path, rows: int, order: int) -> None:
 
   knobs = common.base("smoke").data.world.to_dict()
   knobs |= dict(pool_rows=rows * 8 // 10, sft_rows=10, held_out_rows=10)
-  built = world.build(knobs, 5)
-  pairs = world.generate(built, 5)["pool"]
+  built = world.build_world(knobs, 5)
+  pairs = world.generate_rows(built, 5)["pool"]
   near = [
     dict(p, chosen=p["chosen"] + p["chosen"][-4:]) for p in pairs[: rows // 10]
   ]

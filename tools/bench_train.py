@@ -68,7 +68,7 @@ def prepare(args, folder: pathlib.Path) -> None:
     {k: [r[k] for r in rows] for k in ("chosen", "rejected")},
     context=1 << 14,
   )
-  both = tokens.lengths(encoded).reshape(-1, 2)
+  both = tokens.row_lengths(encoded).reshape(-1, 2)
   size = both.max(1)
   kept = [r for i, r in enumerate(rows) if i not in refused]
   # TRL lets an answer's first token merge with its prompt's last one.

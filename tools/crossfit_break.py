@@ -118,7 +118,7 @@ def make(name: str, world: world_lib.World, seed: int, count: int) -> Case:
   The two answers of a row, and what draws its label, are alike in all cases.
   """
   n = SMALL if name == "small" else count
-  rows = world_lib.generate(world, seed)["pool"][:n]
+  rows = world_lib.generate_rows(world, seed)["pool"][:n]
   rng = np.random.default_rng([seed, 7])
   draw, flip, odd, junk = rng.random((4, count))[:, :n]
   said = [(r["chosen"], r["rejected"]) for r in rows]
@@ -208,7 +208,7 @@ def columns_of(
   assert not left_out, "a text is longer than the context"
   counts = grams.columns(rows, 1)
   out = dict(
-    length=(tokens_lib.lengths(rows) - rows.start).astype(np.int32),
+    length=(tokens_lib.row_lengths(rows) - rows.start).astype(np.int32),
     grams=counts["grams"][:, 0],
     overlap=counts["overlap"][:, 0],
   )
@@ -313,7 +313,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
     pipeline.run_data(job)
     if "residual" in wanted:
       pipeline.run_sft(job)
-    world = world_lib.build(c.data.world.to_dict(), seed)
+    world = world_lib.build_world(c.data.world.to_dict(), seed)
     cases = {
       name: make(name, world, seed, args.rows) for name in args.cases.split(",")
     }

@@ -28,9 +28,9 @@ START = (
   "from jaxalign.cli import main\nmain.start(select.main)\n"
 )
 FAIL = (
-  "from jaxalign.data import prepare\nreal = prepare.make_data\n"
+  "from jaxalign.data import build_data\nreal = build_data.make_data\n"
   "def make(*a, **k):\n  real(*a, **k)\n  raise ZeroDivisionError\n"
-  "prepare.make_data = make\n"
+  "build_data.make_data = make\n"
 )
 
 

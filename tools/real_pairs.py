@@ -39,7 +39,8 @@ from jaxalign.data import tokens as tokens_lib  # noqa: E402
 from jaxalign.select import grams  # noqa: E402
 from jaxalign.select import mixture as mixtures  # noqa: E402
 from jaxalign.select.pool import make_pool  # noqa: E402
-from jaxalign.select.samplers import heads, SAMPLERS  # noqa: E402
+from jaxalign.select.samplers import SAMPLERS  # noqa: E402
+from jaxalign.select.samplers.crossfit import heads  # noqa: E402
 
 NAMES = (
   "random",

@@ -187,8 +187,8 @@ def main() -> None:
     np.array([ends_happy(s["said"]) for s in rows], float)
     for rows in (before, after)
   )
-  gain = intervals.mean(b - a)
-  wins = intervals.mean((b > a) + 0.5 * (b == a))
+  gain = intervals.normal_mean(b - a)
+  wins = intervals.normal_mean((b > a) + 0.5 * (b == a))
   kept = distinct_trigrams([s["ids"] for s in after]) / distinct_trigrams(
     [s["ids"] for s in before]
   )

@@ -129,13 +129,14 @@ def encode(tok: Any, prompts: list[Any], template: str) -> list[Any]:
   import numpy as np
 
   from jaxalign.data import chat
+  from jaxalign.data.chat_templates import template_source
   from jaxalign.data.schemas.schema import Refused
 
   turns = [
     p if isinstance(p, list) else [dict(role="user", content=p)]
     for p in prompts
   ]
-  source = chat.template_source(template, tok, conversational=True)
+  source = template_source(template, tok, conversational=True)
   if source is None:
     return [
       np.array(

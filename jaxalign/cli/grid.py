@@ -243,7 +243,7 @@ def truth(workdir: Any, cell: Cell, label: str) -> dict[str, float] | None:
   rows = tables.read_table(path)
   if not rows or "chosen" not in rows[0]:
     return None
-  world = world_lib.build(data["world"], data["seed"])
+  world = world_lib.build_world(data["world"], data["seed"])
   return world_lib.faults(world, rows)
 
 
@@ -347,7 +347,7 @@ def _verdicts(arms: list[dict], baseline: str) -> list[dict[str, Any]]:
     [
       dict(v, label=a["label"])
       for v, (a, _) in zip(
-        equivalence.compare(
+        equivalence.compare_arms(
           [(as_arm(a), as_arm(b)) for a, b in pairs], nested=True
         ),
         pairs,

@@ -15,7 +15,7 @@ Z = float(stats.norm.ppf(0.975))  # two-sided 95 % of the normal
 Estimate = dict[str, Any]  # {"value", "low", "high", "n"}, None: not known
 
 
-def estimate(value: Any, half: Any = None, n: int = 0) -> Estimate:
+def symmetric(value: Any, half: Any = None, n: int = 0) -> Estimate:
   """`value` with the interval value - half to value + half."""
   if value is None or half is None:
     return dict(value=value, low=None, high=None, n=n)
@@ -39,7 +39,7 @@ def wilson(total: float, n: int) -> Estimate:
     n: how many; 0 gives None.
   """
   if not n:
-    return estimate(None)
+    return symmetric(None)
   p, scale = total / n, 1 + Z**2 / n
   center = (p + Z**2 / (2 * n)) / scale
   half = (Z / scale) * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n * n))
@@ -57,14 +57,14 @@ def proportion(values: Sequence[float] | np.ndarray) -> Estimate:
   return wilson(float(values.sum()), len(values))
 
 
-def mean(values: np.ndarray) -> Estimate:
+def normal_mean(values: np.ndarray) -> Estimate:
   """A mean of [n] numbers with its normal interval; none for one alone."""
   values = np.asarray(values, np.float64)
   n = len(values)
   if n < 2:
-    return estimate(float(values[0]) if n else None, n=n)
+    return symmetric(float(values[0]) if n else None, n=n)
   half = Z * float(values.std(ddof=1)) / np.sqrt(n)
-  return estimate(float(values.mean()), float(half), n)
+  return symmetric(float(values.mean()), float(half), n)
 
 
 def macro_mean(values: np.ndarray, groups: np.ndarray) -> Estimate:
@@ -80,13 +80,13 @@ def macro_mean(values: np.ndarray, groups: np.ndarray) -> Estimate:
   """
   values = np.asarray(values, np.float64)
   if not len(values):
-    return estimate(None)
+    return symmetric(None)
   _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
   means = np.bincount(group, values) / sizes
   squares = float(((values - means[group]) ** 2).sum())
   variance = (squares + 0.25) / (len(values) - len(sizes) + 1)
   half = Z * float(np.sqrt(variance * (1 / sizes).sum())) / len(sizes)
-  return clipped(estimate(float(means.mean()), half, len(values)))
+  return clipped(symmetric(float(means.mean()), half, len(values)))
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
@@ -99,11 +99,11 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
   d = np.asarray(a, np.float64) - np.asarray(b, np.float64)
   n = len(d)
   if not n:
-    return estimate(None)
+    return symmetric(None)
   center = d.sum() / (n + 2)
   variance = ((d * d).sum() + 2) / (n + 2) - center**2
   half = float(Z * np.sqrt(variance / (n + 2)))
-  found = clipped(estimate(float(center), half, n), -1.0, 1.0)
+  found = clipped(symmetric(float(center), half, n), -1.0, 1.0)
   return found | dict(value=float(d.mean()))
 
 
@@ -116,10 +116,10 @@ def t_mean(values: np.ndarray) -> Estimate:
   values = np.asarray(values, np.float64)
   n = len(values)
   if n < 2:
-    return mean(values)
+    return normal_mean(values)
   t = float(stats.t.ppf(0.975, n - 1))
   half = t * float(values.std(ddof=1)) / np.sqrt(n)
-  return estimate(float(values.mean()), half, n)
+  return symmetric(float(values.mean()), half, n)
 
 
 class Spread(NamedTuple):
@@ -177,10 +177,10 @@ def crossed_mean(values: np.ndarray) -> Estimate:
   s, p = values.shape
   if s < 2 or p < 2:
     value = float(values.mean()) if values.size else None
-    return estimate(value, n=s) | dict(prompts=p)
+    return symmetric(value, n=s) | dict(prompts=p)
   found = two_way_spread(values)
   half = float(stats.t.ppf(0.975, found.freedom)) * found.error
-  return estimate(found.value, half, s) | dict(prompts=p)
+  return symmetric(found.value, half, s) | dict(prompts=p)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

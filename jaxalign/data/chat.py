@@ -11,125 +11,24 @@ turn markers and of the tokenizer's BOS and EOS each is still tried alone.
 """
 
 from collections.abc import Mapping, Sequence
-import itertools
 import os
 import re
 from typing import Any
 
-from etils import epath
-
 from jaxalign.core.errors import ConfigError
+from jaxalign.data.json_rows import lone_surrogate
 from jaxalign.data.marks import HALF, Marks
 from jaxalign.data.render import Renderer
 from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.special import any_of
 
 _KNOB = "set config.data.template"
-PLAIN = ("dialogue", "none")  # the record's own text, no template
 _NO_TOOLS = "tool calls are not supported"
 _ROLES = ("user", "assistant", "system")  # templates have others at will
 _TOOL_ROLES = ("tool", "function", "ipython", "observation")
-# What is asked and said to learn a template: they share no letter at an end.
+# Contents of turns to learn a template by: they share no letter at an end.
 _WORDS = ("quince", "medlar", "damson", "rowan")
-
-BUILT_IN = {
-  "chatml": (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
-    "m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% endif %}"
-  ),
-  "llama3": (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + "
-    "m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + "
-    "'<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-  ),
-  "gemma": (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else "
-    "m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<start_of_turn>model\n' }}{% endif %}"
-  ),
-  "mistral": (
-    "{% if messages[0]['role'] == 'system' %}{% set before = "
-    "messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
-    "{% else %}{% set before = '' %}{% set rest = messages %}{% endif %}"
-    "{{ bos_token }}{% for m in rest %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-    "{% if m['role'] == 'user' %}{{ '[INST] ' + (before if loop.first else "
-    "'') + m['content'] + ' [/INST]' }}{% else %}"
-    "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-  ),
-  "zephyr": (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + "
-    "eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|assistant|>\n' }}{% endif %}"
-  ),
-}
-# Tokens without which a built-in would be so much text, and forgeable.
-_WANTS = {
-  "chatml": ("<|im_start|>", "<|im_end|>"),
-  "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-  "gemma": ("<start_of_turn>", "<end_of_turn>"),
-}
-
-
-def template_source(
-  template: str, tok: Any, conversational: bool
-) -> str | None:
-  """The source of the template to use; None for the record's own text.
-
-  Args:
-    template: `config.data.template`: "auto" (the tokenizer's own, where it
-      has one and the rows are conversations), a key of BUILT_IN, "dialogue"
-      or "none", or the path of a .jinja file.
-    tok: the tokenizer. conversational: whether the rows hold turns.
-
-  Raises:
-    ConfigError: an unknown name, an unreadable file, or tokens that the
-      tokenizer lacks.
-  """
-  if template == "auto":
-    return tok.template if conversational else None
-  if template in PLAIN:
-    return None
-  if template in BUILT_IN:
-    lacking = [t for t in _WANTS.get(template, ()) if t not in tok.added]
-    if lacking:
-      raise ConfigError(
-        f"the tokenizer has no {', '.join(lacking)}, which the "
-        f"template {template!r} writes; {_KNOB}"
-      )
-    return BUILT_IN[template]
-  return read_template(template).decode("utf-8", "replace")
-
-
-def check_template(template: str) -> None:
-  """Raises ConfigError where no template can come of the knob's value."""
-  if template != "auto" and template not in PLAIN + tuple(BUILT_IN):
-    read_template(template)
-
-
-def read_template(template: str) -> bytes:
-  """The bytes of a .jinja file."""
-  if not isinstance(template, str) or not template.endswith(".jinja"):
-    raise ConfigError(
-      f"unknown template {template!r}, wanted auto, "
-      f"{', '.join([*PLAIN, *BUILT_IN])} or the path of a "
-      f".jinja file; {_KNOB}"
-    )
-  try:
-    return epath.Path(os.path.expanduser(template)).read_bytes()
-  except OSError as error:
-    raise ConfigError(
-      f"template {template} cannot be read ({error}); {_KNOB}"
-    ) from error
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Chat:
@@ -151,36 +50,37 @@ class Chat:
     *,
     special_tokens: str = "text",
   ):
-    """Args:
-    tok: the tokenizer; what the template marks turns with is reserved in it.
-    source: the template. now: see Renderer. renderer: one to share.
-    special_tokens: "text", or "tokens": special tokens that are spelt out in
-      a content are read as those tokens, as transformers and TRL do.
+    """Learns the template.
+
+    Args:
+      tok: the tokenizer; what the template marks turns with is reserved in it.
+      source: the template.
+      now: see Renderer.
+      renderer: one to share.
+      special_tokens: "text", or "tokens": special tokens that are spelt out in
+        a content are read as those tokens, as transformers and TRL do.
     """
     if special_tokens not in ("text", "tokens"):
       raise ConfigError(
-        f"special tokens in a text are read as 'text' or as "
-        f"'tokens', found {special_tokens!r}"
+        "special tokens in a text are read as 'text' or as 'tokens', found "
+        f"{special_tokens!r}"
       )
-    self.tok, self.source = tok, source
+    self.tok, self.source, self.warnings = tok, source, []
     self._reads_tokens = special_tokens == "tokens"
     # Of several named templates transformers takes this one for tools.
-    self._tool_source = (
-      tok.tool_template if source == tok.template else None
-    ) or source
-    self.warnings = []
+    own = tok.tool_template if source == tok.template else None
+    self._tool_source = own or source
     self.renderer = renderer or Renderer(now)
     try:
       self._learn()
-    except Refused as error:
+    except BaseException as error:
       self.renderer.close()
+      if not isinstance(error, Refused):
+        raise
       raise ConfigError(
-        f"the chat template does not even render one question "
-        f"and its answer ({error}); {_KNOB}"
+        "the chat template does not even render one question and its answer "
+        f"({error}); {_KNOB}"
       ) from error
-    except BaseException:
-      self.renderer.close()
-      raise
 
   def __enter__(self) -> "Chat":
     return self
@@ -190,75 +90,53 @@ class Chat:
 
   def _learn(self) -> None:
     """How the template begins a row, asks for an answer, and ends one."""
-    tok = self.tok
+    tok, turn = self.tok, lambda role, text: dict(role=role, content=text)
     added = re.compile(any_of(t for t in tok.added if len(t) > 1 and t.strip()))
-    tokens = lambda text: [m[0] for m in added.finditer(text)]
-    ask = [dict(role="user", content="a")]
-    says = [dict(role="assistant", content=word) for word in _WORDS[:2]]
+    quince, medlar, damson, rowan = _WORDS
+    ask, answer = [turn("user", "a")], turn("assistant", quince)
     asked, plain = self._render(ask, True), self._render(ask, False)
-    wholes = [self._render([*ask, one], False) for one in says]
-    at = len(os.path.commonprefix(wholes))
-    if wholes[0] == wholes[1]:
+    whole = self._render([*ask, answer], False)
+    other = self._render([*ask, turn("assistant", medlar)], False)
+    if whole == other:
       raise Refused(
         "template drops the answer",
-        "two answers give one text; "
-        "it may want contents in parts, as of images",
+        "two answers give one text; it may want contents in parts, as of "
+        "images",
       )
-    head, tail = wholes[0][:at], wholes[0][at:].removeprefix(_WORDS[0])
-    more = self._tried([*ask, says[0], dict(role="user", content=_WORDS[2])])
-    system = self._tried([dict(role="system", content=_WORDS[3]), *ask])
-    # Where the prompt proper ends, and what then asks for the answer.
-    base = len(os.path.commonprefix([plain, asked]))
-    self._asks, self._header = asked[base:], ""
-    opens = [m[0] for m in added.finditer(asked) if m.end() > base]
-    if asked == plain and head.startswith(asked):
-      # A space there belongs to the word that follows it.
-      self._header = head[len(asked) :].rstrip(" ")
-      opens = tokens(self._header) or tokens(asked)[-1:]
-    # An answer ends as one in the middle does; what follows only at the end of
-    # a conversation (Phi-3's EOS) is no part of it.
-    _, _, later = more.rpartition(_WORDS[0])
-    ends = tokens(os.path.commonprefix([tail, later])) or tokens(tail)
-    self._end, self._times = (ends[0] if ends else None), 0
-    for text in ends[1:]:
-      if text in (*opens[:1], self._end):
-        break
-      self._end = text
+    at = len(os.path.commonprefix([whole, other]))
+    tail = whole[at:].removeprefix(quince)
+    later = self._tried([*ask, answer, turn("user", damson)])
+    later = later.rpartition(quince)[2]
+    system = self._tried([turn("system", rowan), *ask])
+    opens = self._learn_question(asked, plain, whole[:at], added)
+    ends = self._learn_end(tail, later, opens, added)
     # What marks a turn is the template's alone.
-    user, known, after = later.rpartition(_WORDS[2])
-    before, _, _ = system.rpartition(_WORDS[3])
-    turns = [*tokens(user), *tokens(after)[:1]] if known else tokens(plain)
-    turns += [*opens[:1], *tokens(before)[-1:], *([self._end] if ends else [])]
+    user, known, after = later.rpartition(damson)
+    before = system.rpartition(rowan)[0]
+    turns = [*added.findall(user), *added.findall(after)[:1]]
+    turns = turns if known else added.findall(plain)
+    turns += [*opens[:1], *added.findall(before)[-1:], *ends]
     tok.reserve(sorted(set(turns)))
     self._marks = Marks(list(tok.specials))
     self._specials = set(tok.specials.values()) - {tok.unk}
-    self._guarded = {
-      HALF,
-      *turns,
-      *tok.names.values(),
-      *(text for text, i in tok.specials.items() if i in (*tok.stops, tok.pad)),
-    }
-    bos = next((t for t, i in tok.specials.items() if i == tok.own_bos), None)
-    tok.bos = (
-      tok.own_bos
-      if bos
-      and plain.startswith(bos)
-      and (not system or system.startswith(bos))
-      else -1
-    )
-    if system and _WORDS[3] not in system:
+    stops = (*tok.stops, tok.pad)
+    stopping = [text for text, i in tok.specials.items() if i in stops]
+    self._guarded = {HALF, *turns, *tok.names.values(), *stopping}
+    text_of = {i: text for text, i in reversed(tok.specials.items())}
+    bos = text_of.get(tok.own_bos)
+    begins = [text.startswith(bos or "") for text in (plain, system) if text]
+    tok.bos = tok.own_bos if bos and all(begins) else -1
+    if system and rowan not in system:
       self.warnings.append(
-        "the chat template leaves out what a system turn "
-        "says: put it into the first question"
+        "the chat template leaves out what a system turn says: put it into the "
+        "first question"
       )
     if self._end:
       tok.ends_with(tok.specials[self._end])
-      self._times = tokens(tail).count(self._end)
     else:
       self.warnings.append(
         "the chat template writes no token after an answer; rows end with "
-        f"{next((t for t, i in tok.specials.items() if i == tok.eos), '')!r},"
-        " the tokenizer's own"
+        f"{text_of.get(tok.eos, '')!r}, the tokenizer's own"
       )
     if self._header:
       self.warnings.append(
@@ -269,6 +147,36 @@ class Chat:
         f"{{% if add_generation_prompt %}}{{{{ {self._header!r} }}}}"
         "{% endif %}"
       )
+
+  def _learn_question(
+    self, asked: str, plain: str, head: str, added: re.Pattern
+  ) -> list[str]:
+    """Where the prompt proper ends, and the tokens that ask for the answer."""
+    base = len(os.path.commonprefix([plain, asked]))
+    self._asks, self._header = asked[base:], ""
+    if asked != plain or not head.startswith(asked):
+      return [m[0] for m in added.finditer(asked) if m.end() > base]
+    # A space there belongs to the word that follows it.
+    self._header = head[len(asked) :].rstrip(" ")
+    return added.findall(self._header) or added.findall(asked)[-1:]
+
+  def _learn_end(
+    self, tail: str, later: str, opens: list[str], added: re.Pattern
+  ) -> list[str]:
+    """The token that ends an answer, in a list, or none.
+
+    An answer ends as one in the middle does; what follows only at the end of
+    a conversation (Phi-3's EOS) is no part of it.
+    """
+    ends = added.findall(os.path.commonprefix([tail, later]))
+    ends = ends or added.findall(tail)
+    self._end = ends[0] if ends else None
+    for text in ends[1:]:
+      if text in (*opens[:1], self._end):
+        break
+      self._end = text
+    self._times = added.findall(tail).count(self._end)
+    return [self._end] if ends else []
 
   def _render(self, turns: list[dict], asks: bool, tools: Any = None) -> str:
     return self.renderer.render(
@@ -288,13 +196,11 @@ class Chat:
       return ""
 
   def _texts(
-    self, turns: list[dict], said: list[dict], tools: Any
+    self, turns: list[dict], answers: list[dict], tools: Any
   ) -> list[str]:
     """The rendered prompt, and the whole dialogue with each answer."""
-    return [
-      self._render(turns, True, tools),
-      *(self._render([*turns, one], False, tools) for one in said),
-    ]
+    whole = [self._render([*turns, one], False, tools) for one in answers]
+    return [self._render(turns, True, tools), *whole]
 
   def encode(
     self,
@@ -318,68 +224,55 @@ class Chat:
       Refused: the template will not have it, does not write the tools, or
         writes the prompt otherwise once an answer follows.
     """
-    turns = [_message(turn) for turn in turns]
-    said = [
-      _message(
-        dict(role="assistant", content=one)
-        if isinstance(one, str)
-        else dict(role="assistant") | dict(one)
-      )
-      for one in answers
-    ]
+    turns, own = [_message(turn) for turn in turns], dict(role="assistant")
+    answers = [dict(content=x) if isinstance(x, str) else x for x in answers]
+    answers = [_message(own | x) for x in answers]
     if not turns:
       raise Refused("no turns", "a chat template needs a question")
-    try:
-      plain = self._texts(turns, said, tools)
-    except Refused as error:
-      if error.reason == "template failed" and (
-        tools
-        or any(
-          "tool_calls" in one or one.get("role") not in _ROLES
-          for one in (*turns, *said)
-        )
-      ):
-        raise Refused(
-          "tool calls are not supported",
-          f"the chat template fails on them: {error.detail}",
-        ) from error
-      raise
-    try:
-      "".join(plain).encode()
-    except UnicodeEncodeError as error:
-      raise Refused(
-        "lone surrogate", f"{error.object[error.start]!a} is no character"
-      ) from error
-    self._check_tools(turns, said, tools)
-    shown, back = self._shown(plain, turns, said, tools)
-    if self._header:
-      plain[0], shown[0] = plain[0] + self._header, shown[0] + self._header
+    plain = self._plain(turns, answers, tools)
+    self._check_tools(turns, answers, tools)
+    shown, back = self._disguised(plain, turns, answers, tools)
+    plain[0], shown[0] = plain[0] + self._header, shown[0] + self._header
     ends = [len(plain[0])]
-    for one, whole, other in zip(said, plain[1:], shown[1:]):
+    for answer, whole, other in zip(answers, plain[1:], shown[1:]):
       start = self._start_of(turns, tools, plain[0], whole)
-      ends.append(self._end_of(one, other, start))
+      ends.append(self._end_of(answer, other, start))
     texts = [(p[:end], s[:end]) for p, s, end in zip(plain, shown, ends)]
-    ids = self._whole(texts, bool(back))
-    if (
-      ids is None
-      or self._end
-      and any(one[-1:] != [self.tok.eos] for one in ids[1:])
-    ):
+    ids, eos, bos = self._whole(texts, bool(back)), self.tok.eos, self.tok.bos
+    if ids is None or self._end and any(x[-1:] != [eos] for x in ids[1:]):
       ids = [self._parts(text, back) for _, text in texts]
-    head, rest = ids[0], [one[:-1] if self._end else one for one in ids[1:]]
-    start = min(map(_shared, itertools.repeat(head), rest), default=len(head))
+    head, *rest = ids
+    rest = [one[:-1] if self._end else one for one in rest]
+    start = min((_shared(head, one) for one in rest), default=len(head))
     rest = [one[start:] for one in rest]
-    if not self._reads_tokens and any(self.tok.eos in one for one in rest):
+    if not self._reads_tokens and any(eos in one for one in rest):
       raise Refused(
         "answer ends twice",
-        "in what the chat template makes of "
-        f"it there is {self._end or 'the EOS'} before its end",
+        "in what the chat template makes of it there is "
+        f"{self._end or 'the EOS'} before its end",
       )
-    if self.tok.bos >= 0 and head[:1] != [self.tok.bos]:
+    if bos >= 0 and head[:1] != [bos]:
       raise Refused(
         "template begins otherwise", f"{plain[0][:30]!r}, without the BOS"
       )
-    return head[self.tok.bos >= 0 : start], rest
+    return head[bos >= 0 : start], rest
+
+  def _plain(
+    self, turns: list[dict], answers: list[dict], tools: Any
+  ) -> list[str]:
+    """`_texts`, and in which words they are refused."""
+    try:
+      texts = self._texts(turns, answers, tools)
+    except Refused as error:
+      uses = tools or any(map(_uses_tools, [*turns, *answers]))
+      if error.reason != "template failed" or not uses:
+        raise
+      raise Refused(
+        _NO_TOOLS, f"the chat template fails on them: {error.detail}"
+      ) from error
+    if wrong := lone_surrogate("".join(texts)):
+      raise Refused("lone surrogate", f"{wrong!a} is no character")
+    return texts
 
   def _whole(
     self, texts: list[tuple[str, str]], check: bool
@@ -391,24 +284,25 @@ class Chat:
     """
     (prompt, shown), *wholes = texts
     head = self._ids(prompt, shown, check)
-    if head is None:
-      return None
-    out, at, k, shared = [head], 0, 0, ""
-    written = [(m[0], m.start()) for m in self._marks.written.finditer(shown)]
-    if written:
-      text, start = written[-1]
+    at, k, shared = 0, 0, ""
+    written = self._written(shown)
+    if written and head is not None:
+      text, end = written[-1][0], written[-1].end()
       last = self.tok.specials[text]
-      if head.count(last) == sum(text == other for other, _ in written):
-        at, shared = start, shown[: start + len(text)]
+      if head.count(last) == sum(text == m[0] for m in written):
+        at, shared = end - len(text), shown[:end]
         k = len(head) - 1 - head[::-1].index(last)
+    out = [head]
     for text, other in wholes:
       same = bool(shared) and other.startswith(shared)
       first = at if same else 0
       ids = self._ids(text[first:], other[first:], check)
-      if ids is None:
-        return None
-      out.append(head[:k] + ids if same else ids)
-    return out
+      out.append(head[:k] + ids if same and ids is not None else ids)
+    return None if any(ids is None for ids in out) else out
+
+  def _written(self, text: str, start: int = 0) -> list[re.Match]:
+    """The special tokens that stand in a text."""
+    return list(self._marks.written.finditer(text, start))
 
   def _start_of(
     self, turns: list[dict], tools: Any, prompt: str, whole: str
@@ -418,87 +312,78 @@ class Chat:
     Some templates ask in other words than those they answer in; that much may
     differ, and no more.
     """
-    if whole.startswith(prompt):
-      return len(prompt)
     same = len(os.path.commonprefix([prompt, whole]))
     asks = self._header or self._asks
+    if same == len(prompt):
+      return same
     base = len(prompt) - len(asks)
     if not prompt.endswith(asks):
-      base = len(
-        os.path.commonprefix([self._render(turns, False, tools), prompt])
-      )
+      plain = self._render(turns, False, tools)
+      base = len(os.path.commonprefix([plain, prompt]))
     if same < base:
+      a, b = prompt[same : same + 30], whole[same : same + 30]
       raise Refused(
-        "template rewrites the prompt",
-        f"from character {same}: "
-        f"{prompt[same : same + 30]!r}, {whole[same : same + 30]!r}",
+        "template rewrites the prompt", f"from character {same}: {a!r}, {b!r}"
       )
     return same
 
-  def _end_of(self, said: dict, text: str, start: int) -> int:
+  def _end_of(self, answer: dict, text: str, start: int) -> int:
     """Where the answer that begins at `start` has ended, its end included."""
     if not self._end:
       return len(text)
-    ends = [
-      m.end()
-      for m in self._marks.written.finditer(text, start)
-      if m[0] == self._end
-    ]
+    found = self._written(text, start)
+    ends = [m.end() for m in found if m[0] == self._end]
     if len(ends) < self._times:
       raise Refused(
-        _NO_TOOLS if "tool_calls" in said else "answer without an end",
-        "the chat template ends other "
-        f"answers with {self._end}, this one in {text[-30:]!r}",
+        _NO_TOOLS if "tool_calls" in answer else "answer without an end",
+        f"the chat template ends other answers with {self._end}, this one in "
+        f"{text[-30:]!r}",
       )
     return ends[-self._times]
 
   def _check_tools(
-    self, turns: list[dict], said: list[dict], tools: Any
+    self, turns: list[dict], answers: list[dict], tools: Any
   ) -> None:
     """Refused where the template drops a tool, a call, or what a role says.
 
     The row is rendered with other names and results: each has to show.
     """
-    uses = [
-      any("tool_calls" in one or one.get("role") not in _ROLES for one in part)
-      for part in (turns, said)
-    ]
-    if not tools and not any(uses):
+    in_answers = any(map(_uses_tools, answers))
+    if not tools and not in_answers and not any(map(_uses_tools, turns)):
       return
     wanted = {}
     tools = tools and [_renamed(tool, "the tool", wanted) for tool in tools]
     turns = [_reworded(turn, wanted) for turn in turns]
-    for one in (said if uses[1] else said[:1]) or [None]:
+    for one in (answers if in_answers else answers[:1]) or [None]:
       words = dict(wanted)
       more = [] if one is None else [_reworded(one, words)]
       try:
         text = self._render([*turns, *more], one is None, tools)
       except Refused:
         continue  # it does look at them
-      for word, what in words.items():
+      for word, (reason, what) in words.items():
         if word not in text:
-          raise Refused(what[0], f"the chat template does not write {what[1]}")
+          raise Refused(reason, f"the chat template does not write {what}")
 
-  def _shown(
-    self, plain: list[str], turns: list[dict], said: list[dict], tools: Any
+  def _disguised(
+    self, plain: list[str], turns: list[dict], answers: list[dict], tools: Any
   ) -> tuple[list[str], dict[int, str]]:
     """The texts with all in disguise that the template does not parse.
 
     Returns:
       `plain` with stand-ins, and a table that takes them out.
     """
-    parts = [turns, said, tools]
+    parts = [turns, answers, tools]
     found = set() if self._reads_tokens else self._marks.found(parts)
     if not found:
       return list(plain), {}
     stand_ins = self._marks.stand_ins([self.source, self._tool_source, *parts])
     back = {ord(stand): c for c, stand in stand_ins.items()}
 
-    def attempt(names: set[str]) -> list[str] | None:
+    def attempt(names):
+      hide = lambda part: self._marks.disguised(part, names, stand_ins)
       try:
-        texts = self._texts(
-          *(self._marks.disguised(part, names, stand_ins) for part in parts)
-        )
+        texts = self._texts(*map(hide, parts))
       except Refused:
         return None
       for stand in stand_ins.values():  # as JSON in ASCII has it
@@ -518,20 +403,18 @@ class Chat:
 
   def _ids(self, text: str, shown: str, check: bool) -> list[int] | None:
     """Ids of a rendered text as one string; None if text forges a token."""
-    ids = self.tok.encode_rendered(text)
-    if check:
-      wanted = [
-        self.tok.specials[m[0]] for m in self._marks.written.finditer(shown)
-      ]
-      known = self._specials
-      if [i for i in ids if i in known] != [i for i in wanted if i in known]:
-        return None
+    ids, known = self.tok.encode_rendered(text), self._specials
+    wanted = [self.tok.specials[m[0]] for m in self._written(shown)]
+    if check and [i for i in ids if i in known] != [
+      i for i in wanted if i in known
+    ]:
+      return None
     return ids
 
   def _parts(self, text: str, back: dict[int, str]) -> list[int]:
     """Ids of a rendered text, its special tokens apart from all the rest."""
     tok, ids, at, strip = self.tok, [], 0, False
-    for m in [*self._marks.written.finditer(text), None]:
+    for m in [*self._written(text), None]:
       part = text[at : m.start() if m else len(text)].translate(back)
       before, after = tok.strips.get(m[0], (False, False)) if m else (0, 0)
       part = part.lstrip() if strip else part
@@ -545,18 +428,17 @@ class Chat:
     return ids
 
 
+def _uses_tools(message: dict) -> bool:
+  return "tool_calls" in message or message.get("role") not in _ROLES
+
+
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
   """A message as transformers hands it to a template.
 
   What is None is left out, and a thought goes by all of its names.
   """
   out = {k: v for k, v in turn.items() if v is not None}
-  thought = next(
-    (
-      out[k] for k in ("reasoning_content", "thinking", "reasoning") if k in out
-    ),
-    None,
-  )
+  thought = next((out[k] for k in _THOUGHTS if k in out), None)
   if thought is not None:
     out = {"thinking": thought, **out, "reasoning_content": thought}
   return out
@@ -564,20 +446,14 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reworded(turn: dict, wanted: dict[str, tuple[str, str]]) -> dict:
   """A message with other tool calls and results; `wanted` gets their words."""
-  if isinstance(turn.get("tool_calls"), list):
-    turn = dict(
-      turn,
-      tool_calls=[
-        _renamed(call, "the call of", wanted) for call in turn["tool_calls"]
-      ],
-    )
-  role = turn.get("role")
+  calls, role = turn.get("tool_calls"), turn.get("role")
+  if isinstance(calls, list):
+    calls = [_renamed(call, "the call of", wanted) for call in calls]
+    turn = dict(turn, tool_calls=calls)
   if role not in _ROLES and isinstance(turn.get("content"), str):
     word = f"jaxalign{len(wanted)}word"
-    wanted[word] = (
-      _NO_TOOLS if role in _TOOL_ROLES else "unknown role",
-      f"what the role {role!r} says",
-    )
+    reason = _NO_TOOLS if role in _TOOL_ROLES else "unknown role"
+    wanted[word] = reason, f"what the role {role!r} says"
     turn = dict(turn, content=word)
   return turn
 
@@ -589,17 +465,11 @@ def _renamed(tool: Any, what: str, wanted: dict[str, tuple[str, str]]) -> Any:
     return tool
   word = f"jaxalign{len(wanted)}word"
   wanted[word] = _NO_TOOLS, f"{what} {inner['name']!r}"
-  return (
-    dict(tool, function=dict(inner, name=word))
-    if inner is not tool
-    else dict(inner, name=word)
-  )
+  renamed = dict(inner, name=word)
+  return renamed if inner is tool else dict(tool, function=renamed)
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
   """How many items two sequences begin with alike."""
-  if a[: len(b)] == b[: len(a)]:
-    return min(len(a), len(b))
-  return next(
-    (i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))
-  )
+  differ = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+  return next(differ, min(len(a), len(b)))

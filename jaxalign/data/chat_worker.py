@@ -69,20 +69,16 @@ class Raised(jinja2.exceptions.TemplateError):
   """What a template's own raise_exception raises."""
 
 
+class TooLong(Exception):
+  """More output than the request allows."""
+
+
 def _raise(message=""):
   raise Raised(str(message)[:300])
 
 
-def _tojson(
-  value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-):
-  return json.dumps(
-    value,
-    ensure_ascii=ensure_ascii,
-    indent=indent,
-    separators=separators,
-    sort_keys=sort_keys,
-  )
+def _tojson(value, ensure_ascii=False, **options):
+  return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def environment(now):
@@ -103,28 +99,42 @@ def environment(now):
 
 
 def render(compiled, request):
-  """The text, of at most `cap` characters; LookupError if there is more."""
+  """The text, of at most `cap` characters."""
   parts, size = [], 0
   for part in compiled.generate(**request["values"]):
     size += len(part)
     if size > request["cap"]:
-      raise LookupError
+      raise TooLong
     parts.append(part)
   return "".join(parts)
+
+
+def failure(error):
+  """What an error of a template means; a template can raise anything."""
+  kind, detail = "failed", f"{type(error).__name__}: {error}"
+  if isinstance(error, MemoryError):
+    kind, detail = "memory", "it wants more memory"
+  elif isinstance(error, RecursionError):
+    kind, detail = "memory", "it calls itself without end"
+  elif isinstance(error, TooLong):
+    kind, detail = "length", ""
+  elif isinstance(error, Raised):
+    kind, detail = "raised", str(error)
+  elif isinstance(error, jinja2.exceptions.SecurityError):
+    kind, detail = "unsafe", str(error)
+  elif isinstance(error, jinja2.exceptions.TemplateSyntaxError):
+    kind, detail = "syntax", f"line {error.lineno}: {error}"
+  return dict(kind=kind, detail=detail[:300])
 
 
 def main():
   """Answers requests until standard input ends."""
   memory, seconds = int(sys.argv[1]), int(sys.argv[3])
-  now = datetime.datetime.fromisoformat(sys.argv[2])
-  env, compiled = environment(now), {}
-  for what, most in (
-    (resource.RLIMIT_AS, memory),
-    (resource.RLIMIT_CORE, 0),
-    (resource.RLIMIT_FSIZE, 0),
-    (resource.RLIMIT_NPROC, 0),
-  ):
-    resource.setrlimit(what, (most, most))
+  env = environment(datetime.datetime.fromisoformat(sys.argv[2]))
+  compiled = {}
+  resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+  for what in ("CORE", "FSIZE", "NPROC"):
+    resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (0, 0))
   print('{"ready": true}', flush=True)
   for line in sys.stdin:
     signal.alarm(seconds)  # should nobody be left to kill it
@@ -135,26 +145,8 @@ def main():
         compiled = dict(list(compiled.items())[-1:])  # one for tools, too
         compiled[source] = env.from_string(source)
       answer = dict(text=render(compiled[source], request))
-    except MemoryError:
-      answer = dict(kind="memory", detail="it wants more memory")
-    except LookupError as error:
-      big = type(error) is LookupError
-      answer = dict(
-        kind="length" if big else "failed",
-        detail="" if big else f"{type(error).__name__}: {error}",
-      )
-    except Raised as error:
-      answer = dict(kind="raised", detail=str(error))
-    except jinja2.exceptions.SecurityError as error:
-      answer = dict(kind="unsafe", detail=str(error))
-    except jinja2.exceptions.TemplateSyntaxError as error:
-      answer = dict(kind="syntax", detail=f"line {error.lineno}: {error}")
-    except RecursionError:
-      answer = dict(kind="memory", detail="it calls itself without end")
-    except Exception as error:  # a template can raise anything
-      answer = dict(kind="failed", detail=f"{type(error).__name__}: {error}")
-    if "detail" in answer:
-      answer["detail"] = answer["detail"][:300]
+    except Exception as error:
+      answer = failure(error)
     signal.alarm(0)
     print(json.dumps(answer), flush=True)
 

@@ -5,7 +5,7 @@ import jax
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import pick
 from jaxalign.core.job import Job
-from jaxalign.data import prepare
+from jaxalign.data import build_data, prepare
 from jaxalign.data.summary import summary_lines
 from jaxalign.model import decoder
 
@@ -31,7 +31,7 @@ def run_data(job: Job) -> None:
     "data",
     fields=fields,
     inputs={},
-    make=lambda folder: prepare.make_data(
+    make=lambda folder: build_data.make_data(
       c, folder, most=job.most, wanted=job.kind, writes=jax.process_index() == 0
     ),
   )

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxalign.core import progress
 from jaxalign.core.errors import DataError
-from jaxalign.data.chat import Chat, template_source
+from jaxalign.data.chat import Chat
+from jaxalign.data.chat_templates import template_source
 from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas.messages import uses_tools
 from jaxalign.data.schemas.schema import ASSISTANT, Refused, turns_of
@@ -40,27 +41,6 @@ def encode_texts(
   return fit_rows(tok, encoded, list(sides), context, too_long)
 
 
-def encode_dialogues(
-  chat: Chat,
-  turns: Sequence[list[dict[str, Any]]],
-  answers: Sequence[Sequence[Any]],
-  names: Sequence[str],
-  context: int,
-  too_long: str = "drop",
-) -> Fitted:
-  """R rows per dialogue, in the words of a chat template.
-
-  Args:
-    chat: the tokenizer and its template.
-    turns: of n prompts, messages.
-    answers: R answers to each prompt; of two, alike ones are left out.
-    names: what the R answers are called in the report.
-    context, too_long: as in `encode_texts`.
-  """
-  ids = dialogues_to_ids(chat, turns, answers)
-  return fit_rows(chat.tok, ids, names, context, too_long, history=True)
-
-
 def dialogues_to_ids(
   chat: Chat,
   turns: Sequence[list[dict[str, Any]]],
@@ -70,8 +50,9 @@ def dialogues_to_ids(
   """Ids of every dialogue, or why the template will not have it.
 
   Args:
-    chat, turns, answers: as in `encode_dialogues`; an answer is a text or a
-      message.
+    chat: the tokenizer and its template.
+    turns: of n prompts, messages.
+    answers: R answers to each prompt, texts or messages.
     tools: of each dialogue, or None.
   """
   with progress.bar("tokenize", len(turns)) as tick:

@@ -17,18 +17,7 @@ _KNOB = "set config.model.tokenizer"
 
 
 class FastTokenizer(special.Encoding):
-  """A tokenizer.json with the methods of `tokenizer.SentencePieceTokenizer`.
-
-  Attributes:
-    bos: id that begins a row, or -1 where none does (as with Qwen).
-    eos: id that ends a row: the tokenizer's EOS, or a chat template's own end
-      of a turn once one was chosen. stops: all ids that end a generation.
-    pad: the tokenizer's own, else `eos`; no mask depends on it.
-    specials: text -> id of every token that only a template may write.
-    template, tool_template: the chat template, and that for tools where it is
-      another; or None. vocab_size: V. digest: sha256.
-    files: name -> bytes of what it was read from.
-  """
+  """A tokenizer.json; its attributes are those of `special.Encoding`."""
 
   def __init__(self, settings: special.Settings, name: str = "tokenizer"):
     self._settings, self.files = settings, settings.files
@@ -53,54 +42,40 @@ class FastTokenizer(special.Encoding):
       raise ConfigError(
         f"{name} is not a tokenizer.json ({error!s:.100}); {_KNOB}"
       ) from error
-    known = self._main.get_added_tokens_decoder()
+    known = dict(sorted(self._main.get_added_tokens_decoder().items()))
+    self.added = {token.content: i for i, token in known.items()}
     self.specials = {
       token.content: i
-      for i, token in sorted(known.items())
+      for i, token in known.items()
       if token.special and token.content
     }
-    self.strips = {
-      token.content: (token.lstrip, token.rstrip) for token in known.values()
-    }
+    self.strips = {t.content: (t.lstrip, t.rstrip) for t in known.values()}
     first = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
     self.prefixes_each = any(
       step.get("type") == "Prepend" or step.get("prepend_scheme") == "always"
       for step in first
     )
-    self.added = {token.content: i for i, token in sorted(known.items())}
     self.vocab_size = 1 + max(self._main.get_vocab(True).values(), default=-1)
-    decided = settings.row_format
-    eos = self._id("eos")
-    self.eos = decided.get(
-      "eos", settings.stops[0] if eos is None and settings.stops else eos
-    )
+    decided, eos = settings.row_format, self._id("eos")
+    stops = [*([] if eos is None else [eos]), *settings.stops]
+    self.eos = decided.get("eos", stops[0] if stops else None)
     if self.eos is None or not 0 <= self.eos < self.vocab_size:
       raise ConfigError(
-        f"{name} names no EOS token that it has, and every "
-        f"whole response ends in one; {_KNOB}"
+        f"{name} names no EOS token that it has, and every whole response ends "
+        f"in one; {_KNOB}"
       )
-    self.stops = tuple(
-      dict.fromkeys(
-        [self.eos, *([] if eos is None else [eos]), *settings.stops]
-      )
-    )
-    self.unk = self._id("unk")
-    self.own_bos = self._id("bos")
-    self.own_bos = -1 if self.own_bos is None else self.own_bos
-    self.bos = decided.get("bos", self._bos())
-    self.names = {
-      f"{kind}_token": text for kind, text in settings.named.items() if text
-    }
-    pad = self._id("pad")
+    self.stops = tuple(dict.fromkeys([self.eos, *stops]))
+    self.unk, bos, pad = (self._id(kind) for kind in ("unk", "bos", "pad"))
+    self.own_bos = -1 if bos is None else bos
     self.pad = self.eos if pad is None else pad
+    self.bos = decided.get("bos", self._bos())
+    named = settings.named.items()
+    self.names = {f"{kind}_token": text for kind, text in named if text}
     self.template = settings.template
     self.tool_template = settings.tool_template
-    self.digest = hashlib.sha256(
-      b"".join(
-        f"{n} {len(b)}\n".encode() + b
-        for n, b in sorted(settings.files.items())
-      )
-    ).hexdigest()
+    files = sorted(settings.files.items())
+    sized = [f"{n} {len(data)}\n".encode() + data for n, data in files]
+    self.digest = hashlib.sha256(b"".join(sized)).hexdigest()
 
   def _id(self, name: str) -> int | None:
     text = self._settings.named[name]
@@ -148,22 +123,18 @@ class FastTokenizer(special.Encoding):
 
   def _in_parts(self, text: str, model: Any, forged: set[int]) -> list[int]:
     """Ids of a text cut inside everything that looks special."""
-    pattern = "|".join(
-      f"{re.escape(s[0])}(?={re.escape(s[1:])})"
-      for s in self.specials
-      if len(s) > 1
-    )
-    at = [m.end() for m in re.finditer(pattern, text)] if pattern else []
-    out, cuts = [], [0, *at, len(text)]
-    for k, (a, b) in enumerate(zip(cuts, cuts[1:])):
-      part = (
-        (self._bare if k else model)
-        .encode(text[a:b], add_special_tokens=False)
+    longer = [s for s in self.specials if len(s) > 1]
+    cuts = [f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in longer]
+    found = re.finditer("|".join(cuts), text) if cuts else ()
+    at, out = [0, *(m.end() for m in found), len(text)], []
+    for first, end in zip(at, at[1:]):
+      ids = (
+        (self._bare if first else model)
+        .encode(text[first:end], add_special_tokens=False)
         .ids
       )
-      out += [
-        self.unk if i in forged and self.unk is not None else i for i in part
-      ]
+      unk = self.unk
+      out += [unk if i in forged and unk is not None else i for i in ids]
     return out
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -205,25 +176,18 @@ def _built(
     raise ValueError(str(error)) from error
   fast.no_truncation()
   fast.no_padding()
-  for text, (i, is_special) in sorted(
-    settings.added.items(), key=lambda item: (item[1][0] is None, item[1][0])
-  ):
-    if fast.token_to_id(text) is None:
-      fast.add_tokens(
-        [
-          tokenizers.AddedToken(
-            text,
-            special=is_special or text in settings.special,
-            normalized=False,
-          )
-        ]
+  order = lambda item: (item[1][0] is None, item[1][0])
+  for text, (i, is_special) in sorted(settings.added.items(), key=order):
+    if fast.token_to_id(text) is not None:
+      continue
+    is_special = is_special or text in settings.special
+    options = dict(special=is_special, normalized=False)
+    fast.add_tokens([tokenizers.AddedToken(text, **options)])
+    if fast.token_to_id(text) != i:
+      raise ConfigError(
+        f"{name}: tokenizer_config.json gives {text!r} the id {i}, there it "
+        f"would be {fast.token_to_id(text)}; {_KNOB}"
       )
-      if fast.token_to_id(text) != i:
-        raise ConfigError(
-          f"{name}: tokenizer_config.json gives {text!r} the "
-          f"id {i}, there it would be "
-          f"{fast.token_to_id(text)}; {_KNOB}"
-        )
   fast.encode_special_tokens = True
   return fast
 
@@ -234,34 +198,30 @@ def _without_prefix(spec: dict) -> tuple[dict, bool]:
   Where it also squeezes spaces (T5) nothing is changed: the space that a
   response begins with would be lost.
   """
+  squeezing = {"WhitespaceSplit", "Whitespace", "Strip"}
+  first = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
+  if squeezing & {*re.findall(r'"type": "(\w+)"', first)}:
+    return spec, False
   twin, found = json.loads(json.dumps(spec)), False
-  for part in ("normalizer", "pre_tokenizer", "decoder"):
-    steps = _steps(twin.get(part))
+  for part, key in (
+    ("normalizer", "normalizers"),
+    ("pre_tokenizer", "pretokenizers"),
+    ("decoder", "decoders"),
+  ):
+    steps, changed = _steps(twin.get(part)), False
     for step in steps:
-      for key, none in (
-        ("prepend_scheme", "never"),
-        ("add_prefix_space", False),
-      ):
-        if step.get(key, none) != none:
-          step[key] = none
-          found = found or part != "decoder"  # which has it by default
-    kept = [step for step in steps if not _prefix(step)]
+      for knob, off in _PREFIX_KNOBS.items():
+        changed |= step.get(knob, off) != off
+        step.update({knob: off} if knob in step else {})
+    kept = [step for step in steps if not _is_prefix(step)]
     if len(kept) < len(steps):
-      found = found or part != "decoder"
-      twin[part] = (
-        {
-          "normalizer": dict(type="Sequence", normalizers=kept),
-          "decoder": dict(type="Sequence", decoders=kept),
-          "pre_tokenizer": None,
-        }[part]
-        if kept
-        else None
-      )
-  squeezes = re.search(
-    r'"type": "(WhitespaceSplit|Whitespace|Strip)"',
-    json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")]),
-  )
-  return (spec, False) if squeezes else (twin, found)
+      changed = True
+      twin[part] = {"type": "Sequence", key: kept} if kept else None
+    found |= changed and part != "decoder"  # which has it by default
+  return twin, found
+
+
+_PREFIX_KNOBS = dict(prepend_scheme="never", add_prefix_space=False)
 
 
 def _steps(part: Any) -> list[dict]:
@@ -274,12 +234,7 @@ def _steps(part: Any) -> list[dict]:
   return [part]
 
 
-def _prefix(step: dict) -> bool:
+def _is_prefix(step: dict) -> bool:
   """Whether a step adds the space in front, or takes it away again."""
-  return (
-    step.get("type") == "Prepend"
-    or step.get("type") == "Strip"
-    and step.get("start") == 1
-    and step.get("stop") == 0
-    and step.get("content") == " "
-  )
+  strip = dict(type="Strip", content=" ", start=1, stop=0)
+  return step.get("type") == "Prepend" or strip.items() <= step.items()

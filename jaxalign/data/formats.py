@@ -15,7 +15,7 @@ from jaxalign.data import json_rows
 from jaxalign.data.json_rows import BadRow, lone_surrogate, RowIterator, Where
 
 
-def read_csv(name: str, file: BinaryIO) -> RowIterator:
+def read_csv_rows(name: str, file: BinaryIO) -> RowIterator:
   """The rows of a .csv file with the names of its columns in the first."""
   csv.field_size_limit(json_rows.MAX_ROW_BYTES)
   # Undecodable bytes become lone surrogates, which no encoding then accepts.
@@ -77,7 +77,7 @@ def _parquet_file(file: BinaryIO) -> pq.ParquetFile:
   )
 
 
-def read_parquet(name: str, file: BinaryIO) -> RowIterator:
+def read_parquet_rows(name: str, file: BinaryIO) -> RowIterator:
   """The rows of a .parquet file."""
   number = 0
   try:
@@ -121,12 +121,12 @@ def arrow_rows(table: Any) -> Iterator[dict | BadRow]:
     for i in range(table.num_rows):
       try:
         values = [_as_python(column[i]) for column in table.columns]
-        yield dict(zip(names, map(plain, values)))
+        yield dict(zip(names, map(as_json, values)))
       except Exception as error:
         yield unreadable(error)
     return
   for row in rows:
-    yield row | {name: plain(row[name]) for name in odd} if odd else row
+    yield row | {name: as_json(row[name]) for name in odd} if odd else row
 
 
 def unreadable(error: Exception) -> BadRow:
@@ -155,7 +155,7 @@ def _as_python(scalar: Any) -> Any:
     raise
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
   """A value of Arrow or TFDS as JSON has it: text of bytes, plain numbers.
 
   Bytes that are no text (a picture) stay what they are.
@@ -168,15 +168,15 @@ def plain(value: Any) -> Any:
   if isinstance(value, decimal.Decimal):
     return int(value) if value == value.to_integral_value() else float(value)
   if isinstance(value, dict):
-    return {key: plain(item) for key, item in value.items()}
+    return {key: as_json(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [plain(item) for item in value]
-  return plain(value.tolist()) if hasattr(value, "tolist") else value
+    return [as_json(item) for item in value]
+  return as_json(value.tolist()) if hasattr(value, "tolist") else value
 
 
 READERS: dict[str, Callable[[str, BinaryIO], RowIterator]] = {
-  ".jsonl": json_rows.read_jsonl,
-  ".json": json_rows.read_json,
-  ".csv": read_csv,
-  ".parquet": read_parquet,
+  ".jsonl": json_rows.read_jsonl_rows,
+  ".json": json_rows.read_json_rows,
+  ".csv": read_csv_rows,
+  ".parquet": read_parquet_rows,
 }

@@ -152,7 +152,7 @@ def _cut_at_returns(file: BinaryIO) -> Iterator[bytes | None]:
     yield rest if len(rest) < MAX_ROW_BYTES else None
 
 
-def read_jsonl(name: str, file: BinaryIO) -> RowIterator:
+def read_jsonl_rows(name: str, file: BinaryIO) -> RowIterator:
   """The rows of a .jsonl file."""
   for number, line in enumerate(_lines(file), 1):
     where = Where(name, number)
@@ -316,7 +316,7 @@ class _JsonText:
     return DataError(f"data file {self.name} is not JSON: {why}{hint}")
 
 
-def read_json(name: str, file: BinaryIO) -> RowIterator:
+def read_json_rows(name: str, file: BinaryIO) -> RowIterator:
   """The rows of a .json file: a list, or an object that holds one list."""
   text = _JsonText(name, file)
   first, good = text.next(), 0

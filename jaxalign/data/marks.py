@@ -7,12 +7,13 @@ A stand-in is one character for one: lengths, slices and the trimming of blanks
 stay what they were.
 """
 
+import collections
 from collections.abc import Collection, Iterator, Sequence
 import re
 from typing import Any
 
-from jaxalign.data import special
 from jaxalign.data.schemas.schema import Refused
+from jaxalign.data.special import any_of
 
 HALF = ""  # what `found` calls a text that begins or ends like a token
 # Values that templates write beside their own tokens; of others (the names
@@ -26,18 +27,13 @@ class Marks:
 
   def __init__(self, specials: Sequence[str]):
     texts = {t for t in specials if len(t) > 1}
-    self.written = re.compile(special.any_of(texts))
-    rest = {}
+    self.written = re.compile(any_of(texts))
+    rest = collections.defaultdict(list)
     for text in texts:
-      rest.setdefault(text[0], []).append(text[1:])
+      rest[text[0]].append(text[1:])
     # A match is one character, so that of two that overlap both are found.
-    self._first = re.compile(
-      "|".join(
-        f"{re.escape(c)}(?=({special.any_of(more)}))"
-        for c, more in rest.items()
-      )
-      or "(?!)"
-    )
+    ways = [f"{re.escape(c)}(?=({any_of(x)}))" for c, x in rest.items()]
+    self._first = re.compile("|".join(ways) or "(?!)")
     self._starts = {t[:k] for t in texts for k in range(1, len(t))}
     self._ends = {t[k:] for t in texts for k in range(1, len(t))}
     self._sizes = range(1, max(map(len, texts), default=1))
@@ -45,11 +41,8 @@ class Marks:
 
   def found(self, value: Any) -> set[str]:
     """The tokens, or HALF, that the strings of a JSON value look like."""
-    return {
-      name
-      for key, text in _strings(value)
-      for name, _ in self._places(text, key)
-    }
+    places = (self._places(text, key) for key, text in _strings(value))
+    return {name for found in places for name, _ in found}
 
   def _places(self, text: str, key: str) -> Iterator[tuple[str, int]]:
     """(token or HALF, where the character to replace is) in a text."""
@@ -73,9 +66,7 @@ class Marks:
     for key, text in _strings(value):
       wanted.update(text[i] for _, i in self._places(text, key))
       used.update(text, re.findall(r"\\u([0-9a-f]{4})", text))
-    free = (
-      chr(i) for i in _PRIVATE if chr(i) not in used and f"{i:04x}" not in used
-    )
+    free = (chr(i) for i in _PRIVATE if not {chr(i), f"{i:04x}"} & used)
     out = dict(zip(sorted(wanted), free))
     if len(out) < len(wanted):
       raise Refused(
@@ -91,15 +82,11 @@ class Marks:
     key: str = "",
   ) -> Any:
     """A JSON value in which nothing looks like one of `names` any more."""
+    hide = lambda v, key="": self.disguised(v, names, stand_ins, key)
     if isinstance(value, dict):
-      return {
-        self.disguised(k, names, stand_ins): self.disguised(
-          v, names, stand_ins, k
-        )
-        for k, v in value.items()
-      }
+      return {hide(k): hide(v, k) for k, v in value.items()}
     if isinstance(value, list):
-      return [self.disguised(v, names, stand_ins, key) for v in value]
+      return [hide(v, key) for v in value]
     if not isinstance(value, str):
       return value
     out = list(value)

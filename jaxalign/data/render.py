@@ -39,10 +39,12 @@ class Renderer:
     memory: int = MEMORY,
     characters: int = CHARACTERS,
   ):
-    """Args:
-    now: what strftime_now reads, ISO format; "" is this moment. Fixed at
-      the start, so that all rows of one job see one date.
-    seconds, memory, characters: the limits, see above.
+    """Makes one that is not started yet.
+
+    Args:
+      now: what strftime_now reads, ISO format; "" is this moment. Fixed at
+        the start, so that all rows of one job see one date.
+      seconds, memory, characters: the limits, see above.
     """
     self.now = now or datetime.datetime.now().isoformat(timespec="seconds")
     self._seconds, self._memory = seconds, memory
@@ -88,49 +90,43 @@ class Renderer:
         "template failed", f"the messages are no JSON ({error})"
       ) from error
     cap = self._characters + 4 * len(data)
+    source = json.dumps(source)
     answer = self._ask(
-      f'{{"cap": {cap}, "source": {json.dumps(source)}, '
-      f'"values": {data}}}\n'.encode()
+      f'{{"cap": {cap}, "source": {source}, "values": {data}}}\n'
     )
     if "text" in answer:
       return answer["text"]
     kind, detail = answer["kind"], answer["detail"]
-    if kind == "raised":
-      raise Refused("template refused it", detail)
-    if kind == "failed":
-      raise Refused("template failed", detail)
-    raise ConfigError(
-      {
-        "memory": f"the chat template wants over {self._memory >> 20} MiB of "
-        f"memory ({detail})",
-        "length": f"the chat template writes over {cap:,} characters",
-        "unsafe": f"the chat template wants Python's internals ({detail})",
-        "syntax": f"the chat template is no Jinja template ({detail})",
-        "time": f"the chat template ran over {self._seconds:g} s",
-        "ended": "the chat template ended its process",
-      }[kind]
-      + f"; {_KNOB}"
-    )
+    if kind in ("raised", "failed"):
+      how = "refused it" if kind == "raised" else "failed"
+      raise Refused(f"template {how}", detail)
+    what = {
+      "memory": f"wants over {self._memory >> 20} MiB of memory ({detail})",
+      "length": f"writes over {cap:,} characters",
+      "unsafe": f"wants Python's internals ({detail})",
+      "syntax": f"is no Jinja template ({detail})",
+      "time": f"ran over {self._seconds:g} s",
+      "ended": "ended its process",
+    }[kind]
+    raise ConfigError(f"the chat template {what}; {_KNOB}")
 
-  def _ask(self, request: bytes) -> dict:
-    deadline = time.monotonic() + self._seconds
+  def _ask(self, request: str) -> dict:
     if self._process is None:
       self._start()
-      deadline = time.monotonic() + self._seconds
     try:
-      self._process.stdin.write(request)
+      self._process.stdin.write(request.encode())
       self._process.stdin.flush()
-      line = self._line(deadline)
+      return json.loads(self._line(self._seconds))
     except TimeoutError:
-      self.close()
-      return dict(kind="time", detail="")
+      kind = "time"
     except (OSError, EOFError):
-      self.close()
-      return dict(kind="ended", detail="")
-    return json.loads(line)
+      kind = "ended"
+    self.close()
+    return dict(kind=kind, detail="")
 
-  def _line(self, deadline: float) -> bytes:
+  def _line(self, seconds: float) -> bytes:
     """One line of the process's output."""
+    deadline = time.monotonic() + seconds
     data, file = b"", self._process.stdout.fileno()
     while not data.endswith(b"\n"):
       left = deadline - time.monotonic()
@@ -144,23 +140,14 @@ class Renderer:
 
   def _start(self) -> None:
     # -P: the folder of the script holds modules with common names.
-    env = dict(
-      PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
-      PYTHONUTF8="1",
-      PYTHONDONTWRITEBYTECODE="1",
-    )
-    env |= {
-      k: os.environ[k] for k in ("LD_LIBRARY_PATH", "TZ") if k in os.environ
-    }
+    env = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    env |= dict(PYTHONUTF8="1", PYTHONDONTWRITEBYTECODE="1")
+    kept = ("LD_LIBRARY_PATH", "TZ")
+    env |= {name: os.environ[name] for name in kept if name in os.environ}
+    seconds = int(self._seconds) + 2
+    command = [sys.executable, "-P", _WORKER, self._memory, self.now, seconds]
     self._process = subprocess.Popen(
-      [
-        sys.executable,
-        "-P",
-        str(_WORKER),
-        str(self._memory),
-        self.now,
-        str(int(self._seconds) + 2),
-      ],
+      list(map(str, command)),
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
@@ -168,7 +155,7 @@ class Renderer:
       start_new_session=True,
     )
     try:
-      self._line(time.monotonic() + 60)
+      self._line(60)
     except (EOFError, TimeoutError) as error:
       self.close()
       raise ConfigError(

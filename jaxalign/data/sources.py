@@ -201,7 +201,7 @@ def _file_rows(name: str, raw: BinaryIO) -> RowIterator:
       raise DataError(f"data file {name} is empty (0 bytes); {_KNOB}")
     raw.seek(0)
     file = gzip.GzipFile(fileobj=raw) if stem != name else raw
-    if reader is not formats.read_parquet:
+    if reader is not formats.read_parquet_rows:
       start = file.read(2)
       file.seek(0)
       if start in _UTF_16:
@@ -267,7 +267,7 @@ def _dataset_rows(source: str) -> RowIterator:
   if source.startswith("tfds:"):
     for number in range(len(table)):
       try:
-        row = formats.plain(table[number])
+        row = formats.as_json(table[number])
       except Exception as error:
         row = formats.unreadable(error)
       yield Where(source, number + 1), row

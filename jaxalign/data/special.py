@@ -16,8 +16,8 @@ from jaxalign.core.errors import ConfigError
 
 _KNOB = "set config.model.tokenizer"
 ROW_FORMAT = "row_format.json"  # written by the data stage: what it decided
-# Copied byte for byte with the tokenizer, where they are there.
 _TOOL_FILE = "additional_chat_templates/tool_use.jinja"
+# Copied byte for byte with the tokenizer, where they are there.
 FILES = (
   "tokenizer.json",
   "tokenizer.model",
@@ -53,16 +53,25 @@ class Settings(NamedTuple):
 class Encoding:
   """What the two kinds of tokenizer share.
 
-  Each has `bos`, `eos`, `stops`, and two models for `_ids(texts, model)`:
-  `_main` of texts that begin a row, `_bare` of texts that continue another.
-  """
+  Each has two models for `_ids(texts, model)`: `_main` of texts that begin a
+  row, `_bare` of texts that continue another.
 
-  bos: int
-  eos: int
-  stops: tuple[int, ...]
-  own_bos: int
-  specials: dict[str, int]
-  prefixes_each: bool
+  Attributes:
+    bos: id that begins a row, or -1 where none does (as with Qwen).
+    own_bos: the tokenizer's, whether rows begin with it or not.
+    eos: id that ends a row: the tokenizer's EOS, or a chat template's own end
+      of a turn once one was chosen.
+    stops: all ids that end a generation.
+    pad: the tokenizer's own, else another; no mask depends on it.
+    specials: text -> id of every token that only a template may write.
+    added: text -> id of those and of all others beside the vocabulary.
+    names: bos_token and so on -> the token's text, for a template.
+    template, tool_template: the chat template, and that for tools where it is
+      another; or None.
+    vocab_size: V.
+    digest: sha256 of what it was read from.
+    files: name -> bytes of that.
+  """
 
   def ends_with(self, eos: int) -> None:
     """From now on rows end with `eos`; what ended them still stops."""
@@ -109,10 +118,8 @@ def specials_in(tok: Encoding, text: str) -> list[str]:
   """
   pattern = tok.__dict__.get("_found")
   if pattern is None or pattern[0] is not tok.specials:
-    pattern = tok._found = (
-      tok.specials,
-      re.compile(any_of(t for t in tok.specials if len(t) > 1)),
-    )
+    texts = [t for t in tok.specials if len(t) > 1]
+    pattern = tok._found = (tok.specials, re.compile(any_of(texts)))
   return list(dict.fromkeys(pattern[1].findall(text)))
 
 
@@ -149,53 +156,40 @@ def read_settings(folder: epath.PathLike) -> Settings:
     ConfigError: a file cannot be read or is no JSON object.
   """
   folder = epath.Path(folder)
-  files = {}
-  for name in FILES:
-    data = _bytes(folder / name)
-    if data is not None:
-      files[name] = data
-  main = _object(
-    folder / "tokenizer_config.json", files.get("tokenizer_config.json")
-  )
-  special_map = _object(
-    folder / "special_tokens_map.json", files.get("special_tokens_map.json")
-  )
+  found = {name: _bytes(folder / name) for name in FILES}
+  files = {name: data for name, data in found.items() if data is not None}
+  object_of = lambda name: _object(folder / name, _bytes(folder / name))
+  config = object_of("tokenizer_config.json")
+  token_map = object_of("special_tokens_map.json")
   named, special = {}, set()
   for name in _NAMES:
-    named[name] = _text(main.get(f"{name}_token")) or _text(
-      special_map.get(f"{name}_token")
-    )
-  for source in (special_map, main):
+    key = f"{name}_token"
+    named[name] = _text(config.get(key)) or _text(token_map.get(key))
+  for source in (token_map, config):
     for key in ("additional_special_tokens", "extra_special_tokens"):
-      value = source.get(key)
-      several = value.values() if isinstance(value, dict) else value
-      special |= {_text(v) for v in several or () if _text(v)}
-  special |= {text for text in named.values() if text}
-  added = _added(
-    main, _object(folder / "added_tokens.json", files.get("added_tokens.json"))
-  )
+      several = source.get(key) or ()
+      several = several.values() if isinstance(several, dict) else several
+      special |= {_text(value) for value in several}
+  added = _added(config, object_of("added_tokens.json"))
+  row_format = object_of(ROW_FORMAT)
+  special |= {*named.values(), *row_format.get("reserved", ())}
   special |= {text for text, (_, is_special) in added.items() if is_special}
-  row_format = _object(folder / ROW_FORMAT, _bytes(folder / ROW_FORMAT))
-  special |= set(row_format.get("reserved", ()))
   stops = list(row_format.get("stops", ()))
   for name in ("generation_config.json", "config.json"):
-    value = _object(folder / name, _bytes(folder / name)).get("eos_token_id")
-    stops += [
-      i
-      for i in (value if isinstance(value, list) else [value])
-      if isinstance(i, int) and not isinstance(i, bool)
-    ]
-  adds = main.get("add_bos_token")
+    ids = object_of(name).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    stops += [i for i in ids if isinstance(i, int) and not isinstance(i, bool)]
+  adds = config.get("add_bos_token")
   return Settings(
     files,
     named,
-    special,
+    special - {None},
     added,
     adds if isinstance(adds, bool) else None,
     tuple(dict.fromkeys(stops)),
-    _template(folder, files, main, "default"),
+    _template(folder, files, config, "default"),
     row_format,
-    _template(folder, files, main, "tool_use"),
+    _template(folder, files, config, "tool_use"),
   )
 
 
@@ -218,9 +212,8 @@ def _object(path: epath.Path, data: bytes | None) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise ConfigError(f"{path} is no JSON ({error!s:.100}); {_KNOB}") from error
   if not isinstance(value, dict):
-    raise ConfigError(
-      f"{path} holds a {type(value).__name__}, wanted a JSON object; {_KNOB}"
-    )
+    kind = type(value).__name__
+    raise ConfigError(f"{path} holds a {kind}, wanted a JSON object; {_KNOB}")
   return value
 
 
@@ -231,23 +224,21 @@ def _text(value: Any) -> str | None:
   return value if isinstance(value, str) and value else None
 
 
-def _added(main: dict, more: dict) -> dict[str, tuple[int | None, bool]]:
+def _added(config: dict, more: dict) -> dict[str, tuple[int | None, bool]]:
   added = {text: (i, False) for text, i in more.items() if isinstance(i, int)}
-  decoder = main.get("added_tokens_decoder")
+  decoder = config.get("added_tokens_decoder")
   for i, token in decoder.items() if isinstance(decoder, dict) else ():
     if (text := _text(token)) and str(i).isdecimal():
-      added[text] = (
-        int(i),
-        isinstance(token, dict) and token.get("special") is True,
-      )
+      special = isinstance(token, dict) and token.get("special") is True
+      added[text] = (int(i), special)
   return added
 
 
 def _template(
-  folder: epath.Path, files: dict[str, bytes], main: dict, name: str
+  folder: epath.Path, files: dict[str, bytes], config: dict, name: str
 ) -> str | None:
   """The chat template of a name: "default", or "tool_use" if there is one."""
-  file = {"default": "chat_template.jinja", "tool_use": _TOOL_FILE}[name]
+  file = _TOOL_FILE if name == "tool_use" else "chat_template.jinja"
   if file in files:
     try:
       return files[file].decode("utf-8")
@@ -255,17 +246,12 @@ def _template(
       raise ConfigError(f"{folder}/{file} is no UTF-8; {_KNOB}") from error
   if "chat_template.jinja" in files:
     return None
-  value = _object(
-    folder / "chat_template.json", files.get("chat_template.json")
-  ).get("chat_template")
-  value = value or main.get("chat_template")
+  data = files.get("chat_template.json")
+  value = _object(folder / "chat_template.json", data).get("chat_template")
+  value = value or config.get("chat_template")
   if isinstance(value, list):
-    named = {
-      item.get("name"): item.get("template")
-      for item in value
-      if isinstance(item, dict)
-    }
-    value = named.get(name)
+    items = [item for item in value if isinstance(item, dict)]
+    value = {item.get("name"): item.get("template") for item in items}.get(name)
   elif name != "default":
     return None
   return value if isinstance(value, str) and value else None

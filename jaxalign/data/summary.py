@@ -1,10 +1,13 @@
 """How the rows of a source were read, in the words that a person sees."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 
+import numpy as np
+
 from jaxalign.data.encode import ANSWERS
+from jaxalign.data.records import Loaded
 from jaxalign.data.tokens import TokenRows
 
 SHOWN = 2  # rows that are shown as they were understood
@@ -20,6 +23,50 @@ _COUNTS = dict(
   duplicates="rows whose whole content an earlier one has",
   left_out="rows left out by config.data.caps and weights",
 )
+
+
+def data_summary(
+  loaded: Loaded, splits: Mapping[str, Sequence[dict]]
+) -> dict[str, Any]:
+  """What was read and kept, as JSON: counts, lengths, refusals, splits."""
+  rows = loaded.rows
+  sides = ("chosen", "rejected") if loaded.kind == "pairs" else ("completion",)
+  characters = dict(
+    prompt=_quantiles([rows.column("prompt")]),
+    response=_quantiles([rows.column(side) for side in sides]),
+  )
+  summary = dict(
+    source=loaded.source,
+    kind=loaded.kind,
+    schema=loaded.schema,
+    seen=loaded.seen,
+    kept=len(rows),
+    refused=len(loaded.refused),
+    refused_by_reason=loaded.counts,
+    duplicates=loaded.duplicates,
+    groups=len({*rows.column("group")}),
+    rows_by_split={name: len(part) for name, part in splits.items()},
+    characters=characters,
+    readings=[r._asdict() for r in loaded.readings],
+    contradicted=loaded.contradicted,
+    shared_ids=loaded.shared_ids,
+    left_out=loaded.left_out,
+  )
+  if any(margin is not None for margin in rows.column("margin")):
+    summary |= dict(tied_scores=loaded.tied, against_scores=loaded.against)
+    summary["against_at"] = loaded.against_at
+  if loaded.kind == "unpaired":
+    summary["liked"] = sum(rows.column("label"))
+  return summary
+
+
+def _quantiles(columns: list[list[str]]) -> dict[str, float]:
+  """Of the characters of texts."""
+  sizes = [np.fromiter(map(len, texts), np.int64) for texts in columns]
+  if not sizes or not len(sizes[0]):
+    return {}
+  low, middle, high = np.percentile(np.concatenate(sizes), [5, 50, 95])
+  return dict(p5=float(low), p50=float(middle), p95=float(high))
 
 
 def decoded_rows(

@@ -31,6 +31,8 @@ from typing import Any
 from etils import epath
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
+import tokenizers
+from tokenizers import decoders, models, normalizers, processors
 
 from jaxalign.core import artifacts
 from jaxalign.core.errors import ConfigError
@@ -42,23 +44,12 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # piece types
 _OURS = "jaxalign"  # in trainer_spec.model_prefix of a model trained here
 _BPE = 2
 _FIXED = 3 + 256  # controls and bytes, in a tokenizer trained here
-_LEAST_COVERAGE = 0.98  # the share of characters that SentencePiece insists on
+_LEAST_COVERAGE = 0.98  # fraction of characters that SentencePiece insists on
 _KNOB = "set config.model.tokenizer"
 
 
 class SentencePieceTokenizer(special.Encoding):
-  """A SentencePiece model: `encode`, `decode`, and the ids of its controls.
-
-  Attributes:
-    eos: id that ends a row. bos: id, or -1 if there is none (then rows carry
-      none). stops: all ids that end a generation.
-    pad: the model's own, else `unk`; no mask depends on it.
-    specials: text -> id of every token that only a template may write.
-    template, tool_template: the chat template, and that for tools where it is
-      another; or None.
-    vocab_size: V. digest: sha256 of the model's bytes.
-    files: name -> bytes of what it was read from.
-  """
+  """A SentencePiece model; its attributes are those of `special.Encoding`."""
 
   def __init__(
     self,
@@ -79,9 +70,8 @@ class SentencePieceTokenizer(special.Encoding):
       self._main = spm.SentencePieceProcessor(model_proto=self.proto)
     except Exception as error:  # protobuf's and the C++ library's own kinds
       raise ConfigError(
-        f"{name} is not a SentencePiece model "
-        f"({error!s:.100}); a tokenizer.json beside it would "
-        f"do; {_KNOB}"
+        f"{name} is not a SentencePiece model ({error!s:.100}); a "
+        f"tokenizer.json beside it would do; {_KNOB}"
       ) from error
     normal = self._model.normalizer_spec
     self.adds_prefix = bool(normal.add_dummy_prefix)
@@ -92,87 +82,53 @@ class SentencePieceTokenizer(special.Encoding):
       twin = spm_pb2.ModelProto()
       twin.CopyFrom(self._model)
       twin.normalizer_spec.add_dummy_prefix = False
-      self._bare = spm.SentencePieceProcessor(
-        model_proto=twin.SerializeToString()
-      )
-    byte_ids = {
-      piece.piece: i
-      for i, piece in enumerate(self._model.pieces)
-      if piece.type == _BYTE
-    }
-    self._spelt = bool(byte_ids)
+      twin = twin.SerializeToString()
+      self._bare = spm.SentencePieceProcessor(model_proto=twin)
+    pieces = enumerate(self._model.pieces)
+    byte_ids = {p.piece: i for i, p in pieces if p.type == _BYTE}
+    self._has_bytes = bool(byte_ids)
+    self._space_ids = []
     # Only in a model of ours: others must mean what their makers meant.
-    ours = byte_ids and self._model.trainer_spec.model_prefix == _OURS
-    self._space_ids = (
-      [byte_ids[f"<0x{byte:02X}>"] for byte in _SPACE.encode()] if ours else []
-    )
-    self._controls(name)
+    if byte_ids and self._model.trainer_spec.model_prefix == _OURS:
+      self._space_ids = [byte_ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
+    self._set_controls(name)
     self.digest = hashlib.sha256(self.proto).hexdigest()
 
-  def _controls(self, name: str) -> None:
+  def _set_controls(self, name: str) -> None:
     """Sets the ids of the special tokens, from the model and its config."""
     settings, size = self._settings, self._main.vocab_size()
-    self.specials = {
-      p.piece: i
-      for i, p in enumerate(self._model.pieces)
-      if p.type in (_UNKNOWN, _CONTROL)
-      or p.type == _USER
-      and p.piece in settings.special
-    }
-    self.specials |= {
-      text: i
-      for text, (i, is_special) in settings.added.items()
-      if i is not None and (i >= size or is_special) and 0 <= i < size + 4096
-    }
+    self.specials = {}
+    for i, p in enumerate(self._model.pieces):
+      named = p.type == _USER and p.piece in settings.special
+      if p.type in (_UNKNOWN, _CONTROL) or named:
+        self.specials[p.piece] = i
+    for text, (i, is_special) in settings.added.items():
+      if i is not None and 0 <= i < size + 4096 and (i >= size or is_special):
+        self.specials[text] = i
     self.added = self.specials
     self.vocab_size = max([size, *(i + 1 for i in self.specials.values())])
-    named = {
-      kind: self.specials.get(text) for kind, text in settings.named.items()
-    }
-    self.unk = self._main.unk_id()
-    self.bos, self.pad = (
-      own if named[kind] is None else named[kind]
-      for kind, own in (
-        ("bos", self._main.bos_id()),
-        ("pad", self._main.pad_id()),
-      )
-    )
-    own_pad = self.pad
-    self.pad = self.unk if self.pad < 0 else self.pad
-    own_bos = self.bos
-    self.bos = -1 if settings.adds_bos is False else self.bos
-    known = [
-      i
-      for i in (
-        settings.row_format.get("eos"),
-        named["eos"],
-        self._main.eos_id(),
-        *settings.stops,
-      )
-      if i is not None and 0 <= i < self.vocab_size
-    ]
+    named = {k: self.specials.get(x) for k, x in settings.named.items()}
+    own = dict(bos=self._main.bos_id(), pad=self._main.pad_id())
+    own |= {k: named[k] for k in own if named[k] is not None}
+    self.unk, self.own_bos = self._main.unk_id(), own["bos"]
+    self.pad = self.unk if own["pad"] < 0 else own["pad"]
+    bos = -1 if settings.adds_bos is False else self.own_bos
+    self.bos = settings.row_format.get("bos", bos)
+    eos = self._main.eos_id()
+    stops = [settings.row_format.get("eos"), named["eos"], eos, *settings.stops]
+    known = [i for i in stops if i is not None and 0 <= i < self.vocab_size]
     if not known:
       raise ConfigError(
-        f"{name} has no EOS token, and every whole response "
-        f"ends in one; {_KNOB}"
+        f"{name} has no EOS token, and every whole response ends in one; "
+        f"{_KNOB}"
       )
-    self.eos = known[0]
-    self.stops = tuple(dict.fromkeys(known))
-    self.own_bos = own_bos
-    self.bos = settings.row_format.get("bos", self.bos)
+    self.eos, self.stops = known[0], tuple(dict.fromkeys(known))
     self.template = settings.template
     self.tool_template = settings.tool_template
     text = {i: piece for piece, i in self.specials.items()}
-    self.names = {
-      f"{kind}_token": text[i]
-      for kind, i in (
-        ("bos", self.own_bos),
-        ("unk", self.unk),
-        ("pad", own_pad),
-        ("eos", self._main.eos_id() if named["eos"] is None else named["eos"]),
-      )
-      if i in text
-    }
+    ids = dict(bos=self.own_bos, unk=self.unk, pad=own["pad"])
+    ids["eos"] = eos if named["eos"] is None else named["eos"]
+    self.names = {f"{k}_token": text[i] for k, i in ids.items() if i in text}
     self.strips, self.prefixes_each = {}, False
 
   @classmethod
@@ -193,11 +149,6 @@ class SentencePieceTokenizer(special.Encoding):
       ) from error
     return cls(proto, f"tokenizer {path}", special.read_settings(path.parent))
 
-  @classmethod
-  def from_bytes(cls, proto: bytes) -> "SentencePieceTokenizer":
-    """From the bytes of a tokenizer.model file."""
-    return cls(proto)
-
   def reserve(self, texts: Sequence[str]) -> None:
     """Nothing: all tokens that are not of the model itself are special."""
 
@@ -216,27 +167,19 @@ class SentencePieceTokenizer(special.Encoding):
   def _ids(self, texts: Sequence[str], model: Any) -> list[list[int]]:
     texts = list(texts)
     ids = model.encode(texts) if texts else []
-    if self._space_ids:
-      for i, text in enumerate(texts):
-        if _SPACE in text:  # else it would come back as a space
-          first, *rest = text.split(_SPACE)
-          ids[i] = model.encode(first)
-          for part in rest:
-            ids[i] += self._space_ids + self._bare.encode(part)
     forged = set(self.specials.values()) - {self.unk}
-    for i, row in enumerate(ids):
-      if not forged.isdisjoint(row):  # a user-defined piece that is special
-        first, *rest = re.split(
-          "|".join(
-            f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})"
-            for text in self.specials
-            if len(text) > 1
-          ),
-          texts[i],
-        )
-        ids[i] = model.encode(first)
-        for part in rest:
-          ids[i] += self._bare.encode(part)
+    for i, text in enumerate(texts):
+      if self._space_ids and _SPACE in text:  # else it came back as a space
+        parts, between = text.split(_SPACE), self._space_ids
+      elif not forged.isdisjoint(ids[i]):  # a user-defined piece
+        longer = [x for x in self.specials if len(x) > 1]
+        cuts = [f"(?<={re.escape(x[0])})(?={re.escape(x[1:])})" for x in longer]
+        parts, between = re.split("|".join(cuts), text), []
+      else:
+        continue
+      ids[i] = model.encode(parts[0])
+      for part in parts[1:]:
+        ids[i] += between + self._bare.encode(part)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -263,16 +206,12 @@ class SentencePieceTokenizer(special.Encoding):
     """Raises ConfigError where `export` has no way to write this model."""
     if "tokenizer_config.json" in self._settings.files:
       return  # transformers reads its own files
-    spec = self._model.trainer_spec
-    if (
-      spec.model_type != _BPE
-      or not self._spelt
-      or self.own_bos < 0
-      or self._model.normalizer_spec.name != "identity"
-    ):
+    is_bpe = self._model.trainer_spec.model_type == _BPE
+    same_text = self._model.normalizer_spec.name == "identity"
+    if not (is_bpe and self._has_bytes and self.own_bos >= 0 and same_text):
       raise ConfigError(
-        "only BPE tokenizers with byte fallback, a BOS and no "
-        f"normalisation can be exported; {_KNOB}"
+        "only BPE tokenizers with byte fallback, a BOS and no normalisation "
+        f"can be exported; {_KNOB}"
       )
 
   def export(self, folder: epath.PathLike) -> None:
@@ -290,13 +229,9 @@ class SentencePieceTokenizer(special.Encoding):
     if "tokenizer_config.json" in self._settings.files:
       return self.save(folder)
     pieces = self.pieces()
-    names = dict(
-      bos_token=pieces[self.own_bos],
-      eos_token=pieces[self.eos],
-      unk_token=pieces[self.unk],
-      pad_token=pieces[self.pad],
-    )
-    settings = dict(
+    ids = dict(bos=self.own_bos, eos=self.eos, unk=self.unk, pad=self.pad)
+    names = {f"{kind}_token": pieces[i] for kind, i in ids.items()}
+    config = dict(
       names,
       tokenizer_class="PreTrainedTokenizerFast",
       add_bos_token=True,
@@ -304,105 +239,60 @@ class SentencePieceTokenizer(special.Encoding):
       clean_up_tokenization_spaces=False,
       model_input_names=["input_ids", "attention_mask"],
     )
+    files = {
+      "tokenizer.json": self._hugging_face().to_str(pretty=True),
+      "tokenizer_config.json": json.dumps(config, indent=1),
+      "special_tokens_map.json": json.dumps(names, indent=1),
+    }
     folder = epath.Path(folder)
     artifacts.write_bytes(folder / "tokenizer.model", self.proto)
-    for name, value in (
-      ("tokenizer", self._hugging_face()),
-      ("tokenizer_config", settings),
-      ("special_tokens_map", names),
-    ):
-      text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-      artifacts.write_bytes(folder / f"{name}.json", text.encode())
     if self.template:
-      artifacts.write_bytes(
-        folder / "chat_template.jinja", self.template.encode()
-      )
+      files["chat_template.jinja"] = self.template
+    for name, text in files.items():
+      artifacts.write_bytes(folder / name, text.encode())
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes the files it was read from, byte for byte."""
     for name, data in self.files.items():
       artifacts.write_bytes(epath.Path(folder) / name, data)
 
-  def _hugging_face(self) -> dict[str, Any]:
-    """The model as the `tokenizers` library writes it.
+  def _hugging_face(self) -> tokenizers.Tokenizer:
+    """The model as the `tokenizers` library has it.
 
     SentencePiece joins the neighbours whose union scores best; a Hugging Face
     model ranks pairs instead, so every way to cut a piece in two known pieces
     becomes a merge, ranked by the piece's score.
     """
-    pieces = self._model.pieces
-    text = {
-      p.piece: i for i, p in enumerate(pieces) if p.type in (_NORMAL, _USER)
+    pieces, merges = self._model.pieces, []
+    vocab = {p.piece: i for i, p in enumerate(pieces)}
+    known = {
+      x: i for x, i in vocab.items() if pieces[i].type in (_NORMAL, _USER)
     }
-    merges = []
-    for piece, _ in sorted(
-      text.items(), key=lambda item: (-pieces[item[1]].score, item[1])
-    ):
+    rank = lambda piece: (-pieces[known[piece]].score, known[piece])
+    for piece in sorted(known, key=rank):
       ways = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-      merges += sorted(
-        ([a, b] for a, b in ways if a in text and b in text),
-        key=lambda way: (text[way[0]], text[way[1]]),
-      )
-    bos = pieces[self.own_bos].piece
-    prefix = [dict(type="Prepend", prepend=_SPACE)] * self.adds_prefix
-    strip = [dict(type="Strip", content=" ", start=1, stop=0)]
-    space = dict(type="Replace", pattern=dict(String=" "), content=_SPACE)
-    back = dict(type="Replace", pattern=dict(String=_SPACE), content=" ")
-    controls = sorted({self.unk, self.own_bos, self.eos, self.pad})
-    return dict(
-      version="1.0",
-      truncation=None,
-      padding=None,
-      added_tokens=[
-        dict(
-          id=i,
-          content=pieces[i].piece,
-          single_word=False,
-          lstrip=False,
-          rstrip=False,
-          normalized=False,
-          special=True,
-        )
-        for i in controls
-      ],
-      normalizer=dict(type="Sequence", normalizers=[*prefix, space]),
-      pre_tokenizer=None,
-      post_processor=dict(
-        type="TemplateProcessing",
-        single=[
-          dict(SpecialToken=dict(id=bos, type_id=0)),
-          dict(Sequence=dict(id="A", type_id=0)),
-        ],
-        pair=[
-          dict(SpecialToken=dict(id=bos, type_id=0)),
-          dict(Sequence=dict(id="A", type_id=0)),
-          dict(SpecialToken=dict(id=bos, type_id=1)),
-          dict(Sequence=dict(id="B", type_id=1)),
-        ],
-        special_tokens={bos: dict(id=bos, ids=[self.own_bos], tokens=[bos])},
-      ),
-      decoder=dict(
-        type="Sequence",
-        decoders=[
-          back,
-          dict(type="ByteFallback"),
-          dict(type="Fuse"),
-          *(strip * self.adds_prefix),
-        ],
-      ),
-      model=dict(
-        type="BPE",
-        dropout=None,
-        unk_token=pieces[self.unk].piece,
-        continuing_subword_prefix=None,
-        end_of_word_suffix=None,
-        fuse_unk=True,
-        byte_fallback=True,
-        ignore_merges=False,
-        vocab={p.piece: i for i, p in enumerate(pieces)},
-        merges=merges,
-      ),
+      ways = [(a, b) for a, b in ways if a in known and b in known]
+      merges += sorted(ways, key=lambda way: (known[way[0]], known[way[1]]))
+    bos, unk = pieces[self.own_bos].piece, pieces[self.unk].piece
+    options = dict(unk_token=unk, fuse_unk=True, byte_fallback=True)
+    fast = tokenizers.Tokenizer(models.BPE(vocab, merges, **options))
+    prefix = [normalizers.Prepend(_SPACE)] * self.adds_prefix
+    space = normalizers.Replace(" ", _SPACE)
+    fast.normalizer = normalizers.Sequence([*prefix, space])
+    back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback()]
+    strip = [decoders.Strip(" ", 1, 0)] * self.adds_prefix
+    fast.decoder = decoders.Sequence([*back, decoders.Fuse(), *strip])
+    fast.post_processor = processors.TemplateProcessing(
+      single=[bos, "$A"],
+      pair=[bos, "$A", f"{bos}:1", "$B:1"],
+      special_tokens=[(bos, self.own_bos)],
     )
+    controls = sorted({self.unk, self.own_bos, self.eos, self.pad})
+    texts = [pieces[i].piece for i in controls]
+    fast.add_special_tokens(
+      [tokenizers.AddedToken(x, special=True, normalized=False) for x in texts]
+    )
+    return fast
 
 
 Tokenizer = SentencePieceTokenizer  # what is trained here
@@ -425,84 +315,73 @@ def load_tokenizer(
     ConfigError: there is none, or it cannot be read.
   """
   path = epath.Path(path)
-  folder, names = path.parent, [path.name]
   try:
+    folder, names = path.parent, [path.name]
     if path.is_dir():
       folder = path
       names = [name for name in special.FILES[:4] if (path / name).exists()]
     elif not path.exists():
-      raise ConfigError(
-        f"tokenizer {path} cannot be read (it is missing); {_KNOB}"
-      )
+      raise OSError("it is missing")
     if not names:
       there = ", ".join(sorted(p.name for p in folder.iterdir())[:12])
       raise ConfigError(
-        f"{folder} has no tokenizer, wanted tokenizer.json or "
-        f"tokenizer.model; it has {there or 'no files'}; "
-        f"{_KNOB}"
+        f"{folder} has no tokenizer, wanted tokenizer.json or tokenizer.model; "
+        f"it has {there or 'no files'}; {_KNOB}"
       )
-    settings = special.read_settings(folder)
-    if names[0].endswith(".json"):
-      if names[0] != "tokenizer.json":
-        raise ConfigError(
-          f"{path} is no tokenizer, wanted tokenizer.json or "
-          f"a SentencePiece model; {_KNOB}"
-        )
-      return FastTokenizer(settings, f"tokenizer {folder / names[0]}")
-    proto = (folder / names[0]).read_bytes()
+    name, settings = folder / names[0], special.read_settings(folder)
+    if name.name == "tokenizer.json":
+      return FastTokenizer(settings, f"tokenizer {name}")
+    if name.suffix == ".json":
+      raise ConfigError(
+        f"{path} is no tokenizer, wanted tokenizer.json or a SentencePiece "
+        f"model; {_KNOB}"
+      )
+    proto = name.read_bytes()
   except OSError as error:
     raise ConfigError(
       f"tokenizer {path} cannot be read ({error}); {_KNOB}"
     ) from error
-  return SentencePieceTokenizer(
-    proto, f"tokenizer {folder / names[0]}", settings
-  )
+  return SentencePieceTokenizer(proto, f"tokenizer {name}", settings)
 
 
-def train_tokenizer(
-  texts: Iterable[str], vocab_size: int, seed: int = 0
-) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
   """A byte-fallback BPE model of `texts`, as the bytes of tokenizer.model.
 
   Nothing is normalised, so decode(encode(x)) == x for every x, newlines
-  included. A word of a small closed vocabulary becomes one piece once
-  `vocab_size` allows; a corpus too small for `vocab_size` yields fewer pieces.
+  included; nothing is drawn: the same bytes every time. A word of a small
+  closed vocabulary becomes one piece once `vocab_size` allows; a corpus too
+  small for `vocab_size` yields fewer pieces.
 
   Args:
     texts: the corpus; read once.
     vocab_size: pieces wanted, the 3 controls and 256 bytes included. At most
       half of the rest goes to single characters; rarer ones are spelt in bytes.
-    seed: unused: nothing is drawn; one thread, the same bytes every time.
 
   Raises:
     ConfigError: the vocabulary cannot hold the controls and bytes, or there
       is no text.
   """
-  del seed
   # NUL ends a C string; it stays encodable through its byte piece.
   texts = [text.replace("\0", "") for text in texts]
-  counts = collections.Counter(
-    itertools.chain.from_iterable(
-      texts if any(text.strip("\r\n") for text in texts) else ()
-    )
-  )
+  has_text = any(text.strip("\r\n") for text in texts)
+  counts = collections.Counter(itertools.chain(*texts) if has_text else ())
   room = (vocab_size - _FIXED) // 2
   if room < 1 or not counts:
     raise ConfigError(
-      f"no tokenizer of {vocab_size} pieces from {len(texts)} "
-      f"texts of {len(counts)} characters, wanted some text "
-      f"and {_FIXED + 2} pieces or more; set "
-      "config.model.vocab_size"
+      f"no tokenizer of {vocab_size} pieces from {len(texts)} texts of "
+      f"{len(counts)} characters, wanted some text and {_FIXED + 2} pieces or "
+      "more; set config.model.vocab_size"
     )
-  coverage, options, least = 1.0, {}, 1
+  coverage, least = 1.0, 1
   if len(counts) > room:
     common = counts.most_common(room)
     least = common[-1][1] + 1  # of those as rare as the last some are left out
     coverage = (sum(n for _, n in common) - 0.5) / counts.total()
     if coverage < _LEAST_COVERAGE:  # thousands of Chinese characters, emoji
-      texts, coverage = _cut_at_rare(texts, counts, common), 1.0
-  if counts[" "] < least:  # spelt in bytes it would come back as U+2581
-    options = dict(required_chars=_SPACE)
+      rare = counts.keys() - dict(common)
+      texts, coverage = _cut_at(rare, texts), 1.0
+  # A rare space, spelt in bytes, would come back as U+2581.
+  options = dict(required_chars=_SPACE) if counts[" "] < least else {}
   out = io.BytesIO()
   try:
     spm.SentencePieceTrainer.train(
@@ -528,24 +407,20 @@ def train_tokenizer(
     )
   except Exception as error:  # the C++ library's, in words of its own
     raise ConfigError(
-      f"no tokenizer of {vocab_size} pieces could be trained "
-      f"on {counts.total():,} characters ({len(counts):,} "
-      "different ones); set config.model.vocab_size, or give "
-      "a tokenizer as config.model.tokenizer"
+      f"no tokenizer of {vocab_size} pieces could be trained on "
+      f"{counts.total():,} characters ({len(counts):,} different ones); set "
+      "config.model.vocab_size, or give a tokenizer as config.model.tokenizer"
     ) from error
   proto = spm_pb2.ModelProto.FromString(out.getvalue())
   proto.trainer_spec.model_prefix = _OURS
   return proto.SerializeToString(deterministic=True)
 
 
-def _cut_at_rare(
-  texts: list[str], counts: collections.Counter, common: list[tuple[str, int]]
-) -> list[str]:
-  """The texts cut at every character that is not among the common ones.
+def _cut_at(rare: Iterable[str], texts: list[str]) -> list[str]:
+  """The texts cut at every rare character.
 
   SentencePiece leaves out at most 2 % of a text's characters by itself.
   """
-  cut = str.maketrans(dict.fromkeys(counts.keys() - dict(common), "\0"))
-  return [
-    part for text in texts for part in text.translate(cut).split("\0") if part
-  ]
+  cut = str.maketrans(dict.fromkeys(rare, "\0"))
+  parts = [part for text in texts for part in text.translate(cut).split("\0")]
+  return [part for part in parts if part]

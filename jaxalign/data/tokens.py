@@ -114,7 +114,7 @@ class Fitted(NamedTuple):
   refused: dict[int, Refused]  # number of a row left out -> why
 
 
-def needed(tok: Any, encoded: Iterable[Encoded | Refused]) -> np.ndarray:
+def whole_lengths(tok: Any, encoded: Iterable[Encoded | Refused]) -> np.ndarray:
   """Tokens that every row takes whole, its longest answer; int64 [n]."""
   rows = (row for row in encoded if not isinstance(row, Refused))
   sizes = (len(row.prompt) + max(map(len, row.answers)) for row in rows)
@@ -125,7 +125,7 @@ def context_for(sizes: np.ndarray, most: int, fraction: float = 0.99) -> int:
   """The least context, in steps of 8 tokens, that keeps a fraction of the rows.
 
   Args:
-    sizes: [n] tokens, see `needed`.
+    sizes: [n] tokens, see `whole_lengths`.
     most: what the model was made for.
     fraction: of the rows, at least.
   """
@@ -193,7 +193,7 @@ def fit_rows(
   report["prompts_refused"] = len(refused)
   long = [r for r in refused.values() if r.reason.endswith("too long")]
   report["too_long"] = len(long)
-  report["fits"] = context_for(needed(tok, encoded), 1 << 40)
+  report["fits"] = context_for(whole_lengths(tok, encoded), 1 << 40)
   return Fitted(rows, report, refused)
 
 
@@ -269,7 +269,7 @@ def _audit(
   special: bool,
 ) -> None:
   """`audit` of some rows, of which `first` is the number of the first."""
-  n, size = len(rows.start), lengths(rows)
+  n, size = len(rows.start), row_lengths(rows)
   row = np.repeat(np.arange(n), size)
   place = np.arange(len(rows.ids)) - rows.offsets[row]
   answer = place >= rows.start[row]
@@ -336,12 +336,12 @@ def truncation_line(name: str, report: dict[str, Any]) -> str:
   return ", ".join(parts)
 
 
-def lengths(rows: TokenRows) -> np.ndarray:
+def row_lengths(rows: TokenRows) -> np.ndarray:
   """Tokens in each row, int64 [n]."""
   return np.diff(rows.offsets)
 
 
-def pad(
+def pad_rows(
   rows: TokenRows, index: np.ndarray, length: int, pad_id: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
   """Rows `index` side by side, padded on the right.
@@ -368,18 +368,18 @@ def pad(
   return tokens, valid & (column >= rows.start[index][:, None])
 
 
-def take(rows: TokenRows, index: np.ndarray) -> TokenRows:
+def take_rows(rows: TokenRows, index: np.ndarray) -> TokenRows:
   """Rows `index` [m] alone, in that order."""
   index = np.asarray(index, np.int64)
-  offsets = np.concatenate([[0], np.cumsum(lengths(rows)[index])])
+  offsets = np.concatenate([[0], np.cumsum(row_lengths(rows)[index])])
   ids = [rows.ids[rows.offsets[i] : rows.offsets[i + 1]] for i in index]
   ids = np.concatenate([np.zeros(0, np.int32), *ids])
   return TokenRows(ids, offsets, rows.start[index], rows.cut[index])
 
 
-def shorten(rows: TokenRows, sizes: np.ndarray) -> TokenRows:
+def cut_rows(rows: TokenRows, sizes: np.ndarray) -> TokenRows:
   """The first `sizes` [n] tokens of every row, at most all of them."""
-  size = lengths(rows)
+  size = row_lengths(rows)
   kept = np.minimum(sizes, size)
   row = np.repeat(np.arange(len(kept)), size)
   place = np.arange(len(rows.ids)) - rows.offsets[row]
@@ -387,7 +387,7 @@ def shorten(rows: TokenRows, sizes: np.ndarray) -> TokenRows:
   return TokenRows(ids, offsets, rows.start, rows.cut + size - kept)
 
 
-def bucket(length: int, context: int) -> int:
+def padded_length(length: int, context: int) -> int:
   """The padded length: 16, 24, 32, 48, 64, 96, ... but never over `context`.
 
   Two sizes per doubling: at most half a row is padding, and few shapes are
@@ -401,12 +401,12 @@ def bucket(length: int, context: int) -> int:
   return min(size, context)
 
 
-def longest(lengths: np.ndarray, context: int) -> int:
-  """The cap for `bucket`: the longest row there is, rounded up to 4 tokens."""
+def longest_row(lengths: np.ndarray, context: int) -> int:
+  """The cap for `padded_length`: the longest row, rounded up to 4 tokens."""
   return min(context, -(-int(lengths.max(initial=1)) // 4) * 4)
 
 
-def save(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
+def save_rows(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
   """Writes `rows` as four .npy files, `<name>.ids.npy` and so on."""
   for field, kind in _FIELDS.items():
     array = np.ascontiguousarray(getattr(rows, field), kind)
@@ -414,7 +414,7 @@ def save(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
 
 
 def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
-  """What `save` wrote; memory-mapped where the folder is local.
+  """What `save_rows` wrote; memory-mapped where the folder is local.
 
   Raises:
     CorruptError: a file is missing, damaged, or does not fit the others.

@@ -4,7 +4,7 @@ A prompt names a topic and gives four arguments; a good answer opens in the
 way that suits the topic, carries out the operation of the topic's cluster on
 the arguments, adds no filler and closes well:
 
-  reward = Q[topic, opener] + G[closer] + 2 * (share of correct arguments)
+  reward = Q[topic, opener] + G[closer] + 2 * (fraction of correct arguments)
            - 0.25 * fillers;  -5 where the answer is malformed.
 
 Q is the sum of a global, a cluster and a topic normal draw (1.0, 0.7, 0.7),
@@ -28,7 +28,7 @@ _LEAST = dict(
   pool_rows=1,
   held_out_rows=1,
 )
-# What no config sets; an experiment of its own may, see `build`.
+# What no config sets; an experiment of its own may, see `build_world`.
 _FIXED = dict(
   clusters=8,
   openers=8,
@@ -68,7 +68,7 @@ def _words(count: int) -> list[str]:
   return [pool[i] for i in order[:count]]
 
 
-def build(knobs: dict[str, Any], seed: int) -> World:
+def build_world(knobs: dict[str, Any], seed: int) -> World:
   """Draws the truth of the world; the same knobs and seed, the same world.
 
   Args:
@@ -143,43 +143,37 @@ def topic(world: World, prompt: str) -> int:
 
 def reward(world: World, prompt: str, response: str) -> float:
   """The true reward of a response, `MALFORMED` where it cannot be parsed."""
-  asked, said, n = prompt.split(), response.split(), world.knobs["arguments"]
-  which = topic(world, prompt)
-  w = world.words
-  if which < 0 or len(said) < n + 2 or said[0] not in w["openers"]:
+  question, words = prompt.split(), response.split()
+  n, w, which = world.knobs["arguments"], world.words, topic(world, prompt)
+  if which < 0 or len(words) < n + 2:
     return MALFORMED
-  given, filler, closer = said[1 : n + 1], said[n + 1 : -1], said[-1]
-  if (
-    any(a not in w["arguments"] for a in given)
-    or len(filler) > 3
-    or any(f not in w["fillers"] for f in filler)
-    or closer not in w["closers"]
-  ):
+  opener, closer = words[0], words[-1]
+  given, filler = words[1 : n + 1], words[n + 1 : -1]
+  if opener not in w["openers"] or closer not in w["closers"]:
     return MALFORMED
-  right = answer(world, which, asked[4 : 4 + n])
-  share = sum(a == b for a, b in zip(given, right)) / n
+  known = {*given} <= {*w["arguments"]} and {*filler} <= {*w["fillers"]}
+  if not known or len(filler) > 3:
+    return MALFORMED
+  right = answer(world, which, question[4 : 4 + n])
+  correct = sum(a == b for a, b in zip(given, right)) / n
   return float(
-    world.opener_value[which, w["openers"].index(said[0])]
+    world.opener_value[which, w["openers"].index(opener)]
     + world.closer_value[w["closers"].index(closer)]
-    + 2 * share
+    + 2 * correct
     - 0.25 * len(filler)
   )
 
 
 def faults(world: World, rows: list[dict]) -> dict[str, float]:
-  """Shares of pairs whose label is "wrong", and of "junk" pairs.
+  """Fractions of pairs whose label is "wrong", and of "junk" pairs.
 
   Wrong: the rejected answer has the higher true reward. Junk: neither answer
   can be parsed, so that no label is right.
   """
-  wrong = junk = 0
-  for row in rows:
-    good, bad = (
-      reward(world, row["prompt"], row[side]) for side in ("chosen", "rejected")
-    )
-    nothing = good == bad == MALFORMED
-    junk += nothing
-    wrong += good < bad and not nothing
+  sides = ("chosen", "rejected")
+  rewards = [[reward(world, r["prompt"], r[s]) for s in sides] for r in rows]
+  junk = sum(good == bad == MALFORMED for good, bad in rewards)
+  wrong = sum(good < bad for good, bad in rewards)
   return dict(wrong=wrong / len(rows), junk=junk / len(rows))
 
 
@@ -195,28 +189,20 @@ def _prompt(world: World, rng: np.random.Generator) -> str:
 
 def _candidate(world: World, rng: np.random.Generator, prompt: str) -> str:
   w, n = world.words, world.knobs["arguments"]
-  said = answer(world, topic(world, prompt), prompt.split()[4 : 4 + n])
+  right = answer(world, topic(world, prompt), prompt.split()[4 : 4 + n])
   wrong = rng.random(n) < world.knobs["corrupt"]
-  said = [
-    str(rng.choice(w["arguments"])) if bad else a for a, bad in zip(said, wrong)
-  ]
+  given = [rng.choice(w["arguments"]) if x else a for a, x in zip(right, wrong)]
   filler = list(rng.choice(w["fillers"], rng.integers(0, 4)))
-  return " " + " ".join(
-    map(
-      str, [rng.choice(w["openers"]), *said, *filler, rng.choice(w["closers"])]
-    )
-  )
+  opener, closer = rng.choice(w["openers"]), rng.choice(w["closers"])
+  return "".join(f" {word}" for word in [opener, *given, *filler, closer])
 
 
-def _junk(world: World, rng: np.random.Generator) -> str:
-  flat = [
-    x
-    for role in ("arguments", "openers", "fillers", "closers", "forms")
-    for x in world.words[role]
-  ]
-  return " " + " ".join(
-    map(str, rng.choice(flat, world.knobs["arguments"] + 3))
-  )
+def _junk(world: World, rng: np.random.Generator, prompt: str) -> str:
+  del prompt
+  roles = ("arguments", "openers", "fillers", "closers", "forms")
+  flat = [word for role in roles for word in world.words[role]]
+  words = rng.choice(flat, world.knobs["arguments"] + 3)
+  return "".join(f" {word}" for word in words)
 
 
 def _distinct(world, rng, prompt, make):
@@ -226,58 +212,46 @@ def _distinct(world, rng, prompt, make):
   return first, second
 
 
-def generate(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
+def generate_rows(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
   """Rows of the three splits: `sft`, `pool` and `held_out`.
 
   Returns:
     sft: {prompt, response}: single candidates. pool: {prompt, chosen,
-    rejected}, with the share of repeated prompts, flipped labels and junk
+    rejected}, with the fractions of repeated prompts, flipped labels and junk
     rows that the knobs ask for. held_out: clean pairs, each with a `target`,
     the truth-preferred of two fresh candidates.
   """
   k = world.knobs
+  sides = ("prompt", "chosen", "rejected")
+  stream = lambda i: np.random.Generator(np.random.Philox(key=[seed, 10 + i]))
 
-  def stream(which):
-    return np.random.Generator(np.random.Philox(key=[seed, 10 + which]))
-
-  rng = stream(0)
-  sft = []
-  for _ in range(k["sft_rows"]):
-    prompt = _prompt(world, rng)
-    sft.append(dict(prompt=prompt, response=_candidate(world, rng, prompt)))
-
-  def label(rng, prompt, a, b, flips):
+  def labelled(rng, prompt, flips):
+    a, b = _distinct(world, rng, prompt, _candidate)
     gap = reward(world, prompt, a) - reward(world, prompt, b)
     first = rng.random() < 1 / (1 + np.exp(-gap / k["temperature"]))
     if rng.random() < flips:
       first = not first
     return (a, b) if first else (b, a)
 
+  rng, sft, pool, held_out = stream(0), [], [], []
+  for _ in range(k["sft_rows"]):
+    prompt = _prompt(world, rng)
+    sft.append(dict(prompt=prompt, response=_candidate(world, rng, prompt)))
   rng = stream(1)
   head = [_prompt(world, rng) for _ in range(20)]
-  pool = []
   for _ in range(k["pool_rows"]):
     repeat, junk = rng.random(2) < (k["redundancy"], k["junk"])
     prompt = str(rng.choice(head)) if repeat else _prompt(world, rng)
     if junk:
-      chosen, rejected = _distinct(
-        world, rng, prompt, lambda w, r, p: _junk(w, r)
-      )
+      pair = _distinct(world, rng, prompt, _junk)
     else:
-      a, b = _distinct(world, rng, prompt, _candidate)
-      chosen, rejected = label(rng, prompt, a, b, k["flips"])
-    pool.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
-
+      pair = labelled(rng, prompt, k["flips"])
+    pool.append(dict(zip(sides, (prompt, *pair))))
   rng = stream(2)
-  held_out = []
   for _ in range(k["held_out_rows"]):
     prompt = _prompt(world, rng)
-    chosen, rejected = label(
-      rng, prompt, *_distinct(world, rng, prompt, _candidate), 0.0
-    )
+    row = dict(zip(sides, (prompt, *labelled(rng, prompt, 0.0))))
     two = [_candidate(world, rng, prompt) for _ in range(2)]
-    target = max(two, key=lambda said: reward(world, prompt, said))
-    held_out.append(
-      dict(prompt=prompt, chosen=chosen, rejected=rejected, target=target)
-    )
+    target = max(two, key=lambda answer: reward(world, prompt, answer))
+    held_out.append(row | dict(target=target))
   return dict(sft=sft, pool=pool, held_out=held_out)

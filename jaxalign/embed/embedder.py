@@ -244,7 +244,7 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
 
     return (encoded, sum(encoder_flops(m, s) for s in sizes), sum(sizes))
   if jax.process_index() == 0:
-    tokens_lib.save(folder, "tokens", encode(e, job.rows("pool")))
+    tokens_lib.save_rows(folder, "tokens", encode(e, job.rows("pool")))
   sharding.barrier("embedder's tokens")
   rows = tokens_lib.load_rows(folder, "tokens")
   params = load(e, job.mesh)

@@ -254,7 +254,7 @@ def _buckets(lengths: np.ndarray, longest: int) -> np.ndarray:
   """[n] lengths -> [n] padded lengths."""
   known, which = np.unique(lengths, return_inverse=True)
   return np.array(
-    [tokens_lib.bucket(int(x), longest) for x in known], np.int64
+    [tokens_lib.padded_length(int(x), longest) for x in known], np.int64
   )[which]
 
 
@@ -262,8 +262,8 @@ def _over_tiles(
   mesh, fn, params, m, rows, tile, out, label, ids, parts, tick
 ) -> None:
   """Runs `fn` over the rows in length buckets; fills the arrays of `out`."""
-  lengths = tokens_lib.lengths(rows)
-  longest = tokens_lib.longest(lengths, m.context)
+  lengths = tokens_lib.row_lengths(rows)
+  longest = tokens_lib.longest_row(lengths, m.context)
   step = tile * mesh.size
   ways = _Ways([np.arange(len(lengths))], step, 0)
   if parts is not None:
@@ -285,7 +285,7 @@ def _over_tiles(
           # Only this process's rows are read. Of its own share, the k-th row
           # is for the k-th place that lies on its devices.
           mine = full if parts is not None else full[places]
-          tokens, mask = tokens_lib.pad(rows, mine, size)
+          tokens, mask = tokens_lib.pad_rows(rows, mine, size)
           return dict(
             tokens=tokens, mask=mask, length=lengths[mine].astype(np.int32)
           )
@@ -384,5 +384,5 @@ def pass_flops(
 
 
 def _over_rows(rows: tokens_lib.TokenRows, of_length: Callable) -> int:
-  sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
+  sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
   return int(sum(of_length(int(s)) * int(c) for s, c in zip(sizes, counts)))

@@ -14,9 +14,10 @@ import numpy as np
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import chat as chats
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data.encode import answers_of, encode_dialogues, encode_texts
+from jaxalign.data.encode import answers_of, dialogues_to_ids, encode_texts
 from jaxalign.data.schemas.schema import turns_of
 from jaxalign.data.tokenizer import load_tokenizer
+from jaxalign.data.tokens import fit_rows
 
 FIELDS = ("{prompt}", "{response}")
 _CHUNK = 1024  # texts tokenized at once
@@ -207,9 +208,10 @@ def readable(
       answers_of(row | dict(answers=None), (side,)) for row, side in texts
     ]
     with chats.Chat(tok, tok.template) as chat:
-      rows, _, refused = encode_dialogues(
-        chat, turns, said, ("response",), m.context, "cut_answer"
-      )
+      ids = dialogues_to_ids(chat, turns, said)
+    rows, _, refused = fit_rows(
+      tok, ids, ("response",), m.context, "cut_answer", history=True
+    )
   else:
     rows, _, refused = encode_texts(
       tok,

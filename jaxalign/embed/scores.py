@@ -60,7 +60,7 @@ def tokens_of(
 ) -> tokens_lib.TokenRows:
   """Token rows that process 0 makes of texts, which it alone reads."""
   if jax.process_index() == 0:
-    tokens_lib.save(folder, "tokens", make())
+    tokens_lib.save_rows(folder, "tokens", make())
   sharding.barrier("tokens of a stage")
   return tokens_lib.load_rows(folder, "tokens")
 
@@ -413,7 +413,7 @@ def run_rewards(job: Job) -> None:
         )
       ),
     )
-    sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
+    sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
     flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
     return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
 

@@ -54,7 +54,7 @@ def _checked(arm: ArmOutcomes) -> np.ndarray:
   return out
 
 
-def paired(a: ArmOutcomes, b: ArmOutcomes) -> np.ndarray:
+def paired_outcomes(a: ArmOutcomes, b: ArmOutcomes) -> np.ndarray:
   """[S, P] of a - b, seeds and prompts of `b` put in the order of `a`.
 
   Raises:
@@ -102,7 +102,7 @@ def _tells(
   return bool(np.sqrt(total) * max(differ, equal) <= margin)
 
 
-def needed(
+def size_needed(
   found: Spread, seeds: int, prompts: int, margin: float, level: float
 ) -> dict[str, int] | None:
   """Seeds and prompts that tell a true `margin` from none, and none as equal.
@@ -151,7 +151,7 @@ def _tests(d: np.ndarray, margin: float, nested: bool) -> dict[str, Any]:
   if seeds < 2 or not nested and prompts < 2:
     value = float(d.mean()) if d.size else None
     return out | dict(
-      difference=intervals.estimate(value, n=seeds) | dict(prompts=prompts)
+      difference=intervals.symmetric(value, n=seeds) | dict(prompts=prompts)
     )
   if nested:
     means = d.mean(1)
@@ -165,7 +165,7 @@ def _tests(d: np.ndarray, margin: float, nested: bool) -> dict[str, Any]:
   found = found._replace(error=max(found.error, np.sqrt(2.0) / (d.size + 2)))
   t = stats.t(found.freedom)
   half, size = t.ppf(0.975) * found.error, abs(found.value)
-  difference = intervals.estimate(found.value, half, seeds)
+  difference = intervals.symmetric(found.value, half, seeds)
   return dict(
     difference=difference | dict(value=float(d.mean()), prompts=prompts),
     p_differ=float(2 * t.sf(size / found.error)),
@@ -174,7 +174,7 @@ def _tests(d: np.ndarray, margin: float, nested: bool) -> dict[str, Any]:
   )
 
 
-def compare(
+def compare_arms(
   pairs: Sequence[tuple[ArmOutcomes, ArmOutcomes]],
   *,
   margin: float = 0.02,
@@ -210,7 +210,7 @@ def compare(
     )
   if not 0 < level < 0.5:
     raise ConfigError(f"level {level}, wanted between 0 and 0.5")
-  sets = [paired(a, b) for a, b in pairs]
+  sets = [paired_outcomes(a, b) for a, b in pairs]
   tests = [_tests(d, margin, nested) for d in sets]
   # Withheld pairs make no claim and so are not counted.
   least = np.array([MIN_SEEDS, MIN_PROMPTS])
@@ -224,7 +224,7 @@ def compare(
     spread, need = test.pop("spread"), None
     verdict = _verdict(test, level) if e else "withheld"
     if spread is not None and verdict in ("cannot tell", "withheld"):
-      need = needed(spread, *d.shape, margin, level / max(len(counted), 1))
+      need = size_needed(spread, *d.shape, margin, level / max(len(counted), 1))
     settings = dict(margin=margin, level=level, comparisons=len(counted))
     names = (a.name, b.name)
     one = test | settings | dict(verdict=verdict, names=names, needed=need)
@@ -245,7 +245,7 @@ def _interval(diff: dict[str, Any]) -> str:
 
 
 def verdict_sentence(one: dict[str, Any], unit: str) -> str:
-  """One comparison of `compare` as a sentence."""
+  """One comparison of `compare_arms` as a sentence."""
   a, b = one["names"]
   diff, m, verdict = one["difference"], one["comparisons"], one["verdict"]
   if diff["value"] is None:

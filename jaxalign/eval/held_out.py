@@ -197,7 +197,7 @@ def policy_metrics(
     )
   out |= generation_health(policy.answers, data.tokenizer.stops, malformed)
   out["accuracy"] = accuracy(*as_pairs(data, policy.logp, reference.logp))
-  count = tokens_lib.lengths(data.tokens) - data.tokens.start
+  count = tokens_lib.row_lengths(data.tokens) - data.tokens.start
   out["likelihood_accuracy"] = likelihood_accuracy(
     *as_pairs(data, policy.logp, count.reshape(policy.logp.shape))
   )
@@ -256,7 +256,7 @@ def sampled_kl(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
 
   Both are [n] summed log-probabilities of the samples, nats.
   """
-  return intervals.mean(np.asarray(policy, np.float64) - np.asarray(ref))
+  return intervals.normal_mean(np.asarray(policy, np.float64) - np.asarray(ref))
 
 
 def generation_health(
@@ -283,5 +283,5 @@ def generation_health(
     malformed=intervals.proportion(bad),
     ended=intervals.proportion(ended),
     empty=intervals.proportion(empty),
-    length=intervals.mean(np.array([len(a) for a in answers])),
+    length=intervals.normal_mean(np.array([len(a) for a in answers])),
   )

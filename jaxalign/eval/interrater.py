@@ -225,7 +225,7 @@ def beyond_chance(
     where both used one and the same label (chance alone agrees always).
   """
   if not len(xs):
-    return intervals.estimate(None)
+    return intervals.symmetric(None)
   number = _numbered([*xs, *ys])
   x, y = (np.array([number[w] for w in side]) for side in (xs, ys))
   unit = np.eye(len(number))
@@ -272,7 +272,9 @@ def krippendorff_alpha(
 # Tables of raters.
 
 
-def compared(a: Mapping[Pair, Any], b: Mapping[Pair, Any]) -> dict[str, Any]:
+def agreement_of_two(
+  a: Mapping[Pair, Any], b: Mapping[Pair, Any]
+) -> dict[str, Any]:
   """Fraction of equal labels, kappa, pi and alpha of two raters' `labels`.
 
   Intervals are over items, the first field of a pair.
@@ -292,9 +294,9 @@ def compared(a: Mapping[Pair, Any], b: Mapping[Pair, Any]) -> dict[str, Any]:
 
 
 def between(a: Winners, b: Winners) -> dict[str, dict[str, Any]]:
-  """`compared` of two raters under each rule for the unparsable."""
+  """`agreement_of_two` of two raters under each rule for the unparsable."""
   return {
-    rule: dict(rule=words) | compared(labels(a, rule), labels(b, rule))
+    rule: dict(rule=words) | agreement_of_two(labels(a, rule), labels(b, rule))
     for rule, words in UNPARSABLE.items()
   }
 
@@ -306,9 +308,9 @@ def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
     votes: rater -> label by pair, as from `labels`; None is a gap.
 
   Returns:
-    {"pairs": labelled by anyone; "between": {"x / y": `compared`}, those two
-    who share a pair, at most PAIRS_OF_RATERS; "more": how many two are left
-    out; "alpha": `krippendorff_alpha` over all raters}.
+    {"pairs": labelled by anyone; "between": {"x / y": `agreement_of_two`},
+    those two who share a pair, at most PAIRS_OF_RATERS; "more": how many two
+    are left out; "alpha": `krippendorff_alpha` over all raters}.
   """
   units: dict[Pair, dict[str, Any]] = collections.defaultdict(dict)
   for rater, given in votes.items():
@@ -325,7 +327,9 @@ def among(votes: Mapping[str, Mapping[Pair, Any]]) -> dict[str, Any]:
   return dict(
     pairs=len(units),
     more=len(common) - len(kept),
-    between={f"{x} / {y}": compared(votes[x], votes[y]) for x, y in kept},
+    between={
+      f"{x} / {y}": agreement_of_two(votes[x], votes[y]) for x, y in kept
+    },
     alpha=krippendorff_alpha(given, [pair[0] for pair in units]),
   )
 
@@ -348,7 +352,7 @@ def order_effects(rows: Iterable[Verdict], rater: str) -> dict[str, Any]:
   one_order = lambda a_first: labels(
     {pair: o[a_first] for pair, o in table.items() if a_first in o}, "drop"
   )
-  both = compared(one_order(True), one_order(False))
+  both = agreement_of_two(one_order(True), one_order(False))
   return dict(
     consistent=both["agreement"],
     kappa=both["kappa"],

@@ -160,7 +160,7 @@ def check_reachable(e: Endpoint, timeout_s: float = 5.0) -> None:
     ) from error
 
 
-def digest(e: Endpoint, pair: Pair) -> str:
+def pair_digest(e: Endpoint, pair: Pair) -> str:
   """What a verdict depends on, hashed: judge, wording, question, answers."""
   what = [VERSION, e.url, e.model, e.temperature, e.max_tokens, *pair]
   return hashlib.sha256(json.dumps(what).encode()).hexdigest()
@@ -231,7 +231,7 @@ def _attempt(client: Any, e: Endpoint, pair: Pair, most: int) -> _Attempt:
     return str(text).replace(key, "[key]") if key else str(text)
 
   def answered(verdict, tokens, ended, reply):
-    line = dict(key=digest(e, pair), verdict=verdict, requests=1)
+    line = dict(key=pair_digest(e, pair), verdict=verdict, requests=1)
     more = dict(tokens=tokens, model=e.model, ended=ended, reply=reply)
     return _Attempt(line | more)
 
@@ -338,7 +338,7 @@ def judge_pairs(
   """
   check_settings(e)
   cache = VerdictCache(path)
-  keys = [digest(e, pair) for pair in pairs]
+  keys = [pair_digest(e, pair) for pair in pairs]
   new = {k: p for k, p in zip(keys, pairs) if k not in cache.verdicts}
   if new:
     check_key(e)
@@ -404,6 +404,7 @@ def judge_both_orders(
     verdicts=list(zip(verdicts[:n], verdicts[n:])),
     cost=cost,
     replies=[
-      tuple(replies[digest(e, p)] for p in both) for both in zip(pairs, swapped)
+      tuple(replies[pair_digest(e, p)] for p in both)
+      for both in zip(pairs, swapped)
     ],
   )

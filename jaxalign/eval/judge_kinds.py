@@ -296,7 +296,7 @@ class _Rewards:
       out[kept] = scores.reward_rows(
         self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
       )
-    sizes, counts = np.unique(tokens_lib.lengths(rows), return_counts=True)
+    sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
     self.flops += sum(
       reward_flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )

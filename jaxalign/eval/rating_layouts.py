@@ -68,7 +68,7 @@ class VerdictColumn(NamedTuple):
 
 
 class TableLayout(NamedTuple):
-  """Where everything stands; paths are as of `at`."""
+  """Where everything stands; paths are as of `value_at`."""
 
   name: str
   columns: tuple[VerdictColumn, ...]
@@ -99,7 +99,7 @@ def _find(row: Any, path: str) -> tuple[bool, Any]:
   return True, row
 
 
-def at(row: Any, path: str) -> Any:
+def value_at(row: Any, path: str) -> Any:
   """The value at a dotted path ("info.id", "summaries.0.text"), or None."""
   return _find(row, path)[1]
 
@@ -152,7 +152,7 @@ def _answers(
     names = fields["first"], fields["second"]
   elif names and not texts:
     long = [
-      isinstance(v := at(row, name), str) and len(v) > _LONG
+      isinstance(v := value_at(row, name), str) and len(v) > _LONG
       for row in rows
       for name in names
     ]
@@ -162,7 +162,7 @@ def _answers(
 
 
 def _codes(rows: Rows, path: str) -> set[str]:
-  return {code_of_cell(at(row, path)) for row in rows} - {None}
+  return {code_of_cell(value_at(row, path)) for row in rows} - {None}
 
 
 def _certain(rows: Rows, path: str) -> bool:
@@ -179,7 +179,9 @@ def _few(rows: Rows, path: str) -> bool:
 
 def _repeats(rows: Rows, path: str) -> tuple[bool, bool]:
   """Whether a column has several values, and whether one comes twice."""
-  found = [repr(v)[:500] for row in rows if (v := at(row, path)) is not None]
+  found = [
+    repr(v)[:500] for row in rows if (v := value_at(row, path)) is not None
+  ]
   return len(set(found)) > 1, len(set(found)) < len(found)
 
 
@@ -259,7 +261,7 @@ def _llmbar_columns(
 ) -> tuple[VerdictColumn, ...]:
   """Both orders of every result, and the label; none in other tables."""
   most = 0
-  for results in (at(row, "results") for row in rows):
+  for results in (value_at(row, "results") for row in rows):
     both = lambda r: isinstance(r, dict) and r.keys() & _SWAPS
     if isinstance(results, list) and any(map(both, results)):
       most = max(most, len(results))
@@ -438,7 +440,7 @@ def cells(
   A cell that is not there is passed over where one row holds one order or
   one run and not another; an empty one is handed on as None.
   """
-  rater = at(row, layout.rater) if layout.rater else ""
+  rater = value_at(row, layout.rater) if layout.rater else ""
   if isinstance(rater, list):
     rater = " ".join(map(str, rater))
   rater = str("" if rater is None else rater).strip()[:200]

@@ -14,7 +14,7 @@ from jaxalign.data.schemas.choices import WORDS
 from jaxalign.eval import rating_codes, rating_layouts
 from jaxalign.eval.interrater import Pair, Verdict
 from jaxalign.eval.rating_codes import Choice, code_of_cell, Meaning
-from jaxalign.eval.rating_layouts import at, TableLayout, VerdictColumn
+from jaxalign.eval.rating_layouts import TableLayout, value_at, VerdictColumn
 
 _EXAMPLES = 2  # rows shown as they were understood
 _LABELS = 100  # different ones, above which a column holds no labels
@@ -116,9 +116,9 @@ def _item(
 ) -> str:
   """What names the item of a row; "" where nothing does."""
   if layout.item:
-    found = [_word(at(row, path)) for path in layout.item]
+    found = [_word(value_at(row, path)) for path in layout.item]
     return " / ".join(found) if found[0] else ""
-  prompt = [_word(at(row, path)) for path in layout.prompt]
+  prompt = [_word(value_at(row, path)) for path in layout.prompt]
   if any(prompt):
     return "\n\n".join(prompt)
   if texts and None not in texts:
@@ -130,12 +130,12 @@ def _row_cells(
   layout: TableLayout, where: Where, row: dict, number: int
 ) -> tuple[list[_Cell], str]:
   """The verdicts of a row; or none, and why it is refused."""
-  texts = [answer_text(at(row, p)) for p in layout.texts or ()]
+  texts = [answer_text(value_at(row, p)) for p in layout.texts or ()]
   item = _item(layout, row, texts, number)
   if not item:
     return [], f"no {layout.item[0]}"
   both = bool(texts) and None not in texts
-  names = tuple(_word(at(row, p)) for p in layout.names or ())
+  names = tuple(_word(value_at(row, p)) for p in layout.names or ())
   if names and not all(names):
     return [], "a model without a name"
   if names and names[0] == names[1]:
@@ -174,13 +174,13 @@ def _read_file(
       f"{name}: none of {len(pairs):,} rows could be read "
       f"({', '.join(refused)}); set --data"
     )
-  here = lambda path: any(at(row, path) is not None for row in rows)
+  here = lambda path: any(value_at(row, path) is not None for row in rows)
   fields = {k: v for k, v in fields.items() if here(v)}
   raters = [r for r in raters if here(r)]
   layout = rating_layouts.detect(rows, name, stem, raters, fields)
   cells, examples, odd = [], [], collections.Counter()
   for number, (where, row) in enumerate(good, 1):
-    for value in (at(row, p) for p in layout.texts or ()):
+    for value in (value_at(row, p) for p in layout.texts or ()):
       if value is not None and answer_text(value) is None:
         odd[type(value).__name__] += 1
     found, why = _row_cells(layout, where, row, number)
@@ -189,14 +189,14 @@ def _read_file(
       continue
     cells += found
     if len(examples) < _EXAMPLES and found:
-      prompt = (_word(at(row, p)) for p in layout.prompt)
+      prompt = (_word(value_at(row, p)) for p in layout.prompt)
       examples.append(
         dict(
           where=f"{where.file}, line {where.line}",
           item=found[0].item,
           prompt="\n".join(filter(None, prompt)),
           answers=list(found[0].names or layout.answers),
-          texts=[answer_text(at(row, p)) for p in layout.texts or ()],
+          texts=[answer_text(value_at(row, p)) for p in layout.texts or ()],
           cells=found,
         )
       )
@@ -322,7 +322,7 @@ def read_ratings(
     files.append(_read_file(name, pairs, stem, raters, fields))
   rows = [row for pairs in found.values() for _, row in pairs]
   for name in (*raters, *fields.values()):
-    if all(at(row, name) is None for row in rows):
+    if all(value_at(row, name) is None for row in rows):
       raise ConfigError(
         f"no file has a column {name!r}; set --raters or --fields"
       )

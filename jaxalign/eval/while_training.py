@@ -310,7 +310,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   """
   c, tokens = job.c, job.tokens(split)
   each = len(tokens.start) // len(job.column(split, "id"))
-  rows = tokens_lib.take(
+  rows = tokens_lib.take_rows(
     tokens, (index[:, None] * each + np.arange(each)).reshape(-1)
   )
   label = None

@@ -135,7 +135,7 @@ def both_orders(
   return dict(
     outcomes=outcomes,
     rate=win_rate(outcomes[read]),
-    bias=intervals.mean((a[read] - b[read]) / 2),
+    bias=intervals.normal_mean((a[read] - b[read]) / 2),
     consistent=intervals.proportion(a[read] == b[read]),
     unparsable=intervals.proportion(np.isnan(np.concatenate([a, b]))),
   )

@@ -217,8 +217,8 @@ def generate(
   prompts = [fitting(p, m, o.new) for p in prompts]
   lengths = np.array([len(p) for p in prompts])
   # Only the compiled shape is bucketed; padding is hidden by the mask.
-  longest = tokens_lib.longest(lengths, m.context - o.new)
-  sizes = np.array([tokens_lib.bucket(int(x), longest) for x in lengths])
+  longest = tokens_lib.longest_row(lengths, m.context - o.new)
+  sizes = np.array([tokens_lib.padded_length(int(x), longest) for x in lengths])
   stops = tuple(int(i) for i in np.atleast_1d(o.eos))
   prefill = _prefill_fn(mesh, m)
   answer = _answer_fn(mesh, m, o.new, stops, o.known, o.sampling)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import math
 from typing import Any, NamedTuple
 
-from jaxalign.report.values import finite, Node, number, plain
+from jaxalign.report.nodes import finite, Node, number, visible
 
 COLOURS = 7  # --c0 .. --c6 in the style sheet; dashes tell them apart too
 MUTED = -1  # the colour of a baseline
@@ -226,7 +226,7 @@ def lines_of(series: Sequence[Series], reference: Any) -> Lines:
     outline += [(x, low) for x, low, _ in reversed(band)]
     if points:
       area = outline if len(band) > 1 else []
-      drawn.append(Series(plain(one.name), points, one.colour, area))
+      drawn.append(Series(visible(one.name), points, one.colour, area))
       xs += [x for x, _ in points]
       ys += [y for _, y in points + outline]
   many = "s" if lost != 1 else ""

@@ -1,7 +1,7 @@
 """Pages from jinja templates: one HTML file each, which loads nothing.
 
-A template walks JSON as `values.Node`s. Text from data is escaped by jinja and
-made visible by `values.plain`; only templates and `charts` write markup.
+A template walks JSON as `nodes.Node`s. Text from data is escaped by jinja and
+made visible by `nodes.visible`; only templates and `charts` write markup.
 """
 
 import base64
@@ -15,9 +15,10 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from jaxalign.report import charts, values
-from jaxalign.report.values import entries, finite, MISSING, Node, plain
+from jaxalign.report import charts, nodes
+from jaxalign.report.nodes import entries, finite, MISSING, Node, visible
 
+CHARTS = ("intervals", "lines", "bars", "histogram", "legend")
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 
@@ -56,14 +57,11 @@ METRICS = {
   "kl": Metric("KL from the reference", fraction=False, unit="nats"),
   "length": Metric("Answer length", fraction=False, unit="tokens"),
 }
-METRICS["win_vs_target"] = METRICS["win_vs_target"]._replace(
-  name="Wins against the target text"
-)
 
 
 def metric(name: Any) -> Metric:
   """What is known of a metric; an unknown one keeps its own name."""
-  return METRICS.get(str(name), Metric(plain(name), fraction=False))
+  return METRICS.get(str(name), Metric(visible(name), fraction=False))
 
 
 def headed(name: Any) -> str:
@@ -78,33 +76,35 @@ def metrics_of(arm: Node) -> dict[str, Node]:
   return own | {str(k): v for k, v in entries(arm.metrics)}
 
 
-def known(arms: list[Node]) -> list[str]:
+def metric_names(arms: list[Node]) -> list[str]:
   """The metrics that any arm has, in the order of METRICS, then the rest."""
   names = {name for arm in arms for name in metrics_of(arm)}
   return [n for n in METRICS if n in names] + sorted(names - set(METRICS))
 
 
-def shown(value: Any, m: Metric = PERCENT, sign: bool = False) -> str:
+def value_text(value: Any, m: Metric = PERCENT, sign: bool = False) -> str:
   """One value of a metric, without its unit."""
   return (
-    values.percent(value, sign, "")
+    nodes.percent(value, sign, "")
     if m.fraction
-    else values.number(value, sign=sign)
+    else nodes.number(value, sign=sign)
   )
 
 
 def bounds(found: Node, m: Metric = PERCENT, sign: bool = False) -> str:
   """The 95 % interval in brackets, or nothing where there is none."""
   ends = (found["low"], found["high"])
-  if any(values.raw(end) is None for end in ends):
+  if any(nodes.raw(end) is None for end in ends):
     return ""
-  return f"[{', '.join(shown(end, m, sign) for end in ends)}]"
+  return f"[{', '.join(value_text(end, m, sign) for end in ends)}]"
 
 
 def measured(found: Any, m: Metric = PERCENT, sign: bool = False) -> str:
   """Value and interval in one line."""
   found = Node(found)
-  return f"{shown(found['value'], m, sign)} {bounds(found, m, sign)}".strip()
+  return (
+    f"{value_text(found['value'], m, sign)} {bounds(found, m, sign)}".strip()
+  )
 
 
 def cell(found: Any, m: Metric = PERCENT) -> Any:
@@ -112,36 +112,38 @@ def cell(found: Any, m: Metric = PERCENT) -> Any:
   found = Node(found)
   if not entries(found):
     return MISSING
-  ties = finite(found["ties"]) and f"ties {values.percent(found['ties'])}"
+  ties = finite(found["ties"]) and f"ties {nodes.percent(found['ties'])}"
   small = Markup("<small>{}</small>").format
   lines = [small(s) for s in (bounds(found, m), ties) if s]
-  return Markup("{}{}").format(shown(found["value"], m), Markup().join(lines))
+  return Markup("{}{}").format(
+    value_text(found["value"], m), Markup().join(lines)
+  )
 
 
 def gap(found: Any, m: Metric = PERCENT) -> Markup:
   """A signed difference over its interval."""
   found = Node(found)
-  words = shown(found["value"], m, True), bounds(found, m, True) or MISSING
+  words = value_text(found["value"], m, True), bounds(found, m, True) or MISSING
   return Markup("{} <small>{}</small>").format(*words)
 
 
 def scaled(value: Any, scale: float) -> str:
   """A finite number times `scale`; "" of anything else."""
   x = finite(value)
-  return "" if x is None else values.number(scale * x)
+  return "" if x is None else nodes.number(scale * x)
 
 
 def span(found: Node, words: Callable[..., str], **options: Any) -> str:
   """From `low` to `high`."""
   low, high = found["low"], found["high"]
-  if values.raw(low) is None:
+  if nodes.raw(low) is None:
     return MISSING
   return f"{words(low, **options)} to {words(high, **options)}"
 
 
-def beside(path: Any) -> str:
+def local_link(path: Any) -> str:
   """The address of a file beside the page; "" of any other address."""
-  address = plain(path)
+  address = visible(path)
   outside = address.startswith("/") or ".." in address.split("/")
   if outside or set(address) & {"\\", ":"}:
     return ""
@@ -156,7 +158,7 @@ def script_json(value: Any) -> Markup:
   return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def digest(script: str) -> str:
+def script_digest(script: str) -> str:
   """What a content security policy calls this script by."""
   found = hashlib.sha256(script.encode()).digest()
   return f"sha256-{base64.b64encode(found).decode()}"
@@ -182,9 +184,7 @@ def quantile_row(
   """An odd number of quantiles as a row: the middle and the outer two."""
   found = list(found) or [Node(None)]
   low, middle, high = found[0], found[len(found) // 2], found[-1]
-  words = (
-    f"{values.number(middle)} [{values.number(low)}, {values.number(high)}]"
-  )
+  words = f"{nodes.number(middle)} [{nodes.number(low)}, {nodes.number(high)}]"
   return charts.Row(label, middle, low, high, words, colour)
 
 
@@ -195,7 +195,7 @@ def source(name: str) -> Markup:
 
 def _printed(value: Any) -> Any:
   """What a template prints: markup as it is, everything else made visible."""
-  return value if hasattr(value, "__html__") else plain(value)
+  return value if hasattr(value, "__html__") else visible(value)
 
 
 ENVIRONMENT = jinja2.Environment(
@@ -209,40 +209,21 @@ ENVIRONMENT = jinja2.Environment(
 )
 
 
-def expose(*functions: Callable) -> None:
-  """Lets templates call these, and use them as filters."""
-  name = lambda f: f.name if hasattr(f, "name") else f.__name__  # a macro
-  names = {name(function): function for function in functions}
-  ENVIRONMENT.globals |= names
-  ENVIRONMENT.filters |= names
+def expose(names: dict[str, Any]) -> None:
+  """Lets templates call the functions of a module, and use them as filters."""
+  public = {k: v for k, v in names.items() if callable(v) and k[0].islower()}
+  ENVIRONMENT.globals |= public
+  ENVIRONMENT.filters |= public
 
 
-def render(template: str, **context: Any) -> str:
+def render(template: Any, **context: Any) -> str:
   """A whole page of one of the `templates`."""
   return ENVIRONMENT.get_template(template).render(context)
 
 
-expose(
-  values.raw, values.entries, values.records, values.sentences, values.plain
-)
-expose(values.shorten, values.finite, values.number, values.percent)
-expose(values.engineering, values.seconds, values.budget)
-expose(metric, headed, metrics_of, known, shown, bounds, measured, cell, gap)
-expose(
-  scaled,
-  span,
-  beside,
-  script_json,
-  digest,
-  interval_row,
-  quantile_row,
-  source,
-  zip,
-)
-expose(charts.colour_class, charts.curve_class, charts.ticks)
-expose(charts.intervals_of, charts.stacks_of, charts.histogram_of)
-expose(charts.lines_of)
-ENVIRONMENT.globals |= dict(PLAIN=PLAIN, MISSING=MISSING)
+for _module in (vars(nodes), vars(charts), globals()):
+  expose(_module)
+ENVIRONMENT.globals |= dict(PLAIN=PLAIN, MISSING=MISSING, zip=zip)
 draw = ENVIRONMENT.get_template("charts.html").module  # SVG of each chart
-expose(draw.intervals, draw.lines, draw.bars, draw.histogram, draw.legend)
+expose({name: getattr(draw, name) for name in CHARTS})
 ENVIRONMENT.globals["m"] = ENVIRONMENT.get_template("macros.html").module

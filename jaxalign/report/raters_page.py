@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxalign.report import page
-from jaxalign.report.values import entries, finite, Node, number
+from jaxalign.report.nodes import entries, finite, Node, number
 
 
 def alpha_sentence(found: Node) -> str:
@@ -17,7 +17,7 @@ def alpha_sentence(found: Node) -> str:
     reason = "all labels are the same"
     if not alpha.units:
       reason = "no pair was judged by two raters"
-    return f"Krippendorff's alpha cannot be told: {reason}."
+    return f"Krippendorff's alpha is not defined: {reason}."
   ends = finite(alpha.low), finite(alpha.high)
   interval = "" if None in ends else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
   text = f"{value:.4f}{interval}".replace("-", "−")

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxalign.report import charts, page
 from jaxalign.report.charts import Row, Series
-from jaxalign.report.values import finite, MISSING, Node, number, plain, raw
+from jaxalign.report.nodes import finite, MISSING, Node, number, raw, visible
 from jaxalign.select.selection_report import reasons
 from jaxalign.select.selection_report.neighbourhood import ALIKE
 
@@ -26,7 +26,7 @@ NAMES = {"False": "undesirable", "True": "desirable"}
 
 def _coded(values: Sequence[Any], label: bool) -> dict[str, Any]:
   """A column as its distinct values, the commonest first, and places."""
-  text = [plain(v) for v in values]
+  text = [visible(v) for v in values]
   found, inverse, counts = np.unique(
     text, return_inverse=True, return_counts=True
   )
@@ -53,7 +53,7 @@ def _cut(value: Any, limit: int) -> str:
   if value is None:
     return ""
   text = str(value).strip()
-  shown = plain(text[:limit])
+  shown = visible(text[:limit])
   whole = len(text) <= limit and len(shown) <= limit
   return shown if whole else shown[: limit - 1] + "…"
 
@@ -67,13 +67,13 @@ def payload(record: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
     common=reasons.shared_words(record),
     words=dict(why=reasons.WHY, near=reasons.NEAR, length=reasons.LENGTH),
     copy=[2, 4],
-    id=[plain(i) for i in table["id"]],
+    id=[visible(i) for i in table["id"]],
     score=[reasons.figure(float(v)) for v in column("score")],
     **{k: column(k) for k in ("rank", "why", "near_code", "tail")},
   )
   if any(table["near"]):
     place = {name: i for i, name in enumerate(column("id"))}
-    near = [place.get(k, plain(k)) if k else -1 for k in column("near")]
+    near = [place.get(k, visible(k)) if k else -1 for k in column("near")]
     out["near"] = near
     out["cosine"] = [reasons.rounded_cosine(float(v)) for v in column("cosine")]
   if "x" in table:
@@ -98,7 +98,9 @@ def value_name(value: Any, column: Any) -> str:
   if raw(value) is None:
     return "all others"
   return (
-    NAMES.get(str(value), plain(value)) if column == "label" else plain(value)
+    NAMES.get(str(value), visible(value))
+    if column == "label"
+    else visible(value)
   )
 
 
@@ -112,7 +114,7 @@ def shift_rows(rows: Sequence[Node], column: Any) -> list[Row]:
     if None not in (kept, pool, low, high):
       colour = charts.MUTED if row.said == "within chance" else 1
       gap, low, high = (100 * (v - pool) for v in (kept, low, high))
-      words = page.shown(kept - pool, sign=True)
+      words = page.value_text(kept - pool, sign=True)
       name = value_name(row.value, column)
       drawn.append(Row(name, gap, low, high, words, colour))
   return drawn
@@ -177,4 +179,4 @@ def selection_html(record: dict[str, Any], rows: dict[str, Any]) -> str:
   return document.replace(f"{words}</p>", f"{words} · {size}</p>", 1)
 
 
-page.expose(value_name, shift_rows, p_value, spectrum_series)
+page.expose(globals())

@@ -8,8 +8,7 @@ import numpy as np
 from jaxalign.core.intervals import Z
 from jaxalign.report import charts, page
 from jaxalign.report.charts import Row, Series
-from jaxalign.report.page import interval_row
-from jaxalign.report.values import (
+from jaxalign.report.nodes import (
   budget,
   engineering,
   entries,
@@ -17,11 +16,12 @@ from jaxalign.report.values import (
   Node,
   number,
   percent,
-  plain,
   prefix,
   raw,
   records,
+  visible,
 )
+from jaxalign.report.page import interval_row
 
 
 class Curve(NamedTuple):
@@ -67,11 +67,11 @@ def styles(arms: Sequence[Node]) -> list[Style]:
 
 
 def _line_name(group: list[Node]) -> str:
-  first, names = group[0], {plain(arm.name) for arm in group}
+  first, names = group[0], {visible(arm.name) for arm in group}
   if len(names) == 1:
     return names.pop()
   if not first.is_all:
-    return plain(first.sampler)
+    return visible(first.sampler)
   return f"all, as long as {budget(first.like)}" if first.like else "all"
 
 
@@ -107,7 +107,7 @@ def curve_charts(
   x_label = "updates done, % of the arm's own" if relative else "update"
   names, out = {name for one in read for name in one}, []
   for name in [n for n in CURVES if n in names] + sorted(names - set(CURVES)):
-    known, groups, merged = CURVES.get(name) or Curve(plain(name)), {}, 1
+    known, groups, merged = CURVES.get(name) or Curve(visible(name)), {}, 1
     up = 100 if known.unit.startswith("%") else 1
     for found, style, end in zip(read, looks, ends):
       points, lost = found.get(name, ([], 0))
@@ -155,10 +155,10 @@ def difference_rows(
   """Pairs of arms by metric and heading: (metric, heading, rows)."""
   colours, kinds = dict(looks), {}
   for one in found:
-    title = plain(one.title) if one.title else ""
+    title = visible(one.title) if one.title else ""
     label = one.label if title else f"{one.a} − {one.b}"
-    colour = colours.get(plain(one.label if title else one.a), 6)
-    rows = kinds.setdefault((plain(one.metric), title), [])
+    colour = colours.get(visible(one.label if title else one.a), 6)
+    rows = kinds.setdefault((visible(one.metric), title), [])
     m = page.metric(one.metric)
     rows.append(interval_row(label, one.difference, m, colour, sign=True))
   return [(*key, rows) for key, rows in kinds.items()]
@@ -166,12 +166,12 @@ def difference_rows(
 
 def stage_bars(stages: Sequence[Node]) -> tuple[list, list, str]:
   """(name, class) of the stages; a bar an arm; the SI prefix of the axis."""
-  names = list(dict.fromkeys(plain(s.stage) for s in stages))
+  names = list(dict.fromkeys(visible(s.stage) for s in stages))
   totals: dict[str, list[float]] = {}
   for one in stages:
-    arm = plain(one.arm or "shared by all")
+    arm = visible(one.arm or "shared by all")
     values = totals.setdefault(arm, [0.0] * len(names))
-    values[names.index(plain(one.stage))] += finite(one.flops) or 0.0
+    values[names.index(visible(one.stage))] += finite(one.flops) or 0.0
   divisor, letter = prefix(max(map(sum, totals.values())))
   rows = [
     (arm, [v / divisor for v in values], engineering(sum(values)))
@@ -212,7 +212,9 @@ def plateau_series(found: Node, scale: float) -> tuple[list[Series], bool]:
 
 def frontier(arms: Sequence[Node]) -> list[Series]:
   """Win rate against cost, and the line of arms that no cheaper one beats."""
-  spots = [(finite(a.cost), finite(a.win.value), plain(a.label)) for a in arms]
+  spots = [
+    (finite(a.cost), finite(a.win.value), visible(a.label)) for a in arms
+  ]
   spots = sorted(s for s in spots if None not in s[:2])
   corners, singles = [], []
   for i, (cost, value, name) in enumerate(spots):
@@ -261,7 +263,7 @@ def overspent(rows: Sequence[Node]) -> list[str]:
 def arm_html(arm: dict[str, Any]) -> str:
   """The page of one arm, an entry of `summary["arms"]`."""
   node = Node(arm)
-  name = plain(node.name or "An arm without a name")
+  name = visible(node.name or "An arm without a name")
   return page.render(
     "arm.html",
     arm=node,
@@ -290,9 +292,9 @@ def study_html(summary: dict[str, Any]) -> str:
   groups = records(node.groups) or arms
   baseline = baseline_of(node)
   every = [*groups, *([baseline] if baseline else [])]
-  looks = [(plain(a.name), c) for a, (_, c) in zip(groups, styles(groups))]
-  looks += [(plain(baseline.name), charts.MUTED)] if baseline else []
-  names = page.known(every)
+  looks = [(visible(a.name), c) for a, (_, c) in zip(groups, styles(groups))]
+  looks += [(visible(baseline.name), charts.MUTED)] if baseline else []
+  names = page.metric_names(every)
   main = ("win_vs_target", "win_vs_chosen", "win_vs_sft", "accuracy")
   return page.render(
     "study.html",
@@ -313,7 +315,7 @@ def study_html(summary: dict[str, Any]) -> str:
   )
 
 
-page.expose(forest_rows, stage_bars, plateau_series, frontier, best_first)
+page.expose(globals())
 
 
 def grid_html(summary: dict[str, Any]) -> str:

@@ -5,8 +5,7 @@ import textwrap
 from typing import Any
 
 from jaxalign.report import page, raters_page, study_page
-from jaxalign.report.page import measured, PERCENT, PLAIN
-from jaxalign.report.values import (
+from jaxalign.report.nodes import (
   engineering,
   entries,
   finite,
@@ -20,6 +19,7 @@ from jaxalign.report.values import (
   sentences,
   shorten,
 )
+from jaxalign.report.page import measured, PERCENT, PLAIN
 
 COLUMNS, LINES, ARMS = 80, 25, 14  # of the text on a job
 # The metrics it shows, and their heads.
@@ -51,7 +51,7 @@ def _metric(arm: Node, name: str) -> str:
     return MISSING
   ends = finite(found.low), finite(found.high)
   whole = name == "win_vs_target" and None not in ends
-  return measured(found, m) if whole else page.shown(found.value, m)
+  return measured(found, m) if whole else page.value_text(found.value, m)
 
 
 def study_text(summary: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def study_text(summary: dict[str, Any]) -> str:
   every = [*(groups or runs), *([base] if base else [])]
   # Of several seeds: what it is for, in place of how far it went.
   cost = any("flops" in raw(group) for group in groups)
-  known = page.known(every)
+  known = page.metric_names(every)
   names = [n for n in HEADS if n in known and not (cost and n == "kl")]
   title = shorten(node.title or "jaxalign report", COLUMNS)
   text = [title, "=" * len(title)]
@@ -118,7 +118,7 @@ def grid_text(summary: dict[str, Any]) -> str:
     out.append(
       f"over all worlds: {str(one.label)[:30]:30} "
       f"{measured(one.difference, sign=True)}, above in {one.above} of "
-      f"{one.cells} cells, least {page.shown(one.least, sign=True)}"
+      f"{one.cells} cells, least {page.value_text(one.least, sign=True)}"
     )
   out += [f"no summary: {name}" for name in node.missing]
   return "\n".join(out).replace(NO_BREAK, " ")

@@ -35,7 +35,7 @@ class Column(NamedTuple):
 
 def _length(job: Job) -> np.ndarray:
   tokens = job.tokens("pool")
-  lengths = tokens_lib.lengths(tokens) - tokens.start
+  lengths = tokens_lib.row_lengths(tokens) - tokens.start
   return lengths.reshape(len(job.column("pool", "id")), -1).astype(np.int32)
 
 

@@ -32,7 +32,7 @@ def counts(rows: tokens_lib.TokenRows, width: int = WIDTH) -> np.ndarray:
   """
   n, half = len(rows.start), width // 2
   out = scratch((n, width), np.uint8)
-  size = tokens_lib.lengths(rows)
+  size = tokens_lib.row_lengths(rows)
   for first in range(0, n, _BLOCK):
     last = min(first + _BLOCK, n)
     low, high = rows.offsets[first], rows.offsets[last]

@@ -252,7 +252,7 @@ def verdicts(
   arms = _arms(told, groups, start)
 
   def judged(pairs):
-    found = equivalence.compare(
+    found = equivalence.compare_arms(
       [_both(arms[a], arms[b]) for a, b, *_ in pairs], unit=told.unit
     )
     return [
@@ -319,7 +319,7 @@ def ranking(told: Told, groups: dict[str, list[Arm]]) -> list[dict[str, Any]]:
   better = set()
   for (a, b), one in zip(
     pairs,
-    equivalence.compare(
+    equivalence.compare_arms(
       [_both(arms[a], arms[b]) for a, b in pairs], unit=told.unit
     ),
   ):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxalign.core import devices, progress
 from jaxalign.core.devices import sustained_flops
 from jaxalign.core.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
-from jaxalign.data import prepare, sources
+from jaxalign.data import build_data, prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import embedder, scores
 from jaxalign.embed import over_pool as passes
@@ -49,7 +49,7 @@ def _sizes(
     mean = min(c.data.assume[1] or context, context)
     rows = {
       n: int(c.data.assume[0] * share)
-      for n, share in prepare.fractions(c).items()
+      for n, share in prepare.split_fractions(c).items()
     }
     if r == 1:
       rows["pool"] *= 2  # unpaired rows of pairs
@@ -61,13 +61,13 @@ def _sizes(
     )
     tokens = 6.0 + w.arguments + 1 + 4.5 + w.arguments
     return rows, dict.fromkeys(rows, tokens), -(-int(tokens + 2) // 4) * 4, []
-  found, said = prepare.preview(c, _model(c).context)
+  found, said = build_data.preview(c, _model(c).context)
   for line in said:
     progress.say(f"  {line}")
   splits, read = found.splits, found.summary["seen"]
   rows = {n: len(x) for n, x in splits.items()}
   names = prepare.sources_of(c)
-  counted = [sources.count_rows(name, prepare.PEEKED) for name in names]
+  counted = [sources.count_rows(name, build_data.PEEKED) for name in names]
   total = sum(n for n, _ in counted)
   if c.data.limit:
     total = min(total, c.data.limit * len(names))

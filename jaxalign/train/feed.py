@@ -106,16 +106,16 @@ def padded(
 ) -> BatchLayout:
   """Padded on the right, to the bucket of the batch's longest row."""
   del known
-  lengths = tokens_lib.lengths(rows)
-  longest = tokens_lib.longest(lengths, batching.context)
+  lengths = tokens_lib.row_lengths(rows)
+  longest = tokens_lib.longest_row(lengths, batching.context)
 
   def put(index, names=None):
     del names
     # Every process pads to the same bucket, from the lengths of all rows.
-    size = tokens_lib.bucket(int(lengths[index].max()), longest)
+    size = tokens_lib.padded_length(int(lengths[index].max()), longest)
 
     def make(places):
-      tokens, mask = tokens_lib.pad(rows, index[places].reshape(-1), size)
+      tokens, mask = tokens_lib.pad_rows(rows, index[places].reshape(-1), size)
       cut = lambda x: x.reshape(len(places), -1, size)
       return cut(tokens), cut(mask)
 
@@ -138,11 +138,14 @@ def packed(
   shape holds has a larger one of its own. Unless they `share` it, every
   response has a prompt of its own.
   """
-  lengths, start = tokens_lib.lengths(rows), np.asarray(rows.start, np.int64)
+  lengths, start = (
+    tokens_lib.row_lengths(rows),
+    np.asarray(rows.start, np.int64),
+  )
   answers = lengths - start
   devices = sharding.parts(mesh, "batch")
   bins = batching.accumulation * devices
-  longest = packing.up(tokens_lib.longest(lengths, batching.context))
+  longest = packing.up(tokens_lib.longest_row(lengths, batching.context))
 
   def order(index):
     sizes = lengths[index].sum(1)
@@ -216,7 +219,7 @@ class Feed:
   ):
     """`rate` gives the learning rate of a step."""
     self.mesh, self.rows, self.batching, self.rate = mesh, rows, batching, rate
-    self.lengths = tokens_lib.lengths(rows.tokens)
+    self.lengths = tokens_lib.row_lengths(rows.tokens)
     make = functools.partial(LAYOUTS[batching.layout], mesh)
     steps = range(min(LOOKED, -(-2 * len(rows.ids) // batching.batch)))
     known = [self.index_at(s) for s in steps]
@@ -312,7 +315,7 @@ def useful_cost(
 
   def count(token_rows, index, passes=(1, 1)):
     start = np.asarray(token_rows.start, np.int64)
-    answers = tokens_lib.lengths(token_rows) - start
+    answers = tokens_lib.row_lengths(token_rows) - start
     return useful_flops(m, start[index[:, 0]], answers[index], passes)
 
   own = rows.row_of[batching.rows_at(step, len(rows.ids))]
@@ -339,10 +342,10 @@ def training_cost(
   `updates * batch` ran.
   """
   seen = [batching.rows_at(s, len(rows.ids)) for s in range(updates)]
-  lengths = tokens_lib.lengths(rows.tokens)
+  lengths = tokens_lib.row_lengths(rows.tokens)
   ran = [(lengths[rows.row_of[np.concatenate(seen)]], passes(m, ahead, online))]
   if rows.mismatched is not None:
-    other = tokens_lib.lengths(rows.mismatched.tokens)
+    other = tokens_lib.row_lengths(rows.mismatched.tokens)
     ran.append((other[: updates * batching.batch], (1 + online,) * 2))
   total = tokens = 0
   for sizes, times in ran:

@@ -11,6 +11,7 @@ from jaxalign.core.job import Arm, Job, updates_of
 from jaxalign.data import chat as chats
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.data.chat_templates import template_source
 from jaxalign.model import decoder, memory
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import optim
@@ -55,7 +56,7 @@ def row_sizes(
     prompt = count(tok.encode_many([row["prompt"] for row in sample]))
     answers = [count(tok.encode_responses(each)) for each in texts]
     turns = any(row.get("turns") for row in sample)
-    source = chats.template_source(c.data.template, tok, turns)
+    source = template_source(c.data.template, tok, turns)
     if source is not None:  # what it writes around a question, once
       text = sample[0]["prompt"]
       with chats.Chat(tok, source) as chat:
@@ -167,7 +168,7 @@ def check_memory(job: Job, arms: list[Arm]) -> None:
     return
   rows, n = job.tokens("pool"), len(job.column("pool", "id"))
   start = np.int64(rows.start)
-  answers = (tokens_lib.lengths(rows) - start).reshape(n, -1)
+  answers = (tokens_lib.row_lengths(rows) - start).reshape(n, -1)
   held = host_memory(
     job, job.policy, arms, n, start.reshape(n, -1)[:, 0], answers
   )

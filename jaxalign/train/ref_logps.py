@@ -53,7 +53,7 @@ def rows_of(job: Job, arm: Arm) -> TrainRows:
   ids, tokens = job.column("pool", "id"), job.tokens("pool")
   responses = len(tokens.start) // len(ids)
   row_of = index[:, None] * responses + np.arange(responses)
-  counts = np.float32((tokens_lib.lengths(tokens) - tokens.start)[row_of])
+  counts = np.float32((tokens_lib.row_lengths(tokens) - tokens.start)[row_of])
   label = None
   if job.kind == "unpaired":
     label = np.array(job.column("pool", "label"))[index]
@@ -89,7 +89,7 @@ def _computed(
   source, batched = _pass_over_pool(job, arm), _batched(job)
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
-  own = tokens_lib.take(rows.tokens, rows.row_of.reshape(-1))
+  own = tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
   cost = lambda x: Cost(embed.flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):

@@ -72,9 +72,9 @@ def reference_logps(
   """
   shape = index.shape
   if layout == "padded":
-    found = reference.score(tokens_lib.take(rows, index.reshape(-1)), ids)
+    found = reference.score(tokens_lib.take_rows(rows, index.reshape(-1)), ids)
     return found.logp.reshape(shape), found.count.reshape(shape)
-  counts = np.float32(tokens_lib.lengths(rows) - rows.start)[index]
+  counts = np.float32(tokens_lib.row_lengths(rows) - rows.start)[index]
   if layout == "packed_apart":
     index = index.reshape(-1, 1)
     ids = None if ids is None else np.repeat(ids, shape[1])
@@ -88,13 +88,13 @@ def _packed_sums(reference, rows, index, ids):
   mesh, params, m, tile, chunk, producer, label = reference
   n, each = index.shape
   own = min(max(1, tile // each), n)
-  start, lengths = np.int64(rows.start), tokens_lib.lengths(rows)
+  start, lengths = np.int64(rows.start), tokens_lib.row_lengths(rows)
   answers = (lengths - start)[index]
   sizes = start[index[:, 0]] + answers.sum(1)
   # What is short of a whole bin is the shortest row, again.
   of = np.append(np.arange(n), np.full(-n % own, np.argmin(sizes)))
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
-  length = packing.up(tokens_lib.longest(lengths[index], m.context))
+  length = packing.up(tokens_lib.longest_row(lengths[index], m.context))
   need = lambda b: packing.need(start[index[b, 0]], answers[b], length)
   room = packing.largest([need(of[one]) for one in bins])
   devices = sharding.parts(mesh, "batch")
@@ -141,7 +141,7 @@ def _finite(reference, out, rows, index, ids=None):
   bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
   if len(bad):
     ids = None if ids is None else [ids[i] for i in bad]
-    taken = tokens_lib.take(rows, index[bad].reshape(-1))
+    taken = tokens_lib.take_rows(rows, index[bad].reshape(-1))
     out[bad] = reference.score(taken, ids).logp.reshape(len(bad), -1)
   return out
 

@@ -28,14 +28,14 @@ def common_prefix(
   """
   del seed
   starts = rows.tokens.start[rows.row_of]  # [M, R]
-  counts = tokens_lib.lengths(rows.tokens)[rows.row_of] - starts
+  counts = tokens_lib.row_lengths(rows.tokens)[rows.row_of] - starts
   shortest = counts.min(axis=1, keepdims=True)
   longer = counts > shortest
   sums = np.array(rows.ref_sum, np.float32)
   if not longer.any():
     return sums, Cost()
-  heads = tokens_lib.shorten(
-    tokens_lib.take(rows.tokens, rows.row_of[longer]),
+  heads = tokens_lib.cut_rows(
+    tokens_lib.take_rows(rows.tokens, rows.row_of[longer]),
     (starts + shortest)[longer],
   )
   sums[longer] = reference.score(heads).logp
@@ -51,8 +51,8 @@ def prompt_weights(
   pool's embeddings hold the answers too, and would tell the label itself.
   """
   first = rows.row_of[:, 0]
-  prompts = tokens_lib.shorten(
-    tokens_lib.take(rows.tokens, first), rows.tokens.start[first]
+  prompts = tokens_lib.cut_rows(
+    tokens_lib.take_rows(rows.tokens, first), rows.tokens.start[first]
   )
   mesh, params, m, tile = reference[:4]
   how = dict(pooling="mean", tile=tile, label=reference.label, ids=rows.ids)

@@ -6,18 +6,7 @@ from jaxalign.data.schemas.schema import Refused, Schema
 
 SCHEMAS: dict[str, Schema] = {
   schema.name: schema
-  for schema in (
-    *layouts.SCHEMAS,
-    ranked.COMPARED,
-    convert.EXPLICIT,
-    convert.IMPLICIT,
-    convert.CHAT_PAIRS,
-    convert.UNPAIRED,
-    convert.CHAT_UNPAIRED,
-    ranked.TREES,
-    convert.CHOICES,
-    ranked.SCORED,
-  )
+  for schema in (*layouts.SCHEMAS, *convert.SCHEMAS, *ranked.SCHEMAS)
 }
 BUILT_IN = frozenset(SCHEMAS)  # what others return is checked once more
 
@@ -36,13 +25,13 @@ def detect_schema(row: dict) -> Schema:
       return schema
   columns = list(row.items())[:12]
   found = ", ".join(f"{k} ({type(value).__name__})" for k, value in columns)
-  told = []
+  described = []
   for schema in SCHEMAS.values():
     lacks = [w for w in schema.wants if w not in row]
     why = f"missing: {', '.join(lacks)}" if lacks else "of another kind"
     text = f"{schema.name} wants {', '.join(schema.wants)} ({why})"
-    told.append((len(lacks) / max(len(schema.wants), 1), text))
-  wanted = "; ".join(text for _, text in sorted(told, key=lambda x: x[0]))
+    described.append((len(lacks) / max(len(schema.wants), 1), text))
+  wanted = "; ".join(text for _, text in sorted(described, key=lambda x: x[0]))
   raise DataError(
     f"no schema fits a row with the fields {found or '(none)'}. {wanted}. "
     "Where only the names differ say so, "

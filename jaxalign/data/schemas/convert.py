@@ -346,6 +346,20 @@ def _is_chat(row: Mapping, *names: str) -> bool:
   return _texts_in(row, "prompt") and any(row.get(name) for name in SYSTEM)
 
 
+def _is_chat_pair(row: dict) -> bool:
+  return _is_chat(row, "chosen", "rejected")
+
+
+def _is_explicit(row: dict) -> bool:
+  texts = _texts_in(row, "prompt", "chosen", "rejected")
+  return texts and not _is_chat_pair(row)
+
+
+def _is_unpaired(row: dict) -> bool:
+  texts = _texts_in(row, "prompt", "completion") and "label" in row
+  return texts and not _is_chat(row, "completion")
+
+
 def _is_implicit(row: dict) -> bool:
   if not _texts_in(row, "chosen", "rejected") or row.get("prompt") is not None:
     return False
@@ -386,54 +400,36 @@ _CHOICE = _SHARED | _roles(
   "first second choice first_id second_id first_score second_score strength"
 )
 
-EXPLICIT = Schema(
-  "explicit_pairs",
-  convert_pair,
-  ("prompt", "chosen", "rejected"),
-  lambda row: (
-    _texts_in(row, "prompt", "chosen", "rejected")
-    and not _is_chat(row, "chosen", "rejected")
+_SIDES = ("chosen", "rejected")
+_EXPLICIT = ("prompt", *_SIDES)
+_CODES = ("prompt", "first", "second", "choice")
+_LABELLED = ("prompt", "completion", "label")
+_DIALOGUE = _UNPAIRED | dict(messages="the prompt and the answer")
+SCHEMAS = (
+  Schema(
+    "explicit_pairs",
+    convert_pair,
+    ("prompt", *_SIDES),
+    _is_explicit,
+    roles=_PAIR,
   ),
-  roles=_PAIR,
-)
-IMPLICIT = Schema(
-  "implicit_pairs",
-  convert_pair,
-  ("chosen", "rejected"),
-  _is_implicit,
-  roles=_PAIR,
-)
-CHAT_PAIRS = Schema(
-  "chat_pairs",
-  convert_pair,
-  ("chosen", "rejected"),
-  lambda row: _is_chat(row, "chosen", "rejected"),
-  roles=_PAIR,
-)
-UNPAIRED = Schema(
-  "unpaired",
-  convert_unpaired,
-  ("prompt", "completion", "label"),
-  lambda row: (
-    _texts_in(row, "prompt", "completion")
-    and "label" in row
-    and not _is_chat(row, "completion")
+  Schema("implicit_pairs", convert_pair, _SIDES, _is_implicit, roles=_PAIR),
+  Schema("chat_pairs", convert_pair, _SIDES, _is_chat_pair, roles=_PAIR),
+  Schema(
+    "unpaired",
+    convert_unpaired,
+    _LABELLED,
+    _is_unpaired,
+    roles=_UNPAIRED,
+    code="label",
   ),
-  roles=_UNPAIRED,
-  code="label",
-)
-CHAT_UNPAIRED = Schema(
-  "chat_unpaired",
-  convert_unpaired,
-  ("messages", "label"),
-  _is_chat_unpaired,
-  roles=_UNPAIRED | dict(messages="the prompt and the answer"),
-  code="label",
-)
-CHOICES = Schema(
-  "choices",
-  convert_choice,
-  ("prompt", "first", "second", "choice"),
-  _is_choice,
-  roles=_CHOICE,
+  Schema(
+    "chat_unpaired",
+    convert_unpaired,
+    ("messages", "label"),
+    _is_chat_unpaired,
+    roles=_DIALOGUE,
+    code="label",
+  ),
+  Schema("choices", convert_choice, _CODES, _is_choice, roles=_CHOICE),
 )

@@ -14,13 +14,7 @@ from jaxalign.data.schemas.convert import (
   convert_pair,
   convert_unpaired,
 )
-from jaxalign.data.schemas.mapping import (
-  has_path,
-  remap,
-  ROLES,
-  roles_of,
-  TARGETS,
-)
+from jaxalign.data.schemas.mapping import has_path, remap, ROLES, roles_of
 from jaxalign.data.schemas.messages import from_json, messages_of, opened
 from jaxalign.data.schemas.ranked import convert_scored
 from jaxalign.data.schemas.schema import Refused, Schema
@@ -33,115 +27,84 @@ _DECIDED_BY = ("first", "second", "choice")
 _STRENGTH = ("strength", "first_id", "second_id", "first_score", "second_score")
 
 
-class Layout(NamedTuple):
+class PublicLayout(NamedTuple):
   """One public layout."""
 
-  fields: Mapping[str, str]  # target -> path in the row
+  columns: str  # "target=path" pairs; a path where a row of the set has it
   convert: Callable[..., Any] = convert_choice
   rule: Any = None  # what its codes mean
   optional: tuple[str, ...] = ()  # targets that a row may lack
 
-
-def _choice(
-  first: str, second: str, choice: str, rule: Any = None, **more: str
-) -> Layout:
-  """Two answers and the code of the better one."""
-  fields = more | dict(first=first, second=second, choice=choice)
-  fields = {target: fields[target] for target in TARGETS if target in fields}
-  return Layout(fields, convert_choice, rule, _STRENGTH)
+  @property
+  def fields(self) -> dict[str, str]:
+    """Target -> path."""
+    return dict(item.split("=") for item in self.columns.split())
 
 
+_SCORES = ("first_score", "second_score")
 LAYOUTS = {
-  "pku_saferlhf": _choice(
-    "response_0", "response_1", "better_response_id", _FROM_0, prompt="prompt"
+  "pku_saferlhf": PublicLayout(
+    "prompt=prompt first=response_0 second=response_1 "
+    "choice=better_response_id",
+    rule=_FROM_0,
   ),
-  "shp": _choice(
-    "human_ref_A",
-    "human_ref_B",
-    "labels",
-    _FIRST_IS_1,
-    prompt="history",
-    first_score="score_A",
-    second_score="score_B",
+  "shp": PublicLayout(
+    "prompt=history first=human_ref_A second=human_ref_B choice=labels "
+    "first_score=score_A second_score=score_B",
+    rule=_FIRST_IS_1,
+    optional=_SCORES,
   ),
-  "helpsteer2": _choice(
-    "response_1",
-    "response_2",
-    "preference_strength",
-    _SIGNED,
-    prompt="prompt",
-    strength="preference_strength",
+  "helpsteer2": PublicLayout(
+    "prompt=prompt first=response_1 second=response_2 "
+    "choice=preference_strength strength=preference_strength",
+    rule=_SIGNED,
   ),
-  "helpsteer3": _choice(
-    "response1",
-    "response2",
-    "overall_preference",
-    _SIGNED,
-    messages="context",
-    strength="overall_preference",
+  "helpsteer3": PublicLayout(
+    "messages=context first=response1 second=response2 "
+    "choice=overall_preference strength=overall_preference",
+    rule=_SIGNED,
   ),
-  "chatbot_arena": _choice(
-    "conversation_a",
-    "conversation_b",
-    "winner",
-    first_id="model_a",
-    second_id="model_b",
+  "chatbot_arena": PublicLayout(
+    "first=conversation_a second=conversation_b choice=winner "
+    "first_id=model_a second_id=model_b",
+    optional=("first_id", "second_id"),
   ),
-  "summarize_from_feedback": _choice(
-    "summaries.0.text",
-    "summaries.1.text",
-    "choice",
-    _FROM_0,
-    prompt="info.post",
+  "summarize_from_feedback": PublicLayout(
+    "prompt=info.post first=summaries.0.text second=summaries.1.text "
+    "choice=choice",
+    rule=_FROM_0,
   ),
-  "webgpt": Layout(
-    dict(
-      prompt="question.full_text",
-      first="answer_0",
-      second="answer_1",
-      first_score="score_0",
-      second_score="score_1",
-    ),
+  "webgpt": PublicLayout(
+    "prompt=question.full_text first=answer_0 second=answer_1 "
+    "first_score=score_0 second_score=score_1",
     rule=BY_SCORE,
   ),
-  "halos_pairs": _choice(
-    "output_A",
-    "output_B",
-    "label",
-    _FIRST_IS_1,
-    prompt="prompt",
-    strength="reward_difference",
+  "halos_pairs": PublicLayout(
+    "prompt=prompt first=output_A second=output_B choice=label "
+    "strength=reward_difference",
+    rule=_FIRST_IS_1,
+    optional=("strength",),
   ),
-  "halos_binary": Layout(
-    dict(prompt="prompt", completion="output", label="label"), convert_unpaired
+  "halos_binary": PublicLayout(
+    "prompt=prompt completion=output label=label", convert_unpaired
   ),
-  "openai_preference": Layout(
-    dict(
-      messages="input.messages",
-      tools="input.tools",
-      chosen="preferred_output",
-      rejected="non_preferred_output",
-    ),
+  "openai_preference": PublicLayout(
+    "messages=input.messages tools=input.tools chosen=preferred_output "
+    "rejected=non_preferred_output",
     convert_pair,
     optional=("tools",),
   ),
-  "orca_dpo": Layout(
-    dict(
-      system="system", prompt="question", chosen="chosen", rejected="rejected"
-    ),
+  "orca_dpo": PublicLayout(
+    "system=system prompt=question chosen=chosen rejected=rejected",
     convert_pair,
   ),
-  "argilla_orca": Layout(
-    dict(system="system", prompt="input", chosen="chosen", rejected="rejected"),
-    convert_pair,
+  "argilla_orca": PublicLayout(
+    "system=system prompt=input chosen=chosen rejected=rejected", convert_pair
   ),
-  "spin": Layout(dict(chosen="real", rejected="generated"), convert_pair),
-  "ultrafeedback": Layout(
-    dict(
-      prompt="instruction",
-      answers="completions.*.response",
-      scores="completions.*.overall_score",
-    ),
+  "spin": PublicLayout("chosen=real rejected=generated", convert_pair),
+  "ultrafeedback": PublicLayout(
+    "prompt=instruction answers=completions.*.response "
+    "scores=completions.*.overall_score",
     convert_scored,
   ),
 }
@@ -155,7 +118,7 @@ def _deciding(fields: Mapping[str, str]) -> tuple[str | None, ...]:
   return tuple(fields.get(target) for target in _DECIDED_BY)
 
 
-def _known(fields: Mapping[str, str]) -> Layout | None:
+def _known(fields: Mapping[str, str]) -> PublicLayout | None:
   """The layout whose answers and code a mapping names."""
   named = _deciding(fields)
   return next(
@@ -176,7 +139,7 @@ def known_strength(fields: Mapping[str, str]) -> dict[str, str]:
   return {t: more[t] for t in _STRENGTH if t in more and t not in fields}
 
 
-def _schema(name: str, layout: Layout) -> Schema:
+def _schema(name: str, layout: PublicLayout) -> Schema:
   fields = layout.fields
   needed = [path for t, path in fields.items() if t not in layout.optional]
   codes = [fields[t] for t in ("choice", "label", "first_score") if t in fields]

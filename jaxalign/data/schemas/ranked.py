@@ -169,27 +169,29 @@ def _is_tree(row: dict) -> bool:
 
 
 _SCORED = ("prompt", "answers", "scores")
-SCORED = Schema(
-  "scored_answers",
-  convert_scored,
-  _SCORED,
-  _is_scored,
-  many=True,
-  roles={name: ROLES[name] for name in (*_SCORED, "system", "id")},
-)
-COMPARED = Schema(
-  "fine_grained_rlhf",
-  convert_compared,
-  ("question", *_PREDICTIONS, "preference"),
-  many=True,
-  roles=dict(question="the prompt", preference="which is better")
-  | dict.fromkeys(_PREDICTIONS, "an answer"),
-)
-TREES = Schema(
-  "trees",
-  convert_tree,
-  ("prompt",),
-  _is_tree,
-  many=True,
-  roles=dict(prompt="the tree of messages", id="the row's id"),
+_ANSWERS = dict.fromkeys(_PREDICTIONS, "an answer")
+SCHEMAS = (
+  Schema(
+    "fine_grained_rlhf",
+    convert_compared,
+    ("question", *_PREDICTIONS, "preference"),
+    many=True,
+    roles=_ANSWERS | dict(question="the prompt", preference="which is better"),
+  ),
+  Schema(
+    "trees",
+    convert_tree,
+    ("prompt",),
+    _is_tree,
+    many=True,
+    roles=dict(prompt="the tree of messages", id="the row's id"),
+  ),
+  Schema(
+    "scored_answers",
+    convert_scored,
+    _SCORED,
+    _is_scored,
+    many=True,
+    roles={name: ROLES[name] for name in (*_SCORED, "system", "id")},
+  ),
 )

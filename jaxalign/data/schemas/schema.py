@@ -5,7 +5,7 @@ stripped or joined, so a dialogue's prompt ends in "\n\nAssistant:" and its
 response starts with the space that follows it. A row of messages holds `turns`
 beside that text, for a chat template to write in its own way, `tools` where it
 has some and `answers` where an answer is more than its text. Where the row has
-scores, `margin` is how much better the chosen side was said to be.
+scores, `margin` is how much better the chosen side was rated.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,19 +1,14 @@
-"""Which rows are near-copies of each other, by the words both answers use."""
+"""Which rows are near-copies of each other, by the words both answers use.
+
+MinHash as in Broder 1997, over all rows at once in NumPy: datasketch loops over
+the rows in Python, and its hashes are others.
+"""
 
 import numpy as np
 import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
-from jaxalign.select.pool import Pool
-
 BANDS, HASHES = 16, 4  # two rows half alike meet in 64 % of cases
-
-
-def _first_of(
-  places: np.ndarray, starts: np.ndarray, order: np.ndarray
-) -> np.ndarray:
-  """[n] of each row, the least of `order` [W] over the columns that it has."""
-  return np.minimum.reduceat(order[places], starts)
 
 
 def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
@@ -23,7 +18,7 @@ def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
   whichever is chosen; two rows are near-copies where they share at least
   `alike` of all that either has (Jaccard). Rows that agree in 4 min-wise
   hashes of a band, of 16, are compared with the first of them in id order:
-  O(N W), and no pair of rows that do not meet (Broder 1997).
+  O(N W), and no pair of rows that do not meet.
 
   Args:
     grams: [N, R, W] counts, see `select.grams`.
@@ -43,17 +38,23 @@ def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
     key = np.zeros(n, np.int64)
     for _ in range(HASHES):
       order = rng.permutation(width).astype(np.int64)
-      key = key * width + _first_of(places, starts, order)
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    leader = first[inverse]
+      key = key * width + np.minimum.reduceat(order[places], starts)
+    leader = _first_of_equals(key)
     rows = np.flatnonzero(leader != np.arange(n))
     for at in range(0, len(rows), 8192):
       some = rows[at : at + 8192]
-      both = (has[some] & has[leader[some]]).sum(axis=1)
-      near = both >= alike * (size[some] + size[leader[some]] - both)
+      first = leader[some]
+      both = (has[some] & has[first]).sum(axis=1)
+      near = both >= alike * (size[some] + size[first] - both)
       left.append(some[near])
-      right.append(leader[some][near])
+      right.append(first[near])
   return _linked(n, np.concatenate(left), np.concatenate(right))
+
+
+def _first_of_equals(key: np.ndarray) -> np.ndarray:
+  """[n] the first row with the same key."""
+  _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+  return first[inverse]
 
 
 def _linked(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -65,31 +66,29 @@ def _linked(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def joined(*codes: np.ndarray) -> np.ndarray:
   """[N] names -> [N] str: alike where any of them is, or a chain of them."""
   n = len(codes[0])
-  links = []
-  for code in codes:
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    links.append(first[inverse])
-  found = _linked(n, np.tile(np.arange(n), len(links)), np.concatenate(links))
+  links = np.concatenate([_first_of_equals(code) for code in codes])
+  found = _linked(n, np.tile(np.arange(n), len(codes)), links)
   # Named by the least of its first code's names: no row number in it.
-  names = np.sort(np.unique(np.asarray(codes[0], np.str_)))
-  place = np.searchsorted(names, np.asarray(codes[0], np.str_))
+  names, place = np.unique(np.asarray(codes[0], np.str_), return_inverse=True)
   least = np.full(found.max(initial=0) + 1, len(names))
   np.minimum.at(least, found, place)
   return names[least[found]]
 
 
 def in_copies(code: np.ndarray) -> float:
-  """Share of rows that have a near-copy."""
+  """Fraction of rows that have a near-copy."""
   return float((np.bincount(code)[code] > 1).mean()) if len(code) else 0.0
 
 
-def notes(pool: Pool, kept: np.ndarray, drawn: np.ndarray) -> list[str]:
+def copies_kept(
+  grams: np.ndarray, kept: np.ndarray, drawn: np.ndarray
+) -> list[str]:
   """A warning where the kept rows have near-copies among them.
 
   More than a fifth have, and more than twice as many as of drawn rows [M].
   """
   found, usual = (
-    in_copies(copies(pool.grams[np.sort(rows)])) for rows in (kept, drawn)
+    in_copies(copies(grams[np.sort(rows)])) for rows in (kept, drawn)
   )
   if found <= max(0.2, 2 * usual):
     return []

@@ -25,7 +25,7 @@ class Node:
 
   `node.name` and `node["name"]` are the entry of an object, `node[0]` of a
   list; what is missing, or of another kind, is a node of None. Iterating over
-  a list gives nodes, over anything else nothing. As text it is `plain`. It
+  a list gives nodes, over anything else nothing. As text it is `visible`. It
   has no public method, so that every key can be read as an attribute.
   """
 
@@ -62,7 +62,7 @@ class Node:
     return hash(str(self))
 
   def __str__(self) -> str:
-    return plain(self._raw)
+    return visible(self._raw)
 
 
 def raw(value: Any) -> Any:
@@ -87,11 +87,11 @@ def sentences(value: Any) -> list[str]:
   """A list of sentences; one sentence alone is a list of one."""
   found = raw(value)
   return (
-    [plain(found)] if isinstance(found, str) else list(map(str, Node(found)))
+    [visible(found)] if isinstance(found, str) else list(map(str, Node(found)))
   )
 
 
-def plain(value: Any) -> str:
+def visible(value: Any) -> str:
   """`value` as text in which control characters are seen, not obeyed.
 
   Also what makes a name from data safe to print on a terminal, and a lone
@@ -105,7 +105,7 @@ def plain(value: Any) -> str:
 
 def shorten(text: Any, limit: int) -> str:
   """At most `limit` characters, the last an ellipsis where some were cut."""
-  words = " ".join(plain(text).split())
+  words = " ".join(visible(text).split())
   return words if len(words) <= limit else words[: limit - 1] + "…"
 
 
@@ -123,8 +123,8 @@ def finite(value: Any) -> float | None:
 
 def _not_finite(value: Any) -> str:
   if isinstance(raw(value), float):
-    return plain({"nan": "NaN", "inf": "∞"}.get(str(raw(value)), "−∞"))
-  return plain(value)
+    return visible({"nan": "NaN", "inf": "∞"}.get(str(raw(value)), "−∞"))
+  return visible(value)
 
 
 def _signed(x: float, text: str, sign: bool) -> str:

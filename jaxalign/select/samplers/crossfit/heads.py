@@ -3,7 +3,8 @@
 Columns are scaled, rotated and cut without a look at a label, and turning a
 pair around only turns its row's sign. Sums over wide columns run on the mesh
 in fixed chunks; the heads themselves, on 256 columns at most, in float64 on
-the host, rows in id order: no bit depends on the devices.
+the host, rows in id order: no bit depends on the devices. Newton's method is
+our own, not scikit-learn's: a fit has an offset and begins at another fold's.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from jaxalign.select.topk import uniform
 
 COLUMNS = 256  # of one head; wider features are rotated and cut to these
 LEAST_GAIN = 0.003  # nats below chance that a head must predict labels by
-LONG_ROW = 1.5  # times the median length: longer rows are shortened to it
+LONG_ROW = 1.5  # times the median length: longer rows are clipped to it
 STEPS = 50  # of Newton's method; 8 are usually enough
 
 
@@ -65,17 +66,12 @@ def principal(
     mesh = vectors_lib.own_mesh()
     with jax.set_mesh(mesh):
       gram = exact.gram_of(mesh, x) / n
-  last = len(gram) - 1
-  value, vector = (
-    scipy.linalg.eigh(
-      (gram + gram.T) / 2, subset_by_index=(max(0, last + 1 - columns), last)
-    )
-    if last >= 0
-    else (np.zeros(0), gram)
-  )
+  if not len(gram):
+    return np.zeros((n, 0)), np.zeros(0)
+  most = (max(0, len(gram) - columns), len(gram) - 1)
+  value, vector = scipy.linalg.eigh((gram + gram.T) / 2, subset_by_index=most)
   keep = min(columns, int((value > 1e-6 * value.max(initial=0)).sum()))
-  value = value[::-1][:keep]
-  vector = vector[:, ::-1][:, :keep]
+  value, vector = value[::-1][:keep], vector[:, ::-1][:, :keep]
   if not keep:  # rows of zeros
     return np.zeros((n, 0)), value
   if few:  # a direction's largest entry is above 0, however rows are turned
@@ -85,31 +81,51 @@ def principal(
     return vector * (sign * np.sqrt(n * value)), value
   if width <= columns:
     return x.astype(np.float64) @ vector, value
-  return np.float64(
-    vectors_lib.by_row(_rotate_chunk, vectors_lib.place(x), vector)
-  ), value
-
-
-def _placed_bytes(n: float, width: int, columns: int) -> float:
-  """Bytes that `principal` puts on the devices: rows, and of half the products
-  of columns two whole numbers each."""
-  on_host = width <= columns or columns < n < width
-  return 0 if on_host else 4 * n * width + 8 * width**2
+  placed = vectors_lib.place(x)
+  return np.float64(vectors_lib.by_row(_rotate_chunk, placed, vector)), value
 
 
 def principal_work(n: float, width: int, columns: int) -> Work:
-  """What `principal` multiplies, and holds on the devices."""
-  device = _placed_bytes(n, width, columns)
-  if not device:
-    few = columns < n < width
+  """What `principal` multiplies; on the devices rows, and of half the products
+  of columns two whole numbers each."""
+  few = columns < n < width
+  if few or width <= columns:
     return Work(2 * n * width * ((n if few else width) + columns))
   upper = sum(
     (end - start) * (width - start) for start, end in exact.panels(width)
   )
-  return Work(devices=2 * n * (upper + width * columns), device=device)
+  flops = 2 * n * (upper + width * columns)
+  return Work(devices=flops, device=4 * n * width + 8 * width**2)
 
 
-def shortened(x: np.ndarray) -> np.ndarray:
+def differences(value: np.ndarray, group: np.ndarray) -> np.ndarray:
+  """[N, R, W] of responses -> [N, W] float32 of rows, as a head reads them.
+
+  Pairs: chosen minus rejected, not centred: a pair turned around is its
+  negative. Single responses are taken from the mean of their prompt's, or,
+  where the prompt has one, from the mean of all such.
+  """
+  if value.shape[1] == 2:
+    return np.float32(value[:, 0]) - np.float32(value[:, 1])
+  x = np.float32(value[:, 0])
+  _, inverse, size = np.unique(group, return_inverse=True, return_counts=True)
+  inverse = np.where(size[inverse] > 1, inverse + 1, 0)  # 0: alone
+  total = np.zeros((inverse.max(initial=0) + 1, x.shape[1]))
+  np.add.at(total, inverse, x)
+  count = np.maximum(np.bincount(inverse, minlength=len(total)), 1)
+  return x - np.float32(total / count[:, None])[inverse]
+
+
+def without(x: np.ndarray, habit: np.ndarray) -> np.ndarray:
+  """[N, P] less what least squares on habit [N, H] says of each column.
+
+  No sum of the columns is then correlated with a habit, over rows that are
+  each turned around by chance. Turning a row changes only its own sign.
+  """
+  return x - habit @ np.linalg.lstsq(habit, x, rcond=None)[0]
+
+
+def clipped(x: np.ndarray) -> np.ndarray:
   """[n, P] rows, none longer than LONG_ROW times the median.
 
   Rows of random words are longer than others and would lead the head.
