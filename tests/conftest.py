@@ -125,6 +125,16 @@ def mesh(request):
     yield m
 
 
+@pytest.fixture
+def alone():
+  """The current mesh: one device."""
+  from models import make_mesh
+
+  mesh = make_mesh()
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
 def token_rows(tokens, mask):
   """[rows, R, L] arrays -> token rows, as the scoring pass takes them.
 

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
+from jaxalign.data.tokens import TokenRows
 from jaxalign.train.batch import Batch, Logps, MismatchedBatch
+from jaxalign.train.feed import TrainRows
 from jaxalign.train.statistics import STATISTICS, Whole
 
 
@@ -49,3 +53,18 @@ def matched(name: str, policy: Any, ref: Any) -> Any:
   """A statistic of STATISTICS that reads the sums [N, R] of a whole batch."""
   whole = Whole(None, None, None, policy, ref)
   return STATISTICS[name].compute(whole)
+
+
+def train_rows(
+  tokens: TokenRows, r: int, sums: Any = 0.0, counts: Any = 1.0, **more: Any
+) -> TrainRows:
+  """All of the tokenized rows, R side by side, called r0, r1 and so on."""
+  index = np.arange(len(tokens.start)).reshape(-1, r)
+  if isinstance(sums, float):
+    sums = np.full(index.shape, sums, np.float32)
+  if isinstance(counts, float):
+    counts = np.full(index.shape, counts, np.float32)
+  ids = [f"r{i}" for i in range(len(index))]
+  return TrainRows(
+    ids, tokens, index, sums.reshape(index.shape), counts.reshape(index.shape)
+  )._replace(**more)

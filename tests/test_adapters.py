@@ -7,6 +7,7 @@ from conftest import token_rows
 import flat
 import jax
 import jax.numpy as jnp
+from models import make_mesh, put, sized
 import numpy as np
 import oracle
 import pytest
@@ -23,16 +24,7 @@ from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide
 
 LENGTH, RANK = 10, 4
-M = decoder.ModelConfig(
-  layers=2,
-  width=16,
-  heads=8,
-  kv_heads=4,
-  head_size=4,
-  ff=24,
-  vocab=32,
-  context=LENGTH,
-)
+M = sized(2, 16, 8, 4, 4, 24, 32, LENGTH)
 SIZES = dict(kv_heads=4, rope_theta=10000.0, norm_eps=1e-5)
 # Slow ones compile once more what a fast one compiles at another place.
 SLOW = pytest.mark.slow
@@ -77,19 +69,6 @@ def numbers(m, seed=0):
     n: np.float32(rng.normal(1.0 if "norm" in n else 0.0, 0.3, p.shape))
     for n, p in decoder.table(m).items()
   }
-
-
-def put(mesh, m, params):
-  return {
-    n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
-    for n, w in params.items()
-  }
-
-
-def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(
-    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-  )
 
 
 def merged_by_hand(params, factor):

@@ -9,6 +9,7 @@ import sys
 
 from conftest import ROOT
 import emitters
+import flat
 import jax
 import numpy as np
 import pytest
@@ -177,13 +178,10 @@ def test_the_compiled_batch_is_what_a_run_feeds(
     np.zeros((8, responses), np.float32),
     loss.kind == "unpaired",
   )
-  rows = feed.TrainRows(
-    [str(i) for i in range(8)],
+  rows = flat.train_rows(
     tokens,
-    np.arange(n).reshape(8, responses),
-    zeros,
-    zeros,
-    np.zeros(8, bool) if unpaired else None,
+    responses,
+    label=np.zeros(8, bool) if unpaired else None,
     mismatched=feed.MismatchedRows(tokens, zeros[:, 0]) if unpaired else None,
   )
   batching = feed.Batching(8, 0, accumulation, context, layout)

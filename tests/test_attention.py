@@ -12,6 +12,7 @@ from conftest import ROOT
 import emitters
 import jax
 import jax.numpy as jnp
+from models import make_mesh
 import numpy as np
 import pytest
 
@@ -98,7 +99,7 @@ def oracle(q, k, v, dy, ok, scale, softcap=0.0):
 
 @contextlib.contextmanager
 def one_by_one():
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
   with jax.set_mesh(mesh):
     yield mesh
 
@@ -225,7 +226,7 @@ def test_in_bfloat16_within_a_hundredth(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_whole_rows_on_each_device(kernel):
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  mesh = make_mesh(4, 2)
   q, k, v, dy = (np.concatenate([x, x]) for x in draw(3, 128, 64))
   segments = np.concatenate([segments_of(128)] * 2)
   put = functools.partial(sharding.put, mesh)
@@ -255,7 +256,7 @@ def test_whole_rows_on_each_device(kernel):
 def test_layers_of_several_kinds_in_one_scan(kernel):
   # A window of the row's length and more is none: kinds 0 and 2 agree.
   windows, order = (0, 24, 128), np.array([1, 2], np.int32)
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  mesh = make_mesh(4, 2)
 
   def stack(q, k, v):
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -424,7 +425,7 @@ def test_lowered_for_a_gpu_it_is_cudnns(window, segmented, monkeypatch):
     "cudnn",
     functools.partial(attention._on_shards, attention._cudnn),
   )
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  mesh = make_mesh(4, 2)
 
   def array(shape, *axes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(

@@ -189,13 +189,12 @@ def test_mismatched_rows_read_no_token_before_they_are_padded():
 
 def rows_of(label=None):
   n = len(EXAMPLE)
-  return feed.TrainRows(
-    [f"r{i}" for i in range(n)],
+  return flat.train_rows(
     token_rows(EXAMPLE),
-    np.arange(n)[:, None],
+    1,
     np.float32(-np.arange(n))[:, None],
     np.float32([[len(r)] for _, r in EXAMPLE]),
-    label,
+    label=label,
   )
 
 

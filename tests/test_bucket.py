@@ -14,9 +14,9 @@ import jobs
 import pytest
 
 from jaxalign.core import artifacts
-from jaxalign.core.job import Job
 from jaxalign.data import sources
 from jaxalign.embed import store as stores
+from jaxalign.model.job import Job
 
 ARM = "isa-0.1-seed0"
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from models import draw, make_mesh, put, sized
 import numpy as np
 import pytest
 
@@ -31,9 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def test_a_real_model_says_the_published_tokens(shape, shared):
   """256 tokens after BOS; the 257th would be a quotation mark."""
   fsdp, tensor = shape
-  mesh = sharding.make_mesh(
-    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-  )
+  mesh = make_mesh(fsdp, tensor)
   folder = shared / "models/stories260K"
   m = hf.read_config(folder, "float32", "none")
   tok = tokenizers.Tokenizer.load(folder)
@@ -52,30 +51,14 @@ def test_a_real_model_says_the_published_tokens(shape, shared):
 
 # A model whose layers add nothing: a chain, its odds known in closed form.
 
-CHAIN = decoder.ModelConfig(
-  layers=1,
-  width=4,
-  heads=2,
-  kv_heads=2,
-  head_size=2,
-  ff=2,
-  vocab=10,
-  context=40,
-  norm_eps=1e-5,
-  tied=False,
-)
+CHAIN = sized(1, 4, 2, 2, 2, 2, 10, 40, norm_eps=1e-5, tied=False)
 KNOWN = 8  # ids 8 and 9 only round the table up, and would win
 
 
 def chain_params():
-  rng = np.random.default_rng(0)
-  out = {
-    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.5, p.shape))
-    for n, p in decoder.table(CHAIN).items()
-  }
-  out["layers/wo"], out["layers/w_down"] = (
-    0 * out[n] for n in ("layers/wo", "layers/w_down")
-  )
+  out = draw(CHAIN, 0, 0.5)
+  for name in ("layers/wo", "layers/w_down"):
+    out[name] = 0 * out[name]
   out["head"] = out["head"] * 2
   out["head"][8:] = 50.0
   return out
@@ -90,24 +73,10 @@ def chain_odds(temperature):
   return e / e.sum(1, keepdims=True)
 
 
-def on_mesh(mesh, m, params):
-  return {
-    n: sharding.put(mesh, params[n], *p.axes)
-    for n, p in decoder.table(m).items()
-  }
-
-
-@pytest.fixture
-def alone():
-  m = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  with jax.set_mesh(m):
-    yield m
-
-
 def run_chain(mesh, count, *sampling, **changes):
   sampling = decode.Sampling(*sampling or [2.0])
   options = decode.GenerateOptions(6, EOS, KNOWN, sampling, tile=512)
-  params, prompts = on_mesh(mesh, CHAIN, chain_params()), [np.array([BOS])]
+  params, prompts = put(mesh, CHAIN, chain_params()), [np.array([BOS])]
   options = options._replace(**changes)
   return decode.generate(mesh, params, CHAIN, prompts * count, options)
 
@@ -149,11 +118,11 @@ def test_nothing_is_said_after_the_end(alone):
 
 def test_the_machine_repeats_eos_after_the_end(alone):
   """What leaves the compiled function: only EOS after an EOS."""
-  put = lambda rows: {
+  lay = lambda rows: {
     k: sharding.put(alone, v, "pool") for k, v in rows.items()
   }
-  weights = on_mesh(alone, CHAIN, chain_params())
-  asked = put(
+  weights = put(alone, CHAIN, chain_params())
+  asked = lay(
     dict(tokens=np.full((512, 4), BOS, np.int32), pad=np.full(512, 3, np.int32))
   )
   number = np.arange(512, dtype=np.int32)
@@ -163,7 +132,7 @@ def test_the_machine_repeats_eos_after_the_end(alone):
       weights,
       decode._prefill_fn(alone, CHAIN)(weights, asked, {})
       | dict(pad=asked["pad"])
-      | put(dict(index=number, owner=number)),
+      | lay(dict(index=number, owner=number)),
       dict(key=jax.random.key(0)),
     )
   )
@@ -183,25 +152,12 @@ def test_noise_belongs_to_seed_row_and_position(alone):
 
 # A model that attends.
 
-MODEL = decoder.ModelConfig(
-  layers=2,
-  width=16,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  ff=24,
-  vocab=32,
-  context=24,
-)
+MODEL = sized(2, 16, 4, 2, 4, 24, 32, 24)
 
 
 @functools.lru_cache
 def params():
-  rng = np.random.default_rng(5)
-  return {
-    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.4, p.shape))
-    for n, p in decoder.table(MODEL).items()
-  }
+  return draw(MODEL, 5, 0.4)
 
 
 @functools.lru_cache
@@ -216,13 +172,11 @@ def prompts():
 @functools.lru_cache
 def say(shape, temperature):
   fsdp, tensor = shape
-  mesh = sharding.make_mesh(
-    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-  )
+  mesh = make_mesh(fsdp, tensor)
   with jax.set_mesh(mesh):
     how = decode.Sampling(temperature)
     options = decode.GenerateOptions(8, EOS, 30, how, seed=3, tile=4)
-    where = on_mesh(mesh, MODEL, params())
+    where = put(mesh, MODEL, params())
     return decode.generate(mesh, where, MODEL, prompts(), options)
 
 
@@ -236,7 +190,7 @@ def test_the_same_tokens_on_any_mesh(shape, temperature):
 
 def test_padding_on_the_left_moves_no_greedy_token(alone):
   """Each answer is the argmax of a plain forward pass over its own row."""
-  where = on_mesh(alone, MODEL, params())
+  where = put(alone, MODEL, params())
 
   @jax.jit
   def best(tokens):
@@ -291,7 +245,7 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
     None,
     None,
   )
-  where = on_mesh(alone, MODEL, params())
+  where = put(alone, MODEL, params())
   said = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
   got = held_out.score_answers(
     alone, where, MODEL, what, said, held_out.EvalOptions(8, 1.0, 0, 4, 64)
@@ -384,7 +338,7 @@ def test_answers_to_one_prompt_are_those_of_as_many_rows(mesh, monkeypatch):
     return call
 
   monkeypatch.setattr(decode, "_prefill_fn", counted)
-  weights = on_mesh(mesh, MODEL, params())
+  weights = put(mesh, MODEL, params())
 
   def run(prompts, **more):
     options = decode.GenerateOptions(6, 2, 30, seed=4, **more)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from models import draw, make_mesh, put, sized
 import numpy as np
 import pytest
 
@@ -21,55 +22,12 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # Grouped queries of 1, 2 and 4 heads a group, tied and not, odd widths.
 SIZES = {
-  "mha-tied": decoder.ModelConfig(
-    layers=2,
-    width=20,
-    heads=4,
-    kv_heads=4,
-    head_size=6,
-    ff=26,
-    vocab=38,
-    context=64,
-    rope_theta=500.0,
-    norm_eps=1e-3,
+  "mha-tied": sized(
+    2, 20, 4, 4, 6, 26, 38, 64, rope_theta=500.0, norm_eps=1e-3
   ),
-  "gqa2-untied": decoder.ModelConfig(
-    layers=1,
-    width=28,
-    heads=4,
-    kv_heads=2,
-    head_size=10,
-    ff=18,
-    vocab=46,
-    context=64,
-    tied=False,
-    remat="dots",
-  ),
-  "mqa4-odd": decoder.ModelConfig(
-    layers=2,
-    width=20,
-    heads=4,
-    kv_heads=1,
-    head_size=4,
-    ff=33,
-    vocab=37,
-    context=64,
-    remat="full",
-  ),
+  "gqa2-untied": sized(1, 28, 4, 2, 10, 18, 46, 64, tied=False, remat="dots"),
+  "mqa4-odd": sized(2, 20, 4, 1, 4, 33, 37, 64, remat="full"),
 }
-
-
-def random_params(m, seed=0):
-  """float32 parameters, large enough for attention not to be uniform."""
-  rng = np.random.default_rng(seed)
-  return {
-    n: np.float32(
-      rng.normal(1.0, 0.2, p.shape)
-      if p.scale == 0
-      else rng.normal(0.0, 0.3, p.shape)
-    )
-    for n, p in decoder.table(m).items()
-  }
 
 
 def torch_names(m, params):
@@ -123,7 +81,7 @@ def peer(name):
   model = transformers.LlamaForCausalLM(config)
   state = {
     n: torch.tensor(np.ascontiguousarray(w))
-    for n, w in torch_names(m, random_params(m)).items()
+    for n, w in torch_names(m, draw(m)).items()
   }
   missing, surplus = model.load_state_dict(state, strict=False)
   assert not surplus and set(missing) <= {"lm_head.weight"}
@@ -156,13 +114,6 @@ def grad_fn(m):
   return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def put_params(mesh, m, params):
-  return {
-    n: sharding.put(mesh, params[n], *p.axes)
-    for n, p in decoder.table(m).items()
-  }
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_transformers_agrees_on_logits_and_gradients(name, mesh):
   m = SIZES[name]
@@ -170,7 +121,7 @@ def test_transformers_agrees_on_logits_and_gradients(name, mesh):
     pytest.skip("one key head does not divide over tensor=2")
   tokens, mask = batch_of(m)
   (_, logits), grads = grad_fn(m)(
-    put_params(mesh, m, random_params(m)),
+    put(mesh, m, draw(m)),
     sharding.put(mesh, tokens, "batch"),
     sharding.put(mesh, mask, "batch"),
   )
@@ -187,10 +138,10 @@ def test_transformers_agrees_on_logits_and_gradients(name, mesh):
 
 def test_recomputation_changes_no_gradient():
   m = SIZES["gqa2-untied"]
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  mesh = make_mesh(4, 2)
   with jax.set_mesh(mesh):
     tokens, mask = (sharding.put(mesh, x, "batch") for x in batch_of(m))
-    params = put_params(mesh, m, random_params(m))
+    params = put(mesh, m, draw(m))
     (value, _), plain = grad_fn(m._replace(remat="none"))(params, tokens, mask)
     for remat in ("dots", "full"):
       (again, _), grads = grad_fn(m._replace(remat=remat))(params, tokens, mask)
@@ -203,7 +154,7 @@ def test_recomputation_changes_no_gradient():
 
 def test_remat_really_recomputes():
   """What the backward pass keeps shrinks: none > dots > full."""
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
 
   def kept(remat):
     m = SIZES["mha-tied"]._replace(layers=4, remat=remat)
@@ -235,9 +186,7 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
   monkeypatch.setattr(decoder, "table", lambda m: table)
   drawn = []
   for fsdp, tensor in ((1, 1), (4, 2)):
-    mesh = sharding.make_mesh(
-      dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-    )
+    mesh = make_mesh(fsdp, tensor)
     with jax.set_mesh(mesh):
       params = decoder.init(jax.random.key(4), m, mesh)
     assert set(params) == set(table)
@@ -282,24 +231,15 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
   ],
 )
 def test_sizes_that_cannot_work_are_refused(change, words):
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  mesh = make_mesh(4, 2)
   with pytest.raises(ConfigError, match=words):
     decoder.check_model(SIZES["gqa2-untied"]._replace(**change), mesh)
 
 
 def test_flops_agree_with_the_compiler():
   """Counted multiply-adds within 3 % of XLA's (norms and softmax are not)."""
-  m = decoder.ModelConfig(
-    layers=1,
-    width=128,
-    heads=4,
-    kv_heads=2,
-    head_size=32,
-    ff=384,
-    vocab=1024,
-    context=64,
-  )
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  m = sized(1, 128, 4, 2, 32, 384, 1024, 64)
+  mesh = make_mesh()
   with jax.set_mesh(mesh):
 
     def fn(params, tokens):

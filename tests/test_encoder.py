@@ -11,12 +11,12 @@ import pathlib
 import hypothesis
 from hypothesis import strategies as st
 import jax
+from models import make_mesh
 import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError, NumericError
 from jaxalign.embed import texts as texts_lib
 from jaxalign.model import encoder, weights
@@ -47,12 +47,6 @@ SMALL = dict(
   intermediate_size=40,
   max_position_embeddings=40,
 )
-
-
-def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(
-    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-  )
 
 
 def word_pieces():

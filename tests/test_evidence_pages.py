@@ -18,8 +18,8 @@ OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]
 X = [0, 10, 25, 50, 75, 100]
 
 
-def fit(y=HH, **kwargs):
-  return json.loads(json.dumps(fits.fit(X, y, **kwargs)))
+def fit(y=HH):
+  return json.loads(json.dumps(fits.fit(X, y)))
 
 
 def judged():
@@ -120,7 +120,6 @@ def text(section, found):
   return " ".join(" ".join(document.text).replace("\u00a0", " ").split())
 
 
-IN_PERCENT = fit([v / 100 for v in HH], bounds=(0, 1), se=[0.02] * 6)
 SEEDS = fits.fit(X * 2, HH + [v - 1 for v in HH])
 RULES = "|".join(interrater.UNPARSABLE.values())
 # What is said of which JSON, and what is not.
@@ -128,7 +127,6 @@ SAID = [
   ("plateau", fit(), "A plateau is identified|82.2|power law", "no bound"),
   ("plateau", fit(), f"0.290|{fits.RECIPE}", "seeds"),
   ("plateau", fit(OASST), "Plateau not identified|no bound", "A plateau is"),
-  ("plateau", IN_PERCENT, "82.2|Band: 95 % of each point", "seeds"),
   ("plateau", SEEDS, "band: all seeds", "no bound"),
   ("judges", judged(), f"{RULES}|ann / ben", "it holds"),
   ("judge", job_judge(), "it holds|a judge, compared answers with", "tied"),

@@ -4,17 +4,24 @@ import importlib
 import json
 import textwrap
 
+import jax
 import numpy as np
 import pools as make_pools
 import pytest
+from test_step import cut, make_mesh, toy, toy_batch, toy_logps, toy_params
 
-from jaxalign.core.errors import DataError
+from jaxalign.core import sharding
+from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import schemas
 from jaxalign.data.records import load_records, LoadOptions
 from jaxalign.model import families
 from jaxalign.select import costs
 from jaxalign.select.pool import checked
 from jaxalign.select.samplers import combine
+from jaxalign.train import losses, optim, row_columns, statistics, trackers
+from jaxalign.train import step as steps
+from jaxalign.train.batch import Logps
+from jaxalign.train.metrics import divide
 
 SAMPLER = """
 from jaxalign.select.costs import of_scores
@@ -139,5 +146,86 @@ def test_family(outside, monkeypatch):
     sliding_window=5,
     hidden_act="gelu_pytorch_tanh",
   )
-  mesh = test_families.one_device()
+  mesh = test_families.make_mesh()
   test_families.compare("starcoder2", keywords, mesh)
+
+
+# Training: a loss and what it reads, a tracker.
+
+LOSS = """
+import jax
+import jax.numpy as jnp
+from jaxalign.train.losses import needs
+from jaxalign.train.losses.common import margin, pair_metrics, ratios
+from jaxalign.train.statistics import Statistic
+
+def mean_margin(whole):
+  return jnp.mean(margin(whole.policy - whole.ref))
+
+ENTRY = Statistic(mean_margin, reads="batch_logps")
+
+@needs("pairs", "mean_margin", "age")
+def centred(policy, ref, stats, *, beta=0.1):
+  r = ratios(policy, ref)
+  gap = margin(r) - stats["mean_margin"]
+  loss = -stats["age"] * jax.nn.log_sigmoid(beta * gap)
+  return loss, pair_metrics(policy, beta * r)
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_loss_statistic_and_column(outside, monkeypatch, accumulation):
+  """One function, an entry of STATISTICS and one of COLUMNS; then a step."""
+  outside("my_loss", LOSS)
+  fn = losses.bind(losses.find("my_loss:centred"), "mine", dict(beta=0.5))
+  with pytest.raises(ConfigError, match="asks for mean_margin, age, which"):
+    row_columns.check_reads(fn, "mine")
+  entry = importlib.import_module("my_loss").ENTRY
+  monkeypatch.setitem(statistics.STATISTICS, "mean_margin", entry)
+  monkeypatch.setitem(row_columns.COLUMNS, "age", None)
+  row_columns.check_reads(fn, "mine")
+  assert row_columns.columns_of(fn) == ("age",)
+  assert statistics.needs_batch_logps(fn)
+  batch = toy_batch(2) | dict(age=np.float32(np.arange(16) % 3))
+  tx = optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=0.98)
+  mesh = make_mesh(4, 2)
+  with jax.set_mesh(mesh):
+    params = {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}
+    state = steps.init_state(params, tx, fn)
+    step = steps.make_train_step(toy, fn, tx)
+    _, totals = step(state, cut(mesh, batch, accumulation, 0.1))
+  params = {n: np.float64(w) for n, w in toy_params().items()}
+  r = toy_logps(params, batch["tokens"], batch["mask"]) - batch["ref_sum"]
+  gap = r[:, 0] - r[:, 1]
+  wanted = batch["age"] * np.logaddexp(0, -0.5 * (gap - gap.mean()))
+  loss = divide(jax.device_get(totals))["loss"]
+  assert loss == pytest.approx(wanted.mean(), rel=1e-5)
+
+
+def test_loss_of_the_table(monkeypatch):
+  """One line of LOSSES, and it can be summed."""
+
+  @losses.needs("pairs")
+  def mine(policy, ref, stats, *, beta=0.1):
+    return beta * policy.sum[:, 0], {}
+
+  monkeypatch.setitem(losses.LOSSES, "mine", mine)
+  fn = losses.find("0.5*mine(beta=2)+sft")
+  assert (fn.kind, fn.stats, fn.reference) == ("pairs", (), True)
+  policy = Logps(np.float32([[-4.0, -6.0]]), np.float32([[2, 3]]))
+  np.testing.assert_allclose(fn(policy, None, {})[0], [0.5 * 2 * -4 + 2])
+
+
+def test_tracker(monkeypatch, tmp_path):
+  """One entry of TRACKERS: `(folder, label, start) -> Tracker`."""
+  seen = []
+
+  def lists(folder, label, start):
+    log = lambda step, values: seen.append((label, start, step, values))
+    return trackers.Tracker(log, lambda: seen.append("closed"))
+
+  monkeypatch.setitem(trackers.TRACKERS, "lists", lists)
+  run = trackers.open_all(("lists",), tmp_path, "align", 3)
+  run.log(4, {"train/loss": 0.5})
+  run.close()
+  assert seen == [("align", 3, 4, {"train/loss": 0.5}), "closed"]

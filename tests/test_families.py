@@ -7,6 +7,7 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
+from models import make_mesh
 import numpy as np
 import pytest
 
@@ -243,13 +244,9 @@ def compare(family, keywords, mesh):
     )
 
 
-def one_device():
-  return sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-
-
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_one_config_of_every_family(family):
-  compare(family, case(family, sizes(), "linear", True), one_device())
+  compare(family, case(family, sizes(), "linear", True), make_mesh())
 
 
 @pytest.mark.slow
@@ -281,7 +278,7 @@ def test_random_configs_of_every_family(family):
       tied=tied,
       multiple=family in ("llama", "gemma2", "gemma3_text"),
     )
-    compare(family, case(family, s, kind, switch), one_device())
+    compare(family, case(family, s, kind, switch), make_mesh())
 
   run()
 
@@ -292,7 +289,7 @@ def test_a_mesh_changes_nothing(family):
   s |= dict(hidden_size=16, vocab_size=64)
   keywords = case(family, s, "default", True)
   keywords |= dict(hidden_size=16)
-  compare(family, keywords, sharding.make_mesh(dict(fsdp=4, tensor=2)))
+  compare(family, keywords, make_mesh(4, 2))
 
 
 def released(**changes):

@@ -9,9 +9,11 @@ The compiler's own count says the same within 3 %.
 import functools
 import math
 
+import flat
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
+from models import sized
 import numpy as np
 import pytest
 
@@ -24,18 +26,9 @@ from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 
-MODEL = decoder.ModelConfig(
-  layers=3,
-  width=16,
-  heads=4,
-  kv_heads=2,
-  head_size=6,
-  ff=40,
-  vocab=48,
-  context=32,
-  attention="plain",
-)
+MODEL = sized(3, 16, 4, 2, 6, 40, 48, 32, attention="plain")
 BATCH, LENGTH = 4, 12
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def dots(jaxpr):
@@ -73,13 +66,6 @@ def by_hand(m, tokens, squares, logits):
   )
 
 
-@pytest.fixture(autouse=True)
-def alone():
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    yield mesh
-
-
 def lengths_of(r, even):
   """Prompts [B] and answers [B, R], all rows of LENGTH tokens where even."""
   rng = np.random.default_rng(r)
@@ -102,14 +88,8 @@ def rows_of(r, even):
     np.repeat(prompt, r).astype(np.int32),
     np.zeros(len(ids), np.int32),
   )
-  zero = np.zeros((BATCH, r), np.float32)
-  return feed.TrainRows(
-    [f"r{i}" for i in range(BATCH)],
-    tokens,
-    np.arange(BATCH * r).reshape(BATCH, r),
-    zero,
-    zero + 1,
-    np.arange(BATCH) % 2 == 0 if r == 1 else None,
+  return flat.train_rows(
+    tokens, r, label=np.arange(BATCH) % 2 == 0 if r == 1 else None
   )
 
 

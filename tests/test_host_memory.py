@@ -5,46 +5,35 @@ import pathlib
 import re
 import sys
 
-import jax
 import jobs
+from models import make_mesh, sized
 import pytest
 
 from jaxalign.cli import train as train_main
-from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.model import adapters, decoder, memory
+from jaxalign.model import adapters, memory
 from jaxalign.train import host_memory as host
 
-M = decoder.ModelConfig(
-  layers=2,
-  width=4,
-  heads=2,
-  kv_heads=1,
-  head_size=2,
-  ff=3,
-  vocab=10,
-  context=16,
-  attention="tiles",
-)
+M = sized(2, 4, 2, 1, 2, 3, 10, 16, attention="tiles")
 GIB = 2**30
 SHAPE = memory.StepShape(rows=6, length=5, chunk=2, packed=30)
 
 
-def one():
-  return sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-
-
 def test_a_whole_policy_and_its_reference():
   """Weights, gradients and two moments; the reference where it stays."""
-  held = memory.on_host(M, one(), SHAPE, tile=2)
+  held = memory.on_host(M, make_mesh(), SHAPE, tile=2)
   numbers = 2 * 92 + 44  # as in test_plan
   assert held["parameters"] == held["gradients"] == 4 * numbers
   assert held["optimizer"] == 8 * numbers and "reference" not in held
   shape = SHAPE._replace(frozen_size=2)
-  both = memory.on_host(M, one(), shape, tile=2, reference=True)
+  both = memory.on_host(M, make_mesh(), shape, tile=2, reference=True)
   assert both["reference"] == 2 * numbers
   lora = memory.on_host(
-    M._replace(lora=adapters.Lora(1)), one(), SHAPE, tile=2, reference=True
+    M._replace(lora=adapters.Lora(1)),
+    make_mesh(),
+    SHAPE,
+    tile=2,
+    reference=True,
   )
   assert "reference" not in lora  # it is the frozen base
   assert lora["gradients"] < held["gradients"]
@@ -53,7 +42,7 @@ def test_a_whole_policy_and_its_reference():
 def test_packed_rows_hold_their_own_tokens_and_no_scores():
   def by(packed):
     shape = SHAPE._replace(packed=packed)
-    return memory.on_host(M, one(), shape, tile=2)["activations"]
+    return memory.on_host(M, make_mesh(), shape, tile=2)["activations"]
 
   assert by(15) * 2 == by(30)
   scores = 2 * 30 * 2 * 4 * 2 * 5  # layers, tokens, float32 twice, heads, keys
@@ -61,7 +50,7 @@ def test_packed_rows_hold_their_own_tokens_and_no_scores():
 
 
 def test_a_pass_over_many_rows_may_be_the_peak():
-  held = memory.on_host(M, one(), SHAPE, tile=4096)
+  held = memory.on_host(M, make_mesh(), SHAPE, tile=4096)
   assert "gradients" not in held
   assert held["logits"] == 8 * 4096 * 2 * 10
 

@@ -6,6 +6,7 @@ slopes against the float64 Llama of `oracle` and against the padded layout.
 
 import functools
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,13 +68,8 @@ def feed_of(
 ):
   n, r = len(pairs), len(pairs[0]) - 1
   rng = np.random.default_rng(7)
-  rows = feed.TrainRows(
-    [f"r{i}" for i in range(n)],
-    rows_of(pairs),
-    np.arange(n * r).reshape(n, r),
-    np.float32(rng.normal(-20, 4, (n, r))),
-    np.ones((n, r), np.float32),
-  )
+  sums = np.float32(rng.normal(-20, 4, (n, r)))
+  rows = flat.train_rows(rows_of(pairs), r, sums)
   batching = feed.Batching(batch, seed, accumulation, 64, layout)
   return feed.Feed(mesh, rows, batching, lambda step: 1e-3)
 

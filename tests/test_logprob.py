@@ -4,12 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from models import draw, make_mesh, put, sized
 import numpy as np
 import pytest
 
 from jaxalign.core import sharding
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import decoder, logprob
+from jaxalign.model import logprob
 from jaxalign.train.logps import PRODUCERS
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -81,13 +82,9 @@ def test_values_and_gradients_are_the_softmax_s(chunk, mesh):
   np.testing.assert_allclose(dweight, wanted_dweight, rtol=1e-5, atol=2e-5)
 
 
-def one_device():
-  return sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-
-
 def test_extreme_scores_stay_finite_and_exact():
   x, weight, tokens, mask = example()
-  with jax.set_mesh(one_device()):
+  with jax.set_mesh(make_mesh()):
     (_, (each, _, _)), grads = grad_fn(7)(1000 * x, weight, tokens, mask)
   assert all(np.isfinite(g).all() for g in grads)
   wanted, _ = oracle(1000 * x, weight, tokens)
@@ -99,7 +96,7 @@ def test_bfloat16_states_are_multiplied_into_float32():
   """Bfloat16 logits would be off by up to 0.06 a token (pitfall 24)."""
   x, weight, tokens, mask = example()
   x, weight = jnp.bfloat16(8 * x), jnp.bfloat16(weight)
-  with jax.set_mesh(one_device()):
+  with jax.set_mesh(make_mesh()):
     (_, (each, _, _)), _ = grad_fn(7)(x, weight, tokens, mask)
   wanted, _ = oracle(
     np.asarray(x, np.float64), np.asarray(weight, np.float64), tokens
@@ -109,7 +106,7 @@ def test_bfloat16_states_are_multiplied_into_float32():
 
 
 def test_one_token_rows():
-  with jax.set_mesh(one_device()):
+  with jax.set_mesh(make_mesh()):
     each = logprob.token_logps(
       jnp.ones((2, 1, 3)), jnp.ones((5, 3)), jnp.zeros((2, 1), jnp.int32)
     )
@@ -118,26 +115,8 @@ def test_one_token_rows():
 
 # Whole rows, through the decoder.
 
-MODEL = decoder.ModelConfig(
-  layers=2,
-  width=16,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  ff=24,
-  vocab=32,
-  context=64,
-)
+MODEL = sized(2, 16, 4, 2, 4, 24, 32, 64)
 EOS = 2
-
-
-@functools.lru_cache
-def params():
-  rng = np.random.default_rng(5)
-  return {
-    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
-    for n, p in decoder.table(MODEL).items()
-  }
 
 
 def token_rows(rows):
@@ -160,10 +139,7 @@ def logps(mesh, rows, length, pad_id=0):
   tokens, mask = tokens_lib.pad_rows(
     token_rows(rows), np.arange(len(rows)), length, pad_id
   )
-  where = {
-    n: sharding.put(mesh, w, *decoder.table(MODEL)[n].axes)
-    for n, w in params().items()
-  }
+  where = put(mesh, MODEL, draw(MODEL, 5))
   out = producer()(
     where,
     *(

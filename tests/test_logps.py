@@ -7,6 +7,7 @@ the float64 Llama in test_layout); nothing but the plain head holds [B, L, V].
 import functools
 import re
 
+import flat
 import jax
 import numpy as np
 import optax
@@ -49,14 +50,13 @@ def feed_of(mesh, fn, layout, accumulation):
   columns = dict(common_prefix=prefix) if "common_prefix" in fn.extras else {}
   if "weights" in fn.stats:
     columns["weights"] = np.float32(rng.uniform(0.5, 3, n))
-  rows = feed.TrainRows(
-    [f"r{i}" for i in range(n)],
+  rows = flat.train_rows(
     tokens,
-    np.arange(n * r).reshape(n, r),
+    r,
     total,
     np.float32([[len(a) for a in more] for _, *more in pairs]),
-    label,
-    columns,
+    label=label,
+    columns=columns,
   )
   batching = feed.Batching(BATCH, SEED, accumulation, 64, layout)
   if "z0" in fn.stats:
@@ -183,14 +183,7 @@ def test_the_start_is_ln_2_in_packed_rows(mesh):
   pairs = examples()
   tokens = rows_of(pairs)
   found = embed.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
-  n = len(pairs)
-  rows = feed.TrainRows(
-    [str(i) for i in range(n)],
-    tokens,
-    np.arange(2 * n).reshape(n, 2),
-    found.logp.reshape(n, 2),
-    found.count.reshape(n, 2),
-  )
+  rows = flat.train_rows(tokens, 2, found.logp, found.count)
   batching = feed.Batching(BATCH, 0, context=64, layout="packed")
   batch = feed.Feed(mesh, rows, batching).batch_at(0)
   _, gradients = gradients_of("dpo", "chunked")
@@ -237,13 +230,7 @@ def test_only_the_plain_head_holds_all_logits(head, layout):
   mesh = make_mesh(1, 1)
   m = MODEL._replace(layers=1, vocab=1021)  # no size but the vocabulary's
   pairs = [(p, a * 6, b * 6) for p, a, b in examples(n=BATCH)]
-  rows = feed.TrainRows(
-    [str(i) for i in range(BATCH)],
-    rows_of(pairs),
-    np.arange(2 * BATCH).reshape(-1, 2),
-    np.zeros((BATCH, 2), np.float32),
-    np.ones((BATCH, 2), np.float32),
-  )
+  rows = flat.train_rows(rows_of(pairs), 2)
   with jax.set_mesh(mesh):
     batching = feed.Batching(BATCH, 0, context=64, layout=layout)
     batch = feed.Feed(mesh, rows, batching).batch_at(0)
@@ -288,12 +275,8 @@ def test_useful_flops_by_hand():
     assert useful_flops(m, prompt, answers) == brute(
       m, prompt.tolist(), answers.tolist()
     )
-  rows = feed.TrainRows(
-    ["a", "b"],
-    rows_of([([7] * 3, [8] * 2, [9] * 4), ([7] * 5, [8], [9] * 6)]),
-    np.arange(4).reshape(2, 2),
-    np.zeros((2, 2), np.float32),
-    np.ones((2, 2), np.float32),
+  rows = flat.train_rows(
+    rows_of([([7] * 3, [8] * 2, [9] * 4), ([7] * 5, [8], [9] * 6)]), 2
   )
   found = feed.useful_cost(MODEL, rows, feed.Batching(2, 0), 0)
   assert found == 3 * brute(MODEL, [3, 5], [[2, 4], [1, 6]])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import types
 
+import flat
 import jax
 import numpy as np
 import pytest
@@ -372,10 +373,7 @@ def test_a_prompt_is_counted_once_or_with_each_answer():
     np.array(start, np.int32),
     np.zeros(4, np.int32),
   )
-  zero = np.zeros((2, 2), np.float32)
-  pairs = feed.TrainRows(
-    ["a", "b"], tokens, np.arange(4).reshape(2, 2), zero, zero
-  )
+  pairs = flat.train_rows(tokens, 2)
   one = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   fed = feed.Feed(one, pairs, feed.Batching(2, 0, context=12))
   assert (fed.distinct_at(0), fed.tokens_at(0)) == (3 + 5 + 5 + 4, 25)
@@ -556,13 +554,12 @@ def bco_step():
 def bco_run(mesh, folder, killed_at=None):
   """`run` on the same tokens as unpaired."""
   one = rows()
-  unpaired = feed.TrainRows(
-    [f"row-{i:02d}" for i in range(22)],
+  unpaired = flat.train_rows(
     one.tokens,
-    np.arange(22)[:, None],
+    1,
     one.ref_sum.reshape(22, 1),
     one.ref_count.reshape(22, 1),
-    np.arange(22) % 3 == 0,
+    label=np.arange(22) % 3 == 0,
   )
   fed = feed_of(mesh, unpaired, accumulation=2)
   batch_at = fed.batch_at

@@ -4,6 +4,7 @@ import collections
 import functools
 import types
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -344,15 +345,7 @@ def test_five_steps_of_dpo(trl, alone, tmp_path):
   scores = embed.score_rows(alone, fresh(alone), MODEL, tokens, tile=8, chunk=8)
   n = len(pool)
   ours = our_run(
-    alone,
-    feed.TrainRows(
-      [str(i) for i in range(n)],
-      tokens,
-      np.arange(2 * n).reshape(n, 2),
-      scores.logp.reshape(n, 2),
-      scores.count.reshape(n, 2),
-    ),
-    "dpo",
+    alone, flat.train_rows(tokens, 2, scores.logp, scores.count), "dpo"
   )
   theirs, prepared = their_run(
     trl, tmp_path, "DPO", [pool[i] for i in order(n)]
@@ -396,13 +389,12 @@ def test_five_steps_of_kto(trl, alone, tmp_path):
   ).logp
   ours = our_run(
     alone,
-    feed.TrainRows(
-      [str(i) for i in range(n)],
+    flat.train_rows(
       tokens,
-      np.arange(n)[:, None],
-      scores.logp[:, None],
-      scores.count[:, None],
-      label,
+      1,
+      scores.logp,
+      scores.count,
+      label=label,
       mismatched=feed.MismatchedRows(other, other_ref),
     ),
     "kto",

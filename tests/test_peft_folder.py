@@ -5,10 +5,10 @@ import json
 import warnings
 
 import jax
+from models import draw, make_mesh, put
 import numpy as np
 import pytest
 
-from jaxalign.core import sharding
 from jaxalign.model import adapters, decoder, families, hf, weights
 
 torch = pytest.importorskip("torch")
@@ -40,27 +40,11 @@ def sizes(family):
   )
 
 
-def make_mesh():
-  return sharding.make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4])
-
-
-def numbers(m):
-  rng = np.random.default_rng(1)
-  return {
-    n: np.float32(
-      rng.normal(1.0 if p.constant and not p.scale else 0.0, 0.2, p.shape)
-    )
-    for n, p in decoder.table(m).items()
-  }
-
-
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9))
 
 
 def ours(m, params):
-  with jax.set_mesh(
-    sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  ):
+  with jax.set_mesh(make_mesh()):
     x = decoder.forward(params, TOKENS, m)
     return np.asarray(decoder.logits(x, decoder.head(params, m)))
 
@@ -84,12 +68,9 @@ CASES += [
 def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
   lora = adapters.Lora(3, 5.0, **kind)
   m = sizes(family)._replace(lora=lora)
-  host, mesh = numbers(m), make_mesh()
+  host, mesh = draw(m, 1, 0.2), make_mesh(2, 2)
   with jax.set_mesh(mesh):
-    params = {
-      n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
-      for n, w in host.items()
-    }
+    params = put(mesh, m, host)
 
     def save(name, params):
       weights.save(
@@ -141,7 +122,7 @@ def test_the_base_is_named_as_peft_finds_it(tmp_path, given, name, revision):
     for n, p in decoder.table(m).items()
     if ":" in n
   }
-  with jax.set_mesh(make_mesh()):
+  with jax.set_mesh(make_mesh(2, 2)):
     hf.save_adapters(
       tmp_path, {n: jax.device_put(x) for n, x in rows.items()}, m, base=given
     )

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from models import make_mesh, sized
 import numpy as np
 import pytest
 from test_encoder import VOCAB
@@ -148,20 +149,11 @@ def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
 def test_flops_are_the_dot_generals():
   from test_ledger import multiplied
 
-  m = reward.decoder.ModelConfig(
-    layers=2,
-    width=8,
-    heads=2,
-    kv_heads=1,
-    head_size=4,
-    ff=6,
-    vocab=12,
-    context=16,
-  )
+  m = sized(2, 8, 2, 1, 4, 6, 12, 16)
   e = reward.encoder.EncoderConfig(
     layers=2, width=8, heads=2, ff=6, vocab=12, positions=16, context=16
   )
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
   for model, kind in ((m, "llama"), (e, "bert")):
     r = reward.RewardConfig(model, kind)
     with jax.set_mesh(mesh):
@@ -214,7 +206,7 @@ def test_a_model_without_its_head_is_named(tmp_path):
   tensors = safetensors.numpy.load_file(path)
   del tensors["score.weight"]
   safetensors.numpy.save_file(tensors, path)
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
   with jax.set_mesh(mesh), pytest.raises(DataError, match="score.weight is mi"):
     reward.load(tmp_path, reward.read_config(tmp_path), mesh)
 

@@ -7,7 +7,7 @@ so its pairs have none, and one makes a batch, where both means agree.
 
 import importlib
 
-import numpy as np
+import flat
 import pytest
 import test_parity_trl as harness
 import test_trl_float64 as wide
@@ -15,7 +15,6 @@ import test_trl_trajectory as runs
 
 from jaxalign.data.encode import encode_texts
 from jaxalign.model import hf
-from jaxalign.train import feed
 from jaxalign.train.losses import bind, find
 
 pytestmark = wide.pytestmark
@@ -58,12 +57,7 @@ def test_twenty_steps(trl, alone, tmp_path, case):
   )
   assert not refused
   n, how = len(pool), wide.HOW | dict(batch=batch)
-  rows = feed.TrainRows(
-    [str(i) for i in range(n)],
-    tokens,
-    np.arange(2 * n).reshape(n, 2),
-    *(np.ones((n, 2)),) * 2,
-  )  # of a reference that none reads
+  rows = flat.train_rows(tokens, 2)  # of a reference that none reads
   taken = runs.order(n, batch, how["updates"])
   theirs, prepared = runs.theirs(
     importlib.import_module(f"trl.experimental.{name.lower()}"),

@@ -6,6 +6,7 @@ its sums; ours are wide. What is left is their rounding: at most 9e-6 nat of a
 sum of log-probabilities and 9e-6 of a loss over the 20 steps, but for DiscoPOP.
 """
 
+import flat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,12 +117,7 @@ def test_every_loss_of_dpo_trainer(trl, alone, tmp_path, name):
   )
   assert not refused
   n = len(pool)
-  rows = feed.TrainRows(
-    [str(i) for i in range(n)],
-    tokens,
-    np.arange(2 * n).reshape(n, 2),
-    *reference(alone, tokens, 2),
-  )
+  rows = flat.train_rows(tokens, 2, *reference(alone, tokens, 2))
   loss, options = loss_of(name)
   taken = runs.order(n, HOW["batch"], HOW["updates"])
   theirs, _ = runs.theirs(
@@ -165,13 +161,7 @@ def test_every_loss_of_kto_trainer(trl, alone, tmp_path, name):
   taken = runs.order(n, HOW["batch"], HOW["updates"])
   before = np.roll(taken.reshape(-1, HOW["batch"]), 1, axis=1).ravel()
   other = batches.mismatched(tokens, taken, before, MODEL.context)
-  rows = feed.TrainRows(
-    [str(i) for i in range(n)],
-    tokens,
-    np.arange(n)[:, None],
-    *reference(alone, tokens, 1),
-    label,
-  )
+  rows = flat.train_rows(tokens, 1, *reference(alone, tokens, 1), label=label)
   if name == "kto":
     sums = reference(alone, other, 1)[0][:, 0]
     rows = rows._replace(mismatched=feed.MismatchedRows(other, sums))

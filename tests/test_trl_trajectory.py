@@ -9,6 +9,7 @@ import functools
 import json
 import os
 
+import flat
 import jax
 import numpy as np
 import pools
@@ -145,12 +146,7 @@ def dpo(trl, mesh, folder, m, params, tok, pool, **how):
   )
   assert not refused and not tokens.cut.any()
   n, shape = len(pool), (len(pool), 2)
-  rows = feed.TrainRows(
-    [str(i) for i in range(n)],
-    tokens,
-    np.arange(2 * n).reshape(shape),
-    *reference(mesh, m, params, tokens, shape),
-  )
+  rows = flat.train_rows(tokens, 2, *reference(mesh, m, params, tokens, shape))
   taken = order(n, how["batch"], how["updates"])
   b, prepared = theirs(trl, folder, "DPO", [pool[i] for i in taken], **how)
   for i, row in zip(taken, prepared):
@@ -198,13 +194,12 @@ def kto(trl, mesh, folder, m, params, tok, pool, **how):
     folder,
     m,
     params,
-    feed.TrainRows(
-      [str(i) for i in range(n)],
+    flat.train_rows(
       tokens,
-      np.arange(n)[:, None],
+      1,
       total,
       count,
-      label,
+      label=label,
       mismatched=feed.MismatchedRows(other, other_ref),
     ),
     "kto",
@@ -310,13 +305,7 @@ def some_rows():
   in another order each step, so that one packed shape is compiled."""
   rng = np.random.default_rng(2)
   tokens = pools.pairs_of_tokens(rng, 16, 32, (1, 10), (1, 8))
-  return feed.TrainRows(
-    [f"r{i}" for i in range(16)],
-    tokens,
-    np.arange(32).reshape(16, 2),
-    np.float32(rng.normal(-12, 3, (16, 2))),
-    np.ones((16, 2), np.float32),
-  )
+  return flat.train_rows(tokens, 2, np.float32(rng.normal(-12, 3, 32)))
 
 
 def start(mesh, m):

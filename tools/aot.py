@@ -44,14 +44,14 @@ import numpy as np
 from configs import common
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import lora_of, loss_of
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import adapters, attention, decoder, hf, memory
+from jaxalign.model.job import lora_of
 from jaxalign.train import feed, optim, packing
 from jaxalign.train import step as steps
 from jaxalign.train.batch import Batch, Logps, MismatchedBatch
 from jaxalign.train.logps import PRODUCERS
-from jaxalign.train.losses import bind, find
+from jaxalign.train.losses import bind, find, loss_of
 from jaxalign.train.statistics import init_statistics
 from jaxalign.train.trainer import ALLORA_ETA
 from tools.aot_text import (

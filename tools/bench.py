@@ -130,8 +130,8 @@ def select_only(args) -> None:
   from jaxalign import pipeline
   from jaxalign.cli import main as main_lib
   from jaxalign.core import sharding
-  from jaxalign.core.job import Arm, arm_folder, Job
   from jaxalign.data import tables
+  from jaxalign.model.job import Arm, arm_folder
 
   main_lib._join("auto")
   c = common.base("smoke")
@@ -140,7 +140,7 @@ def select_only(args) -> None:
   c.mesh = dict(fsdp=-1, tensor=args.tensor)
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
-    job = Job(c, mesh, args.workdir)
+    job = pipeline.make_job(c, mesh, args.workdir)
     arm = Arm("isa", 0.1, 0)
     pipeline.run_data(job)
     pipeline.run_sft(job)

@@ -59,13 +59,13 @@ sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
 from jaxalign import pipeline
-from jaxalign.core import job as job_lib  # noqa: E402
 from jaxalign.core import progress, sharding
 from jaxalign.data import tokens as tokens_lib  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
 from jaxalign.data.encode import encode_texts
 from jaxalign.embed import passes as embed
 from jaxalign.model import decoder  # noqa: E402
+from jaxalign.model import job as job_lib  # noqa: E402
 from jaxalign.select import grams
 from jaxalign.select import pool as pools  # noqa: E402
 from jaxalign.select.samplers import combine  # noqa: E402
@@ -309,7 +309,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> list[dict]:
   mesh = sharding.make_mesh(c.mesh, jax.devices())
   lines = []
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-    job = job_lib.Job(c, mesh, folder)
+    job = pipeline.make_job(c, mesh, folder)
     pipeline.run_data(job)
     if "residual" in wanted:
       pipeline.run_sft(job)

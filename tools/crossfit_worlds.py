@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
 from jaxalign import pipeline
-from jaxalign.core import job as job_lib  # noqa: E402
 from jaxalign.core import progress, sharding
 from jaxalign.data import prepare  # noqa: E402
 from jaxalign.data import world as world_lib  # noqa: E402
+from jaxalign.model import job as job_lib  # noqa: E402
 from jaxalign.select.choose import selected_rows  # noqa: E402
 
 CONDITIONS = {
@@ -50,7 +50,7 @@ def one(args: argparse.Namespace, seed: int, knobs: dict) -> dict:
   c.sft.updates = c.sft.save_every = args.updates
   mesh = sharding.make_mesh(c.mesh, jax.devices())
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-    job = job_lib.Job(c, mesh, folder)
+    job = pipeline.make_job(c, mesh, folder)
     pipeline.run_data(job)
     pipeline.run_scores(job, [job_lib.Arm(args.sampler, 0.1, seed)])
     world, rows = prepare.world_of(c), job.rows("pool")

@@ -32,74 +32,57 @@ def resolve_settings(path: Any) -> epath.Path:
 
 
 def _resolve(path: str, patterns: tuple[str, ...]) -> epath.Path:
-  return (
-    _download(path, patterns)
-    if path.startswith("hf:") and not path.startswith("hf://")
-    else epath.Path(path)
-  )
+  if path.startswith("hf:") and not path.startswith("hf://"):
+    return _download(path, patterns)
+  return epath.Path(path)
 
 
 @functools.lru_cache
 def _download(name: str, patterns: tuple[str, ...]) -> epath.Path:
   """The local snapshot of `hf:<repo>[@revision]`, one answer per process."""
-  found = re.fullmatch(
-    r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([\w.][\w./-]*))?", name, re.ASCII
-  )
-  if not found or ".." in name:
+  rule = r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([\w.][\w./-]*))?"
+  match = re.fullmatch(rule, name, re.ASCII)
+  if not match or ".." in name:
     raise ConfigError(
       f"{name!r:.200} names no repository, wanted "
       f"hf:<owner>/<name>[@revision]; {_KNOB}"
     )
   import huggingface_hub  # slow, and needed by few runs
-  from huggingface_hub import errors
 
-  repo, revision = found.groups()
+  repo, revision = match.groups()
+  fetch = functools.partial(
+    huggingface_hub.snapshot_download,
+    repo,
+    token=os.environ.get("HF_TOKEN") or False,
+  )
   try:
-    token = os.environ.get("HF_TOKEN") or False
-    folder = epath.Path(
-      huggingface_hub.snapshot_download(
-        repo,
-        revision=revision,
-        allow_patterns=list(patterns),
-        ignore_patterns=["*/*"],
-        token=token,
-      )
+    folder = fetch(
+      revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
     )
+    folder = epath.Path(folder)
     if (folder / "modules.json").exists():  # sentence-transformers' pooling
-      huggingface_hub.snapshot_download(
-        repo,
-        revision=folder.name,
-        token=token,
-        allow_patterns=["*_Pooling/config.json"],
-      )
+      pooling = ["*_Pooling/config.json"]
+      fetch(revision=folder.name, allow_patterns=pooling)
     return folder
-  except errors.GatedRepoError as error:
-    why = (
-      "is gated: accept its terms on the Hub, and set the environment "
-      "variable HF_TOKEN to a token that may read it"
-    )
-    raise ConfigError(f"{name} {why}") from error
-  except errors.RepositoryNotFoundError as error:
-    raise ConfigError(
-      f"{name} is not on the Hub, or is private: {_KNOB}, or the environment "
-      "variable HF_TOKEN to a token that may read it"
-    ) from error
-  except errors.RevisionNotFoundError as error:
-    raise ConfigError(
-      f"{name}: the repository has no revision {revision!r}; {_KNOB}"
-    ) from error
-  except errors.LocalEntryNotFoundError as error:
-    why = (
-      "HF_HUB_OFFLINE is set"
-      if huggingface_hub.constants.HF_HUB_OFFLINE
-      else "the Hub cannot be reached"
-    )
-    raise ConfigError(
-      f"{name} is not whole in the local cache, and {why}; {_KNOB} to a folder"
-    ) from error
   except Exception as error:  # the HTTP client's kinds, full disks, bad names
-    raise ConfigError(
-      f"{name} cannot be fetched ({type(error).__name__}: "
-      f"{str(error).splitlines()[:1]!s:.200}); {_KNOB} to a "
-      "folder"
-    ) from error
+    raise ConfigError(f"{name}{_why(error, revision)}") from error
+
+
+def _why(error: Exception, revision: str | None) -> str:
+  """What a message says of a repository that cannot be had, after its name."""
+  from huggingface_hub import constants, errors
+
+  token = "the environment variable HF_TOKEN to a token that may read it"
+  if isinstance(error, errors.GatedRepoError):
+    return f" is gated: accept its terms on the Hub, and set {token}"
+  if isinstance(error, errors.RepositoryNotFoundError):
+    return f" is not on the Hub, or is private: {_KNOB}, or {token}"
+  if isinstance(error, errors.RevisionNotFoundError):
+    return f": the repository has no revision {revision!r}; {_KNOB}"
+  if isinstance(error, errors.LocalEntryNotFoundError):
+    why = "the Hub cannot be reached"
+    if constants.HF_HUB_OFFLINE:
+      why = "HF_HUB_OFFLINE is set"
+    return f" is not whole in the local cache, and {why}; {_KNOB} to a folder"
+  first = f"{type(error).__name__}: {str(error).splitlines()[:1]!s:.200}"
+  return f" cannot be fetched ({first}); {_KNOB} to a folder"

@@ -8,17 +8,19 @@ import numpy as np
 
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import Arm, eval_options, Job, loss_of, WHOLE
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.embed import passes as embed
 from jaxalign.eval import held_out, winrate
+from jaxalign.eval.held_out import eval_options
 from jaxalign.model import decode, decoder
+from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
 from jaxalign.train import online
 from jaxalign.train import step as steps
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import loss_of
 from jaxalign.train.trackers import check_trackers
 
 SETS = ("held_out", "kept", "rest", "generations")
@@ -86,6 +88,16 @@ def _mistakes(c: Any) -> Iterable[tuple[Any, str]]:
     "is the base, which is frozen; set config.train.ref_sync=0 or "
     "config.lora.rank=0",
   )
+  yield (
+    t.stop_after and not t.best,
+    f"train.stop_after={t.stop_after} evaluations without what improvement; "
+    'set config.train.best, "held_out/accuracy" for instance',
+  )
+
+
+def _evaluation_mistakes(c: Any) -> Iterable[tuple[Any, str]]:
+  """The same of the sets that are evaluated and of the best weights."""
+  t = c.train
   split = c.data.source == "world" or c.data.split.held_out
   for name in t.eval_sets:
     yield (
@@ -125,17 +137,12 @@ def _mistakes(c: Any) -> Iterable[tuple[Any, str]]:
       f"{why if value == 'loss' else ''}; of {name!r} there are "
       f"{', '.join(known)}; set config.train.best",
     )
-  yield (
-    t.stop_after and not t.best,
-    f"train.stop_after={t.stop_after} evaluations without what improvement; "
-    'set config.train.best, "held_out/accuracy" for instance',
-  )
 
 
 def check(c: Any) -> None:
   """Raises ConfigError for knobs of config.train that cannot work together."""
   check_trackers(c.train.trackers)
-  for holds, message in _mistakes(c):
+  for holds, message in (*_mistakes(c), *_evaluation_mistakes(c)):
     if holds:
       raise ConfigError(message)
 
@@ -279,9 +286,9 @@ def measures(job: Job, arm: Arm) -> dict[str, Measure]:
 
 
 def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
-  """(share of pairs whose first is larger, share of ties), over all pairs.
+  """(fraction of pairs whose first is larger, of ties), over all pairs.
 
-  Every number of `up` beside every one of `down`, by ranks: the first share
+  Every number of `up` beside every one of `down`, by ranks: the first
   and half of the second are the area under the ROC curve.
 
   Args:
@@ -296,14 +303,28 @@ def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
   return float(less / pairs), float((no_more - less) / pairs)
 
 
+def _loss_value(
+  job: Job, policy: np.ndarray, ref: np.ndarray, count: np.ndarray, label: Any
+) -> float:
+  """The loss of rows [n, R] as one batch."""
+  width = policy.shape[1]
+  if width == 2 and job.kind == "unpaired":
+    width, label = 1, np.tile([True, False], len(policy))
+  shaped = lambda x: jnp.asarray(x.reshape(-1, width))
+  as_logps = lambda x: Logps(shaped(x), shaped(count))
+  label = None if label is None else jnp.asarray(label)
+  stats = dict(label=label, mean_count=jnp.mean(jnp.asarray(count[:, 0])))
+  return float(np.mean(job.loss(as_logps(policy), as_logps(ref), stats)[0]))
+
+
 def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   """Measures the answers that rows have, against the reference.
 
   With r = policy - ref, nats: "chosen_drift", the mean r of chosen (unpaired:
-  liked) answers; "accuracy", the share of pairs whose chosen one has the larger
-  r, "ties" apart, as in training: 0 and 1 before the first update; "margin",
-  the mean of r chosen - r rejected. Of unpaired rows a pair is any liked answer
-  beside any disliked one. "loss" is that of the rows as one batch.
+  liked) answers; "accuracy", the fraction of pairs whose chosen one has the
+  larger r, "ties" apart, as in training: 0 and 1 before the first update;
+  "margin", the mean of r chosen - r rejected. Of unpaired rows a pair is any
+  liked answer beside any disliked one. "loss" is that of the rows as one batch.
 
   Raises:
     ConfigError: unpaired rows of one label where config.train.best needs both.
@@ -327,15 +348,9 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       )
 
   def score(params, m):
-    found = embed.score_rows(
-      job.mesh,
-      params,
-      m,
-      rows,
-      tile=c.embed.tile,
-      chunk=c.model.head_chunk,
-      label=f"eval {name}",
-    )
+    how = dict(tile=c.embed.tile, chunk=c.model.head_chunk)
+    how["label"] = f"eval {name}"
+    found = embed.score_rows(job.mesh, params, m, rows, **how)
     return found.logp.reshape(-1, each), found.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
@@ -346,19 +361,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
     (policy, count), ref = score(params, job.policy), known[0]
     out = {}
     if _has_value(job.loss):
-      width, liked = each, label
-      if each == 2 and job.kind == "unpaired":
-        width, liked = 1, np.tile([True, False], len(policy))
-      as_logps = lambda x: Logps(
-        *(jnp.asarray(y.reshape(-1, width)) for y in (x, count))
-      )
-      stats = dict(
-        label=None if liked is None else jnp.asarray(liked),
-        mean_count=jnp.mean(jnp.asarray(count[:, 0])),
-      )
-      out["loss"] = float(
-        np.mean(job.loss(as_logps(policy), as_logps(ref), stats)[0])
-      )
+      out["loss"] = _loss_value(job, policy, ref, count, label)
     r = np.float64(policy) - ref
     if label is None:
       up, down = r[:, 0], r[:, 1]
@@ -367,11 +370,9 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
     if len(up):
       out["chosen_drift"] = float(up.mean())
     if len(up) and len(down):
-      out["accuracy"], out["ties"] = (
-        (float(np.mean(up > down)), float(np.mean(up == down)))
-        if label is None
-        else ordered(up, down)
-      )
+      paired = lambda x, y: (float(np.mean(x > y)), float(np.mean(x == y)))
+      compare = paired if label is None else ordered
+      out["accuracy"], out["ties"] = compare(up, down)
       out["margin"] = float(up.mean() - down.mean())
     return out
 
@@ -391,7 +392,7 @@ def _generations(job: Job) -> Measure:
   "flops" is what it took, for the ledger: writing, and a pass of the
   policy and one of the reference over what was written.
   """
-  c, what = job.c, job.examined
+  c, what = job.c, held_out.eval_set(job)
   what = what._replace(prompt_rows=what.prompt_rows[: c.train.eval_prompts])
   prompts, tok, k = held_out.prompts_of(what), what.tokenizer, c.eval
   asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]

@@ -324,34 +324,31 @@ def read_config(
   try:
     m = _with_modules(folder, _sizes(folder, dtype), pooling)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
+    why = f"{type(error).__name__}: {error}"
     raise DataError(
-      f"{folder}: its configuration cannot be used "
-      f"({type(error).__name__}: {error})"
+      f"{folder}: its configuration cannot be used ({why})"
     ) from error
-  m = m._replace(
-    context=context or m.context,
-    normalize=m.normalize if normalize is None else bool(normalize),
-  )
-  _check(m)
+  if normalize is not None:
+    m = m._replace(normalize=bool(normalize))
+  m = m._replace(context=context or m.context)
+  if problem := _problem(m):
+    raise ConfigError(f"encoder: {problem}")
   return m
 
 
 def _sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
   """What `config.json` says."""
-  raw = _json(folder, "config.json")
-  kind = raw.get("model_type")
+  raw, problem = _json(folder, "config.json"), ""
+  kind, known = raw.get("model_type"), ", ".join(FAMILIES)
+  positions = raw.get("position_embedding_type") or "absolute"
   if kind not in FAMILIES:
-    raise ConfigError(
-      f"{folder}/config.json: model_type {kind!r} is no "
-      f"encoder known here; known: {', '.join(FAMILIES)}"
-    )
-  if raw.get("position_embedding_type") not in (None, "absolute"):
-    raise ConfigError(
-      f"{folder}/config.json: position_embedding_type "
-      f"{raw['position_embedding_type']!r}, wanted 'absolute'"
-    )
-  if raw.get("is_decoder"):
-    raise ConfigError(f"{folder}/config.json: is_decoder, wanted an encoder")
+    problem = f"model_type {kind!r} is no encoder known here; known: {known}"
+  elif positions != "absolute":
+    problem = f"position_embedding_type {positions!r}, wanted 'absolute'"
+  elif raw.get("is_decoder"):
+    problem = "is_decoder, wanted an encoder"
+  if problem:
+    raise ConfigError(f"{folder}/config.json: {problem}")
   # RoBERTa's first token stands after the positions of its padding.
   offset = 0 if kind == "bert" else int(raw.get("pad_token_id", 1)) + 1
   positions = int(raw["max_position_embeddings"])
@@ -371,27 +368,23 @@ def _sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
   )
 
 
-def _check(m: EncoderConfig) -> None:
-  """Raises ConfigError where a size or a name does not fit."""
+def _problem(m: EncoderConfig) -> str:
+  """A size or a name that does not fit, if there is one."""
   for name in "layers width heads ff vocab positions context types".split():
     if getattr(m, name) < 1:
-      raise ConfigError(f"encoder: {name}={getattr(m, name)}, wanted 1 or more")
+      return f"{name}={getattr(m, name)}, wanted 1 or more"
   if m.width % m.heads:
-    raise ConfigError(
-      f"encoder: width={m.width} is no multiple of heads={m.heads}"
-    )
-  if m.context + m.offset > m.positions:
-    raise ConfigError(
-      f"encoder: a context of {m.context} tokens, but there "
-      f"are positions for {m.positions - m.offset}; set "
-      "embed.context"
+    return f"width={m.width} is no multiple of heads={m.heads}"
+  room = m.positions - m.offset
+  if m.context > room:
+    return (
+      f"a context of {m.context} tokens, but there are positions for {room}; "
+      "set embed.context"
     )
   for name, known in (("act", ACTS), ("pooling", POOLINGS), ("dtype", DTYPES)):
-    if getattr(m, name) not in known:
-      raise ConfigError(
-        f"encoder: {name} {getattr(m, name)!r} is unknown; "
-        f"known: {', '.join(known)}"
-      )
+    if (value := getattr(m, name)) not in known:
+      return f"{name} {value!r} is unknown; known: {', '.join(known)}"
+  return ""
 
 
 def _json(folder: epath.Path, name: str) -> dict[str, Any]:
@@ -448,20 +441,18 @@ def _pooling(folder: epath.Path, path: str) -> str:
       f"{folder} has no {path}/config.json, which its "
       "modules.json names; fetch it, or set embed.pooling"
     )
-  raw = _json(folder, f"{path}/config.json")
+  raw, problem = _json(folder, f"{path}/config.json"), ""
   modes = raw.get("pooling_mode") or [
     mode for key, mode in _OLD_POOLING_NAMES.items() if raw.get(key)
   ]
-  modes = [modes] if isinstance(modes, str) else list(modes)
+  modes = [modes] if isinstance(modes, str) else list(map(str, modes))
   if len(modes) != 1 or modes[0] not in _POOLING_NAMES:
+    known = ", ".join(_POOLING_NAMES)
+    problem = f"pooling {' + '.join(modes) or 'none'}, wanted one of {known}"
+  elif not raw.get("include_prompt", True):
+    problem = "include_prompt=false is not known here"
+  if problem:
     raise ConfigError(
-      f"{folder}/{path}/config.json: pooling "
-      f"{' + '.join(map(str, modes)) or 'none'}, wanted one "
-      f"of {', '.join(_POOLING_NAMES)}; set embed.pooling"
-    )
-  if not raw.get("include_prompt", True):
-    raise ConfigError(
-      f"{folder}/{path}/config.json: include_prompt=false is "
-      "not known here; set embed.pooling"
+      f"{folder}/{path}/config.json: {problem}; set embed.pooling"
     )
   return _POOLING_NAMES[modes[0]]

@@ -1,1 +1,1 @@
-"""Reports: one HTML file per job, no script, nothing loaded from elsewhere."""
+"""Reports: jinja templates over a job's JSON, one HTML file each."""

@@ -1,7 +1,9 @@
 """Pages from jinja templates: one HTML file each, which loads nothing.
 
 A template walks JSON as `nodes.Node`s. Text from data is escaped by jinja and
-made visible by `nodes.visible`; only templates and `charts` write markup.
+made visible by `nodes.visible`. A template may call every function of `nodes`,
+`charts` and this module, of a module that calls `expose`, and, as `m`, the
+macros of `macros.html`; a name that does not exist stops it.
 """
 
 import base64
@@ -127,10 +129,9 @@ def gap(found: Any, m: Metric = PERCENT) -> Markup:
   return Markup("{} <small>{}</small>").format(*words)
 
 
-def scaled(value: Any, scale: float) -> str:
-  """A finite number times `scale`; "" of anything else."""
-  x = finite(value)
-  return "" if x is None else nodes.number(scale * x)
+def finite_number(value: Any, otherwise: str = MISSING) -> str:
+  """A finite number, or what stands in its place."""
+  return otherwise if finite(value) is None else nodes.number(value)
 
 
 def span(found: Node, words: Callable[..., str], **options: Any) -> str:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.core.intervals import Z
 from jaxalign.report import charts, page
 from jaxalign.report.charts import Row, Series
 from jaxalign.report.nodes import (
@@ -181,24 +180,16 @@ def stage_bars(stages: Sequence[Node]) -> tuple[list, list, str]:
   return list(zip(names, kinds)), rows, letter
 
 
-def plateau_series(found: Node, scale: float) -> tuple[list[Series], bool]:
+def plateau_series(found: Node) -> tuple[list[Series], bool]:
   """What was measured with the fitted curves; whether points are repeated."""
-  scaled = lambda v: (v := charts.drawable(v)) and scale * v
-  x = [charts.drawable(v) for v in found.x]
-  y, se = ([scaled(v) for v in found[k]] for k in ("y", "se"))
-  points = [p for p in zip(x, y) if None not in p]
-  at = sorted({p for p, _ in points})
-  seen = [[v for p, v in points if p == q] for q in at]
+  points, _ = charts.pairs(list(zip(found.x, found.y)))
+  at = sorted({x for x, _ in points})
+  seen = [[y for x, y in points if x == place] for place in at]
   repeated = len(at) < len(points)
-  if repeated:
-    band = [(p, min(v), max(v)) for p, v in zip(at, seen)]
-  else:
-    whole = [p for p in zip(x, y, se) if None not in p]
-    band = sorted((p, v - Z * e, v + Z * e) for p, v, e in whole)
-  means = [(p, sum(v) / len(v)) for p, v in zip(at, seen)]
+  band = [(x, min(y), max(y)) for x, y in zip(at, seen)] if repeated else []
+  means = [(x, sum(y) / len(y)) for x, y in zip(at, seen)]
   series = [Series("measured", means, 0, band)]
-  r, a = (scaled(found[k].value) for k in "ra")
-  b = finite(found.b.value)
+  r, a, b = (charts.drawable(found[k].value) for k in "rab")
   if points and None not in (r, a, b):
     drawn = np.linspace(0.0, at[-1], 60)
     rates = {"plateau": b} | {f"paper, {k}": rate for k, rate in PAPER.items()}

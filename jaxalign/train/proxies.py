@@ -15,7 +15,6 @@ from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.checkpoints import restore_params
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.core.job import Job, kernel_of, lora_of
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes as embed
@@ -23,6 +22,7 @@ from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.scores import digest_of
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
+from jaxalign.model.job import Job, kernel_of, lora_of
 from jaxalign.select import columns
 from jaxalign.select.topk import uniform
 from jaxalign.train import losses
@@ -116,27 +116,18 @@ def _start(job: Job) -> Start:
     read = lambda name: np.asarray(table[name].make(job), np.float32)
     return Start(params, m, read("logp"), read("logp_count"), Cost())
   found, cost = _score(job, params, m, "proxy_ref")
-  n = len(job.column("pool", "id"))
-  return Start(
-    params, m, found.logp.reshape(n, -1), found.count.reshape(n, -1), cost
-  )
+  shape = len(job.column("pool", "id")), -1
+  sums, counts = found.logp.reshape(shape), found.count.reshape(shape)
+  return Start(params, m, sums, counts, cost)
 
 
 def _score(
   job: Job, params: Any, m: decoder.ModelConfig, label: str
 ) -> tuple[embed.RowScores, Cost]:
   """One pass over the pool, and what it cost."""
-  rows = job.tokens("pool")
-  found = embed.score_rows(
-    job.mesh,
-    params,
-    m,
-    rows,
-    tile=job.c.embed.tile,
-    chunk=job.c.model.head_chunk,
-    label=label,
-    ids=job.column("pool", "id"),
-  )
+  rows, ids = job.tokens("pool"), job.column("pool", "id")
+  how = dict(tile=job.c.embed.tile, chunk=job.c.model.head_chunk, label=label)
+  found = embed.score_rows(job.mesh, params, m, rows, **how, ids=ids)
   return found, Cost(embed.flops(m, rows), len(rows.ids))
 
 
@@ -149,7 +140,7 @@ def _tune(
   updates: int,
   seed: int,
 ) -> tuple[decoder.Params, Any]:
-  """Tunes on the pairs `index`; goes on from the folder's checkpoints.
+  """Tunes on the pairs `index`; resumed from the folder's checkpoints.
 
   Returns:
     The tuned parameters and their sizes (with adapters where the job has
@@ -171,10 +162,8 @@ def _tune(
   options = TrainOptions(folder, label, updates, t.save_every)
   options = options._replace(explode=t.explode)
   train(job.mesh, m, begin, rows, _loss(), how, options)
-  tuned = restore_params(
-    folder / "checkpoints",
-    adapters.split(decoder.abstract(m, job.mesh), m.lora)[0],
-  )
+  shapes = adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
+  tuned = restore_params(folder / "checkpoints", shapes)
   return (tuned if m.lora is None else start.params | tuned), m
 
 
@@ -198,11 +187,8 @@ def _tuning_cost(
 def _lora(c: Any) -> adapters.Lora | None:
   """The job's adapters; those with fixed bases as plain ones."""
   lora = lora_of(c)
-  return (
-    lora._replace(variant="lora")
-    if (lora and lora.variant == "lora_sb")
-    else lora
-  )
+  fixed = lora and lora.variant == "lora_sb"
+  return lora._replace(variant="lora") if fixed else lora
 
 
 def training_rows(job: Job, start: Start, index: np.ndarray) -> TrainRows:
@@ -247,7 +233,7 @@ def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
 
   Args:
     ids: [N] record ids; a hash of each decides, so their order does not.
-    pairs: a number, or a share below 1; at most half of the pool.
+    pairs: a number, or a fraction below 1; at most half of the pool.
     seed: another seed draws others.
   """
   n = len(ids)
@@ -267,7 +253,15 @@ def run_proxy(job: Job) -> None:
     start = _start(job)
     index = drawn(job.column("pool", "id"), p.pairs, 0)
     params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
-    rows = job.tokens("pool")
+    rows, ids = job.tokens("pool"), job.column("pool", "id")
+    how = dict(tile=c.embed.tile, chunk=c.model.head_chunk, ids=ids)
+
+    def score(parts, tick):
+      own = dict(parts=parts, tick=tick)
+      found = embed.score_rows(job.mesh, params, m, rows, **how, **own)
+      before = start.sums.reshape(-1)[parts[jax.process_index()]]
+      return dict(proxy_logp=found.logp, proxy_ref_logp=before)
+
     files = over_shards(
       job,
       folder,
@@ -275,20 +269,7 @@ def run_proxy(job: Job) -> None:
       fields | inputs,
       dict(proxy_logp=ArraySpec((2,)), proxy_ref_logp=ArraySpec((2,))),
       c.embed.tile * job.mesh.size,
-      lambda parts, tick: dict(
-        proxy_logp=embed.score_rows(
-          job.mesh,
-          params,
-          m,
-          rows,
-          tile=c.embed.tile,
-          chunk=c.model.head_chunk,
-          parts=parts,
-          tick=tick,
-          ids=job.column("pool", "id"),
-        ).logp,
-        proxy_ref_logp=start.sums.reshape(-1)[parts[jax.process_index()]],
-      ),
+      score,
     )
     parts = (
       start.cost,
@@ -372,36 +353,27 @@ def run_held_out(job: Job) -> None:
       updates = -(-len(index) // c.train.batch_size)
       m = start.model._replace(lora=_lora(c))
       own = folder / f"model{s}"
-      # Counted for every model: a resumed run goes on behind some of them.
+      # Counted for every model: a resumed run has some of them already.
       more = _tuning_cost(job, start, index, updates, s)
       total += more.flops + embed.flops(m, job.tokens("pool"))
       tokens += more.tokens + len(job.tokens("pool").ids)
-      if (
-        artifacts.agree("done" if (folder / name).exists() else "new") == "new"
-      ):
-        params, m = _tune(
-          job, own, f"model {s + 1} of {p.models}", start, index, updates, s
-        )
-        found, _ = _score(job, params, m, f"model {s + 1} of {p.models}")
+      status = "done" if (folder / name).exists() else "new"
+      if artifacts.agree(status) == "new":
+        label = f"model {s + 1} of {p.models}"
+        params, m = _tune(job, own, label, start, index, updates, s)
+        found, _ = _score(job, params, m, label)
         loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
+        loss = np.where(seen[:, s], np.nan, loss)
         if jax.process_index() == 0:
-          artifacts.write_array(
-            folder / name, np.where(seen[:, s], np.nan, loss)
-          )
+          artifacts.write_array(folder / name, loss)
       if jax.process_index() == 0 and own.exists():
         own.rmtree()  # its losses are all that is read
     if jax.process_index() == 0:
-      artifacts.write_array(
-        folder / "held_out_loss.npy",
-        np.stack(
-          [artifacts.read_array(folder / name) for name in names], axis=1
-        ),
-      )
-    return (
-      ["held_out_loss.npy", *names],
-      Cost(total, tokens),
-      dict(say=f"{p.models} models"),
-    )
+      found = [artifacts.read_array(folder / name) for name in names]
+      path = folder / "held_out_loss.npy"
+      artifacts.write_array(path, np.stack(found, axis=1))
+    files = ["held_out_loss.npy", *names]
+    return files, Cost(total, tokens), dict(say=f"{p.models} models")
 
   job.run(
     job.shared / "held_out",

@@ -50,34 +50,21 @@ def bases(
   Raises:
     NumericError: a gradient that is not finite.
   """
+  table = decoder.table(m)
   names = adapters.targets(m.lora, decoder.table(m._replace(lora=None)))
-  k = min(
-    [
-      m.lora.rank + SPARE,
-      *(
-        min(flat[1:])
-        for flat in (_flat(decoder.table(m)[n].shape, n) for n in names)
-      ),
-    ]
-  )
+  k = min(m.lora.rank + SPARE, *(_least(table[n].shape, n) for n in names))
   sketch = m._replace(lora=adapters.Lora(k, float(k), m.lora.targets))
-  rows = {
-    n: p for n, p in decoder.table(sketch).items() if adapters.is_adapter(n)
-  }
+  wide = decoder.table(sketch)
   gradients = jax.jit(make_gradients(sketch))
 
-  def put(name, x):
-    p = rows[name]
+  def put(p, x):
     return sharding.put(mesh, np.float32(x).reshape(p.shape), *p.axes)
 
   def products(side, other):
     """Mean gradients of one side at 0, the other side given; [T, in, k] of
     "a", [T, out, k] of "b", float64 on every host."""
-    zero = {
-      n: put(n, np.zeros(p.shape, np.float32))
-      for n, p in rows.items()
-      if n.endswith(side)
-    }
+    zeros = lambda p: put(p, np.zeros(p.shape, np.float32))
+    zero = {n: zeros(p) for n, p in wide.items() if n.endswith(side)}
     frozen, total = reference | other, None
     for batch in batches:
       grads = gradients(zero, batch, frozen)[0]
@@ -90,26 +77,19 @@ def bases(
           f"{name}: the gradient that LoRA-SB begins with is "
           "not finite; look at the first rows of the subset"
         )
-      out[name[:-2]] = (
-        g.reshape(len(g), -1, k)
-        if side == ":a"
-        else g.reshape(len(g), k, -1).swapaxes(1, 2)
-      )
+      columns_first = side == ":a"
+      g = g.reshape((len(g), -1, k) if columns_first else (len(g), k, -1))
+      out[name[:-2]] = g if columns_first else g.swapaxes(1, 2)
     return out
 
   def across(side, found):
     """Orthonormal columns [T, n, k] of each, as that side of the adapters."""
     q = {n: np.linalg.qr(x)[0] for n, x in found.items()}
-    return q, {
-      n + side: put(n + side, x if side == ":a" else x.swapaxes(1, 2))
-      for n, x in q.items()
-    }
+    laid = lambda x: x if side == ":a" else x.swapaxes(1, 2)
+    return q, {n + side: put(wide[n + side], laid(x)) for n, x in q.items()}
 
-  drawn = {
-    n: p
-    for n, p in adapters.init(key, decoder.table(sketch), mesh).items()
-    if n.endswith(":a")
-  }
+  drawn = adapters.init(key, wide, mesh)
+  drawn = {n: x for n, x in drawn.items() if n.endswith(":a")}
   for _ in range(POWERS):
     _, right = across(":b", products(":b", drawn))
     _, drawn = across(":a", products(":a", right))
@@ -122,15 +102,11 @@ def bases(
     # Singular vectors come in pairs up to a sign: the largest of A is plus.
     at = np.abs(a).argmax(1, keepdims=True)
     sign = np.sign(np.take_along_axis(a, at, 1))
-    for n, v in (
-      (f"{name}:a", a * sign),
-      (f"{name}:b", b * sign.swapaxes(1, 2)),
-    ):
-      p = decoder.table(m)[n]
-      out[n] = sharding.put(mesh, np.float32(v).reshape(p.shape), *p.axes)
+    out[f"{name}:a"] = put(table[f"{name}:a"], a * sign)
+    out[f"{name}:b"] = put(table[f"{name}:b"], b * sign.swapaxes(1, 2))
   return out
 
 
-def _flat(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-  into, out = adapters.sizes(name, shape)
-  return shape[0], int(np.prod(into)), int(np.prod(out))
+def _least(shape: tuple[int, ...], name: str) -> int:
+  """The smaller side of a weight as a matrix."""
+  return min(int(np.prod(side)) for side in adapters.sizes(name, shape))

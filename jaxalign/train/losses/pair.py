@@ -39,7 +39,6 @@ def dpo(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   Returns:
     [B] loss in nats (ln 2 where policy equals reference), and [B] metrics.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   return (
     smoothed(margin(reward), label_smoothing),
@@ -56,7 +55,6 @@ def robust(policy, ref, stats, *, beta=0.1, label_smoothing=0.1):
   default 0 is plain DPO. Unlike cDPO the second sign is a plus, so the value
   falls below 0 without bound as D grows. At the start ln 2.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   z, eps = margin(reward), label_smoothing
   loss = (-(1 - eps) * jax.nn.log_sigmoid(z) + eps * jax.nn.log_sigmoid(-z)) / (
@@ -72,7 +70,6 @@ def hinge(policy, ref, stats, *, beta=0.1):
   TRL's "hinge". `slic` is the one without a reference. At the start 1; the
   gradient is 0 from the kink on.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   return jax.nn.relu(1 - margin(reward)), pair_metrics(policy, reward)
 
@@ -86,7 +83,6 @@ def ipo(policy, ref, stats, *, beta=0.1):
   they ran, and TRL, HALOs, EasyDeL and LLaMA-Factory do; the original DPO code
   and OpenRLHF take sums: `ipo_sum`. At the start 1 / (4 beta^2).
   """
-  del stats
   r = ratios(policy, ref)
   gap = margin(mean(r, policy))
   return (gap - 1 / (2 * beta)) ** 2, pair_metrics(policy, beta * r)
@@ -99,7 +95,6 @@ def ipo_sum(policy, ref, stats, *, beta=0.1):
   The original DPO code and OpenRLHF; the value grows with the squared length.
   At the start 1 / (4 beta^2).
   """
-  del stats
   r = ratios(policy, ref)
   return (margin(r) - 1 / (2 * beta)) ** 2, pair_metrics(policy, beta * r)
 
@@ -112,7 +107,6 @@ def dpo_norm(policy, ref, stats, *, beta=5.0):
   uses beta near 5, the default here; TRL's "sigmoid_norm" keeps 0.1, which is
   wrong for it. At the start ln 2.
   """
-  del stats
   r = ratios(policy, ref)
   z = beta * margin(mean(r, policy))
   return -jax.nn.log_sigmoid(z), pair_metrics(policy, beta * r)
@@ -128,7 +122,6 @@ def exo(policy, ref, stats, *, beta=0.1, epsilon=1e-3):
   (TRL, where eps is its label_smoothing, refuses 0 and rounds eps to float32).
   At the start -ln 2 - (ln eps + ln(1 - eps)) / 2.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   z = margin(reward)
   loss = jax.nn.sigmoid(z) * (
@@ -145,7 +138,6 @@ def nca(policy, ref, stats, *, beta=0.1):
   - 1/2 log sigmoid(-beta r_l), sums: the chosen answer's likelihood is held up
   by itself, not by the gap. TRL's "nca_pair". At the start 2 ln 2.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   w, l = reward[:, 0], reward[:, 1]
   loss = (
@@ -184,7 +176,6 @@ def sppo(policy, ref, stats, *, beta=0.1):
   probabilities (eq. 4.7) set to 1 and 0, eta = 1 / beta. TRL's "sppo_hard". At
   the start 1 / (2 beta^2).
   """
-  del stats
   r = ratios(policy, ref)
   loss = (r[:, 0] - 1 / (2 * beta)) ** 2 + (r[:, 1] + 1 / (2 * beta)) ** 2
   return loss, pair_metrics(policy, beta * r)
@@ -197,7 +188,6 @@ def apo_zero(policy, ref, stats, *, beta=0.1):
   [1 - sigmoid(beta r_w)] + sigmoid(beta r_l), sums: chosen up, rejected down;
   for answers better than the model's own. At the start 1.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   loss = jax.nn.sigmoid(-reward[:, 0]) + jax.nn.sigmoid(reward[:, 1])
   return loss, pair_metrics(policy, reward)
@@ -210,7 +200,6 @@ def apo_down(policy, ref, stats, *, beta=0.1):
   sigmoid(beta r_w) + [1 - sigmoid(beta D)], sums: both down, the rejected one
   further; for answers worse than the model's own. At the start 1.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   loss = jax.nn.sigmoid(reward[:, 0]) + jax.nn.sigmoid(-margin(reward))
   return loss, pair_metrics(policy, reward)
@@ -225,7 +214,6 @@ def discopop(policy, ref, stats, *, beta=0.1, tau=0.05):
   z = -710 on (-88 in float32); one exponent, bounded at 80, is not. At the
   start (1 + ln 2) / 2.
   """
-  del stats
   reward = beta * ratios(policy, ref)
   z = margin(reward)
   loss = -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z) + bounded_exp(
@@ -243,7 +231,6 @@ def dpop(policy, ref, stats, *, beta=0.1, penalty=50.0):
   times; 50 as the paper (5 to 500 are used). The slope at the kink is 0, so
   the first update is DPO's. At the start ln 2.
   """
-  del stats
   r = ratios(policy, ref)
   z = beta * (margin(r) - penalty * jax.nn.relu(-r[:, 0]))
   return -jax.nn.log_sigmoid(z), pair_metrics(policy, beta * r)
@@ -259,7 +246,6 @@ def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
   the tail. alpha is applied here, never to stored log-probabilities.
   `Logps.common_prefix` [B, 2] holds the sums over the first L tokens.
   """
-  del stats
 
   def weighed(x):
     return x.common_prefix + tail_weight * (x.sum - x.common_prefix)
@@ -294,7 +280,6 @@ def dpo_forward_kl(policy, ref, stats, *, beta=0.1):
   is held at 80 nats, past which the slope is 0; TRL's is not held and ends in
   infinity.
   """
-  del stats
   r = ratios(policy, ref)
   return _logistic(policy, r, -bounded_expm1(-r), beta)
 
@@ -305,7 +290,6 @@ def dpo_js(policy, ref, stats, *, beta=0.1):
 
   Bounded above: nothing is gained by ever more likely answers.
   """
-  del stats
   r = ratios(policy, ref)
   return _logistic(policy, r, jax.nn.log_sigmoid(r), beta)
 
@@ -317,7 +301,6 @@ def dpo_alpha(policy, ref, stats, *, beta=0.1, alpha=0.5):
   a = `alpha`, 0.5 as TRL: 1 is the reverse KL, the limit, where this is
   plain DPO; 0 is the forward KL. The exponent is held at 80.
   """
-  del stats
   r, power = ratios(policy, ref), alpha - 1
   scores = r if power == 0 else bounded_expm1(power * r) / power
   return _logistic(policy, r, scores, beta)

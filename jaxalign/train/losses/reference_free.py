@@ -41,7 +41,6 @@ def sft(policy, ref, stats):
   Returns:
     [B] nats per token, and [B] metrics.
   """
-  del ref, stats
   loss = _nll(policy)
   return loss, {"nll": loss}
 
@@ -55,7 +54,6 @@ def sft_tokens(policy, ref, stats):
   Pang et al. 2024, as TRL computes it ("sigmoid" with "sft"; TRL's batch is
   one device's micro-batch). The metric "nll" is per row, as of `sft`.
   """
-  del ref
   count = jax.lax.stop_gradient(stats["mean_count"])
   return -policy.sum[:, 0] / count, {"nll": _nll(policy)}
 
@@ -68,7 +66,6 @@ def slic(policy, ref, stats, *, room=1.0, nll_weight=0.1):
   lambda = `nll_weight` = 0.1 on the summed negative log-likelihood. TRL's
   "hinge" has a reference and no such term: `hinge`.
   """
-  del ref, stats
   l = policy.sum
   loss = jax.nn.relu(room - margin(l)) - nll_weight * l[:, 0]
   return loss, pair_metrics(policy, l)
@@ -83,7 +80,6 @@ def simpo(policy, ref, stats, *, beta=2.0, gamma=0.5):
   ("simpo" of its CPO trainer): gamma 0.5 with beta 0.1, and CPO's likelihood
   term left on unless cpo_alpha = 0.
   """
-  del ref, stats
   reward = beta * mean(policy.sum, policy)
   return (
     -jax.nn.log_sigmoid(margin(reward) - gamma),
@@ -99,7 +95,6 @@ def alphapo(policy, ref, stats, *, beta=2.0, gamma=0.5, alpha=0.25):
   p = exp(mean(l)), a MEAN over tokens; alpha = 0 is SimPO, and TRL's default.
   The exponent -alpha mean(l) is held at 80; TRL's p^-alpha of p = 0 is inf.
   """
-  del ref, stats
   l = mean(policy.sum, policy)
   shaped = (
     l
@@ -122,7 +117,6 @@ def cpo(policy, ref, stats, *, beta=0.1, nll_weight=1.0):
   TRL's likelihood term is a mean over all chosen tokens of a micro-batch:
   nll_weight 0 with "+sft_tokens".
   """
-  del ref, stats
   reward = beta * policy.sum
   loss = -jax.nn.log_sigmoid(margin(reward)) + nll_weight * _nll(policy)
   return loss, pair_metrics(policy, reward)
@@ -139,7 +133,6 @@ def orpo(policy, ref, stats, *, beta=0.1):
   all rows together). x is held at -1e-7, as tunix does: a certain answer has
   infinite odds. EasyDeL and LLaMA-Factory compute log1p(-e^x) as it stands.
   """
-  del ref, stats
   x = mean(policy.sum, policy)
   sure = jnp.minimum(x, SURE)
   log_odds = margin(sure - _log1mexp(sure))
