@@ -6,10 +6,17 @@ then for each arm select -> card -> ref_logps -> align -> evaluate -> (judge)
 each other.
 """
 
-from jaxalign.core.job import Arm, Job
-from jaxalign.data.data_stage import run_data
+from typing import Any
+
+import jax
+
+from jaxalign.core import artifacts, progress
+from jaxalign.core.artifacts import pick
+from jaxalign.data import build_data, prepare, recipe
+from jaxalign.data.summary import summary_lines
 from jaxalign.embed.over_pool import KEEPS, run_passes
 from jaxalign.embed.scores import run_alone, run_ask, run_rewards
+from jaxalign.eval import while_training
 from jaxalign.eval.judge_kinds import check_enough, check_ready
 from jaxalign.eval.judge_stage import run_judge, run_judge_start
 from jaxalign.eval.policies import (
@@ -18,6 +25,8 @@ from jaxalign.eval.policies import (
   run_evaluate,
   run_export,
 )
+from jaxalign.model import decoder
+from jaxalign.model.job import Arm, Job
 from jaxalign.report.selection_stage import run_card
 from jaxalign.select import columns
 from jaxalign.select.choose import check_hours, run_select
@@ -26,9 +35,53 @@ from jaxalign.select.samplers import combine
 from jaxalign.select.topk import budget_rows
 from jaxalign.train.align import run_align
 from jaxalign.train.host_memory import check_memory
+from jaxalign.train.losses import loss_of
 from jaxalign.train.proxies import run_held_out, run_proxy
 from jaxalign.train.ref_logps import run_ref_logps
 from jaxalign.train.sft import run_sft
+
+
+def make_job(c: Any, mesh: Any, workdir: Any, redo: bool = False) -> Job:
+  """A job of a config, what the config leaves open settled."""
+  recipe.settle(c)
+  return Job(c, mesh, workdir, loss_of(c), redo)
+
+
+def run_data(job: Job) -> None:
+  """Reads, checks, splits and tokenizes the source."""
+  c = job.c
+  fields = pick(
+    c,
+    "data",
+    "model.checkpoint",
+    "model.tokenizer",
+    "model.vocab_size",
+    "model.context",
+  )
+  fields["data.source"] = prepare.sources_of(c)
+  fields["data.choice"] = prepare.choice_of(c)
+  fields |= dict(
+    kind=job.kind, source_digest=artifacts.told(lambda: prepare.fingerprint(c))
+  )
+  job.run(
+    job.shared / "data",
+    "data",
+    fields=fields,
+    inputs={},
+    make=lambda folder: build_data.make_data(
+      c, folder, most=job.most, wanted=job.kind, writes=jax.process_index() == 0
+    ),
+  )
+  if jax.process_index() == 0:
+    for line in summary_lines(
+      artifacts.read_json(job.shared / "data" / "data_summary.json")
+    ):
+      progress.say(f"  {line}")
+  progress.say(
+    f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x "
+    f"{job.mesh.devices.flat[0].device_kind}; model of "
+    f"{decoder.parameter_count(job.model):,} parameters"
+  )
 
 
 def _samplers(arms: list[Arm]) -> list:
@@ -91,8 +144,9 @@ def run_shared(job: Job, arms: list[Arm]) -> None:
 
 def run_arm(job: Job, arm: Arm) -> None:
   """The stages of one arm."""
-  for stage in (run_select, run_card, run_ref_logps, run_align):
+  for stage in (run_select, run_card, run_ref_logps):
     stage(job, arm)
+  run_align(job, arm, while_training)
   policy = policy_of(job, arm)
   run_evaluate(job, arm, policy)
   run_judge(job, arm)
@@ -122,8 +176,9 @@ def run_training(job: Job, arm: Arm) -> None:
   if measured:
     run_baseline(job)
     run_judge_start(job)
-  for stage in (run_select, run_ref_logps, run_align):
+  for stage in (run_select, run_ref_logps):
     stage(job, arm)
+  run_align(job, arm, while_training)
   policy = policy_of(job, arm)
   if measured:
     run_evaluate(job, arm, policy)

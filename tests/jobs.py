@@ -23,17 +23,17 @@ import numpy as np
 from jaxalign import pipeline
 from jaxalign.cli import main
 from jaxalign.core import artifacts, interrupt, sharding
-from jaxalign.core import job as job_lib
 from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.model import decoder
+from jaxalign.model import job as job_lib
 from jaxalign.study import run as study  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from tools.kill_test import differences, outcome  # noqa: E402, F401
+from tools.job_checks import differences, outcome  # noqa: E402, F401
 
 
 @functools.cache

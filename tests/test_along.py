@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import plateau as config
-from jaxalign.core.job import Arm
+from jaxalign.model.job import Arm
 from jaxalign.study import along
 
 SHARES = (10, 20, 40, 60, 80, 100)

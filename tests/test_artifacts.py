@@ -14,7 +14,7 @@ import pytest
 from jaxalign import pipeline
 from jaxalign.core import artifacts, errors
 from jaxalign.core.checkpoints import Checkpoints
-from jaxalign.core.job import arm_folder
+from jaxalign.model.job import arm_folder
 
 
 def stage(

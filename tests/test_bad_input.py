@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxalign.core.job import Job
 from jaxalign.data import tables
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.embed import passes as embed
+from jaxalign.model.job import Job
 from jaxalign.train import feed
 
 SMALL = (
@@ -407,7 +407,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
   tmp_path, monkeypatch, whole
 ):
   work = jobs.copy(tmp_path / "work")
-  (work / "shared/embed/store/embedding/00000.npy").unlink()
+  (work / "shared/embed/store/shards/00000.json").unlink()
   real = embed._collect
 
   def poison(out, part, result, tick, own):
@@ -420,7 +420,7 @@ def test_an_embedding_that_is_not_finite_names_its_rows(
   pool = tables.read_table(work / "shared/data/pool.parquet")
   assert ended.code == 76 and "1 of 320 rows" in ended.err
   assert f"rows [7] (ids {pool[3]['id']})" in ended.err
-  assert not (work / "shared/embed/store/embedding/00000.npy").exists()
+  assert not (work / "shared/embed/store/shards/00000.json").exists()
   monkeypatch.setattr(embed, "_collect", real)
   ended = jobs.run(work)
   assert ended.code == 0 and jobs.did(ended) == ["embed"]

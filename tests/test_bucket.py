@@ -14,8 +14,8 @@ import jobs
 import pytest
 
 from jaxalign.core import artifacts
-from jaxalign.core.job import Job
 from jaxalign.data import sources
+from jaxalign.model.job import Job
 
 ARM = "isa-0.1-seed0"
 

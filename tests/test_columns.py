@@ -308,7 +308,7 @@ def test_a_proxy_of_its_own_needs_no_reference(tmp_path):
   c = common.base("tiny")
   (tmp_path / "config.json").write_text("{}")
   c.proxy.checkpoint = str(tmp_path)
-  job = jobs.job_lib.Job(c, None, tmp_path)
+  job = jobs.pipeline.make_job(c, None, tmp_path)
   job.records["", "data"] = artifacts.Record(
     "data", "key of data", {}, {}, {}, artifacts.Cost(), {}
   )

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pools as tests_pools
+from pools import with_columns
 import pytest
 from sklearn.linear_model import LogisticRegression
 
@@ -26,6 +27,7 @@ from jaxalign.select.samplers import crossfit, draws, SAMPLERS
 from jaxalign.select.samplers.crossfit import heads, margins, near_copies, notes
 
 N = 1500
+lite = functools.partial(SAMPLERS["crossfit_lite"], 0)
 
 
 @functools.cache
@@ -373,10 +375,10 @@ def test_flipped_labels_and_junk_stay_out(name):
 def test_a_label_turned_around_changes_only_the_sign_of_its_score():
   """But for what one label of 1,500 does to ridge and gate."""
   pool, _ = world()
-  before = SAMPLERS["crossfit_lite"](0, pool, 150)
+  before = lite(pool, 150)
   best = before.rows[0]
   which = np.arange(N) == best
-  after = SAMPLERS["crossfit_lite"](0, turned(pool, which), 150)
+  after = lite(turned(pool, which), 150)
   assert before.score[best] > 0
   np.testing.assert_allclose(after.score[best], -before.score[best], rtol=0.2)
   assert best not in after.rows
@@ -405,7 +407,7 @@ def test_shuffled_labels_are_refused(unpaired):
       assert set(got.rows) == set(drawn)
     else:
       np.testing.assert_array_equal(got.rows, drawn[:100])
-  learnt = SAMPLERS["crossfit_lite"](0, pool, 100, unlearnable="error")
+  learnt = lite(pool, 100, unlearnable="error")
   assert not any("refuses" in note for note in learnt.notes)
 
 
@@ -470,10 +472,10 @@ def test_random_rows_of_refused_labels_are_of_the_likelier_four_fifths():
         *likely[~pool.label[likely]][: 300 - count],
       }
     # Without one there is nothing to leave out.
-    lite = SAMPLERS["crossfit_lite"](0, pool, 1000)
-    assert "These rows are random ones" in lite.notes[1]
-    assert "fifth" not in lite.notes[1]
-    np.testing.assert_array_equal(lite.rows, drawn)
+    bare = lite(pool, 1000)
+    assert "These rows are random ones" in bare.notes[1]
+    assert "fifth" not in bare.notes[1]
+    np.testing.assert_array_equal(bare.rows, drawn)
 
 
 @pytest.mark.parametrize("liked", [True, False])
@@ -484,16 +486,14 @@ def test_labels_of_one_class_are_told_as_such(liked):
     f"crossfit refuses these labels: all 1,000 rows are {name}, and "
     "heads learn what tells the two labels apart"
   )
-  got = SAMPLERS["crossfit_lite"](0, pool, 100)
+  got = lite(pool, 100)
   assert got.notes[0] == f"crossfit {crossfit.SENTENCE}"
   assert got.notes[1] == f"warning: {said}. These rows are random ones"
   np.testing.assert_array_equal(got.rows, SAMPLERS["random"](0, pool, 100).rows)
   with pytest.raises(NumericError, match=said):
-    SAMPLERS["crossfit_lite"](0, pool, 100, unlearnable="error")
+    lite(pool, 100, unlearnable="error")
   few = pool._replace(columns=pool.columns | dict(label=np.arange(1000) < 20))
-  assert (
-    "no head predicts them" in SAMPLERS["crossfit_lite"](0, few, 100).notes[1]
-  )
+  assert "no head predicts them" in lite(few, 100).notes[1]
 
 
 def test_counts_are_read_without_a_copy_in_float64():
@@ -508,15 +508,15 @@ def test_counts_are_read_without_a_copy_in_float64():
     np.testing.assert_allclose(value, wanted[2][key], rtol=1e-9)
   as_float.grams[3, 1, 5] = np.nan
   with pytest.raises(NumericError, match=f"{pool.ids[3]}.*grams"):
-    SAMPLERS["crossfit_lite"](0, as_float, 10)
+    lite(as_float, 10)
 
 
 def test_too_few_positive_scores_are_said_and_filled():
   pool, reward = world(flips=0.2, junk=0.15)
-  small = SAMPLERS["crossfit_lite"](0, pool, 300)
+  small = lite(pool, 300)
   positive = int((small.score > 0).sum())
   assert 300 < positive < 1300
-  got = SAMPLERS["crossfit_lite"](0, pool, positive + 100)
+  got = lite(pool, positive + 100)
   assert any(
     n.startswith("warning: the budget of") and "more than the" in n
     for n in got.notes
@@ -541,18 +541,18 @@ def test_unpaired_keep_their_ratio_and_wrong_labels_stay_out():
   pool, reward = world(unpaired=True)
   turn = np.random.default_rng(0).random(2 * N) < 0.2
   noisy = turned(pool, turn)
-  got = SAMPLERS["crossfit_lite"](0, noisy, 300)
+  got = lite(noisy, 300)
   assert noisy.label[got.rows].sum() == round(300 * noisy.label.mean())
   assert turn[got.rows].mean() < 0.07
   for quota, wanted in ((0.8, 240), (0.0, 0)):
-    kept = SAMPLERS["crossfit_lite"](0, noisy, 300, label_quota=quota)
+    kept = lite(noisy, 300, label_quota=quota)
     assert noisy.label[kept.rows].sum() == wanted
     assert np.delete(kept.score, kept.rows).max() <= kept.score[kept.rows].min()
   bare = pools.Pool(
     pool.ids, {k: v for k, v in pool.columns.items() if k != "label"}
   )
   with pytest.raises(ConfigError, match="label"):
-    SAMPLERS["crossfit_lite"](0, bare, 300)
+    lite(bare, 300)
 
 
 @pytest.mark.slow
@@ -590,7 +590,7 @@ def test_few_rows_and_embeddings_wider_than_their_number(responses, n):
 def test_knobs_and_a_missing_library_are_told():
   pool, _ = world()
   with pytest.raises(ConfigError, match="unlearnable is 'maybe'"):
-    SAMPLERS["crossfit_lite"](0, pool, 10, unlearnable="maybe")
+    lite(pool, 10, unlearnable="maybe")
   # Nothing but the gate imports scikit-learn.
   code = (
     "import sys; sys.modules['sklearn'] = None; import jaxalign.select.samplers"
@@ -634,10 +634,6 @@ def test_a_job_says_what_it_read_beside_its_verdicts(tmp_path, config, name):
 
 
 # What breaks it, and what is done about that.
-
-
-def with_columns(pool, **columns):
-  return pools.Pool(pool.ids, pool.columns | columns)
 
 
 def truth_of(pool, reward, rows):
@@ -707,8 +703,8 @@ def test_unread_columns_are_fitted_and_do_not_count():
 def test_heads_orthogonal_to_length_do_not_follow_it():
   pool, reward = world()
   short, truth = relabelled(pool, reward, 0.75 * pool.length)
-  plain = SAMPLERS["crossfit_lite"](0, short, 150)
-  cut = SAMPLERS["crossfit_lite"](0, short, 150, orthogonal="length")
+  plain = lite(short, 150)
+  cut = lite(short, 150, orthogonal="length")
   gap = lambda rows: np.subtract(*short.length[rows].T).mean()
   assert gap(plain.rows) > gap(np.arange(N)) + 0.8
   assert gap(cut.rows) < gap(np.arange(N)) + 0.3
@@ -722,7 +718,7 @@ def test_heads_orthogonal_to_length_do_not_follow_it():
     n.startswith("warning: length alone predicts") for n in got.notes
   )
   assert warned(plain) and not warned(cut)
-  assert not warned(SAMPLERS["crossfit_lite"](0, pool, 150))
+  assert not warned(lite(pool, 150))
 
 
 def test_orthogonal_takes_any_column_of_the_responses():
@@ -731,8 +727,8 @@ def test_orthogonal_takes_any_column_of_the_responses():
   word = (says[:, 0] != says[:, 1]).mean(axis=0).argmax()
   style = np.float64(says[..., word])
   odd, truth = relabelled(with_columns(pool, style=style), reward, 3 * style)
-  plain = SAMPLERS["crossfit_lite"](0, odd, 150)
-  cut = SAMPLERS["crossfit_lite"](0, odd, 150, orthogonal=("style", "length"))
+  plain = lite(odd, 150)
+  cut = lite(odd, 150, orthogonal=("style", "length"))
   gap = lambda got: abs(np.subtract(*odd.style[got.rows].T).mean())
   assert gap(plain) > 0.6 and gap(cut) < gap(plain) / 2
   for columns, names, said in (
@@ -744,20 +740,20 @@ def test_orthogonal_takes_any_column_of_the_responses():
     ),
   ):
     with pytest.raises(ConfigError, match=said):
-      SAMPLERS["crossfit_lite"](0, columns, 150, orthogonal=names)
+      lite(columns, 150, orthogonal=names)
 
 
 def test_a_minority_is_told_and_keeps_its_share_by_slices():
   pool, reward = minority()
   share = (pool.source == "few").mean()
-  plain = SAMPLERS["crossfit_lite"](0, pool, 150)
+  plain = lite(pool, 150)
   kept = (pool.source[plain.rows] == "few").mean()
   assert kept < share / 2
   said = next(n for n in plain.notes if "'few'" in n)
   assert said.startswith("warning: source 'few'")
   assert f"it is {100 * kept:.1f} % of what is kept" in said
   assert said.endswith("set config.select.kwargs.slices to 'source'")
-  even = SAMPLERS["crossfit_lite"](0, pool, 150, slices="source")
+  even = lite(pool, 150, slices="source")
   assert (pool.source[even.rows] == "few").sum() == round(150 * share)
   assert truth_of(pool, reward, even.rows) <= truth_of(pool, reward, plain.rows)
   assert any(
@@ -766,11 +762,9 @@ def test_a_minority_is_told_and_keeps_its_share_by_slices():
   assert np.delete(even.score, even.rows).max() <= even.score[even.rows].min()
   whole, _ = world()
   same = with_columns(whole, source=pool.source)  # no taste of its own
-  assert not any(
-    "'few'" in n for n in SAMPLERS["crossfit_lite"](0, same, 150).notes
-  )
+  assert not any("'few'" in n for n in lite(same, 150).notes)
   with pytest.raises(ConfigError, match="slices names 'mood'"):
-    SAMPLERS["crossfit_lite"](0, pool, 150, slices="mood")
+    lite(pool, 150, slices="mood")
 
 
 @pytest.mark.slow
@@ -778,13 +772,13 @@ def test_slices_keep_both_labels_of_unpaired():
   pool, _ = world(unpaired=True)
   few = np.random.default_rng(0).random(2 * N) < 0.3
   pool = with_columns(turned(pool, few), source=np.where(few, "few", "many"))
-  got = SAMPLERS["crossfit_lite"](0, pool, 300, slices="source")
+  got = lite(pool, 300, slices="source")
   for name in ("few", "many"):
     for label in (True, False):
       of = (pool.source == name) & (pool.label == label)
       assert abs(of[got.rows].sum() - 300 * of.mean()) < 1
   with pytest.raises(ConfigError, match="label_quota is 0.5"):
-    SAMPLERS["crossfit_lite"](0, pool, 300, slices="source", label_quota=0.5)
+    lite(pool, 300, slices="source", label_quota=0.5)
 
 
 def sets_of(grams):
@@ -840,7 +834,7 @@ def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
   for name in ("length", "overlap"):
     columns[name][bad] = columns[name][np.flatnonzero(bad)[0]]
   fixed = with_columns(pool, **columns)
-  plain = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=None)
+  plain = lite(fixed, 150, copies=None)
   assert bad[plain.rows].mean() > 0.5
   share = near_copies.in_copies(
     near_copies.copies(fixed.grams[np.sort(plain.rows)])
@@ -849,18 +843,18 @@ def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
     f"warning: {100 * share:.1f} % of the kept rows have a near-copy" in n
     for n in plain.notes
   )
-  few = SAMPLERS["crossfit_lite"](0, fixed, 150)
-  again = SAMPLERS["crossfit_lite"](0, fixed, 150, copies=2)
+  few = lite(fixed, 150)
+  again = lite(fixed, 150, copies=2)
   np.testing.assert_array_equal(few.score, again.score)
   assert bad[few.rows].sum() <= 2
   assert not any("near-copy" in n for n in few.notes)
   assert any(
     f"{bad.sum() - 2:,} rows have 2 near-copies" in n for n in few.notes
   )
-  assert SAMPLERS["crossfit_lite"](0, fixed, N, copies=2).rows.size == N
+  assert lite(fixed, N, copies=2).rows.size == N
   for wrong in (0, 1.5, True, "many"):
     with pytest.raises(ConfigError, match="copies is"):
-      SAMPLERS["crossfit_lite"](0, fixed, 150, copies=wrong)
+      lite(fixed, 150, copies=wrong)
 
 
 @pytest.mark.parametrize("name", ["crossfit", "crossfit_lite"])
@@ -916,7 +910,7 @@ def test_shuffled_labels_are_refused_in_slices_too():
     dict(copies=1),
   ):
     with pytest.raises(NumericError, match="refuses these labels.*shuffled"):
-      SAMPLERS["crossfit_lite"](0, shuffled, 100, unlearnable="error", **kwargs)
+      lite(shuffled, 100, unlearnable="error", **kwargs)
 
 
 def test_fewer_rows_than_columns_lose_nothing(mesh):
@@ -1040,7 +1034,7 @@ def test_rows_that_a_quota_passes_over_come_down_to_the_lowest_kept():
 def test_unpaired_and_a_lone_source_are_spoken_of_as_such():
   pool, _ = world(unpaired=True)
   one = with_columns(pool, source=np.full(len(pool.ids), "web"))
-  got = SAMPLERS["crossfit_lite"](0, one, 300)
+  got = lite(one, 300)
   liked = pool.label[got.rows]
   length = pool.length[got.rows, 0]
   by = length[liked].mean() - length[~liked].mean()
@@ -1059,8 +1053,8 @@ def test_more_copies_than_are_wanted_come_after_all_others():
   grams_ = pool.grams.copy()
   grams_[:200] = np.repeat(grams_[:200:4], 4, axis=0)
   copied = with_columns(pool, grams=grams_)
-  plain = SAMPLERS["crossfit_lite"](0, copied, 400)
-  got = SAMPLERS["crossfit_lite"](0, copied, 400, copies=2)
+  plain = lite(copied, 400)
+  got = lite(copied, 400, copies=2)
   code = near_copies.copies(grams_)
   place = np.zeros(400, int)  # among the copies of a row, in order of choice
   seen = {}

@@ -88,7 +88,7 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   with jax.set_mesh(mesh):
     export = arm_of(whole) / "export"
     m = hf.read_config(export, "float32", "none")._replace(context=32)
-    job = jobs.job_lib.Job(c, mesh, whole)
+    job = jobs.pipeline.make_job(c, mesh, whole)
     params = {
       n: w[:1] if n.startswith("layers/") else w
       for n, w in job.reference.items()

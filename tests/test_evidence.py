@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from jaxalign.core import job as job_lib
-from jaxalign.core.job import Arm
 from jaxalign.data import recipe, tables
+from jaxalign.model.job import Arm
 from jaxalign.report import terminal
 from jaxalign.study import evidence
 from jaxalign.study import run as study  # noqa: F401
+from jaxalign.train import ref_logps
 
 SEEDS, PROMPTS = 6, 400
 
@@ -73,7 +73,7 @@ def test_every_subset_arm_has_as_many_updates():
 
   c = prove.get_config()
   updates = {
-    a.label: job_lib.updates_of(c, a, 8000 if a.is_all else 800, 8000)
+    a.label: ref_logps.updates_of(c, a, 8000 if a.is_all else 800, 8000)
     for a in study.arms_of(c)
   }
   # 800 rows x 3 epochs / 32; everything: one epoch, 8000 / 32.
@@ -85,7 +85,7 @@ def test_every_subset_arm_has_as_many_updates():
     "all-1-as-0.1": 75,
   }
   small = Arm("isa", 0.02, 0)
-  assert job_lib.updates_of(c, small, 160, 8000) == 50  # not 15
+  assert ref_logps.updates_of(c, small, 160, 8000) == 50  # not 15
 
 
 def test_what_is_compared_with_what():

@@ -12,8 +12,8 @@ from test_judges import fenced, KEY, server  # noqa: F401, a fixture
 
 from jaxalign.core import artifacts
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.core.job import Arm
 from jaxalign.eval import judge_kinds as judges
+from jaxalign.model.job import Arm
 from jaxalign.study import evidence
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"

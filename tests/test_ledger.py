@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.core import sharding
+from jaxalign.core import peak_memory, sharding
 from jaxalign.core.artifacts import Cost, Record
 from jaxalign.data.tokens import TokenRows
 from jaxalign.embed import passes as embed
@@ -54,17 +54,17 @@ def test_two_stages_by_hand():
 
 
 def test_what_a_piece_of_work_adds_to_memory():
-  with ledger.watched() as peak:
+  with peak_memory.peak_memory() as peak:
     x = np.ones(2**26, np.uint8)
     time.sleep(0.1)
     del x  # it is the largest moment that counts
   assert peak["device"] is None  # a CPU does not say
   if pathlib.Path("/proc/self/statm").exists():
     assert 0.9 * 2**26 < peak["held"] < 3 * 2**26
-  with ledger.watched() as peak:
+  with peak_memory.peak_memory() as peak:
     pass
   assert peak["held"] < 2**24
-  with pytest.raises(ValueError), ledger.watched():
+  with pytest.raises(ValueError), peak_memory.peak_memory():
     raise ValueError("no thread is left behind")
   records = {("a", "select"): record("select", Cost(7))}
   records["a", "select"].result.update(peak, say="words")

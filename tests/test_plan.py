@@ -15,7 +15,6 @@ import pytest
 
 from configs import common
 from jaxalign.core import devices, sharding
-from jaxalign.core import job as job_lib
 from jaxalign.core.errors import ConfigError
 from jaxalign.embed import over_pool as passes
 from jaxalign.model import decoder, memory
@@ -333,7 +332,7 @@ def a_job(sampler, compare=(), **knobs):
     section, _, knob = name.partition("__")
     c[section].update({knob: value})
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  job = job_lib.Job(c, mesh, "nowhere")
+  job = jobs.pipeline.make_job(c, mesh, "nowhere")
   return job, study.arms_of(c)
 
 

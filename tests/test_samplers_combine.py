@@ -11,10 +11,10 @@ from test_samplers_geometric import by_hand
 from test_samplers_sets import naive_diverse, planted
 
 from configs import common
-from jaxalign.core import job
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.core.lookup import Term
-from jaxalign.select import columns
+from jaxalign.model.job import Arm
+from jaxalign.select import choose, columns
 from jaxalign.select import pool as pools
 from jaxalign.select.samplers import combine, crossfit, dedup, SAMPLERS
 
@@ -349,14 +349,14 @@ def test_knobs_reach_the_sampler_behind_the_steps():
   c = common.base()
   c.select.order = "magnitude"
   chain = combine.named("gate(column=reward) | isa")
-  assert job.sampler_kwargs(c, chain)["order"] == "magnitude"
+  assert choose.sampler_kwargs(c, chain)["order"] == "magnitude"
   # What the sampler does by itself is not said twice.
   c.select.order, c.select.kwargs = "literal", dict(label_quota=0.3)
-  assert job.sampler_kwargs(c, chain) == dict(label_quota=0.3)
+  assert choose.sampler_kwargs(c, chain) == dict(label_quota=0.3)
   c.select.order = "magnitude"
   # What the name itself binds stands.
   bound = combine.named("gate(column=reward) | isa(order=renormalised)")
-  assert "order" not in job.sampler_kwargs(c, bound)
+  assert "order" not in choose.sampler_kwargs(c, bound)
 
 
 def test_columns_that_keywords_name_are_made():
@@ -417,7 +417,7 @@ def test_a_wrong_chain_says_where(name, words):
 
 
 def test_a_chain_has_a_folder_of_its_own():
-  arm = job.Arm("dedup(threshold=0.9) | quota(by='source') | a:b * isa", 0.1, 0)
+  arm = Arm("dedup(threshold=0.9) | quota(by='source') | a:b * isa", 0.1, 0)
   assert arm.name == (
     "dedup(threshold=0.9)-then-quota(by=source)-then-a.b-x-isa-0.1-seed0"
   )

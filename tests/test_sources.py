@@ -78,34 +78,8 @@ def test_lines_are_one_based_and_count_blank_lines(tmp_path):
   ]
 
 
-@pytest.mark.parametrize(
-  "line, reason",
-  [
-    (b'{"a": 1', "malformed JSON"),
-    (b'{"a": 1} trailing', "malformed JSON"),
-    (b"[" * 100_000, "malformed JSON"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "malformed JSON"),
-    (b"[1, 2]", "not an object"),
-    (b"null", "not an object"),
-    (b'{"a": "\xff\xfe"}', "bad UTF-8"),
-    (b'{"a": "\\ud800"}', "lone surrogate"),
-    (b'{"a": [{"b\\udc00": 1}]}', "lone surrogate"),
-    (b'{"a": "\xed\xa0\x80"}', "bad UTF-8"),
-  ],
-)
-def test_a_bad_line_is_named_and_reading_goes_on(tmp_path, line, reason):
-  source = put(
-    tmp_path / "a.jsonl", LINES[: LINES.index(b"\n") + 1] + line + b"\n" + LINES
-  )
-  found = list(read_rows(source))
-  assert len(found) == 7
-  bad = [(where.line, row) for where, row in found if isinstance(row, BadRow)]
-  assert [(at, row.reason) for at, row in bad] == [(2, reason)]
-  assert bad[0][1].detail
-  assert found[2][1] == ROWS[0]
-
-
 def test_odd_but_legal_text_survives(tmp_path):
+  """The strange ones, named or read: test_strange_rows.py."""
   row = {"a": "NUL \0 bidi \u202e rtl \u05d0 emoji \U0001f469\u200d\U0001f4bb"}
   assert rows_of(put(tmp_path / "a.jsonl", json.dumps(row).encode())) == [row]
   assert rows_of(

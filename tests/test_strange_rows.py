@@ -56,6 +56,10 @@ LINES = {
   b'{"a": "\xed\xa0\x80"}': "bad UTF-8",
   b'{"a": "\xff"}': "bad UTF-8",
   b'{"a": 1}}': "malformed JSON",
+  b'{"a": 1': "malformed JSON",
+  b'{"a": 1} trailing': "malformed JSON",
+  b"[1, 2]": "not an object",
+  b'{"a": [{"b\\udc00": 1}]}': "lone surrogate",
   b'{"a": "x\\qy"}': "malformed JSON",
   b"{'a': 1}": "malformed JSON",
   b'{"a": "' + b"x" * (1 << 20) + b'"}': "x" * (1 << 20),
@@ -92,7 +96,7 @@ def test_a_strange_line(tmp_path, line, want, end):
 def test_a_strange_row_of_a_list(tmp_path, line, want):
   """Its neighbours are read, be it in a list or in an object's."""
   if line.startswith((b"\xef\xbb\xbf", b"\0")) or line.endswith(
-    (b"}}", b"\xa8" + LINE)
+    (b"}}", b"\xa8" + LINE, b"1", b"trailing")
   ):
     return  # no value of its own: see below
   items = b"[" + LINE + b",\n" + line + b" , " + LINE + b"]"

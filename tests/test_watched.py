@@ -17,13 +17,13 @@ import test_flops
 from configs import common
 from jaxalign.core import artifacts
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import Arm, arm_folder, Job, sizes
 from jaxalign.data import recipe, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.train import feed
+from jaxalign.model.job import Arm, arm_folder, Job, sizes
+from jaxalign.train import feed, losses
 from jaxalign.train.losses import bind, LOSSES
 
 MODEL = decoder.ModelConfig(
@@ -205,7 +205,7 @@ def test_a_sum_with_imitation_has_a_value_on_a_set(alone):
   job = job_of(alone)
   job.c.loss.name = "dpo+0.2*sft_tokens"
   assert "loss" in watched.measured(job.c)["rest"]
-  job.loss = watched.loss_of(job.c)
+  job.loss = losses.loss_of(job.c)
   policy = params_of(alone, 3)
   found = answers_of(job).of(policy)
   counts = (tokens_lib.row_lengths(job.tokens("")) - job.tokens("").start)[::2]
@@ -325,7 +325,7 @@ def test_a_job_that_watches_everything(tmp_path, config):
   assert refused.code == 64 and "eval.temperature was 1.0" in refused.err
   # Training, with the reference's passes; and what watching took.
   card = artifacts.read_record(arm, "align")
-  job = Job(common.base("tiny"), None, tmp_path)
+  job = jobs.pipeline.make_job(common.base("tiny"), None, tmp_path)
   if "kto" in config:
     job.c = c
   tokens, m = job.tokens("pool"), sizes(job.c, job.tokenizer.vocab_size)

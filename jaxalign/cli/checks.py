@@ -11,15 +11,6 @@ from typing import Any
 from jaxalign.core import sharding
 from jaxalign.core.artifacts import flatten, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import (
-  Job,
-  kernel_of,
-  lora_of,
-  loss_of,
-  sampler_kwargs,
-  sizes,
-  WHOLE,
-)
 from jaxalign.data import prepare, recipe
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import embedder, questions, scores
@@ -27,14 +18,17 @@ from jaxalign.embed import store as stores
 from jaxalign.eval import judge_kinds as judges
 from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder, hf, memory
+from jaxalign.model.job import Job, kernel_of, lora_of, sizes, WHOLE
 from jaxalign.select import columns
 from jaxalign.select import mixture as mixtures
+from jaxalign.select.choose import sampler_kwargs
 from jaxalign.select.samplers import combine, isa, values
 from jaxalign.select.topk import budget_rows
 from jaxalign.study import pilot
 from jaxalign.train import feed, optim, proxies
 from jaxalign.train import host_memory as host
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import loss_of
 from jaxalign.train.row_columns import check_reads
 
 # Knobs that count something there must be at least one of, or may be none.

@@ -265,10 +265,10 @@ def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
   c = values.config
   import jax
 
+  from jaxalign import pipeline
   from jaxalign.cli import checks
   from jaxalign.core import artifacts, interrupt, sharding
   from jaxalign.core.errors import ConfigError
-  from jaxalign.core.job import Job
   from jaxalign.study import plan
 
   # Before joining, so that all processes end with the same line.
@@ -285,7 +285,7 @@ def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
   interrupt.install()
   mesh = sharding.make_mesh(c.mesh)
   with jax.set_mesh(mesh):
-    job = Job(c, mesh, values.workdir or "runs/plan", values.redo)
+    job = pipeline.make_job(c, mesh, values.workdir or "runs/plan", values.redo)
     checks.validate_on(
       job, planned=values.dry_run, force=values.force, trains=trains
     )

@@ -24,7 +24,7 @@ def _define(values: Any) -> None:
 
 
 def _arm(c: Any) -> Any:
-  from jaxalign.core.job import Arm, budget_of
+  from jaxalign.model.job import Arm, budget_of
 
   return Arm(c.select.sampler, budget_of(c.select.budget), c.seed)
 
@@ -51,7 +51,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
 
   from jaxalign import pipeline
   from jaxalign.core import artifacts, progress
-  from jaxalign.core.job import arm_folder
+  from jaxalign.model.job import arm_folder
 
   arm = _arm(job.c)
   pipeline.run_selection(job, arm)

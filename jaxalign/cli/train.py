@@ -15,7 +15,7 @@ from jaxalign.core.errors import ConfigError
 
 
 def _arm(c: Any) -> Any:
-  from jaxalign.core.job import Arm
+  from jaxalign.model.job import Arm
 
   return Arm("random", 1.0, c.seed)
 
@@ -36,7 +36,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   del values, argv
   from jaxalign import pipeline
   from jaxalign.core import progress
-  from jaxalign.core.job import arm_folder
+  from jaxalign.model.job import arm_folder
 
   arm = _arm(job.c)
   pipeline.run_training(job, arm)

@@ -15,12 +15,12 @@ import numpy as np
 
 from jaxalign.core import artifacts, hub, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.job import Job
 from jaxalign.embed import embedder
 from jaxalign.embed import passes as embed
 from jaxalign.embed import store as stores
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import encoder
+from jaxalign.model.job import Job
 
 CALLS = 32  # of the model at least, between two moments of writing
 # What each stage keeps of a pass, in the order in which a pass is paid for.

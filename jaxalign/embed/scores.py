@@ -17,7 +17,6 @@ import numpy as np
 from jaxalign.core import artifacts, hub, sharding
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import Job, kernel_of
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
@@ -27,6 +26,7 @@ from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import decoder, hf, reward
 from jaxalign.model.flops import reward_flops
+from jaxalign.model.job import Job, kernel_of
 
 SIDES = ("chosen", "rejected", "completion")
 

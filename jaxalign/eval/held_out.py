@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.core import intervals, progress
+from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.embed import passes as embed
 from jaxalign.eval import winrate
 from jaxalign.model import decode
+from jaxalign.model.job import Job
 
 
 class EvalSet(NamedTuple):
@@ -285,3 +287,22 @@ def generation_health(
     empty=intervals.proportion(empty),
     length=intervals.normal_mean(np.array([len(a) for a in answers])),
   )
+
+
+def eval_set(job: Job) -> EvalSet:
+  """The held-out split, ready to be measured on; made once a job."""
+  if "eval_set" not in job.kept:
+    rows, tokens = job.rows("held_out"), job.tokens("held_out")
+    room = job.model.context - job.c.eval.new_tokens
+    if prepare.too_long(job.c) == "cut":
+      room = job.model.context  # as the rows are cut, so are the prompts
+    asked = choose_prompts(rows, tokens, job.c.eval.prompts, room)
+    world = prepare.world_of(job.c)
+    job.kept["eval_set"] = EvalSet(rows, tokens, asked, job.tokenizer, world)
+  return job.kept["eval_set"]
+
+
+def eval_options(c: Any, seed: int = 0) -> EvalOptions:
+  """How answers are generated and scored."""
+  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
+  return EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)

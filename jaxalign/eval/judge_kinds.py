@@ -16,15 +16,15 @@ import numpy as np
 from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import Arm, arm_folder, Job, kernel_of
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import questions, scores
-from jaxalign.eval import judge_endpoint, winrate
+from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
 from jaxalign.model import reward
 from jaxalign.model.flops import reward_flops
+from jaxalign.model.job import Arm, arm_folder, Job, kernel_of
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
 CONTROLS = 20  # prompts of each control, see eval/judges/controls.py
@@ -163,7 +163,9 @@ def check_enough(job: Job, arms: list[Arm]) -> None:
   data is read, before anything is trained."""
   if kind_of(job.c) != "endpoint":
     return
-  most = requests_at_most(job.c, len(job.examined.prompt_rows), len(arms))
+  most = requests_at_most(
+    job.c, len(held_out.eval_set(job).prompt_rows), len(arms)
+  )
   if most > job.c.judge.max_requests:
     raise ConfigError(
       f"judge.max_requests={job.c.judge.max_requests:,}, and {len(arms)} "

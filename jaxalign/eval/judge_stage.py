@@ -18,10 +18,9 @@ import numpy as np
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import pick
 from jaxalign.core.errors import DataError
-from jaxalign.core.job import Arm, arm_folder, Job
 from jaxalign.data import world as world_lib
 from jaxalign.embed import scores
-from jaxalign.eval import judging, winrate
+from jaxalign.eval import held_out, judging, winrate
 from jaxalign.eval.judge_kinds import (
   ASKED,
   CONTROLS,
@@ -31,6 +30,7 @@ from jaxalign.eval.judge_kinds import (
   of_scores,
 )
 from jaxalign.eval.policies import read_samples
+from jaxalign.model.job import Arm, arm_folder, Job
 
 _VERDICT = ("judge.kind", "judge.baseline", "judge.prompts")
 _OF = {
@@ -59,7 +59,7 @@ class Shown(NamedTuple):
 
 def shown(job: Job) -> Shown:
   """The first judge.prompts of the prompts asked, in id order."""
-  c, what = job.c, job.examined
+  c, what = job.c, held_out.eval_set(job)
   n = min(len(what.prompt_rows), c.judge.prompts or len(what.prompt_rows))
   rows = [what.rows[i] for i in what.prompt_rows[:n]]
   start = answers(job.shared / "baseline", rows)
@@ -99,7 +99,7 @@ def answers(folder: Any, rows: Sequence[dict]) -> list[str]:
 
 def labelled(job: Job) -> list[dict[str, Any]]:
   """The held-out pairs that are judged beside their labels."""
-  return [row for row in job.examined.rows if "chosen" in row][
+  return [row for row in held_out.eval_set(job).rows if "chosen" in row][
     : job.c.judge.labels
   ]
 
@@ -242,7 +242,7 @@ def run_judge_start(job: Job) -> None:
 
 def _truth(job: Job, pairs: list[dict]) -> list[str] | None:
   """Which of chosen and rejected the world's true reward prefers."""
-  world = job.examined.world
+  world = held_out.eval_set(job).world
   if world is None:
     return None
   gap = [

@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.job import Arm, arm_folder, eval_options, Job
 from jaxalign.eval import held_out
+from jaxalign.eval.held_out import eval_options
 from jaxalign.model import adapters, decoder, hf
+from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.train.align import aligned, bases
 
 
@@ -70,7 +71,7 @@ def _examine(
   job: Job, params: Any, m: decoder.ModelConfig, seed: int = 0
 ) -> held_out.PolicyOutputs:
   return held_out.run_policy(
-    job.mesh, params, m, job.examined, eval_options(job.c, seed)
+    job.mesh, params, m, held_out.eval_set(job), eval_options(job.c, seed)
   )
 
 
@@ -79,9 +80,9 @@ def run_baseline(job: Job) -> None:
 
   def make(folder):
     outcome = _examine(job, job.reference, job.model)
-    files = _save_outcome(folder, job.examined, outcome)
+    files = _save_outcome(folder, held_out.eval_set(job), outcome)
     metrics = held_out.policy_metrics(
-      job.examined, outcome, outcome, outcome.answer_logp
+      held_out.eval_set(job), outcome, outcome, outcome.answer_logp
     )
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
@@ -126,14 +127,17 @@ def run_evaluate(
       job.mesh,
       job.reference,
       job.model,
-      job.examined,
+      held_out.eval_set(job),
       outcome.answers,
       eval_options(job.c),
     )
     metrics = held_out.policy_metrics(
-      job.examined, outcome, _load_outcome(job.shared / "baseline"), under
+      held_out.eval_set(job),
+      outcome,
+      _load_outcome(job.shared / "baseline"),
+      under,
     )
-    files = _save_outcome(folder, job.examined, outcome)
+    files = _save_outcome(folder, held_out.eval_set(job), outcome)
     if jax.process_index() == 0:
       artifacts.write_json(folder / "eval.json", metrics)
     win = metrics.get("win_vs_target")

@@ -8,17 +8,19 @@ import numpy as np
 
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import Arm, eval_options, Job, loss_of, WHOLE
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.embed import passes as embed
 from jaxalign.eval import held_out, winrate
+from jaxalign.eval.held_out import eval_options
 from jaxalign.model import decode, decoder
+from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
 from jaxalign.train import online
 from jaxalign.train import step as steps
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.losses import loss_of
 from jaxalign.train.trackers import check_trackers
 
 SETS = ("held_out", "kept", "rest", "generations")
@@ -390,7 +392,7 @@ def _generations(job: Job) -> Measure:
   "flops" is what it took, for the ledger: writing, and a pass of the
   policy and one of the reference over what was written.
   """
-  c, what = job.c, job.examined
+  c, what = job.c, held_out.eval_set(job)
   what = what._replace(prompt_rows=what.prompt_rows[: c.train.eval_prompts])
   prompts, tok, k = held_out.prompts_of(what), what.tokenizer, c.eval
   asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]

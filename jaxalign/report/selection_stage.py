@@ -6,9 +6,9 @@ import numpy as np
 import jaxalign
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost
-from jaxalign.core.job import Arm, arm_folder, Job
 from jaxalign.data import tables
 from jaxalign.data.summary import summary_lines
+from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.report import select_page
 from jaxalign.select import columns as columns_lib
 from jaxalign.select import fit_mixture as mixture_stage

@@ -1,6 +1,9 @@
 """The select stage of an arm: scores and the kept rows."""
 
+from collections.abc import Callable
+import inspect
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,12 +11,13 @@ import numpy as np
 from jaxalign.core import artifacts, devices, progress
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.job import Arm, arm_folder, Job, sampler_kwargs
 from jaxalign.core.lookup import source_digests
+from jaxalign.core.peak_memory import peak_memory
 from jaxalign.data import tables
 from jaxalign.embed import embedder
 from jaxalign.embed import store as stores
 from jaxalign.model import memory
+from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.select import columns as columns_lib
 from jaxalign.select import costs, selection_report
 from jaxalign.select import fit_mixture as mixture_stage
@@ -22,7 +26,6 @@ from jaxalign.select.samplers import combine
 from jaxalign.select.samplers import vectors as vectors_lib
 from jaxalign.select.selection_report import reasons
 from jaxalign.select.topk import budget_rows
-from jaxalign.study import ledger
 
 
 def _kwargs(c, arm, sampler) -> dict:
@@ -130,7 +133,7 @@ def run_select(job: Job, arm: Arm) -> None:
     if uses_mixture:
       fits = mixture_stage.likelihoods(job)
     chosen = []
-    with ledger.watched() as peak:
+    with peak_memory() as peak:
       for values in fits:
         extra = {} if values is None else dict(log_likelihood=values)
         chosen.append(
@@ -264,3 +267,32 @@ def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   where = {name: i for i, name in enumerate(job.column("pool", "id"))}
   kept = tables.read_column(arm_folder(job, arm) / "subset.parquet", "id")
   return np.array([where[name] for name in kept])
+
+
+def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
+  """The keywords of config.select that this sampler takes, checked.
+
+  Those that say what the sampler does by itself are left out: an arm is the
+  same whether or not the config's keywords are meant for it.
+  """
+  known = {
+    p.name: p.default
+    for p in inspect.signature(sampler).parameters.values()
+    if p.kind == p.KEYWORD_ONLY
+    and p.name not in getattr(sampler, "keywords", ())
+  }  # in brackets
+  named = dict(order=c.select.order, pair_score=c.select.pair_score)
+  kwargs = {n: v for n, v in named.items() if n in known}
+  for name, value in c.select.kwargs.to_dict().items():
+    if name not in known:
+      raise ConfigError(
+        f"sampler {c.select.sampler!r} takes no {name!r}; it "
+        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
+        "set config.select.kwargs"
+      )
+    kwargs[name] = value
+  return {
+    n: v
+    for n, v in kwargs.items()
+    if not (type(v) is type(known[n]) and v == known[n])
+  }

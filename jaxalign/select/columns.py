@@ -13,12 +13,12 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.errors import DataError
-from jaxalign.core.job import Job
 from jaxalign.data import prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
 from jaxalign.embed import embedder
 from jaxalign.embed import store as stores
+from jaxalign.model.job import Job
 from jaxalign.select import grams
 from jaxalign.select.samplers import combine
 

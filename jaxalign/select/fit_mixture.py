@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.job import Job
 from jaxalign.embed import store as stores
+from jaxalign.model.job import Job
 from jaxalign.select import em, mixture_checks
 from jaxalign.select import mixture as mixtures
 from jaxalign.select.topk import id_hash

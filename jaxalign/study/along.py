@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.core.job import Arm, arm_folder, Job
+from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.study import plateau
 
 METRIC = "win_vs_target"

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxalign.core import artifacts, intervals
 from jaxalign.core.errors import DataError
-from jaxalign.core.job import Arm, arm_folder, Job
 from jaxalign.data import batches
 from jaxalign.data import world as world_lib
 from jaxalign.eval import equivalence, held_out, winrate
@@ -20,6 +19,7 @@ from jaxalign.eval import judge_kinds as judges
 from jaxalign.eval.equivalence import ArmOutcomes
 from jaxalign.eval.judge_stage import read_verdicts
 from jaxalign.eval.policies import read_samples
+from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.select.topk import budget_rows
 from jaxalign.study import along, plateau
 
@@ -77,7 +77,7 @@ def _in_world(job: Job, arms: list[Arm]) -> Told:
   if job.c.judge.baseline == "target":
     theirs = np.array(
       [
-        world_lib.reward(job.examined.world, s["prompt"], s["target"])
+        world_lib.reward(held_out.eval_set(job).world, s["prompt"], s["target"])
         for s in start
       ]
     )
@@ -130,7 +130,7 @@ def _read(*won: np.ndarray) -> np.ndarray:
 def _right(job: Job, folder: Any) -> np.ndarray:
   """[n] 1, 0.5 or 0: whether the implicit reward prefers the chosen side."""
   policy, ref = held_out.as_pairs(
-    job.examined,
+    held_out.eval_set(job),
     artifacts.read_array(folder / "held_out_logp.npy"),
     artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"),
   )

@@ -18,9 +18,10 @@ import numpy as np
 from jaxalign import pipeline
 from jaxalign.core import artifacts, progress
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.core.job import Arm, Job, updates_of
+from jaxalign.model.job import Arm, Job
 from jaxalign.select.topk import budget_rows
 from jaxalign.study import plateau
+from jaxalign.train.ref_logps import updates_of
 
 AUTO = "auto"
 MARGIN = 0.02  # of the plateau: wins that a smaller budget may give up
@@ -185,7 +186,8 @@ def _run(
   job: Job, name: str, c: Any, study: Callable[[Job], Any]
 ) -> dict[str, Any]:
   """The summary of a pilot; a job of its own over the same shared stages."""
-  small = Job(c, job.mesh, job.workdir / "pilot" / name, job.redo)
+  folder = job.workdir / "pilot" / name
+  small = pipeline.make_job(c, job.mesh, folder, job.redo)
   small.shared = job.shared
   study(small)
   return artifacts.read_json(small.workdir / "summary.json")

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxalign.core import devices, progress
 from jaxalign.core.devices import sustained_flops
-from jaxalign.core.job import Arm, Job, kernel_of, lora_of, sizes, updates_of
 from jaxalign.data import build_data, prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import embedder, scores
@@ -21,6 +20,7 @@ from jaxalign.embed import passes as embed
 from jaxalign.eval import while_training as watched
 from jaxalign.model import decoder, hf, memory
 from jaxalign.model.flops import decoder_flops, reward_flops
+from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
 from jaxalign.select import choose as select
 from jaxalign.select import columns, costs
 from jaxalign.select import fit_mixture as mixture_stage
@@ -31,6 +31,7 @@ from jaxalign.select.topk import budget_rows
 from jaxalign.train import feed, proxies
 from jaxalign.train import host_memory as host
 from jaxalign.train.host_memory import CHARACTERS_PER_TOKEN
+from jaxalign.train.ref_logps import updates_of
 from jaxalign.train.statistics import needs_batch_logps
 
 READING = 1e9  # bytes a second from a disk

@@ -14,18 +14,19 @@ import jaxalign
 from jaxalign import pipeline
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost
-from jaxalign.core.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.data import batches, tables
 from jaxalign.data import world as world_lib
 from jaxalign.data.summary import summary_lines
 from jaxalign.embed import embedder
 from jaxalign.embed import over_pool as passes
 from jaxalign.embed import passes as embed
+from jaxalign.eval import held_out
 from jaxalign.eval import judge_kinds as judges
 from jaxalign.eval import judge_stage as judge
 from jaxalign.eval.policies import read_samples
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
+from jaxalign.model.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.report import study_page
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
@@ -389,9 +390,9 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
     rewards = dict(sft=sft["reward"]) | {
       n: s[k]["reward"] for n, s in told.items()
     }
-    if job.examined.world is not None:
+    if held_out.eval_set(job).world is not None:
       rewards["target"] = world_lib.reward(
-        job.examined.world, sft["prompt"], sft["target"]
+        held_out.eval_set(job).world, sft["prompt"], sft["target"]
       )
     out.append(
       dict(

@@ -12,10 +12,9 @@ from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.checkpoints import Checkpoints, restore_params
 from jaxalign.core.errors import DataError
-from jaxalign.core.job import Arm, arm_folder, Job, lora_of
 from jaxalign.core.lookup import source_digests
-from jaxalign.eval import while_training as watched
 from jaxalign.model import adapters, decoder
+from jaxalign.model.job import Arm, arm_folder, Job, lora_of
 from jaxalign.train import subspace
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.logps import PRODUCERS
@@ -115,8 +114,11 @@ def _loss_on(job: Job, rows: TrainRows) -> Callable:
   return loss
 
 
-def run_align(job: Job, arm: Arm) -> None:
-  """Trains the policy on the kept rows, from the reference."""
+def run_align(job: Job, arm: Arm, watched: Any) -> None:
+  """Trains the policy on the kept rows, from the reference.
+
+  `watched` is `eval.while_training`, which is above this room.
+  """
   c = job.c
   lora = lora_of(c)
   leaves = TRAINED + ((BASES,) if lora and lora.variant == "lora_sb" else ())

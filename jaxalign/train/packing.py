@@ -6,7 +6,7 @@ rejected] and so on. A rejected answer's positions go on from the prompt's end,
 and the prompt's last token predicts the first token of both answers. For
 attention the sequences prompt + answer are packed by first-fit into rows as
 long as the longest (`model.packed`), and the tiles of the dense row that
-hold anything are listed (`model.tiles`). All of it is NumPy, on lengths.
+hold anything are listed (`model.packed`). All of it is NumPy, on lengths.
 
 Shapes are static: a few are chosen from the data, and a step takes the first
 that holds it.

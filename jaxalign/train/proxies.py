@@ -15,7 +15,6 @@ from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.checkpoints import restore_params
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.core.job import Job, kernel_of, lora_of
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes as embed
@@ -23,6 +22,7 @@ from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.scores import digest_of
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
+from jaxalign.model.job import Job, kernel_of, lora_of
 from jaxalign.select import columns
 from jaxalign.select.topk import uniform
 from jaxalign.train import losses

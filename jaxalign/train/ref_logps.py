@@ -7,14 +7,16 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.job import Arm, arm_folder, Job, updates_of
 from jaxalign.core.lookup import source_digests
+from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import passes as embed
 from jaxalign.embed import store as stores
+from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
 from jaxalign.select.samplers import combine
+from jaxalign.select.topk import budget_rows
 from jaxalign.train.feed import (
   Batching,
   make_mismatched,
@@ -178,6 +180,19 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     fields=fields,
     make=make,
     inputs=inputs | {stage: job.key(stage) for stage in read},
+  )
+
+
+def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
+  """Updates of an arm that kept `rows` of a pool of so many rows."""
+  if arm.like:
+    rows = budget_rows(arm.like, pool, c.train.batch_size)
+  return batches.updates(
+    rows,
+    c.train.batch_size,
+    c.train.epochs,
+    c.train.max_updates,
+    c.train.min_updates,
   )
 
 

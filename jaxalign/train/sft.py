@@ -5,8 +5,8 @@ import numpy as np
 
 from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.job import Job
 from jaxalign.model import decoder, hf
+from jaxalign.model.job import Job
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.loop import TrainOptions
 from jaxalign.train.losses import LOSSES

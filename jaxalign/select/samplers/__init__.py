@@ -10,8 +10,13 @@ cost=...)`; see `select.pool.needs` and `select.costs`. A sampler that is
 greedy runs over the rows in id order, with ties by a hash of the id. What is
 held does not grow as N x N (facility location keeps at most 512 MiB of
 columns), and a method that would take more than a day says so, with the hours,
-before it starts; `blocks=` runs the greedy ones inside clusters. `combine`
-makes samplers of samplers.
+before it starts. `combine` makes samplers of samplers.
+
+Keywords mean the same in all of them: `direction`, which end of a score is
+kept (`values.directed`); `side`, which number stands for a pair
+(`values.one_side`); `pair` and `metric`, the vector of a row and how two are
+compared (`vectors.vectors`); `blocks`, above 0, runs a greedy method inside as
+many k-means clusters (`kmeans.run_greedy`).
 """
 
 from jaxalign.select.samplers import (

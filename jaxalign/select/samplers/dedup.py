@@ -136,10 +136,6 @@ def semdedup(
   threshold is set.
 
   Args:
-    seed: of the k-means.
-    pool: `embedding` [N, R, E].
-    budget: M, at most N.
-    pair: see `vectors.vectors`.
     metric: "cosine" or "centred".
     clusters: K, or "auto", one for every 1,024 rows.
 
@@ -237,15 +233,9 @@ def deita(
   tuning; `combine.diverse` does the same over any other score.
 
   Args:
-    seed: of the blocks, else unused.
-    pool: `reward` [N, R], `embedding` [N, R, E].
-    budget: M, at most N.
     side: of a pair's reward; see `values.one_side`.
-    pair: see `vectors.vectors`.
     metric: "cosine" or "centred".
     threshold: rows at least this alike (cosine) to a kept one are passed over.
-    blocks: above 0, the method runs inside as many k-means clusters, see
-      `kmeans.run_greedy`.
   """
   score = one_side(column(pool, "reward"), side)
   x = vectors_lib.directions(pool, pair, metric)

@@ -186,9 +186,6 @@ def density(
 
   Args:
     seed: of the draw and of the frequencies.
-    pool: `embedding` [N, R, E].
-    budget: M, at most N.
-    pair, metric: see `vectors.vectors`.
     bandwidth: h, or "median", the median distance between 512 rows.
     features: D random Fourier features; 0 is the exact sum, for up to 200,000
       rows.

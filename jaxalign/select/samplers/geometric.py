@@ -225,18 +225,11 @@ def k_center(
 
   Args:
     seed: of the first row.
-    pool: `embedding` [N, R, E].
-    budget: M, at most N.
-    pair, metric: see `vectors.vectors`.
-    blocks: above 0, the method runs inside as many k-means clusters.
 
   Returns:
     Selection in the order of the picks; the [N] score is the distance to the
     rows chosen before (of a row that was not: to the nearest chosen). In
     blocks see `kmeans.run_greedy`.
-
-  Raises:
-    ConfigError: more than `vectors.HOURS`; the message has the number.
   """
   x = vectors(pool, pair, metric)
   draw = uniform(seed, pool.ids, "k_center")
@@ -345,21 +338,13 @@ def herding(
 
   Args:
     seed: of the random features and of the blocks; unused without.
-    pool: `embedding` [N, R, E].
-    budget: M, at most N.
-    pair, metric: see `vectors.vectors`.
     features: 0 for the linear kernel (the mean is matched); D for a Gaussian
       kernel of median bandwidth through D random Fourier features (W = 2D):
       the whole distribution is matched.
-    blocks: above 0, the method runs inside as many k-means clusters, each of
-      whose means is followed.
 
   Returns:
     Selection in the order of the picks; the [N] score is 1 for the first down
     to 1/M for the last, and 0 for the others.
-
-  Raises:
-    ConfigError: more than `vectors.HOURS`; the message has the number.
   """
   x = vectors(pool, pair, metric)
   if features:

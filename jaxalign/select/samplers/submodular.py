@@ -278,20 +278,13 @@ def facility_location(
 
   Args:
     seed: of the candidates and blocks; unused where exact.
-    pool: `embedding` [N, R, E].
-    budget: M, at most N.
-    pair: see `vectors.vectors`.
     metric: "cosine" or "centred".
     exact: True, False, or "auto", up to 20,000 rows (of a block).
     epsilon: of the drawn candidates, above 0 and below 1.
-    blocks: above 0, the method runs inside as many k-means clusters.
 
   Returns:
     Selection in the order of the picks; the [N] score is 1 for the first down
     to 1/M for the last, and 0 for the others, whose gains are never computed.
-
-  Raises:
-    ConfigError: more than `vectors.HOURS`; the message has the number.
   """
   require(0 < epsilon < 1, "epsilon", epsilon, "above 0 and below 1")
   known = exact in (True, False, "auto")
@@ -406,15 +399,12 @@ def dpp(
   exp(weight z), z the standardised quality; see `greedy_map`.
 
   Args:
-    seed: of the blocks, else unused.
     pool: `embedding` [N, R, E]; the column that `quality` names.
     budget: M; N x M is at most 10^9 (in blocks: of the largest).
-    pair, metric: see `vectors.vectors`.
     quality: "" for none, or a column [N, R], "reward" for instance.
     weight: of the quality against diversity.
     side: of a pair's quality; see `values.one_side`.
     bandwidth: h, or "median", the median distance between 512 rows.
-    blocks: above 0, the method runs inside as many k-means clusters.
 
   Returns:
     Selection in the order of the picks; the [N] score is what the rows before

@@ -41,36 +41,20 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   values = np.asarray(values, np.float64)
   n, m = len(values), len(kept)
   pool = float(values.mean())
+  out = dict(pool=pool, kept=pool if m else None, shift=0.0 if m else None)
   if not 0 < m < n:
-    return dict(
-      pool=pool,
-      kept=pool if m else None,
-      shift=0.0 if m else None,
-      low=None,
-      high=None,
-      p=None,
-      effect=None,
-      said="nothing to compare",
-    )
+    unknown = dict.fromkeys(("low", "high", "p", "effect"))
+    return out | unknown | dict(said="nothing to compare")
   mean = float(values[kept].mean())
   spread = float(values.std(ddof=1))
   error = spread * math.sqrt((1 - m / n) / m)
-  shift = mean - pool
+  shift, half = mean - pool, intervals.Z * error
   # What rounding alone leaves of a shift is none.
   none = abs(shift) <= 1e-12 * max(1.0, abs(pool))
   p = 1.0 if none or not error else math.erfc(abs(shift) / error / 2**0.5)
   effect = 0.0 if none or not spread else shift / spread
-  half = intervals.Z * error
-  return dict(
-    pool=pool,
-    kept=mean,
-    shift=shift,
-    low=-half,
-    high=half,
-    p=p,
-    effect=effect,
-    said=_said(p, effect),
-  )
+  found = dict(low=-half, high=half, p=p, effect=effect, said=_said(p, effect))
+  return out | dict(kept=mean, shift=shift) | found
 
 
 def _said(p: float, effect: float) -> str:
@@ -105,26 +89,19 @@ def fractions(
   n, m = len(inverse), len(kept)
   total = np.bincount(inverse, minlength=len(names))
   got = np.bincount(inverse[kept], minlength=len(names))
-  order = np.argsort(-total, kind="stable")
-  listed = [
-    (names[i].item(), int(total[i]), int(got[i])) for i in order[:LISTED]
-  ]
-  if len(order) > LISTED:
-    rest = order[LISTED:]
+  first, rest = np.split(np.argsort(-total, kind="stable"), [LISTED])
+  listed = [(names[i].item(), int(total[i]), int(got[i])) for i in first]
+  if rest.size:
     listed.append((None, int(total[rest].sum()), int(got[rest].sum())))
-  out = dict(values=len(names), covered=int((got > 0).sum()))
   rows = [
     dict(value=name, pool=t / n, kept=g / m if m else None, count=g)
     for name, t, g in listed
   ]
+  covered = int((got > 0).sum())
+  out = dict(values=len(names), covered=covered, rows=rows)
   if not 0 < m < n:
-    return out | dict(
-      rows=rows,
-      moved=0.0 if m else None,
-      moved_chance=None,
-      moved_high=None,
-      moved_p=None,
-    )
+    unknown = dict.fromkeys(("moved_chance", "moved_high", "moved_p"))
+    return out | dict(moved=0.0 if m else None) | unknown
   found = []
   for row, (_, t, g) in zip(rows, listed):
     chance = stats.hypergeom(n, t, m)
@@ -142,7 +119,6 @@ def fractions(
   drawn = rng.multivariate_hypergeometric(total, m, DRAWS, method="marginals")
   chance = np.abs(drawn / m - total / n).sum(axis=1) / 2
   return out | dict(
-    rows=rows,
     moved=moved,
     moved_chance=float(chance.mean()),
     moved_high=float(np.quantile(chance, 0.95)),

@@ -67,6 +67,7 @@ def decay(values: np.ndarray) -> float | None:
 
 
 def _figures(x: np.ndarray) -> dict[str, Any]:
+  """What the report says of the rows of one group."""
   values = eigenvalues(x)
   total = values.sum()
   share = np.cumsum(values) / total if total > 0 else values
@@ -78,7 +79,7 @@ def _figures(x: np.ndarray) -> dict[str, Any]:
     participation=participation(gram @ gram.T),
     decay=decay(values),
     first=float(share[0]) if share.size else None,
-    first_ten=float(share[min(9, len(share) - 1)]),
+    first_ten=float(share[:10][-1]),
     curve=[round(float(s), 4) for s in share[:CURVE]],
   )
 
@@ -112,32 +113,23 @@ def compare(
   )
   names = kinds.tolist() if names is None else list(names)
   order = np.argsort(-counts, kind="stable")
-  good = [k for k in order if counts[k] >= LEAST][:GROUPS]
+  good = sorted([k for k in order if counts[k] >= LEAST][:GROUPS])
   if len(good) < 2:
     return dict(why=f"fewer than two groups have {LEAST} rows")
-  good.sort()
-  used = int(min(counts[k] for k in good))
-  used = min(used, ROWS // len(good))
+  used = min(int(counts[good].min()), ROWS // len(good))
+  first = lambda rows: rows[np.argsort(draw[rows], kind="stable")[:used]]
+  picked = [first(np.flatnonzero(inverse == k)) for k in good]
   if paired:
-    records = np.argsort(draw[::2], kind="stable")[:used]
-    picked = [2 * records + k for k in range(2)]
-  else:
-    picked = []
-    for k in good:
-      rows = np.flatnonzero(inverse == k)
-      picked.append(rows[np.argsort(draw[rows], kind="stable")[:used]])
+    records = first(np.arange(0, len(x), 2))
+    picked = [records, records + 1]
   described = [
     dict(name=names[k], rows=int(counts[k]), **_figures(x[rows]))
     for k, rows in zip(good, picked)
   ]
   # What is shuffled has no means of its own: only spectra are compared. One
   # Gram matrix serves all shuffles.
-  both = np.concatenate(
-    [
-      np.float32(x[rows] - x[rows].mean(axis=0, dtype=np.float64))
-      for rows in picked
-    ]
-  )
+  centred = [x[r] - x[r].mean(axis=0, dtype=np.float64) for r in picked]
+  both = np.concatenate([np.float32(part) for part in centred])
   gram = np.float64(both @ both.T)
   rng = np.random.Generator(np.random.Philox(key=0))
 
@@ -149,8 +141,7 @@ def compare(
   seen, chance = gap(there), []
   for _ in range(SHUFFLES):
     if paired:
-      flip = rng.random(used) < 0.5
-      mixed = np.where(flip, there[::-1], there)
+      mixed = np.where(rng.random(used) < 0.5, there[::-1], there)
     else:
       mixed = rng.permutation(len(both)).reshape(there.shape)
     chance.append(gap(mixed))
@@ -172,22 +163,15 @@ def kept_rank(kept: np.ndarray, pool: np.ndarray) -> dict[str, Any]:
     kept: [m, E] kept rows, or a uniform sample of them.
     pool: [n, E] a uniform sample of the pool, n above m.
   """
-  if len(kept) < LEAST or len(kept) >= len(pool):
+  m, n = len(kept), len(pool)
+  if not LEAST <= m < n:
     return dict(why=f"fewer than {LEAST} rows were kept, or nearly all")
   rng = np.random.Generator(np.random.Philox(key=1))
-
-  def rank(x):
-    x = np.float64(x)
-    return participation(x @ x.T)
-
-  chance = np.sort(
-    [
-      rank(pool[rng.choice(len(pool), len(kept), replace=False)])
-      for _ in range(SHUFFLES)
-    ]
-  )
+  rank = lambda x: participation(np.float64(x) @ np.float64(x).T)
+  draws = [pool[rng.choice(n, m, replace=False)] for _ in range(SHUFFLES)]
+  chance = np.sort([rank(x) for x in draws])
   return dict(
-    used=len(kept),
+    used=m,
     kept=rank(kept),
     chance=float(np.median(chance)),
     low=float(chance[0]),
@@ -215,42 +199,30 @@ def spectra_of(
     draw: [N] hashes, of what is sampled.
     mixture_assign: [n, E] rows -> [n] components, where one was fitted.
   """
-  n = len(pool.ids)
-  some = neighbours.sample(draw, np.arange(n), SAMPLED)
+  n, sample = len(pool.ids), neighbours.sample
+  some = sample(draw, np.arange(n), SAMPLED)
   x = np.asarray(pool.embedding[some], np.float32)
   x = x.reshape(len(some), -1, x.shape[-1])
+  sides, hashes = x.shape[1], draw[some]
   flat, mean = x.reshape(-1, x.shape[-1]), x.mean(axis=1)
-  hashes, sides = draw[some], x.shape[1]
-  each = np.repeat(hashes, sides) + np.arange(len(flat)).astype(
-    np.uint64
-  ) % np.uint64(sides)
-  out = dict(rows=len(some))
   if not np.isfinite(flat).all():
     return dict(why="embeddings are not finite")
+  side = np.tile(np.arange(sides), len(some))
+  each = np.repeat(hashes, sides) + side.astype(np.uint64)
+  out = dict(rows=len(some))
   if sides == 2:
-    out["label"] = compare(
-      flat,
-      np.tile([0, 1], len(some)),
-      each,
-      ["chosen", "rejected"],
-      paired=True,
-    )
+    both = ["chosen", "rejected"]
+    out["label"] = compare(flat, side, each, both, paired=True)
   elif "label" in pool.columns:
     label = np.asarray(pool.label, bool)[some]
-    names = {False: "undesirable", True: "desirable"}
-    out["label"] = compare(
-      flat, label, each, [names[k] for k in np.unique(label)]
-    )
+    names = np.array(["undesirable", "desirable"])[np.unique(label).astype(int)]
+    out["label"] = compare(flat, label, each, names.tolist())
   if mixture_assign is not None:
     group = mixture_assign(flat)
-    out["component"] = compare(
-      flat, group, each, [f"component {k + 1}" for k in np.unique(group)]
-    )
+    names = [f"component {k + 1}" for k in np.unique(group)]
+    out["component"] = compare(flat, group, each, names)
   if "topic" in pool.columns:
     out["topic"] = compare(mean, np.asarray(pool.topic)[some], hashes)
-  rows = neighbours.sample(draw, kept, 512)
-  y = np.asarray(pool.embedding[rows], np.float32)
-  out["kept"] = kept_rank(
-    y.reshape(len(rows), -1, y.shape[-1]).mean(axis=1), mean
-  )
-  return out
+  y = np.asarray(pool.embedding[sample(draw, kept, 512)], np.float32)
+  y = y.reshape(len(y), -1, y.shape[-1]).mean(axis=1)
+  return out | dict(kept=kept_rank(y, mean))

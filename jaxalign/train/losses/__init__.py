@@ -12,6 +12,7 @@ Throughout, with sums over response tokens (their EOS included),
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxalign.core import lookup
 from jaxalign.core.errors import ConfigError
@@ -90,3 +91,8 @@ def find(name: str) -> Callable:
   if len(terms) == 1 and terms[0][0] == 1.0:
     return terms[0][2]
   return weighted_sum(terms)
+
+
+def loss_of(c: Any) -> Callable:
+  """The loss of a config with its keywords bound; they are checked."""
+  return bind(find(c.loss.name), c.loss.name, c.loss.kwargs.to_dict())

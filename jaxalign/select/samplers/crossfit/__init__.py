@@ -36,8 +36,6 @@ from jaxalign.select.topk import id_hash, top, uniform
 
 SENTENCE = "reads every label: saves training, not annotation"
 UNLEARNABLE = ("random", "error")
-COPIES = 2  # of a set of near-copies, before all others
-ALL_ALIKE = 0.5  # fraction of rows with near-copies, above which none counts
 
 
 class Keywords(NamedTuple):
@@ -153,7 +151,8 @@ def _select(
   _check_columns(pool, "slices", by, ())
   shown = by or tuple(n for n in ("source",) if n in pool.columns)
   code, names = _slices(pool, shown)
-  most, near, all_alike = _copies(pool, k.copies, data.label is None)
+  pairs = data.label is None
+  most, near, all_alike = near_copies.to_limit(pool.grams, k.copies, pairs)
   if near is not None:  # heads never saw a copy of what they judge
     data = data._replace(group=near_copies.joined(data.group, near))
   lines, own = [f"crossfit {SENTENCE}"], set()
@@ -173,8 +172,9 @@ def _select(
     score, more = _trusted(seed, found, signs, data.group, budget, numbers)
   lines += more
   if near is not None:
-    score, more = _copies_last(near, score, pool.ids, most)
-    lines += more
+    place = place_in_group(near, score, id_hash(pool.ids))
+    score, line = near_copies.moved_last(score, place, most)
+    lines.append(line)
   lines += all_alike
   kept = _kept(score, pool, budget, k, code if by else None)
   if not refused:
@@ -223,40 +223,6 @@ def _refused(seed, pool, signs, why, unlearnable):
   line = f"warning: crossfit refuses these labels: {why}."
   line += f" These rows are random ones{last}"
   return drawn(seed, pool, signs), [line]
-
-
-def _copies(
-  pool: Pool, copies: int | str | None, pairs: bool
-) -> tuple[int, np.ndarray | None, list[str]]:
-  """How many near-copies may come first, which rows are some, and a note.
-
-  None where nobody is to count them: texts of a few words are all alike, and
-  so are the answers to one prompt, from which heads learn.
-  """
-  if copies is None or copies == "auto" and not pairs:
-    return 0, None, []
-  near = near_copies.copies(pool.grams)
-  fraction = near_copies.in_copies(near)
-  if copies != "auto":
-    return int(copies), near, []
-  if fraction <= ALL_ALIKE:
-    return COPIES, near, []
-  line = (
-    f"{100 * fraction:.0f} % of the rows have near-copies, as texts of a few "
-    "words do: copies come as other rows do"
-  )
-  return 0, None, [line]
-
-
-def _copies_last(near, score, ids, most):
-  """Scores [N] with all but `most` of a set of near-copies below the others."""
-  spare = place_in_group(near, score, id_hash(ids)) >= most
-  score = np.where(spare, score - np.ptp(score) - 1, score)
-  line = (
-    f"{int(spare.sum()):,} rows have {most} near-copies or more that score "
-    "higher, and come last"
-  )
-  return score, [line]
 
 
 def _of_one_class(label: np.ndarray | None) -> str:
@@ -426,35 +392,33 @@ def crossfit(
 
   Args:
     seed: of the folds, and of the rows where it falls back to random ones.
-    pool: as of `crossfit_lite`, and `answer_embedding` [N, R, E] (means over
-      the response's tokens), `residual` [N, R, D] and `least` [N, R], see
-      `embed.pass_rows`; `logp` and `logp_count` [N, R], `log_likelihood`
-      [N, R] where it has them.
+    pool: `grams` [N, R, W], `overlap` [N, R, 2], `length` [N, R];
+      `answer_embedding` [N, R, E] (means over the response's tokens),
+      `residual` [N, R, D] and `least` [N, R], see `embed.pass_rows`; where it
+      has them `logp`, `logp_count` and `log_likelihood` [N, R], `group` [N]
+      (rows of one prompt share it) and `label` [N] of unpaired rows.
     budget: M, at most N. Where fewer rows score above 0 a warning says so,
       and the others come as `filled` has them.
-    label_quota: for unpaired, the share of desirable rows among those chosen;
-      None: what it is in the pool.
+    label_quota: of unpaired rows, the fraction of desirable ones among those
+      kept; None: what it is in the pool.
     unlearnable: where no head predicts the labels better than chance (they
       may be shuffled, or all alike): "random" rows, see `drawn`, with a
-      warning, which keep quotas, slices and copies as others do; or an
-      "error".
+      warning, which keep quotas, slices and copies; or an "error".
     orthogonal: columns [N, R] that are no merit, "length" for instance: heads
-      are fitted beside them and judge without them and without what they
-      explain of the features.
+      judge without them and without what they explain of the features.
     slices: columns [N], "source" for instance, whose rows may be labelled by
       another taste: each combination of values keeps its share of the pool,
-      of unpaired of both labels, and is judged by heads of its own where those
-      predict its labels better; see `with_own_heads`.
-    copies: at most so many rows of a set of near-copies, see `alike.copies`,
-      come before all others; and heads never saw a copy of what they judge.
-      One pattern that is always labelled alike would fill the subset
-      otherwise. "auto": 2 of pairs, and None of unpaired, and where more than
-      half of the rows have copies, as texts of a few words do; None: copies
-      are not looked for.
+      of unpaired rows of both labels, and is judged by heads of its own where
+      those predict its labels better; see `margins.with_own_heads`.
+    copies: at most so many rows of a set of near-copies come before all
+      others; else one pattern that is always labelled alike would fill the
+      subset. "auto": 2 of pairs, but none is counted where more than half of
+      the rows have copies, or of unpaired rows. None: copies are not looked
+      for. Heads never saw a copy of what they judge.
 
   Returns:
-    Selection; the [N] score is as above, or as `filled` has it, or as `drawn`
-    has it of labels that are refused; lower where a quota passes rows over.
+    Selection; the [N] score is as above, or as `filled` or, of labels that
+    are refused, `drawn` has it; lower where a quota passes rows over.
   """
   tokens, few, signs = _read(pool)
   answer = finite(pool.answer_embedding, pool.ids, "answer_embedding")

@@ -9,6 +9,8 @@ import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
 BANDS, HASHES = 16, 4  # two rows half alike meet in 64 % of cases
+COPIES = 2  # of a set of near-copies, before all others
+ALL_ALIKE = 0.5  # fraction of rows with near-copies, above which none counts
 
 
 def copies(grams: np.ndarray, alike: float = 0.5) -> np.ndarray:
@@ -78,6 +80,41 @@ def joined(*codes: np.ndarray) -> np.ndarray:
 def in_copies(code: np.ndarray) -> float:
   """Fraction of rows that have a near-copy."""
   return float((np.bincount(code)[code] > 1).mean()) if len(code) else 0.0
+
+
+def to_limit(
+  grams: np.ndarray, wanted: int | str | None, pairs: bool
+) -> tuple[int, np.ndarray | None, list[str]]:
+  """How many near-copies may come first, which rows are some, and a note.
+
+  None where none is to count them: texts of a few words are all alike, and so
+  are the answers to one prompt, from which heads learn.
+  """
+  if wanted is None or wanted == "auto" and not pairs:
+    return 0, None, []
+  code = copies(grams)
+  if wanted != "auto":
+    return int(wanted), code, []
+  fraction = in_copies(code)
+  if fraction <= ALL_ALIKE:
+    return COPIES, code, []
+  note = (
+    f"{100 * fraction:.0f} % of the rows have near-copies, as texts of a few "
+    "words do: copies come as other rows do"
+  )
+  return 0, None, [note]
+
+
+def moved_last(
+  score: np.ndarray, place: np.ndarray, most: int
+) -> tuple[np.ndarray, str]:
+  """Scores with what has `most` better copies below all others, and a note."""
+  spare = place >= most
+  note = (
+    f"{int(spare.sum()):,} rows have {most} near-copies or more that score "
+    "higher, and come last"
+  )
+  return np.where(spare, score - np.ptp(score) - 1, score), note
 
 
 def copies_kept(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import functools
-import inspect
 import re
 from typing import Any, NamedTuple
 
@@ -11,14 +10,10 @@ import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.checkpoints import restore_params
-from jaxalign.core.errors import ConfigError
-from jaxalign.data import batches, prepare, recipe, tables
+from jaxalign.data import prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
-from jaxalign.eval import held_out
 from jaxalign.model import adapters, attention, decoder, hf
-from jaxalign.select.topk import budget_rows
-from jaxalign.train import losses
 
 WHOLE = ("all", "all_short")  # names in c.compare that leave nothing out
 
@@ -63,12 +58,14 @@ class Job:
 
   force = False  # whether a job that should not fit is tried all the same
 
-  def __init__(self, c: Any, mesh: Any, workdir: Any, redo: bool = False):
-    recipe.settle(c)
-    self.c, self.mesh, self.redo = c, mesh, redo
+  def __init__(
+    self, c: Any, mesh: Any, workdir: Any, loss: Callable, redo: bool = False
+  ):
+    self.c, self.mesh, self.loss, self.redo = c, mesh, loss, redo
     self.workdir = epath.Path(workdir)
     self.shared = self.workdir / "shared"
     self.records: dict[tuple[str, str], artifacts.Record] = {}
+    self.kept: dict[str, Any] = {}  # what a room makes once a job
 
   def run(
     self, folder: Any, stage: str, arm: str = "", **kwargs
@@ -79,11 +76,6 @@ class Job:
     record = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
     self.records[arm, stage] = record
     return record
-
-  @functools.cached_property
-  def loss(self) -> Callable:
-    """The loss with its keywords bound."""
-    return loss_of(self.c)
 
   @functools.cached_property
   def most(self) -> int:
@@ -173,34 +165,9 @@ class Job:
     """Lets go of the reference's weights; who asks next reads them again."""
     self.__dict__.pop("reference", None)
 
-  @functools.cached_property
-  def examined(self) -> held_out.EvalSet:
-    """The held-out split, ready to be measured on."""
-    rows, tokens = self.rows("held_out"), self.tokens("held_out")
-    room = self.model.context - self.c.eval.new_tokens
-    if prepare.too_long(self.c) == "cut":
-      room = self.model.context  # as the rows are cut, so are the prompts
-    asked = held_out.choose_prompts(rows, tokens, self.c.eval.prompts, room)
-    return held_out.EvalSet(
-      rows, tokens, asked, self.tokenizer, prepare.world_of(self.c)
-    )
-
   def key(self, stage: str, arm: str = "") -> str:
     """The key of a finished stage."""
     return self.records[arm, stage].key
-
-
-def eval_options(c: Any, seed: int = 0) -> held_out.EvalOptions:
-  """How answers are generated and scored."""
-  k, tile, chunk = c.eval, c.embed.tile, c.model.head_chunk
-  return held_out.EvalOptions(k.new_tokens, k.temperature, seed, tile, chunk)
-
-
-def loss_of(c: Any) -> Callable:
-  """The loss of a config with its keywords bound; they are checked."""
-  return losses.bind(
-    losses.find(c.loss.name), c.loss.name, c.loss.kwargs.to_dict()
-  )
 
 
 def lora_of(c: Any) -> adapters.Lora | None:
@@ -249,48 +216,6 @@ def budget_of(value: Any) -> float | int:
   return value
 
 
-def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
-  """Updates of an arm that kept `rows` of a pool of so many rows."""
-  if arm.like:
-    rows = budget_rows(arm.like, pool, c.train.batch_size)
-  return batches.updates(
-    rows,
-    c.train.batch_size,
-    c.train.epochs,
-    c.train.max_updates,
-    c.train.min_updates,
-  )
-
-
 def arm_folder(job: Job, arm: Arm) -> epath.Path:
   """runs/<sampler>-<budget>-seed<k> under the workdir."""
   return job.workdir / "runs" / arm.name
-
-
-def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
-  """The keywords of config.select that this sampler takes, checked.
-
-  Those that say what the sampler does by itself are left out: an arm is the
-  same whether or not the config's keywords are meant for it.
-  """
-  known = {
-    p.name: p.default
-    for p in inspect.signature(sampler).parameters.values()
-    if p.kind == p.KEYWORD_ONLY
-    and p.name not in getattr(sampler, "keywords", ())
-  }  # in brackets
-  named = dict(order=c.select.order, pair_score=c.select.pair_score)
-  kwargs = {n: v for n, v in named.items() if n in known}
-  for name, value in c.select.kwargs.to_dict().items():
-    if name not in known:
-      raise ConfigError(
-        f"sampler {c.select.sampler!r} takes no {name!r}; it "
-        f"takes {', '.join(sorted(known)) or 'no keywords'}; "
-        "set config.select.kwargs"
-      )
-    kwargs[name] = value
-  return {
-    n: v
-    for n, v in kwargs.items()
-    if not (type(v) is type(known[n]) and v == known[n])
-  }
