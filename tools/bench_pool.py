@@ -33,8 +33,8 @@ ISA = (  # a reference that is hardly trained, and made-up embeddings
 CHILD = """
 import sys
 import numpy as np
-from jaxalign.embed import passes
-from jaxalign.select import __main__ as select
+from jaxalign.cli import select
+from jaxalign.embed import passes as embed
 def made(mesh, params, m, rows, outputs, *, parts, tick, **_):
   number = parts[0]
   rng = np.random.default_rng(int(number[0]))
@@ -44,7 +44,7 @@ def made(mesh, params, m, rows, outputs, *, parts, tick, **_):
   tick(len(number))
   return dict.fromkeys(outputs, x[:, 0]) | dict(embedding=x)
 if "--config.select.sampler=isa" in sys.argv:
-  passes.pass_rows = made
+  embed.pass_rows = made
 sys.exit(select.main(sys.argv))
 """
 
