@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from tools.kill_test import differences, outcome  # noqa: E402, F401
+from tools.job_checks import differences, outcome  # noqa: E402, F401
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import pytest
 
 from jaxalign import pipeline
 from jaxalign.core import artifacts
-from tools import exit_check
+from tools import job_checks
 
 CALL = (
   "import sys\nfrom jaxalign.cli import main\n"
@@ -216,11 +216,11 @@ def test_a_job_ends_with_its_code_though_nobody_listens(tmp_path, shell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", exit_check.KINDS)
+@pytest.mark.parametrize("kind", job_checks.KINDS)
 def test_every_kind_of_end_of_a_real_job(tmp_path, kind):
-  paths = exit_check.prepare(tmp_path)
-  wanted = exit_check.KINDS[kind]
-  code, out = exit_check.end(tmp_path / "job", paths, wanted, True)
+  paths = job_checks.prepare(tmp_path)
+  wanted = job_checks.KINDS[kind]
+  code, out = job_checks.end(tmp_path / "job", paths, wanted, True)
   assert code == wanted.code, out
   assert out.count("error: ") == (code not in (0, 1))
 

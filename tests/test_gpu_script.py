@@ -73,16 +73,6 @@ def test_sides_take_turns(measure):
   assert order == ["a", "b", "b", "a", "a", "b"]
 
 
-def test_kernels_by_name(measure):
-  for kernel, group in (
-    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
-    ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
-    ("MemcpyD2D", "copies"),
-    ("loop_add_fusion_3", "other kernels"),
-  ):
-    assert measure.group_of(kernel) == group
-
-
 def test_a_failure_leaves_a_line_and_the_rest(measure, tmp_path, capsys):
   section = measure.Section("x", tmp_path, 10, {})
   section.peaks = dict(published=None, measured=100.0)
@@ -109,7 +99,7 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
   )
   assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
   found = {}
-  for name in ("attention", "forward", "train", "dpo", "mixture", "embed"):
+  for name in ("attention", "train", "dpo", "mixture"):
     found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert found[name]["rows"] and not found[name]["failures"]
     assert found[name]["settings"]["toy"]
@@ -121,7 +111,7 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
         )
   assert all(x["holds"] for x in found["attention"]["settings"]["equality"])
   assert len(found["attention"]["settings"]["equality"]) == 7
-  assert any("TRL skipped" in x for x in found["dpo"]["notes"])
+  assert any("ln 2 within" in x for x in found["dpo"]["notes"])
   # Ours took turns with theirs, over the same flops.
   settings = found["train"]["settings"]
   rows, length = settings["rows"], settings["length"]
@@ -149,7 +139,7 @@ def test_toy_rehearsal_without_what_is_missing_there(tmp_path):
     capture_output=True,
     text=True,
   )
-  assert again.returncode == 0 and again.stdout.count("\n## ") == 6
+  assert again.returncode == 0 and again.stdout.count("\n## ") == 4
 
 
 def test_without_a_gpu_it_refuses(tmp_path):

@@ -129,11 +129,11 @@ def test_tokens_are_counted_as_the_template_has_them():
 
 @pytest.mark.slow
 def test_a_job_takes_about_what_it_plans():
-  """A short world: within a third; tools/memory_check.py has the others."""
+  """A short world, within a third; `job_checks.py memory` has the others."""
   sys.path.insert(0, str(jobs.ROOT))
-  from tools import memory_check
+  from tools import job_checks
 
-  planned, taken = memory_check.measure(
+  planned, taken = job_checks.measure(
     "world",
     more=(
       "--config.sft.updates=20",

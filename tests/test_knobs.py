@@ -26,7 +26,7 @@ def _named():
 def test_a_named_knob_exists(knob, where):
   c = common.base()
   # The file config.json; methods of a text and of a ConfigDict.
-  if knob in ("json", "partition") or hasattr(type(c), knob):
+  if knob in ("json", "partition", "data.to_dict") or hasattr(type(c), knob):
     return
   section, _, name = knob.partition(".kwargs.")
   if name:

@@ -64,6 +64,15 @@ from tools.aot_text import (
   whole_gathers,
 )
 
+DEFAULTS = dict(  # of a step
+  accumulation=1,
+  layout="packed",
+  prompt=0,
+  producer="chunked",
+  frozen="float32",
+  moments=2,
+)
+
 
 class Report(NamedTuple):
   """What one compiled step holds; bytes are of one chip."""
@@ -291,22 +300,7 @@ def held_bytes(tree: Any) -> int:
 
 
 def compile_step(
-  topology: str,
-  sizes: dict[str, int],
-  m: decoder.ModelConfig,
-  *,
-  loss: Any,
-  tx: Any,
-  rows: int,
-  length: int,
-  chunk: int,
-  accumulation: int = 1,
-  layout: str = "packed",
-  prompt: int = 0,
-  producer: str = "chunked",
-  frozen: str = "float32",
-  moments: int = 2,
-  dump: str = "",
+  topology: str, sizes: dict[str, int], m: decoder.ModelConfig, step: dict
 ) -> Report:
   """Compiles one train step for a TPU topology.
 
@@ -314,18 +308,7 @@ def compile_step(
     topology: as libtpu calls it, "v5e:4x4".
     sizes: of the mesh, fsdp and tensor.
     m: the model's sizes.
-    loss: from `losses.bind`.
-    tx: from `optim.make_optimizer`.
-    rows: rows (pairs) of a step, on all chips together.
-    length: of a response, in tokens.
-    chunk: positions of the head at once.
-    accumulation: micro-batches.
-    layout: a key of feed.LAYOUTS.
-    prompt: as of `abstract_batch`.
-    producer: a key of PRODUCERS.
-    frozen: dtype of what adapters leave as it is.
-    moments: that `tx` keeps, see `optim.MOMENTS`.
-    dump: a file for the compiled program's text.
+    step: what `of_config` returns, and the tokens of a `prompt`.
 
   Raises:
     ConfigError: no libtpu, an unknown topology, sizes that do not fit.
@@ -341,36 +324,42 @@ def compile_step(
       f"no topology {topology!r} ({error}); is libtpu "
       "installed (pip install jaxalign[aot])?"
     ) from error
+  s = DEFAULTS | step
+  loss, tx, length, frozen = s["loss"], s["tx"], s["length"], s["frozen"]
   mesh = sharding.make_mesh(sizes, devices)
-  m = m._replace(
-    attention=attention.resolve(
-      m.attention,
-      "tpu",
-      head_size=m.head_size,
-      dtype=m.dtype,
-      softcap=m.softcap,
-      length=length,
-    )
+  kernel = attention.resolve(
+    m.attention,
+    "tpu",
+    head_size=m.head_size,
+    dtype=m.dtype,
+    softcap=m.softcap,
+    length=length,
   )
+  m = m._replace(attention=kernel)
   decoder.check_model(m, mesh)
-  feed.check_batch(rows, accumulation, mesh, "step")
-  batch = abstract_batch(
-    mesh, loss, rows, length, accumulation, layout=layout, prompt=prompt
-  )
-  tensor, positions = sharding.parts(mesh, "vocab"), positions_of(batch, mesh)
+  feed.check_batch(s["rows"], s["accumulation"], mesh, "step")
+  how = {k: s[k] for k in ("accumulation", "layout", "prompt")}
+  batch = abstract_batch(mesh, loss, s["rows"], length, **how)
   with jax.set_mesh(mesh):
     state = abstract_state(m, mesh, tx, loss)
     fixed = abstract_frozen(m, mesh, frozen)
-    train_step = steps.make_train_step(
-      PRODUCERS[producer](m, chunk), loss, tx, decoder.compiler_options(m)
-    )
+    logps = PRODUCERS[s["producer"]](m, s["chunk"])
+    options = decoder.compiler_options(m)
     start = time.monotonic()
+    train_step = steps.make_train_step(logps, loss, tx, options)
     lowered = train_step.lower(state, batch, fixed)
     lower_seconds = time.monotonic() - start
     compiled = compile_lowered(lowered)
-  if dump:
-    pathlib.Path(dump).write_text(compiled.text)
   program = instructions(compiled.text)
+  tensor = sharding.parts(mesh, "vocab")
+  where = dict(positions=positions_of(batch, mesh), tensor=tensor)
+  shape = memory.StepShape(
+    rows=int(np.prod(batch.ref.sum.shape[1:])),
+    length=length,
+    chunk=s["chunk"],
+    moments=s["moments"],
+    frozen_size=jnp.dtype(frozen).itemsize,
+  )
   return Report(
     topology=topology,
     chips=mesh.size,
@@ -378,22 +367,12 @@ def compile_step(
     parameters=decoder.parameter_count(m),
     argument_bytes=compiled.memory.argument_size_in_bytes,
     expected_bytes=held_bytes((state, batch, fixed)),
-    planned=memory.train_step(
-      m,
-      mesh,
-      memory.StepShape(
-        rows=int(np.prod(batch.ref.sum.shape[1:])),
-        length=length,
-        chunk=chunk,
-        moments=moments,
-        frozen_size=jnp.dtype(frozen).itemsize,
-      ),
-    ),
+    planned=memory.train_step(m, mesh, shape),
     temp_bytes=compiled.memory.temp_size_in_bytes,
     collectives=collectives(program),
     whole_gathers=whole_gathers(program, m, tensor),
-    logit_buffers=logit_buffers(program, m, positions=positions, tensor=tensor),
-    logit_elements=logit_elements(m, positions=positions, tensor=tensor),
+    logit_buffers=logit_buffers(program, m, **where),
+    logit_elements=logit_elements(m, **where),
     largest=held(compiled.assignment)[:8],
     lower_seconds=lower_seconds,
     compile_seconds=compiled.seconds,
@@ -402,48 +381,27 @@ def compile_step(
 
 def table(report: Report) -> str:
   """The report as lines for a terminal."""
-  mib = lambda n: f"{n / 2**20:,.1f} MiB"
-  lines = [
-    (
-      "topology",
-      f"{report.topology}, {report.chips} chips, mesh "
-      + " x ".join(f"{a}={n}" for a, n in report.mesh.items()),
-    ),
-    ("parameters", f"{report.parameters:,}"),
-    (
-      "arguments a chip",
-      f"{mib(report.argument_bytes)}, expected "
-      f"{mib(report.expected_bytes)} "
-      f"({report.argument_bytes / report.expected_bytes - 1:+.2%})",
-    ),
-    (
-      "temporaries a chip",
-      f"{mib(report.temp_bytes)}; memory.py says "
-      + ", ".join(
-        f"{k} {mib(v)}"
-        for k, v in report.planned.items()
-        if k not in ("parameters", "optimizer")
-      ),
-    ),
-    *report.collectives.items(),
-    (
-      "stacked weights gathered whole",
-      ", ".join(report.whole_gathers) or "none",
-    ),
-    (
-      f"logits of {report.logit_elements:,}",
-      ", ".join(report.logit_buffers) or "none",
-    ),
-    *(
-      (f"held: {mib(size)}", f"{shape} {name}")
-      for size, shape, name in report.largest
-    ),
-    (
-      "lowered, compiled in",
-      f"{report.lower_seconds:.1f} s, {report.compile_seconds:.1f} s",
-    ),
+  r, mib = report, lambda n: f"{n / 2**20:,.1f} MiB"
+  mesh = " x ".join(f"{a}={n}" for a, n in r.mesh.items())
+  rest = {k: v for k, v in r.planned.items()}
+  rest = {k: v for k, v in rest.items() if k not in ("parameters", "optimizer")}
+  lines = {
+    "topology": f"{r.topology}, {r.chips} chips, mesh {mesh}",
+    "parameters": f"{r.parameters:,}",
+    "arguments a chip": f"{mib(r.argument_bytes)}, expected "
+    f"{mib(r.expected_bytes)} ({r.argument_bytes / r.expected_bytes - 1:+.2%})",
+    "temporaries a chip": f"{mib(r.temp_bytes)}; memory.py says "
+    + ", ".join(f"{k} {mib(v)}" for k, v in rest.items()),
+    **r.collectives,
+    "stacked weights gathered whole": ", ".join(r.whole_gathers) or "none",
+    f"logits of {r.logit_elements:,}": ", ".join(r.logit_buffers) or "none",
+    "lowered, compiled in": f"{r.lower_seconds:.1f} s, "
+    f"{r.compile_seconds:.1f} s",
+  }
+  held_lines = [
+    f"held: {mib(n)} {shape} {name}" for n, shape, name in r.largest
   ]
-  return "\n".join(f"{name:<32}{value}" for name, value in lines)
+  return "\n".join([*(f"{k:<32}{v}" for k, v in lines.items()), *held_lines])
 
 
 def main(argv: list[str]) -> int:
@@ -451,85 +409,34 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  text = dict(
-    topology="v5e:4x4",
-    loss="dpo",
-    dtype="bfloat16",
-    remat="full",
-    dump="",
-    config="",
-    attention="plain",
-    layout="packed",
-  )
-  number = dict(
-    fsdp=-1,
-    tensor=1,
-    layers=8,
-    width=2048,
-    heads=16,
-    kv_heads=8,
-    head_size=128,
-    ff=5632,
-    vocab=32000,
-    length=1024,
-    rows=32,
-    accumulation=1,
-    chunk=64,
-    prompt=0,
-  )
-  for name, default in text.items():
-    parser.add_argument(f"--{name}", default=default, help=f"{default!r}")
-  for name, default in number.items():
-    parser.add_argument(
-      f"--{name}", default=default, type=int, help=f"{default}"
-    )
-  parser.add_argument(
-    "--tied", action="store_true", help="the head is the embedding"
-  )
-  parser.add_argument(
-    "--json", action="store_true", help="one line of JSON instead of the table"
-  )
-  args = parser.parse_args(argv[1:])
-  m = decoder.ModelConfig(
-    **{
-      n: getattr(args, n)
-      for n in (
-        "layers",
-        "width",
-        "heads",
-        "kv_heads",
-        "head_size",
-        "ff",
-        "vocab",
-        "tied",
-        "dtype",
-        "remat",
-        "attention",
-      )
-    },
-    context=args.length,
-  )
-  step = {
-    n: getattr(args, n)
-    for n in ("rows", "length", "chunk", "accumulation", "layout")
-  }
+  flag = parser.add_argument
+  flag("--topology", default="v5e:4x4")
+  flag("--fsdp", type=int, default=-1)
+  flag("--tensor", type=int, default=1)
+  flag("--config", default="", help="a file, for what the others leave open")
+  flag("--loss", default="dpo")
+  flag("--json", action="store_true", help="one line in place of the table")
+  model = dict(layers=8, width=2048, heads=16, kv_heads=8, head_size=128)
+  model |= dict(ff=5632, vocab=32000, dtype="bfloat16", remat="full")
+  model |= dict(attention="plain")
+  step = dict(rows=32, length=1024, prompt=0, chunk=64, layout="packed")
+  for name, default in (model | step).items():
+    flag(f"--{name}", default=default, type=type(default), help=f"{default}")
+  args = vars(parser.parse_args(argv[1:]))
   try:
-    if args.config:
-      m, step = of_config(args.config)
+    if args["config"]:
+      m, found = of_config(args["config"])
+      found |= dict(prompt=args["prompt"])
     else:
-      step |= of_flags(args.loss)
-    report = compile_step(
-      args.topology,
-      dict(fsdp=args.fsdp, tensor=args.tensor),
-      m,
-      dump=args.dump,
-      prompt=args.prompt,
-      **step,
-    )
+      sizes = {n: args[n] for n in model}
+      m = decoder.ModelConfig(**sizes, tied=False, context=args["length"])
+      found = {n: args[n] for n in step} | of_flags(args["loss"])
+    mesh = dict(fsdp=args["fsdp"], tensor=args["tensor"])
+    report = compile_step(args["topology"], mesh, m, found)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
-  print(json.dumps(report._asdict()) if args.json else table(report))
+  print(json.dumps(report._asdict()) if args["json"] else table(report))
   return 1 if report.whole_gathers or report.logit_buffers else 0
 
 

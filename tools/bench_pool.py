@@ -33,7 +33,8 @@ ISA = (  # a reference that is hardly trained, and made-up embeddings
 CHILD = """
 import sys
 import numpy as np
-from jaxalign.select import __main__ as select, embed
+from jaxalign.cli import select
+from jaxalign.embed import passes as embed
 def made(mesh, params, m, rows, outputs, *, parts, tick, **_):
   number = parts[0]
   rng = np.random.default_rng(int(number[0]))

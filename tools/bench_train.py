@@ -22,6 +22,8 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+TEXTS = ("prompt", "chosen", "rejected")
 SIZES = {
   "5m": dict(layers=5, width=256, heads=4, ff=704),
   "25m": dict(layers=7, width=512, heads=8, ff=1408),
@@ -34,22 +36,41 @@ OURS = {
   "+ packed": ("packed_apart", "chunked", False),
   "+ prompt once": ("packed", "chunked", False),
 }
+ALL_TRL = dict(
+  beta=0.1,
+  num_train_epochs=1000,
+  learning_rate=1e-6,
+  lr_scheduler_type="constant",
+  max_grad_norm=1.0,
+  max_length=None,
+  bf16=False,
+  use_cpu=True,
+  gradient_checkpointing=False,
+  dataloader_pin_memory=False,
+  seed=0,
+  logging_steps=10**6,
+  save_strategy="no",
+  report_to=[],
+  disable_tqdm=True,
+)
+GROUPED = dict(
+  train_sampling_strategy="group_by_length", length_column_name="length"
+)
 TRL = {
   "TRL, random": dict(train_sampling_strategy="random"),
-  "TRL, group_by_length": dict(
-    train_sampling_strategy="group_by_length", length_column_name="length"
-  ),
-  "TRL, grouped, reference once": dict(
-    train_sampling_strategy="group_by_length",
-    length_column_name="length",
-    precompute_ref_log_probs=True,
-  ),
+  "TRL, group_by_length": GROUPED,
+  "TRL, grouped, reference once": GROUPED | dict(precompute_ref_log_probs=True),
 }
+
+
+def columns(pairs: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
+  """Prompts, and the answers by side, as `encode_texts` takes them."""
+  take = lambda name: [p[name] for p in pairs]
+  return take(TEXTS[0]), {name: take(name) for name in TEXTS[1:]}
 
 
 def prepare(args, folder: pathlib.Path) -> None:
   """Pairs that fit the context, a tokenizer of them, a fresh model's export."""
-  sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
 
@@ -58,31 +79,17 @@ def prepare(args, folder: pathlib.Path) -> None:
   from jaxalign.data.encode import encode_texts
   from jaxalign.model import decoder, hf
 
-  rows = records.load_records(args.data).rows
-  rows = [r for r in rows if r["prompt"]]
+  rows = [r for r in records.load_records(args.data).rows if r["prompt"]]
   texts = [r["prompt"] + r["chosen"] for r in rows]
   tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(texts[:1500], 4096))
-  encoded, _, refused = encode_texts(
-    tok,
-    [r["prompt"] for r in rows],
-    {k: [r[k] for r in rows] for k in ("chosen", "rejected")},
-    context=1 << 14,
-  )
+  encoded, _, refused = encode_texts(tok, *columns(rows), context=1 << 14)
   both = tokens.row_lengths(encoded).reshape(-1, 2)
-  size = both.max(1)
   kept = [r for i, r in enumerate(rows) if i not in refused]
   # TRL lets an answer's first token merge with its prompt's last one.
-  apart = np.array(
-    [
-      [
-        len(tok.encode_rendered(r["prompt"] + r[side])) + 2
-        for side in ("chosen", "rejected")
-      ]
-      for r in kept
-    ]
-  )
-  merged = (apart != both).any(1)
-  fits = np.flatnonzero((size <= args.context) & ~merged)
+  length = lambda text: len(tok.encode_rendered(text)) + 2
+  apart = [[length(r["prompt"] + r[side]) for side in TEXTS[1:]] for r in kept]
+  merged = (np.array(apart) != both).any(1)
+  fits = np.flatnonzero((both.max(1) <= args.context) & ~merged)
   chosen = np.random.default_rng(0).permutation(fits)[: args.pairs]
   print(
     f"{len(rows)} pairs, {int(merged.sum())} whose answers merge with the "
@@ -90,16 +97,10 @@ def prepare(args, folder: pathlib.Path) -> None:
     f"{len(chosen)} of them are used",
     flush=True,
   )
-  (folder / "pairs.json").write_text(
-    json.dumps(
-      [
-        {k: kept[i][k] for k in ("prompt", "chosen", "rejected")}
-        for i in chosen
-      ]
-    )
-  )
-  vocab = args.vocab or -(-tok.vocab_size // 64) * 64
+  used = [{k: kept[i][k] for k in TEXTS} for i in chosen]
+  (folder / "pairs.json").write_text(json.dumps(used))
   shape = SIZES[args.size]
+  vocab = args.vocab or -(-tok.vocab_size // 64) * 64
   m = decoder.ModelConfig(
     kv_heads=shape["heads"],
     head_size=64,
@@ -139,7 +140,6 @@ def resident() -> float:
 
 def ours(args) -> None:
   """Child: one of OURS."""
-  sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
 
@@ -161,12 +161,7 @@ def ours(args) -> None:
   m = hf.read_config(folder / "export", "float32", "none")
   m = m._replace(context=args.context, attention="tiles")
   tok = tokenizer.load_tokenizer(folder / "export")
-  encoded, _, refused = encode_texts(
-    tok,
-    [p["prompt"] for p in pairs],
-    {k: [p[k] for p in pairs] for k in ("chosen", "rejected")},
-    context=args.context,
-  )
+  encoded, _, refused = encode_texts(tok, *columns(pairs), context=args.context)
   assert not refused
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   with jax.set_mesh(mesh):
@@ -200,8 +195,7 @@ def ours(args) -> None:
     state = steps.init_state(jax.tree.map(lambda x: x + 0, params), tx, dpo)
     batching = feed.Batching(args.batch, 0, args.micro, args.context, layout)
     fed = feed.Feed(mesh, rows, batching, lambda step: 1e-6)
-    at = fed.batch_at
-    updates, losses_seen = n // args.batch, []
+    at, updates = fed.batch_at, n // args.batch
 
     def update(step):
       nonlocal state
@@ -213,11 +207,8 @@ def ours(args) -> None:
       return totals
 
     def turn():
-      seen = [update(s) for s in range(updates)]
-      losses_seen.append(float(seen[-1]["loss"][0] / seen[-1]["loss"][1]))
-      return dict(
-        tokens=sum(fed.tokens_at(s) for s in range(updates)), once=once
-      )
+      jax.block_until_ready([update(s) for s in range(updates)])
+      return dict(tokens=sum(map(fed.tokens_at, range(updates))), once=once)
 
     shapes, begin = set(), time.monotonic()
     for s in range(updates):  # every shape once
@@ -250,23 +241,9 @@ def theirs(args) -> None:
   updates = len(pairs) // args.batch
   config = trl.DPOConfig(
     output_dir=str(folder / "trl"),
-    beta=0.1,
-    num_train_epochs=1000,
     per_device_train_batch_size=args.batch // args.micro,
     gradient_accumulation_steps=args.micro,
-    learning_rate=1e-6,
-    lr_scheduler_type="constant",
-    max_length=None,
-    logging_steps=10**6,
-    save_strategy="no",
-    report_to=[],
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    disable_tqdm=True,
-    max_grad_norm=1.0,
-    dataloader_pin_memory=False,
-    seed=0,
+    **ALL_TRL,
     **TRL[args.system],
   )
   model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -280,10 +257,8 @@ def theirs(args) -> None:
     train_dataset=datasets.Dataset.from_list(pairs),
   )
   once = time.process_time() - cpu if trainer.precompute_ref_logps else 0.0
-  sizes = [
-    (len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"]))
-    for r in trainer.train_dataset
-  ]
+  ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+  sizes = [[len(r[k]) for k in ids] for r in trainer.train_dataset]
   trainer.train_dataset = trainer.train_dataset.add_column(
     "length", [p + max(a, b) for p, a, b in sizes]
   )
@@ -312,15 +287,10 @@ def theirs(args) -> None:
         say(dict(ready=time.monotonic() - begin, idle=idle, tokens=total))
         self.wait(state)
       elif state.global_step == self.until:
-        say(
-          dict(
-            wall=time.monotonic() - self.wall,
-            once=once,
-            tokens=total,
-            cpu=time.process_time() - self.cpu,
-            seen=found["tokens"] - self.seen,
-          )
-        )
+        wall, cpu = time.monotonic(), time.process_time()
+        spent = dict(wall=wall - self.wall, cpu=cpu - self.cpu)
+        seen = found["tokens"] - self.seen
+        say(dict(once=once, tokens=total, seen=seen, **spent))
         self.wait(state)
 
     def wait(self, state):
@@ -414,9 +384,8 @@ def best_micro(name: str, args, folder: str) -> int:
 
 def speed(args, folder: str) -> None:
   settings(args)
-  names = [
-    n for n in (*TRL, *OURS) if any(part in n for part in args.only.split("|"))
-  ]
+  wanted = args.only.split("|")
+  names = [n for n in (*TRL, *OURS) if any(part in n for part in wanted)]
   micro = args.micros[0]
   if len(args.micros) > 1:  # padding is its own at random, and its worst case
     micro = best_micro(list(TRL)[0], args, folder)
@@ -427,13 +396,14 @@ def speed(args, folder: str) -> None:
     for child in children:
       results[child.name].append(child.turn())
       print(child.name, json.dumps(results[child.name][-1]), flush=True)
-  tokens = {r["tokens"] for many in results.values() for r in many}
-  if len(tokens) > 1:
-    seen = {n: r[0]["tokens"] for n, r in results.items()}
+  seen = {n: r[0]["tokens"] for n, r in results.items()}
+  if len(set(seen.values())) > 1:
     raise SystemExit(f"systems saw different tokens: {seen}")
-  (total,) = tokens
-  median = lambda name, key: statistics.median(r[key] for r in results[name])
-  base = {k: {n: median(n, k) for n in results} for k in ("wall", "cpu")}
+  total = seen[names[0]]
+  base = {
+    key: {n: statistics.median(x[key] for x in r) for n, r in results.items()}
+    for key in ("wall", "cpu")
+  }
   peers = [n for n in list(TRL)[:2] if n in results]
   print(
     f"\n{total:,} tokens an epoch; load {os.getloadavg()[0]:.1f}\n\n"
@@ -444,33 +414,31 @@ def speed(args, folder: str) -> None:
   )
   for name in results:
     wall, cpu = base["wall"][name], base["cpu"][name]
+    ratios = (
+      f"{base['cpu'][n] / cpu:.2f} x, {base['wall'][n] / wall:.2f} x"
+      for n in peers
+    )
     print(
       f"| {name} | {total / wall:,.0f} | {cpu:.1f} | "
-      f"{results[name][0]['once']:.1f} | "
-      + " | ".join(
-        f"{base['cpu'][n] / cpu:.2f} x, {base['wall'][n] / wall:.2f} x"
-        for n in peers
-      )
-      + " |",
+      f"{results[name][0]['once']:.1f} | {' | '.join(ratios)} |",
       flush=True,
     )
   last = list(OURS)[-1]
   for epochs in (1, 3) if last in results else ():
     mine = base["cpu"][last] * epochs + results[last][0]["once"]
+    times = (f"{epochs * base['cpu'][n] / mine:.2f} x {n}" for n in peers)
     print(
       f"- {epochs} epoch(s), the reference pass counted, CPU time: "
-      + ", ".join(f"{epochs * base['cpu'][n] / mine:.2f} x {n}" for n in peers)
+      + ", ".join(times)
     )
   for c in children:
-    extra = (
-      f", {c.first['shapes']} shapes"
-      if "shapes" in c.first
-      else f", {args.batch // c.micro} pairs at once"
-    )
+    extra = f"{args.batch // c.micro} pairs at once"
+    if "shapes" in c.first:
+      extra = f"{c.first['shapes']} shapes"
+    above = results[c.name][-1]["peak"] - c.first["idle"]
     print(
-      f"- {c.name}: ready after {c.first['ready']:.0f} s{extra}, peak "
-      f"{results[c.name][-1]['peak'] - c.first['idle']:,.0f} MiB above "
-      "idle"
+      f"- {c.name}: ready after {c.first['ready']:.0f} s, {extra}, peak "
+      f"{above:,.0f} MiB above idle"
     )
     c.end()
 
@@ -490,8 +458,31 @@ def memory(args, folder: str) -> None:
   print(f"{last['tokens']:,} tokens in {args.pairs} pairs")
 
 
-def train(args) -> None:
-  """The whole comparison; called by tools/bench.py."""
+def main(argv) -> None:
+  """The whole comparison; with --system, one child of it."""
+  p = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  p.add_argument("--data", default="", help="pairs, for `records.load`")
+  p.add_argument("--size", default="5m", choices=list(SIZES))
+  p.add_argument("--memory", action="store_true", help="peaks, no speed")
+  p.add_argument("--only", default="", help="parts of systems' names, a|b")
+  p.add_argument(
+    "--micros",
+    type=int,
+    nargs="+",
+    default=[1, 2, 4, 8],
+    help="TRL's accumulations to choose the fastest from",
+  )
+  for name, default in dict(
+    pairs=64, batch=16, micro=1, context=512, vocab=0, count=3
+  ).items():
+    p.add_argument(f"--{name}", type=int, default=default)
+  for name in ("system", "workdir"):
+    p.add_argument(f"--{name}", default="")
+  args = p.parse_args(argv)
+  if args.system:
+    return (ours if args.system in OURS else theirs)(args)
   with tempfile.TemporaryDirectory() as folder:
     prepare(args, pathlib.Path(folder))
     try:
@@ -501,37 +492,5 @@ def train(args) -> None:
       raise
 
 
-def parser() -> argparse.ArgumentParser:
-  p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  p.add_argument("--data", default="")
-  p.add_argument("--size", default="5m", choices=list(SIZES))
-  p.add_argument("--pairs", type=int, default=64)
-  p.add_argument("--batch", type=int, default=16)
-  p.add_argument("--micro", type=int, default=1)
-  p.add_argument("--context", type=int, default=512)
-  p.add_argument("--vocab", type=int, default=0)
-  p.add_argument("--count", type=int, default=3)
-  p.add_argument(
-    "--micros",
-    type=int,
-    nargs="+",
-    default=[1, 2, 4, 8],
-    help="TRL's accumulations to choose the fastest from",
-  )
-  p.add_argument("--only", default="", help="parts of systems' names, a|b")
-  p.add_argument("--memory", action="store_true")
-  for name in ("system", "workdir"):
-    p.add_argument(f"--{name}", default="")
-  return p
-
-
-def main() -> None:
-  args = parser().parse_args()
-  if args.system:
-    (ours if args.system in OURS else theirs)(args)
-  else:
-    train(args)
-
-
 if __name__ == "__main__":
-  main()
+  main(sys.argv[1:])

@@ -1,18 +1,16 @@
-"""Clocks, peaks, flops and tables of tools/gpu.py.
+"""Clocks, peaks, useful FLOPs, tables and the torch process of tools/gpu.py.
 
 A figure is the median of several repeats with their range; each repeat runs a
 few calls and waits for the last. Compiling and a first call lie outside the
-clock. "Useful" flops are those the mathematics needs: causal attention is
-counted as the half that is not masked, the head is counted on every position,
-the embedding lookup is not, and nothing that is recomputed counts.
+clock. Useful FLOPs are those the mathematics needs: causal attention is counted
+as the half that is not masked, the head on every position, the embedding
+lookup not at all, and nothing that is recomputed counts.
 """
 
 from collections.abc import Callable
-import glob
 import json
 import pathlib
 import queue
-import re
 import statistics
 import subprocess
 import sys
@@ -27,8 +25,8 @@ import jax.numpy as jnp
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 
-# Published dense peaks, flops a second: (bfloat16 on the matrix units,
-# float32 without them), by the start of the card's name, longest first.
+# Published dense peaks, FLOP/s: (bfloat16 on the matrix units, float32 without
+# them), by the start of the card's name, longest first.
 PEAKS = {
   "NVIDIA H100 PCIe": (756e12, 51e12),
   "NVIDIA H100 NVL": (835e12, 60e12),
@@ -38,20 +36,23 @@ PEAKS = {
   "NVIDIA H200": (989e12, 67e12),
   "NVIDIA A100": (312e12, 19.5e12),
 }
+HEADER = (
+  "| what | who | ms a call, median (range; repeats) | TFLOP/s | of "
+  "published peak | of measured peak | tokens/s |\n"
+  "|---|---|---|---|---|---|---|"
+)
 
 
 def published(kind: str) -> tuple[float | None, float | None]:
   """(bfloat16, float32) published peak of a card; None where not listed."""
-  for start, peaks in PEAKS.items():
-    if kind.startswith(start):
-      return peaks
-  return None, None
+  found = (peaks for start, peaks in PEAKS.items() if kind.startswith(start))
+  return next(found, (None, None))
 
 
 def useful(
   m: decoder.ModelConfig, length: int, logit_rows: int | None = None
 ) -> int:
-  """Useful flops of one forward pass over one row, see the docstring.
+  """Useful FLOPs of one forward pass over one row, see the docstring.
 
   `decoder_flops` counts the full square of attention, 4 H C L^2 a layer;
   causal needs L (L + 1) / 2 of the L^2 products of a query and a key.
@@ -60,22 +61,21 @@ def useful(
   return decoder_flops(m, length, logit_rows) - m.layers * masked
 
 
-# Time.
-
-
-def seconds_a_call(run: Callable[[], Any], calls: int) -> float:
-  """Wall seconds of one of `calls` calls; the last result is waited for."""
-  start = time.perf_counter()
-  for _ in range(calls):
-    out = run()
-  jax.block_until_ready(out)
-  return (time.perf_counter() - start) / calls
-
-
 def clock(run: Callable[[], Any], calls: int) -> Callable[[], float]:
-  """A side of `alternate`; runs once first, outside the clock."""
+  """A function that returns wall seconds of one call, of `calls` in a row.
+
+  `run` is called once first, outside the clock.
+  """
   jax.block_until_ready(run())
-  return lambda: seconds_a_call(run, calls)
+
+  def seconds():
+    start = time.perf_counter()
+    for _ in range(calls):
+      out = run()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+  return seconds
 
 
 def alternate(
@@ -90,67 +90,22 @@ def alternate(
 
 
 def product_peak(dtype: str, size: int, calls: int, repeats: int) -> float:
-  """Operations a second of a square matrix product, the best of the repeats.
+  """FLOP/s of a square matrix product, the best of the repeats.
 
   Random data (zeros run faster), a chain of dependent products whose values
   keep their size; float32 is asked for at its full precision.
   """
-  a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(
-    dtype
-  )
+  draw = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
   exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-  steps = 4
+  a, steps = draw.astype(dtype), 4
 
   @jax.jit
   def chain(a, x):
-    return jax.lax.fori_loop(
-      0, steps, lambda _, x: jnp.dot(a, x, precision=exact), x
-    )
+    once = lambda _, x: jnp.dot(a, x, precision=exact)
+    return jax.lax.fori_loop(0, steps, once, x)
 
   side = clock(lambda: chain(a, a), calls)
   return 2 * size**3 * steps / min(side() for _ in range(repeats))
-
-
-# Where the time goes, by the profiler.
-
-GROUPS = (  # the first that matches a kernel's name
-  ("attention", r"cudnn|fmha|flash|sdpa|mha"),
-  ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|dot"),
-  ("copies", r"memcpy|memset|copy|transpose"),
-  ("other kernels", r""),
-)
-
-
-def group_of(kernel: str) -> str:
-  """Which of GROUPS a kernel belongs to, by its name."""
-  return next(g for g, p in GROUPS if re.search(p, kernel, re.IGNORECASE))
-
-
-def kernels(
-  run: Callable[[], Any], folder: pathlib.Path, calls: int
-) -> dict[str, float]:
-  """Seconds a call of every kernel, as jax.profiler saw them."""
-  with jax.profiler.trace(str(folder)):
-    for _ in range(calls):
-      out = run()
-    jax.block_until_ready(out)
-  found = {}
-  for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
-    for plane in jax.profiler.ProfileData.from_file(path).planes:
-      device = plane.name.startswith("/device:GPU")
-      host = plane.name == "/host:CPU" and jax.default_backend() == "cpu"
-      for line in plane.lines:
-        if (device and line.name.startswith("Stream")) or (
-          host and "XLA" in line.name
-        ):
-          for event in line.events:
-            found[event.name] = (
-              found.get(event.name, 0.0) + event.duration_ns * 1e-9 / calls
-            )
-  return found
-
-
-# The other side: a process of its own that holds torch.
 
 
 class Peer:
@@ -158,12 +113,9 @@ class Peer:
 
   def __init__(self, log: pathlib.Path, toy: bool):
     self.log = open(log, "a")
+    tool = pathlib.Path(__file__).with_name("gpu_torch.py")
     self.child = subprocess.Popen(
-      [
-        sys.executable,
-        str(pathlib.Path(__file__).with_name("gpu_torch.py")),
-        *(["--toy"] if toy else []),
-      ],
+      [sys.executable, str(tool), *(["--toy"] if toy else [])],
       stdin=subprocess.PIPE,
       text=True,
       stdout=subprocess.PIPE,
@@ -184,13 +136,13 @@ class Peer:
       self.child.stdin.flush()
       line = self.answers.get(timeout=max(timeout, 1.0))
     except (queue.Empty, OSError):
+      line = None
+    if line is None:
       self.close()
       raise RuntimeError(
-        f"the peer gave no answer within {timeout:.0f} s, or "
-        f"is gone; see {self.log.name}"
-      ) from None
-    if line is None:
-      raise RuntimeError(f"the peer's process ended; see {self.log.name}")
+        f"torch's process gave no answer within {timeout:.0f} s or ended; "
+        f"see {self.log.name}"
+      )
     answer = json.loads(line)
     if "error" in answer:
       raise RuntimeError(answer["error"])
@@ -202,19 +154,16 @@ class Peer:
     self.log.close()
 
 
-# What is printed and kept.
-
-
 class Section:
   """Rows, notes and failures of one section; written to a file as they come.
 
   Attributes:
-    name: of the section. peaks: "published" and "measured" flops a
-    second that the rows' fractions are of.
+    name: of the section.
+    peaks: "published" and "measured" FLOP/s that the rows' fractions are of.
   """
 
   def __init__(
-    self, name: str, out: pathlib.Path, limit: float, settings: dict[str, Any]
+    self, name: str, out: pathlib.Path, limit: float, settings: dict
   ):
     self.name, self.path = name, out / f"{name}.json"
     self.end = time.monotonic() + limit
@@ -233,8 +182,7 @@ class Section:
     *,
     flops: float = 0,
     tokens: int = 0,
-    **more: Any,
-  ) -> dict:
+  ) -> None:
     """One row; `flops` and `tokens` are of the one call timed."""
     middle = statistics.median(seconds)
     row = dict(
@@ -246,7 +194,6 @@ class Section:
       repeats=len(seconds),
       flops=flops,
       tokens=tokens,
-      **more,
     )
     for name, peak in self.peaks.items():
       row[f"of_{name}"] = flops / middle / peak if peak else None
@@ -255,7 +202,6 @@ class Section:
     if len(self.rows) == 1:
       print(HEADER, flush=True)
     print(as_line(row), flush=True)
-    return row
 
   def note(self, text: str) -> None:
     self.notes.append(text)
@@ -274,41 +220,24 @@ class Section:
       self.save()
 
   def save(self) -> None:
-    self.path.write_text(
-      json.dumps(
-        dict(
-          section=self.name,
-          settings=self.settings,
-          peaks=self.peaks,
-          rows=self.rows,
-          notes=self.notes,
-          failures=self.failures,
-        ),
-        indent=1,
-      )
-    )
-
-
-HEADER = (
-  "| what | who | ms a call, median (range; repeats) | TFLOP/s | of "
-  "published peak | of measured peak | tokens/s |\n"
-  "|---|---|---|---|---|---|---|"
-)
+    names = ("settings", "peaks", "rows", "notes", "failures")
+    found = {name: getattr(self, name) for name in names}
+    self.path.write_text(json.dumps(found, indent=1))
 
 
 def as_line(row: dict[str, Any]) -> str:
   """A row as a line of Markdown under HEADER."""
 
-  def share(name):
+  def fraction(name):
     value = row.get(f"of_{name}")
     return f"{100 * value:.1f} %" if value and row["flops"] else "-"
 
   ms = [1e3 * row[n] for n in ("seconds", "low", "high")]
   rate = row["flops"] / row["seconds"] / 1e12
+  speed = row["tokens"] / row["seconds"]
   return (
     f"| {row['what']} | {row['who']} | {ms[0]:.3f} ({ms[1]:.3f} to "
     f"{ms[2]:.3f}; {row['repeats']}) | {f'{rate:.2f}' if rate else '-'} "
-    f"| {share('published')} | {share('measured')} | "
-    + (f"{row['tokens'] / row['seconds']:,.0f}" if row["tokens"] else "-")
-    + " |"
+    f"| {fraction('published')} | {fraction('measured')} | "
+    f"{f'{speed:,.0f}' if speed else '-'} |"
   )

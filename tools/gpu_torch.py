@@ -1,4 +1,4 @@
-"""The other side of tools/gpu.py: torch, transformers and TRL, by requests.
+"""The other side of tools/gpu.py: torch and transformers, by requests.
 
 Reads one JSON request a line and answers with one line, so that the process
 that asks can take turns with it on one card. What a request builds is kept
@@ -17,8 +17,6 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-if os.environ.get("JAXALIGN_WHEELS"):  # behind what is installed
-  sys.path.append(os.environ["JAXALIGN_WHEELS"])
 
 import torch  # noqa: E402
 
@@ -59,19 +57,6 @@ def llama(r, dtype):
 
 def ids_of(r):
   return torch.randint(0, r["vocab"], (r["rows"], r["length"]), device=DEVICE)
-
-
-def forward(r):
-  """Logits of every position; no gradients, weights in bfloat16."""
-  model, ids = llama(r, torch.bfloat16).eval(), ids_of(r)
-  if r["compile"]:
-    model.compile()
-
-  @torch.no_grad()
-  def run():
-    return model(ids, use_cache=False).logits
-
-  return run
 
 
 def train(r):
@@ -155,77 +140,6 @@ def release(_=None):
   return {}
 
 
-def trl_dpo(r):
-  """Seconds of each step of TRL's DPOTrainer, reference sums precomputed."""
-  release()
-  import datasets
-  import tokenizers
-  import transformers
-  import trl
-
-  class Ready(trl.DPOTrainer):
-    """The rows are token ids already."""
-
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-      return dataset
-
-  class Clock(transformers.TrainerCallback):
-    def __init__(self):
-      self.seconds = []
-
-    def on_step_begin(self, *args, **kwargs):
-      sync()
-      self.start = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-      sync()
-      self.seconds.append(time.perf_counter() - self.start)
-
-  words = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>")
-  )
-  tok = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=words,
-    unk_token="<unk>",
-    eos_token="</s>",
-    pad_token="</s>",
-  )
-  draw = lambda n: torch.randint(2, r["vocab"], (n,)).tolist()
-  half = r["length"] // 2
-  rows = [
-    dict(
-      prompt_ids=draw(half),
-      chosen_ids=draw(r["length"] - half),
-      rejected_ids=draw(r["length"] - half),
-    )
-    for _ in range(r["pairs"] * r["steps"])
-  ]
-  clock, folder = Clock(), r["folder"]
-  Ready(
-    model=llama(r, torch.float32),
-    processing_class=tok,
-    train_dataset=datasets.Dataset.from_list(rows),
-    callbacks=[clock],
-    args=trl.DPOConfig(
-      output_dir=folder,
-      per_device_train_batch_size=r["pairs"],
-      max_steps=r["steps"],
-      max_length=None,
-      bf16=True,
-      precompute_ref_log_probs=True,
-      gradient_checkpointing=False,
-      optim="adamw_torch_fused" if DEVICE == "cuda" else "adamw_torch",
-      logging_steps=10**6,
-      save_strategy="no",
-      report_to=[],
-      disable_tqdm=True,
-      use_cpu=DEVICE == "cpu",
-    ),
-  ).train()
-  gc.collect()
-  return dict(seconds=clock.seconds[r["skip"] :], trl=trl.__version__)
-
-
 def hello(_):
   import transformers
 
@@ -238,8 +152,6 @@ def hello(_):
 DO = dict(
   hello=hello,
   release=release,
-  trl_dpo=trl_dpo,
-  forward=lambda r: timed(r, forward),
   train=lambda r: timed(r, train),
   attention=lambda r: timed(r, attention),
 )

@@ -28,42 +28,10 @@ from jaxalign.core import artifacts, intervals, sharding
 from jaxalign.data import tokenizer as tokenizers
 from jaxalign.model import decode, hf
 
-NAMES = (
-  "Max",
-  "Spot",
-  "Rex",
-  "Tim",
-  "Ben",
-  "Sam",
-  "Tom",
-  "Bob",
-  "Lily",
-  "Sue",
-  "Mia",
-  "Jack",
-  "Buddy",
-  "Lucy",
-  "Fluffy",
-  "Daisy",
-)
-KINDS = (
-  "little",
-  "big",
-  "small",
-  "brown",
-  "white",
-  "funny",
-  "old",
-  "good",
-  "kind",
-  "brave",
-  "shy",
-  "loud",
-  "fast",
-  "lazy",
-  "pretty",
-  "black",
-)
+NAMES = "Max Spot Rex Tim Ben Sam Tom Bob Lily Sue Mia Jack Buddy Lucy Fluffy"
+NAMES = (*NAMES.split(), "Daisy")
+KINDS = "little big small brown white funny old good kind brave shy loud fast"
+KINDS = (*KINDS.split(), "lazy", "pretty", "black")
 HAPPY = re.compile(
   r"\b(happy|happily|smil\w*|laugh\w*|hug\w*|proud|joy|fun|"
   r"glad|love\w*)\b"

@@ -18,7 +18,7 @@ from jaxalign.model.parameters import layers_of
 MIB = 2**20
 # What a job on a CPU holds beside its arrays, above an interpreter that has
 # started jax: libraries, tables and texts; what the compiler leaves behind, and
-# with every arm once more (measured by tools/memory_check.py).
+# with every arm once more (measured by tools/job_checks.py memory).
 LIBRARIES, PROGRAMS, PROGRAMS_AN_ARM = 240 * MIB, 650 * MIB, 60 * MIB
 _STATE = ("parameters", "gradients", "optimizer")
 

@@ -101,7 +101,8 @@ def top_with_quota(
       name = "desirable" if value else "undesirable"
       raise ConfigError(
         f"label_quota {quota!r} asks for {count} {name} rows, the pool has "
-        f"{rows.size}; set config.select.label_quota or config.select.budget"
+        f"{rows.size}; set config.select.kwargs.label_quota "
+        "or config.select.budget"
       )
     parts.append(rows[top(score[rows], pool.ids[rows], count)])
   rows = np.sort(np.concatenate(parts))
