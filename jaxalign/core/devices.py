@@ -14,7 +14,7 @@ class Device(NamedTuple):
   peak: float  # dense bfloat16 FLOP/s
 
 
-# By the start of a device's kind.
+# By the start of a device's kind; the longer of two starts comes first.
 DEVICES = {
   "TPU v4": Device(32 * GIB, 275e12),
   "TPU v5 lite": Device(16 * GIB, 197e12),
@@ -23,7 +23,11 @@ DEVICES = {
   "TPU v6": Device(32 * GIB, 918e12),
   "TPU7x": Device(96 * GIB, 2307e12),
   "TPU v7": Device(96 * GIB, 2307e12),
-  "NVIDIA H": Device(None, 989e12),
+  "NVIDIA H100 PCIe": Device(None, 756e12),
+  "NVIDIA H100": Device(None, 989e12),
+  "NVIDIA H200": Device(None, 989e12),
+  "NVIDIA H800": Device(None, 989e12),
+  "NVIDIA H20": Device(None, 148e12),
   "NVIDIA A100": Device(None, 312e12),
 }
 

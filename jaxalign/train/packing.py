@@ -6,7 +6,7 @@ rejected] and so on. A rejected answer's positions go on from the prompt's end,
 and the prompt's last token predicts the first token of both answers. For
 attention the sequences prompt + answer are packed by first-fit into rows as
 long as the longest (`model.packed`), and the tiles of the dense row that
-hold anything are listed (`model.tiles`). All of it is NumPy, on lengths.
+hold anything are listed (`model.packed`). All of it is NumPy, on lengths.
 
 Shapes are static: a few are chosen from the data, and a step takes the first
 that holds it.
@@ -16,7 +16,6 @@ import heapq
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core.errors import DataError
@@ -50,20 +49,6 @@ class Shape(NamedTuple):
   rows: int  # a, of attention
   length: int  # l of each
   tiles: int  # n, of attention without copies; the array's room, no work
-
-
-def shares(rows: Packed) -> dict[str, jax.Array]:
-  """(sum, count) metrics: the share of slots that is padding, and of the
-  responses' tokens the share that is not computed, as it was already."""
-  own, again = (
-    jnp.sum(x >= 0, dtype=jnp.float32)
-    for x in (rows.copies.first, rows.copies.second)
-  )
-  size = jnp.float32(rows.tokens.size)
-  return {
-    "perf/padding": jnp.stack([size - own, size]),
-    "perf/shared": jnp.stack([again, own + again]),
-  }
 
 
 def holds(shape: Shape, need: Shape) -> bool:
