@@ -98,7 +98,7 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
       raise ConfigError(
         f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
         f"choose from {rows:,} rows, {found.flops:.3g} flops, "
-        f"above the {vectors_lib.HOURS:g} that a choice may take; "
+        f"above the {vectors_lib.HOURS:g} that a selection may take; "
         "set config.select.kwargs.blocks where it takes them, "
         "config.select.budget, or a sampler that runs in one pass, as "
         "config.select.sampler='density'"
