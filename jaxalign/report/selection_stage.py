@@ -7,6 +7,7 @@ import jaxalign
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost
 from jaxalign.data import tables
+from jaxalign.data.row_table import TextColumn
 from jaxalign.data.summary import summary_lines
 from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.report import select_page
@@ -49,7 +50,7 @@ def run_card(job: Job, arm: Arm) -> None:
   def make(folder):
     if jax.process_index() != 0:  # it reads the texts of the pool
       return files, Cost(), {}
-    rows = job.rows("pool")
+    rows = tables.read_row_table(job.shared / "data" / "pool.parquet")
     columns = {
       name: known[name].make(job)
       for name in COLUMNS
@@ -60,10 +61,11 @@ def run_card(job: Job, arm: Arm) -> None:
     if fitted:
       columns["log_likelihood"] = mixture_stage.likelihoods(job)[0]
       mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
-    pool = Pool(np.array([r["id"] for r in rows]), columns)
+    pool = Pool(np.array(job.column("pool", "id")), columns)
     kept = selected_rows(job, arm)
     score = np.array(tables.read_column(folder / "scores.parquet", "score"))
-    texts = {name: [r[name] for r in rows] for name in TEXTS if name in rows[0]}
+    names = [name for name in TEXTS if name in rows.table.column_names]
+    texts = {name: TextColumn(rows, name) for name in names}
     card, table = selection_report.describe(
       pool,
       Selection(kept, score),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
 
 from jaxalign.core import artifacts, devices, progress
 from jaxalign.core.artifacts import Cost
@@ -14,6 +15,7 @@ from jaxalign.core.errors import ConfigError
 from jaxalign.core.lookup import source_digests
 from jaxalign.core.peak_memory import peak_memory
 from jaxalign.data import tables
+from jaxalign.data.row_table import RowTable
 from jaxalign.embed import embedder
 from jaxalign.embed import store as stores
 from jaxalign.model import memory
@@ -124,11 +126,10 @@ def run_select(job: Job, arm: Arm) -> None:
   def make(folder):
     if jax.process_index() != 0:  # what follows reads the texts of the pool
       return files, Cost(), {}
-    rows, columns = job.rows("pool"), columns_lib.gather(job, sampler)
-    n = len(rows)
+    ids = np.array(job.column("pool", "id"))
+    columns, n = columns_lib.gather(job, sampler), len(ids)
     if "subset" in sampler.needs:
       columns["subset"] = np.isin(np.arange(n), selected_rows(job, chosen_arm))
-    ids = np.array([r["id"] for r in rows])
     fits = [None]
     if uses_mixture:
       fits = mixture_stage.likelihoods(job)
@@ -163,7 +164,9 @@ def run_select(job: Job, arm: Arm) -> None:
         jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None
       )
     notes = [*selection.notes, *columns_lib.notes(c, sampler)]
-    if copies := _copies([rows[i] for i in selection.rows]):
+    pool = job.shared / "data" / "pool.parquet"
+    kept = tables.read_some(pool, selection.rows)
+    if copies := _copies(kept):
       notes.append(
         f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
         "copies of others; leave them out by "
@@ -180,7 +183,8 @@ def run_select(job: Job, arm: Arm) -> None:
     sums = None
     if job.kind == "pairs" and source in read:
       sums = stores.read(job.shared / source / "store", "logp")
-    _write_selection(folder, rows, selection, fits[0], sums)
+    _write_scores(folder, ids, selection, fits[0])
+    _write_subset(folder, kept, selection, sums)
     artifacts.write_json(folder / "diagnostics.json", diagnostics)
     artifacts.write_json(
       folder / "config.json",
@@ -212,7 +216,7 @@ def run_select(job: Job, arm: Arm) -> None:
   job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
 
 
-def _copies(rows: list[dict]) -> int:
+def _copies(rows: RowTable) -> int:
   """Rows whose texts, but for case and spaces, an earlier one has."""
   seen = {
     tuple(
@@ -225,48 +229,47 @@ def _copies(rows: list[dict]) -> int:
   return len(rows) - len(seen)
 
 
-def _write_selection(folder, rows, selection, likelihood, sums) -> None:
-  """scores.parquet of all rows, subset.parquet of the kept ones.
+def _write_scores(folder, ids, selection, likelihood) -> None:
+  """scores.parquet of all rows."""
+  n, kept = len(ids), np.zeros(len(ids), bool)
+  kept[selection.rows] = True
+  columns = dict(
+    id=ids.tolist(),
+    row=np.arange(n),
+    score=np.asarray(selection.score, np.float64),
+    rank=reasons.ranks(Pool(ids, {}), selection) - 1,
+    selected=kept,
+  )
+  if likelihood is not None:
+    for side in range(likelihood.shape[1]):
+      columns[f"log_likelihood_{side}"] = np.float64(likelihood[:, side])
+  tables.write_rows(folder / "scores.parquet", RowTable(pa.table(columns)))
+
+
+def _write_subset(folder, kept, selection, sums) -> None:
+  """subset.parquet of the kept rows, best first.
 
   `sums` are the reference's log-probabilities [N, 2], where they are known:
   columns that TRL reads in place of a reference pass.
   """
-  ids = np.array([row["id"] for row in rows])
-  rank = reasons.ranks(Pool(ids, {}), selection) - 1
-  kept = np.zeros(len(rows), bool)
-  kept[selection.rows] = True
-  scores = []
-  for i, row in enumerate(rows):
-    line = dict(
-      id=row["id"],
-      row=i,
-      score=float(selection.score[i]),
-      rank=int(rank[i]),
-      selected=bool(kept[i]),
-    )
-    if likelihood is not None:
-      for side, value in enumerate(likelihood[i]):
-        line[f"log_likelihood_{side}"] = float(value)
-    scores.append(line)
-  tables.write_rows(folder / "scores.parquet", scores)
-  subset = []
-  for place, i in enumerate(selection.rows):
-    row = {k: v for k, v in rows[i].items() if k != "group"}
-    row |= dict(score=float(selection.score[i]), rank=place)
-    if sums is not None:
-      row |= {
-        f"ref_{side}_logps": float(x)
-        for side, x in zip(("chosen", "rejected"), sums[i])
-      }
-    subset.append(row)
-  tables.write_rows(folder / "subset.parquet", tables.as_read(subset))
+
+  def scored():
+    for rank, (i, row) in enumerate(zip(selection.rows, kept)):
+      del row["group"]
+      row |= dict(score=float(selection.score[i]), rank=rank)
+      if sums is not None:
+        names = "ref_chosen_logps", "ref_rejected_logps"
+        row |= {name: float(x) for name, x in zip(names, sums[i])}
+      yield row
+
+  rows = tables.as_read(RowTable.of(scored()))
+  tables.write_rows(folder / "subset.parquet", rows)
 
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   """Row numbers of the pool that an arm kept, best first."""
-  where = {name: i for i, name in enumerate(job.column("pool", "id"))}
   kept = tables.read_column(arm_folder(job, arm) / "subset.parquet", "id")
-  return np.array([where[name] for name in kept])
+  return np.searchsorted(np.array(job.column("pool", "id")), kept)
 
 
 def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
