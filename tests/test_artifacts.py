@@ -66,7 +66,6 @@ def test_a_stage_runs_once(tmp_path, capsys):
   [
     (dict(fields=dict(a=2)), "a was 1, now 2"),
     (dict(fields=dict(a=1, b=0)), "b was None, now 0"),
-    (dict(inputs=dict(data="k")), "its input data is another one"),
   ],
 )
 def test_another_config_is_refused_until_redo(tmp_path, change, words):
@@ -79,6 +78,14 @@ def test_another_config_is_refused_until_redo(tmp_path, change, words):
   record, ran = stage(tmp_path, **change, redo=True, content=b"second")
   assert ran == 1 and (tmp_path / "other").read_bytes() == b"secondsecond"
   assert stage(tmp_path, **change)[1] == 0
+
+
+def test_other_bytes_of_an_input_make_a_stage_stale(tmp_path, capsys):
+  stage(tmp_path)
+  record, ran = stage(tmp_path, inputs=dict(data="k"), content=b"second")
+  assert ran == 1 and (tmp_path / "other").read_bytes() == b"secondsecond"
+  assert "data has other bytes now" in capsys.readouterr().out
+  assert stage(tmp_path, inputs=dict(data="k"))[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -396,18 +403,16 @@ def test_nan_is_no_json(tmp_path):
 # file stands for one without permission.
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
   path = tmp_path / "x"
   artifacts.write_bytes(path, b"old")
-  real = pathlib.Path.write_bytes
 
-  def full(self, data):
-    real(self, data[:1])
+  def full(file):
+    file.write(b"n")
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(type(artifacts.epath.Path(path)), "write_bytes", full)
   with pytest.raises(errors.WriteError, match=f"{path}: No space left"):
-    artifacts.write_bytes(path, b"new")
+    artifacts.write_through(path, full)
   assert [p.name for p in tmp_path.iterdir()] == ["x"]
   assert path.read_bytes() == b"old"
 
@@ -537,7 +542,7 @@ def test_a_lock_is_let_go_of_after_an_error(tmp_path):
 STAGES = {  # stage -> a file of it
   "data": "shared/data/pool.ids.npy",
   "sft": "shared/sft/metrics.jsonl",
-  "embed": "shared/embed/store/embedding/00000.npy",
+  "embed": "shared/embed/store/embedding.npy",
   "mixture": "shared/mixture/mixture.npz",
   "baseline": "shared/baseline/samples.jsonl",
   "select": "runs/isa-0.1-seed0/subset.parquet",

@@ -15,6 +15,7 @@ import pytest
 
 from jaxalign.core import artifacts
 from jaxalign.data import sources
+from jaxalign.embed import store as stores
 from jaxalign.model.job import Job
 
 ARM = "isa-0.1-seed0"
@@ -32,13 +33,23 @@ def store(tmp_path, monkeypatch):
   assert not list(tmp_path.rglob("gs:*"))
 
 
+def differences(wanted, work):
+  """Of two outcomes; a store has a file a shard in a bucket alone."""
+  found = jobs.differences(wanted, jobs.outcome(work))
+  return [name for name in found if "/store/" not in name]
+
+
 def test_a_job_on_a_bucket_ends_as_one_on_a_disk(store):
   wanted = jobs.outcome(jobs.finished())
   wanted.pop(".lock", None)
   ended = jobs.run("gs://b/work")
   assert ended.code == 0, ended
   assert "report: gs://b/work/report.html" in ended.out
-  assert not jobs.differences(wanted, jobs.outcome(store / "work"))
+  for name in ("embedding", "logp"):
+    here, there = jobs.finished() / "shared/embed/store", "gs://b/work/shared"
+    got = stores.read(f"{there}/embed/store", name)
+    assert (got == stores.read(here, name)).all()
+  assert not differences(wanted, store / "work")
   assert not list(store.rglob("*.tmp-*"))
   # A second run finds it all, digests and all.
   before = {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()}
@@ -57,7 +68,7 @@ def test_a_job_on_a_bucket_ends_as_one_on_a_disk(store):
     (store / "work" / name).write_bytes(data)
     ended = jobs.run("gs://b/work")
     assert ended.code == 0 and jobs.did(ended) == [stage]
-    assert not jobs.differences(wanted, jobs.outcome(store / "work"))
+    assert not differences(wanted, store / "work")
 
 
 @pytest.mark.slow
@@ -78,7 +89,7 @@ def test_a_job_killed_on_a_bucket_is_gone_on_from(store, monkeypatch):
   assert ended.code == 0 and f"align {ARM}: resumed from step 2" in ended.out
   wanted = jobs.outcome(jobs.finished())
   wanted.pop(".lock", None)
-  assert not jobs.differences(wanted, jobs.outcome(store / "work"))
+  assert not differences(wanted, store / "work")
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ import tracemalloc
 
 import jax
 import numpy as np
+from numpy.testing import assert_allclose
 import pools as make_pools
+from pools import with_columns
 import pytest
 from test_ledger import multiplied
 
@@ -84,9 +86,7 @@ def by_the_equations(p):
 @pytest.mark.parametrize("p", SIZES)
 def test_flops_follow_the_equations(p):
   for name, wanted in by_the_equations(p).items():
-    np.testing.assert_allclose(
-      cost_of(name, p).flops, wanted, rtol=1e-12, err_msg=name
-    )
+    assert_allclose(cost_of(name, p).flops, wanted, rtol=1e-12, err_msg=name)
   # A score is ranked, whatever its width.
   for name in ("random", "isa", "ifd", "bees", "ask_llm", "selective_dpo"):
     assert cost_of(name, p).flops <= 100 * p.n
@@ -151,7 +151,7 @@ def held(name, n, e, d=64):
   """Bytes that NumPy has at most at once, beside the columns; the estimate."""
   pool = make_pools.make(2, n, width=8)
   rng = np.random.default_rng(0)
-  pool = make_pools.with_columns(
+  pool = with_columns(
     pool,
     embedding=np.float32(rng.normal(size=(n, 2, e))),
     answer_embedding=np.float32(rng.normal(size=(n, 2, e))),
@@ -244,7 +244,7 @@ def newtons(monkeypatch):
 def test_heads_multiply_about_what_is_said(name, n, monkeypatch):
   pool = make_pools.make(2, n, width=32)
   rng = np.random.default_rng(0)
-  pool = make_pools.with_columns(
+  pool = with_columns(
     pool,
     grams=rng.poisson(0.3, size=(n, 2, 1024)).astype(np.uint8),
     group=pool.ids,
@@ -291,7 +291,7 @@ def test_wide_features_are_turned_on_the_devices():
 def test_bytes_read_are_those_of_the_columns(name):
   pool = make_pools.make(2, 64, width=8)
   grams = np.zeros((64, 2, 1024), np.uint8)
-  pool = make_pools.with_columns(pool, grams=grams)
+  pool = with_columns(pool, grams=grams)
   wanted = sum(
     np.asarray(
       pool.columns[n],

@@ -9,6 +9,7 @@ import sys
 
 import jax
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pools as tests_pools
 from pools import with_columns
 import pytest
@@ -135,10 +136,10 @@ def solve(x, y, ridge, offset=0.0):
 def test_fit_is_where_the_slope_is_zero(ridge, offset):
   x, y = signed_rows()
   got = heads.fit(x, y, ridge, offset)
-  np.testing.assert_allclose(got, solve(x, y, ridge, offset), atol=1e-6)
+  assert_allclose(got, solve(x, y, ridge, offset), atol=1e-6)
   # From a bad start too, where a whole step of Newton's would run away.
   far = heads.fit(x, y, ridge, offset, np.full(6, 8.0))
-  np.testing.assert_allclose(far, got, atol=1e-6)
+  assert_allclose(far, got, atol=1e-6)
 
 
 def test_fit_equals_scikit_learn_on_differences():
@@ -153,7 +154,7 @@ def test_fit_equals_scikit_learn_on_differences():
     sample_weight=np.full(2 * len(d), 0.5),
   )
   got = heads.fit(d, np.ones(len(d)), 3.0)
-  np.testing.assert_allclose(got, peer.coef_[0], rtol=1e-4, atol=1e-6)
+  assert_allclose(got, peer.coef_[0], rtol=1e-4, atol=1e-6)
 
 
 def test_out_of_fold_margins_are_of_the_other_folds_solution():
@@ -166,8 +167,8 @@ def test_out_of_fold_margins_are_of_the_other_folds_solution():
     offset = math.log(share / (1 - share))
     b = solve(x[others], y[others], 0.02 * others.sum(), offset)
     wanted = y[fold == k] * (x[fold == k] @ b)
-    np.testing.assert_allclose(margin[fold == k], wanted, atol=1e-6)
-    np.testing.assert_allclose(
+    assert_allclose(margin[fold == k], wanted, atol=1e-6)
+    assert_allclose(
       loss[fold == k],
       np.log1p(np.exp(-wanted - y[fold == k] * offset)),
       atol=1e-6,
@@ -188,7 +189,7 @@ def test_no_label_of_a_fold_reaches_its_own_margins(as_pairs):
   after, _, _ = heads.out_of_fold(*flipped, fold, 0.1)
   # The label's sign is the row's own; what the head says of it is not moved.
   # (A warm start leaves the last digits.)
-  np.testing.assert_allclose(after[own], -before[own], atol=1e-6)
+  assert_allclose(after[own], -before[own], atol=1e-6)
   assert np.abs(after[~own] - before[~own]).max() > 0.1
 
 
@@ -202,7 +203,7 @@ def test_what_is_done_to_the_features_cannot_see_a_label():
   which = np.arange(300) % 3 == 0
   other = turned(pool, which)
   z = rows([other.grams, other.length[..., None]], other.group)
-  np.testing.assert_allclose(z, np.where(which[:, None], -x, x), atol=1e-9)
+  assert_allclose(z, np.where(which[:, None], -x, x), atol=1e-9)
 
 
 def test_folds_hold_whole_prompts_whatever_rows_come():
@@ -210,9 +211,7 @@ def test_folds_hold_whole_prompts_whatever_rows_come():
   fold = heads.folds(5, group, 5, "test")
   for name in set(group):
     assert len(set(fold[group == name])) == 1
-  np.testing.assert_array_equal(
-    heads.folds(5, group[100:], 5, "test"), fold[100:]
-  )
+  assert_array_equal(heads.folds(5, group[100:], 5, "test"), fold[100:])
   assert np.bincount(fold, minlength=5).min() > 30
   assert (heads.folds(6, group, 5, "test") != fold).mean() > 0.5
 
@@ -222,7 +221,7 @@ def test_the_ridge_with_the_least_loss_is_chosen():
   fold = np.arange(120) % 3
   i, losses = heads.choose_ridge(x, y, fold, margins.RIDGES)
   each = [heads.out_of_fold(x, y, fold, r)[1].mean() for r in margins.RIDGES]
-  np.testing.assert_allclose(losses, each, atol=1e-6)
+  assert_allclose(losses, each, atol=1e-6)
   assert i == int(np.argmin(each)) and 0 < i < len(each) - 1
 
 
@@ -232,17 +231,13 @@ def test_wide_rows_are_rotated_and_cut_on_any_mesh(width, mesh):
   rng = np.random.default_rng(0)
   low = rng.normal(size=(150, 20)) @ rng.normal(size=(20, width))
   x = heads.scaled(low)
-  np.testing.assert_allclose((np.float64(x) ** 2).mean(axis=0), 1, rtol=1e-5)
+  assert_allclose((np.float64(x) ** 2).mean(axis=0), 1, rtol=1e-5)
   got, value = heads.principal(x)
   assert got.shape == (150, 20)
-  np.testing.assert_allclose(
-    got @ got.T, np.float64(x) @ x.T, atol=width * 1e-5
-  )
+  assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=width * 1e-5)
   u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
-  np.testing.assert_allclose(value, s[:20] ** 2 / 150, rtol=1e-4)
-  np.testing.assert_allclose(
-    np.abs(got[:, 0]), np.abs(u[:, 0] * s[0]), atol=1e-3 * s[0]
-  )
+  assert_allclose(value, s[:20] ** 2 / 150, rtol=1e-4)
+  assert_allclose(np.abs(got[:, 0]), np.abs(u[:, 0] * s[0]), atol=1e-3 * s[0])
   assert heads.principal(x, 7)[0].shape == (150, 7)
 
 
@@ -250,7 +245,7 @@ def test_typical_is_the_density_of_a_gaussian():
   rng = np.random.default_rng(1)
   x = heads.scaled(rng.normal(size=(4000, 5)))
   wanted = -0.5 * (np.float64(x) @ np.linalg.inv(np.cov(x.T)) * x).sum(1)
-  np.testing.assert_allclose(heads.typical(x), wanted, rtol=0.02, atol=0.02)
+  assert_allclose(heads.typical(x), wanted, rtol=0.02, atol=0.02)
   far = np.concatenate([x, 6 * np.ones((5, 5), np.float32)])
   assert heads.typical(far)[-5:].max() < heads.typical(far)[:-5].min()
 
@@ -269,12 +264,12 @@ def test_what_few_directions_leave_over_shares_one_variance():
   wanted = -0.5 * (along**2 / (value[:-3:-1] + floor)).sum(axis=1) - (
     0.5 * rest / floor
   )
-  np.testing.assert_allclose(heads.typical(x), wanted, rtol=1e-5)
+  assert_allclose(heads.typical(x), wanted, rtol=1e-5)
 
 
 def test_long_rows_are_shortened():
   x = np.eye(5) * np.array([1, 1, 1, 1, 10])
-  np.testing.assert_allclose(np.diag(heads.clipped(x)), [1, 1, 1, 1, 1.5])
+  assert_allclose(np.diag(heads.clipped(x)), [1, 1, 1, 1, 1.5])
 
 
 # The features.
@@ -296,12 +291,12 @@ def test_grams_overlap_and_surprise_by_hand():
     for a, b in zip(said, said[1:]):
       key = np.array([(1 << 62) + a * (1 << 31) + b])
       unit[i, 32 + grams.bucket(key, 32)[0]] += 1
-  np.testing.assert_array_equal(got, unit)
+  assert_array_equal(got, unit)
   # 8, 7, 7 of the first are in its prompt, and (8, 7) is, turned around.
-  np.testing.assert_array_equal(grams.overlap(rows), [[3, 1], [1, 0]])
+  assert_array_equal(grams.overlap(rows), [[3, 1], [1, 0]])
   counts = np.array([[2, 0, 1, 0], [1, 1, 0, 3]], np.uint8)
   a, b = np.log([(3 + 1) / 6, (1 + 1) / 6])
-  np.testing.assert_allclose(grams.surprise(counts)[:, 0], [a, (a + b) / 2])
+  assert_allclose(grams.surprise(counts)[:, 0], [a, (a + b) / 2])
 
 
 def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
@@ -350,8 +345,8 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
       p = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
       wanted += head[ids[t]] - p @ head
       least = min(least, math.log(p[ids[t]]))
-    np.testing.assert_allclose(got["residual"][i], wanted, atol=2e-4)
-    np.testing.assert_allclose(got["least"][i], least, atol=1e-4)
+    assert_allclose(got["residual"][i], wanted, atol=2e-4)
+    assert_allclose(got["least"][i], least, atol=1e-4)
 
 
 # The sampler.
@@ -380,7 +375,7 @@ def test_a_label_turned_around_changes_only_the_sign_of_its_score():
   which = np.arange(N) == best
   after = lite(turned(pool, which), 150)
   assert before.score[best] > 0
-  np.testing.assert_allclose(after.score[best], -before.score[best], rtol=0.2)
+  assert_allclose(after.score[best], -before.score[best], rtol=0.2)
   assert best not in after.rows
   assert np.corrcoef(before.score[~which], after.score[~which])[0, 1] > 0.99
 
@@ -406,7 +401,7 @@ def test_shuffled_labels_are_refused(unpaired):
       )
       assert set(got.rows) == set(drawn)
     else:
-      np.testing.assert_array_equal(got.rows, drawn[:100])
+      assert_array_equal(got.rows, drawn[:100])
   learnt = lite(pool, 100, unlearnable="error")
   assert not any("refuses" in note for note in learnt.notes)
 
@@ -460,9 +455,9 @@ def test_random_rows_of_refused_labels_are_of_the_likelier_four_fifths():
     worst = pool.log_likelihood.min(axis=1)
     likely = drawn[np.argsort(np.argsort(worst))[drawn] >= 200]
     if responses == 2:
-      np.testing.assert_array_equal(got.rows, likely[:300])
+      assert_array_equal(got.rows, likely[:300])
       whole = SAMPLERS["crossfit"](0, pool, 1000)
-      np.testing.assert_array_equal(whole.rows[:800], likely)
+      assert_array_equal(whole.rows[:800], likely)
       other = SAMPLERS["crossfit"](1, pool, 300)
       assert set(other.rows) != set(got.rows)
     else:
@@ -475,7 +470,7 @@ def test_random_rows_of_refused_labels_are_of_the_likelier_four_fifths():
     bare = lite(pool, 1000)
     assert "These rows are random ones" in bare.notes[1]
     assert "fifth" not in bare.notes[1]
-    np.testing.assert_array_equal(bare.rows, drawn)
+    assert_array_equal(bare.rows, drawn)
 
 
 @pytest.mark.parametrize("liked", [True, False])
@@ -489,7 +484,7 @@ def test_labels_of_one_class_are_told_as_such(liked):
   got = lite(pool, 100)
   assert got.notes[0] == f"crossfit {crossfit.SENTENCE}"
   assert got.notes[1] == f"warning: {said}. These rows are random ones"
-  np.testing.assert_array_equal(got.rows, SAMPLERS["random"](0, pool, 100).rows)
+  assert_array_equal(got.rows, SAMPLERS["random"](0, pool, 100).rows)
   with pytest.raises(NumericError, match=said):
     lite(pool, 100, unlearnable="error")
   few = pool._replace(columns=pool.columns | dict(label=np.arange(1000) < 20))
@@ -503,9 +498,9 @@ def test_counts_are_read_without_a_copy_in_float64():
   as_float = with_columns(pool, grams=np.float64(pool.grams))
   got, wanted = crossfit._read(pool), crossfit._read(as_float)
   for a, b in zip(got[:2], wanted[:2]):
-    np.testing.assert_array_equal(a, b)
+    assert_array_equal(a, b)
   for key, value in got[2].items():
-    np.testing.assert_allclose(value, wanted[2][key], rtol=1e-9)
+    assert_allclose(value, wanted[2][key], rtol=1e-9)
   as_float.grams[3, 1, 5] = np.nan
   with pytest.raises(NumericError, match=f"{pool.ids[3]}.*grams"):
     lite(as_float, 10)
@@ -522,7 +517,7 @@ def test_too_few_positive_scores_are_said_and_filled():
     for n in got.notes
   )
   assert set(got.rows[:positive]) == set(np.flatnonzero(small.score > 0))
-  np.testing.assert_array_equal(
+  assert_array_equal(
     got.score[got.rows[:positive]], small.score[got.rows[:positive]]
   )
   score, q = np.array([2, -1, 0, -3, 0.0]), np.array([0.9, 0.8, 0.5, 0.9, 0.2])
@@ -572,8 +567,8 @@ def test_the_order_of_the_rows_and_the_devices_change_nothing(unpaired):
     with jax.set_mesh(mesh):
       runs.append(SAMPLERS["crossfit"](2, which, 60))
   for other in runs[1:]:
-    np.testing.assert_array_equal(runs[0].rows, other.rows)
-    np.testing.assert_array_equal(runs[0].score, other.score)
+    assert_array_equal(runs[0].rows, other.rows)
+    assert_array_equal(runs[0].score, other.score)
   other = SAMPLERS["crossfit"](3, pool, 60)
   assert set(other.rows) != set(runs[0].rows)
 
@@ -674,12 +669,10 @@ def test_without_leaves_nothing_that_follows_a_habit():
   got = heads.without(x, h)
   # By the normal equations: (I - h (h'h)^-1 h') x.
   wanted = x - h @ np.linalg.inv(h.T @ h) @ h.T @ x
-  np.testing.assert_allclose(got, wanted, atol=1e-12)
-  np.testing.assert_allclose(h.T @ got, 0, atol=1e-10)
+  assert_allclose(got, wanted, atol=1e-12)
+  assert_allclose(h.T @ got, 0, atol=1e-10)
   turn = np.where(rng.random(200) < 0.5, -1.0, 1.0)[:, None]
-  np.testing.assert_allclose(
-    heads.without(turn * x, turn * h), turn * got, atol=1e-12
-  )
+  assert_allclose(heads.without(turn * x, turn * h), turn * got, atol=1e-12)
 
 
 def test_unread_columns_are_fitted_and_do_not_count():
@@ -692,8 +685,8 @@ def test_unread_columns_are_fitted_and_do_not_count():
     offset = math.log(share / (1 - share))
     b = solve(x[others], y[others], 0.02 * others.sum(), offset)
     wanted = y[fold == k] * (x[fold == k, :3] @ b[:3])
-    np.testing.assert_allclose(got[fold == k], wanted, atol=1e-6)
-    np.testing.assert_allclose(
+    assert_allclose(got[fold == k], wanted, atol=1e-6)
+    assert_allclose(
       loss[fold == k],
       np.log1p(np.exp(-wanted - y[fold == k] * offset)),
       atol=1e-6,
@@ -802,8 +795,8 @@ def test_copies_are_the_rows_that_share_half_their_words():
   )
   for _ in range(6):
     near = near @ near  # chains
-  np.testing.assert_array_equal(code[:, None] == code[None], near)
-  np.testing.assert_array_equal(  # whichever answer is chosen
+  assert_array_equal(code[:, None] == code[None], near)
+  assert_array_equal(  # whichever answer is chosen
     near_copies.copies(grams[:, ::-1]), code
   )
   assert near_copies.in_copies(code) == 40 / 65
@@ -817,7 +810,7 @@ def test_copies_are_the_rows_that_share_half_their_words():
   place = draws.place_in_group(
     np.array([0, 1, 0, 0]), np.array([1.0, 5, 3, 1]), np.array([7, 7, 7, 2])
   )
-  np.testing.assert_array_equal(place, [2, 0, 0, 1])
+  assert_array_equal(place, [2, 0, 0, 1])
 
 
 @pytest.mark.slow
@@ -845,7 +838,7 @@ def test_one_pattern_labelled_alike_is_told_and_kept_out_by_copies():
   )
   few = lite(fixed, 150)
   again = lite(fixed, 150, copies=2)
-  np.testing.assert_array_equal(few.score, again.score)
+  assert_array_equal(few.score, again.score)
   assert bad[few.rows].sum() <= 2
   assert not any("near-copy" in n for n in few.notes)
   assert any(
@@ -867,12 +860,12 @@ def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
   share = lambda: near_copies.in_copies(near_copies.copies(grams_))
   grams_[:120] = np.repeat(grams_[:30], 4, axis=0)
   assert 0.25 < share() <= 0.5
-  np.testing.assert_array_equal(sampler().score, sampler(copies=2).score)
+  assert_array_equal(sampler().score, sampler(copies=2).score)
   assert not np.array_equal(sampler().score, sampler(copies=None).score)
   grams_[:240] = np.repeat(grams_[:60], 4, axis=0)
   assert share() > 0.5
   got = sampler()
-  np.testing.assert_array_equal(got.score, sampler(copies=None).score)
+  assert_array_equal(got.score, sampler(copies=None).score)
   assert (
     f"{100 * share():.0f} % of the rows have near-copies, as texts of a "
     "few words do: copies come as other rows do" in got.notes
@@ -884,7 +877,7 @@ def test_copies_are_counted_by_themselves_but_where_all_rows_are_alike(name):
   unpaired = lambda **kwargs: (
     SAMPLERS[name](0, with_columns(liked, grams=grams_), 40, **kwargs).score
   )
-  np.testing.assert_array_equal(unpaired(), unpaired(copies=None))
+  assert_array_equal(unpaired(), unpaired(copies=None))
   assert not np.array_equal(unpaired(), unpaired(copies=2))
 
 
@@ -919,12 +912,10 @@ def test_fewer_rows_than_columns_lose_nothing(mesh):
   x = heads.scaled(rng.normal(size=(300, 30)) @ rng.normal(size=(30, 700)))
   got, value = heads.principal(x)
   assert got.shape == (300, 30)
-  np.testing.assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=1e-2)
+  assert_allclose(got @ got.T, np.float64(x) @ x.T, atol=1e-2)
   u, s, _ = np.linalg.svd(np.float64(x), full_matrices=False)
-  np.testing.assert_allclose(value, s[:30] ** 2 / 300, rtol=1e-5)
-  np.testing.assert_allclose(
-    np.abs(got), np.abs(u[:, :30] * s[:30]), atol=1e-3 * s[0]
-  )
+  assert_allclose(value, s[:30] ** 2 / 300, rtol=1e-5)
+  assert_allclose(np.abs(got), np.abs(u[:, :30] * s[:30]), atol=1e-3 * s[0])
 
 
 # What is said of habits, by hand.
@@ -1013,22 +1004,22 @@ def test_single_responses_differ_from_their_prompt_or_from_the_lone():
   value = np.array([[[1.0]], [[3.0]], [[5.0]], [[7.0]], [[10.0]], [[4.0]]])
   group = np.array(["p", "lone", "p", "alone", "q", "q"])
   got = heads.differences(value, group)
-  np.testing.assert_array_equal(got[:, 0], [-2, -2, 2, 2, 3, -3])
+  assert_array_equal(got[:, 0], [-2, -2, 2, 2, 3, -3])
   assert got.dtype == np.float32
   pairs = heads.differences(
     np.array([[[3.0], [1.0]], [[2.0], [9.0]]]), np.array(["p", "p"])
   )
-  np.testing.assert_array_equal(pairs, [[2], [-7]])
+  assert_array_equal(pairs, [[2], [-7]])
 
 
 def test_rows_that_a_quota_passes_over_come_down_to_the_lowest_kept():
   score = np.array([5.0, 1.0, 4.0, 0.5, 3.0])
   got = crossfit._lowered(score, np.array([1, 3, 4]))
   # 5 comes down to 0.5, and the rest of what is left out with it.
-  np.testing.assert_array_equal(got, [0.5, 1, -0.5, 0.5, 3])
+  assert_array_equal(got, [0.5, 1, -0.5, 0.5, 3])
   high = crossfit._lowered(score, np.array([0, 2, 4]))  # nothing to lower
-  np.testing.assert_array_equal(high, score)
-  np.testing.assert_array_equal(crossfit._lowered(score, np.arange(5)), score)
+  assert_array_equal(high, score)
+  assert_array_equal(crossfit._lowered(score, np.arange(5)), score)
 
 
 def test_unpaired_and_a_lone_source_are_spoken_of_as_such():
@@ -1078,21 +1069,19 @@ def test_heads_of_no_columns_rows_or_folds():
     assert got.shape == (4, 0) and value.shape == (0,)
   one = heads.scaled(np.array([[1.0], [-2.0], [3.0]]))
   got, value = heads.principal(one)
-  np.testing.assert_allclose(np.abs(got), np.abs(one), rtol=1e-6)
-  np.testing.assert_allclose(value, [1], rtol=1e-6)
+  assert_allclose(np.abs(got), np.abs(one), rtol=1e-6)
+  assert_allclose(value, [1], rtol=1e-6)
   # Rows whose fold has no others: no margin, and the loss of knowing nothing.
   x, y = signed_rows(6, n=20)
   margin, loss, b = heads.out_of_fold(x, y, np.zeros(20, int), 0.1)
   assert not margin.any() and b is None
-  np.testing.assert_allclose(loss, math.log(2))
+  assert_allclose(loss, math.log(2))
   # A single class in the other folds: log-odds of 999 to one.
   y = np.where(np.arange(20) < 10, 1.0, -1.0)
   _, loss, _ = heads.out_of_fold(np.zeros((20, 2)), y, np.arange(20) // 10, 1.0)
-  np.testing.assert_allclose(loss, math.log(1000), rtol=1e-6)
+  assert_allclose(loss, math.log(1000), rtol=1e-6)
   # Columns of zeros stay that; the others have root mean square 1.
-  np.testing.assert_array_equal(
-    heads.scaled(np.array([[0.0, 3], [0, 4]]))[:, 0], [0, 0]
-  )
+  assert_array_equal(heads.scaled(np.array([[0.0, 3], [0, 4]]))[:, 0], [0, 0])
 
 
 def test_rows_without_words_are_copies_and_links_are_named_by_the_first():
@@ -1111,7 +1100,7 @@ def test_rows_without_words_are_copies_and_links_are_named_by_the_first():
   assert 30 <= len(set(near_copies.copies(half))) < 50
   assert len(set(near_copies.copies(half, alike=0.51))) == 60
   name = np.array(["d", "b", "c", "a", "e"])
-  np.testing.assert_array_equal(
+  assert_array_equal(
     near_copies.joined(name, np.array([0, 0, 1, 2, 2])),
     ["b", "b", "c", "a", "a"],
   )
@@ -1121,7 +1110,7 @@ def test_copies_among_many_rows_are_found():
   rng = np.random.default_rng(0)
   base = rng.random((3000, 1, 256)) < 0.05
   code = near_copies.copies(np.uint8(np.concatenate([base, base[::10]])))
-  np.testing.assert_array_equal(code[3000:], code[:3000:10])
+  assert_array_equal(code[3000:], code[:3000:10])
   assert len(set(code)) > 2990
   same = np.zeros((20_000, 1, 8), np.uint8)  # more than are compared at once
   same[:, 0, 3] = 1

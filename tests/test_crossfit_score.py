@@ -5,6 +5,7 @@ import hashlib
 import math
 
 import numpy as np
+from numpy.testing import assert_allclose
 import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -338,7 +339,7 @@ def check(got, pool, wanted, budget=BUDGET):
   kept[rows] = True
   if "label" not in pool.columns:
     kept[:] = True  # no row is passed over: every score is as it was
-  np.testing.assert_allclose(got.score[kept], score[kept], rtol=1e-4, atol=1e-5)
+  assert_allclose(got.score[kept], score[kept], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("responses", [1, 2])
@@ -370,9 +371,7 @@ def test_the_score_by_heads_of_slices_of_their_own(responses):
   assert own
   got = SAMPLERS["crossfit_lite"](SEED, pool, BUDGET, slices="source")
   assert sum("heads of its own" in note for note in got.notes) == len(own)
-  np.testing.assert_allclose(
-    got.score[got.rows], score[got.rows], rtol=1e-4, atol=1e-5
-  )
+  assert_allclose(got.score[got.rows], score[got.rows], rtol=1e-4, atol=1e-5)
   for name in "ab":  # the best of each, by its share
     rows = np.flatnonzero(pool.source == name)
     if responses == 2:

@@ -77,9 +77,9 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
 ):
   folder, _ = branch(whole, tmp_path, "embed.layers=1")
   found = sorted(store.open_store(folder / "shared/embed/store").columns)
-  assert found == ["embedding", "id"]  # no log-probabilities
-  short = array(folder, "shared/embed/store/embedding/00000.npy")
-  full = array(whole, "shared/embed/store/embedding/00000.npy")
+  assert found == ["embedding"]  # no log-probabilities
+  short = array(folder, "shared/embed/store/embedding.npy")
+  full = array(whole, "shared/embed/store/embedding.npy")
   assert short.shape == full.shape and not np.allclose(short, full, atol=1e-3)
   # The cut decoder by hand: the same weights, one layer of two.
   c = common.base("tiny")
@@ -114,7 +114,7 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   )
   np.testing.assert_array_equal(
     array(arm_of(folder), "ref_count.npy"),
-    array(whole, "shared/embed/store/count/00000.npy")[where],
+    array(whole, "shared/embed/store/count.npy")[where],
   )
   first = jobs.lines(arm_of(folder) / "metrics.jsonl")[0]
   assert first["train/preference_loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -168,7 +168,7 @@ def test_another_decoder_embeds_in_its_own_tokens(whole, tmp_path):
       ids.tolist()
       == [tok.bos, *tok.encode(texts[i])][:1] + tok.encode(texts[i])[-31:]
     )
-  x = array(folder, "shared/embed/store/embedding/00000.npy")
+  x = array(folder, "shared/embed/store/embedding.npy")
   assert x.shape == (160, 2, 32)
   # Answers in a pass of their own, behind prompts tokenised apart.
   apart = tokens_lib.load_rows(folder / "shared/answer", "tokens")
@@ -207,7 +207,7 @@ def test_an_encoder_embeds(whole, tmp_path):
     "select.sampler=real",
     "compare=()",
   )
-  x = array(folder, "shared/embed/store/embedding/00000.npy")
+  x = array(folder, "shared/embed/store/embedding.npy")
   assert x.shape[:2] == (160, 2) and np.isfinite(x).all()
   # Another reference is no other embedding, but other log-probs and a start.
   card = lambda path: json.loads((folder / path).read_text())
@@ -382,7 +382,7 @@ def test_a_sampler_that_comes_later_has_only_what_is_missing_made(
     n: np.array(store.read(work / "shared/residual/store", n))
     for n in ("residual", "least")
   }
-  path = work / "shared/residual/store/least/00000.npy"
+  path = work / "shared/residual/store/least.npy"
   data = bytearray(path.read_bytes())
   data[-2] ^= 4
   path.write_bytes(data)

@@ -238,18 +238,15 @@ def left(*folders):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, OSError])
-def test_a_write_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, stop):
+def test_a_write_that_is_stopped_leaves_nothing(tmp_path, stop):
   artifacts.write_bytes(tmp_path / "x", b"old")
-  path = type(artifacts.epath.Path(tmp_path))
-  real = path.write_bytes
 
-  def half(self, data):
-    real(self, data[:1])
+  def half(file):
+    file.write(b"n")
     raise stop
 
-  monkeypatch.setattr(path, "write_bytes", half)
   with pytest.raises((stop, artifacts.WriteError)):
-    artifacts.write_bytes(tmp_path / "x", b"new")
+    artifacts.write_through(tmp_path / "x", half)
   assert [p.name for p in tmp_path.iterdir()] == ["x"]
   assert (tmp_path / "x").read_bytes() == b"old"
 
@@ -266,12 +263,10 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
   seen = []
 
   def stop(job):
-    path = type(job.workdir)
-    real = path.write_bytes
 
-    def half(self, data):
-      real(self, data[:1])
-      seen.append(str(self))
+    def half(file):
+      file.write(b"w")
+      seen.append(file.name)
       os.kill(os.getpid(), number)
       for _ in range(1000):  # the handler runs between two bytecodes
         pass
@@ -279,9 +274,7 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
 
     with tempfile.TemporaryDirectory() as scratch:
       pathlib.Path(scratch, "part").write_bytes(b"x")
-      with monkeypatch.context() as patch:
-        patch.setattr(path, "write_bytes", half)
-        artifacts.write_bytes(job.workdir / "x", b"whole")
+      artifacts.write_through(job.workdir / "x", half)
 
   jobs.in_place_of(monkeypatch, "sft", stop)
   work = tmp_path / "work"

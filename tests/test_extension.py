@@ -6,6 +6,7 @@ import textwrap
 
 import jax
 import numpy as np
+from numpy.testing import assert_allclose
 import pools as make_pools
 import pytest
 from test_step import cut, make_mesh, toy, toy_batch, toy_logps, toy_params
@@ -213,7 +214,7 @@ def test_loss_of_the_table(monkeypatch):
   fn = losses.find("0.5*mine(beta=2)+sft")
   assert (fn.kind, fn.stats, fn.reference) == ("pairs", (), True)
   policy = Logps(np.float32([[-4.0, -6.0]]), np.float32([[2, 3]]))
-  np.testing.assert_allclose(fn(policy, None, {})[0], [0.5 * 2 * -4 + 2])
+  assert_allclose(fn(policy, None, {})[0], [0.5 * 2 * -4 + 2])
 
 
 def test_tracker(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from jaxalign.model import decoder
 from jaxalign.train import feed
 from jaxalign.train import packing as layout
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.metrics import packing_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -159,7 +160,7 @@ def test_every_token_is_where_it_should_be(r):
   assert sorted(named) == np.flatnonzero(x.copies.segment.reshape(-1)).tolist()
   uses = sorted([*x.first[x.first >= 0], *x.second[x.second >= 0]])
   assert uses == list(range(answers.sum()))
-  share = layout.shares(jax.tree.map(jnp.asarray, x))
+  share = packing_metrics(jax.tree.map(jnp.asarray, x))
   assert share["perf/padding"].tolist() == [
     len(x.tokens) - len(flat),
     len(x.tokens),

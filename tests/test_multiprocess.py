@@ -119,8 +119,8 @@ def test_the_same_rows_are_chosen_everywhere(together, alone, arm):
 @pytest.mark.parametrize(
   "file",
   [
-    "embed/store/embedding/00000.npy",
-    "embed/store/logp/00000.npy",
+    "embed/store/embedding.npy",
+    "embed/store/logp.npy",
     "mixture/log_likelihood.npy",
     "baseline/samples.jsonl",
     "baseline/held_out_logp.npy",
@@ -320,9 +320,9 @@ def test_a_second_job_of_two_is_refused_in_both(tmp_path):
 def broken(act):
   """A hook for trouble while the pool is embedded."""
   return (
-    "from jaxalign.select import embed\n"
+    "from jaxalign.embed import passes\n"
     f"def broken(*_): {act}\n"
-    "embed._collect = broken\n"
+    "passes._collect = broken\n"
   )
 
 

@@ -490,7 +490,7 @@ def test_a_mesh_with_two_axes_chooses_the_same_rows(job, tmp_path):
   assert wanted.code == found.code == 0
   read = lambda work, name: (tmp_path / work / name).read_bytes()
   for name in (
-    "shared/embed/store/embedding/00000.npy",
+    "shared/embed/store/embedding.npy",
     f"runs/{ISA}/subset.parquet",
     "shared/baseline/samples.jsonl",
   ):

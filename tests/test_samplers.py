@@ -1,11 +1,15 @@
 """Every sampler keeps its contract; ISA equals the loop it replaces."""
 
 import functools
+import hashlib
 import inspect
+import itertools
 import math
 
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pools as tests_pools
+from pools import with_columns
 import pytest
 
 from jaxalign.core.errors import ConfigError, NumericError
@@ -14,6 +18,7 @@ from jaxalign.select import topk
 from jaxalign.select.samplers import isa, SAMPLERS, values
 
 N = 500
+ISA = SAMPLERS["isa"]
 
 
 def make_pool(responses=2, n=N, seed=0):
@@ -57,9 +62,9 @@ def oracle():
 @pytest.mark.parametrize("order", isa.ORDERS)
 def test_isa_equals_the_loop(order, oracle):
   pool = make_pool(1, LOOP)
-  got = SAMPLERS["isa"](0, pool, 50, order=order)
+  got = ISA(0, pool, 50, order=order)
   # The loop subtracts two sums of 2,000 terms; the formula does not.
-  np.testing.assert_allclose(got.score, oracle[order], rtol=0, atol=1e-12)
+  assert_allclose(got.score, oracle[order], rtol=0, atol=1e-12)
   assert list(got.rows) == list(np.argsort(-oracle[order])[:50])
   # A flipped sign, or one reading for another, fails here.
   for other in isa.ORDERS:
@@ -73,8 +78,7 @@ def test_isa_orders_pick_rare_dense_and_middle(oracle):
   pool = make_pool(1)
   rank = pool.log_likelihood[:, 0].argsort().argsort() / (N - 1)
   pick = {
-    order: rank[SAMPLERS["isa"](0, pool, 50, order=order).rows]
-    for order in isa.ORDERS
+    order: rank[ISA(0, pool, 50, order=order).rows] for order in isa.ORDERS
   }
   assert pick["literal"].max() < 0.11
   assert pick["magnitude"].min() > 0.89
@@ -87,16 +91,15 @@ def test_a_soft_isa_draws_by_the_weights():
   change = naive(pool.log_likelihood[:, 0].tolist(), "magnitude")
   logits = change / (0.7 * change.std())
   u = topk.uniform(3, pool.ids, "isa")
-  got = SAMPLERS["isa"](3, pool, 2, order="magnitude", soft=0.7)
-  np.testing.assert_allclose(got.score, logits - np.log(-np.log(u)), rtol=1e-9)
+  got = ISA(3, pool, 2, order="magnitude", soft=0.7)
+  assert_allclose(got.score, logits - np.log(-np.log(u)), rtol=1e-9)
   first = [
-    SAMPLERS["isa"](s, pool, 1, order="magnitude", soft=0.7).rows[0]
-    for s in range(3000)
+    ISA(s, pool, 1, order="magnitude", soft=0.7).rows[0] for s in range(3000)
   ]
   share = np.exp(logits) / np.exp(logits).sum()
   assert abs(np.bincount(first, minlength=6) / 3000 - share).max() < 0.03
   with pytest.raises(ConfigError, match="soft is -1"):
-    SAMPLERS["isa"](0, pool, 2, soft=-1)
+    ISA(0, pool, 2, soft=-1)
 
 
 def test_renormalised_keeps_its_digits_where_subtraction_loses_them():
@@ -106,7 +109,7 @@ def test_renormalised_keeps_its_digits_where_subtraction_loses_them():
   p = np.exp(u)
   m = (p * u).sum() / p.sum()
   # The leading term of a series in p/Z, which is about 1e-5 here.
-  np.testing.assert_allclose(change, p / p.sum() * (1 + m - u), rtol=3e-5)
+  assert_allclose(change, p / p.sum() * (1 + m - u), rtol=3e-5)
   assert np.unique(change).size > 199_990
 
 
@@ -125,19 +128,19 @@ def test_pair_scores_by_hand(order, pair_score):
     "max": np.where(chosen < rejected, rejected, chosen),
     "difference": chosen - rejected,
   }[pair_score]
-  got = SAMPLERS["isa"](0, pool, 60, order=order, pair_score=pair_score)
-  np.testing.assert_allclose(got.score, wanted, rtol=0, atol=1e-12)
+  got = ISA(0, pool, 60, order=order, pair_score=pair_score)
+  assert_allclose(got.score, wanted, rtol=0, atol=1e-12)
   assert list(got.rows) == list(np.argsort(-wanted)[:60])
 
 
 def test_unpaired_difference_and_pairs_quota_are_refused():
   with pytest.raises(ConfigError, match="1 responses"):
-    SAMPLERS["isa"](0, make_pool(1), 5, pair_score="difference")
+    ISA(0, make_pool(1), 5, pair_score="difference")
   with pytest.raises(ConfigError, match="label_quota"):
-    SAMPLERS["isa"](0, make_pool(2), 5, label_quota=0.5)
+    ISA(0, make_pool(2), 5, label_quota=0.5)
   for knob in ("order", "pair_score"):
     with pytest.raises(ConfigError, match=f"select.{knob}"):
-      SAMPLERS["isa"](0, make_pool(2), 5, **{knob: "nonsense"})
+      ISA(0, make_pool(2), 5, **{knob: "nonsense"})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_unpaired_difference_and_pairs_quota_are_refused():
 def test_label_quota(quota, wanted):
   pool = make_pool(1)
   wanted = round(pool.label.mean() * 80) if wanted is None else wanted
-  got = SAMPLERS["isa"](0, pool, 80, label_quota=quota)
+  got = ISA(0, pool, 80, label_quota=quota)
   assert pool.label[got.rows].sum() == wanted and len(set(got.rows)) == 80
   assert (np.diff(got.score[got.rows]) <= 0).all()
   best = [i for i in np.argsort(-got.score) if pool.label[i]][:wanted]
@@ -156,9 +159,9 @@ def test_label_quota(quota, wanted):
 @pytest.mark.parametrize("quota", [1.5, -0.1, "pool", True])
 def test_label_quota_refused(quota):
   with pytest.raises(ConfigError, match="label_quota"):
-    SAMPLERS["isa"](0, make_pool(1), 5, label_quota=quota)
+    ISA(0, make_pool(1), 5, label_quota=quota)
   with pytest.raises(ConfigError, match="asks for 450 desirable"):
-    SAMPLERS["isa"](0, make_pool(1), 450, label_quota=1.0)
+    ISA(0, make_pool(1), 450, label_quota=1.0)
 
 
 def test_constant_or_broken_likelihood_is_refused():
@@ -172,7 +175,7 @@ def test_constant_or_broken_likelihood_is_refused():
   ):
     broken = pools.Pool(pool.ids, pool.columns | {"log_likelihood": value})
     with pytest.raises(NumericError, match=found):
-      SAMPLERS["isa"](0, broken, 5)
+      ISA(0, broken, 5)
 
 
 def test_a_shift_and_scale_of_the_likelihood_change_no_row():
@@ -182,8 +185,8 @@ def test_a_shift_and_scale_of_the_likelihood_change_no_row():
     pool.columns | {"log_likelihood": 2.0 * pool.log_likelihood + 64.0},
   )
   for order in isa.ORDERS:
-    a = SAMPLERS["isa"](0, pool, 70, order=order)
-    b = SAMPLERS["isa"](0, moved, 70, order=order)
+    a = ISA(0, pool, 70, order=order)
+    b = ISA(0, moved, 70, order=order)
     assert set(a.rows) == set(b.rows)
 
 
@@ -198,6 +201,81 @@ def test_random_is_fair_nested_and_the_same_in_a_part_of_the_pool():
   wanted = [i for i in pool.ids[a.rows] if i in inside]
   c = SAMPLERS["random"](1, part, len(wanted))
   assert list(part.ids[c.rows]) == wanted
+
+
+def draw(seed, name):
+  """The Gumbel number of a record: blake2b of its id, keyed by the seed."""
+  key = hashlib.blake2b(f"isa:{seed}".encode(), digest_size=32).digest()
+  bits = (
+    int.from_bytes(
+      hashlib.blake2b(name.encode(), key=key, digest_size=8).digest(), "big"
+    )
+    >> 11
+  )
+  return -np.log(-np.log((bits + 0.5) / 2.0**53))
+
+
+def few_rows(n=6, seed=0):
+  value = np.random.default_rng(seed).normal(size=(n, 1)) * 3
+  return pools.make_pool(
+    [f"row{i}" for i in range(n)], {"log_likelihood": value}
+  )
+
+
+def test_scores_equal_the_loop_and_a_hash():
+  pool = few_rows(30)
+  value = pool.log_likelihood[:, 0]
+  got = ISA(7, pool, 5, order="soft")
+  weight = naive(value, "magnitude")
+  some = weight > 1e-9  # one row has weight 0 and comes last
+  assert some.sum() == 29
+  wanted = [
+    np.log(weight[i]) + draw(7, pool.ids[i]) for i in range(30) if some[i]
+  ]
+  assert_allclose(got.score[some], wanted, rtol=1e-9)
+  assert got.score[~some].max() < got.score[some].min() - 100
+  assert_array_equal(got.rows, np.argsort(-got.score)[:5])
+
+
+def test_sets_are_drawn_without_replacement_in_proportion():
+  pool = few_rows()
+  value = pool.log_likelihood[:, 0]
+  w = naive(value, "magnitude")
+  wanted = {}
+  for a, b in itertools.permutations(range(6), 2):
+    both = frozenset((a, b))
+    chance = w[a] / w.sum() * w[b] / (w.sum() - w[a])
+    wanted[both] = wanted.get(both, 0) + chance
+  seen = dict.fromkeys(wanted, 0)
+  for seed in range(3000):
+    seen[frozenset(ISA(seed, pool, 2, order="soft").rows)] += 1
+  for both, chance in wanted.items():  # five standard deviations
+    assert (
+      abs(seen[both] / 3000 - chance)
+      < 5 * np.sqrt(chance * (1 - chance) / 3000) + 1e-3
+    )
+
+
+def test_a_budget_is_a_prefix_and_input_order_does_not_matter():
+  pool = few_rows(40)
+  long = ISA(0, pool, 20, order="soft").rows
+  assert list(ISA(0, pool, 9, order="soft").rows) == list(long[:9])
+  turned = pools.make_pool(
+    pool.ids[::-1], {"log_likelihood": pool.log_likelihood[::-1]}
+  )
+  assert_array_equal(ISA(0, turned, 20, order="soft").rows, long)
+  assert set(ISA(1, pool, 20, order="soft").rows) != set(long)
+
+
+def test_what_cannot_be_weights_is_refused():
+  pool = pools.make_pool(
+    ["a", "b", "c"],
+    {"log_likelihood": np.array([[0.0, 1.0], [2.0, 1.5], [3.0, 0.5]])},
+  )
+  with pytest.raises(ConfigError, match="pair_score 'difference'"):
+    ISA(0, pool, 2, order="soft", pair_score="difference")
+  with pytest.raises(ConfigError, match="soft is 0.5"):
+    ISA(0, pool, 2, order="soft", soft=0.5)
 
 
 # Of every entry of the table.
@@ -251,7 +329,7 @@ def test_contract(name, responses):
     40,
   )
   assert list(got.rows) == list(again.rows)
-  np.testing.assert_array_equal(got.score, again.score)
+  assert_array_equal(got.score, again.score)
   assert sorted(sampler(5, pool, n).rows) == list(range(n))
   assert sampler(5, pool, 1).rows.shape == (1,)
 
@@ -284,7 +362,7 @@ def test_broken_numbers_are_refused_by_id(name):
     value = np.float64(pool.columns[column])
     value[7] = np.nan
     with pytest.raises(NumericError, match=str(pool.ids[7])):
-      sampler(0, tests_pools.with_columns(pool, **{column: value}), 40)
+      sampler(0, with_columns(pool, **{column: value}), 40)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -306,7 +384,7 @@ def test_one_class_only_and_pools_of_one_and_two_rows(name):
   responses = 2 if sampler.pairs else 1
   pool = tests_pools.make(responses, n=60)
   if responses == 1:
-    pool = tests_pools.with_columns(pool, label=np.ones(60, bool))
+    pool = with_columns(pool, label=np.ones(60, bool))
   assert len(set(sampler(0, pool, 20).rows)) == 20
   for n in (1, 2):
     part = pools.Pool(pool.ids[:n], {k: v[:n] for k, v in pool.columns.items()})

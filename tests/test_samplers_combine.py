@@ -4,7 +4,9 @@ import functools
 import inspect
 
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pools as make_pools
+from pools import with_columns
 import pytest
 import scipy.stats
 from test_samplers_geometric import by_hand
@@ -131,7 +133,7 @@ def test_quota_counts_by_hand():
 
 def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
   """A source of one row, for whose row there is no place, or its own."""
-  pool = make_pools.with_columns(
+  pool = with_columns(
     POOL,
     source=np.where(
       np.arange(N) == 7, "lone", np.where(np.arange(N) < 100, "a", "b")
@@ -177,7 +179,7 @@ def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
 
 
 def test_a_sampler_that_fails_in_a_group_says_which():
-  pool = make_pools.with_columns(
+  pool = with_columns(
     POOL,
     log_likelihood=np.where(
       (POOL.source == "web")[:, None], -3.0, POOL.log_likelihood
@@ -272,7 +274,7 @@ def test_product_is_the_product_of_ranks():
   b = POOL.reward[:, 0] - POOL.reward[:, 1]
   rank = [(scipy.stats.rankdata(v) - 0.5) / N for v in (a, b)]
   got = MADE["product"](0, POOL, 60)
-  np.testing.assert_allclose(np.exp(got.score), rank[0] * rank[1], rtol=1e-9)
+  assert_allclose(np.exp(got.score), rank[0] * rank[1], rtol=1e-9)
   assert set(got.rows) == set(np.argsort(-rank[0] * rank[1])[:60])
   assert MADE["product"].needs == ("p_yes", "reward") and MADE["product"].pairs
   with pytest.raises(ConfigError, match="no samplers"):
@@ -340,7 +342,7 @@ def test_a_name_means_what_the_functions_make(name, made):
   got, wanted = combine.named(name), made()
   a, b = got(1, POOL, 40), wanted(1, POOL, 40)
   assert list(a.rows) == list(b.rows)
-  np.testing.assert_array_equal(a.score, b.score)
+  assert_array_equal(a.score, b.score)
   if hasattr(wanted, "needs"):
     assert got.needs == wanted.needs
 

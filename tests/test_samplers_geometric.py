@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pools as make_pools
+from pools import with_columns
 import pytest
 
 from jaxalign.core import sharding
@@ -26,7 +28,7 @@ def clusters(n=N, width=W, seed=0, responses=2):
     np.arange(n) % 10 == 0, 3.0, np.where(np.arange(n) % 3 == 0, 1.0, 0.2)
   )
   x = 1 + rng.normal(size=(n, responses, width)) * spread[:, None, None]
-  return make_pools.with_columns(pool, embedding=x.astype(np.float32))
+  return with_columns(pool, embedding=x.astype(np.float32))
 
 
 def by_hand(pool, pair="mean", metric="cosine"):
@@ -52,9 +54,7 @@ def test_vectors(pair, metric):
   pool = clusters()
   got = vectors.vectors(pool, pair, metric)
   assert got.dtype == np.float32
-  np.testing.assert_allclose(
-    got, by_hand(pool, pair, metric), rtol=1e-4, atol=1e-6
-  )
+  assert_allclose(got, by_hand(pool, pair, metric), rtol=1e-4, atol=1e-6)
 
 
 def test_vectors_refused():
@@ -67,7 +67,7 @@ def test_vectors_refused():
   x = pool.embedding.copy()
   x[3] = 0
   with pytest.raises(NumericError, match=f"length 0.*{pool.ids[3]}"):
-    SAMPLERS["k_center"](0, make_pools.with_columns(pool, embedding=x), 5)
+    SAMPLERS["k_center"](0, with_columns(pool, embedding=x), 5)
   x = pool.embedding.copy()
   bad = np.arange(7) * 5
   x[bad, bad % 2, 3] = np.nan  # of one side
@@ -79,7 +79,7 @@ def test_vectors_refused():
       + r", \.\.\.\)"
     ),
   ):
-    SAMPLERS["k_center"](0, make_pools.with_columns(pool, embedding=x), 5)
+    SAMPLERS["k_center"](0, with_columns(pool, embedding=x), 5)
 
 
 # Density.
@@ -100,7 +100,7 @@ def test_density_equals_the_double_loop_and_keeps_thin_rows():
   u = topk.uniform(4, pool.ids, "density")
   wanted = np.log(1 / f) - np.log(-np.log(u))
   got = SAMPLERS["density"](4, pool, 30, bandwidth=0.5, features=0)
-  np.testing.assert_allclose(got.score, wanted, rtol=1e-4, atol=1e-5)
+  assert_allclose(got.score, wanted, rtol=1e-4, atol=1e-5)
   assert list(got.rows) == list(np.argsort(-wanted)[:30])
   # The published pseudo-code, S in place of 1 / S, would keep others.
   wrong = np.log(f) - np.log(-np.log(u))
@@ -133,7 +133,7 @@ def test_density_draws_by_one_over_the_density():
   """Over many seeds, a row comes first as often as its weight says."""
   pool = make_pools.make(1, 5)
   x = np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1], [-1, 0]], np.float32)
-  pool = make_pools.with_columns(pool, embedding=x[:, None])
+  pool = with_columns(pool, embedding=x[:, None])
   unit = x / np.linalg.norm(x, axis=1, keepdims=True)
   weight = 1 / naive_density(np.float64(unit), 0.7)
   first = [
@@ -190,12 +190,12 @@ def test_k_center_equals_the_loop(active, pair, monkeypatch):
   assert list(got.rows) == wanted
   left = np.setdiff1d(np.arange(N), wanted)
   near = np.linalg.norm(x[left][:, None] - x[wanted][None], axis=2).min(1)
-  np.testing.assert_allclose(got.score[left], near, atol=2e-3)
+  assert_allclose(got.score[left], near, atol=2e-3)
   radius = [
     np.linalg.norm(x[wanted[:i]] - x[wanted[i]], axis=1).min()
     for i in range(1, 120)
   ]
-  np.testing.assert_allclose(got.score[wanted[1:]], radius, rtol=1e-5)
+  assert_allclose(got.score[wanted[1:]], radius, rtol=1e-5)
 
 
 def test_k_center_tells_apart_what_float32_cannot():
@@ -207,7 +207,7 @@ def test_k_center_tells_apart_what_float32_cannot():
     ids = np.array([f"r{(i * 5 + turn) % 7}" for i in range(7)])
     rows_, score = geometric.farthest_first(x, ids, 2, 0)
     assert rows_.tolist() == [0, 6]
-    np.testing.assert_allclose(score[6], np.sqrt(1 + 25 / 2.0**32), rtol=1e-15)
+    assert_allclose(score[6], np.sqrt(1 + 25 / 2.0**32), rtol=1e-15)
 
 
 @pytest.mark.parametrize("active", [8, 1024])
@@ -215,7 +215,7 @@ def test_k_center_takes_copies_last_and_by_their_hash(active, monkeypatch):
   monkeypatch.setattr(geometric, "ACTIVE", active)
   pool = clusters(n=60)
   x = np.repeat(pool.embedding[:20], 3, axis=0)
-  pool = make_pools.with_columns(pool, embedding=x)
+  pool = with_columns(pool, embedding=x)
   got = SAMPLERS["k_center"](0, pool, 40)
   assert len(set(got.rows[:20] // 3)) == 20
   hashes = topk.id_hash(pool.ids)
@@ -272,7 +272,7 @@ def test_herding_in_a_gaussian_kernel():
 def test_herding_of_copies_follows_the_hash():
   pool = clusters(n=40)
   x = np.repeat(pool.embedding[:20], 2, axis=0)
-  pool = make_pools.with_columns(pool, embedding=x)
+  pool = with_columns(pool, embedding=x)
   got = SAMPLERS["herding"](0, pool, 12)
   hashes = topk.id_hash(pool.ids)
   seen = set()
@@ -288,7 +288,7 @@ def test_herding_of_copies_follows_the_hash():
 def test_real_keeps_the_pairs_that_are_least_alike():
   pool = clusters()
   # The prompt's share in `embedding` is not looked at.
-  pool = make_pools.with_columns(
+  pool = with_columns(
     pool, answer_embedding=pool.embedding, embedding=pool.answer_embedding
   )
   a, b = np.float64(pool.answer_embedding).transpose(1, 0, 2)
@@ -296,14 +296,12 @@ def test_real_keeps_the_pairs_that_are_least_alike():
     [(p @ q) / np.sqrt((p @ p) * (q @ q)) for p, q in zip(a, b)]
   )
   got = SAMPLERS["real"](0, pool, 60)
-  np.testing.assert_allclose(got.score, 1 - cosine, rtol=1e-4, atol=1e-6)
+  assert_allclose(got.score, 1 - cosine, rtol=1e-4, atol=1e-6)
   assert set(got.rows) == set(np.argsort(cosine)[:60])
   low = SAMPLERS["real"](0, pool, 60, direction="low")
   assert set(low.rows) == set(np.argsort(-cosine)[:60])
   far = SAMPLERS["real"](0, pool, 60, metric="euclidean")
-  np.testing.assert_allclose(
-    far.score, np.linalg.norm(a - b, axis=1), rtol=1e-5
-  )
+  assert_allclose(far.score, np.linalg.norm(a - b, axis=1), rtol=1e-5)
 
 
 # Of all samplers that read an embedding.
@@ -333,8 +331,8 @@ def test_any_mesh_gives_the_same_rows_and_the_same_bits(
     with jax.set_mesh(mesh):
       found.append(SAMPLERS[name](0, pool, 60, **kwargs))
   for other in found[1:]:
-    np.testing.assert_array_equal(other.rows, found[0].rows)
-    np.testing.assert_array_equal(other.score, found[0].score)
+    assert_array_equal(other.rows, found[0].rows)
+    assert_array_equal(other.score, found[0].score)
 
 
 @pytest.mark.parametrize("name", GEOMETRIC)
@@ -342,7 +340,7 @@ def test_copies_of_rows_are_told_apart_by_the_hash_not_the_place(name):
   """The same embeddings under other ids: the picks move with the hashes."""
   pool = clusters(n=80)
   x = np.repeat(pool.embedding[:10], 8, axis=0)
-  got = SAMPLERS[name](0, make_pools.with_columns(pool, embedding=x), 40)
+  got = SAMPLERS[name](0, with_columns(pool, embedding=x), 40)
   kept = np.zeros(80, bool)
   kept[got.rows] = True
   # Were copies taken in their order, no later copy would be kept alone.

@@ -4,7 +4,9 @@ from fractions import Fraction
 import math
 
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pools as make_pools
+from pools import with_columns
 import pytest
 import scipy.stats
 
@@ -20,7 +22,7 @@ POOL = make_pools.make(2, N)
 def check(name, score, m=40, **kwargs):
   """The sampler's scores, and its rows, are those of this [N] oracle."""
   got = SAMPLERS[name](0, POOL, m, **kwargs)
-  np.testing.assert_allclose(got.score, score, rtol=1e-9, atol=1e-12)
+  assert_allclose(got.score, score, rtol=1e-9, atol=1e-12)
   assert list(got.rows) == list(np.argsort(-np.asarray(score))[:m])
   # The oracle's opposite would have kept others.
   assert set(got.rows) != set(np.argsort(np.asarray(score))[:m])
@@ -73,7 +75,7 @@ def test_equals_its_equation_in_each_direction(name):
   more = dict(beta=0.3) if name == "implicit_margin" else {}
   for direction, score in (("top", value), ("low", -value)):
     got = SAMPLERS[name](0, POOL, 40, direction=direction, **more)
-    np.testing.assert_allclose(got.score, score, rtol=1e-9)
+    assert_allclose(got.score, score, rtol=1e-9)
     if name != "length":  # which has ties
       assert list(got.rows) == list(np.argsort(-score)[:40])
   middle = SAMPLERS[name](0, POOL, 40, direction="middle", **more)
@@ -117,7 +119,7 @@ def test_bees_is_the_posterior_of_two_clipped_margins():
     )
   posterior = p[0] * p[1] / (p[0] * p[1] + (1 - p[0]) * (1 - p[1]))
   got = SAMPLERS["bees"](0, POOL, 40)
-  np.testing.assert_allclose(1 / (1 + np.exp(-got.score)), posterior, rtol=1e-9)
+  assert_allclose(1 / (1 + np.exp(-got.score)), posterior, rtol=1e-9)
   inside = np.argsort(-posterior)[:40]
   assert set(got.rows) == set(inside)
   # Two margins that are both middling beat one that is high and one low.
@@ -151,20 +153,18 @@ def test_what_cannot_be_is_refused():
   broken = POOL.p_yes.copy()
   broken[3, 1] = 1.5
   with pytest.raises(DataError, match="1.5.*from 0 to 1"):
-    SAMPLERS["ask_llm"](0, make_pools.with_columns(POOL, p_yes=broken), 4)
+    SAMPLERS["ask_llm"](0, with_columns(POOL, p_yes=broken), 4)
   with pytest.raises(DataError, match="no tokens"):
     SAMPLERS["perplexity"](
-      0,
-      make_pools.with_columns(POOL, logp_count=POOL.columns["logp_count"] * 0),
-      4,
+      0, with_columns(POOL, logp_count=POOL.columns["logp_count"] * 0), 4
     )
   one = SAMPLERS["perplexity"](
     0,
-    make_pools.with_columns(POOL, logp_count=POOL.logp_count * 0 + 1),
+    with_columns(POOL, logp_count=POOL.logp_count * 0 + 1),
     4,
     direction="top",
   )
-  np.testing.assert_allclose(one.score, -POOL.logp[:, 0])  # of one token each
+  assert_allclose(one.score, -POOL.logp[:, 0])  # of one token each
   with pytest.raises(ConfigError, match="below the second"):
     scores.clip_bounds(np.zeros(4), 1.0, 1.0)
   assert scores.clip_bounds(np.zeros(100), -2.0, "tail") == (-2.0, 0.0)
@@ -175,9 +175,7 @@ def test_what_cannot_be_is_refused():
   seen = POOL.held_out_loss.copy()
   seen[5] = np.nan  # all six models were trained on it
   with pytest.raises(NumericError, match=str(POOL.ids[5])):
-    SAMPLERS["selective_dpo"](
-      0, make_pools.with_columns(POOL, held_out_loss=seen), 4
-    )
+    SAMPLERS["selective_dpo"](0, with_columns(POOL, held_out_loss=seen), 4)
 
 
 def test_selective_dpo_is_a_curriculum():
@@ -189,7 +187,7 @@ def test_selective_dpo_is_a_curriculum():
 def test_quantiles():
   x = np.random.default_rng(0).integers(0, 30, size=99).astype(float)
   wanted = (scipy.stats.rankdata(x) - 0.5) / 99
-  np.testing.assert_allclose(values.quantiles(x), wanted, rtol=1e-12)
+  assert_allclose(values.quantiles(x), wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize("n", [7, 10, 100, 200])
@@ -198,9 +196,9 @@ def test_the_hash_decides_between_two_rows_equally_far_from_the_median(n):
   place = scipy.stats.rankdata(value).astype(int) - 1
   got = values.directed(value, "middle")
   order = np.argsort(place)
-  np.testing.assert_array_equal(got[order], got[order][::-1])  # to the bit
+  assert_array_equal(got[order], got[order][::-1])  # to the bit
   far = np.abs(2 * place - (n - 1))
-  np.testing.assert_allclose(got, -far / (2 * n), rtol=1e-12)
+  assert_allclose(got, -far / (2 * n), rtol=1e-12)
   pool = pools.Pool(POOL.ids[:n], {})
   for m in range(1, n):
     wanted = np.lexsort((topk.id_hash(pool.ids), far))[:m]
@@ -246,7 +244,7 @@ def test_stratified_keeps_the_shares_of_the_pool():
 def test_stratified_equal_shares_fill_what_small_strata_leave():
   pool = make_pools.make(1, 400)
   source = np.array(["a"] * 300 + ["b"] * 90 + ["c"] * 10)
-  pool = make_pools.with_columns(pool, source=source)
+  pool = with_columns(pool, source=source)
   got = SAMPLERS["stratified"](0, pool, 130, by=("source",), shares="equal")
   kept = [int((source[got.rows] == s).sum()) for s in "abc"]
   assert kept == [60, 60, 10]
@@ -329,7 +327,7 @@ def test_stratified_by_hand(responses, shares):
   ]
   got = SAMPLERS["stratified"](5, pool, budget, bins=bins, shares=shares)
   assert got.rows.tolist() == sorted(kept, key=lambda i: -u[i])
-  np.testing.assert_array_equal(
+  assert_array_equal(
     got.score, np.where(np.isin(np.arange(150), kept), u, u - 1)
   )
 

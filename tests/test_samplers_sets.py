@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 import pools as make_pools
+from pools import with_columns
 import pytest
 from test_samplers_geometric import by_hand
 from test_samplers_geometric import clusters as make_clusters
@@ -29,7 +31,7 @@ def test_assign_is_the_nearest_centre_over_blocks_of_centres():
   centres = rng.normal(size=(300, 6))  # more than one block
   wanted = ((np.float64(x)[:, None] - centres[None]) ** 2).sum(2).argmin(1)
   got = kmeans.assign(kmeans.vectors_lib.place(x), centres)
-  np.testing.assert_array_equal(got, wanted)
+  assert_array_equal(got, wanted)
 
 
 def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
@@ -42,9 +44,7 @@ def test_k_means_finds_blobs_and_is_lloyds_fixed_point():
   for seed in range(6):
     labels, centres = kmeans.k_means(x, ids, 4, seed)
     for k in range(4):
-      np.testing.assert_allclose(
-        centres[k], np.float64(x[labels == k]).mean(0), atol=1e-5
-      )
+      assert_allclose(centres[k], np.float64(x[labels == k]).mean(0), atol=1e-5)
     cost.append(((x - centres[labels]) ** 2).sum())
   assert min(cost) == pytest.approx(
     sum(((x[truth == k] - x[truth == k].mean(0)) ** 2).sum() for k in range(4)),
@@ -91,7 +91,7 @@ def test_facility_location_equals_plain_greedy(cache, metric, monkeypatch):
   got = SAMPLERS["facility_location"](0, pool, 60, metric=metric)
   assert list(got.rows) == wanted
   rows, found = submodular.lazy_greedy(np.float32(x), pool.ids, 60)
-  np.testing.assert_allclose(found, gains, rtol=1e-4, atol=1e-4)
+  assert_allclose(found, gains, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cache", [2**26, 3000])
@@ -105,17 +105,15 @@ def test_what_gains_lose_is_folded_over_the_rows_covered_better(
   cosine = x @ x.T
   gain = lambda covered: np.maximum(cosine - covered, 0).sum(1)
   before = gain(np.full(N, -1.0))
-  np.testing.assert_allclose(state.gains(np.arange(N)), before, rtol=1e-5)
+  assert_allclose(state.gains(np.arange(N)), before, rtol=1e-5)
   for chosen in ([3], [3, 8, 120]):
     for row in chosen:
       state.take(row)
     after = gain(cosine[chosen].max(0))
     folded = state.fold()
-    np.testing.assert_allclose(folded, before - after, rtol=2e-5, atol=1e-4)
+    assert_allclose(folded, before - after, rtol=2e-5, atol=1e-4)
     assert not state.changed().size and not state.fold().any()
-    np.testing.assert_allclose(
-      state.gains(np.arange(N)), after, rtol=1e-5, atol=1e-4
-    )
+    assert_allclose(state.gains(np.arange(N)), after, rtol=1e-5, atol=1e-4)
     before = after
 
 
@@ -170,7 +168,7 @@ def test_blocks_run_inside_clusters_with_their_share(name):
   assert list(np.lexsort((topk.id_hash(pool.ids[got.rows]), when))) == list(
     range(50)
   )
-  np.testing.assert_allclose(got.score[got.rows], 1 - np.arange(50) / 50)
+  assert_allclose(got.score[got.rows], 1 - np.arange(50) / 50)
   assert not np.delete(got.score, got.rows).any()
   if name in ("k_center", "herding", "deita"):
     # What the method itself picks of the cluster's rows alone.
@@ -188,10 +186,10 @@ def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
   assert kmeans.most_rows(9000, 4) == 4500
   assert kmeans.most_rows(9000, 90) == kmeans.SMALL
   # 8,100 rows are two pieces of 4,050, by turns in the order of the hashes.
-  np.testing.assert_array_equal(got[labels < 3], labels[labels < 3])
+  assert_array_equal(got[labels < 3], labels[labels < 3])
   large = np.flatnonzero(labels == 3)
   turn = np.argsort(np.argsort(topk.id_hash(ids[large])))
-  np.testing.assert_array_equal(got[large], np.where(turn % 2, 4, 3))
+  assert_array_equal(got[large], np.where(turn % 2, 4, 3))
   # 3 of 2,700 rows, and no label is used twice.
   small = kmeans.split_large(labels, ids, 2700)
   assert sorted(np.bincount(small)) == [300] * 3 + [2700] * 3
@@ -199,8 +197,8 @@ def test_a_cluster_above_twice_the_mean_is_dealt_out_by_the_hash():
   assert (np.bincount(both) == 1500).all() and both.max() == 5
   mixed = np.random.default_rng(0).permutation(9000)
   again = kmeans.split_large(labels[mixed], ids[mixed], 2700)
-  np.testing.assert_array_equal(again, small[mixed])
-  np.testing.assert_array_equal(kmeans.split_large(labels, ids, 8100), labels)
+  assert_array_equal(again, small[mixed])
+  assert_array_equal(kmeans.split_large(labels, ids, 8100), labels)
 
 
 def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
@@ -209,7 +207,7 @@ def test_blocks_of_copies_stay_below_twice_the_mean(monkeypatch):
   pool = make_clusters(N)
   x = pool.embedding.copy()
   x[np.arange(N) % 5 > 0] = x[1]
-  pool = make_pools.with_columns(pool, embedding=x)
+  pool = with_columns(pool, embedding=x)
   seen = []
   greedy = submodular.lazy_greedy
   monkeypatch.setattr(
@@ -253,7 +251,7 @@ def test_what_takes_days_says_so_before_it_starts(
 ):
   pool = make_clusters(N)
   rows = kmeans.vectors_lib
-  monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1000.0))
+  monkeypatch.setattr(rows.devices, "CPU", 1000.0)
   host = name in ("dpp", "deita", "semdedup", "herding") or (
     name == "facility_location" and "exact" not in kwargs
   )
@@ -338,14 +336,14 @@ def test_dpp_equals_greedy_over_determinants(quality):
   wanted, gained = naive_dpp(kernel, 15, pool.ids)
   got = SAMPLERS["dpp"](0, pool, 15, quality=quality, weight=0.8, bandwidth=1.5)
   assert list(got.rows) == wanted
-  np.testing.assert_allclose(got.score[wanted], gained, rtol=1e-4)
+  assert_allclose(got.score[wanted], gained, rtol=1e-4)
   # Of the others: what the picks leave of them, a Schur complement.
   rest = np.setdiff1d(np.arange(60), wanted)
   by = kernel[np.ix_(rest, wanted)]
   left = kernel[rest, rest] - (
     by * np.linalg.solve(kernel[np.ix_(wanted, wanted)], by.T).T
   ).sum(1)
-  np.testing.assert_allclose(got.score[rest], left, rtol=1e-3, atol=1e-6)
+  assert_allclose(got.score[rest], left, rtol=1e-3, atol=1e-6)
   if quality:
     plain = SAMPLERS["dpp"](0, pool, 15, bandwidth=1.5)
     assert z[got.rows].mean() > z[plain.rows].mean() + 0.3
@@ -354,7 +352,7 @@ def test_dpp_equals_greedy_over_determinants(quality):
 def test_dpp_goes_on_by_quality_where_nothing_is_left_to_explain():
   pool = make_clusters(40)
   x = np.repeat(pool.embedding[:8], 5, axis=0)
-  pool = make_pools.with_columns(pool, embedding=x)
+  pool = with_columns(pool, embedding=x)
   got = SAMPLERS["dpp"](0, pool, 20, quality="reward", bandwidth=0.3)
   assert len(set(got.rows[:8] // 5)) == 8
   reward = pool.reward[:, 0]
@@ -372,7 +370,7 @@ def planted(n=N):
   pool = make_pools.make(2, n, width=16)
   x = pool.embedding.copy()
   x[2::3] = x[1::3] + 0.02 * x[2::3]
-  return make_pools.with_columns(pool, embedding=x)
+  return with_columns(pool, embedding=x)
 
 
 @pytest.mark.parametrize("blocks", [0, 4])
@@ -396,7 +394,7 @@ def test_copies_beyond_a_clusters_size_are_all_found(monkeypatch, capsys):
   x = pool.embedding.copy()
   copied = np.arange(n) % 5 > 0
   x[copied] = x[1]
-  pool = make_pools.with_columns(pool, embedding=x)
+  pool = with_columns(pool, embedding=x)
   unit = np.float32(by_hand(pool))
   got = dedup.most_alike(unit, pool.ids, 10, 0)
   first = np.flatnonzero(copied)[topk.id_hash(pool.ids[copied]).argmin()]
@@ -405,7 +403,7 @@ def test_copies_beyond_a_clusters_size_are_all_found(monkeypatch, capsys):
   # As if nothing had been cut: the loop over all rows of a cluster.
   assert "before it only" not in capsys.readouterr().out
   monkeypatch.setattr(kmeans, "SMALL", n)
-  np.testing.assert_array_equal(dedup.most_alike(unit, pool.ids, 10, 0), got)
+  assert_array_equal(dedup.most_alike(unit, pool.ids, 10, 0), got)
 
 
 def test_a_row_of_a_large_cluster_is_compared_with_those_before(
@@ -426,7 +424,7 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
     for place, i in enumerate(rows):
       first = max(0, place // tile * tile - most)
       wanted[i] = max([x[i] @ x[j] for j in rows[first:place]], default=-1)
-  np.testing.assert_allclose(got, wanted, atol=2e-6)
+  assert_allclose(got, wanted, atol=2e-6)
   assert (got <= whole).all() and (got < whole - 0.01).any()
   # Near-copies are as typical as each other: few are lost.
   near = whole > 0.99
@@ -434,7 +432,7 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
   assert "240 rows lie in clusters of more than 12:" in capsys.readouterr().out
   # And that is what is asked of the hours: 240 rows with 12 before each.
   rows, flops = kmeans.vectors_lib, 2 * 240 * 12 * x.shape[1]
-  monkeypatch.setattr(rows.rates, "RATES", dict(cpu=1.0))
+  monkeypatch.setattr(rows.devices, "CPU", 1.0)
   for factor in (1.001, 1 / 1.001):
     monkeypatch.setattr(rows, "HOURS", flops / 3600 * factor)
     if factor > 1:
@@ -461,7 +459,7 @@ def test_semdedup_equals_the_loop(count, tile, monkeypatch):
     ]
     wanted[i] = max([x[i] @ x[j] for j in earlier], default=-1)
   got = SAMPLERS["semdedup"](3, pool, 150, clusters=count)
-  np.testing.assert_allclose(got.score, -wanted, atol=2e-6)
+  assert_allclose(got.score, -wanted, atol=2e-6)
   if count == 1:  # one of each planted two is dropped first
     lost = np.setdiff1d(
       np.arange(N), SAMPLERS["semdedup"](3, pool, 160, clusters=1).rows
@@ -473,9 +471,7 @@ def test_semdedup_equals_the_loop(count, tile, monkeypatch):
 def test_semdedup_keeps_the_lowest_hash_of_exact_copies():
   pool = make_pools.make(2, 60)
   x = np.repeat(pool.embedding[:20], 3, axis=0)
-  got = SAMPLERS["semdedup"](
-    0, make_pools.with_columns(pool, embedding=x), 20, clusters=1
-  )
+  got = SAMPLERS["semdedup"](0, with_columns(pool, embedding=x), 20, clusters=1)
   hashes = topk.id_hash(pool.ids).reshape(20, 3)
   assert set(got.rows) == set(np.arange(20) * 3 + hashes.argmin(1))
   for bad in ("many", 0, 61):

@@ -275,25 +275,22 @@ def end(
     *(flag.format(work=folder / "work", **paths) for flag in kind.flags),
   ]
   flags = [x if x.startswith("--") else f"--config.{x}" for x in knobs]
-  process = start(
-    [
-      f"--config={ROOT}/configs/select.py",
-      f"--output={folder}/subset.parquet",
-      *flags,
-    ],
-    module="jaxalign.cli.select",
-    hook=kind.hook,
-    env=dict(TMPDIR=str(temporary), JAX_PLATFORMS="cpu")
-    | (dict(OMP_NUM_THREADS="1") if single else {}),
+  env = dict(TMPDIR=str(temporary), JAX_PLATFORMS="cpu")
+  env |= dict(OMP_NUM_THREADS="1") if single else {}
+  flags += [f"--output={folder}/subset.parquet"] * (
+    not any(x.startswith("--output") for x in flags)
   )
-  timer, out = threading.Timer(600, process.kill), []
-  timer.start()
-  for line in process.stdout:
-    out.append(line)
-    if kind.number and line.startswith("data: ..."):
-      process.send_signal(kind.number)
-  code = process.wait()
-  timer.cancel()
+  flags = [f"--config={ROOT}/configs/select.py", *flags]
+  module, out = "jaxalign.cli.select", []
+  with start(flags, module=module, hook=kind.hook, env=env) as process:
+    timer = threading.Timer(600, process.kill)
+    timer.start()
+    for line in process.stdout:
+      out.append(line)
+      if kind.number and line.startswith("data: ..."):
+        process.send_signal(kind.number)
+    code = process.wait()
+    timer.cancel()
   names = [p.name for p in temporary.iterdir()]
   left = [n for n in names if n.startswith(("tmp", "jaxalign"))]
   left += [str(p.relative_to(folder)) for p in folder.rglob(".*.tmp-*")]

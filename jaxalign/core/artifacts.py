@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, IO
 
 from etils import epath
 import jax
@@ -58,7 +58,16 @@ class Record:
 
 
 def write_bytes(path: Any, data: bytes) -> None:
+  """Writes a file whole or not at all; see `write_through`."""
+  write_through(path, lambda file: file.write(data))
+
+
+def write_through(path: Any, write: Callable[[IO[bytes]], Any]) -> None:
   """Writes a file whole or not at all: a temporary name, then a rename.
+
+  Args:
+    path: of the file.
+    write: is handed the open file.
 
   Raises:
     WriteError: the folder is read-only, the disk is full, and the like.
@@ -67,7 +76,8 @@ def write_bytes(path: Any, data: bytes) -> None:
   temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+      write(file)
     temporary.replace(path)
   except BaseException as error:  # a signal too leaves no half of a file
     with contextlib.suppress(OSError):
@@ -97,11 +107,8 @@ def read_json(path: Any) -> Any:
 
 def write_array(path: Any, x: np.ndarray) -> None:
   """Writes .npy, atomic."""
-  import io
-
-  buffer = io.BytesIO()
-  np.save(buffer, np.asarray(x), allow_pickle=False)
-  write_bytes(path, buffer.getvalue())
+  x = np.asarray(x)
+  write_through(path, lambda file: np.save(file, x, allow_pickle=False))
 
 
 def read_array(path: Any) -> np.ndarray:

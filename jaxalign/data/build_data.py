@@ -1,7 +1,7 @@
 """The data stage: a source becomes splits, a tokenizer and tokens."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import itertools
 import json
@@ -18,6 +18,7 @@ from jaxalign.data import world as world_lib
 from jaxalign.data.chat import Chat
 from jaxalign.data.encode import ANSWERS, NO_TEMPLATE, RowEncoder
 from jaxalign.data.json_rows import Where
+from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas.schema import Refused
 from jaxalign.data.special import ROW_FORMAT
 from jaxalign.data.summary import (
@@ -29,6 +30,7 @@ from jaxalign.data.summary import (
 from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
 
 SPLITS = ("sft", "pool", "held_out")
+_LEARNT = 200_000  # rows of the pool that a tokenizer is trained on
 PEEKED, TOKENIZED = 10_000, 300  # rows that a dry run reads; and tokenizes
 
 
@@ -36,7 +38,7 @@ PEEKED, TOKENIZED = 10_000, 300  # rows that a dry run reads; and tokenizes
 class SplitRows:
   """The rows of a config, split, before any of them is tokenized."""
 
-  splits: dict[str, list[dict]]
+  splits: dict[str, RowTable]
   summary: dict[str, Any]
   kind: str  # "pairs" or "unpaired"
   refused: list[dict]
@@ -55,21 +57,25 @@ def _from_world(c: Any, folder: epath.Path) -> SplitRows:
   splits = {name: one.rows for name, one in loaded.items()}
   for row in made["held_out"]:
     targets[tuple(row[k] for k in names)] = row["target"]
-  for row in splits["held_out"]:
-    row["target"] = targets[tuple(row[k] for k in names)]
-  splits["sft"] = [
+  splits["held_out"] = splits["held_out"].map(
+    lambda row: row | dict(target=targets[tuple(row[k] for k in names)])
+  )
+  splits["sft"] = RowTable.of(
     dict(row, id=f"sft-{i:06d}", group=row["prompt"])
     for i, row in enumerate(made["sft"])
-  ]
+  )
   refused = [*loaded["pool"].refused, *loaded["held_out"].refused]
-  seen = {r["prompt"] for r in splits["pool"]}
-  where = {r["id"]: Where("world", None) for x in splits.values() for r in x}
+  seen = {*splits["pool"].column("prompt")}
+  ids = itertools.chain(*(rows.column("id") for rows in splits.values()))
+  where = dict.fromkeys(ids, Where("world", None))
   for name in ("held_out", "sft"):  # no prompt is in two splits
-    twice = [r for r in splits[name] if r["prompt"] in seen]
+    prompts = splits[name].column("prompt")
+    twice = np.array([prompt in seen for prompt in prompts], bool)
     why = Refused("prompt of another split")
-    refused += [refusals.refused_later(row, why, name, where) for row in twice]
-    splits[name] = [r for r in splits[name] if r["prompt"] not in seen]
-    seen |= {r["prompt"] for r in splits[name]}
+    rows = splits[name].where(twice) if twice.any() else ()
+    refused += [refusals.refused_later(row, why, name, where) for row in rows]
+    splits[name] = splits[name].where(~twice)
+    seen |= {*splits[name].column("prompt")}
   summary = data_summary(loaded["pool"], splits)
   summary |= dict(source="world", readings=[])
   summary["seen"] = sum(len(rows) for rows in made.values())
@@ -82,7 +88,7 @@ def read_splits(c: Any, limit: int = 0) -> SplitRows:
   splits = records.split_rows(
     loaded.rows, prepare.split_fractions(c), c.data.seed
   )
-  refused, where = list(loaded.refused), dict(loaded.where)
+  refused, where = list(loaded.refused), loaded.where
   if c.data.held_out:
     held = prepare.load_sources(c, limit, held_out=True)
     if held.kind != loaded.kind:
@@ -90,26 +96,29 @@ def read_splits(c: Any, limit: int = 0) -> SplitRows:
         f"{c.data.held_out} holds {held.kind}, {loaded.source} holds "
         f"{loaded.kind}; set config.data.held_out"
       )
-    groups = {row["group"] for row in held.rows}
+    groups = {*held.rows.column("group")}
     why = Refused("prompt of the held-out file")
     for name in ("pool", "sft"):  # what is measured on is not trained on
-      lost = [row for row in splits[name] if row["group"] in groups]
-      refused += [refusals.refused_later(row, why, name, where) for row in lost]
-      splits[name] = [r for r in splits[name] if r["group"] not in groups]
-    where |= {f"held-{name}": at for name, at in held.where.items()}
-    splits["held_out"] = [dict(r, id=f"held-{r['id']}") for r in held.rows]
+      rows = splits[name]
+      lost = np.array([group in groups for group in rows.column("group")], bool)
+      for row in rows.where(lost) if lost.any() else ():
+        refused.append(refusals.refused_later(row, why, name, where))
+      splits[name] = rows.where(~lost)
+    named = {f"held-{name}": at for name, at in held.where.items()}
+    where = collections.ChainMap(named, where)
+    splits["held_out"] = held.rows.map(lambda r: dict(r, id=f"held-{r['id']}"))
     refused += held.refused
     seen = loaded.seen + held.seen
     readings = loaded.readings + held.readings
     loaded = dataclasses.replace(loaded, seen=seen, readings=readings)
   answer = "chosen" if loaded.kind == "pairs" else "completion"
   # A disliked answer is nothing to imitate.
-  liked = [row for row in splits["sft"] if row.get("label", True)]
-  sft = [_imitated(row, answer) for row in liked]
-  for row in splits["held_out"]:
-    row["target"] = row.get("chosen") or row["completion"]
+  liked = (row for row in splits["sft"] if row.get("label", True))
+  sft = RowTable.of(_imitated(row, answer) for row in liked)
+  target = lambda row: dict(target=row.get("chosen") or row["completion"])
+  held_out = splits["held_out"].map(lambda row: row | target(row))
   summary = data_summary(loaded, splits)
-  splits = splits | dict(sft=sft)
+  splits = splits | dict(sft=sft, held_out=held_out)
   return SplitRows(splits, summary, loaded.kind, refused, where)
 
 
@@ -127,7 +136,7 @@ def _tokenizer(c: Any, splits: dict) -> Tokenizer:
   if (given := prepare.given_tokenizer(c)) is not None:
     return given
   texts = [r["prompt"] + r["response"] for r in splits["sft"]]
-  for row in splits["pool"]:
+  for row in itertools.islice(splits["pool"], _LEARNT):
     answers = [row[n] for n in ("chosen", "completion") if n in row]
     texts += [row["prompt"] + answer for answer in answers]
   return Tokenizer(train_tokenizer(texts, c.model.vocab_size))
@@ -163,6 +172,7 @@ def make_data(
   tok = _tokenizer(c, splits)
   with RowEncoder(c, tok, splits) as encoder:
     _write_tokenizer(folder, tok, encoder.chat)
+    splits = dict(encoder.splits)
     encoded = {name: encoder.encode(splits[name]) for name in SPLITS}
   context = c.model.context or min(most, prepare.own_context(c))
   if c.model.checkpoint and not c.model.context:
@@ -178,7 +188,7 @@ def make_data(
         refusals.refused_later(splits[name][i], why, name, found.where)
       )
     tokens_lib.save_rows(folder, name, rows)
-    splits[name] = [r for i, r in enumerate(splits[name]) if i not in lost]
+    splits[name] = _without(splits[name], lost)
     if name == "pool":
       summary["tokens"] = _token_counts(rows)
       summary["shown"] = decoded_rows(tok, splits[name], rows)
@@ -222,7 +232,13 @@ def _written(folder: epath.Path, world: bool) -> list[str]:
   return [n for n in names if world or not n.startswith("world_")]
 
 
-def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, list[dict]]:
+def _without(rows: RowTable, lost: Iterable[int]) -> RowTable:
+  kept = np.ones(len(rows), bool)
+  kept[[*lost]] = False
+  return rows.where(kept)
+
+
+def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, RowTable]:
   """The splits as the loss compares them: pool pairs may become two rows each.
 
   Held-out pairs stay pairs.
@@ -238,7 +254,7 @@ def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, list[dict]]:
     splits = splits | dict(pool=records.pairs_to_unpaired(splits["pool"]))
     n = len(splits["pool"])
     progress.say(f"  pairs split into {n:,} answers for {c.loss.name}")
-  labels = {row.get("label") for row in splits["pool"]}
+  labels = {*splits["pool"].column("label")}
   if wanted == "unpaired" and len(labels) == 1:
     progress.say(
       f"  warning: all {len(splits['pool']):,} rows of the pool are "
@@ -326,6 +342,7 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
     summary |= dict(template=NO_TEMPLATE, shown=texts)
     return found, summary_lines(summary)
   with RowEncoder(c, tok, splits) as encoder:
+    few = encoder.splits[name][:TOKENIZED]
     encoded = encoder.encode(few)
   fits = tokens_lib.context_for(tokens_lib.whole_lengths(tok, encoded), most)
   context = prepare.asked_context(c) or fits
@@ -341,8 +358,7 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
     first_refused=refusals.first_by_reason(late),
     refused_by_reason=collections.Counter(r["reason"] for r in late),
   )
-  kept = [row for i, row in enumerate(few) if i not in lost]
-  summary["shown"] = decoded_rows(tok, kept, rows)
+  summary["shown"] = decoded_rows(tok, _without(few, lost), rows)
   return found, summary_lines(summary)
 
 

@@ -1,6 +1,7 @@
 """Rows become tokens: by a chat template, or as the texts they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ from jaxalign.core import progress
 from jaxalign.core.errors import DataError
 from jaxalign.data.chat import Chat
 from jaxalign.data.chat_templates import template_source
+from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas.messages import uses_tools
 from jaxalign.data.schemas.schema import ASSISTANT, Refused, turns_of
 from jaxalign.data.special import specials_in
-from jaxalign.data.tokens import Encoded, fit_rows, Fitted
+from jaxalign.data.tokens import Encoded, EncodedRows, fit_rows, Fitted
 
 ANSWERS = ("chosen", "rejected", "completion", "response")
 NO_TEMPLATE = "no template: rows are tokenized as the texts they are"
@@ -53,18 +55,27 @@ def dialogues_to_ids(
     answers: R answers to each prompt, texts or messages.
     tools: of each dialogue, or None.
   """
-  out: list[Encoded | Refused] = []
-  tools = tools or [None] * len(turns)
   with progress.bar("tokenize", len(turns)) as tick:
-    for asked, answer, tool in zip(turns, answers, tools, strict=True):
-      try:
-        ids = chat.encode(asked, answer, tool or None)
-        out.append(_with_eos(chat.tok, *ids))
-      except Refused as error:
-        out.append(error)
-      if len(out) % _CHUNK == 0:
-        tick(_CHUNK)
-  return out
+    return list(_dialogue_ids(chat, turns, answers, tools, tick))
+
+
+def _dialogue_ids(
+  chat: Chat,
+  turns: Sequence[list[dict[str, Any]]],
+  answers: Sequence[Sequence[Any]],
+  tools: Sequence[Any] | None,
+  tick: Callable[[int], None] = lambda n: None,
+) -> Iterator[Encoded | Refused]:
+  tools = tools or [None] * len(turns)
+  for i, (asked, answer, tool) in enumerate(
+    zip(turns, answers, tools, strict=True), 1
+  ):
+    try:
+      yield _with_eos(chat.tok, *chat.encode(asked, answer, tool or None))
+    except Refused as error:
+      yield error
+    if i % _CHUNK == 0:
+      tick(_CHUNK)
 
 
 def texts_to_ids(
@@ -84,20 +95,29 @@ def texts_to_ids(
   if any(len(side) != len(prompts) for side in sides):
     sizes = [len(side) for side in sides]
     raise ValueError(f"{len(prompts)} prompts, but {sizes} responses")
+  with progress.bar("tokenize", len(prompts)) as tick:
+    return list(_text_ids(tok, prompts, sides, special, tick))
+
+
+def _text_ids(
+  tok: Any,
+  prompts: Sequence[str],
+  sides: Sequence[Sequence[str]],
+  special: bool,
+  tick: Callable[[int], None] = lambda n: None,
+) -> Iterator[Encoded]:
   heads_of, tails_of = tok.encode_many, tok.encode_responses
   if special:
     heads_of = tails_of = lambda texts: [tok.encode_rendered(t) for t in texts]
-  out: list[Encoded | Refused] = []
-  with progress.bar("tokenize", len(prompts)) as tick:
-    for first in range(0, len(prompts), _CHUNK):
-      chunk = slice(first, first + _CHUNK)
-      heads = heads_of(prompts[chunk])
-      if special:  # the row's BOS is written with the row
-        heads = [head[head[:1] == [tok.bos] :] for head in heads]
-      tails = zip(*(tails_of(side[chunk]) for side in sides))
-      out += [_with_eos(tok, *row) for row in zip(heads, tails)]
-      tick(len(heads))
-  return out
+  for first in range(0, len(prompts), _CHUNK):
+    chunk = slice(first, first + _CHUNK)
+    heads = heads_of(prompts[chunk])
+    if special:  # the row's BOS is written with the row
+      heads = [head[head[:1] == [tok.bos] :] for head in heads]
+    tails = zip(*(tails_of(side[chunk]) for side in sides))
+    for row in zip(heads, tails):
+      yield _with_eos(tok, *row)
+    tick(len(heads))
 
 
 def _with_eos(
@@ -120,25 +140,26 @@ class RowEncoder:
   Attributes:
     chat: the template, or None.
     special: whether special tokens in a text are read as such.
+    splits: the rows as they are encoded, plain texts as turns where there is a
+      template.
     description, warnings: sentences for a person.
   """
 
-  def __init__(self, c: Any, tok: Any, splits: dict[str, list[dict]]):
+  def __init__(self, c: Any, tok: Any, splits: Mapping[str, RowTable]):
     self.c, self.tok, self.warnings, self.chat = c, tok, [], None
     self.special = c.data.special_tokens == "tokens"
     source = template_source(c.data.template, tok, True)
-    every = [row for rows in splits.values() for row in rows]
-    texts = [row for row in every if not row.get("turns")]
-    if self.special and source is not None and texts:
-      if 2 * len(self._spelt(texts)) > len(texts):
+    plain = sum(1 for row in _every(splits) if not row.get("turns"))
+    if self.special and source is not None and plain:
+      if 2 * self._spelt(_texts(splits))[1] > plain:
         source = None  # the texts hold the template already
     # A tokenizer that is trained here makes nothing of "<s>" in a text.
     given = c.model.tokenizer or c.model.checkpoint
     if c.data.special_tokens == "auto" and given:
-      self._warn_of_specials(every, wraps=bool(source and texts))
-    self.description = NO_TEMPLATE
+      self._warn_of_specials(splits, wraps=bool(source and plain))
+    self.description, self.splits = NO_TEMPLATE, splits
     if source is None:
-      self._warn_of_spaces(texts)
+      self._warn_of_spaces(_texts(splits))
     else:
       mode = "tokens" if self.special else "text"
       self.chat = Chat(tok, source, special_tokens=mode)
@@ -146,14 +167,12 @@ class RowEncoder:
       own = c.data.template == "auto"
       name = "the tokenizer's own" if own else c.data.template
       self.description = f"chat template: {name}"
-      if texts:
+      if plain:
         self.description += (
-          f"; {len(texts):,} rows of plain text are wrapped as turns "
+          f"; {plain:,} rows of plain text are wrapped as turns "
           "(data.template='none' leaves them alone)"
         )
-      for row in texts:
-        user = dict(role="user", content=row["prompt"])
-        row["turns"] = turns_of(row["prompt"]) or [user]
+        self.splits = {n: rows.map(_wrapped) for n, rows in splits.items()}
     for text in self.warnings:
       progress.say(f"  warning: {text}")
 
@@ -165,30 +184,41 @@ class RowEncoder:
       self.chat.renderer.close()
 
   def fit(
-    self, rows: list[dict], encoded: list, context: int, too_long: str
+    self, rows: RowTable, encoded: EncodedRows, context: int, too_long: str
   ) -> Fitted:
     """The token rows of what `encode` made of some rows."""
     names, history = answer_names(rows), self.chat is not None
     options = dict(history=history, special=self.special)
     return fit_rows(self.tok, encoded, names, context, too_long, **options)
 
-  def encode(self, rows: list[dict]) -> list[Encoded | Refused]:
+  def encode(self, rows: RowTable) -> EncodedRows:
     """Ids of every row, or why there are none."""
-    names = answer_names(rows)
+    out, names = EncodedRows(), answer_names(rows)
+    rows_left = iter(rows)
+    with progress.bar("tokenize", len(rows)) as tick:
+      while chunk := list(itertools.islice(rows_left, _CHUNK)):
+        out.extend(self._encode(chunk, names))
+        tick(len(chunk))
+    return out
+
+  def _encode(
+    self, rows: list[dict], names: Sequence[str]
+  ) -> Iterator[Encoded | Refused]:
     if self.chat:
       turns = [self._turns(row) for row in rows]
       answers = [answers_of(row, names) for row in rows]
-      tools = [row.get("tools") for row in rows]
-      return dialogues_to_ids(self.chat, turns, answers, tools)
+      return _dialogue_ids(
+        self.chat, turns, answers, [row.get("tools") for row in rows]
+      )
     prompts = [row["prompt"] for row in rows]
     sides = [[row[name] for row in rows] for name in names]
-    ids = texts_to_ids(self.tok, prompts, sides, self.special)
+    ids = _text_ids(self.tok, prompts, sides, self.special)
     no_tools = Refused(
       "tool calls are not supported",
       "without a chat template; set config.model.checkpoint or "
       "config.data.template",
     )
-    return [no_tools if uses_tools(r) else row for r, row in zip(rows, ids)]
+    return (no_tools if uses_tools(r) else row for r, row in zip(rows, ids))
 
   def _turns(self, row: dict) -> list[dict]:
     """The prompt's turns, a system turn joined to the user's if so wished."""
@@ -201,49 +231,71 @@ class RowEncoder:
         return [*rest[:i], turn | dict(content=text), *rest[i + 1 :]]
     return row["turns"]
 
-  def _spelt(self, rows: list[dict]) -> list[tuple[dict, list[str]]]:
-    """The rows in whose texts special tokens are written out, and which."""
-    texts = [
-      "\n".join([r["prompt"], *(r[n] for n in ANSWERS if n in r)]) for r in rows
-    ]
-    found = [(row, specials_in(self.tok, x)) for row, x in zip(rows, texts)]
-    return [(row, names) for row, names in found if names]
+  def _spelt(self, rows: Iterable[dict]) -> tuple[dict, int, set[str]]:
+    """The first row in whose texts special tokens are written out, how many
+    there are, and which tokens."""
+    first, count, names = {}, 0, set()
+    for row in rows:
+      texts = [row["prompt"], *(row[n] for n in ANSWERS if n in row)]
+      if found := specials_in(self.tok, "\n".join(texts)):
+        first, count = first or row, count + 1
+        names |= {*found}
+    return first, count, names
 
-  def _warn_of_specials(self, rows: list[dict], wraps: bool) -> None:
+  def _warn_of_specials(
+    self, splits: Mapping[str, RowTable], wraps: bool
+  ) -> None:
     """Names special tokens that are spelt out.
 
     Raises:
       DataError: in most of the rows, so that their text is not what is meant.
     """
-    spelt = self._spelt(rows)
-    if not spelt:
+    first, count, found = self._spelt(_every(splits))
+    if not count:
       return
-    names = sorted({name for _, found in spelt for name in found})
+    names, rows = sorted(found), sum(map(len, splits.values()))
     twice = ", and the template would be written around them a second time"
     what = (
-      f"{len(spelt):,} of {len(rows):,} rows have special tokens of the "
+      f"{count:,} of {rows:,} rows have special tokens of the "
       f"tokenizer in their text ({', '.join(names[:6])}), id "
-      f"{spelt[0][0]['id']} for one; as text they are spelt in pieces"
+      f"{first['id']} for one; as text they are spelt in pieces"
       f"{twice if wraps else ''}. Give messages without them (a list of role "
       "and content), or read them as tokens as TRL does, "
       "config.data.special_tokens='tokens'"
     )
-    if len(spelt) * 2 > len(rows):
+    if count * 2 > rows:
       raise DataError(f"{what}; 'text' takes them as they are")
     self.warnings.append(what)
 
-  def _warn_of_spaces(self, rows: list[dict]) -> None:
+  def _warn_of_spaces(self, rows: Iterable[dict]) -> None:
     """A space at a prompt's end is a token of its own, which no model saw."""
-    ends = [row for row in rows if row["prompt"].endswith((" ", "\t"))]
+    ends = [r["id"] for r in rows if r["prompt"].endswith((" ", "\t"))]
     if ends:
       self.warnings.append(
-        f"{len(ends):,} prompts end in a space (id {ends[0]['id']} for one), "
+        f"{len(ends):,} prompts end in a space (id {ends[0]} for one), "
         "which most tokenizers put before the next word: move it to the "
         "beginning of the answers"
       )
 
 
-def answer_names(rows: list[dict]) -> tuple[str, ...]:
+def _every(splits: Mapping[str, RowTable]) -> Iterator[dict]:
+  return itertools.chain.from_iterable(splits.values())
+
+
+def _texts(splits: Mapping[str, RowTable]) -> Iterator[dict]:
+  """The rows that are texts and no dialogues."""
+  return (row for row in _every(splits) if not row.get("turns"))
+
+
+def _wrapped(row: dict) -> dict:
+  """A row of plain text as turns of a dialogue."""
+  if row.get("turns"):
+    return row
+  user = dict(role="user", content=row["prompt"])
+  return row | dict(turns=turns_of(row["prompt"]) or [user])
+
+
+def answer_names(rows: Sequence[dict]) -> tuple[str, ...]:
   """What the answers of these rows are called."""
   return tuple(n for n in ANSWERS if n in rows[0]) if rows else ("response",)
 

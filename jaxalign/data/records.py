@@ -4,11 +4,11 @@ The order of the input never matters: rows are sorted by id, an id comes from
 the row itself, and the split of a row is a hash of its group.
 """
 
+import array
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
-import itertools
 import json
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxalign.core.errors import ConfigError
 from jaxalign.data import refusals
 from jaxalign.data.json_rows import Where
 from jaxalign.data.refusals import TooManyRefused
+from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas import choices, Refused
 from jaxalign.data.schemas.convert import flipped
 from jaxalign.data.source_reader import (
@@ -26,11 +27,9 @@ from jaxalign.data.source_reader import (
   SourceReader,
   SourceReading,
 )
-from jaxalign.data.tables import MESSAGES
 
 # An id is a digest of these: what else is kept of a row may grow.
 _CONTENT = ("prompt", "chosen", "rejected", "completion", "label", "group")
-_EXTRA = (*MESSAGES, "margin", "source")  # that some rows of a source may lack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Loaded:
 
   kind: str  # "pairs" or "unpaired"
   schema: str
-  rows: list[dict]  # by id: id, prompt, chosen, rejected | completion, label;
+  rows: RowTable  # by id: id, prompt, chosen, rejected | completion, label;
   #   group; where there are any turns, answers, tools, margin, source
   refused: list[dict]  # file, line, id, reason, detail, as they came
   counts: dict[str, int]  # refused, by reason
@@ -72,31 +71,37 @@ def load_records(
   """
   names = [source] if isinstance(source, str) else list(source)
   options.check(names)
-  rows, refused, readings, scores = [], [], [], _Scores(options)
-  kind = None
-  for name in names:
-    reader, kept = SourceReader(name, options), []
-    for where, own, row in reader.converted():
-      try:
-        row = scores.checked(row, where)
-        its_kind = "pairs" if "chosen" in row else "unpaired"
-        kind = kind or its_kind
-        if its_kind != kind:
-          raise Refused("mixed kinds", f"{its_kind} among {kind}")
-      except Refused as error:
-        if not options.max_bad_fraction:
-          raise bad_row(where, own, error) from error
-        refused.append(refusals.refusal(where, own, error))
-        continue
-      first = dict(id=own) | (dict(source=name) if len(names) > 1 else {})
-      kept.append((where, first | row))
-    readings.append(reader.reading())
-    rows.append(kept)
+  refused, readings, scores = [], [], _Scores(options)
+  own_ids, digests, places, origin = [], bytearray(), Places(), []
+
+  def kept():
+    kind = None
+    for number, name in enumerate(names):
+      reader = SourceReader(name, options)
+      for where, own, row in reader.converted():
+        try:
+          row = scores.checked(row, where)
+          its_kind = "pairs" if "chosen" in row else "unpaired"
+          kind = kind or its_kind
+          if its_kind != kind:
+            raise Refused("mixed kinds", f"{its_kind} among {kind}")
+        except Refused as error:
+          if not options.max_bad_fraction:
+            raise bad_row(where, own, error) from error
+          refused.append(refusals.refusal(where, own, error))
+          continue
+        own_ids.append(own)
+        digests.extend(_digest(row))
+        places.add(where)
+        origin.append(number)
+        yield (dict(source=name) if len(names) > 1 else {}) | row
+      readings.append(reader.reading())
+
+  rows = RowTable.of(kept())
   schemas = ", ".join(dict.fromkeys(r.schema for r in readings))
   counts = refusals.count_reasons(refused)
-  label = ", ".join(names)
-  seen = sum(map(len, rows)) + len(refused)
-  if len(refused) > options.max_bad_fraction * seen or not any(rows):
+  label, seen = ", ".join(names), len(rows) + len(refused)
+  if len(refused) > options.max_bad_fraction * seen or not len(rows):
     raise TooManyRefused(
       f"{label}: {len(refused)} of {seen} rows refused, more than the fraction "
       f"{options.max_bad_fraction} allowed or all: "
@@ -105,17 +110,18 @@ def load_records(
       f"or config.data.schema (now {schemas})",
       refused,
     )
-  duplicates, shared = _assign_ids([row for kept in rows for _, row in kept])
-  left = _within(rows, options)
-  kept = sorted(itertools.chain(*left), key=lambda pair: pair[1]["id"])
-  out = [row for _, row in kept]
-  for name in _EXTRA:  # all rows of a table have the same columns
-    if any(name in row for row in out):
-      out = [dict(row, **{name: row.get(name)}) for row in out]
+  digests = np.frombuffer(bytes(digests), "V32")
+  ids, duplicates, shared = _assign_ids(own_ids, digests)
+  index, sizes = _within(ids, np.array(origin), len(names), options)
+  index = index[np.argsort(np.array(ids)[index], kind="stable")]
+  left_out = len(rows) - len(index)
+  rows = rows.with_column("id", ids).take(index)
+  kind = "pairs" if "chosen" in rows.table.column_names else "unpaired"
+  places.sort(rows.column("id"), index)
   return Loaded(
     kind=kind,
     schema=schemas,
-    rows=out,
+    rows=rows,
     refused=refused,
     counts=counts,
     seen=seen,
@@ -124,12 +130,43 @@ def load_records(
     tied=scores.tied,
     against=scores.against,
     against_at=scores.against_at,
-    contradicted=_contradicted(out),
+    contradicted=_contradicted(rows),
     shared_ids=shared,
-    left_out=sum(map(len, rows)) - len(out),
-    readings=tuple(r._replace(kept=len(k)) for r, k in zip(readings, left)),
-    where={row["id"]: where for where, row in kept},
+    left_out=left_out,
+    readings=tuple(r._replace(kept=n) for r, n in zip(readings, sizes)),
+    where=places,
   )
+
+
+class Places(Mapping):
+  """id -> Where a row stands, in two numbers a row."""
+
+  def __init__(self):
+    self._names, self._files = {}, array.array("i")
+    self._lines, self._ids = array.array("q"), np.array([], np.str_)
+
+  def add(self, where: Where) -> None:
+    """The next row's place."""
+    self._files.append(self._names.setdefault(where.file, len(self._names)))
+    self._lines.append(where.line or 0)
+
+  def sort(self, ids: list[str], index: np.ndarray) -> None:
+    """Keeps the places `index` alone; they are those of these sorted ids."""
+    self._ids = np.array(ids, np.str_)
+    self._files = np.array(self._files)[index]
+    self._lines = np.array(self._lines)[index]
+
+  def __len__(self) -> int:
+    return len(self._ids)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._ids.tolist())
+
+  def __getitem__(self, name: str) -> Where:
+    at = int(np.searchsorted(self._ids, name))
+    if at == len(self._ids) or self._ids[at] != name:
+      raise KeyError(name)
+    return Where([*self._names][self._files[at]], int(self._lines[at]) or None)
 
 
 @dataclasses.dataclass
@@ -168,71 +205,101 @@ class _Scores:
     return row
 
 
-def _within(rows: list[list], options: LoadOptions) -> list[list]:
-  """Of each source the rows that its cap and its weight leave, by a hash."""
-  caps, weights = options.caps or [0] * len(rows), options.weights
+def _within(
+  ids: list[str], origin: np.ndarray, sources: int, options: LoadOptions
+) -> tuple[np.ndarray, list[int]]:
+  """Of each source the rows that its cap and its weight leave, by a hash.
+
+  Returns:
+    Row numbers, and how many there are of each source.
+  """
+  rows = [np.flatnonzero(origin == k) for k in range(sources)]
+  caps, weights = options.caps or [0] * sources, options.weights
   sizes = [min(len(k), int(cap) or len(k)) for k, cap in zip(rows, caps)]
   if weights:
     least = min(size / weight for size, weight in zip(sizes, weights))
     most = [int(least * weight + 1e-9) for weight in weights]
     sizes = list(map(min, sizes, most))
 
-  def order(pair):
-    text = f"{options.seed}:{pair[1]['id']}"
-    return hashlib.sha256(text.encode()).digest()
+  def order(row):
+    return hashlib.sha256(f"{options.seed}:{ids[row]}".encode()).digest()
 
-  return [
-    kept if size == len(kept) else sorted(kept, key=order)[:size]
+  left = [
+    kept if size == len(kept) else np.array(sorted(kept, key=order)[:size], int)
     for kept, size in zip(rows, sizes)
   ]
+  return np.concatenate(left), sizes
 
 
-def _contradicted(rows: list[dict]) -> int:
+def _contradicted(rows: RowTable) -> int:
   """Pairs whose reverse, the same two answers the other way round, is there."""
-  pairs = [r for r in rows if "chosen" in r]
-  seen = {(r["prompt"], r["chosen"], r["rejected"]) for r in pairs}
-  return sum((r["prompt"], r["rejected"], r["chosen"]) in seen for r in pairs)
+  if "chosen" not in rows.table.column_names:
+    return 0
+  texts = [rows.column(name) for name in ("prompt", "chosen", "rejected")]
+
+  def codes(rows):
+    digest = lambda row: hashlib.blake2b(repr(row).encode(), digest_size=8)
+    each = b"".join(digest(row).digest() for row in rows)
+    return np.frombuffer(each, np.int64)
+
+  turned = codes((p, b, a) for p, a, b in zip(*texts))
+  return int(np.isin(turned, codes(zip(*texts))).sum())
 
 
-def _assign_ids(rows: list[dict]) -> tuple[int, int]:
+def _digest(row: dict) -> bytes:
+  """Of what an id is made of."""
+  content = {k: row[k] for k in _CONTENT if k in row}
+  text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+  return hashlib.sha256(text.encode()).digest()
+
+
+def _assign_ids(
+  own: Sequence[str | None], digests: np.ndarray
+) -> tuple[list[str], int, int]:
   """Gives every row an id of its own, whatever order they are in.
 
   A row without an id is called by its content; rows that share an id (a
   prompt's, for instance) by it and their content.
 
+  Args:
+    own: the ids that rows have.
+    digests: [n] of their contents.
+
   Returns:
-    How many contents repeat, and how many rows shared an id.
+    The ids, how many contents repeat, and how many rows shared an id.
   """
-  own = collections.Counter(row["id"] for row in rows if row["id"] is not None)
-  taken = {name for name, n in own.items() if n == 1}
-  times: collections.Counter = collections.Counter()
+  counts = collections.Counter(name for name in own if name is not None)
+  taken = {name for name, n in counts.items() if n == 1}
+  _, which = np.unique(digests, return_inverse=True)
+  order = np.argsort(which, kind="stable")
+  starts = np.flatnonzero(np.diff(which[order], prepend=-1))
+  repeat = np.empty(len(own), np.int64)  # how many were alike before
+  repeat[order] = np.arange(len(own)) - starts[which[order]]
   numbers: collections.Counter = collections.Counter()
-  shared = 0
-  for row in rows:
-    content = {k: row[k] for k in _CONTENT if k in row}
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    times[digest] += 1
-    if row["id"] in taken:
+  ids, shared = [], 0
+  for name, digest, times in zip(own, digests.tolist(), repeat.tolist()):
+    if name is not None and name in taken and counts[name] == 1:
+      ids.append(name)
       continue
-    if row["id"] is None:
-      stem, number, numbered = digest[:16], times[digest] - 1, True
+    if name is None:
+      stem, number, numbered = digest[:8].hex(), times, True
     else:
-      stem = f"{row['id']}-{digest[:8]}"
+      stem = f"{name}-{digest[:4].hex()}"
       number, numbered, shared = numbers[stem], numbers[stem] > 0, shared + 1
-    name = f"{stem}-{number}" if numbered else stem
-    while name in taken:
+    new = f"{stem}-{number}" if numbered else stem
+    while new in taken:
       number += 1
-      name = f"{stem}-{number}"
-    numbers[stem] = number + 1
-    taken.add(name)
-    row["id"] = name
-  return sum(n - 1 for n in times.values()), shared
+      new = f"{stem}-{number}"
+    if name is not None:
+      numbers[stem] = number + 1
+    taken.add(new)
+    ids.append(new)
+  return ids, int((repeat > 0).sum()), shared
 
 
 def split_rows(
   rows: Iterable[dict], fractions: Mapping[str, float], seed: int
-) -> dict[str, list[dict]]:
+) -> dict[str, RowTable]:
   """Rows by split, whole groups only, whatever order the rows are in.
 
   A group lands by sha256("<seed>:<group>") read as a number in [0, 1), so a
@@ -255,23 +322,27 @@ def split_rows(
     )
   names = [name for name in order if fractions[name] > 0]
   ends = np.cumsum(sizes[sizes > 0])[:-1]
-  parts = {name: [] for name in fractions}
-  for row in rows:
-    digest = hashlib.sha256(f"{seed}:{row['group']}".encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2.0**64
-    parts[names[int(np.searchsorted(ends, u, side="right"))]].append(row)
-  return parts
+  rows = RowTable.of(rows)
+  digest = lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest()[:8]
+  bits = np.frombuffer(b"".join(map(digest, rows.column("group"))), ">u8")
+  u = bits.astype(np.float64) / 2.0**64
+  part = np.searchsorted(ends, u, side="right")
+  found = {name: rows.where(part == k) for k, name in enumerate(names)}
+  return {name: found.get(name, RowTable.of(())) for name in fractions}
 
 
-def pairs_to_unpaired(rows: Iterable[dict]) -> list[dict]:
+def pairs_to_unpaired(rows: Iterable[dict]) -> RowTable:
   """Each pair as two unpaired rows: chosen liked, rejected disliked."""
-  out = []
-  for row in rows:
-    for k, side in enumerate(("chosen", "rejected")):
-      one = dict(id=f"{row['id']}/{side}", prompt=row["prompt"])
-      one |= dict(completion=row[side], label=k == 0, group=row["group"])
-      one |= {n: row[n] for n in ("turns", "tools", "source") if n in row}
-      if "answers" in row:
-        one["answers"] = row["answers"] and [row["answers"][k]]
-      out.append(one)
-  return sorted(out, key=lambda row: row["id"])
+
+  def answers():
+    for row in rows:
+      for k, side in enumerate(("chosen", "rejected")):
+        one = dict(id=f"{row['id']}/{side}", prompt=row["prompt"])
+        one |= dict(completion=row[side], label=k == 0, group=row["group"])
+        one |= {n: row[n] for n in ("turns", "tools", "source") if n in row}
+        if "answers" in row:
+          one["answers"] = row["answers"] and [row["answers"][k]]
+        yield one
+
+  out = RowTable.of(answers())
+  return out.take(np.argsort(np.array(out.column("id")), kind="stable"))

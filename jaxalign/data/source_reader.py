@@ -155,13 +155,16 @@ class SourceReader:
 
   def converted(self) -> Iterable[tuple[Where, str | None, dict | Refused]]:
     """(Where, own id or None, converted row or Refused), some of one row."""
-    entries = []
+    entries = []  # from the first row on that another may decide
     for where, row in progress.counted(self._rows, f"read {self.name}"):
       self.seen += 1
       for own, fresh, source in self._convert(where, row):
         if isinstance(fresh, Refused) and not self.options.max_bad_fraction:
           raise bad_row(where, own, fresh) from fresh
-        entries.append((where, own, fresh, source))
+        if entries or isinstance(fresh, Undecided):
+          entries.append((where, own, fresh, source))
+        else:
+          yield where, own, _of_source(fresh, source)
     rule = self.options.choice or layouts.known_rule(self.fields)
     rule = rule or self.schema.rule
     column = self.fields.get(self.schema.code, self.schema.code)
@@ -179,9 +182,7 @@ class SourceReader:
           fresh = fresh.make(side)
         except Refused as error:
           fresh = error
-      if isinstance(fresh, dict) and isinstance(source, str):
-        fresh = dict(fresh, source=source)
-      yield where, own, fresh
+      yield where, own, _of_source(fresh, source)
 
   def _convert(self, where: Where, row: Any) -> list[tuple]:
     """(Own id, converted row, its source) of each pair of a row."""
@@ -249,6 +250,11 @@ class SourceReader:
       columns.append(dict(column=name, type="text", became="not read"))
     name, schema = self.name, self.schema.name
     return SourceReading(name, schema, self.why, columns, 0, self.seen)
+
+
+def _of_source(fresh: Any, source: Any) -> Any:
+  named = isinstance(fresh, dict) and isinstance(source, str)
+  return dict(fresh, source=source) if named else fresh
 
 
 def _own_id(row: Mapping) -> str | None:

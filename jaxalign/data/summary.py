@@ -1,6 +1,6 @@
 """How the rows of a source were read, in the words that a person sees."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 
@@ -26,14 +26,14 @@ _COUNTS = dict(
 
 
 def data_summary(
-  loaded: Loaded, splits: Mapping[str, list[dict]]
+  loaded: Loaded, splits: Mapping[str, Sequence[dict]]
 ) -> dict[str, Any]:
   """What was read and kept, as JSON: counts, lengths, refusals, splits."""
   rows = loaded.rows
   sides = ("chosen", "rejected") if loaded.kind == "pairs" else ("completion",)
   characters = dict(
-    prompt=_quantiles([len(row["prompt"]) for row in rows]),
-    response=_quantiles([len(row[side]) for row in rows for side in sides]),
+    prompt=_quantiles([rows.column("prompt")]),
+    response=_quantiles([rows.column(side) for side in sides]),
   )
   summary = dict(
     source=loaded.source,
@@ -44,7 +44,7 @@ def data_summary(
     refused=len(loaded.refused),
     refused_by_reason=loaded.counts,
     duplicates=loaded.duplicates,
-    groups=len({row["group"] for row in rows}),
+    groups=len({*rows.column("group")}),
     rows_by_split={name: len(part) for name, part in splits.items()},
     characters=characters,
     readings=[r._asdict() for r in loaded.readings],
@@ -52,18 +52,20 @@ def data_summary(
     shared_ids=loaded.shared_ids,
     left_out=loaded.left_out,
   )
-  if any(row.get("margin") is not None for row in rows):
+  if any(margin is not None for margin in rows.column("margin")):
     summary |= dict(tied_scores=loaded.tied, against_scores=loaded.against)
     summary["against_at"] = loaded.against_at
   if loaded.kind == "unpaired":
-    summary["liked"] = sum(row["label"] for row in rows)
+    summary["liked"] = sum(rows.column("label"))
   return summary
 
 
-def _quantiles(values: list[int]) -> dict[str, float]:
-  if not values:
+def _quantiles(columns: list[list[str]]) -> dict[str, float]:
+  """Of the characters of texts."""
+  sizes = [np.fromiter(map(len, texts), np.int64) for texts in columns]
+  if not sizes or not len(sizes[0]):
     return {}
-  low, middle, high = np.percentile(values, [5, 50, 95])
+  low, middle, high = np.percentile(np.concatenate(sizes), [5, 50, 95])
   return dict(p5=float(low), p50=float(middle), p95=float(high))
 
 

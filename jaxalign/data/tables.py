@@ -1,47 +1,45 @@
-"""Rows on disk: tables of records, and of what was refused.
-
-Messages (`turns`, `answers`, `tools`) are JSON there: a table would give each
-the keys of all others.
-"""
+"""Rows on disk: tables of records, and of what was refused."""
 
 from collections.abc import Iterable
-import io
 import json
 
 from etils import epath
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxalign.core import artifacts
 from jaxalign.core.errors import CorruptError
+from jaxalign.data.row_table import messages_to_json, RowTable
 from jaxalign.data.schemas.messages import is_plain
 from jaxalign.data.schemas.schema import ASSISTANT
 
-MESSAGES = ("turns", "answers", "tools")
 _SIDES = ("chosen", "rejected", "completion")
+_GROUP = 4096  # rows of a row group
 
 
-def _to_json(row: dict, names: Iterable[str]) -> dict:
-  texts = {n: row[n] for n in names if n in row}
-  dump = lambda value: value and json.dumps(value, ensure_ascii=False)
-  return row | {name: dump(value) for name, value in texts.items()}
-
-
-def write_rows(path: epath.PathLike, rows: list[dict]) -> None:
+def write_rows(path: epath.PathLike, rows: Iterable[dict]) -> None:
   """Writes rows as parquet, whole or not at all (a temp name, then renamed).
 
   Raises:
     WriteError: the disk is full or the folder cannot be written.
   """
-  if rows:
-    table = pa.Table.from_pylist([_to_json(row, MESSAGES) for row in rows])
-  else:
+  table = RowTable.of(rows).table
+  if not table.num_columns:
     names = ("id", "prompt", "group")
     table = pa.table({name: pa.array([], pa.string()) for name in names})
-  options = dict(compression="zstd", row_group_size=4096)
-  buffer = io.BytesIO()
-  pq.write_table(table, buffer, write_page_checksum=True, **options)
-  artifacts.write_bytes(path, buffer.getvalue())
+  narrow = {pa.large_string(): pa.string()}
+  schema = pa.schema(
+    [(field.name, narrow.get(field.type, field.type)) for field in table.schema]
+  )
+
+  def write(file):
+    options = dict(compression="zstd", write_page_checksum=True)
+    with pq.ParquetWriter(file, schema, **options) as writer:
+      for start in range(0, table.num_rows, _GROUP):
+        writer.write_table(table.slice(start, _GROUP).cast(schema))
+
+  artifacts.write_through(path, write)
 
 
 def as_read(rows: list[dict]) -> list[dict]:
@@ -66,7 +64,11 @@ def as_read(rows: list[dict]) -> list[dict]:
     plain = plain and all(is_plain(m) for x in made.values() for m in x)
     kept = {k: v for k, v in row.items() if k not in ("turns", "answers")}
     out.append(kept | made)
-  return out if plain else [_to_json(r, ("prompt", *_SIDES)) for r in out]
+  return (
+    out
+    if plain
+    else [messages_to_json(row, ("prompt", *_SIDES)) for row in out]
+  )
 
 
 def _read(path: epath.PathLike, columns: list[str] | None = None) -> pa.Table:
@@ -81,12 +83,13 @@ def read_table(path: epath.PathLike) -> list[dict]:
   Raises:
     CorruptError: missing, truncated, or no parquet file.
   """
+  return list(read_row_table(path))
+
+
+def read_row_table(path: epath.PathLike) -> RowTable:
+  """As `read_table`, but no row is a dict before it is read."""
   try:
-    rows = _read(path).to_pylist()
-    for row in rows:
-      texts = {n: row[n] for n in MESSAGES if row.get(n) is not None}
-      row |= {name: json.loads(text) for name, text in texts.items()}
-    return rows
+    return RowTable(_read(path))
   except (pa.ArrowException, OSError, ValueError) as error:
     raise CorruptError(
       f"table {path} cannot be read: {str(error)[:200]}; delete it and run the "
@@ -107,6 +110,23 @@ def read_column(path: epath.PathLike, name: str) -> list:
       f"column {name} of {path} cannot be read: {str(error)[:200]}; delete it "
       "and run the stage that wrote it again"
     ) from error
+
+
+def read_some(path: epath.PathLike, index: np.ndarray) -> RowTable:
+  """The rows of these numbers, in that order; one row group is held at once."""
+  index = np.asarray(index, np.int64)
+  order = np.argsort(index, kind="stable")
+  with epath.Path(path).open("rb") as file:
+    table = pq.ParquetFile(file, page_checksum_verification=True)
+    parts, start = [table.schema_arrow.empty_table()], 0
+    for group in range(table.num_row_groups):
+      stop = start + table.metadata.row_group(group).num_rows
+      low, high = np.searchsorted(index[order], (start, stop))
+      if low < high:
+        rows = RowTable(table.read_row_group(group))
+        parts.append(rows.take(index[order[low:high]] - start).table)
+      start = stop
+  return RowTable(pa.concat_tables(parts)).take(np.argsort(order))
 
 
 def column_names(path: epath.PathLike) -> list[str]:

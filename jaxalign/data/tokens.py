@@ -7,8 +7,11 @@ cut answer must not be taught to stop there. A question is cut, on the left, for
 a small model trained on the spot alone ("cut"). `audit` checks every row.
 """
 
-from collections.abc import Iterable, Sequence
+import array
+from collections.abc import Iterable, Iterator, Sequence
 import io
+import itertools
+import tempfile
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -20,6 +23,7 @@ from jaxalign.data.schemas.schema import Refused
 
 LEAST_CONTEXT = 10  # BOS, a short question and a token of the answer
 TOO_LONG = ("drop", "cut_answer", "cut", "error")  # what becomes of such a row
+_AUDITED = 65536  # rows that `audit` holds numbers of at once
 KEEP_PROMPT = 8  # prompt tokens that a long response cannot push out, by "cut"
 _FIELDS = dict(ids=np.int32, offsets=np.int64, start=np.int32, cut=np.int32)
 
@@ -40,6 +44,68 @@ class Encoded(NamedTuple):
   answers: list[np.ndarray]  # int32, each ended by the EOS
 
 
+class TokenFile:
+  """Token ids written one after the other to a file of no name.
+
+  A class because rows are added and then read, and memory holds neither.
+  """
+
+  def __init__(self):
+    self._file = tempfile.TemporaryFile()
+
+  def __del__(self):
+    self._file.close()
+
+  def extend(self, arrays: Iterable[np.ndarray]) -> None:
+    """Adds int32 arrays."""
+    self._file.write(b"".join(array.tobytes() for array in arrays))
+
+  def mapped(self) -> np.ndarray:
+    """All ids so far, int32, mapped from the file."""
+    self._file.flush()
+    if not self._file.tell():
+      return np.zeros(0, np.int32)
+    return np.memmap(self._file, np.int32, "r").view(np.ndarray)
+
+
+class EncodedRows(Sequence):
+  """n rows before it is known what fits, their ids in a file."""
+
+  def __init__(self):
+    self.ids, self.refused = TokenFile(), {}
+    self._sizes, self._first = array.array("i"), array.array("q", [0])
+
+  def extend(self, rows: Iterable[Encoded | Refused]) -> None:
+    """Adds rows, R answers each."""
+    for row in rows:
+      parts = []
+      if isinstance(row, Refused):
+        self.refused[len(self)] = row
+      else:
+        parts = [row.prompt, *row.answers]
+      self.ids.extend(parts)
+      self._sizes.extend(map(len, parts))
+      self._first.append(len(self._sizes))
+
+  def __len__(self) -> int:
+    return len(self._first) - 1
+
+  def __iter__(self) -> Iterator[Encoded | Refused]:
+    ids, at, sizes = self.ids.mapped(), 0, self._sizes
+    for i in range(len(self)):
+      if i in self.refused:
+        yield self.refused[i]
+        continue
+      parts = []
+      for size in sizes[self._first[i] : self._first[i + 1]]:
+        parts.append(ids[at : at + size])
+        at += size
+      yield Encoded(parts[0], parts[1:])
+
+  def __getitem__(self, i: int) -> Encoded | Refused:
+    return next(itertools.islice(iter(self), i, None))
+
+
 class Fitted(NamedTuple):
   """What `fit_rows` made: R rows of each of the m that were kept."""
 
@@ -50,9 +116,9 @@ class Fitted(NamedTuple):
 
 def whole_lengths(tok: Any, encoded: Iterable[Encoded | Refused]) -> np.ndarray:
   """Tokens that every row takes whole, its longest answer; int64 [n]."""
-  rows = [row for row in encoded if not isinstance(row, Refused)]
-  sizes = [len(row.prompt) + max(map(len, row.answers)) for row in rows]
-  return np.array(sizes, np.int64) + (tok.bos >= 0)
+  rows = (row for row in encoded if not isinstance(row, Refused))
+  sizes = (len(row.prompt) + max(map(len, row.answers)) for row in rows)
+  return np.fromiter(sizes, np.int64) + (tok.bos >= 0)
 
 
 def context_for(sizes: np.ndarray, most: int, fraction: float = 0.99) -> int:
@@ -100,7 +166,8 @@ def fit_rows(
       f"{LEAST_CONTEXT} or more; set config.model.context"
     )
   bos = np.array([tok.bos] * (tok.bos >= 0), np.int32)
-  ids, start, cut, refused = [], [], [], {}
+  ids, refused = TokenFile(), {}
+  size, start, cut = (array.array("i") for _ in range(3))
   for i, row in enumerate(encoded):
     try:
       keep, room = _room(row, context, len(bos), too_long)
@@ -110,15 +177,16 @@ def fit_rows(
     lost = len(row.prompt) - keep
     prompt = np.concatenate([bos, row.prompt[lost:]])
     for answer in row.answers:
-      ids.append(np.concatenate([prompt, answer[:room]]))
+      ids.extend([prompt, answer[:room]])
+      size.append(len(prompt) + len(answer[:room]))
       start.append(len(prompt))
-      cut.append((lost, max(0, len(answer) - room)))
-  cuts = np.array(cut, np.int64).reshape(-1, 2)
+      cut.extend([lost, max(0, len(answer) - room)])
+  cuts = np.array(cut, np.int32).reshape(-1, 2)
   rows = TokenRows(
-    np.concatenate([np.zeros(0, np.int32), *ids]),
-    np.cumsum([0] + [len(row) for row in ids], dtype=np.int64),
+    ids.mapped(),
+    np.append(0, np.cumsum(size, dtype=np.int64)),
     np.array(start, np.int32),
-    cuts.sum(1).astype(np.int32),
+    cuts.sum(1, dtype=np.int32),
   )
   audit(tok, rows, context, cut=cuts[:, 1], history=history, special=special)
   report = _report(rows, cuts, list(names), context)
@@ -179,15 +247,35 @@ def audit(
       (SmolLM2's begins every turn).
     special: the texts themselves may hold a BOS and an EOS.
   """
+  cut = rows.cut if cut is None else cut
+  for first in range(0, len(rows.start), _AUDITED):
+    last = min(first + _AUDITED, len(rows.start))
+    low, high = rows.offsets[[first, last]]
+    part = TokenRows(
+      rows.ids[low:high],
+      rows.offsets[first : last + 1] - low,
+      rows.start[first:last],
+      cut[first:last],
+    )
+    _audit(tok, part, context, first, history, special)
+
+
+def _audit(
+  tok: Any,
+  rows: TokenRows,
+  context: int,
+  first: int,
+  history: bool,
+  special: bool,
+) -> None:
+  """`audit` of some rows, of which `first` is the number of the first."""
   n, size = len(rows.start), row_lengths(rows)
-  if not n:
-    return
   row = np.repeat(np.arange(n), size)
   place = np.arange(len(rows.ids)) - rows.offsets[row]
   answer = place >= rows.start[row]
   is_eos, is_bos = rows.ids == tok.eos, rows.ids == tok.bos
   ended = is_eos[rows.offsets[1:] - 1]
-  was_cut = (rows.cut if cut is None else cut) > 0
+  was_cut = rows.cut > 0
   count = lambda what: np.bincount(row[what], minlength=n)
   apart = tok.bos != tok.eos and not special and not history
   wrong = {
@@ -206,10 +294,10 @@ def audit(
   for what, where in wrong.items():
     if where.any():
       i = int(np.flatnonzero(where)[0])
-      first = rows.ids[rows.offsets[i] :][:8].tolist()
+      ids = rows.ids[rows.offsets[i] :][:8].tolist()
       raise DataError(
-        f"token row {i}: {what} ({int(where.sum())} rows; {first}...); set "
-        "config.data.template or config.model.tokenizer"
+        f"token row {first + i}: {what} ({int(where.sum())} rows; {ids}...); "
+        "set config.data.template or config.model.tokenizer"
       )
 
 
@@ -321,11 +409,8 @@ def longest_row(lengths: np.ndarray, context: int) -> int:
 def save_rows(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
   """Writes `rows` as four .npy files, `<name>.ids.npy` and so on."""
   for field, kind in _FIELDS.items():
-    buffer = io.BytesIO()
     array = np.ascontiguousarray(getattr(rows, field), kind)
-    np.save(buffer, array, allow_pickle=False)
-    path = epath.Path(folder) / f"{name}.{field}.npy"
-    artifacts.write_bytes(path, buffer.getvalue())
+    artifacts.write_array(epath.Path(folder) / f"{name}.{field}.npy", array)
 
 
 def load_rows(folder: epath.PathLike, name: str) -> TokenRows:

@@ -369,6 +369,8 @@ def owned(shards: Iterable[int]) -> list[list[int]]:
 
 def scratch(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
   """An array in a file of no name, gone with it: no anonymous memory."""
+  if not math.prod(shape):
+    return np.zeros(shape, dtype)
   with tempfile.TemporaryFile() as file:
     return np.memmap(file, dtype, "w+", shape=shape)
 
@@ -388,7 +390,7 @@ def read(folder: Any, column: str) -> np.ndarray:
   if spec.dtype == "float32" and not _in_bucket(store) and store.rows:
     return artifacts.read_array(store.folder / f"{column}.npy")
   shape = store.rows, *spec.shape
-  out = scratch(shape) if math.prod(shape) else np.zeros(shape, np.float32)
+  out = scratch(shape)
   for shard in range(store.shards):
     x = _read_rows(store, column, shard)
     x = x.view(_BFLOAT16) if spec.dtype == "bfloat16" else x

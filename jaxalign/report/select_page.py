@@ -112,7 +112,7 @@ def shift_rows(rows: Sequence[Node], column: Any) -> list[Row]:
       finite(row[k]) for k in ("kept", "pool", "low", "high")
     )
     if None not in (kept, pool, low, high):
-      colour = charts.MUTED if row.said == "within chance" else 1
+      colour = charts.MUTED if row.verdict == "within chance" else 1
       gap, low, high = (100 * (v - pool) for v in (kept, low, high))
       words = page.value_text(kept - pool, sign=True)
       name = value_name(row.value, column)

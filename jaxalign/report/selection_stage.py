@@ -8,6 +8,7 @@ from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.stage import Made
 from jaxalign.data import tables
+from jaxalign.data.row_table import TextColumn
 from jaxalign.data.summary import summary_lines
 from jaxalign.model.job import Arm, Job
 from jaxalign.report import select_page
@@ -49,7 +50,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   fitted, made = "log_likelihood" in sampler.needs, ("", "embed") in job.records
   read = {"", *["embed"] * made, *columns_lib.stages(job.c, job.kind, sampler)}
   files = ["selection.json", "selection.html", "reasons.parquet"]
-  rows = job.rows("pool")
+  rows = tables.read_row_table(job.shared / "data" / "pool.parquet")
   columns = {
     name: known[name].make(job)
     for name in COLUMNS
@@ -60,10 +61,11 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   if fitted:
     columns["log_likelihood"] = mixture_stage.likelihoods(job)[0]
     mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
-  pool = Pool(np.array([r["id"] for r in rows]), columns)
+  pool = Pool(np.array(job.column("pool", "id")), columns)
   kept = selected_rows(job, arm)
   score = np.array(tables.read_column(folder / "scores.parquet", "score"))
-  texts = {name: [r[name] for r in rows] for name in TEXTS if name in rows[0]}
+  names = [name for name in TEXTS if name in rows.table.column_names]
+  texts = {name: TextColumn(rows, name) for name in names}
   card, table = selection_report.describe(
     pool,
     Selection(kept, score),

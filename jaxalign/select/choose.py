@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from jaxalign.core import artifacts, devices, progress
 from jaxalign.core.artifacts import Cost
@@ -14,6 +15,7 @@ from jaxalign.core.lookup import source_digests
 from jaxalign.core.peak_memory import peak_memory
 from jaxalign.core.stage import Made
 from jaxalign.data import tables
+from jaxalign.data.row_table import RowTable
 from jaxalign.embed import embedder
 from jaxalign.embed import store as stores
 from jaxalign.model import memory
@@ -96,7 +98,7 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
       raise ConfigError(
         f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
         f"choose from {rows:,} rows, {found.flops:.3g} flops, "
-        f"above the {vectors_lib.HOURS:g} that a choice may take; "
+        f"above the {vectors_lib.HOURS:g} that a selection may take; "
         "set config.select.kwargs.blocks where it takes them, "
         "config.select.budget, or a sampler that runs in one pass, as "
         "config.select.sampler='density'"
@@ -143,13 +145,13 @@ def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
 def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   """Scores the pool and keeps the budget."""
   c, sampler = job.c, combine.named(arm.sampler)
-  rows, columns = job.rows("pool"), columns_lib.gather(job, sampler)
-  n = len(rows)
+  ids = np.array(job.column("pool", "id"))
+  columns, n = columns_lib.gather(job, sampler), len(ids)
   if "subset" in sampler.needs:
     others = selected_rows(job, chosen_arm(job, arm))
     columns["subset"] = np.isin(np.arange(n), others)
   budget = budget_rows(arm.budget, n, c.train.batch_size)
-  ids, fits = np.array([r["id"] for r in rows]), [{}]
+  fits = [{}]
   if _uses_mixture(sampler):
     fits = [dict(log_likelihood=x) for x in mixture_stage.likelihoods(job)]
   kwargs = _kwargs(c, arm, sampler)
@@ -163,7 +165,8 @@ def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
     path = job.shared / "mixture" / "diagnostics.json"
     diagnostics = artifacts.read_json(path) | dict(stability=_stability(chosen))
   notes = [*selection.notes, *columns_lib.notes(c, sampler)]
-  if copies := _copies([rows[i] for i in selection.rows]):
+  kept = tables.read_some(job.shared / "data" / "pool.parquet", selection.rows)
+  if copies := _copies(kept):
     notes.append(
       f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
       "copies of others; leave them out by "
@@ -173,7 +176,8 @@ def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   if notes:
     diagnostics["notes"] = notes
   likelihood = fits[0].get("log_likelihood")
-  _write_selection(folder, rows, selection, likelihood, _sums(job, sampler))
+  _write_scores(folder, ids, selection, likelihood)
+  _write_subset(folder, kept, selection, _sums(job, sampler))
   artifacts.write_array(folder / "selected.npy", selection.rows)
   artifacts.write_json(folder / "diagnostics.json", diagnostics)
   config = json.loads(c.to_json_best_effort()) | dict(arm=arm._asdict())
@@ -213,7 +217,7 @@ def _sums(job: Job, sampler: Callable) -> np.ndarray | None:
   return stores.read(job.shared / source / "store", "logp")
 
 
-def _copies(rows: list[dict]) -> int:
+def _copies(rows: RowTable) -> int:
   """Rows whose texts, but for case and spaces, an earlier one has."""
   seen = {
     tuple(
@@ -226,41 +230,41 @@ def _copies(rows: list[dict]) -> int:
   return len(rows) - len(seen)
 
 
-def _write_selection(folder, rows, selection, likelihood, sums) -> None:
-  """scores.parquet of all rows, subset.parquet of the kept ones.
+def _write_scores(folder, ids, selection, likelihood) -> None:
+  """scores.parquet of all rows."""
+  n, kept = len(ids), np.zeros(len(ids), bool)
+  kept[selection.rows] = True
+  columns = dict(
+    id=ids.tolist(),
+    row=np.arange(n),
+    score=np.asarray(selection.score, np.float64),
+    rank=reasons.ranks(Pool(ids, {}), selection) - 1,
+    selected=kept,
+  )
+  if likelihood is not None:
+    for side in range(likelihood.shape[1]):
+      columns[f"log_likelihood_{side}"] = np.float64(likelihood[:, side])
+  tables.write_rows(folder / "scores.parquet", RowTable(pa.table(columns)))
+
+
+def _write_subset(folder, kept, selection, sums) -> None:
+  """subset.parquet of the kept rows, best first.
 
   `sums` are the reference's log-probabilities [N, 2], where they are known:
   columns that TRL reads in place of a reference pass.
   """
-  ids = np.array([row["id"] for row in rows])
-  rank = reasons.ranks(Pool(ids, {}), selection) - 1
-  kept = np.zeros(len(rows), bool)
-  kept[selection.rows] = True
-  scores = []
-  for i, row in enumerate(rows):
-    line = dict(
-      id=row["id"],
-      row=i,
-      score=float(selection.score[i]),
-      rank=int(rank[i]),
-      selected=bool(kept[i]),
-    )
-    if likelihood is not None:
-      for side, value in enumerate(likelihood[i]):
-        line[f"log_likelihood_{side}"] = float(value)
-    scores.append(line)
-  tables.write_rows(folder / "scores.parquet", scores)
-  subset = []
-  for place, i in enumerate(selection.rows):
-    row = {k: v for k, v in rows[i].items() if k != "group"}
-    row |= dict(score=float(selection.score[i]), rank=place)
-    if sums is not None:
-      row |= {
-        f"ref_{side}_logps": float(x)
-        for side, x in zip(("chosen", "rejected"), sums[i])
-      }
-    subset.append(row)
-  tables.write_rows(folder / "subset.parquet", tables.as_read(subset))
+
+  def scored():
+    for rank, (i, row) in enumerate(zip(selection.rows, kept)):
+      del row["group"]
+      row |= dict(score=float(selection.score[i]), rank=rank)
+      if sums is not None:
+        names = "ref_chosen_logps", "ref_rejected_logps"
+        row |= {name: float(x) for name, x in zip(names, sums[i])}
+      yield row
+
+  rows = tables.as_read(RowTable.of(scored()))
+  tables.write_rows(folder / "subset.parquet", rows)
 
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:

@@ -78,13 +78,15 @@ def _true_reward(job: Job) -> np.ndarray:
   )
 
 
-def _grams(name: str) -> Callable[[Job], np.ndarray]:
-  def make(job):
-    tokens = job.tokens("pool")
-    responses = len(tokens.start) // len(job.column("pool", "id"))
-    return grams.columns(tokens, responses)[name]
+def _of_tokens(make: Callable[[Any], np.ndarray]) -> Callable[[Job], Any]:
+  """A column [N, R, ...] of what is made of every token row."""
 
-  return make
+  def by_record(job):
+    made = make(job.tokens("pool"))
+    n = len(job.column("pool", "id"))
+    return made.reshape(n, -1, made.shape[1])
+
+  return by_record
 
 
 def _by_reference(c: Any, kind: str) -> str:
@@ -121,8 +123,8 @@ COLUMNS = {
   "label": Column(_of_rows("label"), lacks=_of_unpaired),
   "group": Column(_of_rows("group")),
   "topic": Column(_topic, lacks=_of_world),
-  "grams": Column(_grams("grams")),
-  "overlap": Column(_grams("overlap")),
+  "grams": Column(_of_tokens(grams.counts)),
+  "overlap": Column(_of_tokens(grams.overlap)),
   "embedding": Column(_stored("embed", "embedding"), "embed"),
   "answer_embedding": Column(_stored("answer", "answer_embedding"), "answer"),
   "logp": Column(_stored("embed", "logp"), "embed", _by_reference),

@@ -3,6 +3,7 @@
 import numpy as np
 
 from jaxalign.data import tokens as tokens_lib
+from jaxalign.embed.store import scratch
 
 WIDTH = 1024  # columns; the first half counts tokens, the second pairs
 _BLOCK = 4096  # rows of tokens counted at once
@@ -27,10 +28,10 @@ def counts(rows: tokens_lib.TokenRows, width: int = WIDTH) -> np.ndarray:
     width: even; each half has that many buckets.
 
   Returns:
-    uint8 [n, width]; a count above 255 is 255.
+    uint8 [n, width], mapped from a scratch file; a count above 255 is 255.
   """
   n, half = len(rows.start), width // 2
-  out = np.zeros((n, width), np.uint8)
+  out = scratch((n, width), np.uint8)
   size = tokens_lib.row_lengths(rows)
   for first in range(0, n, _BLOCK):
     last = min(first + _BLOCK, n)

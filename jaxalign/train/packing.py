@@ -16,7 +16,6 @@ import heapq
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.core.errors import DataError
@@ -50,20 +49,6 @@ class Shape(NamedTuple):
   rows: int  # a, of attention
   length: int  # l of each
   tiles: int  # n, of attention without copies; the array's room, no work
-
-
-def shares(rows: Packed) -> dict[str, jax.Array]:
-  """(sum, count) metrics: the share of slots that is padding, and of the
-  responses' tokens the share that is not computed, as it was already."""
-  own, again = (
-    jnp.sum(x >= 0, dtype=jnp.float32)
-    for x in (rows.copies.first, rows.copies.second)
-  )
-  size = jnp.float32(rows.tokens.size)
-  return {
-    "perf/padding": jnp.stack([size - own, size]),
-    "perf/shared": jnp.stack([again, own + again]),
-  }
 
 
 def holds(shape: Shape, need: Shape) -> bool:

@@ -65,14 +65,14 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   if not given:
     return reference._replace(lora=None)
   m = hf.read_config(given, c.model.dtype, c.model.remat)
-  asked = prepare.asked_context(c)
-  if asked > m.context:
+  wanted = prepare.asked_context(c)
+  if wanted > m.context:
     raise ConfigError(
       f"config.proxy.checkpoint reads {m.context} tokens, "
-      f"model.context={asked}; set one of them"
+      f"model.context={wanted}; set one of them"
     )
   return m._replace(
-    context=min(asked or reference.context, m.context), positions=m.context
+    context=min(wanted or reference.context, m.context), positions=m.context
   )
 
 

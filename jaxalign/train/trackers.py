@@ -43,8 +43,8 @@ def tensorboard(folder: epath.Path, label: str, start: int) -> Tracker:
 def wandb(folder: epath.Path, label: str, start: int) -> Tracker:
   """A run of Weights & Biases; its own WANDB_* variables say where and how.
 
-  The run's id stands in `folder`/wandb_id, so that a run that goes on from a
-  checkpoint goes on there too, and one that begins anew is another one: the
+  The run's id stands in `folder`/wandb_id, so that a run that is resumed from a
+  checkpoint is resumed there too, and one that begins anew is another one: the
   path alone is another job's on another machine.
   """
   import wandb as client

@@ -128,7 +128,7 @@ def gate(
     )
 
   def gated(inner, seed, pool, budget):
-    """The inner sampler's choice among the rows that pass the gate."""
+    """The inner sampler's rows among the rows that pass the gate."""
     value = values.one_side(values.column(pool, column), side)
     rank = values.quantiles(value)
     keep = (rank >= low) & (rank <= high)
@@ -158,7 +158,7 @@ def dedup(
     raise ConfigError(f"{what}, wanted -1 or more and below 1")
 
   def deduplicated(inner, seed, pool, budget):
-    """The inner sampler's choice among rows that are no near-copies."""
+    """The inner sampler's rows among rows that are no near-copies."""
     x = directions(pool, pair, metric)
     count = dedup_lib.cluster_count(clusters, len(x))
     keep = dedup_lib.most_alike(x, pool.ids, count, seed=0) <= threshold
@@ -185,7 +185,7 @@ def quota(
   by = (by,) if isinstance(by, str) else tuple(by)
 
   def shared(inner, seed, pool, budget):
-    """The inner sampler's choice within each group, by quota."""
+    """The inner sampler's rows within each group, by quota."""
     group = groups_of(pool, by, bins)
     count = _quotas(pool, group, by, shares, budget)
     score = np.full(len(pool.ids), np.nan)
@@ -394,8 +394,8 @@ def named(name: str, knob: str = "select.sampler") -> Sampler:
 def _step(factors: list[lookup.Term | float]) -> lookup.Term:
   if len(factors) == 1 and isinstance(factors[0], lookup.Term):
     return factors[0]
-  said = " * ".join(map(str, factors))
-  raise ConfigError(f"step {said!r} is not of the form name(keyword=value)")
+  text = " * ".join(map(str, factors))
+  raise ConfigError(f"step {text!r} is not of the form name(keyword=value)")
 
 
 def sampler_names(name: str) -> list[str]:

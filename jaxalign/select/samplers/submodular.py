@@ -118,8 +118,8 @@ def lazy_greedy(
   """Exact greedy facility location, Minoux 1978, many candidates at a time.
 
   A gain only falls as rows are chosen, so an old one is a bound, and rows are
-  asked anew while their bound beats the best. Where that has cost more than a
-  quarter of it, what all gains have lost since is summed instead, over the
+  computed anew while their bound beats the best. Where that has cost more than
+  a quarter of it, what all gains have lost since is summed instead, over the
   rows that have come to be covered better: few, once the pool is covered. The
   first bounds need no product of rows with rows: sum_i s_ij is linear in x_j.
 
@@ -217,18 +217,18 @@ def stochastic_greedy(
       again = again[open_[again]]
       order = np.append(order, again[~np.isin(again, order)])
       turn += 1
-    asked, order = order[:few], order[few:]
+    some, order = order[:few], order[few:]
     state = alone._replace(
       tiles=(alone.tiles[0], vectors_lib.place(covered).tiles[0], real)
     )
-    gain = np.empty(len(asked))
-    for start in range(0, len(asked), _BLOCK):
-      part = asked[start : start + _BLOCK]
+    gain = np.empty(len(some))
+    for start in range(0, len(some), _BLOCK):
+      part = some[start : start + _BLOCK]
       size = max(8, 1 << (len(part) - 1).bit_length())
       found = vectors_lib.by_chunk(_gains, state, x[np.resize(part, size)])
       gain[start : start + _BLOCK] = ordered_sum(found)[: len(part)]
-    best = pick(gain, asked, ids, 1e-6 + 1e-7 * gain.max())
-    row = int(asked[best])
+    best = pick(gain, some, ids, 1e-6 + 1e-7 * gain.max())
+    row = int(some[best])
     chosen.append(row)
     gained.append(float(gain[best]))
     open_[row] = False

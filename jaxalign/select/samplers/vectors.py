@@ -53,7 +53,7 @@ def refuse_long(flops: float, what: str, advice: str, *, host: bool) -> None:
     raise ConfigError(
       f"{what} would take about {hours:,.0f} hours, {flops:.3g} "
       f"flops at an assumed {flops / seconds / 1e9:,.0f} GFLOP/s, "
-      f"above the {HOURS:g} hours that a choice may take; {advice}"
+      f"above the {HOURS:g} hours that a selection may take; {advice}"
     )
 
 

@@ -73,7 +73,7 @@ def describe(
     about=about(sampler),
     selected=len(kept),
     pool=n,
-    share=len(kept) / n if n else 0.0,
+    fraction=len(kept) / n if n else 0.0,
     diagnostics=dict(diagnostics or {}),
     shown=dict(kept=int(mask[shown].sum()), left=int((~mask[shown]).sum())),
     cut=float(good.min()) if good.size else None,
@@ -178,7 +178,7 @@ def _table(pool, selection, shown, places):
 
 def _examples(report, table):
   """The first and the last rows of the ranking, with their reasons."""
-  said = reasons.sentences(report, table)
+  sentences = reasons.sentences(report, table)
   order = np.argsort(table["rank"], kind="stable")
   ends = [*order[:EXAMPLES], *order[max(EXAMPLES, len(order) - EXAMPLES) :]]
   return [
@@ -187,7 +187,7 @@ def _examples(report, table):
       rank=int(table["rank"][i]),
       score=reasons.figure(table["score"][i]),
       kept=bool(table["kept"][i]),
-      reason=said[i],
+      reason=sentences[i],
     )
     for i in ends
   ]

@@ -56,22 +56,22 @@ def _look(pool, kept, shown, draw):
   mask[kept] = True
   near, cosine = np.full(n, -1, np.int64), np.full(n, -np.inf)
 
-  def compared(rows, limit):
+  def nearest_kept(rows, limit):
     """Cosines of some rows with their nearest kept row."""
     count = neighbours.affordable(len(rows), m, width, limit)
     some = neighbours.sample(draw, rows, count)
     near[some], cosine[some] = _nearest(read, some, kept)
     return cosine[some]
 
-  left = compared(shown[~mask[shown]], WORK)
-  inside = compared(shown[mask[shown]], WORK / 4)
+  left = nearest_kept(shown[~mask[shown]], WORK)
+  inside = nearest_kept(shown[mask[shown]], WORK / 4)
   order, few = np.argsort(draw, kind="stable"), WORK / 8
   # A random subset, and of the rows outside it some, as of the kept ones.
   outside = neighbours.affordable(min(SAMPLED, n - m), m, width, few)
   chance = dict(random=None)
   if outside >= 100 and m:
     _, found = _nearest(read, order[m:][:outside], order[:m])
-    chance = dict(random=_quantiles(found), random_asked=outside)
+    chance = dict(random=_quantiles(found), random_compared=outside)
   copies = dict(threshold=ALIKE, kept=_copied(inside))
   for name, rows in (("random", order[:m]), ("pool", order)):
     count = min(len(rows), SAMPLED)
@@ -83,7 +83,7 @@ def _look(pool, kept, shown, draw):
     copies[name] = _copied(found)
   good = left[np.isfinite(left)]
   covered = dict(
-    asked=len(left),
+    compared=len(left),
     of=n - m,
     quantiles=_quantiles(good) if good.size else None,
     near_copy=_copied(good),

@@ -36,7 +36,7 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   Returns:
     `pool` and `kept` means; `shift`; `low` and `high`, the 95 % range of the
     shift of random subsets; two-sided `p`; `effect`, the shift over the
-    standard deviation of the pool (Cohen's d); and `said`.
+    standard deviation of the pool (Cohen's d); and `verdict`.
   """
   values = np.asarray(values, np.float64)
   n, m = len(values), len(kept)
@@ -44,7 +44,7 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   out = dict(pool=pool, kept=pool if m else None, shift=0.0 if m else None)
   if not 0 < m < n:
     unknown = dict.fromkeys(("low", "high", "p", "effect"))
-    return out | unknown | dict(said="nothing to compare")
+    return out | unknown | dict(verdict="nothing to compare")
   mean = float(values[kept].mean())
   spread = float(values.std(ddof=1))
   error = spread * math.sqrt((1 - m / n) / m)
@@ -53,11 +53,13 @@ def number(values: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
   none = abs(shift) <= 1e-12 * max(1.0, abs(pool))
   p = 1.0 if none or not error else math.erfc(abs(shift) / error / 2**0.5)
   effect = 0.0 if none or not spread else shift / spread
-  found = dict(low=-half, high=half, p=p, effect=effect, said=_said(p, effect))
+  found = dict(
+    low=-half, high=half, p=p, effect=effect, verdict=_verdict(p, effect)
+  )
   return out | dict(kept=mean, shift=shift) | found
 
 
-def _said(p: float, effect: float) -> str:
+def _verdict(p: float, effect: float) -> str:
   """A shift in words."""
   if p >= 0.05:
     return "within chance"
@@ -81,7 +83,7 @@ def fractions(
 
   Returns:
     `rows`, the commonest LISTED values in the pool and the rest as None, each
-    with `pool`, `kept`, `low`, `high`, `p`, `effect` (Cohen's h) and `said`;
+    with `pool`, `kept`, `low`, `high`, `p`, `effect` (Cohen's h) and `verdict`;
     how many `values` there are and are `covered`; `moved`, `moved_chance`
     (mean of the draws), `moved_high` (their 95th percentile) and `moved_p`.
   """
@@ -113,7 +115,7 @@ def fractions(
     )
     found.append(p)
   for row, p in zip(rows, intervals.holm(found)):
-    row.update(p=float(p), said=_said(p, row["effect"]))
+    row.update(p=float(p), verdict=_verdict(p, row["effect"]))
   moved = float(np.abs(got / m - total / n).sum() / 2)
   rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
   drawn = rng.multivariate_hypergeometric(total, m, DRAWS, method="marginals")
@@ -148,6 +150,6 @@ def all_shifts(
     found.append(about | number(values, kept))
   for name in ("label", "source", "topic"):
     if name in columns:
-      about = dict(name=name, kind="share")
+      about = dict(name=name, kind="fraction")
       found.append(about | fractions(columns[name], kept))
   return found

@@ -3,7 +3,7 @@
 Every one takes Logps [B, 2], chosen then rejected, of policy and reference,
 and returns [B] values and [B] metrics. `beta` > 0 is the strength of the pull
 to the reference; "rewards/..." are always beta r over sums, whatever the loss
-makes of r. "At the start" is where policy equals reference: r = 0 exactly.
+makes of r. "Initially" is where policy equals reference: r = 0 exactly.
 """
 
 import jax
@@ -34,7 +34,7 @@ def dpo(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
     ref: Logps [B, 2] of the frozen reference.
     stats: unused.
     beta: strength of the pull to the reference, > 0.
-    label_smoothing: eps in [0, 0.5), the share of labels thought wrong.
+    label_smoothing: eps in [0, 0.5), the fraction of labels thought wrong.
 
   Returns:
     [B] loss in nats (ln 2 where policy equals reference), and [B] metrics.
@@ -53,7 +53,7 @@ def robust(policy, ref, stats, *, beta=0.1, label_smoothing=0.1):
   [-(1 - eps) log sigmoid(beta D) + eps log sigmoid(-beta D)] / (1 - 2 eps),
   sums. eps in [0, 0.5) is the rate of flipped labels; 0.1 as the paper, TRL's
   default 0 is plain DPO. Unlike cDPO the second sign is a plus, so the value
-  falls below 0 without bound as D grows. At the start ln 2.
+  falls below 0 without bound as D grows. Initially ln 2.
   """
   reward = beta * ratios(policy, ref)
   z, eps = margin(reward), label_smoothing
@@ -67,7 +67,7 @@ def robust(policy, ref, stats, *, beta=0.1, label_smoothing=0.1):
 def hinge(policy, ref, stats, *, beta=0.1):
   """max(0, 1 - beta D) over sums, Zhao et al. 2023 with Rafailov's reward.
 
-  TRL's "hinge". `slic` is the one without a reference. At the start 1; the
+  TRL's "hinge". `slic` is the one without a reference. Initially 1; the
   gradient is 0 from the kink on.
   """
   reward = beta * ratios(policy, ref)
@@ -81,7 +81,7 @@ def ipo(policy, ref, stats, *, beta=0.1):
   (mean(r_w) - mean(r_l) - 1 / (2 beta))^2 with each r over its own token
   count; beta is the paper's tau. The MEAN is what the paper's authors say
   they ran, and TRL, HALOs, EasyDeL and LLaMA-Factory do; the original DPO code
-  and OpenRLHF take sums: `ipo_sum`. At the start 1 / (4 beta^2).
+  and OpenRLHF take sums: `ipo_sum`. Initially 1 / (4 beta^2).
   """
   r = ratios(policy, ref)
   gap = margin(mean(r, policy))
@@ -93,7 +93,7 @@ def ipo_sum(policy, ref, stats, *, beta=0.1):
   """IPO over sums: (D - 1 / (2 beta))^2, Azar et al. 2023, eq. 17 as printed.
 
   The original DPO code and OpenRLHF; the value grows with the squared length.
-  At the start 1 / (4 beta^2).
+  Initially 1 / (4 beta^2).
   """
   r = ratios(policy, ref)
   return (margin(r) - 1 / (2 * beta)) ** 2, pair_metrics(policy, beta * r)
@@ -105,7 +105,7 @@ def dpo_norm(policy, ref, stats, *, beta=5.0):
 
   The MEAN over each answer's own tokens. Gaps a token are small: open-instruct
   uses beta near 5, the default here; TRL's "sigmoid_norm" keeps 0.1, which is
-  wrong for it. At the start ln 2.
+  wrong for it. Initially ln 2.
   """
   r = ratios(policy, ref)
   z = beta * margin(mean(r, policy))
@@ -120,7 +120,7 @@ def exo(policy, ref, stats, *, beta=0.1, epsilon=1e-3):
   q [ln q - ln(1 - eps)] + (1 - q) [ln(1 - q) - ln eps], the KL from q to the
   labels softened by eps in (0, 0.5). The paper's 1e-3; at 0 it is infinite
   (TRL, where eps is its label_smoothing, refuses 0 and rounds eps to float32).
-  At the start -ln 2 - (ln eps + ln(1 - eps)) / 2.
+  Initially -ln 2 - (ln eps + ln(1 - eps)) / 2.
   """
   reward = beta * ratios(policy, ref)
   z = margin(reward)
@@ -136,7 +136,7 @@ def nca(policy, ref, stats, *, beta=0.1):
 
   -log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w)
   - 1/2 log sigmoid(-beta r_l), sums: the chosen answer's likelihood is held up
-  by itself, not by the gap. TRL's "nca_pair". At the start 2 ln 2.
+  by itself, not by the gap. TRL's "nca_pair". Initially 2 ln 2.
   """
   reward = beta * ratios(policy, ref)
   w, l = reward[:, 0], reward[:, 1]
@@ -155,8 +155,8 @@ def bco_pair(policy, ref, stats, *, beta=0.1):
   -log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)), sums.
   stats["delta"] is the running mean of all rewards (`statistics.delta`),
   without gradient. TRL's "bco_pair" has delta = 0 always; EasyDeL takes the
-  batch's mean and lets the gradient through; LLaMA-Factory a running mean. At
-  the start (delta 0) 2 ln 2.
+  batch's mean and lets the gradient through; LLaMA-Factory a running mean.
+  Initially (delta 0) 2 ln 2.
   """
   delta = jax.lax.stop_gradient(stats["delta"])
   reward = beta * ratios(policy, ref)
@@ -173,8 +173,8 @@ def sppo(policy, ref, stats, *, beta=0.1):
   """Self-play preference optimisation with hard labels, Wu et al. 2024.
 
   (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, sums: the paper's win
-  probabilities (eq. 4.7) set to 1 and 0, eta = 1 / beta. TRL's "sppo_hard". At
-  the start 1 / (2 beta^2).
+  probabilities (eq. 4.7) set to 1 and 0, eta = 1 / beta. TRL's "sppo_hard".
+  Initially 1 / (2 beta^2).
   """
   r = ratios(policy, ref)
   loss = (r[:, 0] - 1 / (2 * beta)) ** 2 + (r[:, 1] + 1 / (2 * beta)) ** 2
@@ -186,7 +186,7 @@ def apo_zero(policy, ref, stats, *, beta=0.1):
   """Anchored preference optimisation, zero: D'Oosterlinck et al. 2024, eq. 7.
 
   [1 - sigmoid(beta r_w)] + sigmoid(beta r_l), sums: chosen up, rejected down;
-  for answers better than the model's own. At the start 1.
+  for answers better than the model's own. Initially 1.
   """
   reward = beta * ratios(policy, ref)
   loss = jax.nn.sigmoid(-reward[:, 0]) + jax.nn.sigmoid(reward[:, 1])
@@ -198,7 +198,7 @@ def apo_down(policy, ref, stats, *, beta=0.1):
   """Anchored preference optimisation, down: D'Oosterlinck et al. 2024, eq. 8.
 
   sigmoid(beta r_w) + [1 - sigmoid(beta D)], sums: both down, the rejected one
-  further; for answers worse than the model's own. At the start 1.
+  further; for answers worse than the model's own. Initially 1.
   """
   reward = beta * ratios(policy, ref)
   loss = jax.nn.sigmoid(reward[:, 0]) + jax.nn.sigmoid(-margin(reward))
@@ -211,8 +211,8 @@ def discopop(policy, ref, stats, *, beta=0.1, tau=0.05):
 
   (1 - m) (-log sigmoid(z)) + m e^-z with z = beta D over sums and
   m = sigmoid(z / tau). TRL multiplies m by e^-z, which is 0 * inf = NaN from
-  z = -710 on (-88 in float32); one exponent, bounded at 80, is not. At the
-  start (1 + ln 2) / 2.
+  z = -710 on (-88 in float32); one exponent, bounded at 80, is not.
+  Initially (1 + ln 2) / 2.
   """
   reward = beta * ratios(policy, ref)
   z = margin(reward)
@@ -229,7 +229,7 @@ def dpop(policy, ref, stats, *, beta=0.1, penalty=50.0):
   -log sigmoid(beta [D - lambda max(0, ref_w - policy_w)]), sums: a chosen
   answer less likely than under the reference is punished lambda = `penalty`
   times; 50 as the paper (5 to 500 are used). The slope at the kink is 0, so
-  the first update is DPO's. At the start ln 2.
+  the first update is DPO's. Initially ln 2.
   """
   r = ratios(policy, ref)
   z = beta * (margin(r) - penalty * jax.nn.relu(-r[:, 0]))
@@ -259,7 +259,7 @@ def ld_dpo(policy, ref, stats, *, beta=0.1, tail_weight=0.5):
 # -log sigmoid(beta (s(r_w) - s(r_l))) with s = f' of the divergence at exp(r),
 # over sums, up to a constant that no difference sees; s(r) = r is plain DPO.
 # Those with an exponential are shifted to s(0) = 0, which keeps float32 exact
-# near the start. At the start ln 2. TRL lets an f-divergence into hinge, IPO,
+# near the start. Initially ln 2. TRL lets an f-divergence into hinge, IPO,
 # EXO, robust and DiscoPOP too; the paper derives the logistic form only, and
 # so do these.
 
@@ -323,8 +323,8 @@ def aot(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   With P = sort(policy_w - policy_l) and R = sort(ref_w - ref_l) over the
   GLOBAL batch, the mean over ranks k of cDPO's form at beta (P_k - R_k), sums.
   A row's value is the one at its policy margin's rank; stats
-  ["matched_margins"] [B] is R there. TRL sorts a device's micro-batch. At the
-  start ln 2.
+  ["matched_margins"] [B] is R there. TRL sorts a device's micro-batch.
+  Initially ln 2.
   """
   matched = jax.lax.stop_gradient(stats["matched_margins"])
   z = beta * (margin(policy.sum) - matched)
@@ -343,7 +343,7 @@ def aot_unpaired(policy, ref, stats, *, beta=0.1, label_smoothing=0.0):
   its chosen and of its rejected answer's rank: its value is half of each, its
   gradient all of each, so that means over the batch and their gradients are
   the sorted loss's. stats["matched_ratios"] [B, 2] is
-  `statistics.matched_ratios`. TRL sorts a device's micro-batch. At the start
+  `statistics.matched_ratios`. TRL sorts a device's micro-batch. Initially
   ln 2.
   """
   matched = jax.lax.stop_gradient(stats["matched_ratios"])

@@ -1,8 +1,8 @@
 """Losses that need no reference.
 
 With l = policy over sums and mean(l) = l / n, its value a token. There is no
-r, so "rewards/..." are beta times what the loss compares, and no value "at the
-start" is special.
+r, so "rewards/..." are beta times what the loss compares, and no initial value
+is special.
 """
 
 import jax

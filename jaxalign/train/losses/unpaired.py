@@ -86,7 +86,7 @@ def kto(policy, ref, stats, *, beta=0.1, desirable=1.0, undesirable=1.0):
   With r = policy - ref over SUMS of log-probabilities and z0 the clamped mean
   of the same difference over mismatched answers of the global batch:
   desirable rows  w_D (1 - sigmoid(beta (r - z0))), undesirable rows
-  w_U (1 - sigmoid(beta (z0 - r))). At the start r = z0 = 0: loss w / 2.
+  w_U (1 - sigmoid(beta (z0 - r))). Initially r = z0 = 0: loss w / 2.
 
   Args:
     policy: Logps [B, 1].
@@ -121,7 +121,7 @@ def apo_zero_unpaired(
 
   Desirable rows w_D (1 - sigmoid(beta r)), undesirable rows
   w_U sigmoid(beta r), sums; no mismatched answers, so no second pass. TRL's
-  "apo_zero_unpaired" of its KTO trainer. At the start w / 2.
+  "apo_zero_unpaired" of its KTO trainer. Initially w / 2.
   """
   label = stats["label"]
   r = ratios(policy, ref)[:, 0]
@@ -137,7 +137,7 @@ def bco(policy, ref, stats, *, beta=0.1):
   Desirable rows -log sigmoid(beta r - delta), undesirable rows
   -log sigmoid(-(beta r - delta)), sums; stats["delta"] is the running mean of
   all rewards beta r, of this batch too (`statistics.delta`), without gradient.
-  TRL updates it once a micro-batch. At the start (delta 0) ln 2.
+  TRL updates it once a micro-batch. Initially (delta 0) ln 2.
   """
   label = stats["label"]
   delta = jax.lax.stop_gradient(stats["delta"])
@@ -154,7 +154,7 @@ def bco_udm(policy, ref, stats, *, beta=0.1):
 
   `bco` with undesirable rows weighed by stats["weights"] [B], the density
   ratio of their prompts (`row_columns.density_ratios`); desirable rows weigh 1,
-  whatever their weight says. At the start ln 2 times the weight.
+  whatever their weight says. Initially ln 2 times the weight.
   """
   loss, metrics = bco(policy, ref, stats, beta=beta)
   weight = jax.lax.stop_gradient(stats["weights"])

@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxalign.select.samplers.crossfit.heads import LEAST_GAIN, out_of_fold
 
-NOTED_ROWS = 50  # of a slice; of a smaller one nothing is said
+NOTED_ROWS = 50  # of a slice; a smaller one has no note
 ALONE = 0.2  # fraction of the heads' gain that length may have unremarked
 
 
@@ -78,7 +78,7 @@ def slice_notes(
   own: set[int],
   proportional: bool,
 ) -> list[str]:
-  """What is said of slices whose labels contradict the shared heads.
+  """Lines on slices whose labels contradict the shared heads.
 
   A slice does where the heads agree with fewer than half of its labels by two
   standard errors, or with so few more that less than half of its share is
