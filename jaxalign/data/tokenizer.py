@@ -34,7 +34,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from jaxalign.core import artifacts
+from jaxalign.core import artifacts, interrupt
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import special
 from jaxalign.data.fast_tokenizer import FastTokenizer
@@ -406,6 +406,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
       **options,
     )
   except Exception as error:  # the C++ library's, in words of its own
+    interrupt.check()  # or a signal's, swallowed by a callback
     raise ConfigError(
       f"no tokenizer of {vocab_size} pieces could be trained on "
       f"{counts.total():,} characters ({len(counts):,} different ones); set "
