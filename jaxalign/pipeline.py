@@ -16,7 +16,7 @@ from jaxalign.core.artifacts import pick
 from jaxalign.core.stage import Made, needs, Stage
 from jaxalign.data import build_data, prepare, recipe
 from jaxalign.data.summary import summary_lines
-from jaxalign.embed import over_pool, scores
+from jaxalign.embed import over_pool, row_scores
 from jaxalign.eval import judge_kinds, judge_stage, policies, while_training
 from jaxalign.model import decoder
 from jaxalign.model.job import Arm, Job
@@ -83,10 +83,18 @@ STAGES = (
     given=sft.given_reference,
   ),
   *(_pass(name) for name in over_pool.KEEPS),
-  _over_rows("alone", scores.make_alone, _store_fields),
-  _over_rows("ask", scores.make_ask, scores.ask_fields, needs=scores.ask_needs),
+  _over_rows("alone", row_scores.make_alone, _store_fields),
   _over_rows(
-    "rewards", scores.make_rewards, scores.rewards_fields, needs=needs("data")
+    "ask",
+    row_scores.make_ask,
+    row_scores.ask_fields,
+    needs=row_scores.ask_needs,
+  ),
+  _over_rows(
+    "rewards",
+    row_scores.make_rewards,
+    row_scores.rewards_fields,
+    needs=needs("data"),
   ),
   Stage(
     "proxy",

@@ -16,8 +16,7 @@ import numpy as np
 from jaxalign.core import artifacts, hub, progress
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.stage import Made
-from jaxalign.embed import embedder
-from jaxalign.embed import passes as embed
+from jaxalign.embed import embedder, passes
 from jaxalign.embed import store as stores
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import encoder
@@ -164,7 +163,7 @@ def arrays_of(job: Job, name: str) -> dict[str, ArraySpec]:
   width = foreign.model.width if foreign else job.model.width
   wide = ArraySpec((r, width), job.c.embed.store_dtype)
   return {
-    output: wide if embed.OUTPUTS[output][0] else ArraySpec((r,))
+    output: wide if passes.OUTPUTS[output][0] else ArraySpec((r,))
     for output in kept(job.c, name)
   }
 
@@ -234,14 +233,14 @@ def _by_reference(job: Job, name: str, folder: Any) -> Made:
 
   @functools.cache  # what is not needed is not loaded
   def loaded():
-    if not layers or embed.headed(outputs):
+    if not layers or passes.headed(outputs):
       return m, job.reference, layers
     short = embedder.first_layers(m, layers)
     return short, embedder.first_weights(short, job.reference), 0
 
   def make(parts, tick):
     model, params, at = loaded()
-    return embed.pass_rows(
+    return passes.pass_rows(
       job.mesh,
       params,
       model,
@@ -261,7 +260,7 @@ def _by_reference(job: Job, name: str, folder: Any) -> Made:
     (job.shared / x, job.made_of(x), arrays_of(job, x)) for x in taken
   ]
   files = _fill(job, name, stores_of, tile * job.mesh.size, make)
-  flops_of = lambda outputs: embed.pass_flops(m, rows, outputs, layers)
+  flops_of = lambda outputs: passes.pass_flops(m, rows, outputs, layers)
   flops = shares(c, [*before, name], flops_of)[name]
   result = dict(say=f"{len(rows.start):,} rows")
   if before:

@@ -16,9 +16,9 @@ import numpy as np
 from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import prepare
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import questions, scores
+from jaxalign.data import prepare, tokens
+from jaxalign.embed import questions
+from jaxalign.embed import row_scores as scores
 from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
@@ -299,7 +299,7 @@ class _Rewards:
       out[kept] = scores.reward_rows(
         self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
       )
-    sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
+    sizes, counts = np.unique(tokens.row_lengths(rows), return_counts=True)
     self.flops += sum(
       reward_flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )

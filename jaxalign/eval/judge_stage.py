@@ -20,7 +20,7 @@ from jaxalign.core.artifacts import pick
 from jaxalign.core.errors import DataError
 from jaxalign.core.stage import Made
 from jaxalign.data import world as world_lib
-from jaxalign.embed import scores
+from jaxalign.embed import row_scores
 from jaxalign.eval import held_out, judging, winrate
 from jaxalign.eval.judge_kinds import (
   ASKED,
@@ -113,7 +113,7 @@ def judge_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
   """What of the config verdicts depend on."""
   found = pick(job.c, *_VERDICT, *_OF[kind_of(job.c)])
   if kind_of(job.c) == "reward_model":
-    found["checkpoint"] = scores.digest_of(job.c.judge.checkpoint)
+    found["checkpoint"] = row_scores.digest_of(job.c.judge.checkpoint)
   return found
 
 

@@ -10,8 +10,8 @@ from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.stage import Made
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data import world as world_lib
-from jaxalign.embed import passes as embed
+from jaxalign.data import world
+from jaxalign.embed import passes
 from jaxalign.eval import held_out, winrate
 from jaxalign.eval.held_out import eval_options
 from jaxalign.model import decode, decoder
@@ -352,7 +352,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   def score(params, m):
     how = dict(tile=c.embed.tile, chunk=c.model.head_chunk)
     how["label"] = f"eval {name}"
-    found = embed.score_rows(job.mesh, params, m, rows, **how)
+    found = passes.score_rows(job.mesh, params, m, rows, **how)
     return found.logp.reshape(-1, each), found.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
@@ -380,7 +380,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
 
   def cost(found):  # of the policy each time, of the reference once
     times = len(found) + bool(found)
-    return Cost(times * embed.flops(job.model, rows), times * len(rows.ids))
+    return Cost(times * passes.flops(job.model, rows), times * len(rows.ids))
 
   return Measure(measure, cost)
 
@@ -421,7 +421,7 @@ def _generations(job: Job) -> Measure:
     malformed = won = None
     if what.world is not None:
       own_reward = held_out.true_rewards(what, held_out.answer_texts(tok, said))
-      malformed = own_reward == world_lib.MALFORMED
+      malformed = own_reward == world.MALFORMED
       won = winrate.wins(own_reward, target)
     health = held_out.generation_health(said, tok.stops, malformed)
     out = {n: float(x["value"]) for n, x in health.items()}
@@ -429,7 +429,7 @@ def _generations(job: Job) -> Measure:
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
-    out["flops"] = 3.0 * embed.flops(
+    out["flops"] = 3.0 * passes.flops(
       job.model, held_out.answer_rows(asked, said)
     )
     return out

@@ -13,12 +13,11 @@ from jaxalign.data.summary import summary_lines
 from jaxalign.model.job import Arm, Job
 from jaxalign.report import select_page
 from jaxalign.select import columns as columns_lib
-from jaxalign.select import fit_mixture as mixture_stage
+from jaxalign.select import fit_mixture, selection_report
 from jaxalign.select import mixture as mixtures
-from jaxalign.select import selection_report
 from jaxalign.select.choose import selected_rows
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import chains
 from jaxalign.select.selection_report import reasons as reasons_lib
 
 # Read where they are at hand: what the card describes, and what the samplers
@@ -37,7 +36,7 @@ TEXTS = ("prompt", "chosen", "rejected", "completion")
 
 def report_needs(job: Job, arm: Arm) -> list[str]:
   """The selection, and of what it may describe what has been made."""
-  mixture = "log_likelihood" in combine.named(arm.sampler).needs
+  mixture = "log_likelihood" in chains.named(arm.sampler).needs
   embedded = ("", "embed") in job.records
   return ["select", *["embed"] * embedded, *["mixture"] * mixture]
 
@@ -46,7 +45,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   """Describes a finished selection; nothing that is trained depends on it."""
   # Not where another arm fitted one, or asked for a column: what comes and goes
   # with other arms must not change this arm's page.
-  sampler, known = combine.named(arm.sampler), columns_lib.known(job.c)
+  sampler, known = chains.named(arm.sampler), columns_lib.known(job.c)
   fitted, made = "log_likelihood" in sampler.needs, ("", "embed") in job.records
   read = {"", *["embed"] * made, *columns_lib.stages(job.c, job.kind, sampler)}
   files = ["selection.json", "selection.html", "reasons.parquet"]
@@ -59,7 +58,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   diagnostics = artifacts.read_json(folder / "diagnostics.json")
   mixture = None
   if fitted:
-    columns["log_likelihood"] = mixture_stage.likelihoods(job)[0]
+    columns["log_likelihood"] = fit_mixture.likelihoods(job)[0]
     mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
   pool = Pool(np.array(job.column("pool", "id")), columns)
   kept = selected_rows(job, arm)

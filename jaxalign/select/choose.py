@@ -16,16 +16,13 @@ from jaxalign.core.peak_memory import peak_memory
 from jaxalign.core.stage import Made
 from jaxalign.data import tables
 from jaxalign.data.row_table import RowTable
-from jaxalign.embed import embedder
-from jaxalign.embed import store as stores
+from jaxalign.embed import embedder, store
 from jaxalign.model import memory
 from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.select import columns as columns_lib
-from jaxalign.select import costs, selection_report
-from jaxalign.select import fit_mixture as mixture_stage
+from jaxalign.select import costs, fit_mixture, selection_report
 from jaxalign.select.pool import checked, Pool
-from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.samplers import chains, vectors
 from jaxalign.select.selection_report import reasons
 from jaxalign.select.topk import budget_rows
 
@@ -52,7 +49,7 @@ def estimate(
   Raises:
     ConfigError: a keyword that cannot be counted with, a word for a number.
   """
-  c, sampler = job.c, combine.named(arm.sampler)
+  c, sampler = job.c, chains.named(arm.sampler)
   try:
     found = costs.estimate(
       sampler,
@@ -72,7 +69,7 @@ def estimate(
     ) from error
   if found is None or "log_likelihood" not in sampler.needs:
     return found
-  fits = 1 + mixture_stage.refits(c)
+  fits = 1 + fit_mixture.refits(c)
   return found._replace(flops=fits * found.flops, on_host=fits * found.on_host)
 
 
@@ -94,11 +91,11 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
   width = embedder.choose(job.c, m).model.width
   for arm in arms:
     found = estimate(job, arm, rows, width, m.width)
-    if found and (takes := hours(job, found)) > vectors_lib.HOURS:
+    if found and (takes := hours(job, found)) > vectors.HOURS:
       raise ConfigError(
         f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
         f"choose from {rows:,} rows, {found.flops:.3g} flops, "
-        f"above the {vectors_lib.HOURS:g} that a selection may take; "
+        f"above the {vectors.HOURS:g} that a selection may take; "
         "set config.select.kwargs.blocks where it takes them, "
         "config.select.budget, or a sampler that runs in one pass, as "
         "config.select.sampler='density'"
@@ -125,7 +122,7 @@ def chosen_arm(job: Job, arm: Arm) -> Arm:
 
 def select_needs(job: Job, arm: Arm) -> list:
   """The stages that an arm's sampler reads, and another arm's selection."""
-  sampler = combine.named(arm.sampler)
+  sampler = chains.named(arm.sampler)
   return [
     "data",
     *columns_lib.stages(job.c, job.kind, sampler),
@@ -136,7 +133,7 @@ def select_needs(job: Job, arm: Arm) -> list:
 
 def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
   """What the kept rows depend on, beside the columns that are read."""
-  kwargs = _kwargs(job.c, arm, combine.named(arm.sampler))
+  kwargs = _kwargs(job.c, arm, chains.named(arm.sampler))
   fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed)
   fields |= dict(batch_size=job.c.train.batch_size, **kwargs)
   return fields | source_digests(arm.sampler)
@@ -144,7 +141,7 @@ def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
 
 def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   """Scores the pool and keeps the budget."""
-  c, sampler = job.c, combine.named(arm.sampler)
+  c, sampler = job.c, chains.named(arm.sampler)
   ids = np.array(job.column("pool", "id"))
   columns, n = columns_lib.gather(job, sampler), len(ids)
   if "subset" in sampler.needs:
@@ -153,7 +150,7 @@ def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   budget = budget_rows(arm.budget, n, c.train.batch_size)
   fits = [{}]
   if _uses_mixture(sampler):
-    fits = [dict(log_likelihood=x) for x in mixture_stage.likelihoods(job)]
+    fits = [dict(log_likelihood=x) for x in fit_mixture.likelihoods(job)]
   kwargs = _kwargs(c, arm, sampler)
   with peak_memory() as peak:
     found = [
@@ -214,7 +211,7 @@ def _sums(job: Job, sampler: Callable) -> np.ndarray | None:
   source = columns_lib.sums(c, kind, sampler)
   if kind != "pairs" or source not in columns_lib.before(c, read):
     return None
-  return stores.read(job.shared / source / "store", "logp")
+  return store.read(job.shared / source / "store", "logp")
 
 
 def _copies(rows: RowTable) -> int:

@@ -15,15 +15,11 @@ from jaxalign import pipeline
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.stage import Made, Stage
-from jaxalign.data import batches, tables
-from jaxalign.data import world as world_lib
+from jaxalign.data import batches, tables, world
 from jaxalign.data.summary import summary_lines
-from jaxalign.embed import embedder
-from jaxalign.embed import over_pool as passes
+from jaxalign.embed import embedder, over_pool
 from jaxalign.embed import passes as embed
-from jaxalign.eval import held_out
-from jaxalign.eval import judge_kinds as judges
-from jaxalign.eval import judge_stage as judge
+from jaxalign.eval import held_out, judge_kinds, judge_stage
 from jaxalign.eval.policies import read_samples
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
@@ -31,7 +27,7 @@ from jaxalign.model.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.report import study_page
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import chains
 from jaxalign.study import evidence, ledger, plan
 from jaxalign.train import feed
 from jaxalign.train.statistics import needs_batch_logps
@@ -103,7 +99,7 @@ def _page_needs(job: Job, arm: Arm) -> list[str]:
 
 
 def _page_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
-  return dict(version=jaxalign.__version__) | judges.told(job.c)
+  return dict(version=jaxalign.__version__) | judge_kinds.told(job.c)
 
 
 _PAGE = dict(alone=True, remakes=True)
@@ -176,7 +172,7 @@ def _spent(job: Job, stage: str, arm: str = "") -> int:
 
 def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
-  sampler = combine.named(arm.sampler)
+  sampler = chains.named(arm.sampler)
   align = job.records.get((arm.name, "align"))
   read = columns.before(
     job.c,
@@ -187,7 +183,7 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   )
   tokens, layers = job.tokens("pool"), job.c.embed.layers
   # Of a pass that arms share, what this one alone would have asked of it.
-  own = passes.shares(
+  own = over_pool.shares(
     job.c,
     read,
     lambda outputs: embed.pass_flops(job.model, tokens, outputs, layers),
@@ -359,13 +355,13 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
   told = {a.name: read_samples(arm_folder(job, a)) for a in arms}
   said = (
     {
-      n: judge.read_verdicts(folder)
+      n: judge_stage.read_verdicts(folder)
       for n, folder in (
         ("sft", job.shared / "judged_reference"),
         *((a.name, arm_folder(job, a)) for a in arms),
       )
     }
-    if judges.kind_of(job.c) in judges.ASKED
+    if judge_kinds.kind_of(job.c) in judge_kinds.ASKED
     else {}
   )
   out = []
@@ -374,7 +370,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
       n: s[k]["reward"] for n, s in told.items()
     }
     if held_out.eval_set(job).world is not None:
-      rewards["target"] = world_lib.reward(
+      rewards["target"] = world.reward(
         held_out.eval_set(job).world, sft["prompt"], sft["target"]
       )
     out.append(
@@ -399,7 +395,7 @@ def describe(job: Job, arm: Arm) -> dict[str, Any]:
   """What the report shows of one arm, from the artifacts alone."""
   folder = arm_folder(job, arm)
   align = job.records[arm.name, "align"]
-  metrics = judge.metrics_in(job.c, folder, folder)
+  metrics = judge_stage.metrics_in(job.c, folder, folder)
   return dict(
     details=metrics.pop("details", None),
     name=arm.name,
@@ -438,8 +434,8 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
       f"out at {job.model.context} tokens; a context of "
       f"{cut['fits']:,} keeps 99 %: raise config.model.context"
     )
-  asked = judge.described(job, arms)
-  warnings += judge.warnings(asked)
+  asked = judge_stage.described(job, arms)
+  warnings += judge_stage.warnings(asked)
   for arm in arms:
     card = artifacts.read_json(arm_folder(job, arm) / "selection.json")
     for note in card["diagnostics"].get("notes", ()):
@@ -537,7 +533,7 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
 
 def _baseline(job: Job) -> dict[str, Any]:
   """The start and its metrics."""
-  metrics = judge.metrics_in(
+  metrics = judge_stage.metrics_in(
     job.c, job.shared / "baseline", job.shared / "judged_reference"
   )
   metrics.pop("details", None)

@@ -19,9 +19,9 @@ from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.core.stage import Made
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.embed.over_pool import over_shards
-from jaxalign.embed.scores import digest_of
+from jaxalign.embed.row_scores import digest_of
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.model.job import Job, kernel_of, lora_of
@@ -125,12 +125,12 @@ def _start(job: Job) -> Start:
 
 def _score(
   job: Job, params: Any, m: decoder.ModelConfig, label: str
-) -> tuple[embed.RowScores, Cost]:
+) -> tuple[passes.RowScores, Cost]:
   """One pass over the pool, and what it cost."""
   rows, ids = job.tokens("pool"), job.column("pool", "id")
   how = dict(tile=job.c.embed.tile, chunk=job.c.model.head_chunk, label=label)
-  found = embed.score_rows(job.mesh, params, m, rows, **how, ids=ids)
-  return found, Cost(embed.flops(m, rows), len(rows.ids))
+  found = passes.score_rows(job.mesh, params, m, rows, **how, ids=ids)
+  return found, Cost(passes.flops(m, rows), len(rows.ids))
 
 
 def _tune(
@@ -268,7 +268,7 @@ def make_proxy(job: Job, arm: None, folder: Any) -> Made:
 
   def score(parts, tick):
     own = dict(parts=parts, tick=tick)
-    found = embed.score_rows(job.mesh, params, m, rows, **how, **own)
+    found = passes.score_rows(job.mesh, params, m, rows, **how, **own)
     before = start.sums.reshape(-1)[parts[jax.process_index()]]
     return dict(proxy_logp=found.logp, proxy_ref_logp=before)
 
@@ -284,7 +284,7 @@ def make_proxy(job: Job, arm: None, folder: Any) -> Made:
   parts = (
     start.cost,
     _tuning_cost(job, start, index, p.updates, 0),
-    Cost(embed.flops(m, rows), len(rows.ids)),
+    Cost(passes.flops(m, rows), len(rows.ids)),
   )
   return (
     [*files, *TRAINED],
@@ -363,7 +363,7 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
     own = folder / f"model{s}"
     # Counted for every model: a resumed run has some of them already.
     more = _tuning_cost(job, start, index, updates, s)
-    total += more.flops + embed.flops(m, job.tokens("pool"))
+    total += more.flops + passes.flops(m, job.tokens("pool"))
     tokens += more.tokens + len(job.tokens("pool").ids)
     status = "done" if (folder / name).exists() else "new"
     if artifacts.agree(status) == "new":

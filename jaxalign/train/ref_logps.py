@@ -11,12 +11,12 @@ from jaxalign.core.lookup import source_digests
 from jaxalign.core.stage import Made
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.embed import store as stores
 from jaxalign.model.job import Arm, Job
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import chains
 from jaxalign.select.topk import budget_rows
 from jaxalign.train.feed import (
   Batching,
@@ -73,7 +73,7 @@ def reference_of(job: Job) -> Reference:
 
 def _pass_over_pool(job: Job, arm: Arm) -> str:
   """The stage that has the reference's sums of the pool already; "": none."""
-  stage = columns.sums(job.c, job.kind, combine.named(arm.sampler))
+  stage = columns.sums(job.c, job.kind, chains.named(arm.sampler))
   return stage if ("", stage) in job.records else ""
 
 
@@ -93,7 +93,7 @@ def _computed(
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
   own = tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
-  cost = lambda x: Cost(embed.flops(m, x), len(x.ids))
+  cost = lambda x: Cost(passes.flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
     updates = updates_for(job, arm, len(rows.ids))

@@ -18,11 +18,9 @@ from jaxalign.core import artifacts, hub, sharding
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.stage import Made
-from jaxalign.data import prepare
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.embed import passes as embed
-from jaxalign.embed import questions
+from jaxalign.embed import passes, questions
 from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import decoder, hf, reward
@@ -57,16 +55,16 @@ def by_shard(
 
 
 def tokens_of(
-  folder: Any, make: Callable[[], tokens_lib.TokenRows]
-) -> tokens_lib.TokenRows:
+  folder: Any, make: Callable[[], tokens.TokenRows]
+) -> tokens.TokenRows:
   """Token rows that process 0 makes of texts, which it alone reads."""
   if jax.process_index() == 0:
-    tokens_lib.save_rows(folder, "tokens", make())
+    tokens.save_rows(folder, "tokens", make())
   sharding.barrier("tokens of a stage")
-  return tokens_lib.load_rows(folder, "tokens")
+  return tokens.load_rows(folder, "tokens")
 
 
-TOKENS = [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
+TOKENS = [f"tokens.{field}.npy" for field in tokens.TokenRows._fields]
 
 
 def digest_of(folder: Any) -> str:
@@ -89,9 +87,7 @@ def digest_of(folder: Any) -> str:
 # Answers without their prompts.
 
 
-def answers_alone(
-  rows: tokens_lib.TokenRows, start: int
-) -> tokens_lib.TokenRows:
+def answers_alone(rows: tokens.TokenRows, start: int) -> tokens.TokenRows:
   """Every row's response behind the token `start`, the same tokens of it."""
   first, ends = rows.offsets[:-1] + rows.start, rows.offsets[1:]
   sizes = ends - first + 1
@@ -103,7 +99,7 @@ def answers_alone(
     start,
     np.asarray(rows.ids)[first[row] + np.maximum(place - 1, 0)],
   )
-  return tokens_lib.TokenRows(
+  return tokens.TokenRows(
     ids.astype(np.int32), offsets, np.ones(len(sizes), np.int32), rows.cut
   )
 
@@ -125,7 +121,7 @@ def make_alone(job: Job, arm: None, folder: Any) -> Made:
     "logp_alone",
     (
       lambda parts, tick: (
-        embed.score_rows(
+        passes.score_rows(
           job.mesh,
           job.reference,
           m,
@@ -139,7 +135,7 @@ def make_alone(job: Job, arm: None, folder: Any) -> Made:
       )
     ),
   )
-  return files, Cost(embed.flops(m, rows), len(rows.ids)), {}
+  return files, Cost(passes.flops(m, rows), len(rows.ids)), {}
 
 
 # A question about each answer.
@@ -164,7 +160,7 @@ def p_yes(
   mesh: Any,
   params: decoder.Params,
   m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
+  rows: tokens.TokenRows,
   yes: int,
   no: int,
   *,
@@ -179,7 +175,7 @@ def p_yes(
     mesh, params, m, rows, tile, ids, parts, tick: as of `embed.score_rows`.
     yes, no: tokens, whose logits are l_yes and l_no.
   """
-  return embed.number_rows(
+  return passes.number_rows(
     mesh,
     _yes_fn(mesh, m, yes, no),
     params,
@@ -283,7 +279,7 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
   )
   return (
     [*files, *TOKENS, "ask.json"],
-    Cost(embed.flops(m, rows, 1), len(rows.ids)),
+    Cost(passes.flops(m, rows, 1), len(rows.ids)),
     dict(say=say),
   )
 
@@ -316,7 +312,7 @@ def reward_rows(
   mesh: Any,
   params: Any,
   r: reward.RewardConfig,
-  rows: tokens_lib.TokenRows,
+  rows: tokens.TokenRows,
   *,
   tile: int,
   ids: Any = None,
@@ -324,7 +320,7 @@ def reward_rows(
   tick: Any = None,
 ) -> np.ndarray:
   """[n] float32 rewards of rows that a reward model's tokenizer made."""
-  return embed.number_rows(
+  return passes.number_rows(
     mesh,
     _reward_fn(mesh, r),
     params,
@@ -388,6 +384,6 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
       )
     ),
   )
-  sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
+  sizes, counts = np.unique(tokens.row_lengths(rows), return_counts=True)
   flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
   return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
