@@ -51,7 +51,7 @@ def _version(job: Job, arm: Any) -> dict[str, Any]:
 
 def _over_rows(name: str, make: Callable, fields: Callable, **more) -> Stage:
   """A stage that stores numbers of every row of the pool, shard by shard."""
-  own = dict(needs=needs("data", "sft")) | more
+  own = dict(needs=needs("data", "sft")) | more  # `cost` among them
   resumes = lambda job, arm: ("store",)
   return Stage(name, make, fields=fields, resumes=resumes, repairs=True, **own)
 
@@ -59,7 +59,8 @@ def _over_rows(name: str, make: Callable, fields: Callable, **more) -> Stage:
 def _pass(name: str) -> Stage:
   """A stage that keeps something of the one forward pass over the pool."""
   make, fields = over_pool.make_pass(name), over_pool.pass_fields(name)
-  return _over_rows(name, make, fields, needs=over_pool.pass_needs(name))
+  needs, cost = over_pool.pass_needs(name), over_pool.pass_price(name)
+  return _over_rows(name, make, fields, needs=needs, cost=cost)
 
 
 _trained = lambda job, arm: sft.TRAINED
@@ -81,20 +82,25 @@ STAGES = (
     resumes=_trained,
     volatile=sft.TRAINED,
     given=sft.given_reference,
+    cost=sft.sft_price,
   ),
   *(_pass(name) for name in over_pool.KEEPS),
-  _over_rows("alone", row_scores.make_alone, _store_fields),
+  _over_rows(
+    "alone", row_scores.make_alone, _store_fields, cost=row_scores.alone_price
+  ),
   _over_rows(
     "ask",
     row_scores.make_ask,
     row_scores.ask_fields,
     needs=row_scores.ask_needs,
+    cost=row_scores.ask_price,
   ),
   _over_rows(
     "rewards",
     row_scores.make_rewards,
     row_scores.rewards_fields,
     needs=needs("data"),
+    cost=row_scores.rewards_price,
   ),
   Stage(
     "proxy",
@@ -103,6 +109,7 @@ STAGES = (
     proxies.proxy_fields("pairs", "updates"),
     resumes=lambda job, arm: (*sft.TRAINED, "store"),
     volatile=sft.TRAINED,
+    cost=proxies.proxy_price,
   ),
   Stage(
     "held_out",
@@ -110,14 +117,22 @@ STAGES = (
     proxies.proxy_needs,
     proxies.proxy_fields("models"),
     resumes=proxies.held_out_leaves,
+    cost=proxies.held_out_price,
   ),
   Stage(
     "mixture",
     fit_mixture.make_mixture,
     needs("embed"),
     fit_mixture.mixture_fields,
+    cost=fit_mixture.mixture_price,
   ),
-  Stage("baseline", policies.make_baseline, needs("data", "sft"), eval_fields),
+  Stage(
+    "baseline",
+    policies.make_baseline,
+    needs("data", "sft"),
+    eval_fields,
+    cost=policies.eval_price,
+  ),
   Stage(
     "judged_reference",
     judge_stage.make_judged_reference,
@@ -132,6 +147,7 @@ STAGES = (
     choose.select_fields,
     alone=True,
     volatile=("config.json",),
+    cost=choose.select_price,
     **_arm,
   ),
   Stage(
@@ -148,6 +164,7 @@ STAGES = (
     ref_logps.make_ref_logps,
     ref_logps.ref_logps_needs,
     ref_logps.ref_logps_fields,
+    cost=ref_logps.ref_logps_price,
     **_arm,
   ),
   Stage(
@@ -157,6 +174,7 @@ STAGES = (
     while_training.align_fields,
     resumes=align.leaves,
     volatile=(*sft.TRAINED, align.BASES, align.BEST),
+    cost=while_training.align_price,
     **_arm,
   ),
   Stage(
@@ -164,6 +182,7 @@ STAGES = (
     policies.make_evaluation,
     needs("align", "baseline"),
     eval_fields,
+    cost=policies.eval_price,
     **_arm,
   ),
   Stage(
@@ -182,9 +201,13 @@ STAGES = (
   ),
 )
 # What a command makes; what these need is found in the table.
-SELECTION = ("select", "selection_report")
-TRAINING = ("select", "align", "evaluate", "judge", "export")
-STUDY = ("embed", "selection_report", *TRAINING)
+_TRAINED = ("select", "align", "evaluate", "judge", "export")
+GOALS = {
+  "selection": ("select", "selection_report"),
+  "training": _TRAINED,
+  "study": ("embed", "selection_report", *_TRAINED),
+}
+STUDY = GOALS["study"]
 
 
 def make_job(c: Any, mesh: Any, workdir: Any, redo: bool = False) -> Job:

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from configs import common
+from jaxalign import pipeline
 from jaxalign.cli.select import main as select_main
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
@@ -305,7 +306,7 @@ def test_a_proxy_of_its_own_needs_no_reference(tmp_path):
   c = common.base("tiny")
   (tmp_path / "config.json").write_text("{}")
   c.proxy.checkpoint = str(tmp_path)
-  job = jobs.pipeline.make_job(c, None, tmp_path)
+  job = pipeline.make_job(c, None, tmp_path)
   assert "sft" not in columns.before(c, ["proxy"])
   assert proxies.proxy_needs(job, None) == ["data"]
   found = proxies.proxy_fields()(job, None)

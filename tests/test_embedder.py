@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 
 from configs import common
+from jaxalign import pipeline
 from jaxalign.core import artifacts, sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import tables
@@ -88,7 +89,7 @@ def test_first_layers_embed_and_the_reference_scores_what_is_kept(
   with jax.set_mesh(mesh):
     export = arm_of(whole) / "export"
     m = hf.read_config(export, "float32", "none")._replace(context=32)
-    job = jobs.pipeline.make_job(c, mesh, whole)
+    job = pipeline.make_job(c, mesh, whole)
     params = {
       n: w[:1] if n.startswith("layers/") else w
       for n, w in job.reference.items()

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from configs import common
+from jaxalign import pipeline
 from jaxalign.core import devices, sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.embed import over_pool as passes
 from jaxalign.model import decoder, memory
+from jaxalign.select import choose
 from jaxalign.study import plan
 from jaxalign.study import run as study  # noqa: F401
 from jaxalign.train import optim, step
@@ -331,7 +333,7 @@ def a_job(sampler, compare=(), **knobs):
     section, _, knob = name.partition("__")
     c[section].update({knob: value})
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  job = jobs.pipeline.make_job(c, mesh, "nowhere")
+  job = pipeline.make_job(c, mesh, "nowhere")
   return job, study.arms_of(c)
 
 
@@ -410,7 +412,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
     for x in plan.lines(job, arms, rows, TOKENS)
     if x.stage == "select"
   }
-  rest = 200_000 * (plan.SECONDS_A_ROW + 2 * 4 * 32 / plan.READING)
+  rest = 200_000 * (choose.SECONDS_A_ROW + 2 * 4 * 32 / choose.READING)
   names = ("facility_location", "facility_location(exact=True)")
   drawn, exact = seconds(*a_job(names[0], names[1:])).values()
   work, rate = 2 * 200_000**2 * 32, devices.CPU
@@ -424,13 +426,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   assert same == exact
   job, arms = a_job(names[0])
   job.c.select.kwargs = dict(blocks=50, epsilon=0.2)
-  got = plan.sampling(
-    job,
-    arms[0],
-    200_000,
-    plan.embedder.choose(job.c, plan._model(job.c)),
-    plan._model(job.c),
-  )
+  got = choose.estimate(job, arms[0], 200_000, 32, 32)
   np.testing.assert_allclose(  # exact inside blocks of 4,000 rows
     got.on_host, work / 50
   )
@@ -476,7 +472,7 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   )
   monkeypatch.setattr(devices, "CPU", 1.0)
   hours = 2 * 160 * 16 * 32 / 8 / 3600  # on eight devices
-  monkeypatch.setattr(plan.vectors_lib, "HOURS", hours / 1.001)
+  monkeypatch.setattr(choose.vectors, "HOURS", hours / 1.001)
   ended = run()
   assert ended.code == 64 and re.search(
     r"'k_center' would take about 6 hours to choose from 160 rows, 1.64e\+05 "
@@ -487,7 +483,7 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   assert made == ["data"]  # no model was trained, no row embedded
   said = run("--dry_run")
   assert said.code == 0 and "a job refuses so long a choice" in said.out
-  monkeypatch.setattr(plan.vectors_lib, "HOURS", hours * 1.001)
+  monkeypatch.setattr(choose.vectors, "HOURS", hours * 1.001)
   said = run("--dry_run")
   assert said.code == 0 and "refuses" not in said.out
 
@@ -511,9 +507,7 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
   # What an arm alone would take, and not what others have left of it.
   alone = lambda arm: {
     x.stage: x.flops
-    for x in plan._choosing(
-      job, arm, [*found.values()], plan._model(job.c), 14.0
-    )
+    for x in plan._choosing(job, arm, ROWS, TOKENS)
     if not x.arm
   }
   whole = 320 * (2 * layer + 3 * head)

@@ -15,6 +15,7 @@ import pytest
 import test_flops
 
 from configs import common
+from jaxalign import pipeline
 from jaxalign.core import artifacts
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import recipe, tables
@@ -324,7 +325,7 @@ def test_a_job_that_watches_everything(tmp_path, config):
   assert refused.code == 64 and "eval.temperature was 1.0" in refused.err
   # Training, with the reference's passes; and what watching took.
   card = artifacts.read_record(arm, "align")
-  job = jobs.pipeline.make_job(common.base("tiny"), None, tmp_path)
+  job = pipeline.make_job(common.base("tiny"), None, tmp_path)
   if "kto" in config:
     job.c = c
   tokens, m = job.tokens("pool"), sizes(job.c, job.tokenizer.vocab_size)

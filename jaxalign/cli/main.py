@@ -260,7 +260,7 @@ def _join(mode: str) -> None:
   progress.set_process(jax.process_index())
 
 
-def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
+def _run(values, argv: list[str], check, work, arms, goal: str) -> None:
   """Everything after the flags."""
   c = values.config
   import jax
@@ -275,6 +275,7 @@ def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
   check(values)
   if not values.workdir and not values.dry_run:
     raise ConfigError("no workdir; say --workdir=runs/dpo_sub")
+  trains = "align" in pipeline.GOALS[goal]
   checks.validate(c, values.dry_run, trains)
   _join(values.distributed)
   if c.compile_cache:
@@ -290,7 +291,7 @@ def _run(values, argv: list[str], check, work, arms, trains: bool) -> None:
       job, planned=values.dry_run, force=values.force, trains=trains
     )
     if values.dry_run:
-      plan.show(job, arms(c), trains)
+      plan.show(job, arms(c), pipeline.GOALS[goal])
       return
     with artifacts.lock(values.workdir):
       work(job, values, argv)
@@ -309,7 +310,7 @@ def command(
   work,
   arms,
   define=None,
-  trains: bool = True,
+  goal: str = "study",
 ) -> int:
   """One command of the package that reads a config; returns its exit code.
 
@@ -320,13 +321,13 @@ def command(
     work: `work(job, values, argv)`, inside the mesh and the workdir's lock.
     arms: `arms(c)`, what a dry run plans.
     define: `define(values)` adds flags.
-    trains: whether it aligns a policy.
+    goal: what it makes, a key of `pipeline.GOALS`.
   """
   from jaxalign.core import progress
 
   progress.say("jaxalign: reading the config")
   return guarded(
-    lambda: _run(_parse(argv, doc, define), argv, check, work, arms, trains)
+    lambda: _run(_parse(argv, doc, define), argv, check, work, arms, goal)
   )
 
 

@@ -54,7 +54,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   from jaxalign.model.job import arm_folder
 
   arm = _arm(job.c)
-  pipeline.run(job, [arm], pipeline.SELECTION)
+  pipeline.run(job, [arm], pipeline.GOALS["selection"])
   folder = arm_folder(job, arm)
   if jax.process_index() == 0:
     data = (folder / "subset.parquet").read_bytes()
@@ -73,5 +73,5 @@ def main(argv: list[str]) -> int:
     work=_work,
     arms=lambda c: [_arm(c)],
     define=_define,
-    trains=False,
+    goal="selection",
   )

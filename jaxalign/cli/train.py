@@ -39,7 +39,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   from jaxalign.model.job import arm_folder
 
   arm = _arm(job.c)
-  pipeline.run(job, [arm], pipeline.TRAINING)
+  pipeline.run(job, [arm], pipeline.GOALS["training"])
   folder = arm_folder(job, arm)
   if (arm.name, "evaluate") in job.records:
     progress.say(f"measures: {folder}/eval.json")
@@ -49,5 +49,10 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
 def main(argv: list[str]) -> int:
   """Returns the exit code; one line on stderr says what went wrong."""
   return main_lib.command(
-    argv, __doc__, check=_check, work=_work, arms=lambda c: [_arm(c)]
+    argv,
+    __doc__,
+    check=_check,
+    work=_work,
+    arms=lambda c: [_arm(c)],
+    goal="training",
   )

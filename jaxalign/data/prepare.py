@@ -15,6 +15,7 @@ from jaxalign.data.source_reader import check_shares, LoadOptions
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 
 _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
+CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
 _KNOWN = dict(
   too_long=("", *tokens.TOO_LONG),
   special_tokens=("auto", "text", "tokens"),  # what they are in a text

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxalign.core import artifacts, hub, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.embed import embedder, passes
 from jaxalign.embed import store as stores
 from jaxalign.embed.store import ArraySpec
@@ -286,3 +286,21 @@ def _by_foreign(
   )
   result = dict(say=f"{len(job.tokens('pool').start):,} rows")
   return files + embedder.files(foreign), Cost(flops, tokens), result
+
+
+def pass_price(name: str) -> Callable[[Sizes, None], Price]:
+  """The price of a stage of KEEPS: what it adds to the pass it shares."""
+
+  def price(z: Sizes, arm: None) -> Price:
+    c, t = z.job.c, int(z.tokens["pool"])
+    answers = z.rows["pool"] * z.responses
+    if by_reference(c, name):
+      of = lambda outputs: passes.row_flops(z.model, t, outputs, c.embed.layers)
+      each = shares(c, z.planned, of)[name]
+    else:
+      chosen = embedder.choose(c, z.model)
+      texts = embedder.of_answers(chosen) if name == "answer" else chosen
+      each = embedder.flops(chosen, t // 2 + 1 if texts.answers else t)
+    return Price(answers, "rows", answers * each)
+
+  return price

@@ -17,14 +17,14 @@ import numpy as np
 from jaxalign.core import artifacts, hub, sharding
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes, questions
 from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import decoder, hf, reward
-from jaxalign.model.flops import reward_flops
+from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.model.job import Job, kernel_of
 
 SIDES = ("chosen", "rejected", "completion")
@@ -387,3 +387,25 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
   sizes, counts = np.unique(tokens.row_lengths(rows), return_counts=True)
   flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
   return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
+
+
+def _price(z: Sizes, each: float) -> Price:
+  answers = z.rows["pool"] * z.responses
+  return Price(answers, "rows", answers * each)
+
+
+def alone_price(z: Sizes, arm: None) -> Price:
+  return _price(z, decoder_flops(z.model, int(z.tokens["pool"]) // 2 + 1))
+
+
+def ask_price(z: Sizes, arm: None) -> Price:
+  """The question, two pairs of fences and the row; one logit."""
+  c, judge = z.job.c, judge_config(z.job.c, z.model)
+  question = (len(c.ask.question) + 4 * 16) / prepare.CHARACTERS_PER_TOKEN
+  length = min(int(int(z.tokens["pool"]) + question), judge.context)
+  return _price(z, decoder_flops(judge, length, 1))
+
+
+def rewards_price(z: Sizes, arm: None) -> Price:
+  model = reward_config(z.job.c)
+  return _price(z, reward_flops(model, int(z.tokens["pool"])))

@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.eval import held_out
 from jaxalign.eval.held_out import eval_options
 from jaxalign.model import adapters, decoder, hf
+from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.train.align import aligned, bases
 
@@ -150,3 +151,12 @@ def make_export(job: Job, arm: Arm, folder: Any) -> Made:
     hf.save_adapters(folder / "adapter", params, m, base=base)
     files = [*files, "adapter"]
   return files, Cost(), dict(say=f"weights in {of.dtype}")
+
+
+def eval_price(z: Sizes, arm: Arm | None) -> Price:
+  """Two answers of every held-out pair scored; of each prompt an answer is
+  generated, and scored by both models."""
+  held_out = z.rows["held_out"]
+  prompts = min(z.job.c.eval.prompts, held_out)
+  each = decoder_flops(z.model, int(z.tokens["held_out"]))
+  return Price(prompts, "prompts", (2 * held_out + 3 * prompts) * each)

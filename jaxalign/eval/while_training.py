@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world
 from jaxalign.embed import passes
@@ -23,6 +23,7 @@ from jaxalign.train.align import Watched
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import loss_of
+from jaxalign.train.ref_logps import train_price
 from jaxalign.train.trackers import check_trackers
 
 SETS = ("held_out", "kept", "rest", "generations")
@@ -460,3 +461,14 @@ def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
   t = job.c.train
   fields = align.align_fields(job, arm) | pick(job.c, *reads(t))
   return record_fields(t, fields)
+
+
+def align_price(z: Sizes, arm: Arm) -> Price:
+  """Training, and the evaluations while it runs."""
+  held, pool = z.rows["held_out"], z.rows["pool"]
+
+  def evaluated(kept, updates):
+    rows = dict(held_out=held, kept=kept, rest=pool - kept)
+    return planned(z.job.c, updates, rows, dict(held_out=2, pool=z.responses))
+
+  return train_price(z, arm, evaluated)

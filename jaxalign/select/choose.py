@@ -13,7 +13,7 @@ from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.lookup import source_digests
 from jaxalign.core.peak_memory import peak_memory
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.data import tables
 from jaxalign.data.row_table import RowTable
 from jaxalign.embed import embedder, store
@@ -102,6 +102,8 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
       )
 
 
+READING = 1e9  # bytes a second from a disk
+SECONDS_A_ROW = 3e-5  # ids hashed, rows written
 FILES = (
   "scores.parquet",
   "subset.parquet",
@@ -296,3 +298,16 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
     for n, v in kwargs.items()
     if not (type(v) is type(known[n]) and v == known[n])
   }
+
+
+def select_price(z: Sizes, arm: Arm) -> Price | None:
+  """What the sampler says of itself; None of one that says nothing."""
+  job, pool = z.job, z.rows["pool"]
+  width = embedder.choose(job.c, z.model).model.width
+  found = estimate(job, arm, pool, width, z.model.width)
+  if found is None:
+    return None
+  seconds = devices.seconds_for(found.flops, found.on_host, job.mesh)
+  seconds += found.read / READING + pool * SECONDS_A_ROW
+  held = found.held, found.device
+  return Price(pool, "rows", found.flops, seconds, *held)

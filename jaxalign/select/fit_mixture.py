@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.stage import Made
-from jaxalign.embed import store
+from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.embed import embedder, store
 from jaxalign.model.job import Job
 from jaxalign.select import em, mixture, mixture_checks
 from jaxalign.select.topk import id_hash
@@ -123,3 +123,16 @@ def _flops(
 def likelihoods(job: Job) -> np.ndarray:
   """[F, N, R] nats of all rows under each fit, the chosen one first."""
   return artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")
+
+
+def mixture_price(z: Sizes, arm: None) -> Price:
+  """A covariance of all rows, and twenty sweeps of every start of a fit."""
+  c, answers = z.job.c, z.rows["pool"] * z.responses
+  wide, pca = embedder.choose(c, z.model).model.width, c.select.mixture.pca
+  k = mixture.components_of(c.select.mixture.components)
+  closed = k == mixture.LABELS
+  width = min(int(pca) or wide, wide) if pca != "auto" else 0
+  width = width or max(1, min(64, answers // 40, wide))
+  fits = (1 if closed else c.select.mixture.starts) * (2 + refits(c))
+  sweep = 4 * answers * (2 if closed else k) * width**2
+  return Price(fits, "fits", 2 * answers * wide**2 + fits * 20 * sweep)

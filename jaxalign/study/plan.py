@@ -5,32 +5,27 @@ their characters; times are flops over an assumed sustained rate, and are
 called estimates. The ledger of the finished job is what to trust.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxalign.core import devices, progress
+from jaxalign import pipeline
+from jaxalign.core import progress
 from jaxalign.core.devices import sustained_flops
+from jaxalign.core.stage import Sizes
 from jaxalign.data import build_data, prepare, sources
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import embedder, over_pool, row_scores
-from jaxalign.embed import passes as embed
-from jaxalign.eval import while_training
+from jaxalign.embed import embedder
 from jaxalign.model import decoder, hf, memory
-from jaxalign.model.flops import decoder_flops, reward_flops
+from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
-from jaxalign.select import choose, columns, costs, fit_mixture, mixture
-from jaxalign.select.samplers import chains, vectors
-from jaxalign.select.topk import budget_rows
-from jaxalign.train import feed, host_memory, proxies
+from jaxalign.select import choose
+from jaxalign.select.samplers import vectors
+from jaxalign.train import feed, host_memory
 from jaxalign.train.host_memory import CHARACTERS_PER_TOKEN
-from jaxalign.train.ref_logps import updates_of
 from jaxalign.train.statistics import needs_batch_logps
-
-READING = 1e9  # bytes a second from a disk
-SECONDS_A_ROW = 3e-5  # of the select stage: ids hashed, rows written
-TRAINING = ("baseline", "ref_logps", "align", "evaluate")
 
 
 def _sizes(
@@ -109,7 +104,11 @@ def _model(c: Any) -> decoder.ModelConfig:
 
 
 def lines(
-  job: Job, arms: list[Arm], rows: dict[str, int], tokens: dict[str, float]
+  job: Job,
+  arms: list[Arm],
+  rows: dict[str, int],
+  tokens: dict[str, float],
+  goal: Sequence[str] = pipeline.STUDY,
 ) -> list[Line]:
   """The stages of a job in their order, with what each is expected to take.
 
@@ -118,196 +117,23 @@ def lines(
     arms: its arms.
     rows: records by split.
     tokens: mean tokens of a row, by split.
+    goal: what is made, as of `pipeline.run`.
   """
-  c, m = job.c, _model(job.c)
-  r = 2 if job.kind == "pairs" else 1
+  stages = pipeline.required(job, arms, pipeline.reached(job, goal))
+  shared = frozenset(stage.name for stage, arm in stages if arm is None)
+  z = Sizes(job, arms, rows, tokens, _model(job.c), shared)
   rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
-  one = lambda split: decoder_flops(m, int(tokens[split]))
   out = []
-
-  def add(stage, count, unit, flops, arm="", seconds=None, **held):
+  for stage, arm in stages:
+    price = stage.cost(z, arm) if stage.cost else None
+    if price is None:
+      continue
+    seconds = price.flops / rate if price.seconds is None else price.seconds
+    name = arm.name if arm else ""
     out.append(
-      Line(
-        stage,
-        arm,
-        count,
-        unit,
-        flops,
-        flops / rate if seconds is None else seconds,
-        **held,
-      )
+      Line(stage.name, name, **price._asdict() | dict(seconds=seconds))
     )
-
-  if not c.model.checkpoint:
-    add(
-      "sft",
-      c.sft.updates,
-      "updates",
-      3 * c.sft.updates * c.sft.batch_size * one("sft"),
-    )
-  chosen = embedder.choose(c, m)
-  answers, t = rows["pool"] * r, int(tokens["pool"])
-  samplers = {a.sampler: chains.named(a.sampler) for a in arms}
-  asked = {
-    *columns.before(
-      c,
-      [
-        stage
-        for sampler in samplers.values()
-        for stage in columns.stages(c, job.kind, sampler)
-      ],
-    )
-  }
-  # An arm of all rows alone, as of jaxalign.train, embeds nothing.
-  alone = len(arms) == 1 and arms[0].is_all
-  ran = [*([] if alone else ["embed"]), *asked]
-  for stage, each in _passes(c, m, chosen, ran, t).items():
-    add(stage, answers, "rows", answers * each)
-  scoring = {  # what a column of the pool takes, beside those passes
-    "alone": lambda: answers * decoder_flops(m, t // 2 + 1),
-    "ask": lambda: _ask(c, m, answers, t),
-    "rewards": lambda: answers * reward_flops(row_scores.reward_config(c), t),
-    "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
-    "held_out": lambda: _tuning(
-      c,
-      m,
-      rows["pool"],
-      t,
-      c.proxy.models,
-      -(-rows["pool"] // 2 // c.train.batch_size),
-    ),
-  }
-  for stage, flops in scoring.items():
-    if stage in asked:
-      add(stage, answers, "rows", flops())
-  if any("log_likelihood" in x.needs for x in samplers.values()):
-    k = mixture.components_of(c.select.mixture.components)
-    starts = 1 if k == mixture.LABELS else c.select.mixture.starts
-    k, wide = 2 if k == mixture.LABELS else k, chosen.model.width
-    width = (
-      max(1, min(64, answers // 40, wide))
-      if c.select.mixture.pca == "auto"
-      else min(int(c.select.mixture.pca) or wide, wide)
-    )
-    fits = starts * (2 + fit_mixture.refits(c))
-    add(
-      "mixture",
-      fits,
-      "fits",
-      2 * answers * wide**2 + fits * 20 * 4 * answers * k * width**2,
-    )
-  asked = min(c.eval.prompts, rows["held_out"])
-  measured = (2 * rows["held_out"] + 3 * asked) * one("held_out")
-  add("baseline", asked, "prompts", measured)
-  for arm in arms:
-    kept = budget_rows(arm.budget, rows["pool"], c.train.batch_size)
-    if (cost := sampling(job, arm, rows["pool"], chosen, m)) is not None:
-      add(
-        "select",
-        rows["pool"],
-        "rows",
-        cost.flops,
-        arm.name,
-        devices.seconds_for(cost.flops, cost.on_host, job.mesh)
-        + cost.read / READING
-        + rows["pool"] * SECONDS_A_ROW,
-        held=cost.held,
-        device=cost.device,
-      )
-    updates = updates_of(c, arm, kept, rows["pool"])
-    forward = updates * c.train.batch_size * r * one("pool")
-    online = c.train.reference == "online"  # the reference's pass is align's
-    extra = forward if "z0" in job.loss.stats else 0
-    stored = 0 if online else extra
-    source = columns.sums(c, job.kind, samplers[arm.sampler])
-    passed = (
-      0
-      if (online or not job.loss.reference or source in ran)
-      else kept * r * one("pool")
-    )
-    if stored or passed:
-      add(
-        "ref_logps",
-        updates * c.train.batch_size * bool(stored) + kept * r * bool(passed),
-        "rows",
-        stored + passed,
-        arm.name,
-      )
-    trained = decoder_flops(
-      m,
-      int(tokens["pool"]),
-      passes=feed.passes(
-        m._replace(lora=lora_of(c)), needs_batch_logps(job.loss), online
-      ),
-    )
-    seen = while_training.planned(
-      c,
-      updates,
-      dict(held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept),
-      dict(held_out=2, pool=r),
-    )  # as in `measured`
-    add(
-      "align",
-      updates,
-      "updates",
-      updates * c.train.batch_size * r * trained
-      + (1 + online) * extra
-      + sum(n * one(split) for split, n in seen.items()),
-      arm.name,
-    )
-    add("evaluate", asked, "prompts", measured, arm.name)
   return out
-
-
-def _passes(
-  c: Any,
-  m: decoder.ModelConfig,
-  chosen: embedder.Embedder,
-  names: list[str],
-  t: int,
-) -> dict[str, float]:
-  """Operations of a row of t tokens in the stages of `passes.KEEPS`.
-
-  What the reference runs is one pass; each stage has what it adds.
-  """
-  found = over_pool.shares(
-    c, names, lambda outputs: embed.row_flops(m, t, outputs, c.embed.layers)
-  )
-  for name in (n for n in names if not over_pool.by_reference(c, n)):
-    texts = embedder.of_answers(chosen) if name == "answer" else chosen
-    found[name] = embedder.flops(chosen, t // 2 + 1 if texts.answers else t)
-  return {n: found[n] for n in over_pool.KEEPS if n in found}
-
-
-def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
-  """Of P(yes): the question, two pairs of fences and the row, one logit."""
-  judge = row_scores.judge_config(c, m)
-  asked = t + (len(c.ask.question) + 4 * 16) / CHARACTERS_PER_TOKEN
-  return answers * decoder_flops(judge, min(int(asked), judge.context), 1)
-
-
-def _tuning(
-  c: Any, m: decoder.ModelConfig, pairs: int, t: int, models: int, updates: int
-) -> float:
-  """Of tuned proxies: three passes of every update, one over the pool each."""
-  proxy = proxies.config_of(c, m)._replace(lora=lora_of(c))
-  row = decoder_flops(proxy, t)
-  trained = decoder_flops(proxy, t, passes=feed.passes(proxy))
-  before = 0 if columns.tuned(c) else 2 * pairs * row
-  return before + models * 2 * (
-    pairs * row + updates * c.train.batch_size * trained
-  )
-
-
-def sampling(
-  job: Job,
-  arm: Arm,
-  pool: int,
-  chosen: embedder.Embedder,
-  m: decoder.ModelConfig,
-) -> costs.Estimate | None:
-  """What an arm's sampler takes; None for one that says nothing."""
-  return choose.estimate(job, arm, pool, chosen.model.width, m.width)
 
 
 def beside(
@@ -342,24 +168,22 @@ def beside(
   return out
 
 
-def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
+def show(
+  job: Job, arms: list[Arm], goal: Sequence[str] = pipeline.STUDY
+) -> None:
   """Prints how rows are read and the plan; computes nothing on the mesh.
 
   Args:
     job: the run.
     arms: its arms.
-    trains: false of selection alone, which ends with the chosen rows.
+    goal: what is made, as of `pipeline.run`.
   """
   c = job.c
   rows, tokens, length, sample = _sizes(c, job.kind)
   m = _model(c)
   decoder.check_model(m, job.mesh)
   rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
-  found = [
-    x
-    for x in lines(job, arms, rows, tokens)
-    if trains or x.stage not in TRAINING
-  ]
+  found = lines(job, arms, rows, tokens, goal)
   progress.say(
     f"plan (nothing computed): {', '.join(prepare.sources_of(c))}, "
     + ", ".join(f"{v:,} {k}" for k, v in rows.items())
@@ -377,12 +201,10 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
     f"{progress.duration(sum(x.seconds for x in found))} at an "
     f"assumed {rate / 1e9:,.0f} GFLOP/s, compiling not counted"
   )
-  _show_samplers(job, arms, rows["pool"], tokens["pool"], m, found)
-  if not trains:
+  _show_samplers(job, arms, rows, tokens)
+  if "align" not in goal:
     return
-  selecting = sum(
-    x.flops for x in _choosing(job, arms[0], found, m, tokens["pool"])
-  )
+  selecting = sum(x.flops for x in _choosing(job, arms[0], rows, tokens))
   everything = aligning_all(job, m, rows["pool"], int(tokens["pool"]))
   reference = (
     ", its reference pass counted"
@@ -437,63 +259,29 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
 
 
 def _choosing(
-  job: Job, arm: Arm, found: list[Line], m: decoder.ModelConfig, tokens: float
+  job: Job, arm: Arm, rows: dict[str, int], tokens: dict[str, float]
 ) -> list[Line]:
   """The lines of all that an arm's choice takes, were it the only arm."""
-  sampler = chains.named(arm.sampler)
-  read = columns.before(
-    job.c,
-    [
-      *columns.stages(job.c, job.kind, sampler),
-      *["mixture"] * ("log_likelihood" in sampler.needs),
-    ],
-  )
-  alone = _passes(
-    job.c,
-    m,
-    embedder.choose(job.c, m),
-    [n for n in read if n in over_pool.KEEPS],
-    int(tokens),
-  )
-  rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
-  return [
-    x
-    if x.stage not in alone
-    else x._replace(
-      flops=x.count * alone[x.stage], seconds=x.count * alone[x.stage] / rate
-    )
-    for x in found
-    if not x.arm
-    and x.stage in read
-    or x.stage == "select"
-    and x.arm == arm.name
-  ]
+  found = lines(job, [arm], rows, tokens, ("select",))
+  return [x for x in found if x.stage != "sft"]
 
 
 def _show_samplers(
-  job: Job,
-  arms: list[Arm],
-  pool: int,
-  tokens: float,
-  m: decoder.ModelConfig,
-  found: list[Line],
+  job: Job, arms: list[Arm], rows: dict[str, int], tokens: dict[str, float]
 ) -> None:
   """One line for each sampler and budget: all that choosing takes."""
-  chosen = embedder.choose(job.c, m)
+  m = _model(job.c)
+  width = embedder.choose(job.c, m).model.width
   for arm in {a.label: a for a in arms}.values():
-    parts = _choosing(job, arm, found, m, tokens)
-    cost = sampling(job, arm, pool, chosen, m)
-    says = (
-      "what it takes itself is not known"
-      if cost is None
-      else f"reads {memory.size(cost.read)}, holds {memory.size(cost.held)}, "
-      f"{memory.size(cost.device)} on the devices"
-      + (
-        "; a job refuses so long a choice"
-        if choose.hours(job, cost) > vectors.HOURS
-        else ""
-      )
-    )
+    parts = _choosing(job, arm, rows, tokens)
+    cost = choose.estimate(job, arm, rows["pool"], width, m.width)
+    says = "what it takes itself is not known"
+    if cost is not None:
+      read, held = memory.size(cost.read), memory.size(cost.held)
+      says = f"reads {read}, holds {held}, {memory.size(cost.device)} on the "
+      says += "devices"
+      if choose.hours(job, cost) > vectors.HOURS:
+        says += "; a job refuses so long a choice"
     progress.say(
       f"  choosing by {arm.label}: {sum(x.flops for x in parts):.2e} "
       f"flops ({', '.join(x.stage for x in parts)}), about "

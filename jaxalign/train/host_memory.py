@@ -11,13 +11,13 @@ from jaxalign.data import chat as chats
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.chat_templates import template_source
+from jaxalign.data.prepare import CHARACTERS_PER_TOKEN
 from jaxalign.model import decoder, memory
 from jaxalign.model.job import Arm, Job
 from jaxalign.select.topk import budget_rows
 from jaxalign.train import optim
 from jaxalign.train.ref_logps import updates_of
 
-CHARACTERS_PER_TOKEN = 3.0  # of a small tokenizer on English
 RESPONSES = dict(pairs=2, unpaired=1)  # of a row of each kind
 SAMPLED = 256  # rows whose tokens are counted, batches that are dealt
 

@@ -16,7 +16,7 @@ from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.checkpoints import restore_params
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes
@@ -24,10 +24,11 @@ from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.row_scores import digest_of
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
+from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Job, kernel_of, lora_of
 from jaxalign.select import columns
 from jaxalign.select.topk import uniform
-from jaxalign.train import losses
+from jaxalign.train import feed, losses
 from jaxalign.train.feed import training_cost, TrainRows
 from jaxalign.train.loop import TrainOptions
 from jaxalign.train.sft import TRAINED
@@ -382,3 +383,23 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
     artifacts.write_array(path, np.stack(found, axis=1))
   files = ["held_out_loss.npy", *names]
   return files, Cost(total, tokens), dict(say=f"{p.models} models")
+
+
+def _price(z: Sizes, models: int, updates: int) -> Price:
+  """Three passes of every update, one over the pool for each model."""
+  c, pairs, t = z.job.c, z.rows["pool"], int(z.tokens["pool"])
+  proxy = config_of(c, z.model)._replace(lora=lora_of(c))
+  row = decoder_flops(proxy, t)
+  trained = decoder_flops(proxy, t, passes=feed.passes(proxy))
+  before = 0 if columns.tuned(c) else 2 * pairs * row
+  tuning = pairs * row + updates * c.train.batch_size * trained
+  return Price(pairs * z.responses, "rows", before + models * 2 * tuning)
+
+
+def proxy_price(z: Sizes, arm: None) -> Price:
+  return _price(z, 1, z.job.c.proxy.updates)
+
+
+def held_out_price(z: Sizes, arm: None) -> Price:
+  updates = -(-z.rows["pool"] // 2 // z.job.c.train.batch_size)
+  return _price(z, z.job.c.proxy.models, updates)

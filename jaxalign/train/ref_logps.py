@@ -1,5 +1,6 @@
 """The ref_logps stage: what the reference says of the rows an arm kept."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,16 +9,18 @@ import numpy as np
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.lookup import source_digests
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import passes
 from jaxalign.embed import store as stores
-from jaxalign.model.job import Arm, Job
+from jaxalign.model.flops import decoder_flops
+from jaxalign.model.job import Arm, Job, lora_of
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
 from jaxalign.select.samplers import chains
 from jaxalign.select.topk import budget_rows
+from jaxalign.train import feed
 from jaxalign.train.feed import (
   Batching,
   make_mismatched,
@@ -30,7 +33,7 @@ from jaxalign.train.reference import (
   reference_logps,
 )
 from jaxalign.train.row_columns import COLUMNS, columns_of, EXTRAS
-from jaxalign.train.statistics import needs_mismatched
+from jaxalign.train.statistics import needs_batch_logps, needs_mismatched
 
 
 def updates_for(job: Job, arm: Arm, n: int) -> int:
@@ -212,3 +215,47 @@ def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
   tokens = make_mismatched(rows, batching_of(job, arm), updates)
   mismatched = MismatchedRows(tokens, read("mismatched_sum"))
   return rows._replace(mismatched=mismatched)
+
+
+def _of_kept(z: Sizes, arm: Arm) -> tuple[int, int, float]:
+  """Rows that an arm keeps, its updates, and flops of a pass of an answer."""
+  c, pool = z.job.c, z.rows["pool"]
+  kept = budget_rows(arm.budget, pool, c.train.batch_size)
+  each = decoder_flops(z.model, int(z.tokens["pool"]))
+  return kept, updates_of(c, arm, kept, pool), each
+
+
+def mismatched_rows(z: Sizes, arm: Arm) -> int:
+  """Answers under other prompts that a loss reads, one a row and update."""
+  _, updates, _ = _of_kept(z, arm)
+  rows = updates * z.job.c.train.batch_size * z.responses
+  return rows if needs_mismatched(z.job.loss) else 0
+
+
+def ref_logps_price(z: Sizes, arm: Arm) -> Price | None:
+  """A pass of the kept rows that no other gave, and of mismatched ones."""
+  c, loss = z.job.c, z.job.loss
+  if c.train.reference == "online":  # its pass is align's
+    return None
+  kept, updates, each = _of_kept(z, arm)
+  source = columns.sums(c, z.job.kind, chains.named(arm.sampler))
+  own = kept * z.responses if loss.reference and source not in z.planned else 0
+  other = mismatched_rows(z, arm)
+  count = updates * c.train.batch_size * bool(other) + own
+  return Price(count, "rows", (other + own) * each) if count else None
+
+
+def train_price(z: Sizes, arm: Arm, evaluated: Callable) -> Price:
+  """Of `align`; `evaluated(kept, updates)` gives the rows of each split that
+  evaluations pass through the model."""
+  c, loss = z.job.c, z.job.loss
+  kept, updates, each = _of_kept(z, arm)
+  online = c.train.reference == "online"
+  policy = z.model._replace(lora=lora_of(c))
+  count = feed.passes(policy, needs_batch_logps(loss), online)
+  trained = decoder_flops(z.model, int(z.tokens["pool"]), passes=count)
+  flops = updates * c.train.batch_size * z.responses * trained
+  flops += (1 + online) * mismatched_rows(z, arm) * each
+  for split, n in evaluated(kept, updates).items():
+    flops += n * decoder_flops(z.model, int(z.tokens[split]))
+  return Price(updates, "updates", flops)

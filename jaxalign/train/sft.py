@@ -7,8 +7,9 @@ import numpy as np
 
 from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import pick
-from jaxalign.core.stage import Made
+from jaxalign.core.stage import Made, Price, Sizes
 from jaxalign.model import decoder, hf
+from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Job
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.loop import TrainOptions
@@ -73,3 +74,12 @@ def _rows(job: Job) -> TrainRows:
   none, one = np.zeros((len(rows), 1), np.float32), np.ones((len(rows), 1))
   ids = [ids[i // each] for i in rows]
   return TrainRows(ids, tokens, rows[:, None], none, np.float32(one))
+
+
+def sft_price(z: Sizes, arm: None) -> Price | None:
+  """Three passes of every update; nothing where a checkpoint is given."""
+  k = z.job.c.sft
+  if z.job.c.model.checkpoint:
+    return None
+  each = decoder_flops(z.model, int(z.tokens["sft"]))
+  return Price(k.updates, "updates", 3 * k.updates * k.batch_size * each)
