@@ -1,186 +1,265 @@
 """One job's stages in order; the only file that knows the order.
 
-data -> sft -> embed -> mixture -> baseline -> (judge), shared by all arms,
-then for each arm select -> card -> ref_logps -> align -> evaluate -> (judge)
--> export. Rooms meet here, through files: `select` and `train` never import
-each other.
+`run` makes what a goal needs, and no more: shared stages first, then the
+stages of each arm. Rooms meet here, through files: what `select` writes,
+`train` reads.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+import jaxalign
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import pick
+from jaxalign.core.stage import Made, needs, Stage
 from jaxalign.data import build_data, prepare, recipe
 from jaxalign.data.summary import summary_lines
-from jaxalign.embed.over_pool import KEEPS, run_passes
-from jaxalign.embed.scores import run_alone, run_ask, run_rewards
-from jaxalign.eval import while_training
-from jaxalign.eval.judge_kinds import check_enough, check_ready
-from jaxalign.eval.judge_stage import run_judge, run_judge_start
-from jaxalign.eval.policies import (
-  policy_of,
-  run_baseline,
-  run_evaluate,
-  run_export,
-)
+from jaxalign.embed import over_pool, row_scores
+from jaxalign.eval import judge_kinds, judge_stage, policies, while_training
 from jaxalign.model import decoder
 from jaxalign.model.job import Arm, Job
-from jaxalign.report.selection_stage import run_card
-from jaxalign.select import columns
-from jaxalign.select.choose import check_hours, run_select
-from jaxalign.select.fit_mixture import run_mixture
-from jaxalign.select.samplers import combine
+from jaxalign.report import selection_stage
+from jaxalign.select import choose, columns, fit_mixture
 from jaxalign.select.topk import budget_rows
-from jaxalign.train.align import run_align
+from jaxalign.train import align, proxies, ref_logps, sft
 from jaxalign.train.host_memory import check_memory
 from jaxalign.train.losses import loss_of
-from jaxalign.train.proxies import run_held_out, run_proxy
-from jaxalign.train.ref_logps import run_ref_logps
-from jaxalign.train.sft import run_sft
+
+
+def _make_data(job: Job, arm: None, folder: Any) -> Made:
+  """Reads, checks, splits and tokenizes the source."""
+  writes = jax.process_index() == 0
+  return build_data.make_data(
+    job.c, folder, most=job.most, wanted=job.kind, writes=writes
+  )
+
+
+def _data_fields(job: Job, arm: None) -> dict[str, Any]:
+  c, sizes = job.c, ("checkpoint", "tokenizer", "vocab_size", "context")
+  fields = pick(c, "data", *(f"model.{name}" for name in sizes))
+  fields["data.source"] = prepare.sources_of(c)
+  fields["data.choice"] = prepare.choice_of(c)
+  digest = artifacts.told(lambda: prepare.fingerprint(c))
+  return fields | dict(kind=job.kind, source_digest=digest)
+
+
+def _version(job: Job, arm: Any) -> dict[str, Any]:
+  return dict(version=jaxalign.__version__)
+
+
+def _over_rows(name: str, make: Callable, fields: Callable, **more) -> Stage:
+  """A stage that stores numbers of every row of the pool, shard by shard."""
+  own = dict(needs=needs("data", "sft")) | more
+  resumes = lambda job, arm: ("store",)
+  return Stage(name, make, fields=fields, resumes=resumes, repairs=True, **own)
+
+
+def _pass(name: str) -> Stage:
+  """A stage that keeps something of the one forward pass over the pool."""
+  make, fields = over_pool.make_pass(name), over_pool.pass_fields(name)
+  return _over_rows(name, make, fields, needs=over_pool.pass_needs(name))
+
+
+_trained = lambda job, arm: sft.TRAINED
+_store_fields = lambda job, arm: pick(
+  job.c, "embed.tile", "embed.shard", "model"
+)
+_arm = dict(of_arm=True)
+eval_fields = policies.eval_fields
+export_fields = policies.export_fields
+
+STAGES = (
+  # Shared by all arms.
+  Stage("data", _make_data, fields=_data_fields),
+  Stage(
+    "sft",
+    sft.make_sft,
+    needs("data"),
+    sft.sft_fields,
+    resumes=_trained,
+    volatile=sft.TRAINED,
+    given=sft.given_reference,
+  ),
+  *(_pass(name) for name in over_pool.KEEPS),
+  _over_rows("alone", row_scores.make_alone, _store_fields),
+  _over_rows(
+    "ask",
+    row_scores.make_ask,
+    row_scores.ask_fields,
+    needs=row_scores.ask_needs,
+  ),
+  _over_rows(
+    "rewards",
+    row_scores.make_rewards,
+    row_scores.rewards_fields,
+    needs=needs("data"),
+  ),
+  Stage(
+    "proxy",
+    proxies.make_proxy,
+    proxies.proxy_needs,
+    proxies.proxy_fields("pairs", "updates"),
+    resumes=lambda job, arm: (*sft.TRAINED, "store"),
+    volatile=sft.TRAINED,
+  ),
+  Stage(
+    "held_out",
+    proxies.make_held_out,
+    proxies.proxy_needs,
+    proxies.proxy_fields("models"),
+    resumes=proxies.held_out_leaves,
+  ),
+  Stage(
+    "mixture",
+    fit_mixture.make_mixture,
+    needs("embed"),
+    fit_mixture.mixture_fields,
+  ),
+  Stage("baseline", policies.make_baseline, needs("data", "sft"), eval_fields),
+  Stage(
+    "judged_reference",
+    judge_stage.make_judged_reference,
+    needs("data", "baseline"),
+    judge_stage.judged_reference_fields,
+  ),
+  # Of each arm.
+  Stage(
+    "select",
+    choose.make_selection,
+    choose.select_needs,
+    choose.select_fields,
+    alone=True,
+    volatile=("config.json",),
+    **_arm,
+  ),
+  Stage(
+    "selection_report",
+    selection_stage.make_selection_report,
+    selection_stage.report_needs,
+    _version,
+    alone=True,
+    remakes=True,
+    **_arm,
+  ),
+  Stage(
+    "ref_logps",
+    ref_logps.make_ref_logps,
+    ref_logps.ref_logps_needs,
+    ref_logps.ref_logps_fields,
+    **_arm,
+  ),
+  Stage(
+    "align",
+    while_training.make_aligned,
+    needs("ref_logps", "sft"),
+    while_training.align_fields,
+    resumes=align.leaves,
+    volatile=(*sft.TRAINED, align.BASES, align.BEST),
+    **_arm,
+  ),
+  Stage(
+    "evaluate",
+    policies.make_evaluation,
+    needs("align", "baseline"),
+    eval_fields,
+    **_arm,
+  ),
+  Stage(
+    "judge",
+    judge_stage.make_judged_policy,
+    needs("evaluate", "baseline", "judged_reference"),
+    judge_stage.judge_fields,
+    **_arm,
+  ),
+  Stage(
+    "export",
+    policies.make_export,
+    needs("align"),
+    policies.export_fields,
+    **_arm,
+  ),
+)
+# What a command makes; what these need is found in the table.
+SELECTION = ("select", "selection_report")
+TRAINING = ("select", "align", "evaluate", "judge", "export")
+STUDY = ("embed", "selection_report", *TRAINING)
 
 
 def make_job(c: Any, mesh: Any, workdir: Any, redo: bool = False) -> Job:
   """A job of a config, what the config leaves open settled."""
   recipe.settle(c)
-  return Job(c, mesh, workdir, loss_of(c), redo)
+  return Job(c, mesh, workdir, loss_of(c), STAGES, redo)
 
 
-def run_data(job: Job) -> None:
-  """Reads, checks, splits and tokenizes the source."""
-  c = job.c
-  fields = pick(
-    c,
-    "data",
-    "model.checkpoint",
-    "model.tokenizer",
-    "model.vocab_size",
-    "model.context",
-  )
-  fields["data.source"] = prepare.sources_of(c)
-  fields["data.choice"] = prepare.choice_of(c)
-  fields |= dict(
-    kind=job.kind, source_digest=artifacts.told(lambda: prepare.fingerprint(c))
-  )
-  job.run(
-    job.shared / "data",
-    "data",
-    fields=fields,
-    inputs={},
-    make=lambda folder: build_data.make_data(
-      c, folder, most=job.most, wanted=job.kind, writes=jax.process_index() == 0
-    ),
-  )
+def required(
+  job: Job, arms: Sequence[Arm], goal: Sequence[str]
+) -> list[tuple[Stage, Arm | None]]:
+  """The stages that a goal needs, in the order in which they run."""
+  wanted = set()
+
+  def visit(name: str, arm: Arm | None) -> None:
+    stage = job.stages[name]
+    key = name, arm if stage.of_arm else None
+    if key not in wanted:
+      wanted.add(key)
+      for need in stage.needs(job, arm):
+        visit(*need) if isinstance(need, tuple) else visit(need, arm)
+
+  for arm in arms:
+    for name in goal:
+      visit(name, arm)
+  return [
+    (stage, arm)
+    for arm in (None, *arms)
+    for stage in job.stages.values()
+    if (stage.name, arm) in wanted
+  ]
+
+
+def reached(job: Job, goal: Sequence[str]) -> list[str]:
+  """The stages of a goal that a config has: not all judge, or hold out."""
+  judged = judge_kinds.kind_of(job.c) in judge_kinds.ASKED
+  return [name for name in goal if judged or name != "judge"]
+
+
+def prepare_data(job: Job, arms: Sequence[Arm], goal: Sequence[str]) -> None:
+  """Runs the data stage, and refuses what cannot work with its rows."""
+  trains = "align" in goal
+  if trains:
+    judge_kinds.check_ready(job, arms)
+  job.run("data")
   if jax.process_index() == 0:
-    for line in summary_lines(
-      artifacts.read_json(job.shared / "data" / "data_summary.json")
-    ):
+    path = job.shared / "data" / "data_summary.json"
+    for line in summary_lines(artifacts.read_json(path)):
       progress.say(f"  {line}")
+  device = job.mesh.devices.flat[0].device_kind
   progress.say(
-    f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x "
-    f"{job.mesh.devices.flat[0].device_kind}; model of "
+    f"  mesh {dict(job.mesh.shape)} on {job.mesh.size} x {device}; model of "
     f"{decoder.parameter_count(job.model):,} parameters"
   )
-
-
-def _samplers(arms: list[Arm]) -> list:
-  return [combine.named(arm.sampler) for arm in arms]
-
-
-def _check_pool(job: Job, arms: list[Arm]) -> None:
-  """Refuses what the pool cannot give, fields or rows, and choices of days."""
   for arm in arms:
-    budget_rows(
-      arm.budget, len(job.column("pool", "id")), job.c.train.batch_size
-    )
+    pool = len(job.column("pool", "id"))
+    budget_rows(arm.budget, pool, job.c.train.batch_size)
     columns.check_records(job, arm.sampler)
-  check_hours(job, arms)
+  choose.check_hours(job, arms)
+  if trains:
+    check_memory(job, arms)
+    if len(job.column("held_out", "id")):
+      judge_kinds.check_enough(job, arms)
 
 
-def run_scores(job: Job, arms: list[Arm], also: tuple[str, ...] = ()) -> None:
-  """The stages that the samplers of the arms read, and `also`; no other."""
-  samplers = _samplers(arms)
-  asked = {
-    *also,
-    *(
-      stage
-      for sampler in samplers
-      for stage in columns.stages(job.c, job.kind, sampler)
-    ),
-  }
-  mixture = any("log_likelihood" in sampler.needs for sampler in samplers)
-  asked = {*columns.before(job.c, [*asked, *["mixture"] * mixture])}
-  asked -= {"mixture"}
-  if asked - columns.without_reference(job.c):
-    run_sft(job)
-  if passes := asked & {*KEEPS}:
-    run_passes(job, [*passes])
-  for name, run in (
-    ("alone", run_alone),
-    ("ask", run_ask),
-    ("rewards", run_rewards),
-    ("proxy", run_proxy),
-    ("held_out", run_held_out),
-  ):
-    if name in asked:
-      run(job)
-  if mixture:
-    run_mixture(job)
-
-
-def run_shared(job: Job, arms: list[Arm]) -> None:
-  """The stages that all arms read."""
-  check_ready(job, arms)
-  run_data(job)
-  _check_pool(job, arms)
-  check_memory(job, arms)
-  check_enough(job, arms)
-  run_sft(job)
-  run_scores(job, arms, also=("embed",))
-  run_baseline(job)
-  run_judge_start(job)
-
-
-def run_arm(job: Job, arm: Arm) -> None:
-  """The stages of one arm."""
-  for stage in (run_select, run_card, run_ref_logps):
-    stage(job, arm)
-  run_align(job, arm, while_training)
-  policy = policy_of(job, arm)
-  run_evaluate(job, arm, policy)
-  run_judge(job, arm)
-  run_export(job, arm, policy)
-
-
-def run_selection(job: Job, arm: Arm) -> None:
-  """Chooses rows, and computes no more than that takes."""
-  run_data(job)
-  _check_pool(job, [arm])
-  run_scores(job, [arm])
-  run_select(job, arm)
-  run_card(job, arm)
-
-
-def run_training(job: Job, arm: Arm) -> None:
-  """Aligns on the rows of an arm; measures where rows are held out."""
-  check_ready(job, [arm])
-  run_data(job)
-  _check_pool(job, [arm])
-  check_memory(job, [arm])
-  measured = len(job.column("held_out", "id")) > 0
-  if measured:
-    check_enough(job, [arm])
-  run_sft(job)
-  run_scores(job, [arm])  # of an arm that keeps all rows: nothing
-  if measured:
-    run_baseline(job)
-    run_judge_start(job)
-  for stage in (run_select, run_ref_logps):
-    stage(job, arm)
-  run_align(job, arm, while_training)
-  policy = policy_of(job, arm)
-  if measured:
-    run_evaluate(job, arm, policy)
-    run_judge(job, arm)
-  run_export(job, arm, policy)
+def run(job: Job, arms: Sequence[Arm], goal: Sequence[str] = STUDY) -> None:
+  """Makes what a goal needs of every arm."""
+  prepare_data(job, arms, goal)
+  goal = reached(job, goal)
+  if not len(job.column("held_out", "id")):
+    goal = [name for name in goal if name not in ("evaluate", "judge")]
+  stages = required(job, arms, goal)
+  job.planned = frozenset(stage.name for stage, arm in stages if arm is None)
+  for stage, arm in stages:
+    if stage.name == "select":
+      job.kept.pop("policy", None)  # of the arm before
+      progress.say(f"[{arm.name}]")
+    job.run(stage, arm)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import tokens
 from jaxalign.select import pool as pools
 
 
@@ -63,7 +63,7 @@ def pairs_of_tokens(rng, n, vocab, prompts, answers):
         np.concatenate([prompt, rng.integers(3, vocab, rng.integers(*answers))])
       )
       start.append(len(prompt))
-  return tokens_lib.TokenRows(
+  return tokens.TokenRows(
     np.concatenate(ids).astype(np.int32),
     np.cumsum([0, *map(len, ids)]),
     np.int32(start),

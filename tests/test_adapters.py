@@ -15,10 +15,9 @@ import pytest
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.data import recipe
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import adapters, decoder
-from jaxalign.train import optim, subspace
-from jaxalign.train import step as steps
+from jaxalign.train import optim, step, subspace
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide
@@ -227,7 +226,7 @@ def rows():
 
 
 def score(mesh, m, params):
-  return embed.score_rows(
+  return passes.score_rows(
     mesh, params, m, token_rows(*rows()), tile=4, chunk=5
   ).logp.reshape(16, 2)
 
@@ -294,7 +293,7 @@ def step_of(m, weight_decay=0.0):
   tx = optim.make_optimizer(clip=1.0, weight_decay=weight_decay, b2=0.98)
   if m.lora.variant == "allora":
     tx = optim.allora(tx, 4.0)
-  return steps.make_train_step(PRODUCERS["chunked"](m, 5), dpo, tx), tx
+  return step.make_train_step(PRODUCERS["chunked"](m, 5), dpo, tx), tx
 
 
 def run(mesh, m, lrs, base, fresh=None, ref=None):
@@ -305,7 +304,7 @@ def run(mesh, m, lrs, base, fresh=None, ref=None):
   frozen = base | fixed
   train_step, tx = step_of(m)
   ref = score(mesh, m._replace(lora=None), base) if ref is None else ref
-  state, seen = steps.init_state(trained, tx), []
+  state, seen = step.init_state(trained, tx), []
   for lr in lrs:
     state, totals = train_step(state, batch_of(mesh, ref, lr), frozen)
     seen.append(divide(jax.device_get(totals)))
@@ -334,7 +333,7 @@ def test_the_start_is_the_reference(mesh):
 
 
 def gradients(mesh, m, trained, frozen, ref):
-  fn = steps.make_gradients(PRODUCERS["chunked"](m, 5), dpo)
+  fn = step.make_gradients(PRODUCERS["chunked"](m, 5), dpo)
   return jax.device_get(jax.jit(fn)(trained, batch_of(mesh, ref), frozen)[0])
 
 
@@ -494,7 +493,7 @@ def test_bases_are_the_gradient_s_singular_vectors(mesh):
     m,
     mesh,
     base,
-    lambda sizes: steps.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+    lambda sizes: step.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
     [batch_of(mesh, ref), batch_of(mesh, ref)],
   )
   assert set(found) == {f"layers/{n}:{s}" for n in LINEAR for s in "ab"}
@@ -540,6 +539,6 @@ def test_bases_of_a_gradient_that_is_not_finite():
       with_lora("lora_sb"),
       mesh,
       base_of(mesh),
-      lambda sizes: steps.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+      lambda sizes: step.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
       [batch_of(mesh, np.full((16, 2), np.nan))],
     )

@@ -11,7 +11,7 @@ from sklearn import metrics
 from test_report import paths, PAYLOADS, poisoned
 from test_report import read as parsed
 
-from jaxalign.cli import agreement as command
+from jaxalign.cli import agreement
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import interrater, rating_codes, rating_tables
 from jaxalign.eval.interrater import Verdict
@@ -19,7 +19,7 @@ from jaxalign.report import raters_page, terminal
 
 
 def run(*flags):
-  return command.main(["agreement", *map(str, flags)])
+  return agreement.main(["agreement", *map(str, flags)])
 
 
 def written(folder, rows, name="votes.jsonl"):
@@ -303,7 +303,7 @@ def test_every_layout_gives_the_verdicts_its_owner_meant(name, tmp_path):
   found = table(tmp_path, rows)
   assert {tuple(row) for row in found.rows} == wanted
   assert len(found.rows) == len(wanted)
-  assert command.measure(found, [], [])["among"]
+  assert agreement.measure(found, [], [])["among"]
   assert run(f"--data={tmp_path / 'votes.jsonl'}") == 0
 
 
@@ -736,7 +736,7 @@ def measured(folder, payload="x"):
   rows.append(dict(rows[0], verdict=f"{payload}?"))
   found = table(folder, rows)
   names = list(dict.fromkeys(r.rater for r in found.rows))
-  return json.loads(json.dumps(command.measure(found, names[2:], names[:2])))
+  return json.loads(json.dumps(agreement.measure(found, names[2:], names[:2])))
 
 
 @pytest.mark.parametrize(

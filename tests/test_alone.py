@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import select as select_main
-from jaxalign.cli import train as train_main
+from jaxalign.cli import train
 from jaxalign.data import tables
 from jaxalign.select.pool import make_pool, Selection
 from jaxalign.select.samplers import SAMPLERS
@@ -87,7 +87,7 @@ def test_a_subset_trains_alone(tmp_path, source):
   _, ids = select(tmp_path, source, "select.sampler=random", "select.budget=40")
   work = tmp_path / "alone"
   ended = jobs.run(
-    work, f"data.source={tmp_path}/out/subset.parquet", command=train_main.main
+    work, f"data.source={tmp_path}/out/subset.parquet", command=train.main
   )
   assert ended.code == 0, ended
   arm = work / "runs" / "all-1-seed0"
@@ -105,7 +105,7 @@ def test_a_subset_trains_alone(tmp_path, source):
     "data.split.sft=0.3",
     "data.split.pool=0.4",
     "data.split.held_out=0.3",
-    command=train_main.main,
+    command=train.main,
   )
   assert measured.code == 0, measured
   assert (tmp_path / "measured/runs/all-1-seed0/eval.json").exists()
@@ -120,7 +120,7 @@ def test_a_subset_trains_alone(tmp_path, source):
       ["data.source=x.jsonl", "--output=x.json"],
       "wanted a .parquet",
     ),
-    (train_main.main, ["data.source=world"], "has rows of its own"),
+    (train.main, ["data.source=world"], "has rows of its own"),
   ],
 )
 def test_what_a_command_cannot_work_with(tmp_path, command, flags, said):

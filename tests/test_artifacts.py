@@ -11,9 +11,9 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign import pipeline
 from jaxalign.core import artifacts, errors
 from jaxalign.core.checkpoints import Checkpoints
+from jaxalign.model import job as job_lib
 from jaxalign.model.job import arm_folder
 
 
@@ -66,7 +66,6 @@ def test_a_stage_runs_once(tmp_path, capsys):
   [
     (dict(fields=dict(a=2)), "a was 1, now 2"),
     (dict(fields=dict(a=1, b=0)), "b was None, now 0"),
-    (dict(inputs=dict(data="k")), "its input data is another one"),
   ],
 )
 def test_another_config_is_refused_until_redo(tmp_path, change, words):
@@ -79,6 +78,14 @@ def test_another_config_is_refused_until_redo(tmp_path, change, words):
   record, ran = stage(tmp_path, **change, redo=True, content=b"second")
   assert ran == 1 and (tmp_path / "other").read_bytes() == b"secondsecond"
   assert stage(tmp_path, **change)[1] == 0
+
+
+def test_other_bytes_of_an_input_make_a_stage_stale(tmp_path, capsys):
+  stage(tmp_path)
+  record, ran = stage(tmp_path, inputs=dict(data="k"), content=b"second")
+  assert ran == 1 and (tmp_path / "other").read_bytes() == b"secondsecond"
+  assert "data has other bytes now" in capsys.readouterr().out
+  assert stage(tmp_path, inputs=dict(data="k"))[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -419,15 +426,17 @@ def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("no folder")
   if blocked == "runs":
-    for name in ("sft", "passes", "mixture", "baseline"):
-      monkeypatch.setattr(pipeline, f"run_{name}", lambda *_: None)
-    monkeypatch.setattr(
-      pipeline,
-      "run_arm",
-      lambda job, arm: artifacts.run(
+    run = job_lib.Job.run
+    only = lambda job, stage, arm=None, folder=None: (
+      artifacts.run(
         arm_folder(job, arm), "select", fields={}, inputs={}, make=None
-      ),
+      )
+      if arm
+      else run(job, stage)
+      if stage == "data"
+      else None
     )
+    monkeypatch.setattr(job_lib.Job, "run", only)
   ended = jobs.run(work)
   assert ended.code == 73, ended
   assert str(path) in ended.err and "--workdir" in ended.err
@@ -537,7 +546,7 @@ STAGES = {  # stage -> a file of it
   "mixture": "shared/mixture/mixture.npz",
   "baseline": "shared/baseline/samples.jsonl",
   "select": "runs/isa-0.1-seed0/subset.parquet",
-  "card": "runs/isa-0.1-seed0/selection.html",
+  "selection_report": "runs/isa-0.1-seed0/selection.html",
   "ref_logps": "runs/isa-0.1-seed0/ref_sum.npy",
   "align": "runs/isa-0.1-seed0/metrics.jsonl",
   "evaluate": "runs/isa-0.1-seed0/eval.json",

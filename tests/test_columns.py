@@ -12,19 +12,15 @@ import tokenizers
 
 from configs import common
 from jaxalign.cli.select import main as select_main
-from jaxalign.core import artifacts, sharding
+from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import tables
-from jaxalign.data import tokenizer as tokenizer_lib
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import tables, tokenizer, tokens
 from jaxalign.data.encode import encode_texts
-from jaxalign.embed import passes as embed
-from jaxalign.embed import questions, scores
-from jaxalign.embed import store as stores
+from jaxalign.embed import passes, questions, row_scores, store
 from jaxalign.model import decoder, hf, weights
 from jaxalign.model import reward as reward_lib
 from jaxalign.select import columns
-from jaxalign.select.samplers import combine, SAMPLERS
+from jaxalign.select.samplers import chains, SAMPLERS
 from jaxalign.train import proxies
 
 WORDS = "the cat dog runs sleeps fast slow under over tree house".split()
@@ -59,7 +55,7 @@ def drawn_rows(n=11, seed=1):
     )
     for _ in range(n)
   ]
-  return rows, tokens_lib.TokenRows(
+  return rows, tokens.TokenRows(
     np.concatenate([np.int32(p + a) for p, a in rows]),
     np.cumsum([0] + [len(p + a) for p, a in rows]),
     np.int32([len(p) for p, _ in rows]),
@@ -85,15 +81,14 @@ def a_mesh(fsdp, tensor):
 
 def test_answers_alone_keep_their_tokens():
   rows, packed = drawn_rows()
-  got = scores.answers_alone(packed, 9)
+  got = row_scores.answers_alone(packed, 9)
   for i, (_, answer) in enumerate(rows):
     part = got.ids[got.offsets[i] : got.offsets[i + 1]]
     assert part.tolist() == [9, *answer]
   assert (got.start == 1).all()
   # So the counts of IFD are those of the whole rows.
   assert (
-    tokens_lib.row_lengths(got) - 1
-    == tokens_lib.row_lengths(packed) - packed.start
+    tokens.row_lengths(got) - 1 == tokens.row_lengths(packed) - packed.start
   ).all()
 
 
@@ -105,9 +100,9 @@ def test_perplexity_ifd_and_p_yes_in_float64(shape):
   params, mesh = drawn_params(), a_mesh(*shape)
   with jax.set_mesh(mesh):
     placed = on(mesh, params)
-    run = lambda r: embed.score_rows(mesh, placed, MODEL, r, tile=4, chunk=8)
-    whole, alone = run(packed), run(scores.answers_alone(packed, 1))
-    yes = scores.p_yes(mesh, placed, MODEL, packed, 7, 4, tile=4)
+    run = lambda r: passes.score_rows(mesh, placed, MODEL, r, tile=4, chunk=8)
+    whole, alone = run(packed), run(row_scores.answers_alone(packed, 1))
+    yes = row_scores.p_yes(mesh, placed, MODEL, packed, 7, 4, tile=4)
   for i, (prompt, answer) in enumerate(rows):
     given = oracle.token_logps(params, prompt + answer, **SIZES)[len(prompt) :]
     bare = oracle.token_logps(params, [1] + answer, **SIZES)[1:]
@@ -136,7 +131,7 @@ def test_a_real_model_says_what_transformers_says(shared):
   theirs = transformers.LlamaForCausalLM.from_pretrained(
     folder, dtype=torch.float64
   ).eval()
-  tok = tokenizer_lib.load_tokenizer(folder)
+  tok = tokenizer.load_tokenizer(folder)
   prompts = ["Once upon a time, there was a", "Lily and Tom went to the park."]
   answers = [" little girl who had a red ball.", " They saw a big dog"]
   rows, _, _ = encode_texts(tok, prompts, dict(response=answers), 128)
@@ -151,9 +146,11 @@ def test_a_real_model_says_what_transformers_says(shared):
   mesh = a_mesh(1, 1)
   with jax.set_mesh(mesh):
     params = hf.load_folder(folder, m, mesh)
-    run = lambda r: embed.score_rows(mesh, params, m, r, tile=2, chunk=16)
-    whole, alone = run(rows), run(scores.answers_alone(rows, tok.bos))
-    yes = scores.p_yes(mesh, params, m, asked.rows, asked.yes, asked.no, tile=2)
+    run = lambda r: passes.score_rows(mesh, params, m, r, tile=2, chunk=16)
+    whole, alone = run(rows), run(row_scores.answers_alone(rows, tok.bos))
+    yes = row_scores.p_yes(
+      mesh, params, m, asked.rows, asked.yes, asked.no, tile=2
+    )
 
   def logps(ids):
     with torch.no_grad():
@@ -226,7 +223,7 @@ def test_questions_that_cannot_work(question, words):
 
 def a_tokenizer():
   texts = ["is the answer good to know yes or no " * 3] * 20
-  return tokenizer_lib.Tokenizer(tokenizer_lib.train_tokenizer(texts, 320))
+  return tokenizer.Tokenizer(tokenizer.train_tokenizer(texts, 320))
 
 
 def test_a_question_is_cut_in_its_texts_alone():
@@ -251,7 +248,7 @@ def test_a_question_is_cut_in_its_texts_alone():
       + tok.encode_many([questions.fenced(question, *text)])[0]
       + said[0][:k]
     )
-  sizes = tokens_lib.row_lengths(free.rows)
+  sizes = tokens.row_lengths(free.rows)
   context = int(sizes[0]) + 20
   cut = questions.build(tok, texts, question, ("yes", "no"), context)
   assert cut.shortened == 2
@@ -259,7 +256,7 @@ def test_a_question_is_cut_in_its_texts_alone():
     tok.decode(cut.rows.ids[cut.rows.offsets[i] : cut.rows.offsets[i + 1]])
     for i in range(3)
   ]
-  assert (tokens_lib.row_lengths(cut.rows) <= context).all()
+  assert (tokens.row_lengths(cut.rows) <= context).all()
   assert "end\n" in kept[1] and "yes no" in kept[1]  # the prompt's end
   assert ">\nbegin" in kept[2]  # the answer's beginning
   assert all(text.startswith("is <") and " good" in text[-9:] for text in kept)
@@ -309,14 +306,10 @@ def test_a_proxy_of_its_own_needs_no_reference(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   c.proxy.checkpoint = str(tmp_path)
   job = jobs.pipeline.make_job(c, None, tmp_path)
-  job.records["", "data"] = artifacts.Record(
-    "data", "key of data", {}, {}, {}, artifacts.Cost(), {}
-  )
   assert "sft" not in columns.before(c, ["proxy"])
-  assert columns.without_reference(c) >= {"proxy", "held_out"}
-  assert proxies._inputs(job) == dict(
-    data="key of data", model=scores.digest_of(tmp_path)
-  )
+  assert proxies.proxy_needs(job, None) == ["data"]
+  found = proxies.proxy_fields()(job, None)
+  assert found["proxy"] == row_scores.digest_of(tmp_path)
 
 
 def test_the_held_out_loss_is_that_of_dpo():
@@ -336,7 +329,7 @@ def test_the_held_out_loss_is_that_of_dpo():
 
 def test_what_a_sampler_reads_names_its_stages():
   c = common.base()
-  stages = lambda name: columns.stages(c, "pairs", combine.named(name))
+  stages = lambda name: columns.stages(c, "pairs", chains.named(name))
   assert stages("ifd") == ["alone", "embed"]
   assert stages("ask_llm") == ["ask"]
   assert stages("implicit_margin") == ["proxy"]
@@ -500,7 +493,7 @@ def test_a_reward_model_chooses_without_a_reference(tmp_path):
   shared = tmp_path / "out/subset.jaxalign/shared"
   assert not (shared / "sft").exists() and not (shared / "embed").exists()
   pool = {r["id"]: r for r in tables.read_table(shared / "data/pool.parquet")}
-  reward = np.float64(stores.read(shared / "rewards/store", "reward"))
+  reward = np.float64(store.read(shared / "rewards/store", "reward"))
   margin = dict(zip(sorted(pool), reward[:, 0] - reward[:, 1]))
   assert len(set(margin.values())) > 200
   kept = tables.read_column(output, "id")
@@ -562,7 +555,7 @@ def test_whole_jobs_of_every_score(tmp_path):
   assert arms["ask_llm-0.1-seed0"]["reference"] > 0
   shared = work / "shared"
   read = lambda stage, name: np.float64(
-    stores.read(shared / stage / "store", name)
+    store.read(shared / stage / "store", name)
   )
   proxy, ref = read("proxy", "proxy_logp"), read("proxy", "proxy_ref_logp")
   np.testing.assert_array_equal(ref, read("embed", "logp"))
@@ -584,7 +577,7 @@ def test_whole_jobs_of_every_score(tmp_path):
   ratio, reward = proxy - ref, read("rewards", "reward")
   keeps_the_best("implicit_margin", ratio[:, 0] - ratio[:, 1])
   keeps_the_best("external_margin", reward[:, 0] - reward[:, 1])
-  count = np.float64(stores.read(shared / "embed/store", "count"))
+  count = np.float64(store.read(shared / "embed/store", "count"))
   ifd = (read("alone", "logp_alone") - read("embed", "logp")) / count
   rank = np.argsort(np.argsort(np.exp(ifd[:, 0])))
   assert max(abs(rank[ids.index(i)] - 79.5) for i in kept("ifd")) <= 8.5
@@ -652,14 +645,14 @@ def test_two_processes_make_what_one_makes(tmp_path):
   ):
     np.testing.assert_array_equal(
       *(
-        stores.read(shared(at) / stage / "store", name) for at in ("one", "two")
+        store.read(shared(at) / stage / "store", name) for at in ("one", "two")
       ),
       err_msg=name,
     )
   # Trained numbers: sums over devices, which need not come in one order.
   for at in ("proxy/store", "held_out"):
     a, b = (
-      stores.read(shared(w) / at, "proxy_logp")
+      store.read(shared(w) / at, "proxy_logp")
       if "store" in at
       else np.load(shared(w) / at / "held_out_loss.npy")
       for w in ("one", "two")

@@ -14,7 +14,7 @@ from test_ledger import multiplied
 from jaxalign.select import costs
 from jaxalign.select.pool import needs
 from jaxalign.select.samplers import (
-  combine,
+  chains,
   density,
   geometric,
   SAMPLERS,
@@ -29,7 +29,7 @@ SIZES = [
 
 
 def cost_of(name, sizes, **kwargs):
-  return costs.estimate(combine.named(name), sizes, **kwargs)
+  return costs.estimate(chains.named(name), sizes, **kwargs)
 
 
 @needs("length")
@@ -158,7 +158,7 @@ def held(name, n, e, d=64):
     residual=np.float32(rng.normal(size=(n, 2, d))),
     grams=rng.poisson(0.05, size=(n, 2, 1024)).astype(np.uint8),
   )
-  sampler = combine.named(name)
+  sampler = chains.named(name)
   pool = pool._replace(
     columns={k: v for k, v in pool.columns.items() if k in sampler.needs}
   )

@@ -20,7 +20,7 @@ from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import decoder
 from jaxalign.select import grams
 from jaxalign.select import pool as pools
@@ -324,7 +324,7 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
     np.array([3, 1, 5], np.int32),
     np.zeros(3, np.int32),
   )
-  got = embed.pass_rows(
+  got = passes.pass_rows(
     mesh, params, m, rows, ("residual", "least"), tile=2, chunk=4
   )
   head = np.float64(sharding.fetch(params["embed"]))
@@ -337,7 +337,7 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
       np.zeros(size - 1, np.int32),
     )
     x = np.float64(
-      embed.pool_rows(mesh, params, m, short, pooling="last", tile=4)
+      passes.pool_rows(mesh, params, m, short, pooling="last", tile=4)
     )
     wanted, least = np.zeros(16), 0.0
     for t in range(rows.start[i], size):

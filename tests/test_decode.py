@@ -10,9 +10,9 @@ import pytest
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import tokenizer
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.eval import held_out
 from jaxalign.model import decode, decoder, hf
 from jaxalign.model.flops import decoder_flops, generate_flops
@@ -35,7 +35,7 @@ def test_a_real_model_says_the_published_tokens(shape, shared):
   mesh = make_mesh(fsdp, tensor)
   folder = shared / "models/stories260K"
   m = hf.read_config(folder, "float32", "none")
-  tok = tokenizers.Tokenizer.load(folder)
+  tok = tokenizer.Tokenizer.load(folder)
   wanted = (folder / "greedy_257_tokens.txt").read_text()
   with jax.set_mesh(mesh):
     params = hf.load_folder(folder, m, mesh)
@@ -253,7 +253,7 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   rows = held_out.answer_rows(
     [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said
   )
-  wanted = embed.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
+  wanted = passes.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
   np.testing.assert_array_equal(got, wanted)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import NumericError
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import passes as embed
+from jaxalign.data import tokens
+from jaxalign.embed import passes
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 
@@ -40,7 +40,7 @@ def params():
 
 def token_rows(rows):
   ids = [np.array(p + r, np.int32) for p, r in rows]
-  return tokens_lib.TokenRows(
+  return tokens.TokenRows(
     np.concatenate(ids),
     np.cumsum([0] + [len(i) for i in ids]),
     np.array([len(p) for p, _ in rows], np.int32),
@@ -78,7 +78,7 @@ def score(shape, pooling="mean", order=None, spoilt=False):
       bad[9] = np.nan
       where["embed"] = sharding.put(mesh, bad, "vocab", "width")
     picked = rows() if order is None else [rows()[i] for i in order]
-    return embed.score_rows(
+    return passes.score_rows(
       mesh, where, MODEL, token_rows(picked), pooling=pooling, tile=2, chunk=7
     )
 
@@ -126,7 +126,7 @@ def test_a_part_alone_has_the_same_bits():
 
 
 @functools.cache
-def whole_pass(shape, outputs=tuple(embed.OUTPUTS), layers=0, cut=0):
+def whole_pass(shape, outputs=tuple(passes.OUTPUTS), layers=0, cut=0):
   """Of `rows` and a row without a response; of a model cut beforehand."""
   fsdp, tensor = shape
   mesh = sharding.make_mesh(
@@ -138,7 +138,7 @@ def whole_pass(shape, outputs=tuple(embed.OUTPUTS), layers=0, cut=0):
       n: sharding.put(mesh, params()[n][: p.shape[0]], *p.axes)
       for n, p in decoder.table(m).items()
     }
-    return embed.pass_rows(
+    return passes.pass_rows(
       mesh,
       where,
       m,
@@ -155,7 +155,7 @@ def whole_pass(shape, outputs=tuple(embed.OUTPUTS), layers=0, cut=0):
 def test_one_pass_yields_all_of_it_in_float64(layers):
   """Both embeddings after `layers`, all else after the last layer."""
   got = whole_pass((1, 1), layers=layers)
-  assert list(got) == list(embed.OUTPUTS)
+  assert list(got) == list(passes.OUTPUTS)
   first = {
     n: w[: layers or 2] if n.startswith("layers/") else w
     for n, w in params().items()
@@ -199,17 +199,17 @@ def test_flops_of_a_pass_are_those_of_its_outputs():
   t, d, v = 10, 16, 32
   layer = 2 * t * (2 * d * d + 2 * d * 8 + 3 * d * 24) + 4 * d * t * t
   head = 2 * d * v * t
-  count = lambda *outputs, layers=0: embed.row_flops(MODEL, t, outputs, layers)
+  count = lambda *outputs, layers=0: passes.row_flops(MODEL, t, outputs, layers)
   assert count("embedding") == count("answer_embedding") == 2 * layer
   assert count("embedding", "answer_embedding", layers=1) == layer
   assert count("embedding", "logp", "count") == 2 * layer + head
   assert count("embedding", "logp", layers=1) == 2 * layer + head
   assert (
     count("residual", "least")
-    == count(*embed.OUTPUTS, layers=1)
+    == count(*passes.OUTPUTS, layers=1)
     == (2 * layer + 3 * head)
   )  # the head again, and its slope
-  assert embed.pass_flops(
+  assert passes.pass_flops(
     MODEL, token_rows([([1] * 4, [2] * 6)] * 3), ("residual",)
   ) == (3 * count("residual"))
 
@@ -225,4 +225,4 @@ def test_rows_that_are_not_finite_are_named():
 
 def test_flops_count_every_row():
   wanted = sum(decoder_flops(MODEL, len(p) + len(r)) for p, r in rows())
-  assert embed.flops(MODEL, token_rows(rows())) == wanted
+  assert passes.flops(MODEL, token_rows(rows())) == wanted

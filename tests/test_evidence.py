@@ -11,8 +11,10 @@ from configs import common
 from jaxalign.data import recipe, tables
 from jaxalign.model.job import Arm
 from jaxalign.report import terminal
-from jaxalign.study import evidence
-from jaxalign.study import run as study  # noqa: F401
+from jaxalign.study import (
+  evidence,
+  run,  # noqa: F401
+)
 from jaxalign.train import ref_logps
 
 SEEDS, PROMPTS = 6, 400
@@ -47,7 +49,7 @@ RATES = {
 def test_the_arms_are_samplers_by_budgets_by_seeds():
   from configs import compare, plateau, prove
 
-  arms = study.arms_of(prove.get_config())
+  arms = run.arms_of(prove.get_config())
   assert [a.name for a in arms[:5]] == [
     "isa-0.1-seed0",
     "random-0.1-seed0",
@@ -56,13 +58,13 @@ def test_the_arms_are_samplers_by_budgets_by_seeds():
     "all-1-as-0.1-seed0",
   ]
   assert len(arms) == 25 and {a.seed for a in arms} == set(range(5))
-  arms = study.arms_of(plateau.get_config())
+  arms = run.arms_of(plateau.get_config())
   assert len(arms) == 24 and all(a.sampler == "random" for a in arms)
-  arms = study.arms_of(compare.get_config())
+  arms = run.arms_of(compare.get_config())
   assert len(arms) == 5 * (2 * 6 + 1)  # everything has one budget
   c = compare.get_config()
   c.seed, c.seeds, c.budgets = 7, 1, (32.0,)
-  assert [a.name for a in study.arms_of(c)][:2] == [
+  assert [a.name for a in run.arms_of(c)][:2] == [
     "isa-32-seed7",
     "random-32-seed7",
   ]
@@ -74,7 +76,7 @@ def test_every_subset_arm_has_as_many_updates():
   c = prove.get_config()
   updates = {
     a.label: ref_logps.updates_of(c, a, 8000 if a.is_all else 800, 8000)
-    for a in study.arms_of(c)
+    for a in run.arms_of(c)
   }
   # 800 rows x 3 epochs / 32; everything: one epoch, 8000 / 32.
   assert updates == {
@@ -267,7 +269,7 @@ def test_a_fair_test_end_to_end(tmp_path):
   assert more.code == 0
   assert jobs.did(more) == [
     "select",
-    "card",
+    "selection_report",
     "ref_logps",
     "align",
     "evaluate",
@@ -346,5 +348,5 @@ def test_the_question_names_the_loss_as_it_is_typed(change):
   arms = [dict(rows=n, is_all=False, sampler="isa") for n in (16, 32)]
   assert all(
     "dpo(beta=0.5)+0.2*sft" in text
-    for text in study._question(c, arms, "160 pairs")
+    for text in run._question(c, arms, "160 pairs")
   )

@@ -11,7 +11,7 @@ from jaxalign.eval import interrater
 from jaxalign.eval.interrater import Verdict
 from jaxalign.report import nodes, page, study_page
 from jaxalign.report.nodes import Node
-from jaxalign.study import plateau as fits
+from jaxalign.study import plateau
 
 HH = [18.27, 78.73, 81.32, 81.60, 83.17, 82.71]
 OASST = [8.45, 15.23, 10.42, 17.51, 21.69, 24.66]
@@ -19,7 +19,7 @@ X = [0, 10, 25, 50, 75, 100]
 
 
 def fit(y=HH):
-  return json.loads(json.dumps(fits.fit(X, y)))
+  return json.loads(json.dumps(plateau.fit(X, y)))
 
 
 def judged():
@@ -120,12 +120,12 @@ def text(section, found):
   return " ".join(" ".join(document.text).replace("\u00a0", " ").split())
 
 
-SEEDS = fits.fit(X * 2, HH + [v - 1 for v in HH])
+SEEDS = plateau.fit(X * 2, HH + [v - 1 for v in HH])
 RULES = "|".join(interrater.UNPARSABLE.values())
 # What is said of which JSON, and what is not.
 SAID = [
   ("plateau", fit(), "A plateau is identified|82.2|power law", "no bound"),
-  ("plateau", fit(), f"0.290|{fits.RECIPE}", "seeds"),
+  ("plateau", fit(), f"0.290|{plateau.RECIPE}", "seeds"),
   ("plateau", fit(OASST), "Plateau not identified|no bound", "A plateau is"),
   ("plateau", SEEDS, "band: all seeds", "no bound"),
   ("judges", judged(), f"{RULES}|ann / ben", "it holds"),

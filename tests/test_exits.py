@@ -11,7 +11,6 @@ import tempfile
 import jobs
 import pytest
 
-from jaxalign import pipeline
 from jaxalign.core import artifacts
 from tools import job_checks
 
@@ -277,7 +276,7 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
       pathlib.Path(scratch, "part").write_bytes(b"x")
       artifacts.write_through(job.workdir / "x", half)
 
-  monkeypatch.setattr(pipeline, "run_sft", stop)
+  jobs.in_place_of(monkeypatch, "sft", stop)
   work = tmp_path / "work"
   ended = jobs.run(work)
   assert ended.code == code and "run the same command" in ended.err

@@ -18,7 +18,7 @@ from jaxalign.data.records import load_records, LoadOptions
 from jaxalign.model import families
 from jaxalign.select import costs
 from jaxalign.select.pool import checked
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import chains
 from jaxalign.train import losses, optim, row_columns, statistics, trackers
 from jaxalign.train import step as steps
 from jaxalign.train.batch import Logps
@@ -59,15 +59,15 @@ def test_sampler(outside):
     "my_sampler:shortest(side=rejected)",
     "gate(column=reward) | my_sampler:shortest(side=rejected)",
   ):
-    sampler = combine.named(name)
+    sampler = chains.named(name)
     assert "length" in sampler.needs
     got = checked(sampler(0, pool, 40), 200, 40, name)
     assert rejected[got.rows].max() <= np.delete(rejected, got.rows).min()
     assert costs.estimate(sampler, sizes).flops > 0
-  both = combine.named("my_sampler:shortest * ask_llm")
+  both = chains.named("my_sampler:shortest * ask_llm")
   assert both.needs == ("length", "p_yes")
   # The plan says of one without a cost that it is not known.
-  assert costs.estimate(combine.named("my_sampler:uncounted"), sizes) is None
+  assert costs.estimate(chains.named("my_sampler:uncounted"), sizes) is None
 
 
 SCHEMA = """

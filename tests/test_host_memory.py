@@ -9,10 +9,10 @@ import jobs
 from models import make_mesh, sized
 import pytest
 
-from jaxalign.cli import train as train_main
+from jaxalign.cli import train
 from jaxalign.core.errors import ConfigError
 from jaxalign.model import adapters, memory
-from jaxalign.train import host_memory as host
+from jaxalign.train import host_memory
 
 M = sized(2, 4, 2, 1, 2, 3, 10, 16, attention="tiles")
 GIB = 2**30
@@ -98,7 +98,7 @@ def source(tmp_path):
 
 def test_it_is_said_before_anything_is_compiled(tmp_path, source, monkeypatch):
   run = lambda *flags: jobs.run(
-    tmp_path / "job", f"data.source={source}", *flags, command=train_main.main
+    tmp_path / "job", f"data.source={source}", *flags, command=train.main
   )
   planned = run("--dry_run")
   together = re.search(
@@ -120,10 +120,10 @@ def test_tokens_are_counted_as_the_template_has_them():
   """Of a sample; a row never has more than the context."""
   c = jobs.common.base("tiny")
   rows = [dict(prompt="a" * 30, chosen="b" * 300, rejected="c" * 6)] * 3
-  prompt, answers = host.row_sizes(c, "pairs", rows, 0, 32)
+  prompt, answers = host_memory.row_sizes(c, "pairs", rows, 0, 32)
   assert prompt.tolist() == [11] * 3
   assert answers.tolist() == [[21, 3]] * 3
-  prompt, answers = host.row_sizes(c, "unpaired", rows, 0, 32)
+  prompt, answers = host_memory.row_sizes(c, "unpaired", rows, 0, 32)
   assert len(prompt) == 6 and answers.shape == (6, 1)
 
 

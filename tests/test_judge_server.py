@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from jaxalign.core import sharding
-from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import tokenizer
 from jaxalign.eval import judge_endpoint
 from jaxalign.eval.judge_endpoint import Pair
 from jaxalign.model import hf
@@ -39,7 +39,7 @@ def export(shared, folder):
       folder,
       hf.load_folder(source, m, mesh),
       m,
-      tokenizers.load_tokenizer(source),
+      tokenizer.load_tokenizer(source),
     )
   (folder / "chat_template.jinja").write_text(TEMPLATE)
 

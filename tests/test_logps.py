@@ -17,7 +17,7 @@ from test_ledger import multiplied
 
 from jaxalign.core import devices
 from jaxalign.data import batches
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import adapters, decoder
 from jaxalign.model.flops import decoder_flops, layer_flops, useful_flops
 from jaxalign.train import feed, losses
@@ -182,7 +182,7 @@ def test_the_start_is_ln_2_in_packed_rows(mesh):
   are rounded at 1e-5; that is divided by 2 and averaged over 16 pairs."""
   pairs = examples()
   tokens = rows_of(pairs)
-  found = embed.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
+  found = passes.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
   rows = flat.train_rows(tokens, 2, found.logp, found.count)
   batching = feed.Batching(BATCH, 0, context=64, layout="packed")
   batch = feed.Feed(mesh, rows, batching).batch_at(0)

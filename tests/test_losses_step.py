@@ -31,8 +31,7 @@ from configs import common
 from jaxalign.cli import checks
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.train import losses, row_columns, statistics
-from jaxalign.train import step as steps
+from jaxalign.train import losses, row_columns, statistics, step
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import common_prefix_sums, PRODUCERS
 from jaxalign.train.losses import find, LOSSES
@@ -138,7 +137,7 @@ def step_of(model, name):
   tx = optax.sgd(1.0, momentum=0.9)  # its state is the gradient
   fn = losses.bind(find(name), name, {})
   logps_fn = PRODUCERS["chunked"](MODEL, 6) if model == "decoder" else table
-  return fn, steps.make_train_step(logps_fn, fn, tx), tx
+  return fn, step.make_train_step(logps_fn, fn, tx), tx
 
 
 def columns_of(fn):
@@ -153,7 +152,7 @@ def run(model, name, shape, accumulation, noise, count):
   with jax.set_mesh(mesh):
     rows = own(fn, data(model, columns_of(fn), noise)[0])
     batch = cut(mesh, rows, accumulation, RATE)
-    state, seen = steps.init_state(parameters(model, mesh), tx, fn), []
+    state, seen = step.init_state(parameters(model, mesh), tx, fn), []
     for _ in range(count):
       state, totals = train_step(state, batch)
       seen.append(jax.device_get(totals))

@@ -10,9 +10,9 @@ import jax
 import jobs
 import pytest
 
-from jaxalign import pipeline
 from jaxalign.cli import main
 from jaxalign.core.errors import ConfigError
+from jaxalign.data import build_data
 from jaxalign.study import run as study  # noqa: F401
 
 
@@ -311,25 +311,26 @@ def test_sigterm_between_stages_is_75_and_sigint_130(tmp_path, monkeypatch):
         pass
       raise AssertionError("the signal was lost")
 
-    monkeypatch.setattr(pipeline, "run_sft", stop)
+    jobs.in_place_of(monkeypatch, "sft", stop)
     ended = jobs.run(tmp_path)
     assert ended.code == code
     assert "run the same command" in ended.err and ended.err.count("\n") == 1
 
 
 def test_a_swallowed_signal_stops_the_next_stage(tmp_path, monkeypatch):
-  real = pipeline.run_data
+  real = build_data.make_data
 
-  def swallow(job):
-    real(job)
+  def swallow(*args, **kwargs):
+    made = real(*args, **kwargs)
     try:
       os.kill(os.getpid(), signal.SIGTERM)
       for _ in range(1000):
         pass
     except Exception:  # as a library's callback may
       pass
+    return made
 
-  monkeypatch.setattr(pipeline, "run_data", swallow)
+  monkeypatch.setattr(build_data, "make_data", swallow)
   ended = jobs.run(tmp_path)
   assert ended.code == 75 and jobs.did(ended) == ["data"]
 

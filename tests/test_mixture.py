@@ -17,8 +17,7 @@ from sklearn.mixture import GaussianMixture
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, CorruptError, NumericError
-from jaxalign.select import em, exact, mixture, whiten
-from jaxalign.select import fit_mixture as mixture_stage
+from jaxalign.select import em, exact, fit_mixture, mixture, whiten
 from jaxalign.select.mixture import MixtureOptions
 from jaxalign.select.pool import make_pool
 from jaxalign.select.samplers import SAMPLERS
@@ -402,10 +401,10 @@ def test_a_large_pool_is_fitted_to_the_least_hashes_of_its_ids():
   job = types.SimpleNamespace(column=lambda split, name: ids)
   hashes = id_hash(np.array(ids), "reservoir")
   wanted = np.sort(np.argsort(hashes, kind="stable")[:100])
-  np.testing.assert_array_equal(mixture_stage._records(job, 100), wanted)
-  np.testing.assert_array_equal(mixture_stage._records(job, 500), range(500))
+  np.testing.assert_array_equal(fit_mixture._records(job, 100), wanted)
+  np.testing.assert_array_equal(fit_mixture._records(job, 500), range(500))
   x = np.random.default_rng(0).normal(size=(500, 2, 3)).astype(np.float32)
-  got = mixture_stage._rows(x, wanted)
+  got = fit_mixture._rows(x, wanted)
   np.testing.assert_array_equal(got, x[wanted].reshape(-1, 3))
 
 

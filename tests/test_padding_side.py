@@ -10,7 +10,7 @@ import pytest
 from test_embed import MODEL, params, rows, SIZES, token_rows
 
 from jaxalign.core import sharding
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import attention, decoder, logprob
 
 
@@ -114,7 +114,7 @@ def test_scored_rows_do_not_see_their_neighbours():
       for name, w in params().items()
     }
     for part in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
-      got = embed.score_rows(
+      got = passes.score_rows(
         mesh,
         placed,
         MODEL,

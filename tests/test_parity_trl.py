@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from jaxalign.core import sharding
-from jaxalign.data import batches
-from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import batches, tokenizer
 from jaxalign.data import world as worlds
 from jaxalign.data.encode import encode_texts
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import decoder, hf
 from jaxalign.train import feed, optim
 from jaxalign.train import step as steps
@@ -213,8 +212,8 @@ def data():
   world = worlds.build_world(knobs, 0)
   rows = worlds.generate_rows(world, 0)
   texts = [r["prompt"] + r["response"] for r in rows["sft"]]
-  return rows["pool"], tokenizers.Tokenizer(
-    tokenizers.train_tokenizer(texts, 400)
+  return rows["pool"], tokenizer.Tokenizer(
+    tokenizer.train_tokenizer(texts, 400)
   )
 
 
@@ -342,7 +341,9 @@ def test_five_steps_of_dpo(trl, alone, tmp_path):
     tok, prompts, dict(chosen=chosen, rejected=rejected), 32
   )
   assert not refused
-  scores = embed.score_rows(alone, fresh(alone), MODEL, tokens, tile=8, chunk=8)
+  scores = passes.score_rows(
+    alone, fresh(alone), MODEL, tokens, tile=8, chunk=8
+  )
   n = len(pool)
   ours = our_run(
     alone, flat.train_rows(tokens, 2, scores.logp, scores.count), "dpo"
@@ -381,10 +382,12 @@ def test_five_steps_of_kto(trl, alone, tmp_path):
   tokens = encode_texts(
     tok, [r["prompt"] for r in pool], dict(response=said), 32, "cut_answer"
   ).rows
-  scores = embed.score_rows(alone, fresh(alone), MODEL, tokens, tile=8, chunk=8)
+  scores = passes.score_rows(
+    alone, fresh(alone), MODEL, tokens, tile=8, chunk=8
+  )
   before = np.roll(order(n).reshape(STEPS, BATCH), 1, axis=1).ravel()
   other = batches.mismatched(tokens, order(n), before, 32)
-  other_ref = embed.score_rows(
+  other_ref = passes.score_rows(
     alone, fresh(alone), MODEL, other, tile=8, chunk=8
   ).logp
   ours = our_run(

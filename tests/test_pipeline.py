@@ -15,11 +15,11 @@ from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
 from jaxalign.embed import store
 from jaxalign.model import hf
-from jaxalign.report import study_page
+from jaxalign.report import study_page, terminal
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]
-ARM = ["select", "card", "ref_logps", "align", "evaluate", "export"]
+ARM = ["select", "selection_report", "ref_logps", "align", "evaluate", "export"]
 PAGE = ["report"]  # of an arm; one over all arms follows
 
 
@@ -77,20 +77,15 @@ def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
 
   def look(folder, stage, *, fields, inputs, **_):
     found = artifacts.read_record(folder, stage)
-    record = artifacts.Record(
-      stage,
-      artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs),
-      fields,
-      inputs,
-      {},
-      artifacts.Cost(),
-      dict(warnings=[]),
-    )
-    said[stage, folder.name] = found is not None and found.key != record.key
+    key = artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs)
+    same = found is not None and found.key == key
+    said[stage, folder.name] = found is not None and not same
+    record = artifacts.given(stage, key)
+    record.content = found.content if same else key
     return record
 
   monkeypatch.setattr(artifacts, "run", look)
-  monkeypatch.setattr(jobs.study.study_page, "terminal", stop)
+  monkeypatch.setattr(terminal, "study_text", stop)
   assert jobs.run(job, knob).code is None
   folders = {*SHARED, ISA}
   changed = [
@@ -123,10 +118,10 @@ def test_the_stages_run_in_order(job):
     record = json.loads(path.read_text())
     keys[path.parent.parent.name, record["stage"]] = record
   for (folder, stage), record in keys.items():
-    for name, key in record["inputs"].items():  # each names what it read
-      owner = folder if name in ARM else name
-      name = "report" if name in (ISA, RANDOM) else name
-      assert keys[owner, name]["key"] == key, (folder, stage, name)
+    for label, content in record["inputs"].items():  # each names what it read
+      name, _, arm = label.partition(" of ")
+      owner = arm or (folder if name in ARM else name)
+      assert keys[owner, name]["content"] == content, (folder, stage, label)
 
 
 def test_a_changed_knob_is_refused_then_redone(tmp_path):

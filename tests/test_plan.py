@@ -20,8 +20,7 @@ from jaxalign.embed import over_pool as passes
 from jaxalign.model import decoder, memory
 from jaxalign.study import plan
 from jaxalign.study import run as study  # noqa: F401
-from jaxalign.train import optim
-from jaxalign.train import step as steps
+from jaxalign.train import optim, step
 
 M = decoder.ModelConfig(
   layers=3,
@@ -48,7 +47,7 @@ def test_memory_of_the_state_is_what_a_device_holds():
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
     params = decoder.init(jax.random.key(0), M, mesh)
-    state = steps.init_state(params, tx).opt_state
+    state = step.init_state(params, tx).opt_state
   assert held["parameters"] == on_one_device(params)
   assert held["gradients"] == held["parameters"]
   moments = [x for x in jax.tree.leaves(state) if x.ndim]

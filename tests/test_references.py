@@ -14,7 +14,7 @@ from test_step import (
 )
 
 from jaxalign.core.errors import DataError
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.train import feed, row_columns
 from jaxalign.train.reference import Reference
 
@@ -93,7 +93,7 @@ def test_prompt_weights_see_no_answer(mesh):
   on = np.zeros((5, 1, LENGTH), bool)
   for i, p in enumerate(prompts):
     flat[i, 0, : len(p)], on[i, 0, len(p) - 1] = p, True
-  x = embed.pool_rows(
+  x = passes.pool_rows(
     mesh, frozen.params, MODEL, token_rows(flat, on), pooling="mean", tile=2
   )
   np.testing.assert_allclose(

@@ -202,7 +202,7 @@ def test_another_config_does_not_go_on_from_a_killed_run(tmp_path, monkeypatch):
   ended = jobs.run(tmp_path)
   assert ended.code == 64 and "unfinished sft" in ended.err
   assert "sft.lr was 0.5, now 0.002" in ended.err and "--redo" in ended.err
-  monkeypatch.setattr(jobs.pipeline, "run_passes", stop)
+  jobs.in_place_of(monkeypatch, "embed", stop)
   ended = jobs.run(tmp_path, "--redo")
   assert ended.code is None and "resumed from" not in ended.out
   monkeypatch.undo()  # where this test runs alone, the finished job is to come

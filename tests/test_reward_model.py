@@ -11,8 +11,8 @@ import tokenizers
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import questions, scores
+from jaxalign.data import tokens
+from jaxalign.embed import questions, row_scores
 from jaxalign.model import reward
 from jaxalign.model.flops import reward_flops
 
@@ -86,7 +86,7 @@ def drawn_rows(n=9, seed=0):
   rng = np.random.default_rng(seed)
   sizes = rng.integers(2, 20, n)
   ids = rng.integers(2, len(VOCAB), sizes.sum()).astype(np.int32)
-  return tokens_lib.TokenRows(
+  return tokens.TokenRows(
     ids,
     np.cumsum([0, *sizes]),
     np.int32(rng.integers(1, sizes)),
@@ -140,7 +140,7 @@ def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   reward.check_reward(r, mesh)
   with jax.set_mesh(mesh):
     params = reward.load(tmp_path, r, mesh)
-    got = scores.reward_rows(mesh, params, r, rows, tile=2)
+    got = row_scores.reward_rows(mesh, params, r, rows, tile=2)
   wanted = theirs(model, rows, kind)
   np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
   assert np.ptp(wanted) > 0.5  # rows differ by more than an error

@@ -18,19 +18,19 @@ from jaxalign.core.lookup import Term
 from jaxalign.model.job import Arm
 from jaxalign.select import choose, columns
 from jaxalign.select import pool as pools
-from jaxalign.select.samplers import combine, crossfit, dedup, SAMPLERS
+from jaxalign.select.samplers import chains, crossfit, dedup, SAMPLERS
 
 N = 300
 POOL = make_pools.make(2, N)
 UNPAIRED = make_pools.make(1, N)
 ISA = SAMPLERS["isa"]
 MADE = {
-  "gate": combine.gate(ISA, "reward", 0.2),
-  "dedup": combine.dedup(SAMPLERS["random"], 0.8),
-  "quota": combine.quota(SAMPLERS["length"], "source"),
-  "diverse": combine.diverse(SAMPLERS["ask_llm"], 0.8),
-  "product": combine.product(SAMPLERS["ask_llm"], SAMPLERS["external_margin"]),
-  "all": combine.compose(
+  "gate": chains.gate(ISA, "reward", 0.2),
+  "dedup": chains.dedup(SAMPLERS["random"], 0.8),
+  "quota": chains.quota(SAMPLERS["length"], "source"),
+  "diverse": chains.diverse(SAMPLERS["ask_llm"], 0.8),
+  "product": chains.product(SAMPLERS["ask_llm"], SAMPLERS["external_margin"]),
+  "all": chains.compose(
     ISA,
     [
       Term("gate", dict(column="reward", low=0.2)),
@@ -69,7 +69,7 @@ def test_gate_takes_the_inner_choice_from_what_passes():
   inside = scipy.stats.rankdata(worst) > 0.2 * N + 0.5
   got = MADE["gate"](0, POOL, 50)
   part = np.flatnonzero(inside)
-  wanted = part[ISA(0, combine.take(POOL, part), 50).rows]
+  wanted = part[ISA(0, chains.take(POOL, part), 50).rows]
   assert list(got.rows) == list(wanted) and inside[got.rows].all()
   # The keywords of the inner sampler go through.
   other = MADE["gate"](0, POOL, 50, order="magnitude")
@@ -77,13 +77,13 @@ def test_gate_takes_the_inner_choice_from_what_passes():
   with pytest.raises(ConfigError, match="leaves 240 of 300.*wants 241"):
     MADE["gate"](0, POOL, 241)
   with pytest.raises(ConfigError, match="from 0.5 to 0.2"):
-    combine.gate(ISA, "reward", 0.5, 0.2)
+    chains.gate(ISA, "reward", 0.5, 0.2)
 
 
 def test_dedup_drops_one_of_each_planted_two():
   pool = planted()
   n = len(pool.ids)
-  sampler = combine.dedup(SAMPLERS["random"], 0.95, clusters=1)
+  sampler = chains.dedup(SAMPLERS["random"], 0.95, clusters=1)
   x = np.float32(by_hand(pool))
   kept = dedup.most_alike(x, pool.ids, 1, 0) <= 0.95
   assert kept.sum() == n * 2 // 3
@@ -94,19 +94,19 @@ def test_dedup_drops_one_of_each_planted_two():
   with pytest.raises(ConfigError, match="dedup above a cosine of 0.95 leaves"):
     sampler(0, pool, n)
   with pytest.raises(ConfigError, match="cosine of 1.0"):
-    combine.dedup(ISA, 1.0)
+    chains.dedup(ISA, 1.0)
 
 
 def test_quota_by_label_is_the_quota_of_isa():
   """`isa` has a label quota of its own; the combinator gives the same rows."""
 
   for share, quota in ((0.5, 0.5), (0.25, 0.25)):
-    made = combine.quota(ISA, "label", {True: share, False: 1 - share})
+    made = chains.quota(ISA, "label", {True: share, False: 1 - share})
     got = made(0, UNPAIRED, 80)
     own = ISA(0, UNPAIRED, 80, label_quota=quota)
     assert set(got.rows) == set(own.rows)
   with pytest.raises(ConfigError, match="160 rows of label True, .* has 8"):
-    combine.quota(ISA, "label", {True: 1.0})(0, UNPAIRED, 160)
+    chains.quota(ISA, "label", {True: 1.0})(0, UNPAIRED, 160)
 
 
 def test_quota_counts_by_hand():
@@ -115,7 +115,7 @@ def test_quota_counts_by_hand():
     ("pool", None),
     ({"web": 3, "chat": 1}, [15, 0, 45]),
   ):
-    got = combine.quota(SAMPLERS["random"], "source", shares)(0, POOL, 60)
+    got = chains.quota(SAMPLERS["random"], "source", shares)(0, POOL, 60)
     source = POOL.source[got.rows]
     kept = [(source == s).sum() for s in ("chat", "code", "web")]
     if wanted is None:
@@ -126,9 +126,9 @@ def test_quota_counts_by_hand():
     else:
       assert kept == wanted
   with pytest.raises(ConfigError, match="names .'book'"):
-    combine.quota(ISA, "source", {"book": 1})(0, POOL, 60)
+    chains.quota(ISA, "source", {"book": 1})(0, POOL, 60)
   with pytest.raises(ConfigError, match="shares 'fair'"):
-    combine.quota(ISA, "source", "fair")(0, POOL, 60)
+    chains.quota(ISA, "source", "fair")(0, POOL, 60)
 
 
 def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
@@ -148,14 +148,14 @@ def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
     return isa(seed, pool, budget, **kwargs)
 
   with pytest.raises(NumericError, match="distances"):  # what it says of one
-    SAMPLERS["density"](0, combine.take(pool, np.array([7])), 1)
+    SAMPLERS["density"](0, chains.take(pool, np.array([7])), 1)
   for name in ("isa", "density"):
     for given, wanted in (
       (shares, [30, 30, 0]),
       ("pool", [20, 40, 0]),
       ("equal", [30, 29, 1]),
     ):
-      got = combine.quota(SAMPLERS[name], "source", given)(0, pool, 60)
+      got = chains.quota(SAMPLERS[name], "source", given)(0, pool, 60)
       kept = [(pool.source[got.rows] == s).sum() for s in ("a", "b", "lone")]
       assert kept == wanted, (name, given)
       assert np.delete(got.score, got.rows).max() < got.score[got.rows].min()
@@ -163,18 +163,18 @@ def test_quota_asks_no_sampler_where_there_is_nothing_to_choose():
         "quota takes all rows with source 'lone' (1)" in note
         for note in got.notes
       ) == (given == "equal")
-  made = combine.quota(counted, "source", shares)
+  made = chains.quota(counted, "source", shares)
   got = made(0, pool, 60)
   assert seen == [["a"], ["b"]] and got.notes == ()
   for source in "ab":
     rows = np.flatnonzero(pool.source == source)
-    wanted = rows[isa(0, combine.take(pool, rows), 30).rows]
+    wanted = rows[isa(0, chains.take(pool, rows), 30).rows]
     own = got.rows[pool.source[got.rows] == source]
     assert list(own) == list(wanted)
   # Rows that none ranked come after those that one chose.
-  equal = combine.quota(isa, "source", "equal")(0, pool, 60)
+  equal = chains.quota(isa, "source", "equal")(0, pool, 60)
   assert equal.score[7] == equal.score[equal.rows].min()
-  everything = combine.quota(counted, "source")(0, pool, N)
+  everything = chains.quota(counted, "source")(0, pool, N)
   assert len(seen) == 2 and sorted(everything.rows) == list(range(N))
 
 
@@ -192,7 +192,7 @@ def test_a_sampler_that_fails_in_a_group_says_which():
       "[0-9.]+: all .* log-likelihoods equal"
     ),
   ):
-    combine.quota(ISA, ("source", "length"))(0, pool, 60)
+    chains.quota(ISA, ("source", "length"))(0, pool, 60)
 
 
 def noted(*columns):
@@ -211,13 +211,13 @@ def noted(*columns):
 
 def test_notes_come_through_every_step():
   for made in (
-    combine.gate(noted(), "reward", 0.2),
-    combine.dedup(noted(), 0.8),
-    combine.diverse(noted(), 0.8),
-    combine.product(noted(), SAMPLERS["random"], noted()),
+    chains.gate(noted(), "reward", 0.2),
+    chains.dedup(noted(), 0.8),
+    chains.diverse(noted(), 0.8),
+    chains.product(noted(), SAMPLERS["random"], noted()),
   ):
     assert made(0, POOL, 40).notes == ("warning: it reads",)
-  by_source = combine.quota(noted(), "source")(0, POOL, 40).notes
+  by_source = chains.quota(noted(), "source")(0, POOL, 40).notes
   assert by_source == ("warning: it reads", "warning: few", "of one")
 
   @pools.needs("source")
@@ -229,7 +229,7 @@ def test_notes_come_through_every_step():
       else found._replace(notes=found.notes[:1] + ("warning: other",))
     )
 
-  assert combine.quota(differs, "source")(0, POOL, 40).notes == (
+  assert chains.quota(differs, "source")(0, POOL, 40).notes == (
     "warning: it reads",
     "warning: source 'chat': other",
     "warning: source 'code': other",
@@ -252,7 +252,7 @@ def test_what_crossfit_says_comes_through_steps(steps):
     f"{steps} | crossfit_lite",
     f"{steps} | crossfit_lite * crossfit_lite",
   ):
-    notes = combine.named(name)(0, POOL, 40).notes  # made-up labels
+    notes = chains.named(name)(0, POOL, 40).notes  # made-up labels
     assert any(crossfit.SENTENCE in note for note in notes)
     assert any(
       note.startswith("warning: ") and "refuses these labels" in note
@@ -264,7 +264,7 @@ def test_what_crossfit_says_comes_through_steps(steps):
 def test_diverse_is_deita_over_another_score():
   pool = planted()
   x = by_hand(pool)
-  got = combine.diverse(SAMPLERS["ask_llm"], 0.9)(0, pool, 80)
+  got = chains.diverse(SAMPLERS["ask_llm"], 0.9)(0, pool, 80)
   wanted, _ = naive_diverse(pool.p_yes[:, 0], x, 80, 0.9)
   assert list(got.rows) == wanted
 
@@ -278,11 +278,11 @@ def test_product_is_the_product_of_ranks():
   assert set(got.rows) == set(np.argsort(-rank[0] * rank[1])[:60])
   assert MADE["product"].needs == ("p_yes", "reward") and MADE["product"].pairs
   with pytest.raises(ConfigError, match="no samplers"):
-    combine.product()
+    chains.product()
 
 
 def test_the_first_step_sees_the_whole_pool():
-  made = combine.compose(
+  made = chains.compose(
     SAMPLERS["random"],
     [
       Term("gate", dict(column="reward", low=0.5, side="chosen")),
@@ -294,9 +294,9 @@ def test_the_first_step_sees_the_whole_pool():
   assert set(made(0, POOL, N // 4).rows) == set(best)
   assert made.needs == ("p_yes", "reward")
   with pytest.raises(ConfigError, match="unknown step 'sieve'"):
-    combine.compose(ISA, [Term("sieve", {})])
+    chains.compose(ISA, [Term("sieve", {})])
   with pytest.raises(ConfigError, match="takes no 'lower'"):
-    combine.compose(ISA, [Term("gate", dict(column="reward", lower=0.1))])
+    chains.compose(ISA, [Term("gate", dict(column="reward", lower=0.1))])
 
 
 # By name, as a config has them.
@@ -319,14 +319,12 @@ def test_the_first_step_sees_the_whole_pool():
     ),
     (
       "quota(by=(source,), shares={web: 3, 'chat': 1}) | random",
-      lambda: combine.quota(
-        SAMPLERS["random"], "source", {"web": 3, "chat": 1}
-      ),
+      lambda: chains.quota(SAMPLERS["random"], "source", {"web": 3, "chat": 1}),
     ),
     (
       "gate(column=p_yes,low=.5) | isa(order=magnitude) * length",
-      lambda: combine.gate(
-        combine.product(
+      lambda: chains.gate(
+        chains.product(
           functools.update_wrapper(
             functools.partial(ISA, order="magnitude"), ISA
           ),
@@ -339,7 +337,7 @@ def test_the_first_step_sees_the_whole_pool():
   ],
 )
 def test_a_name_means_what_the_functions_make(name, made):
-  got, wanted = combine.named(name), made()
+  got, wanted = chains.named(name), made()
   a, b = got(1, POOL, 40), wanted(1, POOL, 40)
   assert list(a.rows) == list(b.rows)
   assert_array_equal(a.score, b.score)
@@ -350,22 +348,22 @@ def test_a_name_means_what_the_functions_make(name, made):
 def test_knobs_reach_the_sampler_behind_the_steps():
   c = common.base()
   c.select.order = "magnitude"
-  chain = combine.named("gate(column=reward) | isa")
+  chain = chains.named("gate(column=reward) | isa")
   assert choose.sampler_kwargs(c, chain)["order"] == "magnitude"
   # What the sampler does by itself is not said twice.
   c.select.order, c.select.kwargs = "literal", dict(label_quota=0.3)
   assert choose.sampler_kwargs(c, chain) == dict(label_quota=0.3)
   c.select.order = "magnitude"
   # What the name itself binds stands.
-  bound = combine.named("gate(column=reward) | isa(order=renormalised)")
+  bound = chains.named("gate(column=reward) | isa(order=renormalised)")
   assert "order" not in choose.sampler_kwargs(c, bound)
 
 
 def test_columns_that_keywords_name_are_made():
   c = common.base()
-  wanted = lambda name: set(columns.wanted(c, "pairs", combine.named(name)))
-  stages = lambda name: columns.stages(c, "pairs", combine.named(name))
-  assert combine.named("dpp(quality=p_yes)").needs == ("embedding", "p_yes")
+  wanted = lambda name: set(columns.wanted(c, "pairs", chains.named(name)))
+  stages = lambda name: columns.stages(c, "pairs", chains.named(name))
+  assert chains.named("dpp(quality=p_yes)").needs == ("embedding", "p_yes")
   assert "p_yes" not in SAMPLERS["dpp"].needs and "p_yes" not in wanted("dpp")
   for name in (
     "dpp(quality=p_yes)",
@@ -374,13 +372,13 @@ def test_columns_that_keywords_name_are_made():
   ):
     assert "p_yes" in wanted(name) and "ask" in stages(name)
   # Made by the select stage, where a sampler needs it.
-  assert "log_likelihood" in combine.named("dpp(quality=log_likelihood)").needs
-  reward = combine.named("dpp(quality=reward)")
+  assert "log_likelihood" in chains.named("dpp(quality=log_likelihood)").needs
+  reward = chains.named("dpp(quality=reward)")
   assert "reward" in wanted("dpp(quality=reward)")  # the world's, so it is said
   assert "true reward" in columns.notes(c, reward)[0]
   assert "reward" not in wanted("dpp") and not columns.notes(c, SAMPLERS["dpp"])
   lacking = columns.lacking(
-    c, "pairs", combine.named("crossfit_lite(slices=source)")
+    c, "pairs", chains.named("crossfit_lite(slices=source)")
   )
   assert lacking == {"source": "the built-in world is one source"}
   # By config.select.kwargs, of samplers that take the keyword.
@@ -390,7 +388,7 @@ def test_columns_that_keywords_name_are_made():
   assert "ask" not in stages("crossfit_lite(orthogonal=length)")
   c.select.kwargs = dict(quality="reward")
   assert "reward" in wanted("dpp") and columns.notes(c, SAMPLERS["dpp"])
-  got = combine.named("dpp(quality=p_yes)")
+  got = chains.named("dpp(quality=p_yes)")
   only = pools.Pool(POOL.ids, {k: POOL.columns[k] for k in got.needs})
   assert list(got(0, only, 20).rows) == list(
     SAMPLERS["dpp"](0, POOL, 20, quality="p_yes").rows
@@ -414,7 +412,7 @@ def test_columns_that_keywords_name_are_made():
 )
 def test_a_wrong_chain_says_where(name, words):
   with pytest.raises(ConfigError, match=words) as error:
-    combine.named(name, "compare")
+    chains.named(name, "compare")
   assert "config.compare" in str(error.value)
 
 

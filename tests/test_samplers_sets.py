@@ -11,13 +11,7 @@ from test_samplers_geometric import clusters as make_clusters
 
 from jaxalign.core.errors import ConfigError
 from jaxalign.select import topk
-from jaxalign.select.samplers import (
-  combine,
-  dedup,
-  kmeans,
-  SAMPLERS,
-  submodular,
-)
+from jaxalign.select.samplers import chains, dedup, kmeans, SAMPLERS, submodular
 
 N = 240
 
@@ -174,7 +168,7 @@ def test_blocks_run_inside_clusters_with_their_share(name):
     # What the method itself picks of the cluster's rows alone.
     for k in range(4):
       rows = np.flatnonzero(labels == k)
-      part = combine.take(pool, rows)
+      part = chains.take(pool, rows)
       alone = SAMPLERS[name](0, part, int(kept[k]))
       assert [i for i in got.rows if labels[i] == k] == list(rows[alone.rows])
 

@@ -13,10 +13,9 @@ import pytest
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import adapters, decoder
-from jaxalign.train import optim
-from jaxalign.train import step as steps
+from jaxalign.train import optim, step
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import combine, LOSSES
@@ -173,14 +172,14 @@ def toy_step(loss, clip=0.0, weight_decay=0.0, name="adamw"):
   tx = optim.make_optimizer(
     clip=clip, weight_decay=weight_decay, b2=B2, name=name
   )
-  return steps.make_train_step(toy, loss, tx), tx
+  return step.make_train_step(toy, loss, tx), tx
 
 
 def toy_run(mesh, loss, batch, accumulation, count=1, lr=0.05, **kwargs):
   """[metrics of each step], parameters, first moments; all on the host."""
   train_step, tx = toy_step(loss, **kwargs)
   params = {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}
-  state, seen = steps.init_state(params, tx), []
+  state, seen = step.init_state(params, tx), []
   for _ in range(count):
     state, totals = train_step(state, cut(mesh, batch, accumulation, lr))
     seen.append({n: np.asarray(x) for n, x in totals.items()})
@@ -362,7 +361,7 @@ def descend(rule, gradients, params, lrs, clip, decay):
 def test_the_update_is_the_rule_s_at_the_batch_s_rate(mesh, name, clip, decay):
   batch = toy_batch(2)
   train_step, tx = toy_step(DPO, clip=clip, weight_decay=decay, name=name)
-  state = steps.init_state(
+  state = step.init_state(
     {n: sharding.put(mesh, w, None) for n, w in toy_params().items()}, tx
   )
   lrs = [0.1, 0.03, 0.2]
@@ -576,7 +575,7 @@ def real_batch(responses):
 @functools.lru_cache
 def real_step(name):
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.01, b2=B2)
-  return steps.make_train_step(
+  return step.make_train_step(
     PRODUCERS["chunked"](MODEL, 5),
     imitating(bound(name, beta=0.5), 0.2)
     if name == "dpo"
@@ -590,7 +589,7 @@ def real_run(name, shape, accumulation, count, batch=None):
   batch = real_batch(2 if name == "dpo" else 1) if batch is None else batch
   mesh, (train_step, tx) = make_mesh(*shape), real_step(name)
   with jax.set_mesh(mesh):
-    state, seen = steps.init_state(on_mesh(mesh), tx), []
+    state, seen = step.init_state(on_mesh(mesh), tx), []
     for t in range(count):
       state, totals = train_step(
         state, cut(mesh, batch, accumulation, 1e-3 * (t + 1))
@@ -700,7 +699,7 @@ def test_the_start_is_ln_2_and_one_half(name, mesh):
   batch = dict(real_batch(responses))
 
   def score(tokens, mask):
-    scores = embed.score_rows(
+    scores = passes.score_rows(
       mesh, on_mesh(mesh), MODEL, token_rows(tokens, mask), tile=4, chunk=5
     )
     np.testing.assert_array_equal(scores.count, mask.sum(-1).ravel())
@@ -748,7 +747,7 @@ def test_a_batch_of_one_pair_on_one_device(accumulation):
       ref_sum=put(np.zeros(tokens.shape[:3], np.float32)),
       ref_count=put(np.ones(tokens.shape[:3], np.float32)),
     )
-    grads, _ = jax.jit(steps.make_gradients(logps_fn, LOSSES["dpo"]))(
+    grads, _ = jax.jit(step.make_gradients(logps_fn, LOSSES["dpo"]))(
       params, batch_of(**batch), {}
     )
     one = jax.jit(

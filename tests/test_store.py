@@ -264,7 +264,7 @@ def test_shards_and_dtype_are_knobs_and_numbers_stay(tmp_path):
 
 OWN = (
   "import json\n"
-  "from jaxalign import pipeline\n"
+  "from jaxalign.eval import policies\n"
   "from jaxalign.embed import store\n"
   "real, wrote = store.write_shard, []\n"
   "def noted(s, shard, *a):\n"
@@ -272,10 +272,10 @@ OWN = (
   "  real(s, shard, *a)\n"
   "store.write_shard = noted\n"
   "class Enough(SystemExit): pass\n"
-  "def stop(job):\n"
+  "def stop(*_):\n"
   "  json.dump(wrote, open({path!r}, 'w'))\n"
   "  raise Enough(0)\n"
-  "pipeline.run_baseline = stop\n"
+  "policies._examine = stop\n"
 )
 
 

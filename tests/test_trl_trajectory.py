@@ -17,11 +17,10 @@ import pytest
 import test_parity_trl as harness
 
 from jaxalign.core import sharding
-from jaxalign.data import batches, records
-from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import batches, records, tokenizer
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.encode import encode_texts
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.train import feed, loop, optim
 from jaxalign.train import step as steps
@@ -125,7 +124,7 @@ def gaps(a, b, names):
 
 def reference(mesh, m, params, tokens, shape):
   """(sums, counts) by the scoring pass, as the stage stores them."""
-  found = embed.score_rows(mesh, params, m, tokens, tile=8, chunk=64)
+  found = passes.score_rows(mesh, params, m, tokens, tile=8, chunk=64)
   return found.logp.reshape(shape), found.count.reshape(shape)
 
 
@@ -274,7 +273,7 @@ def test_steps_on_real_pairs(trl, alone, shared, tmp_path, run, most):
   """
   folder = shared / "models" / "stories260K"
   m = hf.read_config(folder, "float32", "none")._replace(attention="tiles")
-  tok = tokenizers.load_tokenizer(folder)
+  tok = tokenizer.load_tokenizer(folder)
   load = lambda: hf.load_folder(folder, m, alone)
   hf.export_folder(tmp_path / "export", load(), m, tok)
   pairs, counts = real_pairs(shared, tok, most)

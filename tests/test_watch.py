@@ -13,7 +13,7 @@ from test_loop import Killed, MODEL, UPDATES
 
 from jaxalign.core import checkpoints, sharding
 from jaxalign.core.errors import ConfigError, NumericError
-from jaxalign.eval import while_training as watched
+from jaxalign.eval import while_training
 from jaxalign.model import decoder
 from jaxalign.train import feed, log, loop, online
 from jaxalign.train import step as steps
@@ -636,7 +636,7 @@ def test_knobs_that_cannot_work_are_named(changes, words):
   from configs import common
 
   c = common.base()
-  watched.check(c)
+  while_training.check(c)
   changes = dict(changes)
   c.lora.rank = changes.pop("rank", 0)
   c.data.source = changes.pop("source", "world")
@@ -644,7 +644,7 @@ def test_knobs_that_cannot_work_are_named(changes, words):
   c.loss.name, c.loss.kwargs = changes.pop("loss", "dpo"), {}
   c.train.update(changes)
   with pytest.raises(ConfigError) as caught:
-    watched.check(c)
+    while_training.check(c)
   assert words in str(caught.value)
 
 
@@ -656,20 +656,20 @@ def test_what_is_off_is_on_no_record():
   idle = {"keep", "trackers", "explode", "ref_mix"}
   idle |= {"eval_sets", "eval_rows", "eval_prompts"}
   old = {f"train.{n}" for n in c.train if n not in idle}
-  assert set(watched.record_fields(c.train, pick(c, "train"))) == old
-  assert watched.reads(c.train) == ()
+  assert set(while_training.record_fields(c.train, pick(c, "train"))) == old
+  assert while_training.reads(c.train) == ()
   c.train.update(best="generations/kl", eval_sets=("generations",))
-  assert watched.reads(c.train) == ()  # never measured
+  assert while_training.reads(c.train) == ()  # never measured
   c.train.eval_every = 2
-  assert watched.reads(c.train) == ("eval",)
+  assert while_training.reads(c.train) == ("eval",)
   c.train.update(best="held_out/loss", eval_sets=("held_out", "generations"))
-  assert watched.reads(c.train) == ()
+  assert while_training.reads(c.train) == ()
   c.train.update(best="", eval_sets=("held_out",), eval_every=0)
   c.train.update(keep=5, trackers=("wandb",), explode=9.0)
-  assert set(watched.record_fields(c.train, pick(c, "train"))) == old
+  assert set(while_training.record_fields(c.train, pick(c, "train"))) == old
   c.train.update(
     ema=0.9, reference="online", ref_sync=4, eval_every=2, best="rest/loss"
   )
-  more = set(watched.record_fields(c.train, pick(c, "train"))) - old
+  more = set(while_training.record_fields(c.train, pick(c, "train"))) - old
   more = {x.split(".")[1] for x in more}
   assert more == {"ref_mix", "eval_sets", "eval_rows", "eval_prompts"}

@@ -19,7 +19,7 @@ from jaxalign.core import artifacts
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import recipe, tables
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.eval import while_training as watched
+from jaxalign.eval import while_training
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, arm_folder, Job, sizes
@@ -74,7 +74,7 @@ def job_of(mesh, loss="dpo", label=LABEL):
 
 
 def answers_of(job):
-  return watched._answers(job, "held_out", "held_out", np.arange(N))
+  return while_training._answers(job, "held_out", "held_out", np.arange(N))
 
 
 @functools.cache
@@ -176,13 +176,12 @@ def test_held_out_pairs_of_unpaired_are_pairs(alone):
 
 def test_the_share_in_order_by_hand_and_of_every_pair():
   # 2 over 1, 2 = 2, 2 under 3; 5 over all.
-  assert watched.ordered(np.array([2.0, 5.0]), np.array([1.0, 2.0, 3.0])) == (
-    4 / 6,
-    1 / 6,
-  )
+  assert while_training.ordered(
+    np.array([2.0, 5.0]), np.array([1.0, 2.0, 3.0])
+  ) == (4 / 6, 1 / 6)
   rng = np.random.default_rng(0)
   up, down = rng.integers(0, 9, 40) / 2, rng.integers(0, 7, 25) / 2
-  assert watched.ordered(up, down) == pytest.approx(
+  assert while_training.ordered(up, down) == pytest.approx(
     (
       np.mean([a > b for a in up for b in down]),
       np.mean([a == b for a in up for b in down]),
@@ -196,7 +195,7 @@ def test_the_share_in_order_by_hand_and_of_every_pair():
 def test_what_is_said_to_be_measured_is(alone, name):
   job = job_of(alone, name)
   found = answers_of(job).of(params_of(alone, 3))
-  assert set(found) == set(watched.measured(job.c)["held_out"])
+  assert set(found) == set(while_training.measured(job.c)["held_out"])
   assert all(np.isfinite(x) for x in found.values())
 
 
@@ -204,7 +203,7 @@ def test_a_sum_with_imitation_has_a_value_on_a_set(alone):
   """Its mean count is the set's own."""
   job = job_of(alone)
   job.c.loss.name = "dpo+0.2*sft_tokens"
-  assert "loss" in watched.measured(job.c)["rest"]
+  assert "loss" in while_training.measured(job.c)["rest"]
   job.loss = losses.loss_of(job.c)
   policy = params_of(alone, 3)
   found = answers_of(job).of(policy)
@@ -245,11 +244,11 @@ def test_what_evaluations_take(alone):
     line(rest_of_margin=1.0),
     line(held_out_of_margin=2.0),
   ]
-  assert watched.spent(measures, lines) == artifacts.Cost(
+  assert while_training.spent(measures, lines) == artifacts.Cost(
     3 * one, 3 * len(job.tokens("").ids)
   )
-  assert watched.spent(measures, lines[:1]) == artifacts.Cost()
-  assert watched.spent({}, lines) == artifacts.Cost()
+  assert while_training.spent(measures, lines[:1]) == artifacts.Cost()
+  assert while_training.spent({}, lines) == artifacts.Cost()
 
 
 def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
@@ -262,19 +261,19 @@ def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
     [dict(id=f"r{i}") for i in range(n)],
   )
   keep(N - 2)
-  assert list(watched.measures(job, arm)) == ["kept", "rest"]
+  assert list(while_training.measures(job, arm)) == ["kept", "rest"]
   keep(N)
-  assert list(watched.measures(job, arm)) == ["kept"]
+  assert list(while_training.measures(job, arm)) == ["kept"]
   job.c.train.best = "rest/margin"
   with pytest.raises(ConfigError, match="'rest' has no rows"):
-    watched.measures(job, arm)
+    while_training.measures(job, arm)
 
 
 def test_what_is_planned_for_evaluations():
   c = common.base("tiny")
   rows = dict(held_out=40, kept=16, rest=144)
   two, split = dict(held_out=2, pool=2), dict(held_out=2, pool=1)
-  assert watched.planned(c, 9, rows, two) == dict(held_out=0, pool=0)
+  assert while_training.planned(c, 9, rows, two) == dict(held_out=0, pool=0)
   c.train.update(
     eval_every=4,
     eval_rows=20,
@@ -283,10 +282,10 @@ def test_what_is_planned_for_evaluations():
   )
   # After 4, 8 and 9 updates: three of the policy and one of the reference;
   # answers are written, and scored by both, three times.
-  assert watched.planned(c, 9, rows, two) == dict(
+  assert while_training.planned(c, 9, rows, two) == dict(
     held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20) * 2
   )
-  assert watched.planned(c, 9, rows, split) == dict(
+  assert while_training.planned(c, 9, rows, split) == dict(
     held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20)
   )
 
@@ -314,8 +313,8 @@ def test_a_job_that_watches_everything(tmp_path, config):
   assert [x["step"] for x in found] == [1, updates - 1] and updates in (3, 4)
   c = common.base("tiny" + (",kto" if "kto" in config else ""))
   recipe.settle(c)
-  known = watched.measured(c)
-  for name in watched.SETS:
+  known = while_training.measured(c)
+  for name in while_training.SETS:
     have = {n.split("/")[2] for n in found[0] if n.startswith(f"eval/{name}/")}
     assert have - {"flops"} == set(known[name])
   # The best weights hang on how answers are written.

@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import tokenizer
 from jaxalign.model import decoder, hf, safetensors_io, weights
 from jaxalign.model.parameters import Param, Stored
 
@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
 TEXTS = ["bako ti ruda\n\nmo", " ti ruda bako 12", "ruda", "ma\u00df \u2603 mo"]
-TOK = tokenizers.Tokenizer(tokenizers.train_tokenizer(TEXTS * 9, 300))
+TOK = tokenizer.Tokenizer(tokenizer.train_tokenizer(TEXTS * 9, 300))
 SMALL = sized(
   2, 16, 4, 2, 6, 10, 320, 32, rope_theta=900.0, norm_eps=2e-4, tied=False
 )
@@ -88,7 +88,7 @@ def test_a_real_checkpoint_in_and_out(mesh, shared, tmp_path):
   folder = shared / "models/stories260K"
   m = hf.read_config(folder, "float32", "none")
   params = hf.load_folder(folder, m, mesh)
-  tok = tokenizers.Tokenizer.load(folder)
+  tok = tokenizer.Tokenizer.load(folder)
   text = (folder / "greedy_257_tokens.txt").read_text()
   tokens = np.array(tok.encode(text, begins=True)[:64]).reshape(4, 16)
   logits = ours(mesh, params, m, tokens)
@@ -749,7 +749,7 @@ def test_an_export_keeps_what_the_checkpoint_said(tmp_path, alone, dtype, key):
   of = hf.given(tmp_path / "given")
   assert of.dtype == dtype
   params = hf.load_folder(tmp_path / "given", SMALL, alone)
-  tok = tokenizers.Tokenizer(TOK.proto)
+  tok = tokenizer.Tokenizer(TOK.proto)
   tok.ends_with(9)
   hf.export_folder(tmp_path / "out", params, SMALL, tok, of=of)
   model = transformers.AutoModelForCausalLM.from_pretrained(

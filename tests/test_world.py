@@ -7,7 +7,7 @@ import pytest
 
 from configs import common
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import tokenizer
 from jaxalign.data import world as worlds
 
 
@@ -318,7 +318,7 @@ def test_one_piece_a_word():
   world, rows = default()
   texts = [r["prompt"] + r["response"] for r in rows["sft"]]
   texts += [r["prompt"] + r["chosen"] for r in rows["pool"]]
-  tok = tokenizers.Tokenizer(tokenizers.train_tokenizer(texts, 1024))
+  tok = tokenizer.Tokenizer(tokenizer.train_tokenizer(texts, 1024))
   for text in texts[:300]:
     ids = tok.encode(text)
     assert len(ids) == len(text.split())

@@ -15,8 +15,7 @@ from sklearn.mixture import GaussianMixture
 import threadpoolctl
 
 from jaxalign.core import sharding
-from jaxalign.select import em, whiten
-from jaxalign.select import mixture as mixtures
+from jaxalign.select import em, mixture, whiten
 
 SWEEPS = 20
 
@@ -141,7 +140,7 @@ def main(argv) -> None:
     f"{os.getloadavg()[0]:.1f}"
   )
   space = told(
-    "whitening", lambda: whiten.whiten(mesh, x, mixtures.MixtureOptions(pca=0))
+    "whitening", lambda: whiten.whiten(mesh, x, mixture.MixtureOptions(pca=0))
   )
   start = told(
     "parameters of a partition",
@@ -190,7 +189,7 @@ def main(argv) -> None:
   _times(seen, work)
 
   # What they found, after the same iterations and at the same parameters.
-  fitted = mixtures.Mixture(
+  fitted = mixture.Mixture(
     space.mean,
     space.projection,
     space.variances,
@@ -202,7 +201,7 @@ def main(argv) -> None:
   )
   value = told(
     "float64 log-likelihood of all rows",
-    lambda: mixtures.log_likelihood(fitted, x),
+    lambda: mixture.log_likelihood(fitted, x),
   )
   peer, x64 = _peer(x, original(state), 1), x.astype(np.float64)
   peer.weights_, peer.means_, peer.covariances_ = original(state)

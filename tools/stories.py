@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from jaxalign.core import artifacts, intervals, sharding
-from jaxalign.data import tokenizer as tokenizers
+from jaxalign.data import tokenizer
 from jaxalign.model import decode, hf
 
 NAMES = "Max Spot Rex Tim Ben Sam Tom Bob Lily Sue Mia Jack Buddy Lucy Fluffy"
@@ -68,7 +68,7 @@ def distinct_trigrams(stories: list[list[int]]) -> float:
 def tell(checkpoint: str, new: int, each: int) -> list[dict]:
   """`each` stories a beginning, as texts, by the given model."""
   m = hf.read_config(checkpoint, "float32", "none")
-  tok = tokenizers.load_tokenizer(checkpoint)
+  tok = tokenizer.load_tokenizer(checkpoint)
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   asked = [p for p in beginnings() for _ in range(each)]
   with jax.set_mesh(mesh):

@@ -11,22 +11,17 @@ from typing import Any
 from jaxalign.core import sharding
 from jaxalign.core.artifacts import flatten, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import prepare, recipe
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import embedder, questions, scores
-from jaxalign.embed import store as stores
-from jaxalign.eval import judge_kinds as judges
-from jaxalign.eval import while_training as watched
+from jaxalign.data import prepare, recipe, tokens
+from jaxalign.embed import embedder, questions, row_scores, store
+from jaxalign.eval import judge_kinds, while_training
 from jaxalign.model import decoder, hf, memory
 from jaxalign.model.job import Job, kernel_of, lora_of, sizes, WHOLE
-from jaxalign.select import columns
-from jaxalign.select import mixture as mixtures
+from jaxalign.select import columns, mixture
 from jaxalign.select.choose import sampler_kwargs
-from jaxalign.select.samplers import combine, isa, values
+from jaxalign.select.samplers import chains, isa, values
 from jaxalign.select.topk import budget_rows
 from jaxalign.study import pilot
-from jaxalign.train import feed, optim, proxies
-from jaxalign.train import host_memory as host
+from jaxalign.train import feed, host_memory, optim, proxies
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import loss_of
 from jaxalign.train.row_columns import check_reads
@@ -84,9 +79,9 @@ PARTS = (
 CHOICES = {
   "select.order": (*isa.ORDERS, isa.SOFT),
   "select.pair_score": values.SIDES,
-  "select.mixture.covariance": mixtures.COVARIANCES,
+  "select.mixture.covariance": mixture.COVARIANCES,
   "model.param_dtype": decoder.DTYPES,
-  "embed.store_dtype": stores.DTYPES,
+  "embed.store_dtype": store.DTYPES,
   "train.optimizer": tuple(optim.OPTIMIZERS),
   "train.reference": ("stored", "online"),
   "train.layout": tuple(feed.LAYOUTS),
@@ -220,7 +215,7 @@ def _check_values(c: Any) -> None:
       "and, above it, the one after the last, or (0, 0); set "
       "config.profile.steps"
     )
-  mixtures.components_of(c.select.mixture.components)
+  mixture.components_of(c.select.mixture.components)
   for name, known in CHOICES.items():
     value = pick(c, name)[name]
     if value not in known:
@@ -243,11 +238,11 @@ def _check_values(c: Any) -> None:
     )
   if not (context := prepare.asked_context(c)):
     return  # the data stage chooses it
-  room = context - tokens_lib.LEAST_CONTEXT + 1
+  room = context - tokens.LEAST_CONTEXT + 1
   if room < 1:
     raise ConfigError(
       f"model.context={context} holds no prompt and "
-      f"response, wanted {tokens_lib.LEAST_CONTEXT} or more;"
+      f"response, wanted {tokens.LEAST_CONTEXT} or more;"
       " set config.model.context"
     )
   if c.eval.new_tokens > room:
@@ -260,7 +255,7 @@ def _check_values(c: Any) -> None:
 
 def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   """Raises ConfigError for a sampler that reads what no stage makes."""
-  sampler = combine.named(name, knob)
+  sampler = chains.named(name, knob)
   if lacking := columns.lacking(c, kind, sampler):
     why = "; ".join(f"{n}: {w}" for n, w in lacking.items() if w)
     raise ConfigError(
@@ -282,13 +277,13 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
     stage
     for name in (c.select.sampler, *c.compare)
     if name not in WHOLE
-    for stage in columns.stages(c, kind, combine.named(name))
+    for stage in columns.stages(c, kind, chains.named(name))
   }
   if "ask" in asked:
     questions.check(c.ask.question)
-    scores.judge_config(c, m)
+    row_scores.judge_config(c, m)
   if "rewards" in asked:
-    scores.reward_config(c)
+    row_scores.reward_config(c)
   if asked & {"proxy", "held_out"}:
     if not c.proxy.pairs > 0:
       raise ConfigError(
@@ -315,8 +310,8 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   _check_values(c)
   if not (planned and c.data.assume):
     prepare.check_source(c)
-  judges.check(c)
-  sampler = combine.named(c.select.sampler)
+  judge_kinds.check(c)
+  sampler = chains.named(c.select.sampler)
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss_of(c).kind, "select.sampler")
   if "subset" in sampler.needs:
@@ -364,7 +359,7 @@ def _check_alignment(c: Any, loss: Any) -> None:
   for name in c.compare:
     if name not in WHOLE:
       _check_columns(c, name, loss.kind, "compare")
-  watched.check(c)
+  while_training.check(c)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
 
@@ -386,7 +381,7 @@ def validate_on(
     stage
     for name in (c.select.sampler, *c.compare)
     if name not in WHOLE
-    for stage in columns.stages(c, job.kind, combine.named(name))
+    for stage in columns.stages(c, job.kind, chains.named(name))
   }
   if trains or asked & {"proxy", "held_out"}:
     feed.check_batch(
@@ -397,7 +392,7 @@ def validate_on(
   decoder.check_model(m, job.mesh)
   if trains and (context := prepare.asked_context(c)):
     memory.check_fits(
-      host.step_memory(c, m, job.mesh, context, job.kind),
+      host_memory.step_memory(c, m, job.mesh, context, job.kind),
       job.mesh.devices.flat[0],
       force,
     )

@@ -177,7 +177,7 @@ def run(argv: list[str]) -> None:
 
   from jaxalign.core import artifacts, sharding
   from jaxalign.core.hub import resolve
-  from jaxalign.data import tokenizer as tokenizers
+  from jaxalign.data import tokenizer
   from jaxalign.model import decode, decoder, hf
 
   prompts = list(values.prompt) or read_prompts(values.input)
@@ -192,7 +192,7 @@ def run(argv: list[str]) -> None:
       f"prompt in a context of {m.context}"
     )
   folder = resolve(values.checkpoint)
-  tok = tokenizers.load_tokenizer(folder)
+  tok = tokenizer.load_tokenizer(folder)
   asked = encode(tok, prompts, values.template)
   for i, ids in enumerate(asked, 1):
     if len(ids) + values.new_tokens > m.context:

@@ -54,7 +54,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   from jaxalign.model.job import arm_folder
 
   arm = _arm(job.c)
-  pipeline.run_selection(job, arm)
+  pipeline.run(job, [arm], pipeline.SELECTION)
   folder = arm_folder(job, arm)
   if jax.process_index() == 0:
     data = (folder / "subset.parquet").read_bytes()

@@ -39,7 +39,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   from jaxalign.model.job import arm_folder
 
   arm = _arm(job.c)
-  pipeline.run_training(job, arm)
+  pipeline.run(job, [arm], pipeline.TRAINING)
   folder = arm_folder(job, arm)
   if (arm.name, "evaluate") in job.records:
     progress.say(f"measures: {folder}/eval.json")

@@ -27,7 +27,7 @@ import numpy as np
 from jaxalign.core import interrupt, progress, sharding
 from jaxalign.core.errors import ConfigError, WriteError
 
-VERSION = 2  # raise when a stage's files change their meaning
+VERSION = 3  # raise when a stage's files change their meaning
 DAMAGED = "damaged"  # the key of a record whose own bytes are not those written
 
 
@@ -53,6 +53,7 @@ class Record:
   cost: Cost
   result: dict[str, Any]  # small facts that later stages or pages read
   finished: bool = True  # false from a stage's start to its end
+  content: str = ""  # digest of the key and the bytes: what reads it depends on
   skipped: bool = False  # true where this run found it finished
 
 
@@ -364,6 +365,7 @@ def run(
   redo: bool = False,
   resumes: tuple[str, ...] = (),
   mends: bool = False,
+  volatile: tuple[str, ...] = (),
 ) -> Record:
   """Runs a stage, or finds it finished.
 
@@ -371,7 +373,8 @@ def run(
     folder: where its files and its record live.
     stage: the stage's name.
     fields: the config values it depends on, flat.
-    inputs: stage name -> key of every artifact it reads.
+    inputs: stage name -> `Record.content` of every artifact it reads. Where
+      these alone differ the stage is stale, and runs again.
     make: `make(folder) -> (files, Cost, result)`; `files` are relative names
       of files or folders. Every process calls it; only process 0 may write
       shared files.
@@ -380,6 +383,8 @@ def run(
       from; removed unless the same description made them.
     mends: `make` checks every byte of what it goes on from: where only that
       is harmed it is left to `make`, which does the harmed part alone.
+    volatile: files or folders whose bytes differ from run to run (times,
+      names of checkpoint shards); a "weights" of the result stands for them.
 
   Raises:
     ConfigError: the folder holds this stage made from another description.
@@ -408,12 +413,31 @@ def run(
     record.outputs = digest_tree(folder, files)
     cost.bytes = sum(o["bytes"] for o in record.outputs.values())
   record.cost, record.result, record.finished = cost, result, True
+  record.content = told(lambda: _content(record, volatile))
   if jax.process_index() == 0:
     _write_record(folder, record)
   sharding.barrier(f"record of {stage}")
   note = f", {result['say']}" if result.get("say") else ""
   progress.say(f"{stage}: done in {progress.duration(cost.seconds)}{note}")
   return record
+
+
+def _content(record: Record, volatile: tuple[str, ...]) -> str:
+  """The digest of what a finished stage leaves to those that read it."""
+  kept = {
+    name: digest["sha256"]
+    for name, digest in record.outputs.items()
+    if name.split("/")[0] not in volatile
+  }
+  weights = record.result.get("weights", "")
+  return key_of(record.key, kept, dict(weights=weights))
+
+
+def given(stage: str, digest: str) -> Record:
+  """The record of what is given in place of what a stage would make."""
+  return Record(
+    stage, digest, {}, {}, {}, Cost(), {}, skipped=True, content=digest
+  )
 
 
 def begin(
@@ -483,6 +507,8 @@ def _look(
       and not any(_holds(folder / name) for name in resumes)
     ):
       status = "new"  # a run that failed early has left nothing to lose
+    elif found.key != key and found.fields == fields and found.inputs != inputs:
+      status = "stale"
     elif found.key != key:
       status = "changed"
     elif found.finished:
@@ -501,6 +527,12 @@ def _look(
     )
     status = "unfinished"
   status = agree(status)
+  if status == "stale":
+    names = sorted(n for n in inputs if found.inputs.get(n) != inputs[n])
+    progress.say(
+      f"{stage}: {', '.join(names) or 'what it read'} has other bytes now; "
+      "running again"
+    )
   if status == "changed":
     found = found or record  # a shared disk may show it to process 0 first
     words = "; ".join(changed(found, fields, inputs)[:4]) or "another version"
@@ -588,7 +620,7 @@ def agree(status: str) -> str:
     return status
   from jax.experimental import multihost_utils
 
-  names = ("new", "unfinished", "changed", "harmed", "done")
+  names = ("new", "unfinished", "changed", "stale", "harmed", "done")
   return names[
     int(multihost_utils.broadcast_one_to_all(np.int32(names.index(status))))
   ]

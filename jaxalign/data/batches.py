@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import tokens
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,11 +104,11 @@ class Spliced:
 
 
 def mismatched(
-  rows: "tokens_lib.TokenRows",
+  rows: "tokens.TokenRows",
   prompts: np.ndarray,
   answers: np.ndarray,
   context: int,
-) -> "tokens_lib.TokenRows":
+) -> "tokens.TokenRows":
   """Rows made of one row's prompt tokens and another's answer tokens.
 
   Their places follow from the lengths; no token is read here.
@@ -125,7 +125,7 @@ def mismatched(
   kept = np.minimum(start[prompts], context - 1)  # of the prompt, its end
   ends = np.cumsum(kept + np.minimum(size, room))
   places = np.concatenate([[0], ends]).astype(np.int64)
-  return tokens_lib.TokenRows(
+  return tokens.TokenRows(
     Spliced(
       rows.ids,
       places,

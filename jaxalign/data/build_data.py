@@ -12,8 +12,7 @@ import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import prepare, records, refusals, tables
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import prepare, records, refusals, tables, tokens
 from jaxalign.data import world as world_lib
 from jaxalign.data.chat import Chat
 from jaxalign.data.encode import ANSWERS, NO_TEMPLATE, RowEncoder
@@ -176,8 +175,8 @@ def make_data(
     encoded = {name: encoder.encode(splits[name]) for name in SPLITS}
   context = c.model.context or min(most, prepare.own_context(c))
   if c.model.checkpoint and not c.model.context:
-    sizes = tokens_lib.whole_lengths(tok, itertools.chain(*encoded.values()))
-    context = tokens_lib.context_for(sizes, most)
+    sizes = tokens.whole_lengths(tok, itertools.chain(*encoded.values()))
+    context = tokens.context_for(sizes, most)
   truncation, late = {}, []
   for name in SPLITS:
     rows, truncation[name], lost = encoder.fit(
@@ -187,7 +186,7 @@ def make_data(
       late.append(
         refusals.refused_later(splits[name][i], why, name, found.where)
       )
-    tokens_lib.save_rows(folder, name, rows)
+    tokens.save_rows(folder, name, rows)
     splits[name] = _without(splits[name], lost)
     if name == "pool":
       summary["tokens"] = _token_counts(rows)
@@ -201,7 +200,7 @@ def make_data(
       raise _empty_after_truncation(name, late, truncation[name])
   for name in SPLITS:
     if truncation[name]["rows"] or truncation[name]["too_long"]:
-      line = tokens_lib.truncation_line(name, truncation[name])
+      line = tokens.truncation_line(name, truncation[name])
       progress.say(f"  {line}")
     tables.write_rows(folder / f"{name}.parquet", splits[name])
   tables.write_refused(folder / "rejected.jsonl", refused)
@@ -344,7 +343,7 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
   with RowEncoder(c, tok, splits) as encoder:
     few = encoder.splits[name][:TOKENIZED]
     encoded = encoder.encode(few)
-  fits = tokens_lib.context_for(tokens_lib.whole_lengths(tok, encoded), most)
+  fits = tokens.context_for(tokens.whole_lengths(tok, encoded), most)
   context = prepare.asked_context(c) or fits
   rows, _, lost = encoder.fit(few, encoded, context, prepare.too_long(c))
   late = [
@@ -362,9 +361,9 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
   return found, summary_lines(summary)
 
 
-def _token_counts(rows: tokens_lib.TokenRows) -> dict[str, list[float]]:
+def _token_counts(rows: tokens.TokenRows) -> dict[str, list[float]]:
   """Quantiles (0.05, 0.5, 0.95) of the tokens of prompts and responses."""
-  counts = dict(prompt=rows.start, response=tokens_lib.row_lengths(rows))
+  counts = dict(prompt=rows.start, response=tokens.row_lengths(rows))
   counts["response"] = counts["response"] - rows.start
   quantiles = {
     n: np.quantile(x, (0.05, 0.5, 0.95)) if len(x) else []

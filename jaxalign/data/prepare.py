@@ -7,9 +7,7 @@ from typing import Any
 
 from jaxalign.core import hub
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import records, sources
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.data import world as world_lib
+from jaxalign.data import records, sources, tokens, world
 from jaxalign.data.chat_templates import check_template, read_template
 from jaxalign.data.schemas.choices import check_choice
 from jaxalign.data.schemas.mapping import check_fields
@@ -18,7 +16,7 @@ from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
 
 _OWN_CONTEXT, _WORLD_CONTEXT = 256, 64  # of a model trained here
 _KNOWN = dict(
-  too_long=("", *tokens_lib.TOO_LONG),
+  too_long=("", *tokens.TOO_LONG),
   special_tokens=("auto", "text", "tokens"),  # what they are in a text
   system=("turn", "join"),  # what becomes of a system turn
 )
@@ -99,11 +97,11 @@ def fingerprint(c: Any) -> str:
   return digest.hexdigest()
 
 
-def world_of(c: Any) -> world_lib.World | None:
+def world_of(c: Any) -> world.World | None:
   """The built-in world of a config, None for other sources."""
   if not is_world(c):
     return None
-  return world_lib.build_world(c.data.world.to_dict(), c.data.seed)
+  return world.build_world(c.data.world.to_dict(), c.data.seed)
 
 
 def split_fractions(c: Any) -> dict[str, float]:

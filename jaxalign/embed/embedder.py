@@ -18,7 +18,7 @@ from jaxalign.core import hub, progress, sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.model import decoder, encoder, families, hf, weights
 from jaxalign.model.flops import decoder_flops, encoder_flops
 
@@ -70,10 +70,10 @@ def choose(c: Any, reference: decoder.ModelConfig) -> Embedder:
       )
     m = _encoder(given, "" if pooling in ("auto", "response") else pooling)
     return Embedder(m, given, m.pooling, True, pooling == "response")
-  if pooling not in embed.POOLINGS:
+  if pooling not in passes.POOLINGS:
     raise ConfigError(
       f"embed.pooling={pooling!r} is not of a decoder, wanted "
-      f"{' or '.join(embed.POOLINGS)}; set "
+      f"{' or '.join(passes.POOLINGS)}; set "
       "config.embed.pooling"
     )
   if by_reference(c):
@@ -250,7 +250,7 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
   params = load(e, job.mesh)
 
   def pooled(parts, tick):
-    return embed.pool_rows(
+    return passes.pool_rows(
       job.mesh,
       params,
       e.model,
@@ -262,7 +262,7 @@ def prepare(job: Any, e: Embedder, folder: Any) -> tuple[Callable, int, int]:
       tick=tick,
     )
 
-  return pooled, embed.flops(e.model, rows, 0), len(rows.ids)
+  return pooled, passes.flops(e.model, rows, 0), len(rows.ids)
 
 
 def flops(e: Embedder, tokens: int) -> int:

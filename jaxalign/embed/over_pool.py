@@ -8,15 +8,15 @@ that its outputs need.
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxalign.core import artifacts, hub, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.embed import embedder
-from jaxalign.embed import passes as embed
+from jaxalign.core.stage import Made
+from jaxalign.embed import embedder, passes
 from jaxalign.embed import store as stores
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import encoder
@@ -32,29 +32,6 @@ KEEPS = {
   "answer": ("answer_embedding",),
   "residual": ("residual", "least"),
 }
-
-
-class Stage(NamedTuple):
-  """One stage of KEEPS, as a job has it."""
-
-  name: str
-  folder: Any
-  columns: dict[str, ArraySpec]  # of its store
-  fields: dict[str, Any]
-  inputs: dict[str, str]
-  foreign: embedder.Embedder | None  # what runs, where the reference does not
-
-  @property
-  def record(self) -> dict[str, Any]:
-    """What `artifacts.run` and `begin` ask for."""
-    return dict(
-      folder=self.folder,
-      stage=self.name,
-      fields=self.fields,
-      inputs=self.inputs,
-      resumes=("store",),
-      mends=True,
-    )
 
 
 def by_reference(c: Any, stage: str) -> bool:
@@ -129,7 +106,7 @@ def _fill(
 
   A shard that any of them lacks is made once, and written where it is missing.
   """
-  ids, responses = stores.encoded(job.column("pool", "id")), _responses(job)
+  ids, responses = stores.encoded(job.column("pool", "id")), job.responses
   found = [
     stores.create(
       folder / "store", ids, columns, fields=fields, shard=job.c.embed.shard
@@ -172,94 +149,98 @@ def _token_rows(
   return (records[:, None] * responses + np.arange(responses)).reshape(-1)
 
 
-def run_passes(job: Job, names: Sequence[str]) -> None:
-  """Runs the stages `names` of KEEPS, those of the reference in one pass.
+def foreign_of(job: Job, name: str) -> embedder.Embedder | None:
+  """What runs in a stage of KEEPS where the reference does not."""
+  if by_reference(job.c, name):
+    return None
+  chosen = embedder.choose(job.c, job.model)
+  return embedder.of_answers(chosen) if name == "answer" else chosen
+
+
+def arrays_of(job: Job, name: str) -> dict[str, ArraySpec]:
+  """The columns of a stage's store."""
+  foreign, r = foreign_of(job, name), job.responses
+  width = foreign.model.width if foreign else job.model.width
+  wide = ArraySpec((r, width), job.c.embed.store_dtype)
+  return {
+    output: wide if passes.OUTPUTS[output][0] else ArraySpec((r,))
+    for output in kept(job.c, name)
+  }
+
+
+def pass_needs(name: str) -> Callable[[Job, None], list[str]]:
+  """The `needs` of a stage of KEEPS."""
+  return lambda job, arm: (
+    ["data", "sft"] if by_reference(job.c, name) else ["data"]
+  )
+
+
+def pass_fields(name: str) -> Callable[[Job, None], dict[str, Any]]:
+  """The `fields` of a stage of KEEPS."""
+
+  def fields(job: Job, arm: None) -> dict[str, Any]:
+    c, foreign = job.c, foreign_of(job, name)
+    store = ("embed.tile", "embed.shard", "embed.store_dtype")
+    knobs = ("embed",) if name == "embed" else store
+    if name == "answer":
+      knobs += ("embed.checkpoint", "embed.layers")
+      if foreign and isinstance(foreign.model, encoder.EncoderConfig):
+        knobs += ("embed.pooling",)
+    found = pick(c, *knobs, "model")
+    return found | (dict(embedder=_digest(foreign)) if foreign else {})
+
+  return fields
+
+
+def _digest(foreign: embedder.Embedder) -> str:
+  def make():
+    names = embedder.digest_names(foreign)
+    digests = artifacts.digest_tree(hub.resolve(foreign.folder), names)
+    return artifacts.key_of("embedder", digests, {})
+
+  return artifacts.told(make)
+
+
+def make_pass(name: str) -> Callable[[Job, None, Any], Made]:
+  """The `make` of a stage of KEEPS: those of the reference share one pass.
 
   The first that is not finished makes the others' files too. Its record has the
   seconds of the pass; the flops stand by what each stage adds.
   """
-  asked = [_stage(job, name) for name in KEEPS if name in names]
-  for at, stage in enumerate(asked):
-    make = _foreign if stage.foreign else _by_reference
-    later = [x for x in asked[at + 1 :] if not x.foreign]
-    job.run(
-      **stage.record,
-      make=lambda folder, make=make, stage=stage, later=later: make(
-        job, stage, later
-      ),
-    )
+
+  def make(job: Job, arm: None, folder: Any) -> Made:
+    if foreign := foreign_of(job, name):
+      return _by_foreign(job, name, folder, foreign)
+    return _by_reference(job, name, folder)
+
+  return make
 
 
-def _stage(job: Job, name: str) -> Stage:
-  c, r = job.c, _responses(job)
-  chosen = embedder.choose(c, job.model)
-  foreign = None if by_reference(c, name) else chosen
-  inputs = dict(data=job.key("data"))
-  if foreign is None:
-    inputs["sft"] = job.key("sft")
-  else:
-    inputs["model"] = artifacts.told(
-      lambda: artifacts.key_of(
-        "embedder",
-        artifacts.digest_tree(
-          hub.resolve(foreign.folder), embedder.digest_names(foreign)
-        ),
-        {},
-      )
-    )
-  if name == "embed":
-    fields = pick(c, "embed", "model")
-  else:
-    fields = pick(c, "embed.tile", "embed.shard", "embed.store_dtype", "model")
-  if name == "answer":
-    fields |= pick(c, "embed.checkpoint", "embed.layers")
-    if foreign and isinstance(foreign.model, encoder.EncoderConfig):
-      fields |= pick(c, "embed.pooling")
-    foreign = foreign and embedder.of_answers(foreign)
-  width = foreign.model.width if foreign else job.model.width
-  return Stage(
-    name,
-    job.shared / name,
-    {
-      output: ArraySpec((r, width), c.embed.store_dtype)
-      if embed.OUTPUTS[output][0]
-      else ArraySpec((r,))
-      for output in kept(c, name)
-    },
-    fields,
-    inputs,
-    foreign,
-  )
-
-
-def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
-  """Makes a stage's store, and those of the `later` that are not finished."""
+def _by_reference(job: Job, name: str, folder: Any) -> Made:
+  """Makes a stage's store, and those of later ones that are not finished."""
   c, m, rows = job.c, job.model, job.tokens("pool")
   # Stages that an unfinished pass has paid for, as `begin` below left them.
-  before = artifacts.read_record(stage.folder, stage.name).result.get(
-    "beside", []
-  )
-  taken = [stage]
+  record = artifacts.read_record(folder, name)
+  before = record.result.get("one_pass_with", [])
+  taken, later = [name], [*KEEPS][[*KEEPS].index(name) + 1 :]
   for other in later:
-    if artifacts.begin(
-      **other.record,
-      redo=job.redo,
-      result=dict(beside=[*before, *(x.name for x in taken)]),
-    ):
+    if other not in job.planned or not by_reference(c, other):
+      continue
+    if job.begin(other, dict(one_pass_with=[*before, *taken])):
       taken.append(other)
-  outputs = sum((kept(c, x.name) for x in taken), ())
+  outputs = sum((kept(c, x) for x in taken), ())
   layers, tile = c.embed.layers, c.embed.tile
 
   @functools.cache  # what is not needed is not loaded
   def loaded():
-    if not layers or embed.headed(outputs):
+    if not layers or passes.headed(outputs):
       return m, job.reference, layers
     short = embedder.first_layers(m, layers)
     return short, embedder.first_weights(short, job.reference), 0
 
   def make(parts, tick):
     model, params, at = loaded()
-    return embed.pass_rows(
+    return passes.pass_rows(
       job.mesh,
       params,
       model,
@@ -270,50 +251,38 @@ def _by_reference(job: Job, stage: Stage, later: list[Stage]) -> tuple:
       tile=tile,
       chunk=c.model.head_chunk,
       parts=parts,
-      label=stage.name,
+      label=name,
       ids=job.column("pool", "id"),
       tick=tick,
     )
 
-  files = _fill(
-    job,
-    stage.name,
-    [(x.folder, x.fields | x.inputs, x.columns) for x in taken],
-    tile * job.mesh.size,
-    make,
-  )
-  spent = shares(
-    c,
-    [*before, stage.name],
-    lambda outputs: embed.pass_flops(m, rows, outputs, layers),
-  )[stage.name]
-  said = dict(say=f"{len(rows.start):,} rows")
+  stores_of = [
+    (job.shared / x, job.made_of(x), arrays_of(job, x)) for x in taken
+  ]
+  files = _fill(job, name, stores_of, tile * job.mesh.size, make)
+  flops_of = lambda outputs: passes.pass_flops(m, rows, outputs, layers)
+  flops = shares(c, [*before, name], flops_of)[name]
+  result = dict(say=f"{len(rows.start):,} rows")
   if before:
-    said = dict(beside=before, say=f"in one pass with {', '.join(before)}")
-  return files, Cost(spent, 0 if before else len(rows.ids)), said
+    say = f"in one pass with {', '.join(before)}"
+    result = dict(one_pass_with=before, say=say)
+  return files, Cost(flops, 0 if before else len(rows.ids)), result
 
 
-def _foreign(job: Job, stage: Stage, later: list[Stage]) -> tuple:
+def _by_foreign(
+  job: Job, name: str, folder: Any, foreign: embedder.Embedder
+) -> Made:
   """Makes a stage's store by a model that only embeds."""
-  del later
-  run, flops, tokens = embedder.prepare(job, stage.foreign, stage.folder)
-  ((name, column),) = stage.columns.items()
+  run, flops, tokens = embedder.prepare(job, foreign, folder)
+  ((output, column),) = arrays_of(job, name).items()
   files = over_shards(
     job,
-    stage.folder,
-    stage.name,
-    stage.fields | stage.inputs,
-    {name: column},
+    folder,
+    name,
+    job.made_of(name),
+    {output: column},
     job.c.embed.tile * job.mesh.size,
-    lambda parts, tick: {name: run(parts, tick)},
+    lambda parts, tick: {output: run(parts, tick)},
   )
-  return (
-    files + embedder.files(stage.foreign),
-    Cost(flops, tokens),
-    dict(say=f"{len(job.tokens('pool').start):,} rows"),
-  )
-
-
-def _responses(job: Job) -> int:
-  """R, of a record of the pool."""
-  return len(job.tokens("pool").start) // len(job.column("pool", "id"))
+  result = dict(say=f"{len(job.tokens('pool').start):,} rows")
+  return files + embedder.files(foreign), Cost(flops, tokens), result

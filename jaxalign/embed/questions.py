@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import chat as chats
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.data import tokens
 from jaxalign.data.encode import answers_of, dialogues_to_ids, encode_texts
 from jaxalign.data.schemas.schema import turns_of
 from jaxalign.data.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ ANSWERS = ("yes", "no")  # the good one first
 class Questions(NamedTuple):
   """What a judge is asked about n answers."""
 
-  rows: tokens_lib.TokenRows  # n rows; the next token is the verdict
+  rows: tokens.TokenRows  # n rows; the next token is the verdict
   yes: int  # the tokens that tell the two verdicts apart
   no: int
   shortened: int  # rows whose texts did not fit whole
@@ -151,9 +151,9 @@ def _build(tok, chat, texts, question, answers, context) -> Questions:
 
 def _rows(
   ids: list[np.ndarray], start: list[int], cut: Any = None
-) -> tokens_lib.TokenRows:
+) -> tokens.TokenRows:
   cut = np.zeros(len(ids), np.int32) if cut is None else np.int32(cut)
-  return tokens_lib.TokenRows(
+  return tokens.TokenRows(
     np.concatenate(ids),
     np.cumsum([0] + [len(i) for i in ids]),
     np.array(start, np.int32),
@@ -163,7 +163,7 @@ def _rows(
 
 def encode_chats(
   folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
-) -> tokens_lib.TokenRows:
+) -> tokens.TokenRows:
   """Rows for a decoder that gives rewards, as `readable` has them.
 
   Raises:
@@ -183,7 +183,7 @@ def encode_chats(
 
 def readable(
   folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
-) -> tuple[tokens_lib.TokenRows, dict[int, str]]:
+) -> tuple[tokens.TokenRows, dict[int, str]]:
   """Rows for a decoder that gives rewards, each ended by its EOS.
 
   Its tokenizer's template where it has one, else prompt and answer as text.
@@ -225,7 +225,7 @@ def readable(
 
 def encode_two(
   folder: Any, m: Any, texts: Sequence[tuple[dict, str]]
-) -> tokens_lib.TokenRows:
+) -> tokens.TokenRows:
   """Rows for an encoder that gives rewards: prompt and answer as two texts.
 
   `start` is where the tokens have type 1, as of the second text; the end where

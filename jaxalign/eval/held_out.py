@@ -9,7 +9,7 @@ from jaxalign.core import intervals, progress
 from jaxalign.data import prepare
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.eval import winrate
 from jaxalign.model import decode
 from jaxalign.model.job import Job
@@ -115,7 +115,7 @@ def score_answers(
   new, tile, chunk = options.new_tokens, options.tile, options.chunk
   prompts = [decode.fitting(p, m, new) for p in prompts_of(data)]
   rows = answer_rows(prompts, answers)
-  return embed.score_rows(
+  return passes.score_rows(
     mesh, params, m, rows, tile=tile, chunk=chunk, label="score answers"
   ).logp
 
@@ -139,7 +139,7 @@ def run_policy(
 ) -> PolicyOutputs:
   """Scores the held-out responses, generates answers, and scores those."""
   tok, tile, chunk = data.tokenizer, options.tile, options.chunk
-  scored = embed.score_rows(
+  scored = passes.score_rows(
     mesh, params, m, data.tokens, tile=tile, chunk=chunk, label="score held-out"
   )
   prompts = prompts_of(data)
@@ -154,7 +154,7 @@ def run_policy(
   answers = decode.generate(mesh, params, m, prompts, generation)
   texts = answer_texts(tok, answers)
   rows = answer_rows(prompts, answers)
-  flops = embed.flops(m, data.tokens) + 2 * embed.flops(m, rows)
+  flops = passes.flops(m, data.tokens) + 2 * passes.flops(m, rows)
   return PolicyOutputs(
     scored.logp.reshape(len(data.rows), -1),
     answers,

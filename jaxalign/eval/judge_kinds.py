@@ -16,9 +16,9 @@ import numpy as np
 from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import prepare
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import questions, scores
+from jaxalign.data import prepare, tokens
+from jaxalign.embed import questions
+from jaxalign.embed import row_scores as scores
 from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
@@ -28,6 +28,7 @@ from jaxalign.model.job import Arm, arm_folder, Job, kernel_of
 
 KINDS = ("auto", "world", "reward_model", "endpoint", "none")
 CONTROLS = 20  # prompts of each control, see eval/judges/controls.py
+REFERENCE = "judged_reference"  # the stage that judges the reference
 REWARDS = "rewards.json"  # of the start's stage: content digest -> reward
 ASKED = ("reward_model", "endpoint")  # those with a stage of their own
 
@@ -132,8 +133,8 @@ def check_ready(job: Job, arms: list[Arm]) -> None:
       "is none; choose a local --workdir"
     )
   records = [
-    artifacts.read_record(folder, "judge")
-    for folder in (job.shared / "judge", *(arm_folder(job, a) for a in arms))
+    artifacts.read_record(job.shared / REFERENCE, REFERENCE),
+    *(artifacts.read_record(arm_folder(job, a), "judge") for a in arms),
   ]
   if any(record is None or not record.finished for record in records):
     if jax.process_index() == 0:
@@ -240,7 +241,7 @@ class _Rewards:
       np.dtype(np.float32 if r.encodes else job.c.model.param_dtype),
     )
     # Of the start, which every arm's answers are compared with.
-    found = job.shared / "judge" / REWARDS
+    found = job.shared / REFERENCE / REWARDS
     self.known: dict[str, float] = (
       {
         k: np.nan if x is None else x
@@ -298,7 +299,7 @@ class _Rewards:
       out[kept] = scores.reward_rows(
         self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
       )
-    sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
+    sizes, counts = np.unique(tokens.row_lengths(rows), return_counts=True)
     self.flops += sum(
       reward_flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
     )

@@ -18,8 +18,9 @@ import numpy as np
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import pick
 from jaxalign.core.errors import DataError
+from jaxalign.core.stage import Made
 from jaxalign.data import world as world_lib
-from jaxalign.embed import scores
+from jaxalign.embed import row_scores
 from jaxalign.eval import held_out, judging, winrate
 from jaxalign.eval.judge_kinds import (
   ASKED,
@@ -28,6 +29,7 @@ from jaxalign.eval.judge_kinds import (
   kind_of,
   name_of,
   of_scores,
+  REFERENCE,
 )
 from jaxalign.eval.policies import read_samples
 from jaxalign.model.job import Arm, arm_folder, Job
@@ -107,17 +109,16 @@ def labelled(job: Job) -> list[dict[str, Any]]:
 # The stages.
 
 
-def _fields(job: Job, *more: str) -> dict[str, Any]:
-  return pick(job.c, *_VERDICT, *_OF[kind_of(job.c)], *more)
+def judge_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
+  """What of the config verdicts depend on."""
+  found = pick(job.c, *_VERDICT, *_OF[kind_of(job.c)])
+  if kind_of(job.c) == "reward_model":
+    found["checkpoint"] = row_scores.digest_of(job.c.judge.checkpoint)
+  return found
 
 
-def _inputs(job: Job, **more: str) -> dict[str, str]:
-  given = job.c.judge.checkpoint
-  return more | (
-    dict(model=scores.digest_of(given))
-    if kind_of(job.c) == "reward_model"
-    else {}
-  )
+def judged_reference_fields(job: Job, arm: None) -> dict[str, Any]:
+  return judge_fields(job, arm) | pick(job.c, "judge.labels")
 
 
 def _row(row: dict, ours: str, theirs: str, found: dict, k: int) -> dict:
@@ -171,73 +172,60 @@ def _write(
   return ["verdicts.jsonl", "judge.json"]
 
 
-def run_judge_start(job: Job) -> None:
+def make_judged_reference(job: Job, arm: None, folder: Any) -> Made:
   """The reference against the baseline; the controls; labelled pairs."""
   c, kind = job.c, kind_of(job.c)
-  if kind not in ASKED:
-    return
-
-  def make(folder):
-    judge, files = JUDGES[kind](job, folder), []
-    if kind == "reward_model" or jax.process_index() == 0:
-      what, pairs = shown(job), labelled(job)
-      # Against itself the reference ties: nobody has to be asked.
-      found = (
-        None
-        if c.judge.baseline == "reference"
-        else judge(what.rows, what.start, what.theirs)
+  judge, files = JUDGES[kind](job, folder), []
+  if kind == "reward_model" or jax.process_index() == 0:
+    what, pairs = shown(job), labelled(job)
+    # Against itself the reference ties: nobody has to be asked.
+    found = (
+      None
+      if c.judge.baseline == "reference"
+      else judge(what.rows, what.start, what.theirs)
+    )
+    k = CONTROLS
+    held = (
+      judging.controls(
+        name_of(c),
+        judge.pairs,
+        [row["prompt"] for row in what.rows[:k]],
+        [row["target"] for row in what.rows[:k]],
       )
-      k = CONTROLS
-      held = (
-        judging.controls(
-          name_of(c),
-          judge.pairs,
-          [row["prompt"] for row in what.rows[:k]],
-          [row["target"] for row in what.rows[:k]],
+      if k
+      else None
+    )
+    said = judge(
+      pairs, *([row[side] for row in pairs] for side in ("chosen", "rejected"))
+    )["verdicts"]
+    if jax.process_index() == 0:
+      if found is None:
+        n = len(what.rows)
+        found = of_scores(np.zeros(n), np.zeros(n)) | dict(replies=[()] * n)
+      agree = (
+        judging.against_labels(
+          name_of(c), said, _truth(job, pairs), [row["id"] for row in pairs]
         )
-        if k
+        if pairs
         else None
       )
-      said = judge(
-        pairs,
-        *([row[side] for row in pairs] for side in ("chosen", "rejected")),
-      )["verdicts"]
-      if jax.process_index() == 0:
-        if found is None:
-          n = len(what.rows)
-          found = of_scores(np.zeros(n), np.zeros(n)) | dict(replies=[()] * n)
-        agree = (
-          judging.against_labels(
-            name_of(c), said, _truth(job, pairs), [row["id"] for row in pairs]
-          )
-          if pairs
-          else None
-        )
-        files = _write(
-          folder,
-          what,
-          what.start,
-          found,
-          dict(controls=held, agreement=agree),
-          name_of(c),
-          c.judge.baseline,
-        )
-        files += judge.keep()
-        cost, told = judge.cost()
-        held_up = held is None or all(
-          held[k]["passed"] for k in ("null", "injected")
-        )
-        say = "" if held_up else "a control failed: do not believe this judge"
-        return [*files, *judge.files], cost, dict(told, say=say)
-    return [], judge.cost()[0], {}
-
-  job.run(
-    job.shared / "judge",
-    "judge",
-    make=make,
-    fields=_fields(job, "judge.labels"),
-    inputs=_inputs(job, data=job.key("data"), baseline=job.key("baseline")),
-  )
+      files = _write(
+        folder,
+        what,
+        what.start,
+        found,
+        dict(controls=held, agreement=agree),
+        name_of(c),
+        c.judge.baseline,
+      )
+      files += judge.keep()
+      cost, told = judge.cost()
+      held_up = held is None or all(
+        held[k]["passed"] for k in ("null", "injected")
+      )
+      say = "" if held_up else "a control failed: do not believe this judge"
+      return [*files, *judge.files], cost, dict(told, say=say)
+  return [], judge.cost()[0], {}
 
 
 def _truth(job: Job, pairs: list[dict]) -> list[str] | None:
@@ -253,56 +241,41 @@ def _truth(job: Job, pairs: list[dict]) -> list[str] | None:
   return ["first" if g > 0 else "second" if g < 0 else "tie" for g in gap]
 
 
-def run_judge(job: Job, arm: Arm) -> None:
+def make_judged_policy(job: Job, arm: Arm, folder: Any) -> Made:
   """An arm's answers against the baseline's."""
   c, kind = job.c, kind_of(job.c)
-  if kind not in ASKED:
-    return
-
-  def make(folder):
-    judge = JUDGES[kind](job, folder)
-    if kind == "reward_model" or jax.process_index() == 0:
-      what = shown(job)
-      ours = answers(folder, what.rows)
-      found = judge(what.rows, ours, what.theirs)
-      # A reward once given compares with any other: the start costs nothing.
-      beside = (
-        {"win_vs_sft": judge(what.rows, ours, what.start)["rate"]}
-        if (kind == "reward_model" and c.judge.baseline != "reference")
-        else {}
+  judge = JUDGES[kind](job, folder)
+  if kind == "reward_model" or jax.process_index() == 0:
+    what = shown(job)
+    ours = answers(folder, what.rows)
+    found = judge(what.rows, ours, what.theirs)
+    # A reward once given compares with any other: the start costs nothing.
+    beside = (
+      {"win_vs_sft": judge(what.rows, ours, what.start)["rate"]}
+      if (kind == "reward_model" and c.judge.baseline != "reference")
+      else {}
+    )
+    if jax.process_index() == 0:
+      files = _write(
+        folder,
+        what,
+        ours,
+        found,
+        dict(beside=beside),
+        name_of(c),
+        c.judge.baseline,
       )
-      if jax.process_index() == 0:
-        files = _write(
-          folder,
-          what,
-          ours,
-          found,
-          dict(beside=beside),
-          name_of(c),
-          c.judge.baseline,
+      rate, (cost, told) = found["rate"], judge.cost()
+      say = (
+        "no verdict could be read"
+        if rate["value"] is None
+        else (
+          f"wins {100 * rate['value']:.1f} % against "
+          f"{winrate.BASELINES[c.judge.baseline][1]}"
         )
-        rate, (cost, told) = found["rate"], judge.cost()
-        say = (
-          "no verdict could be read"
-          if rate["value"] is None
-          else (
-            f"wins {100 * rate['value']:.1f} % against "
-            f"{winrate.BASELINES[c.judge.baseline][1]}"
-          )
-        )
-        return [*files, *judge.files], cost, dict(told, say=say)
-    return [], judge.cost()[0], {}
-
-  job.run(
-    arm_folder(job, arm),
-    "judge",
-    arm.name,
-    make=make,
-    fields=_fields(job),
-    inputs=_inputs(
-      job, evaluate=job.key("evaluate", arm.name), baseline=job.key("baseline")
-    ),
-  )
+      )
+      return [*files, *judge.files], cost, dict(told, say=say)
+  return [], judge.cost()[0], {}
 
 
 # What pages and comparisons read.
@@ -352,7 +325,7 @@ def described(job: Job, arms: list[Arm]) -> dict[str, Any]:
   if kind not in ASKED:
     return out
   read = lambda folder: artifacts.read_json(folder / "judge.json")
-  start = read(job.shared / "judge")
+  start = read(job.shared / REFERENCE)
   lines = [
     dict(name=a.name, **_line(read(arm_folder(job, a)), metric)) for a in arms
   ]
@@ -361,7 +334,7 @@ def described(job: Job, arms: list[Arm]) -> dict[str, Any]:
   totals = [
     record.result
     for (_, stage), record in job.records.items()
-    if stage == "judge" and "requests" in record.result
+    if stage in ("judge", REFERENCE) and "requests" in record.result
   ]
   return out | dict(
     arms=lines,

@@ -1,7 +1,5 @@
 """Measures the reference and the policies on the held-out split."""
 
-from collections.abc import Callable
-import functools
 import json
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.stage import Made
 from jaxalign.eval import held_out
 from jaxalign.eval.held_out import eval_options
 from jaxalign.model import adapters, decoder, hf
@@ -75,116 +74,79 @@ def _examine(
   )
 
 
-def run_baseline(job: Job) -> None:
+def eval_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
+  return pick(job.c, "eval")
+
+
+def _measured(job: Job, folder: Any, outcome: Any, *others: Any) -> Made:
+  """Writes an outcome and its metrics; `others` as of `policy_metrics`."""
+  metrics = held_out.policy_metrics(held_out.eval_set(job), outcome, *others)
+  files = _save_outcome(folder, held_out.eval_set(job), outcome)
+  if jax.process_index() == 0:
+    artifacts.write_json(folder / "eval.json", metrics)
+  win, result = metrics.get("win_vs_target"), {}
+  if win and outcome is not others[0]:
+    say = f"wins {100 * win['value']:.1f} % against the target"
+    result = dict(say=say)
+  return [*files, "eval.json"], Cost(outcome.flops, outcome.tokens), result
+
+
+def make_baseline(job: Job, arm: None, folder: Any) -> Made:
   """Measures the reference itself, once for all arms."""
-
-  def make(folder):
-    outcome = _examine(job, job.reference, job.model)
-    files = _save_outcome(folder, held_out.eval_set(job), outcome)
-    metrics = held_out.policy_metrics(
-      held_out.eval_set(job), outcome, outcome, outcome.answer_logp
-    )
-    if jax.process_index() == 0:
-      artifacts.write_json(folder / "eval.json", metrics)
-    return [*files, "eval.json"], Cost(outcome.flops, outcome.tokens), {}
-
-  job.run(
-    job.shared / "baseline",
-    "baseline",
-    make=make,
-    fields=pick(job.c, "eval"),
-    inputs=dict(data=job.key("data"), sft=job.key("sft")),
-  )
+  outcome = _examine(job, job.reference, job.model)
+  return _measured(job, folder, outcome, outcome, outcome.answer_logp)
 
 
-def policy_of(job: Job, arm: Arm) -> Callable[[], decoder.Params]:
-  """A function that reads an aligned policy onto the mesh, once."""
-
-  @functools.lru_cache(maxsize=1)
-  def policy():
+def policy_of(job: Job, arm: Arm) -> decoder.Params:
+  """An aligned policy, on the mesh; one arm's at a time."""
+  if job.kept.get("policy", (None,))[0] != arm:
+    job.kept.pop("policy", None)
     folder, m = arm_folder(job, arm), job.policy
-    found = aligned(
-      job, folder, adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
-    )
-    if m.lora is None:
-      return found
-    if m.lora.variant == "lora_sb":
-      found |= bases(job, folder)
-    return job.reference | found
-
-  return policy
+    shapes = adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
+    found = aligned(job, folder, shapes)
+    if m.lora is not None:
+      fixed = bases(job, folder) if m.lora.variant == "lora_sb" else {}
+      found = job.reference | found | fixed
+    job.kept["policy"] = arm, found
+  return job.kept["policy"][1]
 
 
-def run_evaluate(
-  job: Job, arm: Arm, policy: Callable[[], decoder.Params]
-) -> None:
+def make_evaluation(job: Job, arm: Arm, folder: Any) -> Made:
   """Measures the policy on the held-out split."""
-
-  def make(folder):
-    # Arms of one seed meet the same noise; another seed meets another.
-    outcome = _examine(job, policy(), job.policy, arm.seed)
-    under = held_out.score_answers(
-      job.mesh,
-      job.reference,
-      job.model,
-      held_out.eval_set(job),
-      outcome.answers,
-      eval_options(job.c),
-    )
-    metrics = held_out.policy_metrics(
-      held_out.eval_set(job),
-      outcome,
-      _load_outcome(job.shared / "baseline"),
-      under,
-    )
-    files = _save_outcome(folder, held_out.eval_set(job), outcome)
-    if jax.process_index() == 0:
-      artifacts.write_json(folder / "eval.json", metrics)
-    win = metrics.get("win_vs_target")
-    say = f"wins {100 * win['value']:.1f} % against the target" if win else ""
-    return (
-      [*files, "eval.json"],
-      Cost(outcome.flops, outcome.tokens),
-      dict(say=say),
-    )
-
-  job.run(
-    arm_folder(job, arm),
-    "evaluate",
-    arm.name,
-    make=make,
-    fields=pick(job.c, "eval"),
-    inputs=dict(align=job.key("align", arm.name), baseline=job.key("baseline")),
+  # Arms of one seed meet the same noise; another seed meets another.
+  outcome = _examine(job, policy_of(job, arm), job.policy, arm.seed)
+  under = held_out.score_answers(
+    job.mesh,
+    job.reference,
+    job.model,
+    held_out.eval_set(job),
+    outcome.answers,
+    eval_options(job.c),
   )
+  baseline = _load_outcome(job.shared / "baseline")
+  return _measured(job, folder, outcome, baseline, under)
 
 
-def run_export(
-  job: Job, arm: Arm, policy: Callable[[], decoder.Params]
-) -> None:
+def _given(c: Any) -> hf.Given:
+  """What the exported folder takes over of the checkpoint."""
+  return hf.given(c.model.checkpoint) if c.model.checkpoint else hf.Given()
+
+
+def export_fields(job: Job, arm: Arm) -> dict[str, Any]:
+  return dict(dtype=_given(job.c).dtype)
+
+
+def make_export(job: Job, arm: Arm, folder: Any) -> Made:
   """Writes the policy as a Hugging Face folder, and adapters for peft."""
-
-  def make(folder):
-    if not job.policy.lora:
-      job.release_reference()
-    params, m = policy(), job.policy
-    merged = adapters.Merged(params, m.lora) if m.lora else params
-    files = hf.export_folder(
-      folder / "export", merged, job.model, job.tokenizer, dtype=dtype, of=of
-    )
-    if m.lora:
-      hf.save_adapters(folder / "adapter", params, m, base=given)
-      files = [*files, "adapter"]
-    return files, Cost(), dict(say=f"weights in {dtype}")
-
-  given = job.c.model.checkpoint
-  of = hf.given(given) if given else hf.Given()
-  dtype = of.dtype  # as loaded
-  job.run(
-    arm_folder(job, arm),
-    "export",
-    arm.name,
-    make=make,
-    # As it was written before there was a choice.
-    fields=dict(dtype=dtype) if dtype != "float32" else {},
-    inputs=dict(align=job.key("align", arm.name)),
+  if not job.policy.lora:
+    job.release_reference()
+  params, m, of = policy_of(job, arm), job.policy, _given(job.c)
+  merged = adapters.Merged(params, m.lora) if m.lora else params
+  files = hf.export_folder(
+    folder / "export", merged, job.model, job.tokenizer, dtype=of.dtype, of=of
   )
+  if m.lora:
+    base = job.c.model.checkpoint
+    hf.save_adapters(folder / "adapter", params, m, base=base)
+    files = [*files, "adapter"]
+  return files, Cost(), dict(say=f"weights in {of.dtype}")

@@ -6,18 +6,20 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core.artifacts import Cost
+from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
+from jaxalign.core.stage import Made
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.data import world as world_lib
-from jaxalign.embed import passes as embed
+from jaxalign.data import world
+from jaxalign.embed import passes
 from jaxalign.eval import held_out, winrate
 from jaxalign.eval.held_out import eval_options
 from jaxalign.model import decode, decoder
 from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
-from jaxalign.train import online
+from jaxalign.train import align, online
 from jaxalign.train import step as steps
+from jaxalign.train.align import Watched
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import loss_of
@@ -350,7 +352,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   def score(params, m):
     how = dict(tile=c.embed.tile, chunk=c.model.head_chunk)
     how["label"] = f"eval {name}"
-    found = embed.score_rows(job.mesh, params, m, rows, **how)
+    found = passes.score_rows(job.mesh, params, m, rows, **how)
     return found.logp.reshape(-1, each), found.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
@@ -378,7 +380,7 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
 
   def cost(found):  # of the policy each time, of the reference once
     times = len(found) + bool(found)
-    return Cost(times * embed.flops(job.model, rows), times * len(rows.ids))
+    return Cost(times * passes.flops(job.model, rows), times * len(rows.ids))
 
   return Measure(measure, cost)
 
@@ -419,7 +421,7 @@ def _generations(job: Job) -> Measure:
     malformed = won = None
     if what.world is not None:
       own_reward = held_out.true_rewards(what, held_out.answer_texts(tok, said))
-      malformed = own_reward == world_lib.MALFORMED
+      malformed = own_reward == world.MALFORMED
       won = winrate.wins(own_reward, target)
     health = held_out.generation_health(said, tok.stops, malformed)
     out = {n: float(x["value"]) for n, x in health.items()}
@@ -427,7 +429,7 @@ def _generations(job: Job) -> Measure:
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
-    out["flops"] = 3.0 * embed.flops(
+    out["flops"] = 3.0 * passes.flops(
       job.model, held_out.answer_rows(asked, said)
     )
     return out
@@ -440,3 +442,21 @@ def _generations(job: Job) -> Measure:
     )
 
   return Measure(measure, cost)
+
+
+def watched(job: Job, arm: Arm) -> Watched:
+  """What is evaluated while the policy of an arm is trained."""
+  found = measures(job, arm)
+  return Watched(found, extend(job), lambda lines: spent(found, lines))
+
+
+def make_aligned(job: Job, arm: Arm, folder: Any) -> Made:
+  """The align stage: trains a policy, and evaluates it meanwhile."""
+  return align.make_policy(job, arm, folder, watched(job, arm))
+
+
+def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
+  """The fields of `align`, those that decide which weights are best too."""
+  t = job.c.train
+  fields = align.align_fields(job, arm) | pick(job.c, *reads(t))
+  return record_fields(t, fields)

@@ -1,15 +1,17 @@
 """What every stage of a run shares, and one arm of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import re
 from typing import Any, NamedTuple
 
 from etils import epath
+import jax
 import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.checkpoints import restore_params
+from jaxalign.core.stage import Stage
 from jaxalign.data import prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data.tokenizer import load_tokenizer, Tokenizer
@@ -59,23 +61,85 @@ class Job:
   force = False  # whether a job that should not fit is tried all the same
 
   def __init__(
-    self, c: Any, mesh: Any, workdir: Any, loss: Callable, redo: bool = False
+    self,
+    c: Any,
+    mesh: Any,
+    workdir: Any,
+    loss: Callable,
+    stages: Sequence[Stage] = (),
+    redo: bool = False,
   ):
     self.c, self.mesh, self.loss, self.redo = c, mesh, loss, redo
     self.workdir = epath.Path(workdir)
     self.shared = self.workdir / "shared"
+    self.stages = {stage.name: stage for stage in stages}
+    self.planned: frozenset[str] = frozenset()  # shared stages it will run
     self.records: dict[tuple[str, str], artifacts.Record] = {}
     self.kept: dict[str, Any] = {}  # what a room makes once a job
 
+  def folder(self, stage: Stage, arm: Arm | None = None) -> epath.Path:
+    """Where a stage leaves its files."""
+    return arm_folder(self, arm) if stage.of_arm else self.shared / stage.name
+
+  def describe(self, stage: Stage, arm: Arm | None = None) -> dict[str, Any]:
+    """What a stage is made from: {"fields", "inputs", "resumes", ...}."""
+    inputs = {}
+    for need in stage.needs(self, arm):
+      name, other = need if isinstance(need, tuple) else (need, arm)
+      own = name in self.stages and self.stages[name].of_arm
+      label = f"{name} of {other.name}" if other is not arm else name
+      inputs[label] = self.records[other.name if own else "", name].content
+    return dict(
+      fields=stage.fields(self, arm),
+      inputs=inputs,
+      resumes=tuple(stage.resumes(self, arm)),
+      mends=stage.repairs,
+      redo=self.redo or stage.remakes,
+    )
+
   def run(
-    self, folder: Any, stage: str, arm: str = "", **kwargs
+    self, stage: Stage | str, arm: Arm | None = None, folder: Any = None
   ) -> artifacts.Record:
-    """`artifacts.run`, remembered by (arm, stage) for the ledger."""
-    if arm:
-      progress.say(f"[{arm}]") if stage == "select" else None
-    record = artifacts.run(folder, stage, **dict(redo=self.redo) | kwargs)
-    self.records[arm, stage] = record
+    """Runs a stage, or finds it finished; its record is kept for the ledger."""
+    stage = self.stages[stage] if isinstance(stage, str) else stage
+    key = arm.name if stage.of_arm else "", stage.name
+    if digest := stage.given(self):
+      record = artifacts.given(stage.name, digest)
+    else:
+
+      def make(folder):
+        if stage.alone and jax.process_index() != 0:
+          return [], artifacts.Cost(), {}
+        return stage.make(self, arm, folder)
+
+      record = artifacts.run(
+        self.folder(stage, arm) if folder is None else folder,
+        stage.name,
+        make=make,
+        volatile=stage.volatile,
+        **self.describe(stage, arm),
+      )
+    for warning in record.result.get("warnings", ()):
+      progress.say(f"  warning: {warning}")
+    self.records[key] = record
     return record
+
+  def begin(self, name: str, result: dict[str, Any]) -> bool:
+    """Marks a shared stage as begun, see `artifacts.begin`."""
+    stage = self.stages[name]
+    return artifacts.begin(
+      self.folder(stage), name, result=result, **self.describe(stage)
+    )
+
+  def made_of(self, name: str) -> dict[str, Any]:
+    """The fields and inputs of a shared stage, flat."""
+    found = self.describe(self.stages[name])
+    return found["fields"] | found["inputs"]
+
+  @property
+  def responses(self) -> int:
+    """R, of a record of the pool: 2 of pairs, 1 of single answers."""
+    return len(self.tokens("pool").start) // len(self.column("pool", "id"))
 
   @functools.cached_property
   def most(self) -> int:
@@ -164,10 +228,6 @@ class Job:
   def release_reference(self) -> None:
     """Lets go of the reference's weights; who asks next reads them again."""
     self.__dict__.pop("reference", None)
-
-  def key(self, stage: str, arm: str = "") -> str:
-    """The key of a finished stage."""
-    return self.records[arm, stage].key
 
 
 def lora_of(c: Any) -> adapters.Lora | None:

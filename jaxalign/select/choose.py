@@ -5,7 +5,6 @@ import inspect
 import json
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow as pa
 
@@ -14,18 +13,16 @@ from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.lookup import source_digests
 from jaxalign.core.peak_memory import peak_memory
+from jaxalign.core.stage import Made
 from jaxalign.data import tables
 from jaxalign.data.row_table import RowTable
-from jaxalign.embed import embedder
-from jaxalign.embed import store as stores
+from jaxalign.embed import embedder, store
 from jaxalign.model import memory
 from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.select import columns as columns_lib
-from jaxalign.select import costs, selection_report
-from jaxalign.select import fit_mixture as mixture_stage
+from jaxalign.select import costs, fit_mixture, selection_report
 from jaxalign.select.pool import checked, Pool
-from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.samplers import chains, vectors
 from jaxalign.select.selection_report import reasons
 from jaxalign.select.topk import budget_rows
 
@@ -52,7 +49,7 @@ def estimate(
   Raises:
     ConfigError: a keyword that cannot be counted with, a word for a number.
   """
-  c, sampler = job.c, combine.named(arm.sampler)
+  c, sampler = job.c, chains.named(arm.sampler)
   try:
     found = costs.estimate(
       sampler,
@@ -72,7 +69,7 @@ def estimate(
     ) from error
   if found is None or "log_likelihood" not in sampler.needs:
     return found
-  fits = 1 + mixture_stage.refits(c)
+  fits = 1 + fit_mixture.refits(c)
   return found._replace(flops=fits * found.flops, on_host=fits * found.on_host)
 
 
@@ -94,126 +91,127 @@ def check_hours(job: Job, arms: list[Arm]) -> None:
   width = embedder.choose(job.c, m).model.width
   for arm in arms:
     found = estimate(job, arm, rows, width, m.width)
-    if found and (takes := hours(job, found)) > vectors_lib.HOURS:
+    if found and (takes := hours(job, found)) > vectors.HOURS:
       raise ConfigError(
         f"sampler {arm.sampler!r} would take about {takes:,.0f} hours to "
         f"choose from {rows:,} rows, {found.flops:.3g} flops, "
-        f"above the {vectors_lib.HOURS:g} that a selection may take; "
+        f"above the {vectors.HOURS:g} that a selection may take; "
         "set config.select.kwargs.blocks where it takes them, "
         "config.select.budget, or a sampler that runs in one pass, as "
         "config.select.sampler='density'"
       )
 
 
-def run_select(job: Job, arm: Arm) -> None:
-  """Scores the pool and keeps the budget."""
-  c, folder = job.c, arm_folder(job, arm)
-  sampler = combine.named(arm.sampler)
-  kwargs = _kwargs(c, arm, sampler)
-  uses_mixture = "log_likelihood" in sampler.needs
-  chosen_arm = arm._replace(sampler=c.select.sampler)  # it ran before this one
+FILES = (
+  "scores.parquet",
+  "subset.parquet",
+  "selected.npy",
+  "diagnostics.json",
+  "config.json",
+)
 
-  budget = budget_rows(
-    arm.budget, len(job.column("pool", "id")), c.train.batch_size
-  )
-  files = [
-    "scores.parquet",
-    "subset.parquet",
-    "diagnostics.json",
-    "config.json",
+
+def _uses_mixture(sampler: Callable) -> bool:
+  return "log_likelihood" in sampler.needs
+
+
+def chosen_arm(job: Job, arm: Arm) -> Arm:
+  """The arm of config.select.sampler at this budget and seed; it runs first."""
+  return arm._replace(sampler=job.c.select.sampler)
+
+
+def select_needs(job: Job, arm: Arm) -> list:
+  """The stages that an arm's sampler reads, and another arm's selection."""
+  sampler = chains.named(arm.sampler)
+  return [
+    "data",
+    *columns_lib.stages(job.c, job.kind, sampler),
+    *(["mixture"] if _uses_mixture(sampler) else []),
+    *([("select", chosen_arm(job, arm))] if "subset" in sampler.needs else []),
   ]
 
-  def make(folder):
-    if jax.process_index() != 0:  # what follows reads the texts of the pool
-      return files, Cost(), {}
-    ids = np.array(job.column("pool", "id"))
-    columns, n = columns_lib.gather(job, sampler), len(ids)
-    if "subset" in sampler.needs:
-      columns["subset"] = np.isin(np.arange(n), selected_rows(job, chosen_arm))
-    fits = [None]
-    if uses_mixture:
-      fits = mixture_stage.likelihoods(job)
-    chosen = []
-    with peak_memory() as peak:
-      for values in fits:
-        extra = {} if values is None else dict(log_likelihood=values)
-        chosen.append(
-          checked(
-            sampler(arm.seed, Pool(ids, columns | extra), budget, **kwargs),
-            n,
-            budget,
-            arm.sampler,
-          )
-        )
-    wide = lambda *names: max(
-      [columns[name].shape[-1] for name in names if name in columns], default=0
-    )
-    took = estimate(
-      job, arm, n, wide("embedding", "answer_embedding"), wide("residual")
-    )
-    selection, diagnostics = chosen[0], {}
-    if uses_mixture:
-      diagnostics = artifacts.read_json(
-        job.shared / "mixture" / "diagnostics.json"
-      )
-      overlaps = [
-        selection_report.jaccard(selection.rows, other.rows)
-        for other in chosen[1:]
-      ]
-      diagnostics["stability"] = dict(
-        jaccard=overlaps, mean=float(np.mean(overlaps)) if overlaps else None
-      )
-    notes = [*selection.notes, *columns_lib.notes(c, sampler)]
-    pool = job.shared / "data" / "pool.parquet"
-    kept = tables.read_some(pool, selection.rows)
-    if copies := _copies(kept):
-      notes.append(
-        f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
-        "copies of others; leave them out by "
-        f"select.sampler='dedup(threshold=0.95) | {arm.sampler}'"
-      )
-      progress.say(f"  {notes[-1]}")
-    if notes:
-      diagnostics["notes"] = notes
-    read = columns_lib.before(
-      c,
-      [*columns_lib.stages(c, job.kind, sampler), *["mixture"] * uses_mixture],
-    )
-    source = columns_lib.sums(c, job.kind, sampler)
-    sums = None
-    if job.kind == "pairs" and source in read:
-      sums = stores.read(job.shared / source / "store", "logp")
-    _write_scores(folder, ids, selection, fits[0])
-    _write_subset(folder, kept, selection, sums)
-    artifacts.write_json(folder / "diagnostics.json", diagnostics)
-    artifacts.write_json(
-      folder / "config.json",
-      json.loads(c.to_json_best_effort()) | dict(arm=arm._asdict()),
-    )
-    return (
-      files,
-      Cost(int(took.flops) if took else 0),
-      dict(
-        say=f"{budget:,} of {n:,} rows, {memory.size(peak['held'])} more held",
-        **peak,
-      ),
-    )
 
-  fields = dict(
-    sampler=arm.sampler,
-    budget=arm.budget,
-    seed=arm.seed,
-    batch_size=c.train.batch_size,
-    **kwargs,
-  ) | source_digests(arm.sampler)
-  inputs = dict(data=job.key("data"))
-  if uses_mixture:
-    inputs["mixture"] = job.key("mixture")
+def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
+  """What the kept rows depend on, beside the columns that are read."""
+  kwargs = _kwargs(job.c, arm, chains.named(arm.sampler))
+  fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed)
+  fields |= dict(batch_size=job.c.train.batch_size, **kwargs)
+  return fields | source_digests(arm.sampler)
+
+
+def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
+  """Scores the pool and keeps the budget."""
+  c, sampler = job.c, chains.named(arm.sampler)
+  ids = np.array(job.column("pool", "id"))
+  columns, n = columns_lib.gather(job, sampler), len(ids)
   if "subset" in sampler.needs:
-    inputs["subset"] = job.key("select", chosen_arm.name)
-  for stage in columns_lib.stages(c, job.kind, sampler):
-    inputs[stage] = job.key(stage)
-  job.run(folder, "select", arm.name, fields=fields, inputs=inputs, make=make)
+    others = selected_rows(job, chosen_arm(job, arm))
+    columns["subset"] = np.isin(np.arange(n), others)
+  budget = budget_rows(arm.budget, n, c.train.batch_size)
+  fits = [{}]
+  if _uses_mixture(sampler):
+    fits = [dict(log_likelihood=x) for x in fit_mixture.likelihoods(job)]
+  kwargs = _kwargs(c, arm, sampler)
+  with peak_memory() as peak:
+    found = [
+      sampler(arm.seed, Pool(ids, columns | x), budget, **kwargs) for x in fits
+    ]
+    chosen = [checked(x, n, budget, arm.sampler) for x in found]
+  selection, diagnostics = chosen[0], {}
+  if _uses_mixture(sampler):
+    path = job.shared / "mixture" / "diagnostics.json"
+    diagnostics = artifacts.read_json(path) | dict(stability=_stability(chosen))
+  notes = [*selection.notes, *columns_lib.notes(c, sampler)]
+  kept = tables.read_some(job.shared / "data" / "pool.parquet", selection.rows)
+  if copies := _copies(kept):
+    notes.append(
+      f"warning: {copies:,} of the {len(selection.rows):,} chosen rows are "
+      "copies of others; leave them out by "
+      f"select.sampler='dedup(threshold=0.95) | {arm.sampler}'"
+    )
+    progress.say(f"  {notes[-1]}")
+  if notes:
+    diagnostics["notes"] = notes
+  likelihood = fits[0].get("log_likelihood")
+  _write_scores(folder, ids, selection, likelihood)
+  _write_subset(folder, kept, selection, _sums(job, sampler))
+  artifacts.write_array(folder / "selected.npy", selection.rows)
+  artifacts.write_json(folder / "diagnostics.json", diagnostics)
+  config = json.loads(c.to_json_best_effort()) | dict(arm=arm._asdict())
+  artifacts.write_json(folder / "config.json", config)
+  flops = _flops(job, arm, n, columns)
+  say = f"{budget:,} of {n:,} rows, {memory.size(peak['held'])} more held"
+  return list(FILES), Cost(flops), dict(say=say, **peak)
+
+
+def _flops(job: Job, arm: Arm, n: int, columns: dict) -> int:
+  """What the choice took, by its sampler's own account."""
+  wide = lambda *names: max(
+    [columns[name].shape[-1] for name in names if name in columns], default=0
+  )
+  width = wide("embedding", "answer_embedding")
+  took = estimate(job, arm, n, width, wide("residual"))
+  return int(took.flops) if took else 0
+
+
+def _stability(chosen: list) -> dict[str, Any]:
+  """How far selections under other seeds of the mixture overlap."""
+  overlaps = [
+    selection_report.jaccard(chosen[0].rows, other.rows) for other in chosen[1:]
+  ]
+  mean = float(np.mean(overlaps)) if overlaps else None
+  return dict(jaccard=overlaps, mean=mean)
+
+
+def _sums(job: Job, sampler: Callable) -> np.ndarray | None:
+  """The reference's log-probs [N, 2] of all pairs, where a pass gave them."""
+  c, kind = job.c, job.kind
+  read = [*columns_lib.stages(c, kind, sampler)]
+  read += ["mixture"] if _uses_mixture(sampler) else []
+  source = columns_lib.sums(c, kind, sampler)
+  if kind != "pairs" or source not in columns_lib.before(c, read):
+    return None
+  return store.read(job.shared / source / "store", "logp")
 
 
 def _copies(rows: RowTable) -> int:
@@ -268,8 +266,7 @@ def _write_subset(folder, kept, selection, sums) -> None:
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   """Row numbers of the pool that an arm kept, best first."""
-  kept = tables.read_column(arm_folder(job, arm) / "subset.parquet", "id")
-  return np.searchsorted(np.array(job.column("pool", "id")), kept)
+  return artifacts.read_array(arm_folder(job, arm) / "selected.npy")
 
 
 def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:

@@ -16,11 +16,10 @@ from jaxalign.core.errors import DataError
 from jaxalign.data import prepare, tables
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world as world_lib
-from jaxalign.embed import embedder
-from jaxalign.embed import store as stores
+from jaxalign.embed import embedder, store
 from jaxalign.model.job import Job
 from jaxalign.select import grams
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import chains
 
 
 class Column(NamedTuple):
@@ -44,7 +43,7 @@ def _of_rows(name: str) -> Callable[[Job], np.ndarray]:
 
 
 def _stored(stage: str, file: str) -> Callable[[Job], np.ndarray]:
-  return lambda job: stores.read(job.shared / stage / "store", file)
+  return lambda job: store.read(job.shared / stage / "store", file)
 
 
 def _file(stage: str, file: str) -> Callable[[Job], np.ndarray]:
@@ -221,7 +220,7 @@ def check_records(job: Job, name: str) -> None:
   Raises:
     DataError: no record has a field; nothing has been embedded for it yet.
   """
-  sampler = combine.named(name)
+  sampler = chains.named(name)
   read = {
     *sampler.needs,
     *(named(job.c, sampler) if name == job.c.select.sampler else ()),
@@ -280,20 +279,6 @@ def before(c: Any, names: list[str]) -> list[str]:
   """These stages and those that they read themselves."""
   reads = {"mixture": "embed", "proxy": tuned(c), "held_out": tuned(c)}
   return sorted({*names, *(reads[n] for n in names if reads.get(n))})
-
-
-def without_reference(c: Any) -> set[str]:
-  """The stages that run models of their own alone."""
-  own = not embedder.by_reference(c)
-  given = dict(
-    embed=own,
-    answer=own,
-    rewards=True,
-    ask=c.ask.checkpoint,
-    proxy=c.proxy.checkpoint,
-    held_out=c.proxy.checkpoint,
-  )
-  return {stage for stage, folder in given.items() if folder}
 
 
 def notes(c: Any, sampler: Callable) -> tuple[str, ...]:

@@ -14,19 +14,19 @@ import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.embed import store as stores
+from jaxalign.core.stage import Made
+from jaxalign.embed import store
 from jaxalign.model.job import Job
-from jaxalign.select import em, mixture_checks
-from jaxalign.select import mixture as mixtures
+from jaxalign.select import em, mixture, mixture_checks
 from jaxalign.select.topk import id_hash
 
 
-def options_of(c: Any) -> mixtures.MixtureOptions:
+def options_of(c: Any) -> mixture.MixtureOptions:
   """`config.select.mixture`, of which a flag may have given text."""
   k = c.select.mixture
-  components = mixtures.components_of(k.components)
-  closed = components == mixtures.LABELS
-  return mixtures.MixtureOptions(
+  components = mixture.components_of(k.components)
+  closed = components == mixture.LABELS
+  return mixture.MixtureOptions(
     components=components,
     covariance=k.covariance,
     pca=int(k.pca) if str(k.pca).isdigit() else k.pca,
@@ -37,61 +37,51 @@ def options_of(c: Any) -> mixtures.MixtureOptions:
 def refits(c: Any) -> int:
   """Fits beside the chosen one, which the record compares; a closed form is the
   same under every seed."""
-  closed = mixtures.components_of(c.select.mixture.components)
-  return 0 if closed == mixtures.LABELS else c.select.stability_seeds
+  closed = mixture.components_of(c.select.mixture.components)
+  return 0 if closed == mixture.LABELS else c.select.stability_seeds
 
 
-def run_mixture(job: Job) -> None:
-  """Fits the mixture, and what the record needs to know of it."""
+def make_mixture(job: Job, arm: None, folder: Any) -> Made:
+  """Fits the mixture, and what the selection report needs to know of it."""
   c = job.c
   options = options_of(c)
-
-  def make(folder):
-    embedding = stores.read(job.shared / "embed" / "store", "embedding")
-    n, r, width = embedding.shape
-    flat = embedding.reshape(-1, width)  # the sides of a pair are rows
-    records = _records(job, max(1, c.select.mixture.reservoir // r))
-    x = flat if len(records) == n else _rows(embedding, records)
-    labels = np.tile([1, 0], len(records))
-    if r == 1:
-      labels = np.array(job.column("pool", "label"))[records]
-    given = labels if options.components == mixtures.LABELS else None
-    space = mixtures.whiten(job.mesh, x, options)
-    seeds = range(1 + refits(c))
-    with progress.bar(
-      "mixture", options.starts * (len(seeds) + 1), "starts"
-    ) as tick:
-      knobs = dict(labels=given, progress=tick)
-      fitted = [
-        mixtures.fit(job.mesh, x, options, seed=s, space=space, **knobs)
-        for s in seeds
-      ]
-      halves = mixture_checks.held_out(
-        job.mesh, x, options, responses=r, **knobs
-      )
-    matches = mixture_checks.component_labels(fitted[0], x, labels)
-    if jax.process_index() == 0:
-      mixtures.save(fitted[0], folder / "mixture.npz")
-      scores = [mixtures.log_likelihood(f, flat).reshape(n, r) for f in fitted]
-      artifacts.write_array(folder / "log_likelihood.npy", np.stack(scores))
-      artifacts.write_json(
-        folder / "diagnostics.json", dict(held_out=halves, labels=matches)
-      )
-    return (
-      ["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
-      Cost(_flops(len(x), width, fitted, options)),
-      dict(warnings=fitted[0].warnings),
+  embedding = store.read(job.shared / "embed" / "store", "embedding")
+  n, r, width = embedding.shape
+  flat = embedding.reshape(-1, width)  # the sides of a pair are rows
+  records = _records(job, max(1, c.select.mixture.reservoir // r))
+  x = flat if len(records) == n else _rows(embedding, records)
+  labels = np.tile([1, 0], len(records))
+  if r == 1:
+    labels = np.array(job.column("pool", "label"))[records]
+  given = labels if options.components == mixture.LABELS else None
+  space = mixture.whiten(job.mesh, x, options)
+  seeds = range(1 + refits(c))
+  with progress.bar(
+    "mixture", options.starts * (len(seeds) + 1), "starts"
+  ) as tick:
+    knobs = dict(labels=given, progress=tick)
+    fitted = [
+      mixture.fit(job.mesh, x, options, seed=s, space=space, **knobs)
+      for s in seeds
+    ]
+    halves = mixture_checks.held_out(job.mesh, x, options, responses=r, **knobs)
+  matches = mixture_checks.component_labels(fitted[0], x, labels)
+  if jax.process_index() == 0:
+    mixture.save(fitted[0], folder / "mixture.npz")
+    scores = [mixture.log_likelihood(f, flat).reshape(n, r) for f in fitted]
+    artifacts.write_array(folder / "log_likelihood.npy", np.stack(scores))
+    artifacts.write_json(
+      folder / "diagnostics.json", dict(held_out=halves, labels=matches)
     )
-
-  record = job.run(
-    job.shared / "mixture",
-    "mixture",
-    make=make,
-    fields=pick(c, "select.mixture", "select.stability_seeds"),
-    inputs=dict(embed=job.key("embed")),
+  return (
+    ["mixture.npz", "log_likelihood.npy", "diagnostics.json"],
+    Cost(_flops(len(x), width, fitted, options)),
+    dict(warnings=fitted[0].warnings),
   )
-  for warning in record.result["warnings"]:
-    progress.say(f"  warning: {warning}")
+
+
+def mixture_fields(job: Job, arm: None) -> dict[str, Any]:
+  return pick(job.c, "select.mixture", "select.stability_seeds")
 
 
 def _records(job: Job, most: int) -> np.ndarray:
@@ -107,7 +97,7 @@ def _records(job: Job, most: int) -> np.ndarray:
 def _rows(embedding: np.ndarray, records: np.ndarray) -> np.ndarray:
   """The rows of these records [n, E] float32, mapped from a scratch file."""
   _, r, width = embedding.shape
-  out = stores.scratch((len(records), r, width))
+  out = store.scratch((len(records), r, width))
   for at in range(0, len(records), 4096):
     out[at : at + 4096] = embedding[records[at : at + 4096]]
   return out.reshape(-1, width)
@@ -116,8 +106,8 @@ def _rows(embedding: np.ndarray, records: np.ndarray) -> np.ndarray:
 def _flops(
   n: int,
   width: int,
-  fitted: list[mixtures.Mixture],
-  options: mixtures.MixtureOptions,
+  fitted: list[mixture.Mixture],
+  options: mixture.MixtureOptions,
 ) -> int:
   """Of all fits that ran, the one on half the rows too; a start is taken to
   need as many sweeps as the one that was kept."""

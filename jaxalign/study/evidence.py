@@ -12,10 +12,8 @@ import numpy as np
 
 from jaxalign.core import artifacts, intervals
 from jaxalign.core.errors import DataError
-from jaxalign.data import batches
-from jaxalign.data import world as world_lib
-from jaxalign.eval import equivalence, held_out, winrate
-from jaxalign.eval import judge_kinds as judges
+from jaxalign.data import batches, world
+from jaxalign.eval import equivalence, held_out, judge_kinds, winrate
 from jaxalign.eval.equivalence import ArmOutcomes
 from jaxalign.eval.judge_stage import read_verdicts
 from jaxalign.eval.policies import read_samples
@@ -51,8 +49,8 @@ def outcomes(job: Job, arms: list[Arm]) -> Told:
   Raises:
     DataError: arms that were judged on different prompts.
   """
-  kind = judges.kind_of(job.c)
-  if kind in judges.ASKED:
+  kind = judge_kinds.kind_of(job.c)
+  if kind in judge_kinds.ASKED:
     told = _judged(job, arms)
     if legible(told):
       return told
@@ -77,7 +75,7 @@ def _in_world(job: Job, arms: list[Arm]) -> Told:
   if job.c.judge.baseline == "target":
     theirs = np.array(
       [
-        world_lib.reward(held_out.eval_set(job).world, s["prompt"], s["target"])
+        world.reward(held_out.eval_set(job).world, s["prompt"], s["target"])
         for s in start
       ]
     )
@@ -94,7 +92,7 @@ def _in_world(job: Job, arms: list[Arm]) -> Told:
 def _judged(job: Job, arms: list[Arm]) -> Told:
   """By the judge that was asked."""
   rows = {a.name: read_verdicts(arm_folder(job, a)) for a in arms}
-  rows[start_of(job)] = read_verdicts(job.shared / "judge")
+  rows[start_of(job)] = read_verdicts(job.shared / "judged_reference")
   prompts = [row["id"] for row in rows[start_of(job)]]
   for name, found in rows.items():
     if [row["id"] for row in found] != prompts:
@@ -105,7 +103,7 @@ def _judged(job: Job, arms: list[Arm]) -> Told:
   metric, against = winrate.BASELINES[job.c.judge.baseline]
   return Told(
     metric,
-    f"win rate against {against}, by {judges.name_of(job.c)}",
+    f"win rate against {against}, by {judge_kinds.name_of(job.c)}",
     prompts,
     {
       name: np.array(
@@ -491,7 +489,9 @@ def weigh(
     out["fit"] = fit
   # Checkpoints are told by the true reward, whoever else judges.
   cheap = along.curve(
-    job, arms, told.won.get(start) if judges.kind_of(job.c) == "world" else None
+    job,
+    arms,
+    told.won.get(start) if judge_kinds.kind_of(job.c) == "world" else None,
   )
   if cheap:
     out["along"] = cheap

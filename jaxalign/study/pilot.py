@@ -139,7 +139,7 @@ def settle(job: Job, study: Callable[[Job], Any]) -> list[str]:
   due = configs(job.c)
   if not due:
     return []
-  pipeline.run_data(job)
+  job.run("data")
   said, spent = [], sum(_share(job, c) for c in due.values())
   if spent > job.c.pilot.most:
     raise ConfigError(

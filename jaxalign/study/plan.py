@@ -14,22 +14,16 @@ from jaxalign.core import devices, progress
 from jaxalign.core.devices import sustained_flops
 from jaxalign.data import build_data, prepare, sources
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import embedder, scores
-from jaxalign.embed import over_pool as passes
+from jaxalign.embed import embedder, over_pool, row_scores
 from jaxalign.embed import passes as embed
-from jaxalign.eval import while_training as watched
+from jaxalign.eval import while_training
 from jaxalign.model import decoder, hf, memory
 from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
-from jaxalign.select import choose as select
-from jaxalign.select import columns, costs
-from jaxalign.select import fit_mixture as mixture_stage
-from jaxalign.select import mixture as mixtures
-from jaxalign.select.samplers import combine
-from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select import choose, columns, costs, fit_mixture, mixture
+from jaxalign.select.samplers import chains, vectors
 from jaxalign.select.topk import budget_rows
-from jaxalign.train import feed, proxies
-from jaxalign.train import host_memory as host
+from jaxalign.train import feed, host_memory, proxies
 from jaxalign.train.host_memory import CHARACTERS_PER_TOKEN
 from jaxalign.train.ref_logps import updates_of
 from jaxalign.train.statistics import needs_batch_logps
@@ -153,7 +147,7 @@ def lines(
     )
   chosen = embedder.choose(c, m)
   answers, t = rows["pool"] * r, int(tokens["pool"])
-  samplers = {a.sampler: combine.named(a.sampler) for a in arms}
+  samplers = {a.sampler: chains.named(a.sampler) for a in arms}
   asked = {
     *columns.before(
       c,
@@ -172,7 +166,7 @@ def lines(
   scoring = {  # what a column of the pool takes, beside those passes
     "alone": lambda: answers * decoder_flops(m, t // 2 + 1),
     "ask": lambda: _ask(c, m, answers, t),
-    "rewards": lambda: answers * reward_flops(scores.reward_config(c), t),
+    "rewards": lambda: answers * reward_flops(row_scores.reward_config(c), t),
     "proxy": lambda: _tuning(c, m, rows["pool"], t, 1, c.proxy.updates),
     "held_out": lambda: _tuning(
       c,
@@ -187,15 +181,15 @@ def lines(
     if stage in asked:
       add(stage, answers, "rows", flops())
   if any("log_likelihood" in x.needs for x in samplers.values()):
-    k = mixtures.components_of(c.select.mixture.components)
-    starts = 1 if k == mixtures.LABELS else c.select.mixture.starts
-    k, wide = 2 if k == mixtures.LABELS else k, chosen.model.width
+    k = mixture.components_of(c.select.mixture.components)
+    starts = 1 if k == mixture.LABELS else c.select.mixture.starts
+    k, wide = 2 if k == mixture.LABELS else k, chosen.model.width
     width = (
       max(1, min(64, answers // 40, wide))
       if c.select.mixture.pca == "auto"
       else min(int(c.select.mixture.pca) or wide, wide)
     )
-    fits = starts * (2 + mixture_stage.refits(c))
+    fits = starts * (2 + fit_mixture.refits(c))
     add(
       "mixture",
       fits,
@@ -246,7 +240,7 @@ def lines(
         m._replace(lora=lora_of(c)), needs_batch_logps(job.loss), online
       ),
     )
-    seen = watched.planned(
+    seen = while_training.planned(
       c,
       updates,
       dict(held_out=rows["held_out"], kept=kept, rest=rows["pool"] - kept),
@@ -276,18 +270,18 @@ def _passes(
 
   What the reference runs is one pass; each stage has what it adds.
   """
-  found = passes.shares(
+  found = over_pool.shares(
     c, names, lambda outputs: embed.row_flops(m, t, outputs, c.embed.layers)
   )
-  for name in (n for n in names if not passes.by_reference(c, n)):
+  for name in (n for n in names if not over_pool.by_reference(c, n)):
     texts = embedder.of_answers(chosen) if name == "answer" else chosen
     found[name] = embedder.flops(chosen, t // 2 + 1 if texts.answers else t)
-  return {n: found[n] for n in passes.KEEPS if n in found}
+  return {n: found[n] for n in over_pool.KEEPS if n in found}
 
 
 def _ask(c: Any, m: decoder.ModelConfig, answers: int, t: int) -> float:
   """Of P(yes): the question, two pairs of fences and the row, one logit."""
-  judge = scores.judge_config(c, m)
+  judge = row_scores.judge_config(c, m)
   asked = t + (len(c.ask.question) + 4 * 16) / CHARACTERS_PER_TOKEN
   return answers * decoder_flops(judge, min(int(asked), judge.context), 1)
 
@@ -313,7 +307,7 @@ def sampling(
   m: decoder.ModelConfig,
 ) -> costs.Estimate | None:
   """What an arm's sampler takes; None for one that says nothing."""
-  return select.estimate(job, arm, pool, chosen.model.width, m.width)
+  return choose.estimate(job, arm, pool, chosen.model.width, m.width)
 
 
 def beside(
@@ -401,11 +395,11 @@ def show(job: Job, arms: list[Arm], trains: bool = True) -> None:
     f"for {c.train.epochs:g} epochs{reference}"
   )
   policy = m._replace(lora=lora_of(c), attention=kernel_of(c, m, job.mesh))
-  held = host.step_memory(c, policy, job.mesh, length, job.kind)
+  held = host_memory.step_memory(c, policy, job.mesh, length, job.kind)
   progress.say(f"  memory a device, training: {memory.words(held)}")
   if job.mesh.devices.flat[0].platform == "cpu":
-    sizes = host.row_sizes(c, job.kind, sample, tokens["pool"], length)
-    line = host.planned(job, policy, arms, rows["pool"], sizes)
+    sizes = host_memory.row_sizes(c, job.kind, sample, tokens["pool"], length)
+    line = host_memory.planned(job, policy, arms, rows["pool"], sizes)
     progress.say(f"  {line}")
   progress.say(
     f"  {decoder.parameter_count(m):,} parameters, mesh "
@@ -446,7 +440,7 @@ def _choosing(
   job: Job, arm: Arm, found: list[Line], m: decoder.ModelConfig, tokens: float
 ) -> list[Line]:
   """The lines of all that an arm's choice takes, were it the only arm."""
-  sampler = combine.named(arm.sampler)
+  sampler = chains.named(arm.sampler)
   read = columns.before(
     job.c,
     [
@@ -458,7 +452,7 @@ def _choosing(
     job.c,
     m,
     embedder.choose(job.c, m),
-    [n for n in read if n in passes.KEEPS],
+    [n for n in read if n in over_pool.KEEPS],
     int(tokens),
   )
   rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
@@ -496,7 +490,7 @@ def _show_samplers(
       f"{memory.size(cost.device)} on the devices"
       + (
         "; a job refuses so long a choice"
-        if select.hours(job, cost) > vectors_lib.HOURS
+        if choose.hours(job, cost) > vectors.HOURS
         else ""
       )
     )

@@ -14,15 +14,12 @@ import jaxalign
 from jaxalign import pipeline
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost
-from jaxalign.data import batches, tables
-from jaxalign.data import world as world_lib
+from jaxalign.core.stage import Made, Stage
+from jaxalign.data import batches, tables, world
 from jaxalign.data.summary import summary_lines
-from jaxalign.embed import embedder
-from jaxalign.embed import over_pool as passes
+from jaxalign.embed import embedder, over_pool
 from jaxalign.embed import passes as embed
-from jaxalign.eval import held_out
-from jaxalign.eval import judge_kinds as judges
-from jaxalign.eval import judge_stage as judge
+from jaxalign.eval import held_out, judge_kinds, judge_stage
 from jaxalign.eval.policies import read_samples
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
@@ -30,7 +27,7 @@ from jaxalign.model.job import Arm, arm_folder, budget_of, Job, WHOLE
 from jaxalign.report import study_page
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import chains
 from jaxalign.study import evidence, ledger, plan
 from jaxalign.train import feed
 from jaxalign.train.statistics import needs_batch_logps
@@ -76,10 +73,8 @@ def run(job: Job, command: str, notes: Sequence[str] = ()) -> dict[str, Any]:
     The summary, as in `summary.json`.
   """
   arms = arms_of(job.c)
-  pipeline.run_shared(job, arms)
-  for arm in arms:
-    pipeline.run_arm(job, arm)
-    run_page_of(job, arm)
+  job.stages[REPORT] = PAGE
+  pipeline.run(job, arms, (*pipeline.STUDY, REPORT))
   run_report(job, arms, command, notes)
   if jax.process_index() != 0:
     return {}
@@ -92,72 +87,56 @@ def run(job: Job, command: str, notes: Sequence[str] = ()) -> dict[str, Any]:
 # which command made it, and when.
 
 
-def run_page_of(job: Job, arm: Arm) -> None:
+def _make_page(job: Job, arm: Arm, folder: Any) -> Made:
   """The page of one arm, beside its artifacts."""
+  html = study_page.arm_html(describe(job, arm))
+  artifacts.write_bytes(folder / "report.html", html.encode())
+  return ["report.html"], Cost(), {}
 
-  def make(folder):
-    if jax.process_index() == 0:
-      artifacts.write_bytes(
-        folder / "report.html", study_page.arm_html(describe(job, arm)).encode()
-      )
-    return ["report.html"], Cost(), {}
 
-  job.run(
-    arm_folder(job, arm),
-    REPORT,
-    arm.name,
-    make=make,
-    redo=True,
-    fields=dict(version=jaxalign.__version__) | judges.told(job.c),
-    inputs={
-      name: job.key(name, arm.name)
-      for name in ("evaluate", "judge")
-      if (arm.name, name) in job.records
-    },
-  )
+def _page_needs(job: Job, arm: Arm) -> list[str]:
+  return pipeline.reached(job, ("evaluate", "judge"))
+
+
+def _page_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
+  return dict(version=jaxalign.__version__) | judge_kinds.told(job.c)
+
+
+_PAGE = dict(alone=True, remakes=True)
+PAGE = Stage(REPORT, _make_page, _page_needs, _page_fields, True, **_PAGE)
 
 
 def run_report(
   job: Job, arms: list[Arm], command: str, notes: Sequence[str] = ()
 ) -> None:
   """The page over all arms, and the summary that it is made from."""
-  curve = bool(evidence.curve_arms(job, arms))
 
-  def make(folder):
-    if jax.process_index() == 0:
-      summary = summarise(job, arms, command)
-      summary["verdicts"] = [*notes, *summary["verdicts"]]
-      artifacts.write_json(folder / "summary.json", summary)
-      artifacts.write_json(
-        folder / "config.json", json.loads(job.c.to_json_best_effort())
-      )
-      artifacts.write_bytes(
-        folder / "report.html", study_page.study_html(summary).encode()
-      )
-      if curve:
-        artifacts.write_json(folder / "fit.json", summary["fit"])
+  def make(job, arm, folder):
+    summary = summarise(job, arms, command)
+    summary["verdicts"] = [*notes, *summary["verdicts"]]
+    config = json.loads(job.c.to_json_best_effort())
+    artifacts.write_json(folder / "summary.json", summary)
+    artifacts.write_json(folder / "config.json", config)
+    html = study_page.study_html(summary)
+    artifacts.write_bytes(folder / "report.html", html.encode())
+    files = ["summary.json", "config.json", "report.html"]
+    if evidence.curve_arms(job, arms):
+      artifacts.write_json(folder / "fit.json", summary["fit"])
+      files.append("fit.json")
+    return files, Cost(), {}
+
+  def fields(job, arm):
+    named = dict(arms=[a.name for a in arms])
     return (
-      [
-        "summary.json",
-        "config.json",
-        "report.html",
-        *(["fit.json"] if curve else []),
-      ],
-      Cost(),
-      {},
+      _page_fields(job, arm) | named | (dict(notes=[*notes]) if notes else {})
     )
 
-  job.run(
-    job.workdir,
-    REPORT,
-    make=make,
-    redo=True,
-    fields=dict(version=jaxalign.__version__, arms=[a.name for a in arms])
-    | judges.told(job.c)
-    | (dict(notes=list(notes)) if notes else {}),
-    inputs={a.name: job.key(REPORT, a.name) for a in arms}
-    | {name: job.key(name) for name in ("judge",) if ("", name) in job.records},
-  )
+  pages = [(REPORT, arm) for arm in arms]
+  judged = ["judged_reference"] * (("", "judged_reference") in job.records)
+  needs = lambda *_: [*pages, *judged]
+  own = dict(volatile=("summary.json", "report.html", "config.json"))  # a time
+  stage = Stage(REPORT, make, needs, fields, **_PAGE, **own)
+  job.run(stage, folder=job.workdir)
 
 
 def _costs(job: Job, arms: list[Arm]) -> dict[str, Any]:
@@ -193,7 +172,7 @@ def _spent(job: Job, stage: str, arm: str = "") -> int:
 
 def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
-  sampler = combine.named(arm.sampler)
+  sampler = chains.named(arm.sampler)
   align = job.records.get((arm.name, "align"))
   read = columns.before(
     job.c,
@@ -204,7 +183,7 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   )
   tokens, layers = job.tokens("pool"), job.c.embed.layers
   # Of a pass that arms share, what this one alone would have asked of it.
-  own = passes.shares(
+  own = over_pool.shares(
     job.c,
     read,
     lambda outputs: embed.pass_flops(job.model, tokens, outputs, layers),
@@ -376,13 +355,13 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
   told = {a.name: read_samples(arm_folder(job, a)) for a in arms}
   said = (
     {
-      n: judge.read_verdicts(folder)
+      n: judge_stage.read_verdicts(folder)
       for n, folder in (
-        ("sft", job.shared / "judge"),
+        ("sft", job.shared / "judged_reference"),
         *((a.name, arm_folder(job, a)) for a in arms),
       )
     }
-    if judges.kind_of(job.c) in judges.ASKED
+    if judge_kinds.kind_of(job.c) in judge_kinds.ASKED
     else {}
   )
   out = []
@@ -391,7 +370,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
       n: s[k]["reward"] for n, s in told.items()
     }
     if held_out.eval_set(job).world is not None:
-      rewards["target"] = world_lib.reward(
+      rewards["target"] = world.reward(
         held_out.eval_set(job).world, sft["prompt"], sft["target"]
       )
     out.append(
@@ -416,7 +395,7 @@ def describe(job: Job, arm: Arm) -> dict[str, Any]:
   """What the report shows of one arm, from the artifacts alone."""
   folder = arm_folder(job, arm)
   align = job.records[arm.name, "align"]
-  metrics = judge.metrics_in(job.c, folder, folder)
+  metrics = judge_stage.metrics_in(job.c, folder, folder)
   return dict(
     details=metrics.pop("details", None),
     name=arm.name,
@@ -455,8 +434,8 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
       f"out at {job.model.context} tokens; a context of "
       f"{cut['fits']:,} keeps 99 %: raise config.model.context"
     )
-  asked = judge.described(job, arms)
-  warnings += judge.warnings(asked)
+  asked = judge_stage.described(job, arms)
+  warnings += judge_stage.warnings(asked)
   for arm in arms:
     card = artifacts.read_json(arm_folder(job, arm) / "selection.json")
     for note in card["diagnostics"].get("notes", ()):
@@ -554,8 +533,8 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
 
 def _baseline(job: Job) -> dict[str, Any]:
   """The start and its metrics."""
-  metrics = judge.metrics_in(
-    job.c, job.shared / "baseline", job.shared / "judge"
+  metrics = judge_stage.metrics_in(
+    job.c, job.shared / "baseline", job.shared / "judged_reference"
   )
   metrics.pop("details", None)
   return dict(name=evidence.start_of(job)) | metrics

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import functools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.checkpoints import Checkpoints, restore_params
 from jaxalign.core.errors import DataError
 from jaxalign.core.lookup import source_digests
+from jaxalign.core.stage import Made
 from jaxalign.model import adapters, decoder
-from jaxalign.model.job import Arm, arm_folder, Job, lora_of
+from jaxalign.model.job import Arm, Job, lora_of
 from jaxalign.train import subspace
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.logps import PRODUCERS
@@ -28,6 +29,14 @@ from jaxalign.train.trainer import Recipe, train
 GRADIENT_BATCHES = 4  # that LoRA-SB estimates the first gradient from
 BASES = "bases"  # LoRA-SB's fixed matrices
 BEST = "best"  # the weights of the best evaluation
+
+
+class Watched(NamedTuple):
+  """What is evaluated while a policy is trained, see eval/while_training.py."""
+
+  measures: dict[str, Any]  # name -> something with `of(params)`
+  extend: Callable  # (state, train_step) -> (state, train_step)
+  spent: Callable  # lines of metrics.jsonl -> Cost
 
 
 def _policy_start(
@@ -114,63 +123,50 @@ def _loss_on(job: Job, rows: TrainRows) -> Callable:
   return loss
 
 
-def run_align(job: Job, arm: Arm, watched: Any) -> None:
-  """Trains the policy on the kept rows, from the reference.
+def leaves(job: Job, arm: Arm) -> tuple[str, ...]:
+  """What `align` leaves, and resumes."""
+  lora, best = lora_of(job.c), job.c.train.best
+  fixed = (BASES,) if lora and lora.variant == "lora_sb" else ()
+  return TRAINED + fixed + ((BEST,) if best else ())
 
-  `watched` is `eval.while_training`, which is above this room.
-  """
+
+def make_policy(job: Job, arm: Arm, folder: Any, watched: Watched) -> Made:
+  """Trains the policy on the kept rows, from the reference."""
   c = job.c
-  lora = lora_of(c)
-  leaves = TRAINED + ((BASES,) if lora and lora.variant == "lora_sb" else ())
-  leaves += (BEST,) if c.train.best else ()
-
-  def make(folder):
-    rows = stored_rows(job, arm, folder)
-    if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
-      raise DataError(
-        f"{folder}/ref_ids.json names other rows than "
-        "subset.parquet; run with --redo"
-      )
-    loss, updates = _loss_on(job, rows), updates_for(job, arm, len(rows.ids))
-    measures = watched.measures(job, arm)
-    evaluations = {n: x.of for n, x in measures.items()}
-    online = c.train.reference == "online"
-    how = dict(updates=updates, seed=arm.seed, head_chunk=c.model.head_chunk)
-    cost = train(
-      job.mesh,
-      job.policy,
-      functools.partial(_policy_start, job, arm, folder, loss),
-      rows,
-      loss,
-      Recipe.of(c.train, **how, online=online),
-      _options(job, arm, folder, updates, evaluations),
-      watched.extend(job),
+  rows = stored_rows(job, arm, folder)
+  if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
+    raise DataError(
+      f"{folder}/ref_ids.json names other rows than "
+      "subset.parquet; run with --redo"
     )
-    lines = (folder / TRAINED[1]).read_text().splitlines()
-    beside = watched.spent(measures, map(json.loads, lines))
-    result = dict(updates=len(lines), rows=len(rows.ids))
-    result["say"] = f"{len(lines)} updates"
-    if measures:
-      result["evaluating"] = beside.flops
-    flops = cost.flops + beside.flops
-    return list(leaves), Cost(flops, cost.tokens + beside.tokens), result
-
-  fields = pick(
-    c,
-    "loss",
-    "train",
-    "model.head_chunk",
-    "model.dtype",
-    *watched.reads(c.train),
-    *(["lora"] if lora else []),
-  ) | like(arm)
-  fields = watched.record_fields(c.train, fields) | source_digests(c.loss.name)
-  job.run(
-    arm_folder(job, arm),
-    "align",
-    arm.name,
-    make=make,
-    resumes=leaves,
-    fields=fields,
-    inputs=dict(ref_logps=job.key("ref_logps", arm.name), sft=job.key("sft")),
+  loss, updates = _loss_on(job, rows), updates_for(job, arm, len(rows.ids))
+  evaluations = {n: x.of for n, x in watched.measures.items()}
+  online = c.train.reference == "online"
+  how = dict(updates=updates, seed=arm.seed, head_chunk=c.model.head_chunk)
+  cost, weights = train(
+    job.mesh,
+    job.policy,
+    functools.partial(_policy_start, job, arm, folder, loss),
+    rows,
+    loss,
+    Recipe.of(c.train, **how, online=online),
+    _options(job, arm, folder, updates, evaluations),
+    watched.extend,
   )
+  lines = (folder / TRAINED[1]).read_text().splitlines()
+  evaluating = watched.spent(map(json.loads, lines))
+  result = dict(updates=len(lines), rows=len(rows.ids), weights=weights)
+  result["say"] = f"{len(lines)} updates"
+  if watched.measures:
+    result["evaluating"] = evaluating.flops
+  flops = cost.flops + evaluating.flops
+  tokens = cost.tokens + evaluating.tokens
+  return list(leaves(job, arm)), Cost(flops, tokens), result
+
+
+def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
+  """What of the config the policy depends on, but for its evaluations."""
+  c = job.c
+  knobs = ("loss", "train", "model.head_chunk", "model.dtype")
+  lora = ("lora",) if lora_of(c) else ()
+  return pick(c, *knobs, *lora) | like(arm) | source_digests(c.loss.name)

@@ -5,6 +5,7 @@ the implicit margin. `held_out`: several, each tuned on half of the prompts;
 their losses on the other half are how hard a pair is.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,12 @@ from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.checkpoints import restore_params
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.stage import Made
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.embed.over_pool import over_shards
-from jaxalign.embed.scores import digest_of
+from jaxalign.embed.row_scores import digest_of
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.model.job import Job, kernel_of, lora_of
@@ -123,12 +125,12 @@ def _start(job: Job) -> Start:
 
 def _score(
   job: Job, params: Any, m: decoder.ModelConfig, label: str
-) -> tuple[embed.RowScores, Cost]:
+) -> tuple[passes.RowScores, Cost]:
   """One pass over the pool, and what it cost."""
   rows, ids = job.tokens("pool"), job.column("pool", "id")
   how = dict(tile=job.c.embed.tile, chunk=job.c.model.head_chunk, label=label)
-  found = embed.score_rows(job.mesh, params, m, rows, **how, ids=ids)
-  return found, Cost(embed.flops(m, rows), len(rows.ids))
+  found = passes.score_rows(job.mesh, params, m, rows, **how, ids=ids)
+  return found, Cost(passes.flops(m, rows), len(rows.ids))
 
 
 def _tune(
@@ -203,17 +205,28 @@ def training_rows(job: Job, start: Start, index: np.ndarray) -> TrainRows:
   )
 
 
-def _inputs(job: Job) -> dict[str, str]:
+def proxy_needs(job: Job, arm: None) -> list[str]:
   c = job.c
   if c.proxy.checkpoint:  # where nothing else reads the reference it never ran
-    return dict(data=job.key("data"), model=digest_of(c.proxy.checkpoint))
-  inputs = dict(data=job.key("data"), sft=job.key("sft"))
-  if stage := columns.tuned(c):
-    inputs[stage] = job.key(stage)
-  return inputs
+    return ["data"]
+  tuned = columns.tuned(c)
+  return ["data", "sft", *([tuned] if tuned else [])]
 
 
-def _fields(c: Any, *proxy: str) -> dict[str, Any]:
+def proxy_fields(*proxy: str) -> Callable[[Job, None], dict[str, Any]]:
+  """The fields of a stage that tunes proxies, config.proxy.`proxy` too."""
+
+  def fields(job: Job, arm: None) -> dict[str, Any]:
+    c = job.c
+    given = c.proxy.checkpoint
+    return _proxy_knobs(c, proxy) | (
+      dict(proxy=digest_of(given)) if given else {}
+    )
+
+  return fields
+
+
+def _proxy_knobs(c: Any, proxy: Sequence[str]) -> dict[str, Any]:
   return pick(
     c,
     *(f"train.{n}" for n in (*KNOBS, "save_every")),
@@ -244,51 +257,39 @@ def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
   )
 
 
-def run_proxy(job: Job) -> None:
+def make_proxy(job: Job, arm: None, folder: Any) -> Made:
   """A policy tuned by DPO on a few pairs, and what it says of the pool."""
   c, p = job.c, job.c.proxy
-  fields, inputs = _fields(c, "pairs", "updates"), _inputs(job)
+  start = _start(job)
+  index = drawn(job.column("pool", "id"), p.pairs, 0)
+  params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
+  rows, ids = job.tokens("pool"), job.column("pool", "id")
+  how = dict(tile=c.embed.tile, chunk=c.model.head_chunk, ids=ids)
 
-  def make(folder):
-    start = _start(job)
-    index = drawn(job.column("pool", "id"), p.pairs, 0)
-    params, m = _tune(job, folder, "proxy", start, index, p.updates, 0)
-    rows, ids = job.tokens("pool"), job.column("pool", "id")
-    how = dict(tile=c.embed.tile, chunk=c.model.head_chunk, ids=ids)
+  def score(parts, tick):
+    own = dict(parts=parts, tick=tick)
+    found = passes.score_rows(job.mesh, params, m, rows, **how, **own)
+    before = start.sums.reshape(-1)[parts[jax.process_index()]]
+    return dict(proxy_logp=found.logp, proxy_ref_logp=before)
 
-    def score(parts, tick):
-      own = dict(parts=parts, tick=tick)
-      found = embed.score_rows(job.mesh, params, m, rows, **how, **own)
-      before = start.sums.reshape(-1)[parts[jax.process_index()]]
-      return dict(proxy_logp=found.logp, proxy_ref_logp=before)
-
-    files = over_shards(
-      job,
-      folder,
-      "proxy",
-      fields | inputs,
-      dict(proxy_logp=ArraySpec((2,)), proxy_ref_logp=ArraySpec((2,))),
-      c.embed.tile * job.mesh.size,
-      score,
-    )
-    parts = (
-      start.cost,
-      _tuning_cost(job, start, index, p.updates, 0),
-      Cost(embed.flops(m, rows), len(rows.ids)),
-    )
-    return (
-      [*files, *TRAINED],
-      Cost(sum(x.flops for x in parts), sum(x.tokens for x in parts)),
-      dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
-    )
-
-  job.run(
-    job.shared / "proxy",
+  files = over_shards(
+    job,
+    folder,
     "proxy",
-    make=make,
-    fields=fields,
-    inputs=inputs,
-    resumes=(*TRAINED, "store"),
+    job.made_of("proxy"),
+    dict(proxy_logp=ArraySpec((2,)), proxy_ref_logp=ArraySpec((2,))),
+    c.embed.tile * job.mesh.size,
+    score,
+  )
+  parts = (
+    start.cost,
+    _tuning_cost(job, start, index, p.updates, 0),
+    Cost(passes.flops(m, rows), len(rows.ids)),
+  )
+  return (
+    [*files, *TRAINED],
+    Cost(sum(x.flops for x in parts), sum(x.tokens for x in parts)),
+    dict(rows=len(index), say=f"tuned on {len(index):,} pairs"),
   )
 
 
@@ -338,48 +339,46 @@ def dpo_losses(policy: np.ndarray, ref: np.ndarray, beta: float) -> np.ndarray:
   return np.logaddexp(0.0, -beta * margin)
 
 
-def run_held_out(job: Job) -> None:
+def loss_files(job: Job) -> list[str]:
+  """The files of the models' losses."""
+  return [f"loss{s}.npy" for s in range(job.c.proxy.models)]
+
+
+def held_out_leaves(job: Job, arm: None) -> list[str]:
+  """What `held_out` resumes."""
+  return [*loss_files(job), *(f"model{s}" for s in range(job.c.proxy.models))]
+
+
+def make_held_out(job: Job, arm: None, folder: Any) -> Made:
   """The DPO loss of every pair under models that have not seen its prompt."""
-  c, p = job.c, job.c.proxy
-  names = [f"loss{s}.npy" for s in range(p.models)]
-
-  def make(folder):
-    start = _start(job)
-    n = len(job.column("pool", "id"))
-    seen = halves(job.column("pool", "group"), p.models, 0)
-    total, tokens = start.cost.flops, start.cost.tokens
-    for s, name in enumerate(names):
-      index = np.flatnonzero(seen[:, s])
-      updates = -(-len(index) // c.train.batch_size)
-      m = start.model._replace(lora=_lora(c))
-      own = folder / f"model{s}"
-      # Counted for every model: a resumed run has some of them already.
-      more = _tuning_cost(job, start, index, updates, s)
-      total += more.flops + embed.flops(m, job.tokens("pool"))
-      tokens += more.tokens + len(job.tokens("pool").ids)
-      status = "done" if (folder / name).exists() else "new"
-      if artifacts.agree(status) == "new":
-        label = f"model {s + 1} of {p.models}"
-        params, m = _tune(job, own, label, start, index, updates, s)
-        found, _ = _score(job, params, m, label)
-        loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
-        loss = np.where(seen[:, s], np.nan, loss)
-        if jax.process_index() == 0:
-          artifacts.write_array(folder / name, loss)
-      if jax.process_index() == 0 and own.exists():
-        own.rmtree()  # its losses are all that is read
-    if jax.process_index() == 0:
-      found = [artifacts.read_array(folder / name) for name in names]
-      path = folder / "held_out_loss.npy"
-      artifacts.write_array(path, np.stack(found, axis=1))
-    files = ["held_out_loss.npy", *names]
-    return files, Cost(total, tokens), dict(say=f"{p.models} models")
-
-  job.run(
-    job.shared / "held_out",
-    "held_out",
-    make=make,
-    resumes=(*names, *(f"model{s}" for s in range(p.models))),
-    fields=_fields(c, "models"),
-    inputs=_inputs(job),
-  )
+  c, p, names = job.c, job.c.proxy, loss_files(job)
+  start = _start(job)
+  n = len(job.column("pool", "id"))
+  seen = halves(job.column("pool", "group"), p.models, 0)
+  total, tokens = start.cost.flops, start.cost.tokens
+  for s, name in enumerate(names):
+    index = np.flatnonzero(seen[:, s])
+    updates = -(-len(index) // c.train.batch_size)
+    m = start.model._replace(lora=_lora(c))
+    own = folder / f"model{s}"
+    # Counted for every model: a resumed run has some of them already.
+    more = _tuning_cost(job, start, index, updates, s)
+    total += more.flops + passes.flops(m, job.tokens("pool"))
+    tokens += more.tokens + len(job.tokens("pool").ids)
+    status = "done" if (folder / name).exists() else "new"
+    if artifacts.agree(status) == "new":
+      label = f"model {s + 1} of {p.models}"
+      params, m = _tune(job, own, label, start, index, updates, s)
+      found, _ = _score(job, params, m, label)
+      loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
+      loss = np.where(seen[:, s], np.nan, loss)
+      if jax.process_index() == 0:
+        artifacts.write_array(folder / name, loss)
+    if jax.process_index() == 0 and own.exists():
+      own.rmtree()  # its losses are all that is read
+  if jax.process_index() == 0:
+    found = [artifacts.read_array(folder / name) for name in names]
+    path = folder / "held_out_loss.npy"
+    artifacts.write_array(path, np.stack(found, axis=1))
+  files = ["held_out_loss.npy", *names]
+  return files, Cost(total, tokens), dict(say=f"{p.models} models")

@@ -8,14 +8,15 @@ import numpy as np
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.lookup import source_digests
+from jaxalign.core.stage import Made
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import passes as embed
+from jaxalign.embed import passes
 from jaxalign.embed import store as stores
-from jaxalign.model.job import Arm, arm_folder, Job
+from jaxalign.model.job import Arm, Job
 from jaxalign.select import columns
 from jaxalign.select.choose import selected_rows
-from jaxalign.select.samplers import combine
+from jaxalign.select.samplers import chains
 from jaxalign.select.topk import budget_rows
 from jaxalign.train.feed import (
   Batching,
@@ -72,7 +73,7 @@ def reference_of(job: Job) -> Reference:
 
 def _pass_over_pool(job: Job, arm: Arm) -> str:
   """The stage that has the reference's sums of the pool already; "": none."""
-  stage = columns.sums(job.c, job.kind, combine.named(arm.sampler))
+  stage = columns.sums(job.c, job.kind, chains.named(arm.sampler))
   return stage if ("", stage) in job.records else ""
 
 
@@ -85,14 +86,14 @@ def _batched(job: Job) -> bool:
 def _computed(
   job: Job, arm: Arm, rows: TrainRows
 ) -> tuple[dict[str, np.ndarray], list[Cost]]:
-  """The arrays of `run_ref_logps` by name, and what they cost."""
+  """The arrays of `make_ref_logps` by name, and what they cost."""
   c, m = job.c, job.model
   online = c.train.reference == "online"  # train computes what costs a pass
   source, batched = _pass_over_pool(job, arm), _batched(job)
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
   own = tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
-  cost = lambda x: Cost(embed.flops(m, x), len(x.ids))
+  cost = lambda x: Cost(passes.flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
     updates = updates_for(job, arm, len(rows.ids))
@@ -133,7 +134,7 @@ def _computed(
   return {n: x for n, x in arrays.items() if n in kept}, costs
 
 
-def run_ref_logps(job: Job, arm: Arm) -> None:
+def make_ref_logps(job: Job, arm: Arm, folder: Any) -> Made:
   """The reference's (sum, count) of the kept rows, by id.
 
   Where a pass over the pool ran the same weights over the same rows its numbers
@@ -142,22 +143,33 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
   zeros where numbers would cost a pass. Where products are narrower than
   float32 nothing is looked up: see `logps_as_trained`.
   """
+  rows = rows_of(job, arm)
+  arrays, costs = _computed(job, arm, rows)
+  if jax.process_index() == 0:
+    for name, x in arrays.items():
+      artifacts.write_array(folder / f"{name}.npy", x)
+    artifacts.write_json(folder / "ref_ids.json", rows.ids)
+  flops, tokens = (
+    sum(getattr(x, n) for x in costs) for n in ("flops", "tokens")
+  )
+  files = [*(f"{n}.npy" for n in arrays), "ref_ids.json"]
+  return files, Cost(flops, tokens), {}
+
+
+def _passes_read(job: Job, arm: Arm) -> list[str]:
+  """The passes over the pool, of those that ran, that the sums depend on."""
+  names = {"embed", _pass_over_pool(job, arm)}
+  return sorted(n for n in names if ("", n) in job.records)
+
+
+def ref_logps_needs(job: Job, arm: Arm) -> list[str]:
+  # The embedding may be another model's: the reference is an input too.
+  return ["select", "sft", *_passes_read(job, arm)]
+
+
+def ref_logps_fields(job: Job, arm: Arm) -> dict[str, Any]:
+  """What of the config the reference's sums depend on."""
   c = job.c
-  source = _pass_over_pool(job, arm)
-
-  def make(folder):
-    rows = rows_of(job, arm)
-    arrays, costs = _computed(job, arm, rows)
-    if jax.process_index() == 0:
-      for name, x in arrays.items():
-        artifacts.write_array(folder / f"{name}.npy", x)
-      artifacts.write_json(folder / "ref_ids.json", rows.ids)
-    flops, tokens = (
-      sum(getattr(x, n) for x in costs) for n in ("flops", "tokens")
-    )
-    files = [*(f"{n}.npy" for n in arrays), "ref_ids.json"]
-    return files, Cost(flops, tokens), {}
-
   fields = dict(loss=c.loss.name, layout=c.train.layout)
   if source_digests(c.loss.name):  # one from outside may be edited to read more
     fields["reads"] = [*job.loss.stats, *job.loss.extras, job.loss.reference]
@@ -168,19 +180,9 @@ def run_ref_logps(job: Job, arm: Arm) -> None:
     fields |= pick(c, *(f"train.{n}" for n in knobs)) | like(arm)
   if _batched(job):
     fields |= pick(c, "train.batch_size", "train.accumulation", "train.logps")
-  read = {stage for stage in {"embed", source} if ("", stage) in job.records}
-  if "embed" not in read:  # whose key names these
+  if "embed" not in _passes_read(job, arm):  # whose record names these
     fields |= pick(c, "model")
-  # The embedding may be another model's: the reference is an input too.
-  inputs = dict(select=job.key("select", arm.name), sft=job.key("sft"))
-  job.run(
-    arm_folder(job, arm),
-    "ref_logps",
-    arm.name,
-    fields=fields,
-    make=make,
-    inputs=inputs | {stage: job.key(stage) for stage in read},
-  )
+  return fields
 
 
 def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
@@ -197,7 +199,7 @@ def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
 
 
 def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
-  """The rows that an arm kept, with all that `run_ref_logps` wrote of them."""
+  """The rows that an arm kept, with all that `make_ref_logps` wrote of them."""
   read = lambda name: artifacts.read_array(folder / f"{name}.npy")
   rows = rows_of(job, arm)._replace(
     ref_sum=read("ref_sum"),

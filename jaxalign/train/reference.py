@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from jaxalign.core import progress, sharding
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import passes as embed
+from jaxalign.data import tokens
+from jaxalign.embed import passes
 from jaxalign.model import decoder
 from jaxalign.train import online, packing
 from jaxalign.train.batch import Batch, Logps
@@ -33,10 +33,10 @@ class Reference(NamedTuple):
   producer: str = "chunked"  # a key of PRODUCERS, for the packed layouts
   label: str = "ref_logps"  # what the progress bar says
 
-  def score(self, rows: tokens_lib.TokenRows, ids: Any = None):
+  def score(self, rows: tokens.TokenRows, ids: Any = None):
     """`embed.score_rows`, which names the `ids` of what is not finite."""
     how = dict(tile=self.tile, chunk=self.chunk, label=self.label, ids=ids)
-    return embed.score_rows(self.mesh, self.params, self.model, rows, **how)
+    return passes.score_rows(self.mesh, self.params, self.model, rows, **how)
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,7 +48,7 @@ def _sums(producer, m, chunk):
 
 def reference_logps(
   reference: Reference,
-  rows: tokens_lib.TokenRows,
+  rows: tokens.TokenRows,
   index: np.ndarray,
   layout: str,
   ids: Any = None,
@@ -72,9 +72,9 @@ def reference_logps(
   """
   shape = index.shape
   if layout == "padded":
-    found = reference.score(tokens_lib.take_rows(rows, index.reshape(-1)), ids)
+    found = reference.score(tokens.take_rows(rows, index.reshape(-1)), ids)
     return found.logp.reshape(shape), found.count.reshape(shape)
-  counts = np.float32(tokens_lib.row_lengths(rows) - rows.start)[index]
+  counts = np.float32(tokens.row_lengths(rows) - rows.start)[index]
   if layout == "packed_apart":
     index = index.reshape(-1, 1)
     ids = None if ids is None else np.repeat(ids, shape[1])
@@ -88,13 +88,13 @@ def _packed_sums(reference, rows, index, ids):
   mesh, params, m, tile, chunk, producer, label = reference
   n, each = index.shape
   own = min(max(1, tile // each), n)
-  start, lengths = np.int64(rows.start), tokens_lib.row_lengths(rows)
+  start, lengths = np.int64(rows.start), tokens.row_lengths(rows)
   answers = (lengths - start)[index]
   sizes = start[index[:, 0]] + answers.sum(1)
   # What is short of a whole bin is the shortest row, again.
   of = np.append(np.arange(n), np.full(-n % own, np.argmin(sizes)))
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
-  length = packing.up(tokens_lib.longest_row(lengths[index], m.context))
+  length = packing.up(tokens.longest_row(lengths[index], m.context))
   need = lambda b: packing.need(start[index[b, 0]], answers[b], length)
   room = packing.largest([need(of[one]) for one in bins])
   devices = sharding.parts(mesh, "batch")
@@ -141,7 +141,7 @@ def _finite(reference, out, rows, index, ids=None):
   bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
   if len(bad):
     ids = None if ids is None else [ids[i] for i in bad]
-    taken = tokens_lib.take_rows(rows, index[bad].reshape(-1))
+    taken = tokens.take_rows(rows, index[bad].reshape(-1))
     out[bad] = reference.score(taken, ids).logp.reshape(len(bad), -1)
   return out
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.embed import passes as embed
+from jaxalign.data import tokens
+from jaxalign.embed import passes
 from jaxalign.train.feed import TrainRows
 from jaxalign.train.reference import Reference
 from jaxalign.train.statistics import STATISTICS
@@ -28,18 +28,18 @@ def common_prefix(
   """
   del seed
   starts = rows.tokens.start[rows.row_of]  # [M, R]
-  counts = tokens_lib.row_lengths(rows.tokens)[rows.row_of] - starts
+  counts = tokens.row_lengths(rows.tokens)[rows.row_of] - starts
   shortest = counts.min(axis=1, keepdims=True)
   longer = counts > shortest
   sums = np.array(rows.ref_sum, np.float32)
   if not longer.any():
     return sums, Cost()
-  heads = tokens_lib.cut_rows(
-    tokens_lib.take_rows(rows.tokens, rows.row_of[longer]),
+  heads = tokens.cut_rows(
+    tokens.take_rows(rows.tokens, rows.row_of[longer]),
     (starts + shortest)[longer],
   )
   sums[longer] = reference.score(heads).logp
-  return sums, Cost(embed.flops(reference.model, heads), len(heads.ids))
+  return sums, Cost(passes.flops(reference.model, heads), len(heads.ids))
 
 
 def prompt_weights(
@@ -51,13 +51,13 @@ def prompt_weights(
   pool's embeddings hold the answers too, and would tell the label itself.
   """
   first = rows.row_of[:, 0]
-  prompts = tokens_lib.cut_rows(
-    tokens_lib.take_rows(rows.tokens, first), rows.tokens.start[first]
+  prompts = tokens.cut_rows(
+    tokens.take_rows(rows.tokens, first), rows.tokens.start[first]
   )
   mesh, params, m, tile = reference[:4]
   how = dict(pooling="mean", tile=tile, label=reference.label, ids=rows.ids)
-  x = embed.pool_rows(mesh, params, m, prompts, **how)
-  cost = Cost(embed.flops(m, prompts, 0), len(prompts.ids))
+  x = passes.pool_rows(mesh, params, m, prompts, **how)
+  cost = Cost(passes.flops(m, prompts, 0), len(prompts.ids))
   return density_ratios(x, rows.label, seed=seed), cost
 
 

@@ -1,10 +1,13 @@
 """The sft stage: trains the reference, where no checkpoint is given."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from jaxalign.core import artifacts, hub
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.artifacts import pick
+from jaxalign.core.stage import Made
 from jaxalign.model import decoder, hf
 from jaxalign.model.job import Job
 from jaxalign.train.feed import TrainRows
@@ -23,42 +26,35 @@ RECIPE = dict(  # of the SFT model; the rest stands in config.sft
 TRAINED = ("checkpoints", "metrics.jsonl")  # what a training stage leaves
 
 
-def run_sft(job: Job) -> None:
+def given_reference(job: Job) -> str:
+  """The digest of config.model.checkpoint; "" where none is given."""
+  given = job.c.model.checkpoint
+  if not given:
+    return ""
+  digests = lambda: artifacts.digest_tree(
+    hub.resolve(given), hf.digest_names(given)
+  )
+  return artifacts.told(lambda: artifacts.key_of("checkpoint", digests(), {}))
+
+
+def make_sft(job: Job, arm: None, folder: Any) -> Made:
   """Trains the reference, where no checkpoint is given."""
   c, m = job.c, job.model
-  if c.model.checkpoint:
-    given = c.model.checkpoint
-    key = artifacts.told(
-      lambda: artifacts.key_of(
-        "checkpoint",
-        artifacts.digest_tree(hub.resolve(given), hf.digest_names(given)),
-        {},
-      )
-    )
-    job.records["", "sft"] = artifacts.Record(
-      "sft", key, {}, {}, {}, Cost(), {}, skipped=True
-    )
-    return
-
-  def make(folder):
-    params = decoder.init(jax.random.key(c.data.seed), m, job.mesh)
-    updates, every, explode = c.sft.updates, c.sft.save_every, c.train.explode
-    options = TrainOptions(folder, "sft", updates, every, explode=explode)
-    knobs = RECIPE | c.sft.to_dict()
-    recipe = Recipe.of(knobs, seed=c.data.seed, head_chunk=c.model.head_chunk)
-    begin = lambda _: (params, {})
-    rows = _rows(job)
-    cost = train(job.mesh, m, begin, rows, LOSSES["sft"], recipe, options)
-    return list(TRAINED), cost, {}
-
-  job.run(
-    job.shared / "sft",
-    "sft",
-    make=make,
-    resumes=TRAINED,
-    fields=pick(c, "sft", "model"),
-    inputs=dict(data=job.key("data")),
+  params = decoder.init(jax.random.key(c.data.seed), m, job.mesh)
+  updates, every, explode = c.sft.updates, c.sft.save_every, c.train.explode
+  options = TrainOptions(folder, "sft", updates, every, explode=explode)
+  knobs = RECIPE | c.sft.to_dict()
+  recipe = Recipe.of(knobs, seed=c.data.seed, head_chunk=c.model.head_chunk)
+  begin = lambda _: (params, {})
+  rows = _rows(job)
+  cost, weights = train(
+    job.mesh, m, begin, rows, LOSSES["sft"], recipe, options
   )
+  return list(TRAINED), cost, dict(weights=weights)
+
+
+def sft_fields(job: Job, arm: None) -> dict[str, Any]:
+  return pick(job.c, "sft", "model")
 
 
 def _rows(job: Job) -> TrainRows:

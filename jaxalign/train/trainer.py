@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxalign.core import devices
 from jaxalign.core.artifacts import Cost
+from jaxalign.core.fingerprint import fingerprint
 from jaxalign.model import decoder
 from jaxalign.train import feed as feeds
 from jaxalign.train import loop, optim
@@ -70,7 +71,7 @@ def train(
   recipe: Recipe,
   options: loop.TrainOptions,
   extend: Callable = lambda state, step: (state, step),
-) -> Cost:
+) -> tuple[Cost, str]:
   """Trains in `options.folder`.
 
   Args:
@@ -85,7 +86,7 @@ def train(
     extend: `(state, train_step) -> (state, train_step)`.
 
   Returns:
-    What it cost, without its evaluations.
+    What it cost, without its evaluations, and a digest of the weights.
   """
   batching = recipe.batching(m)
   tx, rate = recipe.optimizer_of(m)
@@ -113,4 +114,5 @@ def train(
   options = options._replace(evaluations=evaluations)
   last = loop.fit(state, step, feed, options, ideal_seconds)
   updates = int(last.step)  # it may have stopped early
-  return Cost(*feeds.training_cost(m, rows, batching, updates, *more))
+  cost = Cost(*feeds.training_cost(m, rows, batching, updates, *more))
+  return cost, fingerprint(last.params)

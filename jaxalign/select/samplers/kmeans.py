@@ -15,7 +15,7 @@ import numpy as np
 from jaxalign.core.errors import ConfigError
 from jaxalign.select.costs import ID_BYTES, one_after_another, Sizes, Work
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.samplers import vectors
 from jaxalign.select.samplers.draws import apportion
 from jaxalign.select.samplers.values import in_order
 from jaxalign.select.topk import id_hash, uniform
@@ -50,13 +50,13 @@ def _closest(centres, squares, x):
   return jax.lax.scan(compare, first, several)[0][1]
 
 
-def assign(placed: vectors_lib.Placed, centres: np.ndarray) -> np.ndarray:
+def assign(placed: vectors.Placed, centres: np.ndarray) -> np.ndarray:
   """[N] int64, the nearest of the [K, W] centres; 2NKW flops."""
   more = -len(centres) % _WIDE
   squares = (np.float64(centres) ** 2).sum(1)
   squares = np.pad(squares, (0, more), constant_values=np.inf)
   padded = np.pad(centres, ((0, more), (0, 0)))
-  return vectors_lib.by_row(_closest, placed, padded, squares).astype(np.int64)
+  return vectors.by_row(_closest, placed, padded, squares).astype(np.int64)
 
 
 def _means(
@@ -90,13 +90,13 @@ def k_means(
   draw = np.argsort(uniform(seed, ids, "k_means"), kind="stable")
   centres = np.float64(x[draw[:clusters]])
   part = x[np.sort(draw[: max(20_000, 32 * clusters)])]
-  placed, labels = vectors_lib.place(part), None
+  placed, labels = vectors.place(part), None
   for _ in range(_STEPS):
     last, labels = labels, assign(placed, centres)
     if last is not None and (last == labels).all():
       break
     centres = _means(part, labels, centres)
-  return assign(vectors_lib.place(x), centres), centres
+  return assign(vectors.place(x), centres), centres
 
 
 def k_means_work(p: Sizes, k: int, width: int) -> Work:
@@ -139,7 +139,7 @@ def refuse_long_picks(what: str, width: int, host: bool) -> Callable:
     what, host: see `vectors.refuse_long`.
     width: W of the rows.
   """
-  return lambda n, m: vectors_lib.refuse_long(
+  return lambda n, m: vectors.refuse_long(
     2.0 * np.sum(np.float64(n) * m) * width, what, BLOCKS, host=host
   )
 
@@ -198,7 +198,7 @@ def cost_in_blocks(work: Callable[..., Work]) -> Callable[..., Work]:
   def cost(
     p: Sizes, *, pair: str = "mean", blocks: int = 0, **kwargs: Any
   ) -> Work:
-    width = vectors_lib.width_of(p, pair)
+    width = vectors.width_of(p, pair)
     if not blocks:
       return work(p, width, **kwargs)
     most = min(p.n, most_rows(p.n, blocks))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxalign.select.chunks import ordered_sum
 from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
-from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.samplers import vectors
 from jaxalign.select.samplers.density import bandwidth_bytes, check_bandwidth
 from jaxalign.select.samplers.kmeans import BLOCKS, cost_in_blocks, run_greedy
 from jaxalign.select.samplers.values import column, in_order, one_side, require
@@ -102,7 +102,7 @@ class _Coverage:
       lost += np.ones(len(part), np.float32) @ less
     self.folded = self.covered.copy()
     # No term is negative, so float32 is off by a share: it stays a bound.
-    return lost * (1 - 2 * _STRIP * vectors_lib.ROUNDING)
+    return lost * (1 - 2 * _STRIP * vectors.ROUNDING)
 
   def take(self, row: int) -> None:
     slot = self.slot[row]
@@ -204,8 +204,8 @@ def stochastic_greedy(
   n = len(x)
   few = min(n, math.ceil(n / max(1, budget) * math.log(1 / epsilon)))
   covered, ones = np.zeros(n, np.float32), np.ones(n, np.float32)
-  alone = vectors_lib.place(x)
-  real = vectors_lib.place(ones).tiles[0]
+  alone = vectors.place(x)
+  real = vectors.place(ones).tiles[0]
   chosen, gained, turn, order = [], [], 0, np.empty(0, np.int64)
   open_ = np.ones(n, bool)
   while len(chosen) < budget:
@@ -219,13 +219,13 @@ def stochastic_greedy(
       turn += 1
     some, order = order[:few], order[few:]
     state = alone._replace(
-      tiles=(alone.tiles[0], vectors_lib.place(covered).tiles[0], real)
+      tiles=(alone.tiles[0], vectors.place(covered).tiles[0], real)
     )
     gain = np.empty(len(some))
     for start in range(0, len(some), _BLOCK):
       part = some[start : start + _BLOCK]
       size = max(8, 1 << (len(part) - 1).bit_length())
-      found = vectors_lib.by_chunk(_gains, state, x[np.resize(part, size)])
+      found = vectors.by_chunk(_gains, state, x[np.resize(part, size)])
       gain[start : start + _BLOCK] = ordered_sum(found)[: len(part)]
     best = pick(gain, some, ids, 1e-6 + 1e-7 * gain.max())
     row = int(some[best])
@@ -233,9 +233,7 @@ def stochastic_greedy(
     gained.append(float(gain[best]))
     open_[row] = False
     np.maximum(
-      covered,
-      vectors_lib.by_row(_covers, alone, x[np.resize(row, 8)]),
-      out=covered,
+      covered, vectors.by_row(_covers, alone, x[np.resize(row, 8)]), out=covered
     )
   return np.array(chosen, np.int64), np.array(gained)
 
@@ -289,13 +287,13 @@ def facility_location(
   require(0 < epsilon < 1, "epsilon", epsilon, "above 0 and below 1")
   known = exact in (True, False, "auto")
   require(known, "exact", exact, "True, False or 'auto'")
-  x = vectors_lib.directions(pool, pair, metric)
+  x = vectors.directions(pool, pair, metric)
 
   def check(n, m):
     host = _is_exact(exact, int(np.max(n)))
     work = 2.0 * np.sum(np.float64(n) ** 2) * x.shape[1]
     work *= 1 if host else math.log(1 / epsilon)
-    vectors_lib.refuse_long(work, "facility_location", BLOCKS, host=host)
+    vectors.refuse_long(work, "facility_location", BLOCKS, host=host)
 
   def greedy(part, ids, m, rows):
     if _is_exact(exact, len(part)):
@@ -410,7 +408,7 @@ def dpp(
     Selection in the order of the picks; the [N] score is what the rows before
     it left unexplained (in blocks: 1 down to 1/M, 0 for the others).
   """
-  x = vectors_lib.vectors(pool, pair, metric)
+  x = vectors.vectors(pool, pair, metric)
   q = np.ones(len(x))
   if quality:
     value = one_side(column(pool, quality), side)
@@ -420,9 +418,9 @@ def dpp(
   def check(n, m):
     n = np.float64(n)
     what = "dpp keeps N x M numbers, and N x M"
-    vectors_lib.refuse_above(np.max(n * m), DPP_NUMBERS, what, BLOCKS)
+    vectors.refuse_above(np.max(n * m), DPP_NUMBERS, what, BLOCKS)
     work = np.sum(n * m**2 + 2 * n * m * x.shape[1])
-    vectors_lib.refuse_long(work, "dpp", BLOCKS, host=True)
+    vectors.refuse_long(work, "dpp", BLOCKS, host=True)
 
   def greedy(part, ids, m, rows):
     return Selection(*greedy_map(part, q[rows], ids, m, bandwidth))

@@ -17,7 +17,7 @@ from jaxalign.select import mixture as mixtures
 from jaxalign.select import neighbours
 from jaxalign.select.mixture_checks import mixture_summary
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.samplers import combine, SAMPLERS
+from jaxalign.select.samplers import chains, SAMPLERS
 from jaxalign.select.selection_report import neighbourhood, reasons, shifts
 from jaxalign.select.selection_report.spectra import spectra_of
 from jaxalign.select.topk import id_hash
@@ -106,7 +106,7 @@ def describe(
 
 def about(sampler: str) -> str:
   """The first sentence of the docstring of each sampler of a chain."""
-  names = combine.sampler_names(sampler)
+  names = chains.sampler_names(sampler)
   docs = [inspect.getdoc(SAMPLERS[n]) or "" for n in names if n in SAMPLERS]
   return " ".join(doc.split("\n")[0] for doc in docs)
 
@@ -237,7 +237,7 @@ def alternatives(
     seed: of draws; the sampler's own plus one, so that `random` is another
       draw.
   """
-  out, own = {}, combine.sampler_names(sampler)
+  out, own = {}, chains.sampler_names(sampler)
   single = np.ndim(pool.length) > 1 and np.shape(pool.length)[1] != 2
   for name in CHEAP:
     one = SAMPLERS[name]

@@ -20,8 +20,7 @@ from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select import grams as grams_lib
 from jaxalign.select.costs import Sizes, Work
 from jaxalign.select.pool import needs, Pool, Selection
-from jaxalign.select.samplers.crossfit import heads, near_copies, notes
-from jaxalign.select.samplers.crossfit import margins as margins_lib
+from jaxalign.select.samplers.crossfit import heads, margins, near_copies, notes
 from jaxalign.select.samplers.draws import apportion, place_in_group
 from jaxalign.select.samplers.isa import top_with_quota
 from jaxalign.select.samplers.values import (
@@ -115,8 +114,8 @@ def _slices(
 
 
 def _labelled(
-  pool: Pool, data: margins_lib.Labelled, k: Keywords
-) -> margins_lib.Labelled:
+  pool: Pool, data: margins.Labelled, k: Keywords
+) -> margins.Labelled:
   """The features with the labels, or an error where the pool has none."""
   r = data.parts["few"].shape[1]
   if r == 1 and "label" not in pool.columns:
@@ -138,7 +137,7 @@ def _select(
   seed: int,
   pool: Pool,
   budget: int,
-  data: margins_lib.Labelled,
+  data: margins.Labelled,
   signs: dict[str, np.ndarray],
   k: Keywords,
 ) -> Selection:
@@ -157,10 +156,10 @@ def _select(
     data = data._replace(group=near_copies.joined(data.group, near))
   lines, own = [f"crossfit {SENTENCE}"], set()
   if not (refused := _of_one_class(data.label)):
-    found = shared = margins_lib.margins(seed, data)
+    found = shared = margins.margins(seed, data)
     if by:
-      found, own = margins_lib.with_own_heads(seed, shared, data, code)
-    learnt, numbers = margins_lib.predictable(found)
+      found, own = margins.with_own_heads(seed, shared, data, code)
+    learnt, numbers = margins.predictable(found)
     if not learnt:
       refused = (
         f"no head predicts them ({numbers}); they look shuffled, or the "
@@ -193,7 +192,7 @@ def _select(
 
 def _trusted(seed, found, signs, group, budget, numbers):
   """Scores [N] by margins and the gate, and what a person should know."""
-  q = margins_lib.trust(seed, found, signs, group)
+  q = margins.trust(seed, found, signs, group)
   score = found.mean * np.maximum(0, 2 * q - 1)
   positive = int((score > 0).sum())
   lines = [
@@ -277,7 +276,7 @@ def _best_of_each(
 def _length_notes(seed, pool, data, found, kept, k):
   """How far the labels, and what is kept, follow length."""
   length = column(pool, "length")
-  fold = heads.folds(seed, data.group, margins_lib.FOLDS, "crossfit")
+  fold = heads.folds(seed, data.group, margins.FOLDS, "crossfit")
   x = heads.differences(length[..., None], data.group)
   x = np.float64(heads.scaled(x))
   alone = notes.predicts_alone(x, data.signs(), fold)
@@ -323,7 +322,7 @@ def _typical(x: np.ndarray) -> np.ndarray:
 
 
 def _lite_work(p: Sizes, **_) -> Work:
-  return margins_lib.heads_work(p, (grams_lib.WIDTH // 2,))
+  return margins.heads_work(p, (grams_lib.WIDTH // 2,))
 
 
 @needs(
@@ -349,7 +348,7 @@ def crossfit_lite(
   Args: as of `crossfit`, whose other columns are not read.
   """
   tokens, few, signs = _read(pool)
-  data = margins_lib.Labelled(
+  data = margins.Labelled(
     dict(tokens=tokens, few=few), (("tokens", "few"),), pool.ids
   )
   k = Keywords(label_quota, unlearnable, orthogonal, slices, copies)
@@ -358,7 +357,7 @@ def crossfit_lite(
 
 def _crossfit_work(p: Sizes, **_) -> Work:
   tokens = grams_lib.WIDTH // 2
-  return margins_lib.heads_work(p, (tokens,), (p.d,), (tokens, p.d, p.e))
+  return margins.heads_work(p, (tokens,), (p.d,), (tokens, p.d, p.e))
 
 
 @needs(
@@ -439,6 +438,6 @@ def crossfit(
     ("residual", "few"),
     ("tokens", "residual", "answer", "few"),
   )
-  data = margins_lib.Labelled(parts, of_heads, pool.ids)
+  data = margins.Labelled(parts, of_heads, pool.ids)
   k = Keywords(label_quota, unlearnable, orthogonal, slices, copies)
   return _select(seed, pool, budget, data, signs, k)

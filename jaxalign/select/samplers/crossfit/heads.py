@@ -17,7 +17,7 @@ from scipy.special import expit
 
 from jaxalign.select import exact
 from jaxalign.select.costs import Work
-from jaxalign.select.samplers import vectors as vectors_lib
+from jaxalign.select.samplers import vectors
 from jaxalign.select.topk import uniform
 
 COLUMNS = 256  # of one head; wider features are rotated and cut to these
@@ -63,7 +63,7 @@ def principal(
   elif width <= columns:
     gram = x.T.astype(np.float64) @ x / n
   else:
-    mesh = vectors_lib.own_mesh()
+    mesh = vectors.own_mesh()
     with jax.set_mesh(mesh):
       gram = exact.gram_of(mesh, x) / n
   if not len(gram):
@@ -81,8 +81,8 @@ def principal(
     return vector * (sign * np.sqrt(n * value)), value
   if width <= columns:
     return x.astype(np.float64) @ vector, value
-  placed = vectors_lib.place(x)
-  return np.float64(vectors_lib.by_row(_rotate_chunk, placed, vector)), value
+  placed = vectors.place(x)
+  return np.float64(vectors.by_row(_rotate_chunk, placed, vector)), value
 
 
 def principal_work(n: float, width: int, columns: int) -> Work:

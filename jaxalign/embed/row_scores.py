@@ -17,11 +17,10 @@ import numpy as np
 from jaxalign.core import artifacts, hub, sharding
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import prepare
-from jaxalign.data import tokens as tokens_lib
+from jaxalign.core.stage import Made
+from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
-from jaxalign.embed import passes as embed
-from jaxalign.embed import questions
+from jaxalign.embed import passes, questions
 from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import decoder, hf, reward
@@ -43,7 +42,7 @@ def by_shard(
 
   A killed stage goes on at the next shard; see `stages.embed.over_shards`.
   """
-  responses = len(job.tokens("pool").start) // len(job.column("pool", "id"))
+  responses = job.responses
   return over_shards(
     job,
     folder,
@@ -56,16 +55,16 @@ def by_shard(
 
 
 def tokens_of(
-  folder: Any, make: Callable[[], tokens_lib.TokenRows]
-) -> tokens_lib.TokenRows:
+  folder: Any, make: Callable[[], tokens.TokenRows]
+) -> tokens.TokenRows:
   """Token rows that process 0 makes of texts, which it alone reads."""
   if jax.process_index() == 0:
-    tokens_lib.save_rows(folder, "tokens", make())
+    tokens.save_rows(folder, "tokens", make())
   sharding.barrier("tokens of a stage")
-  return tokens_lib.load_rows(folder, "tokens")
+  return tokens.load_rows(folder, "tokens")
 
 
-TOKENS = [f"tokens.{field}.npy" for field in tokens_lib.TokenRows._fields]
+TOKENS = [f"tokens.{field}.npy" for field in tokens.TokenRows._fields]
 
 
 def digest_of(folder: Any) -> str:
@@ -88,9 +87,7 @@ def digest_of(folder: Any) -> str:
 # Answers without their prompts.
 
 
-def answers_alone(
-  rows: tokens_lib.TokenRows, start: int
-) -> tokens_lib.TokenRows:
+def answers_alone(rows: tokens.TokenRows, start: int) -> tokens.TokenRows:
   """Every row's response behind the token `start`, the same tokens of it."""
   first, ends = rows.offsets[:-1] + rows.start, rows.offsets[1:]
   sizes = ends - first + 1
@@ -102,60 +99,43 @@ def answers_alone(
     start,
     np.asarray(rows.ids)[first[row] + np.maximum(place - 1, 0)],
   )
-  return tokens_lib.TokenRows(
+  return tokens.TokenRows(
     ids.astype(np.int32), offsets, np.ones(len(sizes), np.int32), rows.cut
   )
 
 
-def run_alone(job: Job) -> None:
+def make_alone(job: Job, arm: None, folder: Any) -> Made:
   """What the reference gives each answer without its prompt (IFD).
 
   The first token is predicted from the BOS; of a tokenizer that has none,
   from the EOS, behind which such models begin a text.
   """
   c, m = job.c, job.model
-
-  fields = pick(c, "embed.tile", "embed.shard", "model")
-  inputs = dict(data=job.key("data"), sft=job.key("sft"))
-
-  def make(folder):
-    tok = job.tokenizer
-    rows = answers_alone(
-      job.tokens("pool"), tok.bos if tok.bos >= 0 else tok.eos
-    )
-    files = by_shard(
-      job,
-      folder,
-      "alone",
-      fields | inputs,
-      "logp_alone",
-      (
-        lambda parts, tick: (
-          embed.score_rows(
-            job.mesh,
-            job.reference,
-            m,
-            rows,
-            tile=c.embed.tile,
-            chunk=c.model.head_chunk,
-            parts=parts,
-            tick=tick,
-            ids=job.column("pool", "id"),
-          ).logp
-        )
-      ),
-    )
-    return files, Cost(embed.flops(m, rows), len(rows.ids)), {}
-
-  job.run(
-    job.shared / "alone",
+  tok = job.tokenizer
+  rows = answers_alone(job.tokens("pool"), tok.bos if tok.bos >= 0 else tok.eos)
+  files = by_shard(
+    job,
+    folder,
     "alone",
-    make=make,
-    fields=fields,
-    inputs=inputs,
-    resumes=("store",),
-    mends=True,
+    job.made_of("alone"),
+    "logp_alone",
+    (
+      lambda parts, tick: (
+        passes.score_rows(
+          job.mesh,
+          job.reference,
+          m,
+          rows,
+          tile=c.embed.tile,
+          chunk=c.model.head_chunk,
+          parts=parts,
+          tick=tick,
+          ids=job.column("pool", "id"),
+        ).logp
+      )
+    ),
   )
+  return files, Cost(passes.flops(m, rows), len(rows.ids)), {}
 
 
 # A question about each answer.
@@ -180,7 +160,7 @@ def p_yes(
   mesh: Any,
   params: decoder.Params,
   m: decoder.ModelConfig,
-  rows: tokens_lib.TokenRows,
+  rows: tokens.TokenRows,
   yes: int,
   no: int,
   *,
@@ -195,7 +175,7 @@ def p_yes(
     mesh, params, m, rows, tile, ids, parts, tick: as of `embed.score_rows`.
     yes, no: tokens, whose logits are l_yes and l_no.
   """
-  return embed.number_rows(
+  return passes.number_rows(
     mesh,
     _yes_fn(mesh, m, yes, no),
     params,
@@ -225,87 +205,82 @@ def judge_config(
   return m._replace(context=c.ask.context or own, lora=None)
 
 
-def run_ask(job: Job) -> None:
+def ask_needs(job: Job, arm: None) -> list[str]:
+  return ["data"] if job.c.ask.checkpoint else ["data", "sft"]
+
+
+def ask_fields(job: Job, arm: None) -> dict[str, Any]:
+  given = job.c.ask.checkpoint
+  fields = pick(job.c, "ask", "embed.tile", "embed.shard", "model")
+  return fields | (dict(judge=digest_of(given)) if given else {})
+
+
+def make_ask(job: Job, arm: None, folder: Any) -> Made:
   """P(yes) of a question about every answer of the pool (Ask-LLM)."""
   c, given = job.c, job.c.ask.checkpoint
   m = judge_config(c, job.model)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
-  inputs = dict(data=job.key("data"))
-  inputs |= dict(judge=digest_of(given)) if given else dict(sft=job.key("sft"))
-  fields = pick(c, "ask", "embed.tile", "embed.shard", "model")
+  tok = load_tokenizer(
+    hub.resolve_settings(given) if given else job.shared / "data"
+  )
 
-  def make(folder):
-    tok = load_tokenizer(
-      hub.resolve_settings(given) if given else job.shared / "data"
+  def asked():
+    rows = job.rows("pool")
+    built = questions.build(
+      tok,
+      [
+        (r["id"], r["prompt"], r[side])
+        for r in rows
+        for side in SIDES
+        if side in r
+      ],
+      c.ask.question,
+      questions.ANSWERS,
+      m.context,
     )
+    artifacts.write_json(
+      folder / "ask.json",
+      dict(yes=built.yes, no=built.no, shortened=built.shortened),
+    )
+    return built.rows
 
-    def asked():
-      rows = job.rows("pool")
-      built = questions.build(
-        tok,
-        [
-          (r["id"], r["prompt"], r[side])
-          for r in rows
-          for side in SIDES
-          if side in r
-        ],
-        c.ask.question,
-        questions.ANSWERS,
-        m.context,
-      )
-      artifacts.write_json(
-        folder / "ask.json",
-        dict(yes=built.yes, no=built.no, shortened=built.shortened),
-      )
-      return built.rows
-
-    rows = tokens_of(folder, asked)
-    told = artifacts.read_json(folder / "ask.json")
-    params = (
-      hf.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
-      if given
-      else job.reference
-    )
-    files = by_shard(
-      job,
-      folder,
-      "ask",
-      fields | inputs,
-      "p_yes",
-      (
-        lambda parts, tick: p_yes(
-          job.mesh,
-          params,
-          m,
-          rows,
-          told["yes"],
-          told["no"],
-          parts=parts,
-          tile=c.embed.tile,
-          ids=job.column("pool", "id"),
-          tick=tick,
-        )
-      ),
-    )
-    say = (
-      f"{told['shortened']:,} of {len(rows.start):,} were cut to fit"
-      if told["shortened"]
-      else ""
-    )
-    return (
-      [*files, *TOKENS, "ask.json"],
-      Cost(embed.flops(m, rows, 1), len(rows.ids)),
-      dict(say=say),
-    )
-
-  job.run(
-    job.shared / "ask",
+  rows = tokens_of(folder, asked)
+  told = artifacts.read_json(folder / "ask.json")
+  params = (
+    hf.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
+    if given
+    else job.reference
+  )
+  files = by_shard(
+    job,
+    folder,
     "ask",
-    make=make,
-    inputs=inputs,
-    fields=fields,
-    resumes=("store",),
-    mends=True,
+    job.made_of("ask"),
+    "p_yes",
+    (
+      lambda parts, tick: p_yes(
+        job.mesh,
+        params,
+        m,
+        rows,
+        told["yes"],
+        told["no"],
+        parts=parts,
+        tile=c.embed.tile,
+        ids=job.column("pool", "id"),
+        tick=tick,
+      )
+    ),
+  )
+  say = (
+    f"{told['shortened']:,} of {len(rows.start):,} were cut to fit"
+    if told["shortened"]
+    else ""
+  )
+  return (
+    [*files, *TOKENS, "ask.json"],
+    Cost(passes.flops(m, rows, 1), len(rows.ids)),
+    dict(say=say),
   )
 
 
@@ -337,7 +312,7 @@ def reward_rows(
   mesh: Any,
   params: Any,
   r: reward.RewardConfig,
-  rows: tokens_lib.TokenRows,
+  rows: tokens.TokenRows,
   *,
   tile: int,
   ids: Any = None,
@@ -345,7 +320,7 @@ def reward_rows(
   tick: Any = None,
 ) -> np.ndarray:
   """[n] float32 rewards of rows that a reward model's tokenizer made."""
-  return embed.number_rows(
+  return passes.number_rows(
     mesh,
     _reward_fn(mesh, r),
     params,
@@ -359,7 +334,14 @@ def reward_rows(
   )
 
 
-def run_rewards(job: Job) -> None:
+def rewards_fields(job: Job, arm: None) -> dict[str, Any]:
+  knobs = ("dtype", "context", "param_dtype")
+  fields = pick(job.c, "rewards", "embed.tile", "embed.shard")
+  fields |= pick(job.c, *(f"model.{name}" for name in knobs))
+  return fields | dict(checkpoint=digest_of(job.c.rewards.checkpoint))
+
+
+def make_rewards(job: Job, arm: None, folder: Any) -> Made:
   """What config.rewards.checkpoint gives every answer of the pool."""
   c, given = job.c, job.c.rewards.checkpoint
   r = reward_config(c)
@@ -368,61 +350,40 @@ def run_rewards(job: Job) -> None:
       model=r.model._replace(attention=kernel_of(c, r.model, job.mesh))
     )
   reward.check_reward(r, job.mesh)
-  fields = pick(
-    c,
-    "rewards",
-    "embed.tile",
-    "embed.shard",
-    "model.dtype",
-    "model.context",
-    "model.param_dtype",
+
+  def encoded():
+    texts = [
+      (row, side) for row in job.rows("pool") for side in SIDES if side in row
+    ]
+    encode = questions.encode_two if r.encodes else questions.encode_chats
+    return encode(hub.resolve_settings(given), r.model, texts)
+
+  rows = tokens_of(folder, encoded)
+  params = reward.load(
+    given,
+    r,
+    job.mesh,
+    np.dtype(np.float32 if r.encodes else c.model.param_dtype),
   )
-  inputs = dict(data=job.key("data"), model=digest_of(given))
-
-  def make(folder):
-    def encoded():
-      texts = [
-        (row, side) for row in job.rows("pool") for side in SIDES if side in row
-      ]
-      encode = questions.encode_two if r.encodes else questions.encode_chats
-      return encode(hub.resolve_settings(given), r.model, texts)
-
-    rows = tokens_of(folder, encoded)
-    params = reward.load(
-      given,
-      r,
-      job.mesh,
-      np.dtype(np.float32 if r.encodes else c.model.param_dtype),
-    )
-    files = by_shard(
-      job,
-      folder,
-      "rewards",
-      fields | inputs,
-      "reward",
-      (
-        lambda parts, tick: reward_rows(
-          job.mesh,
-          params,
-          r,
-          rows,
-          tile=c.embed.tile,
-          parts=parts,
-          ids=job.column("pool", "id"),
-          tick=tick,
-        )
-      ),
-    )
-    sizes, counts = np.unique(tokens_lib.row_lengths(rows), return_counts=True)
-    flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
-    return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
-
-  job.run(
-    job.shared / "rewards",
+  files = by_shard(
+    job,
+    folder,
     "rewards",
-    make=make,
-    fields=fields,
-    inputs=inputs,
-    resumes=("store",),
-    mends=True,
+    job.made_of("rewards"),
+    "reward",
+    (
+      lambda parts, tick: reward_rows(
+        job.mesh,
+        params,
+        r,
+        rows,
+        tile=c.embed.tile,
+        parts=parts,
+        ids=job.column("pool", "id"),
+        tick=tick,
+      )
+    ),
   )
+  sizes, counts = np.unique(tokens.row_lengths(rows), return_counts=True)
+  flops = sum(reward_flops(r, int(s)) * int(k) for s, k in zip(sizes, counts))
+  return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
