@@ -408,6 +408,84 @@ def test_a_large_pool_is_fitted_to_the_least_hashes_of_its_ids():
   np.testing.assert_array_equal(got, x[wanted].reshape(-1, 3))
 
 
+# Products that components share.
+
+
+def swept(mesh, z, labels, kind, share=True, ridge=1e-4, iterations=6):
+  """EM from a partition -> its last parameters, and the bounds."""
+  sweep = em.sweep_of(mesh, z, ridge, kind, share)
+  g = em.partition(z, labels, labels.max() + 1, ridge, kind)
+  bounds = []
+  for _ in range(iterations):
+    g = em.rounded(g)
+    moments, bound = sweep(g)
+    g = em.m_step(moments, g.means, ridge, kind)
+    bounds.append(bound)
+  return g, bounds
+
+
+def densities(g, z):
+  return em.log_joint(em.factors_of(g), g.means, np.float64(z))
+
+
+@pytest.mark.parametrize("joint", [True, False])  # False: as of wide rows
+@pytest.mark.parametrize("kind, components", [("full", 2), ("tied", 3)])
+@pytest.mark.parametrize("weight, narrow", [(0.5, 1.0), (0.1, 0.3)])
+def test_shared_products_equal_separate_ones(
+  mesh, monkeypatch, kind, components, weight, narrow, joint
+):
+  if not joint:
+    monkeypatch.setattr(em, "JOINT_WIDTH", 0)
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(4000, 10))
+  part = (rng.random(4000) < weight).astype(int)
+  x[part == 1] = x[part == 1] * narrow + 1.0
+  x = np.float32(x @ rng.normal(size=(10, 10)))
+  if components == 3:
+    part += (np.arange(4000) % 4 == 0) * (part == 0) * 2
+  z = whiten.whiten(mesh, x, MixtureOptions(pca=0)).z
+  (a, bounds), (b, wanted) = (
+    swept(mesh, z, part, kind, share) for share in (True, False)
+  )
+  np.testing.assert_allclose(bounds, wanted, atol=5e-6)
+  np.testing.assert_allclose(densities(a, z), densities(b, z), atol=3e-4)
+
+
+def test_a_component_too_narrow_to_share_is_summed_alone(wide, monkeypatch):
+  x, part = clusters(n=1000, width=4)
+  x[part == 0] = x[part == 0] * 1e-3 + 50.0
+  seen, true = [], exact.sums
+
+  def sums(mesh, fn, *rest):
+    seen.append(fn)
+    return true(mesh, fn, *rest)
+
+  monkeypatch.setattr(exact, "sums", sums)
+  knobs = dict(labels=part, pca=0, max_iterations=3, tol=-1.0, ridge=1e-9)
+  fitted = fit(wide, x, **knobs)
+  assert em._own_moments in seen and em._pair_moments not in seen
+  peer = GaussianMixture(2, reg_covar=0, tol=0, max_iter=1)
+  peer.weights_, peer.means_, peer.covariances_ = original(fitted)
+  inverse = np.linalg.inv(peer.covariances_)
+  peer.precisions_cholesky_ = np.linalg.cholesky(inverse)
+  np.testing.assert_allclose(
+    mixture.log_likelihood(fitted, x),
+    peer.score_samples(x.astype(np.float64)),
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("components, products", [(2, 1), (3, 3)])
+def test_two_full_components_cost_one_product_and_one_gram(
+  components, products
+):
+  n, width = 640, 96
+  count = em.flops(n, width, components, "full")
+  assert count == 2 * products * n * 2 * width**2
+  assert em.flops(n, width, components, "tied") == 2 * n * width**2
+  assert em.flops(n, width, components, "diag") == 8 * components * n * width
+
+
 # The same bits everywhere.
 
 

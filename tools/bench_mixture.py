@@ -152,7 +152,7 @@ def main(argv) -> None:
     space.mean + state.means @ back,
     back.T @ state.covariances @ back,
   )
-  sweep = told("rows placed", lambda: em.sweep_of(mesh, space.z, 0.0))
+  sweep = told("rows placed", lambda: em.sweep_of(mesh, space.z, 0.0, "full"))
   told("compilation", lambda: sweep(em.rounded(start)))
 
   def ours():
@@ -160,7 +160,7 @@ def main(argv) -> None:
     for _ in range(SWEEPS):
       state = em.rounded(state)
       moments, _ = sweep(state)
-      state = em.m_step(moments, state.means, 0.0, False)
+      state = em.m_step(moments, state.means, 0.0, "full")
     return state
 
   def theirs(dtype):

@@ -347,13 +347,13 @@ def mixture_section(section, mesh) -> None:
       np.float64(x[:k]),
       np.stack([np.eye(width)] * k),
     )
-    sweep, seconds = em.sweep_of(mesh, x, 1e-4), []
+    sweep, seconds = em.sweep_of(mesh, x, 1e-4, "full"), []
     sweep(state)  # compiles
     while len(seconds) < REPEATS and (section.left() > 90 or TOY):
       start = time.perf_counter()
       state = em.rounded(state)
       moments, _ = sweep(state)
-      state = em.m_step(moments, state.means, 1e-4, False)
+      state = em.m_step(moments, state.means, 1e-4, "full")
       seconds.append(time.perf_counter() - start)
     section.add("EM iteration, whole", OURS, seconds, flops=flops)
 
@@ -379,7 +379,7 @@ def sums_exact(section, mesh) -> None:
   n, width = (256, 16) if TOY else (4096, 256)
   x = np.random.default_rng(3).standard_normal((n, width), np.float32)
   state = em.Gaussians(np.zeros(1), np.zeros((1, width)), np.eye(width)[None])
-  sums, _ = em.sweep_of(mesh, x, 0.0)(state)
+  sums, _ = em.sweep_of(mesh, x, 0.0, "full")(state)
   exact = np.float64(x).T @ np.float64(x)
   error = np.linalg.norm(sums.second[0] - exact) / np.linalg.norm(exact)
   section.note(f"second moments beside float64: relative error {error:.1e}")

@@ -24,6 +24,13 @@ from jaxalign.select.exact import HIGHEST
 COVARIANCES = ("full", "tied", "diag")
 KNOB = "config.select.mixture"
 TILE = 4096  # rows of one product on the host
+# Where components share a product, a second moment is the difference of two
+# float32 sums. Its error, 1e-7 of all rows' moment, may be so many times
+# larger beside the component's own narrowest direction.
+SHARE_LIMIT = 1000.0
+# Up to this width one product gives both distances, at the price of the
+# host's eigenvectors in each iteration; wider, two products cost less.
+JOINT_WIDTH = 1024
 
 
 class Gaussians(NamedTuple):
@@ -46,12 +53,38 @@ class Moments(NamedTuple):
 
   count: np.ndarray  # [K], sum of r
   first: np.ndarray  # [K, P], sum of r y, y = z - mean
-  second: np.ndarray  # [K, P, P], sum of r y y^T; [K, P] where diagonal
+  # [K, P, P], sum of r y y^T; [K, P] where diagonal, [P, P] where tied
+  second: np.ndarray
+
+
+class Shared(NamedTuple):
+  """A density by a product that serves all components, where u = z basis:
+  log(weight * density) = constant - sum((u - centre)^2 precision) / 2."""
+
+  constants: np.ndarray  # [K]
+  basis: np.ndarray  # [P, P]; [K, P, P] where each has its own
+  centres: np.ndarray  # [K, P]
+  precisions: np.ndarray  # [K, P]
+
+
+def _cholesky(covariances: np.ndarray) -> np.ndarray:
+  try:
+    return np.linalg.cholesky(covariances)
+  except np.linalg.LinAlgError as error:
+    raise NumericError(
+      "the covariance of a component is not positive "
+      f"definite; lower {KNOB}.pca or raise the ridge"
+    ) from error
+
+
+def _constants(g, log_det, trace, ridge) -> np.ndarray:
+  """What of log(weight * density) does not depend on the row."""
+  rest = g.means.shape[1] * np.log(2 * np.pi) + log_det + ridge * trace
+  return g.log_weights - 0.5 * rest
 
 
 def factors_of(g: Gaussians, ridge: float = 0.0) -> Factors:
   """Raises NumericError for a covariance that is not positive definite."""
-  width = g.means.shape[1]
   if g.covariances.ndim == 2:
     if not (g.covariances > 0).all():
       raise NumericError(
@@ -59,21 +92,64 @@ def factors_of(g: Gaussians, ridge: float = 0.0) -> Factors:
         f"{KNOB}.pca or raise the ridge"
       )
     scale = g.covariances**-0.5
-    log_det, trace = np.log(g.covariances).sum(1), (scale**2).sum(1)
+    log_det, trace = np.log(g.covariances).sum(1), (1 / g.covariances).sum(1)
   else:
-    try:
-      lower = np.linalg.cholesky(g.covariances)
-    except np.linalg.LinAlgError as error:
-      raise NumericError(
-        "the covariance of a component is not positive "
-        f"definite; lower {KNOB}.pca or raise the ridge"
-      ) from error
+    lower = _cholesky(g.covariances)
     invert = functools.partial(scipy.linalg.solve_triangular, lower=True)
-    scale = np.stack([invert(one, np.eye(width)).T for one in lower])
+    inverse = [invert(one, np.eye(g.means.shape[1])) for one in lower]
+    scale = np.stack(inverse).swapaxes(1, 2)
     log_det = 2 * np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)
     trace = (scale**2).sum((1, 2))
-  rest = width * np.log(2 * np.pi) + log_det + ridge * trace
-  return Factors(g.log_weights - 0.5 * rest, scale)
+  return Factors(_constants(g, log_det, trace, ridge), scale)
+
+
+def _spread(factor: np.ndarray) -> float:
+  """The largest eigenvalue of F F^T, by a few steps; never above it."""
+  v = factor[(factor**2).sum(1).argmax()] @ factor.T
+  for _ in range(8):
+    v = factor @ (factor.T @ (v / np.linalg.norm(v)))
+  return float(np.linalg.norm(v))
+
+
+def _two_in_one(g: Gaussians, ridge: float) -> Shared:
+  """The basis W that makes both covariances diagonal: W^T S_0 W = I and
+  W^T S_1 W = diag(values)."""
+  lower = _cholesky(g.covariances[0])
+  solve = functools.partial(scipy.linalg.solve_triangular, lower, lower=True)
+  inside = solve(solve(g.covariances[1]).T)
+  values, turn = np.linalg.eigh((inside + inside.T) / 2)
+  if not values[0] > 0:
+    raise NumericError(
+      "the covariance of a component is not positive "
+      f"definite; lower {KNOB}.pca or raise the ridge"
+    )
+  basis = solve(turn, trans="T")
+  precisions = np.stack([np.ones_like(values), 1 / values])
+  own = np.array([0.0, np.log(values).sum()])
+  log_det = 2 * np.log(np.diagonal(lower)).sum() + own
+  trace = precisions @ (basis**2).sum(0)
+  constants = _constants(g, log_det, trace, ridge)
+  return Shared(constants, basis, g.means @ basis, precisions)
+
+
+def _shared(g: Gaussians, ridge: float, kind: str) -> tuple[Shared, np.ndarray]:
+  """`Shared`, and how much a component suffers where moments are differences:
+  the largest precision of any direction, times rows per row of its own."""
+  ones = np.ones(g.means.shape)
+  if kind == "tied":
+    f = factors_of(g._replace(covariances=g.covariances[:1]), ridge)
+    basis = f.scale[0]
+    shared = Shared(f.constants, basis, g.means @ basis, ones)
+    return shared, np.array([_spread(basis)])
+  if g.means.shape[1] <= JOINT_WIDTH:
+    shared = _two_in_one(g, ridge)
+    spread = [_spread(shared.basis * np.sqrt(p)) for p in shared.precisions]
+  else:
+    constants, scale = factors_of(g, ridge)
+    centres = np.stack([m @ f for m, f in zip(g.means, scale)])
+    shared = Shared(constants, scale, centres, ones)
+    spread = [_spread(f) for f in scale]
+  return shared, np.array(spread) / np.exp(g.log_weights)
 
 
 def log_joint(factors: Factors, means: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -102,50 +178,137 @@ def few_threads(width: int) -> contextlib.AbstractContextManager:
   return _libraries().limit(limits=1, user_api="blas")
 
 
-def _chunk_moments(params, z, weight):
-  """A chunk's moments, and its log-likelihood by `exact.ROUND` rows."""
+_dot = functools.partial(jnp.matmul, precision=HIGHEST)
+
+
+def _posterior(joint, weight):
+  """[K, rows] log joint -> responsibilities; log-likelihoods by ROUND rows."""
+  log_likelihood = jax.nn.logsumexp(joint, axis=0)
+  r = jnp.exp(joint - log_likelihood[None]) * weight[None]
+  return r, (log_likelihood * weight).reshape(-1, exact.ROUND).sum(1)
+
+
+def _own_moments(params, z, weight):
+  """A chunk's moments, each component's about its own mean."""
   constants, means, scale = params
-  dot = functools.partial(jnp.matmul, precision=HIGHEST)
   diagonal = scale.ndim == 2
 
   def distance(component):
     mean, factor = component
     y = z - mean[None]
-    white = y * factor[None] if diagonal else dot(y, factor)
+    white = y * factor[None] if diagonal else _dot(y, factor)
     return (white**2).sum(1)
 
   joint = constants[:, None] - 0.5 * jax.lax.map(distance, (means, scale))
-  log_likelihood = jax.nn.logsumexp(joint, axis=0)
-  r = jnp.exp(joint - log_likelihood[None]) * weight[None]
+  r, bound = _posterior(joint, weight)
 
   def moments(component):
     r, mean = component
     y = z - mean[None]
-    second = dot(r, y * y) if diagonal else exact.gram(r[:, None] * y, y)
-    return dot(r, y), second
+    second = _dot(r, y * y) if diagonal else exact.gram(r[:, None] * y, y)
+    return _dot(r, y), second
 
   first, second = jax.lax.map(moments, (r, means))
-  bound = (log_likelihood * weight).reshape(-1, exact.ROUND).sum(1)
   return dict(count=r.sum(1), first=first, second=second), bound
 
 
+def _shared_moments(params, z, weight, gram=False):
+  """A chunk's moments about 0, of `Shared`; no second moment but, where
+  wanted, component 0's."""
+  constants, basis, centres, precisions = params
+  common = basis.ndim == 2
+  u = [_dot(z, one) for one in (basis[None] if common else basis)]
+  squared = [
+    _dot((u[0 if common else k] - m[None]) ** 2, p)
+    for k, (m, p) in enumerate(zip(centres, precisions))
+  ]
+  joint = constants[:, None] - 0.5 * jnp.stack(squared)
+  r, bound = _posterior(joint, weight)
+  sums = dict(count=r.sum(1), first=jnp.stack([_dot(one, z) for one in r]))
+  if gram:
+    sums["second"] = exact.gram(r[0][:, None] * z, z)
+  return sums, bound
+
+
+_pair_moments = functools.partial(_shared_moments, gram=True)
+
+
+def _bounds(rows: exact.RowChunks, means: np.ndarray) -> dict[str, float]:
+  """What no chunk's sum about these means can exceed (Cauchy-Schwarz)."""
+  size = rows.x.shape[1]
+  second = 2.1 * (rows.square + size * float((means**2).max()))
+  return dict(count=1.1 * size, first=(size * second) ** 0.5, second=second)
+
+
+def _moved(second, first, count, mean):
+  """Sum of r z z^T -> sum of r y y^T, y = z - mean."""
+  outer = np.outer(first, mean)
+  return second - outer - outer.T + count * np.outer(mean, mean)
+
+
+def _shared_sweep(mesh, rows, g, ridge, kind, total):
+  """One product, and one Gram for two components; the rest of the total is
+  the other's. None where a component is too narrow for a difference."""
+  shared, narrow = _shared(g, ridge, kind)
+  if narrow.max() > SHARE_LIMIT:
+    return None
+  tied = kind == "tied"
+  # Summed by itself is the component that bears a difference less well.
+  turn = slice(None, None, -1 if narrow[-1] > narrow[0] else 1)
+  constants, basis, centres, precisions = shared
+  basis = basis if basis.ndim == 2 else basis[turn]
+  params = constants[turn], basis, centres[turn], precisions[turn]
+  bounds = _bounds(rows, np.zeros(1))
+  if tied:
+    bounds.pop("second")
+  moments = _shared_moments if tied else _pair_moments
+  sums, bound = exact.sums(mesh, moments, rows, params, bounds)
+  count, first = sums["count"][turn], sums["first"][turn]
+  each = zip(first, count, g.means)
+  if tied:
+    second = total
+    for one in each:
+      second = _moved(second, *one)
+  else:
+    parts = np.stack([sums["second"], total - sums["second"]])[turn]
+    second = np.stack([_moved(p, *one) for p, one in zip(parts, each)])
+  return Moments(count, first - count[:, None] * g.means, second), bound
+
+
 def sweep_of(
-  mesh: jax.sharding.Mesh, z: np.ndarray, ridge: float
+  mesh: jax.sharding.Mesh,
+  z: np.ndarray,
+  ridge: float,
+  kind: str,
+  share: bool = True,
 ) -> Callable[[Gaussians], tuple[Moments, float]]:
   """Places whitened rows [n, P] once -> sweep(g): their moments under g, and
-  the mean bound per row, nats. The means of g are as `rounded` leaves them."""
+  the mean bound per row, nats. The means of g are as `rounded` leaves them.
+
+  Args:
+    mesh: where the sums are computed.
+    z: [n, P] whitened rows.
+    ridge: added to every variance.
+    kind: one of COVARIANCES.
+    share: lets two full, or all tied, components share products where that is
+      accurate enough (SHARE_LIMIT).
+  """
   rows = exact.place(mesh, z)
-  size = rows.x.shape[1]
+  total = functools.cache(lambda: exact.gram_of_chunks(mesh, rows))
 
   def sweep(g: Gaussians) -> tuple[Moments, float]:
+    found = None
     with few_threads(z.shape[1]):
-      factors = factors_of(g, ridge)
-    # What no chunk's sum about these means can exceed (Cauchy-Schwarz).
-    second = 2.1 * (rows.square + size * float((g.means**2).max()))
-    bounds = dict(count=1.1 * size, first=(size * second) ** 0.5, second=second)
-    params = factors.constants, g.means, factors.scale
-    sums, bound = exact.sums(mesh, _chunk_moments, rows, params, bounds)
-    return Moments(**sums), bound / rows.n
+      if share and (kind == "tied" or (kind == "full" and len(g.means) == 2)):
+        found = _shared_sweep(mesh, rows, g, ridge, kind, total())
+      if found is None:
+        constants, scale = factors_of(g, ridge)
+        params, bounds = (constants, g.means, scale), _bounds(rows, g.means)
+        sums, bound = exact.sums(mesh, _own_moments, rows, params, bounds)
+        if kind == "tied":
+          sums["second"] = sums["second"].sum(0)
+        found = Moments(**sums), bound
+    return found[0], found[1] / rows.n
 
   return sweep
 
@@ -156,19 +319,20 @@ def rounded(g: Gaussians) -> Gaussians:
 
 
 def m_step(
-  moments: Moments, means: np.ndarray, ridge: float, tied: bool
+  moments: Moments, means: np.ndarray, ridge: float, kind: str
 ) -> Gaussians:
   """New parameters from moments about the present means [K, P]."""
   n, shift = moments.count, moments.first / moments.count[:, None]
-  if moments.second.ndim == 2:
+  if kind == "diag":
     covariances = moments.second / n[:, None] - shift**2
     covariances = np.maximum(covariances, 0) + ridge
   else:
     outer = shift[:, :, None] * shift[:, None, :]
-    covariances = moments.second / n[:, None, None] - outer
-    if tied:
-      pooled = np.tensordot(n / n.sum(), covariances, 1)
+    if kind == "tied":
+      pooled = (moments.second - np.tensordot(n, outer, 1)) / n.sum()
       covariances = np.broadcast_to(pooled, outer.shape)
+    else:
+      covariances = moments.second / n[:, None, None] - outer
     covariances = (covariances + covariances.swapaxes(1, 2)) / 2
     covariances = covariances + ridge * np.eye(shift.shape[1])
   return Gaussians(np.log(n / n.sum()), means + shift, covariances)
@@ -200,8 +364,9 @@ def partition(
       own = part[here == k]
       first[k] += own.sum(0)
       second[k] += (own**2).sum(0) if diagonal else own.T @ own
+  second = second.sum(0) if kind == "tied" else second
   moments = Moments(count, first, second)
-  return m_step(moments, np.zeros(first.shape), ridge, kind == "tied")
+  return m_step(moments, np.zeros(first.shape), ridge, kind)
 
 
 def reseeded(g: Gaussians, k: int, mean: np.ndarray, ridge: float) -> Gaussians:
@@ -219,5 +384,10 @@ def flops(n: int, width: int, components: int, kind: str) -> int:
   """Floating-point operations of one iteration's products."""
   if kind == "diag":
     return 8 * components * n * width
-  triangle = sum((e - s) * (width - s) for s, e in exact.panels(width))
-  return 2 * components * n * (width**2 + triangle)
+  square = 2 * n * width**2
+  triangle = 2 * n * sum((e - s) * (width - s) for s, e in exact.panels(width))
+  if kind == "tied":
+    return square
+  if components == 2:
+    return (1 + (width > JOINT_WIDTH)) * square + triangle
+  return components * (square + triangle)

@@ -216,6 +216,12 @@ def _gram_chunk(params, x, weight):
   return dict(gram=gram(x, x)), weight.reshape(-1, ROUND).sum(1)
 
 
+def gram_of_chunks(mesh: jax.sharding.Mesh, rows: RowChunks) -> np.ndarray:
+  """Sum of outer products [P, P] of rows on the mesh."""
+  bounds = dict(gram=rows.square)
+  return sums(mesh, _gram_chunk, rows, (), bounds)[0]["gram"]
+
+
 def gram_of(
   mesh: jax.sharding.Mesh, x: np.ndarray, mean: np.ndarray | None = None
 ) -> np.ndarray:
@@ -233,7 +239,5 @@ def gram_of(
     part = x[start : start + WAVE]
     if mean is not None:
       part = chunks.less(part, mean)
-    rows = place(mesh, part)
-    bounds = dict(gram=rows.square)
-    total += sums(mesh, _gram_chunk, rows, (), bounds)[0]["gram"]
+    total += gram_of_chunks(mesh, place(mesh, part))
   return total

@@ -176,7 +176,7 @@ def _run(
     converged = len(trace) > 1 and trace[-1] - trace[-2] < options.tol
     if converged or len(trace) >= options.max_iterations:
       return _Run(g, trace, converged)
-    g = em.m_step(moments, g.means, options.ridge, options.covariance == "tied")
+    g = em.m_step(moments, g.means, options.ridge, options.covariance)
 
 
 def _check_options(o: MixtureOptions, labels: np.ndarray | None) -> None:
@@ -278,7 +278,7 @@ def fit(
     closed = dict(max_iterations=1) if options.components == LABELS else {}
     options = options._replace(components=count, starts=1, **closed)
   space = space or whiten(mesh, x, options)
-  sweep = em.sweep_of(mesh, space.z, options.ridge)
+  sweep = em.sweep_of(mesh, space.z, options.ridge, options.covariance)
   best, bounds, reasons = None, [], []
   for number in range(options.starts):
     key = np.array([seed % 2**64, number], np.uint64)
