@@ -243,7 +243,7 @@ def required(
 
 def reached(job: Job, goal: Sequence[str]) -> list[str]:
   """The stages of a goal that a config has: not all judge, or hold out."""
-  judged = judge_kinds.kind_of(job.c) in judge_kinds.ASKED
+  judged = judge_kinds.kind_of(job.c) in judge_kinds.JUDGES
   return [name for name in goal if judged or name != "judge"]
 
 

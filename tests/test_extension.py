@@ -5,6 +5,7 @@ import json
 import textwrap
 
 import jax
+import jobs
 import numpy as np
 from numpy.testing import assert_allclose
 import pools as make_pools
@@ -12,11 +13,13 @@ import pytest
 from test_step import cut, make_mesh, toy, toy_batch, toy_logps, toy_params
 
 from jaxalign.core import sharding
+from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import schemas
+from jaxalign.data import schemas, tables
 from jaxalign.data.records import load_records, LoadOptions
+from jaxalign.eval import judge_kinds
 from jaxalign.model import families
-from jaxalign.select import costs
+from jaxalign.select import columns, costs
 from jaxalign.select.pool import checked
 from jaxalign.select.samplers import chains
 from jaxalign.train import losses, optim, row_columns, statistics, trackers
@@ -230,3 +233,72 @@ def test_tracker(monkeypatch, tmp_path):
   run.log(4, {"train/loss": 0.5})
   run.close()
   assert seen == [("align", 3, 4, {"train/loss": 0.5}), "closed"]
+
+
+COLUMN = """
+from jaxalign.select.pool import needs
+from jaxalign.select.samplers.values import column, ranked
+
+@needs("questions")
+def asking(seed, pool, budget):
+  return ranked(column(pool, "questions")[:, 0], pool, budget)
+"""
+
+
+def test_column(outside, monkeypatch, tmp_path):
+  """One entry: a sampler of a fork reads it, in a job of the command line."""
+  outside("my_column", COLUMN)
+  count = lambda job: np.array(
+    [len(prompt) for prompt in job.column("pool", "prompt")]
+  )
+  monkeypatch.setitem(columns.COLUMNS, "questions", columns.Column(count))
+  flags = (
+    "select.sampler=my_column:asking",
+    "compare=()",
+    "train.max_updates=1",
+  )
+  ended = jobs.run(tmp_path / "job", *flags)
+  assert ended.code == 0, ended
+  (arm,) = (tmp_path / "job/runs").iterdir()
+  read = lambda name: tables.read_table(arm / name)
+  kept = [len(row["prompt"]) for row in read("subset.parquet")]
+  assert len(kept) == 16 and kept == sorted(kept, reverse=True)
+  assert max(kept) == max(row["score"] for row in read("scores.parquet"))
+
+
+class _Longer:
+  """A judge that prefers the longer answer."""
+
+  knobs, on_mesh, model, files = ("judge.model",), False, "", ()
+
+  def __init__(self, job, folder):
+    del job, folder
+
+  def __call__(self, rows, ours, theirs):
+    del rows
+    lengths = [
+      np.array([len(x) for x in side], float) for side in (ours, theirs)
+    ]
+    return judge_kinds.of_scores(*lengths)
+
+  def pairs(self, pairs):
+    return self(pairs, [x.first for x in pairs], [x.second for x in pairs])
+
+  def cost(self):
+    return Cost(), dict(requests=0, tokens=0)
+
+  def keep(self):
+    return []
+
+
+def test_judge(monkeypatch, tmp_path):
+  """One entry: config.judge.kind names it, and its wins are the job's."""
+  monkeypatch.setitem(judge_kinds.JUDGES, "longer", _Longer)
+  flags = ("judge.kind=longer", "judge.model=x", "compare=()")
+  ended = jobs.run(tmp_path / "job", *flags, "train.max_updates=1")
+  assert ended.code == 0, ended
+  (arm,) = (tmp_path / "job/runs").iterdir()
+  lines = (arm / "verdicts.jsonl").read_text().splitlines()
+  for line in map(json.loads, lines):
+    gap = len(line["ours"]) - len(line["theirs"])
+    assert line["outcome"] == (gap > 0) + 0.5 * (gap == 0)

@@ -266,7 +266,7 @@ def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   if sampler.pairs and kind == "unpaired":
     raise ConfigError(
       f"sampler {name!r} compares the two answers of a pair, "
-      f"and {c.loss.name!r} eats single answers; set "
+      f"and {c.loss.name!r} takes single answers; set "
       f"config.{knob} or config.loss.name"
     )
 

@@ -75,3 +75,7 @@ def main(argv: list[str]) -> int:
     define=_define,
     goal="selection",
   )
+
+
+if __name__ == "__main__":
+  main_lib.start(main)

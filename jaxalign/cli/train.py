@@ -56,3 +56,7 @@ def main(argv: list[str]) -> int:
     arms=lambda c: [_arm(c)],
     goal="training",
   )
+
+
+if __name__ == "__main__":
+  main_lib.start(main)

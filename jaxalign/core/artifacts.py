@@ -6,7 +6,7 @@ holds a digest of every byte it wrote, and of itself. A later run with the same
 description and unharmed bytes skips the stage; harmed bytes make that stage
 run again; another description is an error that names the field, unless `redo`
 is given. The record is written before the stage starts, too: what a killed run
-left is gone on from only by a run with the same description.
+left is resumed only by a run with the same description.
 """
 
 from collections.abc import Callable, Iterator

@@ -58,7 +58,7 @@ class Price(NamedTuple):
   device: int | None = None  # bytes on all devices
 
 
-class Sizes(NamedTuple):
+class JobSizes(NamedTuple):
   """What prices are counted from, before anything has run."""
 
   job: Any

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxalign.core import artifacts, hub, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.embed import embedder, passes
 from jaxalign.embed import store as stores
 from jaxalign.embed.store import ArraySpec
@@ -288,10 +288,10 @@ def _by_foreign(
   return files + embedder.files(foreign), Cost(flops, tokens), result
 
 
-def pass_price(name: str) -> Callable[[Sizes, None], Price]:
+def pass_price(name: str) -> Callable[[JobSizes, None], Price]:
   """The price of a stage of KEEPS: what it adds to the pass it shares."""
 
-  def price(z: Sizes, arm: None) -> Price:
+  def price(z: JobSizes, arm: None) -> Price:
     c, t = z.job.c, int(z.tokens["pool"])
     answers = z.rows["pool"] * z.responses
     if by_reference(c, name):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxalign.core import artifacts, hub, sharding
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes, questions
@@ -389,16 +389,16 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
   return [*files, *TOKENS], Cost(flops, len(rows.ids)), {}
 
 
-def _price(z: Sizes, each: float) -> Price:
+def _price(z: JobSizes, each: float) -> Price:
   answers = z.rows["pool"] * z.responses
   return Price(answers, "rows", answers * each)
 
 
-def alone_price(z: Sizes, arm: None) -> Price:
+def alone_price(z: JobSizes, arm: None) -> Price:
   return _price(z, decoder_flops(z.model, int(z.tokens["pool"]) // 2 + 1))
 
 
-def ask_price(z: Sizes, arm: None) -> Price:
+def ask_price(z: JobSizes, arm: None) -> Price:
   """The question, two pairs of fences and the row; one logit."""
   c, judge = z.job.c, judge_config(z.job.c, z.model)
   question = (len(c.ask.question) + 4 * 16) / prepare.CHARACTERS_PER_TOKEN
@@ -406,6 +406,6 @@ def ask_price(z: Sizes, arm: None) -> Price:
   return _price(z, decoder_flops(judge, length, 1))
 
 
-def rewards_price(z: Sizes, arm: None) -> Price:
+def rewards_price(z: JobSizes, arm: None) -> Price:
   model = reward_config(z.job.c)
   return _price(z, reward_flops(model, int(z.tokens["pool"])))

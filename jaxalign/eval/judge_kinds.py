@@ -26,11 +26,9 @@ from jaxalign.model import reward
 from jaxalign.model.flops import reward_flops
 from jaxalign.model.job import Arm, arm_folder, Job, kernel_of
 
-KINDS = ("auto", "world", "reward_model", "endpoint", "none")
 CONTROLS = 20  # prompts of each control, see eval/judges/controls.py
 REFERENCE = "judged_reference"  # the stage that judges the reference
 REWARDS = "rewards.json"  # of the start's stage: content digest -> reward
-ASKED = ("reward_model", "endpoint")  # those with a stage of their own
 
 
 def kind_of(c: Any) -> str:
@@ -83,7 +81,10 @@ def reward_config(c: Any) -> reward.RewardConfig:
 def check(c: Any) -> None:
   """Raises ConfigError for a judge that can never work; nothing is sent."""
   j, kind = c.judge, kind_of(c)
-  for knob, known in (("kind", KINDS), ("baseline", winrate.BASELINES)):
+  for knob, known in (
+    ("kind", ("auto", "world", "none", *JUDGES)),
+    ("baseline", winrate.BASELINES),
+  ):
     if j[knob] not in known:
       raise ConfigError(
         f"judge.{knob}={j[knob]!r} is unknown, wanted one of "
@@ -186,6 +187,10 @@ def cache_of(job: Job) -> str:
 class _Endpoint:
   """The judge behind an endpoint; process 0 alone asks it."""
 
+  knobs = ("judge.endpoint", "judge.model")  # that its verdicts depend on
+  on_mesh = False  # whether every process takes part
+  model = ""  # the knob that names a checkpoint, whose bytes count
+
   def __init__(self, job: Job, folder: Any):
     del folder
     self.files: list[str] = []
@@ -223,6 +228,10 @@ class _Rewards:
 
   Every answer is scored by itself, so the two orders are one.
   """
+
+  _MODEL = ("context", "dtype", "param_dtype")
+  knobs = ("judge.checkpoint", "embed.tile", *(f"model.{n}" for n in _MODEL))
+  on_mesh, model = True, "checkpoint"
 
   def __init__(self, job: Job, folder: Any):
     self.job, self.folder, self.files = job, folder, []
@@ -318,6 +327,7 @@ class _Rewards:
     return Cost(self.flops, self.tokens), {}
 
 
+# A judge is one entry: see `_Endpoint` for all that it has.
 JUDGES = {"endpoint": _Endpoint, "reward_model": _Rewards}
 
 

@@ -23,7 +23,6 @@ from jaxalign.data import world as world_lib
 from jaxalign.embed import row_scores
 from jaxalign.eval import held_out, judging, winrate
 from jaxalign.eval.judge_kinds import (
-  ASKED,
   CONTROLS,
   JUDGES,
   kind_of,
@@ -35,16 +34,6 @@ from jaxalign.eval.policies import read_samples
 from jaxalign.model.job import Arm, arm_folder, Job
 
 _VERDICT = ("judge.kind", "judge.baseline", "judge.prompts")
-_OF = {
-  "reward_model": (
-    "judge.checkpoint",
-    "embed.tile",
-    "model.context",
-    "model.dtype",
-    "model.param_dtype",
-  ),
-  "endpoint": ("judge.endpoint", "judge.model"),
-}
 
 
 # What is compared.
@@ -111,9 +100,10 @@ def labelled(job: Job) -> list[dict[str, Any]]:
 
 def judge_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
   """What of the config verdicts depend on."""
-  found = pick(job.c, *_VERDICT, *_OF[kind_of(job.c)])
-  if kind_of(job.c) == "reward_model":
-    found["checkpoint"] = row_scores.digest_of(job.c.judge.checkpoint)
+  judge = JUDGES[kind_of(job.c)]
+  found = pick(job.c, *_VERDICT, *judge.knobs)
+  if judge.model:
+    found["checkpoint"] = row_scores.digest_of(job.c.judge[judge.model])
   return found
 
 
@@ -176,7 +166,7 @@ def make_judged_reference(job: Job, arm: None, folder: Any) -> Made:
   """The reference against the baseline; the controls; labelled pairs."""
   c, kind = job.c, kind_of(job.c)
   judge, files = JUDGES[kind](job, folder), []
-  if kind == "reward_model" or jax.process_index() == 0:
+  if JUDGES[kind].on_mesh or jax.process_index() == 0:
     what, pairs = shown(job), labelled(job)
     # Against itself the reference ties: nobody has to be asked.
     found = (
@@ -245,14 +235,14 @@ def make_judged_policy(job: Job, arm: Arm, folder: Any) -> Made:
   """An arm's answers against the baseline's."""
   c, kind = job.c, kind_of(job.c)
   judge = JUDGES[kind](job, folder)
-  if kind == "reward_model" or jax.process_index() == 0:
+  if JUDGES[kind].on_mesh or jax.process_index() == 0:
     what = shown(job)
     ours = answers(folder, what.rows)
     found = judge(what.rows, ours, what.theirs)
     # A reward once given compares with any other: the start costs nothing.
     beside = (
       {"win_vs_sft": judge(what.rows, ours, what.start)["rate"]}
-      if (kind == "reward_model" and c.judge.baseline != "reference")
+      if (JUDGES[kind].on_mesh and c.judge.baseline != "reference")
       else {}
     )
     if jax.process_index() == 0:
@@ -322,7 +312,7 @@ def described(job: Job, arms: list[Arm]) -> dict[str, Any]:
   c, kind = job.c, kind_of(job.c)
   metric, against = winrate.BASELINES[c.judge.baseline]
   out = dict(kind=kind, name=name_of(c), metric=metric, against=against)
-  if kind not in ASKED:
+  if kind not in JUDGES:
     return out
   read = lambda folder: artifacts.read_json(folder / "judge.json")
   start = read(job.shared / REFERENCE)
@@ -379,7 +369,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
       "held-out accuracy, which can rise while generation gets worse; "
       "set config.judge.kind"
     ]
-  if found["kind"] not in ASKED:
+  if found["kind"] not in JUDGES:
     return []
   out = []
   for control in (found["controls"] or {}).values():

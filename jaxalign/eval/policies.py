@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.eval import held_out
 from jaxalign.eval.held_out import eval_options
 from jaxalign.model import adapters, decoder, hf
@@ -153,7 +153,7 @@ def make_export(job: Job, arm: Arm, folder: Any) -> Made:
   return files, Cost(), dict(say=f"weights in {of.dtype}")
 
 
-def eval_price(z: Sizes, arm: Arm | None) -> Price:
+def eval_price(z: JobSizes, arm: Arm | None) -> Price:
   """Two answers of every held-out pair scored; of each prompt an answer is
   generated, and scored by both models."""
   held_out = z.rows["held_out"]

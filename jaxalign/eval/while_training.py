@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.errors import ConfigError
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world
 from jaxalign.embed import passes
@@ -463,7 +463,7 @@ def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
   return record_fields(t, fields)
 
 
-def align_price(z: Sizes, arm: Arm) -> Price:
+def align_price(z: JobSizes, arm: Arm) -> Price:
   """Training, and the evaluations while it runs."""
   held, pool = z.rows["held_out"], z.rows["pool"]
 

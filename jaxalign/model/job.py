@@ -165,7 +165,7 @@ class Job:
 
   @property
   def kind(self) -> str:
-    """ "pairs" or "unpaired": what the loss eats."""
+    """ "pairs" or "unpaired": what the loss compares."""
     return "unpaired" if self.loss.kind == "unpaired" else "pairs"
 
   @functools.cached_property

@@ -1,7 +1,6 @@
 """`python -m jaxalign.select`: see jaxalign/cli/select.py."""
 
-from jaxalign.cli.main import start
-from jaxalign.cli.select import main
+import runpy
 
 if __name__ == "__main__":
-  start(main)
+  runpy.run_module("jaxalign.cli.select", run_name="__main__", alter_sys=True)

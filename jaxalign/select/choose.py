@@ -13,7 +13,7 @@ from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.lookup import source_digests
 from jaxalign.core.peak_memory import peak_memory
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import tables
 from jaxalign.data.row_table import RowTable
 from jaxalign.embed import embedder, store
@@ -300,7 +300,7 @@ def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:
   }
 
 
-def select_price(z: Sizes, arm: Arm) -> Price | None:
+def select_price(z: JobSizes, arm: Arm) -> Price | None:
   """What the sampler says of itself; None of one that says nothing."""
   job, pool = z.job, z.rows["pool"]
   width = embedder.choose(job.c, z.model).model.width

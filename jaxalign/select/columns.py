@@ -285,7 +285,7 @@ def notes(c: Any, sampler: Callable) -> tuple[str, ...]:
   """What stands beside a selection that read what no real data tells."""
   table = known(c)
   return tuple(
-    f"it reads {table[n].oracle}: a mark to measure against, no method"
+    f"it reads {table[n].oracle}: an upper bound, not a method"
     for n in (*sampler.needs, *sorted(named(c, sampler)))
     if n in table and table[n].oracle
   )

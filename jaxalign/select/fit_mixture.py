@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxalign.core import artifacts, progress
 from jaxalign.core.artifacts import Cost, pick
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.embed import embedder, store
 from jaxalign.model.job import Job
 from jaxalign.select import em, mixture, mixture_checks
@@ -125,7 +125,7 @@ def likelihoods(job: Job) -> np.ndarray:
   return artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")
 
 
-def mixture_price(z: Sizes, arm: None) -> Price:
+def mixture_price(z: JobSizes, arm: None) -> Price:
   """A covariance of all rows, and twenty sweeps of every start of a fit."""
   c, answers = z.job.c, z.rows["pool"] * z.responses
   wide, pca = embedder.choose(c, z.model).model.width, c.select.mixture.pca

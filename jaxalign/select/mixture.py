@@ -121,7 +121,7 @@ class _StartFailed(Exception):
   """A start that lost a component twice; another start may do better."""
 
 
-class _Run(NamedTuple):
+class _EMRun(NamedTuple):
   """EM from one start."""
 
   g: Gaussians
@@ -140,7 +140,7 @@ def _run(
   z: np.ndarray,
   options: MixtureOptions,
   rng: np.random.Generator,
-) -> _Run:
+) -> _EMRun:
   """EM from the parameters g on whitened rows [n, P]."""
   if g is None:
     raise _StartFailed("a component had no rows to start from")
@@ -175,7 +175,7 @@ def _run(
     trace.append(bound)
     converged = len(trace) > 1 and trace[-1] - trace[-2] < options.tol
     if converged or len(trace) >= options.max_iterations:
-      return _Run(g, trace, converged)
+      return _EMRun(g, trace, converged)
     g = em.m_step(moments, g.means, options.ridge, options.covariance)
 
 
@@ -315,7 +315,7 @@ def fit(
 
 
 def _warnings(
-  run: _Run, shape: tuple[int, int], options: MixtureOptions
+  run: _EMRun, shape: tuple[int, int], options: MixtureOptions
 ) -> list[str]:
   """What a person should know of a fit to rows of this shape."""
   (n, width), out = shape, []

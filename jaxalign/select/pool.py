@@ -95,7 +95,7 @@ def checked(found: Selection, n: int, budget: int, name: str) -> Selection:
     raise ConfigError(
       f"sampler {name!r} returned {wrong}, wanted {budget} "
       f"different rows of {n} and a finite score of each of "
-      f"the {n}; mend it, or set config.select.sampler"
+      f"the {n}; repair it, or set config.select.sampler"
     )
   return found
 

@@ -50,7 +50,7 @@ def outcomes(job: Job, arms: list[Arm]) -> Told:
     DataError: arms that were judged on different prompts.
   """
   kind = judge_kinds.kind_of(job.c)
-  if kind in judge_kinds.ASKED:
+  if kind in judge_kinds.JUDGES:
     told = _judged(job, arms)
     if legible(told):
       return told

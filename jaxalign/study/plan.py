@@ -14,7 +14,7 @@ import numpy as np
 from jaxalign import pipeline
 from jaxalign.core import progress
 from jaxalign.core.devices import sustained_flops
-from jaxalign.core.stage import Sizes
+from jaxalign.core.stage import JobSizes
 from jaxalign.data import build_data, prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import embedder
@@ -121,7 +121,7 @@ def lines(
   """
   stages = pipeline.required(job, arms, pipeline.reached(job, goal))
   shared = frozenset(stage.name for stage, arm in stages if arm is None)
-  z = Sizes(job, arms, rows, tokens, _model(job.c), shared)
+  z = JobSizes(job, arms, rows, tokens, _model(job.c), shared)
   rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
   out = []
   for stage, arm in stages:

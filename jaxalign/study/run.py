@@ -361,7 +361,7 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
         *((a.name, arm_folder(job, a)) for a in arms),
       )
     }
-    if judge_kinds.kind_of(job.c) in judge_kinds.ASKED
+    if judge_kinds.kind_of(job.c) in judge_kinds.JUDGES
     else {}
   )
   out = []

@@ -1,7 +1,6 @@
 """`python -m jaxalign.train`: see jaxalign/cli/train.py."""
 
-from jaxalign.cli.main import start
-from jaxalign.cli.train import main
+import runpy
 
 if __name__ == "__main__":
-  start(main)
+  runpy.run_module("jaxalign.cli.train", run_name="__main__", alter_sys=True)

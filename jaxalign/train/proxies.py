@@ -16,7 +16,7 @@ from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.checkpoints import restore_params
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes
@@ -385,7 +385,7 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
   return files, Cost(total, tokens), dict(say=f"{p.models} models")
 
 
-def _price(z: Sizes, models: int, updates: int) -> Price:
+def _price(z: JobSizes, models: int, updates: int) -> Price:
   """Three passes of every update, one over the pool for each model."""
   c, pairs, t = z.job.c, z.rows["pool"], int(z.tokens["pool"])
   proxy = config_of(c, z.model)._replace(lora=lora_of(c))
@@ -396,10 +396,10 @@ def _price(z: Sizes, models: int, updates: int) -> Price:
   return Price(pairs * z.responses, "rows", before + models * 2 * tuning)
 
 
-def proxy_price(z: Sizes, arm: None) -> Price:
+def proxy_price(z: JobSizes, arm: None) -> Price:
   return _price(z, 1, z.job.c.proxy.updates)
 
 
-def held_out_price(z: Sizes, arm: None) -> Price:
+def held_out_price(z: JobSizes, arm: None) -> Price:
   updates = -(-z.rows["pool"] // 2 // z.job.c.train.batch_size)
   return _price(z, z.job.c.proxy.models, updates)

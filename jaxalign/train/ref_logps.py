@@ -9,7 +9,7 @@ import numpy as np
 from jaxalign.core import artifacts
 from jaxalign.core.artifacts import Cost, pick
 from jaxalign.core.lookup import source_digests
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import passes
@@ -217,7 +217,7 @@ def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
   return rows._replace(mismatched=mismatched)
 
 
-def _of_kept(z: Sizes, arm: Arm) -> tuple[int, int, float]:
+def _of_kept(z: JobSizes, arm: Arm) -> tuple[int, int, float]:
   """Rows that an arm keeps, its updates, and flops of a pass of an answer."""
   c, pool = z.job.c, z.rows["pool"]
   kept = budget_rows(arm.budget, pool, c.train.batch_size)
@@ -225,14 +225,14 @@ def _of_kept(z: Sizes, arm: Arm) -> tuple[int, int, float]:
   return kept, updates_of(c, arm, kept, pool), each
 
 
-def mismatched_rows(z: Sizes, arm: Arm) -> int:
+def mismatched_rows(z: JobSizes, arm: Arm) -> int:
   """Answers under other prompts that a loss reads, one a row and update."""
   _, updates, _ = _of_kept(z, arm)
   rows = updates * z.job.c.train.batch_size * z.responses
   return rows if needs_mismatched(z.job.loss) else 0
 
 
-def ref_logps_price(z: Sizes, arm: Arm) -> Price | None:
+def ref_logps_price(z: JobSizes, arm: Arm) -> Price | None:
   """A pass of the kept rows that no other gave, and of mismatched ones."""
   c, loss = z.job.c, z.job.loss
   if c.train.reference == "online":  # its pass is align's
@@ -245,7 +245,7 @@ def ref_logps_price(z: Sizes, arm: Arm) -> Price | None:
   return Price(count, "rows", (other + own) * each) if count else None
 
 
-def train_price(z: Sizes, arm: Arm, evaluated: Callable) -> Price:
+def train_price(z: JobSizes, arm: Arm, evaluated: Callable) -> Price:
   """Of `align`; `evaluated(kept, updates)` gives the rows of each split that
   evaluations pass through the model."""
   c, loss = z.job.c, z.job.loss

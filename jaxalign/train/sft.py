@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxalign.core import artifacts, hub
 from jaxalign.core.artifacts import pick
-from jaxalign.core.stage import Made, Price, Sizes
+from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.model import decoder, hf
 from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Job
@@ -76,7 +76,7 @@ def _rows(job: Job) -> TrainRows:
   return TrainRows(ids, tokens, rows[:, None], none, np.float32(one))
 
 
-def sft_price(z: Sizes, arm: None) -> Price | None:
+def sft_price(z: JobSizes, arm: None) -> Price | None:
   """Three passes of every update; nothing where a checkpoint is given."""
   k = z.job.c.sft
   if z.job.c.model.checkpoint:
