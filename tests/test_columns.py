@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import jobs
@@ -17,7 +18,7 @@ from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tables, tokenizer, tokens
 from jaxalign.data.encode import encode_texts
-from jaxalign.embed import passes, questions, row_scores, store
+from jaxalign.embed import over_pool, passes, questions, row_scores, store
 from jaxalign.model import decoder, hf, weights
 from jaxalign.model import reward as reward_lib
 from jaxalign.select import columns
@@ -359,7 +360,11 @@ def test_what_a_sampler_reads_names_its_stages():
   assert columns.before(c, ["proxy"]) == ["proxy"]
   assert "logp" in columns.lacking(c, "pairs", SAMPLERS["perplexity"])
   assert stages("crossfit") == ["embed", "residual"]
-  assert columns.without_reference(c) == {"embed", "answer", "rewards"}
+  job = types.SimpleNamespace(c=c)
+  alone = {
+    n for n in over_pool.KEEPS if over_pool.pass_needs(n)(job, None) == ["data"]
+  }
+  assert alone == {"embed", "answer"}
   for name, sampler in SAMPLERS.items():  # every sampler, of real pairs
     c = common.base()
     c.data.source, c.rewards.checkpoint = "pairs.jsonl", "somewhere"
