@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 import jaxalign
-from jaxalign.core import artifacts, progress
-from jaxalign.core.artifacts import pick
+from jaxalign.core import disk, processes, progress
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import Made, needs, Stage
 from jaxalign.data import build_data, prepare, recipe
 from jaxalign.data.summary import summary_lines
@@ -41,7 +41,7 @@ def _data_fields(job: Job, arm: None) -> dict[str, Any]:
   fields = pick(c, "data", *(f"model.{name}" for name in sizes))
   fields["data.source"] = prepare.sources_of(c)
   fields["data.choice"] = prepare.choice_of(c)
-  digest = artifacts.told(lambda: prepare.fingerprint(c))
+  digest = processes.from_first(lambda: prepare.fingerprint(c))
   return fields | dict(kind=job.kind, source_digest=digest)
 
 
@@ -53,7 +53,8 @@ def _over_rows(name: str, make: Callable, fields: Callable, **more) -> Stage:
   """A stage that stores numbers of every row of the pool, shard by shard."""
   own = dict(needs=needs("data", "sft")) | more  # `cost` among them
   resumes = lambda job, arm: ("store",)
-  return Stage(name, make, fields=fields, resumes=resumes, repairs=True, **own)
+  own |= dict(repairs=True, volatile=("store/*.npy",))  # digests stand beside
+  return Stage(name, make, fields=fields, resumes=resumes, **own)
 
 
 def _pass(name: str) -> Stage:
@@ -64,6 +65,8 @@ def _pass(name: str) -> Stage:
 
 
 _trained = lambda job, arm: sft.TRAINED
+# Times, and names of shards; a digest of the weights stands for them.
+_VARY = ("metrics.jsonl", "checkpoints/*", "bases/*", "best/*")
 _store_fields = lambda job, arm: pick(
   job.c, "embed.tile", "embed.shard", "model"
 )
@@ -80,7 +83,7 @@ STAGES = (
     needs("data"),
     sft.sft_fields,
     resumes=_trained,
-    volatile=sft.TRAINED,
+    volatile=_VARY,
     given=sft.given_reference,
     cost=sft.sft_price,
   ),
@@ -108,7 +111,7 @@ STAGES = (
     proxies.proxy_needs,
     proxies.proxy_fields("pairs", "updates"),
     resumes=lambda job, arm: (*sft.TRAINED, "store"),
-    volatile=sft.TRAINED,
+    volatile=(*_VARY, "store/*.npy"),
     cost=proxies.proxy_price,
   ),
   Stage(
@@ -173,7 +176,7 @@ STAGES = (
     needs("ref_logps", "sft"),
     while_training.align_fields,
     resumes=align.leaves,
-    volatile=(*sft.TRAINED, align.BASES, align.BEST),
+    volatile=_VARY,
     cost=while_training.align_price,
     **_arm,
   ),
@@ -255,7 +258,7 @@ def prepare_data(job: Job, arms: Sequence[Arm], goal: Sequence[str]) -> None:
   job.run("data")
   if jax.process_index() == 0:
     path = job.shared / "data" / "data_summary.json"
-    for line in summary_lines(artifacts.read_json(path)):
+    for line in summary_lines(disk.read_json(path)):
       progress.say(f"  {line}")
   device = job.mesh.devices.flat[0].device_kind
   progress.say(

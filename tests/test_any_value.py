@@ -14,7 +14,7 @@ from configs import common
 from jaxalign.cli import main, select, train
 
 KNOBS = [
-  *sorted(jobs.artifacts.flatten(common.base("tiny"), "")),
+  *sorted(jobs.settings.flatten(common.base("tiny"), "")),
   "mesh",
   "data",
   "data.fields",

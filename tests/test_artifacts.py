@@ -11,7 +11,7 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign.core import artifacts, errors
+from jaxalign.core import artifacts, disk, errors
 from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.model import job as job_lib
 from jaxalign.model.job import arm_folder
@@ -32,11 +32,11 @@ def stage(
 
   def make(folder):
     ran.append(1)
-    artifacts.write_bytes(folder / "part" / "file", b"begun")
+    disk.write_bytes(folder / "part" / "file", b"begun")
     if fail:
       raise fail
-    artifacts.write_bytes(folder / "part" / "file", content)
-    artifacts.write_bytes(folder / "other", content * 2)
+    disk.write_bytes(folder / "part" / "file", content)
+    disk.write_bytes(folder / "other", content * 2)
     return ["part", "other"], artifacts.Cost(7), dict(rows=3)
 
   record = artifacts.run(
@@ -142,7 +142,7 @@ def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
 
   def look(folder):
     seen.append((folder / "part" / "file").exists())
-    artifacts.write_bytes(folder / "part" / "file", b"x")
+    disk.write_bytes(folder / "part" / "file", b"x")
     return ["part"], artifacts.Cost(), {}
 
   def run(fields, **kwargs):
@@ -257,19 +257,19 @@ def test_a_record_that_names_what_is_not_its_own(
   stage(folder)
   (folder / "link").symlink_to(outside)
   (folder / "part/link").symlink_to(outside / "deep")
-  what = artifacts.digest(outside / "mine")
+  what = disk.digest(outside / "mine")
   forge(
     folder,
     finished=finished,
     outputs={
       name.format(outside=outside): what,
-      "other": artifacts.digest(folder / "other"),
+      "other": disk.digest(folder / "other"),
     },
   )
   read = []
-  real = artifacts.digest
+  real = disk.digest
   monkeypatch.setattr(
-    artifacts,
+    disk,
     "digest",
     lambda path: read.append(os.path.realpath(path)) or real(path),
   )
@@ -308,7 +308,7 @@ def test_an_unfinished_stage_does_not_go_on_from_a_link(tmp_path, outside):
 
   def make(folder):
     seen.append((folder / "part").exists())
-    artifacts.write_bytes(folder / "part" / "file", b"first")
+    disk.write_bytes(folder / "part" / "file", b"first")
     return ["part"], artifacts.Cost(), {}
 
   artifacts.run(
@@ -339,11 +339,11 @@ def test_a_folder_may_itself_be_a_link(tmp_path, outside):
 
 
 def test_a_manifest_names_only_its_own_files(tmp_path, outside):
-  want = artifacts.digest(outside / "mine")
-  assert artifacts.harmed(tmp_path / "stage", {"../outside/mine": want}) == [
+  want = disk.digest(outside / "mine")
+  assert disk.corrupt(tmp_path / "stage", {"../outside/mine": want}) == [
     "'../outside/mine' leads out of its folder"
   ]
-  assert not artifacts.harmed(tmp_path, {"outside/mine": want})
+  assert not disk.corrupt(tmp_path, {"outside/mine": want})
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_fields_are_compared_as_json_holds_them(tmp_path):
 
 def test_nan_is_no_json(tmp_path):
   with pytest.raises(ValueError):
-    artifacts.write_json(tmp_path / "x.json", dict(a=float("nan")))
+    disk.write_json(tmp_path / "x.json", dict(a=float("nan")))
   assert not list(tmp_path.iterdir())
 
 
@@ -405,14 +405,14 @@ def test_nan_is_no_json(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
   path = tmp_path / "x"
-  artifacts.write_bytes(path, b"old")
+  disk.write_bytes(path, b"old")
 
   def full(file):
     file.write(b"n")
     raise OSError(28, "No space left on device")
 
   with pytest.raises(errors.WriteError, match=f"{path}: No space left"):
-    artifacts.write_through(path, full)
+    disk.write_through(path, full)
   assert [p.name for p in tmp_path.iterdir()] == ["x"]
   assert path.read_bytes() == b"old"
 
@@ -487,7 +487,7 @@ def test_a_full_disk_is_73_and_can_be_gone_on_from(full_disk, hook):
 
 
 def _hold(workdir, ready, done):
-  with artifacts.lock(workdir):
+  with disk.lock(workdir):
     ready.set()
     done.wait(60)
 
@@ -513,7 +513,7 @@ def test_a_second_job_is_refused_and_told_whose_it_is(tmp_path, holder):
   assert "--workdir" in ended.err
   done.set()
   process.join(30)
-  with artifacts.lock(tmp_path):  # let go of: free
+  with disk.lock(tmp_path):  # let go of: free
     pass
 
 
@@ -522,18 +522,18 @@ def test_the_lock_of_a_killed_job_is_taken_over(tmp_path, holder):
   os.kill(process.pid, signal.SIGKILL)
   process.join(30)
   assert f"pid {process.pid}" in (tmp_path / ".lock").read_text()
-  with artifacts.lock(tmp_path):
+  with disk.lock(tmp_path):
     assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
 def test_a_lock_is_let_go_of_after_an_error(tmp_path):
   for _ in range(2):
     with pytest.raises(ZeroDivisionError):
-      with artifacts.lock(tmp_path):
+      with disk.lock(tmp_path):
         raise ZeroDivisionError
-  with artifacts.lock(tmp_path):
+  with disk.lock(tmp_path):
     with pytest.raises(errors.WriteError, match="in use by another job"):
-      with artifacts.lock(tmp_path):
+      with disk.lock(tmp_path):
         pass
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.core import artifacts, checkpoints, sharding
+from jaxalign.core import checkpoints, disk, sharding
 from jaxalign.core.errors import WriteError
 
 SIZES = dict(w=(64, 32), b=(32,))
@@ -65,13 +65,13 @@ def test_the_newest_are_kept(mesh, tmp_path, keep):
 
 
 def test_training_goes_on_while_a_step_is_written(mesh, tmp_path, monkeypatch):
-  gate, real = threading.Event(), artifacts.digest_tree
+  gate, real = threading.Event(), disk.digest_tree
 
   def slowly(folder):
     assert gate.wait(30)
     return real(folder)
 
-  monkeypatch.setattr(artifacts, "digest_tree", slowly)
+  monkeypatch.setattr(disk, "digest_tree", slowly)
   with checkpoints.Checkpoints(tmp_path, 2, True) as found:
     found.save(1, dict(params=state(mesh, 1)))  # returns with the gate shut
     assert not (tmp_path / "1.digests.json").exists()
@@ -109,7 +109,7 @@ def test_a_full_disk_in_the_background_is_said(
   with pytest.raises(WriteError, match="cannot save step 1 to .*No space"):
     with checkpoints.Checkpoints(tmp_path, 2, True) as found:
       with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "digest_tree", full)
+        patch.setattr(disk, "digest_tree", full)
         found.save(1, dict(params=state(mesh, 1)))
         found._sealing.join()
       if ends_with == "next":

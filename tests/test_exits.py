@@ -11,7 +11,7 @@ import tempfile
 import jobs
 import pytest
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from tools import job_checks
 
 CALL = (
@@ -239,14 +239,14 @@ def left(*folders):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, OSError])
 def test_a_write_that_is_stopped_leaves_nothing(tmp_path, stop):
-  artifacts.write_bytes(tmp_path / "x", b"old")
+  disk.write_bytes(tmp_path / "x", b"old")
 
   def half(file):
     file.write(b"n")
     raise stop
 
-  with pytest.raises((stop, artifacts.WriteError)):
-    artifacts.write_through(tmp_path / "x", half)
+  with pytest.raises((stop, disk.WriteError)):
+    disk.write_through(tmp_path / "x", half)
   assert [p.name for p in tmp_path.iterdir()] == ["x"]
   assert (tmp_path / "x").read_bytes() == b"old"
 
@@ -274,7 +274,7 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, number, code):
 
     with tempfile.TemporaryDirectory() as scratch:
       pathlib.Path(scratch, "part").write_bytes(b"x")
-      artifacts.write_through(job.workdir / "x", half)
+      disk.write_through(job.workdir / "x", half)
 
   jobs.in_place_of(monkeypatch, "sft", stop)
   work = tmp_path / "work"

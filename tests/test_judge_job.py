@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_judges import fenced, KEY, server  # noqa: F401, a fixture
 
-from jaxalign.core import artifacts
+from jaxalign.core import artifacts, disk
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.eval import judge_kinds as judges
 from jaxalign.model.job import Arm
@@ -85,7 +85,7 @@ def spoken(tmp_path, name="work"):
       "".join(json.dumps(row) + "\n" for row in rows)
     )
     card = artifacts.read_record(folder, "evaluate")
-    card.outputs["samples.jsonl"] = artifacts.digest(folder / "samples.jsonl")
+    card.outputs["samples.jsonl"] = disk.digest(folder / "samples.jsonl")
     artifacts._write_record(folder, card)
   return work
 

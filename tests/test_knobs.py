@@ -120,7 +120,7 @@ def _other(value):
 
 
 def _knobs():
-  for knob, value in jobs.artifacts.flatten(common.base("tiny"), "").items():
+  for knob, value in jobs.settings.flatten(common.base("tiny"), "").items():
     if not isinstance(value, ml_collections.ConfigDict):
       yield knob, VALUES.get(knob, _other(value))
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign.core import artifacts, checkpoints, interrupt, sharding
+from jaxalign.core import checkpoints, disk, interrupt, sharding
 from jaxalign.core.errors import NumericError, RestartError
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import decoder
@@ -242,14 +242,14 @@ def test_killed_inside_a_save(golden, alone, tmp_path, monkeypatch, where):
   with monkeypatch.context() as patch:
     write_log = torn if where == "torn" else dying("log", real)
     patch.setattr(log.Log, "write", write_log)
-    digests = dying("manifest", artifacts.write_bytes)
+    digests = dying("manifest", disk.write_bytes)
 
     def write(path, data):
       in_log = str(path).endswith("metrics.jsonl")
       return (artifacts_write if in_log else digests)(path, data)
 
-    artifacts_write = artifacts.write_bytes
-    patch.setattr(artifacts, "write_bytes", write)
+    artifacts_write = disk.write_bytes
+    patch.setattr(disk, "write_bytes", write)
     patch.setattr(
       checkpoints.Checkpoints,
       "save",
@@ -310,7 +310,7 @@ def test_a_save_writes_the_new_lines_alone(
 ):
   """Whole once, then longer: at 100,000 lines a save is no slower."""
   whole, sizes = [], []
-  real, save = artifacts.write_bytes, checkpoints.Checkpoints.save
+  real, save = disk.write_bytes, checkpoints.Checkpoints.save
 
   def write(path, data):
     if str(path).endswith("metrics.jsonl"):
@@ -321,7 +321,7 @@ def test_a_save_writes_the_new_lines_alone(
     sizes.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
     save(self, step, items)
 
-  monkeypatch.setattr(artifacts, "write_bytes", write)
+  monkeypatch.setattr(disk, "write_bytes", write)
   monkeypatch.setattr(checkpoints.Checkpoints, "save", saving)
   same(run(alone, tmp_path), tmp_path, golden)
   assert whole == [2] and sizes == [2, 4, 6]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.data import tables
 
 ARMS = ("isa-0.1-seed0", "random-0.1-seed0")
@@ -27,12 +27,12 @@ def given():
 
 # Every writer's last call; of a store each process writes its own shards.
 NO_WRITES = (
-  "from jaxalign.core import artifacts\n"
-  "write = artifacts.write_bytes\n"
+  "from jaxalign.core import disk\n"
+  "write = disk.write_bytes\n"
   "def refuse(path, data):\n"
   "  assert '/store/' in str(path), f'wrote {path}'\n"
   "  write(path, data)\n"
-  "artifacts.write_bytes = refuse\n"
+  "disk.write_bytes = refuse\n"
 )
 
 
@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_ends_both_alike(tmp_path):
 
 
 def test_a_second_job_of_two_is_refused_in_both(tmp_path):
-  with artifacts.lock(tmp_path):
+  with disk.lock(tmp_path):
     first, second = trouble(tmp_path)
   assert first.code == 73 and f"pid {os.getpid()} on" in first.err
   assert second.code == 73 and "in use by another job" in second.err

@@ -10,7 +10,7 @@ import safetensors.numpy
 import test_report
 
 from configs import common
-from jaxalign.core import artifacts
+from jaxalign.core import artifacts, disk
 from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
 from jaxalign.embed import store
@@ -319,9 +319,9 @@ def test_reference_numbers_of_other_rows_are_refused(tmp_path):
   work = jobs.copy(tmp_path / "work")
   folder = work / "runs" / ISA
   ids = load(folder, "ref_ids.json")
-  artifacts.write_json(folder / "ref_ids.json", ids[::-1])
+  disk.write_json(folder / "ref_ids.json", ids[::-1])
   record = artifacts.read_record(folder, "ref_logps")
-  record.outputs["ref_ids.json"] = artifacts.digest(folder / "ref_ids.json")
+  record.outputs["ref_ids.json"] = disk.digest(folder / "ref_ids.json")
   artifacts._write_record(folder, record)
   jobs.unfinish(work, ISA, "align")
   ended = jobs.run(work)

@@ -7,7 +7,7 @@ import jobs
 import numpy as np
 import pytest
 
-from jaxalign.core import artifacts, checkpoints
+from jaxalign.core import checkpoints, disk
 from jaxalign.train import log, loop
 
 ISA = "isa-0.1-seed0"
@@ -56,7 +56,7 @@ def at_call(monkeypatch, holder, name, at, act):
 def at_write(monkeypatch, at, act):
   """`at_call` of the n-th write, whole or at the end of the log."""
   calls = []
-  for holder, name in ((artifacts, "write_bytes"), (log, "_append")):
+  for holder, name in ((disk, "write_bytes"), (log, "_append")):
 
     def hooked(path, data, real=getattr(holder, name)):
       calls.append(path)

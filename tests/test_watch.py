@@ -650,7 +650,7 @@ def test_knobs_that_cannot_work_are_named(changes, words):
 
 def test_what_is_off_is_on_no_record():
   from configs import common
-  from jaxalign.core.artifacts import pick
+  from jaxalign.core.settings import pick
 
   c = common.base()
   idle = {"keep", "trackers", "explode", "ref_mix"}

@@ -16,7 +16,7 @@ import test_flops
 
 from configs import common
 from jaxalign import pipeline
-from jaxalign.core import artifacts
+from jaxalign.core import artifacts, disk
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import recipe, tables
 from jaxalign.data import tokens as tokens_lib
@@ -329,7 +329,7 @@ def test_a_job_that_watches_everything(tmp_path, config):
   if "kto" in config:
     job.c = c
   tokens, m = job.tokens("pool"), sizes(job.c, job.tokenizer.vocab_size)
-  ids = artifacts.read_json(arm / "ref_ids.json")
+  ids = disk.read_json(arm / "ref_ids.json")
   place = {n: i for i, n in enumerate(job.column("pool", "id"))}
   each = len(tokens.start) // len(place)
   rows = feed.TrainRows(

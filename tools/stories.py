@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, intervals, sharding
+from jaxalign.core import disk, intervals, sharding
 from jaxalign.data import tokenizer
 from jaxalign.model import decode, hf
 
@@ -115,7 +115,7 @@ def main() -> None:
   source = workdir / "pairs.jsonl"
   if not source.exists():
     rows = pairs(tell(args.checkpoint, args.new, args.stories))
-    artifacts.write_bytes(
+    disk.write_bytes(
       source, "".join(json.dumps(r) + "\n" for r in rows).encode()
     )
   subprocess.run(

@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 
 from jaxalign.cli import main as main_lib
-from jaxalign.core import artifacts, progress
+from jaxalign.core import disk, progress
 from jaxalign.core.errors import ConfigError, WriteError
 from jaxalign.data import sources
 from jaxalign.eval import interrater, rating_codes, rating_layouts
@@ -224,10 +224,10 @@ def _write(path: str, found: dict[str, Any]) -> None:
   """Writes the page or the numbers."""
   try:
     if path.endswith(".json"):
-      artifacts.write_json(path, found)
+      disk.write_json(path, found)
     else:
       page = raters_page.agreement_html(found)
-      artifacts.write_bytes(path, page.encode())
+      disk.write_bytes(path, page.encode())
   except WriteError as error:
     raise WriteError(str(error).replace("--workdir", "--output")) from error
 

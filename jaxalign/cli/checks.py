@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 from jaxalign.core import sharding
-from jaxalign.core.artifacts import flatten, pick
 from jaxalign.core.errors import ConfigError
+from jaxalign.core.settings import flatten, pick
 from jaxalign.data import prepare, recipe, tokens
 from jaxalign.embed import embedder, questions, row_scores, store
 from jaxalign.eval import judge_kinds, while_training

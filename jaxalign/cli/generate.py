@@ -17,6 +17,7 @@ import json
 from typing import Any
 
 from jaxalign.cli import main as main_lib
+from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError, DataError
 
 
@@ -175,7 +176,7 @@ def run(argv: list[str]) -> None:
   values = parse(argv)
   import jax
 
-  from jaxalign.core import artifacts, sharding
+  from jaxalign.core import sharding
   from jaxalign.core.hub import resolve
   from jaxalign.data import tokenizer
   from jaxalign.model import decode, decoder, hf
@@ -228,7 +229,7 @@ def run(argv: list[str]) -> None:
       )
     )
   if values.output:
-    artifacts.write_bytes(
+    disk.write_bytes(
       values.output,
       "".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in rows

@@ -22,6 +22,7 @@ import time
 from typing import Any, NamedTuple
 
 from jaxalign.cli import main as main_lib
+from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError, DataError
 
 NATURAL = "natural"
@@ -186,13 +187,11 @@ def read(workdir: Any, cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
   """The summaries of the jobs that have one."""
   from etils import epath
 
-  from jaxalign.core import artifacts
-
   found = {}
   for cell in cells:
     path = epath.Path(workdir) / cell.folder / "summary.json"
     if path.exists():
-      found[cell] = artifacts.read_json(path)
+      found[cell] = disk.read_json(path)
   return found
 
 
@@ -231,12 +230,11 @@ def truth(workdir: Any, cell: Cell, label: str) -> dict[str, float] | None:
   """Shares of wrong labels and of junk that an arm kept, where it is known."""
   from etils import epath
 
-  from jaxalign.core import artifacts
   from jaxalign.data import tables
   from jaxalign.data import world as world_lib
 
   folder = epath.Path(workdir) / cell.folder
-  data = artifacts.read_json(folder / "config.json")["data"]
+  data = disk.read_json(folder / "config.json")["data"]
   path = folder / "runs" / f"{label}-seed{cell.seed}" / "subset.parquet"
   if data["source"] != "world" or not path.exists():
     return None
@@ -395,7 +393,7 @@ def main(argv: list[str]) -> int:
     nonlocal status
     from etils import epath
 
-    from jaxalign.core import artifacts, progress
+    from jaxalign.core import progress
     from jaxalign.report import study_page, terminal
 
     values, passed = parse(argv)
@@ -403,8 +401,8 @@ def main(argv: list[str]) -> int:
     failed = run(values, passed, cells) if values.run else {}
     summary = json.loads(json.dumps(summarise(values, cells)))
     folder = epath.Path(values.workdir)
-    artifacts.write_json(folder / "grid.json", summary)
-    artifacts.write_bytes(
+    disk.write_json(folder / "grid.json", summary)
+    disk.write_bytes(
       folder / "grid.html", study_page.grid_html(summary).encode()
     )
     progress.say(terminal.grid_text(summary))

@@ -267,7 +267,7 @@ def _run(values, argv: list[str], check, work, arms, goal: str) -> None:
 
   from jaxalign import pipeline
   from jaxalign.cli import checks
-  from jaxalign.core import artifacts, interrupt, sharding
+  from jaxalign.core import disk, interrupt, sharding
   from jaxalign.core.errors import ConfigError
   from jaxalign.study import plan
 
@@ -293,7 +293,7 @@ def _run(values, argv: list[str], check, work, arms, goal: str) -> None:
     if values.dry_run:
       plan.show(job, arms(c), pipeline.GOALS[goal])
       return
-    with artifacts.lock(values.workdir):
+    with disk.lock(values.workdir):
       work(job, values, argv)
 
 

@@ -12,6 +12,7 @@ embeds nothing. Exit codes as of jaxalign.main.
 from typing import Any
 
 from jaxalign.cli import main as main_lib
+from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError
 
 
@@ -50,7 +51,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   import jax
 
   from jaxalign import pipeline
-  from jaxalign.core import artifacts, progress
+  from jaxalign.core import progress
   from jaxalign.model.job import arm_folder
 
   arm = _arm(job.c)
@@ -58,7 +59,7 @@ def _work(job: Any, values: Any, argv: list[str]) -> None:
   folder = arm_folder(job, arm)
   if jax.process_index() == 0:
     data = (folder / "subset.parquet").read_bytes()
-    artifacts.write_bytes(epath.Path(values.output), data)
+    disk.write_bytes(epath.Path(values.output), data)
   progress.say(f"subset: {values.output}")
   progress.say(f"scores of all rows: {folder}/scores.parquet")
   progress.say(f"page: {folder}/selection.html")

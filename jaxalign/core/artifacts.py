@@ -9,22 +9,18 @@ is given. The record is written before the stage starts, too: what a killed run
 left is resumed only by a run with the same description.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import dataclasses
-import fcntl
+import fnmatch
 import hashlib
 import json
-import os
-import socket
 import time
-from typing import Any, IO
+from typing import Any
 
 from etils import epath
 import jax
-import numpy as np
 
-from jaxalign.core import interrupt, progress, sharding
+from jaxalign.core import disk, interrupt, processes, progress, sharding
 from jaxalign.core.errors import ConfigError, WriteError
 
 VERSION = 3  # raise when a stage's files change their meaning
@@ -57,239 +53,10 @@ class Record:
   skipped: bool = False  # true where this run found it finished
 
 
-def write_bytes(path: Any, data: bytes) -> None:
-  """Writes a file whole or not at all; see `write_through`."""
-  write_through(path, lambda file: file.write(data))
-
-
-def write_through(path: Any, write: Callable[[IO[bytes]], Any]) -> None:
-  """Writes a file whole or not at all: a temporary name, then a rename.
-
-  Args:
-    path: of the file.
-    write: is handed the open file.
-
-  Raises:
-    WriteError: the folder is read-only, the disk is full, and the like.
-  """
-  path = epath.Path(path)
-  temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-      write(file)
-    temporary.replace(path)
-  except BaseException as error:  # a signal too leaves no half of a file
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-    if not isinstance(error, OSError):
-      raise
-    raise WriteError(
-      f"cannot write {path}: {error.strerror or error}; free "
-      "space or permissions, or another --workdir"
-    ) from error
-
-
-def write_json(path: Any, value: Any) -> None:
-  """JSON, indented, atomic; NaN is refused rather than written as bad JSON."""
-  write_bytes(
-    path,
-    (
-      json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    ).encode(),
-  )
-
-
-def read_json(path: Any) -> Any:
-  """Reads JSON."""
-  return json.loads(epath.Path(path).read_text())
-
-
-def write_array(path: Any, x: np.ndarray) -> None:
-  """Writes .npy, atomic."""
-  x = np.asarray(x)
-  write_through(path, lambda file: np.save(file, x, allow_pickle=False))
-
-
-def read_array(path: Any) -> np.ndarray:
-  """Reads .npy, mapped into memory where the file is local."""
-  path = epath.Path(path)
-  if "://" not in str(path):
-    return np.load(os.fspath(path), allow_pickle=False, mmap_mode="r")
-  import io
-
-  return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-
-
-def digest(path: Any) -> dict[str, Any]:
-  """{sha256, bytes} of one file, read in blocks."""
-  total, size = hashlib.sha256(), 0
-  with epath.Path(path).open("rb") as f:
-    while block := f.read(1 << 20):
-      total.update(block)
-      size += len(block)
-  return dict(sha256=total.hexdigest(), bytes=size)
-
-
-def digest_tree(
-  folder: Any, only: list[str] | None = None
-) -> dict[str, dict[str, Any]]:
-  """Relative path -> {sha256, bytes} of files under a folder.
-
-  Args:
-    folder: where to look.
-    only: relative files or folders; everything by default.
-  """
-  folder = epath.Path(folder)
-  found = {}
-
-  def walk(path, name):
-    if name and leads_out(folder, name):
-      return  # what a link shows is not this folder's
-    if path.is_dir():
-      for child in sorted(path.iterdir(), key=lambda p: p.name):
-        walk(child, f"{name}/{child.name}" if name else child.name)
-    elif ".tmp-" not in path.name:
-      found[name] = digest(path)
-
-  for name in only if only is not None else [""]:
-    walk(folder / name if name else folder, name)
-  return found
-
-
-def harmed(folder: Any, outputs: dict[str, dict[str, Any]]) -> list[str]:
-  """The files that are missing or whose bytes are not those written.
-
-  No file outside the folder is looked at, whatever the names say.
-  """
-  bad = []
-  for name, wanted in outputs.items():
-    if leads_out(folder, name):
-      bad.append(f"{name[:200]!a} leads out of its folder")
-      continue
-    path = epath.Path(folder) / name
-    if not path.exists():
-      bad.append(f"{name} is missing")
-    elif digest(path) != wanted:
-      bad.append(f"{name} has other bytes than were written")
-  return bad
-
-
-def leads_out(folder: Any, name: Any) -> bool:
-  """Whether a name that stands in a file is none of a file in a folder.
-
-  Names are relative, without "..", and no link on their way leaves the
-  folder; the folder itself may be a link.
-  """
-  if not _plain(name):
-    return True
-  if "://" in str(folder):
-    return False  # an object store has no links
-  root = os.path.realpath(folder)
-  real = os.path.realpath(os.path.join(root, name))
-  return not real.startswith(os.path.join(root, ""))
-
-
-def _plain(name: Any) -> bool:
-  """Whether a name is relative and has no "..", whatever is on the disk."""
-  return (
-    isinstance(name, str)
-    and not set(name) & {"\0", "\\"}
-    and not {"", ".", ".."} & set(name.split("/"))
-  )
-
-
-def _remove(path: epath.Path) -> None:
-  """Removes a file, a folder with all in it, or a link alone."""
-  if "://" not in str(path) and os.path.islink(path):
-    os.unlink(path)
-  elif path.is_dir():
-    path.rmtree()
-  else:
-    path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock(workdir: Any) -> Iterator[None]:
-  """Holds a workdir for this job; process 0 does it for all.
-
-  The kernel's lock on `.lock` ends with the process, however it ends, so no
-  lock is ever stale; the text inside only says whose it is. Object stores
-  have no such locks: nothing is held there.
-
-  Raises:
-    WriteError: another job holds it, or the workdir cannot be made.
-  """
-  workdir, mine, owner = epath.Path(workdir), None, None
-  if jax.process_index() == 0 and "://" not in str(workdir):
-    mine, owner = _take(workdir)
-  try:
-    if agree("harmed" if owner is not None else "done") == "harmed":
-      raise WriteError(
-        f"{workdir} is in use by another job ({owner or '?'}); "
-        "wait for it, stop it, or set another --workdir"
-      )
-    yield
-  finally:
-    if mine is not None:
-      mine.close()
-
-
-def _take(workdir: epath.Path) -> tuple[Any, str | None]:
-  """The locked file (None where there are no locks), and who else has it."""
-  path = workdir / ".lock"
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = open(os.fspath(path), "a+", encoding="utf-8")
-  except OSError as error:
-    raise WriteError(
-      f"cannot make {path}: {error.strerror or error}; set --workdir"
-    ) from error
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-  except BlockingIOError:
-    file.seek(0)
-    owner = file.read(200).strip() or "it has not said which"
-    file.close()
-    return None, owner
-  except OSError as error:
-    progress.say(
-      f"{path} cannot be locked ({error.strerror or error}); see "
-      "to it that no other job uses this workdir"
-    )
-  return file, None
-
-
 def key_of(stage: str, fields: dict[str, Any], inputs: dict[str, str]) -> str:
   """The hash of everything a stage depends on."""
   text = json.dumps([stage, VERSION, fields, inputs], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def flatten(value: Any, prefix: str) -> dict[str, Any]:
-  """A nested config -> {"dotted.name": plain value}, tuples as lists."""
-  if hasattr(value, "items"):
-    out = {}
-    for name, child in value.items():
-      out |= flatten(child, f"{prefix}.{name}" if prefix else str(name))
-    return out
-  if isinstance(value, (tuple, list)):
-    return {prefix: [v for v in value]}
-  return {prefix: value}
-
-
-def pick(c: Any, *names: str) -> dict[str, Any]:
-  """The named parts of a config, flat: what a stage's record records."""
-  out = {}
-  for name in names:
-    value = c
-    for part in name.split("."):
-      value = value[part]
-    out |= flatten(value, name)
-  return out
 
 
 def _record_path(folder: Any, stage: str) -> epath.Path:
@@ -299,7 +66,7 @@ def _record_path(folder: Any, stage: str) -> epath.Path:
 def _write_record(folder: Any, record: Record) -> None:
   raw = dataclasses.asdict(record)
   raw.pop("skipped")
-  write_json(
+  disk.write_json(
     _record_path(folder, record.stage), raw | {"digest": _digest_of(raw)}
   )
 
@@ -318,14 +85,14 @@ def read_record(folder: Any, stage: str) -> Record | None:
   if not path.exists():
     return None
   try:
-    if leads_out(folder, f"records/{stage}.json"):
+    if disk.leads_out(folder, f"records/{stage}.json"):
       raise ValueError("it is a link")
-    raw = read_json(path)
+    raw = disk.read_json(path)
     if raw.pop("digest") != _digest_of(raw):
       raise ValueError("its digest is another one")
     record = Record(**{**raw, "cost": Cost(**raw["cost"])})
     for name, wanted in record.outputs.items():
-      if not _plain(name):  # links are seen where the bytes are
+      if not disk.is_plain(name):  # links are seen where the bytes are
         raise ValueError("it names what is not in its folder")
       if wanted.keys() != {"sha256", "bytes"}:
         raise ValueError("it does not say what was written")
@@ -383,8 +150,8 @@ def run(
       from; removed unless the same description made them.
     mends: `make` checks every byte of what it goes on from: where only that
       is harmed it is left to `make`, which does the harmed part alone.
-    volatile: files or folders whose bytes differ from run to run (times,
-      names of checkpoint shards); a "weights" of the result stands for them.
+    volatile: patterns of files whose bytes differ from run to run (times,
+      names of shards); a "weights" of the result stands for them.
 
   Raises:
     ConfigError: the folder holds this stage made from another description.
@@ -410,10 +177,10 @@ def run(
   sharding.barrier(f"after {stage}")
   cost.seconds = time.monotonic() - start
   if jax.process_index() == 0:
-    record.outputs = digest_tree(folder, files)
+    record.outputs = disk.digest_tree(folder, files)
     cost.bytes = sum(o["bytes"] for o in record.outputs.values())
   record.cost, record.result, record.finished = cost, result, True
-  record.content = told(lambda: _content(record, volatile))
+  record.content = processes.from_first(lambda: _content(record, volatile))
   if jax.process_index() == 0:
     _write_record(folder, record)
   sharding.barrier(f"record of {stage}")
@@ -427,7 +194,7 @@ def _content(record: Record, volatile: tuple[str, ...]) -> str:
   kept = {
     name: digest["sha256"]
     for name, digest in record.outputs.items()
-    if name.split("/")[0] not in volatile
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in volatile)
   }
   weights = record.result.get("weights", "")
   return key_of(record.key, kept, dict(weights=weights))
@@ -494,11 +261,11 @@ def _look(
     elif (
       found.key == key
       and not found.finished
-      and (links := [name for name in resumes if leads_out(folder, name)])
+      and (links := [name for name in resumes if disk.leads_out(folder, name)])
     ):
       bad = [f"{name} is a link out of its folder" for name in links]
     elif found.key == key and found.finished and jax.process_index() == 0:
-      bad = harmed(folder, found.outputs)
+      bad = disk.corrupt(folder, found.outputs)
     if bad:
       status = "harmed"
     elif (
@@ -526,7 +293,7 @@ def _look(
       "it is harmed"
     )
     status = "unfinished"
-  status = agree(status)
+  status = processes.agree(status)
   if status == "stale":
     names = sorted(n for n in inputs if found.inputs.get(n) != inputs[n])
     progress.say(
@@ -586,41 +353,15 @@ def _make_room(
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for name in {n.split("/")[0] for n in outputs} | {*resumes}:
-      _remove(folder / name)
+      disk.remove(folder / name)
     # A link would have the record written, and so replaced, somewhere else.
-    if leads_out(folder, "records"):
-      _remove(folder / "records")
+    if disk.leads_out(folder, "records"):
+      disk.remove(folder / "records")
     # An object store has no folder before it has a file.
     for path in folder.iterdir() if folder.exists() else ():
       if ".tmp-" in path.name:  # a killed run's half-written file
-        _remove(path)
+        disk.remove(path)
   except OSError as error:
     raise WriteError(
       f"cannot make {folder}: {error.strerror or error}; set --workdir"
     ) from error
-
-
-def told(make: Callable[[], str]) -> str:
-  """The text that `make` gives process 0, which alone calls it, on all."""
-  if jax.process_count() == 1:
-    return make()
-  from jax.experimental import multihost_utils
-
-  text = np.zeros(256, np.uint8)
-  if jax.process_index() == 0:
-    data = make().encode()
-    text[: len(data)] = np.frombuffer(data, np.uint8)
-  text = np.asarray(multihost_utils.broadcast_one_to_all(text))
-  return text.tobytes().rstrip(b"\0").decode()
-
-
-def agree(status: str) -> str:
-  """Process 0's word, on every process."""
-  if jax.process_count() == 1:
-    return status
-  from jax.experimental import multihost_utils
-
-  names = ("new", "unfinished", "changed", "stale", "harmed", "done")
-  return names[
-    int(multihost_utils.broadcast_one_to_all(np.int32(names.index(status))))
-  ]

@@ -17,7 +17,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from jaxalign.core import artifacts, progress, sharding
+from jaxalign.core import disk, processes, progress, sharding
 from jaxalign.core.errors import WriteError
 
 for _name in ("absl", "asyncio"):  # they log the traceback of what orbax raises
@@ -129,8 +129,8 @@ class Checkpoints:
     try:
       self.manager.wait_until_finished()
       if jax.process_index() == 0:
-        artifacts.write_json(
-          self._manifest(step), artifacts.digest_tree(self.folder / str(step))
+        disk.write_json(
+          self._manifest(step), disk.digest_tree(self.folder / str(step))
         )
         for old in self.folder.glob("*.digests.json"):
           if not (self.folder / old.name.split(".")[0]).exists():
@@ -177,12 +177,12 @@ class Checkpoints:
     if jax.process_index() == 0:
       path = self._manifest(step)
       try:
-        good = path.exists() and not artifacts.harmed(
-          self.folder / str(step), artifacts.read_json(path)
+        good = path.exists() and not disk.corrupt(
+          self.folder / str(step), disk.read_json(path)
         )
       except ValueError:
         good = False
-    return artifacts.agree("done" if good else "harmed") == "done"
+    return processes.agree("done" if good else "harmed") == "done"
 
   def latest(self) -> int | None:
     """The newest step that is whole; harmed ones are named and removed."""

@@ -40,7 +40,7 @@ class Stage(NamedTuple):
   resumes: Callable[[Any, Any], Iterable[str]] = nothing
   repairs: bool = False  # `make` checks them, and makes corrupt ones again
   remakes: bool = False  # a page: made again without --redo
-  volatile: tuple[str, ...] = ()  # files with other bytes at every run
+  volatile: tuple[str, ...] = ()  # patterns of files that vary by run
   # The digest of what is given in place of what the stage would make.
   given: Callable[[Any], str] = lambda job: ""
   # (sizes, arm) -> `Price`, before anything runs; None: it takes next to none.

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from jaxalign.core import artifacts, progress
+from jaxalign.core import artifacts, disk, progress
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import prepare, records, refusals, tables, tokens
 from jaxalign.data import world as world_lib
@@ -51,7 +51,7 @@ def _from_world(c: Any, folder: epath.Path) -> SplitRows:
   for split in ("pool", "held_out"):
     path = folder / f"world_{split}.jsonl"
     lines = [json.dumps({k: r[k] for k in names}) + "\n" for r in made[split]]
-    artifacts.write_bytes(path, "".join(lines).encode())
+    disk.write_bytes(path, "".join(lines).encode())
     loaded[split] = records.load_records(str(path))
   splits = {name: one.rows for name, one in loaded.items()}
   for row in made["held_out"]:
@@ -218,7 +218,7 @@ def make_data(
     template=encoder.description,
     warnings=encoder.warnings,
   )
-  artifacts.write_json(folder / "data_summary.json", summary)
+  disk.write_json(folder / "data_summary.json", summary)
   names = _written(folder, prepare.is_world(c))
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
   return names, artifacts.Cost(), dict(kind=wanted, say=counts, context=context)
@@ -312,8 +312,8 @@ def _write_tokenizer(
     decided |= dict(reserved=sorted(tok.specials), now=chat.renderer.now)
     if chat.source != tok.template:  # the export is to ask in this way
       path = folder / "chat_template.jinja"
-      artifacts.write_bytes(path, chat.source.encode())
-  artifacts.write_json(folder / ROW_FORMAT, decided)
+      disk.write_bytes(path, chat.source.encode())
+  disk.write_json(folder / ROW_FORMAT, decided)
 
 
 def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 import tokenizers
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import special
 
@@ -159,7 +159,7 @@ class FastTokenizer(special.Encoding):
       WriteError: the folder cannot be written.
     """
     for name, data in self._settings.files.items():
-      artifacts.write_bytes(epath.Path(folder) / name, data)
+      disk.write_bytes(epath.Path(folder) / name, data)
 
   save = export
 

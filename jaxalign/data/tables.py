@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.errors import CorruptError
 from jaxalign.data.row_table import messages_to_json, RowTable
 from jaxalign.data.schemas.messages import is_plain
@@ -39,7 +39,7 @@ def write_rows(path: epath.PathLike, rows: Iterable[dict]) -> None:
       for start in range(0, table.num_rows, _GROUP):
         writer.write_table(table.slice(start, _GROUP).cast(schema))
 
-  artifacts.write_through(path, write)
+  disk.write_through(path, write)
 
 
 def as_read(rows: list[dict]) -> list[dict]:
@@ -138,4 +138,4 @@ def column_names(path: epath.PathLike) -> list[str]:
 def write_refused(path: epath.PathLike, refused: Iterable[dict]) -> None:
   """Writes the refused rows' file, line, id, reason, detail as .jsonl."""
   text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in refused)
-  artifacts.write_bytes(path, text.encode())
+  disk.write_bytes(path, text.encode())

@@ -34,7 +34,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from jaxalign.core import artifacts, interrupt
+from jaxalign.core import disk, interrupt
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import special
 from jaxalign.data.fast_tokenizer import FastTokenizer
@@ -245,16 +245,16 @@ class SentencePieceTokenizer(special.Encoding):
       "special_tokens_map.json": json.dumps(names, indent=1),
     }
     folder = epath.Path(folder)
-    artifacts.write_bytes(folder / "tokenizer.model", self.proto)
+    disk.write_bytes(folder / "tokenizer.model", self.proto)
     if self.template:
       files["chat_template.jinja"] = self.template
     for name, text in files.items():
-      artifacts.write_bytes(folder / name, text.encode())
+      disk.write_bytes(folder / name, text.encode())
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes the files it was read from, byte for byte."""
     for name, data in self.files.items():
-      artifacts.write_bytes(epath.Path(folder) / name, data)
+      disk.write_bytes(epath.Path(folder) / name, data)
 
   def _hugging_face(self) -> tokenizers.Tokenizer:
     """The model as the `tokenizers` library has it.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError, CorruptError, DataError
 from jaxalign.data.schemas.schema import Refused
 
@@ -410,7 +410,7 @@ def save_rows(folder: epath.PathLike, name: str, rows: TokenRows) -> None:
   """Writes `rows` as four .npy files, `<name>.ids.npy` and so on."""
   for field, kind in _FIELDS.items():
     array = np.ascontiguousarray(getattr(rows, field), kind)
-    artifacts.write_array(epath.Path(folder) / f"{name}.{field}.npy", array)
+    disk.write_array(epath.Path(folder) / f"{name}.{field}.npy", array)
 
 
 def load_rows(folder: epath.PathLike, name: str) -> TokenRows:

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, hub, progress
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core import artifacts, disk, hub, processes, progress
+from jaxalign.core.artifacts import Cost
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.embed import embedder, passes
 from jaxalign.embed import store as stores
@@ -195,10 +196,10 @@ def pass_fields(name: str) -> Callable[[Job, None], dict[str, Any]]:
 def _digest(foreign: embedder.Embedder) -> str:
   def make():
     names = embedder.digest_names(foreign)
-    digests = artifacts.digest_tree(hub.resolve(foreign.folder), names)
+    digests = disk.digest_tree(hub.resolve(foreign.folder), names)
     return artifacts.key_of("embedder", digests, {})
 
-  return artifacts.told(make)
+  return processes.from_first(make)
 
 
 def make_pass(name: str) -> Callable[[Job, None, Any], Made]:

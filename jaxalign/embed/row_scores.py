@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core import artifacts, hub, sharding
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core import artifacts, disk, hub, processes, sharding
+from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
@@ -77,11 +78,9 @@ def digest_of(folder: Any) -> str:
       for p in path.iterdir()
       if p.name.endswith((".json", ".model", ".safetensors", ".jinja"))
     )
-    return artifacts.key_of(
-      "checkpoint", artifacts.digest_tree(path, names), {}
-    )
+    return artifacts.key_of("checkpoint", disk.digest_tree(path, names), {})
 
-  return artifacts.told(make)
+  return processes.from_first(make)
 
 
 # Answers without their prompts.
@@ -238,14 +237,14 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
       questions.ANSWERS,
       m.context,
     )
-    artifacts.write_json(
+    disk.write_json(
       folder / "ask.json",
       dict(yes=built.yes, no=built.no, shortened=built.shortened),
     )
     return built.rows
 
   rows = tokens_of(folder, asked)
-  told = artifacts.read_json(folder / "ask.json")
+  told = disk.read_json(folder / "ask.json")
   params = (
     hf.load_folder(given, m, job.mesh, np.dtype(c.model.param_dtype))
     if given

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core import artifacts, progress, sharding
+from jaxalign.core import disk, progress, sharding
 from jaxalign.core.errors import ConfigError, CorruptError, WriteError
 
 SHARD = 8192  # rows, where nobody says another number
@@ -101,7 +101,7 @@ def _read_description(folder: epath.Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   try:
-    found = artifacts.read_json(path)
+    found = disk.read_json(path)
     key = found.pop("key")
     return found if _store(folder, found).key == key else None
   except (ValueError, KeyError, TypeError, AttributeError):
@@ -169,9 +169,7 @@ def create(
   sharding.barrier("store is looked at")
   if jax.process_index() == 0:
     if found is None:
-      artifacts.write_json(
-        folder / "store.json", description | dict(key=wanted.key)
-      )
+      disk.write_json(folder / "store.json", description | dict(key=wanted.key))
     for name in columns:
       _make_room(wanted, name)
   sharding.barrier("store is there")
@@ -235,7 +233,7 @@ def _write_rows(store: Store, name: str, shard: int, x: np.ndarray) -> None:
   """The rows of one shard, as the file holds them."""
   if _in_bucket(store):
     path = store.folder / name / f"{shard:05d}.npy"
-    return artifacts.write_array(path, x)
+    return disk.write_array(path, x)
   header, dtype, shape = _layout(store, name)
   row = dtype.itemsize * math.prod(shape[1:])
   path = os.fspath(store.folder / f"{name}.npy")
@@ -257,10 +255,10 @@ def _read_rows(store: Store, name: str, shard: int) -> np.ndarray:
   start, stop = store.bounds(shard)
   _, dtype, shape = _layout(store, name)
   if _in_bucket(store):
-    x = artifacts.read_array(store.folder / name / f"{shard:05d}.npy")
+    x = disk.read_array(store.folder / name / f"{shard:05d}.npy")
     shape = (stop - start, *shape[1:])
   else:
-    x = artifacts.read_array(store.folder / f"{name}.npy")
+    x = disk.read_array(store.folder / f"{name}.npy")
   if x.shape != shape or x.dtype != dtype:
     raise ValueError(f"{name} is {x.dtype}{list(x.shape)}")
   return x if _in_bucket(store) else x[start:stop]
@@ -306,7 +304,7 @@ def write_shard(
     ids=_digest(encoded(ids)[start:stop]),
     columns=digests,
   )
-  artifacts.write_json(_side(store, shard), side | dict(digest=_digest(side)))
+  disk.write_json(_side(store, shard), side | dict(digest=_digest(side)))
 
 
 def damage(store: Store, shard: int, ids: np.ndarray) -> str | None:
@@ -318,7 +316,7 @@ def damage(store: Store, shard: int, ids: np.ndarray) -> str | None:
   if not path.exists():
     return ""
   try:
-    side = artifacts.read_json(path)
+    side = disk.read_json(path)
     if side.pop("digest") != _digest(side):
       raise ValueError("digest")
     if side["key"] != store.key:
@@ -388,7 +386,7 @@ def read(folder: Any, column: str) -> np.ndarray:
     )
   spec = store.columns[column]
   if spec.dtype == "float32" and not _in_bucket(store) and store.rows:
-    return artifacts.read_array(store.folder / f"{column}.npy")
+    return disk.read_array(store.folder / f"{column}.npy")
   shape = store.rows, *spec.shape
   out = scratch(shape)
   for shard in range(store.shards):

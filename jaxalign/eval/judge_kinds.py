@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, hub
+from jaxalign.core import artifacts, disk, hub
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import prepare, tokens
@@ -252,10 +252,7 @@ class _Rewards:
     # Of the start, which every arm's answers are compared with.
     found = job.shared / REFERENCE / REWARDS
     self.known: dict[str, float] = (
-      {
-        k: np.nan if x is None else x
-        for k, x in artifacts.read_json(found).items()
-      }
+      {k: np.nan if x is None else x for k, x in disk.read_json(found).items()}
       if found.exists()
       else {}
     )
@@ -295,14 +292,14 @@ class _Rewards:
         if self.r.encodes
         else questions.readable(own, self.r.model, texts)
       )
-      artifacts.write_json(at / "refused.json", sorted(lost))
+      disk.write_json(at / "refused.json", sorted(lost))
       return made
 
     rows = scores.tokens_of(at, encoded)
     self.files.append(at.name)
     out = np.full(len(texts), np.nan)
     kept = np.setdiff1d(
-      np.arange(len(texts)), artifacts.read_json(at / "refused.json")
+      np.arange(len(texts)), disk.read_json(at / "refused.json")
     )
     if len(kept):
       out[kept] = scores.reward_rows(
@@ -317,7 +314,7 @@ class _Rewards:
 
   def keep(self) -> list[str]:
     """Writes all rewards for the stages to come; returns the file's name."""
-    artifacts.write_json(
+    disk.write_json(
       self.folder / REWARDS,
       {k: None if np.isnan(x) else x for k, x in self.known.items()},
     )

@@ -15,9 +15,9 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts
-from jaxalign.core.artifacts import pick
+from jaxalign.core import disk
 from jaxalign.core.errors import DataError
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import Made
 from jaxalign.data import world as world_lib
 from jaxalign.embed import row_scores
@@ -154,11 +154,11 @@ def _write(
     _row(row, a, b, found, k)
     for k, (row, a, b) in enumerate(zip(what.rows, ours, what.theirs))
   ]
-  artifacts.write_bytes(
+  disk.write_bytes(
     folder / "verdicts.jsonl",
     "".join(json.dumps(x) + "\n" for x in lines).encode(),
   )
-  artifacts.write_json(folder / "judge.json", judged)
+  disk.write_json(folder / "judge.json", judged)
   return ["verdicts.jsonl", "judge.json"]
 
 
@@ -290,7 +290,7 @@ def metrics_in(c: Any, folder: Any, judged: Any) -> dict[str, Any]:
     As `evaluate.measure`. Where a judge was asked of a world, the true win
     rate stands beside its own as "win_vs_target_true".
   """
-  found = artifacts.read_json(epath.Path(folder) / "eval.json")
+  found = disk.read_json(epath.Path(folder) / "eval.json")
   kind = kind_of(c)
   if kind == "world":
     return found
@@ -302,7 +302,7 @@ def metrics_in(c: Any, folder: Any, judged: Any) -> dict[str, Any]:
   }
   if kind == "none":
     return out
-  one = artifacts.read_json(epath.Path(judged) / "judge.json")
+  one = disk.read_json(epath.Path(judged) / "judge.json")
   more = {} if true is None else dict(win_vs_target_true=true)
   return one["metrics"] | more | out | dict(details=one["details"])
 
@@ -314,7 +314,7 @@ def described(job: Job, arms: list[Arm]) -> dict[str, Any]:
   out = dict(kind=kind, name=name_of(c), metric=metric, against=against)
   if kind not in JUDGES:
     return out
-  read = lambda folder: artifacts.read_json(folder / "judge.json")
+  read = lambda folder: disk.read_json(folder / "judge.json")
   start = read(job.shared / REFERENCE)
   lines = [
     dict(name=a.name, **_line(read(arm_folder(job, a)), metric)) for a in arms

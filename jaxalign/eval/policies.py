@@ -7,8 +7,9 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core import disk
+from jaxalign.core.artifacts import Cost
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.eval import held_out
 from jaxalign.eval.held_out import eval_options
@@ -23,7 +24,7 @@ def _save_outcome(
 ) -> list[str]:
   """The raw numbers of a policy, so that arms can be compared later."""
   if jax.process_index() == 0:
-    artifacts.write_array(folder / "held_out_logp.npy", outcome.logp)
+    disk.write_array(folder / "held_out_logp.npy", outcome.logp)
     lines = []
     for k, i in enumerate(what.prompt_rows):
       row = what.rows[i]
@@ -43,7 +44,7 @@ def _save_outcome(
         )
         + "\n"
       )
-    artifacts.write_bytes(folder / "samples.jsonl", "".join(lines).encode())
+    disk.write_bytes(folder / "samples.jsonl", "".join(lines).encode())
   return ["held_out_logp.npy", "samples.jsonl"]
 
 
@@ -57,7 +58,7 @@ def _load_outcome(folder: Any) -> held_out.PolicyOutputs:
   samples = read_samples(folder)
   reward = np.array([s["reward"] for s in samples], object)
   return held_out.PolicyOutputs(
-    artifacts.read_array(epath.Path(folder) / "held_out_logp.npy"),
+    disk.read_array(epath.Path(folder) / "held_out_logp.npy"),
     [np.array(s["ids"], np.int32) for s in samples],
     [s["said"] for s in samples],
     np.array([s["logp"] for s in samples]),
@@ -84,7 +85,7 @@ def _measured(job: Job, folder: Any, outcome: Any, *others: Any) -> Made:
   metrics = held_out.policy_metrics(held_out.eval_set(job), outcome, *others)
   files = _save_outcome(folder, held_out.eval_set(job), outcome)
   if jax.process_index() == 0:
-    artifacts.write_json(folder / "eval.json", metrics)
+    disk.write_json(folder / "eval.json", metrics)
   win, result = metrics.get("win_vs_target"), {}
   if win and outcome is not others[0]:
     say = f"wins {100 * win['value']:.1f} % against the target"

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world

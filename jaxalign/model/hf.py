@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxalign.core import artifacts, progress, sharding
+from jaxalign.core import disk, progress, sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.hub import resolve, resolve_settings
 from jaxalign.model import adapters, decoder, families, safetensors_io, weights
@@ -210,7 +210,7 @@ def save_adapters(
     init_lora_weights=True,
     inference_mode=True,
   )
-  artifacts.write_json(folder / "adapter_config.json", config | _base_of(base))
+  disk.write_json(folder / "adapter_config.json", config | _base_of(base))
 
 
 def _base_of(base: str) -> dict[str, str | None]:

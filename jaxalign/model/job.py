@@ -9,7 +9,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, progress
+from jaxalign.core import artifacts, disk, progress
 from jaxalign.core.checkpoints import restore_params
 from jaxalign.core.stage import Stage
 from jaxalign.data import prepare, tables
@@ -158,9 +158,7 @@ class Job:
     """The longest row of this job: as asked for, or as the data stage chose."""
     return (
       prepare.context_of(self.c, self.most)
-      or artifacts.read_json(self.shared / "data" / "data_summary.json")[
-        "context"
-      ]
+      or disk.read_json(self.shared / "data" / "data_summary.json")["context"]
     )
 
   @property

@@ -16,7 +16,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, sharding
+from jaxalign.core import disk, sharding
 from jaxalign.core.errors import DataError
 from jaxalign.core.hub import resolve
 from jaxalign.model import safetensors_io
@@ -306,16 +306,16 @@ def save(
   if len(files) > 1:
     where = {n: file for file, names in files.items() for n in names}
     total = dict(total_size=sum(sizes.values()))
-    artifacts.write_json(folder / INDEX, dict(metadata=total, weight_map=where))
+    disk.write_json(folder / INDEX, dict(metadata=total, weight_map=where))
   if export.tokenizer is not None:
     export.tokenizer.export(folder)
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")
   ids = {n: export.config[n] for n in ids if export.config.get(n) is not None}
   eos = {n: x for n, x in ids.items() if n == "eos_token_id"}
   generation = {**ids, **export.generation, **eos}
-  artifacts.write_json(folder / "generation_config.json", generation)
+  disk.write_json(folder / "generation_config.json", generation)
   config = dict(export.config, dtype=export.dtype)
-  artifacts.write_json(folder / "config.json", config)
+  disk.write_json(folder / "config.json", config)
 
 
 _Source = list[tuple[Stored, str, int | None]]  # ours by name, and its layer

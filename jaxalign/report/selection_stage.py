@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.stage import Made
 from jaxalign.data import tables
@@ -55,7 +55,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
     for name in COLUMNS
     if known[name].stage in read and not known[name].lacks(job.c, job.kind)
   }
-  diagnostics = artifacts.read_json(folder / "diagnostics.json")
+  diagnostics = disk.read_json(folder / "diagnostics.json")
   mixture = None
   if fitted:
     columns["log_likelihood"] = fit_mixture.likelihoods(job)[0]
@@ -79,7 +79,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   if mixture is not None:
     card["mixture"]["covariance"] = job.c.select.mixture.covariance
   card["reading"] = summary_lines(
-    artifacts.read_json(job.shared / "data" / "data_summary.json")
+    disk.read_json(job.shared / "data" / "data_summary.json")
   )
   reasons = reasons_lib.sentences(card, table)
   card["reasons"] = "reasons.parquet"
@@ -98,7 +98,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
       for i in range(len(reasons))
     ],
   )
-  artifacts.write_json(folder / "selection.json", card)
+  disk.write_json(folder / "selection.json", card)
   html = select_page.selection_html(card, table).encode()
-  artifacts.write_bytes(folder / "selection.html", html)
+  disk.write_bytes(folder / "selection.html", html)
   return files, Cost(), dict(say=f"a page of {len(html) / 1e6:.1f} MB")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jaxalign.core import artifacts, devices, progress
+from jaxalign.core import devices, disk, progress
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
 from jaxalign.core.lookup import source_digests
@@ -162,7 +162,7 @@ def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   selection, diagnostics = chosen[0], {}
   if _uses_mixture(sampler):
     path = job.shared / "mixture" / "diagnostics.json"
-    diagnostics = artifacts.read_json(path) | dict(stability=_stability(chosen))
+    diagnostics = disk.read_json(path) | dict(stability=_stability(chosen))
   notes = [*selection.notes, *columns_lib.notes(c, sampler)]
   kept = tables.read_some(job.shared / "data" / "pool.parquet", selection.rows)
   if copies := _copies(kept):
@@ -177,10 +177,10 @@ def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   likelihood = fits[0].get("log_likelihood")
   _write_scores(folder, ids, selection, likelihood)
   _write_subset(folder, kept, selection, _sums(job, sampler))
-  artifacts.write_array(folder / "selected.npy", selection.rows)
-  artifacts.write_json(folder / "diagnostics.json", diagnostics)
+  disk.write_array(folder / "selected.npy", selection.rows)
+  disk.write_json(folder / "diagnostics.json", diagnostics)
   config = json.loads(c.to_json_best_effort()) | dict(arm=arm._asdict())
-  artifacts.write_json(folder / "config.json", config)
+  disk.write_json(folder / "config.json", config)
   flops = _flops(job, arm, n, columns)
   say = f"{budget:,} of {n:,} rows, {memory.size(peak['held'])} more held"
   return list(FILES), Cost(flops), dict(say=say, **peak)
@@ -268,7 +268,7 @@ def _write_subset(folder, kept, selection, sums) -> None:
 
 def selected_rows(job: Job, arm: Arm) -> np.ndarray:
   """Row numbers of the pool that an arm kept, best first."""
-  return artifacts.read_array(arm_folder(job, arm) / "selected.npy")
+  return disk.read_array(arm_folder(job, arm) / "selected.npy")
 
 
 def sampler_kwargs(c: Any, sampler: Callable) -> dict[str, Any]:

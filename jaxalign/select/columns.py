@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.errors import DataError
 from jaxalign.data import prepare, tables
 from jaxalign.data import tokens as tokens_lib
@@ -47,7 +47,7 @@ def _stored(stage: str, file: str) -> Callable[[Job], np.ndarray]:
 
 
 def _file(stage: str, file: str) -> Callable[[Job], np.ndarray]:
-  return lambda job: artifacts.read_array(job.shared / stage / f"{file}.npy")
+  return lambda job: disk.read_array(job.shared / stage / f"{file}.npy")
 
 
 def _source(job: Job) -> np.ndarray | None:

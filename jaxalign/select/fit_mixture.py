@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, progress
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core import disk, progress
+from jaxalign.core.artifacts import Cost
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.embed import embedder, store
 from jaxalign.model.job import Job
@@ -69,8 +70,8 @@ def make_mixture(job: Job, arm: None, folder: Any) -> Made:
   if jax.process_index() == 0:
     mixture.save(fitted[0], folder / "mixture.npz")
     scores = [mixture.log_likelihood(f, flat).reshape(n, r) for f in fitted]
-    artifacts.write_array(folder / "log_likelihood.npy", np.stack(scores))
-    artifacts.write_json(
+    disk.write_array(folder / "log_likelihood.npy", np.stack(scores))
+    disk.write_json(
       folder / "diagnostics.json", dict(held_out=halves, labels=matches)
     )
   return (
@@ -122,7 +123,7 @@ def _flops(
 
 def likelihoods(job: Job) -> np.ndarray:
   """[F, N, R] nats of all rows under each fit, the chosen one first."""
-  return artifacts.read_array(job.shared / "mixture" / "log_likelihood.npy")
+  return disk.read_array(job.shared / "mixture" / "log_likelihood.npy")
 
 
 def mixture_price(z: JobSizes, arm: None) -> Price:

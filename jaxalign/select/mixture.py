@@ -19,7 +19,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError, CorruptError, NumericError
 from jaxalign.select import em
 from jaxalign.select.em import COVARIANCES, Gaussians, KNOB
@@ -383,7 +383,7 @@ def save(mixture: Mixture, path: Any) -> None:
   arrays = mixture._asdict() | {"warnings": json.dumps(mixture.warnings)}
   buffer = io.BytesIO()
   np.savez(buffer, **arrays)
-  artifacts.write_bytes(path, buffer.getvalue())
+  disk.write_bytes(path, buffer.getvalue())
 
 
 def load(path: Any) -> Mixture:

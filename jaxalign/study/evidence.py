@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxalign.core import artifacts, intervals
+from jaxalign.core import disk, intervals
 from jaxalign.core.errors import DataError
 from jaxalign.data import batches, world
 from jaxalign.eval import equivalence, held_out, judge_kinds, winrate
@@ -129,8 +129,8 @@ def _right(job: Job, folder: Any) -> np.ndarray:
   """[n] 1, 0.5 or 0: whether the implicit reward prefers the chosen side."""
   policy, ref = held_out.as_pairs(
     held_out.eval_set(job),
-    artifacts.read_array(folder / "held_out_logp.npy"),
-    artifacts.read_array(job.shared / "baseline" / "held_out_logp.npy"),
+    disk.read_array(folder / "held_out_logp.npy"),
+    disk.read_array(job.shared / "baseline" / "held_out_logp.npy"),
   )
   margin = np.asarray(policy, np.float64) - ref
   return winrate.wins(margin[:, 0], margin[:, 1])

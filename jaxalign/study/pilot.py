@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from jaxalign import pipeline
-from jaxalign.core import artifacts, progress
+from jaxalign.core import disk, progress
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.model.job import Arm, Job
 from jaxalign.select.topk import budget_rows
@@ -190,7 +190,7 @@ def _run(
   small = pipeline.make_job(c, job.mesh, folder, job.redo)
   small.shared = job.shared
   study(small)
-  return artifacts.read_json(small.workdir / "summary.json")
+  return disk.read_json(small.workdir / "summary.json")
 
 
 def _best_direction(c: Any, summary: dict[str, Any]) -> tuple[str, str]:
@@ -238,7 +238,7 @@ def _advice(job: Job, summary: dict[str, Any], share: float) -> tuple[int, str]:
   takes = updates_of(c, Arm("random", rows, 0), rows, n) / whole
   saved = 1 - takes - share
   if jax.process_index() == 0:
-    artifacts.write_json(
+    disk.write_json(
       job.workdir / "pilot" / "advice.json",
       dict(
         rows=rows,

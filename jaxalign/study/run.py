@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxalign
 from jaxalign import pipeline
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.stage import Made, Stage
 from jaxalign.data import batches, tables, world
@@ -78,7 +78,7 @@ def run(job: Job, command: str, notes: Sequence[str] = ()) -> dict[str, Any]:
   run_report(job, arms, command, notes)
   if jax.process_index() != 0:
     return {}
-  return artifacts.read_json(job.workdir / "summary.json")
+  return disk.read_json(job.workdir / "summary.json")
 
 
 # Pages are stages too, one a page: made once, and again where what they show
@@ -90,7 +90,7 @@ def run(job: Job, command: str, notes: Sequence[str] = ()) -> dict[str, Any]:
 def _make_page(job: Job, arm: Arm, folder: Any) -> Made:
   """The page of one arm, beside its artifacts."""
   html = study_page.arm_html(describe(job, arm))
-  artifacts.write_bytes(folder / "report.html", html.encode())
+  disk.write_bytes(folder / "report.html", html.encode())
   return ["report.html"], Cost(), {}
 
 
@@ -115,13 +115,13 @@ def run_report(
     summary = summarise(job, arms, command)
     summary["verdicts"] = [*notes, *summary["verdicts"]]
     config = json.loads(job.c.to_json_best_effort())
-    artifacts.write_json(folder / "summary.json", summary)
-    artifacts.write_json(folder / "config.json", config)
+    disk.write_json(folder / "summary.json", summary)
+    disk.write_json(folder / "config.json", config)
     html = study_page.study_html(summary)
-    artifacts.write_bytes(folder / "report.html", html.encode())
+    disk.write_bytes(folder / "report.html", html.encode())
     files = ["summary.json", "config.json", "report.html"]
     if evidence.curve_arms(job, arms):
-      artifacts.write_json(folder / "fit.json", summary["fit"])
+      disk.write_json(folder / "fit.json", summary["fit"])
       files.append("fit.json")
     return files, Cost(), {}
 
@@ -297,7 +297,7 @@ def _curves(folder: Any) -> dict[str, list]:
 def _selection(job: Job, arm: Arm) -> dict[str, Any]:
   """The selection card in the words of the report."""
   folder = arm_folder(job, arm)
-  card = artifacts.read_json(folder / "selection.json")
+  card = disk.read_json(folder / "selection.json")
   scores = tables.read_table(folder / "scores.parquet")
   value = np.array([s["score"] for s in scores])
   kept = np.array([s["selected"] for s in scores])
@@ -416,7 +416,7 @@ def describe(job: Job, arm: Arm) -> dict[str, Any]:
 def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
   """Everything the report shows, from the artifacts alone."""
   c = job.c
-  data = artifacts.read_json(job.shared / "data" / "data_summary.json")
+  data = disk.read_json(job.shared / "data" / "data_summary.json")
   costs = _costs(job, arms)
   described = [describe(job, arm) for arm in arms]
   for one in described:  # of an arm's own page
@@ -437,16 +437,16 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
   asked = judge_stage.described(job, arms)
   warnings += judge_stage.warnings(asked)
   for arm in arms:
-    card = artifacts.read_json(arm_folder(job, arm) / "selection.json")
+    card = disk.read_json(arm_folder(job, arm) / "selection.json")
     for note in card["diagnostics"].get("notes", ()):
       (warnings if note.startswith("warning") else verdicts).append(
         f"{arm.name}: {note.removeprefix('warning: ')}."
       )
   for arm, one in zip(arms, described):
     share = one["metrics"]["malformed"]["value"]
-    before = artifacts.read_json(job.shared / "baseline" / "eval.json")[
-      "malformed"
-    ]["value"]
+    before = disk.read_json(job.shared / "baseline" / "eval.json")["malformed"][
+      "value"
+    ]
     if share > before + 0.1:
       warnings.append(
         f"{arm.name}: {100 * share:.0f} % of its answers are "

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxalign.core import artifacts, progress
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core import disk, progress
+from jaxalign.core.artifacts import Cost
 from jaxalign.core.checkpoints import Checkpoints, restore_params
 from jaxalign.core.errors import DataError
 from jaxalign.core.lookup import source_digests
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import Made
 from jaxalign.model import adapters, decoder
 from jaxalign.model.job import Arm, Job, lora_of
@@ -134,7 +135,7 @@ def make_policy(job: Job, arm: Arm, folder: Any, watched: Watched) -> Made:
   """Trains the policy on the kept rows, from the reference."""
   c = job.c
   rows = stored_rows(job, arm, folder)
-  if artifacts.read_json(folder / "ref_ids.json") != rows.ids:
+  if disk.read_json(folder / "ref_ids.json") != rows.ids:
     raise DataError(
       f"{folder}/ref_ids.json names other rows than "
       "subset.parquet; run with --redo"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from jaxalign.core import artifacts
+from jaxalign.core import disk
 from jaxalign.core.errors import WriteError
 
 Lines = Sequence[dict[str, Any]]
@@ -61,7 +61,7 @@ class Log:
     if jax.process_index():
       return
     if not done or "://" in str(self.path):  # object stores cannot append
-      artifacts.write_bytes(self.path, _text(self.lines))
+      disk.write_bytes(self.path, _text(self.lines))
     else:
       _append(self.path, _text(new))
 
@@ -75,7 +75,7 @@ class Log:
     last = {n: None if bad(x) else x for n, x in last.items()}
     kept = [x for x in self.lines if x["step"] >= since]
     if jax.process_index() == 0:
-      artifacts.write_bytes(self.diverged, _text([*kept, last]))
+      disk.write_bytes(self.diverged, _text([*kept, last]))
 
 
 def _append(path: epath.Path, data: bytes) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from jaxalign.core import artifacts, interrupt, progress
+from jaxalign.core import disk, interrupt, progress
 from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.train import log as logs
@@ -93,7 +93,7 @@ def _trace(folder: epath.Path) -> Callable[[], None]:
     for root, _, names in local.walk():
       for name in names:
         at = epath.Path(root) / name
-        artifacts.write_bytes(folder / at.relative_to(local), at.read_bytes())
+        disk.write_bytes(folder / at.relative_to(local), at.read_bytes())
     local.rmtree()
 
   return stop

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core import artifacts, hub
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core import disk, hub, processes
+from jaxalign.core.artifacts import Cost
 from jaxalign.core.checkpoints import restore_params
 from jaxalign.core.errors import ConfigError, DataError
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
@@ -367,20 +368,20 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
     total += more.flops + passes.flops(m, job.tokens("pool"))
     tokens += more.tokens + len(job.tokens("pool").ids)
     status = "done" if (folder / name).exists() else "new"
-    if artifacts.agree(status) == "new":
+    if processes.agree(status) == "new":
       label = f"model {s + 1} of {p.models}"
       params, m = _tune(job, own, label, start, index, updates, s)
       found, _ = _score(job, params, m, label)
       loss = dpo_losses(found.logp.reshape(n, 2), start.sums, BETA)
       loss = np.where(seen[:, s], np.nan, loss)
       if jax.process_index() == 0:
-        artifacts.write_array(folder / name, loss)
+        disk.write_array(folder / name, loss)
     if jax.process_index() == 0 and own.exists():
       own.rmtree()  # its losses are all that is read
   if jax.process_index() == 0:
-    found = [artifacts.read_array(folder / name) for name in names]
+    found = [disk.read_array(folder / name) for name in names]
     path = folder / "held_out_loss.npy"
-    artifacts.write_array(path, np.stack(found, axis=1))
+    disk.write_array(path, np.stack(found, axis=1))
   files = ["held_out_loss.npy", *names]
   return files, Cost(total, tokens), dict(say=f"{p.models} models")
 

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts
-from jaxalign.core.artifacts import Cost, pick
+from jaxalign.core import disk
+from jaxalign.core.artifacts import Cost
 from jaxalign.core.lookup import source_digests
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
@@ -150,8 +151,8 @@ def make_ref_logps(job: Job, arm: Arm, folder: Any) -> Made:
   arrays, costs = _computed(job, arm, rows)
   if jax.process_index() == 0:
     for name, x in arrays.items():
-      artifacts.write_array(folder / f"{name}.npy", x)
-    artifacts.write_json(folder / "ref_ids.json", rows.ids)
+      disk.write_array(folder / f"{name}.npy", x)
+    disk.write_json(folder / "ref_ids.json", rows.ids)
   flops, tokens = (
     sum(getattr(x, n) for x in costs) for n in ("flops", "tokens")
   )
@@ -203,7 +204,7 @@ def updates_of(c: Any, arm: Arm, rows: int, pool: int) -> int:
 
 def stored_rows(job: Job, arm: Arm, folder: Any) -> TrainRows:
   """The rows that an arm kept, with all that `make_ref_logps` wrote of them."""
-  read = lambda name: artifacts.read_array(folder / f"{name}.npy")
+  read = lambda name: disk.read_array(folder / f"{name}.npy")
   rows = rows_of(job, arm)._replace(
     ref_sum=read("ref_sum"),
     ref_count=read("ref_count"),

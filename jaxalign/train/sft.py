@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.core import artifacts, hub
-from jaxalign.core.artifacts import pick
+from jaxalign.core import artifacts, disk, hub, processes
+from jaxalign.core.settings import pick
 from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.model import decoder, hf
 from jaxalign.model.flops import decoder_flops
@@ -32,10 +32,10 @@ def given_reference(job: Job) -> str:
   given = job.c.model.checkpoint
   if not given:
     return ""
-  digests = lambda: artifacts.digest_tree(
-    hub.resolve(given), hf.digest_names(given)
+  digests = lambda: disk.digest_tree(hub.resolve(given), hf.digest_names(given))
+  return processes.from_first(
+    lambda: artifacts.key_of("checkpoint", digests(), {})
   )
-  return artifacts.told(lambda: artifacts.key_of("checkpoint", digests(), {}))
 
 
 def make_sft(job: Job, arm: None, folder: Any) -> Made:

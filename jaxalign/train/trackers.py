@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 
-from jaxalign.core import artifacts, progress
+from jaxalign.core import disk, progress
 from jaxalign.core.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ def wandb(folder: epath.Path, label: str, start: int) -> Tracker:
 
   kept = folder / "wandb_id"
   if not start or not kept.exists():
-    artifacts.write_bytes(kept, secrets.token_hex(8).encode())
+    disk.write_bytes(kept, secrets.token_hex(8).encode())
   local = None if "://" in str(folder) else str(folder)
   run = client.init(
     id=kept.read_text(),
