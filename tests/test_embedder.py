@@ -212,7 +212,7 @@ def test_an_encoder_embeds(whole, tmp_path):
   assert x.shape[:2] == (160, 2) and np.isfinite(x).all()
   # Another reference is no other embedding, but other log-probs and a start.
   card = lambda path: json.loads((folder / path).read_text())
-  sft = card("shared/sft/records/sft.json")["key"]
+  sft = card("shared/sft/records/sft.json")["content"]
   for stage in ("ref_logps", "align"):
     assert (
       card(f"runs/real-0.1-seed0/records/{stage}.json")["inputs"]["sft"] == sft

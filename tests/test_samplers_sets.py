@@ -24,7 +24,7 @@ def test_assign_is_the_nearest_centre_over_blocks_of_centres():
   x = rng.normal(size=(500, 6)).astype(np.float32)
   centres = rng.normal(size=(300, 6))  # more than one block
   wanted = ((np.float64(x)[:, None] - centres[None]) ** 2).sum(2).argmin(1)
-  got = kmeans.assign(kmeans.vectors_lib.place(x), centres)
+  got = kmeans.assign(kmeans.vectors.place(x), centres)
   assert_array_equal(got, wanted)
 
 
@@ -244,7 +244,7 @@ def test_what_takes_days_says_so_before_it_starts(
   name, kwargs, flops, monkeypatch
 ):
   pool = make_clusters(N)
-  rows = kmeans.vectors_lib
+  rows = kmeans.vectors
   monkeypatch.setattr(rows.devices, "CPU", 1000.0)
   host = name in ("dpp", "deita", "semdedup", "herding") or (
     name == "facility_location" and "exact" not in kwargs
@@ -272,7 +272,7 @@ def test_what_takes_days_says_so_before_it_starts(
 
 def test_what_runs_in_days_by_default():
   """30 GFLOP/s for a day: a million rows of 384 numbers, a tenth kept."""
-  rows = kmeans.vectors_lib
+  rows = kmeans.vectors
   assert rows.HOURS == 24
   check = kmeans.refuse_long_picks("k_center", 384, host=True)
   check(1_000_000, 100_000)
@@ -425,7 +425,7 @@ def test_a_row_of_a_large_cluster_is_compared_with_those_before(
   assert near.sum() > 60 and (got[near] > 0.99).mean() > 0.8
   assert "240 rows lie in clusters of more than 12:" in capsys.readouterr().out
   # And that is what is asked of the hours: 240 rows with 12 before each.
-  rows, flops = kmeans.vectors_lib, 2 * 240 * 12 * x.shape[1]
+  rows, flops = kmeans.vectors, 2 * 240 * 12 * x.shape[1]
   monkeypatch.setattr(rows.devices, "CPU", 1.0)
   for factor in (1.001, 1 / 1.001):
     monkeypatch.setattr(rows, "HOURS", flops / 3600 * factor)

@@ -18,7 +18,7 @@ from configs import common
 from jaxalign import pipeline
 from jaxalign.core import artifacts, disk
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import recipe, tables
+from jaxalign.data import recipe
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.eval import while_training
 from jaxalign.model import decoder
@@ -257,10 +257,8 @@ def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
   job, arm = job_of(alone), Arm("random", 1.0, 0)
   job.workdir = tmp_path
   job.c.train.eval_sets = ("kept", "rest")
-  keep = lambda n: tables.write_rows(
-    arm_folder(job, arm) / "subset.parquet",
-    [dict(id=f"r{i}") for i in range(n)],
-  )
+  kept = arm_folder(job, arm) / "selected.npy"
+  keep = lambda n: disk.write_array(kept, np.arange(n))
   keep(N - 2)
   assert list(while_training.measures(job, arm)) == ["kept", "rest"]
   keep(N)
