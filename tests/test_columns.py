@@ -617,7 +617,7 @@ def test_a_killed_half_goes_on_and_matches(tmp_path):
   left = tmp_path / "killed/shared/held_out"
   assert (left / "loss0.npy").exists() and not (left / "loss1.npy").exists()
   ended = jobs.run(tmp_path / "killed", *flags)
-  assert ended.code == 0 and "resumed from step 2" in ended.out, ended
+  assert ended.code == 0 and "resumed from step 10" in ended.out, ended
   name = "shared/held_out/held_out_loss.npy"
   np.testing.assert_array_equal(
     np.load(tmp_path / "whole" / name), np.load(tmp_path / "killed" / name)

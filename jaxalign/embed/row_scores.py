@@ -1,6 +1,6 @@
 """Passes over the pool in other words: answers alone, questions, rewards.
 
-What can share a pass does, in `stages.embed`: embeddings, log-probs and
+What can share a pass does, in `embed.over_pool`: embeddings, log-probs and
 residuals of the reference. The stages here run other tokens (`alone`: the
 answers without their prompts; `ask`: a question about each row) or other
 weights (`rewards`), so each has a pass of its own, over every row once.
@@ -41,7 +41,7 @@ def by_shard(
 ) -> list[str]:
   """Stores one number a response, from `make(parts, tick)`, shard by shard.
 
-  A killed stage goes on at the next shard; see `stages.embed.over_shards`.
+  A killed stage resumes at the next shard; see `over_pool.over_shards`.
   """
   responses = job.responses
   return over_shards(

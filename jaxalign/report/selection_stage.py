@@ -1,4 +1,4 @@
-"""The card stage of an arm: what its selection looks like, and its page."""
+"""The stage that reports on a selection: what its selection looks like, and its page."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.samplers import chains
 from jaxalign.select.selection_report import reasons as reasons_lib
 
-# Read where they are at hand: what the card describes, and what the samplers
+# Read where they are at hand: what the report describes, and what the samplers
 # that cost nothing read.
 COLUMNS = (
   "length",

@@ -153,7 +153,7 @@ _LAYERS = {
 _ANSWERS = {"answer_embedding": COLUMNS["embedding"]}
 # Given a reward model, `reward` is what it says, and no oracle.
 _JUDGED = {"reward": Column(_stored("rewards", "reward"), "rewards")}
-ALWAYS = ("length", "label", "topic")  # the card describes them
+ALWAYS = ("length", "label", "topic")  # the selection report describes them
 # Made by the select stage itself, from the mixture and from another arm.
 MADE = ("log_likelihood", "subset")
 

@@ -62,7 +62,7 @@ class Selection(NamedTuple):
 
   rows: np.ndarray  # [M] int64, row numbers in id order
   score: np.ndarray  # [N] float64, higher is better
-  notes: tuple[str, ...] = ()  # what a person should know; on the card
+  notes: tuple[str, ...] = ()  # what a person should know; in the report
 
 
 def checked(found: Selection, n: int, budget: int, name: str) -> Selection:

@@ -96,7 +96,7 @@ def _computed(
   source, batched = _pass_over_pool(job, arm), _batched(job)
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
-  own = tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
+  own = lambda: tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
   cost = lambda x: Cost(passes.flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
@@ -114,12 +114,12 @@ def _computed(
       rows = rows._replace(mismatched=other_rows)
     found, sums = logps_as_trained(reference_of(job), rows, batching)
     arrays |= dict(ref_sum=found.sum, common_prefix=found.common_prefix)
-    costs.append(cost(own))
+    costs.append(cost(own()))
   elif job.loss.reference and not online and not source:
     arrays["ref_sum"], arrays["ref_count"] = reference_logps(
       reference_of(job), rows.tokens, rows.row_of, c.train.layout, rows.ids
     )
-    costs.append(cost(own))
+    costs.append(cost(own()))
   rows = rows._replace(ref_sum=arrays["ref_sum"], mismatched=None)
   for name in names:
     if name in EXTRAS and online:
