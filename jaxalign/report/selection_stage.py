@@ -1,4 +1,4 @@
-"""The stage that reports on a selection: what its selection looks like, and its page."""
+"""The stage that reports on a selection, and its page."""
 
 from typing import Any
 

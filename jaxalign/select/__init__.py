@@ -1,1 +1,1 @@
-"""Which rows of the pool to train on: the mixture, the samplers, the report of a selection."""
+"""Which rows to train on: the mixture, the samplers, their report."""
