@@ -402,7 +402,7 @@ def test_a_kto_job(tmp_path):
     tmp_path, "train.batch_size=16", "compare=()", config="kto_sub.py:tiny"
   )
   assert ended.code == 0, ended
-  assert "pairs split into 320 unpaired rows for kto" in ended.out
+  assert "pairs split into 320 answers for kto" in ended.out
   folder = tmp_path / "runs" / ISA
   assert len(table(folder, "subset.parquet")) == 32
   assert np.load(folder / "mismatched_sum.npy").shape == (4 * 16,)
