@@ -12,9 +12,10 @@ import pytest
 
 from configs import common
 from jaxalign.cli import main, select, train
+from jaxalign.core.settings import flatten
 
 KNOBS = [
-  *sorted(jobs.settings.flatten(common.base("tiny"), "")),
+  *sorted(flatten(common.base("tiny"), "")),
   "mesh",
   "data",
   "data.fields",

@@ -126,7 +126,7 @@ def test_data_and_checkpoint_on_a_bucket(store, monkeypatch):
     at, f"data.source={local}/*.jsonl", f"model.checkpoint={given}", *knobs
   )
   assert ended.code == 0, ended
-  other = jobs.differences(jobs.outcome(at), jobs.outcome(store / "work"))
+  other = differences(jobs.outcome(at), store / "work")
   named = {
     "config.json",
     "data_summary.json",

@@ -11,6 +11,7 @@ import pytest
 
 from configs import common, dpo_sub, kto_sub
 from jaxalign import pipeline
+from jaxalign.core.settings import flatten
 from jaxalign.data.schemas.mapping import TARGETS
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.train.losses import LOSSES
@@ -120,7 +121,7 @@ def _other(value):
 
 
 def _knobs():
-  for knob, value in jobs.settings.flatten(common.base("tiny"), "").items():
+  for knob, value in flatten(common.base("tiny"), "").items():
     if not isinstance(value, ml_collections.ConfigDict):
       yield knob, VALUES.get(knob, _other(value))
 
