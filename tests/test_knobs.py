@@ -10,9 +10,9 @@ import ml_collections
 import pytest
 
 from configs import common, dpo_sub, kto_sub
-from jaxalign import pipeline
 from jaxalign.core.settings import flatten
 from jaxalign.data.schemas.mapping import TARGETS
+from jaxalign.eval import judge_kinds
 from jaxalign.select.samplers import SAMPLERS
 from jaxalign.train.losses import LOSSES
 
@@ -135,12 +135,11 @@ def _answer(monkeypatch, job, *flags):
     fields = json.loads(json.dumps(fields))
     key = jobs.artifacts.key_of(stage, fields, inputs)
     keys[stage, str(folder)] = key
-    cost, result = jobs.artifacts.Cost(), dict(warnings=[])
-    return jobs.artifacts.Record(stage, key, fields, inputs, {}, cost, result)
+    return jobs.artifacts.given(stage, key)
 
   with monkeypatch.context() as patched:
     patched.setattr(jobs.artifacts, "run", look)
-    patched.setattr(pipeline, "check_ready", lambda job, arms: None)
+    patched.setattr(judge_kinds, "check_ready", lambda job, arms: None)
     try:
       ended = jobs.run(job, *flags)
     except Exception:  # what another sampler reads is not there
