@@ -168,7 +168,7 @@ def test_a_job_whose_direction_and_budget_are_settled(tmp_path, monkeypatch):
   summary = json.loads((tmp_path / "work" / "summary.json").read_text())
   assert summary["arms"][0]["rows"] == advice["rows"]
   assert summary["arms"][0]["sampler"].startswith("length(direction=")
-  assert "A pilot at 10.0% of the pool" in summary["verdicts"][0]
+  assert "A pilot at 20.0% of the pool" in summary["verdicts"][0]
   assert "are kept" in summary["verdicts"][1]
   again = jobs.run(tmp_path / "work", *knobs)
   assert again.code == 0 and "nothing was computed" in again.out
