@@ -202,7 +202,7 @@ def test_a_process_reads_its_own_rows_alone(together):
   assert sorted(a + b) == sorted(4 * wanted)
   assert {at for at, _ in first + second} == {"embed", "align"}
   pool = [at for at, path in whole if path.endswith("pool.parquet")]
-  assert pool == ["select"]
+  assert pool == ["report"]  # selecting reads the kept rows alone
   assert [p for _, p in others if not p.endswith("held_out.parquet")] == []
 
 
