@@ -394,7 +394,7 @@ def watch():
     peak[0] = max(peak[0], anonymous())
     time.sleep(0.001)
 
-mesh = make_mesh(4, 2)
+mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
 with jax.set_mesh(mesh):
   sharding.put(mesh, np.ones((8, 8), np.float32), "width").block_until_ready()
   sharding.barrier("before")
