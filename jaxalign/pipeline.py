@@ -71,8 +71,6 @@ _store_fields = lambda job, arm: pick(
   job.c, "embed.tile", "embed.shard", "model"
 )
 _arm = dict(of_arm=True)
-eval_fields = policies.eval_fields
-export_fields = policies.export_fields
 
 STAGES = (
   # Shared by all arms.
@@ -133,7 +131,7 @@ STAGES = (
     "baseline",
     policies.make_baseline,
     needs("data", "sft"),
-    eval_fields,
+    policies.eval_fields,
     cost=policies.eval_price,
   ),
   Stage(
@@ -184,7 +182,7 @@ STAGES = (
     "evaluate",
     policies.make_evaluation,
     needs("align", "baseline"),
-    eval_fields,
+    policies.eval_fields,
     cost=policies.eval_price,
     **_arm,
   ),
@@ -285,6 +283,8 @@ def run(job: Job, arms: Sequence[Arm], goal: Sequence[str] = STUDY) -> None:
   stages = required(job, arms, goal)
   job.planned = frozenset(stage.name for stage, arm in stages if arm is None)
   for stage, arm in stages:
+    if stage.name == "data":  # it has run
+      continue
     if stage.name == "select":
       job.kept.pop("policy", None)  # of the arm before
       progress.say(f"[{arm.name}]")

@@ -207,6 +207,11 @@ def given(stage: str, digest: str) -> Record:
   )
 
 
+def is_given(record: Record) -> bool:
+  """Whether no stage made what a record stands for."""
+  return record.content == record.key
+
+
 def begin(
   folder: Any,
   stage: str,
@@ -295,7 +300,8 @@ def _look(
     status = "unfinished"
   status = processes.agree(status)
   if status == "stale":
-    names = sorted(n for n in inputs if found.inputs.get(n) != inputs[n])
+    was = found.inputs if found else {}  # process 0 may see a shared disk first
+    names = sorted(n for n in inputs if was.get(n) != inputs[n])
     progress.say(
       f"{stage}: {', '.join(names) or 'what it read'} has other bytes now; "
       "running again"

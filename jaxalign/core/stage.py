@@ -62,7 +62,6 @@ class JobSizes(NamedTuple):
   """What prices are counted from, before anything has run."""
 
   job: Any
-  arms: list[Any]
   rows: dict[str, int]  # records by split
   tokens: dict[str, float]  # mean of a row, by split
   model: Any  # sizes of the reference

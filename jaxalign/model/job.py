@@ -75,6 +75,7 @@ class Job:
     self.stages = {stage.name: stage for stage in stages}
     self.planned: frozenset[str] = frozenset()  # shared stages it will run
     self.records: dict[tuple[str, str], artifacts.Record] = {}
+    self.described: dict[str, dict[str, Any]] = {}  # by stage, the last run
     self.kept: dict[str, Any] = {}  # what a room makes once a job
 
   def folder(self, stage: Stage, arm: Arm | None = None) -> epath.Path:
@@ -83,14 +84,18 @@ class Job:
 
   def describe(self, stage: Stage, arm: Arm | None = None) -> dict[str, Any]:
     """What a stage is made from: {"fields", "inputs", "resumes", ...}."""
-    inputs = {}
+    fields, inputs = {}, {}
     for need in stage.needs(self, arm):
       name, other = need if isinstance(need, tuple) else (need, arm)
       own = name in self.stages and self.stages[name].of_arm
       label = f"{name} of {other.name}" if other is not arm else name
-      inputs[label] = self.records[other.name if own else "", name].content
+      record = self.records[other.name if own else "", name]
+      # Another checkpoint is another config, to be refused; what a stage made
+      # anew makes those below it stale.
+      into = fields if artifacts.is_given(record) else inputs
+      into[label] = record.content
     return dict(
-      fields=stage.fields(self, arm),
+      fields=fields | stage.fields(self, arm),
       inputs=inputs,
       resumes=tuple(stage.resumes(self, arm)),
       mends=stage.repairs,
@@ -112,12 +117,13 @@ class Job:
           return [], artifacts.Cost(), {}
         return stage.make(self, arm, folder)
 
+      made_of = self.described[stage.name] = self.describe(stage, arm)
       record = artifacts.run(
         self.folder(stage, arm) if folder is None else folder,
         stage.name,
         make=make,
         volatile=stage.volatile,
-        **self.describe(stage, arm),
+        **made_of,
       )
     for warning in record.result.get("warnings", ()):
       progress.say(f"  warning: {warning}")
@@ -133,7 +139,8 @@ class Job:
 
   def made_of(self, name: str) -> dict[str, Any]:
     """The fields and inputs of a shared stage, flat."""
-    found = self.describe(self.stages[name])
+    # Not described twice: that may digest a whole checkpoint.
+    found = self.described.get(name) or self.describe(self.stages[name])
     return found["fields"] | found["inputs"]
 
   @property

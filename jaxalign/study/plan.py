@@ -121,7 +121,7 @@ def lines(
   """
   stages = pipeline.required(job, arms, pipeline.reached(job, goal))
   shared = frozenset(stage.name for stage, arm in stages if arm is None)
-  z = JobSizes(job, arms, rows, tokens, _model(job.c), shared)
+  z = JobSizes(job, rows, tokens, _model(job.c), shared)
   rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
   out = []
   for stage, arm in stages:
