@@ -85,6 +85,23 @@ def test_only_the_passes_that_training_reads(
   assert (sums < 0).all() if passes else not sums.any()
 
 
+def test_another_model_in_the_same_folder_is_refused(tmp_path, source, given):
+  """What a job was made from is not replaced unasked."""
+  folder, work = tmp_path / "model", tmp_path / "work"
+  jobs.shutil.copytree(given, folder)
+  flags = (f"model.checkpoint={folder}", "train.max_updates=1")
+  ended = train(work, source, *flags)
+  assert ended.code == 0 and ended.out.count("\ndata: ...") == 1, ended
+  assert "data: finished before" not in ended.out
+  path = folder / "model.safetensors"
+  data = bytearray(path.read_bytes())
+  data[-2] ^= 1
+  path.write_bytes(data)
+  ended = train(work, source, *flags)
+  assert ended.code == 64 and "sft was" in ended.err and "--redo" in ended.err
+  assert train(work, source, *flags, "--redo").code == 0
+
+
 @pytest.mark.parametrize(
   "more",
   [
