@@ -50,9 +50,9 @@ def outcome_rates(outcomes: np.ndarray) -> dict[str, Any]:
   """
   w = np.asarray(outcomes, np.float64)
   return dict(
-    won=intervals.proportion(w > 0.5),
-    tied=intervals.proportion(w == 0.5),
-    lost=intervals.proportion(w < 0.5),
+    wins=intervals.proportion(w > 0.5),
+    ties=intervals.proportion(w == 0.5),
+    losses=intervals.proportion(w < 0.5),
     decided=intervals.proportion(w[w != 0.5]),
   )
 
