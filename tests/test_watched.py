@@ -272,7 +272,9 @@ def test_what_is_planned_for_evaluations():
   c = common.base("tiny")
   rows = dict(held_out=40, kept=16, rest=144)
   two, split = dict(held_out=2, pool=2), dict(held_out=2, pool=1)
-  assert while_training.planned_rows(c, 9, rows, two) == dict(held_out=0, pool=0)
+  assert while_training.planned_rows(c, 9, rows, two) == dict(
+    held_out=0, pool=0
+  )
   c.train.update(
     eval_every=4,
     eval_rows=20,

@@ -1,6 +1,6 @@
 """The columns of a table of verdicts: by name, by shape, or as given.
 
-A layout tells where an item, its two answers, the rater and the verdicts
+A layout says where an item, its two answers, the rater and the verdicts
 stand. Four are known as a whole: PandaLM's raters and judge, judges shown both
 orders (LLMBar, MT-bench, jaxalign's own verdicts.jsonl), AlpacaEval, and
 comparisons of summaries (OpenAI). Any other is read by its columns' names:
