@@ -85,9 +85,6 @@ class Pair(NamedTuple):
   second: str
 
 
-# Settings.
-
-
 def _key(e: Endpoint) -> str:
   return os.environ.get(e.key_env, "") if e.key_env else ""
 
@@ -135,8 +132,8 @@ def check_key(e: Endpoint) -> None:
   """Raises ConfigError where the environment does not hold the key."""
   if e.key_env and not _key(e):
     raise ConfigError(
-      f"the judge needs a key in the environment variable "
-      f"{e.key_env}, found none; set it, or key_env"
+      f"the judge needs a key in the environment variable {e.key_env}, found "
+      "none; set it, or key_env"
     )
 
 
@@ -164,9 +161,6 @@ def pair_digest(e: Endpoint, pair: Pair) -> str:
   """What a verdict depends on, hashed: judge, wording, question, answers."""
   what = [VERSION, e.url, e.model, e.temperature, e.max_tokens, *pair]
   return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-# Requests and replies.
 
 
 def messages(pair: Pair) -> list[dict[str, str]]:
@@ -206,7 +200,7 @@ def pause_s(attempt: int, backoff_s: float, retry_after: str | None) -> float:
     retry_after: that header, if it sent one.
   """
   try:
-    wanted = float(retry_after) if retry_after else 0.0
+    wanted = float(retry_after or 0)
   except ValueError:  # a date; the doubling does
     wanted = 0.0
   # Spread out, or many that failed together come back together.
@@ -313,9 +307,37 @@ def _judge_pair(
       stop.wait(pause_s(attempt, e.backoff_s, attempted.retry_after))
   raise RestartError(
     f"the judge {e.model} at {e.url} still fails after {e.retries + 1} "
-    f"attempts ({why}); the verdicts so far are kept: start "
-    "the same command again"
+    f"attempts ({why}); the verdicts so far are kept: start the same command "
+    "again"
   )
+
+
+def _judge_new(e: Endpoint, pairs: list[Pair], cache: VerdictCache) -> None:
+  """Judges all pairs, some at a time; raises the first error."""
+  import openai
+
+  stop = threading.Event()
+
+  def work(pair: Pair) -> None:
+    try:
+      _judge_pair(client, e, pair, cache, stop)
+    except BaseException:
+      stop.set()  # those under way are let finish, they are paid for
+      raise
+
+  settings = dict(base_url=e.url, timeout=e.timeout_s, max_retries=0)
+  with (
+    openai.OpenAI(api_key=_key(e) or "none", **settings) as client,
+    progress.bar(f"judge {e.model}", len(pairs), "pairs") as tick,
+    concurrent.futures.ThreadPoolExecutor(e.workers) as pool,
+  ):
+    try:
+      tasks = [pool.submit(work, pair) for pair in pairs]
+      for done in concurrent.futures.as_completed(tasks):
+        done.result()
+        tick()
+    finally:
+      stop.set()  # an interrupt, too, waits for no retry
 
 
 def judge_pairs(
@@ -352,38 +374,6 @@ def judge_pairs(
     requests=cache.requests,
     tokens=cache.tokens,
   )
-
-
-def _judge_new(e: Endpoint, pairs: list[Pair], cache: VerdictCache) -> None:
-  """Judges all pairs, some at a time; raises the first error."""
-  import openai
-
-  stop, errors = threading.Event(), []
-
-  def work(pair: Pair) -> None:
-    try:
-      _judge_pair(client, e, pair, cache, stop)
-    except BaseException as error:
-      # One refusal stops the others; those under way are let finish, they
-      # are paid for.
-      errors.append(error)
-      stop.set()
-
-  settings = dict(base_url=e.url, timeout=e.timeout_s, max_retries=0)
-  with (
-    openai.OpenAI(api_key=_key(e) or "none", **settings) as client,
-    progress.bar(f"judge {e.model}", len(pairs), "pairs") as tick,
-    concurrent.futures.ThreadPoolExecutor(e.workers) as pool,
-  ):
-    try:
-      tasks = [pool.submit(work, pair) for pair in pairs]
-      for done in concurrent.futures.as_completed(tasks):
-        done.result()
-        tick()
-    finally:
-      stop.set()  # an interrupt, too, waits for no retry
-  if errors:
-    raise errors[0]
 
 
 def judge_both_orders(
