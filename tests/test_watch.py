@@ -1,4 +1,4 @@
-"""What a run carries and is watched for: mean, reference, best, alarms."""
+"""What a run carries and is evaluated for: mean, reference, best, alarms."""
 
 import functools
 
@@ -11,8 +11,10 @@ import pytest
 import test_loop
 from test_loop import Killed, MODEL, UPDATES
 
+from configs import common
 from jaxalign.core import checkpoints, sharding
 from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.core.settings import pick
 from jaxalign.eval import while_training
 from jaxalign.model import decoder
 from jaxalign.train import feed, log, loop, online
@@ -190,53 +192,50 @@ def test_kto_s_mismatched_rows_are_filled_too(alone):
 # Killed with all of it on.
 
 
-def measure_of(asked=None):
-  """A pure function of the weights, with a best one midway."""
+def series(values, seen=None):
+  """Evaluations whose accuracies are these; `seen` gets their weights."""
+  values = iter(values)
 
   def measure(params):
-    x = float(np.float64(host(params["norm"])).sum())
-    if asked is not None:
-      asked.append(x)
-    return dict(accuracy=-abs(x - 8.2), loss=x)
+    if seen is not None:
+      seen.append(host(params))
+    return dict(accuracy=next(values))
 
-  return measure
+  return dict(held_out=measure)
+
+
+def of_norm(params):
+  """A pure function of the weights."""
+  return dict(loss=float(np.float64(host(params["norm"])).sum()))
 
 
 def everything(mesh, folder, killed_at=None, **changes):
   fed = test_loop.feed_of(mesh)
-  batch_at, asked = fed.batch_at, []
+  batch_at, batches = fed.batch_at, []
 
   def at(step):
     if step == killed_at:
       raise Killed
-    asked.append(step)
+    batches.append(step)
     return batch_at(step)
 
   fed.batch_at = at
-  options = test_loop.options_of(
-    folder,
-    keep=3,
-    explode=50.0,
-    evaluations=dict(held_out=measure_of()),
-    eval_every=1,
-    best="held_out/loss",
-  )._replace(**changes)
-  return host(loop.fit(*extended(mesh), fed, options)), asked
+  own = dict(evaluations=dict(held_out=of_norm), best="held_out/loss")
+  if "evaluations" in changes:
+    own["best"] = "held_out/accuracy"
+  own |= dict(keep=3, explode=50.0, eval_every=1) | changes
+  options = test_loop.options_of(folder, **own)
+  return host(loop.fit(*extended(mesh), fed, options)), batches
 
 
 def files(folder):
   """The log, and the weights that are kept as best."""
-  best = checkpoints.restore_params(
-    folder / "best",
-    {
-      n: jax.ShapeDtypeStruct(
-        p.shape,
-        np.float32,
-        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-      )
-      for n, p in decoder.table(MODEL).items()
-    },
-  )
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = {
+    n: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=one)
+    for n, p in decoder.table(MODEL).items()
+  }
+  best = checkpoints.restore_params(folder / "best", shapes)
   return test_loop.log_of(folder), host(best)
 
 
@@ -260,8 +259,9 @@ def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(
 ):
   with pytest.raises(Killed):
     everything(mesh, tmp_path, k)
-  state, asked = everything(mesh, tmp_path)
-  assert asked == list(range(asked[0], UPDATES)) and asked[0] >= k // 2 * 2
+  state, batches = everything(mesh, tmp_path)
+  assert batches == list(range(batches[0], UPDATES))
+  assert batches[0] >= k // 2 * 2
   equal(state, whole[0])
   log, best = files(tmp_path)
   assert log == whole[1][0]
@@ -269,75 +269,54 @@ def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(
 
 
 def test_the_best_weights_are_the_mean_of_their_step(alone, tmp_path):
-  seen = {}
-
-  def measure(params):
-    x = host(params)
-    seen[len(seen) + 1] = x
-    return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.1, 0.3][len(seen) - 1])
-
-  state, _ = everything(
-    alone,
-    tmp_path,
-    evaluations=dict(held_out=measure),
-    best="held_out/accuracy",
-  )
+  seen, values = [], [0.2, 0.6, 0.6, 0.5, 0.1, 0.3]
+  state, _ = everything(alone, tmp_path, evaluations=series(values, seen))
   log, best = files(tmp_path)
-  equal(best, seen[2])  # the first of equals
-  equal(state.ema, seen[UPDATES])
-  assert [x["eval/held_out/accuracy"] for x in log] == [
-    0.2,
-    0.6,
-    0.6,
-    0.5,
-    0.1,
-    0.3,
-  ]
+  equal(best, seen[1])  # the first of equals
+  equal(state.ema, seen[-1])
+  assert [x["eval/held_out/accuracy"] for x in log] == values
 
 
 def test_a_run_ends_where_nothing_gets_better(alone, tmp_path, capsys):
-  def measure(params):
-    x = host(params)
-    norms.append(x)
-    return dict(accuracy=[0.2, 0.6, 0.6, 0.5, 0.9, 0.9][len(norms) - 1])
-
-  norms = []
-  more = dict(
-    evaluations=dict(held_out=measure), best="held_out/accuracy", stop_after=2
-  )
-  state, asked = everything(alone, tmp_path, **more)
-  assert asked == [0, 1, 2, 3] and state.step == 4
+  values = series([0.2, 0.6, 0.6, 0.5, 0.9, 0.9])
+  more = dict(evaluations=values, stop_after=2)
+  state, batches = everything(alone, tmp_path, **more)
+  assert batches == [0, 1, 2, 3] and state.step == 4
   assert (
     "align: held_out/accuracy was best at step 2 (0.6) and not in 2 "
     "evaluations since; ended at step 4"
   ) in capsys.readouterr().out
-  again, asked = everything(alone, tmp_path, **more)  # it stays ended
-  assert asked == []
+  again, batches = everything(alone, tmp_path, **more)  # it stays ended
+  assert batches == []
   equal(again, state)
 
 
 def test_a_best_whose_weights_are_gone_counts_no_more(alone, tmp_path, capsys):
-  more = dict(best="held_out/accuracy")
-  falls = lambda values: dict(held_out=lambda _: dict(accuracy=values.pop(0)))
+  falling = series([0.9, 0.3, 0.2, 0.2, 0.1])
   with pytest.raises(Killed):
-    everything(
-      alone, tmp_path, 5, evaluations=falls([0.9, 0.3, 0.2, 0.2, 0.1]), **more
-    )
+    everything(alone, tmp_path, 5, evaluations=falling)
   for path in (tmp_path / "best").rglob("*"):
     if path.is_file() and path.stat().st_size > 200:
       test_loop.flip(path)
-  state, asked = everything(
-    alone, tmp_path, evaluations=falls([0.4, 0.5]), **more
-  )
+  state, batches = everything(alone, tmp_path, evaluations=series([0.4, 0.5]))
   out = capsys.readouterr().out
   assert "the weights of the best held_out/accuracy, of step 1, are gone" in out
-  assert asked == [4, 5]
+  assert batches == [4, 5]
   equal(files(tmp_path)[1], state.ema)  # of 0.5, the last
 
 
 def test_a_measure_that_nothing_has_is_named(alone, tmp_path):
-  with pytest.raises(ConfigError, match="'held_out/win'.*held_out/accuracy"):
+  with pytest.raises(ConfigError, match="'held_out/win'.*held_out/loss"):
     everything(alone, tmp_path, best="held_out/win")
+
+
+def test_the_weights_after_a_measure_that_is_not_finite(alone, tmp_path):
+  seen, values = [], [np.nan, 0.5, 0.9, 0.1, np.inf, 0.2]
+  everything(alone, tmp_path, evaluations=series(values, seen))
+  equal(files(tmp_path)[1], seen[2])
+  never = series([np.nan] * UPDATES)
+  with pytest.raises(NumericError, match="held_out/accuracy was finite at no"):
+    everything(alone, tmp_path / "none", evaluations=never)
 
 
 # An exploding loss.
@@ -381,50 +360,55 @@ def lines_of(name, values, **more):
   ]
 
 
-def test_explosion_is_against_the_start_and_the_recent_median():
-  of = functools.partial(lines_of, "train/loss")
-  assert log.exploded(of([1.7] * 9), 1e9, 3.0) is None  # too few
-  assert log.exploded(of([1.7] * 10), 5.2, 3.0) == pytest.approx(5.1)
-  assert log.exploded(of([1.7] * 10), 5.0, 3.0) is None
-  assert log.exploded(of([1.7] * 10), 5.2, 0.0) is None
-  fitted = of([1.7] + [0.001] * 60)
-  assert log.exploded(fitted, 5.0, 3.0) is None
-  assert log.exploded(fitted, 5.2, 3.0) == pytest.approx(5.1)
-  # Losses about 0, and below it.
-  for value in (0.0, 1e-9, -0.3):
-    assert log.exploded(of([value] * 60), 2.9, 3.0) is None
-    assert log.exploded(of([value] * 60), 3.1, 3.0) == pytest.approx(3.0)
-  assert log.exploded(of([-9.0] * 60), 26.9, 3.0) is None
-  assert log.exploded(of([-9.0] * 60), -500.0, 3.0) is None  # it got better
-  risen = of([0.7] * 5 + [4.0] * 60)  # only the newest fifty
-  assert log.exploded(risen, 11.9, 3.0) is None
-  assert log.exploded(risen, 12.1, 3.0) == pytest.approx(12.0)
+losses_of = functools.partial(lines_of, "train/loss")
+RISEN = [0.7] * 5 + [4.0] * 60  # only the newest fifty
+
+
+@pytest.mark.parametrize(
+  "before,loss,factor,bound",
+  [
+    ([1.7] * 9, 1e9, 3.0, None),  # too few
+    ([1.7] * 10, 5.2, 3.0, 5.1),
+    ([1.7] * 10, 5.0, 3.0, None),
+    ([1.7] * 10, 5.2, 0.0, None),
+    ([1.7] + [0.001] * 60, 5.0, 3.0, None),
+    ([1.7] + [0.001] * 60, 5.2, 3.0, 5.1),
+    # Losses about 0, and below it.
+    *(([x] * 60, 2.9, 3.0, None) for x in (0.0, 1e-9, -0.3)),
+    *(([x] * 60, 3.1, 3.0, 3.0) for x in (0.0, 1e-9, -0.3)),
+    ([-9.0] * 60, 26.9, 3.0, None),
+    ([-9.0] * 60, -500.0, 3.0, None),  # it got better
+    (RISEN, 11.9, 3.0, None),
+    (RISEN, 12.1, 3.0, 12.0),
+  ],
+)
+def test_explosion_is_against_the_first_and_the_recent_median(
+  before, loss, factor, bound
+):
+  wanted = bound and pytest.approx(bound)
+  assert log.exploded(losses_of(before), loss, factor) == wanted
 
 
 def test_a_long_log_is_not_read_at_every_update():
   class Lines(list):
     def __getitem__(self, key):
-      asked.append(key)
+      read.append(key)
       return super().__getitem__(key)
 
     def __iter__(self):
       raise AssertionError("all lines were read")
 
-  asked = []
-  lines = Lines(lines_of("train/loss", [2.0] * 100))
+  read, lines = [], Lines(losses_of([2.0] * 100))
   assert log.exploded(lines, 41.0, 20.0) == 40.0
-  assert asked == [slice(-50, None), 0] or asked == [0, slice(-50, None)]
-  assert log.exploded(lines, 41.0, 0.0) is None and len(asked) == 2
+  assert read in ([slice(-50, None), 0], [0, slice(-50, None)])
+  assert log.exploded(lines, 41.0, 0.0) is None and len(read) == 2
 
 
 def test_the_default_lets_hard_batches_pass_and_ends_what_runs_away():
-  from configs import common
-
   factor = common.base().train.explode
-  of = functools.partial(lines_of, "train/loss")
-  for start in (np.log(2), 0.5, 1.0, 7.0, 25.0, 0.0, -2.0):
-    lines = of([start] * 12)
-    assert log.exploded(lines, abs(start) * 8 + 5, factor) is None
+  for first in (np.log(2), 0.5, 1.0, 7.0, 25.0, 0.0, -2.0):
+    lines = losses_of([first] * 12)
+    assert log.exploded(lines, abs(first) * 8 + 5, factor) is None
     assert log.exploded(lines, 1e4, factor)
 
 
@@ -439,7 +423,7 @@ def drifting(chosen, rejected, length=10.0, n=20):
   )
 
 
-def test_likelihood_displacement_is_said_in_words():
+def test_likelihood_displacement_in_words():
   text = log.displaced(drifting(-12.0, -30.0))
   assert "12.0 nats less likely than under the reference (1.20 a token)" in text
   assert "margin grows to 18.0" in text and "displacement" in text
@@ -455,7 +439,7 @@ def test_likelihood_displacement_is_said_in_words():
   assert log.displaced(drifting(5.0, -30.0, n=9) + drifting(-12.0, -30.0)) != ""
 
 
-def test_a_collapse_is_said_in_words():
+def test_a_collapse_in_words():
   of = lambda *ended: [
     {"step": k, "eval/generations/ended": x, "eval/generations/empty": 0.0}
     for k, x in enumerate(ended)
@@ -465,84 +449,56 @@ def test_a_collapse_is_said_in_words():
   assert text.startswith("50% of the generated answers") and "(10% at" in text
 
 
-def test_the_best_is_the_first_of_equals_and_knows_its_direction():
+NAN, INF = float("nan"), float("inf")
+MEASURES = ("eval/rest/accuracy", "eval/rest/loss")
+MISSES = [None, 0.5, None, 0.7, 0.7, 0.6]
+
+
+@pytest.mark.parametrize(
+  "values,name,best",
+  [
+    # The first of equals, by its direction.
+    (MISSES, "rest/accuracy", (4, 0.7, 2)),
+    (MISSES, "rest/loss", (2, 0.5, 3)),
+    (MISSES, "kept/loss", (0, 0.0, 0)),
+    *(
+      row
+      for bad in (NAN, INF, -INF)
+      for row in (
+        ([bad, 0.5, 0.9], "rest/accuracy", (3, 0.9, 0)),
+        ([bad, 0.5, 0.9], "rest/loss", (2, 0.5, 1)),
+        # Behind a best one it is an evaluation without a better one.
+        ([0.5, bad, 0.4], "rest/accuracy", (1, 0.5, 2)),
+        ([bad, bad], "rest/loss", (0, 0.0, 0)),
+      )
+    ),
+  ],
+)
+def test_the_best_evaluation(values, name, best):
   lines = [
-    dict(
-      step=k,
-      **({} if v is None else {"eval/rest/accuracy": v, "eval/rest/loss": v}),
-    )
-    for k, v in enumerate([None, 0.5, None, 0.7, 0.7, 0.6])
+    {"step": k} | ({} if v is None else dict.fromkeys(MEASURES, v))
+    for k, v in enumerate(values)
   ]
-  assert best_of(lines, "rest/accuracy") == BestEvaluation(4, 0.7, 2)
-  assert best_of(lines, "rest/loss") == BestEvaluation(2, 0.5, 3)
-  assert best_of(lines, "kept/loss") == BestEvaluation(0, 0.0, 0)
+  assert best_of(lines, name) == BestEvaluation(*best)
 
 
-def test_what_is_not_finite_is_not_the_best():
-  def of(*values):
-    return [
-      {"step": k, "eval/rest/accuracy": v, "eval/rest/loss": v}
-      for k, v in enumerate(values)
-    ]
-
-  nan, inf = float("nan"), float("inf")
-  for bad in (nan, inf, -inf):
-    for name, best in (
-      ("accuracy", BestEvaluation(3, 0.9, 0)),
-      ("loss", BestEvaluation(2, 0.5, 1)),
-    ):
-      assert best_of(of(bad, 0.5, 0.9), f"rest/{name}") == best
-    # Behind a best one it is an evaluation without a better one.
-    assert best_of(of(0.5, bad, 0.4), "rest/accuracy") == BestEvaluation(
-      1, 0.5, 2
-    )
-    assert best_of(of(bad, bad), "rest/loss") == BestEvaluation(0, 0.0, 0)
-
-
-def test_the_weights_after_a_measure_that_is_not_finite(alone, tmp_path):
-  seen = []
-
-  def measure(params):
-    seen.append(host(params))
-    return dict(accuracy=[np.nan, 0.5, 0.9, 0.1, np.inf, 0.2][len(seen) - 1])
-
-  everything(
-    alone,
-    tmp_path,
-    evaluations=dict(held_out=measure),
-    best="held_out/accuracy",
-  )
-  equal(files(tmp_path)[1], seen[2])
-  with pytest.raises(NumericError, match="held_out/accuracy was finite at no"):
-    everything(
-      alone,
-      tmp_path / "none",
-      best="held_out/accuracy",
-      evaluations=dict(held_out=lambda _: dict(accuracy=np.nan)),
-    )
-
-
-def test_an_alarm_is_said_once_and_marked_at_every_step(
+def test_an_alarm_is_printed_once_and_marked_at_every_step(
   alone, tmp_path, capsys
 ):
   real = test_loop.train_step()[0]
 
   def falling(state, batch):
     state, totals = real(state, batch)
-    return state, totals | {
-      "drift/chosen": np.array([-20.0, 2.0]),
-      "drift/rejected": np.array([-40.0, 2.0]),
-      "lengths/chosen": np.array([8.0, 2.0]),
-    }
+    sums = {"drift/chosen": -20, "drift/rejected": -40, "lengths/chosen": 8}
+    return state, totals | {n: np.array([x, 2.0]) for n, x in sums.items()}
 
   options = test_loop.options_of(tmp_path, updates=23, save_every=100)
   loop.fit(test_loop.fresh(alone), falling, test_loop.feed_of(alone), options)
   out = capsys.readouterr().out
   assert out.count("likelihood displacement") == 1
   assert "align, step 19: the chosen answers are 10.0 nats" in out
-  assert [
-    x["step"] for x in test_loop.log_of(tmp_path) if x.get("alarm/displacement")
-  ] == [19, 20, 21, 22]
+  marked = [x for x in test_loop.log_of(tmp_path) if "alarm/displacement" in x]
+  assert [x["step"] for x in marked] == [19, 20, 21, 22]
 
 
 # Metrics.
@@ -553,24 +509,18 @@ def test_drift_and_lengths_are_sums_and_counts():
     jnp.array([[-3.0, -9.0], [-5.0, -4.0]]), jnp.array([[2.0, 3.0], [4.0, 1.0]])
   )
   ref = Logps(jnp.array([[-4.0, -7.0], [-4.5, -4.0]]), policy.count)
-  pairs = {
-    n: x.tolist()
-    for n, x in sums_and_counts(common_metrics(policy, ref, None, True)).items()
+  lists = lambda metrics: {
+    n: x.tolist() for n, x in sums_and_counts(metrics).items()
   }
-  assert pairs == {
+  assert lists(common_metrics(policy, ref, None, True)) == {
     "drift/chosen": [0.5, 2],
     "drift/rejected": [-2, 2],
     "lengths/chosen": [6, 2],
     "lengths/rejected": [4, 2],
   }
   first = lambda x: Logps(x.sum[:, 1:], x.count[:, 1:])
-  unpaired = {
-    n: x.tolist()
-    for n, x in sums_and_counts(
-      common_metrics(first(policy), first(ref), jnp.array([False, True]), True)
-    ).items()
-  }
-  assert unpaired == {
+  label = jnp.array([False, True])
+  assert lists(common_metrics(first(policy), first(ref), label, True)) == {
     "drift/chosen": [0, 1],
     "drift/rejected": [-2, 1],
     "lengths/chosen": [1, 1],
@@ -580,6 +530,10 @@ def test_drift_and_lengths_are_sums_and_counts():
 
 
 # Knobs.
+
+GENERATIONS = dict(eval_every=2, eval_sets=("generations",))
+HELD_OUT = dict(eval_every=2, best="held_out/loss")
+FILE = dict(eval_every=2, source="pairs.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -596,32 +550,24 @@ def test_drift_and_lengths_are_sums_and_counts():
     (dict(best="held_out/accuracy"), "config.train.eval_every"),
     (dict(best="rest/accuracy", eval_every=2), "train.eval_sets"),
     (
-      dict(best="held_out/acuracy", eval_every=2),
+      HELD_OUT | dict(best="held_out/acuracy"),
       "measured by nothing; of 'held_out' there are accuracy, ties, margin, "
       "chosen_drift, loss; set config.train.best",
     ),
     (
-      dict(best="generations/loss", eval_every=2, eval_sets=("generations",)),
+      GENERATIONS | dict(best="generations/loss"),
       "kl, win_vs_target; set config.train.best",
     ),
     (
-      dict(
-        best="generations/win_vs_target",
-        eval_every=2,
-        eval_sets=("generations",),
-        source="pairs.jsonl",
-      ),
+      GENERATIONS | FILE | dict(best="generations/win_vs_target"),
       "entropy, kl; set",
     ),
     *(
-      (
-        dict(best="held_out/loss", eval_every=2, loss=name),
-        f"the loss {name!r} has no value on a set alone",
-      )
-      for name in ("kto", "bco", "bco_pair", "aot", "ld_dpo")
+      (HELD_OUT | dict(loss=x), f"the loss {x!r} has no value on a set alone")
+      for x in ("kto", "bco", "bco_pair", "aot", "ld_dpo")
     ),
     (
-      dict(eval_every=2, source="pairs.jsonl", held_out=0.0),
+      FILE | dict(held_out=0.0),
       "the set 'held_out' has no rows: data.split.held_out=0; set",
     ),
     (
@@ -633,8 +579,6 @@ def test_drift_and_lengths_are_sums_and_counts():
   ],
 )
 def test_knobs_that_cannot_work_are_named(changes, words):
-  from configs import common
-
   c = common.base()
   while_training.check_evaluations(c)
   changes = dict(changes)
@@ -649,14 +593,12 @@ def test_knobs_that_cannot_work_are_named(changes, words):
 
 
 def test_what_is_off_is_on_no_record():
-  from configs import common
-  from jaxalign.core.settings import pick
-
   c = common.base()
+  names = lambda: set(while_training.record_fields(c.train, pick(c, "train")))
   idle = {"keep", "trackers", "explode", "ref_mix"}
   idle |= {"eval_sets", "eval_rows", "eval_prompts"}
   old = {f"train.{n}" for n in c.train if n not in idle}
-  assert set(while_training.record_fields(c.train, pick(c, "train"))) == old
+  assert names() == old
   assert while_training.reads(c.train) == ()
   c.train.update(best="generations/kl", eval_sets=("generations",))
   assert while_training.reads(c.train) == ()  # never measured
@@ -666,10 +608,10 @@ def test_what_is_off_is_on_no_record():
   assert while_training.reads(c.train) == ()
   c.train.update(best="", eval_sets=("held_out",), eval_every=0)
   c.train.update(keep=5, trackers=("wandb",), explode=9.0)
-  assert set(while_training.record_fields(c.train, pick(c, "train"))) == old
+  assert names() == old
   c.train.update(
     ema=0.9, reference="online", ref_sync=4, eval_every=2, best="rest/loss"
   )
-  more = set(while_training.record_fields(c.train, pick(c, "train"))) - old
+  more = names() - old
   more = {x.split(".")[1] for x in more}
   assert more == {"ref_mix", "eval_sets", "eval_rows", "eval_prompts"}
