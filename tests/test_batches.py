@@ -16,6 +16,7 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.train import feed
+from jaxalign.train.training_cost import training_cost
 
 sizes = st.integers(1, 40)
 
@@ -323,7 +324,7 @@ def test_the_cost_counts_what_was_seen():
   )
   size = [len(p + r) for p, r in EXAMPLE]
   rows = rows._replace(mismatched=feed.MismatchedRows(kl, None))
-  total, tokens = feed.training_cost(m, rows, batching, 5)
+  total, tokens = training_cost(m, rows, batching, 5)
   other = np.diff(kl.offsets)
   assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
   assert total == (

@@ -16,6 +16,7 @@ from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.study import ledger
 from jaxalign.train import feed
+from jaxalign.train.training_cost import training_cost
 
 
 def record(stage, cost, skipped=False):
@@ -264,19 +265,19 @@ def test_a_training_run_is_three_forward_passes():
     mismatched=feed.MismatchedRows(rows_of(sizes), None)
   )
   forward = 2 * (1536 + 2880 + 4480)  # 17,792
-  assert feed.training_cost(m, rows, *seen) == (3 * forward, 30)
+  assert training_cost(m, rows, *seen) == (3 * forward, 30)
   # The policy runs over its whole batch first.
-  assert feed.training_cost(m, rows, *seen, ahead=True) == (4 * forward, 30)
+  assert training_cost(m, rows, *seen, ahead=True) == (4 * forward, 30)
   assert 3 * forward == 53376
   # Selection's one pass over the same rows, and KTO's mismatched rows: each
   # is a forward pass alone.
   assert passes.flops(m, rows.tokens) == 8896
-  assert feed.training_cost(m, with_other([5, 5, 3]), *seen) == (
+  assert training_cost(m, with_other([5, 5, 3]), *seen) == (
     3 * forward + 2 * 2880 + 1536,
     43,
   )
   # Of a run that ended after one of its two updates, those of that one.
-  assert feed.training_cost(
+  assert training_cost(
     m, with_other([5, 5, 3] * 2), feed.Batching(3, 0), 1
   ) == (3 * forward // 2 + 2 * 2880 + 1536, 15 + 13)
   # Two responses a row: the pair (3, 7), twice in two updates of one pair.
@@ -287,7 +288,7 @@ def test_a_training_run_is_three_forward_passes():
     np.zeros((1, 2), np.float32),
     np.ones((1, 2), np.float32),
   )
-  assert feed.training_cost(m, pairs, feed.Batching(1, 0), 2) == (
+  assert training_cost(m, pairs, feed.Batching(1, 0), 2) == (
     3 * 2 * (1536 + 4480),
     20,
   )

@@ -41,11 +41,11 @@ def producer():
 
 def extended(mesh):
   """A state and a step with a mean, and a reference that is refreshed."""
-  state = steps.begin_ema(online.begin_refresh(test_loop.fresh(mesh)))
+  state = online.begin_ema(online.begin_refresh(test_loop.fresh(mesh)))
   step = online.with_refresh(
     test_loop.train_step()[0], producer(), every=EVERY, mix=MIX
   )
-  return state, steps.keep_ema(step, DECAY)
+  return state, online.with_ema(step, DECAY)
 
 
 def host(x):

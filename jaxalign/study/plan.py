@@ -23,9 +23,10 @@ from jaxalign.model.flops import decoder_flops
 from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
 from jaxalign.select import choose
 from jaxalign.select.samplers import vectors
-from jaxalign.train import feed, host_memory
+from jaxalign.train import host_memory
 from jaxalign.train.host_memory import CHARACTERS_PER_TOKEN
 from jaxalign.train.statistics import needs_batch_logps
+from jaxalign.train.training_cost import row_passes
 
 
 def _sizes(
@@ -244,7 +245,7 @@ def aligning_all(job: Job, m: decoder.ModelConfig, rows: int, t: int) -> float:
   trained = decoder_flops(
     m,
     t,
-    passes=feed.passes(
+    passes=row_passes(
       m._replace(lora=lora_of(c)), needs_batch_logps(job.loss), online
     ),
   )

@@ -31,6 +31,7 @@ from jaxalign.select.samplers import chains
 from jaxalign.study import evidence, ledger, plan
 from jaxalign.train import feed
 from jaxalign.train.statistics import needs_batch_logps
+from jaxalign.train.training_cost import training_cost
 
 REPORT = "report"  # the stage that writes a page
 CURVES = (
@@ -270,9 +271,7 @@ def _whole_pool(job: Job, reference: int) -> int:
     n, c.batch_size, c.epochs, c.max_updates, c.min_updates
   )
   batching = feed.Batching(c.batch_size, job.c.seed)
-  cost = lambda m, **more: feed.training_cost(
-    m, rows, batching, updates, **more
-  )[0]
+  cost = lambda m, **more: training_cost(m, rows, batching, updates, **more)[0]
   align = cost(
     job.policy, ahead=needs_batch_logps(job.loss), online=_online(job)
   )

@@ -12,6 +12,7 @@ Shapes are static: a few are chosen from the data, and a step takes the first
 that holds it.
 """
 
+from collections.abc import Iterable
 import heapq
 from typing import NamedTuple
 
@@ -204,13 +205,14 @@ def choose(needs: list[Shape], most: int) -> list[Shape]:
           total = best[start, k][0] + price
           if total < best.get((end, k + 1), (np.inf,))[0]:
             best[end, k + 1] = (total, best[start, k][1] + [run])
-  return sorted(
-    min(
-      (best[n, k] for k in range(1, most + 1) if (n, k) in best),
-      key=lambda x: x[0],
-    )[1],
-    key=cost,
-  )
+  found = [best[n, k] for k in range(1, most + 1) if (n, k) in best]
+  _, shapes = min(found, key=lambda x: x[0])
+  return sorted(shapes, key=cost)
+
+
+def stack(rows: Iterable[Packed]) -> Packed:
+  """Dense rows, as from `pack`, behind an axis S."""
+  return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
 def pack(
@@ -232,66 +234,69 @@ def pack(
   Raises:
     DataError: two responses of one row have different prompts.
   """
-  m, r = index.shape
   prompt = np.asarray(rows.start)[index[:, 0]].astype(np.int64)
-  begin = np.asarray(rows.offsets)[index]
-  answers = np.asarray(rows.offsets)[index + 1] - begin - prompt[:, None]
-  tokens = np.zeros(shape.tokens, np.int32)
-  position = np.zeros(shape.tokens, np.int32)
-  source = np.zeros(shape.targets, np.int32)
-  target = np.zeros(shape.targets, np.int32)
-  row, branch = np.zeros((2, shape.tokens), np.int32)
-  owner = np.full(shape.targets, -1, np.int32)
-  in_prefix = np.zeros(shape.targets, bool)
+  begin, end = (np.asarray(rows.offsets)[i] for i in (index, index + 1))
+  _check_prompts(rows, index, begin, ids)
+  answers = end - begin - prompt[:, None]
+  where = spans(prompt, answers)  # slots of every prompt and answer
+  sizes = where[..., 1] - where[..., 0]
+  # Of every token its row, whether of the prompt (0) or which answer's, and
+  # its place there.
+  row, branch = np.divmod(
+    np.repeat(np.arange(sizes.size), sizes.flat), sizes.shape[1]
+  )
+  place = np.arange(len(row)) - where[row, branch, 0]
+  first = np.concatenate([begin[:, :1], begin + prompt[:, None]], 1)
+  tokens = np.asarray(rows.ids[first[row, branch] + place], np.int32)
+  answered = np.flatnonzero(branch)
+  k, side, nth = row[answered], branch[answered] - 1, place[answered]
+  source = np.where(nth == 0, where[k, 0, 1] - 1, answered - 1)
+  # A prompt's last token predicts the first token of the second answer too.
+  again = (nth == 0) & (side > 0) & (answers[k, 0] > 0)
   uses = np.full((2, shape.tokens), -1, np.int32)
-  places = []  # of every sequence: where its tokens lie
-  at = out = 0
-  for k in range(m):
-    p = int(prompt[k])
-    head = np.asarray(rows.ids[begin[k, 0] : begin[k, 0] + p])
-    for side in range(1, r):
-      if not np.array_equal(
-        rows.ids[begin[k, side] : begin[k, side] + p], head
-      ) or (rows.start[index[k, side]] != p):
-        raise DataError(
-          f"row {ids[k] if ids else k}: its responses have different "
-          "prompts, which cannot be computed once; set "
-          "config.train.layout='padded'"
-        )
-    tokens[at : at + p], position[at : at + p] = head, np.arange(p)
-    row[at : at + p + int(answers[k].sum())] = k + 1
-    own = np.arange(at, at + p)
-    last, at = at + p - 1, at + p
-    for side in range(r):
-      n = int(answers[k, side])
-      first = int(begin[k, side]) + p
-      tokens[at : at + n] = rows.ids[first : first + n]
-      position[at : at + n], branch[at : at + n] = p + np.arange(n), side + 1
-      mine = np.arange(at, at + n)
-      before = np.concatenate([[last], mine[:-1]])[:n]
-      now = slice(out, out + n)
-      source[now], target[now] = before, tokens[at : at + n]
-      owner[now] = k * r + side
-      in_prefix[now] = np.arange(n) < least[k, side]
-      uses[np.where(uses[0, before] < 0, 0, 1), before] = np.arange(
-        out, out + n
-      )
-      places.append(np.concatenate([own, mine]))
-      at, out = at + n, out + n
-  listed = tiles_of(spans(prompt, answers))
-  query, key = np.zeros((2, shape.tiles), np.int32)
-  query[: len(listed)], key[: len(listed)] = listed.T
-  tiles = Tiles(row, branch, query, key, np.array([len(listed)], np.int32))
+  uses[again.astype(int), source] = np.arange(len(source))
+
+  def filled(x, size, value=0):
+    x = x if x.dtype == bool else np.int32(x)
+    return np.pad(x, (0, size - len(x)), constant_values=value)
+
+  listed = tiles_of(where)
+  tiles = Tiles(
+    filled(row + 1, shape.tokens),
+    filled(branch, shape.tokens),
+    *(filled(x, shape.tiles) for x in listed.T),
+    np.array([len(listed)], np.int32),
+  )
+  places = [
+    np.concatenate([np.arange(*own[0]), np.arange(*answer)])
+    for own in where
+    for answer in own[1:]
+  ]
   return Packed(
-    tokens,
-    position,
+    filled(tokens, shape.tokens),
+    filled(place + prompt[row] * (branch > 0), shape.tokens),
     _copies(shape, places, tiles),
-    source,
-    target,
-    owner,
-    in_prefix,
+    filled(source, shape.targets),
+    filled(tokens[answered], shape.targets),
+    filled(k * index.shape[1] + side, shape.targets, -1),
+    filled(nth < least[k, side], shape.targets),
     *uses,
   )
+
+
+def _check_prompts(rows, index, begin, ids):
+  """Checks that all responses of a row have its prompt, token for token."""
+  for k, (own, *others) in enumerate(index):
+    size = rows.start[own]
+    prompt = lambda at: rows.ids[at : at + size]
+    for other, at in zip(others, begin[k, 1:]):
+      if rows.start[other] != size or not np.array_equal(
+        prompt(at), prompt(begin[k, 0])
+      ):
+        raise DataError(
+          f"row {ids[k] if ids else k}: its responses have different prompts, "
+          "which cannot be computed once; set config.train.layout='padded'"
+        )
 
 
 def _copies(shape, places, tiles):
