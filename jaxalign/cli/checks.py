@@ -290,7 +290,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
         f"proxy.pairs={c.proxy.pairs}, wanted more than 0; set "
         "config.proxy.pairs"
       )
-    proxies.check(c)
+    proxies.check_proxies(c)
     _check_recipe(c.train, c.proxy.lr)  # theirs, but for the rate
 
 

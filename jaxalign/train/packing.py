@@ -27,7 +27,7 @@ from jaxalign.model.packed import Copies, TILE, Tiles
 class Packed(NamedTuple):
   """S dense rows, one a device; in a batch behind an axis of micro-batches.
 
-  It stands where a padded batch has its token ids, and the "mask" beside it is
+  It stands where a padded batch has its token ids, and its "mask" is
   [.., b, R, 1]: the counts of response tokens.
   """
 

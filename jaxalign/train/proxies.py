@@ -79,7 +79,7 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   )
 
 
-def check(c: Any) -> None:
+def check_proxies(c: Any) -> None:
   """Raises ConfigError for knobs of the proxies that cannot work."""
   if not c.proxy.models >= 2:
     raise ConfigError(

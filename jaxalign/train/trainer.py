@@ -132,7 +132,7 @@ def train(
     useful_cost(m, rows, batching, step, *more) / peak if peak else 0.0
   )
   options = options._replace(evaluations=evaluations)
-  last = loop.fit(state, step, feed, options, ideal_seconds)
+  last = loop.run_updates(state, step, feed, options, ideal_seconds)
   updates = int(last.step)  # it may have stopped early
   cost = training_cost(m, rows, batching, updates, *more)
   return Cost(*cost), fingerprint(last.params)
