@@ -16,8 +16,8 @@ import pytest
 
 from jaxalign.core.errors import DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.train import feed
-from jaxalign.train import packing as layout
+from jaxalign.train import feed, packing
+from jaxalign.train import packed_shapes as shapes
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.metrics import packing_metrics
 
@@ -73,15 +73,15 @@ def feed_of(
 
 def test_rows_are_dealt_evenly_and_all_of_them():
   sizes = np.array([9, 1, 1, 8, 2, 7, 3, 3])
-  bins = layout.deal(sizes, 4)
+  bins = packing.deal(sizes, 4)
   assert bins.shape == (4, 2)
   assert sorted(bins.ravel()) == list(range(8))
   assert sizes[bins].sum(1).tolist() == [10, 9, 9, 6]  # by hand: 9+1 8+1 7+2
-  np.testing.assert_array_equal(layout.deal(np.ones(6), 1)[0], np.arange(6))
+  np.testing.assert_array_equal(packing.deal(np.ones(6), 1)[0], np.arange(6))
 
 
 def test_first_fit_by_hand():
-  rows = layout.first_fit(np.array([3, 10, 6, 4, 1]), 10)
+  rows = shapes.first_fit(np.array([3, 10, 6, 4, 1]), 10)
   assert rows == [[1], [2, 3], [0, 4]]
 
 
@@ -91,7 +91,7 @@ def test_every_token_is_where_it_should_be(r):
   rows, index = rows_of(pairs), np.arange(6 * r).reshape(6, r)
   starts = np.array([len(p) for p, *_ in pairs])
   answers = np.array([[len(a) for a in more] for _, *more in pairs])
-  need = layout.need(starts, answers, 32)
+  need = shapes.needed_shape(starts, answers, 32)
   shape = need._replace(
     tokens=need.tokens + 64,
     targets=need.targets + 16,
@@ -99,7 +99,7 @@ def test_every_token_is_where_it_should_be(r):
     tiles=need.tiles + 3,
   )
   least = np.repeat(answers.min(1)[:, None], r, 1)
-  x = layout.pack(shape, rows, index, least)
+  x = packing.pack(shape, rows, index, least)
   flat = [t for p, *more in pairs for part in (p, *more) for t in part]
   assert x.tokens[: len(flat)].tolist() == flat
   positions = [
@@ -157,34 +157,34 @@ def test_every_token_is_where_it_should_be(r):
 
 
 def test_prompts_that_differ_are_refused():
-  shape, pair = layout.Shape(64, 16, 1, 16, 1), np.array([[0, 1]])
+  shape, pair = shapes.Shape(64, 16, 1, 16, 1), np.array([[0, 1]])
   words = "its responses have different prompts.*config.train.layout='padded'"
   for other, ids in ((([5, 9], [8, 8]), ["b"]), (([5], [6, 8]), None)):
     rows = rows_of([([5, 6], [7]), other])
     with pytest.raises(DataError, match=f"row {ids[0] if ids else 0}: {words}"):
-      layout.pack(shape, rows, pair, np.ones((1, 2)), ids)
+      packing.pack(shape, rows, pair, np.ones((1, 2)), ids)
 
 
 def test_shapes_are_few_and_hold_everything():
   rng = np.random.default_rng(0)
   needs = [
-    layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)
+    shapes.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)
   ]
   price = {}
   for most in (1, 2, 4, 40):
-    shapes = layout.choose(needs, most)
-    assert len(shapes) <= most
-    assert shapes == sorted(shapes, key=layout.cost)
-    first = [next(s for s in shapes if layout.holds(s, n)) for n in needs]
-    price[most] = sum(map(layout.cost, first))
+    found = shapes.choose_shapes(needs, most)
+    assert len(found) <= most
+    assert found == sorted(found, key=shapes.shape_cost)
+    first = [next(s for s in found if shapes.shape_holds(s, n)) for n in needs]
+    price[most] = sum(map(shapes.shape_cost, first))
   assert price[1] > price[2] > price[4] > price[40]
-  assert layout.choose(needs, 1) == [layout.largest(needs)]
-  assert price[40] == pytest.approx(sum(map(layout.cost, needs)))
-  small = layout.Shape(16, 16, 1, 64, 9)
-  assert not layout.holds(small, small._replace(rows=2))
+  assert shapes.choose_shapes(needs, 1) == [shapes.common_shape(needs)]
+  assert price[40] == pytest.approx(sum(map(shapes.shape_cost, needs)))
+  small = shapes.Shape(16, 16, 1, 64, 9)
+  assert not shapes.shape_holds(small, small._replace(rows=2))
   for n in needs:
-    assert layout.holds(layout.larger(n), n)
-  assert len({layout.larger(n).tokens for n in needs}) <= 8
+    assert shapes.shape_holds(shapes.larger_shape(n), n)
+  assert len({shapes.larger_shape(n).tokens for n in needs}) <= 8
 
 
 # Values and slopes.

@@ -12,6 +12,14 @@ from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.train import packing
 from jaxalign.train.batch import Batch, Logps, MismatchedBatch
+from jaxalign.train.packed_shapes import (
+  choose_shapes,
+  common_shape,
+  larger_shape,
+  needed_shape,
+  round_up,
+  shape_holds,
+)
 
 SHAPES = 4  # packed shapes that a run compiles, where its data lets it
 LOOKED = 256  # steps at most that they are chosen from
@@ -144,7 +152,7 @@ def packed(
   start = np.asarray(rows.start, np.int64)
   answers = lengths - start
   bins = batching.accumulation * sharding.parts(mesh, "batch")
-  longest = packing.up(tokens_lib.longest_row(lengths, batching.context))
+  longest = round_up(tokens_lib.longest_row(lengths, batching.context))
   # The rows of every device and micro-batch.
   split = lambda x: np.split(x if share else x.reshape(-1, 1), bins)
 
@@ -154,17 +162,15 @@ def packed(
     return packing.deal(sizes, bins).reshape(-1)
 
   def needed(index):
-    needs = (
-      packing.need(start[x[:, 0]], answers[x], longest) for x in split(index)
-    )
-    return packing.largest(list(needs))
+    of = lambda x: needed_shape(start[x[:, 0]], answers[x], longest)
+    return common_shape(map(of, split(index)))
 
-  shapes = packing.choose([needed(i[order(i)]) for i in known], SHAPES)
+  chosen = choose_shapes([needed(i[order(i)]) for i in known], SHAPES)
 
   def put(index, names):
     need, m = needed(index), len(index) // bins
-    fitting = (s for s in shapes if packing.holds(s, need))
-    shape = next(fitting, None) or packing.larger(need)
+    fitting = (s for s in chosen if shape_holds(s, need))
+    shape = next(fitting, None) or larger_shape(need)
     counts = answers[index].astype(np.int32)
     least = np.broadcast_to(counts.min(1, keepdims=True), counts.shape)
     own, least = split(index), split(least)

@@ -20,6 +20,7 @@ from jaxalign.train import online, packing
 from jaxalign.train.batch import Batch, Logps
 from jaxalign.train.feed import Batching, Feed, MismatchedRows, TrainRows
 from jaxalign.train.logps import PRODUCERS
+from jaxalign.train.packed_shapes import common_shape, needed_shape, round_up
 
 
 class Reference(NamedTuple):
@@ -94,9 +95,9 @@ def _packed_sums(reference, rows, index, ids):
   # What is short of a whole bin is the shortest row, again.
   of = np.append(np.arange(n), np.full(-n % own, np.argmin(sizes)))
   bins = packing.deal(sizes[of], len(of) // own)  # of places in `of`
-  length = packing.up(tokens.longest_row(lengths[index], m.context))
-  need = lambda b: packing.need(start[index[b, 0]], answers[b], length)
-  room = packing.largest([need(of[one]) for one in bins])
+  length = round_up(tokens.longest_row(lengths[index], m.context))
+  need = lambda b: needed_shape(start[index[b, 0]], answers[b], length)
+  room = common_shape(need(of[one]) for one in bins)
   devices = sharding.parts(mesh, "batch")
   calls = np.resize(bins, (-(-len(bins) // devices), devices, own))
   out = np.zeros((len(of), each), np.float32)

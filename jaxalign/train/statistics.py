@@ -88,7 +88,6 @@ class RunningMean:
 
 
 def init_mean() -> RunningMean:
-  """No numbers yet: 0."""
   return RunningMean(jnp.zeros(()), jnp.zeros(()))
 
 
@@ -163,16 +162,11 @@ def make_statistics(logps_fn: Callable, loss_fn: Callable) -> Callable:
 
   `scalars` and `rows` are dicts by name: of numbers, and of arrays
   [A, b, ...], laid as the batch is; `states` are those of `init_statistics`
-  with this batch in them.
-
-  Args:
-    logps_fn: of the policy, see `step.make_gradients`.
-    loss_fn: `loss_fn.stats` lists what is computed.
+  with this batch in them. Arguments as of `step.make_gradients`.
   """
   wanted = _wanted(loss_fn)
 
   def sums(params, tokens, mask):
-    """[A, b, R] sums of all micro-batches."""
     each = lambda _, micro: (None, logps_fn(params, *micro).sum)
     return jax.lax.scan(each, None, (tokens, mask))[1]
 
