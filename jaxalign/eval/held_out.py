@@ -92,12 +92,7 @@ def answer_rows(
   ids = [
     np.concatenate([p, a]).astype(np.int32) for p, a in zip(prompts, answers)
   ]
-  return tokens_lib.TokenRows(
-    np.concatenate(ids),
-    np.cumsum([0] + [len(x) for x in ids]),
-    np.array([len(p) for p in prompts], np.int32),
-    np.zeros(len(ids), np.int32),
-  )
+  return tokens_lib.join_rows(ids, [len(p) for p in prompts])
 
 
 def score_answers(
@@ -115,9 +110,8 @@ def score_answers(
   new, tile, chunk = options.new_tokens, options.tile, options.chunk
   prompts = [decode.fitting(p, m, new) for p in prompts_of(data)]
   rows = answer_rows(prompts, answers)
-  return passes.score_rows(
-    mesh, params, m, rows, tile=tile, chunk=chunk, label="score answers"
-  ).logp
+  how = passes.PassOptions(tile, chunk, label="score answers")
+  return passes.score_rows(mesh, params, m, rows, how).logp
 
 
 def true_rewards(data: EvalSet, texts: Sequence[str]) -> np.ndarray:
@@ -139,9 +133,8 @@ def run_policy(
 ) -> PolicyOutputs:
   """Scores the held-out responses, generates answers, and scores those."""
   tok, tile, chunk = data.tokenizer, options.tile, options.chunk
-  scored = passes.score_rows(
-    mesh, params, m, data.tokens, tile=tile, chunk=chunk, label="score held-out"
-  )
+  how = passes.PassOptions(tile, chunk, label="score held-out")
+  scored = passes.score_rows(mesh, params, m, data.tokens, how)
   prompts = prompts_of(data)
   generation = decode.GenerateOptions(
     options.new_tokens,
@@ -154,7 +147,7 @@ def run_policy(
   answers = decode.generate(mesh, params, m, prompts, generation)
   texts = answer_texts(tok, answers)
   rows = answer_rows(prompts, answers)
-  flops = passes.flops(m, data.tokens) + 2 * passes.flops(m, rows)
+  flops = passes.pass_flops(m, data.tokens) + 2 * passes.pass_flops(m, rows)
   return PolicyOutputs(
     scored.logp.reshape(len(data.rows), -1),
     answers,

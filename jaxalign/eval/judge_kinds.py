@@ -6,6 +6,7 @@ it gives what `winrate.both_orders` gives of the first answers, with
 """
 
 from collections.abc import Sequence
+import functools
 import hashlib
 import json
 from typing import Any
@@ -16,9 +17,11 @@ import numpy as np
 from jaxalign.core import artifacts, disk, hub
 from jaxalign.core.artifacts import Cost
 from jaxalign.core.errors import ConfigError
-from jaxalign.data import prepare, tokens
+from jaxalign.data import prepare
 from jaxalign.embed import questions
 from jaxalign.embed import row_scores as scores
+from jaxalign.embed.embedder import token_rows_of
+from jaxalign.embed.passes import PassOptions, sum_flops
 from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
@@ -295,20 +298,19 @@ class _Rewards:
       disk.write_json(at / "refused.json", sorted(lost))
       return made
 
-    rows = scores.tokens_of(at, encoded)
+    rows = token_rows_of(at, encoded)
     self.files.append(at.name)
     out = np.full(len(texts), np.nan)
     kept = np.setdiff1d(
       np.arange(len(texts)), disk.read_json(at / "refused.json")
     )
     if len(kept):
+      how = PassOptions(self.job.c.embed.tile, label="rewards")
       out[kept] = scores.reward_rows(
-        self.job.mesh, self.params, self.r, rows, tile=self.job.c.embed.tile
+        self.job.mesh, self.params, self.r, rows, how
       )
-    sizes, counts = np.unique(tokens.row_lengths(rows), return_counts=True)
-    self.flops += sum(
-      reward_flops(self.r, int(s)) * int(k) for s, k in zip(sizes, counts)
-    )
+    each = functools.partial(reward_flops, self.r)
+    self.flops += sum_flops(rows, each)
     self.tokens += len(rows.ids)
     return out
 

@@ -352,9 +352,9 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       )
 
   def score(params, m):
-    how = dict(tile=c.embed.tile, chunk=c.model.head_chunk)
-    how["label"] = f"eval {name}"
-    found = passes.score_rows(job.mesh, params, m, rows, **how)
+    tile, chunk, label = c.embed.tile, c.model.head_chunk, f"eval {name}"
+    how = passes.PassOptions(tile, chunk, label=label)
+    found = passes.score_rows(job.mesh, params, m, rows, how)
     return found.logp.reshape(-1, each), found.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
@@ -381,8 +381,8 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
     return out
 
   def cost(found):  # of the policy each time, of the reference once
-    times = len(found) + bool(found)
-    return Cost(times * passes.flops(job.model, rows), times * len(rows.ids))
+    times, flops = len(found) + bool(found), passes.pass_flops(job.model, rows)
+    return Cost(times * flops, times * len(rows.ids))
 
   return Measure(measure, cost)
 
@@ -431,7 +431,7 @@ def _generations(job: Job) -> Measure:
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     if won is not None:
       out["win_vs_target"] = float(np.mean(won))
-    out["flops"] = 3.0 * passes.flops(
+    out["flops"] = 3.0 * passes.pass_flops(
       job.model, held_out.answer_rows(asked, said)
     )
     return out

@@ -183,7 +183,7 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   )
   tokens, layers = job.tokens("pool"), job.c.embed.layers
   # Of a pass that arms share, what this one alone would have asked of it.
-  own = over_pool.shares(
+  own = over_pool.added_flops(
     job.c,
     read,
     lambda outputs: embed.pass_flops(job.model, tokens, outputs, layers),
@@ -222,7 +222,7 @@ def _reference_pass(job: Job) -> int:
   if not _reads_ahead(job):
     return 0
   if embedder.alone(job.c):
-    return embed.flops(job.model, job.tokens("pool"))
+    return embed.pass_flops(job.model, job.tokens("pool"))
   return _spent(job, "embed")
 
 

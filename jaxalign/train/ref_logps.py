@@ -97,7 +97,7 @@ def _computed(
   batching, names = batching_of(job, arm), columns_of(job.loss)
   arrays = dict(ref_sum=rows.ref_sum, ref_count=rows.ref_count)
   own = lambda: tokens_lib.take_rows(rows.tokens, rows.row_of.reshape(-1))
-  cost = lambda x: Cost(passes.flops(m, x), len(x.ids))
+  cost = lambda x: Cost(passes.pass_flops(m, x), len(x.ids))
   costs, other = [], None
   if needs_mismatched(job.loss):
     updates = updates_for(job, arm, len(rows.ids))
