@@ -174,13 +174,7 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
   sampler = chains.named(arm.sampler)
   align = job.records.get((arm.name, "align"))
-  read = columns.before(
-    job.c,
-    [
-      *columns.stages(job.c, job.kind, sampler),
-      *["mixture"] * ("log_likelihood" in sampler.needs),
-    ],
-  )
+  read = columns.before(job.c, columns.stages(job.c, job.kind, sampler))
   tokens, layers = job.tokens("pool"), job.c.embed.layers
   # Of a pass that arms share, what this one alone would have asked of it.
   own = over_pool.added_flops(
