@@ -512,8 +512,8 @@ def test_the_first_loss_is_ln_2_or_half_a_weight(name, mesh):
 
   def score(tokens, mask):
     rows = token_rows(tokens, mask)
-    how = dict(tile=4, chunk=5)
-    scores = passes.score_rows(mesh, on_mesh(mesh), MODEL, rows, **how)
+    how = passes.PassOptions(tile=4, chunk=5)
+    scores = passes.score_rows(mesh, on_mesh(mesh), MODEL, rows, how)
     np.testing.assert_array_equal(scores.count, mask.sum(-1).ravel())
     return scores.logp.reshape(-1, responses)
 

@@ -193,8 +193,8 @@ def reference(s, tokens, r):
   """(sums, counts) [n, R] of the first weights: in float32 by the scoring pass,
   as the stage stores them, in float64 all at once."""
   if s.model.dtype == "float32":
-    how = dict(tile=8, chunk=s.chunk)
-    found = passes.score_rows(s.mesh, s.load(), s.model, tokens, **how)
+    how = passes.PassOptions(tile=8, chunk=s.chunk)
+    found = passes.score_rows(s.mesh, s.load(), s.model, tokens, how)
     return found.logp.reshape(-1, r), found.count.reshape(-1, r)
   n = len(tokens.start)
   longest = int(tokens_lib.row_lengths(tokens).max())

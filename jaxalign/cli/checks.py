@@ -280,7 +280,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
     for stage in columns.stages(c, kind, chains.named(name))
   }
   if "ask" in asked:
-    questions.check(c.ask.question)
+    questions.check_question(c.ask.question)
     row_scores.judge_config(c, m)
   if "rewards" in asked:
     row_scores.reward_config(c)

@@ -175,16 +175,10 @@ def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
   sampler = chains.named(arm.sampler)
   align = job.records.get((arm.name, "align"))
-  read = columns.before(
-    job.c,
-    [
-      *columns.stages(job.c, job.kind, sampler),
-      *["mixture"] * ("log_likelihood" in sampler.needs),
-    ],
-  )
+  read = columns.before(job.c, columns.stages(job.c, job.kind, sampler))
   tokens, layers = job.tokens("pool"), job.c.embed.layers
   # Of a pass that arms share, what this one alone would have asked of it.
-  own = over_pool.shares(
+  own = over_pool.added_flops(
     job.c,
     read,
     lambda outputs: embed.pass_flops(job.model, tokens, outputs, layers),
@@ -223,7 +217,7 @@ def _reference_pass(job: Job) -> int:
   if not _reads_ahead(job):
     return 0
   if embedder.alone(job.c):
-    return embed.flops(job.model, job.tokens("pool"))
+    return embed.pass_flops(job.model, job.tokens("pool"))
   return _spent(job, "embed")
 
 

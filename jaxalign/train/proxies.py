@@ -21,8 +21,8 @@ from jaxalign.data import prepare, recipe
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.data.tokens import TokenRows
 from jaxalign.embed import passes
-from jaxalign.embed.over_pool import over_shards
-from jaxalign.embed.row_scores import digest_of
+from jaxalign.embed.over_pool import checkpoint_digest, over_shards
+from jaxalign.embed.passes import PassOptions
 from jaxalign.embed.store import ArraySpec
 from jaxalign.model import adapters, decoder, hf
 from jaxalign.model.flops import decoder_flops
@@ -129,13 +129,14 @@ def _score(
 ) -> tuple[passes.RowScores, Cost]:
   """One pass over the pool, and what it cost."""
   rows, ids = job.tokens("pool"), job.column("pool", "id")
-  how = dict(tile=job.c.embed.tile, chunk=job.c.model.head_chunk, label=label)
-  found = passes.score_rows(job.mesh, params, m, rows, **how, ids=ids)
+  tile, chunk = job.c.embed.tile, job.c.model.head_chunk
+  how = PassOptions(tile, chunk, label=label, ids=ids)
+  found = passes.score_rows(job.mesh, params, m, rows, how)
   return found, _pass_cost(m, rows)
 
 
 def _pass_cost(m: decoder.ModelConfig, rows: TokenRows) -> Cost:
-  return Cost(passes.flops(m, rows), len(rows.ids))
+  return Cost(passes.pass_flops(m, rows), len(rows.ids))
 
 
 class Tuning(NamedTuple):
@@ -217,7 +218,7 @@ def proxy_fields(*proxy: str) -> Callable[[Job, None], dict[str, Any]]:
       *("model", "embed.tile", "embed.shard"),
       *(["lora"] if c.lora.rank else []),
     )
-    return knobs | (dict(proxy=digest_of(given)) if given else {})
+    return knobs | (dict(proxy=checkpoint_digest(given)) if given else {})
 
   return fields
 
@@ -243,23 +244,20 @@ def drawn(ids: Any, pairs: float | int, seed: int) -> np.ndarray:
 
 def make_proxy(job: Job, arm: None, folder: Any) -> Made:
   """A policy tuned by DPO on a few pairs, and what it says of the pool."""
-  c, p = job.c, job.c.proxy
-  start = _start(job)
-  rows, ids = job.tokens("pool"), job.column("pool", "id")
-  index = drawn(ids, p.pairs, 0)
+  p, start = job.c.proxy, _start(job)
+  rows, pair = job.tokens("pool"), ArraySpec((2,))
+  index = drawn(job.column("pool", "id"), p.pairs, 0)
   tuning = _tuning(job, start, index, p.updates, 0)
   m, params = tuning.model, _tune(job, folder, "proxy", start, tuning)
-  how = dict(tile=c.embed.tile, chunk=c.model.head_chunk, ids=ids)
 
-  def score(parts, tick):
-    own = dict(parts=parts, tick=tick)
-    found = passes.score_rows(job.mesh, params, m, rows, **how, **own)
-    before = start.sums.reshape(-1)[parts[jax.process_index()]]
+  def score(options):
+    found = passes.score_rows(job.mesh, params, m, rows, options)
+    own = options.by_process[jax.process_index()]
+    before = start.sums.reshape(-1)[own]
     return dict(proxy_logp=found.logp, proxy_ref_logp=before)
 
-  arrays = dict.fromkeys(("proxy_logp", "proxy_ref_logp"), ArraySpec((2,)))
-  call, fields = c.embed.tile * job.mesh.size, job.made_of("proxy")
-  files = over_shards(job, folder, "proxy", fields, arrays, call, score)
+  arrays = dict(proxy_logp=pair, proxy_ref_logp=pair)
+  files = over_shards(job, dict(proxy=arrays), score)
   say = f"tuned on {len(index):,} pairs"
   cost = start.cost + tuning.cost + _pass_cost(m, rows)
   return [*files, *TRAINED], cost, dict(rows=len(index), say=say)
