@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxalign.core import artifacts, disk, errors
+from jaxalign.core.artifacts import Description
 from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.model import job as job_lib
 from jaxalign.model.job import arm_folder
@@ -39,16 +40,13 @@ def stage(
     disk.write_bytes(folder / "other", content * 2)
     return ["part", "other"], artifacts.Cost(7), dict(rows=3)
 
-  record = artifacts.run(
-    folder,
-    "one",
-    fields=fields or dict(a=1),
-    inputs=inputs or {},
-    make=make,
-    redo=redo,
-    resumes=resumes,
-  )
+  record = run(folder, make, fields, inputs or {}, redo, resumes)
   return record, len(ran)
+
+
+def run(folder, make, fields=None, inputs={}, redo=False, resumes=()):
+  how = Description(fields or dict(a=1), inputs, redo, resumes)
+  return artifacts.run(folder, "one", how, make)
 
 
 def test_a_stage_runs_once(tmp_path, capsys):
@@ -145,29 +143,21 @@ def test_an_unfinished_stage_is_gone_on_from_only_by_its_own_config(
     disk.write_bytes(folder / "part" / "file", b"x")
     return ["part"], artifacts.Cost(), {}
 
-  def run(fields, **kwargs):
-    return artifacts.run(
-      tmp_path,
-      "one",
-      fields=fields,
-      inputs={},
-      make=look,
-      resumes=("part",),
-      **kwargs,
-    )
+  def again(fields, **kwargs):
+    return run(tmp_path, look, fields, resumes=("part",), **kwargs)
 
   with pytest.raises(
     errors.ConfigError,
     match="an unfinished one made from another config: a was 1, now 2",
   ):
-    run(dict(a=2))
+    again(dict(a=2))
   with pytest.raises(KeyboardInterrupt):
     stage(tmp_path, fail=KeyboardInterrupt(), resumes=("part",))
-  run(dict(a=1))
+  again(dict(a=1))
   assert seen == [True]
   with pytest.raises(KeyboardInterrupt):
     stage(tmp_path, dict(a=3), redo=True, fail=KeyboardInterrupt())
-  run(dict(a=2), redo=True)
+  again(dict(a=2), redo=True)
   assert seen == [True, False]
 
 
@@ -188,9 +178,7 @@ def test_leftovers_without_a_card_are_not_gone_on_from(tmp_path):
     assert not (folder / "part").exists()
     return [], artifacts.Cost(), {}
 
-  artifacts.run(
-    tmp_path, "one", fields=dict(a=1), inputs={}, make=look, resumes=("part",)
-  )
+  run(tmp_path, look, resumes=("part",))
 
 
 def test_half_written_files_are_swept(tmp_path):
@@ -311,9 +299,7 @@ def test_an_unfinished_stage_does_not_go_on_from_a_link(tmp_path, outside):
     disk.write_bytes(folder / "part" / "file", b"first")
     return ["part"], artifacts.Cost(), {}
 
-  artifacts.run(
-    folder, "one", fields=dict(a=1), inputs={}, make=make, resumes=("part",)
-  )
+  run(folder, make, resumes=("part",))
   assert seen == [False] and not (folder / "part").is_symlink()
 
 
@@ -428,9 +414,7 @@ def test_a_file_in_place_of_a_folder_is_73(tmp_path, monkeypatch, blocked):
   if blocked == "runs":
     run = job_lib.Job.run
     only = lambda job, stage, arm=None, folder=None: (
-      artifacts.run(
-        arm_folder(job, arm), "select", fields={}, inputs={}, make=None
-      )
+      artifacts.run(arm_folder(job, arm), "select", Description({}), None)
       if arm
       else run(job, stage)
       if stage == "data"

@@ -75,9 +75,10 @@ def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
   """By their keys: nothing is computed here."""
   changed, said = [], {}
 
-  def look(folder, stage, *, fields, inputs, **_):
+  def look(folder, stage, how, make):
     found = artifacts.read_record(folder, stage)
-    key = artifacts.key_of(stage, json.loads(json.dumps(fields)), inputs)
+    fields = json.loads(json.dumps(how.fields))
+    key = artifacts.key_of(stage, fields, how.inputs)
     same = found is not None and found.key == key
     said[stage, folder.name] = found is not None and not same
     record = artifacts.given(stage, key)

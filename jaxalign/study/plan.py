@@ -14,7 +14,7 @@ import numpy as np
 from jaxalign import pipeline
 from jaxalign.core import progress
 from jaxalign.core.devices import sustained_flops
-from jaxalign.core.stage import JobSizes
+from jaxalign.core.stage import JobSizes, required
 from jaxalign.data import build_data, prepare, sources
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import embedder
@@ -119,13 +119,13 @@ def lines(
     tokens: mean tokens of a row, by split.
     goal: what is made, as of `pipeline.run`.
   """
-  stages = pipeline.required(job, arms, pipeline.reached(job, goal))
+  stages = required(job, arms, pipeline.reached(job, goal))
   shared = frozenset(stage.name for stage, arm in stages if arm is None)
   z = JobSizes(job, rows, tokens, _model(job.c), shared)
   rate = sustained_flops(job.mesh.devices.flat[0]) * job.mesh.size
   out = []
   for stage, arm in stages:
-    price = stage.cost(z, arm) if stage.cost else None
+    price = stage.price(z, arm) if stage.price else None
     if price is None:
       continue
     seconds = price.flops / rate if price.seconds is None else price.seconds

@@ -14,7 +14,7 @@ import jaxalign
 from jaxalign import pipeline
 from jaxalign.core import disk
 from jaxalign.core.artifacts import Cost
-from jaxalign.core.stage import Made, Stage
+from jaxalign.core.stage import Kind, Made, Stage
 from jaxalign.data import batches, tables, world
 from jaxalign.data.summary import summary_lines
 from jaxalign.embed import embedder, over_pool
@@ -102,8 +102,7 @@ def _page_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
   return dict(version=jaxalign.__version__) | judge_kinds.told(job.c)
 
 
-_PAGE = dict(alone=True, remakes=True)
-PAGE = Stage(REPORT, _make_page, _page_needs, _page_fields, True, **_PAGE)
+PAGE = Stage(REPORT, _make_page, _page_needs, _page_fields, kind=pipeline.PAGE)
 
 
 def run_report(
@@ -134,8 +133,10 @@ def run_report(
   pages = [(REPORT, arm) for arm in arms]
   judged = ["judged_reference"] * (("", "judged_reference") in job.records)
   needs = lambda *_: [*pages, *judged]
-  own = dict(volatile=("summary.json", "report.html", "config.json"))  # a time
-  stage = Stage(REPORT, make, needs, fields, **_PAGE, **own)
+  kind = Kind(
+    alone=True, remakes=True, volatile="summary.json report.html config.json"
+  )
+  stage = Stage(REPORT, make, needs, fields, kind=kind)
   job.run(stage, folder=job.workdir)
 
 

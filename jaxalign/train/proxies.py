@@ -367,8 +367,10 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
     more = _tuning_cost(job, start, index, updates, s)
     total += more.flops + passes.flops(m, job.tokens("pool"))
     tokens += more.tokens + len(job.tokens("pool").ids)
-    status = "done" if (folder / name).exists() else "new"
-    if processes.agree(status) == "new":
+    done = processes.from_first(
+      lambda path=folder / name: "done" if path.exists() else ""
+    )
+    if not done:
       label = f"model {s + 1} of {p.models}"
       params, m = _tune(job, own, label, start, index, updates, s)
       found, _ = _score(job, params, m, label)
