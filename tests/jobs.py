@@ -26,7 +26,6 @@ from jaxalign.core.checkpoints import Checkpoints
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.model import decoder
 from jaxalign.model import job as job_lib
-from jaxalign.study import run as study  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -180,8 +179,9 @@ def start(
     config: the config file and variant.
   """
   code = (
-    f"import os, signal, sys\n{hook}\nfrom jaxalign.cli import main\n"
-    "main.start(main.main)\n"
+    f"import os, signal, sys\n{hook}\n"
+    "from jaxalign.cli.exits import start_module\n"
+    "start_module('jaxalign.cli.main')\n"
   )
   return subprocess.Popen(
     [sys.executable, "-u", "-c", code, *flags(workdir, *more, config=config)],

@@ -114,7 +114,7 @@ def test_a_subset_trains_alone(tmp_path, source):
 @pytest.mark.parametrize(
   "command,flags,said",
   [
-    (select_main.main, ["data.source=x.jsonl"], "say --output=subset.parquet"),
+    (select_main.main, ["data.source=x.jsonl"], "set --output=subset.parquet"),
     (
       select_main.main,
       ["data.source=x.jsonl", "--output=x.json"],

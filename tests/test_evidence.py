@@ -11,17 +11,24 @@ from configs import common
 from jaxalign.data import recipe, tables
 from jaxalign.model.job import Arm
 from jaxalign.report import terminal
-from jaxalign.study import (
-  evidence,
-  run,  # noqa: F401
+from jaxalign.study.arms import arms_of, comparisons, grouped
+from jaxalign.study.curves import budget_curve
+from jaxalign.study.outcomes import Outcomes
+from jaxalign.study.stats import (
+  efficiency,
+  over_cells,
+  over_seeds,
+  ranking,
+  verdicts,
 )
+from jaxalign.study.summarise import title_and_question
 from jaxalign.train import ref_logps
 
 SEEDS, PROMPTS = 6, 400
 
 
 def world(rates, seeds=SEEDS, prompts=PROMPTS, spread=0.0):
-  """(told, arms): label -> win rate; prompts are shared, cells are drawn."""
+  """(outcomes, arms) of label -> win rate: prompts are shared, cells drawn."""
   rng = np.random.default_rng(3)
   hard = rng.random(prompts)
   arms, won = [], {"SFT model": (hard < 0.3) * 1.0}
@@ -31,10 +38,10 @@ def world(rates, seeds=SEEDS, prompts=PROMPTS, spread=0.0):
       arms.append(arm)
       cell = 0.7 * hard + 0.3 * rng.random(prompts)
       won[arm.name] = (cell < rate + spread * rng.normal()) * 1.0
-  told = evidence.Told(
+  outcomes = Outcomes(
     "win_vs_target", "win rate", [f"p{i}" for i in range(prompts)], won
   )
-  return told, arms
+  return outcomes, arms
 
 
 RATES = {
@@ -49,7 +56,7 @@ RATES = {
 def test_the_arms_are_samplers_by_budgets_by_seeds():
   from configs import compare, plateau, prove
 
-  arms = run.arms_of(prove.get_config())
+  arms = arms_of(prove.get_config())
   assert [a.name for a in arms[:5]] == [
     "isa-0.1-seed0",
     "random-0.1-seed0",
@@ -58,16 +65,13 @@ def test_the_arms_are_samplers_by_budgets_by_seeds():
     "all-1-as-0.1-seed0",
   ]
   assert len(arms) == 25 and {a.seed for a in arms} == set(range(5))
-  arms = run.arms_of(plateau.get_config())
+  arms = arms_of(plateau.get_config())
   assert len(arms) == 24 and all(a.sampler == "random" for a in arms)
-  arms = run.arms_of(compare.get_config())
+  arms = arms_of(compare.get_config())
   assert len(arms) == 5 * (2 * 6 + 1)  # everything has one budget
   c = compare.get_config()
   c.seed, c.seeds, c.budgets = 7, 1, (32.0,)
-  assert [a.name for a in run.arms_of(c)][:2] == [
-    "isa-32-seed7",
-    "random-32-seed7",
-  ]
+  assert [a.name for a in arms_of(c)][:2] == ["isa-32-seed7", "random-32-seed7"]
 
 
 def test_every_subset_arm_has_as_many_updates():
@@ -76,7 +80,7 @@ def test_every_subset_arm_has_as_many_updates():
   c = prove.get_config()
   updates = {
     a.label: ref_logps.updates_of(c, a, 8000 if a.is_all else 800, 8000)
-    for a in run.arms_of(c)
+    for a in arms_of(c)
   }
   # 800 rows x 3 epochs / 32; everything: one epoch, 8000 / 32.
   assert updates == {
@@ -92,7 +96,7 @@ def test_every_subset_arm_has_as_many_updates():
 
 def test_what_is_compared_with_what():
   _, arms = world(RATES)
-  found = evidence.compared(evidence.grouped(arms), "isa")
+  found = comparisons(grouped(arms), "isa")
   assert [x[:2] for x in found] == [
     ("isa-0.1", "random-0.1"),
     ("length_matched-0.1", "random-0.1"),
@@ -100,30 +104,28 @@ def test_what_is_compared_with_what():
     ("isa-0.1", "all-1"),
     ("isa-0.1", "all-1-as-0.1"),
   ]
-  two = evidence.grouped(
-    [Arm(s, b, 0) for b in (0.1, 0.2) for s in ("isa", "random")]
-  )
-  assert [x[:2] for x in evidence.compared(two, "isa")] == [
+  two = grouped([Arm(s, b, 0) for b in (0.1, 0.2) for s in ("isa", "random")])
+  assert [x[:2] for x in comparisons(two, "isa")] == [
     ("isa-0.1", "random-0.1"),
     ("isa-0.2", "random-0.2"),
   ]
   # A curve of random: each part against everything, no pair turned around.
-  curve = evidence.grouped([Arm("random", b, 0) for b in (0.1, 0.2, 1.0)])
-  assert [x[:2] for x in evidence.compared(curve, "random")] == [
+  curve = grouped([Arm("random", b, 0) for b in (0.1, 0.2, 1.0)])
+  assert [x[:2] for x in comparisons(curve, "random")] == [
     ("random-0.1", "all-1"),
     ("random-0.2", "all-1"),
   ]
 
 
 def test_verdicts_say_better_worse_equal_or_cannot_tell():
-  told, arms = world(RATES)
-  groups = evidence.grouped(arms)
-  between, begun = evidence.verdicts(told, groups, "isa", "SFT model")
+  outcomes, arms = world(RATES)
+  groups = grouped(arms)
+  between, begun = verdicts(outcomes, groups, "isa", "SFT model")
   said = {(x["a"], x["b"]): x for x in between}
   assert said["isa-0.1", "random-0.1"]["verdict"] == "better"
   assert said["isa-0.1", "all-1"]["verdict"] == "worse"
   # By NumPy: the mean over all cells of the difference.
-  mean = lambda label: np.mean([told.won[a.name] for a in groups[label]])
+  mean = lambda label: np.mean([outcomes.wins[a.name] for a in groups[label]])
   for (a, b), one in said.items():
     assert one["difference"]["value"] == pytest.approx(mean(a) - mean(b))
     assert one["comparisons"] == 5
@@ -133,18 +135,18 @@ def test_verdicts_say_better_worse_equal_or_cannot_tell():
   same = world(
     {("isa", 0.1, 0): 0.5, ("random", 0.1, 0): 0.5}, seeds=12, prompts=3000
   )
-  (one,) = evidence.verdicts(same[0], evidence.grouped(same[1]), "isa", "")[0]
+  (one,) = verdicts(same[0], grouped(same[1]), "isa", "")[0]
   assert one["verdict"] == "equal" and "within 2 points" in one["words"]
   noisy = world({("isa", 0.1, 0): 0.5, ("random", 0.1, 0): 0.5}, spread=0.1)
-  (one,) = evidence.verdicts(noisy[0], evidence.grouped(noisy[1]), "isa", "")[0]
+  (one,) = verdicts(noisy[0], grouped(noisy[1]), "isa", "")[0]
   assert one["verdict"] == "cannot tell" and one["needed"]["seeds"] > SEEDS
   few = world(RATES, seeds=4)
-  found, _ = evidence.verdicts(few[0], evidence.grouped(few[1]), "isa", "")
+  found, _ = verdicts(few[0], grouped(few[1]), "isa", "")
   assert all(x["verdict"] == "withheld" for x in found)
 
 
 def test_ranks_that_are_not_told_apart_are_shared():
-  told, arms = world(
+  outcomes, arms = world(
     {
       ("isa", 0.1, 0): 0.3,
       ("random", 0.1, 0): 0.6,
@@ -152,7 +154,7 @@ def test_ranks_that_are_not_told_apart_are_shared():
       ("k_center", 0.1, 0): 0.8,
     }
   )
-  (one,) = evidence.ranking(told, evidence.grouped(arms))
+  (one,) = ranking(outcomes, grouped(arms))
   ranks = {r["name"]: (r["from"], r["to"]) for r in one["rows"]}
   assert one["rows"][0]["name"] == "k_center-0.1" and ranks == {
     "k_center-0.1": (1, 1),
@@ -163,20 +165,18 @@ def test_ranks_that_are_not_told_apart_are_shared():
   values = [r["value"] for r in one["rows"]]
   assert values == sorted(values, reverse=True)
   few, arms = world(RATES, seeds=2)
-  (one,) = evidence.ranking(few, evidence.grouped(arms))
+  (one,) = ranking(few, grouped(arms))
   assert all((r["from"], r["to"]) == (1, 3) for r in one["rows"])
 
 
 def test_cells_all_alike_do_not_pass_for_certainty():
-  found = evidence._over_cells(np.zeros((5, 16)))
+  found = over_cells(np.zeros((5, 16)))
   assert found["value"] == 0 and found["high"] == pytest.approx(0.194, abs=1e-3)
-  one = evidence._over_seeds(
-    "accuracy", [dict(value=0.5, low=0.4, high=0.6, n=9)] * 3
-  )
+  one = over_seeds("accuracy", [dict(value=0.5, low=0.4, high=0.6, n=9)] * 3)
   assert (one["low"], one["high"]) == (0.4, 0.6)
-  two = evidence._over_seeds("accuracy", [dict(value=0.2), dict(value=0.9)])
+  two = over_seeds("accuracy", [dict(value=0.2), dict(value=0.9)])
   assert (two["low"], two["high"]) == (0.0, 1.0)
-  wide = evidence._over_seeds("kl", [dict(value=0.2), dict(value=0.9)])
+  wide = over_seeds("kl", [dict(value=0.2), dict(value=0.9)])
   assert wide["low"] < 0 and wide["high"] > 1
 
 
@@ -195,21 +195,21 @@ def test_the_curve_reads_the_right_rows():
   job = types.SimpleNamespace(
     c=plateau.get_config(), column=lambda *_: list(range(n))
   )
-  told = evidence.Told("win_vs_target", "win rate", list("abcdefgh"), won)
-  found = evidence.curve(job, told, arms, "SFT model")
+  outcomes = Outcomes("win_vs_target", "win rate", list("abcdefgh"), won)
+  found = budget_curve(job, outcomes, arms, "SFT model")
   for name, wanted in (("r", r), ("a", a), ("b", b)):
     assert found[name]["value"] == pytest.approx(wanted, rel=1e-4)
   assert found["x"] == [0, *[100 * x for x in budgets] * 2]
   assert "learning rate and the number of epochs as much as" in " ".join(
     found["words"]
   )
-  assert evidence.curve(job, told, arms[:3], "SFT model") is None
+  assert budget_curve(job, outcomes, arms[:3], "SFT model") is None
 
 
 def test_quality_for_its_cost_by_hand():
   groups = [dict(name="isa-0.1", flops=2e12)]
   gain = dict(value=0.3, low=0.2, high=0.4)
-  (one,) = evidence.efficiency(groups, [dict(a="isa-0.1", difference=gain)])
+  (one,) = efficiency(groups, [dict(a="isa-0.1", difference=gain)])
   assert one["per_tera"] == pytest.approx(15.0) and one["gain"] == gain
 
 
@@ -286,7 +286,7 @@ def test_a_plateau_end_to_end(tmp_path):
   assert sorted(set(fit["x"])) == [0, 5, 10, 25, 100]
   assert fit["rows"] == [8, 16, 40, 160] * 2
   # Three epochs of 16 rows are six updates of eight, and four are allowed.
-  assert [w for w in fit["words"] if "Parts of 10 % and more" in w]
+  assert [w for w in fit["words"] if "Subsets of 10 % and more" in w]
   costs = load(tmp_path / "summary.json")["ledger"]
   (embedding,) = [
     x["flops"] for x in costs["stages"] if x["stage"] == "embed"
@@ -348,5 +348,5 @@ def test_the_question_names_the_loss_as_it_is_typed(change):
   arms = [dict(rows=n, is_all=False, sampler="isa") for n in (16, 32)]
   assert all(
     "dpo(beta=0.5)+0.2*sft" in text
-    for text in run._question(c, arms, "160 pairs")
+    for text in title_and_question(c, arms, "160 pairs")
   )

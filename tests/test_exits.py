@@ -15,8 +15,8 @@ from jaxalign.core import disk
 from tools import job_checks
 
 CALL = (
-  "import sys\nfrom jaxalign.cli import main\n"
-  "def run(argv):\n  {body}\nmain.start(run)\n"
+  "import sys\nfrom jaxalign.cli.exits import start\n"
+  "def run(argv):\n  {body}\nstart(run)\n"
 )
 
 

@@ -27,7 +27,7 @@ def test_two_stages_by_hand():
     ("", "embed"): record("embed", Cost(600, 30, 1.5, 4000), True),
     ("isa-0.1-seed0", "align"): record("align", Cost(450, 9, 2.25, 100)),
   }
-  lines = ledger.stages(records)
+  lines = ledger.stage_lines(records)
   assert lines == [
     dict(
       stage="embed",
@@ -49,8 +49,8 @@ def test_two_stages_by_hand():
     ),
   ]
   # A skipped stage keeps what it once cost.
-  assert ledger.total(lines) == Cost(1050, 39, 3.75, 4100)
-  assert ledger.total([]) == Cost(0, 0, 0, 0)
+  assert ledger.total_cost(lines) == Cost(1050, 39, 3.75, 4100)
+  assert ledger.total_cost([]) == Cost(0, 0, 0, 0)
 
 
 def test_what_a_piece_of_work_adds_to_memory():
@@ -68,7 +68,7 @@ def test_what_a_piece_of_work_adds_to_memory():
     raise ValueError("no thread is left behind")
   records = {("a", "select"): record("select", Cost(7))}
   records["a", "select"].result.update(peak, say="words")
-  (line,) = ledger.stages(records)
+  (line,) = ledger.stage_lines(records)
   assert line["held"] == peak["held"] and line["device"] is None
   assert "say" not in line
 
@@ -110,10 +110,10 @@ def test_mismatched_rows_are_always_counted(stages, reference, total):
 
 def test_savings_with_and_without_sft():
   # A tenth of the rows: 830 against 600 + 1800 for all of them.
-  share = ledger.saved(830, 2400, 0)
+  share = ledger.fraction_saved(830, 2400, 0)
   assert share == dict(without_sft=1 - 830 / 2400, with_sft=1 - 830 / 2400)
   # 2400 more on both sides: (830 + 2400) / (2400 + 2400).
-  assert ledger.saved(830, 2400, 2400) == dict(
+  assert ledger.fraction_saved(830, 2400, 2400) == dict(
     without_sft=1 - 830 / 2400, with_sft=1 - 3230 / 4800
   )
 
@@ -123,7 +123,7 @@ def test_selecting_can_cost_more_than_it_saves():
   arm = ledger.arm_flops(
     stages=dict(embed=600, mixture=4000), reference=300, ref_logps=0, align=900
   )
-  share = ledger.saved(arm["total"], 2400, 2400)
+  share = ledger.fraction_saved(arm["total"], 2400, 2400)
   assert arm["total"] == 5500
   np.testing.assert_allclose(share["without_sft"], -3100 / 2400)
   np.testing.assert_allclose(share["with_sft"], -3100 / 4800)

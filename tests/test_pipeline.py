@@ -10,12 +10,13 @@ import safetensors.numpy
 import test_report
 
 from configs import common
+from jaxalign.cli import main
 from jaxalign.core import artifacts, disk
 from jaxalign.data import prepare, tables
 from jaxalign.data import world as world_lib
 from jaxalign.embed import store
 from jaxalign.model import hf
-from jaxalign.report import study_page, terminal
+from jaxalign.report import study_page
 
 ISA, RANDOM = "isa-0.1-seed0", "random-0.1-seed0"
 SHARED = ["data", "sft", "embed", "mixture", "baseline"]
@@ -86,7 +87,7 @@ def test_a_knob_changes_its_stages_and_no_other(job, monkeypatch, knob):
     return record
 
   monkeypatch.setattr(artifacts, "run", look)
-  monkeypatch.setattr(terminal, "study_text", stop)
+  monkeypatch.setattr(main, "study_text", stop)
   assert jobs.run(job, knob).code is None
   folders = {*SHARED, ISA}
   changed = [

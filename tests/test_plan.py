@@ -21,7 +21,7 @@ from jaxalign.embed import over_pool as passes
 from jaxalign.model import decoder, memory
 from jaxalign.select import choose
 from jaxalign.study import plan
-from jaxalign.study import run as study  # noqa: F401
+from jaxalign.study.arms import arms_of
 from jaxalign.train import optim, step
 
 M = decoder.ModelConfig(
@@ -334,13 +334,12 @@ def a_job(sampler, compare=(), **knobs):
     c[section].update({knob: value})
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   job = pipeline.make_job(c, mesh, "nowhere")
-  return job, study.arms_of(c)
+  return job, arms_of(c)
 
 
-ROWS, TOKENS = (
-  dict(sft=200, pool=160, held_out=40),
-  dict.fromkeys(("sft", "pool", "held_out"), 14.0),
-)
+ROWS = dict(sft=200, pool=160, held_out=40)
+TOKENS = dict.fromkeys(ROWS, 14.0)
+SIZES = plan.Sizes(ROWS, TOKENS)
 
 
 def test_stages_that_samplers_read_are_planned_by_hand():
@@ -350,7 +349,7 @@ def test_stages_that_samplers_read_are_planned_by_hand():
     proxy__models=6,
     ask__context=384,
   )
-  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  found = {(x.stage, x.arm): x for x in plan.plan_lines(job, arms, SIZES)}
   # Width 32, one layer, 2 heads of 16, 64 between; 512 pieces.
   layer = 2 * (4 * 32 * 32 + 3 * 32 * 64)
   row = lambda t, logits: layer * t + 4 * 32 * t * t + 2 * 32 * 512 * logits
@@ -409,7 +408,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
   rows = ROWS | dict(pool=200_000)
   seconds = lambda job, arms: {
     x.arm: x.seconds
-    for x in plan.lines(job, arms, rows, TOKENS)
+    for x in plan.plan_lines(job, arms, plan.Sizes(rows, TOKENS))
     if x.stage == "select"
   }
   rest = 200_000 * (choose.SECONDS_A_ROW + 2 * 4 * 32 / choose.READING)
@@ -436,7 +435,7 @@ def test_a_choice_runs_where_its_sampler_does(monkeypatch):
 def test_a_closed_form_is_fitted_once():
   """Of ten starts and the card's refits each is the same."""
   count = lambda job, arms: {
-    x.stage: x for x in plan.lines(job, arms, ROWS, TOKENS)
+    x.stage: x for x in plan.plan_lines(job, arms, SIZES)
   }
   mixture = dict(starts=10, components="2")
   many = count(
@@ -460,7 +459,7 @@ def test_a_word_for_a_number_is_named_before_anything_runs():
     ConfigError,
     match="'dpp' cannot work with its keywords .*; set config.select.kwargs",
   ):
-    plan.lines(job, arms, ROWS, TOKENS)
+    plan.plan_lines(job, arms, SIZES)
 
 
 def test_a_choice_of_days_is_refused_before_anything_is_embedded(
@@ -482,7 +481,7 @@ def test_a_choice_of_days_is_refused_before_anything_is_embedded(
   made = sorted(p.name for p in (tmp_path / "work/shared").iterdir())
   assert made == ["data"]  # no model was trained, no row embedded
   said = run("--dry_run")
-  assert said.code == 0 and "a job refuses so long a choice" in said.out
+  assert said.code == 0 and "a job refuses so long a selection" in said.out
   monkeypatch.setattr(choose.vectors, "HOURS", hours * 1.001)
   said = run("--dry_run")
   assert said.code == 0 and "refuses" not in said.out
@@ -496,7 +495,7 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
     model__layers=2,
     embed__layers=layers,
   )
-  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  found = {(x.stage, x.arm): x for x in plan.plan_lines(job, arms, SIZES)}
   layer = 2 * 14 * (4 * 32 * 32 + 3 * 32 * 64) + 4 * 32 * 14 * 14
   head = 2 * 32 * 512 * 14
   wanted = dict(embed=2 * layer + head, answer=0, residual=2 * head)
@@ -506,9 +505,7 @@ def test_one_pass_is_planned_by_what_each_stage_adds(layers):
   assert got == {s: 320 * x for s, x in wanted.items()}
   # What an arm alone would take, and not what others have left of it.
   alone = lambda arm: {
-    x.stage: x.flops
-    for x in plan._choosing(job, arm, ROWS, TOKENS)
-    if not x.arm
+    x.stage: x.flops for x in plan._selecting(job, arm, SIZES) if not x.arm
   }
   whole = 320 * (2 * layer + 3 * head)
   assert sum(alone(arms[0]).values()) == whole
@@ -537,6 +534,6 @@ def test_a_reward_model_and_small_proxies_are_planned(tmp_path):
     )
   )
   job, arms = a_job("external_margin", rewards__checkpoint=str(tmp_path))
-  found = {(x.stage, x.arm): x for x in plan.lines(job, arms, ROWS, TOKENS)}
+  found = {(x.stage, x.arm): x for x in plan.plan_lines(job, arms, SIZES)}
   layer = 2 * (4 * 8 * 8 + 2 * 8 * 12) * 14 + 4 * 8 * 14 * 14
   assert found["rewards", ""].flops == 320 * (2 * layer + 2 * 8 * 8 + 2 * 8)

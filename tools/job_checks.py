@@ -47,7 +47,7 @@ TIMES = (
 PAGES = ("report.html", "summary.json", ".lock")
 RUN = (
   "import sys\n{hook}\nfrom {module} import main as command\n"
-  "from jaxalign.cli import main\nmain.start(command)\n"
+  "from jaxalign.cli.exits import start\nstart(command)\n"
 )
 
 
