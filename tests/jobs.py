@@ -275,6 +275,31 @@ def together(
       process.kill()
 
 
+def check_same(work: Any) -> None:
+  """A job ended with the bytes of the finished one, but for times."""
+  assert not differences(outcome(finished()), outcome(work))
+
+
+def load(path: Any) -> Any:
+  """The value of a .json file."""
+  return json.loads(pathlib.Path(path).read_text())
+
+
+def write_pairs(path: Any, count: int) -> pathlib.Path:
+  """A .jsonl of pairs whose better answer says "good"."""
+  rows = [
+    dict(
+      prompt=f"tell me of {i} ",
+      chosen=f"it is {i} and good",
+      rejected=f"no {i} at all",
+    )
+    for i in range(count)
+  ]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  pathlib.Path(path).write_text(text)
+  return pathlib.Path(path)
+
+
 def lines(path: Any) -> list[dict[str, Any]]:
   """The objects of a .jsonl file."""
   return [json.loads(x) for x in pathlib.Path(path).read_text().splitlines()]
