@@ -61,7 +61,7 @@ def _page_needs(job: Job, arm: Arm) -> list[str]:
 
 
 def _page_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
-  return dict(version=jaxalign.__version__) | judge_kinds.told(job.c)
+  return dict(version=jaxalign.__version__) | judge_kinds.page_fields(job.c)
 
 
 ARM_PAGE = Stage(

@@ -40,13 +40,13 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
   for one in described:  # of an arm's own page
     one.pop("details")
   out = weigh(job, arms, described, ledger["arms"])
-  judge = judge_stage.described(job, arms)
+  judge = judge_stage.describe_judge(job, arms)
   notes, warnings = _notes(job, arms)
   out["verdicts"] += notes + _saving(ledger["saved"])
   out["warnings"] += [
     *(job.records["", "mixture"].result["warnings"] if _mixture(job) else ()),
     *_truncation(job, data),
-    *judge_stage.warnings(judge),
+    *judge_stage.judge_warnings(judge),
     *warnings,
     *_malformed(job, described),
   ]
@@ -138,7 +138,7 @@ def describe_arm(job: Job, arm: Arm) -> dict[str, Any]:
   """What the report shows of one arm."""
   folder = arm_folder(job, arm)
   align = job.records[arm.name, "align"]
-  metrics = judge_stage.metrics_in(job.c, folder, folder)
+  metrics = judge_stage.read_metrics(job.c, folder, folder)
   return dict(
     details=metrics.pop("details", None),
     name=arm.name,
@@ -240,8 +240,8 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
       dict(
         prompt=prompt,
         target=target,
-        sft=sft["said"],
-        arms={n: s[k]["said"] for n, s in samples.items()},
+        sft=sft["answer"],
+        arms={n: s[k]["answer"] for n, s in samples.items()},
         against=job.c.judge.baseline,
         verdicts={
           n: {x: rows[k][x] for x in shown}
@@ -287,7 +287,7 @@ def title_and_question(
 
 def _baseline(job: Job) -> dict[str, Any]:
   """The policy before alignment and its metrics."""
-  metrics = judge_stage.metrics_in(
+  metrics = judge_stage.read_metrics(
     job.c, job.shared / "baseline", job.shared / "judged_reference"
   )
   return dict(name=baseline_name(job)) | _without(metrics, "details")
