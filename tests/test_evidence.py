@@ -225,9 +225,8 @@ def test_a_plateau_end_to_end(tmp_path):
   # Three epochs of 16 rows are six updates of eight, and four are allowed.
   assert [w for w in fit["words"] if "Subsets of 10 % and more" in w]
   costs = jobs.load(tmp_path / "summary.json")["ledger"]
-  of = lambda stage: [
-    x["flops"] for x in costs["stages"] if x["stage"] == stage
-  ]
+  lines = costs["stages"]
+  of = lambda stage: [x["flops"] for x in lines if x["stage"] == stage]
   (embedding,), drawn = of("embed"), of("select")  # all but the draws
   assert drawn == [8 * 160 * 2] * len(drawn)
   total = sum(x["flops"] for x in lines)
