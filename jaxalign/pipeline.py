@@ -6,6 +6,7 @@ stages of each arm. Rooms meet here, through files: what `select` writes,
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -119,6 +120,7 @@ def _version(job: Job, arm: Any) -> dict[str, Any]:
   return dict(version=jaxalign.__version__)
 
 
+_PASS = make_pass, pass_needs, pass_fields, pass_price
 _tuned_fields = proxy_fields("pairs", "updates")
 _halves_fields = proxy_fields("models")
 
@@ -138,10 +140,7 @@ _TABLE = (  # name, make, needs, fields, price, kind
   # Shared by all arms.
   ("data", _make_data, "", _data_fields),
   ("sft", make_sft, "data", sft_fields, sft_price, SFT),
-  *(
-    (n, make_pass(n), pass_needs(n), pass_fields(n), pass_price(n), ROWS)
-    for n in KEEPS
-  ),
+  *((n, *(partial(f, n) for f in _PASS), ROWS) for n in KEEPS),
   ("alone", make_alone, "data sft", _store_fields, alone_price, ROWS),
   ("ask", make_ask, ask_needs, ask_fields, ask_price, ROWS),
   ("rewards", make_rewards, "data", rewards_fields, rewards_price, ROWS),

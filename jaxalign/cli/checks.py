@@ -54,7 +54,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
   """Raises ConfigError for knobs of the stages that samplers read."""
   read = _stages_read(c, kind)
   if "ask" in read:
-    questions.check(c.ask.question)
+    questions.check_question(c.ask.question)
     row_scores.judge_config(c, m)
   if "rewards" in read:
     row_scores.reward_config(c)

@@ -115,12 +115,11 @@ def ledger_of(job: Job, arms: list[Arm]) -> dict[str, Any]:
 def cost_of(job: Job, arm: Arm) -> dict[str, int]:
   """`arm_flops` of an arm of a job."""
   c, sampler = job.c, chains.named(arm.sampler)
-  mixture = ["mixture"] * ("log_likelihood" in sampler.needs)
-  read = columns.before(c, [*columns.stages(c, job.kind, sampler), *mixture])
+  read = columns.before(c, columns.stages(c, job.kind, sampler))
   tokens, layers = job.tokens("pool"), c.embed.layers
   # Of a pass that arms share, what this one alone would have taken of it.
   of = lambda outputs: passes.pass_flops(job.model, tokens, outputs, layers)
-  alone = over_pool.shares(c, read, of)
+  alone = over_pool.added_flops(c, read, of)
   stages = {stage: alone.get(stage, _flops(job, stage)) for stage in read}
   stages["select"] = _flops(job, "select", arm.name)
   # An embedder of its own, or products narrower than float32: the pass over
@@ -199,5 +198,5 @@ def _everything(job: Job) -> int:
   if not _reads_ahead(job):
     return align
   if embedder.alone(job.c):
-    return align + passes.flops(job.model, tokens)
+    return align + passes.pass_flops(job.model, tokens)
   return align + _flops(job, "embed")
