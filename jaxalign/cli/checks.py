@@ -236,7 +236,7 @@ def _check_values(c: Any) -> None:
       f"train.max_updates={c.train.max_updates}; set one of "
       "them"
     )
-  if not (context := prepare.asked_context(c)):
+  if not (context := prepare.requested_context(c)):
     return  # the data stage chooses it
   room = context - tokens.LEAST_CONTEXT + 1
   if room < 1:
@@ -390,7 +390,7 @@ def validate_on(
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
   decoder.check_model(m, job.mesh)
-  if trains and (context := prepare.asked_context(c)):
+  if trains and (context := prepare.requested_context(c)):
     memory.check_fits(
       host_memory.step_memory(c, m, job.mesh, context, job.kind),
       job.mesh.devices.flat[0],

@@ -344,7 +344,7 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
     few = encoder.splits[name][:TOKENIZED]
     encoded = encoder.encode(few)
   fits = tokens.context_for(tokens.whole_lengths(tok, encoded), most)
-  context = prepare.asked_context(c) or fits
+  context = prepare.requested_context(c) or fits
   rows, _, lost = encoder.fit(few, encoded, context, prepare.too_long(c))
   late = [
     refusals.refused_later(few[i], w, name, found.where)

@@ -289,7 +289,9 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
   r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
-  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
+  context = min(
+    r.model.context, prepare.requested_context(c) or r.model.context
+  )
   return r._replace(model=r.model._replace(context=context))
 
 

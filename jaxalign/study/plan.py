@@ -35,7 +35,7 @@ def _sizes(
   pool where a source was read."""
   r = 2 if kind == "pairs" else 1
   if c.data.assume:
-    context = prepare.asked_context(c) or _model(c).context
+    context = prepare.requested_context(c) or _model(c).context
     mean = min(c.data.assume[1] or context, context)
     rows = {
       n: int(c.data.assume[0] * share)
@@ -77,7 +77,7 @@ def _sizes(
     if s in x
   ]
   length = np.array(texts) / CHARACTERS_PER_TOKEN
-  context = prepare.asked_context(c) or tokens_lib.context_for(
+  context = prepare.requested_context(c) or tokens_lib.context_for(
     length.astype(np.int64), _model(c).context
   )
   mean = np.minimum(length, context).mean()
