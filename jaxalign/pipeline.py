@@ -6,6 +6,7 @@ stages of each arm. Rooms meet here, through files: what `select` writes,
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -59,9 +60,10 @@ def _over_rows(name: str, make: Callable, fields: Callable, **more) -> Stage:
 
 def _pass(name: str) -> Stage:
   """A stage that keeps something of the one forward pass over the pool."""
-  make, fields = over_pool.make_pass(name), over_pool.pass_fields(name)
-  needs, cost = over_pool.pass_needs(name), over_pool.pass_price(name)
-  return _over_rows(name, make, fields, needs=needs, cost=cost)
+  of = lambda fn: functools.partial(fn, name)
+  more = dict(needs=of(over_pool.pass_needs), cost=of(over_pool.pass_price))
+  make, fields = of(over_pool.make_pass), of(over_pool.pass_fields)
+  return _over_rows(name, make, fields, **more)
 
 
 _trained = lambda job, arm: sft.TRAINED

@@ -270,7 +270,7 @@ def test_a_training_run_is_three_forward_passes():
   assert 3 * forward == 53376
   # Selection's one pass over the same rows, and KTO's mismatched rows: each
   # is a forward pass alone.
-  assert passes.flops(m, rows.tokens) == 8896
+  assert passes.pass_flops(m, rows.tokens) == 8896
   assert feed.training_cost(m, with_other([5, 5, 3]), *seen) == (
     3 * forward + 2 * 2880 + 1536,
     43,
