@@ -158,7 +158,7 @@ def validate_on(
   m = _model(c, planned)
   m = m._replace(attention=kernel_of(c, m, job.mesh))
   decoder.check_model(m, job.mesh)
-  if trains and (context := prepare.asked_context(c)):
+  if trains and (context := prepare.requested_context(c)):
     memory.check_fits(
       host_memory.step_memory(c, m, job.mesh, context, job.kind),
       job.mesh.devices.flat[0],

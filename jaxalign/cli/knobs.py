@@ -212,7 +212,7 @@ def _values(c: Any) -> Iterator[str]:
       f"train.min_updates={t.min_updates} is above "
       f"train.max_updates={t.max_updates}; set one of them"
     )
-  if not (context := prepare.asked_context(c)):
+  if not (context := prepare.requested_context(c)):
     return  # the data stage chooses it
   room = context - tokens.LEAST_CONTEXT + 1
   if room < 1:

@@ -41,7 +41,7 @@ def _sizes(c: Any, kind: str) -> Sizes:
   """As assumed, as the world makes them, or estimated from the source."""
   unpaired = 2 if kind == "unpaired" else 1  # rows of a pair
   if c.data.assume:
-    context = prepare.asked_context(c) or _model(c).context
+    context = prepare.requested_context(c) or _model(c).context
     mean = min(c.data.assume[1] or context, context)
     fractions = prepare.split_fractions(c)
     rows = {n: int(c.data.assume[0] * x) for n, x in fractions.items()}
@@ -67,7 +67,7 @@ def _sizes(c: Any, kind: str) -> Sizes:
     if s in x
   ]
   length = np.array(texts) / CHARACTERS_PER_TOKEN
-  context = prepare.asked_context(c) or context_for(
+  context = prepare.requested_context(c) or context_for(
     length.astype(np.int64), _model(c).context
   )
   mean = float(np.minimum(length, context).mean())

@@ -67,7 +67,7 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   if not given:
     return reference._replace(lora=None)
   m = hf.read_config(given, c.model.dtype, c.model.remat)
-  wanted = prepare.asked_context(c)
+  wanted = prepare.requested_context(c)
   if wanted > m.context:
     raise ConfigError(
       f"config.proxy.checkpoint reads {m.context} tokens, "
