@@ -68,7 +68,7 @@ def config_of(c: Any, reference: decoder.ModelConfig) -> decoder.ModelConfig:
   if not given:
     return reference._replace(lora=None)
   m = hf.read_config(given, c.model.dtype, c.model.remat)
-  wanted = prepare.asked_context(c)
+  wanted = prepare.requested_context(c)
   if wanted > m.context:
     raise ConfigError(
       f"config.proxy.checkpoint reads {m.context} tokens, "
@@ -332,8 +332,10 @@ def make_held_out(job: Job, arm: None, folder: Any) -> Made:
     own, label = folder / f"model{s}", f"model {s + 1} of {p.models}"
     # Counted for every model: a resumed run has some of them already.
     cost += tuning.cost + _pass_cost(tuning.model, rows)
-    status = "done" if (folder / name).exists() else "new"
-    if processes.agree(status) == "new":
+    done = processes.from_first(
+      lambda path=folder / name: "done" if path.exists() else ""
+    )
+    if not done:
       params = _tune(job, own, label, start, tuning)
       found, _ = _score(job, params, tuning.model, label)
       loss = dpo_losses(found.logp.reshape(-1, 2), start.sums, BETA)
