@@ -25,6 +25,7 @@ from jaxalign.train import step as steps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import LOSSES
 from jaxalign.train.metrics import divide
+from jaxalign.train.training_cost import useful_cost
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -182,7 +183,8 @@ def test_the_start_is_ln_2_in_packed_rows(mesh):
   are rounded at 1e-5; that is divided by 2 and averaged over 16 pairs."""
   pairs = examples()
   tokens = rows_of(pairs)
-  found = passes.score_rows(mesh, on_mesh(mesh), MODEL, tokens, tile=4, chunk=5)
+  how = passes.PassOptions(4, 5)
+  found = passes.score_rows(mesh, on_mesh(mesh), MODEL, tokens, how)
   rows = flat.train_rows(tokens, 2, found.logp, found.count)
   batching = feed.Batching(BATCH, 0, context=64, layout="packed")
   batch = feed.Feed(mesh, rows, batching).batch_at(0)
@@ -278,7 +280,7 @@ def test_useful_flops_by_hand():
   rows = flat.train_rows(
     rows_of([([7] * 3, [8] * 2, [9] * 4), ([7] * 5, [8], [9] * 6)]), 2
   )
-  found = feed.useful_cost(MODEL, rows, feed.Batching(2, 0), 0)
+  found = useful_cost(MODEL, rows, feed.Batching(2, 0), 0)
   assert found == 3 * brute(MODEL, [3, 5], [[2, 4], [1, 6]])
 
 

@@ -18,12 +18,10 @@ from jaxalign.model import decode, decoder
 from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
 from jaxalign.train import align, online
-from jaxalign.train import step as steps
-from jaxalign.train.align import Watched
+from jaxalign.train.align import train_price, Watched
 from jaxalign.train.batch import Logps
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.losses import loss_of
-from jaxalign.train.ref_logps import train_price
 from jaxalign.train.trackers import check_trackers
 
 SETS = ("held_out", "kept", "rest", "generations")
@@ -175,7 +173,7 @@ def _extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
       logps_fn, options = producer(job.model)
       step = online.with_reference(step, logps_fn, job.reference, options)
     if t.ema:
-      state, step = steps.begin_ema(state), steps.keep_ema(step, t.ema)
+      state, step = online.begin_ema(state), online.with_ema(step, t.ema)
     return state, step
 
   return extended
@@ -200,8 +198,7 @@ def evaluation_cost(
       {n[len(prefix) :]: v for n, v in line.items() if n.startswith(prefix)}
       for line in lines
     ]
-    cost = one.cost([x for x in values if x])
-    total = Cost(total.flops + cost.flops, total.tokens + cost.tokens)
+    total += one.cost([x for x in values if x])
   return total
 
 
@@ -320,9 +317,9 @@ def _answers(job: Job, name: str, index: np.ndarray) -> Measure:
       )
 
   def score(params, m):
-    how = dict(tile=c.embed.tile, chunk=c.model.head_chunk)
-    how["label"] = f"eval {name}"
-    scored = passes.score_rows(job.mesh, params, m, rows, **how)
+    tile, chunk, label = c.embed.tile, c.model.head_chunk, f"eval {name}"
+    how = passes.PassOptions(tile, chunk, label=label)
+    scored = passes.score_rows(job.mesh, params, m, rows, how)
     return scored.logp.reshape(-1, each), scored.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
@@ -349,8 +346,11 @@ def _answers(job: Job, name: str, index: np.ndarray) -> Measure:
     return out
 
   def cost(values):  # of the policy each time, of the reference once
-    times = len(values) + bool(values)
-    return Cost(times * passes.flops(job.model, rows), times * len(rows.ids))
+    times, flops = (
+      len(values) + bool(values),
+      passes.pass_flops(job.model, rows),
+    )
+    return Cost(times * flops, times * len(rows.ids))
 
   return Measure(measure, cost)
 
@@ -394,7 +394,7 @@ def _generations(job: Job) -> Measure:
     out["entropy"] = float(-own.sum() / max(sum(map(len, answers)), 1))
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
     rows = held_out.answer_rows(prompts, answers)
-    return out | wins | dict(flops=3.0 * passes.flops(job.model, rows))
+    return out | wins | dict(flops=3.0 * passes.pass_flops(job.model, rows))
 
   def cost(values):
     read = len(values) * sum(map(len, prompts))
