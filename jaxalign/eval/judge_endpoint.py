@@ -341,60 +341,40 @@ def _judge_new(e: Endpoint, pairs: list[Pair], cache: VerdictCache) -> None:
 
 
 def judge_pairs(
-  e: Endpoint, pairs: Sequence[Pair], path: Any
-) -> tuple[list[str | None], dict[str, Any]]:
-  """One verdict for each pair, in the order given; requests only new ones.
+  e: Endpoint, pairs: Sequence[Pair], cache: VerdictCache
+) -> list[str | None]:
+  """ "first", "second", "tie" or None (could not be read) for each pair.
 
-  Args:
-    e: the judge.
-    pairs: what to compare.
-    path: the file of verdicts, written if missing.
-
-  Returns:
-    "first", "second", "tie" or None (could not be read) for each pair, and
-    {"verdicts", "new", "unparsable", "requests", "tokens"}, the last two of
-    all runs on this file.
+  Only verdicts that are not in `cache` are requested, and kept there.
 
   Raises:
     ConfigError: as `check_settings` and `check_key`, a refusal, or a cap.
     RestartError: still failing after all retries; verdicts are kept.
   """
   check_settings(e)
-  cache = VerdictCache(path)
   keys = [pair_digest(e, pair) for pair in pairs]
   new = {k: p for k, p in zip(keys, pairs) if k not in cache.verdicts}
   if new:
     check_key(e)
     _judge_new(e, list(new.values()), cache)
-  verdicts = [cache.verdicts[k] for k in keys]
-  return verdicts, dict(
-    verdicts=len(verdicts),
-    new=len(new),
-    unparsable=verdicts.count(None),
-    requests=cache.requests,
-    tokens=cache.tokens,
-  )
+  return [cache.verdicts[k] for k in keys]
 
 
 def judge_both_orders(
-  e: Endpoint, pairs: Sequence[Pair], path: Any
+  e: Endpoint, pairs: Sequence[Pair], cache: VerdictCache
 ) -> dict[str, Any]:
   """Outcomes of the first answers, each pair shown in both orders.
 
   Returns:
-    As `winrate.both_orders`, with "verdicts", those of the two orders,
-    "replies", the beginning of each, and "cost" as from `judge_pairs`.
+    As `winrate.both_orders`, with "verdicts", those of the two orders, and
+    "replies", the beginning of each.
   """
   swapped = [Pair(p.question, p.second, p.first) for p in pairs]
-  verdicts, cost = judge_pairs(e, [*pairs, *swapped], path)
-  replies = VerdictCache(path).replies
+  verdicts = judge_pairs(e, [*pairs, *swapped], cache)
   outcome = {"first": 1.0, "tie": 0.5, "second": 0.0, None: np.nan}
   outcomes, n = np.array([outcome[v] for v in verdicts]), len(pairs)
+  reply = lambda pair: cache.replies[pair_digest(e, pair)]
   return winrate.both_orders(outcomes[:n], 1 - outcomes[n:]) | dict(
     verdicts=list(zip(verdicts[:n], verdicts[n:])),
-    cost=cost,
-    replies=[
-      tuple(replies[pair_digest(e, p)] for p in both)
-      for both in zip(pairs, swapped)
-    ],
+    replies=list(zip(map(reply, pairs), map(reply, swapped))),
   )
