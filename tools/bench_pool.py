@@ -14,6 +14,7 @@ the best of --count, so that from two on nothing that is compiled counts.
 import argparse
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -76,15 +77,11 @@ def write_pairs(path: pathlib.Path, n: int) -> None:
 def _memory(pid: int) -> dict[str, float]:
   """Anonymous and file-backed memory of a process, MiB."""
   try:
-    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
   except OSError:
     return {}
-  found = dict(line.split(":", 1) for line in lines)
-  return {
-    name: int(found[name].split()[0]) / 1024
-    for name in ("RssAnon", "RssFile")
-    if name in found
-  }
+  found = re.findall(r"^(RssAnon|RssFile):\s+(\d+)", text, re.MULTILINE)
+  return {name: int(size) / 1024 for name, size in found}
 
 
 def _run(source: pathlib.Path, sampler: str, folder: pathlib.Path) -> dict:
@@ -128,12 +125,10 @@ def memory(args) -> None:
         folder.mkdir()
         found = _run(source, sampler, folder)
         each[sampler, n] = 1e6 * found["seconds"] / n
-        print(
-          f"| {sampler} | {n:,} | {found['seconds']:.0f} | "
-          f"{each[sampler, n]:.0f} | {found['RssAnon']:.0f} | "
-          f"{found['RssFile']:.0f} |",
-          flush=True,
-        )
+        cells = (found["seconds"], each[sampler, n])
+        cells += (found["RssAnon"], found["RssFile"])
+        numbers = " | ".join(f"{x:.0f}" for x in cells)
+        print(f"| {sampler} | {n:,} | {numbers} |", flush=True)
         if args.keep:
           print((folder / f"{sampler}.log").read_text())
         if found["RssAnon"] > LIMIT:
@@ -145,6 +140,16 @@ def memory(args) -> None:
 
 
 SAMPLERS = ("random", "length", "dedup", "crossfit_lite", "isa")
+
+
+WIDE = {"embedding", "answer_embedding", "residual", "grams"}
+
+
+def cpu_of(run) -> float:
+  """Seconds of CPU: others' load is left out."""
+  start = time.process_time()
+  run()
+  return time.process_time() - start
 
 
 def laws(args) -> None:
@@ -162,40 +167,32 @@ def laws(args) -> None:
     "the |\n"
     "|---|---|---|---|---|---|---|"
   )
+  counts = range(args.count)
   for name, sampler in every.items():
     if args.only and name not in args.only:
       continue
-    seconds, spent = [], 0.0
     # What reads a few numbers a row is over in no time: more rows.
-    wide = {"embedding", "answer_embedding", "residual", "grams"} & {
-      *sampler.needs
-    }
-    least, width = (args.least, WIDTH) if wide else (50 * args.least, 1)
-    sizes = [least * 2**k for k in range(4)]
-    for n in sizes:
+    least, width = 50 * args.least, 1
+    if WIDE & {*sampler.needs}:
+      least, width = args.least, WIDTH
+    seconds, cells, cost = [], [], 0.0
+    for n in (least * 2**k for k in range(4)):
+      if cost > args.limit:
+        cells.append("not run")
+        continue
       pool = pools.make(2, n, width=width)
-      times = []
-      for _ in range(args.count):
-        start = time.process_time()  # others' load is left out
-        try:
-          sampler(0, pool, n // 10)
-        except Exception as error:  # a refusal is a figure too
-          seconds.append(str(error).split(";")[0][:60])
-          break
-        times.append(time.process_time() - start)
-        spent += times[-1]
-      else:
-        seconds.append(min(times))
-      if spent > args.limit:
-        break
-    known = [s for s in seconds if not isinstance(s, str)]
-    slope = f"{np.log2(known[-1] / known[-2]):.2f}" if len(known) > 1 else "-"
-    cells = [s if isinstance(s, str) else f"{s:.3g} s" for s in seconds]
-    cells += ["not run"] * (len(sizes) - len(cells))
-    print(
-      f"| {name} | {least:,} | " + " | ".join(cells) + f" | {slope} |",
-      flush=True,
-    )
+      try:
+        times = [cpu_of(lambda: sampler(0, pool, n // 10)) for _ in counts]
+      except Exception as error:  # a refusal is a figure too
+        cells.append(str(error).split(";")[0][:60])
+        continue
+      cost += sum(times)
+      seconds.append(min(times))
+      cells.append(f"{seconds[-1]:.3g} s")
+    slope = "-"
+    if len(seconds) > 1:
+      slope = f"{np.log2(seconds[-1] / seconds[-2]):.2f}"
+    print(f"| {name} | {least:,} | {' | '.join(cells)} | {slope} |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -90,15 +90,9 @@ def attention(r):
   """Causal scaled_dot_product_attention with grouped queries, bfloat16."""
 
   def draw(heads):
-    return torch.randn(
-      r["rows"],
-      heads,
-      r["length"],
-      r["head_size"],
-      device=DEVICE,
-      dtype=torch.bfloat16,
-      requires_grad=r["backward"],
-    )
+    shape = r["rows"], heads, r["length"], r["head_size"]
+    x = torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+    return x.requires_grad_(r["backward"])
 
   q, k, v = draw(r["heads"]), draw(r["kv_heads"]), draw(r["kv_heads"])
   g = torch.randn_like(q)
