@@ -141,7 +141,7 @@ def logit_buffers(
 
   They have as many elements as `logit_elements`, or more, and a multiple of
   V / tensor of them, whatever their axes are merged to. The embedding and the
-  head may be as large: [V, D] is told apart by its shape.
+  head may be as large: [V, D] is recognised by its shape.
 
   Args:
     program: from `instructions`.

@@ -121,7 +121,7 @@ def main(argv) -> None:
   n, width = args.rows, args.width
   mesh = sharding.make_mesh(dict(fsdp=-1, tensor=1))
   x, truth = _rows(n, width)
-  wrong = np.random.default_rng(2).random(n) < 0.3  # the start is not the end
+  wrong = np.random.default_rng(2).random(n) < 0.3  # not yet converged
   labels = np.where(wrong, 1 - truth, truth)
 
   def timed(what, run):

@@ -9,7 +9,7 @@ much of the card a Llama uses, and transformers on the same card), dpo (a
 step on pairs), mixture (the selection). jax and torch take turns in two
 processes. Several sections run in a process each, so that what one leaves on
 the card is gone before the next. What fails says so, and the rest runs. What
-counts as useful is said in tools/gpu_measure.py. Nothing is downloaded.
+counts as useful stands in tools/gpu_measure.py. Nothing is downloaded.
 
 A toy run's figures say nothing of a GPU: its attention is XLA's.
 """

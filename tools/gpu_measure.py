@@ -26,7 +26,7 @@ from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 
 # Published dense peaks, FLOP/s: (bfloat16 on the matrix units, float32 without
-# them), by the start of the card's name, longest first.
+# them), by the first words of the card's name, longest first.
 PEAKS = {
   "NVIDIA H100 PCIe": (756e12, 51e12),
   "NVIDIA H100 NVL": (835e12, 60e12),
@@ -93,7 +93,7 @@ def product_peak(dtype: str, size: int, calls: int, repeats: int) -> float:
   """FLOP/s of a square matrix product, the best of the repeats.
 
   Random data (zeros run faster), a chain of dependent products whose values
-  keep their size; float32 is asked for at its full precision.
+  keep their size; float32 at its full precision.
   """
   draw = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
   exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
