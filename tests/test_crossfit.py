@@ -324,9 +324,8 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
     np.array([3, 1, 5], np.int32),
     np.zeros(3, np.int32),
   )
-  got = passes.pass_rows(
-    mesh, params, m, rows, ("residual", "least"), tile=2, chunk=4
-  )
+  how, outputs = passes.PassOptions(2, 4), ("residual", "least")
+  got = passes.pass_rows(mesh, params, m, rows, outputs, how)
   head = np.float64(sharding.fetch(params["embed"]))
   for i, size in enumerate(sizes):
     ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]]
@@ -336,9 +335,8 @@ def test_residual_rows_are_the_tokens_less_the_expected_ones(mesh):
       np.zeros(size - 1, np.int32),
       np.zeros(size - 1, np.int32),
     )
-    x = np.float64(
-      passes.pool_rows(mesh, params, m, short, pooling="last", tile=4)
-    )
+    how = passes.PassOptions(tile=4, pooling="last")
+    x = np.float64(passes.score_rows(mesh, params, m, short, how).embedding)
     wanted, least = np.zeros(16), 0.0
     for t in range(rows.start[i], size):
       scores = x[t - 1] @ head.T

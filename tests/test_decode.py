@@ -253,7 +253,8 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   rows = held_out.answer_rows(
     [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said
   )
-  wanted = passes.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
+  how = passes.PassOptions(4, 64)
+  wanted = passes.score_rows(alone, where, MODEL, rows, how).logp
   np.testing.assert_array_equal(got, wanted)
 
 

@@ -96,8 +96,8 @@ def test_without_positions_left_padding_would_move_them(alone):
 
 def test_scored_rows_do_not_see_their_neighbours(alone):
   """`passes.score_rows` buckets its rows; a row's number stays its own."""
-  want, weights = by_hand(rows()), placed(alone)
+  want, weights, how = by_hand(rows()), placed(alone), passes.PassOptions(2, 7)
   for part in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
     picked = token_rows([rows()[i] for i in part])
-    scores = passes.score_rows(alone, weights, MODEL, picked, tile=2, chunk=7)
+    scores = passes.score_rows(alone, weights, MODEL, picked, how)
     np.testing.assert_allclose(scores.logp, want[part], rtol=0, atol=2e-5)

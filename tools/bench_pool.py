@@ -35,13 +35,13 @@ import sys
 import numpy as np
 from jaxalign.cli import select
 from jaxalign.embed import passes as embed
-def made(mesh, params, m, rows, outputs, *, parts, tick, **_):
-  number = parts[0]
+def made(mesh, params, m, rows, outputs, options):
+  number = options.by_process[0]
   rng = np.random.default_rng(int(number[0]))
   x = rng.standard_normal((len(number), m.width), np.float32)
   x *= np.float32(1 / np.sqrt(1 + np.arange(m.width)))
   x[number % 3 == 0] += 0.5
-  tick(len(number))
+  options.tick(len(number))
   return dict.fromkeys(outputs, x[:, 0]) | dict(embedding=x)
 if "--config.select.sampler=isa" in sys.argv:
   embed.pass_rows = made
