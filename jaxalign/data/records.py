@@ -247,33 +247,24 @@ def _assign_ids(
   """
   counts = collections.Counter(name for name in own if name is not None)
   unique = {name for name, n in counts.items() if n == 1}
-  _, which = np.unique(digests, return_inverse=True)
-  order = np.argsort(which, kind="stable")
-  starts = np.flatnonzero(np.diff(which[order], prepend=-1))
-  repeat = np.empty(len(own), np.int64)  # how many were alike before
-  repeat[order] = np.arange(len(own)) - starts[which[order]]
   numbers: collections.Counter = collections.Counter()
   ids, taken = [], set(unique)
-  for name, digest, number in zip(own, digests.tolist(), repeat.tolist()):
+  for name, digest in zip(own, digests.tolist()):
     if name in unique:
       ids.append(name)
       continue
+    new = stem = f"{name}-{digest[:4].hex()}"
     if name is None:
       stem = digest[:8].hex()
-      new = f"{stem}-{number}"
-    else:
-      stem = f"{name}-{digest[:4].hex()}"
-      number = numbers[stem]
-      new = f"{stem}-{number}" if number else stem
+    if name is None or numbers[stem]:
+      new = f"{stem}-{numbers[stem]}"
     while new in taken:
-      number += 1
-      new = f"{stem}-{number}"
-    if name is not None:
-      numbers[stem] = number + 1
+      numbers[stem] += 1
+      new = f"{stem}-{numbers[stem]}"
     taken.add(new)
     ids.append(new)
-  shared = sum(n for n in counts.values() if n > 1)
-  return ids, int((repeat > 0).sum()), shared
+  duplicates = len(own) - len(np.unique(digests))
+  return ids, duplicates, sum(n for n in counts.values() if n > 1)
 
 
 def split_rows(
