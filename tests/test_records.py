@@ -521,9 +521,6 @@ def test_real_data(shared, name, fields, schema, kept, counts):
 
 
 def test_real_refusals_are_the_known_rows(shared):
-  refused = load(str(shared / "data/hh-harmless/pairs.jsonl.gz")).refused
-  differ = [r["line"] - 1 for r in refused if r["reason"] == "prompts differ"]
-  assert differ == [1254, 1688]
   path = shared / "data" / TRL_PAIRS
   bad = set()
   for line, row in enumerate(raw_rows(path), 1):

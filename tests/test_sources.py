@@ -76,14 +76,6 @@ def test_lines_are_one_based_and_count_blank_lines(tmp_path):
   assert found == [(2, dict(a="x\ny", b="1")), (5, dict(a="z", b="2"))]
 
 
-def test_odd_but_legal_text_survives(tmp_path):
-  """The strange ones, named or read: test_strange_rows.py."""
-  row = {"a": "NUL \0 bidi \u202e rtl \u05d0 emoji \U0001f469\u200d\U0001f4bb"}
-  for escaped in (True, False):
-    data = json.dumps(row, ensure_ascii=escaped).encode()
-    assert rows_of(put(tmp_path / "a.jsonl", data)) == [row]
-
-
 def test_a_line_too_long_is_not_held(tmp_path, monkeypatch):
   monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
   data = b'{"a": "' + b"x" * 12_345 + b'"}\n{"a": 2}\n'

@@ -45,6 +45,9 @@ LINES = {
   b'{"a": 1, "b": 2, "a": 3}': "duplicate key",
   b'{"a": {"b": 1, "b": 1}}': "duplicate key",
   b'{"a": "x\\u0000y"}': "x\0y",
+  '{"a": "\u202e \u05d0 \U0001f469\u200d\U0001f4bb"}'.encode(): (
+    "\u202e \u05d0 \U0001f469\u200d\U0001f4bb"
+  ),
   b'{"a": "x\0y"}': "malformed JSON",
   b"\0\0\0": "malformed JSON",
   b'\xef\xbb\xbf{"a": 1}': 1,
