@@ -22,7 +22,6 @@ from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas import choices, Refused
 from jaxalign.data.schemas.convert import flipped
 from jaxalign.data.source_reader import (
-  at_line,
   bad_row,
   LoadOptions,
   SourceReader,
@@ -187,7 +186,7 @@ class _Scores:
       return flipped(row)
     if margin < 0:
       self.against += 1
-      self.against_at = self.against_at or at_line(where)
+      self.against_at = self.against_at or str(where)
       if "contradicting" in options.skip:
         raise Refused("scores against the label", f"margin {margin:g}")
     return row
