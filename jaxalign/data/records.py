@@ -55,12 +55,10 @@ class Places(Mapping):
 class Loaded:
   """What the sources held: seen == len(rows) + len(refused) + left_out."""
 
-  kind: str  # "pairs" or "unpaired"
   schema: str
   rows: RowTable  # by id: id, prompt, chosen, rejected | completion, label;
   #   group; where there are any turns, answers, tools, margin, source
   refused: list[dict]  # file, line, id, reason, detail, as they came
-  counts: dict[str, int]  # refused, by reason
   seen: int
   duplicates: int  # rows kept whose whole content an earlier one had
   source: str
@@ -72,6 +70,16 @@ class Loaded:
   left_out: int  # by data.caps and data.weights
   readings: tuple[SourceReading, ...]
   where: Mapping[str, Where]  # id -> where the row stands
+
+  @property
+  def kind(self) -> str:
+    """ "pairs" or "unpaired"."""
+    return "pairs" if "chosen" in self.rows.table.column_names else "unpaired"
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """Refused rows by reason."""
+    return refusals.count_reasons(self.refused)
 
 
 def load_records(
@@ -120,7 +128,6 @@ def load_records(
 
   rows = RowTable.of(kept())
   schemas = ", ".join(dict.fromkeys(r.schema for r in readings))
-  counts = refusals.count_reasons(refused)
   label, seen = ", ".join(names), len(rows) + len(refused)
   if len(refused) > options.max_bad_fraction * seen or not len(rows):
     raise TooManyRefused(
@@ -140,11 +147,9 @@ def load_records(
   rows = RowTable(rows).take(index)
   where = Places(ids[index], np.array(files)[index], np.array(lines)[index])
   return Loaded(
-    kind="pairs" if "chosen" in rows.table.column_names else "unpaired",
     schema=schemas,
     rows=rows,
     refused=refused,
-    counts=counts,
     seen=seen,
     duplicates=duplicates,
     source=label,
