@@ -528,7 +528,6 @@ def test_a_report_is_json_and_counts_lengths_topics_and_labels():
   assert got["topic"] == {"topics": 8, "covered": 1}
   topic = next(s for s in got["shifts"] if s["name"] == "topic")
   assert topic["moved"] == 0.875 and topic["rows"][0]["pool"] == 0.125
-  assert got["label_share"] == {"chosen": 0.0, "pool": 0.5}
   assert got["length"]["chosen"][2] == 12.0
   rest = np.setdiff1d(np.arange(80), rows)
   assert got["length"]["rest"][2] == np.median(rest)

@@ -312,8 +312,6 @@ def _selection(job: Job, arm: Arm) -> dict[str, Any]:
     out["topics"] = dict(
       selected=card["topic"]["covered"], pool=card["topic"]["topics"]
     )
-  if "label_share" in card:
-    out["label_share"] = card["label_share"]
   diagnostics = card.get("diagnostics", {})
   if "stability" in diagnostics:
     out["stability"] = diagnostics["stability"]
