@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_embed import MODEL, params, rows, SIZES, token_rows
+from test_embed import MODEL, PARAMS, rows, SIZES, token_rows
 
 from jaxalign.core import sharding
 from jaxalign.embed import passes
@@ -34,7 +34,7 @@ def ran(ids, where=None):
   with jax.set_mesh(mesh):
     placed = {
       name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
-      for name, w in params().items()
+      for name, w in PARAMS.items()
     }
     given = [
       None if x is None else sharding.put(mesh, x, "batch", None)
@@ -62,9 +62,7 @@ def by_hand(picked):
   """The same sums from the NumPy Llama, one row at a time, no padding."""
   return np.array(
     [
-      oracle.token_logps(params(), prompt + answer, **SIZES)[
-        len(prompt) :
-      ].sum()
+      oracle.token_logps(PARAMS, prompt + answer, **SIZES)[len(prompt) :].sum()
       for prompt, answer in picked
     ]
   )
@@ -111,7 +109,7 @@ def test_scored_rows_do_not_see_their_neighbours():
   with jax.set_mesh(mesh):
     placed = {
       name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
-      for name, w in params().items()
+      for name, w in PARAMS.items()
     }
     for part in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
       some = token_rows([rows()[i] for i in part])
