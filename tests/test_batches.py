@@ -5,17 +5,16 @@ import collections
 import flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import jax
+from models import make_mesh, sized
 import numpy as np
 import pytest
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import batches
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
 from jaxalign.train import feed
+from jaxalign.train.training_cost import training_cost
 
 sizes = st.integers(1, 40)
 
@@ -271,7 +270,7 @@ def test_a_batch_holds_the_rows_of_its_step(mesh, accumulation):
 
 def test_mismatched_rows_longer_than_any_row_are_fed():
   """Prompt 1 (11 tokens) before answer 3 (12): no row has 23."""
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
   rows = rows_of()
   tokens = batches.mismatched(
     rows.tokens, np.array([1, 3]), np.array([3, 1]), context=64
@@ -298,7 +297,7 @@ def test_mismatched_rows_longer_than_any_row_are_fed():
   ],
 )
 def test_batches_that_cannot_be_cut(batch, accumulation, words):
-  mesh = sharding.make_mesh(dict(fsdp=4, tensor=2))
+  mesh = make_mesh(4, 2)
   with pytest.raises(ConfigError, match=words):
     feed.check_batch(batch, accumulation, mesh, "c.train")
   feed.check_batch(16, 4, mesh, "c.train")
@@ -306,16 +305,7 @@ def test_batches_that_cannot_be_cut(batch, accumulation, words):
 
 def test_the_cost_counts_what_was_seen():
   rows = rows_of()
-  m = decoder.ModelConfig(
-    layers=1,
-    width=4,
-    heads=1,
-    kv_heads=1,
-    head_size=4,
-    ff=4,
-    vocab=8,
-    context=64,
-  )
+  m = sized(1, 4, 1, 1, 4, 4, 8, 64)
   batching = feed.Batching(3, 5, context=64)
   kl = feed.make_mismatched(rows, batching, 5)
   seen = collections.Counter(
@@ -323,7 +313,7 @@ def test_the_cost_counts_what_was_seen():
   )
   size = [len(p + r) for p, r in EXAMPLE]
   rows = rows._replace(mismatched=feed.MismatchedRows(kl, None))
-  total, tokens = feed.training_cost(m, rows, batching, 5)
+  total, tokens = training_cost(m, rows, batching, 5)
   other = np.diff(kl.offsets)
   assert tokens == sum(size[i] * k for i, k in seen.items()) + other.sum()
   assert total == (

@@ -65,7 +65,9 @@ def _reward_config(c: Any) -> reward.RewardConfig:
   r = reward.read_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
-  context = min(r.model.context, prepare.asked_context(c) or r.model.context)
+  context = min(
+    r.model.context, prepare.requested_context(c) or r.model.context
+  )
   return r._replace(model=r.model._replace(context=context))
 
 
