@@ -155,13 +155,6 @@ def test_another_description_is_refused_by_its_field(store, changes, words):
   assert before == bytes_of(store)
 
 
-def test_bad_knobs():
-  with pytest.raises(ConfigError, match="config.embed.shard"):
-    create("nowhere", shard=0)
-  with pytest.raises(ConfigError, match="config.embed.store_dtype"):
-    create("nowhere", columns=dict(x=ArraySpec((), "int7")))
-
-
 def test_shards_of_another_store_do_not_count(store, tmp_path):
   """A side file copied from a store of another model is no proof."""
   other = create(tmp_path / "other", fields=dict(model="b"))

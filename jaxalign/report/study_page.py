@@ -56,13 +56,12 @@ def styles(arms: Sequence[Node]) -> list[Style]:
     same = [arm.sampler, arm.budget, arm.is_all, arm.like]
     keys.append(repr(list(map(raw, same if arm.sampler else [arm.name]))))
     groups.setdefault(keys[-1], []).append(arm)
-  names = {key: _line_name(group) for key, group in groups.items()}
-  common = list(names.values())
-  colours = {key: i for i, key in enumerate(groups)}
-  for key, name in names.items():
-    if common.count(name) > 1:  # budgets of one sampler need telling apart
-      names[key] = f"{name} {budget(groups[key][0].budget)}"
-  return [(names[key], colours[key]) for key in keys]
+  names = [_line_name(group) for group in groups.values()]
+  found = {}
+  for i, (name, (key, group)) in enumerate(zip(names, groups.items())):
+    several = names.count(name) > 1  # budgets of one sampler
+    found[key] = f"{name} {budget(group[0].budget)}" if several else name, i
+  return [found[key] for key in keys]
 
 
 def _line_name(group: list[Node]) -> str:

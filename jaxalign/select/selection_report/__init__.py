@@ -6,6 +6,7 @@ to a kept one, and what other samplers would have kept.
 """
 
 from collections.abc import Sequence
+import functools
 import inspect
 import itertools
 from typing import Any
@@ -14,8 +15,8 @@ import numpy as np
 from scipy import stats
 
 from jaxalign.core.errors import JaxalignError, NumericError
-from jaxalign.select import mixture as mixtures
 from jaxalign.select import neighbours
+from jaxalign.select.mixture import assign, Mixture
 from jaxalign.select.mixture_checks import mixture_summary
 from jaxalign.select.pool import Pool, Selection
 from jaxalign.select.samplers import chains, SAMPLERS
@@ -34,7 +35,7 @@ def describe(
   selection: Selection,
   sampler: str = "",
   *,
-  mixture: mixtures.Mixture | None = None,
+  mixture: Mixture | None = None,
   diagnostics: dict[str, Any] | None = None,
   texts: dict[str, Sequence[str]] | None = None,
   others: dict[str, np.ndarray] | None = None,
@@ -91,9 +92,9 @@ def describe(
       except NumericError:  # `look` says so
         pass
     report["geometry"], places = neighbourhood.look(pool, kept, shown, draw)
-    assign = mixture and (lambda x: mixtures.assign(mixture, x))
+    groups = mixture and functools.partial(assign, mixture)
     whole = Pool(pool.ids, columns)
-    report["spectra"] = spectra_of(whole, kept, draw, assign)
+    report["spectra"] = spectra_of(whole, kept, draw, groups)
   report["shifts"] = shifts.all_shifts(columns, kept)
   if others:
     report["overlaps"] = overlaps({sampler or "this": kept} | others, n)

@@ -187,7 +187,7 @@ def principal_plane(x: np.ndarray) -> PCA:
 
 
 def spectra_of(
-  pool: Pool, kept: np.ndarray, draw: np.ndarray, mixture_assign: Any = None
+  pool: Pool, kept: np.ndarray, draw: np.ndarray, components_of: Any = None
 ) -> dict[str, Any]:
   """Spectra by label, by component of the mixture and by topic.
 
@@ -195,7 +195,7 @@ def spectra_of(
     pool: with `embedding` [N, R, E]; `label` and `topic` where it has them.
     kept: [M] row numbers.
     draw: [N] hashes, of what is sampled.
-    mixture_assign: [n, E] rows -> [n] components, where one was fitted.
+    components_of: [n, E] rows -> [n] components, where one was fitted.
   """
   n, sample = len(pool.ids), neighbours.sample
   some = sample(draw, np.arange(n), SAMPLED)
@@ -215,8 +215,8 @@ def spectra_of(
     label = np.asarray(pool.label, bool)[some]
     names = np.array(["undesirable", "desirable"])[np.unique(label).astype(int)]
     out["label"] = compare(flat, label, each, names.tolist())
-  if mixture_assign is not None:
-    group = mixture_assign(flat)
+  if components_of is not None:
+    group = components_of(flat)
     names = [f"component {k + 1}" for k in np.unique(group)]
     out["component"] = compare(flat, group, each, names)
   if "topic" in pool.columns:
