@@ -225,6 +225,8 @@ def test_an_encoder_embeds(whole, tmp_path):
     (["embed.layers=3"], "embed.layers=3, the model has 1"),
     (["embed.layers=-1"], "embed.layers=-1, the model has 1"),
     (["embed.pooling=cls"], "embed.pooling='cls' is not of a decoder"),
+    (["embed.shard=0"], "config.embed.shard"),
+    (["embed.store_dtype=int7"], "config.embed.store_dtype"),
     (["embed.checkpoint=nowhere"], "nowhere has no config.json"),
   ],
 )
