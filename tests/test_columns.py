@@ -105,15 +105,15 @@ def test_a_real_model_says_what_transformers_says(shared):
   rows, _, _ = encode_texts(tok, prompts, dict(response=answers), 128)
   texts = [(str(i), p, a) for i, (p, a) in enumerate(zip(prompts, answers))]
   question = common.base().ask.question
-  asked = questions.build(tok, texts, question, ("yes", "no"), 512)
+  built = questions.build(tok, texts, question, ("yes", "no"), 512)
   m = hf.read_config(folder, "float32", "none")._replace(context=512)
   mesh = make_mesh()
   with jax.set_mesh(mesh):
     params = hf.load_folder(folder, m, mesh)
     run = lambda r: passes.score_rows(mesh, params, m, r, PassOptions(2, 16))
     whole, alone = run(rows), run(row_scores.answers_alone(rows, tok.bos))
-    verdict, how = (asked.yes, asked.no), PassOptions(2)
-    yes = row_scores.p_yes(mesh, params, m, asked.rows, *verdict, how)
+    verdict, how = (built.yes, built.no), PassOptions(2)
+    yes = row_scores.p_yes(mesh, params, m, built.rows, *verdict, how)
 
   def logps(ids):
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_real_model_says_what_transformers_says(shared):
       each = logps(own)[0]
       wanted = sum(each[t - 1, own[t]] for t in range(begin, len(own)))
       np.testing.assert_allclose(got.logp[i], wanted, rtol=2e-5)
-    last = logps(ids_of(asked.rows, i))[1]
+    last = logps(ids_of(built.rows, i))[1]
     e = np.exp(last[list(verdict)] - last.max())
     np.testing.assert_allclose(yes[i], e[0] / e.sum(), rtol=1e-4)
 
@@ -479,7 +479,7 @@ def test_whole_jobs_of_every_score(tmp_path):
   ifd = gap / read("embed", "count")
   rank = np.argsort(np.argsort(np.exp(ifd[:, 0])))
   assert max(abs(rank[ids.index(i)] - 79.5) for i in kept("ifd")) <= 8.5
-  # Predicted beside actual, where the plan knows the stage.
+  # Predicted and actual, where the plan knows the stage.
   most = dict(sft=1.1, embed=1.1, alone=1.6, proxy=1.2, held_out=1.2)
   for stage, factor in most.items():
     line = lines[stage, ""]

@@ -265,7 +265,7 @@ def test_a_production_config_plans_without_the_net(tmp_path, config, most):
   assert "memory a device" in ended.out
 
 
-# One pass of the reference, whatever is asked of it.
+# One pass of the reference, whatever its outputs.
 
 
 def passes_of(monkeypatch):
@@ -332,7 +332,7 @@ def test_a_sampler_that_comes_later_has_only_what_is_missing_made(
   assert jobs.did(ended)[:3] == ["answer", "residual", "select"]
   assert seen == [("answer", ("answer_embedding", "residual", "least"))]
   assert before == {p: p.stat().st_mtime_ns for p in before}
-  # A shard of one that is harmed is made again, and no other.
+  # A corrupt shard of one is made again, and no other.
   names = ("residual", "least")
   wanted = {n: np.array(stored(work, "residual", n)) for n in names}
   flip(work / "shared/residual/store/least.npy", -2, 4)

@@ -191,7 +191,7 @@ def make_summary():
     command="python -m jaxalign.study --x=1",
     created="2025-06-11",
     version="0.1.0",
-    asked="Is a tenth enough?",
+    question="Is a tenth enough?",
     verdicts=["A tenth is enough."],
     warnings=["One seed only."],
     machine=dict(platform="cpu", devices=8, mesh=mesh, jax="0.10.2"),
@@ -276,8 +276,8 @@ def put(value, path, new):
 
 
 @contextlib.contextmanager
-def keys_asked_in_vain():
-  """The keys that pages asked of objects that lack them: a misspelt one shows
+def missing_keys():
+  """The keys that pages read of objects that lack them: a misspelt one shows
   as a dash, which no other test would notice."""
   missing, get = set(), Node.__getitem__
 

@@ -88,7 +88,7 @@ def read(document):
 @pytest.mark.parametrize("sides", [1, 2])
 def test_the_page_is_closed_and_whole(sides):
   out, table = make(200, sides)
-  with test_report.keys_asked_in_vain() as missing:
+  with test_report.missing_keys() as missing:
     reader = read(select_page.selection_html(out, table))
   # What this selection has not.
   assert missing <= {"component", "reading", "why"}
@@ -148,10 +148,10 @@ def tab(made, tmp_path_factory):
 
 @pytest.fixture
 def opened(tab):
-  tab.said.clear()
+  tab.messages.clear()
   tab.open(tab.path)
   yield tab
-  assert not tab.said  # no error, no refused resource, no dialog
+  assert not tab.messages  # no error, no refused resource, no dialog
   assert tab.run("window.pwned === undefined")
   assert tab.run("document.querySelectorAll('script').length") == 2
 
@@ -394,8 +394,10 @@ def test_what_came_from_data_cannot_run(opened):
     "s.remove(); })()"
   )
   assert opened.run("window.pwned === undefined")
-  assert any("Content Security Policy" in json.dumps(s) for s in opened.said)
-  opened.said.clear()
+  assert any(
+    "Content Security Policy" in json.dumps(s) for s in opened.messages
+  )
+  opened.messages.clear()
 
 
 @pytest.mark.slow
@@ -413,7 +415,7 @@ def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
   document = select_page.selection_html(*made)
   assert len(document.encode()) < 32e6
   (tmp_path / "large.html").write_text(document)
-  tab.said.clear()
+  tab.messages.clear()
   tab.open(tmp_path / "large.html")
   timed = lambda selector: tab.run(
     "(() => { const t = performance.now();"
@@ -427,4 +429,4 @@ def test_a_hundred_thousand_rows_stay_usable(tab, tmp_path):
   assert timed("#reset") < 3000
   scroll(tab, 32 * 99000)
   rows = texts(tab, ".line", "e.children[1].textContent")
-  assert "99,001" in rows and not tab.said
+  assert "99,001" in rows and not tab.messages
