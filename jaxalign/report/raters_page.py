@@ -9,7 +9,7 @@ from jaxalign.report.nodes import entries, finite, Node, number
 def alpha_sentence(node: Node) -> str:
   """Krippendorff's alpha over the humans, or over all raters, in words."""
   humans, whom, alpha = node.judged.humans, "all raters", node.among.alpha
-  if entries(humans.between):  # a judge is no part of the bar
+  if entries(humans.between):  # judges are then left out
     whom, alpha = "the humans", humans.alpha
   value = finite(alpha.value)
   if value is None:
@@ -28,13 +28,11 @@ def alpha_sentence(node: Node) -> str:
 
 def left_out(node: Node) -> list[str]:
   """What the tables leave out."""
-  counts = {
-    "pairs of raters with less in common": node.among.more,
-    "raters with fewer verdicts": node.more,
-  }
-  return [
-    f"{number(n)} more {x} are not shown." for x, n in counts.items() if n
-  ]
+  rows = (
+    (node.among.more, "pairs of raters with less in common"),
+    (node.more, "raters with fewer verdicts"),
+  )
+  return [f"{number(n)} more {what} are not shown." for n, what in rows if n]
 
 
 def agreement_html(numbers: dict[str, Any]) -> str:
