@@ -93,11 +93,9 @@ def estimate(sampler: Callable, sizes: Sizes, **kwargs: Any) -> Estimate | None:
     return None
   bound = getattr(sampler, "keywords", {})
   work = sampler.cost(sizes, **kwargs | bound)
-  each = [
-    COLUMN_BYTES.get(name, lambda p: 8 * p.r)(sizes) for name in sampler.needs
-  ]
-  read = sizes.n * sum(each)
-  copied = read * getattr(sampler, "copies_rows", False)
+  size = lambda name: COLUMN_BYTES.get(name, lambda p: 8 * p.r)(sizes)
+  read = sizes.n * sum(map(size, sampler.needs))
+  copied = sizes.n * sum(map(size, getattr(sampler, "copied", ())))
   return Estimate(
     work.host + work.devices,
     int(read),

@@ -92,7 +92,8 @@ def _wrap(
     sampler.cost = lambda sizes, **kwargs: one_after_another(
       cost(sizes), both(sizes, **kwargs)
     )
-  sampler.copies_rows = copies_rows or getattr(inner, "copies_rows", False)
+  copied = inner.needs if copies_rows else ()
+  sampler.copied = {*getattr(inner, "copied", ()), *copied}
   return sampler
 
 
