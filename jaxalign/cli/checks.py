@@ -255,7 +255,7 @@ def _check_values(c: Any) -> None:
 
 def _check_columns(c: Any, name: str, kind: str, knob: str) -> None:
   """Raises ConfigError for a sampler that reads what no stage makes."""
-  sampler = chains.named(name, knob)
+  sampler = chains.find_sampler(name, knob)
   if lacking := columns.lacking(c, kind, sampler):
     why = "; ".join(f"{n}: {w}" for n, w in lacking.items() if w)
     raise ConfigError(
@@ -277,7 +277,7 @@ def _check_stages(c: Any, kind: str, m: decoder.ModelConfig) -> None:
     stage
     for name in (c.select.sampler, *c.compare)
     if name not in WHOLE
-    for stage in columns.stages(c, kind, chains.named(name))
+    for stage in columns.stages(c, kind, chains.find_sampler(name))
   }
   if "ask" in asked:
     questions.check(c.ask.question)
@@ -311,7 +311,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   if not (planned and c.data.assume):
     prepare.check_source(c)
   judge_kinds.check(c)
-  sampler = chains.named(c.select.sampler)
+  sampler = chains.find_sampler(c.select.sampler)
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss_of(c).kind, "select.sampler")
   if "subset" in sampler.needs:
@@ -381,7 +381,7 @@ def validate_on(
     stage
     for name in (c.select.sampler, *c.compare)
     if name not in WHOLE
-    for stage in columns.stages(c, job.kind, chains.named(name))
+    for stage in columns.stages(c, job.kind, chains.find_sampler(name))
   }
   if trains or asked & {"proxy", "held_out"}:
     feed.check_batch(

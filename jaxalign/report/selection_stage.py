@@ -36,7 +36,7 @@ TEXTS = ("prompt", "chosen", "rejected", "completion")
 
 def report_needs(job: Job, arm: Arm) -> list[str]:
   """The selection, and of what it may describe what has been made."""
-  mixture = "log_likelihood" in chains.named(arm.sampler).needs
+  mixture = "log_likelihood" in chains.find_sampler(arm.sampler).needs
   embedded = ("", "embed") in job.records
   return ["select", *["embed"] * embedded, *["mixture"] * mixture]
 
@@ -45,7 +45,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   """Describes a finished selection; nothing that is trained depends on it."""
   # Not where another arm fitted one, or asked for a column: what comes and goes
   # with other arms must not change this arm's page.
-  sampler, known = chains.named(arm.sampler), columns_lib.known(job.c)
+  sampler, known = chains.find_sampler(arm.sampler), columns_lib.known(job.c)
   fitted, made = "log_likelihood" in sampler.needs, ("", "embed") in job.records
   read = {"", *["embed"] * made, *columns_lib.stages(job.c, job.kind, sampler)}
   files = ["selection.json", "selection.html", "reasons.parquet"]
@@ -59,7 +59,7 @@ def make_selection_report(job: Job, arm: Arm, folder: Any) -> Made:
   mixture = None
   if fitted:
     columns["log_likelihood"] = fit_mixture.likelihoods(job)[0]
-    mixture = mixtures.load(job.shared / "mixture" / "mixture.npz")
+    mixture = mixtures.load_mixture(job.shared / "mixture" / "mixture.npz")
   pool = Pool(np.array(job.column("pool", "id")), columns)
   kept = selected_rows(job, arm)
   score = np.array(tables.read_column(folder / "scores.parquet", "score"))

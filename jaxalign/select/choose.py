@@ -49,7 +49,7 @@ def estimate(
   Raises:
     ConfigError: a keyword that cannot be counted with, a word for a number.
   """
-  c, sampler = job.c, chains.named(arm.sampler)
+  c, sampler = job.c, chains.find_sampler(arm.sampler)
   try:
     found = costs.estimate(
       sampler,
@@ -124,7 +124,7 @@ def chosen_arm(job: Job, arm: Arm) -> Arm:
 
 def select_needs(job: Job, arm: Arm) -> list:
   """The stages that an arm's sampler reads, and another arm's selection."""
-  sampler = chains.named(arm.sampler)
+  sampler = chains.find_sampler(arm.sampler)
   return [
     "data",
     *columns_lib.stages(job.c, job.kind, sampler),
@@ -135,7 +135,7 @@ def select_needs(job: Job, arm: Arm) -> list:
 
 def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
   """What the kept rows depend on, beside the columns that are read."""
-  kwargs = _kwargs(job.c, arm, chains.named(arm.sampler))
+  kwargs = _kwargs(job.c, arm, chains.find_sampler(arm.sampler))
   fields = dict(sampler=arm.sampler, budget=arm.budget, seed=arm.seed)
   fields |= dict(batch_size=job.c.train.batch_size, **kwargs)
   return fields | source_digests(arm.sampler)
@@ -143,7 +143,7 @@ def select_fields(job: Job, arm: Arm) -> dict[str, Any]:
 
 def make_selection(job: Job, arm: Arm, folder: Any) -> Made:
   """Scores the pool and keeps the budget."""
-  c, sampler = job.c, chains.named(arm.sampler)
+  c, sampler = job.c, chains.find_sampler(arm.sampler)
   ids = np.array(job.column("pool", "id"))
   columns, n = columns_lib.gather(job, sampler), len(ids)
   if "subset" in sampler.needs:

@@ -220,7 +220,7 @@ def check_records(job: Job, name: str) -> None:
   Raises:
     DataError: no record has a field; nothing has been embedded for it yet.
   """
-  sampler = chains.named(name)
+  sampler = chains.find_sampler(name)
   read = {
     *sampler.needs,
     *(named(job.c, sampler) if name == job.c.select.sampler else ()),

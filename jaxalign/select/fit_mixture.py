@@ -62,13 +62,13 @@ def make_mixture(job: Job, arm: None, folder: Any) -> Made:
   ) as tick:
     knobs = dict(labels=given, progress=tick)
     fitted = [
-      mixture.fit(job.mesh, x, options, seed=s, space=space, **knobs)
+      mixture.fit_mixture(job.mesh, x, options, seed=s, space=space, **knobs)
       for s in seeds
     ]
     halves = mixture_checks.held_out(job.mesh, x, options, responses=r, **knobs)
   matches = mixture_checks.component_labels(fitted[0], x, labels)
   if jax.process_index() == 0:
-    mixture.save(fitted[0], folder / "mixture.npz")
+    mixture.save_mixture(fitted[0], folder / "mixture.npz")
     scores = [mixture.log_likelihood(f, flat).reshape(n, r) for f in fitted]
     disk.write_array(folder / "log_likelihood.npy", np.stack(scores))
     disk.write_json(
@@ -116,7 +116,7 @@ def _flops(
     sum(len(f.trace) for f in fitted) + len(fitted[0].trace) // 2
   )
   components, directions = fitted[0].means.shape
-  return 2 * n * width**2 + sweeps * em.flops(
+  return 2 * n * width**2 + sweeps * em.em_flops(
     n, directions, components, options.covariance
   )
 

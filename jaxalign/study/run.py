@@ -172,7 +172,7 @@ def _spent(job: Job, stage: str, arm: str = "") -> int:
 
 def _arm_costs(job: Job, arm: Arm) -> dict[str, int]:
   """Operations of one arm on its own."""
-  sampler = chains.named(arm.sampler)
+  sampler = chains.find_sampler(arm.sampler)
   align = job.records.get((arm.name, "align"))
   read = columns.before(
     job.c,

@@ -7,10 +7,19 @@ import numpy as np
 
 from jaxalign.core.errors import ConfigError, NumericError
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.topk import top
+from jaxalign.select.topk import few_ids, top
 
 DIRECTIONS = ("top", "middle", "low")
-SIDES = ("chosen", "rejected", "mean", "sum", "min", "max", "difference")
+_SIDES = {
+  "chosen": lambda chosen, rejected: chosen,
+  "rejected": lambda chosen, rejected: rejected,
+  "mean": lambda chosen, rejected: (chosen + rejected) / 2,
+  "sum": np.add,
+  "min": np.minimum,
+  "max": np.maximum,
+  "difference": np.subtract,
+}
+SIDES = tuple(_SIDES)
 
 
 def require(
@@ -46,28 +55,36 @@ def is_count(value: Any, least: int = 1) -> bool:
 def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
   """Raises NumericError that names the ids of `bad` [N] rows, if any."""
   if bad.any():
-    named = ", ".join(str(i) for i in ids[bad][:5])
-    more = ", ..." if bad.sum() > 5 else ""
     raise NumericError(
-      f"{int(bad.sum())} of {len(ids)} rows have {what} (ids {named}{more}); "
-      f"{advice}"
+      f"{int(bad.sum())} of {len(ids)} rows have {what} "
+      f"(ids {few_ids(ids[bad])}); {advice}"
     )
+
+
+def check_finite(value: np.ndarray, ids: np.ndarray, what: str) -> None:
+  """Refuses, by id, rows [N, ...] with a NaN or an infinity; holds a few."""
+  if value.dtype.kind in "biu":
+    return
+  bad = np.zeros(len(value), bool)
+  for at in range(0, len(value), 1 << 16):
+    part = np.isfinite(value[at : at + (1 << 16)])
+    bad[at : at + (1 << 16)] = ~part.reshape(len(part), -1).all(axis=1)
+  advice = f"wanted numbers, look at what made the pool's {what}"
+  refuse_rows(bad, ids, f"a {what} that is not finite", advice)
 
 
 def finite(value: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
   """[N, ...] as float64; a row with a NaN or an infinity is refused by id."""
   value = np.asarray(value, np.float64)
-  bad = ~np.isfinite(value).reshape(len(value), -1).all(axis=1)
-  advice = f"wanted numbers, look at what made the pool's {what}"
-  refuse_rows(bad, ids, f"a {what} that is not finite", advice)
+  check_finite(value, ids, what)
   return value
 
 
 def column(pool: Pool, name: str, *, pairs: bool = False) -> np.ndarray:
-  """[N, R] float64 of a column with a number for each response, finite.
+  """[N, R] float64, finite, of a column that is [N, R] or [N].
 
   Args:
-    pool: has the column, [N, R], or [N] for one response a row.
+    pool: has the column.
     name: of the column.
     pairs: refuses a pool of single responses.
   """
@@ -87,12 +104,11 @@ def column(pool: Pool, name: str, *, pairs: bool = False) -> np.ndarray:
 def one_side(
   value: np.ndarray, side: str, name: str = "side", knob: str = "kwargs."
 ) -> np.ndarray:
-  """[N, R] numbers of the responses -> [N]; a single one stands for itself.
+  """[N, R, ...] of the responses -> [N, ...]; a single one stands for itself.
 
   Args:
     value: R is 2 for pairs (chosen, rejected) and 1 for unpaired rows.
-    side: one of SIDES; "difference" is chosen minus rejected. Of an unpaired
-      row all others are the one response.
+    side: one of SIDES; "difference" is chosen minus rejected, of pairs only.
     name, knob: of the keyword, see `require`.
   """
   require(side in SIDES, name, side, SIDES, knob)
@@ -103,21 +119,7 @@ def one_side(
       f"{side!r} reads pairs, the pool has {value.shape[1]} responses per "
       f"row; set config.select.{knob}{name}"
     )
-  chosen, rejected = value[:, 0], value[:, 1]
-  return {
-    "chosen": lambda: chosen,
-    "rejected": lambda: rejected,
-    "mean": lambda: (chosen + rejected) / 2,
-    "sum": lambda: chosen + rejected,
-    "min": lambda: np.minimum(chosen, rejected),
-    "max": lambda: np.maximum(chosen, rejected),
-    "difference": lambda: chosen - rejected,
-  }[side]()
-
-
-def quantiles(value: np.ndarray) -> np.ndarray:
-  """[N] -> [N] ranks from 0.5/N to 1 - 0.5/N; equal values share their mean."""
-  return _twice_ranks(value) / (2 * len(value))
+  return _SIDES[side](value[:, 0], value[:, 1])
 
 
 def _twice_ranks(value: np.ndarray) -> np.ndarray:
@@ -126,15 +128,19 @@ def _twice_ranks(value: np.ndarray) -> np.ndarray:
   return (2 * np.cumsum(counts) - counts)[inverse]
 
 
+def quantiles(value: np.ndarray) -> np.ndarray:
+  """[N] -> [N] ranks from 0.5/N to 1 - 0.5/N; equal values share their mean."""
+  return _twice_ranks(value) / (2 * len(value))
+
+
 def directed(value: np.ndarray, direction: str) -> np.ndarray:
   """[N] values -> [N] scores, higher is selected first.
 
   Args:
     value: [N] float64, finite.
     direction: "top" (the value itself), "low" (its negative), or "middle":
-      minus how far its rank is from the median's, as a fraction of N, so that
-      a budget of M takes the M middle ranks. Ranks are whole numbers: rows
-      equally far below and above the median score exactly alike.
+      minus the distance of its rank from the median's, as a fraction of N.
+      Rows equally far below and above the median score exactly alike.
   """
   require(direction in DIRECTIONS, "direction", direction, DIRECTIONS)
   if direction == "middle":

@@ -1,25 +1,13 @@
-"""The vector of each row that a geometric sampler compares, on the devices."""
+"""The vector of each row that a geometric sampler compares."""
 
-from collections.abc import Callable
-import functools
-from typing import Any, NamedTuple
-
-import jax
 import numpy as np
 
-from jaxalign.core import devices, sharding
+from jaxalign.core import devices
 from jaxalign.core.errors import ConfigError
-from jaxalign.select.chunks import (
-  by_parts,
-  chunk_rows,
-  less,
-  over_chunks,
-  padded_chunks,
-  tiles,
-)
+from jaxalign.select.chunks import less, on_host, own_mesh
 from jaxalign.select.costs import Sizes
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers.values import refuse_rows, require
+from jaxalign.select.samplers.values import one_side, refuse_rows, require
 
 PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
 METRICS = ("cosine", "centred", "euclidean")
@@ -28,11 +16,11 @@ HOURS = 24.0  # at the assumed rate, above which a method does not start
 _LOOK = "look at the embedding of those records"
 
 
-def refuse_above(found: float, limit: float, what: str, advice: str) -> None:
+def refuse_above(value: float, limit: float, what: str, advice: str) -> None:
   """Stops a method that cannot scale before it starts, with the number."""
-  if found > limit:
+  if value > limit:
     raise ConfigError(
-      f"{what}, {found:.3g}, is above the {limit:.3g} that this form is made "
+      f"{what}, {value:.3g}, is above the {limit:.3g} that this form is made "
       f"for; {advice}"
     )
 
@@ -94,29 +82,17 @@ def vectors(
     )
   bad = ~np.isfinite(x).all(axis=(1, 2))
   refuse_rows(bad, pool.ids, "an embedding that is not finite", _LOOK)
-  if x.shape[1] == 1:
-    if pair == "difference":
-      raise ConfigError(
-        "pair 'difference' reads pairs, the pool has single responses; set "
-        "config.select.kwargs.pair"
-      )
-    x = x[:, 0]
+  if pair == "concat":
+    x = x.reshape(len(x), -1)
   else:
-    chosen, rejected = x[:, 0], x[:, 1]
-    x = {
-      "mean": lambda: (chosen + rejected) / 2,
-      "chosen": lambda: chosen,
-      "rejected": lambda: rejected,
-      "difference": lambda: chosen - rejected,
-      "concat": lambda: np.concatenate([chosen, rejected], axis=1),
-    }[pair]()
+    x = one_side(x, pair, "pair")
   if metric == "centred":
     x = less(x, x.mean(axis=0, dtype=np.float64))
   if metric != "euclidean":
     norm = lengths(x)
     advice = f"set config.select.kwargs.metric to 'euclidean', or {_LOOK}"
     refuse_rows(norm <= 1e-30, pool.ids, "a vector of length 0", advice)
-    x = by_parts(lambda part, size: part / size[:, None], x, norm)
+    x = on_host(lambda rows, norm: rows / norm[:, None], x, norm)
   return np.ascontiguousarray(x)
 
 
@@ -129,60 +105,3 @@ def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:
 def lengths(x: np.ndarray) -> np.ndarray:
   """[N, W] -> [N] float64 Euclidean lengths."""
   return np.sqrt(np.einsum("nw,nw->n", x, x, dtype=np.float64))
-
-
-class Placed(NamedTuple):
-  """Rows in the fixed chunks of `chunks.py`, over this process's devices."""
-
-  mesh: jax.sharding.Mesh
-  tiles: tuple[jax.Array, ...]  # each [chunks, rows, ...] float32
-  n: int
-
-
-def own_mesh() -> jax.sharding.Mesh:
-  """The current mesh; where others share it, one of this process's devices.
-
-  A sampler runs in the one process that reads the pool's texts.
-  """
-  mesh = jax.sharding.get_mesh()
-  if not mesh.empty and not mesh.is_multi_process:
-    return mesh
-  return sharding.make_mesh(dict(fsdp=-1, tensor=1), jax.local_devices())
-
-
-def place(*columns: np.ndarray) -> Placed:
-  """Puts [N, ...] arrays on the devices, cut alike; zeros after row N."""
-  mesh, n = own_mesh(), len(columns[0])
-  layout = padded_chunks(mesh), chunk_rows(n)
-  put = []
-  for column in columns:
-    laid = tiles(column, *layout)
-    put.append(sharding.put(mesh, laid, "pool", *[None] * (laid.ndim - 1)))
-  return Placed(mesh, tuple(put), n)
-
-
-@functools.lru_cache(maxsize=32)
-def _program(mesh: jax.sharding.Mesh, fn: Callable, params: int) -> Callable:
-  return over_chunks(mesh, fn, params)
-
-
-def by_chunk(fn: Callable, placed: Placed, *params: Any) -> np.ndarray:
-  """fn(*params, *tiles of a chunk) for every chunk -> [chunks, ...] host array.
-
-  The bits do not depend on how many devices there are; see `chunks.py`.
-
-  Args:
-    fn: a function of a module (it is compiled once for each of them).
-    placed: the rows.
-    *params: float32 arrays that every chunk sees whole.
-  """
-  params = tuple(np.asarray(p, np.float32) for p in params)
-  with jax.set_mesh(placed.mesh):
-    run = _program(placed.mesh, fn, len(params))
-    return sharding.fetch(run(params, placed.tiles))
-
-
-def by_row(fn: Callable, placed: Placed, *params: Any) -> np.ndarray:
-  """As `by_chunk`, for a function of rows to rows: [N, ...]."""
-  out = by_chunk(fn, placed, *params)
-  return out.reshape(-1, *out.shape[2:])[: placed.n]

@@ -15,9 +15,8 @@ import numpy as np
 import scipy.linalg
 from scipy.special import expit
 
-from jaxalign.select import exact
+from jaxalign.select import chunks, exact
 from jaxalign.select.costs import Work
-from jaxalign.select.samplers import vectors
 from jaxalign.select.topk import uniform
 
 COLUMNS = 256  # of one head; wider features are rotated and cut to these
@@ -63,7 +62,7 @@ def principal(
   elif width <= columns:
     gram = x.T.astype(np.float64) @ x / n
   else:
-    mesh = vectors.own_mesh()
+    mesh = chunks.own_mesh()
     with jax.set_mesh(mesh):
       gram = exact.gram_of(mesh, x) / n
   if not len(gram):
@@ -81,8 +80,8 @@ def principal(
     return vector * (sign * np.sqrt(n * value)), value
   if width <= columns:
     return x.astype(np.float64) @ vector, value
-  placed = vectors.place(x)
-  return np.float64(vectors.by_row(_rotate_chunk, placed, vector)), value
+  placed = chunks.place(x)
+  return np.float64(chunks.by_row(_rotate_chunk, placed, vector)), value
 
 
 def principal_work(n: float, width: int, columns: int) -> Work:
@@ -92,7 +91,7 @@ def principal_work(n: float, width: int, columns: int) -> Work:
   if few or width <= columns:
     return Work(2 * n * width * ((n if few else width) + columns))
   upper = sum(
-    (end - start) * (width - start) for start, end in exact.panels(width)
+    (end - start) * (width - start) for start, end in exact.column_chunks(width)
   )
   flops = 2 * n * (upper + width * columns)
   return Work(devices=flops, device=4 * n * width + 8 * width**2)
