@@ -35,7 +35,7 @@ def test_a_real_model_says_the_published_tokens(shape, shared):
   mesh = make_mesh(fsdp, tensor)
   folder = shared / "models/stories260K"
   m = hf.read_config(folder, "float32", "none")
-  tok = tokenizer.Tokenizer.load(folder)
+  tok = tokenizer.load_tokenizer(folder)
   wanted = (folder / "greedy_257_tokens.txt").read_text()
   with jax.set_mesh(mesh):
     params = hf.load_folder(folder, m, mesh)
@@ -253,7 +253,8 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
   rows = held_out.answer_rows(
     [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said
   )
-  wanted = passes.score_rows(alone, where, MODEL, rows, tile=4, chunk=64).logp
+  how = passes.PassOptions(4, 64)
+  wanted = passes.score_rows(alone, where, MODEL, rows, how).logp
   np.testing.assert_array_equal(got, wanted)
 
 

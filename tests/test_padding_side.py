@@ -105,7 +105,7 @@ def test_without_positions_left_padding_would_move_them():
 
 
 def test_scored_rows_do_not_see_their_neighbours():
-  """`embed.score_rows` buckets and tiles; a row's number stays its own."""
+  """`passes.score_rows` buckets and tiles; a row's number stays its own."""
   want = by_hand(rows())
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
@@ -114,12 +114,7 @@ def test_scored_rows_do_not_see_their_neighbours():
       for name, w in params().items()
     }
     for part in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
-      got = passes.score_rows(
-        mesh,
-        placed,
-        MODEL,
-        token_rows([rows()[i] for i in part]),
-        tile=2,
-        chunk=7,
-      ).logp
+      some = token_rows([rows()[i] for i in part])
+      how = passes.PassOptions(2, 7)
+      got = passes.score_rows(mesh, placed, MODEL, some, how).logp
       np.testing.assert_allclose(got, want[part], rtol=0, atol=2e-5)

@@ -182,7 +182,7 @@ class Checkpoints:
         )
       except ValueError:
         good = False
-    return processes.agree("done" if good else "harmed") == "done"
+    return processes.from_first(lambda: "good" if good else "") == "good"
 
   def latest(self) -> int | None:
     """The newest step that is whole; harmed ones are named and removed."""

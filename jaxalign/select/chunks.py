@@ -7,16 +7,19 @@ float64, on the host.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxalign.core import sharding
+from jaxalign.embed.store import scratch
 
 CHUNKS = 64  # of rows; fixed, so that no sum depends on the device count
 MULTIPLE = 32  # of the rows of a chunk
 HOST_ROWS = 4096  # of a chunk on the host
+LARGE = 1 << 28  # bytes of an array, above which it lies in a file
 
 
 class Placed(NamedTuple):
@@ -100,12 +103,21 @@ def ordered_sum(chunks: np.ndarray) -> np.ndarray:
   return total
 
 
-def on_host(fn: Callable, *columns: np.ndarray) -> np.ndarray:
+def large_empty(shape: tuple[int, ...]) -> np.ndarray:
+  """Float32 to be filled; above LARGE bytes it lies in a file."""
+  large = 4 * math.prod(shape) > LARGE
+  return scratch(shape) if large else np.empty(shape, np.float32)
+
+
+def on_host(
+  fn: Callable, *columns: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
   """fn of some rows of [N, ...] arrays at a time -> [N, W] float32.
 
-  What is made in float64 on the way is never held for all rows.
+  What is made in float64 on the way is never held for all rows. `out` may be
+  one of the columns; without it, it is as the first of them.
   """
-  out = np.empty(columns[0].shape, np.float32)
+  out = np.empty(columns[0].shape, np.float32) if out is None else out
   for start in range(0, len(out), HOST_ROWS):
     rows = slice(start, start + HOST_ROWS)
     out[rows] = fn(*(c[rows] for c in columns))

@@ -22,6 +22,7 @@ from jaxalign.select.samplers.vectors import refuse_long, width_of
 from jaxalign.select.topk import id_hash, uniform
 
 _WIDE = 128  # centres compared with the rows at once
+_ASSIGNED = 1 << 17  # rows that lie on the devices at once
 _STEPS = 10  # of Lloyd
 SMALL = 2048  # rows of a cluster that is never too large
 BLOCKS = (
@@ -98,7 +99,9 @@ def k_means(
     if last is not None and (last == labels).all():
       break
     centres = _means(sample, labels, centres)
-  return assign(place(x), centres), centres
+  chunks = [x[at : at + _ASSIGNED] for at in range(0, n, _ASSIGNED)]
+  labels = [assign(place(chunk), centres) for chunk in chunks]
+  return np.concatenate(labels), centres
 
 
 def k_means_work(p: Sizes, k: int, width: int) -> Work:

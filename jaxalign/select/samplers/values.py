@@ -61,16 +61,21 @@ def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
     )
 
 
-def check_finite(value: np.ndarray, ids: np.ndarray, what: str) -> None:
-  """Refuses, by id, rows [N, ...] with a NaN or an infinity; holds a few."""
-  if value.dtype.kind in "biu":
-    return
+def not_finite(value: np.ndarray) -> np.ndarray:
+  """[N] bool, which rows [N, ...] have a NaN or an infinity."""
   bad = np.zeros(len(value), bool)
-  for at in range(0, len(value), 1 << 16):
-    part = np.isfinite(value[at : at + (1 << 16)])
-    bad[at : at + (1 << 16)] = ~part.reshape(len(part), -1).all(axis=1)
+  if value.dtype.kind not in "biu":
+    for start in range(0, len(value), 1 << 16):
+      rows = slice(start, start + (1 << 16))
+      good = np.isfinite(value[rows])
+      bad[rows] = ~good.reshape(len(good), -1).all(axis=1)
+  return bad
+
+
+def check_finite(value: np.ndarray, ids: np.ndarray, what: str) -> None:
+  """Refuses, by id, rows [N, ...] with a NaN or an infinity."""
   advice = f"wanted numbers, look at what made the pool's {what}"
-  refuse_rows(bad, ids, f"a {what} that is not finite", advice)
+  refuse_rows(not_finite(value), ids, f"a {what} that is not finite", advice)
 
 
 def finite(value: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:

@@ -4,10 +4,15 @@ import numpy as np
 
 from jaxalign.core import devices
 from jaxalign.core.errors import ConfigError
-from jaxalign.select.chunks import less, on_host, own_mesh
+from jaxalign.select.chunks import large_empty, on_host, own_mesh
 from jaxalign.select.costs import Sizes
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers.values import one_side, refuse_rows, require
+from jaxalign.select.samplers.values import (
+  not_finite,
+  one_side,
+  refuse_rows,
+  require,
+)
 
 PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
 METRICS = ("cosine", "centred", "euclidean")
@@ -72,7 +77,7 @@ def vectors(
   """
   require(pair in PAIRS, "pair", pair, PAIRS)
   require(metric in METRICS, "metric", metric, METRICS)
-  x = np.asarray(pool.embedding, np.float32)
+  x = pool.embedding
   if x.ndim == 2:
     x = x[:, None]
   if x.ndim != 3:
@@ -80,20 +85,26 @@ def vectors(
       f"the embedding has shape {x.shape}, wanted [N, R, E]; look at "
       "config.embed"
     )
-  bad = ~np.isfinite(x).all(axis=(1, 2))
-  refuse_rows(bad, pool.ids, "an embedding that is not finite", _LOOK)
-  if pair == "concat":
-    x = x.reshape(len(x), -1)
-  else:
-    x = one_side(x, pair, "pair")
+  refuse_rows(not_finite(x), pool.ids, "an embedding that is not finite", _LOOK)
+
+  def one_vector(rows):
+    rows = np.float32(rows)
+    if pair == "concat":
+      return rows.reshape(len(rows), -1)
+    return one_side(rows, pair, "pair")
+
+  n, r, width = x.shape
+  out = large_empty((n, width * (r if pair == "concat" else 1)))
+  on_host(one_vector, x, out=out)
   if metric == "centred":
-    x = less(x, x.mean(axis=0, dtype=np.float64))
+    mean = out.mean(axis=0, dtype=np.float64)
+    on_host(lambda rows: rows - mean[None], out, out=out)
   if metric != "euclidean":
-    norm = lengths(x)
+    norm = lengths(out)
     advice = f"set config.select.kwargs.metric to 'euclidean', or {_LOOK}"
     refuse_rows(norm <= 1e-30, pool.ids, "a vector of length 0", advice)
-    x = on_host(lambda rows, norm: rows / norm[:, None], x, norm)
-  return np.ascontiguousarray(x)
+    on_host(lambda rows, norm: rows / norm[:, None], out, norm, out=out)
+  return out
 
 
 def directions(pool: Pool, pair: str, metric: str) -> np.ndarray:
