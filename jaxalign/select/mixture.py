@@ -22,7 +22,7 @@ import numpy as np
 from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError, CorruptError, NumericError
 from jaxalign.select import em
-from jaxalign.select.em import COVARIANCES, Gaussians, KNOB
+from jaxalign.select.em import Gaussians, KNOB
 from jaxalign.select.whiten import (
   centred,
   LABELS,
@@ -168,62 +168,23 @@ def _converged(trace: list[float], options: MixtureOptions) -> bool:
   return len(trace) > 1 and trace[-1] - trace[-2] < options.tol
 
 
-def _check_options(o: MixtureOptions, labels: np.ndarray | None) -> None:
-  """Raises ConfigError for the first option that cannot work."""
-  closed = o.components == LABELS
-  whole = not isinstance(o.components, (bool, str))
-  for holds, message in (
-    (
-      o.covariance in COVARIANCES,
-      f"covariance {o.covariance!r} is unknown, wanted one of "
-      f"{', '.join(COVARIANCES)}; set {KNOB}.covariance",
-    ),
-    (
-      o.starts >= 1 and o.max_iterations >= 1 and 0 <= o.ridge < np.inf,
-      f"starts={o.starts}, max_iterations={o.max_iterations}, "
-      f"ridge={o.ridge}; wanted 1 or more, 1 or more, 0 or more; set {KNOB}",
-    ),
-    (
-      not closed or labels is not None,
+def _labels_of(options: MixtureOptions, labels: Any) -> np.ndarray:
+  """[n] int64 labels that the components can be fitted to."""
+  if labels is None:
+    raise ConfigError(
       "components='labels' needs the label of every row; "
-      f"pass labels or set {KNOB}.components to a number",
-    ),
-    (
-      closed or (whole and o.components >= 1),
-      f"components is {o.components!r}, wanted 1 or more or 'labels'; "
-      f"set {KNOB}.components",
-    ),
-  ):
-    if not holds:
-      raise ConfigError(message)
-
-
-def _checked_labels(
-  labels: np.ndarray, n: int, components: int | str
-) -> tuple[np.ndarray, int]:
-  """[n] int64 labels and the number of components they are read as."""
-  labels, closed = np.asarray(labels), components == LABELS
-  holds = labels.shape == (n,) and labels.dtype.kind in "biu"
-  if holds:
-    holds = (labels >= 0).all() and (closed or (labels < components).all())
-  if not holds:
-    wanted = LABELS if closed else f"0 to {components} - 1"
-    raise ConfigError(
-      f"labels have shape {labels.shape} and type {labels.dtype}, wanted "
-      f"[{n}] ints from 0 ({wanted}); set {KNOB}.components"
+      f"pass labels or set {KNOB}.components to a number"
     )
-  labels = labels.astype(np.int64)
-  if not closed:
-    return labels, components
+  labels = np.asarray(labels).astype(np.int64)
   count = np.bincount(labels)
-  if len(count) < 2 or count.min() < 2:
-    named = ", ".join(f"{c} of label {i}" for i, c in enumerate(count))
+  if options.components == LABELS and (len(count) < 2 or count.min() < 2):
+    each = ", ".join(f"{c} of label {i}" for i, c in enumerate(count))
     raise ConfigError(
-      f"the rows have {named}; one Gaussian per label wants "
+      f"the rows have {each}; one Gaussian per label wants "
       "two labels or more and two rows of each; set "
       f"{KNOB}.components to a number"
     )
-  return labels, len(count)
+  return labels
 
 
 def fit_mixture(
@@ -246,8 +207,8 @@ def fit_mixture(
   Args:
     mesh: where the sums over rows are computed.
     x: [n, E] float32, finite; in id order (both sides of a pair are rows).
-    options: with components="labels" there is no EM, but a closed form:
-      `starts`, `tol` and `max_iterations` are not read.
+    options: checked by the command; with components="labels" there is no EM,
+      but a closed form: `starts`, `tol` and `max_iterations` are not read.
     seed: any int.
     labels: [n] ints from 0. With a number of components: one start, from this
       partition of the rows.
@@ -260,14 +221,15 @@ def fit_mixture(
   Raises:
     NumericError: rows that are not finite, no variance, a likelihood that is
       not finite or falls.
-    ConfigError: a bad option, too few rows, one label only, or no start kept
-      all components.
+    ConfigError: too few rows, one label only, or no start kept all components.
   """
-  _check_options(options, labels)
-  if labels is not None:
-    labels, count = _checked_labels(labels, len(x), options.components)
-    closed = dict(max_iterations=1) if options.components == LABELS else {}
-    options = options._replace(components=count, starts=1, **closed)
+  closed = options.components == LABELS
+  if closed or labels is not None:
+    labels = _labels_of(options, labels)
+    options = options._replace(starts=1)
+  if closed:
+    count = int(labels.max()) + 1
+    options = options._replace(components=count, max_iterations=1)
   space = space or whiten(mesh, x, options)
   sweep = em.sweep_of(mesh, space.z, options.ridge, options.covariance)
   best, bounds, reasons = None, [], []

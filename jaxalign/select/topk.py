@@ -14,6 +14,15 @@ def few_ids(ids: Any) -> str:
   return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
 
 
+def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
+  """Raises NumericError that names the ids of `bad` [N] rows, if any."""
+  if bad.any():
+    raise NumericError(
+      f"{int(bad.sum())} of {len(ids)} rows have {what} "
+      f"(ids {few_ids(ids[bad])}); {advice}"
+    )
+
+
 def id_hash(ids: np.ndarray, salt: str = "") -> np.ndarray:
   """[n] ids -> [n] uint64, blake2b of the id; the salt makes another stream.
 
@@ -97,13 +106,8 @@ def top(score: np.ndarray, ids: np.ndarray, m: int) -> np.ndarray:
     NumericError: a score is NaN; the message names the ids.
   """
   score = np.asarray(score, np.float64)
-  bad = np.isnan(score)
-  if bad.any():
-    raise NumericError(
-      f"{bad.sum()} of {score.size} rows have a NaN score "
-      f"(ids {few_ids(ids[bad])}); wanted finite numbers, look at the "
-      "embedding of those records"
-    )
+  advice = "wanted finite numbers, look at the embedding of those records"
+  refuse_rows(np.isnan(score), ids, "a NaN score", advice)
   if not 0 <= m <= score.size:
     raise ConfigError(
       f"cannot take the best {m} of {score.size} rows; set config.select.budget"

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.core.errors import ConfigError, NumericError
+from jaxalign.core.errors import ConfigError
 from jaxalign.select.pool import Pool, Selection
-from jaxalign.select.topk import few_ids, top
+from jaxalign.select.topk import refuse_rows, top
 
 DIRECTIONS = ("top", "middle", "low")
 _SIDES = {
@@ -50,15 +50,6 @@ def is_count(value: Any, least: int = 1) -> bool:
   if isinstance(value, (bool, str)):
     return False
   return int(value) == value and value >= least
-
-
-def refuse_rows(bad: np.ndarray, ids: np.ndarray, what: str, advice: str):
-  """Raises NumericError that names the ids of `bad` [N] rows, if any."""
-  if bad.any():
-    raise NumericError(
-      f"{int(bad.sum())} of {len(ids)} rows have {what} "
-      f"(ids {few_ids(ids[bad])}); {advice}"
-    )
 
 
 def not_finite(value: np.ndarray) -> np.ndarray:

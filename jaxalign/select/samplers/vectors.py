@@ -7,12 +7,8 @@ from jaxalign.core.errors import ConfigError
 from jaxalign.select.chunks import large_empty, on_host, own_mesh
 from jaxalign.select.costs import Sizes
 from jaxalign.select.pool import Pool
-from jaxalign.select.samplers.values import (
-  not_finite,
-  one_side,
-  refuse_rows,
-  require,
-)
+from jaxalign.select.samplers.values import not_finite, one_side, require
+from jaxalign.select.topk import refuse_rows
 
 PAIRS = ("mean", "chosen", "rejected", "difference", "concat")
 METRICS = ("cosine", "centred", "euclidean")
