@@ -122,13 +122,7 @@ def _first(space, labels, options, rng) -> Gaussians:
   return g
 
 
-def _run(
-  sweep: Callable,
-  g: Gaussians,
-  z: np.ndarray,
-  options: MixtureOptions,
-  rng: np.random.Generator,
-) -> tuple[Gaussians, list[float]]:
+def _run(sweep, g, z, options, rng) -> tuple[Gaussians, list[float]]:
   """EM from the parameters g on whitened rows [n, P] -> (g, its trace)."""
   width = z.shape[1]
   # Fewer rows would leave a bound that is high for the ridge's sake only.
@@ -263,12 +257,7 @@ def fit_mixture(
   return Mixture(*space[:3], *g, *curves, space.explained, warnings)
 
 
-def _warnings(
-  g: Gaussians,
-  trace: list[float],
-  shape: tuple[int, int],
-  options: MixtureOptions,
-) -> list[str]:
+def _warnings(g, trace, shape, options) -> list[str]:
   """What to look at in a fit to rows of this shape."""
   (n, width), out = shape, []
   if n < 40 * width:

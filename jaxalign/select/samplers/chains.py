@@ -63,21 +63,9 @@ def _total_cost(*samplers: Sampler, step: Callable | None = None):
   return cost
 
 
-def _wrap(
-  inner: Sampler,
-  fn: Callable,
-  *columns: str,
-  cost: Callable = of_scores,
-  copies_rows: bool = True,
-) -> Sampler:
-  """fn(inner with its keywords, seed, pool, budget) as a sampler.
-
-  Args:
-    inner, fn: see above.
-    *columns: that fn reads.
-    cost: of fn.
-    copies_rows: whether the inner one gets a copy of some rows.
-  """
+def _wrap(inner, fn, *columns, cost=of_scores, copies_rows=True) -> Sampler:
+  """fn(inner with its keywords, seed, pool, budget), which reads more columns,
+  as a sampler; the cost is of fn alone."""
 
   @functools.wraps(inner)
   def sampler(seed, pool, budget, **kwargs):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.select.chunks import by_row, less, place
+from jaxalign.select.chunks import by_row, less, padded, place
 from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Selection
 from jaxalign.select.samplers.density import (
@@ -50,12 +50,6 @@ def _on_host() -> bool:
   return jax.default_backend() == "cpu"
 
 
-def _padded(x: np.ndarray) -> np.ndarray:
-  """Repeats the last row up to a power of two, so that few shapes compile."""
-  size = max(8, 1 << (len(x) - 1).bit_length())
-  return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
-
-
 class _Distances:
   """Smallest squared distance to the chosen rows: near, and exact on demand."""
 
@@ -82,7 +76,7 @@ class _Distances:
     for start in range(self.known, self.count, 256):
       new = slice(start, min(start + 256, self.count))
       centres, squares = self.centres[new], self.square[self.rows[new]]
-      near = by_row(_nearest, self.placed, _padded(centres), _padded(squares))
+      near = by_row(_nearest, self.placed, padded(centres), padded(squares))
       np.minimum(self.guess, near, out=self.guess)
     self.known = self.count
 
@@ -231,7 +225,7 @@ def herd(x: np.ndarray, ids: np.ndarray, budget: int) -> np.ndarray:
     """[N, P] float32 of all rows with each w [P, W]."""
     if placed is None:
       return x @ np.float32(w).T
-    return by_row(_products, placed, _padded(w))
+    return by_row(_products, placed, padded(w))
 
   open_, chosen, ahead, w = np.ones(n, bool), [], 8, mean.copy()
   standing = products(w[None])[:, 0]

@@ -138,12 +138,8 @@ def split_large(labels: np.ndarray, ids: np.ndarray, most: int) -> np.ndarray:
 
 
 def refuse_long_picks(what: str, width: int, host: bool) -> Callable:
-  """The check of a method that compares all rows with every pick.
-
-  Args:
-    what, host: see `vectors.refuse_long`.
-    width: W of the rows.
-  """
+  """The check, for `run_greedy`, of a method that compares all rows [N, width]
+  with every pick; see `vectors.refuse_long`."""
   return lambda n, m: refuse_long(
     2.0 * np.sum(np.float64(n) * m) * width, what, BLOCKS, host=host
   )

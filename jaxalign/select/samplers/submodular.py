@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.select.chunks import by_chunk, by_row, ordered_sum, place
+from jaxalign.select.chunks import by_chunk, by_row, ordered_sum, padded, place
 from jaxalign.select.costs import ID_BYTES, Sizes, Work
 from jaxalign.select.pool import needs, Selection
 from jaxalign.select.samplers.density import bandwidth_bytes, check_bandwidth
@@ -126,7 +126,7 @@ def _gains(rows, x, covered, real):
 
 
 def _covers(rows, x):
-  """[r] similarity to one row, given eight times."""
+  """[r] similarity to the first row."""
   return _similar(rows, x)[:, 0]
 
 
@@ -159,19 +159,17 @@ def stochastic_greedy(
       turn += 1
     some, order = order[:few], order[few:]
     columns = (*alone.columns, *place(covered).columns, real)
-    gain = np.empty(len(some))
+    state, gain = alone._replace(columns=columns), np.empty(len(some))
     for start in range(0, len(some), _TOGETHER):
       rows = some[start : start + _TOGETHER]
-      size = max(8, 1 << (len(rows) - 1).bit_length())
-      state = alone._replace(columns=columns)
-      sums = by_chunk(_gains, state, x[np.resize(rows, size)])
+      sums = by_chunk(_gains, state, padded(x[rows]))
       gain[start : start + _TOGETHER] = ordered_sum(sums)[: len(rows)]
     best = pick(gain, some, ids, 1e-6 + 1e-7 * gain.max())
     row = int(some[best])
     chosen.append(row)
     gained.append(float(gain[best]))
     open_[row] = False
-    near = by_row(_covers, alone, x[np.resize(row, 8)])
+    near = by_row(_covers, alone, padded(x[[row]]))
     np.maximum(covered, near, out=covered)
   return np.array(chosen, np.int64), np.array(gained)
 
@@ -205,9 +203,9 @@ def facility_location(
   """Rows such that every row of the pool has one like it among them.
 
   Greedy maximum of sum_i max_{j chosen} s_ij with s = (1 + cosine) / 2, at
-  least 1 - 1/e of the best set. Exact for up to 20,000 rows: at most a few
-  times 2 N^2 W flops, and at most 512 MiB of similarities are kept.
-  Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W ln(1 / epsilon)
+  least 1 - 1/e of the best set. Exact for up to 20,000 rows: 2 N^2 W flops
+  where their similarities fit into 512 MiB (11,585 rows), above a few times
+  that. Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W ln(1 / epsilon)
   flops whatever the budget.
 
   Args:
