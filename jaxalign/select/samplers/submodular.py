@@ -205,8 +205,8 @@ def facility_location(
   Greedy maximum of sum_i max_{j chosen} s_ij with s = (1 + cosine) / 2, at
   least 1 - 1/e of the best set. Exact for up to 20,000 rows: 2 N^2 W flops
   where their similarities fit into 512 MiB (11,585 rows), above a few times
-  that. Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W ln(1 / epsilon)
-  flops whatever the budget.
+  that. Larger pools draw candidates (`stochastic_greedy`), 2 N^2 W
+  ln(1 / epsilon) flops whatever the budget.
 
   Args:
     seed: of the candidates and blocks; unused where exact.
