@@ -1,4 +1,4 @@
-"""What is checked of a mixture: unseen rows, the labels, its summary."""
+"""The checks of a mixture: unseen rows, the labels, its summary."""
 
 import json
 
