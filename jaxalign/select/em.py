@@ -279,8 +279,7 @@ def sweep_of(
   the mean bound per row, nats. The means of g are as `rounded` leaves them.
 
   Args:
-    mesh: where the sums are computed.
-    z: [n, P] whitened rows.
+    mesh, z: where the sums are computed, and of which rows.
     ridge: added to every variance.
     kind: one of COVARIANCES.
     share: lets two full, or all tied, components share products where that is
@@ -336,16 +335,8 @@ def m_step(
 def partition(
   z: np.ndarray, labels: np.ndarray, components: int, ridge: float, kind: str
 ) -> Gaussians | None:
-  """The maximum of the likelihood where each row's component is known, plus
-  the ridge; None where a component has no rows.
-
-  Args:
-    z: [n, P] whitened rows.
-    labels: [n] from 0 to K - 1.
-    components: K.
-    ridge: added to every variance.
-    kind: one of COVARIANCES.
-  """
+  """The maximum of the likelihood of whitened rows [n, P] whose component is
+  known, labels [n] from 0 to K - 1; None where a component has no rows."""
   width, diagonal = z.shape[1], kind == "diag"
   count = np.bincount(labels, minlength=components).astype(np.float64)
   if not count.all():

@@ -98,9 +98,8 @@ def program(mesh: jax.sharding.Mesh, fn: Callable) -> Callable:
   """Jits the sums of fn over all chunks.
 
   Args:
-    mesh: the mesh.
-    fn: `fn(params, chunk [rows, P], weight [rows])` -> (tree of float32 sums,
-      [rows / ROUND] values that are kept apart).
+    mesh, fn: `fn(params, chunk [rows, P], weight [rows])` -> (tree of float32
+      sums, [rows / ROUND] values that are kept apart).
 
   Returns:
     run(params, scales, chunks, weight) -> (the tree with a pair of whole
@@ -146,8 +145,7 @@ def exact_sums(
   """Runs `program` -> (float64 sums by name, the sum of the values apart).
 
   Args:
-    mesh: as of `rows`.
-    fn: as of `program`; its sums are a dict, a Gram the tuple of `gram`.
+    mesh, fn: as of `program`; the sums are a dict, a Gram the tuple of `gram`.
     rows: as of `place`.
     params: arrays, rounded to float32 and put on every device.
     bounds: by name, what no chunk's sum can exceed in size.
@@ -226,15 +224,8 @@ def gram_of_chunks(mesh: jax.sharding.Mesh, rows: RowChunks) -> np.ndarray:
 def gram_of(
   mesh: jax.sharding.Mesh, x: np.ndarray, mean: np.ndarray | None = None
 ) -> np.ndarray:
-  """Sum of outer products [E, E]: float32 chunks, exactly added.
-
-  Rows pass in waves, so the devices never hold more than a wave of them.
-
-  Args:
-    mesh: the mesh.
-    x: [n, E] float32.
-    mean: [E] float64 that rows are less by; None: nothing.
-  """
+  """Sum of outer products [E, E] of rows [n, E], less a mean [E]: float32
+  chunks, exactly added. The devices never hold more than a wave of rows."""
   total = np.zeros((x.shape[1],) * 2)
   for start in range(0, len(x), WAVE):
     rows = x[start : start + WAVE]

@@ -31,9 +31,8 @@ def held_out(
   mixture has memorised its rows and its likelihood tells little about them.
 
   Args:
-    mesh: as for `fit_mixture`.
+    mesh, options, labels, **kwargs: of `fit_mixture`.
     x: [n, E] rows, the `responses` of one record next to each other.
-    options: of `fit_mixture`, as `labels` and `kwargs` are.
     responses: R; all rows of a record go to the same half.
   """
   records = len(x) // responses
@@ -59,8 +58,7 @@ def component_labels(
   """How components match labels, such as chosen and rejected.
 
   Args:
-    mixture: of `fit_mixture`.
-    x: [n, E] rows.
+    mixture, x: the fit and [n, E] rows.
     labels: [n] any labels.
 
   Returns:

@@ -100,10 +100,8 @@ def nearest(read: Reader, queries: np.ndarray, targets: np.ndarray) -> Nearest:
   one with the lowest row number (the first id) is given.
 
   Args:
-    read: [n] row numbers -> [n, W] float32; called once for each query and
-      chunk of targets.
-    queries: [Q] row numbers.
-    targets: [T] row numbers.
+    read: [n] row numbers -> [n, W] float32; called once for each chunk.
+    queries, targets: [Q] and [T] row numbers.
   """
   queries = np.asarray(queries, np.int64)
   targets = np.asarray(targets, np.int64)

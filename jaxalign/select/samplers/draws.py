@@ -29,11 +29,8 @@ def random(seed, pool, budget):
 def groups_of(pool: Pool, by: tuple[str, ...], bins: int = 4) -> np.ndarray:
   """[N] int64, which combination of the named columns' values a row has.
 
-  Args:
-    pool: has the columns; a length is the mean over a row's responses.
-    by: column names.
-    bins: of equal number, into which "length" is cut; equal lengths stay
-      together.
+  "length" is the mean over a row's responses, cut into `bins` of equal number;
+  equal lengths stay together.
   """
   group = np.zeros(len(pool.ids), np.int64)
   for name in by:

@@ -77,7 +77,6 @@ def top_with_quota(
   Args:
     score: [N], higher is better.
     pool: `pool.label` [N] bool is read where a quota is set.
-    budget: M.
     quota: None; the fraction of desirable rows, 0 to 1; or "as_pool", the
       fraction they have in the pool. The count is rounded to the nearest row.
 

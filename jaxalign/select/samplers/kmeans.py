@@ -164,9 +164,7 @@ def run_greedy(
   Args:
     greedy: (x [n, W], ids [n], m, rows [n] into the pool) -> Selection of m
       places in the order of the picks.
-    x: [N, W].
-    pool: its ids are read.
-    budget: M.
+    x, pool: [N, W] and its ids.
     blocks: clusters; 0 for all rows.
     seed: of the k-means.
     check: (n [B], m [B]) of all blocks; raises before the first one runs.

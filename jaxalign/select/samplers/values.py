@@ -29,13 +29,12 @@ def require(
   wanted: str | Sequence[str],
   knob: str = "kwargs.",
 ) -> None:
-  """Raises ConfigError where a sampler's keyword is not what it may be.
+  """Raises ConfigError unless a sampler's keyword `holds`.
 
   Args:
-    holds: whether it is.
-    name, value: of the keyword.
+    holds, name, value: of the keyword.
     wanted: in words, or the values that it may have.
-    knob: what stands before the name in config.select.
+    knob: the section of config.select that it is in.
   """
   if not holds:
     if not isinstance(wanted, str):
@@ -77,13 +76,8 @@ def finite(value: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
 
 
 def column(pool: Pool, name: str, *, pairs: bool = False) -> np.ndarray:
-  """[N, R] float64, finite, of a column that is [N, R] or [N].
-
-  Args:
-    pool: has the column.
-    name: of the column.
-    pairs: refuses a pool of single responses.
-  """
+  """[N, R] float64, finite, of a column that is [N, R] or [N]; with `pairs`,
+  single responses are refused."""
   value = finite(getattr(pool, name), pool.ids, name)
   if value.ndim == 1:
     value = value[:, None]

@@ -27,14 +27,8 @@ def refuse_above(value: float, limit: float, what: str, advice: str) -> None:
 
 
 def refuse_long(flops: float, what: str, advice: str, *, host: bool) -> None:
-  """Stops a method that would take more than a day before it starts.
-
-  Args:
-    flops: of all that is to run.
-    what: the method, for the message.
-    advice: what scales in its place.
-    host: it runs in NumPy; else on this process's devices. Either at the
-      rate that the dry run assumes.
+  """Stops a method that would take more than a day before it starts, at the
+  rate that the dry run assumes for the host (NumPy) or this process's devices.
   """
   seconds = devices.seconds_for(flops, flops * host, own_mesh())
   hours = seconds / 3600
