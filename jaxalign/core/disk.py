@@ -1,6 +1,6 @@
 """Atomic files, their digests, and the lock of a workdir."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import fcntl
 import hashlib
@@ -64,6 +64,16 @@ def write_json(path: Any, value: Any) -> None:
 def read_json(path: Any) -> Any:
   """Reads JSON."""
   return json.loads(epath.Path(path).read_text())
+
+
+def write_lines(path: Any, rows: Iterable[dict[str, Any]]) -> None:
+  """Writes a .jsonl file, one object a line."""
+  write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_lines(path: Any) -> list[dict[str, Any]]:
+  """The objects of a .jsonl file."""
+  return [json.loads(x) for x in epath.Path(path).read_text().splitlines()]
 
 
 def write_array(path: Any, x: np.ndarray) -> None:
