@@ -25,18 +25,8 @@ from jaxalign.train import feed
 from jaxalign.train.statistics import needs_batch_logps
 
 SELECTION = (
-  "embed",
-  "logps",
-  "answer",
-  "residual",
-  "alone",
-  "ask",
-  "rewards",
-  "proxy",
-  "held_out",
-  "mixture",
-  "select",
-)
+  "embed logps answer residual alone ask rewards proxy held_out mixture select"
+).split()
 
 
 def stage_lines(records: dict[tuple[str, str], Record]) -> list[dict[str, Any]]:
