@@ -9,32 +9,22 @@ import functools
 import flat
 import jax
 import jax.numpy as jnp
+from models import draw, make_mesh, put, sized
 import numpy as np
 import oracle
 import pytest
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import DataError
 from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import decoder
-from jaxalign.train import feed
-from jaxalign.train import packing as layout
+from jaxalign.train import feed, packing
+from jaxalign.train import packed_shapes as shapes
 from jaxalign.train.logps import PRODUCERS
 from jaxalign.train.metrics import packing_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 EOS = 2
-MODEL = decoder.ModelConfig(
-  layers=2,
-  width=16,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  ff=24,
-  vocab=32,
-  context=64,
-)
+MODEL = sized(2, 16, 4, 2, 4, 24, 32, 64)
 SIZES = dict(kv_heads=2, rope_theta=10000.0, norm_eps=1e-5)
 
 
@@ -64,21 +54,18 @@ def examples(n=16, r=2, seed=0, longest=14):
   ]
 
 
+def sums_of(pairs):
+  """[n, R] of a reference: a row is known by its first."""
+  shape = len(pairs), len(pairs[0]) - 1
+  return np.float32(np.random.default_rng(7).normal(-20, 4, shape))
+
+
 def feed_of(
   pairs, *, seed=3, batch=16, mesh=None, accumulation=1, layout="packed"
 ):
-  n, r = len(pairs), len(pairs[0]) - 1
-  rng = np.random.default_rng(7)
-  sums = np.float32(rng.normal(-20, 4, (n, r)))
-  rows = flat.train_rows(rows_of(pairs), r, sums)
+  rows = flat.train_rows(rows_of(pairs), len(pairs[0]) - 1, sums_of(pairs))
   batching = feed.Batching(batch, seed, accumulation, 64, layout)
   return feed.Feed(mesh, rows, batching, lambda step: 1e-3)
-
-
-def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(
-    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-  )
 
 
 # The packing, on lists.
@@ -86,15 +73,15 @@ def make_mesh(fsdp, tensor):
 
 def test_rows_are_dealt_evenly_and_all_of_them():
   sizes = np.array([9, 1, 1, 8, 2, 7, 3, 3])
-  bins = layout.deal(sizes, 4)
+  bins = packing.deal(sizes, 4)
   assert bins.shape == (4, 2)
   assert sorted(bins.ravel()) == list(range(8))
   assert sizes[bins].sum(1).tolist() == [10, 9, 9, 6]  # by hand: 9+1 8+1 7+2
-  np.testing.assert_array_equal(layout.deal(np.ones(6), 1)[0], np.arange(6))
+  np.testing.assert_array_equal(packing.deal(np.ones(6), 1)[0], np.arange(6))
 
 
 def test_first_fit_by_hand():
-  rows = layout.first_fit(np.array([3, 10, 6, 4, 1]), 10)
+  rows = shapes.first_fit(np.array([3, 10, 6, 4, 1]), 10)
   assert rows == [[1], [2, 3], [0, 4]]
 
 
@@ -104,7 +91,7 @@ def test_every_token_is_where_it_should_be(r):
   rows, index = rows_of(pairs), np.arange(6 * r).reshape(6, r)
   starts = np.array([len(p) for p, *_ in pairs])
   answers = np.array([[len(a) for a in more] for _, *more in pairs])
-  need = layout.need(starts, answers, 32)
+  need = shapes.needed_shape(starts, answers, 32)
   shape = need._replace(
     tokens=need.tokens + 64,
     targets=need.targets + 16,
@@ -112,7 +99,7 @@ def test_every_token_is_where_it_should_be(r):
     tiles=need.tiles + 3,
   )
   least = np.repeat(answers.min(1)[:, None], r, 1)
-  x = layout.pack(shape, rows, index, least)
+  x = packing.pack(shape, rows, index, least)
   flat = [t for p, *more in pairs for part in (p, *more) for t in part]
   assert x.tokens[: len(flat)].tolist() == flat
   positions = [
@@ -126,9 +113,9 @@ def test_every_token_is_where_it_should_be(r):
   assert x.position[: len(flat)].tolist() == positions
   # Every response is predicted token by token, from the token before it.
   owned = {}
-  for s, t, o, public in zip(x.source, x.target, x.owner, x.in_prefix):
+  for s, t, o, prefix in zip(x.source, x.target, x.owner, x.in_prefix):
     if o >= 0:
-      owned.setdefault(int(o), []).append((int(s), int(t), bool(public)))
+      owned.setdefault(int(o), []).append((int(s), int(t), bool(prefix)))
   at = 0
   for k, (p, *more) in enumerate(pairs):
     last, at = at + len(p) - 1, at + len(p)
@@ -170,46 +157,34 @@ def test_every_token_is_where_it_should_be(r):
 
 
 def test_prompts_that_differ_are_refused():
-  rows = rows_of([([5, 6], [7]), ([5, 9], [8, 8])])
-  with pytest.raises(
-    DataError,
-    match="row b: its responses have different "
-    "prompts.*config.train.layout='padded'",
-  ):
-    layout.pack(
-      layout.Shape(64, 16, 1, 16, 1),
-      rows,
-      np.array([[0, 1]]),
-      np.ones((1, 2)),
-      ["b"],
-    )
-  rows = rows_of([([5, 6], [7]), ([5], [6, 8])])
-  with pytest.raises(DataError, match="row 0: its responses"):
-    layout.pack(
-      layout.Shape(64, 16, 1, 16, 1), rows, np.array([[0, 1]]), np.ones((1, 2))
-    )
+  shape, pair = shapes.Shape(64, 16, 1, 16, 1), np.array([[0, 1]])
+  words = "its responses have different prompts.*config.train.layout='padded'"
+  for other, ids in ((([5, 9], [8, 8]), ["b"]), (([5], [6, 8]), None)):
+    rows = rows_of([([5, 6], [7]), other])
+    with pytest.raises(DataError, match=f"row {ids[0] if ids else 0}: {words}"):
+      packing.pack(shape, rows, pair, np.ones((1, 2)), ids)
 
 
 def test_shapes_are_few_and_hold_everything():
   rng = np.random.default_rng(0)
   needs = [
-    layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)
+    shapes.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)
   ]
   price = {}
   for most in (1, 2, 4, 40):
-    shapes = layout.choose(needs, most)
-    assert len(shapes) <= most
-    assert shapes == sorted(shapes, key=layout.cost)
-    first = [next(s for s in shapes if layout.holds(s, n)) for n in needs]
-    price[most] = sum(map(layout.cost, first))
+    found = shapes.choose_shapes(needs, most)
+    assert len(found) <= most
+    assert found == sorted(found, key=shapes.shape_cost)
+    first = [next(s for s in found if shapes.shape_holds(s, n)) for n in needs]
+    price[most] = sum(map(shapes.shape_cost, first))
   assert price[1] > price[2] > price[4] > price[40]
-  assert layout.choose(needs, 1) == [layout.largest(needs)]
-  assert price[40] == pytest.approx(sum(map(layout.cost, needs)))
-  small = layout.Shape(16, 16, 1, 64, 9)
-  assert not layout.holds(small, small._replace(rows=2))
+  assert shapes.choose_shapes(needs, 1) == [shapes.common_shape(needs)]
+  assert price[40] == pytest.approx(sum(map(shapes.shape_cost, needs)))
+  small = shapes.Shape(16, 16, 1, 64, 9)
+  assert not shapes.shape_holds(small, small._replace(rows=2))
   for n in needs:
-    assert layout.holds(layout.larger(n), n)
-  assert len({layout.larger(n).tokens for n in needs}) <= 8
+    assert shapes.shape_holds(shapes.larger_shape(n), n)
+  assert len({shapes.larger_shape(n).tokens for n in needs}) <= 8
 
 
 # Values and slopes.
@@ -217,18 +192,11 @@ def test_shapes_are_few_and_hold_everything():
 
 @functools.lru_cache
 def params(m=MODEL):
-  rng = np.random.default_rng(5)
-  return {
-    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
-    for n, p in decoder.table(m).items()
-  }
+  return draw(m, 5)
 
 
 def on_mesh(mesh, m=MODEL):
-  return {
-    n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
-    for n, w in params(m).items()
-  }
+  return put(mesh, m, params(m))
 
 
 @functools.lru_cache
@@ -244,21 +212,14 @@ def run_fn(m, head, chunk, r):
 
 
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
-  """{id: [R, 3] sum, count, public} and the slopes, of one whole batch."""
+  """[n, R, 3] sum, count, common prefix, and the slopes, of a whole batch."""
   pairs = pairs or examples()
   batch = feed_of(
     pairs, mesh=mesh, layout=kind, accumulation=accumulation
   ).batch_at(0)
   with jax.set_mesh(mesh):
     where, found, slopes = on_mesh(mesh, m), {}, None
-    names = {
-      float(x): i
-      for i, x in enumerate(
-        np.random.default_rng(7)
-        .normal(-20, 4, (len(pairs), len(pairs[0]) - 1))
-        .astype(np.float32)[:, 0]
-      )
-    }
+    names = {float(x): i for i, x in enumerate(sums_of(pairs)[:, 0])}
     for a in range(accumulation):
       micro = jax.tree.map(lambda x: x[a], batch.micro())
       weight = jnp.cos(micro.ref.sum)  # goes with the pair, wherever it is
@@ -336,20 +297,9 @@ def test_packed_rows_have_the_padded_rows_values_and_slopes(
   m, base = MODEL._replace(attention=kernel), truth(r)
   if shape[1] > m.kv_heads:
     m = m._replace(kv_heads=4)
-    base = run(
-      make_mesh(1, 1), "padded", m=m, head="plain", pairs=examples(r=r)
-    )
-  close(
-    run(
-      make_mesh(*shape),
-      "packed",
-      m=m,
-      head=head,
-      pairs=examples(r=r),
-      accumulation=accumulation,
-    ),
-    base,
-  )
+    base = run(make_mesh(), "padded", m=m, head="plain", pairs=examples(r=r))
+  how = dict(m=m, head=head, pairs=examples(r=r), accumulation=accumulation)
+  close(run(make_mesh(*shape), "packed", **how), base)
 
 
 def test_packed_rows_with_a_prompt_each_have_them_too():
