@@ -194,7 +194,7 @@ def show_plan(
   for x in lines:
     name = f"{x.stage} {x.arm}".strip()
     say(
-      f"  {name:<28}{x.count:>9,} {x.unit:<8}{x.flops:>10.2e} flops  about "
+      f"  {name:<27} {x.count:>9,} {x.unit:<8}{x.flops:>10.2e} flops  about "
       f"{duration(x.seconds)}"
     )
   say(
