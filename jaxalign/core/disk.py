@@ -53,12 +53,8 @@ def write_through(path: Any, write: Callable[[IO[bytes]], Any]) -> None:
 
 def write_json(path: Any, value: Any) -> None:
   """JSON, indented, atomic; NaN is refused rather than written as bad JSON."""
-  write_bytes(
-    path,
-    (
-      json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    ).encode(),
-  )
+  text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+  write_bytes(path, f"{text}\n".encode())
 
 
 def read_json(path: Any) -> Any:
@@ -87,22 +83,21 @@ def read_array(path: Any) -> np.ndarray:
   path = epath.Path(path)
   if "://" not in str(path):
     return np.load(os.fspath(path), allow_pickle=False, mmap_mode="r")
-
   return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
 
 
 def digest(path: Any) -> dict[str, Any]:
-  """{sha256, bytes} of one file, read in blocks."""
+  """{sha256, bytes} of one file, read a megabyte at a time."""
   total, size = hashlib.sha256(), 0
-  with epath.Path(path).open("rb") as f:
-    while block := f.read(1 << 20):
-      total.update(block)
-      size += len(block)
+  with epath.Path(path).open("rb") as file:
+    while data := file.read(1 << 20):
+      total.update(data)
+      size += len(data)
   return dict(sha256=total.hexdigest(), bytes=size)
 
 
 def digest_tree(
-  folder: Any, only: list[str] | None = None
+  folder: Any, only: Iterable[str] = ("",)
 ) -> dict[str, dict[str, Any]]:
   """Relative path -> {sha256, bytes} of files under a folder.
 
@@ -110,10 +105,9 @@ def digest_tree(
     folder: where to look.
     only: relative files or folders; everything by default.
   """
-  folder = epath.Path(folder)
-  found = {}
+  folder, found = epath.Path(folder), {}
 
-  def walk(path, name):
+  def walk(path: epath.Path, name: str) -> None:
     if name and leads_out(folder, name):
       return  # what a link shows is not this folder's
     if path.is_dir():
@@ -122,7 +116,7 @@ def digest_tree(
     elif ".tmp-" not in path.name:
       found[name] = digest(path)
 
-  for name in only if only is not None else [""]:
+  for name in only:
     walk(folder / name if name else folder, name)
   return found
 
