@@ -242,17 +242,13 @@ def test_answers_are_scored_after_the_prompt_that_was_cut(alone):
       np.zeros(len(longs), np.int32),
     ),
     np.arange(len(longs)),
-    None,
-    None,
+    *(None, None, alone, held_out.EvalOptions(8, 1.0, 4, 64)),
   )
   where = put(alone, MODEL, params())
-  said = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
-  got = held_out.score_answers(
-    alone, where, MODEL, what, said, held_out.EvalOptions(8, 1.0, 0, 4, 64)
-  )
-  rows = held_out.answer_rows(
-    [np.concatenate([p[:1], p[:23][-15:]]) for p in longs], said
-  )
+  answers = [np.array([5, EOS]), np.array([4, 5, 6, 7, 8, 9, 10, EOS])]
+  got = held_out.score_answers(what, where, MODEL, answers)
+  cut = [np.concatenate([p[:1], p[:23][-15:]]) for p in longs]
+  rows = held_out.answer_rows(cut, answers)
   how = passes.PassOptions(4, 64)
   wanted = passes.score_rows(alone, where, MODEL, rows, how).logp
   np.testing.assert_array_equal(got, wanted)
