@@ -23,6 +23,7 @@ from jaxalign.embed.passes import PassOptions
 from jaxalign.model import decoder, encoder, families, hf, weights
 from jaxalign.model.flops import decoder_flops, encoder_flops
 
+SIDES = ("chosen", "rejected", "completion")  # the answers of a record
 # The files of token rows that a stage makes for itself.
 TOKENS = [f"tokens.{field}.npy" for field in TokenRows._fields]
 
@@ -169,12 +170,13 @@ def encode(e: Embedder, rows: list[dict]) -> TokenRows:
 
 def texts_of(rows: list[dict], answers: bool = False) -> list[str]:
   """The texts to embed: two of a pair, chosen first; or the answers alone."""
-  return [
-    ("" if answers else row["prompt"]) + row[side]
-    for row in rows
-    for side in ("chosen", "rejected", "completion")
-    if side in row
-  ]
+  prompt = lambda row: "" if answers else row["prompt"]
+  return [prompt(row) + row[side] for row, side in answers_of(rows)]
+
+
+def answers_of(rows: list[dict]) -> list[tuple[dict, str]]:
+  """(record, which of its answers) of every answer, in order."""
+  return [(row, side) for row in rows for side in SIDES if side in row]
 
 
 def token_rows_of(folder: Any, make: Callable[[], TokenRows]) -> TokenRows:

@@ -22,7 +22,7 @@ from jaxalign.core.stage import JobSizes, Made, Price
 from jaxalign.data import prepare, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes, questions
-from jaxalign.embed.embedder import token_rows_of, TOKENS
+from jaxalign.embed.embedder import answers_of, token_rows_of, TOKENS
 from jaxalign.embed.over_pool import checkpoint_digest, over_shards, rows_price
 from jaxalign.embed.passes import PassOptions
 from jaxalign.embed.store import ArraySpec
@@ -30,19 +30,11 @@ from jaxalign.model import decoder, hf, reward
 from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.model.job import Job, kernel_of
 
-SIDES = ("chosen", "rejected", "completion")
-
 
 def _store(job: Job, stage: str, name: str, make: Callable) -> list[str]:
   """Stores the column `name` of a number a response, `make(options)`."""
   columns = {stage: {name: ArraySpec((job.responses,))}}
   return over_shards(job, columns, lambda options: {name: make(options)})
-
-
-def _answers(job: Job) -> list[tuple[dict, str]]:
-  """(record, which of its answers) of the pool."""
-  rows = job.rows("pool")
-  return [(row, side) for row in rows for side in SIDES if side in row]
 
 
 # Answers without their prompts.
@@ -150,7 +142,8 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
   tok, path = load_tokenizer(own), folder / "ask.json"
 
   def encoded():
-    texts = [(r["id"], r["prompt"], r[side]) for r, side in _answers(job)]
+    answers = answers_of(job.rows("pool"))
+    texts = [(r["id"], r["prompt"], r[side]) for r, side in answers]
     question, words = c.ask.question, questions.ANSWERS
     made = questions.build(tok, texts, question, words, m.context)
     facts = dict(yes=made.yes, no=made.no, shortened=made.shortened)
@@ -233,7 +226,8 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
   reward.check_reward(r, job.mesh)
 
   def encoded():
-    return encode(hub.resolve_settings(given), r.model, _answers(job))
+    answers = answers_of(job.rows("pool"))
+    return encode(hub.resolve_settings(given), r.model, answers)
 
   rows = token_rows_of(folder, encoded)
   params = reward.load(given, r, job.mesh, dtype)
