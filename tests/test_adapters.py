@@ -191,7 +191,7 @@ def test_adapters_that_cannot_work(change, words):
 def test_the_first_adapters(mesh):
   """A as PEFT draws it, B zero, the same on any mesh, and float32."""
   m = with_lora()
-  fresh = adapters.init(jax.random.key(3), decoder.table(m), mesh)
+  fresh = adapters.init(jax.random.key(3), decoder.table(m))
   assert set(fresh) == {f"layers/{n}:{s}" for n in LINEAR for s in "ab"}
   for n, x in fresh.items():
     assert x.dtype == jnp.float32 and x.shape == decoder.table(m)[n].shape
@@ -201,14 +201,15 @@ def test_the_first_adapters(mesh):
       bound = 1 / np.sqrt(np.prod(x.shape[1:-1]))
       assert 0.8 * bound < np.abs(x).max() <= bound
       assert abs(np.var(x) * 3 / bound**2 - 1) < 0.3  # uniform's
-  one = adapters.init(jax.random.key(3), decoder.table(m), make_mesh(1, 1))
+  with jax.set_mesh(make_mesh(1, 1)):
+    one = adapters.init(jax.random.key(3), decoder.table(m))
   np.testing.assert_array_equal(fresh["layers/wq:a"], one["layers/wq:a"])
   adapters.assert_zero(fresh)
   bad = fresh | {"layers/wo:b": fresh["layers/wo:b"] + 1e-30}
   with pytest.raises(NumericError, match="layers/wo:b are not 0"):
     adapters.assert_zero(bad)
   sb = with_lora("lora_sb")
-  bases = adapters.init(jax.random.key(3), decoder.table(sb), mesh)
+  bases = adapters.init(jax.random.key(3), decoder.table(sb))
   adapters.assert_zero(bases | {"layers/wo:b": bases["layers/wo:b"] + 1.0})
   with pytest.raises(NumericError, match="layers/wo:r are not 0"):
     adapters.assert_zero(bases | {"layers/wo:r": bases["layers/wo:r"] + 1.0})
@@ -247,7 +248,7 @@ def test_unmerged_and_merged_are_a_numpy_llama(mesh, variant):
   m = with_lora(variant, alpha=2.0)
   params = put(mesh, m, numbers(m))
   factor = adapters.scale(m.lora)
-  whole = adapters.merge(params, m.lora)
+  whole = dict(adapters.Merged(params, m.lora))
   assert set(whole) == set(decoder.table(M))
   for n, w in merged_by_hand(numbers(m), factor).items():
     np.testing.assert_allclose(whole[n], w, rtol=0, atol=2e-6, err_msg=n)
@@ -299,7 +300,7 @@ def step_of(m, weight_decay=0.0):
 def run(mesh, m, lrs, base, fresh=None, ref=None):
   """[means of each step], the last state, the frozen parameters."""
   if fresh is None:
-    fresh = adapters.init(jax.random.key(1), decoder.table(m), mesh)
+    fresh = adapters.init(jax.random.key(1), decoder.table(m))
   trained, fixed = adapters.split(fresh, m.lora)
   frozen = base | fixed
   train_step, tx = step_of(m)
@@ -319,7 +320,7 @@ def base_of(mesh):
 def test_the_start_is_the_reference(mesh):
   """Loss ln 2; scored by one pass, rewards that are 0 to the bit."""
   m, base = with_lora(), base_of(mesh)
-  fresh = adapters.init(jax.random.key(1), decoder.table(m), mesh)
+  fresh = adapters.init(jax.random.key(1), decoder.table(m))
   ref = score(mesh, M, base)
   np.testing.assert_array_equal(score(mesh, m, base | fresh), ref)
   (means,), state, _ = run(mesh, m, [0.0], base, ref=ref)
@@ -352,7 +353,7 @@ def test_gradients_are_those_of_the_merged_model(mesh, variant):
   ref = np.random.default_rng(2).normal(-20, 3, tokens.shape[:2])
   own = gradients(mesh, m, trained, frozen, ref)
   assert set(own) == set(trained)
-  full = gradients(mesh, M, adapters.merge(params, m.lora), {}, ref)
+  full = gradients(mesh, M, dict(adapters.Merged(params, m.lora)), {}, ref)
   factor = adapters.scale(m.lora)
   for n in LINEAR:
     for t in range(M.layers):
@@ -439,7 +440,7 @@ def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
   for n, x in before.items():
     assert frozen[n].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(frozen[n]), x)
-  whole = adapters.merge(frozen | state.params, m.lora)
+  whole = adapters.Merged(frozen | state.params, m.lora)
   assert {x.dtype for x in whole.values()} == {jnp.dtype("bfloat16")}
 
 
@@ -517,7 +518,7 @@ def test_bases_are_the_gradient_s_singular_vectors(mesh):
 @pytest.mark.parametrize("shape", [ONE, EIGHT], ids=str)
 def test_the_matrix_between_the_bases_is_trained_alone(mesh):
   m, base = with_lora("lora_sb"), base_of(mesh)
-  fresh = adapters.init(jax.random.key(1), decoder.table(m), mesh)
+  fresh = adapters.init(jax.random.key(1), decoder.table(m))
   rng = np.random.default_rng(0)
   for n, p in decoder.table(m).items():  # any bases will do
     if n.endswith((":a", ":b")):

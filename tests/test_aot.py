@@ -442,7 +442,7 @@ mesh = sharding.make_mesh(dict(fsdp=8, tensor=1), topologies.get_topology_desc(
 
 def abstract(shape, *axes):
   return jax.ShapeDtypeStruct(shape, jnp.bfloat16,
-                              sharding=sharding.named(mesh, *axes))
+                              sharding=sharding.named_sharding(mesh, *axes))
 
 def stacked(w, x):  # gathers before the scan
   whole = jax.reshard(w, jax.P())

@@ -429,7 +429,7 @@ def test_lowered_for_a_gpu_it_is_cudnns(window, segmented, monkeypatch):
 
   def array(shape, *axes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding.named(mesh, *axes)
+      shape, dtype, sharding=sharding.named_sharding(mesh, *axes)
     )
 
   def loss(q, k, v, segments):
@@ -489,7 +489,7 @@ def compiled(topology, fsdp, tensor, kernel, *, rows, length, groups, heads,
                                 platform="tpu", topology_name=topology).devices)
   def array(shape, *axes, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype),
-                                sharding=sharding.named(mesh, *axes))
+                                sharding=sharding.named_sharding(mesh, *axes))
   def loss(q, k, v, segments, dy):
     slots = jnp.arange(length)[None]
     seen = attention.Seen(slots, slots,

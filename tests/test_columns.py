@@ -430,7 +430,7 @@ def a_reward_model(folder):
     special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
   )
   tok.save(str(folder / "tokenizer.json"))
-  r = reward_lib.read_config(folder)
+  layout = reward_lib.reward_layout(reward_lib.read_reward_config(folder))
   rng = np.random.default_rng(0)
   draw = lambda p: np.float32(
     rng.normal(float(p.scale == 0 and p.constant), 0.3, p.shape)
@@ -438,16 +438,9 @@ def a_reward_model(folder):
   mesh = a_mesh(1, 1)
   with jax.set_mesh(mesh):
     params = {
-      n: sharding.put(mesh, draw(p), *p.axes)
-      for n, p in reward_lib.table(r).items()
+      n: sharding.put(mesh, draw(p), *p.axes) for n, p in layout.rows.items()
     }
-    weights.save(
-      folder,
-      params,
-      reward_lib.table(r),
-      reward_lib.stored(r),
-      weights.Export(config),
-    )
+    weights.save(folder, params, layout, weights.Export(config))
   return folder
 
 

@@ -188,7 +188,7 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
   for fsdp, tensor in ((1, 1), (4, 2)):
     mesh = make_mesh(fsdp, tensor)
     with jax.set_mesh(mesh):
-      params = decoder.init(jax.random.key(4), m, mesh)
+      params = decoder.init(jax.random.key(4), m)
     assert set(params) == set(table)
     for n, s in decoder.abstract(m, mesh).items():
       assert (s.shape, s.dtype, s.sharding) == (
@@ -196,7 +196,7 @@ def test_init_is_the_table_and_is_the_same_on_any_mesh(monkeypatch):
         params[n].dtype,
         params[n].sharding,
       )
-      assert s.sharding == sharding.named(mesh, *table[n].axes), n
+      assert s.sharding == sharding.named_sharding(mesh, *table[n].axes), n
     drawn.append({n: np.asarray(x) for n, x in params.items()})
   for n, p in table.items():
     x = drawn[0][n]
@@ -252,7 +252,7 @@ def test_flops_agree_with_the_compiler():
       .lower(
         decoder.abstract(m, mesh),
         jax.ShapeDtypeStruct(
-          (1, 64), jnp.int32, sharding=sharding.named(mesh, "batch")
+          (1, 64), jnp.int32, sharding=sharding.named_sharding(mesh, "batch")
         ),
       )
       .compile()

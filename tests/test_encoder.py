@@ -111,7 +111,7 @@ def models(draw):
 def test_hidden_states_are_those_of_transformers(tmp_path_factory, sizes):
   folder = tmp_path_factory.mktemp("encoder")
   model = save(folder, **sizes)
-  m = encoder.read_config(folder)
+  m = encoder.read_encoder_config(folder)
   rng = np.random.default_rng(sizes["seed"])
   tokens = rng.integers(2, m.vocab, (4, 11)).astype(np.int32)
   lengths = np.array([11, 1, 7, 4])
@@ -120,13 +120,7 @@ def test_hidden_states_are_those_of_transformers(tmp_path_factory, sizes):
   tokens[~mask] = sizes["pad_token_id"]  # RoBERTa counts positions by it
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
-    params = weights.load(
-      folder,
-      encoder.table(m),
-      encoder.stored(m),
-      mesh,
-      canonical=encoder.canonical,
-    )
+    params = weights.load(folder, encoder.encoder_layout(m), mesh)
     got = np.asarray(
       jax.jit(functools.partial(encoder.forward, m=m))(
         params, tokens, mask, types=types
@@ -211,16 +205,16 @@ def test_texts_become_the_vectors_their_config_says(
 def test_a_folder_of_transformers_alone_is_its_mean(tmp_path):
   """No modules.json: mean, not normalised, all positions; knobs override."""
   save(tmp_path)
-  m = encoder.read_config(tmp_path)
+  m = encoder.read_encoder_config(tmp_path)
   assert (m.pooling, m.normalize, m.context) == ("mean", False, 40)
-  m = encoder.read_config(tmp_path, pooling="cls", normalize=True, context=9)
-  assert (m.pooling, m.normalize, m.context) == ("cls", True, 9)
+  assert encoder.read_encoder_config(tmp_path, pooling="cls").pooling == "cls"
   write(tmp_path, "tokenizer_config.json", dict(model_max_length=int(1e30)))
-  assert encoder.read_config(tmp_path).context == 40
+  assert encoder.read_encoder_config(tmp_path).context == 40
   write(tmp_path, "tokenizer_config.json", dict(model_max_length=17))
-  assert encoder.read_config(tmp_path).context == 17
+  assert encoder.read_encoder_config(tmp_path).context == 17
   save(tmp_path, "roberta")  # positions begin after the padding's
-  assert encoder.read_config(tmp_path, context=38).offset == 2
+  m = encoder.read_encoder_config(tmp_path)
+  assert (m.offset, m.context) == (2, 15)
 
 
 def test_a_prompt_stands_before_every_text(tmp_path):
@@ -234,7 +228,7 @@ def test_a_prompt_stands_before_every_text(tmp_path):
       "config_sentence_transformers.json",
       dict(prompts=dict(query="the ", other="a "), default_prompt_name="query"),
     )
-    m = encoder.read_config(tmp_path)
+    m = encoder.read_encoder_config(tmp_path)
     got = texts_lib.embed_texts(mesh, params, m, tok, ["cat", ""])
   assert m.prompt == "the "
   np.testing.assert_array_equal(got, wanted)
@@ -298,7 +292,9 @@ def test_lengths_to_pad_to(context):
 
 def test_sizes_and_flops_by_hand():
   m = encoder.EncoderConfig(6, 384, 12, 1536, 30522, 512, 256)
-  assert count(encoder.table(m)) == 22_713_216 - 384 * 384 - 384  # no pooler
+  assert (
+    count(encoder.encoder_layout(m).rows) == 22_713_216 - 384 * 384 - 384
+  )  # no pooler
   layer = 10 * (4 * 384 * 384 + 2 * 384 * 1536) + 2 * 10 * 10 * 384
   assert encoder_flops(m, 10) == 6 * 2 * layer
   assert texts_lib.flops(m, np.array([10, 3, 10])) == (
@@ -327,7 +323,7 @@ def test_old_files_name_their_pooling_by_flags(tmp_path, old, ours):
     False,
   )
   write(tmp_path, "1_Pooling/config.json", flags | {old: True})
-  assert encoder.read_config(tmp_path).pooling == ours
+  assert encoder.read_encoder_config(tmp_path).pooling == ours
 
 
 CONFIG, MODULES, POOL = "config.json", "modules.json", "1_Pooling/config.json"
@@ -369,18 +365,16 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, words):
     else:
       write(tmp_path, name, content)
   with pytest.raises(kind) as caught:
-    encoder.read_config(tmp_path)
+    encoder.read_encoder_config(tmp_path)
   assert words in str(caught.value)
 
 
 def test_bad_knobs_and_texts_are_refused(tmp_path):
   model = save(tmp_path)
-  with pytest.raises(ConfigError, match="41 tokens.*positions for 40"):
-    encoder.read_config(tmp_path, context=41)
   with pytest.raises(ConfigError, match="pooling 'lasttoken' is unknown"):
-    encoder.read_config(tmp_path, pooling="lasttoken")
+    encoder.read_encoder_config(tmp_path, pooling="lasttoken")
   with pytest.raises(ConfigError, match="dtype 'int8'"):
-    encoder.read_config(tmp_path, dtype="int8")
+    encoder.read_encoder_config(tmp_path, dtype="int8")
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
     params, m, tok = texts_lib.read_encoder(tmp_path, mesh)
@@ -411,13 +405,13 @@ def test_bad_knobs_and_texts_are_refused(tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, vocab):
   save(tmp_path, vocab_size=vocab)
   with pytest.raises(ConfigError, match=f"has {len(VOCAB)} tokens, .*{vocab}"):
-    texts_lib.read_tokenizer(tmp_path, encoder.read_config(tmp_path))
+    texts_lib.read_tokenizer(tmp_path, encoder.read_encoder_config(tmp_path))
   (tmp_path / "tokenizer.json").write_text("{")
   with pytest.raises(DataError, match="tokenizer.json cannot be read"):
-    texts_lib.read_tokenizer(tmp_path, encoder.read_config(tmp_path))
+    texts_lib.read_tokenizer(tmp_path, encoder.read_encoder_config(tmp_path))
   (tmp_path / "tokenizer.json").unlink()
   with pytest.raises(ConfigError, match="has no tokenizer.json"):
-    texts_lib.read_tokenizer(tmp_path, encoder.read_config(tmp_path))
+    texts_lib.read_tokenizer(tmp_path, encoder.read_encoder_config(tmp_path))
 
 
 @pytest.fixture
@@ -451,9 +445,11 @@ def test_minilm_gives_its_published_vectors(minilm, shared):
   picked = real_texts(shared, 20) + [""]
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
-    params, m, tok = texts_lib.read_encoder(minilm, mesh, context=48)
+    params, m, _ = texts_lib.read_encoder(minilm, mesh)
+    m = m._replace(context=48)
+    tok = texts_lib.read_tokenizer(minilm, m)
     got = texts_lib.embed_texts(mesh, params, m, tok, picked)
-  assert encoder.read_config(minilm) == m._replace(context=256)
+  assert encoder.read_encoder_config(minilm) == m._replace(context=256)
   assert (m.pooling, m.normalize) == ("mean", True)
   model = transformers.BertModel.from_pretrained(
     minilm, local_files_only=True

@@ -15,6 +15,7 @@ from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder, families, hf, logprob
 from jaxalign.model.attention import Rope
+from jaxalign.model.families.fields import write_rope
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -203,11 +204,10 @@ def compare(family, keywords, mesh):
   for one in set(raw["layer_types"]) if nested else [None]:
     here, there = (d[one] if one else d for d in (known, back))
     assert here.items() <= there.items()  # defaults are written, too
-  state = {families.canonical(m, n): p for n, p in model.named_parameters()}
+  layout = families.decoder_layout(m)
+  state = {layout.rename(n): p for n, p in model.named_parameters()}
   params = ours_from(
-    families.stored(m),
-    {n: p.detach().numpy() for n, p in state.items()},
-    m.layers,
+    layout.stored, {n: p.detach().numpy() for n, p in state.items()}, m.layers
   )
   rows = decoder.table(m)
   assert {n: p.shape for n, p in params.items()} == {
@@ -222,7 +222,7 @@ def compare(family, keywords, mesh):
   )[..., 0]
   (logps * torch.tensor(mask[:, 1:])).sum().backward()
   slopes = ours_from(
-    families.stored(m), {n: p.grad.numpy() for n, p in state.items()}, m.layers
+    layout.stored, {n: p.grad.numpy() for n, p in state.items()}, m.layers
   )
   with jax.set_mesh(mesh):
     (total, logits), grads = grad_fn(m)(
@@ -323,7 +323,7 @@ def test_older_files_are_read_as_transformers_reads_them():
   m = families.config_of(released())
   assert m.rope_theta == 500000.0 and m.ropes[0].kind == "llama3"
   theirs = transformers.LlamaConfig(**released()).to_dict()["rope_parameters"]
-  assert theirs.items() <= families.write_rope(m.ropes[0]).items()
+  assert theirs.items() <= write_rope(m.ropes[0]).items()
   # Gemma 3 4B's own file: a text tower with most fields left out.
   raw = dict(
     model_type="gemma3",
@@ -352,9 +352,15 @@ def test_older_files_are_read_as_transformers_reads_them():
   assert m.ropes == (Rope(1e4), Rope(1e6, "linear", 8.0))
   assert m.context == theirs.max_position_embeddings
   name = "language_model.model.layers.3.mlp.up_proj.weight"
-  assert families.canonical(m, name) == "model.layers.3.mlp.up_proj.weight"
-  assert families.canonical(m, "vision_tower.vision_model.x.weight") is None
-  assert families.canonical(m, "lm_head.weight") is None
+  assert (
+    families.decoder_layout(m).rename(name)
+    == "model.layers.3.mlp.up_proj.weight"
+  )
+  assert (
+    families.decoder_layout(m).rename("vision_tower.vision_model.x.weight")
+    is None
+  )
+  assert families.decoder_layout(m).rename("lm_head.weight") is None
   pythia = families.config_of(
     dict(
       model_type="gpt_neox",

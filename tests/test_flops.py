@@ -345,7 +345,7 @@ def test_the_compiler_counts_as_much(alone, monkeypatch, width):
   scan = jax.lax.scan
   monkeypatch.setattr(jax.lax, "scan", functools.partial(scan, unroll=True))
   tokens = jax.ShapeDtypeStruct(
-    (1, 2, 64), jnp.int32, sharding=sharding.named(alone, "batch")
+    (1, 2, 64), jnp.int32, sharding=sharding.named_sharding(alone, "batch")
   )
 
   def loss(params, tokens):

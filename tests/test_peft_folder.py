@@ -76,8 +76,7 @@ def test_peft_and_the_merged_export_have_our_logits(tmp_path, family, kind):
       weights.save(
         tmp_path / name,
         params,
-        decoder.table(sizes(family)),
-        families.stored(m),
+        families.decoder_layout(m),
         weights.Export(families.hf_config(m, 1, 2)),
       )
 

@@ -48,7 +48,7 @@ def test_memory_of_the_state_is_what_a_device_holds():
   )
   tx = optim.make_optimizer(clip=1.0, weight_decay=0.0, b2=0.98)
   with jax.set_mesh(mesh):
-    params = decoder.init(jax.random.key(0), M, mesh)
+    params = decoder.init(jax.random.key(0), M)
     state = step.init_state(params, tx).opt_state
   assert held["parameters"] == on_one_device(params)
   assert held["gradients"] == held["parameters"]

@@ -13,8 +13,9 @@ from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tokens
 from jaxalign.embed import questions, row_scores
-from jaxalign.model import reward
+from jaxalign.model import reward, weights
 from jaxalign.model.flops import reward_flops
+from jaxalign.model.parameters import check_mesh
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -132,14 +133,15 @@ SLOW = pytest.mark.slow
 )
 def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   model, rows = save(tmp_path, kind), drawn_rows()
-  r = reward.read_config(tmp_path)
+  r = reward.read_reward_config(tmp_path)
   assert r.encodes == (kind in ("bert", "roberta"))
   mesh = sharding.make_mesh(
     dict(fsdp=shape[0], tensor=shape[1]), jax.devices()[: shape[0] * shape[1]]
   )
-  reward.check_reward(r, mesh)
+  layout = reward.reward_layout(r)
+  check_mesh(layout.rows, mesh)
   with jax.set_mesh(mesh):
-    params = reward.load(tmp_path, r, mesh)
+    params = weights.load(tmp_path, layout, mesh)
     got = row_scores.reward_rows(mesh, params, r, rows, tile=2)
   wanted = theirs(model, rows, kind)
   np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
@@ -159,7 +161,7 @@ def test_flops_are_the_dot_generals():
     with jax.set_mesh(mesh):
       params = {
         n: jax.ShapeDtypeStruct(p.shape, np.float32)
-        for n, p in reward.table(r).items()
+        for n, p in reward.reward_layout(r).rows.items()
       }
       traced = jax.make_jaxpr(
         functools.partial(
@@ -195,7 +197,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path, more, words):
     model["id2label"] = {"0": "no", "1": "yes"}
   (tmp_path / "config.json").write_text(json.dumps(model | more))
   with pytest.raises(ConfigError, match=words):
-    reward.read_config(tmp_path)
+    reward.read_reward_config(tmp_path)
 
 
 def test_a_model_without_its_head_is_named(tmp_path):
@@ -208,7 +210,8 @@ def test_a_model_without_its_head_is_named(tmp_path):
   safetensors.numpy.save_file(tensors, path)
   mesh = make_mesh()
   with jax.set_mesh(mesh), pytest.raises(DataError, match="score.weight is mi"):
-    reward.load(tmp_path, reward.read_config(tmp_path), mesh)
+    layout = reward.reward_layout(reward.read_reward_config(tmp_path))
+    weights.load(tmp_path, layout, mesh)
 
 
 # Rows as an encoder reads them.
@@ -221,7 +224,7 @@ def pair(prompt, answer, name="a"):
 def test_two_texts_are_joined_as_transformers_does(tmp_path):
   save(tmp_path, "bert")
   tok = word_pieces(tmp_path)
-  m = reward.read_config(tmp_path).model
+  m = reward.read_reward_config(tmp_path).model
   texts = [pair("the cat runs", "a dog sleeps fast"), pair("over", "tree")]
   rows = questions.encode_two(tmp_path, m, texts)
   for i, (row, side) in enumerate(texts):
@@ -235,7 +238,7 @@ def test_two_texts_are_joined_as_transformers_does(tmp_path):
 def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_end(tmp_path):
   save(tmp_path, "bert")
   word_pieces(tmp_path)
-  m = reward.read_config(tmp_path).model._replace(context=13)
+  m = reward.read_reward_config(tmp_path).model._replace(context=13)
   one = lambda text: [VOCAB.index(w) for w in text.split()]
   long, short = "the cat " * 6 + "runs", "fast dog"
   rows = questions.encode_two(

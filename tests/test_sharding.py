@@ -130,7 +130,7 @@ def test_an_array_comes_back_from_its_shards(axes, piece, kind):
   mesh = mesh_of(4, 2)
   x = np.random.default_rng(0).normal(size=(8, 4)).astype(kind)
   y = sharding.put(mesh, x, *axes)
-  assert y.sharding.is_equivalent_to(sharding.named(mesh, *axes), 2)
+  assert y.sharding.is_equivalent_to(sharding.named_sharding(mesh, *axes), 2)
   for shard in y.addressable_shards:
     assert shard.data.shape == piece
     np.testing.assert_array_equal(np.asarray(shard.data), x[shard.index])

@@ -738,7 +738,7 @@ def test_a_batch_of_one_pair_on_one_device(accumulation):
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 16, (accumulation, 1, 2, 8)).astype(np.int32)
   with jax.set_mesh(mesh):
-    params = decoder.init(jax.random.key(0), m, mesh)
+    params = decoder.init(jax.random.key(0), m)
     logps_fn = PRODUCERS["chunked"](m, 4)
     put = lambda x: sharding.put(mesh, x, None, "batch")
     batch = dict(

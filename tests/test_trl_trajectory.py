@@ -321,7 +321,7 @@ def start(mesh, m):
     if not adapters.is_adapter(n)
   }
   if m.lora:
-    params |= adapters.init(jax.random.key(1), table, mesh)
+    params |= adapters.init(jax.random.key(1), table)
   return adapters.split(params, m.lora)
 
 

@@ -24,7 +24,7 @@ from jaxalign.core import sharding
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.data import tokenizer
 from jaxalign.model import decoder, hf, safetensors_io, weights
-from jaxalign.model.parameters import Param, Stored
+from jaxalign.model.parameters import Layout, Param, Stored
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -121,7 +121,6 @@ def test_an_export_in_many_files(mesh, tmp_path, dtype):
     "model.safetensors.index.json",
     *files,
   ]
-  assert hf.weights_file(tmp_path).name == "model.safetensors.index.json"
   index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
   stored = safetensors.numpy.load_file
   kept = {n: w for f in files for n, w in stored(tmp_path / f).items()}
@@ -181,6 +180,7 @@ STORED = {
   "layers/v": Stored(FUSED, (G * 3 * C, D), (G, 3, C, D), (0, 1, 2), (1, 2)),
   "layers/b": Stored("h.{}.b", (D,), (D,), (0,)),
 }
+LAYOUT = Layout(ROWS, STORED)
 
 
 def fused_files():
@@ -206,11 +206,11 @@ def fused_files():
 def test_fused_tensors_in_and_out(mesh, tmp_path):
   tensors, want = fused_files()
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-  params = weights.load(tmp_path, ROWS, STORED, mesh)
+  params = weights.load(tmp_path, LAYOUT, mesh)
   for n, w in want.items():
     np.testing.assert_array_equal(params[n], w, err_msg=n)
-    assert params[n].sharding == sharding.named(mesh, *ROWS[n].axes)
-  weights.save(tmp_path / "out", params, ROWS, STORED, weights.Export({}))
+    assert params[n].sharding == sharding.named_sharding(mesh, *ROWS[n].axes)
+  weights.save(tmp_path / "out", params, LAYOUT, weights.Export({}))
   back = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
   assert sorted(back) == sorted(tensors)
   for n, w in tensors.items():
@@ -220,8 +220,7 @@ def test_fused_tensors_in_and_out(mesh, tmp_path):
     weights.save(
       tmp_path / "x",
       params,
-      {n: ROWS[n] for n in some},
-      some,
+      Layout({n: ROWS[n] for n in some}, some),
       weights.Export({}),
     )
 
@@ -232,7 +231,7 @@ def test_names_by_another_rule(tmp_path, alone):
   other["eyes"] = np.zeros(3, np.int64)
   safetensors.numpy.save_file(other, tmp_path / "model.safetensors")
   rule = lambda name: None if name == "eyes" else name.removeprefix("model.")
-  params = weights.load(tmp_path, ROWS, STORED, alone, canonical=rule)
+  params = weights.load(tmp_path, LAYOUT._replace(rename=rule), alone)
   np.testing.assert_array_equal(params["layers/k"], want["layers/k"])
   safetensors.numpy.save_file(
     other | {"top": tensors["top"]}, tmp_path / "model.safetensors"
@@ -241,7 +240,7 @@ def test_names_by_another_rule(tmp_path, alone):
     DataError,
     match="top and model.top are the same|model.top and top are the same",
   ):
-    weights.load(tmp_path, ROWS, STORED, alone, canonical=rule)
+    weights.load(tmp_path, LAYOUT._replace(rename=rule), alone)
 
 
 def test_what_was_read_is_not_written_to(tmp_path):
@@ -253,7 +252,7 @@ def test_what_was_read_is_not_written_to(tmp_path):
     {"w": np.ones((64, 64), np.float32)}, tmp_path / "model.safetensors"
   )
   with jax.set_mesh(mesh):
-    w = weights.load(tmp_path, rows, stored, mesh)["w"]
+    w = weights.load(tmp_path, Layout(rows, stored), mesh)["w"]
     where = {s.data.unsafe_buffer_pointer() for s in w.addressable_shards}
     assert len(where) == 1  # one buffer, read once
     twice = jax.jit(lambda x: x + x, donate_argnums=0)
@@ -306,11 +305,11 @@ def test_google_storage_in_and_out(mesh, bucket):
     n: sharding.put(mesh, np.float32(w), *ROWS[n].axes) for n, w in want.items()
   }
   weights.save(
-    "gs://b/x", params, ROWS, STORED, weights.Export(dict(a=1), shard_bytes=600)
+    "gs://b/x", params, LAYOUT, weights.Export(dict(a=1), shard_bytes=600)
   )
   names = hf.digest_names("gs://b/x")
   assert len(names) > 4
-  back = weights.load("gs://b/x", ROWS, STORED, mesh)
+  back = weights.load("gs://b/x", LAYOUT, mesh)
   for n, w in want.items():
     np.testing.assert_array_equal(back[n], w, err_msg=n)
 
@@ -362,7 +361,7 @@ import numpy as np
 from jaxalign.core import sharding
 from jaxalign.core.errors import DataError
 from jaxalign.model import weights
-from jaxalign.model.parameters import Param, Stored
+from jaxalign.model.parameters import Layout, Param, Stored
 
 folder, port, process, count = sys.argv[1], *map(int, sys.argv[2:])
 if count > 1:
@@ -382,6 +381,7 @@ stored = {
     "layers/gate": Stored("h.{}.gate", (F, D), (F, D), (1, 0)),
     "layers/norm": Stored("h.{}.norm", (D,), (D,), (0,)),
     "layers/down": Stored("h.{}.down", (D, F), (D, F), (1, 0))}
+layout = Layout(rows, stored)
 
 def anonymous():
   for line in open("/proc/self/status"):
@@ -400,16 +400,16 @@ with jax.set_mesh(mesh):
   sharding.barrier("before")
   before = anonymous()
   threading.Thread(target=watch, daemon=True).start()
-  params = weights.load(folder, rows, stored, mesh)
+  params = weights.load(folder, layout, mesh)
   done.set()
   own = sum(s.data.nbytes for w in params.values()
             for s in w.addressable_shards)
   print("measured", peak[0] - before, own, flush=True)
-  weights.save(folder + "-out", params, rows, stored, weights.Export(
+  weights.save(folder + "-out", params, layout, weights.Export(
       {}, dtype="bfloat16", shard_bytes=120_000_000))
   sharding.barrier("after")
   try:
-    weights.load(folder + "-nan", rows, stored, mesh)
+    weights.load(folder + "-nan", layout, mesh)
   except DataError as error:
     print(error)
 """

@@ -160,7 +160,7 @@ def abstract_batch(
 
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding.named(mesh, None, "batch")
+      shape, dtype, sharding=sharding.named_sharding(mesh, None, "batch")
     )
 
   def tokens_and_mask():
@@ -210,7 +210,7 @@ def abstract_state(
 ) -> steps.TrainState:
   """A `TrainState` without its values; moments lie as the parameters do."""
   params = adapters.split(decoder.abstract(m, mesh), m.lora)[0]
-  whole = sharding.named(mesh)
+  whole = sharding.named_sharding(mesh)
 
   def placed(x):
     # A scalar comes back bare; a moment has its parameter's sharding.

@@ -110,7 +110,7 @@ def prepare(args, folder: pathlib.Path) -> None:
   )
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    params = decoder.init(jax.random.key(0), m, mesh)
+    params = decoder.init(jax.random.key(0), m)
     hf.export_folder(folder / "export", params, m, tok)
   print(
     f"Llama of {decoder.parameter_count(m):,} parameters, vocabulary {vocab}",

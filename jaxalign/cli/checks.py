@@ -405,7 +405,7 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
     m = hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
     prepare.context_of(c, m.context)
     if not planned:
-      hf.weights_file(c.model.checkpoint)
+      hf.digest_names(c.model.checkpoint)
   try:
     tokenizer = prepare.given_tokenizer(c)
   except ConfigError:

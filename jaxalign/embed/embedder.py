@@ -99,7 +99,7 @@ def of_answers(e: Embedder) -> Embedder:
 
 def _encoder(given: str, pooling: str) -> encoder.EncoderConfig:
   try:
-    return encoder.read_config(given, pooling=pooling)
+    return encoder.read_encoder_config(given, pooling=pooling)
   except ConfigError:
     if (raw := families.PUBLISHED.get(given)) is None:
       raise
@@ -148,20 +148,15 @@ def first_weights(
 def load(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
   """Another decoder's parameters; of a longer one the layers that run."""
   m, layer = e.model, re.compile(r"\.layers\.(\d+)\.")
+  whole = families.decoder_layout(m)
 
-  def canonical(name):
-    name = families.canonical(m, name)
+  def rename(name):
+    name = whole.rename(name)
     found = name and layer.search(name)
     return None if found and int(found[1]) >= m.layers else name
 
-  return weights.load(
-    e.folder,
-    decoder.table(m),
-    families.stored(m),
-    mesh,
-    canonical=canonical,
-    dtype=jnp.dtype(m.dtype),
-  )
+  layout = whole._replace(rename=rename)
+  return weights.load(e.folder, layout, mesh, jnp.dtype(m.dtype))
 
 
 def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:

@@ -18,6 +18,7 @@ from jaxalign.core.errors import NumericError
 from jaxalign.data import tokens as tokens_lib
 from jaxalign.model import decoder, logprob
 from jaxalign.model.flops import decoder_flops
+from jaxalign.model.parameters import by_row
 
 POOLINGS = ("mean", "last", "response")
 # What a pass can yield: name -> whether it has a width, whether it needs the
@@ -89,7 +90,7 @@ def _row_fn(
       )
     return {name: out[name] for name in outputs}
 
-  return decoder.by_row(mesh, m, one_tile)
+  return by_row(mesh, decoder.table(m), one_tile)
 
 
 def _pooled(

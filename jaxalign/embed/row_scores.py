@@ -24,9 +24,10 @@ from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes, questions
 from jaxalign.embed.over_pool import over_shards
 from jaxalign.embed.store import ArraySpec
-from jaxalign.model import decoder, hf, reward
+from jaxalign.model import decoder, hf, reward, weights
 from jaxalign.model.flops import decoder_flops, reward_flops
 from jaxalign.model.job import Job, kernel_of
+from jaxalign.model.parameters import by_row, check_mesh
 
 SIDES = ("chosen", "rejected", "completion")
 
@@ -152,7 +153,7 @@ def _yes_fn(mesh: Any, m: decoder.ModelConfig, yes: int, no: int) -> Callable:
     two = decoder.logits(last, head[jnp.array([yes, no])], m.final_softcap)
     return dict(number=jax.nn.sigmoid(two[:, 0, 0] - two[:, 0, 1]))
 
-  return decoder.by_row(mesh, m, one_tile)
+  return by_row(mesh, decoder.table(m), one_tile)
 
 
 def p_yes(
@@ -288,7 +289,7 @@ def make_ask(job: Job, arm: None, folder: Any) -> Made:
 
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.rewards.checkpoint, with the context it is used at."""
-  r = reward.read_config(c.rewards.checkpoint, c.model.dtype)
+  r = reward.read_reward_config(c.rewards.checkpoint, c.model.dtype)
   context = min(r.model.context, prepare.asked_context(c) or r.model.context)
   return r._replace(model=r.model._replace(context=context))
 
@@ -303,8 +304,7 @@ def _reward_fn(mesh: Any, r: reward.RewardConfig) -> Callable:
       )
     )
 
-  axes = {n: p.axes for n, p in reward.table(r).items()}
-  return jax.jit(sharding.per_row(mesh, one_tile, axes))
+  return by_row(mesh, reward.reward_layout(r).rows, one_tile)
 
 
 def reward_rows(
@@ -348,7 +348,7 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
     r = r._replace(
       model=r.model._replace(attention=kernel_of(c, r.model, job.mesh))
     )
-  reward.check_reward(r, job.mesh)
+  check_mesh(reward.reward_layout(r).rows, job.mesh)
 
   def encoded():
     texts = [
@@ -358,12 +358,8 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
     return encode(hub.resolve_settings(given), r.model, texts)
 
   rows = tokens_of(folder, encoded)
-  params = reward.load(
-    given,
-    r,
-    job.mesh,
-    np.dtype(np.float32 if r.encodes else c.model.param_dtype),
-  )
+  dtype = np.dtype(np.float32 if r.encodes else c.model.param_dtype)
+  params = weights.load(given, reward.reward_layout(r), job.mesh, dtype)
   files = by_shard(
     job,
     folder,

@@ -22,9 +22,10 @@ from jaxalign.embed import row_scores as scores
 from jaxalign.eval import held_out, judge_endpoint, winrate
 from jaxalign.eval.judge_endpoint import Endpoint, Pair
 from jaxalign.eval.verdict_cache import VerdictCache
-from jaxalign.model import reward
+from jaxalign.model import reward, weights
 from jaxalign.model.flops import reward_flops
 from jaxalign.model.job import Arm, arm_folder, Job, kernel_of
+from jaxalign.model.parameters import check_mesh
 
 CONTROLS = 20  # prompts of each control, see eval/judges/controls.py
 REFERENCE = "judged_reference"  # the stage that judges the reference
@@ -68,7 +69,7 @@ def endpoint_of(c: Any) -> Endpoint:
 
 def reward_config(c: Any) -> reward.RewardConfig:
   """The sizes of config.judge.checkpoint, with the context it is used at."""
-  r = reward.read_config(
+  r = reward.read_reward_config(
     c.judge.checkpoint, c.model.dtype, "config.judge.checkpoint"
   )
   context = min(r.model.context, prepare.asked_context(c) or r.model.context)
@@ -241,14 +242,11 @@ class _Rewards:
       r = r._replace(
         model=r.model._replace(attention=kernel_of(job.c, r.model, job.mesh))
       )
-    reward.check_reward(r, job.mesh)
+    layout = reward.reward_layout(r)
+    check_mesh(layout.rows, job.mesh)
     self.r, self.given = r, job.c.judge.checkpoint
-    self.params = reward.load(
-      self.given,
-      r,
-      job.mesh,
-      np.dtype(np.float32 if r.encodes else job.c.model.param_dtype),
-    )
+    dtype = np.dtype(np.float32 if r.encodes else job.c.model.param_dtype)
+    self.params = weights.load(self.given, layout, job.mesh, dtype)
     # Of the start, which every arm's answers are compared with.
     found = job.shared / REFERENCE / REWARDS
     self.known: dict[str, float] = (

@@ -13,7 +13,7 @@ from jaxalign.core.errors import ConfigError
 from jaxalign.model import decoder
 from jaxalign.model.attention import FAR, Seen
 from jaxalign.model.decoder import ModelConfig
-from jaxalign.model.parameters import layers_of, Params
+from jaxalign.model.parameters import by_row, layers_of, Params
 
 _PLACE = sharding.PER_ROW
 
@@ -107,7 +107,7 @@ def _prefill_fn(mesh, m: ModelConfig):
     keys, values = (jnp.moveaxis(each, 0, 1) for each in cache)
     return dict(x=x[:, -1:], keys=keys, values=values)
 
-  return decoder.by_row(mesh, m, prefill)
+  return by_row(mesh, decoder.table(m), prefill)
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,7 +166,7 @@ def _answer_fn(mesh, m: ModelConfig, new, stops, known, sampling: Sampling):
     start = jnp.int32(1), ids, ends(ids[:, 0]), cache
     return jax.lax.while_loop(going, step, start)[1]
 
-  return decoder.by_row(mesh, m, answer)
+  return by_row(mesh, decoder.table(m), answer)
 
 
 def fitting(prompt: np.ndarray, m: ModelConfig, new: int) -> np.ndarray:

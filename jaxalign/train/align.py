@@ -53,7 +53,7 @@ def _policy_start(
       name, x = reference.popitem()
       params[name] = jnp.array(x, jnp.float32).block_until_ready()
     return params, {}
-  fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m), job.mesh)
+  fresh = adapters.init(jax.random.key(arm.seed), decoder.table(m))
   if m.lora.variant == "lora_sb":
     producer, chunk = PRODUCERS[c.train.logps], c.model.head_chunk
     with Checkpoints(folder / BASES) as saved:

@@ -158,7 +158,7 @@ def _tune(
     del batch_at
     if m.lora is None:  # the step donates its state, so it has a copy
       return {n: jnp.array(x, jnp.float32) for n, x in start.params.items()}, {}
-    fresh = adapters.init(jax.random.key(seed), decoder.table(m), job.mesh)
+    fresh = adapters.init(jax.random.key(seed), decoder.table(m))
     trained, fixed = adapters.split(fresh, m.lora)
     return trained, start.params | fixed
 

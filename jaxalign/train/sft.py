@@ -41,7 +41,7 @@ def given_reference(job: Job) -> str:
 def make_sft(job: Job, arm: None, folder: Any) -> Made:
   """Trains the reference, where no checkpoint is given."""
   c, m = job.c, job.model
-  params = decoder.init(jax.random.key(c.data.seed), m, job.mesh)
+  params = decoder.init(jax.random.key(c.data.seed), m)
   updates, every, explode = c.sft.updates, c.sft.save_every, c.train.explode
   options = TrainOptions(folder, "sft", updates, every, explode=explode)
   knobs = RECIPE | c.sft.to_dict()
