@@ -214,7 +214,7 @@ def test_a_folder_of_transformers_alone_is_its_mean(tmp_path):
   assert encoder.read_encoder_config(tmp_path).context == 17
   save(tmp_path, "roberta")  # positions begin after the padding's
   m = encoder.read_encoder_config(tmp_path)
-  assert (m.offset, m.context) == (2, 15)
+  assert (m.offset, m.context) == (2, 17)
 
 
 def test_a_prompt_stands_before_every_text(tmp_path):

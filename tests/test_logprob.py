@@ -45,7 +45,7 @@ def oracle_gradients(x, weight, tokens, mask):
 def grad_fn(chunk):
   def total(x, weight, tokens, mask):
     each = logprob.token_logps(x, weight, tokens, chunk)
-    s, n = logprob.sums(each, mask)
+    s, n = logprob.masked_sums(each, mask)
     return jnp.sum(s), (each, s, n)
 
   return jax.jit(

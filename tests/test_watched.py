@@ -23,7 +23,7 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.eval import while_training
 from jaxalign.model import decoder
 from jaxalign.model.flops import decoder_flops
-from jaxalign.model.job import Arm, arm_folder, Job, sizes
+from jaxalign.model.job import Arm, arm_folder, Job, sft_sizes
 from jaxalign.train import feed, losses
 from jaxalign.train.losses import bind, LOSSES
 
@@ -326,7 +326,7 @@ def test_a_job_that_watches_everything(tmp_path, config):
   job = pipeline.make_job(common.base("tiny"), None, tmp_path)
   if "kto" in config:
     job.c = c
-  tokens, m = job.tokens("pool"), sizes(job.c, job.tokenizer.vocab_size)
+  tokens, m = job.tokens("pool"), sft_sizes(job.c, job.tokenizer.vocab_size)
   ids = disk.read_json(arm / "ref_ids.json")
   place = {n: i for i, n in enumerate(job.column("pool", "id"))}
   each = len(tokens.start) // len(place)

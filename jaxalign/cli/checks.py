@@ -15,7 +15,7 @@ from jaxalign.data import prepare, recipe, tokens
 from jaxalign.embed import embedder, questions, row_scores, store
 from jaxalign.eval import judge_kinds, while_training
 from jaxalign.model import decoder, hf, memory
-from jaxalign.model.job import Job, kernel_of, lora_of, sizes, WHOLE
+from jaxalign.model.job import Job, kernel_of, lora_of, sft_sizes, WHOLE
 from jaxalign.select import columns, mixture
 from jaxalign.select.choose import sampler_kwargs
 from jaxalign.select.samplers import chains, isa, values
@@ -420,4 +420,4 @@ def _model(c: Any, planned: bool) -> decoder.ModelConfig:
         "config.model.tokenizer"
       )
   pieces = tokenizer.vocab_size if tokenizer else c.model.vocab_size
-  return (m or sizes(c, pieces))._replace(lora=lora_of(c))
+  return (m or sft_sizes(c, pieces))._replace(lora=lora_of(c))

@@ -75,7 +75,7 @@ def _row_fn(
         each = logprob.token_logps(
           x, head, rows["tokens"], chunk, m.final_softcap
         )
-        sums, count = logprob.sums(each, rows["mask"])
+        sums, count = logprob.masked_sums(each, rows["mask"])
         return jnp.sum(sums), (each, sums, count)
 
       if "residual" in outputs:

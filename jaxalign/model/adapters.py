@@ -199,7 +199,7 @@ def apply(
   outer = "".join(i for i in weight if i in out)
   h = jnp.einsum(f"{into},{inner}r->blr", x, a, **how)
   if r is not None:
-    h = jnp.einsum("blr,rs->bls", h, r, precision=how["precision"])
+    h = jnp.einsum("blr,rs->bls", h, r, precision=how.get("precision"))
   return jnp.einsum(f"blr,r{outer}->{out}", factor * h, b, **how)
 
 

@@ -30,16 +30,13 @@ class Arm(NamedTuple):
 
   @property
   def label(self) -> str:
-    """What its seeds share: "isa-0.1"; the whole pool is called "all"."""
-    name = self.sampler.replace(":", ".").replace("|", "-then-")
-    name = (
-      "all"
-      if self.is_all
-      else re.sub(r"[^\w.,=()+-]", "", name.replace("*", "-x-"))
-    )
-    return f"{name}-{self.budget:g}" + (
-      f"-as-{self.like:g}" if self.like else ""
-    )
+    """The name of all its seeds: "isa-0.1"; the whole pool is called "all"."""
+    name = "all" if self.is_all else self.sampler
+    for sign, words in ((":", "."), ("|", "-then-"), ("*", "-x-")):
+      name = name.replace(sign, words)
+    name = re.sub(r"[^\w.,=()+-]", "", name)
+    longer = f"-as-{self.like:g}" if self.like else ""
+    return f"{name}-{self.budget:g}{longer}"
 
   @property
   def name(self) -> str:
@@ -58,7 +55,7 @@ class Job:
   A class because it caches what is costly to load (tokens, the reference).
   """
 
-  force = False  # whether a job that should not fit is tried all the same
+  force = False  # whether a job that should not fit is tried anyway
 
   def __init__(
     self,
@@ -83,17 +80,17 @@ class Job:
     return arm_folder(self, arm) if stage.of_arm else self.shared / stage.name
 
   def describe(self, stage: Stage, arm: Arm | None = None) -> dict[str, Any]:
-    """What a stage is made from: {"fields", "inputs", "resumes", ...}."""
+    """The arguments of `artifacts.run` on what a stage is made from."""
     fields, inputs = {}, {}
     for need in stage.needs(self, arm):
       name, other = need if isinstance(need, tuple) else (need, arm)
       own = name in self.stages and self.stages[name].of_arm
       label = f"{name} of {other.name}" if other is not arm else name
       record = self.records[other.name if own else "", name]
-      # Another checkpoint is another config, to be refused; what a stage made
-      # anew makes those below it stale.
-      into = fields if artifacts.is_given(record) else inputs
-      into[label] = record.content
+      # Another checkpoint is another config, to be refused; the new output of
+      # a stage makes those below it stale.
+      given = fields if artifacts.is_given(record) else inputs
+      given[label] = record.content
     return dict(
       fields=fields | stage.fields(self, arm),
       inputs=inputs,
@@ -105,7 +102,7 @@ class Job:
   def run(
     self, stage: Stage | str, arm: Arm | None = None, folder: Any = None
   ) -> artifacts.Record:
-    """Runs a stage, or finds it finished; its record is kept for the ledger."""
+    """Runs a stage unless it is finished; its record is kept for the ledger."""
     stage = self.stages[stage] if isinstance(stage, str) else stage
     key = arm.name if stage.of_arm else "", stage.name
     if digest := stage.given(self):
@@ -140,8 +137,8 @@ class Job:
   def made_of(self, name: str) -> dict[str, Any]:
     """The fields and inputs of a shared stage, flat."""
     # Not described twice: that may digest a whole checkpoint.
-    found = self.described.get(name) or self.describe(self.stages[name])
-    return found["fields"] | found["inputs"]
+    made_of = self.described.get(name) or self.describe(self.stages[name])
+    return made_of["fields"] | made_of["inputs"]
 
   @property
   def responses(self) -> int:
@@ -152,21 +149,19 @@ class Job:
   def most(self) -> int:
     """The longest row that the model can take, in tokens."""
     c = self.c.model
-    own = (
-      hf.read_config(c.checkpoint, c.dtype, c.remat).context
-      if c.checkpoint
-      else c.context or prepare.own_context(self.c)
-    )
+    if c.checkpoint:
+      own = hf.read_config(c.checkpoint, c.dtype, c.remat).context
+    else:
+      own = c.context or prepare.own_context(self.c)
     prepare.context_of(self.c, own)
     return own
 
   @functools.cached_property
   def context(self) -> int:
-    """The longest row of this job: as asked for, or as the data stage chose."""
-    return (
-      prepare.context_of(self.c, self.most)
-      or disk.read_json(self.shared / "data" / "data_summary.json")["context"]
-    )
+    """The longest row of this job: the config's, or the data stage's choice."""
+    if context := prepare.context_of(self.c, self.most):
+      return context
+    return disk.read_json(self.shared / "data/data_summary.json")["context"]
 
   @property
   def kind(self) -> str:
@@ -186,7 +181,7 @@ class Job:
       m = hf.read_config(c.checkpoint, c.dtype, c.remat)
       m = m._replace(context=self.context, positions=m.context)
     else:
-      m = sizes(self.c, self.tokenizer.vocab_size)
+      m = sft_sizes(self.c, self.tokenizer.vocab_size)
     m = m._replace(attention=kernel_of(self.c, m, self.mesh))
     decoder.check_model(m, self.mesh)
     return m
@@ -219,19 +214,16 @@ class Job:
   @functools.cached_property
   def reference(self) -> decoder.Params:
     """The frozen reference's parameters, on the mesh."""
-    dtype = np.dtype(self.c.model.param_dtype)
-    if self.c.model.checkpoint:
-      return hf.load_folder(
-        self.c.model.checkpoint, self.model, self.mesh, dtype
-      )
-    params = restore_params(
-      self.shared / "sft" / "checkpoints",
-      decoder.abstract(self.model, self.mesh),
-    )
+    c, m, mesh = self.c.model, self.model, self.mesh
+    dtype = np.dtype(c.param_dtype)
+    if c.checkpoint:
+      return hf.load_folder(c.checkpoint, m, mesh, dtype)
+    saved = self.shared / "sft" / "checkpoints"
+    params = restore_params(saved, decoder.abstract(m, mesh))
     return {n: x.astype(dtype) for n, x in params.items()}
 
   def release_reference(self) -> None:
-    """Lets go of the reference's weights; who asks next reads them again."""
+    """Frees the reference's weights; they are read again when needed."""
     self.__dict__.pop("reference", None)
 
 
@@ -256,7 +248,7 @@ def kernel_of(c: Any, m: decoder.ModelConfig, mesh: Any) -> str:
   )
 
 
-def sizes(c: Any, vocab: int) -> decoder.ModelConfig:
+def sft_sizes(c: Any, vocab: int) -> decoder.ModelConfig:
   """The model that `sft` trains; its table is rounded up to 64 rows."""
   m = c.model
   return decoder.ModelConfig(

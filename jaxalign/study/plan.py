@@ -20,7 +20,7 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.embed import embedder
 from jaxalign.model import decoder, hf, memory
 from jaxalign.model.flops import decoder_flops
-from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sizes
+from jaxalign.model.job import Arm, Job, kernel_of, lora_of, sft_sizes
 from jaxalign.select import choose
 from jaxalign.select.samplers import vectors
 from jaxalign.train import feed, host_memory
@@ -100,7 +100,7 @@ class Line(NamedTuple):
 def _model(c: Any) -> decoder.ModelConfig:
   if c.model.checkpoint:
     return hf.read_config(c.model.checkpoint, c.model.dtype, c.model.remat)
-  return sizes(c, c.model.vocab_size)
+  return sft_sizes(c, c.model.vocab_size)
 
 
 def lines(
