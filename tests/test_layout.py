@@ -7,16 +7,15 @@ slopes against the float64 Llama of `oracle` and against the padded layout.
 import functools
 
 import flat
+from flat import rows_of
 import jax
 import jax.numpy as jnp
+from models import draw, make_mesh, put, sized
 import numpy as np
 import oracle
 import pytest
 
-from jaxalign.core import sharding
 from jaxalign.core.errors import DataError
-from jaxalign.data import tokens as tokens_lib
-from jaxalign.model import decoder
 from jaxalign.train import feed
 from jaxalign.train import packing as layout
 from jaxalign.train.logps import PRODUCERS
@@ -25,29 +24,8 @@ from jaxalign.train.metrics import packing_metrics
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 EOS = 2
-MODEL = decoder.ModelConfig(
-  layers=2,
-  width=16,
-  heads=4,
-  kv_heads=2,
-  head_size=4,
-  ff=24,
-  vocab=32,
-  context=64,
-)
+MODEL = sized(2, 16, 4, 2, 4, 24, 32, 64)
 SIZES = dict(kv_heads=2, rope_theta=10000.0, norm_eps=1e-5)
-
-
-def rows_of(pairs):
-  """[(prompt, answer, answer..)] of ids -> TokenRows, R rows a pair."""
-  ids = [np.array(p + a, np.int32) for p, *answers in pairs for a in answers]
-  start = [len(p) for p, *answers in pairs for _ in answers]
-  return tokens_lib.TokenRows(
-    np.concatenate(ids),
-    np.cumsum([0, *map(len, ids)]),
-    np.array(start, np.int32),
-    np.zeros(len(ids), np.int32),
-  )
 
 
 @functools.lru_cache
@@ -64,24 +42,17 @@ def examples(n=16, r=2, seed=0, longest=14):
   ]
 
 
+def ref_sums(pairs):
+  shape = len(pairs), len(pairs[0]) - 1
+  return np.float32(np.random.default_rng(7).normal(-20, 4, shape))
+
+
 def feed_of(
   pairs, *, seed=3, batch=16, mesh=None, accumulation=1, layout="packed"
 ):
-  n, r = len(pairs), len(pairs[0]) - 1
-  rng = np.random.default_rng(7)
-  sums = np.float32(rng.normal(-20, 4, (n, r)))
-  rows = flat.train_rows(rows_of(pairs), r, sums)
+  rows = flat.train_rows(rows_of(pairs), len(pairs[0]) - 1, ref_sums(pairs))
   batching = feed.Batching(batch, seed, accumulation, 64, layout)
   return feed.Feed(mesh, rows, batching, lambda step: 1e-3)
-
-
-def make_mesh(fsdp, tensor):
-  return sharding.make_mesh(
-    dict(fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor]
-  )
-
-
-# The packing, on lists.
 
 
 def test_rows_are_dealt_evenly_and_all_of_them():
@@ -105,40 +76,30 @@ def test_every_token_is_where_it_should_be(r):
   starts = np.array([len(p) for p, *_ in pairs])
   answers = np.array([[len(a) for a in more] for _, *more in pairs])
   need = layout.need(starts, answers, 32)
-  shape = need._replace(
-    tokens=need.tokens + 64,
-    targets=need.targets + 16,
-    rows=need.rows + 1,
-    tiles=need.tiles + 3,
-  )
+  more = dict(tokens=64, targets=16, rows=1, tiles=3)
+  shape = need._replace(**{n: getattr(need, n) + k for n, k in more.items()})
   least = np.repeat(answers.min(1)[:, None], r, 1)
   x = layout.pack(shape, rows, index, least)
-  flat = [t for p, *more in pairs for part in (p, *more) for t in part]
-  assert x.tokens[: len(flat)].tolist() == flat
-  positions = [
-    i
-    for p, *more in pairs
-    for i in (
-      *range(len(p)),
-      *(len(p) + j for a in more for j in range(len(a))),
-    )
-  ]
-  assert x.position[: len(flat)].tolist() == positions
+  ids = [t for p, *more in pairs for part in (p, *more) for t in part]
+  assert x.tokens[: len(ids)].tolist() == ids
+  positions = []
+  for p, *more in pairs:
+    positions += range(len(p))
+    positions += [len(p) + j for a in more for j in range(len(a))]
+  assert x.position[: len(ids)].tolist() == positions
   # Every response is predicted token by token, from the token before it.
   owned = {}
-  for s, t, o, public in zip(x.source, x.target, x.owner, x.in_prefix):
+  for s, t, o, common in zip(x.source, x.target, x.owner, x.in_prefix):
     if o >= 0:
-      owned.setdefault(int(o), []).append((int(s), int(t), bool(public)))
+      owned.setdefault(int(o), []).append((int(s), int(t), bool(common)))
   at = 0
   for k, (p, *more) in enumerate(pairs):
     last, at = at + len(p) - 1, at + len(p)
     for side, a in enumerate(more):
       mine = owned.pop(k * r + side)
-      assert [t for _, t, _ in mine] == a
-      assert [s for s, _, _ in mine] == [last, *range(at, at + len(a) - 1)]
-      assert [q for _, _, q in mine] == [
-        j < min(map(len, more)) for j in range(len(a))
-      ]
+      shortest, n = min(map(len, more)), len(a)
+      sources, prefix = [last, *range(at, at + n - 1)], [*range(n)]
+      assert mine == list(zip(sources, a, [j < shortest for j in prefix]))
       at += len(a)
   assert not owned
   # Every sequence stands whole in an attention row, in a segment of its own.
@@ -160,41 +121,31 @@ def test_every_token_is_where_it_should_be(r):
   assert sorted(named) == np.flatnonzero(x.copies.segment.reshape(-1)).tolist()
   uses = sorted([*x.first[x.first >= 0], *x.second[x.second >= 0]])
   assert uses == list(range(answers.sum()))
-  share = packing_metrics(jax.tree.map(jnp.asarray, x))
-  assert share["perf/padding"].tolist() == [
-    len(x.tokens) - len(flat),
-    len(x.tokens),
-  ]
+  found, n = packing_metrics(jax.tree.map(jnp.asarray, x)), len(x.tokens)
+  assert found["perf/padding"].tolist() == [n - len(ids), n]
   shared = starts.sum() * (r - 1)
-  assert share["perf/shared"].tolist() == [shared, len(flat) + shared]
+  assert found["perf/shared"].tolist() == [shared, len(ids) + shared]
 
 
-def test_prompts_that_differ_are_refused():
-  rows = rows_of([([5, 6], [7]), ([5, 9], [8, 8])])
-  with pytest.raises(
-    DataError,
-    match="row b: its responses have different "
-    "prompts.*config.train.layout='padded'",
-  ):
-    layout.pack(
-      layout.Shape(64, 16, 1, 16, 1),
-      rows,
-      np.array([[0, 1]]),
-      np.ones((1, 2)),
-      ["b"],
-    )
-  rows = rows_of([([5, 6], [7]), ([5], [6, 8])])
-  with pytest.raises(DataError, match="row 0: its responses"):
-    layout.pack(
-      layout.Shape(64, 16, 1, 16, 1), rows, np.array([[0, 1]]), np.ones((1, 2))
-    )
+@pytest.mark.parametrize(
+  "prompts,answers,ids",
+  [
+    ([[5, 6], [5, 9]], [[7], [8, 8]], ["b"]),
+    ([[5, 6], [5]], [[7], [6, 8]], []),
+  ],
+)
+def test_prompts_that_differ_are_refused(prompts, answers, ids):
+  shape, rows = layout.Shape(64, 16, 1, 16, 1), rows_of(zip(prompts, answers))
+  words = f"row {ids[0] if ids else 0}: its responses have different prompts"
+  with pytest.raises(DataError, match=f"{words}.*config.train.layout='padded'"):
+    args = [ids] if ids else []
+    layout.pack(shape, rows, np.array([[0, 1]]), np.ones((1, 2)), *args)
 
 
 def test_shapes_are_few_and_hold_everything():
   rng = np.random.default_rng(0)
-  needs = [
-    layout.Shape(*(16 * rng.integers(1, 9, 3)), 64, 16) for _ in range(40)
-  ]
+  sizes = 16 * rng.integers(1, 9, (40, 3))
+  needs = [layout.Shape(*size, 64, 16) for size in sizes]
   price = {}
   for most in (1, 2, 4, 40):
     shapes = layout.choose(needs, most)
@@ -217,18 +168,11 @@ def test_shapes_are_few_and_hold_everything():
 
 @functools.lru_cache
 def params(m=MODEL):
-  rng = np.random.default_rng(5)
-  return {
-    n: np.float32(rng.normal(1.0 if p.scale == 0 else 0.0, 0.3, p.shape))
-    for n, p in decoder.table(m).items()
-  }
+  return draw(m, 5)
 
 
 def on_mesh(mesh, m=MODEL):
-  return {
-    n: sharding.put(mesh, w, *decoder.table(m)[n].axes)
-    for n, w in params(m).items()
-  }
+  return put(mesh, m, params(m))
 
 
 @functools.lru_cache
@@ -246,19 +190,11 @@ def run_fn(m, head, chunk, r):
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
   """{id: [R, 3] sum, count, public} and the slopes, of one whole batch."""
   pairs = pairs or examples()
-  batch = feed_of(
-    pairs, mesh=mesh, layout=kind, accumulation=accumulation
-  ).batch_at(0)
+  how = dict(mesh=mesh, layout=kind, accumulation=accumulation)
+  batch = feed_of(pairs, **how).batch_at(0)
   with jax.set_mesh(mesh):
     where, found, slopes = on_mesh(mesh, m), {}, None
-    names = {
-      float(x): i
-      for i, x in enumerate(
-        np.random.default_rng(7)
-        .normal(-20, 4, (len(pairs), len(pairs[0]) - 1))
-        .astype(np.float32)[:, 0]
-      )
-    }
+    names = {float(x): i for i, x in enumerate(ref_sums(pairs)[:, 0])}
     for a in range(accumulation):
       micro = jax.tree.map(lambda x: x[a], batch.micro())
       weight = jnp.cos(micro.ref.sum)  # goes with the pair, wherever it is
@@ -266,15 +202,12 @@ def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
         where, micro.tokens, micro.mask, weight
       )
       slopes = g if slopes is None else jax.tree.map(jnp.add, slopes, g)
-      for key, *row in zip(
-        np.asarray(micro.ref.sum)[:, 0],
-        *map(np.asarray, (out.sum, out.count, out.common_prefix)),
-      ):
-        found[names[float(key)]] = np.stack(row, -1)
+      each = np.stack([out.sum, out.count, out.common_prefix], -1)
+      for key, row in zip(np.asarray(micro.ref.sum)[:, 0], each):
+        found[names[float(key)]] = row
     assert len(found) == len(pairs)
-    return np.stack([found[i] for i in range(len(pairs))]), jax.device_get(
-      slopes
-    )
+    values = np.stack([found[i] for i in range(len(pairs))])
+    return values, jax.device_get(slopes)
 
 
 def wanted(pairs):
@@ -336,20 +269,9 @@ def test_packed_rows_have_the_padded_rows_values_and_slopes(
   m, base = MODEL._replace(attention=kernel), truth(r)
   if shape[1] > m.kv_heads:
     m = m._replace(kv_heads=4)
-    base = run(
-      make_mesh(1, 1), "padded", m=m, head="plain", pairs=examples(r=r)
-    )
-  close(
-    run(
-      make_mesh(*shape),
-      "packed",
-      m=m,
-      head=head,
-      pairs=examples(r=r),
-      accumulation=accumulation,
-    ),
-    base,
-  )
+    base = run(make_mesh(), "padded", m=m, head="plain", pairs=examples(r=r))
+  how = dict(m=m, head=head, pairs=examples(r=r), accumulation=accumulation)
+  close(run(make_mesh(*shape), "packed", **how), base)
 
 
 def test_packed_rows_with_a_prompt_each_have_them_too():

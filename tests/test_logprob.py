@@ -2,6 +2,7 @@
 
 import functools
 
+import flat
 import jax
 import jax.numpy as jnp
 from models import draw, make_mesh, put, sized
@@ -119,17 +120,6 @@ MODEL = sized(2, 16, 4, 2, 4, 24, 32, 64)
 EOS = 2
 
 
-def token_rows(rows):
-  """[(prompt ids, response ids)] -> TokenRows."""
-  ids = [np.array(p + r, np.int32) for p, r in rows]
-  return tokens_lib.TokenRows(
-    np.concatenate(ids),
-    np.cumsum([0] + [len(i) for i in ids]),
-    np.array([len(p) for p, _ in rows], np.int32),
-    np.zeros(len(rows), np.int32),
-  )
-
-
 @functools.lru_cache
 def producer():
   return jax.jit(PRODUCERS["chunked"](MODEL, 7), compiler_options=QUICK)
@@ -137,7 +127,7 @@ def producer():
 
 def logps(mesh, rows, length, pad_id=0):
   tokens, mask = tokens_lib.pad_rows(
-    token_rows(rows), np.arange(len(rows)), length, pad_id
+    flat.rows_of(rows), np.arange(len(rows)), length, pad_id
   )
   where = put(mesh, MODEL, draw(MODEL, 5))
   out = producer()(
