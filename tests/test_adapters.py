@@ -7,7 +7,7 @@ from conftest import token_rows
 import flat
 import jax
 import jax.numpy as jnp
-from models import make_mesh, put, sized
+from models import draw, make_mesh, put, sized
 import numpy as np
 import oracle
 import pytest
@@ -37,15 +37,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def placed(*cases):
   """(case, mesh shape) pairs as parameters; those after None are slow."""
   cut = cases.index(None) if None in cases else len(cases)
-  return [
-    pytest.param(
-      *c,
-      marks=SLOW if i > cut else (),
-      id="-".join(map(str, c)).replace(" ", ""),
-    )
-    for i, c in enumerate(cases)
-    if c
-  ]
+  marks = lambda i: SLOW if i > cut else ()
+  return [pytest.param(*c, marks=marks(i)) for i, c in enumerate(cases) if c]
 
 
 @pytest.fixture
@@ -61,13 +54,9 @@ def with_lora(variant="lora", m=M, **more):
 
 
 @functools.lru_cache
-def numbers(m, seed=0):
+def numbers(m):
   """Every parameter of a table, adapters too, none of them zero."""
-  rng = np.random.default_rng(seed)
-  return {
-    n: np.float32(rng.normal(1.0 if "norm" in n else 0.0, 0.3, p.shape))
-    for n, p in decoder.table(m).items()
-  }
+  return draw(m)
 
 
 def merged_by_hand(params, factor):
@@ -81,9 +70,6 @@ def merged_by_hand(params, factor):
         r = np.float64(params.get(f"{name}:r", [np.eye(RANK)] * 9)[t])
         out[name][t] += factor * (a @ r @ b).reshape(out[name][t].shape)
   return out
-
-
-# One product.
 
 
 @pytest.mark.parametrize("with_r", [False, True])
@@ -129,9 +115,6 @@ def test_the_scale(lora, wanted):
   assert adapters.scale(lora) == wanted
 
 
-# Which weights.
-
-
 @pytest.mark.parametrize(
   "patterns,wanted",
   [
@@ -146,13 +129,10 @@ def test_the_scale(lora, wanted):
 )
 def test_targets_by_pattern(patterns, wanted):
   lora = adapters.Lora(2, targets=patterns)
-  assert adapters.targets(lora, decoder.table(M)) == [
-    f"layers/{n}" for n in wanted
-  ]
+  wanted = [f"layers/{n}" for n in wanted]
+  assert adapters.targets(lora, decoder.table(M)) == wanted
   rows = decoder.table(M._replace(lora=lora))
-  assert {n.split(":")[0] for n in rows if ":" in n} == {
-    f"layers/{n}" for n in wanted
-  }
+  assert {n.split(":")[0] for n in rows if ":" in n} == set(wanted)
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is():
@@ -182,9 +162,6 @@ def test_adapters_that_cannot_work(change, words):
   lora = adapters.Lora(RANK)._replace(**change)
   with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
     decoder.check_model(M._replace(lora=lora), sharding.nowhere())
-
-
-# The start.
 
 
 @pytest.mark.parametrize("shape", [ONE, EIGHT], ids=str)
@@ -235,12 +212,8 @@ def score(mesh, m, params):
 @pytest.mark.parametrize(
   "variant,shape",
   placed(
-    ("lora", EIGHT),
-    ("lora_sb", ONE),
-    None,
-    ("lora", ONE),
-    ("lora_sb", EIGHT),
-    ("allora", ONE),
+    *[("lora", EIGHT), ("lora_sb", ONE), None],
+    *[("lora", ONE), ("lora_sb", EIGHT), ("allora", ONE)],
   ),
 )
 def test_unmerged_and_merged_are_a_numpy_llama(mesh, variant):
@@ -255,15 +228,11 @@ def test_unmerged_and_merged_are_a_numpy_llama(mesh, variant):
     assert whole[n].sharding.spec == params[n].sharding.spec
   tokens, mask = rows()
   p = merged_by_hand(numbers(m), factor)
-  wanted = np.array(
-    [
-      [oracle.token_logps(p, t, **SIZES)[k].sum() for t, k in zip(*pair)]
-      for pair in zip(tokens, mask)
-    ]
-  )
-  assert (
-    np.abs(wanted - score(mesh, M, {n: params[n] for n in whole})).max() > 1.0
-  )  # the adapters matter
+  logp = lambda t, k: oracle.token_logps(p, t, **SIZES)[k].sum()
+  each = [list(map(logp, *pair)) for pair in zip(tokens, mask)]
+  wanted, plain = np.array(each), {n: params[n] for n in whole}
+  # The adapters matter.
+  assert np.abs(wanted - score(mesh, M, plain)).max() > 1.0
   np.testing.assert_allclose(score(mesh, m, params), wanted, atol=2e-4)
   np.testing.assert_allclose(score(mesh, M, whole), wanted, atol=2e-4)
   spread = jax.jit(PRODUCERS["chunked"](m, 5))(
@@ -278,12 +247,8 @@ def dpo(policy, ref, stats):
 
 def batch_of(mesh, ref, lr=0.0):
   tokens, mask = rows()
-  arrays = dict(
-    tokens=tokens,
-    mask=mask,
-    ref_sum=np.float32(ref),
-    ref_count=np.float32(mask.sum(-1)),
-  )
+  arrays = dict(tokens=tokens, mask=mask, ref_sum=np.float32(ref))
+  arrays["ref_count"] = np.float32(mask.sum(-1))
   put = lambda x: sharding.put(mesh, x[None], None, "batch")
   on_mesh = {n: put(x) for n, x in arrays.items()}
   return flat.batch_of(**on_mesh, lr=np.float32(lr))
@@ -330,11 +295,12 @@ def test_the_start_is_the_reference(mesh):
   assert set(state.params) == set(fresh)  # no base weight is trained
 
 
-# Gradients.
+def gradient_fn(m):
+  return step.make_gradients(PRODUCERS["chunked"](m, 5), dpo)
 
 
 def gradients(mesh, m, trained, frozen, ref):
-  fn = step.make_gradients(PRODUCERS["chunked"](m, 5), dpo)
+  fn = gradient_fn(m)
   return jax.device_get(jax.jit(fn)(trained, batch_of(mesh, ref), frozen)[0])
 
 
@@ -372,9 +338,6 @@ def test_gradients_are_those_of_the_merged_model(mesh, variant):
           found, factor * wanted[s], rtol=1e-3, atol=2e-5, err_msg=f"{n}:{s}"
         )
         assert np.abs(found).max() > 1e-4
-
-
-# Training.
 
 
 @functools.lru_cache
@@ -419,11 +382,8 @@ def test_a_full_run_s_rate_would_hardly_move():
 @pytest.mark.parametrize(
   "dtype,shape",
   placed(
-    ("bfloat16", ONE),
-    None,
-    ("bfloat16", EIGHT),
-    ("float32", ONE),
-    ("float32", EIGHT),
+    *[("bfloat16", ONE), None, ("bfloat16", EIGHT)],
+    *[("float32", ONE), ("float32", EIGHT)],
   ),
 )
 def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
@@ -444,9 +404,6 @@ def test_a_bfloat16_base_with_float32_adapters(dtype, mesh):
   assert {x.dtype for x in whole.values()} == {jnp.dtype("bfloat16")}
 
 
-# ALLoRA.
-
-
 def test_allora_s_factor_stands_behind_adam():
   """Three steps of Adam and 1 / sqrt(||b_i|| + 1 / eta^2), in float64."""
   rng = np.random.default_rng(0)
@@ -454,17 +411,15 @@ def test_allora_s_factor_stands_behind_adam():
     "layers/wq:a": np.float32(rng.normal(size=(2, 3, 4))),
     "layers/wq:b": np.zeros((2, 4, 3, 2), np.float32),
   }
-  tx = optim.allora(
-    optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=0.98), 3.0
-  )
+  adam = optim.make_optimizer(clip=0.0, weight_decay=0.0, b2=0.98)
+  tx = optim.allora(adam, 3.0)
   state = tx.init(params)
   p = {n: np.float64(w) for n, w in params.items()}
   m, v = ({n: 0.0 for n in p} for _ in range(2))
   for t in range(1, 4):
     grads = {n: rng.normal(size=w.shape) for n, w in params.items()}
-    updates, state = tx.update(
-      {n: np.float32(g) for n, g in grads.items()}, state, params
-    )
+    rounded = {n: np.float32(g) for n, g in grads.items()}
+    updates, state = tx.update(rounded, state, params)
     params = {n: w + 0.5 * updates[n] for n, w in params.items()}
     for n, g in grads.items():
       m[n] = 0.9 * m[n] + 0.1 * g
@@ -479,9 +434,6 @@ def test_allora_s_factor_stands_behind_adam():
       np.testing.assert_allclose(params[n], p[n], rtol=1e-4, atol=1e-5)
 
 
-# LoRA-SB.
-
-
 @pytest.mark.parametrize(
   "shape", [EIGHT, pytest.param(ONE, marks=SLOW)], ids=str
 )
@@ -494,7 +446,7 @@ def test_bases_are_the_gradient_s_singular_vectors(mesh):
     m,
     mesh,
     base,
-    lambda sizes: step.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+    gradient_fn,
     [batch_of(mesh, ref), batch_of(mesh, ref)],
   )
   assert set(found) == {f"layers/{n}:{s}" for n in LINEAR for s in "ab"}
@@ -522,9 +474,8 @@ def test_the_matrix_between_the_bases_is_trained_alone(mesh):
   rng = np.random.default_rng(0)
   for n, p in decoder.table(m).items():  # any bases will do
     if n.endswith((":a", ":b")):
-      fresh[n] = sharding.put(
-        mesh, np.float32(rng.normal(0, 0.4, p.shape)), *p.axes
-      )
+      drawn = np.float32(rng.normal(0, 0.4, p.shape))
+      fresh[n] = sharding.put(mesh, drawn, *p.axes)
   seen, state, _ = run(mesh, m, [1e-2] * 6, base, fresh)
   assert abs(seen[0]["preference_loss"] - np.log(2)) < 1e-6
   assert seen[-1]["loss"] < seen[0]["loss"] - 0.01
@@ -540,6 +491,6 @@ def test_bases_of_a_gradient_that_is_not_finite():
       with_lora("lora_sb"),
       mesh,
       base_of(mesh),
-      lambda sizes: step.make_gradients(PRODUCERS["chunked"](sizes, 5), dpo),
+      gradient_fn,
       [batch_of(mesh, np.full((16, 2), np.nan))],
     )
