@@ -23,7 +23,7 @@ import numpy as np
 from jaxalign.cli import main
 from jaxalign.core import artifacts, interrupt, sharding
 from jaxalign.core.checkpoints import Checkpoints
-from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.model import decoder
 from jaxalign.model import job as job_lib
 from jaxalign.study import run as study  # noqa: F401
@@ -127,7 +127,7 @@ def parameters(stage_folder: Any, step: int = 0) -> dict[str, np.ndarray]:
   """The parameters of a checkpoint of a tiny job, the newest by default."""
   c = common.base("tiny")
   mesh = sharding.make_mesh(c.mesh)
-  tokenizer = Tokenizer.load(finished() / "shared/data/tokenizer.model")
+  tokenizer = load_tokenizer(finished() / "shared/data/tokenizer.model")
   model = job_lib.sizes(c, tokenizer.vocab_size)
   with (
     jax.set_mesh(mesh),

@@ -14,51 +14,57 @@ from jaxalign.eval.rating_codes import Choice
 
 beyond = interrater.beyond_chance
 KM = (("m", "k"), ("k", "m"))  # two models, in both orders
-
-
-def pandalm(shared):
-  """Three human raters and a judge; the reading is tested with the command."""
-  names = ("testset-v1.json", "gpt-3.5-turbo-testset-v1.json")
-  files = [f"{shared}/data/pandalm/{name}" for name in names]
-  return rating_tables.read_ratings(files, Choice()).rows
+OTHER = {"first": "second", "second": "first", "tie": "tie", None: None}
 
 
 def swapped(rows, seed=0):
   """The same verdicts with half of the rows written the other way round."""
   turn = np.random.default_rng(seed).random(len(rows)) < 0.5
-  other = {"first": "second", "second": "first", "tie": "tie", None: None}
   return [
-    Verdict(r.item, r.second, r.first, r.rater, other[r.verdict]) if t else r
+    Verdict(r.item, r.second, r.first, r.rater, OTHER[r.verdict]) if t else r
     for r, t in zip(rows, turn)
   ]
 
 
+def coincidence_alpha(units):
+  """Krippendorff's own steps: coincidences o_ck, then disagreements."""
+  labels = sorted({w for u in units for w in u if w is not None})
+  o = np.zeros((len(labels), len(labels)))
+  for unit in units:
+    given = [labels.index(w) for w in unit if w is not None]
+    for x, y in itertools.permutations(given, 2):
+      o[x, y] += 1 / (len(given) - 1)
+  n_c, n = o.sum(1), o.sum()
+  observed = o.sum() - np.trace(o)
+  expected = (np.outer(n_c, n_c).sum() - (n_c**2).sum()) / (n - 1)
+  return 1 - observed / expected
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_pandalm_to_the_last_digit_printed(shared, turned):
-  rows = pandalm(shared)
-  rows = swapped(rows) if turned else rows
+  folder = shared / "data/pandalm"
+  files = [folder / f"{n}testset-v1.json" for n in ("", "gpt-3.5-turbo-")]
+  rows = rating_tables.read_ratings(list(map(str, files)), Choice()).rows
   humans = ["annotator1", "annotator2", "annotator3"]
+  rows = swapped(rows) if turned else rows
   out = interrater.judged(rows, ["gpt-3.5-turbo"], humans)
   kappas = [v["kappa"]["value"] for v in out["humans"]["between"].values()]
   assert [f"{k:.3f}" for k in kappas] == ["0.852", "0.879", "0.862"]
   judge = out["judges"]["gpt-3.5-turbo"]
-  found = {
-    rule: (
-      f"{v['agreement']['value']:.4f}",
-      f"{v['kappa']['value']:.4f}",
-      v["agreement"]["n"],
-    )
-    for rule, v in judge["against"].items()
-  }
-  assert found["tie"] == ("0.7107", "0.4958", 999)
-  assert found["drop"] == ("0.7156", "0.4929", 974)
-  assert found["own"] == ("0.6977", "0.4755", 999)
+  for rule, agreement, kappa, n in (
+    ("tie", "0.7107", "0.4958", 999),
+    ("drop", "0.7156", "0.4929", 974),
+    ("own", "0.6977", "0.4755", 999),
+  ):
+    got = judge["against"][rule]
+    assert f"{got['agreement']['value']:.4f}" == agreement
+    assert f"{got['kappa']['value']:.4f}" == kappa
+    assert got["agreement"]["n"] == n
   assert judge["unparsable"] == 25
   assert judge["orders"]["consistent"]["n"] == 0  # one order only
   json.dumps(out, allow_nan=False)
   # An oracle on the codes as they stand; the winner's name gives .9016.
-  table = json.loads((shared / "data/pandalm/testset-v1.json").read_text())
-  units = [[row[name] for name in humans] for row in table]
+  units = [[row[h] for h in humans] for row in json.loads(files[0].read_text())]
   alpha = out["humans"]["alpha"]
   assert f"{alpha['value']:.4f}" == "0.8642"
   assert alpha["value"] == pytest.approx(coincidence_alpha(units), abs=1e-12)
@@ -77,40 +83,24 @@ def random_rows(seed, n=200, raters=("a", "b", "c")):
   return rows
 
 
-@pytest.mark.parametrize("rule", interrater.UNPARSABLE)
 @pytest.mark.parametrize("seed", range(3))
-def test_kappa_is_scikit_learn_s(rule, seed):
+def test_kappa_is_scikit_learn_s_and_pi_is_nearly_alpha(seed):
+  """Of two raters with n labels, 1 - alpha = (1 - pi) (n - 1) / n."""
   rows = random_rows(seed)
   a, b = (interrater.settle_orders(rows, r) for r in "ab")
-  found = interrater.between(a, b)[rule]["kappa"]
-  words = {
-    r: [row.verdict for row in rows if row.rater == r] for r in ("a", "b")
-  }
-  unread = {"tie": "tie", "own": "None"}.get(rule)
-  both = [
-    [unread if word is None else word for word in two]
-    for two in zip(words["a"], words["b"])
-  ]
-  xs, ys = zip(*(two for two in both if None not in two))
-  assert found["n"] == len(xs)
-  kappa = metrics.cohen_kappa_score(xs, ys)
-  assert found["value"] == pytest.approx(kappa, abs=1e-12)
-  assert found["low"] < found["value"] < found["high"]
-
-
-def coincidence_alpha(units):
-  """Krippendorff's own steps: coincidences o_ck, then disagreements."""
-  labels = sorted({w for u in units for w in u if w is not None})
-  o = np.zeros((len(labels), len(labels)))
-  for unit in units:
-    given = [w for w in unit if w is not None]
-    for x, y in itertools.permutations(range(len(given)), 2):
-      at = labels.index(given[x]), labels.index(given[y])
-      o[at] += 1 / (len(given) - 1)
-  n_c, n = o.sum(1), o.sum()
-  observed = o.sum() - np.trace(o)
-  expected = (np.outer(n_c, n_c).sum() - (n_c**2).sum()) / (n - 1)
-  return 1 - observed / expected
+  words = [[row.verdict for row in rows if row.rater == r] for r in "ab"]
+  for rule, got in interrater.between(a, b).items():
+    unread = {"tie": "tie", "own": "None"}.get(rule)
+    both = [[w or unread for w in two] for two in zip(*words)]
+    xs, ys = zip(*(two for two in both if None not in two))
+    kappa, alpha, pi = got["kappa"], got["alpha"], got["pi"]["value"]
+    assert kappa["n"] == len(xs)
+    wanted = metrics.cohen_kappa_score(xs, ys)
+    assert kappa["value"] == pytest.approx(wanted, abs=1e-12)
+    assert kappa["low"] < kappa["value"] < kappa["high"]
+    wanted = (1 - pi) * (alpha["labels"] - 1) / alpha["labels"]
+    assert 1 - alpha["value"] == pytest.approx(wanted, abs=1e-12), rule
+    assert pi <= kappa["value"]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -119,31 +109,28 @@ def test_alpha_is_that_of_the_coincidence_matrix(seed):
   labels = np.array(["x", "y", "z", None], object)
   units = rng.choice(labels, (80, 4), p=[0.4, 0.2, 0.1, 0.3])
   units[:40] = units[:40, :1]  # some agreement
-  found = interrater.krippendorff_alpha(units.tolist())
+  alpha = interrater.krippendorff_alpha(units.tolist())
   wanted = coincidence_alpha(units.tolist())
-  assert found["value"] == pytest.approx(wanted, abs=1e-12)
+  assert alpha["value"] == pytest.approx(wanted, abs=1e-12)
 
 
-def test_alpha_of_krippendorff_s_own_example():
-  """Krippendorff 2011, section C: four observers, twelve units: 0.743."""
-  table = [
-    "1 2 3 3 2 1 4 1 2 . . .",
-    "1 2 3 3 2 2 4 1 2 5 . 3",
-    ". 3 3 3 2 3 4 2 2 5 1 .",
-    "1 2 3 3 2 4 4 1 2 5 1 .",
-  ]
-  rows = [[None if w == "." else w for w in line.split()] for line in table]
-  found = interrater.krippendorff_alpha(list(zip(*rows)))
-  assert f"{found['value']:.3f}" == "0.743"
-  assert (found["units"], found["labels"]) == (11, 40)
-
-
-def test_alpha_by_hand():
-  """Units ab, aa, bb, b.: o_ab = 1 twice, so 1 - (6 - 1) 2 / (2 * 3 * 3)."""
-  units = [["a", "b"], ["a", "a"], ["b", "b"], ["b", None]]
-  found = interrater.krippendorff_alpha(units)
-  assert found["value"] == pytest.approx(1 - 10 / 18, abs=1e-15)
-  assert (found["units"], found["labels"]) == (3, 6)
+@pytest.mark.parametrize(
+  "raters,value,within,units,labels",
+  [
+    # Krippendorff 2011, section C: four observers, twelve units.
+    (
+      ["123321412...", "1233224125.3", ".3332342251.", "12332441251."],
+      *(0.743, 5e-4, 11, 40),
+    ),
+    # Units ab, aa, bb, b.: o_ab = 1 twice, so 1 - (6 - 1) 2 / (2 * 3 * 3).
+    (["aabb", "bab."], 1 - 10 / 18, 1e-15, 3, 6),
+  ],
+)
+def test_alpha_of_examples(raters, value, within, units, labels):
+  rows = [[None if w == "." else w for w in text] for text in raters]
+  alpha = interrater.krippendorff_alpha(list(zip(*rows)))
+  assert alpha["value"] == pytest.approx(value, abs=within)
+  assert (alpha["units"], alpha["labels"]) == (units, labels)
 
 
 def test_coin_flippers_have_no_agreement():
@@ -153,16 +140,12 @@ def test_coin_flippers_have_no_agreement():
   words, p = ["first", "second", "tie"], [0.45, 0.45, 0.1]
   rows = []
   for i in range(1000):
-    first, second = map(str, rng.permutation(models)[:2])
-    rows += [
-      Verdict(i, first, second, r, str(rng.choice(words, p=p))) for r in "abc"
-    ]
-  labels = lambda r: interrater.labels(
-    interrater.settle_orders(rows, r), "drop"
-  )
-  three = interrater.among({r: labels(r) for r in "abc"})
+    shown = rng.permutation(models)[:2].tolist()
+    rows += [Verdict(i, *shown, r, str(rng.choice(words, p=p))) for r in "abc"]
+  settled = {r: interrater.settle_orders(rows, r) for r in "abc"}
+  labels = {r: interrater.labels(w, "drop") for r, w in settled.items()}
   two = interrater.judged(rows, ["a"], ["b", "c"])["humans"]
-  for alpha in (two["alpha"], three["alpha"]):
+  for alpha in (two["alpha"], interrater.among(labels)["alpha"]):
     assert abs(alpha["value"]) < 0.05
     assert alpha["low"] < 0 < alpha["high"]
 
@@ -172,28 +155,12 @@ def test_scott_s_pi_by_hand():
   xs = [0] * 60 + [1] * 40
   ys = [0] * 45 + [1] * 15 + [0] * 25 + [1] * 15
   assert f"{beyond('kappa', xs, ys)['value']:.6f}" == "0.130435"
-  found = beyond("pi", xs, ys)
+  pi = beyond("pi", xs, ys)
   # Observed .6; fractions (60 + 70) / 200 and (40 + 30) / 200.
   chance = 0.65**2 + 0.35**2
-  assert found["value"] == pytest.approx((0.6 - chance) / (1 - chance))
-  assert f"{found['value']:.6f}" == "0.120879"
-  assert found["low"] < found["value"] < found["high"] and found["n"] == 100
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_pi_is_alpha_of_two_raters_but_for_the_size_of_the_sample(seed):
-  """Krippendorff: with n labels, 1 - alpha = (1 - pi) (n - 1) / n."""
-  rows = random_rows(seed)
-  a, b = (interrater.settle_orders(rows, r) for r in "ab")
-  for rule, found in interrater.between(a, b).items():
-    alpha, pi, n = (
-      found["alpha"],
-      found["pi"]["value"],
-      found["alpha"]["labels"],
-    )
-    wanted = (1 - pi) * (n - 1) / n
-    assert 1 - alpha["value"] == pytest.approx(wanted, abs=1e-12), rule
-    assert pi <= found["kappa"]["value"]
+  assert pi["value"] == pytest.approx((0.6 - chance) / (1 - chance))
+  assert f"{pi['value']:.6f}" == "0.120879"
+  assert pi["low"] < pi["value"] < pi["high"] and pi["n"] == 100
 
 
 def test_intervals_cover_what_they_should():
@@ -207,9 +174,9 @@ def test_intervals_cover_what_they_should():
   for _ in range(200):
     cells = rng.choice(9, 150, p=table.ravel())
     labels = lambda side: {(i, "k", "m"): int(w) for i, w in enumerate(side)}
-    found = interrater.agreement_of_two(labels(cells // 3), labels(cells % 3))
+    got = interrater.agreement_of_two(labels(cells // 3), labels(cells % 3))
     for name in truth:
-      inside[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
+      inside[name] += got[name]["low"] <= truth[name] <= got[name]["high"]
   assert all(180 <= n <= 199 for n in inside.values()), inside
 
 
@@ -242,10 +209,10 @@ def test_only_raters_who_share_a_pair_are_compared(monkeypatch):
     "c": {pair(1): 0, pair(2): 1},
     "d": {pair(3): 1},
   }
-  found = interrater.among(votes)
-  assert list(found["between"]) == ["a / b", "a / c"]
-  assert (found["pairs"], found["more"]) == (4, 0)
-  assert (found["alpha"]["units"], found["alpha"]["labels"]) == (2, 4)
+  got = interrater.among(votes)
+  assert list(got["between"]) == ["a / b", "a / c"]
+  assert (got["pairs"], got["more"]) == (4, 0)
+  assert (got["alpha"]["units"], got["alpha"]["labels"]) == (2, 4)
   monkeypatch.setattr(interrater, "PAIRS_OF_RATERS", 1)
   assert interrater.among(votes)["more"] == 1
 
@@ -257,11 +224,11 @@ def test_length_bias_by_hand():
   sizes = by_pair([(10, 20), (20, 10), (10, 20), (5, 5), (10, 20)])
   winners = by_pair(["m", "k", "k", "k", "", "m"])
   truth = by_pair(["k", "k", "m", None, "m"])
-  found = interrater.length_bias(winners, sizes, truth)
+  got = interrater.length_bias(winners, sizes, truth)
   # Winners of unequal answers: longer, longer, shorter; errors: 0 and 2.
-  assert (found["longer"]["value"], found["longer"]["n"]) == (2 / 3, 3)
-  assert (found["errors"]["value"], found["errors"]["n"]) == (0.5, 2)
-  assert found["n"] == 5
+  assert (got["longer"]["value"], got["longer"]["n"]) == (2 / 3, 3)
+  assert (got["errors"]["value"], got["errors"]["n"]) == (0.5, 2)
+  assert got["n"] == 5
   assert interrater.length_bias({}, sizes)["longer"]["value"] is None
 
 
@@ -270,37 +237,34 @@ def test_the_order_of_the_models_changes_nothing(seed):
   rows = random_rows(seed)
   one = interrater.judged(rows, ["a"], ["b", "c"])
   two = interrater.judged(swapped(rows, seed), ["a"], ["b", "c"])
-  # How often the first place won is about the order, all else is not.
+  # How often the first place wins is about the order, all else is not.
   for out in (one, two):
     out["judges"]["a"]["orders"].pop("first")
   assert one == two
 
 
-def test_orders_by_hand():
-  verdicts = [
-    ("first",) * 2,
-    ("first", "second"),
-    ("tie",) * 2,
-    (None, "first"),
-  ]
+@pytest.mark.parametrize(
+  "verdicts,consistent,first,unparsable,winners",
+  [
+    (
+      [("first",) * 2, ("first", "second"), ("tie",) * 2, (None, "first")],
+      *(2 / 3, 4 / 5, 1 / 8, ["", "m", "", "k"]),  # first: of 5 with a winner
+    ),
+    ([("first", "first")] * 40, 0.0, 1.0, 0.0, [""] * 40),
+  ],
+)
+def test_orders_by_hand(verdicts, consistent, first, unparsable, winners):
   rows = [
     Verdict(i, *names, "j", verdict)
     for i, both in enumerate(verdicts)
     for names, verdict in zip(KM, both)
   ]
   out = interrater.order_effects(rows, "j")
-  assert out["consistent"]["value"] == pytest.approx(2 / 3)
-  assert out["first"]["value"] == pytest.approx(4 / 5)  # of 5 with a winner
-  assert out["unparsable"]["value"] == 1 / 8
-  winners = interrater.settle_orders(rows, "j")
-  assert winners == {(i, "k", "m"): w for i, w in enumerate(["", "m", "", "k"])}
-
-
-def test_a_judge_that_always_names_the_first():
-  rows = [Verdict(i, *names, "j", "first") for i in range(40) for names in KM]
-  out = interrater.order_effects(rows, "j")
-  assert out["first"]["value"] == 1.0 and out["consistent"]["value"] == 0.0
-  assert set(interrater.settle_orders(rows, "j").values()) == {""}
+  assert out["consistent"]["value"] == pytest.approx(consistent)
+  assert out["first"]["value"] == pytest.approx(first)
+  assert out["unparsable"]["value"] == unparsable
+  wanted = {(i, "k", "m"): w for i, w in enumerate(winners)}
+  assert interrater.settle_orders(rows, "j") == wanted
 
 
 def test_a_judge_that_cannot_be_read():
@@ -318,27 +282,28 @@ MAJORITIES = {  # -: a tie, .: could not be read
   "k": "kkm kk-m kkkmm-- kkk.mm..",  # perhaps no more than half
   "m": "m m..",
   "": "km km- kkmm kkmm- kk--m --km ---kk",
+  None: ".",
 }
 
 
 @pytest.mark.parametrize(
   "votes,winner",
-  [(v, w) for w, text in MAJORITIES.items() for v in text.split()]
-  + [(".", None), ("", None)],
+  [(v, w) for w, text in MAJORITIES.items() for v in text.split()],
 )
 def test_the_majority_is_the_plurality_and_a_tie_where_two_lead(votes, winner):
   pair = (0, "k", "m")
-  winners = [{"-": "", ".": None}.get(v, v) for v in votes] or [None]
+  winners = [{"-": "", ".": None}.get(v, v) for v in votes]
   assert interrater.majority([{pair: w} for w in winners]) == {pair: winner}
 
 
-@pytest.mark.parametrize("measure", ["kappa", "pi"])
-def test_one_label_only_has_no_kappa(measure):
+def test_one_label_only_has_no_value():
   none = dict(value=None, low=None, high=None)
-  assert beyond(measure, [1, 1, 1], [1, 1, 1]) == none | dict(n=3)
-  assert beyond(measure, [], []) == none | dict(n=0)
-  assert interrater.krippendorff_alpha([[1, 1], [1, 1]])["value"] is None
-  assert interrater.krippendorff_alpha([])["value"] is None
+  for xs in ([1, 1, 1], []):
+    for measure in ("kappa", "pi"):
+      assert beyond(measure, xs, xs) == none | dict(n=len(xs))
+    sizes = dict(units=len(xs), labels=2 * len(xs))
+    units = list(zip(xs, xs))
+    assert interrater.krippendorff_alpha(units) == none | sizes
 
 
 @pytest.mark.parametrize(

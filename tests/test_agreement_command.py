@@ -6,6 +6,8 @@ import json
 
 import hypothesis
 from hypothesis import strategies as st
+import pyarrow
+from pyarrow import parquet
 import pytest
 from sklearn import metrics
 from test_report import paths, PAYLOADS, poisoned
@@ -24,14 +26,18 @@ def run(*flags):
 
 def written(folder, rows, name="votes.jsonl"):
   path = folder / name
+  path.parent.mkdir(exist_ok=True)
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path
 
 
+def read(*files, choice=None, **kwargs):
+  choice = rating_codes.parse_choice(choice)
+  return rating_tables.read_ratings(list(map(str, files)), choice, **kwargs)
+
+
 def table(folder, rows, choice=None, **kwargs):
-  return rating_tables.read_ratings(
-    [str(written(folder, rows))], rating_codes.parse_choice(choice), **kwargs
-  )
+  return read(written(folder, rows), choice=choice, **kwargs)
 
 
 def numbers(folder, *flags):
@@ -45,24 +51,27 @@ def visible(page):
   return " ".join(" ".join(parsed(page.read_text()).text).split())
 
 
+def wide(codes, columns=("rater1", "rater2")):
+  return [dict(id=i, **dict.fromkeys(columns, v)) for i, v in enumerate(codes)]
+
+
 # Real files.
 
 
 def test_pandalm_s_three_raters(shared, tmp_path, capsys):
-  page = tmp_path / "page.html"
-  assert (
-    run(f"--data={shared}/data/pandalm/testset-v1.json", f"--output={page}")
-    == 0
-  )
+  page, data = tmp_path / "page.html", shared / "data/pandalm/testset-v1.json"
+  assert run(f"--data={data}", f"--output={page}") == 0
   text = capsys.readouterr().out
-  assert "alpha over all raters: 0.8642 [0.842, 0.887], on 999 pairs" in text
-  for kappa in ("0.8520 [", "0.8789 [", "0.8617 ["):
-    assert kappa in text
-  assert "item: idx" in text and "texts in response1 and response2" in text
-  assert "'0' = tie, '1' = response1 wins, '2' = response2 wins" in text
-  assert "6 of type bool" in text and "not used: 'motivation_app'" in text
-  told = visible(page)
-  assert "0.8642" in told and "annotator1 / annotator3" in told
+  for words in (
+    "alpha over all raters: 0.8642 [0.842, 0.887], on 999 pairs",
+    *("0.8520 [", "0.8789 [", "0.8617 [", "item: idx"),
+    "texts in response1 and response2",
+    "'0' = tie, '1' = response1 wins, '2' = response2 wins",
+    *("6 of type bool", "not used: 'motivation_app'"),
+  ):
+    assert words in text, words
+  shown = visible(page)
+  assert "0.8642" in shown and "annotator1 / annotator3" in shown
 
 
 @pytest.mark.parametrize("flag", ["--data", "--judges"])
@@ -70,14 +79,12 @@ def test_pandalm_s_judge_beside_the_humans(shared, tmp_path, flag, capsys):
   """The figures themselves are tested in test_agreement.py."""
   folder = shared / "data/pandalm"
   judge = f"{flag}={folder}/gpt-3.5-turbo-testset-v1.json"
-  found = numbers(tmp_path, f"--data={folder}/testset-v1.json", judge)
-  table = rating_tables.read_ratings(
-    [str(folder / f"{n}testset-v1.json") for n in ("", "gpt-3.5-turbo-")],
-    rating_codes.Choice(),
-  )
+  got = numbers(tmp_path, f"--data={folder}/testset-v1.json", judge)
+  names = ("testset-v1.json", "gpt-3.5-turbo-testset-v1.json")
+  table = read(*(folder / name for name in names))
   humans = ["annotator1", "annotator2", "annotator3"]
   wanted = interrater.judged(table.rows, ["gpt-3.5-turbo"], humans, table.sizes)
-  assert found["judged"] == json.loads(json.dumps(wanted))
+  assert got["judged"] == json.loads(json.dumps(wanted))
   assert "25 verdicts could not be read: 'garbage'" in capsys.readouterr().out
   # Lengths, from the file: 993 pairs whose answers are both texts.
   longer = decided = 0
@@ -88,7 +95,7 @@ def test_pandalm_s_judge_beside_the_humans(shared, tmp_path, flag, capsys):
       if row["annotator1"] and one != two:
         decided += 1
         longer += (row["annotator1"] == 1) == (one > two)
-  rater = {r["name"]: r for r in found["raters"]}["annotator1"]
+  rater = {r["name"]: r for r in got["raters"]}["annotator1"]
   assert rater["lengths"]["longer"]["n"] == decided
   assert rater["lengths"]["longer"]["value"] == pytest.approx(longer / decided)
   assert rater["lengths"]["n"] == 993 and rater["role"] == "human"
@@ -97,19 +104,19 @@ def test_pandalm_s_judge_beside_the_humans(shared, tmp_path, flag, capsys):
 def test_llmbar_s_judges_in_both_orders(shared, tmp_path):
   folder = shared / "data/llmbar-natural"
   files = [f"{folder}/judge-*.json", f"{folder}/dataset.json"]
-  found = numbers(tmp_path, *(f"--data={name}" for name in files))
-  raters = {r["name"]: r for r in found["raters"]}
+  got = numbers(tmp_path, *(f"--data={name}" for name in files))
+  raters = {r["name"]: r for r in got["raters"]}
   assert set(raters) == {"GPT-4", "ChatGPT", "LLaMA2", "PaLM2", "label"}
   orders = raters["GPT-4"]["orders"]
   assert f"{orders['kappa']['value']:.3f}" == "0.939"
   assert orders["consistent"]["value"] == 0.97
   assert raters["PaLM2"]["unparsable"] == 6
   assert raters["PaLM2"]["orders"]["unparsable"]["value"] == 0.03
-  assert raters["label"]["verdicts"] == 100  # said in all five files
+  assert raters["label"]["verdicts"] == 100  # in all five files
   assert raters["label"]["role"] == "human"
-  assert set(found["judged"]["judges"]) == set(raters) - {"label"}
+  assert set(got["judged"]["judges"]) == set(raters) - {"label"}
   # A pair whose two orders disagree is a tie, which the label never is.
-  table = rating_tables.read_ratings(files, rating_codes.Choice())
+  table = read(*files)
   winners = interrater.settle_orders(table.rows, "GPT-4")
   assert list(winners.values()).count("") == 3
   # The same as a table made by hand.
@@ -142,8 +149,8 @@ def cell(text):
 def cells(head, *lines, **same):
   """Rows of cells between bars under a head of columns; `same` in all."""
   names = head.split()
-  found = [[cell(c.strip()) for c in line.split("|")] for line in lines]
-  return [same | dict(zip(names, row, strict=True)) for row in found]
+  rows = [[cell(c.strip()) for c in line.split("|")] for line in lines]
+  return [same | dict(zip(names, row, strict=True)) for row in rows]
 
 
 ONE, TWO = "pair 0001 answer 1", "pair 0001 answer 2"
@@ -161,6 +168,7 @@ def verdicts(*lines):
   return out
 
 
+RATERS = ("ann", "ben")
 PAIR = dict(prompt="p", response_a="a", response_b="b")
 SIDES = dict(first="m", second="k")
 TALK = lambda text: [
@@ -300,63 +308,48 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_verdicts_its_owner_meant(name, tmp_path):
   rows, wanted = LAYOUTS[name]
-  found = table(tmp_path, rows)
-  assert {tuple(row) for row in found.rows} == wanted
-  assert len(found.rows) == len(wanted)
-  assert agreement.measure(found, [], [])["among"]
+  got = table(tmp_path, rows)
+  assert {tuple(row) for row in got.rows} == wanted
+  assert len(got.rows) == len(wanted)
+  assert agreement.measure(got, [], [])["among"]
   assert run(f"--data={tmp_path / 'votes.jsonl'}") == 0
 
 
 def test_a_table_is_the_same_in_every_kind_of_file(tmp_path):
-  import pyarrow as pa
-  import pyarrow.parquet as pq
-
+  words = ("AB", "BA", "AA", "BB")
   lines = [
-    f"{i}|{r}|{v}"
-    for i, words in enumerate(("AB", "BA", "AA", "BB"))
-    for r, v in zip(("ann", "ben"), words)
+    f"{i}|{r}|{v}" for i, two in enumerate(words) for r, v in zip(RATERS, two)
   ]
   rows = cells("item rater verdict", *lines, **SIDES)
   wanted = table(tmp_path, rows).rows
   files = [tmp_path / n for n in ("a.csv", "a.json", "a.parquet", "a.jsonl.gz")]
-  files[0].write_text(
-    "first,second,item,rater,verdict\n"
-    + "".join(",".join(map(str, row.values())) + "\n" for row in rows)
-  )
+  lines = [",".join(map(str, row.values())) for row in rows]
+  files[0].write_text("\n".join([",".join(rows[0]), *lines]))
   files[1].write_text(json.dumps(rows))
-  pq.write_table(pa.Table.from_pylist(rows), files[2])
+  parquet.write_table(pyarrow.Table.from_pylist(rows), files[2])
   files[3].write_bytes(gzip.compress((tmp_path / "votes.jsonl").read_bytes()))
   for path in files:
-    assert (
-      rating_tables.read_ratings([str(path)], rating_codes.Choice()).rows
-      == wanted
-    ), path
+    assert read(path).rows == wanted, path
 
 
-def test_answers_without_names_are_told_apart_by_their_texts(tmp_path):
+def test_answers_without_names_are_identified_by_their_texts(tmp_path):
   """The same two texts in the other order are the other order of one pair; an
   id that repeats with other texts is another pair of that item."""
-  rows = [
-    dict(id=1, response_a=a, response_b=b, rater=r, verdict=v)
-    for a, b, r, v in (
-      ("long text", "x", "j", "A"),
-      ("x", "long text", "j", "B"),
-      ("x", "long text", "h", "A"),
-      ("other", "x", "j", "A"),
-      ("s", "s", "j", "A"),
-    )
-  ]
-  found = table(tmp_path, rows)
-  third = "pair 0003 answer 1", "pair 0003 answer 2"
-  assert found.rows == [
+  lines = ("long text|x|j|A", "x|long text|j|B", "x|long text|h|A")
+  lines += ("other|x|j|A", "s|s|j|A")
+  rows = cells("response_a response_b rater verdict", *lines, id=1)
+  ratings = table(tmp_path, rows)
+  pair = lambda k: [f"pair {k:04d} answer {n}" for n in (1, 2)]
+  assert ratings.rows == [
     Verdict("1", ONE, TWO, "j", "first"),
     Verdict("1", TWO, ONE, "j", "second"),
     Verdict("1", TWO, ONE, "h", "first"),
-    Verdict("1", "pair 0002 answer 1", "pair 0002 answer 2", "j", "first"),
-    Verdict("1", *third, "j", "first"),
+    Verdict("1", *pair(2), "j", "first"),
+    Verdict("1", *pair(3), "j", "first"),
   ]
-  assert found.sizes[("1", ONE, TWO)] == (9.0, 1.0)
-  assert interrater.order_effects(found.rows, "j")["consistent"]["value"] == 1
+  assert ratings.sizes[("1", ONE, TWO)] == (9.0, 1.0)
+  orders = interrater.order_effects(ratings.rows, "j")
+  assert orders["consistent"]["value"] == 1
 
 
 def test_lengths_follow_the_models_not_the_columns(tmp_path):
@@ -367,58 +360,44 @@ def test_lengths_follow_the_models_not_the_columns(tmp_path):
 
 
 def test_files_are_joined_by_item_and_named_apart(tmp_path):
-  for arm, words in (("one", "AB"), ("two", "AA")):
-    (tmp_path / arm).mkdir()
+  files = [
     written(
-      tmp_path / arm, [dict(id=i, verdict=w) for i, w in enumerate(words)]
+      tmp_path, [dict(id=i, verdict=w) for i, w in enumerate(words)], name
     )
-  found = numbers(
-    tmp_path,
-    f"--data={tmp_path}/one/votes.jsonl",
-    f"--data={tmp_path}/two/votes.jsonl",
-  )
-  assert [r["name"] for r in found["raters"]] == ["one/votes", "two/votes"]
-  only = found["among"]["between"]["one/votes / two/votes"]
+    for name, words in (("one/votes.jsonl", "AB"), ("two/votes.jsonl", "AA"))
+  ]
+  got = numbers(tmp_path, *(f"--data={path}" for path in files))
+  assert [r["name"] for r in got["raters"]] == ["one/votes", "two/votes"]
+  only = got["among"]["between"]["one/votes / two/votes"]
   assert only["agreement"]["value"] == 0.5
 
 
-def test_a_judge_that_no_human_met_is_told_alone(tmp_path, capsys):
-  humans = written(
-    tmp_path, wide("AB", ("annotator1", "annotator2")), "h.jsonl"
-  )
+def test_a_judge_that_no_human_met_stands_alone(tmp_path, capsys):
+  rows = wide("AB", ("annotator1", "annotator2"))
+  humans = written(tmp_path, rows, "h.jsonl")
   judge = written(tmp_path, [dict(idx=7, gpt_result="1")], "gpt.jsonl")
-  found = numbers(tmp_path, f"--data={humans}", f"--data={judge}")
-  assert found["judged"] is None and len(found["raters"]) == 3
+  flags = (f"--data={humans}", f"--data={judge}")
+  got = numbers(tmp_path, *flags)
+  assert got["judged"] is None and len(got["raters"]) == 3
   capsys.readouterr()
-  assert run(f"--data={humans}", f"--data={judge}", "--judges=gpt") == 65
-  assert "judged no pair that annotator1, annotator2" in (
-    capsys.readouterr().err
-  )
+  assert run(*flags, "--judges=gpt") == 65
+  words = "judged no pair that annotator1, annotator2"
+  assert words in capsys.readouterr().err
 
 
 def test_an_item_without_texts_that_stands_for_two_pairs_is_refused(tmp_path):
-  written(
-    tmp_path,
-    [dict(id=1, response1="a", response2=b, ann="A", ben="B") for b in "bc"]
-    + [dict(id=2, ann="B", ben="A")],
-  )
-  written(
-    tmp_path, [dict(id=1, verdict="A"), dict(id=2, verdict="B")], "j.jsonl"
-  )
-  found = rating_tables.read_ratings(
-    [str(tmp_path / "votes.jsonl"), str(tmp_path / "j.jsonl")],
-    rating_codes.Choice(),
-  )
-  assert [r.item for r in found.rows if r.rater == "j"] == ["2"]
-  assert sum(found.files[1]["refused"].values()) == 1
-  assert "(line 1)" in " ".join(found.files[1]["lines"])
+  rows = [
+    dict(id=1, response1="a", response2=b, ann="A", ben="B") for b in "bc"
+  ]
+  votes = written(tmp_path, [*rows, dict(id=2, ann="B", ben="A")])
+  rows = [dict(id=1, verdict="A"), dict(id=2, verdict="B")]
+  ratings = read(votes, written(tmp_path, rows, "j.jsonl"))
+  assert [r.item for r in ratings.rows if r.rater == "j"] == ["2"]
+  assert sum(ratings.files[1]["refused"].values()) == 1
+  assert "(line 1)" in " ".join(ratings.files[1]["lines"])
 
 
 # Codes.
-
-
-def wide(codes, columns=("rater1", "rater2")):
-  return [dict(id=i, **{c: v for c in columns}) for i, v in enumerate(codes)]
 
 
 @pytest.mark.parametrize(
@@ -438,12 +417,12 @@ def wide(codes, columns=("rater1", "rater2")):
     [1, 2] * 9 + [3],
   ],
 )
-def test_a_code_that_is_not_certain_is_asked_for(codes, tmp_path, capsys):
+def test_a_code_that_is_not_certain_is_refused(codes, tmp_path, capsys):
   path = written(tmp_path, wide(codes))
   assert run(f"--data={path}") == 64
-  said = capsys.readouterr().err
-  assert "is not certain; say it with --choice=" in said
-  assert "votes.jsonl, rater1, rater2" in said and said.count("\n") == 1
+  text = capsys.readouterr().err
+  assert "is not certain; give it with --choice=" in text
+  assert "votes.jsonl, rater1, rater2" in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -453,55 +432,37 @@ def test_a_code_that_is_not_certain_is_asked_for(codes, tmp_path, capsys):
     "--choice={'first': 1, 'second': ['0'], 'tie': [7]}",
   ],
 )
-def test_what_a_code_means_is_said(flag, tmp_path):
+def test_what_a_code_means_is_given(flag, tmp_path):
   rows = wide([0, 1, 1, 0]) + [dict(id=9, rater1=1, rater2=None)]
-  found = numbers(tmp_path, f"--data={written(tmp_path, rows)}", flag)
-  first = {r["name"]: r["orders"]["first"] for r in found["raters"]}
+  got = numbers(tmp_path, f"--data={written(tmp_path, rows)}", flag)
+  first = {r["name"]: r["orders"]["first"] for r in got["raters"]}
   assert first["rater1"]["value"] == 3 / 5 and first["rater2"]["n"] == 4
 
 
 def test_labels_are_compared_as_they_stand(tmp_path):
   """Agreement needs no meaning: any raters of anything."""
-  words = ["spam", "ham", "ham", "eggs", "spam", "ham"]
-  other = ["spam", "ham", "eggs", "eggs", "ham", "ham"]
-  rows = [
-    dict(id=i, ann=a, ben=b) for i, (a, b) in enumerate(zip(words, other))
-  ]
-  path = written(tmp_path, rows)
-  found = numbers(
-    tmp_path, f"--data={path}", "--raters=ann,ben", "--choice=labels"
-  )
-  only = found["among"]["between"]["ann / ben"]
-  assert only["kappa"]["value"] == pytest.approx(
-    metrics.cohen_kappa_score(words, other), abs=1e-12
-  )
-  assert found["judged"] is None and found["labels"]
-  page = tmp_path / "page.html"
-  assert (
-    run(
-      f"--data={path}",
-      "--raters=ann,ben",
-      "--choice=labels",
-      f"--output={page}",
-    )
-    == 0
-  )
+  words = "spam ham ham eggs spam ham".split()
+  other = "spam ham eggs eggs ham ham".split()
+  two = enumerate(zip(words, other))
+  rows = [dict(id=i, ann=a, ben=b) for i, (a, b) in two]
+  flags = (f"--data={written(tmp_path, rows)}", "--raters=ann,ben")
+  flags += ("--choice=labels",)
+  got, page = numbers(tmp_path, *flags), tmp_path / "page.html"
+  kappa = got["among"]["between"]["ann / ben"]["kappa"]["value"]
+  wanted = metrics.cohen_kappa_score(words, other)
+  assert kappa == pytest.approx(wanted, abs=1e-12)
+  assert got["judged"] is None and got["labels"]
+  assert run(*flags, f"--output={page}") == 0
   assert "ann / ben" in visible(page)
 
 
-def test_a_word_that_may_be_a_name_or_a_place_is_asked_for(tmp_path, capsys):
-  rows = [
-    dict(item=i, first="B", second="A", rater=r, verdict="A")
-    for i in range(2)
-    for r in "xy"
-  ]
-  path = written(tmp_path, rows)
-  assert run(f"--data={path}") == 64
+def test_a_word_that_may_be_a_name_or_a_place_is_refused(tmp_path, capsys):
+  lines = [f"{i}|{r}" for i in range(2) for r in "xy"]
+  rows = cells("item rater", *lines, first="B", second="A", verdict="A")
+  assert run(f"--data={written(tmp_path, rows)}") == 64
   assert "--choice=names" in capsys.readouterr().err
-  for choice, word in (
-    ("names", "second"),
-    ("{'first': ['A'], 'second': ['B']}", "first"),
-  ):
+  codes = "{'first': ['A'], 'second': ['B']}"
+  for choice, word in (("names", "second"), (codes, "first")):
     assert {r.verdict for r in table(tmp_path, rows, choice).rows} == {word}
 
 
@@ -534,7 +495,7 @@ def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
   page = tmp_path / "page.html"
   assert run(f"--data={path}", f"--output={page}") == 0
   text = capsys.readouterr().out
-  told = visible(page)
+  shown = visible(page)
   for reason in (
     "1 with no item (line 3)",
     "1 with a model against itself (line 4)",
@@ -545,14 +506,14 @@ def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
     "1 verdicts stand there twice",
     "1 cells are empty",
   ):
-    assert reason in text and reason in told
-  assert "Not all rows could be read" in told
+    assert reason in text and reason in shown
+  assert "Not all rows could be read" in shown
 
 
 @pytest.mark.parametrize(
   "flags,code,words",
   [
-    ([], 64, "no table; say --data"),
+    ([], 64, "no table; set --data"),
     (["--data=nowhere.csv"], 65, "nowhere.csv is missing; set --data"),
     (["--data=votes.txt"], 64, "ends in none of"),
     (["--dta=x"], 64, "Unknown command line flag 'dta'"),
@@ -578,19 +539,20 @@ def test_refused_rows_are_counted_by_reason_file_and_line(tmp_path, capsys):
   ],
 )
 def test_a_wrong_flag_is_one_line(flags, code, words, tmp_path, capsys):
-  path = written(
-    tmp_path,
-    [dict(id=i, ann=a, ben=b) for i, (a, b) in enumerate(("AB", "BA", "AA"))],
-  )
+  rows = cells("id ann ben", "0|A|B", "1|B|A", "2|A|A")
+  path = written(tmp_path, rows)
   assert run(*[f"--data={path}" if f == "VOTES" else f for f in flags]) == code
-  said = capsys.readouterr().err
-  assert words in said and said.count("\n") == 1
+  text = capsys.readouterr().err
+  assert words in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
   "rows,words",
   [
-    ([dict(prompt="p", chosen="a", rejected="b")], "no verdicts found"),
+    (
+      [dict(prompt="p", chosen="a", rejected="b")],
+      "no verdicts in the columns",
+    ),
     ([dict(id=i, ann=i, bob=i % 3) for i in range(9)], "--raters=bob"),
     ([dict(id=1, rater1=None, rater2="")], "no verdict in"),
   ],
@@ -617,38 +579,32 @@ NAMED = [  # rows whose columns have names of their own
 def test_a_config_s_rows_are_read_as_for_selecting(tmp_path):
   path = written(tmp_path, NAMED)
   fields = dict(id="qid", first="one", second="two", choice="vote")
-  found = numbers(
+  got = numbers(
     tmp_path,
     "--config=configs/select.py",
     f"--config.data.source={path}",
     f"--config.data.fields={fields}",
     "--raters=",
   )
-  assert [r["name"] for r in found["raters"]] == ["votes"]
-  assert found["raters"][0]["lengths"]["n"] == 3
+  assert [r["name"] for r in got["raters"]] == ["votes"]
+  assert got["raters"][0]["lengths"]["n"] == 3
 
 
 def test_any_columns_may_be_named(tmp_path):
   names = dict(item="qid", first_text="one", second_text="two")
   names |= dict(rater="who", verdict="vote")
-  found = table(tmp_path, NAMED, fields=names)
-  assert len(found.rows) == 6
-  assert found.rows[0] == Verdict("1", ONE, TWO, "x", "first")
-  assert found.sizes["3", ONE, TWO] == (3.0, 1.0)
+  got = table(tmp_path, NAMED, fields=names)
+  assert len(got.rows) == 6
+  assert got.rows[0] == Verdict("1", ONE, TWO, "x", "first")
+  assert got.sizes["3", ONE, TWO] == (3.0, 1.0)
 
 
 # Many raters, strange rows, pages.
 
 
-def test_hundreds_of_raters_are_told_in_part(tmp_path, capsys):
+def test_of_hundreds_of_raters_some_are_shown(tmp_path, capsys):
   rows = [
-    dict(
-      item=i % 7,
-      first="m",
-      second="k",
-      rater=f"r{i % 300}",
-      verdict="AB"[i % 2],
-    )
+    SIDES | dict(item=i % 7, rater=f"r{i % 300}", verdict="AB"[i % 2])
     for i in range(600)
   ]
   assert run(f"--data={written(tmp_path, rows)}") == 0
@@ -657,35 +613,18 @@ def test_hundreds_of_raters_are_told_in_part(tmp_path, capsys):
   assert "more pairs of raters with less in common" in text
 
 
+ODD = ["A", "B", "tie", "1", "model_a", "first", "\u2028", "<script>"]
+ODD += ["\x1b[2J", 1e300, 10**40, "", " "]
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 VALUES = st.recursive(
-  st.none()
-  | st.booleans()
-  | st.integers()
-  | st.floats()
-  | st.text()
-  | st.sampled_from(
-    [
-      "A",
-      "B",
-      "tie",
-      "1",
-      "model_a",
-      "first",
-      "\u2028",
-      "<script>",
-      "\x1b[2J",
-      1e300,
-      10**40,
-      "",
-      " ",
-    ]
-  ),
+  PLAIN | st.sampled_from(ODD),
   lambda inner: (
     st.lists(inner, max_size=3)
     | st.dictionaries(st.text(max_size=3), inner, max_size=3)
   ),
   max_leaves=6,
 )
+CHOICES = [None, "labels", "names", "{'first': ['A', 1], 'second': ['B']}"]
 
 
 @hypothesis.settings(
@@ -697,11 +636,7 @@ VALUES = st.recursive(
   ],
 )
 @hypothesis.given(
-  st.data(),
-  st.sampled_from(list(LAYOUTS)),
-  st.sampled_from(
-    [None, "labels", "names", "{'first': ['A', 1], 'second': ['B']}"]
-  ),
+  st.data(), st.sampled_from(list(LAYOUTS)), st.sampled_from(CHOICES)
 )
 def test_no_table_ends_in_a_traceback(tmp_path, data, layout, choice):
   """Rows of every layout, in which any cell may hold anything."""
@@ -711,11 +646,9 @@ def test_no_table_ends_in_a_traceback(tmp_path, data, layout, choice):
     for column in data.draw(st.lists(st.sampled_from(list(row)), max_size=3)):
       row[column] = data.draw(VALUES)
     rows.append(row)
-  path = written(tmp_path, rows)
-  flags = [] if choice is None else [f"--choice={choice}"]
-  assert run(
-    f"--data={path}", *flags, f"--output={tmp_path / 'page.html'}"
-  ) in (0, 64, 65)
+  flags = [f"--data={written(tmp_path, rows)}"]
+  flags += [] if choice is None else [f"--choice={choice}"]
+  assert run(*flags, f"--output={tmp_path / 'page.html'}") in (0, 64, 65)
 
 
 def measured(folder, payload="x"):
@@ -734,19 +667,19 @@ def measured(folder, payload="x"):
     for k, r in enumerate(("ann", "ben", "gpt"))
   ]
   rows.append(dict(rows[0], verdict=f"{payload}?"))
-  found = table(folder, rows)
-  names = list(dict.fromkeys(r.rater for r in found.rows))
-  return json.loads(json.dumps(agreement.measure(found, names[2:], names[:2])))
+  got = table(folder, rows)
+  names = list(dict.fromkeys(r.rater for r in got.rows))
+  return json.loads(json.dumps(agreement.measure(got, names[2:], names[:2])))
 
 
 @pytest.mark.parametrize(
   "payload", ["<script>alert(1)</script>", *PAYLOADS[::5]]
 )
 def test_nothing_from_a_table_becomes_markup(payload, tmp_path):
-  found = measured(tmp_path, payload)
-  parsed(raters_page.agreement_html(found))
-  parsed(raters_page.agreement_html(poisoned(found, payload)))
-  text = terminal.reading_text(found["files"]) + terminal.agreement_text(found)
+  got = measured(tmp_path, payload)
+  parsed(raters_page.agreement_html(got))
+  parsed(raters_page.agreement_html(poisoned(got, payload)))
+  text = terminal.reading_text(got["files"]) + terminal.agreement_text(got)
   assert "\x1b" not in text and "\u202e" not in text
 
 
@@ -754,11 +687,11 @@ def test_any_leaf_of_a_page_may_be_missing_or_odd(tmp_path):
   whole = measured(tmp_path)
   for path in list(paths(whole))[::7]:
     for leaf in (None, "x", float("nan"), 1e308, [], {}):
-      found = copy.deepcopy(whole)
-      holder = found
+      got = copy.deepcopy(whole)
+      holder = got
       for key in path[:-1]:
         holder = holder[key]
       holder[path[-1]] = leaf
-      raters_page.agreement_html(found)
+      raters_page.agreement_html(got)
   for odd in (None, {}, [], "x", 5):
     assert "Agreement of raters" in raters_page.agreement_html(odd)

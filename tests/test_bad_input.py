@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from jaxalign.data import tables
-from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.data.tokenizer import load_tokenizer
 from jaxalign.embed import passes as embed
 from jaxalign.model.job import Job
 from jaxalign.train import feed
@@ -328,7 +328,7 @@ def test_a_question_is_never_cut_and_rows_too_long_are_counted(tmp_path):
   job.shared = tmp_path / "w/shared"
   tokens, rows = job.tokens("pool"), job.rows("pool")
   assert np.diff(tokens.offsets).max() <= 32
-  tok = Tokenizer.load(folder / "tokenizer.model")
+  tok = load_tokenizer(folder / "tokenizer.model")
   for i, row in enumerate(rows):  # the question is there, whole
     ids = tokens.ids[tokens.offsets[2 * i] : tokens.offsets[2 * i + 1]]
     text = tok.decode([int(x) for x in ids])

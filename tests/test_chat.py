@@ -311,14 +311,12 @@ def test_special_tokens_read_as_tokens(folder):
   with Chat(tok, BUILT_IN["chatml"]) as one:
     head, [ids] = one.encode(ask, ["so <|eot_id|>"])
     assert head.count(tok.eos) == 1 and tok.specials["<|eot_id|>"] not in ids
-  with Chat(tok, BUILT_IN["chatml"], special_tokens="tokens") as one:
+  with Chat(tok, BUILT_IN["chatml"], reads_tokens=True) as one:
     more, [ids] = one.encode(ask, ["so <|eot_id|>"])
     assert more.count(tok.eos) == 2 and ids[-1] == tok.specials["<|eot_id|>"]
     assert tok.decode_visible(more) == tok.decode_visible(head)
     _, [ids] = one.encode(ask, ["so <|im_end|>"])
     assert ids[-1] == tok.eos  # the content's; the turn's is not among them
-  with pytest.raises(ConfigError, match="'text' or as 'tokens'"):
-    Chat(tok, BUILT_IN["chatml"], special_tokens="yes")
 
 
 def test_a_template_without_a_generation_prompt(folder):

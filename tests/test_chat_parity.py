@@ -261,7 +261,10 @@ def test_families(tmp_path, base, renderer, name):
     )
     for way in ways:
       one = Chat(
-        load_tokenizer(folder), source, renderer=renderer, special_tokens=way
+        load_tokenizer(folder),
+        source,
+        renderer=renderer,
+        reads_tokens=way == "tokens",
       )
       assert len(peer) == one.tok.vocab_size
       assert not {"<think>", "</think>"} & one._guarded
@@ -298,7 +301,10 @@ def test_markers_in_texts_are_text_or_tokens(tmp_path, base, renderer, name):
   peer = transformers.AutoTokenizer.from_pretrained(folder)
   for way in ("text", "tokens"):
     one = Chat(
-      load_tokenizer(folder), source, renderer=renderer, special_tokens=way
+      load_tokenizer(folder),
+      source,
+      renderer=renderer,
+      reads_tokens=way == "tokens",
     )
     tok, seen = one.tok, 0
     markers = {tok.specials[t] for t in one._guarded if t}

@@ -42,7 +42,7 @@ def control(passed=True):
 
 def job_judge():
   cells = ("rate", "equal_length", "unparsable", "bias", "consistent")
-  outcomes = {k: interval(0.3) for k in ("won", "tied", "lost")}
+  outcomes = {k: interval(0.3) for k in ("wins", "ties", "losses")}
   arm = dict(name="isa", outcomes=outcomes, read=98, prompts=100)
   return dict(
     kind="endpoint",
@@ -129,26 +129,26 @@ SAID = [
   ("plateau", fit(OASST), "Plateau not identified|no bound", "A plateau is"),
   ("plateau", SEEDS, "band: all seeds", "no bound"),
   ("judges", judged(), f"{RULES}|ann / ben", "it holds"),
-  ("judge", job_judge(), "it holds|a judge, compared answers with", "tied"),
+  ("judge", job_judge(), "it holds|a judge, compared answers with", "· tie "),
   ("judge", job_judge(), "a doubt|12 requests", "not measured"),
   ("ranking", ranked(), "1 to 2|60.0 [50.0, 70.0]|Holm", "2 to 2"),
   ("efficiency", gained(), "+10.0 [+5.0, +15.0]|2.00 TFLOP|+5.00", "−"),
-  ("answers", answers(), "isa · reward 0.700 · won in one order", "tied"),
-  ("answers", answers(), "SFT · lost against the chosen answer", "tied"),
-  ("answers", answers(), "all · no verdict against|their words", "tied"),
+  ("answers", answers(), "isa · reward 0.700 · win in one order", "· tie "),
+  ("answers", answers(), "SFT · loss against the chosen answer", "· tie "),
+  ("answers", answers(), "all · no verdict against|their words", "· tie "),
   (
     "answers",
     answers(),
     "first: named it A because Shown second: named it",
-    "tied",
+    "· tie ",
   ),
   (
     "answers",
     answers(),
     "named the other A because Shown second: could",
-    "tied",
+    "· tie ",
   ),
-  ("answers", answers(), "1,200 more characters|2 more prompts are in", "tied"),
+  ("answers", answers(), "1,200 more characters|2 more prompts are", "· tie "),
 ]
 
 

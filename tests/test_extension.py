@@ -281,9 +281,6 @@ class _Longer:
     ]
     return judge_kinds.of_scores(*lengths)
 
-  def pairs(self, pairs):
-    return self(pairs, [x.first for x in pairs], [x.second for x in pairs])
-
   def cost(self):
     return Cost(), dict(requests=0, tokens=0)
 

@@ -1,7 +1,7 @@
 """An endpoint judge against a real server of a real model: the plumbing.
 
-`transformers serve` with stories260K, which tells stories whatever it is
-asked: no verdict of it can be read, and every one is counted.
+`transformers serve` with stories260K, which tells stories whatever the
+question: no verdict of it can be read, and every one is counted.
 """
 
 import os
@@ -34,13 +34,9 @@ def export(shared, folder):
   source = shared / "models" / "stories260K"
   m = hf.read_config(source, "float32", "none")
   mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  tok = tokenizer.load_tokenizer(source)
   with jax.set_mesh(mesh):
-    hf.export_folder(
-      folder,
-      hf.load_folder(source, m, mesh),
-      m,
-      tokenizer.load_tokenizer(source),
-    )
+    hf.export_folder(folder, hf.load_folder(source, m, mesh), m, tok)
   (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
@@ -58,24 +54,12 @@ def served(shared, tmp_path, monkeypatch):
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  with open(tmp_path / "server.txt", "w") as log:
-    process = subprocess.Popen(
-      [
-        command,
-        "serve",
-        str(folder),
-        "--host",
-        "localhost",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-      ],
-      stdout=log,
-      stderr=log,
-      start_new_session=True,
-      env=os.environ | dict(HF_HUB_OFFLINE="1"),
-    )
+  command = [command, "serve", str(folder), "--host", "localhost"]
+  command += ["--port", str(port), "--device", "cpu"]
+  own = dict(start_new_session=True, env=os.environ | dict(HF_HUB_OFFLINE="1"))
+  log = tmp_path / "server.txt"
+  with open(log, "w") as out:
+    process = subprocess.Popen(command, stdout=out, stderr=out, **own)
   try:
     end = time.monotonic() + 240
     while True:
@@ -83,8 +67,8 @@ def served(shared, tmp_path, monkeypatch):
         urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
         break
       except OSError:
-        said = (tmp_path / "server.txt").read_text()
-        assert process.poll() is None and time.monotonic() < end, said
+        running = process.poll() is None and time.monotonic() < end
+        assert running, log.read_text()
         time.sleep(0.2)
     yield f"http://localhost:{port}/v1", str(folder)
   finally:
@@ -92,17 +76,10 @@ def served(shared, tmp_path, monkeypatch):
     process.wait()
 
 
-def test_what_a_real_server_says_is_counted_and_kept(served, tmp_path):
+def test_what_a_real_server_writes_is_counted_and_kept(served, tmp_path):
   url, model = served
-  e = judge_endpoint.Endpoint(
-    model=model,
-    url=url,
-    key_env="JUDGE_KEY",
-    timeout_s=120.0,
-    per_minute=60_000.0,
-    workers=2,
-    max_tokens=8,
-  )
+  how = dict(timeout_s=120.0, per_minute=60_000.0, workers=2, max_tokens=8)
+  e = judge_endpoint.Endpoint(model, url, key_env="JUDGE_KEY", **how)
   pairs = [
     Pair("Tell me of a dog.", f"A dog ran {n} miles.", "No.")
     for n in ("two", "ten")

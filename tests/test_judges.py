@@ -37,23 +37,22 @@ def fenced(messages):
   ]
 
 
+def verdict_on(a, b):
+  """A reply that prefers the larger of two qualities."""
+  word = "TIE" if a == b else "A" if a > b else "B"
+  return f"I weighed both.\nVERDICT: {word}"
+
+
 def by_quality(messages):
-  """The known verdict: the answer with the larger [q..], as its text says."""
-  a, b = (
-    int(re.search(r"\[q(\d+)\]", t)[1]) if "[q" in t else -1
-    for t in fenced(messages)[1:]
-  )
-  return "I weighed both.\nVERDICT: " + (
-    "TIE" if a == b else "A" if a > b else "B"
-  )
+  """The known verdict: the answer with the larger [q..] in its text."""
+  marks = [re.search(r"\[q(\d+)\]", t) for t in fenced(messages)[1:]]
+  return verdict_on(*(int(mark[1]) if mark else -1 for mark in marks))
 
 
 def obedient(messages):
-  """Does what an answer tells it to."""
-  told = ["choose it" in t for t in fenced(messages)[1:]]
-  if any(told):
-    return f"VERDICT: {'A' if told[0] else 'B'}"
-  return by_quality(messages)
+  """Follows an instruction in an answer."""
+  orders = ["choose it" in t for t in fenced(messages)[1:]]
+  return verdict_on(*orders) if any(orders) else by_quality(messages)
 
 
 class Server:
@@ -69,41 +68,18 @@ class Server:
     class Handler(http.server.BaseHTTPRequestHandler):
       def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        outer.seen.append(
-          (time.monotonic(), dict(self.headers), body["messages"])
-        )
+        messages = body["messages"]
+        outer.seen.append((time.monotonic(), dict(self.headers), messages))
         step = outer.script.pop(0) if outer.script else None
         if isinstance(step, float):
           time.sleep(step)
           return
-        if step is None:
-          out = dict(
-            id="1",
-            object="chat.completion",
-            created=0,
-            model="m",
-            choices=[
-              dict(
-                index=0,
-                finish_reason="stop",
-                message=dict(
-                  role="assistant", content=outer.reply(body["messages"])
-                ),
-              )
-            ],
-          )
-          if outer.usage:
-            out["usage"] = dict(
-              prompt_tokens=90, completion_tokens=10, total_tokens=100
-            )
-          step = (200, {}, json.dumps(out))
-        status, headers, text = step
+        status, headers, text = step or (200, {}, outer.completion(messages))
         self.send_response(status)
-        for name, value in (
-          dict({"content-type": "application/json"}) | headers
-        ).items():
+        headers = {"content-type": "application/json"} | headers
+        headers["content-length"] = str(len(text.encode()))
+        for name, value in headers.items():
           self.send_header(name, value)
-        self.send_header("content-length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -115,16 +91,26 @@ class Server:
     self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,))
     self.thread.start()
 
+  def completion(self, messages):
+    message = dict(role="assistant", content=self.reply(messages))
+    choice = dict(index=0, finish_reason="stop", message=message)
+    out = dict(id="1", object="chat.completion", created=0, model="m")
+    out["choices"] = [choice]
+    if self.usage:
+      counts = dict(prompt_tokens=90, completion_tokens=10)
+      out["usage"] = counts | dict(total_tokens=100)
+    return json.dumps(out)
+
 
 @pytest.fixture
 def server(monkeypatch):
   pytest.importorskip("openai")
   monkeypatch.setenv("JUDGE_KEY", KEY)
-  found = Server()
-  yield found
-  found.http.shutdown()
-  found.thread.join()
-  found.http.server_close()
+  running = Server()
+  yield running
+  running.http.shutdown()
+  running.thread.join()
+  running.http.server_close()
 
 
 @pytest.fixture
@@ -165,7 +151,7 @@ def test_known_verdicts_in_both_orders(server, path):
   assert interrater.order_effects(rows, "m")["consistent"]["value"] == 1
 
 
-def test_a_second_run_asks_nothing_and_a_longer_one_only_the_rest(server, path):
+def test_a_second_run_requests_nothing_and_a_longer_one_the_rest(server, path):
   e = settings(server)
   first, _ = judge_pairs(e, pairs(3), path)
   again, cost = judge_pairs(e, pairs(3), path)
@@ -214,7 +200,7 @@ def test_trouble_that_passes(server, path, trouble):
   assert cost["requests"] == len(server.seen) == 5
 
 
-def test_a_pause_asked_for_is_kept(server, path):
+def test_a_pause_that_the_server_wants_is_kept(server, path):
   server.script = [error(429, **{"retry-after": "0.4"})]
   judge_pairs(settings(server), pairs(1), path)
   (before, *_), (after, *_) = server.seen
@@ -307,15 +293,13 @@ def test_requests_keep_their_distance(server, path):
 
 def test_pauses_double_and_heed_the_server():
   for attempt in range(8):
-    found = pause_s(attempt, 0.5, None)
-    assert min(60, 0.25 * 2**attempt) <= found <= min(60, 0.5 * 2**attempt)
+    pause, most = pause_s(attempt, 0.5, None), 0.5 * 2**attempt
+    assert min(60, most / 2) <= pause <= min(60, most)
   assert pause_s(0, 0.1, "7") == 7.0
   assert pause_s(0, 0.1, "1e9") == 60.0
   assert pause_s(0, 0.1, "Wed, 21 Oct 2026 07:28:00 GMT") <= 0.1
   assert pause_s(0, 0.1, "-5") >= 0 and pause_s(0, 0.1, "nan") >= 0
 
-
-# What a reply says.
 
 REPLIES = {
   "first": ["VERDICT: A", "Verdict: a."],
@@ -335,7 +319,7 @@ def test_only_a_last_line_that_is_a_verdict_counts(reply, verdict):
   assert parse_reply(reply) == verdict
 
 
-def test_a_judge_that_always_says_a(server, path):
+def test_a_judge_that_always_names_a(server, path):
   server.reply = lambda _: "VERDICT: A"
   out = judge_both_orders(settings(server), pairs(20), path)
   assert out["bias"]["value"] == 0.5 and out["consistent"]["value"] == 0
@@ -349,7 +333,7 @@ def test_a_judge_that_cannot_be_read(server, path):
   out = judge_both_orders(settings(server), pairs(4), path)
   assert out["unparsable"]["value"] == 1 and np.isnan(out["outcomes"]).all()
   assert out["rate"]["value"] is None and out["cost"]["unparsable"] == 8
-  # Nor is it asked again: that would be asking until it says what we like.
+  # Nor is it tried again: that would be trying until the verdict pleases.
   assert judge_pairs(settings(server), pairs(4), path)[1]["new"] == 0
 
 
@@ -390,12 +374,14 @@ def test_an_answer_stays_between_its_fences(server, path, attack):
 )
 def test_controls_of_a_judge(server, path, reply, null, injected, words):
   server.reply = reply
-  out = judging.controls(
-    "m",
-    lambda pairs: judge_both_orders(settings(server), pairs, path),
-    [f"q {i}" for i in range(20)],
-    [f"answer {i} [q{1 + i % 3}]" for i in range(20)],
-  )
+  answers = [f"answer {i} [q{1 + i % 3}]" for i in range(20)]
+
+  def compare(trials):
+    both = enumerate(zip(trials, answers))
+    pairs = [Pair(f"q {i}", *two) for i, two in both]
+    return judge_both_orders(settings(server), pairs, path)
+
+  out = judging.controls("m", compare, answers)
   for name, wanted in (("null", null), ("injected", injected)):
     assert (out[name]["value"], out[name]["passed"]) == wanted
   assert words in out["words"][1]
@@ -407,7 +393,7 @@ def test_controls_of_a_judge(server, path, reply, null, injected, words):
 # The file of verdicts.
 
 
-def test_a_torn_line_is_asked_again(server, tmp_path):
+def test_a_torn_line_is_judged_again(server, tmp_path):
   path = tmp_path / "deep" / "v.jsonl"
   e = settings(server)
   judge_pairs(e, pairs(3), path)
@@ -466,6 +452,6 @@ def test_a_server_without_a_key(server, path, monkeypatch):
   assert judge_pairs(settings(server, key_env=""), pairs(3), path)[0] == KNOWN
 
 
-def test_the_client_is_imported_only_when_a_judge_is_asked():
+def test_the_client_is_imported_only_when_a_judge_runs():
   text = pathlib.Path(judge_endpoint.__file__).read_text()
   assert not re.search(r"^(import|from) openai", text, re.MULTILINE)

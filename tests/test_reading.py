@@ -11,7 +11,7 @@ from test_records import load, put
 from configs import common
 from jaxalign.cli import select as select_main
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import build_data, prepare, recipe, special, tables, tokens
+from jaxalign.data import build_data, prepare, recipe, tables, tokens
 from jaxalign.data.tokenizer import load_tokenizer
 
 SPLIT = ("data.split.sft=0.0", "data.split.pool=1.0", "data.split.held_out=0.0")
@@ -396,7 +396,7 @@ def test_tokens_spelt_out_in_a_text_are_named(tmp_path):
   assert (
     len(summary["warnings"]) == 1 and "2 of 22 rows" in summary["warnings"][0]
   )
-  assert special.specials_in(tok, "no <|im_end|> here") == ["<|im_end|>"]
+  assert tok.specials_in("no <|im_end|> here") == ["<|im_end|>"]
 
 
 def test_a_space_at_the_end_of_a_prompt_is_named(tmp_path):

@@ -275,7 +275,7 @@ OWN = (
   "def stop(*_):\n"
   "  json.dump(wrote, open({path!r}, 'w'))\n"
   "  raise Enough(0)\n"
-  "policies._examine = stop\n"
+  "policies._run = stop\n"
 )
 
 

@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import tokenizer
-from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
+from jaxalign.data.tokenizer import load_tokenizer, Tokenizer, train_tokenizer
 
 RNG = random.Random(0)
 WORDS = sorted(
@@ -92,9 +92,7 @@ def test_each_word_of_a_closed_vocabulary_is_one_piece(small):
 
 def test_training_is_deterministic(small):
   assert tokenizer.train_tokenizer(TEXTS, 1000) == small.proto
-  assert Tokenizer(small.proto).digest == small.digest
-  other = Tokenizer(tokenizer.train_tokenizer(TEXTS[:200], 1000))
-  assert other.digest != small.digest
+  assert tokenizer.train_tokenizer(TEXTS[:200], 1000) != small.proto
 
 
 def test_controls(small):
@@ -115,7 +113,7 @@ def test_nothing_is_lost_and_no_text_is_a_control(small, value):
 
 @pytest.mark.parametrize("name", [STORIES, MISTRAL])
 def test_models_that_put_a_space_first(shared, name):
-  tok = Tokenizer.load(shared / name)
+  tok = load_tokenizer(shared / name)
   assert tok.adds_prefix
 
   @settings(max_examples=150, deadline=None)
@@ -138,7 +136,7 @@ def test_models_that_put_a_space_first(shared, name):
 
 
 def test_a_unigram_model_loads_but_is_not_exported(tmp_path, shared):
-  tok = Tokenizer.load(shared / T5)
+  tok = load_tokenizer(shared / T5)
   assert tok.decode(tok.encode_response(" Hello there")) == "Hello there"
   assert tok.eos == 1 and tok.pad == 0
   with pytest.raises(ConfigError, match="BPE"):
@@ -149,7 +147,7 @@ def test_a_unigram_model_loads_but_is_not_exported(tmp_path, shared):
 def test_batches_are_the_texts_one_by_one(small, shared):
   assert small.encode_many(HARD) == [small.encode(text) for text in HARD]
   assert small.encode_many([]) == []
-  tok = Tokenizer.load(shared / STORIES)
+  tok = load_tokenizer(shared / STORIES)
   assert tok.encode_responses(HARD) == [
     tok.encode_response(text) for text in HARD
   ]
@@ -159,9 +157,9 @@ def test_what_cannot_be_a_tokenizer(tmp_path, small):
   for data in (b"", b"junk" * 50, small.proto[:500], b"\x80\x04K*."):
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(ConfigError, match="config.model.tokenizer"):
-      Tokenizer.load(tmp_path)
+      load_tokenizer(tmp_path)
   with pytest.raises(ConfigError, match="nowhere"):
-    Tokenizer.load(tmp_path / "nowhere")
+    load_tokenizer(tmp_path / "nowhere")
   for size, texts in ((100, TEXTS), (1000, []), (1000, ["", "\0"])):
     with pytest.raises(ConfigError, match="vocab_size"):
       tokenizer.train_tokenizer(texts, size)
@@ -181,7 +179,7 @@ def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
   tok = (
     Tokenizer(tokenizer.train_tokenizer(real_texts[:400], 2000))
     if name == "trained"
-    else Tokenizer.load(shared / name)
+    else load_tokenizer(shared / name)
   )
   tok.export(tmp_path)
   assert (
@@ -191,7 +189,8 @@ def test_transformers_reads_the_export(tmp_path, shared, real_texts, name):
       "tokenizer_config.json"
     ).split()
   )
-  assert Tokenizer.load(tmp_path).digest == tok.digest
+  data = (tmp_path / "tokenizer.model").read_bytes()
+  assert data == tok.files["tokenizer.model"]
   (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama")))
   peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert (

@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 from jaxalign.core.errors import ConfigError, CorruptError
 from jaxalign.data import tokens
 from jaxalign.data.encode import encode_texts
-from jaxalign.data.tokenizer import Tokenizer, train_tokenizer
+from jaxalign.data.tokenizer import load_tokenizer, Tokenizer, train_tokenizer
 
 SMALL = Tokenizer(
   train_tokenizer(["\n\nHuman: bako ti\n\nAssistant: ruda mo"] * 9, 400)
@@ -231,7 +231,6 @@ def test_the_context_that_keeps_99_percent():
   sizes = np.array([20] * 98 + [30, 5000])
   assert tokens.context_for(sizes, 8192) == 32
   assert tokens.context_for(sizes, 24) == 24
-  assert tokens.context_for(sizes[:99], 8192, fraction=1.0) == 32
   assert tokens.context_for(np.array([3]), 8192) == 16
 
 
@@ -245,7 +244,7 @@ def test_the_context_that_keeps_99_percent():
 )
 def test_the_mask_begins_where_the_response_does(shared, name):
   """Over real tokenizers: the boundary in tokens is the boundary in text."""
-  tok = Tokenizer.load(shared / name)
+  tok = load_tokenizer(shared / name)
   path = shared / "data" / "hh-harmless" / "pairs.jsonl.gz"
   with gzip.open(path, "rt", encoding="utf-8") as file:
     raw = [json.loads(next(file))["chosen"] for _ in range(200)]
@@ -342,7 +341,7 @@ def test_no_rows_at_all():
   rows, report, refused = encode_pairs(SMALL, [], [], [], 64)
   assert (len(rows.ids), rows.offsets.tolist(), refused) == (0, [0], {})
   assert report["rows"] == report["too_long"] == 0
-  with pytest.raises(ValueError, match="prompts"):
+  with pytest.raises(ValueError, match="shorter"):
     encode_rows(SMALL, ["a"], [], 64)
 
 

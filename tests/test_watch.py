@@ -636,7 +636,7 @@ def test_knobs_that_cannot_work_are_named(changes, words):
   from configs import common
 
   c = common.base()
-  while_training.check(c)
+  while_training.check_evaluations(c)
   changes = dict(changes)
   c.lora.rank = changes.pop("rank", 0)
   c.data.source = changes.pop("source", "world")
@@ -644,7 +644,7 @@ def test_knobs_that_cannot_work_are_named(changes, words):
   c.loss.name, c.loss.kwargs = changes.pop("loss", "dpo"), {}
   c.train.update(changes)
   with pytest.raises(ConfigError) as caught:
-    while_training.check(c)
+    while_training.check_evaluations(c)
   assert words in str(caught.value)
 
 

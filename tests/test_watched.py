@@ -75,7 +75,7 @@ def job_of(mesh, loss="dpo", label=LABEL):
 
 
 def answers_of(job):
-  return while_training._answers(job, "held_out", "held_out", np.arange(N))
+  return while_training._answers(job, "held_out", np.arange(N))
 
 
 @functools.cache
@@ -245,11 +245,11 @@ def test_what_evaluations_take(alone):
     line(rest_of_margin=1.0),
     line(held_out_of_margin=2.0),
   ]
-  assert while_training.spent(measures, lines) == artifacts.Cost(
+  assert while_training.evaluation_cost(measures, lines) == artifacts.Cost(
     3 * one, 3 * len(job.tokens("").ids)
   )
-  assert while_training.spent(measures, lines[:1]) == artifacts.Cost()
-  assert while_training.spent({}, lines) == artifacts.Cost()
+  assert while_training.evaluation_cost(measures, lines[:1]) == artifacts.Cost()
+  assert while_training.evaluation_cost({}, lines) == artifacts.Cost()
 
 
 def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
@@ -260,19 +260,21 @@ def test_an_arm_of_all_rows_has_no_rest(alone, tmp_path):
   kept = arm_folder(job, arm) / "selected.npy"
   keep = lambda n: disk.write_array(kept, np.arange(n))
   keep(N - 2)
-  assert list(while_training.measures(job, arm)) == ["kept", "rest"]
+  assert list(while_training.measures_of(job, arm)) == ["kept", "rest"]
   keep(N)
-  assert list(while_training.measures(job, arm)) == ["kept"]
+  assert list(while_training.measures_of(job, arm)) == ["kept"]
   job.c.train.best = "rest/margin"
   with pytest.raises(ConfigError, match="'rest' has no rows"):
-    while_training.measures(job, arm)
+    while_training.measures_of(job, arm)
 
 
 def test_what_is_planned_for_evaluations():
   c = common.base("tiny")
   rows = dict(held_out=40, kept=16, rest=144)
   two, split = dict(held_out=2, pool=2), dict(held_out=2, pool=1)
-  assert while_training.planned(c, 9, rows, two) == dict(held_out=0, pool=0)
+  assert while_training.planned_rows(c, 9, rows, two) == dict(
+    held_out=0, pool=0
+  )
   c.train.update(
     eval_every=4,
     eval_rows=20,
@@ -281,10 +283,10 @@ def test_what_is_planned_for_evaluations():
   )
   # After 4, 8 and 9 updates: three of the policy and one of the reference;
   # answers are written, and scored by both, three times.
-  assert while_training.planned(c, 9, rows, two) == dict(
+  assert while_training.planned_rows(c, 9, rows, two) == dict(
     held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20) * 2
   )
-  assert while_training.planned(c, 9, rows, split) == dict(
+  assert while_training.planned_rows(c, 9, rows, split) == dict(
     held_out=4 * 20 * 2 + 3 * 3 * 5, pool=4 * (16 + 20)
   )
 

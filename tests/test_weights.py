@@ -102,7 +102,7 @@ def test_a_real_checkpoint_in_and_out(mesh, shared, tmp_path):
   folder = shared / "models/stories260K"
   m = hf.read_config(folder, "float32", "none")
   params = hf.load_folder(folder, m, mesh)
-  tok = tokenizer.Tokenizer.load(folder)
+  tok = tokenizer.load_tokenizer(folder)
   text = (folder / "greedy_257_tokens.txt").read_text()
   tokens = np.array(tok.encode(text, begins=True)[:64]).reshape(4, 16)
   wanted = theirs(str(folder), tokens)

@@ -138,7 +138,7 @@ def test_measure_by_hand():
   assert out["win_vs_target_macro"]["value"] == pytest.approx(macro)
   told = out["details"]
   assert [
-    told["outcomes"][k]["value"] for k in ("won", "tied", "lost", "decided")
+    told["outcomes"][k]["value"] for k in ("wins", "ties", "losses", "decided")
   ] == [0.25, 0.25, 0.5, 1 / 3]
   assert sum(x["n"] for x in told["by_topic"].values()) == 4
   assert (
@@ -214,7 +214,11 @@ def test_answers_are_scored_after_the_prompts_that_were_asked():
 
 def test_outcomes_by_hand():
   out = winrate.outcome_rates([1, 1, 0.5, 0])
-  assert [out[k]["value"] for k in ("won", "tied", "lost")] == [0.5, 0.25, 0.25]
+  assert [out[k]["value"] for k in ("wins", "ties", "losses")] == [
+    0.5,
+    0.25,
+    0.25,
+  ]
   assert out["decided"]["value"] == pytest.approx(2 / 3)
   assert winrate.outcome_rates([0.5])["decided"]["n"] == 0
 
@@ -335,7 +339,7 @@ def test_equal_lengths_leave_the_raw_rate():
   [
     ([1, 0, 1, 0], [9, 1, 9, 1], "has no bound"),  # the longer one wins
     ([1, 1, 1, 1], [9, 1, 7, 3], "has no bound"),
-    ([1, 0, 1, 0], [9, 9, 9, 9], "cannot be told apart"),
+    ([1, 0, 1, 0], [9, 9, 9, 9], "cannot be separated"),
     ([1, 0], [9, 1], "wanted at least 3"),
     ([], [], "0 outcomes"),
   ],

@@ -152,7 +152,7 @@ def main() -> None:
   ]
   before, after = read(workdir / "job" / "shared" / "baseline"), read(arm)
   a, b = (
-    np.array([ends_happy(s["said"]) for s in rows], float)
+    np.array([ends_happy(s["answer"]) for s in rows], float)
     for rows in (before, after)
   )
   gain = intervals.normal_mean(b - a)

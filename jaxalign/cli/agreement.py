@@ -11,7 +11,7 @@ Reads any table (.jsonl, .json, .csv, .parquet, .gz) with one verdict a row
 rater), or a judge's file with both orders; prints how each column was read,
 Cohen's kappa, Scott's pi and Krippendorff's alpha with 95 % intervals, how
 often a verdict outlives a change of order, and how often the longer answer
-wins. A code whose meaning is not certain is never guessed: --choice says it.
+wins. A code whose meaning is not certain is never guessed: set --choice.
 Of a config (--config=...), data.source, data.choice and data.fields are read as
 for selecting. Exit codes as of jaxalign.main.
 """
@@ -48,7 +48,7 @@ _TEXT = dict(
 )
 _LISTS = dict(
   raters="Columns that hold verdicts, one for each rater.",
-  judges="Raters to be held against the humans, or files of theirs.",
+  judges="Raters to be compared with the humans, or files of theirs.",
   humans="Raters whose majority is the truth, or files of theirs.",
 )
 _FILES = "A file or a glob; may be repeated: files are joined by item."
@@ -66,82 +66,62 @@ def parse(argv: list[str]) -> Any:
   flags.DEFINE_bool("help", False, "Show the flags.", flag_values=values)
   config = [a for a in argv[1:] if re.match("--?config[.=]", a)]
   main_lib.parse_plain(values, [a for a in argv if a not in config], __doc__)
-  if config:
+  if config:  # what no flag sets
     data = main_lib._parse([argv[0], *config], __doc__).config.data.to_dict()
-    _add_config(values, data)
+    source = data["source"]
+    if source != "world" and not values.data:
+      values.data = [source] if isinstance(source, str) else list(source)
+    if data["choice"] and not values.choice:
+      values.choice = str(data["choice"])
+    fields = {_FIELDS[k]: v for k, v in data["fields"].items() if k in _FIELDS}
+    if fields and not values.fields:
+      values.fields = str(fields)
   if values.output and not values.output.endswith((".html", ".json")):
     raise ConfigError(f"--output={values.output}, wanted a .html or a .json")
   return values
 
 
-def _add_config(values: Any, data: dict[str, Any]) -> None:
-  """Takes from a config's `data` what no flag says."""
-  source, fields = data["source"], data["fields"]
-  if source != "world" and not values.data:
-    values.data = [source] if isinstance(source, str) else list(source)
-  if data["choice"] and not values.choice:
-    values.choice = str(data["choice"])
-  fields = {_FIELDS[k]: v for k, v in fields.items() if k in _FIELDS}
-  if fields and not values.fields:
-    values.fields = str(fields)
-
-
-def _files(values: Any) -> dict[str, list[str]]:
-  """The files of each flag; --judges and --humans name raters, or files."""
-  files = dict(data=list(values.data))
-  for flag in ("judges", "humans"):
-    files[flag] = [
-      n for n in values[flag].value if n.endswith(sources.EXTENSIONS)
-    ]
-  if not any(files.values()):
-    raise ConfigError("no table; say --data=votes.jsonl")
-  return files
-
-
-def _named(
-  values: Any, flag: str, files: list[str], table: RatingTable, known: list[str]
-) -> list[str]:
+def _named(values: Any, flag: str, table: RatingTable, known: list[str]):
   """The raters that --judges or --humans names, those of its files as well."""
-  role = {"judges": "human", "humans": "judge"}[flag]  # that they have not
-  names = [n for n in values[flag].value if n and n not in files]
+  given = [name for name in values[flag].value if name]
+  files = [name for name in given if name.endswith(sources.EXTENSIONS)]
+  names = [name for name in given if name not in files]
   for name in names:
     if name not in known:
       raise ConfigError(
         f"--{flag}={name}: no such rater; the tables have "
         f"{', '.join(known[:20])}"
       )
+  other = {"judges": "human", "humans": "judge"}[flag]
   paths = {p for name in files for p in sources.source_files(name) or [name]}
   for file in table.files:
     if file["name"] in paths:
-      names += [r for r in file["raters"] if table.roles.get(r) != role]
+      names += [r for r in file["raters"] if table.roles.get(r) != other]
   return list(dict.fromkeys(names))
 
 
-def _sides(
-  values: Any, files: dict[str, list[str]], table: RatingTable
-) -> tuple[list[str], list[str]]:
+def _sides(values: Any, table: RatingTable) -> tuple[list[str], list[str]]:
   """Judges and humans: as the flags have it, else as the layouts do."""
   known = list(dict.fromkeys([*(r.rater for r in table.rows), *table.votes]))
   judges, humans = (
-    _named(values, flag, files[flag], table, known)
-    for flag in ("judges", "humans")
+    _named(values, flag, table, known) for flag in ("judges", "humans")
   )
   if twice := set(judges) & set(humans):
     raise ConfigError(
       f"{', '.join(sorted(twice))}: a judge and a human; set "
       "--judges or --humans"
     )
-  if (judges or humans) and table.votes:
+  given = [*judges, *humans]
+  if given and table.votes:
     raise ConfigError(
       "--judges and --humans compare verdicts, and "
-      "--choice=labels reads none; give what the codes mean"
+      "--choice=labels reads none; set --choice to what the codes mean"
     )
-  given = [*judges, *humans]
   rest = [r for r in known if r not in given]
   others = rest if given else []
   of = lambda role: [r for r in rest if table.roles.get(r) == role] or others
   judges, humans = judges or of("judge"), humans or of("human")
-  if not given:  # nobody asked for a comparison: only where there can be one
+  if not given:  # only judges that can be compared
     pair = lambda r: (r.item, *sorted((r.first, r.second)))
     truth = {pair(r) for r in table.rows if r.rater in humans}
     shared = {r.rater for r in table.rows if pair(r) in truth}
@@ -156,7 +136,7 @@ def measure(
 
   Args:
     table: as from `rating_tables.read_ratings`.
-    judges: raters held against the majority of the humans; may be none.
+    judges: raters compared with the majority of the humans; may be none.
     humans: may be none.
 
   Returns:
@@ -178,18 +158,16 @@ def measure(
     role = "judge" if name in judges else "human" if name in humans else ""
     one = dict(name=name, verdicts=count(name), pairs=len(votes[name]))
     raters.append(one | dict(role=role))
-    if name not in rows:
-      continue
-    verdicts = [row.verdict for row in rows[name]]
-    raters[-1] |= dict(
-      unparsable=verdicts.count(None),
-      ties=verdicts.count("tie"),
-      orders=interrater.order_effects(rows[name], name),
-      lengths=None,
-    )
-    if table.sizes:
-      lengths = interrater.length_bias(winners[name], table.sizes)
-      raters[-1]["lengths"] = lengths
+    if name in rows:
+      verdicts, lengths = [row.verdict for row in rows[name]], None
+      if table.sizes:
+        lengths = interrater.length_bias(winners[name], table.sizes)
+      raters[-1] |= dict(
+        unparsable=verdicts.count(None),
+        ties=verdicts.count("tie"),
+        orders=interrater.order_effects(rows[name], name),
+        lengths=lengths,
+      )
   judged = None
   if judges and humans and table.rows:
     judged = interrater.judged(table.rows, judges, humans, table.sizes or None)
@@ -204,34 +182,34 @@ def measure(
 
 
 def run(argv: list[str]) -> None:
-  """Everything after the first line of output."""
+  """Reads the tables, prints the numbers, and writes the page."""
   values = parse(argv)
   choice = rating_codes.parse_choice(values.choice)
   fields = rating_layouts.parse_fields(values.fields)
-  files = _files(values)
-  names = list(dict.fromkeys(n for some in files.values() for n in some))
+  files = list(values.data)
+  for flag in ("judges", "humans"):
+    names = values[flag].value
+    files += [n for n in names if n.endswith(sources.EXTENSIONS)]
+  if not files:
+    raise ConfigError("no table; set --data=votes.jsonl")
   raters = list(filter(None, values.raters))
-  table = read_ratings(names, choice, raters, fields)
+  table = read_ratings(list(dict.fromkeys(files)), choice, raters, fields)
   progress.say(terminal.reading_text(table.files))
-  found = measure(table, *_sides(values, files, table))
-  progress.say(terminal.agreement_text(found))
-  if values.output:
-    _write(values.output, found)
-    progress.say(f"\npage: {values.output}")
-
-
-def _write(path: str, found: dict[str, Any]) -> None:
-  """Writes the page or the numbers."""
-  try:
-    if path.endswith(".json"):
-      disk.write_json(path, found)
-    else:
-      page = raters_page.agreement_html(found)
-      disk.write_bytes(path, page.encode())
-  except WriteError as error:
-    raise WriteError(str(error).replace("--workdir", "--output")) from error
+  numbers = measure(table, *_sides(values, table))
+  progress.say(terminal.agreement_text(numbers))
+  if path := values.output:
+    try:
+      if path.endswith(".json"):
+        disk.write_json(path, numbers)
+      else:
+        page = raters_page.agreement_html(numbers)
+        disk.write_bytes(path, page.encode())
+    except WriteError as error:
+      message = str(error).replace("--workdir", "--output")
+      raise WriteError(message) from error
+    progress.say(f"\npage: {path}")
 
 
 def main(argv: list[str]) -> int:
-  """Returns the exit code; one line on stderr says what went wrong."""
+  """Returns the exit code; one line on stderr names the mistake."""
   return main_lib.guarded(lambda: run(argv))

@@ -310,7 +310,7 @@ def validate(c: Any, planned: bool = False, trains: bool = True) -> None:
   _check_values(c)
   if not (planned and c.data.assume):
     prepare.check_source(c)
-  judge_kinds.check(c)
+  judge_kinds.check_judge(c)
   sampler = chains.named(c.select.sampler)
   sampler_kwargs(c, sampler)
   _check_columns(c, c.select.sampler, loss_of(c).kind, "select.sampler")
@@ -359,7 +359,7 @@ def _check_alignment(c: Any, loss: Any) -> None:
   for name in c.compare:
     if name not in WHOLE:
       _check_columns(c, name, loss.kind, "compare")
-  while_training.check(c)
+  while_training.check_evaluations(c)
   if c.train.epochs <= 0:
     raise ConfigError(f"train.epochs={c.train.epochs}, wanted more than 0")
 

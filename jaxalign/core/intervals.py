@@ -22,12 +22,14 @@ def symmetric(value: Any, half: Any = None, n: int = 0) -> Estimate:
   return dict(value=value, low=value - half, high=value + half, n=n)
 
 
-def clipped(found: Estimate, low: float = 0.0, high: float = 1.0) -> Estimate:
+def clipped(
+  estimate: Estimate, low: float = 0.0, high: float = 1.0
+) -> Estimate:
   """The estimate with the ends of its interval kept between low and high."""
-  if found["low"] is None:
-    return found
-  ends = dict(low=max(low, found["low"]), high=min(high, found["high"]))
-  return found | ends
+  if estimate["low"] is None:
+    return estimate
+  ends = dict(low=max(low, estimate["low"]), high=min(high, estimate["high"]))
+  return estimate | ends
 
 
 def wilson(total: float, n: int) -> Estimate:
@@ -103,8 +105,8 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
   center = d.sum() / (n + 2)
   variance = ((d * d).sum() + 2) / (n + 2) - center**2
   half = float(Z * np.sqrt(variance / (n + 2)))
-  found = clipped(symmetric(float(center), half, n), -1.0, 1.0)
-  return found | dict(value=float(d.mean()))
+  interval = clipped(symmetric(float(center), half, n), -1.0, 1.0)
+  return interval | dict(value=float(d.mean()))
 
 
 def t_mean(values: np.ndarray) -> Estimate:
@@ -178,9 +180,9 @@ def crossed_mean(values: np.ndarray) -> Estimate:
   if s < 2 or p < 2:
     value = float(values.mean()) if values.size else None
     return symmetric(value, n=s) | dict(prompts=p)
-  found = two_way_spread(values)
-  half = float(stats.t.ppf(0.975, found.freedom)) * found.error
-  return symmetric(found.value, half, s) | dict(prompts=p)
+  spread = two_way_spread(values)
+  half = float(stats.t.ppf(0.975, spread.freedom)) * spread.error
+  return symmetric(spread.value, half, s) | dict(prompts=p)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data import tokens
+from jaxalign.data.tokens import TokenRows
 
 
 @functools.lru_cache(maxsize=8)
@@ -37,8 +37,8 @@ def updates(
     n: rows.
     batch: rows of an update.
     epochs: passes over the rows.
-    most: updates at most; 0: any number.
-    least: updates at least: few rows are passed over more often.
+    most: bound from above; 0: none.
+    least: bound from below: few rows are passed over more often.
   """
   wanted = max(1, least, int(np.ceil(epochs * n / batch)))
   return min(wanted, most) if most else wanted
@@ -51,8 +51,8 @@ def rotation(rows: np.ndarray, n: int) -> np.ndarray:
   own answer. A batch that spans two epochs may hold a row twice, and of very
   few rows there may be no such shift: by the one that gives the fewest their
   own, and those take the answer of the next row of all n. On the host, where
-  the order of the rows is known, so that the reference's log-probabilities of
-  these rows can be stored beforehand.
+  the order of the rows is known, so that the reference model's
+  log-probabilities of these rows can be stored beforehand.
 
   Args:
     rows: [B] row numbers of the step, below n; two or more of each.
@@ -68,20 +68,13 @@ def rotation(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 class Spliced:
-  """The tokens of spliced rows, end to end: read where they are asked for.
+  """The tokens of spliced rows, end to end; each is read when it is indexed.
 
   A class because it stands where an array of token ids does: nothing is
   copied, and a process reads no rows but those it puts on its devices.
   """
 
-  def __init__(
-    self,
-    ids: np.ndarray,
-    offsets: np.ndarray,
-    kept: np.ndarray,
-    prompt: np.ndarray,
-    answer: np.ndarray,
-  ):
+  def __init__(self, ids, offsets, kept, prompt, answer):
     """Row i is kept[i] tokens of `ids` from prompt[i], then from answer[i]."""
     self.ids, self.offsets, self.kept = ids, offsets, kept
     self.first, self.dtype = (prompt, answer), ids.dtype
@@ -104,11 +97,8 @@ class Spliced:
 
 
 def mismatched(
-  rows: "tokens.TokenRows",
-  prompts: np.ndarray,
-  answers: np.ndarray,
-  context: int,
-) -> "tokens.TokenRows":
+  rows: TokenRows, prompts: np.ndarray, answers: np.ndarray, context: int
+) -> TokenRows:
   """Rows made of one row's prompt tokens and another's answer tokens.
 
   Their places follow from the lengths; no token is read here.
@@ -125,14 +115,10 @@ def mismatched(
   kept = np.minimum(start[prompts], context - 1)  # of the prompt, its end
   ends = np.cumsum(kept + np.minimum(size, room))
   places = np.concatenate([[0], ends]).astype(np.int64)
-  return tokens.TokenRows(
-    Spliced(
-      rows.ids,
-      places,
-      kept,
-      offsets[prompts] + start[prompts] - kept,
-      offsets[answers] + start[answers],
-    ),
+  first = offsets[prompts] + start[prompts] - kept
+  second = offsets[answers] + start[answers]
+  return TokenRows(
+    Spliced(rows.ids, places, kept, first, second),
     places,
     kept.astype(np.int32),
     np.maximum(0, size - room).astype(np.int32),

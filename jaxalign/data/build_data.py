@@ -1,7 +1,7 @@
 """The data stage: a source becomes splits, a tokenizer and tokens."""
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import itertools
 import json
@@ -12,8 +12,7 @@ import numpy as np
 
 from jaxalign.core import artifacts, disk, progress
 from jaxalign.core.errors import ConfigError, DataError
-from jaxalign.data import prepare, records, refusals, tables, tokens
-from jaxalign.data import world as world_lib
+from jaxalign.data import prepare, records, refusals, tables, tokens, world
 from jaxalign.data.chat import Chat
 from jaxalign.data.encode import ANSWERS, NO_TEMPLATE, RowEncoder
 from jaxalign.data.json_rows import Where
@@ -46,47 +45,59 @@ class SplitRows:
 
 def _from_world(c: Any, folder: epath.Path) -> SplitRows:
   """The world's rows, written as text and read back like any other source."""
-  made = world_lib.generate_rows(prepare.world_of(c), c.data.seed)
-  names, targets, loaded = ("prompt", "chosen", "rejected"), {}, {}
+  made = world.generate_rows(prepare.world_of(c), c.data.seed)
+  names, loaded = ("prompt", "chosen", "rejected"), {}
+  key = lambda row: tuple(row[name] for name in names)
   for split in ("pool", "held_out"):
     path = folder / f"world_{split}.jsonl"
     lines = [json.dumps({k: r[k] for k in names}) + "\n" for r in made[split]]
     disk.write_bytes(path, "".join(lines).encode())
     loaded[split] = records.load_records(str(path))
-  splits = {name: one.rows for name, one in loaded.items()}
-  for row in made["held_out"]:
-    targets[tuple(row[k] for k in names)] = row["target"]
-  splits["held_out"] = splits["held_out"].map(
-    lambda row: row | dict(target=targets[tuple(row[k] for k in names)])
-  )
-  splits["sft"] = RowTable.of(
-    dict(row, id=f"sft-{i:06d}", group=row["prompt"])
-    for i, row in enumerate(made["sft"])
+  targets = {key(row): row["target"] for row in made["held_out"]}
+  with_target = lambda row: row | dict(target=targets[key(row)])
+  splits = dict(
+    pool=loaded["pool"].rows,
+    held_out=loaded["held_out"].rows.map(with_target),
+    sft=RowTable.of(
+      dict(row, id=f"sft-{i:06d}", group=row["prompt"])
+      for i, row in enumerate(made["sft"])
+    ),
   )
   refused = [*loaded["pool"].refused, *loaded["held_out"].refused]
-  seen = {*splits["pool"].column("prompt")}
   ids = itertools.chain(*(rows.column("id") for rows in splits.values()))
   where = dict.fromkeys(ids, Where("world", None))
-  for name in ("held_out", "sft"):  # no prompt is in two splits
-    prompts = splits[name].column("prompt")
-    twice = np.array([prompt in seen for prompt in prompts], bool)
-    why = Refused("prompt of another split")
-    rows = splits[name].where(twice) if twice.any() else ()
-    refused += [refusals.refused_later(row, why, name, where) for row in rows]
-    splits[name] = splits[name].where(~twice)
-    seen |= {*splits[name].column("prompt")}
+  seen, why = set(), Refused("prompt of another split")
+  for name, rows in splits.items():
+    prompts = rows.column("prompt")
+    twice = {i: why for i, prompt in enumerate(prompts) if prompt in seen}
+    splits[name], more = _without(rows, twice, name, where)
+    refused += more
+    seen |= {*prompts}
   summary = data_summary(loaded["pool"], splits)
   summary |= dict(source="world", readings=[])
   summary["seen"] = sum(len(rows) for rows in made.values())
   return SplitRows(splits, summary, "pairs", refused, {})
 
 
+def _without(
+  rows: RowTable,
+  refused: Mapping[int, Refused],
+  split: str,
+  where: Mapping[str, Where],
+) -> tuple[RowTable, list[dict]]:
+  """The rows of a split without those refused, and these as they are listed."""
+  kept = np.ones(len(rows), bool)
+  kept[[*refused]] = False
+  left_out = zip(rows.where(~kept) if refused else (), refused.values())
+  listed = [refusals.refused_later(*row, split, where) for row in left_out]
+  return rows.where(kept), listed
+
+
 def read_splits(c: Any, limit: int = 0) -> SplitRows:
   """Rows of files or of a hub, checked, refused with reasons, and split."""
   loaded = prepare.load_sources(c, limit)
-  splits = records.split_rows(
-    loaded.rows, prepare.split_fractions(c), c.data.seed
-  )
+  sizes = prepare.split_fractions(c)
+  splits = records.split_rows(loaded.rows, sizes, c.data.seed)
   refused, where = list(loaded.refused), loaded.where
   if c.data.held_out:
     held = prepare.load_sources(c, limit, held_out=True)
@@ -98,11 +109,10 @@ def read_splits(c: Any, limit: int = 0) -> SplitRows:
     groups = {*held.rows.column("group")}
     why = Refused("prompt of the held-out file")
     for name in ("pool", "sft"):  # what is measured on is not trained on
-      rows = splits[name]
-      lost = np.array([group in groups for group in rows.column("group")], bool)
-      for row in rows.where(lost) if lost.any() else ():
-        refused.append(refusals.refused_later(row, why, name, where))
-      splits[name] = rows.where(~lost)
+      own = enumerate(splits[name].column("group"))
+      both = {i: why for i, group in own if group in groups}
+      splits[name], more = _without(splits[name], both, name, where)
+      refused += more
     named = {f"held-{name}": at for name, at in held.where.items()}
     where = collections.ChainMap(named, where)
     splits["held_out"] = held.rows.map(lambda r: dict(r, id=f"held-{r['id']}"))
@@ -159,40 +169,38 @@ def make_data(
   """
   if not writes:
     return [], artifacts.Cost(), {}
+  is_world = prepare.is_world(c)
   try:
-    found = _from_world(c, folder) if prepare.is_world(c) else read_splits(c)
+    read = _from_world(c, folder) if is_world else read_splits(c)
   except refusals.TooManyRefused as error:
     raise refusals.named_in(error, folder) from error
-  splits, summary = _as_wanted(c, found, wanted), found.summary
+  splits, summary = _as_wanted(c, read, wanted), read.summary
   needed = _needed_splits(c)
   for name in needed:
     if not splits[name]:
-      raise _empty(name, found)
+      raise _empty(name, read)
   tok = _tokenizer(c, splits)
   with RowEncoder(c, tok, splits) as encoder:
     _write_tokenizer(folder, tok, encoder.chat)
-    splits = dict(encoder.splits)
-    encoded = {name: encoder.encode(splits[name]) for name in SPLITS}
-  context = c.model.context or min(most, prepare.own_context(c))
-  if c.model.checkpoint and not c.model.context:
-    sizes = tokens.whole_lengths(tok, itertools.chain(*encoded.values()))
-    context = tokens.context_for(sizes, most)
+    encoded = {name: encoder.encode(encoder.splits[name]) for name in SPLITS}
+  context = prepare.asked_context(c) or tokens.context_for(
+    tokens.whole_lengths(tok, itertools.chain(*encoded.values())), most
+  )
+  context = c.model.context or min(most, context)
   truncation, late = {}, []
   for name in SPLITS:
-    rows, truncation[name], lost = encoder.fit(
-      splits[name], encoded[name], context, prepare.too_long(c)
+    whole = encoder.splits[name]
+    rows, truncation[name], out = encoder.fit(
+      whole, encoded[name], context, prepare.too_long(c)
     )
-    for i, why in lost.items():
-      late.append(
-        refusals.refused_later(splits[name][i], why, name, found.where)
-      )
+    splits[name], more = _without(whole, out, name, read.where)
+    late += more
     tokens.save_rows(folder, name, rows)
-    splits[name] = _without(splits[name], lost)
     if name == "pool":
       summary["tokens"] = _token_counts(rows)
       summary["shown"] = decoded_rows(tok, splits[name], rows)
-  refused = found.refused + late
-  n, fits = sum(map(len, encoded.values())), 0
+  refused = read.refused + late
+  n = sum(map(len, encoded.values()))
   fits = max(report["fits"] for report in truncation.values())
   refusals.check_late(c, summary, late, refused, folder, rows=n, fits=fits)
   for name in needed:
@@ -200,8 +208,7 @@ def make_data(
       raise _empty_after_truncation(name, late, truncation[name])
   for name in SPLITS:
     if truncation[name]["rows"] or truncation[name]["too_long"]:
-      line = tokens.truncation_line(name, truncation[name])
-      progress.say(f"  {line}")
+      progress.say(f"  {tokens.truncation_line(name, truncation[name])}")
     tables.write_rows(folder / f"{name}.parquet", splits[name])
   tables.write_refused(folder / "rejected.jsonl", refused)
   summary |= dict(
@@ -210,7 +217,7 @@ def make_data(
     refused_by_reason=refusals.count_reasons(refused),
     first_refused=refusals.first_by_reason(refused),
     kind=wanted,
-    source_kind=found.kind,
+    source_kind=read.kind,
     truncation=truncation,
     rows_by_split={n: len(splits[n]) for n in SPLITS},
     vocab=tok.vocab_size,
@@ -219,38 +226,28 @@ def make_data(
     warnings=encoder.warnings,
   )
   disk.write_json(folder / "data_summary.json", summary)
-  names = _written(folder, prepare.is_world(c))
+  # Not what a failed try left.
+  names = [path.name for path in folder.iterdir()]
+  names = [n for n in names if n != "records" and ".tmp-" not in n]
+  names = [n for n in names if is_world or not n.startswith("world_")]
   counts = ", ".join(f"{len(splits[n]):,} {n}" for n in SPLITS)
   return names, artifacts.Cost(), dict(kind=wanted, say=counts, context=context)
 
 
-def _written(folder: epath.Path, world: bool) -> list[str]:
-  """The files of the artifact; those of a failed try are none of them."""
-  names = [path.name for path in folder.iterdir()]
-  names = [n for n in names if n != "records" and ".tmp-" not in n]
-  return [n for n in names if world or not n.startswith("world_")]
-
-
-def _without(rows: RowTable, lost: Iterable[int]) -> RowTable:
-  kept = np.ones(len(rows), bool)
-  kept[[*lost]] = False
-  return rows.where(kept)
-
-
-def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, RowTable]:
+def _as_wanted(c: Any, read: SplitRows, wanted: str) -> dict[str, RowTable]:
   """The splits as the loss compares them: pool pairs may become two rows each.
 
   Held-out pairs stay pairs.
   """
-  splits = found.splits
-  if found.kind == "unpaired" and wanted == "pairs":
+  splits = dict(read.splits)
+  if read.kind == "unpaired" and wanted == "pairs":
     raise DataError(
-      f"{found.summary['source']} holds single answers (unpaired), but the "
+      f"{read.summary['source']} holds single answers (unpaired), but the "
       f"loss {c.loss.name!r} compares two answers; set config.loss.name, to "
       "'kto' for instance"
     )
-  if found.kind == "pairs" and wanted == "unpaired":
-    splits = splits | dict(pool=records.pairs_to_unpaired(splits["pool"]))
+  if read.kind == "pairs" and wanted == "unpaired":
+    splits["pool"] = records.pairs_to_unpaired(splits["pool"])
     n = len(splits["pool"])
     progress.say(f"  pairs split into {n:,} answers for {c.loss.name}")
   labels = {*splits["pool"].column("label")}
@@ -260,29 +257,27 @@ def _as_wanted(c: Any, found: SplitRows, wanted: str) -> dict[str, RowTable]:
       f"{'liked' if labels.pop() else 'disliked'}; {c.loss.name} will only "
       "push one way"
     )
-  return dict(splits)
+  return splits
 
 
 def _needed_splits(c: Any) -> list[str]:
   """The splits that must not be empty."""
-  if prepare.is_world(c):
-    needed = [*SPLITS]
-  else:
+  sizes = dict.fromkeys(SPLITS, 1.0)
+  if not prepare.is_world(c):
     sizes = prepare.split_fractions(c)
-    needed = [name for name in SPLITS if sizes[name] > 0]
-    if c.data.held_out:
-      needed.append("held_out")
+  needed = [n for n in SPLITS if sizes[n] > 0]
+  needed += ["held_out"] if c.data.held_out else []
   return [n for n in needed if n != "sft" or not c.model.checkpoint]
 
 
-def _empty(name: str, found: SplitRows) -> DataError:
+def _empty(name: str, read: SplitRows) -> DataError:
   hint = "; more rows are needed, or set config.data.split"
-  if name == "sft" and found.kind == "unpaired":
+  if name == "sft" and read.kind == "unpaired":
     hint = (
       ", and disliked answers are not imitated; more rows are needed, or set "
       "config.model.checkpoint"
     )
-  summary = found.summary
+  summary = read.summary
   return DataError(
     f"the {name} split of {summary['source']} is empty ({summary['kept']} "
     f"rows kept of {summary['seen']}){hint}"
@@ -327,29 +322,26 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
   """
   if prepare.is_world(c):
     raise ConfigError("the built-in world is not read from a file")
-  found = read_splits(c, PEEKED)
-  splits = found.splits
-  summary = found.summary | dict(
-    first_refused=refusals.first_by_reason(found.refused)
+  read = read_splits(c, PEEKED)
+  first = refusals.first_by_reason(read.refused)
+  summary = read.summary | dict(first_refused=first)
+  name = next(
+    (n for n in ("pool", "held_out", "sft") if read.splits[n]), "pool"
   )
-  name = next((n for n in ("pool", "held_out", "sft") if splits[n]), "pool")
-  few = splits[name][:TOKENIZED]
   tok = prepare.given_tokenizer(c)
   if tok is None:
     names = ("id", "prompt", *ANSWERS)
-    texts = [{k: row[k] for k in names if k in row} for row in few[:SHOWN]]
+    few = read.splits[name][:SHOWN]
+    texts = [{k: row[k] for k in names if k in row} for row in few]
     summary |= dict(template=NO_TEMPLATE, shown=texts)
-    return found, summary_lines(summary)
-  with RowEncoder(c, tok, splits) as encoder:
+    return read, summary_lines(summary)
+  with RowEncoder(c, tok, read.splits) as encoder:
     few = encoder.splits[name][:TOKENIZED]
     encoded = encoder.encode(few)
   fits = tokens.context_for(tokens.whole_lengths(tok, encoded), most)
   context = prepare.asked_context(c) or fits
-  rows, _, lost = encoder.fit(few, encoded, context, prepare.too_long(c))
-  late = [
-    refusals.refused_later(few[i], w, name, found.where)
-    for i, w in lost.items()
-  ]
+  rows, _, refused = encoder.fit(few, encoded, context, prepare.too_long(c))
+  kept, late = _without(few, refused, name, read.where)
   summary["template"] = encoder.description
   summary["sample"] = dict(
     rows=len(few),
@@ -357,16 +349,15 @@ def preview(c: Any, most: int) -> tuple[SplitRows, list[str]]:
     first_refused=refusals.first_by_reason(late),
     refused_by_reason=collections.Counter(r["reason"] for r in late),
   )
-  summary["shown"] = decoded_rows(tok, _without(few, lost), rows)
-  return found, summary_lines(summary)
+  summary["shown"] = decoded_rows(tok, kept, rows)
+  return read, summary_lines(summary)
 
 
 def _token_counts(rows: tokens.TokenRows) -> dict[str, list[float]]:
   """Quantiles (0.05, 0.5, 0.95) of the tokens of prompts and responses."""
-  counts = dict(prompt=rows.start, response=tokens.row_lengths(rows))
-  counts["response"] = counts["response"] - rows.start
-  quantiles = {
-    n: np.quantile(x, (0.05, 0.5, 0.95)) if len(x) else []
-    for n, x in counts.items()
+  response = tokens.row_lengths(rows) - rows.start
+  counts, at = dict(prompt=rows.start, response=response), (0.05, 0.5, 0.95)
+  return {
+    name: np.quantile(x, at).tolist() if len(x) else []
+    for name, x in counts.items()
   }
-  return {name: [float(q) for q in x] for name, x in quantiles.items()}

@@ -3,7 +3,7 @@
 A row is `apply_chat_template` of transformers 5.24, token for token, up to the
 token that ends the answer: what it renders, encoded as one string. Where a
 content holds text that looks like a special token the dialogue is rendered a
-second time with that text in disguise (`marks.py`): what is still found was
+second time with that text in disguise (`marks.py`): what is still there was
 written by the template, all else stays text. Unless the template itself parses
 it: a template that takes "</think>" out of a content would write something
 else, and then the content's tokens are read as transformers reads them; of
@@ -11,6 +11,7 @@ turn markers and of the tokenizer's BOS and EOS each is still tried alone.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import os
 import re
 from typing import Any
@@ -31,7 +32,7 @@ _WORDS = ("quince", "medlar", "damson", "rowan")
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
-class Chat:
+class Chat(contextlib.AbstractContextManager):
   """A tokenizer with a template: `encode`; a context manager, it has a process.
 
   Making one settles how rows begin and end: `tok.eos` becomes the token that
@@ -45,32 +46,28 @@ class Chat:
     self,
     tok: Any,
     source: str,
-    now: str = "",
     renderer: Renderer | None = None,
     *,
-    special_tokens: str = "text",
+    reads_tokens: bool = False,
   ):
     """Learns the template.
 
     Args:
       tok: the tokenizer; what the template marks turns with is reserved in it.
       source: the template.
-      now: see Renderer.
       renderer: one to share.
-      special_tokens: "text", or "tokens": special tokens that are spelt out in
-        a content are read as those tokens, as transformers and TRL do.
+      reads_tokens: special tokens that are spelt out in a content are those
+        tokens, as for transformers and TRL; else they stay text.
+
+    Raises:
+      ConfigError: it does not render a question and its answer.
     """
-    if special_tokens not in ("text", "tokens"):
-      raise ConfigError(
-        "special tokens in a text are read as 'text' or as 'tokens', found "
-        f"{special_tokens!r}"
-      )
     self.tok, self.source, self.warnings = tok, source, []
-    self._reads_tokens = special_tokens == "tokens"
+    self._reads_tokens = reads_tokens
     # Of several named templates transformers takes this one for tools.
     own = tok.tool_template if source == tok.template else None
     self._tool_source = own or source
-    self.renderer = renderer or Renderer(now)
+    self.renderer = renderer or Renderer()
     try:
       self._learn()
     except BaseException as error:
@@ -82,9 +79,6 @@ class Chat:
         f"({error}); {_KNOB}"
       ) from error
 
-  def __enter__(self) -> "Chat":
-    return self
-
   def __exit__(self, *error: Any) -> None:
     self.renderer.close()
 
@@ -94,7 +88,7 @@ class Chat:
     added = re.compile(any_of(t for t in tok.added if len(t) > 1 and t.strip()))
     quince, medlar, damson, rowan = _WORDS
     ask, answer = [turn("user", "a")], turn("assistant", quince)
-    asked, plain = self._render(ask, True), self._render(ask, False)
+    asking, plain = self._render(ask, True), self._render(ask, False)
     whole = self._render([*ask, answer], False)
     other = self._render([*ask, turn("assistant", medlar)], False)
     if whole == other:
@@ -103,20 +97,40 @@ class Chat:
         "two answers give one text; it may want contents in parts, as of "
         "images",
       )
-    at = len(os.path.commonprefix([whole, other]))
-    tail = whole[at:].removeprefix(quince)
+    start = _shared(whole, other)
+    tail = whole[start:].removeprefix(quince)
     later = self._tried([*ask, answer, turn("user", damson)])
     later = later.rpartition(quince)[2]
     system = self._tried([turn("system", rowan), *ask])
-    opens = self._learn_question(asked, plain, whole[:at], added)
-    ends = self._learn_end(tail, later, opens, added)
+    # Where the prompt proper ends, and the tokens that ask for the answer.
+    base = _shared(plain, asking)
+    self._asks, self._header = asking[base:], ""
+    opens = [m[0] for m in added.finditer(asking) if m.end() > base]
+    if asking == plain and whole[:start].startswith(asking):
+      # A space there belongs to the word that follows it.
+      self._header = whole[len(asking) : start].rstrip(" ")
+      opens = added.findall(self._header) or added.findall(asking)[-1:]
+    # An answer ends as one in the middle does; what follows only at the end of
+    # a conversation (Phi-3's EOS) is no part of it.
+    ends = added.findall(tail[: _shared(tail, later)]) or added.findall(tail)
+    self._end = ends[0] if ends else None
+    for text in ends[1:]:
+      if text in (*opens[:1], self._end):
+        break
+      self._end = text
+    self._times = added.findall(tail).count(self._end)
     # What marks a turn is the template's alone.
     user, known, after = later.rpartition(damson)
-    before = system.rpartition(rowan)[0]
     turns = [*added.findall(user), *added.findall(after)[:1]]
     turns = turns if known else added.findall(plain)
-    turns += [*opens[:1], *added.findall(before)[-1:], *ends]
+    before = added.findall(system.rpartition(rowan)[0])
+    turns += [*opens[:1], *before[-1:], *filter(None, [self._end])]
     tok.reserve(sorted(set(turns)))
+    self._settle(turns, plain, system)
+
+  def _settle(self, turns: list[str], plain: str, system: str) -> None:
+    """What text must not write, and how rows begin and end from now on."""
+    tok = self.tok
     self._marks = Marks(list(tok.specials))
     self._specials = set(tok.specials.values()) - {tok.unk}
     stops = (*tok.stops, tok.pad)
@@ -126,7 +140,7 @@ class Chat:
     bos = text_of.get(tok.own_bos)
     begins = [text.startswith(bos or "") for text in (plain, system) if text]
     tok.bos = tok.own_bos if bos and all(begins) else -1
-    if system and rowan not in system:
+    if system and _WORDS[-1] not in system:
       self.warnings.append(
         "the chat template leaves out what a system turn says: put it into the "
         "first question"
@@ -147,36 +161,6 @@ class Chat:
         f"{{% if add_generation_prompt %}}{{{{ {self._header!r} }}}}"
         "{% endif %}"
       )
-
-  def _learn_question(
-    self, asked: str, plain: str, head: str, added: re.Pattern
-  ) -> list[str]:
-    """Where the prompt proper ends, and the tokens that ask for the answer."""
-    base = len(os.path.commonprefix([plain, asked]))
-    self._asks, self._header = asked[base:], ""
-    if asked != plain or not head.startswith(asked):
-      return [m[0] for m in added.finditer(asked) if m.end() > base]
-    # A space there belongs to the word that follows it.
-    self._header = head[len(asked) :].rstrip(" ")
-    return added.findall(self._header) or added.findall(asked)[-1:]
-
-  def _learn_end(
-    self, tail: str, later: str, opens: list[str], added: re.Pattern
-  ) -> list[str]:
-    """The token that ends an answer, in a list, or none.
-
-    An answer ends as one in the middle does; what follows only at the end of
-    a conversation (Phi-3's EOS) is no part of it.
-    """
-    ends = added.findall(os.path.commonprefix([tail, later]))
-    ends = ends or added.findall(tail)
-    self._end = ends[0] if ends else None
-    for text in ends[1:]:
-      if text in (*opens[:1], self._end):
-        break
-      self._end = text
-    self._times = added.findall(tail).count(self._end)
-    return [self._end] if ends else []
 
   def _render(self, turns: list[dict], asks: bool, tools: Any = None) -> str:
     return self.renderer.render(
@@ -224,9 +208,9 @@ class Chat:
       Refused: the template will not have it, does not write the tools, or
         writes the prompt otherwise once an answer follows.
     """
-    turns, own = [_message(turn) for turn in turns], dict(role="assistant")
+    turns = [_message(turn) for turn in turns]
     answers = [dict(content=x) if isinstance(x, str) else x for x in answers]
-    answers = [_message(own | x) for x in answers]
+    answers = [_message(dict(role="assistant") | x) for x in answers]
     if not turns:
       raise Refused("no turns", "a chat template needs a question")
     plain = self._plain(turns, answers, tools)
@@ -282,23 +266,22 @@ class Chat:
     What the texts share is encoded once, up to a special token: there the
     tokenizer begins anew in any case.
     """
-    (prompt, shown), *wholes = texts
-    head = self._ids(prompt, shown, check)
-    at, k, shared = 0, 0, ""
-    written = self._written(shown)
-    if written and head is not None:
-      text, end = written[-1][0], written[-1].end()
-      last = self.tok.specials[text]
-      if head.count(last) == sum(text == m[0] for m in written):
-        at, shared = end - len(text), shown[:end]
-        k = len(head) - 1 - head[::-1].index(last)
-    out = [head]
-    for text, other in wholes:
-      same = bool(shared) and other.startswith(shared)
+    out, shared, at, k = [], None, 0, 0
+    for text, shown in texts:
+      same = shared is not None and shown.startswith(shared)
       first = at if same else 0
-      ids = self._ids(text[first:], other[first:], check)
-      out.append(head[:k] + ids if same and ids is not None else ids)
-    return None if any(ids is None for ids in out) else out
+      ids = self.tok.encode_rendered(text[first:])
+      written = self._written(shown, first)
+      wanted = [self.tok.specials[m[0]] for m in written]
+      known = [[i for i in x if i in self._specials] for x in (ids, wanted)]
+      exact = known[0] == known[1]
+      if check and not exact:
+        return None
+      if not out and exact and known[0] and wanted[-1] == known[0][-1]:
+        at, shared = written[-1].start(), shown[: written[-1].end()]
+        k = len(ids) - 1 - ids[::-1].index(wanted[-1])
+      out.append(out[0][:k] + ids if same else ids)
+    return out
 
   def _written(self, text: str, start: int = 0) -> list[re.Match]:
     """The special tokens that stand in a text."""
@@ -312,14 +295,13 @@ class Chat:
     Some templates ask in other words than those they answer in; that much may
     differ, and no more.
     """
-    same = len(os.path.commonprefix([prompt, whole]))
+    same = _shared(prompt, whole)
     asks = self._header or self._asks
     if same == len(prompt):
       return same
     base = len(prompt) - len(asks)
     if not prompt.endswith(asks):
-      plain = self._render(turns, False, tools)
-      base = len(os.path.commonprefix([plain, prompt]))
+      base = _shared(self._render(turns, False, tools), prompt)
     if same < base:
       a, b = prompt[same : same + 30], whole[same : same + 30]
       raise Refused(
@@ -331,8 +313,8 @@ class Chat:
     """Where the answer that begins at `start` has ended, its end included."""
     if not self._end:
       return len(text)
-    found = self._written(text, start)
-    ends = [m.end() for m in found if m[0] == self._end]
+    written = self._written(text, start)
+    ends = [m.end() for m in written if m[0] == self._end]
     if len(ends) < self._times:
       raise Refused(
         _NO_TOOLS if "tool_calls" in answer else "answer without an end",
@@ -374,8 +356,8 @@ class Chat:
       `plain` with stand-ins, and a table that takes them out.
     """
     parts = [turns, answers, tools]
-    found = set() if self._reads_tokens else self._marks.found(parts)
-    if not found:
+    looks = set() if self._reads_tokens else self._marks.found(parts)
+    if not looks:
       return list(plain), {}
     stand_ins = self._marks.stand_ins([self.source, self._tool_source, *parts])
     back = {ord(stand): c for c, stand in stand_ins.items()}
@@ -390,26 +372,16 @@ class Chat:
         texts = [text.replace(f"\\u{ord(stand):04x}", stand) for text in texts]
       return texts if [t.translate(back) for t in texts] == plain else None
 
-    texts = attempt(found)
-    guarded = sorted(found & self._guarded)
-    if texts is None and guarded != sorted(found):
-      texts = attempt(set(guarded))
+    guarded = looks & self._guarded
+    texts = attempt(looks)
+    if texts is None and guarded != looks:
+      texts = attempt(guarded)
     if texts is None:
       names, texts = set(), list(plain)
-      for one in guarded:
+      for one in sorted(guarded):
         if (more := attempt(names | {one})) is not None:
           names, texts = names | {one}, more
     return texts, back
-
-  def _ids(self, text: str, shown: str, check: bool) -> list[int] | None:
-    """Ids of a rendered text as one string; None if text forges a token."""
-    ids, known = self.tok.encode_rendered(text), self._specials
-    wanted = [self.tok.specials[m[0]] for m in self._written(shown)]
-    if check and [i for i in ids if i in known] != [
-      i for i in wanted if i in known
-    ]:
-      return None
-    return ids
 
   def _parts(self, text: str, back: dict[int, str]) -> list[int]:
     """Ids of a rendered text, its special tokens apart from all the rest."""
@@ -469,7 +441,6 @@ def _renamed(tool: Any, what: str, wanted: dict[str, tuple[str, str]]) -> Any:
   return renamed if inner is tool else dict(tool, function=renamed)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def _shared(a: Sequence, b: Sequence) -> int:
   """How many items two sequences begin with alike."""
-  differ = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-  return next(differ, min(len(a), len(b)))
+  return len(os.path.commonprefix([a, b]))

@@ -111,19 +111,17 @@ def render(compiled, request):
 
 def failure(error):
   """What an error of a template means; a template can raise anything."""
-  kind, detail = "failed", f"{type(error).__name__}: {error}"
-  if isinstance(error, MemoryError):
-    kind, detail = "memory", "it wants more memory"
-  elif isinstance(error, RecursionError):
-    kind, detail = "memory", "it calls itself without end"
-  elif isinstance(error, TooLong):
-    kind, detail = "length", ""
-  elif isinstance(error, Raised):
-    kind, detail = "raised", str(error)
-  elif isinstance(error, jinja2.exceptions.SecurityError):
-    kind, detail = "unsafe", str(error)
-  elif isinstance(error, jinja2.exceptions.TemplateSyntaxError):
-    kind, detail = "syntax", f"line {error.lineno}: {error}"
+  line = getattr(error, "lineno", 0)
+  rows = (
+    (MemoryError, "memory", "it wants more memory"),
+    (RecursionError, "memory", "it calls itself without end"),
+    (TooLong, "length", ""),
+    (Raised, "raised", str(error)),
+    (jinja2.exceptions.SecurityError, "unsafe", str(error)),
+    (jinja2.exceptions.TemplateSyntaxError, "syntax", f"line {line}: {error}"),
+    (Exception, "failed", f"{type(error).__name__}: {error}"),
+  )
+  kind, detail = next(row[1:] for row in rows if isinstance(error, row[0]))
   return dict(kind=kind, detail=detail[:300])
 
 

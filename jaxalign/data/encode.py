@@ -1,6 +1,7 @@
 """Rows become tokens: by a chat template, or as the texts they are."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
 import itertools
 from typing import Any
 
@@ -13,12 +14,11 @@ from jaxalign.data.chat_templates import template_source
 from jaxalign.data.row_table import RowTable
 from jaxalign.data.schemas.messages import uses_tools
 from jaxalign.data.schemas.schema import ASSISTANT, Refused, turns_of
-from jaxalign.data.special import specials_in
 from jaxalign.data.tokens import Encoded, EncodedRows, fit_rows, Fitted
 
 ANSWERS = ("chosen", "rejected", "completion", "response")
 NO_TEMPLATE = "no template: rows are tokenized as the texts they are"
-_CHUNK = 1024  # texts tokenised between two ticks of the bar
+_CHUNK = 1024  # texts tokenized at once
 
 
 def encode_texts(
@@ -37,7 +37,10 @@ def encode_texts(
     context: the most tokens a row may have, BOS and EOS included.
     too_long: see `fit_rows`.
   """
-  encoded = texts_to_ids(tok, prompts, list(sides.values()))
+  texts = zip(prompts, *sides.values(), strict=True)
+  encoded = []
+  for chunk in _chunks(texts, len(prompts)):
+    encoded += _text_ids(tok, chunk)
   return fit_rows(tok, encoded, list(sides), context, too_long)
 
 
@@ -45,7 +48,6 @@ def dialogues_to_ids(
   chat: Chat,
   turns: Sequence[list[dict[str, Any]]],
   answers: Sequence[Sequence[Any]],
-  tools: Sequence[Any] | None = None,
 ) -> list[Encoded | Refused]:
   """Ids of every dialogue, or why the template will not have it.
 
@@ -53,89 +55,63 @@ def dialogues_to_ids(
     chat: the tokenizer and its template.
     turns: of n prompts, messages.
     answers: R answers to each prompt, texts or messages.
-    tools: of each dialogue, or None.
   """
-  with progress.bar("tokenize", len(turns)) as tick:
-    return list(_dialogue_ids(chat, turns, answers, tools, tick))
+  dialogues = zip(turns, answers, strict=True)
+  chunks = _chunks(dialogues, len(turns))
+  return [_dialogue_ids(chat, *one) for chunk in chunks for one in chunk]
+
+
+def _chunks(rows: Iterable, total: int) -> Iterator[list]:
+  """Lists of some rows each, under a progress bar."""
+  rows = iter(rows)
+  with progress.bar("tokenize", total) as tick:
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+      yield chunk
+      tick(len(chunk))
 
 
 def _dialogue_ids(
-  chat: Chat,
-  turns: Sequence[list[dict[str, Any]]],
-  answers: Sequence[Sequence[Any]],
-  tools: Sequence[Any] | None,
-  tick: Callable[[int], None] = lambda n: None,
-) -> Iterator[Encoded | Refused]:
-  tools = tools or [None] * len(turns)
-  for i, (asked, answer, tool) in enumerate(
-    zip(turns, answers, tools, strict=True), 1
-  ):
-    try:
-      yield _with_eos(chat.tok, *chat.encode(asked, answer, tool or None))
-    except Refused as error:
-      yield error
-    if i % _CHUNK == 0:
-      tick(_CHUNK)
-
-
-def texts_to_ids(
-  tok: Any,
-  prompts: Sequence[str],
-  sides: Sequence[Sequence[str]],
-  special: bool = False,
-) -> list[Encoded | Refused]:
-  """Ids of every row of texts.
-
-  Args:
-    tok: the tokenizer.
-    prompts: n texts.
-    sides: R lists of n answers.
-    special: special tokens that are spelt out in a text are those tokens.
-  """
-  if any(len(side) != len(prompts) for side in sides):
-    sizes = [len(side) for side in sides]
-    raise ValueError(f"{len(prompts)} prompts, but {sizes} responses")
-  with progress.bar("tokenize", len(prompts)) as tick:
-    return list(_text_ids(tok, prompts, sides, special, tick))
+  chat: Chat, turns: list[dict], answers: Sequence[Any], tools: Any = None
+) -> Encoded | Refused:
+  try:
+    return _with_eos(chat.tok, *chat.encode(turns, answers, tools or None))
+  except Refused as error:
+    return error
 
 
 def _text_ids(
-  tok: Any,
-  prompts: Sequence[str],
-  sides: Sequence[Sequence[str]],
-  special: bool,
-  tick: Callable[[int], None] = lambda n: None,
-) -> Iterator[Encoded]:
+  tok: Any, rows: Sequence[Sequence[str]], special: bool = False
+) -> list[Encoded]:
+  """Ids of rows of a prompt and R answers.
+
+  Args:
+    tok: the tokenizer.
+    rows: their texts.
+    special: special tokens that are spelt out in a text are those tokens.
+  """
   heads_of, tails_of = tok.encode_many, tok.encode_responses
   if special:
     heads_of = tails_of = lambda texts: [tok.encode_rendered(t) for t in texts]
-  for first in range(0, len(prompts), _CHUNK):
-    chunk = slice(first, first + _CHUNK)
-    heads = heads_of(prompts[chunk])
-    if special:  # the row's BOS is written with the row
-      heads = [head[head[:1] == [tok.bos] :] for head in heads]
-    tails = zip(*(tails_of(side[chunk]) for side in sides))
-    for row in zip(heads, tails):
-      yield _with_eos(tok, *row)
-    tick(len(heads))
+  prompts, *sides = zip(*rows)
+  heads = heads_of(prompts)
+  if special:  # the row's BOS is written with the row
+    heads = [head[head[:1] == [tok.bos] :] for head in heads]
+  tails = zip(*map(tails_of, sides))
+  return [_with_eos(tok, *row) for row in zip(heads, tails)]
 
 
 def _with_eos(
   tok: Any, prompt: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> Encoded:
-  ended = [
-    [*answer, tok.eos] if not answer or answer[-1] != tok.eos else answer
-    for answer in answers
-  ]
-  return Encoded(
-    np.array(prompt, np.int32), [np.array(ids, np.int32) for ids in ended]
-  )
+  ended = [[*x, tok.eos] if x[-1:] != [tok.eos] else x for x in answers]
+  as_array = lambda ids: np.array(ids, np.int32)
+  return Encoded(as_array(prompt), list(map(as_array, ended)))
 
 
-class RowEncoder:
+class RowEncoder(contextlib.AbstractContextManager):
   """How the rows of a config become tokens.
 
-  A class because what it found in the rows decides, and is said.
+  A class because what is in the rows decides, and a person reads how.
 
   Attributes:
     chat: the template, or None.
@@ -148,21 +124,20 @@ class RowEncoder:
   def __init__(self, c: Any, tok: Any, splits: Mapping[str, RowTable]):
     self.c, self.tok, self.warnings, self.chat = c, tok, [], None
     self.special = c.data.special_tokens == "tokens"
+    self.description, self.splits = NO_TEMPLATE, splits
     source = template_source(c.data.template, tok, True)
-    plain = sum(1 for row in _every(splits) if not row.get("turns"))
+    plain = sum(1 for _ in self._texts())
     if self.special and source is not None and plain:
-      if 2 * self._spelt(_texts(splits))[1] > plain:
+      if 2 * self._spelt(self._texts())[1] > plain:
         source = None  # the texts hold the template already
     # A tokenizer that is trained here makes nothing of "<s>" in a text.
     given = c.model.tokenizer or c.model.checkpoint
     if c.data.special_tokens == "auto" and given:
-      self._warn_of_specials(splits, wraps=bool(source and plain))
-    self.description, self.splits = NO_TEMPLATE, splits
+      self._warn_of_specials(wraps=bool(source and plain))
     if source is None:
-      self._warn_of_spaces(_texts(splits))
+      self._warn_of_spaces()
     else:
-      mode = "tokens" if self.special else "text"
-      self.chat = Chat(tok, source, special_tokens=mode)
+      self.chat = Chat(tok, source, reads_tokens=self.special)
       self.warnings += self.chat.warnings
       own = c.data.template == "auto"
       name = "the tokenizer's own" if own else c.data.template
@@ -175,9 +150,6 @@ class RowEncoder:
         self.splits = {n: rows.map(_wrapped) for n, rows in splits.items()}
     for text in self.warnings:
       progress.say(f"  warning: {text}")
-
-  def __enter__(self) -> "RowEncoder":
-    return self
 
   def __exit__(self, *error: Any) -> None:
     if self.chat:
@@ -194,25 +166,20 @@ class RowEncoder:
   def encode(self, rows: RowTable) -> EncodedRows:
     """Ids of every row, or why there are none."""
     out, names = EncodedRows(), answer_names(rows)
-    rows_left = iter(rows)
-    with progress.bar("tokenize", len(rows)) as tick:
-      while chunk := list(itertools.islice(rows_left, _CHUNK)):
-        out.extend(self._encode(chunk, names))
-        tick(len(chunk))
+    for chunk in _chunks(rows, len(rows)):
+      out.extend(self._encode(chunk, names))
     return out
 
   def _encode(
     self, rows: list[dict], names: Sequence[str]
-  ) -> Iterator[Encoded | Refused]:
+  ) -> Iterable[Encoded | Refused]:
     if self.chat:
-      turns = [self._turns(row) for row in rows]
+      ids_of = lambda *row: _dialogue_ids(self.chat, *row)
       answers = [answers_of(row, names) for row in rows]
-      return _dialogue_ids(
-        self.chat, turns, answers, [row.get("tools") for row in rows]
-      )
-    prompts = [row["prompt"] for row in rows]
-    sides = [[row[name] for row in rows] for name in names]
-    ids = _text_ids(self.tok, prompts, sides, self.special)
+      tools = [row.get("tools") for row in rows]
+      return map(ids_of, map(self._turns, rows), answers, tools)
+    texts = [[row[name] for name in ("prompt", *names)] for row in rows]
+    ids = _text_ids(self.tok, texts, self.special)
     no_tools = Refused(
       "tool calls are not supported",
       "without a chat template; set config.model.checkpoint or "
@@ -231,29 +198,34 @@ class RowEncoder:
         return [*rest[:i], turn | dict(content=text), *rest[i + 1 :]]
     return row["turns"]
 
-  def _spelt(self, rows: Iterable[dict]) -> tuple[dict, int, set[str]]:
+  def _rows(self) -> Iterator[dict]:
+    return itertools.chain.from_iterable(self.splits.values())
+
+  def _texts(self) -> Iterator[dict]:
+    """The rows that are texts and no dialogues."""
+    return (row for row in self._rows() if not row.get("turns"))
+
+  def _spelt(self, rows: Iterable[dict]) -> tuple[dict, int, list[str]]:
     """The first row in whose texts special tokens are written out, how many
     there are, and which tokens."""
     first, count, names = {}, 0, set()
     for row in rows:
       texts = [row["prompt"], *(row[n] for n in ANSWERS if n in row)]
-      if found := specials_in(self.tok, "\n".join(texts)):
+      if spelt := self.tok.specials_in("\n".join(texts)):
         first, count = first or row, count + 1
-        names |= {*found}
-    return first, count, names
+        names |= {*spelt}
+    return first, count, sorted(names)
 
-  def _warn_of_specials(
-    self, splits: Mapping[str, RowTable], wraps: bool
-  ) -> None:
+  def _warn_of_specials(self, wraps: bool) -> None:
     """Names special tokens that are spelt out.
 
     Raises:
       DataError: in most of the rows, so that their text is not what is meant.
     """
-    first, count, found = self._spelt(_every(splits))
+    first, count, names = self._spelt(self._rows())
     if not count:
       return
-    names, rows = sorted(found), sum(map(len, splits.values()))
+    rows = sum(map(len, self.splits.values()))
     twice = ", and the template would be written around them a second time"
     what = (
       f"{count:,} of {rows:,} rows have special tokens of the "
@@ -267,24 +239,16 @@ class RowEncoder:
       raise DataError(f"{what}; 'text' takes them as they are")
     self.warnings.append(what)
 
-  def _warn_of_spaces(self, rows: Iterable[dict]) -> None:
+  def _warn_of_spaces(self) -> None:
     """A space at a prompt's end is a token of its own, which no model saw."""
-    ends = [r["id"] for r in rows if r["prompt"].endswith((" ", "\t"))]
+    texts = self._texts()
+    ends = [r["id"] for r in texts if r["prompt"].endswith((" ", "\t"))]
     if ends:
       self.warnings.append(
         f"{len(ends):,} prompts end in a space (id {ends[0]} for one), "
         "which most tokenizers put before the next word: move it to the "
         "beginning of the answers"
       )
-
-
-def _every(splits: Mapping[str, RowTable]) -> Iterator[dict]:
-  return itertools.chain.from_iterable(splits.values())
-
-
-def _texts(splits: Mapping[str, RowTable]) -> Iterator[dict]:
-  """The rows that are texts and no dialogues."""
-  return (row for row in _every(splits) if not row.get("turns"))
 
 
 def _wrapped(row: dict) -> dict:

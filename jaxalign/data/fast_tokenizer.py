@@ -1,19 +1,19 @@
 """Tokenizers of a tokenizer.json, by the `tokenizers` package."""
 
-from collections.abc import Iterable, Sequence
-import hashlib
+from collections.abc import Sequence
 import json
 import re
 from typing import Any
 
-from etils import epath
 import tokenizers
 
-from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError
 from jaxalign.data import special
 
 _KNOB = "set config.model.tokenizer"
+_PREFIX_KNOBS = dict(prepend_scheme="never", add_prefix_space=False)
+_STEPS = ("normalizers", "pretokenizers", "decoders")  # keys of a Sequence
+_BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class FastTokenizer(special.Encoding):
@@ -21,72 +21,42 @@ class FastTokenizer(special.Encoding):
 
   def __init__(self, settings: special.Settings, name: str = "tokenizer"):
     self._settings, self.files = settings, settings.files
-    data = settings.files["tokenizer.json"]
     try:
-      spec = json.loads(data)
+      spec = json.loads(settings.files["tokenizer.json"])
       for token in spec.get("added_tokens") or []:
         if token["content"] in settings.special:
           token["special"] = True
-      self._main = _built(spec, settings, name)
+      self._main = self._bare = _built(spec, settings, name)
       twin, self.adds_prefix = _without_prefix(spec)
-      self._bare = (
-        _built(twin, settings, name) if self.adds_prefix else self._main
-      )
-    except (
-      ValueError,
-      TypeError,
-      KeyError,
-      AttributeError,
-      RecursionError,
-    ) as error:
+      if self.adds_prefix:
+        self._bare = _built(twin, settings, name)
+    except _BROKEN as error:
       raise ConfigError(
         f"{name} is not a tokenizer.json ({error!s:.100}); {_KNOB}"
       ) from error
-    known = dict(sorted(self._main.get_added_tokens_decoder().items()))
-    self.added = {token.content: i for i, token in known.items()}
-    self.specials = {
-      token.content: i
-      for i, token in known.items()
-      if token.special and token.content
-    }
-    self.strips = {t.content: (t.lstrip, t.rstrip) for t in known.values()}
+    known = sorted(self._main.get_added_tokens_decoder().items())
+    self.added = {token.content: i for i, token in known}
+    self.specials = {t.content: i for i, t in known if t.special and t.content}
+    self.strips = {t.content: (t.lstrip, t.rstrip) for _, t in known}
     first = _steps(spec.get("normalizer")) + _steps(spec.get("pre_tokenizer"))
     self.prefixes_each = any(
       step.get("type") == "Prepend" or step.get("prepend_scheme") == "always"
       for step in first
     )
     self.vocab_size = 1 + max(self._main.get_vocab(True).values(), default=-1)
-    decided, eos = settings.row_format, self._id("eos")
-    stops = [*([] if eos is None else [eos]), *settings.stops]
-    self.eos = decided.get("eos", stops[0] if stops else None)
-    if self.eos is None or not 0 <= self.eos < self.vocab_size:
-      raise ConfigError(
-        f"{name} names no EOS token that it has, and every whole response ends "
-        f"in one; {_KNOB}"
-      )
-    self.stops = tuple(dict.fromkeys([self.eos, *stops]))
-    self.unk, bos, pad = (self._id(kind) for kind in ("unk", "bos", "pad"))
+    named = {kind: text for kind, text in settings.named.items() if text}
+    self.names = {f"{kind}_token": text for kind, text in named.items()}
+    ids = {kind: self._main.token_to_id(text) for kind, text in named.items()}
+    bos, pad, self.unk = (ids.get(kind) for kind in ("bos", "pad", "unk"))
     self.own_bos = -1 if bos is None else bos
+    self._set_ends(name, self._first_id(bos), [ids.get("eos")])
     self.pad = self.eos if pad is None else pad
-    self.bos = decided.get("bos", self._bos())
-    named = settings.named.items()
-    self.names = {f"{kind}_token": text for kind, text in named if text}
-    self.template = settings.template
-    self.tool_template = settings.tool_template
-    files = sorted(settings.files.items())
-    sized = [f"{n} {len(data)}\n".encode() + data for n, data in files]
-    self.digest = hashlib.sha256(b"".join(sized)).hexdigest()
 
-  def _id(self, name: str) -> int | None:
-    text = self._settings.named[name]
-    return self._main.token_to_id(text) if text else None
-
-  def _bos(self) -> int:
+  def _first_id(self, bos: int | None) -> int:
     """The BOS that transformers puts first: its post-processor's.
 
-    transformers 5 does not ask for add_bos_token where a tokenizer.json is.
+    transformers 5 ignores add_bos_token where there is a tokenizer.json.
     """
-    bos = self._id("bos")
     with_it = self._main.encode("a", add_special_tokens=True).ids
     without = self._main.encode("a", add_special_tokens=False).ids
     first = with_it[0] if with_it[:1] != without[:1] else -1
@@ -96,10 +66,8 @@ class FastTokenizer(special.Encoding):
     """Makes these added tokens special: no text can write them any more."""
     new = set(texts) - self.specials.keys()
     if new:
-      eos, bos = self.eos, self.bos
-      self.__init__(
-        self._settings._replace(special=self._settings.special | new)
-      )
+      eos, bos, known = self.eos, self.bos, self._settings.special
+      self.__init__(self._settings._replace(special=known | new))
       self.ends_with(eos)
       self.bos = bos
 
@@ -111,57 +79,16 @@ class FastTokenizer(special.Encoding):
     finally:
       self._main.encode_special_tokens = True
 
-  def _ids(self, texts: Sequence[str], model: Any) -> list[list[int]]:
-    texts = list(texts)
-    ids = [e.ids for e in model.encode_batch(texts, add_special_tokens=False)]
-    if self.specials:
-      forged = set(self.specials.values()) - {self.unk}
-      for i, row in enumerate(ids):
-        if not forged.isdisjoint(row):  # the model knows it as a word, too
-          ids[i] = self._in_parts(texts[i], model, forged)
-    return ids
+  def _encoded(self, texts: list[str], model: Any) -> list[list[int]]:
+    found = model.encode_batch(texts, add_special_tokens=False)
+    return [one.ids for one in found]
 
-  def _in_parts(self, text: str, model: Any, forged: set[int]) -> list[int]:
-    """Ids of a text cut inside everything that looks special."""
-    longer = [s for s in self.specials if len(s) > 1]
-    cuts = [f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in longer]
-    found = re.finditer("|".join(cuts), text) if cuts else ()
-    at, out = [0, *(m.end() for m in found), len(text)], []
-    for first, end in zip(at, at[1:]):
-      ids = (
-        (self._bare if first else model)
-        .encode(text[first:end], add_special_tokens=False)
-        .ids
-      )
-      unk = self.unk
-      out += [unk if i in forged and unk is not None else i for i in ids]
-    return out
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Text of a row, or of its beginning; special tokens have no text."""
-    return self._main.decode([int(i) for i in ids])
-
-  def decode_response(self, ids: Iterable[int]) -> str:
-    """Text of a response alone, its leading space kept."""
-    return self._bare.decode([int(i) for i in ids])
+  def _decoded(self, ids: list[int], model: Any) -> str:
+    return model.decode(ids)
 
   def pieces(self) -> list[str]:
     """The V pieces by id, as tokenizer.json writes them."""
     return [self._main.id_to_token(i) or "" for i in range(self.vocab_size)]
-
-  def check_export(self) -> None:
-    """Nothing: its own files are copied."""
-
-  def export(self, folder: epath.PathLike) -> None:
-    """Writes the files it was read from, byte for byte.
-
-    Raises:
-      WriteError: the folder cannot be written.
-    """
-    for name, data in self._settings.files.items():
-      disk.write_bytes(epath.Path(folder) / name, data)
-
-  save = export
 
 
 def _built(
@@ -202,12 +129,8 @@ def _without_prefix(spec: dict) -> tuple[dict, bool]:
   first = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
   if squeezing & {*re.findall(r'"type": "(\w+)"', first)}:
     return spec, False
-  twin, found = json.loads(json.dumps(spec)), False
-  for part, key in (
-    ("normalizer", "normalizers"),
-    ("pre_tokenizer", "pretokenizers"),
-    ("decoder", "decoders"),
-  ):
+  twin, prefixed = json.loads(json.dumps(spec)), False
+  for part, key in zip(("normalizer", "pre_tokenizer", "decoder"), _STEPS):
     steps, changed = _steps(twin.get(part)), False
     for step in steps:
       for knob, off in _PREFIX_KNOBS.items():
@@ -217,18 +140,15 @@ def _without_prefix(spec: dict) -> tuple[dict, bool]:
     if len(kept) < len(steps):
       changed = True
       twin[part] = {"type": "Sequence", key: kept} if kept else None
-    found |= changed and part != "decoder"  # which has it by default
-  return twin, found
-
-
-_PREFIX_KNOBS = dict(prepend_scheme="never", add_prefix_space=False)
+    prefixed |= changed and part != "decoder"  # which has it by default
+  return twin, prefixed
 
 
 def _steps(part: Any) -> list[dict]:
   """The steps of a normalizer, pre-tokenizer or decoder, Sequences opened."""
   if not isinstance(part, dict):
     return []
-  for key in ("normalizers", "pretokenizers", "decoders"):
+  for key in _STEPS:
     if isinstance(part.get(key), list):
       return [step for inner in part[key] for step in _steps(inner)]
   return [part]

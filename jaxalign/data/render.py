@@ -23,12 +23,12 @@ from jaxalign.data.schemas.schema import Refused
 
 SECONDS = 10.0  # one record; a real template takes a thousandth of that
 MEMORY = 1 << 29  # bytes of address space
-CHARACTERS = 1 << 20  # of output, beside four times the messages'
+CHARACTERS = 1 << 20  # of output, and four times the messages'
 _KNOB = "set config.data.template"
 _WORKER = pathlib.Path(__file__).with_name("chat_worker.py")
 
 
-class Renderer:
+class Renderer(contextlib.AbstractContextManager):
   """A template process; started at its first use, ended by `close`."""
 
   def __init__(
@@ -43,16 +43,12 @@ class Renderer:
 
     Args:
       now: what strftime_now reads, ISO format; "" is this moment. Fixed at
-        the start, so that all rows of one job see one date.
+        first, so that all rows of one job see one date.
       seconds, memory, characters: the limits, see above.
     """
     self.now = now or datetime.datetime.now().isoformat(timespec="seconds")
     self._seconds, self._memory = seconds, memory
-    self._characters = characters
-    self._process = None
-
-  def __enter__(self) -> "Renderer":
-    return self
+    self._characters, self._process = characters, None
 
   def __exit__(self, *error: Any) -> None:
     self.close()
@@ -74,7 +70,7 @@ class Renderer:
 
     Args:
       source: the template.
-      messages: dicts of "role", "content" and what else is in them, as JSON.
+      messages: dicts of "role", "content" and more, all of it JSON.
       **values: what else it reads: add_generation_prompt, bos_token, ...
 
     Raises:
@@ -91,7 +87,7 @@ class Renderer:
       ) from error
     cap = self._characters + 4 * len(data)
     source = json.dumps(source)
-    answer = self._ask(
+    answer = self._answer(
       f'{{"cap": {cap}, "source": {source}, "values": {data}}}\n'
     )
     if "text" in answer:
@@ -110,7 +106,7 @@ class Renderer:
     }[kind]
     raise ConfigError(f"the chat template {what}; {_KNOB}")
 
-  def _ask(self, request: str) -> dict:
+  def _answer(self, request: str) -> dict:
     if self._process is None:
       self._start()
     try:

@@ -1,7 +1,7 @@
 """What a Hugging Face folder says about its tokenizer's special tokens.
 
 The names of BOS, EOS and PAD, the ids that end a generation and the chat
-template stand in up to six files beside the tokenizer; this reads them all.
+template stand in up to six files of the folder; this reads them all.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from jaxalign.core import disk
 from jaxalign.core.errors import ConfigError
 
 _KNOB = "set config.model.tokenizer"
@@ -53,8 +54,9 @@ class Settings(NamedTuple):
 class Encoding:
   """What the two kinds of tokenizer share.
 
-  Each has two models for `_ids(texts, model)`: `_main` of texts that begin a
-  row, `_bare` of texts that continue another.
+  Each has two models, `_main` of texts that begin a row and `_bare` of texts
+  that continue another; `_encoded(texts, model)` are the ids of texts, and
+  `_decoded(ids, model)` is the text of ids.
 
   Attributes:
     bos: id that begins a row, or -1 where none does (as with Qwen).
@@ -64,14 +66,30 @@ class Encoding:
     stops: all ids that end a generation.
     pad: the tokenizer's own, else another; no mask depends on it.
     specials: text -> id of every token that only a template may write.
-    added: text -> id of those and of all others beside the vocabulary.
+    added: text -> id of those and of all others outside the vocabulary.
+    strips: text -> whether such a token eats the blanks before, and after it.
+    prefixes_each: a space is put before the text after every special token.
     names: bos_token and so on -> the token's text, for a template.
     template, tool_template: the chat template, and that for tools where it is
       another; or None.
     vocab_size: V.
-    digest: sha256 of what it was read from.
-    files: name -> bytes of that.
+    files: name -> bytes of what it was read from.
   """
+
+  def _set_ends(self, name: str, bos: int, stops: Sequence[int | None]) -> None:
+    """Sets what begins and ends a row, the data stage's decisions first."""
+    decided, self._spelt = self._settings.row_format, None
+    self.template = self._settings.template
+    self.tool_template = self._settings.tool_template
+    self.bos = decided.get("bos", bos)
+    stops = dict.fromkeys([decided.get("eos"), *stops, *self._settings.stops])
+    known = [i for i in stops if i is not None and 0 <= i < self.vocab_size]
+    if not known:
+      raise ConfigError(
+        f"{name} has no EOS token, and every whole response ends in one; "
+        f"{_KNOB}"
+      )
+    self.eos, self.stops = known[0], tuple(known)
 
   def ends_with(self, eos: int) -> None:
     """From now on rows end with `eos`; what ended them still stops."""
@@ -89,11 +107,33 @@ class Encoding:
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text."""
-    return self._ids(texts, self._main)
+    return self._ids(list(texts), self._main)
 
   def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode_response` of each text."""
-    return self._ids(texts, self._bare)
+    return self._ids(list(texts), self._bare)
+
+  def _ids(self, texts: list[str], model: Any) -> list[list[int]]:
+    """Ids of texts; one that a model takes for special is cut inside it."""
+    out = self._encoded(texts, model)
+    forged = {*self.specials.values()} - {self.unk}
+    for i, ids in enumerate(out):
+      if not forged.isdisjoint(ids):  # the model knows it as a word, too
+        longer = [x for x in self.specials if len(x) > 1]
+        cuts = [f"(?<={re.escape(x[0])})(?={re.escape(x[1:])})" for x in longer]
+        first, *rest = re.split("|".join(cuts) or "(?!)", texts[i])
+        parts = self._encoded([first], model) + self._encoded(rest, self._bare)
+        unk = {} if self.unk is None else dict.fromkeys(forged, self.unk)
+        out[i] = [unk.get(j, j) for j in itertools.chain(*parts)]
+    return out
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of a row, or of its beginning; special tokens have no text."""
+    return self._decoded(list(map(int, ids)), self._main)
+
+  def decode_response(self, ids: Iterable[int]) -> str:
+    """Text of a response alone, its leading space kept."""
+    return self._decoded(list(map(int, ids)), self._bare)
 
   def decode_visible(self, ids: Iterable[int]) -> str:
     """Text of a row, or of its beginning, as it was understood.
@@ -110,17 +150,31 @@ class Encoding:
         out.append((self.decode if first else self.decode_response)(run))
     return "".join(out)
 
+  def specials_in(self, text: str) -> list[str]:
+    """The special tokens that are spelt out in a text, each once.
 
-def specials_in(tok: Encoding, text: str) -> list[str]:
-  """The special tokens of a tokenizer that are spelt out in a text, each once.
+    They are characters there, and no tokens: see `tokenizer.py`.
+    """
+    if self._spelt is None:
+      self._spelt = re.compile(any_of(t for t in self.specials if len(t) > 1))
+    return list(dict.fromkeys(self._spelt.findall(text)))
 
-  They are characters there, and no tokens: see `tokenizer.py`.
-  """
-  pattern = tok.__dict__.get("_found")
-  if pattern is None or pattern[0] is not tok.specials:
-    texts = [t for t in tok.specials if len(t) > 1]
-    pattern = tok._found = (tok.specials, re.compile(any_of(texts)))
-  return list(dict.fromkeys(pattern[1].findall(text)))
+  def check_export(self) -> None:
+    """Raises ConfigError where `export` has no way to write this model."""
+
+  def save(self, folder: epath.PathLike) -> None:
+    """Writes the files it was read from, byte for byte."""
+    for name, data in self.files.items():
+      disk.write_bytes(epath.Path(folder) / name, data)
+
+  def export(self, folder: epath.PathLike) -> None:
+    """Writes what `transformers` reads.
+
+    Raises:
+      ConfigError: see `check_export`; nothing was written.
+      WriteError: the folder cannot be written.
+    """
+    self.save(folder)
 
 
 def any_of(texts: Iterable[str]) -> str:
@@ -156,27 +210,24 @@ def read_settings(folder: epath.PathLike) -> Settings:
     ConfigError: a file cannot be read or is no JSON object.
   """
   folder = epath.Path(folder)
-  found = {name: _bytes(folder / name) for name in FILES}
-  files = {name: data for name, data in found.items() if data is not None}
-  object_of = lambda name: _object(folder / name, _bytes(folder / name))
-  config = object_of("tokenizer_config.json")
-  token_map = object_of("special_tokens_map.json")
-  named, special = {}, set()
-  for name in _NAMES:
-    key = f"{name}_token"
-    named[name] = _text(config.get(key)) or _text(token_map.get(key))
+  files = {name: _bytes(folder / name) for name in FILES}
+  files = {name: data for name, data in files.items() if data is not None}
+  config = _object(folder / "tokenizer_config.json")
+  token_map = _object(folder / "special_tokens_map.json")
+  row_format = _object(folder / ROW_FORMAT)
+  added = _added(config, _object(folder / "added_tokens.json"))
+  text_of = lambda key: _text(config.get(key)) or _text(token_map.get(key))
+  named = {name: text_of(f"{name}_token") for name in _NAMES}
+  special = {*named.values(), *row_format.get("reserved", ())}
+  special |= {text for text, (_, is_special) in added.items() if is_special}
   for source in (token_map, config):
     for key in ("additional_special_tokens", "extra_special_tokens"):
       several = source.get(key) or ()
       several = several.values() if isinstance(several, dict) else several
       special |= {_text(value) for value in several}
-  added = _added(config, object_of("added_tokens.json"))
-  row_format = object_of(ROW_FORMAT)
-  special |= {*named.values(), *row_format.get("reserved", ())}
-  special |= {text for text, (_, is_special) in added.items() if is_special}
   stops = list(row_format.get("stops", ()))
   for name in ("generation_config.json", "config.json"):
-    ids = object_of(name).get("eos_token_id")
+    ids = _object(folder / name).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     stops += [i for i in ids if isinstance(i, int) and not isinstance(i, bool)]
   adds = config.get("add_bos_token")
@@ -204,11 +255,11 @@ def _bytes(path: epath.Path) -> bytes | None:
     raise ConfigError(f"{path} cannot be read ({error}); {_KNOB}") from error
 
 
-def _object(path: epath.Path, data: bytes | None) -> dict[str, Any]:
-  if data is None:
-    return {}
+def _object(path: epath.Path) -> dict[str, Any]:
+  """A file's JSON object, empty where there is no file."""
+  data = _bytes(path)
   try:
-    value = json.loads(data)
+    value = {} if data is None else json.loads(data)
   except (ValueError, RecursionError) as error:
     raise ConfigError(f"{path} is no JSON ({error!s:.100}); {_KNOB}") from error
   if not isinstance(value, dict):
@@ -246,8 +297,7 @@ def _template(
       raise ConfigError(f"{folder}/{file} is no UTF-8; {_KNOB}") from error
   if "chat_template.jinja" in files:
     return None
-  data = files.get("chat_template.json")
-  value = _object(folder / "chat_template.json", data).get("chat_template")
+  value = _object(folder / "chat_template.json").get("chat_template")
   value = value or config.get("chat_template")
   if isinstance(value, list):
     items = [item for item in value if isinstance(item, dict)]

@@ -21,7 +21,6 @@ of `sentencepiece`, or of `transformers` under the same config, except for:
 
 import collections
 from collections.abc import Iterable, Sequence
-import hashlib
 import io
 import itertools
 import json
@@ -51,14 +50,15 @@ _KNOB = "set config.model.tokenizer"
 class SentencePieceTokenizer(special.Encoding):
   """A SentencePiece model; its attributes are those of `special.Encoding`."""
 
+  strips, prefixes_each = {}, False
+
   def __init__(
     self,
     proto: bytes,
     name: str = "tokenizer",
     settings: special.Settings = special.EMPTY,
   ):
-    self.proto = bytes(proto)
-    self._settings = settings
+    self.proto, self._settings = bytes(proto), settings
     self.files = dict(settings.files)
     if self.proto not in self.files.values():
       self.files["tokenizer.model"] = self.proto
@@ -71,7 +71,7 @@ class SentencePieceTokenizer(special.Encoding):
     except Exception as error:  # protobuf's and the C++ library's own kinds
       raise ConfigError(
         f"{name} is not a SentencePiece model ({error!s:.100}); a "
-        f"tokenizer.json beside it would do; {_KNOB}"
+        f"tokenizer.json in its folder would do; {_KNOB}"
       ) from error
     normal = self._model.normalizer_spec
     self.adds_prefix = bool(normal.add_dummy_prefix)
@@ -86,18 +86,16 @@ class SentencePieceTokenizer(special.Encoding):
       self._bare = spm.SentencePieceProcessor(model_proto=twin)
     pieces = enumerate(self._model.pieces)
     byte_ids = {p.piece: i for i, p in pieces if p.type == _BYTE}
-    self._has_bytes = bool(byte_ids)
-    self._space_ids = []
+    self._has_bytes, self._space_ids = bool(byte_ids), []
     # Only in a model of ours: others must mean what their makers meant.
     if byte_ids and self._model.trainer_spec.model_prefix == _OURS:
       self._space_ids = [byte_ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
     self._set_controls(name)
-    self.digest = hashlib.sha256(self.proto).hexdigest()
 
   def _set_controls(self, name: str) -> None:
     """Sets the ids of the special tokens, from the model and its config."""
-    settings, size = self._settings, self._main.vocab_size()
-    self.specials = {}
+    settings, main = self._settings, self._main
+    size, self.specials = main.vocab_size(), {}
     for i, p in enumerate(self._model.pieces):
       named = p.type == _USER and p.piece in settings.special
       if p.type in (_UNKNOWN, _CONTROL) or named:
@@ -107,47 +105,16 @@ class SentencePieceTokenizer(special.Encoding):
         self.specials[text] = i
     self.added = self.specials
     self.vocab_size = max([size, *(i + 1 for i in self.specials.values())])
-    named = {k: self.specials.get(x) for k, x in settings.named.items()}
-    own = dict(bos=self._main.bos_id(), pad=self._main.pad_id())
-    own |= {k: named[k] for k in own if named[k] is not None}
-    self.unk, self.own_bos = self._main.unk_id(), own["bos"]
-    self.pad = self.unk if own["pad"] < 0 else own["pad"]
+    own = dict(bos=main.bos_id(), eos=main.eos_id(), pad=main.pad_id())
+    named = {kind: self.specials.get(settings.named[kind]) for kind in own}
+    ids = {k: i if named[k] is None else named[k] for k, i in own.items()}
+    self.unk, self.own_bos = main.unk_id(), ids["bos"]
+    self.pad = self.unk if ids["pad"] < 0 else ids["pad"]
     bos = -1 if settings.adds_bos is False else self.own_bos
-    self.bos = settings.row_format.get("bos", bos)
-    eos = self._main.eos_id()
-    stops = [settings.row_format.get("eos"), named["eos"], eos, *settings.stops]
-    known = [i for i in stops if i is not None and 0 <= i < self.vocab_size]
-    if not known:
-      raise ConfigError(
-        f"{name} has no EOS token, and every whole response ends in one; "
-        f"{_KNOB}"
-      )
-    self.eos, self.stops = known[0], tuple(dict.fromkeys(known))
-    self.template = settings.template
-    self.tool_template = settings.tool_template
-    text = {i: piece for piece, i in self.specials.items()}
-    ids = dict(bos=self.own_bos, unk=self.unk, pad=own["pad"])
-    ids["eos"] = eos if named["eos"] is None else named["eos"]
-    self.names = {f"{k}_token": text[i] for k, i in ids.items() if i in text}
-    self.strips, self.prefixes_each = {}, False
-
-  @classmethod
-  def load(cls, path: epath.PathLike) -> "SentencePieceTokenizer":
-    """Reads a tokenizer.model file, or the one in a folder.
-
-    Raises:
-      ConfigError: missing, or not a SentencePiece model.
-    """
-    path = epath.Path(path)
-    try:
-      if path.is_dir():
-        path = path / "tokenizer.model"
-      proto = path.read_bytes()
-    except OSError as error:
-      raise ConfigError(
-        f"tokenizer {path} cannot be read ({error}); {_KNOB}"
-      ) from error
-    return cls(proto, f"tokenizer {path}", special.read_settings(path.parent))
+    self._set_ends(name, bos, [named["eos"], own["eos"]])
+    text_of, ids["unk"] = {i: x for x, i in self.specials.items()}, self.unk
+    known = {kind: i for kind, i in ids.items() if i in text_of}
+    self.names = {f"{kind}_token": text_of[i] for kind, i in known.items()}
 
   def reserve(self, texts: Sequence[str]) -> None:
     """Nothing: all tokens that are not of the model itself are special."""
@@ -164,35 +131,22 @@ class SentencePieceTokenizer(special.Encoding):
       model = self._bare if ids else model
     return ids
 
-  def _ids(self, texts: Sequence[str], model: Any) -> list[list[int]]:
-    texts = list(texts)
-    ids = model.encode(texts) if texts else []
-    forged = set(self.specials.values()) - {self.unk}
-    for i, text in enumerate(texts):
-      if self._space_ids and _SPACE in text:  # else it came back as a space
-        parts, between = text.split(_SPACE), self._space_ids
-      elif not forged.isdisjoint(ids[i]):  # a user-defined piece
-        longer = [x for x in self.specials if len(x) > 1]
-        cuts = [f"(?<={re.escape(x[0])})(?={re.escape(x[1:])})" for x in longer]
-        parts, between = re.split("|".join(cuts), text), []
-      else:
-        continue
-      ids[i] = model.encode(parts[0])
-      for part in parts[1:]:
-        ids[i] += between + self._bare.encode(part)
-    return ids
+  def _encoded(self, texts: list[str], model: Any) -> list[list[int]]:
+    return model.encode(texts) if texts else []
 
-  def decode(self, ids: Iterable[int]) -> str:
-    """Text of a row, or of its beginning; control tokens have no text."""
-    return self._main.decode(self._written(ids))
+  def _ids(self, texts: list[str], model: Any) -> list[list[int]]:
+    out = super()._ids(texts, model)
+    for i, text in enumerate(texts if self._space_ids else ()):
+      if _SPACE in text:  # else it came back as a space
+        first, *rest = text.split(_SPACE)
+        [out[i]] = self._encoded([first], model)
+        for ids in self._encoded(rest, self._bare):
+          out[i] += self._space_ids + ids
+    return out
 
-  def decode_response(self, ids: Iterable[int]) -> str:
-    """Text of a response alone, its leading space kept."""
-    return self._bare.decode(self._written(ids))
-
-  def _written(self, ids: Iterable[int]) -> list[int]:
+  def _decoded(self, ids: list[int], model: Any) -> str:
     skipped = set(self.specials.values()) - {self.unk}
-    return [int(i) for i in ids if int(i) not in skipped]
+    return model.decode([i for i in ids if i not in skipped])
 
   def pieces(self) -> list[str]:
     """The V pieces by id, as SentencePiece writes them."""
@@ -215,7 +169,7 @@ class SentencePieceTokenizer(special.Encoding):
       )
 
   def export(self, folder: epath.PathLike) -> None:
-    """Writes tokenizer.model and what `transformers` reads beside it.
+    """Writes tokenizer.model and the files that `transformers` reads.
 
     A folder that came with a tokenizer_config.json is copied byte for byte.
     Hugging Face tokenizers look for "<s>" in the text itself and know no way
@@ -244,17 +198,12 @@ class SentencePieceTokenizer(special.Encoding):
       "tokenizer_config.json": json.dumps(config, indent=1),
       "special_tokens_map.json": json.dumps(names, indent=1),
     }
-    folder = epath.Path(folder)
-    disk.write_bytes(folder / "tokenizer.model", self.proto)
     if self.template:
       files["chat_template.jinja"] = self.template
+    folder = epath.Path(folder)
+    disk.write_bytes(folder / "tokenizer.model", self.proto)
     for name, text in files.items():
       disk.write_bytes(folder / name, text.encode())
-
-  def save(self, folder: epath.PathLike) -> None:
-    """Writes the files it was read from, byte for byte."""
-    for name, data in self.files.items():
-      disk.write_bytes(epath.Path(folder) / name, data)
 
   def _hugging_face(self) -> tokenizers.Tokenizer:
     """The model as the `tokenizers` library has it.
@@ -309,7 +258,7 @@ def load_tokenizer(
   and says so.
 
   Args:
-    path: a folder, or one of its files; the configs beside it are read too.
+    path: a folder, or one of its files; the configs of the folder are read too.
 
   Raises:
     ConfigError: there is none, or it cannot be read.
@@ -328,20 +277,20 @@ def load_tokenizer(
         f"{folder} has no tokenizer, wanted tokenizer.json or tokenizer.model; "
         f"it has {there or 'no files'}; {_KNOB}"
       )
-    name, settings = folder / names[0], special.read_settings(folder)
-    if name.name == "tokenizer.json":
-      return FastTokenizer(settings, f"tokenizer {name}")
-    if name.suffix == ".json":
+    file, settings = folder / names[0], special.read_settings(folder)
+    if file.name == "tokenizer.json":
+      return FastTokenizer(settings, f"tokenizer {file}")
+    if file.suffix == ".json":
       raise ConfigError(
         f"{path} is no tokenizer, wanted tokenizer.json or a SentencePiece "
         f"model; {_KNOB}"
       )
-    proto = name.read_bytes()
+    proto = file.read_bytes()
   except OSError as error:
     raise ConfigError(
       f"tokenizer {path} cannot be read ({error}); {_KNOB}"
     ) from error
-  return SentencePieceTokenizer(proto, f"tokenizer {name}", settings)
+  return SentencePieceTokenizer(proto, f"tokenizer {file}", settings)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:

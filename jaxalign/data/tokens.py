@@ -9,7 +9,6 @@ a small model trained on the spot alone ("cut"). `audit` checks every row.
 
 import array
 from collections.abc import Iterable, Iterator, Sequence
-import io
 import itertools
 import tempfile
 from typing import Any, NamedTuple
@@ -68,42 +67,36 @@ class TokenFile:
     return np.memmap(self._file, np.int32, "r").view(np.ndarray)
 
 
-class EncodedRows(Sequence):
+class EncodedRows:
   """n rows before it is known what fits, their ids in a file."""
 
   def __init__(self):
-    self.ids, self.refused = TokenFile(), {}
-    self._sizes, self._first = array.array("i"), array.array("q", [0])
+    self._ids, self._refused = TokenFile(), {}
+    self._sizes, self._parts = array.array("i"), array.array("i")
 
   def extend(self, rows: Iterable[Encoded | Refused]) -> None:
-    """Adds rows, R answers each."""
+    """Adds rows."""
     for row in rows:
       parts = []
       if isinstance(row, Refused):
-        self.refused[len(self)] = row
+        self._refused[len(self)] = row
       else:
         parts = [row.prompt, *row.answers]
-      self.ids.extend(parts)
+      self._ids.extend(parts)
       self._sizes.extend(map(len, parts))
-      self._first.append(len(self._sizes))
+      self._parts.append(len(parts))
 
   def __len__(self) -> int:
-    return len(self._first) - 1
+    return len(self._parts)
 
   def __iter__(self) -> Iterator[Encoded | Refused]:
-    ids, at, sizes = self.ids.mapped(), 0, self._sizes
-    for i in range(len(self)):
-      if i in self.refused:
-        yield self.refused[i]
-        continue
+    ids, at, sizes = self._ids.mapped(), 0, iter(self._sizes)
+    for i, n in enumerate(self._parts):
       parts = []
-      for size in sizes[self._first[i] : self._first[i + 1]]:
+      for size in itertools.islice(sizes, n):
         parts.append(ids[at : at + size])
         at += size
-      yield Encoded(parts[0], parts[1:])
-
-  def __getitem__(self, i: int) -> Encoded | Refused:
-    return next(itertools.islice(iter(self), i, None))
+      yield Encoded(parts[0], parts[1:]) if parts else self._refused[i]
 
 
 class Fitted(NamedTuple):
@@ -121,23 +114,22 @@ def whole_lengths(tok: Any, encoded: Iterable[Encoded | Refused]) -> np.ndarray:
   return np.fromiter(sizes, np.int64) + (tok.bos >= 0)
 
 
-def context_for(sizes: np.ndarray, most: int, fraction: float = 0.99) -> int:
-  """The least context, in steps of 8 tokens, that keeps a fraction of the rows.
+def context_for(sizes: np.ndarray, most: int) -> int:
+  """The least context, in steps of 8 tokens, that keeps 99 % of the rows.
 
   Args:
     sizes: [n] tokens, see `whole_lengths`.
     most: what the model was made for.
-    fraction: of the rows, at least.
   """
   if not len(sizes):
     return min(LEAST_CONTEXT, most)
-  at = max(0, int(np.ceil(fraction * len(sizes))) - 1)
+  at = max(0, int(np.ceil(0.99 * len(sizes))) - 1)
   return int(min(most, max(16, -(-int(np.sort(sizes)[at]) // 8) * 8)))
 
 
 def fit_rows(
   tok: Any,
-  encoded: Sequence[Encoded | Refused],
+  encoded: Iterable[Encoded | Refused],
   names: Sequence[str],
   context: int,
   too_long: str = "drop",
@@ -149,7 +141,7 @@ def fit_rows(
 
   Args:
     tok: for its BOS and EOS, which are written here and nowhere else.
-    encoded: n rows.
+    encoded: n rows, read twice.
     names: what the R answers are called in the report.
     context: most tokens of a row.
     too_long: "cut_answer" cuts an answer on the right, "cut" before that the
@@ -174,13 +166,13 @@ def fit_rows(
     except Refused as error:
       refused[i] = error
       continue
-    lost = len(row.prompt) - keep
-    prompt = np.concatenate([bos, row.prompt[lost:]])
+    dropped = len(row.prompt) - keep
+    prompt = np.concatenate([bos, row.prompt[dropped:]])
     for answer in row.answers:
       ids.extend([prompt, answer[:room]])
       size.append(len(prompt) + len(answer[:room]))
       start.append(len(prompt))
-      cut.extend([lost, max(0, len(answer) - room)])
+      cut.extend([dropped, max(0, len(answer) - room)])
   cuts = np.array(cut, np.int32).reshape(-1, 2)
   rows = TokenRows(
     ids.mapped(),
@@ -189,11 +181,20 @@ def fit_rows(
     cuts.sum(1, dtype=np.int32),
   )
   audit(tok, rows, context, cut=cuts[:, 1], history=history, special=special)
-  report = _report(rows, cuts, list(names), context)
-  report["prompts_refused"] = len(refused)
-  long = [r for r in refused.values() if r.reason.endswith("too long")]
-  report["too_long"] = len(long)
-  report["fits"] = context_for(whole_lengths(tok, encoded), 1 << 40)
+  r = len(names)  # the prompt that the answers share counts once
+  by_side = dict(prompt=cuts[::r, 0])
+  by_side |= {side: cuts[k::r, 1] for k, side in enumerate(names)}
+  report = dict(
+    rows=len(rows.start),
+    tokens=len(rows.ids),
+    context=context,
+    rows_cut=int((rows.cut > 0).sum()),
+    rows_cut_by_side={side: int((x > 0).sum()) for side, x in by_side.items()},
+    tokens_cut_by_side={side: int(x.sum()) for side, x in by_side.items()},
+    prompts_refused=len(refused),
+    too_long=sum(r.reason.endswith("too long") for r in refused.values()),
+    fits=context_for(whole_lengths(tok, encoded), 1 << 40),
+  )
   return Fitted(rows, report, refused)
 
 
@@ -248,74 +249,39 @@ def audit(
     special: the texts themselves may hold a BOS and an EOS.
   """
   cut = rows.cut if cut is None else cut
+  apart = tok.bos != tok.eos and not special and not history
   for first in range(0, len(rows.start), _AUDITED):
     last = min(first + _AUDITED, len(rows.start))
     low, high = rows.offsets[[first, last]]
-    part = TokenRows(
-      rows.ids[low:high],
-      rows.offsets[first : last + 1] - low,
-      rows.start[first:last],
-      cut[first:last],
-    )
-    _audit(tok, part, context, first, history, special)
-
-
-def _audit(
-  tok: Any,
-  rows: TokenRows,
-  context: int,
-  first: int,
-  history: bool,
-  special: bool,
-) -> None:
-  """`audit` of some rows, of which `first` is the number of the first."""
-  n, size = len(rows.start), row_lengths(rows)
-  row = np.repeat(np.arange(n), size)
-  place = np.arange(len(rows.ids)) - rows.offsets[row]
-  answer = place >= rows.start[row]
-  is_eos, is_bos = rows.ids == tok.eos, rows.ids == tok.bos
-  ended = is_eos[rows.offsets[1:] - 1]
-  was_cut = rows.cut > 0
-  count = lambda what: np.bincount(row[what], minlength=n)
-  apart = tok.bos != tok.eos and not special and not history
-  wrong = {
-    "empty": (rows.start < 1) | (rows.start >= size),
-    "over the context": size > context,
-  }
-  if not special:
-    wrong["ended though cut, or not though whole"] = ended == was_cut
-    wrong["an EOS inside"] = count(is_eos & answer) != ended
-  if tok.bos >= 0:
-    wrong["without a BOS"] = ~is_bos[rows.offsets[:-1]]
-  if tok.bos >= 0 and apart:
-    wrong["a BOS inside"] = count(is_bos & (place > 0)) > 0
-  if apart:
-    wrong["an EOS in the prompt"] = count(is_eos & ~answer) > 0
-  for what, where in wrong.items():
-    if where.any():
-      i = int(np.flatnonzero(where)[0])
-      ids = rows.ids[rows.offsets[i] :][:8].tolist()
-      raise DataError(
-        f"token row {first + i}: {what} ({int(where.sum())} rows; {ids}...); "
-        "set config.data.template or config.model.tokenizer"
-      )
-
-
-def _report(
-  rows: TokenRows, cuts: np.ndarray, sides: list[str], context: int
-) -> dict[str, Any]:
-  """Rows and tokens cut; the prompt that two sides share counts once."""
-  r = len(sides)
-  by_side = dict(prompt=cuts[::r, 0])
-  by_side |= {side: cuts[k::r, 1] for k, side in enumerate(sides)}
-  return dict(
-    rows=len(rows.start),
-    tokens=len(rows.ids),
-    context=context,
-    rows_cut=int((rows.cut > 0).sum()),
-    rows_cut_by_side={side: int((x > 0).sum()) for side, x in by_side.items()},
-    tokens_cut_by_side={side: int(x.sum()) for side, x in by_side.items()},
-  )
+    n, ids, start = last - first, rows.ids[low:high], rows.start[first:last]
+    offsets = rows.offsets[first : last + 1] - low
+    size, whole = np.diff(offsets), cut[first:last] <= 0
+    row = np.repeat(np.arange(n), size)
+    place = np.arange(len(ids)) - offsets[row]
+    answer, is_eos, is_bos = place >= start[row], ids == tok.eos, ids == tok.bos
+    ended = is_eos[offsets[1:] - 1]
+    count = lambda where: np.bincount(row[where], minlength=n)
+    wrong = {
+      "empty": (start < 1) | (start >= size),
+      "over the context": size > context,
+    }
+    if not special:
+      wrong["ended though cut, or not though whole"] = ended != whole
+      wrong["an EOS inside"] = count(is_eos & answer) != ended
+    if tok.bos >= 0:
+      wrong["without a BOS"] = ~is_bos[offsets[:-1]]
+    if tok.bos >= 0 and apart:
+      wrong["a BOS inside"] = count(is_bos & (place > 0)) > 0
+    if apart:
+      wrong["an EOS in the prompt"] = count(is_eos & ~answer) > 0
+    for what, where in wrong.items():
+      if where.any():
+        i = int(np.flatnonzero(where)[0])
+        raise DataError(
+          f"token row {first + i}: {what} ({int(where.sum())} rows; "
+          f"{ids[offsets[i] :][:8].tolist()}...); set config.data.template or "
+          "config.model.tokenizer"
+        )
 
 
 def truncation_line(name: str, report: dict[str, Any]) -> str:
@@ -323,8 +289,8 @@ def truncation_line(name: str, report: dict[str, Any]) -> str:
   parts = [f"{name}: {report['rows']:,} rows of {report['tokens']:,} tokens"]
   cut = report["rows_cut_by_side"]
   if report["rows_cut"]:
-    lost = report["tokens_cut_by_side"].items()
-    sides = [f"{side} {cut[side]:,} ({n:,} tokens)" for side, n in lost if n]
+    tokens = report["tokens_cut_by_side"].items()
+    sides = [f"{side} {cut[side]:,} ({n:,} tokens)" for side, n in tokens if n]
     parts.append(f"cut: {', '.join(sides)}")
   if report["too_long"]:
     parts.append(
@@ -371,7 +337,7 @@ def pad_rows(
 def take_rows(rows: TokenRows, index: np.ndarray) -> TokenRows:
   """Rows `index` [m] alone, in that order."""
   index = np.asarray(index, np.int64)
-  offsets = np.concatenate([[0], np.cumsum(row_lengths(rows)[index])])
+  offsets = np.append(0, np.cumsum(row_lengths(rows)[index]))
   ids = [rows.ids[rows.offsets[i] : rows.offsets[i + 1]] for i in index]
   ids = np.concatenate([np.zeros(0, np.int32), *ids])
   return TokenRows(ids, offsets, rows.start[index], rows.cut[index])
@@ -419,15 +385,11 @@ def load_rows(folder: epath.PathLike, name: str) -> TokenRows:
   Raises:
     CorruptError: a file is missing, damaged, or does not fit the others.
   """
-  again = "and run the data stage again"
-  arrays = {}
+  again, arrays = "and run the data stage again", {}
   for field, kind in _FIELDS.items():
     path = epath.Path(folder) / f"{name}.{field}.npy"
     try:
-      if "://" in str(path):
-        array = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-      else:
-        array = np.load(str(path), mmap_mode="r", allow_pickle=False)
+      array = disk.read_array(path)
     except (OSError, ValueError, EOFError) as error:
       raise CorruptError(
         f"token file {path} cannot be read: {error}; delete it {again}"

@@ -13,6 +13,7 @@ a temperature, so about 14 % of labels disagree with the truth. A job needs no
 judge here: the win rate is measured by this reward.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,9 +62,9 @@ def _words(count: int) -> list[str]:
   order = np.random.Generator(np.random.Philox(key=97)).permutation(len(pool))
   if count > len(pool):
     raise ConfigError(
-      f"the world's topics (three words each), forms, "
-      f"arguments, openers, fillers and closers need {count} "
-      f"words, {len(pool)} exist; set config.data.world"
+      "the world's topics (three words each), forms, arguments, openers, "
+      f"fillers and closers need {count} words, {len(pool)} exist; set "
+      "config.data.world"
     )
   return [pool[i] for i in order[:count]]
 
@@ -93,14 +94,10 @@ def build_world(knobs: dict[str, Any], seed: int) -> World:
     fillers=k["fillers"],
     closers=k["closers"],
   )
-  flat = _words(sum(sizes.values()))
-  words, at = {}, 0
-  for role, n in sizes.items():
-    words[role] = flat[at : at + n]
-    at += n
-  words["synonyms"] = [
-    words["synonyms"][3 * t : 3 * t + 3] for t in range(k["topics"])
-  ]
+  flat = iter(_words(sum(sizes.values())))
+  words = {n: list(itertools.islice(flat, size)) for n, size in sizes.items()}
+  names = words["synonyms"]
+  words["synonyms"] = [names[i : i + 3] for i in range(0, len(names), 3)]
   p = 1.0 / np.arange(1, k["topics"] + 1)
   cluster_of = rng.permutation(np.arange(k["topics"]) % k["clusters"])
   value = (
@@ -114,7 +111,7 @@ def build_world(knobs: dict[str, Any], seed: int) -> World:
     p / p.sum(),
     value,
     0.7 * rng.normal(size=k["closers"]),
-    {w: t for t, ws in enumerate(words["synonyms"]) for w in ws},
+    {name: i // 3 for i, name in enumerate(names)},
     cluster_of,
     rng.integers(1, k["argument_words"], size=k["clusters"]),
   )
@@ -125,14 +122,15 @@ def answer(world: World, topic: int, arguments: list[str]) -> list[str]:
   names = world.words["arguments"]
   index = [names.index(a) for a in arguments]
   cluster = int(world.cluster_of[topic])
+  shift = int(world.shift_of[cluster])
+  results = dict(
+    copy=index,
+    reverse=index[::-1],
+    sort=sorted(index),
+    shift=[(i + shift) % len(names) for i in index],
+  )
   operation = OPERATIONS[cluster % len(OPERATIONS)]
-  if operation == "reverse":
-    index = index[::-1]
-  elif operation == "sort":
-    index = sorted(index)
-  elif operation == "shift":
-    index = [(i + int(world.shift_of[cluster])) % len(names) for i in index]
-  return [names[i] for i in index]
+  return [names[i] for i in results[operation]]
 
 
 def topic(world: World, prompt: str) -> int:
@@ -218,20 +216,18 @@ def generate_rows(world: World, seed: int) -> dict[str, list[dict[str, Any]]]:
   Returns:
     sft: {prompt, response}: single candidates. pool: {prompt, chosen,
     rejected}, with the fractions of repeated prompts, flipped labels and junk
-    rows that the knobs ask for. held_out: clean pairs, each with a `target`,
-    the truth-preferred of two fresh candidates.
+    rows of the knobs. held_out: clean pairs, each with a `target`, the
+    truth-preferred of two fresh candidates.
   """
-  k = world.knobs
-  sides = ("prompt", "chosen", "rejected")
+  k, sides = world.knobs, ("prompt", "chosen", "rejected")
   stream = lambda i: np.random.Generator(np.random.Philox(key=[seed, 10 + i]))
 
   def labelled(rng, prompt, flips):
     a, b = _distinct(world, rng, prompt, _candidate)
     gap = reward(world, prompt, a) - reward(world, prompt, b)
     first = rng.random() < 1 / (1 + np.exp(-gap / k["temperature"]))
-    if rng.random() < flips:
-      first = not first
-    return (a, b) if first else (b, a)
+    flipped = rng.random() < flips
+    return (a, b) if first != flipped else (b, a)
 
   rng, sft, pool, held_out = stream(0), [], [], []
   for _ in range(k["sft_rows"]):

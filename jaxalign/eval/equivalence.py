@@ -1,13 +1,14 @@
-"""What two arms' outcomes allow one to say, in words that claim no more.
+"""Verdicts on two arms' outcomes, in words that claim no more than they show.
 
 An arm is several seeds on the same prompts. Two arms are compared cell by
 cell: the same seed, the same prompt. Of a difference there are two questions,
 each with its own test: is it there at all (two-sided t), and is it too small
 to matter (two one-sided t tests, Schuirmann 1987). Neither answer is the
-other's failure, so there is a third verdict, "cannot tell", which says how
-many more seeds or prompts would.
+other's failure, so there is a third verdict, "cannot tell", with how many more
+seeds or prompts would.
 """
 
+import bisect
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,18 +81,18 @@ def paired_outcomes(a: ArmOutcomes, b: ArmOutcomes) -> np.ndarray:
 
 
 def _tells(
-  found: Spread, seeds: int, prompts: int, margin: float, level: float
+  spread: Spread, seeds: int, prompts: int, margin: float, level: float
 ) -> bool:
   """Whether a study of this size has POWER for both tests."""
-  noise = found.noise / (seeds * prompts)
+  noise = spread.noise / (seeds * prompts)
   # Satterthwaite's freedom of the three mean squares, at this size.
-  parts = (
-    (found.seeds / seeds + noise, seeds - 1),
-    (found.prompts / prompts + noise, prompts - 1),
+  squares_and_freedom = (
+    (spread.seeds / seeds + noise, seeds - 1),
+    (spread.prompts / prompts + noise, prompts - 1),
     (noise, (seeds - 1) * (prompts - 1)),
   )
-  total = found.seeds / seeds + found.prompts / prompts + noise
-  squares = sum(v * v / f for v, f in parts)
+  total = spread.seeds / seeds + spread.prompts / prompts + noise
+  squares = sum(v * v / f for v, f in squares_and_freedom)
   freedom = seeds - 1.0
   if squares > 0:
     freedom = max(total * total / squares, freedom)
@@ -103,7 +104,7 @@ def _tells(
 
 
 def size_needed(
-  found: Spread, seeds: int, prompts: int, margin: float, level: float
+  spread: Spread, seeds: int, prompts: int, margin: float, level: float
 ) -> dict[str, int] | None:
   """Seeds and prompts that tell a true `margin` from none, and none as equal.
 
@@ -111,7 +112,7 @@ def size_needed(
   in the way, prompts; then both.
 
   Args:
-    found: the spread measured.
+    spread: as measured.
     seeds: S now.
     prompts: P now.
     margin: in the unit of the outcomes.
@@ -127,16 +128,10 @@ def size_needed(
     (lambda k: (s + k, p + k * p // s), _MOST * s),
   )
   for way, most in ways:
-    if not _tells(found, *way(most), margin, level):
-      continue
-    low, high = -1, most  # enough at high, not at low
-    while high - low > 1:
-      middle = (low + high) // 2
-      if _tells(found, *way(middle), margin, level):
-        high = middle
-      else:
-        low = middle
-    return dict(zip(("seeds", "prompts"), way(high)))
+    enough = lambda k, way=way: _tells(spread, *way(k), margin, level)
+    if enough(most):
+      size = way(bisect.bisect_left(range(most), True, key=enough))
+      return dict(zip(("seeds", "prompts"), size))
   return None
 
 
@@ -147,30 +142,29 @@ def _tests(d: np.ndarray, margin: float, nested: bool) -> dict[str, Any]:
   seeds' means apart: Student's t over those means needs no other estimate.
   """
   seeds, prompts = d.shape
-  out = dict(p_differ=None, p_equal=None, spread=None)
   if seeds < 2 or not nested and prompts < 2:
     value = float(d.mean()) if d.size else None
-    return out | dict(
-      difference=intervals.symmetric(value, n=seeds) | dict(prompts=prompts)
-    )
+    difference = intervals.symmetric(value, n=seeds) | dict(prompts=prompts)
+    none = dict(p_differ=None, p_equal=None, spread=None)
+    return none | dict(difference=difference)
   if nested:
     means = d.mean(1)
     variance, m = float(means.var(ddof=1)), float(means.mean())
     error = float(np.sqrt(variance / seeds))
-    found = Spread(m, error, seeds - 1.0, variance, 0.0, 0.0)
+    spread = Spread(m, error, seeds - 1.0, variance, 0.0, 0.0)
   else:
-    found = intervals.two_way_spread(d)
+    spread = intervals.two_way_spread(d)
   # Arms that never differ have no spread; they still may differ elsewhere.
-  # One cell of +1 and one of -1 beside the others, as `paired_difference`.
-  found = found._replace(error=max(found.error, np.sqrt(2.0) / (d.size + 2)))
-  t = stats.t(found.freedom)
-  half, size = t.ppf(0.975) * found.error, abs(found.value)
-  difference = intervals.symmetric(found.value, half, seeds)
+  # One cell of +1 and one of -1 are added, as in `paired_difference`.
+  error = max(spread.error, np.sqrt(2.0) / (d.size + 2))
+  t = stats.t(spread.freedom)
+  half, size = t.ppf(0.975) * error, abs(spread.value)
+  difference = intervals.symmetric(spread.value, half, seeds)
   return dict(
     difference=difference | dict(value=float(d.mean()), prompts=prompts),
-    p_differ=float(2 * t.sf(size / found.error)),
-    p_equal=float(t.sf((margin - size) / found.error)),
-    spread=found,
+    p_differ=float(2 * t.sf(size / error)),
+    p_equal=float(t.sf((margin - size) / error)),
+    spread=spread,
   )
 
 
@@ -192,7 +186,7 @@ def compare_arms(
       all pairs (Holm).
     unit: what is measured, for the sentence.
     nested: each seed had a model and prompts of its own, which both arms of a
-      pair met. What one seed can tell is then its mean: `prompts` only counts.
+      pair met. One seed is then one number, its mean.
 
   Returns:
     For each pair: "verdict" ("better", "worse", "equal", "cannot tell" or
@@ -274,7 +268,7 @@ def verdict_sentence(one: dict[str, Any], unit: str) -> str:
       f"{a} and {b} are equal within {margin} points of {unit} "
       f"({value:+.1f}; {evidence})."
     ) + (more if one["p_differ"] < one["level"] else "")
-  alone, need = "", "more than can be asked for"
+  alone, need = "", "more than 10,000 times as many"
   if diff["low"] > 0 or diff["high"] < 0:
     alone = (
       f" Alone, the interval leaves out zero; among {m} comparisons that is "

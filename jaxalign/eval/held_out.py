@@ -59,12 +59,13 @@ def choose_prompts(
     room: tokens that a prompt may take; a longer one is never cut but left
       out, and a line says how many were.
   """
-  seen, chosen, long = set(), [], 0
-  responses = len(tokens.start) // max(1, len(rows))
+  first, chosen, long = {}, [], 0
   for i, row in enumerate(rows):
-    if row["prompt"] in seen or len(chosen) == most:
-      continue
-    seen.add(row["prompt"])
+    first.setdefault(row["prompt"], i)
+  responses = len(tokens.start) // max(1, len(rows))
+  for i in first.values():
+    if len(chosen) == most:
+      break
     if tokens.start[responses * i] > room:
       long += 1
     else:
@@ -134,34 +135,44 @@ def answer_texts(tokenizer: Any, answers: list[np.ndarray]) -> list[str]:
   return [tokenizer.decode_response(a[:-1] if ended(a) else a) for a in answers]
 
 
-def run_policy(
-  mesh: Any, params: Any, m: Any, data: EvalSet, options: EvalOptions
-) -> PolicyOutputs:
-  """Scores the held-out responses, generates answers, and scores those."""
-  tok, tile, chunk = data.tokenizer, options.tile, options.chunk
-  scored = passes.score_rows(
-    mesh, params, m, data.tokens, tile=tile, chunk=chunk, label="score held-out"
-  )
-  prompts = prompts_of(data)
+def write_answers(
+  mesh: Any,
+  params: Any,
+  m: Any,
+  data: EvalSet,
+  options: EvalOptions,
+  **more: Any,
+) -> list[np.ndarray]:
+  """p answers, as ids, that a policy gives to the prompts of `data`."""
+  tok = data.tokenizer
   generation = decode.GenerateOptions(
     options.new_tokens,
     tok.stops,
     min(tok.vocab_size, m.vocab),
     decode.Sampling(options.temperature),
     seed=options.seed,
-    tile=tile,
+    tile=options.tile,
+    **more,
   )
-  answers = decode.generate(mesh, params, m, prompts, generation)
-  texts = answer_texts(tok, answers)
-  rows = answer_rows(prompts, answers)
-  flops = passes.flops(m, data.tokens) + 2 * passes.flops(m, rows)
+  return decode.generate(mesh, params, m, prompts_of(data), generation)
+
+
+def run_policy(
+  mesh: Any, params: Any, m: Any, data: EvalSet, options: EvalOptions
+) -> PolicyOutputs:
+  """Scores the held-out responses, generates answers, and scores those."""
+  how = dict(tile=options.tile, chunk=options.chunk, label="score held-out")
+  scored = passes.score_rows(mesh, params, m, data.tokens, **how)
+  answers = write_answers(mesh, params, m, data, options)
+  texts = answer_texts(data.tokenizer, answers)
+  rows = answer_rows(prompts_of(data), answers)
   return PolicyOutputs(
     scored.logp.reshape(len(data.rows), -1),
     answers,
     texts,
     score_answers(mesh, params, m, data, answers, options),
     None if data.world is None else true_rewards(data, texts),
-    flops,
+    passes.flops(m, data.tokens) + 2 * passes.flops(m, rows),
     len(data.tokens.ids) + 2 * len(rows.ids),
   )
 
@@ -221,9 +232,7 @@ def as_pairs(data: EvalSet, policy: np.ndarray, ref: np.ndarray):
 def accuracy(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
   """How often the implicit reward prefers the chosen answer; ties apart.
 
-  Args:
-    policy: [n, 2] summed log-probabilities, chosen then rejected.
-    ref: [n, 2] of the reference.
+  Both are [n, 2] summed log-probabilities, chosen then rejected.
 
   Returns:
     {"value", "low", "high", "n"} over the untied pairs, and "ties", the
@@ -231,9 +240,9 @@ def accuracy(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
   """
   margin = np.asarray(policy, np.float64) - np.asarray(ref, np.float64)
   margin = margin[:, 0] - margin[:, 1]
-  tied = margin == 0
-  ties = float(tied.mean()) if len(tied) else 0.0
-  return intervals.proportion(margin[~tied] > 0) | dict(ties=ties)
+  ties = margin == 0
+  fraction = float(ties.mean()) if len(ties) else 0.0
+  return intervals.proportion(margin[~ties] > 0) | dict(ties=fraction)
 
 
 def likelihood_accuracy(
@@ -242,11 +251,8 @@ def likelihood_accuracy(
   """How often the chosen answer is likelier per token, no reference at all.
 
   The bar for `accuracy`: a model that has seen no preference reaches 62 % of
-  real dialogues this way, so alignment has shown nothing until it is above.
-
-  Args:
-    policy: [n, 2] summed log-probabilities, chosen then rejected.
-    count: [n, 2] response tokens.
+  real dialogues this way. Both [n, 2]: summed log-probabilities, chosen then
+  rejected, and response tokens.
   """
   mean = np.asarray(policy, np.float64) / np.asarray(count, np.float64)
   untied = mean[mean[:, 0] != mean[:, 1]]
@@ -267,9 +273,6 @@ def generation_health(
   malformed: np.ndarray | None,
 ) -> dict[str, Any]:
   """Malformed, unended and empty answers, and their length.
-
-  Pair accuracy can rise while generation collapses, so this is always
-  measured.
 
   Args:
     answers: n arrays of generated ids.
@@ -296,9 +299,9 @@ def eval_set(job: Job) -> EvalSet:
     room = job.model.context - job.c.eval.new_tokens
     if prepare.too_long(job.c) == "cut":
       room = job.model.context  # as the rows are cut, so are the prompts
-    asked = choose_prompts(rows, tokens, job.c.eval.prompts, room)
+    index = choose_prompts(rows, tokens, job.c.eval.prompts, room)
     world = prepare.world_of(job.c)
-    job.kept["eval_set"] = EvalSet(rows, tokens, asked, job.tokenizer, world)
+    job.kept["eval_set"] = EvalSet(rows, tokens, index, job.tokenizer, world)
   return job.kept["eval_set"]
 
 

@@ -1,10 +1,9 @@
 """Inter-rater agreement: judges with humans, with each other, with themselves.
 
-The table is a list of `Verdict`: who compared which two answers, shown in
-which order, and what the verdict was. Rows of one pair are matched whatever
-order the two models stand in, and every measure takes one label a pair: -1 for
-the model first in the alphabet, 0 for a tie, 1 for the other. A winner's name
-is no label: it means another thing on the next pair.
+The table is a list of `Verdict`. Rows of one pair are matched whatever order
+the two models stand in, and every measure takes one label a pair: -1 for the
+model first in the alphabet, 0 for a tie, 1 for the other. A winner's name is
+no label: it means another thing on the next pair.
 
 Kappa, pi and alpha are own code, in sums over items, because their intervals
 take 2,000 draws of those sums; scikit-learn's kappa takes one list of labels.
@@ -29,6 +28,11 @@ UNPARSABLE = {
 _DRAWS = 2000
 _CELLS = 1 << 22  # numbers drawn at once: 32 MB
 PAIRS_OF_RATERS = 200  # compared one by one, those with most in common first
+# How often two raters agree by chance, of the fractions of their labels.
+_CHANCE = {
+  "kappa": lambda x, y: (x * y).sum(-1),  # Cohen 1960
+  "pi": lambda x, y: (((x + y) / 2) ** 2).sum(-1),  # Scott 1955
+}
 
 
 class Verdict(NamedTuple):
@@ -82,7 +86,7 @@ def by_order(
 
 
 def settle_orders(rows: Iterable[Verdict], rater: str) -> dict:
-  """Winners by pair: of two orders, what both say, else a tie.
+  """Winners by pair: of two orders the one that both name, else a tie.
 
   Unparsable in one order is settled by the other; in both, it is None.
   """
@@ -94,11 +98,7 @@ def settle_orders(rows: Iterable[Verdict], rater: str) -> dict:
 
 
 def majority(votes: Sequence[Winners]) -> dict[Pair, str | None]:
-  """The winner with most votes: the plurality, a tie where two lead.
-
-  A pair that some rater did not judge, or whose verdict could not be read, is
-  settled by the others.
-  """
+  """The plurality of votes, a tie where two lead; missing ones do not count."""
   counts: dict = collections.defaultdict(collections.Counter)
   for winners in votes:
     for pair, winner in winners.items():
@@ -106,14 +106,13 @@ def majority(votes: Sequence[Winners]) -> dict[Pair, str | None]:
   out: dict[Pair, str | None] = {}
   for pair, count in counts.items():
     top = count.most_common(2)
-    tied = len(top) == 2 and top[0][1] == top[1][1]
-    out[pair] = None if not top else "" if tied else top[0][0]
+    draw = len(top) == 2 and top[0][1] == top[1][1]
+    out[pair] = None if not top else "" if draw else top[0][0]
   return out
 
 
 def labels(winners: Winners, unparsable: str) -> dict[Pair, Any]:
-  """What the measures compare, by pair: -1 (the model first in the alphabet),
-  0 (tie) or 1.
+  """-1 (the model first in the alphabet wins), 0 (a tie) or 1, by pair.
 
   Args:
     winners: as from `settle_orders` or `majority`.
@@ -148,8 +147,8 @@ def _kappa(sums: np.ndarray, chance: Callable) -> np.ndarray:
   """
   x, y = np.split(sums[..., 1:], 2, axis=-1)
   n = x.sum(-1)
-  expected = chance(x / n[..., None], y / n[..., None])
   with np.errstate(invalid="ignore", divide="ignore"):
+    expected = chance(x / n[..., None], y / n[..., None])
     kappa = (sums[..., 0] / n - expected) / (1 - expected)
   return np.where(expected < 1, kappa, np.nan)
 
@@ -193,13 +192,6 @@ def _with_interval(
   return dict(value=value, low=float(low), high=float(high))
 
 
-# How often two raters agree by chance, of the fractions of their labels.
-_CHANCE = {
-  "kappa": lambda x, y: (x * y).sum(-1),  # Cohen 1960
-  "pi": lambda x, y: (((x + y) / 2) ** 2).sum(-1),  # Scott 1955
-}
-
-
 def beyond_chance(
   measure: str,
   xs: Sequence[Any],
@@ -208,26 +200,22 @@ def beyond_chance(
 ) -> dict[str, Any]:
   """Agreement of two raters beyond chance, nominal labels.
 
-  Chance is sum_k x_k y_k for Cohen's kappa, with x_k and y_k the fractions of
-  label k, and sum_k ((x_k + y_k) / 2)^2 for Scott's pi: so two raters with
-  different habits, one of whom calls more ties, lose by it, and pi is at most
+  Scott's pi takes both raters' habits together, so it is at most Cohen's
   kappa. The interval is a percentile bootstrap over the items, 2,000 draws.
 
   Args:
     measure: "kappa" or "pi".
-    xs: a label of each pair.
-    ys: the other rater's.
-    items: what each pair belongs to: pairs of one item are drawn together.
-      None: every pair is an item.
+    xs: n labels of one rater.
+    ys: n labels of the other.
+    items: n items: pairs of one item are drawn together. None: every pair is
+      an item.
 
   Returns:
     {"value", "low", "high", "n"}; value None where nothing was judged, or
     where both used one and the same label (chance alone agrees always).
   """
-  if not len(xs):
-    return intervals.symmetric(None)
   number = _numbered([*xs, *ys])
-  x, y = (np.array([number[w] for w in side]) for side in (xs, ys))
+  x, y = (np.array([number[w] for w in side], int) for side in (xs, ys))
   unit = np.eye(len(number))
   rows = np.concatenate([(x == y)[:, None], unit[x], unit[y]], axis=1)
   value = lambda sums: _kappa(sums, _CHANCE[measure])
@@ -240,15 +228,13 @@ def krippendorff_alpha(
   """Krippendorff's alpha, nominal, any number of raters, gaps allowed.
 
   1 - observed / expected disagreement, where a unit of m labels counts each
-  ordered pair of its labels 1 / (m - 1) times (Krippendorff 2011). A label
-  must mean the same in every unit, as those of `labels` do: the expected
-  disagreement pools them over all units. The interval is a percentile
-  bootstrap over the items, 2,000 draws.
+  ordered pair of its labels 1 / (m - 1) times (Krippendorff 2011). The interval
+  is a percentile bootstrap over the items, 2,000 draws.
 
   Args:
-    units: the labels each unit got; None is a gap. A unit with fewer than two
-      labels says nothing and is left out.
-    items: what each unit belongs to, see `beyond_chance`.
+    units: the labels of each unit, of one meaning in all units; None is a gap.
+      A unit with fewer than two labels is left out.
+    items: of each unit, see `beyond_chance`.
 
   Returns:
     {"value", "low", "high", "units", "labels"}; value None where all labels
@@ -256,8 +242,6 @@ def krippendorff_alpha(
   """
   units = [[w for w in unit if w is not None] for unit in units]
   kept = [i for i, unit in enumerate(units) if len(unit) > 1]
-  if not kept:
-    return dict(value=None, low=None, high=None, units=0, labels=0)
   number = _numbered(w for i in kept for w in units[i])
   rows = np.zeros((len(kept), len(number) + 1))
   for row, i in zip(rows, kept):
@@ -265,8 +249,8 @@ def krippendorff_alpha(
   counts, m = rows[:, :-1], rows.sum(-1)
   rows[:, -1] = (m * m - (counts * counts).sum(-1)) / (m - 1)
   items = None if items is None else [items[i] for i in kept]
-  found = _with_interval(rows, items, _alpha)
-  return found | dict(units=len(kept), labels=int(m.sum()))
+  alpha = _with_interval(rows, items, _alpha)
+  return alpha | dict(units=len(kept), labels=int(m.sum()))
 
 
 # Tables of raters.
@@ -345,7 +329,7 @@ def order_effects(rows: Iterable[Verdict], rater: str) -> dict[str, Any]:
   """
   table = by_order(rows, rater)
   cells = [
-    (winner, None if not winner else (winner == pair[1]) == a_first)
+    (winner, (winner == pair[1]) == a_first)
     for pair, orders in table.items()
     for a_first, winner in orders.items()
   ]
@@ -356,7 +340,7 @@ def order_effects(rows: Iterable[Verdict], rater: str) -> dict[str, Any]:
   return dict(
     consistent=both["agreement"],
     kappa=both["kappa"],
-    first=intervals.proportion([f for _, f in cells if f is not None]),
+    first=intervals.proportion([first for w, first in cells if w]),
     unparsable=intervals.proportion([w is None for w, _ in cells]),
   )
 
@@ -369,25 +353,25 @@ def length_bias(
   Args:
     winners: of the rater, as from `settle_orders`.
     sizes: lengths of the answers.
-    truth: what is held against the rater, as from `majority`.
+    truth: winners to compare with, as from `majority`.
 
   Returns:
     As `winrate.length_preference`; with `truth`, "errors": the fraction of the
     pairs where it and the truth name different winners in which it named the
     longer.
   """
-
-  def preference(pairs: list[Pair]) -> dict[str, Any]:
-    outcome = lambda pair: {pair[1]: 1.0, "": 0.5, pair[2]: 0.0}[winners[pair]]
-    rows = [(outcome(pair), *sizes[pair]) for pair in pairs]
-    columns = np.array(rows, np.float64).reshape(-1, 3).T
-    return winrate.length_preference(*columns)
-
-  pairs = [p for p, w in winners.items() if w is not None and p in sizes]
-  out = preference(pairs)
+  rows, errs = [], []
+  for pair, winner in winners.items():
+    if winner is not None and pair in sizes:
+      outcome = {pair[1]: 1.0, "": 0.5, pair[2]: 0.0}[winner]
+      rows.append((outcome, *sizes[pair]))
+      right = (truth or {}).get(pair)
+      errs.append(bool(winner and right and winner != right))
+  rows = np.array(rows, np.float64).reshape(-1, 3)
+  out = winrate.length_preference(*rows.T)
   if truth is not None:
-    errs = lambda p: winners[p] and truth.get(p) and winners[p] != truth[p]
-    out["errors"] = preference([p for p in pairs if errs(p)])["longer"]
+    wrong = winrate.length_preference(*rows[np.array(errs, bool)].T)
+    out["errors"] = wrong["longer"]
   return out
 
 
@@ -425,8 +409,8 @@ def judged(
       )
   votes = {h: settle_orders(table[h], h) for h in humans}
   truth = majority(list(votes.values()))
-  out = {h: labels(winners, "drop") for h, winners in votes.items()}
-  out = dict(humans=among(out), judges={})
+  of_humans = {h: labels(winners, "drop") for h, winners in votes.items()}
+  out = dict(humans=among(of_humans), judges={})
   for judge in judges:
     winners = settle_orders(table[judge], judge)
     if not winners.keys() & truth.keys():

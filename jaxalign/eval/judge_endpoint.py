@@ -3,7 +3,7 @@
 Question and answers come from strangers and from the model on trial, so they
 are data: each stands between fences that carry a nonce drawn after the text
 was written, which no text can close. Verdicts are paid for once: they are kept
-in a file, and the next run asks only for new ones.
+in a file, and the next run requests only new ones.
 
 The key is read from the environment at the moment of use. It is in no config,
 file, message or log: whatever a server writes is searched for it first.
@@ -15,6 +15,7 @@ caps and is kept in the file, and a refusal or an interrupt ends all pauses.
 from collections.abc import Sequence
 import concurrent.futures
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -97,36 +98,37 @@ def check_settings(e: Endpoint) -> None:
   Raises:
     ConfigError: no client library, no model, a url or limit that cannot be.
   """
-  if not e.model:
-    raise ConfigError(
-      "no model is named that is to judge; set config.judge.model"
-    )
-  try:
-    import openai  # noqa: F401, the extra
-  except ImportError as error:
-    raise ConfigError(
-      "an endpoint judge needs the openai client; install jaxalign[judge]"
-    ) from error
   url = urllib.parse.urlsplit(e.url)
-  if url.scheme not in ("http", "https") or not url.hostname:
-    raise ConfigError(
-      "the judge's url is no http(s) address; set its url, as "
-      "https://api.openai.com/v1"
-    )
-  if url.username or url.password or url.query:
-    raise ConfigError(
-      "the judge's url holds a user, password or query, which "
-      f"would be written down; put the key into {e.key_env}"
-    )
   local = url.hostname in ("localhost", "127.0.0.1", "::1")
-  if e.key_env and url.scheme == "http" and not local:
-    raise ConfigError(
+  for holds, message in (
+    (not e.model, "the judge has no model; set config.judge.model"),
+    (
+      importlib.util.find_spec("openai") is None,
+      "an endpoint judge needs the openai client; install jaxalign[judge]",
+    ),
+    (
+      url.scheme not in ("http", "https") or not url.hostname,
+      "the judge's url is no http(s) address; set its url, as "
+      "https://api.openai.com/v1",
+    ),
+    (
+      url.username or url.password or url.query,
+      "the judge's url holds a user, password or query, which "
+      f"would be written down; put the key into {e.key_env}",
+    ),
+    (
+      e.key_env and url.scheme == "http" and not local,
       f"the judge's url {e.url} would carry the key in the clear; use https, "
-      'or key_env="" for a server that wants none'
-    )
-  for name in ("per_minute", "max_requests"):
-    if not getattr(e, name) > 0:
-      raise ConfigError(f"judge.{name} is {getattr(e, name)}, wanted above 0")
+      'or key_env="" for a server that wants none',
+    ),
+    *(
+      (not limit > 0, f"judge.{name} is {limit}, wanted above 0")
+      for name in ("per_minute", "max_requests")
+      for limit in [getattr(e, name)]
+    ),
+  ):
+    if holds:
+      raise ConfigError(message)
 
 
 def check_key(e: Endpoint) -> None:
@@ -139,9 +141,7 @@ def check_key(e: Endpoint) -> None:
 
 
 def check_reachable(e: Endpoint, timeout_s: float = 5.0) -> None:
-  """Opens a connection and closes it: no request is sent, nothing is paid.
-
-  Behind a proxy, which alone knows what it reaches, nothing is tried.
+  """Opens a connection and closes it, but behind a proxy; nothing is paid.
 
   Raises:
     ConfigError: nobody listens there.
@@ -190,11 +190,11 @@ def parse_reply(reply: str | None) -> str | None:
   """ "first", "second" or "tie"; None where the last line is no verdict.
 
   Only the last line counts: a judge may quote an answer that holds a verdict
-  of its own. Nothing else is searched for a hint; a guess is no verdict.
+  of its own.
   """
   lines = (reply or "").strip().splitlines()
-  found = _LINE.fullmatch(lines[-1].strip()) if lines else None
-  return _VERDICTS[found[1].upper()] if found else None
+  verdict = _LINE.fullmatch(lines[-1].strip()) if lines else None
+  return _VERDICTS[verdict[1].upper()] if verdict else None
 
 
 def pause_s(attempt: int, backoff_s: float, retry_after: str | None) -> float:
@@ -215,7 +215,7 @@ def pause_s(attempt: int, backoff_s: float, retry_after: str | None) -> float:
 
 
 class _Attempt(NamedTuple):
-  """What came of one request."""
+  """The result of one request."""
 
   line: dict[str, Any]  # of the file; with a "verdict" where it was answered
   final: bool = False  # trying again changes nothing
@@ -286,10 +286,10 @@ def _judge_pair(
   cache: VerdictCache,
   stop: threading.Event,
 ) -> None:
-  """Asks until there is a verdict, and keeps it; or until `stop` is set.
+  """Sends requests until there is a verdict, and keeps it; or `stop` is set.
 
   Raises:
-    ConfigError: a refusal that asking again does not change, or a cap.
+    ConfigError: a refusal that trying again does not change, or a cap.
     RestartError: still failing after all retries.
   """
   # No tokenizer makes more tokens than bytes, and a few for each message.
@@ -299,20 +299,21 @@ def _judge_pair(
     if stop.is_set():
       return
     cache.reserve(e, most)
-    found = _attempt(client, e, pair, most)
-    cache.add(most, found.line)
-    if "verdict" in found.line:
+    attempted = _attempt(client, e, pair, most)
+    cache.add(most, attempted.line)
+    if "verdict" in attempted.line:
       return
-    if found.final:
+    why = attempted.line["failed"]
+    if attempted.final:
       raise ConfigError(
-        f"the judge {e.model} at {e.url} refuses: {found.line['failed']}; "
+        f"the judge {e.model} at {e.url} refuses: {why}; "
         f"check its model, its url and the key in {e.key_env}"
       )
     if attempt < e.retries:
-      stop.wait(pause_s(attempt, e.backoff_s, found.retry_after))
+      stop.wait(pause_s(attempt, e.backoff_s, attempted.retry_after))
   raise RestartError(
     f"the judge {e.model} at {e.url} still fails after {e.retries + 1} "
-    f"attempts ({found.line['failed']}); the verdicts so far are kept: start "
+    f"attempts ({why}); the verdicts so far are kept: start "
     "the same command again"
   )
 
@@ -320,7 +321,7 @@ def _judge_pair(
 def judge_pairs(
   e: Endpoint, pairs: Sequence[Pair], path: Any
 ) -> tuple[list[str | None], dict[str, Any]]:
-  """One verdict for each pair, in the order given; asks only for new ones.
+  """One verdict for each pair, in the order given; requests only new ones.
 
   Args:
     e: the judge.
@@ -354,7 +355,7 @@ def judge_pairs(
 
 
 def _judge_new(e: Endpoint, pairs: list[Pair], cache: VerdictCache) -> None:
-  """Asks for all pairs, some at a time; raises the first error."""
+  """Judges all pairs, some at a time; raises the first error."""
   import openai
 
   stop, errors = threading.Event(), []
@@ -392,8 +393,7 @@ def judge_both_orders(
 
   Returns:
     As `winrate.both_orders`, with "verdicts", those of the two orders,
-    "replies", the start of what was written in each, and "cost" as from
-    `judge_pairs`.
+    "replies", the beginning of each, and "cost" as from `judge_pairs`.
   """
   swapped = [Pair(p.question, p.second, p.first) for p in pairs]
   verdicts, cost = judge_pairs(e, [*pairs, *swapped], path)

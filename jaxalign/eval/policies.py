@@ -19,48 +19,37 @@ from jaxalign.model.job import Arm, arm_folder, Job
 from jaxalign.train.align import aligned, bases
 
 
-def _save_outcome(
-  folder: epath.Path, what: held_out.EvalSet, outcome: held_out.PolicyOutputs
-) -> list[str]:
+def _save(
+  folder: epath.Path, what: held_out.EvalSet, outputs: held_out.PolicyOutputs
+) -> None:
   """The raw numbers of a policy, so that arms can be compared later."""
-  if jax.process_index() == 0:
-    disk.write_array(folder / "held_out_logp.npy", outcome.logp)
-    lines = []
-    for k, i in enumerate(what.prompt_rows):
-      row = what.rows[i]
-      lines.append(
-        json.dumps(
-          dict(
-            id=row["id"],
-            prompt=row["prompt"],
-            target=row["target"],
-            said=outcome.texts[k],
-            ids=outcome.answers[k].tolist(),
-            logp=float(outcome.answer_logp[k]),
-            reward=(
-              None if outcome.reward is None else float(outcome.reward[k])
-            ),
-          )
-        )
-        + "\n"
-      )
-    disk.write_bytes(folder / "samples.jsonl", "".join(lines).encode())
-  return ["held_out_logp.npy", "samples.jsonl"]
+  disk.write_array(folder / "held_out_logp.npy", outputs.logp)
+  lines = []
+  for k, i in enumerate(what.prompt_rows):
+    sample = {n: what.rows[i][n] for n in ("id", "prompt", "target")} | dict(
+      answer=outputs.texts[k],
+      ids=outputs.answers[k].tolist(),
+      logp=float(outputs.answer_logp[k]),
+      reward=None if outputs.reward is None else float(outputs.reward[k]),
+    )
+    lines.append(json.dumps(sample) + "\n")
+  disk.write_bytes(folder / "samples.jsonl", "".join(lines).encode())
 
 
 def read_samples(folder: Any) -> list[dict[str, Any]]:
-  """What `evaluate` generated in a folder, one dict a prompt."""
+  """What a policy generated, one dict a prompt: its id, prompt, target, answer,
+  ids, logp and reward."""
   text = (epath.Path(folder) / "samples.jsonl").read_text()
   return [json.loads(line) for line in text.splitlines()]
 
 
-def _load_outcome(folder: Any) -> held_out.PolicyOutputs:
+def _load(folder: Any) -> held_out.PolicyOutputs:
   samples = read_samples(folder)
   reward = np.array([s["reward"] for s in samples], object)
   return held_out.PolicyOutputs(
     disk.read_array(epath.Path(folder) / "held_out_logp.npy"),
     [np.array(s["ids"], np.int32) for s in samples],
-    [s["said"] for s in samples],
+    [s["answer"] for s in samples],
     np.array([s["logp"] for s in samples]),
     None if None in reward else reward.astype(float),
     0,
@@ -68,7 +57,7 @@ def _load_outcome(folder: Any) -> held_out.PolicyOutputs:
   )
 
 
-def _examine(
+def _run(
   job: Job, params: Any, m: decoder.ModelConfig, seed: int = 0
 ) -> held_out.PolicyOutputs:
   return held_out.run_policy(
@@ -80,23 +69,24 @@ def eval_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
   return pick(job.c, "eval")
 
 
-def _measured(job: Job, folder: Any, outcome: Any, *others: Any) -> Made:
-  """Writes an outcome and its metrics; `others` as of `policy_metrics`."""
-  metrics = held_out.policy_metrics(held_out.eval_set(job), outcome, *others)
-  files = _save_outcome(folder, held_out.eval_set(job), outcome)
+def _measured(job: Job, folder: Any, outputs: Any, *others: Any) -> Made:
+  """Writes a policy's outputs and metrics; `others` as of `policy_metrics`."""
+  what = held_out.eval_set(job)
+  metrics = held_out.policy_metrics(what, outputs, *others)
   if jax.process_index() == 0:
+    _save(folder, what, outputs)
     disk.write_json(folder / "eval.json", metrics)
   win, result = metrics.get("win_vs_target"), {}
-  if win and outcome is not others[0]:
-    say = f"wins {100 * win['value']:.1f} % against the target"
-    result = dict(say=say)
-  return [*files, "eval.json"], Cost(outcome.flops, outcome.tokens), result
+  if win and outputs is not others[0]:
+    result = dict(say=f"wins {100 * win['value']:.1f} % against the target")
+  files = ["held_out_logp.npy", "samples.jsonl", "eval.json"]
+  return files, Cost(outputs.flops, outputs.tokens), result
 
 
 def make_baseline(job: Job, arm: None, folder: Any) -> Made:
   """Measures the reference itself, once for all arms."""
-  outcome = _examine(job, job.reference, job.model)
-  return _measured(job, folder, outcome, outcome, outcome.answer_logp)
+  outputs = _run(job, job.reference, job.model)
+  return _measured(job, folder, outputs, outputs, outputs.answer_logp)
 
 
 def policy_of(job: Job, arm: Arm) -> decoder.Params:
@@ -105,28 +95,27 @@ def policy_of(job: Job, arm: Arm) -> decoder.Params:
     job.kept.pop("policy", None)
     folder, m = arm_folder(job, arm), job.policy
     shapes = adapters.split(decoder.abstract(m, job.mesh), m.lora)[0]
-    found = aligned(job, folder, shapes)
+    params = aligned(job, folder, shapes)
     if m.lora is not None:
       fixed = bases(job, folder) if m.lora.variant == "lora_sb" else {}
-      found = job.reference | found | fixed
-    job.kept["policy"] = arm, found
+      params = job.reference | params | fixed
+    job.kept["policy"] = arm, params
   return job.kept["policy"][1]
 
 
 def make_evaluation(job: Job, arm: Arm, folder: Any) -> Made:
   """Measures the policy on the held-out split."""
   # Arms of one seed meet the same noise; another seed meets another.
-  outcome = _examine(job, policy_of(job, arm), job.policy, arm.seed)
+  outputs = _run(job, policy_of(job, arm), job.policy, arm.seed)
   under = held_out.score_answers(
     job.mesh,
     job.reference,
     job.model,
     held_out.eval_set(job),
-    outcome.answers,
+    outputs.answers,
     eval_options(job.c),
   )
-  baseline = _load_outcome(job.shared / "baseline")
-  return _measured(job, folder, outcome, baseline, under)
+  return _measured(job, folder, outputs, _load(job.shared / "baseline"), under)
 
 
 def _given(c: Any) -> hf.Given:

@@ -2,7 +2,7 @@
 
 Words are certain (`A`, `model_b`, `first`, `tie`), so are the codes 1 and 2
 where there is no third, and those of a known layout. No other is guessed: 0
-and 1 may count the answers from 0, or say whether the first one won.
+and 1 may count the answers from 0, or tell whether the first one wins.
 """
 
 import ast
@@ -16,12 +16,12 @@ from jaxalign.data.schemas.choices import SIDES, sides_by_number, WORDS
 LABELS = "labels"  # compare the labels as they stand
 NAMES = "names"  # a verdict is the name of the winner
 _NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?")
-_LOST = 0.2  # of a column's verdicts that may be no known word
+_UNREAD = 0.2  # of a column's verdicts that may be no known word
 _EXAMPLE = "--choice=\"{'first': [...], 'second': [...], 'tie': [...]}\""
 
 
 class Choice(NamedTuple):
-  """What --choice says: codes and their sides, or one of the two words."""
+  """The value of --choice: codes and their sides, or one of the two words."""
 
   codes: dict[str, str] = {}
   word: str = ""  # LABELS, NAMES, or none of them
@@ -32,7 +32,7 @@ class Meaning(NamedTuple):
 
   sides: dict[str, str | None] = {}  # None: could not be read
   why: str = ""
-  lost: dict[str, int] = {}  # codes that are no known word, and how many
+  unread: dict[str, int] = {}  # codes that are no known word, and how many
 
 
 def code_of_cell(value: Any) -> str | None:
@@ -49,8 +49,7 @@ def code_of_cell(value: Any) -> str | None:
   if not isinstance(value, str):
     return f"a {type(value).__name__}"
   text = value.strip()
-  marked = re.fullmatch(r"\[\[(.*)\]\]", text, re.DOTALL)  # MT-bench: [[C]]
-  if marked:
+  if marked := re.fullmatch(r"\[\[(.*)\]\]", text, re.DOTALL):  # of MT-bench
     text = "tie" if marked[1].strip() in "cC" else marked[1].strip()
   if _NUMBER.fullmatch(text):
     return code_of_cell(float(text))
@@ -66,12 +65,12 @@ def literal(text: Any) -> Any:
 
 
 def parse_choice(text: str | None) -> Choice:
-  """The value of --choice; None says nothing.
+  """The value of --choice, None or "" where it is not set.
 
   Raises:
     ConfigError: it is neither a dict of codes nor a known word.
   """
-  if text is None or text == "":
+  if not text:
     return Choice()
   if text in (LABELS, NAMES):
     return Choice(word=text)
@@ -95,10 +94,9 @@ def parse_choice(text: str | None) -> Choice:
   return Choice(codes)
 
 
-def meaning(
+def code_meaning(
   counts: Mapping[str, int],
   choice: Choice,
-  *,
   where: str,
   known: Mapping[str, str],
   forgiving: bool,
@@ -107,7 +105,7 @@ def meaning(
 
   Args:
     counts: of each code, as from `code_of_cell`.
-    choice: what the user says.
+    choice: given by the user.
     where: file and columns, for messages.
     known: code -> side where the layout is a known one.
     forgiving: an unknown word is an unparsable verdict, however many.
@@ -122,21 +120,22 @@ def meaning(
     "the word": WORDS,
     "the answers' number": by_number,
   }
-  sides, used = {}, set()
+  sides, used = dict.fromkeys(counts), set()
   for code in counts:
     way = next((way for way, table in ways.items() if table.get(code)), None)
-    sides[code] = way and ways[way][code]
-    used |= {way} - {None}
-  lost = {code: n for code, n in counts.items() if not sides[code]}
-  many = sum(lost.values()) > _LOST * sum(counts.values())
-  doubt = doubtful & lost.keys() and not choice.codes
+    if way is not None:
+      sides[code] = ways[way][code]
+      used.add(way)
+  unread = {code: n for code, n in counts.items() if not sides[code]}
+  many = sum(unread.values()) > _UNREAD * sum(counts.values())
+  doubt = doubtful & unread.keys() and not choice.codes
   if doubt or many and not forgiving:
     raise ConfigError(
-      f"{where}: the meaning of {_listed(lost)} is not certain; say it with "
+      f"{where}: the meaning of {_listed(unread)} is not certain; give it with "
       f"{_EXAMPLE}, or compare the labels as they stand with "
       f"--choice={LABELS}"
     )
-  return Meaning(sides, ", ".join(sorted(used)), lost)
+  return Meaning(sides, ", ".join(sorted(used)), unread)
 
 
 def _listed(codes: Mapping[str, int]) -> str:
@@ -148,16 +147,16 @@ def _listed(codes: Mapping[str, int]) -> str:
 
 
 def meaning_lines(m: Meaning, first: str, second: str) -> list[str]:
-  """The reading of a column's codes, in lines."""
+  """How a column's codes were read; `first` and `second` name the answers."""
   names = dict(first=f"{first} wins", second=f"{second} wins", tie="tie")
   read = [f"{c!r:.40} = {names[s]}" for c, s in sorted(m.sides.items()) if s]
   text = ", ".join(read[:12]) or "none"
   if len(read) > 12:
     text += f" and {len(read) - 12:,} more codes"
   out = [f"verdicts: {text}" + (f" (by {m.why})" if m.why else "")]
-  if m.lost:
+  if m.unread:
     out.append(
-      f"{sum(m.lost.values()):,} verdicts could not be read: "
-      f"{_listed(m.lost)}; --choice says what a code means"
+      f"{sum(m.unread.values()):,} verdicts could not be read: "
+      f"{_listed(m.unread)}; set --choice to give a code its meaning"
     )
   return out

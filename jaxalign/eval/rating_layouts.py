@@ -1,4 +1,4 @@
-"""The columns of a table of verdicts, found by name, by shape, or as given.
+"""The columns of a table of verdicts: by name, by shape, or as given.
 
 A layout says where an item, its two answers, the rater and the verdicts
 stand. Four are known as a whole: PandaLM's raters and judge, judges shown both
@@ -50,8 +50,9 @@ _ONE_TWO = {"1": "first", "2": "second"}
 _SIGNED = {
   str(i): "first" if i < 0 else "second" if i else "tie" for i in range(-3, 4)
 }
-_SEEN = 1000  # rows whose columns are looked at
+_ROWS = 1000  # whose columns are looked at
 _LONG = 60  # characters, above which a model's name is an answer's text
+_ABSENT = object()
 
 Rows = Sequence[dict]
 Fields = Mapping[str, str]
@@ -86,22 +87,17 @@ class TableLayout(NamedTuple):
     return self.texts or self.names or ("the first answer", "the second answer")
 
 
-def _find(row: Any, path: str) -> tuple[bool, Any]:
-  """Whether a row has a place of this path, and what stands there."""
+def value_at(row: Any, path: str, default: Any = None) -> Any:
+  """The value at a dotted path ("info.id", "summaries.0.text")."""
   if isinstance(row, dict) and path in row:
-    return True, row[path]
+    return row[path]
   for step in path.split("."):
     number = isinstance(row, list) and step.isdecimal()
     try:
       row = row[int(step) if number else step]
     except (KeyError, IndexError, TypeError, ValueError):
-      return False, None
-  return True, row
-
-
-def value_at(row: Any, path: str) -> Any:
-  """The value at a dotted path ("info.id", "summaries.0.text"), or None."""
-  return _find(row, path)[1]
+      return default
+  return row
 
 
 def parse_fields(text: str | None) -> dict[str, str]:
@@ -125,6 +121,94 @@ def parse_fields(text: str | None) -> dict[str, str]:
   return value
 
 
+# Layouts known as a whole.
+
+
+def _both(first: str, second: str, identity: bool = False):
+  """A judge's columns of the two orders."""
+  column = VerdictColumn(first, "", "judge", False, identity)
+  return column, column._replace(path=second, swapped=True)
+
+
+# By columns that all have to be there. A rater without a name is the file's.
+_KNOWN = {
+  ("results", "output_1", "output_2"): TableLayout(
+    "a judge's verdicts in both orders (LLMBar)",
+    (),  # as many as there are results, see `_llmbar_columns`
+    prompt=("input",),
+    texts=("output_1", "output_2"),
+    known=_ONE_TWO,
+    forgiving=True,
+  ),
+  ("question_id", "model_1", "model_2", "g1_winner", "g2_winner"): TableLayout(
+    "a judge's verdicts in both orders (MT-bench)",
+    _both("g1_winner", "g2_winner", True),
+    item=("question_id", "turn"),
+    names=("model_1", "model_2"),
+    rater="judge",
+    forgiving=True,
+  ),
+  ("id", "prompt", "ours", "theirs", "verdicts"): TableLayout(
+    "a judge's verdicts in both orders (verdicts.jsonl)",
+    _both("verdicts.0", "verdicts.1"),
+    item=("id",),
+    prompt=("prompt",),
+    texts=("ours", "theirs"),
+    forgiving=True,
+  ),
+  ("summaries", "choice", "worker"): TableLayout(
+    "comparisons of summaries (OpenAI)",
+    (VerdictColumn("choice", "", "human"),),
+    item=("info.id",),
+    prompt=("info.post",),
+    texts=("summaries.0.text", "summaries.1.text"),
+    rater="worker",
+    known={"0": "first", "1": "second"},
+  ),
+  ("gpt_result", "idx"): TableLayout(
+    "a judge's verdicts (PandaLM)",
+    (VerdictColumn("gpt_result", "", "judge"),),
+    item=("idx",),
+    known=_ONE_TWO,
+    forgiving=True,
+  ),
+}
+
+
+def _llmbar_columns(columns: Sequence[str], rows: Rows) -> tuple:
+  """Both orders of every result, and the label; none in other tables."""
+  most, swaps = 0, {"swap = False", "swap = True"}
+  for results in (value_at(row, "results") for row in rows):
+    both = lambda r: isinstance(r, dict) and r.keys() & swaps
+    if isinstance(results, list) and any(map(both, results)):
+      most = max(most, len(results))
+  path = "results.{}.swap = {}.winner".format
+  out = [
+    column
+    for i in range(min(most, 100))
+    for column in _both(path(i, False), path(i, True), True)
+  ]
+  if out and "label" in columns:
+    out.append(VerdictColumn("label", "label", "human"))
+  return tuple(out)
+
+
+def _known_layout(columns: Sequence[str], rows: Rows, stem: str):
+  """A layout known as a whole, that has all its columns; or None."""
+  stem = re.sub(r"^judge[-_]|-testset-v1$", "", stem)
+  for names, layout in _KNOWN.items():
+    if not set(names) <= set(columns):
+      continue
+    verdicts = layout.columns or _llmbar_columns(columns, rows)
+    rater = layout.rater if layout.rater in columns else ""
+    if not rater:
+      verdicts = tuple(c._replace(rater=c.rater or stem) for c in verdicts)
+    if verdicts:
+      item = tuple(c for c in layout.item if c != "turn" or c in columns)
+      return layout._replace(columns=verdicts, rater=rater, item=item)
+  return None
+
+
 # Columns by their names.
 
 
@@ -140,9 +224,7 @@ def _two(
   return next((two for two in pairs if set(two) <= set(columns)), None)
 
 
-def _answers(
-  columns: Sequence[str], rows: Rows, fields: Fields
-) -> dict[str, Any]:
+def _answers(columns: Sequence[str], rows: Rows, fields: Fields) -> dict:
   """The names and the texts of the two answers."""
   names = _two(columns, _NAMES, _NAME_PAIRS)
   texts = _two(columns, _TEXTS, _TEXT_PAIRS)
@@ -151,11 +233,8 @@ def _answers(
   if "first" in fields:
     names = fields["first"], fields["second"]
   elif names and not texts:
-    long = [
-      isinstance(v := value_at(row, name), str) and len(v) > _LONG
-      for row in rows
-      for name in names
-    ]
+    values = [value_at(row, name) for row in rows for name in names]
+    long = [isinstance(v, str) and len(v) > _LONG for v in values]
     if 2 * sum(long) > len(long):  # no model is called by a paragraph
       names, texts = None, names
   return dict(names=names, texts=texts)
@@ -163,26 +242,6 @@ def _answers(
 
 def _codes(rows: Rows, path: str) -> set[str]:
   return {code_of_cell(value_at(row, path)) for row in rows} - {None}
-
-
-def _certain(rows: Rows, path: str) -> bool:
-  """Whether a column holds words with a certain meaning, and both sides."""
-  sides = {WORDS.get(c) for c in _codes(rows, path)}
-  return {"first", "second"} <= sides and None not in sides
-
-
-def _few(rows: Rows, path: str) -> bool:
-  """Whether a column has so few different values that it may be a rater's."""
-  codes = _codes(rows, path)
-  return 1 < len(codes) < 6 and not any(c.startswith("a ") for c in codes)
-
-
-def _repeats(rows: Rows, path: str) -> tuple[bool, bool]:
-  """Whether a column has several values, and whether one comes twice."""
-  found = [
-    repr(v)[:500] for row in rows if (v := value_at(row, path)) is not None
-  ]
-  return len(set(found)) > 1, len(set(found)) < len(found)
 
 
 def _first(columns: Sequence[str], names: Sequence[str]) -> str:
@@ -194,152 +253,74 @@ def _item(columns: Sequence[str], fields: Fields) -> tuple[str, ...]:
   """The columns that name an item; none where the texts do."""
   if "item" in fields:
     return (fields["item"],)
-  found = _first(columns, _ITEMS)
-  turn = ("turn",) if "turn" in columns else ()
-  return (found, *turn) if found else ()
-
-
-# Layouts known as a whole.
-
-
-def _both(first: str, second: str, identity: bool = False):
-  """A judge's columns of the two orders."""
-  column = VerdictColumn(first, "", "judge", False, identity)
-  return column, column._replace(path=second, swapped=True)
-
-
-def _layout(name: str, columns: tuple = (), **paths: Any) -> TableLayout:
-  """A layout whose paths are given as text; a judge's is forgiving."""
-  paths = {
-    k: tuple(v.split()) if isinstance(v, str) and k != "rater" else v
-    for k, v in paths.items()
-  }
-  return TableLayout(name, columns, forgiving="judge" in name, **paths)
-
-
-_ORDERS = "a judge's verdicts in both orders ({})".format
-# By columns that all have to be there. A rater without a name is the file's.
-_KNOWN = {
-  "results output_1 output_2": _layout(  # columns: as many as there are results
-    _ORDERS("LLMBar"), texts="output_1 output_2", prompt="input", known=_ONE_TWO
-  ),
-  "question_id model_1 model_2 g1_winner g2_winner": _layout(
-    _ORDERS("MT-bench"),
-    _both("g1_winner", "g2_winner", True),
-    item="question_id turn",
-    names="model_1 model_2",
-    rater="judge",
-  ),
-  "id prompt ours theirs verdicts": _layout(
-    _ORDERS("verdicts.jsonl"),
-    _both("verdicts.0", "verdicts.1"),
-    item="id",
-    prompt="prompt",
-    texts="ours theirs",
-  ),
-  "summaries choice worker": _layout(
-    "comparisons of summaries (OpenAI)",
-    (VerdictColumn("choice", "", "human"),),
-    item="info.id",
-    prompt="info.post",
-    rater="worker",
-    texts="summaries.0.text summaries.1.text",
-    known={"0": "first", "1": "second"},
-  ),
-  "gpt_result idx": _layout(
-    "a judge's verdicts (PandaLM)",
-    (VerdictColumn("gpt_result", "", "judge"),),
-    item="idx",
-    known=_ONE_TWO,
-  ),
-}
-_SWAPS = {"swap = False", "swap = True"}
-
-
-def _llmbar_columns(
-  columns: Sequence[str], rows: Rows
-) -> tuple[VerdictColumn, ...]:
-  """Both orders of every result, and the label; none in other tables."""
-  most = 0
-  for results in (value_at(row, "results") for row in rows):
-    both = lambda r: isinstance(r, dict) and r.keys() & _SWAPS
-    if isinstance(results, list) and any(map(both, results)):
-      most = max(most, len(results))
-  path = "results.{}.swap = {}.winner".format
-  found = [
-    column
-    for i in range(min(most, 100))
-    for column in _both(path(i, False), path(i, True), True)
-  ]
-  if found and "label" in columns:
-    found.append(VerdictColumn("label", "label", "human"))
-  return tuple(found)
-
-
-def _known_layout(
-  columns: Sequence[str], rows: Rows, stem: str
-) -> TableLayout | None:
-  """A layout known as a whole, that has all its columns."""
-  stem = re.sub(r"^judge[-_]|-testset-v1$", "", stem)
-  for names, layout in _KNOWN.items():
-    if not set(names.split()) <= set(columns):
-      continue
-    found = layout.columns or _llmbar_columns(columns, rows)
-    rater = layout.rater if layout.rater in columns else ""
-    if not rater:
-      found = tuple(c._replace(rater=c.rater or stem) for c in found)
-    if found:
-      item = [c for c in layout.item if c != "turn" or c in columns]
-      return layout._replace(columns=found, rater=rater, item=tuple(item))
-  return None
+  name = _first(columns, _ITEMS)
+  return (name, *(["turn"] if "turn" in columns else [])) if name else ()
 
 
 def _with_known_codes(
   layout: TableLayout, columns: Sequence[str], rows: Rows
 ) -> TableLayout:
   """The layout with codes that its columns make certain."""
-  paths = [c.path for c in layout.columns]
-  is_known = lambda name, known: layout._replace(
-    name=f"{layout.name} ({name})", known=known
-  )
+  paths, name, known = [c.path for c in layout.columns], "", {}
   if layout.texts == ("response1", "response2"):
     codes = set().union(*(_codes(rows, path) for path in paths))
     annotators = all(re.fullmatch(r"annotator\d+", path) for path in paths)
     if annotators and "2" in codes and codes <= {"0", "1", "2"}:
-      return is_known("PandaLM", _ONE_TWO | {"0": "tie"})
-  if layout.texts == ("output_1", "output_2"):
+      name, known = "PandaLM", _ONE_TWO | {"0": "tie"}
+  elif layout.texts == ("output_1", "output_2"):
     if {"generator_1", "generator_2", "preference"} <= set(columns):
-      return is_known("AlpacaEval", _ONE_TWO | {"0": "tie", "1.5": "tie"})
-  strengths = (["preference_strength"], ["overall_preference"])
-  if layout.texts and paths in strengths:
-    return is_known("HelpSteer", _SIGNED)
-  return layout
+      name, known = "AlpacaEval", _ONE_TWO | {"0": "tie", "1.5": "tie"}
+  if layout.texts and not name:
+    if paths in (["preference_strength"], ["overall_preference"]):
+      name, known = "HelpSteer", _SIGNED
+  if not name:
+    return layout
+  return layout._replace(name=f"{layout.name} ({name})", known=known)
+
+
+def _rater_columns(
+  file: str, columns: Sequence[str], free: Sequence[str], rows: Rows, verdict
+) -> list[str]:
+  """Columns that hold verdicts, by their names or by the words in them."""
+  if named := [c for c in free if _COLUMN.fullmatch(c)]:
+    return named
+  codes = {c: _codes(rows, c) for c in free}
+  sides = {c: {WORDS.get(code) for code in codes[c]} for c in free}
+  certain = lambda c: {"first", "second"} <= sides[c] and None not in sides[c]
+  if chosen := [c for c in free if c == verdict or certain(c)]:
+    return chosen
+  of_few = lambda s: 1 < len(s) < 6 and not any(x.startswith("a ") for x in s)
+  likely = [c for c in free if of_few(codes[c])][:6]
+  raise DataError(
+    f"{file}: no verdicts in the columns {_listed(columns)}; wanted "
+    f"a rater ({', '.join(_RATERS[:3])}, ...) and a verdict "
+    f"({', '.join(_VERDICTS[:3])}, ...), or a column for each rater "
+    "(annotator1, annotator2, ...); name them with --raters="
+    f"{','.join(likely) or 'a,b'} or "
+    "--fields=\"{'rater': ..., 'verdict': ...}\""
+  )
 
 
 def detect(
-  rows: Rows,
-  file: str,
-  stem: str,
-  raters: Sequence[str] = (),
-  fields: Fields = {},
+  rows: Rows, file: str, stem: str, raters: Sequence[str], fields: Fields
 ) -> TableLayout:
   """The layout of a file.
 
   Args:
     rows: all that could be read, at least one.
     file: for messages.
-    stem: what a rater is called whom no column names.
-    raters: columns that hold verdicts, as the user says.
-    fields: what the user says of the other columns, see `parse_fields`.
+    stem: name of a rater whom no column names.
+    raters: columns that hold verdicts, given by the user.
+    fields: other columns given by the user, see `parse_fields`.
 
   Raises:
     DataError: no layout fits.
   """
-  some = rows[:_SEEN]
+  some = rows[:_ROWS]
   columns = list(dict.fromkeys(c for row in some for c in row))
   if not raters and not fields:
-    if found := _known_layout(columns, some, stem):
-      return found
+    if layout := _known_layout(columns, some, stem):
+      return layout
   where = _answers(columns, some, fields)
   prompt = tuple(c for c in _PROMPTS if c in columns)
   where["prompt"] = (fields["prompt"],) if "prompt" in fields else prompt
@@ -348,43 +329,26 @@ def detect(
   rater = fields.get("rater") or _first(free, _RATERS)
   verdict = fields.get("verdict") or _first(free, _VERDICTS)
   if rater and verdict and not raters:
-    may_be_item = free
-    if (where["prompt"] or where["texts"]) and _repeats(rows, rater)[0]:
+    name, verdicts = "one verdict a row", [VerdictColumn(verdict, "")]
+    values = {
+      c: [repr(v)[:500] for row in some if (v := value_at(row, c)) is not None]
+      for c in [rater, *(c for c in free if c.casefold() in _ITEMS)]
+    }
+    repeats = lambda c: len(set(values[c])) < len(values[c])
+    if (where["prompt"] or where["texts"]) and len(set(values[rater])) > 1:
       # Several raters and no value twice: the number of the row, not an item.
-      may_be_item = [
-        c for c in free if c.casefold() not in _ITEMS or _repeats(rows, c)[1]
-      ]
-    item = _item(may_be_item, fields)
-    column = (VerdictColumn(verdict, ""),)
-    layout = TableLayout(
-      "one verdict a row", column, item=item, rater=rater, **where
-    )
-    return _with_known_codes(layout, columns, rows)
-  item = _item(free, fields)
-  free = [c for c in free if c not in item]
-  chosen = (
-    list(raters)
-    or ([verdict] if "verdict" in fields else [])
-    or [c for c in free if _COLUMN.fullmatch(c)]
-    or [c for c in free if c == verdict or _certain(some, c)]
-  )
-  if not chosen:
-    likely = [c for c in free if _few(some, c)][:6]
-    raise DataError(
-      f"{file}: no verdicts found in the columns {_listed(columns)}; wanted "
-      f"a rater ({', '.join(_RATERS[:3])}, ...) and a verdict "
-      f"({', '.join(_VERDICTS[:3])}, ...), or a column for each rater "
-      "(annotator1, annotator2, ...); name them with --raters="
-      f"{','.join(likely) or 'a,b'} or "
-      "--fields=\"{'rater': ..., 'verdict': ...}\""
-    )
-  by_file = lambda c: c.casefold() in _VERDICTS and not raters
-  layout = TableLayout(
-    "one row an item, a column for each rater",
-    tuple(_column(c, stem if by_file(c) else c) for c in chosen),
-    item=item,
-    **where,
-  )
+      free = [c for c in free if c.casefold() not in _ITEMS or repeats(c)]
+    item = _item(free, fields)
+  else:
+    name, rater = "one row an item, a column for each rater", ""
+    item = _item(free, fields)
+    chosen = list(raters) or [verdict] * ("verdict" in fields)
+    if not chosen:
+      free = [c for c in free if c not in item]
+      chosen = _rater_columns(file, columns, free, some, verdict)
+    by_file = lambda c: c.casefold() in _VERDICTS and not raters
+    verdicts = [_column(c, stem if by_file(c) else c) for c in chosen]
+  layout = TableLayout(name, tuple(verdicts), item=item, rater=rater, **where)
   return _with_known_codes(layout, columns, rows)
 
 
@@ -422,7 +386,7 @@ def layout_lines(layout: TableLayout, rows: Rows) -> list[str]:
   paths = [*item, *layout.prompt, *(names or ()), *(texts or ()), layout.rater]
   paths += [c.path for c in layout.columns]
   used = {p for path in paths for p in (path, path.split(".")[0])}
-  columns = dict.fromkeys(c for row in rows[:_SEEN] for c in row)
+  columns = dict.fromkeys(c for row in rows[:_ROWS] for c in row)
   unused = [c for c in columns if c not in used]
   return [
     f"item: {what}",
@@ -432,19 +396,20 @@ def layout_lines(layout: TableLayout, rows: Rows) -> list[str]:
   ]
 
 
-def cells(
+def verdict_cells(
   layout: TableLayout, row: dict
 ) -> Iterator[tuple[VerdictColumn, str, Any]]:
   """(column, rater, value) of every cell of a row that may hold a verdict.
 
   A cell that is not there is passed over where one row holds one order or
-  one run and not another; an empty one is handed on as None.
+  one run and not another; an empty one is None.
   """
   rater = value_at(row, layout.rater) if layout.rater else ""
   if isinstance(rater, list):
     rater = " ".join(map(str, rater))
   rater = str("" if rater is None else rater).strip()[:200]
   for column in layout.columns:
-    there, value = _find(row, column.path)
-    if there or "." not in column.path:
+    value = value_at(row, column.path, _ABSENT)
+    if value is not _ABSENT or "." not in column.path:
+      value = None if value is _ABSENT else value
       yield column, column.rater or rater, value

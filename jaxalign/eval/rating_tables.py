@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Mapping, Sequence
-import hashlib
 import os
 import re
 from typing import Any, NamedTuple
@@ -41,8 +40,7 @@ class _Cell(NamedTuple):
   where: Where
   item: str
   names: tuple[str, str] | None
-  texts: tuple[bytes, bytes] | None  # digests
-  sizes: tuple[float, float] | None
+  texts: tuple[str, str] | None
   rater: str
   column: VerdictColumn
   code: str | None  # None: an empty cell
@@ -57,31 +55,13 @@ class _File(NamedTuple):
   cells: list[_Cell]
   refused: dict[str, list[Where]]
   lines: list[str]
-  examples: list[dict[str, Any]]
+  examples: list[tuple[dict, list[_Cell]]]  # the first rows
 
 
 def rater_name(path: str) -> str:
-  """What a rater is called whom only the file's name tells."""
+  """The name of a rater that no column names: that of the file."""
   name = os.path.basename(path)
   return re.sub(r"(\.jsonl|\.json|\.csv|\.parquet)?(\.gz)?$", "", name) or path
-
-
-def _by_file(names: Sequence[str]) -> dict[str, list[tuple[Where, Any]]]:
-  """The rows of every file; errors name the flag of this command."""
-  out: dict[str, list] = {}
-  try:
-    for name in names:
-      for where, row in sources.read_rows(name):
-        out.setdefault(where.file, []).append((where, row))
-  except JaxalignError as error:
-    message = str(error).replace("set config.data.source", "set --data")
-    raise type(error)(message) from error
-  return out
-
-
-def _digest(text: str) -> bytes:
-  data = text.encode("utf-8", "surrogatepass")
-  return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def answer_text(value: Any) -> str | None:
@@ -111,48 +91,46 @@ def _word(value: Any) -> str:
 # One file.
 
 
-def _item(
-  layout: TableLayout, row: dict, texts: Sequence[str | None], number: int
-) -> str:
-  """What names the item of a row; "" where nothing does."""
-  if layout.item:
-    found = [_word(value_at(row, path)) for path in layout.item]
-    return " / ".join(found) if found[0] else ""
-  prompt = [_word(value_at(row, path)) for path in layout.prompt]
-  if any(prompt):
-    return "\n\n".join(prompt)
-  if texts and None not in texts:
-    return "\n\n".join(sorted(texts))  # in whatever order they stand
-  return f"row {number}"
+def _words_at(row: dict, paths: Sequence[str] | None) -> list[str]:
+  return [_word(value_at(row, path)) for path in paths or ()]
+
+
+def _texts_at(row: dict, layout: TableLayout) -> list[str | None]:
+  return [answer_text(value_at(row, path)) for path in layout.texts or ()]
 
 
 def _row_cells(
   layout: TableLayout, where: Where, row: dict, number: int
 ) -> tuple[list[_Cell], str]:
   """The verdicts of a row; or none, and why it is refused."""
-  texts = [answer_text(value_at(row, p)) for p in layout.texts or ()]
-  item = _item(layout, row, texts, number)
-  if not item:
-    return [], f"no {layout.item[0]}"
+  texts = _texts_at(row, layout)
   both = bool(texts) and None not in texts
-  names = tuple(_word(value_at(row, p)) for p in layout.names or ())
+  item = _words_at(row, layout.item)
+  prompt = _words_at(row, layout.prompt)
+  if item and not item[0]:
+    return [], f"no {layout.item[0]}"
+  if item:
+    item = " / ".join(item)
+  elif any(prompt):
+    item = "\n\n".join(prompt)
+  else:  # texts in whatever order they stand
+    item = "\n\n".join(sorted(texts)) if both else f"row {number}"
+  names = _words_at(row, layout.names)
   if names and not all(names):
     return [], "a model without a name"
   if names and names[0] == names[1]:
     if not both:
       return [], "a model against itself"
-    names = ()  # its two answers are told apart by their texts
-  shared = dict(where=where, item=item, names=names or None)
-  shared["texts"] = tuple(map(_digest, texts)) if both else None
-  sizes = [float(len(t.strip())) for t in texts] if both else ()
-  shared["sizes"] = tuple(sizes) or None
-  found = [
+    names = []  # its two answers differ by their texts
+  shared = dict(where=where, item=item, names=tuple(names) or None)
+  shared["texts"] = tuple(texts) if both else None
+  cells = [
     _Cell(rater=rater, column=column, code=code_of_cell(value), **shared)
-    for column, rater, value in rating_layouts.cells(layout, row)
+    for column, rater, value in rating_layouts.verdict_cells(layout, row)
   ]
-  if not all(cell.rater for cell in found):
+  if not all(cell.rater for cell in cells):
     return [], "no rater"
-  return found, ""
+  return cells, ""
 
 
 def _read_file(
@@ -175,32 +153,24 @@ def _read_file(
       f"({', '.join(refused)}); set --data"
     )
   here = lambda path: any(value_at(row, path) is not None for row in rows)
-  fields = {k: v for k, v in fields.items() if here(v)}
   raters = [r for r in raters if here(r)]
+  fields = {k: v for k, v in fields.items() if here(v)}
   layout = rating_layouts.detect(rows, name, stem, raters, fields)
-  cells, examples, odd = [], [], collections.Counter()
+  cells, examples = [], []
   for number, (where, row) in enumerate(good, 1):
-    for value in (value_at(row, p) for p in layout.texts or ()):
-      if value is not None and answer_text(value) is None:
-        odd[type(value).__name__] += 1
-    found, why = _row_cells(layout, where, row, number)
+    own, why = _row_cells(layout, where, row, number)
+    cells += own
     if why:
       refused[why].append(where)
-      continue
-    cells += found
-    if len(examples) < _EXAMPLES and found:
-      prompt = (_word(value_at(row, p)) for p in layout.prompt)
-      examples.append(
-        dict(
-          where=f"{where.file}, line {where.line}",
-          item=found[0].item,
-          prompt="\n".join(filter(None, prompt)),
-          answers=list(found[0].names or layout.answers),
-          texts=[answer_text(value_at(row, p)) for p in layout.texts or ()],
-          cells=found,
-        )
-      )
+    elif own and len(examples) < _EXAMPLES:
+      examples.append((row, own))
   lines = rating_layouts.layout_lines(layout, rows)
+  texts = (value_at(row, path) for row in rows for path in layout.texts or ())
+  odd = collections.Counter(
+    type(text).__name__
+    for text in texts
+    if text is not None and answer_text(text) is None
+  )
   if odd:
     kinds = ", ".join(f"{n:,} of type {kind}" for kind, n in odd.most_common(5))
     lines.append(f"answers that are no text, so without a length: {kinds}")
@@ -219,7 +189,7 @@ def _named_side(cell: _Cell) -> str | None:
 
 
 def _meaning(file: _File, choice: Choice) -> Meaning:
-  """What the codes of a file mean, those aside that name a model."""
+  """What the codes of a file mean, but for those that name a model."""
   if choice.word == rating_codes.LABELS:
     return Meaning()
   counts = collections.Counter(
@@ -227,22 +197,19 @@ def _meaning(file: _File, choice: Choice) -> Meaning:
   )
   if choice.word == rating_codes.NAMES:
     sides = {c: "tie" if WORDS.get(c) == "tie" else None for c in counts}
-    lost = {c: n for c, n in counts.items() if not sides[c]}
-    return Meaning(sides, "the winner's name", lost)
+    unread = {c: n for c, n in counts.items() if not sides[c]}
+    return Meaning(sides, "the winner's name", unread)
   columns = list(dict.fromkeys(c.column.path for c in file.cells))
-  return rating_codes.meaning(
-    counts,
-    choice,
-    where=f"{file.name}, {', '.join(columns[:4])}",
-    known=file.layout.known,
-    forgiving=file.layout.forgiving,
+  where = f"{file.name}, {', '.join(columns[:4])}"
+  return rating_codes.code_meaning(
+    counts, choice, where, file.layout.known, file.layout.forgiving
   )
 
 
 def _is_empty(cell: _Cell, file: _File) -> bool:
-  """Whether a cell is no verdict; a judge's empty one is one that was lost."""
-  lost = file.layout.forgiving and cell.column.role == "judge"
-  return cell.code is None and not lost
+  """Whether a cell is no verdict; a judge's empty one could not be read."""
+  unread = file.layout.forgiving and cell.column.role == "judge"
+  return cell.code is None and not unread
 
 
 def _verdict(cell: _Cell, meaning: Meaning, choice: Choice) -> str | None:
@@ -254,7 +221,7 @@ def _verdict(cell: _Cell, meaning: Meaning, choice: Choice) -> str | None:
       raise ConfigError(
         f"{cell.where.file}, line {cell.where.line}: the verdict "
         f"{cell.code!r:.40} names the model of the {name} answer and the "
-        f"place of the {place}; say --choice={rating_codes.NAMES}, or which it "
+        f"place of the {place}; set --choice={rating_codes.NAMES}, or which it "
         "is with --choice=\"{'first': [...], 'second': [...]}\""
       )
   verdict, is_answer = name or word, cell.column.identity or bool(name)
@@ -277,7 +244,7 @@ def _text_pairs(files: Sequence[_File]) -> dict[str, list[tuple]]:
 def _answer_names(cell: _Cell, pairs: dict) -> tuple[str, str] | None:
   """Names of the two answers, by their texts where the row has none.
 
-  The texts tell them apart in whatever order they stand; None: nothing does.
+  The texts identify them in whatever order they stand; None: nothing does.
   """
   if cell.names:
     return cell.names
@@ -312,15 +279,22 @@ def read_ratings(
     ConfigError: a code that is not certain; a column that no file has.
     DataError: a file that cannot be read, or that holds no verdict.
   """
-  found = _by_file(names)
-  stems = collections.Counter(map(rater_name, found))
+  by_file: dict[str, list[tuple[Where, Any]]] = {}
+  try:
+    for name in names:
+      for where, row in sources.read_rows(name):
+        by_file.setdefault(where.file, []).append((where, row))
+  except JaxalignError as error:  # which names the knob of another command
+    message = str(error).replace("set config.data.source", "set --data")
+    raise type(error)(message) from error
+  stems = collections.Counter(map(rater_name, by_file))
   files = []
-  for name, pairs in found.items():
+  for name, pairs in by_file.items():
     stem = rater_name(name)
     if stems[stem] > 1:
       stem = f"{os.path.basename(os.path.dirname(name))}/{stem}"
     files.append(_read_file(name, pairs, stem, raters, fields))
-  rows = [row for pairs in found.values() for _, row in pairs]
+  rows = [row for pairs in by_file.values() for _, row in pairs]
   for name in (*raters, *fields.values()):
     if all(value_at(row, name) is None for row in rows):
       raise ConfigError(
@@ -332,7 +306,7 @@ def read_ratings(
     _add(table, file, pairs, choice, seen)
   if not seen:
     raise DataError(
-      f"no verdict in {', '.join(found)}; set --data, --raters or --fields"
+      f"no verdict in {', '.join(by_file)}; set --data, --raters or --fields"
     )
   return table
 
@@ -342,12 +316,7 @@ def _add(
 ) -> None:
   """Adds one file's verdicts to the table, and how they were read.
 
-  Args:
-    table: to add to.
-    file: to add.
-    pairs: as from `_text_pairs`.
-    choice: what codes mean.
-    seen: verdict by item, rater and answers, of all files so far.
+  `seen` holds the verdict by item, rater and answers, of all files so far.
   """
   as_is = choice.word == rating_codes.LABELS
   meaning, refused = _meaning(file, choice), dict(file.refused)
@@ -363,20 +332,21 @@ def _add(
     shown = names[::-1] if cell.column.swapped else names
     verdict = cell.code if as_is else _verdict(cell, meaning, choice)
     key = (cell.item, cell.rater, *(sorted(shown) if as_is else shown))
-    if key in seen and seen[key] == verdict:
-      counts["repeated"] += 1
-      continue
     if key in seen:
-      refused.setdefault(_TWICE, []).append(cell.where)
+      if seen[key] == verdict:
+        counts["repeated"] += 1
+      else:
+        refused.setdefault(_TWICE, []).append(cell.where)
       continue
     seen[key] = verdict
     counts["verdicts"] += 1
     pair: Pair = (cell.item, *sorted(names))
     if cell.column.role:
       table.roles[cell.rater] = cell.column.role
-    if cell.sizes:
+    if cell.texts:
+      sizes = tuple(float(len(text.strip())) for text in cell.texts)
       turned = names[0] != pair[1]
-      table.sizes.setdefault(pair, cell.sizes[::-1] if turned else cell.sizes)
+      table.sizes.setdefault(pair, sizes[::-1] if turned else sizes)
     if as_is:
       table.votes.setdefault(cell.rater, {})[pair] = cell.code
     else:
@@ -396,7 +366,7 @@ def _add(
       lines=_lines(file, meaning, choice, counts, refused),
       raters=list(dict.fromkeys(c.rater for c in file.cells)),
       refused={k: len(v) for k, v in refused.items()},
-      examples=[_shown(e, file, meaning, choice) for e in file.examples],
+      examples=[_example(*e, file, meaning, choice) for e in file.examples],
     )
   )
 
@@ -424,18 +394,25 @@ def _lines(
   return out
 
 
-def _shown(
-  example: dict, file: _File, meaning: Meaning, choice: Choice
+def _example(
+  row: dict, cells: list[_Cell], file: _File, meaning: Meaning, choice: Choice
 ) -> dict[str, Any]:
   """A row as it was understood: (rater, winner) of its first verdicts."""
-  words = []
-  for cell in example["cells"][:12]:
-    swapped = cell.column.swapped
-    first, second = example["answers"][:: -1 if swapped else 1]
-    word = cell.code
+  where, layout = cells[0].where, file.layout
+  answers, words = cells[0].names or layout.answers, []
+  for cell in cells[:12]:
+    swapped, word = cell.column.swapped, cell.code
     if choice.word != rating_codes.LABELS:
+      first, second = answers[:: -1 if swapped else 1]
       unread = "no verdict" if _is_empty(cell, file) else "could not be read"
       names = dict(first=first, second=second, tie="tie")
       word = names.get(_verdict(cell, meaning, choice)) or unread
     words.append((cell.rater + ", order exchanged" * swapped, word))
-  return dict(example, cells=words)
+  return dict(
+    where=f"{where.file}, line {where.line}",
+    item=cells[0].item,
+    prompt="\n".join(filter(None, _words_at(row, layout.prompt))),
+    answers=list(answers),
+    texts=_texts_at(row, layout),
+    cells=words,
+  )

@@ -32,14 +32,13 @@ class VerdictCache:
 
   Every attempt is a line, failed ones too, so that a cap holds over restarts.
   The caps are hard: a request is let through only if the most it can cost is
-  still there. A line torn by a kill is passed over, and its verdict asked for
-  again.
+  still there. A line torn by a kill is passed over, and its pair judged again.
   """
 
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
     self.verdicts: dict[str, str | None] = {}
-    self.replies: dict[str, str] = {}  # the start of each, by key
+    self.replies: dict[str, str] = {}  # the beginning of each, by key
     self.requests = self.tokens = self.broken = 0
     self._pending = self._reserved = 0  # requests, and tokens they may take
     self._next = 0.0  # when the next request may start

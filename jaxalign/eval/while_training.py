@@ -1,4 +1,4 @@
-"""What alignment measures while it trains, and what it carries beside it."""
+"""Evaluations while a policy trains; its online reference, mean and cost."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -14,7 +14,6 @@ from jaxalign.data import tokens as tokens_lib
 from jaxalign.data import world
 from jaxalign.embed import passes
 from jaxalign.eval import held_out, winrate
-from jaxalign.eval.held_out import eval_options
 from jaxalign.model import decode, decoder
 from jaxalign.model.job import Arm, Job, WHOLE
 from jaxalign.select.choose import selected_rows
@@ -28,27 +27,24 @@ from jaxalign.train.ref_logps import train_price
 from jaxalign.train.trackers import check_trackers
 
 SETS = ("held_out", "kept", "rest", "generations")
-# What is measured, by the kind of set: of answers that rows have, and of those
-# that the policy writes. `measured` says what a config has beside them.
+# Measured of answers that rows have, and of those that the policy writes; see
+# `measured`.
 ANSWERS = ("accuracy", "ties", "margin", "chosen_drift")
 GENERATED = ("ended", "empty", "malformed", "length", "entropy", "kl")
-# What a loss may read and still have a value on a set: the others are of the
-# batches of a run (z0, ranks) or of its past (a running mean).
+# Statistics that have a value on a set: the others are of the batches of a run
+# (z0, ranks) or of its past (a running mean).
 OF_A_SET = ("label", "mean_count")
 # Knobs of config.train that change no weights: no record names them.
-BESIDE = ("keep", "trackers", "explode")
+IDLE = ("keep", "trackers", "explode")
 # Knobs that only another one gives a meaning.
-UNDER = dict(
-  ref_mix="ref_sync",
-  eval_sets="eval_every",
-  eval_rows="eval_every",
-  eval_prompts="eval_every",
+UNDER = {"ref_mix": "ref_sync"} | dict.fromkeys(
+  ("eval_sets", "eval_rows", "eval_prompts"), "eval_every"
 )
 
 
 def record_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
   """`fields` without the knobs of config.train that touch no weights."""
-  idle = (*BESIDE, *(n for n, by in UNDER.items() if not t[by]))
+  idle = (*IDLE, *(n for n, by in UNDER.items() if not t[by]))
   idle = {f"train.{n}" for n in idle}
   return {k: v for k, v in fields.items() if k not in idle}
 
@@ -56,26 +52,16 @@ def record_fields(t: Any, fields: dict[str, Any]) -> dict[str, Any]:
 def _mistakes(c: Any) -> Iterable[tuple[Any, str]]:
   """(holds, message) of knobs of config.train that cannot work together."""
   t = c.train
-  yield (
-    t.keep < 2,
-    f"train.keep={t.keep}, wanted 2 or more: the newest may be damaged; set "
-    "config.train.keep",
-  )
-  yield (
-    not 0 <= t.ema < 1,
-    f"train.ema={t.ema}, wanted a decay in [0, 1), 0 for none; set "
-    "config.train.ema",
-  )
-  yield (
-    not 0 < t.ref_mix <= 1,
-    f"train.ref_mix={t.ref_mix}, wanted a fraction in (0, 1]; set "
-    "config.train.ref_mix",
-  )
-  yield (
-    0 < t.explode <= 1,
-    f"train.explode={t.explode}, wanted more than 1, or 0 for none; set "
-    "config.train.explode",
-  )
+  for knob, good, wanted in (
+    ("keep", t.keep >= 2, "2 or more: the newest may be damaged"),
+    ("ema", 0 <= t.ema < 1, "a decay in [0, 1), 0 for none"),
+    ("ref_mix", 0 < t.ref_mix <= 1, "a fraction in (0, 1]"),
+    ("explode", not 0 < t.explode <= 1, "more than 1, or 0 for none"),
+  ):
+    yield (
+      not good,
+      f"train.{knob}={t[knob]}, wanted {wanted}; set config.train.{knob}",
+    )
   yield (
     t.reference == "online" and not loss_of(c).reference,
     f"train.reference='online' runs a reference that {c.loss.name!r} does not "
@@ -97,11 +83,6 @@ def _mistakes(c: Any) -> Iterable[tuple[Any, str]]:
     f"train.stop_after={t.stop_after} evaluations without what improvement; "
     'set config.train.best, "held_out/accuracy" for instance',
   )
-
-
-def _evaluation_mistakes(c: Any) -> Iterable[tuple[Any, str]]:
-  """The same of the sets that are evaluated and of the best weights."""
-  t = c.train
   split = c.data.source == "world" or c.data.split.held_out
   for name in t.eval_sets:
     yield (
@@ -115,38 +96,44 @@ def _evaluation_mistakes(c: Any) -> Iterable[tuple[Any, str]]:
       "config.data.split.held_out or config.train.eval_sets",
     )
   if t.best:
-    yield (
-      not t.eval_every,
-      f"train.best={t.best!r} is measured by evaluations; set "
-      "config.train.eval_every",
-    )
-    name, _, value = t.best.partition("/")
-    yield (
-      name not in t.eval_sets,
-      f"train.best={t.best!r} is of no set in train.eval_sets="
-      f"{tuple(t.eval_sets)}; set one of them",
-    )
-    whole = [x for x in c.compare if x in WHOLE]
-    yield (
-      name == "rest" and whole,
-      f"train.best={t.best!r} is of rows that were left out, and "
-      f"{''.join(whole[:1])!r} in config.compare leaves out none; set one of "
-      "them",
-    )
-    known = measured(c).get(name, ())
+    yield from _best_mistakes(c)
+
+
+def _best_mistakes(c: Any) -> Iterable[tuple[Any, str]]:
+  """The same of config.train.best."""
+  t = c.train
+  name, _, value = t.best.partition("/")
+  yield (
+    not t.eval_every,
+    f"train.best={t.best!r} is measured by evaluations; set "
+    "config.train.eval_every",
+  )
+  yield (
+    name not in t.eval_sets,
+    f"train.best={t.best!r} is of no set in train.eval_sets="
+    f"{tuple(t.eval_sets)}; set one of them",
+  )
+  whole = [x for x in c.compare if x in WHOLE]
+  yield (
+    name == "rest" and whole,
+    f"train.best={t.best!r} is of rows that were left out, and "
+    f"{''.join(whole[:1])!r} in config.compare leaves out none; set one of "
+    "them",
+  )
+  known, why = measured(c).get(name, ()), ""
+  if value == "loss":
     why = f" (the loss {c.loss.name!r} has no value on a set alone)"
-    yield (
-      value not in known,
-      f"train.best={t.best!r} is measured by nothing"
-      f"{why if value == 'loss' else ''}; of {name!r} there are "
-      f"{', '.join(known)}; set config.train.best",
-    )
+  yield (
+    value not in known,
+    f"train.best={t.best!r} is measured by nothing{why}; of {name!r} there are "
+    f"{', '.join(known)}; set config.train.best",
+  )
 
 
-def check(c: Any) -> None:
+def check_evaluations(c: Any) -> None:
   """Raises ConfigError for knobs of config.train that cannot work together."""
   check_trackers(c.train.trackers)
-  for holds, message in (*_mistakes(c), *_evaluation_mistakes(c)):
+  for holds, message in _mistakes(c):
     if holds:
       raise ConfigError(message)
 
@@ -164,14 +151,14 @@ def _has_value(loss: Callable) -> bool:
 
 
 def reads(t: Any) -> tuple[str, ...]:
-  """The parts of a config that decide, beside config.train, which weights are
-  the best: those of generation, where generations are what they are best at."""
+  """Sections of a config that decide which weights are the best: that of
+  generation, where generations are what they are best at."""
   return ("eval",) if t.eval_every and t.best.startswith("generations/") else ()
 
 
-def extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
+def _extend(job: Job) -> Callable[[Any, Callable], tuple[Any, Callable]]:
   """Returns `(state, train_step) -> (state, train_step)` with an online
-  reference and a running mean of the weights, as config.train asks."""
+  reference and a running mean of the weights, as in config.train."""
   t = job.c.train
 
   def producer(m):
@@ -201,31 +188,24 @@ class Measure(NamedTuple):
   cost: Callable[[list[dict[str, float]]], Cost]  # of a run's evaluations
 
 
-def spent(
+def evaluation_cost(
   measures: dict[str, Measure], lines: Iterable[dict[str, Any]]
 ) -> Cost:
-  """What the evaluations of a whole run took, by the lines of its log: the
-  same however often the run was stopped and gone on with."""
+  """The cost of the evaluations of a whole run, by the lines of its log: the
+  same however often the run was stopped and resumed."""
   total, lines = Cost(), list(lines)
   for name, one in measures.items():
-    cost = one.cost(
-      [
-        found
-        for line in lines
-        if (
-          found := {
-            n.removeprefix(f"eval/{name}/"): v
-            for n, v in line.items()
-            if n.startswith(f"eval/{name}/")
-          }
-        )
-      ]
-    )
+    prefix = f"eval/{name}/"
+    values = [
+      {n[len(prefix) :]: v for n, v in line.items() if n.startswith(prefix)}
+      for line in lines
+    ]
+    cost = one.cost([x for x in values if x])
     total = Cost(total.flops + cost.flops, total.tokens + cost.tokens)
   return total
 
 
-def planned(
+def planned_rows(
   c: Any, updates: int, rows: dict[str, int], each: dict[str, int]
 ) -> dict[str, int]:
   """Split -> rows that pass through the model in the evaluations of a run.
@@ -237,21 +217,19 @@ def planned(
     each: tokenized rows of a record of "held_out" and of "pool", which are two
       and one where pairs are split for the pool.
   """
-  t = c.train
+  t, out = c.train, dict(held_out=0, pool=0)
   times = -(-updates // t.eval_every) if t.eval_every else 0
-  out = dict(held_out=0, pool=0)
   for name in t.eval_sets if times else ():
     if name == "generations":
-      out["held_out"] += (
-        3 * times * min(t.eval_prompts, c.eval.prompts, rows["held_out"])
-      )
+      prompts = min(t.eval_prompts, c.eval.prompts, rows["held_out"])
+      out["held_out"] += 3 * times * prompts
     else:  # the reference once
       split = "held_out" if name == "held_out" else "pool"
       out[split] += (times + 1) * min(t.eval_rows, rows[name]) * each[split]
   return out
 
 
-def measures(job: Job, arm: Arm) -> dict[str, Measure]:
+def measures_of(job: Job, arm: Arm) -> dict[str, Measure]:
   """Name of a set -> what is measured on it, see `measured`.
 
   "held_out", "kept" (what is trained on) and "rest" (what was left out): the
@@ -265,18 +243,12 @@ def measures(job: Job, arm: Arm) -> dict[str, Measure]:
   kept = np.sort(selected_rows(job, arm))
   rest = np.setdiff1d(np.arange(len(job.column("pool", "id"))), kept)
   held_out = np.arange(len(job.column("held_out", "id")))
-  found = dict(
-    held_out=("held_out", held_out),
-    kept=("pool", kept),
-    rest=("pool", rest),
-    generations=("held_out", held_out),
-  )
+  index = dict(held_out=held_out, kept=kept, rest=rest, generations=held_out)
   out = {}
   for name in t.eval_sets:
-    split, index = found[name]
-    if name == "rest" and not len(index) and not t.best.startswith("rest/"):
+    if name == "rest" and not len(rest) and not t.best.startswith("rest/"):
       continue
-    if not len(index):
+    if not len(index[name]):
       raise ConfigError(
         f"the set {name!r} has no rows; set config.data.split "
         "or config.train.eval_sets"
@@ -284,7 +256,7 @@ def measures(job: Job, arm: Arm) -> dict[str, Measure]:
     out[name] = (
       _generations(job)
       if name == "generations"
-      else _answers(job, name, split, index[: t.eval_rows])
+      else _answers(job, name, index[name][: t.eval_rows])
     )
   return out
 
@@ -292,12 +264,8 @@ def measures(job: Job, arm: Arm) -> dict[str, Measure]:
 def ordered(up: np.ndarray, down: np.ndarray) -> tuple[float, float]:
   """(fraction of pairs whose first is larger, of ties), over all pairs.
 
-  Every number of `up` beside every one of `down`, by ranks: the first
-  and half of the second are the area under the ROC curve.
-
-  Args:
-    up: [n] numbers, at least one.
-    down: [m] numbers, at least one.
+  Every one of [n] `up` with every one of [m] `down`, by ranks: the first
+  fraction and half of the second are the area under the ROC curve.
   """
   below = np.sort(down)
   less, no_more = (
@@ -321,29 +289,29 @@ def _loss_value(
   return float(np.mean(job.loss(as_logps(policy), as_logps(ref), stats)[0]))
 
 
-def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
+def _answers(job: Job, name: str, index: np.ndarray) -> Measure:
   """Measures the answers that rows have, against the reference.
 
   With r = policy - ref, nats: "chosen_drift", the mean r of chosen (unpaired:
   liked) answers; "accuracy", the fraction of pairs whose chosen one has the
   larger r, "ties" apart, as in training: 0 and 1 before the first update;
   "margin", the mean of r chosen - r rejected. Of unpaired rows a pair is any
-  liked answer beside any disliked one. "loss" is that of the rows as one batch.
+  liked answer with any disliked one. "loss" is that of the rows as one batch.
 
   Raises:
     ConfigError: unpaired rows of one label where config.train.best needs both.
   """
-  c, tokens = job.c, job.tokens(split)
-  each = len(tokens.start) // len(job.column(split, "id"))
+  c, split = job.c, "held_out" if name == "held_out" else "pool"
+  tokens, ids = job.tokens(split), job.column(split, "id")
+  each = len(tokens.start) // len(ids)
   rows = tokens_lib.take_rows(
     tokens, (index[:, None] * each + np.arange(each)).reshape(-1)
   )
   label = None
   if each == 1:  # of pairs that were split for the pool these are still pairs
     label = np.array(job.column(split, "label"), bool)[index]
-    if len(set(label.tolist())) < 2 and c.train.best in (
-      f"{name}/{n}" for n in ANSWERS
-    ):
+    needs_both = c.train.best in (f"{name}/{n}" for n in ANSWERS)
+    if label.all() == label.any() and needs_both:
       raise ConfigError(
         f"train.best={c.train.best!r} compares liked with "
         f"disliked answers, and the set {name!r} has "
@@ -354,8 +322,8 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
   def score(params, m):
     how = dict(tile=c.embed.tile, chunk=c.model.head_chunk)
     how["label"] = f"eval {name}"
-    found = passes.score_rows(job.mesh, params, m, rows, **how)
-    return found.logp.reshape(-1, each), found.count.reshape(-1, each)
+    scored = passes.score_rows(job.mesh, params, m, rows, **how)
+    return scored.logp.reshape(-1, each), scored.count.reshape(-1, each)
 
   known = []  # of the reference: one pass, at the first evaluation
 
@@ -380,8 +348,8 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
       out["margin"] = float(up.mean() - down.mean())
     return out
 
-  def cost(found):  # of the policy each time, of the reference once
-    times = len(found) + bool(found)
+  def cost(values):  # of the policy each time, of the reference once
+    times = len(values) + bool(values)
     return Cost(times * passes.flops(job.model, rows), times * len(rows.ids))
 
   return Measure(measure, cost)
@@ -390,71 +358,58 @@ def _answers(job: Job, name: str, split: str, index: np.ndarray) -> Measure:
 def _generations(job: Job) -> Measure:
   """Measures answers that the policy writes.
 
-  Beside their health "entropy", nats a token, and "kl" from the reference,
-  nats an answer: means over the policy's own samples, so exact in expectation
-  at temperature 1. In the built-in world "win_vs_target", by its true reward.
-  "flops" is what it took, for the ledger: writing, and a pass of the
-  policy and one of the reference over what was written.
+  Their health; "entropy", nats a token, and "kl" from the reference, nats an
+  answer: means over the policy's own samples, so exact in expectation at
+  temperature 1. In the built-in world "win_vs_target", by its true reward.
+  "flops" is the cost, for the ledger: writing, and a pass of the policy and
+  one of the reference over what was written.
   """
   c, what = job.c, held_out.eval_set(job)
   what = what._replace(prompt_rows=what.prompt_rows[: c.train.eval_prompts])
-  prompts, tok, k = held_out.prompts_of(what), what.tokenizer, c.eval
-  asked = [decode.fitting(p, job.policy, k.new_tokens) for p in prompts]
-  options = eval_options(c)
-  generation = decode.GenerateOptions(
-    k.new_tokens,
-    tok.stops,
-    min(tok.vocab_size, job.policy.vocab),
-    decode.Sampling(k.temperature),
-    tile=c.embed.tile,
-    label="eval generations",
-  )
-
+  tok, options = what.tokenizer, held_out.eval_options(c)
+  prompts = [
+    decode.fitting(p, job.policy, c.eval.new_tokens)
+    for p in held_out.prompts_of(what)
+  ]
   if what.world is not None:
     targets = [what.rows[i]["target"] for i in what.prompt_rows]
-    target = held_out.true_rewards(what, targets)
+    target_reward = held_out.true_rewards(what, targets)
 
   def measure(params):
-    said = decode.generate(job.mesh, params, job.policy, prompts, generation)
+    answers = held_out.write_answers(
+      job.mesh, params, job.policy, what, options, label="eval generations"
+    )
     score = lambda params, m: np.float64(
-      held_out.score_answers(job.mesh, params, m, what, said, options)
+      held_out.score_answers(job.mesh, params, m, what, answers, options)
     )
-    own = score(params, job.policy)
-    malformed = won = None
+    own, malformed, wins = score(params, job.policy), None, {}
     if what.world is not None:
-      own_reward = held_out.true_rewards(what, held_out.answer_texts(tok, said))
-      malformed = own_reward == world.MALFORMED
-      won = winrate.wins(own_reward, target)
-    health = held_out.generation_health(said, tok.stops, malformed)
+      texts = held_out.answer_texts(tok, answers)
+      reward = held_out.true_rewards(what, texts)
+      malformed = reward == world.MALFORMED
+      outcomes = winrate.wins(reward, target_reward)
+      wins = dict(win_vs_target=float(np.mean(outcomes)))
+    health = held_out.generation_health(answers, tok.stops, malformed)
     out = {n: float(x["value"]) for n, x in health.items()}
-    out["entropy"] = float(-own.sum() / max(sum(map(len, said)), 1))
+    out["entropy"] = float(-own.sum() / max(sum(map(len, answers)), 1))
     out["kl"] = float(np.mean(own - score(job.reference, job.model)))
-    if won is not None:
-      out["win_vs_target"] = float(np.mean(won))
-    out["flops"] = 3.0 * passes.flops(
-      job.model, held_out.answer_rows(asked, said)
-    )
-    return out
+    rows = held_out.answer_rows(prompts, answers)
+    return out | wins | dict(flops=3.0 * passes.flops(job.model, rows))
 
-  def cost(found):
-    written = sum(round(x["length"] * len(asked)) for x in found)
-    return Cost(
-      round(sum(x["flops"] for x in found)),
-      3 * (len(found) * sum(map(len, asked)) + written),
-    )
+  def cost(values):
+    read = len(values) * sum(map(len, prompts))
+    written = sum(round(x["length"] * len(prompts)) for x in values)
+    return Cost(round(sum(x["flops"] for x in values)), 3 * (read + written))
 
   return Measure(measure, cost)
 
 
-def watched(job: Job, arm: Arm) -> Watched:
-  """What is evaluated while the policy of an arm is trained."""
-  found = measures(job, arm)
-  return Watched(found, extend(job), lambda lines: spent(found, lines))
-
-
 def make_aligned(job: Job, arm: Arm, folder: Any) -> Made:
   """The align stage: trains a policy, and evaluates it meanwhile."""
-  return align.make_policy(job, arm, folder, watched(job, arm))
+  measures = measures_of(job, arm)
+  cost = lambda lines: evaluation_cost(measures, lines)
+  watched = Watched(measures, _extend(job), cost)
+  return align.make_policy(job, arm, folder, watched)
 
 
 def align_fields(job: Job, arm: Arm) -> dict[str, Any]:
@@ -470,6 +425,8 @@ def align_price(z: JobSizes, arm: Arm) -> Price:
 
   def evaluated(kept, updates):
     rows = dict(held_out=held, kept=kept, rest=pool - kept)
-    return planned(z.job.c, updates, rows, dict(held_out=2, pool=z.responses))
+    return planned_rows(
+      z.job.c, updates, rows, dict(held_out=2, pool=z.responses)
+    )
 
   return train_price(z, arm, evaluated)

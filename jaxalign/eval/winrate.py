@@ -45,14 +45,13 @@ def win_rate(outcomes: np.ndarray) -> dict[str, Any]:
 def outcome_rates(outcomes: np.ndarray) -> dict[str, Any]:
   """Win, tie and loss rates, and the win rate among what was decided.
 
-  An outcome between, of two orders (0.75: won in one, tied in the other), is
-  a win.
+  An outcome between, of two orders (0.75: a win and a tie), is a win.
   """
   w = np.asarray(outcomes, np.float64)
   return dict(
-    won=intervals.proportion(w > 0.5),
-    tied=intervals.proportion(w == 0.5),
-    lost=intervals.proportion(w < 0.5),
+    wins=intervals.proportion(w > 0.5),
+    ties=intervals.proportion(w == 0.5),
+    losses=intervals.proportion(w < 0.5),
     decided=intervals.proportion(w[w != 0.5]),
   )
 
@@ -141,9 +140,7 @@ def both_orders(
   )
 
 
-def _checked(
-  outcomes: np.ndarray, ours: np.ndarray, theirs: np.ndarray
-) -> list[np.ndarray]:
+def _checked(outcomes: Any, ours: Any, theirs: Any) -> tuple[np.ndarray, ...]:
   w, ours, theirs = (
     np.asarray(v, np.float64) for v in (outcomes, ours, theirs)
   )
@@ -158,7 +155,7 @@ def _checked(
     )
   if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
     raise DataError("length control: a length that is no number")
-  return [w, ours, theirs]
+  return w, ours, theirs
 
 
 def at_equal_length(
@@ -194,20 +191,18 @@ def at_equal_length(
   if sd == 0:
     return out | dict(
       why="every answer is longer by the same amount: length "
-      "and quality cannot be told apart"
+      "and quality cannot be separated"
     )
-  x = np.stack([np.ones(n), d / sd], axis=1)
-  found, variance = _logistic(x, w)
+  fit, variance = _logistic(np.stack([np.ones(n), d / sd], axis=1), w)
   if variance is None:
     return out | dict(
       why="length alone, or no loss at all, explains every "
       "outcome: the fit has no bound"
     )
   half = intervals.Z * np.sqrt(np.diag(variance))
-  ends = [found, found - half, found + half]
-  rate, slope = special.expit([e[0] for e in ends]), [e[1] for e in ends]
-  out |= dict(zip(_NONE, rate.tolist()))
-  return out | dict(slope=dict(zip(_NONE, map(float, slope))))
+  center, slope = np.stack([fit, fit - half, fit + half], axis=1).tolist()
+  rate = special.expit(center).tolist()
+  return out | dict(zip(_NONE, rate), slope=dict(zip(_NONE, slope)))
 
 
 def _logistic(
@@ -219,7 +214,7 @@ def _logistic(
   """
   p = lambda v: special.expit(x @ v)
   hessian = lambda v: (x * (p(v) * (1 - p(v)))[:, None]).T @ x
-  found = optimize.minimize(
+  v = optimize.minimize(
     lambda v: float((np.logaddexp(0, x @ v) - y * (x @ v)).sum()),
     np.zeros(x.shape[1]),
     jac=lambda v: x.T @ (p(v) - y),
@@ -227,12 +222,12 @@ def _logistic(
     method="trust-exact",
     options=dict(gtol=1e-10),
   ).x
-  if abs(found).max() > _FAR:
-    return found, None
-  bread = np.linalg.inv(hessian(found))
-  score = x * (y - p(found))[:, None]
+  if abs(v).max() > _FAR:
+    return v, None
+  bread = np.linalg.inv(hessian(v))
+  score = x * (y - p(v))[:, None]
   n = len(y)
-  return found, bread @ (score.T @ score) @ bread * (n / (n - 2))
+  return v, bread @ (score.T @ score) @ bread * (n / (n - 2))
 
 
 def length_preference(
@@ -250,16 +245,12 @@ def length_preference(
 
   Returns:
     {"longer": `proportion` of the verdicts that name a winner, the answers not
-    equally long, in which the longer won; "slope": as of `at_equal_length`,
+    equally long, in which the longer wins; "slope": as of `at_equal_length`,
     None with "why" where it is not known; "n": pairs}.
   """
   w, ours, theirs = _checked(outcomes, ours, theirs)
   fit = at_equal_length(w, ours, theirs)
   counts = (w != 0.5) & (ours != theirs)
   longer = (w[counts] == 1) == (ours[counts] > theirs[counts])
-  return dict(
-    longer=intervals.proportion(longer),
-    slope=fit["slope"],
-    why=fit["why"],
-    n=len(w),
-  )
+  own = {k: fit[k] for k in ("slope", "why", "n")}
+  return dict(longer=intervals.proportion(longer)) | own

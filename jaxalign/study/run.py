@@ -99,7 +99,7 @@ def _page_needs(job: Job, arm: Arm) -> list[str]:
 
 
 def _page_fields(job: Job, arm: Arm | None) -> dict[str, Any]:
-  return dict(version=jaxalign.__version__) | judge_kinds.told(job.c)
+  return dict(version=jaxalign.__version__) | judge_kinds.page_fields(job.c)
 
 
 _PAGE = dict(alone=True, remakes=True)
@@ -377,8 +377,8 @@ def _samples(job: Job, arms: list[Arm]) -> list[dict]:
       dict(
         prompt=sft["prompt"],
         target=sft["target"],
-        sft=sft["said"],
-        arms={n: s[k]["said"] for n, s in told.items()},
+        sft=sft["answer"],
+        arms={n: s[k]["answer"] for n, s in told.items()},
         against=job.c.judge.baseline,
         verdicts={
           n: {x: s[k][x] for x in ("outcome", "verdicts", "replies", "theirs")}
@@ -395,7 +395,7 @@ def describe(job: Job, arm: Arm) -> dict[str, Any]:
   """What the report shows of one arm, from the artifacts alone."""
   folder = arm_folder(job, arm)
   align = job.records[arm.name, "align"]
-  metrics = judge_stage.metrics_in(job.c, folder, folder)
+  metrics = judge_stage.read_metrics(job.c, folder, folder)
   return dict(
     details=metrics.pop("details", None),
     name=arm.name,
@@ -434,8 +434,8 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
       f"out at {job.model.context} tokens; a context of "
       f"{cut['fits']:,} keeps 99 %: raise config.model.context"
     )
-  asked = judge_stage.described(job, arms)
-  warnings += judge_stage.warnings(asked)
+  judge = judge_stage.describe_judge(job, arms)
+  warnings += judge_stage.judge_warnings(judge)
   for arm in arms:
     card = disk.read_json(arm_folder(job, arm) / "selection.json")
     for note in card["diagnostics"].get("notes", ()):
@@ -465,7 +465,7 @@ def summarise(job: Job, arms: list[Arm], command: str) -> dict[str, Any]:
   return found | dict(
     title=title,
     asked=question,
-    judge=asked,
+    judge=judge,
     command=command,
     version=jaxalign.__version__,
     created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -533,7 +533,7 @@ def _question(c: Any, described: list[dict], of: str) -> tuple[str, str]:
 
 def _baseline(job: Job) -> dict[str, Any]:
   """The start and its metrics."""
-  metrics = judge_stage.metrics_in(
+  metrics = judge_stage.read_metrics(
     job.c, job.shared / "baseline", job.shared / "judged_reference"
   )
   metrics.pop("details", None)
