@@ -256,7 +256,9 @@ def test_sizes_and_flops_by_hand():
 OLD = "mean_tokens cls_token lasttoken max_tokens".split()
 
 
-@pytest.mark.parametrize("old,ours", zip(OLD, ("mean", "cls", "last", "max")))
+@pytest.mark.parametrize(
+  "old,ours", list(zip(OLD, ("mean", "cls", "last", "max")))
+)
 def test_old_files_name_their_pooling_by_flags(tmp_path, old, ours):
   save(tmp_path)
   write(tmp_path, "modules.json", [dict(type="x.Pooling", path="1_Pooling")])
