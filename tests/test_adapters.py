@@ -365,7 +365,7 @@ def test_ten_steps_at_the_default_rate_move_alike_on_every_mesh(shape):
   assert fell > 2e-3, fell
   for n, x in params.items():
     np.testing.assert_allclose(again[n], x, rtol=0, atol=4e-4)
-  # Adam's eps of 1e-8 must be nothing beside a gradient's usual element.
+  # Adam's eps of 1e-8 must be nothing next to a gradient's usual element.
   count = sum(x.size for x in params.values())
   assert one[0]["grad_norm"] / np.sqrt(count) > 1e-5
 

@@ -319,7 +319,7 @@ def test_a_soft_cap_is_not_dropped_by_cudnn(mesh):
 def test_lowered_for_a_gpu_it_is_cudnns(window, segmented, monkeypatch):
   from jax._src.cudnn import fused_attention_stablehlo as fused
 
-  # Only the version is asked of the library, which is not here.
+  # Only the version is read from the library, which is not here.
   monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
   kernel = functools.partial(attention._on_shards, attention._cudnn)
   monkeypatch.setitem(attention.KERNELS, "cudnn", kernel)

@@ -160,7 +160,7 @@ def prompts():
 
 
 @functools.lru_cache
-def say(shape, temperature):
+def generated(shape, temperature):
   fsdp, tensor = shape
   mesh = make_mesh(fsdp, tensor)
   with jax.set_mesh(mesh):
@@ -174,7 +174,9 @@ def say(shape, temperature):
   "shape,temperature", [((8, 1), 0.8), ((4, 2), 0.8), ((4, 2), 0)]
 )
 def test_the_same_tokens_on_any_mesh(shape, temperature):
-  for a, b in zip(say(shape, temperature), say((1, 1), temperature)):
+  for a, b in zip(
+    generated(shape, temperature), generated((1, 1), temperature)
+  ):
     np.testing.assert_array_equal(a, b)
 
 
@@ -189,7 +191,7 @@ def test_padding_on_the_left_moves_no_greedy_token(alone):
     )
     return jnp.argmax(scores[..., :30], -1)
 
-  answers = say((1, 1), 0)
+  answers = generated((1, 1), 0)
   rows = np.zeros((len(answers), 24), np.int32)
   cut = [decode.fitting(p, MODEL, 8) for p in prompts()]
   for i, (p, s) in enumerate(zip(cut, answers)):

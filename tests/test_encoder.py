@@ -277,7 +277,7 @@ BAD = [
   (bert(model_type="distilbert"), "'distilbert' is no encoder known here; "),
   (bert(model_type="distilbert"), "known: bert, roberta, xlm-rob"),
   ({CONFIG: dict(model_type="bert")}, "max_position"),
-  (bert(hidden_act="mish"), "act 'mish' is unknown; known: gelu,"),
+  (bert(hidden_act="mish"), "act 'mish' is unknown; known: silu,"),
   (bert(is_decoder=True), "wanted an encoder"),
   (bert(position_embedding_type="relative_key"), "wanted 'absolute'"),
   (bert(num_attention_heads=5), "width=24 is no multiple of heads=5"),
@@ -394,7 +394,7 @@ def real(minilm, alone):
 
 
 def test_minilm_gives_its_published_vectors(minilm, real, shared):
-  """Of 20 real prompts, beside BertModel, mean and length one by hand."""
+  """Of 20 real prompts, as BertModel's, mean and length one by hand."""
   picked = real_texts(shared, 20) + [""]
   got = real(picked, 48)
   model = transformers.BertModel.from_pretrained(minilm, local_files_only=True)

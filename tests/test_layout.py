@@ -188,7 +188,7 @@ def run_fn(m, head, chunk, r):
 
 
 def run(mesh, kind, *, m=MODEL, head="chunked", pairs=None, accumulation=1):
-  """{id: [R, 3] sum, count, public} and the slopes, of one whole batch."""
+  """[n, R, 3] sum, count, common prefix; and the slopes, of a whole batch."""
   pairs = pairs or examples()
   how = dict(mesh=mesh, layout=kind, accumulation=accumulation)
   batch = feed_of(pairs, **how).batch_at(0)

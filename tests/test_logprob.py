@@ -151,24 +151,6 @@ def rows_of(seed, n=8):
   ]
 
 
-def test_padding_row_and_neighbours_do_not_move_a_log_prob(mesh):
-  rows = rows_of(1)
-  base, count = logps(mesh, rows, 16)
-  np.testing.assert_array_equal(count, [len(r) for _, r in rows])
-  close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
-  close(logps(mesh, rows, 24)[0], base)  # more padding
-  for pad_id in (EOS, 17):  # padded with the EOS itself (pitfall 9)
-    again, same = logps(mesh, rows, 16, pad_id)
-    close(again, base)
-    np.testing.assert_array_equal(same, count)
-  order = np.random.default_rng(2).permutation(8)
-  close(logps(mesh, [rows[i] for i in order], 16)[0], base[order])
-  others = rows_of(9)
-  mixed, _ = logps(mesh, others[:3] + [rows[5]] + others[4:], 16)
-  close(mixed[3], base[5])
-  assert abs(mixed[2] - base[2]) > 0.1
-
-
 def test_the_eos_counts(mesh):
   """log p(response, EOS) = log p(response) + log p(EOS | response)."""
   rows = rows_of(1)

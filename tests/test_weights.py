@@ -176,7 +176,7 @@ LAYOUT = Layout(ROWS, STORED)
 
 
 def fused_files():
-  """A checkpoint, and by the equation what it says."""
+  """A checkpoint, and by the equation the parameters it holds."""
   rng = np.random.default_rng(3)
   tensors = {"top": rng.normal(size=(D, 8)).astype(np.float32)}
   want = {n: np.zeros(p.shape) for n, p in ROWS.items()}
@@ -425,7 +425,7 @@ def test_host_memory_stays_below_shards_and_a_tensor(tmp_path, processes):
     peak, own = map(int, found.groups())
     # The shards themselves are anonymous memory on a CPU: less is impossible.
     assert 0.95 * own < peak < own + 1.3 * largest + 16 * 2**20, (peak, own)
-    # One process found each, and both say both.
+    # Each process finds one of them, and both print both.
     assert (
       "does not match its config.json: embed holds NaN or infinity; "
       "h.3.norm holds NaN or infinity"

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from jaxalign.core.errors import ConfigError, DataError
 from jaxalign.core.hub import resolve_settings
+from jaxalign.model.decoder import ACTS, DTYPES
+from jaxalign.model.families import fields
 from jaxalign.model.parameters import layers_of, Layout, Param, Params, Stored
 
 
@@ -32,7 +34,7 @@ class EncoderConfig(NamedTuple):
   types: int = 2  # rows of the token type table
   offset: int = 0  # the first token's position
   norm_eps: float = 1e-12
-  act: str = "gelu"  # a key of ACTS
+  act: str = "gelu"  # a key of decoder.ACTS
   pooling: str = "mean"  # a key of POOLINGS
   normalize: bool = False  # embeddings of length one
   lower: bool = False  # texts are put in lower case before the tokenizer
@@ -41,14 +43,6 @@ class EncoderConfig(NamedTuple):
 
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
-DTYPES = ("float32", "bfloat16")
-ACTS = {
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-  "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-  "relu": jax.nn.relu,
-  "silu": jax.nn.silu,
-}
 
 
 def _mean(x, mask):
@@ -296,7 +290,7 @@ def _read_sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
     raise ConfigError(f"{folder}/config.json: {problem}")
   # RoBERTa's first token stands after the positions of its padding.
   offset = 0 if kind == "bert" else int(raw.get("pad_token_id", 1)) + 1
-  positions = int(raw["max_position_embeddings"])
+  positions, act = int(raw["max_position_embeddings"]), raw.get("hidden_act")
   return EncoderConfig(
     layers=int(raw["num_hidden_layers"]),
     width=int(raw["hidden_size"]),
@@ -308,7 +302,7 @@ def _read_sizes(folder: epath.Path, dtype: str) -> EncoderConfig:
     types=int(raw.get("type_vocab_size", 2)),
     offset=offset,
     norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
-    act=str(raw.get("hidden_act", "gelu")),
+    act=fields.ACTS.get(act or "gelu", str(act)),
     dtype=dtype,
   )
 
