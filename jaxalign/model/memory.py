@@ -197,7 +197,7 @@ def check_host(
     "config.lora.rank"
   )
   if _certain(held, *_STATE, "reference", "libraries") > free and not force:
-    raise ConfigError(f"{found}; set {helps}; --force tries all the same")
+    raise ConfigError(f"{found}; set {helps}; --force tries anyway")
   return f"warning: {found}; {helps} take less"
 
 
@@ -209,10 +209,8 @@ def _certain(held: dict[str, int], *names: str) -> int:
 
 def words(held: dict[str, int]) -> str:
   """ "parameters 1.0 MiB, ...; together 3.2 MiB"."""
-  together = sum(held.values())
-  unit, name = (GIB, "GiB") if together >= GIB else (MIB, "MiB")
-  each = ", ".join(f"{k} {v / unit:,.1f}" for k, v in held.items())
-  return f"{each}; together {together / unit:,.1f} {name}"
+  each = ", ".join(f"{name} {size(count)}" for name, count in held.items())
+  return f"{each}; together {size(sum(held.values()))}"
 
 
 def size(count: int) -> str:
@@ -233,10 +231,9 @@ def check_fits(held: dict[str, int], device: Any, force: bool = False) -> None:
   if memory is None or _certain(held, *_STATE) <= memory or force:
     return
   raise ConfigError(
-    f"training needs about {sum(held.values()) / GIB:,.1f} GiB a device "
-    f"({words(held)}), a {device.device_kind} has {memory / GIB:,.1f} GiB; "
+    f"training needs about {size(sum(held.values()))} a device "
+    f"({words(held)}), a {device.device_kind} has {size(memory)}; "
     "raise config.mesh.fsdp or tensor (more devices), "
     "config.train.accumulation, set config.model.remat='full', a smaller "
-    "config.model.head_chunk, or config.lora.rank; --force tries all the "
-    "same"
+    "config.model.head_chunk, or config.lora.rank; --force tries anyway"
   )
