@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from models import make_mesh, put
 import numpy as np
 import oracle
 import pytest
@@ -30,17 +31,11 @@ def machine():
 
 
 def ran(ids, where=None):
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = make_mesh()
   with jax.set_mesh(mesh):
-    placed = {
-      name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
-      for name, w in params().items()
-    }
-    given = [
-      None if x is None else sharding.put(mesh, x, "batch", None)
-      for x in (ids, where)
-    ]
-    return np.asarray(machine()(placed, *given), np.float64)
+    lay = lambda x: None if x is None else sharding.put(mesh, x, "batch", None)
+    logps = machine()(put(mesh, MODEL, params()), lay(ids), lay(where))
+    return np.asarray(logps, np.float64)
 
 
 def summed(sides, length, pad_id, picked):
@@ -60,14 +55,8 @@ def summed(sides, length, pad_id, picked):
 
 def by_hand(picked):
   """The same sums from the NumPy Llama, one row at a time, no padding."""
-  return np.array(
-    [
-      oracle.token_logps(params(), prompt + answer, **SIZES)[
-        len(prompt) :
-      ].sum()
-      for prompt, answer in picked
-    ]
-  )
+  each = lambda p, a: oracle.token_logps(params(), p + a, **SIZES)[len(p) :]
+  return np.array([each(*pair).sum() for pair in picked])
 
 
 @pytest.mark.parametrize("length, pad_id", [(16, 0), (24, 2)])
@@ -97,29 +86,15 @@ def test_without_positions_left_padding_would_move_them():
   ids = np.full((4, 20), 9, np.int32)
   for i, (prompt, answer) in enumerate(picked):
     ids[i, 20 - len(prompt + answer) :] = prompt + answer
-  logp = ran(ids)
-  got = [
-    logp[i, 20 - len(answer) :].sum() for i, (_, answer) in enumerate(picked)
-  ]
-  assert np.abs(np.array(got) - by_hand(picked)).max() > 0.1
+  each = zip(ran(ids), picked)
+  got = np.array([logp[20 - len(a) :].sum() for logp, (_, a) in each])
+  assert np.abs(got - by_hand(picked)).max() > 0.1
 
 
-def test_scored_rows_do_not_see_their_neighbours():
+def test_scored_rows_do_not_see_their_neighbours(alone):
   """`embed.score_rows` buckets and tiles; a row's number stays its own."""
-  want = by_hand(rows())
-  mesh = sharding.make_mesh(dict(fsdp=1, tensor=1), jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    placed = {
-      name: sharding.put(mesh, w, *decoder.table(MODEL)[name].axes)
-      for name, w in params().items()
-    }
-    for part in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
-      got = passes.score_rows(
-        mesh,
-        placed,
-        MODEL,
-        token_rows([rows()[i] for i in part]),
-        tile=2,
-        chunk=7,
-      ).logp
-      np.testing.assert_allclose(got, want[part], rtol=0, atol=2e-5)
+  want, placed = by_hand(rows()), put(alone, MODEL, params())
+  for chosen in (list(range(21)), list(range(20, -1, -1)), [20, 3]):
+    tokens = token_rows([rows()[i] for i in chosen])
+    got = passes.score_rows(alone, placed, MODEL, tokens, tile=2, chunk=7).logp
+    np.testing.assert_allclose(got, want[chosen], rtol=0, atol=2e-5)

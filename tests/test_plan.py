@@ -160,8 +160,8 @@ def test_what_cannot_fit_is_refused_with_its_parts():
   with pytest.raises(
     ConfigError,
     match=(
-      r"about 20.0 GiB a device \(parameters 4.0 GiB, .* a TPU v5 lite has 16.0 "
-      "GiB; raise config.mesh.fsdp"
+      r"about 20.0 GiB a device \(parameters 4.0 GiB, .* a TPU v5 lite has "
+      "16.0 GiB; raise config.mesh.fsdp"
     ),
   ):
     memory.check_fits(held, small)
