@@ -94,7 +94,7 @@ def test_hidden_states_are_those_of_transformers(tmp_path_factory, sizes):
   tokens[~mask] = sizes["pad_token_id"]  # RoBERTa counts positions by it
   mesh = make_mesh(1, 1)
   with jax.set_mesh(mesh):
-    params = weights.load(folder, encoder.encoder_layout(m), mesh)
+    params = weights.load_weights(folder, encoder.encoder_layout(m), mesh)
     forward = jax.jit(functools.partial(encoder.forward, m=m))
     got = np.asarray(forward(params, tokens, mask, types=types))
   with torch.no_grad():

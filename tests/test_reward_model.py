@@ -104,7 +104,7 @@ def test_rewards_are_the_logits_of_transformers(kind, shape, tmp_path):
   layout = reward.reward_layout(r)
   check_mesh(layout.rows, mesh)
   with jax.set_mesh(mesh):
-    params = weights.load(tmp_path, layout, mesh)
+    params = weights.load_weights(tmp_path, layout, mesh)
     got = row_scores.reward_rows(mesh, params, r, rows, tile=2)
   wanted = theirs(model, rows, kind)
   np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
@@ -157,7 +157,7 @@ def test_a_model_without_its_head_is_named(tmp_path):
   mesh = make_mesh()
   with jax.set_mesh(mesh), pytest.raises(DataError, match="score.weight is mi"):
     layout = reward.reward_layout(reward.read_reward_config(tmp_path))
-    weights.load(tmp_path, layout, mesh)
+    weights.load_weights(tmp_path, layout, mesh)
 
 
 # Rows as an encoder reads them.

@@ -198,7 +198,7 @@ def fused_files():
 def test_fused_tensors_in_and_out(mesh, tmp_path):
   tensors, want = fused_files()
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-  params = weights.load(tmp_path, LAYOUT, mesh)
+  params = weights.load_weights(tmp_path, LAYOUT, mesh)
   same(params, want)
   for n, p in ROWS.items():
     assert params[n].sharding == sharding.named_sharding(mesh, *p.axes)
@@ -217,11 +217,11 @@ def test_names_by_another_rule(tmp_path, alone):
   safetensors.numpy.save_file(other, tmp_path / FILE)
   rule = lambda name: None if name == "eyes" else name.removeprefix("model.")
   layout = LAYOUT._replace(rename=rule)
-  same(weights.load(tmp_path, layout, alone), want)
+  same(weights.load_weights(tmp_path, layout, alone), want)
   other["top"] = tensors["top"]
   safetensors.numpy.save_file(other, tmp_path / FILE)
   with pytest.raises(DataError, match="top and (model.)?top are the same"):
-    weights.load(tmp_path, layout, alone)
+    weights.load_weights(tmp_path, layout, alone)
 
 
 def test_what_was_read_is_not_written_to(tmp_path):
@@ -232,7 +232,7 @@ def test_what_was_read_is_not_written_to(tmp_path):
   whole = {"w": np.ones((64, 64), np.float32)}
   safetensors.numpy.save_file(whole, tmp_path / FILE)
   with jax.set_mesh(mesh):
-    w = weights.load(tmp_path, Layout(rows, stored), mesh)["w"]
+    w = weights.load_weights(tmp_path, Layout(rows, stored), mesh)["w"]
     where = {s.data.unsafe_buffer_pointer() for s in w.addressable_shards}
     assert len(where) == 1  # one buffer, read once
     twice = jax.jit(lambda x: x + x, donate_argnums=0)
@@ -287,7 +287,7 @@ def test_google_storage_in_and_out(mesh, bucket):
   export = weights.Export(dict(a=1), shard_bytes=600)
   weights.save("gs://b/x", params, LAYOUT, export)
   assert len(hf.digest_names("gs://b/x")) > 4
-  same(weights.load("gs://b/x", LAYOUT, mesh), want)
+  same(weights.load_weights("gs://b/x", LAYOUT, mesh), want)
 
 
 def test_only_the_bytes_of_a_shard_are_read(bucket, monkeypatch):
@@ -365,7 +365,7 @@ with jax.set_mesh(mesh):
   sharding.barrier("before")
   before = anonymous()
   threading.Thread(target=watch, daemon=True).start()
-  params = weights.load(folder, layout, mesh)
+  params = weights.load_weights(folder, layout, mesh)
   done.set()
   own = sum(s.data.nbytes for w in params.values()
             for s in w.addressable_shards)
@@ -374,7 +374,7 @@ with jax.set_mesh(mesh):
       {}, dtype="bfloat16", shard_bytes=120_000_000))
   sharding.barrier("after")
   try:
-    weights.load(folder + "-nan", layout, mesh)
+    weights.load_weights(folder + "-nan", layout, mesh)
   except DataError as error:
     print(error)
 """

@@ -156,7 +156,7 @@ def load(e: Embedder, mesh: jax.sharding.Mesh) -> decoder.Params:
     return None if found and int(found[1]) >= m.layers else name
 
   layout = whole._replace(rename=rename)
-  return weights.load(e.folder, layout, mesh, jnp.dtype(m.dtype))
+  return weights.load_weights(e.folder, layout, mesh, jnp.dtype(m.dtype))
 
 
 def encode(e: Embedder, rows: list[dict]) -> tokens_lib.TokenRows:

@@ -359,7 +359,7 @@ def make_rewards(job: Job, arm: None, folder: Any) -> Made:
 
   rows = tokens_of(folder, encoded)
   dtype = np.dtype(np.float32 if r.encodes else c.model.param_dtype)
-  params = weights.load(given, reward.reward_layout(r), job.mesh, dtype)
+  params = weights.load_weights(given, reward.reward_layout(r), job.mesh, dtype)
   files = by_shard(
     job,
     folder,

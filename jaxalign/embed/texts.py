@@ -36,7 +36,7 @@ def read_encoder(
   """
   m = encoder.read_encoder_config(folder, pooling=pooling)
   tok = read_tokenizer(folder, m)
-  return weights.load(folder, encoder.encoder_layout(m), mesh), m, tok
+  return weights.load_weights(folder, encoder.encoder_layout(m), mesh), m, tok
 
 
 def read_tokenizer(

@@ -215,7 +215,7 @@ class _Rewards:
     check_mesh(layout.rows, job.mesh)
     dtype = np.dtype(np.float32 if r.encodes else job.c.model.param_dtype)
     self.r, self.given = r, job.c.judge.checkpoint
-    self.params = weights.load(self.given, layout, job.mesh, dtype)
+    self.params = weights.load_weights(self.given, layout, job.mesh, dtype)
     # Of the reference, which every arm's answers are compared with.
     path = job.shared / REFERENCE / REWARDS
     stored = disk.read_json(path) if path.exists() else {}

@@ -90,8 +90,8 @@ def load_folder(
   mesh: jax.sharding.Mesh,
   dtype: Any = np.float32,
 ) -> Params:
-  """`weights.load` of a decoder."""
-  return weights.load(folder, families.decoder_layout(m), mesh, dtype)
+  """`weights.load_weights` of a decoder."""
+  return weights.load_weights(folder, families.decoder_layout(m), mesh, dtype)
 
 
 class Given(NamedTuple):

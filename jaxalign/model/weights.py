@@ -42,7 +42,7 @@ class _Shard(NamedTuple):
   buffer: np.ndarray | None  # None: the numbers are only looked at
 
 
-def load(
+def load_weights(
   folder: Any, layout: Layout, mesh: jax.sharding.Mesh, dtype: Any = np.float32
 ) -> Params:
   """Reads a checkpoint onto the mesh; each host reads what its shards need.
